@@ -1,0 +1,47 @@
+"""EVA-CLIP's file (eva_vit_g.pth) → `vit`."""
+
+import numpy as np
+
+from vllama_jax.config import VitConfig
+
+from .rules import ROW, SAME, TABLE, Rule, Transform, from_heads, heads_out, linear, norm, patches
+
+
+def _join_q0v(heads: int) -> Transform:
+    """Query and value biases; the key has none, and gets zeros."""
+
+    def to_jax(query: np.ndarray, value: np.ndarray) -> np.ndarray:
+        return np.stack([query, np.zeros_like(query), value]).reshape(3, heads, -1)
+
+    return Transform(to_jax, lambda x: (x[0].reshape(-1), x[2].reshape(-1)))
+
+
+def rules(cfg: VitConfig) -> list[Rule]:
+    layers, heads = range(cfg.depth), (cfg.num_heads, cfg.width // cfg.num_heads)
+    return [
+        Rule("vit/class_token", ("cls_token",), ROW),
+        Rule("vit/positions", ("pos_embed",), TABLE),
+        Rule("vit/patch_embed/kernel", ("patch_embed.proj.weight",), patches(cfg.patch_size, cfg.patch_size)),
+        Rule("vit/patch_embed/bias", ("patch_embed.proj.bias",), SAME),
+        *norm("vit/blocks/norm1", "blocks.{i}.norm1", layers),
+        Rule("vit/blocks/attention/qkv/kernel", ("blocks.{i}.attn.qkv.weight",), heads_out(3, *heads), layers),
+        Rule(
+            "vit/blocks/attention/qkv/bias",
+            ("blocks.{i}.attn.q_bias", "blocks.{i}.attn.v_bias"),
+            _join_q0v(cfg.num_heads),
+            layers,
+        ),
+        *from_heads("vit/blocks/attention/out", "blocks.{i}.attn.proj", cfg.num_heads, layers),
+        *norm("vit/blocks/norm2", "blocks.{i}.norm2", layers),
+        *linear("vit/blocks/mlp/up", "blocks.{i}.mlp.fc1", layers),
+        *linear("vit/blocks/mlp/down", "blocks.{i}.mlp.fc2", layers),
+    ]
+
+
+def extras(cfg: VitConfig) -> dict[str, str]:
+    """Tensors that the file has and the model does not use (regular expressions), and why."""
+    used = "|".join(map(str, range(cfg.depth)))
+    return {
+        rf"blocks\.(?!(?:{used})\.)\d+\..*": f"only EVA's first {cfg.depth} blocks are used",
+        r"(norm|fc_norm|head)\..*": "EVA's own final norm and head are not used",
+    }

@@ -1,0 +1,64 @@
+"""ImageBind's file (imagebind_huge.pth, six towers) → `imagebind`: its audio and its vision tower."""
+
+from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig, ImageBindVisionConfig
+
+from .rules import CONVOLUTION, ROW, TABLE, Rule, Transform, from_heads, heads_out, linear, norm, patches, split
+
+EXTRAS = {
+    r"modality_(preprocessors|trunks|heads|postprocessors)\.(text|depth|thermal|imu)\..*": (
+        "Video-LLaMA uses ImageBind's audio and vision towers only"
+    ),
+}
+AUDIO_SCALE = "modality_postprocessors.audio.1.log_logit_scale"
+
+
+def rules(cfg: ImageBindConfig) -> list[Rule]:
+    return [*_audio(cfg.audio), *_vision(cfg.vision)]
+
+
+def _audio(cfg: ImageBindAudioConfig) -> list[Rule]:
+    target, layers, heads = "imagebind/audio", range(cfg.depth), (cfg.num_heads, cfg.width // cfg.num_heads)
+    stem = "modality_preprocessors.audio.rgbt_stem"
+    attention = "modality_trunks.audio.blocks.{i}.attn"
+    return [
+        Rule(f"{target}/patch_embed/kernel", (f"{stem}.proj.weight",), CONVOLUTION),
+        *norm(f"{target}/stem_norm", f"{stem}.norm_layer"),
+        *_tower(target, "audio", cfg),
+        Rule(f"{target}/blocks/attention/extra_key", (f"{attention}.bias_k",), _row_of_heads(*heads), layers),
+        Rule(f"{target}/blocks/attention/extra_value", (f"{attention}.bias_v",), _row_of_heads(*heads), layers),
+    ]
+
+
+def _vision(cfg: ImageBindVisionConfig) -> list[Rule]:
+    target = "imagebind/vision"
+    kernel = "modality_preprocessors.vision.rgbt_stem.proj.1.weight"
+    return [
+        Rule(f"{target}/patch_embed", (kernel,), patches(cfg.frames_per_patch, cfg.patch_size, cfg.patch_size)),
+        *norm(f"{target}/trunk_norm", "modality_trunks.vision.pre_transformer_layer.0"),
+        *_tower(target, "vision", cfg),
+    ]
+
+
+def _tower(target: str, sense: str, cfg: ImageBindAudioConfig | ImageBindVisionConfig) -> list[Rule]:
+    """What both towers have."""
+    layers, heads = range(cfg.depth), (cfg.num_heads, cfg.width // cfg.num_heads)
+    stem, trunk = f"modality_preprocessors.{sense}", f"modality_trunks.{sense}.blocks.{{i}}"
+    blocks, qkv = f"{target}/blocks", f"{target}/blocks/attention/qkv"
+    return [
+        Rule(f"{target}/class_token", (f"{stem}.cls_token",), ROW),
+        Rule(f"{target}/positions", (f"{stem}.pos_embedding_helper.pos_embed",), TABLE),
+        *norm(f"{blocks}/norm1", f"{trunk}.norm_1", layers),
+        Rule(f"{qkv}/kernel", (f"{trunk}.attn.in_proj_weight",), heads_out(3, *heads), layers),
+        Rule(f"{qkv}/bias", (f"{trunk}.attn.in_proj_bias",), split(3, *heads), layers),
+        *from_heads(f"{blocks}/attention/out", f"{trunk}.attn.out_proj", cfg.num_heads, layers),
+        *norm(f"{blocks}/norm2", f"{trunk}.norm_2", layers),
+        *linear(f"{blocks}/mlp/up", f"{trunk}.mlp.fc1", layers),
+        *linear(f"{blocks}/mlp/down", f"{trunk}.mlp.fc2", layers),
+        *norm(f"{target}/head_norm", f"modality_heads.{sense}.0"),
+        *linear(f"{target}/head", f"modality_heads.{sense}.2", bias=False),
+    ]
+
+
+def _row_of_heads(heads: int, head_dim: int) -> Transform:
+    """A learned row over heads: [1, 1, h·k] ↔ [h, k]."""
+    return Transform(lambda x: x.reshape(heads, head_dim), lambda x: (x.reshape(1, 1, -1),))

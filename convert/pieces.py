@@ -1,0 +1,139 @@
+"""The files that a model is made of: which is which, told by what they hold, and which rules read them."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+
+from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.errors import CheckpointError
+
+from . import eva_vit, imagebind, llama, qformer
+from .rules import SAME, Rule, linear, norm
+from .sources import Source
+
+_NOT_NEEDED = "the model has no use for it"
+_BUFFERS = {
+    r".*\.embeddings\.position_ids": "a buffer, always 0, 1, 2, …",
+    r"llama_model\..*\.rotary_emb\.inv_freq": "a buffer; rotary frequencies are computed",
+    r"audio_encoder\..*": "a buffer of ImageBind; --imagebind gives it",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One kind of file.
+
+    option: the command line's name for it. signature: a tensor that no other kind has. rules: what it gives.
+    extras: what it holds besides (regular expressions), and why that is left out.
+    """
+
+    what: str
+    option: str
+    signature: str
+    rules: Callable[[VideoLlamaConfig], list[Rule]]
+    extras: Callable[[VideoLlamaConfig], dict[str, str]]
+
+
+def _blip2(cfg: VideoLlamaConfig) -> list[Rule]:
+    table = qformer.rules("image_qformer", "Qformer", "query_tokens", cfg.image_qformer)
+    return [*table, *norm("ln_vision", "ln_vision")]
+
+
+def _vl(cfg: VideoLlamaConfig) -> list[Rule]:
+    return [
+        *qformer.rules("video_qformer", "video_Qformer", "video_query_tokens", cfg.video_qformer),
+        Rule("frame_positions", ("video_frame_position_embedding.weight",), SAME),
+        *linear("llama_proj", "llama_proj"),
+    ]
+
+
+def _al(cfg: VideoLlamaConfig) -> list[Rule]:
+    return [
+        *qformer.rules("audio_qformer", "audio_Qformer", "audio_query_tokens", cfg.audio_qformer),
+        Rule("audio_positions", ("audio_position_embedding.weight",), SAME),
+        *linear("audio_llama_proj", "audio_llama_proj"),
+    ]
+
+
+_BERT_TEXT = {
+    r"Qformer\.bert\.embeddings\.(word|position)_embeddings\..*": "text input of BERT, not used",
+    r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*": "BERT's feed-forward for text, not used",
+    r"Qformer\.cls\..*": "BERT's text head, not used",
+    r"(t5|opt|vision|text)_proj\..*|itm_head\..*|temp": "BLIP-2's own heads and language model projection, not used",
+}
+
+PIECES: dict[str, Piece] = {
+    "eva_vit": Piece(
+        "EVA-CLIP ViT-g weights",
+        "--eva-vit",
+        r"blocks\.0\.attn\.q_bias",
+        lambda cfg: eva_vit.rules(cfg.vit),
+        lambda cfg: eva_vit.extras(cfg.vit),
+    ),
+    "blip2": Piece("BLIP-2 Q-Former weights", "--blip2", r"query_tokens", _blip2, lambda _: {**_BUFFERS, **_BERT_TEXT}),
+    "imagebind": Piece(
+        "ImageBind weights",
+        "--imagebind",
+        r"modality_trunks\.audio\.blocks\.0\..*",
+        lambda cfg: imagebind.rules(cfg.imagebind),
+        lambda _: {**imagebind.EXTRAS, re.escape(imagebind.AUDIO_SCALE): "kept in config.json"},
+    ),
+    "vl": Piece(
+        "a Video-LLaMA vision-language checkpoint",
+        "--vl",
+        r"video_query_tokens",
+        _vl,
+        lambda _: {**_BUFFERS, r"audio_(?!encoder).*": "the audio branch; give the file as --al too"},
+    ),
+    "al": Piece(
+        "a Video-LLaMA audio-language checkpoint",
+        "--al",
+        r"audio_query_tokens",
+        _al,
+        lambda _: {**_BUFFERS, r"video_.*|llama_proj\..*": "the vision branch; give the file as --vl too"},
+    ),
+    "minigpt4": Piece(
+        "a MiniGPT-4 projection",
+        "--minigpt4",
+        r"llama_proj\.weight",
+        lambda _: linear("llama_proj", "llama_proj"),
+        lambda _: {},
+    ),
+    "llama": Piece(
+        "LLaMA weights",
+        "--llama",
+        r"model\.embed_tokens\.weight",
+        lambda cfg: llama.rules(cfg.llama),
+        lambda cfg: llama.extras(cfg.llama),
+    ),
+}
+
+
+def recognise(source: Source) -> list[str]:
+    """The kinds that a file is, by the tensors in it. A checkpoint of both branches is two; `llama_proj` alone is
+    MiniGPT-4's, beside the vision branch it belongs to that."""
+    kinds = [
+        kind for kind, piece in PIECES.items() if any(re.fullmatch(piece.signature, name) for name in source.shapes)
+    ]
+    return [kind for kind in kinds if kind != "minigpt4" or "vl" not in kinds]
+
+
+def check_kind(kind: str, source: Source) -> None:
+    """Raises CheckpointError, saying what the file is and where it belongs, when it is not of this kind."""
+    found = recognise(source)
+    if kind in found:
+        return
+    if found:
+        other = PIECES[found[0]]
+        raise CheckpointError(
+            f"{source.label}: given as {PIECES[kind].option}, but it is {other.what}; give it as {other.option}"
+        )
+    raise CheckpointError(
+        f"{source.label}: given as {PIECES[kind].option}, but it is not {PIECES[kind].what} "
+        f"(no tensor named like {PIECES[kind].signature.replace(chr(92), '')}; it holds {_some(source.shapes)})"
+    )
+
+
+def _some(names: Mapping[str, object]) -> str:
+    listed = ", ".join(list(names)[:3])
+    return f"{listed}, …" if len(names) > 3 else listed or "nothing"

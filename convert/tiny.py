@@ -1,0 +1,181 @@
+"""Tiny random weights in the original's own file layouts, so that a first try and the tests need no download.
+
+    python -m vllama_jax.convert.tiny DIR
+
+writes DIR/llama (a Hugging Face directory with a tokenizer of its own), eva_vit_g, blip2, imagebind, minigpt4, vl and
+al as safetensors, and config.json for `vllama convert --config`. The answers of such a model mean nothing.
+"""
+
+import json
+import sys
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Literal
+
+import ml_dtypes
+import numpy as np
+
+from vllama_jax.config import VideoLlamaConfig, tiny
+from vllama_jax.errors import CheckpointError
+
+from . import abstract_shapes, tables
+
+VOCAB_SIZE = 512
+Format = Literal["safetensors", "pth"]
+
+
+def write_tiny(
+    out: str | Path,
+    *,
+    config: VideoLlamaConfig | None = None,
+    format: Format = "safetensors",
+    half: bool = False,
+    seed: int = 0,
+) -> dict[str, Path]:
+    """Writes all files and returns their paths by kind ("llama", "eva_vit", …, and "config").
+
+    config: the model's dimensions, `config.tiny()` unless given; without audio, no ImageBind and no audio branch.
+    half: EVA's weights in float16 and LLaMA's in bfloat16, as published; all float32 otherwise. No tensor is zero or
+    one everywhere, so that a swapped or forgotten one shows. Writing `.pth` needs torch.
+    Raises CheckpointError where `out` exists.
+    """
+    out, config = Path(out), config or tiny(vocab_size=VOCAB_SIZE)
+    if out.exists():
+        raise CheckpointError(f"{out}: exists already; remove it or choose another directory")
+    (out / "llama").mkdir(parents=True)
+    kinds = ["eva_vit", "blip2", "vl", "llama", *(["imagebind", "al"] if config.has_audio else [])]
+    shapes = abstract_shapes(config)
+    paths = {"config": _write_config(out / "config.json", config)}
+    for kind, rules in {**tables(config, kinds), **tables(config, ["minigpt4"])}.items():
+        named = {}
+        for rule in rules:
+            for names in rule.names():
+                named |= dict(zip(names, rule.source_shapes(shapes[rule.target]), strict=True))
+        named |= _beside(kind, config)
+        tensors = {name: random_tensor(f"{kind}/{name}", shape, seed) for name, shape in named.items()}
+        if half and kind in ("eva_vit", "llama"):
+            dtype = np.float16 if kind == "eva_vit" else ml_dtypes.bfloat16
+            tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+        path = out / ("llama/model" if kind == "llama" else {"eva_vit": "eva_vit_g"}.get(kind, kind))
+        paths[kind] = write_tensors(path, tensors, "safetensors" if kind == "llama" else format)
+    paths["llama"] = paths["llama"].parent
+    _write_llama_config(paths["llama"] / "config.json", config)
+    train_tokenizer(paths["llama"], config.llama.vocab_size)
+    return paths
+
+
+def random_tensor(name: str, shape: Iterable[int], seed: int = 0) -> np.ndarray:
+    """Normal, by a generator of the name's own, in a scale that lets every part matter; norms around one."""
+    shape = tuple(shape)
+    values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
+    is_norm = "norm" in name.lower() or name.endswith(".0.weight")
+    if name.endswith("log_logit_scale"):
+        return np.log(np.float32(20)) + np.zeros(shape, np.float32)
+    if len(shape) == 1 and name.endswith("weight") and is_norm:
+        return 1 + 0.1 * values
+    if len(shape) < 2:
+        return 0.1 * values
+    if "embed_tokens" in name or "query_tokens" in name:
+        return 0.5 * values
+    if 1 in shape or "position" in name:  # class tokens, position tables, extra keys and values
+        return 0.3 * values
+    return values / np.sqrt(np.float32(np.prod(shape[1:])))
+
+
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: Format) -> Path:
+    """A file of tensors; `.pth` as training scripts save it, under "model"."""
+    path = path.with_suffix(f".{format}")
+    if format == "safetensors":
+        from safetensors.numpy import save_file
+
+        save_file({name: np.array(tensor, order="C") for name, tensor in tensors.items()}, path)
+    else:
+        import torch
+
+        bits = {name: torch.from_numpy(np.array(tensor, order="C")) for name, tensor in tensors.items()}
+        torch.save({"model": bits}, path)
+    return path
+
+
+def _beside(kind: str, config: VideoLlamaConfig) -> dict[str, tuple[int, ...]]:
+    """What the published files hold besides: EVA's last block and head, the logit scale that ImageBind keeps."""
+    width = config.vit.width
+    if kind == "eva_vit":
+        return {f"blocks.{config.vit.depth}.norm1.weight": (width,), "norm.weight": (width,), "head.weight": (8, width)}
+    if kind == "imagebind":
+        scale = "modality_postprocessors.audio.1.log_logit_scale"
+        return {scale: (), "modality_trunks.text.blocks.0.norm_1.weight": (8,)}
+    return {}
+
+
+def _write_config(path: Path, config: VideoLlamaConfig) -> Path:
+    """What shapes cannot tell: head counts."""
+    qformers = ["image_qformer", "video_qformer", *(["audio_qformer"] if config.has_audio else [])]
+    fields = {name: {"num_heads": getattr(config, name).num_heads} for name in ("vit", *qformers)}
+    if config.has_audio:
+        senses = {"audio": config.imagebind.audio, "vision": config.imagebind.vision}
+        fields["imagebind"] = {sense: {"num_heads": tower.num_heads} for sense, tower in senses.items()}
+    path.write_text(json.dumps(fields, indent=1))
+    return path
+
+
+def _write_llama_config(path: Path, config: VideoLlamaConfig) -> None:
+    llama = config.llama
+    fields = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": llama.vocab_size,
+        "hidden_size": llama.width,
+        "num_hidden_layers": llama.depth,
+        "num_attention_heads": llama.num_heads,
+        "num_key_value_heads": llama.num_kv_heads,
+        "head_dim": llama.head_dim,
+        "intermediate_size": llama.mlp_dim,
+        "rms_norm_eps": llama.norm_eps,
+        "max_position_embeddings": llama.max_length,
+        "rope_theta": llama.rope_theta,
+        "tie_word_embeddings": llama.tie_embeddings,
+        "hidden_act": "silu",
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    path.write_text(json.dumps(fields, indent=1))
+
+
+TEXT = (
+    "The video shows a dog that runs over the grass and barks at a red ball.",
+    "A boy blows the candles on a cake while his friends sing and clap their hands.",
+    "What can you hear in this video? I can hear the engine of a boat and the wind over the water.",
+    "The picture was taken at noon: there are three people, two bicycles and one small yellow bird.",
+    "Close your eyes, open your ears. Which sound comes first, the bell or the drum?",
+    "###Human: Describe what happens, in detail. ###Assistant: A girl talks to the camera and smiles.",
+)
+
+
+def train_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
+    """A SentencePiece model with LLaMA's special tokens and byte fallback, from a few sentences."""
+    import sentencepiece
+
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT * 20),
+        model_prefix=str(directory / "tokenizer"),
+        model_type="bpe",
+        vocab_size=vocab_size,
+        byte_fallback=True,
+        character_coverage=1.0,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    (directory / "tokenizer.vocab").unlink()
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+        sys.exit("usage: python -m vllama_jax.convert.tiny DIR")
+    try:
+        write_tiny(sys.argv[1])
+    except CheckpointError as error:
+        sys.exit(f"vllama: {error}")

@@ -1,0 +1,333 @@
+"""Prompts: strings in full, ids by a tokenizer that spells, and the reference's sixteen prompts in golden."""
+
+import json
+
+import numpy as np
+import pytest
+
+from vllama_jax.errors import ConfigError
+from vllama_jax.text.prompts import (
+    DEFAULT_SYSTEM,
+    TEMPLATES,
+    Mark,
+    Media,
+    build_prompt,
+    clean_answer,
+    decode_answer,
+    encode,
+    encode_prompt,
+    find_template,
+    render,
+    start_conversation,
+    stop_sequences,
+    stream_answer,
+    system_text,
+    time_message,
+)
+from vllama_jax.text.tokenizer import SpecialToken, Tokenizer, load_tokenizer
+
+VIDEO = Media("video", seconds=(0.0, 1.25))
+SOUND_VIDEO = Media("video", sound=True, seconds=(0.0, 1.25))
+IMAGE = Media("image")
+AUDIO = Media("audio")
+
+
+class SpellingTokenizer(Tokenizer):
+    """One id a letter, "▁" before each text; "###" at its very beginning is one token, as in LLaMA."""
+
+    alone = 0x110000  # the id of "▁###"; letters are their code points, and <unk> <s> </s> are 0 1 2
+
+    def __init__(self):
+        contents = ("<unk>", "<s>", "</s>")
+        special_tokens = [SpecialToken(content, i, lstrip=False, rstrip=False) for i, content in enumerate(contents)]
+        super().__init__(special_tokens, {"unk": 0, "bos": 1, "eos": 2}, self.alone + 1)
+
+    def _encode_plain(self, text):
+        if text.startswith("###"):
+            return [self.alone, *map(ord, text[3:])]
+        return [ord(letter) for letter in "▁" + text] if text else []
+
+    def _decode_known(self, ids):
+        return "".join(self.tokens(ids)).replace("▁", " ").removeprefix(" ")
+
+    def _known_token(self, token_id):
+        return "▁###" if token_id == self.alone else chr(token_id)
+
+
+SPELLING = SpellingTokenizer()
+
+
+def talk(template, *steps, audio_branch=True, system=None):
+    """A conversation of media, questions, and answers marked by a leading ">"."""
+    conversation = start_conversation(template, audio_branch, system)
+    for step in steps:
+        if isinstance(step, Media):
+            conversation = conversation.add(step)
+        else:
+            conversation = conversation.answer(step[1:]) if step.startswith(">") else conversation.ask(step)
+    return conversation
+
+
+def spelled(tokenized):
+    """Ids as pieces in one string, a media position as "*"."""
+    tokens = SPELLING.tokens(tokenized.ids)
+    return "".join("*" if here else token for token, here in zip(tokens, tokenized.is_media, strict=True))
+
+
+ANSWER_BY_EAR = "                  Now answer my question based on what you have just heard."
+HEAR = "Close your eyes, open your ears and you imagine only based on the sound that: <ImageHere>."
+SEE = "                 Close your ears, open your eyes and you see that <Video><ImageHere></Video>."
+BOTH = HEAR + SEE + "                  Now answer my question based on what you have just seen and heard."
+TIMES = "The video contains 2 frames sampled at 0.0, 1.2 seconds. "  # 1.25: Python rounds a tie to even
+
+PROMPTS = [
+    ("vicuna", (VIDEO, "Who?"), f"###Human: <Video><ImageHere></Video> {TIMES} Who?###Assistant:"),
+    ("vicuna", (SOUND_VIDEO, "Who?"), f"###Human: {BOTH} Who?###Assistant:"),
+    ("vicuna", (IMAGE, "Who?"), f"{DEFAULT_SYSTEM}###Human: <Image><ImageHere></Image>  Who?###Assistant:"),
+    ("vicuna", (AUDIO, "Who?"), f"###Human: {HEAR}{ANSWER_BY_EAR} Who?###Assistant:"),
+    ("vicuna", ("Who?",), "###Human: Who?###Assistant:"),
+    ("vicuna", ("Who?", ">Me.", "Why?"), "###Human: Who?###Assistant: Me.###Human: Why?###Assistant:"),
+    (  # the second question is a message of its own; the second video's message takes the third question
+        "vicuna",
+        (VIDEO, "Who?", ">Me.", "Why?", ">So.", VIDEO, "How?"),
+        f"###Human: <Video><ImageHere></Video> {TIMES} Who?###Assistant: Me.###Human: Why?###Assistant: So."
+        f"###Human: <Video><ImageHere></Video> {TIMES} How?###Assistant:",
+    ),
+    (  # two files before one question: as in the reference, two messages
+        "vicuna",
+        (IMAGE, VIDEO, "Who?"),
+        f"###Human: <Image><ImageHere></Image> ###Human: <Video><ImageHere></Video> {TIMES} Who?###Assistant:",
+    ),
+    ("llama_2", (SOUND_VIDEO, "Who?"), f"[INST] <<SYS>>\n\n<</SYS>>\n\n{BOTH} Who? [/INST]"),
+    (
+        "llama_2",
+        (IMAGE, "Who?", ">Me.", "Why?"),
+        f"[INST] <<SYS>>\n{DEFAULT_SYSTEM}\n<</SYS>>\n\n<Image><ImageHere></Image>  Who? [/INST] Me. </s><s>"
+        "[INST] Why? [/INST]",
+    ),
+    (  # the reference would take the second file for an answer; one message keeps the roles right
+        "llama_2",
+        (IMAGE, VIDEO, "Who?"),
+        f"[INST] <<SYS>>\n\n<</SYS>>\n\n<Image><ImageHere></Image>  <Video><ImageHere></Video> {TIMES} Who? [/INST]",
+    ),
+    ("plain", (VIDEO, ""), "<ImageHere>"),
+    ("plain", (SOUND_VIDEO, "Who?"), "<ImageHere><ImageHere>Who?"),
+    ("plain", (IMAGE, "", ">a dog", VIDEO, ""), "<ImageHere>a dog\n<ImageHere>"),
+    ("plain", (IMAGE, "Q: who? A:", ">me", "Q: why? A:"), "<ImageHere>Q: who? A: me\nQ: why? A:"),
+    ("plain", ("Once",), "Once"),
+]
+
+
+@pytest.mark.parametrize(("template", "steps", "expected"), PROMPTS)
+def test_prompt_strings(template, steps, expected):
+    assert render(talk(template, *steps)) == expected
+
+
+SYSTEMS = [
+    # audio branch, media, system text
+    (True, VIDEO, ""),
+    (True, SOUND_VIDEO, ""),
+    (True, AUDIO, ""),
+    (True, IMAGE, DEFAULT_SYSTEM),
+    (True, None, ""),
+    (False, VIDEO, DEFAULT_SYSTEM),
+    (False, IMAGE, DEFAULT_SYSTEM),
+    (False, None, ""),
+]
+
+
+@pytest.mark.parametrize(("audio_branch", "media", "expected"), SYSTEMS)
+def test_system_text(audio_branch, media, expected):
+    assert system_text(audio_branch, media) == expected
+    conversation = talk("vicuna", *([media] if media else []), "Who?", audio_branch=audio_branch)
+    assert render(conversation).startswith(expected + "###Human: ")
+
+
+def test_the_last_file_decides_the_system_text():
+    assert render(talk("vicuna", VIDEO, "Who?", ">Me.", IMAGE, "Why?")).startswith(DEFAULT_SYSTEM)
+    assert render(talk("vicuna", IMAGE, "Who?", ">Me.", VIDEO, "Why?")).startswith("###Human: ")
+
+
+def test_own_system_text():
+    assert render(talk("vicuna", SOUND_VIDEO, "Who?", system="Be brief.")).startswith("Be brief.###Human: ")
+    assert render(talk("vicuna", IMAGE, "Who?", system="")).startswith("###Human: ")
+    with pytest.raises(ConfigError, match="'plain' has no place for a system text"):
+        start_conversation("plain", audio_branch=False, system="Be brief.")
+
+
+def test_unknown_template():
+    with pytest.raises(ConfigError, match="unknown prompt template 'llama_v2': choose one of vicuna, llama_2, plain"):
+        find_template("llama_v2")
+
+
+def test_time_message():
+    assert time_message([0.0, 2.0833, 14.5833]) == "The video contains 3 frames sampled at 0.0, 2.1, 14.6 seconds. "
+    assert time_message(np.array([0.0, 0.25])) == "The video contains 2 frames sampled at 0.0, 0.2 seconds. "
+
+
+def test_conversations_do_not_change():
+    first = talk("vicuna", IMAGE)
+    second = first.ask("Who?")
+    assert first.turns[0].question is None
+    assert second.turns[0].media == (IMAGE,)
+    assert second.answer("Me.").turns[0].answer == "Me."
+
+
+def test_order_of_turns():
+    with pytest.raises(ValueError, match="no question to answer"):
+        talk("vicuna", IMAGE, ">Me.")
+    with pytest.raises(ValueError, match="no answer yet"):
+        talk("vicuna", "Who?", "Why?")
+    with pytest.raises(ValueError, match="no answer yet"):
+        talk("vicuna", "Who?", IMAGE)
+
+
+def test_sound_comes_before_sight():
+    assert [media.slots for media in (VIDEO, SOUND_VIDEO, IMAGE, AUDIO)] == [
+        ("video",),
+        ("audio", "video"),
+        ("image",),
+        ("audio",),
+    ]
+
+
+IDS = [
+    # each text between media has a "▁" of its own; "▁###" is one piece; <s> stands first
+    ("vicuna", (IMAGE, "Who?"), (2,), "<s>▁###Human: <Image>**▁</Image>  Who?###Assistant:"),
+    ("plain", (IMAGE, ""), (3,), "<s>***"),
+    ("plain", (SOUND_VIDEO, "Who?"), (1, 2), "<s>***▁Who?"),
+    ("plain", (IMAGE, "", ">a dog", "So"), (1,), "<s>*▁a dog\nSo"),
+    ("llama_2", ("A?", ">B.", "C?"), (), "<s>▁[INST] <<SYS>>\n\n<</SYS>>\n\nA? [/INST] B. </s><s>▁[INST] C? [/INST]"),
+]
+
+
+@pytest.mark.parametrize(("template", "steps", "lengths", "expected"), IDS)
+def test_ids(template, steps, lengths, expected):
+    tokenized = encode(talk(template, *steps, system=None if template == "plain" else ""), SPELLING, lengths)
+    assert spelled(tokenized) == expected
+    assert tokenized.ids.dtype == np.int32
+    assert tokenized.is_media.sum() == sum(lengths)
+    assert not tokenized.ids[tokenized.is_media].any()
+
+
+def test_what_users_type_is_text():
+    conversation = talk("vicuna", IMAGE, "Is <ImageHere> after </s> or <s>?", system="</s>")
+    tokenized = encode(conversation, SPELLING, [1])
+    assert list(tokenized.ids).count(SPELLING.eos_id) == 0
+    assert list(tokenized.ids).count(SPELLING.bos_id) == 1
+    assert tokenized.is_media.sum() == 1
+    assert build_prompt(conversation).count(Mark.MEDIA) == 1
+
+
+@pytest.mark.parametrize("lengths", [(), (1,), (1, 2, 3)])
+def test_as_many_lengths_as_places(lengths):
+    with pytest.raises(ValueError, match="has 2 places for media, but"):
+        encode_prompt(SPELLING, ("a", Mark.MEDIA, "b", Mark.MEDIA), lengths)
+
+
+def test_stop_sequences():
+    hashes = (ord("#"),) * 3
+    assert stop_sequences(SPELLING, TEMPLATES["vicuna"]) == [hashes, (SPELLING.alone,)]
+    assert stop_sequences(SPELLING, TEMPLATES["llama_2"]) == [(2,)]
+    assert stop_sequences(SPELLING, TEMPLATES["plain"]) == [(ord("\n"),)]
+
+
+ANSWERS = [
+    ("vicuna", " A dog.###Human: and", "A dog."),
+    ("vicuna", "Assistant: A dog. ", "A dog."),
+    ("vicuna", "A cat. Assistant: A dog.\n", "A dog."),
+    ("vicuna", "One # or ## two", "One # or ## two"),
+    ("llama_2", "A dog. </s><s>[INST]", "A dog."),
+    ("llama_2", "ASSISTANT: A ### dog", "A ### dog"),
+    ("plain", "a dog\nand more", "a dog"),
+    ("plain", "", ""),
+]
+
+
+@pytest.mark.parametrize(("template", "text", "expected"), ANSWERS)
+def test_clean_answer(template, text, expected):
+    assert clean_answer(TEMPLATES[template], text) == expected
+
+
+@pytest.mark.parametrize(("template", "text", "expected"), ANSWERS)
+@pytest.mark.parametrize("size", [1, 2, 5, 100])
+def test_stream_answer(template, text, expected, size):
+    ids = [1, *map(ord, text)]  # the dummy start token first
+    batches = [ids[i : i + size] for i in range(0, len(ids), size)]
+    streamed = "".join(stream_answer(SPELLING, TEMPLATES[template], batches))
+    named_late = text.startswith("A cat.") and size < len(ids)  # what was shown cannot be taken back
+    assert streamed == ("A cat. Assistant: A dog." if named_late else expected)
+    assert decode_answer(SPELLING, TEMPLATES[template], ids) == expected
+
+
+def test_nothing_after_the_end_token():
+    ids = [*map(ord, "A dog."), SPELLING.eos_id, *map(ord, " More.")]
+    assert decode_answer(SPELLING, TEMPLATES["vicuna"], ids) == "A dog."
+    assert "".join(stream_answer(SPELLING, TEMPLATES["vicuna"], [ids])) == "A dog."
+
+
+@pytest.mark.parametrize("end", ["###", "</s>"])
+def test_streaming_stops_the_generator(end):
+    ends = [SPELLING.eos_id] if end == "</s>" else map(ord, end)
+    batches = iter([[ord("A")], [*ends], [ord("B")]])
+    assert "".join(stream_answer(SPELLING, TEMPLATES["vicuna"], batches)) == "A"
+    assert next(batches) == [ord("B")]
+
+
+def test_golden_time_messages(golden):
+    for name, video in json.loads((golden / "media/all_examples.json").read_text()).items():
+        assert time_message([index / video["fps"] for index in video["indices"]]) == video["msg"], name
+
+
+def golden_conversation(case, times):
+    """The conversation whose last message is still to come, from golden's record of it."""
+    template = {"vicuna": "vicuna", "llama_v2": "llama_2"}[case["template"]]
+    sound = len(case["image_token_counts"]) == 2
+    kind = "image" if case["how"] == "upload_img" else "video"
+    media = Media(kind, sound, tuple(times.get(case["media"], ())))
+    questions = [text for _, text in case["messages"][0::2]]
+    first = questions[0].rsplit("  ", 1)[-1] if not sound else questions[0].split("seen and heard. ")[1]
+    audio_branch = case["how"] != "upload_video_without_audio"
+    conversation = start_conversation(template, audio_branch).add(media).ask(first)
+    for question, (_, answer) in zip(questions[1:], case["messages"][1::2], strict=False):
+        conversation = conversation.answer(answer).ask(question)
+    return conversation
+
+
+@pytest.fixture(scope="module")
+def golden_cases(golden):
+    return json.loads((golden / "chat/chat.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def golden_tokenizer(golden):
+    return load_tokenizer(golden / "weights/llama-bin")
+
+
+def test_golden_prompts(golden, golden_cases, golden_tokenizer):
+    media = json.loads((golden / "media/media.json").read_text())
+    videos = {f"{name}.mp4": fields for name, fields in media.items() if "indices" in fields}
+    times = {name: [index / video["fps"] for index in video["indices"]] for name, video in videos.items()}
+    assert len(golden_cases) == 16
+    for name, case in golden_cases.items():
+        conversation = golden_conversation(case, times)
+        assert render(conversation) == case["prompt"], name
+        tokenized = encode(conversation, golden_tokenizer, case["image_token_counts"])
+        assert len(tokenized.ids) == case["context_len"]
+        expected = list(case["segment_token_ids"][0])
+        for length, segment in zip(case["image_token_counts"], case["segment_token_ids"][1:], strict=True):
+            expected += [None] * length + segment
+        assert [None if here else i for i, here in zip(tokenized.ids, tokenized.is_media, strict=True)] == expected
+
+
+def test_golden_answers(golden_cases, golden_tokenizer):
+    for name, case in golden_cases.items():
+        template = TEMPLATES["vicuna" if case["template"] == "vicuna" else "llama_2"]
+        assert decode_answer(golden_tokenizer, template, case["greedy"]) == case["answer_text"], name
+        batches = [[token_id] for token_id in case["greedy"]]
+        assert "".join(stream_answer(golden_tokenizer, template, batches)) == case["answer_text"], name
+
+
+def test_golden_stop_sequences(golden_tokenizer):
+    assert stop_sequences(golden_tokenizer, TEMPLATES["vicuna"]) == [(325, 546), (469,)]  # "##" "#", and "▁###"
+    assert stop_sequences(golden_tokenizer, TEMPLATES["plain"]) == [(13,)]

@@ -1,0 +1,180 @@
+"""A conversation about files: questions, and streamed answers (reference: conversation_video.py)."""
+
+import concurrent.futures
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from vllama_jax import media as media_files
+from vllama_jax.config import GenerationConfig, VideoLlamaConfig
+from vllama_jax.errors import MediaError
+from vllama_jax.media import MediaReport
+from vllama_jax.text import prompts
+
+if TYPE_CHECKING:
+    from vllama_jax.checkpoint import Model
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A file as the network takes it: normalised frames [t, h, w, 3], mel [s, 128, 204], None where there is none."""
+
+    report: MediaReport
+    frames: np.ndarray | None
+    mel: np.ndarray | None
+    seconds: tuple[float, ...] = ()
+
+    @property
+    def prompt_media(self) -> prompts.Media:
+        return prompts.Media(self.report.kind, self.mel is not None and self.frames is not None, self.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The text, the new token ids without the dummy BOS, and seconds until the first piece and in all."""
+
+    answer: str
+    tokens: list[int]
+    timings: dict[str, float]
+
+
+def prepare(
+    path: str | Path,
+    config: VideoLlamaConfig,
+    *,
+    num_frames: int | None = None,
+    audio: bool = True,
+    require_audio: bool = False,
+) -> Prepared:
+    """Reads a video, a picture or a sound file for a model; needs no weights and no jax.
+
+    num_frames: how many to take from a video, the config's own number unless given. audio=False leaves sound out.
+    Raises MediaError for a file that cannot be used, and, with `require_audio`, for one whose sound is not used.
+    """
+    found = media_files.read_media(path, num_frames or config.num_frames, config.vit.image_size, audio)
+    report, waveform, mel = found.report, getattr(found, "waveform", None), None
+    if waveform is not None and not config.has_audio:
+        report = dataclasses.replace(report, audio="unsupported")
+    elif waveform is not None:
+        try:
+            mel = media_files.mel_clips(waveform, found.sample_rate, config.num_clips)
+        except MediaError as error:
+            report = dataclasses.replace(report, audio=f"failed: {error}")
+    if report.kind == "audio" and mel is None:
+        raise MediaError(f"{path}: there is only sound in it, and it cannot be used: {report}")
+    if require_audio and report.audio != "used":
+        raise MediaError(f"{path}: its sound is required and was not used: {report}")
+    frames = None if report.kind == "audio" else media_files.normalize(found.frames)
+    return Prepared(report, frames, mel, tuple(getattr(found, "seconds", ())))
+
+
+class Chat:
+    """A conversation with a model.
+
+    template: the prompt template, the model's own unless given. system: the system text, the original's for what is
+    shown unless given. Raises ConfigError for a template that does not exist.
+    """
+
+    def __init__(self, model: "Model", template: str | None = None, system: str | None = None):
+        self.model = model
+        self.last: Answer | None = None
+        self._start = prompts.start_conversation(template or model.config.template, model.config.has_audio, system)
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all turns and all files."""
+        self._conversation = self._start
+        self._tokens: list[Any] = []  # of each place for media, in order: [n, width of the language model]
+
+    def add(
+        self,
+        path: str | Path,
+        *,
+        num_frames: int | None = None,
+        audio: bool = True,
+        require_audio: bool = False,
+        interpolate_positions: bool = False,
+    ) -> MediaReport:
+        """Shows the model a file, for the questions that follow; the report says what was seen and heard.
+
+        interpolate_positions: allows more frames than the model has learned positions for.
+        Raises MediaError as `prepare` does, and ConfigError for more frames than positions.
+        """
+        prepared = prepare(path, self.model.config, num_frames=num_frames, audio=audio, require_audio=require_audio)
+        return self.show(prepared, interpolate_positions=interpolate_positions)
+
+    def show(self, prepared: Prepared, *, interpolate_positions: bool = False) -> MediaReport:
+        """Shows the model a file that was read before."""
+        encode = functools.partial(_encode, self.model.network, interpolate=interpolate_positions)
+        given = {"audio": prepared.mel, "video": prepared.frames}
+        with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:  # the two branches compile side by side
+            tokens = pool.map(lambda sense: encode(sense, given[sense]), [s for s in given if given[s] is not None])
+            self._tokens += list(tokens)
+        self._conversation = self._conversation.add(prepared.prompt_media)
+        return prepared.report
+
+    def ask(self, question: str, **options: Any) -> Iterator[str]:
+        """Streams the answer to a question, about the files shown and all that was said; `last` has it whole, after.
+
+        options: the fields of config.GenerationConfig. An answer that is not read to its end is forgotten.
+        Raises ConfigError for options that mean nothing, and when the conversation does not fit the model's context.
+        """
+        import jax.numpy as jnp
+
+        from vllama_jax import generate
+
+        llama, tokenizer = self.model.network.llama, self.model.tokenizer
+        config = GenerationConfig(**options)
+        asked = self._conversation.ask(question)
+        encoded = prompts.encode(asked, tokenizer, [len(tokens) for tokens in self._tokens])
+        generate.check_length(len(encoded.ids), config.max_new_tokens, llama.cfg)
+        shown = jnp.concatenate(self._tokens) if self._tokens else jnp.zeros((0, llama.cfg.width))
+        batches = generate.generate(
+            llama,
+            [generate.Prompt(encoded.ids, encoded.is_media, shown)],
+            config,
+            bos=tokenizer.bos_id,
+            eos=tokenizer.eos_id,
+            stops=prompts.stop_sequences(tokenizer, asked.template),
+        )
+        return self._stream(asked, batches)
+
+    def _stream(self, asked: prompts.Conversation, batches: Iterator[list[list[int]]]) -> Iterator[str]:
+        start, first, ids, pieces = time.perf_counter(), None, [], []
+
+        def collected() -> Iterator[list[int]]:
+            for (batch,) in batches:
+                ids.extend(batch)
+                yield batch
+
+        for piece in prompts.stream_answer(self.model.tokenizer, asked.template, collected()):
+            first = first or time.perf_counter() - start
+            pieces.append(piece)
+            yield piece
+        total = time.perf_counter() - start
+        self.last = Answer("".join(pieces), ids, {"first_piece": first or total, "answer": total})
+        self._conversation = asked.answer(self.last.answer)
+
+
+def _encode(network: Any, sense: str, given: np.ndarray, *, interpolate: bool) -> Any:
+    """Tokens [n, width] of one file's frames or mel, by a program compiled once for each number of them."""
+    from vllama_jax.sharding import mesh_of, under
+
+    with under(mesh_of(network)):
+        return _encoder(sense, interpolate)(network, given[None])[0]
+
+
+@functools.cache
+def _encoder(sense: str, interpolate: bool) -> Any:
+    import jax
+
+    def encode(network, given):
+        method = network.encode_audio if sense == "audio" else network.encode_video
+        return method(given, interpolate_positions=interpolate)
+
+    return jax.jit(encode)

@@ -1,0 +1,57 @@
+"""The command `vllama`. Each command is one file here, whose function's arguments are its flags.
+
+Nothing heavy is imported before a command runs: `--help` answers in under a second.
+"""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "chat": "Talk about a video, a picture or a sound.",
+    "convert": "Make a model directory from PyTorch weights.",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command. Exit code 0; 1 with one line on stderr when it failed; 2 for wrong usage."""
+    from vllama_jax.errors import VllamaError
+
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        _run(arguments)
+    except VllamaError as error:
+        sys.exit(f"vllama: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of our output has gone; nothing more to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+
+
+def _run(arguments: list[str]) -> None:
+    import tyro
+
+    name, *rest = arguments or ["--help"]
+    if name in COMMANDS:
+        command = getattr(importlib.import_module(f"vllama_jax.cli.{name}"), name)
+        tyro.cli(command, args=rest, prog=f"vllama {name}", config=(tyro.conf.FlagCreatePairsOff,))
+        return
+    print(_usage(), file=sys.stdout if name in ("-h", "--help") else sys.stderr)
+    if name not in ("-h", "--help"):
+        print(f"\nvllama: no command {name!r}{_suggestion(name)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _usage() -> str:
+    lines = [f"  {name:10}{what}" for name, what in COMMANDS.items()]
+    end = ["vllama COMMAND --help tells more.", "", 'Example: vllama chat clip.mp4 "What is happening?" --model MODEL']
+    return "\n".join(["usage: vllama COMMAND …", "", *lines, "", *end])
+
+
+def _suggestion(name: str) -> str:
+    import difflib
+
+    close = difflib.get_close_matches(name, COMMANDS, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

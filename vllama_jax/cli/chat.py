@@ -1,0 +1,113 @@
+"""vllama chat."""
+
+import concurrent.futures
+import dataclasses
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from vllama_jax.chat import Chat, Prepared, prepare
+from vllama_jax.checkpoint import Model, load, open_model
+from vllama_jax.cli.compilation import keep_compiled_programs
+from vllama_jax.cli.display import Display
+from vllama_jax.config import GenerationConfig
+from vllama_jax.media import MediaReport
+
+GREEDY = GenerationConfig()
+
+
+def chat(
+    file: tyro.conf.Positional[Path],
+    questions: tyro.conf.Positional[tuple[str, ...]] = (),
+    /,
+    *,
+    model: Path,
+    media: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
+    template: Literal["vicuna", "llama_2", "plain"] | None = None,
+    system: str | None = None,
+    audio: bool = True,
+    require_audio: bool = False,
+    num_frames: int | None = None,
+    interpolate_positions: bool = False,
+    generation: Annotated[GenerationConfig, tyro.conf.arg(name="")] = GREEDY,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Talk about a video, a picture or a sound. Without a question, it asks you for them.
+
+    Example: vllama chat clip.mp4 "What is happening?" --model MODEL
+
+    Args:
+        file: The video, picture or sound file.
+        questions: Each is answered in turn.
+        model: The model directory, as `vllama convert` makes it.
+        media: One more file to show after the first; may be given again.
+        template: The prompt template; the model's own unless given.
+        system: The system text; the original's for what is shown unless given.
+        audio: Leave the sound out.
+        require_audio: Fail when the sound is not used.
+        num_frames: How many frames to take from a video; the model's own number unless given.
+        interpolate_positions: Allow more frames than the model has learned positions for.
+        generation: How the answer is chosen.
+        dtype: Of weights and computation; float32 on a CPU and bfloat16 elsewhere unless given.
+        json_output: Print one JSON object (report, answer, tokens, timings; turns has every question).
+    """
+    with Display(quiet=json_output) as display:
+        files = [file, *media]
+        read = {"num_frames": num_frames, "audio": audio, "require_audio": require_audio}
+        loaded, prepared, timings = _load(display, model, dtype, files, read)
+        conversation = Chat(loaded, template, system)
+        with _timed(timings, "encode"):
+            for path, one in zip(files, prepared, strict=True):
+                display.say(f"{path}: {one.report}")
+                display.step(f"encoding {path}")
+                conversation.show(one, interpolate_positions=interpolate_positions)
+        turns = []
+        for question in questions or iter(display.ask, None):
+            display.step("thinking")
+            display.answer(conversation.ask(question, **dataclasses.asdict(generation)))
+            turns.append({"question": question, **dataclasses.asdict(conversation.last)})
+    if json_output:
+        _print_json([one.report for one in prepared], turns, timings)
+
+
+def _load(
+    display: Display, model: Path, dtype: str | None, files: list[Path], read: dict[str, Any]
+) -> tuple[Model, list[Prepared], dict[str, float]]:
+    """Loads the model while the files are read."""
+    timings: dict[str, float] = {}
+    config = open_model(model).config
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+        readings = [pool.submit(prepare, path, config, **read) for path in files]
+        with _timed(timings, "load"):
+            display.step(f"loading {model}")
+            keep_compiled_programs()
+            loaded = load(model, dtype=dtype)
+        with _timed(timings, "read"):
+            display.step("reading " + ", ".join(map(str, files)))
+            return loaded, [reading.result() for reading in readings], timings
+
+
+def _print_json(reports: list[MediaReport], turns: list[dict[str, Any]], timings: dict[str, float]) -> None:
+    """The last turn's answer and the first file's report at the top; all of both under turns and reports."""
+    last = turns[-1] if turns else {"answer": None, "tokens": [], "timings": {}}
+    found = [dataclasses.asdict(report) for report in reports]
+    summary = {
+        "report": found[0],
+        "answer": last["answer"],
+        "tokens": last["tokens"],
+        "timings": {**timings, **last["timings"]},
+    }
+    print(json.dumps({**summary, "reports": found, "turns": turns}))
+
+
+@contextmanager
+def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    timings[name] = round(time.perf_counter() - start, 3)

@@ -1,0 +1,73 @@
+"""vllama convert."""
+
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from vllama_jax.config import parse_json
+from vllama_jax.convert import Plan, bytes_to_write
+from vllama_jax.convert import convert as write
+from vllama_jax.convert import plan as make_plan
+from vllama_jax.errors import ConfigError
+
+
+def convert(
+    *,
+    llama: Path,
+    eva_vit: Path,
+    blip2: Path,
+    out: Path,
+    imagebind: Path | None = None,
+    minigpt4: Path | None = None,
+    vl: Path | None = None,
+    al: Path | None = None,
+    config: Path | None = None,
+    template: Literal["vicuna", "llama_2", "plain"] = "vicuna",
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+) -> None:
+    """Make a model directory from the original's PyTorch files (.pth, .bin) or safetensors of the same tensors.
+
+    Example: vllama convert --llama vicuna-7b --eva-vit eva_vit_g.pth --blip2 blip2_pretrained_flant5xxl.pth
+    --imagebind imagebind_huge.pth --vl finetune_vl.pth --al finetune_al.pth --out model
+
+    Args:
+        llama: A Hugging Face LLaMA directory: config.json, tokenizer and weights.
+        eva_vit: EVA-CLIP ViT-g (eva_vit_g.pth).
+        blip2: BLIP-2's Q-Former (blip2_pretrained_flant5xxl.pth).
+        out: The model directory to make.
+        imagebind: ImageBind (imagebind_huge.pth); without it the model cannot hear.
+        minigpt4: MiniGPT-4's projection, from which stage 1 starts (pretrained_minigpt4.pth).
+        vl: A checkpoint of the vision-language branch.
+        al: A checkpoint of the audio-language branch.
+        config: A JSON file with any part of the model config, over what the files tell.
+        template: The prompt template that the language model was tuned on.
+        dtype: Of the weights on disk; as they come unless given.
+    """
+    override = _read_config(config) if config else {}
+    files = {"eva_vit": eva_vit, "blip2": blip2, "imagebind": imagebind, "minigpt4": minigpt4, "vl": vl, "al": al}
+    plan = make_plan(llama_directory=llama, files=files, config=override, template=override.pop("template", template))
+    console = Console(stderr=True)
+    bar = Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console)
+    with bar:
+        task = bar.add_task("", total=bytes_to_write(plan, dtype))
+        write(plan, out, dtype=dtype, progress=lambda done: bar.advance(task, done))
+    print(_summary(plan, out))
+
+
+def _summary(plan: Plan, out: Path) -> str:
+    parts = {leaf.rule.target.split("/")[0] for leaf in plan.leaves}
+    lines = [f"{out}: {len(plan.leaves)} weights of {', '.join(sorted(parts))}; prompt template {plan.config.template}"]
+    lines += [f"  left out, {count} tensor{'s' * (count > 1)} of {reason}" for reason, count in plan.left_out.items()]
+    needed = ["video_qformer", "llama_proj", *(["audio_qformer"] if plan.config.has_audio else [])]
+    if untrained := [part for part in needed if part not in parts]:
+        lines.append(f"  no {', '.join(untrained)} yet: train it, or convert with the checkpoints that have them")
+    return "\n".join(lines)
+
+
+def _read_config(path: Path) -> dict:
+    try:
+        return parse_json(path.read_text(), str(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error

@@ -1,0 +1,385 @@
+"""The shape of every part of the model: one tree of frozen dataclasses, presets, and JSON in and out.
+
+Importing this file imports no jax, so that `--help`, config files and tests of them stay fast.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from vllama_jax.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VitConfig:
+    """EVA-CLIP's vision transformer (reference: eva_vit.py)."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    norm_eps: float = 1e-6
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QFormerConfig:
+    """A Q-Former: learned queries that read an encoder's output (reference: Qformer.py).
+
+    cross_attention_every: 1 reads in every layer (video, audio), 2 in layers 0, 2, 4, … (BLIP-2).
+    """
+
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    num_queries: int
+    cross_attention_every: int = 1
+    norm_eps: float = 1e-12
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageBindAudioConfig:
+    """ImageBind's audio tower: a transformer over patches of a log-mel picture (reference: ImageBind/models)."""
+
+    num_mel_bins: int = 128
+    num_mel_frames: int = 204
+    patch_size: int = 16
+    patch_stride: int = 10
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    norm_eps: float = 1e-6
+    stem_norm_eps: float = 1e-5
+    log_logit_scale: float = 2.995732307434082  # float32(log 20): the output's norm is its exponential
+    max_logit_scale: float = 100.0
+
+    @property
+    def num_patches(self) -> int:
+        rows, columns = self.patch_grid
+        return rows * columns
+
+    @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Patches along frequency and along time."""
+        return (
+            (self.num_mel_bins - self.patch_size) // self.patch_stride + 1,
+            (self.num_mel_frames - self.patch_size) // self.patch_stride + 1,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageBindVisionConfig:
+    """ImageBind's vision tower (reference: ImageBind/models). A picture is seen as `frames_per_patch` equal frames."""
+
+    image_size: int = 224
+    patch_size: int = 14
+    frames_per_patch: int = 2
+    width: int
+    depth: int
+    num_heads: int
+    mlp_dim: int
+    norm_eps: float = 1e-6
+
+    @property
+    def num_patches(self) -> int:
+        return (self.image_size // self.patch_size) ** 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageBindConfig:
+    """The two of ImageBind's six towers that Video-LLaMA uses, and the width of the space that they share."""
+
+    embed_dim: int
+    audio: ImageBindAudioConfig
+    vision: ImageBindVisionConfig
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for long contexts: evenly ("linear"), or as Llama 3 does ("llama3")."""
+
+    kind: Literal["linear", "llama3"]
+    factor: float
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_length: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """A language model of the LLaMA family, as Hugging Face's LlamaForCausalLM."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    norm_eps: float
+    max_length: int
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    tie_embeddings: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VideoLlamaConfig:
+    """The whole model. Without `audio_qformer` and `imagebind` it is a picture-only model.
+
+    num_frames, num_clips: how many frames and two-second sounds are taken from a file unless told otherwise.
+    num_frame_positions, num_clip_positions: rows of the learned position tables.
+    template: the prompt template that the language model was tuned on (text/prompts.py).
+    """
+
+    vit: VitConfig
+    ln_vision_eps: float = 1e-5  # torch's default, unlike the blocks' (reference: blip2.py:74)
+    image_qformer: QFormerConfig
+    video_qformer: QFormerConfig
+    num_frames: int = 8
+    num_frame_positions: int = 32
+    audio_qformer: QFormerConfig | None = None
+    imagebind: ImageBindConfig | None = None
+    num_clips: int = 8
+    num_clip_positions: int = 8
+    llama: LlamaConfig
+    template: str = "vicuna"
+
+    @property
+    def has_audio(self) -> bool:
+        return self.imagebind is not None
+
+    def __post_init__(self):
+        if (self.audio_qformer is None) != (self.imagebind is None):
+            raise ConfigError("audio_qformer and imagebind belong together: give both, or neither (picture-only)")
+        for path, part in [("vit", self.vit), *_attention_parts(self)]:
+            if part.width % part.num_heads:
+                raise ConfigError(f"{path}: width {part.width} is not a multiple of num_heads {part.num_heads}")
+        for path in ("image_qformer", "video_qformer", "audio_qformer"):
+            part = getattr(self, path)
+            if part and (part.cross_attention_every not in (1, 2) or part.depth % part.cross_attention_every):
+                raise ConfigError(f"{path}: cross_attention_every must be 1 or 2 and divide the depth {part.depth}")
+        if self.llama.num_heads % self.llama.num_kv_heads:
+            raise ConfigError(
+                f"llama: num_heads {self.llama.num_heads} is not a multiple of num_kv_heads {self.llama.num_kv_heads}"
+            )
+
+
+def _attention_parts(config: VideoLlamaConfig) -> list[tuple[str, Any]]:
+    parts = [("image_qformer", config.image_qformer), ("video_qformer", config.video_qformer)]
+    if config.imagebind is not None:
+        parts += [("audio_qformer", config.audio_qformer)]
+        parts += [("imagebind.audio", config.imagebind.audio), ("imagebind.vision", config.imagebind.vision)]
+    return parts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How an answer is chosen (reference: conversation_video.py and transformers 4.28, but greedy unless asked).
+
+    Raises ConfigError for values that mean nothing, and for sampling with beams.
+
+    Attributes:
+        max_new_tokens: The longest answer, in tokens.
+        temperature: 0 takes the likeliest token; above 0 draws.
+        top_p: Draw from the fewest likeliest tokens that together have this probability.
+        top_k: Draw from this many likeliest tokens; 0 for all.
+        seed: Of the draws.
+        num_beams: Above 1, beam search.
+        length_penalty: Scores of beams are divided by their length to this power.
+        repetition_penalty: Above 1, makes tokens that the answer has already less likely.
+    """
+
+    max_new_tokens: int = 300
+    temperature: float = 0.0
+    top_p: float = 0.9
+    top_k: int = 50
+    seed: int = 0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    repetition_penalty: float = 1.0
+
+    def __post_init__(self):
+        at_least = {"max_new_tokens": 1, "num_beams": 1, "temperature": 0, "top_k": 0, "seed": 0}
+        for name, low in at_least.items():
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= low):
+                raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
+        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
+            raise ConfigError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if not math.isfinite(self.length_penalty):
+            raise ConfigError(f"length_penalty must be a number, not {self.length_penalty}")
+        if self.num_beams > 1 and self.temperature > 0:
+            raise ConfigError("beam search does not sample: give either num_beams above 1 or a temperature above 0")
+
+
+# Presets: the published sizes (golden/full_param_shapes.json holds every shape) and one for tests.
+
+EVA_G = VitConfig(width=1408, depth=39, num_heads=16, mlp_dim=6144)  # 39: BLIP-2 drops EVA's last block
+BLIP2_QFORMER = QFormerConfig(width=768, depth=12, num_heads=12, mlp_dim=3072, num_queries=32, cross_attention_every=2)
+VIDEO_QFORMER = QFormerConfig(width=768, depth=2, num_heads=12, mlp_dim=3072, num_queries=32)
+AUDIO_QFORMER = QFormerConfig(width=768, depth=2, num_heads=12, mlp_dim=3072, num_queries=8)
+IMAGEBIND_HUGE = ImageBindConfig(
+    embed_dim=1024,
+    audio=ImageBindAudioConfig(width=768, depth=12, num_heads=12, mlp_dim=3072),
+    vision=ImageBindVisionConfig(width=1280, depth=32, num_heads=16, mlp_dim=5120),
+)
+LLAMA_7B = LlamaConfig(
+    vocab_size=32000,
+    width=4096,
+    depth=32,
+    num_heads=32,
+    num_kv_heads=32,
+    head_dim=128,
+    mlp_dim=11008,
+    norm_eps=1e-6,
+    max_length=2048,
+)
+LLAMA_13B = dataclasses.replace(LLAMA_7B, width=5120, depth=40, num_heads=40, num_kv_heads=40, mlp_dim=13824)
+
+
+def video_llama(llama: LlamaConfig, template: str = "vicuna", *, audio: bool = True) -> VideoLlamaConfig:
+    """The published model around a given language model."""
+    return VideoLlamaConfig(
+        vit=EVA_G,
+        image_qformer=BLIP2_QFORMER,
+        video_qformer=VIDEO_QFORMER,
+        audio_qformer=AUDIO_QFORMER if audio else None,
+        imagebind=IMAGEBIND_HUGE if audio else None,
+        llama=llama,
+        template=template,
+    )
+
+
+def video_llama_7b(template: str = "vicuna") -> VideoLlamaConfig:
+    """Video-LLaMA-7B: template "vicuna" for Vicuna-7B, "llama_2" for LLaMA-2-7B-chat."""
+    return video_llama(_llama(LLAMA_7B, template), template)
+
+
+def video_llama_13b(template: str = "vicuna") -> VideoLlamaConfig:
+    """Video-LLaMA-13B: template "vicuna" for Vicuna-13B, "llama_2" for LLaMA-2-13B-chat."""
+    return video_llama(_llama(LLAMA_13B, template), template)
+
+
+def _llama(llama: LlamaConfig, template: str) -> LlamaConfig:
+    """LLaMA 2 reads 4096 tokens, and its RMSNorm has another epsilon, than the first LLaMA."""
+    return dataclasses.replace(llama, max_length=4096, norm_eps=1e-5) if template == "llama_2" else llama
+
+
+def tiny(*, audio: bool = True, vocab_size: int = 512) -> VideoLlamaConfig:
+    """A model of a third of a million parameters with every part of the real one, for tests and first steps."""
+    qformer = QFormerConfig(width=48, depth=2, num_heads=4, mlp_dim=96, num_queries=32)
+    return VideoLlamaConfig(
+        vit=VitConfig(width=64, depth=3, num_heads=4, mlp_dim=279),
+        image_qformer=dataclasses.replace(qformer, depth=4, cross_attention_every=2),
+        video_qformer=qformer,
+        audio_qformer=dataclasses.replace(qformer, num_queries=8) if audio else None,
+        imagebind=ImageBindConfig(
+            embed_dim=40,
+            audio=ImageBindAudioConfig(width=48, depth=2, num_heads=4, mlp_dim=192),
+            vision=ImageBindVisionConfig(width=64, depth=2, num_heads=4, mlp_dim=256),
+        )
+        if audio
+        else None,
+        llama=LlamaConfig(
+            vocab_size=vocab_size,
+            width=64,
+            depth=3,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            mlp_dim=112,
+            norm_eps=1e-6,
+            max_length=1024,
+        ),
+    )
+
+
+# JSON: a config is what `dataclasses.asdict` makes of it.
+
+
+def to_json(config: Any) -> str:
+    return json.dumps(dataclasses.asdict(config), indent=2)
+
+
+def from_json(text: str, cls: type = VideoLlamaConfig, where: str = "config") -> Any:
+    """Reads a config of class `cls`. Raises ConfigError for broken JSON, unknown or missing fields, wrong types."""
+    return from_dict(parse_json(text, where), cls, where)
+
+
+def parse_json(text: str, where: str) -> dict[str, Any]:
+    """A JSON object. Raises ConfigError naming `where`."""
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise ConfigError(f"{where} must be a JSON object, not {type(fields).__name__}")
+    return fields
+
+
+def from_dict(fields: Mapping[str, Any], cls: type = VideoLlamaConfig, where: str = "config") -> Any:
+    """The dataclass `cls` from nested dicts. Raises ConfigError, naming the field by its path under `where`."""
+    check_fields(fields, cls, where)
+    hints = typing.get_type_hints(cls)
+    required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
+    if missing := sorted(required - fields.keys()):
+        raise ConfigError(f"{where}: missing {', '.join(missing)}")
+    return cls(**{name: _value(value, hints[name], f"{where}.{name}") for name, value in fields.items()})
+
+
+def _value(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the type that a field's annotation names."""
+    kind = _dataclass_in(hint)
+    if value is None and type(None) in typing.get_args(hint):
+        return None
+    if kind is not None and isinstance(value, Mapping):
+        return from_dict(value, kind, where)
+    if typing.get_origin(hint) is Literal:
+        accepted = value in typing.get_args(hint)
+    elif hint is float:
+        accepted = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    else:
+        accepted = kind is None and type(value) is hint
+    if not accepted:
+        raise ConfigError(f"{where}: {value!r} is not of type {getattr(hint, '__name__', hint)}")
+    return float(value) if hint is float else value
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass in an annotation such as `X` or `X | None`."""
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+
+
+def check_fields(fields: Mapping[str, Any], cls: type = VideoLlamaConfig, where: str = "config") -> None:
+    """Raises ConfigError where `fields`, any part of a config, has a field that `cls` does not know."""
+    known = {f.name for f in dataclasses.fields(cls)}
+    if unknown := sorted(fields.keys() - known):
+        raise ConfigError(f"{where}: unknown field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    hints = typing.get_type_hints(cls)
+    for name, value in fields.items():
+        kind = _dataclass_in(hints[name])
+        if kind is not None and isinstance(value, Mapping):
+            check_fields(value, kind, f"{where}.{name}")
+
+
+def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the fields of `override` in place of its own, nested objects field by field."""
+    merged = dict(base)
+    for name, value in override.items():
+        both_nested = isinstance(value, Mapping) and isinstance(base.get(name), Mapping)
+        merged[name] = merge(base[name], value) if both_nested else value
+    return merged

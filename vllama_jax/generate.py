@@ -1,0 +1,351 @@
+"""From a prompt to new tokens: one compiled prefill per padded length, one compiled loop that decodes.
+
+The loop runs on the device for up to `TOKENS_PER_DISPATCH` tokens, checks there whether an answer has ended, and keeps
+its cache in place (donated). Greedy, sampling and beam search differ in one function each, from logits to next tokens.
+Floor of a decoded token: the language model's bytes over memory bandwidth (13.5 GB in bfloat16 for 7B).
+"""
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vllama_jax.config import GenerationConfig, LlamaConfig
+from vllama_jax.errors import ConfigError
+from vllama_jax.nn.llama import KVCache, Llama
+from vllama_jax.nn.video_llama import splice
+from vllama_jax.sharding import mesh_of, under
+
+TOKENS_PER_DISPATCH = 16
+PADDED_LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+MAX_STOPS, MAX_STOP_LENGTH = 8, 8  # fixed, so that other stop strings do not compile again
+NOTHING = -1  # in place of a token
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One prompt: ids [n] with 0 at media, is_media [n], and the media tokens [m, width] in order."""
+
+    ids: Int[np.ndarray, " n"]
+    is_media: Bool[np.ndarray, " n"]
+    media: Float[Array, "m w"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Beams:
+    """What beam search keeps beside its live rows: their scores, and the best finished hypotheses.
+
+    bests: score of each, −inf where there is none. Both scores are sums of log probabilities; a hypothesis's is divided
+    by its length to the length penalty, the dummy BOS counted (reference: transformers 4.28, BeamHypotheses).
+    """
+
+    live_scores: Float[Array, " r"]
+    bests: Float[Array, " r"]
+    tokens: Int[Array, "r t"]
+    lengths: Int[Array, " r"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """Generation between two tokens. Rows r are prompts, or the beams of one prompt.
+
+    tokens: generated so far, NOTHING after; lengths: how many in each row; count: in the longest. seen: for the
+    repetition penalty. done: rows that have ended (all at once, with beams).
+    """
+
+    cache: KVCache
+    tokens: Int[Array, "r t"]
+    lengths: Int[Array, " r"]
+    count: Int[Array, ""]
+    seen: Bool[Array, "r v"]
+    done: Bool[Array, " r"]
+    key: Array
+    beams: Beams | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Numbers that do not change what is compiled."""
+
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+    length_penalty: Float[Array, ""]
+    repetition_penalty: Float[Array, ""]
+    bos: Int[Array, ""]
+    eos: Int[Array, ""]
+    stops: Int[Array, "s l"]  # aligned to the right, NOTHING before
+    max_new_tokens: Int[Array, ""]
+
+
+def generate(
+    llama: Llama,
+    prompts: Sequence[Prompt],
+    config: GenerationConfig,
+    *,
+    bos: int,
+    eos: int,
+    stops: Sequence[Sequence[int]] = (),
+) -> Iterator[list[list[int]]]:
+    """Yields, dispatch by dispatch, each prompt's new tokens; what ended an answer is among them.
+
+    stops: token sequences that end an answer, besides `eos`. bos: the original starts every answer from a dummy BOS,
+    which the repetition penalty and beam scores count, and which is not in what is yielded. With beams, one prompt is
+    taken and its answer comes at once.
+    Raises ConfigError when a prompt and its answer do not fit the model's context.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    check_length(longest, config.max_new_tokens, llama.cfg)
+    if config.num_beams > 1 and len(prompts) > 1:
+        raise ConfigError("beam search takes one prompt at a time")
+    settings = _settings(config, bos, eos, stops)
+    room = -(-config.max_new_tokens // 64) * 64
+    choose = Choice(config.num_beams, config.temperature > 0, config.top_k)
+    mesh = mesh_of(llama)
+    with under(mesh):
+        state = _prefill(
+            llama,
+            *_padded(prompts, padded_length(longest)),
+            settings,
+            jax.random.key(config.seed),
+            room=room,
+            choose=choose,
+        )
+    given = [0] * len(prompts)
+    while True:
+        done, count = jax.device_get((state.done, state.count))
+        finished = bool(done.all()) or count >= config.max_new_tokens
+        if choose.num_beams == 1 or finished:
+            rows = _answer(state, settings) if choose.num_beams > 1 else _rows(state)
+            yield [row[start:] for row, start in zip(rows, given, strict=True)]
+            given = [len(row) for row in rows]
+        if finished:
+            return
+        with under(mesh):
+            state = _decode(llama, state, settings, choose=choose)
+
+
+def check_length(prompt: int, new: int, cfg: LlamaConfig) -> None:
+    """Raises ConfigError when a prompt and its answer do not fit the model's context."""
+    if prompt + new > cfg.max_length:
+        room = cfg.max_length - prompt
+        advice = f"or ask for at most {room} new tokens" if room > 0 else "new tokens have no room at all"
+        raise ConfigError(
+            f"the conversation has {prompt} tokens and {new} new ones are asked for, "
+            f"but the model reads {cfg.max_length}; drop earlier turns or media, {advice}"
+        )
+
+
+def padded_length(length: int) -> int:
+    """The smallest of a few lengths, so that few programs are compiled."""
+    return next((size for size in PADDED_LENGTHS if size >= length), -(-length // 4096) * 4096)
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """How the next tokens are chosen, as far as it changes what is compiled."""
+
+    num_beams: int
+    sample: bool
+    top_k: int
+
+    def __call__(self, logits: Float[Array, "r v"], state: State, settings: Settings) -> State:
+        return self._beam(logits, state, settings) if self.num_beams > 1 else self._one(logits, state, settings)
+
+    def _one(self, logits: Float[Array, "r v"], state: State, settings: Settings) -> State:
+        """The likeliest token of each row, or a drawn one."""
+        logits = penalise(logits, state.seen, settings.repetition_penalty)
+        key, draw = jax.random.split(state.key)
+        if self.sample:
+            chosen = jax.random.categorical(draw, warp(logits, settings.temperature, self.top_k, settings.top_p))
+        else:
+            chosen = jnp.argmax(logits, axis=-1)
+        chosen = jnp.where(state.done, NOTHING, chosen)
+        tokens = jax.lax.dynamic_update_slice(state.tokens, chosen[:, None], (0, state.count))
+        return dataclasses.replace(
+            state,
+            key=key,
+            tokens=tokens,
+            lengths=state.lengths + ~state.done,
+            count=state.count + 1,
+            seen=state.seen | (jnp.arange(state.seen.shape[1]) == chosen[:, None]),
+            done=state.done | (chosen == settings.eos) | stopped(tokens, state.count + 1, settings.stops),
+        )
+
+    def _beam(self, logits: Float[Array, "r v"], state: State, settings: Settings) -> State:
+        """The next tokens of all beams (reference: transformers 4.28, beam_search and BeamSearchScorer.process).
+
+        Of the 2·r best continuations, those that end (and are among the first r) become hypotheses, the first r others
+        go on.
+        """
+        r, v = logits.shape
+        beams, length = state.beams, state.count + 1  # the dummy BOS counts
+        scores = penalise(jax.nn.log_softmax(logits), state.seen, settings.repetition_penalty)
+        scores, index = jax.lax.top_k((scores + beams.live_scores[:, None]).reshape(-1), 2 * r)
+        row, token = index // v, (index % v).astype(jnp.int32)
+        ends = token == settings.eos
+        ended = jnp.where(ends & (jnp.arange(2 * r) < r), scores / length**settings.length_penalty, -jnp.inf)
+        bests, best = jax.lax.top_k(jnp.concatenate([beams.bests, ended]), r)
+        beams = Beams(
+            live_scores=beams.live_scores,
+            bests=bests,
+            tokens=jnp.concatenate([beams.tokens, state.tokens[row]])[best],
+            lengths=jnp.concatenate([beams.lengths, state.lengths[row]])[best],
+        )
+        over = (bests[-1] > -jnp.inf) & (bests[-1] >= scores[0] / length**settings.length_penalty)
+
+        going = jnp.argsort(ends, stable=True)[:r]
+        row, token = row[going], token[going]
+        tokens = jax.lax.dynamic_update_slice(state.tokens[row], token[:, None], (0, state.count))
+        stop = stopped(tokens[:1], state.count + 1, settings.stops)
+        seen = state.seen[row] | (jnp.arange(v) == token[:, None])
+        cache = dataclasses.replace(
+            state.cache, keys_values=state.cache.keys_values[:, :, :, :, row], valid=state.cache.valid[row]
+        )
+        grown = State(
+            cache=cache,
+            tokens=tokens,
+            lengths=state.lengths[row] + 1,
+            count=state.count + 1,
+            seen=seen,
+            done=jnp.broadcast_to(stop | over, (r,)),
+            key=state.key,
+            beams=dataclasses.replace(beams, live_scores=scores[going]),
+        )
+        return dataclasses.replace(grown, beams=_with_live(grown, settings, ~over & (stop[0] | _full(grown, settings))))
+
+
+def _full(state: State, settings: Settings) -> Bool[Array, ""]:
+    return state.count >= settings.max_new_tokens
+
+
+def _with_live(state: State, settings: Settings, when: Bool[Array, ""]) -> Beams:
+    """When the search stops before its hypotheses are the best there can be, live beams are hypotheses too."""
+    beams, length = state.beams, state.count + 1
+    live = jnp.where(when, beams.live_scores / length**settings.length_penalty, -jnp.inf)
+    bests, best = jax.lax.top_k(jnp.concatenate([beams.bests, live]), beams.bests.shape[0])
+    return Beams(
+        live_scores=beams.live_scores,
+        bests=bests,
+        tokens=jnp.concatenate([beams.tokens, state.tokens])[best],
+        lengths=jnp.concatenate([beams.lengths, state.lengths])[best],
+    )
+
+
+def penalise(scores: Float[Array, "r v"], seen: Bool[Array, "r v"], penalty: Float[Array, ""]) -> Float[Array, "r v"]:
+    """Scores of tokens seen before, made worse: positive ones divided, negative ones multiplied by the penalty."""
+    return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
+
+
+def warp(
+    logits: Float[Array, "r v"], temperature: Float[Array, ""], top_k: int, top_p: Float[Array, ""]
+) -> Float[Array, "r v"]:
+    """Logits to draw from: over temperature, then the top k, then the fewest of those whose probability reaches top_p.
+
+    The rest is −inf. The order is the reference's.
+    """
+    logits = logits / temperature
+    best = jax.lax.top_k(logits, min(top_k, logits.shape[-1]) if top_k else logits.shape[-1])[0]
+    probabilities = jax.nn.softmax(best, axis=-1)
+    kept = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+    least = jnp.min(jnp.where(kept, best, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def stopped(tokens: Int[Array, "r t"], count: Int[Array, ""], stops: Int[Array, "s l"]) -> Bool[Array, " r"]:
+    """Whether the first `count` tokens of a row end in one of the stop sequences."""
+    places = count - stops.shape[1] + jnp.arange(stops.shape[1])
+    tail = jnp.where(places >= 0, tokens[:, jnp.maximum(places, 0)], NOTHING)
+    same = (tail[:, None] == stops) | (stops == NOTHING)
+    return jnp.any(jnp.all(same, axis=-1) & (stops[:, -1] != NOTHING), axis=-1)
+
+
+@functools.partial(jax.jit, static_argnames=("room", "choose"))
+def _prefill(llama, ids, is_media, lengths, media, settings, key, *, room, choose):
+    """Reads the prompts and chooses the first token of each."""
+    x = splice(llama.embed(ids), is_media, media)
+    b, n = ids.shape
+    cache = KVCache.empty(llama.cfg, b, padded_length(n + room), x.dtype)
+    hidden, cache = llama.extend(x, jnp.arange(n) < lengths[:, None], cache)
+    logits = llama.logits(jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0])
+    beams, r = None, b
+    if choose.num_beams > 1:
+        r = choose.num_beams
+        cache = dataclasses.replace(
+            cache, keys_values=jnp.repeat(cache.keys_values, r, axis=4), valid=jnp.repeat(cache.valid, r, axis=0)
+        )
+        logits = jnp.repeat(logits, r, axis=0)
+        beams = Beams(
+            live_scores=jnp.where(jnp.arange(r) == 0, 0.0, -1e9),  # all rows are the same: only the first may go on
+            bests=jnp.full(r, -jnp.inf),
+            tokens=jnp.full((r, room), NOTHING, jnp.int32),
+            lengths=jnp.zeros(r, jnp.int32),
+        )
+    state = State(
+        cache=cache,
+        tokens=jnp.full((r, room), NOTHING, jnp.int32),
+        lengths=jnp.zeros(r, jnp.int32),
+        count=jnp.int32(0),
+        seen=jnp.broadcast_to(jnp.arange(logits.shape[-1]) == settings.bos, logits.shape),
+        done=jnp.zeros(r, bool),
+        key=key,
+        beams=beams,
+    )
+    return choose(logits, state, settings)
+
+
+@functools.partial(jax.jit, static_argnames=("choose",), donate_argnames=("state",))
+def _decode(llama, state, settings, *, choose):
+    """Up to TOKENS_PER_DISPATCH more tokens, fewer when every row ends."""
+    last = jnp.minimum(state.count + TOKENS_PER_DISPATCH, settings.max_new_tokens)
+
+    def step(state: State) -> State:
+        ids = jnp.maximum(jax.lax.dynamic_slice_in_dim(state.tokens, state.count - 1, 1, axis=1), 0)
+        hidden, cache = llama.extend(llama.embed(ids), jnp.ones(ids.shape, bool), state.cache)
+        return choose(llama.logits(hidden[:, 0]), dataclasses.replace(state, cache=cache), settings)
+
+    return jax.lax.while_loop(lambda state: (state.count < last) & ~jnp.all(state.done), step, state)
+
+
+def _rows(state: State) -> list[list[int]]:
+    tokens, lengths = jax.device_get((state.tokens, state.lengths))
+    return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+
+
+def _answer(state: State, settings: Settings) -> list[list[int]]:
+    """The best hypothesis; one that ended before the limit ends in EOS (reference: BeamSearchScorer.finalize)."""
+    tokens, lengths, eos, limit = jax.device_get(
+        (state.beams.tokens[0], state.beams.lengths[0], settings.eos, settings.max_new_tokens)
+    )
+    return [tokens[:lengths].tolist() + [int(eos)] * bool(lengths < limit)]
+
+
+def _settings(config: GenerationConfig, bos: int, eos: int, stops: Sequence[Sequence[int]]) -> Settings:
+    table = np.full((MAX_STOPS, MAX_STOP_LENGTH), NOTHING, np.int32)
+    for row, stop in zip(table, stops, strict=False):
+        row[MAX_STOP_LENGTH - len(stop) :] = stop
+    return Settings(
+        temperature=np.float32(config.temperature),
+        top_p=np.float32(config.top_p),
+        length_penalty=np.float32(config.length_penalty),
+        repetition_penalty=np.float32(config.repetition_penalty),
+        bos=np.int32(bos),
+        eos=np.int32(eos),
+        stops=table,
+        max_new_tokens=np.int32(config.max_new_tokens),
+    )
+
+
+def _padded(prompts: Sequence[Prompt], length: int):
+    """Rows padded on the right: ids, is_media, lengths, media."""
+    ids = np.stack([np.pad(prompt.ids, (0, length - len(prompt.ids))) for prompt in prompts]).astype(np.int32)
+    is_media = np.stack([np.pad(prompt.is_media, (0, length - len(prompt.ids))) for prompt in prompts])
+    slots = max(8, *(-(-prompt.media.shape[0] // 8) * 8 for prompt in prompts))
+    media = jnp.stack([jnp.pad(prompt.media, ((0, slots - prompt.media.shape[0]), (0, 0))) for prompt in prompts])
+    return ids, is_media, np.array([len(prompt.ids) for prompt in prompts], np.int32), media

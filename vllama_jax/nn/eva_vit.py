@@ -1,0 +1,26 @@
+"""EVA-CLIP's vision transformer, as BLIP-2 uses it (paper §2.1.1; reference: eva_vit.py)."""
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from vllama_jax.config import VitConfig
+from vllama_jax.nn.layers import PreNormBlock, axes, like_weights, named, patchify, prepend, run_blocks, stack
+
+
+class EvaVit(nnx.Module):
+    """Pictures → the residual stream of every patch and the class token, with no norm and no pooling at the end."""
+
+    def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs):
+        self.patch_size = cfg.patch_size
+        self.patch_embed = nnx.Linear(3 * cfg.patch_size**2, cfg.width, rngs=rngs, **axes(None, "embed"))
+        self.class_token = named(jnp.zeros(cfg.width), "embed")
+        self.positions = named(jnp.zeros((cfg.num_patches + 1, cfg.width)), None, "embed")
+        self.blocks = stack(
+            lambda rngs: PreNormBlock(cfg.width, cfg.num_heads, cfg.mlp_dim, cfg.norm_eps, rngs=rngs), cfg.depth, rngs
+        )
+
+    def __call__(self, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """Normalised pictures → [b, 1 + patches, width], the class token first."""
+        x = self.patch_embed(patchify(like_weights(pictures, self.class_token), self.patch_size))
+        return run_blocks(self.blocks, prepend(self.class_token, x) + self.positions[...])

@@ -1,0 +1,98 @@
+"""ImageBind's audio and vision towers: two senses in one space (arXiv 2305.05665; reference: ImageBind/models)."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float
+
+from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig, ImageBindVisionConfig
+from vllama_jax.nn.layers import (
+    PreNormBlock,
+    axes,
+    layer_norm,
+    like_weights,
+    named,
+    patchify,
+    prepend,
+    run_blocks,
+    stack,
+)
+
+
+def _unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    """Rows of norm 1, in float32."""
+    x = x.astype(jnp.float32)
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+class AudioTower(nnx.Module):
+    """A log-mel picture of two seconds → one vector of norm exp(log_logit_scale), 20 as published."""
+
+    def __init__(self, cfg: ImageBindAudioConfig, embed_dim: int, *, rngs: nnx.Rngs):
+        self.scale = min(float(np.exp(np.float32(cfg.log_logit_scale))), cfg.max_logit_scale)
+        self.patch_embed = nnx.Conv(
+            1,
+            cfg.width,
+            (cfg.patch_size, cfg.patch_size),
+            strides=cfg.patch_stride,
+            padding="VALID",
+            use_bias=False,
+            rngs=rngs,
+            **axes(None, None, None, "embed", inputs=3),
+        )
+        self.stem_norm = layer_norm(cfg.width, cfg.stem_norm_eps, rngs)
+        self.class_token = named(jnp.zeros(cfg.width), "embed")
+        self.positions = named(jnp.zeros((cfg.num_patches + 1, cfg.width)), None, "embed")
+        self.blocks = stack(
+            lambda rngs: PreNormBlock(
+                cfg.width, cfg.num_heads, cfg.mlp_dim, cfg.norm_eps, extra_key_value=True, rngs=rngs
+            ),
+            cfg.depth,
+            rngs,
+        )
+        self.head_norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
+        self.head = nnx.Linear(cfg.width, embed_dim, use_bias=False, rngs=rngs, **axes("embed", None))
+
+    def __call__(self, mel: Float[Array, "b f t"]) -> Float[Array, "b e"]:
+        """Normalised mel [b, 128, 204] → [b, embed_dim], float32."""
+        patches = self.patch_embed(like_weights(mel, self.class_token)[..., None])
+        x = self.stem_norm(patches.reshape(mel.shape[0], -1, patches.shape[-1]))
+        x = run_blocks(self.blocks, prepend(self.class_token, x) + self.positions[...])
+        return _unit(self.head(self.head_norm(x[:, 0]))) * self.scale
+
+
+class VisionTower(nnx.Module):
+    """A picture → one vector of norm 1. The tower was made for short clips and sees a picture as equal frames."""
+
+    def __init__(self, cfg: ImageBindVisionConfig, embed_dim: int, *, rngs: nnx.Rngs):
+        self.patch_size = cfg.patch_size
+        kernel = nnx.initializers.lecun_normal()(
+            rngs.params(), (cfg.frames_per_patch, 3 * cfg.patch_size**2, cfg.width)
+        )
+        self.patch_embed = named(kernel, None, None, "embed")
+        self.class_token = named(jnp.zeros(cfg.width), "embed")
+        self.positions = named(jnp.zeros((cfg.num_patches + 1, cfg.width)), None, "embed")
+        self.trunk_norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
+        self.blocks = stack(
+            lambda rngs: PreNormBlock(cfg.width, cfg.num_heads, cfg.mlp_dim, cfg.norm_eps, rngs=rngs), cfg.depth, rngs
+        )
+        self.head_norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
+        self.head = nnx.Linear(cfg.width, embed_dim, use_bias=False, rngs=rngs, **axes("embed", None))
+
+    def __call__(self, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
+        """Normalised pictures → [b, embed_dim], float32.
+
+        All of a patch's frames are the same picture, so the kernel's frames are summed instead of the picture repeated.
+        """
+        patches = patchify(like_weights(pictures, self.class_token), self.patch_size)
+        x = patches @ self.patch_embed[...].sum(axis=0)
+        x = self.trunk_norm(prepend(self.class_token, x) + self.positions[...])
+        return _unit(self.head(self.head_norm(run_blocks(self.blocks, x)[:, 0])))
+
+
+class ImageBind(nnx.Module):
+    """The two towers that Video-LLaMA uses of six."""
+
+    def __init__(self, cfg: ImageBindConfig, *, rngs: nnx.Rngs):
+        self.audio = AudioTower(cfg.audio, cfg.embed_dim, rngs=rngs)
+        self.vision = VisionTower(cfg.vision, cfg.embed_dim, rngs=rngs)

@@ -1,0 +1,185 @@
+"""What every tower is built of: named axes, norms, attention, the pre-norm block, and stacks of layers.
+
+Numerics: matrices multiply in the weights' dtype; layer norms, softmax and scores are float32. A tower casts its
+input to its weights' dtype once (`like_weights`); nothing below it takes a dtype.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from vllama_jax.errors import ConfigError
+from vllama_jax.sharding import AXIS_NAMES, partition_spec
+
+LECUN_NORMAL = nnx.initializers.lecun_normal()
+
+
+def axes(*names: str | None, inputs: int = 1) -> dict[str, Any]:
+    """Arguments that name the axes of a linear layer's kernel; past the input axes, its bias has the same."""
+    return {"kernel_metadata": {AXIS_NAMES: names}, "bias_metadata": {AXIS_NAMES: names[inputs:]}}
+
+
+def named(value: Array, *names: str | None) -> nnx.Param:
+    """A weight that belongs to no layer class, with names for its axes."""
+    return nnx.Param(value, **{AXIS_NAMES: names})
+
+
+def constrain(x: Array, *names: str | None) -> Array:
+    """Fixes where an activation lives, by the table in sharding.py, under the current mesh; without one, nothing.
+
+    Needed inside a scan's body: without it the compiler may keep the batch whole and move activations instead of
+    weights (27 times the traffic for a 7B step).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, names, mesh))
+
+
+def like_weights(x: Array, layer: nnx.Param) -> Array:
+    """`x` in the dtype of a tower's weights, named by one of them."""
+    return x.astype(layer.dtype)
+
+
+def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """A layer norm as the reference's: its epsilon, and the variance in two passes (flax's default is one)."""
+    metadata = {AXIS_NAMES: ("norm",)}
+    return nnx.LayerNorm(
+        width, epsilon=epsilon, use_fast_variance=False, scale_metadata=metadata, bias_metadata=metadata, rngs=rngs
+    )
+
+
+def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+    """`depth` layers as one module whose weights have the layer as axis 0. The only place where layers are stacked."""
+    return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
+
+
+def run_stack(layers: Any, x: Any, step: Callable[[Any, Any], Any]) -> Any:
+    """`x` through stacked layers: `step(layer, x)` once for each, its activations recomputed in the backward pass."""
+
+    def body(x, layer):
+        return step(layer, x), None
+
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, layers)[0]
+
+
+def attend(
+    query: Float[Array, "b n h k"],
+    key: Float[Array, "b c g k"],
+    value: Float[Array, "b c g k"],
+    mask: Bool[Array, "b n c"] | None = None,
+) -> Float[Array, "b n h k"]:
+    """Scaled dot-product attention; each of the g key heads serves h / g query heads. Softmax in float32."""
+    b, n, h, k = query.shape
+    grouped = (query * k**-0.5).reshape(b, n, key.shape[2], -1, k)
+    scores = jnp.einsum("bngrk,bcgk->bgrnc", grouped, key, preferred_element_type=jnp.float32)
+    if mask is not None:
+        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bgrnc,bcgk->bngrk", weights, value).reshape(b, n, h, k)
+
+
+class SelfAttention(nnx.Module):
+    """Self-attention with one matrix for query, key and value.
+
+    `extra_key_value` appends one learned key and value after the projections, never masked (torch's `add_bias_kv`,
+    which ImageBind's audio tower has).
+    """
+
+    def __init__(self, width: int, num_heads: int, *, extra_key_value: bool = False, rngs: nnx.Rngs):
+        head_dim = width // num_heads
+        self.qkv = nnx.LinearGeneral(
+            width, (3, num_heads, head_dim), rngs=rngs, **axes("embed", None, "heads", "head_dim")
+        )
+        self.out = nnx.LinearGeneral(
+            (num_heads, head_dim),
+            width,
+            axis=(-2, -1),
+            rngs=rngs,
+            **axes("heads", "head_dim", "embed", inputs=2),
+        )
+        if extra_key_value:
+            self.extra_key = named(jnp.zeros((num_heads, head_dim)), "heads", "head_dim")
+            self.extra_value = named(jnp.zeros((num_heads, head_dim)), "heads", "head_dim")
+        self.extra_key_value = extra_key_value
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        query, key, value = jnp.moveaxis(self.qkv(x), 2, 0)
+        if self.extra_key_value:
+            key, value = _append(key, self.extra_key), _append(value, self.extra_value)
+        return self.out(attend(query, key, value))
+
+
+def _append(x: Float[Array, "b n h k"], row: nnx.Param) -> Float[Array, "b n+1 h k"]:
+    return jnp.concatenate([x, jnp.broadcast_to(row[...], (x.shape[0], 1, *row.shape))], axis=1)
+
+
+class Mlp(nnx.Module):
+    """Two linear layers with an exact (erf) GELU between them."""
+
+    def __init__(self, width: int, mlp_dim: int, *, kernel_init: nnx.Initializer = LECUN_NORMAL, rngs: nnx.Rngs):
+        self.up = nnx.Linear(width, mlp_dim, kernel_init=kernel_init, rngs=rngs, **axes("embed", "mlp"))
+        self.down = nnx.Linear(mlp_dim, width, kernel_init=kernel_init, rngs=rngs, **axes("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+
+
+class PreNormBlock(nnx.Module):
+    """A transformer block as in EVA and ImageBind: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(
+        self,
+        width: int,
+        num_heads: int,
+        mlp_dim: int,
+        norm_eps: float,
+        *,
+        extra_key_value: bool = False,
+        rngs: nnx.Rngs,
+    ):
+        self.norm1 = layer_norm(width, norm_eps, rngs)
+        self.attention = SelfAttention(width, num_heads, extra_key_value=extra_key_value, rngs=rngs)
+        self.norm2 = layer_norm(width, norm_eps, rngs)
+        self.mlp = Mlp(width, mlp_dim, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        x = constrain(x, "batch", None, None)
+        x = x + self.attention(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+def run_blocks(blocks: PreNormBlock, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """`x` through a stack of pre-norm blocks."""
+    return run_stack(blocks, x, lambda block, x: block(x))
+
+
+def patchify(pictures: Float[Array, "b h w c"], size: int) -> Float[Array, "b n p"]:
+    """Pictures cut into squares of `size` pixels, row by row; each square flattened as (row, column, channel)."""
+    b, h, w, c = pictures.shape
+    grid = pictures.reshape(b, h // size, size, w // size, size, c)
+    return grid.swapaxes(2, 3).reshape(b, (h // size) * (w // size), size * size * c)
+
+
+def prepend(token: nnx.Param, x: Float[Array, "b n d"]) -> Float[Array, "b n+1 d"]:
+    """A learned token in front of every row."""
+    return jnp.concatenate([jnp.broadcast_to(token[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype), x], axis=1)
+
+
+def position_rows(table: nnx.Param, count: int, *, interpolate: bool, what: str) -> Float[Array, "n d"]:
+    """The first `count` rows of a position table, or, on request, the whole table stretched linearly to `count` rows.
+
+    Raises ConfigError when there are fewer rows than asked for and `interpolate` is off.
+    """
+    rows, width = table.shape
+    if count <= rows:
+        return table[:count]
+    if not interpolate:
+        raise ConfigError(
+            f"{count} {what}, but the model has learned {rows} positions; use at most {rows}, or ask for interpolation"
+        )
+    return jax.image.resize(table[...], (count, width), "linear")

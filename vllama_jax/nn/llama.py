@@ -1,0 +1,193 @@
+"""A language model of the LLaMA family (reference: modeling_llama.py; Hugging Face's LlamaForCausalLM).
+
+Rows of a batch are padded on the right. A token's position is the number of real tokens before it, so that padding
+between a prompt and what is generated after it does not count.
+"""
+
+import dataclasses
+import math
+from typing import Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from vllama_jax.config import LlamaConfig, RopeScaling
+from vllama_jax.nn.layers import attend, axes, constrain, like_weights, named, run_stack, stack
+from vllama_jax.sharding import AXIS_NAMES
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all that has been read.
+
+    keys_values: [layer, position, key | value, kv head, batch, head_dim]. Position-major, because in any other order
+    writing one token costs a copy of the whole.
+    valid: [batch, position], False where a row has padding or nothing yet. length: positions written so far.
+    """
+
+    keys_values: Float[Array, "l c 2 g b k"]
+    valid: Bool[Array, "b c"]
+    length: Int[Array, ""]
+
+    @classmethod
+    def empty(cls, cfg: LlamaConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Self:
+        shape = (cfg.depth, capacity, 2, cfg.num_kv_heads, batch, cfg.head_dim)
+        return cls(jnp.zeros(shape, dtype), jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
+
+    @property
+    def capacity(self) -> int:
+        return self.keys_values.shape[1]
+
+
+def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
+    """Rotary frequencies in radians a position, float32 [head_dim / 2], as the `inv_freq` buffer of checkpoints."""
+    exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
+    frequencies = np.float32(1.0) / np.power(np.float32(cfg.rope_theta), exponents)
+    return frequencies if cfg.rope_scaling is None else _stretched(frequencies, cfg.rope_scaling)
+
+
+def _stretched(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Linear: all divided by the factor. Llama 3: long waves divided, short ones kept, a ramp between."""
+    slow = frequencies / np.float32(scaling.factor)
+    if scaling.kind == "linear":
+        return slow
+    turns = scaling.original_max_length * frequencies / (2 * math.pi)  # within the context that was trained on
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = np.clip(keep, 0.0, 1.0)
+    return ((1 - keep) * slow + keep * frequencies).astype(np.float32)
+
+
+def rotate(
+    x: Float[Array, "b n h k"], cos: Float[Array, "b n k/2"], sin: Float[Array, "b n k/2"]
+) -> Float[Array, "b n h k"]:
+    """Rotary position embedding on halves (not on neighbours), in float32."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """The projections of grouped-query attention; what is attended to is up to the caller."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        def heads(count: int, name: str) -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(
+                cfg.width, (count, cfg.head_dim), use_bias=False, rngs=rngs, **axes("embed", name, "head_dim")
+            )
+
+        self.query = heads(cfg.num_heads, "heads")
+        self.key = heads(cfg.num_kv_heads, "kv_heads")
+        self.value = heads(cfg.num_kv_heads, "kv_heads")
+        self.out = nnx.LinearGeneral(
+            (cfg.num_heads, cfg.head_dim),
+            cfg.width,
+            axis=(-2, -1),
+            use_bias=False,
+            rngs=rngs,
+            **axes("heads", "head_dim", "embed", inputs=2),
+        )
+
+
+class SwiGlu(nnx.Module):
+    """down(silu(gate(x)) · up(x))."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        self.gate = nnx.Linear(cfg.width, cfg.mlp_dim, use_bias=False, rngs=rngs, **axes("embed", "mlp"))
+        self.up = nnx.Linear(cfg.width, cfg.mlp_dim, use_bias=False, rngs=rngs, **axes("embed", "mlp"))
+        self.down = nnx.Linear(cfg.mlp_dim, cfg.width, use_bias=False, rngs=rngs, **axes("mlp", "embed"))
+
+    def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Block(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), in two halves: what is attended to comes between."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        self.attention_norm = _rms_norm(cfg, rngs)
+        self.attention = Attention(cfg, rngs=rngs)
+        self.mlp_norm = _rms_norm(cfg, rngs)
+        self.mlp = SwiGlu(cfg, rngs=rngs)
+
+    def project(
+        self, x: Float[Array, "b n d"], cos: Float[Array, "b n k/2"], sin: Float[Array, "b n k/2"]
+    ) -> tuple[Float[Array, "b n h k"], Float[Array, "b n g k"], Float[Array, "b n g k"]]:
+        """Query, key and value of every token, query and key rotated."""
+        x = self.attention_norm(constrain(x, "batch", None, None))
+        attention = self.attention
+        return rotate(attention.query(x), cos, sin), rotate(attention.key(x), cos, sin), attention.value(x)
+
+    def finish(self, x: Float[Array, "b n d"], attended: Float[Array, "b n h k"]) -> Float[Array, "b n d"]:
+        """The rest of the block after attention."""
+        x = x + self.attention.out(attended)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+def _rms_norm(cfg: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(cfg.width, epsilon=cfg.norm_eps, scale_metadata={AXIS_NAMES: ("norm",)}, rngs=rngs)
+
+
+class Llama(nnx.Module):
+    """Token embeddings in, hidden states out; `logits` turns those into scores over the vocabulary."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        init = nnx.initializers.normal(0.02)
+        self.embedding = named(init(rngs.params(), (cfg.vocab_size, cfg.width)), "vocab", "embed")
+        self.blocks = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.depth, rngs)
+        self.norm = _rms_norm(cfg, rngs)
+        head = axes("embed", "vocab")
+        self.head = (
+            None if cfg.tie_embeddings else nnx.Linear(cfg.width, cfg.vocab_size, use_bias=False, rngs=rngs, **head)
+        )
+
+    def embed(self, ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+        return self.embedding[...][ids]
+
+    def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
+        """Embeddings, and which of them are tokens (padding on the right) → hidden states after the last norm."""
+        n = x.shape[1]
+        seen = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
+        cos, sin = self._rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
+
+        def step(block: Block, x: jax.Array) -> jax.Array:
+            query, key, value = block.project(x, cos, sin)
+            return block.finish(x, attend(query, key, value, seen))
+
+        return self.norm(run_stack(self.blocks, like_weights(x, self.embedding), step))
+
+    def extend(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], cache: KVCache
+    ) -> tuple[Float[Array, "b n d"], KVCache]:
+        """The same for the next n positions after those in the cache, which is returned longer by n."""
+        start, n = cache.length, x.shape[1]
+        before = jnp.sum(cache.valid, axis=1, keepdims=True)
+        cos, sin = self._rotations(before + jnp.cumsum(mask, axis=1) - 1)
+        valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
+        seen = valid[:, None, :] & (jnp.arange(cache.capacity) <= start + jnp.arange(n)[:, None])
+
+        def step(layer_block: tuple[jax.Array, Block], carry: tuple[jax.Array, jax.Array]):
+            (layer, block), (x, keys_values) = layer_block, carry
+            query, key, value = block.project(x, cos, sin)
+            new = jnp.stack([key, value], axis=0).transpose(2, 0, 3, 1, 4).astype(keys_values.dtype)
+            keys_values = jax.lax.dynamic_update_slice(keys_values, new[None], (layer, start, 0, 0, 0, 0))
+            keys_values = constrain(keys_values, None, None, None, "kv_heads", "batch", None)
+            keys, values = jnp.moveaxis(keys_values[layer], (1, 3), (0, 1))
+            return block.finish(x, attend(query, keys, values, seen)), keys_values
+
+        layers = jnp.arange(cache.keys_values.shape[0])
+        x, keys_values = run_stack((layers, self.blocks), (like_weights(x, self.embedding), cache.keys_values), step)
+        return self.norm(x), KVCache(keys_values, valid, start + n)
+
+    def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
+        """Scores over the vocabulary, float32."""
+        kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+
+    def _rotations(self, positions: Int[Array, "b n"]) -> tuple[Float[Array, "b n k/2"], Float[Array, "b n k/2"]]:
+        angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.cfg)
+        return jnp.cos(angles), jnp.sin(angles)

@@ -1,0 +1,88 @@
+"""The Q-Former of BLIP-2, for pictures, video and audio alike (paper §2.1; reference: Qformer.py).
+
+A BERT whose input is a set of learned queries: post-norm layers of self-attention, cross-attention to an encoder's
+output, and a feed-forward. Queries have no positions; a norm comes first.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from vllama_jax.config import QFormerConfig
+from vllama_jax.nn.layers import Mlp, attend, axes, constrain, layer_norm, like_weights, named, run_stack, stack
+
+INIT = nnx.initializers.normal(0.02)  # reference: Qformer.py:665-675
+
+
+class Attention(nnx.Module):
+    """Attention of x to `memory`, added to x and normalised (BERT's order)."""
+
+    def __init__(self, cfg: QFormerConfig, memory_width: int, *, rngs: nnx.Rngs):
+        heads = (cfg.num_heads, cfg.width // cfg.num_heads)
+
+        def projection(width: int) -> nnx.LinearGeneral:
+            return nnx.LinearGeneral(width, heads, kernel_init=INIT, rngs=rngs, **axes("embed", "heads", "head_dim"))
+
+        self.query = projection(cfg.width)
+        self.key = projection(memory_width)
+        self.value = projection(memory_width)
+        self.out = nnx.LinearGeneral(
+            heads,
+            cfg.width,
+            axis=(-2, -1),
+            kernel_init=INIT,
+            rngs=rngs,
+            **axes("heads", "head_dim", "embed", inputs=2),
+        )
+        self.norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], memory: Float[Array, "b m e"]) -> Float[Array, "b n d"]:
+        attended = self.out(attend(self.query(x), self.key(memory), self.value(memory)))
+        return self.norm(x + attended)
+
+
+class Layer(nnx.Module):
+    """One layer; `memory_width` is the encoder's width where the layer reads the encoder, None where it does not."""
+
+    def __init__(self, cfg: QFormerConfig, memory_width: int | None, *, rngs: nnx.Rngs):
+        self.attention = Attention(cfg, cfg.width, rngs=rngs)
+        self.cross_attention = None if memory_width is None else Attention(cfg, memory_width, rngs=rngs)
+        self.mlp = Mlp(cfg.width, cfg.mlp_dim, kernel_init=INIT, rngs=rngs)
+        self.mlp_norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
+
+    def __call__(self, x: Float[Array, "b n d"], memory: Float[Array, "b m e"]) -> Float[Array, "b n d"]:
+        x = constrain(x, "batch", None, None)
+        x = self.attention(x, x)
+        if self.cross_attention is not None:
+            x = self.cross_attention(x, memory)
+        return self.mlp_norm(x + self.mlp(x))
+
+
+class QFormer(nnx.Module):
+    """Learned queries that read an encoder's output.
+
+    Layers that read the encoder are stacked in `cross_layers`; where cross-attention comes every second layer, those
+    between are stacked in `plain_layers`, and the scan runs over pairs.
+    """
+
+    def __init__(self, cfg: QFormerConfig, memory_width: int, *, rngs: nnx.Rngs):
+        self.queries = named(INIT(rngs.params(), (cfg.num_queries, cfg.width)), None, "embed")
+        self.norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
+        groups = cfg.depth // cfg.cross_attention_every
+        self.cross_layers = stack(lambda rngs: Layer(cfg, memory_width, rngs=rngs), groups, rngs)
+        paired = cfg.cross_attention_every == 2
+        self.plain_layers = stack(lambda rngs: Layer(cfg, None, rngs=rngs), groups, rngs) if paired else None
+
+    def __call__(self, memory: Float[Array, "b m e"]) -> Float[Array, "b q d"]:
+        """An encoder's output [b, m, memory_width] → [b, num_queries, width]."""
+        memory = constrain(like_weights(memory, self.queries), "batch", None, None)
+        x = jnp.broadcast_to(self.norm(self.queries[...]), (memory.shape[0], *self.queries.shape))
+
+        def step(layers: tuple[Layer, ...], x: jax.Array) -> jax.Array:
+            for layer in layers:
+                x = layer(x, memory)
+            return x
+
+        layers = (self.cross_layers,) if self.plain_layers is None else (self.cross_layers, self.plain_layers)
+        return run_stack(layers, x, step)

@@ -1,0 +1,117 @@
+"""Video-LLaMA: two branches that turn what is seen and heard into tokens of a language model (arXiv 2306.02858)."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.nn.eva_vit import EvaVit
+from vllama_jax.nn.imagebind import ImageBind
+from vllama_jax.nn.layers import axes, layer_norm, like_weights, named, position_rows
+from vllama_jax.nn.llama import Llama
+from vllama_jax.nn.qformer import QFormer
+
+
+class VideoLlama(nnx.Module):
+    """The network. Frames are normalised floats (media.normalize); every method takes a batch, channels last."""
+
+    def __init__(self, cfg: VideoLlamaConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.vit = EvaVit(cfg.vit, rngs=rngs)
+        self.ln_vision = layer_norm(cfg.vit.width, cfg.ln_vision_eps, rngs)
+        self.image_qformer = QFormer(cfg.image_qformer, cfg.vit.width, rngs=rngs)
+        self.video_qformer = QFormer(cfg.video_qformer, cfg.image_qformer.width, rngs=rngs)
+        self.frame_positions = _positions(cfg.num_frame_positions, cfg.image_qformer.width, rngs)
+        self.llama_proj = _projection(cfg.video_qformer.width, cfg.llama.width, rngs)
+        if cfg.has_audio:
+            self.imagebind = ImageBind(cfg.imagebind, rngs=rngs)
+            self.audio_qformer = QFormer(cfg.audio_qformer, cfg.imagebind.embed_dim, rngs=rngs)
+            self.audio_positions = _positions(cfg.num_clip_positions, cfg.imagebind.embed_dim, rngs)
+            self.audio_llama_proj = _projection(cfg.audio_qformer.width, cfg.llama.width, rngs)
+        self.llama = Llama(cfg.llama, rngs=rngs)
+
+    def encode_frames(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t q d"]:
+        """Each frame by itself through EVA-CLIP and BLIP-2's Q-Former, before positions: [b, t, 32, 768]."""
+        b, t = frames.shape[:2]
+        seen = self.ln_vision(self.vit(frames.reshape(b * t, *frames.shape[2:])))
+        return self.image_qformer(seen).reshape(b, t, -1, self.image_qformer.queries.shape[-1])
+
+    def video_tokens(
+        self, features: Float[Array, "b t q d"], *, interpolate_positions: bool = False
+    ) -> Float[Array, "b v w"]:
+        """What `encode_frames` gives → tokens of the language model: positions, video Q-Former, linear layer.
+
+        Raises ConfigError when there are more frames than learned positions and no interpolation is asked for.
+        """
+        b, t, q, d = features.shape
+        rows = position_rows(self.frame_positions, t, interpolate=interpolate_positions, what="frames")
+        features = like_weights(features, self.frame_positions) + rows[:, None]
+        return self.llama_proj(self.video_qformer(features.reshape(b, t * q, d)))
+
+    def encode_video(
+        self, frames: Float[Array, "b t h w 3"], *, interpolate_positions: bool = False
+    ) -> Float[Array, "b v w"]:
+        """Frames of a video, or one of a picture → [b, 32, width of the language model]."""
+        return self.video_tokens(self.encode_frames(frames), interpolate_positions=interpolate_positions)
+
+    def audio_tokens(
+        self, features: Float[Array, "b s e"], *, interpolate_positions: bool = False
+    ) -> Float[Array, "b a w"]:
+        """ImageBind's vectors, of sounds or of pictures → tokens: positions, audio Q-Former, linear layer.
+
+        Raises ConfigError when there are more vectors than learned positions and no interpolation is asked for.
+        """
+        rows = position_rows(
+            self.audio_positions, features.shape[1], interpolate=interpolate_positions, what="audio clips or frames"
+        )
+        features = like_weights(features, self.audio_positions) + rows
+        return self.audio_llama_proj(self.audio_qformer(features))
+
+    def encode_audio(
+        self, mel: Float[Array, "b s f m"], *, interpolate_positions: bool = False
+    ) -> Float[Array, "b a w"]:
+        """Log-mel pictures of clips of sound (media.mel_clips) → [b, 8, width of the language model]."""
+        b, s = mel.shape[:2]
+        features = self.imagebind.audio(mel.reshape(b * s, *mel.shape[2:])).reshape(b, s, -1)
+        return self.audio_tokens(features, interpolate_positions=interpolate_positions)
+
+    def encode_audio_from_vision(
+        self, frames: Float[Array, "b t h w 3"], *, interpolate_positions: bool = False
+    ) -> Float[Array, "b a w"]:
+        """The audio branch on pictures, as it is trained (paper §2.2.2) → [b, 8, width of the language model]."""
+        b, t = frames.shape[:2]
+        features = self.imagebind.vision(frames.reshape(b * t, *frames.shape[2:])).reshape(b, t, -1)
+        return self.audio_tokens(features, interpolate_positions=interpolate_positions)
+
+    def embed(self, ids: Int[Array, "b n"]) -> Float[Array, "b n w"]:
+        """Embeddings of tokens."""
+        return self.llama.embed(ids)
+
+    def __call__(self, embeddings: Float[Array, "b n w"], mask: Bool[Array, "b n"]) -> Float[Array, "b n v"]:
+        """Embeddings of text and media, padded on the right → logits, float32. `mask` is True at tokens."""
+        return self.llama.logits(self.llama(embeddings, mask))
+
+
+def splice(
+    embeddings: Float[Array, "b n w"], is_media: Bool[Array, "b n"], media: Float[Array, "b m w"]
+) -> Float[Array, "b n w"]:
+    """Text embeddings with the media tokens, in order, in the places that `is_media` marks."""
+    index = jnp.clip(jnp.cumsum(is_media, axis=1) - 1, 0, media.shape[1] - 1)
+    chosen = jnp.take_along_axis(media.astype(embeddings.dtype), index[..., None], axis=1)
+    return jnp.where(is_media[..., None], chosen, embeddings)
+
+
+def _positions(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
+    return named(jax.random.normal(rngs.params(), (rows, width)), None, "embed")  # torch's nn.Embedding
+
+
+def _projection(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
+    bound = 1 / math.sqrt(width)  # torch's nn.Linear
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, **_) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nnx.Linear(width, out, kernel_init=init, bias_init=init, rngs=rngs, **axes(None, "embed"))

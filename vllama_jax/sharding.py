@@ -1,0 +1,94 @@
+"""Where every array lives: the mesh, and one table from logical axis names to mesh axes.
+
+Weights carry names ("embed", "heads", …) as metadata beside them (nn/layers.py: `axes`); activations are constrained
+by the same names inside the model. The table below is the only place where a name meets a device.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vllama_jax.errors import ConfigError
+
+AXIS_NAMES = "logical_axes"  # the key under which a weight's metadata holds its axis names
+
+# Measured for 16 to 256 chips: batch over data and fsdp, weights gathered layer by layer over fsdp.
+MESH_AXES = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+}
+
+
+def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh with axes data, fsdp and tensor over all devices. Raises ConfigError if their product is another number.
+
+    Its axes are Auto (the compiler partitions); `jax.make_mesh` would make them Explicit.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    shape = (data, fsdp, tensor)
+    if math.prod(shape) != len(devices):
+        raise ConfigError(
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} has {math.prod(shape)} places for {len(devices)} devices"
+        )
+    return jax.make_mesh(
+        shape, ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3, devices=np.asarray(devices)
+    )
+
+
+def partition_spec(
+    shape: Sequence[int], names: Sequence[str | None], mesh: Mesh | jax.sharding.AbstractMesh, *, fsdp: bool = True
+) -> PartitionSpec:
+    """Names to mesh axes for one array. Names stand for the last axes: stacked layers come first and have none.
+
+    A dimension that its mesh axes do not divide is replicated. `fsdp=False` leaves weights whole over fsdp (decoding).
+    """
+    sizes = dict(mesh.shape)
+    names = (None,) * (len(shape) - len(names)) + tuple(names)
+    spec = []
+    for size, name in zip(shape, names, strict=True):
+        axes = tuple(a for a in MESH_AXES.get(name, ()) if a in sizes and (fsdp or name == "batch" or a != "fsdp"))
+        spec.append(axes if axes and size % math.prod(sizes[a] for a in axes) == 0 else None)
+    return PartitionSpec(*spec)
+
+
+def shard_abstract(abstract_state: nnx.State, mesh: Mesh, *, fsdp: bool = True) -> nnx.State:
+    """An abstract state with every leaf's sharding on it; it serves init, restore and ahead-of-time compiling."""
+
+    def with_sharding(variable: nnx.Variable) -> nnx.Variable:
+        leaf = variable.get_value()
+        spec = partition_spec(leaf.shape, variable.get_metadata().get(AXIS_NAMES, ()), mesh, fsdp=fsdp)
+        return variable.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)))
+
+    return jax.tree.map(with_sharding, abstract_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def mesh_of(module: nnx.Module) -> Mesh | None:
+    """The mesh that a module's weights lie on; None on a single device."""
+    sharding = jax.tree.leaves(module)[0].sharding
+    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+
+
+def under(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+    """Makes `mesh` the current one, for the constraints inside the model."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def undivided_axes(abstract_state: nnx.State, mesh: Mesh) -> list[str]:
+    """One line for each named axis that the mesh does not divide, and that is therefore replicated."""
+    lines = set()
+    for path, variable in nnx.to_flat_state(abstract_state):
+        shape, names = variable.get_value().shape, variable.get_metadata().get(AXIS_NAMES, ())
+        for size, name in zip(shape[len(shape) - len(names) :], names, strict=True):
+            places = math.prod(mesh.shape[a] for a in MESH_AXES.get(name, ()))
+            if size % places:
+                lines.add(f"{path[0]}: {size} {name} over {places} devices does not divide; kept whole on each")
+    return sorted(lines)

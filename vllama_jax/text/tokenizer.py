@@ -1,0 +1,398 @@
+"""A folder with a LLaMA-family tokenizer in, ids and text out.
+
+Two kinds of folder. With `tokenizer.model`, SentencePiece does the pieces and we split at special tokens ourselves, so
+that ids and text equal those of the reference (the slow LlamaTokenizer of transformers 4.28, which the released weights
+were trained with). With only `tokenizer.json` (Llama 3 and newer), the `tokenizers` library does the pieces.
+"""
+
+import abc
+import dataclasses
+import itertools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+from vllama_jax.errors import CheckpointError
+
+MEDIA_TOKEN = "<ImageHere>"
+DECLARATION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+CONFIG_FILES = ("config.json", "generation_config.json")  # asked for special ids where only a tokenizer.json is there
+ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # the order in which transformers gives new tokens their ids
+REPLACEMENT = "\ufffd"
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialToken:
+    """A token found in a text as a whole, before the text is cut into pieces.
+
+    `lstrip` and `rstrip` say whether white space on that side of it is dropped, `hidden` whether `skip_special` leaves
+    it out of decoded text.
+    """
+
+    content: str
+    id: int
+    lstrip: bool
+    rstrip: bool
+    hidden: bool = True
+
+
+class Tokenizer(abc.ABC):
+    """Text to ids and back.
+
+    Attributes:
+        bos_id, eos_id: what starts a prompt and ends an answer.
+        unk_id: the unknown token, None where there is none (Llama 3).
+        pad_id: the padding token; without one the unknown token stands in, as in the reference, or else the end token.
+        vocab_size: all tokens, added ones included, but not the media placeholder.
+        media_id: where the reference puts `<ImageHere>`: the first id after the vocabulary.
+    """
+
+    def __init__(self, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], library_size: int):
+        """`library_size`: how many ids the library behind this class knows; special tokens may lie beyond."""
+        special_tokens = tuple(special_tokens)
+        self.vocab_size = max([library_size, *(token.id + 1 for token in special_tokens)])
+        self.media_id = self.vocab_size
+        self.bos_id, self.eos_id, self.unk_id = role_ids["bos"], role_ids["eos"], role_ids.get("unk")
+        self.pad_id = role_ids.get("pad", role_ids.get("unk", self.eos_id))
+        media = SpecialToken(MEDIA_TOKEN, self.media_id, lstrip=True, rstrip=True)
+        self._by_content = {token.content: token for token in (*special_tokens, media)}
+        self._by_id = {token.id: token for token in self._by_content.values()}
+        self._hidden_ids = {token.id for token in self._by_content.values() if token.hidden}
+        self._library_size = library_size
+        longest_first = sorted(self._by_content, key=len, reverse=True)
+        self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
+
+    def encode(self, text: str, bos: bool = False, special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            text: any text; halves of surrogate pairs (broken bytes on a command line) become "?".
+            bos: put `bos_id` first.
+            special: whether `</s>`, `<ImageHere>` and the like stand for their ids; if not, they are plain characters.
+        """
+        text = text.encode("utf-8", "replace").decode("utf-8")
+        ids = [self.bos_id] if bos else []
+        if not special:
+            return ids + self._encode_plain(text)
+        for piece in self._split(text):
+            token = self._by_content.get(piece)
+            ids.extend([token.id] if token else self._encode_plain(piece))
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
+        """The text of ids, without any clean-up of spaces.
+
+        Tokens beyond the library's vocabulary, such as the media placeholder, are set off by spaces as in transformers
+        4.28. Ids beyond the vocabulary (embedding tables are sometimes padded) have no text.
+        """
+        texts = []
+        for known, run in itertools.groupby(self._shown(ids, skip_special), key=lambda i: i < self._library_size):
+            run = list(run)
+            texts += [self._decode_known(run)] if known else self.tokens(run)
+        return " ".join(texts)
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """Each id as the piece it stands for, such as "▁dog"; "" for an id beyond the vocabulary."""
+        return [self._by_id[i].content if i in self._by_id else self._known_token(i) for i in map(int, ids)]
+
+    def settled_text(self, ids: Iterable[int]) -> str:
+        """The part of `decode(ids, skip_special=True)` that further ids cannot change.
+
+        Left out is an end that may become another character when its remaining bytes arrive.
+        """
+        shown = self._shown(ids, skip_special=True)
+        return self.decode(shown[: len(shown) - self._count_unsettled(shown)]).rstrip(REPLACEMENT)
+
+    @abc.abstractmethod
+    def _encode_plain(self, text: str) -> list[int]:
+        """Ids of a text without special tokens."""
+
+    @abc.abstractmethod
+    def _decode_known(self, ids: list[int]) -> str:
+        """Text of ids that the library knows."""
+
+    @abc.abstractmethod
+    def _known_token(self, token_id: int) -> str:
+        """The piece of an id, "" where the library knows none."""
+
+    def _count_unsettled(self, ids: list[int]) -> int:
+        """How many ids at the end may yet change characters before them that are already whole."""
+        return 0
+
+    def _shown(self, ids: Iterable[int], skip_special: bool) -> list[int]:
+        """Those of the ids that have a text."""
+        left_out = self._hidden_ids if skip_special else ()
+        return [i for i in map(int, ids) if (i < self._library_size or i in self._by_id) and i not in left_out]
+
+    def _split(self, text: str) -> list[str]:
+        """The text cut at special tokens, white space beside them dropped where they say so; no empty pieces."""
+        pieces = self._special.split(text)
+        for i in range(1, len(pieces), 2):  # odd places hold the special tokens
+            token = self._by_content[pieces[i]]
+            if token.lstrip:
+                pieces[i - 1] = pieces[i - 1].rstrip()
+            if token.rstrip:
+                pieces[i + 1] = pieces[i + 1].lstrip()
+        return [piece for piece in pieces if piece]
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """`tokenizer.model`. Each text between special tokens gets SentencePiece's leading "▁" of its own."""
+
+    def __init__(self, processor, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int]):
+        super().__init__(special_tokens, role_ids, processor.get_piece_size())
+        self._processor = processor
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self._processor.encode(text)
+
+    def _decode_known(self, ids: list[int]) -> str:
+        """Special tokens are written as they are.
+
+        The reference puts a space before the *text* that a special token ends, not before the token: "a</s>b" comes
+        back as " a</s>b".
+        """
+        text, run, after_special = "", [], False
+        for i, token_id in enumerate(ids):
+            if token_id not in self._hidden_ids:
+                run.append(token_id)
+                after_special = False
+                continue
+            space = " " if i > 0 and not after_special else ""
+            text += space + self._processor.decode(run) + self._by_id[token_id].content
+            run, after_special = [], True
+        return text + self._processor.decode(run)
+
+    def _known_token(self, token_id: int) -> str:
+        return self._processor.id_to_piece(token_id) if token_id < self._library_size else ""
+
+
+class JsonTokenizer(Tokenizer):
+    """`tokenizer.json`, through the `tokenizers` library."""
+
+    def __init__(self, library, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int]):
+        added = library.get_added_tokens_decoder()
+        sizes = (library.get_vocab_size(with_added_tokens=True), library.get_vocab_size(with_added_tokens=False))
+        super().__init__(special_tokens, role_ids, max([*sizes, *(token_id + 1 for token_id in added)]))
+        library.no_truncation()
+        library.no_padding()
+        library.encode_special_tokens = True  # in what is left to the library, special tokens are plain text
+        self._library = library
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self._library.encode(text, add_special_tokens=False).ids
+
+    def _decode_known(self, ids: list[int]) -> str:
+        return self._library.decode(ids, skip_special_tokens=False)
+
+    def _known_token(self, token_id: int) -> str:
+        return self._library.id_to_token(token_id) or ""
+
+    def _count_unsettled(self, ids: list[int]) -> int:
+        """The library turns a whole run of byte tokens into replacement characters when one of them does not fit."""
+        tokens = map(self._known_token, reversed(ids))
+        return sum(1 for _ in itertools.takewhile(re.compile("<0x[0-9A-F]{2}>").fullmatch, tokens))
+
+
+def stream_text(tokenizer: Tokenizer, batches: Iterable[Sequence[int]]) -> Iterator[str]:
+    """Ids as they are generated in, pieces of text out, each as soon as no later id can change it.
+
+    The pieces joined are `decode(all ids, skip_special=True)`. Pieces are never empty.
+    """
+    ids: list[int] = []
+    shown = 0
+    for batch in batches:
+        ids.extend(batch)
+        text = tokenizer.settled_text(ids)
+        if len(text) > shown:
+            yield text[shown:]
+            shown = len(text)
+    if rest := tokenizer.decode(ids, skip_special=True)[shown:]:
+        yield rest
+
+
+def load_tokenizer(directory: str | Path) -> Tokenizer:
+    """The tokenizer in a folder: `tokenizer.model` if there is one, else `tokenizer.json`.
+
+    Raises:
+        CheckpointError: there is none, or a file of it cannot be read.
+    """
+    directory = Path(directory)
+    if (directory / "tokenizer.model").is_file():
+        return _load_sentencepiece(directory)
+    if (directory / "tokenizer.json").is_file():
+        return _load_json(directory)
+    raise CheckpointError(
+        f"no tokenizer in {directory}: looked for tokenizer.model and tokenizer.json; "
+        "copy one of them there from the folder of the language model"
+    )
+
+
+def tokenizer_files(directory: str | Path) -> list[Path]:
+    """The files to copy so that `load_tokenizer` reads the same tokenizer from the copy."""
+    names = ["tokenizer.model", "tokenizer.json", *DECLARATION_FILES]
+    if not (Path(directory) / "tokenizer.model").is_file():
+        names += CONFIG_FILES
+    return [Path(directory, name) for name in names if Path(directory, name).is_file()]
+
+
+def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
+    """Embedding tables may have rows to spare, but every token needs one.
+
+    Raises:
+        CheckpointError: the tokenizer has more ids than the embedding table has rows.
+    """
+    if tokenizer.vocab_size <= rows:
+        return
+    surplus = ", ".join(repr(token) for token in tokenizer.tokens(range(rows, min(tokenizer.vocab_size, rows + 3))))
+    raise CheckpointError(
+        f"a tokenizer that does not fit the embeddings: it has {tokenizer.vocab_size} tokens, the embedding table has "
+        f"{rows} rows, so none for {surplus}{', …' if tokenizer.vocab_size > rows + 3 else ''}; use the tokenizer that "
+        "came with these weights, or remove tokens that were added to it (added_tokens.json, tokenizer_config.json)"
+    )
+
+
+def _load_sentencepiece(directory: Path) -> SentencePieceTokenizer:
+    import sentencepiece
+
+    path = directory / "tokenizer.model"
+    data = _read_bytes(path)
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=data)
+    except RuntimeError as error:
+        hint = "Llama 3's tokenizer.model is none: take its tokenizer.json instead and leave tokenizer.model out"
+        raise CheckpointError(f"{path} is not a SentencePiece model ({hint})") from error
+    declared = _read_declarations(directory)
+    own = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id()}
+    roles = {role: processor.id_to_piece(token_id) for role, token_id in own.items() if token_id >= 0} | declared.roles
+    ids = dict(declared.ids)
+    for content in [*(roles[role] for role in ROLES if role in roles), *declared.flags]:
+        if content not in ids:
+            token_id = processor.piece_to_id(content)
+            known = processor.id_to_piece(token_id) == content
+            ids[content] = token_id if known else max([processor.get_piece_size(), *(i + 1 for i in ids.values())])
+    role_ids = {role: ids[content] for role, content in roles.items()}
+    _require_roles(role_ids, path)
+    hidden = declared.hidden | set(roles.values())
+    special_tokens = [
+        SpecialToken(content, token_id, *declared.flags.get(content, (False, False)), hidden=content in hidden)
+        for content, token_id in ids.items()
+    ]
+    return SentencePieceTokenizer(processor, special_tokens, role_ids)
+
+
+def _load_json(directory: Path) -> JsonTokenizer:
+    import tokenizers
+
+    path = directory / "tokenizer.json"
+    data = _read_bytes(path)
+    try:
+        library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+    except Exception as error:  # the library raises nothing more precise
+        raise CheckpointError(f"{path} is not a file of the tokenizers library: {error}") from error
+    role_ids = _read_config_ids(directory)
+    for role, content in _read_declarations(directory).roles.items():
+        token_id = library.token_to_id(content)
+        if token_id is not None:
+            role_ids[role] = token_id
+    role_ids = {role: token_id for role, token_id in role_ids.items() if library.id_to_token(token_id)}
+    _require_roles(role_ids, path)
+    flags = {library.id_to_token(token_id): (False, False) for token_id in role_ids.values()}
+    for token in library.get_added_tokens_decoder().values():
+        if token.special or token.content in flags:
+            flags[token.content] = (token.lstrip, token.rstrip)
+    special_tokens = [SpecialToken(content, library.token_to_id(content), *pair) for content, pair in flags.items()]
+    return JsonTokenizer(library, special_tokens, role_ids)
+
+
+@dataclasses.dataclass
+class _Declarations:
+    """What the JSON files beside a tokenizer say about special tokens."""
+
+    roles: dict[str, str] = dataclasses.field(default_factory=dict)  # "bos" → "<s>"
+    ids: dict[str, int] = dataclasses.field(default_factory=dict)  # of added tokens
+    flags: dict[str, tuple[bool, bool]] = dataclasses.field(default_factory=dict)  # lstrip, rstrip
+    hidden: set[str] = dataclasses.field(default_factory=set)
+
+    def declare(self, value: str | dict, flags_of_string: tuple[bool, bool]) -> str:
+        """Notes a token's flags and returns its content; a token without flags of its own never overrides one with."""
+        if isinstance(value, str):
+            self.flags.setdefault(value, flags_of_string)
+            return value
+        self.flags[value["content"]] = (bool(value.get("lstrip")), bool(value.get("rstrip")))
+        return value["content"]
+
+
+def _read_declarations(directory: Path) -> _Declarations:
+    """Special tokens as transformers 4.28 reads them, and `added_tokens_decoder`, which came later.
+
+    special_tokens_map.json goes before tokenizer_config.json. White space beside a token is dropped where the token is
+    a plain string, but not where it is a string of tokenizer_config.json alone: LlamaTokenizer wraps those.
+    """
+    config, special_map, added_tokens = (_read_object(directory / name) for name in DECLARATION_FILES)
+    declared = _Declarations()
+    try:
+        for role in ROLES:
+            mapped = special_map.get(f"{role}_token")
+            value = mapped or config.get(f"{role}_token")
+            if value:
+                declared.roles[role] = declared.declare(value, (bool(mapped), bool(mapped)))
+        for source in (special_map, config):
+            for value in source.get("additional_special_tokens") or []:
+                declared.hidden.add(declared.declare(value, (True, True)))
+        for content, token_id in added_tokens.items():
+            declared.ids[declared.declare(content, (True, True))] = int(token_id)
+        for token_id, value in (config.get("added_tokens_decoder") or {}).items():
+            declared.ids[declared.declare(value, (True, True))] = int(token_id)
+            if value.get("special"):
+                declared.hidden.add(value["content"])
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        problem = f"({type(error).__name__}: {error}): look into {', '.join(DECLARATION_FILES)}"
+        raise CheckpointError(f"the special tokens in {directory} cannot be read {problem}") from error
+    return declared
+
+
+def _read_config_ids(directory: Path) -> dict[str, int]:
+    """Special ids in the language model's configuration; the first where it lists several."""
+    ids = {}
+    for name in CONFIG_FILES:
+        fields = _read_object(directory / name)
+        for role in ("bos", "eos", "pad"):
+            value = fields.get(f"{role}_token_id")
+            first = value[0] if isinstance(value, list) and value else value
+            if isinstance(first, int) and first >= 0:
+                ids[role] = first
+    return ids
+
+
+def _require_roles(role_ids: Mapping[str, int], path: Path) -> None:
+    missing = [role for role in ("bos", "eos") if role not in role_ids]
+    if missing:
+        problem = f"{path} and the files beside it name no {' and no '.join(missing)} token"
+        raise CheckpointError(f"{problem}: add tokenizer_config.json from the folder of the language model")
+
+
+def _read_object(path: Path) -> dict:
+    """A JSON file that holds an object; {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(_read_bytes(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
+    return value
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    if not data:
+        raise CheckpointError(f"{path} is empty: download it again")
+    if data.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` where it came from")
+    return data
