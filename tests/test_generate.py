@@ -1,0 +1,279 @@
+"""Generation against slow references that run the whole model again for every token."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from vllama_jax import generate as generation
+from vllama_jax.config import ConfigError, GenerationConfig, LlamaConfig
+from vllama_jax.generate import Prompt, generate, padded_length, penalise, stopped, warp
+from vllama_jax.nn.llama import Llama
+
+BOS, EOS, NO_EOS = 1, 2, 99  # NO_EOS: an id that the vocabulary lacks
+CFG = LlamaConfig(
+    vocab_size=48,
+    width=32,
+    depth=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=64,
+    norm_eps=1e-6,
+    max_length=256,
+)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Llama:
+    """Weights large enough for logits that differ clearly."""
+    made = jax.jit(lambda: Llama(CFG, rngs=nnx.Rngs(7)))()
+    made.embedding[...] = made.embedding[...] * 30
+    return made
+
+
+@pytest.fixture(scope="module")
+def logits(llama):
+    """Prompt and answer so far → logits of the next token, by the whole model at once, without a cache or padding."""
+
+    @jax.jit
+    def run(llama, x, last):
+        return llama.logits(llama(x, jnp.ones(x.shape[:2], bool))[0, last])
+
+    table = np.asarray(llama.embedding[...])
+
+    def of(prompt: Prompt, answer: list[int]) -> np.ndarray:
+        x = table[[*prompt.ids, *answer]]
+        x[: len(prompt.ids)][prompt.is_media] = prompt.media
+        unread = ((0, 64 - len(x)), (0, 0))  # what comes later is not read; one shape compiles once
+        return np.asarray(run(llama, np.pad(x, unread)[None], len(x) - 1), np.float64)
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def log_probabilities(logits):
+    def of(prompt: Prompt, answer: list[int]) -> np.ndarray:
+        scores = logits(prompt, answer)
+        return scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
+
+    return of
+
+
+def make_prompt(length: int = 11, media: int = 4, seed: int = 0) -> Prompt:
+    rng = np.random.default_rng(seed)
+    is_media = np.zeros(length, bool)
+    is_media[3 : 3 + media] = True
+    ids = np.where(is_media, 0, rng.integers(3, CFG.vocab_size, length)).astype(np.int32)
+    return Prompt(ids, is_media, rng.standard_normal((media, CFG.width), np.float32))
+
+
+def answer(llama, *prompts: Prompt, eos: int = NO_EOS, stops=(), **options) -> list[list[int]]:
+    batches = generate(llama, prompts, GenerationConfig(**options), bos=BOS, eos=eos, stops=stops)
+    return [[*itertools.chain(*rows)] for rows in zip(*batches, strict=True)]
+
+
+def test_greedy_equals_running_the_whole_model_again(llama, log_probabilities):
+    prompt, tokens = make_prompt(), []
+    for _ in range(40):
+        tokens.append(int(np.argmax(log_probabilities(prompt, tokens))))
+    assert answer(llama, prompt, max_new_tokens=40) == [tokens]
+
+
+def test_rows_of_different_lengths_do_not_disturb_each_other(llama):
+    prompts = [make_prompt(9, 4, seed=1), make_prompt(30, 2, seed=2), make_prompt(17, 0, seed=3)]
+    assert answer(llama, *prompts, max_new_tokens=20) == [answer(llama, p, max_new_tokens=20)[0] for p in prompts]
+
+
+def test_a_row_that_has_ended_waits_for_the_others(llama):
+    prompts = [make_prompt(seed=seed) for seed in (1, 4)]
+    long = answer(llama, *prompts, max_new_tokens=30)
+    eos = next(token for token in long[0] if token not in long[1])
+    first, second = answer(llama, *prompts, max_new_tokens=30, eos=eos)
+    assert first == long[0][: long[0].index(eos) + 1]
+    assert second == long[1]
+
+
+def test_stops_at_eos_and_keeps_it(llama):
+    prompt = make_prompt()
+    free = answer(llama, prompt, max_new_tokens=30)[0]
+    eos = free[5]
+    assert answer(llama, prompt, max_new_tokens=30, eos=eos)[0] == free[: free.index(eos) + 1]
+
+
+@pytest.mark.parametrize("length", [1, 2, 3])
+def test_stops_at_a_sequence_of_tokens(llama, length):
+    prompt = make_prompt(seed=5)
+    free = answer(llama, prompt, max_new_tokens=40)[0]
+    stop = free[20 : 20 + length]
+    end = next(i for i in range(length, 41) if free[i - length : i] == stop)
+    assert answer(llama, prompt, max_new_tokens=40, stops=[stop, [0, 0, 0]])[0] == free[:end]
+
+
+def test_a_stop_sequence_longer_than_the_answer_so_far_does_not_match():
+    tokens = jnp.array([[5, 6, -1, -1]])
+    stops = np.full((2, 8), -1)
+    stops[0, -3:] = [4, 5, 6]
+    assert not stopped(tokens, 2, jnp.asarray(stops))[0]
+    stops[1, -2:] = [5, 6]
+    assert stopped(tokens, 2, jnp.asarray(stops))[0]
+
+
+def test_no_more_than_max_new_tokens(llama):
+    for count in (1, 16, 17, 33):
+        assert len(answer(llama, make_prompt(), max_new_tokens=count)[0]) == count
+
+
+def test_streams_between_dispatches(llama):
+    batches = list(generate(llama, [make_prompt()], GenerationConfig(max_new_tokens=40), bos=BOS, eos=NO_EOS))
+    assert [len(batch[0]) for batch in batches] == [1, 16, 16, 7]
+
+
+def test_repetition_penalty_counts_the_answer_and_the_dummy_bos_but_not_the_prompt(llama, logits):
+    prompt, tokens = make_prompt(seed=6), []
+    for _ in range(25):
+        scores = logits(prompt, tokens)
+        for token in {BOS, *tokens}:
+            scores[token] *= 1.3 if scores[token] < 0 else 1 / 1.3
+        tokens.append(int(np.argmax(scores)))
+    assert answer(llama, prompt, max_new_tokens=25, repetition_penalty=1.3) == [tokens]
+    assert tokens != answer(llama, prompt, max_new_tokens=25)[0]
+
+
+def test_penalty_makes_scores_of_both_signs_worse():
+    scores = penalise(jnp.array([[2.0, -2.0, 2.0]]), jnp.array([[True, True, False]]), jnp.float32(2.0))
+    assert scores.tolist() == [[1.0, -4.0, 2.0]]
+
+
+def slow_beam_search(log_probabilities, prompt, count, beams, eos, length_penalty=1.0, repetition_penalty=1.0):
+    """transformers 4.28's beam search, written down plainly: lists, one hypothesis at a time."""
+    live = [([], 0.0)] + [([], -1e9)] * (beams - 1)
+    finished: list[tuple[float, list[int]]] = []
+
+    def finish(score, tokens):
+        finished.append((score / (len(tokens) + 1) ** length_penalty, tokens))
+        finished.sort(key=lambda one: -one[0])
+        del finished[beams:]
+
+    for _ in range(count):
+        found = []
+        for row, (tokens, total) in enumerate(live):
+            scores = log_probabilities(prompt, tokens).copy()
+            for token in {BOS, *tokens}:
+                scores[token] *= repetition_penalty if scores[token] < 0 else 1 / repetition_penalty
+            found += [(total + score, row, token) for token, score in enumerate(scores)]
+        found.sort(key=lambda one: -one[0])
+        best, going = found[: 2 * beams], []
+        for rank, (score, row, token) in enumerate(best):
+            if token == eos and rank < beams:
+                finish(score, live[row][0])
+            elif token != eos and len(going) < beams:
+                going.append(([*live[row][0], token], score))
+        length = len(live[0][0]) + 1
+        live = going
+        if len(finished) == beams and finished[-1][0] >= best[0][0] / length**length_penalty:
+            break
+    else:
+        for tokens, score in live:
+            finish(score, tokens)
+    tokens = finished[0][1]
+    return tokens + [eos] * (len(tokens) < count)
+
+
+@pytest.mark.parametrize(("beams", "length_penalty", "repetition_penalty"), [(2, 1, 1), (3, 2, 1), (4, -1, 1.2)])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_beam_search(llama, log_probabilities, beams, length_penalty, repetition_penalty, seed):
+    prompt = make_prompt(seed=seed)
+    eos = answer(llama, prompt, max_new_tokens=8)[0][6]
+    options = {"length_penalty": length_penalty, "repetition_penalty": repetition_penalty}
+    expected = slow_beam_search(log_probabilities, prompt, 14, beams, eos, **options)
+    assert answer(llama, prompt, max_new_tokens=14, num_beams=beams, eos=eos, **options) == [expected]
+
+
+def test_beams_need_one_prompt(llama):
+    with pytest.raises(ConfigError, match="one prompt at a time"):
+        answer(llama, make_prompt(), make_prompt(), num_beams=2, max_new_tokens=5)
+
+
+def test_drawing_depends_on_the_seed_alone(llama):
+    first, again, other = (
+        answer(llama, make_prompt(), max_new_tokens=20, temperature=1.5, seed=seed) for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_draws_follow_the_model(llama, log_probabilities):
+    """Frequencies of the first token over 2,000 draws, within 4 standard deviations of its probabilities."""
+    prompt = make_prompt(seed=8)
+    prompts = [prompt] * 500
+    counts = np.zeros(CFG.vocab_size)
+    for seed in range(4):
+        drawn = answer(llama, *prompts, max_new_tokens=1, temperature=2.0, top_p=1.0, top_k=0, seed=seed)
+        counts += np.bincount([row[0] for row in drawn], minlength=CFG.vocab_size)
+    expected = np.exp(log_probabilities(prompt, []) / 2.0)
+    expected /= expected.sum()
+    assert np.all(np.abs(counts / 2000 - expected) < 4 * np.sqrt(expected * (1 - expected) / 2000) + 1e-3)
+    assert np.count_nonzero(counts) > 5
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1.0, 50, 0.9), (0.7, 5, 1.0), (1.5, 0, 0.5), (1.0, 3, 0.01)]
+)
+def test_warping(temperature, top_k, top_p):
+    """Written out: over temperature, the k largest, then the fewest of the largest that reach top_p."""
+    logits = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32) * 3
+    warped = np.asarray(warp(jnp.asarray(logits), temperature, top_k, top_p))
+    for row, out in zip(logits / temperature, warped, strict=True):
+        order = np.argsort(-row)[: top_k or None]
+        probabilities = np.exp(row[order] - row[order].max())
+        probabilities /= probabilities.sum()
+        count = int(np.searchsorted(np.cumsum(probabilities), top_p)) + 1
+        kept = set(order[:count].tolist())
+        assert {i for i in range(40) if np.isfinite(out[i])} == kept
+        np.testing.assert_allclose(out[sorted(kept)], row[sorted(kept)], rtol=1e-6)
+
+
+def test_a_second_prompt_of_like_length_compiles_nothing(llama):
+    options = {"max_new_tokens": 20, "repetition_penalty": 1.1}
+    answer(llama, make_prompt(20, 4), **options)
+    compiled = generation._prefill._cache_size(), generation._decode._cache_size()
+    answer(llama, make_prompt(27, 6, seed=3), stops=[[3, 4]], **options)
+    answer(llama, make_prompt(40, 8, seed=4), eos=5, max_new_tokens=50)
+    assert (generation._prefill._cache_size(), generation._decode._cache_size()) == compiled
+
+
+def test_padded_lengths_are_few_and_enough():
+    lengths = {padded_length(n) for n in range(1, 9000)}
+    assert len(lengths) <= 15
+    assert all(padded_length(n) >= n for n in range(1, 20000))
+
+
+def test_a_conversation_longer_than_the_model_reads_is_an_error(llama):
+    with pytest.raises(ConfigError, match=r"200 tokens and 100 new ones .* reads 256; .* at most 56 new tokens"):
+        answer(llama, make_prompt(200), max_new_tokens=100)
+    with pytest.raises(ConfigError, match=r"300 tokens .* no room"):
+        answer(llama, make_prompt(300), max_new_tokens=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, not 0"),
+        ({"temperature": -1.0}, "temperature must be at least 0"),
+        ({"temperature": float("nan")}, "temperature must be at least 0"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ({"top_p": 1.5}, "top_p must be above 0 and at most 1"),
+        ({"top_k": -1}, "top_k must be at least 0"),
+        ({"seed": -1}, "seed must be at least 0"),
+        ({"num_beams": 0}, "num_beams must be at least 1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
+        ({"length_penalty": float("inf")}, "length_penalty must be a number"),
+        ({"num_beams": 2, "temperature": 1.0}, "beam search does not sample"),
+    ],
+)
+def test_options_that_mean_nothing(options, message):
+    with pytest.raises(ConfigError, match=message):
+        GenerationConfig(**options)
