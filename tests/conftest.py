@@ -1,9 +1,23 @@
-"""Golden values computed by the original code, found beside the checkout or through VLLAMA_SHARED."""
+"""What several test files share: golden values computed by the original code, tiny models, a clip.
 
+The tests see 8 CPU devices, so that what is split over a mesh can be tried on any machine.
+"""
+
+import json
 import os
 from pathlib import Path
 
+import jax
+import media_fixtures
 import pytest
+
+from vllama_jax import convert
+from vllama_jax.convert.tiny import write_tiny
+
+jax.config.update("jax_num_cpu_devices", 8)
+
+GOLDEN_HEADS = {part: {"num_heads": 4} for part in ("vit", "image_qformer", "video_qformer", "audio_qformer")}
+GOLDEN_HEADS["imagebind"] = {sense: {"num_heads": 4} for sense in ("audio", "vision")}
 
 
 @pytest.fixture(scope="session")
@@ -19,4 +33,52 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def golden(shared: Path) -> Path:
+    """Weights in the original's file layouts, and every value that it computes from them."""
     return shared / "golden"
+
+
+@pytest.fixture(scope="session")
+def golden_files(golden: Path) -> dict[str, Path]:
+    """Golden's weight files by kind, as `convert.plan` names them, with the language model as .bin shards."""
+    names = {
+        "llama": "llama-bin",
+        "eva_vit": "eva_vit_g.pth",
+        "blip2": "blip2_pretrained_flant5xxl.pth",
+        "imagebind": "imagebind_huge.pth",
+        "minigpt4": "pretrained_minigpt4.pth",
+        "vl": "finetune_vl.pth",
+        "al": "finetune_al.pth",
+    }
+    return {kind: golden / "weights" / name for kind, name in names.items()}
+
+
+@pytest.fixture(scope="session")
+def golden_model(golden_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory of all of golden's pieces."""
+    return _converted(golden_files, GOLDEN_HEADS, tmp_path_factory.mktemp("golden") / "model")
+
+
+@pytest.fixture(scope="session")
+def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny random weights of a whole model as safetensors: paths by kind, and "config" with the head counts."""
+    return write_tiny(tmp_path_factory.mktemp("tiny") / "files")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory of the tiny weights. Not to be written to."""
+    config = json.loads(tiny_files["config"].read_text())
+    return _converted(tiny_files, config, tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three seconds of a video with sound (mp4, H.264 and AAC)."""
+    path = tmp_path_factory.mktemp("media") / "clip.mp4"
+    return media_fixtures.write_video(path, num_frames=75, sound=media_fixtures.tone(3, 16000))
+
+
+def _converted(paths: dict[str, Path], config: dict, out: Path) -> Path:
+    files = {kind: path for kind, path in paths.items() if kind not in ("llama", "config")}
+    convert.convert(convert.plan(llama_directory=paths["llama"], files=files, config=config), out)
+    return out

@@ -1,0 +1,114 @@
+"""Small media files rendered when the tests run, so that what they hold is known and nothing binary is stored."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+SIDE = 64
+FPS = 25
+
+
+def numbered_frame(number: int) -> av.VideoFrame:
+    """A frame of 8 upright stripes, white or black: the binary digits of `number` (under 256), lowest first."""
+    planes = np.full((SIDE * 3 // 2, SIDE), 128, np.uint8)
+    planes[:SIDE] = np.where(number >> (np.arange(SIDE) * 8 // SIDE) & 1, 235, 16)
+    return av.VideoFrame.from_ndarray(planes, "yuv420p")
+
+
+def numbers_of(frames: np.ndarray) -> list[int]:
+    """The numbers that RGB frames [t, h, w, 3] show."""
+    stripes = frames.reshape(len(frames), frames.shape[1], 8, -1).mean(axis=(1, 3)) > 127
+    return (stripes << np.arange(8)).sum(axis=1).tolist()
+
+
+def tone(seconds: float, rate: int, channels: int = 2) -> np.ndarray:
+    """[channels, n] float32: a different sine in each channel, at half of full scale."""
+    time = np.arange(round(seconds * rate)) / rate
+    return np.stack([0.5 * np.sin(2 * np.pi * 440 * (1 + channel) * time) for channel in range(channels)], dtype="f4")
+
+
+def write_video(
+    path: Path,
+    num_frames: int = 150,
+    codec: str = "libx264",
+    options: dict[str, str] | None = None,
+    muxer: dict[str, str] | None = None,
+    sound: np.ndarray | None = None,
+    rate: int = 16000,
+    sound_codec: str = "aac",
+) -> Path:
+    """A video of numbered frames with a key frame every 20, and `sound` (AAC or pcm_s16le) beside it."""
+    fast = {"preset": "ultrafast", "bf": "3"} if codec == "libx264" else {}
+    with av.open(str(path), "w", options=muxer or {}) as container:
+        video = container.add_stream(codec, rate=FPS, options=fast | (options or {}))
+        video.width, video.height, video.pix_fmt, video.gop_size = SIDE, SIDE, "yuv420p", 20
+        audio = None if sound is None else container.add_stream(sound_codec, rate=rate, layout="stereo")
+        container.start_encoding()
+        for number in range(num_frames):
+            frame = numbered_frame(number)
+            frame.pts, frame.time_base = number, Fraction(1, FPS)
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        if audio:
+            for frame in _sound_frames(sound, rate, "fltp" if sound_codec == "aac" else "s16"):
+                container.mux(audio.encode(frame))
+            container.mux(audio.encode(None))
+    return path
+
+
+def write_sound(path: Path, sound: np.ndarray, rate: int, codec: str, sample_format: str, cover: bool = False) -> Path:
+    """A sound file of float [c, n] in the codec and sample format named; `cover` adds a picture as music players do."""
+    with av.open(str(path), "w") as container:
+        layout = "stereo" if len(sound) == 2 else "mono"
+        audio = container.add_stream(codec, rate=rate, layout=layout, format=sample_format)
+        if cover:
+            picture = container.add_stream("mjpeg")
+            picture.width, picture.height, picture.pix_fmt = SIDE, SIDE, "yuvj420p"
+            picture.disposition = av.stream.Disposition.attached_pic.value
+            pictures = picture.encode(numbered_frame(100).reformat(format="yuvj420p"))
+        container.start_encoding()
+        container.mux(pictures if cover else [])
+        for frame in _sound_frames(sound, rate, sample_format):
+            container.mux(audio.encode(frame))
+        container.mux(audio.encode(None))
+    return path
+
+
+def _sound_frames(sound: np.ndarray, rate: int, sample_format: str):
+    scales = {"u8": (128, 128, np.uint8), "s16": (32768, 0, np.int16), "s32": (2**31, 0, np.int32)}
+    layout = "stereo" if len(sound) == 2 else "mono"
+    kind = sample_format.removesuffix("p")
+    for start in range(0, sound.shape[1], 1024):
+        piece = sound[:, start : start + 1024]
+        if kind in scales:
+            scale, offset, dtype = scales[kind]
+            piece = np.rint(piece.astype(np.float64) * scale + offset).astype(dtype)
+        if not sample_format.endswith("p"):
+            piece = piece.T.reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(piece), sample_format, layout)
+        frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
+        yield frame
+
+
+def turn(path: Path, turned: Path, matrix: tuple[int, int, int, int]) -> Path:
+    """A copy of an mp4 whose first track header (tkhd) asks players to show it turned by `matrix`."""
+    data = bytearray(path.read_bytes())
+    start = data.index(b"tkhd") + 4 + 40
+    a, b, c, d = (value << 16 for value in matrix)
+    data[start : start + 36] = b"".join(n.to_bytes(4, "big", signed=True) for n in (a, b, 0, c, d, 0, 0, 0, 1 << 30))
+    turned.write_bytes(data)
+    return turned
+
+
+def damage_packets(path: Path, damaged: Path, kind: str) -> Path:
+    """A copy of a file whose packets of one kind ("audio", "video") hold noise from number 60 on."""
+    data = bytearray(path.read_bytes())
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(**{kind: 0}) if packet.size]
+    noise = np.random.default_rng(0)
+    for packet in packets[60:]:
+        data[packet.pos : packet.pos + packet.size] = noise.bytes(packet.size)
+    damaged.write_bytes(data)
+    return damaged

@@ -1,0 +1,404 @@
+"""Media files → arrays: which frames, which sound, and what is said of files that cannot be read."""
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from media_fixtures import (
+    FPS,
+    damage_packets,
+    numbers_of,
+    tone,
+    turn,
+    write_sound,
+    write_video,
+)
+from PIL import Image as pillow
+
+from vllama_jax import media
+from vllama_jax.errors import MediaError
+from vllama_jax.media import video as video_module
+
+OPEN_GROUPS = {"preset": "veryfast", "x264-params": "open-gop=1:bframes=3:b-adapt=0:scenecut=0"}
+REFRESH = {"preset": "veryfast", "x264-params": "intra-refresh=1:bframes=0:keyint=20:scenecut=0"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("media")
+
+
+@pytest.fixture(scope="module")
+def clip(folder) -> Path:
+    """150 numbered frames with 8 s of stereo sound, the index before the data."""
+    sound = tone(8, 44100)
+    return write_video(folder / "clip.mp4", muxer={"movflags": "faststart"}, sound=sound, rate=44100)
+
+
+@pytest.fixture(scope="module")
+def silent(folder) -> Path:
+    """150 numbered frames, no sound, the index after the data."""
+    return write_video(folder / "silent.mp4")
+
+
+# ------------------------------------------------------------------------------------------------ which frames
+
+
+@pytest.mark.parametrize(
+    ("total", "num_frames", "expected"),
+    [
+        (417, 8, [0, 52, 104, 156, 208, 260, 312, 364]),
+        (170, 8, [0, 21, 42, 63, 85, 106, 127, 148]),
+        (5, 8, [0, 1, 2, 3, 4]),
+        (1, 8, [0]),
+        (100, 1, [0]),
+        (0, 8, []),
+    ],
+)
+def test_frame_indices(total, num_frames, expected):
+    assert media.frame_indices(total, num_frames).tolist() == expected
+
+
+def test_frame_indices_are_never_more_than_asked_for():
+    for total in range(1, 300, 7):
+        for num_frames in range(1, 65):
+            indices = media.frame_indices(total, num_frames)
+            assert len(indices) == min(total, num_frames)
+            assert (np.diff(indices) > 0).all()
+            assert indices[-1] < total
+
+
+VIDEOS = {
+    "b_frames.mp4": ({}, "seek"),
+    "open_groups.mp4": ({"options": OPEN_GROUPS}, "seek"),
+    "open_groups.ts": ({"options": OPEN_GROUPS}, "seek"),
+    "b_frames.mkv": ({}, "seek"),
+    "fragmented.mp4": ({"muxer": {"movflags": "frag_keyframe+empty_moov"}}, "seek"),
+    "mpeg4.mp4": ({"codec": "mpeg4", "options": {"bf": "2"}}, "seek"),
+    "webm.webm": ({"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}}, "seek"),
+    "no_times.avi": ({}, "count"),  # with B-frames, an avi does not say when a frame is shown
+    "bare.h264": ({}, "count"),
+    "recovery_points.mp4": ({"options": REFRESH}, "count"),  # its "key" frames after the first do not stand alone
+}
+
+
+@pytest.mark.parametrize("name", VIDEOS)
+def test_the_right_frames_come_out(folder, name, monkeypatch):
+    settings, expected_way = VIDEOS[name]
+    path = write_video(folder / name, num_frames=130, **settings)
+    counted = []
+    count_frames = video_module._count_frames
+    monkeypatch.setattr(video_module, "_count_frames", lambda *args: counted.append(args) or count_frames(*args))
+    every, _ = count_frames(str(path), range(130), 64)
+    assert numbers_of(np.stack(every)) == list(range(130))
+    for num_frames in (1, 2, 5, 8, 1000):
+        video = media.read_video(path, num_frames, size=64)
+        np.testing.assert_array_equal(video.frames, np.stack(every)[media.frame_indices(130, num_frames)])
+    assert ("count" if counted else "seek") == expected_way
+
+
+def test_only_what_is_needed_is_decoded_and_converted(folder, monkeypatch):
+    """Work for each wanted frame is bounded by the distance of key frames, whatever the length of the file."""
+    decoded, converted = [], []
+    frames_from_key, to_rgb = video_module._frames_from_key, video_module._to_rgb
+
+    def count_decoded(*args):
+        for frame in frames_from_key(*args):
+            decoded.append(frame.pts)
+            yield frame
+
+    monkeypatch.setattr(video_module, "_frames_from_key", count_decoded)
+    monkeypatch.setattr(video_module, "_to_rgb", lambda *args: converted.append(args) or to_rgb(*args))
+    for num_frames in (120, 250):
+        decoded.clear(), converted.clear()
+        path = write_video(folder / f"length_{num_frames}.mp4", num_frames=num_frames)
+        media.read_video(path, num_frames=3, size=64)
+        assert len(converted) == 3
+        assert len(decoded) <= 3 * 20
+
+
+def test_a_recording_that_starts_between_key_frames(folder):
+    whole = write_video(folder / "whole.ts").read_bytes()
+    (folder / "late.ts").write_bytes(whole[len(whole) // 3 // 188 * 188 :])  # a transport stream has 188-byte packets
+    video = media.read_video(folder / "late.ts", num_frames=1000, size=64)
+    numbers = numbers_of(video.frames)
+    assert numbers == list(range(numbers[0], 150))
+    assert numbers_of(media.read_video(folder / "late.ts", 8, 64).frames) == [
+        numbers[index] for index in media.frame_indices(len(numbers), 8)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("matrix", "quarter_turns"), [((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)], ids=("90", "180", "270")
+)
+def test_a_turned_video_is_shown_upright(folder, silent, matrix, quarter_turns):
+    turned = media.read_video(turn(silent, folder / "turned.mp4", matrix), size=64).frames
+    upright = np.rot90(turned, quarter_turns, axes=(1, 2))  # counterclockwise, so it undoes what the player does
+    assert numbers_of(upright) == numbers_of(media.read_video(silent, size=64).frames)
+
+
+def test_times_and_duration(clip):
+    video = media.read_video(clip, num_frames=4)
+    np.testing.assert_array_equal(video.seconds, np.array([0, 37, 75, 112]) / FPS)
+    assert video.seconds.dtype == np.float64
+    assert video.duration == 6.0
+    assert (video.frames.shape, video.frames.dtype) == ((4, 224, 224, 3), np.uint8)
+
+
+# ------------------------------------------------------------------------------------------------ reports and kinds
+
+
+def test_what_became_of_the_sound(folder, clip, silent):
+    used, off, absent = media.read_video(clip), media.read_video(clip, audio=False), media.read_video(silent)
+    assert used.report == media.MediaReport(path=str(clip), kind="video", frames=8, seconds=6.0, audio="used")
+    assert (off.report.audio, off.waveform, off.sample_rate) == ("off", None, None)
+    assert (absent.report.audio, absent.waveform) == ("absent", None)
+    assert media.read_video(silent, audio=False).report.audio == "absent"
+    assert used.sample_rate == 44100
+    for decoded, played in zip(used.waveform, tone(8, 44100), strict=True):
+        assert np.corrcoef(decoded[:300000], played[:300000])[0, 1] > 0.99  # AAC is lossy
+
+
+def test_sound_that_fails_to_decode_is_reported(folder, clip):
+    video = media.read_video(damage_packets(clip, folder / "damaged_sound.mp4", "audio"))
+    assert numbers_of(video.frames) == media.frame_indices(150, 8).tolist()
+    assert (video.waveform, video.sample_rate) == (None, None)
+    assert video.report.audio.startswith("failed: Invalid data")
+
+
+def test_sound_that_is_cut_off_is_reported(folder, clip):
+    """The sound is longer than the frames, so the end of the file is sound alone."""
+    data = clip.read_bytes()
+    (folder / "cut_sound.mp4").write_bytes(data[:-4000])
+    video = media.read_video(folder / "cut_sound.mp4")
+    assert len(video.frames) == 8
+    assert re.match(r"failed: .*truncated: \d+ of \d+ packets", video.report.audio)
+
+
+@pytest.mark.parametrize(("samples", "why"), [(0, "the sound stream is empty"), (100, "2.1 ms of sound are too short")])
+def test_sound_of_too_few_samples_is_reported(folder, samples, why):
+    sound = np.zeros((2, samples), np.float32)
+    path = write_video(folder / f"{samples}.mkv", num_frames=20, sound=sound, rate=48000, sound_codec="pcm_s16le")
+    video = media.read_video(path)
+    assert video.waveform is None
+    assert video.report.audio.startswith(f"failed: {why}")
+
+
+@pytest.mark.parametrize(
+    ("report", "sentence"),
+    [
+        (("video", 8, 16.68, "absent"), "8 frames of 16.7 s; no sound in the file"),
+        (("video", 8, 7.0833, "used"), "8 frames of 7.1 s; sound used"),
+        (("video", 1, 0.04, "off"), "1 frame of 0.0 s; sound off"),
+        (("video", 8, 7.1, "unsupported"), "8 frames of 7.1 s; the model has no audio branch"),
+        (("video", 8, 7.1, "failed: no packets"), "8 frames of 7.1 s; sound failed: no packets"),
+        (("audio", 0, 7.1, "used"), "7.1 s of sound; sound used"),
+        (("image", 1, 0.0, "absent"), "1 picture"),
+    ],
+)
+def test_the_sentence_for_the_user(report, sentence):
+    assert str(media.MediaReport("clip.mp4", *report)) == sentence
+
+
+def test_kinds_are_told_by_content(folder, clip):
+    """Names lie: every file here has the ending of another kind."""
+    shutil.copy(clip, folder / "video.jpg")
+    assert media.read_media(folder / "video.jpg").report.kind == "video"
+    noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    pillow.fromarray(noise).save(folder / "picture.mp4", format="png")
+    picture = media.read_media(folder / "picture.mp4")
+    assert str(picture.report) == "1 picture"
+    np.testing.assert_array_equal(picture.frames[0], media.read_image(folder / "picture.mp4"))
+    write_sound(folder / "cover.mp3", tone(1, 44100), 44100, "libmp3lame", "fltp", cover=True).rename(folder / "a.gif")
+    assert media.read_media(folder / "a.gif").report.kind == "audio"
+
+
+def test_an_animated_picture_is_a_video_and_a_still_one_is_not(folder):
+    shades = [pillow.new("RGB", (40, 30), (20 * step,) * 3) for step in range(10)]
+    shades[0].save(folder / "moving.gif", save_all=True, append_images=shades[1:], duration=100)
+    video = media.read_media(folder / "moving.gif")
+    assert str(video.report) == "8 frames of 1.0 s; no sound in the file"
+    assert video.frames[:, 0, 0, 0].tolist() == [0, 20, 40, 60, 100, 120, 140, 160]
+    shades[3].save(folder / "still.gif")
+    assert media.read_media(folder / "still.gif").report.kind == "image"
+
+
+@pytest.mark.parametrize(
+    ("codec", "sample_format", "ending", "tolerance"),
+    [
+        ("pcm_u8", "u8", "wav", 1 / 255),
+        ("pcm_s16le", "s16", "wav", 1 / 65535),
+        ("pcm_s24le", "s32", "wav", 2**-23),
+        ("pcm_f32le", "flt", "wav", 0),
+        ("flac", "s16", "flac", 1 / 65535),
+    ],
+)
+def test_samples_are_scaled_to_one(folder, codec, sample_format, ending, tolerance):
+    sound = tone(0.5, 22050)
+    path = write_sound(folder / f"{codec}.{ending}", sound, 22050, codec, sample_format)
+    read = media.read_audio(path)
+    np.testing.assert_allclose(read.waveform, sound, atol=tolerance, rtol=0)
+    assert (read.sample_rate, read.waveform.dtype) == (22050, np.float32)
+    assert read.report == media.MediaReport(str(path), "audio", 0, 0.5, "used")
+    assert media.read_media(path).report == read.report
+
+
+# ------------------------------------------------------------------------------------------------ bad input
+
+
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """What bad files are made from: a folder, and a clip with its index before (clip) or after (silent) the data."""
+
+    folder: Path
+    clip: Path
+    silent: Path
+
+    def write(self, name: str, data: bytes) -> Path:
+        (self.folder / name).write_bytes(data)
+        return self.folder / name
+
+    def cut(self, name: str, path: Path, share: float = 0.6) -> Path:
+        data = path.read_bytes()
+        return self.write(name, data[: int(len(data) * share)])
+
+    def index(self) -> bytes:
+        data = self.clip.read_bytes()
+        return data[: data.index(b"mdat") + 4]
+
+    def picture(self, name: str) -> Path:
+        noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
+        pillow.fromarray(noise).save(self.folder / name)
+        return self.folder / name
+
+    def archive(self, name: str) -> Path:
+        with zipfile.ZipFile(self.folder / name, "w") as archive:
+            archive.writestr("a.txt", "text")
+        return self.folder / name
+
+    def branded(self, name: str, brand: bytes) -> Path:
+        data = self.silent.read_bytes()
+        return self.write(name, data[:8] + brand + data[12:])
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"
+BAD_FILES = {
+    "missing": (lambda b: b.folder / "nowhere.mp4", "no such file"),
+    "directory": (lambda b: b.folder, "a directory"),
+    "device": (lambda b: Path("/dev/null"), "not a regular file"),
+    "empty": (lambda b: b.write("empty.mp4", b""), "the file is empty"),
+    "pointer": (lambda b: b.write("lfs.mp4", LFS), "git lfs pull"),
+    "text": (lambda b: b.write("notes.txt", b"some text\n" * 100), "not a video, sound or picture"),
+    "playlist": (
+        lambda b: b.write("a.mp4", f"#EXTM3U\n#EXTINF:9,\n{b.clip}\n".encode()),
+        "not a video, sound or picture",
+    ),
+    "zip": (lambda b: b.archive("zip.mp4"), "not a video, sound or picture"),
+    "index lost": (lambda b: b.cut("lost.mp4", b.silent), r"truncated: without its index \(moov\)"),
+    "index cut": (lambda b: b.write("half.mp4", b.index()[:400]), r"truncated: without its index \(moov\)"),
+    "data cut": (lambda b: b.cut("cut.mp4", b.clip), r"truncated: only \d+ of 150 frames could be read"),
+    "data lost": (lambda b: b.write("bare.mp4", b.index()), "truncated: only 0 of 150 frames could be read"),
+    "damaged": (
+        lambda b: damage_packets(b.silent, b.folder / "noise.mp4", "video"),
+        r"damaged: decoding stops after \d+",
+    ),
+    "no frames": (lambda b: write_video(b.folder / "none.avi", 0, codec="mpeg4"), "the video has no frames"),
+    "heic": (lambda b: b.branded("phone.heic", b"heic"), "HEIC"),
+    "jpg cut": (lambda b: b.cut("cut.jpg", b.picture("noise.jpg")), "JPEG picture is cut off or damaged"),
+    "png cut": (lambda b: b.cut("cut.png", b.picture("noise.png")), "PNG picture is cut off or damaged"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_one_clear_line(tmp_path, clip, silent, name, capfd):
+    make, message = BAD_FILES[name]
+    path = make(Bench(tmp_path, clip, silent))
+    for reader in (media.read_media, media.read_image if name in ("jpg cut", "png cut") else media.read_video):
+        with pytest.raises(MediaError, match=message) as caught:
+            reader(path)
+        assert str(caught.value).startswith(f"{path}: ")
+        assert len(str(caught.value).splitlines()) == 1
+    assert capfd.readouterr() == ("", "")  # nothing of FFmpeg's log
+
+
+def test_a_truncated_file_says_how_many_frames_it_has(folder, silent):
+    import av
+
+    path = write_video(folder / "fast.mp4", muxer={"movflags": "faststart"})
+    with av.open(str(path)) as container:
+        ends = sorted(packet.pos + packet.size for packet in container.demux(video=0) if packet.size)
+    data = path.read_bytes()
+    for whole, length in ((70, ends[69]), (69, ends[69] - 1)):
+        (folder / "cut_at.mp4").write_bytes(data[:length])
+        with pytest.raises(MediaError, match=f"only {whole} of 150 frames"):
+            media.read_video(folder / "cut_at.mp4")
+
+
+def test_other_misuse(folder, clip, silent):
+    wav = write_sound(folder / "tone.wav", tone(0.5, 16000), 16000, "pcm_s16le", "s16")
+    empty = write_sound(folder / "none.wav", tone(0, 16000), 16000, "pcm_s16le", "s16")
+    short = write_sound(folder / "short.wav", tone(0.024, 16000), 16000, "pcm_s16le", "s16")
+    pillow.new("RGB", (8, 8)).save(folder / "small.png")
+    cases = [
+        (lambda: media.read_video(clip, num_frames=0), "0 frames were asked for"),
+        (lambda: media.read_video(wav), "only sound"),
+        (lambda: media.read_video(folder / "small.png"), "a picture, not a video"),
+        (lambda: media.read_image(clip), "not a picture"),
+        (lambda: media.read_audio(silent), "no sound in the file"),
+        (lambda: media.read_audio(folder / "small.png"), "a picture, without sound"),
+        (lambda: media.read_media(wav, audio=False), "sound is off"),
+        (lambda: media.read_audio(empty), "the sound stream is empty"),
+        (lambda: media.read_audio(short), "24.0 ms of sound are too short"),
+        (lambda: media.mel_clips(np.zeros((2, 0), np.float32), 44100), "0.0 ms of sound are too short"),
+        (lambda: media.mel_clips(np.zeros((2, 9999), np.float32), 44100, num_clips=0), "0 clips"),
+    ]
+    for action, message in cases:
+        with pytest.raises(MediaError, match=message):
+            action()
+
+
+def test_a_wav_with_values_that_are_no_numbers(folder):
+    sound = tone(0.5, 16000)
+    sound[1, 4000] = np.nan
+    path = write_sound(folder / "nan.wav", sound, 16000, "pcm_f32le", "flt")
+    with pytest.raises(MediaError, match="not finite"):
+        media.read_audio(path)
+
+
+def test_importing_media_is_cheap():
+    code = (
+        "import time; start = time.perf_counter(); import sys, vllama_jax.media; took = time.perf_counter() - start;"
+        "print(took, {'jax', 'librosa', 'av', 'PIL', 'torch'} & set(sys.modules))"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    took, loaded = zip(*(run.stdout.split(maxsplit=1) for run in runs), strict=True)
+    assert {names.strip() for names in loaded} == {"set()"}
+    assert min(map(float, took)) < 0.4
+
+
+# ------------------------------------------------------------------------------------------------ pictures
+
+
+def test_normalize_is_the_formula():
+    frames = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
+    mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
+    expected = (frames.astype(np.float64) / 255 - mean) / std
+    normalized = media.normalize(frames)
+    assert normalized.dtype == np.float32
+    np.testing.assert_allclose(normalized, expected, atol=1e-6)
+
+
+def test_read_image_is_bicubic_in_rgb_without_exif(folder):
+    noise = np.random.default_rng(0).integers(0, 256, (50, 80, 4), dtype=np.uint8)
+    picture = pillow.fromarray(noise)
+    exif = pillow.Exif()
+    exif[0x0112] = 6  # "turn me"
+    picture.save(folder / "rgba.png", exif=exif)
+    expected = np.array(pillow.fromarray(noise[..., :3]).resize((32, 32), pillow.Resampling.BICUBIC))
+    np.testing.assert_array_equal(media.read_image(folder / "rgba.png", size=32), expected)

@@ -1,0 +1,150 @@
+"""The same results on one device and on eight, whatever is split, and whether or not it divides."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from vllama_jax import checkpoint, sharding
+from vllama_jax.config import ConfigError, GenerationConfig, VideoLlamaConfig, tiny
+from vllama_jax.generate import Prompt, generate
+from vllama_jax.nn.llama import KVCache
+from vllama_jax.nn.video_llama import VideoLlama
+
+SLOW = pytest.mark.slow
+LAYOUTS = [
+    pytest.param((2, 2, 2), True, id="2 data, 2 fsdp, 2 tensor, training"),
+    pytest.param((1, 1, 8), False, id="8 tensor, decoding"),
+    pytest.param((8, 1, 1), True, id="8 data, training", marks=SLOW),
+    pytest.param((1, 8, 1), True, id="8 fsdp, training", marks=SLOW),
+    pytest.param((1, 1, 8), True, id="8 tensor, training", marks=SLOW),
+    pytest.param((2, 2, 2), False, id="2 data, 2 fsdp, 2 tensor, decoding", marks=SLOW),
+]
+
+
+def small(vocab_size: int = 512) -> VideoLlamaConfig:
+    """The tiny model on small pictures."""
+    cfg = tiny(vocab_size=vocab_size)
+    vision = dataclasses.replace(cfg.imagebind.vision, image_size=56)
+    return dataclasses.replace(
+        cfg,
+        vit=dataclasses.replace(cfg.vit, image_size=56),
+        imagebind=dataclasses.replace(cfg.imagebind, vision=vision),
+    )
+
+
+def divisible() -> VideoLlamaConfig:
+    """A small model all of whose heads and widths eight devices divide."""
+    cfg = small()
+    eight = {"num_heads": 8, "width": 64}
+    return dataclasses.replace(
+        cfg,
+        vit=dataclasses.replace(cfg.vit, **eight, mlp_dim=128),
+        image_qformer=dataclasses.replace(cfg.image_qformer, **eight),
+        video_qformer=dataclasses.replace(cfg.video_qformer, **eight),
+        llama=dataclasses.replace(cfg.llama, num_heads=8, num_kv_heads=8, head_dim=8, mlp_dim=128),
+    )
+
+
+@pytest.fixture(scope="module", params=["divides", "does not divide"])
+def network(request) -> VideoLlama:
+    """ "does not divide": 4 heads, 2 key heads, an MLP of 279 and 509 rows over 2 or 8 devices."""
+    cfg = divisible() if request.param == "divides" else small(vocab_size=509)
+    made = jax.jit(lambda: VideoLlama(cfg, rngs=nnx.Rngs(3)))()
+    made.llama.embedding[...] = made.llama.embedding[...] * 30
+    return made
+
+
+def placed(network: VideoLlama, mesh: jax.sharding.Mesh, *, fsdp: bool) -> VideoLlama:
+    graph, state = nnx.split(network)
+    abstract = sharding.shard_abstract(state, mesh, fsdp=fsdp)
+    return nnx.merge(graph, jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), state, abstract))
+
+
+@jax.jit
+def encode(network, frames, mel):
+    return network.encode_video(frames), network.encode_audio_from_vision(frames), network.encode_audio(mel)
+
+
+@jax.jit
+def prefill_and_decode(network, x):
+    """Logits of a prompt of 24, then of 3 tokens read one by one from the cache."""
+    cache = KVCache.empty(network.cfg.llama, x.shape[0], 64, x.dtype)
+    hidden, cache = network.llama.extend(x[:, :24], jnp.ones((x.shape[0], 24), bool), cache)
+    out = [hidden]
+    for i in range(24, 27):
+        hidden, cache = network.llama.extend(x[:, i : i + 1], jnp.ones((x.shape[0], 1), bool), cache)
+        out.append(hidden)
+    return network.llama.logits(jnp.concatenate(out, axis=1))
+
+
+@pytest.mark.parametrize(("shape", "fsdp"), LAYOUTS)
+def test_encode_prefill_and_decode(network, shape, fsdp):
+    rng = np.random.default_rng(0)
+    frames = rng.standard_normal((8, 1, 56, 56, 3), np.float32)
+    mel = rng.standard_normal((8, 1, 128, 204), np.float32)
+    x = rng.standard_normal((8, 27, network.cfg.llama.width), np.float32)
+    alone = [*encode(network, frames, mel), prefill_and_decode(network, x)]
+    mesh = sharding.make_mesh(*shape)
+    split = placed(network, mesh, fsdp=fsdp)
+    with sharding.under(mesh):
+        together = [*encode(split, frames, mel), prefill_and_decode(split, x)]
+    for one, eight in zip(alone, together, strict=True):
+        assert len(eight.devices()) == 8
+        np.testing.assert_allclose(eight, one, atol=2e-5 * float(jnp.abs(one).max()), rtol=0)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 1.0}], ids=["greedy", "beams", "sampling"])
+def test_generation(network, options):
+    rng = np.random.default_rng(1)
+    ids = rng.integers(3, 500, 20).astype(np.int32)
+    media = rng.standard_normal((0, network.cfg.llama.width), np.float32)
+    prompt = Prompt(ids, np.zeros(20, bool), media)
+
+    def tokens(llama):
+        config = GenerationConfig(max_new_tokens=24, **options)
+        return list(generate(llama, [prompt], config, bos=1, eos=2))
+
+    split = placed(network, sharding.make_mesh(2, 2, 2), fsdp=False)
+    assert tokens(split.llama) == tokens(network.llama)
+
+
+def test_loading_puts_only_a_part_on_each_device(tiny_model):
+    mesh = sharding.make_mesh(data=2, tensor=4)
+    split, whole = checkpoint.load(tiny_model, mesh=mesh).network, checkpoint.load(tiny_model).network
+    gate = split.llama.blocks.mlp.gate.kernel[...]
+    assert gate.sharding.spec == PartitionSpec(None, None, ("tensor",))
+    assert {shard.data.shape for shard in gate.addressable_shards} == {(*gate.shape[:2], gate.shape[2] // 4)}
+    for one, other in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_weights_are_split_as_the_table_says():
+    mesh = sharding.make_mesh(2, 2, 2)
+    spec = sharding.partition_spec((3, 64, 128), ("embed", "mlp"), mesh)
+    assert spec == PartitionSpec(None, ("fsdp",), ("tensor",))
+    assert sharding.partition_spec((3, 64, 128), ("embed", "mlp"), mesh, fsdp=False) == PartitionSpec(
+        None, None, ("tensor",)
+    )
+    assert sharding.partition_spec((8, 5, 64), ("batch", None, None), mesh) == PartitionSpec(
+        ("data", "fsdp"), None, None
+    )
+
+
+def test_an_axis_that_does_not_divide_stays_whole_and_is_reported():
+    mesh = sharding.make_mesh(1, 2, 4)
+    assert sharding.partition_spec((509, 64), ("vocab", "embed"), mesh) == PartitionSpec(None, ("fsdp",))
+    state = nnx.state(nnx.eval_shape(lambda: VideoLlama(tiny(vocab_size=509), rngs=nnx.Rngs(0))))
+    report = sharding.undivided_axes(state, mesh)
+    assert "llama: 509 vocab over 4 devices does not divide; kept whole on each" in report
+    assert "vit: 279 mlp over 4 devices does not divide; kept whole on each" in report
+    assert not any("embed" in line for line in report)
+
+
+def test_a_mesh_for_another_number_of_devices_is_an_error():
+    with pytest.raises(ConfigError, match="mesh data=3 fsdp=1 tensor=1 has 3 places for 8 devices"):
+        sharding.make_mesh(data=3)

@@ -1,0 +1,46 @@
+"""A file → arrays, and the account of what was found in it. Knows no model, and imports no jax."""
+
+from __future__ import annotations
+
+import os
+
+from vllama_jax.errors import MediaError
+from vllama_jax.media.audio import Audio, audio_from, clip_starts, mel_clips, read_audio
+from vllama_jax.media.files import check_file, is_still_picture, open_container, sound_stream, video_stream
+from vllama_jax.media.image import Image, normalize, picture_report, read_image
+from vllama_jax.media.report import MediaReport
+from vllama_jax.media.video import Video, frame_indices, read_video, video_from
+
+__all__ = [
+    "Audio",
+    "Image",
+    "MediaReport",
+    "Video",
+    "clip_starts",
+    "frame_indices",
+    "mel_clips",
+    "normalize",
+    "read_audio",
+    "read_image",
+    "read_media",
+    "read_video",
+]
+
+
+def read_media(
+    path: str | os.PathLike[str], num_frames: int = 8, size: int = 224, audio: bool = True
+) -> Video | Image | Audio:
+    """A video, a picture or sound, told apart by the file's content and not by its name.
+
+    An animated picture is a video; a music file with a cover picture is sound. Raises MediaError as read_video,
+    read_image and read_audio do, and for sound alone when `audio` is False.
+    """
+    path = check_file(path)
+    if is_still_picture(path):
+        return Image(frames=read_image(path, size)[None], report=picture_report(path))
+    with open_container(path) as container:
+        if video_stream(container) is not None:
+            return video_from(container, path, num_frames, size, audio)
+        if sound_stream(container) is not None and not audio:
+            raise MediaError(f"{path}: only sound in the file, and sound is off; turn it on or name a video")
+        return audio_from(container, path)

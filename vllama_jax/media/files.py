@@ -1,0 +1,146 @@
+"""A path → an open file that is known to hold a video, sound or a picture, whatever its name says."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllama_jax.errors import MediaError
+
+if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+# What FFmpeg may take a file for. Without a list, a .txt file is a "video" (tty), and a playlist can name other files
+# and hosts (hls, concat, dash).
+_CONTAINERS = (
+    "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,rm,nut,mxf,ivf,h264,hevc,m4v,obu,dv,gif,apng,"
+    "wav,w64,mp3,flac,aac,ac3,eac3,aiff,au,caf,amr,ape,wv,tta,tak,dts,truehd,oma"
+)
+
+# The first bytes of the picture files that Pillow reads, and Pillow's names for them.
+_PICTURES = (
+    (b"\xff\xd8\xff", "JPEG"),
+    (b"\x89PNG\r\n\x1a\n", "PNG"),
+    (b"GIF8", "GIF"),
+    (b"II*\0", "TIFF"),
+    (b"MM\0*", "TIFF"),
+    (b"\0\0\0\x0cjP  ", "JPEG2000"),
+)
+
+_HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1")
+
+
+def check_file(path: str | os.PathLike[str]) -> str:
+    """The path as a string, if a file with content is there; else a MediaError that says what is there instead."""
+    path = os.fsdecode(path)
+    try:
+        if os.path.isdir(path):
+            raise MediaError(f"{path}: a directory, not a file; name a video, sound or picture file in it")
+        if not os.path.exists(path):
+            raise MediaError(f"{path}: no such file; check the path")
+        if not os.path.isfile(path):
+            raise MediaError(f"{path}: not a regular file; save it to disk first")
+        head = _head(path)
+    except OSError as error:
+        raise MediaError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
+    if not head:
+        raise MediaError(f"{path}: the file is empty; download or copy it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise MediaError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` where it was cloned")
+    return path
+
+
+def picture_format(path: str) -> str | None:
+    """Pillow's name for the picture format that the file's first bytes announce, or None."""
+    head = _head(path)
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "WEBP"
+    if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"):
+        return "AVIF"
+    if head[:2] == b"BM" and head[6:10] == bytes(4):
+        return "BMP"
+    return next((name for start, name in _PICTURES if head.startswith(start)), None)
+
+
+def is_still_picture(path: str) -> bool:
+    """True for a picture file that does not move; animated GIF, PNG and AVIF files are videos."""
+    from PIL import Image
+
+    name = picture_format(path)
+    if name not in ("GIF", "PNG", "WEBP", "AVIF"):
+        return name is not None
+    try:
+        with Image.open(path, formats=[name]) as picture:
+            animated = picture.is_animated
+    except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError):
+        return True  # damaged: reading it as a picture says how
+    if animated and name == "WEBP":
+        raise MediaError(f"{path}: an animated WebP, which FFmpeg does not read; convert it to gif or mp4")
+    return not animated
+
+
+def open_container(path: str) -> InputContainer:
+    """The file opened by FFmpeg, which tells its kind by its content. Raises MediaError; to be closed by the caller."""
+    import av
+
+    head = _head(path)
+    if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
+        raise MediaError(f"{path}: a HEIC picture, which cannot be read; convert it to jpg or png")
+    if head[4:8] == b"ftyp" and not 0 < _mp4_boxes(path).get("moov", 0) <= os.path.getsize(path):
+        why = "the mp4 is truncated: without its index (moov) no frame could be read"
+        raise MediaError(f"{path}: {why}; download or copy it again")
+    try:
+        return av.open(f"file:{path}", container_options={"format_whitelist": _CONTAINERS})
+    except (av.FFmpegError, OSError, ValueError) as error:
+        why = "not a video, sound or picture that can be read; is it damaged, or another kind of file?"
+        raise MediaError(f"{path}: {why}") from error
+
+
+def video_stream(container: InputContainer) -> VideoStream | None:
+    """The video stream a player would show, or None. A cover picture in a music file is not a video."""
+    from av.stream import Disposition
+
+    moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    best = container.streams.best("video")
+    return best if best in moving else next(iter(moving), None)
+
+
+def sound_stream(container: InputContainer) -> AudioStream | None:
+    """The sound stream a player would play, or None."""
+    return container.streams.best("audio")
+
+
+def is_cut_off(path: str) -> bool:
+    """True for an mp4 (mov, m4a, …) whose last box claims more bytes than the file has."""
+    if _head(path)[4:8] != b"ftyp":
+        return False
+    return max(_mp4_boxes(path).values(), default=0) > os.path.getsize(path)
+
+
+def _head(path: str) -> bytes:
+    with Path(path).open("rb") as file:
+        return file.read(32)
+
+
+def _mp4_boxes(path: str) -> dict[str, int]:
+    """The top-level boxes of an mp4 (ISO/IEC 14496-12 §4.2): name → where the last box of that name ends, in bytes."""
+    boxes: dict[str, int] = {}
+    size = os.path.getsize(path)
+    start = 0
+    with Path(path).open("rb") as file:
+        while start + 8 <= size:
+            file.seek(start)
+            header = file.read(16)
+            length = int.from_bytes(header[:4], "big")
+            if length == 1:  # the length is a 64-bit number after the name
+                length = int.from_bytes(header[8:16], "big")
+            elif length == 0:  # the box lasts to the end of the file
+                length = size - start
+            if length < 8:
+                break
+            start += length
+            boxes[header[4:8].decode("latin-1")] = start
+    return boxes

@@ -1,0 +1,38 @@
+"""What was found in a file, and what of it is used."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+_SOUND = {
+    "used": "sound used",
+    "absent": "no sound in the file",
+    "off": "sound off",
+    "unsupported": "the model has no audio branch",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaReport:
+    """One file's account: every file says what became of its sound, and nothing is swallowed.
+
+    `frames` is the number of frames that were taken (1 for a picture, 0 for sound alone), `seconds` the length of
+    the whole file (0 for a picture), and `audio` one of "used", "absent", "off", "unsupported" (the model has no audio
+    branch; whoever knows the model sets it) and "failed: why".
+    """
+
+    path: str
+    kind: Literal["video", "image", "audio"]
+    frames: int
+    seconds: float
+    audio: str
+
+    def __str__(self) -> str:
+        """The sentence for the user, such as "8 frames of 7.1 s; sound used"."""
+        if self.kind == "image":
+            return "1 picture"
+        sound = _SOUND.get(self.audio, f"sound {self.audio}")
+        if self.kind == "audio":
+            return f"{self.seconds:.1f} s of sound; {sound}"
+        return f"{self.frames} frame{'s' if self.frames > 1 else ''} of {self.seconds:.1f} s; {sound}"
