@@ -83,6 +83,12 @@ def test_greedy_equals_running_the_whole_model_again(llama, log_probabilities):
     assert answer(llama, prompt, max_new_tokens=40) == [tokens]
 
 
+def test_layers_of_their_own_give_the_same(llama):
+    unstacked = nnx.clone(llama)
+    unstacked.unstack()
+    assert answer(unstacked, make_prompt(), max_new_tokens=20) == answer(llama, make_prompt(), max_new_tokens=20)
+
+
 def test_rows_of_different_lengths_do_not_disturb_each_other(llama):
     prompts = [make_prompt(9, 4, seed=1), make_prompt(30, 2, seed=2), make_prompt(17, 0, seed=3)]
     assert answer(llama, *prompts, max_new_tokens=20) == [answer(llama, p, max_new_tokens=20)[0] for p in prompts]

@@ -1,0 +1,153 @@
+"""Encoders and decoding against their floors, as ratios within one run.
+
+    python benchmarks/inference.py [--json]
+
+Floors. A tower's forward pass: its matrix products over the rate of one large product of the same dtype. A decoded
+token: the language model's bytes over the bandwidth of one pass over as many bytes (a matrix times a vector). Where
+torch is installed, the same towers in torch (two threads' worth of the same cores) for comparison. Weights are random,
+widths full, depths cut so that a laptop can run it.
+"""
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vllama_jax.config import EVA_G, IMAGEBIND_HUGE, LLAMA_7B, GenerationConfig
+from vllama_jax.generate import Prompt, generate
+from vllama_jax.nn.eva_vit import EvaVit
+from vllama_jax.nn.imagebind import AudioTower
+from vllama_jax.nn.llama import Llama
+
+VIT = dataclasses.replace(EVA_G, depth=4)
+AUDIO = IMAGEBIND_HUGE.audio
+LLAMA = dataclasses.replace(LLAMA_7B, width=2048, depth=8, num_heads=16, num_kv_heads=16, mlp_dim=5504, vocab_size=8000)
+DTYPE = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def random_module(make: Callable[[], nnx.Module]) -> nnx.Module:
+    rng = np.random.default_rng(0)
+    graph, state = nnx.split(nnx.eval_shape(make))
+    weights = jax.tree.map(lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), DTYPE), state)
+    return nnx.merge(graph, weights)
+
+
+def best_seconds(run: Callable[[], object], repeats: int = 3) -> float:
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def product_rate() -> float:
+    """FLOP/s of one large matrix product."""
+    x = jnp.ones((2048, 4096), DTYPE)
+    w = jnp.ones((4096, 4096), DTYPE)
+    product = jax.jit(lambda x, w: x @ w)
+    return 2 * 2048 * 4096 * 4096 / best_seconds(lambda: product(x, w))
+
+
+def tower_flops(tokens: int, width: int, mlp_dim: int, depth: int) -> float:
+    """Matrix products of pre-norm blocks: projections, attention, MLP."""
+    return 2.0 * depth * tokens * (4 * width**2 + 2 * tokens * width + 2 * width * mlp_dim)
+
+
+def encoders() -> dict[str, float]:
+    rate = product_rate()
+    vit = random_module(lambda: EvaVit(VIT, rngs=nnx.Rngs(0)))
+    audio = random_module(lambda: AudioTower(AUDIO, IMAGEBIND_HUGE.embed_dim, rngs=nnx.Rngs(0)))
+    run = jax.jit(lambda module, x: module(x))
+    frames, mel = jnp.ones((8, 224, 224, 3)), jnp.ones((8, 128, 204))
+    vit_floor = 8 * tower_flops(257, VIT.width, VIT.mlp_dim, VIT.depth) / rate
+    audio_floor = 8 * tower_flops(229, AUDIO.width, AUDIO.mlp_dim, AUDIO.depth) / rate
+    vit_seconds = best_seconds(lambda: run(vit, frames))
+    audio_seconds = best_seconds(lambda: run(audio, mel))
+    return {
+        "product_gflops": rate / 1e9,
+        "vit_4_blocks_8_frames_seconds": vit_seconds,
+        "vit_over_floor": vit_seconds / vit_floor,
+        "imagebind_audio_8_clips_seconds": audio_seconds,
+        "imagebind_audio_over_floor": audio_seconds / audio_floor,
+    }
+
+
+def torch_encoders() -> dict[str, float]:
+    """Blocks of the same sizes in torch, whose fused layer does the same arithmetic."""
+    try:
+        import torch
+    except ImportError:
+        return {}
+
+    def seconds(width: int, heads: int, mlp_dim: int, depth: int, tokens: int) -> float:
+        layer = torch.nn.TransformerEncoderLayer(
+            width, heads, mlp_dim, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        tower = torch.nn.TransformerEncoder(layer, depth, enable_nested_tensor=False).eval()
+        x = torch.ones(8, tokens, width)
+        with torch.inference_mode():
+            tower(x)
+            times = []
+            for _ in range(3):
+                start = time.perf_counter()
+                tower(x)
+                times.append(time.perf_counter() - start)
+        return min(times)
+
+    return {
+        "torch_vit_seconds": seconds(VIT.width, VIT.num_heads, VIT.mlp_dim, VIT.depth, 257),
+        "torch_imagebind_audio_seconds": seconds(AUDIO.width, AUDIO.num_heads, AUDIO.mlp_dim, AUDIO.depth, 229),
+    }
+
+
+def bandwidth(size: int) -> float:
+    """Bytes a second of one pass over `size` bytes: a matrix times a vector."""
+    rows = jnp.ones((size // jnp.dtype(DTYPE).itemsize // 4096, 4096), DTYPE)
+    vector = jnp.ones(4096, DTYPE)
+    product = jax.jit(lambda a, v: a @ v)
+    return rows.nbytes / best_seconds(lambda: product(rows, vector), 5)
+
+
+def decoding() -> dict[str, float]:
+    llama = random_module(lambda: Llama(LLAMA, rngs=nnx.Rngs(0)))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(llama)) - llama.embedding.nbytes  # one row of that is read
+    floor = size / bandwidth(size)
+    figures = {"decode_megabytes": size / 1e6, "decode_floor_ms": floor * 1e3}
+    for layout in ("stacked", "unstacked"):
+        if layout == "unstacked":
+            llama.unstack()
+        seconds = token_seconds(llama)
+        figures |= {f"decode_{layout}_ms": seconds * 1e3, f"decode_{layout}_over_floor": seconds / floor}
+    return figures
+
+
+def token_seconds(llama: Llama) -> float:
+    """Seconds a decoded token, after the prefill and the dispatch that compiles."""
+    prompt = Prompt(np.full(60, 5, np.int32), np.zeros(60, bool), jnp.zeros((0, LLAMA.width)))
+    batches = generate(llama, [prompt], GenerationConfig(max_new_tokens=49), bos=1, eos=LLAMA.vocab_size)
+    next(batches), next(batches)
+    start = time.perf_counter()
+    count = sum(len(batch[0]) for batch in batches)
+    return (time.perf_counter() - start) / count
+
+
+def main() -> None:
+    figures = {**encoders(), **torch_encoders(), **decoding()}
+    figures = {"device": jax.devices()[0].device_kind, "dtype": DTYPE, **figures}
+    if "--json" in sys.argv:
+        print(json.dumps(figures))
+        return
+    for name, value in figures.items():
+        print(f"{name:40}{value if isinstance(value, str) else f'{value:.4g}'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Conversations: what is read, what is remembered, what is reported."""
+
+import dataclasses
+import json
+
+import media_fixtures
+import numpy as np
+import pytest
+from PIL import Image
+
+import vllama_jax as vl
+from vllama_jax.chat import prepare
+from vllama_jax.convert import convert, plan
+from vllama_jax.convert.tiny import write_tiny
+from vllama_jax.text import prompts
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model) -> vl.Model:
+    return vl.load(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def seeing_model(tmp_path_factory) -> vl.Model:
+    """A picture-only model: no ImageBind, no audio branch."""
+    folder = tmp_path_factory.mktemp("seeing")
+    paths = write_tiny(folder / "files", config=vl.config.tiny(audio=False))
+    override = json.loads(paths.pop("config").read_text())
+    convert(plan(llama_directory=paths.pop("llama"), files=paths, config=override), folder / "model")
+    return vl.load(folder / "model")
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory):
+    path = tmp_path_factory.mktemp("media") / "picture.jpg"
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)).save(path)
+    return path
+
+
+def test_a_conversation_goes_on(model, clip):
+    chat = vl.Chat(model)
+    report = chat.add(clip)
+    assert (report.kind, report.frames, report.audio) == ("video", 8, "used")
+    first = "".join(chat.ask("What is there?", max_new_tokens=12))
+    assert (first, len(chat.last.tokens)) == (chat.last.answer, 12)
+    second = "".join(chat.ask("And then?", max_new_tokens=12))
+    fresh = vl.Chat(model)
+    fresh.add(clip)
+    assert "".join(fresh.ask("And then?", max_new_tokens=12)) != second, "the first turn is not remembered"
+    fresh.reset()
+    fresh.add(clip)
+    assert "".join(fresh.ask("What is there?", max_new_tokens=12)) == first
+
+
+def test_pieces_are_the_answer_and_options_are_heard(model, clip):
+    chat = vl.Chat(model)
+    chat.add(clip)
+    assert "".join(chat.ask("Hm?", max_new_tokens=40)) == chat.last.answer
+    greedy = chat.last.tokens
+    chat.reset()
+    chat.add(clip)
+    "".join(chat.ask("Hm?", max_new_tokens=40, temperature=1.5, seed=3))
+    assert chat.last.tokens != greedy
+    assert set(chat.last.timings) == {"first_piece", "answer"}
+
+
+def test_an_answer_that_is_not_read_is_forgotten(model, clip):
+    chat = vl.Chat(model)
+    chat.add(clip)
+    next(chat.ask("What is there?", max_new_tokens=30), None)
+    again = list(chat.ask("What is there?", max_new_tokens=30))
+    fresh = vl.Chat(model)
+    fresh.add(clip)
+    assert list(fresh.ask("What is there?", max_new_tokens=30)) == again
+
+
+def test_sound_changes_the_answer_and_can_be_left_out(model, clip):
+    tokens = {}
+    for audio in (True, False):
+        chat = vl.Chat(model)
+        assert chat.add(clip, audio=audio).audio == ("used" if audio else "off")
+        list(chat.ask("What is there?", max_new_tokens=10))
+        tokens[audio] = chat.last.tokens
+    assert tokens[True] != tokens[False]
+
+
+def test_every_kind_of_file_together(model, clip, picture, tmp_path):
+    sound = media_fixtures.write_sound(tmp_path / "a.wav", media_fixtures.tone(3, 16000), 16000, "pcm_s16le", "s16")
+    chat = vl.Chat(model)
+    assert [chat.add(path).kind for path in (clip, picture, sound)] == ["video", "image", "audio"]
+    list(chat.ask("What do they share?", max_new_tokens=8))
+    assert len(chat.last.tokens) == 8
+    slots = chat._conversation.turns[0].media
+    assert [media.slots for media in slots] == [("audio", "video"), ("image",), ("audio",)]
+    assert [len(tokens) for tokens in chat._tokens] == [8, 32, 32, 8]
+
+
+def test_talk_without_any_file(model):
+    chat = vl.Chat(model)
+    list(chat.ask("Hello?", max_new_tokens=5))
+    assert len(chat.last.tokens) == 5
+
+
+@pytest.mark.parametrize("template", ["vicuna", "llama_2", "plain"])
+def test_templates(model, picture, template):
+    chat = vl.Chat(model, template=template)
+    chat.add(picture)
+    list(chat.ask("What is there?", max_new_tokens=5))
+    assert chat._conversation.template is prompts.find_template(template)
+    assert 0 < len(chat.last.tokens) <= 5
+
+
+def test_an_unknown_template(model):
+    with pytest.raises(vl.ConfigError, match="unknown prompt template 'alpaca': choose one of vicuna, llama_2, plain"):
+        vl.Chat(model, template="alpaca")
+
+
+def test_a_model_without_audio_branch_says_so(seeing_model, clip):
+    chat = vl.Chat(seeing_model)
+    report = chat.add(clip)
+    assert report.audio == "unsupported"
+    assert "the model has no audio branch" in str(report)
+    list(chat.ask("What is there?", max_new_tokens=5))
+    assert prompts.DEFAULT_SYSTEM in prompts.render(chat._conversation)
+
+
+def test_sound_alone_needs_an_audio_branch(seeing_model, tmp_path):
+    sound = media_fixtures.write_sound(tmp_path / "a.wav", media_fixtures.tone(3, 16000), 16000, "pcm_s16le", "s16")
+    with pytest.raises(vl.MediaError, match=r"only sound in it, and it cannot be used: .* no audio branch"):
+        vl.Chat(seeing_model).add(sound)
+
+
+def test_required_sound(model, seeing_model, clip, picture, tmp_path):
+    silent = media_fixtures.write_video(tmp_path / "silent.mp4", num_frames=30)
+    assert prepare(clip, model.config, require_audio=True).report.audio == "used"
+    for path, cfg in ((silent, model.config), (picture, model.config), (clip, seeing_model.config)):
+        with pytest.raises(vl.MediaError, match="its sound is required and was not used"):
+            prepare(path, cfg, require_audio=True)
+
+
+def test_sound_that_gives_no_features_is_reported(model, clip, monkeypatch):
+    def fail(*_):
+        raise vl.MediaError("the sound is too short")
+
+    monkeypatch.setattr("vllama_jax.media.mel_clips", fail)
+    prepared = prepare(clip, model.config)
+    assert prepared.mel is None
+    assert prepared.report.audio == "failed: the sound is too short"
+    assert prepared.prompt_media.slots == ("video",)
+    with pytest.raises(vl.MediaError, match=r"its sound is required and was not used: .* sound failed: the sound"):
+        prepare(clip, model.config, require_audio=True)
+
+
+def test_more_frames_than_positions(model, tmp_path):
+    long = media_fixtures.write_video(tmp_path / "long.mp4", num_frames=60)
+    chat = vl.Chat(model)
+    with pytest.raises(vl.ConfigError, match="40 frames, but the model has learned 32 positions"):
+        chat.add(long, num_frames=40)
+    assert chat.add(long, num_frames=40, interpolate_positions=True).frames == 40
+
+
+def test_a_conversation_that_is_too_long(model, picture):
+    chat = vl.Chat(model)
+    chat.add(picture)
+    with pytest.raises(vl.ConfigError, match=r"new ones are asked for, but the model reads 1024; drop earlier turns"):
+        chat.ask("why? " * 800)
+
+
+def test_reports_are_plain_data(model, clip):
+    report = vl.Chat(model).add(clip)
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["seconds"] == pytest.approx(3.0)

@@ -1,0 +1,146 @@
+"""The command line, as a user meets it."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vllama_jax import cli
+
+CHAT = ["--max-new-tokens", "8"]
+
+
+def run(*arguments: object, cache: Path, stdin: str = "") -> subprocess.CompletedProcess:
+    """A real `vllama` in a process of its own."""
+    command = [str(Path(sys.executable).parent / "vllama"), *map(str, arguments)]
+    environment = {**os.environ, "VLLAMA_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
+    return subprocess.run(command, capture_output=True, text=True, input=stdin, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Compiled programs, shared by the processes of these tests."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def failure(capsys, *arguments: object) -> str:
+    """What a command that fails says: one line on stderr, and exit code 1."""
+    with pytest.raises(SystemExit) as stop:
+        cli.main([str(argument) for argument in arguments])
+    message = stop.value.code
+    assert isinstance(message, str), "exit code is not 1"
+    assert message.startswith("vllama: ")
+    assert "\n" not in message
+    assert capsys.readouterr().out == ""
+    return message
+
+
+def test_chat_about_a_clip(tiny_model, clip, cache):
+    done = run("chat", clip, "What is happening?", "--model", tiny_model, *CHAT, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert f"{clip}: 8 frames of 3.0 s; sound used" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_json_is_one_object_and_a_second_start_compiles_nothing(tiny_model, clip, cache):
+    done = run("chat", clip, "One?", "Two?", "--model", tiny_model, "--json", *CHAT, cache=cache)
+    kept = {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
+    again = run("chat", clip, "One?", "Two?", "--model", tiny_model, "--json", *CHAT, cache=cache)
+    first, second = json.loads(done.stdout), json.loads(again.stdout)
+    assert first["tokens"] == second["tokens"]
+    assert len(first["tokens"]) == 8
+    assert first["report"]["audio"] == "used"
+    assert first["answer"] == first["turns"][1]["answer"]
+    assert [turn["question"] for turn in first["turns"]] == ["One?", "Two?"]
+    assert {"load", "read", "encode", "first_piece", "answer"} <= set(first["timings"])
+    assert kept == {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
+
+
+def test_interactive(tiny_model, clip, cache):
+    done = run("chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="What is there?\nAnd then?\n")
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) >= 2
+
+
+def test_flags_reach_the_model(tiny_model, clip, cache):
+    flags = ["--no-audio", "--temperature", "1", "--seed", "5", "--template", "llama_2", "--system", "Be brief."]
+    done = run("chat", clip, "Hm?", "--media", clip, "--model", tiny_model, *flags, "--json", *CHAT, cache=cache)
+    answer = json.loads(done.stdout)
+    assert [report["audio"] for report in answer["reports"]] == ["off", "off"]
+    beams = run("chat", clip, "Hm?", "--model", tiny_model, "--num-beams", "2", "--json", *CHAT, cache=cache)
+    assert len(json.loads(beams.stdout)["tokens"]) == 8
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["convert", "--help"]], ids=" ".join)
+def test_help_is_quick_and_has_an_example(arguments, cache):
+    """Imports are what makes it slow: within a second of a bare interpreter, with room for a busy machine."""
+    start = time.perf_counter()
+    done = run(*arguments, cache=cache)
+    assert time.perf_counter() - start < 3
+    assert done.returncode == 0
+    assert "Example: vllama " in done.stdout
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["chat", "--help"], ["convert", "--help"]], ids=" ".join)
+def test_help_imports_nothing_heavy(arguments):
+    code = "import sys; from vllama_jax import cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+    code += "print(sorted({'jax', 'flax', 'torch', 'librosa', 'orbax', 'transformers', 'av'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["chat"], ["chat", "x.mp4", "Hm?"], ["chat", "x.mp4", "--model", "m", "--temprature", "1"], ["chta"]],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_with_2(arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+
+
+def test_an_unknown_command_gets_a_suggestion(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["chta"])
+    assert "did you mean 'chat'?" in capsys.readouterr().err
+
+
+def test_missing_model(clip, capsys, tmp_path):
+    message = failure(capsys, "chat", clip, "Hm?", "--model", tmp_path / "none")
+    assert message == f"vllama: {tmp_path / 'none'}: no such model directory; `vllama convert` makes one"
+
+
+def test_unusable_media(tiny_model, capsys, tmp_path, clip):
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("hello " * 100)
+    (tmp_path / "lfs.mp4").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
+    expected = {
+        "none.mp4": "no such file",
+        "empty.mp4": "the file is empty",
+        "text.mp4": "not a video, sound or picture",
+        "lfs.mp4": "a git-lfs pointer",
+        "cut.mp4": "truncated",
+    }
+    for name, why in expected.items():
+        message = failure(capsys, "chat", tmp_path / name, "Hm?", "--model", tiny_model)
+        assert message.startswith(f"vllama: {tmp_path / name}: ")
+        assert why in message
+
+
+def test_options_that_mean_nothing_fail_before_the_model_is_loaded(capsys, clip, tmp_path):
+    message = failure(capsys, "chat", clip, "Hm?", "--model", tmp_path, "--num-beams", 2, "--temperature", 1)
+    assert "beam search does not sample" in message
+
+
+def test_errors_in_a_real_process(tiny_model, cache, tmp_path):
+    done = run("chat", tmp_path / "none.mp4", "Hm?", "--model", tiny_model, cache=cache)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.splitlines() == [f"vllama: {tmp_path / 'none.mp4'}: no such file; check the path"]
