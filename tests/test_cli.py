@@ -67,6 +67,13 @@ def test_interactive(tiny_model, clip, cache):
     assert len(done.stdout.splitlines()) >= 2
 
 
+def test_interactive_goes_on_after_an_error(tiny_model, clip, cache):
+    done = run("chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="why? " * 800 + "\nAnd then?\n")
+    assert done.returncode == 0
+    assert "vllama: the conversation has" in done.stderr
+    assert done.stdout.strip()
+
+
 def test_flags_reach_the_model(tiny_model, clip, cache):
     flags = ["--no-audio", "--temperature", "1", "--seed", "5", "--template", "llama_2", "--system", "Be brief."]
     done = run("chat", clip, "Hm?", "--media", clip, "--model", tiny_model, *flags, "--json", *CHAT, cache=cache)
@@ -114,6 +121,11 @@ def test_an_unknown_command_gets_a_suggestion(capsys):
 def test_missing_model(clip, capsys, tmp_path):
     message = failure(capsys, "chat", clip, "Hm?", "--model", tmp_path / "none")
     assert message == f"vllama: {tmp_path / 'none'}: no such model directory; `vllama convert` makes one"
+
+
+def test_missing_media_fails_before_the_model_is_loaded(capsys, tmp_path):
+    message = failure(capsys, "chat", tmp_path / "none.mp4", "Hm?", "--model", tmp_path)
+    assert message == f"vllama: {tmp_path / 'none.mp4'}: no such file; check the path"
 
 
 def test_unusable_media(tiny_model, capsys, tmp_path, clip):

@@ -16,7 +16,8 @@ from vllama_jax.checkpoint import Model, load, open_model
 from vllama_jax.cli.compilation import keep_compiled_programs
 from vllama_jax.cli.display import Display
 from vllama_jax.config import GenerationConfig
-from vllama_jax.media import MediaReport
+from vllama_jax.errors import VllamaError
+from vllama_jax.media import MediaReport, check_file
 
 GREEDY = GenerationConfig()
 
@@ -65,12 +66,18 @@ def chat(
         with _timed(timings, "encode"):
             for path, one in zip(files, prepared, strict=True):
                 display.say(f"{path}: {one.report}")
-                display.step(f"encoding {path}")
+                display.step(f"encoding {path} (a first start compiles)")
                 conversation.show(one, interpolate_positions=interpolate_positions)
         turns = []
         for question in questions or iter(display.ask, None):
             display.step("thinking")
-            display.answer(conversation.ask(question, **dataclasses.asdict(generation)))
+            try:
+                display.answer(conversation.ask(question, **dataclasses.asdict(generation)))
+            except VllamaError as error:
+                if questions:
+                    raise
+                display.say(f"vllama: {error}")  # a user who is asked goes on
+                continue
             turns.append({"question": question, **dataclasses.asdict(conversation.last)})
     if json_output:
         _print_json([one.report for one in prepared], turns, timings)
@@ -80,6 +87,8 @@ def _load(
     display: Display, model: Path, dtype: str | None, files: list[Path], read: dict[str, Any]
 ) -> tuple[Model, list[Prepared], dict[str, float]]:
     """Loads the model while the files are read."""
+    for path in files:
+        check_file(path)  # what can be seen at once is said before minutes are spent on loading
     timings: dict[str, float] = {}
     config = open_model(model).config
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:

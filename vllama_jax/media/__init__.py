@@ -16,6 +16,7 @@ __all__ = [
     "Image",
     "MediaReport",
     "Video",
+    "check_file",
     "clip_starts",
     "frame_indices",
     "mel_clips",
