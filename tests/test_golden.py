@@ -165,6 +165,7 @@ def _generate(model, embeddings: np.ndarray, *, eos: int, stops=(), **options) -
     return [*itertools.chain(*(batch[0] for batch in batches))]
 
 
+@pytest.mark.slow
 def test_generation_that_ends_early(golden, model):
     """EOS (another id plays it), stop sequences, length penalties and beams; `minlen` runs need an option we lack."""
     runs = json.loads((golden / "extra/generation_eos_stop.json").read_text())
@@ -199,6 +200,7 @@ def _converted(out: Path, files: dict[str, Path], **instead: Path) -> checkpoint
     return checkpoint.load(out)
 
 
+@pytest.mark.slow
 def test_safetensors_and_bin_hold_the_same_llama(golden, golden_files, model, tmp_path):
     other = _converted(tmp_path / "model", golden_files, llama=golden / "weights/llama-st")
     same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), model.network, other.network)
@@ -214,6 +216,7 @@ def test_vicuna_v0_with_its_pad_token(golden, golden_files, tmp_path):
     assert_close(np.asarray(logits)[mask], reference["logits"][mask])
 
 
+@pytest.mark.slow
 def test_checkpoints_in_the_style_of_the_second_release(golden, golden_files, tmp_path):
     pair = golden / "weights/videollama2_style"
     vl, al = pair / "VL_LLaMA_2_7B_Finetuned.pth", pair / "AL_LLaMA_2_7B_Finetuned.pth"

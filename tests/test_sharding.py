@@ -19,7 +19,7 @@ from vllama_jax.nn.video_llama import VideoLlama
 SLOW = pytest.mark.slow
 LAYOUTS = [
     pytest.param((2, 2, 2), True, id="2 data, 2 fsdp, 2 tensor, training"),
-    pytest.param((1, 1, 8), False, id="8 tensor, decoding"),
+    pytest.param((1, 1, 8), False, id="8 tensor, decoding", marks=SLOW),
     pytest.param((8, 1, 1), True, id="8 data, training", marks=SLOW),
     pytest.param((1, 8, 1), True, id="8 fsdp, training", marks=SLOW),
     pytest.param((1, 1, 8), True, id="8 tensor, training", marks=SLOW),
@@ -97,7 +97,11 @@ def test_encode_prefill_and_decode(network, shape, fsdp):
         np.testing.assert_allclose(eight, one, atol=2e-5 * float(jnp.abs(one).max()), rtol=0)
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 1.0}], ids=["greedy", "beams", "sampling"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, pytest.param({"num_beams": 3}, marks=SLOW), pytest.param({"temperature": 1.0}, marks=SLOW)],
+    ids=["greedy", "beams", "sampling"],
+)
 def test_generation(network, options):
     rng = np.random.default_rng(1)
     ids = rng.integers(3, 500, 20).astype(np.int32)

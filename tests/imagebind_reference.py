@@ -1,0 +1,153 @@
+"""ImageBind's audio and vision towers in torch, for tests: written from their description (arXiv 2305.05665) with the
+published names of weights. It shares no code with the model, and its epsilons are its own.
+"""
+
+import torch
+from torch import nn
+
+from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig, ImageBindVisionConfig
+
+
+class ImageBindReference(nn.Module):
+    """Both towers; each part of a tower lives under its stage, as in the published file."""
+
+    def __init__(self, cfg: ImageBindConfig):
+        super().__init__()
+        audio, vision = cfg.audio, cfg.vision
+        self.modality_preprocessors = nn.ModuleDict(
+            {
+                "audio": Preprocessor(AudioStem(audio), audio.num_patches, audio.width),
+                "vision": Preprocessor(VisionStem(vision), vision.num_patches, vision.width),
+            }
+        )
+        self.modality_trunks = nn.ModuleDict(
+            {"audio": Trunk(audio, extra_key_value=True), "vision": Trunk(vision, first_norm=True)}
+        )
+        self.modality_heads = nn.ModuleDict(
+            {"audio": head(audio.width, cfg.embed_dim), "vision": head(vision.width, cfg.embed_dim)}
+        )
+        self.modality_postprocessors = nn.ModuleDict(
+            {"audio": nn.Sequential(Normalise(), Scale(audio.log_logit_scale)), "vision": Normalise()}
+        )
+
+    def forward(self, sense: str, x: torch.Tensor) -> torch.Tensor:
+        """mel [b, f, t], or pictures [b, 3, h, w] → [b, embed_dim]."""
+        for stage in (
+            self.modality_preprocessors,
+            self.modality_trunks,
+            self.modality_heads,
+            self.modality_postprocessors,
+        ):
+            x = stage[sense](x)
+        return x
+
+
+class Preprocessor(nn.Module):
+    """Patches, then the class token in front, then positions for all."""
+
+    def __init__(self, stem: nn.Module, num_patches: int, width: int):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.rgbt_stem = stem
+        self.pos_embedding_helper = nn.Module()
+        self.pos_embedding_helper.pos_embed = nn.Parameter(torch.zeros(1, num_patches + 1, width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        patches = self.rgbt_stem(x)
+        tokens = torch.cat([self.cls_token.repeat(len(patches), 1, 1), patches], dim=1)
+        return tokens + self.pos_embedding_helper.pos_embed
+
+
+class AudioStem(nn.Module):
+    """Overlapping patches of the mel picture, frequency by frequency; a norm of torch's own default epsilon."""
+
+    def __init__(self, cfg: ImageBindAudioConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(1, cfg.width, cfg.patch_size, stride=cfg.patch_stride, bias=False)
+        self.norm_layer = nn.LayerNorm(cfg.width, eps=1e-5)
+
+    def forward(self, mel: torch.Tensor) -> torch.Tensor:
+        return self.norm_layer(rows_of(self.proj(mel[:, None])))
+
+
+class VisionStem(nn.Module):
+    """A picture shown twice, as a video of two frames that one patch spans; no bias, no norm."""
+
+    def __init__(self, cfg: ImageBindVisionConfig):
+        super().__init__()
+        window = (2, cfg.patch_size, cfg.patch_size)
+        self.proj = nn.Sequential(ShowTwice(), nn.Conv3d(3, cfg.width, window, stride=window, bias=False))
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return rows_of(self.proj(pictures))
+
+
+class ShowTwice(nn.Module):
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return torch.stack([pictures, pictures], dim=2)
+
+
+def rows_of(grid: torch.Tensor) -> torch.Tensor:
+    """[b, d, …] → [b, n, d], row by row."""
+    return grid.flatten(2).transpose(1, 2)
+
+
+class Trunk(nn.Module):
+    """Pre-norm transformer blocks with no norm at the end; the vision trunk has one before its first block."""
+
+    def __init__(
+        self,
+        cfg: ImageBindAudioConfig | ImageBindVisionConfig,
+        *,
+        extra_key_value: bool = False,
+        first_norm: bool = False,
+    ):
+        super().__init__()
+        first = [nn.LayerNorm(cfg.width, eps=1e-6)] if first_norm else []
+        self.pre_transformer_layer = nn.Sequential(*first)
+        self.blocks = nn.Sequential(*(Block(cfg, extra_key_value) for _ in range(cfg.depth)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(self.pre_transformer_layer(x))
+
+
+class Block(nn.Module):
+    def __init__(self, cfg: ImageBindAudioConfig | ImageBindVisionConfig, extra_key_value: bool):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(cfg.width, eps=1e-6)
+        self.attn = nn.MultiheadAttention(cfg.width, cfg.num_heads, add_bias_kv=extra_key_value, batch_first=True)
+        self.norm_2 = nn.LayerNorm(cfg.width, eps=1e-6)
+        self.mlp = nn.Module()
+        self.mlp.fc1 = nn.Linear(cfg.width, cfg.mlp_dim)
+        self.mlp.fc2 = nn.Linear(cfg.mlp_dim, cfg.width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm_1(x)
+        x = x + self.attn(y, y, y, need_weights=False)[0]
+        y = self.mlp.fc1(self.norm_2(x))
+        return x + self.mlp.fc2(nn.functional.gelu(y))
+
+
+def head(width: int, embed_dim: int) -> nn.Sequential:
+    return nn.Sequential(nn.LayerNorm(width, eps=1e-6), ClassToken(), nn.Linear(width, embed_dim, bias=False))
+
+
+class ClassToken(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, 0]
+
+
+class Normalise(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.normalize(x, dim=-1, eps=1e-12)
+
+
+class Scale(nn.Module):
+    """Times the exponential of a stored logarithm, which is never above 100."""
+
+    def __init__(self, log_logit_scale: float):
+        super().__init__()
+        self.log_logit_scale = nn.Buffer(torch.tensor(log_logit_scale))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.log_logit_scale.exp().clamp(max=100.0) * x

@@ -1,0 +1,275 @@
+"""Torch references of every part, filled with random weights, and their weights in our modules by the converter's own
+rules. Transformers names weights otherwise than the original's files do; the tables here say how.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from imagebind_reference import ImageBindReference
+from torch import nn
+from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel, LlamaForCausalLM
+from transformers import LlamaConfig as HfLlamaConfig
+
+from vllama_jax.config import LlamaConfig, QFormerConfig, VideoLlamaConfig, VitConfig
+from vllama_jax.convert.imagebind import AUDIO_SCALE
+from vllama_jax.convert.rules import Rule
+
+State = dict[str, torch.Tensor]
+
+# Text in transformers' names → text in the original's.
+EVA_NAMES = {
+    "embeddings.class_embedding": "cls_token",
+    "embeddings.position_embedding": "pos_embed",
+    "embeddings.patch_embedding": "patch_embed.proj",
+    "encoder.layers": "blocks",
+    "self_attn.projection": "attn.proj",
+    "self_attn": "attn",
+    "layer_norm": "norm",
+}
+QFORMER_NAMES = {
+    "layernorm": "bert.embeddings.LayerNorm",
+    "encoder.layer.": "bert.encoder.layer.",
+    "attention.attention.": "attention.self.",
+}
+
+
+def rename(state: Mapping[str, torch.Tensor], table: Mapping[str, str], prefix: str = "") -> State:
+    def renamed(name: str) -> str:
+        for theirs, original in table.items():
+            name = name.replace(theirs, original)
+        return prefix + name
+
+    return {renamed(name): tensor for name, tensor in state.items()}
+
+
+def randomise(module: nn.Module, *, quiet: bool = False, seed: int = 0) -> None:
+    """Every parameter random, norms and biases too, in a scale that lets each matter.
+
+    quiet: all but matrices a thousand times smaller. With small inputs, every norm then sees a variance of about 1e-6,
+    and its epsilon shows; with ordinary activations it drowns in rounding.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for part in module.modules():
+            for name, parameter in part.named_parameters(recurse=False):
+                parameter.normal_(generator=generator)
+                is_matrix = name in ("weight", "in_proj_weight") and parameter.ndim > 1
+                if is_matrix and not isinstance(part, nn.Embedding):
+                    parameter.mul_(parameter[0].numel() ** -0.5)
+                    continue
+                parameter.mul_(0.3)
+                if name == "weight" and parameter.ndim == 1:  # a norm's
+                    parameter.add_(1.0)
+                if quiet:
+                    parameter.mul_(QUIET)
+
+
+QUIET = 1e-3
+
+
+def load(make: Callable[[], nnx.Module], rules: Sequence[Rule], state: State, target: str = "") -> nnx.Module:
+    """Our module with torch's weights. `target` is the module's path in the whole model.
+
+    Every weight of ours must have one rule, and every tensor be used once. `state` is emptied on the way, so that a
+    large block need not be held twice.
+    """
+    graph, abstract = nnx.split(nnx.eval_shape(make))
+    leaves = {"/".join(filter(None, (target, *map(str, path)))): path for path, _ in nnx.to_flat_state(abstract)}
+    used = [name for rule in rules for names in rule.names() for name in names]
+    _same(leaves, [rule.target for rule in rules], "weights of ours")
+    _same(state, used, "tensors of torch's")
+    flat = dict(nnx.to_flat_state(abstract))
+    for rule in rules:
+        path, value = leaves[rule.target], _converted(rule, state)
+        assert value.shape == flat[path].shape, f"{rule.target}: {value.shape}, not {flat[path].shape}"
+        flat[path] = flat[path].replace(value)
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def _converted(rule: Rule, state: State) -> jax.Array:
+    rows = [rule.transform.to_jax(*(state.pop(name).numpy() for name in names)) for names in rule.names()]
+    if rule.layers is None:
+        return jnp.array(rows[0])
+    return jnp.array(rows[0][None] if len(rows) == 1 else np.stack(rows))
+
+
+def _same(there: Mapping[str, object], ruled: Sequence[str], what: str) -> None:
+    twice = {name for name in ruled if ruled.count(name) > 1}
+    missing, unknown = there.keys() - set(ruled), set(ruled) - there.keys()
+    wrong = twice | missing | unknown
+    assert not wrong, f"{what}: without a rule {missing}, unknown {unknown}, twice {twice}"
+
+
+def as_jax(x: torch.Tensor) -> jax.Array:
+    """[b, …] as it is; pictures [b, 3, h, w] → channels last."""
+    return jnp.array((x.permute(0, 2, 3, 1) if x.ndim == 4 and x.shape[1] == 3 else x).numpy())
+
+
+def error(ours: jax.Array, reference: torch.Tensor) -> float:
+    """max|ours − reference| / max|reference|."""
+    ours, reference = np.asarray(ours, np.float32), reference.detach().numpy()
+    assert ours.shape == reference.shape
+    return float(np.abs(ours - reference).max() / np.abs(reference).max())
+
+
+class EvaReference(nn.Module):
+    """BLIP-2's vision tower without the final norm, which the original's has not."""
+
+    def __init__(self, cfg: VitConfig):
+        super().__init__()
+        self.model = Blip2VisionModel(
+            Blip2VisionConfig(
+                hidden_size=cfg.width,
+                intermediate_size=cfg.mlp_dim,
+                num_hidden_layers=cfg.depth,
+                num_attention_heads=cfg.num_heads,
+                image_size=cfg.image_size,
+                patch_size=cfg.patch_size,
+                layer_norm_eps=1e-6,
+                attn_implementation="eager",
+            )
+        )
+        del self.model.post_layernorm
+
+    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+        return self.model.encoder(self.model.embeddings(pictures)).last_hidden_state
+
+    def drop_key_biases(self) -> None:
+        """Keys have none in the original; transformers keeps a row of zeros for them."""
+        with torch.no_grad():
+            for layer in self.model.encoder.layers:
+                layer.self_attn.qkv.bias.chunk(3)[1].zero_()
+
+    def original_state(self) -> State:
+        state = rename(self.model.state_dict(), EVA_NAMES)
+        for name in [name for name in state if name.endswith("qkv.bias")]:
+            layer = name.removesuffix("qkv.bias")
+            state[f"{layer}q_bias"], key, state[f"{layer}v_bias"] = state.pop(name).chunk(3)
+            assert not key.any()
+        return state
+
+
+class QFormerReference(nn.Module):
+    """BLIP-2's Q-Former with its queries. `name`: "", "video_" or "audio_", as the original's files call them."""
+
+    def __init__(self, cfg: QFormerConfig, memory_width: int, name: str = ""):
+        super().__init__()
+        self.name = name
+        self.query_tokens = nn.Parameter(torch.zeros(1, cfg.num_queries, cfg.width))
+        self.model = Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=cfg.width,
+                num_hidden_layers=cfg.depth,
+                num_attention_heads=cfg.num_heads,
+                intermediate_size=cfg.mlp_dim,
+                layer_norm_eps=1e-12,
+                cross_attention_frequency=cfg.cross_attention_every,
+                encoder_hidden_size=memory_width,
+                attn_implementation="eager",
+            )
+        )
+        self.model.eval()
+
+    def forward(self, memory: torch.Tensor) -> torch.Tensor:
+        queries = self.query_tokens.repeat(len(memory), 1, 1)
+        return self.model(query_embeds=queries, encoder_hidden_states=memory).last_hidden_state
+
+    def original_state(self) -> State:
+        state = rename(self.model.state_dict(), QFORMER_NAMES, prefix=f"{self.name}Qformer.")
+        return {f"{self.name}query_tokens": self.query_tokens.detach(), **state}
+
+
+def imagebind_state(reference: ImageBindReference) -> State:
+    state = reference.state_dict()
+    del state[AUDIO_SCALE]  # kept in the config
+    return state
+
+
+def llama_reference(cfg: LlamaConfig) -> LlamaForCausalLM:
+    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
+    if scaling := cfg.rope_scaling:
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+        if scaling.kind == "llama3":
+            rope |= {
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_max_length,
+            }
+    return LlamaForCausalLM(
+        HfLlamaConfig(
+            vocab_size=cfg.vocab_size,
+            hidden_size=cfg.width,
+            intermediate_size=cfg.mlp_dim,
+            num_hidden_layers=cfg.depth,
+            num_attention_heads=cfg.num_heads,
+            num_key_value_heads=cfg.num_kv_heads,
+            head_dim=cfg.head_dim,
+            rms_norm_eps=cfg.norm_eps,
+            max_position_embeddings=cfg.max_length,
+            rope_parameters=rope,
+            tie_word_embeddings=cfg.tie_embeddings,
+            attn_implementation="eager",
+        )
+    )
+
+
+def llama_state(reference: LlamaForCausalLM) -> State:
+    state = reference.state_dict()
+    if reference.config.tie_word_embeddings:
+        del state["lm_head.weight"]  # the embeddings once more
+    return state
+
+
+class VideoLlamaReference(nn.Module):
+    """The two branches around the parts above (paper §2), one video or sound at a time."""
+
+    def __init__(self, cfg: VideoLlamaConfig):
+        super().__init__()
+        width = cfg.llama.width
+        self.visual_encoder = EvaReference(cfg.vit)
+        self.ln_vision = nn.LayerNorm(cfg.vit.width, eps=1e-5)
+        self.image_qformer = QFormerReference(cfg.image_qformer, cfg.vit.width)
+        self.video_frame_position_embedding = nn.Embedding(cfg.num_frame_positions, cfg.image_qformer.width)
+        self.video_qformer = QFormerReference(cfg.video_qformer, cfg.image_qformer.width, "video_")
+        self.llama_proj = nn.Linear(cfg.video_qformer.width, width)
+        self.imagebind = ImageBindReference(cfg.imagebind)
+        self.audio_position_embedding = nn.Embedding(cfg.num_clip_positions, cfg.imagebind.embed_dim)
+        self.audio_qformer = QFormerReference(cfg.audio_qformer, cfg.imagebind.embed_dim, "audio_")
+        self.audio_llama_proj = nn.Linear(cfg.audio_qformer.width, width)
+        self.llama = llama_reference(cfg.llama)
+
+    def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
+        """[t, 3, h, w] → [t, 32, d]."""
+        return self.image_qformer(self.ln_vision(self.visual_encoder(frames)))
+
+    def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
+        """[t, 3, h, w] → [32, w]; a frame's position is added to all of its tokens."""
+        features = self.encode_frames(frames)
+        positions = self.video_frame_position_embedding(torch.arange(len(frames)))
+        memory = torch.cat([tokens + position for tokens, position in zip(features, positions, strict=True)])
+        return self.llama_proj(self.video_qformer(memory[None]))[0]
+
+    def encode_senses(self, sense: str, x: torch.Tensor) -> torch.Tensor:
+        """ "audio": mel [s, f, t]; "vision": frames [t, 3, h, w] → [8, w]."""
+        features = self.imagebind(sense, x)
+        memory = features + self.audio_position_embedding(torch.arange(len(x)))
+        return self.audio_llama_proj(self.audio_qformer(memory[None]))[0]
+
+    def original_state(self) -> State:
+        heads = ("ln_vision", "video_frame_position_embedding", "llama_proj")
+        heads += ("audio_position_embedding", "audio_llama_proj")
+        state = {
+            **self.visual_encoder.original_state(),
+            **self.image_qformer.original_state(),
+            **self.video_qformer.original_state(),
+            **self.audio_qformer.original_state(),
+            **imagebind_state(self.imagebind),
+            **llama_state(self.llama),
+        }
+        for name in heads:
+            state |= rename(getattr(self, name).state_dict(), {}, prefix=f"{name}.")
+        return state
