@@ -3,16 +3,15 @@
 import math
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from vllama_jax import config as presets
 from vllama_jax.config import VideoLlamaConfig, check_fields, from_dict, merge
-from vllama_jax.errors import ConfigError
+from vllama_jax.errors import CheckpointError, ConfigError
 
-from . import imagebind, llama
+from . import imagebind
 from .sources import Source
 
 # Head counts leave no trace in shapes; these are the published models'.
@@ -25,33 +24,50 @@ HEADS = {
 
 
 def model_config(
-    pieces: Mapping[str, Source], llama_directory: Path, override: Mapping[str, Any], template: str
+    pieces: Mapping[str, Source], llama_fields: Mapping[str, Any], override: Mapping[str, Any]
 ) -> VideoLlamaConfig:
-    """The config of the model that the pieces make up. `override` is any part of a config and wins.
+    """The config of the model that the pieces make up.
 
-    Raises ConfigError for unknown fields in `override`, and where a head count is neither known nor given.
+    llama_fields: what config.json tells of the language model. override: any part of a config; it wins, and what it
+    says of the audio branch is left aside when the pieces have none.
+    Raises ConfigError for unknown or wrong fields in `override`, where a head count is neither known nor given, and
+    where a file has not the layers it should; CheckpointError where a file lacks a tensor that tells a dimension.
     """
-    check_fields(override, VideoLlamaConfig, "--config")
     image = _qformer(pieces["blip2"], "Qformer", "query_tokens")
-    video = _video_qformer(pieces.get("vl"), "video", image, presets.VIDEO_QFORMER.num_queries)
     fields = {
-        "vit": _vit(pieces["eva_vit"], override.get("vit", {})),
+        "vit": _vit(pieces["eva_vit"]),
         "image_qformer": image,
-        "video_qformer": video,
+        "video_qformer": _branch_qformer(pieces.get("vl"), "video", image, presets.VIDEO_QFORMER.num_queries),
         "num_frame_positions": _rows(pieces.get("vl"), "video_frame_position_embedding.weight", 32),
-        "llama": _llama(pieces["llama"], llama_directory),
-        "template": template,
+        "llama": {**llama_fields, "vocab_size": pieces["llama"].shape("model.embed_tokens.weight", 2)[0]},
     }
     if "imagebind" in pieces:
-        scale_given = override.get("imagebind", {}).get("audio", {})
         fields |= {
-            "imagebind": _imagebind(pieces["imagebind"], scale_given),
-            "audio_qformer": _video_qformer(pieces.get("al"), "audio", image, presets.AUDIO_QFORMER.num_queries),
+            "imagebind": _imagebind(pieces["imagebind"]),
+            "audio_qformer": _branch_qformer(pieces.get("al"), "audio", image, presets.AUDIO_QFORMER.num_queries),
             "num_clip_positions": _rows(pieces.get("al"), "audio_position_embedding.weight", 8),
         }
-    fields = merge(fields, override)
+    _check_override(override, fields)
+    absent = {"imagebind", "audio_qformer"} - fields.keys()  # one --config may serve with and without these
+    fields = merge(fields, {name: value for name, value in override.items() if name not in absent})
     _fill_heads(fields)
-    return from_dict(fields, VideoLlamaConfig, "--config")
+    cfg = from_dict(fields, VideoLlamaConfig, "model config")
+    _check_depth("vit", cfg.vit.depth, pieces["eva_vit"], r"blocks\.(\d+)\.", '--config {"vit": {"depth": …}} says')
+    _check_depth("llama", cfg.llama.depth, pieces["llama"], r"model\.layers\.(\d+)\.", "its config.json says")
+    return cfg
+
+
+def _check_override(override: Mapping[str, Any], fields: Mapping[str, Any], where: str = "--config") -> None:
+    """Raises ConfigError for a field that is unknown, is no object where the model has a part, or is no count."""
+    if where == "--config":
+        check_fields(override, VideoLlamaConfig, where)
+    for name, value in override.items():
+        if isinstance(fields.get(name), Mapping):
+            if not isinstance(value, Mapping):
+                raise ConfigError(f"{where}.{name}: {value!r} is not an object")
+            _check_override(value, fields[name], f"{where}.{name}")
+        elif type(value) is int and value < 1:
+            raise ConfigError(f"{where}.{name} must be above 0, not {value}")
 
 
 def _fill_heads(fields: dict[str, Any]) -> None:
@@ -73,39 +89,46 @@ def _fill_heads(fields: dict[str, Any]) -> None:
         )
 
 
+def _check_depth(part: str, depth: int, source: Source, pattern: str, said_by: str) -> None:
+    """Fewer layers than the model has would be a long list of missing tensors, and so one line here."""
+    held = count_layers(source, pattern)
+    if held < depth:
+        raise ConfigError(f"{source.label}: holds {held} layers, and {part} has {depth}; {said_by} how many there are")
+
+
 def count_layers(source: Source, pattern: str) -> int:
     """How many layers a file holds: one more than the largest number that `pattern` catches in a name."""
     found = [int(match[1]) for name in source.shapes if (match := re.match(pattern, name))]
     return max(found, default=-1) + 1
 
 
-def _vit(source: Source, override: Mapping[str, Any]) -> dict[str, Any]:
-    width, _, patch_size, _ = source.shapes["patch_embed.proj.weight"]
+def _vit(source: Source) -> dict[str, Any]:
+    width, _, _, patch_size = source.shape("patch_embed.proj.weight", 4)
     held = count_layers(source, r"blocks\.(\d+)\.")
-    depth = presets.EVA_G.depth if width == presets.EVA_G.width else held - 1  # BLIP-2 drops EVA's last block
     return {
-        "image_size": patch_size * math.isqrt(source.shapes["pos_embed"][1] - 1),
+        "image_size": patch_size * math.isqrt(source.shape("pos_embed", 3)[1] - 1),
         "patch_size": patch_size,
         "width": width,
-        "depth": override.get("depth", depth),
-        "mlp_dim": source.shapes["blocks.0.mlp.fc1.weight"][0],
+        "depth": presets.EVA_G.depth if width == presets.EVA_G.width else held - 1,  # BLIP-2 drops EVA's last block
+        "mlp_dim": source.shape("blocks.0.mlp.fc1.weight", 2)[0],
     }
 
 
 def _qformer(source: Source, module: str, queries: str) -> dict[str, Any]:
-    layer = rf"{module}\.bert\.encoder\.layer"
-    depth = count_layers(source, rf"{layer}\.(\d+)\.")
-    every_second = depth > 1 and f"{module}.bert.encoder.layer.1.crossattention.self.query.weight" not in source
+    layer = f"{module}.bert.encoder.layer"
+    depth = count_layers(source, rf"{re.escape(layer)}\.(\d+)\.")
+    every_second = depth > 1 and f"{layer}.1.crossattention.self.query.weight" not in source
+    _, num_queries, width = source.shape(queries, 3)
     return {
-        "width": source.shapes[queries][2],
+        "width": width,
         "depth": depth,
-        "mlp_dim": source.shapes[f"{module}.bert.encoder.layer.0.intermediate_query.dense.weight"][0],
-        "num_queries": source.shapes[queries][1],
+        "mlp_dim": source.shape(f"{layer}.0.intermediate_query.dense.weight", 2)[0],
+        "num_queries": num_queries,
         "cross_attention_every": 2 if every_second else 1,
     }
 
 
-def _video_qformer(source: Source | None, sense: str, image: dict[str, Any], num_queries: int) -> dict[str, Any]:
+def _branch_qformer(source: Source | None, sense: str, image: dict[str, Any], num_queries: int) -> dict[str, Any]:
     """From the branch's checkpoint; before there is one, two layers of the image Q-Former's size."""
     if source is not None:
         return _qformer(source, f"{sense}_Qformer", f"{sense}_query_tokens")
@@ -113,34 +136,31 @@ def _video_qformer(source: Source | None, sense: str, image: dict[str, Any], num
 
 
 def _rows(source: Source | None, name: str, default: int) -> int:
-    return default if source is None else source.shapes[name][0]
+    return default if source is None else source.shape(name, 2)[0]
 
 
-def _imagebind(source: Source, given: Mapping[str, Any]) -> dict[str, Any]:
-    audio_width, _, audio_patch, _ = source.shapes["modality_preprocessors.audio.rgbt_stem.proj.weight"]
-    kernel = source.shapes["modality_preprocessors.vision.rgbt_stem.proj.1.weight"]
-    vision_positions = source.shapes["modality_preprocessors.vision.pos_embedding_helper.pos_embed"][1]
-
-    def trunk(sense: str) -> dict[str, Any]:
-        name = f"modality_trunks.{sense}.blocks"
-        return {
-            "depth": count_layers(source, rf"modality_trunks\.{sense}\.blocks\.(\d+)\."),
-            "mlp_dim": source.shapes[f"{name}.0.mlp.fc1.weight"][0],
-        }
-
-    audio = {"width": audio_width, "patch_size": audio_patch, **trunk("audio")}
-    if "log_logit_scale" not in given and imagebind.AUDIO_SCALE in source:
-        audio["log_logit_scale"] = source.read(imagebind.AUDIO_SCALE).astype(np.float32).item()
+def _imagebind(source: Source) -> dict[str, Any]:
+    stem = "modality_preprocessors"
+    audio_width, _, _, audio_patch = source.shape(f"{stem}.audio.rgbt_stem.proj.weight", 4)
+    width, _, frames, _, patch_size = source.shape(f"{stem}.vision.rgbt_stem.proj.1.weight", 5)
+    audio = {"width": audio_width, "patch_size": audio_patch, **_trunk(source, "audio")}
+    if imagebind.AUDIO_SCALE in source:
+        if math.prod(source.shapes[imagebind.AUDIO_SCALE]) != 1:
+            raise CheckpointError(f"{source.label}: {imagebind.AUDIO_SCALE} is not a single number")
+        audio["log_logit_scale"] = np.float32(source.read(imagebind.AUDIO_SCALE).item()).item()
     vision = {
-        "width": kernel[0],
-        "frames_per_patch": kernel[2],
-        "patch_size": kernel[3],
-        "image_size": kernel[3] * math.isqrt(vision_positions - 1),
-        **trunk("vision"),
+        "width": width,
+        "frames_per_patch": frames,
+        "patch_size": patch_size,
+        "image_size": patch_size * math.isqrt(source.shape(f"{stem}.vision.pos_embedding_helper.pos_embed", 3)[1] - 1),
+        **_trunk(source, "vision"),
     }
-    return {"embed_dim": source.shapes["modality_heads.audio.2.weight"][0], "audio": audio, "vision": vision}
+    return {"embed_dim": source.shape("modality_heads.audio.2.weight", 2)[0], "audio": audio, "vision": vision}
 
 
-def _llama(source: Source, directory: Path) -> dict[str, Any]:
-    fields = llama.read_config(directory)
-    return fields | {"vocab_size": source.shapes["model.embed_tokens.weight"][0]}
+def _trunk(source: Source, sense: str) -> dict[str, Any]:
+    blocks = f"modality_trunks.{sense}.blocks"
+    return {
+        "depth": count_layers(source, rf"{re.escape(blocks)}\.(\d+)\."),
+        "mlp_dim": source.shape(f"{blocks}.0.mlp.fc1.weight", 2)[0],
+    }

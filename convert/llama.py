@@ -3,12 +3,11 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from vllama_jax.config import LlamaConfig, parse_json
+from vllama_jax.config import LlamaConfig
 from vllama_jax.errors import CheckpointError, ConfigError
 
 from .rules import SAME, TRANSPOSE, Rule, from_heads, linear, to_heads
+from .sources import read_json
 
 
 def rules(cfg: LlamaConfig) -> list[Rule]:
@@ -39,6 +38,7 @@ def extras(cfg: LlamaConfig) -> dict[str, str]:
 
 
 INV_FREQ = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+STORED_INV_FREQ = rf"(llama_model\.)?{INV_FREQ}"  # as LLaMA's own files and Video-LLaMA's checkpoints name it
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -47,32 +47,39 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises CheckpointError when it is missing, and ConfigError when it describes what LLaMA is not.
     """
     path = directory / "config.json"
+    if directory.exists() and not directory.is_dir():
+        raise CheckpointError(f"{directory}: not a directory; --llama takes a Hugging Face LLaMA directory")
     if not path.exists():
         raise CheckpointError(f"{directory}: no config.json; --llama takes a Hugging Face LLaMA directory")
-    fields = parse_json(path.read_text(), str(path))
+    fields = read_json(path)
     if fields.get("model_type", "llama") != "llama":
-        raise ConfigError(f"{path}: a model of type {fields['model_type']!r}, where a LLaMA is needed")
+        raise ConfigError(f"{path}: a model of type {fields['model_type']!r}, where --llama takes a LLaMA")
     for name in ("attention_bias", "mlp_bias"):
         if fields.get(name):
             raise ConfigError(f"{path}: {name} is set; LLaMAs with such biases are not supported")
     if fields.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{path}: activation {fields['hidden_act']!r}, where LLaMA has silu")
-    try:
-        return _fields(fields, str(path))
-    except KeyError as error:
-        raise ConfigError(f"{path}: no field {error}") from error
+    return _fields(fields, str(path))
 
 
 def _fields(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    heads = fields["num_attention_heads"]
+    """Types are checked when the config is built of them."""
+    names = {
+        "width": "hidden_size",
+        "depth": "num_hidden_layers",
+        "num_heads": "num_attention_heads",
+        "mlp_dim": "intermediate_size",
+    }
+    for name in names.values():
+        if type(fields.get(name)) is not int or fields[name] < 1:
+            raise ConfigError(f"{where}: {name} must be a whole number above 0, not {fields.get(name)!r}")
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise ConfigError(f"{where}: rope_scaling must be an object, not {rope!r}")
     return {
-        "width": fields["hidden_size"],
-        "depth": fields["num_hidden_layers"],
-        "num_heads": heads,
-        "num_kv_heads": fields.get("num_key_value_heads") or heads,
-        "head_dim": fields.get("head_dim") or fields["hidden_size"] // heads,
-        "mlp_dim": fields["intermediate_size"],
+        **{ours: fields[theirs] for ours, theirs in names.items()},
+        "num_kv_heads": fields.get("num_key_value_heads") or fields["num_attention_heads"],
+        "head_dim": fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
         "norm_eps": fields.get("rms_norm_eps", 1e-6),
         "max_length": fields.get("max_position_embeddings", 2048),
         "rope_theta": fields.get("rope_theta") or rope.get("rope_theta") or 10000.0,
@@ -85,19 +92,12 @@ def _rope_scaling(rope: dict[str, Any], where: str) -> dict[str, Any] | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
-    if kind == "linear":
-        return {"kind": "linear", "factor": rope["factor"]}
+    theirs = {"factor": "factor"}
     if kind == "llama3":
-        return {
-            "kind": "llama3",
-            "factor": rope["factor"],
-            "low_freq_factor": rope["low_freq_factor"],
-            "high_freq_factor": rope["high_freq_factor"],
-            "original_max_length": rope["original_max_position_embeddings"],
-        }
-    raise ConfigError(f"{where}: rotary scaling {kind!r} is not supported; known are linear and llama3")
-
-
-def same_frequencies(stored: np.ndarray, computed: np.ndarray) -> bool:
-    """Whether an `inv_freq` buffer is what we compute (half-precision files keep it in half precision)."""
-    return stored.shape == computed.shape and np.allclose(stored.astype(np.float32), computed, rtol=2e-3, atol=1e-7)
+        theirs |= {name: name for name in ("low_freq_factor", "high_freq_factor")}
+        theirs["original_max_length"] = "original_max_position_embeddings"
+    elif kind != "linear":
+        raise ConfigError(f"{where}: rotary scaling {kind!r} is not supported; known are linear and llama3")
+    if missing := [name for name in theirs.values() if name not in rope]:
+        raise ConfigError(f"{where}: rotary scaling {kind!r} has no {', '.join(missing)}")
+    return {"kind": kind} | {ours: rope[name] for ours, name in theirs.items()}

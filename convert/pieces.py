@@ -11,11 +11,10 @@ from . import eva_vit, imagebind, llama, qformer
 from .rules import SAME, Rule, linear, norm
 from .sources import Source
 
-_NOT_NEEDED = "the model has no use for it"
 _BUFFERS = {
-    r".*\.embeddings\.position_ids": "a buffer, always 0, 1, 2, …",
-    r"llama_model\..*\.rotary_emb\.inv_freq": "a buffer; rotary frequencies are computed",
-    r"audio_encoder\..*": "a buffer of ImageBind; --imagebind gives it",
+    r".*\.embeddings\.position_ids": "a buffer: 0, 1, 2, …, as was checked",
+    r"llama_model\..*\.rotary_emb\.inv_freq": "a buffer: rotary frequencies are computed, and were compared",
+    r"audio_encoder\..*": "a buffer of ImageBind, which --imagebind gives",
 }
 
 
@@ -66,43 +65,43 @@ PIECES: dict[str, Piece] = {
     "eva_vit": Piece(
         "EVA-CLIP ViT-g weights",
         "--eva-vit",
-        r"blocks\.0\.attn\.q_bias",
+        "blocks.0.attn.q_bias",
         lambda cfg: eva_vit.rules(cfg.vit),
         lambda cfg: eva_vit.extras(cfg.vit),
     ),
-    "blip2": Piece("BLIP-2 Q-Former weights", "--blip2", r"query_tokens", _blip2, lambda _: {**_BUFFERS, **_BERT_TEXT}),
+    "blip2": Piece("BLIP-2 Q-Former weights", "--blip2", "query_tokens", _blip2, lambda _: {**_BUFFERS, **_BERT_TEXT}),
     "imagebind": Piece(
         "ImageBind weights",
         "--imagebind",
-        r"modality_trunks\.audio\.blocks\.0\..*",
+        "modality_trunks.audio.blocks.0.norm_1.weight",
         lambda cfg: imagebind.rules(cfg.imagebind),
         lambda _: {**imagebind.EXTRAS, re.escape(imagebind.AUDIO_SCALE): "kept in config.json"},
     ),
     "vl": Piece(
         "a Video-LLaMA vision-language checkpoint",
         "--vl",
-        r"video_query_tokens",
+        "video_query_tokens",
         _vl,
         lambda _: {**_BUFFERS, r"audio_(?!encoder).*": "the audio branch; give the file as --al too"},
     ),
     "al": Piece(
         "a Video-LLaMA audio-language checkpoint",
         "--al",
-        r"audio_query_tokens",
+        "audio_query_tokens",
         _al,
         lambda _: {**_BUFFERS, r"video_.*|llama_proj\..*": "the vision branch; give the file as --vl too"},
     ),
     "minigpt4": Piece(
         "a MiniGPT-4 projection",
         "--minigpt4",
-        r"llama_proj\.weight",
+        "llama_proj.weight",
         lambda _: linear("llama_proj", "llama_proj"),
         lambda _: {},
     ),
     "llama": Piece(
         "LLaMA weights",
         "--llama",
-        r"model\.embed_tokens\.weight",
+        "model.embed_tokens.weight",
         lambda cfg: llama.rules(cfg.llama),
         lambda cfg: llama.extras(cfg.llama),
     ),
@@ -112,9 +111,7 @@ PIECES: dict[str, Piece] = {
 def recognise(source: Source) -> list[str]:
     """The kinds that a file is, by the tensors in it. A checkpoint of both branches is two; `llama_proj` alone is
     MiniGPT-4's, beside the vision branch it belongs to that."""
-    kinds = [
-        kind for kind, piece in PIECES.items() if any(re.fullmatch(piece.signature, name) for name in source.shapes)
-    ]
+    kinds = [kind for kind, piece in PIECES.items() if piece.signature in source]
     return [kind for kind in kinds if kind != "minigpt4" or "vl" not in kinds]
 
 
@@ -130,7 +127,7 @@ def check_kind(kind: str, source: Source) -> None:
         )
     raise CheckpointError(
         f"{source.label}: given as {PIECES[kind].option}, but it is not {PIECES[kind].what} "
-        f"(no tensor named like {PIECES[kind].signature.replace(chr(92), '')}; it holds {_some(source.shapes)})"
+        f"(no tensor {PIECES[kind].signature}; it holds {_some(source.shapes)})"
     )
 
 

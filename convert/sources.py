@@ -1,46 +1,72 @@
-"""Weight files, read lazily: which tensors a file holds is known at once, a tensor's data when it is asked for."""
+"""Weight files, read lazily: which tensors a file holds is known at once, a tensor's data when it is asked for.
+
+Little of a file is ever in memory: safetensors are read, not mapped, and torch files are mapped anew now and then,
+because every page of a memory map that was touched counts as memory until it is unmapped.
+"""
 
 import json
-import zipfile
-from collections.abc import Callable, Iterable
+import pickle
+import re
+import textwrap
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import ml_dtypes  # noqa: F401  (gives numpy a bfloat16, which safetensors then reads)
+import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import numpy as np
 
+from vllama_jax import params
 from vllama_jax.errors import CheckpointError
 
-LFS_POINTER = b"version https://git-lfs"
+REMAP_BYTES = 128 * 2**20  # read from a torch file before it is mapped anew; that takes about 10 ms
+ZIP, PICKLE, LFS_POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
+
+
+class WeightFile(Protocol):
+    """One file. tensors: the shape and the dtype's name of each; nothing of their data is read yet."""
+
+    tensors: dict[str, tuple[tuple[int, ...], str]]
+
+    def read(self, name: str) -> np.ndarray: ...
 
 
 class Source:
-    """The tensors of one file, or of several files that hold one set: names, shapes, and data on demand."""
+    """The tensors of one file, or of several files that hold one set: names, shapes, dtypes' names, data on demand.
 
-    def __init__(self, label: str, files: list[Path]):
+    duplicates: names that more than one of the files has.
+    """
+
+    def __init__(self, label: str, files: Sequence[Path]):
         self.label = label
-        self.files = files
+        self.files = list(files)
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, np.dtype] = {}
-        self._readers: dict[str, Callable[[], np.ndarray]] = {}
-        for file in files:
-            self._add(file)
+        self.dtypes: dict[str, str] = {}
+        self.duplicates: list[str] = []
+        self._homes: dict[str, WeightFile] = {}
+        for path in self.files:
+            file = open_weights(path)
+            self.duplicates += file.tensors.keys() & self._homes.keys()
+            for name, (shape, dtype) in file.tensors.items():
+                self.shapes[name], self.dtypes[name], self._homes[name] = shape, dtype, file
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
+    def shape(self, name: str, axes: int) -> tuple[int, ...]:
+        """The shape of a tensor that dimensions are read off.
+
+        Raises CheckpointError when it is missing or has not that many axes.
+        """
+        if name not in self.shapes:
+            raise CheckpointError(f"{self.label}: incomplete, {name} is missing")
+        if len(self.shapes[name]) != axes or 0 in self.shapes[name]:
+            raise CheckpointError(f"{self.label}: {name} is {list(self.shapes[name])}, where {axes} axes are expected")
+        return self.shapes[name]
+
     def read(self, name: str) -> np.ndarray:
-        return self._readers[name]()
-
-    def _add(self, file: Path) -> None:
-        tensors = _safetensors(file) if _is_safetensors(file) else _torch_tensors(file)
-        for name, shape, dtype, read in tensors:
-            if name in self._readers:
-                raise CheckpointError(f"{file}: {name} is also in another file of {self.label}; remove one of the two")
-            self.shapes[name], self.dtypes[name], self._readers[name] = shape, dtype, read
-
-
-Tensor = tuple[str, tuple[int, ...], np.dtype, Callable[[], np.ndarray]]
+        return self._homes[name].read(name)
 
 
 def open_file(path: str | Path) -> Source:
@@ -49,9 +75,7 @@ def open_file(path: str | Path) -> Source:
     Raises CheckpointError for a file that is missing, empty, a git-lfs pointer or no weights, for one whose pickle asks
     for code, and for a torch file when torch is not installed.
     """
-    path = Path(path)
-    check_file(path)
-    return Source(path.name, [path])
+    return Source(str(path), [Path(path)])
 
 
 def open_llama(directory: str | Path) -> Source:
@@ -60,119 +84,167 @@ def open_llama(directory: str | Path) -> Source:
     Raises CheckpointError as `open_file` does, and where no weights are there or a shard is missing.
     """
     directory = Path(directory)
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: not a directory; a LLaMA model is a directory with config.json in it")
     for name in ("model.safetensors", "pytorch_model.bin"):
-        index = directory / f"{name}.index.json"
-        if index.exists():
-            files = [directory / shard for shard in sorted(set(_index(index).values()))]
-        elif (directory / name).exists():
-            files = [directory / name]
-        else:
-            continue
-        for file in files:
-            check_file(file)
-        return Source(str(directory), files)
+        if (directory / name).exists():
+            return Source(str(directory), [directory / name])
+        if (index := directory / f"{name}.index.json").exists():
+            return Source(str(directory), [directory / shard for shard in _shards(index)])
     raise CheckpointError(
         f"{directory}: no model.safetensors, pytorch_model.bin or index of their shards; download the weights there"
     )
 
 
-def check_file(path: Path) -> None:
-    """Raises CheckpointError for a path that cannot be a weight file."""
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file")
-    if path.is_dir():
-        raise CheckpointError(f"{path}: a directory, where a weight file is expected")
-    with path.open("rb") as file:
-        head = file.read(len(LFS_POINTER))
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises CheckpointError where there is none to read, ConfigError for no object."""
+    check_file(path)
+    return params.read_json(path)
+
+
+def _shards(index: Path) -> list[str]:
+    """The names of the files beside an index that hold the weights."""
+    shards = read_json(index).get("weight_map")
+    if not isinstance(shards, Mapping) or not shards or not all(_is_file_name(name) for name in shards.values()):
+        raise CheckpointError(f"{index}: not an index of shards (no weight_map of file names); download it again")
+    return sorted(set(shards.values()))
+
+
+def _is_file_name(name: object) -> bool:
+    return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
+
+
+def check_file(path: Path) -> bytes:
+    """A file's first bytes. Raises CheckpointError for a path that cannot be a weight file."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(len(LFS_POINTER))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise CheckpointError(f"{path}: a directory, where a file is expected") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if not head:
         raise CheckpointError(f"{path}: the file is empty; download it again")
     if head == LFS_POINTER:
-        raise CheckpointError(f"{path}: a git-lfs pointer, not the weights; run `git lfs pull` where it came from")
+        raise CheckpointError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` where it came from")
+    if head.startswith(b"<"):
+        raise CheckpointError(f"{path}: a web page, not the file itself; downloading it may need a login")
+    return head
 
 
-def _index(path: Path) -> dict[str, str]:
-    try:
-        return json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError) as error:
-        raise CheckpointError(f"{path}: not an index of shards ({error!r}); download it again") from error
+def open_weights(path: Path) -> WeightFile:
+    """Tells the format by content, not by name."""
+    head = check_file(path)
+    if head.startswith((ZIP, PICKLE)):
+        return TorchFile(path, mappable=head.startswith(ZIP))
+    if head[8:9] == b"{" or path.suffix == ".safetensors":
+        return SafetensorsFile(path)
+    raise CheckpointError(f"{path}: not a file of weights (neither safetensors nor written by torch)")
 
 
-def _is_safetensors(path: Path) -> bool:
-    """By content: eight bytes of header length, then a JSON object."""
-    with path.open("rb") as file:
-        head = file.read(9)
-    return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") < path.stat().st_size
+class SafetensorsFile:
+    """A header in JSON, then the tensors' bytes."""
 
+    def __init__(self, path: Path):
+        from safetensors import SafetensorError, safe_open
 
-def _safetensors(path: Path) -> Iterable[Tensor]:
-    from safetensors import SafetensorError, safe_open
+        self._path = path
+        try:
+            with safe_open(path, framework="numpy"):
+                pass  # the library has checked the header: its length, sizes, overlaps
+        except SafetensorError as error:
+            raise CheckpointError(f"{path}: damaged safetensors file ({error}); download it again") from error
+        with path.open("rb") as file:
+            header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(header_bytes))
+        header.pop("__metadata__", None)
+        self.tensors = {
+            name: (tuple(entry["shape"]), _SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]))
+            for name, entry in header.items()
+        }
+        self._starts = {name: 8 + header_bytes + entry["data_offsets"][0] for name, entry in header.items()}
 
-    try:
-        file = safe_open(path, framework="numpy")
-        for name in file.keys():  # noqa: SIM118  (not a dict)
-            view = file.get_slice(name)
-            dtype = _SAFETENSORS_DTYPES[view.get_dtype()]
-            yield name, tuple(view.get_shape()), dtype, lambda name=name: file.get_tensor(name)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged safetensors file ({error}); download it again") from error
-    except KeyError as error:
-        raise CheckpointError(f"{path}: tensors of type {error} are not weights that can be converted") from error
+    def read(self, name: str) -> np.ndarray:
+        shape, dtype = self.tensors[name]
+        count = int(np.prod(shape))
+        values = np.fromfile(self._path, np.dtype(dtype), count, offset=self._starts[name])
+        if len(values) < count:
+            raise CheckpointError(f"{self._path}: became shorter while it was read")
+        return values.reshape(shape)
 
 
 _SAFETENSORS_DTYPES = {
-    "F64": np.dtype("float64"),
-    "F32": np.dtype("float32"),
-    "F16": np.dtype("float16"),
-    "BF16": np.dtype("bfloat16"),
-    "I64": np.dtype("int64"),
-    "I32": np.dtype("int32"),
-    "BOOL": np.dtype("bool"),
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "I64": "int64",
+    "I32": "int32",
 }
 
 
-def _torch_tensors(path: Path) -> Iterable[Tensor]:
-    for name, value in _unwrap(_torch_load(path)).items():
-        if not hasattr(value, "untyped_storage"):
-            raise CheckpointError(f"{path}: {name!r} is not a tensor; this is not a file of weights")
-        dtype = np.dtype(str(value.dtype).removeprefix("torch."))
-        yield name, tuple(value.shape), dtype, lambda value=value: _numpy(value)
+class TorchFile:
+    """A file of torch.save, with nothing of its pickle executed; memory-mapped where it is a zip (torch ≥ 1.6)."""
+
+    def __init__(self, path: Path, mappable: bool):
+        self._path = path
+        self._mappable = mappable
+        self._lock = threading.Lock()
+        self._loaded: Mapping[str, Any] | None = self._load()
+        self._read_bytes = 0
+        self.tensors = {name: (tuple(value.shape), _dtype_name(value)) for name, value in self._loaded.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        with self._lock:
+            if self._loaded is None:
+                self._loaded, self._read_bytes = self._load(), 0
+            tensor = self._loaded[name].detach()
+            self._read_bytes += tensor.nbytes
+            if self._mappable and self._read_bytes > REMAP_BYTES:
+                self._loaded = None  # the map goes when the last array on it does
+        return _numpy(tensor)
+
+    def _load(self) -> Mapping[str, Any]:
+        """The tensors; training scripts wrap them as {"model": …} or {"state_dict": …}."""
+        held = _torch_load(self._path, self._mappable)
+        for key in ("model", "state_dict"):
+            if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
+                held = held[key]
+        if not isinstance(held, Mapping):
+            raise CheckpointError(f"{self._path}: not a file of weights (one {type(held).__name__}, no named tensors)")
+        for name, value in held.items():
+            if not isinstance(name, str) or not hasattr(value, "untyped_storage"):
+                raise CheckpointError(f"{self._path}: not a file of weights ({name!r} in it is not a tensor)")
+        return held
 
 
-def _torch_load(path: Path) -> Any:
-    """A torch file with nothing of its pickle executed, memory-mapped where it is a zip (torch ≥ 1.6 writes those)."""
+def _torch_load(path: Path, mappable: bool) -> Any:
     try:
         import torch
     except ImportError as error:
         raise CheckpointError(
             f"{path}: to read torch files install torch (pip install 'vllama-jax[convert]'), or give safetensors"
         ) from error
-    import pickle
-
     try:
-        return torch.load(path, mmap=zipfile.is_zipfile(path), weights_only=True, map_location="cpu")
+        with warnings.catch_warnings(action="ignore"):
+            return torch.load(path, mmap=mappable, weights_only=True, map_location="cpu")
     except pickle.UnpicklingError as error:
-        if "weights_only" in str(error).lower() and "unsupported" in str(error).lower():
-            raise CheckpointError(
-                f"{path}: refused: its pickle asks to run code, which weights never need; nothing of it was run. "
-                "Get the file from a source you trust, as safetensors if there is one"
-            ) from error
-        raise CheckpointError(f"{path}: not a file of weights, or a damaged one ({_first_line(error)})") from error
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{path}: not a file of weights, or a damaged one ({_first_line(error)})") from error
+        code = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE)
+        raise CheckpointError(
+            f"{path}: refused: its pickle {f'asks to run {code[1]}' if code else 'holds more than tensors'}, and "
+            "weights never need that; nothing of it was run. Get the file from a source you trust, as safetensors if "
+            "there is one"
+        ) from error
+    except Exception as error:  # a damaged file can fail in any way
+        why = textwrap.shorten((str(error) or type(error).__name__).splitlines()[0], 90, placeholder=" …")
+        raise CheckpointError(f"{path}: not a file of weights, or a damaged one ({why}); download it again") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0][:160]
-
-
-def _unwrap(loaded: Any) -> dict[str, Any]:
-    """The tensors themselves: training scripts wrap them as {"model": …} or {"state_dict": …}."""
-    for key in ("model", "state_dict"):
-        if isinstance(loaded, dict) and isinstance(loaded.get(key), dict):
-            return loaded[key]
-    return loaded if isinstance(loaded, dict) else {"": loaded}
+def _dtype_name(tensor: Any) -> str:
+    """With what makes it no ordinary array before it."""
+    unusual = [str(tensor.layout).removeprefix("torch.")] if str(tensor.layout) != "torch.strided" else []
+    unusual += [tensor.device.type] if tensor.device.type != "cpu" else []
+    return " ".join([*unusual, str(tensor.dtype).removeprefix("torch.")])
 
 
 def _numpy(tensor: Any) -> np.ndarray:

@@ -9,17 +9,18 @@ al as safetensors, and config.json for `vllama convert --config`. The answers of
 import json
 import sys
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
 import ml_dtypes
 import numpy as np
 
+from vllama_jax.checkpoint import new_directory
 from vllama_jax.config import VideoLlamaConfig, tiny
-from vllama_jax.errors import CheckpointError
+from vllama_jax.errors import VllamaError
 
-from . import abstract_shapes, tables
+from .matching import abstract_shapes, tables
 
 VOCAB_SIZE = 512
 Format = Literal["safetensors", "pth"]
@@ -38,31 +39,38 @@ def write_tiny(
     config: the model's dimensions, `config.tiny()` unless given; without audio, no ImageBind and no audio branch.
     half: EVA's weights in float16 and LLaMA's in bfloat16, as published; all float32 otherwise. No tensor is zero or
     one everywhere, so that a swapped or forgotten one shows. Writing `.pth` needs torch.
-    Raises CheckpointError where `out` exists.
+    Raises CheckpointError where `out` exists or cannot be written.
     """
     out, config = Path(out), config or tiny(vocab_size=VOCAB_SIZE)
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already; remove it or choose another directory")
-    (out / "llama").mkdir(parents=True)
+    names = {"eva_vit": "eva_vit_g", "llama": "llama/model"}
+    with new_directory(out) as directory:
+        (directory / "llama").mkdir()
+        paths = {}
+        for kind, shapes in _shapes(config).items():
+            tensors = {name: random_tensor(f"{kind}/{name}", shape, seed) for name, shape in shapes.items()}
+            if half and kind in ("eva_vit", "llama"):
+                dtype = np.float16 if kind == "eva_vit" else ml_dtypes.bfloat16
+                tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
+            path = directory / names.get(kind, kind)
+            paths[kind] = write_tensors(path, tensors, "safetensors" if kind == "llama" else format)
+        paths["llama"] = directory / "llama"
+        paths["config"] = _write_config(directory / "config.json", config)
+        _write_llama_config(directory / "llama" / "config.json", config)
+        train_tokenizer(directory / "llama", min(config.llama.vocab_size, VOCAB_SIZE))
+    return {kind: out / path.relative_to(directory) for kind, path in paths.items()}
+
+
+def _shapes(config: VideoLlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors in each kind of file: those that the rules ask for, and some beside."""
     kinds = ["eva_vit", "blip2", "vl", "llama", *(["imagebind", "al"] if config.has_audio else [])]
     shapes = abstract_shapes(config)
-    paths = {"config": _write_config(out / "config.json", config)}
+    files = {}
     for kind, rules in {**tables(config, kinds), **tables(config, ["minigpt4"])}.items():
-        named = {}
+        files[kind] = _beside(kind, config)
         for rule in rules:
             for names in rule.names():
-                named |= dict(zip(names, rule.source_shapes(shapes[rule.target]), strict=True))
-        named |= _beside(kind, config)
-        tensors = {name: random_tensor(f"{kind}/{name}", shape, seed) for name, shape in named.items()}
-        if half and kind in ("eva_vit", "llama"):
-            dtype = np.float16 if kind == "eva_vit" else ml_dtypes.bfloat16
-            tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
-        path = out / ("llama/model" if kind == "llama" else {"eva_vit": "eva_vit_g"}.get(kind, kind))
-        paths[kind] = write_tensors(path, tensors, "safetensors" if kind == "llama" else format)
-    paths["llama"] = paths["llama"].parent
-    _write_llama_config(paths["llama"] / "config.json", config)
-    train_tokenizer(paths["llama"], config.llama.vocab_size)
-    return paths
+                files[kind] |= dict(zip(names, rule.source_shapes(shapes[rule.target]), strict=True))
+    return files
 
 
 def random_tensor(name: str, shape: Iterable[int], seed: int = 0) -> np.ndarray:
@@ -172,10 +180,19 @@ def train_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
     (directory / "tokenizer.vocab").unlink()
 
 
+def main(arguments: Sequence[str]) -> None:
+    usage = "usage: python -m vllama_jax.convert.tiny DIR"
+    if list(arguments) in (["-h"], ["--help"]):
+        print(f"{usage}\n\n{__doc__}")
+    elif len(arguments) != 1 or arguments[0].startswith("-"):
+        print(usage, file=sys.stderr)
+        sys.exit(2)
+    else:
+        try:
+            write_tiny(arguments[0])
+        except VllamaError as error:
+            sys.exit(f"vllama: {error}")
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
-        sys.exit("usage: python -m vllama_jax.convert.tiny DIR")
-    try:
-        write_tiny(sys.argv[1])
-    except CheckpointError as error:
-        sys.exit(f"vllama: {error}")
+    main(sys.argv[1:])

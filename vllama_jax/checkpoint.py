@@ -6,19 +6,18 @@ tokenizer/    the tokenizer's files       manifest.json   sources, and each leaf
 
 import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib.metadata
-import json
-import math
+import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from vllama_jax.config import VideoLlamaConfig, from_dict, parse_json
+from vllama_jax.config import VideoLlamaConfig, from_dict
 from vllama_jax.errors import CheckpointError
+from vllama_jax.params import check_params, read_json, write_json
 
 if TYPE_CHECKING:
     import jax
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from vllama_jax.nn.video_llama import VideoLlama
     from vllama_jax.text.tokenizer import Tokenizer
 
-CHUNK_BYTES = 64 * 2**20
-IN_FLIGHT = 2  # layers handed to the disk and not yet written
 FORMAT = 1
 
 
@@ -36,109 +33,56 @@ FORMAT = 1
 def new_directory(out: Path) -> Iterator[Path]:
     """A directory to fill, beside `out`; it becomes `out` when all went well, and is removed otherwise.
 
-    Whatever a killed run left half-written is removed first. Raises CheckpointError when `out` exists.
+    Whatever a killed run left half-written is removed first. Raises CheckpointError when `out` exists, when another
+    process is making it, and when it cannot be written.
     """
-    if out.exists():
-        raise CheckpointError(f"{out}: exists already; remove it or choose another --out")
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    partial = out.with_name(f".{out.name}.partial") if out.name else out
     try:
-        partial.mkdir(parents=True)
-        yield partial
-        partial.rename(out)
+        if out.exists():
+            raise CheckpointError(f"{out}: exists already; remove it or choose another place")
+        partial.mkdir(parents=True, exist_ok=True)
+        with _locked(partial, out):
+            _empty(partial)
+            try:
+                yield partial
+                partial.rename(out)
+            finally:
+                shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
-        why = error.strerror or error
-        raise CheckpointError(f"{out}: cannot be written ({why}); nothing was left there") from error
+        raise CheckpointError(
+            f"{out}: cannot be written ({error.strerror or error}); nothing was left there"
+        ) from error
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, out: Path) -> Iterator[None]:
+    """Keeps a second process off a directory; the lock ends with its holder, however that ends."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise CheckpointError(f"{out}: another process is making it; wait for that one") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        os.close(handle)
+
+
+def _empty(directory: Path) -> None:
+    for entry in directory.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def write_config(directory: Path, config: VideoLlamaConfig) -> None:
     versions = {name: importlib.metadata.version(name) for name in ("vllama-jax", "jax", "flax", "orbax-checkpoint")}
     fields = {"format": FORMAT, "versions": versions, "model": dataclasses.asdict(config)}
-    _write_json(directory / "config.json", fields)
-
-
-def write_leaf(params: Path, path: str, shape: Sequence[int], dtype: np.dtype, blocks: Iterable[np.ndarray]) -> dict:
-    """Writes one leaf and returns its entry in the manifest.
-
-    path: as "vit/blocks/mlp/up/kernel". blocks: the array's rows in order, one layer each where layers are stacked,
-    or the whole; at most a few are held at once.
-    """
-    import tensorstore
-    import xxhash
-
-    store = tensorstore.open(
-        {
-            "driver": "zarr",
-            "kvstore": {"driver": "file", "path": str(params / path.replace("/", "."))},
-            "metadata": {
-                "shape": list(shape),
-                "chunks": _chunk_shape(shape, dtype),
-                "dtype": _zarr_dtype(dtype),
-                "compressor": None,
-                "dimension_separator": ".",
-            },
-            "store_data_equal_to_fill_value": True,
-        },
-        create=True,
-    ).result()
-    digest, writes, row = xxhash.xxh3_128(), [], 0
-    for block in blocks:
-        block = np.ascontiguousarray(block, dtype=dtype)
-        digest.update(block.view(np.uint8) if block.size else b"")
-        index = slice(row, row + len(block)) if block.ndim else ()
-        writes.append(store[index].write(block))
-        row += len(block) if block.ndim else 0
-        while len(writes) >= IN_FLIGHT:
-            writes.pop(0).result()
-    for write in writes:
-        write.result()
-    return {"shape": list(shape), "dtype": dtype.name, "xxh3_128": digest.hexdigest()}
-
-
-def _chunk_shape(shape: Sequence[int], dtype: np.dtype) -> list[int]:
-    """At most a layer and at most CHUNK_BYTES: leading axes are cut first."""
-    chunk = list(shape)
-    if len(chunk) > 2:  # stacked layers; in a plain matrix the first axis is cut only as far as the size asks
-        chunk[0] = 1
-    for axis in range(len(chunk)):
-        rest = math.prod(chunk[axis + 1 :]) * dtype.itemsize
-        chunk[axis] = max(1, min(chunk[axis], CHUNK_BYTES // max(rest, 1)))
-    return chunk
-
-
-def _zarr_dtype(dtype: np.dtype) -> str:
-    return "bfloat16" if dtype.name == "bfloat16" else dtype.str
-
-
-def finish_params(params: Path, leaves: dict[str, dict]) -> None:
-    """Writes what Orbax needs beside the arrays: the tree that they make up."""
-
-    def entry(path: str, leaf: dict) -> tuple[str, dict]:
-        keys = tuple(path.split("/"))
-        key_metadata = [{"key": key, "key_type": 2} for key in keys]
-        value_metadata = {"value_type": "jax.Array", "skip_deserialize": False, "write_shape": leaf["shape"]}
-        return str(keys), {"key_metadata": key_metadata, "value_metadata": value_metadata}
-
-    _write_json(
-        params / "_METADATA",
-        {
-            "tree_metadata": dict(entry(path, leaf) for path, leaf in leaves.items()),
-            "use_ocdbt": False,
-            "use_zarr3": False,
-            "store_array_data_equal_to_fill_value": True,
-            "custom_metadata": None,
-        },
-    )
+    write_json(directory / "config.json", fields)
 
 
 def write_manifest(directory: Path, sources: dict[str, Any], leaves: dict[str, dict]) -> None:
-    _write_json(directory / "manifest.json", {"format": FORMAT, "sources": sources, "leaves": leaves})
-
-
-def _write_json(path: Path, fields: dict[str, Any]) -> None:
-    path.write_text(json.dumps(fields, indent=1) + "\n")
+    write_json(directory / "manifest.json", {"format": FORMAT, "sources": sources, "leaves": leaves})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,17 +108,28 @@ def open_model(path: str | Path) -> ModelDirectory:
     for name in ("config.json", "manifest.json", "params", "tokenizer"):
         if not (path / name).exists():
             raise CheckpointError(f"{path}: not a model directory (no {name} in it); `vllama convert` makes one")
-    fields = parse_json((path / "config.json").read_text(), str(path / "config.json"))
-    if fields.get("format") != FORMAT or "model" not in fields:
-        raise CheckpointError(
-            f"{path}: its format is {fields.get('format')!r} and this version reads {FORMAT}; convert the model again"
-        )
+    fields, manifest = read_json(path / "config.json"), read_json(path / "manifest.json")
+    _check_format(path / "config.json", fields, "model")
+    _check_format(path / "manifest.json", manifest, "leaves")
+    for leaf, entry in manifest["leaves"].items():
+        if not isinstance(entry, dict) or not entry.keys() >= {"shape", "dtype", "xxh3_128"}:
+            raise CheckpointError(f"{path / 'manifest.json'}: incomplete, of {leaf}; copy or convert the model again")
     config = from_dict(fields["model"], VideoLlamaConfig, f"{path / 'config.json'}: model")
-    return ModelDirectory(path, config, parse_json((path / "manifest.json").read_text(), str(path / "manifest.json")))
+    return ModelDirectory(path, config, manifest)
+
+
+def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:
+    made = fields.get("format")
+    if isinstance(made, int) and made > FORMAT:
+        raise CheckpointError(f"{path}: its format is {made}, newer than this version's {FORMAT}; update vllama-jax")
+    if made != FORMAT or not isinstance(fields.get(needed), dict):
+        raise CheckpointError(f"{path}: not of a model directory (format {made!r}, {FORMAT} is known); convert again")
 
 
 def restore(directory: ModelDirectory, abstract: "nnx.State") -> "nnx.State":
     """The weights of `directory` in the shapes, dtypes and shardings of `abstract`; each host reads its part.
+
+    `abstract` may hold some of the model's weights only.
 
     Raises CheckpointError when a leaf is missing, has another shape, or cannot be read.
     """
@@ -184,15 +139,15 @@ def restore(directory: ModelDirectory, abstract: "nnx.State") -> "nnx.State":
 
     wanted = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(abstract)}
     check_leaves(directory, {path: variable.shape for path, variable in wanted.items()})
+    check_params(directory.path / "params", directory.manifest["leaves"], wanted)
     tree = _nest({path: _placed(variable.get_value()) for path, variable in wanted.items()})
     restore_args = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape), tree
     )
+    arguments = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
     checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
     try:
-        restored = checkpointer.restore(
-            (directory.path / "params").absolute(), args=ocp.args.PyTreeRestore(tree, restore_args=restore_args)
-        )
+        restored = checkpointer.restore((directory.path / "params").absolute(), args=arguments)
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{directory.path}: its weights cannot be read ({str(error).splitlines()[0]})") from error
     return jax.tree.unflatten(jax.tree.structure(abstract), [_leaf(restored, path) for path in wanted])
@@ -259,6 +214,7 @@ def load(path: str | Path, dtype: str | None = None, mesh: "jax.sharding.Mesh | 
 
         abstract = sharding.shard_abstract(abstract, mesh, fsdp=False)
     network = nnx.merge(graph, restore(directory, abstract))
+    network.llama.unstack()
     return Model(directory.config, directory.tokenizer, network)
 
 

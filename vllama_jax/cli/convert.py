@@ -6,11 +6,10 @@ from typing import Literal
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
-from vllama_jax.config import parse_json
 from vllama_jax.convert import Plan, bytes_to_write
 from vllama_jax.convert import convert as write
 from vllama_jax.convert import plan as make_plan
-from vllama_jax.errors import ConfigError
+from vllama_jax.params import read_json
 
 
 def convert(
@@ -24,7 +23,7 @@ def convert(
     vl: Path | None = None,
     al: Path | None = None,
     config: Path | None = None,
-    template: Literal["vicuna", "llama_2", "plain"] = "vicuna",
+    template: Literal["vicuna", "llama_2", "plain"] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
 ) -> None:
     """Make a model directory from the original's PyTorch files (.pth, .bin) or safetensors of the same tensors.
@@ -42,15 +41,15 @@ def convert(
         vl: A checkpoint of the vision-language branch.
         al: A checkpoint of the audio-language branch.
         config: A JSON file with any part of the model config, over what the files tell.
-        template: The prompt template that the language model was tuned on.
+        template: The prompt template that the language model was tuned on; vicuna unless --config says.
         dtype: Of the weights on disk; as they come unless given.
     """
-    override = _read_config(config) if config else {}
     files = {"eva_vit": eva_vit, "blip2": blip2, "imagebind": imagebind, "minigpt4": minigpt4, "vl": vl, "al": al}
-    plan = make_plan(llama_directory=llama, files=files, config=override, template=override.pop("template", template))
+    override = read_json(config) if config else {}
+    plan = make_plan(llama_directory=llama, files=files, config=override, template=template)
     console = Console(stderr=True)
-    bar = Progress(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(), console=console)
-    with bar:
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=bytes_to_write(plan, dtype))
         write(plan, out, dtype=dtype, progress=lambda done: bar.advance(task, done))
     print(_summary(plan, out))
@@ -64,10 +63,3 @@ def _summary(plan: Plan, out: Path) -> str:
     if untrained := [part for part in needed if part not in parts]:
         lines.append(f"  no {', '.join(untrained)} yet: train it, or convert with the checkpoints that have them")
     return "\n".join(lines)
-
-
-def _read_config(path: Path) -> dict:
-    try:
-        return parse_json(path.read_text(), str(path))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error

@@ -1,0 +1,183 @@
+"""Whether files make a model: every weight found once and fitting, and nothing left over but what is known."""
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+
+from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.errors import CheckpointError
+
+from . import imagebind, llama
+from .pieces import PIECES
+from .rules import Rule
+from .sources import Source
+
+WEIGHT_DTYPES = ("float64", "float32", "bfloat16", "float16")
+REPORTED_PROBLEMS = 30
+READERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One weight of ours and where it comes from."""
+
+    rule: Rule
+    source: Source
+    shape: tuple[int, ...]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype it comes in; of several, one that holds them all."""
+        dtypes = {self.source.dtypes[name] for names in self.rule.names() for name in names}
+        if dtypes >= {"bfloat16", "float16"}:
+            dtypes = dtypes - {"bfloat16", "float16"} | {"float32"}
+        return np.result_type(*map(np.dtype, dtypes))
+
+    def blocks(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """The weight's rows in order, one layer at a time, as C-contiguous arrays; READERS layers are read at once.
+
+        Raises CheckpointError when a value is beyond what `dtype` can hold.
+        """
+        pending: collections.deque[concurrent.futures.Future] = collections.deque()
+        with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
+            for names in self.rule.names():
+                pending.append(readers.submit(self._block, names, dtype))
+                if len(pending) == READERS:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+
+    def _block(self, names: tuple[str, ...], dtype: np.dtype) -> np.ndarray:
+        block = self.rule.transform.to_jax(*(self.source.read(name) for name in names))
+        block = np.ascontiguousarray(self._cast(block, dtype))
+        return block if self.rule.layers is None else block[None]
+
+    def _cast(self, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        try:
+            with np.errstate(over="raise"):
+                if dtype == np.float16 and block.dtype.name == "bfloat16":
+                    block = block.astype(np.float32)  # whose cast says when a value is too large
+                return block.astype(dtype, copy=False)
+        except FloatingPointError as error:
+            raise CheckpointError(
+                f"{self.source.label}: {self.rule.target} has values too large for {dtype.name}; use bfloat16"
+            ) from error
+
+
+@functools.cache
+def abstract_shapes(cfg: VideoLlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every weight of the model by its path, without making one."""
+    from flax import nnx
+
+    from vllama_jax.nn.video_llama import VideoLlama
+
+    model = nnx.eval_shape(lambda: VideoLlama(cfg, rngs=nnx.Rngs(0)))
+    return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(nnx.state(model))}
+
+
+def tables(cfg: VideoLlamaConfig, kinds: Sequence[str]) -> dict[str, list[Rule]]:
+    """The rules of each kind of file. A vision-language checkpoint's projection wins over MiniGPT-4's."""
+    return {kind: PIECES[kind].rules(cfg) for kind in kinds if kind != "minigpt4" or "vl" not in kinds}
+
+
+Problem = tuple[str, str]  # what is wrong ("missing in"), and where: the file, the tensor
+
+
+def match(cfg: VideoLlamaConfig, pieces: Mapping[str, Source]) -> tuple[list[Leaf], dict[str, int]]:
+    """Every weight of the model that the pieces give, and what of them is left out: reason → how many tensors.
+
+    Raises CheckpointError that lists all that is missing, misshapen, there twice, or known to nobody.
+    """
+    shapes, leaves, problems = abstract_shapes(cfg), [], []
+    used_rules = tables(cfg, list(pieces))
+    for kind, rules in used_rules.items():
+        for rule in rules:
+            problems += _problems(rule, pieces[kind], shapes[rule.target])
+            leaves.append(Leaf(rule, pieces[kind], shapes[rule.target]))
+    left_out, unused = _left_out(cfg, pieces, used_rules)
+    for source in dict.fromkeys(pieces.values()):
+        problems += [("twice in", f"{source.label}: {name}") for name in sorted(source.duplicates)]
+    problems += unused
+    if problems := problems or _differing_buffers(cfg, pieces):
+        raise CheckpointError("\n  ".join(["the files do not make a model:", *_shortened(problems)]))
+    return leaves, left_out
+
+
+def _shortened(problems: Sequence[Problem]) -> list[str]:
+    """One line each; where there are many, some of each kind and the number of the rest."""
+    kinds = list(dict.fromkeys(kind for kind, _ in problems))
+    shown, lines = REPORTED_PROBLEMS // len(kinds), []
+    for kind in kinds:
+        found = [f"{kind} {where}" for what, where in problems if what == kind]
+        lines += found if len(found) <= shown else [*found[: shown - 1], f"… and {len(found) - shown + 1} more {kind}"]
+    return lines
+
+
+def _problems(rule: Rule, source: Source, shape: tuple[int, ...]) -> Iterator[Problem]:
+    """What is wrong with the tensors that a rule needs."""
+    expected = rule.source_shapes(shape)
+    for names in rule.names():
+        for name, needed in zip(names, expected, strict=True):
+            where = f"{source.label}: {name}"
+            if name not in source:
+                yield "missing in", f"{where} {list(needed)}"
+            elif source.shapes[name] != needed:
+                yield "misshapen in", f"{where} is {list(source.shapes[name])}, and {list(needed)} is needed"
+            elif source.dtypes[name] not in WEIGHT_DTYPES:
+                yield "no weights in", f"{where} is {source.dtypes[name]}, not {', '.join(WEIGHT_DTYPES)}"
+
+
+def _left_out(
+    cfg: VideoLlamaConfig, pieces: Mapping[str, Source], used_rules: Mapping[str, Sequence[Rule]]
+) -> tuple[dict[str, int], list[Problem]]:
+    """Known extras, counted by reason, and tensors that nothing knows. One file may be several pieces."""
+    reasons: dict[str, int] = {}
+    unused = []
+    for source in dict.fromkeys(pieces.values()):
+        kinds = [kind for kind in pieces if pieces[kind] is source]
+        rules = [rule for kind in kinds for rule in used_rules.get(kind, [])]
+        used = {name for rule in rules for names in rule.names() for name in names}
+        extras = {} if rules else {".*": "--vl has its own projection"}
+        for kind in kinds:
+            extras |= PIECES[kind].extras(cfg)
+        for name in sorted(source.shapes.keys() - used):
+            reason = next((why for pattern, why in extras.items() if re.fullmatch(pattern, name)), None)
+            if reason is None:
+                unused.append(("not used from", f"{source.label}: {name} {list(source.shapes[name])}"))
+            else:
+                reasons[f"{source.label}: {reason}"] = reasons.get(f"{source.label}: {reason}", 0) + 1
+    return reasons, unused
+
+
+def _differing_buffers(cfg: VideoLlamaConfig, pieces: Mapping[str, Source]) -> list[Problem]:
+    """Fixed values that checkpoints store and we compute, where the two differ."""
+    from vllama_jax.nn.llama import rope_frequencies
+
+    computed = {llama.STORED_INV_FREQ: rope_frequencies(cfg.llama)}
+    if "imagebind" in pieces and imagebind.AUDIO_SCALE in pieces["imagebind"]:
+        scale = pieces["imagebind"].read(imagebind.AUDIO_SCALE)
+        computed[rf"audio_encoder\.{re.escape(imagebind.AUDIO_SCALE)}"] = scale
+    differing = []
+    for source in dict.fromkeys(pieces.values()):
+        for name in source.shapes:
+            value = next((value for pattern, value in computed.items() if re.fullmatch(pattern, name)), None)
+            if re.fullmatch(r".*\.embeddings\.position_ids", name):
+                value = np.arange(math.prod(source.shapes[name]))
+            if value is not None and not _same(source, name, value):
+                where = f"{source.label}: {name} is not what these files make it; it was made for another model"
+                differing.append(("differs in", where))
+    return differing
+
+
+def _same(source: Source, name: str, computed: np.ndarray) -> bool:
+    """Equal but for rounding (some files keep these in half precision)."""
+    if source.dtypes[name] not in (*WEIGHT_DTYPES, "int64", "int32"):
+        return False
+    stored = source.read(name).astype(np.float64).ravel()
+    return stored.size == computed.size and np.allclose(stored, computed.ravel(), rtol=2e-3, atol=1e-7)

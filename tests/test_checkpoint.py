@@ -1,0 +1,357 @@
+"""Model directories: plain Orbax reads what we write, on any mesh; a damaged one is told before it is used."""
+
+import errno
+import fcntl
+import json
+import math
+import os
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import xxhash
+from conversions import bits, leaves_of
+from flax import nnx
+
+import vllama_jax as vl
+from vllama_jax import checkpoint, params, sharding
+from vllama_jax.params import ParamsWriter, chunk_shape
+
+MIB = 2**20
+
+
+# Writing, and reading by Orbax without our code.
+
+SHAPES = {"a/matrix": (37, 24), "a/stacked": (3, 10, 7, 4), "b": (5,), "rows": (6, 4)}
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Chunks so small that tiny weights have many, with edges along several axes."""
+    monkeypatch.setattr(params, "WHOLE_BYTES", 64)
+    monkeypatch.setattr(params, "CHUNK_BYTES", 256)
+
+
+def random(shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    return np.random.default_rng(len(shape)).standard_normal(shape, np.float32).astype(dtype)
+
+
+def written(directory: Path, dtype: str) -> tuple[ParamsWriter, dict[str, np.ndarray]]:
+    """Weights written row by row where stacked, else whole."""
+    arrays = {path: random(shape, dtype) for path, shape in SHAPES.items()}
+    with ParamsWriter(directory / "params") as writer:
+        for path, array in arrays.items():
+            blocks = np.split(array, len(array)) if path in ("a/stacked", "rows") else [array]
+            writer.write(path, array.shape, array.dtype, iter(blocks))
+    return writer, arrays
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_orbax_restores_what_was_written_bit_for_bit(tmp_path, small_chunks, dtype):
+    _, arrays = written(tmp_path, dtype)
+    leaves = leaves_of(tmp_path)
+    assert leaves.keys() == arrays.keys()
+    for path, array in arrays.items():
+        assert leaves[path].dtype == array.dtype
+        assert bits(leaves[path]) == bits(array), path
+
+
+@pytest.fixture(scope="session")
+def tiny_params(tiny_model: Path) -> Path:
+    return tiny_model / "params"
+
+
+def abstract_of(params_directory: Path, sharding=None) -> dict:
+    tree = ocp.PyTreeCheckpointer().restore(params_directory)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+
+
+def test_standard_checkpointer_restores_without_a_target(tiny_params, tiny_model):
+    restored = ocp.StandardCheckpointer().restore(tiny_params)
+    for found, expected in zip(jax.tree.leaves(restored), leaves_of(tiny_model).values(), strict=True):
+        assert bits(found) == bits(expected)
+
+
+@pytest.mark.parametrize("checkpointer", ["standard", "pytree"])
+def test_orbax_restores_into_an_abstract_target(tiny_params, tiny_model, checkpointer):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[3])
+    target = abstract_of(tiny_params, device)
+    if checkpointer == "standard":
+        restored = ocp.StandardCheckpointer().restore(tiny_params, target)
+    else:
+        arguments = ocp.checkpoint_utils.construct_restore_args(target)
+        restored = ocp.PyTreeCheckpointer().restore(tiny_params, item=target, restore_args=arguments)
+    for found, expected in zip(jax.tree.leaves(restored), leaves_of(tiny_model).values(), strict=True):
+        assert found.sharding == device
+        assert bits(np.asarray(found)) == bits(expected)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_manifest_has_the_hash_of_the_bytes_in_c_order(tmp_path, small_chunks, dtype):
+    writer, _ = written(tmp_path, dtype)
+    restored = leaves_of(tmp_path)
+    for path, leaf in writer.leaves.items():
+        array = restored[path]
+        assert leaf == {"shape": list(array.shape), "dtype": dtype, "xxh3_128": xxhash.xxh3_128_hexdigest(bits(array))}
+
+
+def test_manifest_of_a_converted_model_fits_its_weights(tiny_model):
+    leaves = checkpoint.open_model(tiny_model).manifest["leaves"]
+    restored = leaves_of(tiny_model)
+    assert restored.keys() == leaves.keys()
+    for path, array in restored.items():
+        assert leaves[path]["xxh3_128"] == xxhash.xxh3_128_hexdigest(bits(array)), path
+
+
+@pytest.mark.parametrize(
+    ("shape", "itemsize", "chunk"),
+    [
+        ((39, 1408), 2, [39, 1408]),  # norms: one file
+        ((39, 3, 16, 88), 2, [39, 3, 16, 88]),
+        ((32, 4096, 4096), 2, [1, 4096, 4096]),  # a layer
+        ((32, 4096, 11008), 2, [1, 2048, 11008]),  # 90 MB a layer: two halves
+        ((32, 11008, 4096), 2, [1, 5504, 4096]),
+        ((32, 32, 128, 4096), 4, [1, 32, 128, 4096]),  # 64 MiB sharp
+        ((40, 5120, 13824), 4, [1, 1024, 13824]),
+        ((32000, 4096), 2, [8000, 4096]),
+        ((32001, 4096), 2, [8001, 4096]),
+        ((4096, 32000), 2, [1024, 32000]),
+        ((2, 3, 40 * MIB), 2, [1, 1, 20 * MIB]),  # a single row too large
+    ],
+)
+def test_chunks_are_at_most_a_layer_and_64_mib(shape, itemsize, chunk):
+    assert chunk_shape(shape, itemsize) == chunk
+    assert math.prod(chunk) * itemsize <= 64 * MIB
+    padded = math.prod(math.ceil(size / part) * part for size, part in zip(shape, chunk, strict=True))
+    assert padded <= 1.01 * math.prod(shape)  # what edges cost on the disk
+
+
+def test_files_on_disk_are_raw_and_no_larger_than_the_weights(tiny_model):
+    weights = sum(leaf.nbytes for leaf in leaves_of(tiny_model).values())
+    files = [path for path in (tiny_model / "params").rglob("*") if path.is_file() and path.name[0].isdigit()]
+    assert sum(file.stat().st_size for file in files) == weights
+
+
+# Loading.
+
+
+def abstract_state(model: Path, dtype: str, mesh: jax.sharding.Mesh | None = None) -> nnx.State:
+    _, abstract = nnx.split(checkpoint.abstract_network(checkpoint.open_model(model).config, dtype))
+    return abstract if mesh is None else sharding.shard_abstract(abstract, mesh, fsdp=False)
+
+
+def restored(model: Path, abstract: nnx.State) -> dict[str, jax.Array]:
+    state = nnx.to_flat_state(checkpoint.restore(checkpoint.open_model(model), abstract))
+    return {"/".join(map(str, path)): variable.get_value() for path, variable in state}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_weight_is_restored_in_the_dtype_asked_for(tiny_model, dtype):
+    state, stored = restored(tiny_model, abstract_state(tiny_model, dtype)), leaves_of(tiny_model)
+    assert state.keys() == stored.keys()
+    for path, value in state.items():
+        assert value.dtype == dtype
+        assert bits(np.asarray(value)) == bits(stored[path].astype(dtype)), path
+
+
+@pytest.mark.parametrize("axes", [{"tensor": 8}, {"data": 4, "tensor": 2}])
+def test_each_device_of_a_mesh_gets_its_part(tiny_model, axes):
+    mesh = sharding.make_mesh(**axes)
+    state, stored = restored(tiny_model, abstract_state(tiny_model, "float32", mesh)), leaves_of(tiny_model)
+    for path, value in state.items():
+        assert bits(np.asarray(value)) == bits(stored[path]), path
+        for shard in value.addressable_shards:
+            assert bits(np.asarray(shard.data)) == bits(stored[path][shard.index]), path
+    split = state["llama/blocks/mlp/up/kernel"].addressable_shards
+    assert {shard.data.shape for shard in split} == {(3, 64, 112 // axes["tensor"])}
+
+
+def test_some_of_the_weights_are_restored_alone(tiny_model):
+    abstract = abstract_state(tiny_model, "float32")
+    state = restored(tiny_model, nnx.State({"ln_vision": abstract["ln_vision"]}))
+    assert state.keys() == {"ln_vision/scale", "ln_vision/bias"}
+    assert bits(np.asarray(state["ln_vision/scale"])) == bits(leaves_of(tiny_model)["ln_vision/scale"])
+
+
+def test_load_casts_and_brings_config_and_tokenizer(tiny_model):
+    model = vl.load(tiny_model, dtype="bfloat16")
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.network)} == {"bfloat16"}
+    assert model.config == checkpoint.open_model(tiny_model).config
+    assert model.tokenizer.encode("a dog") == checkpoint.open_model(tiny_model).tokenizer.encode("a dog")
+
+
+def test_unless_told_weights_are_float32_on_a_cpu(tiny_model):
+    assert checkpoint.abstract_network(checkpoint.open_model(tiny_model).config).ln_vision.scale.dtype == jnp.float32
+
+
+# Damaged directories. Each case damages a copy and tells what must be said.
+
+
+def edit(name: str, change):
+    def damage(model: Path) -> None:
+        fields = json.loads((model / name).read_text())
+        change(fields)
+        (model / name).write_text(json.dumps(fields))
+
+    return damage
+
+
+def write(name: str, data: bytes):
+    return lambda model: (model / name).write_bytes(data)
+
+
+def remove(name: str):
+    def damage(model: Path) -> None:
+        shutil.rmtree(model / name) if (model / name).is_dir() else (model / name).unlink()
+
+    return damage
+
+
+def truncate(name: str):
+    return lambda model: os.truncate(model / name, 100)
+
+
+NORM = "params/ln_vision.scale"
+DAMAGES = {
+    "no config": (remove("config.json"), "no config.json in it"),
+    "no manifest": (remove("manifest.json"), "no manifest.json in it"),
+    "no weights": (remove("params"), "no params in it"),
+    "no tokenizer": (remove("tokenizer"), "no tokenizer in it"),
+    "empty tokenizer": (remove("tokenizer/tokenizer.model"), "no tokenizer in"),
+    "config is no JSON": (write("config.json", b"{"), "config.json is not JSON"),
+    "config is no text": (write("config.json", b"\xff\xfe\x00"), "config.json: cannot be read"),
+    "config is a list": (write("config.json", b"[]"), "config.json must be a JSON object"),
+    "manifest is no JSON": (write("manifest.json", b"{}}"), "manifest.json is not JSON"),
+    "newer format": (edit("config.json", lambda f: f.update(format=2)), "newer than this version's 1; update"),
+    "no format": (edit("config.json", lambda f: f.pop("format")), "not of a model directory (format None"),
+    "no model": (edit("config.json", lambda f: f.pop("model")), "not of a model directory"),
+    "no leaves": (edit("manifest.json", lambda f: f.update(leaves=[])), "not of a model directory"),
+    "unknown field": (edit("config.json", lambda f: f["model"].update(colour=1)), "unknown field colour"),
+    "missing field": (edit("config.json", lambda f: f["model"]["vit"].pop("depth")), "missing depth"),
+    "wrong type": (edit("config.json", lambda f: f["model"]["vit"].update(depth="3")), "'3' is not of type int"),
+    "leaf not in the manifest": (
+        edit("manifest.json", lambda f: f["leaves"].pop("ln_vision/scale")),
+        "the model has no ln_vision (1 weights)",
+    ),
+    "other shape in the manifest": (
+        edit("manifest.json", lambda f: f["leaves"]["ln_vision/scale"].update(shape=[65])),
+        "disagree on the shape of ln_vision/scale",
+    ),
+    "other dtype in the manifest": (
+        edit("manifest.json", lambda f: f["leaves"]["ln_vision/scale"].update(dtype="float16")),
+        "not the array that manifest.json describes",
+    ),
+    "half an entry in the manifest": (
+        edit("manifest.json", lambda f: f["leaves"]["ln_vision/scale"].pop("shape")),
+        "manifest.json: incomplete, of ln_vision/scale",
+    ),
+    "missing leaf": (remove(NORM), "ln_vision.scale: cannot be read (No such file or directory)"),
+    "missing chunk": (remove(f"{NORM}/0"), "ln_vision.scale/0: it is missing"),
+    "truncated chunk": (truncate(f"{NORM}/0"), "ln_vision.scale/0: 100 of its 256 bytes are there"),
+    "missing array header": (remove(f"{NORM}/.zarray"), ".zarray: cannot be read"),
+    "broken array header": (write(f"{NORM}/.zarray", b"{"), ".zarray is not JSON"),
+    "absurd array header": (edit(f"{NORM}/.zarray", lambda f: f.update(chunks=[0])), "not the array that"),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_abstract(tiny_model: Path) -> nnx.State:
+    return abstract_state(tiny_model, "float32")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_directory_is_one_clear_line(tiny_model, tiny_abstract, tmp_path, damage):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    act, message = DAMAGES[damage]
+    act(model)
+    with pytest.raises((vl.CheckpointError, vl.ConfigError)) as raised:
+        used(model, tiny_abstract)
+    assert message in str(raised.value)
+    assert str(model) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def used(model: Path, abstract: nnx.State) -> None:
+    """All that `load` looks at, without making the abstract network each time."""
+    directory = checkpoint.open_model(model)
+    directory.tokenizer.encode("")
+    checkpoint.restore(directory, abstract)
+
+
+def test_config_of_another_model_is_told_by_load(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    edit("config.json", lambda fields: fields["model"]["vit"].update(depth=2))(model)
+    with pytest.raises(vl.CheckpointError, match=r"config\.json and weights disagree on the shape of vit/"):
+        vl.load(model)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"), [("nothing", "no such"), ("file", "no such"), ("folder", "no config.json in it")]
+)
+def test_what_is_no_model_directory(tmp_path, make, message):
+    if make == "file":
+        (tmp_path / "model").write_text("text")
+    if make == "folder":
+        (tmp_path / "model").mkdir()
+    with pytest.raises(vl.CheckpointError, match=message):
+        vl.load(tmp_path / "model")
+
+
+# Directories that appear whole or not at all.
+
+
+def test_new_directory_appears_when_it_is_whole(tmp_path):
+    with checkpoint.new_directory(tmp_path / "out") as directory:
+        (directory / "file").write_text("text")
+        assert not (tmp_path / "out").exists()
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_new_directory_leaves_nothing_when_it_fails(tmp_path, error):
+    def fail(directory: Path) -> None:
+        (directory / "file").write_text("text")
+        raise error
+
+    with pytest.raises(error), checkpoint.new_directory(tmp_path / "out") as directory:
+        fail(directory)
+    assert not list(tmp_path.iterdir())
+
+
+def test_new_directory_keeps_what_exists(tmp_path):
+    with pytest.raises(vl.CheckpointError, match="exists already"), checkpoint.new_directory(tmp_path):
+        pytest.fail("not to be reached")
+
+
+def test_new_directory_clears_what_a_killed_run_left(tmp_path):
+    (tmp_path / ".out.partial" / "params").mkdir(parents=True)
+    (tmp_path / ".out.partial" / "config.json").write_text("old")
+    with checkpoint.new_directory(tmp_path / "out") as directory:
+        assert not list(directory.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_new_directory_is_made_by_one_process_at_a_time(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    handle = os.open(tmp_path / ".out.partial", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as another process would hold it
+    with pytest.raises(vl.CheckpointError, match="another process"), checkpoint.new_directory(tmp_path / "out"):
+        pytest.fail("not to be reached")
+    os.close(handle)
+    assert (tmp_path / ".out.partial").exists()
+
+
+def test_failed_write_is_an_error_of_the_directory(tmp_path, monkeypatch):
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = re.escape("out: cannot be written (No space left on device); nothing was left there")
+    with pytest.raises(vl.CheckpointError, match=message), checkpoint.new_directory(tmp_path / "out") as directory:
+        written(directory, "float32")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,250 @@
+"""What `vllama convert` says of files that are no weights, or not those: one clear line and nothing left behind."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conversions import one_line, plan, without
+from safetensors.numpy import save_file
+
+import vllama_jax as vl
+from vllama_jax.convert.tiny import write_tiny
+
+FIELDS = ["eva_vit", "blip2", "imagebind", "minigpt4", "vl", "al"]
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+# Files that are no weights.
+
+
+def torch_bytes(tmp_path: Path, **options) -> bytes:
+    torch.save({"video_query_tokens": torch.ones(1000)}, tmp_path / "whole", **options)
+    return (tmp_path / "whole").read_bytes()
+
+
+def safetensors_bytes(header: bytes, length: int | None = None) -> bytes:
+    return (len(header) if length is None else length).to_bytes(8, "little") + header + bytes(64)
+
+
+def header(**entry) -> bytes:
+    return json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} | entry}).encode()
+
+
+def zip_bytes(tmp_path: Path) -> bytes:
+    with zipfile.ZipFile(tmp_path / "zip", "w") as file:
+        file.writestr("readme.txt", "no weights")
+    return (tmp_path / "zip").read_bytes()
+
+
+NO_WEIGHTS = {
+    "empty": (lambda _: b"", "the file is empty; download it again"),
+    "lfs": (lambda _: LFS, "a git-lfs pointer, not the file itself; run `git lfs pull`"),
+    "html": (lambda _: b"<!DOCTYPE html><html>404</html>", "a web page, not the file itself"),
+    "random": (lambda _: np.random.default_rng(0).bytes(5000), "neither safetensors nor written by torch"),
+    "short": (lambda _: b"abc", "neither safetensors nor written by torch"),
+    "pickle of something else": (lambda _: pickle.dumps({"a": np.ones(3)}), "refused: its pickle holds more than"),
+    "half a pickle": (lambda _: b"\x80\x02\x8a\nl\xfc\x9cF", "not a file of weights, or a damaged one"),
+    "noise after a pickle's start": (lambda _: b"\x80\x02" + bytes(range(256)), "its pickle holds more than tensors"),
+    "truncated torch": (lambda tmp: torch_bytes(tmp)[:2000], "damaged one (PytorchStreamReader failed"),
+    "truncated old torch": (
+        lambda tmp: torch_bytes(tmp, _use_new_zipfile_serialization=False)[:-500],
+        "damaged one (unexpected EOF",
+    ),
+    "zip of something else": (zip_bytes, "not a file of weights, or a damaged one"),
+    "zip's start and noise": (lambda _: b"PK\x03\x04" + bytes(5000), "not a file of weights, or a damaged one"),
+    "truncated safetensors": (lambda _: safetensors_bytes(header(shape=[900], data_offsets=[0, 3600])), "damaged"),
+    "absurd header length": (lambda _: safetensors_bytes(b"{}", 2**63), "damaged safetensors file"),
+    "header longer than the file": (lambda _: safetensors_bytes(b"{}", 10_000), "damaged safetensors file"),
+    "header that is no JSON": (lambda _: safetensors_bytes(b"{" + b"x" * 50), "damaged safetensors file"),
+    "absurd shape": (lambda _: safetensors_bytes(header(shape=[2**40, 2**40])), "damaged safetensors file"),
+    "offsets beyond the file": (lambda _: safetensors_bytes(header(data_offsets=[2**50, 2**50 + 16])), "damaged"),
+    "offsets the wrong way": (lambda _: safetensors_bytes(header(data_offsets=[16, 0])), "damaged safetensors file"),
+}
+
+
+@pytest.mark.parametrize("damage", NO_WEIGHTS)
+def test_file_that_is_no_weights(tiny_files, tmp_path, damage):
+    make, message = NO_WEIGHTS[damage]
+    path = tmp_path / "file.pth"
+    path.write_bytes(make(tmp_path))
+    said = one_line(tiny_files | {"vl": path}, tmp_path)
+    assert message in said
+    assert str(path) in said
+
+
+def test_damage_is_found_in_a_file_that_is_named_safetensors(tiny_files, tmp_path):
+    path = tmp_path / "vl.safetensors"
+    path.write_bytes(tiny_files["vl"].read_bytes()[:5])
+    assert f"{path}: damaged safetensors file" in one_line(tiny_files | {"vl": path}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "message"),
+    [
+        ([torch.ones(3)], "not a file of weights (one list, no named tensors)"),
+        (torch.ones(3), "not a file of weights (one Tensor, no named tensors)"),
+        ({"model": {"epoch": 3}}, "not a file of weights ('epoch' in it is not a tensor)"),
+        ({}, "it is not a Video-LLaMA vision-language checkpoint (no tensor video_query_tokens; it holds nothing)"),
+    ],
+)
+def test_torch_file_of_something_else(tiny_files, tmp_path, saved, message):
+    torch.save(saved, tmp_path / "file.pth")
+    assert message in one_line(tiny_files | {"vl": tmp_path / "file.pth"}, tmp_path)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+def test_missing_file_and_directory(tiny_files, tmp_path, field):
+    absent, folder = tmp_path / "absent.pth", tmp_path / "folder"
+    folder.mkdir()
+    assert f"{absent}: no such file" in one_line(tiny_files | {field: absent}, tmp_path)
+    (tmp_path / "out").rmdir()
+    assert f"{folder}: a directory, where a file is expected" in one_line(tiny_files | {field: folder}, tmp_path)
+
+
+# Pickles that want to run code.
+
+
+class Hostile:
+    def __init__(self, marker: Path):
+        self._marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self._marker}'",)
+
+
+@pytest.mark.parametrize("layout", ["zip", "old", "bare"])
+@pytest.mark.parametrize("field", [*FIELDS, "llama"])
+def test_hostile_pickle_is_refused_and_nothing_of_it_is_run(tiny_files, tmp_path, field, layout):
+    marker, path = tmp_path / "marker", tmp_path / "hostile.pth"
+    if field == "llama":
+        directory = shutil.copytree(tiny_files["llama"], tmp_path / "llama")
+        (directory / "model.safetensors").unlink()
+        path = directory / "pytorch_model.bin"
+    if layout == "bare":
+        path.write_bytes(pickle.dumps({"model": Hostile(marker)}, protocol=2))
+    else:
+        torch.save({"model": {"a": Hostile(marker)}}, path, _use_new_zipfile_serialization=layout == "zip")
+    said = one_line(tiny_files | {field: path.parent if field == "llama" else path}, tmp_path)
+    assert f"{path}: refused: its pickle asks to run {os.system.__module__}.system" in said
+    assert not marker.exists()
+
+
+def test_without_torch_safetensors_convert_and_pth_says_what_to_install(tiny_files, tmp_path, monkeypatch):
+    pth = write_tiny(tmp_path / "files", format="pth")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    assert len(plan(tiny_files).leaves) == len(plan(tiny_files | {"vl": tiny_files["vl"]}).leaves) > 100
+    with pytest.raises(
+        vl.CheckpointError, match=r"vl\.pth: to read torch files install torch \(pip install 'vllama-jax"
+    ):
+        plan(tiny_files | {"vl": pth["vl"]})
+
+
+# A file in another's place.
+
+WHAT = {
+    "eva_vit": "EVA-CLIP ViT-g weights",
+    "blip2": "BLIP-2 Q-Former weights",
+    "imagebind": "ImageBind weights",
+    "minigpt4": "a MiniGPT-4 projection",
+    "vl": "a Video-LLaMA vision-language checkpoint",
+    "al": "a Video-LLaMA audio-language checkpoint",
+    "llama": "LLaMA weights",
+}
+
+
+@pytest.mark.parametrize("field", FIELDS)
+@pytest.mark.parametrize("held", WHAT)
+def test_wrong_kind_of_file_is_named_and_its_option(tiny_files, tmp_path, field, held):
+    if field == held:
+        return
+    path = tiny_files["llama"] / "model.safetensors" if held == "llama" else tiny_files[held]
+    said = one_line(tiny_files | {field: path}, tmp_path)
+    options = f"given as --{field.replace('_', '-')}", f"give it as --{held.replace('_', '-')}"
+    assert said == f"vllama: {path}: {options[0]}, but it is {WHAT[held]}; {options[1]}"
+
+
+def test_weights_of_no_known_kind(tiny_files, tmp_path):
+    save_file({f"layer.{number}": np.ones(3) for number in range(5)}, tmp_path / "other.safetensors")
+    said = one_line(tiny_files | {"blip2": tmp_path / "other.safetensors"}, tmp_path)
+    assert "given as --blip2, but it is not BLIP-2 Q-Former weights (no tensor query_tokens; it holds layer.0, " in said
+
+
+def test_audio_branch_needs_imagebind(tiny_files, tmp_path):
+    said = one_line(without(tiny_files, "imagebind"), tmp_path)
+    assert said == "vllama: --al needs --imagebind: the audio branch hears through ImageBind"
+
+
+# The language model's directory.
+
+
+def change_config(**fields):
+    def change(directory: Path) -> None:
+        old = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(old | fields))
+
+    return change
+
+
+def write(name: str, data: bytes):
+    return lambda directory: (directory / name).write_bytes(data)
+
+
+def index(weight_map: object):
+    def change(directory: Path) -> None:
+        (directory / "model.safetensors").rename(directory / "model-1.safetensors")
+        (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+    return change
+
+
+LLAMA_DAMAGES = {
+    "no config": (lambda d: (d / "config.json").unlink(), "no config.json; --llama takes a Hugging Face LLaMA"),
+    "config is no JSON": (write("config.json", b"{'a'"), "config.json is not JSON"),
+    "config is an lfs pointer": (write("config.json", LFS), "config.json: a git-lfs pointer"),
+    "other model": (change_config(model_type="mistral"), "a model of type 'mistral', where --llama takes a LLaMA"),
+    "biases": (change_config(attention_bias=True), "attention_bias is set"),
+    "other activation": (change_config(hidden_act="gelu"), "activation 'gelu'"),
+    "no width": (change_config(hidden_size=None), "hidden_size must be a whole number above 0, not None"),
+    "no heads": (change_config(num_attention_heads=0), "num_attention_heads must be a whole number above 0, not 0"),
+    "width is text": (change_config(hidden_size="64"), "hidden_size must be a whole number above 0, not '64'"),
+    "epsilon is text": (change_config(rms_norm_eps="small"), "llama.norm_eps: 'small' is not of type float"),
+    "other scaling": (change_config(rope_scaling={"type": "yarn"}), "rotary scaling 'yarn' is not supported"),
+    "half a scaling": (change_config(rope_scaling={"type": "llama3"}), "rotary scaling 'llama3' has no factor, low_"),
+    "more layers": (change_config(num_hidden_layers=80), "holds 3 layers, and llama has 80; its config.json says"),
+    "absurdly more": (change_config(num_hidden_layers=10**9), "holds 3 layers, and llama has 1000000000"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors, pytorch_model.bin or index"),
+    "missing shard": (index({"a": "model-1.safetensors", "b": "model-2.safetensors"}), "model-2.safetensors: no such"),
+    "index without a map": (index(None), "not an index of shards"),
+    "index of numbers": (index({"a": 1}), "not an index of shards"),
+    "index that leaves the directory": (index({"a": "../x.safetensors"}), "not an index of shards"),
+    "empty weights": (write("model.safetensors", b""), "model.safetensors: the file is empty"),
+    "weights are an lfs pointer": (write("model.safetensors", LFS), "model.safetensors: a git-lfs pointer"),
+    "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "no tokenizer in"),
+    "tokenizer is an lfs pointer": (write("tokenizer.model", LFS), "tokenizer.model is a git-lfs pointer"),
+    "tokenizer is noise": (write("tokenizer.model", b"noise"), "tokenizer.model is not a SentencePiece model"),
+    "tokenizer has more tokens": (
+        write("added_tokens.json", json.dumps({f"<{n}>": 512 + n for n in range(3)}).encode()),
+        "a tokenizer that does not fit the embeddings: it has 515 tokens, the embedding table has 512 rows",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", LLAMA_DAMAGES)
+def test_language_model_directory_that_is_none(tiny_files, tmp_path, damage):
+    directory = shutil.copytree(tiny_files["llama"], tmp_path / "llama")
+    act, message = LLAMA_DAMAGES[damage]
+    act(directory)
+    assert message in one_line(tiny_files | {"llama": directory}, tmp_path)
+
+
+def test_language_model_given_as_a_file(tiny_files, tmp_path):
+    path = tiny_files["llama"] / "model.safetensors"
+    said = one_line(tiny_files | {"llama": path}, tmp_path)
+    assert said == f"vllama: {path}: not a directory; --llama takes a Hugging Face LLaMA directory"

@@ -1,0 +1,248 @@
+"""What `vllama convert` says of tensors, options and disks that it cannot use, and what a killed run leaves."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conversions import command, hashes, one_line, plan, refusal, without
+from safetensors.numpy import load_file, save_file
+
+import vllama_jax as vl
+from vllama_jax.cli import main
+
+FREQUENCIES = 10000.0 ** -(np.arange(0, 16, 2) / 16)
+POSITION_IDS = "video_Qformer.bert.embeddings.position_ids"
+VL_FREQUENCIES = "llama_model.model.layers.0.self_attn.rotary_emb.inv_freq"
+AL_SCALE = "audio_encoder.modality_postprocessors.audio.1.log_logit_scale"
+
+
+# Tensors that do not make a model.
+
+
+def resaved(path: Path, tmp_path: Path, change) -> Path:
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, tmp_path / path.name)
+    return tmp_path / path.name
+
+
+def test_all_that_is_wrong_is_listed_at_once(tiny_files, tmp_path):
+    def spoil_vl(tensors):
+        del tensors["llama_proj.bias"]
+        tensors["video_frame_position_embedding.weight"] = np.ones((32, 47), np.float32)
+        tensors["something.else"] = np.ones(2, np.float32)
+
+    def spoil_vit(tensors):
+        tensors["blocks.1.norm1.weight"] = np.ones(64, np.int64)
+
+    vl_file, vit = resaved(tiny_files["vl"], tmp_path, spoil_vl), resaved(tiny_files["eva_vit"], tmp_path, spoil_vit)
+    llama = shutil.copytree(tiny_files["llama"], tmp_path / "llama")
+    tensors = load_file(llama / "model.safetensors")
+    (llama / "model.safetensors").unlink()
+    save_file(tensors, llama / "model-1.safetensors")
+    save_file({"model.norm.weight": tensors["model.norm.weight"]}, llama / "model-2.safetensors")
+    shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
+    (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
+    said = refusal(tiny_files | {"vl": vl_file, "eva_vit": vit, "llama": llama}, tmp_path)
+    assert sorted(said.splitlines()) == sorted(
+        [
+            "vllama: the files do not make a model:",
+            f"  no weights in {vit}: blocks.1.norm1.weight is int64, not float64, float32, bfloat16, float16",
+            f"  misshapen in {vl_file}: video_frame_position_embedding.weight is [32, 47], and [32, 48] is needed",
+            f"  missing in {vl_file}: llama_proj.bias [64]",
+            f"  twice in {llama}: model.norm.weight",
+            f"  not used from {vl_file}: something.else [2]",
+        ]
+    )
+
+
+def test_hundreds_of_wrong_tensors_are_counted(tiny_files, tmp_path):
+    def rename(tensors):
+        for name in [name for name in tensors if (".norm" in name or ".mlp" in name) and "blocks.3" not in name]:
+            tensors[f"other.{name}"] = tensors.pop(name)
+        tensors["blocks.0.mlp.fc1.weight"] = tensors["other.blocks.0.mlp.fc1.weight"]
+
+    said = refusal(tiny_files | {"eva_vit": resaved(tiny_files["eva_vit"], tmp_path, rename)}, tmp_path)
+    lines = said.splitlines()
+    assert len(lines) == 31
+    assert (lines[1][:13], lines[15]) == ("  missing in ", "  … and 9 more missing in")
+    assert (lines[16][:16], lines[30]) == ("  not used from ", "  … and 10 more not used from")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value", "message"),
+    [
+        ("eva_vit", "pos_embed", None, "incomplete, pos_embed is missing"),
+        ("eva_vit", "patch_embed.proj.weight", np.ones((64, 588)), "[64, 588], where 4 axes are expected"),
+        ("eva_vit", "patch_embed.proj.weight", np.ones((64, 3, 0, 0)), "[64, 3, 0, 0], where 4 axes are expected"),
+        ("blip2", "Qformer.bert.encoder.layer.0.intermediate_query.dense.weight", None, "incomplete, Qformer.bert."),
+        ("imagebind", "modality_heads.audio.2.weight", None, "incomplete, modality_heads.audio.2.weight is missing"),
+        ("al", "audio_position_embedding.weight", None, "incomplete, audio_position_embedding.weight is missing"),
+        ("imagebind", AL_SCALE.removeprefix("audio_encoder."), np.ones(2), "log_logit_scale is not a single number"),
+    ],
+)
+def test_tensor_that_tells_a_dimension_is_missing_or_misshapen(tiny_files, tmp_path, kind, name, value, message):
+    def change(tensors):
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+
+    assert message in one_line(tiny_files | {kind: resaved(tiny_files[kind], tmp_path, change)}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "right", "wrong"),
+    [
+        ("vl", POSITION_IDS, np.arange(512)[None], np.arange(1, 513)[None]),
+        ("vl", VL_FREQUENCIES, FREQUENCIES.astype(np.float16), FREQUENCIES / 2),
+        ("vl", VL_FREQUENCIES, FREQUENCIES, FREQUENCIES[:4]),
+        ("al", AL_SCALE, np.array(np.log(20), np.float32), np.ones((), np.float32)),
+    ],
+)
+def test_stored_buffers_are_compared_with_what_they_must_be(tiny_files, tmp_path, kind, name, right, wrong):
+    path = resaved(tiny_files[kind], tmp_path, lambda tensors: tensors.update({name: right}))
+    assert any(reason.startswith(f"{path}: a buffer") for reason in plan(tiny_files | {kind: path}).left_out)
+    path = resaved(tiny_files[kind], tmp_path, lambda tensors: tensors.update({name: wrong}))
+    assert f"differs in {path}: {name} is not what these files make it" in refusal(tiny_files | {kind: path}, tmp_path)
+
+
+# --config.
+
+BAD_CONFIGS = {
+    "unknown field": ('{"colour": 1}', "--config: unknown field colour; known are audio_qformer, "),
+    "unknown field inside": ('{"vit": {"heads": 4}}', "--config.vit: unknown field heads; known are depth, "),
+    "object expected": ('{"vit": 4}', "--config.vit: 4 is not an object"),
+    "object expected inside": ('{"imagebind": {"audio": [1]}}', "--config.imagebind.audio: [1] is not an object"),
+    "null part": ('{"llama": null}', "--config.llama: None is not an object"),
+    "text for a number": ('{"vit": {"depth": "3"}}', "vit.depth: '3' is not of type int"),
+    "zero": ('{"vit": {"num_heads": 0}}', "--config.vit.num_heads must be above 0, not 0"),
+    "heads that do not divide": ('{"vit": {"num_heads": 5}}', "vit: width 64 is not a multiple of num_heads 5"),
+    "more layers than there are": ('{"vit": {"num_heads": 4, "depth": 9}}', "holds 4 layers, and vit has 9; --config"),
+    "unknown template": ('{"template": "x"}', "unknown prompt template 'x'"),
+    "broken JSON": ('{"vit": ', "config.json is not JSON"),
+    "no object": ("[1]", "config.json must be a JSON object, not list"),
+    "no text": ("\udcff\udcfe", "config.json: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("config", BAD_CONFIGS)
+def test_bad_config(tiny_files, tmp_path, config):
+    text, message = BAD_CONFIGS[config]
+    given = json.loads(tiny_files["config"].read_text())
+    if text.startswith("{") and text.endswith("}"):
+        fields = json.loads(text)
+        merged = given | {
+            name: given[name] | part if name == "vit" and type(part) is dict else part for name, part in fields.items()
+        }
+        text = json.dumps(merged)
+    (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
+    assert message in one_line(tiny_files | {"config": tmp_path / "config.json"}, tmp_path)
+
+
+def test_config_that_is_not_there(tiny_files, tmp_path):
+    said = one_line(tiny_files | {"config": tmp_path / "absent.json"}, tmp_path)
+    assert f"{tmp_path}/absent.json: cannot be read" in said
+
+
+def test_head_counts_that_nothing_tells_are_listed(tiny_files, tmp_path):
+    said = one_line(without(tiny_files, "config"), tmp_path)
+    assert "of vit, image_qformer, video_qformer, audio_qformer, imagebind.audio, imagebind.vision cannot" in said
+    assert 'give a --config file with, for example, {"vit": {"num_heads": 4}}' in said
+
+
+# Where it is written.
+
+
+def test_out_that_exists_is_kept(tiny_files, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine").write_text("mine")
+    with pytest.raises(SystemExit, match=f"{tmp_path}/model: exists already; remove it or choose another place"):
+        main(command(tiny_files, tmp_path / "model"))
+    assert [path.name for path in tmp_path.rglob("*")] == ["model", "mine"]
+
+
+def test_out_below_a_file(tiny_files, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match=r"file/model: cannot be written \(Not a directory\); nothing was left there"):
+        main(command(tiny_files, tmp_path / "file" / "model"))
+
+
+def test_out_where_nothing_may_be_written(tiny_files, tmp_path, monkeypatch):
+    def forbid(*_: object) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(os, "mkdir", forbid)
+    with pytest.raises(SystemExit, match=r"model: cannot be written \(Permission denied\); nothing was left there"):
+        main(command(tiny_files, tmp_path / "model"))
+
+
+def test_full_disk(tiny_files, tmp_path, monkeypatch):
+    written = []
+
+    def full(handle: int) -> None:
+        written.append(handle)
+        if len(written) > 50:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    said = one_line(tiny_files, tmp_path)
+    assert said == f"vllama: {tmp_path}/out/model: cannot be written (No space left on device); nothing was left there"
+
+
+def test_values_beyond_a_dtype(tiny_files, tmp_path):
+    def enlarge(tensors):
+        tensors["blocks.1.norm1.weight"][5] = 70000
+
+    path = resaved(tiny_files["eva_vit"], tmp_path, enlarge)
+    said = one_line(tiny_files | {"eva_vit": path}, tmp_path, "--dtype", "float16")
+    assert said == f"vllama: {path}: vit/blocks/norm1/scale has values too large for float16; use bfloat16"
+
+
+def test_source_that_shrinks_while_it_is_read(tiny_files, tmp_path):
+    path = Path(shutil.copy(tiny_files["vl"], tmp_path / "vl.safetensors"))
+    made = plan(tiny_files | {"vl": path})
+    os.truncate(path, 5000)
+    with pytest.raises(vl.CheckpointError, match=f"{path}: became shorter while it was read"):
+        vl.convert.convert(made, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+# Real processes.
+
+
+def start(arguments: list[str]) -> subprocess.Popen:
+    program = [sys.executable, "-c", "from vllama_jax.cli import main; main()", *arguments]
+    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_error_is_one_line_on_stderr_and_exit_code_1(tiny_files, tmp_path):
+    process = start(command(tiny_files | {"vl": tmp_path / "absent.pth"}, tmp_path / "model"))
+    assert process.communicate(timeout=60) == ("", f"vllama: {tmp_path}/absent.pth: no such file\n")
+    assert process.returncode == 1
+
+
+def test_killed_midway_leaves_nothing_that_looks_whole_and_runs_again(tiny_files, tiny_model, tmp_path):
+    out, params = tmp_path / "model", tmp_path / ".model.partial" / "params"
+    process = start(command(tiny_files, out))
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if params.is_dir() and len(os.listdir(params)) > 10:
+            process.send_signal(signal.SIGKILL)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.iterdir()] == [".model.partial"]
+    with pytest.raises(vl.CheckpointError, match="not a model directory"):
+        vl.load(tmp_path / ".model.partial")
+    main(command(tiny_files, out))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert hashes(out) == hashes(tiny_model)

@@ -1,0 +1,202 @@
+"""The weights of a model directory as files: written chunk by chunk, and found whole before they are read.
+
+params/_METADATA   the tree of weights, as Orbax has it
+params/a.b.c/      one weight: .zarray (its shape, dtype and chunks) and a file of raw bytes in C order for each chunk
+
+This is what Orbax writes with use_ocdbt=False and reads anywhere; without compression it is simple enough to be
+written directly, at the speed of the disk.
+"""
+
+import collections
+import concurrent.futures
+import itertools
+import json
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
+import numpy as np
+
+from vllama_jax.config import parse_json
+from vllama_jax.errors import CheckpointError
+
+CHUNK_BYTES = 64 * 2**20  # of a file at most
+WHOLE_BYTES = 2**20  # a weight of at most this is one file, whatever its layers
+CHUNKS_AHEAD = 2  # handed to the disk and not yet written
+
+
+class ParamsWriter:
+    """Writes weights one after another in the layout that Orbax reads.
+
+    leaves: what was written, as the manifest has it. A context manager: leaving it completes the directory.
+    """
+
+    def __init__(self, directory: Path):
+        self.leaves: dict[str, dict] = {}
+        self._directory = directory
+        self._disk = concurrent.futures.ThreadPoolExecutor(1)
+        directory.mkdir()
+
+    def write(self, path: str, shape: Sequence[int], dtype: np.dtype, blocks: Iterable[np.ndarray]) -> None:
+        """path: as "vit/blocks/mlp/up/kernel". blocks: the weight's rows in order, in its dtype, C-contiguous.
+
+        In memory are one block and CHUNKS_AHEAD chunks, which the disk writes meanwhile.
+        """
+        import xxhash
+
+        directory = self._directory / path.replace("/", ".")
+        directory.mkdir()
+        chunk = chunk_shape(shape, dtype.itemsize)
+        write_json(directory / ".zarray", _zarr_metadata(shape, chunk, dtype))
+        digest, writes = xxhash.xxh3_128(), collections.deque()
+        for first, rows in enumerate(_regrouped(blocks, chunk[0])):
+            digest.update(rows.view(np.uint8))
+            for index, values in _cut(rows, chunk):
+                file = directory / ".".join(map(str, (first, *index)))
+                writes.append(self._disk.submit(write_file, file, values.view(np.uint8)))
+            while len(writes) > CHUNKS_AHEAD:
+                writes.popleft().result()
+        for write in writes:
+            write.result()
+        self.leaves[path] = {"shape": list(shape), "dtype": dtype.name, "xxh3_128": digest.hexdigest()}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, failed: type | None, *_: object) -> None:
+        self._disk.shutdown(cancel_futures=True)
+        if failed is None:
+            write_json(self._directory / "_METADATA", _orbax_metadata(self.leaves))
+
+
+def chunk_shape(shape: Sequence[int], itemsize: int) -> list[int]:
+    """At most a layer and at most CHUNK_BYTES; leading axes are cut first, and evenly, as edges are stored whole."""
+    chunk = list(shape)
+    if math.prod(shape) * itemsize <= WHOLE_BYTES:
+        return chunk
+    if len(chunk) > 2:  # stacked layers; in a plain matrix the first axis is cut only as far as the size asks
+        chunk[0] = 1
+    for axis, size in enumerate(chunk):
+        pieces = min(size, math.ceil(math.prod(chunk) * itemsize / CHUNK_BYTES))
+        chunk[axis] = math.ceil(size / pieces)
+    return chunk
+
+
+def _grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
+    return tuple(math.ceil(size / part) for size, part in zip(shape, chunk, strict=True))
+
+
+def _regrouped(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+    """The same rows, so many at a time."""
+    held = None
+    for block in blocks:
+        held = block if held is None else np.concatenate([held, block])
+        while len(held) > rows:
+            yield held[:rows]
+            held = held[rows:]
+        if len(held) == rows:
+            yield held
+            held = None
+    if held is not None:
+        yield held
+
+
+def _cut(rows: np.ndarray, chunk: Sequence[int]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+    """The chunks that rows of a whole first axis fall into, with their places along the other axes.
+
+    A chunk at the edge is stored whole, the rest of it zeros.
+    """
+    for index in itertools.product(*map(range, _grid(rows.shape, chunk)[1:])):
+        here = tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, chunk[1:], strict=True))
+        values = rows[(slice(None), *here)]
+        if values.shape != tuple(chunk):
+            values = np.pad(values, [(0, size - held) for size, held in zip(chunk, values.shape, strict=True)])
+        yield index, np.ascontiguousarray(values)
+
+
+def _zarr_metadata(shape: Sequence[int], chunk: Sequence[int], dtype: np.dtype) -> dict[str, Any]:
+    return {
+        "zarr_format": 2,
+        "shape": list(shape),
+        "chunks": list(chunk),
+        "dtype": "bfloat16" if dtype.name == "bfloat16" else dtype.str,
+        "order": "C",
+        "compressor": None,
+        "filters": None,
+        "fill_value": None,
+        "dimension_separator": ".",
+    }
+
+
+def _orbax_metadata(leaves: Mapping[str, dict]) -> dict[str, Any]:
+    """The tree that the arrays make up. Value type np.ndarray: Orbax restores those without being told devices."""
+    tree = {}
+    for path, leaf in leaves.items():
+        keys = tuple(path.split("/"))
+        tree[str(keys)] = {
+            "key_metadata": [{"key": key, "key_type": 2} for key in keys],
+            "value_metadata": {
+                "value_type": "np.ndarray",
+                "skip_deserialize": False,
+                "write_shape": leaf["shape"],
+            },
+        }
+    return {
+        "tree_metadata": tree,
+        "use_ocdbt": False,
+        "use_zarr3": False,
+        "store_array_data_equal_to_fill_value": True,
+        "custom_metadata": None,
+    }
+
+
+def check_params(directory: Path, leaves: Mapping[str, dict], paths: Iterable[str]) -> None:
+    """Raises CheckpointError where files of these weights are missing, or are not what the manifest's leaves say.
+
+    Orbax would take a missing chunk for zeros.
+    """
+    for path in paths:
+        folder = directory / path.replace("/", ".")
+        try:
+            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be read ({error.strerror}); copy or convert it again") from error
+        shape, dtype = leaves[path]["shape"], np.dtype(leaves[path]["dtype"])
+        metadata = read_json(folder / ".zarray")
+        chunk = metadata.get("chunks")
+        if not _is_chunk(chunk, shape) or metadata != _zarr_metadata(shape, chunk, dtype):
+            raise CheckpointError(f"{folder}: not the array that manifest.json describes; copy or convert it again")
+        whole = math.prod(chunk) * dtype.itemsize
+        for index in itertools.product(*map(range, _grid(shape, chunk))):
+            name = ".".join(map(str, index))
+            if sizes.get(name) != whole:
+                held = f"{sizes[name]} of its {whole} bytes are there" if name in sizes else "it is missing"
+                raise CheckpointError(f"{folder / name}: {held}; copy or convert the model again")
+
+
+def _is_chunk(chunk: Any, shape: Sequence[int]) -> bool:
+    return isinstance(chunk, list) and len(chunk) == len(shape) and all(type(n) is int and n > 0 for n in chunk)
+
+
+def write_file(path: Path, data: Any) -> None:
+    """Writes bytes and waits for the disk: what is renamed into place later must be there after a power cut."""
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, fields: dict[str, Any]) -> None:
+    write_file(path, (json.dumps(fields, indent=1) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object in a file. Raises CheckpointError when it cannot be read, ConfigError when it is no such object."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path}: cannot be read ({error})") from error
+    return parse_json(text, str(path))
