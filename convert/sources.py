@@ -5,6 +5,7 @@ because every page of a memory map that was touched counts as memory until it is
 """
 
 import json
+import math
 import pickle
 import re
 import textwrap
@@ -166,9 +167,11 @@ class SafetensorsFile:
 
     def read(self, name: str) -> np.ndarray:
         shape, dtype = self.tensors[name]
-        count = int(np.prod(shape))
-        values = np.fromfile(self._path, np.dtype(dtype), count, offset=self._starts[name])
-        if len(values) < count:
+        try:
+            values = np.fromfile(self._path, np.dtype(dtype), math.prod(shape), offset=self._starts[name])
+        except OSError as error:
+            raise CheckpointError(f"{self._path}: cannot be read any more ({error.strerror or error})") from error
+        if len(values) < math.prod(shape):
             raise CheckpointError(f"{self._path}: became shorter while it was read")
         return values.reshape(shape)
 

@@ -7,7 +7,7 @@ set -euo pipefail
 out=${1:-first_answer}
 here=$(dirname "$0")
 
-python -m vllama_jax.convert.tiny "$out/weights"
+python -P -m vllama_jax.convert.tiny "$out/weights"
 vllama convert \
     --llama "$out/weights/llama" \
     --eva-vit "$out/weights/eva_vit_g.safetensors" \

@@ -28,6 +28,8 @@ def shared() -> Path:
     for candidate in candidates:
         if candidate.is_dir():
             return candidate
+    if named:
+        pytest.fail(f"VLLAMA_SHARED names {named}, which is not there")
     return pytest.skip("golden data not here: set VLLAMA_SHARED")
 
 

@@ -50,6 +50,7 @@ def changed(**changes) -> str:
         (changed(llama={"norm_eps": True}), r"config\.llama\.norm_eps: True is not of type float"),
         (changed(vit={"depth": 3.0}), r"config\.vit\.depth: 3\.0 is not of type int"),
         (changed(llama={"rope_scaling": {"kind": "yarn", "factor": 2}}), r"rope_scaling\.kind: 'yarn' is not of type"),
+        (changed(vit={"num_heads": 0}), r"config\.vit\.num_heads: must be at least 1, not 0"),
         (changed(vit={"num_heads": 5}), r"vit: width 64 is not a multiple of num_heads 5"),
         (changed(llama={"num_kv_heads": 3}), r"llama: num_heads 4 is not a multiple of num_kv_heads 3"),
         (changed(imagebind=None), r"audio_qformer and imagebind belong together"),

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -207,40 +206,48 @@ def test_values_beyond_a_dtype(tiny_files, tmp_path):
     assert said == f"vllama: {path}: vit/blocks/norm1/scale has values too large for float16; use bfloat16"
 
 
-def test_source_that_shrinks_while_it_is_read(tiny_files, tmp_path):
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda path: os.truncate(path, 5000), "became shorter while it was read"),
+        (os.unlink, r"cannot be read any more \(No such file or directory\)"),
+    ],
+)
+def test_source_that_changes_while_it_is_read(tiny_files, tmp_path, change, message):
     path = Path(shutil.copy(tiny_files["vl"], tmp_path / "vl.safetensors"))
     made = plan(tiny_files | {"vl": path})
-    os.truncate(path, 5000)
-    with pytest.raises(vl.CheckpointError, match=f"{path}: became shorter while it was read"):
+    change(path)
+    with pytest.raises(vl.CheckpointError, match=f"{path}: {message}"):
         vl.convert.convert(made, tmp_path / "model")
     assert not (tmp_path / "model").exists()
 
 
 # Real processes.
 
+MAIN = "from vllama_jax.cli import main; main()"
+KILLED_MIDWAY = f"""
+import itertools, os, signal
+count, fsync = itertools.count(), os.fsync
+os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL) if next(count) == 100 else fsync(handle)
+{MAIN}
+"""
 
-def start(arguments: list[str]) -> subprocess.Popen:
-    program = [sys.executable, "-c", "from vllama_jax.cli import main; main()", *arguments]
-    return subprocess.Popen(program, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+def run(program: str, arguments: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
 
 
 def test_error_is_one_line_on_stderr_and_exit_code_1(tiny_files, tmp_path):
-    process = start(command(tiny_files | {"vl": tmp_path / "absent.pth"}, tmp_path / "model"))
-    assert process.communicate(timeout=60) == ("", f"vllama: {tmp_path}/absent.pth: no such file\n")
-    assert process.returncode == 1
+    ended = run(MAIN, command(tiny_files | {"vl": tmp_path / "absent.pth"}, tmp_path / "model"))
+    assert (ended.stdout, ended.stderr) == ("", f"vllama: {tmp_path}/absent.pth: no such file\n")
+    assert ended.returncode == 1
 
 
 def test_killed_midway_leaves_nothing_that_looks_whole_and_runs_again(tiny_files, tiny_model, tmp_path):
-    out, params = tmp_path / "model", tmp_path / ".model.partial" / "params"
-    process = start(command(tiny_files, out))
-    deadline = time.monotonic() + 60
-    while process.poll() is None and time.monotonic() < deadline:
-        if params.is_dir() and len(os.listdir(params)) > 10:
-            process.send_signal(signal.SIGKILL)
-            break
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+    out = tmp_path / "model"
+    assert run(KILLED_MIDWAY, command(tiny_files, out)).returncode == -signal.SIGKILL
     assert [path.name for path in tmp_path.iterdir()] == [".model.partial"]
+    assert len(list((tmp_path / ".model.partial" / "params").iterdir())) > 10
     with pytest.raises(vl.CheckpointError, match="not a model directory"):
         vl.load(tmp_path / ".model.partial")
     main(command(tiny_files, out))

@@ -355,6 +355,8 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         accepted = kind is None and type(value) is hint
     if not accepted:
         raise ConfigError(f"{where}: {value!r} is not of type {getattr(hint, '__name__', hint)}")
+    if hint is int and value < 1:
+        raise ConfigError(f"{where}: must be at least 1, not {value}")
     return float(value) if hint is float else value
 
 
