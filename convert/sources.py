@@ -20,9 +20,10 @@ import numpy as np
 
 from vllama_jax import params
 from vllama_jax.errors import CheckpointError
+from vllama_jax.files import first_bytes
 
 REMAP_BYTES = 128 * 2**20  # read from a torch file before it is mapped anew; that takes about 10 ms
-ZIP, PICKLE, LFS_POINTER = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
+ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 
 
 class WeightFile(Protocol):
@@ -115,19 +116,7 @@ def _is_file_name(name: object) -> bool:
 
 def check_file(path: Path) -> bytes:
     """A file's first bytes. Raises CheckpointError for a path that cannot be a weight file."""
-    try:
-        with path.open("rb") as file:
-            head = file.read(len(LFS_POINTER))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise CheckpointError(f"{path}: a directory, where a file is expected") from error
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
-    if not head:
-        raise CheckpointError(f"{path}: the file is empty; download it again")
-    if head == LFS_POINTER:
-        raise CheckpointError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` where it came from")
+    head = first_bytes(path, CheckpointError)
     if head.startswith(b"<"):
         raise CheckpointError(f"{path}: a web page, not the file itself; downloading it may need a login")
     return head

@@ -44,7 +44,7 @@ def zip_bytes(tmp_path: Path) -> bytes:
 
 
 NO_WEIGHTS = {
-    "empty": (lambda _: b"", "the file is empty; download it again"),
+    "empty": (lambda _: b"", "the file is empty; download or copy it again"),
     "lfs": (lambda _: LFS, "a git-lfs pointer, not the file itself; run `git lfs pull`"),
     "html": (lambda _: b"<!DOCTYPE html><html>404</html>", "a web page, not the file itself"),
     "random": (lambda _: np.random.default_rng(0).bytes(5000), "neither safetensors nor written by torch"),
@@ -105,7 +105,7 @@ def test_missing_file_and_directory(tiny_files, tmp_path, field):
     folder.mkdir()
     assert f"{absent}: no such file" in one_line(tiny_files | {field: absent}, tmp_path)
     (tmp_path / "out").rmdir()
-    assert f"{folder}: a directory, where a file is expected" in one_line(tiny_files | {field: folder}, tmp_path)
+    assert f"{folder}: a directory, not a file" in one_line(tiny_files | {field: folder}, tmp_path)
 
 
 # Pickles that want to run code.
@@ -227,7 +227,7 @@ LLAMA_DAMAGES = {
     "empty weights": (write("model.safetensors", b""), "model.safetensors: the file is empty"),
     "weights are an lfs pointer": (write("model.safetensors", LFS), "model.safetensors: a git-lfs pointer"),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "no tokenizer in"),
-    "tokenizer is an lfs pointer": (write("tokenizer.model", LFS), "tokenizer.model is a git-lfs pointer"),
+    "tokenizer is an lfs pointer": (write("tokenizer.model", LFS), "tokenizer.model: a git-lfs pointer"),
     "tokenizer is noise": (write("tokenizer.model", b"noise"), "tokenizer.model is not a SentencePiece model"),
     "tokenizer has more tokens": (
         write("added_tokens.json", json.dumps({f"<{n}>": 512 + n for n in range(3)}).encode()),

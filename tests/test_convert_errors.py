@@ -239,7 +239,7 @@ def run(program: str, arguments: list[str]) -> subprocess.CompletedProcess:
 
 def test_error_is_one_line_on_stderr_and_exit_code_1(tiny_files, tmp_path):
     ended = run(MAIN, command(tiny_files | {"vl": tmp_path / "absent.pth"}, tmp_path / "model"))
-    assert (ended.stdout, ended.stderr) == ("", f"vllama: {tmp_path}/absent.pth: no such file\n")
+    assert (ended.stdout, ended.stderr) == ("", f"vllama: {tmp_path}/absent.pth: no such file; check the path\n")
     assert ended.returncode == 1
 
 

@@ -233,12 +233,12 @@ def test_files_to_copy_beside_tokenizer_json(byte_level_folder):
 
 BROKEN = [
     ({}, "no tokenizer in .* looked for tokenizer.model and tokenizer.json"),
-    ({"tokenizer.model": ""}, "tokenizer.model is empty"),
+    ({"tokenizer.model": ""}, "tokenizer.model: the file is empty"),
     ({"tokenizer.model": "version https://git-lfs.github.com/spec/v1\noid sha256:12"}, "git-lfs pointer"),
     ({"tokenizer.model": "IQ== 0\nIg== 1\n"}, "not a SentencePiece model .*tokenizer.json"),  # Llama 3's own format
     ({"tokenizer.json": "{"}, "not a file of the tokenizers library"),
     ({"tokenizer.json": "{}"}, "not a file of the tokenizers library"),
-    ({"tokenizer.json": ""}, "tokenizer.json is empty"),
+    ({"tokenizer.json": ""}, "tokenizer.json: the file is empty"),
 ]
 
 

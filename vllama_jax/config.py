@@ -79,21 +79,10 @@ class ImageBindAudioConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageBindVisionConfig:
+class ImageBindVisionConfig(VitConfig):
     """ImageBind's vision tower (reference: ImageBind/models). A picture is seen as `frames_per_patch` equal frames."""
 
-    image_size: int = 224
-    patch_size: int = 14
     frames_per_patch: int = 2
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    norm_eps: float = 1e-6
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

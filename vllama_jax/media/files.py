@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllama_jax.errors import MediaError
+from vllama_jax.files import first_bytes
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
@@ -36,26 +37,13 @@ _HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1")
 def check_file(path: str | os.PathLike[str]) -> str:
     """The path as a string, if a file with content is there; else a MediaError that says what is there instead."""
     path = os.fsdecode(path)
-    try:
-        if os.path.isdir(path):
-            raise MediaError(f"{path}: a directory, not a file; name a video, sound or picture file in it")
-        if not os.path.exists(path):
-            raise MediaError(f"{path}: no such file; check the path")
-        if not os.path.isfile(path):
-            raise MediaError(f"{path}: not a regular file; save it to disk first")
-        head = _head(path)
-    except OSError as error:
-        raise MediaError(f"{path}: cannot be opened ({error.strerror}); check its permissions") from error
-    if not head:
-        raise MediaError(f"{path}: the file is empty; download or copy it again")
-    if head.startswith(b"version https://git-lfs"):
-        raise MediaError(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` where it was cloned")
+    first_bytes(path, MediaError)
     return path
 
 
 def picture_format(path: str) -> str | None:
     """Pillow's name for the picture format that the file's first bytes announce, or None."""
-    head = _head(path)
+    head = first_bytes(path, MediaError)
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"):
@@ -86,7 +74,7 @@ def open_container(path: str) -> InputContainer:
     """The file opened by FFmpeg, which tells its kind by its content. Raises MediaError; to be closed by the caller."""
     import av
 
-    head = _head(path)
+    head = first_bytes(path, MediaError)
     if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
         raise MediaError(f"{path}: a HEIC picture, which cannot be read; convert it to jpg or png")
     if head[4:8] == b"ftyp" and not 0 < _mp4_boxes(path).get("moov", 0) <= os.path.getsize(path):
@@ -115,14 +103,9 @@ def sound_stream(container: InputContainer) -> AudioStream | None:
 
 def is_cut_off(path: str) -> bool:
     """True for an mp4 (mov, m4a, …) whose last box claims more bytes than the file has."""
-    if _head(path)[4:8] != b"ftyp":
+    if first_bytes(path, MediaError)[4:8] != b"ftyp":
         return False
     return max(_mp4_boxes(path).values(), default=0) > os.path.getsize(path)
-
-
-def _head(path: str) -> bytes:
-    with Path(path).open("rb") as file:
-        return file.read(32)
 
 
 def _mp4_boxes(path: str) -> dict[str, int]:

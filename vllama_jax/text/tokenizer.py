@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vllama_jax.errors import CheckpointError
+from vllama_jax.files import first_bytes
 
 MEDIA_TOKEN = "<ImageHere>"
 DECLARATION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -387,12 +388,5 @@ def _read_object(path: Path) -> dict:
 
 
 def _read_bytes(path: Path) -> bytes:
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    if not data:
-        raise CheckpointError(f"{path} is empty: download it again")
-    if data.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a git-lfs pointer, not the file: run `git lfs pull` where it came from")
-    return data
+    first_bytes(path, CheckpointError)
+    return path.read_bytes()

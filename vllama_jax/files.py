@@ -1,0 +1,31 @@
+"""Files that users name: whether there is one, with what it should hold and not a stand-in for it."""
+
+from pathlib import Path
+
+from vllama_jax.errors import VllamaError
+
+LFS_POINTER = b"version https://git-lfs"
+
+
+def first_bytes(path: str | Path, error: type[VllamaError], count: int = 32) -> bytes:
+    """The first bytes of a file. Raises `error`, saying what is there instead, where no file with content is.
+
+    That is: nothing, a directory, a device or pipe, a file that may not be read, an empty one, a git-lfs pointer.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise error(f"{path}: a directory, not a file; name a file in it")
+        if not path.exists():
+            raise error(f"{path}: no such file; check the path")
+        if not path.is_file():
+            raise error(f"{path}: not a regular file; save it to disk first")
+        with path.open("rb") as file:
+            head = file.read(max(count, len(LFS_POINTER)))
+    except OSError as problem:
+        raise error(f"{path}: cannot be read ({problem.strerror}); check its permissions") from problem
+    if not head:
+        raise error(f"{path}: the file is empty; download or copy it again")
+    if head.startswith(LFS_POINTER):
+        raise error(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` where it came from")
+    return head[:count]
