@@ -47,8 +47,9 @@ def read_config(directory: Path) -> dict[str, Any]:
     Raises CheckpointError when it is missing, and ConfigError when it describes what LLaMA is not.
     """
     path = directory / "config.json"
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory}: not a directory; --llama takes a Hugging Face LLaMA directory")
+    if not directory.is_dir():
+        what = "not a directory" if directory.exists() else "no such directory"
+        raise CheckpointError(f"{directory}: {what}; --llama takes a Hugging Face LLaMA directory")
     if not path.exists():
         raise CheckpointError(f"{directory}: no config.json; --llama takes a Hugging Face LLaMA directory")
     fields = read_json(path)

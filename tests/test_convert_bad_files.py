@@ -244,7 +244,8 @@ def test_language_model_directory_that_is_none(tiny_files, tmp_path, damage):
     assert message in one_line(tiny_files | {"llama": directory}, tmp_path)
 
 
-def test_language_model_given_as_a_file(tiny_files, tmp_path):
-    path = tiny_files["llama"] / "model.safetensors"
+@pytest.mark.parametrize(("name", "what"), [("model.safetensors", "not a directory"), ("none", "no such directory")])
+def test_language_model_that_is_no_directory(tiny_files, tmp_path, name, what):
+    path = tiny_files["llama"] / name
     said = one_line(tiny_files | {"llama": path}, tmp_path)
-    assert said == f"vllama: {path}: not a directory; --llama takes a Hugging Face LLaMA directory"
+    assert said == f"vllama: {path}: {what}; --llama takes a Hugging Face LLaMA directory"

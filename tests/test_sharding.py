@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 from networks import random_network
 
 from vllama_jax import checkpoint, sharding
+from vllama_jax.chat import Chat
 from vllama_jax.config import ConfigError, GenerationConfig, VideoLlamaConfig, tiny
 from vllama_jax.generate import Prompt, generate
 from vllama_jax.nn.llama import KVCache
@@ -124,6 +125,16 @@ def test_loading_puts_only_a_part_on_each_device(tiny_model):
     assert {shard.data.shape for shard in gate.addressable_shards} == {(gate.shape[0], gate.shape[1] // 4)}
     for one, other in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def test_a_chat_on_a_mesh_answers_as_on_one_device(tiny_model, clip):
+    answers = []
+    for mesh in (None, sharding.make_mesh(data=2, tensor=4)):
+        chat = Chat(checkpoint.load(tiny_model, mesh=mesh))
+        chat.add(clip)
+        list(chat.ask("What is there?", max_new_tokens=20))
+        answers.append(chat.last.tokens)
+    assert answers[0] == answers[1]
 
 
 def test_weights_are_split_as_the_table_says():

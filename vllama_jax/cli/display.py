@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from typing import Self
 
 from rich.console import Console
+from rich.text import Text
 
 
 class Display:
@@ -26,7 +27,7 @@ class Display:
     def step(self, text: str) -> None:
         """What is being done until the next step."""
         if sys.stderr.isatty():
-            self._status.update(text)
+            self._status.update(Text(text))  # not markup: a path may hold brackets
             self._status.start()
 
     def say(self, text: str) -> None:
