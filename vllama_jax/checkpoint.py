@@ -9,6 +9,7 @@ import dataclasses
 import fcntl
 import functools
 import importlib.metadata
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from vllama_jax.text.tokenizer import Tokenizer
 
 FORMAT = 1
+logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -199,7 +201,8 @@ def load(path: str | Path, dtype: str | None = None, mesh: "jax.sharding.Mesh | 
     """Loads a model directory.
 
     dtype: of the weights in memory and so of the computation; float32 on a CPU and bfloat16 elsewhere unless given.
-    mesh: from `sharding.make_mesh`; weights are split over its tensor axis. Without one, all is on the first device.
+    mesh: from `sharding.make_mesh`; weights are split over its tensor axis, and a warning is logged for each dimension
+    that it does not divide. Without one, all is on the first device.
     Raises CheckpointError for what is not a whole model directory, ConfigError for one whose config is not valid.
     """
     from flax import nnx
@@ -212,6 +215,8 @@ def load(path: str | Path, dtype: str | None = None, mesh: "jax.sharding.Mesh | 
     if mesh is not None:
         from vllama_jax import sharding
 
+        for line in sharding.undivided_axes(abstract, mesh, fsdp=False):
+            logger.warning(line)
         abstract = sharding.shard_abstract(abstract, mesh, fsdp=False)
     network = nnx.merge(graph, restore(directory, abstract))
     network.llama.unstack()

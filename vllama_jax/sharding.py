@@ -51,13 +51,20 @@ def partition_spec(
 
     A dimension that its mesh axes do not divide is replicated. `fsdp=False` leaves weights whole over fsdp (decoding).
     """
-    sizes = dict(mesh.shape)
     names = (None,) * (len(shape) - len(names)) + tuple(names)
     spec = []
     for size, name in zip(shape, names, strict=True):
-        axes = tuple(a for a in MESH_AXES.get(name, ()) if a in sizes and (fsdp or name == "batch" or a != "fsdp"))
-        spec.append(axes if axes and size % math.prod(sizes[a] for a in axes) == 0 else None)
+        axes, places = _mesh_axes(name, mesh, fsdp=fsdp)
+        spec.append(axes if axes and size % places == 0 else None)
     return PartitionSpec(*spec)
+
+
+def _mesh_axes(name: str | None, mesh: Mesh | jax.sharding.AbstractMesh, *, fsdp: bool) -> tuple[tuple[str, ...], int]:
+    """The mesh axes that a named dimension goes over, and how many places they make."""
+    axes = tuple(
+        axis for axis in MESH_AXES.get(name, ()) if axis in mesh.shape and (fsdp or name == "batch" or axis != "fsdp")
+    )
+    return axes, math.prod(mesh.shape[axis] for axis in axes)
 
 
 def shard_abstract(abstract_state: nnx.State, mesh: Mesh, *, fsdp: bool = True) -> nnx.State:
@@ -82,13 +89,13 @@ def under(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def undivided_axes(abstract_state: nnx.State, mesh: Mesh) -> list[str]:
+def undivided_axes(abstract_state: nnx.State, mesh: Mesh, *, fsdp: bool = True) -> list[str]:
     """One line for each named axis that the mesh does not divide, and that is therefore replicated."""
     lines = set()
     for path, variable in nnx.to_flat_state(abstract_state):
         shape, names = variable.get_value().shape, variable.get_metadata().get(AXIS_NAMES, ())
         for size, name in zip(shape[len(shape) - len(names) :], names, strict=True):
-            places = math.prod(mesh.shape[a] for a in MESH_AXES.get(name, ()))
+            places = _mesh_axes(name, mesh, fsdp=fsdp)[1]
             if size % places:
                 lines.add(f"{path[0]}: {size} {name} over {places} devices does not divide; kept whole on each")
     return sorted(lines)
