@@ -4,10 +4,10 @@ python examples/render_clip.py clip.mp4
 """
 
 import sys
-from fractions import Fraction
 
-import av
 import numpy as np
+
+from vllama_jax.media import write_video
 
 WIDTH, HEIGHT, FPS, SECONDS, RATE = 320, 240, 25, 4, 44100
 
@@ -31,25 +31,8 @@ def ringing() -> np.ndarray:
     return sound[None].astype(np.float32)
 
 
-def render(path: str) -> None:
-    with av.open(path, "w") as container:
-        video = container.add_stream("libx264", rate=FPS)
-        video.width, video.height, video.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        audio = container.add_stream("aac", rate=RATE, layout="mono")
-        for number in range(SECONDS * FPS):
-            frame = av.VideoFrame.from_ndarray(picture(number / FPS), "rgb24")
-            frame.pts, frame.time_base = number, Fraction(1, FPS)
-            container.mux(video.encode(frame))
-        sound = ringing()
-        for start in range(0, sound.shape[1], 1024):
-            piece = av.AudioFrame.from_ndarray(sound[:, start : start + 1024], "fltp", "mono")
-            piece.rate, piece.pts, piece.time_base = RATE, start, Fraction(1, RATE)
-            container.mux(audio.encode(piece))
-        for stream in (video, audio):
-            container.mux(stream.encode(None))
-
-
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python examples/render_clip.py CLIP.mp4")
-    render(sys.argv[1])
+    pictures = (picture(number / FPS) for number in range(SECONDS * FPS))
+    write_video(sys.argv[1], pictures, FPS, ringing(), RATE)

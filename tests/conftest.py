@@ -16,6 +16,16 @@ from vllama_jax.convert.tiny import write_tiny
 
 jax.config.update("jax_num_cpu_devices", 8)
 
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """One folder of compiled programs for all workers of a session: many tests need the same one."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
 GOLDEN_HEADS = {part: {"num_heads": 4} for part in ("vit", "image_qformer", "video_qformer", "audio_qformer")}
 GOLDEN_HEADS["imagebind"] = {sense: {"num_heads": 4} for sense in ("audio", "vision")}
 

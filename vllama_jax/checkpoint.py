@@ -2,6 +2,9 @@
 
 config.json   what the model is          params/         Orbax layout, one zarr array a leaf, uncompressed
 tokenizer/    the tokenizer's files       manifest.json   sources, and each leaf's shape, dtype and xxh3_128
+
+A run directory (train/runs.py) is read as the model that was trained: its base's weights, but for those that it
+trained.
 """
 
 import contextlib
@@ -9,6 +12,7 @@ import dataclasses
 import fcntl
 import functools
 import importlib.metadata
+import json
 import logging
 import os
 import shutil
@@ -16,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllama_jax.config import VideoLlamaConfig, from_dict
+from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
 from vllama_jax.errors import CheckpointError
 from vllama_jax.params import check_params, read_json, write_json
 
@@ -43,7 +47,7 @@ def new_directory(out: Path) -> Iterator[Path]:
         if out.exists():
             raise CheckpointError(f"{out}: exists already; remove it or choose another place")
         partial.mkdir(parents=True, exist_ok=True)
-        with _locked(partial, out):
+        with locked(partial, f"{out}: another process is making it; wait for that one"):
             _empty(partial)
             try:
                 yield partial
@@ -57,14 +61,17 @@ def new_directory(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(directory: Path, out: Path) -> Iterator[None]:
-    """Keeps a second process off a directory; the lock ends with its holder, however that ends."""
+def locked(directory: Path, refusal: str) -> Iterator[None]:
+    """Keeps a second process off a directory; the lock ends with its holder, however that ends.
+
+    Raises CheckpointError, saying `refusal`, when another process has it.
+    """
     handle = os.open(directory, os.O_RDONLY)
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise CheckpointError(f"{out}: another process is making it; wait for that one") from error
+            raise CheckpointError(refusal) from error
         except OSError:
             pass  # a file system without locks
         yield
@@ -77,9 +84,10 @@ def _empty(directory: Path) -> None:
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def write_config(directory: Path, config: VideoLlamaConfig) -> None:
+def write_config(directory: Path, config: VideoLlamaConfig, **more: Any) -> None:
+    """config.json; a run has `more` to say in it."""
     versions = {name: importlib.metadata.version(name) for name in ("vllama-jax", "jax", "flax", "orbax-checkpoint")}
-    fields = {"format": FORMAT, "versions": versions, "model": dataclasses.asdict(config)}
+    fields = {"format": FORMAT, "versions": versions, "model": dataclasses.asdict(config), **more}
     write_json(directory / "config.json", fields)
 
 
@@ -88,12 +96,25 @@ def write_manifest(directory: Path, sources: dict[str, Any], leaves: dict[str, d
 
 
 @dataclasses.dataclass(frozen=True)
+class Trained:
+    """Weights that a run trained. path: of its checkpoint. leaves: their shapes."""
+
+    path: Path
+    leaves: dict[str, tuple[int, ...]]
+    lora: LoraConfig
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelDirectory:
-    """A model directory that was found to be one. Nothing of its weights is read yet."""
+    """A model directory that was found to be one, and what runs trained on top of it; the last of those wins.
+
+    Nothing of its weights is read yet.
+    """
 
     path: Path
     config: VideoLlamaConfig
     manifest: dict[str, Any]
+    trained: tuple[Trained, ...] = ()
 
     @functools.cached_property
     def tokenizer(self):
@@ -101,23 +122,90 @@ class ModelDirectory:
 
         return load_tokenizer(self.path / "tokenizer")
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every weight, by path."""
+        shapes = {path: tuple(leaf["shape"]) for path, leaf in self.manifest["leaves"].items()}
+        return shapes | {path: shape for trained in self.trained for path, shape in trained.leaves.items()}
 
-def open_model(path: str | Path) -> ModelDirectory:
-    """Raises CheckpointError when `path` is not a model directory, or one of a newer format."""
+    @property
+    def lora(self) -> LoraConfig:
+        """The low-rank updates that a run trained; they are no part of `config`, because `load` merges them."""
+        return next((trained.lora for trained in self.trained if trained.lora.rank), NO_LORA)
+
+    @property
+    def digest(self) -> str:
+        """Of all weights: what a run that starts from them refers to."""
+        import xxhash
+
+        leaves = json.dumps(self.manifest["leaves"], sort_keys=True).encode()
+        checkpoints = [(trained.path / "manifest.ocdbt").read_bytes() for trained in self.trained]  # differ by save
+        return xxhash.xxh3_128_hexdigest(b"".join([leaves, *checkpoints]))
+
+
+def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirectory:
+    """A model directory, or a run's with the base that it names, or with `base` where that has moved.
+
+    Raises CheckpointError when `path` is neither, is of a newer format, or is a run whose base is not the one that it
+    was trained on.
+    """
     path = Path(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such model directory; `vllama convert` makes one")
-    for name in ("config.json", "manifest.json", "params", "tokenizer"):
+    if not (path / "config.json").exists():
+        raise CheckpointError(f"{path}: not a model directory (no config.json in it); `vllama convert` makes one")
+    fields = read_json(path / "config.json")
+    _check_format(path / "config.json", fields, "model")
+    if "base" in fields:
+        return _open_run(path, fields, base)
+    for name in ("manifest.json", "params", "tokenizer"):
         if not (path / name).exists():
             raise CheckpointError(f"{path}: not a model directory (no {name} in it); `vllama convert` makes one")
-    fields, manifest = read_json(path / "config.json"), read_json(path / "manifest.json")
-    _check_format(path / "config.json", fields, "model")
+    manifest = read_json(path / "manifest.json")
     _check_format(path / "manifest.json", manifest, "leaves")
     for leaf, entry in manifest["leaves"].items():
         if not isinstance(entry, dict) or not entry.keys() >= {"shape", "dtype", "xxh3_128"}:
             raise CheckpointError(f"{path / 'manifest.json'}: incomplete, of {leaf}; copy or convert the model again")
-    config = from_dict(fields["model"], VideoLlamaConfig, f"{path / 'config.json'}: model")
-    return ModelDirectory(path, config, manifest)
+    return ModelDirectory(path, _model_config(path, fields), manifest)
+
+
+def _model_config(path: Path, fields: dict[str, Any]) -> VideoLlamaConfig:
+    return from_dict(fields["model"], VideoLlamaConfig, f"{path / 'config.json'}: model")
+
+
+def _open_run(path: Path, fields: dict[str, Any], base: str | Path | None) -> ModelDirectory:
+    steps = run_steps(path)
+    if not steps:
+        raise CheckpointError(f"{path}: a run that has no checkpoint yet; let it reach one")
+    named = Path(base or fields["base"]["path"])
+    if not named.is_dir():
+        raise CheckpointError(f"{path}: its base model {named} is not there; name the base with --base")
+    found = open_model(named)
+    if found.digest != fields["base"]["digest"]:
+        raise CheckpointError(f"{named}: not the base model that {path} was trained on; name that one with --base")
+    weights = path / f"step_{steps[-1]}" / "weights"
+    lora = fields["run"]["lora"]
+    lora = LoraConfig(**{**lora, "targets": tuple(lora["targets"])})
+    trained = Trained(weights, _trained_shapes(weights), lora)
+    return dataclasses.replace(found, trained=(*found.trained, trained))
+
+
+def run_steps(run: Path) -> list[int]:
+    """The steps of a run's whole checkpoints, rising; half-written ones have other names."""
+    names = [entry.name.removeprefix("step_") for entry in run.glob("step_*") if entry.is_dir()]
+    return sorted(int(name) for name in names if name.isdigit())
+
+
+def _trained_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
+    """Paths and shapes in a checkpoint that Orbax wrote, from its description of the tree."""
+    tree = read_json(weights / "_METADATA")
+    try:
+        return {
+            "/".join(key["key"] for key in leaf["key_metadata"]): tuple(leaf["value_metadata"]["write_shape"])
+            for leaf in tree["tree_metadata"].values()
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{weights}: not a checkpoint of a run ({error}); train it again") from error
 
 
 def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:
@@ -136,23 +224,46 @@ def restore(directory: ModelDirectory, abstract: "nnx.State") -> "nnx.State":
     Raises CheckpointError when a leaf is missing, has another shape, or cannot be read.
     """
     import jax
-    import orbax.checkpoint as ocp
     from flax import nnx
 
-    wanted = {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(abstract)}
-    check_leaves(directory, {path: variable.shape for path, variable in wanted.items()})
-    check_params(directory.path / "params", directory.manifest["leaves"], wanted)
-    tree = _nest({path: _placed(variable.get_value()) for path, variable in wanted.items()})
+    wanted = {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(abstract)}
+    restored = restore_weights(directory, wanted)
+    return jax.tree.unflatten(jax.tree.structure(abstract), [restored[path] for path in wanted])
+
+
+def restore_weights(directory: ModelDirectory, wanted: dict[str, Any]) -> "dict[str, jax.Array]":
+    """The same for weights by path: `wanted` says in which shape, dtype and sharding."""
+    check_leaves(directory, {path: leaf.shape for path, leaf in wanted.items()})
+    restored: dict[str, Any] = {}
+    for trained in reversed(directory.trained):
+        here = {path: leaf for path, leaf in wanted.items() if path in trained.leaves and path not in restored}
+        restored |= restore_arrays(trained.path, here)
+    rest = {path: leaf for path, leaf in wanted.items() if path not in restored}
+    check_params(directory.path / "params", directory.manifest["leaves"], rest)
+    return restored | restore_arrays(directory.path / "params", rest)
+
+
+def restore_arrays(path: Path, wanted: dict[str, Any]) -> "dict[str, jax.Array]":
+    """Arrays by path from a directory in Orbax's layout, some or all of what it holds.
+
+    Raises CheckpointError when they cannot be read.
+    """
+    import jax
+    import orbax.checkpoint as ocp
+
+    if not wanted:
+        return {}
+    tree = nest({path: _placed(leaf) for path, leaf in wanted.items()})
     restore_args = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape), tree
     )
     arguments = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
-    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False))
+    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
     try:
-        restored = checkpointer.restore((directory.path / "params").absolute(), args=arguments)
+        restored = checkpointer.restore(path.absolute(), args=arguments)
     except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{directory.path}: its weights cannot be read ({str(error).splitlines()[0]})") from error
-    return jax.tree.unflatten(jax.tree.structure(abstract), [_leaf(restored, path) for path in wanted])
+        raise CheckpointError(f"{path}: its weights cannot be read ({str(error).splitlines()[0]})") from error
+    return {name: _leaf(restored, name) for name in wanted}
 
 
 def _placed(leaf: Any) -> Any:
@@ -165,18 +276,19 @@ def _placed(leaf: Any) -> Any:
 
 def check_leaves(directory: ModelDirectory, wanted: dict[str, Sequence[int]]) -> None:
     """Raises CheckpointError that lists parts which the directory lacks, or leaves of another shape."""
-    leaves = directory.manifest["leaves"]
-    if missing := [path for path in wanted if path not in leaves]:
+    shapes = directory.shapes
+    if missing := [path for path in wanted if path not in shapes]:
         parts = sorted({path.split("/")[0] for path in missing})
         raise CheckpointError(
             f"{directory.path}: the model has no {', '.join(parts)} ({len(missing)} weights); "
             "convert again with the checkpoints that hold them (--vl, --al), or train them"
         )
-    if wrong := [path for path, shape in wanted.items() if tuple(leaves[path]["shape"]) != tuple(shape)]:
+    if wrong := [path for path, shape in wanted.items() if shapes[path] != tuple(shape)]:
         raise CheckpointError(f"{directory.path}: config.json and weights disagree on the shape of {', '.join(wrong)}")
 
 
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """A tree of dicts from values by path."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():
         *parents, last = path.split("/")
@@ -197,21 +309,28 @@ class Model:
     network: "VideoLlama"
 
 
-def load(path: str | Path, dtype: str | None = None, mesh: "jax.sharding.Mesh | None" = None) -> Model:
-    """Loads a model directory.
+def load(
+    path: str | Path,
+    dtype: str | None = None,
+    mesh: "jax.sharding.Mesh | None" = None,
+    base: str | Path | None = None,
+) -> Model:
+    """Loads a model directory, or what a run trained.
 
     dtype: of the weights in memory and so of the computation; float32 on a CPU and bfloat16 elsewhere unless given.
     mesh: from `sharding.make_mesh`; weights are split over its tensor axis, and a warning is logged for each dimension
     that it does not divide. Without one, all is on the first device.
+    base: a run's base model, where that has moved.
     Raises CheckpointError for what is not a whole model directory, ConfigError for one whose config is not valid.
     """
     from flax import nnx
 
+    from vllama_jax.nn.lora import merge_lora
     from vllama_jax.text.tokenizer import check_vocabulary
 
-    directory = open_model(path)
+    directory = _without_missing_branch(open_model(path, base))
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
-    graph, abstract = nnx.split(abstract_network(directory.config, dtype))
+    graph, abstract = nnx.split(abstract_network(directory.config, dtype, directory.lora))
     if mesh is not None:
         from vllama_jax import sharding
 
@@ -219,18 +338,37 @@ def load(path: str | Path, dtype: str | None = None, mesh: "jax.sharding.Mesh | 
             logger.warning(line)
         abstract = sharding.shard_abstract(abstract, mesh, fsdp=False)
     network = nnx.merge(graph, restore(directory, abstract))
+    merge_lora(network.llama)
     network.llama.unstack()
     return Model(directory.config, directory.tokenizer, network)
 
 
-def abstract_network(config: VideoLlamaConfig, dtype: str | None = None) -> "VideoLlama":
+def _without_missing_branch(directory: ModelDirectory) -> ModelDirectory:
+    """A model whose audio branch was never trained is a picture-only model, for now."""
+    parts = {path.split("/")[0] for path in directory.shapes}
+    if not directory.config.has_audio or "audio_qformer" in parts:
+        return directory
+    logger.warning(f"{directory.path}: no trained audio branch in it (--al, or training), so sound is not heard")
+    config = dataclasses.replace(directory.config, audio_qformer=None, imagebind=None)
+    return dataclasses.replace(directory, config=config)
+
+
+def abstract_network(config: VideoLlamaConfig, dtype: str | None = None, lora: LoraConfig = NO_LORA) -> "VideoLlama":
     """The network with shapes in place of weights, in the dtype that `load` would use."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
+    dtype = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    network = nnx.eval_shape(lambda: new_network(config, lora, nnx.Rngs(0)))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), network)
+
+
+def new_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs") -> "VideoLlama":
+    """The network as training starts it, with its low-rank updates."""
+    from vllama_jax.nn.lora import add_lora
     from vllama_jax.nn.video_llama import VideoLlama
 
-    dtype = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
-    network = nnx.eval_shape(lambda: VideoLlama(config, rngs=nnx.Rngs(0)))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), network)
+    network = VideoLlama(config, rngs=rngs)
+    add_lora(network.llama, lora, rngs=rngs)
+    return network

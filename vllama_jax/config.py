@@ -174,6 +174,24 @@ def _attention_parts(config: VideoLlamaConfig) -> list[tuple[str, Any]]:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """Low-rank updates of the language model's linear layers (arXiv 2106.09685).
+
+    Attributes:
+        rank: Of each update; 0 for none.
+        alpha: An update is scaled by alpha / rank.
+        targets: Which layers get one, of query, key, value, out, gate, up and down.
+    """
+
+    rank: int = 0
+    alpha: float = 16.0
+    targets: tuple[Literal["query", "key", "value", "out", "gate", "up", "down"], ...] = ("query", "value")
+
+
+NO_LORA = LoraConfig()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """How an answer is chosen (reference: conversation_video.py and transformers 4.28, but greedy unless asked).
 

@@ -72,10 +72,16 @@ def shard_abstract(abstract_state: nnx.State, mesh: Mesh, *, fsdp: bool = True) 
 
     def with_sharding(variable: nnx.Variable) -> nnx.Variable:
         leaf = variable.get_value()
-        spec = partition_spec(leaf.shape, variable.get_metadata().get(AXIS_NAMES, ()), mesh, fsdp=fsdp)
-        return variable.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)))
+        sharding = weight_sharding(variable, mesh, fsdp=fsdp)
+        return variable.replace(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding))
 
     return jax.tree.map(with_sharding, abstract_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
+
+
+def weight_sharding(variable: nnx.Variable, mesh: Mesh, *, fsdp: bool = True) -> NamedSharding:
+    """Where a weight lives, by the names beside it."""
+    names = variable.get_metadata().get(AXIS_NAMES, ())
+    return NamedSharding(mesh, partition_spec(variable.get_value().shape, names, mesh, fsdp=fsdp))
 
 
 def mesh_of(module: nnx.Module) -> Mesh | None:

@@ -11,6 +11,9 @@ from collections.abc import Sequence
 COMMANDS = {
     "chat": "Talk about a video, a picture or a sound.",
     "convert": "Make a model directory from PyTorch weights.",
+    "data": "Build, check and describe training data.",
+    "train": "Train a branch: stage 1, stage 2, or your own.",
+    "plot": "Draw a run's loss and learning rate.",
 }
 
 
@@ -35,7 +38,8 @@ def _run(arguments: list[str]) -> None:
 
     name, *rest = arguments or ["--help"]
     if name in COMMANDS:
-        command = getattr(importlib.import_module(f"vllama_jax.cli.{name}"), name)
+        module = importlib.import_module(f"vllama_jax.cli.{name}")
+        command, rest = module.with_config(rest) if hasattr(module, "with_config") else (getattr(module, name), rest)
         tyro.cli(command, args=rest, prog=f"vllama {name}", config=(tyro.conf.FlagCreatePairsOff,))
         return
     print(_usage(), file=sys.stdout if name in ("-h", "--help") else sys.stderr)

@@ -37,6 +37,7 @@ def chat(
     interpolate_positions: bool = False,
     generation: Annotated[GenerationConfig, tyro.conf.arg(name="")] = GREEDY,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    base: Path | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Talk about a video, a picture or a sound. Without a question, it asks you for them.
@@ -46,7 +47,7 @@ def chat(
     Args:
         file: The video, picture or sound file.
         questions: Each is answered in turn.
-        model: The model directory, as `vllama convert` makes it.
+        model: The model directory, as `vllama convert` makes it, or a run's, as `vllama train` makes it.
         media: One more file to show after the first; may be given again.
         template: The prompt template; the model's own unless given.
         system: The system text; the original's for what is shown unless given.
@@ -56,12 +57,13 @@ def chat(
         interpolate_positions: Allow more frames than the model has learned positions for.
         generation: How the answer is chosen.
         dtype: Of weights and computation; float32 on a CPU and bfloat16 elsewhere unless given.
+        base: A run's base model, where that has moved.
         json_output: Print one JSON object (report, answer, tokens, timings; turns has every question).
     """
     with Display(quiet=json_output) as display:
         files = [file, *media]
         read = {"num_frames": num_frames, "audio": audio, "require_audio": require_audio}
-        loaded, prepared, timings = _load(display, model, dtype, files, read)
+        loaded, prepared, timings = _load(display, (model, base), dtype, files, read)
         conversation = Chat(loaded, template, system)
         with _timed(timings, "encode"):
             for path, one in zip(files, prepared, strict=True):
@@ -84,19 +86,20 @@ def chat(
 
 
 def _load(
-    display: Display, model: Path, dtype: str | None, files: list[Path], read: dict[str, Any]
+    display: Display, named: tuple[Path, Path | None], dtype: str | None, files: list[Path], read: dict[str, Any]
 ) -> tuple[Model, list[Prepared], dict[str, float]]:
     """Loads the model while the files are read."""
     for path in files:
         check_file(path)  # what can be seen at once is said before minutes are spent on loading
     timings: dict[str, float] = {}
-    config = open_model(model).config
+    model, base = named
+    config = open_model(model, base).config
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
         readings = [pool.submit(prepare, path, config, **read) for path in files]
         with _timed(timings, "load"):
             display.step(f"loading {model}")
             keep_compiled_programs()
-            loaded = load(model, dtype=dtype)
+            loaded = load(model, dtype=dtype, base=base)
         with _timed(timings, "read"):
             display.step("reading " + ", ".join(map(str, files)))
             return loaded, [reading.result() for reading in readings], timings

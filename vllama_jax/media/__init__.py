@@ -1,4 +1,4 @@
-"""A file → arrays, and the account of what was found in it. Knows no model, and imports no jax."""
+"""A file → arrays, the account of what was found in it, and the way back. Knows no model, and imports no jax."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import os
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio import Audio, audio_from, clip_starts, mel_clips, read_audio
-from vllama_jax.media.files import check_file, is_still_picture, open_container, sound_stream, video_stream
+from vllama_jax.media.files import as_file, check_file, is_still_picture, open_container, sound_stream, video_stream
 from vllama_jax.media.image import Image, normalize, picture_report, read_image
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.video import Video, frame_indices, read_video, video_from
+from vllama_jax.media.write import write_video
 
 __all__ = [
     "Audio",
     "Image",
     "MediaReport",
     "Video",
+    "as_file",
     "check_file",
     "clip_starts",
     "frame_indices",
@@ -25,6 +27,7 @@ __all__ = [
     "read_image",
     "read_media",
     "read_video",
+    "write_video",
 ]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from vllama_jax.errors import MediaError
 from vllama_jax.files import first_bytes
@@ -39,6 +42,26 @@ def check_file(path: str | os.PathLike[str]) -> str:
     path = os.fsdecode(path)
     first_bytes(path, MediaError)
     return path
+
+
+@contextlib.contextmanager
+def as_file(data: bytes, name: str = "media in memory") -> Iterator[str]:
+    """A path for encoded media (the bytes of an mp4, a jpg, …), so that every reader takes them; gone afterwards.
+
+    On Linux the file is in memory, the path holds for this process only, and nothing is left behind even where the
+    process is killed; elsewhere it is a temporary file. A MediaError raised inside has `name` in place of the path.
+    Raises MediaError for empty data.
+    """
+    if not data:
+        raise MediaError(f"{name}: no bytes; pack or download it again")
+    with _file_in_memory() if hasattr(os, "memfd_create") else tempfile.NamedTemporaryFile() as file:
+        file.write(data)
+        file.flush()
+        path = file.name if isinstance(file.name, str) else f"/proc/self/fd/{file.fileno()}"
+        try:
+            yield path
+        except MediaError as error:
+            raise MediaError(str(error).replace(path, name)) from error
 
 
 def picture_format(path: str) -> str | None:
@@ -106,6 +129,11 @@ def is_cut_off(path: str) -> bool:
     if first_bytes(path, MediaError)[4:8] != b"ftyp":
         return False
     return max(_mp4_boxes(path).values(), default=0) > os.path.getsize(path)
+
+
+def _file_in_memory() -> BinaryIO:
+    """A file without a name, not limited by the size of /dev/shm (64 MB in a container, unless asked for)."""
+    return os.fdopen(os.memfd_create("media"), "wb")
 
 
 def _mp4_boxes(path: str) -> dict[str, int]:

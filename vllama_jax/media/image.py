@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import struct
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,8 +18,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, UInt8
 
 # CLIP's mean and standard deviation of red, green and blue, for values in 0..1.
-_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,11 +30,16 @@ class Image:
     report: MediaReport
 
 
-def read_image(path: str | os.PathLike[str], size: int = 224) -> UInt8[np.ndarray, "{size} {size} 3"]:
+def read_image(
+    path: str | os.PathLike[str],
+    size: int = 224,
+    choose_box: Callable[[int, int], tuple[int, int, int, int]] | None = None,
+) -> UInt8[np.ndarray, "{size} {size} 3"]:
     """The picture in RGB, squashed straight to size × size by Pillow's bicubic filter, as in the original.
 
     Also as there, an EXIF orientation is not applied, transparency is dropped and of an animation the first frame is
-    taken. Raises MediaError for a file that is not a picture or is cut off.
+    taken. `choose_box` is given the picture's height and width and says which part to take: (top, left, height, width).
+    Raises MediaError for a file that is not a picture or is cut off.
     """
     from PIL import Image as pillow
 
@@ -44,12 +50,16 @@ def read_image(path: str | os.PathLike[str], size: int = 224) -> UInt8[np.ndarra
             f"{path}: not a picture (jpg, png, gif, webp, bmp, tiff, avif, jp2); for a video use read_video"
         )
     try:
-        with pillow.open(path, formats=[name]) as picture:
-            return np.array(picture.convert("RGB").resize((size, size), pillow.Resampling.BICUBIC))
+        with pillow.open(path, formats=[name]) as opened:
+            picture = opened.convert("RGB")
     except pillow.DecompressionBombError as error:
         raise MediaError(f"{path}: the picture has too many pixels; make it smaller first") from error
     except (OSError, SyntaxError, ValueError, KeyError, EOFError, struct.error) as error:
         raise MediaError(f"{path}: the {name} picture is cut off or damaged ({error}); get the file again") from error
+    if choose_box is not None:
+        top, left, height, width = choose_box(picture.height, picture.width)
+        picture = picture.crop((left, top, left + width, top + height))
+    return np.array(picture.resize((size, size), pillow.Resampling.BICUBIC))
 
 
 def picture_report(path: str) -> MediaReport:
@@ -62,7 +72,7 @@ def normalize(frames: UInt8[np.ndarray, "*batch h w 3"]) -> Float32[np.ndarray, 
 
     There are only 256 values a colour, so each is computed once and looked up: one pass over the pixels.
     """
-    table = (np.arange(256, dtype=np.float32)[:, None] / 255 - _MEAN) / _STD
+    table = (np.arange(256, dtype=np.float32)[:, None] / 255 - MEAN) / STD
     normalized = np.empty(frames.shape, np.float32)
     for colour in range(3):
         normalized[..., colour] = table[:, colour][frames[..., colour]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
     from jaxtyping import Float32, Float64, Int64, UInt8
+
+    Choose = Callable[[int, int], Int64[np.ndarray, "t"]]  # how many there are and how many to take → which, rising
 
 _SEEK_GAP = 16  # fewer packets than this are decoded rather than skipped: a seek throws away what is under way
 
@@ -66,20 +68,37 @@ class _CannotSeek(Exception):
     """The file's key frames or times cannot be trusted; it has to be decoded from its start."""
 
 
-def read_video(path: str | os.PathLike[str], num_frames: int = 8, size: int = 224, audio: bool = True) -> Video:
+def frame_indices(total: int, num_frames: int) -> Int64[np.ndarray, "t"]:
+    """The frames to take of `total`: evenly spaced from the first on, rounded down; all where there are fewer."""
+    num_frames = min(num_frames, total)
+    if not num_frames:
+        return np.zeros(0, np.int64)
+    return np.arange(0, total, total / num_frames)[:num_frames].astype(np.int64)
+
+
+def read_video(
+    path: str | os.PathLike[str],
+    num_frames: int = 8,
+    size: int = 224,
+    audio: bool = True,
+    choose: Choose = frame_indices,
+) -> Video:
     """`num_frames` frames spread over a video, size × size, and its sound unless `audio` is False.
 
-    A video with fewer frames gives those it has. Sound that fails to decode is no error: the report says why. Raises
-    MediaError for anything that is not a video that can be decoded, and for a truncated one.
+    A video with fewer frames gives those it has. `choose` says which frames are taken; it is asked again where a video
+    turns out to have another number of frames than its index says. Sound that fails to decode is no error: the report
+    says why. Raises MediaError for anything that is not a video that can be decoded, and for a truncated one.
     """
     path = check_file(path)
     if is_still_picture(path):
         raise MediaError(f"{path}: a picture, not a video; use read_image or read_media")
     with open_container(path) as container:
-        return video_from(container, path, num_frames, size, audio)
+        return video_from(container, path, num_frames, size, audio, choose)
 
 
-def video_from(container: InputContainer, path: str, num_frames: int, size: int, audio: bool) -> Video:
+def video_from(
+    container: InputContainer, path: str, num_frames: int, size: int, audio: bool, choose: Choose = frame_indices
+) -> Video:
     """read_video for an opened file."""
     if num_frames < 1:
         raise MediaError(f"{path}: {num_frames} frames were asked for; ask for at least 1")
@@ -96,7 +115,7 @@ def video_from(container: InputContainer, path: str, num_frames: int, size: int,
         raise MediaError(f"{path}: the video has no frame rate; convert it to H.264 mp4")
     sound = SoundDecoder(heard, path) if heard and audio else None
     packets = _list_packets(container, stream, sound, path)
-    frames, indices, total = _decode(container, stream, packets, num_frames, size, path)
+    frames, indices, total = _decode(container, stream, packets, lambda count: choose(count, num_frames), size, path)
     waveform, failure = sound.finish() if sound else (None, "")
     if heard is None:
         state = "absent"
@@ -112,14 +131,6 @@ def video_from(container: InputContainer, path: str, num_frames: int, size: int,
         sample_rate=None if waveform is None else sound.sample_rate,
         report=MediaReport(path=path, kind="video", frames=len(frames), seconds=total / rate, audio=state),
     )
-
-
-def frame_indices(total: int, num_frames: int) -> Int64[np.ndarray, "t"]:
-    """The frames to take of `total`: evenly spaced from the first on, rounded down; all where there are fewer."""
-    num_frames = min(num_frames, total)
-    if not num_frames:
-        return np.zeros(0, np.int64)
-    return np.arange(0, total, total / num_frames)[:num_frames].astype(np.int64)
 
 
 def _list_packets(
@@ -149,20 +160,25 @@ def _list_packets(
 
 
 def _decode(
-    container: InputContainer, stream: VideoStream, packets: list[_Packet], num_frames: int, size: int, path: str
+    container: InputContainer,
+    stream: VideoStream,
+    packets: list[_Packet],
+    choose: Callable[[int], Int64[np.ndarray, "t"]],
+    size: int,
+    path: str,
 ) -> tuple[UInt8[np.ndarray, "t h w 3"], Int64[np.ndarray, "t"], int]:
     """The frames asked for, their indices, and how many frames the video has."""
     import av
 
     total = sum(not packet.is_discarded for packet in packets)
-    indices = frame_indices(total, num_frames)
+    indices = choose(total)
     try:
         frames = [_to_rgb(frame, size) for frame in _seek_frames(container, stream, packets, indices.tolist())]
     except (_CannotSeek, av.FFmpegError):
         frames, seen = _count_frames(path, indices.tolist(), size)
         if seen != total:  # some packets hold no frame of their own, or none that can be decoded
             total = seen
-            indices = frame_indices(total, num_frames)
+            indices = choose(total)
             frames, _ = _count_frames(path, indices.tolist(), size)
     if not frames:
         raise MediaError(f"{path}: no frame of the video could be decoded; convert it to H.264 mp4")

@@ -4,8 +4,9 @@ Numerics: matrices multiply in the weights' dtype; layer norms, softmax and scor
 input to its weights' dtype once (`like_weights`); nothing below it takes a dtype.
 """
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,14 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.sharding import AXIS_NAMES, partition_spec
 
 LECUN_NORMAL = nnx.initializers.lecun_normal()
+
+# What a layer's backward pass finds stored, and what it computes again.
+Remat = Literal["full", "dots", "none"]
+_SAVED = {
+    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input is kept
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights are kept
+    "none": jax.checkpoint_policies.everything_saveable,
+}
 
 
 def axes(*names: str | None, inputs: int = 1) -> dict[str, Any]:
@@ -58,13 +67,44 @@ def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) ->
     return jax.vmap(lambda key: make(nnx.Rngs(key)))(jax.random.split(rngs.params(), depth))
 
 
-def run_stack(layers: Any, x: Any, step: Callable[[Any, Any], Any]) -> Any:
-    """`x` through stacked layers: `step(layer, x)` once for each, its activations recomputed in the backward pass."""
+def run_stack(layers: Any, x: Any, step: Callable[[Any, Any], Any], remat: Remat = "full") -> Any:
+    """`x` through stacked layers: `step(layer, x)` once for each. `remat`: what the backward pass computes again."""
 
     def body(x, layer):
         return step(layer, x), None
 
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False), x, layers)[0]
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=_SAVED[remat]), x, layers)[0]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+    """How activations are dropped in training; None stands for not at all.
+
+    The key is an argument of the step, never kept in a module: kept, it would repeat its mask under `jax.jit`.
+    """
+
+    key: Array
+    rate: float = dataclasses.field(metadata={"static": True})
+
+
+def split_dropout(dropout: Dropout | None, count: int) -> Dropout | None:
+    """`count` of independent keys, stacked on axis 0 as layers are."""
+    return None if dropout is None else Dropout(jax.random.split(dropout.key, count), dropout.rate)
+
+
+def unstack_dropout(dropout: Dropout | None, count: int) -> list[Dropout | None]:
+    """`count` independent ones, for the places within a layer."""
+    split = split_dropout(dropout, count)
+    return [None if split is None else Dropout(split.key[i], split.rate) for i in range(count)]
+
+
+def drop(x: Array, dropout: Dropout | None) -> Array:
+    """Each value is zeroed with the given probability, the others scaled up so that the mean stays."""
+    if dropout is None:
+        return x
+    kept = jax.random.bernoulli(dropout.key, 1 - dropout.rate, x.shape)
+    return jnp.where(kept, x / (1 - dropout.rate), jnp.zeros((), x.dtype))
 
 
 def attend(
@@ -72,6 +112,7 @@ def attend(
     key: Float[Array, "b c g k"],
     value: Float[Array, "b c g k"],
     mask: Bool[Array, "b n c"] | None = None,
+    dropout: Dropout | None = None,
 ) -> Float[Array, "b n h k"]:
     """Scaled dot-product attention; each of the g key heads serves h / g query heads. Softmax in float32."""
     b, n, h, k = query.shape
@@ -79,7 +120,7 @@ def attend(
     scores = jnp.einsum("bngrk,bcgk->bgrnc", grouped, key, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    weights = drop(jax.nn.softmax(scores, axis=-1), dropout).astype(value.dtype)
     return jnp.einsum("bgrnc,bcgk->bngrk", weights, value).reshape(b, n, h, k)
 
 

@@ -16,7 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import LlamaConfig, RopeScaling
-from vllama_jax.nn.layers import attend, axes, constrain, like_weights, named, run_stack, stack
+from vllama_jax.nn.layers import Remat, attend, axes, constrain, like_weights, named, run_stack, stack
+from vllama_jax.nn.lora import linear
 from vllama_jax.sharding import AXIS_NAMES
 
 
@@ -102,7 +103,7 @@ class SwiGlu(nnx.Module):
         self.down = nnx.Linear(cfg.mlp_dim, cfg.width, use_bias=False, rngs=rngs, **axes("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+        return linear(self.down, jax.nn.silu(linear(self.gate, x)) * linear(self.up, x))
 
 
 class Block(nnx.Module):
@@ -120,11 +121,12 @@ class Block(nnx.Module):
         """Query, key and value of every token, query and key rotated."""
         x = self.attention_norm(constrain(x, "batch", None, None))
         attention = self.attention
-        return rotate(attention.query(x), cos, sin), rotate(attention.key(x), cos, sin), attention.value(x)
+        query, key, value = (linear(layer, x) for layer in (attention.query, attention.key, attention.value))
+        return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def finish(self, x: Float[Array, "b n d"], attended: Float[Array, "b n h k"]) -> Float[Array, "b n d"]:
         """The rest of the block after attention."""
-        x = x + self.attention.out(attended)
+        x = x + linear(self.attention.out, attended)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -149,8 +151,13 @@ class Llama(nnx.Module):
     def embed(self, ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
         return self.embedding[...][ids]
 
-    def __call__(self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"]) -> Float[Array, "b n d"]:
-        """Embeddings, and which of them are tokens (padding on the right) → hidden states after the last norm."""
+    def __call__(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], remat: Remat = "full"
+    ) -> Float[Array, "b n d"]:
+        """Embeddings, and which of them are tokens (padding on the right) → hidden states after the last norm.
+
+        remat: what of a layer the backward pass computes again.
+        """
         n = x.shape[1]
         seen = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
         cos, sin = self._rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
@@ -159,7 +166,7 @@ class Llama(nnx.Module):
             query, key, value = block.project(x, cos, sin)
             return block.finish(x, attend(query, key, value, seen))
 
-        return self.norm(self._run(step, like_weights(x, self.embedding)))
+        return self.norm(self._run(step, like_weights(x, self.embedding), remat))
 
     def extend(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], cache: KVCache
@@ -201,13 +208,13 @@ class Llama(nnx.Module):
             rows.append([leaf[i] for i in range(self.cfg.depth)])
         self.blocks = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*rows, strict=True))
 
-    def _run(self, step: Callable[[Any, Block, Any], Any], x: Any) -> Any:
+    def _run(self, step: Callable[[Any, Block, Any], Any], x: Any, remat: Remat = "full") -> Any:
         """`x` through all layers by `step(number, block, x)`."""
         if isinstance(self.blocks, nnx.List):
             for number, block in enumerate(self.blocks):
                 x = step(number, block, x)
             return x
-        return run_stack((jnp.arange(self.cfg.depth), self.blocks), x, lambda layer, x: step(*layer, x))
+        return run_stack((jnp.arange(self.cfg.depth), self.blocks), x, lambda layer, x: step(*layer, x), remat)
 
     def _rotations(self, positions: Int[Array, "b n"]) -> tuple[Float[Array, "b n k/2"], Float[Array, "b n k/2"]]:
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.cfg)

@@ -10,7 +10,21 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vllama_jax.config import QFormerConfig
-from vllama_jax.nn.layers import Mlp, attend, axes, constrain, layer_norm, like_weights, named, run_stack, stack
+from vllama_jax.nn.layers import (
+    Dropout,
+    Mlp,
+    attend,
+    axes,
+    constrain,
+    drop,
+    layer_norm,
+    like_weights,
+    named,
+    run_stack,
+    split_dropout,
+    stack,
+    unstack_dropout,
+)
 
 INIT = nnx.initializers.normal(0.02)  # reference: Qformer.py:665-675
 
@@ -37,9 +51,12 @@ class Attention(nnx.Module):
         )
         self.norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
 
-    def __call__(self, x: Float[Array, "b n d"], memory: Float[Array, "b m e"]) -> Float[Array, "b n d"]:
-        attended = self.out(attend(self.query(x), self.key(memory), self.value(memory)))
-        return self.norm(x + attended)
+    def __call__(
+        self, x: Float[Array, "b n d"], memory: Float[Array, "b m e"], dropout: Dropout | None = None
+    ) -> Float[Array, "b n d"]:
+        of_weights, of_output = unstack_dropout(dropout, 2)
+        attended = attend(self.query(x), self.key(memory), self.value(memory), dropout=of_weights)
+        return self.norm(x + drop(self.out(attended), of_output))
 
 
 class Layer(nnx.Module):
@@ -51,12 +68,15 @@ class Layer(nnx.Module):
         self.mlp = Mlp(cfg.width, cfg.mlp_dim, kernel_init=INIT, rngs=rngs)
         self.mlp_norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
 
-    def __call__(self, x: Float[Array, "b n d"], memory: Float[Array, "b m e"]) -> Float[Array, "b n d"]:
+    def __call__(
+        self, x: Float[Array, "b n d"], memory: Float[Array, "b m e"], dropout: Dropout | None = None
+    ) -> Float[Array, "b n d"]:
+        of_attention, of_cross_attention, of_mlp = unstack_dropout(dropout, 3)
         x = constrain(x, "batch", None, None)
-        x = self.attention(x, x)
+        x = self.attention(x, x, of_attention)
         if self.cross_attention is not None:
-            x = self.cross_attention(x, memory)
-        return self.mlp_norm(x + self.mlp(x))
+            x = self.cross_attention(x, memory, of_cross_attention)
+        return self.mlp_norm(x + drop(self.mlp(x), of_mlp))
 
 
 class QFormer(nnx.Module):
@@ -69,20 +89,26 @@ class QFormer(nnx.Module):
     def __init__(self, cfg: QFormerConfig, memory_width: int, *, rngs: nnx.Rngs):
         self.queries = named(INIT(rngs.params(), (cfg.num_queries, cfg.width)), None, "embed")
         self.norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
-        groups = cfg.depth // cfg.cross_attention_every
-        self.cross_layers = stack(lambda rngs: Layer(cfg, memory_width, rngs=rngs), groups, rngs)
+        self.groups = cfg.depth // cfg.cross_attention_every
+        self.cross_layers = stack(lambda rngs: Layer(cfg, memory_width, rngs=rngs), self.groups, rngs)
         paired = cfg.cross_attention_every == 2
-        self.plain_layers = stack(lambda rngs: Layer(cfg, None, rngs=rngs), groups, rngs) if paired else None
+        self.plain_layers = stack(lambda rngs: Layer(cfg, None, rngs=rngs), self.groups, rngs) if paired else None
 
-    def __call__(self, memory: Float[Array, "b m e"]) -> Float[Array, "b q d"]:
-        """An encoder's output [b, m, memory_width] → [b, num_queries, width]."""
+    def __call__(self, memory: Float[Array, "b m e"], dropout: Dropout | None = None) -> Float[Array, "b q d"]:
+        """An encoder's output [b, m, memory_width] → [b, num_queries, width].
+
+        `dropout`, in training only, goes where BERT's does: on the queries, on attention weights, on what attention
+        and feed-forward add.
+        """
         memory = constrain(like_weights(memory, self.queries), "batch", None, None)
         x = jnp.broadcast_to(self.norm(self.queries[...]), (memory.shape[0], *self.queries.shape))
+        of_queries, of_layers = unstack_dropout(dropout, 2)
 
-        def step(layers: tuple[Layer, ...], x: jax.Array) -> jax.Array:
-            for layer in layers:
-                x = layer(x, memory)
+        def step(group: tuple[tuple[Layer, ...], Dropout | None], x: jax.Array) -> jax.Array:
+            layers, dropout = group
+            for layer, of_layer in zip(layers, unstack_dropout(dropout, len(layers)), strict=True):
+                x = layer(x, memory, of_layer)
             return x
 
         layers = (self.cross_layers,) if self.plain_layers is None else (self.cross_layers, self.plain_layers)
-        return run_stack(layers, x, step)
+        return run_stack((layers, split_dropout(of_layers, self.groups)), drop(x, of_queries), step)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.nn.eva_vit import EvaVit
 from vllama_jax.nn.imagebind import ImageBind
-from vllama_jax.nn.layers import axes, layer_norm, like_weights, named, position_rows
+from vllama_jax.nn.layers import Dropout, axes, layer_norm, like_weights, named, position_rows
 from vllama_jax.nn.llama import Llama
 from vllama_jax.nn.qformer import QFormer
 
@@ -40,7 +40,11 @@ class VideoLlama(nnx.Module):
         return self.image_qformer(seen).reshape(b, t, -1, self.image_qformer.queries.shape[-1])
 
     def video_tokens(
-        self, features: Float[Array, "b t q d"], *, interpolate_positions: bool = False
+        self,
+        features: Float[Array, "b t q d"],
+        *,
+        interpolate_positions: bool = False,
+        dropout: Dropout | None = None,
     ) -> Float[Array, "b v w"]:
         """What `encode_frames` gives → tokens of the language model: positions, video Q-Former, linear layer.
 
@@ -49,7 +53,7 @@ class VideoLlama(nnx.Module):
         b, t, q, d = features.shape
         rows = position_rows(self.frame_positions, t, interpolate=interpolate_positions, what="frames")
         features = like_weights(features, self.frame_positions) + rows[:, None]
-        return self.llama_proj(self.video_qformer(features.reshape(b, t * q, d)))
+        return self.llama_proj(self.video_qformer(features.reshape(b, t * q, d), dropout))
 
     def encode_video(
         self, frames: Float[Array, "b t h w 3"], *, interpolate_positions: bool = False
@@ -57,8 +61,22 @@ class VideoLlama(nnx.Module):
         """Frames of a video, or one of a picture → [b, 32, width of the language model]."""
         return self.video_tokens(self.encode_frames(frames), interpolate_positions=interpolate_positions)
 
+    def embed_frames(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t e"]:
+        """Each frame by itself through ImageBind's vision tower: [b, t, 1024] of norm 1, float32."""
+        b, t = frames.shape[:2]
+        return self.imagebind.vision(frames.reshape(b * t, *frames.shape[2:])).reshape(b, t, -1)
+
+    def embed_sounds(self, mel: Float[Array, "b s f m"]) -> Float[Array, "b s e"]:
+        """Each log-mel picture by itself through ImageBind's audio tower: [b, s, 1024] of norm 20, float32."""
+        b, s = mel.shape[:2]
+        return self.imagebind.audio(mel.reshape(b * s, *mel.shape[2:])).reshape(b, s, -1)
+
     def audio_tokens(
-        self, features: Float[Array, "b s e"], *, interpolate_positions: bool = False
+        self,
+        features: Float[Array, "b s e"],
+        *,
+        interpolate_positions: bool = False,
+        dropout: Dropout | None = None,
     ) -> Float[Array, "b a w"]:
         """ImageBind's vectors, of sounds or of pictures → tokens: positions, audio Q-Former, linear layer.
 
@@ -68,23 +86,19 @@ class VideoLlama(nnx.Module):
             self.audio_positions, features.shape[1], interpolate=interpolate_positions, what="audio clips or frames"
         )
         features = like_weights(features, self.audio_positions) + rows
-        return self.audio_llama_proj(self.audio_qformer(features))
+        return self.audio_llama_proj(self.audio_qformer(features, dropout))
 
     def encode_audio(
         self, mel: Float[Array, "b s f m"], *, interpolate_positions: bool = False
     ) -> Float[Array, "b a w"]:
         """Log-mel pictures of clips of sound (media.mel_clips) → [b, 8, width of the language model]."""
-        b, s = mel.shape[:2]
-        features = self.imagebind.audio(mel.reshape(b * s, *mel.shape[2:])).reshape(b, s, -1)
-        return self.audio_tokens(features, interpolate_positions=interpolate_positions)
+        return self.audio_tokens(self.embed_sounds(mel), interpolate_positions=interpolate_positions)
 
     def encode_audio_from_vision(
         self, frames: Float[Array, "b t h w 3"], *, interpolate_positions: bool = False
     ) -> Float[Array, "b a w"]:
         """The audio branch on pictures, as it is trained (paper §2.2.2) → [b, 8, width of the language model]."""
-        b, t = frames.shape[:2]
-        features = self.imagebind.vision(frames.reshape(b * t, *frames.shape[2:])).reshape(b, t, -1)
-        return self.audio_tokens(features, interpolate_positions=interpolate_positions)
+        return self.audio_tokens(self.embed_frames(frames), interpolate_positions=interpolate_positions)
 
     def embed(self, ids: Int[Array, "b n"]) -> Float[Array, "b n w"]:
         """Embeddings of tokens."""

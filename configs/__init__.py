@@ -1,0 +1,1 @@
+"""The runs that come with the package: Python files that define `config`, named by `vllama train NAME`."""

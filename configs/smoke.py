@@ -1,0 +1,78 @@
+"""A whole run in under a minute, from nothing: it renders its clips, makes a tiny model of random weights, and trains.
+
+    vllama train smoke --out RUN
+
+Its answers mean nothing; every step is the real one.
+"""
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from vllama_jax.train.config import CheckpointConfig, DatasetConfig, OptimConfig, TrainConfig
+
+config = TrainConfig(
+    model="inputs/model",
+    datasets=(DatasetConfig(path="inputs/records"),),
+    steps=60,
+    batch_size=4,
+    optim=OptimConfig(lr=1e-3, min_lr=1e-4, warmup_lr=1e-4, warmup_steps=10),
+    checkpoint=CheckpointConfig(every=10),
+)
+
+SIDE, FRAMES = 64, 12
+COLOURS = {"red": (220, 40, 30), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (230, 210, 40)}
+DIRECTIONS = {"left": -1, "right": 1}
+
+
+def prepare(config: TrainConfig, out: Path) -> TrainConfig:
+    """The config with its model and records, which are made in OUT/inputs where they are not there yet."""
+    from vllama_jax.checkpoint import new_directory
+
+    inputs = out / "inputs"
+    if not inputs.exists():
+        with new_directory(inputs) as directory:
+            _make_model(directory)
+            _make_records(directory)
+    datasets = tuple(dataclasses.replace(dataset, path=str(out / dataset.path)) for dataset in config.datasets)
+    return dataclasses.replace(config, model=str(out / config.model), datasets=datasets)
+
+
+def _make_model(directory: Path) -> None:
+    from vllama_jax import convert
+    from vllama_jax.convert.tiny import write_tiny
+
+    files = write_tiny(directory / "weights")
+    heads = json.loads(files.pop("config").read_text())
+    llama = files.pop("llama")
+    del files["vl"], files["al"]  # what learns starts at random
+    convert.convert(convert.plan(llama_directory=llama, files=files, config=heads), directory / "model")
+
+
+def _make_records(directory: Path) -> None:
+    from vllama_jax.data.build import build
+    from vllama_jax.media.write import write_video
+
+    clips = directory / "clips"
+    clips.mkdir()
+    lines = []
+    for colour, direction in itertools.product(COLOURS, DIRECTIONS):
+        name = f"{colour}_{direction}.mp4"
+        write_video(clips / name, _ball(colour, direction), fps=8)
+        lines.append(json.dumps({"video": name, "caption": f"a {colour} ball rolls to the {direction}"}))
+    (clips / "annotations.jsonl").write_text("\n".join(lines) + "\n")
+    build("jsonl", clips, directory / "records")
+
+
+def _ball(colour: str, direction: str) -> Iterator[np.ndarray]:
+    """Frames [side, side, 3] of a ball that crosses a grey room."""
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    for number in range(FRAMES):
+        place = SIDE * (0.5 + DIRECTIONS[direction] * (number / (FRAMES - 1) - 0.5) * 0.8)
+        frame = np.full((SIDE, SIDE, 3), 120, np.uint8)
+        frame[(columns - place) ** 2 + (rows - SIDE / 2) ** 2 < 10**2] = COLOURS[colour]
+        yield frame

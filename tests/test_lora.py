@@ -1,0 +1,74 @@
+"""Low-rank updates: nothing at first, then what merging them makes, and gradients of themselves alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from networks import random_network
+
+from vllama_jax import checkpoint
+from vllama_jax.config import LoraConfig, tiny
+from vllama_jax.nn.lora import add_lora, merge_lora
+
+ALL = LoraConfig(rank=3, alpha=6.0, targets=("query", "key", "value", "out", "gate", "up", "down"))
+
+
+def hidden(llama):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 9, llama.cfg.width), np.float32))
+    return jax.jit(lambda llama, x: llama(x, jnp.ones(x.shape[:2], bool)))(llama, x)
+
+
+@pytest.fixture
+def llama():
+    return jax.device_put(random_network(tiny()).llama)
+
+
+def randomise(llama, seed=1):
+    """Updates that do something: `up` is no longer zero."""
+    rng = np.random.default_rng(seed)
+    for path, variable in nnx.to_flat_state(nnx.state(llama)):
+        if path[-1] == "up" and "lora" in path:
+            layer = getattr(getattr(llama.blocks, path[1]), path[2])
+            layer.lora.up.set_value(jnp.asarray(0.3 * rng.standard_normal(variable.shape, np.float32)))
+
+
+def test_a_new_update_changes_nothing(llama):
+    before = hidden(llama)
+    add_lora(llama, ALL, rngs=nnx.Rngs(0))
+    np.testing.assert_array_equal(hidden(llama), before)
+
+
+def test_merged_equals_unmerged(llama):
+    before = hidden(llama)
+    add_lora(llama, ALL, rngs=nnx.Rngs(0))
+    randomise(llama)
+    beside = hidden(llama)
+    assert np.abs(beside - before).max() > 0.1
+    merge_lora(llama)
+    assert not any("lora" in path for path, _ in nnx.to_flat_state(nnx.state(llama)))
+    np.testing.assert_allclose(hidden(llama), beside, atol=2e-5)
+
+
+@pytest.mark.parametrize("target", ALL.targets)
+def test_each_target_is_the_product_of_its_matrices(llama, target):
+    """The kernel grows by alpha / rank · down · up, layer by layer."""
+    add_lora(llama, LoraConfig(rank=3, alpha=6.0, targets=(target,)), rngs=nnx.Rngs(0))
+    randomise(llama)
+    owner = llama.blocks.mlp if target in ("gate", "up", "down") else llama.blocks.attention
+    layer = getattr(owner, target)
+    kernel = np.asarray(layer.kernel[...])
+    sides = -1 if target != "out" else kernel.shape[1] * kernel.shape[2]
+    down = np.asarray(layer.lora.down[...]).reshape(kernel.shape[0], sides, 3)
+    up = np.asarray(layer.lora.up[...]).reshape(kernel.shape[0], 3, -1)
+    expected = kernel + 2.0 * np.einsum("lir,lro->lio", down, up).reshape(kernel.shape)
+    merge_lora(llama)
+    np.testing.assert_allclose(getattr(owner, target).kernel[...], expected, atol=1e-5)
+
+
+def test_the_skeleton_of_a_network_with_updates_has_their_paths():
+    network = checkpoint.abstract_network(tiny(), "float32", LoraConfig(rank=2))
+    paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(network)) if "lora" in path]
+    assert paths == [
+        f"llama/blocks/attention/{name}/lora/{side}" for name in ("query", "value") for side in ("down", "up")
+    ]

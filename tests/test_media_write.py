@@ -1,0 +1,91 @@
+"""Videos written and read again, and what cannot be written."""
+
+import math
+import tracemalloc
+
+import av
+import numpy as np
+import pytest
+from media_fixtures import SIDE, numbers_of, tone
+
+from vllama_jax.errors import MediaError
+from vllama_jax.media import read_video, write_video
+
+
+def numbered(count):
+    """`count` RGB frames whose 8 upright stripes are the binary digits of their number."""
+    stripes = np.arange(count)[:, None] >> np.arange(8) & 1
+    columns = np.repeat(stripes, SIDE // 8, axis=1).astype(np.uint8) * 255
+    return np.broadcast_to(columns[:, None, :, None], (count, SIDE, SIDE, 3))
+
+
+@pytest.mark.parametrize("channels", [None, 1, 2])
+def test_what_is_written_is_read(tmp_path, channels):
+    sound = None if channels is None else tone(4, 16000, channels)
+    path = tmp_path / "clip.mp4"
+    write_video(path, numbered(75), 25, sound)
+    video = read_video(path, num_frames=75, size=SIDE)
+    assert numbers_of(video.frames) == list(range(75))
+    assert video.seconds.tolist() == pytest.approx((np.arange(75) / 25).tolist())
+    if channels is None:
+        assert video.report.audio == "absent"
+        return
+    assert video.sample_rate == 16000
+    assert abs(video.waveform.shape[1] - sound.shape[1]) <= 2048  # AAC's padding
+    heard = video.waveform[:, : sound.shape[1]]
+    assert heard.shape[0] == channels
+    assert np.abs(heard - sound[:, : heard.shape[1]])[:, 2048:-2048].max() < 0.05
+
+
+def test_sound_and_pictures_lie_side_by_side(tmp_path):
+    write_video(tmp_path / "clip.mp4", numbered(250), 25, tone(10, 16000))
+    with av.open(str(tmp_path / "clip.mp4")) as container:
+        order = [packet.stream.type for packet in container.demux() if packet.size]
+    half = len(order) // 2
+    assert 0.3 < order[:half].count("audio") / order.count("audio") < 0.7
+
+
+@pytest.mark.parametrize(("fps", "expected"), [(30000 / 1001, 30000 / 1001), (12.5, 12.5), (1, 1)])
+def test_frame_rates(tmp_path, fps, expected):
+    write_video(tmp_path / "clip.mp4", numbered(10), fps)
+    assert read_video(tmp_path / "clip.mp4").seconds[1] == pytest.approx(1 / expected, rel=1e-9)
+
+
+def test_frames_from_an_iterator_are_not_held(tmp_path):
+    side = 512
+    frame_bytes = side * side * 3
+    tracemalloc.start()
+    write_video(tmp_path / "clip.mp4", (np.full((side, side, 3), number, np.uint8) for number in range(60)), 25)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 * frame_bytes
+    assert read_video(tmp_path / "clip.mp4", num_frames=100, size=32).frames.shape == (60, 32, 32, 3)
+
+
+ODD = [
+    (np.zeros((2, 63, 64, 3), np.uint8), 25, None, 16000, "frames of 64×63 pixels; give even sizes"),
+    (np.zeros((2, 0, 64, 3), np.uint8), 25, None, 16000, "frames of 64×0 pixels"),
+    (np.zeros((2, 64, 64, 3), np.float32), 25, None, 16000, r"a frame of float32 and shape \[64, 64, 3\]"),
+    (np.zeros((2, 64, 64), np.uint8), 25, None, 16000, r"a frame of uint8 and shape \[64, 64\]"),
+    (np.zeros((0, 64, 64, 3), np.uint8), 25, None, 16000, "there are no frames"),
+    ([np.zeros((64, 64, 3), np.uint8), np.zeros((32, 64, 3), np.uint8)], 25, None, 16000, "after frames of shape"),
+    (numbered(2), 0, None, 16000, "0 frames a second cannot be written"),
+    (numbered(2), math.nan, None, 16000, "nan frames a second"),
+    (numbered(2), 25, np.zeros(16000, np.float32), 16000, r"sound of shape \[16000\]"),
+    (numbered(2), 25, np.zeros((3, 16000), np.float32), 16000, r"sound of shape \[3, 16000\]"),
+    (numbered(2), 25, np.zeros((1, 16000), np.float32), 12345, "cannot be written"),
+    (numbered(2), 25, np.full((1, 16000), math.nan, np.float32), 16000, "cannot be written"),
+]
+
+
+@pytest.mark.parametrize(("frames", "fps", "waveform", "sample_rate", "message"), ODD)
+def test_what_cannot_be_written(tmp_path, frames, fps, waveform, sample_rate, message):
+    with pytest.raises(MediaError, match=message) as caught:
+        write_video(tmp_path / "clip.mp4", frames, fps, waveform, sample_rate)
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(str(tmp_path / "clip.mp4"))
+
+
+def test_a_path_that_cannot_be_written(tmp_path):
+    with pytest.raises(MediaError, match=r"missing/clip.mp4: the video cannot be written \(No such file"):
+        write_video(tmp_path / "missing" / "clip.mp4", numbered(2), 25)

@@ -1,0 +1,199 @@
+"""The step: one program, the same numbers however it is split, and nothing for what is frozen."""
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from networks import random_network
+from test_sharding import small
+
+from vllama_jax import sharding
+from vllama_jax.config import LoraConfig
+from vllama_jax.errors import ConfigError
+from vllama_jax.nn.lora import add_lora
+from vllama_jax.train.config import AUDIO_BRANCH, LORA, VISION_BRANCH, DatasetConfig, OptimConfig, TrainConfig
+from vllama_jax.train.optim import make_optimizer
+from vllama_jax.train.state import Skeleton, abstract_state, initial_state, matching
+from vllama_jax.train.step import make_step
+
+SLOW = pytest.mark.slow
+ROWS, LENGTH = 8, 48
+OPTIM = OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=0)
+
+
+def config_of(**options) -> TrainConfig:
+    fields = {"model": "m", "datasets": (DatasetConfig(path="d"),), "steps": 10, "batch_size": ROWS, "optim": OPTIM}
+    return TrainConfig(**{**fields, "dropout": 0.0, **options})
+
+
+def batch_of(branch: str, seed: int = 0, *, pictures: bool = False) -> dict[str, np.ndarray]:
+    """Features of one frame, or the picture, media tokens in front, and random text with labels at its beginning."""
+    rng = np.random.default_rng(seed)
+    many = 32 if branch == "vision" else 8
+    most = LENGTH - many
+    labels = rng.integers(1, most, ROWS)
+    columns = np.arange(most)
+    media = {"features": rng.standard_normal((ROWS, 1, 32, 48), np.float32)}
+    if pictures:
+        media = {"frames": rng.integers(0, 256, (ROWS, 1, 56, 56, 3)).astype(np.uint8)}
+    return {
+        **media,
+        "ids": rng.integers(3, 500, (ROWS, LENGTH)).astype(np.int32),
+        "is_media": np.broadcast_to((np.arange(LENGTH) >= 1) & (np.arange(LENGTH) <= many), (ROWS, LENGTH)).copy(),
+        "length": np.full(ROWS, LENGTH, np.int32),
+        "positions": np.where(columns < labels[:, None], many + columns, 0).astype(np.int32),
+        "targets": np.where(columns < labels[:, None], rng.integers(3, 500, (ROWS, most)), -1).astype(np.int32),
+    }
+
+
+class Trainer:
+    """A state on a mesh, and the compiled step."""
+
+    def __init__(self, config: TrainConfig, shape=(1, 1, 1), network=None):
+        self.config = config
+        network = network or random_network(small())
+        add_lora(network.llama, config.lora, rngs=nnx.Rngs(0))
+        self.mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
+        self.skeleton = Skeleton(network)
+        values = {path: jnp.asarray(variable.get_value()) for path, variable in self.skeleton.variables.items()}
+        self.learns = matching(list(values), config.trainable)
+        places = self.skeleton.shardings(values, self.mesh)
+        optimizer = make_optimizer(config.optim, config.steps)
+        weights = {path: places[path] for path in self.learns}
+        self.abstract = abstract_state(weights, self.skeleton, optimizer, self.mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
+        with sharding.under(self.mesh):
+            start = jax.jit(lambda weights: initial_state(weights, optimizer), out_shardings=shardings)
+            self.state = start({path: jax.device_put(values[path], places[path]) for path in self.learns})
+        self.frozen = {
+            path: jax.device_put(value, places[path]) for path, value in values.items() if path not in self.learns
+        }
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        self.step = jax.jit(
+            make_step(config, self.skeleton, optimizer), donate_argnums=0, out_shardings=(shardings, replicated)
+        )
+        self.rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
+
+    def __call__(self, batch) -> dict[str, float]:
+        with sharding.under(self.mesh):
+            placed = {name: jax.device_put(value, self.rows) for name, value in batch.items()}
+            self.state, metrics = self.step(self.state, self.frozen, placed)
+        return {name: float(value) for name, value in metrics.items()}
+
+
+def losses(trainer: Trainer, branch: str, count: int, **options) -> list[float]:
+    return [trainer(batch_of(branch, seed, **options))["loss"] for seed in range(count)]
+
+
+@pytest.mark.parametrize("branch", ["vision", pytest.param("audio", marks=SLOW)])
+def test_eight_devices_give_the_losses_of_one_and_compile_once(branch):
+    config = config_of(branch=branch, trainable=VISION_BRANCH if branch == "vision" else AUDIO_BRANCH)
+    alone, split = Trainer(config), Trainer(config, (2, 2, 2))
+    together = losses(split, branch, 10, pictures=True)
+    np.testing.assert_allclose(together, losses(alone, branch, 10, pictures=True), rtol=1e-5)
+    for trainer in (alone, split):
+        assert trainer.step._cache_size() == 1
+    for leaf, planned in zip(jax.tree.leaves(split.state), jax.tree.leaves(split.abstract), strict=True):
+        assert leaf.sharding == planned.sharding
+    queries = "video_qformer/queries" if branch == "vision" else "audio_qformer/queries"
+    moments = next(part for part in split.state.moments if isinstance(part, optax.ScaleByAdamState))
+    assert moments.mu[queries].sharding.spec == PartitionSpec(None, ("fsdp",))
+
+
+def test_parts_of_a_batch_add_up():
+    whole, parts = Trainer(config_of()), Trainer(config_of(accumulation=4))
+    for seed in range(3):
+        one, other = whole(batch_of("vision", seed)), parts(batch_of("vision", seed))
+        for name in ("loss", "gradient_norm", "tokens"):
+            assert other[name] == pytest.approx(one[name], rel=1e-5)
+
+
+@pytest.mark.parametrize("remat", ["dots", "none"])
+def test_what_is_computed_again_does_not_change_the_numbers(remat):
+    again, stored = Trainer(config_of()), Trainer(config_of(remat=remat))
+    one, other = again(batch_of("vision")), stored(batch_of("vision"))
+    assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-5)
+
+
+def test_a_row_without_labels_changes_nothing():
+    batch, other = batch_of("vision"), batch_of("vision")
+    for which in (batch, other):
+        which["targets"][3] = -1
+    other["features"][3] = 0
+    assert Trainer(config_of())(batch) == Trainer(config_of())(other)
+
+
+def test_a_batch_without_any_label_gives_zero():
+    batch = batch_of("vision")
+    batch["targets"][:] = -1
+    metrics = Trainer(config_of())(batch)
+    assert metrics["loss"] == 0
+    assert metrics["gradient_norm"] == 0
+    assert metrics["tokens"] == 0
+
+
+def test_dropout_differs_from_step_to_step_and_not_from_run_to_run():
+    config = config_of(dropout=0.1, optim=dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, weight_decay=0.0))
+    one, other = Trainer(config), Trainer(config)
+    first = [one(batch_of("vision"))["loss"] for _ in range(3)]
+    assert first == [other(batch_of("vision"))["loss"] for _ in range(3)]
+    assert len(set(first)) == 3
+
+
+def test_dropout_is_the_same_however_the_batch_is_split():
+    config = config_of(dropout=0.1)
+    alone, split = Trainer(config), Trainer(config, (2, 2, 1))
+    np.testing.assert_allclose(losses(split, "vision", 2), losses(alone, "vision", 2), rtol=1e-5)
+
+
+def test_gradients_are_clipped_to_a_norm_when_asked():
+    """Adam does not feel a scale; its second moment does."""
+    free, clipped = Trainer(config_of()), Trainer(config_of(optim=dataclasses.replace(OPTIM, clip_norm=1e-3)))
+    norm = free(batch_of("vision"))["gradient_norm"]
+    assert clipped(batch_of("vision"))["gradient_norm"] == pytest.approx(norm, rel=1e-6)
+
+    def mean_square(trainer):
+        adam = next(part for part in jax.tree.leaves(trainer.state.moments, is_leaf=lambda x: hasattr(x, "nu")))
+        return sum(float(jnp.sum(leaf)) for leaf in adam.nu.values())
+
+    assert mean_square(clipped) / mean_square(free) == pytest.approx((1e-3 / norm) ** 2, rel=1e-4)
+
+
+def test_only_what_learns_has_state_and_moves():
+    trainer = Trainer(config_of())
+    assert all(re.match("video_qformer/|frame_positions|llama_proj/", path) for path in trainer.learns)
+    frozen = {path: np.asarray(value).copy() for path, value in trainer.frozen.items()}
+    before = {path: np.asarray(value).copy() for path, value in trainer.state.weights.items()}
+    trainer(batch_of("vision"))
+    trainer(batch_of("vision"))
+    for path, value in frozen.items():
+        np.testing.assert_array_equal(trainer.frozen[path], value)
+    for path, value in before.items():
+        assert not np.array_equal(trainer.state.weights[path], value), path
+    learned = sum(value.size for value in before.values())
+    state = sum(leaf.size for leaf in jax.tree.leaves(trainer.state))
+    assert state <= 3 * learned + 4, "weights, two moments, and a few counters"
+
+
+def test_low_rank_updates_learn_and_the_language_model_does_not():
+    config = config_of(lora=LoraConfig(rank=2), trainable=(*VISION_BRANCH, *LORA))
+    trainer = Trainer(config, (2, 2, 2))
+    kernel = "llama/blocks/attention/query/kernel"
+    before = np.asarray(trainer.frozen[kernel]).copy()
+    up = trainer.state.weights["llama/blocks/attention/query/lora/up"]
+    assert not np.asarray(up).any()
+    first = losses(trainer, "vision", 3)
+    np.testing.assert_allclose(first, losses(Trainer(config), "vision", 3), rtol=1e-5)
+    assert np.asarray(trainer.state.weights["llama/blocks/attention/query/lora/up"]).any()
+    np.testing.assert_array_equal(trainer.frozen[kernel], before)
+
+
+def test_a_pattern_that_matches_nothing_is_an_error():
+    with pytest.raises(ConfigError, match=r"trainable pattern 'video_qfromer/\*' matches no weight .* video_qformer"):
+        matching(["video_qformer/queries", "vit/positions"], ["video_qfromer/*"])

@@ -1,0 +1,43 @@
+"""A run config, named by path or, when it is shipped, by name; and its fields as flags."""
+
+import importlib
+import pkgutil
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from vllama_jax import configs
+from vllama_jax.errors import ConfigError
+from vllama_jax.train.config import TrainConfig
+
+Prepare = Callable[[TrainConfig, Path], TrainConfig]
+
+
+def shipped() -> list[str]:
+    return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
+
+
+def load_config(name: str) -> tuple[TrainConfig, Prepare]:
+    """The config, and what has to be done before its run: nothing, unless its file defines `prepare(config, out)`.
+
+    Raises ConfigError when there is no such config, or when its file does not define one.
+    """
+    fields = _run(name)
+    config = fields.get("config")
+    if not isinstance(config, TrainConfig):
+        raise ConfigError(f"{name}: it does not define `config = TrainConfig(...)`")
+    return config, fields.get("prepare", lambda config, out: config)
+
+
+def _run(name: str) -> dict[str, Any]:
+    try:
+        if name in shipped():
+            module: ModuleType = importlib.import_module(f"{configs.__name__}.{name}")
+            return vars(module)
+        if not Path(name).is_file():
+            raise ConfigError(f"{name}: no such run config; give a Python file, or one of {', '.join(shipped())}")
+        return runpy.run_path(name)
+    except (SyntaxError, NameError, AttributeError, TypeError, ValueError, ImportError, OSError) as error:
+        raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error

@@ -1,0 +1,1 @@
+"""Training data: annotations become records, records become batches."""

@@ -1,0 +1,193 @@
+"""Records → batches: texts and labels, decoded and cropped pictures, sounds; padded, in order, ahead of the step.
+
+Every host reads the texts of a whole global batch, to know the length that all pad to, and the media of its own rows.
+Grain runs the reading ahead of the step, in threads or processes. A sample that cannot be used keeps its row, without
+labels, so that no host's order shifts.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.data.order import Order, Rows, Stream
+from vllama_jax.data.texts import encode_text, pad_texts, padded_length
+from vllama_jax.errors import DataError, MediaError
+from vllama_jax.media import as_file, mel_clips, read_audio, read_image, read_video
+from vllama_jax.media.augment import crop_frames, head_tail_indices, random_box
+from vllama_jax.media.video import frame_indices
+from vllama_jax.text.tokenizer import Tokenizer
+from vllama_jax.text.training import TrainingText
+from vllama_jax.train.config import DataConfig, TrainConfig
+
+LONGEST_SECONDS = 9999.9  # a time in a prompt takes at most as many tokens as this
+INSTRUCTION, CROP, FRAMES = range(3)  # what is drawn for a sample, each from a generator of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class HostBatch:
+    """What one host feeds into a step, and what became of its samples.
+
+    arrays: its rows of train/step.py's Batch. names: of each row's sample. problems: why rows are masked, by row.
+    frames: pictures decoded.
+    """
+
+    arrays: dict[str, np.ndarray]
+    names: list[str]
+    problems: dict[int, str]
+    frames: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoded:
+    """One sample's media as the batch has it, or why there is none."""
+
+    name: str
+    media: np.ndarray | None
+    seconds: tuple[float, ...] = ()
+    problem: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """Reads steps of a run. It holds no file open and no thread, so that it can be sent to another process.
+
+    rows: which rows of the global batch this host has.
+    """
+
+    config: TrainConfig
+    model: VideoLlamaConfig
+    tokenizer: Tokenizer
+    order: Order
+    rows: Sequence[int]
+
+    def __call__(self, step: int) -> HostBatch:
+        return self.read(self.order.rows(step))
+
+    def read(self, rows: Rows) -> HostBatch:
+        """This host's part of a batch of these rows."""
+        stream = rows.stream
+        longest = max(len(self._text(stream, *sample, self._longest_times(stream)).ids) for sample in rows.samples)
+        mine = [rows.samples[row] for row in self.rows]
+        decoded = list(_pool(self.config.data.threads).map(lambda sample: self._decode(stream, *sample), mine))
+        texts = [self._text(stream, *sample, found.seconds) for sample, found in zip(mine, decoded, strict=True)]
+        length = padded_length(longest, self.config.data.lengths)
+        problems = {row: found.problem for row, found in enumerate(decoded) if found.problem}
+        problems |= {
+            row: "no label is left of its text"
+            for row, text in enumerate(texts)
+            if row not in problems and not (text.labels[:length] >= 0).any()
+        }
+        arrays = pad_texts(texts, length, self.media_tokens, masked=problems.keys())
+        arrays[self.media_name(stream)] = self._stacked(stream, decoded)
+        pictures = sum(len(found.media) for found in decoded if found.media is not None and stream.kind != "audio")
+        return HostBatch(arrays, [found.name for found in decoded], problems, pictures)
+
+    @property
+    def media_tokens(self) -> int:
+        """How many tokens of the language model a sample's media become."""
+        qformer = self.model.video_qformer if self.config.branch == "vision" else self.model.audio_qformer
+        return qformer.num_queries
+
+    def media_name(self, stream: Stream) -> str:
+        """Under which name a batch holds its media (train/step.py)."""
+        return "mel" if stream.kind == "audio" else "frames"
+
+    def _text(self, stream: Stream, record: int, epoch: int, seconds: tuple[float, ...]) -> TrainingText:
+        annotation = stream.records.annotation(record)
+        draw = np.random.default_rng([*self._seed(stream, record), epoch, INSTRUCTION])
+        text = stream.dataset.text
+        text = dataclasses.replace(text, template=text.template or self.model.template)
+        return encode_text(annotation, text, self.tokenizer, self.media_tokens, seconds, draw)
+
+    def _longest_times(self, stream: Stream) -> tuple[float, ...]:
+        return (LONGEST_SECONDS,) * self.model.num_frames if stream.kind == "video" else ()
+
+    def _decode(self, stream: Stream, record: int, epoch: int) -> Decoded:
+        variants = self.config.data.variants
+        name = stream.records.annotation(record).id
+        try:
+            variant = epoch % variants if variants else epoch
+            return self.decode(stream, record, variant)
+        except (MediaError, DataError) as error:
+            return Decoded(name, None, problem=str(error))
+
+    def decode(self, stream: Stream, record: int, variant: int) -> Decoded:
+        """A sample's pictures or sound; random frames and crops are drawn by (seed, record, variant).
+
+        Raises MediaError for what cannot be used, DataError for a record that cannot be read.
+        """
+        name = stream.records.annotation(record).id
+        seed = [*self._seed(stream, record), variant]
+        draw = np.random.default_rng([*seed, CROP])
+        with as_file(stream.records.media(record), name) as path:
+            if stream.kind == "audio":
+                sound = read_audio(path)
+                return Decoded(name, mel_clips(sound.waveform, sound.sample_rate, self.model.num_clips))
+            if stream.kind == "image":
+                return Decoded(name, self._image(path, draw)[None])
+            return self._video(path, name, stream, draw, seed)
+
+    def _image(self, path: str, draw: np.random.Generator) -> np.ndarray:
+        return read_image(path, self.image_size, choose_box=lambda height, width: self._box(draw, height, width))
+
+    def _video(self, path: str, name: str, stream: Stream, draw: np.random.Generator, seed: list[int]) -> Decoded:
+        wanted = self.model.num_frames
+
+        def choose(total: int, num_frames: int) -> np.ndarray:
+            if stream.dataset.frames == "uniform":
+                return frame_indices(total, num_frames)
+            return head_tail_indices(total, num_frames, np.random.default_rng([*seed, FRAMES]))
+
+        video = read_video(path, wanted, self.image_size, audio=False, choose=choose)
+        if len(video.frames) < wanted:
+            raise MediaError(f"{name}: too short, {len(video.frames)} frames of the {wanted} that a sample takes")
+        box = self._box(draw, self.image_size, self.image_size)
+        return Decoded(name, crop_frames(video.frames, box, self.image_size), tuple(video.seconds))
+
+    def _box(self, draw: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
+        cfg = self.config.data
+        if cfg.crop_area == 1:
+            return 0, 0, height, width
+        return random_box(draw, height, width, (cfg.crop_area, 1.0), (1 / cfg.crop_ratio, cfg.crop_ratio))
+
+    @property
+    def image_size(self) -> int:
+        return (self.model.vit if self.config.branch == "vision" else self.model.imagebind.vision).image_size
+
+    def _seed(self, stream: Stream, record: int) -> list[int]:
+        return [self.config.seed, int(stream.records.digest[:8], 16), record]
+
+    def _stacked(self, stream: Stream, decoded: list[Decoded]) -> np.ndarray:
+        """The media of all rows; zeros where there are none."""
+        found = next((one.media for one in decoded if one.media is not None), None)
+        shape, dtype = (found.shape, found.dtype) if found is not None else self._media_shape(stream)
+        return np.stack([np.zeros(shape, dtype) if one.media is None else one.media for one in decoded])
+
+    def _media_shape(self, stream: Stream) -> tuple[tuple[int, ...], Any]:
+        if stream.kind == "audio":
+            tower = self.model.imagebind.audio
+            return (self.model.num_clips, tower.num_mel_bins, tower.num_mel_frames), np.float32
+        count = 1 if stream.kind == "image" else self.model.num_frames
+        return (count, self.image_size, self.image_size, 3), np.uint8
+
+
+def batches(reader: Reader, first: int, last: int, cfg: DataConfig) -> Iterator[HostBatch]:
+    """The batches of steps first to last, read ahead. Where it stands is the step, and nothing else."""
+    import grain
+
+    ahead = grain.ReadOptions(num_threads=cfg.prefetch, prefetch_buffer_size=cfg.prefetch)
+    dataset = grain.MapDataset.range(first, last).map(reader).to_iter_dataset(ahead)
+    if cfg.processes:
+        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(cfg.processes))
+    return iter(dataset)
+
+
+@functools.cache
+def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    """The threads that decode, one set in each process."""
+    return concurrent.futures.ThreadPoolExecutor(threads)

@@ -1,0 +1,1 @@
+"""Training: what a run is (config), the optimizer, the step, and the loop around it."""

@@ -1,0 +1,270 @@
+"""What a training run is: frozen dataclasses with the original's defaults (reference: train_configs/*.yaml).
+
+A run config is a Python file that defines `config = TrainConfig(...)` and states only what differs. Every field is a
+flag of `vllama train`: `--optim.lr 3e-5`. Importing this file imports no jax.
+"""
+
+import dataclasses
+import math
+import operator
+from typing import Literal
+
+from vllama_jax.config import NO_LORA, LoraConfig
+from vllama_jax.errors import ConfigError
+from vllama_jax.text.training import ALIGNMENT_INSTRUCTIONS
+
+# What learns in each branch, as patterns on the weights' paths (fnmatch; * crosses /).
+VISION_BRANCH = ("video_qformer/*", "frame_positions", "llama_proj/*")
+AUDIO_BRANCH = ("audio_qformer/*", "audio_positions", "audio_llama_proj/*")
+LORA = ("llama/*/lora/*",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """How a record's words become tokens and labels (text/training.py).
+
+    Attributes:
+        layout: "caption" learns what follows the media; "conversation" learns the answers of all turns.
+        template: The prompt template; the model's own when empty. "llama_2_literal" is the original's LLaMA-2 prompt
+            with a backslash and an n for each newline.
+        instructions: A caption follows one of these, drawn for each sample; without any it follows the media alone.
+        clean: Captions in lower case and without punctuation, as the original's blip_caption.
+        max_length: Longest text in tokens: of a caption with its end, or of a whole conversation with its media.
+    """
+
+    layout: Literal["caption", "conversation"] = "caption"
+    template: str = ""
+    instructions: tuple[str, ...] = ()
+    clean: bool = False
+    max_length: int = 32
+
+
+BARE_CAPTION = TextConfig()
+INSTRUCTED_CAPTION = TextConfig(instructions=ALIGNMENT_INSTRUCTIONS, max_length=320)
+CONVERSATION = TextConfig(layout="conversation", max_length=512)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DatasetConfig:
+    """One dataset of the mix.
+
+    Attributes:
+        path: A records directory, as `vllama data build` makes it.
+        ratio: Its share of the steps, relative to the others'.
+        text: How its words become tokens.
+        frames: Which frames of a video are taken: evenly spaced ones, or random ones, half of each half.
+        held_out: So many of its records are kept for validation and never trained on.
+    """
+
+    path: str
+    ratio: float = 1.0
+    text: TextConfig = BARE_CAPTION
+    frames: Literal["uniform", "head_tail"] = "uniform"
+    held_out: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How records become batches.
+
+    Attributes:
+        lengths: Sequences are padded to the first of these that holds a step's longest; one program is compiled for
+            each that occurs.
+        crop_area: The least share of a picture's area that its random crop keeps; 1 for no crop.
+        crop_ratio: The widest and tallest crop, as width over height.
+        variants: Random crops (and random frames) of a record before they repeat; 0 for new ones every time.
+        threads: How many batches are decoded at a time on each host.
+        processes: Decode in so many processes in place of threads, each with its share of the threads.
+        prefetch: How many batches are ready ahead of the step, at most.
+    """
+
+    lengths: tuple[int, ...] = (48, 72, 128, 192, 256, 384, 512)
+    crop_area: float = 0.5
+    crop_ratio: float = 4 / 3
+    variants: int = 0
+    threads: int = 8
+    processes: int = 0
+    prefetch: int = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW, with a warm-up and a cosine (reference: optims.py, runner_base.py).
+
+    Attributes:
+        lr: Where the cosine starts.
+        min_lr: Where it ends.
+        warmup_lr: Where the linear warm-up starts.
+        warmup_steps: How long it lasts. The cosine runs from step 0, so the rate drops a little at its end.
+        weight_decay: Of matrices, queries and positions; biases and norms have none.
+        beta1: Decay of the mean of gradients.
+        beta2: Decay of the mean of their squares.
+        eps: Added to the root of the second.
+        clip_norm: Gradients are scaled down to this global norm; 0 for no clipping, as the original.
+    """
+
+    lr: float = 1e-4
+    min_lr: float = 8e-5
+    warmup_lr: float = 1e-6
+    warmup_steps: int = 2500
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip_norm: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How many devices each axis of the mesh has (sharding.py); data 0 takes all that the others leave."""
+
+    data: int = 0
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """What is kept.
+
+    Attributes:
+        every: Steps between checkpoints. The last step and a SIGTERM save too.
+        keep_last: How many are kept, besides those of keep_every.
+        keep_every: Checkpoints at multiples of this are kept for good; 0 for none.
+        on_error: What happens when one cannot be written (a full disk): the run stops, or says so and goes on.
+    """
+
+    every: int = 500
+    keep_last: int = 2
+    keep_every: int = 0
+    on_error: Literal["stop", "continue"] = "stop"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ValidationConfig:
+    """What is looked at on the way.
+
+    Attributes:
+        every: Steps between looks; 0 for none.
+        batches: How many batches of held-out records the loss is the mean of.
+        clips: Files that the model is asked about; its answers go into samples.jsonl.
+        question: What it is asked.
+        max_new_tokens: How long an answer may be.
+    """
+
+    every: int = 0
+    batches: int = 4
+    clips: tuple[str, ...] = ()
+    question: str = "Describe what you see and hear."
+    max_new_tokens: int = 60
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A run.
+
+    Attributes:
+        model: The base model directory.
+        init: A run whose weights this one starts from: stage 2 from stage 1.
+        branch: Which branch sees the pictures: the video Q-Former, or the audio Q-Former through ImageBind's vision.
+            Sounds always go through ImageBind's audio tower and the audio Q-Former.
+        trainable: Patterns (fnmatch) on the paths of the weights that learn.
+        datasets: What it learns from.
+        steps: How many steps; the cosine of the learning rate ends there.
+        batch_size: Samples a step, over all devices.
+        accumulation: A step's batch is run in so many parts, one after the other, for memory.
+        dropout: In the Q-Former that learns.
+        remat: What LLaMA's backward pass computes again: "full" keeps only each layer's input, "dots" also the
+            products with weights, "none" everything.
+        compute_dtype: Of frozen weights and of all products; auto is float32 on a CPU and bfloat16 elsewhere.
+        seed: Of the data's order, crops, dropout, and of weights that start at random.
+        optim: The optimizer and its learning rate.
+        data: How records become batches.
+        lora: Low-rank updates of the language model; rank 0 for none.
+        mesh: How devices are arranged.
+        checkpoint: What is kept.
+        validation: What is looked at on the way.
+    """
+
+    model: str
+    init: str = ""
+    branch: Literal["vision", "audio"] = "vision"
+    trainable: tuple[str, ...] = VISION_BRANCH
+    datasets: tuple[DatasetConfig, ...]
+    steps: int
+    batch_size: int
+    accumulation: int = 1
+    dropout: float = 0.1
+    remat: Literal["full", "dots", "none"] = "full"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    seed: int = 42
+    optim: OptimConfig = OptimConfig()
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = NO_LORA
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    validation: ValidationConfig = ValidationConfig()
+
+    def __post_init__(self):
+        _check_numbers(self)
+        if not self.datasets:
+            raise ConfigError("datasets: there are none; name at least one records directory")
+        if not self.trainable:
+            raise ConfigError("trainable: there are no patterns; nothing would learn")
+        if self.batch_size % self.accumulation:
+            raise ConfigError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        if tuple(sorted(self.data.lengths)) != self.data.lengths:
+            raise ConfigError(f"data.lengths must rise, not {self.data.lengths}")
+        if self.validation.every and not (self.validation.clips or any(d.held_out for d in self.datasets)):
+            raise ConfigError("validation.every is set, but no dataset has held_out records and there are no clips")
+
+
+# What a number must be at least; all must be finite.
+_AT_LEAST = {
+    "steps": 1,
+    "batch_size": 1,
+    "accumulation": 1,
+    "seed": 0,
+    "optim.lr": 0,
+    "optim.min_lr": 0,
+    "optim.warmup_lr": 0,
+    "optim.warmup_steps": 0,
+    "optim.weight_decay": 0,
+    "optim.eps": 0,
+    "optim.clip_norm": 0,
+    "data.variants": 0,
+    "data.threads": 1,
+    "data.processes": 0,
+    "data.prefetch": 1,
+    "data.crop_ratio": 1,
+    "lora.rank": 0,
+    "mesh.data": 0,
+    "mesh.fsdp": 1,
+    "mesh.tensor": 1,
+    "checkpoint.every": 1,
+    "checkpoint.keep_last": 1,
+    "checkpoint.keep_every": 0,
+    "validation.every": 0,
+    "validation.batches": 1,
+    "validation.max_new_tokens": 1,
+}
+_BELOW_ONE = ("dropout", "optim.beta1", "optim.beta2")
+
+
+def _check_numbers(config: TrainConfig) -> None:
+    """Raises ConfigError that names the field, as the flag is called."""
+    for path, low in _AT_LEAST.items():
+        value = operator.attrgetter(path)(config)
+        if not (math.isfinite(value) and value >= low):
+            raise ConfigError(f"{path} must be at least {low}, not {value}")
+    for path in _BELOW_ONE:
+        value = operator.attrgetter(path)(config)
+        if not 0 <= value < 1:
+            raise ConfigError(f"{path} must be at least 0 and below 1, not {value}")
+    if not 0 < config.data.crop_area <= 1:
+        raise ConfigError(f"data.crop_area must be above 0 and at most 1, not {config.data.crop_area}")
+    for number, dataset in enumerate(config.datasets):
+        if not (math.isfinite(dataset.ratio) and dataset.ratio > 0):
+            raise ConfigError(f"datasets.{number}.ratio must be above 0, not {dataset.ratio}")
+        if dataset.held_out < 0 or dataset.text.max_length < 1:
+            raise ConfigError(f"datasets.{number}: held_out must be at least 0 and text.max_length at least 1")

@@ -1,0 +1,224 @@
+"""The loop around the step: batches in, metrics and checkpoints out, and a clean end whatever happens.
+
+The device is always a step ahead of what is written: metrics of a step are read when the next one has been started.
+"""
+
+import contextlib
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+
+from vllama_jax.data.pipeline import HostBatch, batches
+from vllama_jax.errors import CheckpointError, VllamaError
+from vllama_jax.sharding import under
+from vllama_jax.train import session
+from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.estimate import peak_flops, step_flops
+from vllama_jax.train.runs import Checkpoints, Journal, open_run
+from vllama_jax.train.session import Plan
+from vllama_jax.train.state import TrainState, Weights
+from vllama_jax.train.step import make_step
+from vllama_jax.train.validation import Validation
+
+
+class Reporter(Protocol):
+    """Who tells the user how a run goes (cli/train.py)."""
+
+    def say(self, text: str) -> None:
+        """A sentence."""
+
+    def table(self, plan: Plan) -> None:
+        """What trains, before the first step."""
+
+    def step(self, metrics: dict[str, Any]) -> None:
+        """A step was done: the line that metrics.jsonl has of it."""
+
+
+def train(config: TrainConfig, out: Path, reporter: Reporter, base: str = "") -> None:
+    """Trains, or takes up what `out` holds, until the last step or a SIGTERM.
+
+    Raises a VllamaError for what cannot be run, and when the loss is not a number.
+    """
+    plan = session.plan(config, base)
+    with open_run(out, config, plan.base, str(plan.dtype)), under(plan.mesh):
+        checkpoints = Checkpoints(out, config.checkpoint)
+        state = checkpoints.restore(plan.abstract)
+        if state is not None and int(state.step) >= config.steps:
+            reporter.say(f"{out}: finished, {config.steps} steps; ask it with `vllama chat FILE --model {out}`")
+            return
+        for note in plan.notes:
+            reporter.say(note)
+        reporter.table(plan)
+        if state is None:
+            state, first = session.start(plan), 0
+        else:
+            first = int(state.step)
+            reporter.say(f"{out}: going on from step {first}")
+        _Run(plan, out, reporter, checkpoints).go(state, session.load_frozen(plan), first)
+
+
+@dataclasses.dataclass
+class _Pending:
+    """A step that was started and not yet looked at."""
+
+    number: int
+    metrics: dict[str, jax.Array]
+    batch: HostBatch
+    waited: float
+    dataset: str
+
+
+class _Run:
+    def __init__(self, plan: Plan, out: Path, reporter: Reporter, checkpoints: Checkpoints):
+        self.plan, self.out, self.reporter, self.checkpoints = plan, out, reporter, checkpoints
+        self.config = plan.config
+        self.metrics = Journal(out / "metrics.jsonl")
+        process = jax.process_index()
+        self.quarantine = Journal(out / ("quarantine.jsonl" if process == 0 else f"quarantine.{process}.jsonl"))
+        self.masked: set[str] = set()
+        self.pending: _Pending | None = None
+        self.clock = time.perf_counter()
+        self.board = _tensorboard(out)
+        self.step = compile_step(plan)
+
+    def go(self, state: TrainState, frozen: Weights, first: int) -> None:
+        """From step `first` to the end."""
+        steps = self.config.steps
+        validation = Validation(self.plan, self.out)
+        if jax.process_index() == 0:
+            for journal in (self.metrics, self.quarantine, validation.journal):
+                journal.cut(first)
+        ahead = batches(self.plan.reader, first, steps, self.config.data)
+        with _told_to_stop() as told:
+            for number in range(first, steps):
+                asked = time.perf_counter()
+                batch = next(ahead)
+                waited = time.perf_counter() - asked
+                state, metrics = self.step(state, frozen, session.place(batch.arrays, self.plan))
+                self._look()
+                dataset = self.plan.reader.order.rows(number).stream.dataset.path
+                self.pending = _Pending(number + 1, metrics, batch, waited, dataset)
+                stopping = _agreed(told, number + 1)
+                if stopping or (number + 1) % self.config.checkpoint.every == 0 or number + 1 == steps:
+                    self._look()
+                    self._save(number + 1, state, last=stopping or number + 1 == steps)
+                if validation.due(number + 1):
+                    self._look()
+                    for line in validation.run(number + 1, state.weights, frozen):
+                        self.reporter.say(line)
+                    self.clock = time.perf_counter()
+                if stopping:
+                    self.reporter.say(f"{self.out}: told to stop, saved at step {number + 1}; run it again to go on")
+                    return
+        size = self.checkpoints.size(steps) / 1e6
+        self.reporter.say(f"{self.out}: finished, {steps} steps; its last checkpoint has {size:.1f} MB")
+
+    def _look(self) -> None:
+        """Waits for the step that is under way, and writes down how it went."""
+        pending, self.pending = self.pending, None
+        if pending is None:
+            return
+        values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
+        for row, why in pending.batch.problems.items():
+            self._mask(pending, row, why)
+        if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
+            raise VllamaError(self._lost(pending, values))
+        now = time.perf_counter()
+        seconds, self.clock = now - self.clock, now
+        line = {"step": pending.number, **values, "dataset": pending.dataset, "masked": len(pending.batch.problems)}
+        line |= {
+            "seconds": round(seconds, 4),
+            "samples_per_second": round(self.config.batch_size / seconds, 3),
+            "frames_per_second": round(pending.batch.frames * jax.process_count() / seconds, 3),
+            "waited_for_data": round(min(pending.waited / seconds, 1.0), 4),
+        }
+        if peak := peak_flops(jax.devices()[0]):
+            arrays = pending.batch.arrays
+            share = self.config.batch_size / len(arrays["ids"])
+            flops = share * step_flops(self.plan.base.config, self.config.branch, arrays, self.config.remat)
+            line["mfu"] = round(flops / seconds / peak / jax.device_count(), 4)
+        if jax.process_index() == 0:
+            self.metrics.add(line)
+            if self.board is not None:
+                for name in ("loss", "lr", "gradient_norm", "samples_per_second"):
+                    self.board.add_scalar(name, line[name], pending.number)
+        self.reporter.step(line)
+
+    def _mask(self, pending: _Pending, row: int, why: str) -> None:
+        """Names a sample that was not used, once."""
+        name = f"{pending.dataset}: {pending.batch.names[row]}"
+        if name not in self.masked:
+            self.masked.add(name)
+            self.quarantine.add(
+                {"step": pending.number, "dataset": pending.dataset, "sample": pending.batch.names[row], "why": why}
+            )
+            self.reporter.say(f"{name} is left out: {why}")
+
+    def _lost(self, pending: _Pending, values: dict[str, float]) -> str:
+        with contextlib.suppress(CheckpointError):
+            self.checkpoints.finish()
+        names = ", ".join(pending.batch.names[:8]) + (", …" if len(pending.batch.names) > 8 else "")
+        return (
+            f"step {pending.number}: the loss is {values['loss']} and the gradient's norm {values['gradient_norm']}, "
+            f"on {pending.dataset} ({names}); the last good checkpoint is kept in {self.out}. "
+            "Lower optim.lr, or look at these samples"
+        )
+
+    def _save(self, number: int, state: TrainState, *, last: bool) -> None:
+        try:
+            self.checkpoints.save(number, state)
+            if last:
+                self.checkpoints.finish()
+        except CheckpointError as error:
+            if last or self.config.checkpoint.on_error == "stop":
+                raise
+            self.reporter.say(f"{error}; going on")
+
+
+def compile_step(plan: Plan) -> Any:
+    """The step, compiled once for each shape of batch; the state that comes out lies where it lay."""
+    replicated = jax.sharding.NamedSharding(plan.mesh, jax.sharding.PartitionSpec())
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
+    step = make_step(plan.config, plan.skeleton, plan.optimizer)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+
+
+@contextlib.contextmanager
+def _told_to_stop() -> Iterator[list[int]]:
+    """A list that is no longer empty once the process was told to stop (SIGTERM, or Ctrl-C; a second one kills)."""
+    told: list[int] = []
+
+    def note(number: int, _: Any) -> None:
+        told.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _agreed(told: list[int], step: int) -> bool:
+    """Whether all processes stop at this step: a machine that is taken away tells each at another moment."""
+    if jax.process_count() == 1:
+        return bool(told)
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def _tensorboard(out: Path) -> Any:
+    """A writer of TensorBoard's files, where tensorboardX is installed."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(out / "tensorboard")) if jax.process_index() == 0 else None

@@ -1,0 +1,212 @@
+"""Run directories: what a run is, how far it came, and what it learned.
+
+config.json       the run's config, its base model's path and digest     step_N/   weights, moments, iterator (Orbax)
+metrics.jsonl     one object for each step                               quarantine.jsonl   samples that were not used
+samples.jsonl     answers about fixed clips
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from vllama_jax.checkpoint import ModelDirectory, locked, nest, restore_arrays, run_steps, write_config
+from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.params import read_json
+from vllama_jax.train.config import CheckpointConfig, TrainConfig
+from vllama_jax.train.state import TrainState
+
+logger = logging.getLogger(__name__)
+
+# What may differ when a run is taken up again: nothing that changes what is learned.
+FREE_FIELDS = (
+    "model",
+    "mesh",
+    "remat",
+    "checkpoint",
+    "validation",
+    "data.threads",
+    "data.processes",
+    "data.prefetch",
+)
+
+
+@contextlib.contextmanager
+def open_run(out: Path, config: TrainConfig, base: ModelDirectory, dtype: str) -> Iterator[None]:
+    """Makes `out` a run directory, or takes up the one that it is, and keeps other processes off it.
+
+    Raises CheckpointError when it is another kind of directory, when another process trains into it, and when it
+    cannot be written; ConfigError when the run in it has another config or base.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out, f"{out}: another process is training into it; wait for that one, or choose another --out"):
+            if (out / "config.json").exists():
+                _check_same(out, config, base, dtype)
+            elif strangers := _strangers(out):
+                raise CheckpointError(f"{out}: not a run directory (it has {strangers[0]}); choose another --out")
+            else:
+                where = {"path": str(base.path.absolute()), "digest": base.digest}
+                fields = {"run": dataclasses.asdict(config), "base": where, "compute_dtype": dtype}
+                write_config(out, base.config, **fields)
+            yield
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+
+def _strangers(out: Path) -> list[str]:
+    return sorted(entry.name for entry in out.iterdir() if entry.name != "inputs")
+
+
+def _check_same(out: Path, config: TrainConfig, base: ModelDirectory, dtype: str) -> None:
+    """Whether the run in `out` is this one."""
+    fields = read_json(out / "config.json")
+    if not isinstance(fields.get("run"), dict):
+        raise CheckpointError(f"{out}: a model directory, not a run; choose another --out")
+    before, now = _flat(fields["run"]), _flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    before["compute_dtype"], now["compute_dtype"] = fields["compute_dtype"], dtype
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    changed = [name for name in changed if not name.startswith(FREE_FIELDS)]
+    if changed:
+        told = ", ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in changed[:3])
+        raise ConfigError(f"{out}: holds a run with another config ({told}); give the same, or choose another --out")
+    if fields["base"]["digest"] != base.digest:
+        raise ConfigError(f"{out}: its run was started from another base model than {base.path}; name that one")
+
+
+def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for name, value in fields.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+class Checkpoints:
+    """The checkpoints of a run. Saving is asynchronous and atomic: a step's directory is whole, or not there."""
+
+    def __init__(self, out: Path, cfg: CheckpointConfig):
+        self._out = out
+        self._manager = ocp.CheckpointManager(
+            out.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                step_prefix="step",
+                max_to_keep=cfg.keep_last,
+                keep_period=cfg.keep_every or None,
+                create=False,
+                save_root_metadata=False,
+                cleanup_tmp_directories=True,
+            ),
+        )
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts saving. Raises CheckpointError when this or the save before failed; what was saved before stays."""
+        with self._told(step):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    weights=ocp.args.PyTreeSave(nest(state.weights)),
+                    moments=ocp.args.PyTreeSave(nest(_by_path(state.moments))),
+                    iterator=ocp.args.JsonSave({"step": step}),
+                ),
+            )
+
+    def finish(self) -> None:
+        """Waits for what is being saved. Raises CheckpointError when that fails."""
+        with self._told(None):
+            self._manager.wait_until_finished()
+
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """The last good state, in the shapes and shardings of `abstract`; None where there is none yet.
+
+        A checkpoint that cannot be read is named in a warning, put aside, and the one before it taken.
+        Raises CheckpointError when there are some, and none can be read.
+        """
+        steps = run_steps(self._out)
+        for step in reversed(steps):
+            folder = self._out / f"step_{step}"
+            try:
+                weights = restore_arrays(folder / "weights", abstract.weights)
+                moments = restore_arrays(folder / "moments", _by_path(abstract.moments))
+            except CheckpointError as error:
+                logger.warning(f"{error}; going back to the checkpoint before it")
+                self._put_aside(folder)
+                continue
+            counted = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
+            return TrainState(
+                counted, weights, jax.tree.unflatten(jax.tree.structure(abstract.moments), moments.values())
+            )
+        if steps:
+            raise CheckpointError(
+                f"{self._out}: none of its {len(steps)} checkpoints can be read; start anew elsewhere"
+            )
+        return None
+
+    def size(self, step: int) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in (self._out / f"step_{step}").rglob("*") if file.is_file())
+
+    def _put_aside(self, folder: Path) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(folder.with_name(f"damaged_{folder.name}"), ignore_errors=True)
+            folder.rename(folder.with_name(f"damaged_{folder.name}"))
+        self._manager.reload()
+
+    @contextlib.contextmanager
+    def _told(self, step: int | None) -> Iterator[None]:
+        """Failures of Orbax in one line, whatever they are: a full disk comes as many kinds of errors."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
+            reason = " ".join(str(error).split())[:200]
+            last = run_steps(self._out)
+            kept = f"the last good one is step {last[-1]}" if last else "there is none before it"
+            raise CheckpointError(f"{self._out}: {what} could not be saved ({reason}); {kept}") from error
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree of tuples and dicts by path."""
+
+    def name(key: Any) -> str:
+        return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+    return {"/".join(map(name, path)): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+class Journal:
+    """A file of one JSON object a line, written by this process alone and whole line by whole line."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def add(self, fields: Mapping[str, Any]) -> None:
+        with self._path.open("a") as file:
+            file.write(json.dumps(fields) + "\n")
+
+    def cut(self, last_step: int) -> None:
+        """Keeps the lines of steps up to `last_step`: what came after was lost, and will be done again."""
+        if not self._path.exists():
+            return
+        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= last_step]
+        partial = self._path.with_name(f".{self._path.name}.partial")
+        partial.write_text("".join(f"{line}\n" for line in kept))
+        os.replace(partial, self._path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinity for one that a killed process did not finish."""
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

@@ -1,0 +1,127 @@
+"""One step of training: a pure function of (state, frozen weights, batch).
+
+The loss is the mean over all labelled tokens of the global batch (reference: modeling_llama.py:695), so sums are
+accumulated over parts of a batch and divided once.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from vllama_jax.media.image import MEAN, STD
+from vllama_jax.nn.layers import Dropout, constrain
+from vllama_jax.nn.video_llama import VideoLlama, splice
+from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.optim import learning_rate
+from vllama_jax.train.state import Skeleton, TrainState, Weights
+
+# A batch, all of b rows. One of the first three; n tokens, m of which have a label at most.
+#   frames     uint8 [b, t, h, w, 3]   pictures
+#   mel        float32 [b, s, 128, 204]   sounds
+#   features   [b, t, q, d] or [b, s, e]   what `encode` made of either, before
+#   ids        int32 [b, n]      0 where a media token goes, and after the end
+#   is_media   bool [b, n]
+#   length     int32 [b]         tokens before the padding
+#   positions  int32 [b, m]      tokens whose successor has a label
+#   targets    int32 [b, m]      that label; -1 where a row has fewer
+Batch = Mapping[str, Array]
+Metrics = dict[str, Array]
+
+
+def compute_dtype(config: TrainConfig) -> jnp.dtype:
+    """What the run multiplies in."""
+    if config.compute_dtype == "auto":
+        return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return jnp.dtype(config.compute_dtype)
+
+
+def encode(network: VideoLlama, branch: str, batch: Batch) -> Array:
+    """What the frozen encoders see or hear: [b, t, q, d] in the vision branch, [b, t or s, e] in the audio branch."""
+    if "features" in batch:
+        return batch["features"]
+    if "mel" in batch:
+        return network.embed_sounds(batch["mel"])
+    frames = (batch["frames"].astype(jnp.float32) / 255 - MEAN) / STD
+    frames = constrain(frames, "batch", None, None, None, None)
+    return network.encode_frames(frames) if branch == "vision" else network.embed_frames(frames)
+
+
+def loss_sum(
+    network: VideoLlama, batch: Batch, config: TrainConfig, dropout: Dropout | None
+) -> tuple[Float[Array, ""], Int[Array, ""]]:
+    """The summed cross-entropy of all labelled tokens, and how many those are."""
+    features = encode(network, config.branch, batch)
+    tokens = network.video_tokens if config.branch == "vision" else network.audio_tokens
+    embeddings = splice(network.embed(batch["ids"]), batch["is_media"], tokens(features, dropout=dropout))
+    mask = jnp.arange(embeddings.shape[1]) < batch["length"][:, None]
+    hidden = network.llama(constrain(embeddings, "batch", None, None), mask, config.remat)
+    hidden = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)
+    logits = constrain(network.llama.logits(hidden), "batch", None, "vocab")
+    labelled = batch["targets"] >= 0
+    is_target = jnp.arange(logits.shape[-1]) == batch["targets"][..., None]  # no gather over a split vocabulary
+    losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
+    return jnp.sum(jnp.where(labelled, losses, 0)), jnp.sum(labelled)
+
+
+def make_step(
+    config: TrainConfig, skeleton: Skeleton, optimizer: optax.GradientTransformation
+) -> Callable[[TrainState, Weights, Batch], tuple[TrainState, Metrics]]:
+    """The step, to be compiled by the caller with the state donated and shardings for the state that comes out."""
+    dtype = compute_dtype(config)
+
+    def summed(weights: Weights, frozen: Weights, batch: Batch, key: Array) -> tuple[Array, Array]:
+        cast = {path: weight.astype(dtype) for path, weight in weights.items()}
+        dropout = Dropout(key, config.dropout) if config.dropout else None
+        return loss_sum(skeleton.build({**frozen, **cast}), batch, config, dropout)
+
+    def step(state: TrainState, frozen: Weights, batch: Batch) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        gradient = jax.value_and_grad(summed, has_aux=True)
+        parts = jax.tree.map(lambda x: _parts(x, config.accumulation), batch)
+
+        def accumulate(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
+            part, key = part
+            (loss, count), gradients = gradient(state.weights, frozen, part, key)
+            return jax.tree.map(jnp.add, sums, (loss, count, gradients)), None
+
+        zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.weights))
+        keys = jax.random.split(key, config.accumulation)
+        if config.accumulation == 1:
+            loss, count, gradients = accumulate(zero, jax.tree.map(lambda x: x[0], (parts, keys)))[0]
+        else:
+            loss, count, gradients = jax.lax.scan(accumulate, zero, (parts, keys))[0]
+        tokens = jnp.maximum(count, 1)
+        gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
+        updates, moments = optimizer.update(gradients, state.moments, state.weights)
+        metrics = {
+            "loss": loss / tokens,
+            "gradient_norm": optax.tree.norm(gradients),
+            "lr": learning_rate(config.optim, config.steps, state.step),
+            "tokens": count,
+        }
+        return TrainState(state.step + 1, optax.apply_updates(state.weights, updates), moments), metrics
+
+    return step
+
+
+def make_evaluation(
+    config: TrainConfig, skeleton: Skeleton
+) -> Callable[[Weights, Weights, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
+    """The summed loss of a held-out batch, and its number of labelled tokens."""
+    dtype = compute_dtype(config)
+
+    def evaluate(weights: Weights, frozen: Weights, batch: Batch) -> tuple[Array, Array]:
+        cast = {path: weight.astype(dtype) for path, weight in weights.items()}
+        return loss_sum(skeleton.build({**frozen, **cast}), batch, config, None)
+
+    return evaluate
+
+
+def _parts(x: Array, count: int) -> Array:
+    """[b, …] → [count, b / count, …]; each device's rows are spread over the parts."""
+    parts = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    return constrain(parts, None, "batch", *(None,) * (x.ndim - 1))
