@@ -197,15 +197,15 @@ def run_steps(run: Path) -> list[int]:
 
 
 def _trained_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
-    """Paths and shapes in a checkpoint that Orbax wrote, from its description of the tree."""
-    tree = read_json(weights / "_METADATA")
+    """Paths and shapes in a checkpoint that Orbax wrote."""
+    import orbax.checkpoint as ocp
+    from flax.traverse_util import flatten_dict
+
     try:
-        return {
-            "/".join(key["key"] for key in leaf["key_metadata"]): tuple(leaf["value_metadata"]["write_shape"])
-            for leaf in tree["tree_metadata"].values()
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{weights}: not a checkpoint of a run ({error}); train it again") from error
+        tree = ocp.PyTreeCheckpointHandler().metadata(weights.absolute()).tree
+    except (ValueError, OSError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{weights}: cannot be read ({str(error).splitlines()[0]})") from error
+    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
 
 
 def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:

@@ -26,10 +26,9 @@ def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
     config, prepare = load_config(arguments[0] if named else DEFAULT)
 
     def train(
-        run: Annotated[TrainConfig, tyro.conf.arg(name="")] = config,
-        /,
-        *,
         out: Path,
+        run: Annotated[TrainConfig, tyro.conf.arg(name="")] = config,
+        *,
         base: str = "",
         dry_run: bool = False,
         distributed: bool = False,

@@ -1,0 +1,336 @@
+"""Whole runs on real files: finished, stopped, killed and taken up again, to the bit; and what is refused."""
+
+import dataclasses
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import media_fixtures
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from PIL import Image
+
+from vllama_jax import checkpoint
+from vllama_jax.chat import Chat
+from vllama_jax.cli.run_config import load_config
+from vllama_jax.data.build import build
+from vllama_jax.errors import CheckpointError, ConfigError, DataError, VllamaError
+from vllama_jax.media.write import write_video
+from vllama_jax.train.config import CheckpointConfig, DatasetConfig, OptimConfig, TrainConfig
+from vllama_jax.train.loop import train
+
+STEPS = 20
+SLOW = pytest.mark.slow
+SHIPPED = ("vision_stage1", "vision_stage2", "audio_stage1", "audio_stage2")
+VLLAMA = str(Path(sys.executable).with_name("vllama"))
+
+
+class Quiet:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self):
+        self.said: list[str] = []
+        self.steps: list[dict] = []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def table(self, plan):
+        self.plan = plan
+
+    def step(self, metrics):
+        self.steps.append(metrics)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory, request) -> Path:
+    """Four videos, two pictures, and, where it is there, the shared media: captions and turns."""
+    folder = tmp_path_factory.mktemp("clips")
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(4):
+        write_video(folder / f"{number}.mp4", rng.integers(0, 256, (10, 64, 64, 3)).astype(np.uint8), fps=5)
+        turns = [("What is number?", f"It is number {number}."), ("Sure?", "Yes, I am.")]
+        said = [
+            {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
+        ]
+        lines.append({"video": f"{number}.mp4", "conversations": said})
+    for number in range(2):
+        Image.fromarray(rng.integers(0, 256, (50, 60, 3)).astype(np.uint8)).save(folder / f"{number}.png")
+        lines.append({"image": f"{number}.png", "question": "<image>\nWhat?", "answer": f"Picture {number} of noise."})
+    (folder / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = folder.parent / "records"
+    if not out.exists():
+        build("jsonl", folder, out)
+    return out
+
+
+def config_of(base, records, name="vision_stage1", **options) -> TrainConfig:
+    """A shipped config at tiny size."""
+    config, _ = load_config(name)
+    one = dataclasses.replace(config.datasets[-1], path=str(records))
+    return dataclasses.replace(
+        config,
+        **{
+            "model": str(base),
+            "datasets": (one,),
+            "steps": STEPS,
+            "batch_size": 2,
+            "mesh": dataclasses.replace(config.mesh, data=1, fsdp=1),
+            "optim": OptimConfig(lr=1e-3, min_lr=1e-4, warmup_lr=1e-4, warmup_steps=5),
+            "checkpoint": CheckpointConfig(every=5),
+            **options,
+        },
+    )
+
+
+def write_config(path: Path, config: TrainConfig) -> Path:
+    """The config as a Python file, as a user has one."""
+    lines = ["from vllama_jax.config import *", "from vllama_jax.train.config import *", f"config = {config!r}"]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def command(config: Path, out: Path, *more: str, devices: int = 1) -> subprocess.Popen:
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
+    arguments = [VLLAMA, "train", str(config), "--out", str(out), *more]
+    return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def weights(run: Path) -> dict[str, np.ndarray]:
+    """The last checkpoint's weights and moments."""
+    import orbax.checkpoint as ocp
+
+    step = run / f"step_{checkpoint.run_steps(run)[-1]}"
+    found = {part: ocp.PyTreeCheckpointer().restore((step / part).absolute()) for part in ("weights", "moments")}
+    return {path: np.asarray(value) for path, value in flatten_dict(found, sep="/").items()}
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    expected = weights(other)
+    for path, value in weights(one).items():
+        np.testing.assert_array_equal(value, expected[path], err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_model, records) -> tuple[Path, Path]:
+    """A config, and the run of it that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = write_config(folder / "config.py", config_of(tiny_model, records))
+    process = command(config, folder / "run")
+    assert process.wait() == 0, process.stderr.read()
+    return config, folder / "run"
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
+    while process.poll() is None:
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.02)
+
+
+def test_a_finished_run(whole, clip):
+    config, run = whole
+    assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
+    assert checkpoint.run_steps(run) == [15, 20]
+    process = command(config, run)
+    assert process.wait() == 0
+    assert "finished, 20 steps" in process.stderr.read()
+    chat = Chat(checkpoint.load(run))
+    chat.add(clip)
+    assert isinstance("".join(chat.ask("What is there?", max_new_tokens=8)), str)
+
+
+def test_a_killed_run_ends_as_the_one_that_was_not(whole, tmp_path):
+    config, run = whole
+    process = command(config, tmp_path / "run")
+    wait_for_step(tmp_path / "run", 8, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert command(config, tmp_path / "run").wait() == 0
+    assert_same_run(tmp_path / "run", run)
+
+
+@SLOW
+@pytest.mark.parametrize("name", SHIPPED)
+def test_ten_kills_change_nothing(name, tiny_model, records, tmp_path):
+    config = write_config(tmp_path / "config.py", config_of(tiny_model, records, name))
+    assert command(config, tmp_path / "whole").wait() == 0
+    run, draw = tmp_path / "killed", random.Random(name)
+    for _ in range(10):
+        process = command(config, run)
+        done = len(losses(run)) if (run / "metrics.jsonl").exists() else 0
+        wait_for_step(run, min(done + draw.randrange(1, 4), STEPS - 1), process)
+        time.sleep(draw.random() * 0.1)
+        process.kill()
+        process.wait()
+    assert command(config, run).wait() == 0
+    assert_same_run(run, tmp_path / "whole")
+
+
+def test_a_stopped_run_saves_and_exits_0(whole, tmp_path):
+    config, run = whole
+    process = command(config, tmp_path / "run")
+    wait_for_step(tmp_path / "run", 7, process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+    assert "told to stop, saved at step" in process.stderr.read()
+    assert checkpoint.run_steps(tmp_path / "run")[-1] == losses(tmp_path / "run")[-1][0]
+    assert command(config, tmp_path / "run").wait() == 0
+    assert_same_run(tmp_path / "run", run)
+
+
+@SLOW
+def test_two_processes_and_eight_devices_give_the_losses_of_one(tiny_model, records, tmp_path):
+    options = {"dropout": 0.0, "steps": 10, "batch_size": 4}
+    single = config_of(tiny_model, records, **options)
+    split = dataclasses.replace(single, mesh=dataclasses.replace(single.mesh, data=2, fsdp=2, tensor=2))
+    assert command(write_config(tmp_path / "one.py", single), tmp_path / "one").wait() == 0
+    config = write_config(tmp_path / "eight.py", split)
+    assert command(config, tmp_path / "eight", devices=8).wait() == 0
+    two = tmp_path / "two"
+    code = (
+        "import sys, jax; from vllama_jax.cli import main; jax.config.update('jax_num_cpu_devices', 4); "
+        "jax.config.update('jax_cpu_collectives_implementation', 'gloo'); "
+        "jax.distributed.initialize('localhost:9917', 2, int(sys.argv[1])); main(sys.argv[2:])"
+    )
+    processes = [
+        subprocess.Popen([sys.executable, "-c", code, str(n), "train", str(config), "--out", str(two)]) for n in (0, 1)
+    ]
+    assert [process.wait() for process in processes] == [0, 0]
+    reference = np.array(losses(tmp_path / "one"))
+    for run in (tmp_path / "eight", two):
+        np.testing.assert_allclose(np.array(losses(run)), reference, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory, tiny_model, records) -> Path:
+    run = tmp_path_factory.mktemp("stage1") / "run"
+    train(
+        config_of(tiny_model, records, steps=3, batch_size=8, checkpoint=CheckpointConfig(every=2), mesh=ONE),
+        run,
+        Quiet(),
+    )
+    return run
+
+
+ONE = dataclasses.replace(load_config("vision_stage1")[0].mesh, data=8)
+
+
+def test_stage_2_starts_from_stage_1(tiny_model, records, stage1, tmp_path):
+    config = config_of(tiny_model, records, "vision_stage2", init=str(stage1), batch_size=8, mesh=ONE, steps=1)
+    reporter = Quiet()
+    train(config, tmp_path / "run", reporter)
+    assert all(source.trained for source in reporter.plan.sources.values())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"trainable": ("vidoe_qformer/*",)}, ConfigError, "matches no weight of those that this run uses"),
+        ({"trainable": ("audio_qformer/*",)}, ConfigError, "matches no weight of those that this run uses"),
+        ({"batch_size": 6}, ConfigError, "batch_size 6 does not divide over 8 places of the mesh"),
+        ({"mesh": dataclasses.replace(ONE, data=3)}, ConfigError, "has 3 places for 8 devices"),
+        ({"model": "nowhere"}, CheckpointError, "no such model directory"),
+        ({"init": "nowhere"}, CheckpointError, "no such model directory"),
+        ({"datasets": (DatasetConfig(path="nowhere"),)}, DataError, "no such records directory"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(tiny_model, records, tmp_path, options, error, message):
+    config = config_of(tiny_model, records, **{"batch_size": 8, "mesh": ONE, **options})
+    with pytest.raises(error, match=message):
+        train(config, tmp_path / "run", Quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_in_the_same_directory_is_refused(tiny_model, records, stage1):
+    config = config_of(tiny_model, records, steps=4, batch_size=8, checkpoint=CheckpointConfig(every=2), mesh=ONE)
+    with pytest.raises(ConfigError, match=r"holds a run with another config .*steps was 3, now 4"):
+        train(config, stage1, Quiet())
+
+
+def test_a_directory_of_other_things_is_refused(tiny_model, records, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        train(config_of(tiny_model, records, batch_size=8, mesh=ONE), tmp_path, Quiet())
+
+
+def test_two_runs_into_one_directory_are_refused(tiny_model, records, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = config_of(tiny_model, records, batch_size=8, mesh=ONE)
+    with checkpoint.locked(run, "taken"), pytest.raises(CheckpointError, match="another process is training into it"):
+        train(config, run, Quiet())
+
+
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_model, records, stage1, tmp_path, caplog):
+    import shutil
+
+    run = shutil.copytree(stage1, tmp_path / "run")
+    for file in (run / "step_3/weights").rglob("d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    config = config_of(tiny_model, records, steps=3, batch_size=8, checkpoint=CheckpointConfig(every=2), mesh=ONE)
+    train(config, run, Quiet())
+    assert "going back to the checkpoint before it" in caplog.text
+    assert_same_run(run, stage1)
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(tiny_model, records, tmp_path):
+    config = config_of(tiny_model, records, steps=8, batch_size=8, mesh=ONE, checkpoint=CheckpointConfig(every=2))
+    exploding = dataclasses.replace(config, optim=OptimConfig(lr=1e30, min_lr=1e30, warmup_steps=0))
+    with pytest.raises(VllamaError, match=r"step \d: the loss is nan .*mp4|png.*; the last good checkpoint is kept"):
+        train(exploding, tmp_path / "run", Quiet())
+
+
+def test_broken_and_short_samples_are_masked_and_named(tiny_model, tmp_path):
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    media_fixtures.write_video(folder / "good.mp4", num_frames=12)
+    media_fixtures.write_video(folder / "short.mp4", num_frames=3)
+    (folder / "broken.mp4").write_bytes((folder / "good.mp4").read_bytes()[:700])
+    lines = [json.dumps({"video": f"{name}.mp4", "caption": "a"}) for name in ("good", "short", "broken")]
+    (folder / "all.jsonl").write_text("\n".join(lines))
+    build("jsonl", folder, tmp_path / "records")
+    config = config_of(tiny_model, tmp_path / "records", steps=2, batch_size=8, mesh=ONE)
+    train(config, tmp_path / "run", Quiet())
+    quarantined = [json.loads(line) for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
+    assert {line["sample"] for line in quarantined} == {"short.mp4", "broken.mp4"}
+    assert any("too short" in line["why"] for line in quarantined)
+    masked = [json.loads(line)["masked"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert sum(masked) > 2
+
+
+@SLOW
+def test_validation(tiny_model, records, clip, tmp_path):
+    config = config_of(tiny_model, records, steps=2, batch_size=8, mesh=ONE)
+    held = tuple(dataclasses.replace(dataset, held_out=1) for dataset in config.datasets)
+    looks = dataclasses.replace(config.validation, every=1, batches=2, clips=(str(clip),), max_new_tokens=5)
+    train(dataclasses.replace(config, datasets=held, validation=looks), tmp_path / "run", Quiet())
+    found = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in found if "validation_loss" in line] == [1, 2]
+    assert [line["clip"] for line in found if "answer" in line] == [str(clip)] * 2
+
+
+def test_the_smoke_run_and_its_plot(tmp_path):
+    """As in the README, shorter."""
+    process = command(Path("smoke"), tmp_path / "run", "--steps", "4", "--checkpoint.every", "2")
+    assert process.wait() == 0, process.stderr.read()
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]
+    plot = subprocess.run([VLLAMA, "plot", str(tmp_path / "run")], capture_output=True, text=True, check=True)
+    assert "loss.png: steps 1 to 4" in plot.stdout
+    assert (tmp_path / "run/loss.png").read_bytes().startswith(b"\x89PNG")
+    dry = command(Path("smoke"), tmp_path / "run", "--dry-run")
+    assert dry.wait() == 0
+    assert "on each device: " in dry.stderr.read()
