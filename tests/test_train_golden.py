@@ -169,7 +169,7 @@ def test_losses_and_gradients(golden, settings, cases, name):
         assert np.abs(gradient - reference).max() <= 1e-4 * np.abs(reference).max(), path
 
 
-@pytest.mark.parametrize(("branch", "accumulation"), [("vision", 1), ("audio", 3)])
+@pytest.mark.parametrize(("branch", "accumulation"), [("vision", 1), pytest.param("audio", 3, marks=pytest.mark.slow)])
 def test_three_steps_of_adamw(golden, golden_model, cases, branch, accumulation):
     case = cases[f"s1_{branch}_adamw3"]
     hyper = case["hyper"]

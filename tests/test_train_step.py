@@ -114,7 +114,7 @@ def test_parts_of_a_batch_add_up():
             assert other[name] == pytest.approx(one[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", "none"])
+@pytest.mark.parametrize("remat", ["dots", pytest.param("none", marks=SLOW)])
 def test_what_is_computed_again_does_not_change_the_numbers(remat):
     again, stored = Trainer(config_of()), Trainer(config_of(remat=remat))
     one, other = again(batch_of("vision")), stored(batch_of("vision"))
@@ -146,12 +146,14 @@ def test_dropout_differs_from_step_to_step_and_not_from_run_to_run():
     assert len(set(first)) == 3
 
 
+@SLOW
 def test_dropout_is_the_same_however_the_batch_is_split():
     config = config_of(dropout=0.1)
     alone, split = Trainer(config), Trainer(config, (2, 2, 1))
     np.testing.assert_allclose(losses(split, "vision", 2), losses(alone, "vision", 2), rtol=1e-5)
 
 
+@SLOW
 def test_gradients_are_clipped_to_a_norm_when_asked():
     """Adam does not feel a scale; its second moment does."""
     free, clipped = Trainer(config_of()), Trainer(config_of(optim=dataclasses.replace(OPTIM, clip_norm=1e-3)))
