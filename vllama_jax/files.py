@@ -1,10 +1,17 @@
-"""Files that users name: whether there is one, with what it should hold and not a stand-in for it."""
+"""Files that users name: whether there is one, with what it should hold and not a stand-in for it; and our cache."""
 
+import os
 from pathlib import Path
 
 from vllama_jax.errors import VllamaError
 
 LFS_POINTER = b"version https://git-lfs"
+
+
+def cache_folder() -> Path:
+    """Where we keep what can be made again: $VLLAMA_CACHE, else vllama_jax in $XDG_CACHE_HOME (~/.cache)."""
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("VLLAMA_CACHE") or caches / "vllama_jax")
 
 
 def first_bytes(path: str | Path, error: type[VllamaError], count: int = 32) -> bytes:

@@ -1,165 +1,142 @@
 """vllama data."""
 
-import concurrent.futures
+import contextlib
 import json
-import statistics
-from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Union
 
 import tyro
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from vllama_jax.data.records import Records, open_records
-from vllama_jax.errors import DataError, VllamaError
-from vllama_jax.media import as_file, mel_clips, read_audio, read_image, read_video
+from vllama_jax.data.sources import SourceName
+from vllama_jax.errors import DataError
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
+LISTED = 20  # annotations that the build left out
 
 
-def with_config(arguments: list[str]) -> tuple[Any, list[str]]:
-    """The command, and its arguments: `data` has commands of its own."""
-    known = {"build": build, "check": check, "stats": stats}
-    if arguments and arguments[0] in known:
-        return known[arguments[0]], arguments[1:]
-    return data, arguments
-
-
-def data(command: tyro.conf.Positional[Literal["build", "check", "stats"]], /) -> None:
-    """Training data: build records, check them, describe them. `vllama data build --help` tells more.
+def build(name: tyro.conf.Positional[SourceName], /, *, source: Path, out: Path) -> None:
+    """Make a records directory of annotations and the files that they are about.
 
     Example: vllama data build jsonl --source clips --out records
 
     Args:
-        command: What to do.
-    """
-
-
-def build(
-    name: tyro.conf.Positional[Literal["webvid", "llava_cc3m", "minigpt4", "llava_instruct", "videochat", "jsonl"]],
-    /,
-    *,
-    source: Path,
-    out: Path,
-) -> None:
-    """Make a records directory of annotations and files.
-
-    Example: vllama data build jsonl --source clips --out records
-
-    Args:
-        name: How the source is laid out: a published dataset, or a JSONL file of one's own.
-        source: The folder that the dataset was unpacked to.
+        name: How the source is laid out: as a published dataset, or as a JSONL file of your own.
+        source: The folder that the dataset was unpacked to; for jsonl also the file itself.
         out: The records directory to make.
     """
     from vllama_jax.data.build import build as make
 
-    built = make(name, source, out)
-    counts = ", ".join(f"{count} {kind}" for kind, count in built.kinds.items())
-    print(f"{out}: {counts} records, {built.bytes / 1e6:.1f} MB")
+    with _bar() as report:
+        built = make(name, source, out, report)
+    size = _megabytes(sum(built.sizes.values()))
+    print(f"{out}: {', '.join(f'{count} {kind}' for kind, count in built.kinds.items())} records, {size}")
     if built.skipped:
-        print(f"  left out, {len(built.skipped)} annotations (skipped.jsonl); the first: {': '.join(built.skipped[0])}")
+        print(f"  left out: {built.skipped} annotations ({out / 'skipped.jsonl'}); the first: {built.first_skipped}")
 
 
 def check(
-    records: tyro.conf.Positional[Path],
+    records: tyro.conf.Positional[str],
     /,
     *,
     model: Path | None = None,
     num_frames: int = 8,
     json_output: Json = False,
 ) -> None:
-    """Decode every record, and list what training would leave out: missing, unreadable, too short.
+    """Decode every record and list what training would leave out: unreadable, too short, empty. Exits with 1 if any is.
 
     Example: vllama data check records --model MODEL
 
     Args:
-        records: The records directory.
+        records: The records directory, or its URL (gs://, s3://).
         model: Count tokens as this model's tokenizer cuts them.
         num_frames: A video with fewer is too short.
         json_output: Print one JSON object.
     """
+    from vllama_jax.data.check import count_tokens, find_unusable
+    from vllama_jax.data.records import open_records
+
+    if num_frames < 1:
+        raise DataError(f"--num-frames must be at least 1, not {num_frames}")
     opened = open_records(records)
-    skipped = [json.loads(line) for line in (records / "skipped.jsonl").read_text().splitlines()]
-    numbers = track(range(len(opened)), "checking", console=Console(stderr=True), transient=True)
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        problems = [found for found in pool.map(lambda number: _problem(opened, number, num_frames), numbers) if found]
-    summary = {"records": len(opened), "skipped": skipped, "problems": problems}
-    if model is not None:
-        summary["tokens"] = _tokens(opened, model)
-    if json_output:
-        print(json.dumps(summary))
-    else:
-        for found in [*skipped, *problems]:
-            print(f"{found['id']}: {found['why']}")
-        if "tokens" in summary:
-            print("tokens: {total} in all, {mean} a record, {longest} at most".format(**summary["tokens"]))
-        print(
-            f"{records}: {len(opened)} records, {len(problems)} of them cannot be used; {len(skipped)} left out before"
+    tokenizer = _tokenizer(model) if model is not None else None
+    skipped = list(opened.skipped())
+    with _bar() as report:
+        findings = find_unusable(opened, num_frames, lambda count: report("records", count, len(opened)))
+    found = [{"record": one.record, "id": one.id, "why": one.why} for one in findings]
+    summary: dict[str, Any] = {"records": len(opened), "problems": found, "skipped": skipped}
+    if tokenizer is not None:
+        summary["tokens"] = count_tokens(opened, tokenizer).as_dict()
+    print(json.dumps(summary) if json_output else "\n".join(_check_lines(records, summary)))
+    if findings:
+        raise DataError(
+            f"{records}: {len(findings)} of {len(opened)} records cannot be used; training leaves them out, "
+            "unless you mend their files and build again"
         )
-    if problems:
-        raise DataError(f"{records}: {len(problems)} of {len(opened)} records cannot be used; training leaves them out")
 
 
-def stats(records: tyro.conf.Positional[Path], /, *, json_output: Json = False) -> None:
+def stats(records: tyro.conf.Positional[str], /, *, json_output: Json = False) -> None:
     """Tell how many records of each kind there are, and how much is said of them.
 
     Example: vllama data stats records
 
     Args:
-        records: The records directory.
+        records: The records directory, or its URL (gs://, s3://).
         json_output: Print one JSON object.
     """
-    opened = open_records(records)
-    summary = {}
-    for kind, numbers in opened.kinds.items():
-        annotations = [opened.annotation(number) for number in numbers]
-        if not annotations:
-            continue
-        answers = [len(answer) for annotation in annotations for _, answer in annotation.turns]
-        summary[kind] = {
-            "records": len(annotations),
-            "files": len({annotation.id for annotation in annotations}),
-            "turns": len(answers),
-            "characters_of_answers": {"mean": round(statistics.mean(answers), 1), "longest": max(answers)},
-        }
+    from vllama_jax.data.check import describe
+    from vllama_jax.data.records import open_records
+
+    described = describe(open_records(records))
     if json_output:
-        print(json.dumps(summary))
+        print(json.dumps(described))
         return
-    for kind, found in summary.items():
-        said = found["characters_of_answers"]
-        print(
-            f"{kind}: {found['records']} records of {found['files']} files, {found['turns']} turns, "
-            f"answers of {said['mean']} characters, {said['longest']} at most"
-        )
+    for kind, found in described.items():
+        size, turns = _megabytes(found["bytes"]), found["turns"]
+        print(f"{kind}: {found['records']} records of {found['files']} files, {size}, {turns} turns")
+        for what in ("questions", "answers"):
+            print("  {}: {mean} characters, {longest} at most".format(what, **found[f"characters_of_{what}"]))
 
 
-def _problem(records: Records, number: int, num_frames: int) -> dict[str, str] | None:
-    """Why a record cannot be used, if so."""
-    name = f"record {number}"
-    try:
-        annotation = records.annotation(number)
-        name = annotation.id
-        with as_file(records.media(number), name) as path:
-            if annotation.kind == "image":
-                read_image(path)
-            elif annotation.kind == "audio":
-                sound = read_audio(path)
-                mel_clips(sound.waveform, sound.sample_rate)
-            elif len(frames := read_video(path, num_frames, audio=False).frames) < num_frames:
-                return {"id": name, "why": f"too short, {len(frames)} frames of {num_frames}"}
-    except VllamaError as error:
-        return {"id": name, "why": str(error)}
-    return None
+data = Union[  # noqa: UP007  (tyro reads a command for each member)
+    tuple(
+        Annotated[Any, tyro.conf.subcommand(name=command.__name__, constructor=command)]
+        for command in (build, check, stats)
+    )
+]
 
 
-def _tokens(records: Records, model: Path) -> dict[str, Any]:
+def _check_lines(records: str, summary: dict[str, Any]) -> Iterator[str]:
+    for found in summary["problems"]:
+        yield f"record {found['record']}, {found['id']}: {found['why']}"
+    skipped = summary["skipped"]
+    for found in skipped[:LISTED]:
+        yield f"left out by the build, {found['id']}: {found['why']}"
+    if len(skipped) > LISTED:
+        yield f"left out by the build, {len(skipped) - LISTED} more: {records}/skipped.jsonl"
+    if "tokens" in summary:
+        yield "tokens: {total} in all, {mean} a record, {longest} at most".format(**summary["tokens"])
+    usable = summary["records"] - len(summary["problems"])
+    yield f"{records}: {usable} of {summary['records']} records can be used"
+
+
+def _tokenizer(model: Path) -> Any:
     from vllama_jax.checkpoint import open_model
 
-    tokenizer = open_model(model).tokenizer
-    counts = Counter()
-    for number in range(len(records)):
-        turns = records.annotation(number).turns
-        counts[number] = sum(len(tokenizer.encode(text, special=False)) for turn in turns for text in turn)
-    total = sum(counts.values())
-    return {"total": total, "mean": round(total / len(counts), 1), "longest": max(counts.values())}
+    return open_model(model).tokenizer
+
+
+@contextlib.contextmanager
+def _bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal, and what moves it: (what is counted, how many are done, of how many or 0)."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, whole: bar.update(task, description=what, completed=done, total=whole or None)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

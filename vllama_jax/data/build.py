@@ -1,148 +1,181 @@
-"""Annotations and files → a records directory, by TFDS, without TensorFlow. Media go through one file at a time."""
+"""Annotations and files → a records directory. Nothing is held in memory but a few files at a time."""
 
-import contextlib
+import array
 import dataclasses
-import io
+import importlib.metadata
 import json
+import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import tensorflow_datasets as tfds
 import xxhash
 
 from vllama_jax.checkpoint import new_directory
-from vllama_jax.data.records import FORMAT, KINDS, SPLIT, Annotation
-from vllama_jax.data.sources import SOURCES
+from vllama_jax.data.ahead import in_order
+from vllama_jax.data.datasets import Media, Texts, shard_counts, text_example, write_dataset
+from vllama_jax.data.records import FORMAT, KINDS, Annotation, Kind
+from vllama_jax.data.sources import SOURCES, Entry, Skipped
 from vllama_jax.errors import DataError
 from vllama_jax.files import first_bytes
 from vllama_jax.params import write_json
 
-Examples = Iterable[dict[str, Any]]
+READ_AHEAD = 4  # files held in memory
+CHECK_AHEAD = 16  # files whose first bytes are read
+
+Progress = Callable[[str, int, int], None]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Built:
-    """What became of a source. skipped: annotations that were left out, each with why."""
+    """What became of a source.
 
-    kinds: dict[str, int]
-    skipped: list[tuple[str, str]]
-    bytes: int
+    Attributes:
+        kinds: How many records there are of each kind.
+        sizes: How many bytes of media.
+        skipped: How many annotations were left out; skipped.jsonl lists them.
+        first_skipped: The first of them, and why; empty if there is none.
+    """
+
+    kinds: dict[Kind, int]
+    sizes: dict[Kind, int]
+    skipped: int = 0
+    first_skipped: str = ""
 
 
-def build(name: str, source: Path, out: Path, progress: Callable[[int, int], None] = lambda done, all: None) -> Built:
-    """Writes a records directory; `out` appears when it is whole. `progress` hears how many files of all are done.
+def build(name: str, source: Path, out: Path, progress: Progress = lambda what, done, whole: None) -> Built:
+    """Writes a records directory; `out` appears when it is whole.
 
+    progress: told (what, done, whole): "annotations" looked at (whole is 0: not known), "files" packed.
     Raises DataError for a source that is not laid out as `name` says, or of which nothing can be used; CheckpointError
     when `out` exists or cannot be written.
     """
     if name not in SOURCES:
         raise DataError(f"no source {name!r}; choose one of {', '.join(SOURCES)}")
     if not source.exists():
-        raise DataError(f"{source}: no such file or folder")
-    entries, skipped = _usable(name, source)
-    if not entries:
-        why = f"; the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
-        raise DataError(f"{source}: none of its {len(skipped)} annotations can be used{why}")
-    digest, written = xxhash.xxh3_128(), 0
-
-    def media() -> Iterator[dict[str, Any]]:
-        nonlocal written
-        for number, (annotation, path) in enumerate(entries):
-            data = path.read_bytes()
-            digest.update(json.dumps(dataclasses.astuple(annotation)).encode())
-            digest.update(data)
-            written += len(data)
-            yield {"id": annotation.id, "media": data}
-            progress(number + 1, len(entries))
-
+        raise DataError(f"{source}: no such file or folder; name the source's folder")
     tfds.disable_progress_bar()
     with new_directory(out) as directory:
-        texts = (_text_example(annotation) for annotation, _ in entries)
-        _write(Texts(texts, data_dir=directory / "tfds", file_format="array_record"), directory / "texts")
-        _write(Media(media(), data_dir=directory / "tfds", file_format="array_record"), directory / "media")
-        shutil.rmtree(directory / "tfds")
-        kinds = Counter(annotation.kind for annotation, _ in entries)
-        lines = [json.dumps({"id": one, "why": why}) + "\n" for one, why in skipped]
-        (directory / "skipped.jsonl").write_text("".join(lines))
-        fields = {"format": FORMAT, "name": name, "kinds": dict(kinds), "digest": digest.hexdigest()}
-        write_json(directory / "manifest.json", fields)
-    return Built(dict(kinds), skipped, written)
+        plan = _Plan(directory / "plan")
+        built = plan.fill(_looked_at(SOURCES[name](source)), directory / "skipped.jsonl", progress)
+        if not plan.media_sizes:
+            why = f"; the first: {built.first_skipped}" if built.skipped else ""
+            raise DataError(f"{source}: none of its {built.skipped} annotations can be used{why}")
+        digest = _write_datasets(plan, directory, progress)
+        shutil.rmtree(plan.folder)
+        _write_manifest(directory, name, built, digest)
+    return built
 
 
-def _usable(name: str, source: Path) -> tuple[list[tuple[Annotation, Path]], list[tuple[str, str]]]:
-    """Entries whose file is there, in the order of kinds, and what is left out."""
-    entries, skipped = [], []
-    for entry in SOURCES[name](source):
-        if isinstance(entry[0], str):
-            skipped.append(entry)
-            continue
+class _Plan:
+    """What is going to be written: in a file for each kind, as there may be millions, and the sizes of it all."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.media_sizes, self.text_sizes = array.array("q"), array.array("q")
+        folder.mkdir()
+
+    def fill(self, entries: Iterable[Entry | Skipped], skipped: Path, progress: Progress) -> Built:
+        """Sorts entries by kind; what is left out goes to the file `skipped`."""
+        media = {kind: array.array("q") for kind in KINDS}
+        texts = {kind: array.array("q") for kind in KINDS}
+        files = {kind: (self.folder / kind).open("w", encoding="utf-8") for kind in KINDS}
+        built = Built({}, {})
+        with skipped.open("w", encoding="utf-8") as left_out:
+            for number, (annotation, found) in enumerate(entries, 1):
+                if isinstance(annotation, str):
+                    built.first_skipped = built.first_skipped or f"{annotation}: {found}"
+                    built.skipped += 1
+                    left_out.write(json.dumps({"id": annotation, "why": found}) + "\n")
+                else:
+                    line = json.dumps([*dataclasses.astuple(annotation), str(found)]) + "\n"
+                    files[annotation.kind].write(line)
+                    media[annotation.kind].append(found.stat().st_size)
+                    texts[annotation.kind].append(len(line))
+                progress("annotations", number, 0)
+        for kind in KINDS:
+            files[kind].close()
+            self.media_sizes += media[kind]
+            self.text_sizes += texts[kind]
+            if media[kind]:
+                built.kinds[kind], built.sizes[kind] = len(media[kind]), sum(media[kind])
+        return built
+
+    def __iter__(self) -> Iterator[tuple[Annotation, Path]]:
+        """What was filled in, in the order of records."""
+        for kind in KINDS:
+            with (self.folder / kind).open(encoding="utf-8") as file:
+                for line in file:
+                    name, _, turns, media_at, path = json.loads(line)
+                    yield Annotation(name, kind, tuple(map(tuple, turns)), media_at), Path(path)
+
+
+def _looked_at(entries: Iterator[Entry | Skipped]) -> Iterator[Entry | Skipped]:
+    """Entries without a usable file become skipped ones. Threads look, as on a network file system that takes long."""
+
+    def look(entry: Entry | Skipped) -> Entry | Skipped:
         annotation, path = entry
-        try:
-            first_bytes(path, DataError)
-        except DataError as error:
-            skipped.append((annotation.id, str(error)))
-        else:
-            entries.append((annotation, path))
-    return sorted(entries, key=lambda entry: KINDS.index(entry[0].kind)), skipped
+        if isinstance(annotation, Annotation):
+            try:
+                first_bytes(path, DataError)
+            except DataError as error:
+                return annotation.id, str(error)
+        return entry
+
+    return in_order(look, entries, CHECK_AHEAD)
 
 
-def _text_example(annotation: Annotation) -> dict[str, Any]:
-    questions, answers = zip(*annotation.turns, strict=True)
-    return {
-        "id": annotation.id,
-        "kind": annotation.kind,
-        "questions": list(questions),
-        "answers": list(answers),
-        "media_at": annotation.media_at,
+def _write_datasets(plan: _Plan, directory: Path, progress: Progress) -> str:
+    """Writes texts/ and media/. Returns the digest of all of them: each annotation, then each file, with lengths."""
+    digest = xxhash.xxh3_128()
+
+    def hashed(data: bytes) -> bytes:
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+        return data
+
+    def texts() -> Iterator[dict[str, Any]]:
+        for annotation, _ in plan:
+            hashed(json.dumps(dataclasses.astuple(annotation)).encode())
+            yield text_example(annotation)
+
+    def media() -> Iterator[dict[str, Any]]:
+        read = in_order(lambda line: (line[0], _read(line[1])), plan, READ_AHEAD)
+        for number, (annotation, data) in enumerate(read, 1):
+            yield {"id": annotation.id, "media": hashed(data)}
+            progress("files", number, len(plan.media_sizes))
+
+    place = {"data_dir": directory / "tfds"}
+    write_dataset(Texts(texts(), shard_counts(plan.text_sizes), **place), directory / "texts")
+    write_dataset(Media(media(), shard_counts(plan.media_sizes), **place), directory / "media")
+    shutil.rmtree(directory / "tfds")
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read any more ({error.strerror}); build the records again") from error
+
+
+def _write_manifest(directory: Path, name: str, built: Built, digest: str) -> None:
+    """The last file, after all others are on disk."""
+    files = sorted(path for part in ("texts", "media") for path in (directory / part).iterdir())
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+    packages = ("vllama-jax", "tensorflow-datasets", "array_record")
+    fields = {
+        "format": FORMAT,
+        "name": name,
+        "kinds": built.kinds,
+        "sizes": built.sizes,
+        "digest": digest,
+        "skipped": built.skipped,
+        "versions": {package: importlib.metadata.version(package) for package in packages},
+        "files": {str(path.relative_to(directory)): path.stat().st_size for path in files},
     }
-
-
-class _Builder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A TFDS dataset of given examples, in their order."""
-
-    VERSION = tfds.core.Version("1.0.0")
-    FEATURES: tfds.features.FeaturesDict
-
-    def __init__(self, examples: Examples, **options: Any):
-        self._examples = examples
-        super().__init__(**options)
-
-    def _info(self) -> tfds.core.DatasetInfo:
-        return tfds.core.DatasetInfo(builder=self, features=self.FEATURES, disable_shuffling=True)
-
-    def _split_generators(self, _: Any) -> dict[str, Iterator[tuple[int, dict[str, Any]]]]:
-        return {SPLIT: enumerate(self._examples)}
-
-    def _generate_examples(self) -> None:
-        """Never called: the split is given as a generator."""
-
-
-class Texts(_Builder, skip_registration=True):
-    """What is said of each file."""
-
-    FEATURES = tfds.features.FeaturesDict(
-        {
-            "id": tfds.features.Text(),
-            "kind": tfds.features.Text(),
-            "questions": tfds.features.Sequence(tfds.features.Text()),
-            "answers": tfds.features.Sequence(tfds.features.Text()),
-            "media_at": tfds.features.Scalar(np.int64),
-        }
-    )
-
-
-class Media(_Builder, skip_registration=True):
-    """The files, as they were on disk."""
-
-    FEATURES = tfds.features.FeaturesDict({"id": tfds.features.Text(), "media": tfds.features.Text()})
-
-
-def _write(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
-    """Builds, and moves what TFDS wrote under name and version to one folder."""
-    with contextlib.redirect_stdout(io.StringIO()):  # it talks of downloads
-        builder.download_and_prepare()
-    Path(builder.data_path).rename(folder)
+    write_json(directory / "manifest.json", fields)

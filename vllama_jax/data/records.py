@@ -1,18 +1,22 @@
 """Records directories: what `vllama data build` makes, and a run reads.
 
-manifest.json   format, name, how many of each kind, digest     skipped.jsonl   annotations that were left out, and why
-texts/          what is said of each file     media/   the files as they were on disk     (both TFDS, array_record)
+manifest.json   format, name, numbers, digest, sizes of files    skipped.jsonl   annotations left out, and why
+texts/          what is said of each file                        media/          the files as they were on disk
 
-Texts and media are apart, in the same order, so that every host can read the texts of a whole global batch, and the
-media of its own rows only. All videos come first, then all images, then all sounds.
+texts/ and media/ are TFDS datasets (array_record) in the same order: apart, so that every host can read the texts of
+a whole global batch and the media of its own rows only. All videos come first, then all images, then all sounds.
 """
 
 import dataclasses
 import functools
+import itertools
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from vllama_jax.data.remote import local_copy
 from vllama_jax.errors import DataError, VllamaError
 from vllama_jax.params import read_json
 
@@ -23,7 +27,7 @@ SPLIT = "train"  # TFDS's name for all of a dataset
 Kind = Literal["video", "image", "audio"]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Annotation:
     """What is said of one file.
 
@@ -42,33 +46,62 @@ class Annotation:
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """An opened records directory. Files are opened at the first reading, so that it can be sent to another process.
+    """An opened records directory. It holds no file open itself, so that it can be sent to another process.
 
-    kinds: the record numbers of each kind. digest: of all texts and media.
+    Attributes:
+        path: The directory.
+        name: Of the source that it was built from.
+        kinds: The record numbers of each kind.
+        digest: Of all texts and media, in order (xxh3_128).
+        sizes: How many bytes of media there are of each kind.
     """
 
     path: Path
     name: str
     kinds: dict[Kind, range]
     digest: str
+    sizes: dict[Kind, int] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return sum(map(len, self.kinds.values()))
 
     def annotation(self, number: int) -> Annotation:
         """Raises DataError for a record that cannot be read."""
-        found = _read(str(self.path / "texts"), number)
-        turns = zip(map(_text, found["questions"]), map(_text, found["answers"]), strict=True)
-        return Annotation(_text(found["id"]), _text(found["kind"]), tuple(turns), int(found["media_at"]))
+        found = self._read("texts", number)
+        questions, answers = ([text.decode() for text in found[name]] for name in ("questions", "answers"))
+        turns = tuple(zip(questions, answers, strict=True))
+        return Annotation(found["id"].decode(), found["kind"].decode(), turns, int(found["media_at"]))
 
     def media(self, number: int) -> bytes:
         """The file's bytes. Raises DataError for a record that cannot be read."""
-        return _read(str(self.path / "media"), number)["media"]
+        return self._read("media", number)["media"]
+
+    def skipped(self) -> Iterator[dict[str, str]]:
+        """The annotations that were left out: {"id", "why"}."""
+        path = self.path / "skipped.jsonl"
+        try:
+            with path.open(encoding="utf-8") as file:
+                yield from map(json.loads, file)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read ({error}); build the records again") from error
+
+    def _read(self, part: str, number: int) -> dict[str, Any]:
+        from google.protobuf.message import DecodeError
+
+        folder = str(self.path / part)
+        try:
+            return _dataset(folder, self.digest)[number]
+        except (ValueError, IndexError, OSError, RuntimeError, DecodeError) as error:
+            why = f"record {number} cannot be read ({_one_line(error)})"
+            raise DataError(f"{folder}: {why}; copy or build the records again") from error
 
 
 def open_records(path: str | os.PathLike[str]) -> Records:
-    """Raises DataError when `path` is no records directory, is of another version, or is not whole."""
-    path = Path(path)
+    """A URL's files are copied to this machine first (data/remote.py).
+
+    Raises DataError when `path` is no records directory, is of another format, or is not whole.
+    """
+    path = local_copy(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such records directory; `vllama data build` makes one")
     if not (path / "manifest.json").exists():
@@ -77,41 +110,56 @@ def open_records(path: str | os.PathLike[str]) -> Records:
         manifest = read_json(path / "manifest.json")
     except VllamaError as error:
         raise DataError(f"{error}; build the records again") from error
-    made = manifest.get("format")
-    if made != FORMAT:
+    if manifest.get("format") != FORMAT:
+        made = manifest.get("format")
         raise DataError(f"{path}: records of format {made!r}, this version reads {FORMAT}; build them again")
-    try:
-        counts, name, digest = manifest["kinds"], manifest["name"], manifest["digest"]
-        kinds, first = {}, 0
-        for kind in KINDS:
-            kinds[kind] = range(first, first + counts.get(kind, 0))
-            first += counts.get(kind, 0)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{path / 'manifest.json'}: incomplete ({error}); build the records again") from error
+    records = _from_manifest(path, manifest)
+    _check_files(path, manifest["files"])
     for part in ("texts", "media"):
-        if len(_source(str(path / part))) != first:
+        if len(_dataset(str(path / part), records.digest)) != len(records):
             raise DataError(f"{path / part}: not as many records as manifest.json says; build them again")
-    return Records(path, name, kinds, digest)
+    return records
 
 
-def _read(folder: str, number: int) -> dict[str, Any]:
+def _from_manifest(path: Path, manifest: dict[str, Any]) -> Records:
+    where = path / "manifest.json"
     try:
-        return _source(folder)[number]
-    except (ValueError, IndexError, OSError, RuntimeError) as error:
-        raise DataError(f"{folder}: record {number} cannot be read ({' '.join(str(error).split())[:200]})") from error
+        counts, sizes, files = (manifest[name] for name in ("kinds", "sizes", "files"))
+        numbers = [*counts.values(), *sizes.values(), *files.values()]
+        if not all(type(number) is int and number >= 0 for number in numbers) or {*counts, *sizes} - {*KINDS}:
+            raise ValueError("its numbers are none")
+        ends = itertools.accumulate(counts.get(kind, 0) for kind in KINDS)
+        kinds = {kind: range(end - counts.get(kind, 0), end) for kind, end in zip(KINDS, ends, strict=True)}
+        return Records(path, str(manifest["name"]), kinds, str(manifest["digest"]), sizes)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise DataError(f"{where}: incomplete ({_one_line(error)}); build the records again") from error
+
+
+def _check_files(path: Path, sizes: dict[str, int]) -> None:
+    """TFDS would notice only when it reads there."""
+    for name, size in sizes.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError as error:
+            raise DataError(f"{path / name}: {error.strerror}; copy or build the records again") from error
+        if found != size:
+            raise DataError(f"{path / name}: {found} of its {size} bytes are there; copy or build the records again")
 
 
 @functools.cache
-def _source(folder: str) -> Any:
-    """TFDS's random access to a dataset, without TensorFlow."""
+def _dataset(folder: str, digest: str) -> Any:
+    """TFDS's random access to a dataset, which threads share; it opens each file when it first reads there.
+
+    digest: another one when the directory was built anew. A fork shares its parent's open files, which is safe (every
+    read names its place); opening them anew in a fork is not: array_record 0.8.6 crashes there once the parent used it.
+    """
     import tensorflow_datasets as tfds
 
     try:
         return tfds.builder_from_directory(folder).as_data_source(split=SPLIT)
-    except (ValueError, OSError, RuntimeError, AssertionError, tfds.core.DatasetNotFoundError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{folder}: cannot be read ({reason}); build the records again") from error
+    except (ValueError, KeyError, OSError, RuntimeError, AssertionError, tfds.core.DatasetNotFoundError) as error:
+        raise DataError(f"{folder}: cannot be read ({_one_line(error)}); build the records again") from error
 
 
-def _text(value: bytes | str) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

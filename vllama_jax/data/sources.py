@@ -1,170 +1,187 @@
 """Annotations as their publishers give them → what is said of each file, and where the file is.
 
-Each function takes the folder that it was unpacked to, and yields entries; what cannot be used of it is a string that
-says which annotation that is, and why.
+One function for each source: it takes the folder that the source was unpacked to and yields entries in the source's
+order, (annotation, path) or, of what cannot be used, (id, why). Files themselves are not looked at here. A layout that
+is not the source's is a DataError.
 """
 
 import csv
 import json
-import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from vllama_jax.data.records import Annotation, Kind
+from vllama_jax.data.turns import Turns, Unusable, caption_turns, message_turns, pair_turns, place_media
 from vllama_jax.errors import DataError
 
+SourceName = Literal["webvid", "llava_cc3m", "minigpt4", "llava_instruct", "videochat", "jsonl"]
 Entry = tuple[Annotation, Path]
-Skipped = tuple[str, str]  # an annotation's id, and why it is left out
+Skipped = tuple[str, str]
 
-COCO_PREFIX = "COCO_train2014_"  # LLaVA-Instruct names the pictures without it
-HUMANS = ("human", "user")
-MODELS = ("gpt", "assistant")
-MARK = re.compile(r"<(image|video|audio)>")
-JSONL_KEYS = "one of video, image, audio; and caption, conversations, messages, QA, or question and answer"
+COCO_PREFIX = "COCO_train2014_"  # LLaVA-Instruct names the pictures without it (reference: llava_instruct_dataset.py)
+FILE_KEYS: dict[str, Kind] = {"video": "video", "image": "image", "audio": "audio", "sound": "audio"}
+KEYS_HELP = (
+    "a line has one of video, image, audio, sound; and one of caption, text, conversations, messages, QA, or question "
+    "and answer"
+)
 
 
 def webvid(source: Path) -> Iterator[Entry | Skipped]:
-    """WebVid: csv files with videoid, page_dir and name, and videos/PAGE_DIR/VIDEOID.mp4."""
+    """WebVid: annotations/*.csv with videoid, page_dir and name, and videos/PAGE_DIR/VIDEOID.mp4.
+
+    In the original's configs the folder is filter_annotations, in its README filter_annotation with a 0.tsv.
+    """
     names = ("annotations", "filter_annotations", "filter_annotation")
-    folder = next((source / name for name in names if (source / name).is_dir()), source)
-    tables = sorted(folder.glob("*.csv"))
+    tables = sorted(path for name in names for path in (source / name).glob("*.[ct]sv"))
     if not tables:
-        raise DataError(f"{source}: no csv file in {names[0]}/; WebVid's annotations are expected there")
+        raise DataError(f"{source}: no .csv file in annotations/; WebVid's table is expected there")
     for table in tables:
-        with table.open(newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            if missing := {"videoid", "page_dir", "name"} - set(rows.fieldnames or ()):
-                raise DataError(f"{table}: no column {', '.join(sorted(missing))}; is it WebVid's?")
-            for row in rows:
-                name = f"{row['page_dir']}/{row['videoid']}.mp4"
-                caption = (row["name"] or "").strip()
-                yield _captioned(name, "video", caption, source / "videos" / name)
+        for place, row in _rows(table, {"videoid", "page_dir", "name"}):
+            name = f"{row['page_dir']}/{row['videoid']}.mp4" if row["page_dir"] and row["videoid"] else None
+            caption = (row["name"] or "").strip()  # as the original does, here only
+            yield _entry(place, name, "video", source / "videos", caption_turns, caption)
 
 
-def captions(source: Path) -> Iterator[Entry | Skipped]:
-    """LLaVA-CC3M and MiniGPT-4's cc_sbu_align: filter_cap.json with image_id and caption, and image/IMAGE_ID.jpg."""
-    fields = _json(source / "filter_cap.json")
-    for entry in _entries(
-        fields.get("annotations") if isinstance(fields, dict) else fields, source / "filter_cap.json"
-    ):
-        name = f"{entry.get('image_id')}.jpg"
-        yield _captioned(name, "image", str(entry.get("caption") or ""), source / "image" / name)
+def image_captions(source: Path) -> Iterator[Entry | Skipped]:
+    """LLaVA-CC3M and MiniGPT-4's cc_sbu_align: filter_cap.json with image_id and caption, and image/IMAGE_ID.jpg.
+
+    LLaVA itself publishes CC3M as metadata.json (image, caption) or chat.json (image, conversations that end with the
+    caption), with the pictures in images/ or beside it.
+    """
+    names = ("filter_cap.json", "metadata.json", "chat.json")
+    table = next((source / name for name in names if (source / name).exists()), source / names[0])
+    folder = next((source / name for name in ("image", "images") if (source / name).is_dir()), source)
+    found = _json(table)
+    for place, entry in _entries(found.get("annotations") if isinstance(found, dict) else found, table):
+        name = f"{entry['image_id']}.jpg" if "image_id" in entry else entry.get("image")
+        if "caption" in entry:
+            yield _entry(place, name, "image", folder, caption_turns, entry["caption"])
+        else:
+            yield _entry(place, name, "image", folder, _told_caption, entry.get("conversations"))
 
 
 def llava_instruct(source: Path) -> Iterator[Entry | Skipped]:
     """LLaVA-Instruct-150K: llava_instruct_150k.json, and COCO's train2014/COCO_train2014_IMAGE."""
-    path = source / "llava_instruct_150k.json"
-    for entry in _entries(_json(path), path):
-        name = str(entry.get("image"))
-        name = name if name.startswith(COCO_PREFIX) else COCO_PREFIX + name
-        yield _spoken(name, "image", _messages(entry.get("conversations")), source / "train2014" / name)
+    table = source / "llava_instruct_150k.json"
+    for place, entry in _entries(_json(table), table):
+        name = entry.get("image")
+        if isinstance(name, str) and not name.startswith(COCO_PREFIX):
+            name = COCO_PREFIX + name
+        yield _entry(place, name, "image", source / "train2014", message_turns, entry.get("conversations"))
 
 
 def videochat(source: Path) -> Iterator[Entry | Skipped]:
     """VideoChat-11K: videochat_instruct_11k.json with video and QA, and videos/VIDEO."""
-    path = source / "videochat_instruct_11k.json"
-    for entry in _entries(_json(path), path):
-        name = str(entry.get("video"))
-        yield _spoken(name, "video", _pairs(entry.get("QA")), source / "videos" / name)
+    table = source / "videochat_instruct_11k.json"
+    for place, entry in _entries(_json(table), table):
+        yield _entry(place, entry.get("video"), "video", source / "videos", pair_turns, entry.get("QA"))
 
 
 def jsonl(source: Path) -> Iterator[Entry | Skipped]:
-    """One's own: a JSONL file, or a folder with one, whose lines name a file beside it and say something of it."""
-    if source.is_dir():
-        files = sorted(source.glob("*.jsonl"))
-        if len(files) != 1:
-            raise DataError(f"{source}: {len(files)} .jsonl files in it; name the one with the annotations")
-        (source,) = files
-    if not source.is_file():
-        raise DataError(f"{source}: no such file or folder; name a .jsonl file")
-    for number, line in enumerate(source.read_text(encoding="utf-8").splitlines(), 1):
-        if line.strip():
-            yield _own(line, f"{source}, line {number}", source.parent)
+    """One's own: a JSONL file, or the folder with it; each line names a file and says something of it.
+
+    The file's path is absolute or starts at the JSONL's folder. See KEYS_HELP.
+    """
+    table = _find_jsonl(source)
+    try:
+        with table.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _own_entry(f"line {number}", line, table)
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{table}: cannot be read ({error})") from error
 
 
-SOURCES: dict[str, Callable[[Path], Iterator[Entry | Skipped]]] = {
+SOURCES: dict[SourceName, Callable[[Path], Iterator[Entry | Skipped]]] = {
     "webvid": webvid,
-    "llava_cc3m": captions,
-    "minigpt4": captions,
+    "llava_cc3m": image_captions,
+    "minigpt4": image_captions,
     "llava_instruct": llava_instruct,
     "videochat": videochat,
     "jsonl": jsonl,
 }
 
 
-def _own(line: str, where: str, folder: Path) -> Entry | Skipped:
+def _entry(place: str, name: Any, kind: Kind, folder: Path, read: Callable[[Any], Turns], said: Any) -> Entry | Skipped:
+    """What `read` makes of what is said of the file called `name` in `folder`. `place`: of the annotation."""
+    if not isinstance(name, str) or not name:
+        return place, f"it names no {kind} file"
+    try:
+        turns, media_at = place_media(read(said), kind)
+    except Unusable as error:
+        return name, str(error)
+    return Annotation(name, kind, turns, media_at), folder / name
+
+
+def _own_entry(place: str, line: str, table: Path) -> Entry | Skipped:
     try:
         entry = json.loads(line)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not JSON ({error})") from error
-    keys = {"video": "video", "image": "image", "audio": "audio", "sound": "audio"}
-    named = [key for key in keys if isinstance(entry, dict) and isinstance(entry.get(key), str)]
+        raise DataError(f"{table}, {place}: not JSON ({error})") from error
+    named = [key for key in FILE_KEYS if isinstance(entry, dict) and key in entry]
     if len(named) != 1:
-        raise DataError(f"{where}: it must name one file; a line has {JSONL_KEYS}")
-    name, kind = entry[named[0]], keys[named[0]]
+        raise DataError(f"{table}, {place}: it must name one file; {KEYS_HELP}")
+    name, kind = entry[named[0]], FILE_KEYS[named[0]]
+    for key in ("conversations", "messages"):
+        if key in entry:
+            return _entry(place, name, kind, table.parent, message_turns, entry[key])
+    if "QA" in entry:
+        return _entry(place, name, kind, table.parent, pair_turns, entry["QA"])
+    if "question" in entry and "answer" in entry:
+        return _entry(place, name, kind, table.parent, pair_turns, [entry])
     for key in ("caption", "text"):
-        if isinstance(entry.get(key), str):
-            return _captioned(name, kind, entry[key].strip(), folder / name)
-    if "conversations" in entry or "messages" in entry:
-        turns = _messages(entry.get("conversations", entry.get("messages")))
-    elif "QA" in entry:
-        turns = _pairs(entry["QA"])
-    elif isinstance(entry.get("question"), str) and isinstance(entry.get("answer"), str):
-        turns = [(entry["question"], entry["answer"])]
-    else:
-        raise DataError(f"{where}: it says nothing of its file; a line has {JSONL_KEYS}")
-    return _spoken(name, kind, turns, folder / name)
+        if key in entry:
+            return _entry(place, name, kind, table.parent, caption_turns, entry[key])
+    raise DataError(f"{table}, {place}: it says nothing of its file; {KEYS_HELP}")
 
 
-def _captioned(name: str, kind: Kind, caption: str, path: Path) -> Entry | Skipped:
-    return (Annotation(name, kind, (("", caption),)), path) if caption else (name, "it has no caption")
+def _told_caption(messages: Any) -> Turns:
+    """The last answer alone: the question before it asks for a caption."""
+    return caption_turns(message_turns(messages)[-1][1])
 
 
-def _spoken(name: str, kind: Kind, turns: list[tuple[str, str]], path: Path) -> Entry | Skipped:
-    """An entry of questions and answers; the mark of where a picture stands becomes a number."""
-    turns = [(question, answer.strip()) for question, answer in turns if answer.strip()]
-    if not turns:
-        return name, "it has no question with an answer"
-    question, answer = turns[0]
-    mark = MARK.search(question)
-    media_at = mark.start() if mark and kind == "image" else 0
-    if kind == "image":
-        question = MARK.sub("", question) if mark else f" {question}"
-    elif mark:
-        question = MARK.sub("", question).strip()
-    return Annotation(name, kind, ((question, answer), *turns[1:]), media_at), path
+def _find_jsonl(source: Path) -> Path:
+    if not source.is_dir():
+        return source
+    if (source / "annotations.jsonl").exists():
+        return source / "annotations.jsonl"
+    tables = sorted(source.glob("*.jsonl"))
+    if len(tables) != 1:
+        found = f"{len(tables)} .jsonl files" if tables else "no .jsonl file"
+        raise DataError(f"{source}: {found} in it; name the one with the annotations")
+    return tables[0]
 
 
-def _messages(messages: Any) -> list[tuple[str, str]]:
-    """Turns of LLaVA's and ShareGPT's lists of messages; what the model says first answers nothing and is left out."""
-    turns, question = [], None
-    for message in messages if isinstance(messages, list) else []:
-        fields = message if isinstance(message, dict) else {}
-        who, said = fields.get("from", fields.get("role")), fields.get("value", fields.get("content"))
-        if who in HUMANS and isinstance(said, str):
-            question = said
-        elif who in MODELS and isinstance(said, str) and question is not None:
-            turns.append((question, said))
-            question = None
-    return turns
-
-
-def _pairs(pairs: Any) -> list[tuple[str, str]]:
-    found = [pair for pair in pairs if isinstance(pair, dict)] if isinstance(pairs, list) else []
-    return [(str(pair.get("q") or ""), str(pair.get("a") or "")) for pair in found]
-
-
-def _json(path: Path) -> Any:
+def _rows(table: Path, columns: set[str]) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Rows of a table with a header, each with its place. Tabs or commas, whatever the file's name."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); the annotations are expected there") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not JSON ({error})") from error
+        with table.open(newline="", encoding="utf-8-sig") as file:
+            delimiter = "\t" if "\t" in file.readline() else ","
+            file.seek(0)
+            rows = csv.DictReader(file, delimiter=delimiter)
+            if missing := sorted(columns - set(rows.fieldnames or ())):
+                raise DataError(f"{table}: no column {', '.join(missing)}; is it the published table?")
+            for row in rows:
+                yield f"{table.name}, line {rows.line_num}", row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table}: cannot be read ({error}); download it again") from error
 
 
-def _entries(found: Any, path: Path) -> Iterable[dict[str, Any]]:
-    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-        raise DataError(f"{path}: not a list of annotations; is it the published file?")
-    return found
+def _json(table: Path) -> Any:
+    try:
+        return json.loads(table.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(f"{table}: no such file, and the annotations are expected there; check --source") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{table}: cannot be read ({error})") from error
+    except json.JSONDecodeError as error:
+        raise DataError(f"{table}: not JSON ({error}); download it again") from error
+
+
+def _entries(found: Any, table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each annotation with its place; what is no object has nothing in it and is skipped for that."""
+    if not isinstance(found, list):
+        raise DataError(f"{table}: not a list of annotations; is it the published file?")
+    for number, entry in enumerate(found, 1):
+        yield f"annotation {number}", entry if isinstance(entry, dict) else {}

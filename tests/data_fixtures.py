@@ -1,0 +1,30 @@
+"""Sources made up in a folder. `build` does not decode media, so that any bytes do where nothing else reads them."""
+
+import json
+from pathlib import Path
+
+from vllama_jax.data.build import build
+from vllama_jax.data.records import Annotation, open_records
+
+
+def lay(folder: Path, contents: dict[str, object]) -> Path:
+    """A folder of these files; lists and dicts are written as JSON."""
+    for name, content in contents.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not isinstance(content, bytes):
+            content = (content if isinstance(content, str) else json.dumps(content)).encode()
+        path.write_bytes(content)
+    return folder
+
+
+def lines(*entries: dict) -> str:
+    return "".join(json.dumps(entry) + "\n" for entry in entries)
+
+
+def built(name: str, source: Path, out: Path) -> tuple[list[Annotation], dict[str, str]]:
+    """What comes back of a source, and why what is missing was left out."""
+    build(name, source, out)
+    records = open_records(out)
+    annotations = [records.annotation(number) for number in range(len(records))]
+    return annotations, {found["id"]: found["why"] for found in records.skipped()}

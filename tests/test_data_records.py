@@ -1,0 +1,305 @@
+"""Records directories: what is read is what was built, from any process, and what is not whole is not opened."""
+
+import functools
+import json
+import multiprocessing
+import os
+import pickle
+import resource
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import pytest
+import tensorflow_datasets as tfds
+from data_fixtures import built, lay, lines
+
+from vllama_jax.data import datasets
+from vllama_jax.data.ahead import in_order
+from vllama_jax.data.build import build
+from vllama_jax.data.records import Records, open_records
+from vllama_jax.errors import CheckpointError, DataError
+
+COUNT = 40
+
+
+def content(number: int) -> bytes:
+    return bytes([number]) * (1000 + number)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory) -> Path:
+    """Videos and pictures by turns."""
+    names = [f"{number}.{'jpg' if number % 2 else 'mp4'}" for number in range(COUNT)]
+    text = lines(*({"image" if "jpg" in name else "video": name, "caption": f"it is {name}"} for name in names))
+    files = {name: content(number) for number, name in enumerate(names)}
+    return lay(tmp_path_factory.mktemp("data") / "source", {"a.jsonl": text, **files})
+
+
+@pytest.fixture
+def out(source, tmp_path, monkeypatch) -> Path:
+    """Records in several files of about four each."""
+    monkeypatch.setattr(datasets, "SHARD_BYTES", 4000)
+    build("jsonl", source, tmp_path / "out")
+    return tmp_path / "out"
+
+
+def numbers_of(records: Records) -> list[int]:
+    """The numbers that media show, each checked against its annotation."""
+    found = []
+    for place in range(len(records)):
+        data, annotation = records.media(place), records.annotation(place)
+        assert data == content(data[0])
+        assert annotation.turns == (("", f"it is {annotation.id}"),)
+        assert annotation.id.split(".")[0] == str(data[0])
+        found.append(data[0])
+    return found
+
+
+def test_bytes_and_order_come_back(out):
+    records = open_records(str(out))
+    assert len(list((out / "media").glob("*array_record*"))) > 5
+    assert numbers_of(records) == [*range(0, COUNT, 2), *range(1, COUNT, 2)]
+    assert records.kinds == {"video": range(20), "image": range(20, 40), "audio": range(40, 40)}
+    assert records.sizes == {"video": sum(len(content(n)) for n in range(0, 40, 2)), "image": 20 * 1020}
+    assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "media", "skipped.jsonl", "texts"]
+
+
+def test_tfds_reads_both_parts(out):
+    for part in ("texts", "media"):
+        examples = tfds.builder_from_directory(out / part).as_data_source(split="train")
+        assert len(examples) == COUNT
+        assert examples[0]["id"] == b"0.mp4"
+
+
+def test_the_digest_is_of_the_content(source, out, tmp_path):
+    build("jsonl", source, tmp_path / "again")  # in other files
+    assert open_records(tmp_path / "again").digest == open_records(out).digest
+    other = shutil.copytree(source, tmp_path / "other")
+    (other / "3.jpg").write_bytes(b"\x03")
+    build("jsonl", other, tmp_path / "changed")
+    assert open_records(tmp_path / "changed").digest != open_records(out).digest
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_other_processes_read(out, start):
+    records = open_records(out)
+    records.media(0)  # a file is open in this process
+    with multiprocessing.get_context(start).Pool(1) as pool:
+        assert pool.apply(numbers_of, [records]) == numbers_of(records)
+
+
+def test_threads_read_together(out):
+    records = pickle.loads(pickle.dumps(open_records(out)))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(records.media, [*range(COUNT)] * 5))
+    assert found == [records.media(number) for number in range(COUNT)] * 5
+
+
+def test_records_built_anew_in_one_place_are_read_anew(source, tmp_path):
+    text = {"video": "0.mp4", "caption": "old"}
+    for caption in ("old", "new"):
+        table = lay(tmp_path / "source", {"a.jsonl": lines({**text, "caption": caption}), "0.mp4": b"0"})
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        (annotation,), _ = built("jsonl", table, tmp_path / "out")
+        assert annotation.turns == (("", caption),)
+
+
+@pytest.mark.parametrize("part", ["texts", "media"])
+def test_missing_and_truncated_files(out, part):
+    file = max((out / part).glob("*array_record*"))
+    data = file.read_bytes()
+    file.write_bytes(data[:1000])
+    with pytest.raises(DataError, match=rf"{file.name}: 1000 of its {len(data)} bytes are there"):
+        open_records(out)
+    file.unlink()
+    with pytest.raises(DataError, match=rf"{file.name}: No such file or directory; copy or build the records again"):
+        open_records(out)
+
+
+def test_a_damaged_record_and_one_that_is_not_there(out):
+    records = open_records(out)
+    file = min((out / "media").glob("*array_record*"))
+    data = bytearray(file.read_bytes())
+    start = data.index(content(0)[:500])
+    data[start : start + 9] = b"\xff" * 9
+    file.write_bytes(data)
+    with pytest.raises(DataError, match=r"media: record 0 cannot be read \(.*hash mismatch") as caught:
+        records.media(0)
+    assert "\n" not in str(caught.value)
+    assert records.media(1) == content(2)
+    with pytest.raises(DataError, match="record 40 cannot be read"):
+        records.annotation(40)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"kinds": {"clip": 1}}, {"kinds": {"video": -1}}, {"kinds": 3}, {"files": None}, {"sizes": {"video": "1"}}],
+)
+def test_a_manifest_that_is_none(out, fields):
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, **fields}))
+    with pytest.raises(DataError, match=r"manifest\.json: incomplete"):
+        open_records(out)
+
+
+def test_records_of_another_version(out):
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
+    with pytest.raises(DataError, match="records of format 2, this version reads 1; build them again"):
+        open_records(out)
+    (out / "manifest.json").write_text(json.dumps({**manifest, "kinds": {"video": 9}}))
+    with pytest.raises(DataError, match=r"not as many records as manifest\.json says"):
+        open_records(out)
+
+
+def test_directories_that_are_no_records(tmp_path):
+    with pytest.raises(DataError, match="not a records directory"):
+        open_records(tmp_path)
+    (tmp_path / "manifest.json").write_text("[")
+    with pytest.raises(DataError, match=r"is not JSON.*; build the records again"):
+        open_records(tmp_path)
+
+
+@pytest.fixture
+def bucket(out, tmp_path, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
+    """The records, in a place that is not on disk."""
+    monkeypatch.setenv("VLLAMA_CACHE", str(tmp_path / "cache"))
+    files = fsspec.filesystem("memory")
+    files.put(str(out), "/bucket/records", recursive=True)
+    yield files
+    files.store.clear()
+
+
+def test_a_url_is_copied_here_once(bucket, monkeypatch):
+    records = open_records("memory://bucket/records")
+    assert numbers_of(records) == [*range(0, COUNT, 2), *range(1, COUNT, 2)]
+    part = next((records.path / "media").glob("*array_record*"))
+    part.unlink()  # as if it had been stopped on the way
+    copied = []
+    get_file = bucket.get_file
+    monkeypatch.setattr(type(bucket), "get_file", lambda self, *paths: (copied.append(paths[0]), get_file(*paths)))
+    assert open_records("memory://bucket/records").path == records.path
+    assert [Path(path).name for path in copied] == [part.name]
+
+
+def test_a_url_that_cannot_be_read(bucket):
+    with pytest.raises(DataError, match=r"memory://bucket/none: nothing of ours \(no manifest"):
+        open_records("memory://bucket/none")
+    with pytest.raises(
+        DataError, match=r"nowhere://bucket: cannot be copied here \(Protocol not known: nowhere\); mount it"
+    ):
+        open_records("nowhere://bucket")
+
+
+class Stop(Exception):
+    """Stands for whatever ends a build."""
+
+
+@pytest.mark.parametrize("place", ["annotations", "files"])
+def test_a_build_that_is_stopped_leaves_nothing(source, tmp_path, place):
+    def progress(what: str, done: int, whole: int) -> None:
+        if (what, done) == (place, 30):
+            raise Stop
+
+    with pytest.raises(Stop):
+        build("jsonl", source, tmp_path / "out", progress)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_vanishes_on_the_way(source, tmp_path):
+    copied = shutil.copytree(source, tmp_path / "source")
+
+    def progress(what: str, done: int, whole: int) -> None:
+        if what == "files":
+            (copied / "39.jpg").unlink(missing_ok=True)
+
+    with pytest.raises(DataError, match=r"39\.jpg: cannot be read any more"):
+        build("jsonl", copied, tmp_path / "out", progress)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def _build_on_a_full_disk(source: Path, out: Path) -> str:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))
+    try:
+        build("jsonl", source, out)
+    except CheckpointError as error:
+        return str(error)
+    return "built"
+
+
+def test_a_full_disk_is_one_line(source, tmp_path):
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        message = pool.apply(_build_on_a_full_disk, [source, tmp_path / "out"])
+    assert message.startswith(f"{tmp_path / 'out'}: cannot be written (")
+    assert "File too large" in message
+    assert "\n" not in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_how_records_are_spread_over_files(monkeypatch):
+    monkeypatch.setattr(datasets, "SHARD_BYTES", 100)
+    assert datasets.shard_counts([60, 60, 60, 60, 10]) == [2, 2, 1]
+    assert datasets.shard_counts([1000, 1, 99, 1000]) == [1, 2, 1]
+    assert datasets.shard_counts([5]) == [1]
+    counts = datasets.shard_counts([100] * 10000)
+    assert len(counts) <= datasets.MAX_SHARDS + 1
+    assert sum(counts) == 10000
+
+
+def test_media_are_not_held_in_memory(tmp_path):
+    """Nor is TensorFlow needed for it, as it is for TFDS's own ways to keep an order."""
+    megabytes, copies = 4, 30
+    with (tmp_path / "big.mp4").open("wb") as file:
+        file.truncate(megabytes * 2**20)
+    (tmp_path / "a.jsonl").write_text(lines(*[{"video": "big.mp4", "caption": "a dog"}] * copies))
+    code = (
+        "import resource, sys; from pathlib import Path; from vllama_jax.data.build import build; "
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; before = peak(); "
+        f"build('jsonl', Path({str(tmp_path)!r}), Path({str(tmp_path / 'out')!r})); "
+        "print(peak() - before, 'tensorflow' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    grown, tensorflow = done.stdout.split()
+    assert int(grown) < megabytes * copies * 0.7
+    assert tensorflow == "False"
+    assert len(open_records(tmp_path / "out")) == copies
+
+
+def test_work_done_ahead_is_bounded_and_in_order():
+    running, most, lock = set(), [0], threading.Lock()
+
+    def slow(number: int) -> int:
+        with lock:
+            running.add(number)
+            most[0] = max(most[0], len(running))
+        time.sleep(0.001 * (number % 3))
+        with lock:
+            running.discard(number)
+        return number
+
+    assert list(in_order(slow, iter(range(50)), 4)) == list(range(50))
+    assert 1 < most[0] <= 4
+    taken = []
+    endless = in_order(lambda number: number, map(functools.partial(_note, taken), iter(int, 1)), 4)
+    assert [next(endless) for _ in range(3)] == [0, 0, 0]
+    assert len(taken) <= 7
+    endless.close()
+
+
+def _note(taken: list[int], number: int) -> int:
+    taken.append(number)
+    return number
+
+
+def test_importing_records_imports_neither_jax_nor_tfds():
+    code = "import sys, vllama_jax.data.records; print({'jax', 'tensorflow_datasets', 'tensorflow'} & set(sys.modules))"
+    environment = {**os.environ}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert done.stdout.strip() == "set()"

@@ -1,0 +1,233 @@
+"""What each source's annotations become, and what is said of those that cannot be used."""
+
+import json
+
+import pytest
+from data_fixtures import built, lay, lines
+
+from vllama_jax.data.build import build
+from vllama_jax.data.records import Annotation
+from vllama_jax.data.sources import SOURCES
+from vllama_jax.data.turns import Unusable, message_turns, pair_turns, place_media
+from vllama_jax.errors import DataError
+
+
+def messages(*said: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"from": who, "value": text} for who, text in said]
+
+
+def test_webvid(tmp_path):
+    table = 'videoid,page_dir,name\n7,a_b,"A dog, running"\n8,a_b,Gone\n'
+    source = lay(tmp_path / "source", {"annotations/0.csv": table, "videos/a_b/7.mp4": b"7"})
+    annotations, skipped = built("webvid", source, tmp_path / "out")
+    assert annotations == [Annotation("a_b/7.mp4", "video", (("", "A dog, running"),))]
+    assert list(skipped) == ["a_b/8.mp4"]
+
+
+def test_webvid_as_the_originals_readme_lays_it_out(tmp_path):
+    tables = {
+        "filter_annotation/0.tsv": 'videoid\tname\tpage_dir\n1\tA dog, "Rex" \t0_50\n',
+        "filter_annotation/1.csv": "\ufeffvideoid,duration,page_dir,name\n2,PT8S,0_50,Ä cat\n3,PT8S,0_50\n",
+    }
+    source = lay(tmp_path / "source", {**tables, "videos/0_50/1.mp4": b"1", "videos/0_50/2.mp4": b"2"})
+    annotations, skipped = built("webvid", source, tmp_path / "out")
+    assert [(one.id, one.turns) for one in annotations] == [
+        ("0_50/1.mp4", (("", 'A dog, "Rex"'),)),
+        ("0_50/2.mp4", (("", "Ä cat"),)),
+    ]
+    assert skipped == {"0_50/3.mp4": "it has no caption"}
+
+
+@pytest.mark.parametrize("name", ["llava_cc3m", "minigpt4"])
+def test_captions_of_pictures(tmp_path, name):
+    annotations = {"annotations": [{"image_id": "12", "caption": "A wall."}]}
+    source = lay(tmp_path / "source", {"filter_cap.json": annotations, "image/12.jpg": b"12"})
+    assert built(name, source, tmp_path / "out")[0] == [Annotation("12.jpg", "image", (("", "A wall."),))]
+
+
+@pytest.mark.parametrize(
+    ("table", "entry"),
+    [
+        ("metadata.json", {"image": "1.jpg", "caption": "a wall "}),
+        ("chat.json", {"image": "1.jpg", "conversations": messages(("human", "Say.\n<image>"), ("gpt", "a wall "))}),
+    ],
+)
+def test_cc3m_as_llava_publishes_it(tmp_path, table, entry):
+    source = lay(tmp_path / "source", {table: [entry, 7], "images/1.jpg": b"1"})
+    annotations, skipped = built("llava_cc3m", source, tmp_path / "out")
+    assert annotations == [Annotation("1.jpg", "image", (("", "a wall "),))]
+    assert skipped == {"annotation 2": "it names no image file"}
+
+
+def test_llava_instruct(tmp_path):
+    said = [("human", "What is it?\n<image>"), ("gpt", "A wall."), ("human", "Old?"), ("gpt", "Yes.")]
+    entries = [{"image": "1.jpg", "conversations": messages(*said[start:])} for start in (0, 2)]
+    files = {"llava_instruct_150k.json": entries, "train2014/COCO_train2014_1.jpg": b"1"}
+    (first, second), _ = built("llava_instruct", lay(tmp_path / "source", files), tmp_path / "out")
+    assert first.turns == (("What is it?\n", "A wall."), ("Old?", "Yes."))
+    assert first.media_at == len("What is it?\n")
+    assert second == Annotation("COCO_train2014_1.jpg", "image", ((" Old?", "Yes."),))
+
+
+def test_a_name_with_cocos_prefix_keeps_it(tmp_path):
+    entry = {
+        "image": "COCO_train2014_1.jpg",
+        "conversations": messages(("human", "<image>\nWhat?"), ("gpt", "A wall.")),
+    }
+    files = {"llava_instruct_150k.json": [entry], "train2014/COCO_train2014_1.jpg": b"1"}
+    annotations, _ = built("llava_instruct", lay(tmp_path / "source", files), tmp_path / "out")
+    assert annotations == [Annotation("COCO_train2014_1.jpg", "image", (("\nWhat?", "A wall."),))]
+
+
+def test_videochat(tmp_path):
+    entry = {"video": "1.mp4", "QA": [{"i": "Describe.", "q": "What?", "a": "A dog."}, {"q": "Where?", "a": "Here."}]}
+    files = {"videochat_instruct_11k.json": [entry], "videos/1.mp4": b"1"}
+    (found,), _ = built("videochat", lay(tmp_path / "source", files), tmp_path / "out")
+    assert found == Annotation("1.mp4", "video", (("What?", "A dog."), ("Where?", "Here.")))
+
+
+@pytest.mark.parametrize(
+    ("question", "kind", "placed"),
+    [
+        ("What?\n<image>", "image", ("What?\n", 6)),
+        ("Is <image> red?", "image", ("Is  red?", 3)),
+        ("Red?", "image", (" Red?", 0)),
+        ("", "image", ("", 0)),
+        ("<video>\nWhat?", "video", ("What?", 0)),
+        ("What?\n<image>", "video", ("What?", 0)),
+        ("Look at <video> now", "video", ("Look at now", 0)),
+        ("<audio>Loud?", "audio", ("Loud?", 0)),
+    ],
+)
+def test_the_place_of_media(question, kind, placed):
+    turns, media_at = place_media(((question, "a"), ("b", "<image> is a tag")), kind)
+    assert (turns[0][0], media_at) == placed
+
+
+def test_what_comes_before_the_first_question_is_left_out():
+    said = [{"role": role, "content": role} for role in ("system", "assistant", "user", "assistant")]
+    assert message_turns(said) == (("user", "assistant"),)
+    assert message_turns(messages(("Human", "a"), ("GPT", " b\n"))) == (("a", " b\n"),)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        ("text", "it has no list of messages"),
+        ([], "nobody asks anything in it"),
+        (messages(("gpt", "a")), "nobody asks anything in it"),
+        (messages(("human", "a")), "a question without an answer"),
+        (messages(("human", "a"), ("gpt", " ")), "a question without an answer"),
+        (messages(("human", "a"), ("human", "b"), ("gpt", "c")), "its questions and answers do not alternate"),
+        (messages(("human", "a"), ("bing", "b")), "messages from bing; known are human, user, gpt, assistant, model"),
+        ([{"role": "user", "content": [{"type": "text"}]}], "a message that is not text, or does not say whose it is"),
+    ],
+)
+def test_messages_that_cannot_be_used(said, why):
+    with pytest.raises(Unusable) as caught:
+        message_turns(said)
+    assert str(caught.value) == why
+
+
+@pytest.mark.parametrize(
+    ("pairs", "why"),
+    [
+        (None, "it has no list of questions and answers"),
+        ([{"i": "a", "a": "b"}], "an answer without a question"),
+        ([{"q": "a"}], "a question without an answer"),
+    ],
+)
+def test_pairs_that_cannot_be_used(pairs, why):
+    with pytest.raises(Unusable, match=why):
+        pair_turns(pairs)
+
+
+def test_more_places_for_media_than_one():
+    for turns in [(("<image> <image>", "a"),), (("a", "b"), ("<image>", "c"))]:
+        with pytest.raises(Unusable, match="more than one place for media"):
+            place_media(turns, "image")
+
+
+def test_ones_own_lines(tmp_path):
+    elsewhere = lay(tmp_path / "elsewhere", {"5.wav": b"5"}) / "5.wav"
+    entries = [
+        {"video": "1.mp4", "caption": "line\u2028break"},
+        {"image": "2.jpg", "text": "a wall", "license": "CC0"},
+        {
+            "sound": str(elsewhere),
+            "messages": [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "A."}],
+        },
+        {"video": "1.mp4", "QA": [{"question": "Who?", "answer": "Rex."}]},
+        {"video": "1.mp4", "caption": None},
+    ]
+    text = "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
+    files = {"annotations.jsonl": text, "other.jsonl": "", "1.mp4": b"1", "2.jpg": b"2"}
+    annotations, skipped = built("jsonl", lay(tmp_path / "source", files), tmp_path / "out")
+    assert [(one.id, one.kind, one.turns) for one in annotations] == [
+        ("1.mp4", "video", (("", "line\u2028break"),)),
+        ("1.mp4", "video", (("Who?", "Rex."),)),
+        ("2.jpg", "image", (("", "a wall"),)),
+        (str(elsewhere), "audio", (("Hm?", "A."),)),
+    ]
+    assert skipped == {"1.mp4": "it has no caption"}
+
+
+def test_files_that_cannot_be_used_are_skipped(tmp_path):
+    names = ("good.mp4", "gone.mp4", "empty.mp4", "pointer.mp4")
+    files = {"good.mp4": b"1", "empty.mp4": b"", "pointer.mp4": "version https://git-lfs.github.com/spec/v1\n"}
+    text = lines(*({"video": name, "caption": "a dog"} for name in names))
+    annotations, skipped = built("jsonl", lay(tmp_path / "source", {"a.jsonl": text, **files}), tmp_path / "out")
+    assert [one.id for one in annotations] == ["good.mp4"]
+    assert list(skipped) == ["gone.mp4", "empty.mp4", "pointer.mp4"]
+    for name, why in zip(skipped, ("no such file", "the file is empty", "a git-lfs pointer"), strict=True):
+        assert why in skipped[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "files", "message"),
+    [
+        ("webvid", {"annotations/0.csv": "videoid,name\n"}, r"0\.csv: no column page_dir; is it the published table\?"),
+        (
+            "webvid",
+            {"annotations/0.csv": b"videoid,page_dir,name\n1,a,\xff\n"},
+            r"0\.csv: cannot be read .*download it",
+        ),
+        ("webvid", {"annotations/0.csv": 'videoid,page_dir,name\n1,a,"' + "x" * 140000}, r"0\.csv: cannot be read"),
+        ("minigpt4", {"filter_cap.json": "{"}, r"filter_cap\.json: not JSON"),
+        ("minigpt4", {"filter_cap.json": {"annotations": {}}}, r"filter_cap\.json: not a list of annotations"),
+        ("videochat", {"videochat_instruct_11k.json": b'["\xff"]'}, r"11k\.json: cannot be read"),
+        ("jsonl", {"a.jsonl": b'{"video": "\xff"}'}, r"a\.jsonl: cannot be read"),
+        ("jsonl", {"a.jsonl": "\n{broken\n"}, r"a\.jsonl, line 2: not JSON"),
+        ("jsonl", {"a.jsonl": lines({"video": "a.mp4"})}, r"a\.jsonl, line 1: it says nothing of its file"),
+        (
+            "jsonl",
+            {"a.jsonl": lines({"video": "a", "text": "b"})},
+            r"none of its 1 annotations .*: a: .*no such",
+        ),
+        ("jsonl", {"a.jsonl": "[1]\n"}, r"a\.jsonl, line 1: it must name one file"),
+        ("jsonl", {"a.jsonl": lines({"video": "a", "image": "b", "text": "c"})}, r"line 1: it must name one file"),
+        ("jsonl", {"a.jsonl": "", "b.jsonl": ""}, r"source: 2 \.jsonl files in it; name the one"),
+        ("jsonl", {"a.txt": ""}, r"source: no \.jsonl file in it; name the one"),
+        ("jsonl", {"a.jsonl": ""}, r"none of its 0 annotations can be used$"),
+        ("llava", {"a.jsonl": ""}, r"no source 'llava'; choose one of webvid, "),
+    ],
+)
+def test_wrong_sources(tmp_path, name, files, message):
+    source = lay(tmp_path / "source", files)
+    with pytest.raises(DataError, match=message) as caught:
+        build(name, source, tmp_path / "out")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize("name", [name for name in SOURCES if name != "jsonl"])
+def test_an_empty_folder(tmp_path, name):
+    (tmp_path / "source").mkdir()
+    with pytest.raises(DataError, match="expected there"):
+        build(name, tmp_path / "source", tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_no_source_at_all(tmp_path, name):
+    with pytest.raises(DataError, match=r"none: no such file or folder"):
+        build(name, tmp_path / "none", tmp_path / "out")

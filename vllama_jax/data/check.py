@@ -1,0 +1,101 @@
+"""What of a records directory training would leave out, and how much is said in it."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+from vllama_jax.data.ahead import in_order
+from vllama_jax.data.records import Kind, Records
+from vllama_jax.errors import DataError, VllamaError
+from vllama_jax.media import as_file, mel_clips, read_audio, read_image, read_video
+from vllama_jax.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """A record that cannot be used, and why."""
+
+    record: int
+    id: str
+    why: str
+
+
+@dataclasses.dataclass
+class Lengths:
+    """How long some texts are, in characters or tokens."""
+
+    total: int = 0
+    longest: int = 0
+    count: int = 0
+
+    def add(self, length: int) -> None:
+        self.total, self.longest, self.count = self.total + length, max(self.longest, length), self.count + 1
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"total": self.total, "mean": round(self.total / max(self.count, 1), 1), "longest": self.longest}
+
+
+def find_unusable(records: Records, num_frames: int, done: Callable[[int], None] = lambda count: None) -> list[Finding]:
+    """Decodes what training would read of every record. `done` hears how many records were looked at."""
+    findings = []
+    looked_at = in_order(lambda number: _look(records, number, num_frames), range(len(records)), os.cpu_count() or 1)
+    for number, found in enumerate(looked_at, 1):
+        findings += [found] if found else []
+        done(number)
+    return findings
+
+
+def _look(records: Records, number: int, num_frames: int) -> Finding | None:
+    name = f"record {number}"
+    try:
+        annotation = records.annotation(number)
+        name = annotation.id
+        if not all(answer.strip() for _, answer in annotation.turns):
+            return Finding(number, name, "an answer is empty")
+        with as_file(records.media(number), name) as path:
+            if annotation.kind == "image":
+                read_image(path)
+            elif annotation.kind == "audio":
+                sound = read_audio(path)
+                mel_clips(sound.waveform, sound.sample_rate, 1)
+            elif (frames := len(read_video(path, num_frames, audio=False).frames)) < num_frames:
+                return Finding(number, name, f"too short, {frames} frames of {num_frames}")
+    except VllamaError as error:
+        return Finding(number, name, str(error).removeprefix(f"{name}: "))
+    return None
+
+
+def count_tokens(records: Records, tokenizer: Tokenizer) -> Lengths:
+    """Tokens of what is said in each record, without those of prompt and media."""
+    lengths = Lengths()
+    for number in range(len(records)):
+        try:
+            turns = records.annotation(number).turns
+        except DataError:
+            continue  # `find_unusable` lists it
+        lengths.add(sum(len(tokenizer.encode(text, special=False)) for turn in turns for text in turn if text))
+    return lengths
+
+
+def describe(records: Records) -> dict[Kind, dict[str, Any]]:
+    """Of each kind that is there: records, files, bytes, turns, and the characters of questions and answers."""
+    return {kind: _describe(records, kind) for kind, numbers in records.kinds.items() if numbers}
+
+
+def _describe(records: Records, kind: Kind) -> dict[str, Any]:
+    names, questions, answers = set(), Lengths(), Lengths()
+    for number in records.kinds[kind]:
+        annotation = records.annotation(number)
+        names.add(annotation.id)
+        for question, answer in annotation.turns:
+            questions.add(len(question))
+            answers.add(len(answer))
+    return {
+        "records": len(records.kinds[kind]),
+        "files": len(names),
+        "bytes": records.sizes.get(kind, 0),
+        "turns": answers.count,
+        "characters_of_questions": questions.as_dict(),
+        "characters_of_answers": answers.as_dict(),
+    }

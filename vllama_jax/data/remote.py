@@ -1,0 +1,49 @@
+"""Directories that are not on this machine (gs://, s3://, hf://, …): copied here once, by fsspec."""
+
+import os
+from pathlib import Path
+
+import fsspec
+import xxhash
+
+from vllama_jax.errors import DataError
+from vllama_jax.files import cache_folder
+
+
+def local_copy(path: str | os.PathLike[str]) -> Path:
+    """The path itself, or of a URL where its files now lie on this machine: in the cache folder, whole files only.
+
+    What is there already and as large as its original is kept, so that a copy that was stopped goes on, and a second
+    run copies nothing. A directory that has another manifest.json than before goes to another folder.
+
+    Raises DataError when the place cannot be reached, has no manifest.json or does not fit on this machine's disk.
+    """
+    url = str(path)
+    if "://" not in url:
+        return Path(path)
+    try:
+        files, root = fsspec.url_to_fs(url)
+        root = root.rstrip("/")
+        found = sorted(files.find(root, detail=True).items())
+        manifests = b"".join(files.cat_file(source) for source, _ in found if source.endswith("/manifest.json"))
+        if not manifests:
+            raise DataError(f"{url}: nothing of ours (no manifest.json in it); check the URL")
+        target = cache_folder() / "copied" / f"{root.rsplit('/', 1)[-1]}-{xxhash.xxh3_64_hexdigest(manifests)}"
+        for source, info in found:
+            _copy(files, source, info["size"], target / source[len(root) + 1 :])
+    except (OSError, ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(f"{url}: cannot be copied here ({reason}); mount it, or copy it, and name its path") from error
+    return target
+
+
+def _copy(files: fsspec.AbstractFileSystem, source: str, size: int, target: Path) -> None:
+    if target.exists() and target.stat().st_size == size:
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.{os.getpid()}")  # processes of one host may copy at a time
+    try:
+        files.get_file(source, str(partial))
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
