@@ -258,7 +258,11 @@ def restore_arrays(path: Path, wanted: dict[str, Any]) -> "dict[str, jax.Array]"
         lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape), tree
     )
     arguments = ocp.args.PyTreeRestore(tree, restore_args=restore_args, partial_restore=True)
-    checkpointer = ocp.Checkpointer(ocp.PyTreeCheckpointHandler())
+    here = all(leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(tree))
+    alone = {jax.process_index()} if here and jax.process_count() > 1 else None  # no other process is waited for
+    options = ocp.options.MultiprocessingOptions(active_processes=alone)
+    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    checkpointer = ocp.Checkpointer(handler, multiprocessing_options=options)
     try:
         restored = checkpointer.restore(path.absolute(), args=arguments)
     except (ValueError, OSError, KeyError) as error:

@@ -47,7 +47,7 @@ def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
             distributed: One of several processes, of a Slurm job, a TPU pod or GKE.
         """
         keep_compiled_programs()
-        _start(distributed)
+        join_processes(distributed)
         from vllama_jax.train.dry_run import dry_run as try_out
         from vllama_jax.train.loop import train as go
 
@@ -61,7 +61,7 @@ def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
     return train, arguments[1:] if named else arguments
 
 
-def _start(distributed: bool) -> None:
+def join_processes(distributed: bool) -> None:
     """Joins the other processes, which JAX finds by itself, or by its own environment variables."""
     if not distributed:
         return

@@ -8,12 +8,13 @@ labels, so that no host's order shifts.
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.data.features import FeatureCache
 from vllama_jax.data.order import Order, Rows, Stream
 from vllama_jax.data.texts import encode_text, pad_texts, padded_length
 from vllama_jax.errors import DataError, MediaError
@@ -56,7 +57,7 @@ class Decoded:
 class Reader:
     """Reads steps of a run. It holds no file open and no thread, so that it can be sent to another process.
 
-    rows: which rows of the global batch this host has.
+    rows: which rows of the global batch this host has. caches: features to read in place of media, by dataset path.
     """
 
     config: TrainConfig
@@ -64,6 +65,7 @@ class Reader:
     tokenizer: Tokenizer
     order: Order
     rows: Sequence[int]
+    caches: Mapping[str, FeatureCache] = dataclasses.field(default_factory=dict)
 
     def __call__(self, step: int) -> HostBatch:
         return self.read(self.order.rows(step))
@@ -73,7 +75,7 @@ class Reader:
         stream = rows.stream
         longest = max(len(self._text(stream, *sample, self._longest_times(stream)).ids) for sample in rows.samples)
         mine = [rows.samples[row] for row in self.rows]
-        decoded = list(_pool(self.config.data.threads).map(lambda sample: self._decode(stream, *sample), mine))
+        decoded = self.decode_all(stream, mine)
         texts = [self._text(stream, *sample, found.seconds) for sample, found in zip(mine, decoded, strict=True)]
         length = padded_length(longest, self.config.data.lengths)
         problems = {row: found.problem for row, found in enumerate(decoded) if found.problem}
@@ -95,6 +97,8 @@ class Reader:
 
     def media_name(self, stream: Stream) -> str:
         """Under which name a batch holds its media (train/step.py)."""
+        if stream.dataset.path in self.caches:
+            return "features"
         return "mel" if stream.kind == "audio" else "frames"
 
     def _text(self, stream: Stream, record: int, epoch: int, seconds: tuple[float, ...]) -> TrainingText:
@@ -107,11 +111,18 @@ class Reader:
     def _longest_times(self, stream: Stream) -> tuple[float, ...]:
         return (LONGEST_SECONDS,) * self.model.num_frames if stream.kind == "video" else ()
 
+    def decode_all(self, stream: Stream, samples: list[tuple[int, int]]) -> list[Decoded]:
+        """The media of samples (record, epoch), or what was kept of them; decoded side by side."""
+        return list(_pool(self.config.data.threads).map(lambda sample: self._decode(stream, *sample), samples))
+
     def _decode(self, stream: Stream, record: int, epoch: int) -> Decoded:
-        variants = self.config.data.variants
+        cache = self.caches.get(stream.dataset.path)
+        variants = self.config.data.variants or (cache.variants if cache else 0)
         name = stream.records.annotation(record).id
         try:
             variant = epoch % variants if variants else epoch
+            if cache:
+                return Decoded(name, *cache.read(record, variant))
             return self.decode(stream, record, variant)
         except (MediaError, DataError) as error:
             return Decoded(name, None, problem=str(error))
@@ -169,6 +180,9 @@ class Reader:
         return np.stack([np.zeros(shape, dtype) if one.media is None else one.media for one in decoded])
 
     def _media_shape(self, stream: Stream) -> tuple[tuple[int, ...], Any]:
+        if stream.dataset.path in self.caches:
+            cache = self.caches[stream.dataset.path]
+            return cache.shape(stream.kind), cache.dtype
         if stream.kind == "audio":
             tower = self.model.imagebind.audio
             return (self.model.num_clips, tower.num_mel_bins, tower.num_mel_frames), np.float32
@@ -176,8 +190,8 @@ class Reader:
         return (count, self.image_size, self.image_size, 3), np.uint8
 
 
-def batches(reader: Reader, first: int, last: int, cfg: DataConfig) -> Iterator[HostBatch]:
-    """The batches of steps first to last, read ahead. Where it stands is the step, and nothing else."""
+def batches(reader: Callable[[int], Any], first: int, last: int, cfg: DataConfig) -> Iterator[Any]:
+    """What a reader has of steps first to last, read ahead. Where it stands is the step, and nothing else."""
     import grain
 
     ahead = grain.ReadOptions(num_threads=cfg.prefetch, prefetch_buffer_size=cfg.prefetch)

@@ -76,6 +76,8 @@ class DataConfig:
         threads: How many batches are decoded at a time on each host.
         processes: Decode in so many processes in place of threads, each with its share of the threads.
         prefetch: How many batches are ready ahead of the step, at most.
+        features: A directory that `vllama features` made: what the frozen encoders see is read there, and no media.
+            Its variants are taken, unless `variants` asks for fewer.
     """
 
     lengths: tuple[int, ...] = (48, 72, 128, 192, 256, 384, 512)
@@ -85,6 +87,7 @@ class DataConfig:
     threads: int = 8
     processes: int = 0
     prefetch: int = 4
+    features: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vllama_jax import checkpoint, sharding
 from vllama_jax.checkpoint import ModelDirectory
+from vllama_jax.data.features import open_caches
 from vllama_jax.data.order import Order, make_streams
 from vllama_jax.data.pipeline import Reader
 from vllama_jax.data.records import open_records
@@ -182,7 +183,8 @@ def _reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> Reade
     opened = [(dataset, open_records(dataset.path)) for dataset in config.datasets]
     streams = make_streams(opened, config.branch)
     order = Order(streams, config.steps, config.batch_size, config.seed)
-    return Reader(config, directory.config, directory.tokenizer, order, host_rows(config.batch_size, mesh))
+    caches = open_caches(config, directory, opened) if config.data.features else {}
+    return Reader(config, directory.config, directory.tokenizer, order, host_rows(config.batch_size, mesh), caches)
 
 
 def host_rows(batch_size: int, mesh: Mesh) -> list[int]:
@@ -194,10 +196,11 @@ def host_rows(batch_size: int, mesh: Mesh) -> list[int]:
 
 def _leave_out(network: VideoLlama, config: TrainConfig, reader: Reader) -> None:
     """Takes the parts away that take no part in the run: the other branch, and towers for what no dataset has."""
-    kinds = {stream.kind for stream in reader.order.streams}
+    kinds = {stream.kind for stream in reader.order.streams if not reader.caches}  # what is read was encoded before
     unused = set()
     if config.branch == "vision":
         unused |= {"audio_qformer", "audio_positions", "audio_llama_proj", "imagebind"}
+        unused |= set() if kinds or config.validation.clips else {"vit", "ln_vision", "image_qformer"}
     else:
         unused |= {"vit", "ln_vision", "image_qformer", "video_qformer", "frame_positions", "llama_proj"}
     if config.branch == "audio":

@@ -1,0 +1,532 @@
+"""The feature cache: training from it is training on the media; it is taken up where it was left; what does not fit."""
+
+import dataclasses
+import json
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import jax
+import media_fixtures
+import numpy as np
+import pytest
+from PIL import Image
+
+from vllama_jax import checkpoint, sharding
+from vllama_jax.cli import main
+from vllama_jax.data.build import build
+from vllama_jax.data.features import FeatureCache, open_caches
+from vllama_jax.data.records import open_records
+from vllama_jax.errors import CheckpointError, ConfigError, DataError
+from vllama_jax.media.write import write_video
+from vllama_jax.sharding import under
+from vllama_jax.train import features, session
+from vllama_jax.train.config import (
+    AUDIO_BRANCH,
+    CONVERSATION,
+    DataConfig,
+    DatasetConfig,
+    OptimConfig,
+    TrainConfig,
+    ValidationConfig,
+)
+from vllama_jax.train.features import write_features
+from vllama_jax.train.loop import compile_step
+
+SLOW = pytest.mark.slow
+STEPS = 4
+VLLAMA = str(Path(sys.executable).with_name("vllama"))
+
+
+@pytest.fixture
+def fast_compiling():
+    """Half of the time: the compiler leaves out what makes programs fast."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_encoder():
+    """Encoders are loaded and compiled once for all tests."""
+    load, loaded = features.load_encoder, {}
+
+    def load_once(config, directory, kinds):
+        name = (directory.path, config.branch, config.compute_dtype, frozenset(kinds))
+        if name not in loaded:
+            loaded[name] = load(config, directory, kinds)
+        return loaded[name]
+
+    features.load_encoder = load_once
+    yield
+    features.load_encoder = load
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    """Five videos, one of which cannot be decoded, and four pictures, with turns."""
+    folder = tmp_path_factory.mktemp("seen") / "clips"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(5):
+        frames = rng.integers(0, 256, (10 + number, 32, 32, 3)).astype(np.uint8)
+        write_video(folder / f"{number}.mp4", frames, fps=5)
+        lines.append({"video": f"{number}.mp4", "question": "<video>\nWhat?", "answer": f"Video {number}."})
+    broken = (folder / "2.mp4").read_bytes()
+    (folder / "2.mp4").write_bytes(broken[: len(broken) // 2])
+    for number in range(4):
+        Image.fromarray(rng.integers(0, 256, (50, 60, 3)).astype(np.uint8)).save(folder / f"{number}.png")
+        lines.append({"image": f"{number}.png", "question": "<image>\nWhat?", "answer": f"Picture {number}."})
+    return built(folder, lines)
+
+
+@pytest.fixture(scope="module")
+def sounds(tmp_path_factory) -> Path:
+    """Three sounds with captions."""
+    folder = tmp_path_factory.mktemp("heard") / "clips"
+    folder.mkdir()
+    for number in range(3):
+        tone = media_fixtures.tone(1 + number, 16000)
+        media_fixtures.write_sound(folder / f"{number}.wav", tone, 16000, "pcm_s16le", "s16")
+    return built(folder, [{"audio": f"{number}.wav", "caption": f"tone {number}"} for number in range(3)])
+
+
+def built(folder: Path, lines: list[dict]) -> Path:
+    (folder / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = folder.parent / "records"
+    build("jsonl", folder, out)
+    return out
+
+
+def config_of(model, *paths, branch="vision", variants=0, **options) -> TrainConfig:
+    datasets = tuple(DatasetConfig(path=str(path), text=CONVERSATION, frames="head_tail") for path in paths)
+    options = {"trainable": AUDIO_BRANCH} | options if branch == "audio" else options
+    data = DataConfig(lengths=(160,), variants=variants, threads=2)
+    fields = {
+        "steps": STEPS,
+        "batch_size": 8,
+        "remat": "none",
+        "optim": OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=0),
+        "data": data,
+    }
+    return TrainConfig(**{"model": str(model), "branch": branch, "datasets": datasets, **fields, **options})
+
+
+def with_features(config: TrainConfig, out: Path, **options) -> TrainConfig:
+    data = dataclasses.replace(config.data, features=str(out), variants=0)
+    return dataclasses.replace(config, data=dataclasses.replace(data, **options))
+
+
+@pytest.fixture
+def one_device(monkeypatch) -> None:
+    """Training on one of the devices that tests see: splitting has tests of its own, and takes long to compile."""
+    monkeypatch.setattr(session, "make_mesh", lambda _: sharding.make_mesh(devices=jax.devices()[:1]))
+
+
+def losses(config: TrainConfig) -> tuple[list[float], set[str], list[dict[int, str]]]:
+    """Of all steps; the kinds that were seen; and the rows that were masked."""
+    plan = session.plan(config)
+    with under(plan.mesh):
+        state, frozen, step = session.start(plan), session.load_frozen(plan), compile_step(plan)
+        found, problems, kinds = [], [], set()
+        for number in range(config.steps):
+            batch = plan.reader(number)
+            state, metrics = step(state, frozen, session.place(batch.arrays, plan))
+            found.append(float(metrics["loss"]))
+            problems.append(batch.problems)
+            kinds.add(plan.reader.order.rows(number).stream.kind)
+    return found, kinds, problems
+
+
+def opened(config: TrainConfig, out: Path) -> FeatureCache:
+    """The only cache there is."""
+    found = [(dataset, open_records(dataset.path)) for dataset in config.datasets]
+    (cache,) = open_caches(with_features(config, out), checkpoint.open_model(config.model), found).values()
+    return cache
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model, records, tmp_path_factory) -> tuple[TrainConfig, Path]:
+    """A config of the vision branch, and its cache of two variants in three shards. Not to be written to."""
+    config = config_of(tiny_model, records, variants=2)
+    out = tmp_path_factory.mktemp("made") / "features"
+    write_features(config, out, shard_records=4)
+    return config, out
+
+
+@pytest.mark.parametrize("branch", [pytest.param("vision", marks=SLOW), "audio"])
+def test_batches_are_those_of_live_training(tiny_model, records, sounds, tmp_path, branch):
+    paths = (records,) if branch == "vision" else (records, sounds)
+    config = config_of(tiny_model, *paths, branch=branch, variants=2, steps=8)
+    out = tmp_path / "features"
+    written = write_features(config, out, shard_records=4)
+    assert [name for name, _ in written.skipped] == ["2.mp4"]
+    live, cached = session.plan(config), session.plan(with_features(config, out))
+    encode = features.load_encoder(config, live.base, ["video", "image", *(["audio"] if branch == "audio" else [])])
+    masked = 0
+    for step in range(config.steps):
+        stream = live.reader.order.rows(step).stream
+        one, other = live.reader(step), cached.reader(step)
+        expected = np.asarray(encode(stream.kind, one.arrays.pop(live.reader.media_name(stream))))
+        found = other.arrays.pop("features")
+        usable = [row for row in range(8) if row not in one.problems]
+        np.testing.assert_allclose(found[usable], expected[usable], rtol=1e-6, atol=1e-7)
+        assert one.problems == other.problems
+        assert one.names == other.names
+        for name, array in one.arrays.items():
+            np.testing.assert_array_equal(array, other.arrays[name])
+        masked += len(one.problems)
+    assert masked
+
+
+def test_encoders_are_not_loaded_for_training(made):
+    config, out = made
+    parts = {path.split("/")[0] for path in session.plan(with_features(config, out)).skeleton.variables}
+    assert parts == {"video_qformer", "frame_positions", "llama_proj", "llama"}
+
+
+def test_a_clip_to_be_asked_about_needs_the_encoders(made, clip):
+    config, out = made
+    config = dataclasses.replace(config, validation=ValidationConfig(every=1, clips=(str(clip),)))
+    assert "vit/positions" in session.plan(with_features(config, out)).skeleton.variables
+
+
+def test_what_a_cache_holds(made):
+    config, out = made
+    (folder,) = out.iterdir()
+    opened_records = open_records(config.datasets[0].path)
+    assert folder.name == f"records-{opened_records.digest[:8]}"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        *(f"features-0000{shard}-of-00003.array_record" for shard in range(3)),
+        "manifest.json",
+        "skipped-00000-of-00003.jsonl",
+    ]
+    cache = opened(config, out)
+    assert (cache.variants, cache.dtype) == (2, np.float32)
+    assert cache.shape("video") == (8, 32, 48)
+    assert cache.shape("image") == (1, 32, 48)
+    seen, seconds = cache.read(0, 0)
+    assert seen.shape == (8, 32, 48)
+    assert len(seconds) == 8
+    assert sorted(set(seconds)) == list(seconds)
+    assert not np.array_equal(seen, cache.read(0, 1)[0]), "another crop, other frames"
+    seen, seconds = cache.read(8, 1)
+    assert seen.shape == (1, 32, 48)
+    assert seconds == ()
+    with pytest.raises(DataError, match=r"2\.mp4: .*truncated"):
+        cache.read(2, 0)
+    lines = [json.loads(line) for line in (folder / "skipped-00000-of-00003.jsonl").read_text().splitlines()]
+    assert [(line["record"], line["variant"], line["id"]) for line in lines] == [(2, 0, "2.mp4"), (2, 1, "2.mp4")]
+
+
+def test_any_number_of_threads_and_processes_read(made):
+    config, out = made
+    cache = opened(config, out)
+    alone = {place: cache.read(*place)[0] for place in [(record, v) for record in (0, 3, 5, 8) for v in (0, 1)]}
+    sent = pickle.loads(pickle.dumps(cache))
+    assert sent == cache
+    order = [*alone] * 50
+    random.Random(0).shuffle(order)
+    with ThreadPoolExecutor(8) as pool:
+        for place, (found, _) in zip(order, pool.map(lambda place: sent.read(*place), order), strict=True):
+            np.testing.assert_array_equal(found, alone[place])
+
+
+def test_a_stopped_run_is_taken_up_and_gives_the_same_bytes(made, tmp_path, monkeypatch):
+    config, out = made
+    finish, finished = features._ShardFile.finish, []
+
+    def stop(self):
+        if finished:
+            raise KeyboardInterrupt
+        finished.append(self)
+        finish(self)
+
+    monkeypatch.setattr(features._ShardFile, "finish", stop)
+    again = tmp_path / "features"
+    with pytest.raises(KeyboardInterrupt):
+        write_features(config, again, shard_records=4)
+    monkeypatch.undo()
+    assert len(list(again.glob("*/*.array_record"))) == 1
+    with pytest.raises(DataError, match="1 of 3 shards are there; run `vllama features` again, as before"):
+        session.plan(with_features(config, again))
+    heard = []
+    written = write_features(config, again, progress=lambda done, all: heard.append((done, all)))
+    assert (written.kept, written.shards, written.records) == (1, 3, 5)
+    assert heard[-1] == (5, 5)
+    assert [name for name, _ in written.skipped] == ["2.mp4"]
+    assert files(again) == files(out)
+    written = write_features(config, again)
+    assert (written.kept, written.records) == (3, 0)
+    assert files(again) == files(out)
+
+
+def test_a_damaged_shard_is_made_anew(made, tmp_path):
+    config, out = made
+    again = tmp_path / "features"
+    shutil.copytree(out, again)
+    shard = opened(config, again).shard_path(1)
+    whole = shard.read_bytes()
+    damaged = bytearray(whole)
+    damaged[len(whole) // 2] ^= 1
+    shard.write_bytes(damaged)
+    cache = opened(config, again)
+    with pytest.raises(DataError, match=f"{shard.name}: damaged .* remove that file and run `vllama features` again"):
+        [cache.read(record, variant) for record in (4, 5, 6, 7) for variant in (0, 1)]
+    shard.write_bytes(whole[: len(whole) // 2])
+    assert write_features(config, again).kept == 2
+    assert files(again) == files(out)
+
+
+def test_shards_are_dealt_out(made, tmp_path, monkeypatch):
+    """Each process makes its own, and does not look at the others."""
+    config, out = made
+    monkeypatch.setattr(features, "_wait_for_the_others", lambda: None)
+    monkeypatch.setattr(features, "_processes", lambda: (1, 2))
+    assert write_features(config, tmp_path / "f", shard_records=4).shards == 1
+    assert [path.name for path in tmp_path.glob("f/*/*.array_record")] == ["features-00001-of-00003.array_record"]
+    monkeypatch.setattr(features, "_processes", lambda: (0, 2))
+    assert write_features(config, tmp_path / "f", shard_records=4).shards == 2
+    assert files(tmp_path / "f") == files(out)
+
+
+def changed_weights(model: Path, out: Path) -> Path:
+    """The same model, by its manifest with another weight in the image Q-Former."""
+    shutil.copytree(model, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["leaves"]["image_qformer/queries"]["xxh3_128"] = "0" * 32
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
+CHANGES = {
+    "seed was 42, is 7": {"seed": 7},
+    "crop_area was 0.5, is 1": {"data": {"crop_area": 1}},
+    "crop_ratio was 1.33.*, is 2.0": {"data": {"crop_ratio": 2.0}},
+    "dtype was 'float32', is 'bfloat16'": {"compute_dtype": "bfloat16"},
+    "frames was 'head_tail', is 'uniform'": {"frames": "uniform"},
+    "branch was 'vision', is 'audio'": {"branch": "audio", "trainable": AUDIO_BRANCH},
+}
+
+
+@pytest.mark.parametrize("what", CHANGES)
+def test_other_settings_are_refused(made, tmp_path, what):
+    config, out = made
+    options = dict(CHANGES[what])
+    data = dataclasses.replace(config.data, **options.pop("data", {}))
+    datasets = config.datasets
+    if "frames" in options:
+        datasets = (dataclasses.replace(datasets[0], frames=options.pop("frames")),)
+    other = dataclasses.replace(config, data=data, datasets=datasets, **options)
+    with pytest.raises(ConfigError, match=f"records-.*{what}.* give the same, or make the features anew with `vllama"):
+        session.plan(with_features(other, out))
+    before = files(out)
+    with pytest.raises(ConfigError, match=f"holds features made with other settings .*{what}.* another --out"):
+        write_features(other, out)
+    assert files(out) == before
+
+
+def test_other_weights_are_refused(made, tmp_path):
+    config, out = made
+    other = dataclasses.replace(config, model=str(changed_weights(Path(config.model), tmp_path / "model")))
+    with pytest.raises(ConfigError, match=r"other settings than .* \(other weights of image_qformer\); give the same"):
+        session.plan(with_features(other, out))
+
+
+def test_what_does_not_decide_the_features_may_change(made, tmp_path):
+    config, out = made
+    moved = tmp_path / "renamed"
+    shutil.copytree(config.datasets[0].path, moved)
+    datasets = (dataclasses.replace(config.datasets[0], path=str(moved), held_out=1),)
+    session.plan(with_features(dataclasses.replace(config, datasets=datasets, batch_size=8, dropout=0.0), out))
+
+
+def test_other_records_are_refused(made, sounds, tmp_path):
+    config, out = made
+    other = config_of(config.model, sounds, branch="audio")
+    with pytest.raises(DataError, match=r"no features of .*records as it is now \(there are some of records-\w+\)"):
+        session.plan(with_features(other, out))
+    with pytest.raises(DataError, match="none: no such feature cache; `vllama features` makes one"):
+        session.plan(with_features(config, tmp_path / "none"))
+
+
+def test_variants_are_those_of_the_cache_or_fewer(made):
+    config, out = made
+    assert session.plan(with_features(config, out, variants=1)).reader.config.data.variants == 1
+    with pytest.raises(ConfigError, match=r"has 2 variants of each record, data.variants asks for 3; ask for fewer"):
+        session.plan(with_features(config, out, variants=3))
+    with pytest.raises(ConfigError, match="variants was 2, is 3"):
+        write_features(dataclasses.replace(config, data=dataclasses.replace(config.data, variants=3)), out)
+
+
+def test_what_is_cached_cannot_learn(made):
+    config, out = made
+    config = dataclasses.replace(config, trainable=(*config.trainable, "image_qformer/*"))
+    with pytest.raises(ConfigError, match=r"'image_qformer/\*' matches image_qformer/.* data.features has fixed"):
+        session.plan(with_features(config, out))
+
+
+def test_a_manifest_that_is_not_one(made, tmp_path):
+    config, out = made
+    again = tmp_path / "features"
+    shutil.copytree(out, again)
+    (manifest,) = again.glob("*/manifest.json")
+    fields = json.loads(manifest.read_text())
+    for content, what in (
+        ("{", "not JSON"),
+        (json.dumps({**fields, "format": 9}), "features of format 9, this version reads 1"),
+        (json.dumps({"format": 1}), "incomplete"),
+    ):
+        manifest.write_text(content)
+        with pytest.raises(DataError, match=what):
+            session.plan(with_features(config, again))
+
+
+def test_nothing_that_can_be_decoded(tiny_model, tmp_path):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips/0.mp4").write_bytes(b"nothing of a video")
+    paths = built(tmp_path / "clips", [{"video": "0.mp4", "caption": "nothing"}])
+    with pytest.raises(DataError, match=r"none of 1 records can be decoded; the first: 0.mp4: "):
+        write_features(config_of(tiny_model, paths), tmp_path / "features")
+
+
+def test_where_nothing_can_be_written(made, tmp_path):
+    config, out = made
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/features: cannot be written \(Not a directory\)"):
+        write_features(config, tmp_path / "file/features")
+    with pytest.raises(
+        DataError, match=r"records: holds something else \(it has manifest.json\); choose another --out"
+    ):
+        write_features(config, Path(config.datasets[0].path))
+    with (
+        pytest.raises(CheckpointError, match="another process is writing features there"),
+        features._working_folder(out),
+    ):
+        write_features(config, out)
+
+
+def test_a_full_disk(made, tmp_path):
+    config, out = made
+    again = tmp_path / "features"
+    shutil.copytree(out, again)
+    cache = opened(config, again)
+    cache.shard_path(0).unlink()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(DataError, match=r"features-00000-of-00003.*: cannot be written \(.*File too large.*whole"):
+            write_features(config, again)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(again.glob(".partial*"))
+    assert not cache.shard_path(0).exists()
+    write_features(config, again)
+    assert files(again) == files(out)
+
+
+def write_config(path: Path, config: TrainConfig) -> Path:
+    """The config as a Python file, as a user has one."""
+    lines = ["from vllama_jax.config import *", "from vllama_jax.train.config import *", f"config = {config!r}"]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_the_command(made, tmp_path, capsys):
+    config, out = made
+    again = tmp_path / "features"
+    shutil.copytree(out, again)
+    opened(config, again).shard_path(2).unlink()
+    named = str(write_config(tmp_path / "config.py", config))
+    main(["features", named, "--out", str(again)])
+    told = capsys.readouterr().out
+    assert f"{again}: 3 shards, " in told
+    assert "2 of them from before; 1 records encoded, " in told
+    assert "left out, 1 records (skipped-*.jsonl); the first: 2.mp4: " in told
+    assert files(again) == files(out)
+
+
+def test_what_the_command_refuses(made, tmp_path):
+    config, out = made
+    named = str(write_config(tmp_path / "config.py", config))
+    for arguments, what in (
+        ([], "name a run config first: `vllama features vision_stage1 --out DIR`"),
+        (["no_stage", "--out", "x"], "no_stage: no such run config"),
+        ([named, "--out", "x", "--model", "gone"], "gone: no such model directory"),
+        ([named, "--out", "x", "--datasets.0.path", "gone"], "gone: no such records directory"),
+        ([named, "--out", str(out), "--seed", "1"], r"other settings \(seed was 42, is 1\)"),
+        ([named, "--out", str(out), "--shard-records", "-1"], "--shard-records must be at least 0"),
+        ([named, "--out", str(out), "--shard-records", "5"], "shard_records was 4, is 5"),
+    ):
+        with pytest.raises(SystemExit, match=what):
+            main(["features", *arguments])
+    assert not Path("x").exists()
+
+
+@pytest.mark.parametrize(
+    ("branch", "variants"),
+    [("vision", 2), *(pytest.param(*case, marks=SLOW) for case in (("vision", 1), ("audio", 1), ("audio", 2)))],
+)
+@pytest.mark.usefixtures("one_device", "fast_compiling")
+def test_losses_are_those_of_live_training(tiny_model, records, sounds, tmp_path, branch, variants):
+    paths = (records,) if branch == "vision" else (records, sounds)
+    steps = STEPS if branch == "vision" else 2 * STEPS
+    config = config_of(tiny_model, *paths, branch=branch, variants=variants, dropout=0.1, steps=steps, batch_size=4)
+    write_features(config, tmp_path / "features", shard_records=4)
+    live, kinds, problems = losses(config)
+    assert kinds == ({"video", "image"} if branch == "vision" else {"video", "image", "audio"})
+    cached = losses(with_features(config, tmp_path / "features"))
+    np.testing.assert_allclose(cached[0], live, rtol=1e-6)
+    assert cached[1:] == (kinds, problems)
+
+
+@SLOW
+def test_killed_at_any_time(made, tmp_path):
+    config, out = made
+    named = str(write_config(tmp_path / "config.py", config))
+    again = tmp_path / "features"
+    arguments = [VLLAMA, "features", named, "--out", str(again), "--shard-records", "4"]
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": "8"}
+    for delay in (0.0, 0.05, 0.2):
+        process = subprocess.Popen(arguments, env=environment)
+        while not list(again.glob(".partial-0/*")) and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(delay)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(arguments, env=environment, check=True)
+    assert files(again) == files(out)
+
+
+@SLOW
+def test_two_processes_that_are_not_in_step(made, tmp_path):
+    config, out = made
+    named = str(write_config(tmp_path / "config.py", config))
+    again = tmp_path / "features"
+    code = (
+        "import sys, time, jax; from vllama_jax.cli import main; jax.config.update('jax_num_cpu_devices', 4); "
+        "jax.distributed.initialize('localhost:9918', 2, int(sys.argv[1])); "
+        "from vllama_jax.train import features; finish = features._ShardFile.finish; "
+        "features._ShardFile.finish = lambda self: (time.sleep(3 * int(sys.argv[1])), finish(self)); "
+        "main(sys.argv[2:])"
+    )
+    arguments = ["features", named, "--out", str(again), "--shard-records", "4"]
+    processes = [subprocess.Popen([sys.executable, "-c", code, str(n), *arguments]) for n in (0, 1)]
+    assert [process.wait() for process in processes] == [0, 0]
+    assert files(again).keys() == files(out).keys()
+    cache, expected = opened(config, again), opened(config, out)
+    for record in (0, 1, 3, 4, 5, 6, 7, 8):
+        np.testing.assert_allclose(cache.read(record, 1)[0], expected.read(record, 1)[0], rtol=1e-5, atol=1e-6)

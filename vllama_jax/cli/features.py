@@ -1,0 +1,81 @@
+"""vllama features."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from vllama_jax.cli.compilation import keep_compiled_programs
+from vllama_jax.cli.run_config import load_config
+from vllama_jax.cli.train import DEFAULT, join_processes
+from vllama_jax.errors import ConfigError
+from vllama_jax.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from vllama_jax.train.features import Written
+
+
+def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
+    """The command for the config that the first argument names, and the other arguments."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        raise ConfigError("name a run config first: `vllama features vision_stage1 --out DIR`, or a Python file")
+    named = not arguments[0].startswith("-")
+    config, prepare = load_config(arguments[0] if named else DEFAULT)
+
+    def features(
+        out: Path,
+        run: Annotated[TrainConfig, tyro.conf.arg(name="")] = config,
+        *,
+        base: str = "",
+        shard_records: int = 0,
+        distributed: bool = False,
+    ) -> None:
+        """Write what the frozen encoders make of every record of a run config's datasets, once.
+
+        Example: vllama features vision_stage1 --model MODEL --data.variants 4 --out FEATURES
+
+        Then `vllama train vision_stage1 --data.features FEATURES --out RUN` reads it in place of pictures and sounds.
+        Run again with the same --out it makes what is missing. Several processes share the work.
+
+        Args:
+            out: The directory of the cache.
+            run: The config.
+            base: Where the base model is now, if not where the config says.
+            shard_records: How many records a file holds; 0 for some 512 MB of them.
+            distributed: One of several processes, of a Slurm job, a TPU pod or GKE.
+        """
+        if shard_records < 0:
+            raise ConfigError(f"--shard-records must be at least 0, not {shard_records}")
+        keep_compiled_programs()
+        join_processes(distributed)
+        from vllama_jax.train.features import write_features
+
+        console = Console(stderr=True)
+        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
+        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+            task = bar.add_task("", total=None, speed="")
+
+            def progress(done: float, all_records: float) -> None:
+                speed = bar.tasks[task].speed or 0
+                bar.update(task, completed=done, total=all_records, speed=f"{speed:.1f} records/s")
+
+            written = write_features(prepare(run, out), out, base, shard_records, progress)
+        print(_summary(out, written))
+
+    return features, arguments[1:] if named else arguments
+
+
+def _summary(out: Path, written: "Written") -> str:
+    shards = f"{written.shards} shards" if written.shards != 1 else "1 shard"
+    told = f"{out}: {shards}, {written.bytes / 1e6:.1f} MB"
+    if written.kept:
+        told += f", {written.kept} of them from before"
+    if written.records:
+        told += f"; {written.records} records encoded, {written.records / written.seconds:.1f} records/s"
+    if written.skipped:
+        told += f"\n  left out, {len(written.skipped)} records (skipped-*.jsonl); the first: "
+        told += ": ".join(written.skipped[0])
+    return told

@@ -1,0 +1,376 @@
+"""The feature cache: what the frozen encoders see and hear of every record, to train from in place of the media.
+
+DIR/NAME-DIGEST/   one folder for each records directory: its name, and the first letters of its digest
+  manifest.json    what the features depend on: records, encoders, transform, dtype; their shapes; variants; shards
+  features-00003-of-00010.array_record     uncompressed: every record's variants one after the other, records in order
+  skipped-00003-of-00010.jsonl             records of that shard that could not be decoded, where there are any
+
+An entry is the features' bytes, the frames' seconds (float64, of videos), and a byte 1; or why there are none, and a
+byte 0. `vllama features` writes caches (train/features.py). Reading imports no jax: it happens in worker processes.
+"""
+
+import dataclasses
+import fnmatch
+import functools
+import json
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
+import numpy as np
+import xxhash
+
+from vllama_jax.checkpoint import ModelDirectory
+from vllama_jax.data.order import Stream
+from vllama_jax.data.records import KINDS, Kind, Records
+from vllama_jax.data.remote import local_copy
+from vllama_jax.errors import ConfigError, DataError, VllamaError
+from vllama_jax.params import read_json
+from vllama_jax.train.config import DatasetConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from vllama_jax.data.pipeline import Decoded, Reader
+
+FORMAT = 1
+USABLE, UNUSABLE = b"\1", b"\0"  # how an entry ends
+RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+OPEN_SHARDS = 256  # of a process: well under the usual limit of 1024 open files
+
+# The parts of a model that features depend on, and the field of its config that says how each computes.
+ENCODERS = {
+    "vit": "vit",
+    "ln_vision": "ln_vision_eps",
+    "image_qformer": "image_qformer",
+    "imagebind/vision": "imagebind.vision",
+    "imagebind/audio": "imagebind.audio",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureCache:
+    """The features of one records directory. Files are opened at the first reading, so that it can be sent to another
+    process; any number of threads may read.
+
+    kinds: the record numbers of each kind. shapes: of one variant of a record of each kind. shard_records: how many
+    records a shard holds; the last one may hold fewer.
+    """
+
+    path: Path
+    kinds: dict[Kind, range]
+    shapes: dict[Kind, tuple[int, ...]]
+    dtype_name: str
+    variants: int
+    shard_records: int
+
+    def __len__(self) -> int:
+        """How many records."""
+        return sum(map(len, self.kinds.values()))
+
+    @property
+    def dtype(self) -> np.dtype:
+        return np.dtype(self.dtype_name)
+
+    def shape(self, kind: Kind) -> tuple[int, ...]:
+        """[t, q, d] or [t or s, e]."""
+        return self.shapes[kind]
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self) // self.shard_records)
+
+    def shard_path(self, shard: int, what: str = "features", suffix: str = "array_record") -> Path:
+        return self.path / f"{what}-{shard:05}-of-{self.shards:05}.{suffix}"
+
+    def shard_numbers(self, shard: int) -> range:
+        """The records that it holds."""
+        return range(len(self))[shard * self.shard_records : (shard + 1) * self.shard_records]
+
+    def is_whole(self, shard: int) -> bool:
+        """Whether a shard is there with all its entries."""
+        return _reader(str(self.shard_path(shard))).num_records() == self.entries(shard)
+
+    def read(self, record: int, variant: int) -> tuple[np.ndarray, tuple[float, ...]]:
+        """Features of a record, and the seconds of a video's frames.
+
+        Raises DataError for what cannot be read, and for a record that could not be decoded, saying why.
+        """
+        shard, place = divmod(record, self.shard_records)
+        entry = self._entry(shard, place * self.variants + variant)
+        if entry.endswith(UNUSABLE):
+            raise DataError(entry[:-1].decode())
+        kind = next(kind for kind, numbers in self.kinds.items() if record in numbers)
+        shape = self.shapes[kind]
+        times = shape[0] if kind == "video" else 0
+        count = math.prod(shape)
+        if len(entry) != count * self.dtype.itemsize + times * 8 + len(USABLE):
+            raise DataError(f"{self.shard_path(shard)}: record {record} is not as manifest.json says; {_ANEW}")
+        features = np.frombuffer(entry, self.dtype, count).reshape(shape)
+        return features, tuple(np.frombuffer(entry, "<f8", times, offset=features.nbytes).tolist())
+
+    def _entry(self, shard: int, place: int) -> bytes:
+        path = self.shard_path(shard)
+        try:
+            return _open_shard(str(path), self.entries(shard)).read([place])[0]
+        except (RuntimeError, ValueError, IndexError) as error:
+            raise DataError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); {_ANEW}") from error
+
+    def entries(self, shard: int) -> int:
+        return len(self.shard_numbers(shard)) * self.variants
+
+
+_ANEW = "remove that file and run `vllama features` again"
+
+
+@functools.lru_cache(OPEN_SHARDS)
+def _open_shard(path: str, entries: int) -> Any:
+    """A reader of a shard, kept. Raises DataError where the file is missing or has another number of entries."""
+    reader = _reader(path)
+    if reader.num_records() != entries:
+        raise DataError(f"{path}: missing, or not whole; {_ANEW}")
+    return reader
+
+
+def _reader(path: str) -> Any:
+    """What is no such file has no records: opening it raises nothing."""
+    from array_record.python.array_record_module import ArrayRecordReader
+
+    return ArrayRecordReader(path, RANDOM_ACCESS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What is encoded together: entries of one kind of one shard. entries: record × variants + variant of each."""
+
+    cache: FeatureCache
+    stream: Stream
+    shard: int
+    entries: range
+
+    @property
+    def samples(self) -> list[tuple[int, int]]:
+        """(record, variant) of each."""
+        return [divmod(entry, self.cache.variants) for entry in self.entries]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The pixels or sounds of batches, by their number. It can be sent to another process."""
+
+    reader: "Reader"
+    batches: list[Batch]
+
+    def __call__(self, number: int) -> "list[Decoded]":
+        batch = self.batches[number]
+        return self.reader.decode_all(batch.stream, batch.samples)
+
+
+def pack(features: np.ndarray, seconds: tuple[float, ...]) -> bytes:
+    """An entry."""
+    return b"".join([features.tobytes(), np.asarray(seconds, "<f8").tobytes(), USABLE])
+
+
+def pack_problem(why: str) -> bytes:
+    """The entry of what could not be decoded."""
+    return why.encode() + UNUSABLE
+
+
+def open_caches(
+    config: TrainConfig, directory: ModelDirectory, opened: list[tuple[DatasetConfig, Records]]
+) -> dict[str, FeatureCache]:
+    """The caches in `config.data.features`, by dataset path.
+
+    Raises ConfigError where one was made with other settings than the run's, or is of weights that learn; DataError
+    where there is none, or not all of it.
+    """
+    root = local_copy(config.data.features)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such feature cache; `vllama features` makes one")
+    caches = {}
+    for dataset, records in opened:
+        folder = find_folder(root, records)
+        settings = describe(config, directory, dataset, records)
+        _check_frozen(config, directory, settings)
+        if not (folder / "manifest.json").exists():
+            others = sorted(path.parent.name for path in root.glob("*/manifest.json"))
+            held = f" (there are some of {', '.join(others)})" if others else ""
+            raise DataError(f"{root}: no features of {dataset.path} as it is now{held}; make them: `vllama features`")
+        cache, made = open_folder(folder)
+        if changed := differences(made, {**settings, "variants": made["variants"]}):
+            raise ConfigError(
+                f"{folder}: made with other settings than {dataset.path} has in this run ({'; '.join(changed)}); "
+                "give the same, or make the features anew with `vllama features`"
+            )
+        if config.data.variants > cache.variants:
+            raise ConfigError(
+                f"{folder}: has {cache.variants} variants of each record, data.variants asks for "
+                f"{config.data.variants}; ask for fewer, or make the features anew with `vllama features`"
+            )
+        _check_finished(cache)
+        caches[dataset.path] = cache
+    return caches
+
+
+def find_folder(root: Path, records: Records) -> Path:
+    """Where the features of these records are, or would be, wherever the records are now."""
+    end = f"-{records.digest[:8]}"
+    there = sorted(folder for folder in root.glob(f"*{end}") if folder.is_dir())
+    return there[0] if there else root / f"{records.path.resolve().name}{end}"
+
+
+def open_folder(folder: Path) -> tuple[FeatureCache, dict[str, Any]]:
+    """The cache in a folder, and its manifest. Raises DataError where there is none that this version reads."""
+    try:
+        made = read_json(folder / "manifest.json")
+    except VllamaError as error:
+        raise DataError(f"{error}; remove {folder} and make it anew with `vllama features`") from error
+    if made.get("format") != FORMAT:
+        raise DataError(
+            f"{folder}: features of format {made.get('format')!r}, this version reads {FORMAT}; "
+            "make them anew with `vllama features`"
+        )
+    try:
+        return _cache(folder, made), made
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{folder / 'manifest.json'}: incomplete ({error}); remove {folder} and make it anew with `vllama features`"
+        ) from error
+
+
+def _cache(folder: Path, made: Mapping[str, Any]) -> FeatureCache:
+    shapes = {kind: tuple(shape) for kind, shape in made["shapes"].items()}
+    return FeatureCache(folder, ranges(made["kinds"]), shapes, made["dtype"], made["variants"], made["shard_records"])
+
+
+def ranges(counts: Mapping[Kind, int]) -> dict[Kind, range]:
+    """The record numbers of each kind that there is, from how many there are."""
+    found, first = {}, 0
+    for kind in KINDS:
+        if counts.get(kind):
+            found[kind] = range(first, first + counts[kind])
+            first += counts[kind]
+    return found
+
+
+def describe(
+    config: TrainConfig, directory: ModelDirectory, dataset: DatasetConfig, records: Records
+) -> dict[str, Any]:
+    """All that the features of a dataset depend on, as a manifest has it, and what follows from it."""
+    from vllama_jax.train.step import compute_dtype
+
+    kinds = {kind: len(numbers) for kind, numbers in records.kinds.items() if numbers}
+    return {
+        "format": FORMAT,
+        "branch": config.branch,
+        "records": records.digest,
+        "kinds": kinds,
+        "shapes": {kind: list(_shape(config, directory, kind)) for kind in kinds},
+        "dtype": compute_dtype(config).name,
+        "variants": config.data.variants or 1,
+        "transform": _transform(config, directory, dataset, kinds),
+        "encoders": {part: _digest(directory, part) for part in encoders(config.branch, kinds)},
+    }
+
+
+def encoders(branch: str, kinds: Mapping[Kind, Any]) -> list[str]:
+    """The parts of the model that records of these kinds go through."""
+    pictures = ["vit", "ln_vision", "image_qformer"] if branch == "vision" else ["imagebind/vision"]
+    return [
+        *(pictures if kinds.keys() & {"video", "image"} else []),
+        *(["imagebind/audio"] if "audio" in kinds else []),
+    ]
+
+
+def _shape(config: TrainConfig, directory: ModelDirectory, kind: Kind) -> tuple[int, ...]:
+    model = directory.config
+    count = {"video": model.num_frames, "image": 1, "audio": model.num_clips}[kind]
+    if config.branch == "vision":
+        return count, model.image_qformer.num_queries, model.image_qformer.width
+    return count, model.imagebind.embed_dim
+
+
+def _transform(
+    config: TrainConfig, directory: ModelDirectory, dataset: DatasetConfig, kinds: Mapping[Kind, int]
+) -> dict[str, Any]:
+    """What decides the pixels and the sound (data/pipeline.py); nothing that records of these kinds do not feel."""
+    model, fields = directory.config, {}
+    if "audio" in kinds:
+        fields["num_clips"] = model.num_clips
+    if kinds.keys() & {"video", "image"}:
+        fields["image_size"] = (model.vit if config.branch == "vision" else model.imagebind.vision).image_size
+        fields["crop_area"] = config.data.crop_area
+    if "video" in kinds:
+        fields |= {"num_frames": model.num_frames, "frames": dataset.frames}
+    if fields.get("crop_area", 1) < 1:
+        fields["crop_ratio"] = config.data.crop_ratio
+    if "crop_ratio" in fields or fields.get("frames", "uniform") != "uniform":
+        fields["seed"] = config.seed
+    return fields
+
+
+def _digest(directory: ModelDirectory, part: str) -> str:
+    """Of an encoder's weights, as the manifest of the model has them, and of its config."""
+    digest = xxhash.xxh3_128()
+    for path, leaf in sorted(_leaves(directory, part)):
+        digest.update(json.dumps([path, leaf["shape"], leaf["dtype"], leaf["xxh3_128"]]).encode())
+    field = operator.attrgetter(ENCODERS[part])(directory.config)
+    plain = dataclasses.asdict(field) if dataclasses.is_dataclass(field) else field
+    digest.update(json.dumps(plain, sort_keys=True).encode())
+    for trained in directory.trained:
+        if any(_within(path, part) for path in trained.leaves):
+            digest.update((trained.path / "manifest.ocdbt").read_bytes())  # differs by save
+    return digest.hexdigest()
+
+
+def _leaves(directory: ModelDirectory, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((path, leaf) for path, leaf in directory.manifest["leaves"].items() if _within(path, part))
+
+
+def _within(path: str, part: str) -> bool:
+    return path == part or path.startswith(f"{part}/")
+
+
+def _check_frozen(config: TrainConfig, directory: ModelDirectory, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError where an encoder learns: what it sees would be read, and the same for ever."""
+    for part in settings["encoders"]:
+        for path, _ in _leaves(directory, part):
+            if pattern := next((one for one in config.trainable if fnmatch.fnmatchcase(path, one)), None):
+                raise ConfigError(
+                    f"trainable pattern {pattern!r} matches {path}, whose output data.features has fixed; "
+                    "leave one of the two out"
+                )
+
+
+def _check_finished(cache: FeatureCache) -> None:
+    there = {entry.name for entry in cache.path.iterdir()}
+    found = sum(cache.shard_path(shard).name in there for shard in range(cache.shards))
+    if found < cache.shards:
+        raise DataError(
+            f"{cache.path}: {found} of {cache.shards} shards are there; run `vllama features` again, as before, "
+            "and it makes the others"
+        )
+
+
+def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What a manifest says otherwise than the settings that are wanted, in words."""
+    before, now = _flat(made), _flat(wanted)
+    changed = [name for name in sorted(now.keys() | before.keys()) if before.get(name) != now.get(name)]
+    told = []
+    for name in changed:
+        if name == "shard_records" and name not in now:
+            continue
+        if name == "records" or name.startswith("encoders."):
+            told.append(f"other {name}" if name == "records" else f"other weights of {name.removeprefix('encoders.')}")
+        else:
+            told.append(f"{name.removeprefix('transform.')} was {before.get(name)!r}, is {now.get(name)!r}")
+    return told
+
+
+def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of objects within as "transform.seed"."""
+    flat = {}
+    for name, value in fields.items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
