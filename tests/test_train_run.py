@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -285,6 +287,61 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_mode
     train(config, run, Quiet())
     assert "going back to the checkpoint before it" in caplog.text
     assert_same_run(run, stage1)
+
+
+class FullDisk(Quiet):
+    """Takes no larger files than a picture's from step 3 on, until step 7."""
+
+    def __init__(self, run: Path):
+        super().__init__()
+        self.run = run
+
+    def step(self, metrics):
+        super().step(metrics)
+        if metrics["step"] == 3:
+            while checkpoint.run_steps(self.run) != [2]:
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
+        if metrics["step"] == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("on_error", ["stop", "continue"])
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
+def test_a_full_disk_while_saving(tiny_model, tmp_path, on_error):
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/one.png")
+    (tmp_path / "pictures/all.jsonl").write_text(json.dumps({"image": "one.png", "caption": "black"}))
+    build("jsonl", tmp_path / "pictures", tmp_path / "records")
+    saving = CheckpointConfig(every=2, on_error=on_error)
+    config = config_of(tiny_model, tmp_path / "records", steps=8, batch_size=8, mesh=ONE, checkpoint=saving)
+    run, failed = (
+        tmp_path / "run",
+        r"run: the checkpoint of step 4 could not be saved \(File too large\); the last good",
+    )
+    reporter = FullDisk(run)
+    try:
+        if on_error == "stop":
+            with pytest.raises(CheckpointError, match=rf"{failed} one is step 2"):
+                train(config, run, reporter)
+        else:
+            train(config, run, reporter)
+            assert [re.search(failed, line) is not None for line in reporter.said].count(True) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    assert checkpoint.run_steps(run) == ([2] if on_error == "stop" else [2, 8])
+    assert not list(run.glob("*tmp*"))
+    train(config, run, Quiet())
+    assert [step for step, _ in losses(run)] == list(range(1, 9))
+
+
+def test_tensorboard_shows_what_was_kept(stage1):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(stage1 / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("loss")]
+    np.testing.assert_allclose(shown, losses(stage1), rtol=1e-6)
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny_model, records, tmp_path):

@@ -50,7 +50,9 @@ def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
         join_processes(distributed)
         from vllama_jax.train.dry_run import dry_run as try_out
         from vllama_jax.train.loop import train as go
+        from vllama_jax.train.runs import hush_failed_saves
 
+        hush_failed_saves()
         with Display(run.steps) as display:
             prepared = prepare(run, out)
             if dry_run:

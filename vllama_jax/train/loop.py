@@ -20,11 +20,13 @@ from vllama_jax.sharding import under
 from vllama_jax.train import session
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.estimate import peak_flops, step_flops
-from vllama_jax.train.runs import Checkpoints, Journal, open_run
+from vllama_jax.train.runs import Board, Checkpoints, Journal, open_run
 from vllama_jax.train.session import Plan
 from vllama_jax.train.state import TrainState, Weights
 from vllama_jax.train.step import make_step
 from vllama_jax.train.validation import Validation
+
+SHOWN_ON_BOARD = ("loss", "lr", "gradient_norm", "samples_per_second")
 
 
 class Reporter(Protocol):
@@ -84,7 +86,6 @@ class _Run:
         self.masked: set[str] = set()
         self.pending: _Pending | None = None
         self.clock = time.perf_counter()
-        self.board = _tensorboard(out)
         self.step = compile_step(plan)
 
     def go(self, state: TrainState, frozen: Weights, first: int) -> None:
@@ -94,6 +95,7 @@ class _Run:
         if jax.process_index() == 0:
             for journal in (self.metrics, self.quarantine, validation.journal):
                 journal.cut(first)
+            self.board = Board(self.out / "tensorboard", first)
         ahead = batches(self.plan.reader, first, steps, self.config.data)
         with _told_to_stop() as told:
             for number in range(first, steps):
@@ -144,10 +146,9 @@ class _Run:
             flops = share * step_flops(self.plan.base.config, self.config.branch, arrays, self.config.remat)
             line["mfu"] = round(flops / seconds / peak / jax.device_count(), 4)
         if jax.process_index() == 0:
-            self.metrics.add(line)
-            if self.board is not None:
-                for name in ("loss", "lr", "gradient_norm", "samples_per_second"):
-                    self.board.add_scalar(name, line[name], pending.number)
+            with self._tolerated():
+                self.metrics.add(line)
+                self.board.add(pending.number, {name: line[name] for name in SHOWN_ON_BOARD})
         self.reporter.step(line)
 
     def _mask(self, pending: _Pending, row: int, why: str) -> None:
@@ -171,14 +172,23 @@ class _Run:
         )
 
     def _save(self, number: int, state: TrainState, *, last: bool) -> None:
-        try:
+        with self._tolerated():  # saving goes on while steps run, and its failure shows at the next one
+            self.checkpoints.finish()
+        with self._tolerated(last):
             self.checkpoints.save(number, state)
             if last:
                 self.checkpoints.finish()
-        except CheckpointError as error:
+
+    @contextlib.contextmanager
+    def _tolerated(self, last: bool = False) -> Iterator[None]:
+        """What cannot be written ends the run, or is said and left out, as checkpoint.on_error has it."""
+        try:
+            yield
+        except (CheckpointError, OSError) as error:
             if last or self.config.checkpoint.on_error == "stop":
                 raise
-            self.reporter.say(f"{error}; going on")
+            told = f"{self.out}: cannot be written ({error.strerror})" if isinstance(error, OSError) else error
+            self.reporter.say(f"{told}; going on")
 
 
 def compile_step(plan: Plan) -> Any:
@@ -213,12 +223,3 @@ def _agreed(told: list[int], step: int) -> bool:
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(step)
-
-
-def _tensorboard(out: Path) -> Any:
-    """A writer of TensorBoard's files, where tensorboardX is installed."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(out / "tensorboard")) if jax.process_index() == 0 else None

@@ -2,15 +2,20 @@
 
 config.json       the run's config, its base model's path and digest     step_N/   weights, moments, iterator (Orbax)
 metrics.jsonl     one object for each step                               quarantine.jsonl   samples that were not used
-samples.jsonl     answers about fixed clips
+samples.jsonl     answers about fixed clips                    tensorboard/   the same for TensorBoard, if installed
 """
 
 import contextlib
 import dataclasses
+import errno
+import io
 import json
 import logging
 import os
+import re
 import shutil
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -97,6 +102,7 @@ class Checkpoints:
 
     def __init__(self, out: Path, cfg: CheckpointConfig):
         self._out = out
+        self._saving = 0
         self._manager = ocp.CheckpointManager(
             out.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -110,8 +116,9 @@ class Checkpoints:
         )
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts saving. Raises CheckpointError when this or the save before failed; what was saved before stays."""
-        with self._told(step):
+        """Starts saving, when `finish` has seen the save before. Raises CheckpointError when that fails at once."""
+        self._saving = step
+        with self._told():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -122,8 +129,8 @@ class Checkpoints:
             )
 
     def finish(self) -> None:
-        """Waits for what is being saved. Raises CheckpointError when that fails."""
-        with self._told(None):
+        """Waits for what is being saved. Raises CheckpointError when that fails; what was saved before stays."""
+        with self._told():
             self._manager.wait_until_finished()
 
     def restore(self, abstract: TrainState) -> TrainState | None:
@@ -163,16 +170,26 @@ class Checkpoints:
         self._manager.reload()
 
     @contextlib.contextmanager
-    def _told(self, step: int | None) -> Iterator[None]:
+    def _told(self) -> Iterator[None]:
         """Failures of Orbax in one line, whatever they are: a full disk comes as many kinds of errors."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
-            what = "a checkpoint" if step is None else f"the checkpoint of step {step}"
-            reason = " ".join(str(error).split())[:200]
+            text = " ".join(str(error).split())
+            said_by_system = re.search(r"([^:]+) \[os_error_code", text)
+            reason = said_by_system[1].strip() if said_by_system else text[:200]
+            self._remove_partial()
             last = run_steps(self._out)
             kept = f"the last good one is step {last[-1]}" if last else "there is none before it"
+            what = f"the checkpoint of step {self._saving}"
             raise CheckpointError(f"{self._out}: {what} could not be saved ({reason}); {kept}") from error
+
+    def _remove_partial(self) -> None:
+        """What a failed save left takes the room that the next one needs."""
+        if jax.process_index() == 0:
+            for partial in self._out.glob("step_*.orbax-checkpoint-tmp"):
+                shutil.rmtree(partial, ignore_errors=True)
+        self._manager.reload()
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
@@ -184,6 +201,25 @@ def _by_path(tree: Any) -> dict[str, Any]:
     return {"/".join(map(name, path)): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
+def hush_failed_saves() -> None:
+    """Orbax tells of each write of a failed save in many lines, in three ways; what counts is raised by `finish`."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    tell = sys.unraisablehook
+    sys.unraisablehook = lambda told: None if str(told.exc_value) == "Event loop is closed" else tell(told)
+
+
+class _WholeFile(io.FileIO):
+    """Takes all of what is written, or nothing: a full disk leaves no half of a line."""
+
+    def write(self, data: bytes) -> int:
+        written = super().write(data)
+        if written < len(data):
+            self.truncate(self.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written
+
+
 class Journal:
     """A file of one JSON object a line, written by this process alone and whole line by whole line."""
 
@@ -191,8 +227,9 @@ class Journal:
         self._path = path
 
     def add(self, fields: Mapping[str, Any]) -> None:
-        with self._path.open("a") as file:
-            file.write(json.dumps(fields) + "\n")
+        """Raises OSError when the line cannot be written."""
+        with _WholeFile(self._path, "a") as file:
+            file.write((json.dumps(fields) + "\n").encode())
 
     def cut(self, last_step: int) -> None:
         """Keeps the lines of steps up to `last_step`: what came after was lost, and will be done again."""
@@ -210,3 +247,30 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
         return float("inf")
+
+
+class Board:
+    """Numbers by step in TensorBoard's format; none are written where it is not installed."""
+
+    def __init__(self, folder: Path, first: int):
+        """first: the step that the run starts at; what an earlier process wrote of later ones is not shown."""
+        self._writer = None
+        try:
+            from tensorboard.compat.proto import event_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError:
+            return
+        folder.mkdir(exist_ok=True)
+        self._event = event_pb2.Event
+        self._writer = RecordWriter(_WholeFile(folder / f"events.out.tfevents.{time.time_ns()}", "a"))
+        self._write(file_version="brain.Event:2")
+        self._write(step=first, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Raises OSError when they cannot be written."""
+        if self._writer is not None:
+            scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
+            self._write(step=step, summary={"value": scalars})
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
