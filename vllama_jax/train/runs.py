@@ -176,8 +176,8 @@ class Checkpoints:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             text = " ".join(str(error).split())
-            said_by_system = re.search(r"([^:]+) \[os_error_code", text)
-            reason = said_by_system[1].strip() if said_by_system else text[:200]
+            said_by_system = re.search(r"\[Errno \d+\] ([^:]+)|([^:]+) \[os_error_code", text)
+            reason = (said_by_system[1] or said_by_system[2]).strip() if said_by_system else text[:200]
             self._remove_partial()
             last = run_steps(self._out)
             kept = f"the last good one is step {last[-1]}" if last else "there is none before it"
