@@ -6,6 +6,7 @@ import os
 import random
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -166,6 +167,13 @@ def test_a_killed_run_ends_as_the_one_that_was_not(whole, tmp_path):
 
 
 @SLOW
+def test_decoding_in_processes_changes_nothing(whole, tmp_path):
+    config, run = whole
+    assert command(config, tmp_path / "run", "--data.processes", "2").wait() == 0
+    assert_same_run(tmp_path / "run", run)
+
+
+@SLOW
 @pytest.mark.parametrize("name", SHIPPED)
 def test_ten_kills_change_nothing(name, tiny_model, records, tmp_path):
     config = write_config(tmp_path / "config.py", config_of(tiny_model, records, name))
@@ -229,6 +237,7 @@ def stage1(tmp_path_factory, tiny_model, records) -> Path:
 
 
 ONE = dataclasses.replace(load_config("vision_stage1")[0].mesh, data=8)
+EACH = CheckpointConfig(every=1)
 
 
 def test_stage_2_starts_from_stage_1(tiny_model, records, stage1, tmp_path):
@@ -278,8 +287,6 @@ def test_two_runs_into_one_directory_are_refused(tiny_model, records, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_model, records, stage1, tmp_path, caplog):
-    import shutil
-
     run = shutil.copytree(stage1, tmp_path / "run")
     for file in (run / "step_3/weights").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -360,10 +367,12 @@ def test_broken_and_short_samples_are_masked_and_named(tiny_model, tmp_path):
     lines = [json.dumps({"video": f"{name}.mp4", "caption": "a"}) for name in ("good", "short", "broken")]
     (folder / "all.jsonl").write_text("\n".join(lines))
     build("jsonl", folder, tmp_path / "records")
-    config = config_of(tiny_model, tmp_path / "records", steps=2, batch_size=8, mesh=ONE)
+    config = config_of(tiny_model, tmp_path / "records", steps=2, batch_size=8, mesh=ONE, checkpoint=EACH)
     train(config, tmp_path / "run", Quiet())
+    shutil.rmtree(tmp_path / "run/step_2")
+    train(config, tmp_path / "run", Quiet())  # from step 1: names nothing twice
     quarantined = [json.loads(line) for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
-    assert {line["sample"] for line in quarantined} == {"short.mp4", "broken.mp4"}
+    assert sorted(line["sample"] for line in quarantined) == ["broken.mp4", "short.mp4"]
     assert any("too short" in line["why"] for line in quarantined)
     masked = [json.loads(line)["masked"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert sum(masked) > 2

@@ -197,6 +197,9 @@ def batches(reader: Callable[[int], Any], first: int, last: int, cfg: DataConfig
     ahead = grain.ReadOptions(num_threads=cfg.prefetch, prefetch_buffer_size=cfg.prefetch)
     dataset = grain.MapDataset.range(first, last).map(reader).to_iter_dataset(ahead)
     if cfg.processes:
+        from absl import flags
+
+        flags.FLAGS.mark_as_parsed()  # Grain asks for flags that only absl's own main would have read
         dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(cfg.processes))
     return iter(dataset)
 

@@ -92,8 +92,10 @@ class _Run:
         """From step `first` to the end."""
         steps = self.config.steps
         validation = Validation(self.plan, self.out)
+        named = self.quarantine.cut(first)
+        self.masked = {f"{line['dataset']}: {line['sample']}" for line in named}
         if jax.process_index() == 0:
-            for journal in (self.metrics, self.quarantine, validation.journal):
+            for journal in (self.metrics, validation.journal):
                 journal.cut(first)
             self.board = Board(self.out / "tensorboard", first)
         ahead = batches(self.plan.reader, first, steps, self.config.data)

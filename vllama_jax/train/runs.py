@@ -231,14 +231,15 @@ class Journal:
         with _WholeFile(self._path, "a") as file:
             file.write((json.dumps(fields) + "\n").encode())
 
-    def cut(self, last_step: int) -> None:
-        """Keeps the lines of steps up to `last_step`: what came after was lost, and will be done again."""
+    def cut(self, last_step: int) -> list[dict[str, Any]]:
+        """Keeps the lines of steps up to `last_step`, and returns them: what came after was lost, and is done again."""
         if not self._path.exists():
-            return
+            return []
         kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= last_step]
         partial = self._path.with_name(f".{self._path.name}.partial")
         partial.write_text("".join(f"{line}\n" for line in kept))
         os.replace(partial, self._path)
+        return [json.loads(line) for line in kept]
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,229 @@
+"""A training step at medium size: samples a second live and from cached features, beside the same step in PyTorch.
+
+    python benchmarks/train.py [--json]
+
+Stage 1 of the vision branch on clips that are rendered here: 256-wide to 1024-wide towers of random weights, float32,
+two or more samples of eight 224² frames, 128 tokens. PyTorch (transformers' BLIP-2 vision model, its Q-Former and its
+LLaMA) gets the same batches from the same reader, freezes the same parts and keeps activations as we do. Both take
+turns in one run, so that only ratios between the columns mean something. The floor is the step's operations
+(train/estimate.py) over the rate of one large matrix product.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from inference import product_rate
+
+from vllama_jax import config as models
+from vllama_jax import convert
+from vllama_jax.convert.tiny import write_tiny
+from vllama_jax.data.build import build
+from vllama_jax.data.pipeline import HostBatch, batches
+from vllama_jax.media.write import write_video
+from vllama_jax.sharding import under
+from vllama_jax.train import session
+from vllama_jax.train.config import DataConfig, DatasetConfig, OptimConfig, TrainConfig
+from vllama_jax.train.estimate import step_flops
+from vllama_jax.train.features import write_features
+from vllama_jax.train.loop import compile_step
+
+BATCH, CLIPS, LENGTH = 2, 16, 128
+ROUNDS, LIVE_STEPS, CACHED_STEPS = 3, 2, 6
+QFORMER = models.QFormerConfig(width=384, depth=6, num_heads=6, mlp_dim=1536, num_queries=32, cross_attention_every=2)
+MODEL = models.VideoLlamaConfig(
+    vit=models.VitConfig(width=768, depth=8, num_heads=12, mlp_dim=3072),
+    image_qformer=QFORMER,
+    video_qformer=dataclasses.replace(QFORMER, depth=2, cross_attention_every=1),
+    audio_qformer=None,
+    imagebind=None,
+    llama=dataclasses.replace(
+        models.LLAMA_7B, width=1024, depth=8, num_heads=16, num_kv_heads=16, mlp_dim=2752, vocab_size=32000
+    ),
+)
+
+Step = Callable[[HostBatch], None]
+
+
+def make_inputs(folder: Path) -> TrainConfig:
+    """A model of random weights, clips of moving noise with captions as long as the text can be, and a config."""
+    files = write_tiny(folder / "weights", config=MODEL)
+    heads = json.loads(files.pop("config").read_text())
+    pieces = {kind: files[kind] for kind in ("eva_vit", "blip2")}
+    convert.convert(convert.plan(llama_directory=files["llama"], files=pieces, config=heads), folder / "model")
+    clips, rng, lines = folder / "clips", np.random.default_rng(0), []
+    clips.mkdir()
+    for number in range(CLIPS):
+        still = rng.integers(0, 256, (320, 426, 3)).astype(np.uint8)
+        write_video(clips / f"{number}.mp4", [np.roll(still, 8 * frame, axis=1) for frame in range(48)], fps=12)
+        lines.append(json.dumps({"video": f"{number}.mp4", "caption": " ".join(["noise moves"] * 40)}))
+    (clips / "all.jsonl").write_text("\n".join(lines))
+    build("jsonl", clips, folder / "records")
+    text = dataclasses.replace(DatasetConfig(path="").text, max_length=LENGTH - QFORMER.num_queries)
+    return TrainConfig(
+        model=str(folder / "model"),
+        datasets=(DatasetConfig(path=str(folder / "records"), text=text),),
+        steps=10_000,
+        batch_size=BATCH,
+        dropout=0.0,
+        remat="none",
+        optim=OptimConfig(lr=1e-4),
+        data=DataConfig(lengths=(LENGTH,), variants=1, threads=4),
+    )
+
+
+def our_step(config: TrainConfig) -> tuple[Step, session.Plan]:
+    plan = session.plan(config)
+    with under(plan.mesh):
+        state, frozen, step = session.start(plan), session.load_frozen(plan), compile_step(plan)
+
+    def run(batch: HostBatch) -> None:
+        nonlocal state
+        with under(plan.mesh):
+            state, metrics = step(state, frozen, session.place(batch.arrays, plan))
+        metrics["loss"].block_until_ready()
+
+    return run, plan
+
+
+def torch_step() -> Step:
+    """The same arithmetic on a batch of frames, or of features."""
+    import torch
+    from transformers import (
+        Blip2QFormerConfig,
+        Blip2QFormerModel,
+        Blip2VisionConfig,
+        Blip2VisionModel,
+        LlamaConfig,
+        LlamaForCausalLM,
+    )
+
+    def qformer(cfg: models.QFormerConfig, memory_width: int) -> torch.nn.Module:
+        return Blip2QFormerModel(
+            Blip2QFormerConfig(
+                hidden_size=cfg.width,
+                num_hidden_layers=cfg.depth,
+                num_attention_heads=cfg.num_heads,
+                intermediate_size=cfg.mlp_dim,
+                cross_attention_frequency=cfg.cross_attention_every,
+                encoder_hidden_size=memory_width,
+                hidden_dropout_prob=0.0,
+                attention_probs_dropout_prob=0.0,
+            )
+        )
+
+    vit, llama = MODEL.vit, MODEL.llama
+    vision = Blip2VisionModel(
+        Blip2VisionConfig(
+            hidden_size=vit.width,
+            num_hidden_layers=vit.depth,
+            num_attention_heads=vit.num_heads,
+            intermediate_size=vit.mlp_dim,
+            image_size=vit.image_size,
+            patch_size=vit.patch_size,
+        )
+    )
+    language = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=llama.width,
+            num_hidden_layers=llama.depth,
+            num_attention_heads=llama.num_heads,
+            intermediate_size=llama.mlp_dim,
+            vocab_size=llama.vocab_size,
+        )
+    )
+    image_qformer = qformer(MODEL.image_qformer, vit.width)
+    for frozen in (vision, image_qformer, language):
+        frozen.eval().requires_grad_(False)
+    width, count = MODEL.video_qformer.width, MODEL.video_qformer.num_queries
+    learns = torch.nn.ModuleDict(
+        {
+            "qformer": qformer(MODEL.video_qformer, MODEL.image_qformer.width),
+            "positions": torch.nn.Embedding(MODEL.num_frames, MODEL.image_qformer.width),
+            "projection": torch.nn.Linear(width, llama.width),
+        }
+    )
+    image_queries = torch.randn(1, MODEL.image_qformer.num_queries, MODEL.image_qformer.width)
+    queries = torch.nn.Parameter(torch.randn(1, count, width))
+    optimizer = torch.optim.AdamW([*learns.parameters(), queries], lr=1e-4, weight_decay=0.05)
+
+    def encode(frames: torch.Tensor) -> torch.Tensor:
+        pixels = (frames.flatten(0, 1).permute(0, 3, 1, 2) / 255 - 0.45) / 0.27
+        seen = vision(pixels).last_hidden_state
+        read = image_qformer(query_embeds=image_queries.expand(len(seen), -1, -1), encoder_hidden_states=seen)
+        return read.last_hidden_state.unflatten(0, frames.shape[:2])
+
+    def run(batch: HostBatch) -> None:
+        arrays = {name: torch.from_numpy(array) for name, array in batch.arrays.items()}
+        with torch.no_grad():
+            features = arrays["features"] if "features" in arrays else encode(arrays["frames"])
+            words = language.get_input_embeddings()(arrays["ids"])
+        memory = (features + learns["positions"].weight[:, None]).flatten(1, 2)
+        read = learns["qformer"](query_embeds=queries.expand(len(memory), -1, -1), encoder_hidden_states=memory)
+        tokens = learns["projection"](read.last_hidden_state)
+        inputs = words.masked_scatter(arrays["is_media"][..., None], tokens)
+        mask = torch.arange(words.shape[1]) < arrays["length"][:, None]
+        labels = torch.full(mask.shape, -100)
+        rows, places = torch.nonzero(arrays["targets"] >= 0, as_tuple=True)
+        labels[rows, arrays["positions"][rows, places].long()] = arrays["targets"][rows, places].long()
+        logits = language(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return run
+
+
+def seconds_a_step(step: Step, stream: Iterator[HostBatch], steps: int) -> float:
+    begun = time.perf_counter()
+    for _ in range(steps):
+        step(next(stream))
+    return (time.perf_counter() - begun) / steps
+
+
+def measure(folder: Path) -> dict[str, float]:
+    live = make_inputs(folder)
+    begun = time.perf_counter()
+    write_features(live, folder / "features")
+    writing = time.perf_counter() - begun
+    cached = dataclasses.replace(live, data=dataclasses.replace(live.data, features=str(folder / "features")))
+    torch_run, found = torch_step(), {}
+    for name, config, steps in (("live", live, LIVE_STEPS), ("cached", cached, CACHED_STEPS)):
+        our_run, plan = our_step(config)
+        ours, theirs = (batches(plan.reader, 0, config.steps, config.data) for _ in range(2))
+        first = next(ours)
+        our_run(first), torch_run(first)
+        times = [
+            (seconds_a_step(our_run, ours, steps), seconds_a_step(torch_run, theirs, steps)) for _ in range(ROUNDS)
+        ]
+        our_best, their_best = (min(column) for column in zip(*times, strict=True))
+        floor = step_flops(plan.base.config, config.branch, first.arrays, config.remat) / product_rate()
+        found |= {
+            f"{name}_samples_a_second": BATCH / our_best,
+            f"{name}_torch_samples_a_second": BATCH / their_best,
+            f"{name}_over_floor": our_best / floor,
+            f"{name}_times_torch": their_best / our_best,
+        }
+    return found | {"writing_features_records_a_second": CLIPS / writing}
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(Path(folder))
+    if "--json" in sys.argv:
+        print(json.dumps(found))
+        return
+    for name, value in found.items():
+        print(f"{name:40} {value:.3f}")
+    print(f"{jax.device_count()} device(s), {jax.devices()[0].device_kind}")
+
+
+if __name__ == "__main__":
+    main()
