@@ -1,4 +1,4 @@
-"""Prints the README's bash and python blocks as one bash script, in order, each shown before it runs."""
+"""Prints the bash and python blocks of a page as one bash script, in order, each shown before it runs."""
 
 import re
 import shlex
