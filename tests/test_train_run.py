@@ -19,9 +19,12 @@ import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
 
-from vllama_jax import checkpoint
+from vllama_jax import checkpoint, convert
 from vllama_jax.chat import Chat
+from vllama_jax.cli import main
 from vllama_jax.cli.run_config import load_config
+from vllama_jax.config import tiny
+from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.data.build import build
 from vllama_jax.errors import CheckpointError, ConfigError, DataError, VllamaError
 from vllama_jax.media.write import write_video
@@ -270,6 +273,44 @@ def test_another_config_in_the_same_directory_is_refused(tiny_model, records, st
     config = config_of(tiny_model, records, steps=4, batch_size=8, checkpoint=CheckpointConfig(every=2), mesh=ONE)
     with pytest.raises(ConfigError, match=r"holds a run with another config .*steps was 3, now 4"):
         train(config, stage1, Quiet())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("model='m', stepz=3", r"config\.py: TrainConfig has no field 'stepz'; did you mean 'steps'\?"),
+        ("optim=OptimConfig(rate=3)", r"config\.py: OptimConfig has no field 'rate'; it has lr, min_lr"),
+        ("model=3 +", r"config\.py: SyntaxError"),
+    ],
+)
+def test_a_config_that_is_none(tmp_path, fields, message):
+    path = tmp_path / "config.py"
+    path.write_text(f"from vllama_jax.train.config import *\nconfig = TrainConfig({fields})\n")
+    with pytest.raises(SystemExit, match=message):
+        main(["train", str(path), "--out", str(tmp_path / "run")])
+
+
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory) -> Path:
+    """A model whose video Q-Former has another width than the tiny model's."""
+    folder = tmp_path_factory.mktemp("wider")
+    config = tiny()
+    qformer = dataclasses.replace(config.video_qformer, width=64)
+    files = write_tiny(folder / "files", config=dataclasses.replace(config, video_qformer=qformer))
+    heads, llama = json.loads(files.pop("config").read_text()), files.pop("llama")
+    convert.convert(convert.plan(llama_directory=llama, files=files, config=heads), folder / "model")
+    return folder / "model"
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_model, wider, records, stage1):
+    options = {"batch_size": 8, "mesh": ONE, "steps": 3, "checkpoint": CheckpointConfig(every=2)}
+    with pytest.raises(ConfigError, match="its run was started from another base model"):
+        train(config_of(wider, records, **options), stage1, Quiet())
+    config = config_of(wider, records, init=str(stage1), **options)
+    with pytest.raises(ConfigError, match=r"init: .* trained another model than .* does not fit"):
+        train(config, stage1.parent / "other", Quiet())
+    with pytest.raises(CheckpointError, match="not the base model that .* was trained on"):
+        checkpoint.load(stage1, base=wider)
 
 
 def test_a_directory_of_other_things_is_refused(tiny_model, records, tmp_path):

@@ -1,7 +1,10 @@
 """A run config, named by path or, when it is shipped, by name; and its fields as flags."""
 
+import dataclasses
+import difflib
 import importlib
 import pkgutil
+import re
 import runpy
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +13,7 @@ from typing import Any
 
 from vllama_jax import configs
 from vllama_jax.errors import ConfigError
+from vllama_jax.train import config as train_config
 from vllama_jax.train.config import TrainConfig
 
 Prepare = Callable[[TrainConfig, Path], TrainConfig]
@@ -40,4 +44,15 @@ def _run(name: str) -> dict[str, Any]:
             raise ConfigError(f"{name}: no such run config; give a Python file, or one of {', '.join(shipped())}")
         return runpy.run_path(name)
     except (SyntaxError, NameError, AttributeError, TypeError, ValueError, ImportError, OSError) as error:
-        raise ConfigError(f"{name}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{name}: {_unknown_field(error) or f'{type(error).__name__}: {error}'}") from error
+
+
+def _unknown_field(error: Exception) -> str:
+    """What is wrong, where a config class was given a field that it does not have."""
+    found = re.match(r"(\w+Config)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+    if not found or not hasattr(train_config, found[1]):
+        return ""
+    fields = [field.name for field in dataclasses.fields(getattr(train_config, found[1]))]
+    near = difflib.get_close_matches(found[2], fields, 1)
+    advice = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields)}"
+    return f"{found[1]} has no field {found[2]!r}; {advice}"
