@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import media_fixtures
 import pytest
+import train_fixtures
 
 from vllama_jax import convert
 from vllama_jax.convert.tiny import write_tiny
@@ -30,15 +31,19 @@ GOLDEN_HEADS = {part: {"num_heads": 4} for part in ("vit", "image_qformer", "vid
 GOLDEN_HEADS["imagebind"] = {sense: {"num_heads": 4} for sense in ("audio", "vision")}
 
 
-@pytest.fixture(scope="session")
-def shared() -> Path:
+def find_shared() -> Path | None:
     """The folder of shared data: VLLAMA_SHARED, else the nearest `shared` in or above the checkout."""
     named = os.environ.get("VLLAMA_SHARED")
     candidates = [Path(named)] if named else [parent / "shared" for parent in Path(__file__).resolve().parents[1:]]
-    for candidate in candidates:
-        if candidate.is_dir():
-            return candidate
-    if named:
+    return next((candidate for candidate in candidates if candidate.is_dir()), None)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """See `find_shared`; tests that need it are skipped where it is not."""
+    if found := find_shared():
+        return found
+    if named := os.environ.get("VLLAMA_SHARED"):
         pytest.fail(f"VLLAMA_SHARED names {named}, which is not there")
     return pytest.skip("golden data not here: set VLLAMA_SHARED")
 
@@ -88,6 +93,29 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three seconds of a video with sound (mp4, H.264 and AAC)."""
     path = tmp_path_factory.mktemp("media") / "clip.mp4"
     return media_fixtures.write_video(path, num_frames=75, sound=media_fixtures.tone(3, 16000))
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four videos and two pictures, with turns. Not to be written to."""
+    return train_fixtures.write_records(tmp_path_factory.mktemp("seen") / "clips")
+
+
+@pytest.fixture(scope="session")
+def real_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, and the shared clips where they are."""
+    found = find_shared()
+    return train_fixtures.write_records(tmp_path_factory.mktemp("real") / "clips", found and found / "media")
+
+
+@pytest.fixture(scope="session")
+def stage1(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, records: Path) -> Path:
+    """A finished run of three steps on 8 devices. Not to be written to."""
+    from vllama_jax.train.loop import train
+
+    run = tmp_path_factory.mktemp("stage1") / "run"
+    train(train_fixtures.short_config(tiny_model, records), run, train_fixtures.Quiet())
+    return run
 
 
 def _converted(paths: dict[str, Path], config: dict, out: Path) -> Path:

@@ -18,100 +18,24 @@ import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 from PIL import Image
+from train_fixtures import EACH, ONE, STEPS, Quiet, config_of, losses, short_config, write_config
 
-from vllama_jax import checkpoint, convert
+from vllama_jax import checkpoint
 from vllama_jax.chat import Chat
-from vllama_jax.cli import main
-from vllama_jax.cli.run_config import load_config
-from vllama_jax.config import tiny
-from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.data.build import build
-from vllama_jax.errors import CheckpointError, ConfigError, DataError, VllamaError
-from vllama_jax.media.write import write_video
-from vllama_jax.train.config import CheckpointConfig, DatasetConfig, OptimConfig, TrainConfig
+from vllama_jax.errors import CheckpointError, VllamaError
+from vllama_jax.train.config import CheckpointConfig, OptimConfig
 from vllama_jax.train.loop import train
 
-STEPS = 20
 SLOW = pytest.mark.slow
 SHIPPED = ("vision_stage1", "vision_stage2", "audio_stage1", "audio_stage2")
 VLLAMA = str(Path(sys.executable).with_name("vllama"))
-
-
-class Quiet:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self):
-        self.said: list[str] = []
-        self.steps: list[dict] = []
-
-    def say(self, text):
-        self.said.append(text)
-
-    def table(self, plan):
-        self.plan = plan
-
-    def step(self, metrics):
-        self.steps.append(metrics)
-
-
-@pytest.fixture(scope="module")
-def records(tmp_path_factory, request) -> Path:
-    """Four videos, two pictures, and, where it is there, the shared media: captions and turns."""
-    folder = tmp_path_factory.mktemp("clips")
-    rng = np.random.default_rng(0)
-    lines = []
-    for number in range(4):
-        write_video(folder / f"{number}.mp4", rng.integers(0, 256, (10, 64, 64, 3)).astype(np.uint8), fps=5)
-        turns = [("What is number?", f"It is number {number}."), ("Sure?", "Yes, I am.")]
-        said = [
-            {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
-        ]
-        lines.append({"video": f"{number}.mp4", "conversations": said})
-    for number in range(2):
-        Image.fromarray(rng.integers(0, 256, (50, 60, 3)).astype(np.uint8)).save(folder / f"{number}.png")
-        lines.append({"image": f"{number}.png", "question": "<image>\nWhat?", "answer": f"Picture {number} of noise."})
-    (folder / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out = folder.parent / "records"
-    if not out.exists():
-        build("jsonl", folder, out)
-    return out
-
-
-def config_of(base, records, name="vision_stage1", **options) -> TrainConfig:
-    """A shipped config at tiny size."""
-    config, _ = load_config(name)
-    one = dataclasses.replace(config.datasets[-1], path=str(records))
-    return dataclasses.replace(
-        config,
-        **{
-            "model": str(base),
-            "datasets": (one,),
-            "steps": STEPS,
-            "batch_size": 2,
-            "mesh": dataclasses.replace(config.mesh, data=1, fsdp=1),
-            "optim": OptimConfig(lr=1e-3, min_lr=1e-4, warmup_lr=1e-4, warmup_steps=5),
-            "checkpoint": CheckpointConfig(every=5),
-            **options,
-        },
-    )
-
-
-def write_config(path: Path, config: TrainConfig) -> Path:
-    """The config as a Python file, as a user has one."""
-    lines = ["from vllama_jax.config import *", "from vllama_jax.train.config import *", f"config = {config!r}"]
-    path.write_text("\n".join(lines) + "\n")
-    return path
 
 
 def command(config: Path, out: Path, *more: str, devices: int = 1) -> subprocess.Popen:
     environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(devices)}
     arguments = [VLLAMA, "train", str(config), "--out", str(out), *more]
     return subprocess.Popen(arguments, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def losses(run: Path) -> list[tuple[int, float]]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(line["step"], line["loss"]) for line in lines]
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
@@ -178,8 +102,8 @@ def test_decoding_in_processes_changes_nothing(whole, tmp_path):
 
 @SLOW
 @pytest.mark.parametrize("name", SHIPPED)
-def test_ten_kills_change_nothing(name, tiny_model, records, tmp_path):
-    config = write_config(tmp_path / "config.py", config_of(tiny_model, records, name))
+def test_ten_kills_change_nothing(name, tiny_model, real_records, tmp_path):
+    config = write_config(tmp_path / "config.py", config_of(tiny_model, real_records, name))
     assert command(config, tmp_path / "whole").wait() == 0
     run, draw = tmp_path / "killed", random.Random(name)
     for _ in range(10):
@@ -228,21 +152,6 @@ def test_two_processes_and_eight_devices_give_the_losses_of_one(tiny_model, reco
         np.testing.assert_allclose(np.array(losses(run)), reference, rtol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def stage1(tmp_path_factory, tiny_model, records) -> Path:
-    run = tmp_path_factory.mktemp("stage1") / "run"
-    train(
-        config_of(tiny_model, records, steps=3, batch_size=8, checkpoint=CheckpointConfig(every=2), mesh=ONE),
-        run,
-        Quiet(),
-    )
-    return run
-
-
-ONE = dataclasses.replace(load_config("vision_stage1")[0].mesh, data=8)
-EACH = CheckpointConfig(every=1)
-
-
 def test_stage_2_starts_from_stage_1(tiny_model, records, stage1, tmp_path):
     config = config_of(tiny_model, records, "vision_stage2", init=str(stage1), batch_size=8, mesh=ONE, steps=1)
     reporter = Quiet()
@@ -250,89 +159,11 @@ def test_stage_2_starts_from_stage_1(tiny_model, records, stage1, tmp_path):
     assert all(source.trained for source in reporter.plan.sources.values())
 
 
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"trainable": ("vidoe_qformer/*",)}, ConfigError, "matches no weight of those that this run uses"),
-        ({"trainable": ("audio_qformer/*",)}, ConfigError, "matches no weight of those that this run uses"),
-        ({"batch_size": 6}, ConfigError, "batch_size 6 does not divide over 8 places of the mesh"),
-        ({"mesh": dataclasses.replace(ONE, data=3)}, ConfigError, "has 3 places for 8 devices"),
-        ({"model": "nowhere"}, CheckpointError, "no such model directory"),
-        ({"init": "nowhere"}, CheckpointError, "no such model directory"),
-        ({"datasets": (DatasetConfig(path="nowhere"),)}, DataError, "no such records directory"),
-    ],
-)
-def test_what_cannot_be_run_is_refused(tiny_model, records, tmp_path, options, error, message):
-    config = config_of(tiny_model, records, **{"batch_size": 8, "mesh": ONE, **options})
-    with pytest.raises(error, match=message):
-        train(config, tmp_path / "run", Quiet())
-    assert not (tmp_path / "run").exists()
-
-
-def test_another_config_in_the_same_directory_is_refused(tiny_model, records, stage1):
-    config = config_of(tiny_model, records, steps=4, batch_size=8, checkpoint=CheckpointConfig(every=2), mesh=ONE)
-    with pytest.raises(ConfigError, match=r"holds a run with another config .*steps was 3, now 4"):
-        train(config, stage1, Quiet())
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ("model='m', stepz=3", r"config\.py: TrainConfig has no field 'stepz'; did you mean 'steps'\?"),
-        ("optim=OptimConfig(rate=3)", r"config\.py: OptimConfig has no field 'rate'; it has lr, min_lr"),
-        ("model=3 +", r"config\.py: SyntaxError"),
-    ],
-)
-def test_a_config_that_is_none(tmp_path, fields, message):
-    path = tmp_path / "config.py"
-    path.write_text(f"from vllama_jax.train.config import *\nconfig = TrainConfig({fields})\n")
-    with pytest.raises(SystemExit, match=message):
-        main(["train", str(path), "--out", str(tmp_path / "run")])
-
-
-@pytest.fixture(scope="module")
-def wider(tmp_path_factory) -> Path:
-    """A model whose video Q-Former has another width than the tiny model's."""
-    folder = tmp_path_factory.mktemp("wider")
-    config = tiny()
-    qformer = dataclasses.replace(config.video_qformer, width=64)
-    files = write_tiny(folder / "files", config=dataclasses.replace(config, video_qformer=qformer))
-    heads, llama = json.loads(files.pop("config").read_text()), files.pop("llama")
-    convert.convert(convert.plan(llama_directory=llama, files=files, config=heads), folder / "model")
-    return folder / "model"
-
-
-def test_a_checkpoint_of_another_model_is_refused(tiny_model, wider, records, stage1):
-    options = {"batch_size": 8, "mesh": ONE, "steps": 3, "checkpoint": CheckpointConfig(every=2)}
-    with pytest.raises(ConfigError, match="its run was started from another base model"):
-        train(config_of(wider, records, **options), stage1, Quiet())
-    config = config_of(wider, records, init=str(stage1), **options)
-    with pytest.raises(ConfigError, match=r"init: .* trained another model than .* does not fit"):
-        train(config, stage1.parent / "other", Quiet())
-    with pytest.raises(CheckpointError, match="not the base model that .* was trained on"):
-        checkpoint.load(stage1, base=wider)
-
-
-def test_a_directory_of_other_things_is_refused(tiny_model, records, tmp_path):
-    (tmp_path / "letter.txt").write_text("dear")
-    with pytest.raises(CheckpointError, match="not a run directory"):
-        train(config_of(tiny_model, records, batch_size=8, mesh=ONE), tmp_path, Quiet())
-
-
-def test_two_runs_into_one_directory_are_refused(tiny_model, records, tmp_path):
-    run = tmp_path / "run"
-    run.mkdir()
-    config = config_of(tiny_model, records, batch_size=8, mesh=ONE)
-    with checkpoint.locked(run, "taken"), pytest.raises(CheckpointError, match="another process is training into it"):
-        train(config, run, Quiet())
-
-
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_model, records, stage1, tmp_path, caplog):
     run = shutil.copytree(stage1, tmp_path / "run")
     for file in (run / "step_3/weights").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    config = config_of(tiny_model, records, steps=3, batch_size=8, checkpoint=CheckpointConfig(every=2), mesh=ONE)
-    train(config, run, Quiet())
+    train(short_config(tiny_model, records), run, Quiet())
     assert "going back to the checkpoint before it" in caplog.text
     assert_same_run(run, stage1)
 

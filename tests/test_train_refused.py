@@ -1,0 +1,92 @@
+"""Runs that cannot be: each is refused in one line, and nothing is begun."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from train_fixtures import ONE, Quiet, short_config
+
+from vllama_jax import checkpoint, convert
+from vllama_jax.cli import main
+from vllama_jax.config import tiny
+from vllama_jax.convert.tiny import write_tiny
+from vllama_jax.errors import CheckpointError, ConfigError, DataError
+from vllama_jax.train.config import DatasetConfig
+from vllama_jax.train.loop import train
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"trainable": ("vidoe_qformer/*",)}, ConfigError, "matches no weight of those that this run uses"),
+        ({"trainable": ("audio_qformer/*",)}, ConfigError, "matches no weight of those that this run uses"),
+        ({"batch_size": 6}, ConfigError, "batch_size 6 does not divide over 8 places of the mesh"),
+        ({"mesh": dataclasses.replace(ONE, data=3)}, ConfigError, "has 3 places for 8 devices"),
+        ({"model": "nowhere"}, CheckpointError, "no such model directory"),
+        ({"init": "nowhere"}, CheckpointError, "no such model directory"),
+        ({"datasets": (DatasetConfig(path="nowhere"),)}, DataError, "no such records directory"),
+    ],
+)
+def test_what_cannot_be_run_is_refused(tiny_model, records, tmp_path, options, error, message):
+    config = short_config(tiny_model, records, **options)
+    with pytest.raises(error, match=message):
+        train(config, tmp_path / "run", Quiet())
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_in_the_same_directory_is_refused(tiny_model, records, stage1):
+    config = short_config(tiny_model, records, steps=4)
+    with pytest.raises(ConfigError, match=r"holds a run with another config .*steps was 3, now 4"):
+        train(config, stage1, Quiet())
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("model='m', stepz=3", r"config\.py: TrainConfig has no field 'stepz'; did you mean 'steps'\?"),
+        ("optim=OptimConfig(rate=3)", r"config\.py: OptimConfig has no field 'rate'; it has lr, min_lr"),
+        ("model=3 +", r"config\.py: SyntaxError"),
+    ],
+)
+def test_a_config_that_is_none(tmp_path, fields, message):
+    path = tmp_path / "config.py"
+    path.write_text(f"from vllama_jax.train.config import *\nconfig = TrainConfig({fields})\n")
+    with pytest.raises(SystemExit, match=message):
+        main(["train", str(path), "--out", str(tmp_path / "run")])
+
+
+@pytest.fixture(scope="module")
+def wider(tmp_path_factory) -> Path:
+    """A model whose video Q-Former has another width than the tiny model's."""
+    folder = tmp_path_factory.mktemp("wider")
+    config = tiny()
+    qformer = dataclasses.replace(config.video_qformer, width=64)
+    files = write_tiny(folder / "files", config=dataclasses.replace(config, video_qformer=qformer))
+    heads, llama = json.loads(files.pop("config").read_text()), files.pop("llama")
+    convert.convert(convert.plan(llama_directory=llama, files=files, config=heads), folder / "model")
+    return folder / "model"
+
+
+def test_a_checkpoint_of_another_model_is_refused(tiny_model, wider, records, stage1):
+    with pytest.raises(ConfigError, match="its run was started from another base model"):
+        train(short_config(wider, records), stage1, Quiet())
+    config = short_config(wider, records, init=str(stage1))
+    with pytest.raises(ConfigError, match=r"init: .* trained another model than .* does not fit"):
+        train(config, stage1.parent / "other", Quiet())
+    with pytest.raises(CheckpointError, match=r"not the base model that .* was trained on"):
+        checkpoint.load(stage1, base=wider)
+
+
+def test_a_directory_of_other_things_is_refused(tiny_model, records, tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(CheckpointError, match="not a run directory"):
+        train(short_config(tiny_model, records), tmp_path, Quiet())
+
+
+def test_two_runs_into_one_directory_are_refused(tiny_model, records, tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    config = short_config(tiny_model, records)
+    with checkpoint.locked(run, "taken"), pytest.raises(CheckpointError, match="another process is training into it"):
+        train(config, run, Quiet())

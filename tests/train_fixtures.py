@@ -1,0 +1,96 @@
+"""Small runs for tests: a config, a reporter, and records of videos and pictures."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vllama_jax.cli.run_config import load_config
+from vllama_jax.data.build import build
+from vllama_jax.media.write import write_video
+from vllama_jax.train.config import CheckpointConfig, OptimConfig, TrainConfig
+
+STEPS = 20
+ONE = dataclasses.replace(load_config("vision_stage1")[0].mesh, data=8)
+EACH = CheckpointConfig(every=1)
+
+
+class Quiet:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self):
+        self.said: list[str] = []
+        self.steps: list[dict] = []
+
+    def say(self, text):
+        self.said.append(text)
+
+    def table(self, plan):
+        self.plan = plan
+
+    def step(self, metrics):
+        self.steps.append(metrics)
+
+
+def write_records(folder: Path, media: Path | None = None) -> Path:
+    """Four videos and two pictures, with turns; and the real clips of a folder, with captions in place of turns."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    lines = []
+    for number in range(4):
+        write_video(folder / f"{number}.mp4", rng.integers(0, 256, (10, 64, 64, 3)).astype(np.uint8), fps=5)
+        turns = [("What is number?", f"It is number {number}."), ("Sure?", "Yes, I am.")]
+        said = [
+            {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
+        ]
+        lines.append({"video": f"{number}.mp4", "conversations": said})
+    for number in range(2):
+        Image.fromarray(rng.integers(0, 256, (50, 60, 3)).astype(np.uint8)).save(folder / f"{number}.png")
+        lines.append({"image": f"{number}.png", "question": "<image>\nWhat?", "answer": f"Picture {number} of noise."})
+    for file in sorted(media.glob("*.*")) if media else ():
+        kind = "video" if file.suffix == ".mp4" else "image"
+        lines.append({kind: str(file), "question": "What is it?", "answer": f"It is {file.stem}."})
+    (folder / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = folder.parent / "records"
+    build("jsonl", folder, out)
+    return out
+
+
+def config_of(base, records, name="vision_stage1", **options) -> TrainConfig:
+    """A shipped config at tiny size."""
+    config, _ = load_config(name)
+    one = dataclasses.replace(config.datasets[-1], path=str(records))
+    return dataclasses.replace(
+        config,
+        **{
+            "model": str(base),
+            "datasets": (one,),
+            "steps": STEPS,
+            "batch_size": 2,
+            "mesh": dataclasses.replace(config.mesh, data=1, fsdp=1),
+            "optim": OptimConfig(lr=1e-3, min_lr=1e-4, warmup_lr=1e-4, warmup_steps=5),
+            "checkpoint": CheckpointConfig(every=5),
+            **options,
+        },
+    )
+
+
+def write_config(path: Path, config: TrainConfig) -> Path:
+    """The config as a Python file, as a user has one."""
+    lines = ["from vllama_jax.config import *", "from vllama_jax.train.config import *", f"config = {config!r}"]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss"]) for line in lines]
+
+
+def short_config(base: Path, records: Path, **options) -> TrainConfig:
+    """Three steps on 8 devices."""
+    return config_of(
+        base, records, **{"steps": 3, "batch_size": 8, "mesh": ONE, "checkpoint": CheckpointConfig(every=2), **options}
+    )
