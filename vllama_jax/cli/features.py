@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vllama_jax.cli.compilation import keep_compiled_programs
-from vllama_jax.cli.run_config import load_config
-from vllama_jax.cli.train import DEFAULT, join_processes
+from vllama_jax.cli.run_config import named_config
+from vllama_jax.cli.train import join_processes
 from vllama_jax.errors import ConfigError
 from vllama_jax.train.config import TrainConfig
 
@@ -20,10 +20,7 @@ if TYPE_CHECKING:
 
 def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
     """The command for the config that the first argument names, and the other arguments."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        raise ConfigError("name a run config first: `vllama features vision_stage1 --out DIR`, or a Python file")
-    named = not arguments[0].startswith("-")
-    config, prepare = load_config(arguments[0] if named else DEFAULT)
+    config, prepare, others = named_config(arguments, "vllama features vision_stage1 --out DIR")
 
     def features(
         out: Path,
@@ -65,7 +62,7 @@ def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
             written = write_features(prepare(run, out), out, base, shard_records, progress)
         print(_summary(out, written))
 
-    return features, arguments[1:] if named else arguments
+    return features, others
 
 
 def _summary(out: Path, written: "Written") -> str:

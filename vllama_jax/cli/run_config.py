@@ -16,6 +16,7 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.train import config as train_config
 from vllama_jax.train.config import TrainConfig
 
+DEFAULT = "vision_stage1"
 Prepare = Callable[[TrainConfig, Path], TrainConfig]
 
 
@@ -33,6 +34,18 @@ def load_config(name: str) -> tuple[TrainConfig, Prepare]:
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"{name}: it does not define `config = TrainConfig(...)`")
     return config, fields.get("prepare", lambda config, out: config)
+
+
+def named_config(arguments: list[str], command: str) -> tuple[TrainConfig, Prepare, list[str]]:
+    """What `load_config` gives for the config that the first argument names, and the other arguments.
+
+    With --help alone it is a default one, whose flags are shown. `command`: an example of a whole one.
+    """
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        raise ConfigError(f"name a run config first: `{command}`, or a Python file")
+    if arguments[0].startswith("-"):
+        return *load_config(DEFAULT), arguments
+    return *load_config(arguments[0]), arguments[1:]
 
 
 def _run(name: str) -> dict[str, Any]:

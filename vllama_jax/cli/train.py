@@ -11,19 +11,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from vllama_jax.cli.compilation import keep_compiled_programs
-from vllama_jax.cli.run_config import load_config
+from vllama_jax.cli.run_config import named_config
 from vllama_jax.errors import ConfigError
 from vllama_jax.train.config import TrainConfig
-
-DEFAULT = "vision_stage1"  # whose flags --help shows when no config is named
 
 
 def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
     """The command for the config that the first argument names, and the other arguments."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        raise ConfigError("name a run config first: `vllama train vision_stage1 --out RUN`, or a Python file")
-    named = not arguments[0].startswith("-")
-    config, prepare = load_config(arguments[0] if named else DEFAULT)
+    config, prepare, others = named_config(arguments, "vllama train vision_stage1 --out RUN")
 
     def train(
         out: Path,
@@ -60,7 +55,7 @@ def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
             else:
                 go(prepared, out, display, base)
 
-    return train, arguments[1:] if named else arguments
+    return train, others
 
 
 def join_processes(distributed: bool) -> None:
