@@ -132,6 +132,7 @@ class Checkpoints:
         """Waits for what is being saved. Raises CheckpointError when that fails; what was saved before stays."""
         with self._told():
             self._manager.wait_until_finished()
+        self._remove_partial()
 
     def restore(self, abstract: TrainState) -> TrainState | None:
         """The last good state, in the shapes and shardings of `abstract`; None where there is none yet.
@@ -179,17 +180,19 @@ class Checkpoints:
             said_by_system = re.search(r"\[Errno \d+\] ([^:]+)|([^:]+) \[os_error_code", text)
             reason = (said_by_system[1] or said_by_system[2]).strip() if said_by_system else text[:200]
             self._remove_partial()
+            self._manager.reload()
             last = run_steps(self._out)
             kept = f"the last good one is step {last[-1]}" if last else "there is none before it"
             what = f"the checkpoint of step {self._saving}"
             raise CheckpointError(f"{self._out}: {what} could not be saved ({reason}); {kept}") from error
 
     def _remove_partial(self) -> None:
-        """What a failed save left takes the room that the next one needs."""
+        """What a failed save left takes the room that the next one needs. Some of its writers may still be at work when
+        it fails, and leave files again, which go with the save after it or when the run is taken up.
+        """
         if jax.process_index() == 0:
             for partial in self._out.glob("step_*.orbax-checkpoint-tmp"):
                 shutil.rmtree(partial, ignore_errors=True)
-        self._manager.reload()
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
