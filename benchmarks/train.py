@@ -2,8 +2,8 @@
 
     python benchmarks/train.py [--json]
 
-Stage 1 of the vision branch on clips that are rendered here: 256-wide to 1024-wide towers of random weights, float32,
-two samples of eight 224² frames, 128 tokens. PyTorch (transformers' BLIP-2 vision model, its Q-Former and its
+Stage 1 of the vision branch on clips that are rendered here: towers 384 to 1024 wide, of random weights,
+float32, two samples of eight 224² frames, 128 tokens. PyTorch (transformers' BLIP-2 vision model, its Q-Former and its
 LLaMA) gets the same batches from the same reader, freezes the same parts and keeps activations as we do. They take
 turns, step by step, and medians are told. The floor is the step's operations
 (train/estimate.py) over the rate of one large matrix product.

@@ -25,7 +25,7 @@ import xxhash
 
 from vllama_jax.checkpoint import ModelDirectory
 from vllama_jax.data.order import Stream
-from vllama_jax.data.records import KINDS, Kind, Records
+from vllama_jax.data.records import Kind, Records, ranges
 from vllama_jax.data.remote import local_copy
 from vllama_jax.errors import ConfigError, DataError, VllamaError
 from vllama_jax.params import read_json
@@ -242,16 +242,6 @@ def open_folder(folder: Path) -> tuple[FeatureCache, dict[str, Any]]:
 def _cache(folder: Path, made: Mapping[str, Any]) -> FeatureCache:
     shapes = {kind: tuple(shape) for kind, shape in made["shapes"].items()}
     return FeatureCache(folder, ranges(made["kinds"]), shapes, made["dtype"], made["variants"], made["shard_records"])
-
-
-def ranges(counts: Mapping[Kind, int]) -> dict[Kind, range]:
-    """The record numbers of each kind that there is, from how many there are."""
-    found, first = {}, 0
-    for kind in KINDS:
-        if counts.get(kind):
-            found[kind] = range(first, first + counts[kind])
-            first += counts[kind]
-    return found
 
 
 def describe(

@@ -12,7 +12,7 @@ import functools
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,11 +128,15 @@ def _from_manifest(path: Path, manifest: dict[str, Any]) -> Records:
         numbers = [*counts.values(), *sizes.values(), *files.values()]
         if not all(type(number) is int and number >= 0 for number in numbers) or {*counts, *sizes} - {*KINDS}:
             raise ValueError("its numbers are none")
-        ends = itertools.accumulate(counts.get(kind, 0) for kind in KINDS)
-        kinds = {kind: range(end - counts.get(kind, 0), end) for kind, end in zip(KINDS, ends, strict=True)}
-        return Records(path, str(manifest["name"]), kinds, str(manifest["digest"]), sizes)
+        return Records(path, str(manifest["name"]), ranges(counts), str(manifest["digest"]), sizes)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{where}: incomplete ({_one_line(error)}); build the records again") from error
+
+
+def ranges(counts: Mapping[Kind, int]) -> dict[Kind, range]:
+    """The record numbers of each kind, from how many there are."""
+    ends = itertools.accumulate(counts.get(kind, 0) for kind in KINDS)
+    return {kind: range(end - counts.get(kind, 0), end) for kind, end in zip(KINDS, ends, strict=True)}
 
 
 def _check_files(path: Path, sizes: dict[str, int]) -> None:
