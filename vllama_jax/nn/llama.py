@@ -48,7 +48,8 @@ class KVCache:
 def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
     """Rotary frequencies in radians a position, float32 [head_dim / 2], as the `inv_freq` buffer of checkpoints."""
     exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
-    frequencies = np.float32(1.0) / np.power(np.float32(cfg.rope_theta), exponents)
+    powers = np.power(cfg.rope_theta, exponents.astype(np.float64))  # numpy's in float32 is off torch's in the last bit
+    frequencies = np.float32(1.0) / powers.astype(np.float32)
     return frequencies if cfg.rope_scaling is None else _stretched(frequencies, cfg.rope_scaling)
 
 
