@@ -1,4 +1,4 @@
-"""Weights in PyTorch's layouts → a model directory. The only package that knows PyTorch names."""
+"""Weights in PyTorch's layouts → a model directory, and back (export.py). The only package that knows PyTorch names."""
 
 import dataclasses
 import math

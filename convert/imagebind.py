@@ -1,5 +1,7 @@
 """ImageBind's file (imagebind_huge.pth, six towers) → `imagebind`: its audio and its vision tower."""
 
+import numpy as np
+
 from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig, ImageBindVisionConfig
 
 from .rules import CONVOLUTION, ROW, TABLE, Rule, Transform, from_heads, heads_out, linear, norm, patches, split
@@ -10,6 +12,19 @@ EXTRAS = {
     ),
 }
 AUDIO_SCALE = "modality_postprocessors.audio.1.log_logit_scale"
+
+TEXT_LENGTH = 77
+OTHER_SCALES = {"depth": 5.0, "thermal": 10.0, "imu": 5.0}  # reference: imagebind_model.py:429
+
+
+def buffers(cfg: ImageBindConfig) -> dict[str, np.ndarray]:
+    """What the model has besides parameters, all fixed; the original keeps it in checkpoints of the audio branch."""
+    scale = "modality_postprocessors.{}.1.log_logit_scale"
+    return {
+        AUDIO_SCALE: np.float32(cfg.audio.log_logit_scale),
+        "modality_preprocessors.text.mask": np.triu(np.full((TEXT_LENGTH, TEXT_LENGTH), -np.inf, np.float32), 1),
+        **{scale.format(tower): np.float32(np.log(value)) for tower, value in OTHER_SCALES.items()},
+    }
 
 
 def rules(cfg: ImageBindConfig) -> list[Rule]:

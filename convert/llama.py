@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.config import LlamaConfig
+from vllama_jax.config import LlamaConfig, RopeScaling
 from vllama_jax.errors import CheckpointError, ConfigError
 
 from .rules import SAME, TRANSPOSE, Rule, from_heads, linear, to_heads
@@ -63,22 +63,58 @@ def read_config(directory: Path) -> dict[str, Any]:
     return _fields(fields, str(path))
 
 
+def config_fields(cfg: LlamaConfig) -> dict[str, Any]:
+    """What a config.json says of this language model: `read_config` backward."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": cfg.vocab_size,
+        **{theirs: getattr(cfg, ours) for ours, theirs in _DIMENSIONS.items()},
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": cfg.norm_eps,
+        "max_position_embeddings": cfg.max_length,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": _scaling_fields(cfg.rope_scaling),
+        "tie_word_embeddings": cfg.tie_embeddings,
+    }
+
+
+def _scaling_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"type": "linear", "factor": scaling.factor}  # what every version reads; the older take no field more
+    return {
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_length,
+    }
+
+
+_DIMENSIONS = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+}
+
+
 def _fields(fields: dict[str, Any], where: str) -> dict[str, Any]:
     """Types are checked when the config is built of them."""
-    names = {
-        "width": "hidden_size",
-        "depth": "num_hidden_layers",
-        "num_heads": "num_attention_heads",
-        "mlp_dim": "intermediate_size",
-    }
-    for name in names.values():
+    for name in _DIMENSIONS.values():
         if type(fields.get(name)) is not int or fields[name] < 1:
             raise ConfigError(f"{where}: {name} must be a whole number above 0, not {fields.get(name)!r}")
     rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise ConfigError(f"{where}: rope_scaling must be an object, not {rope!r}")
     return {
-        **{ours: fields[theirs] for ours, theirs in names.items()},
+        **{ours: fields[theirs] for ours, theirs in _DIMENSIONS.items()},
         "num_kv_heads": fields.get("num_key_value_heads") or fields["num_attention_heads"],
         "head_dim": fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
         "norm_eps": fields.get("rms_norm_eps", 1e-6),

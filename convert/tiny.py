@@ -20,6 +20,7 @@ from vllama_jax.checkpoint import new_directory
 from vllama_jax.config import VideoLlamaConfig, tiny
 from vllama_jax.errors import VllamaError
 
+from . import llama
 from .matching import abstract_shapes, tables
 
 VOCAB_SIZE = 512
@@ -129,25 +130,7 @@ def _write_config(path: Path, config: VideoLlamaConfig) -> Path:
 
 
 def _write_llama_config(path: Path, config: VideoLlamaConfig) -> None:
-    llama = config.llama
-    fields = {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": llama.vocab_size,
-        "hidden_size": llama.width,
-        "num_hidden_layers": llama.depth,
-        "num_attention_heads": llama.num_heads,
-        "num_key_value_heads": llama.num_kv_heads,
-        "head_dim": llama.head_dim,
-        "intermediate_size": llama.mlp_dim,
-        "rms_norm_eps": llama.norm_eps,
-        "max_position_embeddings": llama.max_length,
-        "rope_theta": llama.rope_theta,
-        "tie_word_embeddings": llama.tie_embeddings,
-        "hidden_act": "silu",
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    }
+    fields = {**llama.config_fields(config.llama), "bos_token_id": 1, "eos_token_id": 2}
     path.write_text(json.dumps(fields, indent=1))
 
 

@@ -177,6 +177,31 @@ def check_params(directory: Path, leaves: Mapping[str, dict], paths: Iterable[st
                 raise CheckpointError(f"{folder / name}: {held}; copy or convert the model again")
 
 
+def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) -> np.ndarray:
+    """Rows of a weight's first axis, from the files that hold them. leaf: what the manifest says of the weight.
+
+    Its files are whole, as `check_params` found. Raises CheckpointError when they cannot be read any more.
+    """
+    folder, shape, dtype = directory / path.replace("/", "."), leaf["shape"], np.dtype(leaf["dtype"])
+    chunk = read_json(folder / ".zarray")["chunks"]
+    out = np.empty((len(rows), *shape[1:]), dtype)
+    row_size = math.prod(chunk[1:])
+    for first in range(rows.start // chunk[0], (rows.stop - 1) // chunk[0] + 1):
+        begin, end = max(rows.start, first * chunk[0]), min(rows.stop, (first + 1) * chunk[0])
+        for index in itertools.product(*map(range, _grid(shape, chunk)[1:])):
+            file = folder / ".".join(map(str, (first, *index)))
+            skipped = (begin - first * chunk[0]) * row_size * dtype.itemsize
+            try:
+                values = np.fromfile(file, dtype, (end - begin) * row_size, offset=skipped)
+                values = values.reshape(end - begin, *chunk[1:])
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{file}: changed while it was read ({error})") from error
+            here = [slice(i * size, (i + 1) * size) for i, size in zip(index, chunk[1:], strict=True)]
+            place = out[(slice(begin - rows.start, end - rows.start), *here)]
+            place[...] = values[tuple(map(slice, place.shape))]
+    return out
+
+
 def _is_chunk(chunk: Any, shape: Sequence[int]) -> bool:
     return isinstance(chunk, list) and len(chunk) == len(shape) and all(type(n) is int and n > 0 for n in chunk)
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "chat": "Talk about a video, a picture or a sound.",
     "convert": "Make a model directory from PyTorch weights.",
+    "export": "Write a model or a run as PyTorch weights.",
     "data": "Build, check and describe training data.",
     "features": "Write what the frozen encoders see, to train from.",
     "train": "Train a branch: stage 1, stage 2, or your own.",

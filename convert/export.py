@@ -1,0 +1,232 @@
+"""A model or run directory → the files that the original's PyTorch code reads, tensor by tensor.
+
+A plan says which files there will be and which tensors in each; nothing is read before `export` writes them.
+"""
+
+import dataclasses
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from vllama_jax.checkpoint import ModelDirectory, Trained, check_leaves, new_directory, restore_arrays
+from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.params import check_params, read_json, read_rows, write_file, write_json
+
+from . import imagebind, llama
+from .matching import abstract_shapes
+from .pieces import PIECES
+from .rules import Rule, turned
+from .tensor_files import Progress, Tensor, require_torch, write_safetensors, write_torch
+
+Format = Literal["pth", "safetensors"]
+Files = Mapping[str, Sequence[Tensor]]  # what is in each file, by its path in the directory
+Reader = Callable[[str, int | None], np.ndarray]
+
+SHARD_BYTES = 5e9  # Hugging Face's own default when LLaMA was published
+UNTRAINED = ("vl", "al", "minigpt4")  # what a model may lack
+MODULES = {"eva_vit": "visual_encoder.", "imagebind": "audio_encoder.", "llama": "llama_model."}  # in the whole model
+FILE_NAMES = {"eva_vit": "eva_vit_g"}  # where it is not the kind's
+PLAIN = ("eva_vit_g.pth", "imagebind.pth")  # the others hold {"model": tensors}
+POSITION_IDS = 512  # BERT's
+
+
+def plan(model: ModelDirectory, format: Format = "pth", shard_bytes: float = SHARD_BYTES) -> Files:
+    """The files that make up a model in the original's layouts, or one with every tensor by its name in the whole.
+
+    shard_bytes: of a file of the language model at most, where a tensor is not larger.
+    Raises CheckpointError where weights are missing or their files not whole, and where torch is needed and absent.
+    """
+    if format == "pth":
+        require_torch()
+    pieces = _pieces(model)
+    if format == "safetensors":
+        named = {tensor.name: tensor for tensor in _in_the_whole(pieces)}  # branches share buffers
+        return {"model.safetensors": list(named.values())}
+    shards = _shards(pieces.pop("llama"), shard_bytes)
+    return {f"{FILE_NAMES.get(kind, kind)}.pth": tensors for kind, tensors in pieces.items()} | shards
+
+
+def export(model: ModelDirectory, files: Files, out: str | Path, progress: Progress = lambda done: None) -> None:
+    """Writes the files that `plan` gave; `out` appears when it is whole. progress: called with the bytes written since.
+
+    Beside them is config.json, with which `vllama convert` makes the same model of them again.
+    Raises CheckpointError when `out` exists or cannot be written, and when the model cannot be read any more.
+    """
+    with new_directory(Path(out)) as directory:
+        shards = {Path(name).name: tensors for name, tensors in files.items() if name.startswith("llama/")}
+        if shards:
+            _write_llama(directory / "llama", model, shards)
+        for name, tensors in files.items():
+            if name.endswith(".pth"):
+                write_torch(directory / name, tensors, name not in PLAIN, progress)
+            else:
+                write_safetensors(directory / name, tensors, progress)
+        write_json(directory / "config.json", dataclasses.asdict(model.config))
+
+
+def bytes_to_write(files: Files) -> int:
+    return sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
+
+
+def _pieces(model: ModelDirectory) -> dict[str, list[Tensor]]:
+    """The tensors of every kind of file that the model has weights for."""
+    config, rules = model.config, _rules(model)
+    targets = {rule.target for table in rules.values() for rule in table}
+    shapes = abstract_shapes(config)
+    check_leaves(model, {target: shapes[target] for target in targets})
+    from_runs = {path for trained in model.trained for path in trained.leaves}
+    check_params(model.path / "params", model.manifest["leaves"], sorted(targets - from_runs))
+    read = _merging(model, _reader(model))
+    pieces = {}
+    for kind, table in rules.items():
+        weights = [tensor for rule in table for tensor in _tensors(rule, shapes[rule.target], model, read)]
+        pieces[kind] = [*weights, *_buffers(kind, config)]
+    return pieces
+
+
+def _rules(model: ModelDirectory) -> dict[str, list[Rule]]:
+    config = model.config
+    kinds = [kind for kind in PIECES if config.has_audio or kind not in ("imagebind", "al")]
+    rules = {kind: PIECES[kind].rules(config) for kind in kinds}
+    return {
+        kind: table for kind, table in rules.items() if kind not in UNTRAINED or _signature(kind, table) in model.shapes
+    }
+
+
+def _signature(kind: str, rules: Sequence[Rule]) -> str:
+    """The weight that a kind of file is told by."""
+    return next(rule.target for rule in rules if PIECES[kind].signature in itertools.chain(*rule.names()))
+
+
+def _tensors(rule: Rule, shape: tuple[int, ...], model: ModelDirectory, read: Reader) -> Iterator[Tensor]:
+    """What a weight of ours is in the original: for each layer, a tensor or several."""
+
+    def part(row: int | None, number: int) -> np.ndarray:
+        return _in_c_order(rule.transform.to_torch(read(rule.target, row))[number])
+
+    shapes, dtype = rule.source_shapes(shape), _dtype(model, rule.target)
+    for row, names in enumerate(rule.names()):
+        for number, name in enumerate(names):
+            where = None if rule.layers is None else row
+            yield Tensor(name, shapes[number], dtype, functools.partial(part, where, number))
+
+
+def _in_c_order(array: np.ndarray) -> np.ndarray:
+    return turned(array.T) if array.ndim == 2 and array.T.flags.c_contiguous else np.ascontiguousarray(array)
+
+
+def _buffers(kind: str, config: VideoLlamaConfig) -> list[Tensor]:
+    """What the original's files hold besides weights, all fixed, and the same in every checkpoint of a model."""
+    from vllama_jax.nn.llama import rope_frequencies
+
+    qformers = {"blip2": ("",), "vl": ("", "video_"), "al": ("", "video_", "audio_")}.get(kind, ())
+    buffers = {f"{name}Qformer.bert.embeddings.position_ids": np.arange(POSITION_IDS)[None] for name in qformers}
+    if kind in ("vl", "al"):
+        name = "llama_model.model.layers.{}.self_attn.rotary_emb.inv_freq"
+        buffers |= {name.format(layer): rope_frequencies(config.llama) for layer in range(config.llama.depth)}
+    if kind == "al":
+        buffers |= {f"audio_encoder.{name}": value for name, value in imagebind.buffers(config.imagebind).items()}
+    if kind == "imagebind":
+        buffers[imagebind.AUDIO_SCALE] = imagebind.buffers(config.imagebind)[imagebind.AUDIO_SCALE]
+    return [
+        Tensor(name, value.shape, value.dtype, functools.partial(np.asarray, value)) for name, value in buffers.items()
+    ]
+
+
+def _in_the_whole(pieces: Mapping[str, Sequence[Tensor]]) -> Iterator[Tensor]:
+    for kind, tensors in pieces.items():
+        for tensor in tensors:
+            yield dataclasses.replace(tensor, name=MODULES.get(kind, "") + tensor.name)
+
+
+def _holder(model: ModelDirectory, path: str) -> Trained | None:
+    """The run that trained a weight last; None for a weight of the base."""
+    return next((trained for trained in reversed(model.trained) if path in trained.leaves), None)
+
+
+def _dtype(model: ModelDirectory, path: str) -> np.dtype:
+    """As it lies on disk. What runs train is float32."""
+    return np.dtype("float32" if _holder(model, path) else model.manifest["leaves"][path]["dtype"])
+
+
+def _reader(model: ModelDirectory) -> Reader:
+    """Reads a weight by its path, or one row of its first axis.
+
+    What a run trained can only be read whole, and a few such weights are kept until their rows have been asked for.
+    """
+    restoring = threading.Lock()
+
+    @functools.lru_cache(maxsize=4)  # a kernel and its update's two matrices, and the one to come
+    def restored(path: str) -> np.ndarray:
+        import jax
+
+        trained = _holder(model, path)
+        abstract = {path: jax.ShapeDtypeStruct(trained.leaves[path], np.float32)}
+        return np.asarray(restore_arrays(trained.path, abstract)[path])
+
+    def read(path: str, row: int | None) -> np.ndarray:
+        if _holder(model, path):
+            with restoring:
+                return restored(path) if row is None else restored(path)[row]
+        leaf = model.manifest["leaves"][path]
+        rows = range(leaf["shape"][0]) if row is None else range(row, row + 1)
+        values = read_rows(model.path / "params", path, leaf, rows)
+        return values if row is None else values[0]
+
+    return read
+
+
+def _merging(model: ModelDirectory, read: Reader) -> Reader:
+    """Reads the kernels that a run gave low-rank updates with those added, as loading does (nn/lora.py)."""
+
+    def merged(path: str, row: int | None) -> np.ndarray:
+        kernel = read(path, row)
+        update = f"{path.removesuffix('/kernel')}/lora"
+        if f"{update}/down" not in model.shapes:
+            return kernel
+        lora = _holder(model, f"{update}/down").lora
+        product = np.tensordot(read(f"{update}/down", row), read(f"{update}/up", row), 1) * np.float32(
+            lora.alpha / lora.rank
+        )
+        return (kernel.astype(np.float32) + product).astype(kernel.dtype)
+
+    return merged
+
+
+def _shards(tensors: Sequence[Tensor], shard_bytes: float) -> dict[str, list[Tensor]]:
+    """A language model's tensors over as few files as their order allows, named as transformers names them."""
+    shards: list[list[Tensor]] = [[]]
+    for tensor in tensors:
+        if shards[-1] and sum(held.nbytes for held in shards[-1]) + tensor.nbytes > shard_bytes:
+            shards.append([])
+        shards[-1].append(tensor)
+    if len(shards) == 1:
+        return {"llama/model.safetensors": shards[0]}
+    return {f"llama/model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, 1)}
+
+
+def _write_llama(directory: Path, model: ModelDirectory, shards: Files) -> None:
+    """What is in a Hugging Face directory beside the weights."""
+    directory.mkdir()
+    for file in (model.path / "tokenizer").iterdir():
+        write_file(directory / file.name, file.read_bytes())
+    dtype = _dtype(model, "llama/embedding").name
+    fields = llama.config_fields(model.config.llama) | _special_ids(model) | {"torch_dtype": dtype}
+    write_json(directory / "config.json", fields)
+    if len(shards) > 1:
+        homes = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
+        index = {"metadata": {"total_size": bytes_to_write(shards)}, "weight_map": homes}
+        write_json(directory / "model.safetensors.index.json", index)
+
+
+def _special_ids(model: ModelDirectory) -> dict[str, Any]:
+    """As the language model's own config.json had them, where its tokenizer needed that; else the tokenizer's."""
+    ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": model.tokenizer.eos_id}
+    own = model.path / "tokenizer" / "config.json"
+    stored = read_json(own) if own.exists() else {}
+    return ids | {name: stored[name] for name in (*ids, "pad_token_id") if name in stored}

@@ -1,0 +1,109 @@
+"""What `vllama export` says of models, places and disks that it cannot use. It leaves nothing behind."""
+
+import errno
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vllama_jax.cli import main
+
+
+def refusal(model: Path, out: Path, *more: str) -> str:
+    """The one line that the command says and exits 1 with."""
+    before = sorted(out.parent.iterdir())
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", str(model), "--to", str(out), *more])
+    assert isinstance(stopped.value.code, str), "exit code 1 and a message, not a code alone"
+    assert stopped.value.code.startswith("vllama: ")
+    assert "\n" not in stopped.value.code
+    assert sorted(out.parent.iterdir()) == before
+    return stopped.value.code.removeprefix("vllama: ")
+
+
+def test_no_model(tmp_path):
+    said = refusal(tmp_path / "none", tmp_path / "made")
+    assert said == f"{tmp_path}/none: no such model directory; `vllama convert` makes one"
+    assert "not a model directory (no config.json in it)" in refusal(tmp_path, tmp_path / "made")
+
+
+def test_place_that_is_taken(tiny_model, tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/mine").write_text("mine")
+    said = refusal(tiny_model, tmp_path / "made")
+    assert said == f"{tmp_path}/made: exists already; remove it or choose another place"
+    assert (tmp_path / "made/mine").read_text() == "mine"
+
+
+@pytest.mark.parametrize("format", ["pth", "safetensors"])
+def test_full_disk(tiny_model, tmp_path, monkeypatch, format):
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    said = refusal(tiny_model, tmp_path / "made", "--format", format)
+    assert said == f"{tmp_path}/made: cannot be written (No space left on device); nothing was left there"
+
+
+@pytest.mark.parametrize("format", ["pth", "safetensors"])
+def test_disk_that_ends_within_a_file(tiny_model, tmp_path, format):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        said = refusal(tiny_model, tmp_path / "made", "--format", format)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert said == f"{tmp_path}/made: cannot be written (File too large); nothing was left there"
+
+
+def test_without_torch_one_line_says_what_to_do(tiny_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    said = refusal(tiny_model, tmp_path / "made")
+    assert "install torch (pip install 'vllama-jax[convert]'), or use --format safetensors" in said
+    main(["export", str(tiny_model), "--to", str(tmp_path / "made"), "--format", "safetensors"])
+    assert "357 tensors, 3.6 MB, in model.safetensors" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_whole(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    chunk = model / "params/llama.embedding/0.0"
+    os.truncate(chunk, 1000)
+    assert f"{chunk}: 1000 of its " in refusal(model, tmp_path / "made")
+    shutil.rmtree(chunk.parent)
+    assert f"{chunk.parent}: cannot be read" in refusal(model, tmp_path / "made")
+
+
+def test_weights_that_change_while_they_are_read(tiny_model, tmp_path, monkeypatch):
+    from vllama_jax.convert import export
+
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    monkeypatch.setattr(export, "check_params", lambda *_: os.truncate(model / "params/llama.embedding/0.0", 1000))
+    assert "llama.embedding/0.0: changed while it was read" in refusal(model, tmp_path / "made")
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan"])
+def test_shards_of_no_size(tiny_model, tmp_path, size):
+    assert refusal(tiny_model, tmp_path / "made", "--shard-gb", size).startswith("--shard-gb must be above 0, not ")
+
+
+def test_wrong_usage(tiny_model, tmp_path):
+    with pytest.raises(SystemExit) as stopped:
+        main(["export", str(tiny_model), "--to", str(tmp_path / "made"), "--format", "onnx"])
+    assert stopped.value.code == 2
+
+
+def test_the_command(tiny_model, tmp_path):
+    command = [str(Path(sys.executable).with_name("vllama")), "export", str(tiny_model), "--to", str(tmp_path / "made")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path}/made: 366 tensors, 3.6 MB, in eva_vit_g.pth, blip2.pth, imagebind.pth")
+    assert "strict=False" in done.stdout
+    assert torch.load(tmp_path / "made/vl.pth").keys() == {"model"}
+    again = subprocess.run(command, capture_output=True, text=True)
+    taken = f"vllama: {tmp_path}/made: exists already; remove it or choose another place\n"
+    assert (again.returncode, again.stdout, again.stderr) == (1, "", taken)

@@ -1,0 +1,50 @@
+"""vllama export."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
+
+from vllama_jax.checkpoint import open_model
+from vllama_jax.convert import export as exporting
+from vllama_jax.errors import ConfigError
+
+
+def export(
+    model: Path,
+    /,
+    *,
+    to: Path,
+    format: exporting.Format = "pth",
+    base: Path | None = None,
+    shard_gb: float = exporting.SHARD_BYTES / 1e9,
+) -> None:
+    """Write a model, or what a run trained, as the files that the original's PyTorch code reads.
+
+    Example: vllama export MODEL --to DIR
+
+    Args:
+        model: A model directory, or a run's.
+        to: The directory to make.
+        format: pth for the original's own files beside a Hugging Face LLaMA directory, safetensors for one file of
+            everything.
+        base: A run's base model, where that has moved.
+        shard_gb: The largest file of the LLaMA directory, in GB.
+    """
+    if not shard_gb > 0:
+        raise ConfigError(f"--shard-gb must be above 0, not {shard_gb}")
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")  # what a run trained comes through JAX; no accelerator is needed for that
+    directory = open_model(model, base)
+    files = exporting.plan(directory, format, shard_gb * 1e9)
+    total = exporting.bytes_to_write(files)
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        exporting.export(directory, files, to, lambda done: bar.advance(task, done))
+    count = sum(map(len, files.values()))
+    print(f"{to}: {count} tensors, {total / 1e6:,.1f} MB, in {', '.join(files)}")
+    if directory.config.has_audio:
+        print("  without the four towers of ImageBind that the model does not use: load it with strict=False")
