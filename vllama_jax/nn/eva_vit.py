@@ -22,5 +22,9 @@ class EvaVit(nnx.Module):
 
     def __call__(self, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         """Normalised pictures → [b, 1 + patches, width], the class token first."""
+        return run_blocks(self.blocks, self.start(pictures))
+
+    def start(self, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """What the first block reads: the class token and patches, with positions."""
         x = self.patch_embed(patchify(like_weights(pictures, self.class_token), self.patch_size))
-        return run_blocks(self.blocks, prepend(self.class_token, x) + self.positions[...])
+        return prepend(self.class_token, x) + self.positions[...]

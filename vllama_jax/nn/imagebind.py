@@ -55,9 +55,16 @@ class AudioTower(nnx.Module):
 
     def __call__(self, mel: Float[Array, "b f t"]) -> Float[Array, "b e"]:
         """Normalised mel [b, 128, 204] → [b, embed_dim], float32."""
+        return self.finish(run_blocks(self.blocks, self.start(mel)))
+
+    def start(self, mel: Float[Array, "b f t"]) -> Float[Array, "b n d"]:
+        """What the first block reads: the class token and patches, with positions."""
         patches = self.patch_embed(like_weights(mel, self.class_token)[..., None])
         x = self.stem_norm(patches.reshape(mel.shape[0], -1, patches.shape[-1]))
-        x = run_blocks(self.blocks, prepend(self.class_token, x) + self.positions[...])
+        return prepend(self.class_token, x) + self.positions[...]
+
+    def finish(self, x: Float[Array, "b n d"]) -> Float[Array, "b e"]:
+        """The vector that the last block's class token makes."""
         return _unit(self.head(self.head_norm(x[:, 0]))) * self.scale
 
 
@@ -80,14 +87,21 @@ class VisionTower(nnx.Module):
         self.head = nnx.Linear(cfg.width, embed_dim, use_bias=False, rngs=rngs, **axes("embed", None))
 
     def __call__(self, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
-        """Normalised pictures → [b, embed_dim], float32.
+        """Normalised pictures → [b, embed_dim], float32."""
+        return self.finish(run_blocks(self.blocks, self.start(pictures)))
+
+    def start(self, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """What the first block reads: the class token and patches, with positions.
 
         All of a patch's frames are the same picture, so the kernel's frames are summed instead of the picture repeated.
         """
         patches = patchify(like_weights(pictures, self.class_token), self.patch_size)
         x = patches @ self.patch_embed[...].sum(axis=0)
-        x = self.trunk_norm(prepend(self.class_token, x) + self.positions[...])
-        return _unit(self.head(self.head_norm(run_blocks(self.blocks, x)[:, 0])))
+        return self.trunk_norm(prepend(self.class_token, x) + self.positions[...])
+
+    def finish(self, x: Float[Array, "b n d"]) -> Float[Array, "b e"]:
+        """The vector that the last block's class token makes."""
+        return _unit(self.head(self.head_norm(x[:, 0])))
 
 
 class ImageBind(nnx.Module):

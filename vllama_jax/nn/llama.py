@@ -159,6 +159,12 @@ class Llama(nnx.Module):
 
         remat: what of a layer the backward pass computes again.
         """
+        return self.norm(self.run_layers(x, mask, remat))
+
+    def run_layers(
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], remat: Remat = "full"
+    ) -> Float[Array, "b n d"]:
+        """The same without the last norm."""
         n = x.shape[1]
         seen = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
         cos, sin = self._rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
@@ -167,7 +173,7 @@ class Llama(nnx.Module):
             query, key, value = block.project(x, cos, sin)
             return block.finish(x, attend(query, key, value, seen))
 
-        return self.norm(self._run(step, like_weights(x, self.embedding), remat))
+        return self._run(step, like_weights(x, self.embedding), remat)
 
     def extend(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], cache: KVCache

@@ -100,8 +100,7 @@ class QFormer(nnx.Module):
         `dropout`, in training only, goes where BERT's does: on the queries, on attention weights, on what attention
         and feed-forward add.
         """
-        memory = constrain(like_weights(memory, self.queries), "batch", None, None)
-        x = jnp.broadcast_to(self.norm(self.queries[...]), (memory.shape[0], *self.queries.shape))
+        x, memory = self.start(memory)
         of_queries, of_layers = unstack_dropout(dropout, 2)
 
         def step(group: tuple[tuple[Layer, ...], Dropout | None], x: jax.Array) -> jax.Array:
@@ -112,3 +111,8 @@ class QFormer(nnx.Module):
 
         layers = (self.cross_layers,) if self.plain_layers is None else (self.cross_layers, self.plain_layers)
         return run_stack((layers, split_dropout(of_layers, self.groups)), drop(x, of_queries), step)
+
+    def start(self, memory: Float[Array, "b m e"]) -> tuple[Float[Array, "b q d"], Float[Array, "b m e"]]:
+        """What the first layer reads: queries, and the encoder's output."""
+        memory = constrain(like_weights(memory, self.queries), "batch", None, None)
+        return jnp.broadcast_to(self.norm(self.queries[...]), (memory.shape[0], *self.queries.shape)), memory

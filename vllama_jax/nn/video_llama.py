@@ -50,10 +50,16 @@ class VideoLlama(nnx.Module):
 
         Raises ConfigError when there are more frames than learned positions and no interpolation is asked for.
         """
+        features = self.with_frame_positions(features, interpolate=interpolate_positions)
+        return self.llama_proj(self.video_qformer(features, dropout))
+
+    def with_frame_positions(
+        self, features: Float[Array, "b t q d"], *, interpolate: bool = False
+    ) -> Float[Array, "b t*q d"]:
+        """What the video Q-Former reads: all frames' tokens, each with its frame's position."""
         b, t, q, d = features.shape
-        rows = position_rows(self.frame_positions, t, interpolate=interpolate_positions, what="frames")
-        features = like_weights(features, self.frame_positions) + rows[:, None]
-        return self.llama_proj(self.video_qformer(features.reshape(b, t * q, d), dropout))
+        rows = position_rows(self.frame_positions, t, interpolate=interpolate, what="frames")
+        return (like_weights(features, self.frame_positions) + rows[:, None]).reshape(b, t * q, d)
 
     def encode_video(
         self, frames: Float[Array, "b t h w 3"], *, interpolate_positions: bool = False
@@ -82,11 +88,16 @@ class VideoLlama(nnx.Module):
 
         Raises ConfigError when there are more vectors than learned positions and no interpolation is asked for.
         """
-        rows = position_rows(
-            self.audio_positions, features.shape[1], interpolate=interpolate_positions, what="audio clips or frames"
-        )
-        features = like_weights(features, self.audio_positions) + rows
+        features = self.with_clip_positions(features, interpolate=interpolate_positions)
         return self.audio_llama_proj(self.audio_qformer(features, dropout))
+
+    def with_clip_positions(
+        self, features: Float[Array, "b s e"], *, interpolate: bool = False
+    ) -> Float[Array, "b s e"]:
+        """What the audio Q-Former reads: a vector for each sound or picture, with its position."""
+        count = features.shape[1]
+        rows = position_rows(self.audio_positions, count, interpolate=interpolate, what="audio clips or frames")
+        return like_weights(features, self.audio_positions) + rows
 
     def encode_audio(
         self, mel: Float[Array, "b s f m"], *, interpolate_positions: bool = False
