@@ -1,5 +1,5 @@
-"""Every part of the network against torch, with the same random weights: transformers' classes, and for ImageBind a
-reference of our own. All parameters are random, since zero biases and unit norms hide swapped weights.
+"""Every part of the network against torch, with the same random weights: transformers' classes, and for ImageBind the
+reference that `vllama verify` runs. All parameters are random, since zero biases and unit norms hide swapped weights.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from imagebind_reference import ImageBindReference
 from torch_weights import (
     QUIET,
     EvaReference,
+    ImageBindReference,
     QFormerReference,
     VideoLlamaReference,
     as_jax,

@@ -9,13 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
-from imagebind_reference import ImageBindReference
 from torch import nn
-from transformers import Blip2QFormerConfig, Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel, LlamaForCausalLM
+from transformers import Blip2QFormerModel, Blip2VisionConfig, Blip2VisionModel, LlamaForCausalLM
 from transformers import LlamaConfig as HfLlamaConfig
 
-from vllama_jax.config import LlamaConfig, QFormerConfig, VideoLlamaConfig, VitConfig
+from vllama_jax.config import (
+    ImageBindAudioConfig,
+    ImageBindConfig,
+    ImageBindVisionConfig,
+    LlamaConfig,
+    QFormerConfig,
+    VideoLlamaConfig,
+    VitConfig,
+)
 from vllama_jax.convert.imagebind import AUDIO_SCALE
+from vllama_jax.convert.reference import imagebind, qformer
 from vllama_jax.convert.rules import Rule
 
 State = dict[str, torch.Tensor]
@@ -33,7 +41,7 @@ EVA_NAMES = {
 QFORMER_NAMES = {
     "layernorm": "bert.embeddings.LayerNorm",
     "encoder.layer.": "bert.encoder.layer.",
-    "attention.attention.": "attention.self.",
+    **qformer.NAMES,
 }
 
 
@@ -160,18 +168,7 @@ class QFormerReference(nn.Module):
         super().__init__()
         self.name = name
         self.query_tokens = nn.Parameter(torch.zeros(1, cfg.num_queries, cfg.width))
-        self.model = Blip2QFormerModel(
-            Blip2QFormerConfig(
-                hidden_size=cfg.width,
-                num_hidden_layers=cfg.depth,
-                num_attention_heads=cfg.num_heads,
-                intermediate_size=cfg.mlp_dim,
-                layer_norm_eps=1e-12,
-                cross_attention_frequency=cfg.cross_attention_every,
-                encoder_hidden_size=memory_width,
-                attn_implementation="eager",
-            )
-        )
+        self.model = Blip2QFormerModel(qformer.configuration(cfg, memory_width))
         self.model.eval()
 
     def forward(self, memory: torch.Tensor) -> torch.Tensor:
@@ -181,6 +178,62 @@ class QFormerReference(nn.Module):
     def original_state(self) -> State:
         state = rename(self.model.state_dict(), QFORMER_NAMES, prefix=f"{self.name}Qformer.")
         return {f"{self.name}query_tokens": self.query_tokens.detach(), **state}
+
+
+class ImageBindReference(nn.Module):
+    """Both towers; each part of a tower lives under its stage, as in the published file."""
+
+    def __init__(self, cfg: ImageBindConfig):
+        super().__init__()
+        audio, vision = cfg.audio, cfg.vision
+        self.modality_preprocessors = nn.ModuleDict(
+            {
+                "audio": imagebind.Preprocessor(imagebind.AudioStem(audio), audio.num_patches, audio.width),
+                "vision": imagebind.Preprocessor(imagebind.VisionStem(vision), vision.num_patches, vision.width),
+            }
+        )
+        self.modality_trunks = nn.ModuleDict(
+            {"audio": Trunk(audio, extra_key_value=True), "vision": Trunk(vision, first_norm=True)}
+        )
+        self.modality_heads = nn.ModuleDict(
+            {"audio": imagebind.head(audio.width, cfg.embed_dim), "vision": imagebind.head(vision.width, cfg.embed_dim)}
+        )
+        self.modality_postprocessors = nn.ModuleDict(
+            {
+                "audio": nn.Sequential(imagebind.Normalise(), imagebind.Scale(audio.log_logit_scale)),
+                "vision": imagebind.Normalise(),
+            }
+        )
+
+    def forward(self, sense: str, x: torch.Tensor) -> torch.Tensor:
+        """mel [b, f, t], or pictures [b, 3, h, w] → [b, embed_dim]."""
+        for stage in (
+            self.modality_preprocessors,
+            self.modality_trunks,
+            self.modality_heads,
+            self.modality_postprocessors,
+        ):
+            x = stage[sense](x)
+        return x
+
+
+class Trunk(nn.Module):
+    """Pre-norm transformer blocks with no norm at the end; the vision trunk has one before its first block."""
+
+    def __init__(
+        self,
+        cfg: ImageBindAudioConfig | ImageBindVisionConfig,
+        *,
+        extra_key_value: bool = False,
+        first_norm: bool = False,
+    ):
+        super().__init__()
+        first = [nn.LayerNorm(cfg.width, eps=1e-6)] if first_norm else []
+        self.pre_transformer_layer = nn.Sequential(*first)
+        self.blocks = nn.Sequential(*(imagebind.Block(cfg, extra_key_value) for _ in range(cfg.depth)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.blocks(self.pre_transformer_layer(x))
 
 
 def imagebind_state(reference: ImageBindReference) -> State:

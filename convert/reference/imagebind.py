@@ -1,45 +1,9 @@
-"""ImageBind's audio and vision towers in torch, for tests: written from their description (arXiv 2305.05665) with the
-published names of weights. It shares no code with the model, and its epsilons are its own.
-"""
+"""ImageBind's audio and vision towers (arXiv 2305.05665), in torch."""
 
 import torch
 from torch import nn
 
-from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig, ImageBindVisionConfig
-
-
-class ImageBindReference(nn.Module):
-    """Both towers; each part of a tower lives under its stage, as in the published file."""
-
-    def __init__(self, cfg: ImageBindConfig):
-        super().__init__()
-        audio, vision = cfg.audio, cfg.vision
-        self.modality_preprocessors = nn.ModuleDict(
-            {
-                "audio": Preprocessor(AudioStem(audio), audio.num_patches, audio.width),
-                "vision": Preprocessor(VisionStem(vision), vision.num_patches, vision.width),
-            }
-        )
-        self.modality_trunks = nn.ModuleDict(
-            {"audio": Trunk(audio, extra_key_value=True), "vision": Trunk(vision, first_norm=True)}
-        )
-        self.modality_heads = nn.ModuleDict(
-            {"audio": head(audio.width, cfg.embed_dim), "vision": head(vision.width, cfg.embed_dim)}
-        )
-        self.modality_postprocessors = nn.ModuleDict(
-            {"audio": nn.Sequential(Normalise(), Scale(audio.log_logit_scale)), "vision": Normalise()}
-        )
-
-    def forward(self, sense: str, x: torch.Tensor) -> torch.Tensor:
-        """mel [b, f, t], or pictures [b, 3, h, w] → [b, embed_dim]."""
-        for stage in (
-            self.modality_preprocessors,
-            self.modality_trunks,
-            self.modality_heads,
-            self.modality_postprocessors,
-        ):
-            x = stage[sense](x)
-        return x
+from vllama_jax.config import ImageBindAudioConfig, ImageBindVisionConfig
 
 
 class Preprocessor(nn.Module):
@@ -92,26 +56,9 @@ def rows_of(grid: torch.Tensor) -> torch.Tensor:
     return grid.flatten(2).transpose(1, 2)
 
 
-class Trunk(nn.Module):
-    """Pre-norm transformer blocks with no norm at the end; the vision trunk has one before its first block."""
-
-    def __init__(
-        self,
-        cfg: ImageBindAudioConfig | ImageBindVisionConfig,
-        *,
-        extra_key_value: bool = False,
-        first_norm: bool = False,
-    ):
-        super().__init__()
-        first = [nn.LayerNorm(cfg.width, eps=1e-6)] if first_norm else []
-        self.pre_transformer_layer = nn.Sequential(*first)
-        self.blocks = nn.Sequential(*(Block(cfg, extra_key_value) for _ in range(cfg.depth)))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.blocks(self.pre_transformer_layer(x))
-
-
 class Block(nn.Module):
+    """A pre-norm transformer block; the audio tower's have one learned key and value more."""
+
     def __init__(self, cfg: ImageBindAudioConfig | ImageBindVisionConfig, extra_key_value: bool):
         super().__init__()
         self.norm_1 = nn.LayerNorm(cfg.width, eps=1e-6)
