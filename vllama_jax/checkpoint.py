@@ -97,10 +97,11 @@ def write_manifest(directory: Path, sources: dict[str, Any], leaves: dict[str, d
 
 @dataclasses.dataclass(frozen=True)
 class Trained:
-    """Weights that a run trained. path: of its checkpoint. leaves: their shapes."""
+    """Weights that a run trained. path: of its checkpoint. leaves: their shapes. dtypes: the names of theirs."""
 
     path: Path
     leaves: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
     lora: LoraConfig
 
 
@@ -186,7 +187,10 @@ def _open_run(path: Path, fields: dict[str, Any], base: str | Path | None) -> Mo
     weights = path / f"step_{steps[-1]}" / "weights"
     lora = fields["run"]["lora"]
     lora = LoraConfig(**{**lora, "targets": tuple(lora["targets"])})
-    trained = Trained(weights, _trained_shapes(weights), lora)
+    leaves = _trained_leaves(weights)
+    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+    dtypes = {path: leaf.dtype.name for path, leaf in leaves.items()}
+    trained = Trained(weights, shapes, dtypes, lora)
     return dataclasses.replace(found, trained=(*found.trained, trained))
 
 
@@ -196,8 +200,8 @@ def run_steps(run: Path) -> list[int]:
     return sorted(int(name) for name in names if name.isdigit())
 
 
-def _trained_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
-    """Paths and shapes in a checkpoint that Orbax wrote."""
+def _trained_leaves(weights: Path) -> dict[str, Any]:
+    """What is in a checkpoint that Orbax wrote, by path; each has a shape and a dtype."""
     import orbax.checkpoint as ocp
     from flax.traverse_util import flatten_dict
 
@@ -205,7 +209,7 @@ def _trained_shapes(weights: Path) -> dict[str, tuple[int, ...]]:
         tree = ocp.PyTreeCheckpointHandler().metadata(weights.absolute()).tree
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{weights}: cannot be read ({str(error).splitlines()[0]})") from error
-    return {path: tuple(leaf.shape) for path, leaf in flatten_dict(tree, sep="/").items()}
+    return flatten_dict(tree, sep="/")
 
 
 def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:

@@ -1,4 +1,4 @@
-"""The weights of a model directory as files: written chunk by chunk, and found whole before they are read.
+"""The weights of a model directory as files: written chunk by chunk, found whole before they are read, read by rows.
 
 params/_METADATA   the tree of weights, as Orbax has it
 params/a.b.c/      one weight: .zarray (its shape, dtype and chunks) and a file of raw bytes in C order for each chunk
@@ -13,7 +13,7 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -26,6 +26,7 @@ from vllama_jax.errors import CheckpointError
 CHUNK_BYTES = 64 * 2**20  # of a file at most
 WHOLE_BYTES = 2**20  # a weight of at most this is one file, whatever its layers
 CHUNKS_AHEAD = 2  # handed to the disk and not yet written
+HASHERS = 4  # weights read and hashed at once; each holds a layer
 
 
 class ParamsWriter:
@@ -83,6 +84,12 @@ def chunk_shape(shape: Sequence[int], itemsize: int) -> list[int]:
         pieces = min(size, math.ceil(math.prod(chunk) * itemsize / CHUNK_BYTES))
         chunk[axis] = math.ceil(size / pieces)
     return chunk
+
+
+def part_of(path: str) -> str:
+    """The part of the model that a weight belongs to: "vit", "imagebind/audio"."""
+    names = path.split("/")
+    return "/".join(names[: 2 if names[0] == "imagebind" else 1])
 
 
 def _grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
@@ -204,6 +211,55 @@ def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) 
 
 def _is_chunk(chunk: Any, shape: Sequence[int]) -> bool:
     return isinstance(chunk, list) and len(chunk) == len(shape) and all(type(n) is int and n > 0 for n in chunk)
+
+
+def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) -> np.ndarray:
+    """Some rows of a weight that `check_params` found whole, in its dtype; in memory are they, and a chunk.
+
+    leaf: what the manifest says of it. Raises CheckpointError when they cannot be read.
+    """
+    folder, shape, dtype = directory / path.replace("/", "."), leaf["shape"], np.dtype(leaf["dtype"])
+    chunk = read_json(folder / ".zarray")["chunks"]
+    first, last = rows.start // chunk[0], math.ceil(rows.stop / chunk[0])
+    held = np.empty(((last - first) * chunk[0], *shape[1:]), dtype)
+    for index in itertools.product(range(first, last), *map(range, _grid(shape, chunk)[1:])):
+        file = folder / ".".join(map(str, index))
+        starts = ((index[0] - first) * chunk[0], *(i * size for i, size in zip(index[1:], chunk[1:], strict=True)))
+        here = held[tuple(slice(start, start + size) for start, size in zip(starts, chunk, strict=True))]
+        try:
+            here[...] = np.fromfile(file, dtype).reshape(chunk)[tuple(map(slice, here.shape))]
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}); copy or convert the model again") from error
+    return held[rows.start - first * chunk[0] : rows.stop - first * chunk[0]]
+
+
+def damaged_params(
+    directory: Path, leaves: Mapping[str, dict], progress: Callable[[int], None] = lambda done: None
+) -> dict[str, str]:
+    """The weights whose files are not those that were written, by path, and what is wrong with each.
+
+    All are read, and their xxh3_128 computed again. progress is called with the bytes read since.
+    """
+    with concurrent.futures.ThreadPoolExecutor(HASHERS) as hashers:
+        found = hashers.map(lambda path: _damage(directory, path, leaves[path], progress), leaves)
+        return {path: damage for path, damage in zip(leaves, found, strict=True) if damage}
+
+
+def _damage(directory: Path, path: str, leaf: Mapping[str, Any], progress: Callable[[int], None]) -> str:
+    """What is wrong with a weight's files; "" for nothing."""
+    import xxhash
+
+    digest = xxhash.xxh3_128()
+    try:
+        check_params(directory, {path: leaf}, [path])
+        rows, step = leaf["shape"][0], chunk_shape(leaf["shape"], np.dtype(leaf["dtype"]).itemsize)[0]
+        for start in range(0, rows, step):
+            block = read_rows(directory, path, leaf, range(start, min(start + step, rows)))
+            digest.update(block.view(np.uint8))
+            progress(block.nbytes)
+    except CheckpointError as error:
+        return str(error)
+    return "" if digest.hexdigest() == leaf["xxh3_128"] else "its bytes are not those that were written"
 
 
 def write_file(path: Path, data: Any) -> None:

@@ -12,6 +12,8 @@ COMMANDS = {
     "chat": "Talk about a video, a picture or a sound.",
     "convert": "Make a model directory from PyTorch weights.",
     "export": "Write a model or a run as PyTorch weights.",
+    "inspect": "Tell what a model or a run holds.",
+    "verify": "Check a model's files, or compare it with PyTorch.",
     "data": "Build, check and describe training data.",
     "features": "Write what the frozen encoders see, to train from.",
     "train": "Train a branch: stage 1, stage 2, or your own.",

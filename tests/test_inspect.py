@@ -1,0 +1,104 @@
+"""vllama inspect, and vllama verify of a run."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import pytest
+
+from vllama_jax import cli
+from vllama_jax.checkpoint import nest, open_model, write_config
+
+TRAINED = {"llama_proj/bias": (64,), "video_qformer/queries": (32, 48)}
+
+
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory) -> Path:
+    """A run directory, as far as its weights go, with nothing trained for it."""
+    out, base = tmp_path_factory.mktemp("run") / "run", open_model(tiny_model)
+    out.mkdir()
+    where = {"path": str(tiny_model), "digest": base.digest}
+    lora = {"rank": 0, "alpha": 16.0, "targets": ["query"]}
+    write_config(out, base.config, run={"lora": lora}, base=where)
+    weights = {path: jnp.ones(shape) for path, shape in TRAINED.items()}
+    ocp.PyTreeCheckpointer().save(out / "step_4/weights", nest(weights))
+    return out
+
+
+def told(capsys, *arguments: object) -> str:
+    cli.main([str(argument) for argument in arguments])
+    return capsys.readouterr().out
+
+
+def rows(out: str) -> dict[str, list[str]]:
+    return {line.split()[0]: line.split()[1:] for line in out.splitlines()}
+
+
+def test_parts_of_a_model(tiny_model, capsys):
+    out = told(capsys, "inspect", tiny_model)
+    assert out.startswith(f"{tiny_model}: prompt template vicuna; made from eva_vit_g.safetensors, ")
+    assert rows(out)["vit"] == ["213,061", "float32", "852.2", "kB"]
+    assert rows(out)["imagebind/audio"] == ["82,176", "float32", "328.7", "kB"]
+    assert rows(out)["all"] == ["879,397", "3.5", "MB"]
+
+
+def test_tree_of_a_model(tiny_model, capsys):
+    lines = told(capsys, "inspect", tiny_model, "--tree").splitlines()
+    assert "    │   │       ├── bias [3, 3, 4, 16] float32, 2.3 kB" in lines
+    leaves = [line for line in lines if "float32" in line]
+    assert len(leaves) == 181
+    assert not any("trained" in line for line in leaves)
+
+
+def test_json_of_a_model(tiny_model, capsys):
+    report = json.loads(told(capsys, "inspect", tiny_model, "--json"))
+    manifest = json.loads((tiny_model / "manifest.json").read_text())
+    assert report["leaves"].keys() == manifest["leaves"].keys()
+    assert sum(part["parameters"] for part in report["parts"].values()) == 879397
+    assert sum(leaf["bytes"] for leaf in report["leaves"].values()) == 4 * 879397
+    assert (report["base"], report["sources"]) == (None, manifest["sources"])
+
+
+def test_a_run_says_what_it_trained_and_its_base(run, tiny_model, capsys):
+    out = told(capsys, "inspect", run)
+    assert out.splitlines()[0].startswith(f"{run}: a run; its base is {tiny_model}: ")
+    assert out.splitlines()[1] == f"{run / 'step_4'}: 2 weights trained"
+    trained = [line.split() for line in out.splitlines() if line.rstrip().endswith("trained") and "step_4" not in line]
+    assert trained == [
+        ["llama_proj", "64", "float32", "256", "bytes", "trained"],
+        ["video_qformer", "1,536", "float32", "6.1", "kB", "trained"],
+    ]
+    assert rows(out)["all"] == ["879,397", "3.5", "MB"]
+    tree = told(capsys, "inspect", run, "--tree")
+    assert "queries [32, 48] float32, 6.1 kB, trained" in tree
+    report = json.loads(told(capsys, "inspect", run, "--json"))
+    assert report["base"] == str(tiny_model)
+    assert {path for path, leaf in report["leaves"].items() if leaf["trained"]} == TRAINED.keys()
+
+
+def test_the_files_of_a_run(run, tiny_model, tmp_path, capsys):
+    expected = f"{tiny_model}: 181 weights, 3.5 MB, all as they were written, and what {run} trained\n"
+    assert told(capsys, "verify", run) == expected
+    damaged = shutil.copytree(run, tmp_path / "run")
+    data = max((damaged / "step_4/weights").rglob("d/*"), key=lambda file: file.stat().st_size)
+    data.write_bytes(data.read_bytes()[:-7] + b"changed")
+    with pytest.raises(SystemExit, match=f"{damaged}/step_4/weights: "):
+        told(capsys, "verify", damaged)
+
+
+def test_a_run_has_no_pytorch_source(run, tiny_model, tiny_files, capsys):
+    with pytest.raises(SystemExit, match=f"{run}: a run; what it was made from is {tiny_model}"):
+        told(capsys, "verify", run, "--against", tiny_files["config"].parent, "--weights-only")
+
+
+def test_in_a_process_of_its_own(tiny_model, tmp_path):
+    vllama = Path(sys.executable).with_name("vllama")
+    done = subprocess.run([vllama, "inspect", tiny_model], capture_output=True, text=True, check=True)
+    assert rows(done.stdout)["ln_vision"] == ["128", "float32", "512", "bytes"]
+    done = subprocess.run([vllama, "inspect", tmp_path / "none"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"vllama: {tmp_path / 'none'}: no such model directory; `vllama convert` makes one\n"

@@ -1,0 +1,339 @@
+"""vllama verify: says that a good model is good, and of a bad one what is bad and where."""
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conversions import converted, without
+from safetensors.numpy import load_file, save_file
+
+from vllama_jax import cli
+from vllama_jax.checkpoint import load, open_model
+from vllama_jax.convert import parity
+from vllama_jax.convert.pieces import find_pieces
+from vllama_jax.nn.video_llama import VideoLlama
+
+Tensors = dict[str, np.ndarray]
+
+
+def run(capsys, *arguments: object) -> str:
+    cli.main(["verify", *map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def failure(capsys, *arguments: object) -> tuple[str, str]:
+    """The one line with which the command fails, and what it printed before."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["verify", *map(str, arguments)])
+    message = stopped.value.code
+    assert isinstance(message, str), "exit code 1 and a message, not a code alone"
+    assert message.startswith("vllama: ")
+    assert "\n" not in message
+    return message.removeprefix("vllama: "), capsys.readouterr().out
+
+
+def options(paths: Mapping[str, Path]) -> list[object]:
+    return [part for kind, path in paths.items() for part in (f"--{kind.replace('_', '-')}", path)]
+
+
+def edited(path: Path, out: Path, change: Callable[[Tensors], None]) -> Path:
+    """A copy of a safetensors file, or of the directory with one in it, with other tensors."""
+    file = path / "model.safetensors" if path.is_dir() else path
+    tensors = load_file(file)
+    change(tensors)
+    copy = out / path.name
+    if path.is_dir():
+        shutil.copytree(path, copy)
+        save_file(tensors, copy / "model.safetensors")
+    else:
+        save_file(tensors, copy)
+    return copy
+
+
+def copied(model: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(model, tmp_path / "model")
+
+
+# Files
+
+
+def flip_a_byte(model: Path, leaf: str) -> None:
+    chunk = next(file for file in (model / "params" / leaf.replace("/", ".")).iterdir() if file.name != ".zarray")
+    data = bytearray(chunk.read_bytes())
+    data[len(data) // 2] ^= 1
+    chunk.write_bytes(data)
+
+
+def test_files_as_they_were_written(tiny_model, capsys):
+    assert run(capsys, tiny_model) == f"{tiny_model}: 181 weights, 3.5 MB, all as they were written\n"
+    assert json.loads(run(capsys, tiny_model, "--json")) == {"weights": 181, "bytes": 3517588, "damaged": {}}
+
+
+def test_one_bit_of_one_chunk(tiny_model, tmp_path, capsys):
+    model = copied(tiny_model, tmp_path)
+    flip_a_byte(model, "llama/blocks/mlp/up/kernel")
+    message, _ = failure(capsys, model)
+    assert message == (
+        f"{model}: not as it was written: llama/blocks/mlp/up/kernel (its bytes are not those that were written); "
+        "copy or convert it again"
+    )
+
+
+def test_chunks_that_are_missing_or_cut(tiny_model, tmp_path, capsys):
+    model = copied(tiny_model, tmp_path)
+    (model / "params/llama.norm.scale/0").unlink()
+    file = model / "params/ln_vision.bias/0"
+    file.write_bytes(file.read_bytes()[:-1])
+    message, out = failure(capsys, model, "--json")
+    assert "llama.norm.scale/0: it is missing" in message
+    assert "ln_vision.bias/0: 255 of its 256 bytes are there" in message
+    assert json.loads(out)["damaged"].keys() == {"llama/norm/scale", "ln_vision/bias"}
+
+
+# Weights
+
+
+def test_weights_equal_bit_by_bit(tiny_model, tiny_files, capsys):
+    out = run(capsys, tiny_model, "--against", tiny_files["config"].parent, "--weights-only")
+    assert "346 tensors, every bit equal to its source" in out
+    assert "different" not in out
+    assert "note" not in out
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_of_a_model_in_another_dtype(tiny_files, tmp_path, capsys, dtype):
+    converted(tiny_files, tmp_path / "model", dtype=dtype)
+    out = run(capsys, tmp_path / "model", *options(tiny_files), "--weights-only", "--json")
+    report = json.loads(out)
+    assert report["equal"]
+    assert [part["different"] for part in report["parts"]] == [[]] * 12
+
+
+def test_a_weight_that_differs_is_named(tiny_model, tiny_files, tmp_path, capsys):
+    def spoil(tensors: Tensors) -> None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-6
+
+    paths = tiny_files | {"llama": edited(tiny_files["llama"], tmp_path, spoil)}
+    message, out = failure(capsys, tiny_model, *options(paths), "--weights-only")
+    what = "llama/blocks/mlp/up/kernel, row 1 (model.layers.1.mlp.up_proj.weight)"
+    assert message == f"{tiny_model}: not what its source makes: 1 weights differ: {what}"
+    assert "1 different" in out
+
+
+def test_files_of_another_name_are_noted(tiny_model, tiny_files, tmp_path, capsys):
+    other = shutil.copy(tiny_files["vl"], tmp_path / "renamed.safetensors")
+    out = run(capsys, tiny_model, *options(tiny_files | {"vl": other}), "--weights-only")
+    assert f"other names or sizes than {other}" in out
+
+
+# What is computed
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model, tiny_files) -> list:
+    from vllama_jax.convert.reference.llama import configuration
+    from vllama_jax.convert.stages import parts
+
+    return parts(open_model(tiny_model).config, configuration(tiny_files["llama"]), 64)
+
+
+def test_every_weight_is_used_by_a_stage(tiny_model, parts):
+    patterns = [pattern for part in parts for stage in part.stages for pattern in stage.leaves]
+    paths = open_model(tiny_model).manifest["leaves"]
+    assert [path for path in paths if not any(fnmatchcase(path, pattern) for pattern in patterns)] == []
+
+
+WHOLE = {
+    "vit": lambda n, x: n.vit(x),
+    "image_qformer": lambda n, x: n.image_qformer(n.ln_vision(x)),
+    "video_qformer": lambda n, x: n.video_qformer(n.with_frame_positions(x)),
+    "llama_proj": lambda n, x: n.llama_proj(x),
+    "imagebind/audio": lambda n, x: n.imagebind.audio(x),
+    "imagebind/vision": lambda n, x: n.imagebind.vision(x),
+    "audio_qformer": lambda n, x: n.audio_qformer(n.with_clip_positions(x)),
+    "audio_llama_proj": lambda n, x: n.audio_llama_proj(x),
+    "llama": lambda n, ids: n(n.embed(ids), jnp.ones(ids.shape, bool)),
+}
+
+
+@pytest.fixture(scope="module")
+def network(tiny_model) -> VideoLlama:
+    return load(tiny_model).network
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_the_stages_of_a_part_are_the_part(tiny_model, network, parts, name):
+    """One layer at a time, as verify runs them, against the network as it is used."""
+    directory, part = open_model(tiny_model), next(part for part in parts if part.name == name)
+    x = part.draw(np.random.default_rng(0))
+    with jax.default_matmul_precision("highest"):
+        whole = jax.jit(WHOLE[name])(network, x)
+        run_stage = parity.our_side(directory, "float32")
+        for stage in part.stages:
+            x = run_stage(part, stage, x)
+    np.testing.assert_allclose(x[0] if isinstance(x, tuple) else x, whole, atol=1e-5)
+
+
+def test_a_good_model(tiny_model, tiny_files, capsys):
+    report = json.loads(run(capsys, tiny_model, *options(tiny_files), "--json"))
+    layers, logits = report["layers"], report["logits"]
+    assert report["equal"]
+    assert max(layer["relative"] for layer in layers) < 5e-6
+    assert {layer["part"] for layer in layers} == WHOLE.keys()
+    llama = [layer["layer"] for layer in layers if layer["part"] == "llama"]
+    assert llama == ["embeddings", "layer 0", "layer 1", "layer 2", "logits"]
+    assert (logits["positions"], logits["top1"]) == (1024, 1.0)
+    assert 0 <= logits["mean_kl"] <= logits["max_kl"] < 1e-10
+
+
+def test_a_good_model_in_bfloat16(tiny_files, tmp_path, capsys):
+    """Weights rounded by --dtype are rounded in torch too; ours computes in float32, then in bfloat16."""
+    converted(tiny_files, tmp_path / "model", dtype="bfloat16")
+    command = (tmp_path / "model", *options(tiny_files), "--tokens", 100)
+    assert max(layer["relative"] for layer in json.loads(run(capsys, *command, "--json"))["layers"]) < 5e-6
+    out = run(capsys, *command, "--dtype", "bfloat16")
+    assert "computes what its source does, in bfloat16" in out
+    assert "logits of 100 tokens: KL " in out
+
+
+def swap(*names: str) -> Callable[[Tensors], None]:
+    def change(tensors: Tensors) -> None:
+        tensors |= dict(zip(names, [tensors[name] for name in reversed(names)], strict=True))
+
+    return change
+
+
+SWAPS = {
+    "eva_vit": swap("blocks.1.attn.q_bias", "blocks.1.attn.v_bias"),
+    "blip2": swap(*(f"Qformer.bert.encoder.layer.3.attention.self.{name}.weight" for name in ("query", "key"))),
+    "imagebind": swap(*(f"modality_trunks.audio.blocks.1.attn.bias_{name}" for name in "kv")),
+    "vl": swap(*(f"video_Qformer.bert.encoder.layer.1.crossattention.self.{name}.weight" for name in ("key", "value"))),
+    "llama": swap(*(f"model.layers.1.self_attn.{name}_proj.weight" for name in "kv")),
+}
+
+
+def test_swapped_weights_are_found_where_they_are(tiny_model, tiny_files, tmp_path, capsys):
+    """A model of swapped tensors, as a converter that errs would make it."""
+    wrong = tiny_files | {kind: edited(tiny_files[kind], tmp_path, change) for kind, change in SWAPS.items()}
+    converted(wrong, tmp_path / "model")
+    message, out = failure(capsys, tmp_path / "model", *options(tiny_files), "--tokens", 100, "--json")
+    report = json.loads(out)
+    assert not report["equal"]
+    first = [failure.split(":")[0] for failure in report["failures"]]
+    assert first == [
+        *("vit, layer 1", "image_qformer, layer 3", "video_qformer, layer 1", "imagebind/audio, layer 1"),
+        *("llama, layer 1", "logits", "logits"),
+    ]
+    assert message.startswith(f"{tmp_path / 'model'}: does not compute what its source does: vit, layer 1: relative ")
+    assert "above 1e-04" in message
+    assert max(layer["relative"] for layer in report["layers"] if layer["layer"] == "layer 0") < 5e-6
+
+
+def test_wrong_rotary_base(tiny_model, tiny_files, tmp_path, capsys):
+    model = copied(tiny_model, tmp_path)
+    fields = json.loads((model / "config.json").read_text())
+    fields["model"]["llama"]["rope_theta"] = 10100.0
+    (model / "config.json").write_text(json.dumps(fields))
+    message, out = failure(capsys, model, *options(tiny_files))
+    assert "config.json says llama.rope_theta is 10100.0, the source 10000.0; llama, layer 0: relative " in message
+    assert "logits of 1024 tokens" in out
+    assert "vit, " not in message
+
+
+def test_numbers_that_are_none(tiny_model, tiny_files, tmp_path, capsys):
+    def spoil(tensors: Tensors) -> None:
+        tensors["blocks.0.norm1.weight"][0] = np.nan
+
+    converted(tiny_files | {"eva_vit": edited(tiny_files["eva_vit"], tmp_path, spoil)}, tmp_path / "model")
+    message, out = failure(capsys, tmp_path / "model", *options(tiny_files), "--tokens", 8, "--json")
+    assert "vit, layer 0: relative error nan" in message
+    assert next(layer for layer in json.loads(out)["layers"] if layer["layer"] == "layer 0")["relative"] is None
+
+
+def test_golden_equals_torchs(golden_model, golden_files, capsys):
+    """The original's own layouts: .pth files and .bin shards."""
+    report = json.loads(run(capsys, golden_model, *options(golden_files), "--json"))
+    assert max(layer["relative"] for layer in report["layers"]) < 5e-6
+    run(capsys, golden_model, *options(golden_files), "--weights-only")
+
+
+# Sources
+
+
+def test_a_base_without_branches(tiny_files, tmp_path, capsys):
+    """MiniGPT-4's projection is compared; what was never there is not asked for."""
+    base = without(tiny_files, "vl", "al", "imagebind")
+    converted(base, tmp_path / "model")
+    out = run(capsys, tmp_path / "model", "--against", tiny_files["config"].parent, "--tokens", 8, "--json")
+    assert {layer["part"] for layer in json.loads(out)["layers"]} == {"vit", "image_qformer", "llama_proj", "llama"}
+
+
+def test_pieces_are_found_by_what_they_hold(tiny_files, tmp_path):
+    assert find_pieces([tiny_files["config"].parent]) == without(tiny_files, "config")
+    assert find_pieces([tiny_files["llama"], tiny_files["vl"]]) == {kind: tiny_files[kind] for kind in ("llama", "vl")}
+
+
+def test_two_files_of_one_kind(tiny_model, tiny_files, tmp_path, capsys):
+    other = shutil.copy(tiny_files["vl"], tmp_path / "other.safetensors")
+    message, _ = failure(capsys, tiny_model, "--against", tiny_files["config"].parent, tmp_path)
+    expected = f"{tiny_files['vl']} and {other} are both a Video-LLaMA vision-language checkpoint; name one with --vl"
+    assert message == expected
+
+
+def test_a_tensor_that_the_source_lacks(tiny_model, tiny_files, tmp_path):
+    def spoil(tensors: Tensors) -> None:
+        del tensors["blocks.2.norm2.bias"]
+
+    paths = tiny_files | {"eva_vit": edited(tiny_files["eva_vit"], tmp_path, spoil)}
+    with pytest.raises(SystemExit, match=r"missing in .*eva_vit_g.safetensors: blocks.2.norm2.bias \[64\]"):
+        cli.main(["verify", str(tiny_model), *map(str, options(paths))])
+
+
+def test_a_source_of_other_parts(tiny_model, tiny_files, tmp_path, capsys):
+    message, _ = failure(capsys, tiny_model, *options(without(tiny_files, "vl")))
+    assert message.startswith(f"{tiny_model}: has frame_positions, ")
+    assert "which nothing in the source makes; name the file that it came from" in message
+    converted(without(tiny_files, "vl", "minigpt4"), tmp_path / "model")
+    message, _ = failure(capsys, tmp_path / "model", *options(tiny_files), "--weights-only")
+    assert message.startswith(f"{tmp_path / 'model'}: has no frame_positions, ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--weights-only",), "--weights-only compares with the PyTorch files: name them with --against"),
+        (("--against", "nowhere"), "nowhere: no such file or directory; check the path"),
+        (("--vl", "x.pth"), "no LLaMA directory among the PyTorch files; name it with --llama"),
+        (("--tokens", "0"), "--tokens must be at least 1 and --seed at least 0, not 0 and 0"),
+    ],
+)
+def test_options_that_mean_nothing(tiny_model, capsys, arguments, said):
+    assert failure(capsys, tiny_model, *arguments)[0] == said
+
+
+def test_without_transformers(tiny_model, tiny_files, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    message, _ = failure(capsys, tiny_model, *options(tiny_files))
+    expected = "to run the PyTorch side transformers must be installed: pip install 'vllama-jax[verify]'"
+    assert message == expected
+
+
+def test_in_a_process_of_its_own(tiny_model, tiny_files, tmp_path):
+    vllama = Path(sys.executable).with_name("vllama")
+    model = copied(tiny_model, tmp_path)
+    flip_a_byte(model, "vit/positions")
+    done = subprocess.run([vllama, "verify", model], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"vllama: {model}: not as it was written: vit/positions (")
+    against = [vllama, "verify", model, "--against", tiny_files["config"].parent, "--weights-only"]
+    done = subprocess.run(against, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "1 weights differ: vit/positions (pos_embed)" in done.stderr

@@ -1,0 +1,145 @@
+"""vllama inspect."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from rich import filesize
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from rich.tree import Tree
+
+from vllama_jax.checkpoint import ModelDirectory, open_model
+from vllama_jax.params import part_of
+
+
+def inspect(
+    model: tyro.conf.Positional[Path],
+    /,
+    *,
+    tree: bool = False,
+    base: Path | None = None,
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Tell what a model directory holds: parts, parameters, dtype, bytes. Of a run, what it trained, and its base.
+
+    Example: vllama inspect MODEL --tree
+
+    Args:
+        model: The model directory, or a run's.
+        tree: Every weight, with its shape, in place of parts.
+        base: A run's base model, where that has moved.
+        json_output: Print one JSON object.
+    """
+    directory = open_model(model, base)
+    leaves = _leaves(directory)
+    if json_output:
+        print(json.dumps(_report(model, directory, leaves)))
+        return
+    console = Console(soft_wrap=True, highlight=False)
+    console.print(Text(_heading(model, directory)))
+    console.print(_tree(model, leaves) if tree else _table(leaves))
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """A weight on disk. place: "" in the model directory itself, else the checkpoint of the run that trained it."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    place: str
+
+    @property
+    def parameters(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
+        import numpy as np
+
+        return self.parameters * np.dtype(self.dtype).itemsize
+
+
+def _leaves(directory: ModelDirectory) -> list[Held]:
+    """Every weight; of one that runs trained, the last run's."""
+    found = {
+        path: Held(path, tuple(leaf["shape"]), leaf["dtype"], "") for path, leaf in directory.manifest["leaves"].items()
+    }
+    for trained in directory.trained:
+        where = str(trained.path.parent)
+        found |= {path: Held(path, shape, trained.dtypes[path], where) for path, shape in trained.leaves.items()}
+    return [found[path] for path in sorted(found)]
+
+
+def _heading(model: Path, directory: ModelDirectory) -> str:
+    files = [file["name"] for files in directory.manifest["sources"].values() for file in files]
+    lines = [f"{directory.path}: prompt template {directory.config.template}; made from {', '.join(files)}"]
+    for trained in directory.trained:
+        lora = f", low-rank updates of rank {trained.lora.rank}" if trained.lora.rank else ""
+        lines.append(f"{trained.path.parent}: {len(trained.leaves)} weights trained{lora}")
+    if directory.trained:
+        lines[0] = f"{model}: a run; its base is {lines[0]}"
+    return "\n".join(lines)
+
+
+def _table(leaves: list[Held]) -> Table:
+    """A row for each part, dtype and place."""
+    table = Table(box=None, pad_edge=False)
+    columns = {"part": "left", "parameters": "right", "dtype": "left", "bytes": "right", "": "left"}
+    for name, justify in columns.items():
+        table.add_column(name, justify=justify)
+    groups: dict[tuple[str, str, str], list[Held]] = {}
+    for leaf in leaves:
+        groups.setdefault((part_of(leaf.path), leaf.dtype, leaf.place), []).append(leaf)
+    for (part, dtype, place), group in groups.items():
+        table.add_row(part, *_sums(group, dtype), "trained" if place else "")
+    table.add_row("all", *_sums(leaves, ""))
+    return table
+
+
+def _sums(leaves: Iterable[Held], dtype: str) -> tuple[str, str, str]:
+    leaves = list(leaves)
+    return f"{sum(leaf.parameters for leaf in leaves):,}", dtype, filesize.decimal(sum(leaf.bytes for leaf in leaves))
+
+
+def _tree(model: Path, leaves: list[Held]) -> Tree:
+    root = Tree(Text(str(model)))
+    branches: dict[str, Tree] = {"": root}
+    for leaf in leaves:
+        *parents, name = leaf.path.split("/")
+        parent = ""
+        for step in parents:
+            child = f"{parent}{step}/"
+            if child not in branches:
+                branches[child] = branches[parent].add(Text(step))
+            parent = child
+        told = f"{name} {list(leaf.shape)} {leaf.dtype}, {filesize.decimal(leaf.bytes)}"
+        branches[parent].add(Text(told + (", trained" if leaf.place else "")))
+    return root
+
+
+def _report(model: Path, directory: ModelDirectory, leaves: list[Held]) -> dict:
+    parts: dict[str, dict[str, int]] = {}
+    for leaf in leaves:
+        part = parts.setdefault(part_of(leaf.path), {"parameters": 0, "bytes": 0})
+        part["parameters"] += leaf.parameters
+        part["bytes"] += leaf.bytes
+    listed = {
+        leaf.path: {"shape": leaf.shape, "dtype": leaf.dtype, "bytes": leaf.bytes, "trained": bool(leaf.place)}
+        for leaf in leaves
+    }
+    return {
+        "model": str(model),
+        "base": str(directory.path) if directory.trained else None,
+        "template": directory.config.template,
+        "sources": directory.manifest["sources"],
+        "parts": parts,
+        "leaves": listed,
+    }

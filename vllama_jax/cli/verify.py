@@ -1,0 +1,253 @@
+"""vllama verify."""
+
+import contextlib
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+from rich import filesize
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from vllama_jax.checkpoint import ModelDirectory, open_model
+from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.params import read_json
+
+if TYPE_CHECKING:
+    from vllama_jax.convert import Plan
+
+Json = Annotated[bool, tyro.conf.arg(name="json")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """The files that the model was made from, as `vllama convert` takes them.
+
+    Attributes:
+        llama: The Hugging Face LLaMA directory.
+        eva_vit: EVA-CLIP ViT-g.
+        blip2: BLIP-2's Q-Former.
+        imagebind: ImageBind.
+        minigpt4: MiniGPT-4's projection.
+        vl: The checkpoint of the vision-language branch.
+        al: The checkpoint of the audio-language branch.
+    """
+
+    llama: Path | None = None
+    eva_vit: Path | None = None
+    blip2: Path | None = None
+    imagebind: Path | None = None
+    minigpt4: Path | None = None
+    vl: Path | None = None
+    al: Path | None = None
+
+
+NO_PIECES = Pieces()
+
+
+def verify(
+    model: tyro.conf.Positional[Path],
+    /,
+    *,
+    against: tuple[Path, ...] = (),
+    pieces: Annotated[Pieces, tyro.conf.arg(name="")] = NO_PIECES,
+    config: Path | None = None,
+    weights_only: bool = False,
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    tokens: int = 1024,
+    seed: int = 0,
+    base: Path | None = None,
+    json_output: Json = False,
+) -> None:
+    """Check that a model's files are as they were written, or that it computes what its PyTorch source does.
+
+    Example: vllama verify MODEL --against DIRECTORY_OF_THE_PYTORCH_FILES
+
+    With a source, each part runs here and in torch on the same random input, and each layer's output is compared.
+    Exits with 1 when anything is not as it should be.
+
+    Args:
+        model: The model directory, or a run's.
+        against: Files and directories in which the PyTorch files lie; which is which is told by what they hold.
+        pieces: Each file by its kind; these win over --against.
+        config: The JSON file that `vllama convert --config` was given.
+        weights_only: Compare the weights bit by bit, and compute nothing.
+        dtype: In which the model computes here; torch always computes in float32.
+        tokens: The length of the prompt, or the longest that the model reads.
+        seed: Of the random inputs.
+        base: A run's base model, where that has moved.
+        json_output: Print one JSON object.
+    """
+    if tokens < 1 or seed < 0:
+        raise ConfigError(f"--tokens must be at least 1 and --seed at least 0, not {tokens} and {seed}")
+    directory = open_model(model, base)
+    given = {kind: path for kind, path in vars(pieces).items() if path is not None}
+    if not against and not given:
+        if weights_only:
+            raise ConfigError("--weights-only compares with the PyTorch files: name them with --against")
+        _verify_files(model, directory, json_output)
+        return
+    if not weights_only:
+        from vllama_jax.convert.parity import check_installed
+
+        check_installed()
+    plan = _plan(directory, against, given, read_json(config) if config else None)
+    if weights_only:
+        _verify_weights(model, directory, plan, json_output)
+    else:
+        _verify_networks(model, directory, plan, (dtype, tokens, seed), json_output)
+
+
+def _verify_files(model: Path, directory: ModelDirectory, json_output: bool) -> None:
+    from vllama_jax.convert.verify import damage, shortened
+
+    leaves = directory.manifest["leaves"]
+    size = sum(_bytes(leaf) for leaf in leaves.values())
+    with _bytes_bar(size) as progress:
+        damaged = damage(directory, progress)
+    if json_output:
+        print(json.dumps({"weights": len(leaves), "bytes": size, "damaged": damaged}))
+    if damaged:
+        told = shortened([f"{path} ({why})" for path, why in damaged.items()])
+        raise CheckpointError(f"{model}: not as it was written: {told}; copy or convert it again")
+    if not json_output:
+        run = f", and what {model} trained" if directory.trained else ""
+        print(f"{directory.path}: {len(leaves)} weights, {filesize.decimal(size)}, all as they were written{run}")
+
+
+def _bytes(leaf: Mapping[str, Any]) -> int:
+    import numpy as np
+
+    return math.prod(leaf["shape"]) * np.dtype(leaf["dtype"]).itemsize
+
+
+def _plan(
+    directory: ModelDirectory, against: tuple[Path, ...], given: Mapping[str, Path], config: Mapping[str, Any] | None
+) -> "Plan":
+    """The conversion that the source would be, as far as the model was made of it."""
+    from vllama_jax.convert import plan
+    from vllama_jax.convert.pieces import find_pieces
+    from vllama_jax.convert.verify import untold
+
+    made_of = directory.manifest["sources"]
+    found = {kind: path for kind, path in find_pieces(against).items() if kind in made_of}
+    files = {**found, **given}
+    if "llama" not in files:
+        raise ConfigError("no LLaMA directory among the PyTorch files; name it with --llama")
+    llama = files.pop("llama")
+    return plan(llama_directory=llama, files=files, config=untold(directory.config) if config is None else config)
+
+
+def _verify_weights(model: Path, directory: ModelDirectory, plan: "Plan", json_output: bool) -> None:
+    from vllama_jax.convert.verify import compare_weights, config_differences, shortened
+
+    with _bytes_bar(sum(_bytes(leaf) for leaf in directory.manifest["leaves"].values())) as progress:
+        parts = compare_weights(directory, plan, progress)
+    config = config_differences(directory, plan)
+    different = [name for part in parts for name in part.different]
+    if json_output:
+        report = {"parts": [dataclasses.asdict(part) for part in parts], "config": config}
+        print(json.dumps({**report, "equal": not different and not config}))
+    else:
+        table = _table("part", ("tensors", "bytes", "verdict"))
+        for part in parts:
+            verdict = f"{len(part.different)} different" if part.different else "equal"
+            table.add_row(part.part, str(part.tensors), filesize.decimal(part.bytes), verdict)
+        _show(table, directory, plan)
+    if different or config:
+        told = [*config, *([f"{len(different)} weights differ: {shortened(different)}"] if different else [])]
+        raise CheckpointError(f"{model}: not what its source makes: {'; '.join(told)}")
+    if not json_output:
+        print(f"{model}: {sum(part.tensors for part in parts)} tensors, every bit equal to its source")
+
+
+def _verify_networks(
+    model: Path, directory: ModelDirectory, plan: "Plan", settings: tuple[Any, ...], json_output: bool
+) -> None:
+    from vllama_jax.cli.compilation import keep_compiled_programs
+    from vllama_jax.convert.parity import BOUNDS, Settings, compare_networks, failures
+    from vllama_jax.convert.verify import config_differences, shortened
+
+    keep_compiled_programs()
+    config, bounds = config_differences(directory, plan), BOUNDS[settings[0]]
+    with _stage_bar() as progress:
+        errors, logits = compare_networks(directory, plan, Settings(*settings), progress)
+    failed = [*config, *failures(errors, logits, bounds)]
+    if json_output:
+        layers = [{name: _number(value) for name, value in vars(error).items()} for error in errors]
+        report = {"layers": layers, "logits": {name: _number(value) for name, value in vars(logits).items()}}
+        print(json.dumps({**report, "bounds": vars(bounds), "failures": failed, "equal": not failed}))
+    else:
+        table = _table("part", ("max error", "relative"), "layer")
+        shown = None
+        for error in errors:
+            part, shown = "" if error.part == shown else error.part, error.part
+            numbers = (f"{error.maximum:.1e}", f"{error.relative:.1e}")
+            style = None if error.relative <= bounds.relative else "red"
+            table.add_row(part, error.layer, *numbers, style=style)
+        _show(table, directory, plan)
+        print(
+            f"logits of {logits.positions} tokens: KL {logits.mean_kl:.1e} on average, {logits.max_kl:.1e} at most; "
+            f"the same likeliest token at {logits.top1:.2%} of positions"
+        )
+    if failed:
+        raise CheckpointError(f"{model}: does not compute what its source does: {shortened(failed, '; ')}")
+    if not json_output:
+        largest = max(error.relative for error in errors)
+        print(
+            f"{model}: computes what its source does, in {settings[0]}: relative error {largest:.1e} at most "
+            f"(bound {bounds.relative:.0e}), mean KL within {bounds.mean_kl:.0e}, top-1 above {bounds.top1:.1%}"
+        )
+
+
+def _number(value: Any) -> Any:
+    """JSON has neither infinity nor what is no number."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(first: str, numbers: tuple[str, ...], *texts: str) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in (first, *texts):
+        table.add_column(name)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _show(table: Table, directory: ModelDirectory, plan: "Plan") -> None:
+    from vllama_jax.convert.verify import other_files
+
+    Console().print(table)
+    if others := other_files(directory, plan):
+        print(f"note: the model was made from files of other names or sizes than {', '.join(others)}")
+
+
+@contextlib.contextmanager
+def _bytes_bar(total: int) -> Iterator[Any]:
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda done: bar.advance(task, done)
+
+
+@contextlib.contextmanager
+def _stage_bar() -> Iterator[Any]:
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
