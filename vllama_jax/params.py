@@ -213,26 +213,6 @@ def _is_chunk(chunk: Any, shape: Sequence[int]) -> bool:
     return isinstance(chunk, list) and len(chunk) == len(shape) and all(type(n) is int and n > 0 for n in chunk)
 
 
-def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) -> np.ndarray:
-    """Some rows of a weight that `check_params` found whole, in its dtype; in memory are they, and a chunk.
-
-    leaf: what the manifest says of it. Raises CheckpointError when they cannot be read.
-    """
-    folder, shape, dtype = directory / path.replace("/", "."), leaf["shape"], np.dtype(leaf["dtype"])
-    chunk = read_json(folder / ".zarray")["chunks"]
-    first, last = rows.start // chunk[0], math.ceil(rows.stop / chunk[0])
-    held = np.empty(((last - first) * chunk[0], *shape[1:]), dtype)
-    for index in itertools.product(range(first, last), *map(range, _grid(shape, chunk)[1:])):
-        file = folder / ".".join(map(str, index))
-        starts = ((index[0] - first) * chunk[0], *(i * size for i, size in zip(index[1:], chunk[1:], strict=True)))
-        here = held[tuple(slice(start, start + size) for start, size in zip(starts, chunk, strict=True))]
-        try:
-            here[...] = np.fromfile(file, dtype).reshape(chunk)[tuple(map(slice, here.shape))]
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{file}: cannot be read ({error}); copy or convert the model again") from error
-    return held[rows.start - first * chunk[0] : rows.stop - first * chunk[0]]
-
-
 def damaged_params(
     directory: Path, leaves: Mapping[str, dict], progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, str]:
