@@ -1,5 +1,7 @@
 """Hugging Face's LlamaForCausalLM → `llama`, and its config.json → LlamaConfig."""
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,21 @@ def extras(cfg: LlamaConfig) -> dict[str, str]:
 
 INV_FREQ = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 STORED_INV_FREQ = rf"(llama_model\.)?{INV_FREQ}"  # as LLaMA's own files and Video-LLaMA's checkpoints name it
+
+
+_WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)(\.index\.json)?")
+
+
+def is_language_model(directory: Path) -> bool:
+    """Whether a directory is a Hugging Face LLaMA with weights in it."""
+    if not (directory / "config.json").is_file() or not any(map(_WEIGHT_FILE.fullmatch, os.listdir(directory))):
+        return False
+    return read_json(directory / "config.json").get("model_type") == "llama"
+
+
+def is_own_file(name: str) -> bool:
+    """Whether a file in such a directory is of the language model, and no other piece."""
+    return bool(_WEIGHT_FILE.fullmatch(name)) or name.endswith((".json", ".model"))
 
 
 def read_config(directory: Path) -> dict[str, Any]:

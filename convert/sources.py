@@ -11,7 +11,7 @@ import re
 import textwrap
 import threading
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,7 +27,7 @@ ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 
 
 class WeightFile(Protocol):
-    """One file. tensors: the shape and the dtype's name of each; nothing of their data is read yet."""
+    """What holds tensors. tensors: the shape and the dtype's name of each; nothing of their data is read yet."""
 
     tensors: dict[str, tuple[tuple[int, ...], str]]
 
@@ -37,21 +37,20 @@ class WeightFile(Protocol):
 class Source:
     """The tensors of one file, or of several files that hold one set: names, shapes, dtypes' names, data on demand.
 
-    duplicates: names that more than one of the files has.
+    label: what errors call it. files: on disk. duplicates: names that more than one of `parts` has.
     """
 
-    def __init__(self, label: str, files: Sequence[Path]):
+    def __init__(self, label: str, files: Sequence[Path], parts: Iterable[WeightFile]):
         self.label = label
         self.files = list(files)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.duplicates: list[str] = []
         self._homes: dict[str, WeightFile] = {}
-        for path in self.files:
-            file = open_weights(path)
-            self.duplicates += file.tensors.keys() & self._homes.keys()
-            for name, (shape, dtype) in file.tensors.items():
-                self.shapes[name], self.dtypes[name], self._homes[name] = shape, dtype, file
+        for part in parts:
+            self.duplicates += part.tensors.keys() & self._homes.keys()
+            for name, (shape, dtype) in part.tensors.items():
+                self.shapes[name], self.dtypes[name], self._homes[name] = shape, dtype, part
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -77,7 +76,12 @@ def open_file(path: str | Path) -> Source:
     Raises CheckpointError for a file that is missing, empty, a git-lfs pointer or no weights, for one whose pickle asks
     for code, and for a torch file when torch is not installed.
     """
-    return Source(str(path), [Path(path)])
+    return open_files(str(path), [Path(path)])
+
+
+def open_files(label: str, paths: Sequence[Path]) -> Source:
+    """Several files that hold one set of tensors. Raises CheckpointError as `open_file` does."""
+    return Source(label, paths, map(open_weights, paths))
 
 
 def open_llama(directory: str | Path) -> Source:
@@ -88,9 +92,9 @@ def open_llama(directory: str | Path) -> Source:
     directory = Path(directory)
     for name in ("model.safetensors", "pytorch_model.bin"):
         if (directory / name).exists():
-            return Source(str(directory), [directory / name])
+            return open_files(str(directory), [directory / name])
         if (index := directory / f"{name}.index.json").exists():
-            return Source(str(directory), [directory / shard for shard in _shards(index)])
+            return open_files(str(directory), [directory / shard for shard in _shards(index)])
     raise CheckpointError(
         f"{directory}: no model.safetensors, pytorch_model.bin or index of their shards; download the weights there"
     )
@@ -122,12 +126,17 @@ def check_file(path: Path) -> bytes:
     return head
 
 
+def looks_like_weights(head: bytes) -> bool:
+    """Whether a file's first bytes are those of a file of torch's or safetensors; other files may have them too."""
+    return head.startswith((ZIP, PICKLE)) or head[8:9] == b"{"
+
+
 def open_weights(path: Path) -> WeightFile:
     """Tells the format by content, not by name."""
     head = check_file(path)
     if head.startswith((ZIP, PICKLE)):
         return TorchFile(path, mappable=head.startswith(ZIP))
-    if head[8:9] == b"{" or path.suffix == ".safetensors":
+    if looks_like_weights(head) or path.suffix == ".safetensors":
         return SafetensorsFile(path)
     raise CheckpointError(f"{path}: not a file of weights (neither safetensors nor written by torch)")
 

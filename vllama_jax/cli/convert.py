@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Literal
 
+import tyro
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
@@ -13,11 +14,13 @@ from vllama_jax.params import read_json
 
 
 def convert(
+    directory: tyro.conf.Positional[Path | None] = None,
+    /,
     *,
-    llama: Path,
-    eva_vit: Path,
-    blip2: Path,
     out: Path,
+    llama: Path | None = None,
+    eva_vit: Path | None = None,
+    blip2: Path | None = None,
     imagebind: Path | None = None,
     minigpt4: Path | None = None,
     vl: Path | None = None,
@@ -31,11 +34,15 @@ def convert(
     Example: vllama convert --llama vicuna-7b --eva-vit eva_vit_g.pth --blip2 blip2_pretrained_flant5xxl.pth
     --imagebind imagebind_huge.pth --vl finetune_vl.pth --al finetune_al.pth --out model
 
+    Example: vllama convert Video-LLaMA-2-7B-Finetuned --eva-vit eva_vit_g.pth --blip2 blip2_pretrained_flant5xxl.pth
+    --template llama_2 --out model
+
     Args:
+        directory: Holds weight files, in it or below; which is which is told by what they hold. Options win.
+        out: The model directory to make.
         llama: A Hugging Face LLaMA directory: config.json, tokenizer and weights.
         eva_vit: EVA-CLIP ViT-g (eva_vit_g.pth).
         blip2: BLIP-2's Q-Former (blip2_pretrained_flant5xxl.pth).
-        out: The model directory to make.
         imagebind: ImageBind (imagebind_huge.pth); without it the model cannot hear.
         minigpt4: MiniGPT-4's projection, from which stage 1 starts (pretrained_minigpt4.pth).
         vl: A checkpoint of the vision-language branch.
@@ -46,7 +53,8 @@ def convert(
     """
     files = {"eva_vit": eva_vit, "blip2": blip2, "imagebind": imagebind, "minigpt4": minigpt4, "vl": vl, "al": al}
     override = read_json(config) if config else {}
-    plan = make_plan(llama_directory=llama, files=files, config=override, template=template)
+    plan = make_plan(directory=directory, llama_directory=llama, files=files, config=override, template=template)
+    print("".join(f"{line}\n" for line in plan.found), end="", flush=True)
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:

@@ -1,0 +1,191 @@
+"""A directory of weight files, as released: each piece is found by what it holds, and what was done is said."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN_HEADS
+from conversions import command, hashes, one_line, plan, without
+from safetensors.numpy import load_file, save_file
+from test_convert_bad_files import LFS, Hostile
+
+from vllama_jax import convert
+from vllama_jax.cli import main
+
+
+@pytest.fixture
+def release(tiny_files, tmp_path) -> Path:
+    """The tiny files under names that say nothing, in folders, with what else lies in a repository."""
+    folder = tmp_path / "release"
+    (folder / "deep" / "er").mkdir(parents=True)
+    names = {"eva_vit": "a.pth", "blip2": "b.bin", "imagebind": "deep/c", "vl": "deep/er/d.ckpt", "al": "e.safetensors"}
+    for kind, name in names.items():
+        shutil.copyfile(tiny_files[kind], folder / name)
+    shutil.copytree(tiny_files["llama"], folder / "chat-hf")
+    (folder / "README.md").write_text("# weights")
+    (folder / ".git").mkdir()
+    shutil.copyfile(tiny_files["vl"], folder / ".git" / "object.pth")
+    return folder
+
+
+def config(tiny_files) -> tuple[str, str]:
+    return "--config", str(tiny_files["config"])
+
+
+def test_pieces_are_told_by_what_they_hold_and_each_is_reported(release, tiny_files, tiny_model, tmp_path, capsys):
+    main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
+    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    assert capsys.readouterr().out.splitlines()[:7] == [
+        f"{release}/a.pth: EVA-CLIP ViT-g weights, as --eva-vit",
+        f"{release}/b.bin: BLIP-2 Q-Former weights, as --blip2",
+        f"{release}/chat-hf: LLaMA weights, as --llama",
+        f"{release}/deep/c: ImageBind weights, as --imagebind",
+        f"{release}/deep/er/d.ckpt: a Video-LLaMA vision-language checkpoint, as --vl",
+        f"{release}/e.safetensors: a Video-LLaMA audio-language checkpoint, as --al",
+        f"{release}: ignored, no weights: README.md",
+    ]
+
+
+def test_released_layout_with_eva_and_blip2_from_elsewhere(golden, golden_files, tmp_path):
+    release = shutil.copytree(golden / "weights" / "videollama2_style", tmp_path / "Video-LLaMA-2-7B-Finetuned")
+    shutil.copyfile(golden_files["imagebind"], release / "imagebind_huge.pth")
+    (release / "llama-2-7b-chat-hf").symlink_to(golden / "weights" / "llama-st")
+    elsewhere = {kind: golden_files[kind] for kind in ("eva_vit", "blip2")}
+    options = {"config": GOLDEN_HEADS, "template": "llama_2"}
+    made = convert.plan(directory=release, files=elsewhere, **options)
+    convert.convert(made, tmp_path / "found")
+    pieces = {kind: release / f"{kind.upper()}_LLaMA_2_7B_Finetuned.pth" for kind in ("vl", "al")}
+    pieces |= elsewhere | {"imagebind": golden_files["imagebind"], "llama": golden / "weights" / "llama-st"}
+    convert.convert(plan(pieces, **options), tmp_path / "named")
+    assert hashes(tmp_path / "found") == hashes(tmp_path / "named")
+
+
+def test_options_win_over_what_the_directory_holds(release, tiny_files, tiny_model, tmp_path, capsys):
+    (release / "d.pth").write_bytes((release / "deep/er/d.ckpt").read_bytes())  # two of a kind: the option settles it
+    shutil.copytree(release / "chat-hf", release / "other-hf")
+    named = {kind: tiny_files[kind] for kind in ("vl", "llama")}
+    main(command(named, tmp_path / "model", str(release), *config(tiny_files)))
+    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    said = capsys.readouterr().out
+    for name, option in {"d.pth": "vl", "deep/er/d.ckpt": "vl", "chat-hf": "llama", "other-hf": "llama"}.items():
+        assert f"{release}/{name}: ignored, --{option} is given" in said
+
+
+def test_one_file_of_both_branches_is_both(release, tiny_files, tiny_model, tmp_path):
+    both = load_file(release / "e.safetensors") | load_file(release / "deep/er/d.ckpt")
+    (release / "deep/er/d.ckpt").unlink()
+    save_file(both, release / "e.safetensors")
+    main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
+    assert hashes(tmp_path / "model") == hashes(tiny_model)
+
+
+@pytest.mark.parametrize(
+    ("name", "copy", "what", "option"),
+    [
+        ("a.pth", "z.pth", "EVA-CLIP ViT-g weights", "--eva-vit"),
+        ("deep/er/d.ckpt", "z", "a Video-LLaMA vision-language checkpoint", "--vl"),
+        ("chat-hf", "z-hf", "LLaMA weights", "--llama"),
+    ],
+)
+def test_two_files_for_one_piece_are_both_named(release, tiny_files, tmp_path, name, copy, what, option):
+    duplicate = shutil.copytree if (release / name).is_dir() else shutil.copyfile
+    duplicate(release / name, release / copy)
+    said = one_line({}, tmp_path, str(release), *config(tiny_files))
+    assert said == f"vllama: {release}/{name} and {release}/{copy}: both are {what}; say which with {option}"
+
+
+def test_one_file_under_two_names_and_links_in_a_circle(release, tiny_files, tiny_model, tmp_path):
+    (release / "z.pth").symlink_to(release / "a.pth")
+    (release / "deep" / "up").symlink_to(release)
+    main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
+    assert hashes(tmp_path / "model") == hashes(tiny_model)
+
+
+def test_directory_that_is_itself_the_language_models(release, tiny_files, tiny_model, tmp_path, capsys):
+    for file in (release / "chat-hf").iterdir():
+        file.rename(release / file.name)
+    torch.save(load_file(release / "model.safetensors"), release / "pytorch_model.bin")  # the same, in the other format
+    main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
+    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    assert f"{release}: LLaMA weights, as --llama" in capsys.readouterr().out
+
+
+def test_what_is_no_part_of_the_model_is_left_aside_and_said(release, tiny_files, tiny_model, tmp_path, capsys):
+    (release / "bert").mkdir()
+    (release / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    save_file({"bert.embeddings": np.ones(3)}, release / "bert" / "model.safetensors")
+    shutil.copyfile(tiny_files["llama"] / "model.safetensors", release / "llama.safetensors")
+    (release / "archive.zip").write_bytes(b"PK\x03\x04 an archive")
+    (release / ".gitattributes").write_text("")
+    for number in range(6):
+        (release / f"picture{number}.png").write_bytes(b"\x89PNG")
+    main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
+    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    said = capsys.readouterr().out
+    assert f"{release}/bert/model.safetensors: ignored, weights of no part of this model" in said
+    assert f"{release}/llama.safetensors: ignored, LLaMA weights without their config.json" in said
+    assert f"{release}: ignored, no weights: README.md, archive.zip, bert/config.json, " in said
+    assert "picture0.png, picture1.png and 4 more\n" in said
+
+
+@pytest.mark.parametrize("name", ["x.pth", "x.pt", "x.bin", "x.ckpt", "x.safetensors"])
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [(LFS, "a git-lfs pointer"), (b"", "the file is empty"), (b"PK\x03\x04 half a download", "damaged")],
+)
+def test_weights_by_name_that_are_none_are_no_missing_piece(release, tiny_files, tmp_path, name, data, message):
+    (release / "deep" / name).write_bytes(data)
+    said = one_line({}, tmp_path, str(release), *config(tiny_files))
+    assert said.startswith(f"vllama: {release}/deep/{name}: ")
+    assert message in said
+    assert said.endswith("; if it is no part of the model, move it away from there")
+
+
+@pytest.mark.parametrize("name", ["hostile.pth", "hostile"])
+def test_hostile_pickle_in_a_directory_is_not_run(release, tiny_files, tiny_model, tmp_path, name):
+    marker = tmp_path / "marker"
+    torch.save({"model": {"video_query_tokens": Hostile(marker)}}, release / name)
+    if name.endswith(".pth"):
+        said = one_line({}, tmp_path, str(release), *config(tiny_files))
+        assert f"{release}/hostile.pth: refused: its pickle asks to run {os.system.__module__}.system" in said
+    else:
+        main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
+        assert hashes(tmp_path / "model") == hashes(tiny_model)
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    ("missing", "said_missing"),
+    [(["a.pth"], "--eva-vit"), (["a.pth", "b.bin", "chat-hf"], "--llama, --eva-vit, --blip2")],
+)
+def test_pieces_that_are_nowhere(release, tiny_files, tmp_path, missing, said_missing):
+    for name in missing:
+        (release / name).rename(tmp_path / name)
+    said = one_line({}, tmp_path, str(release), *config(tiny_files))
+    assert said == f"vllama: every model needs {said_missing}, and {release} holds none"
+
+
+def test_nothing_named_at_all(tiny_files, tmp_path):
+    assert one_line({}, tmp_path) == "vllama: every model needs --llama, --eva-vit, --blip2"
+    (tmp_path / "out").rmdir()
+    assert one_line(without(tiny_files, "blip2"), tmp_path) == "vllama: every model needs --blip2"
+
+
+@pytest.mark.parametrize(("name", "what"), [("absent", "no such directory"), ("README.md", "not a directory")])
+def test_directory_that_is_none(release, tmp_path, name, what):
+    said = one_line({}, tmp_path, str(release / name))
+    assert said == f"vllama: {release}/{name}: {what}; give the directory that holds the weight files"
+
+
+def test_folder_that_may_not_be_read(release, tmp_path, monkeypatch):
+    def forbid(self, iterdir=Path.iterdir):
+        if self.name == "er":
+            raise PermissionError(13, "Permission denied")
+        return iterdir(self)
+
+    monkeypatch.setattr(Path, "iterdir", forbid)
+    said = one_line({}, tmp_path, str(release))
+    assert said == f"vllama: {release}/deep/er: cannot be read (Permission denied); check its permissions"
