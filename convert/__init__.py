@@ -13,12 +13,13 @@ from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.params import ParamsWriter, write_file
 
-from . import directory as directories
-from . import llama
+from . import llama, stored
+from .directory import Found, search
 from .infer import model_config
-from .matching import Leaf, abstract_shapes, match, tables
+from .matching import Leaf, abstract_shapes, match, part, tables
 from .pieces import PIECES, check_kind
 from .sources import Source, open_file, open_llama
+from .stored import Kept, StoredLeaf, StoredModel
 
 __all__ = ["PIECES", "Leaf", "Plan", "abstract_shapes", "bytes_to_write", "convert", "plan", "tables"]
 
@@ -27,14 +28,24 @@ Progress = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """A conversion in which everything was found and fits, before a byte of it is read."""
+    """A conversion in which everything was found and fits, before a byte of it is read.
+
+    leaves: weights that files give. stored: those that model directories and runs give. left_out: of files, reason →
+    how many tensors. notes: lines for the user, on which file of a directory is what. sources: what else was used.
+    """
 
     config: VideoLlamaConfig
     leaves: list[Leaf]
-    left_out: dict[str, int]  # reason → how many tensors
+    stored: list[StoredLeaf]
+    left_out: dict[str, int]
     pieces: dict[str, Source]
     tokenizer_directory: Path
-    found: list[str]  # what was taken from a directory, and what left aside there: a line for each file
+    notes: list[str]
+    sources: dict[str, Any]
+
+    @property
+    def all_leaves(self) -> list[Leaf | StoredLeaf]:
+        return sorted([*self.leaves, *self.stored], key=lambda leaf: leaf.target)
 
 
 def plan(
@@ -42,45 +53,67 @@ def plan(
     directory: str | Path | None = None,
     llama_directory: str | Path | None = None,
     files: Mapping[str, str | Path | None],
+    base: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
     template: str | None = None,
 ) -> Plan:
     """Checks that the files make a model: every weight found once, of the right shape, and nothing left over.
 
     directory: is searched for pieces, told by what they hold; what is given by name is not taken from there.
-    files: paths by kind, as PIECES names them. config: any part of a model config. template: of the prompt; the
-    config's unless given. The language model, eva_vit and blip2 must be there.
+    files: paths by kind, as PIECES names them; vl and al may be runs or model directories. base: a model directory or
+    a run that gives all other parts; without one, the language model, eva_vit and blip2 must be there.
+    config: any part of a model config. template: of the prompt; the base's or config's unless given.
     Raises CheckpointError listing all that is missing, misshapen or not used; ConfigError for what `config` says.
     """
     from vllama_jax.text.prompts import find_template
     from vllama_jax.text.tokenizer import check_vocabulary, load_tokenizer
 
+    model = stored.open_stored(Path(base)) if base else None
     given = {kind: Path(path) for kind, path in files.items() if path is not None}
-    if unknown := given.keys() - PIECES.keys() | given.keys() & {"llama"}:
-        raise ConfigError(f"no such kind of file: {', '.join(sorted(unknown))}; known are {', '.join(PIECES)}")
-    named = [*given, *(["llama"] if llama_directory else [])]
-    found = directories.search(Path(directory), named) if directory else directories.Found({}, None, [])
-    home = llama_directory or found.llama
-    _check_complete([*named, *found.files, *(["llama"] if found.llama else [])], directory)
-    home = Path(home)
-    llama_fields = llama.read_config(home)
-    opened = {path: open_file(path) for path in dict.fromkeys(given.values())}  # one file may be two pieces
-    pieces = found.files | {kind: opened[path] for kind, path in given.items()} | {"llama": open_llama(home)}
+    found = _found(directory, given, llama_directory)
+    branches = {
+        kind: stored.open_stored(path, model and model.path)
+        for kind, path in given.items()
+        if kind in stored.BRANCHES and stored.is_stored(path)
+    }
+    llama_home = Path(home) if (home := llama_directory or found.llama) else None
+    llama_fields = llama.read_config(llama_home) if llama_home else {}
+    pieces = found.files | _opened({kind: path for kind, path in given.items() if kind not in branches}, llama_home)
+    _check_complete([*pieces, *branches], model, directory)
     for kind, source in pieces.items():
         check_kind(kind, source)
     override = {**(config or {}), **({"template": template} if template else {})}
-    cfg = model_config(pieces, llama_fields, override)
+    cfg = model_config(pieces, llama_fields, override, stored.known_fields(model, branches))
     find_template(cfg.template)
-    check_vocabulary(load_tokenizer(home), cfg.llama.vocab_size)
-    leaves, left_out = match(cfg, pieces)
-    return Plan(cfg, leaves, left_out, pieces, home, found.report)
+    tokenizer = llama_home or model.directory.path / "tokenizer"
+    check_vocabulary(load_tokenizer(tokenizer), cfg.llama.vocab_size)
+    leaves, left_out = match(cfg, pieces, branches)
+    kept = stored.join(cfg, model, branches, {part(leaf.target) for leaf in leaves})
+    notes = [*found.report, *stored.differences(model, branches)]
+    return Plan(cfg, leaves, kept, left_out, pieces, tokenizer, notes, stored.sources(model, branches, pieces))
 
 
-def _check_complete(kinds: Sequence[str], directory: str | Path | None) -> None:
-    if lacking := [PIECES[kind].option for kind in ("llama", "eva_vit", "blip2") if kind not in kinds]:
+def _found(directory: str | Path | None, given: Mapping[str, Path], llama_directory: str | Path | None) -> Found:
+    """What a directory adds to the files that are given."""
+    if unknown := given.keys() - PIECES.keys() | given.keys() & {"llama"}:
+        raise ConfigError(f"no such kind of file: {', '.join(sorted(unknown))}; known are {', '.join(PIECES)}")
+    named = [*given, *(["llama"] if llama_directory else [])]
+    return search(Path(directory), named) if directory else Found({}, None, [])
+
+
+def _opened(given: Mapping[str, Path], llama_directory: Path | None) -> dict[str, Source]:
+    opened = {path: open_file(path) for path in dict.fromkeys(given.values())}  # one file may be two pieces
+    pieces = {kind: opened[path] for kind, path in given.items()}
+    return pieces | ({"llama": open_llama(llama_directory)} if llama_directory else {})
+
+
+def _check_complete(kinds: Sequence[str], base: StoredModel | None, directory: str | Path | None) -> None:
+    needed = () if base else ("llama", "eva_vit", "blip2")
+    if lacking := [PIECES[kind].option for kind in needed if kind not in kinds]:
         where = f", and {directory} holds none" if directory else ""
         raise ConfigError(f"every model needs {', '.join(lacking)}{where}")
-    if "al" in kinds and "imagebind" not in kinds:
+    hears = "imagebind" in kinds or (base and base.directory.config.has_audio)
+    if "al" in kinds and not hears:
         raise ConfigError("--al needs --imagebind: the audio branch hears through ImageBind")
 
 
@@ -92,17 +125,21 @@ def convert(plan: Plan, out: str | Path, *, dtype: str | None = None, progress: 
     """
     with checkpoint.new_directory(Path(out)) as directory:
         with ParamsWriter(directory / "params") as params:
-            for leaf in sorted(plan.leaves, key=lambda leaf: leaf.rule.target):
+            for leaf in plan.all_leaves:
                 target = np.dtype(dtype) if dtype else leaf.dtype
-                params.write(leaf.rule.target, leaf.shape, target, _counted(leaf.blocks(target), progress))
+                if isinstance(leaf, Kept) and leaf.dtype == target:
+                    params.copy(leaf.target, leaf.params, leaf.entry)
+                    progress(math.prod(leaf.shape) * target.itemsize)
+                else:
+                    params.write(leaf.target, leaf.shape, target, _counted(leaf.blocks(target), progress))
         _copy_tokenizer(plan.tokenizer_directory, directory / "tokenizer")
         checkpoint.write_config(directory, plan.config)
         files = {kind: [_described(file) for file in source.files] for kind, source in plan.pieces.items()}
-        checkpoint.write_manifest(directory, files, params.leaves)
+        checkpoint.write_manifest(directory, plan.sources | files, params.leaves)
 
 
 def bytes_to_write(plan: Plan, dtype: str | None = None) -> int:
-    return sum(math.prod(leaf.shape) * np.dtype(dtype or leaf.dtype).itemsize for leaf in plan.leaves)
+    return sum(math.prod(leaf.shape) * np.dtype(dtype or leaf.dtype).itemsize for leaf in plan.all_leaves)
 
 
 def _counted(blocks: Iterator[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:

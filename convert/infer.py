@@ -24,37 +24,73 @@ HEADS = {
 
 
 def model_config(
-    pieces: Mapping[str, Source], llama_fields: Mapping[str, Any], override: Mapping[str, Any]
+    pieces: Mapping[str, Source],
+    llama_fields: Mapping[str, Any],
+    override: Mapping[str, Any],
+    known: Mapping[str, Any] | None = None,
 ) -> VideoLlamaConfig:
     """The config of the model that the pieces make up.
 
     llama_fields: what config.json tells of the language model. override: any part of a config; it wins, and what it
-    says of the audio branch is left aside when the pieces have none.
+    says of the audio branch is left aside when the model has none. known: the fields of a model directory whose parts
+    are used where there is no piece.
     Raises ConfigError for unknown or wrong fields in `override`, where a head count is neither known nor given, and
     where a file has not the layers it should; CheckpointError where a file lacks a tensor that tells a dimension.
     """
-    image = _qformer(pieces["blip2"], "Qformer", "query_tokens")
-    fields = {
-        "vit": _vit(pieces["eva_vit"]),
-        "image_qformer": image,
-        "video_qformer": _branch_qformer(pieces.get("vl"), "video", image, presets.VIDEO_QFORMER.num_queries),
-        "num_frame_positions": _rows(pieces.get("vl"), "video_frame_position_embedding.weight", 32),
-        "llama": {**llama_fields, "vocab_size": pieces["llama"].shape("model.embed_tokens.weight", 2)[0]},
-    }
-    if "imagebind" in pieces:
-        fields |= {
-            "imagebind": _imagebind(pieces["imagebind"]),
-            "audio_qformer": _branch_qformer(pieces.get("al"), "audio", image, presets.AUDIO_QFORMER.num_queries),
-            "num_clip_positions": _rows(pieces.get("al"), "audio_position_embedding.weight", 8),
-        }
+    known = dict(known or {})
+    fields = known | {name: _over(known.get(name), told) for name, told in _told(pieces, llama_fields).items()}
+    _fill_branches(fields)
     _check_override(override, fields)
     absent = {"imagebind", "audio_qformer"} - fields.keys()  # one --config may serve with and without these
     fields = merge(fields, {name: value for name, value in override.items() if name not in absent})
     _fill_heads(fields)
     cfg = from_dict(fields, VideoLlamaConfig, "model config")
-    _check_depth("vit", cfg.vit.depth, pieces["eva_vit"], r"blocks\.(\d+)\.", '--config {"vit": {"depth": …}} says')
-    _check_depth("llama", cfg.llama.depth, pieces["llama"], r"model\.layers\.(\d+)\.", "its config.json says")
+    for part, kind, pattern, said_by in DEPTHS:
+        if kind in pieces:
+            _check_depth(part, getattr(cfg, part).depth, pieces[kind], pattern, said_by)
     return cfg
+
+
+DEPTHS = (
+    ("vit", "eva_vit", r"blocks\.(\d+)\.", '--config {"vit": {"depth": …}} says'),
+    ("llama", "llama", r"model\.layers\.(\d+)\.", "its config.json says"),
+)
+
+
+def _told(pieces: Mapping[str, Source], llama_fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that the pieces tell."""
+    tell = {
+        "eva_vit": lambda source: {"vit": _vit(source)},
+        "blip2": lambda source: {"image_qformer": _qformer(source, "Qformer", "query_tokens")},
+        "imagebind": lambda source: {"imagebind": _imagebind(source)},
+        "vl": lambda source: {
+            "video_qformer": _qformer(source, "video_Qformer", "video_query_tokens"),
+            "num_frame_positions": source.shape("video_frame_position_embedding.weight", 2)[0],
+        },
+        "al": lambda source: {
+            "audio_qformer": _qformer(source, "audio_Qformer", "audio_query_tokens"),
+            "num_clip_positions": source.shape("audio_position_embedding.weight", 2)[0],
+        },
+        "llama": lambda source: {
+            "llama": {**llama_fields, "vocab_size": source.shape("model.embed_tokens.weight", 2)[0]}
+        },
+    }
+    return {name: told for kind in tell if kind in pieces for name, told in tell[kind](pieces[kind]).items()}
+
+
+def _over(known: Any, told: Any) -> Any:
+    """What a file tells, and beside it what was known of a part of the same width: head counts leave no trace."""
+    if not isinstance(known, Mapping) or not isinstance(told, Mapping) or known.get("width") != told.get("width"):
+        return told
+    return {**known, **{name: _over(known.get(name), value) for name, value in told.items()}}
+
+
+def _fill_branches(fields: dict[str, Any]) -> None:
+    """Before a branch has a checkpoint, it is as it will be trained: two layers of the image Q-Former's size."""
+    new = fields["image_qformer"] | {"depth": presets.VIDEO_QFORMER.depth, "cross_attention_every": 1}
+    fields.setdefault("video_qformer", new | {"num_queries": presets.VIDEO_QFORMER.num_queries})
+    if "imagebind" in fields:
+        fields.setdefault("audio_qformer", new | {"num_queries": presets.AUDIO_QFORMER.num_queries})
 
 
 def _check_override(override: Mapping[str, Any], fields: Mapping[str, Any], where: str = "--config") -> None:
@@ -126,17 +162,6 @@ def _qformer(source: Source, module: str, queries: str) -> dict[str, Any]:
         "num_queries": num_queries,
         "cross_attention_every": 2 if every_second else 1,
     }
-
-
-def _branch_qformer(source: Source | None, sense: str, image: dict[str, Any], num_queries: int) -> dict[str, Any]:
-    """From the branch's checkpoint; before there is one, two layers of the image Q-Former's size."""
-    if source is not None:
-        return _qformer(source, f"{sense}_Qformer", f"{sense}_query_tokens")
-    return image | {"depth": presets.VIDEO_QFORMER.depth, "num_queries": num_queries, "cross_attention_every": 1}
-
-
-def _rows(source: Source | None, name: str, default: int) -> int:
-    return default if source is None else source.shape(name, 2)[0]
 
 
 def _imagebind(source: Source) -> dict[str, Any]:

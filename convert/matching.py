@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -32,6 +32,10 @@ class Leaf:
     shape: tuple[int, ...]
 
     @property
+    def target(self) -> str:
+        return self.rule.target
+
+    @property
     def dtype(self) -> np.dtype:
         """The dtype it comes in; of several, one that holds them all."""
         dtypes = {self.source.dtypes[name] for names in self.rule.names() for name in names}
@@ -55,19 +59,24 @@ class Leaf:
 
     def _block(self, names: tuple[str, ...], dtype: np.dtype) -> np.ndarray:
         block = self.rule.transform.to_jax(*(self.source.read(name) for name in names))
-        block = np.ascontiguousarray(self._cast(block, dtype))
+        block = cast(np.ascontiguousarray(block), dtype, f"{self.source.label}: {self.target}")
         return block if self.rule.layers is None else block[None]
 
-    def _cast(self, block: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        try:
-            with np.errstate(over="raise"):
-                if dtype == np.float16 and block.dtype.name == "bfloat16":
-                    block = block.astype(np.float32)  # whose cast says when a value is too large
-                return block.astype(dtype, copy=False)
-        except FloatingPointError as error:
-            raise CheckpointError(
-                f"{self.source.label}: {self.rule.target} has values too large for {dtype.name}; use bfloat16"
-            ) from error
+
+def cast(block: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
+    """The same values in another dtype. Raises CheckpointError, saying `where`, when one is too large for it."""
+    try:
+        with np.errstate(over="raise"):
+            if dtype == np.float16 and block.dtype.name == "bfloat16":
+                block = block.astype(np.float32)  # whose cast says when a value is too large
+            return block.astype(dtype, copy=False)
+    except FloatingPointError as error:
+        raise CheckpointError(f"{where} has values too large for {dtype.name}; use bfloat16") from error
+
+
+def part(target: str) -> str:
+    """The part of the model that a weight belongs to."""
+    return target.split("/")[0]
 
 
 @functools.cache
@@ -81,21 +90,30 @@ def abstract_shapes(cfg: VideoLlamaConfig) -> dict[str, tuple[int, ...]]:
     return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(nnx.state(model))}
 
 
-def tables(cfg: VideoLlamaConfig, kinds: Sequence[str]) -> dict[str, list[Rule]]:
-    """The rules of each kind of file. A vision-language checkpoint's projection wins over MiniGPT-4's."""
-    return {kind: PIECES[kind].rules(cfg) for kind in kinds if kind != "minigpt4" or "vl" not in kinds}
+def tables(cfg: VideoLlamaConfig, kinds: Iterable[str], elsewhere: Iterable[str] = ()) -> dict[str, list[Rule]]:
+    """The rules of each kind of file. A vision-language checkpoint's projection wins over MiniGPT-4's.
+
+    elsewhere: kinds that are given, but not as files.
+    """
+    kinds = list(kinds)
+    has_projection = "vl" in (*kinds, *elsewhere)
+    return {kind: PIECES[kind].rules(cfg) for kind in kinds if kind != "minigpt4" or not has_projection}
 
 
 Problem = tuple[str, str]  # what is wrong ("missing in"), and where: the file, the tensor
 
 
-def match(cfg: VideoLlamaConfig, pieces: Mapping[str, Source]) -> tuple[list[Leaf], dict[str, int]]:
+def match(
+    cfg: VideoLlamaConfig, pieces: Mapping[str, Source], elsewhere: Iterable[str] = ()
+) -> tuple[list[Leaf], dict[str, int]]:
     """Every weight of the model that the pieces give, and what of them is left out: reason → how many tensors.
+
+    elsewhere: kinds that are given, but not as files.
 
     Raises CheckpointError that lists all that is missing, misshapen, there twice, or known to nobody.
     """
     shapes, leaves, problems = abstract_shapes(cfg), [], []
-    used_rules = tables(cfg, list(pieces))
+    used_rules = tables(cfg, pieces, elsewhere)
     for kind, rules in used_rules.items():
         for rule in rules:
             problems += _problems(rule, pieces[kind], shapes[rule.target])
@@ -160,9 +178,11 @@ def _differing_buffers(cfg: VideoLlamaConfig, pieces: Mapping[str, Source]) -> l
     from vllama_jax.nn.llama import rope_frequencies
 
     computed = {llama.STORED_INV_FREQ: rope_frequencies(cfg.llama)}
+    scale_name = rf"audio_encoder\.{re.escape(imagebind.AUDIO_SCALE)}"
     if "imagebind" in pieces and imagebind.AUDIO_SCALE in pieces["imagebind"]:
-        scale = pieces["imagebind"].read(imagebind.AUDIO_SCALE)
-        computed[rf"audio_encoder\.{re.escape(imagebind.AUDIO_SCALE)}"] = scale
+        computed[scale_name] = pieces["imagebind"].read(imagebind.AUDIO_SCALE)
+    elif "imagebind" not in pieces and cfg.imagebind:
+        computed[scale_name] = np.float32(cfg.imagebind.audio.log_logit_scale)
     differing = []
     for source in dict.fromkeys(pieces.values()):
         for name in source.shapes:

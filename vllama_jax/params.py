@@ -13,6 +13,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -64,6 +65,18 @@ class ParamsWriter:
             write.result()
         self.leaves[path] = {"shape": list(shape), "dtype": dtype.name, "xxh3_128": digest.hexdigest()}
 
+    def copy(self, path: str, source: Path, leaf: Mapping[str, Any]) -> None:
+        """A weight of another directory of this layout, file by file. leaf: what its manifest says."""
+        directory = self._directory / path.replace("/", ".")
+        directory.mkdir()
+        folder = source / directory.name
+        chunk = read_json(folder / ".zarray")["chunks"]
+        for name in [".zarray", *_chunk_names(leaf["shape"], chunk)]:
+            shutil.copyfile(folder / name, directory / name)
+            with (directory / name).open("rb+") as file:
+                os.fsync(file.fileno())
+        self.leaves[path] = dict(leaf)
+
     def __enter__(self) -> Self:
         return self
 
@@ -94,6 +107,10 @@ def part_of(path: str) -> str:
 
 def _grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.ceil(size / part) for size, part in zip(shape, chunk, strict=True))
+
+
+def _chunk_names(shape: Sequence[int], chunk: Sequence[int]) -> list[str]:
+    return [".".join(map(str, index)) for index in itertools.product(*map(range, _grid(shape, chunk)))]
 
 
 def _regrouped(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
@@ -177,8 +194,7 @@ def check_params(directory: Path, leaves: Mapping[str, dict], paths: Iterable[st
         if not _is_chunk(chunk, shape) or metadata != _zarr_metadata(shape, chunk, dtype):
             raise CheckpointError(f"{folder}: not the array that manifest.json describes; copy or convert it again")
         whole = math.prod(chunk) * dtype.itemsize
-        for index in itertools.product(*map(range, _grid(shape, chunk))):
-            name = ".".join(map(str, index))
+        for name in _chunk_names(shape, chunk):
             if sizes.get(name) != whole:
                 held = f"{sizes[name]} of its {whole} bytes are there" if name in sizes else "it is missing"
                 raise CheckpointError(f"{folder / name}: {held}; copy or convert the model again")
@@ -207,6 +223,13 @@ def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) 
             place = out[(slice(begin - rows.start, end - rows.start), *here)]
             place[...] = values[tuple(map(slice, place.shape))]
     return out
+
+
+def row_blocks(directory: Path, path: str, leaf: Mapping[str, Any]) -> Iterator[np.ndarray]:
+    """All of a weight's rows in order, a chunk's height at a time; see `read_rows`."""
+    height = read_json(directory / path.replace("/", ".") / ".zarray")["chunks"][0]
+    for first in range(0, leaf["shape"][0], height):
+        yield read_rows(directory, path, leaf, range(first, min(first + height, leaf["shape"][0])))
 
 
 def _is_chunk(chunk: Any, shape: Sequence[int]) -> bool:

@@ -25,6 +25,7 @@ def convert(
     minigpt4: Path | None = None,
     vl: Path | None = None,
     al: Path | None = None,
+    base: Path | None = None,
     config: Path | None = None,
     template: Literal["vicuna", "llama_2", "plain"] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
@@ -37,6 +38,8 @@ def convert(
     Example: vllama convert Video-LLaMA-2-7B-Finetuned --eva-vit eva_vit_g.pth --blip2 blip2_pretrained_flant5xxl.pth
     --template llama_2 --out model
 
+    Example: vllama convert --base model --vl vision_run --al audio_run --out joined
+
     Args:
         directory: Holds weight files, in it or below; which is which is told by what they hold. Options win.
         out: The model directory to make.
@@ -45,16 +48,19 @@ def convert(
         blip2: BLIP-2's Q-Former (blip2_pretrained_flant5xxl.pth).
         imagebind: ImageBind (imagebind_huge.pth); without it the model cannot hear.
         minigpt4: MiniGPT-4's projection, from which stage 1 starts (pretrained_minigpt4.pth).
-        vl: A checkpoint of the vision-language branch.
-        al: A checkpoint of the audio-language branch.
+        vl: A checkpoint of the vision-language branch, or a run that trained it.
+        al: A checkpoint of the audio-language branch, or a run that trained it.
+        base: A model directory or a run: the new model has all of it but the parts that are given anew.
         config: A JSON file with any part of the model config, over what the files tell.
-        template: The prompt template that the language model was tuned on; vicuna unless --config says.
+        template: The prompt template that the language model was tuned on; vicuna unless --base or --config says.
         dtype: Of the weights on disk; as they come unless given.
     """
     files = {"eva_vit": eva_vit, "blip2": blip2, "imagebind": imagebind, "minigpt4": minigpt4, "vl": vl, "al": al}
     override = read_json(config) if config else {}
-    plan = make_plan(directory=directory, llama_directory=llama, files=files, config=override, template=template)
-    print("".join(f"{line}\n" for line in plan.found), end="", flush=True)
+    plan = make_plan(
+        directory=directory, llama_directory=llama, files=files, base=base, config=override, template=template
+    )
+    print("".join(f"{line}\n" for line in plan.notes), end="", flush=True)
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
@@ -64,8 +70,10 @@ def convert(
 
 
 def _summary(plan: Plan, out: Path) -> str:
-    parts = {leaf.rule.target.split("/")[0] for leaf in plan.leaves}
-    lines = [f"{out}: {len(plan.leaves)} weights of {', '.join(sorted(parts))}; prompt template {plan.config.template}"]
+    parts = {leaf.target.split("/")[0] for leaf in plan.all_leaves}
+    lines = [
+        f"{out}: {len(plan.all_leaves)} weights of {', '.join(sorted(parts))}; prompt template {plan.config.template}"
+    ]
     lines += [f"  left out, {count} tensor{'s' * (count > 1)} of {reason}" for reason, count in plan.left_out.items()]
     needed = ["video_qformer", "llama_proj", *(["audio_qformer"] if plan.config.has_audio else [])]
     if untrained := [part for part in needed if part not in parts]:

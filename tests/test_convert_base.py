@@ -1,0 +1,293 @@
+"""A new model from an old one: parts given anew, branches from runs, and the rest copied as it lies there."""
+
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conversions import bits, command, hashes, leaves_of, one_line, without
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+import vllama_jax as vl
+from vllama_jax import params
+from vllama_jax.checkpoint import open_model
+from vllama_jax.cli import main
+from vllama_jax.config import LoraConfig, tiny
+from vllama_jax.convert.tiny import write_tiny
+from vllama_jax.train.config import CheckpointConfig, DatasetConfig, TrainConfig
+from vllama_jax.train.runs import Checkpoints, open_run
+from vllama_jax.train.state import TrainState
+
+VL, AL = ("video_qformer", "frame_positions", "llama_proj"), ("audio_qformer", "audio_positions", "audio_llama_proj")
+LORA = LoraConfig(rank=2, alpha=3.0, targets=("query", "out"))
+
+
+def other_files(tmp_path: Path, **options) -> dict[str, Path]:
+    return write_tiny(tmp_path / "other", seed=1, **options)
+
+
+def make_run(out: Path, base: Path, parts: tuple[str, ...], lora: LoraConfig | None = None) -> dict[str, np.ndarray]:
+    """A run directory as training leaves it, and the weights that it trained: new values for all of these parts."""
+    held = open_model(base)
+    shapes = {path: shape for path, shape in held.shapes.items() if path.split("/")[0] in parts}
+    for name in lora.targets if lora else ():
+        layers, *sides = held.shapes[f"llama/blocks/attention/{name}/kernel"]
+        inputs = 2 if name == "out" else 1
+        shapes[f"llama/blocks/attention/{name}/lora/down"] = (layers, *sides[:inputs], lora.rank)
+        shapes[f"llama/blocks/attention/{name}/lora/up"] = (layers, lora.rank, *sides[inputs:])
+    rng = np.random.default_rng(len(out.name))
+    trained = {path: rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
+    config = TrainConfig(
+        model=str(base),
+        datasets=(DatasetConfig(path="records"),),
+        steps=3,
+        batch_size=1,
+        **({"lora": lora} if lora else {}),
+    )
+    with open_run(out, config, held, "float32"):
+        checkpoints = Checkpoints(out, CheckpointConfig())
+        moments = {"count": jnp.zeros(())}
+        checkpoints.save(3, TrainState(jnp.int32(3), jax.tree.map(jnp.asarray, trained), moments))
+        checkpoints.finish()
+    fields = json.loads((out / "config.json").read_text())
+    fields["base"]["path"] = str(base)  # which may be a run itself
+    (out / "config.json").write_text(json.dumps(fields))
+    return trained
+
+
+def part_hashes(model: Path, parts: tuple[str, ...]) -> dict[str, str]:
+    return {path: value for path, value in hashes(model).items() if path.split("/")[0] in parts}
+
+
+# One part replaced.
+
+PARTS = {
+    "eva_vit": ("vit",),
+    "blip2": ("ln_vision", "image_qformer"),
+    "imagebind": ("imagebind",),
+    "vl": VL,
+    "al": AL,
+    "minigpt4": ("llama_proj",),
+    "llama": ("llama",),
+}
+
+
+@pytest.mark.parametrize("kind", PARTS)
+def test_a_part_given_anew_and_all_others_as_they_were(tiny_files, tiny_model, tmp_path, kind):
+    other = other_files(tmp_path)
+    main(command(other, tmp_path / "whole"))
+    main(command({kind: other[kind]}, tmp_path / "model", "--base", str(tiny_model)))
+    made, old, new = hashes(tmp_path / "model"), hashes(tiny_model), hashes(tmp_path / "whole")
+    if kind == "minigpt4":
+        new = hashes(tiny_model) | {f"llama_proj/{name}": made[f"llama_proj/{name}"] for name in ("kernel", "bias")}
+        assert bits(leaves_of(tmp_path / "model")["llama_proj/bias"]) == bits(load_file(other[kind])["llama_proj.bias"])
+    assert made == {path: (new if path.split("/")[0] in PARTS[kind] else old)[path] for path in old}
+    assert made != old
+    assert open_model(tmp_path / "model").config == open_model(tiny_model).config
+
+
+def test_what_is_kept_is_byte_for_byte_the_same_files(tiny_files, tiny_model, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(params, "read_rows", lambda *_: read.append(1))
+    main(command({"vl": tiny_files["vl"]}, tmp_path / "model", "--base", str(tiny_model)))
+    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    assert not read
+    for file in (file for file in tiny_model.rglob("*") if file.is_file() and file.name != "manifest.json"):
+        copy = tmp_path / "model" / file.relative_to(tiny_model)
+        assert copy.read_bytes() == file.read_bytes()
+        assert not copy.samefile(file)
+
+
+def test_manifest_says_where_each_part_is_from(tiny_files, tiny_model, tmp_path):
+    main(command({"vl": other_files(tmp_path)["vl"]}, tmp_path / "model", "--base", str(tiny_model)))
+    told, old = (open_model(model).manifest["sources"] for model in (tmp_path / "model", tiny_model))
+    assert told.pop("base") == [{"name": tiny_model.name, "digest": open_model(tiny_model).digest}]
+    assert told == old
+
+
+def test_everything_kept_in_another_dtype(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(params, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(params, "CHUNK_BYTES", 5000)  # chunks cut along every axis, with edges
+    main(command({}, tmp_path / "half", "--base", str(tiny_model), "--dtype", "float16"))
+    main(command({}, tmp_path / "model", "--base", str(tmp_path / "half"), "--dtype", "float32"))
+    before, after = leaves_of(tiny_model), leaves_of(tmp_path / "model")
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(after[path], leaf.astype(np.float16).astype(np.float32))
+
+
+def test_the_template_stays_unless_another_is_given(tiny_model, tmp_path):
+    main(command({}, tmp_path / "one", "--base", str(tiny_model), "--template", "llama_2"))
+    main(command({}, tmp_path / "two", "--base", str(tmp_path / "one")))
+    assert open_model(tmp_path / "two").config.template == "llama_2"
+
+
+def test_a_picture_only_model_learns_to_hear(tiny_files, tiny_model, tmp_path):
+    main(command(without(tiny_files, "imagebind", "al", "minigpt4"), tmp_path / "sees"))
+    audio = {kind: tiny_files[kind] for kind in ("imagebind", "al", "config")}
+    main(command(audio, tmp_path / "hears", "--base", str(tmp_path / "sees")))
+    assert hashes(tmp_path / "hears") == hashes(tiny_model)
+
+
+def test_a_checkpoint_of_other_size_brings_its_dimensions(tiny_model, tmp_path):
+    config = tiny()
+    larger = dataclasses.replace(config.video_qformer, num_queries=64, depth=4)
+    other = other_files(tmp_path, config=dataclasses.replace(config, video_qformer=larger, num_frame_positions=16))
+    main(command({"vl": other["vl"]}, tmp_path / "model", "--base", str(tiny_model)))
+    made = open_model(tmp_path / "model").config
+    assert made == dataclasses.replace(config, video_qformer=larger, num_frame_positions=16)
+
+
+def test_parts_that_do_not_fit_the_base_are_listed(tiny_model, tmp_path):
+    config = tiny()
+    other = other_files(tmp_path, config=dataclasses.replace(config, llama=dataclasses.replace(config.llama, width=48)))
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit) as stopped:
+        main(command({"llama": other["llama"]}, out, "--base", str(tiny_model)))
+    assert stopped.value.code.splitlines() == [
+        "vllama: the parts do not fit each other:",
+        f"  {tiny_model}: audio_llama_proj/bias is [64], and [48] is needed",
+        f"  {tiny_model}: audio_llama_proj/kernel is [48, 64], and [48, 48] is needed",
+        f"  {tiny_model}: llama_proj/bias is [64], and [48] is needed",
+        f"  {tiny_model}: llama_proj/kernel is [48, 64], and [48, 48] is needed",
+    ]
+    assert not out.exists()
+
+
+def test_buffers_are_compared_with_the_base(tiny_files, tiny_model, tmp_path):
+    name = "audio_encoder.modality_postprocessors.audio.1.log_logit_scale"
+    save_file(load_file(tiny_files["al"]) | {name: np.ones((), np.float32)}, tmp_path / "al.safetensors")
+    with pytest.raises(SystemExit, match=f"differs in {tmp_path}/al.safetensors: {re.escape(name)} is not what"):
+        main(command({"al": tmp_path / "al.safetensors"}, tmp_path / "model", "--base", str(tiny_model)))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda base: shutil.rmtree(base / "params" / "vit.positions"), "vit.positions: cannot be read (No such file"),
+        (lambda base: (base / "params" / "vit.positions" / "0.0").unlink(), "vit.positions/0.0: it is missing"),
+        (lambda base: (base / "params" / "vit.positions" / "0.0").write_bytes(b"x"), "1 of its "),
+        (lambda base: (base / "params" / "vit.positions" / ".zarray").write_text("{}"), "not the array that manifest"),
+        (lambda base: (base / "manifest.json").unlink(), "not a model directory (no manifest.json in it)"),
+        (lambda base: (base / "tokenizer" / "tokenizer.model").unlink(), "no tokenizer in"),
+        (lambda base: shutil.rmtree(base), "no such model directory"),
+    ],
+)
+def test_base_that_is_damaged(tiny_files, tiny_model, tmp_path, damage, message):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    damage(base)
+    assert message in one_line({"vl": tiny_files["vl"]}, tmp_path, "--base", str(base))
+
+
+def test_an_audio_checkpoint_for_a_base_that_cannot_hear(tiny_files, tmp_path):
+    main(command(without(tiny_files, "imagebind", "al", "minigpt4"), tmp_path / "sees"))
+    said = one_line({"al": tiny_files["al"]}, tmp_path, "--base", str(tmp_path / "sees"))
+    assert said == "vllama: --al needs --imagebind: the audio branch hears through ImageBind"
+
+
+# Runs.
+
+
+def test_two_runs_and_their_base_are_joined(tiny_model, tmp_path):
+    seen, heard = make_run(tmp_path / "vision", tiny_model, VL), make_run(tmp_path / "sound", tiny_model, AL)
+    runs = {"vl": tmp_path / "vision", "al": tmp_path / "sound"}
+    main(command(runs, tmp_path / "model", "--base", str(tiny_model)))
+    leaves = leaves_of(tmp_path / "model")
+    for path, expected in (leaves_of(tiny_model) | seen | heard).items():
+        np.testing.assert_array_equal(leaves.pop(path), expected)
+    assert not leaves
+    told = open_model(tmp_path / "model").manifest["sources"]
+    assert [told[kind][0]["name"] for kind in ("base", "vl", "al")] == ["model", "vision", "sound"]
+
+
+def test_a_run_on_a_run_and_a_base_that_is_a_run(tiny_model, tmp_path):
+    first = make_run(tmp_path / "first", tiny_model, VL)
+    second = make_run(tmp_path / "second_", tmp_path / "first", ("llama_proj",))
+    main(command({}, tmp_path / "flat", "--base", str(tmp_path / "second_")))
+    main(command({"vl": tmp_path / "second_"}, tmp_path / "joined", "--base", str(tiny_model)))
+    for made in ("flat", "joined"):
+        leaves = leaves_of(tmp_path / made)
+        for path, expected in (leaves_of(tiny_model) | first | second).items():
+            np.testing.assert_array_equal(leaves[path], expected)
+    assert hashes(tmp_path / "flat") == hashes(tmp_path / "joined")
+
+
+def test_a_branch_brings_all_of_its_weights_and_what_was_trained_beside_it(tiny_files, tiny_model, tmp_path, capsys):
+    main(command(other_files(tmp_path), tmp_path / "base"))
+    seen = make_run(tmp_path / "run", tmp_path / "base", ("llama_proj", "ln_vision"))
+    main(command({"vl": tmp_path / "run"}, tmp_path / "model", "--base", str(tiny_model)))
+    leaves, base, other = (leaves_of(path) for path in (tmp_path / "model", tiny_model, tmp_path / "base"))
+    for path, leaf in leaves.items():
+        home = seen if path in seen else other if path.split("/")[0] in VL else base
+        np.testing.assert_array_equal(leaf, home[path])
+    said = f"{tmp_path}/run: was trained beside another image_qformer, imagebind, llama, vit than {tiny_model} has"
+    assert said in capsys.readouterr().out
+
+
+def test_a_run_of_both_branches_gives_one_or_both(tiny_model, tmp_path):
+    both = make_run(tmp_path / "run", tiny_model, (*VL, *AL))
+    main(command({"vl": tmp_path / "run"}, tmp_path / "one", "--base", str(tiny_model)))
+    main(command({"vl": tmp_path / "run", "al": tmp_path / "run"}, tmp_path / "two", "--base", str(tiny_model)))
+    assert part_hashes(tmp_path / "one", AL) == part_hashes(tiny_model, AL)
+    leaves = leaves_of(tmp_path / "two")
+    for path, expected in both.items():
+        np.testing.assert_array_equal(leaves[path], expected)
+
+
+def test_a_runs_branch_beside_files(tiny_files, tiny_model, tmp_path):
+    seen = make_run(tmp_path / "run", tiny_model, VL)
+    main(command(tiny_files | {"vl": tmp_path / "run"}, tmp_path / "model"))
+    leaves = leaves_of(tmp_path / "model")
+    for path, expected in (leaves_of(tiny_model) | seen).items():
+        np.testing.assert_array_equal(leaves[path], expected)
+
+
+def test_low_rank_updates_are_merged_as_load_merges_them(tiny_model, tmp_path):
+    make_run(tmp_path / "run", tiny_model, VL, LORA)
+    main(command({"vl": tmp_path / "run"}, tmp_path / "model", "--base", str(tiny_model)))
+    merged, loaded = vl.load(tmp_path / "model"), vl.load(tmp_path / "run")
+    for ours, theirs in zip(
+        jax.tree.leaves(nnx.state(merged.network)), jax.tree.leaves(nnx.state(loaded.network)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    changed = {path for path, value in hashes(tmp_path / "model").items() if value != hashes(tiny_model)[path]}
+    assert {path for path in changed if path.startswith("llama/")} == {
+        "llama/blocks/attention/query/kernel",
+        "llama/blocks/attention/out/kernel",
+    }
+
+
+def test_the_base_of_a_run_that_has_moved_is_the_one_it_is_joined_to(tiny_model, tmp_path):
+    base = shutil.copytree(tiny_model, tmp_path / "base")
+    make_run(tmp_path / "run", base, VL)
+    base.rename(tmp_path / "moved")
+    main(command({"vl": tmp_path / "run"}, tmp_path / "model", "--base", str(tmp_path / "moved")))
+    assert part_hashes(tmp_path / "model", AL) == part_hashes(tiny_model, AL)
+
+
+def test_runs_that_cannot_be_joined(tiny_files, tiny_model, tmp_path):
+    make_run(tmp_path / "vision", tiny_model, (*VL, "ln_vision"))
+    make_run(tmp_path / "sound", tiny_model, (*AL, "ln_vision"))
+    shutil.copytree(tmp_path / "vision", tmp_path / "empty", ignore=shutil.ignore_patterns("step_*"))
+    gone = shutil.copytree(tmp_path / "vision", tmp_path / "gone")
+    fields = json.loads((gone / "config.json").read_text())
+    fields["base"]["path"] = "/nowhere"
+    (gone / "config.json").write_text(json.dumps(fields))
+    main(command(without(tiny_files, "vl", "minigpt4"), tmp_path / "bare"))
+    base = ("--base", str(tiny_model))
+    both = {"vl": tmp_path / "vision", "al": tmp_path / "sound"}
+    refused = {
+        "both trained ln_vision/bias; take it from one run only": (both, *base),
+        "trained ln_vision/bias, which a file that is given holds too": (both | {"blip2": tiny_files["blip2"]}, *base),
+        "empty: a run that has no checkpoint yet": ({"vl": tmp_path / "empty"}, *base),
+        "gone: its base model /nowhere is not there": (tiny_files | {"vl": gone},),
+        "bare: given as --vl, but has no trained vision branch": ({"vl": tmp_path / "bare"}, *base),
+    }
+    for message, (paths, *more) in refused.items():
+        assert message in one_line(paths, tmp_path, *more)
+        (tmp_path / "out").rmdir()
