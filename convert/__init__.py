@@ -14,6 +14,7 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.params import ParamsWriter, write_file
 
 from . import llama, stored
+from .delta import open_delta
 from .directory import Found, search
 from .infer import model_config
 from .matching import Leaf, abstract_shapes, match, part, tables
@@ -52,6 +53,7 @@ def plan(
     *,
     directory: str | Path | None = None,
     llama_directory: str | Path | None = None,
+    delta: str | Path | None = None,
     files: Mapping[str, str | Path | None],
     base: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
@@ -60,6 +62,7 @@ def plan(
     """Checks that the files make a model: every weight found once, of the right shape, and nothing left over.
 
     directory: is searched for pieces, told by what they hold; what is given by name is not taken from there.
+    delta: a language model's directory, to be added to llama_directory's; it has the tokenizer.
     files: paths by kind, as PIECES names them; vl and al may be runs or model directories. base: a model directory or
     a run that gives all other parts; without one, the language model, eva_vit and blip2 must be there.
     config: any part of a model config. template: of the prompt; the base's or config's unless given.
@@ -76,16 +79,16 @@ def plan(
         for kind, path in given.items()
         if kind in stored.BRANCHES and stored.is_stored(path)
     }
-    llama_home = Path(home) if (home := llama_directory or found.llama) else None
-    llama_fields = llama.read_config(llama_home) if llama_home else {}
-    pieces = found.files | _opened({kind: path for kind, path in given.items() if kind not in branches}, llama_home)
+    language = _open_language_model(llama_directory or found.llama, delta)
+    pieces = found.files | _opened({kind: path for kind, path in given.items() if kind not in branches})
+    pieces |= {"llama": language.source} if language else {}
     _check_complete([*pieces, *branches], model, directory)
     for kind, source in pieces.items():
         check_kind(kind, source)
     override = {**(config or {}), **({"template": template} if template else {})}
-    cfg = model_config(pieces, llama_fields, override, stored.known_fields(model, branches))
+    cfg = model_config(pieces, language.fields if language else {}, override, stored.known_fields(model, branches))
     find_template(cfg.template)
-    tokenizer = llama_home or model.directory.path / "tokenizer"
+    tokenizer = language.tokenizer if language else model.directory.path / "tokenizer"
     check_vocabulary(load_tokenizer(tokenizer), cfg.llama.vocab_size)
     leaves, left_out = match(cfg, pieces, branches)
     kept = stored.join(cfg, model, branches, {part(leaf.target) for leaf in leaves})
@@ -101,10 +104,29 @@ def _found(directory: str | Path | None, given: Mapping[str, Path], llama_direct
     return search(Path(directory), named) if directory else Found({}, None, [])
 
 
-def _opened(given: Mapping[str, Path], llama_directory: Path | None) -> dict[str, Source]:
+@dataclasses.dataclass(frozen=True)
+class _LanguageModel:
+    """Its weights, the fields of LlamaConfig, and the directory of its tokenizer."""
+
+    source: Source
+    fields: dict[str, Any]
+    tokenizer: Path
+
+
+def _open_language_model(directory: str | Path | None, delta: str | Path | None) -> _LanguageModel | None:
+    if directory is None and delta is None:
+        return None
+    if directory is None:
+        raise ConfigError(f"--delta needs --llama: the language model that {delta} is added to")
+    home = Path(delta or directory)
+    fields = llama.read_config(home, "--delta" if delta else "--llama")
+    source = open_llama(directory)
+    return _LanguageModel(open_delta(source, open_llama(delta)) if delta else source, fields, home)
+
+
+def _opened(given: Mapping[str, Path]) -> dict[str, Source]:
     opened = {path: open_file(path) for path in dict.fromkeys(given.values())}  # one file may be two pieces
-    pieces = {kind: opened[path] for kind, path in given.items()}
-    return pieces | ({"llama": open_llama(llama_directory)} if llama_directory else {})
+    return {kind: opened[path] for kind, path in given.items()}
 
 
 def _check_complete(kinds: Sequence[str], base: StoredModel | None, directory: str | Path | None) -> None:

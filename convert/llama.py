@@ -58,20 +58,20 @@ def is_own_file(name: str) -> bool:
     return bool(_WEIGHT_FILE.fullmatch(name)) or name.endswith((".json", ".model"))
 
 
-def read_config(directory: Path) -> dict[str, Any]:
-    """The fields of LlamaConfig that a directory's config.json gives.
+def read_config(directory: Path, option: str = "--llama") -> dict[str, Any]:
+    """The fields of LlamaConfig that a directory's config.json gives. option: by which it was given.
 
     Raises CheckpointError when it is missing, and ConfigError when it describes what LLaMA is not.
     """
     path = directory / "config.json"
     if not directory.is_dir():
         what = "not a directory" if directory.exists() else "no such directory"
-        raise CheckpointError(f"{directory}: {what}; --llama takes a Hugging Face LLaMA directory")
+        raise CheckpointError(f"{directory}: {what}; {option} takes a Hugging Face LLaMA directory")
     if not path.exists():
-        raise CheckpointError(f"{directory}: no config.json; --llama takes a Hugging Face LLaMA directory")
+        raise CheckpointError(f"{directory}: no config.json; {option} takes a Hugging Face LLaMA directory")
     fields = read_json(path)
     if fields.get("model_type", "llama") != "llama":
-        raise ConfigError(f"{path}: a model of type {fields['model_type']!r}, where --llama takes a LLaMA")
+        raise ConfigError(f"{path}: a model of type {fields['model_type']!r}, where {option} takes a LLaMA")
     for name in ("attention_bias", "mlp_bias"):
         if fields.get(name):
             raise ConfigError(f"{path}: {name} is set; LLaMAs with such biases are not supported")

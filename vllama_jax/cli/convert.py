@@ -21,6 +21,7 @@ def convert(
     llama: Path | None = None,
     eva_vit: Path | None = None,
     blip2: Path | None = None,
+    delta: Path | None = None,
     imagebind: Path | None = None,
     minigpt4: Path | None = None,
     vl: Path | None = None,
@@ -46,6 +47,7 @@ def convert(
         llama: A Hugging Face LLaMA directory: config.json, tokenizer and weights.
         eva_vit: EVA-CLIP ViT-g (eva_vit_g.pth).
         blip2: BLIP-2's Q-Former (blip2_pretrained_flant5xxl.pth).
+        delta: A language model released as a difference (vicuna-7b-delta-v0): --llama is what it is added to.
         imagebind: ImageBind (imagebind_huge.pth); without it the model cannot hear.
         minigpt4: MiniGPT-4's projection, from which stage 1 starts (pretrained_minigpt4.pth).
         vl: A checkpoint of the vision-language branch, or a run that trained it.
@@ -58,7 +60,13 @@ def convert(
     files = {"eva_vit": eva_vit, "blip2": blip2, "imagebind": imagebind, "minigpt4": minigpt4, "vl": vl, "al": al}
     override = read_json(config) if config else {}
     plan = make_plan(
-        directory=directory, llama_directory=llama, files=files, base=base, config=override, template=template
+        directory=directory,
+        llama_directory=llama,
+        delta=delta,
+        files=files,
+        base=base,
+        config=override,
+        template=template,
     )
     print("".join(f"{line}\n" for line in plan.notes), end="", flush=True)
     console = Console(stderr=True)

@@ -1,0 +1,81 @@
+"""A language model released as the difference to another (Vicuna v0 and v1.1): base + delta, tensor by tensor.
+
+As FastChat's apply_delta computes it: in the delta's dtype, which is float16 in all that were published. Where a delta
+has more rows than its base, for tokens that were added, the base's are taken as zeros (FastChat 0.1.10).
+"""
+
+import re
+
+import numpy as np
+
+from vllama_jax.errors import CheckpointError
+
+from .llama import INV_FREQ
+from .sources import Source
+
+GROWING = ("model.embed_tokens.weight", "lm_head.weight")  # have a row for each token
+SAMPLE = 2**16  # numbers of a tensor on which the base is checked
+SAME_BASE = 0.97  # of them must come back; measured: at least 0.9995 with the right base, at most 0.92 with another
+
+
+def open_delta(base: Source, delta: Source) -> Source:
+    """The sum of two language models' files. Raises CheckpointError when they do not have the same tensors."""
+    summed = Source(f"{base.label} + {delta.label}", [*base.files, *delta.files], [Sum(base, delta)])
+    summed.duplicates = [*base.duplicates, *delta.duplicates]
+    return summed
+
+
+class Sum:
+    """A WeightFile whose tensors are sums, made when they are read."""
+
+    def __init__(self, base: Source, delta: Source):
+        self._base, self._delta = base, delta
+        buffers = {name for name in base.shapes if re.fullmatch(INV_FREQ, name)}  # kept to be compared, as they are
+        added = {name for name in delta.shapes if not re.fullmatch(INV_FREQ, name)}
+        self.tensors = {name: (base.shapes[name], base.dtypes[name]) for name in buffers}
+        self.tensors |= {name: (delta.shapes[name], delta.dtypes[name]) for name in added}
+        if unlike := [name for name in sorted(self.tensors.keys() | base.shapes.keys()) if not self._fits(name)]:
+            held = [
+                f"{list(source.shapes[unlike[0]])}" if unlike[0] in source else "missing" for source in (base, delta)
+            ]
+            raise CheckpointError(
+                f"{delta.label}: made for another model than {base.label}: {unlike[0]} is {held[1]} in the delta and "
+                f"{held[0]} in the base{f', and {len(unlike) - 1} more differ' if len(unlike) > 1 else ''}"
+            )
+
+    def _fits(self, name: str) -> bool:
+        if name not in self._base or name not in self.tensors:
+            return False
+        ours, theirs = self._base.shapes[name], self.tensors[name][0]
+        grows = name in GROWING and ours and ours[1:] == theirs[1:] and ours[0] < theirs[0]
+        return ours == theirs or grows
+
+    def read(self, name: str) -> np.ndarray:
+        """Raises CheckpointError where the sum shows that the delta was made for another base."""
+        if re.fullmatch(INV_FREQ, name):
+            return self._base.read(name)
+        delta = self._delta.read(name)
+        with np.errstate(over="ignore", invalid="ignore"):
+            base = self._base.read(name).astype(delta.dtype, copy=False)
+            if len(base) < len(delta):
+                base = np.concatenate([base, np.zeros((len(delta) - len(base), *delta.shape[1:]), delta.dtype)])
+            summed = base + delta
+            self._check(name, base, delta, summed)
+        return summed
+
+    def _check(self, name: str, base: np.ndarray, delta: np.ndarray, summed: np.ndarray) -> None:
+        """Whether sum - base gives the delta back, as it must when the delta is the rounded difference to this base.
+
+        A delta is a multiple of its own base's last digit. Another base has larger numbers in many places, and there
+        the delta's last digits are lost.
+        """
+        if not np.isfinite(summed).all():
+            raise CheckpointError(f"{self._delta.label}: {name} + the base's has numbers that are not finite")
+        step = max(1, summed.size // SAMPLE)
+        base, delta, summed = (array.reshape(-1)[::step] for array in (base, delta, summed))
+        same = np.mean(summed - base == delta)
+        if same < SAME_BASE:
+            raise CheckpointError(
+                f"{self._delta.label}: made for another base than {self._base.label}: in {name}, {1 - same:.0%} of the "
+                "sums less the base are not the delta; give the base that it was made from, as it was published"
+            )
