@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +14,9 @@ from conversions import command, hashes, one_line, plan, refusal, without
 from safetensors.numpy import load_file, save_file
 
 import vllama_jax as vl
+from vllama_jax.checkpoint import open_model
 from vllama_jax.cli import main
+from vllama_jax.convert.sources import SafetensorsFile
 
 FREQUENCIES = 10000.0 ** -(np.arange(0, 16, 2) / 16)
 POSITION_IDS = "video_Qformer.bert.embeddings.position_ids"
@@ -225,11 +226,28 @@ def test_source_that_changes_while_it_is_read(tiny_files, tmp_path, change, mess
 # Real processes.
 
 MAIN = "from vllama_jax.cli import main; main()"
-KILLED_MIDWAY = f"""
-import itertools, os, signal
-count, fsync = itertools.count(), os.fsync
-os.fsync = lambda handle: os.kill(os.getpid(), signal.SIGKILL) if next(count) == 100 else fsync(handle)
-{MAIN}
+KILLED = """
+import itertools, os, signal, sys
+from vllama_jax.cli import main
+
+def killing(act, moments, moment):
+    def acted(*arguments, **options):
+        if next(moments) == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return act(*arguments, **options)
+    return acted
+
+outs, arguments = sys.argv[1].split(","), sys.argv[2:]
+for out in outs:
+    if not os.fork():
+        moments, moment = itertools.count(), int(out.rsplit("_", 1)[1])
+        for name in ("fsync", "mkdir", "rename", "open", "rmdir"):
+            setattr(os, name, killing(getattr(os, name), moments, moment))
+        main([*arguments, "--out", out])
+        with open(f"{out}.moments", "w") as file:
+            file.write(str(next(moments)))
+        os._exit(0)
+    os.wait()
 """
 
 
@@ -243,13 +261,51 @@ def test_error_is_one_line_on_stderr_and_exit_code_1(tiny_files, tmp_path):
     assert ended.returncode == 1
 
 
-def test_killed_midway_leaves_nothing_that_looks_whole_and_runs_again(tiny_files, tiny_model, tmp_path):
-    out = tmp_path / "model"
-    assert run(KILLED_MIDWAY, command(tiny_files, out)).returncode == -signal.SIGKILL
-    assert [path.name for path in tmp_path.iterdir()] == [".model.partial"]
-    assert len(list((tmp_path / ".model.partial" / "params").iterdir())) > 10
-    with pytest.raises(vl.CheckpointError, match="not a model directory"):
-        vl.load(tmp_path / ".model.partial")
-    main(command(tiny_files, out))
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
-    assert hashes(out) == hashes(tiny_model)
+def moments_of(arguments: list[str], tmp_path: Path, moments: list[int]) -> list[Path]:
+    """Where conversions were started that were killed: each at another of their calls to the operating system."""
+    outs = [tmp_path / f"model_{moment}" for moment in moments]
+    assert run(KILLED, [",".join(map(str, outs)), *arguments]).returncode == 0
+    return outs
+
+
+@pytest.mark.parametrize("base", [False, True])
+def test_killed_at_any_moment_leaves_nothing_that_looks_whole_and_runs_again(tiny_files, tiny_model, tmp_path, base):
+    arguments = ["convert", *command(tiny_files, tmp_path)[1:-2]]
+    if base:
+        arguments = ["convert", "--vl", str(tiny_files["vl"]), "--base", str(tiny_model)]
+    (whole,) = moments_of(arguments, tmp_path, [10**9])
+    last = int(Path(f"{whole}.moments").read_text())
+    assert last > 400
+    killed = moments_of(arguments, tmp_path, [0, 1, 2, 5, 100, last // 2, last - 4, last - 3, last - 2, last - 1])
+    left = {path.name for path in tmp_path.iterdir()}
+    assert sum(f".{out.name}.partial" in left for out in killed) >= 6
+    for out in killed:
+        partial = out.with_name(f".{out.name}.partial")
+        for found in (path for path in (out, partial) if looks_whole(path)):
+            assert hashes(found) == hashes(whole) == hashes(tiny_model)
+            vl.load(found)
+        if not out.exists():
+            main([*arguments, "--out", str(out)])
+            assert hashes(out) == hashes(tiny_model)
+        assert not partial.exists()
+
+
+def looks_whole(model: Path) -> bool:
+    try:
+        return bool(open_model(model))
+    except vl.CheckpointError:
+        return False
+
+
+def test_no_weight_is_read_twice(tiny_files, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        SafetensorsFile,
+        "read",
+        lambda self, name, old=SafetensorsFile.read: read.append((self, name)) or old(self, name),
+    )
+    save_file(load_file(tiny_files["vl"]) | load_file(tiny_files["al"]), tmp_path / "both.safetensors")
+    both = dict.fromkeys(("vl", "al"), tmp_path / "both.safetensors")
+    main(command(tiny_files | both, tmp_path / "model"))
+    weights = [what for what in read if not what[1].endswith("log_logit_scale")]  # one number, which is compared too
+    assert len(weights) == len(set(weights)) > 300
