@@ -206,16 +206,21 @@ class TorchFile:
         return _numpy(tensor)
 
     def _load(self) -> Mapping[str, Any]:
-        """The tensors; training scripts wrap them as {"model": …} or {"state_dict": …}."""
+        """The tensors; training scripts wrap them as {"model": …} or {"state_dict": …}. No more of them than bytes."""
         held = _torch_load(self._path, self._mappable)
         for key in ("model", "state_dict"):
             if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
                 held = held[key]
         if not isinstance(held, Mapping):
             raise CheckpointError(f"{self._path}: not a file of weights (one {type(held).__name__}, no named tensors)")
+        size = self._path.stat().st_size
         for name, value in held.items():
             if not isinstance(name, str) or not hasattr(value, "untyped_storage"):
                 raise CheckpointError(f"{self._path}: not a file of weights ({name!r} in it is not a tensor)")
+            if " " not in _dtype_name(value) and value.nbytes > size:  # one number, repeated by strides of zero
+                raise CheckpointError(
+                    f"{self._path}: {name} claims {list(value.shape)}, and the file has {size} bytes; get another one"
+                )
         return held
 
 

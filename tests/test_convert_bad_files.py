@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conversions import one_line, plan, without
-from safetensors.numpy import save_file
+from conversions import command, one_line, plan, without
+from safetensors.numpy import load_file, save_file
 
 import vllama_jax as vl
+from vllama_jax.cli import main
 from vllama_jax.convert.tiny import write_tiny
 
 FIELDS = ["eva_vit", "blip2", "imagebind", "minigpt4", "vl", "al"]
@@ -35,6 +36,12 @@ def safetensors_bytes(header: bytes, length: int | None = None) -> bytes:
 
 def header(**entry) -> bytes:
     return json.dumps({"a": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]} | entry}).encode()
+
+
+def two_tensors(second: int) -> bytes:
+    entry = {"dtype": "F32", "shape": [4]}
+    places = {"a": [0, 16], "b": [second, second + 16]}
+    return json.dumps({name: entry | {"data_offsets": place} for name, place in places.items()}).encode()
 
 
 def zip_bytes(tmp_path: Path) -> bytes:
@@ -65,6 +72,14 @@ NO_WEIGHTS = {
     "header that is no JSON": (lambda _: safetensors_bytes(b"{" + b"x" * 50), "damaged safetensors file"),
     "absurd shape": (lambda _: safetensors_bytes(header(shape=[2**40, 2**40])), "damaged safetensors file"),
     "offsets beyond the file": (lambda _: safetensors_bytes(header(data_offsets=[2**50, 2**50 + 16])), "damaged"),
+    "negative shape": (lambda _: safetensors_bytes(header(shape=[-4])), "damaged safetensors file"),
+    "shape that is negative twice": (lambda _: safetensors_bytes(header(shape=[-2, -2])), "damaged safetensors file"),
+    "shape of fractions": (lambda _: safetensors_bytes(header(shape=[4.0])), "damaged safetensors file"),
+    "offsets before the file": (lambda _: safetensors_bytes(header(data_offsets=[-16, 0])), "damaged safetensors file"),
+    "overlapping tensors": (lambda _: safetensors_bytes(two_tensors(8)), "damaged safetensors file"),
+    "one place for two tensors": (lambda _: safetensors_bytes(two_tensors(0)), "damaged safetensors file"),
+    "a hole between tensors": (lambda _: safetensors_bytes(two_tensors(32)), "damaged safetensors file"),
+    "header nested too deep": (lambda _: safetensors_bytes(b'{"a":' + b"[" * 10**5), "damaged safetensors file"),
     "offsets the wrong way": (lambda _: safetensors_bytes(header(data_offsets=[16, 0])), "damaged safetensors file"),
 }
 
@@ -108,6 +123,35 @@ def test_missing_file_and_directory(tiny_files, tmp_path, field):
     assert f"{folder}: a directory, not a file" in one_line(tiny_files | {field: folder}, tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["vl", "al", "blip2", "eva_vit", "imagebind", "minigpt4"])
+def test_one_number_that_claims_to_be_a_terabyte(tiny_files, tmp_path, kind):
+    tensors = {name: torch.from_numpy(tensor) for name, tensor in load_file(tiny_files[kind]).items()}
+    name, tensor = max(tensors.items(), key=lambda item: item[1].ndim)
+    tensors[name] = torch.ones([1] * tensor.ndim).expand(2**38, *tensor.shape[1:])
+    torch.save(tensors, tmp_path / "file.pth")
+    said = one_line(tiny_files | {kind: tmp_path / "file.pth"}, tmp_path)
+    assert said.startswith(f"vllama: {tmp_path}/file.pth: {name} claims [{2**38}, ")
+
+
+def test_axis_of_absurd_length_beside_one_of_none(tiny_files, tmp_path):
+    entry = {"dtype": "F32", "shape": [1, 0, 2**60], "data_offsets": [0, 0]}
+    head = json.dumps({"video_query_tokens": entry}).encode()
+    (tmp_path / "file.pth").write_bytes(len(head).to_bytes(8, "little") + head)
+    assert "where 3 axes are expected" in one_line(tiny_files | {"vl": tmp_path / "file.pth"}, tmp_path)
+
+
+def test_zip_whose_names_leave_the_directory_writes_nothing(tiny_files, tmp_path):
+    whole = tmp_path / "deep" / "er" / "file.pth"
+    whole.parent.mkdir(parents=True)
+    torch.save({"video_query_tokens": torch.ones(3)}, whole)
+    with zipfile.ZipFile(whole, "a") as file:
+        file.writestr("../../slipped", "out")
+        file.writestr("/tmp/vllama_slipped", "out")
+    assert str(whole) in one_line(tiny_files | {"vl": whole}, tmp_path)
+    assert not list(tmp_path.rglob("*slipped"))
+    assert not Path("/tmp/vllama_slipped").exists()
+
+
 # Pickles that want to run code.
 
 
@@ -120,18 +164,24 @@ class Hostile:
 
 
 @pytest.mark.parametrize("layout", ["zip", "old", "bare"])
-@pytest.mark.parametrize("field", [*FIELDS, "llama"])
+@pytest.mark.parametrize("field", [*FIELDS, "llama", "shard", "delta"])
 def test_hostile_pickle_is_refused_and_nothing_of_it_is_run(tiny_files, tmp_path, field, layout):
     marker, path = tmp_path / "marker", tmp_path / "hostile.pth"
-    if field == "llama":
+    if field not in FIELDS:
         directory = shutil.copytree(tiny_files["llama"], tmp_path / "llama")
         (directory / "model.safetensors").unlink()
         path = directory / "pytorch_model.bin"
+    if field == "shard":
+        path = directory / "pytorch_model-00002-of-00002.bin"
+        torch.save({"model.norm.weight": torch.ones(64)}, directory / "pytorch_model-00001-of-00002.bin")
+        shards = {"a": "pytorch_model-00001-of-00002.bin", "b": path.name}
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
+        field = "llama"
     if layout == "bare":
         path.write_bytes(pickle.dumps({"model": Hostile(marker)}, protocol=2))
     else:
         torch.save({"model": {"a": Hostile(marker)}}, path, _use_new_zipfile_serialization=layout == "zip")
-    said = one_line(tiny_files | {field: path.parent if field == "llama" else path}, tmp_path)
+    said = one_line(tiny_files | {field: path if field in FIELDS else path.parent}, tmp_path)
     assert f"{path}: refused: its pickle asks to run {os.system.__module__}.system" in said
     assert not marker.exists()
 
@@ -218,12 +268,25 @@ LLAMA_DAMAGES = {
     "other scaling": (change_config(rope_scaling={"type": "yarn"}), "rotary scaling 'yarn' is not supported"),
     "half a scaling": (change_config(rope_scaling={"type": "llama3"}), "rotary scaling 'llama3' has no factor, low_"),
     "more layers": (change_config(num_hidden_layers=80), "holds 3 layers, and llama has 80; its config.json says"),
-    "absurdly more": (change_config(num_hidden_layers=10**9), "holds 3 layers, and llama has 1000000000"),
+    "absurdly more": (change_config(num_hidden_layers=10**9), "llama.depth: must be at least 1 and at most 16777216"),
+    "absurd width": (change_config(hidden_size=2**62), "llama.width: must be at least 1 and at most 16777216, not 46"),
+    "absurd length": (change_config(max_position_embeddings=10**30), "llama.max_length: must be at least 1 and at"),
+    "absurd heads": (
+        change_config(num_attention_heads=2**24, num_key_value_heads=1, head_dim=2),
+        "heads of 2 are absurd",
+    ),
+    "rotary base of nothing": (change_config(rope_theta=-1.0), "llama: rope_theta must be above 0, not -1.0"),
+    "config nested too deep": (write("config.json", b"[" * 10**5), "config.json is not JSON of ours: nested too deep"),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors, pytorch_model.bin or index"),
     "missing shard": (index({"a": "model-1.safetensors", "b": "model-2.safetensors"}), "model-2.safetensors: no such"),
     "index without a map": (index(None), "not an index of shards"),
     "index of numbers": (index({"a": 1}), "not an index of shards"),
     "index that leaves the directory": (index({"a": "../x.safetensors"}), "not an index of shards"),
+    "index of a system file": (index({"a": "../../../../../etc/passwd"}), "not an index of shards"),
+    "index of a whole path": (index({"a": "/etc/passwd"}), "not an index of shards"),
+    "index of the directory": (index({"a": ".."}), "not an index of shards"),
+    "index of no possible name": (index({"a": "x\0y"}), "no such file; check the path"),
+    "index of a file that is no weights": (index({"a": "tokenizer.model"}), "neither safetensors nor written by torch"),
     "empty weights": (write("model.safetensors", b""), "model.safetensors: the file is empty"),
     "weights are an lfs pointer": (write("model.safetensors", LFS), "model.safetensors: a git-lfs pointer"),
     "no tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "no tokenizer in"),
@@ -234,6 +297,16 @@ LLAMA_DAMAGES = {
         "a tokenizer that does not fit the embeddings: it has 515 tokens, the embedding table has 512 rows",
     ),
 }
+
+
+def test_tokenizer_files_that_are_links_are_copied(tiny_files, tmp_path):
+    directory = shutil.copytree(tiny_files["llama"], tmp_path / "llama")
+    (directory / "tokenizer.model").unlink()
+    (directory / "tokenizer.model").symlink_to(tiny_files["llama"] / "tokenizer.model")
+    main(command(tiny_files | {"llama": directory}, tmp_path / "model"))
+    copy = tmp_path / "model" / "tokenizer" / "tokenizer.model"
+    assert not copy.is_symlink()
+    assert copy.read_bytes() == (tiny_files["llama"] / "tokenizer.model").read_bytes()
 
 
 @pytest.mark.parametrize("damage", LLAMA_DAMAGES)

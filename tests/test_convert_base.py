@@ -166,9 +166,24 @@ def test_buffers_are_compared_with_the_base(tiny_files, tiny_model, tmp_path):
         main(command({"al": tmp_path / "al.safetensors"}, tmp_path / "model", "--base", str(tiny_model)))
 
 
+def manifest(**entry):
+    """Changes what the manifest says of one weight."""
+
+    def change(base: Path) -> None:
+        fields = json.loads((base / "manifest.json").read_text())
+        fields["leaves"]["vit/positions"] |= entry
+        (base / "manifest.json").write_text(json.dumps(fields))
+
+    return change
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (manifest(shape=[-1, 64]), "its manifest says nonsense of vit/positions"),
+        (manifest(shape="all"), "its manifest says nonsense of vit/positions"),
+        (manifest(dtype="object"), "its manifest says nonsense of vit/positions"),
+        (manifest(dtype=["float32"]), "its manifest says nonsense of vit/positions"),
         (lambda base: shutil.rmtree(base / "params" / "vit.positions"), "vit.positions: cannot be read (No such file"),
         (lambda base: (base / "params" / "vit.positions" / "0.0").unlink(), "vit.positions/0.0: it is missing"),
         (lambda base: (base / "params" / "vit.positions" / "0.0").write_bytes(b"x"), "1 of its "),

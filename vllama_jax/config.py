@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 from vllama_jax.errors import ConfigError
 
+LARGEST = 2**24  # of any count or length in a config; beyond it a file lies, and products overflow
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VitConfig:
@@ -163,6 +165,10 @@ class VideoLlamaConfig:
             raise ConfigError(
                 f"llama: num_heads {self.llama.num_heads} is not a multiple of num_kv_heads {self.llama.num_kv_heads}"
             )
+        if self.llama.num_heads * self.llama.head_dim > LARGEST:
+            raise ConfigError(f"llama: {self.llama.num_heads} heads of {self.llama.head_dim} are absurd")
+        if self.llama.rope_theta <= 0:
+            raise ConfigError(f"llama: rope_theta must be above 0, not {self.llama.rope_theta}")
 
 
 def _attention_parts(config: VideoLlamaConfig) -> list[tuple[str, Any]]:
@@ -332,6 +338,8 @@ def parse_json(text: str, where: str) -> dict[str, Any]:
         fields = json.loads(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{where} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} is not JSON of ours: nested too deep") from error
     if not isinstance(fields, dict):
         raise ConfigError(f"{where} must be a JSON object, not {type(fields).__name__}")
     return fields
@@ -362,8 +370,8 @@ def _value(value: Any, hint: Any, where: str) -> Any:
         accepted = kind is None and type(value) is hint
     if not accepted:
         raise ConfigError(f"{where}: {value!r} is not of type {getattr(hint, '__name__', hint)}")
-    if hint is int and value < 1:
-        raise ConfigError(f"{where}: must be at least 1, not {value}")
+    if hint is int and not 1 <= value <= LARGEST:
+        raise ConfigError(f"{where}: must be at least 1{f' and at most {LARGEST}' * (value > 0)}, not {value}")
     return float(value) if hint is float else value
 
 
