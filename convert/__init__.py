@@ -13,13 +13,13 @@ from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.params import ParamsWriter, write_file
 
-from . import llama, stored
-from .delta import open_delta
+from . import stored
 from .directory import Found, search
 from .infer import model_config
+from .language import open_language_model
 from .matching import Leaf, abstract_shapes, match, part, tables
 from .pieces import PIECES, check_kind
-from .sources import Source, open_file, open_llama
+from .sources import Source, open_file
 from .stored import Kept, StoredLeaf, StoredModel
 
 __all__ = ["PIECES", "Leaf", "Plan", "abstract_shapes", "bytes_to_write", "convert", "plan", "tables"]
@@ -79,7 +79,7 @@ def plan(
         for kind, path in given.items()
         if kind in stored.BRANCHES and stored.is_stored(path)
     }
-    language = _open_language_model(llama_directory or found.llama, delta)
+    language = open_language_model(llama_directory or found.llama, delta)
     pieces = found.files | _opened({kind: path for kind, path in given.items() if kind not in branches})
     pieces |= {"llama": language.source} if language else {}
     _check_complete([*pieces, *branches], model, directory)
@@ -102,26 +102,6 @@ def _found(directory: str | Path | None, given: Mapping[str, Path], llama_direct
         raise ConfigError(f"no such kind of file: {', '.join(sorted(unknown))}; known are {', '.join(PIECES)}")
     named = [*given, *(["llama"] if llama_directory else [])]
     return search(Path(directory), named) if directory else Found({}, None, [])
-
-
-@dataclasses.dataclass(frozen=True)
-class _LanguageModel:
-    """Its weights, the fields of LlamaConfig, and the directory of its tokenizer."""
-
-    source: Source
-    fields: dict[str, Any]
-    tokenizer: Path
-
-
-def _open_language_model(directory: str | Path | None, delta: str | Path | None) -> _LanguageModel | None:
-    if directory is None and delta is None:
-        return None
-    if directory is None:
-        raise ConfigError(f"--delta needs --llama: the language model that {delta} is added to")
-    home = Path(delta or directory)
-    fields = llama.read_config(home, "--delta" if delta else "--llama")
-    source = open_llama(directory)
-    return _LanguageModel(open_delta(source, open_llama(delta)) if delta else source, fields, home)
 
 
 def _opened(given: Mapping[str, Path]) -> dict[str, Source]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.files import first_bytes
 
-from .llama import is_language_model, is_own_file
+from .language import is_language_model, is_own_file
 from .pieces import PIECES, recognise
 from .sources import Source, looks_like_weights, open_file
 

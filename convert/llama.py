@@ -46,7 +46,7 @@ STORED_INV_FREQ = rf"(llama_model\.)?{INV_FREQ}"  # as LLaMA's own files and Vid
 _WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)(\.index\.json)?")
 
 
-def is_language_model(directory: Path) -> bool:
+def is_hugging_face(directory: Path) -> bool:
     """Whether a directory is a Hugging Face LLaMA with weights in it."""
     if not (directory / "config.json").is_file() or not any(map(_WEIGHT_FILE.fullmatch, os.listdir(directory))):
         return False

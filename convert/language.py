@@ -1,0 +1,54 @@
+"""The language model: Hugging Face's layout or Meta's, whole or as a delta."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from vllama_jax.errors import ConfigError
+
+from . import llama, meta_llama
+from .delta import open_delta
+from .sources import Source, open_llama
+
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """Its weights, the fields of LlamaConfig, and the directory of its tokenizer."""
+
+    source: Source
+    fields: dict[str, Any]
+    tokenizer: Path
+
+
+def open_language_model(directory: str | Path | None, delta: str | Path | None) -> LanguageModel | None:
+    """A language model, and what is to be added to it. None where none is given.
+
+    Raises CheckpointError for what is none or lacks files, ConfigError for a config of another architecture.
+    """
+    if directory is None and delta is None:
+        return None
+    if directory is None:
+        raise ConfigError(f"--delta needs --llama: the language model that {delta} is added to")
+    if delta is None:
+        return _open(Path(directory), "--llama")
+    base, added = _open(Path(directory), "--llama"), _open(Path(delta), "--delta")
+    return dataclasses.replace(added, source=open_delta(base.source, added.source))
+
+
+def is_language_model(directory: Path) -> bool:
+    """Whether a directory holds one, with its weights."""
+    return llama.is_hugging_face(directory) or meta_llama.is_meta(directory)
+
+
+def is_own_file(name: str) -> bool:
+    """Whether a file in such a directory is of the language model, and no other piece."""
+    return llama.is_own_file(name) or bool(meta_llama.SHARD.fullmatch(name)) or name.endswith(".chk")
+
+
+def _open(directory: Path, option: str) -> LanguageModel:
+    if meta_llama.is_meta(directory) and not (directory / "config.json").exists():
+        source = meta_llama.open_meta(directory)
+        fields = meta_llama.llama_fields(meta_llama.read_params(directory), source)
+        return LanguageModel(source, fields, meta_llama.tokenizer_directory(directory))
+    fields = llama.read_config(directory, option)
+    return LanguageModel(open_llama(directory), fields, directory)

@@ -1,0 +1,144 @@
+"""Meta's own layout of a LLaMA, consolidated.NN.pth and params.json, under Hugging Face's names.
+
+Each shard has a part of every matrix (Megatron's split). Meta's rotary embedding turns neighbouring numbers, Hugging
+Face's those half a head apart: query and key rows are put in that order.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllama_jax.errors import CheckpointError, ConfigError
+
+from .sources import Source, WeightFile, open_weights, read_json
+
+SHARD = re.compile(r"consolidated\.(\d+)\.pth")
+MAX_LENGTH = 2048  # LLaMA-1's; nothing in the files says that LLaMA-2's is 4096
+
+# Meta's name → Hugging Face's, and the axis along which shards continue each other (None: each has the whole).
+NAMES: dict[str, tuple[str, int | None]] = {
+    "attention.wq.weight": ("self_attn.q_proj.weight", 0),
+    "attention.wk.weight": ("self_attn.k_proj.weight", 0),
+    "attention.wv.weight": ("self_attn.v_proj.weight", 0),
+    "attention.wo.weight": ("self_attn.o_proj.weight", 1),
+    "feed_forward.w1.weight": ("mlp.gate_proj.weight", 0),
+    "feed_forward.w2.weight": ("mlp.down_proj.weight", 1),
+    "feed_forward.w3.weight": ("mlp.up_proj.weight", 0),
+    "attention_norm.weight": ("input_layernorm.weight", None),
+    "ffn_norm.weight": ("post_attention_layernorm.weight", None),
+    "norm.weight": ("model.norm.weight", None),
+    "output.weight": ("lm_head.weight", 0),
+    "rope.freqs": ("model.layers.0.self_attn.rotary_emb.inv_freq", None),  # as such it is compared
+}
+EMBEDDING = "tok_embeddings.weight"
+
+
+def is_meta(directory: Path) -> bool:
+    return (directory / "params.json").is_file() and bool(_shards(directory))
+
+
+def open_meta(directory: Path) -> Source:
+    """The weights. Raises CheckpointError as `open_file` does, and where shards are missing or unlike each other."""
+    paths = _shards(directory)
+    numbers = [int(SHARD.fullmatch(path.name)[1]) for path in paths]
+    if numbers != list(range(len(numbers))):
+        missing = next(number for number in range(len(numbers)) if number not in numbers)
+        raise CheckpointError(f"{directory}: consolidated.{missing:02}.pth is missing; download all of them")
+    params = read_params(directory)
+    shards = Shards(str(directory), [open_weights(path) for path in paths], params)
+    return Source(str(directory), paths, [shards])
+
+
+def llama_fields(params: Mapping[str, Any], source: Source) -> dict[str, Any]:
+    """The fields of LlamaConfig. The feed-forward's size is read off the weights, as only a formula tells it."""
+    return {
+        "width": params["dim"],
+        "depth": params["n_layers"],
+        "num_heads": params["n_heads"],
+        "num_kv_heads": params["n_kv_heads"],
+        "head_dim": params["dim"] // params["n_heads"],
+        "mlp_dim": source.shape("model.layers.0.mlp.gate_proj.weight", 2)[0],
+        "norm_eps": params["norm_eps"],
+        "max_length": MAX_LENGTH,
+        "rope_theta": params.get("rope_theta", 10000.0),
+        "rope_scaling": None,
+        "tie_embeddings": False,
+    }
+
+
+def read_params(directory: Path) -> dict[str, Any]:
+    """params.json, with as many key heads as heads where it says nothing. Raises ConfigError for what is no LLaMA's."""
+    where, params = directory / "params.json", read_json(directory / "params.json")
+    params["n_kv_heads"] = params.get("n_kv_heads") or params.get("n_heads")
+    for name in ("dim", "n_layers", "n_heads", "n_kv_heads"):
+        if type(params.get(name)) is not int or params[name] < 1:
+            raise ConfigError(f"{where}: {name} must be a whole number above 0, not {params.get(name)!r}")
+    if params["dim"] % (2 * params["n_heads"]):
+        raise ConfigError(f"{where}: a width of {params['dim']} cannot have {params['n_heads']} heads")
+    if "norm_eps" not in params:
+        raise ConfigError(f"{where}: has no norm_eps")
+    if params.get("use_scaled_rope"):
+        raise ConfigError(f"{where}: its rotary scaling is not told in full; take the model in Hugging Face's layout")
+    return params
+
+
+def tokenizer_directory(directory: Path) -> Path:
+    """Meta puts the tokenizer beside the folders of the sizes."""
+    return directory if (directory / "tokenizer.model").exists() else directory.absolute().parent
+
+
+class Shards:
+    """A WeightFile of all shards, each tensor put together when it is read."""
+
+    def __init__(self, label: str, parts: Sequence[WeightFile], params: Mapping[str, Any]):
+        self._parts = parts
+        self._heads = {"q_proj": params["n_heads"], "k_proj": params["n_kv_heads"]}
+        self._homes: dict[str, tuple[str, int | None]] = {}
+        self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
+        for number, part in enumerate(parts):
+            if part.tensors != parts[0].tensors:
+                raise CheckpointError(
+                    f"{label}: consolidated.{number:02}.pth has other tensors than consolidated.00.pth"
+                )
+        for theirs, (shape, dtype) in parts[0].tensors.items():
+            name, axis = _renamed(theirs, shape, params["dim"])
+            self._homes[name] = theirs, axis
+            self.tensors[name] = _joined_shape(shape, axis, len(parts)), dtype
+
+    def read(self, name: str) -> np.ndarray:
+        theirs, axis = self._homes[name]
+        if axis is None or len(self._parts) == 1:
+            whole = self._parts[0].read(theirs)
+        else:
+            whole = np.concatenate([part.read(theirs) for part in self._parts], axis)
+        heads = next((heads for kind, heads in self._heads.items() if f".{kind}." in name), None)
+        return whole if heads is None else half_apart(whole, heads)
+
+
+def half_apart(matrix: np.ndarray, heads: int) -> np.ndarray:
+    """Rows of each head in Hugging Face's order: first those of even number, then those of odd."""
+    return matrix.reshape(heads, -1, 2, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
+
+
+def _shards(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("consolidated.*.pth") if SHARD.fullmatch(path.name))
+
+
+def _renamed(theirs: str, shape: tuple[int, ...], width: int) -> tuple[str, int | None]:
+    """A tensor's name and axis; one that we do not know keeps its name, and is reported as not used."""
+    if theirs == EMBEDDING:  # split along the width in LLaMA 1 and 2, along the vocabulary in 3
+        return "model.embed_tokens.weight", 0 if shape[1:] == (width,) else 1
+    layer = re.fullmatch(r"layers\.(\d+)\.(.*)", theirs)
+    if layer and layer[2] in NAMES:
+        name, axis = NAMES[layer[2]]
+        return f"model.layers.{layer[1]}.{name}", axis
+    return NAMES.get(theirs, (theirs, None))
+
+
+def _joined_shape(shape: tuple[int, ...], axis: int | None, parts: int) -> tuple[int, ...]:
+    if axis is None or axis >= len(shape):
+        return shape
+    return (*shape[:axis], shape[axis] * parts, *shape[axis + 1 :])
