@@ -15,6 +15,7 @@ from vllama_jax.params import ParamsWriter, write_file
 
 from . import stored
 from .directory import Found, search
+from .hub import local
 from .infer import model_config
 from .language import open_language_model
 from .matching import Leaf, abstract_shapes, match, part, tables
@@ -66,13 +67,15 @@ def plan(
     files: paths by kind, as PIECES names them; vl and al may be runs or model directories. base: a model directory or
     a run that gives all other parts; without one, the language model, eva_vit and blip2 must be there.
     config: any part of a model config. template: of the prompt; the base's or config's unless given.
+    Paths of files and directories may be on the hub: hf://org/name, hf://org/name/file.
     Raises CheckpointError listing all that is missing, misshapen or not used; ConfigError for what `config` says.
     """
     from vllama_jax.text.prompts import find_template
     from vllama_jax.text.tokenizer import check_vocabulary, load_tokenizer
 
     model = stored.open_stored(Path(base)) if base else None
-    given = {kind: Path(path) for kind, path in files.items() if path is not None}
+    given = {kind: local(path) for kind, path in files.items() if path is not None}
+    directory, llama_directory, delta = (path and local(path) for path in (directory, llama_directory, delta))
     found = _found(directory, given, llama_directory)
     branches = {
         kind: stored.open_stored(path, model and model.path)
@@ -96,12 +99,12 @@ def plan(
     return Plan(cfg, leaves, kept, left_out, pieces, tokenizer, notes, stored.sources(model, branches, pieces))
 
 
-def _found(directory: str | Path | None, given: Mapping[str, Path], llama_directory: str | Path | None) -> Found:
+def _found(directory: Path | None, given: Mapping[str, Path], llama_directory: Path | None) -> Found:
     """What a directory adds to the files that are given."""
     if unknown := given.keys() - PIECES.keys() | given.keys() & {"llama"}:
         raise ConfigError(f"no such kind of file: {', '.join(sorted(unknown))}; known are {', '.join(PIECES)}")
     named = [*given, *(["llama"] if llama_directory else [])]
-    return search(Path(directory), named) if directory else Found({}, None, [])
+    return search(directory, named) if directory else Found({}, None, [])
 
 
 def _opened(given: Mapping[str, Path]) -> dict[str, Source]:

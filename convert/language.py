@@ -20,7 +20,7 @@ class LanguageModel:
     tokenizer: Path
 
 
-def open_language_model(directory: str | Path | None, delta: str | Path | None) -> LanguageModel | None:
+def open_language_model(directory: Path | None, delta: Path | None) -> LanguageModel | None:
     """A language model, and what is to be added to it. None where none is given.
 
     Raises CheckpointError for what is none or lacks files, ConfigError for a config of another architecture.
@@ -30,8 +30,8 @@ def open_language_model(directory: str | Path | None, delta: str | Path | None) 
     if directory is None:
         raise ConfigError(f"--delta needs --llama: the language model that {delta} is added to")
     if delta is None:
-        return _open(Path(directory), "--llama")
-    base, added = _open(Path(directory), "--llama"), _open(Path(delta), "--delta")
+        return _open(directory, "--llama")
+    base, added = _open(directory, "--llama"), _open(delta, "--delta")
     return dataclasses.replace(added, source=open_delta(base.source, added.source))
 
 

@@ -44,7 +44,8 @@ def convert(
     Args:
         directory: Holds weight files, in it or below; which is which is told by what they hold. Options win.
         out: The model directory to make.
-        llama: A Hugging Face LLaMA directory: config.json, tokenizer and weights.
+        llama: A LLaMA's directory in Hugging Face's layout (config.json, tokenizer, weights) or Meta's
+            (params.json, consolidated.00.pth). This and all files may be on the hub: hf://org/name, hf://org/name/file.
         eva_vit: EVA-CLIP ViT-g (eva_vit_g.pth).
         blip2: BLIP-2's Q-Former (blip2_pretrained_flant5xxl.pth).
         delta: A language model released as a difference (vicuna-7b-delta-v0): --llama is what it is added to.
