@@ -40,7 +40,7 @@ def search(directory: Path, given: Sequence[str]) -> Found:
     report, others = [], []
     for path in _walk(directory, set()):
         source = None if path.is_dir() else _opened(path)
-        kinds = ["llama"] if path.is_dir() else recognise(source) if source else []
+        kinds = (["llama"] if is_language_model(path) else []) if source is None else recognise(source)
         if source and "llama" in kinds:
             report.append(f"{path}: ignored, LLaMA weights without their config.json; give a directory as --llama")
         elif source and not kinds:
@@ -63,15 +63,16 @@ def search(directory: Path, given: Sequence[str]) -> Found:
 
 
 def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
-    """Language models as directories, and all other files one by one. Links are followed, hidden names are not."""
+    """Language models and our own model directories whole, and all other files one by one. Links are followed, hidden
+    names are not."""
     if (place := folder.resolve()) in seen:
         return
     seen.add(place)
     is_model = is_language_model(folder)
-    if is_model:
+    if is_model or (folder / "manifest.json").exists():
         yield folder
-    if is_model and len(seen) > 1:
-        return
+        if len(seen) > 1:
+            return
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:

@@ -77,12 +77,12 @@ class Merged:
 class StoredModel:
     """A model directory or a run. leaves: all that it holds, by path. learned: those of them that runs trained."""
 
-    def __init__(self, path: Path, directory: ModelDirectory):
-        self.path, self.directory = path, directory
+    def __init__(self, directory: ModelDirectory):
+        self.path, self.directory = directory.opened, directory
         entries = directory.manifest["leaves"]
         if strange := [target for target, entry in entries.items() if not _is_entry(entry)]:
             raise CheckpointError(
-                f"{path}: its manifest says nonsense of {strange[0]}; copy or convert the model again"
+                f"{self.path}: its manifest says nonsense of {strange[0]}; copy or convert the model again"
             )
         self.leaves: dict[str, StoredLeaf] = {
             target: Kept(target, directory.path / "params", entry) for target, entry in entries.items()
@@ -105,14 +105,15 @@ def _is_entry(entry: Mapping[str, Any]) -> bool:
 def open_stored(path: Path, base: Path | None = None) -> StoredModel:
     """A model directory or a run, with its base where it is named, or else `base`. Raises as `open_model` does."""
     try:
-        return StoredModel(path, open_model(path))
+        return StoredModel(open_model(path))
     except CheckpointError:
         if base is None:
             raise
-        return StoredModel(path, open_model(path, base))
+        return StoredModel(open_model(path, base))
 
 
 def is_stored(path: Path) -> bool:
+    """Whether a path looks like a model directory or a run, and not like a file of weights."""
     return (path / "config.json").is_file()
 
 

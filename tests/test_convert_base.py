@@ -55,9 +55,6 @@ def make_run(out: Path, base: Path, parts: tuple[str, ...], lora: LoraConfig | N
         moments = {"count": jnp.zeros(())}
         checkpoints.save(3, TrainState(jnp.int32(3), jax.tree.map(jnp.asarray, trained), moments))
         checkpoints.finish()
-    fields = json.loads((out / "config.json").read_text())
-    fields["base"]["path"] = str(base)  # which may be a run itself
-    (out / "config.json").write_text(json.dumps(fields))
     return trained
 
 

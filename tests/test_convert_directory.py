@@ -120,6 +120,7 @@ def test_what_is_no_part_of_the_model_is_left_aside_and_said(release, tiny_files
     shutil.copyfile(tiny_files["llama"] / "model.safetensors", release / "llama.safetensors")
     (release / "archive.zip").write_bytes(b"PK\x03\x04 an archive")
     (release / ".gitattributes").write_text("")
+    shutil.copytree(tiny_model, release / "made before")
     for number in range(6):
         (release / f"picture{number}.png").write_bytes(b"\x89PNG")
     main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
@@ -127,8 +128,8 @@ def test_what_is_no_part_of_the_model_is_left_aside_and_said(release, tiny_files
     said = capsys.readouterr().out
     assert f"{release}/bert/model.safetensors: ignored, weights of no part of this model" in said
     assert f"{release}/llama.safetensors: ignored, LLaMA weights without their config.json" in said
-    assert f"{release}: ignored, no weights: README.md, archive.zip, bert/config.json, " in said
-    assert "picture0.png, picture1.png and 4 more\n" in said
+    assert f"{release}: ignored, no weights: README.md, archive.zip, bert/config.json, made before, " in said
+    assert "picture0.png and 5 more\n" in said
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.pt", "x.bin", "x.ckpt", "x.safetensors"])

@@ -124,6 +124,11 @@ class ModelDirectory:
         return load_tokenizer(self.path / "tokenizer")
 
     @property
+    def opened(self) -> Path:
+        """The directory that this was opened as: the last run's, or the model's own."""
+        return self.trained[-1].path.parents[1] if self.trained else self.path
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of every weight, by path."""
         shapes = {path: tuple(leaf["shape"]) for path, leaf in self.manifest["leaves"].items()}

@@ -62,7 +62,7 @@ def open_run(out: Path, config: TrainConfig, base: ModelDirectory, dtype: str) -
             elif strangers := _strangers(out):
                 raise CheckpointError(f"{out}: not a run directory (it has {strangers[0]}); choose another --out")
             else:
-                where = {"path": str(base.path.absolute()), "digest": base.digest}
+                where = {"path": str(base.opened.absolute()), "digest": base.digest}
                 fields = {"run": dataclasses.asdict(config), "base": where, "compute_dtype": dtype}
                 write_config(out, base.config, **fields)
             yield
