@@ -11,14 +11,14 @@ import numpy as np
 from vllama_jax import checkpoint
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import ConfigError
-from vllama_jax.params import ParamsWriter, write_file
+from vllama_jax.params import ParamsWriter, part_of, write_file
 
 from . import stored
 from .directory import Found, search
 from .hub import local
 from .infer import model_config
 from .language import open_language_model
-from .matching import Leaf, abstract_shapes, match, part, tables
+from .matching import Leaf, abstract_shapes, match, tables
 from .pieces import PIECES, check_kind
 from .sources import Source, open_file
 from .stored import Kept, StoredLeaf, StoredModel
@@ -94,7 +94,7 @@ def plan(
     tokenizer = language.tokenizer if language else model.directory.path / "tokenizer"
     check_vocabulary(load_tokenizer(tokenizer), cfg.llama.vocab_size)
     leaves, left_out = match(cfg, pieces, branches)
-    kept = stored.join(cfg, model, branches, {part(leaf.target) for leaf in leaves})
+    kept = stored.join(cfg, model, branches, {part_of(leaf.target) for leaf in leaves})
     notes = [*found.report, *stored.differences(model, branches)]
     return Plan(cfg, leaves, kept, left_out, pieces, tokenizer, notes, stored.sources(model, branches, pieces))
 
@@ -104,7 +104,7 @@ def _found(directory: Path | None, given: Mapping[str, Path], llama_directory: P
     if unknown := given.keys() - PIECES.keys() | given.keys() & {"llama"}:
         raise ConfigError(f"no such kind of file: {', '.join(sorted(unknown))}; known are {', '.join(PIECES)}")
     named = [*given, *(["llama"] if llama_directory else [])]
-    return search(directory, named) if directory else Found({}, None, [])
+    return search([directory] if directory else [], named)
 
 
 def _opened(given: Mapping[str, Path]) -> dict[str, Source]:

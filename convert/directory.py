@@ -1,7 +1,8 @@
 """A directory of weight files as people release and download it → which file is which piece, by what it holds."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from vllama_jax.errors import CheckpointError, ConfigError
@@ -26,19 +27,16 @@ class Found:
     report: list[str]
 
 
-def search(directory: Path, given: Sequence[str]) -> Found:
-    """Looks through a directory and those in it.
+def search(places: Sequence[Path], given: Collection[str]) -> Found:
+    """Looks at files, and through directories and those in them.
 
-    given: the pieces that options name; what the directory holds of those is left aside.
-    Raises CheckpointError for a file that is weights by its name and cannot be read; ConfigError where two files are
-    the same piece.
+    given: the pieces that options name; what is found of those is left aside.
+    Raises CheckpointError for a place that is not there, and for a file that is weights by its name and cannot be read;
+    ConfigError where two files are the same piece.
     """
-    if not directory.is_dir():
-        what = "not a directory" if directory.exists() else "no such directory"
-        raise CheckpointError(f"{directory}: {what}; give the directory that holds the weight files")
     candidates: dict[str, list[tuple[Path, Source | None]]] = {}
     report, others = [], []
-    for path in _walk(directory, set()):
+    for path in itertools.chain.from_iterable(map(_entries, places)):
         source = None if path.is_dir() else _opened(path)
         kinds = (["llama"] if is_language_model(path) else []) if source is None else recognise(source)
         if source and "llama" in kinds:
@@ -46,7 +44,7 @@ def search(directory: Path, given: Sequence[str]) -> Found:
         elif source and not kinds:
             report.append(f"{path}: ignored, weights of no part of this model")
         elif not kinds:
-            others.append(str(path.relative_to(directory)))
+            others.append(path.name)
         else:
             for kind in kinds:
                 candidates.setdefault(kind, []).append((path, source))
@@ -59,7 +57,13 @@ def search(directory: Path, given: Sequence[str]) -> Found:
             report.append(f"{taken[kind][0]}: {PIECES[kind].what}, as {PIECES[kind].option}")
     sources = {kind: source for kind, (_, source) in taken.items() if source}
     home = taken["llama"][0] if "llama" in taken else None
-    return Found(sources, home, [*sorted(report), *_ignored(directory, others)])
+    return Found(sources, home, [*sorted(report), *_ignored(others)])
+
+
+def _entries(place: Path) -> Iterator[Path]:
+    if not place.exists():
+        raise CheckpointError(f"{place}: no such file or directory; give what holds the weights")
+    return _walk(place, set()) if place.is_dir() else iter([place])
 
 
 def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
@@ -108,7 +112,7 @@ def _only(kind: str, found: Sequence[tuple[Path, Source | None]]) -> tuple[Path,
     return found[0]
 
 
-def _ignored(directory: Path, others: Sequence[str]) -> list[str]:
+def _ignored(others: Sequence[str]) -> list[str]:
     more = f" and {len(others) - NAMED_OTHERS} more" if len(others) > NAMED_OTHERS else ""
     named = ", ".join(sorted(others)[:NAMED_OTHERS])
-    return [f"{directory}: ignored, no weights: {named}{more}"] if others else []
+    return [f"ignored, no weights: {named}{more}"] if others else []

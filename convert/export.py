@@ -21,6 +21,7 @@ from . import imagebind, llama
 from .matching import abstract_shapes
 from .pieces import PIECES
 from .rules import Rule, turned
+from .stored import with_update
 from .tensor_files import Progress, Tensor, require_torch, write_safetensors, write_torch
 
 Format = Literal["pth", "safetensors"]
@@ -190,10 +191,7 @@ def _merging(model: ModelDirectory, read: Reader) -> Reader:
         if f"{update}/down" not in model.shapes:
             return kernel
         lora = _holder(model, f"{update}/down").lora
-        product = np.tensordot(read(f"{update}/down", row), read(f"{update}/up", row), 1) * np.float32(
-            lora.alpha / lora.rank
-        )
-        return (kernel.astype(np.float32) + product).astype(kernel.dtype)
+        return with_update(kernel, read(f"{update}/down", row), read(f"{update}/up", row), lora.alpha / lora.rank)
 
     return merged
 

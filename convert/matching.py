@@ -74,11 +74,6 @@ def cast(block: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
         raise CheckpointError(f"{where} has values too large for {dtype.name}; use bfloat16") from error
 
 
-def part(target: str) -> str:
-    """The part of the model that a weight belongs to."""
-    return target.split("/")[0]
-
-
 @functools.cache
 def abstract_shapes(cfg: VideoLlamaConfig) -> dict[str, tuple[int, ...]]:
     """Every weight of the model by its path, without making one."""

@@ -97,7 +97,11 @@ def compare_networks(
 
     check_comparable(directory, plan)
     tokens = min(settings.tokens, directory.config.llama.max_length)
-    found = [part for part in parts(plan.config, configuration(plan.llama_directory), tokens) if _source(part, plan)]
+    found = [
+        part
+        for part in parts(plan.config, configuration(plan.tokenizer_directory, plan.config.llama), tokens)
+        if _source(part, plan)
+    ]
     total, errors = sum(len(part.stages) for part in found), []
     sides = our_side(directory, settings.dtype), _their_side(directory, plan)
     with jax.default_matmul_precision("highest"), torch.inference_mode():

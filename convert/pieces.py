@@ -2,15 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.errors import CheckpointError
 
 from . import eva_vit, imagebind, llama, qformer
 from .rules import SAME, Rule, linear, norm
-from .sources import Source, open_file
+from .sources import Source
 
 _BUFFERS = {
     r".*\.embeddings\.position_ids": "a buffer: 0, 1, 2, …, as was checked",
@@ -114,31 +113,6 @@ def recognise(source: Source) -> list[str]:
     MiniGPT-4's, beside the vision branch it belongs to that."""
     kinds = [kind for kind, piece in PIECES.items() if piece.signature in source]
     return [kind for kind in kinds if kind != "minigpt4" or "vl" not in kinds]
-
-
-WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors")
-
-
-def find_pieces(places: Iterable[Path]) -> dict[str, Path]:
-    """The files that lie in these directories, or in a directory there, or are named themselves: paths by kind.
-
-    A LLaMA is named by its directory. Raises ConfigError where two are of one kind, CheckpointError for no such place.
-    """
-    found: dict[str, Path] = {}
-    for place in places:
-        if not place.exists():
-            raise CheckpointError(f"{place}: no such file or directory; check the path")
-        files = [place] if place.is_file() else sorted([*place.glob("*"), *place.glob("*/*")])
-        for file in files:
-            if not file.is_file() or file.suffix not in WEIGHT_SUFFIXES:
-                continue
-            for kind in recognise(open_file(file)):
-                path = file.parent if kind == "llama" else file
-                if found.setdefault(kind, path) != path:
-                    raise ConfigError(
-                        f"{found[kind]} and {path} are both {PIECES[kind].what}; name one with {PIECES[kind].option}"
-                    )
-    return found
 
 
 def check_kind(kind: str, source: Source) -> None:

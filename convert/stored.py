@@ -10,13 +10,13 @@ import numpy as np
 from vllama_jax.checkpoint import ModelDirectory, Trained, open_model, restore_arrays
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import CheckpointError, ConfigError
-from vllama_jax.params import check_params, read_rows
+from vllama_jax.params import check_params, part_of, row_blocks
 
-from .matching import WEIGHT_DTYPES, abstract_shapes, cast, part
+from .matching import WEIGHT_DTYPES, abstract_shapes, cast
 from .pieces import PIECES
 
 BRANCHES = {"vl": "vision", "al": "audio"}
-FROZEN_PARTS = ("vit", "ln_vision", "image_qformer", "imagebind", "llama")
+FROZEN_PARTS = ("vit", "ln_vision", "image_qformer", "imagebind/audio", "imagebind/vision", "llama")
 LORA = "/lora/"
 
 
@@ -38,7 +38,7 @@ class Kept:
         self.shape, self.dtype = tuple(entry["shape"]), np.dtype(entry["dtype"])
 
     def blocks(self, dtype: np.dtype) -> Iterator[np.ndarray]:
-        for rows in read_rows(self.params, self.target, self.entry):
+        for rows in row_blocks(self.params, self.target, self.entry):
             yield cast(rows, dtype, f"{self.params.parent}: {self.target}")
 
 
@@ -70,8 +70,14 @@ class Merged:
         (down,), (up,) = self._down.blocks(np.dtype(np.float32)), self._up.blocks(np.dtype(np.float32))
         layers = zip(down, up, strict=True)
         for rows in self._kernel.blocks(self.dtype):
-            merged = [row + np.tensordot(*next(layers), 1) * np.float32(self._scale) for row in rows.astype(np.float32)]
-            yield cast(np.stack(merged).astype(self.dtype), dtype, self.target)
+            merged = [with_update(row, *next(layers), self._scale) for row in rows]
+            yield cast(np.stack(merged), dtype, self.target)
+
+
+def with_update(kernel: np.ndarray, down: np.ndarray, up: np.ndarray, scale: float) -> np.ndarray:
+    """A layer's kernel and its low-rank update in one, as `vllama_jax.load` makes them (nn/lora.py)."""
+    update = np.tensordot(down, up, 1) * np.float32(scale)
+    return (kernel.astype(np.float32) + update).astype(kernel.dtype)
 
 
 class StoredModel:
@@ -142,13 +148,13 @@ def join(
             other, _ = joined.setdefault(target, (branch, leaf))
             if other.path.resolve() != branch.path.resolve():
                 raise ConfigError(f"{other.path} and {branch.path}: both trained {target}; take it from one run only")
-            if part(target) in parts:
+            if part_of(target) in parts:
                 raise ConfigError(
                     f"{branch.path}: trained {target}, which a file that is given holds too; leave one out"
                 )
-        replaced |= {part(rule.target) for rule in PIECES[kind].rules(cfg)}
+        replaced |= {part_of(rule.target) for rule in PIECES[kind].rules(cfg)}
     for target, leaf in base.leaves.items() if base else ():
-        if part(target) not in replaced:
+        if part_of(target) not in replaced:
             joined.setdefault(target, (base, leaf))
     _check_fit(cfg, joined)
     return [leaf for _, leaf in joined.values()]
@@ -183,9 +189,9 @@ def differences(base: StoredModel | None, branches: Mapping[str, StoredModel]) -
     lines = []
     for branch in branches.values() if base else ():
         theirs, ours = branch.directory.manifest["leaves"], base.directory.manifest["leaves"]
-        frozen = [target for target in theirs.keys() & ours.keys() if part(target) in FROZEN_PARTS]
-        differing = {part(target) for target in frozen if theirs[target] != ours[target]} - set(
-            map(part, branch.learned)
+        frozen = [target for target in theirs.keys() & ours.keys() if part_of(target) in FROZEN_PARTS]
+        differing = {part_of(target) for target in frozen if theirs[target] != ours[target]} - set(
+            map(part_of, branch.learned)
         )
         if differing:
             lines.append(

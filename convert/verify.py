@@ -110,7 +110,7 @@ def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def other_files(directory: ModelDirectory, plan: Plan) -> list[str]:
     """Source files whose names and sizes are not among those that the model was made from."""
-    known = {(file["name"], file["size"]) for files in directory.manifest["sources"].values() for file in files}
+    known = {(file["name"], file.get("size")) for files in directory.manifest["sources"].values() for file in files}
     given = dict.fromkeys(file for source in plan.pieces.values() for file in source.files)
     return [str(file) for file in given if (file.name, file.stat().st_size) not in known]
 

@@ -91,7 +91,7 @@ def test_a_part_given_anew_and_all_others_as_they_were(tiny_files, tiny_model, t
 
 def test_what_is_kept_is_byte_for_byte_the_same_files(tiny_files, tiny_model, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(params, "read_rows", lambda *_: read.append(1))
+    monkeypatch.setattr(params, "row_blocks", lambda *_: read.append(1))
     main(command({"vl": tiny_files["vl"]}, tmp_path / "model", "--base", str(tiny_model)))
     assert hashes(tmp_path / "model") == hashes(tiny_model)
     assert not read

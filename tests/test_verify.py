@@ -18,7 +18,6 @@ from safetensors.numpy import load_file, save_file
 from vllama_jax import cli
 from vllama_jax.checkpoint import load, open_model
 from vllama_jax.convert import parity
-from vllama_jax.convert.pieces import find_pieces
 from vllama_jax.nn.video_llama import VideoLlama
 
 Tensors = dict[str, np.ndarray]
@@ -142,7 +141,8 @@ def parts(tiny_model, tiny_files) -> list:
     from vllama_jax.convert.reference.llama import configuration
     from vllama_jax.convert.stages import parts
 
-    return parts(open_model(tiny_model).config, configuration(tiny_files["llama"]), 64)
+    config = open_model(tiny_model).config
+    return parts(config, configuration(tiny_files["llama"], config.llama), 64)
 
 
 def test_every_weight_is_used_by_a_stage(tiny_model, parts):
@@ -276,15 +276,10 @@ def test_a_base_without_branches(tiny_files, tmp_path, capsys):
     assert {layer["part"] for layer in json.loads(out)["layers"]} == {"vit", "image_qformer", "llama_proj", "llama"}
 
 
-def test_pieces_are_found_by_what_they_hold(tiny_files, tmp_path):
-    assert find_pieces([tiny_files["config"].parent]) == without(tiny_files, "config")
-    assert find_pieces([tiny_files["llama"], tiny_files["vl"]]) == {kind: tiny_files[kind] for kind in ("llama", "vl")}
-
-
 def test_two_files_of_one_kind(tiny_model, tiny_files, tmp_path, capsys):
     other = shutil.copy(tiny_files["vl"], tmp_path / "other.safetensors")
     message, _ = failure(capsys, tiny_model, "--against", tiny_files["config"].parent, tmp_path)
-    expected = f"{tiny_files['vl']} and {other} are both a Video-LLaMA vision-language checkpoint; name one with --vl"
+    expected = f"{tiny_files['vl']} and {other}: both are a Video-LLaMA vision-language checkpoint; say which with --vl"
     assert message == expected
 
 

@@ -255,9 +255,7 @@ def _damage(directory: Path, path: str, leaf: Mapping[str, Any], progress: Calla
     digest = xxhash.xxh3_128()
     try:
         check_params(directory, {path: leaf}, [path])
-        rows, step = leaf["shape"][0], chunk_shape(leaf["shape"], np.dtype(leaf["dtype"]).itemsize)[0]
-        for start in range(0, rows, step):
-            block = read_rows(directory, path, leaf, range(start, min(start + step, rows)))
+        for block in row_blocks(directory, path, leaf):
             digest.update(block.view(np.uint8))
             progress(block.nbytes)
     except CheckpointError as error:

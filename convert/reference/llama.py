@@ -7,10 +7,15 @@ from torch import nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
+from vllama_jax import config as ours
 
-def configuration(directory: Path) -> LlamaConfig:
-    """Of a Hugging Face directory."""
-    config = LlamaConfig.from_json_file(directory / "config.json")
+from ..llama import config_fields
+
+
+def configuration(directory: Path, told: ours.LlamaConfig) -> LlamaConfig:
+    """Of a Hugging Face directory; what was told of Meta's files, which have no config.json."""
+    path = directory / "config.json"
+    config = LlamaConfig.from_json_file(path) if path.exists() else LlamaConfig(**config_fields(told))
     config._attn_implementation = "sdpa"
     return config
 

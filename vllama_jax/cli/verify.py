@@ -139,12 +139,15 @@ def _plan(
 ) -> "Plan":
     """The conversion that the source would be, as far as the model was made of it."""
     from vllama_jax.convert import plan
-    from vllama_jax.convert.pieces import find_pieces
+    from vllama_jax.convert.directory import search
     from vllama_jax.convert.verify import untold
 
     made_of = directory.manifest["sources"]
-    found = {kind: path for kind, path in find_pieces(against).items() if kind in made_of}
-    files = {**found, **given}
+    found = search(against, given)
+    paths = {kind: source.files[0] for kind, source in found.files.items()} | (
+        {"llama": found.llama} if found.llama else {}
+    )
+    files = {kind: path for kind, path in paths.items() if kind in made_of} | dict(given)
     if "llama" not in files:
         raise ConfigError("no LLaMA directory among the PyTorch files; name it with --llama")
     llama = files.pop("llama")
