@@ -4,9 +4,8 @@ from pathlib import Path
 from typing import Literal
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
+from vllama_jax.cli.bars import bytes_bar
 from vllama_jax.convert import Plan, bytes_to_write
 from vllama_jax.convert import convert as write
 from vllama_jax.convert import plan as make_plan
@@ -70,11 +69,8 @@ def convert(
         template=template,
     )
     print("".join(f"{line}\n" for line in plan.notes), end="", flush=True)
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=bytes_to_write(plan, dtype))
-        write(plan, out, dtype=dtype, progress=lambda done: bar.advance(task, done))
+    with bytes_bar(bytes_to_write(plan, dtype)) as progress:
+        write(plan, out, dtype=dtype, progress=progress)
     print(_summary(plan, out))
 
 

@@ -1,15 +1,13 @@
 """vllama data."""
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Union
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vllama_jax.cli.bars import count_bar
 from vllama_jax.data.sources import SourceName
 from vllama_jax.errors import DataError
 
@@ -29,7 +27,7 @@ def build(name: tyro.conf.Positional[SourceName], /, *, source: Path, out: Path)
     """
     from vllama_jax.data.build import build as make
 
-    with _bar() as report:
+    with count_bar() as report:
         built = make(name, source, out, report)
     size = _megabytes(sum(built.sizes.values()))
     print(f"{out}: {', '.join(f'{count} {kind}' for kind, count in built.kinds.items())} records, {size}")
@@ -63,7 +61,7 @@ def check(
     opened = open_records(records)
     tokenizer = _tokenizer(model) if model is not None else None
     skipped = list(opened.skipped())
-    with _bar() as report:
+    with count_bar() as report:
         findings = find_unusable(opened, num_frames, lambda count: report("records", count, len(opened)))
     found = [{"record": one.record, "id": one.id, "why": one.why} for one in findings]
     summary: dict[str, Any] = {"records": len(opened), "problems": found, "skipped": skipped}
@@ -126,16 +124,6 @@ def _tokenizer(model: Path) -> Any:
     from vllama_jax.checkpoint import open_model
 
     return open_model(model).tokenizer
-
-
-@contextlib.contextmanager
-def _bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal, and what moves it: (what is counted, how many are done, of how many or 0)."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, whole: bar.update(task, description=what, completed=done, total=whole or None)
 
 
 def _megabytes(size: int) -> str:

@@ -2,10 +2,8 @@
 
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
-
 from vllama_jax.checkpoint import open_model
+from vllama_jax.cli.bars import bytes_bar
 from vllama_jax.convert import export as exporting
 from vllama_jax.errors import ConfigError
 
@@ -39,11 +37,8 @@ def export(
     directory = open_model(model, base)
     files = exporting.plan(directory, format, shard_gb * 1e9)
     total = exporting.bytes_to_write(files)
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        exporting.export(directory, files, to, lambda done: bar.advance(task, done))
+    with bytes_bar(total) as progress:
+        exporting.export(directory, files, to, progress)
     count = sum(map(len, files.values()))
     print(f"{to}: {count} tensors, {total / 1e6:,.1f} MB, in {', '.join(files)}")
     if directory.config.has_audio:

@@ -1,13 +1,13 @@
 """vllama features."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from vllama_jax.cli.bars import count_bar
 from vllama_jax.cli.compilation import keep_compiled_programs
 from vllama_jax.cli.run_config import named_config
 from vllama_jax.cli.train import join_processes
@@ -50,16 +50,8 @@ def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
         join_processes(distributed)
         from vllama_jax.train.features import write_features
 
-        console = Console(stderr=True)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
-        with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-            task = bar.add_task("", total=None, speed="")
-
-            def progress(done: float, all_records: float) -> None:
-                speed = bar.tasks[task].speed or 0
-                bar.update(task, completed=done, total=all_records, speed=f"{speed:.1f} records/s")
-
-            written = write_features(prepare(run, out), out, base, shard_records, progress)
+        with count_bar() as count:
+            written = write_features(prepare(run, out), out, base, shard_records, functools.partial(count, "records"))
         print(_summary(out, written))
 
     return features, others

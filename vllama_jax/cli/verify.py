@@ -1,28 +1,19 @@
 """vllama verify."""
 
-import contextlib
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 from rich import filesize
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
 from vllama_jax.checkpoint import ModelDirectory, open_model
+from vllama_jax.cli.bars import bytes_bar, count_bar
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import read_json
 
@@ -116,7 +107,7 @@ def _verify_files(model: Path, directory: ModelDirectory, json_output: bool) -> 
 
     leaves = directory.manifest["leaves"]
     size = sum(_bytes(leaf) for leaf in leaves.values())
-    with _bytes_bar(size) as progress:
+    with bytes_bar(size) as progress:
         damaged = damage(directory, progress)
     if json_output:
         print(json.dumps({"weights": len(leaves), "bytes": size, "damaged": damaged}))
@@ -157,7 +148,7 @@ def _plan(
 def _verify_weights(model: Path, directory: ModelDirectory, plan: "Plan", json_output: bool) -> None:
     from vllama_jax.convert.verify import compare_weights, config_differences, shortened
 
-    with _bytes_bar(sum(_bytes(leaf) for leaf in directory.manifest["leaves"].values())) as progress:
+    with bytes_bar(sum(_bytes(leaf) for leaf in directory.manifest["leaves"].values())) as progress:
         parts = compare_weights(directory, plan, progress)
     config = config_differences(directory, plan)
     different = [name for part in parts for name in part.different]
@@ -186,7 +177,7 @@ def _verify_networks(
 
     keep_compiled_programs()
     config, bounds = config_differences(directory, plan), BOUNDS[settings[0]]
-    with _stage_bar() as progress:
+    with count_bar() as progress:
         errors, logits = compare_networks(directory, plan, Settings(*settings), progress)
     failed = [*config, *failures(errors, logits, bounds)]
     if json_output:
@@ -236,21 +227,3 @@ def _show(table: Table, directory: ModelDirectory, plan: "Plan") -> None:
     Console().print(table)
     if others := other_files(directory, plan):
         print(f"note: the model was made from files of other names or sizes than {', '.join(others)}")
-
-
-@contextlib.contextmanager
-def _bytes_bar(total: int) -> Iterator[Any]:
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.advance(task, done)
-
-
-@contextlib.contextmanager
-def _stage_bar() -> Iterator[Any]:
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
