@@ -341,7 +341,7 @@ def load(
     from vllama_jax.nn.lora import merge_lora
     from vllama_jax.text.tokenizer import check_vocabulary
 
-    directory = _without_missing_branch(open_model(path, base))
+    directory = without_missing_branch(open_model(path, base))
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
     graph, abstract = nnx.split(abstract_network(directory.config, dtype, directory.lora))
     if mesh is not None:
@@ -356,7 +356,7 @@ def load(
     return Model(directory.config, directory.tokenizer, network)
 
 
-def _without_missing_branch(directory: ModelDirectory) -> ModelDirectory:
+def without_missing_branch(directory: ModelDirectory) -> ModelDirectory:
     """A model whose audio branch was never trained is a picture-only model, for now."""
     parts = {path.split("/")[0] for path in directory.shapes}
     if not directory.config.has_audio or "audio_qformer" in parts:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from vllama_jax.errors import ConfigError
 
@@ -45,7 +45,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
 
 
 def partition_spec(
-    shape: Sequence[int], names: Sequence[str | None], mesh: Mesh | jax.sharding.AbstractMesh, *, fsdp: bool = True
+    shape: Sequence[int], names: Sequence[str | None], mesh: Mesh | AbstractMesh, *, fsdp: bool = True
 ) -> PartitionSpec:
     """Names to mesh axes for one array. Names stand for the last axes: stacked layers come first and have none.
 
@@ -59,7 +59,7 @@ def partition_spec(
     return PartitionSpec(*spec)
 
 
-def _mesh_axes(name: str | None, mesh: Mesh | jax.sharding.AbstractMesh, *, fsdp: bool) -> tuple[tuple[str, ...], int]:
+def _mesh_axes(name: str | None, mesh: Mesh | AbstractMesh, *, fsdp: bool) -> tuple[tuple[str, ...], int]:
     """The mesh axes that a named dimension goes over, and how many places they make."""
     axes = tuple(
         axis for axis in MESH_AXES.get(name, ()) if axis in mesh.shape and (fsdp or name == "batch" or axis != "fsdp")
@@ -78,7 +78,7 @@ def shard_abstract(abstract_state: nnx.State, mesh: Mesh, *, fsdp: bool = True) 
     return jax.tree.map(with_sharding, abstract_state, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
-def weight_sharding(variable: nnx.Variable, mesh: Mesh, *, fsdp: bool = True) -> NamedSharding:
+def weight_sharding(variable: nnx.Variable, mesh: Mesh | AbstractMesh, *, fsdp: bool = True) -> NamedSharding:
     """Where a weight lives, by the names beside it."""
     names = variable.get_metadata().get(AXIS_NAMES, ())
     return NamedSharding(mesh, partition_spec(variable.get_value().shape, names, mesh, fsdp=fsdp))

@@ -271,3 +271,22 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ConfigError(f"datasets.{number}.ratio must be above 0, not {dataset.ratio}")
         if dataset.held_out < 0 or dataset.text.max_length < 1:
             raise ConfigError(f"datasets.{number}: held_out must be at least 0 and text.max_length at least 1")
+
+
+def arranged(mesh: MeshConfig, devices: int) -> MeshConfig:
+    """The mesh over so many devices, with data's places counted. Raises ConfigError for numbers that mean nothing."""
+    if mesh.data < 0 or mesh.fsdp < 1 or mesh.tensor < 1:
+        raise ConfigError(f"mesh.data must be at least 0, mesh.fsdp and mesh.tensor at least 1, not {mesh}")
+    return dataclasses.replace(mesh, data=mesh.data or max(devices // (mesh.fsdp * mesh.tensor), 1))
+
+
+def rows_a_place(config: TrainConfig, mesh: MeshConfig) -> int:
+    """Rows that each place of the mesh computes at a time. Raises ConfigError when the batch does not divide."""
+    rows, places = config.batch_size // config.accumulation, mesh.data * mesh.fsdp
+    if rows % places:
+        part = "" if config.accumulation == 1 else f" over accumulation {config.accumulation}"
+        raise ConfigError(
+            f"batch_size {config.batch_size}{part} does not divide over {places} places of the mesh "
+            f"(data {mesh.data} × fsdp {mesh.fsdp}); change one of them"
+        )
+    return rows // places

@@ -23,7 +23,7 @@ from vllama_jax.train.estimate import peak_flops, step_flops
 from vllama_jax.train.runs import Board, Checkpoints, Journal, open_run
 from vllama_jax.train.session import Plan
 from vllama_jax.train.state import TrainState, Weights
-from vllama_jax.train.step import make_step
+from vllama_jax.train.step import jit_step, make_step
 from vllama_jax.train.validation import Validation
 
 SHOWN_ON_BOARD = ("loss", "lr", "gradient_norm", "samples_per_second")
@@ -194,11 +194,8 @@ class _Run:
 
 
 def compile_step(plan: Plan) -> Any:
-    """The step, compiled once for each shape of batch; the state that comes out lies where it lay."""
-    replicated = jax.sharding.NamedSharding(plan.mesh, jax.sharding.PartitionSpec())
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, plan.abstract)
-    step = make_step(plan.config, plan.skeleton, plan.optimizer)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+    """The step of a plan, under `jax.jit`."""
+    return jit_step(make_step(plan.config, plan.skeleton, plan.optimizer), plan.abstract)
 
 
 @contextlib.contextmanager

@@ -22,12 +22,11 @@ from vllama_jax.data.order import Order, make_streams
 from vllama_jax.data.pipeline import Reader
 from vllama_jax.data.records import open_records
 from vllama_jax.errors import ConfigError
-from vllama_jax.nn.video_llama import VideoLlama
 from vllama_jax.text.tokenizer import check_vocabulary
 from vllama_jax.text.training import find_caption_template, find_conversation_template
-from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.config import TrainConfig, arranged, rows_a_place
 from vllama_jax.train.optim import make_optimizer
-from vllama_jax.train.state import Skeleton, TrainState, Weights, abstract_state, initial_state, matching
+from vllama_jax.train.state import Skeleton, TrainState, Weights, abstract_state, initial_state, leave_out, matching
 from vllama_jax.train.step import compute_dtype
 
 
@@ -78,7 +77,8 @@ def plan(config: TrainConfig, base: str = "") -> Plan:
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
     reader = _reader(config, directory, mesh)
     network = checkpoint.abstract_network(directory.config, str(compute_dtype(config)), config.lora)
-    _leave_out(network, config, reader)
+    kinds = {stream.kind for stream in reader.order.streams if not reader.caches}  # what is read was encoded before
+    leave_out(network, config, kinds)
     skeleton = Skeleton(network)
     learns = matching(list(skeleton.variables), config.trainable)
     sources = _sources(config, directory, skeleton, learns)
@@ -90,16 +90,9 @@ def plan(config: TrainConfig, base: str = "") -> Plan:
 
 def make_mesh(config: TrainConfig) -> Mesh:
     """The mesh of all devices. Raises ConfigError when it or the batch does not divide."""
-    cfg = config.mesh
-    data = cfg.data or max(jax.device_count() // (cfg.fsdp * cfg.tensor), 1)
-    mesh = sharding.make_mesh(data, cfg.fsdp, cfg.tensor)
-    rows = config.batch_size // config.accumulation
-    if rows % (data * cfg.fsdp):
-        part = "" if config.accumulation == 1 else f" over accumulation {config.accumulation}"
-        raise ConfigError(
-            f"batch_size {config.batch_size}{part} does not divide over {data * cfg.fsdp} places of the mesh "
-            f"(data {data} × fsdp {cfg.fsdp}); change one of them"
-        )
+    cfg = arranged(config.mesh, jax.device_count())
+    mesh = sharding.make_mesh(cfg.data, cfg.fsdp, cfg.tensor)
+    rows_a_place(config, cfg)
     return mesh
 
 
@@ -192,25 +185,6 @@ def host_rows(batch_size: int, mesh: Mesh) -> list[int]:
     place = NamedSharding(mesh, PartitionSpec(sharding.MESH_AXES["batch"]))
     slices = {index[0].indices(batch_size) for index in place.addressable_devices_indices_map((batch_size,)).values()}
     return sorted(np.concatenate([np.arange(*one) for one in slices]).tolist())
-
-
-def _leave_out(network: VideoLlama, config: TrainConfig, reader: Reader) -> None:
-    """Takes the parts away that take no part in the run: the other branch, and towers for what no dataset has."""
-    kinds = {stream.kind for stream in reader.order.streams if not reader.caches}  # what is read was encoded before
-    unused = set()
-    if config.branch == "vision":
-        unused |= {"audio_qformer", "audio_positions", "audio_llama_proj", "imagebind"}
-        unused |= set() if kinds or config.validation.clips else {"vit", "ln_vision", "image_qformer"}
-    else:
-        unused |= {"vit", "ln_vision", "image_qformer", "video_qformer", "frame_positions", "llama_proj"}
-    if config.branch == "audio":
-        unused |= set() if kinds & {"video", "image"} else {"imagebind.vision"}
-        unused |= set() if "audio" in kinds or config.validation.clips else {"imagebind.audio"}
-    for part in unused:
-        *parents, name = part.split(".")
-        owner = functools.reduce(getattr, parents, network)
-        if hasattr(owner, name):
-            delattr(owner, name)
 
 
 def place(arrays: dict[str, np.ndarray], plan: Plan) -> dict[str, Any]:

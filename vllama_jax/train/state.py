@@ -6,19 +6,21 @@ same dict. Which paths learn is decided once, by the run config's patterns.
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from vllama_jax.errors import ConfigError
 from vllama_jax.nn.video_llama import VideoLlama
 from vllama_jax.sharding import weight_sharding
+from vllama_jax.train.config import TrainConfig
 
 Weights = dict[str, Array]
 
@@ -49,8 +51,30 @@ class Skeleton:
         flat = [(path.split("/"), variable.replace(weights[path])) for path, variable in self.variables.items()]
         return nnx.merge(self._graph, nnx.from_flat_state([(tuple(path), variable) for path, variable in flat]))
 
-    def shardings(self, paths: Iterable[str], mesh: Mesh) -> dict[str, NamedSharding]:
-        return {path: weight_sharding(self.variables[path], mesh) for path in paths}
+    def shardings(
+        self, paths: Iterable[str], mesh: Mesh | AbstractMesh, *, fsdp: bool = True
+    ) -> dict[str, NamedSharding]:
+        return {path: weight_sharding(self.variables[path], mesh, fsdp=fsdp) for path in paths}
+
+
+def leave_out(network: VideoLlama, config: TrainConfig, kinds: Collection[str]) -> None:
+    """Takes the parts away that take no part in the run: the other branch, and towers for what no dataset has.
+
+    kinds: of the media that the run encodes, of "video", "image" and "audio".
+    """
+    unused = set()
+    if config.branch == "vision":
+        unused |= {"audio_qformer", "audio_positions", "audio_llama_proj", "imagebind"}
+        unused |= set() if kinds or config.validation.clips else {"vit", "ln_vision", "image_qformer"}
+    else:
+        unused |= {"vit", "ln_vision", "image_qformer", "video_qformer", "frame_positions", "llama_proj"}
+        unused |= set() if {"video", "image"} & set(kinds) else {"imagebind.vision"}
+        unused |= set() if "audio" in kinds or config.validation.clips else {"imagebind.audio"}
+    for part in unused:
+        *parents, name = part.split(".")
+        owner = functools.reduce(getattr, parents, network)
+        if hasattr(owner, name):
+            delattr(owner, name)
 
 
 def matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
@@ -64,7 +88,7 @@ def matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
     return [path for path in paths if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
 
 
-def state_shardings(state: TrainState, weights: Mapping[str, NamedSharding], mesh: Mesh) -> TrainState:
+def state_shardings(state: TrainState, weights: Mapping[str, NamedSharding], mesh: Mesh | AbstractMesh) -> TrainState:
     """Shardings in the structure of `state` (abstract or not): moments lie where their weights do."""
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -75,7 +99,10 @@ def state_shardings(state: TrainState, weights: Mapping[str, NamedSharding], mes
 
 
 def abstract_state(
-    weights: Mapping[str, NamedSharding], skeleton: Skeleton, optimizer: optax.GradientTransformation, mesh: Mesh
+    weights: Mapping[str, NamedSharding],
+    skeleton: Skeleton,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | AbstractMesh,
 ) -> TrainState:
     """The state of a run as shapes with shardings; `weights` says which paths learn, and where they lie."""
     shapes = {path: jax.ShapeDtypeStruct(skeleton.variables[path].shape, jnp.float32) for path in weights}

@@ -108,6 +108,12 @@ def make_step(
     return step
 
 
+def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState) -> Any:
+    """The step, compiled once for each shape of batch; the state that comes out lies where `state`, abstract, does."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+
+
 def make_evaluation(
     config: TrainConfig, skeleton: Skeleton
 ) -> Callable[[Weights, Weights, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
