@@ -84,7 +84,9 @@ def test_flags_reach_the_model(tiny_model, clip, cache):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["chat", "--help"], ["convert", "--help"], ["export", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["chat", "--help"], ["convert", "--help"], ["export", "--help"], ["memory", "--help"]],
+    ids=" ".join,
 )
 def test_help_is_quick_and_has_an_example(arguments, cache):
     """Imports are what makes it slow: within a second of a bare interpreter, with room for a busy machine."""
@@ -96,7 +98,9 @@ def test_help_is_quick_and_has_an_example(arguments, cache):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["chat", "--help"], ["convert", "--help"], ["export", "--help"]], ids=" ".join
+    "arguments",
+    [["--help"], ["chat", "--help"], ["convert", "--help"], ["export", "--help"], ["memory", "--help"]],
+    ids=" ".join,
 )
 def test_help_imports_nothing_heavy(arguments):
     code = "import sys; from vllama_jax import cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"

@@ -17,6 +17,7 @@ COMMANDS = {
     "data": "Build, check and describe training data.",
     "features": "Write what the frozen encoders see, to train from.",
     "train": "Train a branch: stage 1, stage 2, or your own.",
+    "memory": "Tell what a chat or a run will need, before anything is loaded.",
     "plot": "Draw a run's loss and learning rate.",
 }
 

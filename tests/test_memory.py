@@ -1,0 +1,313 @@
+"""What `vllama memory` tells: exact for what lies still, and held against XLA's figures for what is at work."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import NamedSharding
+from networks import random_network
+
+from vllama_jax import checkpoint, cli, generate, memory, sharding
+from vllama_jax.cli.memory import SIZES
+from vllama_jax.cli.run_config import load_config
+from vllama_jax.config import EVA_G, LLAMA_7B, GenerationConfig, VideoLlamaConfig, tiny, video_llama
+from vllama_jax.errors import ConfigError
+from vllama_jax.memory import DEVICES, Device, Need
+from vllama_jax.train.abstract import abstract_run, compiled_memory
+from vllama_jax.train.config import (
+    AUDIO_BRANCH,
+    LORA,
+    VISION_BRANCH,
+    DataConfig,
+    DatasetConfig,
+    LoraConfig,
+    MeshConfig,
+    TrainConfig,
+)
+
+SLOW = pytest.mark.slow
+GIGA = 10**9
+CPU = Device("cpu", 16 * GIGA, 1.0, 8, is_host=True)
+ALONE = MeshConfig(data=1)
+AT_WORK = ("gradients", "layers' inputs", "weights at hand", "activations")
+LOW, HIGH, SMALL = 0.75, 2.0, 0.3 * GIGA  # temporaries are told within these factors of XLA's, or within so many bytes
+
+
+def config_of(mesh: MeshConfig = ALONE, rows: int = 4, **options) -> TrainConfig:
+    """`rows` samples on each place of the mesh."""
+    size = rows * mesh.data * mesh.fsdp
+    fields = {"model": "m", "datasets": (DatasetConfig(path="d"),), "steps": 10, "batch_size": size, "mesh": mesh}
+    return TrainConfig(**{**fields, **options})
+
+
+def split_need(need: Need) -> tuple[int, int]:
+    """Bytes on a device that are there before and after a step, and those that a step takes beside them."""
+    at_work = sum(need.device[part] for part in AT_WORK)
+    return need.device_total - at_work, at_work
+
+
+def check_at_work(told: int, compiled: float) -> None:
+    assert LOW < told / compiled < HIGH or abs(told - compiled) < SMALL, f"{told / 1e9:.3f}, XLA {compiled / 1e9:.3f}"
+
+
+def medium() -> VideoLlamaConfig:
+    """Large enough that activations are no longer those of the pictures alone."""
+    llama = dataclasses.replace(
+        LLAMA_7B, width=512, depth=8, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=1408, vocab_size=8000
+    )
+    vit = dataclasses.replace(EVA_G, width=352, depth=4, num_heads=4, mlp_dim=1536)
+    return dataclasses.replace(video_llama(llama), vit=vit)
+
+
+# Steps on CPU devices, compiled here.
+COMPILED = [
+    pytest.param(tiny(), ALONE, 128, {}, id="tiny"),
+    pytest.param(tiny(), MeshConfig(data=2, fsdp=2, tensor=2), 256, {}, id="tiny on 8"),
+    pytest.param(tiny(), ALONE, 128, {"branch": "audio", "trainable": AUDIO_BRANCH}, id="tiny, audio"),
+    pytest.param(
+        tiny(),
+        ALONE,
+        128,
+        {"lora": LoraConfig(rank=4), "trainable": (*VISION_BRANCH, *LORA)},
+        id="low rank",
+    ),
+    pytest.param(medium(), ALONE, 128, {"data": DataConfig(features="f")}, id="medium, features"),
+    pytest.param(medium(), MeshConfig(data=1, fsdp=8), 128, {}, id="medium on 8"),
+    pytest.param(medium(), ALONE, 512, {"accumulation": 2}, id="medium in parts"),
+    pytest.param(medium(), ALONE, 256, {"remat": "dots"}, id="medium, dots"),
+    pytest.param(medium(), ALONE, 256, {"remat": "none"}, id="medium, none"),
+]
+
+
+@SLOW
+@pytest.mark.parametrize(("model", "mesh", "length", "options"), COMPILED)
+def test_a_step_as_xla_compiles_it(model, mesh, length, options):
+    config = config_of(mesh, compute_dtype="float32", **options)
+    devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
+    places = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=devices)
+    compiled = compiled_memory(abstract_run(model, config, places, length))
+    still, at_work = split_need(memory.training(model, "step", config, mesh, CPU, length))
+    assert still == pytest.approx(compiled.argument_size_in_bytes, rel=1e-3)
+    check = compiled.temp_size_in_bytes
+    assert LOW < at_work / check < HIGH, f"{at_work / 1e6:.1f}, XLA {check / 1e6:.1f} MB"
+
+
+# Steps compiled for TPUs by libtpu 0.0.52: size, mesh, samples a place, tokens, encoders or not, GB of arguments and of
+# temporaries. The first seven are this package's own step; the others a prototype in plain JAX of the same shapes.
+TPUS = [
+    ("7b", (1, 16, 1), 4, 128, True, 1.033, 0.644),
+    ("7b", (1, 16, 1), 4, 512, True, 1.033, 1.275),
+    ("7b", (1, 16, 1), 16, 128, True, 1.050, 2.907),
+    ("7b", (4, 1, 4), 4, 128, True, 4.019, 0.163),
+    ("13b", (1, 16, 1), 4, 128, True, 1.819, 0.841),
+    ("13b", (1, 16, 1), 4, 512, True, 1.819, 1.897),
+    ("7b", (4, 1, 1), 32, 128, True, 15.969, 2.971),
+    ("7b", (2, 128, 1), 4, 128, True, 0.14, 0.74),
+    ("7b", (2, 128, 1), 32, 128, True, 0.18, 4.63),
+    ("13b", (2, 128, 1), 8, 128, True, 0.24, 1.46),
+    ("13b", (1, 16, 1), 4, 128, True, 1.82, 1.33),
+    ("13b", (1, 64, 1), 8, 128, True, 0.47, 2.04),
+    ("13b", (2, 128, 1), 8, 128, True, 0.24, 1.48),
+    ("7b", (1, 256, 1), 4, 128, False, 0.06, 0.71),
+    ("7b", (1, 64, 4), 16, 128, False, 0.07, 0.73),
+    ("7b", (1, 16, 1), 4, 128, False, 0.87, 1.11),
+    ("7b", (1, 16, 1), 4, 544, False, 0.87, 2.04),
+    ("13b", (2, 128, 1), 4, 544, True, 0.24, 2.43),
+]
+
+
+@pytest.mark.parametrize("row", TPUS, ids=str)
+def test_a_step_as_it_compiles_for_tpus(row):
+    size, (data, fsdp, tensor), rows, length, encoders, arguments, temporaries = row
+    mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
+    config = config_of(mesh, rows, data=DataConfig() if encoders else DataConfig(features="f"))
+    need = memory.training(SIZES[size](), "step", config, mesh, DEVICES["v5e"], length)
+    still, at_work = split_need(need)
+    assert still == pytest.approx(arguments * GIGA, rel=0.1, abs=0.01 * GIGA)
+    check_at_work(at_work, temporaries * GIGA)
+
+
+def test_a_chat_as_it_is_loaded_and_compiled(tiny_model):
+    mesh = sharding.make_mesh(data=2, tensor=4)
+    network = checkpoint.load(tiny_model, mesh=mesh).network
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(network))
+    config = checkpoint.open_model(tiny_model).config
+    need = memory.chatting(config, MeshConfig(data=2, tensor=4), CPU)
+    assert sum(need.device.values()) - need.device["key-value cache"] - need.device["activations"] == held
+    assert isinstance(jax.tree.leaves(network)[0].sharding, NamedSharding)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_the_cache_and_a_prompt_as_xla_compiles_them(beams):
+    llama = dataclasses.replace(tiny().llama, width=256, num_heads=8, num_kv_heads=8, head_dim=32, mlp_dim=704)
+    model = dataclasses.replace(tiny(), llama=llama)
+    network = random_network(model).llama
+    network.unstack()
+    generation = GenerationConfig(num_beams=beams)
+    need = memory.chatting(model, ALONE, CPU, generation=generation)
+    padded = generate.padded_length(llama.max_length - 300)
+    arguments = (
+        jnp.zeros((1, padded), jnp.int32),
+        jnp.zeros((1, padded), bool),
+        jnp.zeros(1, jnp.int32),
+        jnp.zeros((1, 40, 256)),
+        generate._settings(generation, 1, 2, ()),
+        jax.random.key(0),
+    )
+    choose = generate.Choice(beams, sample=False, top_k=0)
+    compiled = generate._prefill.lower(network, *arguments, room=320, choose=choose).compile().memory_analysis()
+    cache = need.device["key-value cache"]
+    assert cache == pytest.approx(compiled.output_size_in_bytes, rel=0.02)
+    at_work = memory.temporaries.reading_layer(
+        llama, memory.Shape(rows=1, length=padded, itemsize=4, mesh=ALONE), generate.padded_length(padded + 320)
+    )
+    assert LOW < at_work / compiled.temp_size_in_bytes < HIGH
+
+
+def test_longest_samples_are_what_batches_are_padded_to():
+    stages = {"vision_stage1": 72, "vision_stage2": 512, "audio_stage1": 48, "audio_stage2": 640}
+    for stage, length in stages.items():
+        assert memory.longest_sample(SIZES["7b"](), load_config(stage)[0]) == length
+
+
+def test_what_is_split_over_fsdp_takes_its_share_and_a_chat_does_not_know_fsdp():
+    model, config = SIZES["7b"](), config_of(rows=8)
+    split = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8))
+    whole = memory.training(model, "step", config, ALONE, DEVICES["H100"]).device
+    part = memory.training(model, "step", split, split.mesh, DEVICES["H100"]).device
+    assert part["llama"] == pytest.approx(whole["llama"] / 8, rel=1e-3)
+    assert part["Adam's moments"] < whole["Adam's moments"] / 4
+    chat = memory.chatting(model, split.mesh, DEVICES["H100"]).device
+    assert chat["llama"] == whole["llama"]
+    assert memory.chatting(model, MeshConfig(data=1, tensor=8), DEVICES["H100"]).device["llama"] < whole["llama"] / 7
+
+
+def test_beams_and_longer_conversations_take_more():
+    model = SIZES["7b"]()
+    short = memory.chatting(model, ALONE, DEVICES["H100"], length=100)
+    beams = memory.chatting(model, ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=4))
+    assert short.device["key-value cache"] == 512 * 32 * 2 * 4096 * 2  # 128 and room for 320, as generate.py pads them
+    assert beams.device["key-value cache"] == 4 * short.device["key-value cache"]
+    with pytest.raises(ConfigError, match="the model reads 2048"):
+        memory.chatting(model, ALONE, DEVICES["H100"], length=2000)
+
+
+def test_verdicts():
+    device = Device("d", 100, 0.5, 1)
+    fits, tight, large = (Need("n", "", {"part": size}, {}) for size in (45, 46, 51))
+    assert [memory.verdict(need, device) for need in (fits, tight, large)] == ["fits", "tight", "does not fit"]
+    shared = Device("cpu", 100, 1.0, 2, is_host=True)
+    assert memory.usable(Need("n", "", {}, {"program": 20}), shared) == 90
+
+
+def test_advice_is_followed_by_a_fit():
+    model, device, config = SIZES["13b"](), DEVICES["v5e"], load_config("vision_stage2")[0]
+    need = memory.training(model, "step", config, ALONE, device)
+    assert memory.verdict(need, device) == "does not fit"
+    assert memory.advice(model, need, config, ALONE, device) == "--mesh.data 1 --mesh.fsdp 4"
+    wider = MeshConfig(data=1, fsdp=4)
+    assert memory.verdict(memory.training(model, "step", config, wider, device), device) == "fits"
+    narrow = Device("mine", 16 * GIGA, 1.0, 1)  # of devices that are here there are no more
+    assert memory.advice(model, need, config, ALONE, narrow) == ""
+
+
+@pytest.mark.parametrize("spelled", ["A100-40", "a100 40gb", "A100_40GB"])
+def test_devices_are_found_however_they_are_spelled(spelled):
+    assert memory.find_device(spelled).bytes == 40 * GIGA
+
+
+def test_here_is_the_memory_of_this_machine():
+    here = memory.find_device("here")
+    assert here.is_host
+    assert GIGA // 16 < here.bytes * here.per_host < 2**44
+
+
+def tell(capsys, *arguments: object) -> str:
+    cli.main(["memory", *map(str, arguments)])
+    return capsys.readouterr().out
+
+
+def test_a_size_is_told_for_a_chat_and_both_stages(capsys):
+    told = tell(capsys, "7b", "--devices", "H100")
+    assert told.startswith("7b on 1 × H100 (data 1, fsdp 1, tensor 1), each with 80.0 GB, of which JAX takes 60.0 GB")
+    assert "GB on each device         chat  vision_stage1  vision_stage2" in told
+    assert "llama                    13.48          13.48          13.48" in told
+    report = json.loads(tell(capsys, "7b", "--devices", "L4", "--branch", "audio", "--mesh.tensor", 5, "--json"))
+    assert list(report["uses"]) == ["chat", "audio_stage1", "audio_stage2"]
+    assert report["mesh"] == {"data": 1, "fsdp": 1, "tensor": 5}
+    assert "llama: 32 heads over 5 devices does not divide; kept whole on each" in report["notes"]
+    for use in report["uses"].values():
+        assert sum(size for part, size in use["device"].items() if part != "all") == use["device"]["all"]
+
+
+def test_a_model_directory(capsys, tiny_model):
+    report = json.loads(tell(capsys, tiny_model, "--devices", "v5e", "--batch-size", 4, "--json"))
+    assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
+
+
+@SLOW
+def test_a_run_directory(capsys, stage1):
+    report = json.loads(tell(capsys, stage1, "--devices", "v5e", "--batch-size", 4, "--json"))
+    assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
+
+
+def test_a_run_config_with_every_field_a_flag(capsys):
+    flags = ["--model", "13b", "--devices", "v5e", "--mesh.fsdp", 16, "--batch-size", 64, "--length", 128]
+    report = json.loads(tell(capsys, "vision_stage1", *flags, "--json"))
+    (use,) = report["uses"].values()
+    assert use["told"] == "batch 64, 4 × 128 tokens at a time, bfloat16"
+    assert use["device"]["llama"] == pytest.approx(26.03e9 / 16, rel=1e-3)
+
+
+def test_exact_figures_are_those_of_the_compiled_step(capsys, tiny_model):
+    flags = ["--model", tiny_model, "--batch-size", 8, "--length", 128, "--exact", "--json"]
+    (use,) = json.loads(tell(capsys, "vision_stage1", *flags))["uses"].values()
+    still, at_work = split_need(
+        Need("", "", {part: use["device"][part] for part in use["device"] if part != "all"}, {})
+    )
+    assert still == pytest.approx(use["compiled"]["arguments"], rel=1e-3)
+    assert LOW < at_work / use["compiled"]["temporaries"] < HIGH
+
+
+def test_fit_is_required_only_where_that_is_asked(capsys):
+    assert "does not fit (it would with --mesh.tensor 2)" in tell(capsys, "7b", "--devices", "v5e")
+    with pytest.raises(SystemExit, match=r"vllama: chat: does not fit; vision_stage1: .* does not fit"):
+        tell(capsys, "7b", "--devices", "v5e", "--require-fit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "name a size"),
+        (("8b",), "8b: no such model or run config; .* one of 7b, 13b, tiny, audio_stage1"),
+        (("7b", "--devices", "H101"), "no device 'H101': choose one of H200, H100, .*, or here"),
+        (("7b", "--mesh.fsdp", "3"), "has .* places for 8 devices"),
+        (("7b", "--devices", "v5e", "--mesh.fsdp", "3"), "batch_size 256 does not divide over 3 places"),
+        (("7b", "--devices", "v5e", "--mesh.fsdp", "0"), "mesh.fsdp and mesh.tensor at least 1"),
+        (("7b", "--devices", "v5e", "--length", "-1"), "--length must be at least 0"),
+        (("vision_stage1",), "model: no such model directory; name one with --model, or a size: --model 7b"),
+        (("vision_stage1", "--model", "7b", "--devices", "v5e", "--exact"), "leave --devices out"),
+        (("vision_stage1", "--model", "7b", "--trainable", "vidoe/*"), "matches no weight"),
+    ],
+)
+def test_errors_are_one_line(arguments, message):
+    with pytest.raises(SystemExit, match=message) as stop:
+        cli.main(["memory", *arguments])
+    assert "\n" not in stop.value.code
+
+
+def test_in_a_process_of_its_own():
+    """Nothing is loaded: seconds, and the memory of JAX itself. The arithmetic alone does not even import JAX."""
+    command = [str(Path(sys.executable).parent / "vllama"), "memory", "13b", "--devices", "v5p"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True
+    )
+    assert "13b on 1 × v5p" in done.stdout
+    code = "import sys, vllama_jax.memory; print('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

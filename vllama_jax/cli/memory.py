@@ -1,0 +1,298 @@
+"""vllama memory."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from vllama_jax import memory as needs
+from vllama_jax.cli.run_config import load_config, shipped
+from vllama_jax.config import (
+    NO_LORA,
+    GenerationConfig,
+    LoraConfig,
+    VideoLlamaConfig,
+    tiny,
+    video_llama_7b,
+    video_llama_13b,
+)
+from vllama_jax.errors import ConfigError
+from vllama_jax.memory import Device, Need
+from vllama_jax.train.config import MeshConfig, TrainConfig
+
+SIZES = {"7b": video_llama_7b, "13b": video_llama_13b, "tiny": tiny}
+DEFAULT = "7b"  # whose flags --help shows when nothing is named
+ALL_DEVICES = MeshConfig()
+SHOWN = 5 * 10**6  # bytes; smaller parts are only counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What is asked of a model and of a run config alike.
+
+    Attributes:
+        devices: What it is to run on: here (the devices that JAX finds), or H200, H100, A100-80, A100-40, L4, RTX-4090,
+            RTX-3090, v4, v5e, v5p, v6e, as many as the mesh has.
+        length: Tokens of a sample or of a conversation; 0 for the longest there may be.
+        require_fit: Fail unless all of it fits, with a tenth to spare.
+        json_output: Print one JSON object.
+    """
+
+    devices: str = "here"
+    length: int = 0
+    require_fit: bool = False
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
+
+    def __post_init__(self):
+        if self.length < 0:
+            raise ConfigError(f"--length must be at least 0, not {self.length}")
+
+
+AS_IT_IS = Asked()
+
+
+def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
+    """The command for the model or the run config that the first argument names, and the other arguments."""
+    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
+        raise ConfigError("name a size (7b, 13b), a model directory or a run config first: `vllama memory 7b`")
+    if arguments[0].startswith("-"):
+        return _of_model(DEFAULT), arguments
+    named, rest = arguments[0], arguments[1:]
+    return _of_model(named) if named in SIZES or Path(named).is_dir() else _of_run(named), rest
+
+
+def _of_model(named: str) -> Callable[..., None]:
+    def memory(
+        asked: Annotated[Asked, tyro.conf.arg(name="")] = AS_IT_IS,
+        *,
+        mesh: MeshConfig = ALL_DEVICES,
+        branch: Literal["vision", "audio"] = "vision",
+        batch_size: int = 0,
+        accumulation: int = 1,
+        max_new_tokens: int = 300,
+        num_beams: int = 1,
+        base: str = "",
+    ) -> None:
+        """Tell what a chat and both stages of training need on each device and on each host. Nothing is loaded.
+
+        Example: vllama memory 13b --devices v5e --mesh.fsdp 16 --batch-size 64
+
+        Of a size that was published (7b, 13b), a model directory, or a run's. `vllama memory CONFIG` tells it of a run
+        config, each field of which is a flag then, as in `vllama train`.
+
+        Args:
+            asked: On what.
+            mesh: How devices are arranged. A chat is split over tensor only.
+            branch: Which branch is trained.
+            batch_size: Samples a step; 0 for what the shipped config of a stage has.
+            accumulation: A step's batch is run in so many parts.
+            max_new_tokens: The longest answer, in tokens.
+            num_beams: Of a chat's beam search.
+            base: A run's base model, where that has moved.
+        """
+        device, mesh = _find_devices(asked, mesh)
+        model, talking, lora = _find_model(named, base)
+        generation = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams)
+        talk = {"generation": generation, "lora": lora, "length": asked.length}
+        uses = [_chat(talking, mesh, device, talk)]
+        for stage in (f"{branch}_stage1", f"{branch}_stage2"):
+            run, _ = load_config(stage)
+            size = batch_size or run.batch_size
+            run = dataclasses.replace(run, batch_size=size, accumulation=accumulation, lora=lora)
+            uses.append(_stage(model, stage, run, (mesh, device, asked.length)))
+        _tell(named, uses, (mesh, device, needs.notes(model, mesh)), asked)
+
+    return memory
+
+
+def _of_run(named: str) -> Callable[..., None]:
+    if named not in shipped() and not Path(named).is_file():
+        known = ", ".join([*SIZES, *shipped()])
+        raise ConfigError(
+            f"{named}: no such model or run config; give a model directory, a Python file, or one of {known}"
+        )
+    config, _ = load_config(named)
+
+    def memory(
+        run: Annotated[TrainConfig, tyro.conf.arg(name="")] = config,
+        asked: Annotated[Asked, tyro.conf.arg(name="")] = AS_IT_IS,
+        *,
+        base: str = "",
+        exact: bool = False,
+    ) -> None:
+        """Tell what a run needs on each device and on each host. Nothing is loaded. Every field of a config is a flag.
+
+        Example: vllama memory vision_stage2 --model 7b --devices A100-40 --mesh.fsdp 8
+
+        The model may be a directory, or a size that was published (7b, 13b).
+
+        Args:
+            run: The config.
+            asked: On what.
+            base: Where the base model is now, if not where the config says.
+            exact: Compile the step for the devices that are here, and tell what XLA says. It takes minutes.
+        """
+        if exact and asked.devices != "here":
+            raise ConfigError("--exact compiles for the devices that are here; leave --devices out")
+        device, mesh = _find_devices(asked, run.mesh)
+        if not (base or run.model in SIZES or Path(run.model).is_dir()):
+            raise ConfigError(f"{run.model}: no such model directory; name one with --model, or a size: --model 7b")
+        model, _, _ = _find_model(base or run.model, "")
+        uses = [_stage(model, named, run, (mesh, device, asked.length))]
+        if exact:
+            uses = [dataclasses.replace(uses[0], compiled=_compiled(model, run, (mesh, device, asked.length)))]
+        _tell(f"{named} of {run.model}", uses, (mesh, device, needs.notes(model, mesh)), asked)
+
+    return memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """A need, whether it fits, and which flags would make it fit if not. compiled: what XLA says of it, if asked."""
+
+    need: Need
+    verdict: str
+    advice: str = ""
+    compiled: dict[str, int] = dataclasses.field(default_factory=dict)
+
+
+Where = tuple[MeshConfig, Device, int]  # the last: --length
+
+
+def _find_devices(asked: Asked, mesh: MeshConfig) -> tuple[Device, MeshConfig]:
+    """Raises ConfigError for devices that are not known, and a mesh that is not theirs."""
+    if asked.devices != "here":
+        import jax
+
+        jax.config.update("jax_platforms", "cpu")  # a device that is here is not touched: another program may have it
+    device = needs.find_device(asked.devices)
+    return device, needs.find_mesh(mesh, device)
+
+
+def _find_model(named: str, base: str) -> tuple[VideoLlamaConfig, VideoLlamaConfig, LoraConfig]:
+    """Of a published size, or of what a directory holds: the model to train, to talk to, and its low-rank updates."""
+    if named in SIZES:
+        return SIZES[named](), SIZES[named](), NO_LORA
+    from vllama_jax.checkpoint import open_model, without_missing_branch
+
+    directory = open_model(named, base or None)
+    return directory.config, without_missing_branch(directory).config, directory.lora
+
+
+def _chat(model: VideoLlamaConfig, mesh: MeshConfig, device: Device, options: dict[str, Any]) -> Use:
+    need = needs.chatting(model, mesh, device, **options)
+    verdict, advice = needs.verdict(need, device), ""
+    for tensor in (2, 4, 8):
+        wider = dataclasses.replace(mesh, tensor=tensor)
+        if verdict == "fits" or advice or tensor <= mesh.tensor or device.name not in needs.DEVICES:
+            continue
+        if needs.verdict(needs.chatting(model, wider, device, **options), device) == "fits":
+            advice = f"--mesh.tensor {tensor}"
+    return Use(need, verdict, advice)
+
+
+def _stage(model: VideoLlamaConfig, name: str, run: TrainConfig, where: Where) -> Use:
+    mesh, device, length = where
+    if run.branch == "audio" and not model.has_audio:
+        raise ConfigError("a picture-only model has no audio branch; convert it with --imagebind")
+    try:
+        need = needs.training(model, name, run, mesh, device, length)
+    except ConfigError as error:
+        raise ConfigError(f"{name}: {error}") from error
+    verdict = needs.verdict(need, device)
+    return Use(need, verdict, "" if verdict == "fits" else needs.advice(model, need, run, mesh, device, length))
+
+
+def _compiled(model: VideoLlamaConfig, run: TrainConfig, where: Where) -> dict[str, int]:
+    from vllama_jax.sharding import make_mesh
+    from vllama_jax.train.abstract import abstract_run, compiled_memory
+
+    mesh, device, length = where
+    run = needs.with_dtype(run, device)
+    places = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+    found = compiled_memory(abstract_run(model, run, places, length or needs.longest_sample(model, run)))
+    return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
+
+
+def _tell(named: str, uses: list[Use], where: tuple[MeshConfig, Device, list[str]], asked: Asked) -> None:
+    mesh, device, notes = where
+    if asked.json_output:
+        print(json.dumps(_report(named, uses, mesh, device) | {"notes": notes}))
+    else:
+        console = Console(soft_wrap=True, highlight=False)
+        console.print(_heading(named, mesh, device), markup=False)
+        console.print(_table(uses))
+        for line in [*map(_sentence, uses), *notes]:
+            console.print(line, markup=False)
+    if asked.require_fit and (bad := [use for use in uses if use.verdict != "fits"]):
+        raise ConfigError("; ".join(f"{use.need.name}: {use.verdict}" for use in bad))
+
+
+def _heading(named: str, mesh: MeshConfig, device: Device) -> str:
+    count = mesh.data * mesh.fsdp * mesh.tensor
+    share = f", of which JAX takes {_gigabytes(int(device.bytes * device.usable))}" if device.usable < 1 else ""
+    return (
+        f"{named} on {count} × {device.name} (data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor}), "
+        f"each with {_gigabytes(device.bytes)}{share}"
+    )
+
+
+def _table(uses: list[Use]) -> Table:
+    """A column for each use; a row for each part that any of them has."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("GB on each device")
+    for use in uses:
+        table.add_column(use.need.name, justify="right")
+    _rows(table, [use.need.device for use in uses])
+    table.add_row("all", *(_number(use.need.device_total) for use in uses))
+    table.add_row("", *(use.verdict for use in uses))
+    table.add_section()
+    table.add_row("GB on each host")
+    _rows(table, [use.need.host for use in uses])
+    table.add_row("all", *(_number(use.need.host_total) for use in uses))
+    return table
+
+
+def _rows(table: Table, columns: list[dict[str, int]]) -> None:
+    for part in dict.fromkeys(part for column in columns for part in column):
+        if any(column.get(part, 0) >= SHOWN for column in columns):
+            table.add_row(part, *(_number(column[part]) if part in column else "" for column in columns))
+
+
+def _sentence(use: Use) -> str:
+    told = f"{use.need.name}: {use.need.told}; {use.verdict}"
+    told += f" (it would with {use.advice})" if use.advice else ""
+    parts = ", ".join(f"{_gigabytes(size)} of {name}" for name, size in use.compiled.items())
+    return told + (f"; compiled: {parts}" if parts else "")
+
+
+def _report(named: str, uses: list[Use], mesh: MeshConfig, device: Device) -> dict[str, Any]:
+    return {
+        "model": named,
+        "device": {"name": device.name, "bytes": device.bytes, "usable": int(device.bytes * device.usable)},
+        "mesh": dataclasses.asdict(mesh),
+        "uses": {
+            use.need.name: {
+                "told": use.need.told,
+                "verdict": use.verdict,
+                "advice": use.advice,
+                "device": {**use.need.device, "all": use.need.device_total},
+                "host": {**use.need.host, "all": use.need.host_total},
+                **({"compiled": use.compiled} if use.compiled else {}),
+            }
+            for use in uses
+        },
+    }
+
+
+def _number(count: int) -> str:
+    return f"{count / 1e9:,.2f}"
+
+
+def _gigabytes(count: int) -> str:
+    return f"{count / 1e9:,.1f} GB"

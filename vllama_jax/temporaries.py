@@ -1,0 +1,119 @@
+"""What a program holds while it runs, in bytes on one device, by arithmetic: activations, not weights.
+
+Each figure is a sum over the arrays that live together where a program needs most: counts of them are from reading the
+layers (nn/), and are held against XLA's own figures in tests/test_memory.py. `itemsize` is of the compute dtype, scores
+and logits are float32. A dimension that the mesh's tensor axis does not divide is whole on each device.
+"""
+
+import dataclasses
+
+from vllama_jax.config import LlamaConfig, QFormerConfig, VideoLlamaConfig, VitConfig
+from vllama_jax.train.config import MeshConfig
+
+FLOAT = 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """What one device computes at a time: `rows` samples of `length` tokens, in numbers of `itemsize` bytes."""
+
+    rows: int
+    length: int
+    itemsize: int
+    mesh: MeshConfig
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.length
+
+    def split(self, size: int) -> int:
+        """A device's part of a dimension that goes over the tensor axis."""
+        return size if size % self.mesh.tensor else size // self.mesh.tensor
+
+
+def kept_layers(cfg: LlamaConfig, shape: Shape, remat: str) -> int:
+    """What the forward pass keeps of every layer for the backward pass (TrainConfig.remat)."""
+    heads, kv_heads, mlp = shape.split(cfg.num_heads), shape.split(cfg.num_kv_heads), shape.split(cfg.mlp_dim)
+    a_token = cfg.width
+    if remat in ("dots", "none"):  # query, key, value, out, gate, up, down
+        a_token += (heads + 2 * kv_heads) * cfg.head_dim + 2 * mlp + 2 * cfg.width
+    if remat == "none":  # what norms, rotation and the gate make, and attention's weights
+        a_token += 4 * cfg.width + 2 * (heads + kv_heads) * cfg.head_dim + 3 * mlp
+    scores = 2 * _scores(heads, shape.length, shape) if remat == "none" else 0
+    return cfg.depth * (shape.tokens * a_token * shape.itemsize + scores)
+
+
+def training_layer(cfg: LlamaConfig, shape: Shape) -> int:
+    """One layer, computed again and differentiated.
+
+    Eight arrays of the residual stream's size; then the feed-forward's products with their gradients beside attention's
+    weights, or queries, keys and values with theirs beside three of scores.
+    """
+    heads = shape.split(cfg.num_heads) + 2 * shape.split(cfg.num_kv_heads)
+    projected = shape.tokens * heads * cfg.head_dim * shape.itemsize
+    products = shape.tokens * shape.split(cfg.mlp_dim) * shape.itemsize
+    scores = _scores(shape.split(cfg.num_heads), shape.length, shape)
+    stream = shape.tokens * cfg.width * shape.itemsize
+    return 8 * stream + projected + max(6 * products + 3 * scores // 2, projected + 3 * scores)
+
+
+def reading_layer(cfg: LlamaConfig, shape: Shape, capacity: int) -> int:
+    """One layer of a prompt that is read into a cache of `capacity`: all of the cache is attended to, masked."""
+    heads, kv_heads = shape.split(cfg.num_heads), shape.split(cfg.num_kv_heads)
+    attention = shape.tokens * (heads + 2 * kv_heads) * cfg.head_dim * shape.itemsize
+    attention += 2 * shape.rows * capacity * kv_heads * cfg.head_dim * shape.itemsize
+    attention += 5 * _scores(heads, capacity, shape) // 2
+    products = 3 * shape.tokens * shape.split(cfg.mlp_dim) * shape.itemsize
+    return 3 * shape.tokens * cfg.width * shape.itemsize + max(attention, products)
+
+
+def logits(cfg: LlamaConfig, shape: Shape, labels: int) -> int:
+    """Scores over the vocabulary at the places that have a label, with their gradient."""
+    return 2 * shape.rows * labels * shape.split(cfg.vocab_size) * FLOAT
+
+
+def key_value_cache(cfg: LlamaConfig, shape: Shape, capacity: int) -> int:
+    """generate.py's cache of `capacity` positions."""
+    return cfg.depth * capacity * 2 * shape.split(cfg.num_kv_heads) * shape.rows * cfg.head_dim * shape.itemsize
+
+
+def encoder(model: VideoLlamaConfig, branch: str, shape: Shape) -> int:
+    """The frozen encoders of all pictures at once: the pictures in float32, a block, or the Q-Former after them."""
+    vit = model.vit if branch == "vision" else model.imagebind.vision
+    pictures = shape.rows * model.num_frames
+    pixels = pictures * 3 * vit.image_size**2 * (FLOAT + shape.itemsize)
+    needs = [pixels, _vit_block(vit, pictures, shape)]
+    if branch == "vision":
+        needs.append(qformer(model.image_qformer, pictures, vit.num_patches + 1, vit.width, shape))
+    return max(needs)
+
+
+def learning_qformer(model: VideoLlamaConfig, branch: str, shape: Shape) -> int:
+    """The Q-Former that learns, with its gradients: twice what it takes forward, and what it reads."""
+    if branch == "vision":
+        memory, width = model.num_frames * model.image_qformer.num_queries, model.image_qformer.width
+        return 2 * qformer(model.video_qformer, shape.rows, memory, width, shape)
+    return 2 * qformer(model.audio_qformer, shape.rows, model.num_frames, model.imagebind.embed_dim, shape)
+
+
+def qformer(cfg: QFormerConfig, rows: int, memory: int, memory_width: int, shape: Shape) -> int:
+    """A Q-Former's layer that reads `memory` tokens."""
+    heads = shape.split(cfg.num_heads)
+    width = heads * (cfg.width // cfg.num_heads)
+    read = rows * memory * (memory_width + 2 * width) * shape.itemsize
+    own = rows * cfg.num_queries * (4 * cfg.width + 2 * shape.split(cfg.mlp_dim)) * shape.itemsize
+    return read + own + rows * heads * cfg.num_queries * memory * (2 * FLOAT + shape.itemsize)
+
+
+def _vit_block(cfg: VitConfig, pictures: int, shape: Shape) -> int:
+    """One block: the stream and its norm, then query, key, value and scores, or the feed-forward."""
+    tokens = pictures * (cfg.num_patches + 1)
+    heads = shape.split(cfg.num_heads)
+    attention = 3 * tokens * heads * (cfg.width // cfg.num_heads) * shape.itemsize
+    attention += pictures * heads * (cfg.num_patches + 1) ** 2 * (2 * FLOAT + shape.itemsize)
+    products = 2 * tokens * shape.split(cfg.mlp_dim) * shape.itemsize
+    return 2 * tokens * cfg.width * shape.itemsize + max(attention, products)
+
+
+def _scores(heads: int, attended: int, shape: Shape) -> int:
+    return shape.tokens * heads * attended * FLOAT
