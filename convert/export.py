@@ -6,27 +6,25 @@ A plan says which files there will be and which tensors in each; nothing is read
 import dataclasses
 import functools
 import itertools
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from vllama_jax.checkpoint import ModelDirectory, Trained, check_leaves, new_directory, restore_arrays
+from vllama_jax.checkpoint import ModelDirectory, check_leaves, new_directory
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.params import check_params, read_json, read_rows, write_file, write_json
+from vllama_jax.params import check_params, read_json, write_file, write_json
+from vllama_jax.rows import Reader, row_reader, stored_dtype
 
 from . import imagebind, llama
 from .matching import abstract_shapes
 from .pieces import PIECES
 from .rules import Rule, turned
-from .stored import with_update
 from .tensor_files import Progress, Tensor, require_torch, write_safetensors, write_torch
 
 Format = Literal["pth", "safetensors"]
 Files = Mapping[str, Sequence[Tensor]]  # what is in each file, by its path in the directory
-Reader = Callable[[str, int | None], np.ndarray]
 
 SHARD_BYTES = 5e9  # Hugging Face's own default when LLaMA was published
 UNTRAINED = ("vl", "al", "minigpt4")  # what a model may lack
@@ -82,7 +80,7 @@ def _pieces(model: ModelDirectory) -> dict[str, list[Tensor]]:
     check_leaves(model, {target: shapes[target] for target in targets})
     from_runs = {path for trained in model.trained for path in trained.leaves}
     check_params(model.path / "params", model.manifest["leaves"], sorted(targets - from_runs))
-    read = _merging(model, _reader(model))
+    read = row_reader(model)
     pieces = {}
     for kind, table in rules.items():
         weights = [tensor for rule in table for tensor in _tensors(rule, shapes[rule.target], model, read)]
@@ -110,7 +108,7 @@ def _tensors(rule: Rule, shape: tuple[int, ...], model: ModelDirectory, read: Re
     def part(row: int | None, number: int) -> np.ndarray:
         return _in_c_order(rule.transform.to_torch(read(rule.target, row))[number])
 
-    shapes, dtype = rule.source_shapes(shape), _dtype(model, rule.target)
+    shapes, dtype = rule.source_shapes(shape), stored_dtype(model, rule.target)
     for row, names in enumerate(rule.names()):
         for number, name in enumerate(names):
             where = None if rule.layers is None else row
@@ -145,57 +143,6 @@ def _in_the_whole(pieces: Mapping[str, Sequence[Tensor]]) -> Iterator[Tensor]:
             yield dataclasses.replace(tensor, name=MODULES.get(kind, "") + tensor.name)
 
 
-def _holder(model: ModelDirectory, path: str) -> Trained | None:
-    """The run that trained a weight last; None for a weight of the base."""
-    return next((trained for trained in reversed(model.trained) if path in trained.leaves), None)
-
-
-def _dtype(model: ModelDirectory, path: str) -> np.dtype:
-    """As it lies on disk. What runs train is float32."""
-    return np.dtype("float32" if _holder(model, path) else model.manifest["leaves"][path]["dtype"])
-
-
-def _reader(model: ModelDirectory) -> Reader:
-    """Reads a weight by its path, or one row of its first axis.
-
-    What a run trained can only be read whole, and a few such weights are kept until their rows have been asked for.
-    """
-    restoring = threading.Lock()
-
-    @functools.lru_cache(maxsize=4)  # a kernel and its update's two matrices, and the one to come
-    def restored(path: str) -> np.ndarray:
-        import jax
-
-        trained = _holder(model, path)
-        abstract = {path: jax.ShapeDtypeStruct(trained.leaves[path], np.float32)}
-        return np.asarray(restore_arrays(trained.path, abstract)[path])
-
-    def read(path: str, row: int | None) -> np.ndarray:
-        if _holder(model, path):
-            with restoring:
-                return restored(path) if row is None else restored(path)[row]
-        leaf = model.manifest["leaves"][path]
-        rows = range(leaf["shape"][0]) if row is None else range(row, row + 1)
-        values = read_rows(model.path / "params", path, leaf, rows)
-        return values if row is None else values[0]
-
-    return read
-
-
-def _merging(model: ModelDirectory, read: Reader) -> Reader:
-    """Reads the kernels that a run gave low-rank updates with those added, as loading does (nn/lora.py)."""
-
-    def merged(path: str, row: int | None) -> np.ndarray:
-        kernel = read(path, row)
-        update = f"{path.removesuffix('/kernel')}/lora"
-        if f"{update}/down" not in model.shapes:
-            return kernel
-        lora = _holder(model, f"{update}/down").lora
-        return with_update(kernel, read(f"{update}/down", row), read(f"{update}/up", row), lora.alpha / lora.rank)
-
-    return merged
-
-
 def _shards(tensors: Sequence[Tensor], shard_bytes: float) -> dict[str, list[Tensor]]:
     """A language model's tensors over as few files as their order allows, named as transformers names them."""
     shards: list[list[Tensor]] = [[]]
@@ -213,7 +160,7 @@ def _write_llama(directory: Path, model: ModelDirectory, shards: Files) -> None:
     directory.mkdir()
     for file in (model.path / "tokenizer").iterdir():
         write_file(directory / file.name, file.read_bytes())
-    dtype = _dtype(model, "llama/embedding").name
+    dtype = stored_dtype(model, "llama/embedding").name
     fields = llama.config_fields(model.config.llama) | _special_ids(model) | {"torch_dtype": dtype}
     write_json(directory / "config.json", fields)
     if len(shards) > 1:

@@ -5,12 +5,9 @@ import json
 import re
 import shutil
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
-import jax
 import numpy as np
-import optax
 import pytest
 import torch
 from conftest import GOLDEN_HEADS
@@ -18,17 +15,14 @@ from conversions import bits, hashes, leaves_of, plan, torch_tensors, without
 from imagebind_reference import ImageBindReference
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
+from written_runs import flat, learned, write_run
 
 from vllama_jax import checkpoint, convert, params
-from vllama_jax.cli.run_config import load_config
-from vllama_jax.config import LoraConfig, RopeScaling, VideoLlamaConfig, tiny, video_llama_7b
+from vllama_jax.config import LoraConfig, RopeScaling, tiny, video_llama_7b
 from vllama_jax.convert import export
 from vllama_jax.convert.export import SHARD_BYTES, Format
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.nn.llama import rope_frequencies
-from vllama_jax.train.config import CheckpointConfig
-from vllama_jax.train.runs import Checkpoints, open_run
-from vllama_jax.train.state import TrainState
 
 FILES = {
     "eva_vit": "eva_vit_g.pth",
@@ -243,36 +237,6 @@ def test_parts_that_the_model_lacks_have_no_file(tiny_files, tmp_path, lacking, 
 
 
 # What was trained.
-
-
-def write_run(base: Path, out: Path, trained: Mapping[str, np.ndarray], lora: LoraConfig) -> Path:
-    """A run directory as training writes it, with these weights in its checkpoint."""
-    config, _ = load_config("vision_stage1")
-    config = dataclasses.replace(config, model=str(base), lora=lora)
-    with open_run(out, config, checkpoint.open_model(base), "float32"):
-        saved = Checkpoints(out, CheckpointConfig(every=1))
-        moments = (optax.ScaleByScheduleState(jax.numpy.int32(4)),)
-        saved.save(4, TrainState(jax.numpy.int32(4), jax.tree.map(jax.numpy.asarray, dict(trained)), moments))
-        saved.finish()
-    return out
-
-
-def learned(config: VideoLlamaConfig, lora: LoraConfig, *parts: str) -> dict[str, np.ndarray]:
-    """Random weights of these parts of a network."""
-    network = checkpoint.abstract_network(config, "float32", lora)
-    shapes = {"/".join(map(str, path)): leaf.shape for path, leaf in flat(network)}
-    rng = np.random.default_rng(1)
-    return {
-        path: 0.1 * rng.standard_normal(shape, np.float32)
-        for path, shape in shapes.items()
-        if path.startswith(parts) or "/lora/" in path
-    }
-
-
-def flat(network) -> list:
-    from flax import nnx
-
-    return nnx.to_flat_state(nnx.state(network))
 
 
 def test_what_a_run_trained_comes_back_and_the_rest_is_its_bases(tiny_files, tmp_path):

@@ -1,0 +1,46 @@
+"""Run directories with random weights, as training writes them."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from vllama_jax import checkpoint
+from vllama_jax.cli.run_config import load_config
+from vllama_jax.config import LoraConfig, VideoLlamaConfig
+from vllama_jax.train.config import CheckpointConfig
+from vllama_jax.train.runs import Checkpoints, open_run
+from vllama_jax.train.state import TrainState
+
+
+def write_run(base: Path, out: Path, trained: Mapping[str, np.ndarray], lora: LoraConfig) -> Path:
+    """A run directory as training writes it, with these weights in its checkpoint."""
+    config, _ = load_config("vision_stage1")
+    config = dataclasses.replace(config, model=str(base), lora=lora)
+    with open_run(out, config, checkpoint.open_model(base), "float32"):
+        saved = Checkpoints(out, CheckpointConfig(every=1))
+        moments = (optax.ScaleByScheduleState(jax.numpy.int32(4)),)
+        saved.save(4, TrainState(jax.numpy.int32(4), jax.tree.map(jax.numpy.asarray, dict(trained)), moments))
+        saved.finish()
+    return out
+
+
+def learned(config: VideoLlamaConfig, lora: LoraConfig, *parts: str) -> dict[str, np.ndarray]:
+    """Random weights of these parts of a network."""
+    network = checkpoint.abstract_network(config, "float32", lora)
+    shapes = {"/".join(map(str, path)): leaf.shape for path, leaf in flat(network)}
+    rng = np.random.default_rng(1)
+    return {
+        path: 0.1 * rng.standard_normal(shape, np.float32)
+        for path, shape in shapes.items()
+        if path.startswith(parts) or "/lora/" in path
+    }
+
+
+def flat(network) -> list:
+    from flax import nnx
+
+    return nnx.to_flat_state(nnx.state(network))
