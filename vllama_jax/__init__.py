@@ -20,7 +20,7 @@ _HOMES = {
     "MediaError": "vllama_jax.errors",
     "VllamaError": "vllama_jax.errors",
 }
-_MODULES = {"chat", "config", "convert", "generate", "media", "sharding"}
+_MODULES = {"chat", "config", "convert", "generate", "media", "quantize", "sharding"}
 
 __all__ = [*sorted(_HOMES), *sorted(_MODULES)]
 

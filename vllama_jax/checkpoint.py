@@ -16,7 +16,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,8 +91,9 @@ def write_config(directory: Path, config: VideoLlamaConfig, **more: Any) -> None
     write_json(directory / "config.json", fields)
 
 
-def write_manifest(directory: Path, sources: dict[str, Any], leaves: dict[str, dict]) -> None:
-    write_json(directory / "manifest.json", {"format": FORMAT, "sources": sources, "leaves": leaves})
+def write_manifest(directory: Path, sources: dict[str, Any], leaves: dict[str, dict], **more: Any) -> None:
+    """manifest.json; that of quantised weights has `more` to say."""
+    write_json(directory / "manifest.json", {"format": FORMAT, "sources": sources, "leaves": leaves, **more})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +139,11 @@ class ModelDirectory:
     def lora(self) -> LoraConfig:
         """The low-rank updates that a run trained; they are no part of `config`, because `load` merges them."""
         return next((trained.lora for trained in self.trained if trained.lora.rank), NO_LORA)
+
+    @property
+    def quantized(self) -> str | None:
+        """How its large kernels are quantised, as quantize.py does it; None where they are not."""
+        return self.manifest.get("quantized")
 
     @property
     def digest(self) -> str:
@@ -225,10 +231,13 @@ def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:
         raise CheckpointError(f"{path}: not of a model directory (format {made!r}, {FORMAT} is known); convert again")
 
 
-def restore(directory: ModelDirectory, abstract: "nnx.State") -> "nnx.State":
+Restoring = Callable[[ModelDirectory, dict[str, Any]], "dict[str, jax.Array]"]
+
+
+def restore(directory: ModelDirectory, abstract: "nnx.State", weights: Restoring | None = None) -> "nnx.State":
     """The weights of `directory` in the shapes, dtypes and shardings of `abstract`; each host reads its part.
 
-    `abstract` may hold some of the model's weights only.
+    `abstract` may hold some of the model's weights only. weights: reads them by path; `restore_weights` unless given.
 
     Raises CheckpointError when a leaf is missing, has another shape, or cannot be read.
     """
@@ -236,7 +245,7 @@ def restore(directory: ModelDirectory, abstract: "nnx.State") -> "nnx.State":
     from flax import nnx
 
     wanted = {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(abstract)}
-    restored = restore_weights(directory, wanted)
+    restored = (weights or restore_weights)(directory, wanted)
     return jax.tree.unflatten(jax.tree.structure(abstract), [restored[path] for path in wanted])
 
 
@@ -262,7 +271,7 @@ def restore_arrays(path: Path, wanted: dict[str, Any]) -> "dict[str, jax.Array]"
 
     if not wanted:
         return {}
-    tree = nest({path: _placed(leaf) for path, leaf in wanted.items()})
+    tree = nest({path: placed(leaf) for path, leaf in wanted.items()})
     restore_args = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape), tree
     )
@@ -279,7 +288,7 @@ def restore_arrays(path: Path, wanted: dict[str, Any]) -> "dict[str, jax.Array]"
     return {name: _leaf(restored, name) for name in wanted}
 
 
-def _placed(leaf: Any) -> Any:
+def placed(leaf: Any) -> Any:
     """An abstract leaf with a sharding: its own, or the first device's."""
     import jax
 
@@ -290,7 +299,13 @@ def _placed(leaf: Any) -> Any:
 def check_leaves(directory: ModelDirectory, wanted: dict[str, Sequence[int]]) -> None:
     """Raises CheckpointError that lists parts which the directory lacks, or leaves of another shape."""
     shapes = directory.shapes
-    if missing := [path for path in wanted if path not in shapes]:
+    missing = [path for path in wanted if path not in shapes]
+    if any(f"{path.removesuffix('/kernel')}/values" in shapes for path in missing):
+        raise CheckpointError(
+            f"{directory.path}: its weights are {directory.quantized}, good for answers and nothing else; "
+            "take the model that it was made from"
+        )
+    if missing:
         parts = sorted({path.split("/")[0] for path in missing})
         raise CheckpointError(
             f"{directory.path}: the model has no {', '.join(parts)} ({len(missing)} weights); "
@@ -327,6 +342,7 @@ def load(
     dtype: str | None = None,
     mesh: "jax.sharding.Mesh | None" = None,
     base: str | Path | None = None,
+    quantize: str | None = None,
 ) -> Model:
     """Loads a model directory, or what a run trained.
 
@@ -334,23 +350,27 @@ def load(
     mesh: from `sharding.make_mesh`; weights are split over its tensor axis, and a warning is logged for each dimension
     that it does not divide. Without one, all is on the first device.
     base: a run's base model, where that has moved.
+    quantize: "int8" or "int4" for the large kernels of LLaMA and the ViT, layer by layer as they are read; a quantised
+    model directory (quantize.py) needs no telling.
     Raises CheckpointError for what is not a whole model directory, ConfigError for one whose config is not valid.
     """
     from flax import nnx
 
+    from vllama_jax import quantize as quantizing
     from vllama_jax.nn.lora import merge_lora
     from vllama_jax.text.tokenizer import check_vocabulary
 
     directory = without_missing_branch(open_model(path, base))
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
-    graph, abstract = nnx.split(abstract_network(directory.config, dtype, directory.lora))
+    network, weights = quantizing.abstract_network(directory, dtype, quantize)
+    graph, abstract = nnx.split(network)
     if mesh is not None:
         from vllama_jax import sharding
 
         for line in sharding.undivided_axes(abstract, mesh, fsdp=False):
             logger.warning(line)
         abstract = sharding.shard_abstract(abstract, mesh, fsdp=False)
-    network = nnx.merge(graph, restore(directory, abstract))
+    network = nnx.merge(graph, restore(directory, abstract, weights))
     merge_lora(network.llama)
     network.llama.unstack()
     return Model(directory.config, directory.tokenizer, network)

@@ -12,6 +12,7 @@ COMMANDS = {
     "chat": "Talk about a video, a picture or a sound.",
     "convert": "Make a model directory from PyTorch weights.",
     "export": "Write a model or a run as PyTorch weights.",
+    "quantize": "Write a model or a run in 8 or 4 bits.",
     "inspect": "Tell what a model or a run holds.",
     "verify": "Check a model's files, or compare it with PyTorch.",
     "data": "Build, check and describe training data.",

@@ -37,6 +37,7 @@ def chat(
     interpolate_positions: bool = False,
     generation: Annotated[GenerationConfig, tyro.conf.arg(name="")] = GREEDY,
     dtype: Literal["float32", "bfloat16"] | None = None,
+    quantize: Literal["int8", "int4"] | None = None,
     base: Path | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -57,13 +58,14 @@ def chat(
         interpolate_positions: Allow more frames than the model has learned positions for.
         generation: How the answer is chosen.
         dtype: Of weights and computation; float32 on a CPU and bfloat16 elsewhere unless given.
+        quantize: Load the large weights in 8 or 4 bits; a model that `vllama quantize` made needs no telling.
         base: A run's base model, where that has moved.
         json_output: Print one JSON object (report, answer, tokens, timings; turns has every question).
     """
     with Display(quiet=json_output) as display:
         files = [file, *media]
         read = {"num_frames": num_frames, "audio": audio, "require_audio": require_audio}
-        loaded, prepared, timings = _load(display, (model, base), dtype, files, read)
+        loaded, prepared, timings = _load(display, (model, base), {"dtype": dtype, "quantize": quantize}, files, read)
         conversation = Chat(loaded, template, system)
         with _timed(timings, "encode"):
             for path, one in zip(files, prepared, strict=True):
@@ -86,7 +88,11 @@ def chat(
 
 
 def _load(
-    display: Display, named: tuple[Path, Path | None], dtype: str | None, files: list[Path], read: dict[str, Any]
+    display: Display,
+    named: tuple[Path, Path | None],
+    weights: dict[str, str | None],
+    files: list[Path],
+    read: dict[str, Any],
 ) -> tuple[Model, list[Prepared], dict[str, float]]:
     """Loads the model while the files are read."""
     for path in files:
@@ -99,7 +105,7 @@ def _load(
         with _timed(timings, "load"):
             display.step(f"loading {model}")
             keep_compiled_programs()
-            loaded = load(model, dtype=dtype, base=base)
+            loaded = load(model, base=base, **weights)
         with _timed(timings, "read"):
             display.step("reading " + ", ".join(map(str, files)))
             return loaded, [reading.result() for reading in readings], timings

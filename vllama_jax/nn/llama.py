@@ -18,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vllama_jax.config import LlamaConfig, RopeScaling
 from vllama_jax.nn.layers import Remat, attend, axes, constrain, like_weights, named, run_stack, stack
 from vllama_jax.nn.lora import linear
+from vllama_jax.nn.quantized import QuantizedLinear
 from vllama_jax.sharding import AXIS_NAMES
 
 
@@ -199,6 +200,8 @@ class Llama(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Scores over the vocabulary, float32."""
+        if isinstance(self.head, QuantizedLinear):
+            return self.head.product(hidden)
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
