@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from vllama_jax.checkpoint import ModelDirectory, abstract_network
+from vllama_jax import quantize as quantizing
+from vllama_jax.checkpoint import ModelDirectory
 from vllama_jax.errors import CheckpointError, ConfigError
-from vllama_jax.params import read_rows
+from vllama_jax.quantize import scheme_of
+from vllama_jax.rows import row_reader
 
 from . import Plan
 from .sources import Source
@@ -38,6 +40,8 @@ class Bounds:
 
 
 BOUNDS = {"float32": Bounds(1e-4, 1e-6, 0.999), "bfloat16": Bounds(5e-2, 1e-2, 0.9)}
+# What quantised weights cost is told, and whether it is more than this; it is no failure.
+USUAL = {"int8": Bounds(0.1, 1e-2, 0.95), "int4": Bounds(1.0, 0.2, 0.8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,11 +66,12 @@ class LogitsError:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """dtype: in which ours computes. tokens: the prompt's length. seed: of the inputs."""
+    """dtype: in which ours computes. tokens: the prompt's length. seed: of the inputs. quantize: ours, where asked."""
 
     dtype: ComputeDtype = "float32"
     tokens: int = 1024
     seed: int = 0
+    quantize: str | None = None
 
 
 def check_installed() -> None:
@@ -103,7 +108,7 @@ def compare_networks(
         if _source(part, plan)
     ]
     total, errors = sum(len(part.stages) for part in found), []
-    sides = our_side(directory, settings.dtype), _their_side(directory, plan)
+    sides = our_side(directory, settings.dtype, settings.quantize), _their_side(directory, plan)
     with jax.default_matmul_precision("highest"), torch.inference_mode():
         for part in found:
             x = part.draw(np.random.default_rng(settings.seed))
@@ -125,14 +130,16 @@ def _source(part: "Part", plan: Plan) -> Source | None:
 Side = Callable[["Part", "Stage", Any], Any]
 
 
-def our_side(directory: ModelDirectory, dtype: ComputeDtype) -> Side:
+def our_side(directory: ModelDirectory, dtype: ComputeDtype, quantize: str | None = None) -> Side:
     """Runs a stage on a network of one layer, in which only the weights that the stage needs have values."""
     import jax
     from flax import nnx
 
     from .stages import one_layer
 
-    graph, abstract = nnx.split(abstract_network(one_layer(directory.config), dtype))
+    network, layers = quantizing.abstract_layers(one_layer(directory.config), dtype, scheme_of(directory, quantize))
+    read = row_reader(directory) if directory.quantized else quantizing.quantizing_reader(directory, layers)
+    graph, abstract = nnx.split(network)
     shapes = {"/".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(abstract)}
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -145,17 +152,15 @@ def our_side(directory: ModelDirectory, dtype: ComputeDtype) -> Side:
 
     def run(part: "Part", stage: "Stage", carry: Any) -> Any:
         needed = [name for name in shapes if any(fnmatch.fnmatchcase(name, pattern) for pattern in stage.leaves)]
-        weights = {name: jax.numpy.asarray(_rows(directory, name, stage.row).astype(dtype)) for name in needed}
+        weights = {name: _rows(read(name, stage.row), stage.row).astype(shapes[name][1].dtype) for name in needed}
         return jax.block_until_ready(computed(stage.ours, weights, carry))
 
     return run
 
 
-def _rows(directory: ModelDirectory, path: str, row: int | None) -> np.ndarray:
-    """A weight, or of a stacked one a row."""
-    entry = directory.manifest["leaves"][path]
-    rows = range(entry["shape"][0]) if row is None else range(row, row + 1)
-    return read_rows(directory.path / "params", path, entry, rows)
+def _rows(weight: np.ndarray, row: int | None) -> np.ndarray:
+    """A weight, or a layer's as a stack of one."""
+    return weight if row is None else weight[None]
 
 
 def _their_side(directory: ModelDirectory, plan: Plan) -> Side:
@@ -163,8 +168,9 @@ def _their_side(directory: ModelDirectory, plan: Plan) -> Side:
     import torch
 
     rounded: dict[tuple[Source, str], str] = {}
+    held = directory.manifest["leaves"]
     for leaf in plan.leaves:
-        dtype = directory.manifest["leaves"][leaf.rule.target]["dtype"]
+        dtype = held[leaf.rule.target]["dtype"] if leaf.rule.target in held else "float32"  # quantised
         rounded |= {(leaf.source, name): dtype for names in leaf.rule.names() for name in names}
 
     def run(part: "Part", stage: "Stage", carry: Any) -> Any:
@@ -204,13 +210,29 @@ def _divergence(reference: np.ndarray, other: np.ndarray) -> float:
     return float(np.sum(np.exp(log_p) * (log_p - log_q)))
 
 
-def failures(errors: list[LayerError], logits: LogitsError, bounds: Bounds) -> list[str]:
+def judged(
+    errors: list[LayerError], logits: LogitsError, dtype: ComputeDtype, scheme: str | None
+) -> tuple[list[str], list[str]]:
+    """What is wrong, and what of quantised parts is more than they usually cost."""
+    from vllama_jax.nn.quantized import LAYERS
+
+    if scheme is None:
+        return failures(errors, logits, BOUNDS[dtype]), []
+    parts = {path.split("/")[0] for path in LAYERS}
+    plain = [error for error in errors if error.part not in parts]
+    costs = [error for error in errors if error.part in parts]
+    return failures(plain, None, BOUNDS[dtype]), failures(costs, logits, USUAL[scheme])
+
+
+def failures(errors: list[LayerError], logits: LogitsError | None, bounds: Bounds) -> list[str]:
     """What is beyond its bound, the first layer of each part only; a number that is none is beyond any."""
     found: dict[str, str] = {}
     for error in errors:
         if not error.relative <= bounds.relative:
             told = f"{error.part}, {error.layer}: relative error {error.relative:.1e}, above {bounds.relative:.0e}"
             found.setdefault(error.part, told)
+    if logits is None:
+        return list(found.values())
     if not logits.mean_kl <= bounds.mean_kl:
         found["kl"] = f"logits: mean KL {logits.mean_kl:.1e}, above {bounds.mean_kl:.0e}"
     if not logits.top1 >= bounds.top1:

@@ -11,6 +11,7 @@ from vllama_jax.checkpoint import ModelDirectory, check_leaves, restore_arrays
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import check_params, damaged_params, part_of, read_rows
+from vllama_jax.quantize import unquantized_shapes
 
 from . import Leaf, Plan, abstract_shapes
 from .infer import HEADS
@@ -72,7 +73,7 @@ def check_comparable(directory: ModelDirectory, plan: Plan) -> None:
     """Raises CheckpointError unless model and source have the same weights in the same shapes, and whole files."""
     if directory.trained:
         raise ConfigError(f"{directory.trained[-1].path.parents[1]}: a run; what it was made from is {directory.path}")
-    held = {path: tuple(leaf["shape"]) for path, leaf in directory.manifest["leaves"].items()}
+    held = unquantized_shapes(directory)
     made = {leaf.rule.target: leaf.shape for leaf in plan.leaves}
     for what, paths in (
         ("has no {}, which the source makes", made.keys() - held.keys()),
@@ -81,8 +82,9 @@ def check_comparable(directory: ModelDirectory, plan: Plan) -> None:
     ):
         if paths:
             raise CheckpointError(f"{directory.path}: {what.format(shortened(sorted(paths)))}")
-    check_leaves(directory, {path: shape for path, shape in abstract_shapes(directory.config).items() if path in held})
-    check_params(directory.path / "params", directory.manifest["leaves"], made)
+    shapes = abstract_shapes(directory.config)
+    check_leaves(directory, {path: shape for path, shape in shapes.items() if path in directory.shapes})
+    check_params(directory.path / "params", directory.manifest["leaves"], directory.manifest["leaves"])
 
 
 def shortened(told: list[str], separator: str = ", ") -> str:

@@ -57,14 +57,14 @@ class Held:
 
     @property
     def parameters(self) -> int:
-        return math.prod(self.shape)
+        return math.prod(self.shape) * (2 if self.dtype == "uint8" else 1)  # 4 bits each (nn/quantized.py)
 
     @property
     def bytes(self) -> int:
         import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
         import numpy as np
 
-        return self.parameters * np.dtype(self.dtype).itemsize
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def _leaves(directory: ModelDirectory) -> list[Held]:
@@ -80,7 +80,8 @@ def _leaves(directory: ModelDirectory) -> list[Held]:
 
 def _heading(model: Path, directory: ModelDirectory) -> str:
     files = [file["name"] for files in directory.manifest["sources"].values() for file in files]
-    lines = [f"{directory.path}: prompt template {directory.config.template}; made from {', '.join(files)}"]
+    kind = f", weights {directory.quantized}" if directory.quantized else ""
+    lines = [f"{directory.path}: prompt template {directory.config.template}{kind}; made from {', '.join(files)}"]
     for trained in directory.trained:
         lora = f", low-rank updates of rank {trained.lora.rank}" if trained.lora.rank else ""
         lines.append(f"{trained.path.parent}: {len(trained.leaves)} weights trained{lora}")
@@ -139,6 +140,7 @@ def _report(model: Path, directory: ModelDirectory, leaves: list[Held]) -> dict:
         "model": str(model),
         "base": str(directory.path) if directory.trained else None,
         "template": directory.config.template,
+        "quantized": directory.quantized,
         "sources": directory.manifest["sources"],
         "parts": parts,
         "leaves": listed,

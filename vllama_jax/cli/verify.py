@@ -16,6 +16,7 @@ from vllama_jax.checkpoint import ModelDirectory, open_model
 from vllama_jax.cli.bars import bytes_bar, count_bar
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import read_json
+from vllama_jax.quantize import scheme_of
 
 if TYPE_CHECKING:
     from vllama_jax.convert import Plan
@@ -60,6 +61,7 @@ def verify(
     dtype: Literal["float32", "bfloat16"] = "float32",
     tokens: int = 1024,
     seed: int = 0,
+    quantize: Literal["int8", "int4"] | None = None,
     base: Path | None = None,
     json_output: Json = False,
 ) -> None:
@@ -68,7 +70,7 @@ def verify(
     Example: vllama verify MODEL --against DIRECTORY_OF_THE_PYTORCH_FILES
 
     With a source, each part runs here and in torch on the same random input, and each layer's output is compared.
-    Exits with 1 when anything is not as it should be.
+    Exits with 1 when anything is not as it should be. Of quantised weights it tells what they cost.
 
     Args:
         model: The model directory, or a run's.
@@ -79,6 +81,7 @@ def verify(
         dtype: In which the model computes here; torch always computes in float32.
         tokens: The length of the prompt, or the longest that the model reads.
         seed: Of the random inputs.
+        quantize: Tell what 8 or 4 bits would cost; a model that `vllama quantize` made needs no telling.
         base: A run's base model, where that has moved.
         json_output: Print one JSON object.
     """
@@ -87,10 +90,13 @@ def verify(
     directory = open_model(model, base)
     given = {kind: path for kind, path in vars(pieces).items() if path is not None}
     if not against and not given:
-        if weights_only:
-            raise ConfigError("--weights-only compares with the PyTorch files: name them with --against")
+        if weights_only or quantize:
+            option = "--weights-only" if weights_only else "--quantize"
+            raise ConfigError(f"{option} compares with the PyTorch files: name them with --against")
         _verify_files(model, directory, json_output)
         return
+    if weights_only and (scheme := scheme_of(directory, quantize)):
+        raise ConfigError(f"{model}: {scheme} is not what the PyTorch files hold; leave out --weights-only")
     if not weights_only:
         from vllama_jax.convert.parity import check_installed
 
@@ -99,7 +105,7 @@ def verify(
     if weights_only:
         _verify_weights(model, directory, plan, json_output)
     else:
-        _verify_networks(model, directory, plan, (dtype, tokens, seed), json_output)
+        _verify_networks(model, directory, plan, (dtype, tokens, seed, quantize), json_output)
 
 
 def _verify_files(model: Path, directory: ModelDirectory, json_output: bool) -> None:
@@ -172,18 +178,21 @@ def _verify_networks(
     model: Path, directory: ModelDirectory, plan: "Plan", settings: tuple[Any, ...], json_output: bool
 ) -> None:
     from vllama_jax.cli.compilation import keep_compiled_programs
-    from vllama_jax.convert.parity import BOUNDS, Settings, compare_networks, failures
+    from vllama_jax.convert.parity import BOUNDS, USUAL, Settings, compare_networks, judged
     from vllama_jax.convert.verify import config_differences, shortened
 
     keep_compiled_programs()
-    config, bounds = config_differences(directory, plan), BOUNDS[settings[0]]
+    chosen, scheme = Settings(*settings), scheme_of(directory, settings[-1])
+    bounds = USUAL[scheme] if scheme else BOUNDS[chosen.dtype]
     with count_bar() as progress:
-        errors, logits = compare_networks(directory, plan, Settings(*settings), progress)
-    failed = [*config, *failures(errors, logits, bounds)]
+        errors, logits = compare_networks(directory, plan, chosen, progress)
+    failed, dear = judged(errors, logits, chosen.dtype, scheme)
+    failed = [*config_differences(directory, plan), *failed]
     if json_output:
         layers = [{name: _number(value) for name, value in vars(error).items()} for error in errors]
         report = {"layers": layers, "logits": {name: _number(value) for name, value in vars(logits).items()}}
-        print(json.dumps({**report, "bounds": vars(bounds), "failures": failed, "equal": not failed}))
+        report |= {"quantized": scheme, "bounds": vars(bounds), "beyond_bounds": dear}
+        print(json.dumps({**report, "failures": failed, "equal": not failed and scheme is None}))
     else:
         table = _table("part", ("max error", "relative"), "layer")
         shown = None
@@ -199,11 +208,14 @@ def _verify_networks(
         )
     if failed:
         raise CheckpointError(f"{model}: does not compute what its source does: {shortened(failed, '; ')}")
-    if not json_output:
+    if not json_output and dear:
+        print(f"{model}: {scheme} costs more here than is usual: {'; '.join(dear)}")
+    elif not json_output:
+        told = f"costs what {scheme} usually does" if scheme else f"computes what its source does, in {chosen.dtype}"
         largest = max(error.relative for error in errors)
         print(
-            f"{model}: computes what its source does, in {settings[0]}: relative error {largest:.1e} at most "
-            f"(bound {bounds.relative:.0e}), mean KL within {bounds.mean_kl:.0e}, top-1 above {bounds.top1:.1%}"
+            f"{model}: {told}: relative error {largest:.1e} at most (bound {bounds.relative:.0e}), "
+            f"mean KL within {bounds.mean_kl:.0e}, top-1 above {bounds.top1:.1%}"
         )
 
 

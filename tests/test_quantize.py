@@ -1,0 +1,357 @@
+"""Quantised weights: how far off they are, made at loading or stored, on one device and on eight; what is refused."""
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conversions import converted, without
+from jax.sharding import PartitionSpec
+from train_fixtures import Quiet, short_config
+from written_runs import flat, learned, write_run
+
+from vllama_jax import cli, quantize, sharding
+from vllama_jax.checkpoint import load, open_model
+from vllama_jax.config import GenerationConfig, LoraConfig, VideoLlamaConfig, tiny
+from vllama_jax.errors import CheckpointError, ConfigError, VllamaError
+from vllama_jax.generate import Prompt, generate
+from vllama_jax.nn import quantized
+from vllama_jax.nn.video_llama import VideoLlama
+from vllama_jax.train.loop import train
+
+SCHEMES = ("int8", "int4")
+PRODUCTS = {"a CPU's": quantized._product_in_blocks, "others'": quantized._product}
+Stored = dict[str, Path]
+
+
+@pytest.fixture(scope="module")
+def stored(tiny_model, tmp_path_factory) -> Stored:
+    """The tiny model, quantised, by scheme."""
+    out = tmp_path_factory.mktemp("quantized")
+    for scheme in SCHEMES:
+        quantize.quantize(open_model(tiny_model), out / scheme, scheme)
+    return {scheme: out / scheme for scheme in SCHEMES}
+
+
+def weights(network: VideoLlama) -> dict[str, np.ndarray]:
+    return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat(network)}
+
+
+def failure(*arguments: object) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([str(argument) for argument in arguments])
+    return stopped.value.code.removeprefix("vllama: ")
+
+
+# One kernel
+
+
+def kernel_of(shape: tuple[int, ...], inputs: int) -> np.ndarray:
+    """Weights of all sizes, with an output of zeros and one of a single large weight."""
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal(shape, np.float32) * np.exp(rng.standard_normal(shape[inputs:])).astype(np.float32)
+    kernel[..., 0] = 0
+    kernel[(0,) * inputs][..., 1] = 100
+    return kernel
+
+
+KERNELS = [((256, 96), 1), ((384, 3, 2, 16), 1), ((4, 64, 32), 2), ((279, 33), 1)]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("shape", "inputs"), KERNELS)
+def test_no_weight_is_off_by_more_than_half_a_step(shape, inputs, bits):
+    kernel = kernel_of(shape, inputs)
+    values, scale = quantized.quantized(kernel, inputs, bits)
+    rows = int(np.prod(shape[:inputs]))
+    groups = {8: 1, 4: rows // quantized.largest_divisor(rows, 128)}[bits]
+    assert scale.shape == (groups, *shape[inputs:])
+    steps = np.repeat(scale, rows // groups, axis=0).reshape(shape)
+    error = np.abs(quantized.dequantized(values, scale, inputs) - kernel)
+    assert np.all(error <= steps * 0.5001)
+    assert np.all(error[..., 0] == 0)
+    assert np.allclose(scale, np.abs(kernel).reshape(groups, -1, *shape[inputs:]).max(axis=1) / (2 ** (bits - 1) - 0.5))
+
+
+@pytest.mark.parametrize("width", [6, 7, 1])
+def test_two_weights_in_a_byte(width):
+    values = np.random.default_rng(0).integers(-7, 8, (5, 3, width)).astype(np.int8)
+    packed = quantized.pack(values)
+    assert packed.dtype == jnp.uint8
+    assert packed.shape == (5, 3, -(-width // 2))
+    np.testing.assert_array_equal(quantized.unpack(packed, width, jnp.float32), values)
+    assert quantized.pack(np.array([-7, 1], np.int8)).tolist() == [1 | 9 << 4]
+
+
+@pytest.mark.parametrize("product", PRODUCTS)
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(("shape", "inputs"), KERNELS)
+@pytest.mark.parametrize("positions", [1, 40])
+def test_products_are_those_of_the_dequantised_kernel(shape, inputs, bits, product, positions):
+    values, scale = quantized.quantized(kernel_of(shape, inputs), inputs, bits)
+    x = np.random.default_rng(1).standard_normal((2, positions, *shape[:inputs]), np.float32)
+    expected = np.tensordot(x, quantized.dequantized(values, scale, inputs), inputs)
+    run = jax.jit(partial(PRODUCTS[product], inputs))
+    assert np.abs(run(x, values, scale) - expected).max() < 2e-6 * np.abs(expected).max()
+    rounded = run(x.astype(jnp.bfloat16), values, scale)
+    assert rounded.dtype == jnp.float32
+    assert np.abs(rounded - expected).max() < 2e-2 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_accelerators_multiply_the_whole_kernel_at_once(platform):
+    """What the compiler is given there: one product whose input is converted, no loop and no interleaved copies."""
+    layer = quantize.abstract_layers(tiny(), "bfloat16", "int4")[1]["llama/head"]
+    x = jax.ShapeDtypeStruct((1, 64), jnp.bfloat16)
+    traced = jax.jit(lambda layer, x: layer.product(x)).trace(layer, x)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert "stablehlo.while" not in text
+    assert text.count("stablehlo.dot_general") == 1
+
+
+# A model
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_loaded_quantised_equals_stored_quantised(tiny_model, stored, scheme, dtype):
+    at_load = weights(load(tiny_model, dtype, quantize=scheme).network)
+    from_disk = weights(load(stored[scheme], dtype).network)
+    assert at_load.keys() == from_disk.keys()
+    for path, value in at_load.items():
+        assert value.dtype == from_disk[path].dtype, path
+        np.testing.assert_array_equal(value, from_disk[path], path)
+    assert at_load["llama/blocks/0/mlp/up/scale"].dtype == np.float32
+    assert at_load["llama/blocks/0/mlp/up/values"].dtype == {"int8": np.int8, "int4": np.uint8}[scheme]
+    assert at_load["llama/head/values"].dtype == np.int8
+    assert at_load["llama/embedding"].dtype.name == at_load["vit/blocks/mlp/up/bias"].dtype.name == dtype
+
+
+def test_what_is_quantised(tiny_model, stored):
+    """The table's kernels and nothing else; of them the bytes that 8 and 4 bits take."""
+    before = open_model(tiny_model).manifest["leaves"]
+    kernels = {f"{parent}/{name}" for parent, names in quantized.LAYERS.items() for name in names}
+    for scheme, model in stored.items():
+        directory = open_model(model)
+        after = directory.manifest["leaves"]
+        made = {f"{path}/{name}" for path in kernels for name in ("values", "scale")}
+        assert after.keys() == (before.keys() - {f"{path}/kernel" for path in kernels}) | made
+        assert {path: after[path] for path in after.keys() - made} == {
+            path: before[path] for path in after.keys() - made
+        }
+        assert (directory.quantized, directory.config) == (scheme, open_model(tiny_model).config)
+    shapes = open_model(stored["int4"]).shapes
+    assert shapes["llama/blocks/mlp/up/values"] == (3, 64, 56)
+    assert shapes["llama/blocks/mlp/up/scale"] == (3, 1, 112)
+    assert shapes["vit/blocks/mlp/up/values"] == (3, 64, 140)  # of 279
+
+
+@jax.jit
+def logits(network, ids):
+    return network(network.embed(ids), jnp.ones(ids.shape, bool))
+
+
+def test_a_long_prompt(tiny_model, stored):
+    ids = np.random.default_rng(0).integers(512, size=(1, 256))
+    whole = np.asarray(logits(load(tiny_model).network, ids))
+    agreement = {"int8": 0.93, "int4": 0.4}  # random weights have close logits
+    for scheme, model in stored.items():
+        found = np.asarray(logits(load(model).network, ids))
+        assert found.dtype == np.float32
+        assert np.abs(found - whole).max() < {"int8": 0.05, "int4": 0.7}[scheme] * np.abs(whole).max()
+        assert np.mean(found.argmax(-1) == whole.argmax(-1)) > agreement[scheme]
+
+
+def answer(network: VideoLlama) -> list[int]:
+    prompt = Prompt(np.arange(3, 40, dtype=np.int32), np.zeros(37, bool), jnp.zeros((0, 64)))
+    config = GenerationConfig(max_new_tokens=12)
+    return [token for rows in generate(network.llama, [prompt], config, bos=1, eos=600) for token in rows[0]]
+
+
+def test_answers_and_pictures(tiny_model, stored):
+    whole, eight = load(tiny_model).network, load(stored["int8"]).network
+    assert answer(eight)[:3] == answer(whole)[:3]
+    frames = np.random.default_rng(0).standard_normal((1, 2, 224, 224, 3), np.float32)
+    encode = jax.jit(lambda network, frames: network.encode_video(frames))
+    expected = np.asarray(encode(whole, frames))
+    assert 0 < np.abs(encode(eight, frames) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("scheme", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+def test_eight_devices(tiny_model, stored, scheme):
+    """Made while loading and stored, split over a tensor axis that divides some dimensions and others not."""
+    mesh = sharding.make_mesh(data=4, tensor=2)
+    alone = load(stored[scheme]).network
+    for path, asked in ((tiny_model, scheme), (stored[scheme], None)):
+        split = load(path, mesh=mesh, quantize=asked).network
+        gate = split.llama.blocks[0].mlp.gate
+        assert gate.values[...].sharding.spec == PartitionSpec(None, ("tensor",))
+        assert gate.scale[...].sharding.spec == PartitionSpec(None, ("tensor",))
+        assert split.llama.head.values[...].sharding.spec == PartitionSpec(None, ("tensor",))
+        for name, value in weights(alone).items():
+            np.testing.assert_array_equal(value, weights(split)[name], name)
+        ids = np.random.default_rng(0).integers(512, size=(1, 100))
+        with sharding.under(mesh):
+            found = np.asarray(logits(split, ids))
+        expected = np.asarray(logits(alone, ids))
+        assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+        assert answer(split) == answer(alone)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_a_run_with_low_rank_updates(tiny_model, tmp_path, scheme):
+    """Updates are part of the kernels before those are quantised, at loading as in a directory."""
+    lora = LoraConfig(rank=3, alpha=6.0, targets=("query", "out", "down"))
+    run = write_run(tiny_model, tmp_path / "run", learned(tiny(vocab_size=512), lora, "frame_positions"), lora)
+    merged = load(run).network.llama.blocks[1].attention.query.kernel[...]
+    quantize.quantize(open_model(run), tmp_path / scheme, scheme)
+    at_load, from_disk = load(run, quantize=scheme).network, load(tmp_path / scheme).network
+    for path, value in weights(at_load).items():
+        np.testing.assert_array_equal(value, weights(from_disk)[path], path)
+    layer = at_load.llama.blocks[1].attention.query
+    kernel = quantized.dequantized(layer.values[...], layer.scale[...], 1)
+    step = float(layer.scale[...].max())
+    np.testing.assert_allclose(kernel, merged, atol=0.51 * step)
+
+
+def test_a_tied_head_stays(tiny_model):
+    cfg = open_model(tiny_model).config
+    tied = dataclasses.replace(cfg, llama=dataclasses.replace(cfg.llama, tie_embeddings=True))
+    _, layers = quantize.abstract_layers(tied, "float32", "int8")
+    assert "llama/head" not in layers
+    assert "llama/blocks/mlp/up" in layers
+
+
+def test_published_widths_have_groups_of_128():
+    from vllama_jax.config import video_llama_7b, video_llama_13b
+
+    for config in (video_llama_7b(), video_llama_13b()):
+        assert {group(layer) for layer in abstract(config).values() if layer.bits == 4} == {128}
+
+
+def abstract(config: VideoLlamaConfig) -> quantize.Layers:
+    return quantize.abstract_layers(config, "bfloat16", "int4")[1]
+
+
+def group(layer: quantized.QuantizedLinear) -> int:
+    stacked = layer.kernel_shape[0]
+    rows = int(np.prod(layer.kernel_shape)) // int(np.prod(layer.scale.shape[2:])) // stacked
+    return rows // layer.scale.shape[1]
+
+
+# What it costs
+
+
+def cost(capsys, *arguments: object) -> dict:
+    cli.main(["verify", *map(str, arguments), "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_verify_tells_what_it_costs(tiny_model, tiny_files, stored, capsys, scheme):
+    against = ("--against", tiny_files["config"].parent, "--tokens", 256)
+    at_load = cost(capsys, tiny_model, *against, "--quantize", scheme)
+    report = cost(capsys, stored[scheme], *against)
+    assert report == at_load
+    assert (report["quantized"], report["equal"], report["failures"]) == (scheme, False, [])
+    errors = {name: max(layer["relative"] for layer in report["layers"] if layer["part"] == name) for name in PARTS}
+    assert all(error < 5e-6 for name, error in errors.items() if name not in ("vit", "llama"))
+    assert all(errors[name] > 5e-3 for name in ("vit", "llama"))
+    assert 1e-6 < report["logits"]["mean_kl"] < {"int8": 1e-3, "int4": 0.1}[scheme]
+    assert bool(report["beyond_bounds"]) == (scheme == "int4")  # random weights are hard to round
+
+
+PARTS = ("vit", "image_qformer", "video_qformer", "imagebind/audio", "imagebind/vision", "audio_qformer", "llama")
+
+
+def test_verify_hashes_quantised_weights(stored, tmp_path, capsys):
+    cli.main(["verify", str(stored["int4"])])
+    assert "all as they were written" in capsys.readouterr().out
+    model = Path(shutil.copytree(stored["int4"], tmp_path / "model"))
+    file = next((model / "params" / "llama.blocks.mlp.up.values").glob("0*"))
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    assert "not as it was written: llama/blocks/mlp/up/values" in failure("verify", model)
+
+
+def test_inspect(tiny_model, stored, capsys):
+    cli.main(["inspect", str(stored["int4"])])
+    assert "weights int4" in capsys.readouterr().out
+    found = {}
+    for model in (tiny_model, stored["int8"]):
+        cli.main(["inspect", str(model), "--json"])
+        found[model] = json.loads(capsys.readouterr().out)
+    assert (found[tiny_model]["quantized"], found[stored["int8"]]["quantized"]) == (None, "int8")
+    assert found[stored["int8"]]["parts"]["llama"]["bytes"] < 0.5 * found[tiny_model]["parts"]["llama"]["bytes"]
+
+
+# What is refused
+
+
+def test_what_means_nothing(tiny_model, stored, tmp_path):
+    taken = "take the model that it was made from"
+    with pytest.raises(ConfigError, match="quantised to int8 or int4, not 'int3'"):
+        load(tiny_model, quantize="int3")
+    with pytest.raises(ConfigError, match=f"its weights are int8 already; {taken}"):
+        load(stored["int8"], quantize="int4")
+    assert load(stored["int8"], quantize="int8").network.llama.head.bits == 8
+    assert failure("quantize", stored["int8"], "--to", tmp_path / "out").endswith("its weights are int8 already")
+    assert failure("quantize", tiny_model, "--to", stored["int4"]).endswith(
+        "int4: exists already; remove it or choose another place"
+    )
+    needs = "--quantize compares with the PyTorch files: name them with --against"
+    assert failure("verify", tiny_model, "--quantize", "int8") == needs
+    message = failure("verify", stored["int8"], "--against", tmp_path, "--weights-only")
+    assert message.endswith("int8 is not what the PyTorch files hold; leave out --weights-only")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_quantised_weights_only_answer(stored, records, tmp_path):
+    out, refusal = tmp_path / "out", "its weights are int8, good for answers and nothing else; take the model that it"
+    assert refusal in failure("export", stored["int8"], "--to", out, "--format", "safetensors")
+    with pytest.raises(CheckpointError, match=refusal):
+        train(short_config(stored["int8"], records), out, Quiet())
+    assert not out.exists()
+
+
+def test_a_quantised_base_without_branches(tiny_files, tmp_path):
+    """What is missing is named as of any model."""
+    converted(without(tiny_files, "vl", "al", "minigpt4"), tmp_path / "base")
+    quantize.quantize(open_model(tmp_path / "base"), tmp_path / "m8", "int8")
+    with pytest.raises(CheckpointError, match="the model has no frame_positions, llama_proj, video_qformer"):
+        load(tmp_path / "m8")
+
+
+def test_a_kernel_that_is_not_whole(tiny_model, tmp_path):
+    model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    next((model / "params" / "llama.head.kernel").glob("0*")).unlink()
+    with pytest.raises(CheckpointError, match=r"llama\.head\.kernel.*it is missing"):
+        load(model, quantize="int8")
+    with pytest.raises(VllamaError, match=r"llama\.head\.kernel.*it is missing"):
+        quantize.quantize(open_model(model), tmp_path / "out", "int8")
+    assert not (tmp_path / "out").exists()
+
+
+# Commands
+
+
+def test_in_processes_of_their_own(tiny_model, clip, tmp_path):
+    vllama = Path(sys.executable).with_name("vllama")
+    done = subprocess.run(
+        [vllama, "quantize", tiny_model, "--to", tmp_path / "m4", "--bits", "4"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{tmp_path / 'm4'}: ")
+    asked = ["What?", "--max-new-tokens", "3", "--json"]
+    answers = [
+        subprocess.run([vllama, "chat", clip, *asked, "--model", *model], capture_output=True, text=True, check=True)
+        for model in ([tmp_path / "m4"], [tiny_model, "--quantize", "int4"])
+    ]
+    stored, at_load = (json.loads(done.stdout)["tokens"] for done in answers)
+    assert stored == at_load
