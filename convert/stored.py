@@ -11,6 +11,7 @@ from vllama_jax.checkpoint import ModelDirectory, Trained, open_model, restore_a
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import check_params, part_of, row_blocks
+from vllama_jax.rows import with_update
 
 from .matching import WEIGHT_DTYPES, abstract_shapes, cast
 from .pieces import PIECES
@@ -72,12 +73,6 @@ class Merged:
         for rows in self._kernel.blocks(self.dtype):
             merged = [with_update(row, *next(layers), self._scale) for row in rows]
             yield cast(np.stack(merged), dtype, self.target)
-
-
-def with_update(kernel: np.ndarray, down: np.ndarray, up: np.ndarray, scale: float) -> np.ndarray:
-    """A layer's kernel and its low-rank update in one, as `vllama_jax.load` makes them (nn/lora.py)."""
-    update = np.tensordot(down, up, 1) * np.float32(scale)
-    return (kernel.astype(np.float32) + update).astype(kernel.dtype)
 
 
 class StoredModel:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from conftest import GOLDEN_HEADS
 from conversions import bits, hashes, leaves_of, plan, torch_tensors, without
-from imagebind_reference import ImageBindReference
 from safetensors.torch import load_file
+from torch_weights import ImageBindReference, imagebind_state
 from transformers import LlamaForCausalLM
 from written_runs import flat, learned, write_run
 

@@ -62,9 +62,12 @@ def row_reader(model: ModelDirectory) -> Reader:
         if f"{update}/down" not in model.shapes:
             return kernel
         lora = _holder(model, f"{update}/down").lora
-        product = np.tensordot(read(f"{update}/down", row), read(f"{update}/up", row), 1) * np.float32(
-            lora.alpha / lora.rank
-        )
-        return (kernel.astype(np.float32) + product).astype(kernel.dtype)
+        return with_update(kernel, read(f"{update}/down", row), read(f"{update}/up", row), lora.alpha / lora.rank)
 
     return merged
+
+
+def with_update(kernel: np.ndarray, down: np.ndarray, up: np.ndarray, scale: float) -> np.ndarray:
+    """A layer's kernel and its low-rank update in one."""
+    update = np.tensordot(down, up, 1) * np.float32(scale)
+    return (kernel.astype(np.float32) + update).astype(kernel.dtype)
