@@ -13,7 +13,7 @@ import torch
 from conftest import GOLDEN_HEADS
 from conversions import bits, hashes, leaves_of, plan, torch_tensors, without
 from safetensors.torch import load_file
-from torch_weights import ImageBindReference, imagebind_state
+from torch_weights import ImageBindReference
 from transformers import LlamaForCausalLM
 from written_runs import flat, learned, write_run
 
