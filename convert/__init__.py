@@ -10,7 +10,7 @@ import numpy as np
 
 from vllama_jax import checkpoint
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.errors import ConfigError
+from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import ParamsWriter, part_of, write_file
 
 from . import stored
@@ -103,6 +103,8 @@ def _found(directory: Path | None, given: Mapping[str, Path], llama_directory: P
     """What a directory adds to the files that are given."""
     if unknown := given.keys() - PIECES.keys() | given.keys() & {"llama"}:
         raise ConfigError(f"no such kind of file: {', '.join(sorted(unknown))}; known are {', '.join(PIECES)}")
+    if directory and directory.is_file():
+        raise CheckpointError(f"{directory}: not a directory; give the one that holds the weights")
     named = [*given, *(["llama"] if llama_directory else [])]
     return search([directory] if directory else [], named)
 

@@ -1,8 +1,7 @@
 """A directory of weight files as people release and download it → which file is which piece, by what it holds."""
 
 import dataclasses
-import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vllama_jax.errors import CheckpointError, ConfigError
@@ -35,8 +34,10 @@ def search(places: Sequence[Path], given: Collection[str]) -> Found:
     ConfigError where two files are the same piece.
     """
     candidates: dict[str, list[tuple[Path, Source | None]]] = {}
-    report, others = [], []
-    for path in itertools.chain.from_iterable(map(_entries, places)):
+    report: list[str] = []
+    others: dict[Path, list[str]] = {place: [] for place in places}
+    entries = [(place, path) for place in places for path in _entries(place)]
+    for place, path in entries:
         source = None if path.is_dir() else _opened(path)
         kinds = (["llama"] if is_language_model(path) else []) if source is None else recognise(source)
         if source and "llama" in kinds:
@@ -44,7 +45,7 @@ def search(places: Sequence[Path], given: Collection[str]) -> Found:
         elif source and not kinds:
             report.append(f"{path}: ignored, weights of no part of this model")
         elif not kinds:
-            others.append(path.name)
+            others[place].append(str(path.relative_to(place)))
         else:
             for kind in kinds:
                 candidates.setdefault(kind, []).append((path, source))
@@ -112,7 +113,8 @@ def _only(kind: str, found: Sequence[tuple[Path, Source | None]]) -> tuple[Path,
     return found[0]
 
 
-def _ignored(others: Sequence[str]) -> list[str]:
-    more = f" and {len(others) - NAMED_OTHERS} more" if len(others) > NAMED_OTHERS else ""
-    named = ", ".join(sorted(others)[:NAMED_OTHERS])
-    return [f"ignored, no weights: {named}{more}"] if others else []
+def _ignored(others: Mapping[Path, Sequence[str]]) -> Iterator[str]:
+    for place, names in others.items():
+        more = f" and {len(names) - NAMED_OTHERS} more" if len(names) > NAMED_OTHERS else ""
+        if names:
+            yield f"{place}: ignored, no weights: {', '.join(sorted(names)[:NAMED_OTHERS])}{more}"

@@ -237,7 +237,8 @@ def test_a_branch_brings_all_of_its_weights_and_what_was_trained_beside_it(tiny_
     for path, leaf in leaves.items():
         home = seen if path in seen else other if path.split("/")[0] in VL else base
         np.testing.assert_array_equal(leaf, home[path])
-    said = f"{tmp_path}/run: was trained beside another image_qformer, imagebind, llama, vit than {tiny_model} has"
+    parts = "image_qformer, imagebind/audio, imagebind/vision, llama, vit"
+    said = f"{tmp_path}/run: was trained beside another {parts} than {tiny_model} has"
     assert said in capsys.readouterr().out
 
 

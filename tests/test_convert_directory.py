@@ -175,10 +175,15 @@ def test_nothing_named_at_all(tiny_files, tmp_path):
     assert one_line(without(tiny_files, "blip2"), tmp_path) == "vllama: every model needs --blip2"
 
 
-@pytest.mark.parametrize(("name", "what"), [("absent", "no such directory"), ("README.md", "not a directory")])
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("absent", "no such file or directory; give what holds the weights"),
+        ("README.md", "not a directory; give the one that holds the weights"),
+    ],
+)
 def test_directory_that_is_none(release, tmp_path, name, what):
-    said = one_line({}, tmp_path, str(release / name))
-    assert said == f"vllama: {release}/{name}: {what}; give the directory that holds the weight files"
+    assert one_line({}, tmp_path, str(release / name)) == f"vllama: {release}/{name}: {what}"
 
 
 def test_folder_that_may_not_be_read(release, tmp_path, monkeypatch):
