@@ -107,13 +107,20 @@ def test_found_in_a_directory_with_the_tokenizer_beside_it(tiny_files, metas, ex
     assert f"{directory}: LLaMA weights, as --llama" in capsys.readouterr().out
 
 
-def test_a_delta_on_metas_shards(tiny_files, metas, expected, tmp_path):
+def test_a_delta_on_metas_shards_is_converted_and_verified(tiny_files, metas, expected, tmp_path, capsys):
     directory = write_meta(tmp_path / "7B", tiny_files["llama"], metas, 2)
     delta = shutil.copytree(tiny_files["llama"], tmp_path / "delta")
     held = load_file(delta / "model.safetensors")
     save_file({name: np.zeros_like(tensor, np.float16) for name, tensor in held.items()}, delta / "model.safetensors")
-    main(command(tiny_files | {"llama": directory, "delta": delta}, tmp_path / "model"))
+    paths = tiny_files | {"llama": directory, "delta": delta}
+    main(command(paths, tmp_path / "model"))
     assert hashes(tmp_path / "model") == hashes(expected)
+    capsys.readouterr()
+    *sources, _, _ = command(paths, tmp_path)[1:]
+    main(["verify", str(tmp_path / "model"), *sources, "--weights-only"])
+    assert "every bit equal to its source" in capsys.readouterr().out
+    main(["verify", str(tmp_path / "model"), *sources, "--tokens", "64"])
+    assert "computes what its source does" in capsys.readouterr().out
 
 
 def params(**fields):

@@ -254,7 +254,7 @@ def test_what_a_run_trained_comes_back_and_the_rest_is_its_bases(tiny_files, tmp
     assert bits(queries[0].numpy()) == bits(trained["video_qformer/queries"])
 
 
-@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("half", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_low_rank_updates_are_merged_as_loading_merges_them(tmp_path, half):
     convert.convert(plan(write_tiny(tmp_path / "files", half=half)), tmp_path / "base")
     trained = learned(tiny(vocab_size=512), ALL, "frame_positions")

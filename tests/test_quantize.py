@@ -26,6 +26,7 @@ from vllama_jax.nn import quantized
 from vllama_jax.nn.video_llama import VideoLlama
 from vllama_jax.train.loop import train
 
+SLOW = pytest.mark.slow
 SCHEMES = ("int8", "int4")
 PRODUCTS = {"a CPU's": quantized._product_in_blocks, "others'": quantized._product}
 Stored = dict[str, Path]
@@ -158,6 +159,7 @@ def logits(network, ids):
     return network(network.embed(ids), jnp.ones(ids.shape, bool))
 
 
+@SLOW
 def test_a_long_prompt(tiny_model, stored):
     ids = np.random.default_rng(0).integers(512, size=(1, 256))
     whole = np.asarray(logits(load(tiny_model).network, ids))
@@ -184,7 +186,7 @@ def test_answers_and_pictures(tiny_model, stored):
     assert 0 < np.abs(encode(eight, frames) - expected).max() < 0.05 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("scheme", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.parametrize("scheme", [pytest.param("int8", marks=SLOW), "int4"])
 def test_eight_devices(tiny_model, stored, scheme):
     """Made while loading and stored, split over a tensor axis that divides some dimensions and others not."""
     mesh = sharding.make_mesh(data=4, tensor=2)
@@ -205,7 +207,7 @@ def test_eight_devices(tiny_model, stored, scheme):
         assert answer(split) == answer(alone)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [pytest.param("int8", marks=SLOW), "int4"])
 def test_a_run_with_low_rank_updates(tiny_model, tmp_path, scheme):
     """Updates are part of the kernels before those are quantised, at loading as in a directory."""
     lora = LoraConfig(rank=3, alpha=6.0, targets=("query", "out", "down"))
@@ -254,7 +256,7 @@ def cost(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["int8", pytest.param("int4", marks=SLOW)])
 def test_verify_tells_what_it_costs(tiny_model, tiny_files, stored, capsys, scheme):
     against = ("--against", tiny_files["config"].parent, "--tokens", 256)
     at_load = cost(capsys, tiny_model, *against, "--quantize", scheme)
@@ -341,6 +343,7 @@ def test_a_kernel_that_is_not_whole(tiny_model, tmp_path):
 # Commands
 
 
+@SLOW
 def test_in_processes_of_their_own(tiny_model, clip, tmp_path):
     vllama = Path(sys.executable).with_name("vllama")
     done = subprocess.run(

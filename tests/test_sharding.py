@@ -52,7 +52,7 @@ def divisible() -> VideoLlamaConfig:
     )
 
 
-@pytest.fixture(scope="module", params=["divides", "does not divide"])
+@pytest.fixture(scope="module", params=["divides", pytest.param("does not divide", marks=SLOW)])
 def network(request) -> VideoLlama:
     """ "does not divide": 4 heads, 2 key heads, an MLP of 279 and 509 rows over 2 or 8 devices."""
     cfg = divisible() if request.param == "divides" else small(vocab_size=509)

@@ -221,7 +221,7 @@ def test_what_decays(settings, cases, branch):
     assert len(decayed) + len(kept) == cases[f"s1_{branch}_noprompt"]["trainable"]
 
 
-@pytest.mark.parametrize("branch", ["vision", "audio"])
+@pytest.mark.parametrize("branch", ["vision", pytest.param("audio", marks=pytest.mark.slow)])
 def test_dropout_moves_the_loss_as_the_originals_does(golden, golden_model, cases, branch):
     """Its mean and standard deviation over 100 seeds are stored; masks cannot be equal."""
     statistics = json.loads((golden / "extra/extra.json").read_text())["train_mode_loss"][branch]

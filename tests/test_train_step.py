@@ -106,6 +106,7 @@ def test_eight_devices_give_the_losses_of_one_and_compile_once(branch):
     assert moments.mu[queries].sharding.spec == PartitionSpec(None, ("fsdp",))
 
 
+@SLOW
 def test_parts_of_a_batch_add_up():
     whole, parts = Trainer(config_of()), Trainer(config_of(accumulation=4))
     for seed in range(3):
@@ -114,7 +115,8 @@ def test_parts_of_a_batch_add_up():
             assert other[name] == pytest.approx(one[name], rel=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["dots", pytest.param("none", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("remat", ["dots", "none"])
 def test_what_is_computed_again_does_not_change_the_numbers(remat):
     again, stored = Trainer(config_of()), Trainer(config_of(remat=remat))
     one, other = again(batch_of("vision")), stored(batch_of("vision"))

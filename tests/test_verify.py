@@ -194,6 +194,7 @@ def test_a_good_model(tiny_model, tiny_files, capsys):
     assert 0 <= logits["mean_kl"] <= logits["max_kl"] < 1e-10
 
 
+@pytest.mark.slow
 def test_a_good_model_in_bfloat16(tiny_files, tmp_path, capsys):
     """Weights rounded by --dtype are rounded in torch too; ours computes in float32, then in bfloat16."""
     converted(tiny_files, tmp_path / "model", dtype="bfloat16")

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Literal
 
 from rich import filesize
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn, TransferSpeedColumn
 
 from vllama_jax import quantize as quantizing
 from vllama_jax.checkpoint import open_model
+from vllama_jax.cli.bars import bytes_bar
 
 
 def quantize(
@@ -30,11 +29,8 @@ def quantize(
         base: A run's base model, where that has moved.
     """
     directory = open_model(model, base)
-    console = Console(stderr=True)
-    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
     before = quantizing.bytes_to_read(directory)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=before)
-        quantizing.quantize(directory, to, f"int{bits}", lambda done: bar.advance(task, done))
+    with bytes_bar(before) as progress:
+        quantizing.quantize(directory, to, f"int{bits}", progress)
     after = quantizing.bytes_to_read(open_model(to))
     print(f"{to}: {filesize.decimal(after)} in int{bits} in place of {filesize.decimal(before)}")

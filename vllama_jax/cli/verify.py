@@ -29,7 +29,8 @@ class Pieces:
     """The files that the model was made from, as `vllama convert` takes them.
 
     Attributes:
-        llama: The Hugging Face LLaMA directory.
+        llama: The LLaMA directory.
+        delta: A language model released as a difference to it.
         eva_vit: EVA-CLIP ViT-g.
         blip2: BLIP-2's Q-Former.
         imagebind: ImageBind.
@@ -39,6 +40,7 @@ class Pieces:
     """
 
     llama: Path | None = None
+    delta: Path | None = None
     eva_vit: Path | None = None
     blip2: Path | None = None
     imagebind: Path | None = None
@@ -147,8 +149,9 @@ def _plan(
     files = {kind: path for kind, path in paths.items() if kind in made_of} | dict(given)
     if "llama" not in files:
         raise ConfigError("no LLaMA directory among the PyTorch files; name it with --llama")
-    llama = files.pop("llama")
-    return plan(llama_directory=llama, files=files, config=untold(directory.config) if config is None else config)
+    llama, delta = files.pop("llama"), files.pop("delta", None)
+    told = untold(directory.config) if config is None else config
+    return plan(llama_directory=llama, delta=delta, files=files, config=told)
 
 
 def _verify_weights(model: Path, directory: ModelDirectory, plan: "Plan", json_output: bool) -> None:
