@@ -35,7 +35,7 @@ def write_model(folder: Path) -> Path:
     cfg = dataclasses.replace(tiny(), llama=LLAMA, vit=dataclasses.replace(EVA_G, depth=4))
     files = write_tiny(folder / "files", config=cfg)
     pieces = {kind: path for kind, path in files.items() if kind not in ("llama", "config")}
-    config = json.loads(files["config"].read_text()) | {"vit": {"num_heads": cfg.vit.num_heads, "depth": cfg.vit.depth}}
+    config = json.loads(files["config"].read_text())
     vl.convert.convert(vl.convert.plan(llama_directory=files["llama"], files=pieces, config=config), folder / "model")
     return folder / "model"
 

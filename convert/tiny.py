@@ -47,7 +47,7 @@ def write_tiny(
     with new_directory(out) as directory:
         (directory / "llama").mkdir()
         paths = {}
-        for kind, shapes in _shapes(config).items():
+        for kind, shapes in file_shapes(config).items():
             tensors = {name: random_tensor(f"{kind}/{name}", shape, seed) for name, shape in shapes.items()}
             if half and kind in ("eva_vit", "llama"):
                 dtype = np.float16 if kind == "eva_vit" else ml_dtypes.bfloat16
@@ -55,13 +55,13 @@ def write_tiny(
             path = directory / names.get(kind, kind)
             paths[kind] = write_tensors(path, tensors, "safetensors" if kind == "llama" else format)
         paths["llama"] = directory / "llama"
-        paths["config"] = _write_config(directory / "config.json", config)
-        _write_llama_config(directory / "llama" / "config.json", config)
+        paths["config"] = write_config(directory / "config.json", config)
+        write_llama_config(directory / "llama" / "config.json", config)
         train_tokenizer(directory / "llama", min(config.llama.vocab_size, VOCAB_SIZE))
     return {kind: out / path.relative_to(directory) for kind, path in paths.items()}
 
 
-def _shapes(config: VideoLlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
+def file_shapes(config: VideoLlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     """Names and shapes of the tensors in each kind of file: those that the rules ask for, and some beside."""
     kinds = ["eva_vit", "blip2", "vl", "llama", *(["imagebind", "al"] if config.has_audio else [])]
     shapes = abstract_shapes(config)
@@ -118,10 +118,11 @@ def _beside(kind: str, config: VideoLlamaConfig) -> dict[str, tuple[int, ...]]:
     return {}
 
 
-def _write_config(path: Path, config: VideoLlamaConfig) -> Path:
-    """What shapes cannot tell: head counts."""
+def write_config(path: Path, config: VideoLlamaConfig) -> Path:
+    """What shapes cannot tell: head counts, and at the published width how many of EVA's blocks are used."""
     qformers = ["image_qformer", "video_qformer", *(["audio_qformer"] if config.has_audio else [])]
     fields = {name: {"num_heads": getattr(config, name).num_heads} for name in ("vit", *qformers)}
+    fields["vit"]["depth"] = config.vit.depth
     if config.has_audio:
         senses = {"audio": config.imagebind.audio, "vision": config.imagebind.vision}
         fields["imagebind"] = {sense: {"num_heads": tower.num_heads} for sense, tower in senses.items()}
@@ -129,7 +130,7 @@ def _write_config(path: Path, config: VideoLlamaConfig) -> Path:
     return path
 
 
-def _write_llama_config(path: Path, config: VideoLlamaConfig) -> None:
+def write_llama_config(path: Path, config: VideoLlamaConfig) -> None:
     fields = {**llama.config_fields(config.llama), "bos_token_id": 1, "eos_token_id": 2}
     path.write_text(json.dumps(fields, indent=1))
 
