@@ -55,6 +55,7 @@ def turned(matrix: np.ndarray) -> np.ndarray:
     A block is copied into rows a cache line further apart than their bytes; with distances of powers of two, as widths
     make them, a column's numbers would displace each other in the cache.
     """
+    dtype, matrix = matrix.dtype, matrix.view(f"u{matrix.itemsize}")  # numpy copies bfloat16 number by number
     out = np.empty(matrix.shape[::-1], matrix.dtype)
     width = BLOCK_BYTES // matrix.itemsize
     block = np.empty((BLOCK_ROWS, width + LINE_BYTES // matrix.itemsize), matrix.dtype)
@@ -64,7 +65,7 @@ def turned(matrix: np.ndarray) -> np.ndarray:
             held = block[: part.shape[0], : part.shape[1]]
             held[...] = part
             out[column : column + width, row : row + BLOCK_ROWS] = held.T
-    return out
+    return out.view(dtype)
 
 
 SAME = Transform(lambda x: x, lambda x: (x,))

@@ -6,6 +6,7 @@ because every page of a memory map that was touched counts as memory until it is
 
 import json
 import math
+import os
 import pickle
 import re
 import textwrap
@@ -166,7 +167,10 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         shape, dtype = self.tensors[name]
         try:
-            values = np.fromfile(self._path, np.dtype(dtype), math.prod(shape), offset=self._starts[name])
+            with self._path.open("rb") as file:
+                values = np.fromfile(file, np.dtype(dtype), math.prod(shape), offset=self._starts[name])
+                # read once; these pages of the system's cache serve the next tensor, new ones may be dear (docs/decisions.md)
+                os.posix_fadvise(file.fileno(), self._starts[name], values.nbytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise CheckpointError(f"{self._path}: cannot be read any more ({error.strerror or error})") from error
         if len(values) < math.prod(shape):
