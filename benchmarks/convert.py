@@ -1,9 +1,9 @@
-"""Published sizes converted: seconds, peak memory, and the speed beside a bare tensorstore write and cp in turn with it.
+"""Published sizes converted: seconds, peak memory, and speed beside a bare tensorstore write and cp in turn with it.
 
     python benchmarks/convert.py [--parts llama eva_vit blip2 imagebind] [--layers 4] [--rounds 3] [--also verify load]
 
-Each part is converted by `vllama convert` from random weights of its published size, dtype and format, with tiny ones of
-the others. The converter waits until each file is on the disk; so does tensorstore, and cp is followed by `sync` of its
+Each part is converted by `vllama convert` from random weights of its published size, dtype and format, with tiny ones
+of the others. The converter waits until each file is on the disk; so does tensorstore, and cp is followed by `sync` of its
 files. What is read is dropped from the page cache first. Seconds are of whole processes, but those of tensorstore of
 the writing alone. Takes three times a part's size on the disk, in a folder that goes at the end.
 """
@@ -53,7 +53,10 @@ WRAPPED = ("blip2", "vl", "al")  # {"model": tensors}
 SHARD_BYTES = 5e9
 NOISE = 2**25  # random numbers, of which tensors are cut
 ROWS_AHEAD = 4  # handed to tensorstore and not yet on the disk
-LOAD = "import sys, jax, vllama_jax as vl; model = vl.load(sys.argv[1], sys.argv[2]); jax.block_until_ready(jax.tree.leaves(model.network))"
+LOAD = """
+import sys, jax, vllama_jax as vl
+jax.block_until_ready(jax.tree.leaves(vl.load(sys.argv[1], sys.argv[2]).network))
+"""
 
 
 # What is converted.

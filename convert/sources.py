@@ -169,8 +169,9 @@ class SafetensorsFile:
         try:
             with self._path.open("rb") as file:
                 values = np.fromfile(file, np.dtype(dtype), math.prod(shape), offset=self._starts[name])
-                # read once; these pages of the system's cache serve the next tensor, new ones may be dear (docs/decisions.md)
-                os.posix_fadvise(file.fileno(), self._starts[name], values.nbytes, os.POSIX_FADV_DONTNEED)
+                if hasattr(os, "posix_fadvise"):  # not on macOS
+                    # Read once: the next tensor takes the same pages of the system's cache (docs/decisions.md).
+                    os.posix_fadvise(file.fileno(), self._starts[name], values.nbytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise CheckpointError(f"{self._path}: cannot be read any more ({error.strerror or error})") from error
         if len(values) < math.prod(shape):
