@@ -129,13 +129,18 @@ def check_file(path: Path) -> bytes:
 
 def looks_like_weights(head: bytes) -> bool:
     """Whether a file's first bytes are those of a file of torch's or safetensors; other files may have them too."""
-    return head.startswith((ZIP, PICKLE)) or head[8:9] == b"{"
+    return head.startswith((ZIP, PICKLE)) or _looks_like_safetensors(head)
+
+
+def _looks_like_safetensors(head: bytes) -> bool:
+    """A length in eight bytes, then JSON. The length may begin with PICKLE: a header in 32 does."""
+    return head[8:9] == b"{"
 
 
 def open_weights(path: Path) -> WeightFile:
     """Tells the format by content, not by name."""
     head = check_file(path)
-    if head.startswith((ZIP, PICKLE)):
+    if head.startswith((ZIP, PICKLE)) and not _looks_like_safetensors(head):
         return TorchFile(path, mappable=head.startswith(ZIP))
     if looks_like_weights(head) or path.suffix == ".safetensors":
         return SafetensorsFile(path)

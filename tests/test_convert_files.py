@@ -82,6 +82,17 @@ def test_torch_files_are_mapped_anew_and_give_the_same(tiny_files, tiny_model, t
     assert len(loads) > 20
 
 
+def test_safetensors_whose_header_begins_as_a_pickle_does(tmp_path):
+    path, tensors = tmp_path / "model.safetensors", {"weight": np.arange(6, dtype=np.float32).reshape(2, 3)}
+    for padding in range(0, 256, 8):
+        save_file(tensors, path, metadata={"note": "x" * padding})
+        if path.read_bytes()[:1] == b"\x80":
+            break
+    opened = sources.open_weights(path)
+    assert isinstance(opened, sources.SafetensorsFile)
+    np.testing.assert_array_equal(opened.read("weight"), tensors["weight"])
+
+
 def test_parameters_that_learn_and_views_are_read_as_their_values(tmp_path):
     held = {"learns": torch.nn.Parameter(torch.ones(3)), "turned": torch.arange(6.0).reshape(2, 3).T}
     torch.save(held | {"half": torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16).T}, tmp_path / "file.pth")
