@@ -1,7 +1,5 @@
 """Whether files make a model: every weight found once and fitting, and nothing left over but what is known."""
 
-import collections
-import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -11,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.data.ahead import in_order
 from vllama_jax.errors import CheckpointError
 
 from . import imagebind, llama
@@ -48,14 +47,7 @@ class Leaf:
 
         Raises CheckpointError when a value is beyond what `dtype` can hold.
         """
-        pending: collections.deque[concurrent.futures.Future] = collections.deque()
-        with concurrent.futures.ThreadPoolExecutor(READERS) as readers:
-            for names in self.rule.names():
-                pending.append(readers.submit(self._block, names, dtype))
-                if len(pending) == READERS:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
+        return in_order(lambda names: self._block(names, dtype), self.rule.names(), READERS)
 
     def _block(self, names: tuple[str, ...], dtype: np.dtype) -> np.ndarray:
         block = self.rule.transform.to_jax(*(self.source.read(name) for name in names))
