@@ -3,9 +3,9 @@
     python benchmarks/convert.py [--parts llama eva_vit blip2 imagebind] [--layers 4] [--rounds 3] [--also verify load]
 
 Each part is converted by `vllama convert` from random weights of its published size, dtype and format, with tiny ones
-of the others. The converter waits until each file is on the disk; so does tensorstore, and cp is followed by `sync` of its
-files. What is read is dropped from the page cache first. Seconds are of whole processes, but those of tensorstore of
-the writing alone. Takes three times a part's size on the disk, in a folder that goes at the end.
+of the others. The converter waits until each file is on the disk; so does tensorstore, and cp is followed by `sync` of
+its files. What is read is dropped from the page cache first. Seconds are of whole processes, but those of tensorstore
+of the writing alone. Takes three times a part's size on the disk, in a folder that goes at the end.
 """
 
 import collections
