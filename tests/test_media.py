@@ -372,14 +372,8 @@ def test_a_wav_with_values_that_are_no_numbers(folder):
 
 
 def test_importing_media_is_cheap():
-    code = (
-        "import time; start = time.perf_counter(); import sys, vllama_jax.media; took = time.perf_counter() - start;"
-        "print(took, {'jax', 'librosa', 'av', 'PIL', 'torch'} & set(sys.modules))"
-    )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
-    took, loaded = zip(*(run.stdout.split(maxsplit=1) for run in runs), strict=True)
-    assert {names.strip() for names in loaded} == {"set()"}
-    assert min(map(float, took)) < 0.4
+    code = "import sys, vllama_jax.media; print({'jax', 'librosa', 'av', 'PIL', 'torch'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
 # ------------------------------------------------------------------------------------------------ pictures
