@@ -4,8 +4,8 @@
 
 Each part is converted by `vllama convert` from random weights of its published size, dtype and format, with tiny ones
 of the others. The converter waits until each file is on the disk; so does tensorstore, and cp is followed by `sync` of
-its files. What is read is dropped from the page cache first. Seconds are of whole processes, but those of tensorstore
-of the writing alone. Takes three times a part's size on the disk, in a folder that goes at the end.
+its files. What is read is dropped from the page cache first, unless --warm. Seconds are of whole processes, but those
+of tensorstore of the writing alone. Takes three times a part's size on the disk, in a folder that goes at the end.
 """
 
 import collections
@@ -156,15 +156,17 @@ def vllama(*arguments: str | Path) -> Process:
     return run(Path(sys.executable).with_name("vllama"), *arguments)
 
 
-def convert(sources: Path, out: Path) -> Process:
+def convert(sources: Path, out: Path, warm: bool) -> Process:
     options = {f"--{kind.replace('_', '-')}": sources / name for kind, name in FILES.items()}
     options |= {"--llama": sources / "llama", "--config": sources / "config.json", "--out": out}
-    forget(sources)
+    if not warm:
+        forget(sources)
     return vllama("convert", *(word for option in options.items() for word in option))
 
 
-def copy(sources: Path, out: Path) -> float:
-    forget(sources)
+def copy(sources: Path, out: Path, warm: bool) -> float:
+    if not warm:
+        forget(sources)
     begun = time.perf_counter()
     subprocess.run(["cp", "-r", sources, out], check=True)
     subprocess.run(["sync", *files_in(out)], check=True)
@@ -204,14 +206,14 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def measure(part: Part, layers: int | None, rounds: int, also: Sequence[Also], folder: Path) -> None:
+def measure(part: Part, layers: int | None, rounds: int, warm: bool, also: Sequence[Also], folder: Path) -> None:
     sources, model, other = folder / "sources", folder / "model", folder / "other"
     write_sources(sources, part, layers)
     found: dict[str, list[float]] = collections.defaultdict(list)
 
     def converting() -> None:
         shutil.rmtree(model, ignore_errors=True)
-        process = convert(sources, model)
+        process = convert(sources, model, warm)
         found["seconds"].append(process.seconds)
         found["peak MB"].append(process.peak_mb)
         found["MB/s"].append(size_mb(model) / process.seconds)
@@ -222,7 +224,7 @@ def measure(part: Part, layers: int | None, rounds: int, also: Sequence[Also], f
         shutil.rmtree(other)
 
     def copying() -> None:
-        found["cp's MB/s"].append(size_mb(sources) / copy(sources, other))
+        found["cp's MB/s"].append(size_mb(sources) / copy(sources, other, warm))
         shutil.rmtree(other)
 
     steps = collections.deque([converting, writing, copying])
@@ -262,6 +264,7 @@ def main(
     parts: tuple[Part, ...] = ("llama", "eva_vit", "blip2", "imagebind"),
     layers: int | None = None,
     rounds: int = 3,
+    warm: bool = False,
     also: tuple[Also, ...] = (),
     scratch: Path = Path(),
 ) -> None:
@@ -269,12 +272,13 @@ def main(
     parts: One after another. llama_bin is llama as torch's files.
     layers: Of the part at most.
     rounds: The median counts.
+    warm: Leave in the page cache what is read, as after a download.
     also: What to do with the model then, once.
     scratch: Where the folder for all files is made.
     """
     for part in parts:
         with tempfile.TemporaryDirectory(dir=scratch, prefix="convert-") as folder:
-            measure(part, layers, rounds, also, Path(folder))
+            measure(part, layers, rounds, warm, also, Path(folder))
 
 
 if __name__ == "__main__":
