@@ -14,6 +14,7 @@ import functools
 import importlib.metadata
 import json
 import logging
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vllama_jax.text.tokenizer import Tokenizer
 
 FORMAT = 1
+IN_FLIGHT_GB = 4  # of weights that are read at once, at least one whole weight in float32
 logger = logging.getLogger(__name__)
 
 
@@ -279,7 +281,10 @@ def restore_arrays(path: Path, wanted: dict[str, Any]) -> "dict[str, jax.Array]"
     here = all(leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(tree))
     alone = {jax.process_index()} if here and jax.process_count() > 1 else None  # no other process is waited for
     options = ocp.options.MultiprocessingOptions(active_processes=alone)
-    handler = ocp.PyTreeCheckpointHandler(multiprocessing_options=options)
+    largest = max(math.prod(leaf.shape) * 4 for leaf in wanted.values())
+    handler = ocp.PyTreeCheckpointHandler(
+        multiprocessing_options=options, restore_concurrent_gb=max(IN_FLIGHT_GB, largest // 10**9 + 1)
+    )
     checkpointer = ocp.Checkpointer(handler, multiprocessing_options=options)
     try:
         restored = checkpointer.restore(path.absolute(), args=arguments)
