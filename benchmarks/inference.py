@@ -13,6 +13,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -139,14 +140,19 @@ def token_seconds(llama: Llama) -> float:
     return (time.perf_counter() - start) / count
 
 
-def main() -> None:
-    figures = {**encoders(), **torch_encoders(), **decoding()}
-    figures = {"device": jax.devices()[0].device_kind, "dtype": DTYPE, **figures}
+def show(figures: dict[str, Any]) -> None:
+    """A line each, or with --json one object."""
     if "--json" in sys.argv:
         print(json.dumps(figures))
         return
     for name, value in figures.items():
         print(f"{name:40}{value if isinstance(value, str) else f'{value:.4g}'}")
+
+
+def main() -> None:
+    figures = {**encoders(), **torch_encoders(), **decoding()}
+    figures = {"device": jax.devices()[0].device_kind, "dtype": DTYPE, **figures}
+    show(figures)
 
 
 if __name__ == "__main__":

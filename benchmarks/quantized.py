@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import jax
-from inference import LLAMA, token_seconds
+from inference import LLAMA, show, token_seconds
 
 import vllama_jax as vl
 from vllama_jax.config import EVA_G, tiny
@@ -70,11 +70,7 @@ def main() -> None:
             found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
             figures |= {f"{way}_{name}": value for name, value in found.items()}
             figures[f"{way}_token_over_float32"] = figures[f"{way}_token_ms"] / figures["float32_token_ms"]
-    if "--json" in sys.argv:
-        print(json.dumps(figures))
-        return
-    for name, value in figures.items():
-        print(f"{name:40}{value if isinstance(value, str) else f'{value:.4g}'}")
+    show(figures)
 
 
 if __name__ == "__main__":
