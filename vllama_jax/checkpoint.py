@@ -17,7 +17,7 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -281,9 +281,8 @@ def restore_arrays(path: Path, wanted: dict[str, Any]) -> "dict[str, jax.Array]"
     here = all(leaf.sharding.is_fully_addressable for leaf in jax.tree.leaves(tree))
     alone = {jax.process_index()} if here and jax.process_count() > 1 else None  # no other process is waited for
     options = ocp.options.MultiprocessingOptions(active_processes=alone)
-    largest = max(math.prod(leaf.shape) * 4 for leaf in wanted.values())
     handler = ocp.PyTreeCheckpointHandler(
-        multiprocessing_options=options, restore_concurrent_gb=max(IN_FLIGHT_GB, largest // 10**9 + 1)
+        multiprocessing_options=options, restore_concurrent_gb=gb_in_flight(leaf.shape for leaf in wanted.values())
     )
     checkpointer = ocp.Checkpointer(handler, multiprocessing_options=options)
     try:
@@ -291,6 +290,11 @@ def restore_arrays(path: Path, wanted: dict[str, Any]) -> "dict[str, jax.Array]"
     except (ValueError, OSError, KeyError) as error:
         raise CheckpointError(f"{path}: its weights cannot be read ({str(error).splitlines()[0]})") from error
     return {name: _leaf(restored, name) for name in wanted}
+
+
+def gb_in_flight(shapes: Iterable[Sequence[int]]) -> int:
+    """GB (10⁹ bytes) of weights of these shapes that a host reads at once at most."""
+    return max(IN_FLIGHT_GB, max(math.prod(shape) for shape in shapes) * 4 // 10**9 + 1)
 
 
 def placed(leaf: Any) -> Any:

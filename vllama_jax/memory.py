@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from vllama_jax import temporaries
+from vllama_jax.checkpoint import gb_in_flight
 from vllama_jax.config import NO_LORA, GenerationConfig, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.params import part_of
@@ -29,7 +30,6 @@ GIGA = 10**9
 GREEDY = GenerationConfig()
 MARGIN = 0.1  # of what a device has for us: left free, as what is computed by hand is not exact
 GPU_SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise
-ORBAX_BYTES = 96 * GIGA  # read by Orbax at a time, at most, on each host
 PROGRAM_BYTES = 2 * GIGA  # of Python with its libraries, and of compiling: 1.2 GB in a tiny run, 1.8 for 13B on TPUs
 DECODER_BYTES = 64 * 10**6  # allowed for a thread that decodes: twenty frames of 1080p as a codec keeps them
 MOST_FSDP = 64  # that advice looks at
@@ -345,7 +345,7 @@ def _loading(weights: "Mapping[str, ShapeDtypeStruct]", device: Device) -> int:
     if device.is_host:
         return max(map(_bytes, weights.values()))
     parts = (min(_bytes(leaf) * device.per_host, leaf.size * leaf.dtype.itemsize) for leaf in weights.values())
-    return min(sum(parts), ORBAX_BYTES)
+    return min(sum(parts), gb_in_flight(leaf.shape for leaf in weights.values()) * 10**9)
 
 
 def _abstract_mesh(mesh: MeshConfig) -> "AbstractMesh":
