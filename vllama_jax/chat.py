@@ -4,7 +4,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,11 +13,15 @@ import numpy as np
 from vllama_jax import media as media_files
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import MediaError
-from vllama_jax.media import MediaReport
+from vllama_jax.media import Audio, Image, MediaReport, Video
 from vllama_jax.text import prompts
 
 if TYPE_CHECKING:
+    import jax
+
+    from vllama_jax import generate
     from vllama_jax.checkpoint import Model
+    from vllama_jax.nn.video_llama import VideoLlama
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,13 @@ def prepare(
     Raises MediaError for a file that cannot be used, and, with `require_audio`, for one whose sound is not used.
     """
     found = media_files.read_media(path, num_frames or config.num_frames, config.vit.image_size, audio)
+    return fit_to_model(found, config, require_audio=require_audio)
+
+
+def fit_to_model(found: Video | Image | Audio, config: VideoLlamaConfig, *, require_audio: bool = False) -> Prepared:
+    """What was read from a file, as the network takes it. Raises MediaError as `prepare` does."""
     report, waveform, mel = found.report, getattr(found, "waveform", None), None
+    path = report.path
     if waveform is not None and not config.has_audio:
         report = dataclasses.replace(report, audio="unsupported")
     elif waveform is not None:
@@ -71,6 +81,40 @@ def prepare(
         raise MediaError(f"{path}: its sound is required and was not used: {report}")
     frames = None if report.kind == "audio" else media_files.normalize(found.frames)
     return Prepared(report, frames, mel, tuple(getattr(found, "seconds", ())))
+
+
+def encode_media(
+    network: "VideoLlama", prepared: Prepared, *, interpolate_positions: bool = False
+) -> "list[jax.Array]":
+    """Tokens [n, width] for each place that a file has in a prompt, in order: of its sound, then of its frames."""
+    encode = functools.partial(_encode, network, interpolate=interpolate_positions)
+    given = {"audio": prepared.mel, "video": prepared.frames}
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:  # the two branches compile side by side
+        return list(pool.map(lambda sense: encode(sense, given[sense]), [s for s in given if given[s] is not None]))
+
+
+def encode_prompt(
+    model: "Model",
+    asked: prompts.Conversation,
+    media: "Sequence[jax.Array]",
+    max_new_tokens: int,
+    begun: str = "",
+) -> "generate.Prompt":
+    """A conversation's prompt as `generate` takes it. `media`: what `encode_media` gave for its files, in order.
+
+    begun: how the answer begins; it goes on from there. Raises ConfigError when prompt and answer do not fit the
+    model's context.
+    """
+    import jax.numpy as jnp
+
+    from vllama_jax import generate
+
+    cfg = model.network.llama.cfg
+    text = (*prompts.build_prompt(asked), asked.template.answer_gap + begun if begun else "")
+    encoded = prompts.encode_prompt(model.tokenizer, text, [len(tokens) for tokens in media])
+    generate.check_length(len(encoded.ids), max_new_tokens, cfg)
+    shown = jnp.concatenate(media) if media else jnp.zeros((0, cfg.width))
+    return generate.Prompt(encoded.ids, encoded.is_media, shown)
 
 
 class Chat:
@@ -110,11 +154,7 @@ class Chat:
 
     def show(self, prepared: Prepared, *, interpolate_positions: bool = False) -> MediaReport:
         """Shows the model a file that was read before."""
-        encode = functools.partial(_encode, self.model.network, interpolate=interpolate_positions)
-        given = {"audio": prepared.mel, "video": prepared.frames}
-        with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:  # the two branches compile side by side
-            tokens = pool.map(lambda sense: encode(sense, given[sense]), [s for s in given if given[s] is not None])
-            self._tokens += list(tokens)
+        self._tokens += encode_media(self.model.network, prepared, interpolate_positions=interpolate_positions)
         self._conversation = self._conversation.add(prepared.prompt_media)
         return prepared.report
 
@@ -124,19 +164,14 @@ class Chat:
         options: the fields of config.GenerationConfig. An answer that is not read to its end is forgotten.
         Raises ConfigError for options that mean nothing, and when the conversation does not fit the model's context.
         """
-        import jax.numpy as jnp
-
         from vllama_jax import generate
 
-        llama, tokenizer = self.model.network.llama, self.model.tokenizer
+        tokenizer = self.model.tokenizer
         config = GenerationConfig(**options)
         asked = self._conversation.ask(question)
-        encoded = prompts.encode(asked, tokenizer, [len(tokens) for tokens in self._tokens])
-        generate.check_length(len(encoded.ids), config.max_new_tokens, llama.cfg)
-        shown = jnp.concatenate(self._tokens) if self._tokens else jnp.zeros((0, llama.cfg.width))
         batches = generate.generate(
-            llama,
-            [generate.Prompt(encoded.ids, encoded.is_media, shown)],
+            self.model.network.llama,
+            [encode_prompt(self.model, asked, self._tokens, config.max_new_tokens)],
             config,
             bos=tokenizer.bos_id,
             eos=tokenizer.eos_id,

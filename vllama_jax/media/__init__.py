@@ -9,6 +9,7 @@ from vllama_jax.media.audio import Audio, audio_from, clip_starts, mel_clips, re
 from vllama_jax.media.files import as_file, check_file, is_still_picture, open_container, sound_stream, video_stream
 from vllama_jax.media.image import Image, normalize, picture_report, read_image
 from vllama_jax.media.report import MediaReport
+from vllama_jax.media.segment import read_frames, read_segment
 from vllama_jax.media.video import Video, frame_indices, read_video, video_from
 from vllama_jax.media.write import write_video
 
@@ -24,8 +25,10 @@ __all__ = [
     "mel_clips",
     "normalize",
     "read_audio",
+    "read_frames",
     "read_image",
     "read_media",
+    "read_segment",
     "read_video",
     "write_video",
 ]

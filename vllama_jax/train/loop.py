@@ -16,11 +16,12 @@ import jax
 
 from vllama_jax.data.pipeline import HostBatch, batches
 from vllama_jax.errors import CheckpointError, VllamaError
+from vllama_jax.journal import Journal
 from vllama_jax.sharding import under
 from vllama_jax.train import session
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.estimate import peak_flops, step_flops
-from vllama_jax.train.runs import Board, Checkpoints, Journal, open_run
+from vllama_jax.train.runs import Board, Checkpoints, open_run
 from vllama_jax.train.session import Plan
 from vllama_jax.train.state import TrainState, Weights
 from vllama_jax.train.step import jit_step, make_step

@@ -7,11 +7,8 @@ samples.jsonl     answers about fixed clips                    tensorboard/   th
 
 import contextlib
 import dataclasses
-import errno
-import io
 import json
 import logging
-import os
 import re
 import shutil
 import sys
@@ -25,6 +22,7 @@ import orbax.checkpoint as ocp
 
 from vllama_jax.checkpoint import ModelDirectory, locked, nest, restore_arrays, run_steps, write_config
 from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.journal import WholeFile
 from vllama_jax.params import read_json
 from vllama_jax.train.config import CheckpointConfig, TrainConfig
 from vllama_jax.train.state import TrainState
@@ -212,47 +210,6 @@ def hush_failed_saves() -> None:
     sys.unraisablehook = lambda told: None if str(told.exc_value) == "Event loop is closed" else tell(told)
 
 
-class _WholeFile(io.FileIO):
-    """Takes all of what is written, or nothing: a full disk leaves no half of a line."""
-
-    def write(self, data: bytes) -> int:
-        written = super().write(data)
-        if written < len(data):
-            self.truncate(self.tell() - written)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return written
-
-
-class Journal:
-    """A file of one JSON object a line, written by this process alone and whole line by whole line."""
-
-    def __init__(self, path: Path):
-        self._path = path
-
-    def add(self, fields: Mapping[str, Any]) -> None:
-        """Raises OSError when the line cannot be written."""
-        with _WholeFile(self._path, "a") as file:
-            file.write((json.dumps(fields) + "\n").encode())
-
-    def cut(self, last_step: int) -> list[dict[str, Any]]:
-        """Keeps the lines of steps up to `last_step`, and returns them: what came after was lost, and is done again."""
-        if not self._path.exists():
-            return []
-        kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= last_step]
-        partial = self._path.with_name(f".{self._path.name}.partial")
-        partial.write_text("".join(f"{line}\n" for line in kept))
-        os.replace(partial, self._path)
-        return [json.loads(line) for line in kept]
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; infinity for one that a killed process did not finish."""
-    try:
-        return json.loads(line)["step"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return float("inf")
-
-
 class Board:
     """Numbers by step in TensorBoard's format; none are written where it is not installed."""
 
@@ -266,7 +223,7 @@ class Board:
             return
         folder.mkdir(exist_ok=True)
         self._event = event_pb2.Event
-        self._writer = RecordWriter(_WholeFile(folder / f"events.out.tfevents.{time.time_ns()}", "a"))
+        self._writer = RecordWriter(WholeFile(folder / f"events.out.tfevents.{time.time_ns()}", "a"))
         self._write(file_version="brain.Event:2")
         self._write(step=first, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 

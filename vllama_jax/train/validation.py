@@ -9,7 +9,7 @@ import jax
 from vllama_jax.chat import Chat, Prepared, prepare
 from vllama_jax.checkpoint import Model
 from vllama_jax.data.order import Rows
-from vllama_jax.train.runs import Journal
+from vllama_jax.journal import Journal
 from vllama_jax.train.session import Plan, place
 from vllama_jax.train.state import Weights
 from vllama_jax.train.step import make_evaluation

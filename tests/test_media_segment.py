@@ -1,0 +1,39 @@
+"""Parts of videos, and videos that are folders of pictures."""
+
+import media_fixtures
+import numpy as np
+import pytest
+from PIL import Image
+
+import vllama_jax as vl
+from vllama_jax.media import read_frames, read_segment
+
+
+def test_a_segment_is_read_as_a_file_of_its_own(tmp_path):
+    path = media_fixtures.write_video(tmp_path / "a.mp4", num_frames=100, sound=media_fixtures.tone(4, 16000))
+    part = read_segment(path, 1.0, 3.0, num_frames=5)
+    assert media_fixtures.numbers_of(part.frames) == [25, 35, 45, 55, 65]
+    np.testing.assert_allclose(part.seconds, [0.0, 0.4, 0.8, 1.2, 1.6])
+    assert (part.duration, part.report.seconds, part.report.audio) == (2.0, 2.0, "used")
+    assert part.waveform.shape[1] == 2 * part.sample_rate
+
+
+def test_a_segment_ends_with_its_video(tmp_path):
+    path = media_fixtures.write_video(tmp_path / "a.mp4", num_frames=50)
+    assert media_fixtures.numbers_of(read_segment(path, 1.6, 9.0, num_frames=2).frames) == [40, 45]
+    assert media_fixtures.numbers_of(read_segment(path, 7.0, 9.0, num_frames=2).frames) == [49]
+    with pytest.raises(vl.MediaError, match=r"no segment from 3.0 to 1.0 s; check the annotation's times"):
+        read_segment(path, 3.0, 1.0)
+
+
+def test_a_folder_of_frames(tmp_path):
+    for number in range(12):
+        Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(tmp_path / f"{number:05}.png")
+    whole = read_frames(tmp_path, rate=3, num_frames=4, size=16)
+    assert (whole.frames.shape, whole.duration, whole.report.audio) == ((4, 16, 16, 3), 4.0, "absent")
+    part = read_frames(tmp_path, rate=3, num_frames=3, size=16, start=1.0, end=2.0)
+    assert part.frames[:, 0, 0, 0].tolist() == [60, 80, 100]
+    np.testing.assert_allclose(part.seconds, [0, 1 / 3, 2 / 3])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(vl.MediaError, match="no pictures in the folder"):
+        read_frames(tmp_path / "empty", rate=3)

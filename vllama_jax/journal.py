@@ -1,0 +1,70 @@
+"""Files of one JSON object a line, that are whole whenever the process that writes them is killed."""
+
+import errno
+import io
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+class WholeFile(io.FileIO):
+    """Takes all of what is written, or nothing: a full disk leaves no half of a line."""
+
+    def write(self, data: bytes) -> int:
+        written = super().write(data)
+        if written < len(data):
+            self.truncate(self.tell() - written)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return written
+
+
+class Journal:
+    """A file of one JSON object a line, written by this process alone and whole line by whole line."""
+
+    def __init__(self, path: Path):
+        self._path = path
+
+    def add(self, *lines: Mapping[str, Any]) -> None:
+        """Writes objects, all at once. Raises OSError when they cannot be written."""
+        with WholeFile(self._path, "a") as file:
+            file.write("".join(json.dumps(fields) + "\n" for fields in lines).encode())
+
+    def cut(self, last_step: int) -> list[dict[str, Any]]:
+        """Keeps the lines of steps up to `last_step`, and returns them: what came after was lost, and is done again."""
+        return self._keep(lambda fields: fields["step"] <= last_step)
+
+    def read(self) -> list[dict[str, Any]]:
+        """All objects; a line that a killed process did not finish is cut off, so that more can be added."""
+        return self._keep(lambda fields: True)
+
+    def _keep(self, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        text = self._path.read_bytes().decode(errors="replace")
+        kept = []
+        for line in text.splitlines(keepends=True):
+            fields = _object(line)
+            try:
+                if fields is not None and wanted(fields):
+                    kept.append((line, fields))
+            except (KeyError, TypeError):
+                continue
+        whole = "".join(line for line, _ in kept)
+        if whole != text:
+            partial = self._path.with_name(f".{self._path.name}.partial")
+            partial.write_text(whole)
+            os.replace(partial, self._path)
+        return [fields for _, fields in kept]
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    """The object in a line; None for one that is not whole."""
+    if not line.endswith("\n"):
+        return None
+    try:
+        fields = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return fields if isinstance(fields, dict) else None
