@@ -12,6 +12,7 @@ import pytest
 from vllama_jax import cli
 
 CHAT = ["--max-new-tokens", "8"]
+HELP = [["--help"], *([command, "--help"] for command in ("chat", "convert", "export", "memory", "eval"))]
 
 
 def run(*arguments: object, cache: Path, stdin: str = "") -> subprocess.CompletedProcess:
@@ -83,11 +84,7 @@ def test_flags_reach_the_model(tiny_model, clip, cache):
     assert len(json.loads(beams.stdout)["tokens"]) == 8
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["chat", "--help"], ["convert", "--help"], ["export", "--help"], ["memory", "--help"]],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("arguments", HELP, ids=" ".join)
 def test_help_is_quick_and_has_an_example(arguments, cache):
     """Imports are what makes it slow: within a second of a bare interpreter, with room for a busy machine."""
     start = time.perf_counter()
@@ -97,11 +94,7 @@ def test_help_is_quick_and_has_an_example(arguments, cache):
     assert "Example: vllama " in done.stdout
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["--help"], ["chat", "--help"], ["convert", "--help"], ["export", "--help"], ["memory", "--help"]],
-    ids=" ".join,
-)
+@pytest.mark.parametrize("arguments", HELP, ids=" ".join)
 def test_help_imports_nothing_heavy(arguments):
     code = "import sys; from vllama_jax import cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
     code += "print(sorted({'jax', 'flax', 'torch', 'librosa', 'orbax', 'transformers', 'av'} & set(sys.modules)))"

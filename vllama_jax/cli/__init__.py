@@ -19,6 +19,7 @@ COMMANDS = {
     "features": "Write what the frozen encoders see, to train from.",
     "train": "Train a branch: stage 1, stage 2, or your own.",
     "memory": "Tell what a chat or a run will need, before anything is loaded.",
+    "eval": "Answer and score a benchmark.",
     "plot": "Draw a run's loss and learning rate.",
 }
 

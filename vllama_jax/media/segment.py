@@ -43,7 +43,8 @@ def read_segment(
     inside = _inside(total, rate, start, end)
     waveform, duration = whole.waveform, len(inside) / rate
     if waveform is not None:
-        waveform = waveform[:, round(start * whole.sample_rate) : round(end * whole.sample_rate)]
+        stop = None if math.isinf(end) else round(end * whole.sample_rate)
+        waveform = waveform[:, round(start * whole.sample_rate) : stop]
     return dataclasses.replace(
         whole,
         seconds=whole.seconds - inside.start / rate,

@@ -1,0 +1,147 @@
+"""vllama eval."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from vllama_jax.cli.display import Display
+from vllama_jax.errors import ConfigError
+from vllama_jax.evaluate.benchmarks import BENCHMARKS, BenchmarkName
+
+LISTED = 5  # videos that could not be read
+
+
+def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
+    """The command for the benchmark that the first argument names, and its arguments."""
+    return benchmark, arguments
+
+
+def benchmark(
+    name: tyro.conf.Positional[BenchmarkName],
+    /,
+    *,
+    annotations: Path,
+    videos: Path,
+    model: Path,
+    out: Path,
+    limit: int | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int | None = None,
+    frames: int | None = None,
+    audio: bool = True,
+    template: Literal["vicuna", "llama_2", "plain"] | None = None,
+    dtype: Literal["float32", "bfloat16"] | None = None,
+    quantize: Literal["int8", "int4"] | None = None,
+    base: Path | None = None,
+    judge_url: str | None = None,
+    judge_model: str | None = None,
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Answer a benchmark's questions, greedily and in batches, and score the answers. Run again, it goes on.
+
+    Example: vllama eval msvd_qa --annotations MSVD-QA/test_qa.json --videos YouTubeClips --model MODEL --out OUT
+
+    Benchmarks, and what --annotations is (a file, or its folder); docs/evaluation.md says where to get them:
+
+    {BENCHMARKS}
+
+    Open questions are scored by exact match, and by a judge where there is one, which can also be asked later, by the
+    same command; it is given the key in OPENAI_API_KEY. Captions need pip install 'vllama-jax[eval]'.
+
+    Args:
+        name: The benchmark.
+        annotations: Its published annotations, a file or a folder.
+        videos: The folder of its videos, in folders of their own or not.
+        model: The model directory, or a run's.
+        out: The folder for answers.jsonl and results.json.
+        limit: Ask only so many questions, of each kind as many.
+        batch_size: How many questions are answered at once.
+        max_new_tokens: The longest answer, in tokens; 300, for captions 64 and for choices 32 unless given.
+        frames: How many frames to take from a video; the model's own number unless given.
+        audio: Leave the sound out.
+        template: The prompt template; the model's own unless given.
+        dtype: Of weights and computation; float32 on a CPU and bfloat16 elsewhere unless given.
+        quantize: Load the large weights in 8 or 4 bits.
+        base: A run's base model, where that has moved.
+        judge_url: An OpenAI-compatible endpoint, such as https://api.openai.com/v1, that scores open answers.
+        judge_model: The model to ask there.
+        json_output: Print one JSON object, what results.json holds.
+    """
+    from vllama_jax.cli.compilation import keep_compiled_programs
+    from vllama_jax.evaluate.answers import Settings
+    from vllama_jax.evaluate.judge import find_judge
+    from vllama_jax.evaluate.run import Evaluation, evaluate
+
+    if (judge_url is None) != (judge_model is None):
+        raise ConfigError("a judge needs both --judge-url and --judge-model")
+    asked = Evaluation(
+        benchmark=name,
+        annotations=annotations,
+        videos=videos,
+        model=model,
+        out=out,
+        base=base,
+        limit=limit,
+        settings=Settings(
+            max_new_tokens=max_new_tokens, num_frames=frames, audio=audio, template=template, batch_size=batch_size
+        ),
+        weights={"dtype": dtype, "quantize": quantize},
+        judge=find_judge(judge_url, judge_model) if judge_url and judge_model else None,
+    )
+    keep_compiled_programs()
+    with Display(quiet=json_output) as display:
+        results = evaluate(asked, display.step)
+        for line in _lacking(results, videos):
+            display.say(line)
+    print(json.dumps(results) if json_output else "\n".join(_lines(results, out)))
+
+
+benchmark.__doc__ = benchmark.__doc__.replace(
+    "{BENCHMARKS}", "\n\n    ".join(f"{name} ({found.title}): {found.files}." for name, found in BENCHMARKS.items())
+)
+
+
+def _lacking(results: dict[str, Any], videos: Path) -> Iterator[str]:
+    """What could not be answered."""
+    missing, unusable = results["missing_videos"], results["unusable"]
+    if missing["videos"]:
+        first = ", ".join(missing["first"])
+        yield f"{videos}: {missing['videos']} videos are missing, with {missing['questions']} questions; first {first}"
+    for why in list(dict.fromkeys(unusable.values()))[:LISTED]:
+        yield f"not answered: {why}"
+    if len(unusable) > LISTED:
+        yield f"not answered in all: {len(unusable)} questions; results.json has the reason of each"
+
+
+def _lines(results: dict[str, Any], out: Path) -> Iterator[str]:
+    """The figures for people: percents, but for a judge's scores; published ones beside them."""
+    published = results["published"] or {}
+    for kind, scores in results["scores"].items():
+        told = [f"{name} {_percent(value)}" for name, value in scores.items() if isinstance(value, float)]
+        if scores.get("no_choice"):
+            told.append(f"{scores['no_choice']} name no choice")
+        before = published.get("accuracy", {}).get(kind)
+        beside = f" (published {_percent(before)})" if before else ""
+        yield f"{kind}: {', '.join([*told, 'n ' + str(scores['n'])])}{beside}"
+    for judge, aspects in results["judged"].items():
+        for aspect, found in aspects.items():
+            before = published.get("judged", {}).get(aspect)
+            beside = f" (published {_judged(before)})" if before else ""
+            lacking = "" if found["n"] == found["of"] else f" of {found['of']}"
+            dates = " to ".join(dict.fromkeys((found["from"], found["until"])))
+            yield f"{aspect} by {judge}, {dates}: {_judged(found)}, n {found['n']}{lacking}{beside}"
+    if published:
+        yield f"published: {published['source']}"
+    yield f"{out}: {results['answered']} of {results['questions']} questions answered"
+
+
+def _judged(found: dict[str, Any]) -> str:
+    accuracy = f"{_percent(found['accuracy'])} / " if "accuracy" in found else ""
+    return f"{accuracy}{found['score']:.2f}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f}"

@@ -1,0 +1,167 @@
+"""A model's answers to a benchmark's questions, batch by batch; each part of a video is read and encoded once."""
+
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllama_jax import media
+from vllama_jax.chat import Prepared, encode_media, encode_prompt, fit_to_model
+from vllama_jax.config import GenerationConfig, VideoLlamaConfig
+from vllama_jax.data.ahead import in_order
+from vllama_jax.errors import ConfigError, MediaError
+from vllama_jax.evaluate.questions import Question
+from vllama_jax.text import prompts
+
+if TYPE_CHECKING:
+    from vllama_jax import generate
+    from vllama_jax.checkpoint import Model
+
+Clip = tuple[Path, float | None, float | None, float | None]  # file or folder, start, end, frames a second
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How questions are answered. num_frames, template: the model's own where None; max_new_tokens: the benchmark's."""
+
+    max_new_tokens: int | None = None
+    num_frames: int | None = None
+    audio: bool = True
+    template: str | None = None
+    batch_size: int = 8
+
+    def __post_init__(self):
+        flags = {"max_new_tokens": "--max-new-tokens", "num_frames": "--frames", "batch_size": "--batch-size"}
+        for name, flag in flags.items():
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ConfigError(f"{flag} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A question, and its video on this machine."""
+
+    question: Question
+    path: Path
+
+    @property
+    def clip(self) -> Clip:
+        return self.path, self.question.start, self.question.end, self.question.frame_rate
+
+
+def batches_to_do(asked: Sequence[Asked], done: set[str], size: int) -> list[list[Asked]]:
+    """The batches with a question that has no answer yet.
+
+    A batch that a killed run left half-written is whole again, so that its answers come out of the same sums.
+    """
+    batches = [list(asked[start : start + size]) for start in range(0, len(asked), size)]
+    return [batch for batch in batches if any(one.question.id not in done for one in batch)]
+
+
+class Answering:
+    """Answers batches. load: gives the model; it is called when the first answer is needed.
+
+    unusable: why questions have no answer, by id: videos that cannot be read, prompts that are too long.
+    """
+
+    def __init__(self, config: VideoLlamaConfig, settings: Settings, load: "Callable[[], Model]"):
+        self._config, self._settings = config, settings
+        self._load = functools.cache(load)
+        self.unusable: dict[str, str] = {}
+
+    def answer(self, batches: Sequence[Sequence[Asked]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
+        """For each batch, the lines of its questions that are not done. Raises ConfigError for too many frames."""
+        clips = dict.fromkeys(one.clip for batch in batches for one in batch)
+        read = functools.partial(_read, config=self._config, settings=self._settings)
+        reading = zip(clips, in_order(read, clips, threads=min(4, os.cpu_count() or 1)), strict=True)
+        known: dict[Clip, Prepared | str] = {}
+        encoded: dict[Clip, list[Any]] = {}
+        for batch in batches:
+            here = dict.fromkeys(one.clip for one in batch)
+            known = {clip: known[clip] if clip in known else next(reading)[1] for clip in here}
+            usable = [one for one in batch if isinstance(known[one.clip], Prepared)]
+            self.unusable |= {one.question.id: known[one.clip] for one in batch if one not in usable}
+            if all(one.question.id in done for one in usable):
+                continue
+            network = self._load().network
+            encoded = {
+                clip: encoded[clip] if clip in encoded else encode_media(network, known[clip])
+                for clip in dict.fromkeys(one.clip for one in usable)
+            }
+            lines = self._generate([(one, known[one.clip], encoded[one.clip]) for one in usable])
+            yield [line for line in lines if line["id"] not in done]
+
+    def _generate(self, shown: list[tuple[Asked, Prepared, list[Any]]]) -> list[dict[str, Any]]:
+        model, new = self._load(), self._settings.max_new_tokens
+        start = prompts.start_conversation(self._settings.template or model.config.template, model.config.has_audio)
+        lines, given = [], []
+        for one, prepared, tokens in shown:
+            question = one.question
+            conversation = start.add(prepared.prompt_media).ask(question.text)
+            try:
+                given.append(encode_prompt(model, conversation, tokens, new, question.begun))
+            except ConfigError as error:
+                self.unusable[question.id] = str(error)
+                continue
+            begun = start.template.answer_gap + question.begun if question.begun else ""
+            lines.append(_line(one, prepared, prompts.render(conversation) + begun))
+        texts = _texts(model, start.template, given, new, self._settings.batch_size) if given else []
+        return [line | {"answer": line.pop("begun") + text} for line, text in zip(lines, texts, strict=True)]
+
+
+def _read(clip: Clip, config: VideoLlamaConfig, settings: Settings) -> Prepared | str:
+    """A clip as the model takes it, or why it cannot be used."""
+    path, start, end, rate = clip
+    frames, size = settings.num_frames or config.num_frames, config.vit.image_size
+    try:
+        if path.is_dir():
+            if rate is None:
+                raise MediaError(f"{path}: a folder, where a video is expected; check --videos")
+            found = media.read_frames(path, rate, frames, size, start or 0.0, math.inf if end is None else end)
+        elif start is None or end is None:
+            found = media.read_media(path, frames, size, settings.audio)
+        else:
+            found = media.read_segment(path, start, end, frames, size, settings.audio)
+        return fit_to_model(found, config)
+    except MediaError as error:
+        return str(error)
+
+
+def _line(one: Asked, prepared: Prepared, prompt: str) -> dict[str, Any]:
+    """All of an answer's line but the answer."""
+    question = one.question
+    line = {
+        "id": question.id,
+        "video": str(one.path),
+        "kinds": question.kinds,
+        "media": str(prepared.report),
+        "prompt": prompt,
+        "references": question.references,
+        "choices": question.choices,
+        "begun": question.begun,
+    }
+    return line | ({} if question.start is None else {"start": question.start, "end": question.end})
+
+
+def _texts(
+    model: "Model", template: prompts.Template, given: "list[generate.Prompt]", max_new_tokens: int, size: int
+) -> list[str]:
+    """Greedy answers. A batch that is not full is filled up, since each batch size is a program of its own."""
+    from vllama_jax import generate
+
+    rows = [*given, *[given[0]] * (size - len(given))]
+    ids: list[list[int]] = [[] for _ in rows]
+    for new in generate.generate(
+        model.network.llama,
+        rows,
+        GenerationConfig(max_new_tokens=max_new_tokens),
+        bos=model.tokenizer.bos_id,
+        eos=model.tokenizer.eos_id,
+        stops=prompts.stop_sequences(model.tokenizer, template),
+    ):
+        for row, tokens in zip(ids, new, strict=True):
+            row.extend(tokens)
+    return [prompts.decode_answer(model.tokenizer, template, row) for row in ids[: len(given)]]

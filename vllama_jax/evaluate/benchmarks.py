@@ -1,0 +1,361 @@
+"""Published annotation files → questions. One function for each benchmark: it takes the path that the user names.
+
+What a file has that a benchmark does not need is ignored. A file that is not the published one is a DataError that
+says where it differs; so is one entry of it that cannot be used, since figures over fewer questions mislead.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from vllama_jax.errors import ConfigError, DataError
+from vllama_jax.evaluate.annotations import (
+    Entry,
+    in_folder,
+    listed,
+    name_in,
+    placed,
+    read_entries,
+    read_object,
+    read_text,
+    short,
+    tables,
+    times_in,
+    youtube_names,
+)
+from vllama_jax.evaluate.questions import (
+    Question,
+    caption_question,
+    choice_question,
+    open_question,
+)
+from vllama_jax.files import first_bytes
+
+BenchmarkName = Literal[
+    "msvd_qa",
+    "msrvtt_qa",
+    "activitynet_qa",
+    "video_chatgpt",
+    "mvbench",
+    "video_mme",
+    "msrvtt_captions",
+    "msvd_captions",
+    "coco_captions",
+    "jsonl",
+]
+
+QUESTION_WORDS = ("what", "who", "how", "when", "where")  # the kinds that MSVD-QA and MSRVTT-QA are told by
+ACTIVITYNET_KINDS = (  # MILVLG/activitynet-qa, dataset/README.md
+    "motion",
+    "spatial relation",
+    "temporal relation",
+    "yes/no",
+    "colour",
+    "object",
+    "location",
+    "number",
+    "other",
+)
+GENERIC_ASPECTS = ("correctness", "detail", "context")
+TVQA_FRAME_RATE = 3.0  # MVBench has TVQA's videos as pictures, three a second
+MVBENCH_FOLDERS = {  # each task's file, and where the hub's archives unpack its videos (OpenGVLab/MVBench)
+    "action_sequence": "star/Charades_v1_480",
+    "action_prediction": "star/Charades_v1_480",
+    "action_antonym": "ssv2_video",
+    "fine_grained_action": "Moments_in_Time_Raw/videos",
+    "unexpected_action": "FunQA_test/test",
+    "object_existence": "clevrer/video_validation",
+    "object_interaction": "star/Charades_v1_480",
+    "object_shuffle": "perception/videos",
+    "moving_direction": "clevrer/video_validation",
+    "action_localization": "sta/sta_video",
+    "scene_transition": "scene_qa/video",
+    "action_count": "perception/videos",
+    "moving_count": "clevrer/video_validation",
+    "moving_attribute": "clevrer/video_validation",
+    "state_change": "perception/videos",
+    "fine_grained_pose": "nturgbd",
+    "character_order": "perception/videos",
+    "egocentric_navigation": "vlnqa",
+    "episodic_reasoning": "tvqa/frames_fps3_hq",
+    "counterfactual_inference": "clevrer/video_validation",
+}
+JSONL_HELP = "a line has video, and question and answer (with choices or without), or captions"
+
+
+def msvd_qa(path: Path) -> list[Question]:
+    """test_qa.json: video_id 1301 is vid1301, which youtube_mapping.txt beside it gives MSVD's own name."""
+    path = in_folder(path, "test_qa.json", "test_q.json")
+    mapping = youtube_names(path.parent / "youtube_mapping.txt")
+
+    def names(video: str) -> tuple[str, ...]:
+        name = f"vid{video}" if video.isdigit() else video
+        return (name, *mapping.get(name, ()))
+
+    return _question_answers(path, names, _question_word)
+
+
+def msrvtt_qa(path: Path) -> list[Question]:
+    """test_qa.json: video_id 7010 is video7010."""
+    path = in_folder(path, "test_qa.json", "test_q.json")
+    return _question_answers(path, lambda video: (f"video{video}" if video.isdigit() else video,), _question_word)
+
+
+def activitynet_qa(path: Path) -> list[Question]:
+    """test_q.json, and test_a.json beside it; the video of video_name is called v_NAME in ActivityNet."""
+
+    def names(video: str) -> tuple[str, ...]:
+        bare = video.removeprefix("v_") if len(video) == 13 else video  # YouTube's ids have 11 letters
+        return (f"v_{bare}", bare)
+
+    def kind(entry: dict[str, Any]) -> str:
+        number = entry.get("type")
+        known = isinstance(number, int) and 0 <= number < len(ACTIVITYNET_KINDS)
+        return ACTIVITYNET_KINDS[number] if known else "other"
+
+    return _question_answers(in_folder(path, "test_q.json"), names, kind)
+
+
+def video_chatgpt(path: Path) -> list[Question]:
+    """generic_qa.json, temporal_qa.json and consistency_qa.json: their folder, or one of them.
+
+    The first is judged for three aspects. The last asks each question in two ways (Q1, Q2).
+    """
+    stems = ("generic_qa", "temporal_qa", "consistency_qa")
+    return [question for table in tables(path, stems) for question in _video_chatgpt_table(table)]
+
+
+def _video_chatgpt_table(table: Path) -> Iterator[Question]:
+    aspects = {"generic_qa": GENERIC_ASPECTS, "temporal_qa": ("temporal",), "consistency_qa": ("consistency",)}
+    asked = ("Q1", "Q2") if table.stem == "consistency_qa" else ("Q",)
+    for number, (place, entry) in enumerate(read_entries(table)):
+        with placed(place):
+            video, key = name_in(entry, "video_name"), f"{table.stem}-{number}"
+            for which in asked:
+                yield open_question(
+                    entry.get(which),
+                    entry.get("A"),
+                    aspects[table.stem],
+                    id=key if len(asked) == 1 else f"{key}-{which}",
+                    names=(video,),
+                    kinds=(table.stem.removesuffix("_qa"),),
+                    group=key,
+                )
+
+
+def mvbench(path: Path) -> list[Question]:
+    """The folder of the 20 tasks' JSON files, or one of them."""
+    folder = path / "json" if (path / "json").is_dir() else path
+    return [question for table in tables(folder, MVBENCH_FOLDERS) for question in _mvbench_table(table)]
+
+
+def _mvbench_table(table: Path) -> Iterator[Question]:
+    folder = MVBENCH_FOLDERS[table.stem]
+    for number, (place, entry) in enumerate(read_entries(table)):
+        with placed(place):
+            video = name_in(entry, "video")
+            yield choice_question(
+                entry.get("question"),
+                entry.get("candidates"),
+                entry.get("answer"),
+                id=f"{table.stem}-{number}",
+                names=(f"{folder}/{video}", video),
+                kinds=(table.stem,),
+                frame_rate=TVQA_FRAME_RATE if "frames" in folder else None,
+                **times_in(entry),
+            )
+
+
+def video_mme(path: Path) -> list[Question]:
+    """The hub's Parquet file (lmms-lab/Video-MME), or JSON as the authors' repository lays results out."""
+    folder = path / "videomme" if (path / "videomme").is_dir() else path
+    if folder.is_dir():
+        found = sorted([*folder.glob("*.parquet"), *folder.glob("*.json")])
+        if len(found) != 1:
+            raise DataError(f"{folder}: {len(found)} Parquet and JSON files in it; name the one with the questions")
+        folder = found[0]
+    questions = []
+    for place, entry in _video_mme_entries(folder):
+        with placed(place):
+            length = name_in(entry, "duration", "duration_category")
+            youtube = str(entry.get("url") or "").rsplit("v=", 1)[-1]
+            names = [entry.get("videoID"), youtube, entry.get("video_id")]
+            questions.append(
+                choice_question(
+                    entry.get("question"),
+                    entry.get("options", entry.get("choices")),
+                    entry.get("answer"),
+                    id=name_in(entry, "question_id"),
+                    names=tuple(dict.fromkeys(str(name) for name in names if name)),
+                    kinds=(length, name_in(entry, "task_type")),
+                )
+            )
+    return questions
+
+
+def _video_mme_entries(table: Path) -> Iterator[Entry]:
+    if first_bytes(table, DataError, 4) != b"PAR1":
+        for place, video in read_entries(table):
+            if not isinstance(video.get("questions"), list):
+                yield place, video
+                continue
+            for entry in video["questions"]:
+                yield place, video | (entry if isinstance(entry, dict) else {})
+        return
+    try:
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError(f"{table}: Parquet is read by pyarrow; pip install 'vllama-jax[eval]'") from error
+    try:
+        rows = pyarrow.parquet.read_table(table).to_pylist()
+    except (OSError, ValueError) as error:
+        raise DataError(f"{table}: a Parquet file that cannot be read ({short(error)}); download it again") from error
+    for number, row in enumerate(rows, 1):
+        yield f"{table}, row {number}", row
+
+
+def msrvtt_captions(path: Path) -> list[Question]:
+    """test_videodatainfo.json or MSRVTT_data.json: videos, and sentences about them; of several splits, the test's."""
+    path = in_folder(path, "test_videodatainfo.json", "MSRVTT_data.json")
+    found = read_object(path, "videos", "sentences")
+    splits = {entry.get("video_id"): entry.get("split") for _, entry in listed(path, found["videos"])}
+    tested = {video for video, split in splits.items() if split == "test" or "test" not in splits.values()}
+    captions: dict[str, list[Any]] = {}
+    for place, entry in listed(path, found["sentences"]):
+        with placed(place):
+            captions.setdefault(name_in(entry, "video_id"), []).append(entry.get("caption"))
+    return [_captions(path, video, (video,), said) for video, said in captions.items() if video in tested]
+
+
+def msvd_captions(path: Path) -> list[Question]:
+    """AllVideoDescriptions.txt: lines of a clip's name and a sentence. Those in a test_list.txt beside it, or all."""
+    path = in_folder(path, "AllVideoDescriptions.txt")
+    chosen = path.parent / "test_list.txt"
+    tested = set(read_text(chosen).split()) if chosen.exists() else None
+    mapping = youtube_names(path.parent / "youtube_mapping.txt")
+    captions: dict[str, list[Any]] = {}
+    for line in read_text(path).splitlines():
+        name, _, caption = line.strip().partition(" ")
+        if name and not name.startswith("#") and caption and (tested is None or name in tested):
+            captions.setdefault(name, []).append(caption)
+    if not captions:
+        raise DataError(f"{path}: no line of a clip's name and a sentence; is it AllVideoDescriptions.txt?")
+    return [_captions(path, name, (name, *mapping.get(name, ())), said) for name, said in captions.items()]
+
+
+def coco_captions(path: Path) -> list[Question]:
+    """COCO's layout, of videos: annotations with image_id and caption, and images with id and file_name."""
+    path = in_folder(path, "captions.json")
+    found = read_object(path, "annotations")
+    files = {str(entry.get("id")): entry.get("file_name") for _, entry in listed(path, found.get("images", []))}
+    captions: dict[str, list[Any]] = {}
+    for place, entry in listed(path, found["annotations"]):
+        with placed(place):
+            captions.setdefault(name_in(entry, "image_id", "video_id"), []).append(entry.get("caption"))
+    return [_captions(path, key, (files.get(key) or key,), said) for key, said in captions.items()]
+
+
+def jsonl(path: Path) -> list[Question]:
+    """One's own: each line names a video and has a question and its answer, with choices or without, or captions."""
+    questions = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        place = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{place}: not JSON ({error}); {JSONL_HELP}") from error
+        with placed(place, JSONL_HELP):
+            questions.append(_own_question(entry if isinstance(entry, dict) else {}, number))
+    return questions
+
+
+def _own_question(entry: dict[str, Any], number: int) -> Question:
+    kind = entry.get("kind")
+    fields = {
+        "id": str(entry.get("id", number)),
+        "names": (name_in(entry, "video", "image", "audio"),),
+        "kinds": (str(kind),) if kind is not None else (),
+        **times_in(entry),
+    }
+    if "captions" in entry or "caption" in entry:
+        return caption_question(entry.get("captions", entry.get("caption")), **fields)
+    if "choices" in entry:
+        return choice_question(entry.get("question"), entry["choices"], entry.get("answer"), **fields)
+    return open_question(entry.get("question"), entry.get("answer"), **fields)
+
+
+def _question_answers(
+    path: Path, names: Callable[[str], tuple[str, ...]], kind: Callable[[dict[str, Any]], str]
+) -> list[Question]:
+    """A list of questions with their answers in it, or, in the file test_q.json, with those of test_a.json beside it.
+
+    The latter is ActivityNet-QA's layout; others publish MSVD-QA and MSRVTT-QA in it too. names: of a video's file.
+    """
+    answers: dict[str, dict[str, Any]] = {}
+    if path.stem.endswith("_q"):
+        beside = path.with_name(f"{path.stem.removesuffix('_q')}_a{path.suffix}")
+        for place, entry in read_entries(beside):
+            with placed(place):
+                answers[name_in(entry, "question_id", "id")] = entry
+    questions = []
+    for number, (place, entry) in enumerate(read_entries(path)):
+        with placed(place):
+            key = str(entry.get("question_id", entry.get("id", number)))
+            entry = answers.get(key, {}) | entry
+            video = Path(name_in(entry, "video_id", "video_name", "video")).stem
+            fields = {"id": key, "names": names(video), "kinds": (kind(entry),)}
+            questions.append(open_question(entry.get("question"), entry.get("answer"), **fields))
+    return questions
+
+
+def _question_word(entry: dict[str, Any]) -> str:
+    """The kind of a question, by its first word."""
+    first = str(entry.get("question", "")).strip().lower().partition(" ")[0]
+    return first if first in QUESTION_WORDS else "other"
+
+
+def _captions(path: Path, key: str, names: tuple[str, ...], said: list[Any]) -> Question:
+    with placed(f"{path}, {key}"):
+        return caption_question(said, id=key, names=names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """title: as its authors write it. files: what the user names. read: the path → questions."""
+
+    title: str
+    files: str
+    read: Callable[[Path], list[Question]]
+
+
+BENCHMARKS: dict[BenchmarkName, Benchmark] = {
+    "msvd_qa": Benchmark("MSVD-QA", "test_qa.json", msvd_qa),
+    "msrvtt_qa": Benchmark("MSRVTT-QA", "test_qa.json", msrvtt_qa),
+    "activitynet_qa": Benchmark("ActivityNet-QA", "test_q.json, with test_a.json beside it", activitynet_qa),
+    "video_chatgpt": Benchmark("Video-ChatGPT's five aspects", "the folder of its three JSON files", video_chatgpt),
+    "mvbench": Benchmark("MVBench", "the folder of its 20 JSON files", mvbench),
+    "video_mme": Benchmark("Video-MME", "test-00000-of-00001.parquet, or JSON", video_mme),
+    "msrvtt_captions": Benchmark("MSR-VTT's captions", "test_videodatainfo.json", msrvtt_captions),
+    "msvd_captions": Benchmark("MSVD's captions", "AllVideoDescriptions.txt", msvd_captions),
+    "coco_captions": Benchmark("captions in COCO's layout", "a JSON file", coco_captions),
+    "jsonl": Benchmark("your own", f"a JSONL file: {JSONL_HELP}", jsonl),
+}
+
+
+def read_questions(name: BenchmarkName, path: Path) -> list[Question]:
+    """A benchmark's questions. Raises DataError for what is not its annotation file, and for two of the same id."""
+    if not path.exists():
+        raise DataError(f"{path}: no such file or folder; --annotations is {BENCHMARKS[name].files}")
+    questions = BENCHMARKS[name].read(path)
+    if not questions:
+        raise DataError(f"{path}: no question in it; --annotations is {BENCHMARKS[name].files}")
+    seen: set[str] = set()
+    for question in questions:
+        if question.id in seen:
+            raise DataError(f"{path}: two questions have the id {question.id}; is it the published annotation file?")
+        seen.add(question.id)
+    return questions

@@ -1,0 +1,180 @@
+"""Scores by a language model behind an OpenAI-compatible chat endpoint.
+
+What is asked of it is what Video-ChatGPT's evaluation asks (arXiv 2306.05424), in our words: whether an answer means
+the same as the right one, or how well it does in one of five aspects; a score from 0 to 5 either way.
+"""
+
+import dataclasses
+import datetime
+import json
+import os
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from typing import Any
+
+from vllama_jax.errors import ConfigError, VllamaError
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+WAIT_AT_MOST = 60.0  # seconds, also when the endpoint asks for more
+ASPECTS = {
+    "match": "Does the answer mean the same as the right answer? Other words for the same thing count as the same. "
+    "5: the same meaning; 0: another meaning.",
+    "correctness": "Is what the answer says about the video true, as far as the right answer tells, and not "
+    "misleading? Other words for the same thing are fine. 5: all of it is true; 0: none of it.",
+    "detail": "Does the answer have all main points of the right answer, and does it name particulars of this video "
+    "instead of generalities? 5: complete and specific; 0: neither.",
+    "context": "Does the answer fit what the video is about as a whole, its overall theme as the right answer shows "
+    "it? 5: it fits fully; 0: it misses what the video is about.",
+    "temporal": "Does the answer get the order of events in the video right, and when things happen? Other words for "
+    "the same order are fine. 5: all of it is right; 0: none of it.",
+    "consistency": "The same thing was asked in two ways. Do both answers agree with each other and with the right "
+    "answer, without contradictions? 5: fully; 0: not at all.",
+}
+SYSTEM = "You grade answers to questions about videos. You have not seen the video: the right answer is all you know."
+
+
+class Unreachable(VllamaError):
+    """The judge cannot be asked at all; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judge:
+    """An endpoint and the model to ask there. The key is sent to this URL only and stored nowhere."""
+
+    url: str
+    model: str
+    tries: int = 3
+    timeout: float = 60.0
+    wait: float = 2.0  # seconds before the second try, twice as many before the third
+    key: str = dataclasses.field(default="", repr=False)
+
+    @property
+    def endpoint(self) -> str:
+        base = self.url.rstrip("/")
+        return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
+
+    def ask(self, aspect: str, question: Sequence[str], reference: str, answer: Sequence[str]) -> dict[str, Any] | None:
+        """{"score", "reply"}, for "match" also "correct"; None when `tries` replies in turn are not what is asked for.
+
+        question, answer: one, or two of each where the same is asked in two ways. Raises Unreachable.
+        """
+        messages = _messages(aspect, question, reference, answer)
+        for _ in range(self.tries):
+            reply = self._complete(messages)
+            if (found := read_reply(reply, aspect)) is not None:
+                return {**found, "reply": reply}
+        return None
+
+    def _complete(self, messages: list[dict[str, str]]) -> str:
+        """The endpoint's reply, greedy where its model allows that."""
+        body: dict[str, Any] = {"model": self.model, "messages": messages, "temperature": 0}
+        for number in range(self.tries):
+            try:
+                return _content(self._post(body))
+            except urllib.error.HTTPError as error:
+                why = f"HTTP {error.code}: {_said(error)}"
+                why = why.replace(self.key, "…") if self.key else why  # some endpoints repeat it
+                if error.code == 400 and "temperature" in why and "temperature" in body:
+                    del body["temperature"]  # some models have one temperature only
+                    continue
+                if error.code not in (408, 409, 429) and error.code < 500:
+                    raise Unreachable(f"{self.endpoint}: the judge refuses ({why}); {_advice(error.code)}") from None
+                wait = _seconds(error.headers.get("Retry-After"))
+            except (OSError, ValueError) as error:  # no connection, a timeout, or something that is no chat endpoint
+                why, wait = " ".join(str(getattr(error, "reason", error)).split())[:200], None
+            if number + 1 < self.tries:
+                time.sleep(min(self.wait * 2**number if wait is None else wait, WAIT_AT_MOST))
+        raise Unreachable(f"{self.endpoint}: the judge cannot be reached ({why}); check --judge-url")
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self.endpoint, json.dumps(body).encode(), headers)
+        with _OPENER.open(request, timeout=self.timeout) as response:
+            return json.loads(response.read())
+
+
+def find_judge(url: str, model: str) -> Judge:
+    """A judge with the key from the environment. Raises ConfigError for a URL that is none."""
+    if not re.match(r"https?://[^/]", url):
+        raise ConfigError(f"--judge-url must begin with http:// or https://, not {url!r}")
+    return Judge(url, model, key=os.environ.get(KEY_VARIABLE, ""))
+
+
+def read_reply(reply: str, aspect: str) -> dict[str, Any] | None:
+    """The judgement in a reply: the last JSON object that has a score from 0 to 5; None where there is none."""
+    for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError:
+            continue
+        score, correct = found.get("score"), str(found.get("correct", "")).lower()
+        if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 5:
+            continue
+        if aspect != "match":
+            return {"score": score}
+        if correct in ("yes", "no", "true", "false"):
+            return {"score": score, "correct": correct in ("yes", "true")}
+    return None
+
+
+def today() -> str:
+    """The date in UTC, as results record it."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would take the key to another place."""
+
+    def redirect_request(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+_OPENER = urllib.request.build_opener(_NoRedirect)
+
+
+def _messages(aspect: str, question: Sequence[str], reference: str, answer: Sequence[str]) -> list[dict[str, str]]:
+    lines = [ASPECTS[aspect], ""]
+    for number, (asked, said) in enumerate(zip(question, answer, strict=True), 1):
+        which = f" {number}" if len(question) > 1 else ""
+        lines += [f"Question{which}: {asked}", f"Answer{which}: {said}"]
+    correct = '"correct": "yes" or "no", ' if aspect == "match" else ""
+    lines += [f"Right answer: {reference}", "", "Reply with one JSON object and nothing else:"]
+    lines.append(f'{{{correct}"score": a whole number from 0 to 5}}')
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n".join(lines)}]
+
+
+def _content(completion: Any) -> str:
+    try:
+        content = completion["choices"][0]["message"]["content"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise ValueError("its reply is not a chat completion") from error
+    return content if isinstance(content, str) else ""
+
+
+def _said(error: urllib.error.HTTPError) -> str:
+    """What an endpoint says of an error, in one line."""
+    try:
+        text = error.read(2000).decode(errors="replace")
+        found = json.loads(text)
+        text = found["error"]["message"] if isinstance(found["error"], dict) else found["error"]
+    except (OSError, ValueError, KeyError, TypeError):
+        text = error.reason
+    return " ".join(str(text).split())[:200]
+
+
+def _advice(code: int) -> str:
+    if code in (401, 403):
+        return f"set {KEY_VARIABLE} to a key that is valid there"
+    return "check --judge-url and --judge-model"
+
+
+def _seconds(value: str | None) -> float | None:
+    try:
+        return None if value is None else max(0.0, float(value))
+    except ValueError:
+        return None

@@ -1,0 +1,130 @@
+"""What answers are worth by themselves, without a judge. All are fractions; CIDEr's range is 0 to 10."""
+
+import re
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from vllama_jax.errors import ConfigError
+from vllama_jax.evaluate.questions import Question
+
+ARTICLES = {"a", "an", "the"}
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+TO_DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"none": "0"}
+CLITIC = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b")
+WORD = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b|[^\W_]+(?:[-.,][^\W_]+)*", re.UNICODE)
+
+
+def normalise(text: str) -> list[str]:
+    """An answer's words as the VQA evaluation compares them: no case, punctuation or articles; numbers as digits."""
+    text = re.sub(r"(?<=\d)[.,](?=\d)", "", text.lower()).replace("'", "")
+    words = re.sub(rf"[{re.escape(string.punctuation)}]", " ", text).split()
+    return [TO_DIGITS.get(word, word) for word in words if word not in ARTICLES]
+
+
+def exact_match(answer: str, references: Sequence[str]) -> bool:
+    """Whether an answer is one of the references, normalised."""
+    return normalise(answer) in [normalise(reference) for reference in references]
+
+
+def contains(answer: str, references: Sequence[str]) -> bool:
+    """Whether the words of one of the references stand in an answer, next to each other."""
+    said = normalise(answer)
+    return any(_within(normalise(reference), said) for reference in references)
+
+
+def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
+    """The letter that an answer chooses: "(B)", "B.", "The answer is B", or the text of one choice and no other's."""
+    letters = string.ascii_uppercase[: len(choices)]
+    patterns = (
+        rf"\(([{letters}])\)",
+        rf"^\W*([{letters}])(?:[).:,]|\s*$)",
+        rf"\b(?:answer|option|choice)(?: is)?:? *\(?([{letters}])\b",
+    )
+    for pattern in patterns:
+        if found := re.search(pattern, answer.strip(), re.MULTILINE):
+            return found[1]
+    said = normalise(answer)
+    named = [choice for choice in choices if _within(normalise(choice), said)]
+    longest = max(named, key=len, default="")  # "a red ball" also says "a ball"
+    if named and all(_within(normalise(choice), normalise(longest)) for choice in named):
+        return letters[list(choices).index(longest)]
+    return None
+
+
+def caption_words(text: str) -> str:
+    """A caption as its words are compared: lower case, clitics apart, no punctuation.
+
+    COCO's evaluation does this by the Stanford tokenizer, which needs Java; ours differs from it in rare cases
+    (brackets, dates).
+    """
+    return " ".join(WORD.findall(CLITIC.sub(lambda found: f" {found[0]}", text.lower())))
+
+
+def caption_scores(answers: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """CIDEr-D, BLEU-1 to 4 and ROUGE-L of a set of captions, by id, as COCO's evaluation computes them.
+
+    Raises ConfigError when its library is not installed.
+    """
+    bleu, cider, rouge = _libraries()
+    said = {key: [caption_words(answer)] for key, answer in answers.items()}
+    right = {key: [caption_words(reference) for reference in references[key]] for key in answers}
+    scores = {f"bleu_{n}": float(score) for n, score in enumerate(bleu.compute_score(right, said, verbose=0)[0], 1)}
+    scores["rouge_l"] = float(rouge.compute_score(right, said)[0])
+    scores["cider"] = float(cider.compute_score(right, said)[0])
+    return scores
+
+
+def check_libraries(questions: Sequence[Question]) -> None:
+    """Raises ConfigError when scoring these questions' answers needs a library that is not installed."""
+    if any(question.task == "caption" for question in questions):
+        _libraries()
+
+
+def score(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Figures over all answered questions under "all", and over each kind. Captions are scored over all only.
+
+    Each has n; accuracy, chance and how many answers name no choice; or exact_match and contains; or caption scores.
+    """
+    answered = [question for question in questions if question.id in answers]
+    kinds = sorted({kind for question in answered for kind in question.kinds})
+    groups = {"all": answered} | {kind: [q for q in answered if kind in q.kinds] for kind in kinds}
+    return {name: _scores(group, answers, captions=name == "all") for name, group in groups.items() if group}
+
+
+def _scores(questions: Sequence[Question], answers: Mapping[str, str], captions: bool) -> dict[str, Any]:
+    by_task = {task: [q for q in questions if q.task == task] for task in ("choice", "open", "caption")}
+    scores: dict[str, Any] = {"n": len(questions)}
+    if chosen := by_task["choice"]:
+        letters = [chosen_letter(answers[question.id], question.choices) for question in chosen]
+        right = [letter == question.references[0] for letter, question in zip(letters, chosen, strict=True)]
+        scores |= {"accuracy": mean(right), "chance": mean([1 / len(question.choices) for question in chosen])}
+        scores["no_choice"] = letters.count(None)
+    if asked := by_task["open"]:
+        for name, function in (("exact_match", exact_match), ("contains", contains)):
+            scores[name] = mean([function(answers[question.id], question.references) for question in asked])
+    if captions and (described := by_task["caption"]):
+        texts = {question.id: answers[question.id] for question in described}
+        scores |= caption_scores(texts, {question.id: question.references for question in described})
+    return scores
+
+
+def mean(values: Sequence[float]) -> float:
+    """Of at least one value."""
+    return sum(values) / len(values)
+
+
+def _within(few: Sequence[str], many: Sequence[str]) -> bool:
+    return bool(few) and any(many[i : i + len(few)] == few for i in range(len(many) - len(few) + 1))
+
+
+def _libraries() -> tuple[Any, Any, Any]:
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError as error:
+        raise ConfigError(
+            "captions are scored by pycocoevalcap, which is not installed: pip install 'vllama-jax[eval]'"
+        ) from error
+    return Bleu(4), Cider(), Rouge()

@@ -1,0 +1,55 @@
+"""The names that annotations have for videos → files in a folder."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from vllama_jax.errors import DataError
+
+EXTENSIONS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".gif")
+LISTED = 5  # names of missing videos in messages
+PICTURES = (".jpg", ".jpeg", ".png")
+
+
+class Videos:
+    """A folder of videos, with folders in it or without. Raises DataError when there is none."""
+
+    def __init__(self, folder: Path):
+        if not folder.is_dir():
+            raise DataError(f"{folder}: no such folder; --videos is where the benchmark's videos were unpacked to")
+        self.folder = folder
+        self._by_name: dict[str, list[Path]] | None = None
+
+    def find(self, names: Iterable[str]) -> Path | None:
+        """The file, or the folder of frames, that has one of these names; the first of them that has any.
+
+        A name is a path from the folder on, and may lack its extension or have another one. Where nothing is there,
+        the whole folder is searched for a file of that name; one of which there are two is not found.
+        """
+        names = [name for name in names if name]
+        for name in names:
+            for candidate in (name, *(f"{name}{extension}" for extension in EXTENSIONS)):
+                path = self.folder / candidate
+                if path.exists() and path != self.folder:
+                    return path
+        for name in names:
+            found = self._named(Path(name).name) or self._named(_stem(name))
+            if len(found) == 1:
+                return found[0]
+        return None
+
+    def _named(self, name: str) -> list[Path]:
+        if self._by_name is None:
+            self._by_name = {}
+            for folder, _, files in os.walk(self.folder, followlinks=True):
+                for file in files:
+                    if not file.lower().endswith(PICTURES):  # MVBench has hundreds of thousands of frames
+                        for key in {file.lower(), _stem(file).lower()}:
+                            self._by_name.setdefault(key, []).append(Path(folder, file))
+        return self._by_name.get(name.lower(), [])
+
+
+def _stem(name: str) -> str:
+    """A name without its folder and without the extension of a video; names may have dots in them."""
+    name = Path(name).name
+    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in EXTENSIONS else name
