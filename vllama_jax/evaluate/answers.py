@@ -64,24 +64,28 @@ def batches_to_do(asked: Sequence[Asked], done: set[str], size: int) -> list[lis
 class Answering:
     """Answers batches. load: gives the model; it is called when the first answer is needed.
 
+    Raises ConfigError for more frames than the model has positions for.
     unusable: why questions have no answer, by id: videos that cannot be read, prompts that are too long.
     """
 
     def __init__(self, config: VideoLlamaConfig, settings: Settings, load: "Callable[[], Model]"):
+        if (settings.num_frames or 1) > config.num_frame_positions:
+            raise ConfigError(
+                f"--frames {settings.num_frames}, but the model has learned {config.num_frame_positions} positions; "
+                "ask for fewer"
+            )
         self._config, self._settings = config, settings
         self._load = functools.cache(load)
         self.unusable: dict[str, str] = {}
 
     def answer(self, batches: Sequence[Sequence[Asked]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
-        """For each batch, the lines of its questions that are not done. Raises ConfigError for too many frames."""
-        clips = dict.fromkeys(one.clip for batch in batches for one in batch)
+        """For each batch, the lines of its questions that are not done."""
         read = functools.partial(_read, config=self._config, settings=self._settings)
-        reading = zip(clips, in_order(read, clips, threads=min(4, os.cpu_count() or 1)), strict=True)
+        reading = in_order(read, _not_just_read(batches), threads=min(4, os.cpu_count() or 1))
         known: dict[Clip, Prepared | str] = {}
         encoded: dict[Clip, list[Any]] = {}
         for batch in batches:
-            here = dict.fromkeys(one.clip for one in batch)
-            known = {clip: known[clip] if clip in known else next(reading)[1] for clip in here}
+            known = {clip: known[clip] if clip in known else next(reading) for clip in _clips(batch)}
             usable = [one for one in batch if isinstance(known[one.clip], Prepared)]
             self.unusable |= {one.question.id: known[one.clip] for one in batch if one not in usable}
             if all(one.question.id in done for one in usable):
@@ -89,7 +93,7 @@ class Answering:
             network = self._load().network
             encoded = {
                 clip: encoded[clip] if clip in encoded else encode_media(network, known[clip])
-                for clip in dict.fromkeys(one.clip for one in usable)
+                for clip in _clips(usable)
             }
             lines = self._generate([(one, known[one.clip], encoded[one.clip]) for one in usable])
             yield [line for line in lines if line["id"] not in done]
@@ -110,6 +114,19 @@ class Answering:
             lines.append(_line(one, prepared, prompts.render(conversation) + begun))
         texts = _texts(model, start.template, given, new, self._settings.batch_size) if given else []
         return [line | {"answer": line.pop("begun") + text} for line, text in zip(lines, texts, strict=True)]
+
+
+def _clips(batch: Sequence[Asked]) -> list[Clip]:
+    return list(dict.fromkeys(one.clip for one in batch))
+
+
+def _not_just_read(batches: Sequence[Sequence[Asked]]) -> Iterator[Clip]:
+    """The clips of each batch that the one before it has not."""
+    before: list[Clip] = []
+    for batch in batches:
+        here = _clips(batch)
+        yield from (clip for clip in here if clip not in before)
+        before = here
 
 
 def _read(clip: Clip, config: VideoLlamaConfig, settings: Settings) -> Prepared | str:

@@ -129,10 +129,11 @@ class _Work:
         """results.json, whole or as it was."""
         if not self._said:
             return {}
-        missing = [question for question in self._questions if self._lacks_video(question)]
+        missing = [question.names for question in self._questions if self._lacks_video(question)]
         results = {
             "benchmark": self._asked.benchmark,
             "model": str(self._asked.model),
+            "settings": dataclasses.asdict(self._asked.settings) | self._asked.weights,
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "versions": {name: importlib.metadata.version(name) for name in ("vllama-jax", "jax")},
             "questions": len(self._questions),
@@ -140,8 +141,8 @@ class _Work:
             "complete": len(self._said) == len(self._questions),
             "missing_videos": {
                 "questions": len(missing),
-                "videos": len({question.names for question in missing}),
-                "first": [question.names[0] for question in missing[:LISTED]],
+                "videos": len(set(missing)),
+                "first": [names[0] for names in dict.fromkeys(missing)][:LISTED],
             },
             "unusable": {key: why for key, why in self._unusable.items() if key not in self._said},
             "scores": metrics.score(self._questions, self._said),

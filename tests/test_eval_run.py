@@ -1,0 +1,246 @@
+"""vllama eval, from annotations and clips to results."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import eval_fixtures
+import media_fixtures
+import numpy as np
+import pytest
+from data_fixtures import lines
+from eval_fixtures import completion
+from PIL import Image
+from test_cli import failure
+
+import vllama_jax as vl
+from vllama_jax import cli
+from vllama_jax.evaluate import answers, run
+from vllama_jax.journal import Journal
+
+ASKED = [
+    {"video": "one.mp4", "question": "What is it?", "answer": "a dog", "kind": "what"},
+    {"video": "two.mp4", "question": "Who is it?", "answer": "a man", "kind": "who"},
+    {"video": "one.mp4", "question": "Which?", "choices": ["left", "right"], "answer": "left", "kind": "which"},
+    {"video": "two.mp4", "question": "What now?", "answer": "nothing", "start": 0.5, "end": 1.5, "kind": "what"},
+    {"video": "one.mp4", "captions": ["a ball rolls", "it rolls"]},
+]
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory) -> Path:
+    """Two short videos and mine.jsonl about them."""
+    folder = tmp_path_factory.mktemp("clips")
+    media_fixtures.write_video(folder / "one.mp4", num_frames=25, sound=media_fixtures.tone(1, 16000))
+    media_fixtures.write_video(folder / "two.mp4", num_frames=50)
+    (folder / "mine.jsonl").write_text(lines(*ASKED))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def flags(model: Path, clips: Path, out: Path, *more: object) -> list[str]:
+    """A whole command line. Answers of four tokens and batches of two."""
+    given = ["eval", "jsonl", "--annotations", clips / "mine.jsonl", "--videos", clips, "--model", model, "--out", out]
+    return [str(one) for one in (*given, "--max-new-tokens", 4, "--batch-size", 2, *more)]
+
+
+def read(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_model, clips, tmp_path_factory) -> Path:
+    """The folder of a finished evaluation. Not to be written to."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    cli.main(flags(tiny_model, clips, out))
+    return out
+
+
+def test_every_answer_is_kept_and_is_what_a_chat_would_say(finished, tiny_model, clips):
+    found = {line["id"]: line for line in read(finished / "answers.jsonl")}
+    assert list(found) == ["1", "3", "5", "2", "4"], "questions about one video stand together"
+    model = vl.load(tiny_model)
+    chat = vl.Chat(model)
+    chat.add(clips / "one.mp4")
+    said = "".join(chat.ask("What is it?", max_new_tokens=4))
+    assert found["1"]["answer"] == said
+    assert found["1"]["media"] == "8 frames of 1.0 s; sound used"
+    assert found["1"]["prompt"].endswith(" What is it?###Assistant:")
+    assert found["3"]["prompt"].endswith("letter of the right choice.###Assistant: Answer: (")
+    assert found["3"]["answer"].startswith("Answer: (")
+    assert (found["4"]["media"], found["4"]["start"]) == ("8 frames of 1.0 s; no sound in the file", 0.5)
+    results = json.loads((finished / "results.json").read_text())
+    assert (results["answered"], results["complete"], results["unusable"]) == (5, True, {})
+    assert set(results["scores"]) == {"all", "what", "which", "who"}
+    assert {"accuracy", "chance", "exact_match", "contains", "cider", "bleu_4", "rouge_l"} <= set(
+        results["scores"]["all"]
+    )
+
+
+def test_a_killed_run_goes_on_and_ends_with_the_same_answers(finished, tiny_model, clips, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    added = Journal.add
+    count = iter(range(9))
+
+    def killed_while_writing(journal, *given):
+        if next(count) == 1:
+            (out / "answers.jsonl").open("a").write(json.dumps(given[0]) + '\n{"id": "')
+            raise KeyboardInterrupt
+        added(journal, *given)
+
+    monkeypatch.setattr(Journal, "add", killed_while_writing)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(flags(tiny_model, clips, out))
+    assert stop.value.code == 130
+    partial = json.loads((out / "results.json").read_text())
+    assert (partial["answered"], partial["complete"]) == (2, False)
+    monkeypatch.setattr(Journal, "add", added)
+    cli.main(flags(tiny_model, clips, out))
+    assert (out / "answers.jsonl").read_text() == (finished / "answers.jsonl").read_text()
+    assert json.loads((out / "results.json").read_text())["complete"]
+
+
+def test_a_finished_run_loads_nothing(finished, tiny_model, clips, monkeypatch, capsys):
+    monkeypatch.setattr(run, "load", None)
+    monkeypatch.setattr(answers.media, "read_media", None)
+    cli.main(flags(tiny_model, clips, finished, "--json"))
+    assert json.loads(capsys.readouterr().out)["complete"]
+    cli.main(flags(tiny_model, clips, finished, "--limit", 2))
+    assert "2 of 2 questions answered" in capsys.readouterr().out
+    cli.main(flags(tiny_model, clips, finished))
+
+
+def test_another_evaluation_in_the_same_folder(finished, tiny_model, clips, capsys, tmp_path):
+    message = failure(capsys, *flags(tiny_model, clips, finished, "--no-audio"))
+    assert "holds another evaluation (audio was True, now False); give the same, or choose another --out" in message
+    (tmp_path / "letter.txt").write_text("dear")
+    assert "not an evaluation's folder (it has letter.txt)" in failure(capsys, *flags(tiny_model, clips, tmp_path))
+    assert "a model's or a run's directory" in failure(capsys, *flags(tiny_model, clips, tiny_model))
+
+
+def test_missing_and_broken_videos_are_told_and_the_rest_is_answered(tiny_model, clips, tmp_path, capsys):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    (videos / "one.mp4").symlink_to(clips / "one.mp4")
+    given = flags(tiny_model, clips, tmp_path / "out", "--videos", videos, "--json")
+    cli.main(given)
+    told = capsys.readouterr()
+    assert f"{videos}: 1 videos are missing, with 2 questions; first two.mp4" in told.err
+    results = json.loads(told.out)
+    assert (results["answered"], results["complete"]) == (3, False)
+    assert results["missing_videos"] == {"questions": 2, "videos": 1, "first": ["two.mp4"]}
+    (videos / "two.mp4").write_bytes((clips / "two.mp4").read_bytes()[:2000])
+    cli.main(given)
+    told = capsys.readouterr()
+    assert "not answered: " in told.err
+    assert "truncated" in json.loads(told.out)["unusable"]["2"]
+    (videos / "two.mp4").write_bytes((clips / "two.mp4").read_bytes())
+    cli.main(given)
+    assert json.loads(capsys.readouterr().out)["complete"]
+
+
+def test_no_video_at_all(tiny_model, clips, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty"))
+    assert "empty: none of the 2 videos is in it (first one.mp4, two.mp4); check --videos" in message
+    for name in ("one.mp4", "two.mp4"):
+        (tmp_path / "empty" / name).write_text("hello " * 9)
+    message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty"))
+    assert "no question could be answered; the first: " in message
+    assert "not a video, sound or picture" in message
+
+
+def test_options_that_mean_nothing(tiny_model, clips, tmp_path, capsys):
+    wrong = {
+        "--batch-size=0": "--batch-size must be at least 1, not 0",
+        "--frames=0": "--frames must be at least 1, not 0",
+        "--limit=0": "--limit must be at least 1, not 0",
+        "--judge-url=http://x": "a judge needs both --judge-url and --judge-model",
+        "--frames=99": "--frames 99, but the model has learned 32 positions; ask for fewer",
+        "--model=/none": "/none: no such model directory",
+        "--max-new-tokens=9999": "no question could be answered; the first: the conversation has",
+    }
+    for flag, message in wrong.items():
+        assert message in failure(capsys, *flags(tiny_model, clips, tmp_path / flag[2:5], *flag.split("=")))
+
+
+def test_a_folder_of_frames(tiny_model, tmp_path, capsys):
+    frames = tmp_path / "videos/tvqa/frames_fps3_hq/clip_1"
+    frames.mkdir(parents=True)
+    for number in range(1, 10):
+        picture = np.full((16, 16, 3), 20 * number, np.uint8)
+        Image.fromarray(picture).save(frames / f"{number:05}.jpg")
+    entry = {"video": "clip_1", "question": "Why?", "candidates": ["this", "that"], "answer": "that"}
+    (tmp_path / "episodic_reasoning.json").write_text(json.dumps([{**entry, "start": 0, "end": 2.6}] * 2))
+    given = ["eval", "mvbench", "--annotations", tmp_path, "--videos", tmp_path / "videos", "--out", tmp_path / "out"]
+    cli.main([str(one) for one in (*given, "--model", tiny_model, "--max-new-tokens", 4, "--batch-size", 2)])
+    line, _ = read(tmp_path / "out" / "answers.jsonl")
+    assert line["media"] == "8 frames of 2.7 s; no sound in the file"
+    printed = capsys.readouterr().out
+    assert "episodic_reasoning: accuracy " in printed
+    assert "(published 21.0)" in printed
+
+
+def test_a_judge_later_and_one_that_breaks_off(finished, tiny_model, clips, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.setattr("vllama_jax.evaluate.judging.AT_ONCE", 1)
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in ("answers.jsonl", "config.json"):
+        (out / name).write_bytes((finished / name).read_bytes())
+
+    def breaks(number, body):
+        return completion('{"correct": "no", "score": 1}') if number < 1 else (401, {"error": {"message": "no"}})
+
+    with eval_fixtures.serving(breaks) as fake:
+        message = failure(capsys, *flags(tiny_model, clips, out, "--judge-url", fake.url, "--judge-model", "fake"))
+    assert f"answers and other figures are in {out}, and the same command goes on from there" in message
+    results = json.loads((out / "results.json").read_text())
+    assert (results["answered"], results["judged"]["fake"]["match"]["n"]) == (5, 1)
+    with eval_fixtures.serving(lambda number, body: completion('{"correct": "yes", "score": 4}')) as fake:
+        cli.main(flags(tiny_model, clips, out, "--judge-url", fake.url, "--judge-model", "fake"))
+        assert len(fake.bodies) == 2
+    assert "match by fake, 20" in capsys.readouterr().out
+    cli.main(flags(tiny_model, clips, out, "--json"))
+    judged = json.loads(capsys.readouterr().out)["judged"]["fake"]["match"]
+    assert (judged["n"], judged["of"], judged["score"], judged["accuracy"]) == (3, 3, 3.0, 2 / 3)
+    assert all(b"sk-secret" not in path.read_bytes() for path in out.iterdir())
+
+
+def test_a_full_disk(tiny_model, clips, tmp_path, capsys, monkeypatch):
+    def full(journal, *given):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Journal, "add", full)
+    message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out"))
+    assert "out: cannot be written (No space left on device); what is in it stays" in message
+
+
+def test_a_real_process(tiny_model, clips, tmp_path):
+    """MSVD-QA's files and names, in a process of its own."""
+    asked = [{"answer": "ball", "id": 1, "question": "what rolls?", "video_id": 1301}]
+    (tmp_path / "test_qa.json").write_text(json.dumps(asked))
+    (tmp_path / "youtube_mapping.txt").write_text("one vid1301\n")
+    command = [
+        str(Path(sys.executable).parent / "vllama"),
+        "eval",
+        "msvd_qa",
+        "--annotations",
+        tmp_path / "test_qa.json",
+    ]
+    command += ["--videos", clips, "--model", tiny_model, "--out", tmp_path / "out", "--max-new-tokens", "2"]
+    environment = {**os.environ, "VLLAMA_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run(
+        [*map(str, command), "--no-audio"], capture_output=True, text=True, env=environment, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "all: exact_match 0.0, contains 0.0, n 1\n" in done.stdout
+    assert "published: Video-ChatGPT" in done.stdout
+    assert done.stdout.endswith(f"{tmp_path / 'out'}: 1 of 1 questions answered\n")

@@ -1,0 +1,212 @@
+"""What answers are worth: by themselves, and to a judge."""
+
+import sys
+
+import eval_fixtures
+import pytest
+from eval_fixtures import completion
+
+import vllama_jax as vl
+from vllama_jax.evaluate import metrics
+from vllama_jax.evaluate.judge import ASPECTS, Judge, Unreachable, find_judge, read_reply
+from vllama_jax.evaluate.judging import judge_answers, judged_scores
+from vllama_jax.evaluate.questions import caption_question, choice_question, open_question
+from vllama_jax.journal import Journal
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch):
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+
+
+def quick(judge: eval_fixtures.FakeJudge, **fields) -> Judge:
+    return Judge(judge.url, "fake", wait=0.01, timeout=5, **fields)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "exact", "contained"),
+    [
+        ("A dog.", "dog", True, True),
+        ("Two", "2", True, True),
+        ("The dog runs on the beach.", "dog", False, True),
+        ("It is an ice-cream", "ice cream", False, True),
+        ("yes, he is", "yes", False, True),
+        ("1,000", "1000", True, True),
+        ("a hotdog", "dog", False, False),
+        ("man's best friend", "mans best friend", True, True),
+        ("", "dog", False, False),
+    ],
+)
+def test_exact_match_and_contains(answer, reference, exact, contained):
+    assert metrics.exact_match(answer, ["nothing", reference]) == exact
+    assert metrics.contains(answer, ["nothing", reference]) == contained
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("Answer: (B) the blue one", "B"),
+        ("Answer: (B", None),
+        ("B", "B"),
+        ("b", None),
+        ("C. the red ball", "C"),
+        ("The answer is A because", "A"),
+        ("A man throws the red ball", "C"),
+        ("Answer: (the blue one", "B"),
+        ("red ball or blue one", None),
+        ("(D)", None),
+        ("It is a ball", "A"),
+        ("", None),
+    ],
+)
+def test_letters(answer, letter):
+    assert metrics.chosen_letter(answer, ("ball", "blue one", "red ball")) == letter
+
+
+def test_caption_words():
+    assert metrics.caption_words("A man's dog doesn't run, (well) 3.5 m!") == "a man 's dog does n't run well 3.5 m"
+
+
+def test_captions_are_scored_as_coco_scores_them():
+    references = {"a": ["a red ball crosses a meadow", "the ball rolls"], "b": ["a bell rings"], "c": ["a man sings"]}
+    same = metrics.caption_scores({key: said[0] for key, said in references.items()}, references)
+    assert same["bleu_4"] == pytest.approx(1.0, abs=1e-3)
+    assert same["rouge_l"] == pytest.approx(1.0)
+    other = metrics.caption_scores({"a": "A ball crosses.", "b": "It rings!", "c": "Nothing"}, references)
+    assert 0 < other["cider"] < same["cider"]
+    assert 0 < other["bleu_1"] < 1
+    assert list(same) == ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"]
+
+
+def test_a_missing_library_is_told(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
+    question = caption_question("a dog", id="a", names=("a",))
+    with pytest.raises(vl.ConfigError, match=r"is not installed: pip install 'vllama-jax\[eval\]'"):
+        metrics.check_libraries([question])
+    metrics.check_libraries([open_question("what?", "dog", id="b", names=("a",))])
+
+
+def test_scores_by_kind():
+    fields = {"names": ("a",)}
+    questions = [
+        choice_question("q", ["x", "y"], "x", id="1", kinds=("one",), **fields),
+        choice_question("q", ["x", "y", "z", "w"], "w", id="2", kinds=("two",), **fields),
+        open_question("q", "dog", id="3", kinds=("one",), **fields),
+        open_question("q", "dog", id="4", kinds=("one",), **fields),
+    ]
+    scores = metrics.score(questions, {"1": "Answer: (A", "2": "Answer: (D)", "3": "a dog"})
+    assert list(scores) == ["all", "one", "two"]
+    assert scores["all"] == {
+        "n": 3,
+        "accuracy": 0.5,
+        "chance": 0.375,
+        "no_choice": 1,
+        "exact_match": 1.0,
+        "contains": 1.0,
+    }
+    assert scores["two"] == {"n": 1, "accuracy": 1.0, "chance": 0.25, "no_choice": 0}
+
+
+@pytest.mark.parametrize(
+    ("reply", "aspect", "found"),
+    [
+        ('{"correct": "yes", "score": 4}', "match", {"score": 4, "correct": True}),
+        ('Sure:\n```json\n{"correct": "No", "score": 0}\n```', "match", {"score": 0, "correct": False}),
+        ('{"score": 4.5}', "detail", {"score": 4.5}),
+        ('{"score": 4}', "match", None),
+        ('{"score": 9}', "detail", None),
+        ('{"score": "4"}', "detail", None),
+        ('{"score": true}', "detail", None),
+        ("I would say 4.", "detail", None),
+    ],
+)
+def test_replies(reply, aspect, found):
+    assert read_reply(reply, aspect) == found
+
+
+def test_what_a_judge_is_asked_and_told():
+    with eval_fixtures.serving(lambda number, body: completion('{"correct": "yes", "score": 5}')) as fake:
+        found = quick(fake, key="sk-secret").ask("match", ["What is it?"], "a dog", ["A hound."])
+    assert found == {"score": 5, "correct": True, "reply": '{"correct": "yes", "score": 5}'}
+    (body,) = fake.bodies
+    assert (fake.paths, fake.keys) == (["/v1/chat/completions"], ["Bearer sk-secret"])
+    assert (body["model"], body["temperature"]) == ("fake", 0)
+    asked = body["messages"][1]["content"]
+    assert all(text in asked for text in ("What is it?", "a dog", "A hound.", '"correct"'))
+    assert "sk-secret" not in repr(quick(fake, key="sk-secret"))
+    assert set(ASPECTS) == {"match", "correctness", "detail", "context", "temporal", "consistency"}
+
+
+def test_a_judge_is_asked_again_when_it_fails_or_rambles():
+    replies = [(503, {}), (429, {"error": {"message": "slow down"}}), completion("hm"), completion('{"score": 2}')]
+    with eval_fixtures.serving(lambda number, body: replies[number]) as fake:
+        assert quick(fake).ask("detail", ["q"], "r", ["a"])["score"] == 2
+    with eval_fixtures.serving(lambda number, body: completion("hm")) as fake:
+        assert quick(fake).ask("detail", ["q"], "r", ["a"]) is None
+        assert len(fake.bodies) == 3
+
+
+def test_a_model_without_temperature():
+    def reply(number, body):
+        refusal = {"error": {"message": "Unsupported value: 'temperature' does not support 0"}}
+        return (400, refusal) if "temperature" in body else completion('{"score": 3}')
+
+    with eval_fixtures.serving(reply) as fake:
+        assert quick(fake).ask("detail", ["q"], "r", ["a"])["score"] == 3
+
+
+@pytest.mark.parametrize(
+    ("reply", "message"),
+    [
+        ((401, {"error": {"message": "bad key sk-secret"}}), r"refuses \(HTTP 401: bad key …\); set OPENAI_API_KEY to"),
+        (
+            (404, {"error": "no such model"}),
+            r"\(HTTP 404: no such model\); check --judge-url and --judge-model",
+        ),
+        ((307, {}), r"refuses \(HTTP 307: Temporary Redirect\)"),
+        ((500, {}), r"cannot be reached \(HTTP 500: Internal Server Error\); check --judge-url"),
+        ((200, {"hello": 1}), r"cannot be reached \(its reply is not a chat completion\)"),
+    ],
+)
+def test_a_judge_that_cannot_be_asked(reply, message):
+    with eval_fixtures.serving(lambda number, body: reply) as fake, pytest.raises(Unreachable, match=message) as told:
+        quick(fake, key="sk-secret").ask("detail", ["q"], "r", ["a"])
+    assert "sk-secret" not in str(told.value)
+
+
+def test_nobody_there():
+    with pytest.raises(
+        Unreachable, match=r"http://127.0.0.1:9/v1/chat/completions: the judge cannot be reached \(.*refus"
+    ):
+        Judge("http://127.0.0.1:9/v1/", "fake", wait=0.01).ask("detail", ["q"], "r", ["a"])
+    with pytest.raises(vl.ConfigError, match="--judge-url must begin with http:// or https://, not 'localhost'"):
+        find_judge("localhost", "m")
+
+
+def test_judging_goes_on_and_counts(tmp_path):
+    questions = [
+        open_question("What?", "dog", id="1", names=("a",)),
+        open_question("Who?", "man", id="2", names=("a",)),
+        open_question("One way?", "x", ("consistency",), id="c-1", names=("a",), group="c"),
+        open_question("Other way?", "x", ("consistency",), id="c-2", names=("a",), group="c"),
+        open_question("Unanswered?", "x", id="3", names=("a",)),
+    ]
+    answers = {"1": "dog", "2": "woman", "c-1": "this", "c-2": "that"}
+    journal = Journal(tmp_path / "judgements.jsonl")
+
+    def reply(number, body):
+        text = body["messages"][1]["content"]
+        if "consistency" in text or "two ways" in text:
+            assert all(said in text for said in ("One way?", "Other way?", "this", "that"))
+            return completion('{"score": 1}')
+        return completion('{"correct": "yes", "score": 5}' if "dog" in text else '{"correct": "no", "score": 0}')
+
+    with eval_fixtures.serving(reply) as fake:
+        judge_answers(quick(fake), questions[:1], answers, journal, lambda text: None)
+        judge_answers(quick(fake), questions, answers, journal, lambda text: None)
+        assert len(fake.bodies) == 3, "what was judged is not judged again"
+    found = judged_scores(questions, journal.read())["fake"]
+    date = found["match"]["from"]
+    assert found["match"] == {"n": 2, "of": 3, "score": 2.5, "accuracy": 0.5, "from": date, "until": date}
+    assert (found["consistency"]["score"], found["consistency"]["of"]) == (1, 1)
