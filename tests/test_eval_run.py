@@ -18,6 +18,7 @@ from test_cli import failure
 import vllama_jax as vl
 from vllama_jax import cli
 from vllama_jax.evaluate import answers, run
+from vllama_jax.evaluate.questions import open_question
 from vllama_jax.journal import Journal
 
 ASKED = [
@@ -144,6 +145,21 @@ def test_missing_and_broken_videos_are_told_and_the_rest_is_answered(tiny_model,
     (videos / "two.mp4").write_bytes((clips / "two.mp4").read_bytes())
     cli.main(given)
     assert json.loads(capsys.readouterr().out)["complete"]
+
+
+def test_every_question_gets_its_own_video(monkeypatch):
+    """Whatever comes back in later batches: a file may have two names, and a batch may be done already."""
+    monkeypatch.setattr(answers, "_read", lambda clip, config, settings: f"cannot read {clip[0]}")
+    names = ["a", "b", "b", "c", "a", "a", "d", "c"]
+    asked = [
+        answers.Asked(open_question("q", "a", id=str(number), names=(name,)), Path(name))
+        for number, name in enumerate(names)
+    ]
+    answering = answers.Answering(vl.config.tiny(), answers.Settings(), lambda: None)
+    batches = answers.batches_to_do(asked, {"2", "3"}, 2)
+    assert [[one.question.id for one in batch] for batch in batches] == [["0", "1"], ["4", "5"], ["6", "7"]]
+    assert list(answering.answer(batches, {"2", "3"})) == []
+    assert answering.unusable == {key: f"cannot read {names[int(key)]}" for key in "014567"}
 
 
 def test_no_video_at_all(tiny_model, clips, tmp_path, capsys):

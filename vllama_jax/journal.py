@@ -27,7 +27,7 @@ class Journal:
         self._path = path
 
     def add(self, *lines: Mapping[str, Any]) -> None:
-        """Writes objects, all at once. Raises OSError when they cannot be written."""
+        """Writes objects, all at once; threads may do so side by side. Raises OSError when they cannot be written."""
         with WholeFile(self._path, "a") as file:
             file.write("".join(json.dumps(fields) + "\n" for fields in lines).encode())
 

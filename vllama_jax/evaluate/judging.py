@@ -40,6 +40,7 @@ def judge_answers(
 ) -> None:
     """Asks a judge of every answer that it has not judged yet, several at once, and notes what it says as it comes.
 
+    Notes are taken where the judge is asked, so that none is lost when another question cannot be asked.
     Raises judge.Unreachable; what was noted until then stays.
     """
     judged = {(line["id"], line["aspect"]) for line in journal.read() if line["judge"] == judge.model}
@@ -49,16 +50,16 @@ def judge_answers(
         if (case.id, case.aspect) not in judged and all(question.id in answers for question in case.questions)
     ]
 
-    def ask(case: Case) -> dict[str, Any] | None:
+    def ask(case: Case) -> None:
         asked = [question.text for question in case.questions]
         said = [answers[question.id] for question in case.questions]
-        return judge.ask(case.aspect, asked, " / ".join(case.questions[0].references), said)
+        found = judge.ask(case.aspect, asked, " / ".join(case.questions[0].references), said)
+        if found is not None:  # else it is asked again the next time
+            journal.add({"id": case.id, "aspect": case.aspect, "judge": judge.model, "date": today(), **found})
 
     if open_cases:
         step(f"judged 0 of {len(open_cases)}")
-    for number, (case, found) in enumerate(zip(open_cases, in_order(ask, open_cases, AT_ONCE), strict=True), 1):
-        if found is not None:  # else it is asked again the next time
-            journal.add({"id": case.id, "aspect": case.aspect, "judge": judge.model, "date": today(), **found})
+    for number, _ in enumerate(in_order(ask, open_cases, AT_ONCE), 1):
         step(f"judged {number} of {len(open_cases)}")
 
 
