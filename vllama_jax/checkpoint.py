@@ -395,13 +395,20 @@ def without_missing_branch(directory: ModelDirectory) -> ModelDirectory:
     return dataclasses.replace(directory, config=config)
 
 
+def default_dtype() -> str:
+    """What weights are cast to when nothing is said: XLA multiplies bfloat16 slowly on a CPU."""
+    import jax
+
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
 def abstract_network(config: VideoLlamaConfig, dtype: str | None = None, lora: LoraConfig = NO_LORA) -> "VideoLlama":
     """The network with shapes in place of weights, in the dtype that `load` would use."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
-    dtype = jnp.dtype(dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16"))
+    dtype = jnp.dtype(dtype or default_dtype())
     network = nnx.eval_shape(lambda: new_network(config, lora, nnx.Rngs(0)))
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), network)
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.checkpoint import ModelDirectory, load, locked, open_model
+from vllama_jax.checkpoint import ModelDirectory, default_dtype, load, locked, open_model
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.evaluate import metrics
 from vllama_jax.evaluate.answers import Answering, Asked, Settings, batches_to_do
@@ -172,7 +172,8 @@ def _identity(asked: Evaluation, directory: ModelDirectory, questions: str) -> d
         "questions": questions,
         "model": directory.digest,
         **settings,
-        **{name: asked.weights.get(name) for name in ("dtype", "quantize")},
+        "dtype": asked.weights.get("dtype") or default_dtype(),
+        "quantize": asked.weights.get("quantize"),
     }
 
 
