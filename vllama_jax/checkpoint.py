@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
-from vllama_jax.errors import CheckpointError
+from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import check_params, read_json, write_json
 
 if TYPE_CHECKING:
@@ -352,6 +352,7 @@ def load(
     mesh: "jax.sharding.Mesh | None" = None,
     base: str | Path | None = None,
     quantize: str | None = None,
+    audio_scale: float | None = None,
 ) -> Model:
     """Loads a model directory, or what a run trained.
 
@@ -361,6 +362,8 @@ def load(
     base: a run's base model, where that has moved.
     quantize: "int8" or "int4" for the large kernels of LLaMA and the ViT, layer by layer as they are read; a quantised
     model directory (quantize.py) needs no telling.
+    audio_scale: the norm of a sound's vector, the model's own unless given: 20 as published, while training saw
+    vectors of norm 1 (docs/miniature.md measures what that does).
     Raises CheckpointError for what is not a whole model directory, ConfigError for one whose config is not valid.
     """
     from flax import nnx
@@ -370,6 +373,8 @@ def load(
     from vllama_jax.text.tokenizer import check_vocabulary
 
     directory = without_missing_branch(open_model(path, base))
+    if audio_scale is not None:
+        directory = _with_audio_scale(directory, audio_scale)
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
     network, weights = quantizing.abstract_network(directory, dtype, quantize)
     graph, abstract = nnx.split(network)
@@ -400,6 +405,18 @@ def default_dtype() -> str:
     import jax
 
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _with_audio_scale(directory: ModelDirectory, scale: float) -> ModelDirectory:
+    """The same model with sound vectors of another norm. Raises ConfigError where that means nothing."""
+    if not directory.config.has_audio:
+        raise ConfigError(f"{directory.path}: a picture-only model hears nothing, so there is no audio scale")
+    audio = directory.config.imagebind.audio
+    if not 0 < scale <= audio.max_logit_scale:
+        raise ConfigError(f"the audio scale must be above 0 and at most {audio.max_logit_scale:g}, not {scale:g}")
+    audio = dataclasses.replace(audio, log_logit_scale=math.log(scale))
+    imagebind = dataclasses.replace(directory.config.imagebind, audio=audio)
+    return dataclasses.replace(directory, config=dataclasses.replace(directory.config, imagebind=imagebind))
 
 
 def abstract_network(config: VideoLlamaConfig, dtype: str | None = None, lora: LoraConfig = NO_LORA) -> "VideoLlama":

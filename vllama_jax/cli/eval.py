@@ -16,7 +16,42 @@ LISTED = 5  # videos that could not be read
 
 def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
     """The command for the benchmark that the first argument names, and its arguments."""
-    return benchmark, arguments
+    return (miniature, arguments[1:]) if arguments[:1] == ["miniature"] else (benchmark, arguments)
+
+
+def miniature(
+    *,
+    seed: int = 0,
+    clips: int = 200,
+    model: Path | None = None,
+    audio_scale: float | None = None,
+    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+) -> None:
+    """Ask a miniature about clips of its small world that are rendered now, of combinations that it never trained on.
+
+    Example: vllama eval miniature --seed 7 --clips 200 --json
+
+    docs/miniature.md says what each measure is.
+
+    Args:
+        seed: Of the clips.
+        clips: How many files each measure is about.
+        model: The model directory; the one that comes with the package unless given.
+        audio_scale: The norm of a sound's vector; the model's own unless given.
+        json_output: Print one JSON object: accuracy, n, chance and the accuracy's 95 % interval by kind of question.
+    """
+    from vllama_jax.checkpoint import load
+    from vllama_jax.cli.compilation import keep_compiled_programs
+    from vllama_jax.miniature.box import shipped_model
+    from vllama_jax.miniature.evaluate import as_table, evaluate
+
+    if clips < 1 or seed < 0:
+        raise ConfigError(f"--clips must be at least 1 and --seed at least 0, not {clips} and {seed}")
+    keep_compiled_programs()
+    with Display(quiet=json_output) as display:
+        loaded = load(model or shipped_model(), audio_scale=audio_scale)
+        found = evaluate(loaded, seed, clips, display.step)
+    print(json.dumps(found) if json_output else as_table(found))
 
 
 def benchmark(
@@ -43,6 +78,8 @@ def benchmark(
     """Answer a benchmark's questions, greedily and in batches, and score the answers. Run again, it goes on.
 
     Example: vllama eval msvd_qa --annotations MSVD-QA/test_qa.json --videos YouTubeClips --model MODEL --out OUT
+
+    `vllama eval miniature` needs no files: it renders its own clips.
 
     Benchmarks, and what --annotations is (a file, or its folder); docs/evaluation.md says where to get them:
 

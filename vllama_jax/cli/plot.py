@@ -20,14 +20,14 @@ def plot(run: Path, /, *, out: Path | None = None, smoothing: float = 0.95) -> N
     """
     if not 0 <= smoothing < 1:
         raise DataError(f"smoothing must be at least 0 and below 1, not {smoothing}")
-    steps = _read(run / "metrics.jsonl")
-    validation = [line for line in _read(run / "samples.jsonl", needed=False) if "validation_loss" in line]
+    steps = read_lines(run / "metrics.jsonl")
+    validation = [line for line in read_lines(run / "samples.jsonl", needed=False) if "validation_loss" in line]
     out = out or run / "loss.png"
     _draw(steps, validation, smoothing, out)
     print(f"{out}: steps {steps[0]['step']} to {steps[-1]['step']}, last loss {steps[-1]['loss']:.4f}")
 
 
-def _read(path: Path, *, needed: bool = True) -> list[dict[str, Any]]:
+def read_lines(path: Path, *, needed: bool = True) -> list[dict[str, Any]]:
     """The lines of a journal that is whole but perhaps for a last one under way."""
     if not path.is_file():
         if needed:
@@ -52,7 +52,7 @@ def _draw(steps: list[dict[str, Any]], validation: list[dict[str, Any]], smoothi
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     numbers = [line["step"] for line in steps]
     loss.plot(numbers, [line["loss"] for line in steps], color="tab:blue", alpha=0.3, label="loss")
-    loss.plot(numbers, _smooth([line["loss"] for line in steps], smoothing), color="tab:blue", label="its mean")
+    loss.plot(numbers, smoothed([line["loss"] for line in steps], smoothing), color="tab:blue", label="its mean")
     if validation:
         places = [line["step"] for line in validation]
         loss.plot(places, [line["validation_loss"] for line in validation], "o-", color="tab:orange", label="held out")
@@ -66,7 +66,7 @@ def _draw(steps: list[dict[str, Any]], validation: list[dict[str, Any]], smoothi
         raise DataError(f"{out}: cannot be written ({error})") from error
 
 
-def _smooth(values: list[float], smoothing: float) -> list[float]:
+def smoothed(values: list[float], smoothing: float) -> list[float]:
     """The exponential mean, from the first value on."""
     smoothed, mean = [], values[0]
     for value in values:

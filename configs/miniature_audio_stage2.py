@@ -1,0 +1,8 @@
+"""Stage 2 of the miniature's audio branch: the pictures and texts of the vision branch, seen through ImageBind."""
+
+import dataclasses
+
+from vllama_jax.configs.miniature_vision_stage2 import config as vision
+from vllama_jax.train.config import AUDIO_BRANCH
+
+config = dataclasses.replace(vision, branch="audio", trainable=AUDIO_BRANCH)

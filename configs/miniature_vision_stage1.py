@@ -1,0 +1,12 @@
+"""Stage 1 of the miniature's vision branch: captions of the small world's clips and stills (docs/miniature.md)."""
+
+from vllama_jax.train.config import DataConfig, DatasetConfig, OptimConfig, TrainConfig
+
+config = TrainConfig(
+    model="miniature/base",
+    datasets=(DatasetConfig(path="miniature/world/records/captions"),),
+    steps=2000,
+    batch_size=32,
+    optim=OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=50, clip_norm=1.0),
+    data=DataConfig(crop_area=1, lengths=(32, 48)),  # no crop: what is said tells where things are
+)

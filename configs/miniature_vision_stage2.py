@@ -1,0 +1,15 @@
+"""Stage 2 of the miniature's vision branch: questions and answers. Start it with --init RUN."""
+
+import dataclasses
+
+from vllama_jax.configs.miniature_vision_stage1 import config as stage1
+from vllama_jax.train.config import CONVERSATION, DatasetConfig
+
+config = dataclasses.replace(
+    stage1,
+    datasets=(DatasetConfig(path="miniature/world/records/instructions", text=CONVERSATION),),
+    steps=600,
+    batch_size=16,
+    optim=dataclasses.replace(stage1.optim, lr=5e-4, min_lr=2e-5),
+    data=dataclasses.replace(stage1.data, lengths=(72, 96, 144)),
+)

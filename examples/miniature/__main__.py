@@ -1,0 +1,73 @@
+"""A miniature from nothing:
+
+    python -m vllama_jax.miniature OUT --seed 0
+
+writes the world, trains the frozen parts and both branches in both stages, and measures what came of it, in about an
+hour on two cores. Everything is kept under OUT; run again it goes on where it was stopped. OUT/model can be asked with
+`vllama chat FILE --model OUT/model`; OUT/results.json has the figures that are printed at the end.
+"""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import tyro
+
+from vllama_jax.cli.compilation import keep_compiled_programs
+from vllama_jax.errors import VllamaError
+from vllama_jax.params import write_json
+
+
+def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500) -> None:
+    """Make a miniature Video-LLaMA from nothing.
+
+    Args:
+        out: Where everything is kept.
+        seed: Of the world, of the weights and of the data's order.
+        clips: Files in each set that the model is measured on.
+    """
+    keep_compiled_programs()
+    from vllama_jax.miniature.evaluate import as_table
+    from vllama_jax.miniature.recipe import Recipe, make_base, train_branches
+
+    began = time.perf_counter()
+    out.mkdir(parents=True, exist_ok=True)
+
+    def say(text: str) -> None:
+        print(f"[{(time.perf_counter() - began) / 60:5.1f} min] {text}", file=sys.stderr, flush=True)
+
+    recipe = Recipe()
+    make_base(out, seed, recipe, say)
+    train_branches(out, recipe, say)
+    results = measured(out, seed, clips, say)
+    write_json(out / "results.json", {"seed": seed, "minutes": (time.perf_counter() - began) / 60, "measures": results})
+    print(as_table(results))
+
+
+def measured(out: Path, seed: int, clips: int, say) -> dict[str, dict[str, float]]:
+    """All measures of the model, and those of the models that it is compared with; kept in OUT/measures."""
+    from vllama_jax.checkpoint import load
+    from vllama_jax.miniature import evaluate
+
+    folder = out / "measures"
+    folder.mkdir(exist_ok=True)
+    found = {}
+    work = (
+        ("model", "model", evaluate.evaluate),
+        ("without_positions", "model_without_positions", evaluate.without_positions),
+        ("random_hearing", "model", evaluate.random_hearing),
+    )
+    for name, of, figures in work:
+        file = folder / f"{name}-{clips}.json"
+        if not file.exists():
+            write_json(file, figures(load(out / of), seed, clips, say))
+        found |= json.loads(file.read_text())
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        tyro.cli(main, prog="python -m vllama_jax.miniature")
+    except VllamaError as error:
+        sys.exit(f"vllama: {error}")

@@ -1,0 +1,59 @@
+"""What of the miniature comes with the package: a trained model, and clips to ask it about.
+
+    python -m vllama_jax.miniature.box OUT
+
+puts the model that `python -m vllama_jax.miniature OUT` made in their place, and renders the clips again.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from vllama_jax.errors import CheckpointError
+
+BOX = Path(__file__).parent / "box"
+MODEL, CLIPS, RESULTS = BOX / "model", BOX / "clips", BOX / "results.json"
+DTYPE = "bfloat16"  # of the weights that are shipped
+
+
+def shipped_model() -> Path:
+    """The directory of the model that comes with the package. Raises CheckpointError where it is not there."""
+    if not MODEL.is_dir():
+        raise CheckpointError(f"{MODEL}: the miniature is not installed; name a model with --model")
+    return MODEL
+
+
+def fill(out: Path) -> None:
+    """Puts OUT/model into the box, and clips of combinations that it was not trained on beside it."""
+    import numpy as np
+
+    from vllama_jax import convert
+    from vllama_jax.miniature.scene import Scene, Things
+    from vllama_jax.miniature.world import write_clip, write_still
+
+    bell = Things(kind="bell", colour="yellow", motion="left", size="large")
+    dog = Things(kind="dog", colour="blue", motion="grows")
+    clips = {
+        "bell.mp4": Scene((bell,), ("bell",)),
+        "dog_or_drum.mp4": Scene((dog,), ("drum",)),  # a drum is heard
+        "two.mp4": Scene(
+            (Things(kind="frog", colour="blue", motion="in turn"), Things(kind="horn", colour="red", motion="in turn")),
+            ("frog", "horn"),
+        ),
+        "birds.jpg": Scene((Things(kind="bird", colour="pink", size="small", number=3),)),
+    }
+    shutil.rmtree(BOX, ignore_errors=True)
+    CLIPS.mkdir(parents=True)
+    for number, (name, scene) in enumerate(clips.items()):
+        draw = np.random.default_rng([4, number])
+        write_still(CLIPS / name, scene, draw) if name.endswith(".jpg") else write_clip(
+            CLIPS / name, scene, draw, snr_db=20
+        )
+    convert.convert(convert.plan(files={}, base=out / "model"), MODEL, dtype=DTYPE)
+    shutil.copyfile(out / "results.json", RESULTS)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m vllama_jax.miniature.box OUT")
+    fill(Path(sys.argv[1]))

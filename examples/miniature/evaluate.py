@@ -1,0 +1,394 @@
+"""What a miniature knows, measured on clips never seen before, of combinations never trained on.
+
+Every measure is a question about a set of files; answers are greedy. Clips are written as mp4 and stills as JPEG, and
+read as a chat reads them. What varies between measures (the order of frames, the scale or the dimensions of sound
+vectors) varies between the frozen encoders and the branches' Q-Formers.
+"""
+
+import dataclasses
+import functools
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vllama_jax import generate
+from vllama_jax.chat import Prepared, prepare
+from vllama_jax.checkpoint import Model
+from vllama_jax.config import GenerationConfig
+from vllama_jax.miniature import texts
+from vllama_jax.miniature.pictures import in_processes
+from vllama_jax.miniature.scene import COLOURS, KINDS, NUMBERS, PLACES, SIZES, WAYS, Scene, draw_scene
+from vllama_jax.miniature.world import draw_for, write_clip, write_still
+from vllama_jax.nn.imagebind import AudioTower
+from vllama_jax.nn.video_llama import splice
+from vllama_jax.text import prompts
+from vllama_jax.text.prompts import Media
+
+BATCH = 50  # files at a time
+TOKENS = 24  # of an answer at most
+ORIGINAL_SCALE = 20.0  # of sound vectors, in the published weights
+SCALES = (1.0, 2.0, 5.0, 10.0, 20.0)
+NOISES = (20.0, 10.0, 5.0, 0.0, -5.0)  # dB of signal to noise
+PERMUTATIONS = 5
+NEW_WORDING = 3  # the wording that no branch was trained on
+
+CHANCE = {
+    "object": 1 / len(KINDS),
+    "colour": 1 / len(COLOURS),
+    "size": 1 / len(SIZES),
+    "count": 1 / len(NUMBERS),
+    "place": 1 / len(PLACES),
+    "motion": 1 / len(WAYS),
+    "first": 1 / len(KINDS),
+    "last": 1 / len(KINDS),
+    "hear": 1 / len(KINDS),
+    "hear_first": 1 / len(KINDS),
+    "hear_last": 1 / len(KINDS),
+    "fit": 1 / 2,
+}
+
+
+Measure = dict[str, float]  # accuracy, of n answers; chance, of a guess; low and high of its 95 % interval (Wilson's)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """Files as the frozen encoders leave them: features [t, q, d] of frames, vectors [s, e] of sounds."""
+
+    scenes: list[Scene]
+    media: list[Media]
+    features: np.ndarray | None
+    sounds: np.ndarray | None
+
+
+def measure(right: Sequence[bool], chance: float) -> Measure:
+    """Accuracy with its interval."""
+    n, z = len(right), 1.96
+    share = sum(right) / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    figures = {"accuracy": share, "n": n, "chance": chance, "low": max(middle - reach, 0), "high": middle + reach}
+    return {name: round(value, 4) for name, value in figures.items()}
+
+
+def evaluate(model: Model, seed: int, clips: int, say: Callable[[str], None] = lambda text: None) -> dict[str, Measure]:
+    """All measures; `clips` files for each of the sets that they are about."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        see = functools.partial(_written, model, Path(folder), seed, clips, say)
+        moving = see("ways", motions=WAYS)
+        found |= _time(model, moving)
+        found |= _pictures(model, moving, see("stills", motions=("rests",)), see("turns", motions=("in turn",)))
+        found |= _hearing(
+            model, see("sounds", motions=("rests",), sound=True), see("two", motions=("in turn",), sound=True)
+        )
+        found |= _together(model, see("both", motions=WAYS, sound=True, fits=0.5))
+        for noise in NOISES:
+            noisy = see(f"noise {noise}", motions=("rests",), sound=True, snr_db=noise)
+            found[f"sound_only_at_{noise:g}_db"] = _heard(model, noisy, "hear")
+    return found
+
+
+def _time(model: Model, moving: Shown) -> dict[str, Measure]:
+    """Claim 1: which way a thing moves, with its frames in order, shuffled, and reversed."""
+    draw = np.random.default_rng(0)
+    orders = np.stack([draw.permutation(moving.features.shape[1]) for _ in moving.scenes])
+    shuffled = np.take_along_axis(moving.features, orders[..., None, None], axis=1)
+    backwards = [_turned(scene) for scene in moving.scenes]
+    backward = dataclasses.replace(moving, features=moving.features[:, ::-1])
+    return {
+        "motion": _seen(model, moving, "motion"),
+        "motion_new_wording": _seen(model, moving, "motion", wording=NEW_WORDING),
+        "motion_of_two": _of_two(model, moving),
+        "motion_shuffled": _of_two(model, dataclasses.replace(moving, features=shuffled)),
+        "motion_shuffled_answered": _seen(model, dataclasses.replace(moving, features=shuffled), "motion"),
+        "motion_reversed": _seen(model, backward, "motion"),
+        "motion_reversed_opposite": _seen(model, dataclasses.replace(backward, scenes=backwards), "motion"),
+    }
+
+
+def _of_two(model: Model, moving: Shown) -> Measure:
+    """Whether a thing's way is likelier to the language model than the opposite one.
+
+    Shuffled frames leave the axis of a motion visible, so a half is chance. They look like other motions too (a thing
+    that vanishes, two in turn), so that free answers are of other kinds and tell little of direction.
+    """
+    question, silent = texts.QUESTIONS["motion"][0], dataclasses.replace(moving, sounds=None)
+    right = [texts.answer("motion", scene) for scene in moving.scenes]
+    wrong = [texts.answer("motion", _turned(scene)) for scene in moving.scenes]
+    likelihoods = [likelihood(model, silent, question, answers) for answers in (right, wrong)]
+    return measure((likelihoods[0] > likelihoods[1]).tolist(), 0.5)
+
+
+def _turned(scene: Scene) -> Scene:
+    things = scene.shown[0]
+    return Scene((dataclasses.replace(things, motion=texts.OPPOSITES[things.motion]),), scene.heard)
+
+
+def _pictures(model: Model, moving: Shown, stills: Shown, turns: Shown) -> dict[str, Measure]:
+    found = {}
+    for name in ("object", "colour", "size"):
+        found[name] = _seen(model, moving, name)
+        found[f"{name}_still"] = _seen(model, stills, name)
+        found[f"{name}_new_wording"] = _seen(model, moving, name, wording=NEW_WORDING)
+    single = [number for number, scene in enumerate(stills.scenes) if scene.shown[0].number == 1]
+    found["count"] = _seen(model, stills, "count")
+    found["place"] = _seen(model, _some(stills, single), "place")
+    found["first"] = _seen(model, turns, "first")
+    found["last"] = _seen(model, turns, "last")
+    return found
+
+
+def _hearing(model: Model, sounds: Shown, two: Shown) -> dict[str, Measure]:
+    """Claim 2: what is heard, and in which order, at several scales of the sound vectors; and with wrong vectors."""
+    found = {"sound_only": _heard(model, sounds, "hear"), "sound_order": _order(model, two)}
+    for wording in ("new",):
+        found[f"sound_only_{wording}_wording"] = _heard(model, sounds, "hear", wording=NEW_WORDING)
+    for scale in SCALES[1:]:
+        found[f"sound_only_times_{scale:g}"] = _heard(model, _scaled(sounds, scale), "hear")
+        found[f"sound_order_times_{scale:g}"] = _order(model, _scaled(two, scale))
+    right = []
+    for number in range(PERMUTATIONS):
+        order = np.random.default_rng(number).permutation(sounds.sounds.shape[-1])
+        right += _answers_right(model, dataclasses.replace(sounds, sounds=sounds.sounds[..., order]), "hear")
+    found["sound_only_unaligned"] = measure(right, CHANCE["hear"])
+    return found
+
+
+def _scaled(shown: Shown, scale: float) -> Shown:
+    """The same sounds with vectors of another norm."""
+    norms = np.linalg.norm(shown.sounds, axis=-1, keepdims=True)
+    return dataclasses.replace(shown, sounds=shown.sounds * (np.float32(scale) / norms))
+
+
+def _order(model: Model, two: Shown) -> Measure:
+    """Whether the sound named first is the first of the two, and the last the last; other kinds are wrong answers."""
+    right = [*_answers_right(model, two, "hear_first"), *_answers_right(model, two, "hear_last")]
+    return measure(right, 0.5)
+
+
+def _together(model: Model, both: Shown) -> dict[str, Measure]:
+    """Sound and picture at once: agreeing in half of the clips."""
+    found = {}
+    for name in ("fit", "hear", "object", "motion"):
+        right = _answers_right(model, both, name)
+        found[f"{name}_with_both"] = measure(right, CHANCE[name])
+    return found
+
+
+def _seen(model: Model, shown: Shown, name: str, *, wording: int = 0, chance: float | None = None) -> Measure:
+    """A question about pictures alone."""
+    silent = dataclasses.replace(shown, sounds=None)
+    return measure(_answers_right(model, silent, name, wording), CHANCE[name] if chance is None else chance)
+
+
+def _heard(model: Model, shown: Shown, name: str, *, wording: int = 0) -> Measure:
+    """A question about sound alone."""
+    blind = dataclasses.replace(shown, features=None)
+    return measure(_answers_right(model, blind, name, wording), CHANCE[name])
+
+
+def _answers_right(model: Model, shown: Shown, name: str, wording: int = 0) -> list[bool]:
+    answers = ask(model, shown, texts.QUESTIONS[name][wording])
+    return [texts.is_right(name, said, scene) for said, scene in zip(answers, shown.scenes, strict=True)]
+
+
+def ask(model: Model, shown: Shown, question: str) -> list[str]:
+    """Answers to one question about every file, in batches."""
+    answers = []
+    for first in range(0, len(shown.scenes), BATCH):
+        answers += _ask_batch(model, _some(shown, range(first, min(first + BATCH, len(shown.scenes)))), question)
+    return answers
+
+
+def _ask_batch(model: Model, shown: Shown, question: str) -> list[str]:
+    tokenizer, template = model.tokenizer, prompts.find_template(model.config.template)
+    given = _prompts(model, shown, question)
+    pieces = generate.generate(
+        model.network.llama,
+        given,
+        GenerationConfig(max_new_tokens=TOKENS),
+        bos=tokenizer.bos_id,
+        eos=tokenizer.eos_id,
+        stops=prompts.stop_sequences(tokenizer, template),
+    )
+    rows: list[list[int]] = [[] for _ in given]
+    for batch in pieces:
+        for row, new in zip(rows, batch, strict=True):
+            row += new
+    return [prompts.decode_answer(tokenizer, template, row) for row in rows]
+
+
+def _prompts(model: Model, shown: Shown, question: str, answers: Sequence[str] | None = None) -> list[generate.Prompt]:
+    """The question about each file as a chat asks it, and perhaps its answer."""
+    parts, found = [], []
+    if shown.sounds is not None:
+        parts.append(np.asarray(_tokens("audio")(model.network, shown.sounds)))
+    if shown.features is not None:
+        parts.append(np.asarray(_tokens("video")(model.network, shown.features)))
+    for row, media in enumerate(shown.media):
+        conversation = prompts.start_conversation(model.config.template, model.config.has_audio)
+        conversation = conversation.add(_as_shown(media, shown)).ask(question)
+        conversation = conversation if answers is None else conversation.answer(answers[row])
+        encoded = prompts.encode(conversation, model.tokenizer, [part.shape[1] for part in parts])
+        found.append(generate.Prompt(encoded.ids, encoded.is_media, np.concatenate([part[row] for part in parts])))
+    return found
+
+
+def _as_shown(media: Media, shown: Shown) -> Media:
+    """What is said of a file in the prompt, where only its sound or only its pictures are given."""
+    if shown.features is None:
+        return Media("audio")
+    return dataclasses.replace(media, sound=shown.sounds is not None)
+
+
+def likelihood(model: Model, shown: Shown, question: str, answers: Sequence[str]) -> np.ndarray:
+    """The log probability of an answer to the question about each file: float [n]."""
+    found = []
+    for first in range(0, len(answers), BATCH):
+        rows = range(first, min(first + BATCH, len(answers)))
+        some = _some(shown, rows)
+        asked = _prompts(model, some, question)
+        given = _prompts(model, some, question, [answers[row] for row in rows])
+        length = generate.padded_length(max(len(prompt.ids) for prompt in given))
+        ids, is_media = (np.stack([np.pad(x, (0, length - len(x))) for x in parts]) for parts in (
+            [prompt.ids for prompt in given], [prompt.is_media for prompt in given]
+        ))  # fmt: skip
+        spans = np.array([(len(prompt.ids), len(whole.ids)) for prompt, whole in zip(asked, given, strict=True)])
+        media = np.stack([prompt.media for prompt in given])
+        found.append(np.asarray(_log_probabilities(model.network, ids, is_media, media, spans)))
+    return np.concatenate(found)
+
+
+@jax.jit
+def _log_probabilities(network: Any, ids: jax.Array, is_media: jax.Array, media: jax.Array, spans: jax.Array):
+    """Summed over the tokens from the first of each span up to its last."""
+    places = jnp.arange(ids.shape[1])
+    x = splice(network.embed(ids), is_media, media)
+    logits = network(x, places < spans[:, 1:])
+    each = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=2)[..., 0]
+    counted = (places[1:] >= spans[:, :1]) & (places[1:] < spans[:, 1:])
+    return jnp.sum(each * counted, axis=1)
+
+
+@functools.cache
+def _tokens(sense: str) -> Any:
+    """What the branch of a sense makes of features: tokens of the language model."""
+    if sense == "audio":
+        return jax.jit(lambda network, vectors: network.audio_tokens(vectors))
+    return jax.jit(lambda network, features: network.video_tokens(features))
+
+
+@functools.cache
+def _encoder(sense: str) -> Any:
+    if sense == "audio":
+        return jax.jit(lambda network, mel: network.embed_sounds(mel))
+    return jax.jit(lambda network, frames: network.encode_frames(frames))
+
+
+def _some(shown: Shown, rows: Sequence[int]) -> Shown:
+    rows = list(rows)
+    return Shown(
+        [shown.scenes[row] for row in rows],
+        [shown.media[row] for row in rows],
+        None if shown.features is None else shown.features[rows],
+        None if shown.sounds is None else shown.sounds[rows],
+    )
+
+
+def _written(
+    model: Model,
+    folder: Path,
+    seed: int,
+    clips: int,
+    say: Callable[[str], None],
+    name: str,
+    *,
+    motions: Sequence[str],
+    sound: bool = False,
+    fits: float = 1.0,
+    snr_db: float | None = 15.0,
+) -> Shown:
+    """Writes a set of files, reads them again, and runs the frozen encoders on them.
+
+    fits: the part of scenes that are heard as they look. snr_db: white noise in the sound.
+    """
+    say(f"{name}: {clips} files")
+    work = [
+        (folder, seed, name, first, min(BATCH, clips - first), tuple(motions), sound, fits, snr_db, model.config)
+        for first in range(0, clips, BATCH)
+    ]
+    read = [one for part in in_processes(_write_and_read, work) for one in part]
+    scenes, prepared = [one[0] for one in read], [one[1] for one in read]
+    features = _encoded(model, "video", [one.frames for one in prepared])
+    sounds = _encoded(model, "audio", [one.mel for one in prepared]) if sound else None
+    return Shown(scenes, [one.prompt_media for one in prepared], features, sounds)
+
+
+def _write_and_read(work: tuple) -> list[tuple[Scene, Prepared]]:
+    folder, seed, name, first, count, motions, sound, fits, snr_db, config = work
+    found = []
+    for number in range(first, first + count):
+        draw = draw_for(seed, name, number)
+        scene = draw_scene(draw, motions[number % len(motions)], "test")
+        if fits < 1:
+            scene = _maybe_unlike(scene, fits, draw)
+        is_still = motions == ("rests",) and not sound
+        path = folder / f"{name} {number}.{'jpg' if is_still else 'mp4'}"
+        if is_still:
+            write_still(path, scene, draw)
+        else:
+            write_clip(path, scene, draw, snr_db=snr_db, sound=sound)
+        found.append((scene, prepare(path, config, require_audio=sound)))
+        path.unlink()
+    return found
+
+
+def _maybe_unlike(scene: Scene, fits: float, draw: np.random.Generator) -> Scene:
+    """The scene with the sound of another kind in the given part of cases."""
+    if draw.random() < fits:
+        return scene
+    others = [kind for kind in KINDS if kind != scene.shown[0].kind]
+    return Scene(scene.shown, (str(draw.choice(others)),))
+
+
+def _encoded(model: Model, sense: str, given: list[np.ndarray]) -> np.ndarray:
+    encode = _encoder(sense)
+    groups = [np.stack(given[first : first + BATCH]) for first in range(0, len(given), BATCH)]
+    return np.concatenate([np.asarray(encode(model.network, group)) for group in groups])
+
+
+def without_positions(model: Model, seed: int, clips: int, say: Callable[[str], None]) -> dict[str, Measure]:
+    """The first claim's measures of a model that never had frame positions."""
+    with tempfile.TemporaryDirectory() as folder:
+        moving = _written(model, Path(folder), seed, clips, say, "ways", motions=WAYS)
+    found = {"motion_without_positions": _of_two(model, moving)}
+    found["motion_without_positions_answered"] = _seen(model, moving, "motion")
+    return found | {f"{name}_without_positions": _seen(model, moving, name) for name in ("object", "colour")}
+
+
+def random_hearing(model: Model, seed: int, clips: int, say: Callable[[str], None]) -> dict[str, Measure]:
+    """The second claim's measure with an audio tower that was never trained."""
+    network, cfg = nnx.clone(model.network), model.config.imagebind
+    network.imagebind.audio = AudioTower(cfg.audio, cfg.embed_dim, rngs=nnx.Rngs(seed))
+    deaf = dataclasses.replace(model, network=network)
+    with tempfile.TemporaryDirectory() as folder:
+        sounds = _written(deaf, Path(folder), seed, clips, say, "sounds", motions=("rests",), sound=True)
+    return {"sound_only_random_tower": _heard(deaf, sounds, "hear")}
+
+
+def as_table(measures: dict[str, Measure]) -> str:
+    """A line for each measure."""
+    width = max(map(len, measures))
+    lines = [f"{'':{width}}  accuracy  95 % interval    chance     n"]
+    for name, one in measures.items():
+        interval = f"{one['low']:.3f} to {one['high']:.3f}"
+        lines.append(f"{name:{width}}  {one['accuracy']:8.3f}  {interval}  {one['chance']:6.3f}  {one['n']:4}")
+    return "\n".join(lines)

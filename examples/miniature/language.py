@@ -1,0 +1,219 @@
+"""The miniature's language model: a tokenizer and a LLaMA that learned from the world's text, and from text alone.
+
+What it reads are the prompts that Video-LLaMA will make, with words where media tokens will stand: notes of what is
+shown and heard, in any order, incomplete or said twice. So it knows of sounds what can be read of them.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from vllama_jax.config import LlamaConfig
+from vllama_jax.miniature import render, texts
+from vllama_jax.miniature.fit import fit
+from vllama_jax.miniature.scene import COLOURS, KINDS, NUMBERS, PLACES, SIZES, Scene, draw_scene, motion_of
+from vllama_jax.nn.llama import Llama
+from vllama_jax.text import prompts
+from vllama_jax.text.prompts import Media
+from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from vllama_jax.text.training import encode_conversation, find_conversation_template
+
+VOCAB_SIZE = 704
+LENGTH = 128  # tokens of a row: texts one after another, the last one cut
+TEMPLATE = "vicuna"
+WORLD_SECONDS = tuple(render.SECONDS * number / 8 for number in range(8))  # when a clip's frames are
+
+CONFIG = LlamaConfig(
+    vocab_size=VOCAB_SIZE,
+    width=128,
+    depth=4,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=32,
+    mlp_dim=352,
+    norm_eps=1e-6,
+    max_length=1024,
+)
+
+
+def fixed_sentences() -> list[str]:
+    """What every prompt repeats. Each is one token, which makes prompts half as long."""
+    heard = prompts.media_message(Media("audio"))
+    both = prompts.media_message(Media("video", sound=True))
+    tags = ["<Video>", "</Video>", "<Image>", "</Image>"]
+    words = ["###", "Human:", "Assistant:", *tags, "\n", prompts.DEFAULT_SYSTEM]
+    told = [part.removesuffix("<Video>").removeprefix("</Video>") for part in (*heard, *both) if isinstance(part, str)]
+    told.append(prompts.time_message(WORLD_SECONDS))
+    return list(dict.fromkeys([*words, *(text.strip(" ") for text in told)]))
+
+
+def train_tokenizer(directory: Path, seed: int) -> Tokenizer:
+    """A SentencePiece model of the world's words with LLaMA's special tokens and byte fallback, in `directory`."""
+    import sentencepiece
+
+    draw = np.random.default_rng([seed, 0])
+    lines = [line for _ in range(4000) for line in _plain_text(draw_scene(draw), draw)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_prefix=str(directory / "tokenizer"),
+        model_type="bpe",
+        vocab_size=VOCAB_SIZE,
+        hard_vocab_limit=False,
+        byte_fallback=True,
+        character_coverage=1.0,
+        add_dummy_prefix=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=[text.replace(" ", "▁") for text in fixed_sentences()],
+        minloglevel=2,
+    )
+    (directory / "tokenizer.vocab").unlink()
+    return load_tokenizer(directory)
+
+
+def train_language_model(
+    tokenizer: Tokenizer, *, steps: int, batch_size: int, seed: int, say: Callable[[str], None]
+) -> Llama:
+    """Language modelling on texts that are drawn anew at every step."""
+
+    def batch(draw: np.random.Generator) -> np.ndarray:
+        return np.stack([_row(tokenizer, draw) for _ in range(batch_size)])
+
+    def loss(llama: Llama, ids: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        logits = llama.logits(llama(llama.embed(ids), jnp.ones(ids.shape, bool), "none"))[:, :-1]
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
+        return jnp.mean(losses), {"right": jnp.mean(jnp.argmax(logits, axis=-1) == ids[:, 1:])}
+
+    llama = Llama(CONFIG, rngs=nnx.Rngs(seed))
+    return fit(llama, loss, batch, steps=steps, learning_rate=2e-3, seed=seed, name="language model", say=say)
+
+
+def _row(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
+    """Texts one after another, LENGTH tokens of them."""
+    row = np.zeros(0, np.int32)
+    while len(row) < LENGTH:
+        row = np.concatenate([row, draw_text(tokenizer, draw)])
+    return row[:LENGTH]
+
+
+def draw_text(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
+    """Token ids of one text: a caption after its notes, or a dialogue in one of the layouts that a model meets."""
+    layout = draw.choice(["caption", "training", "seen", "heard", "both"], p=[0.1, 0.2, 0.25, 0.2, 0.25])
+    scene = draw_scene(draw)
+    if layout == "caption":
+        words = f"{picture_notes(scene, draw)}\n"
+        return np.concatenate([_ids(tokenizer, words, True)[:-1], _ids(tokenizer, f"{texts.caption(scene)}\n")])
+    if layout == "training":
+        return _training_text(tokenizer, scene, draw)
+    if layout in ("heard", "both"):
+        scene = with_sound(scene, draw, two=len(scene.shown) == 2 and layout == "heard")
+    return _chat_text(tokenizer, scene, layout, draw)
+
+
+def with_sound(scene: Scene, draw: np.random.Generator, *, two: bool) -> Scene:
+    """The scene with the sound of what is shown, or of anything; `two` sounds one after the other where asked."""
+    kinds = list(KINDS)
+    first = scene.shown[0].kind if draw.random() < 0.5 else str(draw.choice(kinds))
+    if not two:
+        return Scene(scene.shown, (first,))
+    return Scene(scene.shown, (first, str(draw.choice([kind for kind in kinds if kind != first]))))
+
+
+def _training_text(tokenizer: Tokenizer, scene: Scene, draw: np.random.Generator) -> np.ndarray:
+    """A dialogue as the second stage of training has it."""
+    notes = _ids(tokenizer, picture_notes(scene, draw))
+    is_video = motion_of(scene) != "rests" or draw.random() < 0.3
+    media = Media("video", seconds=_times(draw)) if is_video else Media("image")
+    turns = texts.dialogue(scene, draw, int(draw.integers(2, 6)), wordings=4)
+    if media.kind == "image":
+        turns[0] = (f" {turns[0][0]}", turns[0][1])
+    encoded = encode_conversation(tokenizer, find_conversation_template(TEMPLATE), turns, media, 0, len(notes), LENGTH)
+    return _filled(encoded.ids, encoded.is_media, notes)
+
+
+def _chat_text(tokenizer: Tokenizer, scene: Scene, layout: str, draw: np.random.Generator) -> np.ndarray:
+    """A dialogue as a chat has it: about pictures, about sound alone, or about both."""
+    notes, asked = [], []
+    if layout != "seen":
+        notes.append(_ids(tokenizer, sound_notes(scene.heard, draw)))
+        asked += ["hear"] if len(scene.heard) == 1 else ["hear_first", "hear_last"]
+    if layout != "heard":
+        notes.append(_ids(tokenizer, picture_notes(scene, draw)))
+        asked += texts.questions_of(scene)
+    if layout == "both" and len(scene.shown) == 1:
+        asked += ["fit", "fit"]
+    if layout == "heard":
+        media = Media("audio")
+    elif layout == "both":
+        media = Media("video", sound=True)
+    else:
+        still = motion_of(scene) == "rests" and draw.random() < 0.7
+        media = Media("image") if still else Media("video", seconds=_times(draw))
+    conversation = prompts.start_conversation(TEMPLATE, audio_branch=True).add(media)
+    for name in map(str, draw.permutation(asked)[: draw.integers(2, 6)]):
+        wording = str(draw.choice(texts.QUESTIONS[name]))
+        conversation = conversation.ask(wording).answer(texts.answer(name, scene))
+    encoded = prompts.encode(conversation, tokenizer, [len(note) for note in notes])
+    ids = _filled(encoded.ids, encoded.is_media, np.concatenate(notes))
+    return np.append(ids, tokenizer.encode("###", special=False)[-1])
+
+
+def picture_notes(scene: Scene, draw: np.random.Generator) -> str:
+    """What stands in place of a picture's or clip's tokens: its caption, or its words shuffled and said again."""
+    if draw.random() < 0.3:
+        return texts.caption(scene)
+    parts = [_shuffled(texts.caption(Scene((things,))).split(), draw) for things in scene.shown]
+    return parts[0] if len(parts) == 1 else f"first {parts[0]} then {parts[1]}"
+
+
+def sound_notes(kinds: tuple[str, ...], draw: np.random.Generator) -> str:
+    """The same of sounds. Colour, size and place may stand there too: the audio branch only ever sees pictures."""
+    style = draw.integers(3)
+    parts = []
+    for kind in kinds:
+        words = ["a", kind, KINDS[kind]] if style == 0 else [kind]
+        if style == 2:
+            words += [str(draw.choice(list(names))) for names in (COLOURS, SIZES, NUMBERS[:1], PLACES)]
+        parts.append(" ".join(words) if style == 0 else _shuffled(" ".join(words).split(), draw))
+    return parts[0] if len(parts) == 1 else f"first {parts[0]} then {parts[1]}"
+
+
+def _shuffled(words: list[str], draw: np.random.Generator) -> str:
+    """Words in any order, each once or up to three times; those of a place stay together."""
+    said = " ".join(words)
+    place = next((place for place in sorted(PLACES, key=len, reverse=True) if place in said), "")
+    units = [*said.replace(place, "").split(), *([place] if place else [])]
+    units = [unit for unit in units if unit not in ("a", "an")]
+    most = draw.integers(1, 4)
+    return " ".join(draw.permutation([unit for unit in units for _ in range(draw.integers(1, most + 1))]))
+
+
+def _times(draw: np.random.Generator) -> tuple[float, ...]:
+    """When a video's frames are: mostly as in this world, now and then as elsewhere."""
+    length = draw.uniform(1, 30) if draw.random() < 0.1 else render.SECONDS
+    return tuple(length * number / 8 for number in range(8))
+
+
+def _plain_text(scene: Scene, draw: np.random.Generator) -> list[str]:
+    scene = with_sound(scene, draw, two=len(scene.shown) == 2)
+    names = [*texts.questions_of(scene), "hear", "hear_first", "hear_last", "fit"]
+    lines = [picture_notes(scene, draw), sound_notes(scene.heard, draw), prompts.time_message(_times(draw))]
+    for name in names:
+        lines += [str(draw.choice(texts.QUESTIONS[name])), texts.answer(name, scene)]
+    return lines
+
+
+def _ids(tokenizer: Tokenizer, text: str, bos: bool = False) -> np.ndarray:
+    return np.array(tokenizer.encode(text, bos=bos, special=False), np.int32)
+
+
+def _filled(ids: np.ndarray, is_media: np.ndarray, notes: np.ndarray) -> np.ndarray:
+    """Ids with notes where media tokens would be, as many of them as are left there."""
+    ids = ids.copy()
+    ids[is_media] = notes[: is_media.sum()]
+    return ids

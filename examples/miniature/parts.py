@@ -1,0 +1,81 @@
+"""The frozen parts, trained one after another and kept as files, joined into a base model directory.
+
+OUT/parts/NAME.npz   a part's weights by path; a part that is there is not trained again
+OUT/base             the model that the branches are trained on; their weights are not in it, but for llama_proj
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from vllama_jax import checkpoint
+from vllama_jax.checkpoint import new_directory
+from vllama_jax.config import ImageBindConfig, QFormerConfig, VideoLlamaConfig
+from vllama_jax.miniature import captioner, hearing, language, towers
+from vllama_jax.params import ParamsWriter, write_file
+
+VIDEO_QFORMER = QFormerConfig(width=96, depth=2, num_heads=4, mlp_dim=384, num_queries=16)
+AUDIO_QFORMER = dataclasses.replace(VIDEO_QFORMER, num_queries=8)
+
+CONFIG = VideoLlamaConfig(
+    vit=towers.EVA,
+    ln_vision_eps=captioner.LN_VISION_EPS,
+    image_qformer=captioner.IMAGE_QFORMER,
+    video_qformer=VIDEO_QFORMER,
+    num_frame_positions=8,
+    audio_qformer=AUDIO_QFORMER,
+    imagebind=ImageBindConfig(embed_dim=towers.EMBED_DIM, audio=hearing.AUDIO, vision=towers.IMAGEBIND_VISION),
+    llama=language.CONFIG,
+    template=language.TEMPLATE,
+)
+Weights = dict[str, np.ndarray]
+
+
+def weights_of(module: nnx.Module) -> Weights:
+    """A module's weights by path."""
+    flat = nnx.to_flat_state(nnx.state(module))
+    return {"/".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in flat}
+
+
+def load_into(module: nnx.Module, weights: Weights) -> nnx.Module:
+    """The module with these weights, by path."""
+    graph, state = nnx.split(module)
+    flat = [
+        (path, variable.replace(jnp.asarray(weights["/".join(map(str, path))])))
+        for path, variable in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
+
+
+def kept(folder: Path, name: str, skeleton: nnx.Module, train: Callable[[], nnx.Module]) -> nnx.Module:
+    """The part that OUT/parts/NAME.npz holds, or what `train` makes, which is kept there."""
+    file = folder / f"{name}.npz"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f".{name}.partial.npz"
+        np.savez(partial, **weights_of(train()))
+        partial.rename(file)
+    with np.load(file) as found:
+        return load_into(skeleton, dict(found))
+
+
+def write_model(out: Path, weights: Weights, tokenizer: Path, config: VideoLlamaConfig = CONFIG) -> None:
+    """A model directory of these weights. Raises CheckpointError where `out` exists or cannot be written."""
+    with new_directory(out) as directory:
+        with ParamsWriter(directory / "params") as params:
+            for path in sorted(weights):
+                values = np.ascontiguousarray(weights[path])
+                params.write(path, values.shape, values.dtype, [values])
+        (directory / "tokenizer").mkdir()
+        write_file(directory / "tokenizer" / "tokenizer.model", (tokenizer / "tokenizer.model").read_bytes())
+        checkpoint.write_config(directory, config)
+        checkpoint.write_manifest(directory, {}, params.leaves)
+
+
+def under(prefix: str, module: nnx.Module) -> Weights:
+    """A module's weights by their paths in the whole model, where it is called `prefix`."""
+    return {f"{prefix}/{path}": value for path, value in weights_of(module).items()}

@@ -1,0 +1,92 @@
+"""Pictures with what can be said of them, drawn in memory: what the frozen parts that see are trained on."""
+
+import concurrent.futures
+import dataclasses
+import io
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vllama_jax.miniature import render, texts
+from vllama_jax.miniature.scene import COLOURS, KINDS, NUMBERS, PLACES, Split, Things, draw_scene, motion_of
+
+IMAGE_SIZE = 64  # pixels of a side, as the model sees a picture
+ASPECTS = ("kind", "colour", "number", "size", "place")  # that a phrase can be about
+NOTHING = -1  # in place of a phrase: it means nothing of this picture
+WORKERS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """pixels: uint8 [n, IMAGE_SIZE, IMAGE_SIZE, 3]. things: what each shows, and where. resting: whether it lies."""
+
+    pixels: np.ndarray
+    things: list[Things]
+    resting: list[bool]
+
+    @property
+    def captions(self) -> list[str]:
+        return [texts.still_caption(things) for things in self.things]
+
+
+def draw_pictures(count: int, seed: int, split: Split = "train") -> Pictures:
+    """Moments of scenes of all kinds, compressed a little as the files are that the model will see."""
+    parts = in_processes(_draw_part, [(seed, part, size, split) for part, size in enumerate(_parts(count))])
+    pixels = np.concatenate([part[0] for part in parts])
+    return Pictures(pixels, [t for part in parts for t in part[1]], [p for part in parts for p in part[2]])
+
+
+def _draw_part(part: tuple[int, int, int, Split]) -> tuple[np.ndarray, list[Things], list[bool]]:
+    seed, number, count, split = part
+    draw = np.random.default_rng([seed, 1, number, split == "test"])
+    pixels, things, resting = [], [], []
+    for _ in range(count):
+        scene = draw_scene(draw, "rests" if draw.random() < 0.5 else None, split)
+        frame, shown = render.picture(scene, draw, IMAGE_SIZE)
+        pixels.append(compressed(frame, int(draw.integers(50, 96))))
+        things.append(shown)
+        resting.append(motion_of(scene) == "rests")
+    return np.stack(pixels), things, resting
+
+
+def compressed(frame: np.ndarray, quality: int) -> np.ndarray:
+    """A picture as it comes back from a JPEG of this quality."""
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "jpeg", quality=quality)
+    return np.asarray(Image.open(file))
+
+
+def phrases() -> dict[str, list[str]]:
+    """The short captions of each aspect."""
+    return {
+        "kind": [f"a {kind}" for kind in KINDS],
+        "colour": [f"something {colour}" for colour in COLOURS],
+        "number": [f"{number} things" if number != "one" else "one thing" for number in NUMBERS],
+        "size": ["something small", "something large"],
+        "place": list(PLACES),
+    }
+
+
+def phrase_numbers(pictures: Pictures) -> np.ndarray:
+    """Which phrase of each aspect is true of each picture, NOTHING where none is: int32 [n, aspects]."""
+    kinds, colours = list(KINDS), list(COLOURS)
+    rows = []
+    for one, resting in zip(pictures.things, pictures.resting, strict=True):
+        size = NOTHING if one.motion in ("grows", "shrinks") else int(one.size == "large")
+        place = one.place if resting and one.number == 1 else NOTHING
+        rows.append((kinds.index(one.kind), colours.index(one.colour), one.number - 1, size, place))
+    return np.array(rows, np.int32)
+
+
+def in_processes(work: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+    """`work` on each item, in processes of their own; results in order."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
+        return list(pool.map(work, items))
+
+
+def _parts(count: int, size: int = 1000) -> list[int]:
+    return [min(size, count - first) for first in range(0, count, size)]

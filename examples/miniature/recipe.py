@@ -1,0 +1,151 @@
+"""From nothing to a model: the world, its frozen parts, both branches in both stages, and what is compared with them.
+
+Everything that a run makes is kept under OUT and not made again, so that a run that was stopped goes on.
+"""
+
+import dataclasses
+import functools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from flax import nnx
+
+from vllama_jax.miniature import captioner, hearing, language, towers
+from vllama_jax.miniature.hearing import read_pairs
+from vllama_jax.miniature.parts import CONFIG, Weights, kept, under, weights_of, write_model
+from vllama_jax.miniature.pictures import draw_pictures
+from vllama_jax.miniature.world import Amounts, write_world
+from vllama_jax.nn.imagebind import AudioTower
+from vllama_jax.nn.llama import Llama
+from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How much of each step. steps_of_runs: of both branches' stages, by config; their own where 0 (for tests)."""
+
+    amounts: Amounts = Amounts()  # noqa: RUF009 (it is frozen)
+    language_steps: int = 1000
+    pictures: int = 40_000
+    tower_steps: int = 2000
+    hearing_steps: int = 400
+    captioner_steps: int = 2000
+    steps_of_runs: int = 0
+
+
+def make_base(out: Path, seed: int, recipe: Recipe, say: Say) -> None:
+    """The world, the frozen parts, OUT/base, and OUT/base_without_positions for the comparison."""
+    if (out / "base_without_positions").exists():
+        return
+    write_world(out / "world", recipe.amounts, seed, say)
+    tokenizer = _tokenizer(out, seed)
+    part = functools.partial(kept, out / "parts")
+    common = {"seed": seed, "say": say}
+    llama = part(
+        "llama",
+        Llama(language.CONFIG, rngs=nnx.Rngs(0)),
+        lambda: language.train_language_model(tokenizer, steps=recipe.language_steps, batch_size=32, **common),
+    )
+    pictures = draw_pictures(recipe.pictures, seed)
+    seen = part(
+        "towers",
+        towers.Towers(tokenizer.vocab_size, rngs=nnx.Rngs(0)),
+        lambda: towers.train_towers(pictures, tokenizer, steps=recipe.tower_steps, batch_size=64, **common),
+    )
+    found = towers.recognised(seen, draw_pictures(1000, seed, "test"), tokenizer)
+    for aspect, (eva, imagebind) in found.items():
+        say(f"picture towers, unseen combinations, {aspect}: EVA {eva:.3f}, ImageBind {imagebind:.3f}")
+    heard = part(
+        "hearing",
+        AudioTower(hearing.AUDIO, towers.EMBED_DIM, rngs=nnx.Rngs(0)),
+        lambda: hearing.train_hearing(
+            seen.imagebind, read_pairs(heard_clips(out)), steps=recipe.hearing_steps, batch_size=96, **common
+        ),
+    )
+    told = part(
+        "captioner",
+        captioner.Captioner(rngs=nnx.Rngs(0)),
+        lambda: captioner.train_captioner(
+            seen.eva, llama, pictures, tokenizer, steps=recipe.captioner_steps, batch_size=64, **common
+        ),
+    )
+    named = {"vit": seen.eva, "imagebind/vision": seen.imagebind, "imagebind/audio": heard, "llama": llama}
+    weights = {path: value for name, one in named.items() for path, value in under(name, one).items()}
+    _write_bases(out, {**weights, **weights_of(told)}, seed)
+
+
+def _tokenizer(out: Path, seed: int) -> Tokenizer:
+    folder = out / "parts" / "tokenizer"
+    if not (folder / "tokenizer.model").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        language.train_tokenizer(folder, seed)
+    return load_tokenizer(folder)
+
+
+def _write_bases(out: Path, weights: Weights, seed: int) -> None:
+    """Both bases. Sound positions start as long as the vectors that they are added to.
+
+    The original's start from N(0, 1), many times as long; the audio branch learned nothing in its first 700 steps then.
+    """
+    tower = CONFIG.imagebind
+    places = np.random.default_rng([seed, 4]).standard_normal((CONFIG.num_clip_positions, tower.embed_dim), np.float32)
+    weights = {**weights, "audio_positions": places / np.float32(tower.embed_dim**0.5)}
+    if not (out / "base").exists():
+        write_model(out / "base", weights, out / "parts" / "tokenizer")
+    rows = np.zeros((CONFIG.num_frame_positions, CONFIG.image_qformer.width), np.float32)
+    write_model(out / "base_without_positions", {**weights, "frame_positions": rows}, out / "parts" / "tokenizer")
+
+
+def heard_clips(out: Path) -> list[Path]:
+    """Clips in which something is seen from the beginning to the end."""
+    folder = out / "world" / "instructions"
+    lines = [json.loads(line) for line in (folder / "annotations.jsonl").read_text().splitlines()]
+    said = {line["video"]: json.dumps(line["QA"]) for line in lines if "video" in line}
+    return [folder / name for name, text in said.items() if "appears" not in text and "vanishes" not in text]
+
+
+def train_branches(out: Path, recipe: Recipe, say: Say) -> None:
+    """Both stages of both branches, and the vision branch once more without frame positions; joined in OUT/model."""
+    base = str(out / "base")
+    for branch in ("vision", "audio"):
+        model = base if branch == "vision" else str(out / "vision2")
+        _stages(out, branch, branch, model, recipe, say)
+    patterns = ("video_qformer/*", "llama_proj/*")
+    without = ("--trainable", *patterns)
+    _stages(out, "vision", "without_positions", str(out / "base_without_positions"), recipe, say, without)
+    joined = {"model": ("base", "vision2"), "model_without_positions": ("base_without_positions", "without_positions2")}
+    for name, (of, vision) in joined.items():
+        if not (out / name).exists():
+            branches = ("--vl", str(out / vision), "--al", str(out / "audio2"))
+            command(say, "convert", "--base", str(out / of), *branches, "--out", str(out / name))
+
+
+def _stages(
+    out: Path, branch: str, name: str, model: str, recipe: Recipe, say: Say, options: tuple[str, ...] = ()
+) -> None:
+    """`vllama features` and `vllama train` of a branch's two stages: OUT/NAME1 and OUT/NAME2."""
+    cache = out / "features" / branch
+    for stage, records in ((1, "captions"), (2, "instructions")):
+        config = f"miniature_{branch}_stage{stage}"
+        given = ("--model", model, "--datasets.0.path", str(out / "world" / "records" / records))
+        command(say, "features", config, "--out", str(cache), *given)
+        given += ("--data.features", str(cache), "--out", f"{out / name}{stage}", *options)
+        given += ("--init", f"{out / name}1") if stage == 2 else ()
+        given += ("--steps", str(recipe.steps_of_runs)) if recipe.steps_of_runs else ()
+        command(say, "train", config, *given)
+
+
+def command(say: Say, *arguments: str) -> None:
+    """Runs `vllama …` in a process of its own, and says which. Raises CalledProcessError when it fails."""
+    began = time.perf_counter()
+    say(f"vllama {' '.join(arguments)}")
+    program = "from vllama_jax.cli import main; main()"
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True)
+    say(f"  {time.perf_counter() - began:.0f} s")

@@ -1,0 +1,128 @@
+"""What there is in the small world: things of some kind, colour, size, number and place, and what becomes of them.
+
+A scene says what is shown and heard, in words; render.py and sounds.py make pictures and sound of it, texts.py says it.
+Some combinations of kind, colour and motion are never trained on (`is_held_out`), so that a test is of new ones.
+"""
+
+import dataclasses
+from typing import Literal
+
+import numpy as np
+
+# Each kind of thing, and what it does when it is heard.
+KINDS = {
+    "bell": "rings",
+    "drum": "beats",
+    "bird": "chirps",
+    "car": "hums",
+    "siren": "wails",
+    "dog": "barks",
+    "cat": "meows",
+    "clock": "ticks",
+    "horn": "honks",
+    "flute": "plays",
+    "guitar": "strums",
+    "phone": "beeps",
+    "cloud": "thunders",
+    "bee": "buzzes",
+    "frog": "croaks",
+    "kettle": "hisses",
+}
+COLOURS = {
+    "red": (215, 40, 40),
+    "orange": (245, 140, 30),
+    "yellow": (240, 225, 50),
+    "green": (50, 175, 60),
+    "blue": (50, 90, 225),
+    "purple": (140, 55, 190),
+    "pink": (250, 150, 195),
+    "white": (245, 245, 245),
+}
+SIZES = ("small", "large")
+NUMBERS = ("one", "two", "three", "four")
+PLACES = (  # of the middle of a thing, in thirds of the picture, row by row
+    "at the upper left",
+    "at the top",
+    "at the upper right",
+    "at the left",
+    "in the middle",
+    "at the right",
+    "at the lower left",
+    "at the bottom",
+    "at the lower right",
+)
+WAYS = ("left", "right", "up", "down")
+CHANGES = ("grows", "shrinks", "appears", "vanishes")
+MOTIONS = ("rests", *WAYS, *CHANGES, "in turn")  # "in turn": shown for half of the time, another thing for the other
+
+Motion = Literal["rests", "left", "right", "up", "down", "grows", "shrinks", "appears", "vanishes", "in turn"]
+Split = Literal["train", "test"]
+
+HELD_OUT_OF = 7  # one combination in so many is kept for tests
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Things:
+    """One thing, or several alike. `place` is a number in PLACES, and means something only for one thing at rest."""
+
+    kind: str
+    colour: str
+    size: str = "large"
+    number: int = 1
+    place: int = 4
+    motion: Motion = "rests"
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What is shown, two of them one after the other; and the kinds that are heard, in order, none in silence."""
+
+    shown: tuple[Things, ...]
+    heard: tuple[str, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds that are shown, in order."""
+        return tuple(things.kind for things in self.shown)
+
+
+def is_held_out(kind: str, colour: str, motion: str) -> bool:
+    """Whether this combination is for tests only.
+
+    A Latin square: every two of the three occur together in training, whatever they are.
+    """
+    number = list(KINDS).index(kind) + 2 * list(COLOURS).index(colour) + 3 * MOTIONS.index(motion)
+    return number % HELD_OUT_OF == 0
+
+
+def motion_of(scene: Scene) -> str:
+    """What becomes of the things that the scene shows first."""
+    return scene.shown[0].motion
+
+
+def draw_things(draw: np.random.Generator, motion: Motion, split: Split, *, number: int = 1) -> Things:
+    """Things of any kind, colour, size and place, of a combination that belongs to the split."""
+    while True:
+        kind, colour = draw.choice(list(KINDS)), draw.choice(list(COLOURS))
+        if is_held_out(kind, colour, motion) == (split == "test"):
+            size = "small" if number > 1 else str(draw.choice(SIZES))
+            place = int(draw.integers(len(PLACES)))
+            return Things(kind=str(kind), colour=str(colour), size=size, number=number, place=place, motion=motion)
+
+
+def draw_scene(draw: np.random.Generator, motion: Motion | None = None, split: Split = "train") -> Scene:
+    """A scene with one motion, any unless given; it is heard as it looks."""
+    motion = motion or str(draw.choice(MOTIONS))
+    if motion == "in turn":
+        first = draw_things(draw, motion, split)
+        while True:
+            second = draw_things(draw, motion, split)
+            if second.kind != first.kind:
+                return Scene((first, second), (first.kind, second.kind))
+    things = draw_things(draw, motion, split, number=draw_number(draw) if motion == "rests" else 1)
+    return Scene((things,), (things.kind,))
+
+
+def draw_number(draw: np.random.Generator) -> int:
+    """How many things are at rest: one in half of the pictures."""
+    return int(draw.choice([1, 1, 1, 2, 3, 4]))

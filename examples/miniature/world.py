@@ -1,0 +1,104 @@
+"""The world as files: clips with sound and stills, what is said of them, and the records that a run reads.
+
+OUT/captions, OUT/instructions   media, annotations.jsonl: stage 1 and stage 2 of both branches
+OUT/records/…                    the same as records directories (vllama data build)
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from vllama_jax.media.write import write_video
+from vllama_jax.miniature import render, texts
+from vllama_jax.miniature.pictures import in_processes
+from vllama_jax.miniature.scene import CHANGES, WAYS, Scene, draw_scene
+from vllama_jax.miniature.sounds import SAMPLE_RATE, soundtrack
+
+# How often a clip has each motion: ways are what the first claim is about, turns what the second needs.
+MOTIONS = {**dict.fromkeys(WAYS, 0.12), **dict.fromkeys(CHANGES, 0.05), "in turn": 0.27, "rests": 0.05}
+TURNS = 4  # questions about one clip, at most
+PART = 100  # files that one process writes at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class Amounts:
+    """How many clips and stills each part of the world has."""
+
+    caption_clips: int = 2000
+    caption_stills: int = 1200
+    instruction_clips: int = 4000
+    instruction_stills: int = 1600
+
+
+def write_world(out: Path, amounts: Amounts, seed: int, say: Callable[[str], None]) -> None:
+    """Makes what is not there yet, each part whole or not at all."""
+    from vllama_jax.data.build import build
+
+    numbers = dataclasses.asdict(amounts)
+    for part, name in enumerate(("captions", "instructions")):
+        if (out / name).exists():
+            continue
+        singular = name.removesuffix("s")
+        partial = out / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        wanted = [("clip", numbers[f"{singular}_clips"]), ("still", numbers[f"{singular}_stills"])]
+        work = [
+            (partial, name, kind, first, min(PART, count - first), [seed, 2, part])
+            for kind, count in wanted
+            for first in range(0, count, PART)
+        ]
+        say(f"{out / name}: writing {wanted[0][1]} clips and {wanted[1][1]} stills")
+        lines = [line for written in in_processes(_write_part, work) for line in written]
+        (partial / "annotations.jsonl").write_text("\n".join(lines) + "\n")
+        partial.rename(out / name)
+    for name in ("captions", "instructions"):
+        if not (out / "records" / name).exists():
+            build("jsonl", out / name, out / "records" / name)
+
+
+def _write_part(work: tuple[Path, str, str, int, int, list[int]]) -> list[str]:
+    folder, name, kind, first, count, seed = work
+    lines = []
+    for number in range(first, first + count):
+        draw = np.random.default_rng([*seed, kind == "still", number])
+        scene = draw_scene(
+            draw, "rests" if kind == "still" else str(draw.choice(list(MOTIONS), p=list(MOTIONS.values())))
+        )
+        file = f"{kind}{number:05d}.{'jpg' if kind == 'still' else 'mp4'}"
+        if kind == "still":
+            write_still(folder / file, scene, draw)
+        else:
+            write_clip(folder / file, scene, draw, snr_db=float(draw.uniform(0, 30)))
+        named = {"image" if kind == "still" else "video": file}
+        said = {"caption": texts.caption(scene)} if name == "captions" else _messages(scene, draw)
+        lines.append(json.dumps({**named, **said}))
+    return lines
+
+
+def _messages(scene: Scene, draw: np.random.Generator) -> dict[str, list[dict[str, str]]]:
+    pairs = texts.dialogue(scene, draw, TURNS)
+    return {"QA": [{"q": question, "a": answer} for question, answer in pairs]}
+
+
+def write_clip(
+    path: Path, scene: Scene, draw: np.random.Generator, *, snr_db: float | None = None, sound: bool = True
+) -> None:
+    """An mp4 of the scene: H.264, and AAC unless `sound` is off. snr_db: of white noise in the sound, None for none."""
+    heard = soundtrack(scene.heard, render.SECONDS, draw, snr_db) if sound else None
+    write_video(path, render.clip_frames(scene, draw), render.FPS, heard, SAMPLE_RATE)
+
+
+def write_still(path: Path, scene: Scene, draw: np.random.Generator) -> None:
+    """A JPEG of the scene."""
+    Image.fromarray(render.picture(scene, draw)[0]).save(path, quality=int(draw.integers(70, 96)))
+
+
+def draw_for(seed: int, name: str, number: int) -> np.random.Generator:
+    """The generator of one file of tests, which no part of training has."""
+    return np.random.default_rng([seed, 3, *name.encode(), number])

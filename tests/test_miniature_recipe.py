@@ -1,0 +1,58 @@
+"""From nothing to a model in a few steps of each: all that `python -m vllama_jax.miniature` does, but the learning."""
+
+import json
+
+import numpy as np
+import pytest
+
+import vllama_jax as vl
+from vllama_jax.checkpoint import open_model
+from vllama_jax.cli.run_config import load_config
+from vllama_jax.miniature import parts
+from vllama_jax.miniature.__main__ import measured
+from vllama_jax.miniature.recipe import Recipe, make_base, train_branches
+from vllama_jax.miniature.world import Amounts
+from vllama_jax.train.config import AUDIO_BRANCH
+
+SHORT = Recipe(
+    amounts=Amounts(24, 12, 40, 16),
+    language_steps=2,
+    pictures=100,
+    tower_steps=2,
+    hearing_steps=2,
+    captioner_steps=2,
+    steps_of_runs=2,
+)
+
+
+def test_the_audio_branch_never_hears():
+    for stage in (1, 2):
+        vision, audio = (load_config(f"miniature_{branch}_stage{stage}")[0] for branch in ("vision", "audio"))
+        assert audio.datasets == vision.datasets  # clips and stills; a clip's sound is not read in training
+        assert (vision.branch, audio.branch, audio.trainable) == ("vision", "audio", AUDIO_BRANCH)
+
+
+@pytest.mark.slow
+def test_from_nothing_to_a_model_that_is_measured(tmp_path):
+    said = []
+    make_base(tmp_path, 0, SHORT, said.append)
+    train_branches(tmp_path, SHORT, said.append)
+    results = measured(tmp_path, 0, 4, said.append)
+    assert {"motion", "sound_only", "motion_without_positions", "sound_only_random_tower"} <= results.keys()
+    model = vl.load(tmp_path / "model")
+    assert model.config == parts.CONFIG
+    assert open_model(tmp_path / "base_without_positions").shapes["frame_positions"] == (8, 96)
+    bare = vl.load(tmp_path / "model_without_positions").network
+    assert not np.any(bare.frame_positions[...])
+    assert np.any(model.network.frame_positions[...])
+    chat = vl.Chat(model)
+    chat.add(next((tmp_path / "world" / "captions").glob("*.mp4")))
+    assert isinstance("".join(chat.ask("What do you hear?", max_new_tokens=4)), str)
+
+    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "parts").rglob("*") if file.is_file()}
+    make_base(tmp_path, 0, SHORT, said.append)
+    assert measured(tmp_path, 0, 4, said.append) == results
+    assert kept == {file: file.stat().st_mtime_ns for file in kept}
+    lines = (tmp_path / "audio2" / "metrics.jsonl").read_text().splitlines()
+    assert len(lines) == SHORT.steps_of_runs
+    assert json.loads(lines[0])["loss"] > 0

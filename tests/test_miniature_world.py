@@ -1,0 +1,209 @@
+"""The small world: what scenes look like, what is said of them, and what is kept for tests."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from scipy import ndimage
+
+import vllama_jax as vl
+from vllama_jax.miniature import evaluate, language, render, texts
+from vllama_jax.miniature.pictures import NOTHING, draw_pictures, phrase_numbers, phrases
+from vllama_jax.miniature.scene import (
+    CHANGES,
+    COLOURS,
+    KINDS,
+    MOTIONS,
+    PLACES,
+    WAYS,
+    Scene,
+    Things,
+    draw_scene,
+    is_held_out,
+)
+from vllama_jax.miniature.shapes import SHAPES, shape_mask
+from vllama_jax.miniature.sounds import SYNTHESIZERS
+from vllama_jax.miniature.world import Amounts, write_clip, write_still, write_world
+from vllama_jax.text import prompts
+from vllama_jax.text.prompts import Media
+
+
+def scene(motion="rests", kind="bell", colour="red", **fields) -> Scene:
+    return Scene((Things(kind=kind, colour=colour, motion=motion, **fields),), (kind,))
+
+
+def frames(given: Scene, seed: int = 0) -> np.ndarray:
+    return np.stack(list(render.clip_frames(given, np.random.default_rng(seed))))
+
+
+def red(picture: np.ndarray) -> np.ndarray:
+    """Where a picture is red."""
+    r, g, b = np.moveaxis(picture.astype(int), -1, 0)
+    return (r > 120) & (r > g + 60) & (r > b + 60)
+
+
+def middle(mask: np.ndarray) -> np.ndarray:
+    """(row, column), as parts of the side."""
+    return np.argwhere(mask).mean(axis=0) / len(mask)
+
+
+def test_every_kind_looks_and_sounds_its_own_way():
+    assert set(SHAPES) == set(SYNTHESIZERS) == set(KINDS)
+    outlines = {kind: shape_mask(kind)[0] > 0.5 for kind in KINDS}
+    for one, other in itertools.combinations(KINDS, 2):
+        both = np.logical_and(outlines[one], outlines[other]).sum()
+        assert both / np.logical_or(outlines[one], outlines[other]).sum() < 0.85, (one, other)
+
+
+def test_what_is_held_out_is_new_only_as_a_whole():
+    every = list(itertools.product(KINDS, COLOURS, MOTIONS))
+    held_out = {combination for combination in every if is_held_out(*combination)}
+    assert 1 / 8 < len(held_out) / len(every) < 1 / 6
+    for pair in ((0, 1), (0, 2), (1, 2)):
+        trained = {tuple(one[i] for i in pair) for one in every if one not in held_out}
+        assert trained == {tuple(one[i] for i in pair) for one in every}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_scenes_are_of_their_split(split):
+    draw = np.random.default_rng(0)
+    for _ in range(300):
+        for things in draw_scene(draw, split=split).shown:
+            assert is_held_out(things.kind, things.colour, things.motion) == (split == "test")
+
+
+@pytest.mark.parametrize(("motion", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)])
+def test_things_move_as_is_said(motion, axis, sign):
+    for seed in range(3):
+        seen = frames(scene(motion), seed)
+        moved = middle(red(seen[-1])) - middle(red(seen[0]))
+        assert sign * moved[axis] > 0.25
+        assert abs(moved[1 - axis]) < 0.1
+
+
+def test_things_grow_shrink_appear_and_vanish():
+    sizes = {change: [red(frame).sum() for frame in frames(scene(change))] for change in CHANGES}
+    assert sizes["grows"][-1] > 2 * sizes["grows"][0]
+    assert sizes["shrinks"][0] > 2 * sizes["shrinks"][-1]
+    assert max(sizes["appears"][:6]) < 20 < 100 < min(sizes["appears"][-6:])
+    assert max(sizes["vanishes"][-6:]) < 20 < 100 < min(sizes["vanishes"][:6])
+
+
+def test_two_things_come_one_after_the_other():
+    pair = Scene(
+        (Things(kind="bell", colour="red", motion="in turn"), Things(kind="cat", colour="blue", motion="in turn"))
+    )
+    seen = frames(pair)
+    assert red(seen[0]).sum() > 100 > 20 > red(seen[-1]).sum()
+    assert texts.caption(pair) == "first a large red bell, then a large blue cat"
+    assert texts.answer("first", pair) == "a bell"
+    assert texts.answer("last", pair) == "a cat"
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_there_are_as_many_things_as_is_said(number):
+    given = scene(number=number, size="small" if number > 1 else "large", kind="clock")
+    picture, shown = render.picture(given, np.random.default_rng(number))
+    _, count = ndimage.label(ndimage.binary_opening(red(picture)))
+    assert (count, shown.number) == (number, number)
+
+
+def test_places_are_where_is_said():
+    for place, name in enumerate(PLACES):
+        picture, _ = render.picture(scene(place=place, size="small"), np.random.default_rng(place))
+        row, column = (middle(red(picture)) * 3).astype(int)
+        assert (row * 3 + column) == place, name
+    picture, shown = render.picture(scene("left", size="small"), np.random.default_rng(0))
+    row, column = (middle(red(picture)) * 3).astype(int)
+    assert (row * 3 + column) == shown.place
+
+
+def test_no_two_pictures_have_the_same_ground():
+    draw = np.random.default_rng(0)
+    first, second = (render.picture(scene(), draw)[0] for _ in range(2))
+    assert (first != second).mean() > 0.5
+
+
+def test_files_are_read_as_a_model_reads_them(tmp_path):
+    write_clip(tmp_path / "clip.mp4", scene("left"), np.random.default_rng(0), snr_db=20)
+    write_clip(tmp_path / "silent.mp4", scene("left"), np.random.default_rng(0), sound=False)
+    write_still(tmp_path / "still.jpg", scene(), np.random.default_rng(0))
+    video = vl.media.read_video(tmp_path / "clip.mp4", size=64)
+    assert (video.frames.shape, video.report.audio, video.duration) == ((8, 64, 64, 3), "used", render.SECONDS)
+    assert tuple(video.seconds) == language.WORLD_SECONDS
+    assert vl.media.read_video(tmp_path / "silent.mp4").report.audio == "absent"
+    assert Image.open(tmp_path / "still.jpg").size == (render.SIDE, render.SIDE)
+
+
+def test_right_answers_are_right_and_others_are_not():
+    bell = scene("left")
+    assert texts.caption(bell) == "a large red bell moves to the left"
+    assert texts.is_right("motion", "It moves to the left.", bell)
+    assert not texts.is_right("motion", "it moves to the right", bell)
+    assert texts.is_right("object", "a bell", bell)
+    assert texts.is_right("object", "bells", scene(number=2, size="small"))
+    assert not texts.is_right("object", "", bell)
+    assert not texts.is_right("hear", "a drum beats", bell)
+    assert texts.is_right("place", "at the upper left", scene(place=0))
+    assert not texts.is_right("place", "at the left", scene(place=0))
+    unlike = Scene(bell.shown, ("drum",))
+    assert texts.answer("fit", unlike) == "a drum is heard and a bell is seen, so no"
+    assert texts.is_right("fit", "no", unlike)
+    assert not texts.is_right("fit", "yes", unlike)
+
+
+def test_dialogues_of_training_have_no_wording_of_tests_and_no_sound():
+    draw = np.random.default_rng(0)
+    asked = {question for _ in range(300) for question, _ in texts.dialogue(draw_scene(draw), draw, 6)}
+    known = {wording: name for name, wordings in texts.QUESTIONS.items() for wording in wordings[:3]}
+    assert asked <= known.keys()
+    assert {known[question] for question in asked} == texts.QUESTIONS.keys() - set(texts.HEARD)
+
+
+def test_the_prompts_sentences_are_one_token_each(tmp_path):
+    tokenizer = language.train_tokenizer(tmp_path, 0)
+    assert tokenizer.vocab_size == language.VOCAB_SIZE
+    long = [text for text in language.fixed_sentences() if len(text) > 20]
+    assert len(long) == 6
+    for sentence in long:
+        assert len(tokenizer.encode(sentence)) <= 2
+    told = prompts.start_conversation("vicuna", True).add(Media("audio")).ask("What do you hear?")
+    encoded = prompts.encode(told, tokenizer, [8])
+    assert len(encoded.ids) < 35
+    draw = np.random.default_rng(0)
+    rows = [language.draw_text(tokenizer, draw) for _ in range(50)]
+    assert max(map(len, rows)) < 2 * language.LENGTH
+    assert all(row[0] == tokenizer.bos_id and row.max() < language.VOCAB_SIZE for row in rows)
+
+
+def test_pictures_and_what_is_said_of_them():
+    pictures = draw_pictures(40, 0)
+    numbers, said = phrase_numbers(pictures), phrases()
+    assert numbers.shape == (40, len(said))
+    for aspect, choices in enumerate(said.values()):
+        assert (numbers[:, aspect] < len(choices)).all()
+    assert (numbers[:, :3] != NOTHING).all()
+    again = draw_pictures(40, 0)
+    np.testing.assert_array_equal(pictures.pixels, again.pixels)
+    assert (draw_pictures(40, 0, "test").pixels != pictures.pixels).any()
+
+
+def test_a_world_is_written_once_and_whole(tmp_path):
+    said = []
+    write_world(tmp_path, Amounts(3, 2, 4, 2), 0, said.append)
+    assert len(said) == 2
+    lines = [json.loads(line) for line in (tmp_path / "instructions" / "annotations.jsonl").read_text().splitlines()]
+    assert sorted("video" in line for line in lines) == [False] * 2 + [True] * 4
+    assert all((tmp_path / "instructions" / (line.get("video") or line["image"])).exists() for line in lines)
+    write_world(tmp_path, Amounts(3, 2, 4, 2), 0, said.append)
+    assert len(said) == 2
+
+
+def test_accuracies_have_wilsons_interval():
+    assert evaluate.measure([True] * 50 + [False] * 50, 0.5) == {
+        "accuracy": 0.5, "n": 100, "chance": 0.5, "low": 0.4038, "high": 0.5962
+    }  # fmt: skip
+    assert evaluate.measure([True] * 20, 0.5)["high"] == 1.0
+    assert set(WAYS) == {texts.OPPOSITES[texts.OPPOSITES[way]] for way in WAYS}
