@@ -18,6 +18,7 @@ from vllama_jax.cli.display import Display
 from vllama_jax.config import GenerationConfig
 from vllama_jax.errors import VllamaError
 from vllama_jax.media import MediaReport, check_file
+from vllama_jax.miniature.box import shipped_model
 
 GREEDY = GenerationConfig()
 
@@ -27,7 +28,7 @@ def chat(
     questions: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
     *,
-    model: Path,
+    model: Path | None = None,
     media: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
     template: Literal["vicuna", "llama_2", "plain"] | None = None,
     system: str | None = None,
@@ -38,6 +39,7 @@ def chat(
     generation: Annotated[GenerationConfig, tyro.conf.arg(name="")] = GREEDY,
     dtype: Literal["float32", "bfloat16"] | None = None,
     quantize: Literal["int8", "int4"] | None = None,
+    audio_scale: float | None = None,
     base: Path | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
@@ -48,7 +50,8 @@ def chat(
     Args:
         file: The video, picture or sound file.
         questions: Each is answered in turn.
-        model: The model directory, as `vllama convert` makes it, or a run's, as `vllama train` makes it.
+        model: The model directory, as `vllama convert` makes it, or a run's, as `vllama train` makes it; without one,
+            the miniature that comes with the package, which knows only its small world.
         media: One more file to show after the first; may be given again.
         template: The prompt template; the model's own unless given.
         system: The system text; the original's for what is shown unless given.
@@ -59,13 +62,18 @@ def chat(
         generation: How the answer is chosen.
         dtype: Of weights and computation; float32 on a CPU and bfloat16 elsewhere unless given.
         quantize: Load the large weights in 8 or 4 bits; a model that `vllama quantize` made needs no telling.
+        audio_scale: The norm of a sound's vector; the model's own unless given, 20 as published. Training saw 1.
         base: A run's base model, where that has moved.
         json_output: Print one JSON object (report, answer, tokens, timings; turns has every question).
     """
     with Display(quiet=json_output) as display:
         files = [file, *media]
         read = {"num_frames": num_frames, "audio": audio, "require_audio": require_audio}
-        loaded, prepared, timings = _load(display, (model, base), {"dtype": dtype, "quantize": quantize}, files, read)
+        weights = {"dtype": dtype, "quantize": quantize, "audio_scale": audio_scale}
+        if model is None:
+            model = shipped_model()
+            display.say("miniature model, knows only its small world; --model for a real one")
+        loaded, prepared, timings = _load(display, (model, base), weights, files, read)
         conversation = Chat(loaded, template, system)
         with _timed(timings, "encode"):
             for path, one in zip(files, prepared, strict=True):
@@ -90,7 +98,7 @@ def chat(
 def _load(
     display: Display,
     named: tuple[Path, Path | None],
-    weights: dict[str, str | None],
+    weights: dict[str, Any],
     files: list[Path],
     read: dict[str, Any],
 ) -> tuple[Model, list[Prepared], dict[str, float]]:

@@ -1,0 +1,100 @@
+"""The miniature that comes with the package: it is there, it answers rightly, and one is told that it is one."""
+
+import json
+
+import pytest
+from test_cli import failure, run
+
+import vllama_jax as vl
+from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.miniature import box, evaluate
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def miniature() -> vl.Model:
+    return vl.load(box.shipped_model())
+
+
+def answer(chat: vl.Chat, question: str) -> str:
+    return "".join(chat.ask(question))
+
+
+def test_it_is_small():
+    sizes = [file.stat().st_size for file in box.BOX.rglob("*") if file.is_file()]
+    assert sum(sizes) < 12e6
+
+
+def test_chat_without_a_model_says_what_answers_and_answers_rightly(cache):
+    questions = ["Which way does it go?", "What do you hear?", "Which colour is it?"]
+    done = run("chat", box.CLIPS / "bell.mp4", *questions, cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["it moves to the left", "a bell rings", "yellow"]
+    assert "miniature model, knows only its small world; --model for a real one" in done.stderr
+    assert "bell.mp4: 8 frames of 4.0 s; sound used" in done.stderr
+
+
+def test_it_tells_whether_sound_and_picture_fit(miniature):
+    for clip, said in (("bell.mp4", "yes"), ("dog_or_drum.mp4", "no")):
+        chat = vl.Chat(miniature)
+        chat.add(box.CLIPS / clip)
+        assert answer(chat, "Does the sound fit the picture?").split()[-1] == said
+
+
+def test_it_tells_what_comes_first_and_how_many_there_are(miniature):
+    chat = vl.Chat(miniature)
+    chat.add(box.CLIPS / "two.mp4", audio=False)
+    assert answer(chat, "What comes first?") == "a frog"
+    assert answer(chat, "What comes last?") == "a horn"
+    chat = vl.Chat(miniature)
+    chat.add(box.CLIPS / "birds.jpg")
+    assert answer(chat, "How many are there?") == "three"
+
+
+def test_another_audio_scale_is_another_norm_of_what_is_heard(miniature):
+    loud = vl.load(box.shipped_model(), audio_scale=20.0)
+    assert miniature.network.imagebind.audio.scale == pytest.approx(1)
+    assert loud.network.imagebind.audio.scale == pytest.approx(20)
+    for scale in (0.0, -1.0, 101.0, float("nan")):
+        with pytest.raises(ConfigError, match="audio scale must be above 0 and at most 100"):
+            vl.load(box.shipped_model(), audio_scale=scale)
+
+
+def test_an_audio_scale_of_a_model_that_hears_nothing_is_an_error(tmp_path, tiny_files):
+    from vllama_jax import convert
+
+    files = {kind: tiny_files[kind] for kind in ("eva_vit", "blip2", "vl")}
+    config = json.loads(tiny_files["config"].read_text())
+    config = {part: config[part] for part in ("vit", "image_qformer", "video_qformer")}
+    convert.convert(convert.plan(llama_directory=tiny_files["llama"], files=files, config=config), tmp_path / "deaf")
+    with pytest.raises(ConfigError, match="picture-only model hears nothing"):
+        vl.load(tmp_path / "deaf", audio_scale=1.0)
+
+
+def test_without_the_box_a_model_must_be_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(box, "MODEL", tmp_path / "nothing")
+    with pytest.raises(CheckpointError, match="the miniature is not installed; name a model with --model"):
+        box.shipped_model()
+
+
+@pytest.mark.slow
+def test_eval_miniature_prints_what_the_model_in_the_box_knows(cache):
+    done = run("eval", "miniature", "--seed", 1234, "--clips", 16, "--json", cache=cache)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    asked = {"object", "colour", "count", "motion", "motion_shuffled", "motion_reversed_opposite"}
+    asked |= {"sound_only", "sound_order", "sound_only_unaligned"}
+    assert asked <= found.keys()
+    assert all(one.keys() == {"accuracy", "n", "chance", "low", "high"} for one in found.values())
+    for name in ("object", "colour", "motion", "motion_reversed_opposite", "sound_only"):
+        assert found[name]["accuracy"] >= 0.75, name  # of 16: far above chance, whatever the draw
+    assert found["sound_only_unaligned"]["accuracy"] <= 0.4
+    assert evaluate.as_table(found).count("\n") == len(found)
+
+
+def test_eval_miniature_refuses_numbers_that_mean_nothing(capsys):
+    assert "--clips must be at least 1" in failure(capsys, "eval", "miniature", "--clips", "0")

@@ -1,0 +1,202 @@
+"""What the miniature's notebook is made of: attention weights, figures, and the notebook itself from end to end."""
+
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from networks import random_network
+
+from vllama_jax.config import tiny
+from vllama_jax.errors import DataError
+from vllama_jax.miniature import attention, figures
+from vllama_jax.miniature.evaluate import measure
+
+NOTEBOOK = Path(__file__).parents[1] / "examples" / "miniature.ipynb"
+CONFIG = tiny()
+FRAMES, CLIPS = 3, 2
+
+
+@pytest.fixture(scope="module")
+def network():
+    return random_network(CONFIG)
+
+
+@pytest.fixture(scope="module")
+def frames() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((FRAMES, 224, 224, 3), np.float32)
+
+
+@pytest.fixture(scope="module")
+def mel() -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((CLIPS, 128, 204), np.float32)
+
+
+def near(actual, expected):
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def memory_of(network, part, frames, mel):
+    """What a Q-Former of the network reads."""
+    if part == "image_qformer":
+        return network.ln_vision(network.vit(frames))
+    if part == "video_qformer":
+        return network.with_frame_positions(network.encode_frames(frames[None]))
+    return network.with_clip_positions(network.embed_sounds(mel[None]))
+
+
+@pytest.mark.parametrize("part", ["image_qformer", "video_qformer", "audio_qformer"])
+def test_weights_are_those_that_the_qformer_attends_with(network, frames, mel, part):
+    qformer, memory = getattr(network, part), memory_of(network, part, frames, mel)
+    read = list(attention.reading_layers(qformer, memory))
+    assert len(read) == getattr(CONFIG, part).depth // getattr(CONFIG, part).cross_attention_every
+    for layer, asked, weights in read:
+        near(weights.sum(axis=-1), 1)
+        cross = layer.cross_attention
+        attended = jnp.einsum("bhqm,bmhk->bqhk", weights, cross.value(memory))
+        made = cross.norm(asked + cross.out(attended))
+        near(made, cross(asked, memory))
+    x = layer.mlp_norm(made + layer.mlp(made))  # the last one's output is the Q-Former's, but for a layer between
+    if qformer.plain_layers is not None:
+        x = attention.layer_of(qformer.plain_layers, len(read) - 1)(x, memory)
+    near(x, qformer(memory))
+
+
+def test_weights_of_the_audio_tower_are_those_that_its_vectors_are_made_with(network, mel):
+    tower = network.imagebind.audio
+    weights = attention.sound_attention(tower, mel)
+    patches = CONFIG.imagebind.audio.num_patches
+    assert weights.shape == (CLIPS, CONFIG.imagebind.audio.num_heads, patches + 2)
+    near(weights.sum(axis=-1), 1)
+    x = tower.start(mel)
+    for number in range(CONFIG.imagebind.audio.depth):
+        block = attention.layer_of(tower.blocks, number)
+        before, x = x, block(x)
+    value = block.attention.qkv(block.norm1(before))[:, :, 2]
+    extra = jnp.broadcast_to(block.attention.extra_value[...], (CLIPS, 1, *value.shape[2:]))
+    attended = jnp.einsum("bhm,bmhk->bhk", weights, jnp.concatenate([value, extra], axis=1))
+    made = before[:, :1] + block.attention.out(attended[:, None])
+    made = made + block.mlp(block.norm2(made))
+    near(made, x[:, :1])
+    near(tower.finish(made), tower(mel))
+
+
+def test_what_is_read_has_the_layout_of_frames_patches_and_sounds(network, frames, mel):
+    queries = CONFIG.image_qformer.num_queries
+    of_frames = attention.video_attention(network, frames[None])
+    assert of_frames.shape == (1, 2, 4, CONFIG.video_qformer.num_queries, FRAMES, queries)
+    near(of_frames.sum(axis=(-2, -1)), 1)
+    of_patches = attention.patch_attention(network, frames)
+    assert of_patches.shape == (FRAMES, 2, 4, queries, 16, 16)
+    assert (np.asarray(of_patches.sum(axis=(-2, -1))) < 1).all()
+    of_sounds = attention.audio_attention(network, network.embed_sounds(mel[None]))
+    assert of_sounds.shape == (1, 2, 4, CONFIG.audio_qformer.num_queries, CLIPS)
+    near(of_sounds.sum(axis=-1), 1)
+    seen = attention.seen_patches(network, frames)
+    near(seen.sum(), (of_frames[0].mean((0, 1, 2)) * of_patches.mean((1, 2)).sum((-2, -1))).sum())
+    heard = attention.heard_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel)
+    assert heard.shape == (CLIPS, *CONFIG.imagebind.audio.patch_grid)
+
+
+def test_patches_lie_in_maps_as_they_do_in_pictures(network, frames, mel):
+    """Row by row: frequency by frequency for sounds, and the class token comes first."""
+    weights = np.asarray(attention.sound_attention(network.imagebind.audio, mel).mean(axis=1))
+    rows, columns = CONFIG.imagebind.audio.patch_grid
+    heard = np.asarray(attention.heard_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel))
+    near(heard[1, 2, 5], weights[1, 1 + 2 * columns + 5])
+    assert (rows, columns) == (12, 19)
+    changed = mel.copy()
+    changed[:, 20:36, 50:66] += 5  # the patch of row 2 and column 5
+    before, after = (network.imagebind.audio.start(given) for given in (mel, changed))
+    assert np.argmax(np.abs(after - before).sum(axis=(0, 2))) == 1 + 2 * columns + 5
+    bright = frames.copy()
+    bright[:, 14 * 3 : 14 * 4, 14 * 9 : 14 * 10] += 5
+    before, after = (network.vit.start(given) for given in (frames, bright))
+    assert np.argmax(np.abs(after - before).sum(axis=(0, 2))) == 1 + 3 * 16 + 9
+
+
+def test_attention_is_drawn_without_a_display(tmp_path, mel):
+    figure = Figure()
+    over_frame, over_mel, shares = figure.subplots(1, 3)
+    frame, weights = np.full((64, 64, 3), 200, np.uint8), np.zeros((8, 8))
+    weights[:4] = 1 / 32
+    attention.draw_over_frame(over_frame, frame, weights, weights.max())
+    attention.draw_over_mel(over_mel, mel[0], np.random.default_rng(0).random((12, 19)), CONFIG.imagebind.audio)
+    attention.draw_shares(shares, np.array([0.5, 0.25, 0.25]), "frame")
+    figure.savefig(tmp_path / "attention.png")
+    shade = over_frame.images[1].get_array()
+    assert shade[0, 0, 3] == 0  # what is read is as bright as it was
+    assert shade[7, 0, 3] > 0.5
+    assert (over_mel.get_xlim(), over_mel.get_ylim()) == ((0, 204), (0, 128))
+    assert [bar.get_height() for bar in shares.patches] == [0.5, 0.25, 0.25]
+
+
+def results(right: int) -> dict:
+    names = ("motion", "sound_only", "sound_order", "sound_only_new_wording", "sound_only_at_-5_db")
+    names += ("sound_only_times_20", "sound_only_times_2", "sound_order_times_20", "sound_only_at_20_db")
+    return {"seed": 0, "minutes": 1.0, "measures": {n: measure([True] * right + [False] * 10, 0.25) for n in names}}
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_figures_of_one_seed_and_of_several(tmp_path, seeds):
+    given = [results(10 + seed) for seed in range(seeds)]
+    (tmp_path / "results.json").write_text(json.dumps(given if seeds > 1 else given[0]))
+    measures = figures.read_results(tmp_path / "results.json")
+    assert len(measures) == seeds
+    assert figures.sweep(measures[0], "sound_only", "scale") == {
+        1: "sound_only",
+        2: "sound_only_times_2",
+        20: "sound_only_times_20",
+    }
+    noises = {-5: "sound_only_at_-5_db", 20: "sound_only_at_20_db"}
+    assert figures.sweep(measures[0], "sound_only", "noise") == noises
+    drawn = figures.accuracies(measures)
+    labels = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
+    assert labels == ["motion", "sound_only", "sound_order", "sound_only_new_wording"]
+    mean = np.mean([one["motion"]["accuracy"] for one in measures])
+    assert drawn.axes[0].patches[0].get_width() == pytest.approx(mean)
+    for number, figure in enumerate((drawn, figures.over_scale(measures), figures.over_noise(measures))):
+        figure.savefig(tmp_path / f"{number}.png")
+
+
+def test_a_file_that_is_no_results_is_an_error(tmp_path):
+    for name, text in (("none.json", None), ("broken.json", "{"), ("other.json", '{"seed": 0}')):
+        if text is not None:
+            (tmp_path / name).write_text(text)
+        with pytest.raises(DataError, match=f"{name}: no results of a miniature"):
+            figures.read_results(tmp_path / name)
+
+
+def test_losses_of_runs_are_drawn(tmp_path):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        lines = [json.dumps({"step": step, "loss": 1 / step, "lr": 1e-3}) for step in range(1, 9)]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9, "lo')
+    figure = figures.losses({name: tmp_path / name for name in ("one", "two")})
+    figure.savefig(tmp_path / "losses.png")
+    assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [8] * 4
+    with pytest.raises(DataError, match="no such file"):
+        figures.losses({"none": tmp_path})
+
+
+def test_the_notebook_has_no_outputs():
+    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert cells
+    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_to_its_end(tmp_path, monkeypatch):
+    import nbformat
+    from nbclient import NotebookClient
+
+    monkeypatch.setenv("VLLAMA_CACHE", str(tmp_path / "cache"))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    client.execute()
+    pictures = [
+        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
+    ]
+    assert len(pictures) >= 8
