@@ -200,3 +200,5 @@ def test_the_notebook_runs_to_its_end(tmp_path, monkeypatch):
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
     assert len(pictures) >= 8
+    said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "as filmed  it moves to the left\nreversed   it moves to the right\n" in said

@@ -8,9 +8,7 @@ vectors) varies between the frozen encoders and the branches' Q-Formers.
 import dataclasses
 import functools
 import math
-import tempfile
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,22 +17,18 @@ import numpy as np
 from flax import nnx
 
 from vllama_jax import generate
-from vllama_jax.chat import Prepared, prepare
 from vllama_jax.checkpoint import Model
 from vllama_jax.config import GenerationConfig
-from vllama_jax.miniature import texts
-from vllama_jax.miniature.pictures import in_processes
-from vllama_jax.miniature.scene import COLOURS, KINDS, NUMBERS, PLACES, SIZES, WAYS, Scene, draw_scene
-from vllama_jax.miniature.world import draw_for, write_clip, write_still
+from vllama_jax.miniature import texts, unseen
+from vllama_jax.miniature.scene import COLOURS, KINDS, NUMBERS, PLACES, SIZES, WAYS, Scene
+from vllama_jax.miniature.unseen import FileSet, Shown, show
 from vllama_jax.nn.imagebind import AudioTower
 from vllama_jax.nn.video_llama import splice
 from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media
 
-BATCH = 50  # files at a time
 TOKENS = 24  # of an answer at most
-ORIGINAL_SCALE = 20.0  # of sound vectors, in the published weights
-SCALES = (1.0, 2.0, 5.0, 10.0, 20.0)
+SCALES = (2.0, 5.0, 10.0, 20.0)  # norms of sound vectors, beside the model's own; published weights have the last
 NOISES = (20.0, 10.0, 5.0, 0.0, -5.0)  # dB of signal to noise
 PERMUTATIONS = 5
 NEW_WORDING = 3  # the wording that no branch was trained on
@@ -58,16 +52,6 @@ CHANCE = {
 Measure = dict[str, float]  # accuracy, of n answers; chance, of a guess; low and high of its 95 % interval (Wilson's)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """Files as the frozen encoders leave them: features [t, q, d] of frames, vectors [s, e] of sounds."""
-
-    scenes: list[Scene]
-    media: list[Media]
-    features: np.ndarray | None
-    sounds: np.ndarray | None
-
-
 def measure(right: Sequence[bool], chance: float) -> Measure:
     """Accuracy with its interval."""
     n, z = len(right), 1.96
@@ -80,19 +64,17 @@ def measure(right: Sequence[bool], chance: float) -> Measure:
 
 def evaluate(model: Model, seed: int, clips: int, say: Callable[[str], None] = lambda text: None) -> dict[str, Measure]:
     """All measures; `clips` files for each of the sets that they are about."""
-    found = {}
-    with tempfile.TemporaryDirectory() as folder:
-        see = functools.partial(_written, model, Path(folder), seed, clips, say)
-        moving = see("ways", motions=WAYS)
-        found |= _time(model, moving)
-        found |= _pictures(model, moving, see("stills", motions=("rests",)), see("turns", motions=("in turn",)))
-        found |= _hearing(
-            model, see("sounds", motions=("rests",), sound=True), see("two", motions=("in turn",), sound=True)
-        )
-        found |= _together(model, see("both", motions=WAYS, sound=True, fits=0.5))
-        for noise in NOISES:
-            noisy = see(f"noise {noise}", motions=("rests",), sound=True, snr_db=noise)
-            found[f"sound_only_at_{noise:g}_db"] = _heard(model, noisy, "hear")
+
+    def see(files: FileSet) -> Shown:
+        return show(model, files, seed, clips, say)
+
+    moving = see(unseen.MOVING)
+    found = _time(model, moving) | _pictures(model, moving, see(unseen.STILLS), see(unseen.TURNS))
+    found |= _hearing(model, see(unseen.SOUNDS), see(unseen.TWO_SOUNDS))
+    found |= _together(model, see(unseen.BOTH))
+    for noise in NOISES:
+        noisy = see(dataclasses.replace(unseen.SOUNDS, name=f"noise {noise}", snr_db=noise))
+        found[f"sound_only_at_{noise:g}_db"] = _heard(model, noisy, "hear")
     return found
 
 
@@ -140,7 +122,7 @@ def _pictures(model: Model, moving: Shown, stills: Shown, turns: Shown) -> dict[
         found[f"{name}_new_wording"] = _seen(model, moving, name, wording=NEW_WORDING)
     single = [number for number, scene in enumerate(stills.scenes) if scene.shown[0].number == 1]
     found["count"] = _seen(model, stills, "count")
-    found["place"] = _seen(model, _some(stills, single), "place")
+    found["place"] = _seen(model, stills.some(single), "place")
     found["first"] = _seen(model, turns, "first")
     found["last"] = _seen(model, turns, "last")
     return found
@@ -151,7 +133,7 @@ def _hearing(model: Model, sounds: Shown, two: Shown) -> dict[str, Measure]:
     found = {"sound_only": _heard(model, sounds, "hear"), "sound_order": _order(model, two)}
     for wording in ("new",):
         found[f"sound_only_{wording}_wording"] = _heard(model, sounds, "hear", wording=NEW_WORDING)
-    for scale in SCALES[1:]:
+    for scale in SCALES:
         found[f"sound_only_times_{scale:g}"] = _heard(model, _scaled(sounds, scale), "hear")
         found[f"sound_order_times_{scale:g}"] = _order(model, _scaled(two, scale))
     right = []
@@ -202,10 +184,7 @@ def _answers_right(model: Model, shown: Shown, name: str, wording: int = 0) -> l
 
 def ask(model: Model, shown: Shown, question: str) -> list[str]:
     """Answers to one question about every file, in batches."""
-    answers = []
-    for first in range(0, len(shown.scenes), BATCH):
-        answers += _ask_batch(model, _some(shown, range(first, min(first + BATCH, len(shown.scenes)))), question)
-    return answers
+    return [answer for batch in shown.batches() for answer in _ask_batch(model, batch, question)]
 
 
 def _ask_batch(model: Model, shown: Shown, question: str) -> list[str]:
@@ -251,12 +230,10 @@ def _as_shown(media: Media, shown: Shown) -> Media:
 
 def likelihood(model: Model, shown: Shown, question: str, answers: Sequence[str]) -> np.ndarray:
     """The log probability of an answer to the question about each file: float [n]."""
-    found = []
-    for first in range(0, len(answers), BATCH):
-        rows = range(first, min(first + BATCH, len(answers)))
-        some = _some(shown, rows)
-        asked = _prompts(model, some, question)
-        given = _prompts(model, some, question, [answers[row] for row in rows])
+    found, rest = [], list(answers)
+    for batch in shown.batches():
+        said, rest = rest[: len(batch.scenes)], rest[len(batch.scenes) :]
+        asked, given = _prompts(model, batch, question), _prompts(model, batch, question, said)
         length = generate.padded_length(max(len(prompt.ids) for prompt in given))
         ids, is_media = (np.stack([np.pad(x, (0, length - len(x))) for x in parts]) for parts in (
             [prompt.ids for prompt in given], [prompt.is_media for prompt in given]
@@ -286,89 +263,9 @@ def _tokens(sense: str) -> Any:
     return jax.jit(lambda network, features: network.video_tokens(features))
 
 
-@functools.cache
-def _encoder(sense: str) -> Any:
-    if sense == "audio":
-        return jax.jit(lambda network, mel: network.embed_sounds(mel))
-    return jax.jit(lambda network, frames: network.encode_frames(frames))
-
-
-def _some(shown: Shown, rows: Sequence[int]) -> Shown:
-    rows = list(rows)
-    return Shown(
-        [shown.scenes[row] for row in rows],
-        [shown.media[row] for row in rows],
-        None if shown.features is None else shown.features[rows],
-        None if shown.sounds is None else shown.sounds[rows],
-    )
-
-
-def _written(
-    model: Model,
-    folder: Path,
-    seed: int,
-    clips: int,
-    say: Callable[[str], None],
-    name: str,
-    *,
-    motions: Sequence[str],
-    sound: bool = False,
-    fits: float = 1.0,
-    snr_db: float | None = 15.0,
-) -> Shown:
-    """Writes a set of files, reads them again, and runs the frozen encoders on them.
-
-    fits: the part of scenes that are heard as they look. snr_db: white noise in the sound.
-    """
-    say(f"{name}: {clips} files")
-    work = [
-        (folder, seed, name, first, min(BATCH, clips - first), tuple(motions), sound, fits, snr_db, model.config)
-        for first in range(0, clips, BATCH)
-    ]
-    read = [one for part in in_processes(_write_and_read, work) for one in part]
-    scenes, prepared = [one[0] for one in read], [one[1] for one in read]
-    features = _encoded(model, "video", [one.frames for one in prepared])
-    sounds = _encoded(model, "audio", [one.mel for one in prepared]) if sound else None
-    return Shown(scenes, [one.prompt_media for one in prepared], features, sounds)
-
-
-def _write_and_read(work: tuple) -> list[tuple[Scene, Prepared]]:
-    folder, seed, name, first, count, motions, sound, fits, snr_db, config = work
-    found = []
-    for number in range(first, first + count):
-        draw = draw_for(seed, name, number)
-        scene = draw_scene(draw, motions[number % len(motions)], "test")
-        if fits < 1:
-            scene = _maybe_unlike(scene, fits, draw)
-        is_still = motions == ("rests",) and not sound
-        path = folder / f"{name} {number}.{'jpg' if is_still else 'mp4'}"
-        if is_still:
-            write_still(path, scene, draw)
-        else:
-            write_clip(path, scene, draw, snr_db=snr_db, sound=sound)
-        found.append((scene, prepare(path, config, require_audio=sound)))
-        path.unlink()
-    return found
-
-
-def _maybe_unlike(scene: Scene, fits: float, draw: np.random.Generator) -> Scene:
-    """The scene with the sound of another kind in the given part of cases."""
-    if draw.random() < fits:
-        return scene
-    others = [kind for kind in KINDS if kind != scene.shown[0].kind]
-    return Scene(scene.shown, (str(draw.choice(others)),))
-
-
-def _encoded(model: Model, sense: str, given: list[np.ndarray]) -> np.ndarray:
-    encode = _encoder(sense)
-    groups = [np.stack(given[first : first + BATCH]) for first in range(0, len(given), BATCH)]
-    return np.concatenate([np.asarray(encode(model.network, group)) for group in groups])
-
-
 def without_positions(model: Model, seed: int, clips: int, say: Callable[[str], None]) -> dict[str, Measure]:
     """The first claim's measures of a model that never had frame positions."""
-    with tempfile.TemporaryDirectory() as folder:
-        moving = _written(model, Path(folder), seed, clips, say, "ways", motions=WAYS)
+    moving = show(model, unseen.MOVING, seed, clips, say)
     found = {"motion_without_positions": _of_two(model, moving)}
     found["motion_without_positions_answered"] = _seen(model, moving, "motion")
     return found | {f"{name}_without_positions": _seen(model, moving, name) for name in ("object", "colour")}
@@ -379,8 +276,7 @@ def random_hearing(model: Model, seed: int, clips: int, say: Callable[[str], Non
     network, cfg = nnx.clone(model.network), model.config.imagebind
     network.imagebind.audio = AudioTower(cfg.audio, cfg.embed_dim, rngs=nnx.Rngs(seed))
     deaf = dataclasses.replace(model, network=network)
-    with tempfile.TemporaryDirectory() as folder:
-        sounds = _written(deaf, Path(folder), seed, clips, say, "sounds", motions=("rests",), sound=True)
+    sounds = show(deaf, unseen.SOUNDS, seed, clips, say)
     return {"sound_only_random_tower": _heard(deaf, sounds, "hear")}
 
 

@@ -1,0 +1,120 @@
+"""Files of scenes never trained on, and what the frozen encoders make of them: what a miniature is asked about."""
+
+import dataclasses
+import functools
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from vllama_jax.chat import Prepared, prepare
+from vllama_jax.checkpoint import Model
+from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.miniature.pictures import in_processes
+from vllama_jax.miniature.scene import KINDS, WAYS, Motion, Scene, draw_scene
+from vllama_jax.miniature.world import draw_for, write_clip, write_still
+from vllama_jax.text.prompts import Media
+
+BATCH = 50  # files at a time
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSet:
+    """Scenes of one sort.
+
+    Attributes:
+        name: Its files are drawn by this name, the seed and a number.
+        motions: Taken in turn.
+        sound: Whether clips have sound. Things at rest without sound are stills.
+        fits: The part of scenes that are heard as they look.
+        snr_db: How far white noise is below the sound.
+    """
+
+    name: str
+    motions: tuple[Motion, ...]
+    sound: bool = False
+    fits: float = 1.0
+    snr_db: float = 15.0
+
+
+MOVING = FileSet("ways", WAYS)
+STILLS = FileSet("stills", ("rests",))
+TURNS = FileSet("turns", ("in turn",))
+SOUNDS = FileSet("sounds", ("rests",), sound=True)
+TWO_SOUNDS = FileSet("two", ("in turn",), sound=True)
+BOTH = FileSet("both", WAYS, sound=True, fits=0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """Files as the frozen encoders leave them: features [n, t, q, d] of frames, vectors [n, s, e] of sounds."""
+
+    scenes: list[Scene]
+    media: list[Media]
+    features: np.ndarray | None
+    sounds: np.ndarray | None
+
+    def some(self, rows: Sequence[int]) -> "Shown":
+        """Those files only."""
+        rows = list(rows)
+        features, sounds = (part if part is None else part[rows] for part in (self.features, self.sounds))
+        return Shown([self.scenes[row] for row in rows], [self.media[row] for row in rows], features, sounds)
+
+    def batches(self) -> list["Shown"]:
+        """BATCH files at a time."""
+        count = len(self.scenes)
+        return [self.some(range(first, min(first + BATCH, count))) for first in range(0, count, BATCH)]
+
+
+def show(model: Model, files: FileSet, seed: int, count: int, say: Callable[[str], None]) -> Shown:
+    """Writes `count` files of a set, reads them as a chat does, and runs the model's frozen encoders on them."""
+    say(f"{files.name}: {count} files")
+    with tempfile.TemporaryDirectory() as folder:
+        parts = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
+        work = [(Path(folder), files, seed, numbers, model.config) for numbers in parts]
+        read = [one for part in in_processes(_write_and_read, work) for one in part]
+    scenes, prepared = [one[0] for one in read], [one[1] for one in read]
+    features = _encoded(model, "video", [one.frames for one in prepared])
+    sounds = _encoded(model, "audio", [one.mel for one in prepared]) if files.sound else None
+    return Shown(scenes, [one.prompt_media for one in prepared], features, sounds)
+
+
+def _write_and_read(work: tuple[Path, FileSet, int, range, VideoLlamaConfig]) -> list[tuple[Scene, Prepared]]:
+    folder, files, seed, numbers, config = work
+    found = []
+    for number in numbers:
+        draw = draw_for(seed, files.name, number)
+        scene = _heard_as_well(draw_scene(draw, files.motions[number % len(files.motions)], "test"), files.fits, draw)
+        is_still = files is STILLS or (files.motions == ("rests",) and not files.sound)
+        path = folder / f"{number}.{'jpg' if is_still else 'mp4'}"
+        if is_still:
+            write_still(path, scene, draw)
+        else:
+            write_clip(path, scene, draw, snr_db=files.snr_db, sound=files.sound)
+        found.append((scene, prepare(path, config, require_audio=files.sound)))
+        path.unlink()
+    return found
+
+
+def _heard_as_well(scene: Scene, fits: float, draw: np.random.Generator) -> Scene:
+    """The scene, heard as it looks in that part of cases and as another kind sounds in the others."""
+    if fits == 1 or draw.random() < fits:
+        return scene
+    others = [kind for kind in KINDS if kind != scene.shown[0].kind]
+    return Scene(scene.shown, (str(draw.choice(others)),))
+
+
+@functools.cache
+def _encoder(sense: str) -> Any:
+    if sense == "audio":
+        return jax.jit(lambda network, mel: network.embed_sounds(mel))
+    return jax.jit(lambda network, frames: network.encode_frames(frames))
+
+
+def _encoded(model: Model, sense: str, given: list[np.ndarray]) -> np.ndarray:
+    encode = _encoder(sense)
+    groups = [np.stack(given[first : first + BATCH]) for first in range(0, len(given), BATCH)]
+    return np.concatenate([np.asarray(encode(model.network, group)) for group in groups])
