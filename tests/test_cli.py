@@ -104,7 +104,12 @@ def test_help_imports_nothing_heavy(arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["chat"], ["chat", "x.mp4", "Hm?"], ["chat", "x.mp4", "--model", "m", "--temprature", "1"], ["chta"]],
+    [
+        ["chat"],
+        ["chat", "x.mp4", "--seed", "many"],
+        ["chat", "x.mp4", "--model", "m", "--temprature", "1"],
+        ["chta"],
+    ],
     ids=" ".join,
 )
 def test_wrong_usage_exits_with_2(arguments, capsys):
