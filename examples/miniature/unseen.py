@@ -88,7 +88,7 @@ def _write_and_read(work: tuple[Path, FileSet, int, range, VideoLlamaConfig]) ->
     for number in numbers:
         draw = draw_for(seed, files.name, number)
         scene = _heard_as_well(draw_scene(draw, files.motions[number % len(files.motions)], "test"), files.fits, draw)
-        is_still = files is STILLS or (files.motions == ("rests",) and not files.sound)
+        is_still = files.motions == ("rests",) and not files.sound
         path = folder / f"{number}.{'jpg' if is_still else 'mp4'}"
         if is_still:
             write_still(path, scene, draw)

@@ -112,7 +112,7 @@ class Answering:
                 continue
             begun = start.template.answer_gap + question.begun if question.begun else ""
             lines.append(_line(one, prepared, prompts.render(conversation) + begun))
-        texts = _texts(model, start.template, given, new, self._settings.batch_size) if given else []
+        texts = greedy_answers(model, start.template, given, new, self._settings.batch_size) if given else []
         return [line | {"answer": line.pop("begun") + text} for line, text in zip(lines, texts, strict=True)]
 
 
@@ -163,7 +163,7 @@ def _line(one: Asked, prepared: Prepared, prompt: str) -> dict[str, Any]:
     return line | ({} if question.start is None else {"start": question.start, "end": question.end})
 
 
-def _texts(
+def greedy_answers(
     model: "Model", template: prompts.Template, given: "list[generate.Prompt]", max_new_tokens: int, size: int
 ) -> list[str]:
     """Greedy answers. A batch that is not full is filled up, since each batch size is a program of its own."""
