@@ -94,8 +94,7 @@ def test_a_step_as_xla_compiles_it(model, mesh, length, options):
     compiled = compiled_memory(abstract_run(model, config, places, length))
     still, at_work = split_need(memory.training(model, "step", config, mesh, CPU, length))
     assert still == pytest.approx(compiled.argument_size_in_bytes, rel=1e-3)
-    check = compiled.temp_size_in_bytes
-    assert LOW < at_work / check < HIGH, f"{at_work / 1e6:.1f}, XLA {check / 1e6:.1f} MB"
+    check_at_work(at_work, compiled.temp_size_in_bytes)  # tiny in float32: XLA's CPU code never holds the scores whole
 
 
 # Steps compiled for TPUs by libtpu 0.0.52: size, mesh, samples a place, tokens, encoders or not, GB of arguments and of

@@ -1,8 +1,9 @@
 """What a program holds while it runs, in bytes on one device, by arithmetic: activations, not weights.
 
 Each figure is a sum over the arrays that live together where a program needs most: counts of them are from reading the
-layers (nn/), and are held against XLA's own figures in tests/test_memory.py. `itemsize` is of the compute dtype, scores
-and logits are float32. A dimension that the mesh's tensor axis does not divide is whole on each device.
+layers (nn/), and are held against XLA's own figures in tests/test_memory.py. `itemsize` is of the compute dtype; scores
+and logits are float32, and whole (XLA's code for CPUs never holds small scores whole). A dimension that the mesh's
+tensor axis does not divide is whole on each device.
 """
 
 import dataclasses
