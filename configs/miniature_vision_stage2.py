@@ -10,6 +10,6 @@ config = dataclasses.replace(
     datasets=(DatasetConfig(path="miniature/world/records/instructions", text=CONVERSATION),),
     steps=600,
     batch_size=16,
-    optim=dataclasses.replace(stage1.optim, lr=5e-4, min_lr=2e-5),
+    optim=dataclasses.replace(stage1.optim, lr=1e-3),
     data=dataclasses.replace(stage1.data, lengths=(72, 96, 144)),
 )

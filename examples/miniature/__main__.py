@@ -31,7 +31,7 @@ def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500)
     from vllama_jax.miniature.evaluate import as_table
     from vllama_jax.miniature.recipe import Recipe, make_base, train_branches
 
-    began = time.perf_counter()
+    began, from_nothing = time.perf_counter(), not out.exists()
     out.mkdir(parents=True, exist_ok=True)
 
     def say(text: str) -> None:
@@ -41,7 +41,8 @@ def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500)
     make_base(out, seed, recipe, say)
     train_branches(out, recipe, say)
     results = measured(out, seed, clips, say)
-    write_json(out / "results.json", {"seed": seed, "minutes": (time.perf_counter() - began) / 60, "measures": results})
+    minutes = round((time.perf_counter() - began) / 60, 1) if from_nothing else None  # of a run that went on: not known
+    write_json(out / "results.json", {"seed": seed, "minutes": minutes, "measures": results})
     print(as_table(results))
 
 

@@ -1,15 +1,19 @@
 """What of the miniature comes with the package: a trained model, and clips to ask it about.
 
-    python -m vllama_jax.miniature.box OUT
+    python -m vllama_jax.miniature.box OUT [OTHERS...]
 
-puts the model that `python -m vllama_jax.miniature OUT` made in their place, and renders the clips again.
+puts the model that `python -m vllama_jax.miniature OUT` made in their place, and renders the clips again. Results are
+those of OUT and of the same command with other seeds, in OTHERS; they are printed as docs/miniature.md has them.
 """
 
+import json
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from vllama_jax.errors import CheckpointError
+from vllama_jax.params import write_json
 
 BOX = Path(__file__).parent / "box"
 MODEL, CLIPS, RESULTS = BOX / "model", BOX / "clips", BOX / "results.json"
@@ -23,8 +27,8 @@ def shipped_model() -> Path:
     return MODEL
 
 
-def fill(out: Path) -> None:
-    """Puts OUT/model into the box, and clips of combinations that it was not trained on beside it."""
+def fill(out: Path, others: Sequence[Path] = ()) -> None:
+    """Puts OUT/model into the box, clips of combinations that it was not trained on beside it, and results of all."""
     import numpy as np
 
     from vllama_jax import convert
@@ -46,14 +50,19 @@ def fill(out: Path) -> None:
     CLIPS.mkdir(parents=True)
     for number, (name, scene) in enumerate(clips.items()):
         draw = np.random.default_rng([4, number])
-        write_still(CLIPS / name, scene, draw) if name.endswith(".jpg") else write_clip(
-            CLIPS / name, scene, draw, snr_db=20
-        )
+        if name.endswith(".jpg"):
+            write_still(CLIPS / name, scene, draw)
+        else:
+            write_clip(CLIPS / name, scene, draw, seconds=4 * len(scene.heard), snr_db=20)
     convert.convert(convert.plan(files={}, base=out / "model"), MODEL, dtype=DTYPE)
-    shutil.copyfile(out / "results.json", RESULTS)
+    write_json(RESULTS, [json.loads((one / "results.json").read_text()) for one in (out, *others)])
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m vllama_jax.miniature.box OUT")
-    fill(Path(sys.argv[1]))
+    if len(sys.argv) < 2:
+        sys.exit("usage: python -m vllama_jax.miniature.box OUT [OTHERS...]")
+    first, *others = map(Path, sys.argv[1:])
+    fill(first, others)
+    from vllama_jax.miniature import figures
+
+    print(figures.table(figures.read_results(RESULTS)))

@@ -81,4 +81,4 @@ def train_captioner(
         return jnp.sum(losses * counted) / jnp.sum(counted), {"whole captions right": jnp.mean(whole)}
 
     captioner = Captioner(rngs=nnx.Rngs(seed))
-    return fit(captioner, loss, batch, steps=steps, learning_rate=1e-3, seed=seed, name="captioner", say=say)
+    return fit(captioner, loss, batch, steps=steps, learning_rate=2e-3, seed=seed, name="captioner", say=say)

@@ -32,6 +32,17 @@ def read_results(path: Path) -> list[Measures]:
         raise DataError(f"{path}: no results of a miniature ({error!r})") from error
 
 
+def table(seeds: Sequence[Measures]) -> str:
+    """Markdown: each measure's mean over the seeds and the least and most of them, or one seed's 95 % interval."""
+    one = len(seeds) == 1
+    lines = [f"| measure | accuracy | {'95 % interval' if one else 'least to most'} | chance |", "|---|---|---|---|"]
+    for name, first in seeds[0].items():
+        found = [seed[name]["accuracy"] for seed in seeds]
+        low, high = (first["low"], first["high"]) if one else (min(found), max(found))
+        lines.append(f"| `{name}` | {np.mean(found):.3f} | {low:.3f} to {high:.3f} | {first['chance']:.3f} |")
+    return "\n".join(lines)
+
+
 def accuracies(seeds: Sequence[Measures], names: Sequence[str] = ()) -> Figure:
     """A row for each measure (all but those of the curves, unless named): every seed's accuracy with its 95 % interval,
     the mean of the seeds, and chance.

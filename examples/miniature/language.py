@@ -16,7 +16,7 @@ from flax import nnx
 from vllama_jax.config import LlamaConfig
 from vllama_jax.miniature import render, texts
 from vllama_jax.miniature.fit import fit
-from vllama_jax.miniature.scene import COLOURS, KINDS, NUMBERS, PLACES, SIZES, Scene, draw_scene, motion_of
+from vllama_jax.miniature.scene import KINDS, MOTIONS, PLACES, Scene, draw_scene, draw_things, motion_of
 from vllama_jax.nn.llama import Llama
 from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media
@@ -104,24 +104,15 @@ def _row(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
 def draw_text(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
     """Token ids of one text: a caption after its notes, or a dialogue in one of the layouts that a model meets."""
     layout = draw.choice(["caption", "training", "seen", "heard", "both"], p=[0.1, 0.2, 0.25, 0.2, 0.25])
-    scene = draw_scene(draw)
+    scene = draw_scene(draw, "in turn" if draw.random() < (0.4 if layout == "heard" else 0.1) else None)
     if layout == "caption":
         words = f"{picture_notes(scene, draw)}\n"
         return np.concatenate([_ids(tokenizer, words, True)[:-1], _ids(tokenizer, f"{texts.caption(scene)}\n")])
     if layout == "training":
         return _training_text(tokenizer, scene, draw)
-    if layout in ("heard", "both"):
-        scene = with_sound(scene, draw, two=len(scene.shown) == 2 and layout == "heard")
+    if layout == "both" and draw.random() < 0.5:
+        scene = Scene(scene.shown, (str(draw.choice(list(KINDS))),))
     return _chat_text(tokenizer, scene, layout, draw)
-
-
-def with_sound(scene: Scene, draw: np.random.Generator, *, two: bool) -> Scene:
-    """The scene with the sound of what is shown, or of anything; `two` sounds one after the other where asked."""
-    kinds = list(KINDS)
-    first = scene.shown[0].kind if draw.random() < 0.5 else str(draw.choice(kinds))
-    if not two:
-        return Scene(scene.shown, (first,))
-    return Scene(scene.shown, (first, str(draw.choice([kind for kind in kinds if kind != first]))))
 
 
 def _training_text(tokenizer: Tokenizer, scene: Scene, draw: np.random.Generator) -> np.ndarray:
@@ -138,19 +129,19 @@ def _training_text(tokenizer: Tokenizer, scene: Scene, draw: np.random.Generator
 
 def _chat_text(tokenizer: Tokenizer, scene: Scene, layout: str, draw: np.random.Generator) -> np.ndarray:
     """A dialogue as a chat has it: about pictures, about sound alone, or about both."""
-    notes, asked = [], []
+    notes, asked, two_sounds = [], [], len(scene.heard) == 2
     if layout != "seen":
         notes.append(_ids(tokenizer, sound_notes(scene.heard, draw)))
-        asked += ["hear"] if len(scene.heard) == 1 else ["hear_first", "hear_last"]
+        asked += ["hear_first", "hear_last"] if two_sounds else ["hear"]
     if layout != "heard":
         notes.append(_ids(tokenizer, picture_notes(scene, draw)))
         asked += texts.questions_of(scene)
-    if layout == "both" and len(scene.shown) == 1:
-        asked += ["fit", "fit"]
     if layout == "heard":
         media = Media("audio")
+        asked += ["first", "last"] if two_sounds else []
     elif layout == "both":
         media = Media("video", sound=True)
+        asked += ["fit", "fit"] if len(scene.shown) == 1 else []
     else:
         still = motion_of(scene) == "rests" and draw.random() < 0.7
         media = Media("image") if still else Media("video", seconds=_times(draw))
@@ -167,19 +158,19 @@ def picture_notes(scene: Scene, draw: np.random.Generator) -> str:
     """What stands in place of a picture's or clip's tokens: its caption, or its words shuffled and said again."""
     if draw.random() < 0.3:
         return texts.caption(scene)
-    parts = [_shuffled(texts.caption(Scene((things,))).split(), draw) for things in scene.shown]
-    return parts[0] if len(parts) == 1 else f"first {parts[0]} then {parts[1]}"
+    if len(scene.shown) == 1:
+        return _shuffled(texts.caption(scene).split(), draw)
+    first, then = (_shuffled(texts.noun_phrase(things).split(), draw) for things in scene.shown)
+    return f"first {first} then {then}"
 
 
 def sound_notes(kinds: tuple[str, ...], draw: np.random.Generator) -> str:
-    """The same of sounds. Colour, size and place may stand there too: the audio branch only ever sees pictures."""
-    style = draw.integers(3)
-    parts = []
-    for kind in kinds:
-        words = ["a", kind, KINDS[kind]] if style == 0 else [kind]
-        if style == 2:
-            words += [str(draw.choice(list(names))) for names in (COLOURS, SIZES, NUMBERS[:1], PLACES)]
-        parts.append(" ".join(words) if style == 0 else _shuffled(" ".join(words).split(), draw))
+    """The same of sounds; half of them as the audio branch has them: notes of pictures, of any colour and motion."""
+    if draw.random() < 0.5:
+        motion = str(draw.choice(MOTIONS[:-1])) if len(kinds) == 1 else "in turn"
+        return picture_notes(Scene(tuple(draw_things(draw, motion, "train", kind=kind) for kind in kinds)), draw)
+    whole = draw.random() < 0.5
+    parts = [f"a {kind} {KINDS[kind]}" if whole else _shuffled([kind], draw) for kind in kinds]
     return parts[0] if len(parts) == 1 else f"first {parts[0]} then {parts[1]}"
 
 
@@ -200,7 +191,6 @@ def _times(draw: np.random.Generator) -> tuple[float, ...]:
 
 
 def _plain_text(scene: Scene, draw: np.random.Generator) -> list[str]:
-    scene = with_sound(scene, draw, two=len(scene.shown) == 2)
     names = [*texts.questions_of(scene), "hear", "hear_first", "hear_last", "fit"]
     lines = [picture_notes(scene, draw), sound_notes(scene.heard, draw), prompts.time_message(_times(draw))]
     for name in names:

@@ -44,7 +44,7 @@ def _draw_part(part: tuple[int, int, int, Split]) -> tuple[np.ndarray, list[Thin
     draw = np.random.default_rng([seed, 1, number, split == "test"])
     pixels, things, resting = [], [], []
     for _ in range(count):
-        scene = draw_scene(draw, "rests" if draw.random() < 0.5 else None, split)
+        scene = draw_scene(draw, "rests" if draw.random() < 0.35 else None, split)
         frame, shown = render.picture(scene, draw, IMAGE_SIZE)
         pixels.append(compressed(frame, int(draw.integers(50, 96))))
         things.append(shown)

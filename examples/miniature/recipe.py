@@ -35,7 +35,7 @@ class Recipe:
     language_steps: int = 1000
     pictures: int = 40_000
     tower_steps: int = 2000
-    hearing_steps: int = 400
+    hearing_steps: int = 500
     captioner_steps: int = 2000
     steps_of_runs: int = 0
 

@@ -100,10 +100,13 @@ def motion_of(scene: Scene) -> str:
     return scene.shown[0].motion
 
 
-def draw_things(draw: np.random.Generator, motion: Motion, split: Split, *, number: int = 1) -> Things:
-    """Things of any kind, colour, size and place, of a combination that belongs to the split."""
+def draw_things(
+    draw: np.random.Generator, motion: Motion, split: Split, *, kind: str | None = None, number: int = 1
+) -> Things:
+    """Things of any kind unless given, any colour, size and place, of a combination that belongs to the split."""
+    kinds = list(KINDS) if kind is None else [kind]
     while True:
-        kind, colour = draw.choice(list(KINDS)), draw.choice(list(COLOURS))
+        kind, colour = draw.choice(kinds), draw.choice(list(COLOURS))
         if is_held_out(kind, colour, motion) == (split == "test"):
             size = "small" if number > 1 else str(draw.choice(SIZES))
             place = int(draw.integers(len(PLACES)))

@@ -13,6 +13,7 @@ import numpy as np
 from vllama_jax.chat import Prepared, prepare
 from vllama_jax.checkpoint import Model
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.miniature import render
 from vllama_jax.miniature.pictures import in_processes
 from vllama_jax.miniature.scene import KINDS, WAYS, Motion, Scene, draw_scene
 from vllama_jax.miniature.world import draw_for, write_clip, write_still
@@ -29,22 +30,27 @@ class FileSet:
         name: Its files are drawn by this name, the seed and a number.
         motions: Taken in turn.
         sound: Whether clips have sound. Things at rest without sound are stills.
+        seen: Whether clips are seen, or only heard.
         fits: The part of scenes that are heard as they look.
         snr_db: How far white noise is below the sound.
+        seconds: How long clips are.
     """
 
     name: str
     motions: tuple[Motion, ...]
     sound: bool = False
+    seen: bool = True
     fits: float = 1.0
     snr_db: float = 15.0
+    seconds: float = render.SECONDS
 
 
 MOVING = FileSet("ways", WAYS)
 STILLS = FileSet("stills", ("rests",))
 TURNS = FileSet("turns", ("in turn",))
-SOUNDS = FileSet("sounds", ("rests",), sound=True)
-TWO_SOUNDS = FileSet("two", ("in turn",), sound=True)
+SOUNDS = FileSet("sounds", ("rests",), sound=True, seen=False)
+TWO_SOUNDS = FileSet("two", ("in turn",), sound=True, seen=False, seconds=8)
+TWO_SHORT = dataclasses.replace(TWO_SOUNDS, seconds=4)  # most pieces are of both sounds
 BOTH = FileSet("both", WAYS, sound=True, fits=0.5)
 
 
@@ -77,7 +83,7 @@ def show(model: Model, files: FileSet, seed: int, count: int, say: Callable[[str
         work = [(Path(folder), files, seed, numbers, model.config) for numbers in parts]
         read = [one for part in in_processes(_write_and_read, work) for one in part]
     scenes, prepared = [one[0] for one in read], [one[1] for one in read]
-    features = _encoded(model, "video", [one.frames for one in prepared])
+    features = _encoded(model, "video", [one.frames for one in prepared]) if files.seen else None
     sounds = _encoded(model, "audio", [one.mel for one in prepared]) if files.sound else None
     return Shown(scenes, [one.prompt_media for one in prepared], features, sounds)
 
@@ -93,7 +99,7 @@ def _write_and_read(work: tuple[Path, FileSet, int, range, VideoLlamaConfig]) ->
         if is_still:
             write_still(path, scene, draw)
         else:
-            write_clip(path, scene, draw, snr_db=files.snr_db, sound=files.sound)
+            write_clip(path, scene, draw, seconds=files.seconds, snr_db=files.snr_db, sound=files.sound)
         found.append((scene, prepare(path, config, require_audio=files.sound)))
         path.unlink()
     return found

@@ -20,7 +20,7 @@ from vllama_jax.miniature.scene import CHANGES, WAYS, Scene, draw_scene
 from vllama_jax.miniature.sounds import SAMPLE_RATE, soundtrack
 
 # How often a clip has each motion: ways are what the first claim is about, turns what the second needs.
-MOTIONS = {**dict.fromkeys(WAYS, 0.12), **dict.fromkeys(CHANGES, 0.05), "in turn": 0.27, "rests": 0.05}
+MOTIONS = {**dict.fromkeys(WAYS, 0.11), **dict.fromkeys(CHANGES, 0.035), "in turn": 0.38, "rests": 0.04}
 TURNS = 4  # questions about one clip, at most
 PART = 100  # files that one process writes at a time
 
@@ -29,9 +29,9 @@ PART = 100  # files that one process writes at a time
 class Amounts:
     """How many clips and stills each part of the world has."""
 
-    caption_clips: int = 2000
+    caption_clips: int = 2600
     caption_stills: int = 1200
-    instruction_clips: int = 4000
+    instruction_clips: int = 4400
     instruction_stills: int = 1600
 
 
@@ -87,11 +87,17 @@ def _messages(scene: Scene, draw: np.random.Generator) -> dict[str, list[dict[st
 
 
 def write_clip(
-    path: Path, scene: Scene, draw: np.random.Generator, *, snr_db: float | None = None, sound: bool = True
+    path: Path,
+    scene: Scene,
+    draw: np.random.Generator,
+    *,
+    seconds: float = render.SECONDS,
+    snr_db: float | None = None,
+    sound: bool = True,
 ) -> None:
     """An mp4 of the scene: H.264, and AAC unless `sound` is off. snr_db: of white noise in the sound, None for none."""
-    heard = soundtrack(scene.heard, render.SECONDS, draw, snr_db) if sound else None
-    write_video(path, render.clip_frames(scene, draw), render.FPS, heard, SAMPLE_RATE)
+    heard = soundtrack(scene.heard, seconds, draw, snr_db) if sound else None
+    write_video(path, render.clip_frames(scene, draw), render.FRAMES / seconds, heard, SAMPLE_RATE)
 
 
 def write_still(path: Path, scene: Scene, draw: np.random.Generator) -> None:
