@@ -118,18 +118,20 @@ def test_patches_lie_in_maps_as_they_do_in_pictures(network, frames, mel):
 
 
 def test_attention_is_drawn_without_a_display(tmp_path, mel):
-    figure = Figure()
-    over_frame, over_mel, shares = figure.subplots(1, 3)
-    frame, weights = np.full((64, 64, 3), 200, np.uint8), np.zeros((8, 8))
-    weights[:4] = 1 / 32
-    attention.draw_over_frame(over_frame, frame, weights, weights.max())
-    attention.draw_over_mel(over_mel, mel[0], np.random.default_rng(0).random((12, 19)), CONFIG.imagebind.audio)
+    frames, weights = np.full((FRAMES, 64, 64, 3), 200, np.uint8), np.zeros((FRAMES, 8, 8))
+    weights[0, :4] = 1 / 32
+    seen = attention.over_frames(frames, weights)
+    heard = attention.over_mels(mel, np.random.default_rng(0).random((CLIPS, 12, 19)), CONFIG.imagebind.audio)
+    bars = Figure()
+    shares = bars.subplots()
     attention.draw_shares(shares, np.array([0.5, 0.25, 0.25]), "frame")
-    figure.savefig(tmp_path / "attention.png")
-    shade = over_frame.images[1].get_array()
-    assert shade[0, 0, 3] == 0  # what is read is as bright as it was
-    assert shade[7, 0, 3] > 0.5
-    assert (over_mel.get_xlim(), over_mel.get_ylim()) == ((0, 204), (0, 128))
+    for number, figure in enumerate((seen, heard, bars)):
+        figure.savefig(tmp_path / f"{number}.png")
+    read, not_read = (axes.images[1].get_array()[..., 3] for axes in seen.axes[FRAMES : FRAMES + 2])
+    assert read[0, 0] == 0  # what is read is as bright as it was
+    assert read[7, 0] > 0.5
+    assert (not_read > 0.5).all()  # and no frame's own most
+    assert [axes.get_xlim() for axes in heard.axes[CLIPS:]] == [(0, 204)] * CLIPS
     assert [bar.get_height() for bar in shares.patches] == [0.5, 0.25, 0.25]
 
 

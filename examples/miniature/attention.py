@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, UInt8
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from vllama_jax.config import ImageBindAudioConfig
 from vllama_jax.nn.imagebind import AudioTower
@@ -109,7 +110,29 @@ def heard_patches(
     return weights[:, 1:-1].reshape(len(mel), *cfg.patch_grid)
 
 
-# Pictures. They draw into axes that the caller made, so that no display is needed.
+# Pictures. No display is needed.
+
+
+def over_frames(frames: UInt8[np.ndarray, "t height width 3"], weights: Float[np.ndarray, "t rows columns"]) -> Figure:
+    """Each frame, and below it the same with what `seen_patches` says of it: bright is read."""
+    figure = Figure(figsize=(1.5 * len(frames), 3.2), layout="constrained")
+    for number, (above, below) in enumerate(figure.subplots(2, len(frames)).T):
+        above.imshow(frames[number])
+        above.set_axis_off()
+        draw_over_frame(below, frames[number], weights[number], np.max(weights))
+    return figure
+
+
+def over_mels(
+    mel: Float[np.ndarray, "s f t"], weights: Float[np.ndarray, "s frequencies times"], cfg: ImageBindAudioConfig
+) -> Figure:
+    """Each mel picture, and below it the same with what `heard_patches` says of it."""
+    figure = Figure(figsize=(4.5 * len(mel), 5), layout="constrained")
+    for number, (above, below) in enumerate(figure.subplots(2, len(mel), squeeze=False).T):
+        above.imshow(mel[number], origin="lower", aspect="auto", cmap="magma")
+        above.set(ylabel="mel bin")
+        draw_over_mel(below, mel[number], weights[number], cfg)
+    return figure
 
 
 def draw_over_frame(

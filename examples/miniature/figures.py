@@ -1,11 +1,16 @@
 """What was measured, as figures: accuracies with their intervals, curves over scale and noise, loss curves.
 
+    python -m vllama_jax.miniature.figures OUT FOLDER
+
+writes those of docs/miniature.md: of the model and the results in the box, and the losses of the runs in OUT.
+
 Results are what OUT/results.json holds: {"seed", "minutes", "measures"} of one seed, or a list of those.
 Every function returns a matplotlib figure and needs no display.
 """
 
 import json
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -131,3 +136,33 @@ def losses(runs: Mapping[str, Path]) -> Figure:
     axes.set(xlabel="step", ylabel="loss")
     axes.legend()
     return figure
+
+
+def write_all(out: Path, folder: Path) -> None:
+    """PNGs of all figures, and of what the model in the box reads of the clips beside it."""
+    import vllama_jax as vl
+    from vllama_jax.chat import prepare
+    from vllama_jax.miniature import attention, box
+
+    seeds, model = read_results(box.RESULTS), vl.load(box.shipped_model())
+    bell, two = (prepare(box.CLIPS / name, model.config) for name in ("bell.mp4", "two.mp4"))
+    frames = vl.media.read_video(box.CLIPS / "bell.mp4", size=model.config.vit.image_size).frames
+    tower, cfg, ends = model.network.imagebind.audio, model.config.imagebind.audio, two.mel[[0, -1]]
+    runs = {f"{branch}, stage {stage}": out / f"{branch}{stage}" for branch in ("vision", "audio") for stage in (1, 2)}
+    found = {
+        "accuracies": accuracies(seeds),
+        "scale": over_scale(seeds),
+        "noise": over_noise(seeds),
+        "losses": losses(runs),
+        "seen": attention.over_frames(frames, np.asarray(attention.seen_patches(model.network, bell.frames))),
+        "heard": attention.over_mels(ends, np.asarray(attention.heard_patches(tower, cfg, ends)), cfg),
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, figure in found.items():
+        figure.savefig(folder / f"{name}.png", dpi=80)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m vllama_jax.miniature.figures OUT FOLDER")
+    write_all(*map(Path, sys.argv[1:]))
