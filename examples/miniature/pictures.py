@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from vllama_jax.miniature import render, texts
-from vllama_jax.miniature.scene import COLOURS, KINDS, NUMBERS, PLACES, Split, Things, draw_scene, motion_of
+from vllama_jax.miniature.scene import COLOURS, KINDS, NUMBERS, PLACES, Split, Things, draw_scene
 
 IMAGE_SIZE = 64  # pixels of a side, as the model sees a picture
 ASPECTS = ("kind", "colour", "number", "size", "place")  # that a phrase can be about
@@ -21,11 +21,10 @@ WORKERS = 2
 
 @dataclasses.dataclass(frozen=True)
 class Pictures:
-    """pixels: uint8 [n, IMAGE_SIZE, IMAGE_SIZE, 3]. things: what each shows, and where. resting: whether it lies."""
+    """pixels: uint8 [n, IMAGE_SIZE, IMAGE_SIZE, 3]. things: what each shows, and where at this moment."""
 
     pixels: np.ndarray
     things: list[Things]
-    resting: list[bool]
 
     @property
     def captions(self) -> list[str]:
@@ -36,20 +35,19 @@ def draw_pictures(count: int, seed: int, split: Split = "train") -> Pictures:
     """Moments of scenes of all kinds, compressed a little as the files are that the model will see."""
     parts = in_processes(_draw_part, [(seed, part, size, split) for part, size in enumerate(_parts(count))])
     pixels = np.concatenate([part[0] for part in parts])
-    return Pictures(pixels, [t for part in parts for t in part[1]], [p for part in parts for p in part[2]])
+    return Pictures(pixels, [things for part in parts for things in part[1]])
 
 
-def _draw_part(part: tuple[int, int, int, Split]) -> tuple[np.ndarray, list[Things], list[bool]]:
+def _draw_part(part: tuple[int, int, int, Split]) -> tuple[np.ndarray, list[Things]]:
     seed, number, count, split = part
     draw = np.random.default_rng([seed, 1, number, split == "test"])
-    pixels, things, resting = [], [], []
+    pixels, things = [], []
     for _ in range(count):
         scene = draw_scene(draw, "rests" if draw.random() < 0.35 else None, split)
         frame, shown = render.picture(scene, draw, IMAGE_SIZE)
         pixels.append(compressed(frame, int(draw.integers(50, 96))))
         things.append(shown)
-        resting.append(motion_of(scene) == "rests")
-    return np.stack(pixels), things, resting
+    return np.stack(pixels), things
 
 
 def compressed(frame: np.ndarray, quality: int) -> np.ndarray:
@@ -74,9 +72,9 @@ def phrase_numbers(pictures: Pictures) -> np.ndarray:
     """Which phrase of each aspect is true of each picture, NOTHING where none is: int32 [n, aspects]."""
     kinds, colours = list(KINDS), list(COLOURS)
     rows = []
-    for one, resting in zip(pictures.things, pictures.resting, strict=True):
+    for one in pictures.things:
         size = NOTHING if one.motion in ("grows", "shrinks") else int(one.size == "large")
-        place = one.place if resting and one.number == 1 else NOTHING
+        place = one.place if one.number == 1 else NOTHING
         rows.append((kinds.index(one.kind), colours.index(one.colour), one.number - 1, size, place))
     return np.array(rows, np.int32)
 
