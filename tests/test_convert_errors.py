@@ -268,7 +268,8 @@ def moments_of(arguments: list[str], tmp_path: Path, moments: list[int]) -> list
     return outs
 
 
-@pytest.mark.parametrize("base", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("base", [False, True])
 def test_killed_at_any_moment_leaves_nothing_that_looks_whole_and_runs_again(tiny_files, tiny_model, tmp_path, base):
     arguments = ["convert", *command(tiny_files, tmp_path)[1:-2]]
     if base:

@@ -476,10 +476,9 @@ def test_what_the_command_refuses(made, tmp_path):
     assert not Path("x").exists()
 
 
-@pytest.mark.parametrize(
-    ("branch", "variants"),
-    [("vision", 2), *(pytest.param(*case, marks=SLOW) for case in (("vision", 1), ("audio", 1), ("audio", 2)))],
-)
+@SLOW
+@pytest.mark.parametrize("variants", [1, 2])
+@pytest.mark.parametrize("branch", ["vision", "audio"])
 @pytest.mark.usefixtures("one_device", "fast_compiling")
 def test_losses_are_those_of_live_training(tiny_model, records, sounds, tmp_path, branch, variants):
     paths = (records,) if branch == "vision" else (records, sounds)

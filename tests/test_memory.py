@@ -264,6 +264,7 @@ def test_a_run_config_with_every_field_a_flag(capsys):
     assert use["device"]["llama"] == pytest.approx(26.03e9 / 16, rel=1e-3)
 
 
+@SLOW
 def test_exact_figures_are_those_of_the_compiled_step(capsys, tiny_model):
     flags = ["--model", tiny_model, "--batch-size", 8, "--length", 128, "--exact", "--json"]
     (use,) = json.loads(tell(capsys, "vision_stage1", *flags))["uses"].values()

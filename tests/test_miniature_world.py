@@ -178,6 +178,22 @@ def test_the_prompts_sentences_are_one_token_each(tmp_path):
     assert all(row[0] == tokenizer.bos_id and row.max() < language.VOCAB_SIZE for row in rows)
 
 
+def test_notes_of_sounds_name_what_is_heard_in_order_and_nothing_that_is_held_out():
+    draw = np.random.default_rng(0)
+    for _ in range(100):
+        words = language.sound_notes(("bell", "drum"), draw).replace(",", "").split()
+        assert words.index("bell") < words.index("then") < words.index("drum")
+    moving = 0
+    for _ in range(400):
+        words = language.sound_notes(("bell",), draw).replace(",", "").split()
+        assert not set(words) & (KINDS.keys() - {"bell"})
+        if "moves" in words:
+            (colour,), (way,) = COLOURS.keys() & set(words), set(WAYS) & set(words)
+            assert not is_held_out("bell", colour, way)
+            moving += 1
+    assert moving > 20
+
+
 def test_pictures_and_what_is_said_of_them():
     pictures = draw_pictures(40, 0)
     numbers, said = phrase_numbers(pictures), phrases()
@@ -185,6 +201,7 @@ def test_pictures_and_what_is_said_of_them():
     for aspect, choices in enumerate(said.values()):
         assert (numbers[:, aspect] < len(choices)).all()
     assert (numbers[:, :3] != NOTHING).all()
+    assert (numbers[:, 4] != NOTHING).tolist() == [things.number == 1 for things in pictures.things]
     again = draw_pictures(40, 0)
     np.testing.assert_array_equal(pictures.pixels, again.pixels)
     assert (draw_pictures(40, 0, "test").pixels != pictures.pixels).any()

@@ -186,7 +186,8 @@ def test_answers_and_pictures(tiny_model, stored):
     assert 0 < np.abs(encode(eight, frames) - expected).max() < 0.05 * np.abs(expected).max()
 
 
-@pytest.mark.parametrize("scheme", [pytest.param("int8", marks=SLOW), "int4"])
+@SLOW
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_eight_devices(tiny_model, stored, scheme):
     """Made while loading and stored, split over a tensor axis that divides some dimensions and others not."""
     mesh = sharding.make_mesh(data=4, tensor=2)
@@ -256,7 +257,8 @@ def cost(capsys, *arguments: object) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.parametrize("scheme", ["int8", pytest.param("int4", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_verify_tells_what_it_costs(tiny_model, tiny_files, stored, capsys, scheme):
     against = ("--against", tiny_files["config"].parent, "--tokens", 256)
     at_load = cost(capsys, tiny_model, *against, "--quantize", scheme)
