@@ -132,7 +132,7 @@ def _pictures(model: Model, moving: Shown, stills: Shown, turns: Shown) -> dict[
 def _hearing(model: Model, sounds: Shown, two: Shown) -> dict[str, Measure]:
     """Claim 2: what is heard, and in which order, at several scales of the sound vectors; and with wrong vectors."""
     found = {"sound_only": _heard(model, sounds, "hear"), "sound_order": _order(model, two)}
-    found["sound_order_heard"] = _order(model, two, "hear_first", "hear_last")
+    found["sound_order_as_of_pictures"] = _order(model, two, "first", "last")
     found["sound_only_new_wording"] = _heard(model, sounds, "hear", wording=NEW_WORDING)
     for scale in SCALES:
         found[f"sound_only_times_{scale:g}"] = _heard(model, _scaled(sounds, scale), "hear")
@@ -151,11 +151,8 @@ def _scaled(shown: Shown, scale: float) -> Shown:
     return dataclasses.replace(shown, sounds=shown.sounds * (np.float32(scale) / norms))
 
 
-def _order(model: Model, two: Shown, first: str = "first", last: str = "last") -> Measure:
-    """Whether the sound named first is the first of the two, and the last the last; other kinds are wrong answers.
-
-    Asked as of pictures ("What comes first?") unless other questions are named: branches learn nothing of hearing.
-    """
+def _order(model: Model, two: Shown, first: str = "hear_first", last: str = "hear_last") -> Measure:
+    """Whether the sound named first is the first of the two, and the last the last; other kinds are wrong answers."""
     return measure([*_answers_right(model, two, first), *_answers_right(model, two, last)], 0.5)
 
 
