@@ -37,6 +37,7 @@ CPU = Device("cpu", 16 * GIGA, 1.0, 8, is_host=True)
 ALONE = MeshConfig(data=1)
 AT_WORK = ("gradients", "layers' inputs", "weights at hand", "activations")
 LOW, HIGH, SMALL = 0.75, 2.0, 0.3 * GIGA  # temporaries are told within these factors of XLA's, or within so many bytes
+NOT_WHOLE = 5.0  # the same where most of what is told are scores that XLA's CPU code does not hold whole
 
 
 def config_of(mesh: MeshConfig = ALONE, rows: int = 4, **options) -> TrainConfig:
@@ -94,7 +95,8 @@ def test_a_step_as_xla_compiles_it(model, mesh, length, options):
     compiled = compiled_memory(abstract_run(model, config, places, length))
     still, at_work = split_need(memory.training(model, "step", config, mesh, CPU, length))
     assert still == pytest.approx(compiled.argument_size_in_bytes, rel=1e-3)
-    check_at_work(at_work, compiled.temp_size_in_bytes)  # tiny in float32: XLA's CPU code never holds the scores whole
+    check, most = compiled.temp_size_in_bytes, NOT_WHOLE if (model, mesh) == (tiny(), ALONE) else HIGH
+    assert LOW < at_work / check < most, f"{at_work / 1e6:.1f}, XLA {check / 1e6:.1f} MB"
 
 
 # Steps compiled for TPUs by libtpu 0.0.52: size, mesh, samples a place, tokens, encoders or not, GB of arguments and of

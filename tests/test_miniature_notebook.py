@@ -131,7 +131,7 @@ def test_attention_is_drawn_without_a_display(tmp_path, mel):
     assert read[0, 0] == 0  # what is read is as bright as it was
     assert read[7, 0] > 0.5
     assert (not_read > 0.5).all()  # and no frame's own most
-    assert [axes.get_xlim() for axes in heard.axes[CLIPS:]] == [(0, 204)] * CLIPS
+    assert [(axes.get_xlim(), axes.get_ylim()) for axes in heard.axes[CLIPS:]] == [((0, 204), (0, 128))] * CLIPS
     assert [bar.get_height() for bar in shares.patches] == [0.5, 0.25, 0.25]
 
 
