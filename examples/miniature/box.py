@@ -32,6 +32,7 @@ def fill(out: Path, others: Sequence[Path] = ()) -> None:
     import numpy as np
 
     from vllama_jax import convert
+    from vllama_jax.miniature import render
     from vllama_jax.miniature.scene import Scene, Things
     from vllama_jax.miniature.world import write_clip, write_still
 
@@ -53,7 +54,7 @@ def fill(out: Path, others: Sequence[Path] = ()) -> None:
         if name.endswith(".jpg"):
             write_still(CLIPS / name, scene, draw)
         else:
-            write_clip(CLIPS / name, scene, draw, seconds=4 * len(scene.heard), snr_db=20)
+            write_clip(CLIPS / name, scene, draw, seconds=render.SECONDS * len(scene.heard), snr_db=20)
     convert.convert(convert.plan(files={}, base=out / "model"), MODEL, dtype=DTYPE)
     write_json(RESULTS, [json.loads((one / "results.json").read_text()) for one in (out, *others)])
 

@@ -75,7 +75,7 @@ def evaluate(model: Model, seed: int, clips: int, say: Callable[[str], None] = l
     found |= _together(model, see(unseen.BOTH))
     for noise in NOISES:
         noisy = see(dataclasses.replace(unseen.SOUNDS, name=f"noise {noise}", snr_db=noise))
-        found[f"sound_only_at_{noise:g}_db"] = _heard(model, noisy, "hear")
+        found[f"sound_only_at_{noise:g}_db"] = _asked(model, noisy, "hear")
     return found
 
 
@@ -87,13 +87,13 @@ def _time(model: Model, moving: Shown) -> dict[str, Measure]:
     backwards = [_turned(scene) for scene in moving.scenes]
     backward = dataclasses.replace(moving, features=moving.features[:, ::-1])
     return {
-        "motion": _seen(model, moving, "motion"),
-        "motion_new_wording": _seen(model, moving, "motion", wording=NEW_WORDING),
+        "motion": _asked(model, moving, "motion"),
+        "motion_new_wording": _asked(model, moving, "motion", wording=NEW_WORDING),
         "motion_of_two": _of_two(model, moving),
         "motion_shuffled": _of_two(model, dataclasses.replace(moving, features=shuffled)),
-        "motion_shuffled_answered": _seen(model, dataclasses.replace(moving, features=shuffled), "motion"),
-        "motion_reversed": _seen(model, backward, "motion"),
-        "motion_reversed_opposite": _seen(model, dataclasses.replace(backward, scenes=backwards), "motion"),
+        "motion_shuffled_answered": _asked(model, dataclasses.replace(moving, features=shuffled), "motion"),
+        "motion_reversed": _asked(model, backward, "motion"),
+        "motion_reversed_opposite": _asked(model, dataclasses.replace(backward, scenes=backwards), "motion"),
     }
 
 
@@ -103,10 +103,10 @@ def _of_two(model: Model, moving: Shown) -> Measure:
     Shuffled frames leave the axis of a motion visible, so a half is chance. They look like other motions too (a thing
     that vanishes, two in turn), so that free answers are of other kinds and tell little of direction.
     """
-    question, silent = texts.QUESTIONS["motion"][0], dataclasses.replace(moving, sounds=None)
+    question = texts.QUESTIONS["motion"][0]
     right = [texts.answer("motion", scene) for scene in moving.scenes]
     wrong = [texts.answer("motion", _turned(scene)) for scene in moving.scenes]
-    likelihoods = [likelihood(model, silent, question, answers) for answers in (right, wrong)]
+    likelihoods = [likelihood(model, moving, question, answers) for answers in (right, wrong)]
     return measure((likelihoods[0] > likelihoods[1]).tolist(), 0.5)
 
 
@@ -118,24 +118,24 @@ def _turned(scene: Scene) -> Scene:
 def _pictures(model: Model, moving: Shown, stills: Shown, turns: Shown) -> dict[str, Measure]:
     found = {}
     for name in ("object", "colour", "size"):
-        found[name] = _seen(model, moving, name)
-        found[f"{name}_still"] = _seen(model, stills, name)
-        found[f"{name}_new_wording"] = _seen(model, moving, name, wording=NEW_WORDING)
+        found[name] = _asked(model, moving, name)
+        found[f"{name}_still"] = _asked(model, stills, name)
+        found[f"{name}_new_wording"] = _asked(model, moving, name, wording=NEW_WORDING)
     single = [number for number, scene in enumerate(stills.scenes) if scene.shown[0].number == 1]
-    found["count"] = _seen(model, stills, "count")
-    found["place"] = _seen(model, stills.some(single), "place")
-    found["first"] = _seen(model, turns, "first")
-    found["last"] = _seen(model, turns, "last")
+    found["count"] = _asked(model, stills, "count")
+    found["place"] = _asked(model, stills.some(single), "place")
+    found["first"] = _asked(model, turns, "first")
+    found["last"] = _asked(model, turns, "last")
     return found
 
 
 def _hearing(model: Model, sounds: Shown, two: Shown) -> dict[str, Measure]:
     """Claim 2: what is heard, and in which order, at several scales of the sound vectors; and with wrong vectors."""
-    found = {"sound_only": _heard(model, sounds, "hear"), "sound_order": _order(model, two)}
+    found = {"sound_only": _asked(model, sounds, "hear"), "sound_order": _order(model, two)}
     found["sound_order_as_of_pictures"] = _order(model, two, "first", "last")
-    found["sound_only_new_wording"] = _heard(model, sounds, "hear", wording=NEW_WORDING)
+    found["sound_only_new_wording"] = _asked(model, sounds, "hear", wording=NEW_WORDING)
     for scale in SCALES:
-        found[f"sound_only_times_{scale:g}"] = _heard(model, _scaled(sounds, scale), "hear")
+        found[f"sound_only_times_{scale:g}"] = _asked(model, _scaled(sounds, scale), "hear")
         found[f"sound_order_times_{scale:g}"] = _order(model, _scaled(two, scale))
     right = []
     for number in range(PERMUTATIONS):
@@ -158,21 +158,11 @@ def _order(model: Model, two: Shown, first: str = "hear_first", last: str = "hea
 
 def _together(model: Model, both: Shown) -> dict[str, Measure]:
     """Sound and picture at once: agreeing in half of the clips."""
-    found = {}
-    for name in ("fit", "hear", "object", "motion"):
-        right = _answers_right(model, both, name)
-        found[f"{name}_with_both"] = measure(right, CHANCE[name])
-    return found
+    return {f"{name}_with_both": _asked(model, both, name) for name in ("fit", "hear", "object", "motion")}
 
 
-def _seen(model: Model, shown: Shown, name: str, *, wording: int = 0) -> Measure:
-    """A question about pictures alone."""
-    silent = dataclasses.replace(shown, sounds=None)
-    return measure(_answers_right(model, silent, name, wording), CHANCE[name])
-
-
-def _heard(model: Model, shown: Shown, name: str, *, wording: int = 0) -> Measure:
-    """A question about what is only heard."""
+def _asked(model: Model, shown: Shown, name: str, *, wording: int = 0) -> Measure:
+    """A question about what is shown: pictures, sound, or both, as the files of its set are."""
     return measure(_answers_right(model, shown, name, wording), CHANCE[name])
 
 
@@ -253,8 +243,8 @@ def without_positions(model: Model, seed: int, clips: int, say: Callable[[str], 
     """The first claim's measures of a model that never had frame positions."""
     moving = show(model, unseen.MOVING, seed, clips, say)
     found = {"motion_without_positions": _of_two(model, moving)}
-    found["motion_without_positions_answered"] = _seen(model, moving, "motion")
-    return found | {f"{name}_without_positions": _seen(model, moving, name) for name in ("object", "colour")}
+    found["motion_without_positions_answered"] = _asked(model, moving, "motion")
+    return found | {f"{name}_without_positions": _asked(model, moving, name) for name in ("object", "colour")}
 
 
 def random_hearing(model: Model, seed: int, clips: int, say: Callable[[str], None]) -> dict[str, Measure]:
@@ -263,7 +253,7 @@ def random_hearing(model: Model, seed: int, clips: int, say: Callable[[str], Non
     network.imagebind.audio = AudioTower(cfg.audio, cfg.embed_dim, rngs=nnx.Rngs(seed))
     deaf = dataclasses.replace(model, network=network)
     sounds = show(deaf, unseen.SOUNDS, seed, clips, say)
-    return {"sound_only_random_tower": _heard(deaf, sounds, "hear")}
+    return {"sound_only_random_tower": _asked(deaf, sounds, "hear")}
 
 
 def as_table(measures: dict[str, Measure]) -> str:

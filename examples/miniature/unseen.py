@@ -49,8 +49,8 @@ MOVING = FileSet("ways", WAYS)
 STILLS = FileSet("stills", ("rests",))
 TURNS = FileSet("turns", ("in turn",))
 SOUNDS = FileSet("sounds", ("rests",), sound=True, seen=False)
-TWO_SOUNDS = FileSet("two", ("in turn",), sound=True, seen=False, seconds=8)
-TWO_SHORT = dataclasses.replace(TWO_SOUNDS, seconds=4)  # most pieces are of both sounds
+TWO_SHORT = FileSet("two", ("in turn",), sound=True, seen=False)  # most pieces are of both sounds
+TWO_SOUNDS = dataclasses.replace(TWO_SHORT, seconds=2 * render.SECONDS)
 BOTH = FileSet("both", WAYS, sound=True, fits=0.5)
 
 
