@@ -37,6 +37,19 @@ def test_what_is_written_is_read(tmp_path, channels):
     assert np.abs(heard - sound[:, : heard.shape[1]])[:, 2048:-2048].max() < 0.05
 
 
+def test_the_same_file_each_time(tmp_path):
+    draw, side = np.random.default_rng(0), 96
+    ground = draw.uniform(100, 150, (side, side, 3))
+    frames = [np.clip(ground + draw.normal(0, 8, ground.shape), 0, 255).astype(np.uint8) for _ in range(24)]
+    for number, frame in enumerate(frames):
+        frame[30:60, 2 * number : 2 * number + 30] = (200, 20, 20)
+    files, kept = [tmp_path / f"{number}.mp4" for number in range(10)], []
+    for file in files:
+        write_video(file, [frame.copy() for frame in frames], 6, tone(4, 16000))
+        kept.append(np.full(draw.integers(1, 5000), 255, np.uint8))  # so that memory is not laid out alike each time
+    assert len({file.read_bytes() for file in files}) == 1
+
+
 def test_sound_and_pictures_lie_side_by_side(tmp_path):
     write_video(tmp_path / "clip.mp4", numbered(250), 25, tone(10, 16000))
     with av.open(str(tmp_path / "clip.mp4")) as container:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, UInt8
 
 _LAYOUTS = {1: "mono", 2: "stereo"}  # by number of channels
+_SAME = {"mbtree": "0"}  # x264's macroblock tree differs from run to run where the width is no multiple of 128
 _AAC_SAMPLES = 1024  # AAC compresses so many at a time
 
 
@@ -32,8 +33,8 @@ def write_video(
     """Writes RGB frames, and beside them sound of one or two channels in [-1, 1], over whatever was at `path`.
 
     Frames are taken one at a time, so an iterator can make a video that is longer than memory holds. Compression loses
-    a little. Raises MediaError for frames that H.264 cannot hold (odd or differing sizes, none at all), for sound and
-    rates that do not fit, and for a path that cannot be written.
+    a little; the same frames and sound make the same file. Raises MediaError for frames that H.264 cannot hold (odd or
+    differing sizes, none at all), for sound and rates that do not fit, and for a path that cannot be written.
     """
     import av
 
@@ -50,7 +51,7 @@ def write_video(
     rate = Fraction(fps).limit_denominator(1001)  # 29.97… is 30000/1001
     try:
         with av.open(f"file:{path}", "w", format="mp4") as container:
-            video = container.add_stream("libx264", rate=rate)
+            video = container.add_stream("libx264", rate=rate, options=_SAME)
             video.height, video.width, video.pix_fmt = *first.shape[:2], "yuv420p"
             streams, together = [video], _pictures(itertools.chain([first], frames), first, rate, path)
             if waveform is not None:
