@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from vllama_jax.miniature.scene import (
 )
 from vllama_jax.miniature.shapes import SHAPES, shape_mask
 from vllama_jax.miniature.sounds import SYNTHESIZERS
-from vllama_jax.miniature.world import Amounts, write_clip, write_still, write_world
+from vllama_jax.miniature.world import Amounts, write_clip, write_sound, write_still, write_world
 from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media
 
@@ -129,11 +130,16 @@ def test_no_two_pictures_have_the_same_ground():
 def test_files_are_read_as_a_model_reads_them(tmp_path):
     write_clip(tmp_path / "clip.mp4", scene("left"), np.random.default_rng(0), snr_db=20)
     write_clip(tmp_path / "silent.mp4", scene("left"), np.random.default_rng(0), sound=False)
+    write_sound(tmp_path / "sound.wav", scene("left"), np.random.default_rng(0), snr_db=20)
     write_still(tmp_path / "still.jpg", scene(), np.random.default_rng(0))
     video = vl.media.read_video(tmp_path / "clip.mp4", size=64)
     assert (video.frames.shape, video.report.audio, video.duration) == ((8, 64, 64, 3), "used", render.SECONDS)
     assert tuple(video.seconds) == language.WORLD_SECONDS
     assert vl.media.read_video(tmp_path / "silent.mp4").report.audio == "absent"
+    sound = vl.media.read_audio(tmp_path / "sound.wav")
+    assert (sound.sample_rate, sound.waveform.shape) == (16_000, (1, 16_000 * render.SECONDS))
+    heard = video.waveform[0, : sound.waveform.shape[1]]  # AAC pads
+    assert np.corrcoef(sound.waveform[0, : len(heard)], heard)[0, 1] > 0.9  # and loses little
     assert Image.open(tmp_path / "still.jpg").size == (render.SIDE, render.SIDE)
 
 
@@ -176,6 +182,12 @@ def test_the_prompts_sentences_are_one_token_each(tmp_path):
     rows = [language.draw_text(tokenizer, draw) for _ in range(50)]
     assert max(map(len, rows)) < 2 * language.LENGTH
     assert all(row[0] == tokenizer.bos_id and row.max() < language.VOCAB_SIZE for row in rows)
+    read = [tokenizer.decode(row[1:].tolist()) for row in rows]
+    compared = [line for text in read if "###" not in text and "so yes" in text for line in text.strip().split("\n")]
+    assert len(compared) >= 12
+    for line in compared:
+        heard, seen, said = re.fullmatch("a (.+) is heard and a (.+) is seen, so (yes|no)", line).groups()
+        assert (said == "yes") == (heard == seen)
 
 
 def test_notes_of_sounds_name_what_is_heard_in_order_and_nothing_that_is_held_out():

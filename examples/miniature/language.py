@@ -102,17 +102,23 @@ def _row(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
 
 
 def draw_text(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
-    """Token ids of one text: a caption after its notes, or a dialogue in one of the layouts that a model meets."""
-    layout = draw.choice(["caption", "training", "seen", "heard", "both"], p=[0.1, 0.2, 0.25, 0.2, 0.25])
+    """Token ids of one text: a caption after its notes, comparisons, or a dialogue in a layout that a model meets."""
+    layout = draw.choice(["caption", "compared", "training", "seen", "heard", "both"], p=[0.1, 0.1, 0.2, 0.2, 0.2, 0.2])
     scene = draw_scene(draw, "in turn" if draw.random() < (0.4 if layout == "heard" else 0.1) else None)
     if layout == "caption":
         words = f"{picture_notes(scene, draw)}\n"
         return np.concatenate([_ids(tokenizer, words, True)[:-1], _ids(tokenizer, f"{texts.caption(scene)}\n")])
+    if layout == "compared":
+        answers = [texts.answer("fit", _heard_otherwise(draw_scene(draw, "left"), draw)) for _ in range(6)]
+        return _ids(tokenizer, "".join(f"{answer}\n" for answer in answers), bos=True)
     if layout == "training":
         return _training_text(tokenizer, scene, draw)
-    if layout == "both" and draw.random() < 0.5:
-        scene = Scene(scene.shown, (str(draw.choice(list(KINDS))),))
-    return _chat_text(tokenizer, scene, layout, draw)
+    return _chat_text(tokenizer, _heard_otherwise(scene, draw) if layout == "both" else scene, layout, draw)
+
+
+def _heard_otherwise(scene: Scene, draw: np.random.Generator) -> Scene:
+    """Of half of the scenes, one in which any kind is heard."""
+    return Scene(scene.shown, (str(draw.choice(list(KINDS))),)) if draw.random() < 0.5 else scene
 
 
 def _training_text(tokenizer: Tokenizer, scene: Scene, draw: np.random.Generator) -> np.ndarray:

@@ -1,7 +1,9 @@
 """Pictures with what can be said of them, drawn in memory: what the frozen parts that see are trained on."""
 
+import atexit
 import concurrent.futures
 import dataclasses
+import functools
 import io
 import multiprocessing
 from collections.abc import Callable
@@ -81,9 +83,15 @@ def phrase_numbers(pictures: Pictures) -> np.ndarray:
 
 def in_processes(work: Callable[[Any], Any], items: list[Any]) -> list[Any]:
     """`work` on each item, in processes of their own; results in order."""
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(WORKERS, mp_context=context) as pool:
-        return list(pool.map(work, items))
+    return list(_processes().map(work, items))
+
+
+@functools.cache
+def _processes() -> concurrent.futures.Executor:
+    """Kept for all calls, as they take seconds to start."""
+    pool = concurrent.futures.ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"))
+    atexit.register(pool.shutdown)
+    return pool
 
 
 def _parts(count: int, size: int = 1000) -> list[int]:

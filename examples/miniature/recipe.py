@@ -32,7 +32,7 @@ class Recipe:
     """How much of each step. steps_of_runs: of both branches' stages, by config; their own where 0 (for tests)."""
 
     amounts: Amounts = Amounts()  # noqa: RUF009 (it is frozen)
-    language_steps: int = 1500
+    language_steps: int = 1200
     pictures: int = 40_000
     tower_steps: int = 2000
     hearing_steps: int = 500

@@ -16,7 +16,7 @@ from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.miniature import render
 from vllama_jax.miniature.pictures import in_processes
 from vllama_jax.miniature.scene import KINDS, WAYS, Motion, Scene, draw_scene
-from vllama_jax.miniature.world import draw_for, write_clip, write_still
+from vllama_jax.miniature.world import draw_for, write_clip, write_sound, write_still
 from vllama_jax.text.prompts import Media
 
 BATCH = 50  # files at a time
@@ -29,11 +29,11 @@ class FileSet:
     Attributes:
         name: Its files are drawn by this name, the seed and a number.
         motions: Taken in turn.
-        sound: Whether clips have sound. Things at rest without sound are stills.
-        seen: Whether clips are seen, or only heard.
+        sound: Whether they have sound. Things at rest without sound are stills.
+        seen: Whether they have pictures. Sound without pictures is a WAV.
         fits: The part of scenes that are heard as they look.
         snr_db: How far white noise is below the sound.
-        seconds: How long clips are.
+        seconds: How long clips and sounds are.
     """
 
     name: str
@@ -94,15 +94,22 @@ def _write_and_read(work: tuple[Path, FileSet, int, range, VideoLlamaConfig]) ->
     for number in numbers:
         draw = draw_for(seed, files.name, number)
         scene = _heard_as_well(draw_scene(draw, files.motions[number % len(files.motions)], "test"), files.fits, draw)
-        is_still = files.motions == ("rests",) and not files.sound
-        path = folder / f"{number}.{'jpg' if is_still else 'mp4'}"
-        if is_still:
+        path = folder / f"{number}.{_suffix(files)}"
+        if path.suffix == ".jpg":
             write_still(path, scene, draw)
+        elif path.suffix == ".wav":
+            write_sound(path, scene, draw, seconds=files.seconds, snr_db=files.snr_db)
         else:
             write_clip(path, scene, draw, seconds=files.seconds, snr_db=files.snr_db, sound=files.sound)
         found.append((scene, prepare(path, config, require_audio=files.sound)))
         path.unlink()
     return found
+
+
+def _suffix(files: FileSet) -> str:
+    if not files.seen:
+        return "wav"
+    return "jpg" if files.motions == ("rests",) and not files.sound else "mp4"
 
 
 def _heard_as_well(scene: Scene, fits: float, draw: np.random.Generator) -> Scene:

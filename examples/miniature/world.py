@@ -7,6 +7,7 @@ OUT/records/…                    the same as records directories (vllama data 
 import dataclasses
 import json
 import shutil
+import wave
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,6 +99,21 @@ def write_clip(
     """An mp4 of the scene: H.264, and AAC unless `sound` is off. snr_db: of white noise in the sound, None for none."""
     heard = soundtrack(scene.heard, seconds, draw, snr_db) if sound else None
     write_video(path, render.clip_frames(scene, draw), render.FRAMES / seconds, heard, SAMPLE_RATE)
+
+
+def write_sound(
+    path: Path,
+    scene: Scene,
+    draw: np.random.Generator,
+    *,
+    seconds: float = render.SECONDS,
+    snr_db: float | None = None,
+) -> None:
+    """A WAV of what is heard of the scene, in 16 bits; as write_clip's sound."""
+    samples = np.rint(soundtrack(scene.heard, seconds, draw, snr_db)[0] * 32767).astype("<i2")
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, SAMPLE_RATE, len(samples), "NONE", ""))
+        file.writeframes(samples.tobytes())
 
 
 def write_still(path: Path, scene: Scene, draw: np.random.Generator) -> None:
