@@ -75,6 +75,7 @@ def test_interactive_goes_on_after_an_error(tiny_model, clip, cache):
     assert done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_flags_reach_the_model(tiny_model, clip, cache):
     flags = ["--no-audio", "--temperature", "1", "--seed", "5", "--template", "llama_2", "--system", "Be brief."]
     done = run("chat", clip, "Hm?", "--media", clip, "--model", tiny_model, *flags, "--json", *CHAT, cache=cache)

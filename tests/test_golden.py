@@ -148,7 +148,11 @@ def _question(message: str) -> str:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize(
     ("kind", "options"),
-    [("greedy", {}), ("beam3", {"num_beams": 3}), ("reppen12", {"repetition_penalty": 1.2})],
+    [
+        ("greedy", {}),
+        pytest.param("beam3", {"num_beams": 3}, marks=pytest.mark.slow),
+        ("reppen12", {"repetition_penalty": 1.2}),
+    ],
 )
 def test_generated_tokens(golden, model, case, kind, options):
     reference = np.load(golden / f"chat/{case}.npz")

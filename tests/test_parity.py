@@ -353,6 +353,7 @@ def half_tower(name: str) -> tuple[nnx.Module, jax.Array, torch.Tensor]:
 TOWERS = pytest.mark.parametrize("tower", ["eva", "qformer", "audio", "vision", "llama"])
 
 
+@pytest.mark.slow
 @TOWERS
 def test_bfloat16_is_close_to_float32(tower: str):
     module, x, expected = half_tower(tower)

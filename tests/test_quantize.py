@@ -120,7 +120,7 @@ def test_accelerators_multiply_the_whole_kernel_at_once(platform):
 # A model
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_loaded_quantised_equals_stored_quantised(tiny_model, stored, scheme, dtype):
     at_load = weights(load(tiny_model, dtype, quantize=scheme).network)
@@ -208,7 +208,8 @@ def test_eight_devices(tiny_model, stored, scheme):
         assert answer(split) == answer(alone)
 
 
-@pytest.mark.parametrize("scheme", [pytest.param("int8", marks=SLOW), "int4"])
+@SLOW
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_run_with_low_rank_updates(tiny_model, tmp_path, scheme):
     """Updates are part of the kernels before those are quantised, at loading as in a directory."""
     lora = LoraConfig(rank=3, alpha=6.0, targets=("query", "out", "down"))

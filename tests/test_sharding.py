@@ -20,11 +20,11 @@ from vllama_jax.nn.video_llama import VideoLlama
 SLOW = pytest.mark.slow
 LAYOUTS = [
     pytest.param((2, 2, 2), True, id="2 data, 2 fsdp, 2 tensor, training"),
-    pytest.param((1, 1, 8), False, id="8 tensor, decoding", marks=SLOW),
-    pytest.param((8, 1, 1), True, id="8 data, training", marks=SLOW),
-    pytest.param((1, 8, 1), True, id="8 fsdp, training", marks=SLOW),
-    pytest.param((1, 1, 8), True, id="8 tensor, training", marks=SLOW),
-    pytest.param((2, 2, 2), False, id="2 data, 2 fsdp, 2 tensor, decoding", marks=SLOW),
+    pytest.param((1, 1, 8), False, id="8 tensor, decoding"),
+    pytest.param((8, 1, 1), True, id="8 data, training"),
+    pytest.param((1, 8, 1), True, id="8 fsdp, training"),
+    pytest.param((1, 1, 8), True, id="8 tensor, training"),
+    pytest.param((2, 2, 2), False, id="2 data, 2 fsdp, 2 tensor, decoding"),
 ]
 
 
@@ -82,6 +82,7 @@ def prefill_and_decode(network, x):
     return network.llama.logits(jnp.concatenate(out, axis=1))
 
 
+@SLOW
 @pytest.mark.parametrize(("shape", "fsdp"), LAYOUTS)
 def test_encode_prefill_and_decode(network, shape, fsdp):
     rng = np.random.default_rng(0)

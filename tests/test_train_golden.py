@@ -169,7 +169,8 @@ def test_losses_and_gradients(golden, settings, cases, name):
         assert np.abs(gradient - reference).max() <= 1e-4 * np.abs(reference).max(), path
 
 
-@pytest.mark.parametrize(("branch", "accumulation"), [("vision", 1), pytest.param("audio", 3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("branch", "accumulation"), [("vision", 1), ("audio", 3)])
 def test_three_steps_of_adamw(golden, golden_model, cases, branch, accumulation):
     case = cases[f"s1_{branch}_adamw3"]
     hyper = case["hyper"]
@@ -221,7 +222,8 @@ def test_what_decays(settings, cases, branch):
     assert len(decayed) + len(kept) == cases[f"s1_{branch}_noprompt"]["trainable"]
 
 
-@pytest.mark.parametrize("branch", ["vision", pytest.param("audio", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("branch", ["vision", "audio"])
 def test_dropout_moves_the_loss_as_the_originals_does(golden, golden_model, cases, branch):
     """Its mean and standard deviation over 100 seeds are stored; masks cannot be equal."""
     statistics = json.loads((golden / "extra/extra.json").read_text())["train_mode_loss"][branch]

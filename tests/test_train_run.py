@@ -117,6 +117,7 @@ def test_ten_kills_change_nothing(name, tiny_model, real_records, tmp_path):
     assert_same_run(run, tmp_path / "whole")
 
 
+@SLOW
 def test_a_stopped_run_saves_and_exits_0(whole, tmp_path):
     config, run = whole
     process = command(config, tmp_path / "run")
@@ -152,6 +153,7 @@ def test_two_processes_and_eight_devices_give_the_losses_of_one(tiny_model, reco
         np.testing.assert_allclose(np.array(losses(run)), reference, rtol=1e-5)
 
 
+@SLOW
 def test_stage_2_starts_from_stage_1(tiny_model, records, stage1, tmp_path):
     config = config_of(tiny_model, records, "vision_stage2", init=str(stage1), batch_size=8, mesh=ONE, steps=1)
     reporter = Quiet()
