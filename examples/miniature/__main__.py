@@ -3,8 +3,8 @@
     python -m vllama_jax.miniature OUT --seed 0
 
 writes the world, trains the frozen parts and both branches in both stages, and measures what came of it, in about 80
-minutes on two cores. Everything is kept under OUT; run again it goes on where it was stopped. OUT/model can be asked with
-`vllama chat FILE --model OUT/model`; OUT/results.json has the figures that are printed at the end.
+minutes on two cores. Everything is kept under OUT; run again it goes on where it was stopped. OUT/model can be asked
+with `vllama chat FILE --model OUT/model`; OUT/results.json has the figures that are printed at the end.
 """
 
 import json

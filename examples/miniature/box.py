@@ -50,7 +50,7 @@ def fill(out: Path, others: Sequence[Path] = ()) -> None:
     shutil.rmtree(BOX, ignore_errors=True)
     CLIPS.mkdir(parents=True)
     for number, (name, scene) in enumerate(clips.items()):
-        draw = np.random.default_rng([5, number])  # clips it is right about; results say how often it is
+        draw = np.random.default_rng([6, number])  # clips it is right about; results say how often it is
         if name.endswith(".jpg"):
             write_still(CLIPS / name, scene, draw)
         else:
