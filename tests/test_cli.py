@@ -68,6 +68,7 @@ def test_interactive(tiny_model, clip, cache):
     assert len(done.stdout.splitlines()) >= 2
 
 
+@pytest.mark.slow
 def test_interactive_goes_on_after_an_error(tiny_model, clip, cache):
     done = run("chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="why? " * 800 + "\nAnd then?\n")
     assert done.returncode == 0

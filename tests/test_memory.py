@@ -144,6 +144,7 @@ def test_a_chat_as_it_is_loaded_and_compiled(tiny_model):
     assert isinstance(jax.tree.leaves(network)[0].sharding, NamedSharding)
 
 
+@SLOW
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_cache_and_a_prompt_as_xla_compiles_them(beams):
     llama = dataclasses.replace(tiny().llama, width=256, num_heads=8, num_kv_heads=8, head_dim=32, mlp_dim=704)

@@ -47,7 +47,10 @@ def memory_of(network, part, frames, mel):
     return network.with_clip_positions(network.embed_sounds(mel[None]))
 
 
-@pytest.mark.parametrize("part", ["image_qformer", "video_qformer", "audio_qformer"])
+@pytest.mark.parametrize(
+    "part",
+    ["video_qformer", *(pytest.param(part, marks=pytest.mark.slow) for part in ("image_qformer", "audio_qformer"))],
+)
 def test_weights_are_those_that_the_qformer_attends_with(network, frames, mel, part):
     qformer, memory = getattr(network, part), memory_of(network, part, frames, mel)
     read = list(attention.reading_layers(qformer, memory))

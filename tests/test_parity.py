@@ -419,7 +419,7 @@ def test_encode_frames(quiet: bool):
     assert error(features[0], reference.encode_frames(frames)) < TOLERANCE
 
 
-@pytest.mark.parametrize("count", [1, 4, 8])
+@pytest.mark.parametrize("count", [8, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))])
 def test_encode_video(pair, count: int):
     """One frame is a picture."""
     ours, reference = pair

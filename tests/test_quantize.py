@@ -177,6 +177,7 @@ def answer(network: VideoLlama) -> list[int]:
     return [token for rows in generate(network.llama, [prompt], config, bos=1, eos=600) for token in rows[0]]
 
 
+@SLOW
 def test_answers_and_pictures(tiny_model, stored):
     whole, eight = load(tiny_model).network, load(stored["int8"]).network
     assert answer(eight)[:3] == answer(whole)[:3]

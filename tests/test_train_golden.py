@@ -152,7 +152,13 @@ def batch_of(golden, setting, cases, name) -> dict:
     return conversation_batch(golden, setting, cases[name], branch, name)
 
 
-@pytest.mark.parametrize("name", CAPTIONS + CONVERSATIONS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * ("image" in name or "llava" in name))
+        for name in CAPTIONS + CONVERSATIONS
+    ],
+)
 def test_losses_and_gradients(golden, settings, cases, name):
     setting = settings(name.split("_")[1])
     batch = batch_of(golden, setting, cases, name)

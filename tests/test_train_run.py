@@ -187,7 +187,7 @@ class FullDisk(Quiet):
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("on_error", ["stop", "continue"])
+@pytest.mark.parametrize("on_error", ["stop", pytest.param("continue", marks=SLOW)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
 def test_a_full_disk_while_saving(tiny_model, tmp_path, on_error):
     (tmp_path / "pictures").mkdir()
@@ -263,6 +263,7 @@ def test_validation(tiny_model, records, clip, tmp_path):
     assert [line["clip"] for line in found if "answer" in line] == [str(clip)] * 2
 
 
+@SLOW
 def test_the_smoke_run_and_its_plot(tmp_path):
     """As in the README, shorter."""
     process = command(Path("smoke"), tmp_path / "run", "--steps", "4", "--checkpoint.every", "2")
