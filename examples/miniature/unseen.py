@@ -94,22 +94,24 @@ def _write_and_read(work: tuple[Path, FileSet, int, range, VideoLlamaConfig]) ->
     for number in numbers:
         draw = draw_for(seed, files.name, number)
         scene = _heard_as_well(draw_scene(draw, files.motions[number % len(files.motions)], "test"), files.fits, draw)
-        path = folder / f"{number}.{_suffix(files)}"
-        if path.suffix == ".jpg":
-            write_still(path, scene, draw)
-        elif path.suffix == ".wav":
-            write_sound(path, scene, draw, seconds=files.seconds, snr_db=files.snr_db)
-        else:
-            write_clip(path, scene, draw, seconds=files.seconds, snr_db=files.snr_db, sound=files.sound)
+        path = _write(folder / str(number), files, scene, draw)
         found.append((scene, prepare(path, config, require_audio=files.sound)))
         path.unlink()
     return found
 
 
-def _suffix(files: FileSet) -> str:
+def _write(stem: Path, files: FileSet, scene: Scene, draw: np.random.Generator) -> Path:
+    """The scene as a file of its set's sort."""
     if not files.seen:
-        return "wav"
-    return "jpg" if files.motions == ("rests",) and not files.sound else "mp4"
+        path = stem.with_suffix(".wav")
+        write_sound(path, scene, draw, seconds=files.seconds, snr_db=files.snr_db)
+    elif files.motions == ("rests",) and not files.sound:
+        path = stem.with_suffix(".jpg")
+        write_still(path, scene, draw)
+    else:
+        path = stem.with_suffix(".mp4")
+        write_clip(path, scene, draw, seconds=files.seconds, snr_db=files.snr_db, sound=files.sound)
+    return path
 
 
 def _heard_as_well(scene: Scene, fits: float, draw: np.random.Generator) -> Scene:

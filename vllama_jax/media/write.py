@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, UInt8
 
 _LAYOUTS = {1: "mono", 2: "stereo"}  # by number of channels
-_SAME = {"mbtree": "0"}  # x264's macroblock tree differs from run to run where the width is no multiple of 128
+_SAME = {"mbtree": "0"}  # x264's macroblock tree differs from run to run, seen at frames of 96 × 96
 _AAC_SAMPLES = 1024  # AAC compresses so many at a time
 
 
