@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
+from vllama_jax.checkpoint import abstract_network
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.data.ahead import in_order
 from vllama_jax.errors import CheckpointError
@@ -71,10 +72,8 @@ def abstract_shapes(cfg: VideoLlamaConfig) -> dict[str, tuple[int, ...]]:
     """Every weight of the model by its path, without making one."""
     from flax import nnx
 
-    from vllama_jax.nn.video_llama import VideoLlama
-
-    model = nnx.eval_shape(lambda: VideoLlama(cfg, rngs=nnx.Rngs(0)))
-    return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(nnx.state(model))}
+    state = nnx.state(abstract_network(cfg, "float32"))
+    return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(state)}
 
 
 def tables(cfg: VideoLlamaConfig, kinds: Iterable[str], elsewhere: Iterable[str] = ()) -> dict[str, list[Rule]]:

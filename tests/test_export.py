@@ -15,7 +15,7 @@ from conversions import bits, hashes, leaves_of, plan, torch_tensors, without
 from safetensors.torch import load_file
 from torch_weights import ImageBindReference
 from transformers import LlamaForCausalLM
-from written_runs import flat, learned, write_run
+from written_runs import flat, learned, shipped, write_run
 
 from vllama_jax import checkpoint, convert, params
 from vllama_jax.config import LoraConfig, RopeScaling, tiny, video_llama_7b
@@ -243,7 +243,7 @@ def test_what_a_run_trained_comes_back_and_the_rest_is_its_bases(tiny_files, tmp
     """A base without branches: the run's is all there is of them."""
     convert.convert(plan(without(tiny_files, "vl", "al")), tmp_path / "base")
     trained = learned(tiny(), LoraConfig(), "video_qformer", "frame_positions", "llama_proj")
-    run = write_run(tmp_path / "base", tmp_path / "run", trained, LoraConfig())
+    run = write_run(shipped(tmp_path / "base", LoraConfig()), tmp_path / "run", trained)
     made = exported(run, tmp_path / "made")
     assert not (made / "al.pth").exists()
     leaves, before = leaves_of(imported(made, tmp_path / "again")), leaves_of(tmp_path / "base")
@@ -258,7 +258,7 @@ def test_what_a_run_trained_comes_back_and_the_rest_is_its_bases(tiny_files, tmp
 def test_low_rank_updates_are_merged_as_loading_merges_them(tmp_path, half):
     convert.convert(plan(write_tiny(tmp_path / "files", half=half)), tmp_path / "base")
     trained = learned(tiny(vocab_size=512), ALL, "frame_positions")
-    run = write_run(tmp_path / "base", tmp_path / "run", trained, ALL)
+    run = write_run(shipped(tmp_path / "base", ALL), tmp_path / "run", trained)
     leaves = leaves_of(imported(exported(run, tmp_path / "made"), tmp_path / "again"))
     before, moved = leaves_of(tmp_path / "base"), 0
     for path, leaf in leaves.items():

@@ -15,7 +15,7 @@ import pytest
 from conversions import converted, without
 from jax.sharding import PartitionSpec
 from train_fixtures import Quiet, short_config
-from written_runs import flat, learned, write_run
+from written_runs import flat, learned, shipped, write_run
 
 from vllama_jax import cli, quantize, sharding
 from vllama_jax.checkpoint import load, open_model
@@ -214,7 +214,8 @@ def test_eight_devices(tiny_model, stored, scheme):
 def test_a_run_with_low_rank_updates(tiny_model, tmp_path, scheme):
     """Updates are part of the kernels before those are quantised, at loading as in a directory."""
     lora = LoraConfig(rank=3, alpha=6.0, targets=("query", "out", "down"))
-    run = write_run(tiny_model, tmp_path / "run", learned(tiny(vocab_size=512), lora, "frame_positions"), lora)
+    trained = learned(tiny(vocab_size=512), lora, "frame_positions")
+    run = write_run(shipped(tiny_model, lora), tmp_path / "run", trained)
     merged = load(run).network.llama.blocks[1].attention.query.kernel[...]
     quantize.quantize(open_model(run), tmp_path / scheme, scheme)
     at_load, from_disk = load(run, quantize=scheme).network, load(tmp_path / scheme).network

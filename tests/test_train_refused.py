@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 from train_fixtures import ONE, Quiet, short_config
+from written_runs import learned, write_run
 
 from vllama_jax import checkpoint, convert
 from vllama_jax.cli import main
-from vllama_jax.config import tiny
+from vllama_jax.config import LoraConfig, tiny
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.errors import CheckpointError, ConfigError, DataError
 from vllama_jax.train.config import DatasetConfig
@@ -35,10 +36,17 @@ def test_what_cannot_be_run_is_refused(tiny_model, records, tmp_path, options, e
     assert not (tmp_path / "run").exists()
 
 
-def test_another_config_in_the_same_directory_is_refused(tiny_model, records, stage1):
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, tiny_model, records) -> Path:
+    """A run with a checkpoint. Not to be written to."""
+    trained = learned(tiny(vocab_size=512), LoraConfig(), "video_qformer", "frame_positions", "llama_proj")
+    return write_run(short_config(tiny_model, records), tmp_path_factory.mktemp("begun") / "run", trained)
+
+
+def test_another_config_in_the_same_directory_is_refused(tiny_model, records, begun):
     config = short_config(tiny_model, records, steps=4)
     with pytest.raises(ConfigError, match=r"holds a run with another config .*steps was 3, now 4"):
-        train(config, stage1, Quiet())
+        train(config, begun, Quiet())
 
 
 @pytest.mark.parametrize(
@@ -68,14 +76,14 @@ def wider(tmp_path_factory) -> Path:
     return folder / "model"
 
 
-def test_a_checkpoint_of_another_model_is_refused(tiny_model, wider, records, stage1):
+def test_a_checkpoint_of_another_model_is_refused(tiny_model, wider, records, begun):
     with pytest.raises(ConfigError, match="its run was started from another base model"):
-        train(short_config(wider, records), stage1, Quiet())
-    config = short_config(wider, records, init=str(stage1))
+        train(short_config(wider, records), begun, Quiet())
+    config = short_config(wider, records, init=str(begun))
     with pytest.raises(ConfigError, match=r"init: .* trained another model than .* does not fit"):
-        train(config, stage1.parent / "other", Quiet())
+        train(config, begun.parent / "other", Quiet())
     with pytest.raises(CheckpointError, match=r"not the base model that .* was trained on"):
-        checkpoint.load(stage1, base=wider)
+        checkpoint.load(begun, base=wider)
 
 
 def test_a_directory_of_other_things_is_refused(tiny_model, records, tmp_path):

@@ -11,16 +11,20 @@ import optax
 from vllama_jax import checkpoint
 from vllama_jax.cli.run_config import load_config
 from vllama_jax.config import LoraConfig, VideoLlamaConfig
-from vllama_jax.train.config import CheckpointConfig
+from vllama_jax.train.config import CheckpointConfig, TrainConfig
 from vllama_jax.train.runs import Checkpoints, open_run
 from vllama_jax.train.state import TrainState
 
 
-def write_run(base: Path, out: Path, trained: Mapping[str, np.ndarray], lora: LoraConfig) -> Path:
-    """A run directory as training writes it, with these weights in its checkpoint."""
+def shipped(base: Path, lora: LoraConfig) -> TrainConfig:
+    """The vision branch's first stage as shipped, of this model."""
     config, _ = load_config("vision_stage1")
-    config = dataclasses.replace(config, model=str(base), lora=lora)
-    with open_run(out, config, checkpoint.open_model(base), "float32"):
+    return dataclasses.replace(config, model=str(base), lora=lora)
+
+
+def write_run(config: TrainConfig, out: Path, trained: Mapping[str, np.ndarray]) -> Path:
+    """A run directory as training writes it, with these weights in its checkpoint."""
+    with open_run(out, config, checkpoint.open_model(Path(config.model)), "float32"):
         saved = Checkpoints(out, CheckpointConfig(every=1))
         moments = (optax.ScaleByScheduleState(jax.numpy.int32(4)),)
         saved.save(4, TrainState(jax.numpy.int32(4), jax.tree.map(jax.numpy.asarray, dict(trained)), moments))

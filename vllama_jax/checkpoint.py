@@ -423,11 +423,17 @@ def abstract_network(config: VideoLlamaConfig, dtype: str | None = None, lora: L
     """The network with shapes in place of weights, in the dtype that `load` would use."""
     import jax
     import jax.numpy as jnp
-    from flax import nnx
 
     dtype = jnp.dtype(dtype or default_dtype())
-    network = nnx.eval_shape(lambda: new_network(config, lora, nnx.Rngs(0)))
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), network)
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _traced_network(config, lora))
+
+
+@functools.cache
+def _traced_network(config: VideoLlamaConfig, lora: LoraConfig) -> "VideoLlama":
+    """The network with shapes. A command asks for it several times, and tracing it takes most of a second."""
+    from flax import nnx
+
+    return nnx.eval_shape(lambda: new_network(config, lora, nnx.Rngs(0)))
 
 
 def new_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs") -> "VideoLlama":
