@@ -40,25 +40,20 @@ def failure(capsys, *arguments: object) -> str:
     return message
 
 
-def test_chat_about_a_clip(tiny_model, clip, cache):
-    done = run("chat", clip, "What is happening?", "--model", tiny_model, *CHAT, cache=cache)
+def test_a_chat_about_a_clip_and_json_of_it_which_compiles_nothing(tiny_model, clip, cache):
+    asked = ["chat", clip, "One?", "Two?", "--model", tiny_model, *CHAT]
+    done = run(*asked, cache=cache)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
     assert f"{clip}: 8 frames of 3.0 s; sound used" in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def test_json_is_one_object_and_a_second_start_compiles_nothing(tiny_model, clip, cache):
-    done = run("chat", clip, "One?", "Two?", "--model", tiny_model, "--json", *CHAT, cache=cache)
     kept = {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
-    again = run("chat", clip, "One?", "Two?", "--model", tiny_model, "--json", *CHAT, cache=cache)
-    first, second = json.loads(done.stdout), json.loads(again.stdout)
-    assert first["tokens"] == second["tokens"]
-    assert len(first["tokens"]) == 8
-    assert first["report"]["audio"] == "used"
-    assert first["answer"] == first["turns"][1]["answer"]
-    assert [turn["question"] for turn in first["turns"]] == ["One?", "Two?"]
-    assert {"load", "read", "encode", "first_piece", "answer"} <= set(first["timings"])
+    told = json.loads(run(*asked, "--json", cache=cache).stdout)
+    assert "".join(turn["answer"] + "\n" for turn in told["turns"]) == done.stdout
+    assert len(told["tokens"]) == 8
+    assert told["report"]["audio"] == "used"
+    assert told["answer"] == told["turns"][1]["answer"]
+    assert [turn["question"] for turn in told["turns"]] == ["One?", "Two?"]
+    assert {"load", "read", "encode", "first_piece", "answer"} <= set(told["timings"])
     assert kept == {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
 
 

@@ -47,7 +47,7 @@ def test_it_tells_whether_sound_and_picture_fit(miniature):
 
 def test_it_tells_what_comes_first_and_how_many_there_are(miniature):
     chat = vl.Chat(miniature)
-    chat.add(box.CLIPS / "two.mp4", audio=False)
+    chat.add(box.CLIPS / "two.mp4")
     assert answer(chat, "What comes first?") == "a frog"
     assert answer(chat, "What comes last?") == "a horn"
     chat = vl.Chat(miniature)
