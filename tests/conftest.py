@@ -20,9 +20,12 @@ jax.config.update("jax_num_cpu_devices", 8)
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One folder of compiled programs for all workers of a session: many tests need the same one."""
+    """One folder of compiled programs for all workers of a session and the commands that they start: many tests need
+    the same one, and none writes into the user's.
+    """
     folder = tmp_path_factory.getbasetemp()
     folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    os.environ["VLLAMA_CACHE"] = str(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
 
@@ -109,12 +112,18 @@ def real_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def stage1(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, records: Path) -> Path:
-    """A finished run of three steps on 8 devices. Not to be written to."""
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The two pictures alone: a run of them compiles one step, where pictures and videos take two."""
+    return train_fixtures.write_records(tmp_path_factory.mktemp("pictures") / "files", videos=0)
+
+
+@pytest.fixture(scope="session")
+def stage1(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pictures: Path) -> Path:
+    """A finished run of eight steps on 8 devices. Not to be written to."""
     from vllama_jax.train.loop import train
 
     run = tmp_path_factory.mktemp("stage1") / "run"
-    train(train_fixtures.short_config(tiny_model, records), run, train_fixtures.Quiet())
+    train(train_fixtures.short_config(tiny_model, pictures), run, train_fixtures.Quiet())
     return run
 
 

@@ -252,7 +252,7 @@ def test_a_real_process(tiny_model, clips, tmp_path):
         tmp_path / "test_qa.json",
     ]
     command += ["--videos", clips, "--model", tiny_model, "--out", tmp_path / "out", "--max-new-tokens", "2"]
-    environment = {**os.environ, "VLLAMA_CACHE": str(tmp_path / "cache"), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(
         [*map(str, command), "--no-audio"], capture_output=True, text=True, env=environment, check=False
     )

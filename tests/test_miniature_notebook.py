@@ -67,6 +67,7 @@ def test_weights_are_those_that_the_qformer_attends_with(network, frames, mel, p
     near(x, qformer(memory))
 
 
+@pytest.mark.slow
 def test_weights_of_the_audio_tower_are_those_that_its_vectors_are_made_with(network, mel):
     tower = network.imagebind.audio
     weights = attention.sound_attention(tower, mel)

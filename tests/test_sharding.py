@@ -99,11 +99,8 @@ def test_encode_prefill_and_decode(network, shape, fsdp):
         np.testing.assert_allclose(eight, one, atol=2e-5 * float(jnp.abs(one).max()), rtol=0)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{}, pytest.param({"num_beams": 3}, marks=SLOW), pytest.param({"temperature": 1.0}, marks=SLOW)],
-    ids=["greedy", "beams", "sampling"],
-)
+@SLOW
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 1.0}], ids=["greedy", "beams", "sampling"])
 def test_generation(network, options):
     rng = np.random.default_rng(1)
     ids = rng.integers(3, 500, 20).astype(np.int32)

@@ -44,8 +44,8 @@ def begun(tmp_path_factory, tiny_model, records) -> Path:
 
 
 def test_another_config_in_the_same_directory_is_refused(tiny_model, records, begun):
-    config = short_config(tiny_model, records, steps=4)
-    with pytest.raises(ConfigError, match=r"holds a run with another config .*steps was 3, now 4"):
+    config = short_config(tiny_model, records, steps=9)
+    with pytest.raises(ConfigError, match=r"holds a run with another config .*steps was 8, now 9"):
         train(config, begun, Quiet())
 
 

@@ -17,8 +17,7 @@ import media_fixtures
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from PIL import Image
-from train_fixtures import EACH, ONE, STEPS, Quiet, config_of, losses, short_config, write_config
+from train_fixtures import EACH, ONE, STEPS, Quiet, config_of, losses, short_config, write_config, write_records
 
 from vllama_jax import checkpoint
 from vllama_jax.chat import Chat
@@ -161,11 +160,11 @@ def test_stage_2_starts_from_stage_1(tiny_model, records, stage1, tmp_path):
     assert all(source.trained for source in reporter.plan.sources.values())
 
 
-def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_model, records, stage1, tmp_path, caplog):
+def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_model, pictures, stage1, tmp_path, caplog):
     run = shutil.copytree(stage1, tmp_path / "run")
-    for file in (run / "step_3/weights").rglob("d/*"):
+    for file in (run / "step_8/weights").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    train(short_config(tiny_model, records), run, Quiet())
+    train(short_config(tiny_model, pictures), run, Quiet())
     assert "going back to the checkpoint before it" in caplog.text
     assert_same_run(run, stage1)
 
@@ -189,13 +188,8 @@ class FullDisk(Quiet):
 
 @pytest.mark.parametrize("on_error", ["stop", pytest.param("continue", marks=SLOW)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
-def test_a_full_disk_while_saving(tiny_model, tmp_path, on_error):
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "pictures/one.png")
-    (tmp_path / "pictures/all.jsonl").write_text(json.dumps({"image": "one.png", "caption": "black"}))
-    build("jsonl", tmp_path / "pictures", tmp_path / "records")
-    saving = CheckpointConfig(every=2, on_error=on_error)
-    config = config_of(tiny_model, tmp_path / "records", steps=8, batch_size=8, mesh=ONE, checkpoint=saving)
+def test_a_full_disk_while_saving(tiny_model, pictures, tmp_path, on_error):
+    config = short_config(tiny_model, pictures, checkpoint=CheckpointConfig(every=2, on_error=on_error))
     run, failed = (
         tmp_path / "run",
         r"run: the checkpoint of step 4 could not be saved \(File too large\); the last good",
@@ -225,14 +219,32 @@ def test_tensorboard_shows_what_was_kept(stage1):
     np.testing.assert_allclose(shown, losses(stage1), rtol=1e-6)
 
 
-def test_a_loss_that_is_not_a_number_stops_the_run(tiny_model, records, tmp_path):
-    config = config_of(tiny_model, records, steps=8, batch_size=8, mesh=ONE, checkpoint=CheckpointConfig(every=2))
-    exploding = dataclasses.replace(config, optim=OptimConfig(lr=1e30, min_lr=1e30, warmup_steps=0))
-    with pytest.raises(VllamaError, match=r"step \d: the loss is nan .*mp4|png.*; the last good checkpoint is kept"):
-        train(exploding, tmp_path / "run", Quiet())
+def test_a_loss_that_is_not_a_number_stops_the_run(tiny_model, pictures, tmp_path):
+    config = short_config(tiny_model, pictures, optim=OptimConfig(lr=1e30, min_lr=1e30, warmup_steps=0))
+    with pytest.raises(VllamaError, match=r"step \d: the loss is nan .*png.*; the last good checkpoint is kept"):
+        train(config, tmp_path / "run", Quiet())
 
 
-def test_broken_and_short_samples_are_masked_and_named(tiny_model, tmp_path):
+def quarantined(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
+
+
+def test_a_broken_picture_is_masked_and_named_once(tiny_model, tmp_path):
+    write_records(tmp_path / "files", videos=0)
+    picture, run = tmp_path / "files/1.png", tmp_path / "run"
+    picture.write_bytes(picture.read_bytes()[:700])
+    build("jsonl", tmp_path / "files", tmp_path / "broken")
+    config = short_config(tiny_model, tmp_path / "broken")
+    train(config, run, Quiet())
+    shutil.rmtree(run / "step_8")
+    train(config, run, Quiet())  # from step 4: names nothing twice
+    assert [line["sample"] for line in quarantined(run)] == ["1.png"]
+    masked = [json.loads(line)["masked"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert sum(masked) == 8 * 4  # of eight steps of batch 8, half
+
+
+@SLOW
+def test_broken_and_short_videos_are_masked_and_named(tiny_model, tmp_path):
     folder = tmp_path / "clips"
     folder.mkdir()
     media_fixtures.write_video(folder / "good.mp4", num_frames=12)
@@ -245,9 +257,9 @@ def test_broken_and_short_samples_are_masked_and_named(tiny_model, tmp_path):
     train(config, tmp_path / "run", Quiet())
     shutil.rmtree(tmp_path / "run/step_2")
     train(config, tmp_path / "run", Quiet())  # from step 1: names nothing twice
-    quarantined = [json.loads(line) for line in (tmp_path / "run/quarantine.jsonl").read_text().splitlines()]
-    assert sorted(line["sample"] for line in quarantined) == ["broken.mp4", "short.mp4"]
-    assert any("too short" in line["why"] for line in quarantined)
+    found = quarantined(tmp_path / "run")
+    assert sorted(line["sample"] for line in found) == ["broken.mp4", "short.mp4"]
+    assert any("too short" in line["why"] for line in found)
     masked = [json.loads(line)["masked"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert sum(masked) > 2
 

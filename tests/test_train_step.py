@@ -140,6 +140,7 @@ def test_a_batch_without_any_label_gives_zero():
     assert metrics["tokens"] == 0
 
 
+@SLOW
 def test_dropout_differs_from_step_to_step_and_not_from_run_to_run():
     config = config_of(dropout=0.1, optim=dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, weight_decay=0.0))
     one, other = Trainer(config), Trainer(config)
@@ -185,6 +186,7 @@ def test_only_what_learns_has_state_and_moves():
     assert state <= 3 * learned + 4, "weights, two moments, and a few counters"
 
 
+@SLOW
 def test_low_rank_updates_learn_and_the_language_model_does_not():
     config = config_of(lora=LoraConfig(rank=2), trainable=(*VISION_BRANCH, *LORA))
     trainer = Trainer(config, (2, 2, 2))

@@ -238,6 +238,7 @@ def test_swapped_weights_are_found_where_they_are(tiny_model, tiny_files, tmp_pa
     assert max(layer["relative"] for layer in report["layers"] if layer["layer"] == "layer 0") < 5e-6
 
 
+@pytest.mark.slow
 def test_wrong_rotary_base(tiny_model, tiny_files, tmp_path, capsys):
     model = copied(tiny_model, tmp_path)
     fields = json.loads((model / "config.json").read_text())

@@ -34,12 +34,12 @@ class Quiet:
         self.steps.append(metrics)
 
 
-def write_records(folder: Path, media: Path | None = None) -> Path:
-    """Four videos and two pictures, with turns; and the real clips of a folder, with captions in place of turns."""
+def write_records(folder: Path, media: Path | None = None, videos: int = 4) -> Path:
+    """Videos and two pictures, with turns; and the real clips of a folder, with captions in place of turns."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     lines = []
-    for number in range(4):
+    for number in range(videos):
         write_video(folder / f"{number}.mp4", rng.integers(0, 256, (10, 64, 64, 3)).astype(np.uint8), fps=5)
         turns = [("What is number?", f"It is number {number}."), ("Sure?", "Yes, I am.")]
         said = [
@@ -90,7 +90,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def short_config(base: Path, records: Path, **options) -> TrainConfig:
-    """Three steps on 8 devices."""
+    """Eight steps on 8 devices."""
     return config_of(
-        base, records, **{"steps": 3, "batch_size": 8, "mesh": ONE, "checkpoint": CheckpointConfig(every=2), **options}
+        base, records, **{"steps": 8, "batch_size": 8, "mesh": ONE, "checkpoint": CheckpointConfig(every=4), **options}
     )
