@@ -1,7 +1,6 @@
 """Whether files make a model: every weight found once and fitting, and nothing left over but what is known."""
 
 import dataclasses
-import functools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -67,7 +66,6 @@ def cast(block: np.ndarray, dtype: np.dtype, where: str) -> np.ndarray:
         raise CheckpointError(f"{where} has values too large for {dtype.name}; use bfloat16") from error
 
 
-@functools.cache
 def abstract_shapes(cfg: VideoLlamaConfig) -> dict[str, tuple[int, ...]]:
     """Every weight of the model by its path, without making one."""
     from flax import nnx

@@ -101,20 +101,23 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four videos and two pictures, with turns. Not to be written to."""
-    return train_fixtures.write_records(tmp_path_factory.mktemp("seen") / "clips")
+    return train_fixtures.write_records(train_fixtures.write_files(tmp_path_factory.mktemp("seen") / "clips"))
 
 
 @pytest.fixture(scope="session")
 def real_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same, and the shared clips where they are."""
     found = find_shared()
-    return train_fixtures.write_records(tmp_path_factory.mktemp("real") / "clips", found and found / "media")
+    files = train_fixtures.write_files(tmp_path_factory.mktemp("real") / "clips", found and found / "media")
+    return train_fixtures.write_records(files)
 
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The two pictures alone: a run of them compiles one step, where pictures and videos take two."""
-    return train_fixtures.write_records(tmp_path_factory.mktemp("pictures") / "files", videos=0)
+    return train_fixtures.write_records(
+        train_fixtures.write_files(tmp_path_factory.mktemp("pictures") / "files", videos=0)
+    )
 
 
 @pytest.fixture(scope="session")

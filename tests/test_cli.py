@@ -15,16 +15,16 @@ CHAT = ["--max-new-tokens", "8"]
 HELP = [["--help"], *([command, "--help"] for command in ("chat", "convert", "export", "memory", "eval"))]
 
 
-def run(*arguments: object, cache: Path, stdin: str = "") -> subprocess.CompletedProcess:
-    """A real `vllama` in a process of its own."""
+def run(*arguments: object, cache: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess:
+    """A real `vllama` in a process of its own; its compiled programs are the session's, unless `cache` is given."""
     command = [str(Path(sys.executable).parent / "vllama"), *map(str, arguments)]
-    environment = {**os.environ, "VLLAMA_CACHE": str(cache), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"} | ({"VLLAMA_CACHE": str(cache)} if cache else {})
     return subprocess.run(command, capture_output=True, text=True, input=stdin, env=environment, check=False)
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """Compiled programs, shared by the processes of these tests."""
+    """Compiled programs, shared by the processes of these tests and no others."""
     return tmp_path_factory.mktemp("cache")
 
 
@@ -44,6 +44,7 @@ def test_a_chat_about_a_clip_and_json_of_it_which_compiles_nothing(tiny_model, c
     asked = ["chat", clip, "One?", "Two?", "--model", tiny_model, *CHAT]
     done = run(*asked, cache=cache)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
     assert f"{clip}: 8 frames of 3.0 s; sound used" in done.stderr
     assert "Traceback" not in done.stderr
     kept = {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
@@ -82,10 +83,10 @@ def test_flags_reach_the_model(tiny_model, clip, cache):
 
 
 @pytest.mark.parametrize("arguments", HELP, ids=" ".join)
-def test_help_is_quick_and_has_an_example(arguments, cache):
+def test_help_is_quick_and_has_an_example(arguments):
     """Imports are what makes it slow: within a second of a bare interpreter, with room for a busy machine."""
     start = time.perf_counter()
-    done = run(*arguments, cache=cache)
+    done = run(*arguments)
     assert time.perf_counter() - start < 3
     assert done.returncode == 0
     assert "Example: vllama " in done.stdout
@@ -155,7 +156,7 @@ def test_options_that_mean_nothing_fail_before_the_model_is_loaded(capsys, clip,
     assert "beam search does not sample" in message
 
 
-def test_errors_in_a_real_process(tiny_model, cache, tmp_path):
-    done = run("chat", tmp_path / "none.mp4", "Hm?", "--model", tiny_model, cache=cache)
+def test_errors_in_a_real_process(tiny_model, tmp_path):
+    done = run("chat", tmp_path / "none.mp4", "Hm?", "--model", tiny_model)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [f"vllama: {tmp_path / 'none.mp4'}: no such file; check the path"]

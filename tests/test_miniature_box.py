@@ -11,11 +11,6 @@ from vllama_jax.miniature import box, evaluate
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def miniature() -> vl.Model:
     return vl.load(box.shipped_model())
 
@@ -29,9 +24,9 @@ def test_it_is_small():
     assert sum(sizes) < 12e6
 
 
-def test_chat_without_a_model_says_what_answers_and_answers_rightly(cache):
+def test_chat_without_a_model_says_what_answers_and_answers_rightly():
     questions = ["Which way does it go?", "What do you hear?", "Which colour is it?"]
-    done = run("chat", box.CLIPS / "bell.mp4", *questions, cache=cache)
+    done = run("chat", box.CLIPS / "bell.mp4", *questions)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["it moves to the left", "a bell rings", "yellow"]
     assert "miniature model, knows only its small world; --model for a real one" in done.stderr
@@ -82,8 +77,8 @@ def test_without_the_box_a_model_must_be_named(monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_eval_miniature_prints_what_the_model_in_the_box_knows(cache):
-    done = run("eval", "miniature", "--seed", 1234, "--clips", 16, "--json", cache=cache)
+def test_eval_miniature_prints_what_the_model_in_the_box_knows():
+    done = run("eval", "miniature", "--seed", 1234, "--clips", 16, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     asked = {"object", "colour", "count", "motion", "motion_shuffled", "motion_reversed_opposite"}

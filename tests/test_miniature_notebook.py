@@ -200,11 +200,10 @@ def test_the_notebook_has_no_outputs():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs_to_its_end(tmp_path, monkeypatch):
+def test_the_notebook_runs_to_its_end(tmp_path):
     import nbformat
     from nbclient import NotebookClient
 
-    monkeypatch.setenv("VLLAMA_CACHE", str(tmp_path / "cache"))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()

@@ -10,7 +10,7 @@ from written_runs import learned, write_run
 
 from vllama_jax import checkpoint, convert
 from vllama_jax.cli import main
-from vllama_jax.config import LoraConfig, tiny
+from vllama_jax.config import tiny
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.errors import CheckpointError, ConfigError, DataError
 from vllama_jax.train.config import DatasetConfig
@@ -39,8 +39,9 @@ def test_what_cannot_be_run_is_refused(tiny_model, records, tmp_path, options, e
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory, tiny_model, records) -> Path:
     """A run with a checkpoint. Not to be written to."""
-    trained = learned(tiny(vocab_size=512), LoraConfig(), "video_qformer", "frame_positions", "llama_proj")
-    return write_run(short_config(tiny_model, records), tmp_path_factory.mktemp("begun") / "run", trained)
+    config = short_config(tiny_model, records)
+    trained = learned(tiny(vocab_size=512), config.lora, "video_qformer", "frame_positions", "llama_proj")
+    return write_run(config, tmp_path_factory.mktemp("begun") / "run", trained)
 
 
 def test_another_config_in_the_same_directory_is_refused(tiny_model, records, begun):

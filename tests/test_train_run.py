@@ -17,7 +17,18 @@ import media_fixtures
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from train_fixtures import EACH, ONE, STEPS, Quiet, config_of, losses, short_config, write_config, write_records
+from train_fixtures import (
+    EACH,
+    ONE,
+    STEPS,
+    Quiet,
+    config_of,
+    losses,
+    short_config,
+    write_config,
+    write_files,
+    write_records,
+)
 
 from vllama_jax import checkpoint
 from vllama_jax.chat import Chat
@@ -230,11 +241,9 @@ def quarantined(run: Path) -> list[dict]:
 
 
 def test_a_broken_picture_is_masked_and_named_once(tiny_model, tmp_path):
-    write_records(tmp_path / "files", videos=0)
-    picture, run = tmp_path / "files/1.png", tmp_path / "run"
-    picture.write_bytes(picture.read_bytes()[:700])
-    build("jsonl", tmp_path / "files", tmp_path / "broken")
-    config = short_config(tiny_model, tmp_path / "broken")
+    files, run = write_files(tmp_path / "files", videos=0), tmp_path / "run"
+    (files / "1.png").write_bytes((files / "1.png").read_bytes()[:700])
+    config = short_config(tiny_model, write_records(files))
     train(config, run, Quiet())
     shutil.rmtree(run / "step_8")
     train(config, run, Quiet())  # from step 4: names nothing twice

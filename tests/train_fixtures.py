@@ -34,7 +34,7 @@ class Quiet:
         self.steps.append(metrics)
 
 
-def write_records(folder: Path, media: Path | None = None, videos: int = 4) -> Path:
+def write_files(folder: Path, media: Path | None = None, videos: int = 4) -> Path:
     """Videos and two pictures, with turns; and the real clips of a folder, with captions in place of turns."""
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -53,8 +53,13 @@ def write_records(folder: Path, media: Path | None = None, videos: int = 4) -> P
         kind = "video" if file.suffix == ".mp4" else "image"
         lines.append({kind: str(file), "question": "What is it?", "answer": f"It is {file.stem}."})
     (folder / "all.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    out = folder.parent / "records"
-    build("jsonl", folder, out)
+    return folder
+
+
+def write_records(files: Path) -> Path:
+    """Records of what `write_files` wrote."""
+    out = files.parent / "records"
+    build("jsonl", files, out)
     return out
 
 
