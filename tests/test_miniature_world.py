@@ -84,6 +84,13 @@ def test_things_move_as_is_said(motion, axis, sign):
         assert abs(moved[1 - axis]) < 0.1
 
 
+@pytest.mark.parametrize(("way", "back"), [("left", "right"), ("up", "down")])
+def test_the_frames_that_are_read_tell_a_way_by_their_order_alone(way, back):
+    for seed in range(3):
+        there, again = ([middle(red(frame)) for frame in frames(scene(one), seed)[render.READ]] for one in (way, back))
+        np.testing.assert_allclose(there, again[::-1], atol=0.015)  # of the side; a frame's way is 0.02
+
+
 def test_things_grow_shrink_appear_and_vanish():
     sizes = {change: [red(frame).sum() for frame in frames(scene(change))] for change in CHANGES}
     assert sizes["grows"][-1] > 2 * sizes["grows"][0]

@@ -16,7 +16,16 @@ from flax import nnx
 from vllama_jax.config import LlamaConfig
 from vllama_jax.miniature import render, texts
 from vllama_jax.miniature.fit import fit
-from vllama_jax.miniature.scene import KINDS, MOTIONS, PLACES, Scene, draw_scene, draw_things, motion_of
+from vllama_jax.miniature.scene import (
+    KINDS,
+    MOTIONS,
+    PLACES,
+    Scene,
+    draw_scene,
+    draw_things,
+    heard_otherwise,
+    motion_of,
+)
 from vllama_jax.nn.llama import Llama
 from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media
@@ -26,7 +35,8 @@ from vllama_jax.text.training import encode_conversation, find_conversation_temp
 VOCAB_SIZE = 704
 LENGTH = 128  # tokens of a row: texts one after another, the last one cut
 TEMPLATE = "vicuna"
-WORLD_SECONDS = tuple(render.SECONDS * number / 8 for number in range(8))  # when a clip's frames are
+LAYOUTS = {"caption": 0.1, "compared": 0.2, "training": 0.15, "seen": 0.15, "heard": 0.2, "both": 0.2}  # of texts
+WORLD_SECONDS = tuple((render.READ / render.FPS).tolist())  # when a clip's frames are
 
 CONFIG = LlamaConfig(
     vocab_size=VOCAB_SIZE,
@@ -57,7 +67,7 @@ def train_tokenizer(directory: Path, seed: int) -> Tokenizer:
     import sentencepiece
 
     draw = np.random.default_rng([seed, 0])
-    lines = [line for _ in range(4000) for line in _plain_text(draw_scene(draw), draw)]
+    lines = [line for _ in range(4000) for line in _plain_text(heard_otherwise(draw_scene(draw), draw), draw)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_prefix=str(directory / "tokenizer"),
@@ -103,22 +113,22 @@ def _row(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
 
 def draw_text(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
     """Token ids of one text: a caption after its notes, comparisons, or a dialogue in a layout that a model meets."""
-    layout = draw.choice(["caption", "compared", "training", "seen", "heard", "both"], p=[0.1, 0.1, 0.2, 0.2, 0.2, 0.2])
+    layout = str(draw.choice(list(LAYOUTS), p=list(LAYOUTS.values())))
+    if layout == "compared":
+        return _ids(tokenizer, "".join(f"{line}\n" for line in _comparisons(draw)), bos=True)
     scene = draw_scene(draw, "in turn" if draw.random() < (0.4 if layout == "heard" else 0.1) else None)
     if layout == "caption":
         words = f"{picture_notes(scene, draw)}\n"
         return np.concatenate([_ids(tokenizer, words, True)[:-1], _ids(tokenizer, f"{texts.caption(scene)}\n")])
-    if layout == "compared":
-        answers = [texts.answer("fit", _heard_otherwise(draw_scene(draw, "left"), draw)) for _ in range(6)]
-        return _ids(tokenizer, "".join(f"{answer}\n" for answer in answers), bos=True)
     if layout == "training":
         return _training_text(tokenizer, scene, draw)
-    return _chat_text(tokenizer, _heard_otherwise(scene, draw) if layout == "both" else scene, layout, draw)
+    return _chat_text(tokenizer, heard_otherwise(scene, draw) if layout == "both" else scene, layout, draw)
 
 
-def _heard_otherwise(scene: Scene, draw: np.random.Generator) -> Scene:
-    """Of half of the scenes, one in which any kind is heard."""
-    return Scene(scene.shown, (str(draw.choice(list(KINDS))),)) if draw.random() < 0.5 else scene
+def _comparisons(draw: np.random.Generator) -> list[str]:
+    """Answers to whether a sound fits a picture. A kind is named twice only where it does: so it is learned soonest."""
+    kinds = draw.permutation(list(KINDS))[:12].reshape(6, 2)
+    return [texts.compared(heard, heard if draw.random() < 0.5 else other) for heard, other in kinds]
 
 
 def _training_text(tokenizer: Tokenizer, scene: Scene, draw: np.random.Generator) -> np.ndarray:

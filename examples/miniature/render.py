@@ -7,12 +7,14 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from vllama_jax.media.video import frame_indices
 from vllama_jax.miniature.scene import COLOURS, Scene, Things
 from vllama_jax.miniature.shapes import draw_shape
 
 SIDE = 96  # pixels of a clip's frame; no multiple of what a patch of the model sees
 FPS, FRAMES = 6, 24
 SECONDS = FRAMES / FPS
+READ = frame_indices(FRAMES, 8)  # the frames of a clip that a model sees: the first, not the last
 RADIUS = {"small": 0.165, "large": 0.265}  # of the picture's side
 THIRDS = (0.26, 0.5, 0.74)  # where the middles of places are
 HALVES = {2: ((0.28, 0.5), (0.72, 0.5)), 3: ((0.25, 0.3), (0.75, 0.3), (0.5, 0.74))}
@@ -34,10 +36,14 @@ class Drawn:
 
 
 def clip_frames(scene: Scene, draw: np.random.Generator) -> Iterator[np.ndarray]:
-    """The FRAMES frames of a clip, uint8 [SIDE, SIDE, 3]."""
+    """The FRAMES frames of a clip, uint8 [SIDE, SIDE, 3].
+
+    Half of the time is over in the middle of the frames that are read: a clip and the same backwards are then alike in
+    all but their frames' order, and no part of a thing's way tells which way it is.
+    """
     ground, drawn = _ground(draw), _draw_all(scene, draw)
     for number in range(FRAMES):
-        yield _frame(ground, drawn, (number + 0.5) / FRAMES, draw)
+        yield _frame(ground, drawn, min(0.5 + (number - READ.mean()) / FRAMES, 1.0), draw)
 
 
 def picture(scene: Scene, draw: np.random.Generator, side: int = SIDE) -> tuple[np.ndarray, Things]:

@@ -126,6 +126,14 @@ def draw_scene(draw: np.random.Generator, motion: Motion | None = None, split: S
     return Scene((things,), (things.kind,))
 
 
+def heard_otherwise(scene: Scene, draw: np.random.Generator, fits: float = 0.5) -> Scene:
+    """The scene, heard as it looks in that part of cases, and as another kind sounds in the others."""
+    if draw.random() < fits:
+        return scene
+    others = [kind for kind in KINDS if kind != scene.shown[0].kind]
+    return Scene(scene.shown, (str(draw.choice(others)),))
+
+
 def draw_number(draw: np.random.Generator) -> int:
     """How many things are at rest: one in half of the pictures."""
     return int(draw.choice([1, 1, 1, 2, 3, 4]))

@@ -94,8 +94,8 @@ def answer(question: str, scene: Scene) -> str:
     return ANSWERS[question](scene)
 
 
-def _fits(scene: Scene) -> str:
-    heard, seen = scene.heard[0], scene.shown[0].kind
+def compared(heard: str, seen: str) -> str:
+    """Whether what is heard fits what is seen: the two kinds, then yes or no."""
     return f"a {heard} is heard and a {seen} is seen, so {'yes' if heard == seen else 'no'}"
 
 
@@ -112,7 +112,7 @@ ANSWERS: Mapping[str, Callable[[Scene], str]] = {
     "hear": lambda scene: f"a {scene.heard[0]} {KINDS[scene.heard[0]]}",
     "hear_first": lambda scene: f"a {scene.heard[0]} {KINDS[scene.heard[0]]}",
     "hear_last": lambda scene: f"a {scene.heard[-1]} {KINDS[scene.heard[-1]]}",
-    "fit": _fits,
+    "fit": lambda scene: compared(scene.heard[0], scene.shown[0].kind),
 }
 
 

@@ -15,7 +15,7 @@ from vllama_jax.checkpoint import Model
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.miniature import render
 from vllama_jax.miniature.pictures import in_processes
-from vllama_jax.miniature.scene import KINDS, WAYS, Motion, Scene, draw_scene
+from vllama_jax.miniature.scene import WAYS, Motion, Scene, draw_scene, heard_otherwise
 from vllama_jax.miniature.world import draw_for, write_clip, write_sound, write_still
 from vllama_jax.text.prompts import Media
 
@@ -93,7 +93,7 @@ def _write_and_read(work: tuple[Path, FileSet, int, range, VideoLlamaConfig]) ->
     found = []
     for number in numbers:
         draw = draw_for(seed, files.name, number)
-        scene = _heard_as_well(draw_scene(draw, files.motions[number % len(files.motions)], "test"), files.fits, draw)
+        scene = heard_otherwise(draw_scene(draw, files.motions[number % len(files.motions)], "test"), draw, files.fits)
         path = _write(folder / str(number), files, scene, draw)
         found.append((scene, prepare(path, config, require_audio=files.sound)))
         path.unlink()
@@ -112,14 +112,6 @@ def _write(stem: Path, files: FileSet, scene: Scene, draw: np.random.Generator) 
         path = stem.with_suffix(".mp4")
         write_clip(path, scene, draw, seconds=files.seconds, snr_db=files.snr_db, sound=files.sound)
     return path
-
-
-def _heard_as_well(scene: Scene, fits: float, draw: np.random.Generator) -> Scene:
-    """The scene, heard as it looks in that part of cases and as another kind sounds in the others."""
-    if fits == 1 or draw.random() < fits:
-        return scene
-    others = [kind for kind in KINDS if kind != scene.shown[0].kind]
-    return Scene(scene.shown, (str(draw.choice(others)),))
 
 
 @functools.cache
