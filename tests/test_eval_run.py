@@ -258,5 +258,5 @@ def test_a_real_process(tiny_model, clips, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "all: exact_match 0.0, contains 0.0, n 1\n" in done.stdout
-    assert "published: Video-ChatGPT" in done.stdout
+    assert "match by a judge: not asked (published 51.6 / 2.50)\npublished: Video-ChatGPT" in done.stdout
     assert done.stdout.endswith(f"{tmp_path / 'out'}: 1 of 1 questions answered\n")

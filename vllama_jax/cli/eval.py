@@ -170,6 +170,10 @@ def _lines(results: dict[str, Any], out: Path) -> Iterator[str]:
             lacking = "" if found["n"] == found["of"] else f" of {found['of']}"
             dates = " to ".join(dict.fromkeys((found["from"], found["until"])))
             yield f"{aspect} by {judge}, {dates}: {_judged(found)}, n {found['n']}{lacking}{beside}"
+    asked = {aspect for aspects in results["judged"].values() for aspect in aspects}
+    for aspect, before in published.get("judged", {}).items():
+        if aspect not in asked:
+            yield f"{aspect} by a judge: not asked (published {_judged(before)})"
     if published:
         yield f"published: {published['source']}"
     yield f"{out}: {results['answered']} of {results['questions']} questions answered"
