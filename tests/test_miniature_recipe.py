@@ -16,6 +16,7 @@ from vllama_jax.train.config import AUDIO_BRANCH
 
 SHORT = Recipe(
     amounts=Amounts(24, 12, 40, 16),
+    comparison_steps=2,
     language_steps=2,
     pictures=100,
     tower_steps=2,

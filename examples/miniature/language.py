@@ -32,10 +32,12 @@ from vllama_jax.text.prompts import Media
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from vllama_jax.text.training import encode_conversation, find_conversation_template
 
+Text = Callable[[Tokenizer, np.random.Generator], np.ndarray]  # draws one, as token ids
+
 VOCAB_SIZE = 704
 LENGTH = 128  # tokens of a row: texts one after another, the last one cut
 TEMPLATE = "vicuna"
-LAYOUTS = {"caption": 0.1, "compared": 0.2, "training": 0.15, "seen": 0.15, "heard": 0.2, "both": 0.2}  # of texts
+LAYOUTS = {"caption": 0.1, "compared": 0.1, "training": 0.2, "seen": 0.2, "heard": 0.2, "both": 0.2}  # of texts
 WORLD_SECONDS = tuple((render.READ / render.FPS).tolist())  # when a clip's frames are
 
 CONFIG = LlamaConfig(
@@ -87,35 +89,46 @@ def train_tokenizer(directory: Path, seed: int) -> Tokenizer:
 
 
 def train_language_model(
-    tokenizer: Tokenizer, *, steps: int, batch_size: int, seed: int, say: Callable[[str], None]
+    tokenizer: Tokenizer, *, comparison_steps: int, steps: int, seed: int, say: Callable[[str], None]
 ) -> Llama:
-    """Language modelling on texts that are drawn anew at every step."""
+    """Language modelling on texts that are drawn anew at every step: on comparisons alone, then on all texts."""
 
-    def batch(draw: np.random.Generator) -> np.ndarray:
-        return np.stack([_row(tokenizer, draw) for _ in range(batch_size)])
+    def batches(text: Text, size: int) -> Callable[[np.random.Generator], np.ndarray]:
+        return lambda draw: np.stack([_row(tokenizer, draw, text) for _ in range(size)])
 
     def loss(llama: Llama, ids: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         logits = llama.logits(llama(llama.embed(ids), jnp.ones(ids.shape, bool), "none"))[:, :-1]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
         return jnp.mean(losses), {"right": jnp.mean(jnp.argmax(logits, axis=-1) == ids[:, 1:])}
 
-    llama = Llama(CONFIG, rngs=nnx.Rngs(seed))
-    return fit(llama, loss, batch, steps=steps, learning_rate=2e-3, seed=seed, name="language model", say=say)
+    llama, common = Llama(CONFIG, rngs=nnx.Rngs(seed)), {"learning_rate": 2e-3, "seed": seed, "say": say}
+    llama = fit(llama, loss, batches(draw_comparisons, 16), steps=comparison_steps, name="comparisons", **common)
+    return fit(llama, loss, batches(draw_text, 32), steps=steps, name="language model", **common)
 
 
-def _row(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
+def _row(tokenizer: Tokenizer, draw: np.random.Generator, text: Text) -> np.ndarray:
     """Texts one after another, LENGTH tokens of them."""
     row = np.zeros(0, np.int32)
     while len(row) < LENGTH:
-        row = np.concatenate([row, draw_text(tokenizer, draw)])
+        row = np.concatenate([row, text(tokenizer, draw)])
     return row[:LENGTH]
+
+
+def draw_comparisons(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
+    """Token ids of answers to whether a sound fits a picture.
+
+    A kind is named twice only where it does, so that a kind said again is the sign to find.
+    """
+    kinds = draw.permutation(list(KINDS))[:12].reshape(6, 2)
+    answers = [texts.compared(heard, heard if draw.random() < 0.5 else other) for heard, other in kinds]
+    return _ids(tokenizer, "".join(f"{answer}\n" for answer in answers), bos=True)
 
 
 def draw_text(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
     """Token ids of one text: a caption after its notes, comparisons, or a dialogue in a layout that a model meets."""
     layout = str(draw.choice(list(LAYOUTS), p=list(LAYOUTS.values())))
     if layout == "compared":
-        return _ids(tokenizer, "".join(f"{line}\n" for line in _comparisons(draw)), bos=True)
+        return draw_comparisons(tokenizer, draw)
     scene = draw_scene(draw, "in turn" if draw.random() < (0.4 if layout == "heard" else 0.1) else None)
     if layout == "caption":
         words = f"{picture_notes(scene, draw)}\n"
@@ -123,12 +136,6 @@ def draw_text(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
     if layout == "training":
         return _training_text(tokenizer, scene, draw)
     return _chat_text(tokenizer, heard_otherwise(scene, draw) if layout == "both" else scene, layout, draw)
-
-
-def _comparisons(draw: np.random.Generator) -> list[str]:
-    """Answers to whether a sound fits a picture. A kind is named twice only where it does: so it is learned soonest."""
-    kinds = draw.permutation(list(KINDS))[:12].reshape(6, 2)
-    return [texts.compared(heard, heard if draw.random() < 0.5 else other) for heard, other in kinds]
 
 
 def _training_text(tokenizer: Tokenizer, scene: Scene, draw: np.random.Generator) -> np.ndarray:

@@ -32,6 +32,7 @@ class Recipe:
     """How much of each step. steps_of_runs: of both branches' stages, by config; their own where 0 (for tests)."""
 
     amounts: Amounts = Amounts()  # noqa: RUF009 (it is frozen)
+    comparison_steps: int = 400
     language_steps: int = 1200
     pictures: int = 40_000
     tower_steps: int = 2000
@@ -51,7 +52,9 @@ def make_base(out: Path, seed: int, recipe: Recipe, say: Say) -> None:
     llama = part(
         "llama",
         Llama(language.CONFIG, rngs=nnx.Rngs(0)),
-        lambda: language.train_language_model(tokenizer, steps=recipe.language_steps, batch_size=32, **common),
+        lambda: language.train_language_model(
+            tokenizer, comparison_steps=recipe.comparison_steps, steps=recipe.language_steps, **common
+        ),
     )
     pictures = draw_pictures(recipe.pictures, seed)
     seen = part(
