@@ -42,8 +42,8 @@ def clip_frames(scene: Scene, draw: np.random.Generator) -> Iterator[np.ndarray]
     all but their frames' order, and no part of a thing's way tells which way it is.
     """
     ground, drawn = _ground(draw), _draw_all(scene, draw)
-    for number in range(FRAMES):
-        yield _frame(ground, drawn, min(0.5 + (number - READ.mean()) / FRAMES, 1.0), draw)
+    for time in np.minimum(0.5 + (np.arange(FRAMES) - READ.mean()) / FRAMES, 1.0):
+        yield _frame(ground, drawn, time, draw)
 
 
 def picture(scene: Scene, draw: np.random.Generator, side: int = SIDE) -> tuple[np.ndarray, Things]:

@@ -170,7 +170,7 @@ def _lines(results: dict[str, Any], out: Path) -> Iterator[str]:
             lacking = "" if found["n"] == found["of"] else f" of {found['of']}"
             dates = " to ".join(dict.fromkeys((found["from"], found["until"])))
             yield f"{aspect} by {judge}, {dates}: {_judged(found)}, n {found['n']}{lacking}{beside}"
-    asked = {aspect for aspects in results["judged"].values() for aspect in aspects}
+    asked = set().union(*results["judged"].values())
     for aspect, before in published.get("judged", {}).items():
         if aspect not in asked:
             yield f"{aspect} by a judge: not asked (published {_judged(before)})"
