@@ -12,7 +12,7 @@ from data_fixtures import lay, lines
 import vllama_jax as vl
 from vllama_jax.evaluate.benchmarks import BENCHMARKS, MVBENCH_FOLDERS, read_questions
 from vllama_jax.evaluate.published import PUBLISHED
-from vllama_jax.evaluate.questions import in_order_of_videos, spread
+from vllama_jax.evaluate.questions import digest, in_order_of_videos, spread
 from vllama_jax.evaluate.videos import Videos
 
 
@@ -30,6 +30,8 @@ def test_msvd_qa(tmp_path):
     assert (first.id, first.names, first.references) == ("35386", ("vid1301", "abc_1_9"), ("someone",))
     assert (first.text, first.kinds, first.aspects) == ("who performed several dives?", ("who",), ("match",))
     assert second.names == ("vid1302", "d-ef_2_8")
+    del contents["youtube_mapping.txt"]
+    assert digest(read("msvd_qa", tmp_path / "bare", contents)) == digest([first, second]) != digest([first])
 
 
 def test_msrvtt_qa_in_both_layouts(tmp_path):
@@ -68,12 +70,14 @@ def test_mvbench(tmp_path):
     choices = {"candidates": ["Left.", "Right."], "answer": "Right."}
     contents = {
         "json/action_sequence.json": [{"video": "Z.mp4", "question": "Which?", **choices, "start": 1.5, "end": 4}],
+        "json/object_interaction.json": [{"video": "Y", "question": "Which?", **choices, "start": 7.5, "end": 7.5}],
         "json/episodic_reasoning.json": [
             {"video": "bbt/clip_1", "question": "Why?", **choices, "start": 0, "end": 9, "subtitle": "…"}
         ],
     }
-    first, second = read("mvbench", tmp_path, contents)
-    assert first.names == ("star/Charades_v1_480/Z.mp4", "Z.mp4")
+    first, moment, second = read("mvbench", tmp_path, contents)
+    assert first.names == ("star/Charades_v1_480/Z.mp4",)
+    assert (moment.start, moment.end) == (7.5, 7.5)
     assert (first.start, first.end, first.references, first.kinds) == (1.5, 4.0, ("B",), ("action_sequence",))
     assert first.text.startswith("Which?\n(A) Left.\n(B) Right.\n")
     assert (second.names[0], second.frame_rate) == ("tvqa/frames_fps3_hq/bbt/clip_1", 3.0)
@@ -117,6 +121,8 @@ def test_captions(tmp_path):
     }
     (question,) = read("msrvtt_captions", tmp_path, {"MSRVTT_data.json": msrvtt})
     assert (question.names, question.references) == (("video1",), ("caption 1", "caption 3"))
+    unsplit = {**msrvtt, "videos": [{"video_id": "video0"}, {"video_id": "video1"}]}
+    assert len(read("msrvtt_captions", tmp_path / "unsplit", {"MSRVTT_data.json": unsplit})) == 2
     text = "# all descriptions\n\nabc_1_9 a squirrel eats\nabc_1_9 it eats\nxyz_0_5 a man\n"
     contents = {"AllVideoDescriptions.txt": text, "test_list.txt": "abc_1_9\n", "youtube_mapping.txt": "abc_1_9 vid4\n"}
     (question,) = read("msvd_captions", tmp_path / "msvd", contents)
@@ -131,6 +137,11 @@ def test_captions(tmp_path):
     }
     seven, eight = read("coco_captions", tmp_path / "coco", {"captions.json": coco})
     assert (seven.id, seven.names, seven.references, eight.names) == ("7", ("seven.mp4",), ("one", "two"), ("v8",))
+    (bare,) = read("coco_captions", tmp_path / "bare", {"captions.json": {"annotations": coco["annotations"][2:]}})
+    assert bare.names == ("v8",)
+    vatex = [{"videoID": "a_000001_000011", "enCap": ["one", "two"], "chCap": ["x"]}]
+    (question,) = read("vatex_captions", tmp_path / "vatex", {"vatex_validation_v1.0.json": vatex})
+    assert (question.names, question.references) == (("a_000001_000011",), ("one", "two"))
 
 
 def test_jsonl(tmp_path):
@@ -139,7 +150,9 @@ def test_jsonl(tmp_path):
         {"video": "a.mp4", "question": "Which?", "choices": ["red", "blue"], "answer": "B", "id": "x"},
         {"video": "b.mp4", "captions": ["one", "two"], "start": 1, "end": 2},
     )
+    text = text.replace("What?", "What\u2028now?")
     first, second, third = read("jsonl", tmp_path, {"mine.jsonl": text}, "mine.jsonl")
+    assert first.text == "What\u2028now?"
     assert (first.task, first.references, first.kinds) == ("open", ("dog", "a hound"), ("object",))
     assert (second.task, second.references, second.id) == ("choice", ("B",), "x")
     assert (third.task, third.references, third.start, third.end) == ("caption", ("one", "two"), 1.0, 2.0)
@@ -165,13 +178,19 @@ WRONG = {
     ),
     "no Parquet": ("video_mme", {"x.parquet": b"PAR1 broken"}, "x.parquet", "x.parquet: a Parquet file that cannot be"),
     "no sentences": ("msrvtt_captions", {"x.json": {"videos": []}}, "x.json", "x.json: no sentences in it"),
+    "no test split": (
+        "msrvtt_captions",
+        {"x.json": {"videos": [{"video_id": name, "split": name} for name in ("validate", "train")], "sentences": []}},
+        "x.json",
+        "x.json: its splits are train, validate, not test; give test_videodatainfo.json",
+    ),
     "no captions": ("msvd_captions", {"x.txt": "# nothing\n"}, "x.txt", "no line of a clip's name and a sentence"),
     "a broken line": ("jsonl", {"x.jsonl": "{}\n{"}, "x.jsonl", "line 1: it has no video"),
     "times": (
         "jsonl",
         {"x.jsonl": lines({"video": "a", "caption": "b", "start": 4, "end": 2})},
         "x.jsonl",
-        r"line 1: its end (2.0) is not after its start (4.0)",
+        r"line 1: its end (2.0) is before its start (4.0)",
     ),
 }
 
@@ -192,17 +211,24 @@ def test_every_benchmark_has_a_reader_and_a_description():
 
 def test_videos_are_found_by_their_names(tmp_path):
     names = ("vid1.avi", "deep/Vid2.MP4", "a/same.mp4", "b/same.mp4", "clips/v_x.y.mkv", "frames/one/00001.jpg")
-    videos = Videos(lay(tmp_path, dict.fromkeys(names, b"x")))
-    assert videos.find(("vid1",)) == tmp_path / "vid1.avi"
-    assert videos.find(("none", "vid2")) == tmp_path / "deep/Vid2.MP4"
-    assert videos.find(("other/vid1.mp4",)) == tmp_path / "vid1.avi", "the extension may be another one"
-    assert videos.find(("a/same.mp4", "same.mp4")) == tmp_path / "a/same.mp4"
+    folder = lay(tmp_path / "set", dict.fromkeys(names, b"x"))
+    videos = Videos(folder)
+    assert videos.find(("vid1",)) == folder / "vid1.avi"
+    assert videos.find(("none", "vid2")) == folder / "deep/Vid2.MP4"
+    assert videos.find(("vid1.mp4",)) == folder / "vid1.avi", "the extension may be another one"
+    assert videos.find(("other/vid1.mp4",)) is None, "in another folder, it may be another video"
+    assert videos.find(("Clips/v_x.y.mp4",)) == folder / "clips/v_x.y.mkv"
+    assert videos.find(("a/same.mp4", "same.mp4")) == folder / "a/same.mp4"
     assert videos.find(("c/same.mp4", "same.mp4")) is None, "there are two of that name"
-    assert videos.find(("v_x.y",)) == tmp_path / "clips/v_x.y.mkv"
-    assert videos.find(("frames/one",)) == tmp_path / "frames/one"
+    assert videos.find(("v_x.y",)) == folder / "clips/v_x.y.mkv"
+    assert videos.find(("frames/one",)) == folder / "frames/one"
+    assert videos.find(("one",)) is None, "a folder of frames is found by the folder that it is in"
+    assert Videos(tmp_path).find(("frames/one",)) == folder / "frames/one"
+    assert Videos(tmp_path).find(("b/same.mp4",)) == folder / "b/same.mp4"
+    assert Videos(folder / "a").find(("a/same.mp4",)) == folder / "a/same.mp4"
     assert videos.find(("00001",)) is None
     with pytest.raises(vl.DataError, match="none: no such folder; --videos is where"):
-        Videos(tmp_path / "none")
+        Videos(folder / "none")
 
 
 def test_limits_take_every_kind_and_videos_stay_together(tmp_path):

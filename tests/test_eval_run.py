@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,12 +116,16 @@ def test_a_finished_run_loads_nothing(finished, tiny_model, clips, monkeypatch, 
     assert json.loads(capsys.readouterr().out)["complete"]
     cli.main(flags(tiny_model, clips, finished, "--limit", 2))
     assert "2 of 2 questions answered" in capsys.readouterr().out
+    monkeypatch.setattr(run, "default_dtype", lambda: "bfloat16")  # as on another machine
     cli.main(flags(tiny_model, clips, finished))
 
 
 def test_another_evaluation_in_the_same_folder(finished, tiny_model, clips, capsys, tmp_path):
     message = failure(capsys, *flags(tiny_model, clips, finished, "--no-audio"))
     assert "holds another evaluation (audio was True, now False); give the same, or choose another --out" in message
+    assert "(dtype was 'float32', now 'bfloat16')" in failure(
+        capsys, *flags(tiny_model, clips, finished, "--dtype", "bfloat16")
+    )
     (tmp_path / "letter.txt").write_text("dear")
     assert "not an evaluation's folder (it has letter.txt)" in failure(capsys, *flags(tiny_model, clips, tmp_path))
     assert "a model's or a run's directory" in failure(capsys, *flags(tiny_model, clips, tiny_model))
@@ -171,6 +176,20 @@ def test_no_video_at_all(tiny_model, clips, tmp_path, capsys):
     message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty"))
     assert "no question could be answered; the first: " in message
     assert "not a video, sound or picture" in message
+    given = flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty", "--dtype", "bfloat16")
+    assert "no question could be answered" in failure(capsys, *given), "without an answer, the folder is free"
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_a_model_without_a_trained_audio_branch_does_not_hear(tiny_model, clips, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_model, model)
+    manifest = json.loads((model / "manifest.json").read_text())
+    manifest["leaves"] = {path: leaf for path, leaf in manifest["leaves"].items() if not path.startswith("audio_")}
+    (model / "manifest.json").write_text(json.dumps(manifest))
+    cli.main(flags(model, clips, tmp_path / "out", "--limit", 1))
+    (line,) = read(tmp_path / "out" / "answers.jsonl")
+    assert line["media"] == "8 frames of 1.0 s; the model has no audio branch"
 
 
 def test_options_that_mean_nothing(tiny_model, clips, tmp_path, capsys):
@@ -213,19 +232,27 @@ def test_a_judge_later_and_one_that_breaks_off(finished, tiny_model, clips, tmp_
         (out / name).write_bytes((finished / name).read_bytes())
 
     def breaks(number, body):
-        return completion('{"correct": "no", "score": 1}') if number < 1 else (401, {"error": {"message": "no"}})
+        if number == 1:
+            return 401, {"error": {"message": "no"}}
+        return completion("{'pred': 'no', 'score': 1}" if number < 1 else "{'pred': 'yes', 'score': 4}")
 
     with eval_fixtures.serving(breaks) as fake:
-        message = failure(capsys, *flags(tiny_model, clips, out, "--judge-url", fake.url, "--judge-model", "fake"))
-    assert f"answers and other figures are in {out}, and the same command goes on from there" in message
-    results = json.loads((out / "results.json").read_text())
-    assert (results["answered"], results["judged"]["fake"]["match"]["n"]) == (5, 1)
-    with eval_fixtures.serving(lambda number, body: completion('{"correct": "yes", "score": 4}')) as fake:
+        given = flags(tiny_model, clips, out, "--judge-url", fake.url, "--judge-model", "fake")
+        message = failure(capsys, *given)
+        assert f"answers and other figures are in {out}, and the same command goes on from there" in message
+        results = json.loads((out / "results.json").read_text())
+        name = f"fake at {fake.url}"
+        assert (results["answered"], results["judged"][name]["match"]["n"]) == (5, 1)
+        cli.main(given)
+        assert len(fake.bodies) == 4
+    assert f"match by {name}, 20" in capsys.readouterr().out
+    with eval_fixtures.serving(lambda number, body: completion("hm")) as fake:
         cli.main(flags(tiny_model, clips, out, "--judge-url", fake.url, "--judge-model", "fake"))
-        assert len(fake.bodies) == 2
-    assert "match by fake, 20" in capsys.readouterr().out
+    told = "not judged, until the same command asks again: 3; the first: fake gives no score, but 'hm'"
+    assert told in capsys.readouterr().err
+    assert json.loads((out / "results.json").read_text())["unjudged"]["cases"] == 3
     cli.main(flags(tiny_model, clips, out, "--json"))
-    judged = json.loads(capsys.readouterr().out)["judged"]["fake"]["match"]
+    judged = json.loads(capsys.readouterr().out)["judged"][name]["match"]
     assert (judged["n"], judged["of"], judged["score"], judged["accuracy"]) == (3, 3, 3.0, 2 / 3)
     assert all(b"sk-secret" not in path.read_bytes() for path in out.iterdir())
 

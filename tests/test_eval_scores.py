@@ -1,6 +1,8 @@
 """What answers are worth: by themselves, and to a judge."""
 
+import socketserver
 import sys
+import threading
 
 import eval_fixtures
 import pytest
@@ -47,7 +49,13 @@ def test_exact_match_and_contains(answer, reference, exact, contained):
     ("answer", "letter"),
     [
         ("Answer: (B) the blue one", "B"),
-        ("Answer: (B", None),
+        ("Answer: (B", "B"),
+        ("Answer: (B. the blue one", "B"),
+        ("Answer: (B: blue", "B"),
+        ("Answer: (B, because", "B"),
+        ("Answer: (B\nBecause", "B"),
+        ("Answer: (A man throws the red ball", "C"),
+        ("Answer: (A man", None),
         ("B", "B"),
         ("b", None),
         ("C. the red ball", "C"),
@@ -95,7 +103,7 @@ def test_scores_by_kind():
         open_question("q", "dog", id="3", kinds=("one",), **fields),
         open_question("q", "dog", id="4", kinds=("one",), **fields),
     ]
-    scores = metrics.score(questions, {"1": "Answer: (A", "2": "Answer: (D)", "3": "a dog"})
+    scores = metrics.score(questions, {"1": "Answer: (", "2": "Answer: (D)", "3": "a dog"})
     assert list(scores) == ["all", "one", "two"]
     assert scores["all"] == {
         "n": 3,
@@ -119,6 +127,9 @@ def test_scores_by_kind():
         ('{"score": "4"}', "detail", None),
         ('{"score": true}', "detail", None),
         ("I would say 4.", "detail", None),
+        ("{'pred': 'yes', 'score': 4}", "match", {"score": 4, "correct": True}),
+        ("{'score', 4} {", "detail", None),
+        ("{[]: 4}", "detail", None),
     ],
 )
 def test_replies(reply, aspect, found):
@@ -126,9 +137,10 @@ def test_replies(reply, aspect, found):
 
 
 def test_what_a_judge_is_asked_and_told():
-    with eval_fixtures.serving(lambda number, body: completion('{"correct": "yes", "score": 5}')) as fake:
+    text = '{"correct": "yes", "score": 5}'
+    with eval_fixtures.serving(lambda number, body: (200, completion(text)[1] | {"model": "fake-2"})) as fake:
         found = quick(fake, key="sk-secret").ask("match", ["What is it?"], "a dog", ["A hound."])
-    assert found == {"score": 5, "correct": True, "reply": '{"correct": "yes", "score": 5}'}
+    assert found == {"score": 5, "correct": True, "reply": text, "model": "fake-2"}
     (body,) = fake.bodies
     assert (fake.paths, fake.keys) == (["/v1/chat/completions"], ["Bearer sk-secret"])
     assert (body["model"], body["temperature"]) == ("fake", 0)
@@ -143,17 +155,19 @@ def test_a_judge_is_asked_again_when_it_fails_or_rambles():
     with eval_fixtures.serving(lambda number, body: replies[number]) as fake:
         assert quick(fake).ask("detail", ["q"], "r", ["a"])["score"] == 2
     with eval_fixtures.serving(lambda number, body: completion("hm")) as fake:
-        assert quick(fake).ask("detail", ["q"], "r", ["a"]) is None
+        assert quick(fake).ask("detail", ["q"], "r", ["a"]) == "hm"
         assert len(fake.bodies) == 3
 
 
 def test_a_model_without_temperature():
     def reply(number, body):
         refusal = {"error": {"message": "Unsupported value: 'temperature' does not support 0"}}
-        return (400, refusal) if "temperature" in body else completion('{"score": 3}')
+        return (503, {}) if number < 2 else (400, refusal) if "temperature" in body else completion('{"score": 3}')
 
     with eval_fixtures.serving(reply) as fake:
-        assert quick(fake).ask("detail", ["q"], "r", ["a"])["score"] == 3
+        judge = quick(fake)
+        assert [judge.ask("detail", ["q"], "r", ["a"])["score"] for _ in range(2)] == [3, 3]
+        assert ["temperature" in body for body in fake.bodies] == [True] * 3 + [False] * 2, "it is refused once"
 
 
 @pytest.mark.parametrize(
@@ -175,11 +189,44 @@ def test_a_judge_that_cannot_be_asked(reply, message):
     assert "sk-secret" not in str(told.value)
 
 
-def test_nobody_there():
+@pytest.mark.parametrize(
+    ("sent", "message"),
+    [
+        (b"no HTTP for sk-secret\r\n", r"cannot be reached \(no HTTP for …\)"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", r"cannot be reached \(IncompleteRead"),
+    ],
+)
+def test_what_breaks_http(sent, message):
+    class Handler(socketserver.BaseRequestHandler):
+        def handle(self):
+            self.request.recv(65536)
+            self.request.sendall(sent)
+
+    with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()
+        judge = Judge(f"http://127.0.0.1:{server.server_address[1]}", "fake", wait=0.01, key="sk-secret")
+        with pytest.raises(Unreachable, match=message):
+            judge.ask("detail", ["q"], "r", ["a"])
+        server.shutdown()
+
+
+def test_a_key_with_a_line_break(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
+    assert find_judge("http://x", "m").key == "sk-secret"
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-\nsecret")
+    with pytest.raises(vl.ConfigError, match="OPENAI_API_KEY holds a line break") as told:
+        find_judge("http://x", "m")
+    assert "secret" not in str(told.value)
+
+
+def test_nobody_there(monkeypatch):
     with pytest.raises(
         Unreachable, match=r"http://127.0.0.1:9/v1/chat/completions: the judge cannot be reached \(.*refus"
     ):
         Judge("http://127.0.0.1:9/v1/", "fake", wait=0.01).ask("detail", ["q"], "r", ["a"])
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(Unreachable, match=r"cannot be reached \(nonnumeric port: '80a'\); check --judge-url"):
+        Judge("http://127.0.0.1:80a/v1", "fake", wait=0.01).ask("detail", ["q"], "r", ["a"])
     with pytest.raises(vl.ConfigError, match="--judge-url must begin with http:// or https://, not 'localhost'"):
         find_judge("localhost", "m")
 
@@ -206,7 +253,33 @@ def test_judging_goes_on_and_counts(tmp_path):
         judge_answers(quick(fake), questions[:1], answers, journal, lambda text: None)
         judge_answers(quick(fake), questions, answers, journal, lambda text: None)
         assert len(fake.bodies) == 3, "what was judged is not judged again"
-    found = judged_scores(questions, journal.read())["fake"]
+    with eval_fixtures.serving(lambda number, body: completion('{"correct": "no", "score": 1}')) as other:
+        judge_answers(quick(other), questions[:1], answers, journal, lambda text: None)
+        assert len(other.bodies) == 1, "the same name at another URL is another judge"
+    both = judged_scores(questions, journal.read())
+    assert both[f"fake at {other.url}"]["match"]["n"] == 1
+    found = both[f"fake at {fake.url}"]
     date = found["match"]["from"]
     assert found["match"] == {"n": 2, "of": 3, "score": 2.5, "accuracy": 0.5, "from": date, "until": date}
     assert (found["consistency"]["score"], found["consistency"]["of"]) == (1, 1)
+
+
+def test_prompts_that_are_refused_and_replies_without_a_score(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllama_jax.evaluate.judging.AT_ONCE", 2)
+    questions = [open_question("What?", name, id=name, names=("a",)) for name in ("gun", "dog", "cat")]
+    answers = {question.id: "it" for question in questions}
+    journal = Journal(tmp_path / "judgements.jsonl")
+    filtered = (400, {"error": {"message": "filtered"}})
+
+    def reply(number, body):
+        text = body["messages"][1]["content"]
+        return filtered if "gun" in text else completion("hm" if "cat" in text else '{"correct": "no", "score": 1}')
+
+    with eval_fixtures.serving(reply) as fake:
+        refused, unread = judge_answers(quick(fake), questions, answers, journal, lambda text: None)
+        assert "the judge refuses (HTTP 400: filtered)" in refused
+        assert unread == "fake gives no score, but 'hm'"
+        assert len(judge_answers(quick(fake), questions, answers, journal, lambda text: None)) == 2
+    assert [line["id"] for line in journal.read()] == ["dog"]
+    with eval_fixtures.serving(lambda number, body: filtered) as fake, pytest.raises(Unreachable, match="filtered"):
+        judge_answers(quick(fake), questions, answers, journal, lambda text: None)

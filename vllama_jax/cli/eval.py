@@ -100,7 +100,8 @@ def benchmark(
         frames: How many frames to take from a video; the model's own number unless given.
         audio: Leave the sound out.
         template: The prompt template; the model's own unless given.
-        dtype: Of weights and computation; float32 on a CPU and bfloat16 elsewhere unless given.
+        dtype: Of weights and computation; unless given, that of the answers in the folder, or else float32 on a CPU
+            and bfloat16 elsewhere.
         quantize: Load the large weights in 8 or 4 bits.
         base: A run's base model, where that has moved.
         judge_url: An OpenAI-compatible endpoint, such as https://api.openai.com/v1, that scores open answers.
@@ -142,8 +143,8 @@ benchmark.__doc__ = benchmark.__doc__.replace(
 
 
 def _lacking(results: dict[str, Any], videos: Path) -> Iterator[str]:
-    """What could not be answered."""
-    missing, unusable = results["missing_videos"], results["unusable"]
+    """What could not be answered or judged."""
+    missing, unusable, unjudged = results["missing_videos"], results["unusable"], results["unjudged"]
     if missing["videos"]:
         first = ", ".join(missing["first"])
         yield f"{videos}: {missing['videos']} videos are missing, with {missing['questions']} questions; first {first}"
@@ -151,6 +152,8 @@ def _lacking(results: dict[str, Any], videos: Path) -> Iterator[str]:
         yield f"not answered: {why}"
     if len(unusable) > LISTED:
         yield f"not answered in all: {len(unusable)} questions; results.json has the reason of each"
+    if unjudged["cases"]:
+        yield f"not judged, until the same command asks again: {unjudged['cases']}; the first: {unjudged['first']}"
 
 
 def _lines(results: dict[str, Any], out: Path) -> Iterator[str]:
@@ -173,7 +176,8 @@ def _lines(results: dict[str, Any], out: Path) -> Iterator[str]:
     asked = set().union(*results["judged"].values())
     for aspect, before in published.get("judged", {}).items():
         if aspect not in asked:
-            yield f"{aspect} by a judge: not asked (published {_judged(before)})"
+            told = "no score" if results["unjudged"]["cases"] else "not asked"
+            yield f"{aspect} by a judge: {told} (published {_judged(before)})"
     if published:
         yield f"published: {published['source']}"
     yield f"{out}: {results['answered']} of {results['questions']} questions answered"

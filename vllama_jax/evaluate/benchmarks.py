@@ -42,6 +42,7 @@ BenchmarkName = Literal[
     "video_mme",
     "msrvtt_captions",
     "msvd_captions",
+    "vatex_captions",
     "coco_captions",
     "jsonl",
 ]
@@ -161,7 +162,7 @@ def _mvbench_table(table: Path) -> Iterator[Question]:
                 entry.get("candidates"),
                 entry.get("answer"),
                 id=f"{table.stem}-{number}",
-                names=(f"{folder}/{video}", video),
+                names=(f"{folder}/{video}",),  # its data sets have names in common
                 kinds=(table.stem,),
                 frame_rate=TVQA_FRAME_RATE if "frames" in folder else None,
                 **times_in(entry),
@@ -221,7 +222,10 @@ def msrvtt_captions(path: Path) -> list[Question]:
     path = in_folder(path, "test_videodatainfo.json", "MSRVTT_data.json")
     found = read_object(path, "videos", "sentences")
     splits = {entry.get("video_id"): entry.get("split") for _, entry in listed(path, found["videos"])}
-    tested = {video for video, split in splits.items() if split == "test" or "test" not in splits.values()}
+    named = {str(split) for split in splits.values() if split}
+    if named and "test" not in named:
+        raise DataError(f"{path}: its splits are {', '.join(sorted(named))}, not test; give test_videodatainfo.json")
+    tested = {video for video, split in splits.items() if split == "test" or not named}
     captions: dict[str, list[Any]] = {}
     for place, entry in listed(path, found["sentences"]):
         with placed(place):
@@ -236,7 +240,7 @@ def msvd_captions(path: Path) -> list[Question]:
     tested = set(read_text(chosen).split()) if chosen.exists() else None
     mapping = youtube_names(path.parent / "youtube_mapping.txt")
     captions: dict[str, list[Any]] = {}
-    for line in read_text(path).splitlines():
+    for line in read_text(path).split("\n"):
         name, _, caption = line.strip().partition(" ")
         if name and not name.startswith("#") and caption and (tested is None or name in tested):
             captions.setdefault(name, []).append(caption)
@@ -245,11 +249,22 @@ def msvd_captions(path: Path) -> list[Question]:
     return [_captions(path, name, (name, *mapping.get(name, ())), said) for name, said in captions.items()]
 
 
+def vatex_captions(path: Path) -> list[Question]:
+    """vatex_validation_v1.0.json: videos, each with its English captions."""
+    questions = []
+    for place, entry in read_entries(in_folder(path, "vatex_validation_v1.0.json")):
+        with placed(place):
+            video = name_in(entry, "videoID")
+            questions.append(caption_question(entry.get("enCap"), id=video, names=(video,)))
+    return questions
+
+
 def coco_captions(path: Path) -> list[Question]:
     """COCO's layout, of videos: annotations with image_id and caption, and images with id and file_name."""
     path = in_folder(path, "captions.json")
     found = read_object(path, "annotations")
-    files = {str(entry.get("id")): entry.get("file_name") for _, entry in listed(path, found.get("images", []))}
+    images = listed(path, found["images"]) if found.get("images") else ()
+    files = {str(entry.get("id")): entry.get("file_name") for _, entry in images}
     captions: dict[str, list[Any]] = {}
     for place, entry in listed(path, found["annotations"]):
         with placed(place):
@@ -260,7 +275,7 @@ def coco_captions(path: Path) -> list[Question]:
 def jsonl(path: Path) -> list[Question]:
     """One's own: each line names a video and has a question and its answer, with choices or without, or captions."""
     questions = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines also splits within texts
         place = f"{path}, line {number}"
         if not line.strip():
             continue
@@ -341,6 +356,7 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {
     "video_mme": Benchmark("Video-MME", "test-00000-of-00001.parquet, or JSON", video_mme),
     "msrvtt_captions": Benchmark("MSR-VTT's captions", "test_videodatainfo.json", msrvtt_captions),
     "msvd_captions": Benchmark("MSVD's captions", "AllVideoDescriptions.txt", msvd_captions),
+    "vatex_captions": Benchmark("VATEX's English captions", "vatex_validation_v1.0.json", vatex_captions),
     "coco_captions": Benchmark("captions in COCO's layout", "a JSON file", coco_captions),
     "jsonl": Benchmark("your own", f"a JSONL file: {JSONL_HELP}", jsonl),
 }

@@ -4,8 +4,11 @@ What is asked of it is what Video-ChatGPT's evaluation asks (arXiv 2306.05424), 
 the same as the right one, or how well it does in one of five aspects; a score from 0 to 5 either way.
 """
 
+import ast
+import contextlib
 import dataclasses
 import datetime
+import http.client
 import json
 import os
 import re
@@ -18,6 +21,7 @@ from typing import Any
 from vllama_jax.errors import ConfigError, VllamaError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+REFUSED = (400, 413, 422)  # for what a prompt says or how long it is
 WAIT_AT_MOST = 60.0  # seconds, also when the endpoint asks for more
 ASPECTS = {
     "match": "Does the answer mean the same as the right answer? Other words for the same thing count as the same. "
@@ -40,9 +44,16 @@ class Unreachable(VllamaError):
     """The judge cannot be asked at all; the message says why."""
 
 
-@dataclasses.dataclass(frozen=True)
+class Refused(Unreachable):
+    """The judge refuses this prompt, as content filters do; it may take another one."""
+
+
+@dataclasses.dataclass
 class Judge:
-    """An endpoint and the model to ask there. The key is sent to this URL only and stored nowhere."""
+    """An endpoint and the model to ask there. The key is sent to this URL only and stored nowhere.
+
+    greedy: whether temperature 0 is asked for; it is not any more after the model has refused that.
+    """
 
     url: str
     model: str
@@ -50,44 +61,54 @@ class Judge:
     timeout: float = 60.0
     wait: float = 2.0  # seconds before the second try, twice as many before the third
     key: str = dataclasses.field(default="", repr=False)
+    greedy: bool = True
+
+    @property
+    def base(self) -> str:
+        return self.url.rstrip("/").removesuffix("/chat/completions")
 
     @property
     def endpoint(self) -> str:
-        base = self.url.rstrip("/")
-        return base if base.endswith("/chat/completions") else f"{base}/chat/completions"
+        return f"{self.base}/chat/completions"
 
-    def ask(self, aspect: str, question: Sequence[str], reference: str, answer: Sequence[str]) -> dict[str, Any] | None:
-        """{"score", "reply"}, for "match" also "correct"; None when `tries` replies in turn are not what is asked for.
+    def ask(self, aspect: str, question: Sequence[str], reference: str, answer: Sequence[str]) -> dict[str, Any] | str:
+        """{"score", "reply", "model"}, for "match" also "correct"; model: as the endpoint names it.
 
-        question, answer: one, or two of each where the same is asked in two ways. Raises Unreachable.
+        The last reply, where `tries` in turn are not what is asked for.
+        question, answer: one, or two of each where the same is asked in two ways. Raises Refused, Unreachable.
         """
         messages = _messages(aspect, question, reference, answer)
         for _ in range(self.tries):
-            reply = self._complete(messages)
+            reply, model = self._complete(messages)
             if (found := read_reply(reply, aspect)) is not None:
-                return {**found, "reply": reply}
-        return None
+                return {**found, "reply": reply, "model": model}
+        return reply
 
-    def _complete(self, messages: list[dict[str, str]]) -> str:
-        """The endpoint's reply, greedy where its model allows that."""
-        body: dict[str, Any] = {"model": self.model, "messages": messages, "temperature": 0}
+    def _complete(self, messages: list[dict[str, str]]) -> tuple[str, Any]:
+        """The endpoint's reply and the model that it names, greedy where its model allows that."""
+        body = {"model": self.model, "messages": messages} | ({"temperature": 0} if self.greedy else {})
         for number in range(self.tries):
             try:
                 return _content(self._post(body))
             except urllib.error.HTTPError as error:
-                why = f"HTTP {error.code}: {_said(error)}"
-                why = why.replace(self.key, "…") if self.key else why  # some endpoints repeat it
+                why = self._told(f"HTTP {error.code}: {_said(error)}")
                 if error.code == 400 and "temperature" in why and "temperature" in body:
-                    del body["temperature"]  # some models have one temperature only
-                    continue
+                    self.greedy = False  # some models have one temperature only
+                    return self._complete(messages)
                 if error.code not in (408, 409, 429) and error.code < 500:
-                    raise Unreachable(f"{self.endpoint}: the judge refuses ({why}); {_advice(error.code)}") from None
+                    kind = Refused if error.code in REFUSED else Unreachable
+                    raise kind(f"{self.endpoint}: the judge refuses ({why}); {_advice(error.code)}") from None
                 wait = _seconds(error.headers.get("Retry-After"))
-            except (OSError, ValueError) as error:  # no connection, a timeout, or something that is no chat endpoint
-                why, wait = " ".join(str(getattr(error, "reason", error)).split())[:200], None
+            except (OSError, ValueError, http.client.HTTPException) as error:  # nobody there, or no chat endpoint
+                why, wait = self._told(getattr(error, "reason", error)), None
             if number + 1 < self.tries:
                 time.sleep(min(self.wait * 2**number if wait is None else wait, WAIT_AT_MOST))
         raise Unreachable(f"{self.endpoint}: the judge cannot be reached ({why}); check --judge-url")
+
+    def _told(self, why: object) -> str:
+        """Why a request failed, in one line and without the key, which some endpoints repeat."""
+        line = " ".join(str(why).split())
+        return (line.replace(self.key, "…") if self.key else line)[:200]
 
     def _post(self, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -99,20 +120,23 @@ class Judge:
 
 
 def find_judge(url: str, model: str) -> Judge:
-    """A judge with the key from the environment. Raises ConfigError for a URL that is none."""
+    """A judge with the key from the environment. Raises ConfigError for a URL or a key that is none."""
     if not re.match(r"https?://[^/]", url):
         raise ConfigError(f"--judge-url must begin with http:// or https://, not {url!r}")
-    return Judge(url, model, key=os.environ.get(KEY_VARIABLE, ""))
+    key = os.environ.get(KEY_VARIABLE, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(f"{KEY_VARIABLE} holds a line break or a letter that no key has; set it to the key alone")
+    return Judge(url, model, key=key)
 
 
 def read_reply(reply: str, aspect: str) -> dict[str, Any] | None:
-    """The judgement in a reply: the last JSON object that has a score from 0 to 5; None where there is none."""
+    """The judgement in a reply: the last object that has a score from 0 to 5; None where there is none.
+
+    Objects are JSON or, as Video-ChatGPT asks for, Python: {'pred': 'yes', 'score': 4}.
+    """
     for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
-        try:
-            found = json.loads(text)
-        except json.JSONDecodeError:
-            continue
-        score, correct = found.get("score"), str(found.get("correct", "")).lower()
+        found = _object(text)
+        score, correct = found.get("score"), str(found.get("correct", found.get("pred", ""))).lower()
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 5:
             continue
         if aspect != "match":
@@ -120,6 +144,15 @@ def read_reply(reply: str, aspect: str) -> dict[str, Any] | None:
         if correct in ("yes", "no", "true", "false"):
             return {"score": score, "correct": correct in ("yes", "true")}
     return None
+
+
+def _object(text: str) -> dict[str, Any]:
+    """A JSON object or a Python dict; an empty one for what is neither."""
+    for read in (json.loads, ast.literal_eval):
+        with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            if isinstance(found := read(text), dict):
+                return found
+    return {}
 
 
 def today() -> str:
@@ -148,23 +181,24 @@ def _messages(aspect: str, question: Sequence[str], reference: str, answer: Sequ
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n".join(lines)}]
 
 
-def _content(completion: Any) -> str:
+def _content(completion: Any) -> tuple[str, Any]:
+    """What a completion says, and the model that it names."""
     try:
         content = completion["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError) as error:
         raise ValueError("its reply is not a chat completion") from error
-    return content if isinstance(content, str) else ""
+    return content if isinstance(content, str) else "", completion.get("model")
 
 
 def _said(error: urllib.error.HTTPError) -> str:
-    """What an endpoint says of an error, in one line."""
+    """What an endpoint says of an error."""
     try:
         text = error.read(2000).decode(errors="replace")
         found = json.loads(text)
         text = found["error"]["message"] if isinstance(found["error"], dict) else found["error"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
         text = error.reason
-    return " ".join(str(text).split())[:200]
+    return str(text)
 
 
 def _advice(code: int) -> str:

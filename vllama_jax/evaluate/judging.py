@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from vllama_jax.data.ahead import in_order
-from vllama_jax.evaluate.judge import Judge, today
+from vllama_jax.evaluate.judge import Judge, Refused, today
 from vllama_jax.evaluate.metrics import mean
 from vllama_jax.evaluate.questions import Question
 from vllama_jax.journal import Journal
@@ -37,41 +37,54 @@ def judge_answers(
     answers: Mapping[str, str],
     journal: Journal,
     step: Callable[[str], None],
-) -> None:
+) -> list[str]:
     """Asks a judge of every answer that it has not judged yet, several at once, and notes what it says as it comes.
 
     Notes are taken where the judge is asked, so that none is lost when another question cannot be asked.
-    Raises judge.Unreachable; what was noted until then stays.
+    Returns why cases have no judgement; the next run asks those again. Raises judge.Unreachable, also when the first
+    cases of all are refused; what was noted until then stays.
     """
-    judged = {(line["id"], line["aspect"]) for line in journal.read() if line["judge"] == judge.model}
+    me = {"judge": judge.model, "url": judge.base}
+    judged = {(line["id"], line["aspect"]) for line in journal.read() if line | me == line}
     open_cases = [
         case
         for case in cases(questions)
         if (case.id, case.aspect) not in judged and all(question.id in answers for question in case.questions)
     ]
 
-    def ask(case: Case) -> None:
+    def ask(case: Case) -> str | Refused | None:
         asked = [question.text for question in case.questions]
         said = [answers[question.id] for question in case.questions]
-        found = judge.ask(case.aspect, asked, " / ".join(case.questions[0].references), said)
-        if found is not None:  # else it is asked again the next time
-            journal.add({"id": case.id, "aspect": case.aspect, "judge": judge.model, "date": today(), **found})
+        try:
+            found = judge.ask(case.aspect, asked, " / ".join(case.questions[0].references), said)
+        except Refused as error:
+            return error
+        if isinstance(found, str):
+            return f"{judge.model} gives no score, but {' '.join(found.split())[:200]!r}"
+        journal.add({"id": case.id, "aspect": case.aspect, **me, "date": today(), **found})
+        return None
 
     if open_cases:
         step(f"judged 0 of {len(open_cases)}")
-    for number, _ in enumerate(in_order(ask, open_cases, AT_ONCE), 1):
+    lacking: list[str] = []
+    for number, why in enumerate(in_order(ask, open_cases, AT_ONCE), 1):
         step(f"judged {number} of {len(open_cases)}")
+        lacking += [str(why)] if why else []
+        if isinstance(why, Refused) and not judged and len(lacking) == number >= min(AT_ONCE, len(open_cases)):
+            raise why
+    return lacking
 
 
 def judged_scores(questions: Sequence[Question], lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """For each judge and aspect: the mean score, for "match" the accuracy too, how many of how many, and when."""
+    """For each judge (a model at a URL) and aspect: the mean score and when, of how many; for "match" the accuracy."""
     wanted: dict[str, set[str]] = {}
     for case in cases(questions):
         wanted.setdefault(case.aspect, set()).add(case.id)
     judges: dict[str, dict[str, dict[str, Mapping[str, Any]]]] = {}
     for line in lines:
         if line["id"] in wanted.get(line["aspect"], ()):
-            judges.setdefault(line["judge"], {}).setdefault(line["aspect"], {})[line["id"]] = line
+            judge = f"{line['judge']} at {line['url']}"
+            judges.setdefault(judge, {}).setdefault(line["aspect"], {})[line["id"]] = line
     return {
         judge: {aspect: _summary(list(found.values()), len(wanted[aspect])) for aspect, found in aspects.items()}
         for judge, aspects in judges.items()

@@ -34,10 +34,10 @@ def contains(answer: str, references: Sequence[str]) -> bool:
 
 
 def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
-    """The letter that an answer chooses: "(B)", "B.", "The answer is B", or the text of one choice and no other's."""
+    """The letter that an answer chooses: "(B", "B.", "The answer is B", or the text of one choice and no other's."""
     letters = string.ascii_uppercase[: len(choices)]
     patterns = (
-        rf"\(([{letters}])\)",
+        rf"\(([{letters}])(?:[).:,]|\s*$)",  # the prompt has the "(" already
         rf"^\W*([{letters}])(?:[).:,]|\s*$)",
         rf"\b(?:answer|option|choice)(?: is)?:? *\(?([{letters}])\b",
     )

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.checkpoint import ModelDirectory, default_dtype, load, locked, open_model
+from vllama_jax.checkpoint import ModelDirectory, default_dtype, load, locked, open_model, without_missing_branch
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.evaluate import metrics
 from vllama_jax.evaluate.answers import Answering, Asked, Settings, batches_to_do
@@ -60,10 +60,11 @@ def evaluate(asked: Evaluation, step: Callable[[str], None]) -> dict[str, Any]:
     if asked.settings.max_new_tokens is None:
         longest = max(NEW_TOKENS[question.task] for question in everything)
         asked = dataclasses.replace(asked, settings=dataclasses.replace(asked.settings, max_new_tokens=longest))
+    asked = dataclasses.replace(asked, weights=asked.weights | {"dtype": _dtype(asked)})
     questions = in_order_of_videos(spread(everything, asked.limit))
     videos = Videos(asked.videos)
     found = {names: videos.find(names) for names in dict.fromkeys(question.names for question in questions)}
-    directory = open_model(asked.model, asked.base)
+    directory = without_missing_branch(open_model(asked.model, asked.base))
     with _opened(asked.out, _identity(asked, directory, digest(everything))):
         work = _Work(asked, questions, found, directory, step)
         try:
@@ -92,6 +93,7 @@ class _Work:
         self._answers = Journal(asked.out / "answers.jsonl")
         self._judgements = Journal(asked.out / "judgements.jsonl")
         self._unusable: dict[str, str] = {}
+        self._unjudged: list[str] = []
         wanted = {question.id for question in questions}
         self._said = {line["id"]: line["answer"] for line in self._answers.read() if line.get("id") in wanted}
 
@@ -119,7 +121,7 @@ class _Work:
     def judge(self, judge: Judge) -> None:
         """Judges what this judge has not judged yet. Raises DataError when it cannot be asked."""
         try:
-            judge_answers(judge, self._questions, self._said, self._judgements, self._step)
+            self._unjudged = judge_answers(judge, self._questions, self._said, self._judgements, self._step)
         except Unreachable as error:
             raise DataError(
                 f"{error}; answers and other figures are in {self._asked.out}, and the same command goes on from there"
@@ -147,6 +149,7 @@ class _Work:
             "unusable": {key: why for key, why in self._unusable.items() if key not in self._said},
             "scores": metrics.score(self._questions, self._said),
             "judged": judged_scores(self._questions, self._judgements.read()),
+            "unjudged": {"cases": len(self._unjudged), "first": next(iter(self._unjudged), None)},
             "published": PUBLISHED.get(self._asked.benchmark),
         }
         partial = self._asked.out / ".results.json.partial"
@@ -159,7 +162,7 @@ class _Work:
 
     def _load(self) -> Any:
         self._step(f"loading {self._asked.model}")
-        return load(self._asked.model, base=self._asked.base, **self._asked.weights)
+        return load(self._directory, **self._asked.weights)
 
 
 def _identity(asked: Evaluation, directory: ModelDirectory, questions: str) -> dict[str, Any]:
@@ -172,9 +175,16 @@ def _identity(asked: Evaluation, directory: ModelDirectory, questions: str) -> d
         "questions": questions,
         "model": directory.digest,
         **settings,
-        "dtype": asked.weights.get("dtype") or default_dtype(),
+        "dtype": asked.weights["dtype"],
         "quantize": asked.weights.get("quantize"),
     }
+
+
+def _dtype(asked: Evaluation) -> str:
+    """As asked for, or that of the folder's answers, which may be another machine's, or this machine's."""
+    files = asked.out / "config.json", asked.out / "answers.jsonl"
+    before = read_json(files[0]) if all(file.exists() for file in files) else {}
+    return asked.weights.get("dtype") or before.get("dtype") or default_dtype()
 
 
 @contextlib.contextmanager
@@ -183,11 +193,7 @@ def _opened(out: Path, config: dict[str, Any]) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, f"{out}: another process is answering into it; wait for that one, or choose another --out"):
-            if (out / "config.json").exists():
-                _check_same(out, config)
-            elif strangers := sorted(entry.name for entry in out.iterdir()):
-                raise DataError(f"{out}: not an evaluation's folder (it has {strangers[0]}); choose another --out")
-            else:
+            if not _holds(out, config):
                 (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
             yield
     except OSError as error:
@@ -196,11 +202,20 @@ def _opened(out: Path, config: dict[str, Any]) -> Iterator[None]:
         ) from error
 
 
-def _check_same(out: Path, config: dict[str, Any]) -> None:
+def _holds(out: Path, config: dict[str, Any]) -> bool:
+    """Whether a folder is this evaluation's already; it may also be empty, or another's that has no answers.
+
+    Raises ConfigError where there are answers of another evaluation, DataError for a folder of another kind.
+    """
+    if not (out / "config.json").exists():
+        if strangers := sorted(entry.name for entry in out.iterdir()):
+            raise DataError(f"{out}: not an evaluation's folder (it has {strangers[0]}); choose another --out")
+        return False
     before = read_json(out / "config.json")
     if "evaluation" not in before:
         raise DataError(f"{out}: a model's or a run's directory, not an evaluation's; choose another --out")
     changed = [name for name in config if before.get(name) != config[name]]
-    if changed:
+    if changed and Journal(out / "answers.jsonl").read():
         told = ", ".join(f"{name} was {before.get(name)!r}, now {config[name]!r}" for name in changed[:3])
         raise ConfigError(f"{out}: holds another evaluation ({told}); give the same, or choose another --out")
+    return not changed

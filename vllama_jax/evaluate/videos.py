@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vllama_jax.errors import DataError
+from vllama_jax.media import PICTURE_EXTENSIONS
 
 EXTENSIONS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".gif")
 LISTED = 5  # names of missing videos in messages
-PICTURES = (".jpg", ".jpeg", ".png")
 
 
 class Videos:
@@ -24,7 +24,8 @@ class Videos:
         """The file, or the folder of frames, that has one of these names; the first of them that has any.
 
         A name is a path from the folder on, and may lack its extension or have another one. Where nothing is there,
-        the whole folder is searched for a file of that name; one of which there are two is not found.
+        the whole folder is searched for what has that name and, if it has folders, lies in such ones: data sets have
+        names in common. One of which there are two is not found.
         """
         names = [name for name in names if name]
         for name in names:
@@ -33,20 +34,30 @@ class Videos:
                 if path.exists() and path != self.folder:
                     return path
         for name in names:
-            found = self._named(Path(name).name) or self._named(_stem(name))
+            found = self._ending_in(Path(name)) or self._ending_in(Path(name).parent / _stem(name))
             if len(found) == 1:
                 return found[0]
         return None
 
-    def _named(self, name: str) -> list[Path]:
+    def _ending_in(self, name: Path) -> list[Path]:
+        """What has this name in these folders; folders of frames only where it has some."""
         if self._by_name is None:
             self._by_name = {}
             for folder, _, files in os.walk(self.folder, followlinks=True):
-                for file in files:
-                    if not file.lower().endswith(PICTURES):  # MVBench has hundreds of thousands of frames
-                        for key in {file.lower(), _stem(file).lower()}:
-                            self._by_name.setdefault(key, []).append(Path(folder, file))
-        return self._by_name.get(name.lower(), [])
+                videos = [file for file in files if not file.lower().endswith(PICTURE_EXTENSIONS)]
+                frames = [Path(folder)] if len(videos) < len(files) else []  # MVBench has hundreds of thousands
+                for path in (*frames, *(Path(folder, file) for file in videos)):
+                    for key in {path.name.lower(), _stem(path.name).lower()}:
+                        self._by_name.setdefault(key, []).append(path)
+        *folders, last = _parts(name) or [""]
+        found = self._by_name.get(last, [])
+        if not folders:
+            return [path for path in found if not path.is_dir()]
+        return [path for path in found if _parts(path.absolute())[-len(folders) - 1 : -1] == folders]
+
+
+def _parts(path: Path) -> list[str]:
+    return [part.lower() for part in path.parts]
 
 
 def _stem(name: str) -> str:
