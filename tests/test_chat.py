@@ -157,6 +157,8 @@ def test_more_frames_than_positions(model, tmp_path):
     with pytest.raises(vl.ConfigError, match="40 frames, but the model has learned 32 positions"):
         chat.add(long, num_frames=40)
     assert chat.add(long, num_frames=40, interpolate_positions=True).frames == 40
+    with pytest.raises(vl.ConfigError, match="0 frames were asked for; ask for at least 1"):
+        chat.add(long, num_frames=0)
 
 
 def test_a_conversation_that_is_too_long(model, picture):

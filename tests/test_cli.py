@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllama_jax import cli
+from vllama_jax.convert import convert, plan
 
 CHAT = ["--max-new-tokens", "8"]
 HELP = [["--help"], *([command, "--help"] for command in ("chat", "convert", "export", "memory", "eval"))]
@@ -26,6 +27,13 @@ def run(*arguments: object, cache: Path | None = None, stdin: str = "") -> subpr
 def cache(tmp_path_factory) -> Path:
     """Compiled programs, shared by the processes of these tests and no others."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def unloaded(monkeypatch) -> None:
+    """Whatever fails has to fail before the model is loaded."""
+    monkeypatch.setattr("vllama_jax.cli.chat.HEAD_START", 60)
+    monkeypatch.setattr("vllama_jax.cli.chat.load", lambda *_, **__: pytest.fail("the model is loaded"))
 
 
 def failure(capsys, *arguments: object) -> str:
@@ -132,7 +140,7 @@ def test_missing_media_fails_before_the_model_is_loaded(capsys, tmp_path):
     assert message == f"vllama: {tmp_path / 'none.mp4'}: no such file; check the path"
 
 
-def test_unusable_media(tiny_model, capsys, tmp_path, clip):
+def test_unusable_media(tiny_model, capsys, tmp_path, clip, unloaded):
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     (tmp_path / "empty.mp4").touch()
@@ -151,9 +159,35 @@ def test_unusable_media(tiny_model, capsys, tmp_path, clip):
         assert why in message
 
 
-def test_options_that_mean_nothing_fail_before_the_model_is_loaded(capsys, clip, tmp_path):
-    message = failure(capsys, "chat", clip, "Hm?", "--model", tmp_path, "--num-beams", 2, "--temperature", 1)
-    assert "beam search does not sample" in message
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--num-beams", 2, "--temperature", 1], "beam search does not sample"),
+        (["--num-frames", 0], "0 frames were asked for; ask for at least 1"),
+        (["--num-frames", 40], "--num-frames 40, but the model has learned 32 positions; ask for fewer, or"),
+        (["--system", "Be brief.", "--template", "plain"], "'plain' has no place for a system text"),
+    ],
+    ids=str,
+)
+def test_options_that_mean_nothing_fail_before_the_model_is_loaded(tiny_model, capsys, clip, unloaded, options, why):
+    assert why in failure(capsys, "chat", clip, "Hm?", "--model", tiny_model, *options)
+
+
+def test_a_base_whose_audio_branch_is_not_trained_says_so(tiny_files, clip, capsys, tmp_path, unloaded):
+    files = {kind: path for kind, path in tiny_files.items() if kind not in ("llama", "config", "al")}
+    override = json.loads(tiny_files["config"].read_text())
+    convert(plan(llama_directory=tiny_files["llama"], files=files, config=override), tmp_path / "base")
+    message = failure(capsys, "chat", clip, "Hm?", "--model", tmp_path / "base", "--require-audio")
+    assert message.endswith("required and was not used: 8 frames of 3.0 s; the model has no audio branch")
+
+
+def test_what_the_system_refuses_is_one_line(clip, capsys, monkeypatch):
+    for error, said in (
+        (PermissionError(13, "Permission denied", "/home/other/model"), "/home/other/model: Permission denied"),
+        (OSError("no more\nroom"), "no more room"),
+    ):
+        monkeypatch.setattr(cli, "_run", lambda _, error=error: (_ for _ in ()).throw(error))
+        assert failure(capsys, "chat", clip) == f"vllama: {said}"
 
 
 def test_errors_in_a_real_process(tiny_model, tmp_path):

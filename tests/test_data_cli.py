@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,15 @@ def test_check_as_json_with_tokens(records, capsys, tiny_model):
     assert [one["id"] for one in found["skipped"]] == ["gone.wav"]
     tokens = found["tokens"]
     assert tokens["total"] >= tokens["longest"] > tokens["mean"] > 0
+
+
+def test_check_asks_for_as_many_frames_as_the_model_takes(records, capsys, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["model"]["num_frames"] = 16
+    (model / "config.json").write_text(json.dumps(config))
+    failure("check", records, "--model", model)
+    assert capsys.readouterr().out.startswith("record 0, long.mp4: too short, 10 frames of 16\n")
 
 
 def test_check_of_whole_records_says_so(source, tmp_path, capsys):

@@ -183,6 +183,18 @@ def test_files_that_cannot_be_used_are_skipped(tmp_path):
         assert why in skipped[name]
 
 
+def test_half_an_emoji_is_skipped(tmp_path):
+    """JSON may hold it, UTF-8 and so TFDS may not."""
+    entries = [{"image": "1.jpg", "caption": text} for text in ("a wall", "so \ud83d")]
+    text = lines(*entries, {"image": "\udc80.jpg", "caption": "a dog"})
+    annotations, skipped = built("jsonl", lay(tmp_path / "source", {"a.jsonl": text, "1.jpg": b"1"}), tmp_path / "out")
+    assert [one.turns for one in annotations] == [(("", "a wall"),)]
+    assert skipped == {
+        "1.jpg": "a text's character 4 is '\\ud83d', which is none",
+        "\\udc80.jpg": "a text's character 1 is '\\udc80', which is none",
+    }
+
+
 @pytest.mark.parametrize(
     ("name", "files", "message"),
     [

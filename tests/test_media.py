@@ -5,14 +5,18 @@ import re
 import shutil
 import subprocess
 import sys
+import tracemalloc
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from media_fixtures import (
     FPS,
     damage_packets,
+    numbered_frame,
     numbers_of,
     tone,
     turn,
@@ -151,6 +155,26 @@ def test_times_and_duration(clip):
     assert (video.frames.shape, video.frames.dtype) == ((4, 224, 224, 3), np.uint8)
 
 
+def test_times_of_a_recording_whose_rate_is_wrong(folder):
+    """As a browser records a still screen: the file claims 25 frames a second, and has one every half second."""
+    path = folder / "recorded.webm"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=FPS, options={"deadline": "realtime", "cpu-used": "8"})
+        stream.width, stream.height, stream.codec_context.time_base = 64, 64, Fraction(1, 1000)
+        for number in range(41):
+            frame = numbered_frame(number)
+            frame.pts, frame.time_base = 500 * number + number % 3, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    video = media.read_video(path, num_frames=4, size=64)
+    assert numbers_of(video.frames) == [0, 10, 20, 30]
+    np.testing.assert_allclose(video.seconds, [0, 5, 10, 15], atol=0.01)
+    assert str(video.report) == "4 frames of 20.5 s; no sound in the file"
+    part = media.read_segment(path, 5.0, 10.0, num_frames=2, size=64)
+    assert numbers_of(part.frames) == [10, 15]
+    assert part.duration == pytest.approx(5, abs=0.01)
+
+
 # ------------------------------------------------------------------------------------------------ reports and kinds
 
 
@@ -249,6 +273,14 @@ def test_samples_are_scaled_to_one(folder, codec, sample_format, ending, toleran
     assert media.read_media(path).report == read.report
 
 
+def test_sound_is_held_in_memory_once(folder):
+    path = write_sound(folder / "long.wav", tone(60, 16000), 16000, "pcm_s16le", "s16")
+    tracemalloc.start()
+    size = media.read_audio(path).waveform.nbytes
+    assert tracemalloc.get_traced_memory()[1] < 1.4 * size
+    tracemalloc.stop()
+
+
 # ------------------------------------------------------------------------------------------------ bad input
 
 
@@ -328,8 +360,6 @@ def test_a_bad_file_is_one_clear_line(tmp_path, clip, silent, name, capfd):
 
 
 def test_a_truncated_file_says_how_many_frames_it_has(folder, silent):
-    import av
-
     path = write_video(folder / "fast.mp4", muxer={"movflags": "faststart"})
     with av.open(str(path)) as container:
         ends = sorted(packet.pos + packet.size for packet in container.demux(video=0) if packet.size)
@@ -396,3 +426,11 @@ def test_read_image_is_bicubic_in_rgb_without_exif(folder):
     picture.save(folder / "rgba.png", exif=exif)
     expected = np.array(pillow.fromarray(noise[..., :3]).resize((32, 32), pillow.Resampling.BICUBIC))
     np.testing.assert_array_equal(media.read_image(folder / "rgba.png", size=32), expected)
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
+def test_sixteen_bits_of_grey_become_eight(folder, ending):
+    grey = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
+    pillow.fromarray(grey).save(folder / f"grey.{ending}")
+    read = media.read_image(folder / f"grey.{ending}", size=32)
+    np.testing.assert_array_equal(read, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 import vllama_jax as vl
-from vllama_jax.media import read_frames, read_segment
+from vllama_jax.media import read_frames, read_segment, read_video
 
 
 def test_a_segment_is_read_as_a_file_of_its_own(tmp_path):
@@ -15,7 +15,9 @@ def test_a_segment_is_read_as_a_file_of_its_own(tmp_path):
     assert media_fixtures.numbers_of(part.frames) == [25, 35, 45, 55, 65]
     np.testing.assert_allclose(part.seconds, [0.0, 0.4, 0.8, 1.2, 1.6])
     assert (part.duration, part.report.seconds, part.report.audio) == (2.0, 2.0, "used")
-    assert part.waveform.shape[1] == 2 * part.sample_rate
+    np.testing.assert_array_equal(part.waveform, read_video(path).waveform[:, 16000:48000])
+    silent = read_segment(path, 4.5, 9.0).report
+    assert silent.audio == "failed: 0.0 ms of sound are too short; it takes 25"
 
 
 def test_a_segment_ends_with_its_video(tmp_path):

@@ -12,7 +12,7 @@ import numpy as np
 
 from vllama_jax import media as media_files
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
-from vllama_jax.errors import MediaError
+from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.media import Audio, Image, MediaReport, Video
 from vllama_jax.text import prompts
 
@@ -58,9 +58,13 @@ def prepare(
     """Reads a video, a picture or a sound file for a model; needs no weights and no jax.
 
     num_frames: how many to take from a video, the config's own number unless given. audio=False leaves sound out.
-    Raises MediaError for a file that cannot be used, and, with `require_audio`, for one whose sound is not used.
+    Raises MediaError for a file that cannot be used, and, with `require_audio`, for one whose sound is not used;
+    ConfigError for less than one frame.
     """
-    found = media_files.read_media(path, num_frames or config.num_frames, config.vit.image_size, audio)
+    wanted = config.num_frames if num_frames is None else num_frames
+    if wanted < 1:
+        raise ConfigError(f"{wanted} frames were asked for; ask for at least 1")
+    found = media_files.read_media(path, wanted, config.vit.image_size, audio)
     return fit_to_model(found, config, require_audio=require_audio)
 
 
@@ -147,7 +151,7 @@ class Chat:
         """Shows the model a file, for the questions that follow; the report says what was seen and heard.
 
         interpolate_positions: allows more frames than the model has learned positions for.
-        Raises MediaError as `prepare` does, and ConfigError for more frames than positions.
+        Raises MediaError and ConfigError as `prepare` does, and ConfigError for more frames than positions.
         """
         prepared = prepare(path, self.model.config, num_frames=num_frames, audio=audio, require_audio=require_audio)
         return self.show(prepared, interpolate_positions=interpolate_positions)

@@ -38,6 +38,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our output has gone; nothing more to say to it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
+    except OSError as error:  # where no command knows better what to say: a folder that may not be entered, a full disk
+        why = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+        sys.exit(f"vllama: {' '.join(why.split())}")
 
 
 def _run(arguments: list[str]) -> None:

@@ -12,15 +12,17 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from vllama_jax.chat import Chat, Prepared, prepare
-from vllama_jax.checkpoint import Model, load, open_model
+from vllama_jax.checkpoint import Model, ModelDirectory, load, open_model, without_missing_branch
 from vllama_jax.cli.compilation import keep_compiled_programs
 from vllama_jax.cli.display import Display
 from vllama_jax.config import GenerationConfig
-from vllama_jax.errors import VllamaError
+from vllama_jax.errors import ConfigError, VllamaError
 from vllama_jax.media import MediaReport, check_file
 from vllama_jax.miniature.box import shipped_model
+from vllama_jax.text.prompts import start_conversation
 
 GREEDY = GenerationConfig()
+HEAD_START = 1.0  # seconds that loading waits for the files: what is wrong with one mostly shows by then
 
 
 def chat(
@@ -68,12 +70,22 @@ def chat(
     """
     with Display(quiet=json_output) as display:
         files = [file, *media]
-        read = {"num_frames": num_frames, "audio": audio, "require_audio": require_audio}
-        weights = {"dtype": dtype, "quantize": quantize, "audio_scale": audio_scale}
         if model is None:
             model = shipped_model()
             display.say("miniature model, knows only its small world; --model for a real one")
-        loaded, prepared, timings = _load(display, (model, base), weights, files, read)
+        for path in files:
+            check_file(path)  # what can be seen at once is said before minutes are spent on loading
+        directory = without_missing_branch(open_model(model, base))
+        config = directory.config
+        start_conversation(template or config.template, config.has_audio, system)
+        if not interpolate_positions and (num_frames or 0) > config.num_frame_positions:
+            raise ConfigError(
+                f"--num-frames {num_frames}, but the model has learned {config.num_frame_positions} positions; "
+                "ask for fewer, or add --interpolate-positions"
+            )
+        read = {"config": config, "num_frames": num_frames, "audio": audio, "require_audio": require_audio}
+        weights = {"dtype": dtype, "quantize": quantize, "audio_scale": audio_scale}
+        loaded, prepared, timings = _load(display, directory, weights, files, read)
         conversation = Chat(loaded, template, system)
         with _timed(timings, "encode"):
             for path, one in zip(files, prepared, strict=True):
@@ -96,24 +108,19 @@ def chat(
 
 
 def _load(
-    display: Display,
-    named: tuple[Path, Path | None],
-    weights: dict[str, Any],
-    files: list[Path],
-    read: dict[str, Any],
+    display: Display, directory: ModelDirectory, weights: dict[str, Any], files: list[Path], read: dict[str, Any]
 ) -> tuple[Model, list[Prepared], dict[str, float]]:
-    """Loads the model while the files are read."""
-    for path in files:
-        check_file(path)  # what can be seen at once is said before minutes are spent on loading
+    """Loads the model while the files are read, or not at all where one of them soon turns out to be unusable."""
     timings: dict[str, float] = {}
-    model, base = named
-    config = open_model(model, base).config
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        readings = [pool.submit(prepare, path, config, **read) for path in files]
+        readings = [pool.submit(prepare, path, **read) for path in files]
         with _timed(timings, "load"):
-            display.step(f"loading {model}")
+            display.step(f"loading {directory.path}")
             keep_compiled_programs()
-            loaded = load(model, base=base, **weights)
+            concurrent.futures.wait(readings, HEAD_START, concurrent.futures.FIRST_EXCEPTION)
+            for reading in filter(concurrent.futures.Future.done, readings):
+                reading.result()
+            loaded = load(directory, **weights)
         with _timed(timings, "read"):
             display.step("reading " + ", ".join(map(str, files)))
             return loaded, [reading.result() for reading in readings], timings

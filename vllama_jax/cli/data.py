@@ -40,7 +40,7 @@ def check(
     /,
     *,
     model: Path | None = None,
-    num_frames: int = 8,
+    num_frames: int | None = None,
     json_output: Json = False,
 ) -> None:
     """Decode every record and list what training would leave out: unreadable, too short, empty. Exits with 1 if any is.
@@ -49,24 +49,28 @@ def check(
 
     Args:
         records: The records directory, or its URL (gs://, s3://).
-        model: Count tokens as this model's tokenizer cuts them.
-        num_frames: A video with fewer is too short.
+        model: Count tokens as this model's tokenizer cuts them, and frames as it takes them.
+        num_frames: A video with fewer is too short; the model's own number unless given, 8 without a model.
         json_output: Print one JSON object.
     """
+    from vllama_jax.checkpoint import open_model
+    from vllama_jax.config import VideoLlamaConfig
     from vllama_jax.data.check import count_tokens, find_unusable
     from vllama_jax.data.records import open_records
 
-    if num_frames < 1:
+    if num_frames is not None and num_frames < 1:
         raise DataError(f"--num-frames must be at least 1, not {num_frames}")
     opened = open_records(records)
-    tokenizer = _tokenizer(model) if model is not None else None
+    directory = open_model(model) if model is not None else None
+    if num_frames is None:
+        num_frames = (directory.config if directory else VideoLlamaConfig).num_frames
     skipped = list(opened.skipped())
     with count_bar() as report:
         findings = find_unusable(opened, num_frames, lambda count: report("records", count, len(opened)))
     found = [{"record": one.record, "id": one.id, "why": one.why} for one in findings]
     summary: dict[str, Any] = {"records": len(opened), "problems": found, "skipped": skipped}
-    if tokenizer is not None:
-        summary["tokens"] = count_tokens(opened, tokenizer).as_dict()
+    if directory is not None:
+        summary["tokens"] = count_tokens(opened, directory.tokenizer).as_dict()
     print(json.dumps(summary) if json_output else "\n".join(_check_lines(records, summary)))
     if findings:
         raise DataError(
@@ -118,12 +122,6 @@ def _check_lines(records: str, summary: dict[str, Any]) -> Iterator[str]:
         yield "tokens: {total} in all, {mean} a record, {longest} at most".format(**summary["tokens"])
     usable = summary["records"] - len(summary["problems"])
     yield f"{records}: {usable} of {summary['records']} records can be used"
-
-
-def _tokenizer(model: Path) -> Any:
-    from vllama_jax.checkpoint import open_model
-
-    return open_model(model).tokenizer
 
 
 def _megabytes(size: int) -> str:

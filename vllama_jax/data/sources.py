@@ -6,13 +6,22 @@ is not the source's is a DataError.
 """
 
 import csv
+import itertools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from vllama_jax.data.records import Annotation, Kind
-from vllama_jax.data.turns import Turns, Unusable, caption_turns, message_turns, pair_turns, place_media
+from vllama_jax.data.turns import (
+    Turns,
+    Unusable,
+    caption_turns,
+    check_characters,
+    message_turns,
+    pair_turns,
+    place_media,
+)
 from vllama_jax.errors import DataError
 
 SourceName = Literal["webvid", "llava_cc3m", "minigpt4", "llava_instruct", "videochat", "jsonl"]
@@ -109,8 +118,9 @@ def _entry(place: str, name: Any, kind: Kind, folder: Path, read: Callable[[Any]
         return place, f"it names no {kind} file"
     try:
         turns, media_at = place_media(read(said), kind)
+        check_characters([name, *itertools.chain(*turns)])
     except Unusable as error:
-        return name, str(error)
+        return name.encode(errors="backslashreplace").decode(), str(error)
     return Annotation(name, kind, turns, media_at), folder / name
 
 

@@ -1,6 +1,7 @@
 """What annotations say → turns of question and answer. Only their form is looked at, so that training sees the text."""
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from vllama_jax.data.records import Kind
@@ -79,6 +80,15 @@ def place_media(turns: Turns, kind: Kind) -> tuple[Turns, int]:
     elif question:
         question = f" {question}"
     return ((question, answer), *others), media_at
+
+
+def check_characters(texts: Iterable[str]) -> None:
+    """Raises Unusable for text that UTF-8 cannot hold: JSON may have half an emoji (a lone surrogate) in it."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise Unusable(f"a text's character {error.start + 1} is {text[error.start]!a}, which is none") from error
 
 
 def _message(message: Any) -> tuple[str, str]:

@@ -6,7 +6,15 @@ import os
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio import Audio, audio_from, clip_starts, mel_clips, read_audio
-from vllama_jax.media.files import as_file, check_file, is_still_picture, open_container, sound_stream, video_stream
+from vllama_jax.media.files import (
+    PICTURE_EXTENSIONS,
+    as_file,
+    check_file,
+    is_still_picture,
+    open_container,
+    sound_stream,
+    video_stream,
+)
 from vllama_jax.media.image import Image, normalize, picture_report, read_image
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.segment import read_frames, read_segment
@@ -14,6 +22,7 @@ from vllama_jax.media.video import Video, frame_indices, read_video, video_from
 from vllama_jax.media.write import write_video
 
 __all__ = [
+    "PICTURE_EXTENSIONS",
     "Audio",
     "Image",
     "MediaReport",

@@ -79,14 +79,17 @@ def audio_from(container: InputContainer, path: str) -> Audio:
 
 
 class SoundDecoder:
-    """Turns a sound stream's packets into one waveform, and keeps the reason if they do not decode."""
+    """Turns a sound stream's packets into one waveform, and keeps the reason if they do not decode.
 
-    def __init__(self, stream: AudioStream, path: str) -> None:
+    within: the part to keep, in seconds; all is decoded.
+    """
+
+    def __init__(self, stream: AudioStream, path: str, within: tuple[float, float] = (0.0, math.inf)) -> None:
         self.sample_rate = 0
         self.stream = stream
-        self._path = path
-        self._pieces: list[Float32[np.ndarray, "c n"]] = []
-        self._packets = 0
+        self._path, self._within = path, within
+        self._kept = bytearray()  # float32, all channels of a sample together: grows in place and is never copied
+        self._channels = self._decoded = self._packets = 0
         self._failure = "" if stream.codec_context else "its codec is not supported"
 
     def feed(self, packet: Packet) -> None:
@@ -106,27 +109,30 @@ class SoundDecoder:
         """The waveform and "", or None and why it cannot be used."""
         if self._packets < self.stream.frames and is_cut_off(self._path):
             self._fail(f"the file is truncated: {self._packets} of {self.stream.frames} packets of sound are there")
-        samples = sum(piece.shape[1] for piece in self._pieces)
-        if not self._failure and samples == 0:
+        samples = len(self._kept) // (4 * max(self._channels, 1))
+        if not self._failure and self._decoded == 0:
             self._fail("the sound stream is empty")
         elif not self._failure and _samples_at_16k(samples, self.sample_rate) < _WINDOW:
             self._fail(f"{1000 * samples / self.sample_rate:.1f} ms of sound are too short; it takes 25")
         if self._failure:
             return None, self._failure
-        return np.concatenate(self._pieces, axis=1), ""
+        return np.frombuffer(self._kept, np.float32).reshape(samples, self._channels).T, ""
 
     def _fail(self, why: str) -> None:
         self._failure = " ".join(why.split())
-        self._pieces = []
+        self._kept = bytearray()
 
     def _append(self, frame: AudioFrame) -> None:
         piece = _as_float(frame)
-        self.sample_rate = self.sample_rate or frame.sample_rate
+        self.sample_rate, self._channels = self.sample_rate or frame.sample_rate, self._channels or len(piece)
         if not np.isfinite(piece.sum()):
             raise ValueError("it holds values that are not finite")
-        if frame.sample_rate != self.sample_rate or (self._pieces and len(piece) != len(self._pieces[0])):
+        if frame.sample_rate != self.sample_rate or len(piece) != self._channels:
             raise ValueError("its rate or number of channels changes on the way")
-        self._pieces.append(piece)
+        places = (None if math.isinf(time) else round(time * self.sample_rate) - self._decoded for time in self._within)
+        begin, end = (place and max(place, 0) for place in places)
+        self._kept += piece[:, begin:end].T.tobytes()
+        self._decoded += piece.shape[1]
 
 
 def _as_float(frame: AudioFrame) -> Float32[np.ndarray, "c n"]:
@@ -179,14 +185,14 @@ def resample(
     total = _samples_at_16k(waveform.shape[1], sample_rate)
     places = np.arange(start, total if stop is None else min(stop, total))
     if sample_rate == RATE:
-        return waveform[:, places].astype(np.float32)
+        return waveform[:, places].astype(np.float32, order="C")
     old, new = _reduced_rates(sample_rate)
     kernels = _sinc_kernels(old, new)
     reach = kernels.shape[1] // 2
     centers = places * old // new
     first = int(centers[0]) - reach
     last = int(centers[-1]) + reach + 1
-    inside = waveform[:, max(first, 0) : max(last, 0)].astype(np.float32)
+    inside = waveform[:, max(first, 0) : max(last, 0)].astype(np.float32, order="C")
     before = max(-first, 0)
     padded = np.pad(inside, ((0, 0), (before, last - first - before - inside.shape[1])))
     taps = np.lib.stride_tricks.sliding_window_view(padded, kernels.shape[1], axis=1)

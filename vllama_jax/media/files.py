@@ -24,6 +24,8 @@ _CONTAINERS = (
     "wav,w64,mp3,flac,aac,ac3,eac3,aiff,au,caf,amr,ape,wv,tta,tak,dts,truehd,oma"
 )
 
+PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png")  # of the frames of a video that is a folder of pictures
+
 # The first bytes of the picture files that Pillow reads, and Pillow's names for them.
 _PICTURES = (
     (b"\xff\xd8\xff", "JPEG"),

@@ -38,7 +38,8 @@ def read_image(
     """The picture in RGB, squashed straight to size × size by Pillow's bicubic filter, as in the original.
 
     Also as there, an EXIF orientation is not applied, transparency is dropped and of an animation the first frame is
-    taken. `choose_box` is given the picture's height and width and says which part to take: (top, left, height, width).
+    taken. Of 16-bit grey the upper 8 bits are taken, as Pillow does for 16-bit colours. `choose_box` is given the
+    picture's height and width and says which part to take: (top, left, height, width).
     Raises MediaError for a file that is not a picture or is cut off.
     """
     from PIL import Image as pillow
@@ -51,6 +52,8 @@ def read_image(
         )
     try:
         with pillow.open(path, formats=[name]) as opened:
+            if opened.mode.startswith("I;16"):  # Pillow would clip what is above 255
+                opened = pillow.fromarray((np.asarray(opened) >> 8).astype(np.uint8))
             picture = opened.convert("RGB")
     except pillow.DecompressionBombError as error:
         raise MediaError(f"{path}: the picture has too many pixels; make it smaller first") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
     Choose = Callable[[int, int], Int64[np.ndarray, "t"]]  # how many there are and how many to take → which, rising
 
+WHOLE = (0.0, math.inf)  # seconds
 _SEEK_GAP = 16  # fewer packets than this are decoded rather than skipped: a seek throws away what is under way
 
 
@@ -41,9 +43,10 @@ _SEEK_GAP = 16  # fewer packets than this are decoded rather than skipped: a see
 class Video:
     """What of a video the model takes.
 
-    `frames` are RGB, `seconds` their times (index / average frame rate) and `duration` the whole video's (frames /
-    average frame rate). `waveform` has every channel in [-1, 1] at the file's own rate; it is None where `report`
-    says that there is no sound, or why it is not used.
+    `frames` are RGB, `seconds` their times (index / frame rate) and `duration` the whole video's (frames / frame rate).
+    The rate is the average that the file claims, or what its frames' times say where those differ. `waveform` has
+    every channel in [-1, 1] at the file's own rate; it is None where `report` says that there is no
+    sound, or why it is not used.
     """
 
     frames: UInt8[np.ndarray, "t h w 3"]
@@ -82,22 +85,30 @@ def read_video(
     size: int = 224,
     audio: bool = True,
     choose: Choose = frame_indices,
+    within: tuple[float, float] = WHOLE,
 ) -> Video:
     """`num_frames` frames spread over a video, size × size, and its sound unless `audio` is False.
 
     A video with fewer frames gives those it has. `choose` says which frames are taken; it is asked again where a video
-    turns out to have another number of frames than its index says. Sound that fails to decode is no error: the report
+    turns out to have another number of frames than its index says. `within` is the part, in seconds, that is read as
+    if it were a file of its own. Sound that fails to decode is no error: the report
     says why. Raises MediaError for anything that is not a video that can be decoded, and for a truncated one.
     """
     path = check_file(path)
     if is_still_picture(path):
         raise MediaError(f"{path}: a picture, not a video; use read_image or read_media")
     with open_container(path) as container:
-        return video_from(container, path, num_frames, size, audio, choose)
+        return video_from(container, path, num_frames, size, audio, choose, within)
 
 
 def video_from(
-    container: InputContainer, path: str, num_frames: int, size: int, audio: bool, choose: Choose = frame_indices
+    container: InputContainer,
+    path: str,
+    num_frames: int,
+    size: int,
+    audio: bool,
+    choose: Choose = frame_indices,
+    within: tuple[float, float] = WHOLE,
 ) -> Video:
     """read_video for an opened file."""
     if num_frames < 1:
@@ -110,12 +121,19 @@ def video_from(
         raise MediaError(f"{path}: no video in the file, only sound; use read_audio or read_media")
     if stream.codec_context is None:
         raise MediaError(f"{path}: the video's codec is not supported; convert it to H.264 mp4")
-    rate = float(stream.average_rate or stream.guessed_rate or 0)
-    if not rate:
+    if not (stream.average_rate or stream.guessed_rate):
         raise MediaError(f"{path}: the video has no frame rate; convert it to H.264 mp4")
-    sound = SoundDecoder(heard, path) if heard and audio else None
+    sound = SoundDecoder(heard, path, within) if heard and audio else None
     packets = _list_packets(container, stream, sound, path)
-    frames, indices, total = _decode(container, stream, packets, lambda count: choose(count, num_frames), size, path)
+
+    def chosen(total: int) -> Int64[np.ndarray, "t"]:
+        inside = frames_within(total, _frame_rate(stream, packets, total), within)
+        return inside.start + choose(len(inside), num_frames)
+
+    frames, indices, total = _decode(container, stream, packets, chosen, size, path)
+    rate = _frame_rate(stream, packets, total)
+    inside = frames_within(total, rate, within)
+    duration = len(inside) / rate
     waveform, failure = sound.finish() if sound else (None, "")
     if heard is None:
         state = "absent"
@@ -125,12 +143,34 @@ def video_from(
         state = f"failed: {failure}" if failure else "used"
     return Video(
         frames=frames,
-        seconds=indices / rate,
-        duration=total / rate,
+        seconds=(indices - inside.start) / rate,
+        duration=duration,
         waveform=waveform,
         sample_rate=None if waveform is None else sound.sample_rate,
-        report=MediaReport(path=path, kind="video", frames=len(frames), seconds=total / rate, audio=state),
+        report=MediaReport(path=path, kind="video", frames=len(frames), seconds=duration, audio=state),
     )
+
+
+def frames_within(total: int, rate: float, within: tuple[float, float]) -> range:
+    """The frames of a part of a video that has `total`; one at least, where the video has any."""
+    start, end = within
+    first = max(min(round(start * rate), total - 1), 0)
+    last = total if math.isinf(end) else min(math.ceil(end * rate), total)
+    return range(first, max(last, min(first + 1, total)))
+
+
+def _frame_rate(stream: VideoStream, packets: list[_Packet], total: int) -> float:
+    """Of a video with `total` frames: what the file claims, unless its frames' times are over 10 % off that.
+
+    FFmpeg guesses the claim from the first frames of what a browser records. How long the last frame is shown is open.
+    Times are of packets, and tell nothing where some hold no frame.
+    """
+    claimed = float(stream.average_rate or stream.guessed_rate)
+    times = [packet.pts for packet in packets if not packet.is_discarded]
+    if total != len(times) or None in times or len(set(times)) < 2:
+        return claimed
+    span = float((max(times) - min(times)) * stream.time_base)
+    return claimed if 0.9 * (total - 1) / span <= claimed <= 1.1 * total / span else (total - 1) / span
 
 
 def _list_packets(
