@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from vllama_jax.checkpoint import ModelDirectory, Trained, open_model, restore_arrays
+from vllama_jax.checkpoint import ModelDirectory, Trained, only_answers, open_model, restore_arrays
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import check_params, part_of, row_blocks
@@ -80,6 +80,8 @@ class StoredModel:
 
     def __init__(self, directory: ModelDirectory):
         self.path, self.directory = directory.opened, directory
+        if directory.quantized:
+            raise only_answers(directory.path, directory.quantized)
         entries = directory.manifest["leaves"]
         if strange := [target for target, entry in entries.items() if not _is_entry(entry)]:
             raise CheckpointError(

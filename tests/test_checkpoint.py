@@ -7,6 +7,8 @@ import math
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -17,9 +19,11 @@ import pytest
 import xxhash
 from conversions import bits, leaves_of
 from flax import nnx
+from written_runs import shipped, write_run
 
 import vllama_jax as vl
-from vllama_jax import checkpoint, params, sharding
+from vllama_jax import checkpoint, convert, params, sharding
+from vllama_jax.config import NO_LORA
 from vllama_jax.params import ParamsWriter, chunk_shape
 
 MIB = 2**20
@@ -300,6 +304,49 @@ def test_what_is_no_model_directory(tmp_path, make, message):
         (tmp_path / "model").mkdir()
     with pytest.raises(vl.CheckpointError, match=message):
         vl.load(tmp_path / "model")
+
+
+def test_a_quantised_model_cannot_be_part_of_another(tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    edit("manifest.json", lambda fields: fields.update(quantized="int8"))(model)
+    with pytest.raises(vl.CheckpointError, match="model: its weights are int8, good for answers and nothing else"):
+        convert.plan(files={}, base=model)
+
+
+# Runs.
+
+
+@pytest.fixture
+def runs(tiny_model, tmp_path) -> Path:
+    """A base, a run on it, and a run on that one, in one folder; no weights are computed."""
+    folder = tmp_path / "here"
+    shutil.copytree(tiny_model, folder / "base")
+    for base, name, part in (("base", "vision", "llama_proj"), ("vision", "audio", "audio_llama_proj")):
+        trained = {f"{part}/bias": np.ones(64, np.float32)}
+        write_run(shipped(folder / base, NO_LORA), folder / name, trained)
+    return folder
+
+
+def test_runs_find_their_bases_beside_them(runs, tmp_path):
+    there = runs.rename(tmp_path / "there")
+    opened = checkpoint.open_model(there / "audio")
+    assert [trained.path.parents[1].name for trained in opened.trained] == ["vision", "audio"]
+    assert opened.path == there / "base"
+    edit("manifest.json", lambda fields: fields["leaves"].pop("ln_vision/scale"))(there / "base")
+    with pytest.raises(vl.CheckpointError, match=r"base: not the base model that .*vision was trained on"):
+        checkpoint.open_model(there / "audio")
+    shutil.rmtree(there / "base")
+    with pytest.raises(vl.CheckpointError, match=r"vision: its base model .*base is not there, nor beside the run"):
+        checkpoint.open_model(there / "audio")
+
+
+def test_commands_that_only_read_start_no_accelerator(runs, tmp_path):
+    """There is no TPU here, so that whatever started one would fail, as where a training process holds it."""
+    made = f"--base {runs / 'audio'} --out {tmp_path / 'made'}"
+    code = (
+        f"from vllama_jax.cli import main; main(['inspect', {str(runs / 'audio')!r}]); main('convert {made}'.split())"
+    )
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "JAX_PLATFORMS": "tpu"}, check=True)
 
 
 # Directories that appear whole or not at all.

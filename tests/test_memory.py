@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -134,12 +135,13 @@ def test_a_step_as_it_compiles_for_tpus(row):
     check_at_work(at_work, temporaries * GIGA)
 
 
-def test_a_chat_as_it_is_loaded_and_compiled(tiny_model):
+@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+def test_a_chat_as_it_is_loaded_and_compiled(tiny_model, scheme):
     mesh = sharding.make_mesh(data=2, tensor=4)
-    network = checkpoint.load(tiny_model, mesh=mesh).network
+    network = checkpoint.load(tiny_model, mesh=mesh, quantize=scheme).network
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(network))
     config = checkpoint.open_model(tiny_model).config
-    need = memory.chatting(config, MeshConfig(data=2, tensor=4), CPU)
+    need = memory.chatting(config, MeshConfig(data=2, tensor=4), CPU, scheme=scheme)
     assert sum(need.device.values()) - need.device["key-value cache"] - need.device["activations"] == held
     assert isinstance(jax.tree.leaves(network)[0].sharding, NamedSharding)
 
@@ -208,6 +210,13 @@ def test_verdicts():
     assert memory.usable(Need("n", "", {}, {"program": 20}), shared) == 90
 
 
+@pytest.mark.parametrize(("processes", "threads"), [(0, 8), (4, 8), (16, 16)])
+def test_processes_share_the_threads_that_decode(processes, threads):
+    config = config_of(data=DataConfig(threads=8, processes=processes))
+    host = memory.training(tiny(), "step", config, ALONE, CPU).host
+    assert host["decoding"] == threads * memory.DECODER_BYTES
+
+
 def test_advice_is_followed_by_a_fit():
     model, device, config = SIZES["13b"](), DEVICES["v5e"], load_config("vision_stage2")[0]
     need = memory.training(model, "step", config, ALONE, device)
@@ -253,6 +262,21 @@ def test_a_model_directory(capsys, tiny_model):
     assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
 
 
+def test_a_quantised_model_is_told_of_a_chat_alone(capsys, tiny_model, tmp_path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    manifest = json.loads((model / "manifest.json").read_text())
+    (model / "manifest.json").write_text(json.dumps(manifest | {"quantized": "int8"}))  # nothing else is read of it
+    whole, small = (
+        json.loads(tell(capsys, named, "--devices", "v5e", "--batch-size", 4, "--json"))["uses"]
+        for named in (tiny_model, model)
+    )
+    assert list(small) == ["chat"]
+    assert small["chat"]["told"].endswith("bfloat16 with int8 weights")
+    assert small["chat"]["device"]["llama"] < 0.8 * whole["chat"]["device"]["llama"]
+    with pytest.raises(SystemExit, match="model: its weights are int8, good for answers and nothing else; take the"):
+        tell(capsys, "vision_stage1", "--model", model, "--devices", "v5e")
+
+
 @SLOW
 def test_a_run_directory(capsys, stage1):
     report = json.loads(tell(capsys, stage1, "--devices", "v5e", "--batch-size", 4, "--json"))
@@ -279,7 +303,9 @@ def test_exact_figures_are_those_of_the_compiled_step(capsys, tiny_model):
 
 
 def test_fit_is_required_only_where_that_is_asked(capsys):
-    assert "does not fit (it would with --mesh.tensor 2)" in tell(capsys, "7b", "--devices", "v5e")
+    told = tell(capsys, "7b", "--devices", "v5e")
+    in_python = "vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor=2))"
+    assert f"does not fit (it would with 2 devices, in Python: {in_python})" in told
     with pytest.raises(SystemExit, match=r"vllama: chat: does not fit; vision_stage1: .* does not fit"):
         tell(capsys, "7b", "--devices", "v5e", "--require-fit")
 

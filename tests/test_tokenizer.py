@@ -1,6 +1,7 @@
 """Tokenizers: small ones made here with hand-written expectations, and the reference's ids in golden."""
 
 import io
+import itertools
 import json
 import random
 import subprocess
@@ -12,7 +13,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from vllama_jax.errors import CheckpointError
-from vllama_jax.text.tokenizer import check_vocabulary, load_tokenizer, stream_text, tokenizer_files
+from vllama_jax.text.tokenizer import check_vocabulary, load_tokenizer, tokenizer_files
 
 SENTENCES = ["the dog sees the boat", "a dog and a boat", "###the dog ###a boat", "the dog", "a boat"] * 4
 PLAIN_TOKEN = {"lstrip": False, "rstrip": False, "normalized": True, "single_word": False}
@@ -282,13 +283,8 @@ def test_check_vocabulary(folder):
         check_vocabulary(tokenizer, 300)
 
 
-def cut_at_random(ids, rng):
-    cuts = sorted(rng.sample(range(len(ids) + 1), k=min(3, len(ids))))
-    return [ids[start:stop] for start, stop in zip([0, *cuts], [*cuts, len(ids)], strict=True)]
-
-
 @pytest.mark.parametrize("kind", ["folder", "byte_level_folder", "byte_fallback_folder"])
-def test_stream_equals_decode(kind, request):
+def test_settled_text_does_not_change(kind, request):
     tokenizer = load_tokenizer(request.getfixturevalue(kind))
     rng = random.Random(0)
     for _ in range(300):
@@ -296,18 +292,16 @@ def test_stream_equals_decode(kind, request):
         any_ids = [rng.randrange(tokenizer.media_id + 2) for _ in range(10)]
         bytes_mostly = [rng.randrange(3, 259) for _ in range(10)]
         for ids, whole in ((tokenizer.encode(text), True), (any_ids, False), (bytes_mostly, False)):
-            streamed = list(stream_text(tokenizer, cut_at_random(ids, rng)))
-            assert "".join(streamed) == tokenizer.decode(ids, skip_special=True)
-            assert "" not in streamed
-            assert not whole or not any("\ufffd" in piece for piece in streamed)
+            text = tokenizer.decode(ids, skip_special=True)
+            settled = [tokenizer.settled_text(ids[:count]) for count in range(len(ids) + 1)]
+            assert all(after.startswith(before) for before, after in itertools.pairwise([*settled, text]))
+            assert not whole or not any("\ufffd" in before for before in settled)
 
 
-def test_stream_holds_back_unfinished_characters(folder):
+def test_unfinished_characters_are_not_settled(folder):
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode("dog🎂")  # ▁dog and four bytes
-    assert list(stream_text(tokenizer, [[token_id] for token_id in ids])) == ["dog", "🎂"]
-    assert list(stream_text(tokenizer, [ids[:-1]])) == ["dog", "\ufffd" * 3]  # the missing byte never comes
-    assert list(stream_text(tokenizer, [])) == []
+    assert [tokenizer.settled_text(ids[:count]) for count in range(6)] == ["", "dog", "dog", "dog", "dog", "dog🎂"]
 
 
 def test_text_is_cheap_to_import():

@@ -34,8 +34,10 @@ from vllama_jax import checkpoint
 from vllama_jax.chat import Chat
 from vllama_jax.data.build import build
 from vllama_jax.errors import CheckpointError, VllamaError
-from vllama_jax.train.config import CheckpointConfig, OptimConfig
+from vllama_jax.train import loop, session
+from vllama_jax.train.config import CheckpointConfig, OptimConfig, ValidationConfig
 from vllama_jax.train.loop import train
+from vllama_jax.train.validation import Validation
 
 SLOW = pytest.mark.slow
 SHIPPED = ("vision_stage1", "vision_stage2", "audio_stage1", "audio_stage2")
@@ -180,6 +182,20 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_mode
     assert_same_run(run, stage1)
 
 
+def test_where_no_checkpoint_can_be_read_nothing_is_changed(tiny_model, pictures, stage1, tmp_path):
+    run = shutil.copytree(stage1, tmp_path / "run")
+    for file in run.glob("step_*/weights/d/*"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    for _ in range(2):  # as a requeued job does
+        with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be read; run it again"):
+            train(short_config(tiny_model, pictures), run, Quiet())
+    for step in (4, 8):  # as older versions left it
+        (run / f"step_{step}").rename(run / f"damaged_step_{step}")
+    with pytest.raises(CheckpointError, match=r"damaged_step_4 could not be read, .*; rename it to step_4 to try it"):
+        train(short_config(tiny_model, pictures), run, Quiet())
+    assert losses(run) == losses(stage1)
+
+
 class FullDisk(Quiet):
     """Takes no larger files than a picture's from step 3 on, until step 7."""
 
@@ -250,6 +266,26 @@ def test_a_broken_picture_is_masked_and_named_once(tiny_model, tmp_path):
     assert [line["sample"] for line in quarantined(run)] == ["1.png"]
     masked = [json.loads(line)["masked"] for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert sum(masked) == 8 * 4  # of eight steps of batch 8, half
+
+
+def test_held_out_samples_that_cannot_be_used_are_named_and_are_no_loss(tiny_model, tmp_path):
+    files, reporter = write_files(tmp_path / "files", videos=0), Quiet()
+    for file in files.glob("*.png"):
+        file.write_bytes(file.read_bytes()[:700])
+    config = short_config(tiny_model, write_records(files))
+    held = tuple(dataclasses.replace(dataset, held_out=1) for dataset in config.datasets)
+    looks = ValidationConfig(every=1, batches=1)
+    plan = session.plan(dataclasses.replace(config, datasets=held, validation=looks))
+    validation = Validation(plan, tmp_path, loop._Run(plan, tmp_path, reporter, None)._mask)
+    validation._evaluate = lambda weights, frozen, batch: (0.0, (batch["targets"] >= 0).sum())  # compiles nothing
+    for step in (1, 2):
+        (told,) = validation.run(step, {}, {})
+        assert re.match(
+            rf"step {step}: no validation loss, as no held-out sample can be used; the first is \d.png: ", told
+        )
+    assert [line["step"] for line in quarantined(tmp_path)] == [1]
+    assert [re.search(r"\d.png is left out: ", line) is not None for line in reporter.said] == [True]
+    assert not (tmp_path / "samples.jsonl").exists()
 
 
 @SLOW

@@ -1,5 +1,6 @@
 """The step: one program, the same numbers however it is split, and nothing for what is frozen."""
 
+import concurrent.futures
 import dataclasses
 import re
 
@@ -15,9 +16,18 @@ from test_sharding import small
 
 from vllama_jax import sharding
 from vllama_jax.config import LoraConfig
+from vllama_jax.data import pipeline
 from vllama_jax.errors import ConfigError
 from vllama_jax.nn.lora import add_lora
-from vllama_jax.train.config import AUDIO_BRANCH, LORA, VISION_BRANCH, DatasetConfig, OptimConfig, TrainConfig
+from vllama_jax.train.config import (
+    AUDIO_BRANCH,
+    LORA,
+    VISION_BRANCH,
+    DataConfig,
+    DatasetConfig,
+    OptimConfig,
+    TrainConfig,
+)
 from vllama_jax.train.optim import make_optimizer
 from vllama_jax.train.state import Skeleton, abstract_state, initial_state, matching
 from vllama_jax.train.step import make_step
@@ -198,6 +208,17 @@ def test_low_rank_updates_learn_and_the_language_model_does_not():
     np.testing.assert_allclose(first, losses(Trainer(config), "vision", 3), rtol=1e-5)
     assert np.asarray(trainer.state.weights["llama/blocks/attention/query/lora/up"]).any()
     np.testing.assert_array_equal(trainer.frozen[kernel], before)
+
+
+@pytest.mark.parametrize(("processes", "threads"), [(0, 8), (4, 2), (16, 1)])
+def test_processes_share_the_threads(processes, threads, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        pipeline, "_pool", lambda count: asked.append(count) or concurrent.futures.ThreadPoolExecutor(1)
+    )
+    config = config_of(data=DataConfig(threads=8, processes=processes))
+    assert pipeline.Reader(config, small(), None, None, range(ROWS)).decode_all(None, []) == []
+    assert asked == [threads]
 
 
 def test_a_pattern_that_matches_nothing_is_an_error():

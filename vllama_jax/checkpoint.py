@@ -192,8 +192,13 @@ def _open_run(path: Path, fields: dict[str, Any], base: str | Path | None) -> Mo
     if not steps:
         raise CheckpointError(f"{path}: a run that has no checkpoint yet; let it reach one")
     named = Path(base or fields["base"]["path"])
+    beside = path.absolute().parent / named.name  # where it is when both were moved
+    if not base and not named.is_dir() and beside.is_dir():
+        named = beside
     if not named.is_dir():
-        raise CheckpointError(f"{path}: its base model {named} is not there; name the base with --base")
+        raise CheckpointError(
+            f"{path}: its base model {named} is not there, nor beside the run; name it with --base, or put it there"
+        )
     found = open_model(named)
     if found.digest != fields["base"]["digest"]:
         raise CheckpointError(f"{named}: not the base model that {path} was trained on; name that one with --base")
@@ -219,7 +224,8 @@ def _trained_leaves(weights: Path) -> dict[str, Any]:
     from flax.traverse_util import flatten_dict
 
     try:
-        tree = ocp.PyTreeCheckpointHandler().metadata(weights.absolute()).tree
+        handler = ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=False)  # told, it starts no device to ask
+        tree = handler.metadata(weights.absolute()).tree
     except (ValueError, OSError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{weights}: cannot be read ({str(error).splitlines()[0]})") from error
     return flatten_dict(tree, sep="/")
@@ -310,10 +316,7 @@ def check_leaves(directory: ModelDirectory, wanted: dict[str, Sequence[int]]) ->
     shapes = directory.shapes
     missing = [path for path in wanted if path not in shapes]
     if any(f"{path.removesuffix('/kernel')}/values" in shapes for path in missing):
-        raise CheckpointError(
-            f"{directory.path}: its weights are {directory.quantized}, good for answers and nothing else; "
-            "take the model that it was made from"
-        )
+        raise only_answers(directory.path, directory.quantized)
     if missing:
         parts = sorted({path.split("/")[0] for path in missing})
         raise CheckpointError(
@@ -322,6 +325,13 @@ def check_leaves(directory: ModelDirectory, wanted: dict[str, Sequence[int]]) ->
         )
     if wrong := [path for path, shape in wanted.items() if shapes[path] != tuple(shape)]:
         raise CheckpointError(f"{directory.path}: config.json and weights disagree on the shape of {', '.join(wrong)}")
+
+
+def only_answers(path: str | Path, scheme: str | None) -> CheckpointError:
+    """What is raised where a quantised model is asked for more than answers."""
+    return CheckpointError(
+        f"{path}: its weights are {scheme}, good for answers and nothing else; take the model that it was made from"
+    )
 
 
 def nest(flat: dict[str, Any]) -> dict[str, Any]:
@@ -347,14 +357,14 @@ class Model:
 
 
 def load(
-    path: str | Path,
+    path: str | Path | ModelDirectory,
     dtype: str | None = None,
     mesh: "jax.sharding.Mesh | None" = None,
     base: str | Path | None = None,
     quantize: str | None = None,
     audio_scale: float | None = None,
 ) -> Model:
-    """Loads a model directory, or what a run trained.
+    """Loads a model directory, or what a run trained; named, or as `open_model` opened it.
 
     dtype: of the weights in memory and so of the computation; float32 on a CPU and bfloat16 elsewhere unless given.
     mesh: from `sharding.make_mesh`; weights are split over its tensor axis, and a warning is logged for each dimension
@@ -372,7 +382,7 @@ def load(
     from vllama_jax.nn.lora import merge_lora
     from vllama_jax.text.tokenizer import check_vocabulary
 
-    directory = without_missing_branch(open_model(path, base))
+    directory = without_missing_branch(path if isinstance(path, ModelDirectory) else open_model(path, base))
     if audio_scale is not None:
         directory = _with_audio_scale(directory, audio_scale)
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)

@@ -196,10 +196,12 @@ def chatting(
     *,
     generation: GenerationConfig = GREEDY,
     lora: LoraConfig = NO_LORA,
+    scheme: str | None = None,
     length: int = 0,
 ) -> Need:
     """What a conversation needs whose prompt has `length` tokens; 0: as many as the model reads beside its answer.
 
+    scheme: how the weights are quantised (quantize.py); None where they are not.
     Raises ConfigError when they do not fit the model's context.
     """
     from vllama_jax.generate import check_length, padded_length
@@ -209,7 +211,7 @@ def chatting(
     check_length(prompt, new, model.llama)
     padded = padded_length(prompt)
     capacity = padded_length(padded + -(-new // 64) * 64)
-    weights = _loaded(model, dtype, lora, mesh)
+    weights = _loaded(model, (dtype, scheme, lora), mesh)
     one = Shape(rows=1, length=padded, itemsize=_itemsize(dtype), mesh=mesh)
     cache = temporaries.key_value_cache(model.llama, dataclasses.replace(one, rows=beams), capacity)
     at_work = max(
@@ -219,18 +221,21 @@ def chatting(
         max(map(_bytes, weights.values())) - cache,  # layers become arrays of their own, before there is a cache
     )
     needs = {**_by_part(weights), "key-value cache": cache, "activations": at_work}
-    told = f"prompt of {prompt} tokens, {new} new ones, {dtype}"
+    told = f"prompt of {prompt} tokens, {new} new ones, {dtype}" + (f" with {scheme} weights" if scheme else "")
     return Need("chat", told, needs, {"program": PROGRAM_BYTES, "weights while they load": _loading(weights, device)})
 
 
-def _loaded(model: VideoLlamaConfig, dtype: str, lora: LoraConfig, mesh: MeshConfig) -> "dict[str, ShapeDtypeStruct]":
-    """All weights by path, as `checkpoint.load` lays them over a mesh."""
+def _loaded(
+    model: VideoLlamaConfig, held: tuple[str, str | None, LoraConfig], mesh: MeshConfig
+) -> "dict[str, ShapeDtypeStruct]":
+    """All weights by path, as `checkpoint.load` lays them over a mesh. held: dtype, scheme and low-rank updates."""
     from flax import nnx
 
-    from vllama_jax.checkpoint import abstract_network
+    from vllama_jax.quantize import abstract_layers
     from vllama_jax.sharding import shard_abstract
 
-    state = shard_abstract(nnx.state(abstract_network(model, dtype, lora)), _abstract_mesh(mesh), fsdp=False)
+    network, _ = abstract_layers(model, *held)
+    state = shard_abstract(nnx.state(network), _abstract_mesh(mesh), fsdp=False)
     return {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
@@ -336,7 +341,7 @@ def _training_host(abstract: "AbstractRun", mesh: MeshConfig, device: Device) ->
         "program": PROGRAM_BYTES * (1 + data.processes),
         "weights while they load": _loading({**abstract.frozen, **abstract.state.weights}, device),
         "batches ahead": (1 + data.prefetch * max(data.processes, 1)) * batch,
-        "decoding": 0 if data.features else data.threads * DECODER_BYTES,
+        "decoding": 0 if data.features else max(data.threads, data.processes) * DECODER_BYTES,
     }
 
 

@@ -6,6 +6,7 @@ from typing import Literal
 import tyro
 
 from vllama_jax.cli.bars import bytes_bar
+from vllama_jax.cli.devices import leave_accelerators
 from vllama_jax.convert import Plan, bytes_to_write
 from vllama_jax.convert import convert as write
 from vllama_jax.convert import plan as make_plan
@@ -57,6 +58,7 @@ def convert(
         template: The prompt template that the language model was tuned on; vicuna unless --base or --config says.
         dtype: Of the weights on disk; as they come unless given.
     """
+    leave_accelerators()  # what runs trained comes through JAX
     files = {"eva_vit": eva_vit, "blip2": blip2, "imagebind": imagebind, "minigpt4": minigpt4, "vl": vl, "al": al}
     override = read_json(config) if config else {}
     plan = make_plan(

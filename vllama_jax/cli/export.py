@@ -4,6 +4,7 @@ from pathlib import Path
 
 from vllama_jax.checkpoint import open_model
 from vllama_jax.cli.bars import bytes_bar
+from vllama_jax.cli.devices import leave_accelerators
 from vllama_jax.convert import export as exporting
 from vllama_jax.errors import ConfigError
 
@@ -31,9 +32,7 @@ def export(
     """
     if not shard_gb > 0:
         raise ConfigError(f"--shard-gb must be above 0, not {shard_gb}")
-    import jax
-
-    jax.config.update("jax_platforms", "cpu")  # what a run trained comes through JAX; no accelerator is needed for that
+    leave_accelerators()  # what a run trained comes through JAX
     directory = open_model(model, base)
     files = exporting.plan(directory, format, shard_gb * 1e9)
     total = exporting.bytes_to_write(files)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllama_jax import memory as needs
+from vllama_jax.checkpoint import only_answers, open_model, without_missing_branch
+from vllama_jax.cli.devices import leave_accelerators
 from vllama_jax.cli.run_config import load_config, shipped
 from vllama_jax.config import (
     NO_LORA,
@@ -82,8 +84,9 @@ def _of_model(named: str) -> Callable[..., None]:
 
         Example: vllama memory 13b --devices v5e --mesh.fsdp 16 --batch-size 64
 
-        Of a size that was published (7b, 13b), a model directory, or a run's. `vllama memory CONFIG` tells it of a run
-        config, each field of which is a flag then, as in `vllama train`.
+        Of a size that was published (7b, 13b), a model directory, or a run's; of a quantised model a chat alone, as it
+        cannot be trained. `vllama memory CONFIG` tells it of a run config, each field of which is a flag then, as in
+        `vllama train`.
 
         Args:
             asked: On what.
@@ -96,11 +99,11 @@ def _of_model(named: str) -> Callable[..., None]:
             base: A run's base model, where that has moved.
         """
         device, mesh = _find_devices(asked, mesh)
-        model, talking, lora = _find_model(named, base)
+        model, talking, lora, scheme = _find_model(named, base)
         generation = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams)
-        talk = {"generation": generation, "lora": lora, "length": asked.length}
+        talk = {"generation": generation, "lora": lora, "scheme": scheme, "length": asked.length}
         uses = [_chat(talking, mesh, device, talk)]
-        for stage in (f"{branch}_stage1", f"{branch}_stage2"):
+        for stage in () if scheme else (f"{branch}_stage1", f"{branch}_stage2"):
             run, _ = load_config(stage)
             size = batch_size or run.batch_size
             run = dataclasses.replace(run, batch_size=size, accumulation=accumulation, lora=lora)
@@ -142,7 +145,9 @@ def _of_run(named: str) -> Callable[..., None]:
         device, mesh = _find_devices(asked, run.mesh)
         if not (base or run.model in SIZES or Path(run.model).is_dir()):
             raise ConfigError(f"{run.model}: no such model directory; name one with --model, or a size: --model 7b")
-        model, _, _ = _find_model(base or run.model, "")
+        model, _, _, scheme = _find_model(base or run.model, "")
+        if scheme:
+            raise only_answers(base or run.model, scheme)
         uses = [_stage(model, named, run, (mesh, device, asked.length))]
         if exact:
             uses = [dataclasses.replace(uses[0], compiled=_compiled(model, run, (mesh, device, asked.length)))]
@@ -153,7 +158,10 @@ def _of_run(named: str) -> Callable[..., None]:
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-    """A need, whether it fits, and which flags would make it fit if not. compiled: what XLA says of it, if asked."""
+    """A need, whether it fits, and what would make it fit if not: flags of `vllama train`, or how to load for a chat.
+
+    compiled: what XLA says of it, if asked.
+    """
 
     need: Need
     verdict: str
@@ -167,21 +175,22 @@ Where = tuple[MeshConfig, Device, int]  # the last: --length
 def _find_devices(asked: Asked, mesh: MeshConfig) -> tuple[Device, MeshConfig]:
     """Raises ConfigError for devices that are not known, and a mesh that is not theirs."""
     if asked.devices != "here":
-        import jax
-
-        jax.config.update("jax_platforms", "cpu")  # a device that is here is not touched: another program may have it
+        leave_accelerators()
     device = needs.find_device(asked.devices)
     return device, needs.find_mesh(mesh, device)
 
 
-def _find_model(named: str, base: str) -> tuple[VideoLlamaConfig, VideoLlamaConfig, LoraConfig]:
-    """Of a published size, or of what a directory holds: the model to train, to talk to, and its low-rank updates."""
+def _find_model(named: str, base: str) -> tuple[VideoLlamaConfig, VideoLlamaConfig, LoraConfig, str | None]:
+    """Of a published size, or of what a directory holds.
+
+    The model to train, the one to talk to, its low-rank updates, and how its weights are quantised.
+    """
     if named in SIZES:
-        return SIZES[named](), SIZES[named](), NO_LORA
-    from vllama_jax.checkpoint import open_model, without_missing_branch
+        return SIZES[named](), SIZES[named](), NO_LORA, None
+    from vllama_jax.quantize import scheme_of
 
     directory = open_model(named, base or None)
-    return directory.config, without_missing_branch(directory).config, directory.lora
+    return directory.config, without_missing_branch(directory).config, directory.lora, scheme_of(directory, None)
 
 
 def _chat(model: VideoLlamaConfig, mesh: MeshConfig, device: Device, options: dict[str, Any]) -> Use:
@@ -192,7 +201,7 @@ def _chat(model: VideoLlamaConfig, mesh: MeshConfig, device: Device, options: di
         if verdict == "fits" or advice or tensor <= mesh.tensor or device.name not in needs.DEVICES:
             continue
         if needs.verdict(needs.chatting(model, wider, device, **options), device) == "fits":
-            advice = f"--mesh.tensor {tensor}"
+            advice = f"{tensor} devices, in Python: vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor={tensor}))"
     return Use(need, verdict, advice)
 
 

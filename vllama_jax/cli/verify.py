@@ -14,6 +14,7 @@ from rich.table import Table
 
 from vllama_jax.checkpoint import ModelDirectory, open_model
 from vllama_jax.cli.bars import bytes_bar, count_bar
+from vllama_jax.cli.devices import leave_accelerators
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import read_json
 from vllama_jax.quantize import scheme_of
@@ -95,11 +96,14 @@ def verify(
         if weights_only or quantize:
             option = "--weights-only" if weights_only else "--quantize"
             raise ConfigError(f"{option} compares with the PyTorch files: name them with --against")
+        leave_accelerators()  # what a run trained comes through JAX
         _verify_files(model, directory, json_output)
         return
     if weights_only and (scheme := scheme_of(directory, quantize)):
         raise ConfigError(f"{model}: {scheme} is not what the PyTorch files hold; leave out --weights-only")
-    if not weights_only:
+    if weights_only:
+        leave_accelerators()
+    else:
         from vllama_jax.convert.parity import check_installed
 
         check_installed()

@@ -113,7 +113,9 @@ class Reader:
 
     def decode_all(self, stream: Stream, samples: list[tuple[int, int]]) -> list[Decoded]:
         """The media of samples (record, epoch), or what was kept of them; decoded side by side."""
-        return list(_pool(self.config.data.threads).map(lambda sample: self._decode(stream, *sample), samples))
+        cfg = self.config.data
+        threads = max(cfg.threads // max(cfg.processes, 1), 1)  # of each process
+        return list(_pool(threads).map(lambda sample: self._decode(stream, *sample), samples))
 
     def _decode(self, stream: Stream, record: int, epoch: int) -> Decoded:
         cache = self.caches.get(stream.dataset.path)

@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from vllama_jax.errors import CheckpointError
@@ -194,23 +194,6 @@ class JsonTokenizer(Tokenizer):
         """The library turns a whole run of byte tokens into replacement characters when one of them does not fit."""
         tokens = map(self._known_token, reversed(ids))
         return sum(1 for _ in itertools.takewhile(re.compile("<0x[0-9A-F]{2}>").fullmatch, tokens))
-
-
-def stream_text(tokenizer: Tokenizer, batches: Iterable[Sequence[int]]) -> Iterator[str]:
-    """Ids as they are generated in, pieces of text out, each as soon as no later id can change it.
-
-    The pieces joined are `decode(all ids, skip_special=True)`. Pieces are never empty.
-    """
-    ids: list[int] = []
-    shown = 0
-    for batch in batches:
-        ids.extend(batch)
-        text = tokenizer.settled_text(ids)
-        if len(text) > shown:
-            yield text[shown:]
-            shown = len(text)
-    if rest := tokenizer.decode(ids, skip_special=True)[shown:]:
-        yield rest
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:

@@ -53,7 +53,7 @@ class DatasetConfig:
         ratio: Its share of the steps, relative to the others'.
         text: How its words become tokens.
         frames: Which frames of a video are taken: evenly spaced ones, or random ones, half of each half.
-        held_out: So many of its records are kept for validation and never trained on.
+        held_out: So many of its records of each kind of media are kept for validation and never trained on.
     """
 
     path: str
@@ -73,9 +73,9 @@ class DataConfig:
         crop_area: The least share of a picture's area that its random crop keeps; 1 for no crop.
         crop_ratio: The widest and tallest crop, as width over height.
         variants: Random crops (and random frames) of a record before they repeat; 0 for new ones every time.
-        threads: How many batches are decoded at a time on each host.
-        processes: Decode in so many processes in place of threads, each with its share of the threads.
-        prefetch: How many batches are ready ahead of the step, at most.
+        threads: How many samples are decoded at a time on each host.
+        processes: Decode in so many processes, each with its share of the threads, at least one; 0 for none.
+        prefetch: How many batches are ready ahead of the step, at most; with processes, in each of them.
         features: A directory that `vllama features` made: what the frozen encoders see is read there, and no media.
             Its variants are taken, unless `variants` asks for fewer.
     """

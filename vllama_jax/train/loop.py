@@ -92,7 +92,7 @@ class _Run:
     def go(self, state: TrainState, frozen: Weights, first: int) -> None:
         """From step `first` to the end."""
         steps = self.config.steps
-        validation = Validation(self.plan, self.out)
+        validation = Validation(self.plan, self.out, self._mask)
         named = self.quarantine.cut(first)
         self.masked = {f"{line['dataset']}: {line['sample']}" for line in named}
         if jax.process_index() == 0:
@@ -130,8 +130,7 @@ class _Run:
         if pending is None:
             return
         values = {name: value.item() for name, value in jax.device_get(pending.metrics).items()}
-        for row, why in pending.batch.problems.items():
-            self._mask(pending, row, why)
+        self._mask(pending.number, pending.dataset, pending.batch)
         if not (math.isfinite(values["loss"]) and math.isfinite(values["gradient_norm"])):
             raise VllamaError(self._lost(pending, values))
         now = time.perf_counter()
@@ -154,15 +153,14 @@ class _Run:
                 self.board.add(pending.number, {name: line[name] for name in SHOWN_ON_BOARD})
         self.reporter.step(line)
 
-    def _mask(self, pending: _Pending, row: int, why: str) -> None:
-        """Names a sample that was not used, once."""
-        name = f"{pending.dataset}: {pending.batch.names[row]}"
-        if name not in self.masked:
-            self.masked.add(name)
-            self.quarantine.add(
-                {"step": pending.number, "dataset": pending.dataset, "sample": pending.batch.names[row], "why": why}
-            )
-            self.reporter.say(f"{name} is left out: {why}")
+    def _mask(self, number: int, dataset: str, batch: HostBatch) -> None:
+        """Names the samples of a batch that were not used, each once in a run."""
+        for row, why in batch.problems.items():
+            name = f"{dataset}: {batch.names[row]}"
+            if name not in self.masked:
+                self.masked.add(name)
+                self.quarantine.add({"step": number, "dataset": dataset, "sample": batch.names[row], "why": why})
+                self.reporter.say(f"{name} is left out: {why}")
 
     def _lost(self, pending: _Pending, values: dict[str, float]) -> str:
         with contextlib.suppress(CheckpointError):

@@ -135,10 +135,10 @@ class Checkpoints:
     def restore(self, abstract: TrainState) -> TrainState | None:
         """The last good state, in the shapes and shardings of `abstract`; None where there is none yet.
 
-        A checkpoint that cannot be read is named in a warning, put aside, and the one before it taken.
-        Raises CheckpointError when there are some, and none can be read.
+        A checkpoint that cannot be read is named in a warning, and put aside once one before it was read.
+        Raises CheckpointError when there are some, and none can be read: nothing is changed then.
         """
-        steps = run_steps(self._out)
+        steps, unread = run_steps(self._out), []
         for step in reversed(steps):
             folder = self._out / f"step_{step}"
             try:
@@ -146,15 +146,23 @@ class Checkpoints:
                 moments = restore_arrays(folder / "moments", _by_path(abstract.moments))
             except CheckpointError as error:
                 logger.warning(f"{error}; going back to the checkpoint before it")
-                self._put_aside(folder)
+                unread.append(folder)
                 continue
+            for damaged in unread:
+                self._put_aside(damaged)
             counted = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
             return TrainState(
                 counted, weights, jax.tree.unflatten(jax.tree.structure(abstract.moments), moments.values())
             )
         if steps:
             raise CheckpointError(
-                f"{self._out}: none of its {len(steps)} checkpoints can be read; start anew elsewhere"
+                f"{self._out}: none of its {len(steps)} checkpoints can be read; run it again once their files can be, "
+                "or choose another --out to start anew"
+            )
+        if damaged := sorted(self._out.glob("damaged_step_*")):
+            raise CheckpointError(
+                f"{self._out}: {damaged[0].name} could not be read, and there is no other checkpoint; rename it to "
+                f"{damaged[0].name.removeprefix('damaged_')} to try it again, or choose another --out to start anew"
             )
         return None
 

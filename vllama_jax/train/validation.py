@@ -1,14 +1,15 @@
 """What is looked at on the way: the loss on held-out records, and answers about fixed clips."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 
 from vllama_jax.chat import Chat, Prepared, prepare
 from vllama_jax.checkpoint import Model
-from vllama_jax.data.order import Rows
+from vllama_jax.data.order import Rows, Stream
+from vllama_jax.data.pipeline import HostBatch
 from vllama_jax.journal import Journal
 from vllama_jax.train.session import Plan, place
 from vllama_jax.train.state import Weights
@@ -16,10 +17,13 @@ from vllama_jax.train.step import make_evaluation
 
 
 class Validation:
-    """Raises MediaError at once for clips that cannot be shown to this run."""
+    """Raises MediaError at once for clips that cannot be shown to this run.
 
-    def __init__(self, plan: Plan, out: Path):
-        self._plan = plan
+    masked: is told the step, the dataset and each held-out batch, to name the samples that were not used.
+    """
+
+    def __init__(self, plan: Plan, out: Path, masked: Callable[[int, str, HostBatch], None]):
+        self._plan, self._masked = plan, masked
         self._cfg = plan.config.validation
         self.journal = Journal(out / "samples.jsonl")
         self._clips = [_prepared(clip, plan) for clip in self._cfg.clips] if self._cfg.every else []
@@ -32,26 +36,34 @@ class Validation:
         """Lines about how the model does now."""
         streams = [stream for stream in self._plan.reader.order.streams if stream.dataset.held_out]
         if streams:
-            loss = self._loss(streams, weights, frozen)
-            self._note({"step": step, "validation_loss": loss})
-            yield f"step {step}: validation loss {loss:.4f}"
+            loss, tokens, unused = self._sums(step, streams, weights, frozen)
+            if tokens:
+                self._note({"step": step, "validation_loss": loss / tokens})
+                yield f"step {step}: validation loss {loss / tokens:.4f}"
+            else:
+                yield f"step {step}: no validation loss, as no held-out sample can be used; the first is {unused[0]}"
         for clip in self._clips:
             answer = self._answer(clip, weights, frozen)
             self._note({"step": step, "clip": clip.report.path, "answer": answer})
             yield f"step {step}: {clip.report.path}: {answer}"
 
-    def _loss(self, streams: list, weights: Weights, frozen: Weights) -> float:
-        """The mean over all labelled tokens of the held-out batches, the same at every look."""
+    def _sums(
+        self, step: int, streams: list[Stream], weights: Weights, frozen: Weights
+    ) -> tuple[float, int, list[str]]:
+        """The summed loss of the held-out batches, the same at every look; their labelled tokens; what is not used."""
         total, tokens, size = 0.0, 0, self._plan.config.batch_size
+        unused: list[str] = []
         for number in range(self._cfg.batches):
             stream = streams[number % len(streams)]
             records = stream.held_out()
             first = number // len(streams) * size
             rows = Rows(stream, [(records[(first + row) % len(records)], 0) for row in range(size)])
             batch = self._plan.reader.read(rows)
+            self._masked(step, stream.dataset.path, batch)
+            unused += [f"{batch.names[row]}: {why}" for row, why in batch.problems.items()]
             loss, count = self._evaluate(weights, frozen, place(batch.arrays, self._plan))
             total, tokens = total + float(loss), tokens + int(count)
-        return total / max(tokens, 1)
+        return total, tokens, unused
 
     def _answer(self, clip: Prepared, weights: Weights, frozen: Weights) -> str:
         cast = {path: weight.astype(self._plan.dtype) for path, weight in weights.items()}
