@@ -1,6 +1,9 @@
 """From nothing to a model in a few steps of each: all that `python -m vllama_jax.miniature` does, but the learning."""
 
+import dataclasses
 import json
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +11,8 @@ import pytest
 import vllama_jax as vl
 from vllama_jax.checkpoint import open_model
 from vllama_jax.cli.run_config import load_config
-from vllama_jax.miniature import parts
+from vllama_jax.errors import ConfigError, VllamaError
+from vllama_jax.miniature import parts, recipe
 from vllama_jax.miniature.__main__ import measured
 from vllama_jax.miniature.recipe import Recipe, make_base, train_branches
 from vllama_jax.miniature.world import Amounts
@@ -33,8 +37,19 @@ def test_the_audio_branch_never_hears():
         assert (vision.branch, audio.branch, audio.trainable) == ("vision", "audio", AUDIO_BRANCH)
 
 
+def test_a_directory_of_another_seed_or_recipe_is_refused(tmp_path):
+    recipe.keep_json(tmp_path / "recipe.json", {"seed": 2, **dataclasses.asdict(SHORT), "pictures": 90})
+    with pytest.raises(ConfigError, match=r"was begun otherwise \(seed was 2, now 0; pictures was 90, now 100\)"):
+        make_base(tmp_path, 0, SHORT, print)
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """When each file was written."""
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
+
+
 @pytest.mark.slow
-def test_from_nothing_to_a_model_that_is_measured(tmp_path):
+def test_from_nothing_to_a_model_that_is_measured(tmp_path, monkeypatch):
     said = []
     make_base(tmp_path, 0, SHORT, said.append)
     train_branches(tmp_path, SHORT, said.append)
@@ -50,10 +65,28 @@ def test_from_nothing_to_a_model_that_is_measured(tmp_path):
     chat.add(next((tmp_path / "world" / "captions").glob("*.mp4")))
     assert isinstance("".join(chat.ask("What do you hear?", max_new_tokens=4)), str)
 
-    kept = {file: file.stat().st_mtime_ns for file in (tmp_path / "parts").rglob("*") if file.is_file()}
+    made = _files(tmp_path)
     make_base(tmp_path, 0, SHORT, said.append)
+    train_branches(tmp_path, SHORT, said.append)
     assert measured(tmp_path, 0, 4, said.append) == results
-    assert kept == {file: file.stat().st_mtime_ns for file in kept}
+    assert _files(tmp_path) == made
+
+    whole = open_model(tmp_path / "base").digest  # killed while the captioner learned: only what was lost is made again
+    shutil.rmtree(tmp_path / "base")
+    shutil.rmtree(tmp_path / "base_without_positions")
+    (tmp_path / "parts" / "captioner.npz").rename(tmp_path / "parts" / ".captioner.partial.npz")
+    make_base(tmp_path, 0, SHORT, said.append)
+    made_again = {name for name, when in _files(tmp_path).items() if made[name] != when}
+    assert {name.split("/")[0] for name in made_again} == {"parts", "base", "base_without_positions"}
+    assert [name for name in made_again if name.startswith("parts")] == ["parts/captioner.npz"]
+    assert open_model(tmp_path / "base").digest == whole
+
+    longer = dataclasses.replace(SHORT, steps_of_runs=3)
+    with pytest.raises(VllamaError, match="`vllama train` failed, as it says above"):  # it is a run of other steps
+        train_branches(tmp_path, longer, said.append)
+    monkeypatch.setattr(recipe, "command", lambda *_: None)
+    with pytest.raises(VllamaError, match=r"vision1 was stopped before its end; run the same command again"):
+        train_branches(tmp_path, longer, said.append)
     lines = (tmp_path / "audio2" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == SHORT.steps_of_runs
     assert json.loads(lines[0])["loss"] > 0

@@ -242,4 +242,15 @@ def test_accuracies_have_wilsons_interval():
         "accuracy": 0.5, "n": 100, "chance": 0.5, "low": 0.4038, "high": 0.5962
     }  # fmt: skip
     assert evaluate.measure([True] * 20, 0.5)["high"] == 1.0
+    alike = evaluate.measure(np.array([[True, True], [False, False]] * 25), 0.5)  # 50 files, each asked twice the same
+    assert alike == {**evaluate.measure([True, False] * 25, 0.5), "n": 100}
+
+
+def test_chance_is_of_one_who_looks_at_nothing():
+    scenes = [Scene((Things(kind="bell", colour="red", number=number),)) for number in (1, 1, 1, 2)]
+    assert evaluate.of_one_answer("count", scenes) == 0.75
+    assert evaluate.of_one_answer("object", scenes) == 1.0  # several bells are the same kind
+
+
+def test_every_way_has_an_opposite():
     assert set(WAYS) == {texts.OPPOSITES[texts.OPPOSITES[way]] for way in WAYS}

@@ -7,7 +7,6 @@ minutes on two cores. Everything is kept under OUT; run again it goes on where i
 with `vllama chat FILE --model OUT/model`; OUT/results.json has the figures that are printed at the end.
 """
 
-import json
 import sys
 import time
 from pathlib import Path
@@ -15,8 +14,8 @@ from pathlib import Path
 import tyro
 
 from vllama_jax.cli.compilation import keep_compiled_programs
-from vllama_jax.errors import VllamaError
-from vllama_jax.params import write_json
+from vllama_jax.errors import ConfigError, VllamaError
+from vllama_jax.params import read_json
 
 
 def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500) -> None:
@@ -24,13 +23,16 @@ def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500)
 
     Args:
         out: Where everything is kept.
-        seed: Of the world, of the weights and of the data's order.
+        seed: Of the world and of the frozen parts. The branches' own is that of their run configs.
         clips: Files in each set that the model is measured on.
     """
+    if clips < 1 or seed < 0:
+        raise ConfigError(f"--clips must be at least 1 and --seed at least 0, not {clips} and {seed}")
     keep_compiled_programs()
     from vllama_jax.miniature.evaluate import as_table
-    from vllama_jax.miniature.recipe import Recipe, make_base, train_branches
+    from vllama_jax.miniature.recipe import Recipe, keep_json, make_base, train_branches
 
+    file = out / "results.json"
     began, from_nothing = time.perf_counter(), not out.exists()
     out.mkdir(parents=True, exist_ok=True)
 
@@ -41,8 +43,11 @@ def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500)
     make_base(out, seed, recipe, say)
     train_branches(out, recipe, say)
     results = measured(out, seed, clips, say)
-    minutes = round((time.perf_counter() - began) / 60, 1) if from_nothing else None  # of a run that went on: not known
-    write_json(out / "results.json", {"seed": seed, "minutes": minutes, "measures": results})
+    if from_nothing:
+        minutes = round((time.perf_counter() - began) / 60, 1)
+    else:  # known if it is whole already, but not of a run that was taken up again
+        minutes = read_json(file)["minutes"] if file.exists() else None
+    keep_json(file, {"seed": seed, "minutes": minutes, "measures": results})
     print(as_table(results))
 
 
@@ -50,6 +55,7 @@ def measured(out: Path, seed: int, clips: int, say) -> dict[str, dict[str, float
     """All measures of the model, and those of the models that it is compared with; kept in OUT/measures."""
     from vllama_jax.checkpoint import load
     from vllama_jax.miniature import evaluate
+    from vllama_jax.miniature.recipe import keep_json
 
     folder = out / "measures"
     folder.mkdir(exist_ok=True)
@@ -62,8 +68,8 @@ def measured(out: Path, seed: int, clips: int, say) -> dict[str, dict[str, float
     for name, of, figures in work:
         file = folder / f"{name}-{clips}.json"
         if not file.exists():
-            write_json(file, figures(load(out / of), seed, clips, say))
-        found |= json.loads(file.read_text())
+            keep_json(file, figures(load(out / of), seed, clips, say))
+        found |= read_json(file)
     return found
 
 

@@ -6,14 +6,13 @@ puts the model that `python -m vllama_jax.miniature OUT` made in their place, an
 those of OUT and of the same command with other seeds, in OTHERS; they are printed as docs/miniature.md has them.
 """
 
-import json
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vllama_jax.errors import CheckpointError
-from vllama_jax.params import write_json
+from vllama_jax.params import read_json, write_json
 
 BOX = Path(__file__).parent / "box"
 MODEL, CLIPS, RESULTS = BOX / "model", BOX / "clips", BOX / "results.json"
@@ -47,6 +46,8 @@ def fill(out: Path, others: Sequence[Path] = ()) -> None:
         ),
         "birds.jpg": Scene((Things(kind="bird", colour="pink", size="small", number=3),)),
     }
+    results = [read_json(one / "results.json") for one in (out, *others)]
+    plan = convert.plan(files={}, base=out / "model")
     shutil.rmtree(BOX, ignore_errors=True)
     CLIPS.mkdir(parents=True)
     for number, (name, scene) in enumerate(clips.items()):
@@ -55,8 +56,8 @@ def fill(out: Path, others: Sequence[Path] = ()) -> None:
             write_still(CLIPS / name, scene, draw)
         else:
             write_clip(CLIPS / name, scene, draw, seconds=render.SECONDS * len(scene.heard), snr_db=20)
-    convert.convert(convert.plan(files={}, base=out / "model"), MODEL, dtype=DTYPE)
-    write_json(RESULTS, [json.loads((one / "results.json").read_text()) for one in (out, *others)])
+    convert.convert(plan, MODEL, dtype=DTYPE)
+    write_json(RESULTS, results)
 
 
 if __name__ == "__main__":

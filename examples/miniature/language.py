@@ -54,7 +54,7 @@ CONFIG = LlamaConfig(
 
 
 def fixed_sentences() -> list[str]:
-    """What every prompt repeats. Each is one token, which makes prompts half as long."""
+    """What every prompt repeats. Each is one token, which makes prompts a third as long."""
     heard = prompts.media_message(Media("audio"))
     both = prompts.media_message(Media("video", sound=True))
     tags = ["<Video>", "</Video>", "<Image>", "</Image>"]
@@ -209,8 +209,10 @@ def _shuffled(words: list[str], draw: np.random.Generator) -> str:
 
 def _times(draw: np.random.Generator) -> tuple[float, ...]:
     """When a video's frames are: mostly as in this world, now and then as elsewhere."""
-    length = draw.uniform(1, 30) if draw.random() < 0.1 else render.SECONDS
-    return tuple(length * number / 8 for number in range(8))
+    if draw.random() < 0.1:
+        length = draw.uniform(1, 30)
+        return tuple(length * number / 8 for number in range(8))
+    return WORLD_SECONDS
 
 
 def _plain_text(scene: Scene, draw: np.random.Generator) -> list[str]:

@@ -1,20 +1,26 @@
 """From nothing to a model: the world, its frozen parts, both branches in both stages, and what is compared with them.
 
-Everything that a run makes is kept under OUT and not made again, so that a run that was stopped goes on.
+Everything that a run makes is kept under OUT and not made again, so that a run that was stopped goes on; what is there
+is whole. OUT/recipe.json says of which seed and recipe it is.
 """
 
 import dataclasses
 import functools
 import json
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flax import nnx
 
+from vllama_jax.checkpoint import run_steps
+from vllama_jax.cli.run_config import load_config
+from vllama_jax.errors import ConfigError, VllamaError
 from vllama_jax.miniature import captioner, hearing, language, towers
 from vllama_jax.miniature.hearing import read_pairs
 from vllama_jax.miniature.parts import CONFIG, Weights, kept, under, weights_of, write_model
@@ -22,6 +28,7 @@ from vllama_jax.miniature.pictures import draw_pictures
 from vllama_jax.miniature.world import Amounts, write_world
 from vllama_jax.nn.imagebind import AudioTower
 from vllama_jax.nn.llama import Llama
+from vllama_jax.params import read_json, write_json
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 Say = Callable[[str], None]
@@ -42,7 +49,11 @@ class Recipe:
 
 
 def make_base(out: Path, seed: int, recipe: Recipe, say: Say) -> None:
-    """The world, the frozen parts, OUT/base, and OUT/base_without_positions for the comparison."""
+    """The world, the frozen parts, OUT/base, and OUT/base_without_positions for the comparison.
+
+    Raises ConfigError where OUT is of another seed or recipe.
+    """
+    _begin(out, seed, recipe)
     if (out / "base_without_positions").exists():
         return
     write_world(out / "world", recipe.amounts, seed, say)
@@ -84,11 +95,34 @@ def make_base(out: Path, seed: int, recipe: Recipe, say: Say) -> None:
     _write_bases(out, {**weights, **weights_of(told)}, seed)
 
 
+def _begin(out: Path, seed: int, recipe: Recipe) -> None:
+    """Writes down what OUT is of, or checks that it is of the same."""
+    file, asked = out / "recipe.json", {"seed": seed, **dataclasses.asdict(recipe)}
+    if not file.exists():
+        keep_json(file, asked)
+    begun = read_json(file)
+    differences = [
+        f"{name} was {begun.get(name)!r}, now {value!r}" for name, value in asked.items() if begun.get(name) != value
+    ]
+    if differences:
+        raise ConfigError(f"{out} was begun otherwise ({'; '.join(differences)}); name another directory")
+
+
+def keep_json(file: Path, fields: dict[str, Any]) -> None:
+    """Writes a file whole or not at all."""
+    partial = file.with_name(f".{file.name}.partial")
+    write_json(partial, fields)
+    partial.rename(file)
+
+
 def _tokenizer(out: Path, seed: int) -> Tokenizer:
     folder = out / "parts" / "tokenizer"
-    if not (folder / "tokenizer.model").exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        language.train_tokenizer(folder, seed)
+    if not folder.exists():
+        partial = out / "parts" / ".tokenizer.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        language.train_tokenizer(partial, seed)
+        partial.rename(folder)
     return load_tokenizer(folder)
 
 
@@ -143,12 +177,16 @@ def _stages(
         given += ("--init", f"{out / name}1") if stage == 2 else ()
         given += ("--steps", str(recipe.steps_of_runs)) if recipe.steps_of_runs else ()
         command(say, "train", config, *given)
+        steps = recipe.steps_of_runs or load_config(config)[0].steps
+        if run_steps(out / f"{name}{stage}")[-1] < steps:
+            raise VllamaError(f"{out / name}{stage} was stopped before its end; run the same command again to go on")
 
 
 def command(say: Say, *arguments: str) -> None:
-    """Runs `vllama …` in a process of its own, and says which. Raises CalledProcessError when it fails."""
+    """Runs `vllama …` in a process of its own, and says which. Raises VllamaError when it fails."""
     began = time.perf_counter()
     say(f"vllama {' '.join(arguments)}")
     program = "from vllama_jax.cli import main; main()"
-    subprocess.run([sys.executable, "-c", program, *arguments], check=True)
+    if subprocess.run([sys.executable, "-c", program, *arguments]).returncode:
+        raise VllamaError(f"`vllama {arguments[0]}` failed, as it says above; run the same command again to go on")
     say(f"  {time.perf_counter() - began:.0f} s")

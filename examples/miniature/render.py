@@ -39,7 +39,7 @@ def clip_frames(scene: Scene, draw: np.random.Generator) -> Iterator[np.ndarray]
     """The FRAMES frames of a clip, uint8 [SIDE, SIDE, 3].
 
     Half of the time is over in the middle of the frames that are read: a clip and the same backwards are then alike in
-    all but their frames' order, and no part of a thing's way tells which way it is.
+    all but their frames' order (before compression), and no part of a thing's way tells which way it is.
     """
     ground, drawn = _ground(draw), _draw_all(scene, draw)
     for time in np.minimum(0.5 + (np.arange(FRAMES) - READ.mean()) / FRAMES, 1.0):

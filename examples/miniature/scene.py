@@ -80,11 +80,6 @@ class Scene:
     shown: tuple[Things, ...]
     heard: tuple[str, ...] = ()
 
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """The kinds that are shown, in order."""
-        return tuple(things.kind for things in self.shown)
-
 
 def is_held_out(kind: str, colour: str, motion: str) -> bool:
     """Whether this combination is for tests only.

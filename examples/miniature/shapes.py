@@ -196,7 +196,7 @@ SHAPES: dict[str, Callable[[Pen], None]] = {
 }  # fmt: skip
 
 
-@functools.lru_cache(maxsize=512)
+@functools.cache
 def shape_mask(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """A shape taken apart [TILE, TILE]: how much of each pixel it covers, how much of that its colour, and the rest.
 

@@ -1,7 +1,7 @@
 """How each kind of thing sounds: bells ring, drums beat, birds chirp, all made of tones and noise.
 
 Every call draws another pitch, tempo, onset and loudness: a kind is known by its manner, not by one recording.
-Sounds are float32 at SAMPLE_RATE, [n] for one kind and [1, n] for a soundtrack; times are seconds, pitches Hz.
+Sounds are float32 at SAMPLE_RATE; times are seconds, pitches Hz.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -21,15 +21,10 @@ TABLE = 2_048  # samples in a stored period; a power of two, so that the phase w
 Range = tuple[float, float]
 
 
-def synthesize(kind: str, seconds: float, draw: np.random.Generator) -> np.ndarray:
-    """One kind of thing heard alone: float32 [n], its RMS between QUIETEST and LOUDEST, never beyond ±1."""
-    return _at_loudness(kind, round(seconds * SAMPLE_RATE), draw.uniform(), draw)
-
-
 def soundtrack(
     kinds: Sequence[str], seconds: float, draw: np.random.Generator, snr_db: float | None = None
 ) -> np.ndarray:
-    """The kinds one after another, each for an equal share of the time: float32 [1, n].
+    """The kinds one after another, each for an equal share of the time: float32 [1, n], never beyond ±1.
 
     White noise is `snr_db` below the RMS of the signal (None: there is none). Of no kinds, only faint noise is left.
     """

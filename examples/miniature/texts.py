@@ -37,10 +37,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     ),
 }
 HEARD = ("hear", "hear_first", "hear_last", "fit")  # never asked when a branch is trained
-OPPOSITES = {
-    "left": "right", "right": "left", "up": "down", "down": "up",
-    "grows": "shrinks", "shrinks": "grows", "appears": "vanishes", "vanishes": "appears",
-}  # fmt: skip
+OPPOSITES = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 
 def caption(scene: Scene) -> str:

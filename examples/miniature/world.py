@@ -1,7 +1,7 @@
 """The world as files: clips with sound and stills, what is said of them, and the records that a run reads.
 
-OUT/captions, OUT/instructions   media, annotations.jsonl: stage 1 and stage 2 of both branches
-OUT/records/…                    the same as records directories (vllama data build)
+world/captions, world/instructions   media, annotations.jsonl: stage 1 and stage 2 of both branches
+world/records/…                      the same as records directories (vllama data build)
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from vllama_jax.miniature.scene import CHANGES, WAYS, Scene, draw_scene
 from vllama_jax.miniature.sounds import SAMPLE_RATE, soundtrack
 
 # How often a clip has each motion: ways are what the first claim is about, turns what the second needs.
-MOTIONS = {**dict.fromkeys(WAYS, 0.11), **dict.fromkeys(CHANGES, 0.035), "in turn": 0.38, "rests": 0.04}
+MOTION_SHARES = {**dict.fromkeys(WAYS, 0.11), **dict.fromkeys(CHANGES, 0.035), "in turn": 0.38, "rests": 0.04}
 TURNS = 4  # questions about one clip, at most
 PART = 100  # files that one process writes at a time
 
@@ -50,8 +50,8 @@ def write_world(out: Path, amounts: Amounts, seed: int, say: Callable[[str], Non
         partial.mkdir(parents=True)
         wanted = [("clip", numbers[f"{singular}_clips"]), ("still", numbers[f"{singular}_stills"])]
         work = [
-            (partial, name, kind, first, min(PART, count - first), [seed, 2, part])
-            for kind, count in wanted
+            (partial, name, form, first, min(PART, count - first), [seed, 2, part])
+            for form, count in wanted
             for first in range(0, count, PART)
         ]
         say(f"{out / name}: writing {wanted[0][1]} clips and {wanted[1][1]} stills")
@@ -64,19 +64,18 @@ def write_world(out: Path, amounts: Amounts, seed: int, say: Callable[[str], Non
 
 
 def _write_part(work: tuple[Path, str, str, int, int, list[int]]) -> list[str]:
-    folder, name, kind, first, count, seed = work
+    folder, name, form, first, count, seed = work
     lines = []
     for number in range(first, first + count):
-        draw = np.random.default_rng([*seed, kind == "still", number])
-        scene = draw_scene(
-            draw, "rests" if kind == "still" else str(draw.choice(list(MOTIONS), p=list(MOTIONS.values())))
-        )
-        file = f"{kind}{number:05d}.{'jpg' if kind == 'still' else 'mp4'}"
-        if kind == "still":
+        draw = np.random.default_rng([*seed, form == "still", number])
+        if form == "still":
+            scene, file = draw_scene(draw, "rests"), f"{form}{number:05d}.jpg"
             write_still(folder / file, scene, draw)
         else:
+            motion = str(draw.choice(list(MOTION_SHARES), p=list(MOTION_SHARES.values())))
+            scene, file = draw_scene(draw, motion), f"{form}{number:05d}.mp4"
             write_clip(folder / file, scene, draw, snr_db=float(draw.uniform(0, 30)))
-        named = {"image" if kind == "still" else "video": file}
+        named = {"image" if form == "still" else "video": file}
         said = {"caption": texts.caption(scene)} if name == "captions" else _messages(scene, draw)
         lines.append(json.dumps({**named, **said}))
     return lines
