@@ -16,6 +16,7 @@ from vllama_jax.miniature import parts, recipe
 from vllama_jax.miniature.__main__ import measured
 from vllama_jax.miniature.recipe import Recipe, make_base, train_branches
 from vllama_jax.miniature.world import Amounts
+from vllama_jax.params import replace_json
 from vllama_jax.train.config import AUDIO_BRANCH
 
 SHORT = Recipe(
@@ -38,7 +39,7 @@ def test_the_audio_branch_never_hears():
 
 
 def test_a_directory_of_another_seed_or_recipe_is_refused(tmp_path):
-    recipe.keep_json(tmp_path / "recipe.json", {"seed": 2, **dataclasses.asdict(SHORT), "pictures": 90})
+    replace_json(tmp_path / "recipe.json", {"seed": 2, **dataclasses.asdict(SHORT), "pictures": 90})
     with pytest.raises(ConfigError, match=r"was begun otherwise \(seed was 2, now 0; pictures was 90, now 100\)"):
         make_base(tmp_path, 0, SHORT, print)
 

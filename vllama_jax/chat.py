@@ -47,6 +47,13 @@ class Answer:
     timings: dict[str, float]
 
 
+def check_positions(config: VideoLlamaConfig, option: str, num_frames: int | None, advice: str) -> None:
+    """Raises ConfigError where more frames are asked for than the model has learned positions for."""
+    if (num_frames or 0) > config.num_frame_positions:
+        told = f"{option} {num_frames}, but the model has learned {config.num_frame_positions} positions"
+        raise ConfigError(f"{told}; {advice}")
+
+
 def prepare(
     path: str | Path,
     config: VideoLlamaConfig,

@@ -211,7 +211,7 @@ def chatting(
     check_length(prompt, new, model.llama)
     padded = padded_length(prompt)
     capacity = padded_length(padded + -(-new // 64) * 64)
-    weights = _loaded(model, (dtype, scheme, lora), mesh)
+    weights = _loaded(model, mesh, dtype, scheme, lora)
     one = Shape(rows=1, length=padded, itemsize=_itemsize(dtype), mesh=mesh)
     cache = temporaries.key_value_cache(model.llama, dataclasses.replace(one, rows=beams), capacity)
     at_work = max(
@@ -226,15 +226,15 @@ def chatting(
 
 
 def _loaded(
-    model: VideoLlamaConfig, held: tuple[str, str | None, LoraConfig], mesh: MeshConfig
+    model: VideoLlamaConfig, mesh: MeshConfig, dtype: str, scheme: str | None, lora: LoraConfig
 ) -> "dict[str, ShapeDtypeStruct]":
-    """All weights by path, as `checkpoint.load` lays them over a mesh. held: dtype, scheme and low-rank updates."""
+    """All weights by path, as `checkpoint.load` lays them over a mesh."""
     from flax import nnx
 
     from vllama_jax.quantize import abstract_layers
     from vllama_jax.sharding import shard_abstract
 
-    network, _ = abstract_layers(model, *held)
+    network, _ = abstract_layers(model, dtype, scheme, lora)
     state = shard_abstract(nnx.state(network), _abstract_mesh(mesh), fsdp=False)
     return {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 

@@ -276,6 +276,13 @@ def write_json(path: Path, fields: dict[str, Any]) -> None:
     write_file(path, (json.dumps(fields, indent=1) + "\n").encode())
 
 
+def replace_json(path: Path, fields: dict[str, Any]) -> None:
+    """Writes a file whole, or leaves what was there, whenever the process is killed."""
+    partial = path.with_name(f".{path.name}.partial")
+    write_json(partial, fields)
+    os.replace(partial, path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object in a file. Raises CheckpointError when it cannot be read, ConfigError when it is no such object."""
     try:

@@ -14,8 +14,8 @@ from pathlib import Path
 import tyro
 
 from vllama_jax.cli.compilation import keep_compiled_programs
-from vllama_jax.errors import ConfigError, VllamaError
-from vllama_jax.params import read_json
+from vllama_jax.errors import VllamaError
+from vllama_jax.params import read_json, replace_json
 
 
 def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500) -> None:
@@ -26,12 +26,11 @@ def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500)
         seed: Of the world and of the frozen parts. The branches' own is that of their run configs.
         clips: Files in each set that the model is measured on.
     """
-    if clips < 1 or seed < 0:
-        raise ConfigError(f"--clips must be at least 1 and --seed at least 0, not {clips} and {seed}")
     keep_compiled_programs()
-    from vllama_jax.miniature.evaluate import as_table
-    from vllama_jax.miniature.recipe import Recipe, keep_json, make_base, train_branches
+    from vllama_jax.miniature.evaluate import as_table, check_asked
+    from vllama_jax.miniature.recipe import Recipe, make_base, train_branches
 
+    check_asked(seed, clips)
     file = out / "results.json"
     began, from_nothing = time.perf_counter(), not out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -47,7 +46,7 @@ def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500)
         minutes = round((time.perf_counter() - began) / 60, 1)
     else:  # known if it is whole already, but not of a run that was taken up again
         minutes = read_json(file)["minutes"] if file.exists() else None
-    keep_json(file, {"seed": seed, "minutes": minutes, "measures": results})
+    replace_json(file, {"seed": seed, "minutes": minutes, "measures": results})
     print(as_table(results))
 
 
@@ -55,7 +54,6 @@ def measured(out: Path, seed: int, clips: int, say) -> dict[str, dict[str, float
     """All measures of the model, and those of the models that it is compared with; kept in OUT/measures."""
     from vllama_jax.checkpoint import load
     from vllama_jax.miniature import evaluate
-    from vllama_jax.miniature.recipe import keep_json
 
     folder = out / "measures"
     folder.mkdir(exist_ok=True)
@@ -68,7 +66,7 @@ def measured(out: Path, seed: int, clips: int, say) -> dict[str, dict[str, float
     for name, of, figures in work:
         file = folder / f"{name}-{clips}.json"
         if not file.exists():
-            keep_json(file, figures(load(out / of), seed, clips, say))
+            replace_json(file, figures(load(out / of), seed, clips, say))
         found |= read_json(file)
     return found
 

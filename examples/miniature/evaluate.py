@@ -20,6 +20,7 @@ from flax import nnx
 
 from vllama_jax import generate
 from vllama_jax.checkpoint import Model
+from vllama_jax.errors import ConfigError
 from vllama_jax.evaluate.answers import greedy_answers
 from vllama_jax.miniature import hearing, texts, unseen
 from vllama_jax.miniature.scene import Scene
@@ -58,6 +59,12 @@ def of_one_answer(question: str, scenes: Sequence[Scene]) -> float:
     """Chance: how often the answer that is right most often is, by one who looks at nothing."""
     right = collections.Counter(texts.key(question, texts.answer(question, scene)) for scene in scenes)
     return max(right.values()) / len(scenes)
+
+
+def check_asked(seed: int, clips: int) -> None:
+    """Raises ConfigError for a seed or a number of files that can be none."""
+    if clips < 1 or seed < 0:
+        raise ConfigError(f"--clips must be at least 1 and --seed at least 0, not {clips} and {seed}")
 
 
 def evaluate(model: Model, seed: int, clips: int, say: Callable[[str], None] = lambda text: None) -> dict[str, Measure]:

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -28,7 +27,7 @@ from vllama_jax.miniature.pictures import draw_pictures
 from vllama_jax.miniature.world import Amounts, write_world
 from vllama_jax.nn.imagebind import AudioTower
 from vllama_jax.nn.llama import Llama
-from vllama_jax.params import read_json, write_json
+from vllama_jax.params import read_json, replace_json
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 Say = Callable[[str], None]
@@ -99,20 +98,13 @@ def _begin(out: Path, seed: int, recipe: Recipe) -> None:
     """Writes down what OUT is of, or checks that it is of the same."""
     file, asked = out / "recipe.json", {"seed": seed, **dataclasses.asdict(recipe)}
     if not file.exists():
-        keep_json(file, asked)
+        replace_json(file, asked)
     begun = read_json(file)
     differences = [
         f"{name} was {begun.get(name)!r}, now {value!r}" for name, value in asked.items() if begun.get(name) != value
     ]
     if differences:
         raise ConfigError(f"{out} was begun otherwise ({'; '.join(differences)}); name another directory")
-
-
-def keep_json(file: Path, fields: dict[str, Any]) -> None:
-    """Writes a file whole or not at all."""
-    partial = file.with_name(f".{file.name}.partial")
-    write_json(partial, fields)
-    partial.rename(file)
 
 
 def _tokenizer(out: Path, seed: int) -> Tokenizer:

@@ -11,12 +11,12 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vllama_jax.chat import Chat, Prepared, prepare
+from vllama_jax.chat import Chat, Prepared, check_positions, prepare
 from vllama_jax.checkpoint import Model, ModelDirectory, load, open_model, without_missing_branch
 from vllama_jax.cli.compilation import keep_compiled_programs
 from vllama_jax.cli.display import Display
 from vllama_jax.config import GenerationConfig
-from vllama_jax.errors import ConfigError, VllamaError
+from vllama_jax.errors import VllamaError
 from vllama_jax.media import MediaReport, check_file
 from vllama_jax.miniature.box import shipped_model
 from vllama_jax.text.prompts import start_conversation
@@ -78,11 +78,8 @@ def chat(
         directory = without_missing_branch(open_model(model, base))
         config = directory.config
         start_conversation(template or config.template, config.has_audio, system)
-        if not interpolate_positions and (num_frames or 0) > config.num_frame_positions:
-            raise ConfigError(
-                f"--num-frames {num_frames}, but the model has learned {config.num_frame_positions} positions; "
-                "ask for fewer, or add --interpolate-positions"
-            )
+        if not interpolate_positions:
+            check_positions(config, "--num-frames", num_frames, "ask for fewer, or add --interpolate-positions")
         read = {"config": config, "num_frames": num_frames, "audio": audio, "require_audio": require_audio}
         weights = {"dtype": dtype, "quantize": quantize, "audio_scale": audio_scale}
         loaded, prepared, timings = _load(display, directory, weights, files, read)

@@ -43,10 +43,9 @@ def miniature(
     from vllama_jax.checkpoint import load
     from vllama_jax.cli.compilation import keep_compiled_programs
     from vllama_jax.miniature.box import shipped_model
-    from vllama_jax.miniature.evaluate import as_table, evaluate
+    from vllama_jax.miniature.evaluate import as_table, check_asked, evaluate
 
-    if clips < 1 or seed < 0:
-        raise ConfigError(f"--clips must be at least 1 and --seed at least 0, not {clips} and {seed}")
+    check_asked(seed, clips)
     keep_compiled_programs()
     with Display(quiet=json_output) as display:
         loaded = load(model or shipped_model(), audio_scale=audio_scale)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax import media
-from vllama_jax.chat import Prepared, encode_media, encode_prompt, fit_to_model
+from vllama_jax.chat import Prepared, check_positions, encode_media, encode_prompt, fit_to_model
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.data.ahead import in_order
 from vllama_jax.errors import ConfigError, MediaError
@@ -69,11 +69,7 @@ class Answering:
     """
 
     def __init__(self, config: VideoLlamaConfig, settings: Settings, load: "Callable[[], Model]"):
-        if (settings.num_frames or 1) > config.num_frame_positions:
-            raise ConfigError(
-                f"--frames {settings.num_frames}, but the model has learned {config.num_frame_positions} positions; "
-                "ask for fewer"
-            )
+        check_positions(config, "--frames", settings.num_frames, "ask for fewer")
         self._config, self._settings = config, settings
         self._load = functools.cache(load)
         self.unusable: dict[str, str] = {}

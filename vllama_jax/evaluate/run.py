@@ -9,7 +9,6 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from vllama_jax.evaluate.published import PUBLISHED
 from vllama_jax.evaluate.questions import Question, digest, in_order_of_videos, spread
 from vllama_jax.evaluate.videos import LISTED, Videos
 from vllama_jax.journal import Journal
-from vllama_jax.params import read_json
+from vllama_jax.params import read_json, replace_json
 
 NEW_TOKENS = {"open": 300, "caption": 64, "choice": 32}  # at most, unless the user says: what each task can need
 
@@ -152,9 +151,7 @@ class _Work:
             "unjudged": {"cases": len(self._unjudged), "first": next(iter(self._unjudged), None)},
             "published": PUBLISHED.get(self._asked.benchmark),
         }
-        partial = self._asked.out / ".results.json.partial"
-        partial.write_text(json.dumps(results, indent=1) + "\n")
-        os.replace(partial, self._asked.out / "results.json")
+        replace_json(self._asked.out / "results.json", results)
         return results
 
     def _lacks_video(self, question: Question) -> bool:

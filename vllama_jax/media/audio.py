@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.files import check_file, is_cut_off, open_container, picture_format, sound_stream
+from vllama_jax.media.files import WHOLE, check_file, is_cut_off, open_container, picture_format, sound_stream
 from vllama_jax.media.report import MediaReport
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class SoundDecoder:
     within: the part to keep, in seconds; all is decoded.
     """
 
-    def __init__(self, stream: AudioStream, path: str, within: tuple[float, float] = (0.0, math.inf)) -> None:
+    def __init__(self, stream: AudioStream, path: str, within: tuple[float, float] = WHOLE) -> None:
         self.sample_rate = 0
         self.stream = stream
         self._path, self._within = path, within
@@ -129,8 +129,8 @@ class SoundDecoder:
             raise ValueError("it holds values that are not finite")
         if frame.sample_rate != self.sample_rate or len(piece) != self._channels:
             raise ValueError("its rate or number of channels changes on the way")
-        places = (None if math.isinf(time) else round(time * self.sample_rate) - self._decoded for time in self._within)
-        begin, end = (place and max(place, 0) for place in places)
+        places = np.round(np.multiply(self._within, self.sample_rate)) - self._decoded
+        begin, end = np.clip(places, 0, piece.shape[1]).astype(int)
         self._kept += piece[:, begin:end].T.tobytes()
         self._decoded += piece.shape[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ _CONTAINERS = (
     "wav,w64,mp3,flac,aac,ac3,eac3,aiff,au,caf,amr,ape,wv,tta,tak,dts,truehd,oma"
 )
 
+WHOLE = (0.0, math.inf)  # of a file, from and to which second
 PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png")  # of the frames of a video that is a folder of pictures
 
 # The first bytes of the picture files that Pillow reads, and Pillow's names for them.

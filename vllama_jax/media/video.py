@@ -18,6 +18,7 @@ import numpy as np
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio import SoundDecoder
 from vllama_jax.media.files import (
+    WHOLE,
     check_file,
     is_cut_off,
     is_still_picture,
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
     Choose = Callable[[int, int], Int64[np.ndarray, "t"]]  # how many there are and how many to take → which, rising
 
-WHOLE = (0.0, math.inf)  # seconds
 _SEEK_GAP = 16  # fewer packets than this are decoded rather than skipped: a seek throws away what is under way
 
 
@@ -45,8 +45,8 @@ class Video:
 
     `frames` are RGB, `seconds` their times (index / frame rate) and `duration` the whole video's (frames / frame rate).
     The rate is the average that the file claims, or what its frames' times say where those differ. `waveform` has
-    every channel in [-1, 1] at the file's own rate; it is None where `report` says that there is no
-    sound, or why it is not used.
+    every channel in [-1, 1] at the file's own rate; it is None where `report` says that there is no sound, or why it
+    is not used.
     """
 
     frames: UInt8[np.ndarray, "t h w 3"]
@@ -91,8 +91,8 @@ def read_video(
 
     A video with fewer frames gives those it has. `choose` says which frames are taken; it is asked again where a video
     turns out to have another number of frames than its index says. `within` is the part, in seconds, that is read as
-    if it were a file of its own. Sound that fails to decode is no error: the report
-    says why. Raises MediaError for anything that is not a video that can be decoded, and for a truncated one.
+    if it were a file of its own. Sound that fails to decode is no error: the report says why. Raises MediaError for
+    anything that is not a video that can be decoded, and for a truncated one.
     """
     path = check_file(path)
     if is_still_picture(path):
