@@ -186,9 +186,14 @@ def test_the_prompts_sentences_are_one_token_each(tmp_path):
     encoded = prompts.encode(told, tokenizer, [8])
     assert len(encoded.ids) < 35
     draw = np.random.default_rng(0)
-    rows = [language.draw_text(tokenizer, draw) for _ in range(50)]
+    drawn = [language.draw_text(tokenizer, draw) for _ in range(50)]
+    rows = [ids for ids, _ in drawn]
     assert max(map(len, rows)) < 2 * language.LENGTH
     assert all(row[0] == tokenizer.bos_id and row.max() < language.VOCAB_SIZE for row in rows)
+    noted = [tokenizer.decode(ids[is_note].tolist()) for ids, is_note in drawn]
+    assert sum(map(bool, noted)) > 35
+    assert all(is_note.shape == ids.shape for ids, is_note in drawn)
+    assert not re.search("[#?<]|Human|heard", " ".join(noted))  # words of what is shown and heard alone
     read = [tokenizer.decode(row[1:].tolist()) for row in rows]
     compared = [line for text in read if "###" not in text and "so yes" in text for line in text.strip().split("\n")]
     assert len(compared) >= 12

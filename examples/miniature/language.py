@@ -32,12 +32,14 @@ from vllama_jax.text.prompts import Media
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from vllama_jax.text.training import encode_conversation, find_conversation_template
 
-Text = Callable[[Tokenizer, np.random.Generator], np.ndarray]  # draws one, as token ids
+Text = tuple[np.ndarray, np.ndarray]  # token ids [n], and whether each is of notes, bool [n]
+DrawText = Callable[[Tokenizer, np.random.Generator], Text]
 
 VOCAB_SIZE = 704
 LENGTH = 128  # tokens of a row: texts one after another, the last one cut
 TEMPLATE = "vicuna"
 LAYOUTS = {"caption": 0.1, "compared": 0.1, "training": 0.2, "seen": 0.2, "heard": 0.2, "both": 0.2}  # of texts
+NOISE = 1.5  # on notes at most, in root mean squares of all words' vectors
 WORLD_SECONDS = tuple((render.READ / render.FPS).tolist())  # when a clip's frames are
 
 CONFIG = LlamaConfig(
@@ -91,13 +93,22 @@ def train_tokenizer(directory: Path, seed: int) -> Tokenizer:
 def train_language_model(
     tokenizer: Tokenizer, *, comparison_steps: int, steps: int, seed: int, say: Callable[[str], None]
 ) -> Llama:
-    """Language modelling on texts that are drawn anew at every step: on comparisons alone, then on all texts."""
+    """Language modelling on texts that are drawn anew at every step: on comparisons alone, then on all texts.
 
-    def batches(text: Text, size: int) -> Callable[[np.random.Generator], np.ndarray]:
-        return lambda draw: np.stack([_row(tokenizer, draw, text) for _ in range(size)])
+    Notes are under noise, of another strength in each row: media tokens will be near the words' vectors, never on them.
+    """
 
-    def loss(llama: Llama, ids: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        logits = llama.logits(llama(llama.embed(ids), jnp.ones(ids.shape, bool), "none"))[:, :-1]
+    def batches(draw_text: DrawText, size: int) -> Callable[[np.random.Generator], dict[str, np.ndarray]]:
+        def batch(draw: np.random.Generator) -> dict[str, np.ndarray]:
+            ids, is_note = map(np.stack, zip(*(_row(tokenizer, draw, draw_text) for _ in range(size)), strict=True))
+            return {"ids": ids, "is_note": is_note, "seed": draw.integers(2**31)}
+
+        return batch
+
+    def loss(llama: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        ids, words = batch["ids"], llama.embed(batch["ids"])
+        x = words + batch["is_note"][..., None] * _noise(llama, words.shape, jax.random.key(batch["seed"]))
+        logits = llama.logits(llama(x, jnp.ones(ids.shape, bool), "none"))[:, :-1]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
         return jnp.mean(losses), {"right": jnp.mean(jnp.argmax(logits, axis=-1) == ids[:, 1:])}
 
@@ -106,39 +117,52 @@ def train_language_model(
     return fit(llama, loss, batches(draw_text, 32), steps=steps, name="language model", **common)
 
 
-def _row(tokenizer: Tokenizer, draw: np.random.Generator, text: Text) -> np.ndarray:
+def _noise(llama: Llama, shape: tuple[int, int, int], key: jax.Array) -> jax.Array:
+    """Gaussian, of a strength in each row that is drawn evenly up to NOISE."""
+    of_strength, of_noise = jax.random.split(key)
+    table = jax.lax.stop_gradient(llama.embed(jnp.arange(VOCAB_SIZE)))
+    strength = jnp.sqrt(jnp.mean(table**2)) * jax.random.uniform(of_strength, (shape[0], 1, 1), maxval=NOISE)
+    return strength * jax.random.normal(of_noise, shape)
+
+
+def _row(tokenizer: Tokenizer, draw: np.random.Generator, draw_text: DrawText) -> Text:
     """Texts one after another, LENGTH tokens of them."""
-    row = np.zeros(0, np.int32)
-    while len(row) < LENGTH:
-        row = np.concatenate([row, text(tokenizer, draw)])
-    return row[:LENGTH]
+    drawn = []
+    while sum(len(ids) for ids, _ in drawn) < LENGTH:
+        drawn.append(draw_text(tokenizer, draw))
+    ids, is_note = (np.concatenate(parts)[:LENGTH] for parts in zip(*drawn, strict=True))
+    return ids, is_note
 
 
-def draw_comparisons(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
-    """Token ids of answers to whether a sound fits a picture.
+def draw_comparisons(tokenizer: Tokenizer, draw: np.random.Generator) -> Text:
+    """Answers to whether a sound fits a picture.
 
     A kind is named twice only where it does, so that a kind said again is the sign to find.
     """
     kinds = draw.permutation(list(KINDS))[:12].reshape(6, 2)
     answers = [texts.compared(heard, heard if draw.random() < 0.5 else other) for heard, other in kinds]
-    return _ids(tokenizer, "".join(f"{answer}\n" for answer in answers), bos=True)
+    ids = _ids(tokenizer, "".join(f"{answer}\n" for answer in answers), bos=True)
+    return ids, np.zeros(len(ids), bool)
 
 
-def draw_text(tokenizer: Tokenizer, draw: np.random.Generator) -> np.ndarray:
-    """Token ids of one text: a caption after its notes, comparisons, or a dialogue in a layout that a model meets."""
+def draw_text(tokenizer: Tokenizer, draw: np.random.Generator) -> Text:
+    """A caption after its notes, comparisons, or a dialogue in a layout that a model meets."""
     layout = str(draw.choice(list(LAYOUTS), p=list(LAYOUTS.values())))
     if layout == "compared":
         return draw_comparisons(tokenizer, draw)
     scene = draw_scene(draw, "in turn" if draw.random() < (0.4 if layout == "heard" else 0.1) else None)
     if layout == "caption":
-        words = f"{picture_notes(scene, draw)}\n"
-        return np.concatenate([_ids(tokenizer, words, True)[:-1], _ids(tokenizer, f"{texts.caption(scene)}\n")])
+        notes = _ids(tokenizer, f"{picture_notes(scene, draw)}\n", True)[:-1]
+        ids = np.concatenate([notes, _ids(tokenizer, f"{texts.caption(scene)}\n")])
+        is_note = np.arange(len(ids)) < len(notes)
+        is_note[0] = False  # where a text begins
+        return ids, is_note
     if layout == "training":
         return _training_text(tokenizer, scene, draw)
     return _chat_text(tokenizer, heard_otherwise(scene, draw) if layout == "both" else scene, layout, draw)
 
 
-def _training_text(tokenizer: Tokenizer, scene: Scene, draw: np.random.Generator) -> np.ndarray:
+def _training_text(tokenizer: Tokenizer, scene: Scene, draw: np.random.Generator) -> Text:
     """A dialogue as the second stage of training has it."""
     notes = _ids(tokenizer, picture_notes(scene, draw))
     is_video = motion_of(scene) != "rests" or draw.random() < 0.3
@@ -147,10 +171,10 @@ def _training_text(tokenizer: Tokenizer, scene: Scene, draw: np.random.Generator
     if media.kind == "image":
         turns[0] = (f" {turns[0][0]}", turns[0][1])
     encoded = encode_conversation(tokenizer, find_conversation_template(TEMPLATE), turns, media, 0, len(notes), LENGTH)
-    return _filled(encoded.ids, encoded.is_media, notes)
+    return _filled(encoded.ids, encoded.is_media, notes), encoded.is_media
 
 
-def _chat_text(tokenizer: Tokenizer, scene: Scene, layout: str, draw: np.random.Generator) -> np.ndarray:
+def _chat_text(tokenizer: Tokenizer, scene: Scene, layout: str, draw: np.random.Generator) -> Text:
     """A dialogue as a chat has it: about pictures, about sound alone, or about both."""
     notes, asked, two_sounds = [], [], len(scene.heard) == 2
     if layout != "seen":
@@ -174,7 +198,7 @@ def _chat_text(tokenizer: Tokenizer, scene: Scene, layout: str, draw: np.random.
         conversation = conversation.ask(wording).answer(texts.answer(name, scene))
     encoded = prompts.encode(conversation, tokenizer, [len(note) for note in notes])
     ids = _filled(encoded.ids, encoded.is_media, np.concatenate(notes))
-    return np.append(ids, tokenizer.encode("###", special=False)[-1])
+    return np.append(ids, tokenizer.encode("###", special=False)[-1]), np.append(encoded.is_media, False)
 
 
 def picture_notes(scene: Scene, draw: np.random.Generator) -> str:
