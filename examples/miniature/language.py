@@ -120,8 +120,8 @@ def train_language_model(
 def _noise(llama: Llama, shape: tuple[int, int, int], key: jax.Array) -> jax.Array:
     """Gaussian, of a strength in each row that is drawn evenly up to NOISE."""
     of_strength, of_noise = jax.random.split(key)
-    table = jax.lax.stop_gradient(llama.embed(jnp.arange(VOCAB_SIZE)))
-    strength = jnp.sqrt(jnp.mean(table**2)) * jax.random.uniform(of_strength, (shape[0], 1, 1), maxval=NOISE)
+    words = jax.lax.stop_gradient(llama.embedding[...])
+    strength = jnp.sqrt(jnp.mean(words**2)) * jax.random.uniform(of_strength, (shape[0], 1, 1), maxval=NOISE)
     return strength * jax.random.normal(of_noise, shape)
 
 
