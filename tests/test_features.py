@@ -313,12 +313,12 @@ def changed_weights(model: Path, out: Path) -> Path:
 
 
 CHANGES = {
-    "seed was 42, is 7": {"seed": 7},
-    "crop_area was 0.5, is 1": {"data": {"crop_area": 1}},
-    "crop_ratio was 1.33.*, is 2.0": {"data": {"crop_ratio": 2.0}},
-    "dtype was 'float32', is 'bfloat16'": {"compute_dtype": "bfloat16"},
-    "frames was 'head_tail', is 'uniform'": {"frames": "uniform"},
-    "branch was 'vision', is 'audio'": {"branch": "audio", "trainable": AUDIO_BRANCH},
+    "seed was 42, now 7": {"seed": 7},
+    "crop_area was 0.5, now 1": {"data": {"crop_area": 1}},
+    "crop_ratio was 1.33.*, now 2.0": {"data": {"crop_ratio": 2.0}},
+    "dtype was 'float32', now 'bfloat16'": {"compute_dtype": "bfloat16"},
+    "frames was 'head_tail', now 'uniform'": {"frames": "uniform"},
+    "branch was 'vision', now 'audio'": {"branch": "audio", "trainable": AUDIO_BRANCH},
 }
 
 
@@ -368,7 +368,7 @@ def test_variants_are_those_of_the_cache_or_fewer(made):
     assert session.plan(with_features(config, out, variants=1)).reader.config.data.variants == 1
     with pytest.raises(ConfigError, match=r"has 2 variants of each record, data.variants asks for 3; ask for fewer"):
         session.plan(with_features(config, out, variants=3))
-    with pytest.raises(ConfigError, match="variants was 2, is 3"):
+    with pytest.raises(ConfigError, match="variants was 2, now 3"):
         write_features(dataclasses.replace(config, data=dataclasses.replace(config.data, variants=3)), out)
 
 
@@ -467,9 +467,9 @@ def test_what_the_command_refuses(made, tmp_path):
         (["no_stage", "--out", "x"], "no_stage: no such run config"),
         ([named, "--out", "x", "--model", "gone"], "gone: no such model directory"),
         ([named, "--out", "x", "--datasets.0.path", "gone"], "gone: no such records directory"),
-        ([named, "--out", str(out), "--seed", "1"], r"other settings \(seed was 42, is 1\)"),
+        ([named, "--out", str(out), "--seed", "1"], r"other settings \(seed was 42, now 1\)"),
         ([named, "--out", str(out), "--shard-records", "-1"], "--shard-records must be at least 0"),
-        ([named, "--out", str(out), "--shard-records", "5"], "shard_records was 4, is 5"),
+        ([named, "--out", str(out), "--shard-records", "5"], "shard_records was 4, now 5"),
     ):
         with pytest.raises(SystemExit, match=what):
             main(["features", *arguments])

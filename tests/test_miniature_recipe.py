@@ -40,7 +40,7 @@ def test_the_audio_branch_never_hears():
 
 def test_a_directory_of_another_seed_or_recipe_is_refused(tmp_path):
     replace_json(tmp_path / "recipe.json", {"seed": 2, **dataclasses.asdict(SHORT), "pictures": 90})
-    with pytest.raises(ConfigError, match=r"was begun otherwise \(seed was 2, now 0; pictures was 90, now 100\)"):
+    with pytest.raises(ConfigError, match=r"was begun otherwise \(pictures was 90, now 100, seed was 2, now 0\)"):
         make_base(tmp_path, 0, SHORT, print)
 
 

@@ -393,6 +393,21 @@ def check_fields(fields: Mapping[str, Any], cls: type = VideoLlamaConfig, where:
             check_fields(value, kind, f"{where}.{name}")
 
 
+def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Fields of objects within objects as "optim.lr"."""
+    found = {}
+    for name, value in fields.items():
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What differs between flat settings, in words: "steps was 8, now 9"."""
+    names = sorted(before.keys() | now.keys())
+    pairs = ((name, before.get(name), now.get(name)) for name in names)
+    return [f"{name} was {old!r}, now {new!r}" for name, old, new in pairs if old != new]
+
+
 def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with the fields of `override` in place of its own, nested objects field by field."""
     merged = dict(base)

@@ -19,6 +19,7 @@ from flax import nnx
 
 from vllama_jax.checkpoint import run_steps
 from vllama_jax.cli.run_config import load_config
+from vllama_jax.config import changes, flat
 from vllama_jax.errors import ConfigError, VllamaError
 from vllama_jax.miniature import captioner, hearing, language, towers
 from vllama_jax.miniature.hearing import read_pairs
@@ -99,12 +100,8 @@ def _begin(out: Path, seed: int, recipe: Recipe) -> None:
     file, asked = out / "recipe.json", {"seed": seed, **dataclasses.asdict(recipe)}
     if not file.exists():
         replace_json(file, asked)
-    begun = read_json(file)
-    differences = [
-        f"{name} was {begun.get(name)!r}, now {value!r}" for name, value in asked.items() if begun.get(name) != value
-    ]
-    if differences:
-        raise ConfigError(f"{out} was begun otherwise ({'; '.join(differences)}); name another directory")
+    if differences := changes(flat(read_json(file)), flat(asked)):
+        raise ConfigError(f"{out} was begun otherwise ({', '.join(differences[:3])}); name another directory")
 
 
 def _tokenizer(out: Path, seed: int) -> Tokenizer:

@@ -24,6 +24,7 @@ import numpy as np
 import xxhash
 
 from vllama_jax.checkpoint import ModelDirectory
+from vllama_jax.config import changes, flat
 from vllama_jax.data.order import Stream
 from vllama_jax.data.records import Kind, Records, ranges
 from vllama_jax.data.remote import local_copy
@@ -345,22 +346,17 @@ def _check_finished(cache: FeatureCache) -> None:
 
 def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What a manifest says otherwise than the settings that are wanted, in words."""
-    before, now = _flat(made), _flat(wanted)
-    changed = [name for name in sorted(now.keys() | before.keys()) if before.get(name) != now.get(name)]
-    told = []
-    for name in changed:
-        if name == "shard_records" and name not in now:
-            continue
-        if name == "records" or name.startswith("encoders."):
-            told.append(f"other {name}" if name == "records" else f"other weights of {name.removeprefix('encoders.')}")
-        else:
-            told.append(f"{name.removeprefix('transform.')} was {before.get(name)!r}, is {now.get(name)!r}")
-    return told
-
-
-def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of objects within as "transform.seed"."""
-    flat = {}
-    for name, value in fields.items():
-        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}
-    return flat
+    before, now = flat(made), flat(wanted)
+    if "shard_records" not in now:
+        before.pop("shard_records", None)
+    digests = {name for name in before | now if name == "records" or name.startswith("encoders.")}
+    others = [name for name in sorted(digests) if before.get(name) != now.get(name)]
+    told = [
+        f"other weights of {name.removeprefix('encoders.')}" if name != "records" else "other records"
+        for name in others
+    ]
+    settings = (
+        {name.removeprefix("transform."): value for name, value in one.items() if name not in digests}
+        for one in (before, now)
+    )
+    return told + changes(*settings)

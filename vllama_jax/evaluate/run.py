@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllama_jax.checkpoint import ModelDirectory, default_dtype, load, locked, open_model, without_missing_branch
+from vllama_jax.config import changes
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.evaluate import metrics
 from vllama_jax.evaluate.answers import Answering, Asked, Settings, batches_to_do
@@ -179,9 +180,12 @@ def _identity(asked: Evaluation, directory: ModelDirectory, questions: str) -> d
 
 def _dtype(asked: Evaluation) -> str:
     """As asked for, or that of the folder's answers, which may be another machine's, or this machine's."""
-    files = asked.out / "config.json", asked.out / "answers.jsonl"
-    before = read_json(files[0]) if all(file.exists() for file in files) else {}
+    before = read_json(asked.out / "config.json") if _has_answers(asked.out) else {}
     return asked.weights.get("dtype") or before.get("dtype") or default_dtype()
+
+
+def _has_answers(out: Path) -> bool:
+    return (out / "config.json").exists() and (out / "answers.jsonl").exists()
 
 
 @contextlib.contextmanager
@@ -211,8 +215,8 @@ def _holds(out: Path, config: dict[str, Any]) -> bool:
     before = read_json(out / "config.json")
     if "evaluation" not in before:
         raise DataError(f"{out}: a model's or a run's directory, not an evaluation's; choose another --out")
-    changed = [name for name in config if before.get(name) != config[name]]
-    if changed and Journal(out / "answers.jsonl").read():
-        told = ", ".join(f"{name} was {before.get(name)!r}, now {config[name]!r}" for name in changed[:3])
+    changed = changes(before, config)
+    if changed and _has_answers(out):
+        told = ", ".join(changed[:3])
         raise ConfigError(f"{out}: holds another evaluation ({told}); give the same, or choose another --out")
     return not changed

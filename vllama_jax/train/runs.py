@@ -21,6 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from vllama_jax.checkpoint import ModelDirectory, locked, nest, restore_arrays, run_steps, write_config
+from vllama_jax.config import changes, flat
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.journal import WholeFile
 from vllama_jax.params import read_json
@@ -77,22 +78,18 @@ def _check_same(out: Path, config: TrainConfig, base: ModelDirectory, dtype: str
     fields = read_json(out / "config.json")
     if not isinstance(fields.get("run"), dict):
         raise CheckpointError(f"{out}: a model directory, not a run; choose another --out")
-    before, now = _flat(fields["run"]), _flat(json.loads(json.dumps(dataclasses.asdict(config))))
+    before, now = _settings(fields["run"]), _settings(json.loads(json.dumps(dataclasses.asdict(config))))
     before["compute_dtype"], now["compute_dtype"] = fields["compute_dtype"], dtype
-    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
-    changed = [name for name in changed if not name.startswith(FREE_FIELDS)]
-    if changed:
-        told = ", ".join(f"{name} was {before.get(name)!r}, now {now.get(name)!r}" for name in changed[:3])
+    if changed := changes(before, now):
+        told = ", ".join(changed[:3])
         raise ConfigError(f"{out}: holds a run with another config ({told}); give the same, or choose another --out")
     if fields["base"]["digest"] != base.digest:
         raise ConfigError(f"{out}: its run was started from another base model than {base.path}; name that one")
 
 
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
-    return flat
+def _settings(run: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's config without what may change when it goes on."""
+    return {name: value for name, value in flat(run).items() if not name.startswith(FREE_FIELDS)}
 
 
 class Checkpoints:
