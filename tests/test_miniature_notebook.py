@@ -170,7 +170,7 @@ def test_figures_of_one_seed_and_of_several(tmp_path, seeds):
 def test_results_as_a_table():
     one, three = ([results(10 + seed)["measures"] for seed in range(count)] for count in (1, 3))
     assert "| `motion` | 0.500 | 0.299 to 0.701 | 0.250 |" in figures.table(one)
-    assert "| `motion` | 0.523 | 0.500 to 0.545 | 0.250 |" in figures.table(three)
+    assert "| `motion` | 0.523 | 0.500 to 0.545 | 0.500 | 0.299 to 0.701 | 0.250 |" in figures.table(three)
 
 
 def test_a_file_that_is_no_results_is_an_error(tmp_path):

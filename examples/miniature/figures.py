@@ -38,14 +38,16 @@ def read_results(path: Path) -> list[Measures]:
 
 
 def table(seeds: Sequence[Measures]) -> str:
-    """Markdown: each measure's mean over the seeds and the least and most of them, or one seed's 95 % interval."""
-    one = len(seeds) == 1
-    lines = [f"| measure | accuracy | {'95 % interval' if one else 'least to most'} | chance |", "|---|---|---|---|"]
+    """Markdown: each measure of the first seed with its 95 % interval; before it, the mean and spread of several."""
+    of_seeds = ["mean", "least to most"] if len(seeds) > 1 else []
+    head = ["measure", *of_seeds, "accuracy", "95 % interval", "chance"]
+    rows = [head, ["---"] * len(head)]
     for name, first in seeds[0].items():
         found = [seed[name]["accuracy"] for seed in seeds]
-        low, high = (first["low"], first["high"]) if one else (min(found), max(found))
-        lines.append(f"| `{name}` | {np.mean(found):.3f} | {low:.3f} to {high:.3f} | {first['chance']:.3f} |")
-    return "\n".join(lines)
+        spread = [f"{np.mean(found):.3f}", f"{min(found):.3f} to {max(found):.3f}"] if of_seeds else []
+        interval = f"{first['low']:.3f} to {first['high']:.3f}"
+        rows.append([f"`{name}`", *spread, f"{first['accuracy']:.3f}", interval, f"{first['chance']:.3f}"])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def accuracies(seeds: Sequence[Measures], names: Sequence[str] = ()) -> Figure:

@@ -1,7 +1,8 @@
 """The frozen parts, trained one after another and kept as files, joined into a base model directory.
 
 OUT/parts/NAME.npz   a part's weights by path; a part that is there is not trained again
-OUT/base             the model that the branches are trained on; of their weights it has llama_proj and audio_positions
+OUT/base             the model that the branches are trained on; of their weights it has audio_positions and both
+                     layers into the language model
 """
 
 import dataclasses
