@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 
 from vllama_jax.checkpoint import ModelDirectory, check_leaves, restore_arrays
-from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.config import VideoLlamaConfig, flat
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import check_params, damaged_params, part_of, read_rows
 from vllama_jax.quantize import unquantized_shapes
@@ -95,19 +95,12 @@ def shortened(told: list[str], separator: str = ", ") -> str:
 
 def config_differences(directory: ModelDirectory, plan: Plan) -> list[str]:
     """What config.json says otherwise than the source does."""
-    ours, theirs = (_flat(dataclasses.asdict(config)) for config in (directory.config, plan.config))
+    ours, theirs = (flat(dataclasses.asdict(config)) for config in (directory.config, plan.config))
     return [
         f"config.json says {name} is {ours.get(name)}, the source {theirs.get(name)}"
         for name in sorted(ours.keys() | theirs.keys())
         if ours.get(name) != theirs.get(name) and name not in CHOSEN
     ]
-
-
-def _flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for name, value in fields.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
 
 
 def other_files(directory: ModelDirectory, plan: Plan) -> list[str]:

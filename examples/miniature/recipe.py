@@ -90,8 +90,13 @@ def make_base(out: Path, seed: int, recipe: Recipe, say: Say) -> None:
             seen.eva, llama, pictures, tokenizer, steps=recipe.captioner_steps, batch_size=64, **common
         ),
     )
-    named = {"vit": seen.eva, "imagebind/vision": seen.imagebind, "imagebind/audio": heard, "llama": llama}
-    named["audio_llama_proj"] = told.llama_proj
+    named = {
+        "vit": seen.eva,
+        "imagebind/vision": seen.imagebind,
+        "imagebind/audio": heard,
+        "llama": llama,
+        "audio_llama_proj": told.llama_proj,
+    }
     weights = {path: value for name, one in named.items() for path, value in under(name, one).items()}
     _write_bases(out, {**weights, **weights_of(told)}, seed)
 

@@ -350,10 +350,10 @@ def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]
     if "shard_records" not in now:
         before.pop("shard_records", None)
     digests = {name for name in before | now if name == "records" or name.startswith("encoders.")}
-    others = [name for name in sorted(digests) if before.get(name) != now.get(name)]
     told = [
-        f"other weights of {name.removeprefix('encoders.')}" if name != "records" else "other records"
-        for name in others
+        "other records" if name == "records" else f"other weights of {name.removeprefix('encoders.')}"
+        for name in sorted(digests)
+        if before.get(name) != now.get(name)
     ]
     settings = (
         {name.removeprefix("transform."): value for name, value in one.items() if name not in digests}

@@ -185,7 +185,9 @@ def _dtype(asked: Evaluation) -> str:
 
 
 def _has_answers(out: Path) -> bool:
-    return (out / "config.json").exists() and (out / "answers.jsonl").exists()
+    """Whether a folder has answers; a full disk can leave their file empty."""
+    answers = out / "answers.jsonl"
+    return (out / "config.json").exists() and answers.exists() and answers.stat().st_size > 0
 
 
 @contextlib.contextmanager
