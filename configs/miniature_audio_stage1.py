@@ -5,4 +5,4 @@ import dataclasses
 from vllama_jax.configs.miniature_vision_stage1 import config as vision
 from vllama_jax.train.config import AUDIO_BRANCH
 
-config = dataclasses.replace(vision, branch="audio", trainable=AUDIO_BRANCH, steps=3000, dropout=0.3)
+config = dataclasses.replace(vision, branch="audio", trainable=AUDIO_BRANCH, steps=6000, dropout=0.25)
