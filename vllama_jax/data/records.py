@@ -12,6 +12,7 @@ import functools
 import itertools
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +24,8 @@ from vllama_jax.params import read_json
 FORMAT = 1
 KINDS = ("video", "image", "audio")
 SPLIT = "train"  # TFDS's name for all of a dataset
+# A process that decodes begins in many threads at once, and TFDS's lazy imports wait for each other when two import it.
+_OPENS = threading.Lock()
 
 Kind = Literal["video", "image", "audio"]
 
@@ -90,7 +93,9 @@ class Records:
 
         folder = str(self.path / part)
         try:
-            return _dataset(folder, self.digest)[number]
+            with _OPENS:
+                dataset = _dataset(folder, self.digest)
+            return dataset[number]
         except (ValueError, IndexError, OSError, RuntimeError, DecodeError) as error:
             why = f"record {number} cannot be read ({_one_line(error)})"
             raise DataError(f"{folder}: {why}; copy or build the records again") from error
