@@ -93,9 +93,7 @@ class Records:
 
         folder = str(self.path / part)
         try:
-            with _OPENS:
-                dataset = _dataset(folder, self.digest)
-            return dataset[number]
+            return _dataset(folder, self.digest)[number]
         except (ValueError, IndexError, OSError, RuntimeError, DecodeError) as error:
             why = f"record {number} cannot be read ({_one_line(error)})"
             raise DataError(f"{folder}: {why}; copy or build the records again") from error
@@ -162,12 +160,13 @@ def _dataset(folder: str, digest: str) -> Any:
     digest: another one when the directory was built anew. A fork shares its parent's open files, which is safe (every
     read names its place); opening them anew in a fork is not: array_record 0.8.6 crashes there once the parent used it.
     """
-    import tensorflow_datasets as tfds
+    with _OPENS:
+        import tensorflow_datasets as tfds
 
-    try:
-        return tfds.builder_from_directory(folder).as_data_source(split=SPLIT)
-    except (ValueError, KeyError, OSError, RuntimeError, AssertionError, tfds.core.DatasetNotFoundError) as error:
-        raise DataError(f"{folder}: cannot be read ({_one_line(error)}); build the records again") from error
+        try:
+            return tfds.builder_from_directory(folder).as_data_source(split=SPLIT)
+        except (ValueError, KeyError, OSError, RuntimeError, AssertionError, tfds.core.DatasetNotFoundError) as error:
+            raise DataError(f"{folder}: cannot be read ({_one_line(error)}); build the records again") from error
 
 
 def _one_line(error: Exception) -> str:
