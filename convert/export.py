@@ -14,7 +14,8 @@ import numpy as np
 
 from vllama_jax.checkpoint import ModelDirectory, check_leaves, new_directory
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.params import check_params, read_json, write_file, write_json
+from vllama_jax.io.json_files import read_object
+from vllama_jax.params import check_params, write_file, write_json
 from vllama_jax.rows import Reader, row_reader, stored_dtype
 
 from . import imagebind, llama
@@ -173,5 +174,5 @@ def _special_ids(model: ModelDirectory) -> dict[str, Any]:
     """As the language model's own config.json had them, where its tokenizer needed that; else the tokenizer's."""
     ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": model.tokenizer.eos_id}
     own = model.path / "tokenizer" / "config.json"
-    stored = read_json(own) if own.exists() else {}
+    stored = read_object(own) if own.exists() else {}
     return ids | {name: stored[name] for name in (*ids, "pad_token_id") if name in stored}

@@ -9,7 +9,7 @@ from vllama_jax.config import LlamaConfig, RopeScaling
 from vllama_jax.errors import CheckpointError, ConfigError
 
 from .rules import SAME, TRANSPOSE, Rule, from_heads, linear, to_heads
-from .sources import read_json
+from .sources import read_config_file
 
 
 def rules(cfg: LlamaConfig) -> list[Rule]:
@@ -50,7 +50,7 @@ def is_hugging_face(directory: Path) -> bool:
     """Whether a directory is a Hugging Face LLaMA with weights in it."""
     if not (directory / "config.json").is_file() or not any(map(_WEIGHT_FILE.fullmatch, os.listdir(directory))):
         return False
-    return read_json(directory / "config.json").get("model_type") == "llama"
+    return read_config_file(directory / "config.json").get("model_type") == "llama"
 
 
 def is_own_file(name: str) -> bool:
@@ -69,7 +69,7 @@ def read_config(directory: Path, option: str = "--llama") -> dict[str, Any]:
         raise CheckpointError(f"{directory}: {what}; {option} takes a Hugging Face LLaMA directory")
     if not path.exists():
         raise CheckpointError(f"{directory}: no config.json; {option} takes a Hugging Face LLaMA directory")
-    fields = read_json(path)
+    fields = read_config_file(path)
     if fields.get("model_type", "llama") != "llama":
         raise ConfigError(f"{path}: a model of type {fields['model_type']!r}, where {option} takes a LLaMA")
     for name in ("attention_bias", "mlp_bias"):

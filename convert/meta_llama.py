@@ -13,7 +13,7 @@ import numpy as np
 
 from vllama_jax.errors import CheckpointError, ConfigError
 
-from .sources import Source, WeightFile, open_weights, read_json
+from .sources import Source, WeightFile, open_weights, read_config_file
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 MAX_LENGTH = 2048  # LLaMA-1's; nothing in the files says that LLaMA-2's is 4096
@@ -71,7 +71,7 @@ def llama_fields(params: Mapping[str, Any], source: Source) -> dict[str, Any]:
 
 def read_params(directory: Path) -> dict[str, Any]:
     """params.json, with as many key heads as heads where it says nothing. Raises ConfigError for what is no LLaMA's."""
-    where, params = directory / "params.json", read_json(directory / "params.json")
+    where, params = directory / "params.json", read_config_file(directory / "params.json")
     params["n_kv_heads"] = params.get("n_kv_heads") or params.get("n_heads")
     for name in ("dim", "n_layers", "n_heads", "n_kv_heads"):
         if type(params.get(name)) is not int or params[name] < 1:

@@ -4,7 +4,6 @@ Little of a file is ever in memory: safetensors are read, not mapped, and torch 
 because every page of a memory map that was touched counts as memory until it is unmapped.
 """
 
-import json
 import math
 import os
 import pickle
@@ -19,9 +18,9 @@ from typing import Any, Protocol
 import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import numpy as np
 
-from vllama_jax import params
 from vllama_jax.errors import CheckpointError
 from vllama_jax.files import first_bytes
+from vllama_jax.io.json_files import parse_object, read_object
 
 REMAP_BYTES = 128 * 2**20  # read from a torch file before it is mapped anew; that takes about 10 ms
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
@@ -101,15 +100,15 @@ def open_llama(directory: str | Path) -> Source:
     )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises CheckpointError where there is none to read, ConfigError for no object."""
+def read_config_file(path: Path) -> dict[str, Any]:
+    """A JSON object in a downloaded file. Raises CheckpointError where there is none to read, or another file."""
     check_file(path)
-    return params.read_json(path)
+    return read_object(path)
 
 
 def _shards(index: Path) -> list[str]:
     """The names of the files beside an index that hold the weights."""
-    shards = read_json(index).get("weight_map")
+    shards = read_config_file(index).get("weight_map")
     if not isinstance(shards, Mapping) or not shards or not all(_is_file_name(name) for name in shards.values()):
         raise CheckpointError(f"{index}: not an index of shards (no weight_map of file names); download it again")
     return sorted(set(shards.values()))
@@ -161,7 +160,7 @@ class SafetensorsFile:
             raise CheckpointError(f"{path}: damaged safetensors file ({error}); download it again") from error
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(header_bytes))
+            header = parse_object(file.read(header_bytes), str(path), CheckpointError)
         header.pop("__metadata__", None)
         self.tensors = {
             name: (tuple(entry["shape"]), _SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]))

@@ -227,10 +227,10 @@ DAMAGES = {
     "no weights": (remove("params"), "no params in it"),
     "no tokenizer": (remove("tokenizer"), "no tokenizer in it"),
     "empty tokenizer": (remove("tokenizer/tokenizer.model"), "no tokenizer in"),
-    "config is no JSON": (write("config.json", b"{"), "config.json is not JSON"),
+    "config is no JSON": (write("config.json", b"{"), "config.json: not JSON"),
     "config is no text": (write("config.json", b"\xff\xfe\x00"), "config.json: cannot be read"),
-    "config is a list": (write("config.json", b"[]"), "config.json must be a JSON object"),
-    "manifest is no JSON": (write("manifest.json", b"{}}"), "manifest.json is not JSON"),
+    "config is a list": (write("config.json", b"[]"), "config.json: must hold a JSON object"),
+    "manifest is no JSON": (write("manifest.json", b"{}}"), "manifest.json: not JSON"),
     "newer format": (edit("config.json", lambda f: f.update(format=2)), "newer than this version's 1; update"),
     "no format": (edit("config.json", lambda f: f.pop("format")), "not of a model directory (format None"),
     "no model": (edit("config.json", lambda f: f.pop("model")), "not of a model directory"),
@@ -258,7 +258,7 @@ DAMAGES = {
     "missing chunk": (remove(f"{NORM}/0"), "ln_vision.scale/0: it is missing"),
     "truncated chunk": (truncate(f"{NORM}/0"), "ln_vision.scale/0: 100 of its 256 bytes are there"),
     "missing array header": (remove(f"{NORM}/.zarray"), ".zarray: cannot be read"),
-    "broken array header": (write(f"{NORM}/.zarray", b"{"), ".zarray is not JSON"),
+    "broken array header": (write(f"{NORM}/.zarray", b"{"), ".zarray: not JSON"),
     "absurd array header": (edit(f"{NORM}/.zarray", lambda f: f.update(chunks=[0])), "not the array that"),
 }
 

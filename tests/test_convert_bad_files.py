@@ -256,7 +256,7 @@ def index(weight_map: object):
 
 LLAMA_DAMAGES = {
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json; --llama takes a Hugging Face LLaMA"),
-    "config is no JSON": (write("config.json", b"{'a'"), "config.json is not JSON"),
+    "config is no JSON": (write("config.json", b"{'a'"), "config.json: not JSON"),
     "config is an lfs pointer": (write("config.json", LFS), "config.json: a git-lfs pointer"),
     "other model": (change_config(model_type="mistral"), "a model of type 'mistral', where --llama takes a LLaMA"),
     "biases": (change_config(attention_bias=True), "attention_bias is set"),
@@ -276,7 +276,10 @@ LLAMA_DAMAGES = {
         "heads of 2 are absurd",
     ),
     "rotary base of nothing": (change_config(rope_theta=-1.0), "llama: rope_theta must be above 0, not -1.0"),
-    "config nested too deep": (write("config.json", b"[" * 10**5), "config.json is not JSON of ours: nested too deep"),
+    "config nested too deep": (
+        write("config.json", b"[" * 10**5),
+        "config.json: not JSON that can be read: nested",
+    ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors, pytorch_model.bin or index"),
     "missing shard": (index({"a": "model-1.safetensors", "b": "model-2.safetensors"}), "model-2.safetensors: no such"),
     "index without a map": (index(None), "not an index of shards"),

@@ -128,8 +128,8 @@ BAD_CONFIGS = {
     "heads that do not divide": ('{"vit": {"num_heads": 5}}', "vit: width 64 is not a multiple of num_heads 5"),
     "more layers than there are": ('{"vit": {"num_heads": 4, "depth": 9}}', "holds 4 layers, and vit has 9; --config"),
     "unknown template": ('{"template": "x"}', "unknown prompt template 'x'"),
-    "broken JSON": ('{"vit": ', "config.json is not JSON"),
-    "no object": ("[1]", "config.json must be a JSON object, not list"),
+    "broken JSON": ('{"vit": ', "config.json: not JSON"),
+    "no object": ("[1]", "config.json: must hold a JSON object, not list"),
     "no text": ("\udcff\udcfe", "config.json: cannot be read"),
 }
 

@@ -158,7 +158,7 @@ DAMAGES = {
     "no epsilon": (lambda d: (d / "params.json").write_text('{"dim":64,"n_layers":3,"n_heads":4}'), "has no norm_eps"),
     "scaling": (params(use_scaled_rope=True), "its rotary scaling is not told in full"),
     "other base": (params(rope_theta=5e5), "inv_freq is not what these files make it"),
-    "no JSON": (lambda d: (d / "params.json").write_text("{"), "params.json is not JSON"),
+    "no JSON": (lambda d: (d / "params.json").write_text("{"), "params.json: not JSON"),
     "tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "no tokenizer in"),
 }
 

@@ -163,7 +163,7 @@ def test_directories_that_are_no_records(tmp_path):
     with pytest.raises(DataError, match="not a records directory"):
         open_records(tmp_path)
     (tmp_path / "manifest.json").write_text("[")
-    with pytest.raises(DataError, match=r"is not JSON.*; build the records again"):
+    with pytest.raises(DataError, match=r"not JSON.*; build the records again"):
         open_records(tmp_path)
 
 

@@ -253,8 +253,8 @@ def test_broken_folders(tmp_path, files, message):
 
 
 BROKEN_DECLARATIONS = [
-    ("added_tokens.json", "{", "added_tokens.json is not JSON"),
-    ("added_tokens.json", "[1]", "should hold a JSON object"),
+    ("added_tokens.json", "{", "added_tokens.json: not JSON"),
+    ("added_tokens.json", "[1]", "must hold a JSON object"),
     ("added_tokens.json", '{"[PAD]": "many"}', "special tokens in .* cannot be read"),
     ("tokenizer_config.json", '{"added_tokens_decoder": {"300": {}}}', "special tokens in .* cannot be read"),
     ("special_tokens_map.json", '{"bos_token": 1}', "special tokens in .* cannot be read"),

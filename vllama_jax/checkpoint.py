@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
 from vllama_jax.errors import CheckpointError, ConfigError
-from vllama_jax.params import check_params, read_json, write_json
+from vllama_jax.io.json_files import read_object
+from vllama_jax.params import check_params, write_json
 
 if TYPE_CHECKING:
     import jax
@@ -168,14 +169,14 @@ def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirecto
         raise CheckpointError(f"{path}: no such model directory; `vllama convert` makes one")
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path}: not a model directory (no config.json in it); `vllama convert` makes one")
-    fields = read_json(path / "config.json")
+    fields = read_object(path / "config.json")
     _check_format(path / "config.json", fields, "model")
     if "base" in fields:
         return _open_run(path, fields, base)
     for name in ("manifest.json", "params", "tokenizer"):
         if not (path / name).exists():
             raise CheckpointError(f"{path}: not a model directory (no {name} in it); `vllama convert` makes one")
-    manifest = read_json(path / "manifest.json")
+    manifest = read_object(path / "manifest.json")
     _check_format(path / "manifest.json", manifest, "leaves")
     for leaf, entry in manifest["leaves"].items():
         if not isinstance(entry, dict) or not entry.keys() >= {"shape", "dtype", "xxh3_128"}:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from vllama_jax.errors import ConfigError
+from vllama_jax.io.json_files import parse_object
 
 LARGEST = 2**24  # of any count or length in a config; beyond it a file lies, and products overflow
 
@@ -329,20 +330,7 @@ def to_json(config: Any) -> str:
 
 def from_json(text: str, cls: type = VideoLlamaConfig, where: str = "config") -> Any:
     """Reads a config of class `cls`. Raises ConfigError for broken JSON, unknown or missing fields, wrong types."""
-    return from_dict(parse_json(text, where), cls, where)
-
-
-def parse_json(text: str, where: str) -> dict[str, Any]:
-    """A JSON object. Raises ConfigError naming `where`."""
-    try:
-        fields = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{where} is not JSON: {error}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{where} is not JSON of ours: nested too deep") from error
-    if not isinstance(fields, dict):
-        raise ConfigError(f"{where} must be a JSON object, not {type(fields).__name__}")
-    return fields
+    return from_dict(parse_object(text, where, ConfigError), cls, where)
 
 
 def from_dict(fields: Mapping[str, Any], cls: type = VideoLlamaConfig, where: str = "config") -> Any:

@@ -65,6 +65,6 @@ def _object(line: str) -> dict[str, Any] | None:
         return None
     try:
         fields = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
     return fields if isinstance(fields, dict) else None

@@ -21,8 +21,8 @@ from typing import Any, Self
 import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import numpy as np
 
-from vllama_jax.config import parse_json
 from vllama_jax.errors import CheckpointError
+from vllama_jax.io.json_files import read_object
 
 CHUNK_BYTES = 64 * 2**20  # of a file at most
 WHOLE_BYTES = 2**20  # a weight of at most this is one file, whatever its layers
@@ -71,7 +71,7 @@ class ParamsWriter:
         directory = self._directory / path.replace("/", ".")
         directory.mkdir()
         folder = source / directory.name
-        chunk = read_json(folder / ".zarray")["chunks"]
+        chunk = read_object(folder / ".zarray")["chunks"]
         for name in [".zarray", *_chunk_names(leaf["shape"], chunk)]:
             shutil.copyfile(folder / name, directory / name)
             with (directory / name).open("rb+") as file:
@@ -190,7 +190,7 @@ def check_params(directory: Path, leaves: Mapping[str, dict], paths: Iterable[st
         except OSError as error:
             raise CheckpointError(f"{folder}: cannot be read ({error.strerror}); copy or convert it again") from error
         shape, dtype = leaves[path]["shape"], np.dtype(leaves[path]["dtype"])
-        metadata = read_json(folder / ".zarray")
+        metadata = read_object(folder / ".zarray")
         chunk = metadata.get("chunks")
         if not _is_chunk(chunk, shape) or metadata != _zarr_metadata(shape, chunk, dtype):
             raise CheckpointError(f"{folder}: not the array that manifest.json describes; copy or convert it again")
@@ -207,7 +207,7 @@ def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) 
     Its files are whole, as `check_params` found. Raises CheckpointError when they cannot be read any more.
     """
     folder, shape, dtype = directory / path.replace("/", "."), leaf["shape"], np.dtype(leaf["dtype"])
-    chunk = read_json(folder / ".zarray")["chunks"]
+    chunk = read_object(folder / ".zarray")["chunks"]
     out = np.empty((len(rows), *shape[1:]), dtype)
     row_size = math.prod(chunk[1:])
     for first in range(rows.start // chunk[0], (rows.stop - 1) // chunk[0] + 1):
@@ -228,7 +228,7 @@ def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) 
 
 def row_blocks(directory: Path, path: str, leaf: Mapping[str, Any]) -> Iterator[np.ndarray]:
     """All of a weight's rows in order, a chunk's height at a time; see `read_rows`."""
-    height = read_json(directory / path.replace("/", ".") / ".zarray")["chunks"][0]
+    height = read_object(directory / path.replace("/", ".") / ".zarray")["chunks"][0]
     for first in range(0, leaf["shape"][0], height):
         yield read_rows(directory, path, leaf, range(first, min(first + height, leaf["shape"][0])))
 
@@ -281,12 +281,3 @@ def replace_json(path: Path, fields: dict[str, Any]) -> None:
     partial = path.with_name(f".{path.name}.partial")
     write_json(partial, fields)
     os.replace(partial, path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object in a file. Raises CheckpointError when it cannot be read, ConfigError when it is no such object."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: cannot be read ({error})") from error
-    return parse_json(text, str(path))

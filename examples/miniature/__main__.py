@@ -15,7 +15,8 @@ import tyro
 
 from vllama_jax.cli.compilation import keep_compiled_programs
 from vllama_jax.errors import VllamaError
-from vllama_jax.params import read_json, replace_json
+from vllama_jax.io.json_files import read_object
+from vllama_jax.params import replace_json
 
 
 def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500) -> None:
@@ -45,7 +46,7 @@ def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500)
     if from_nothing:
         minutes = round((time.perf_counter() - began) / 60, 1)
     else:  # known if it is whole already, but not of a run that was taken up again
-        minutes = read_json(file)["minutes"] if file.exists() else None
+        minutes = read_object(file)["minutes"] if file.exists() else None
     replace_json(file, {"seed": seed, "minutes": minutes, "measures": results})
     print(as_table(results))
 
@@ -67,7 +68,7 @@ def measured(out: Path, seed: int, clips: int, say) -> dict[str, dict[str, float
         file = folder / f"{name}-{clips}.json"
         if not file.exists():
             replace_json(file, figures(load(out / of), seed, clips, say))
-        found |= read_json(file)
+        found |= read_object(file)
     return found
 
 

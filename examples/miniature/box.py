@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllama_jax.errors import CheckpointError
-from vllama_jax.params import read_json, write_json
+from vllama_jax.io.json_files import read_object
+from vllama_jax.params import write_json
 
 BOX = Path(__file__).parent / "box"
 MODEL, CLIPS, RESULTS = BOX / "model", BOX / "clips", BOX / "results.json"
@@ -46,7 +47,7 @@ def fill(out: Path, others: Sequence[Path] = ()) -> None:
         ),
         "birds.jpg": Scene((Things(kind="bird", colour="pink", size="small", number=3),)),
     }
-    results = [read_json(one / "results.json") for one in (out, *others)]
+    results = [read_object(one / "results.json") for one in (out, *others)]
     plan = convert.plan(files={}, base=out / "model")
     shutil.rmtree(BOX, ignore_errors=True)
     CLIPS.mkdir(parents=True)

@@ -21,6 +21,7 @@ from vllama_jax.checkpoint import run_steps
 from vllama_jax.cli.run_config import load_config
 from vllama_jax.config import changes, flat
 from vllama_jax.errors import ConfigError, VllamaError
+from vllama_jax.io.json_files import read_object
 from vllama_jax.miniature import captioner, hearing, language, towers
 from vllama_jax.miniature.hearing import read_pairs
 from vllama_jax.miniature.parts import CONFIG, Weights, kept, under, weights_of, write_model
@@ -28,7 +29,7 @@ from vllama_jax.miniature.pictures import draw_pictures
 from vllama_jax.miniature.world import Amounts, write_world
 from vllama_jax.nn.imagebind import AudioTower
 from vllama_jax.nn.llama import Llama
-from vllama_jax.params import read_json, replace_json
+from vllama_jax.params import replace_json
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 Say = Callable[[str], None]
@@ -106,7 +107,7 @@ def _begin(out: Path, seed: int, recipe: Recipe) -> None:
     file, asked = out / "recipe.json", {"seed": seed, **dataclasses.asdict(recipe)}
     if not file.exists():
         replace_json(file, asked)
-    if differences := changes(flat(read_json(file)), flat(asked)):
+    if differences := changes(flat(read_object(file)), flat(asked)):
         raise ConfigError(f"{out} was begun otherwise ({', '.join(differences[:3])}); name another directory")
 
 

@@ -10,7 +10,8 @@ from vllama_jax.cli.devices import leave_accelerators
 from vllama_jax.convert import Plan, bytes_to_write
 from vllama_jax.convert import convert as write
 from vllama_jax.convert import plan as make_plan
-from vllama_jax.params import read_json
+from vllama_jax.errors import ConfigError
+from vllama_jax.io.json_files import read_object
 
 
 def convert(
@@ -60,7 +61,7 @@ def convert(
     """
     leave_accelerators()  # what runs trained comes through JAX
     files = {"eva_vit": eva_vit, "blip2": blip2, "imagebind": imagebind, "minigpt4": minigpt4, "vl": vl, "al": al}
-    override = read_json(config) if config else {}
+    override = read_object(config, ConfigError) if config else {}
     plan = make_plan(
         directory=directory,
         llama_directory=llama,

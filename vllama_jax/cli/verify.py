@@ -16,7 +16,7 @@ from vllama_jax.checkpoint import ModelDirectory, open_model
 from vllama_jax.cli.bars import bytes_bar, count_bar
 from vllama_jax.cli.devices import leave_accelerators
 from vllama_jax.errors import CheckpointError, ConfigError
-from vllama_jax.params import read_json
+from vllama_jax.io.json_files import read_object
 from vllama_jax.quantize import scheme_of
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def verify(
         from vllama_jax.convert.parity import check_installed
 
         check_installed()
-    plan = _plan(directory, against, given, read_json(config) if config else None)
+    plan = _plan(directory, against, given, read_object(config, ConfigError) if config else None)
     if weights_only:
         _verify_weights(model, directory, plan, json_output)
     else:

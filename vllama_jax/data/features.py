@@ -28,8 +28,8 @@ from vllama_jax.config import changes, flat
 from vllama_jax.data.order import Stream
 from vllama_jax.data.records import Kind, Records, ranges
 from vllama_jax.data.remote import local_copy
-from vllama_jax.errors import ConfigError, DataError, VllamaError
-from vllama_jax.params import read_json
+from vllama_jax.errors import ConfigError, DataError
+from vllama_jax.io.json_files import read_object
 from vllama_jax.train.config import DatasetConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -223,10 +223,8 @@ def find_folder(root: Path, records: Records) -> Path:
 
 def open_folder(folder: Path) -> tuple[FeatureCache, dict[str, Any]]:
     """The cache in a folder, and its manifest. Raises DataError where there is none that this version reads."""
-    try:
-        made = read_json(folder / "manifest.json")
-    except VllamaError as error:
-        raise DataError(f"{error}; remove {folder} and make it anew with `vllama features`") from error
+    advice = f"remove {folder} and make it anew with `vllama features`"
+    made = read_object(folder / "manifest.json", DataError, advice)
     if made.get("format") != FORMAT:
         raise DataError(
             f"{folder}: features of format {made.get('format')!r}, this version reads {FORMAT}; "
@@ -235,9 +233,7 @@ def open_folder(folder: Path) -> tuple[FeatureCache, dict[str, Any]]:
     try:
         return _cache(folder, made), made
     except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"{folder / 'manifest.json'}: incomplete ({error}); remove {folder} and make it anew with `vllama features`"
-        ) from error
+        raise DataError(f"{folder / 'manifest.json'}: incomplete ({error}); {advice}") from error
 
 
 def _cache(folder: Path, made: Mapping[str, Any]) -> FeatureCache:

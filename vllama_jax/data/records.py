@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from vllama_jax.data.remote import local_copy
-from vllama_jax.errors import DataError, VllamaError
-from vllama_jax.params import read_json
+from vllama_jax.errors import DataError
+from vllama_jax.io.json_files import read_object
 
 FORMAT = 1
 KINDS = ("video", "image", "audio")
@@ -109,10 +109,7 @@ def open_records(path: str | os.PathLike[str]) -> Records:
         raise DataError(f"{path}: no such records directory; `vllama data build` makes one")
     if not (path / "manifest.json").exists():
         raise DataError(f"{path}: not a records directory (no manifest.json in it); `vllama data build` makes one")
-    try:
-        manifest = read_json(path / "manifest.json")
-    except VllamaError as error:
-        raise DataError(f"{error}; build the records again") from error
+    manifest = read_object(path / "manifest.json", DataError, "build the records again")
     if manifest.get("format") != FORMAT:
         made = manifest.get("format")
         raise DataError(f"{path}: records of format {made!r}, this version reads {FORMAT}; build them again")

@@ -7,7 +7,6 @@ is not the source's is a DataError.
 
 import csv
 import itertools
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +22,7 @@ from vllama_jax.data.turns import (
     place_media,
 )
 from vllama_jax.errors import DataError
+from vllama_jax.io.json_files import parse_json, read_json
 
 SourceName = Literal["webvid", "llava_cc3m", "minigpt4", "llava_instruct", "videochat", "jsonl"]
 Entry = tuple[Annotation, Path]
@@ -125,10 +125,7 @@ def _entry(place: str, name: Any, kind: Kind, folder: Path, read: Callable[[Any]
 
 
 def _own_entry(place: str, line: str, table: Path) -> Entry | Skipped:
-    try:
-        entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{table}, {place}: not JSON ({error})") from error
+    entry = parse_json(line, f"{table}, {place}", DataError)
     named = [key for key in FILE_KEYS if isinstance(entry, dict) and key in entry]
     if len(named) != 1:
         raise DataError(f"{table}, {place}: it must name one file; {KEYS_HELP}")
@@ -179,14 +176,9 @@ def _rows(table: Path, columns: set[str]) -> Iterator[tuple[str, dict[str, str |
 
 
 def _json(table: Path) -> Any:
-    try:
-        return json.loads(table.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(f"{table}: no such file, and the annotations are expected there; check --source") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{table}: cannot be read ({error})") from error
-    except json.JSONDecodeError as error:
-        raise DataError(f"{table}: not JSON ({error}); download it again") from error
+    if not table.exists():
+        raise DataError(f"{table}: no such file, and the annotations are expected there; check --source")
+    return read_json(table, DataError, "download it again")
 
 
 def _entries(found: Any, table: Path) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -1,7 +1,6 @@
 """Annotation files: what is in them, with the place of each entry, so that every error names it."""
 
 import contextlib
-import json
 import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 from vllama_jax.errors import DataError
 from vllama_jax.evaluate.questions import Unusable
 from vllama_jax.files import first_bytes
+from vllama_jax.io.json_files import parse_json
 
 Entry = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
 
@@ -49,10 +49,7 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """What is in a JSON file."""
-    try:
-        return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not JSON ({short(error)}); is it the annotation file?") from error
+    return parse_json(read_text(path), str(path), DataError, "is it the annotation file?")
 
 
 def read_object(path: Path, *fields: str) -> dict[str, Any]:

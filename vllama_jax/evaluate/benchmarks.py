@@ -5,7 +5,6 @@ says where it differs; so is one entry of it that cannot be used, since figures 
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +31,7 @@ from vllama_jax.evaluate.questions import (
     open_question,
 )
 from vllama_jax.files import first_bytes
+from vllama_jax.io.json_files import parse_json
 
 BenchmarkName = Literal[
     "msvd_qa",
@@ -279,10 +279,7 @@ def jsonl(path: Path) -> list[Question]:
         place = f"{path}, line {number}"
         if not line.strip():
             continue
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{place}: not JSON ({error}); {JSONL_HELP}") from error
+        entry = parse_json(line, place, DataError, JSONL_HELP)
         with placed(place, JSONL_HELP):
             questions.append(_own_question(entry if isinstance(entry, dict) else {}, number))
     return questions

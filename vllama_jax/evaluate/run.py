@@ -24,8 +24,9 @@ from vllama_jax.evaluate.judging import judge_answers, judged_scores
 from vllama_jax.evaluate.published import PUBLISHED
 from vllama_jax.evaluate.questions import Question, digest, in_order_of_videos, spread
 from vllama_jax.evaluate.videos import LISTED, Videos
+from vllama_jax.io.json_files import read_object
 from vllama_jax.journal import Journal
-from vllama_jax.params import read_json, replace_json
+from vllama_jax.params import replace_json
 
 NEW_TOKENS = {"open": 300, "caption": 64, "choice": 32}  # at most, unless the user says: what each task can need
 
@@ -180,7 +181,7 @@ def _identity(asked: Evaluation, directory: ModelDirectory, questions: str) -> d
 
 def _dtype(asked: Evaluation) -> str:
     """As asked for, or that of the folder's answers, which may be another machine's, or this machine's."""
-    before = read_json(asked.out / "config.json") if _has_answers(asked.out) else {}
+    before = read_object(asked.out / "config.json") if _has_answers(asked.out) else {}
     return asked.weights.get("dtype") or before.get("dtype") or default_dtype()
 
 
@@ -214,7 +215,7 @@ def _holds(out: Path, config: dict[str, Any]) -> bool:
         if strangers := sorted(entry.name for entry in out.iterdir()):
             raise DataError(f"{out}: not an evaluation's folder (it has {strangers[0]}); choose another --out")
         return False
-    before = read_json(out / "config.json")
+    before = read_object(out / "config.json")
     if "evaluation" not in before:
         raise DataError(f"{out}: a model's or a run's directory, not an evaluation's; choose another --out")
     changed = changes(before, config)

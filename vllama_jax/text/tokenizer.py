@@ -8,13 +8,13 @@ were trained with). With only `tokenizer.json` (Llama 3 and newer), the `tokeniz
 import abc
 import dataclasses
 import itertools
-import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from vllama_jax.errors import CheckpointError
 from vllama_jax.files import first_bytes
+from vllama_jax.io.json_files import parse_object
 
 MEDIA_TOKEN = "<ImageHere>"
 DECLARATION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -361,13 +361,7 @@ def _read_object(path: Path) -> dict:
     """A JSON file that holds an object; {} if there is no such file."""
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(_read_bytes(path))
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, but holds a {type(value).__name__}")
-    return value
+    return parse_object(_read_bytes(path), str(path), CheckpointError)
 
 
 def _read_bytes(path: Path) -> bytes:

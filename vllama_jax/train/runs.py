@@ -23,8 +23,8 @@ import orbax.checkpoint as ocp
 from vllama_jax.checkpoint import ModelDirectory, locked, nest, restore_arrays, run_steps, write_config
 from vllama_jax.config import changes, flat
 from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.io.json_files import read_object
 from vllama_jax.journal import WholeFile
-from vllama_jax.params import read_json
 from vllama_jax.train.config import CheckpointConfig, TrainConfig
 from vllama_jax.train.state import TrainState
 
@@ -75,7 +75,7 @@ def _strangers(out: Path) -> list[str]:
 
 def _check_same(out: Path, config: TrainConfig, base: ModelDirectory, dtype: str) -> None:
     """Whether the run in `out` is this one."""
-    fields = read_json(out / "config.json")
+    fields = read_object(out / "config.json")
     if not isinstance(fields.get("run"), dict):
         raise CheckpointError(f"{out}: a model directory, not a run; choose another --out")
     before, now = _settings(fields["run"]), _settings(json.loads(json.dumps(dataclasses.asdict(config))))
