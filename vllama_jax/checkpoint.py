@@ -7,24 +7,21 @@ A run directory (train/runs.py) is read as the model that was trained: its base'
 trained.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.metadata
 import json
 import logging
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
 from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_files import read_object
-from vllama_jax.params import check_params, write_json
+from vllama_jax.params import check_params
 
 if TYPE_CHECKING:
     import jax
@@ -38,60 +35,11 @@ IN_FLIGHT_GB = 4  # of weights that are read at once, at least one whole weight 
 logger = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A directory to fill, beside `out`; it becomes `out` when all went well, and is removed otherwise.
-
-    Whatever a killed run left half-written is removed first. Raises CheckpointError when `out` exists, when another
-    process is making it, and when it cannot be written.
-    """
-    partial = out.with_name(f".{out.name}.partial") if out.name else out
-    try:
-        if out.exists():
-            raise CheckpointError(f"{out}: exists already; remove it or choose another place")
-        partial.mkdir(parents=True, exist_ok=True)
-        with locked(partial, f"{out}: another process is making it; wait for that one"):
-            _empty(partial)
-            try:
-                yield partial
-                partial.rename(out)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{out}: cannot be written ({error.strerror or error}); nothing was left there"
-        ) from error
-
-
-@contextlib.contextmanager
-def locked(directory: Path, refusal: str) -> Iterator[None]:
-    """Keeps a second process off a directory; the lock ends with its holder, however that ends.
-
-    Raises CheckpointError, saying `refusal`, when another process has it.
-    """
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(refusal) from error
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(handle)
-
-
-def _empty(directory: Path) -> None:
-    for entry in directory.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
 def write_config(directory: Path, config: VideoLlamaConfig, **more: Any) -> None:
     """config.json; a run has `more` to say in it."""
     versions = {name: importlib.metadata.version(name) for name in ("vllama-jax", "jax", "flax", "orbax-checkpoint")}
     fields = {"format": FORMAT, "versions": versions, "model": dataclasses.asdict(config), **more}
-    write_json(directory / "config.json", fields)
+    replace_json(directory / "config.json", fields)
 
 
 def write_manifest(directory: Path, sources: dict[str, Any], leaves: dict[str, dict], **more: Any) -> None:

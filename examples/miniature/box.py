@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vllama_jax.errors import CheckpointError
+from vllama_jax.io.atomic import write_json
 from vllama_jax.io.json_files import read_object
-from vllama_jax.params import write_json
 
 BOX = Path(__file__).parent / "box"
 MODEL, CLIPS, RESULTS = BOX / "model", BOX / "clips", BOX / "results.json"

@@ -11,6 +11,7 @@ from vllama_jax.convert import Plan, bytes_to_write
 from vllama_jax.convert import convert as write
 from vllama_jax.convert import plan as make_plan
 from vllama_jax.errors import ConfigError
+from vllama_jax.io.atomic import check_absent
 from vllama_jax.io.json_files import read_object
 
 
@@ -59,6 +60,7 @@ def convert(
         template: The prompt template that the language model was tuned on; vicuna unless --base or --config says.
         dtype: Of the weights on disk; as they come unless given.
     """
+    check_absent(out)
     leave_accelerators()  # what runs trained comes through JAX
     files = {"eva_vit": eva_vit, "blip2": blip2, "imagebind": imagebind, "minigpt4": minigpt4, "vl": vl, "al": al}
     override = read_object(config, ConfigError) if config else {}

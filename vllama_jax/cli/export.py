@@ -7,6 +7,7 @@ from vllama_jax.cli.bars import bytes_bar
 from vllama_jax.cli.devices import leave_accelerators
 from vllama_jax.convert import export as exporting
 from vllama_jax.errors import ConfigError
+from vllama_jax.io.atomic import check_absent
 
 
 def export(
@@ -32,6 +33,7 @@ def export(
     """
     if not shard_gb > 0:
         raise ConfigError(f"--shard-gb must be above 0, not {shard_gb}")
+    check_absent(to)
     leave_accelerators()  # what a run trained comes through JAX
     directory = open_model(model, base)
     files = exporting.plan(directory, format, shard_gb * 1e9)

@@ -1,11 +1,13 @@
 """vllama plot."""
 
 import contextlib
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 from vllama_jax.errors import DataError
+from vllama_jax.io.atomic import replace_file
 
 
 def plot(run: Path, /, *, out: Path | None = None, smoothing: float = 0.95) -> None:
@@ -60,8 +62,10 @@ def _draw(steps: list[dict[str, Any]], validation: list[dict[str, Any]], smoothi
     loss.legend()
     rate.plot(numbers, [line["lr"] for line in steps], color="tab:green")
     rate.set(xlabel="step", ylabel="learning rate")
+    image = io.BytesIO()
     try:
-        figure.savefig(out, dpi=120)
+        figure.savefig(image, format=out.suffix[1:] or "png", dpi=120)
+        replace_file(out, image.getbuffer())
     except (OSError, ValueError) as error:
         raise DataError(f"{out}: cannot be written ({error})") from error
 

@@ -8,6 +8,7 @@ from rich import filesize
 from vllama_jax import quantize as quantizing
 from vllama_jax.checkpoint import open_model
 from vllama_jax.cli.bars import bytes_bar
+from vllama_jax.io.atomic import check_absent
 
 
 def quantize(
@@ -28,6 +29,7 @@ def quantize(
         bits: Of a weight. 8 costs little; `vllama verify` says what it costs.
         base: A run's base model, where that has moved.
     """
+    check_absent(to)
     directory = open_model(model, base)
     before = quantizing.bytes_to_read(directory)
     with bytes_bar(before) as progress:

@@ -13,14 +13,13 @@ from typing import Any
 import tensorflow_datasets as tfds
 import xxhash
 
-from vllama_jax.checkpoint import new_directory
 from vllama_jax.data.ahead import in_order
 from vllama_jax.data.datasets import Media, Texts, shard_counts, text_example, write_dataset
 from vllama_jax.data.records import FORMAT, KINDS, Annotation, Kind
 from vllama_jax.data.sources import SOURCES, Entry, Skipped
 from vllama_jax.errors import DataError
 from vllama_jax.files import first_bytes
-from vllama_jax.params import write_json
+from vllama_jax.io.atomic import check_absent, new_directory, write_json
 
 READ_AHEAD = 4  # files held in memory
 CHECK_AHEAD = 16  # files whose first bytes are read
@@ -54,6 +53,7 @@ def build(name: str, source: Path, out: Path, progress: Progress = lambda what, 
     """
     if name not in SOURCES:
         raise DataError(f"no source {name!r}; choose one of {', '.join(SOURCES)}")
+    check_absent(out)
     if not source.exists():
         raise DataError(f"{source}: no such file or folder; name the source's folder")
     tfds.disable_progress_bar()

@@ -24,7 +24,7 @@ from jaxtyping import Array
 from orbax.checkpoint import multihost
 
 from vllama_jax import checkpoint, sharding
-from vllama_jax.checkpoint import ModelDirectory, locked
+from vllama_jax.checkpoint import ModelDirectory
 from vllama_jax.data.features import (
     Batch,
     Decoder,
@@ -41,8 +41,8 @@ from vllama_jax.data.order import Order, Stream, make_streams
 from vllama_jax.data.pipeline import Decoded, Reader, batches
 from vllama_jax.data.records import Kind, Records, open_records
 from vllama_jax.errors import ConfigError, DataError
+from vllama_jax.io.atomic import own_directory, scratch_directory, write_file, write_json
 from vllama_jax.nn.video_llama import VideoLlama
-from vllama_jax.params import write_file, write_json
 from vllama_jax.train.config import DatasetConfig, TrainConfig
 from vllama_jax.train.state import Skeleton, Weights
 from vllama_jax.train.step import compute_dtype, encode
@@ -118,6 +118,7 @@ def write_features(
     written and when not a single record can be decoded; CheckpointError for the model.
     """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, variants=config.data.variants or 1))
+    _check_out(out)
     directory = checkpoint.open_model(base or config.model)
     if config.branch == "audio" and not directory.config.has_audio:
         raise ConfigError(f"{directory.path}: a picture-only model has no audio branch; convert it with --imagebind")
@@ -309,7 +310,7 @@ def _manifest(
 def _claim(folder: Path, scratch: Path, manifest: dict[str, Any], shard_records: int) -> FeatureCache:
     """The cache in a folder, made with these settings or begun now. Raises ConfigError where it was with others."""
     if not (folder / "manifest.json").exists():  # other processes may do the same: they write the same
-        folder.mkdir(exist_ok=True)
+        own_directory(folder)
         write_json(scratch / "manifest.json", manifest | ({"shard_records": shard_records} if shard_records else {}))
         os.replace(scratch / "manifest.json", folder / "manifest.json")
     cache, made = open_folder(folder)
@@ -322,6 +323,12 @@ def _claim(folder: Path, scratch: Path, manifest: dict[str, Any], shard_records:
     return cache
 
 
+def _check_out(out: Path) -> None:
+    """Raise DataError where `out` is the directory of something else than features."""
+    if stranger := next((name for name in ("config.json", "manifest.json") if (out / name).exists()), None):
+        raise DataError(f"{out}: holds something else (it has {stranger}); choose another --out")
+
+
 @contextlib.contextmanager
 def _working_folder(out: Path) -> Iterator[Path]:
     """A folder in `out` for what is not whole yet, of this process alone; it is removed in the end."""
@@ -329,19 +336,12 @@ def _working_folder(out: Path) -> Iterator[Path]:
     folder = out / f".partial-{process}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if stranger := next((name for name in ("config.json", "manifest.json") if (out / name).exists()), None):
-            raise DataError(f"{out}: holds something else (it has {stranger}); choose another --out")
-        folder.mkdir(exist_ok=True)
         for stale in out.glob(".partial-*") if process == 0 else ():  # of a run of more processes, which was killed
             if (found := STALE.fullmatch(stale.name)) and int(found[1]) >= jax.process_count():
                 shutil.rmtree(stale, ignore_errors=True)
-        with locked(folder, f"{out}: another process is writing features there; wait for it, or choose another --out"):
-            for path in folder.iterdir():
-                path.unlink()
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        refusal = f"{out}: another process is writing features there; wait for it, or choose another --out"
+        with scratch_directory(folder, refusal):
+            yield folder
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error}); whole shards are kept") from error
 

@@ -20,14 +20,16 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from vllama_jax.checkpoint import ModelDirectory, locked, nest, restore_arrays, run_steps, write_config
+from vllama_jax.checkpoint import ModelDirectory, nest, restore_arrays, run_steps, write_config
 from vllama_jax.config import changes, flat
 from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.io.atomic import check_output_files, locked, own_directory
 from vllama_jax.io.json_files import read_object
 from vllama_jax.journal import WholeFile
 from vllama_jax.train.config import CheckpointConfig, TrainConfig
 from vllama_jax.train.state import TrainState
 
+OUTPUT_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl")
 logger = logging.getLogger(__name__)
 
 # What may differ when a run is taken up again: nothing that changes what is learned.
@@ -56,6 +58,7 @@ def open_run(out: Path, config: TrainConfig, base: ModelDirectory, dtype: str) -
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, f"{out}: another process is training into it; wait for that one, or choose another --out"):
+            check_output_files(out, OUTPUT_FILES)
             if (out / "config.json").exists():
                 _check_same(out, config, base, dtype)
             elif strangers := _strangers(out):
@@ -226,7 +229,7 @@ class Board:
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
             return
-        folder.mkdir(exist_ok=True)
+        own_directory(folder)
         self._event = event_pb2.Event
         self._writer = RecordWriter(WholeFile(folder / f"events.out.tfevents.{time.time_ns()}", "a"))
         self._write(file_version="brain.Event:2")
