@@ -26,6 +26,7 @@ _CONTAINERS = (
 )
 
 WHOLE = (0.0, math.inf)  # of a file, from and to which second
+MAX_PIXELS = 2**26  # 8192 × 8192: 8K video has half of it, a 50-megapixel photo fits, and a decoder stays below 1 GB
 PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png")  # of the frames of a video that is a folder of pictures
 
 # The first bytes of the picture files that Pillow reads, and Pillow's names for them.
@@ -46,6 +47,22 @@ def check_file(path: str | os.PathLike[str]) -> str:
     path = os.fsdecode(path)
     first_bytes(path, MediaError)
     return path
+
+
+def check_pixels(width: int, height: int, path: str) -> None:
+    """Refuse an image or a video frame that is too large, by its declared size, before memory is allocated for it.
+
+    Args:
+        width: Declared width in pixels.
+        height: Declared height in pixels.
+        path: The file, for the message.
+
+    Raises:
+        MediaError: More than `MAX_PIXELS` pixels are declared.
+    """
+    if width * height > MAX_PIXELS:
+        why = f"{width}×{height} pixels are declared, more than {MAX_PIXELS / 1e6:.0f} million; scale it down first"
+        raise MediaError(f"{path}: {why}")
 
 
 @contextlib.contextmanager
