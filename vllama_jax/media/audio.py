@@ -124,6 +124,10 @@ class SoundDecoder:
         if lost and lost.part == "media" and not 0 < declared <= self._packets:
             some = f"{self._packets} of {declared} packets of sound are there" if declared else lost.why
             self._fail(f"the file is truncated: {some}")
+        elif self.stream.container.format.name == "flac" and self._decoded < self._declared_samples():
+            rate = self.sample_rate
+            some = f"{self._decoded / rate:.1f} of {self._declared_samples() / rate:.1f} s of sound are there"
+            self._fail(f"the file is truncated: {some}")
         samples = len(self._kept) // (4 * max(self._channels, 1))
         if not self._failure and self._decoded == 0:
             self._fail("the sound stream is empty")
@@ -132,6 +136,10 @@ class SoundDecoder:
         if self._failure:
             return None, self._failure
         return np.frombuffer(self._kept, np.float32).reshape(samples, self._channels).T, ""
+
+    def _declared_samples(self) -> int:
+        """The length in FLAC's header, the only size that it declares; 0 where it is unknown."""
+        return int((self.stream.duration or 0) * self.stream.time_base * self.sample_rate)
 
     def _fail(self, why: str) -> None:
         self._failure = " ".join(why.split())

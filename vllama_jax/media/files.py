@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from vllama_jax.errors import MediaError
 from vllama_jax.files import first_bytes
-from vllama_jax.media.truncation import has_mp4_index
+from vllama_jax.media.truncation import find_truncation, has_mp4_index
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
@@ -129,6 +129,9 @@ def open_container(path: str) -> InputContainer:
             f"file:{path}", options={"max_pixels": str(MAX_PIXELS)}, container_options={"format_whitelist": _CONTAINERS}
         )
     except (av.FFmpegError, OSError, ValueError) as error:
+        if lost := find_truncation(path):
+            why = f"the file is truncated: nothing in it could be read ({lost.why}); download or copy it again"
+            raise MediaError(f"{path}: {why}") from error
         why = "not a video, sound or picture that can be read; is it damaged, or another kind of file?"
         raise MediaError(f"{path}: {why}") from error
 
