@@ -27,7 +27,7 @@ from PIL import Image as pillow
 
 from vllama_jax import media
 from vllama_jax.errors import MediaError
-from vllama_jax.media import video as video_module
+from vllama_jax.media import frames as frames_module
 
 OPEN_GROUPS = {"preset": "veryfast", "x264-params": "open-gop=1:bframes=3:b-adapt=0:scenecut=0"}
 REFRESH = {"preset": "veryfast", "x264-params": "intra-refresh=1:bframes=0:keyint=20:scenecut=0"}
@@ -97,8 +97,8 @@ def test_the_right_frames_come_out(folder, name, monkeypatch):
     settings, expected_way = VIDEOS[name]
     path = write_video(folder / name, num_frames=130, **settings)
     counted = []
-    count_frames = video_module._count_frames
-    monkeypatch.setattr(video_module, "_count_frames", lambda *args: counted.append(args) or count_frames(*args))
+    count_frames = frames_module._count_frames
+    monkeypatch.setattr(frames_module, "_count_frames", lambda *args: counted.append(args) or count_frames(*args))
     every, _ = count_frames(str(path), range(130), 64)
     assert numbers_of(np.stack(every)) == list(range(130))
     for num_frames in (1, 2, 5, 8, 1000):
@@ -110,15 +110,15 @@ def test_the_right_frames_come_out(folder, name, monkeypatch):
 def test_only_what_is_needed_is_decoded_and_converted(folder, monkeypatch):
     """Work for each wanted frame is bounded by the distance of key frames, whatever the length of the file."""
     decoded, converted = [], []
-    frames_from_key, to_rgb = video_module._frames_from_key, video_module._to_rgb
+    frames_from_key, to_rgb = frames_module._frames_from_key, frames_module._to_rgb
 
     def count_decoded(*args):
         for frame in frames_from_key(*args):
             decoded.append(frame.pts)
             yield frame
 
-    monkeypatch.setattr(video_module, "_frames_from_key", count_decoded)
-    monkeypatch.setattr(video_module, "_to_rgb", lambda *args: converted.append(args) or to_rgb(*args))
+    monkeypatch.setattr(frames_module, "_frames_from_key", count_decoded)
+    monkeypatch.setattr(frames_module, "_to_rgb", lambda *args: converted.append(args) or to_rgb(*args))
     for num_frames in (120, 250):
         decoded.clear(), converted.clear()
         path = write_video(folder / f"length_{num_frames}.mp4", num_frames=num_frames)
@@ -138,13 +138,35 @@ def test_a_recording_that_starts_between_key_frames(folder):
     ]
 
 
+def shown_by(matrix: tuple[int, int, int, int], frames: np.ndarray) -> np.ndarray:
+    """Frames [t, side, side, 3] as ISO/IEC 14496-12 has the matrix show them: (x, y) goes to (a x + c y, b x + d y)."""
+    a, b, c, d = matrix
+    side = frames.shape[1]
+    y, x = np.mgrid[:side, :side]
+    right, down = a * x + c * y, b * x + d * y
+    shown = np.empty_like(frames)
+    shown[:, down - down.min(), right - right.min()] = frames
+    return shown
+
+
 @pytest.mark.parametrize(
-    ("matrix", "quarter_turns"), [((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)], ids=("90", "180", "270")
+    "matrix",
+    [
+        *((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)),  # quarter turns
+        *((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)),  # and mirrored
+    ],
 )
-def test_a_turned_video_is_shown_upright(folder, silent, matrix, quarter_turns):
-    turned = media.read_video(turn(silent, folder / "turned.mp4", matrix), size=64).frames
-    upright = np.rot90(turned, quarter_turns, axes=(1, 2))  # counterclockwise, so it undoes what the player does
-    assert numbers_of(upright) == numbers_of(media.read_video(silent, size=64).frames)
+def test_a_video_is_turned_and_mirrored_as_its_matrix_says(folder, matrix):
+    """Each quadrant of the frame has a shade of its own, so that no two of the eight orientations look alike."""
+    plain = folder / "quadrants.mp4"
+    if not plain.exists():
+        shades = np.kron(np.array([[20, 90], [160, 230]], np.uint8), np.ones((32, 32), np.uint8))
+        media.write_video(plain, [np.repeat(shades[..., None], 3, axis=2)] * 30, FPS)
+    upright = media.read_video(plain, size=64).frames
+    for num_frames in (8, 30):
+        shown = media.read_video(turn(plain, folder / "turned.mp4", matrix), num_frames, size=64).frames
+        expected = shown_by(matrix, upright)[:1].repeat(num_frames, axis=0)
+        assert np.abs(shown[:, ::8, ::8].astype(int) - expected[:, ::8, ::8]).max() <= 12
 
 
 def test_times_and_duration(clip):

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.files import WHOLE, check_file, is_cut_off, open_container, picture_format, sound_stream
+from vllama_jax.media.clock import PRIMING, Clock
+from vllama_jax.media.files import WHOLE, check_file, open_container, picture_format, sound_stream
 from vllama_jax.media.report import MediaReport
+from vllama_jax.media.truncation import find_truncation
 
 if TYPE_CHECKING:
     from av import AudioFrame, Packet
@@ -37,6 +39,7 @@ _MEL_MEAN, _MEL_STD = -4.268, 9.138  # of AudioSet, as ImageBind normalises
 
 _SINC_ZEROS = 6  # zero crossings of the sinc on each side
 _ROLLOFF = 0.99
+_LONGEST = 24 * 3600.0  # seconds of a segment's audio
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,23 +76,31 @@ def audio_from(container: InputContainer, path: str) -> Audio:
     waveform, failure = sound.finish()
     if waveform is None:
         raise MediaError(f"{path}: the sound cannot be used: {failure}")
+    lost = find_truncation(path)
+    notes = (lost.note,) if lost else ()
     seconds = waveform.shape[1] / sound.sample_rate
-    report = MediaReport(path=path, kind="audio", frames=0, seconds=seconds, audio="used")
+    report = MediaReport(path=path, kind="audio", frames=0, seconds=seconds, audio="used", notes=notes)
     return Audio(waveform=waveform, sample_rate=sound.sample_rate, report=report)
 
 
 class SoundDecoder:
     """Turns a sound stream's packets into one waveform, and keeps the reason if they do not decode.
 
-    within: the part to keep, in seconds; all is decoded.
+    within: the part to keep, in seconds; all is decoded. clock: what the seconds are counted by, where `within` is not
+    the whole.
     """
 
-    def __init__(self, stream: AudioStream, path: str, within: tuple[float, float] = WHOLE) -> None:
+    def __init__(
+        self, stream: AudioStream, path: str, within: tuple[float, float] = WHOLE, clock: Clock | None = None
+    ) -> None:
         self.sample_rate = 0
         self.stream = stream
         self._path, self._within = path, within
+        self._clock = None if within == WHOLE else clock
+        self._shift = 0.0  # seconds, from the timestamps of the packet under way to the clock
         self._kept = bytearray()  # float32, all channels of a sample together: grows in place and is never copied
         self._channels = self._decoded = self._packets = 0
+        self._position: int | None = None  # of the next sample on the clock
         self._failure = "" if stream.codec_context else "its codec is not supported"
 
     def feed(self, packet: Packet) -> None:
@@ -97,6 +108,8 @@ class SoundDecoder:
         import av
 
         self._packets += packet.size > 0 and not packet.is_corrupt
+        if self._clock and packet.size:
+            self._shift = self._clock.shift(packet)
         if self._failure:
             return
         try:
@@ -107,8 +120,14 @@ class SoundDecoder:
 
     def finish(self) -> tuple[Float32[np.ndarray, "c n"] | None, str]:
         """The waveform and "", or None and why it cannot be used."""
-        if self._packets < self.stream.frames and is_cut_off(self._path):
-            self._fail(f"the file is truncated: {self._packets} of {self.stream.frames} packets of sound are there")
+        lost, declared = find_truncation(self._path), self.stream.frames
+        if lost and lost.part == "media" and not 0 < declared <= self._packets:
+            some = f"{self._packets} of {declared} packets of sound are there" if declared else lost.why
+            self._fail(f"the file is truncated: {some}")
+        elif self.stream.container.format.name == "flac" and self._decoded < self._declared_samples():
+            rate = self.sample_rate
+            some = f"{self._decoded / rate:.1f} of {self._declared_samples() / rate:.1f} s of sound are there"
+            self._fail(f"the file is truncated: {some}")
         samples = len(self._kept) // (4 * max(self._channels, 1))
         if not self._failure and self._decoded == 0:
             self._fail("the sound stream is empty")
@@ -117,6 +136,10 @@ class SoundDecoder:
         if self._failure:
             return None, self._failure
         return np.frombuffer(self._kept, np.float32).reshape(samples, self._channels).T, ""
+
+    def _declared_samples(self) -> int:
+        """The length in FLAC's header, the only size that it declares; 0 where it is unknown."""
+        return int((self.stream.duration or 0) * self.stream.time_base * self.sample_rate)
 
     def _fail(self, why: str) -> None:
         self._failure = " ".join(why.split())
@@ -129,10 +152,24 @@ class SoundDecoder:
             raise ValueError("it holds values that are not finite")
         if frame.sample_rate != self.sample_rate or len(piece) != self._channels:
             raise ValueError("its rate or number of channels changes on the way")
-        places = np.round(np.multiply(self._within, self.sample_rate)) - self._decoded
-        begin, end = np.clip(places, 0, piece.shape[1]).astype(int)
-        self._kept += piece[:, begin:end].T.tobytes()
         self._decoded += piece.shape[1]
+        if self._clock:
+            piece = self._place(frame, piece)
+        self._kept += piece.T.tobytes()
+
+    def _place(self, frame: AudioFrame, piece: Float32[np.ndarray, "c n"]) -> Float32[np.ndarray, "c m"]:
+        """What a frame adds to the segment, by the clock: gaps become silence, what overlaps is left out."""
+        on_clock = self._position
+        if frame.pts is not None:
+            on_clock = round((float(frame.pts * frame.time_base) + self._shift) * self.sample_rate)
+        if self._position is None or abs(on_clock - self._position) > PRIMING * self.sample_rate:
+            self._position = on_clock or 0
+        first, last = (round(min(seconds, _LONGEST) * self.sample_rate) for seconds in self._within)
+        filled = first + len(self._kept) // (4 * self._channels)
+        gap = max(min(self._position, last) - filled, 0)
+        begin, end = (min(max(place - self._position, 0), piece.shape[1]) for place in (filled + gap, last))
+        self._position += piece.shape[1]
+        return np.pad(piece[:, begin : max(begin, end)], ((0, 0), (gap, 0)))
 
 
 def _as_float(frame: AudioFrame) -> Float32[np.ndarray, "c n"]:
