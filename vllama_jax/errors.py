@@ -19,3 +19,9 @@ class ConfigError(VllamaError):
 
 class DataError(VllamaError):
     """Annotations or records that cannot be used."""
+
+
+def os_error_line(error: OSError) -> str:
+    """What is said of an error of the system where nothing better is known: the file and the reason."""
+    why = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    return " ".join(why.split())

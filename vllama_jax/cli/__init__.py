@@ -25,10 +25,16 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs a command. Exit code 0; 1 with one line on stderr when it failed; 2 for wrong usage."""
-    from vllama_jax.errors import VllamaError
+    """Run a command. Exit code 0; 1 with one line on stderr when it failed; 2 for wrong usage; 130 after Ctrl-C."""
+    from vllama_jax.interrupts import ending_on_interrupt
 
-    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    with ending_on_interrupt():
+        _main(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _main(arguments: list[str]) -> None:
+    from vllama_jax.errors import VllamaError, os_error_line
+
     try:
         _run(arguments)
     except VllamaError as error:
@@ -39,8 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # where no command knows better what to say: a folder that may not be entered, a full disk
-        why = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-        sys.exit(f"vllama: {' '.join(why.split())}")
+        sys.exit(f"vllama: {os_error_line(error)}")
 
 
 def _run(arguments: list[str]) -> None:

@@ -10,9 +10,9 @@ import tyro
 from vllama_jax.cli.bars import count_bar
 from vllama_jax.cli.compilation import keep_compiled_programs
 from vllama_jax.cli.run_config import named_config
-from vllama_jax.cli.train import join_processes
 from vllama_jax.errors import ConfigError
 from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.processes import joined_processes
 
 if TYPE_CHECKING:
     from vllama_jax.train.features import Written
@@ -47,10 +47,9 @@ def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
         if shard_records < 0:
             raise ConfigError(f"--shard-records must be at least 0, not {shard_records}")
         keep_compiled_programs()
-        join_processes(distributed)
-        from vllama_jax.train.features import write_features
+        with joined_processes(distributed, preemption=False), count_bar() as count:
+            from vllama_jax.train.features import write_features
 
-        with count_bar() as count:
             written = write_features(prepare(run, out), out, base, shard_records, functools.partial(count, "records"))
         print(_summary(out, written))
 

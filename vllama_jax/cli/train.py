@@ -12,8 +12,8 @@ from rich.table import Column, Table
 
 from vllama_jax.cli.compilation import keep_compiled_programs
 from vllama_jax.cli.run_config import named_config
-from vllama_jax.errors import ConfigError
 from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.processes import joined_processes
 
 
 def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
@@ -42,13 +42,12 @@ def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
             distributed: One of several processes, of a Slurm job, a TPU pod or GKE.
         """
         keep_compiled_programs()
-        join_processes(distributed)
-        from vllama_jax.train.dry_run import dry_run as try_out
-        from vllama_jax.train.loop import train as go
-        from vllama_jax.train.runs import hush_failed_saves
+        with joined_processes(distributed, preemption=not dry_run), Display(run.steps) as display:
+            from vllama_jax.train.dry_run import dry_run as try_out
+            from vllama_jax.train.loop import train as go
+            from vllama_jax.train.runs import hush_failed_saves
 
-        hush_failed_saves()
-        with Display(run.steps) as display:
+            hush_failed_saves()
             prepared = prepare(run, out)
             if dry_run:
                 try_out(prepared, display, base)
@@ -56,18 +55,6 @@ def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
                 go(prepared, out, display, base)
 
     return train, others
-
-
-def join_processes(distributed: bool) -> None:
-    """Joins the other processes, which JAX finds by itself, or by its own environment variables."""
-    if not distributed:
-        return
-    import jax
-
-    try:
-        jax.distributed.initialize()
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(f"--distributed: the other processes cannot be found ({error})") from error
 
 
 class Display:

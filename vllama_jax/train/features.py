@@ -159,20 +159,21 @@ def _encode(
     ahead = batches(Decoder(reader, [batch for _, batch in work]), 0, len(work), config.data)
     all_records, done = sum(shard.records for shard in todo), 0.0
     file, pending = None, []
-    for number in range(len(work) + 1):
-        if number < len(work):
-            decoded = next(ahead)
-            kind = work[number][1].stream.kind
-            pending.append((*work[number], decoded, encoder(kind, _padded(decoded, sizes[kind]))))
-        if number:
-            shard, batch, decoded, features = pending.pop(0)
-            file = file or _ShardFile(shard, scratch)
-            file.add(batch, decoded, None if features is None else np.asarray(features))
-            done += len(batch.entries) / shard.cache.variants
-            progress(done, all_records)
-            if file.whole:
-                file.finish()
-                file = None
+    with contextlib.closing(ahead):
+        for number in range(len(work) + 1):
+            if number < len(work):
+                decoded = next(ahead)
+                kind = work[number][1].stream.kind
+                pending.append((*work[number], decoded, encoder(kind, _padded(decoded, sizes[kind]))))
+            if number:
+                shard, batch, decoded, features = pending.pop(0)
+                file = file or _ShardFile(shard, scratch)
+                file.add(batch, decoded, None if features is None else np.asarray(features))
+                done += len(batch.entries) / shard.cache.variants
+                progress(done, all_records)
+                if file.whole:
+                    file.finish()
+                    file = None
 
 
 class _ShardFile:
