@@ -8,8 +8,9 @@ from eval_fixtures import completion
 
 from vllama_jax.evaluate import judge as judging
 from vllama_jax.evaluate.judge import Judge, Unreachable, read_reply
-from vllama_jax.evaluate.metrics import contains, exact_match, normalise
+from vllama_jax.evaluate.metrics import contains, exact_match, normalise, score
 from vllama_jax.evaluate.published import PUBLISHED
+from vllama_jax.evaluate.questions import caption_question, open_question
 
 DIGITS = {"none": 0, "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 DIGITS |= {"six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
@@ -49,6 +50,26 @@ def test_words_must_stand_together_and_in_order():
     assert not contains("a red and a big dog", ["red dog"])
     assert not contains("a dog red", ["red dog"])
     assert not contains("it is", [""])
+
+
+def test_captions_are_scored_over_all_and_not_by_kind():
+    """CIDEr weighs words by how many captions of the set have them, so that a part's figure is another measure."""
+    said = {"1": "a dog runs", "2": "a cat sleeps", "3": "yes"}
+    questions = [
+        caption_question("a dog runs", id="1", names=("a",), kinds=("x",)),
+        caption_question("a cat sits", id="2", names=("b",), kinds=("y",)),
+        open_question("q", "yes", id="3", names=("c",), kinds=("y",)),
+    ]
+    scores = score(questions, said)
+    assert scores["all"].keys() == {
+        "n",
+        "exact_match",
+        "contains",
+        "rouge_l",
+        "cider",
+        *(f"bleu_{n}" for n in range(1, 5)),
+    }
+    assert (scores["x"], scores["y"]) == ({"n": 1}, {"n": 2, "exact_match": 1.0, "contains": 1.0})
 
 
 def test_mvbenchs_accuracy_is_the_mean_of_its_twenty_tasks():

@@ -1,5 +1,7 @@
 """How next tokens are chosen, one step at a time: keys, ends, and what the defaults are."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from vllama_jax.config import GenerationConfig, tiny
 from vllama_jax.errors import ConfigError
-from vllama_jax.generate import Choice, State, _settings, check_length
+from vllama_jax.generate import Beams, Choice, State, _settings, _with_live, check_length
 from vllama_jax.nn.llama import KVCache
 
 VOCABULARY, ROOM = 1000, 12
@@ -55,3 +57,21 @@ def test_defaults_are_the_originals_but_greedy():
     config = GenerationConfig()
     assert (config.max_new_tokens, config.top_p, config.top_k) == (300, 0.9, 50)
     assert (config.temperature, config.num_beams, config.length_penalty, config.repetition_penalty) == (0, 1, 1, 1)
+
+
+@pytest.mark.parametrize(("live", "best"), [(-3.9, -0.975), (-4.1, -1.0)])
+def test_at_the_limit_a_live_beam_of_three_tokens_counts_four(live, best):
+    """As a finished hypothesis does: its tokens and the dummy BOS (reference: transformers 4.28, BeamHypotheses)."""
+    beams = Beams(
+        live_scores=jnp.array([live, -9.0]),
+        bests=jnp.array([-1.0, -jnp.inf]),
+        tokens=jnp.full((2, ROOM), 7),
+        lengths=jnp.array([2, 0]),
+    )
+    state = dataclasses.replace(
+        state_of(2), beams=beams, count=jnp.int32(3), lengths=jnp.array([3, 3]), tokens=jnp.full((2, ROOM), 5)
+    )
+    found = _with_live(state, _settings(GenerationConfig(num_beams=2), 0, 1, ()), jnp.bool(True))
+    assert float(found.bests[0]) == pytest.approx(best)
+    assert found.lengths[0] == (3 if best > -1 else 2)
+    assert found.tokens[0, 0] == (5 if best > -1 else 7)

@@ -100,6 +100,14 @@ def test_defaults_are_the_originals():
     assert (cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.eps, cfg.clip_norm) == (0.05, 0.9, 0.999, 1e-8, 0)
 
 
+# prompts/alignment_image.txt, without the media before each.
+ALIGNMENT = (
+    "Describe this image in detail.",
+    "Take a look at this image and describe what you notice.",
+    "Please provide a detailed description of the picture.",
+    "Could you describe the contents of this image for me?",
+)
+
 # Of train_configs/*.yaml: iters_per_epoch × max_epoch, batch_size_train × 8 GPUs, rates, warmup_steps.
 YAMLS = {
     "vision_stage1": (2500 * 5, 32 * 8, 1e-4, 8e-5, 2500),
@@ -125,6 +133,6 @@ def test_shipped_runs_are_the_originals(name):
     else:
         assert {dataset.ratio for dataset in config.datasets} == {1.0}
         assert [text.layout for text in texts] == ["caption", "conversation", "conversation"]
-        assert [len(text.instructions) for text in texts] == [4, 0, 0]
+        assert [text.instructions for text in texts] == [ALIGNMENT, (), ()]
         assert [text.max_length for text in texts] == [320 if name == "vision_stage2" else 512, 512, 512]
         assert {dataset.frames for dataset in config.datasets} == {"uniform"}
