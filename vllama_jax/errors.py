@@ -19,3 +19,8 @@ class ConfigError(VllamaError):
 
 class DataError(VllamaError):
     """Annotations or records that cannot be used."""
+
+
+def one_line(problem: Exception) -> str:
+    """What an error of another library says, on one line of at most 200 characters; its type where it says nothing."""
+    return " ".join(str(problem).split())[:200] or type(problem).__name__

@@ -49,7 +49,7 @@ def train(config: TrainConfig, out: Path, reporter: Reporter, base: str = "") ->
     Raises a VllamaError for what cannot be run, and when the loss is not a number.
     """
     plan = session.plan(config, base)
-    with open_run(out, config, plan.base, str(plan.dtype)), under(plan.mesh):
+    with open_run(out, config, plan.base, str(plan.dtype), plan.inputs), under(plan.mesh):
         checkpoints = Checkpoints(out, config.checkpoint)
         state = checkpoints.restore(plan.abstract)
         if state is not None and int(state.step) >= config.steps:
