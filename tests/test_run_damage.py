@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from written_runs import shipped, state_of, write_checkpoints
 
-from vllama_jax import checkpoint, run_directory
+from vllama_jax import checkpoint, cli, run_directory
 from vllama_jax.config import NO_LORA
 from vllama_jax.errors import CheckpointError
 from vllama_jax.run_directory import check_checkpoint, run_steps
@@ -349,3 +349,60 @@ def test_where_digests_cannot_be_written_there_is_no_checkpoint(run, monkeypatch
     checkpoints.finish()
     assert sorted(path.name for path in run.iterdir()) == ["config.json", "last_saved.json", "step_4", "step_8"]
     assert restored(run) == 8
+
+
+# vllama verify
+
+
+def verified(capsys, *arguments: object) -> tuple[str, str]:
+    """What `vllama verify` prints, and what it fails with."""
+    message = ""
+    try:
+        cli.main(["verify", *map(str, arguments)])
+    except SystemExit as error:
+        message = str(error)
+    return capsys.readouterr().out, message
+
+
+def test_verify_checks_all_checkpoints_and_the_base(run, tiny_model, capsys):
+    out, message = verified(capsys, run)
+    lines = out.splitlines()
+    assert [line.split(": ")[0] for line in lines] == [f"{run}/step_4", f"{run}/step_8", str(tiny_model)]
+    assert all(line.endswith(" kB, all as they were saved") for line in lines[:2])
+    assert message == ""
+    flip(file := largest(run / "step_4", "moments/d/*"))
+    out, message = verified(capsys, run)
+    assert [line.split(": ")[1] == "damaged" for line in out.splitlines()] == [True, False]
+    assert message == (
+        f"vllama: {run}: not as it was written: {run}/step_4 ({file}: its bytes are not those that were saved); "
+        "restore it from a copy; a resumed run goes back to its last intact checkpoint"
+    )
+    shutil.rmtree(run / "step_8/weights")
+    out, message = verified(capsys, run, "--json")
+    report = json.loads(out)
+    assert report["damaged"].keys() == {f"{run}/step_4", f"{run}/step_8"}
+    assert [bool(one["damage"]) for one in report["checkpoints"]] == [True, True]
+    assert [one["digests"] for one in report["checkpoints"]] == [True, True]
+    assert "step_8/weights/_METADATA: No such file or directory; " in message
+
+
+def test_verify_checks_the_runs_that_a_run_is_based_on(run, tmp_path, capsys):
+    later = write_checkpoints(shipped(run, NO_LORA), tmp_path / "later", {3: weights_of(3)})
+    out, _ = verified(capsys, later)
+    assert [line.split(": ")[0] for line in out.splitlines()[:-1]] == [
+        f"{later}/step_3",
+        *(f"{run}/step_{n}" for n in (4, 8)),
+    ]
+    replace_by_file(run / "step_8")
+    out, message = verified(capsys, later)
+    assert f"{run}/step_8: damaged" in out
+    assert f"{run}/step_8: not a directory" in message
+
+
+def test_verify_of_an_earlier_version(run, capsys):
+    out, _ = verified(capsys, of_an_earlier_version(run))
+    assert out.count("no digests recorded (an earlier version saved it); its weights can be read\n") == 2
+    os.truncate(largest(run / "step_4", "weights/ocdbt.process_0/d/*"), 0)
+    out, message = verified(capsys, run)
+    assert f"{run}/step_4: damaged\n{run}/step_8: no digests recorded" in out
+    assert f"{run}/step_4 ({run}/step_4/weights: " in message

@@ -205,8 +205,7 @@ def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirecto
             raise CheckpointError(
                 f"{run.base}: not the base model that {run.path} was trained on; name that one with --base"
             )
-        weights = _last_weights(run.path)
-        trained = Trained(weights, *_shapes_and_dtypes(weights), run.lora)
+        trained = open_trained(_last_weights(run.path), run.lora)
         directory = dataclasses.replace(directory, trained=(*directory.trained, trained))
     return directory
 
@@ -282,8 +281,8 @@ def _last_weights(run: Path) -> Path:
     return run / name / "weights"
 
 
-def _shapes_and_dtypes(weights: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, str]]:
-    """The shape and the name of the dtype of each array that Orbax wrote, by path."""
+def open_trained(weights: Path, lora: LoraConfig) -> Trained:
+    """Read which arrays are in the weights of a checkpoint. Raises CheckpointError when Orbax cannot."""
     import orbax.checkpoint as ocp
     from flax.traverse_util import flatten_dict
 
@@ -291,7 +290,7 @@ def _shapes_and_dtypes(weights: Path) -> tuple[dict[str, tuple[int, ...]], dict[
         handler = ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=False)  # told, it starts no device to ask
         leaves = flatten_dict(handler.metadata(weights.absolute()).tree, sep="/")
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-        return shapes, {path: leaf.dtype.name for path, leaf in leaves.items()}
+        return Trained(weights, shapes, {path: leaf.dtype.name for path, leaf in leaves.items()}, lora)
     except Exception as error:  # Orbax raises errors of every type
         raise CheckpointError(f"{weights}: cannot be read ({one_line(error)})") from error
 
