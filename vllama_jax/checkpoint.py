@@ -216,7 +216,7 @@ def find_runs(path: Path, base: str | Path | None = None) -> tuple[list[Run], Pa
     No weight is looked at. Raises as `open_model` does for what is neither a model directory nor a run.
     """
     runs: list[Run] = []
-    while "base" in (fields := _read_config(path)):
+    while "base" in (fields := read_config(path)):
         if any(os.path.samefile(path, run.path) for run in runs):
             raise CheckpointError(f"{path / 'config.json'}: the run is its own base model; name the right one: --base")
         runs.append(_run(path, fields, base))
@@ -224,8 +224,8 @@ def find_runs(path: Path, base: str | Path | None = None) -> tuple[list[Run], Pa
     return runs, path
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    """config.json of a model or run directory."""
+def read_config(path: Path) -> dict[str, Any]:
+    """Read config.json of a model or run directory. Raises CheckpointError when there is none of a known format."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such model directory; `vllama convert` makes one")
     if not (path / "config.json").exists():
@@ -260,7 +260,7 @@ def _open_model_directory(path: Path) -> ModelDirectory:
     for leaf, entry in manifest["leaves"].items():
         if not isinstance(entry, dict) or not entry.keys() >= {"shape", "dtype", "xxh3_128"}:
             raise CheckpointError(f"{path / 'manifest.json'}: incomplete, of {leaf}; copy or convert the model again")
-    return ModelDirectory(path, _model_config(path, _read_config(path)), manifest)
+    return ModelDirectory(path, _model_config(path, read_config(path)), manifest)
 
 
 def _model_config(path: Path, fields: dict[str, Any]) -> VideoLlamaConfig:

@@ -24,7 +24,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from vllama_jax.checkpoint import Base, ModelDirectory, locked, nest, restore_arrays, write_config
+from vllama_jax.checkpoint import Base, ModelDirectory, locked, nest, read_config, restore_arrays, write_config
 from vllama_jax.config import changes, flat, from_dict
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_files import read_object
@@ -107,7 +107,7 @@ def _strangers(out: Path) -> list[str]:
 
 def _check_same(out: Path, config: TrainConfig, base: ModelDirectory, dtype: str, inputs: Mapping[str, str]) -> None:
     """Raise ConfigError unless the run in `out` is this one. Directories may have moved: their digests count."""
-    fields = read_object(out / "config.json")
+    fields = read_config(out)
     if not isinstance(fields.get("run"), dict):
         raise CheckpointError(f"{out}: a model directory, not a run; choose another --out")
     run, made_from, recorded = _read_recorded(out / "config.json", fields)
