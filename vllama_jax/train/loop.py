@@ -51,7 +51,7 @@ def train(config: TrainConfig, out: Path, reporter: Reporter, base: str = "") ->
         KeyboardInterrupt: Ctrl-C; a SavedInterrupt once a checkpoint was saved.
     """
     plan = session.plan(config, base)
-    with open_run(out, config, plan.base, str(plan.dtype)), under(plan.mesh):
+    with open_run(out, config, plan.base, str(plan.dtype), plan.inputs), under(plan.mesh):
         checkpoints = Checkpoints(out, config.checkpoint)
         state = checkpoints.restore(plan.abstract)
         if state is not None and int(state.step) >= config.steps:
