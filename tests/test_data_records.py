@@ -18,7 +18,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import tensorflow_datasets as tfds
-from data_fixtures import built, lay, lines
+from data_fixtures import built, lay, lines, media
 
 from vllama_jax.data import datasets
 from vllama_jax.data.ahead import in_order
@@ -30,7 +30,7 @@ COUNT = 40
 
 
 def content(number: int) -> bytes:
-    return bytes([number]) * (1000 + number)
+    return media(bytes([number]) * (996 + number))
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,10 @@ def numbers_of(records: Records) -> list[int]:
     found = []
     for place in range(len(records)):
         data, annotation = records.media(place), records.annotation(place)
-        assert data == content(data[0])
+        assert data == content(data[-1])
         assert annotation.turns == (("", f"it is {annotation.id}"),)
-        assert annotation.id.split(".")[0] == str(data[0])
-        found.append(data[0])
+        assert annotation.id.split(".")[0] == str(data[-1])
+        found.append(data[-1])
     return found
 
 
@@ -82,7 +82,7 @@ def test_the_digest_is_of_the_content(source, out, tmp_path):
     build("jsonl", source, tmp_path / "again")  # in other files
     assert open_records(tmp_path / "again").digest == open_records(out).digest
     other = shutil.copytree(source, tmp_path / "other")
-    (other / "3.jpg").write_bytes(b"\x03")
+    (other / "3.jpg").write_bytes(media(b"\x03"))
     build("jsonl", other, tmp_path / "changed")
     assert open_records(tmp_path / "changed").digest != open_records(out).digest
 
@@ -105,7 +105,7 @@ def test_threads_read_together(out):
 def test_records_built_anew_in_one_place_are_read_anew(source, tmp_path):
     text = {"video": "0.mp4", "caption": "old"}
     for caption in ("old", "new"):
-        table = lay(tmp_path / "source", {"a.jsonl": lines({**text, "caption": caption}), "0.mp4": b"0"})
+        table = lay(tmp_path / "source", {"a.jsonl": lines({**text, "caption": caption}), "0.mp4": media(b"0")})
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         (annotation,), _ = built("jsonl", table, tmp_path / "out")
         assert annotation.turns == (("", caption),)
@@ -258,6 +258,7 @@ def test_media_are_not_held_in_memory(tmp_path):
     """Nor is TensorFlow needed for it, as it is for TFDS's own ways to keep an order."""
     megabytes, copies = 4, 30
     with (tmp_path / "big.mp4").open("wb") as file:
+        file.write(media(b""))
         file.truncate(megabytes * 2**20)
     (tmp_path / "a.jsonl").write_text(lines(*[{"video": "big.mp4", "caption": "a dog"}] * copies))
     code = (
