@@ -1,8 +1,12 @@
 """What answers are worth: by themselves, and to a judge."""
 
+import base64
+import html
+import json
 import socketserver
 import sys
 import threading
+import urllib.parse
 
 import eval_fixtures
 import pytest
@@ -208,6 +212,72 @@ def test_what_breaks_http(sent, message):
         with pytest.raises(Unreachable, match=message):
             judge.ask("detail", ["q"], "r", ["a"])
         server.shutdown()
+
+
+KEY = "sk-Sec/ret+4&5"
+
+
+@pytest.mark.parametrize(
+    "leak",
+    [
+        "Bearer {key}",
+        "{quoted} and {quoted_all}",
+        "{hexadecimal}",
+        "{base64}",
+        "{url_base64}",
+        "{basic}",
+        "{authorization}",
+        "{upper}",
+        "<pre>{html}</pre>",
+    ],
+)
+def test_a_judge_that_repeats_the_key(leak, tmp_path):
+    """In a reply with a score, without one, as the model's name, in an error page, and for a part of each form."""
+
+    def base64_of(text: str) -> str:
+        return base64.b64encode(text.encode()).decode()
+
+    forms = {
+        "key": KEY,
+        "quoted": urllib.parse.quote(KEY),
+        "quoted_all": urllib.parse.quote(KEY, safe=""),
+        "hexadecimal": KEY.encode().hex(),
+        "base64": base64_of(KEY),
+        "url_base64": base64.urlsafe_b64encode(KEY.encode()).decode(),
+        "basic": base64_of(f"user:{KEY}"),
+        "authorization": base64_of(f"Bearer {KEY}"),
+        "upper": KEY.upper(),
+        "html": html.escape(KEY),
+    }
+    said = leak.format(**forms)
+    replies = {
+        "scored": (200, completion(f'You sent {said}. {{"correct": "no", "score": 1}}')[1] | {"model": said}),
+        "rambling": completion(f"You sent {said}."),
+        "refused": (400, {"error": {"message": f"bad {said}"}}),
+    }
+    questions = [open_question(name, "dog", id=name, names=("a",)) for name in replies]
+    journal = Journal(tmp_path / "judgements.jsonl")
+    with eval_fixtures.serving(
+        lambda number, body: next(reply for name, reply in replies.items() if name in body["messages"][1]["content"])
+    ) as fake:
+        lacking = judge_answers(
+            quick(fake, key=KEY), questions, dict.fromkeys(replies, "it"), journal, lambda text: None
+        )
+    assert len(lacking) == 2
+    (line,) = journal.read()
+    assert (line["score"], "You sent " in line["reply"], "…" in line["model"]) == (1, True, True)
+    everything = json.dumps([lacking, line]) + (tmp_path / "judgements.jsonl").read_text()
+    for form in forms.values():
+        parts = [form[start : start + 12] for start in range(max(len(form) - 11, 1))]
+        assert not [part for part in parts if len(part) >= 8 and part.lower() in everything.lower()], form
+
+
+def test_scores_are_read_whatever_the_key_is():
+    """Short keys stand in many words, and in the JSON of a reply."""
+    with eval_fixtures.serving(lambda number, body: completion('{"correct": "yes", "score": 5}')) as fake:
+        found = quick(fake, key="e").ask("match", ["q"], "r", ["a"])
+    assert (found["score"], found["correct"], found["reply"]) == (5, True, '{"corr…ct": "y…s", "scor…": 5}')
+    assert quick(fake).scrub({"any": ["thing", 3, None]}) == {"any": ["thing", 3, None]}
 
 
 def test_a_key_with_a_line_break(monkeypatch):

@@ -15,20 +15,21 @@ Json = Annotated[bool, tyro.conf.arg(name="json")]
 LISTED = 20  # annotations that the build left out
 
 
-def build(name: tyro.conf.Positional[SourceName], /, *, source: Path, out: Path) -> None:
+def build(name: tyro.conf.Positional[SourceName], /, *, source: Path, out: Path, allow_outside: bool = False) -> None:
     """Make a records directory of annotations and the files that they are about.
 
     Example: vllama data build jsonl --source clips --out records
 
     Args:
-        name: How the source is laid out: as a published dataset, or as a JSONL file of your own.
+        name: How the source is laid out: as a published dataset, or as a JSONL or JSON file of your own.
         source: The folder that the dataset was unpacked to; for jsonl also the file itself.
         out: The records directory to make.
+        allow_outside: Pack media files outside the source's folder too: absolute paths, "..", symlinks that lead out.
     """
     from vllama_jax.data.build import build as make
 
     with count_bar() as report:
-        built = make(name, source, out, report)
+        built = make(name, source, out, report, allow_outside=allow_outside)
     size = _megabytes(sum(built.sizes.values()))
     print(f"{out}: {', '.join(f'{count} {kind}' for kind, count in built.kinds.items())} records, {size}")
     if built.skipped:
@@ -115,7 +116,8 @@ def _check_lines(records: str, summary: dict[str, Any]) -> Iterator[str]:
         yield f"record {found['record']}, {found['id']}: {found['why']}"
     skipped = summary["skipped"]
     for found in skipped[:LISTED]:
-        yield f"left out by the build, {found['id']}: {found['why']}"
+        place = f" ({found['place']})" if found["place"] not in ("", found["id"]) else ""
+        yield f"left out by the build, {found['id']}: {found['why']}{place}"
     if len(skipped) > LISTED:
         yield f"left out by the build, {len(skipped) - LISTED} more: {records}/skipped.jsonl"
     if "tokens" in summary:

@@ -18,6 +18,7 @@ from vllama_jax.media.files import (
 from vllama_jax.media.image import Image, normalize, picture_report, read_image
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.segment import read_frames, read_segment
+from vllama_jax.media.sniff import check_media
 from vllama_jax.media.video import Video, frame_indices, read_video, video_from
 from vllama_jax.media.write import write_video
 
@@ -29,6 +30,7 @@ __all__ = [
     "Video",
     "as_file",
     "check_file",
+    "check_media",
     "clip_starts",
     "frame_indices",
     "mel_clips",
