@@ -21,10 +21,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllama_jax.compilation import keep_compiled_programs
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_files import read_object
 from vllama_jax.params import check_params, write_json
+from vllama_jax.shipped import find_model
 
 if TYPE_CHECKING:
     import jax
@@ -161,10 +163,12 @@ class ModelDirectory:
 def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirectory:
     """A model directory, or a run's with the base that it names, or with `base` where that has moved.
 
+    "miniature" is the model that comes with the package, unless there is a model or run directory of that name.
+
     Raises CheckpointError when `path` is neither, is of a newer format, or is a run whose base is not the one that it
     was trained on.
     """
-    path = Path(path)
+    path = find_model(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such model directory; `vllama convert` makes one")
     if not (path / "config.json").exists():
@@ -365,7 +369,7 @@ def load(
     quantize: str | None = None,
     audio_scale: float | None = None,
 ) -> Model:
-    """Loads a model directory, or what a run trained; named, or as `open_model` opened it.
+    """Loads a model directory, or what a run trained; named, or as `open_model` opened it. "miniature" is shipped.
 
     dtype: of the weights in memory and so of the computation; float32 on a CPU and bfloat16 elsewhere unless given.
     mesh: from `sharding.make_mesh`; weights are split over its tensor axis, and a warning is logged for each dimension
@@ -375,6 +379,7 @@ def load(
     model directory (quantize.py) needs no telling.
     audio_scale: the norm of a sound's vector, the model's own unless given: 20 as published, while training saw
     vectors of norm 1 (docs/miniature.md measures what that does).
+    Compiled programs are kept on disk from then on, as `compilation.keep_compiled_programs` has it.
     Raises CheckpointError for what is not a whole model directory, ConfigError for one whose config is not valid.
     """
     from flax import nnx
@@ -384,6 +389,7 @@ def load(
     from vllama_jax.text.tokenizer import check_vocabulary
 
     directory = without_missing_branch(path if isinstance(path, ModelDirectory) else open_model(path, base))
+    keep_compiled_programs()
     if audio_scale is not None:
         directory = _with_audio_scale(directory, audio_scale)
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)

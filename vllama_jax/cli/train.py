@@ -1,7 +1,6 @@
 """vllama train."""
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -10,31 +9,35 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from vllama_jax.cli.compilation import keep_compiled_programs
-from vllama_jax.cli.run_config import named_config
+from vllama_jax.compilation import keep_compiled_programs
+from vllama_jax.cli.run_config import named_config, shipped
+from vllama_jax.cli.usage import Command
 from vllama_jax.errors import ConfigError
 from vllama_jax.train.config import TrainConfig
 
 
-def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
-    """The command for the config that the first argument names, and the other arguments."""
-    config, prepare, others = named_config(arguments, "vllama train vision_stage1 --out RUN")
+def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
+    """The command, whose options are the fields of the config that the first argument names."""
+    default, prepare = named_config(arguments, "vllama train vision_stage1 --out RUN")
 
     def train(
+        config: tyro.conf.Positional[str],
+        /,
         out: Path,
-        run: Annotated[TrainConfig, tyro.conf.arg(name="")] = config,
+        run: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         *,
         base: str = "",
         dry_run: bool = False,
         distributed: bool = False,
     ) -> None:
-        """Train what a run config says: `vllama train CONFIG --out RUN`. Every field of the config is a flag.
+        """Train what a run config says. Every field of the config is an option.
 
         Example: vllama train vision_stage2 --model MODEL --init STAGE1 --optim.lr 3e-5 --mesh.fsdp 8 --out RUN
 
         Run again with the same --out it goes on from the last checkpoint.
 
         Args:
+            config: A Python file, or one that is shipped: {CONFIGS}.
             run: The config.
             out: The run directory.
             base: Where the base model is now, if not where the config says.
@@ -55,7 +58,8 @@ def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
             else:
                 go(prepared, out, display, base)
 
-    return train, others
+    train.__doc__ = train.__doc__.format(CONFIGS=", ".join(shipped()))
+    return train, "vllama train", arguments
 
 
 def join_processes(distributed: bool) -> None:
