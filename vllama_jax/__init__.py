@@ -15,6 +15,7 @@ _HOMES = {
     "VideoLlama": "vllama_jax.nn.video_llama",
     "VideoLlamaConfig": "vllama_jax.config",
     "GenerationConfig": "vllama_jax.config",
+    "ArrayError": "vllama_jax.errors",
     "ConfigError": "vllama_jax.errors",
     "CheckpointError": "vllama_jax.errors",
     "DataError": "vllama_jax.errors",

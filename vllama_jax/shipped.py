@@ -15,8 +15,8 @@ ABOUT_MODEL = (
 DEMO_CLIP = "bell.mp4"
 ABOUT_CLIP = "a rendered clip of 4 seconds: a large yellow bell moves to the left and rings"
 TRY = (
-    'Ask a question, such as "Describe it.", "Which way does it go?" or "What do you hear?"; an empty line or Ctrl-D ends '
-    "the chat."
+    'Ask a question, such as "Describe it.", "Which way does it go?" or "What do you hear?"; an empty line or Ctrl-D '
+    "ends the chat."
 )
 
 

@@ -19,7 +19,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vllama_jax.cli.plot import read_lines, smoothed
+from vllama_jax.cli.plot import read_lines
+from vllama_jax.cli.smoothing import smoothed
 from vllama_jax.errors import DataError
 
 Measures = Mapping[str, Mapping[str, float]]  # accuracy, n, chance, low and high by measure

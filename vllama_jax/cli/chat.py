@@ -56,9 +56,9 @@ def chat(
         file: The video, image or audio file. `demo` is a clip that comes with the package, unless there is a file of
             that name.
         questions: Each is answered in turn. Without one you are asked for them, until an empty line or Ctrl-D.
-        model: The model directory, as `vllama convert` makes it, or a run's, as `vllama train` makes it. Without one, or
-            with `miniature`, the small model that comes with the package answers, which knows only its own small world
-            (docs/miniature.md); a model directory of that name wins.
+        model: The model directory, as `vllama convert` makes it, or a run's, as `vllama train` makes it. Without one,
+            or with `miniature`, the small model that comes with the package answers, which knows only its own small
+            world (docs/miniature.md); a model directory of that name wins.
         media: One more file to show after the first; may be given again.
         template: The prompt template; the model's own unless given.
         system: The system text; the original's for what is shown unless given.

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vllama_jax.cli.bars import count_bar
-from vllama_jax.compilation import keep_compiled_programs
 from vllama_jax.cli.run_config import named_config, shipped
 from vllama_jax.cli.train import join_processes
 from vllama_jax.cli.usage import Command, at_least
+from vllama_jax.compilation import keep_compiled_programs
 from vllama_jax.train.config import TrainConfig
 
 if TYPE_CHECKING:

@@ -7,6 +7,7 @@ import contextlib
 import functools
 import inspect
 import io
+import itertools
 import os
 import re
 import sys
@@ -81,7 +82,7 @@ def help_of(command: Command, prog: str) -> str:
 
 
 def tidy_help(text: str) -> str:
-    """Wrap what is not in a box, and leave out defaults that say nothing: of flags, and of options that may be absent."""
+    """Wrap what is not in a box, and leave out defaults that say nothing: of flags, and None."""
     text = _NO_DEFAULT.sub(lambda found: re.sub(r"[^│\n]", " ", found[0]), text)
     width = os.get_terminal_size().columns if sys.stdout.isatty() else int(os.environ.get("COLUMNS") or 80)
     lines = []
@@ -176,7 +177,7 @@ def _refuse(name: str, flags: Mapping[str, str], arguments: Sequence[str], said:
     """What is wrong with the value of an argument."""
     kind = flags.get(name, "")
     given = [a.partition("=")[2] for a in arguments if a.replace("_", "-").startswith(f"{name}=")]
-    given += [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag.replace("_", "-") == name]
+    given += [value for flag, value in itertools.pairwise(arguments) if flag.replace("_", "-") == name]
     if said.startswith("Missing value"):
         return f"{name} needs a value: {TYPES.get(kind) or kind.strip('{}').replace(',', ', ')}"
     if found := re.match(r"invalid choice '(.*?)' .* Expected one of \((.*)\)", said):
