@@ -30,6 +30,9 @@ class Quiet:
     def table(self, plan):
         self.plan = plan
 
+    def begin(self, step):
+        self.begun = step
+
     def step(self, metrics):
         self.steps.append(metrics)
 

@@ -17,12 +17,14 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllama_jax.compilation import keep_compiled_programs
 from vllama_jax.config import LARGEST, NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
 from vllama_jax.errors import CheckpointError, ConfigError, one_line
 from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.params import check_params
 from vllama_jax.run_directory import check_checkpoint, run_steps
+from vllama_jax.shipped import find_model
 
 if TYPE_CHECKING:
     import jax
@@ -135,6 +137,8 @@ class ModelDirectory:
 def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirectory:
     """Open a model directory, or a run directory together with its base model.
 
+    "miniature" is the model that comes with the package, unless there is a model or run directory of that name.
+
     The weights that runs trained are compared with their digests, so that they are read from intact files only.
 
     Args:
@@ -146,7 +150,7 @@ def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirecto
             trained on, or is a run whose last checkpoint is damaged.
         ConfigError: Its config.json has fields that are missing, unknown or of another type.
     """
-    runs, model = find_runs(Path(path), base)
+    runs, model = find_runs(find_model(path), base)
     directory = _open_model_directory(model)
     for run in reversed(runs):
         if directory.digest != run.base_digest:
@@ -376,7 +380,7 @@ def load(
     quantize: str | None = None,
     audio_scale: float | None = None,
 ) -> Model:
-    """Loads a model directory, or what a run trained; named, or as `open_model` opened it.
+    """Loads a model directory, or what a run trained; named, or as `open_model` opened it. "miniature" is shipped.
 
     dtype: of the weights in memory and so of the computation; float32 on a CPU and bfloat16 elsewhere unless given.
     mesh: from `sharding.make_mesh`; weights are split over its tensor axis, and a warning is logged for each dimension
@@ -386,6 +390,7 @@ def load(
     model directory (quantize.py) needs no telling.
     audio_scale: the norm of a sound's vector, the model's own unless given: 20 as published, while training saw
     vectors of norm 1 (docs/miniature.md measures what that does).
+    Compiled programs are kept on disk from then on, as `compilation.keep_compiled_programs` has it.
     Raises CheckpointError for what is not a whole model directory, ConfigError for one whose config is not valid.
     """
     from flax import nnx
@@ -395,6 +400,7 @@ def load(
     from vllama_jax.text.tokenizer import check_vocabulary
 
     directory = without_missing_branch(path if isinstance(path, ModelDirectory) else open_model(path, base))
+    keep_compiled_programs()
     if audio_scale is not None:
         directory = _with_audio_scale(directory, audio_scale)
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)

@@ -17,6 +17,10 @@ class ConfigError(VllamaError):
     """An option or a config field that does not fit the model or the machine."""
 
 
+class ArrayError(VllamaError):
+    """An array whose shape or dtype a method of the network does not take."""
+
+
 class DataError(VllamaError):
     """Annotations or records that cannot be used."""
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import tyro
 
-from vllama_jax.cli.compilation import keep_compiled_programs
+from vllama_jax.compilation import keep_compiled_programs
 from vllama_jax.errors import VllamaError
 from vllama_jax.io.atomic import replace_json
 from vllama_jax.io.json_files import read_object

@@ -44,7 +44,7 @@ def convert(
     Example: vllama convert --base model --vl vision_run --al audio_run --out joined
 
     Args:
-        directory: Holds weight files, in it or below; which is which is told by what they hold. Options win.
+        directory: Holds weight files, in it or below; each is identified by its tensors. Options win.
         out: The model directory to make.
         llama: A LLaMA's directory in Hugging Face's layout (config.json, tokenizer, weights) or Meta's
             (params.json, consolidated.00.pth). This and all files may be on the hub: hf://org/name, hf://org/name/file.

@@ -15,6 +15,7 @@ from rich.table import Table
 from vllama_jax.checkpoint import ModelDirectory, Run, find_runs, open_model
 from vllama_jax.cli.bars import bytes_bar, count_bar
 from vllama_jax.cli.devices import leave_accelerators
+from vllama_jax.cli.usage import at_least
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_files import read_object
 from vllama_jax.quantize import scheme_of
@@ -76,24 +77,24 @@ def verify(
 
     With a source, each part runs here and in torch on the same random input, and each layer's output is compared.
     Of a run, all checkpoints are compared with the digests that were recorded when they were saved, and the base
-    model's files with its manifest. Exits with 1 when anything is not as it should be. Of quantised weights it tells
+    model's files with its manifest. Exits with 1 when anything is not as it should be. Of quantized weights it reports
     what they cost.
 
     Args:
         model: The model directory, or a run's.
-        against: Files and directories in which the PyTorch files lie; which is which is told by what they hold.
+        against: The PyTorch files, or directories of them; each is identified by its tensors.
         pieces: Each file by its kind; these win over --against.
         config: The JSON file that `vllama convert --config` was given.
         weights_only: Compare the weights bit by bit, and compute nothing.
         dtype: In which the model computes here; torch always computes in float32.
         tokens: The length of the prompt, or the longest that the model reads.
         seed: Of the random inputs.
-        quantize: Tell what 8 or 4 bits would cost; a model that `vllama quantize` made needs no telling.
+        quantize: Measure what 8 or 4 bits would cost; not needed for a model that `vllama quantize` made.
         base: A run's base model, where that has moved.
         json_output: Print one JSON object.
     """
-    if tokens < 1 or seed < 0:
-        raise ConfigError(f"--tokens must be at least 1 and --seed at least 0, not {tokens} and {seed}")
+    at_least(1, tokens=tokens)
+    at_least(0, seed=seed)
     given = {kind: path for kind, path in vars(pieces).items() if path is not None}
     if not against and not given:
         if weights_only or quantize:
@@ -214,7 +215,7 @@ def _verify_weights(model: Path, directory: ModelDirectory, plan: "Plan", json_o
 def _verify_networks(
     model: Path, directory: ModelDirectory, plan: "Plan", settings: tuple[Any, ...], json_output: bool
 ) -> None:
-    from vllama_jax.cli.compilation import keep_compiled_programs
+    from vllama_jax.compilation import keep_compiled_programs
     from vllama_jax.convert.parity import BOUNDS, USUAL, Settings, compare_networks, judged
     from vllama_jax.convert.verify import config_differences, shortened
 

@@ -39,6 +39,9 @@ class Reporter(Protocol):
     def table(self, plan: Plan) -> None:
         """What trains, before the first step."""
 
+    def begin(self, step: int) -> None:
+        """The first step of this process comes next; `step` are done."""
+
     def step(self, metrics: dict[str, Any]) -> None:
         """A step was done: the line that metrics.jsonl has of it."""
 
@@ -77,6 +80,7 @@ class _Pending:
     batch: HostBatch
     waited: float
     dataset: str
+    compiling: float  # seconds, before the step
 
 
 class _Run:
@@ -90,6 +94,7 @@ class _Run:
         self.pending: _Pending | None = None
         self.clock = time.perf_counter()
         self.step = compile_step(plan)
+        self.programs: dict[tuple, Any] = {}  # the step, compiled, by the shapes of a batch
 
     def go(self, state: TrainState, frozen: Weights, first: int) -> None:
         """From step `first` to the end."""
@@ -101,17 +106,21 @@ class _Run:
             for journal in (self.metrics, validation.journal):
                 journal.cut(first)
             self.board = Board(self.out / "tensorboard", first)
+        self.reporter.begin(first)
         ahead = contextlib.closing(batches(self.plan.reader, first, steps, self.config.data))
         with self._last_save_finished(), stop_requests() as requests, ahead as host_batches:
             for number in range(first, steps):
                 asked = time.perf_counter()
                 batch = next(host_batches)
                 waited = time.perf_counter() - asked
-                state, metrics = self.step(state, frozen, session.place(batch.arrays, self.plan))
+                arrays = session.place(batch.arrays, self.plan)
+                program, compiling = self._program(number + 1, state, frozen, arrays)
+                state, metrics = program(state, frozen, arrays)
                 requests.save_on_interrupt()
                 self._look()
                 dataset = self.plan.reader.order.rows(number).stream.dataset.path
-                self.pending = _Pending(number + 1, metrics, batch, waited, dataset)
+                waited = 0.0 if compiling else waited  # both were before the step's clock started
+                self.pending = _Pending(number + 1, metrics, batch, waited, dataset, compiling)
                 stopping = requests.at_step(number + 1)
                 if stopping or (number + 1) % self.config.checkpoint.every == 0 or number + 1 == steps:
                     self._look()
@@ -138,6 +147,22 @@ class _Run:
                 self.checkpoints.finish()
             raise
 
+    def _program(self, step: int, state: TrainState, frozen: Weights, batch: dict[str, Any]) -> tuple[Any, float]:
+        """The step compiled for the shapes of a batch, and the seconds that took; 0 when it was compiled before."""
+        shapes = tuple((name, rows.shape) for name, rows in batch.items())
+        if shapes in self.programs:
+            return self.programs[shapes], 0.0
+        self._look()
+        length = batch["ids"].shape[-1]
+        if self.programs:
+            self.reporter.say(f"step {step}: compiling for text of {length} tokens")
+        else:
+            self.reporter.say(f"compiling the first step (text of {length} tokens): up to minutes, and kept on disk")
+        begun = time.perf_counter()
+        self.programs[shapes] = self.step.lower(state, frozen, batch).compile()
+        self.clock = time.perf_counter()
+        return self.programs[shapes], self.clock - begun
+
     def _look(self) -> None:
         """Waits for the step that is under way, and writes down how it went."""
         pending, self.pending = self.pending, None
@@ -156,6 +181,8 @@ class _Run:
             "frames_per_second": round(pending.batch.frames * jax.process_count() / seconds, 3),
             "waited_for_data": round(min(pending.waited / seconds, 1.0), 4),
         }
+        if pending.compiling:
+            line["compile_seconds"] = round(pending.compiling, 4)
         if peak := peak_flops(jax.devices()[0]):
             arrays = pending.batch.arrays
             share = self.config.batch_size / len(arrays["ids"])
