@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
