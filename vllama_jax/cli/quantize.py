@@ -30,7 +30,7 @@ def quantize(
         quantize: The type of a weight. int8 costs little accuracy; `vllama verify` says how much.
         base: A run's base model, where that has moved.
     """
-    check_absent(to)
+    check_absent(out)
     directory = open_model(model, base)
     before = quantizing.bytes_to_read(directory)
     with bytes_bar(before) as progress:
