@@ -16,7 +16,7 @@ import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.clock import PRIMING, Clock
-from vllama_jax.media.files import WHOLE, check_file, open_container, picture_format, sound_stream
+from vllama_jax.media.files import WHOLE, check_file, demux, open_container, picture_format, sound_stream
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.truncation import find_truncation
 
@@ -69,7 +69,7 @@ def audio_from(container: InputContainer, path: str) -> Audio:
         raise MediaError(f"{path}: no sound in the file; name one that has some")
     sound = SoundDecoder(stream, path)
     try:
-        for packet in container.demux(stream):
+        for packet in demux(container, stream):
             sound.feed(packet)
     except av.FFmpegError as error:
         raise MediaError(f"{path}: the file cannot be read to its end ({error.strerror}); get it again") from error

@@ -15,6 +15,7 @@ from vllama_jax.media.clock import Clock, FrameTimes, frames_within
 from vllama_jax.media.files import (
     WHOLE,
     check_file,
+    demux,
     is_still_picture,
     open_container,
     sound_stream,
@@ -158,7 +159,7 @@ def _list_packets(
 
     packets, whole, stopped = [], 0, ""
     try:
-        for packet in container.demux([stream, sound.stream] if sound else [stream]):
+        for packet in demux(container, stream, *([sound.stream] if sound else [])):
             if packet.stream is not stream:
                 sound.feed(packet)
             elif packet.size:
