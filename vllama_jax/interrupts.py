@@ -45,18 +45,20 @@ def ending_on_interrupt() -> Iterator[None]:
     threading.Thread(target=_watch, args=(reading,), daemon=True, name="vllama-interrupts").start()
     try:
         yield
-    except BaseException:
-        if _received.is_set():
-            sys.exit(EXIT_CODE)
+    except SystemExit as end:
+        if _received.is_set() and isinstance(end.code, str) and not _follows_interrupt(end):
+            print(end.code, file=sys.stderr)  # what was asked for has failed: a checkpoint could not be saved
+            end_now(1)
         raise
     finally:
-        if not _received.is_set():  # else the process is ending: the thread sees to it
-            sys.unraisablehook = hook_before
-            signal.signal(signal.SIGINT, handler_before)
-            signal.set_wakeup_fd(woken_before)
-            os.close(writing)
-    if _received.is_set():
-        sys.exit(EXIT_CODE)
+        if _received.is_set():
+            with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+                sys.stdout.flush()
+            end_now()  # sys.exit would wait for threads, and crash in those that still run native code
+        sys.unraisablehook = hook_before
+        signal.signal(signal.SIGINT, handler_before)
+        signal.set_wakeup_fd(woken_before)
+        os.close(writing)
 
 
 @contextlib.contextmanager
@@ -100,6 +102,13 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         end_now()
     _received.set()
     raise KeyboardInterrupt
+
+
+def _follows_interrupt(error: BaseException | None) -> bool:
+    """Whether KeyboardInterrupt led to an error, as where a library reports it in its own way."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _watch(reading: int) -> None:

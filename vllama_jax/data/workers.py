@@ -79,16 +79,18 @@ class Workers:
                     worker.kill()
                 raise problems[0] from error
 
+        # As many threads as workers: no two of them wait for the same worker.
+        results = in_order(take, range(len(items)), len(workers))
         try:
             for first, worker in enumerate(workers):
                 worker.give(function, items[first :: len(workers)], ahead)
-            # As many threads as workers: no two of them wait for the same worker.
-            for result in in_order(take, range(len(items)), len(workers)):  # noqa: UP028
-                yield result  # `yield from` would wait for the threads before it ends the workers
+            for result in results:  # noqa: UP028
+                yield result  # `yield from` would wait for the threads before the workers are ended
             done = True
         finally:
             if not done:
                 self.close()
+            results.close()
 
 
 class _Worker:

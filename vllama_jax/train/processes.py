@@ -102,12 +102,17 @@ class _Job:
         if self._relay:
             self._relay.longest_silence = LOST_AFTER
         self._seen = {other: ("", time.monotonic()) for other in range(1, self._count)}
-        threading.Thread(target=self._watch, daemon=True, name="vllama-processes").start()
+        self._watching = threading.Thread(target=self._watch, daemon=True, name="vllama-processes")
+        self._watching.start()
 
     def finish(self) -> None:
-        """Wait until every process has finished."""
+        """Wait until every process has finished, and part from them."""
+        import jax
+
         self._client.wait_at_barrier("vllama/finished", END_TIMEOUT * 1000)
         self._finished.set()
+        self._watching.join()
+        jax.distributed.shutdown()
 
     def fail(self, error: BaseException) -> None:
         """Report an error of this process to the others, print it, and end this process."""
@@ -143,7 +148,8 @@ class _Job:
                     self._lose_coordinator()
                 continue
             if failure:
-                self._say_and_end(failure)
+                self._say(failure)
+                self._end(1)
 
     def _look_for_lost(self) -> None:
         """In process 0: write to the store which process has shown nothing for too long."""
@@ -168,12 +174,13 @@ class _Job:
     def _lose_coordinator(self) -> None:
         """Process 0 has closed or broken its connection, or is silent; at the end of the job it may."""
         if self._watched and not self._finished.is_set():
-            self._say_and_end(f"{self._name(0)} ({self._host}) was lost: its connection ended or is silent")
+            self._say(f"{self._name(0)} ({self._host}) was lost: its connection ended or is silent")
+            end_now(1)
 
-    def _say_and_end(self, failure: str) -> None:
+    def _say(self, failure: str) -> None:
+        """Print what ends this process, unless another thread of it does."""
         self._ending.acquire()
         _print(f"{failure}; see its output, and run all processes again to resume")
-        self._end(1)
 
     def _end(self, code: int) -> None:
         """End this process. Process 0 keeps the store, so it waits until the others have read why."""
