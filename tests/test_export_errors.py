@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_usage import usage_error
 
 from vllama_jax.cli import main
 
@@ -88,7 +89,9 @@ def test_weights_that_change_while_they_are_read(tiny_model, tmp_path, monkeypat
 
 @pytest.mark.parametrize("size", ["0", "-1", "nan"])
 def test_shards_of_no_size(tiny_model, tmp_path, size):
-    assert refusal(tiny_model, tmp_path / "made", "--shard-gb", size).startswith("--shard-gb must be above 0, not ")
+    message = usage_error("export", tiny_model, "--out", tmp_path / "made", "--shard-gb", size)
+    assert message.startswith("--shard-gb must be above 0, not ")
+    assert not (tmp_path / "made").exists()
 
 
 def test_wrong_usage(tiny_model, tmp_path):
