@@ -369,6 +369,9 @@ def _check_finished(cache: FeatureCache) -> None:
             f"{cache.path}: {found} of {cache.shards} shards are there; run `vllama features` again, as before, "
             "and it makes the others"
         )
+    for shard in {0, cache.shards - 1}:  # all of them are not opened here: a mount may take a second for each
+        if not cache.is_whole(shard):
+            raise DataError(f"{cache.shard_path(shard)}: not as many entries as manifest.json says; {_ANEW}")
 
 
 def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -40,8 +40,9 @@ from vllama_jax.data.features import (
 from vllama_jax.data.order import Order, Stream, make_streams
 from vllama_jax.data.pipeline import Decoded, Reader, batches
 from vllama_jax.data.records import Kind, Records, open_records
-from vllama_jax.errors import ConfigError, DataError
+from vllama_jax.errors import ConfigError, DataError, one_line
 from vllama_jax.io.atomic import own_directory, scratch_directory, write_file, write_json
+from vllama_jax.io.json_files import parse_object
 from vllama_jax.nn.video_llama import VideoLlama
 from vllama_jax.train.config import DatasetConfig, TrainConfig
 from vllama_jax.train.state import Skeleton, Weights
@@ -358,11 +359,27 @@ def _wait_for_the_others() -> None:
     multihost.sync_global_processes("vllama features", timeout=PATIENCE, processes=everyone)
 
 
+def _read_skipped(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a skipped-*.jsonl. Raises DataError when it is corrupt."""
+    advice = (
+        f"remove it and {path.name.replace('skipped', 'features').replace('.jsonl', '.array_record')}, and run again"
+    )
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)}); {advice}") from error
+    for number, line in enumerate(lines, 1):
+        fields = parse_object(line, f"{path}, line {number}", DataError, advice)
+        if not (isinstance(fields.get("record"), int) and all(isinstance(fields.get(n), str) for n in ("id", "why"))):
+            raise DataError(f"{path}, line {number}: has no record, id and why; {advice}")
+        yield fields
+
+
 def _written(mine: list[_Shard], todo: list[_Shard], seconds: float) -> Written:
     skipped = {}
     for shard in mine:
         if shard.skipped_path.exists():
-            for line in map(json.loads, shard.skipped_path.read_text().splitlines()):
+            for line in _read_skipped(shard.skipped_path):
                 skipped[shard.path.parent, line["record"]] = line["id"], line["why"]
     if skipped and len(skipped) == sum(shard.records for shard in mine):
         raise DataError(f"none of {len(skipped)} records can be decoded; the first: {': '.join(min(skipped.values()))}")
