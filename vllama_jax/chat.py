@@ -204,7 +204,7 @@ class Chat:
             yield piece
         total = time.perf_counter() - start
         self.last = Answer("".join(pieces), ids, {"first_piece": first or total, "answer": total})
-        self._conversation = asked.answer(self.last.answer)
+        self._conversation = asked.answer(*prompts.past_answer(self.model.tokenizer, asked.template, ids))
 
 
 def _encode(network: Any, sense: str, given: np.ndarray, *, interpolate: bool) -> Any:
