@@ -10,10 +10,12 @@ import pytest
 from PIL import Image
 
 import vllama_jax as vl
+from vllama_jax import generate
 from vllama_jax.chat import prepare
 from vllama_jax.convert import convert, plan
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.text import prompts
+from vllama_jax.text.prompts import TEMPLATES
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,49 @@ def test_an_answer_that_is_not_read_is_forgotten(model, clip):
     fresh = vl.Chat(model)
     fresh.add(clip)
     assert list(fresh.ask("What is there?", max_new_tokens=30)) == again
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "kept"),
+    [
+        ("vicuna", "eos", True),
+        ("vicuna", "stop", False),
+        ("vicuna", "limit", False),
+        ("plain", "eos", True),
+        ("plain", "stop", False),
+        ("llama_2", "eos", False),  # the template's own, after a space
+    ],
+)
+def test_an_eos_that_ended_an_answer_is_in_the_next_prompt(model, monkeypatch, template, end, kept):
+    tokenizer = model.tokenizer
+    said = tokenizer.encode("a dog", special=False)
+    ends = {
+        "eos": [tokenizer.eos_id],
+        "stop": list(prompts.stop_sequences(tokenizer, TEMPLATES[template])[0]),
+        "limit": [],
+    }
+    given = []
+
+    def answers(llama, asked, *_, **__):
+        given.extend(asked)
+        yield [said]
+        yield [ends[end]]
+
+    monkeypatch.setattr(generate, "generate", answers)
+    chat = vl.Chat(model, template=template)
+    assert "".join(chat.ask("What?")) == "a dog"
+    assert (chat.last.answer, chat.last.tokens) == ("a dog", said + ends[end])
+    list(chat.ask("And?"))
+    first, second = (prompt.ids.tolist() for prompt in given)
+    conversation = prompts.start_conversation(template, model.config.has_audio).ask("What?").answer("a dog")
+    without = prompts.encode(conversation.ask("And?"), tokenizer, []).ids.tolist()
+    assert first.count(tokenizer.eos_id) == 0
+    assert second.count(tokenizer.eos_id) == without.count(tokenizer.eos_id) + kept
+    if not kept:
+        assert second == without
+    else:
+        answered = prompts.encode(conversation, tokenizer, []).ids.tolist()
+        assert second[: len(answered) + 1] == [*answered, tokenizer.eos_id]
 
 
 def test_sound_changes_the_answer_and_can_be_left_out(model, clip):

@@ -42,6 +42,41 @@ def quick(judge: eval_fixtures.FakeJudge, **fields) -> Judge:
         ("a hotdog", "dog", False, False),
         ("man's best friend", "mans best friend", True, True),
         ("", "dog", False, False),
+        ("35", "3.5", False, False),
+        ("10.30", "1030", False, False),
+        ("3,5", "35", False, False),
+        ("1,2,3", "123", False, False),
+        ("3,000", "3000", True, True),
+        ("1,234,567.5", "1234567.5", True, True),
+        ("It costs 3.5.", "3.5", False, True),
+        ("It costs 3.5", "3", False, False),
+        (".5", ".5", True, True),
+        ("-5", "5", False, False),
+        ("\u22125 degrees", "-5", False, True),
+        ("pages 2-5", "pages 2 5", True, True),
+        ("1/2", "12", False, False),
+        ("10²", "102", False, False),
+        ("３.５", "3.5", True, True),
+        ("٣", "3", True, True),
+        ("ＤＯＧ", "dog", True, True),
+        ("", "a", False, False),
+        ("the", "a", False, False),
+        ("A", "a", True, True),
+        ("...", "a", False, False),
+        ("?", "!", False, False),
+        ("?", "?", True, True),
+        ("it's", "it’s", True, True),
+        ("don't", "don`t", True, True),
+        ("ice\u2011cream", "ice cream", True, True),
+        ("caf\u00e9", "cafe\u0301", True, True),
+        ("so\u00adft\u200b", "soft", True, True),
+        ("STRASSE", "straße", True, True),
+        ("“dog”!", "dog", True, True),
+        ("一只狗。", "一只狗", True, True),
+        ("这是一只狗", "一只狗", False, True),
+        ("猫", "狗", False, False),
+        ("€5", "5", True, True),
+        ("dog", "dogs", False, False),
     ],
 )
 def test_exact_match_and_contains(answer, reference, exact, contained):
@@ -76,7 +111,86 @@ def test_letters(answer, letter):
     assert metrics.chosen_letter(answer, ("ball", "blue one", "red ball")) == letter
 
 
+FOUR = ("running", "a dog", "jumping high", "sleeping")
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("Answer: D", "D"),
+        ("answer: d", "D"),
+        ("ANSWER IS D", "D"),
+        ("Answer:\n\nD.", "D"),
+        ("The correct answer is: (C)", "C"),
+        ("The answer is option B.", "B"),
+        ('{"answer": "C"}', "C"),
+        ("答案：C", "C"),
+        ("答案是C。", "C"),
+        ("Option B", "B"),
+        ("I would choose option (c).", "C"),
+        ("I choose D.", "D"),
+        ("It must be D", "D"),
+        ("**B**", "B"),
+        ("**Answer:** B", "B"),
+        ("The answer is **(B)**.", "B"),
+        ("`B`", "B"),
+        ("b)", "B"),
+        ("(b)", "B"),
+        ("d. sleeping", "D"),
+        ("[C]", "C"),
+        ("（C）", "C"),
+        ("Ｃ", "C"),
+        ("\\boxed{C}", "C"),
+        ("$\\boxed{\\text{C}}$", "C"),
+        ("So (A) or (B), thus \\boxed{(D) sleeping}", "D"),
+        ("I considered (A), but it is incorrect. Final answer: D.", "D"),
+        ("Answer: (I considered (A), but it is incorrect. Final answer: D.", "D"),
+        ("Answer: B. No: the answer is C.", "C"),
+        ("The answer is not A. Option B is wrong, option C", "C"),
+        ("Not (A), it shows (D) here", "D"),
+        ("(A) is incorrect, (B) is the one", "B"),
+        ("It could be (A) or (B)", None),
+        ("The answer is A or B", None),
+        ("A dog", "B"),
+        ("A cat", None),
+        ("Answer: A cat", None),
+        ("The answer is a cat", None),
+        ("The answer is a dog.", "B"),
+        ("I think so", None),
+        ("The answer is A, because it runs", "A"),
+        ("A", "A"),
+        ("Answer: (A", "A"),
+        ("Answer: E", None),
+        ("Be careful", None),
+        ("Cats sleep", None),
+        ("The man is jumping high", "C"),
+    ],
+)
+def test_letters_as_models_write_them(answer, letter):
+    assert metrics.chosen_letter(answer, FOUR) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "letter"),
+    [
+        ("Answer: B flat", ("C major", "D minor", "A minor", "B flat"), "D"),
+        ("A minor", ("C major", "D minor", "A minor", "B flat"), "C"),
+        ("2", ("3", "2", "1"), "B"),
+        ("3.5", ("35", "3.5"), "B"),
+        ("Answer: (-5", ("5", "-5"), "B"),
+        ("B", ("B", "A"), "B"),
+        ("the answer is yes", ("no", "yes"), "B"),
+        ("I", tuple("123456789"), "I"),
+        ("I see it", tuple("123456789"), None),
+        ("一只狗。", ("一只猫", "一只狗"), "B"),
+    ],
+)
+def test_letters_and_texts_of_choices(answer, choices, letter):
+    assert metrics.chosen_letter(answer, choices) == letter
+
+
 def test_caption_words():
+    assert metrics.caption_words("a man\u2019s dog doesn\u2019t") == "a man 's dog does n't"
     assert metrics.caption_words("A man's dog doesn't run, (well) 3.5 m!") == "a man 's dog does n't run well 3.5 m"
 
 

@@ -222,7 +222,7 @@ class Chat:
             self._check_unchanged(before)
             total = time.perf_counter() - start
             self.last = Answer("".join(pieces), ids, {"first_piece": first or total, "answer": total})
-            self._conversation = asked.answer(self.last.answer)
+            self._conversation = asked.answer(*prompts.past_answer(self.model.tokenizer, asked.template, ids))
 
     def _check_unchanged(self, before: prompts.Conversation) -> None:
         if self._conversation is not before:
