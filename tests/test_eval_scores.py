@@ -448,6 +448,15 @@ def test_judging_goes_on_and_counts(tmp_path):
     assert (found["consistency"]["score"], found["consistency"]["of"]) == (1, 1)
 
 
+def test_dates_of_judgements_on_two_days():
+    questions = [open_question("What?", "dog", id=key, names=("a",)) for key in "123"]
+    line = {"aspect": "match", "judge": "fake", "url": "http://x", "correct": True}
+    days = {"1": ("2026-02-10", 5), "2": ("2025-12-31", 2), "3": ("2026-01-01", 2)}
+    lines = [{**line, "id": key, "date": date, "score": score} for key, (date, score) in days.items()]
+    found = judged_scores(questions, lines)["fake at http://x"]["match"]
+    assert found == {"n": 3, "of": 3, "score": 3.0, "accuracy": 1.0, "from": "2025-12-31", "until": "2026-02-10"}
+
+
 def test_prompts_that_are_refused_and_replies_without_a_score(tmp_path, monkeypatch):
     monkeypatch.setattr("vllama_jax.evaluate.judging.AT_ONCE", 2)
     questions = [open_question("What?", name, id=name, names=("a",)) for name in ("gun", "dog", "cat")]
