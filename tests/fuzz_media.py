@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import av.sidedata.sidedata  # noqa: F401  - both once, before processes are forked
+import av.sidedata.sidedata  # noqa: F401  - once, before processes are forked
 import media_fixtures
 import numpy as np
 from PIL import Image

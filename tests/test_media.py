@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -167,6 +168,26 @@ def test_a_video_is_turned_and_mirrored_as_its_matrix_says(folder, matrix):
         shown = media.read_video(turn(plain, folder / "turned.mp4", matrix), num_frames, size=64).frames
         expected = shown_by(matrix, upright)[:1].repeat(num_frames, axis=0)
         assert np.abs(shown[:, ::8, ::8].astype(int) - expected[:, ::8, ::8]).max() <= 12
+
+
+def test_frames_of_an_enormous_declared_size(folder):
+    """By the container, before anything is decoded; by the bitstream alone, the decoder refuses."""
+    settings = {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}}
+    for ending, message in (
+        ("ivf", "16000×16000 pixels are declared, more than 36 million"),
+        ("webm", "no frame of the"),
+    ):
+        data = bytearray(write_video(folder / f"small.{ending}", 20, **settings).read_bytes())
+        size = struct.pack("<HH", 16000, 16000)
+        frame = data.index(b"\x9d\x01\x2a") + 3  # a VP8 key frame's start code, followed by its size (RFC 6386 §9.1)
+        data[frame : frame + 4] = size
+        if ending == "ivf":
+            data[12:16] = size
+        (folder / f"large.{ending}").write_bytes(data)
+        with pytest.raises(MediaError, match=message):
+            media.read_video(folder / f"large.{ending}")
+    with pytest.raises(MediaError, match="30000×30000 pixels are declared, more than 67 million; scale it down first"):
+        media.check_pixels(30000, 30000, "a.gif")
 
 
 def test_times_and_duration(clip):
