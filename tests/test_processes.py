@@ -156,9 +156,7 @@ def test_features_of_two_processes_are_written_and_a_lost_one_is_named(tiny_mode
     config = write_config(tmp_path / "config.py", config_of(tiny_model, records))
     with started("features", config, "--out", tmp_path / "features", "--shard-records", 2) as processes:
         assert [process.wait(timeout=300) for process in processes] == [0, 0]
-    many = config_of(
-        tiny_model, records, data=dataclasses.replace(config_of(tiny_model, records).data, variants=10_000)
-    )
+    many = config_of(tiny_model, records, data=DataConfig(variants=10_000))
     config = write_config(tmp_path / "many.py", many)
     with started("features", config, "--out", tmp_path / "many", "--shard-records", 3) as processes:
         while not (tmp_path / "many/.partial-1").exists():
