@@ -1,8 +1,10 @@
 """Run directories: what a run is, how far it came, and what it learned.
 
-config.json       the run's config, its base model's path and digest     step_N/   weights, moments, iterator (Orbax)
-metrics.jsonl     one object for each step                               quarantine.jsonl   samples that were not used
-samples.jsonl     answers about fixed clips                    tensorboard/   the same for TensorBoard, if installed
+config.json       the run's config, its base model's path and digest, digests of its inputs
+step_N/           a checkpoint: weights, moments, iterator (Orbax), digests.json (run_directory.py)
+last_saved.json   the step of the last checkpoint         damaged_step_N/   a checkpoint that could not be read
+metrics.jsonl     one object for each step                quarantine.jsonl  samples that were not used
+samples.jsonl     answers about fixed clips               tensorboard/      the same for TensorBoard, if installed
 """
 
 import contextlib
@@ -284,18 +286,19 @@ class Checkpoints:
 
     def _read(self, step: int, abstract: TrainState) -> TrainState | None:
         """The state of a step; None where one of the processes cannot read it."""
-        folder, state = self._out / f"step_{step}", None
+        folder, readable = self._out / f"step_{step}", True
         try:
             weights = restore_arrays(folder / "weights", abstract.weights)
             moments = restore_arrays(folder / "moments", _by_path(abstract.moments))
-            counted = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
-            opt_state = jax.tree.unflatten(jax.tree.structure(abstract.moments), moments.values())
-            state = TrainState(counted, weights, opt_state)
         except CheckpointError as error:
             logger.warning(f"{error}; going back to the checkpoint before it")
-        if jax.process_count() > 1 and not multihost_utils.process_allgather(np.array(state is not None)).all():
+            readable = False
+        if jax.process_count() > 1:
+            readable = bool(multihost_utils.process_allgather(np.array(readable)).all())
+        if not readable:
             return None
-        return state
+        counted = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
+        return TrainState(counted, weights, jax.tree.unflatten(jax.tree.structure(abstract.moments), moments.values()))
 
     def size(self, step: int) -> int:
         """Bytes on disk."""
