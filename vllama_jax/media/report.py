@@ -19,7 +19,8 @@ class MediaReport:
 
     `frames` is the number of frames that were taken (1 for a picture, 0 for sound alone), `seconds` the length of
     the whole file (0 for a picture), and `audio` one of "used", "absent", "off", "unsupported" (the model has no audio
-    branch; whoever knows the model sets it) and "failed: why".
+    branch; whoever knows the model sets it) and "failed: why". `notes` says what else the user should know of the file,
+    such as packets that were lost.
     """
 
     path: str
@@ -27,12 +28,15 @@ class MediaReport:
     frames: int
     seconds: float
     audio: str
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The sentence for the user, such as "8 frames of 7.1 s; sound used"."""
-        if self.kind == "image":
-            return "1 picture"
         sound = _SOUND.get(self.audio, f"sound {self.audio}")
-        if self.kind == "audio":
-            return f"{self.seconds:.1f} s of sound; {sound}"
-        return f"{self.frames} frame{'s' if self.frames > 1 else ''} of {self.seconds:.1f} s; {sound}"
+        if self.kind == "image":
+            found = ["1 picture"]
+        elif self.kind == "audio":
+            found = [f"{self.seconds:.1f} s of sound", sound]
+        else:
+            found = [f"{self.frames} frame{'s' if self.frames > 1 else ''} of {self.seconds:.1f} s", sound]
+        return "; ".join((*found, *self.notes))

@@ -16,15 +16,21 @@ from vllama_jax.media.video import Video, frame_indices, frames_within, read_vid
 
 
 def read_segment(
-    path: str | os.PathLike[str], start: float, end: float, num_frames: int = 8, size: int = 224, audio: bool = True
+    path: str | os.PathLike[str],
+    start: float,
+    end: float,
+    num_frames: int = 8,
+    size: int = 224,
+    audio: bool = True,
+    num_clips: int | None = None,
 ) -> Video:
     """What a video shows and sounds like from `start` to `end` seconds, as if that were a file of its own.
 
     Times, duration and report are the segment's; a segment that reaches past the video's end stops there, and has one
-    frame at least. Raises MediaError as read_video does, and for an end before the start.
+    frame at least. `num_clips` is read_video's. Raises MediaError as read_video does, and for an end before the start.
     """
     _check_times(path, start, end)
-    return read_video(path, num_frames, size, audio, within=(start, end))
+    return read_video(path, num_frames, size, audio, within=(start, end), num_clips=num_clips)
 
 
 def read_frames(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.audio import SoundDecoder
+from vllama_jax.media.audio import AudioDecoder, DecodedAudio
 from vllama_jax.media.files import (
     WHOLE,
     check_file,
@@ -46,7 +46,7 @@ class Video:
     `frames` are RGB, `seconds` their times (index / frame rate) and `duration` the whole video's (frames / frame rate).
     The rate is the average that the file claims, or what its frames' times say where those differ. `waveform` has
     every channel in [-1, 1] at the file's own rate; it is None where `report` says that there is no sound, or why it
-    is not used.
+    is not used, and where mel clips were asked for: then they are in `mel`.
     """
 
     frames: UInt8[np.ndarray, "t h w 3"]
@@ -55,6 +55,7 @@ class Video:
     waveform: Float32[np.ndarray, "c n"] | None
     sample_rate: int | None
     report: MediaReport
+    mel: Float32[np.ndarray, "num_clips 128 204"] | None = None
 
 
 class _Packet(NamedTuple):
@@ -86,19 +87,30 @@ def read_video(
     audio: bool = True,
     choose: Choose = frame_indices,
     within: tuple[float, float] = WHOLE,
+    num_clips: int | None = None,
 ) -> Video:
     """`num_frames` frames spread over a video, size × size, and its sound unless `audio` is False.
 
     A video with fewer frames gives those it has. `choose` says which frames are taken; it is asked again where a video
     turns out to have another number of frames than its index says. `within` is the part, in seconds, that is read as
-    if it were a file of its own. Sound that fails to decode is no error: the report says why. Raises MediaError for
-    anything that is not a video that can be decoded, and for a truncated one.
+    if it were a file of its own. With `num_clips` that many mel clips (`mel_clips`) take the place of the waveform, and
+    only their samples are held in memory. Sound that fails to decode is no error: the report says why. Raises
+    MediaError for anything that is not a video that can be decoded, and for a truncated one.
     """
     path = check_file(path)
     if is_still_picture(path):
         raise MediaError(f"{path}: a picture, not a video; use read_image or read_media")
     with open_container(path) as container:
-        return video_from(container, path, num_frames, size, audio, choose, within)
+        decoder = audio_decoder(container, path, num_clips, within) if audio else None
+        return video_from(container, path, num_frames, size, decoder, choose, within)
+
+
+def audio_decoder(
+    container: InputContainer, path: str, num_clips: int | None, within: tuple[float, float] = WHOLE
+) -> AudioDecoder | None:
+    """What decodes the audio of an opened file, or None where it has none."""
+    stream = sound_stream(container)
+    return AudioDecoder(stream, path, num_clips, within) if stream else None
 
 
 def video_from(
@@ -106,11 +118,11 @@ def video_from(
     path: str,
     num_frames: int,
     size: int,
-    audio: bool,
+    decoder: AudioDecoder | None,
     choose: Choose = frame_indices,
     within: tuple[float, float] = WHOLE,
 ) -> Video:
-    """read_video for an opened file."""
+    """read_video for an opened file, whose audio is left out without a decoder."""
     if num_frames < 1:
         raise MediaError(f"{path}: {num_frames} frames were asked for; ask for at least 1")
     stream = video_stream(container)
@@ -123,8 +135,7 @@ def video_from(
         raise MediaError(f"{path}: the video's codec is not supported; convert it to H.264 mp4")
     if not (stream.average_rate or stream.guessed_rate):
         raise MediaError(f"{path}: the video has no frame rate; convert it to H.264 mp4")
-    sound = SoundDecoder(heard, path, within) if heard and audio else None
-    packets = _list_packets(container, stream, sound, path)
+    packets = _list_packets(container, stream, decoder, path)
 
     def chosen(total: int) -> Int64[np.ndarray, "t"]:
         inside = frames_within(total, _frame_rate(stream, packets, total), within)
@@ -134,20 +145,21 @@ def video_from(
     rate = _frame_rate(stream, packets, total)
     inside = frames_within(total, rate, within)
     duration = len(inside) / rate
-    waveform, failure = sound.finish() if sound else (None, "")
+    decoded = decoder.finish() if decoder else DecodedAudio()
     if heard is None:
         state = "absent"
-    elif sound is None:
+    elif decoder is None:
         state = "off"
     else:
-        state = f"failed: {failure}" if failure else "used"
+        state = f"failed: {decoded.failure}" if decoded.failure else "used"
     return Video(
         frames=frames,
         seconds=(indices - inside.start) / rate,
         duration=duration,
-        waveform=waveform,
-        sample_rate=None if waveform is None else sound.sample_rate,
-        report=MediaReport(path=path, kind="video", frames=len(frames), seconds=duration, audio=state),
+        waveform=decoded.waveform,
+        sample_rate=decoded.sample_rate,
+        report=MediaReport(path, "video", frames=len(frames), seconds=duration, audio=state, notes=decoded.notes),
+        mel=decoded.mel,
     )
 
 
@@ -174,16 +186,16 @@ def _frame_rate(stream: VideoStream, packets: list[_Packet], total: int) -> floa
 
 
 def _list_packets(
-    container: InputContainer, stream: VideoStream, sound: SoundDecoder | None, path: str
+    container: InputContainer, stream: VideoStream, decoder: AudioDecoder | None, path: str
 ) -> list[_Packet]:
-    """Every packet of the video in decoding order, without decoding them; the sound is decoded on the way."""
+    """Every packet of the video in decoding order, without decoding them; the audio is decoded on the way."""
     import av
 
     packets, whole = [], 0
     try:
-        for packet in container.demux([stream, sound.stream] if sound else [stream]):
+        for packet in container.demux([stream, decoder.stream] if decoder else [stream]):
             if packet.stream is not stream:
-                sound.feed(packet)
+                decoder.feed(packet)
             elif packet.size:
                 whole += not packet.is_corrupt
                 packets.append(_Packet(packet.pts, packet.dts, packet.size, packet.is_keyframe, packet.is_discard))
