@@ -19,7 +19,7 @@ from vllama_jax.media.image import Image, normalize, picture_report, read_image
 from vllama_jax.media.mel import clip_starts, mel_clips
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.segment import read_frames, read_segment
-from vllama_jax.media.video import Video, audio_decoder, frame_indices, read_video, video_from
+from vllama_jax.media.video import Video, frame_chooser, frame_indices, read_video, video_from
 from vllama_jax.media.write import write_video
 
 __all__ = [
@@ -63,8 +63,7 @@ def read_media(
         return Image(frames=read_image(path, size)[None], report=picture_report(path))
     with open_container(path) as container:
         if video_stream(container) is not None:
-            decoder = audio_decoder(container, path, num_clips) if audio else None
-            return video_from(container, path, num_frames, size, decoder)
+            return video_from(container, path, frame_chooser(path, num_frames), size, audio, num_clips)
         if sound_stream(container) is not None and not audio:
             raise MediaError(f"{path}: only sound in the file, and sound is off; turn it on or name a video")
         return audio_from(container, path, num_clips)

@@ -7,11 +7,11 @@ import math
 import os
 import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 from vllama_jax.errors import MediaError
 from vllama_jax.files import first_bytes
+from vllama_jax.media.truncation import has_mp4_index
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
@@ -26,6 +26,7 @@ _CONTAINERS = (
 )
 
 WHOLE = (0.0, math.inf)  # of a file, from and to which second
+MAX_PIXELS = 2**26  # 8192 × 8192: 8K video has half of it, a 50-megapixel photo fits, and a decoder stays below 1 GB
 PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png")  # of the frames of a video that is a folder of pictures
 
 # The first bytes of the picture files that Pillow reads, and Pillow's names for them.
@@ -46,6 +47,22 @@ def check_file(path: str | os.PathLike[str]) -> str:
     path = os.fsdecode(path)
     first_bytes(path, MediaError)
     return path
+
+
+def check_pixels(width: int, height: int, path: str) -> None:
+    """Refuse an image or a video frame that is too large, by its declared size, before memory is allocated for it.
+
+    Args:
+        width: Declared width in pixels.
+        height: Declared height in pixels.
+        path: The file, for the message.
+
+    Raises:
+        MediaError: More than `MAX_PIXELS` pixels are declared.
+    """
+    if width * height > MAX_PIXELS:
+        why = f"{width}×{height} pixels are declared, more than {MAX_PIXELS / 1e6:.0f} million; scale it down first"
+        raise MediaError(f"{path}: {why}")
 
 
 @contextlib.contextmanager
@@ -104,11 +121,13 @@ def open_container(path: str) -> InputContainer:
     head = first_bytes(path, MediaError)
     if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
         raise MediaError(f"{path}: a HEIC picture, which cannot be read; convert it to jpg or png")
-    if head[4:8] == b"ftyp" and not 0 < _mp4_boxes(path).get("moov", 0) <= os.path.getsize(path):
+    if head[4:8] == b"ftyp" and not has_mp4_index(path):
         why = "the mp4 is truncated: without its index (moov) no frame could be read"
         raise MediaError(f"{path}: {why}; download or copy it again")
     try:
-        return av.open(f"file:{path}", container_options={"format_whitelist": _CONTAINERS})
+        return av.open(
+            f"file:{path}", options={"max_pixels": str(MAX_PIXELS)}, container_options={"format_whitelist": _CONTAINERS}
+        )
     except (av.FFmpegError, OSError, ValueError) as error:
         why = "not a video, sound or picture that can be read; is it damaged, or another kind of file?"
         raise MediaError(f"{path}: {why}") from error
@@ -128,34 +147,6 @@ def sound_stream(container: InputContainer) -> AudioStream | None:
     return container.streams.best("audio")
 
 
-def is_cut_off(path: str) -> bool:
-    """True for an mp4 (mov, m4a, …) whose last box claims more bytes than the file has."""
-    if first_bytes(path, MediaError)[4:8] != b"ftyp":
-        return False
-    return max(_mp4_boxes(path).values(), default=0) > os.path.getsize(path)
-
-
 def _file_in_memory() -> BinaryIO:
     """A file without a name, not limited by the size of /dev/shm (64 MB in a container, unless asked for)."""
     return os.fdopen(os.memfd_create("media"), "wb")
-
-
-def _mp4_boxes(path: str) -> dict[str, int]:
-    """The top-level boxes of an mp4 (ISO/IEC 14496-12 §4.2): name → where the last box of that name ends, in bytes."""
-    boxes: dict[str, int] = {}
-    size = os.path.getsize(path)
-    start = 0
-    with Path(path).open("rb") as file:
-        while start + 8 <= size:
-            file.seek(start)
-            header = file.read(16)
-            length = int.from_bytes(header[:4], "big")
-            if length == 1:  # the length is a 64-bit number after the name
-                length = int.from_bytes(header[8:16], "big")
-            elif length == 0:  # the box lasts to the end of the file
-                length = size - start
-            if length < 8:
-                break
-            start += length
-            boxes[header[4:8].decode("latin-1")] = start
-    return boxes

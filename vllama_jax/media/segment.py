@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from vllama_jax.errors import MediaError
+from vllama_jax.media.clock import even_times, frames_within
 from vllama_jax.media.files import PICTURE_EXTENSIONS
 from vllama_jax.media.image import read_image
 from vllama_jax.media.report import MediaReport
-from vllama_jax.media.video import Video, frame_indices, frames_within, read_video
+from vllama_jax.media.video import Video, frame_indices, read_video
 
 
 def read_segment(
@@ -24,10 +25,15 @@ def read_segment(
     audio: bool = True,
     num_clips: int | None = None,
 ) -> Video:
-    """What a video shows and sounds like from `start` to `end` seconds, as if that were a file of its own.
+    """Read a video from `start` to `end` seconds as if that were a file of its own.
 
-    Times, duration and report are the segment's; a segment that reaches past the video's end stops there, and has one
-    frame at least. `num_clips` is read_video's. Raises MediaError as read_video does, and for an end before the start.
+    Video and audio are cut by the clock that they share (`Clock`): a segment has the frames that begin in it (or else
+    the one that is shown at its start), and silence where the audio has a gap or has not begun. Timestamps, duration
+    and report are the segment's. A segment that reaches past the video's end stops there. From 0 to infinity is the
+    whole file, read as `read_video` does. The other arguments are those of `read_video`.
+
+    Raises:
+        MediaError: As `read_video`, and for an end before the start.
     """
     _check_times(path, start, end)
     return read_video(path, num_frames, size, audio, within=(start, end), num_clips=num_clips)
@@ -50,12 +56,14 @@ def read_frames(
     pictures = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURE_EXTENSIONS)
     if not pictures:
         raise MediaError(f"{folder}: no pictures in the folder (jpg, png); unpack its frames again")
-    inside = frames_within(len(pictures), rate, (start, end))
+    times = even_times(len(pictures), rate)
+    inside = frames_within(times, (start, end))
     indices = frame_indices(len(inside), num_frames)
     frames = np.stack([read_image(pictures[inside.start + index], size) for index in indices])
-    duration = len(inside) / rate
+    duration = max(min(times.end, end) - start, 0.0)
     report = MediaReport(str(folder), "video", len(frames), duration, "absent")
-    return Video(frames, indices / rate, duration, waveform=None, sample_rate=None, report=report)
+    seconds = np.maximum(times.starts[inside.start + indices] - start, 0.0)
+    return Video(frames, seconds, duration, waveform=None, sample_rate=None, report=report)
 
 
 def _check_times(path: str | os.PathLike[str], start: float, end: float) -> None:

@@ -1,0 +1,263 @@
+"""Decode chosen frames of a video, by seeking where the file can be trusted, and scale them.
+
+The frames are those of the original (decord): squashed to a square by FFmpeg's bilinear filter, bit for bit.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from vllama_jax.errors import MediaError
+from vllama_jax.media.clock import FrameTimes, even_times, frame_times
+from vllama_jax.media.files import MAX_PIXELS, check_pixels, open_container, sound_stream, video_stream
+
+if TYPE_CHECKING:
+    from av import VideoFrame
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+    from jaxtyping import Int64, UInt8
+
+_SEEK_GAP = 16  # fewer packets than this are decoded rather than skipped: a seek throws away what is under way
+
+
+class VideoPacket(NamedTuple):
+    """A compressed frame's entry in the file.
+
+    Attributes:
+        pts: When it is shown, as stored.
+        dts: When it is decoded, as stored.
+        size: In bytes.
+        is_key: Whether decoding may start with it.
+        is_discarded: It is decoded but not shown (edit lists).
+        seconds: When it is shown on the file's clock.
+        duration: How long it is shown, in seconds; 0 if that is not stored.
+    """
+
+    pts: int | None
+    dts: int | None
+    size: int
+    is_key: bool
+    is_discarded: bool
+    seconds: float | None
+    duration: float
+
+
+class _CannotSeek(Exception):
+    """The file's key frames or times cannot be trusted; it has to be decoded from its start."""
+
+
+def decode_frames(
+    container: InputContainer,
+    stream: VideoStream,
+    packets: list[VideoPacket],
+    choose: Callable[[FrameTimes], Int64[np.ndarray, "t"]],
+    size: int,
+    path: str,
+) -> tuple[UInt8[np.ndarray, "t h w 3"], Int64[np.ndarray, "t"], FrameTimes]:
+    """Decode some of a video's frames.
+
+    Args:
+        container: The opened file.
+        stream: Its video.
+        packets: All packets of the video in the file's order.
+        choose: Returns the rising indices of the frames to take; called again where decoding shows that the video has
+            other frames than its packets say.
+        size: Side of the frames that are returned.
+        path: The file, which may have to be opened again.
+
+    Returns:
+        The frames, their indices, and the times of all frames.
+
+    Raises:
+        MediaError: The frames cannot be decoded.
+    """
+    import av
+
+    times = _packet_times(container, stream, packets)
+    indices = choose(times)
+    try:
+        frames = [_to_rgb(frame, size) for frame in _seek_frames(container, stream, packets, indices.tolist())]
+    except (_CannotSeek, av.FFmpegError):
+        frames, shown = _count_frames(path, indices.tolist(), size)
+        times = _decoded_times(container, stream, packets, shown)
+        wanted = choose(times)
+        if wanted.tolist() != indices.tolist():  # some packets hold no frame of their own, or none that can be decoded
+            indices = wanted
+            frames, _ = _count_frames(path, indices.tolist(), size)
+    if not frames:
+        raise MediaError(f"{path}: no frame of the video could be decoded; convert it to H.264 mp4")
+    return np.stack(frames), indices, times
+
+
+def limit_pixels(stream: VideoStream, path: str) -> None:
+    """Check the declared size of a video's frames, and let its decoder refuse larger ones. Raises MediaError."""
+    check_pixels(stream.codec_context.width, stream.codec_context.height, path)
+    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+
+
+def _packet_times(container: InputContainer, stream: VideoStream, packets: list[VideoPacket]) -> FrameTimes:
+    shown = [(packet.seconds, packet.duration) for packet in packets if not packet.is_discarded]
+    return _times(container, stream, shown)
+
+
+def _decoded_times(
+    container: InputContainer, stream: VideoStream, packets: list[VideoPacket], shown: Sequence[int | None]
+) -> FrameTimes:
+    """Return the times of decoded frames, from the packets that have their timestamps."""
+    times: dict[int | None, list[tuple[float, float]]] = {}
+    for packet in packets:
+        times.setdefault(packet.pts, []).append((packet.seconds, packet.duration))
+    found: list[tuple[float | None, float]] = []
+    for pts in shown:
+        after = found[-1][0] if found else -np.inf
+        known = times.get(pts, []) if pts is not None else []
+        found.append(next((known.pop(0) for _ in range(len(known)) if known[0][0] > after), (None, 0.0)))
+        if found[-1][0] is None:
+            return _times(container, stream, [(None, 0.0)] * len(shown))
+    return _times(container, stream, found)
+
+
+def _times(container: InputContainer, stream: VideoStream, shown: list[tuple[float | None, float]]) -> FrameTimes:
+    """Return times in rising order; index / rate where timestamps are missing."""
+    rate = float(stream.average_rate or stream.guessed_rate)
+    if not shown or any(seconds is None for seconds, _ in shown):
+        return even_times(len(shown), rate)
+    starts, durations = zip(*sorted(shown), strict=True)
+    return frame_times(starts, durations, rate, float(stream.time_base), sound_stream(container) is not None)
+
+
+def _seek_frames(
+    container: InputContainer, stream: VideoStream, packets: list[VideoPacket], indices: Sequence[int]
+) -> Iterator[VideoFrame]:
+    """Yield the frames at rising indices, each decoded from the last key frame before it, or on from the frame before.
+
+    A frame's index is the rank of its presentation time. Raises _CannotSeek where that does not hold.
+    """
+    if any(packet.pts is None for packet in packets) or len({packet.pts for packet in packets}) < len(packets):
+        raise _CannotSeek
+    stream.thread_type = "AUTO"
+    place = {packet.pts: number for number, packet in enumerate(packets)}
+    shown = sorted(packet.pts for packet in packets if not packet.is_discarded)
+    keys = sorted(packet.pts for packet in packets if packet.is_key)
+    frames: Iterator[VideoFrame] = iter(())
+    reached = -_SEEK_GAP - 1
+    for index in indices:
+        wanted = shown[index]
+        key = bisect.bisect_right(keys, wanted) - 1
+        if key < 0:
+            raise _CannotSeek
+        start = place[keys[key]]
+        if start - reached > _SEEK_GAP:
+            frames = _frames_from_key(container, stream, packets, start, shown)
+        frame = next((frame for frame in frames if frame.pts == wanted), None)
+        if frame is None:
+            raise _CannotSeek
+        reached = place[wanted]
+        yield frame
+
+
+def _frames_from_key(
+    container: InputContainer, stream: VideoStream, packets: list[VideoPacket], start: int, shown: list[int]
+) -> Iterator[VideoFrame]:
+    """Yield the frames from packet number `start`, a key frame, on.
+
+    Nothing rests on where the seek arrives: every packet is compared with the list, and every frame with the times
+    `shown`. Frames shown before the key frame but stored after it (open groups of pictures) lack what they refer to
+    and are left out. Not every "key" frame stands alone (a recovery point may need the frames after it): only a true
+    one is accepted.
+    """
+    from av.video.frame import PictureType
+
+    key = packets[start]
+    container.seek(key.pts if key.dts is None else key.dts, stream=stream)
+    number = None
+    rank = bisect.bisect_left(shown, key.pts)
+    for packet in container.demux(stream):
+        if number is None and (packet.pts, packet.size) == (key.pts, key.size):
+            number = start
+        if number is None:
+            if not packet.size or (packet.pts is not None and packet.pts > key.pts):
+                raise _CannotSeek
+            continue
+        if packet.size:
+            if number == len(packets) or (packet.pts, packet.size) != (packets[number].pts, packets[number].size):
+                raise _CannotSeek
+            number += 1
+        for frame in packet.decode():
+            if frame.pts is not None and frame.pts < key.pts:
+                continue
+            if rank == len(shown) or frame.pts != shown[rank]:
+                raise _CannotSeek
+            if frame.pts == key.pts and frame.pict_type in (PictureType.P, PictureType.B):
+                raise _CannotSeek
+            rank += 1
+            yield frame
+
+
+def _count_frames(
+    path: str, indices: Sequence[int], size: int
+) -> tuple[list[UInt8[np.ndarray, "h w 3"]], list[int | None]]:
+    """Decode from the start; return the frames at `indices`, and the timestamps of all that were decoded.
+
+    Packets before the first frame may fail (a recording that starts between key frames); a later one raises MediaError.
+    """
+    import av
+
+    wanted, frames, shown = set(indices), [], []
+    with open_container(path) as container:
+        stream = video_stream(container)
+        limit_pixels(stream, path)
+        stream.thread_type = "AUTO"
+        for packet in container.demux(stream):
+            try:
+                for frame in packet.decode():
+                    if len(shown) in wanted:
+                        frames.append(_to_rgb(frame, size))
+                    shown.append(frame.pts)
+            except av.FFmpegError as error:
+                if shown:
+                    why = f"the video is damaged: decoding stops after {len(shown)} frames ({error.strerror})"
+                    raise MediaError(f"{path}: {why}; download or copy the file again") from error
+    return frames, shown
+
+
+def _to_rgb(frame: VideoFrame, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Orient a frame as its file says, then scale it to size × size and convert it to RGB in a single step."""
+    from av.filter import Graph
+
+    scale = (("scale", f"{size}:{size}:flags=bilinear"), ("format", "rgb24"), ("buffersink", None))
+    graph = Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format.name, time_base=frame.time_base
+    )
+    steps = (*_orientation(frame), *scale)
+    graph.link_nodes(source, *(graph.add(name, options) for name, options in steps)).configure()
+    graph.push(frame)
+    return graph.pull().to_ndarray()
+
+
+def _orientation(frame: VideoFrame) -> list[tuple[str, str | None]]:
+    """Return the filters that show a frame as its display matrix says: one of eight turns and flips.
+
+    The matrix [a b; c d] puts a pixel (x, y) at (a x + c y, b x + d y) (ISO/IEC 14496-12 §6.2.2). Turns between
+    quarters are rounded to the nearest.
+    """
+    from av.sidedata.sidedata import Type
+
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    if matrix is None:
+        return []
+    a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
+    steps = []
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        steps.append(("transpose", "cclock_flip"))  # x and y are exchanged, nothing else
+        a, d = c, b
+    if a < 0:
+        steps.append(("hflip", None))
+    if d < 0:
+        steps.append(("vflip", None))
+    return steps
