@@ -58,10 +58,18 @@ def write_video(
     return path
 
 
-def write_sound(path: Path, sound: np.ndarray, rate: int, codec: str, sample_format: str, cover: bool = False) -> Path:
+def write_sound(
+    path: Path,
+    sound: np.ndarray,
+    rate: int,
+    codec: str,
+    sample_format: str,
+    cover: bool = False,
+    layout: str | None = None,
+) -> Path:
     """A sound file of float [c, n] in the codec and sample format named; `cover` adds a picture as music players do."""
     with av.open(str(path), "w") as container:
-        layout = "stereo" if len(sound) == 2 else "mono"
+        layout = layout or ("stereo" if len(sound) == 2 else "mono")
         audio = container.add_stream(codec, rate=rate, layout=layout, format=sample_format)
         if cover:
             picture = container.add_stream("mjpeg")
@@ -70,21 +78,23 @@ def write_sound(path: Path, sound: np.ndarray, rate: int, codec: str, sample_for
             pictures = picture.encode(numbered_frame(100).reformat(format="yuvj420p"))
         container.start_encoding()
         container.mux(pictures if cover else [])
-        for frame in _sound_frames(sound, rate, sample_format):
+        for frame in _sound_frames(sound, rate, sample_format, layout):
             container.mux(audio.encode(frame))
         container.mux(audio.encode(None))
     return path
 
 
-def _sound_frames(sound: np.ndarray, rate: int, sample_format: str):
+def _sound_frames(sound: np.ndarray, rate: int, sample_format: str, layout: str = "stereo"):
     scales = {"u8": (128, 128, np.uint8), "s16": (32768, 0, np.int16), "s32": (2**31, 0, np.int32)}
-    layout = "stereo" if len(sound) == 2 else "mono"
+    floats = {"flt": np.float32, "dbl": np.float64}
     kind = sample_format.removesuffix("p")
     for start in range(0, sound.shape[1], 1024):
         piece = sound[:, start : start + 1024]
         if kind in scales:
             scale, offset, dtype = scales[kind]
             piece = np.rint(piece.astype(np.float64) * scale + offset).astype(dtype)
+        else:
+            piece = piece.astype(floats[kind])
         if not sample_format.endswith("p"):
             piece = piece.T.reshape(1, -1)
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(piece), sample_format, layout)

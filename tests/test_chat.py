@@ -11,7 +11,7 @@ from PIL import Image
 
 import vllama_jax as vl
 from vllama_jax import generate
-from vllama_jax.chat import prepare
+from vllama_jax.chat import fit_to_model, prepare
 from vllama_jax.convert import convert, plan
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.text import prompts
@@ -184,17 +184,21 @@ def test_required_sound(model, seeing_model, clip, picture, tmp_path):
             prepare(path, cfg, require_audio=True)
 
 
-def test_sound_that_gives_no_features_is_reported(model, clip, monkeypatch):
-    def fail(*_):
-        raise vl.MediaError("the sound is too short")
-
-    monkeypatch.setattr("vllama_jax.media.mel_clips", fail)
-    prepared = prepare(clip, model.config)
+def test_audio_that_is_too_short_is_reported(model, tmp_path):
+    samples = np.zeros((2, 100), np.float32)
+    path = media_fixtures.write_video(tmp_path / "a.mkv", 30, sound=samples, rate=48000, sound_codec="pcm_s16le")
+    prepared = prepare(path, model.config)
     assert prepared.mel is None
-    assert prepared.report.audio == "failed: the sound is too short"
+    assert prepared.report.audio == "failed: 2.1 ms of audio are too short; give at least 25"
     assert prepared.prompt_media.slots == ("video",)
-    with pytest.raises(vl.MediaError, match=r"its sound is required and was not used: .* sound failed: the sound"):
-        prepare(clip, model.config, require_audio=True)
+    with pytest.raises(vl.MediaError, match=r"its sound is required and was not used: .* sound failed: 2.1 ms"):
+        prepare(path, model.config, require_audio=True)
+
+
+def test_audio_that_was_read_whole_gives_the_same_mel_clips(model, clip):
+    whole = vl.media.read_media(clip, 8, model.config.vit.image_size)
+    assert whole.mel is None
+    np.testing.assert_array_equal(fit_to_model(whole, model.config).mel, prepare(clip, model.config).mel)
 
 
 def test_more_frames_than_positions(model, tmp_path):

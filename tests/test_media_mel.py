@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from vllama_jax import media
-from vllama_jax.media import audio as audio_module
+from vllama_jax.media import mel as mel_module
 
 CLIPS = ("birthday", "dog_barking", "boat", "silence_girl")
 
@@ -26,7 +26,7 @@ def _interpolate(waveform: np.ndarray, rate: int) -> np.ndarray:
 def test_resampling_is_a_windowed_sinc(rate):
     waveform = np.random.default_rng(0).uniform(-1, 1, (2, rate // 20 + 3)).astype(np.float32)
     expected = waveform if rate == 16000 else _interpolate(waveform, rate)
-    resampled = audio_module.resample(waveform, rate)
+    resampled = mel_module.resample(waveform, rate)
     assert resampled.shape == expected.shape
     np.testing.assert_allclose(resampled, expected, atol=3e-4)  # torchaudio's float32 kernels, which we keep, cost this
 
@@ -34,9 +34,9 @@ def test_resampling_is_a_windowed_sinc(rate):
 @pytest.mark.parametrize("rate", [8000, 44100, 48000])
 def test_resampling_a_part_equals_that_part_of_the_whole(rate):
     waveform = np.random.default_rng(0).uniform(-1, 1, (2, rate)).astype(np.float32)
-    whole = audio_module.resample(waveform, rate)
+    whole = mel_module.resample(waveform, rate)
     for start, stop in ((0, 50), (1, 2), (7777, 9000), (15000, 99999)):
-        np.testing.assert_array_equal(audio_module.resample(waveform, rate, start, stop), whole[:, start:stop])
+        np.testing.assert_array_equal(mel_module.resample(waveform, rate, start, stop), whole[:, start:stop])
 
 
 def test_a_long_sound_is_resampled_only_where_clips_are():
@@ -64,7 +64,7 @@ def test_mel_is_kaldis():
     triangles = utils.mel_filter_bank(
         257, 128, 20, 8000, 16000, norm=None, mel_scale="kaldi", triangularize_in_mel_space=True
     )
-    np.testing.assert_allclose(audio_module.mel_triangles().T, triangles[:256], atol=1e-6)
+    np.testing.assert_allclose(mel_module.mel_triangles().T, triangles[:256], atol=1e-6)
     rng = np.random.default_rng(0)
     sound = rng.normal(0, 0.1, (2, 40000)).astype(np.float32)
     mel = media.mel_clips(sound, 16000, num_clips=2)
@@ -153,7 +153,7 @@ def test_golden_sound(shared, golden, name):
     expected = np.load(golden / "media" / f"{name}_audio.npz")
     video = media.read_video(shared / "media" / f"{name}.mp4")
     np.testing.assert_array_equal(video.waveform[:, :44100], expected["waveform_orig"])
-    resampled = audio_module.resample(video.waveform, video.sample_rate)
+    resampled = mel_module.resample(video.waveform, video.sample_rate)
     assert resampled.shape == expected["waveform_16k"].shape
     np.testing.assert_allclose(resampled, expected["waveform_16k"], atol=1e-6)
     starts = expected["clip_start_sample"]
@@ -184,4 +184,4 @@ def test_golden_short_sound_and_triangles(golden):
     np.testing.assert_allclose(mel, short["mel"][:, 0], atol=1e-3)
     np.testing.assert_array_equal(media.clip_starts(short["waveform_16k"].shape[1], 8), short["clip_starts"])
     bank = np.load(golden / "extra" / "mel_filterbank.npz")
-    np.testing.assert_allclose(audio_module.mel_triangles(), bank["bins"], atol=2e-5)
+    np.testing.assert_allclose(mel_module.mel_triangles(), bank["bins"], atol=2e-5)

@@ -17,7 +17,7 @@ def test_a_segment_is_read_as_a_file_of_its_own(tmp_path):
     assert (part.duration, part.report.seconds, part.report.audio) == (2.0, 2.0, "used")
     np.testing.assert_array_equal(part.waveform, read_video(path).waveform[:, 16000:48000])
     silent = read_segment(path, 4.5, 9.0).report
-    assert silent.audio == "failed: 0.0 ms of sound are too short; it takes 25"
+    assert silent.audio == "failed: 0.0 ms of audio are too short; give at least 25"
 
 
 def test_a_segment_ends_with_its_video(tmp_path):

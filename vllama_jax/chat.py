@@ -73,21 +73,18 @@ def prepare(
     wanted = config.num_frames if num_frames is None else num_frames
     if wanted < 1:
         raise ConfigError(f"{wanted} frames were asked for; ask for at least 1")
-    found = media_files.read_media(path, wanted, config.vit.image_size, audio)
+    found = media_files.read_media(path, wanted, config.vit.image_size, audio, config.num_clips)
     return fit_to_model(found, config, require_audio=require_audio)
 
 
 def fit_to_model(found: Video | Image | Audio, config: VideoLlamaConfig, *, require_audio: bool = False) -> Prepared:
     """What was read from a file, as the network takes it. Raises MediaError as `prepare` does."""
-    report, waveform, mel = found.report, getattr(found, "waveform", None), None
+    report, mel, waveform = found.report, getattr(found, "mel", None), getattr(found, "waveform", None)
     path = report.path
-    if waveform is not None and not config.has_audio:
-        report = dataclasses.replace(report, audio="unsupported")
-    elif waveform is not None:
-        try:
-            mel = media_files.mel_clips(waveform, found.sample_rate, config.num_clips)
-        except MediaError as error:
-            report = dataclasses.replace(report, audio=f"failed: {error}")
+    if waveform is not None:  # read without `num_clips`
+        mel = media_files.mel_clips(waveform, found.sample_rate, config.num_clips)
+    if mel is not None and not config.has_audio:
+        report, mel = dataclasses.replace(report, audio="unsupported"), None
     if report.kind == "audio" and mel is None:
         raise MediaError(f"{path}: there is only sound in it, and it cannot be used: {report}")
     if require_audio and report.audio != "used":

@@ -8,7 +8,7 @@ from typing import Any
 from vllama_jax.data.ahead import in_order
 from vllama_jax.data.records import Kind, Records
 from vllama_jax.errors import DataError, VllamaError
-from vllama_jax.media import as_file, mel_clips, read_audio, read_image, read_video
+from vllama_jax.media import as_file, read_audio, read_image, read_video
 from vllama_jax.text.tokenizer import Tokenizer
 
 
@@ -57,8 +57,7 @@ def _look(records: Records, number: int, num_frames: int) -> Finding | None:
             if annotation.kind == "image":
                 read_image(path)
             elif annotation.kind == "audio":
-                sound = read_audio(path)
-                mel_clips(sound.waveform, sound.sample_rate, 1)
+                read_audio(path, num_clips=8)
             elif (frames := len(read_video(path, num_frames, audio=False).frames)) < num_frames:
                 return Finding(number, name, f"too short, {frames} frames of {num_frames}")
     except VllamaError as error:

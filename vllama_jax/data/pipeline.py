@@ -20,7 +20,7 @@ from vllama_jax.data.order import Order, Rows, Stream
 from vllama_jax.data.texts import encode_text, pad_texts, padded_length
 from vllama_jax.data.workers import in_processes
 from vllama_jax.errors import DataError, MediaError
-from vllama_jax.media import as_file, mel_clips, read_audio, read_image, read_video
+from vllama_jax.media import as_file, read_audio, read_image, read_video
 from vllama_jax.media.augment import crop_frames, head_tail_indices, random_box
 from vllama_jax.media.video import frame_indices
 from vllama_jax.text.tokenizer import Tokenizer
@@ -141,8 +141,7 @@ class Reader:
         draw = np.random.default_rng([*seed, CROP])
         with as_file(stream.records.media(record), name) as path:
             if stream.kind == "audio":
-                sound = read_audio(path)
-                return Decoded(name, mel_clips(sound.waveform, sound.sample_rate, self.model.num_clips))
+                return Decoded(name, read_audio(path, self.model.num_clips).mel)
             if stream.kind == "image":
                 return Decoded(name, self._image(path, draw)[None])
             return self._video(path, name, stream, draw, seed)

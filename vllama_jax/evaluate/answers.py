@@ -135,9 +135,9 @@ def _read(clip: Clip, config: VideoLlamaConfig, settings: Settings) -> Prepared 
                 raise MediaError(f"{path}: a folder, where a video is expected; check --videos")
             found = media.read_frames(path, rate, frames, size, start or 0.0, math.inf if end is None else end)
         elif start is None or end is None:
-            found = media.read_media(path, frames, size, settings.audio)
+            found = media.read_media(path, frames, size, settings.audio, config.num_clips)
         else:
-            found = media.read_segment(path, start, end, frames, size, settings.audio)
+            found = media.read_segment(path, start, end, frames, size, settings.audio, config.num_clips)
         return fit_to_model(found, config)
     except MediaError as error:
         return str(error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.audio import Audio, audio_from, clip_starts, mel_clips, read_audio
+from vllama_jax.media.audio import Audio, audio_from, read_audio
 from vllama_jax.media.files import (
     PICTURE_EXTENSIONS,
     as_file,
@@ -17,10 +17,11 @@ from vllama_jax.media.files import (
     video_stream,
 )
 from vllama_jax.media.image import Image, normalize, picture_report, read_image
+from vllama_jax.media.mel import clip_starts, mel_clips
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.segment import read_frames, read_segment
 from vllama_jax.media.sniff import check_media
-from vllama_jax.media.video import Video, frame_indices, read_video, video_from
+from vllama_jax.media.video import Video, frame_chooser, frame_indices, read_video, video_from
 from vllama_jax.media.write import write_video
 
 __all__ = [
@@ -48,19 +49,25 @@ __all__ = [
 
 
 def read_media(
-    path: str | os.PathLike[str], num_frames: int = 8, size: int = 224, audio: bool = True
+    path: str | os.PathLike[str],
+    num_frames: int = 8,
+    size: int = 224,
+    audio: bool = True,
+    num_clips: int | None = None,
 ) -> Video | Image | Audio:
     """A video, a picture or sound, told apart by the file's content and not by its name.
 
-    An animated picture is a video; a music file with a cover picture is sound. Raises MediaError as read_video,
-    read_image and read_audio do, and for sound alone when `audio` is False.
+    An animated picture is a video; a music file with a cover picture is sound. With `num_clips` that many mel clips
+    (`mel_clips`) take the place of a waveform, and only their samples are held in memory.
+
+    Raises MediaError as read_video, read_image and read_audio do, and for sound alone when `audio` is False.
     """
     path = check_file(path)
     if is_still_picture(path):
         return Image(frames=read_image(path, size)[None], report=picture_report(path))
     with open_container(path) as container:
         if video_stream(container) is not None:
-            return video_from(container, path, num_frames, size, audio)
+            return video_from(container, path, frame_chooser(path, num_frames), size, audio, num_clips)
         if sound_stream(container) is not None and not audio:
             raise MediaError(f"{path}: only sound in the file, and sound is off; turn it on or name a video")
-        return audio_from(container, path)
+        return audio_from(container, path, num_clips)

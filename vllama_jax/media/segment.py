@@ -17,20 +17,26 @@ from vllama_jax.media.video import Video, frame_indices, read_video
 
 
 def read_segment(
-    path: str | os.PathLike[str], start: float, end: float, num_frames: int = 8, size: int = 224, audio: bool = True
+    path: str | os.PathLike[str],
+    start: float,
+    end: float,
+    num_frames: int = 8,
+    size: int = 224,
+    audio: bool = True,
+    num_clips: int | None = None,
 ) -> Video:
     """Read a video from `start` to `end` seconds as if that were a file of its own.
 
     Video and audio are cut by the clock that they share (`Clock`): a segment has the frames that begin in it (or else
     the one that is shown at its start), and silence where the audio has a gap or has not begun. Timestamps, duration
     and report are the segment's. A segment that reaches past the video's end stops there. From 0 to infinity is the
-    whole file, read as `read_video` does.
+    whole file, read as `read_video` does. The other arguments are those of `read_video`.
 
     Raises:
         MediaError: As `read_video`, and for an end before the start.
     """
     _check_times(path, start, end)
-    return read_video(path, num_frames, size, audio, within=(start, end))
+    return read_video(path, num_frames, size, audio, within=(start, end), num_clips=num_clips)
 
 
 def read_frames(

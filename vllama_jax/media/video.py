@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.audio import SoundDecoder
+from vllama_jax.media.audio_decoder import AudioDecoder, DecodedAudio
 from vllama_jax.media.clock import Clock, FrameTimes, frames_within
 from vllama_jax.media.files import (
     WHOLE,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, Float64, Int64, UInt8
 
     Choose = Callable[[int, int], Int64[np.ndarray, "t"]]  # how many there are and how many to take → which, rising
+    Chooser = Callable[[int], Int64[np.ndarray, "t"]]  # how many there are → which to take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,9 +46,10 @@ class Video:
         duration: When the last frame of the file or of the segment ends, on the same clock.
         waveform: Every channel in [-1, 1] at the file's own rate. That of a whole file begins with its first sample,
             as in the original; that of a segment follows the clock. None where `report` says that there is no audio,
-            or why it is not used.
-        sample_rate: Of `waveform`, in Hz.
+            or why it is not used, and where mel clips were asked for.
+        sample_rate: Of the audio, in Hz.
         report: What was found in the file.
+        mel: The mel clips of the audio, where they were asked for.
     """
 
     frames: UInt8[np.ndarray, "t h w 3"]
@@ -56,6 +58,7 @@ class Video:
     waveform: Float32[np.ndarray, "c n"] | None
     sample_rate: int | None
     report: MediaReport
+    mel: Float32[np.ndarray, "num_clips 128 204"] | None = None
 
 
 def frame_indices(total: int, num_frames: int) -> Int64[np.ndarray, "t"]:
@@ -73,6 +76,7 @@ def read_video(
     audio: bool = True,
     choose: Choose = frame_indices,
     within: tuple[float, float] = WHOLE,
+    num_clips: int | None = None,
 ) -> Video:
     """Read frames spread over a video, and its audio.
 
@@ -86,6 +90,8 @@ def read_video(
         choose: Returns which frames to take of how many; called again where decoding shows that a video has other
             frames than its index says.
         within: The segment to read as if it were a file of its own, in seconds; see `read_segment`.
+        num_clips: Return this many mel clips (see `mel_clips`) in place of the waveform. Only their samples are held
+            in memory.
 
     Raises:
         MediaError: The file is not a video that can be decoded, or it is truncated.
@@ -94,21 +100,26 @@ def read_video(
     if is_still_picture(path):
         raise MediaError(f"{path}: a picture, not a video; use read_image or read_media")
     with open_container(path) as container:
-        return video_from(container, path, num_frames, size, audio, choose, within)
+        return video_from(container, path, frame_chooser(path, num_frames, choose), size, audio, num_clips, within)
+
+
+def frame_chooser(path: str, num_frames: int, choose: Choose = frame_indices) -> Chooser:
+    """Return `choose` with its number of frames. Raises MediaError where this is less than one."""
+    if num_frames < 1:
+        raise MediaError(f"{path}: {num_frames} frames were asked for; ask for at least 1")
+    return lambda total: choose(total, num_frames)
 
 
 def video_from(
     container: InputContainer,
     path: str,
-    num_frames: int,
+    choose: Chooser,
     size: int,
     audio: bool,
-    choose: Choose = frame_indices,
+    num_clips: int | None = None,
     within: tuple[float, float] = WHOLE,
 ) -> Video:
     """read_video for an opened file."""
-    if num_frames < 1:
-        raise MediaError(f"{path}: {num_frames} frames were asked for; ask for at least 1")
     stream = video_stream(container)
     heard = sound_stream(container)
     if stream is None and heard is None:
@@ -121,35 +132,36 @@ def video_from(
         raise MediaError(f"{path}: the video has no frame rate; convert it to H.264 mp4")
     limit_pixels(stream, path)
     clock = Clock(container, stream, heard)
-    sound = SoundDecoder(heard, path, within, clock) if heard and audio else None
-    packets, notes = _list_packets(container, stream, sound, clock, path)
+    decoder = AudioDecoder(heard, path, num_clips, within, clock) if heard and audio else None
+    packets, notes = _list_packets(container, stream, decoder, clock, path)
 
     def chosen(times: FrameTimes) -> Int64[np.ndarray, "t"]:
         inside = frames_within(times, within)
-        return inside.start + choose(len(inside), num_frames)
+        return inside.start + choose(len(inside))
 
     frames, indices, times = decode_frames(container, stream, packets, chosen, size, path)
     start, end = within
     duration = max(min(times.end, end) - start, 0.0)
-    waveform, failure = sound.finish() if sound else (None, "")
+    decoded = decoder.finish() if decoder else DecodedAudio()
     if heard is None:
         state = "absent"
-    elif sound is None:
+    elif decoder is None:
         state = "off"
     else:
-        state = f"failed: {failure}" if failure else "used"
+        state = f"failed: {decoded.failure}" if decoded.failure else "used"
     return Video(
         frames=frames,
         seconds=np.maximum(times.starts[indices] - start, 0.0),
         duration=duration,
-        waveform=waveform,
-        sample_rate=None if waveform is None else sound.sample_rate,
-        report=MediaReport(path=path, kind="video", frames=len(frames), seconds=duration, audio=state, notes=notes),
+        waveform=decoded.waveform,
+        sample_rate=decoded.sample_rate,
+        report=MediaReport(path, "video", len(frames), duration, audio=state, notes=(*notes, *decoded.notes)),
+        mel=decoded.mel,
     )
 
 
 def _list_packets(
-    container: InputContainer, stream: VideoStream, sound: SoundDecoder | None, clock: Clock, path: str
+    container: InputContainer, stream: VideoStream, decoder: AudioDecoder | None, clock: Clock, path: str
 ) -> tuple[list[VideoPacket], tuple[str, ...]]:
     """Read every packet of the video in the file's order, without decoding it; decode the audio on the way.
 
@@ -159,9 +171,9 @@ def _list_packets(
 
     packets, whole, stopped = [], 0, ""
     try:
-        for packet in demux(container, stream, *([sound.stream] if sound else [])):
+        for packet in demux(container, stream, *([decoder.stream] if decoder else [])):
             if packet.stream is not stream:
-                sound.feed(packet)
+                decoder.feed(packet)
             elif packet.size:
                 whole += not packet.is_corrupt
                 packets.append(_video_packet(packet, clock))
