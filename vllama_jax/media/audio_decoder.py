@@ -81,6 +81,8 @@ class AudioDecoder:
         self._next: int | None = None  # position of the next sample
         self._end = 0
         self._packets = self._tried = self._lost = self._decoded = 0
+        self._end_of_packets = Fraction(0)  # seconds, by their own timestamps
+        self._last_is_lost = False
         self._first_lost = self._failure = ""
         self._may_skip = self._skipped = self._misplaced = False
         if stream.codec_context is None:
@@ -94,12 +96,16 @@ class AudioDecoder:
         import av
 
         self._packets += packet.size > 0 and not packet.is_corrupt
+        if packet.size:
+            self._last_is_lost = False
+        if packet.pts is not None and packet.duration:
+            self._end_of_packets = max(self._end_of_packets, (packet.pts + packet.duration) * packet.time_base)
         if self._clock and packet.size:
             self._shift = self._clock.shift(packet)
         if self._failure or (self._rate and self._end >= self._last()) or self._skip(packet):
             return
         self._tried += packet.size > 0
-        before = self._decoded
+        before, lost = self._decoded, self._lost
         try:
             for frame in packet.decode():
                 self._take(frame)
@@ -112,6 +118,8 @@ class AudioDecoder:
         else:
             if self._may_skip and self._length_of(packet) not in (None, self._decoded - before):
                 self._may_skip, self._misplaced = False, self._skipped
+        if packet.size:
+            self._last_is_lost = self._lost > lost
 
     def finish(self) -> DecodedAudio:
         """The waveform or the mel clips, or why there are none. May read the file again."""
@@ -145,7 +153,7 @@ class AudioDecoder:
         if cut and cut.part == "media" and not 0 < declared <= self._packets:
             some = f"{self._packets} of {declared} packets of audio are there" if declared else cut.why
             return f"the file is truncated: {some}"
-        if self.stream.container.format.name == "flac" and self._end < min(self._claimed_samples(), self._last()):
+        if self._flac_is_short():
             some = f"{self._seconds():.1f} of {self._claimed_samples() / self._rate:.1f} s of audio are there"
             return f"the file is truncated: {some}"
         if self._lost > max(_LOST_SHARE * self._tried, 1) or (self._lost and not self._decoded):
@@ -157,6 +165,16 @@ class AudioDecoder:
         except MediaError as error:
             return str(error)
         return ""
+
+    def _flac_is_short(self) -> bool:
+        """Whether the end that FLAC's header declares is missing: there is no other sign of truncation in such a file.
+
+        A packet says where it begins, so that what is lost before the last packet is no truncation.
+        """
+        if self.stream.container.format.name != "flac" or not self._rate:
+            return False
+        missing = round(self._end_of_packets * self._rate) < min(self._claimed_samples(), self._last())
+        return missing or self._last_is_lost
 
     def _repeat(self) -> AudioDecoder:
         """A decoder that has decoded the file from its start, now that the audio's end is known."""
