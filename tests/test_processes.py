@@ -222,10 +222,12 @@ def relayed() -> Iterator[tuple[socket.socket, socket.socket, threading.Event, R
             there, _ = server.accept()
             with there:
                 yield here, there, lost, relay
+        relay.stop()
 
 
 def test_a_relay_passes_on_what_is_said_both_ways():
-    with relayed() as (here, there, lost, _):
+    with relayed() as (here, there, lost, relay):
+        relay.watch(60)
         here.sendall(b"question")
         assert there.recv(64) == b"question"
         there.sendall(b"x" * 10**6)
@@ -233,23 +235,37 @@ def test_a_relay_passes_on_what_is_said_both_ways():
         assert not lost.is_set()
 
 
-def test_a_relay_notices_the_end_of_process_0_first():
-    with relayed() as (_, there, lost, _):
+def test_a_relay_notices_the_end_of_process_0_and_hides_it_from_jax():
+    with relayed() as (here, there, lost, relay):
+        relay.watch(60)
+        time.sleep(0.2)
         there.close()
         assert lost.wait(10)
+        here.settimeout(0.5)
+        with pytest.raises(TimeoutError):
+            here.recv(1)
 
 
 def test_a_relay_notices_silence():
     with relayed() as (_, _, lost, relay):
-        relay.longest_silence = 0.5
+        relay.watch(0.1)
         assert lost.wait(10)
+
+
+def test_before_and_after_a_job_process_0_may_go():
+    with relayed() as (here, there, lost, relay):
+        relay.watch(60)
+        relay.watch(0)
+        time.sleep(0.2)
+        there.close()
+        assert here.recv(1) == b""
+        assert not lost.is_set()
 
 
 def test_a_relay_waits_for_process_0_to_start():
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    lost = threading.Event()
-    relay = Relay(f"127.0.0.1:{port}", lost.set)
+    relay = Relay(f"127.0.0.1:{port}", lambda: None)
     host, _, own = relay.address.rpartition(":")
     with socket.create_connection((host, int(own))) as here:
         assert here.recv(1) == b"", "closed, so that JAX tries again"
@@ -258,4 +274,4 @@ def test_a_relay_waits_for_process_0_to_start():
         with there:
             here.sendall(b"x")
             assert there.recv(1) == b"x"
-            assert not lost.is_set()
+    relay.stop()

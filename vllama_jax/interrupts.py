@@ -30,7 +30,7 @@ class SavedInterrupt(KeyboardInterrupt):
 def ending_on_interrupt() -> Iterator[None]:
     """End the process with exit code 130 within seconds of Ctrl-C, without a traceback; at once on a second one.
 
-    The body gets KeyboardInterrupt, so that it removes its partial files. Does nothing where `_is_heard` is false.
+    The body gets KeyboardInterrupt, so that it removes its partial files. Does nothing outside of the main thread.
     """
     if not _is_heard():
         yield
@@ -92,9 +92,8 @@ def end_now(code: int = EXIT_CODE) -> None:
 
 
 def _is_heard() -> bool:
-    """Whether SIGINT is ours: Python handles signals in the main thread, and a shell lets background jobs ignore it."""
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    return in_main_thread and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
+    """Python handles signals in the main thread only."""
+    return threading.current_thread() is threading.main_thread()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -8,6 +8,7 @@ computation for the lost one. JAX's own checks take 100 seconds, and end a proce
 
 import contextlib
 import os
+import re
 import socket
 import sys
 import threading
@@ -25,6 +26,10 @@ LOST_AFTER = 25.0  # seconds without a sign of life; a busy host can keep a thre
 FAREWELL = 10.0  # seconds that process 0 waits for the others to read why it ends, at most
 START_TIMEOUT = 300  # seconds until all processes have to be there
 END_TIMEOUT = 7 * 24 * 3600  # seconds that the first process to finish waits for the last
+# How errors of JAX's runtime begin, but for those of this process alone: its memory, what it was given.
+STATUS = re.compile(
+    r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS): "
+)
 ALIVE, FAILED, READ = "vllama/alive", "vllama/failed", "vllama/read"  # folders of the store
 
 
@@ -90,17 +95,16 @@ class _Job:
         self._host = coordinator.rpartition(":")[0]
         self._relay = Relay(coordinator, self._lose_coordinator) if process else None
         self.coordinator = self._relay.address if self._relay else coordinator
+        self._lost: set[int] = set()
         self._finished = threading.Event()
         self._ending = threading.Lock()  # taken once, by the thread that ends this process
-        self._watched = False
-        self._seen = {other: ("", time.monotonic()) for other in range(1, count)}
 
     def watch(self, client: Any) -> None:
         """From now on, end this process when another one fails or is lost."""
         self._client = client
-        self._watched = True
         if self._relay:
-            self._relay.longest_silence = LOST_AFTER
+            self._show_alive(0)
+            self._relay.watch(longest_silence=LOST_AFTER)
         self._seen = {other: ("", time.monotonic()) for other in range(1, self._count)}
         self._watching = threading.Thread(target=self._watch, daemon=True, name="vllama-processes")
         self._watching.start()
@@ -112,7 +116,11 @@ class _Job:
         self._client.wait_at_barrier("vllama/finished", END_TIMEOUT * 1000)
         self._finished.set()
         self._watching.join()
+        if self._relay:
+            self._relay.watch(longest_silence=0)
         jax.distributed.shutdown()
+        if self._relay:
+            self._relay.stop()
 
     def fail(self, error: BaseException) -> None:
         """Report an error of this process to the others, print it, and end this process."""
@@ -138,8 +146,8 @@ class _Job:
         while not self._finished.wait(CHECK_EVERY):
             beat += 1
             try:
-                if self._process:
-                    self._client.key_value_set(f"{ALIVE}/{self._process}", f"{beat} {socket.gethostname()}", True)
+                if self._relay:
+                    self._show_alive(beat)
                 else:
                     self._look_for_lost()
                 failure = self._failure()
@@ -151,17 +159,20 @@ class _Job:
                 self._say(failure)
                 self._end(1)
 
+    def _show_alive(self, beat: int) -> None:
+        self._client.key_value_set(f"{ALIVE}/{self._process}", f"{beat} {socket.gethostname()}", True)
+
     def _look_for_lost(self) -> None:
         """In process 0: write to the store which process has shown nothing for too long."""
         shown = {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(ALIVE)}
         now = time.monotonic()
         for other, (before, when) in self._seen.items():
-            if shown.get(other, "") != before:
+            if shown[other] != before:
                 self._seen[other] = shown[other], now
             elif now - when > LOST_AFTER:
-                host = before.partition(" ")[2] or "unknown host"
+                host = before.partition(" ")[2]
+                self._lost.add(other)
                 self._write_failure(f"{self._name(other)} ({host}) was lost: no sign of life for {LOST_AFTER:.0f} s")
-                return
 
     def _failure(self) -> str:
         """What went wrong first, and in which process; "" where nothing did."""
@@ -173,7 +184,7 @@ class _Job:
 
     def _lose_coordinator(self) -> None:
         """Process 0 has closed or broken its connection, or is silent; at the end of the job it may."""
-        if self._watched and not self._finished.is_set():
+        if not self._finished.is_set():
             self._say(f"{self._name(0)} ({self._host}) was lost: its connection ended or is silent")
             end_now(1)
 
@@ -195,7 +206,8 @@ class _Job:
     def _wait_for_readers(self) -> None:
         begun = time.monotonic()
         while time.monotonic() - begun < FAREWELL:
-            if len(self._client.key_value_dir_get(READ)) == self._count - 1:
+            readers = {int(key.rpartition("/")[2]) for key, _ in self._client.key_value_dir_get(READ)}
+            if len(readers | self._lost) == self._count - 1:
                 return
             time.sleep(CHECK_EVERY / 5)
 
@@ -204,10 +216,8 @@ class _Job:
 
 
 def _may_follow_from_another(error: BaseException | None) -> bool:
-    """Whether an error may come from a computation that another process left."""
-    import jax
-
-    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+    """Whether an error may come from a computation that another process left: JAX raises several types for that."""
+    while error is not None and not STATUS.match(str(error)):
         error = error.__cause__ or error.__context__
     return error is not None
 

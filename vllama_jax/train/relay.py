@@ -1,41 +1,86 @@
 """A relay between JAX and process 0 of a job, so that we are the first to learn that process 0 is lost.
 
 JAX ends a process from C++, with a stack trace, as soon as its connection to process 0 breaks. Through the relay that
-connection never breaks: this thread sees the end of the other side, and says what happened.
+connection never breaks. The relay is a process of its own: JAX waits for answers while it holds Python's global lock,
+so a thread could not always pass them on.
 """
 
 import contextlib
-import math
+import os
 import select
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
 
 CHECK_EVERY = 1.0  # seconds
+PATIENCE = 10.0  # seconds that a process has to end by itself once it was told
+LOST = "lost\n"
 
 
 class Relay:
-    """Passes on what a process and `coordinator` ("host:port") say to each other.
+    """A running relay, seen from the process that connects through it.
 
-    on_end: called in a thread of the relay when the coordinator has closed a connection, broken it, or said nothing for
-    `longest_silence` seconds.
+    address: where JAX connects to, in place of the coordinator.
     """
 
-    longest_silence = math.inf
+    def __init__(self, coordinator: str, on_loss: Callable[[], None]):
+        """Start it.
 
-    def __init__(self, coordinator: str, on_end: Callable[[], None]):
+        Args:
+            coordinator: Where process 0 listens, "host:port".
+            on_loss: Called in a thread when process 0 is lost, while `watch` is in force.
+        """
+        program = f"import sys; sys.path[:] = {sys.path!r}; from vllama_jax.train import relay; relay.main()"
         host, _, port = coordinator.rpartition(":")
-        self._coordinator = host.strip("[]"), int(port)
-        self._on_end = on_end
-        self._heard = time.monotonic()
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        _start(self._accept)
+        # A process group of its own: Ctrl-C on a terminal is for the command, which the relay ends with.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", program, host.strip("[]"), port],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            process_group=0,
+        )
+        self.address = f"127.0.0.1:{int(self._process.stdout.readline())}"
+        self._on_loss = on_loss
+        threading.Thread(target=self._listen, daemon=True, name="vllama-relay").start()
 
-    def _accept(self) -> None:
+    def watch(self, longest_silence: float) -> None:
+        """Report process 0 as lost when a connection to it ends, or after so many seconds without a word of it.
+
+        0: connections may end from now on.
+        """
+        self._process.stdin.write(f"{longest_silence}\n")
+        self._process.stdin.flush()
+
+    def stop(self) -> None:
+        """End it, and all connections through it."""
+        self._process.kill()
+        self._process.wait()
+        self._process.stdin.close()
+
+    def _listen(self) -> None:
+        with self._process.stdout as told:
+            if LOST in told:
+                self._on_loss()
+
+
+class _Connections:
+    """What the relay process does."""
+
+    def __init__(self, coordinator: tuple[str, int]):
+        self._coordinator = coordinator
+        self._parent = os.getppid()
+        self._heard = time.monotonic()
+        self.longest_silence = 0.0  # 0 while connections may end
+
+    def serve(self, listener: socket.socket) -> None:
+        """Connect whoever comes with the coordinator."""
         while True:
-            here, _ = self._listener.accept()
+            here, _ = listener.accept()
             try:
                 there = socket.create_connection(self._coordinator, timeout=CHECK_EVERY)
             except OSError:  # process 0 is not there yet: JAX tries again
@@ -46,25 +91,54 @@ class Relay:
             _start(self._pass_back, there, here)
 
     def _pass_on(self, here: socket.socket, there: socket.socket) -> None:
-        """From this process to the coordinator."""
+        """From the process to the coordinator."""
         with contextlib.suppress(OSError):
             while data := here.recv(2**16):
                 there.sendall(data)
             there.shutdown(socket.SHUT_RDWR)
 
     def _pass_back(self, there: socket.socket, here: socket.socket) -> None:
-        """From the coordinator to this process."""
-        with contextlib.suppress(OSError):
-            while time.monotonic() - self._heard < self.longest_silence:
-                if select.select([there], [], [], CHECK_EVERY)[0]:
-                    data = there.recv(2**16)
-                    if not data:
-                        break
-                    self._heard = time.monotonic()
-                    here.sendall(data)
-        self._on_end()
+        """From the coordinator to the process, until one of them has gone."""
+        while data := self._receive(there):
+            self._heard = time.monotonic()
+            try:
+                here.sendall(data)
+            except OSError:  # the process has gone, and this one follows
+                return
+        if self.longest_silence:
+            self._report_loss()
         here.close()
+
+    def _receive(self, there: socket.socket) -> bytes:
+        """What the coordinator says next; nothing where it has gone or is silent for too long."""
+        while not self.longest_silence or time.monotonic() - self._heard < self.longest_silence:
+            if select.select([there], [], [], CHECK_EVERY)[0]:
+                with contextlib.suppress(OSError):
+                    return there.recv(2**16)
+                break
+        return b""
+
+    def _report_loss(self) -> None:
+        """Tell the process, and end it where it does not end: it may hold the global lock and wait for an answer."""
+        with contextlib.suppress(OSError):
+            sys.stdout.write(LOST)
+            sys.stdout.flush()
+        time.sleep(PATIENCE)
+        if os.getppid() == self._parent:
+            os.kill(self._parent, signal.SIGKILL)
+
+
+def main() -> None:
+    """Be a relay, for as long as stdin is open; its lines are what `Relay.watch` is given."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    connections = _Connections((sys.argv[1], int(sys.argv[2])))
+    listener = socket.create_server(("127.0.0.1", 0))
+    print(listener.getsockname()[1], flush=True)
+    _start(connections.serve, listener)
+    for line in sys.stdin:
+        connections.longest_silence = float(line)
+    os._exit(0)
 
 
 def _start(target: Callable[..., None], *arguments: socket.socket) -> None:
-    threading.Thread(target=target, args=arguments, daemon=True, name="vllama-relay").start()
+    threading.Thread(target=target, args=arguments, daemon=True).start()
