@@ -419,6 +419,16 @@ def test_a_manifest_that_names_files_elsewhere(out, name):
         open_records(out)
 
 
+def test_a_record_that_is_of_another_kind_than_its_place(out):
+    """Images come after videos; a manifest that says otherwise does not fit the texts."""
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "kinds": {"video": 21, "image": 19}}))
+    records = open_records(out)
+    assert records.annotation(19).kind == "video"
+    with pytest.raises(DataError, match=r"texts: record 20 is damaged \(its kind is 'image', which manifest\.json has"):
+        records.annotation(20)
+
+
 def test_a_skipped_file_that_is_damaged(out):
     (out / "skipped.jsonl").write_text('{"id": "a", "why": "b"}\n{"id": 1e999}\n')
     skipped = open_records(out).skipped()

@@ -158,6 +158,12 @@ def test_jsonl(tmp_path):
     assert (third.task, third.references, third.start, third.end) == ("caption", ("one", "two"), 1.0, 2.0)
 
 
+def test_null_means_absent_in_jsonl(tmp_path):
+    entry = {"video": None, "image": "a.jpg", "question": "What?", "answer": "dog", "choices": None, "captions": None}
+    (question,) = read("jsonl", tmp_path, {"mine.jsonl": lines({**entry, "start": None, "id": None})}, "mine.jsonl")
+    assert (question.task, question.names, question.id, question.start) == ("open", ("a.jpg",), "1", None)
+
+
 QA = {"question": "what?", "answer": "dog", "video_id": 1}
 WRONG = {
     "no such file": ("msvd_qa", {}, "none.json", "none.json: no such file or folder; --annotations is test_qa.json"),

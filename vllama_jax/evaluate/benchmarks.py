@@ -286,6 +286,7 @@ def jsonl(path: Path) -> list[Question]:
 
 
 def _own_question(entry: dict[str, Any], number: int) -> Question:
+    entry = {name: value for name, value in entry.items() if value is not None}
     kind = entry.get("kind")
     fields = {
         "id": str(entry.get("id", number)),
