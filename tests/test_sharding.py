@@ -148,6 +148,26 @@ def test_weights_are_split_as_the_table_says():
     )
 
 
+@pytest.mark.parametrize(
+    ("name", "axes", "without_fsdp"),
+    [
+        ("batch", ("data", "fsdp"), ("data", "fsdp")),  # rows are split whatever becomes of weights
+        ("embed", ("fsdp",), None),
+        ("heads", ("tensor",), ("tensor",)),
+        ("kv_heads", ("tensor",), ("tensor",)),
+        ("mlp", ("tensor",), ("tensor",)),
+        ("vocab", ("tensor",), ("tensor",)),
+        ("head_dim", None, None),
+        ("norm", None, None),
+        (None, None, None),
+    ],
+)
+def test_where_each_named_axis_goes(name, axes, without_fsdp):
+    mesh = sharding.make_mesh(2, 2, 2)
+    assert sharding.partition_spec((8,), (name,), mesh) == PartitionSpec(axes)
+    assert sharding.partition_spec((8,), (name,), mesh, fsdp=False) == PartitionSpec(without_fsdp)
+
+
 def test_an_axis_that_does_not_divide_stays_whole_and_is_reported():
     mesh = sharding.make_mesh(1, 2, 4)
     assert sharding.partition_spec((509, 64), ("vocab", "embed"), mesh) == PartitionSpec(None, ("fsdp",))

@@ -88,3 +88,15 @@ def test_a_dataset_needs_a_record_that_is_not_held_out():
     with pytest.raises(ConfigError, match="d: it has sounds, which only the audio branch hears"):
         streams(0, video=4, audio=2)
     assert [stream.kind for stream in streams(0, "audio", video=4, audio=2)] == ["video", "audio"]
+
+
+def test_kinds_share_their_datasets_ratio_by_their_numbers_of_records():
+    datasets = [
+        (DatasetConfig(path="a", ratio=4.0), records_of(video=4, image=12)),
+        (DatasetConfig(path="b"), records_of(image=5)),
+    ]
+    streams = make_streams(datasets, "vision")
+    assert [stream.ratio for stream in streams] == [1.0, 3.0, 1.0]
+    steps = Order(streams, steps=5000, batch_size=1, seed=0).stream_of
+    counts = [int((steps == number).sum()) for number in range(3)]
+    assert counts == pytest.approx([1000, 3000, 1000], abs=140)  # four standard deviations
