@@ -7,6 +7,7 @@ from typing import Any
 
 from vllama_jax.errors import ConfigError
 from vllama_jax.evaluate.questions import Question
+from vllama_jax.extras import import_extra
 
 ARTICLES = {"a", "an", "the"}
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -119,12 +120,8 @@ def _within(few: Sequence[str], many: Sequence[str]) -> bool:
 
 
 def _libraries() -> tuple[Any, Any, Any]:
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-    except ImportError as error:
-        raise ConfigError(
-            "captions are scored by pycocoevalcap, which is not installed: pip install 'vllama-jax[eval]'"
-        ) from error
-    return Bleu(4), Cider(), Rouge()
+    bleu, cider, rouge = (
+        import_extra(f"pycocoevalcap.{name}.{name}", "eval", "scoring captions", ConfigError)
+        for name in ("bleu", "cider", "rouge")
+    )
+    return bleu.Bleu(4), cider.Cider(), rouge.Rouge()
