@@ -20,7 +20,7 @@ from .hub import local
 from .infer import model_config
 from .language import open_language_model
 from .matching import Leaf, abstract_shapes, match, tables
-from .pieces import PIECES, check_kind
+from .pieces import PIECES, check_kind, unwrapped
 from .sources import Source, open_file
 from .stored import Kept, StoredLeaf, StoredModel
 
@@ -96,7 +96,8 @@ def plan(
     check_vocabulary(load_tokenizer(tokenizer), cfg.llama.vocab_size)
     leaves, left_out = match(cfg, pieces, branches)
     kept = stored.join(cfg, model, branches, {part_of(leaf.target) for leaf in leaves})
-    notes = [*found.report, *stored.differences(model, branches)]
+    told = dict.fromkeys(note for source in pieces.values() for note in source.notes)
+    notes = [*found.report, *told, *stored.differences(model, branches)]
     return Plan(cfg, leaves, kept, left_out, pieces, tokenizer, notes, stored.sources(model, branches, pieces))
 
 
@@ -111,7 +112,7 @@ def _found(directory: Path | None, given: Mapping[str, Path], llama_directory: P
 
 
 def _opened(given: Mapping[str, Path]) -> dict[str, Source]:
-    opened = {path: open_file(path) for path in dict.fromkeys(given.values())}  # one file may be two pieces
+    opened = {path: unwrapped(open_file(path)) for path in dict.fromkeys(given.values())}  # one file may be two pieces
     return {kind: opened[path] for kind, path in given.items()}
 
 

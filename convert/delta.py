@@ -10,7 +10,7 @@ import numpy as np
 
 from vllama_jax.errors import CheckpointError
 
-from .llama import INV_FREQ
+from .redundant import INV_FREQ, same
 from .sources import Source
 
 GROWING = ("model.embed_tokens.weight", "lm_head.weight")  # have a row for each token
@@ -22,6 +22,7 @@ def open_delta(base: Source, delta: Source) -> Source:
     """The sum of two language models' files. Raises CheckpointError when they do not have the same tensors."""
     summed = Source(f"{base.label} + {delta.label}", [*base.files, *delta.files], [Sum(base, delta)])
     summed.duplicates = [*base.duplicates, *delta.duplicates]
+    summed.notes = [*base.notes, *delta.notes]
     return summed
 
 
@@ -34,6 +35,7 @@ class Sum:
         added = {name for name in delta.shapes if not re.fullmatch(INV_FREQ, name)}
         self.tensors = {name: (base.shapes[name], base.dtypes[name]) for name in buffers}
         self.tensors |= {name: (delta.shapes[name], delta.dtypes[name]) for name in added}
+        self._check_frequencies(delta)
         if unlike := [name for name in sorted(self.tensors.keys() | base.shapes.keys()) if not self._fits(name)]:
             held = [
                 f"{list(source.shapes[unlike[0]])}" if unlike[0] in source else "missing" for source in (base, delta)
@@ -42,6 +44,15 @@ class Sum:
                 f"{delta.label}: made for another model than {base.label}: {unlike[0]} is {held[1]} in the delta and "
                 f"{held[0]} in the base{f', and {len(unlike) - 1} more differ' if len(unlike) > 1 else ''}"
             )
+
+    def _check_frequencies(self, delta: Source) -> None:
+        """A delta's rotary frequencies are the difference, or the base's kept as they were; the base's are used."""
+        for name in (name for name in delta.shapes if re.fullmatch(INV_FREQ, name) and name in self._base):
+            values = delta.read(name)
+            if values.any() and not same(values, self._base.read(name)):
+                raise CheckpointError(
+                    f"{delta.label}: {name} is neither zero nor that of {self._base.label}; get another delta"
+                )
 
     def _fits(self, name: str) -> bool:
         if name not in self._base or name not in self.tensors:

@@ -8,7 +8,7 @@ from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.files import first_bytes
 
 from .language import is_language_model, is_own_file
-from .pieces import PIECES, recognise
+from .pieces import PIECES, recognise, unwrapped
 from .sources import Source, looks_like_weights, open_file
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
@@ -97,7 +97,7 @@ def _opened(path: Path) -> Source | None:
     """
     try:
         named = path.suffix in WEIGHT_SUFFIXES
-        return open_file(path) if named or looks_like_weights(first_bytes(path, CheckpointError)) else None
+        return unwrapped(open_file(path)) if named or looks_like_weights(first_bytes(path, CheckpointError)) else None
     except CheckpointError as error:
         if named:
             raise CheckpointError(f"{error}; if it is no part of the model, move it away from there") from error

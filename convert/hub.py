@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllama_jax.errors import CheckpointError
+from vllama_jax.extras import import_extra
 
 # hf://org/name, hf://org/name@revision, hf://org/name/folder/file.pth; pathlib makes one slash of two
 ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<file>.+))?")
@@ -36,18 +37,17 @@ def local(path: str | Path) -> Path:
 
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str], without: list[str] | None = None) -> Path:
-    try:
-        from huggingface_hub import errors, snapshot_download
-    except ImportError as error:
-        raise CheckpointError(
-            f"hf://{repository}: to read from the hub install huggingface_hub (pip install 'vllama-jax[convert]'), or "
-            "download it yourself and name the directory"
-        ) from error
+    instead = "download it yourself and name the directory"
+    hub = import_extra(
+        "huggingface_hub", "convert", f"hf://{repository}: reading from the hub", CheckpointError, instead
+    )
     ignored = [*DOUBLES, *(without or [])]
     try:
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=ignored))
+        return Path(
+            hub.snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
+        )
     except Exception as error:  # the hub, the network and the cache fail in many ways
-        raise CheckpointError(f"hf://{repository}: {_reason(error, errors)}") from error
+        raise CheckpointError(f"hf://{repository}: {_reason(error, hub.errors)}") from error
 
 
 def _reason(error: Exception, errors: Any) -> str:

@@ -4,11 +4,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from vllama_jax.errors import ConfigError
 
 from . import llama, meta_llama
 from .delta import open_delta
+from .pieces import unwrapped
 from .sources import Source, open_llama
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,9 +35,23 @@ def open_language_model(directory: Path | None, delta: Path | None) -> LanguageM
     if directory is None:
         raise ConfigError(f"--delta needs --llama: the language model that {delta} is added to")
     if delta is None:
-        return _open(directory, "--llama")
+        return _checked(_open(directory, "--llama"))
     base, added = _open(directory, "--llama"), _open(delta, "--delta")
-    return dataclasses.replace(added, source=open_delta(base.source, added.source))
+    return _checked(dataclasses.replace(added, source=open_delta(base.source, added.source)))
+
+
+def _checked(model: LanguageModel) -> LanguageModel:
+    """The model, its head tied to the embeddings only where the files have no other one, as transformers 5 loads it."""
+    source = model.source
+    if not model.fields["tie_embeddings"] or HEAD not in source or EMBEDDING not in source:
+        return model
+    embedding, head = source.read(EMBEDDING), source.read(HEAD)
+    if embedding.shape == head.shape and np.array_equal(embedding, head):
+        return model
+    source.notes.append(
+        f"{source.label}: tie_word_embeddings is true in its config.json, but {HEAD} is not the embeddings: not tied"
+    )
+    return dataclasses.replace(model, fields=model.fields | {"tie_embeddings": False})
 
 
 def is_language_model(directory: Path) -> bool:
@@ -47,8 +66,8 @@ def is_own_file(name: str) -> bool:
 
 def _open(directory: Path, option: str) -> LanguageModel:
     if meta_llama.is_meta(directory) and not (directory / "config.json").exists():
-        source = meta_llama.open_meta(directory)
+        source = unwrapped(meta_llama.open_meta(directory))
         fields = meta_llama.llama_fields(meta_llama.read_params(directory), source)
         return LanguageModel(source, fields, meta_llama.tokenizer_directory(directory))
     fields = llama.read_config(directory, option)
-    return LanguageModel(open_llama(directory), fields, directory)
+    return LanguageModel(unwrapped(open_llama(directory)), fields, directory)

@@ -5,8 +5,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.config import LlamaConfig, RopeScaling
+from vllama_jax.config import HIGHEST, LlamaConfig, RopeScaling
 from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.io.json_fields import REQUIRED, flag, number, shown, whole_number, without_null
 
 from .rules import SAME, TRANSPOSE, Rule, from_heads, linear, to_heads
 from .sources import read_config_file
@@ -35,12 +36,8 @@ def rules(cfg: LlamaConfig) -> list[Rule]:
 
 def extras(cfg: LlamaConfig) -> dict[str, str]:
     """Tensors that the files have and the model does not use (regular expressions), and why."""
-    tied = {r"lm_head\.weight": "the head is tied to the embeddings"} if cfg.tie_embeddings else {}
-    return {INV_FREQ: "rotary frequencies are computed, and were compared", **tied}
-
-
-INV_FREQ = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-STORED_INV_FREQ = rf"(llama_model\.)?{INV_FREQ}"  # as LLaMA's own files and Video-LLaMA's checkpoints name it
+    tied = "the head is tied to the embeddings, and was compared"  # by language.py
+    return {r"lm_head\.weight": tied} if cfg.tie_embeddings else {}
 
 
 _WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)(\.index\.json)?")
@@ -68,16 +65,33 @@ def read_config(directory: Path, option: str = "--llama") -> dict[str, Any]:
         what = "not a directory" if directory.exists() else "no such directory"
         raise CheckpointError(f"{directory}: {what}; {option} takes a Hugging Face LLaMA directory")
     if not path.exists():
-        raise CheckpointError(f"{directory}: no config.json; {option} takes a Hugging Face LLaMA directory")
+        raise CheckpointError(
+            f"{directory}: no config.json; {option} takes a Hugging Face LLaMA directory, or Meta's with params.json "
+            f"and consolidated.00.pth; {_held(directory)}"
+        )
     fields = read_config_file(path)
+    if "format" in fields and "model" in fields:
+        raise CheckpointError(f"{directory}: made by `vllama convert`, where {option} takes a LLaMA; give it as --base")
     if fields.get("model_type", "llama") != "llama":
         raise ConfigError(f"{path}: a model of type {fields['model_type']!r}, where {option} takes a LLaMA")
     for name in ("attention_bias", "mlp_bias"):
-        if fields.get(name):
+        if flag(fields, name, str(path), ConfigError):
             raise ConfigError(f"{path}: {name} is set; LLaMAs with such biases are not supported")
     if fields.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{path}: activation {fields['hidden_act']!r}, where LLaMA has silu")
+        raise ConfigError(f"{path}: activation {shown(fields['hidden_act'])}, where LLaMA has silu")
+    if fields.get("quantization_config"):
+        raise ConfigError(f"{path}: its weights are quantized (quantization_config); take the model it was made from")
     return _fields(fields, str(path))
+
+
+def _held(directory: Path) -> str:
+    """What a directory that is no LLaMA's holds, with the LLaMA below it where there is one."""
+    entries = sorted(directory.iterdir())
+    for entry in entries:
+        if entry.is_dir() and ((entry / "config.json").exists() or (entry / "params.json").exists()):
+            return f"did you mean {entry}?"
+    names = [entry.name for entry in entries[:3]]
+    return f"it holds {', '.join(names)}{', …' if len(entries) > 3 else ''}" if names else "it is empty"
 
 
 def config_fields(cfg: LlamaConfig) -> dict[str, Any]:
@@ -122,36 +136,51 @@ _DIMENSIONS = {
 }
 
 
+EPSILON, ROPE_THETA, SCALING = HIGHEST["norm_eps"], HIGHEST["rope_theta"], HIGHEST["factor"]
+
+
 def _fields(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    """Types are checked when the config is built of them."""
-    for name in _DIMENSIONS.values():
-        if type(fields.get(name)) is not int or fields[name] < 1:
-            raise ConfigError(f"{where}: {name} must be a whole number above 0, not {fields.get(name)!r}")
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise ConfigError(f"{where}: rope_scaling must be an object, not {rope!r}")
+    fields = without_null(fields, "num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters")
+
+    def whole(name: str, default: Any = REQUIRED) -> int:
+        return whole_number(fields, name, where, ConfigError, default)
+
+    dimensions = {ours: whole(theirs) for ours, theirs in _DIMENSIONS.items()}
+    rope = _rope(fields, where)
+    theta = number(rope, "rope_theta", where, ConfigError, ROPE_THETA, 10000.0)
+    if number(fields, "rope_theta", where, ConfigError, ROPE_THETA, theta) != theta and "rope_theta" in rope:
+        raise ConfigError(f"{where}: rope_theta is {fields['rope_theta']:g}, and {theta:g} in rope_parameters")
     return {
-        **{ours: fields[theirs] for ours, theirs in _DIMENSIONS.items()},
-        "num_kv_heads": fields.get("num_key_value_heads") or fields["num_attention_heads"],
-        "head_dim": fields.get("head_dim") or fields["hidden_size"] // fields["num_attention_heads"],
-        "norm_eps": fields.get("rms_norm_eps", 1e-6),
-        "max_length": fields.get("max_position_embeddings", 2048),
-        "rope_theta": fields.get("rope_theta") or rope.get("rope_theta") or 10000.0,
+        **dimensions,
+        "num_kv_heads": whole("num_key_value_heads", dimensions["num_heads"]),
+        "head_dim": whole("head_dim", max(1, dimensions["width"] // dimensions["num_heads"])),
+        "norm_eps": number(fields, "rms_norm_eps", where, ConfigError, EPSILON, 1e-6),
+        "max_length": whole("max_position_embeddings", 2048),
+        "rope_theta": number(fields, "rope_theta", where, ConfigError, ROPE_THETA, theta),
         "rope_scaling": _rope_scaling(rope, where),
-        "tie_embeddings": fields.get("tie_word_embeddings", False),
+        "tie_embeddings": flag(fields, "tie_word_embeddings", where, ConfigError),
     }
 
 
+def _rope(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a config says of rotary embeddings: transformers 5 calls it rope_parameters."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(fields.get(name, {}), dict):
+            raise ConfigError(f"{where}: {name} must be an object, not {shown(fields[name])}")
+    return fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+
+
 def _rope_scaling(rope: dict[str, Any], where: str) -> dict[str, Any] | None:
-    kind = rope.get("rope_type") or rope.get("type") or "default"
+    kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
-    theirs = {"factor": "factor"}
-    if kind == "llama3":
-        theirs |= {name: name for name in ("low_freq_factor", "high_freq_factor")}
-        theirs["original_max_length"] = "original_max_position_embeddings"
-    elif kind != "linear":
-        raise ConfigError(f"{where}: rotary scaling {kind!r} is not supported; known are linear and llama3")
-    if missing := [name for name in theirs.values() if name not in rope]:
+    if kind not in ("linear", "llama3"):
+        raise ConfigError(f"{where}: rotary scaling {shown(kind)} is not supported; known are linear and llama3")
+    names = ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()))
+    needed = (*names, *(("original_max_position_embeddings",) if kind == "llama3" else ()))
+    if missing := [name for name in needed if name not in rope]:
         raise ConfigError(f"{where}: rotary scaling {kind!r} has no {', '.join(missing)}")
-    return {"kind": kind} | {ours: rope[name] for ours, name in theirs.items()}
+    found = {"kind": kind} | {name: number(rope, name, where, ConfigError, SCALING) for name in names}
+    if kind == "llama3":
+        found["original_max_length"] = whole_number(rope, "original_max_position_embeddings", where, ConfigError)
+    return found

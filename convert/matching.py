@@ -1,7 +1,6 @@
 """Whether files make a model: every weight found once and fitting, and nothing left over but what is known."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
@@ -12,7 +11,7 @@ from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.data.ahead import in_order
 from vllama_jax.errors import CheckpointError
 
-from . import imagebind, llama
+from . import redundant
 from .pieces import PIECES
 from .rules import Rule
 from .sources import Source
@@ -106,7 +105,7 @@ def match(
     for source in dict.fromkeys(pieces.values()):
         problems += [("twice in", f"{source.label}: {name}") for name in sorted(source.duplicates)]
     problems += unused
-    if problems := problems or _differing_buffers(cfg, pieces):
+    if problems := problems or _differing(cfg, pieces):
         raise CheckpointError("\n  ".join(["the files do not make a model:", *_shortened(problems)]))
     return leaves, left_out
 
@@ -148,8 +147,10 @@ def _left_out(
         extras = {} if rules else {".*": "--vl has its own projection"}
         for kind in kinds:
             extras |= PIECES[kind].extras(cfg)
+        known = redundant.expected(cfg, pieces, source)
         for name in sorted(source.shapes.keys() - used):
-            reason = next((why for pattern, why in extras.items() if re.fullmatch(pattern, name)), None)
+            matching = (why for pattern, why in extras.items() if re.fullmatch(pattern, name))
+            reason = redundant.reason(name) if name in known else next(matching, None)
             if reason is None:
                 unused.append(("not used from", f"{source.label}: {name} {list(source.shapes[name])}"))
             else:
@@ -157,31 +158,11 @@ def _left_out(
     return reasons, unused
 
 
-def _differing_buffers(cfg: VideoLlamaConfig, pieces: Mapping[str, Source]) -> list[Problem]:
-    """Fixed values that checkpoints store and we compute, where the two differ."""
-    from vllama_jax.nn.llama import rope_frequencies
-
-    computed = {llama.STORED_INV_FREQ: rope_frequencies(cfg.llama)}
-    scale_name = rf"audio_encoder\.{re.escape(imagebind.AUDIO_SCALE)}"
-    if "imagebind" in pieces and imagebind.AUDIO_SCALE in pieces["imagebind"]:
-        computed[scale_name] = pieces["imagebind"].read(imagebind.AUDIO_SCALE)
-    elif "imagebind" not in pieces and cfg.imagebind:
-        computed[scale_name] = np.float32(cfg.imagebind.audio.log_logit_scale)
-    differing = []
-    for source in dict.fromkeys(pieces.values()):
-        for name in source.shapes:
-            value = next((value for pattern, value in computed.items() if re.fullmatch(pattern, name)), None)
-            if re.fullmatch(r".*\.embeddings\.position_ids", name):
-                value = np.arange(math.prod(source.shapes[name]))
-            if value is not None and not _same(source, name, value):
-                where = f"{source.label}: {name} is not what these files make it; it was made for another model"
-                differing.append(("differs in", where))
-    return differing
-
-
-def _same(source: Source, name: str, computed: np.ndarray) -> bool:
-    """Equal but for rounding (some files keep these in half precision)."""
-    if source.dtypes[name] not in (*WEIGHT_DTYPES, "int64", "int32"):
-        return False
-    stored = source.read(name).astype(np.float64).ravel()
-    return stored.size == computed.size and np.allclose(stored, computed.ravel(), rtol=2e-3, atol=1e-7)
+def _differing(cfg: VideoLlamaConfig, pieces: Mapping[str, Source]) -> list[Problem]:
+    """Tensors that are left out as redundant, and are not."""
+    return [
+        ("differs in", f"{source.label}: {name} is not what these files make it; it was made for another model")
+        for source in dict.fromkeys(pieces.values())
+        for name, values in redundant.expected(cfg, pieces, source).items()
+        if redundant.differing(source, name, values)
+    ]

@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.io.json_fields import flag, number, whole_number, without_null
 
+from .llama import EPSILON, ROPE_THETA
 from .sources import Source, WeightFile, open_weights, read_config_file
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
@@ -63,7 +65,7 @@ def llama_fields(params: Mapping[str, Any], source: Source) -> dict[str, Any]:
         "mlp_dim": source.shape("model.layers.0.mlp.gate_proj.weight", 2)[0],
         "norm_eps": params["norm_eps"],
         "max_length": MAX_LENGTH,
-        "rope_theta": params.get("rope_theta", 10000.0),
+        "rope_theta": params["rope_theta"],
         "rope_scaling": None,
         "tie_embeddings": False,
     }
@@ -72,15 +74,15 @@ def llama_fields(params: Mapping[str, Any], source: Source) -> dict[str, Any]:
 def read_params(directory: Path) -> dict[str, Any]:
     """params.json, with as many key heads as heads where it says nothing. Raises ConfigError for what is no LLaMA's."""
     where, params = directory / "params.json", read_config_file(directory / "params.json")
-    params["n_kv_heads"] = params.get("n_kv_heads") or params.get("n_heads")
-    for name in ("dim", "n_layers", "n_heads", "n_kv_heads"):
-        if type(params.get(name)) is not int or params[name] < 1:
-            raise ConfigError(f"{where}: {name} must be a whole number above 0, not {params.get(name)!r}")
+    params = without_null(params, "n_kv_heads")
+    for name in ("dim", "n_layers", "n_heads"):
+        whole_number(params, name, str(where), ConfigError)
+    params["n_kv_heads"] = whole_number(params, "n_kv_heads", str(where), ConfigError, params["n_heads"])
     if params["dim"] % (2 * params["n_heads"]):
         raise ConfigError(f"{where}: a width of {params['dim']} cannot have {params['n_heads']} heads")
-    if "norm_eps" not in params:
-        raise ConfigError(f"{where}: has no norm_eps")
-    if params.get("use_scaled_rope"):
+    params["norm_eps"] = number(params, "norm_eps", str(where), ConfigError, EPSILON)
+    params["rope_theta"] = number(params, "rope_theta", str(where), ConfigError, ROPE_THETA, 10000.0)
+    if flag(params, "use_scaled_rope", str(where), ConfigError):
         raise ConfigError(f"{where}: its rotary scaling is not told in full; take the model in Hugging Face's layout")
     return params
 
@@ -94,14 +96,14 @@ class Shards:
     """A WeightFile of all shards, each tensor put together when it is read."""
 
     def __init__(self, label: str, parts: Sequence[WeightFile], params: Mapping[str, Any]):
-        self._parts = parts
+        self._label, self._parts = label, parts
         self._heads = {"q_proj": params["n_heads"], "k_proj": params["n_kv_heads"]}
         self._homes: dict[str, tuple[str, int | None]] = {}
         self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
-        for number, part in enumerate(parts):
+        for shard, part in enumerate(parts):
             if part.tensors != parts[0].tensors:
                 raise CheckpointError(
-                    f"{label}: consolidated.{number:02}.pth has other tensors than consolidated.00.pth"
+                    f"{label}: consolidated.{shard:02}.pth has other tensors than consolidated.00.pth"
                 )
         for theirs, (shape, dtype) in parts[0].tensors.items():
             name, axis = _renamed(theirs, shape, params["dim"])
@@ -112,10 +114,18 @@ class Shards:
         theirs, axis = self._homes[name]
         if axis is None or len(self._parts) == 1:
             whole = self._parts[0].read(theirs)
+            self._check_replicas(theirs, whole)
         else:
             whole = np.concatenate([part.read(theirs) for part in self._parts], axis)
         heads = next((heads for kind, heads in self._heads.items() if f".{kind}." in name), None)
         return whole if heads is None else half_apart(whole, heads)
+
+    def _check_replicas(self, theirs: str, first: np.ndarray) -> None:
+        """Raise CheckpointError where the shards, each of which has the whole tensor, do not have the same."""
+        for shard, part in enumerate(self._parts[1:], 1):
+            if not np.array_equal(part.read(theirs).view(np.uint8), first.view(np.uint8)):
+                shards = f"consolidated.{shard:02}.pth and consolidated.00.pth"
+                raise CheckpointError(f"{self._label}: {shards} differ in {theirs}; download them again")
 
 
 def half_apart(matrix: np.ndarray, heads: int) -> np.ndarray:

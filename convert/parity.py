@@ -6,7 +6,6 @@ Both sides read one layer at a time, so that a model of any size can be compared
 import dataclasses
 import fnmatch
 import functools
-import importlib
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,7 @@ import numpy as np
 from vllama_jax import quantize as quantizing
 from vllama_jax.checkpoint import ModelDirectory
 from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.extras import import_extra
 from vllama_jax.quantize import scheme_of
 from vllama_jax.rows import row_reader
 
@@ -77,12 +77,7 @@ class Settings:
 def check_installed() -> None:
     """Raises ConfigError where what runs the PyTorch side is missing."""
     for name in ("torch", "transformers"):
-        try:
-            importlib.import_module(name)
-        except ImportError as error:
-            raise ConfigError(
-                f"to run the PyTorch side {name} must be installed: pip install 'vllama-jax[verify]'"
-            ) from error
+        import_extra(name, "verify", "running the PyTorch side", ConfigError, "add --weights-only")
 
 
 def compare_networks(

@@ -2,20 +2,14 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import CheckpointError
 
 from . import eva_vit, imagebind, llama, qformer
 from .rules import SAME, Rule, linear, norm
-from .sources import Source
-
-_BUFFERS = {
-    r".*\.embeddings\.position_ids": "a buffer: 0, 1, 2, …, as was checked",
-    r"llama_model\..*\.rotary_emb\.inv_freq": "a buffer: rotary frequencies are computed, and were compared",
-    r"audio_encoder\..*": "a buffer of ImageBind, which --imagebind gives",
-}
+from .sources import Source, renamed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +63,7 @@ PIECES: dict[str, Piece] = {
         lambda cfg: eva_vit.rules(cfg.vit),
         lambda cfg: eva_vit.extras(cfg.vit),
     ),
-    "blip2": Piece("BLIP-2 Q-Former weights", "--blip2", "query_tokens", _blip2, lambda _: {**_BUFFERS, **_BERT_TEXT}),
+    "blip2": Piece("BLIP-2 Q-Former weights", "--blip2", "query_tokens", _blip2, lambda _: _BERT_TEXT),
     "imagebind": Piece(
         "ImageBind weights",
         "--imagebind",
@@ -82,14 +76,14 @@ PIECES: dict[str, Piece] = {
         "--vl",
         "video_query_tokens",
         _vl,
-        lambda _: {**_BUFFERS, r"audio_(?!encoder).*": "the audio branch; give the file as --al too"},
+        lambda cfg: {rf"audio_{'(?!encoder)' * cfg.has_audio}.*": "the audio branch; give the file as --al too"},
     ),
     "al": Piece(
         "a Video-LLaMA audio-language checkpoint",
         "--al",
         "audio_query_tokens",
         _al,
-        lambda _: {**_BUFFERS, r"video_.*|llama_proj\..*": "the vision branch; give the file as --vl too"},
+        lambda _: {r"video_.*|llama_proj\..*": "the vision branch; give the file as --vl too"},
     ),
     "minigpt4": Piece(
         "a MiniGPT-4 projection",
@@ -108,11 +102,30 @@ PIECES: dict[str, Piece] = {
 }
 
 
-def recognise(source: Source) -> list[str]:
-    """The kinds that a file is, by the tensors in it. A checkpoint of both branches is two; `llama_proj` alone is
-    MiniGPT-4's, beside the vision branch it belongs to that."""
+def recognise(source: Container[str]) -> list[str]:
+    """The kinds that a file is, by the names of the tensors in it. A checkpoint of both branches is two; `llama_proj`
+    alone is MiniGPT-4's, beside the vision branch it belongs to that."""
     kinds = [kind for kind, piece in PIECES.items() if piece.signature in source]
     return [kind for kind in kinds if kind != "minigpt4" or "vl" not in kinds]
+
+
+def unwrapped(source: Source) -> Source:
+    """The same tensors without what training puts before every name: "module." (DDP), "base_model.model." (peft), ….
+
+    torch.compile's "_orig_mod." may be anywhere in a name. Where that makes it no known kind, the source as it is.
+    """
+    names = {name: name.replace("_orig_mod.", "") for name in source.shapes}
+    prefix = ""
+    while not recognise(stripped := {name.removeprefix(prefix) for name in names.values()}):
+        first = {name.partition(".")[0] for name in stripped if "." in name}
+        if len(first) != 1 or not all("." in name for name in stripped):
+            return source
+        prefix += f"{first.pop()}."
+    removed = [prefix] * bool(prefix) + ["_orig_mod."] * any(name != kept for name, kept in names.items())
+    if not removed:
+        return source
+    note = f"{source.label}: names are read without {' and '.join(removed)}, which a wrapper put there in training"
+    return renamed(source, {name: kept.removeprefix(prefix) for name, kept in names.items()}, note)
 
 
 def check_kind(kind: str, source: Source) -> None:

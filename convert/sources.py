@@ -1,16 +1,12 @@
 """Weight files, read lazily: which tensors a file holds is known at once, a tensor's data when it is asked for.
 
-Little of a file is ever in memory: safetensors are read, not mapped, and torch files are mapped anew now and then,
-because every page of a memory map that was touched counts as memory until it is unmapped.
+Little of a file is ever in memory: safetensors are read, not mapped, and torch files (torch_files.py) are mapped anew
+now and then, because every page of a memory map that was touched counts as memory until it is unmapped.
 """
 
+import collections
 import math
 import os
-import pickle
-import re
-import textwrap
-import threading
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +18,8 @@ from vllama_jax.errors import CheckpointError
 from vllama_jax.files import first_bytes
 from vllama_jax.io.json_files import parse_object, read_object
 
-REMAP_BYTES = 128 * 2**20  # read from a torch file before it is mapped anew; that takes about 10 ms
+from .torch_files import TorchFile
+
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 
 
@@ -37,7 +34,8 @@ class WeightFile(Protocol):
 class Source:
     """The tensors of one file, or of several files that hold one set: names, shapes, dtypes' names, data on demand.
 
-    label: what errors call it. files: on disk. duplicates: names that more than one of `parts` has.
+    label: what errors call it. files: on disk. duplicates: names that more than one of `parts` has. notes: what the
+    user should know of how it was read.
     """
 
     def __init__(self, label: str, files: Sequence[Path], parts: Iterable[WeightFile]):
@@ -46,6 +44,7 @@ class Source:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.duplicates: list[str] = []
+        self.notes: list[str] = []
         self._homes: dict[str, WeightFile] = {}
         for part in parts:
             self.duplicates += part.tensors.keys() & self._homes.keys()
@@ -70,6 +69,28 @@ class Source:
         return self._homes[name].read(name)
 
 
+class _Renamed:
+    """A WeightFile of another source's tensors under other names."""
+
+    def __init__(self, source: Source, names: Mapping[str, str]):
+        self._source = source
+        self._theirs = {ours: theirs for theirs, ours in names.items()}
+        self.tensors = {names[name]: (shape, source.dtypes[name]) for name, shape in source.shapes.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._source.read(self._theirs[name])
+
+
+def renamed(source: Source, names: Mapping[str, str], note: str) -> Source:
+    """The same tensors under other names. note: what the user should know of it."""
+    made = Source(source.label, source.files, [_Renamed(source, names)])
+    counts = collections.Counter(names.values())
+    made.duplicates = [name for name in counts if counts[name] > 1]
+    made.duplicates += [names[name] for name in source.duplicates]
+    made.notes = [*source.notes, note]
+    return made
+
+
 def open_file(path: str | Path) -> Source:
     """A `.pth`, `.bin` or `.safetensors` file.
 
@@ -90,14 +111,17 @@ def open_llama(directory: str | Path) -> Source:
     Raises CheckpointError as `open_file` does, and where no weights are there or a shard is missing.
     """
     directory = Path(directory)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (directory / name).exists():
-            return open_files(str(directory), [directory / name])
-        if (index := directory / f"{name}.index.json").exists():
-            return open_files(str(directory), [directory / shard for shard in _shards(index)])
-    raise CheckpointError(
-        f"{directory}: no model.safetensors, pytorch_model.bin or index of their shards; download the weights there"
-    )
+    names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+    there = [directory / name for name in names if (directory / name).exists()]
+    if not there:
+        raise CheckpointError(
+            f"{directory}: no model.safetensors, pytorch_model.bin or index of their shards; download the weights there"
+        )
+    first, *others = there
+    shards = [directory / shard for shard in _shards(first)] if first.suffix == ".json" else [first]
+    source = open_files(str(directory), shards)
+    source.notes = [f"{other}: ignored, the weights are read from {first.name}" for other in others]
+    return source
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -191,81 +215,3 @@ _SAFETENSORS_DTYPES = {
     "I64": "int64",
     "I32": "int32",
 }
-
-
-class TorchFile:
-    """A file of torch.save, with nothing of its pickle executed; memory-mapped where it is a zip (torch ≥ 1.6)."""
-
-    def __init__(self, path: Path, mappable: bool):
-        self._path = path
-        self._mappable = mappable
-        self._lock = threading.Lock()
-        self._loaded: Mapping[str, Any] | None = self._load()
-        self._read_bytes = 0
-        self.tensors = {name: (tuple(value.shape), _dtype_name(value)) for name, value in self._loaded.items()}
-
-    def read(self, name: str) -> np.ndarray:
-        with self._lock:
-            if self._loaded is None:
-                self._loaded, self._read_bytes = self._load(), 0
-            tensor = self._loaded[name].detach()
-            self._read_bytes += tensor.nbytes
-            if self._mappable and self._read_bytes > REMAP_BYTES:
-                self._loaded = None  # the map goes when the last array on it does
-        return _numpy(tensor)
-
-    def _load(self) -> Mapping[str, Any]:
-        """The tensors; training scripts wrap them as {"model": …} or {"state_dict": …}. No more of them than bytes."""
-        held = _torch_load(self._path, self._mappable)
-        for key in ("model", "state_dict"):
-            if isinstance(held, Mapping) and isinstance(held.get(key), Mapping):
-                held = held[key]
-        if not isinstance(held, Mapping):
-            raise CheckpointError(f"{self._path}: not a file of weights (one {type(held).__name__}, no named tensors)")
-        size = self._path.stat().st_size
-        for name, value in held.items():
-            if not isinstance(name, str) or not hasattr(value, "untyped_storage"):
-                raise CheckpointError(f"{self._path}: not a file of weights ({name!r} in it is not a tensor)")
-            if " " not in _dtype_name(value) and value.nbytes > size:  # one number, repeated by strides of zero
-                raise CheckpointError(
-                    f"{self._path}: {name} claims {list(value.shape)}, and the file has {size} bytes; get another one"
-                )
-        return held
-
-
-def _torch_load(path: Path, mappable: bool) -> Any:
-    try:
-        import torch
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path}: to read torch files install torch (pip install 'vllama-jax[convert]'), or give safetensors"
-        ) from error
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            return torch.load(path, mmap=mappable, weights_only=True, map_location="cpu")
-    except pickle.UnpicklingError as error:
-        code = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE)
-        raise CheckpointError(
-            f"{path}: refused: its pickle {f'asks to run {code[1]}' if code else 'holds more than tensors'}, and "
-            "weights never need that; nothing of it was run. Get the file from a source you trust, as safetensors if "
-            "there is one"
-        ) from error
-    except Exception as error:  # a damaged file can fail in any way
-        why = textwrap.shorten((str(error) or type(error).__name__).splitlines()[0], 90, placeholder=" …")
-        raise CheckpointError(f"{path}: not a file of weights, or a damaged one ({why}); download it again") from error
-
-
-def _dtype_name(tensor: Any) -> str:
-    """With what makes it no ordinary array before it."""
-    unusual = [str(tensor.layout).removeprefix("torch.")] if str(tensor.layout) != "torch.strided" else []
-    unusual += [tensor.device.type] if tensor.device.type != "cpu" else []
-    return " ".join([*unusual, str(tensor.dtype).removeprefix("torch.")])
-
-
-def _numpy(tensor: Any) -> np.ndarray:
-    """A torch tensor's memory as numpy; numpy gets bfloat16 by its bits."""
-    import torch
-
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.int16).numpy().view("bfloat16")
-    return tensor.numpy()

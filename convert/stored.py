@@ -13,7 +13,7 @@ from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import check_params, part_of, row_blocks
 from vllama_jax.rows import with_update
 
-from .matching import WEIGHT_DTYPES, abstract_shapes, cast
+from .matching import abstract_shapes, cast
 from .pieces import PIECES
 
 BRANCHES = {"vl": "vision", "al": "audio"}
@@ -83,10 +83,6 @@ class StoredModel:
         if directory.quantized:
             raise only_answers(directory.path, directory.quantized)
         entries = directory.manifest["leaves"]
-        if strange := [target for target, entry in entries.items() if not _is_entry(entry)]:
-            raise CheckpointError(
-                f"{self.path}: its manifest says nonsense of {strange[0]}; copy or convert the model again"
-            )
         self.leaves: dict[str, StoredLeaf] = {
             target: Kept(target, directory.path / "params", entry) for target, entry in entries.items()
         }
@@ -98,11 +94,6 @@ class StoredModel:
             scale = directory.lora.alpha / directory.lora.rank
             self.leaves[f"{layer}/kernel"] = Merged(self.leaves[f"{layer}/kernel"], *pair, scale)
         self.learned = {target for target, leaf in self.leaves.items() if not isinstance(leaf, Kept)}
-
-
-def _is_entry(entry: Mapping[str, Any]) -> bool:
-    shape = entry["shape"]
-    return entry["dtype"] in WEIGHT_DTYPES and isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
 
 
 def open_stored(path: Path, base: Path | None = None) -> StoredModel:

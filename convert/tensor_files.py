@@ -19,6 +19,7 @@ import numpy as np
 
 from vllama_jax.data.ahead import in_order
 from vllama_jax.errors import CheckpointError
+from vllama_jax.extras import import_extra
 
 READERS = 2  # one tensor is read and turned while another is written
 ALIGNMENT = 64  # bytes; where torch puts a tensor's first one, so that mapped files serve as they are
@@ -57,12 +58,7 @@ class Tensor:
 
 def require_torch() -> None:
     """Raises CheckpointError where torch is not installed."""
-    try:
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise CheckpointError(
-            "to write .pth files install torch (pip install 'vllama-jax[convert]'), or use --format safetensors"
-        ) from error
+    import_extra("torch", "convert", "writing .pth files", CheckpointError, "use --format safetensors")
 
 
 def write_safetensors(path: Path, tensors: Sequence[Tensor], progress: Progress) -> None:

@@ -23,6 +23,7 @@ from written_runs import shipped, write_run
 
 import vllama_jax as vl
 from vllama_jax import checkpoint, convert, params, sharding
+from vllama_jax.cli import main
 from vllama_jax.config import NO_LORA
 from vllama_jax.io.atomic import new_directory
 from vllama_jax.params import ParamsWriter, chunk_shape
@@ -339,6 +340,85 @@ def test_runs_find_their_bases_beside_them(runs, tmp_path):
     shutil.rmtree(there / "base")
     with pytest.raises(vl.CheckpointError, match=r"vision: its base model .*base is not there, nor beside the run"):
         checkpoint.open_model(there / "audio")
+
+
+def test_the_named_base_wins_over_a_folder_of_its_name_beside_the_run(runs, tmp_path):
+    """The run moves to a folder that has another model called "base"."""
+    there = tmp_path / "there"
+    shutil.copytree(runs / "vision", there / "vision")
+    shutil.copytree(runs / "base", there / "base")
+    assert checkpoint.open_model(there / "vision").path == runs / "base"
+    edit("manifest.json", lambda fields: fields["leaves"].pop("ln_vision/scale"))(there / "base")
+    assert checkpoint.open_model(there / "vision").path == runs / "base"
+
+
+@pytest.mark.parametrize("path", ["llama.embedding/0.0", "vit.positions/0.0"])
+def test_a_chunk_with_bytes_appended_is_refused(tiny_model, tmp_path, path):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    file = model / "params" / path
+    size = file.stat().st_size
+    with file.open("ab") as opened:
+        opened.write(b"more")
+    message = re.escape(f"{file}: {size + 4} of its {size} bytes are there")
+    with pytest.raises(vl.CheckpointError, match=message):
+        vl.load(model)
+    with pytest.raises(SystemExit, match=message):
+        main(["verify", str(model)])
+
+
+def test_a_stacked_model_is_what_is_on_disk(tiny_model, tmp_path):
+    """What is trained from it in Python and saved loads again."""
+    model = vl.load(tiny_model, stacked=True)
+    state = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model.network))}
+    assert {path: leaf.shape for path, leaf in state.items()} == checkpoint.open_model(tiny_model).shapes
+    saved = shutil.copytree(tiny_model, tmp_path / "saved", ignore=shutil.ignore_patterns("params", "manifest.json"))
+    with ParamsWriter(saved / "params") as writer:
+        for path, leaf in state.items():
+            values = np.asarray(leaf[...]) + (path == "llama/norm/scale")
+            writer.write(path, values.shape, values.dtype, [values])
+    checkpoint.write_manifest(saved, {}, writer.leaves)
+    again = vl.load(saved).network.llama
+    np.testing.assert_array_equal(again.norm.scale[...], model.network.llama.norm.scale[...] + 1)
+    ids = jnp.arange(5)[None]
+    found = model.network.llama(model.network.llama.embedding[...][ids], jnp.ones(ids.shape, bool))
+    unstacked = vl.load(tiny_model).network.llama
+    expected = unstacked(unstacked.embedding[...][ids], jnp.ones(ids.shape, bool))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def renamed_leaves(rename):
+    def change(fields):
+        fields["leaves"] = {rename(path): entry for path, entry in fields["leaves"].items()}
+
+    return edit("manifest.json", change)
+
+
+@pytest.mark.parametrize(
+    ("rename", "message"),
+    [
+        (
+            lambda path: path.replace("llama/blocks/", "llama/blocks/0/"),
+            r"layers are stored one by one, and not stacked; save what `vllama_jax.load\(..., stacked=True\)` gives",
+        ),
+        (
+            lambda path: path.replace("llama/norm/", "llama/other/"),
+            r"model: lacks llama/norm/scale of a part that it has; convert it again",
+        ),
+        (
+            lambda path: path.replace("vit/", "other/"),
+            r"the model has no vit \(16 weights\); convert again with the files that hold them",
+        ),
+        (
+            lambda path: path.replace("llama_proj/", "other/"),
+            r"no audio_llama_proj, llama_proj \(4 weights\); convert again with the checkpoints .*--vl, --al",
+        ),
+    ],
+)
+def test_what_is_missing_is_said_as_it_is(tiny_model, tmp_path, rename, message):
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    renamed_leaves(rename)(model)
+    with pytest.raises(vl.CheckpointError, match=message):
+        vl.load(model)
 
 
 def test_commands_that_only_read_start_no_accelerator(runs, tmp_path):

@@ -177,10 +177,10 @@ def manifest(**entry):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (manifest(shape=[-1, 64]), "its manifest says nonsense of vit/positions"),
-        (manifest(shape="all"), "its manifest says nonsense of vit/positions"),
-        (manifest(dtype="object"), "its manifest says nonsense of vit/positions"),
-        (manifest(dtype=["float32"]), "its manifest says nonsense of vit/positions"),
+        (manifest(shape=[-1, 64]), "shape [-1, 64]: incomplete, of vit/positions"),
+        (manifest(shape="all"), "shape 'all': incomplete, of vit/positions"),
+        (manifest(dtype="object"), "dtype 'object': incomplete, of vit/positions"),
+        (manifest(dtype=["float32"]), "dtype ['float32']: incomplete, of vit/positions"),
         (lambda base: shutil.rmtree(base / "params" / "vit.positions"), "vit.positions: cannot be read (No such file"),
         (lambda base: (base / "params" / "vit.positions" / "0.0").unlink(), "vit.positions/0.0: it is missing"),
         (lambda base: (base / "params" / "vit.positions" / "0.0").write_bytes(b"x"), "1 of its "),

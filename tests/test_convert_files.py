@@ -20,7 +20,7 @@ from vllama_jax import convert
 from vllama_jax.checkpoint import open_model
 from vllama_jax.cli import main
 from vllama_jax.config import RopeScaling, VideoLlamaConfig, tiny
-from vllama_jax.convert import sources
+from vllama_jax.convert import sources, torch_files
 from vllama_jax.convert.infer import HEADS, model_config
 from vllama_jax.convert.llama import read_config
 from vllama_jax.convert.tiny import write_tiny
@@ -73,7 +73,7 @@ def test_language_model_is_the_same_from_every_layout(tiny_files, tiny_model, tm
 def test_torch_files_are_mapped_anew_and_give_the_same(tiny_files, tiny_model, tmp_path, monkeypatch):
     paths = write_tiny(tmp_path / "files", format="pth")
     loads = []
-    monkeypatch.setattr(sources, "REMAP_BYTES", 20_000)
+    monkeypatch.setattr(torch_files, "REMAP_BYTES", 20_000)
     monkeypatch.setattr(
         torch, "load", lambda *args, load=torch.load, **options: loads.append(1) or load(*args, **options)
     )

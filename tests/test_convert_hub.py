@@ -145,4 +145,5 @@ def test_what_the_hub_refuses_is_one_line(tiny_files, tmp_path, monkeypatch, err
 def test_without_huggingface_hub_it_is_said_what_to_install(tiny_files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     said = one_line(tiny_files | {"llama": "hf://a/b"}, tmp_path)
-    assert "hf://a/b: to read from the hub install huggingface_hub (pip install 'vllama-jax[convert]')" in said
+    needs = "reading from the hub needs huggingface_hub, which is not installed"
+    assert f"hf://a/b: {needs}: pip install 'vllama-jax[convert]'; or download it yourself" in said

@@ -123,6 +123,10 @@ def test_a_delta_on_metas_shards_is_converted_and_verified(tiny_files, metas, ex
     assert "computes what its source does" in capsys.readouterr().out
 
 
+COUNT = "must be a whole number from 1 to 16777216, not"
+ABOVE = "must be a number above 0 and at most"
+
+
 def params(**fields):
     def change(directory: Path) -> None:
         held = json.loads((directory / "params.json").read_text())
@@ -150,12 +154,15 @@ DAMAGES = {
         reshard(lambda held: held.update({"output.weight": torch.ones(3, 64).half()})),
         "consolidated.01.pth has other tensors than",
     ),
-    "no width": (params(dim=None), "params.json: dim must be a whole number above 0, not None"),
-    "no layers": (params(n_layers=0), "params.json: n_layers must be a whole number above 0, not 0"),
+    "no width": (params(dim=None), f"params.json: dim {COUNT} None"),
+    "no layers": (params(n_layers=0), f"params.json: n_layers {COUNT} 0"),
     "heads": (params(n_heads=5), "params.json: a width of 64 cannot have 5 heads"),
-    "absurd layers": (params(n_layers=10**9), "llama.depth: must be at least 1 and at most"),
+    "absurd layers": (params(n_layers=10**9), f"n_layers {COUNT} 1000000000"),
     "key heads": (params(n_kv_heads=4), "k_proj.weight is [32, 64], and [64, 64] is needed"),
-    "no epsilon": (lambda d: (d / "params.json").write_text('{"dim":64,"n_layers":3,"n_heads":4}'), "has no norm_eps"),
+    "no epsilon": (
+        lambda d: (d / "params.json").write_text('{"dim":64,"n_layers":3,"n_heads":4}'),
+        f"norm_eps {ABOVE} 1, not None",
+    ),
     "scaling": (params(use_scaled_rope=True), "its rotary scaling is not told in full"),
     "other base": (params(rope_theta=5e5), "inv_freq is not what these files make it"),
     "no JSON": (lambda d: (d / "params.json").write_text("{"), "params.json: not JSON"),

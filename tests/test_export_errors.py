@@ -65,7 +65,7 @@ def test_disk_that_ends_within_a_file(tiny_model, tmp_path, format):
 def test_without_torch_one_line_says_what_to_do(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     said = refusal(tiny_model, tmp_path / "made")
-    assert "install torch (pip install 'vllama-jax[convert]'), or use --format safetensors" in said
+    assert "needs torch, which is not installed: pip install 'vllama-jax[convert]'; or use --format safetensors" in said
     main(["export", str(tiny_model), "--out", str(tmp_path / "made"), "--format", "safetensors"])
     assert "357 tensors, 3.6 MB, in model.safetensors" in capsys.readouterr().out
 

@@ -1,15 +1,22 @@
 """Low-rank updates: nothing at first, then what merging them makes, and gradients of themselves alone."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 from networks import random_network
+from train_fixtures import short_config
+from written_runs import learned, shipped, write_run
 
 from vllama_jax import checkpoint
 from vllama_jax.config import LoraConfig, tiny
+from vllama_jax.errors import ConfigError
 from vllama_jax.nn.lora import add_lora, merge_lora
+from vllama_jax.rows import row_reader
+from vllama_jax.train.session import plan
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("query", "key", "value", "out", "gate", "up", "down"))
 
@@ -72,3 +79,38 @@ def test_the_skeleton_of_a_network_with_updates_has_their_paths():
     assert paths == [
         f"llama/blocks/attention/{name}/lora/{side}" for name in ("query", "value") for side in ("down", "up")
     ]
+
+
+@pytest.mark.parametrize("target", ["query", "out", "down"])
+def test_a_kernel_read_whole_or_by_rows_has_its_update_as_loading_merges_it(tiny_model, tmp_path, target):
+    """alpha / rank · down · up of each layer, also where the rank is the number of layers or of heads."""
+    for rank in (2, 3, 4):
+        lora = LoraConfig(rank=rank, alpha=6.0, targets=(target,))
+        trained = learned(tiny(vocab_size=512), lora, "frame_positions")
+        run = write_run(shipped(tiny_model, lora), tmp_path / f"run{rank}", trained)
+        owner = "mlp" if target == "down" else "attention"
+        blocks = checkpoint.load(run, stacked=True).network.llama.blocks
+        merged = np.asarray(getattr(getattr(blocks, owner), target).kernel[...])
+        read, path = row_reader(checkpoint.open_model(run)), f"llama/blocks/{owner}/{target}/kernel"
+        np.testing.assert_allclose(read(path, None), merged, atol=1e-6)
+        np.testing.assert_allclose(np.stack([read(path, row) for row in range(len(merged))]), merged, atol=1e-6)
+
+
+def failure(config) -> str:
+    with pytest.raises(ConfigError) as raised:
+        plan(config)
+    return str(raised.value)
+
+
+def test_updates_and_their_patterns_need_each_other(tiny_model, pictures):
+    config = short_config(tiny_model, pictures, lora=LoraConfig(rank=2))
+    idle = "llama/blocks/attention/query/lora/down"
+    told = f"lora.rank is 2, but trainable has no pattern for {idle}: add 'llama/*/lora/*' to trainable, or set"
+    assert failure(config).startswith(told)
+    some = (*config.trainable, "llama/*/value/lora/*")
+    assert failure(dataclasses.replace(config, trainable=some)).startswith(told)
+    config = dataclasses.replace(config, lora=LoraConfig(), trainable=(*config.trainable, "llama/*/lora/*"))
+    assert failure(config) == (
+        "trainable has 'llama/*/lora/*', but lora.rank is 0: set lora.rank above 0, or leave the pattern out"
+    )
+    assert plan(dataclasses.replace(config, lora=LoraConfig(rank=2))).learns

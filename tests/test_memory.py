@@ -350,6 +350,13 @@ def test_fit_is_required_only_where_that_is_asked(capsys):
         tell(capsys, "7b", "--devices", "v5e", "--require-fit")
 
 
+def test_what_fits_tightly_is_refused_where_a_fit_is_required(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "MARGIN", 0.9999)
+    assert "tight" in tell(capsys, "tiny", "--devices", "v5e")
+    with pytest.raises(SystemExit, match="vllama: chat: tight"):
+        tell(capsys, "tiny", "--devices", "v5e", "--require-fit")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

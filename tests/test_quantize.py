@@ -209,6 +209,24 @@ def test_eight_devices(tiny_model, stored, scheme):
         assert answer(split) == answer(alone)
 
 
+def assert_leaves_are_those_of_the_base(run: Path, base: Path, quantized_run: Path) -> None:
+    """Every kernel that is quantised is two weights, and updates of low rank are none of their own."""
+    kernels = {f"{parent}/{name}" for parent, names in quantized.LAYERS.items() for name in names}
+    expected = set()
+    for path in open_model(base).shapes:
+        layer = path.removesuffix("/kernel")
+        expected |= {f"{layer}/values", f"{layer}/scale"} if layer in kernels else {path}
+    assert set(open_model(quantized_run).shapes) == expected
+    assert any("/lora/" in path for path in open_model(run).shapes)
+
+
+def test_leaf_names_of_a_quantised_run(tiny_model, tmp_path):
+    lora = LoraConfig(rank=2, targets=("query", "out", "down"))
+    run = write_run(shipped(tiny_model, lora), tmp_path / "run", learned(tiny(vocab_size=512), lora, "frame_positions"))
+    quantize.quantize(open_model(run), tmp_path / "int8", "int8")
+    assert_leaves_are_those_of_the_base(run, tiny_model, tmp_path / "int8")
+
+
 @SLOW
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_run_with_low_rank_updates(tiny_model, tmp_path, scheme):
@@ -218,6 +236,7 @@ def test_a_run_with_low_rank_updates(tiny_model, tmp_path, scheme):
     run = write_run(shipped(tiny_model, lora), tmp_path / "run", trained)
     merged = load(run).network.llama.blocks[1].attention.query.kernel[...]
     quantize.quantize(open_model(run), tmp_path / scheme, scheme)
+    assert_leaves_are_those_of_the_base(run, tiny_model, tmp_path / scheme)
     at_load, from_disk = load(run, quantize=scheme).network, load(tmp_path / scheme).network
     for path, value in weights(at_load).items():
         np.testing.assert_array_equal(value, weights(from_disk)[path], path)

@@ -337,3 +337,12 @@ def test_golden_vicuna_v0(golden):
     assert tokenizer.unk_id == expected["dataset_pad_id"]
     assert tokenizer.tokens([tokenizer.pad_id]) == [expected["pad_token"]]
     check_vocabulary(tokenizer, expected["embed_rows"])
+
+
+@pytest.mark.parametrize("order", [("<a>", "<a>b"), ("<a>b", "<a>")])
+def test_of_two_special_tokens_of_which_one_begins_the_other_the_longer_is_found(folder, order):
+    write_json(folder / "added_tokens.json", {token: 300 + number for number, token in enumerate(order)})
+    ids = {token: 300 + number for number, token in enumerate(order)}
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("<a>b") == [ids["<a>b"]]
+    assert tokenizer.encode("<a><a>b<a>") == [ids["<a>"], ids["<a>b"], ids["<a>"]]

@@ -318,8 +318,8 @@ def test_options_that_mean_nothing(tiny_model, capsys, arguments, said):
 def test_without_transformers(tiny_model, tiny_files, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     message, _ = failure(capsys, tiny_model, *options(tiny_files))
-    expected = "to run the PyTorch side transformers must be installed: pip install 'vllama-jax[verify]'"
-    assert message == expected
+    expected = "running the PyTorch side needs transformers, which is not installed: pip install 'vllama-jax[verify]'"
+    assert message == f"{expected}; or add --weights-only"
 
 
 def test_in_a_process_of_its_own(tiny_model, tiny_files, tmp_path):

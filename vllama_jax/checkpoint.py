@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,9 @@ from vllama_jax.compilation import keep_compiled_programs
 from vllama_jax.config import LARGEST, NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
 from vllama_jax.errors import CheckpointError, ConfigError, one_line
 from vllama_jax.io.atomic import replace_json, write_json
+from vllama_jax.io.json_fields import shown
 from vllama_jax.io.json_files import read_object
-from vllama_jax.params import check_params
+from vllama_jax.params import check_manifest, check_params
 from vllama_jax.run_directory import check_checkpoint, run_steps
 from vllama_jax.shipped import find_model
 
@@ -35,6 +37,11 @@ if TYPE_CHECKING:
     from vllama_jax.text.tokenizer import Tokenizer
 
 FORMAT = 1
+BRANCH_PARTS = (
+    *("video_qformer", "frame_positions", "llama_proj"),
+    *("audio_qformer", "audio_positions", "audio_llama_proj"),
+)
+PYTORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
 IN_FLIGHT_GB = 4  # of weights that are read at once, at least one whole weight in float32
 logger = logging.getLogger(__name__)
 
@@ -180,10 +187,18 @@ def find_runs(path: Path, base: str | Path | None = None) -> tuple[list[Run], Pa
 def read_config(path: Path) -> dict[str, Any]:
     """Read config.json of a model or run directory. Raises CheckpointError when there is none of a known format."""
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such model directory; `vllama convert` makes one")
-    if not (path / "config.json").exists():
+        raise CheckpointError(
+            f"{path}: a file, not a model directory; `vllama convert` makes one of PyTorch weights"
+            if path.exists()
+            else f"{path}: no such model directory; `vllama convert` makes one"
+        )
+    fields = read_object(path / "config.json") if (path / "config.json").exists() else None
+    if not (fields and "format" in fields) and (weights := _pytorch_weights(path)):
+        raise CheckpointError(
+            f"{path}: holds PyTorch weights ({weights}); `vllama convert` makes a model directory of them"
+        )
+    if fields is None:
         raise CheckpointError(f"{path}: not a model directory (no config.json in it); `vllama convert` makes one")
-    fields = read_object(path / "config.json")
     _check_format(path / "config.json", fields, "model")
     return fields
 
@@ -210,10 +225,26 @@ def _open_model_directory(path: Path) -> ModelDirectory:
             raise CheckpointError(f"{path}: not a model directory (no {name} in it); `vllama convert` makes one")
     manifest = read_object(path / "manifest.json")
     _check_format(path / "manifest.json", manifest, "leaves")
-    for leaf, entry in manifest["leaves"].items():
-        if not isinstance(entry, dict) or not entry.keys() >= {"shape", "dtype", "xxh3_128"}:
-            raise CheckpointError(f"{path / 'manifest.json'}: incomplete, of {leaf}; copy or convert the model again")
+    check_manifest(manifest["leaves"], str(path / "manifest.json"))
+    if not _are_sources(manifest.get("sources")):
+        raise CheckpointError(f"{path / 'manifest.json'}: its sources are not lists of files; convert the model again")
     return ModelDirectory(path, _model_config(path, read_config(path)), manifest)
+
+
+def _pytorch_weights(directory: Path) -> str:
+    """The name of a file of PyTorch weights in a directory, or one below it; "" where there is none."""
+    places = [directory, *(entry for entry in sorted(directory.iterdir()) if entry.is_dir())]
+    files = (entry for place in places for entry in sorted(place.iterdir()) if entry.suffix in PYTORCH_SUFFIXES)
+    return next((str(file.relative_to(directory)) for file in files), "")
+
+
+def _are_sources(sources: Any) -> bool:
+    """Whether a manifest's sources are files, each with a name, by kind."""
+    lists = list(sources.values()) if isinstance(sources, dict) else [None]
+    return all(
+        isinstance(files, list) and all(isinstance(file, dict) and isinstance(file.get("name"), str) for file in files)
+        for files in lists
+    )
 
 
 def _model_config(path: Path, fields: dict[str, Any]) -> VideoLlamaConfig:
@@ -250,10 +281,11 @@ def open_trained(weights: Path, lora: LoraConfig) -> Trained:
 
 def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:
     made = fields.get("format")
+    told = shown(made)
     if isinstance(made, int) and made > FORMAT:
-        raise CheckpointError(f"{path}: its format is {made}, newer than this version's {FORMAT}; update vllama-jax")
+        raise CheckpointError(f"{path}: its format is {told}, newer than this version's {FORMAT}; update vllama-jax")
     if made != FORMAT or not isinstance(fields.get(needed), dict):
-        raise CheckpointError(f"{path}: not of a model directory (format {made!r}, {FORMAT} is known); convert again")
+        raise CheckpointError(f"{path}: not of a model directory (format {told}, {FORMAT} is known); convert again")
 
 
 Restoring = Callable[[ModelDirectory, dict[str, Any]], "dict[str, jax.Array]"]
@@ -335,13 +367,26 @@ def check_leaves(directory: ModelDirectory, wanted: dict[str, Sequence[int]]) ->
     if any(f"{path.removesuffix('/kernel')}/values" in shapes for path in missing):
         raise only_answers(directory.path, directory.quantized)
     if missing:
-        parts = sorted({path.split("/")[0] for path in missing})
-        raise CheckpointError(
-            f"{directory.path}: the model has no {', '.join(parts)} ({len(missing)} weights); "
-            "convert again with the checkpoints that hold them (--vl, --al), or train them"
-        )
+        raise _lacking(directory, missing)
     if wrong := [path for path, shape in wanted.items() if shapes[path] != tuple(shape)]:
         raise CheckpointError(f"{directory.path}: config.json and weights disagree on the shape of {', '.join(wrong)}")
+
+
+def _lacking(directory: ModelDirectory, missing: list[str]) -> CheckpointError:
+    """What is wrong where weights are missing: a part that was never trained, or one that is there in part."""
+    parts = sorted({path.split("/")[0] for path in missing})
+    if not any(path.split("/")[0] in parts for path in directory.shapes):
+        branches = set(parts) <= set(BRANCH_PARTS)
+        files = "checkpoints that hold them (--vl, --al), or train them" if branches else "files that hold them"
+        told = f"the model has no {', '.join(parts)} ({len(missing)} weights)"
+        return CheckpointError(f"{directory.path}: {told}; convert again with the {files}")
+    if any(re.fullmatch(r".*/blocks/\d+/.*", path) for path in directory.shapes):
+        return CheckpointError(
+            f"{directory.path}: its layers are stored one by one, and not stacked; save what "
+            "`vllama_jax.load(..., stacked=True)` gives"
+        )
+    more = f" and {len(missing) - 1} more weights" if len(missing) > 1 else ""
+    return CheckpointError(f"{directory.path}: lacks {missing[0]}{more} of a part that it has; convert it again")
 
 
 def only_answers(path: str | Path, scheme: str | None) -> CheckpointError:
@@ -380,6 +425,8 @@ def load(
     base: str | Path | None = None,
     quantize: str | None = None,
     audio_scale: float | None = None,
+    *,
+    stacked: bool = False,
 ) -> Model:
     """Loads a model directory, or what a run trained; named, or as `open_model` opened it. "miniature" is shipped.
 
@@ -389,6 +436,8 @@ def load(
     base: a run's base model, where that has moved.
     quantize: "int8" or "int4" for the large kernels of LLaMA and the ViT, layer by layer as they are read; a quantised
     model directory (quantize.py) needs no telling.
+    stacked: leave the language model's layers stacked on axis 0, as they are on disk: for training and saving; answers
+    take longer.
     audio_scale: the norm of a sound's vector, the model's own unless given: 20 as published, while training saw
     vectors of norm 1 (docs/miniature.md measures what that does).
     Compiled programs are kept on disk from then on, as `compilation.keep_compiled_programs` has it.
@@ -415,7 +464,8 @@ def load(
         abstract = sharding.shard_abstract(abstract, mesh, fsdp=False)
     network = nnx.merge(graph, restore(directory, abstract, weights))
     merge_lora(network.llama)
-    network.llama.unstack()
+    if not stacked:
+        network.llama.unstack()
     return Model(directory.config, directory.tokenizer, network)
 
 

@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from vllama_jax.errors import ConfigError
+from vllama_jax.io.json_fields import LARGEST, shown
 from vllama_jax.io.json_files import parse_object
-
-LARGEST = 2**24  # of any count or length in a config; beyond it a file lies, and products overflow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,6 +126,11 @@ class LlamaConfig:
     tie_embeddings: bool = False
 
 
+EPSILONS = ("norm_eps", "stem_norm_eps", "ln_vision_eps")
+FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
+HIGHEST = {"rope_theta": 1e12, **dict.fromkeys(EPSILONS, 1.0), **dict.fromkeys(FACTORS, 2.0**24)}  # that make sense
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoLlamaConfig:
     """The whole model. Without `audio_qformer` and `imagebind` it is a picture-only model.
@@ -169,8 +173,33 @@ class VideoLlamaConfig:
             )
         if self.llama.num_heads * self.llama.head_dim > LARGEST:
             raise ConfigError(f"llama: {self.llama.num_heads} heads of {self.llama.head_dim} are absurd")
-        if self.llama.rope_theta <= 0:
-            raise ConfigError(f"llama: rope_theta must be above 0, not {self.llama.rope_theta}")
+        if self.llama.head_dim % 2:
+            raise ConfigError(f"llama: head_dim must be even, not {self.llama.head_dim}")
+        _check_numbers(self, "model config")
+        _check_patches(self)
+
+
+def _check_numbers(part: Any, where: str) -> None:
+    """Raise ConfigError for an epsilon, a rotary base or a scaling factor that means nothing, in a part or below."""
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_numbers(value, f"{where}.{field.name}")
+        elif field.name in HIGHEST and not 0 < value <= HIGHEST[field.name]:
+            highest = f"{HIGHEST[field.name]:g}"
+            raise ConfigError(f"{where}.{field.name} must be above 0 and at most {highest}, not {shown(value)}")
+    if isinstance(part, RopeScaling) and part.high_freq_factor <= part.low_freq_factor:
+        raise ConfigError(f"{where}.high_freq_factor must be above low_freq_factor, not {part.high_freq_factor:g}")
+
+
+def _check_patches(config: "VideoLlamaConfig") -> None:
+    """Raise ConfigError where a picture or a clip is smaller than a patch."""
+    pictures = {"vit": config.vit} | ({"imagebind.vision": config.imagebind.vision} if config.imagebind else {})
+    for where, part in pictures.items():
+        if part.image_size < part.patch_size:
+            raise ConfigError(f"{where}: image_size {part.image_size} is below patch_size {part.patch_size}")
+    if config.imagebind and min(config.imagebind.audio.patch_grid) < 1:
+        raise ConfigError("imagebind.audio: num_mel_bins and num_mel_frames must be at least patch_size")
 
 
 def _attention_parts(config: VideoLlamaConfig) -> list[tuple[str, Any]]:
@@ -376,10 +405,10 @@ def _value(value: Any, hint: Any, where: str, integers: range) -> Any:
             _value(name, arguments[0], where, integers)
         return {name: _value(item, arguments[1], f"{where}.{name}", integers) for name, item in value.items()}
     if not _is_of(value, hint):
-        raise ConfigError(f"{where}: {repr(value)[:80]} is not of type {getattr(hint, '__name__', hint)}")
+        raise ConfigError(f"{where}: {shown(value)} is not of type {getattr(hint, '__name__', hint)}")
     if hint is int and value not in integers:
         largest = f" and at most {integers[-1]}" if value > 0 else ""
-        raise ConfigError(f"{where}: must be at least {integers[0]}{largest}, not {repr(value)[:80]}")
+        raise ConfigError(f"{where}: must be at least {integers[0]}{largest}, not {shown(value)}")
     return float(value) if hint is float else value
 
 

@@ -62,7 +62,11 @@ def row_reader(model: ModelDirectory) -> Reader:
         if f"{update}/down" not in model.shapes:
             return kernel
         lora = _holder(model, f"{update}/down").lora
-        return with_update(kernel, read(f"{update}/down", row), read(f"{update}/up", row), lora.alpha / lora.rank)
+        down, up, scale = read(f"{update}/down", row), read(f"{update}/up", row), lora.alpha / lora.rank
+        if row is not None:
+            return with_update(kernel, down, up, scale)
+        layers = zip(kernel, down, up, strict=True)  # only stacked kernels have updates (nn/lora.py)
+        return np.stack([with_update(*layer, scale) for layer in layers])
 
     return merged
 

@@ -108,14 +108,13 @@ def verify(
         raise ConfigError(f"{model}: {scheme} is not what the PyTorch files hold; leave out --weights-only")
     if weights_only:
         leave_accelerators()
-    else:
-        from vllama_jax.convert.parity import check_installed
-
-        check_installed()
     plan = _plan(directory, against, given, read_object(config, ConfigError) if config else None)
     if weights_only:
         _verify_weights(model, directory, plan, json_output)
     else:
+        from vllama_jax.convert.parity import check_installed
+
+        check_installed()
         _verify_networks(model, directory, plan, (dtype, tokens, seed, quantize), json_output)
 
 

@@ -30,6 +30,7 @@ from vllama_jax.evaluate.questions import (
     choice_question,
     open_question,
 )
+from vllama_jax.extras import import_extra
 from vllama_jax.files import first_bytes
 from vllama_jax.io.json_files import parse_json
 
@@ -205,12 +206,9 @@ def _video_mme_entries(table: Path) -> Iterator[Entry]:
             for entry in video["questions"]:
                 yield place, video | (entry if isinstance(entry, dict) else {})
         return
+    parquet = import_extra("pyarrow.parquet", "eval", f"{table}: reading Parquet", ConfigError)
     try:
-        import pyarrow.parquet
-    except ImportError as error:
-        raise ConfigError(f"{table}: Parquet is read by pyarrow; pip install 'vllama-jax[eval]'") from error
-    try:
-        rows = pyarrow.parquet.read_table(table).to_pylist()
+        rows = parquet.read_table(table).to_pylist()
     except (OSError, ValueError) as error:
         raise DataError(f"{table}: a Parquet file that cannot be read ({short(error)}); download it again") from error
     for number, row in enumerate(rows, 1):

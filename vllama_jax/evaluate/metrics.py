@@ -8,6 +8,7 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.evaluate.choices import chosen_letter, within
 from vllama_jax.evaluate.questions import Question
 from vllama_jax.evaluate.words import fold, normalize
+from vllama_jax.extras import import_extra
 
 CLITIC = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b")
 WORD = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b|[^\W_]+(?:[-.,][^\W_]+)*", re.UNICODE)
@@ -88,12 +89,8 @@ def mean(values: Sequence[float]) -> float:
 
 
 def _libraries() -> tuple[Any, Any, Any]:
-    try:
-        from pycocoevalcap.bleu.bleu import Bleu
-        from pycocoevalcap.cider.cider import Cider
-        from pycocoevalcap.rouge.rouge import Rouge
-    except ImportError as error:
-        raise ConfigError(
-            "captions are scored by pycocoevalcap, which is not installed: pip install 'vllama-jax[eval]'"
-        ) from error
-    return Bleu(4), Cider(), Rouge()
+    bleu, cider, rouge = (
+        import_extra(f"pycocoevalcap.{name}.{name}", "eval", "scoring captions", ConfigError)
+        for name in ("bleu", "cider", "rouge")
+    )
+    return bleu.Bleu(4), cider.Cider(), rouge.Rouge()

@@ -57,7 +57,6 @@ def evaluate(asked: Evaluation, step: Callable[[str], None]) -> dict[str, Any]:
     if asked.limit is not None and asked.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {asked.limit}")
     everything = read_questions(asked.benchmark, asked.annotations)
-    metrics.check_libraries(everything)
     if asked.settings.max_new_tokens is None:
         longest = max(NEW_TOKENS[question.task] for question in everything)
         asked = dataclasses.replace(asked, settings=dataclasses.replace(asked.settings, max_new_tokens=longest))
@@ -66,6 +65,7 @@ def evaluate(asked: Evaluation, step: Callable[[str], None]) -> dict[str, Any]:
     videos = Videos(asked.videos)
     found = {names: videos.find(names) for names in dict.fromkeys(question.names for question in questions)}
     directory = without_missing_branch(open_model(asked.model, asked.base))
+    metrics.check_libraries(everything)
     with _opened(asked.out, _identity(asked, directory, digest(everything))):
         work = _Work(asked, questions, found, directory, step)
         try:

@@ -11,9 +11,11 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from vllama_jax.errors import CheckpointError
 from vllama_jax.files import first_bytes
+from vllama_jax.io.json_fields import LARGEST, shown, whole_number
 from vllama_jax.io.json_files import parse_object
 
 MEDIA_TOKEN = "<ImageHere>"
@@ -174,8 +176,8 @@ class JsonTokenizer(Tokenizer):
 
     def __init__(self, library, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int]):
         added = library.get_added_tokens_decoder()
-        sizes = (library.get_vocab_size(with_added_tokens=True), library.get_vocab_size(with_added_tokens=False))
-        super().__init__(special_tokens, role_ids, max([*sizes, *(token_id + 1 for token_id in added)]))
+        ids = library.get_vocab(with_added_tokens=True).values()
+        super().__init__(special_tokens, role_ids, max([-1, *ids, *added]) + 1)
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = True  # in what is left to the library, special tokens are plain text
@@ -271,10 +273,12 @@ def _load_json(directory: Path) -> JsonTokenizer:
 
     path = directory / "tokenizer.json"
     data = _read_bytes(path)
+    _check_json_ids(parse_object(data, str(path), CheckpointError), path)
     try:
         library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the library raises nothing more precise
-        raise CheckpointError(f"{path} is not a file of the tokenizers library: {error}") from error
+        why = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path} is not a file of the tokenizers library: {why}") from error
     role_ids = _read_config_ids(directory)
     for role, content in _read_declarations(directory).roles.items():
         token_id = library.token_to_id(content)
@@ -301,11 +305,14 @@ class _Declarations:
 
     def declare(self, value: str | dict, flags_of_string: tuple[bool, bool]) -> str:
         """Notes a token's flags and returns its content; a token without flags of its own never overrides one with."""
+        content = value if isinstance(value, str) else value["content"]
+        if not isinstance(content, str) or not content:
+            raise ValueError(f"{shown(content)} is not a token")
         if isinstance(value, str):
             self.flags.setdefault(value, flags_of_string)
-            return value
-        self.flags[value["content"]] = (bool(value.get("lstrip")), bool(value.get("rstrip")))
-        return value["content"]
+        else:
+            self.flags[content] = (bool(value.get("lstrip")), bool(value.get("rstrip")))
+        return content
 
 
 def _read_declarations(directory: Path) -> _Declarations:
@@ -319,16 +326,20 @@ def _read_declarations(directory: Path) -> _Declarations:
     try:
         for role in ROLES:
             mapped = special_map.get(f"{role}_token")
-            value = mapped or config.get(f"{role}_token")
-            if value:
+            mapped = None if mapped == "" else mapped
+            value = config.get(f"{role}_token") if mapped is None else mapped
+            if value is not None and value != "":
                 declared.roles[role] = declared.declare(value, (bool(mapped), bool(mapped)))
         for source in (special_map, config):
             for value in source.get("additional_special_tokens") or []:
                 declared.hidden.add(declared.declare(value, (True, True)))
-        for content, token_id in added_tokens.items():
-            declared.ids[declared.declare(content, (True, True))] = int(token_id)
-        for token_id, value in (config.get("added_tokens_decoder") or {}).items():
-            declared.ids[declared.declare(value, (True, True))] = int(token_id)
+        added = str(directory / DECLARATION_FILES[2])
+        for content in added_tokens:
+            token_id = whole_number(added_tokens, content, added, CheckpointError, low=0)
+            declared.ids[declared.declare(content, (True, True))] = token_id
+        for key, value in (config.get("added_tokens_decoder") or {}).items():
+            token_id = _id_of_key(key, directory / DECLARATION_FILES[0])
+            declared.ids[declared.declare(value, (True, True))] = token_id
             if value.get("special"):
                 declared.hidden.add(value["content"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
@@ -345,9 +356,34 @@ def _read_config_ids(directory: Path) -> dict[str, int]:
         for role in ("bos", "eos", "pad"):
             value = fields.get(f"{role}_token_id")
             first = value[0] if isinstance(value, list) and value else value
-            if isinstance(first, int) and first >= 0:
-                ids[role] = first
+            if first in (None, -1) and first is not True:  # how old configs say that there is none
+                continue
+            named = {f"{role}_token_id": first}
+            ids[role] = whole_number(named, f"{role}_token_id", str(directory / name), CheckpointError, low=0)
     return ids
+
+
+def _id_of_key(key: str, path: Path) -> int:
+    """The token id that a key of added_tokens_decoder is."""
+    if not (key.isascii() and key.isdigit() and len(key) < 9):
+        raise CheckpointError(f"{path}: added_tokens_decoder: {shown(key)} is not a token id")
+    return int(key)
+
+
+def _check_json_ids(fields: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError where an id in a tokenizer.json is none; the library renumbers some."""
+    model, added = fields.get("model"), fields.get("added_tokens") or []
+    if not isinstance(model, Mapping) or not isinstance(added, list):
+        raise CheckpointError(f"{path}: not a tokenizer (no model, or added_tokens is no list)")
+    vocabulary = model.get("vocab")
+    if isinstance(vocabulary, Mapping):
+        wrong = (piece for piece, i in vocabulary.items() if type(i) is not int or not 0 <= i <= LARGEST)
+        for piece in itertools.islice(wrong, 1):
+            whole_number(vocabulary, piece, f"{path}: model.vocab", CheckpointError, low=0)
+    for token in added:
+        if not isinstance(token, Mapping) or not isinstance(token.get("content"), str) or not token["content"]:
+            raise CheckpointError(f"{path}: added_tokens: {shown(token)} is not a token with content")
+        whole_number(token, "id", f"{path}: added_tokens", CheckpointError, low=0)
 
 
 def _require_roles(role_ids: Mapping[str, int], path: Path) -> None:

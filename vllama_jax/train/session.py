@@ -24,7 +24,7 @@ from vllama_jax.data.records import open_records
 from vllama_jax.errors import ConfigError
 from vllama_jax.text.tokenizer import check_vocabulary
 from vllama_jax.text.training import find_caption_template, find_conversation_template
-from vllama_jax.train.config import TrainConfig, arranged, rows_a_place
+from vllama_jax.train.config import LORA, TrainConfig, arranged, rows_a_place
 from vllama_jax.train.optim import make_optimizer
 from vllama_jax.train.state import Skeleton, TrainState, Weights, abstract_state, initial_state, leave_out, matching
 from vllama_jax.train.step import compute_dtype
@@ -91,13 +91,31 @@ def plan(config: TrainConfig, base: str = "") -> Plan:
     kinds = {stream.kind for stream in reader.order.streams if not reader.caches}  # what is read was encoded before
     leave_out(network, config, kinds)
     skeleton = Skeleton(network)
+    _check_lora_patterns(config)
     learns = matching(list(skeleton.variables), config.trainable)
+    _check_lora_learns(config, directory, set(skeleton.variables) - set(learns))
     init = checkpoint.open_model(config.init) if config.init else None
     sources = _sources(config, directory, init, skeleton, learns)
     frozen = {path: variable.shape for path, variable in skeleton.variables.items() if path not in sources}
     checkpoint.check_leaves(directory, frozen)
     optimizer = make_optimizer(config.optim, config.steps)
     return Plan(config, directory, mesh, skeleton, tuple(learns), sources, init, optimizer, reader)
+
+
+def _check_lora_patterns(config: TrainConfig) -> None:
+    if not config.lora.rank and (patterns := [pattern for pattern in config.trainable if "/lora/" in pattern]):
+        raise ConfigError(
+            f"trainable has {patterns[0]!r}, but lora.rank is 0: set lora.rank above 0, or leave the pattern out"
+        )
+
+
+def _check_lora_learns(config: TrainConfig, base: ModelDirectory, frozen: set[str]) -> None:
+    """Raise ConfigError for a low-rank update that neither learns nor comes with the base: it would do nothing."""
+    if idle := sorted(path for path in frozen if "/lora/" in path and path not in base.shapes):
+        raise ConfigError(
+            f"lora.rank is {config.lora.rank}, but trainable has no pattern for {idle[0]}: add {LORA[0]!r} to "
+            "trainable, or set lora.rank to 0"
+        )
 
 
 def make_mesh(config: TrainConfig) -> Mesh:

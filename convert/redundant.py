@@ -1,0 +1,103 @@
+"""Tensors that files hold and a model does not need, because they are computed or come from another file.
+
+Each is compared before it is left out: a file with other values was made for another model.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+
+import ml_dtypes
+import numpy as np
+
+from vllama_jax.config import LlamaConfig, VideoLlamaConfig
+
+from . import imagebind
+from .sources import Source
+
+INV_FREQ = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
+STORED_INV_FREQ = rf"(llama_model\.)?{INV_FREQ}"  # as LLaMA's own files and Video-LLaMA's checkpoints name it
+POSITION_IDS = r".*\.embeddings\.position_ids"
+IMAGEBIND = "audio_encoder."  # before ImageBind's names in a checkpoint of the audio branch
+COMPUTED = ("float64", "float32", "bfloat16", "float16")
+
+Values = Callable[[], list[np.ndarray]]  # those that a tensor may have, when they are needed
+
+
+def reason(name: str) -> str:
+    """Why a tensor that `expected` knows is left out, for the user."""
+    if re.fullmatch(STORED_INV_FREQ, name):
+        return "a buffer: rotary frequencies are computed, and were compared"
+    if re.fullmatch(POSITION_IDS, name):
+        return "a buffer: 0, 1, 2, …, as was checked"
+    if name.startswith(IMAGEBIND):
+        return "a buffer or weight of ImageBind, equal to what --imagebind gives"
+    return "the vision branch, equal to what --vl gives"
+
+
+def expected(cfg: VideoLlamaConfig, pieces: Mapping[str, Source], source: Source) -> dict[str, Values]:
+    """The redundant tensors of a file, each with the values that it must have one of."""
+    from vllama_jax.nn.llama import rope_frequencies
+
+    found: dict[str, Values] = {}
+    in_imagebind = _imagebind_values(cfg, pieces)
+    vision = pieces.get("vl") if pieces.get("al") is source and pieces.get("vl") is not source else None
+    for name, shape in source.shapes.items():
+        if re.fullmatch(STORED_INV_FREQ, name):
+            found[name] = lambda: [rope_frequencies(llama) for llama in _with_and_without_scaling(cfg)]
+        elif re.fullmatch(POSITION_IDS, name):
+            found[name] = lambda shape=shape: [np.arange(math.prod(shape))]
+        elif name.startswith(IMAGEBIND) and (values := in_imagebind.get(name.removeprefix(IMAGEBIND))):
+            found[name] = values
+        elif vision and name in vision and name.startswith(("video_", "llama_proj.")):
+            found[name] = lambda name=name, vision=vision: [vision.read(name)]
+    return found
+
+
+def _with_and_without_scaling(cfg: VideoLlamaConfig) -> Sequence[LlamaConfig]:
+    """transformers 4.31 divides positions by a linear scaling's factor, and stores the frequencies as they were."""
+    linear = cfg.llama.rope_scaling and cfg.llama.rope_scaling.kind == "linear"
+    return [cfg.llama, dataclasses.replace(cfg.llama, rope_scaling=None)] if linear else [cfg.llama]
+
+
+def _imagebind_values(cfg: VideoLlamaConfig, pieces: Mapping[str, Source]) -> dict[str, Values]:
+    """What ImageBind has, by its own names: its file's tensors, or else the buffers that are known."""
+    values: dict[str, Values] = {}
+    for name, value in imagebind.buffers(cfg.imagebind).items() if cfg.imagebind else ():
+        values[name] = lambda value=value: [value]
+    source = pieces.get("imagebind")
+    for name in source.shapes if source else ():
+        values[name] = lambda name=name: [source.read(name)]
+    return values
+
+
+def differing(source: Source, name: str, values: Values) -> bool:
+    """Whether a tensor has none of the values that it must have one of."""
+    if source.dtypes[name] not in (*COMPUTED, "int64", "int32"):
+        return True
+    stored = source.read(name)
+    return not any(same(stored, value) for value in values())
+
+
+def same(stored: np.ndarray, computed: np.ndarray) -> bool:
+    """Equal but for the rounding that the stored values went through, to a unit in the last place.
+
+    That is their own dtype's, or a half one's where all of them have its digits: of a model that was widened again.
+    """
+    stored, computed = stored.ravel(), computed.ravel()
+    if stored.size != computed.size:
+        return False
+    if stored.dtype.kind in "iu":
+        return np.array_equal(stored, computed)
+    halves = [dtype for dtype in (np.dtype("float16"), np.dtype("bfloat16")) if dtype != stored.dtype]
+    with np.errstate(over="ignore"):
+        roundings = [stored.dtype, *(half for half in halves if np.array_equal(stored.astype(half), stored))]
+        return any(_close(stored, computed.astype(rounding), rounding) for rounding in roundings)
+
+
+def _close(stored: np.ndarray, computed: np.ndarray, rounding: np.dtype) -> bool:
+    limits = ml_dtypes.finfo(rounding)
+    relative = max(float(limits.eps), 1e-5)  # powers in float32 differ in their last digits from machine to machine
+    absolute = float(limits.smallest_subnormal)
+    return np.allclose(stored.astype(np.float64), computed.astype(np.float64), rtol=relative, atol=absolute)
