@@ -94,8 +94,8 @@ def test_links_where_a_new_directory_is_made(tiny_files, tiny_model, annotations
     partial, out = tmp_path / ".out.partial", tmp_path / "out"
     arguments = {
         "convert": command(tiny_files, out),
-        "export": ["export", str(tiny_model), "--to", str(out)],
-        "quantize": ["quantize", str(tiny_model), "--to", str(out)],
+        "export": ["export", str(tiny_model), "--out", str(out)],
+        "quantize": ["quantize", str(tiny_model), "--out", str(out)],
         "data build": ["data", "build", "jsonl", "--source", str(annotations), "--out", str(out)],
     }[name]
     before = contents(treasure)
@@ -226,8 +226,8 @@ def test_what_exists_is_said_before_anything_is_read(tmp_path, monkeypatch):
     for arguments in (
         ["convert", "hf://org/name", "--out", out],
         ["convert", absent, "--out", out],
-        ["export", absent, "--to", out],
-        ["quantize", absent, "--to", out],
+        ["export", absent, "--out", out],
+        ["quantize", absent, "--out", out],
         ["data", "build", "jsonl", "--source", absent, "--out", out],
     ):
         assert refused(arguments) == f"vllama: {out}: exists already; remove it or choose another place"

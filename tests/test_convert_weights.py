@@ -281,7 +281,7 @@ def test_a_pickle_of_a_newer_protocol(tiny_files, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["inspect"], ["verify"], ["export", "--to", "OUT"], ["quantize", "--to", "OUT"], ["chat", "CLIP"]]
+    "arguments", [["inspect"], ["verify"], ["export", "--out", "OUT"], ["quantize", "--out", "OUT"], ["chat", "CLIP"]]
 )
 @pytest.mark.parametrize("place", ["llama", "files", "above"])
 def test_pytorch_weights_in_place_of_a_model(tiny_files, clip, tmp_path, arguments, place):
