@@ -121,6 +121,9 @@ def test_rotary_frequencies_are_not_added(tiny_files, base, tmp_path):
     for number, (llama, directory) in enumerate([(old, zeros), (old, kept), (base, zeros)]):
         main(command(tiny_files | {"llama": llama, "delta": directory}, tmp_path / f"model{number}"))
     assert hashes(tmp_path / "model0") == hashes(tmp_path / "model1") == hashes(tmp_path / "model2")
+    other = save_llama(tmp_path / "delta2", base, delta | {name: frequencies * 2})
+    said = one_line(tiny_files | {"llama": old, "delta": other}, tmp_path)
+    assert f"{name} is neither zero nor that of {old}" in said
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

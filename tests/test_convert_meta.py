@@ -154,6 +154,10 @@ DAMAGES = {
         reshard(lambda held: held.update({"output.weight": torch.ones(3, 64).half()})),
         "consolidated.01.pth has other tensors than",
     ),
+    "other replica": (
+        reshard(lambda held: held.update({"norm.weight": held["norm.weight"] + 1})),
+        "consolidated.01.pth and consolidated.00.pth differ in norm.weight; download them again",
+    ),
     "no width": (params(dim=None), f"params.json: dim {COUNT} None"),
     "no layers": (params(n_layers=0), f"params.json: n_layers {COUNT} 0"),
     "heads": (params(n_heads=5), "params.json: a width of 64 cannot have 5 heads"),
