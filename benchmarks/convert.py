@@ -250,7 +250,7 @@ def after(name: Also, model: Path, other: Path) -> None:
         for dtype in ("bfloat16", "float32"):
             report(f"load in {dtype}", run(sys.executable, "-c", LOAD, model, dtype), size_mb(model))
     elif name == "export":
-        report(name, vllama("export", model, "--to", other), size_mb(model))
+        report(name, vllama("export", model, "--out", other), size_mb(model))
         shutil.rmtree(other)
     else:
         report(name, vllama("verify", model), size_mb(model))

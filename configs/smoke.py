@@ -31,7 +31,7 @@ DIRECTIONS = {"left": -1, "right": 1}
 
 def prepare(config: TrainConfig, out: Path) -> TrainConfig:
     """The config with its model and records, which are made in OUT/inputs where they are not there yet."""
-    from vllama_jax.checkpoint import new_directory
+    from vllama_jax.io.atomic import new_directory
 
     inputs = out / "inputs"
     if not inputs.exists():

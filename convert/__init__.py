@@ -11,7 +11,8 @@ import numpy as np
 from vllama_jax import checkpoint
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import CheckpointError, ConfigError
-from vllama_jax.params import ParamsWriter, part_of, write_file
+from vllama_jax.io.atomic import new_directory, write_file
+from vllama_jax.params import ParamsWriter, part_of
 
 from . import stored
 from .directory import Found, search
@@ -130,7 +131,7 @@ def convert(plan: Plan, out: str | Path, *, dtype: str | None = None, progress: 
     dtype: of the weights on disk; each one's own unless given. progress is called with the bytes written since.
     Raises CheckpointError when `out` exists or cannot be written, and when a value is too large for `dtype`.
     """
-    with checkpoint.new_directory(Path(out)) as directory:
+    with new_directory(Path(out)) as directory:
         with ParamsWriter(directory / "params") as params:
             for leaf in plan.all_leaves:
                 target = np.dtype(dtype) if dtype else leaf.dtype

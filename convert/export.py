@@ -12,10 +12,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vllama_jax.checkpoint import ModelDirectory, check_leaves, new_directory
+from vllama_jax.checkpoint import ModelDirectory, check_leaves
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.io.atomic import new_directory, write_file, write_json
 from vllama_jax.io.json_files import read_object
-from vllama_jax.params import check_params, write_file, write_json
+from vllama_jax.params import check_params
 from vllama_jax.rows import Reader, row_reader, stored_dtype
 
 from . import imagebind, llama

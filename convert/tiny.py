@@ -16,9 +16,9 @@ from typing import Literal
 import ml_dtypes
 import numpy as np
 
-from vllama_jax.checkpoint import new_directory
 from vllama_jax.config import VideoLlamaConfig, tiny
 from vllama_jax.errors import VllamaError
+from vllama_jax.io.atomic import new_directory
 
 from . import llama
 from .matching import abstract_shapes, tables

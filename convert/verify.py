@@ -1,17 +1,19 @@
-"""Whether a model directory is as it was written, and what its PyTorch files make, bit by bit."""
+"""Whether a model or run directory is as it was written, and what its PyTorch files make, bit by bit."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from vllama_jax.checkpoint import ModelDirectory, check_leaves, restore_arrays
+from vllama_jax.checkpoint import ModelDirectory, Run, check_leaves, open_trained, restore_arrays
 from vllama_jax.config import VideoLlamaConfig, flat
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import check_params, damaged_params, part_of, read_rows
 from vllama_jax.quantize import unquantized_shapes
+from vllama_jax.run_directory import check_digests, read_digests, run_steps
 
 from . import Leaf, Plan, abstract_shapes
 from .infer import HEADS
@@ -36,17 +38,53 @@ class PartWeights:
 def damage(directory: ModelDirectory, progress: Callable[[int], None]) -> dict[str, str]:
     """What of a model's files is not as it was written, by the path of the weight, and why.
 
-    Of a run, its base, and the checkpoint of what it trained. progress is called with the bytes read since.
+    Of a run, its base model. progress is called with the bytes read since.
     """
+    return damaged_params(directory.path / "params", directory.manifest["leaves"], progress)
+
+
+# The checkpoints of runs
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedCheckpoint:
+    """A checkpoint of a run, compared with its digests.
+
+    Attributes:
+        path: The checkpoint directory.
+        digests: Whether there are digests; an earlier version recorded none, and only the weights are read then.
+        files: How many files have a digest.
+        bytes: Their size.
+        damage: What is wrong; "" for nothing.
+    """
+
+    path: Path
+    digests: bool = False
+    files: int = 0
+    bytes: int = 0
+    damage: str = ""
+
+
+def check_checkpoints(runs: Iterable[Run], progress: Callable[[int], None]) -> list[CheckedCheckpoint]:
+    """Check all checkpoints of runs. progress is called with the bytes read since."""
+    return [_check_checkpoint(run, run.path / f"step_{step}", progress) for run in runs for step in run_steps(run.path)]
+
+
+def _check_checkpoint(run: Run, path: Path, progress: Callable[[int], None]) -> CheckedCheckpoint:
     import jax
 
-    found = damaged_params(directory.path / "params", directory.manifest["leaves"], progress)
-    for trained in directory.trained:
-        wanted = {path: jax.ShapeDtypeStruct(shape, trained.dtypes[path]) for path, shape in trained.leaves.items()}
-        try:
-            restore_arrays(trained.path, wanted)
-        except CheckpointError as error:
-            found[str(trained.path)] = str(error)
+    found = CheckedCheckpoint(path)
+    try:
+        digests = read_digests(path)
+        if digests is not None:
+            found = CheckedCheckpoint(path, True, len(digests.files), digests.bytes)
+            check_digests(path, digests, progress=progress)
+        else:
+            trained = open_trained(path / "weights", run.lora)
+            shapes = trained.leaves.items()
+            restore_arrays(trained.path, {name: jax.ShapeDtypeStruct(s, trained.dtypes[name]) for name, s in shapes})
+    except CheckpointError as error:
+        return dataclasses.replace(found, damage=str(error))
     return found
 
 

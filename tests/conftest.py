@@ -4,8 +4,11 @@ The tests see 8 CPU devices, so that what is split over a mesh can be tried on a
 few optimisations, which takes a quarter off the tests' time; `.ci/run` runs the README's commands with all of them.
 """
 
+import fcntl
 import json
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -31,11 +34,35 @@ def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
     """One folder of compiled programs for all workers of a session and the commands that they start: many tests need
     the same one, and none writes into the user's.
     """
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    folder = session_folder(tmp_path_factory)
     os.environ["VLLAMA_CACHE"] = str(folder)
     jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+
+
+def session_folder(factory: pytest.TempPathFactory) -> Path:
+    """The temporary folder of the session, the same for all of its workers."""
+    folder = factory.getbasetemp()
+    return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+
+
+@pytest.fixture(scope="session")
+def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
+    """Builds a folder that all workers of the session share: the first that needs it builds, the others wait."""
+
+    def built(name: str, build: Callable[[Path], object]) -> Path:
+        folder = session_folder(tmp_path_factory) / name
+        done = folder.with_suffix(".done")
+        with folder.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                build(folder)
+                done.touch()
+        return folder
+
+    return built
 
 
 GOLDEN_HEADS = {part: {"num_heads": 4} for part in ("vit", "image_qformer", "video_qformer", "audio_qformer")}
@@ -81,61 +108,73 @@ def golden_files(golden: Path) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def golden_model(golden_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory of all of golden's pieces."""
-    return _converted(golden_files, GOLDEN_HEADS, tmp_path_factory.mktemp("golden") / "model")
+def golden_model(golden_files: dict[str, Path], build_once) -> Path:
+    """A model directory of all of golden's pieces. Not to be written to."""
+    return build_once("golden", lambda folder: _converted(golden_files, GOLDEN_HEADS, folder / "model")) / "model"
 
 
 @pytest.fixture(scope="session")
-def tiny_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def tiny_files(build_once) -> dict[str, Path]:
     """Tiny random weights of a whole model as safetensors: paths by kind, and "config" with the head counts."""
-    return write_tiny(tmp_path_factory.mktemp("tiny") / "files")
+
+    def write(folder: Path) -> None:
+        paths = write_tiny(folder / "files")
+        (folder / "paths.json").write_text(json.dumps({kind: str(path) for kind, path in paths.items()}))
+
+    paths = json.loads((build_once("tiny", write) / "paths.json").read_text())
+    return {kind: Path(path) for kind, path in paths.items()}
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tiny_files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model(tiny_files: dict[str, Path], build_once) -> Path:
     """A model directory of the tiny weights. Not to be written to."""
     config = json.loads(tiny_files["config"].read_text())
-    return _converted(tiny_files, config, tmp_path_factory.mktemp("tiny") / "model")
+    return build_once("tiny_model", lambda folder: _converted(tiny_files, config, folder / "model")) / "model"
 
 
 @pytest.fixture(scope="session")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clip(build_once) -> Path:
     """Three seconds of a video with sound (mp4, H.264 and AAC)."""
-    path = tmp_path_factory.mktemp("media") / "clip.mp4"
-    return media_fixtures.write_video(path, num_frames=75, sound=media_fixtures.tone(3, 16000))
+
+    def write(folder: Path) -> None:
+        media_fixtures.write_video(folder / "clip.mp4", num_frames=75, sound=media_fixtures.tone(3, 16000))
+
+    return build_once("media", write) / "clip.mp4"
 
 
 @pytest.fixture(scope="session")
-def records(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def records(build_once) -> Path:
     """Four videos and two pictures, with turns. Not to be written to."""
-    return train_fixtures.write_records(train_fixtures.write_files(tmp_path_factory.mktemp("seen") / "clips"))
+    return _records(build_once, "seen")
 
 
 @pytest.fixture(scope="session")
-def real_records(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same, and the shared clips where they are."""
+def real_records(build_once) -> Path:
+    """The same, and the shared clips where they are. Not to be written to."""
     found = find_shared()
-    files = train_fixtures.write_files(tmp_path_factory.mktemp("real") / "clips", found and found / "media")
-    return train_fixtures.write_records(files)
+    return _records(build_once, "real", media=found and found / "media")
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def pictures(build_once) -> Path:
     """The two pictures alone: a run of them compiles one step, where pictures and videos take two."""
-    return train_fixtures.write_records(
-        train_fixtures.write_files(tmp_path_factory.mktemp("pictures") / "files", videos=0)
-    )
+    return _records(build_once, "pictures", videos=0)
 
 
 @pytest.fixture(scope="session")
-def stage1(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pictures: Path) -> Path:
+def stage1(build_once, tiny_model: Path, pictures: Path) -> Path:
     """A finished run of eight steps on 8 devices. Not to be written to."""
     from vllama_jax.train.loop import train
 
-    run = tmp_path_factory.mktemp("stage1") / "run"
-    train(train_fixtures.short_config(tiny_model, pictures), run, train_fixtures.Quiet())
-    return run
+    config = train_fixtures.short_config(tiny_model, pictures)
+    return build_once("stage1", lambda folder: train(config, folder / "run", train_fixtures.Quiet())) / "run"
+
+
+def _records(build_once, name: str, **options) -> Path:
+    def write(folder: Path) -> None:
+        train_fixtures.write_records(train_fixtures.write_files(folder / "files", **options))
+
+    return build_once(name, write) / "records"
 
 
 def _converted(paths: dict[str, Path], config: dict, out: Path) -> Path:

@@ -1,10 +1,17 @@
-"""Sources made up in a folder. `build` does not decode media, so that any bytes do where nothing else reads them."""
+"""Sources made up in a folder. `build` looks at the first bytes of media only, so that few do where nothing decodes."""
 
 import json
 from pathlib import Path
 
 from vllama_jax.data.build import build
 from vllama_jax.data.records import Annotation, open_records
+
+MATROSKA = b"\x1aE\xdf\xa3"
+
+
+def media(content: bytes) -> bytes:
+    """Bytes that begin as a media file does."""
+    return MATROSKA + content
 
 
 def lay(folder: Path, contents: dict[str, object]) -> Path:

@@ -136,6 +136,13 @@ def test_boxes_are_uniform_in_area_and_in_the_logarithm_of_the_ratio():
     assert (left / (1000 - width + 1)).mean() == pytest.approx(0.5, abs=0.02)
 
 
+def test_a_ratio_is_width_over_height():
+    """Of ratios around one, a box of the inverse ratio looks the same."""
+    boxes = np.array([random_box(np.random.default_rng(seed), 100, 300, (0.1, 0.2), (2, 3)) for seed in range(50)])
+    assert (np.round(boxes[:, 3] / boxes[:, 2], 1) >= 2).all()
+    assert (np.round(boxes[:, 3] / boxes[:, 2], 1) <= 3).all()
+
+
 def test_boxes_are_drawn_by_the_generator_alone():
     first, second = ([random_box(np.random.default_rng(seed), 60, 90, SCALE, RATIO) for seed in range(9)] for _ in "ab")
     assert first == second

@@ -1,5 +1,6 @@
 """Conversations: what is read, what is remembered, what is reported."""
 
+import concurrent.futures
 import dataclasses
 import json
 
@@ -9,10 +10,12 @@ import pytest
 from PIL import Image
 
 import vllama_jax as vl
+from vllama_jax import generate
 from vllama_jax.chat import fit_to_model, prepare
 from vllama_jax.convert import convert, plan
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.text import prompts
+from vllama_jax.text.prompts import TEMPLATES
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,49 @@ def test_an_answer_that_is_not_read_is_forgotten(model, clip):
     fresh = vl.Chat(model)
     fresh.add(clip)
     assert list(fresh.ask("What is there?", max_new_tokens=30)) == again
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "kept"),
+    [
+        ("vicuna", "eos", True),
+        ("vicuna", "stop", False),
+        ("vicuna", "limit", False),
+        ("plain", "eos", True),
+        ("plain", "stop", False),
+        ("llama_2", "eos", False),  # the template's own, after a space
+    ],
+)
+def test_an_eos_that_ended_an_answer_is_in_the_next_prompt(model, monkeypatch, template, end, kept):
+    tokenizer = model.tokenizer
+    said = tokenizer.encode("a dog", special=False)
+    ends = {
+        "eos": [tokenizer.eos_id],
+        "stop": list(prompts.stop_sequences(tokenizer, TEMPLATES[template])[0]),
+        "limit": [],
+    }
+    given = []
+
+    def answers(llama, asked, *_, **__):
+        given.extend(asked)
+        yield [said]
+        yield [ends[end]]
+
+    monkeypatch.setattr(generate, "generate", answers)
+    chat = vl.Chat(model, template=template)
+    assert "".join(chat.ask("What?")) == "a dog"
+    assert (chat.last.answer, chat.last.tokens) == ("a dog", said + ends[end])
+    list(chat.ask("And?"))
+    first, second = (prompt.ids.tolist() for prompt in given)
+    conversation = prompts.start_conversation(template, model.config.has_audio).ask("What?").answer("a dog")
+    without = prompts.encode(conversation.ask("And?"), tokenizer, []).ids.tolist()
+    assert first.count(tokenizer.eos_id) == 0
+    assert second.count(tokenizer.eos_id) == without.count(tokenizer.eos_id) + kept
+    if not kept:
+        assert second == without
+    else:
+        answered = prompts.encode(conversation, tokenizer, []).ids.tolist()
+        assert second[: len(answered) + 1] == [*answered, tokenizer.eos_id]
 
 
 def test_sound_changes_the_answer_and_can_be_left_out(model, clip):
@@ -175,3 +221,48 @@ def test_a_conversation_that_is_too_long(model, picture):
 def test_reports_are_plain_data(model, clip):
     report = vl.Chat(model).add(clip)
     assert json.loads(json.dumps(dataclasses.asdict(report)))["seconds"] == pytest.approx(3.0)
+
+
+def test_chats_in_threads_are_those_of_one_thread(model, picture):
+    """Each with a Chat of its own, on one model."""
+
+    def talk(number: int) -> tuple[str, str]:
+        chat = vl.Chat(model)
+        if number % 2:
+            chat.add(picture)
+        return tuple("".join(chat.ask(f"What is {number}? {turn}", max_new_tokens=6)) for turn in ("Say.", "Sure?"))
+
+    alone = [talk(number) for number in range(30)]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(talk, range(30))) == alone
+    assert len(set(alone)) > 20, "all alike, so that nothing is compared"
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda chat, picture: list(chat.ask("And you?", max_new_tokens=4)),
+        lambda chat, picture: chat.add(picture),
+        lambda chat, picture: chat.reset(),
+    ],
+    ids=["ask", "add", "reset"],
+)
+def test_a_chat_that_two_threads_use_at_once_is_an_error(model, picture, use):
+    chat = vl.Chat(model)
+    answer = chat.ask("What is there?", max_new_tokens=12)
+    first = next(answer)
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        with pytest.raises(vl.VllamaError, match="another thread is using this Chat; give each thread a Chat of its"):
+            pool.submit(use, chat, picture).result()
+        whole = first + "".join(answer)
+        assert chat.last.answer == whole, "the turn that was under way is kept"
+        pool.submit(use, chat, picture).result()  # one after the other they may
+
+
+def test_two_questions_about_the_same_turn_lose_none(model):
+    chat = vl.Chat(model)
+    one, other = (chat.ask(question, max_new_tokens=4) for question in ("What is there?", "And then?"))
+    list(one)
+    with pytest.raises(vl.VllamaError, match="the conversation has changed since this question"):
+        list(other)
+    assert [turn.question for turn in chat._conversation.turns] == ["What is there?"]

@@ -24,6 +24,7 @@ from written_runs import shipped, write_run
 import vllama_jax as vl
 from vllama_jax import checkpoint, convert, params, sharding
 from vllama_jax.config import NO_LORA
+from vllama_jax.io.atomic import new_directory
 from vllama_jax.params import ParamsWriter, chunk_shape
 
 MIB = 2**20
@@ -353,7 +354,7 @@ def test_commands_that_only_read_start_no_accelerator(runs, tmp_path):
 
 
 def test_new_directory_appears_when_it_is_whole(tmp_path):
-    with checkpoint.new_directory(tmp_path / "out") as directory:
+    with new_directory(tmp_path / "out") as directory:
         (directory / "file").write_text("text")
         assert not (tmp_path / "out").exists()
     assert [path.name for path in tmp_path.rglob("*")] == ["out", "file"]
@@ -365,20 +366,20 @@ def test_new_directory_leaves_nothing_when_it_fails(tmp_path, error):
         (directory / "file").write_text("text")
         raise error
 
-    with pytest.raises(error), checkpoint.new_directory(tmp_path / "out") as directory:
+    with pytest.raises(error), new_directory(tmp_path / "out") as directory:
         fail(directory)
     assert not list(tmp_path.iterdir())
 
 
 def test_new_directory_keeps_what_exists(tmp_path):
-    with pytest.raises(vl.CheckpointError, match="exists already"), checkpoint.new_directory(tmp_path):
+    with pytest.raises(vl.CheckpointError, match="exists already"), new_directory(tmp_path):
         pytest.fail("not to be reached")
 
 
 def test_new_directory_clears_what_a_killed_run_left(tmp_path):
     (tmp_path / ".out.partial" / "params").mkdir(parents=True)
     (tmp_path / ".out.partial" / "config.json").write_text("old")
-    with checkpoint.new_directory(tmp_path / "out") as directory:
+    with new_directory(tmp_path / "out") as directory:
         assert not list(directory.iterdir())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -387,7 +388,7 @@ def test_new_directory_is_made_by_one_process_at_a_time(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     handle = os.open(tmp_path / ".out.partial", os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)  # as another process would hold it
-    with pytest.raises(vl.CheckpointError, match="another process"), checkpoint.new_directory(tmp_path / "out"):
+    with pytest.raises(vl.CheckpointError, match="another process"), new_directory(tmp_path / "out"):
         pytest.fail("not to be reached")
     os.close(handle)
     assert (tmp_path / ".out.partial").exists()
@@ -399,6 +400,6 @@ def test_failed_write_is_an_error_of_the_directory(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     message = re.escape("out: cannot be written (No space left on device); nothing was left there")
-    with pytest.raises(vl.CheckpointError, match=message), checkpoint.new_directory(tmp_path / "out") as directory:
+    with pytest.raises(vl.CheckpointError, match=message), new_directory(tmp_path / "out") as directory:
         written(directory, "float32")
     assert not list(tmp_path.iterdir())

@@ -162,8 +162,6 @@ def test_unusable_media(tiny_model, capsys, tmp_path, clip, unloaded):
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--num-beams", 2, "--temperature", 1], "beam search does not sample"),
-        (["--num-frames", 0], "0 frames were asked for; ask for at least 1"),
         (["--num-frames", 40], "--num-frames 40, but the model has learned 32 positions; ask for fewer, or"),
         (["--system", "Be brief.", "--template", "plain"], "'plain' has no place for a system text"),
     ],

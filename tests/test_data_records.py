@@ -11,14 +11,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import fsspec
 import pytest
 import tensorflow_datasets as tfds
-from data_fixtures import built, lay, lines
+from data_fixtures import built, lay, lines, media
 
 from vllama_jax.data import datasets
 from vllama_jax.data.ahead import in_order
@@ -30,7 +30,7 @@ COUNT = 40
 
 
 def content(number: int) -> bytes:
-    return bytes([number]) * (1000 + number)
+    return media(bytes([number]) * (996 + number))
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,10 @@ def numbers_of(records: Records) -> list[int]:
     found = []
     for place in range(len(records)):
         data, annotation = records.media(place), records.annotation(place)
-        assert data == content(data[0])
+        assert data == content(data[-1])
         assert annotation.turns == (("", f"it is {annotation.id}"),)
-        assert annotation.id.split(".")[0] == str(data[0])
-        found.append(data[0])
+        assert annotation.id.split(".")[0] == str(data[-1])
+        found.append(data[-1])
     return found
 
 
@@ -82,7 +82,7 @@ def test_the_digest_is_of_the_content(source, out, tmp_path):
     build("jsonl", source, tmp_path / "again")  # in other files
     assert open_records(tmp_path / "again").digest == open_records(out).digest
     other = shutil.copytree(source, tmp_path / "other")
-    (other / "3.jpg").write_bytes(b"\x03")
+    (other / "3.jpg").write_bytes(media(b"\x03"))
     build("jsonl", other, tmp_path / "changed")
     assert open_records(tmp_path / "changed").digest != open_records(out).digest
 
@@ -105,7 +105,7 @@ def test_threads_read_together(out):
 def test_records_built_anew_in_one_place_are_read_anew(source, tmp_path):
     text = {"video": "0.mp4", "caption": "old"}
     for caption in ("old", "new"):
-        table = lay(tmp_path / "source", {"a.jsonl": lines({**text, "caption": caption}), "0.mp4": b"0"})
+        table = lay(tmp_path / "source", {"a.jsonl": lines({**text, "caption": caption}), "0.mp4": media(b"0")})
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
         (annotation,), _ = built("jsonl", table, tmp_path / "out")
         assert annotation.turns == (("", caption),)
@@ -175,6 +175,7 @@ def bucket(out, tmp_path, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
     files.put(str(out), "/bucket/records", recursive=True)
     yield files
     files.store.clear()
+    files.pseudo_dirs[:] = [""]
 
 
 def test_a_url_is_copied_here_once(bucket, monkeypatch):
@@ -257,6 +258,7 @@ def test_media_are_not_held_in_memory(tmp_path):
     """Nor is TensorFlow needed for it, as it is for TFDS's own ways to keep an order."""
     megabytes, copies = 4, 30
     with (tmp_path / "big.mp4").open("wb") as file:
+        file.write(media(b""))
         file.truncate(megabytes * 2**20)
     (tmp_path / "a.jsonl").write_text(lines(*[{"video": "big.mp4", "caption": "a dog"}] * copies))
     code = (
@@ -303,3 +305,143 @@ def test_importing_records_imports_neither_jax_nor_tfds():
     environment = {**os.environ}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
     assert done.stdout.strip() == "set()"
+
+
+SEQUENCE = "tensorflow_datasets.core.features.sequence_feature.Sequence"
+CLASS = '"pythonClassName": "{}"'
+
+
+def rewrite(path: Path, change: Callable[[str], str]) -> None:
+    """Change a file of a records directory, and its size in manifest.json as someone who plants code would."""
+    path.write_text(change(path.read_text()))
+    top = path.parent.parent / "manifest.json"
+    manifest = json.loads(top.read_text())
+    manifest["files"][f"{path.parent.name}/{path.name}"] = path.stat().st_size
+    top.write_text(json.dumps(manifest))
+
+
+def with_field(name: str, value: object) -> Callable[[str], str]:
+    return lambda text: json.dumps({**json.loads(text), name: value})
+
+
+@pytest.fixture
+def evil(tmp_path, monkeypatch) -> Path:
+    """Modules named `evilmod` and `this` on the path, which write a file when they are imported."""
+    witness = tmp_path / "imported"
+    for name in ("evilmod", "this"):
+        (tmp_path / "modules" / name).mkdir(parents=True)
+        (tmp_path / "modules" / name / "__init__.py").write_text(f"open({str(witness)!r}, 'w')")
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path / "modules")
+    return witness
+
+
+@pytest.mark.parametrize("part", ["texts", "media"])
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        (
+            "features.json",
+            lambda text: text.replace("tensorflow_datasets.core.features.text_feature.Text", "this.X"),
+            r"features\.json: names 'this\.X', which is no feature of these records; build the records again",
+        ),
+        (
+            "features.json",
+            lambda text: text.replace("tensorflow_datasets.core.features.features_dict", "evilmod"),
+            r"features\.json: names 'evilmod\.FeaturesDict'",
+        ),
+        ("features.json", lambda text: text.replace("text_feature", "evilmod"), r"features\.evilmod\.Text'"),
+        ("features.json", lambda text: json.dumps({"type": "evilmod.X", "content": {}}), r"names 'evilmod\.X'"),
+        (
+            "features.json",
+            lambda text: text.replace('"id": {', '"more": {"pythonClassName": "evilmod.X", "text": {}}, "id": {'),
+            r"names 'evilmod\.X'",
+        ),
+        (
+            "features.json",
+            lambda text: text.replace('"id": {', '"more": {' + CLASS.format(SEQUENCE) + '}, "id": {'),
+            r"features\.json: (its features are not those|names)",
+        ),
+        ("features.json", lambda text: text.replace('"id"', '"name"'), "its features are not those of these records"),
+        ("features.json", lambda text: "{}", "its features are not those of these records"),
+        ("features.json", lambda text: '["evilmod.X"]', "must hold a JSON object, not list"),
+        ("features.json", lambda text: "[" * 100_000, "nested too deeply"),
+        ("dataset_info.json", with_field("moduleName", "evilmod"), "its moduleName is not that of these records"),
+        ("dataset_info.json", with_field("moduleName", "vllama_jaxx.evil"), "its moduleName is not"),
+        ("dataset_info.json", with_field("name", "../texts"), "its name is not that"),
+        ("dataset_info.json", with_field("fileFormat", "tfrecord"), "its fileFormat is not that"),
+        ("dataset_info.json", with_field("splits", []), "its splits is not that"),
+        ("dataset_info.json", with_field("splits", [{"name": "test", "shardLengths": ["40"]}]), "its splits is not"),
+        ("dataset_info.json", with_field("splits", [{"name": "train"}]), "its shardLengths are not numbers of records"),
+        (
+            "dataset_info.json",
+            with_field("splits", [{"name": "train", "shardLengths": ["-1", "41"]}]),
+            "its shardLengths are not numbers of records",
+        ),
+        (
+            "dataset_info.json",
+            with_field("splits", [{"name": "train", "shardLengths": ["20", "20", "0"]}]),
+            r"-train\.array_record-00000-of-00003: not one of the files that manifest\.json lists",
+        ),
+        (
+            "dataset_info.json",
+            with_field(
+                "splits", [{"name": "train", "shardLengths": ["40"], "filepathTemplate": "/etc/{DATASET}{SPLIT}"}]
+            ),
+            "its filepathTemplate is not that",
+        ),
+    ],
+)
+def test_nothing_that_a_records_directory_names_is_imported(out, evil, part, file, change, message):
+    rewrite(out / part / file, change)
+    with pytest.raises(DataError, match=message) as caught:
+        open_records(out)
+    assert "\n" not in str(caught.value)
+    assert not evil.exists()
+    assert "evilmod" not in sys.modules
+
+
+def test_other_fields_of_dataset_info_do_nothing(out, evil):
+    """As an older or newer TFDS may write some; and `redirect`s or locations are not followed."""
+    info = out / "texts" / "dataset_info.json"
+    for field in ("location", "downloadSize", "configName", "isBlocked", "dataSourceAccesses", "redirectURL"):
+        rewrite(info, with_field(field, "evilmod"))
+    assert numbers_of(open_records(out)) == [*range(0, COUNT, 2), *range(1, COUNT, 2)]
+    assert not evil.exists()
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "texts/../../secret", "texts/a/b", "texts/..", ""])
+def test_a_manifest_that_names_files_elsewhere(out, name):
+    (out.parent / "secret").write_text("x")
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(json.dumps({**manifest, "files": {**manifest["files"], name: 1}}))
+    with pytest.raises(DataError, match=r"manifest\.json: incomplete \(.* is no file of it\); build the records again"):
+        open_records(out)
+
+
+def test_a_skipped_file_that_is_damaged(out):
+    (out / "skipped.jsonl").write_text('{"id": "a", "why": "b"}\n{"id": 1e999}\n')
+    skipped = open_records(out).skipped()
+    assert next(skipped) == {"id": "a", "place": "", "why": "b"}, "as versions without places wrote it"
+    with pytest.raises(DataError, match=r"skipped\.jsonl, line 2: not JSON"):
+        next(skipped)
+
+
+def test_a_url_whose_files_would_be_written_elsewhere(bucket, tmp_path):
+    key = "/bucket/records/texts/../../../escaped"
+    bucket.store[key] = bucket.store["/bucket/records/manifest.json"]
+    with pytest.raises(DataError, match=r"holds a file named 'texts/\.\./\.\./\.\./escaped', which would be written"):
+        open_records("memory://bucket/records")
+    assert not list(tmp_path.rglob("escaped"))
+
+
+def test_a_url_with_planted_class_names(bucket, evil):
+    features = json.loads(bucket.cat_file("/bucket/records/texts/features.json"))
+    data = json.dumps({**features, "pythonClassName": "evilmod.X"}).encode()
+    bucket.pipe_file("/bucket/records/texts/features.json", data)
+    manifest = json.loads(bucket.cat_file("/bucket/records/manifest.json"))
+    manifest["files"]["texts/features.json"] = len(data)
+    bucket.pipe_file("/bucket/records/manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(DataError, match=r"names 'evilmod\.X'"):
+        open_records("memory://bucket/records")
+    assert not evil.exists()

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from data_fixtures import built, lay, lines
+from data_fixtures import built, lay, lines, media
 
 from vllama_jax.data.build import build
 from vllama_jax.data.records import Annotation
@@ -18,7 +18,7 @@ def messages(*said: tuple[str, str]) -> list[dict[str, str]]:
 
 def test_webvid(tmp_path):
     table = 'videoid,page_dir,name\n7,a_b,"A dog, running"\n8,a_b,Gone\n'
-    source = lay(tmp_path / "source", {"annotations/0.csv": table, "videos/a_b/7.mp4": b"7"})
+    source = lay(tmp_path / "source", {"annotations/0.csv": table, "videos/a_b/7.mp4": media(b"7")})
     annotations, skipped = built("webvid", source, tmp_path / "out")
     assert annotations == [Annotation("a_b/7.mp4", "video", (("", "A dog, running"),))]
     assert list(skipped) == ["a_b/8.mp4"]
@@ -29,7 +29,7 @@ def test_webvid_as_the_originals_readme_lays_it_out(tmp_path):
         "filter_annotation/0.tsv": 'videoid\tname\tpage_dir\n1\tA dog, "Rex" \t0_50\n',
         "filter_annotation/1.csv": "\ufeffvideoid,duration,page_dir,name\n2,PT8S,0_50,Ä cat\n3,PT8S,0_50\n",
     }
-    source = lay(tmp_path / "source", {**tables, "videos/0_50/1.mp4": b"1", "videos/0_50/2.mp4": b"2"})
+    source = lay(tmp_path / "source", {**tables, "videos/0_50/1.mp4": media(b"1"), "videos/0_50/2.mp4": media(b"2")})
     annotations, skipped = built("webvid", source, tmp_path / "out")
     assert [(one.id, one.turns) for one in annotations] == [
         ("0_50/1.mp4", (("", 'A dog, "Rex"'),)),
@@ -41,7 +41,7 @@ def test_webvid_as_the_originals_readme_lays_it_out(tmp_path):
 @pytest.mark.parametrize("name", ["llava_cc3m", "minigpt4"])
 def test_captions_of_pictures(tmp_path, name):
     annotations = {"annotations": [{"image_id": "12", "caption": "A wall."}]}
-    source = lay(tmp_path / "source", {"filter_cap.json": annotations, "image/12.jpg": b"12"})
+    source = lay(tmp_path / "source", {"filter_cap.json": annotations, "image/12.jpg": media(b"12")})
     assert built(name, source, tmp_path / "out")[0] == [Annotation("12.jpg", "image", (("", "A wall."),))]
 
 
@@ -53,7 +53,7 @@ def test_captions_of_pictures(tmp_path, name):
     ],
 )
 def test_cc3m_as_llava_publishes_it(tmp_path, table, entry):
-    source = lay(tmp_path / "source", {table: [entry, 7], "images/1.jpg": b"1"})
+    source = lay(tmp_path / "source", {table: [entry, 7], "images/1.jpg": media(b"1")})
     annotations, skipped = built("llava_cc3m", source, tmp_path / "out")
     assert annotations == [Annotation("1.jpg", "image", (("", "a wall "),))]
     assert skipped == {"annotation 2": "it names no image file"}
@@ -62,7 +62,7 @@ def test_cc3m_as_llava_publishes_it(tmp_path, table, entry):
 def test_llava_instruct(tmp_path):
     said = [("human", "What is it?\n<image>"), ("gpt", "A wall."), ("human", "Old?"), ("gpt", "Yes.")]
     entries = [{"image": "1.jpg", "conversations": messages(*said[start:])} for start in (0, 2)]
-    files = {"llava_instruct_150k.json": entries, "train2014/COCO_train2014_1.jpg": b"1"}
+    files = {"llava_instruct_150k.json": entries, "train2014/COCO_train2014_1.jpg": media(b"1")}
     (first, second), _ = built("llava_instruct", lay(tmp_path / "source", files), tmp_path / "out")
     assert first.turns == (("What is it?\n", "A wall."), ("Old?", "Yes."))
     assert first.media_at == len("What is it?\n")
@@ -74,14 +74,14 @@ def test_a_name_with_cocos_prefix_keeps_it(tmp_path):
         "image": "COCO_train2014_1.jpg",
         "conversations": messages(("human", "<image>\nWhat?"), ("gpt", "A wall.")),
     }
-    files = {"llava_instruct_150k.json": [entry], "train2014/COCO_train2014_1.jpg": b"1"}
+    files = {"llava_instruct_150k.json": [entry], "train2014/COCO_train2014_1.jpg": media(b"1")}
     annotations, _ = built("llava_instruct", lay(tmp_path / "source", files), tmp_path / "out")
     assert annotations == [Annotation("COCO_train2014_1.jpg", "image", (("\nWhat?", "A wall."),))]
 
 
 def test_videochat(tmp_path):
     entry = {"video": "1.mp4", "QA": [{"i": "Describe.", "q": "What?", "a": "A dog."}, {"q": "Where?", "a": "Here."}]}
-    files = {"videochat_instruct_11k.json": [entry], "videos/1.mp4": b"1"}
+    files = {"videochat_instruct_11k.json": [entry], "videos/1.mp4": media(b"1")}
     (found,), _ = built("videochat", lay(tmp_path / "source", files), tmp_path / "out")
     assert found == Annotation("1.mp4", "video", (("What?", "A dog."), ("Where?", "Here.")))
 
@@ -94,8 +94,11 @@ def test_videochat(tmp_path):
         ("Red?", "image", (" Red?", 0)),
         ("", "image", ("", 0)),
         ("<video>\nWhat?", "video", ("What?", 0)),
-        ("What?\n<image>", "video", ("What?", 0)),
-        ("Look at <video> now", "video", ("Look at now", 0)),
+        ("What?\n<image>", "video", ("What?\n", 6)),
+        ("Look at <video> now", "video", ("Look at now", 8)),
+        ("<video>  What?", "video", (" What?", 0)),
+        ("Hear <audio>\nLoud?", "audio", ("Hear Loud?", 5)),
+        ("Is <|video_pad|> text?", "video", ("Is <|video_pad|> text?", 0)),
         ("<audio>Loud?", "audio", ("Loud?", 0)),
     ],
 )
@@ -149,32 +152,33 @@ def test_more_places_for_media_than_one():
 
 
 def test_ones_own_lines(tmp_path):
-    elsewhere = lay(tmp_path / "elsewhere", {"5.wav": b"5"}) / "5.wav"
+    absolute = tmp_path / "source" / "deep" / "5.wav"
     entries = [
         {"video": "1.mp4", "caption": "line\u2028break"},
         {"image": "2.jpg", "text": "a wall", "license": "CC0"},
         {
-            "sound": str(elsewhere),
+            "sound": str(absolute),
             "messages": [{"role": "user", "content": "Hm?"}, {"role": "assistant", "content": "A."}],
         },
         {"video": "1.mp4", "QA": [{"question": "Who?", "answer": "Rex."}]},
         {"video": "1.mp4", "caption": None},
     ]
     text = "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
-    files = {"annotations.jsonl": text, "other.jsonl": "", "1.mp4": b"1", "2.jpg": b"2"}
+    files = {"annotations.jsonl": text, "other.jsonl": "", "1.mp4": media(b"1"), "2.jpg": media(b"2")}
+    files["deep/5.wav"] = media(b"5")
     annotations, skipped = built("jsonl", lay(tmp_path / "source", files), tmp_path / "out")
     assert [(one.id, one.kind, one.turns) for one in annotations] == [
         ("1.mp4", "video", (("", "line\u2028break"),)),
         ("1.mp4", "video", (("Who?", "Rex."),)),
         ("2.jpg", "image", (("", "a wall"),)),
-        (str(elsewhere), "audio", (("Hm?", "A."),)),
+        (str(absolute), "audio", (("Hm?", "A."),)),
     ]
     assert skipped == {"1.mp4": "it has no caption"}
 
 
 def test_files_that_cannot_be_used_are_skipped(tmp_path):
     names = ("good.mp4", "gone.mp4", "empty.mp4", "pointer.mp4")
-    files = {"good.mp4": b"1", "empty.mp4": b"", "pointer.mp4": "version https://git-lfs.github.com/spec/v1\n"}
+    files = {"good.mp4": media(b"1"), "empty.mp4": b"", "pointer.mp4": "version https://git-lfs.github.com/spec/v1\n"}
     text = lines(*({"video": name, "caption": "a dog"} for name in names))
     annotations, skipped = built("jsonl", lay(tmp_path / "source", {"a.jsonl": text, **files}), tmp_path / "out")
     assert [one.id for one in annotations] == ["good.mp4"]
@@ -187,7 +191,9 @@ def test_half_an_emoji_is_skipped(tmp_path):
     """JSON may hold it, UTF-8 and so TFDS may not."""
     entries = [{"image": "1.jpg", "caption": text} for text in ("a wall", "so \ud83d")]
     text = lines(*entries, {"image": "\udc80.jpg", "caption": "a dog"})
-    annotations, skipped = built("jsonl", lay(tmp_path / "source", {"a.jsonl": text, "1.jpg": b"1"}), tmp_path / "out")
+    annotations, skipped = built(
+        "jsonl", lay(tmp_path / "source", {"a.jsonl": text, "1.jpg": media(b"1")}), tmp_path / "out"
+    )
     assert [one.turns for one in annotations] == [(("", "a wall"),)]
     assert skipped == {
         "1.jpg": "a text's character 4 is '\\ud83d', which is none",
@@ -208,16 +214,23 @@ def test_half_an_emoji_is_skipped(tmp_path):
         ("minigpt4", {"filter_cap.json": "{"}, r"filter_cap\.json: not JSON"),
         ("minigpt4", {"filter_cap.json": {"annotations": {}}}, r"filter_cap\.json: not a list of annotations"),
         ("videochat", {"videochat_instruct_11k.json": b'["\xff"]'}, r"11k\.json: cannot be read"),
-        ("jsonl", {"a.jsonl": b'{"video": "\xff"}'}, r"a\.jsonl: cannot be read"),
-        ("jsonl", {"a.jsonl": "\n{broken\n"}, r"a\.jsonl, line 2: not JSON"),
-        ("jsonl", {"a.jsonl": lines({"video": "a.mp4"})}, r"a\.jsonl, line 1: it says nothing of its file"),
+        ("jsonl", {"a.jsonl": b'{"video": "\xff"}'}, r"none of its 1 .*; the first: line 1: it is not UTF-8"),
+        ("jsonl", {"a.jsonl": "\n{broken\n"}, r"none of its 1 .*; the first: line 2: not JSON"),
+        ("jsonl", {"a.jsonl": lines({"video": "a.mp4"})}, r"a\.mp4: it says nothing of its file: .* \(line 1\)$"),
         (
             "jsonl",
             {"a.jsonl": lines({"video": "a", "text": "b"})},
             r"none of its 1 annotations .*: a: .*no such",
         ),
-        ("jsonl", {"a.jsonl": "[1]\n"}, r"a\.jsonl, line 1: it must name one file"),
-        ("jsonl", {"a.jsonl": lines({"video": "a", "image": "b", "text": "c"})}, r"line 1: it must name one file"),
+        ("jsonl", {"a.jsonl": "[1]\n"}, r"none of its 1 .*: annotation 1: it is not a JSON object"),
+        ("jsonl", {"a.jsonl": "[1]\n[2]\n"}, r"none of its 2 .*: line 1: it is not a JSON object"),
+        ("jsonl", {"a.json": '[{"video": "a"},'}, r"a\.json: not JSON"),
+        (
+            "jsonl",
+            {"a.jsonl": lines({"video": "a", "image": "b", "text": "c"})},
+            r"it names 2 files \(a, b\); a record",
+        ),
+        ("jsonl", {"a.json": "[]", "b.json": "[]"}, r"source: 2 \.json files in it; name the one"),
         ("jsonl", {"a.jsonl": "", "b.jsonl": ""}, r"source: 2 \.jsonl files in it; name the one"),
         ("jsonl", {"a.txt": ""}, r"source: no \.jsonl file in it; name the one"),
         ("jsonl", {"a.jsonl": ""}, r"none of its 0 annotations can be used$"),

@@ -231,6 +231,17 @@ def test_videos_are_found_by_their_names(tmp_path):
         Videos(folder / "none")
 
 
+def test_names_that_lead_out_of_the_folder_of_videos(tmp_path):
+    folder = lay(tmp_path / "videos", {"one.mp4": b"1", "a/two.mp4": b"2"})
+    lay(tmp_path, {"secret.mp4": b"s", "videos2/x.mp4": b"x"})
+    videos = Videos(folder)
+    outside = ("../secret.mp4", "a/../../secret.mp4", str(tmp_path / "secret.mp4"), "../videos2/x.mp4", "/etc/hostname")
+    for name in (*outside, str(tmp_path / "videos2/x.mp4"), "../secret"):
+        assert videos.find((name,)) is None, name
+    assert videos.find(("../one.mp4", "a/two.mp4")) == folder / "a/two.mp4"
+    assert videos.find((str(folder / "one.mp4"),)) == folder / "one.mp4"
+
+
 def test_limits_take_every_kind_and_videos_stay_together(tmp_path):
     entries = [
         {"video": f"{i % 3}", "question": "q", "answer": "a", "kind": "few" if i == 5 else "many"} for i in range(9)

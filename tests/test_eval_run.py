@@ -15,6 +15,7 @@ from data_fixtures import lines
 from eval_fixtures import completion
 from PIL import Image
 from test_cli import failure
+from test_usage import usage_error
 
 import vllama_jax as vl
 from vllama_jax import cli
@@ -195,14 +196,18 @@ def test_a_model_without_a_trained_audio_branch_does_not_hear(tiny_model, clips,
 def test_options_that_mean_nothing(tiny_model, clips, tmp_path, capsys):
     wrong = {
         "--batch-size=0": "--batch-size must be at least 1, not 0",
-        "--frames=0": "--frames must be at least 1, not 0",
+        "--num-frames=0": "--num-frames must be at least 1, not 0",
         "--limit=0": "--limit must be at least 1, not 0",
         "--judge-url=http://x": "a judge needs both --judge-url and --judge-model",
-        "--frames=99": "--frames 99, but the model has learned 32 positions; ask for fewer",
+    }
+    for flag, message in wrong.items():
+        assert usage_error(*flags(tiny_model, clips, tmp_path / "out", *flag.split("="))) == message
+    refused = {
+        "--num-frames=99": "--num-frames 99, but the model has learned 32 positions; ask for fewer",
         "--model=/none": "/none: no such model directory",
         "--max-new-tokens=9999": "no question could be answered; the first: the conversation has",
     }
-    for flag, message in wrong.items():
+    for flag, message in refused.items():
         assert message in failure(capsys, *flags(tiny_model, clips, tmp_path / flag[2:5], *flag.split("=")))
 
 

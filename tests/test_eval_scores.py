@@ -1,8 +1,12 @@
 """What answers are worth: by themselves, and to a judge."""
 
+import base64
+import html
+import json
 import socketserver
 import sys
 import threading
+import urllib.parse
 
 import eval_fixtures
 import pytest
@@ -38,6 +42,41 @@ def quick(judge: eval_fixtures.FakeJudge, **fields) -> Judge:
         ("a hotdog", "dog", False, False),
         ("man's best friend", "mans best friend", True, True),
         ("", "dog", False, False),
+        ("35", "3.5", False, False),
+        ("10.30", "1030", False, False),
+        ("3,5", "35", False, False),
+        ("1,2,3", "123", False, False),
+        ("3,000", "3000", True, True),
+        ("1,234,567.5", "1234567.5", True, True),
+        ("It costs 3.5.", "3.5", False, True),
+        ("It costs 3.5", "3", False, False),
+        (".5", ".5", True, True),
+        ("-5", "5", False, False),
+        ("\u22125 degrees", "-5", False, True),
+        ("pages 2-5", "pages 2 5", True, True),
+        ("1/2", "12", False, False),
+        ("10²", "102", False, False),
+        ("３.５", "3.5", True, True),
+        ("٣", "3", True, True),
+        ("ＤＯＧ", "dog", True, True),
+        ("", "a", False, False),
+        ("the", "a", False, False),
+        ("A", "a", True, True),
+        ("...", "a", False, False),
+        ("?", "!", False, False),
+        ("?", "?", True, True),
+        ("it's", "it’s", True, True),
+        ("don't", "don`t", True, True),
+        ("ice\u2011cream", "ice cream", True, True),
+        ("caf\u00e9", "cafe\u0301", True, True),
+        ("so\u00adft\u200b", "soft", True, True),
+        ("STRASSE", "straße", True, True),
+        ("“dog”!", "dog", True, True),
+        ("一只狗。", "一只狗", True, True),
+        ("这是一只狗", "一只狗", False, True),
+        ("猫", "狗", False, False),
+        ("€5", "5", True, True),
+        ("dog", "dogs", False, False),
     ],
 )
 def test_exact_match_and_contains(answer, reference, exact, contained):
@@ -72,7 +111,86 @@ def test_letters(answer, letter):
     assert metrics.chosen_letter(answer, ("ball", "blue one", "red ball")) == letter
 
 
+FOUR = ("running", "a dog", "jumping high", "sleeping")
+
+
+@pytest.mark.parametrize(
+    ("answer", "letter"),
+    [
+        ("Answer: D", "D"),
+        ("answer: d", "D"),
+        ("ANSWER IS D", "D"),
+        ("Answer:\n\nD.", "D"),
+        ("The correct answer is: (C)", "C"),
+        ("The answer is option B.", "B"),
+        ('{"answer": "C"}', "C"),
+        ("答案：C", "C"),
+        ("答案是C。", "C"),
+        ("Option B", "B"),
+        ("I would choose option (c).", "C"),
+        ("I choose D.", "D"),
+        ("It must be D", "D"),
+        ("**B**", "B"),
+        ("**Answer:** B", "B"),
+        ("The answer is **(B)**.", "B"),
+        ("`B`", "B"),
+        ("b)", "B"),
+        ("(b)", "B"),
+        ("d. sleeping", "D"),
+        ("[C]", "C"),
+        ("（C）", "C"),
+        ("Ｃ", "C"),
+        ("\\boxed{C}", "C"),
+        ("$\\boxed{\\text{C}}$", "C"),
+        ("So (A) or (B), thus \\boxed{(D) sleeping}", "D"),
+        ("I considered (A), but it is incorrect. Final answer: D.", "D"),
+        ("Answer: (I considered (A), but it is incorrect. Final answer: D.", "D"),
+        ("Answer: B. No: the answer is C.", "C"),
+        ("The answer is not A. Option B is wrong, option C", "C"),
+        ("Not (A), it shows (D) here", "D"),
+        ("(A) is incorrect, (B) is the one", "B"),
+        ("It could be (A) or (B)", None),
+        ("The answer is A or B", None),
+        ("A dog", "B"),
+        ("A cat", None),
+        ("Answer: A cat", None),
+        ("The answer is a cat", None),
+        ("The answer is a dog.", "B"),
+        ("I think so", None),
+        ("The answer is A, because it runs", "A"),
+        ("A", "A"),
+        ("Answer: (A", "A"),
+        ("Answer: E", None),
+        ("Be careful", None),
+        ("Cats sleep", None),
+        ("The man is jumping high", "C"),
+    ],
+)
+def test_letters_as_models_write_them(answer, letter):
+    assert metrics.chosen_letter(answer, FOUR) == letter
+
+
+@pytest.mark.parametrize(
+    ("answer", "choices", "letter"),
+    [
+        ("Answer: B flat", ("C major", "D minor", "A minor", "B flat"), "D"),
+        ("A minor", ("C major", "D minor", "A minor", "B flat"), "C"),
+        ("2", ("3", "2", "1"), "B"),
+        ("3.5", ("35", "3.5"), "B"),
+        ("Answer: (-5", ("5", "-5"), "B"),
+        ("B", ("B", "A"), "B"),
+        ("the answer is yes", ("no", "yes"), "B"),
+        ("I", tuple("123456789"), "I"),
+        ("I see it", tuple("123456789"), None),
+        ("一只狗。", ("一只猫", "一只狗"), "B"),
+    ],
+)
+def test_letters_and_texts_of_choices(answer, choices, letter):
+    assert metrics.chosen_letter(answer, choices) == letter
+
+
 def test_caption_words():
+    assert metrics.caption_words("a man\u2019s dog doesn\u2019t") == "a man 's dog does n't"
     assert metrics.caption_words("A man's dog doesn't run, (well) 3.5 m!") == "a man 's dog does n't run well 3.5 m"
 
 
@@ -210,6 +328,72 @@ def test_what_breaks_http(sent, message):
         server.shutdown()
 
 
+KEY = "sk-Sec/ret+4&5"
+
+
+@pytest.mark.parametrize(
+    "leak",
+    [
+        "Bearer {key}",
+        "{quoted} and {quoted_all}",
+        "{hexadecimal}",
+        "{base64}",
+        "{url_base64}",
+        "{basic}",
+        "{authorization}",
+        "{upper}",
+        "<pre>{html}</pre>",
+    ],
+)
+def test_a_judge_that_repeats_the_key(leak, tmp_path):
+    """In a reply with a score, without one, as the model's name, in an error page, and for a part of each form."""
+
+    def base64_of(text: str) -> str:
+        return base64.b64encode(text.encode()).decode()
+
+    forms = {
+        "key": KEY,
+        "quoted": urllib.parse.quote(KEY),
+        "quoted_all": urllib.parse.quote(KEY, safe=""),
+        "hexadecimal": KEY.encode().hex(),
+        "base64": base64_of(KEY),
+        "url_base64": base64.urlsafe_b64encode(KEY.encode()).decode(),
+        "basic": base64_of(f"user:{KEY}"),
+        "authorization": base64_of(f"Bearer {KEY}"),
+        "upper": KEY.upper(),
+        "html": html.escape(KEY),
+    }
+    said = leak.format(**forms)
+    replies = {
+        "scored": (200, completion(f'You sent {said}. {{"correct": "no", "score": 1}}')[1] | {"model": said}),
+        "rambling": completion(f"You sent {said}."),
+        "refused": (400, {"error": {"message": f"bad {said}"}}),
+    }
+    questions = [open_question(name, "dog", id=name, names=("a",)) for name in replies]
+    journal = Journal(tmp_path / "judgements.jsonl")
+    with eval_fixtures.serving(
+        lambda number, body: next(reply for name, reply in replies.items() if name in body["messages"][1]["content"])
+    ) as fake:
+        lacking = judge_answers(
+            quick(fake, key=KEY), questions, dict.fromkeys(replies, "it"), journal, lambda text: None
+        )
+    assert len(lacking) == 2
+    (line,) = journal.read()
+    assert (line["score"], "You sent " in line["reply"], "…" in line["model"]) == (1, True, True)
+    everything = json.dumps([lacking, line]) + (tmp_path / "judgements.jsonl").read_text()
+    for form in forms.values():
+        parts = [form[start : start + 12] for start in range(max(len(form) - 11, 1))]
+        assert not [part for part in parts if len(part) >= 8 and part.lower() in everything.lower()], form
+
+
+def test_scores_are_read_whatever_the_key_is():
+    """Short keys stand in many words, and in the JSON of a reply."""
+    with eval_fixtures.serving(lambda number, body: completion('{"correct": "yes", "score": 5}')) as fake:
+        found = quick(fake, key="e").ask("match", ["q"], "r", ["a"])
+    assert (found["score"], found["correct"], found["reply"]) == (5, True, '{"corr…ct": "y…s", "scor…": 5}')
+    assert quick(fake).scrub({"any": ["thing", 3, None]}) == {"any": ["thing", 3, None]}
+
+
 def test_a_key_with_a_line_break(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
     assert find_judge("http://x", "m").key == "sk-secret"
@@ -262,6 +446,15 @@ def test_judging_goes_on_and_counts(tmp_path):
     date = found["match"]["from"]
     assert found["match"] == {"n": 2, "of": 3, "score": 2.5, "accuracy": 0.5, "from": date, "until": date}
     assert (found["consistency"]["score"], found["consistency"]["of"]) == (1, 1)
+
+
+def test_dates_of_judgements_on_two_days():
+    questions = [open_question("What?", "dog", id=key, names=("a",)) for key in "123"]
+    line = {"aspect": "match", "judge": "fake", "url": "http://x", "correct": True}
+    days = {"1": ("2026-02-10", 5), "2": ("2025-12-31", 2), "3": ("2026-01-01", 2)}
+    lines = [{**line, "id": key, "date": date, "score": score} for key, (date, score) in days.items()]
+    found = judged_scores(questions, lines)["fake at http://x"]["match"]
+    assert found == {"n": 3, "of": 3, "score": 3.0, "accuracy": 1.0, "from": "2025-12-31", "until": "2026-02-10"}
 
 
 def test_prompts_that_are_refused_and_replies_without_a_score(tmp_path, monkeypatch):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_usage import usage_error
 
 from vllama_jax.cli import main
 
@@ -18,7 +19,7 @@ def refusal(model: Path, out: Path, *more: str) -> str:
     """The one line that the command says and exits 1 with."""
     before = sorted(out.parent.iterdir())
     with pytest.raises(SystemExit) as stopped:
-        main(["export", str(model), "--to", str(out), *more])
+        main(["export", str(model), "--out", str(out), *more])
     assert isinstance(stopped.value.code, str), "exit code 1 and a message, not a code alone"
     assert stopped.value.code.startswith("vllama: ")
     assert "\n" not in stopped.value.code
@@ -65,7 +66,7 @@ def test_without_torch_one_line_says_what_to_do(tiny_model, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "torch", None)
     said = refusal(tiny_model, tmp_path / "made")
     assert "install torch (pip install 'vllama-jax[convert]'), or use --format safetensors" in said
-    main(["export", str(tiny_model), "--to", str(tmp_path / "made"), "--format", "safetensors"])
+    main(["export", str(tiny_model), "--out", str(tmp_path / "made"), "--format", "safetensors"])
     assert "357 tensors, 3.6 MB, in model.safetensors" in capsys.readouterr().out
 
 
@@ -88,17 +89,25 @@ def test_weights_that_change_while_they_are_read(tiny_model, tmp_path, monkeypat
 
 @pytest.mark.parametrize("size", ["0", "-1", "nan"])
 def test_shards_of_no_size(tiny_model, tmp_path, size):
-    assert refusal(tiny_model, tmp_path / "made", "--shard-gb", size).startswith("--shard-gb must be above 0, not ")
+    message = usage_error("export", tiny_model, "--out", tmp_path / "made", "--shard-gb", size)
+    assert message.startswith("--shard-gb must be above 0, not ")
+    assert not (tmp_path / "made").exists()
 
 
 def test_wrong_usage(tiny_model, tmp_path):
     with pytest.raises(SystemExit) as stopped:
-        main(["export", str(tiny_model), "--to", str(tmp_path / "made"), "--format", "onnx"])
+        main(["export", str(tiny_model), "--out", str(tmp_path / "made"), "--format", "onnx"])
     assert stopped.value.code == 2
 
 
 def test_the_command(tiny_model, tmp_path):
-    command = [str(Path(sys.executable).with_name("vllama")), "export", str(tiny_model), "--to", str(tmp_path / "made")]
+    command = [
+        str(Path(sys.executable).with_name("vllama")),
+        "export",
+        str(tiny_model),
+        "--out",
+        str(tmp_path / "made"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{tmp_path}/made: 366 tensors, 3.6 MB, in eva_vit_g.pth, blip2.pth, imagebind.pth")

@@ -119,6 +119,24 @@ def test_stops_at_a_sequence_of_tokens(llama, length):
     assert answer(llama, prompt, max_new_tokens=40, stops=[stop, [0, 0, 0]])[0] == free[:end]
 
 
+@pytest.mark.parametrize(("place", "length"), [(8, 1), (0, 9), (20, 17)])
+def test_any_number_of_stop_sequences_of_any_length(llama, place, length):
+    """Each of them counts, also beyond eight and beyond eight tokens."""
+    prompt = make_prompt(seed=5)
+    free = answer(llama, prompt, max_new_tokens=40)[0]
+    stop = free[20 : 20 + length]
+    end = next(i for i in range(length, 41) if free[i - length : i] == stop)
+    others = [[0, 0, 0, number] for number in range(21)]
+    others[place] = stop
+    assert answer(llama, prompt, max_new_tokens=40, stops=others)[0] == free[:end]
+
+
+def test_stop_sequences_that_mean_nothing(llama):
+    for stops in ([[]], [[5], []], [[-1, 5]]):
+        with pytest.raises(ConfigError, match="a stop sequence must have token ids of 0 and above, at least one; not"):
+            answer(llama, make_prompt(), max_new_tokens=2, stops=stops)
+
+
 def test_a_stop_sequence_longer_than_the_answer_so_far_does_not_match():
     tokens = jnp.array([[5, 6, -1, -1]])
     stops = np.full((2, 8), -1)
@@ -240,6 +258,19 @@ def test_warping(temperature, top_k, top_p):
         kept = set(order[:count].tolist())
         assert {i for i in range(40) if np.isfinite(out[i])} == kept
         np.testing.assert_allclose(out[sorted(kept)], row[sorted(kept)], rtol=1e-6)
+
+
+def test_top_p_at_exact_equality():
+    """Probabilities 1/2, 1/4, 1/4: those that precede a kept token sum to less than top_p, never to just as much.
+
+    So in transformers 4.28: a token goes where it and all less likely ones sum to at most 1 - top_p.
+    """
+    logits = jnp.array([[np.log(2), 0, 0, -jnp.inf]], jnp.float32)
+    assert jax.nn.softmax(logits)[0].tolist() == [0.5, 0.25, 0.25, 0.0]
+    above = np.nextafter(np.float32(0.5), np.float32(1))
+    for top_p, kept in ((0.5, [0]), (above, [0, 1, 2]), (0.25, [0]), (1.0, [0, 1, 2])):
+        warped = warp(logits, jnp.float32(1), 0, jnp.float32(top_p))[0]
+        assert np.flatnonzero(np.isfinite(warped)).tolist() == kept, top_p
 
 
 def test_a_second_prompt_of_like_length_compiles_nothing(llama):

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import shutil
+import struct
 import subprocess
 import sys
 import tracemalloc
@@ -138,13 +139,55 @@ def test_a_recording_that_starts_between_key_frames(folder):
     ]
 
 
+def shown_by(matrix: tuple[int, int, int, int], frames: np.ndarray) -> np.ndarray:
+    """Frames [t, side, side, 3] as ISO/IEC 14496-12 has the matrix show them: (x, y) goes to (a x + c y, b x + d y)."""
+    a, b, c, d = matrix
+    side = frames.shape[1]
+    y, x = np.mgrid[:side, :side]
+    right, down = a * x + c * y, b * x + d * y
+    shown = np.empty_like(frames)
+    shown[:, down - down.min(), right - right.min()] = frames
+    return shown
+
+
 @pytest.mark.parametrize(
-    ("matrix", "quarter_turns"), [((0, 1, -1, 0), 1), ((-1, 0, 0, -1), 2), ((0, -1, 1, 0), 3)], ids=("90", "180", "270")
+    "matrix",
+    [
+        *((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)),  # quarter turns
+        *((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)),  # and mirrored
+    ],
 )
-def test_a_turned_video_is_shown_upright(folder, silent, matrix, quarter_turns):
-    turned = media.read_video(turn(silent, folder / "turned.mp4", matrix), size=64).frames
-    upright = np.rot90(turned, quarter_turns, axes=(1, 2))  # counterclockwise, so it undoes what the player does
-    assert numbers_of(upright) == numbers_of(media.read_video(silent, size=64).frames)
+def test_a_video_is_turned_and_mirrored_as_its_matrix_says(folder, matrix):
+    """Each quadrant of the frame has a shade of its own, so that no two of the eight orientations look alike."""
+    plain = folder / "quadrants.mp4"
+    if not plain.exists():
+        shades = np.kron(np.array([[20, 90], [160, 230]], np.uint8), np.ones((32, 32), np.uint8))
+        media.write_video(plain, [np.repeat(shades[..., None], 3, axis=2)] * 30, FPS)
+    upright = media.read_video(plain, size=64).frames
+    for num_frames in (8, 30):
+        shown = media.read_video(turn(plain, folder / "turned.mp4", matrix), num_frames, size=64).frames
+        expected = shown_by(matrix, upright)[:1].repeat(num_frames, axis=0)
+        assert np.abs(shown[:, ::8, ::8].astype(int) - expected[:, ::8, ::8]).max() <= 12
+
+
+def test_frames_of_an_enormous_declared_size(folder):
+    """By the container, before anything is decoded; by the bitstream alone, the decoder refuses."""
+    settings = {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}}
+    for ending, message in (
+        ("ivf", "16000×16000 pixels are declared, more than 36 million"),
+        ("webm", "no frame of the"),
+    ):
+        data = bytearray(write_video(folder / f"small.{ending}", 20, **settings).read_bytes())
+        size = struct.pack("<HH", 16000, 16000)
+        frame = data.index(b"\x9d\x01\x2a") + 3  # a VP8 key frame's start code, followed by its size (RFC 6386 §9.1)
+        data[frame : frame + 4] = size
+        if ending == "ivf":
+            data[12:16] = size
+        (folder / f"large.{ending}").write_bytes(data)
+        with pytest.raises(MediaError, match=message):
+            media.read_video(folder / f"large.{ending}")
+    with pytest.raises(MediaError, match="30000×30000 pixels are declared, more than 67 million; scale it down first"):
+        media.check_pixels(30000, 30000, "a.gif")
 
 
 def test_times_and_duration(clip):

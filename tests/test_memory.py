@@ -217,6 +217,46 @@ def test_processes_share_the_threads_that_decode(processes, threads):
     assert host["decoding"] == threads * memory.DECODER_BYTES
 
 
+@pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_gradients_are_float32_sums_beside_those_of_a_part(dtype, itemsize, accumulation):
+    """A step has gradients in the compute dtype and in float32, and with parts of a batch their sum in float32."""
+    shapes = checkpoint.abstract_network(tiny(), "float32")
+    trainable = (shapes.video_qformer, shapes.llama_proj, shapes.frame_positions)
+    count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
+    config = config_of(accumulation=accumulation, compute_dtype=dtype)
+    need = memory.training(tiny(), "step", config, ALONE, CPU).device
+    assert need["what learns"] == 4 * count
+    assert need["Adam's moments"] == pytest.approx(8 * count, abs=16), "and counters"
+    assert need["gradients"] == (4 * accumulation + itemsize) * count
+
+
+@pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (2, 1), (1, 2)])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_head_of_a_large_vocabulary_takes_most(fsdp, tensor, tied):
+    """Scores and their gradients in float32 where a label is, and the head's weights when they are gathered."""
+    llama = dataclasses.replace(tiny().llama, vocab_size=400_000, tie_embeddings=tied)
+    model, mesh = dataclasses.replace(tiny(), llama=llama), MeshConfig(data=1, fsdp=fsdp, tensor=tensor)
+    config = config_of(mesh, rows=3, data=DataConfig(features="f"), compute_dtype="bfloat16")
+    need = memory.training(model, "step", config, mesh, DEVICES["H100"], length=100).device
+    labels = 100 - model.video_qformer.num_queries
+    assert need["activations"] == 2 * 3 * labels * 400_000 // tensor * 4
+    assert need["weights at hand"] == (llama.width * 400_000 * 2 if fsdp > 1 else 0)
+
+
+@pytest.mark.parametrize(("processes", "prefetch", "batches"), [(0, 4, 5), (1, 4, 5), (2, 4, 9), (3, 2, 7)])
+def test_batches_ahead_are_those_of_each_process_and_the_step_s(processes, prefetch, batches):
+    """Each process decodes its own: `prefetch` of them, beside the one batch that a step works on."""
+    model, length, labels = tiny(), 128, 128 - tiny().video_qformer.num_queries
+    mesh = MeshConfig(data=16)  # on two hosts of eight devices
+    config = config_of(mesh, rows=4, data=DataConfig(processes=processes, prefetch=prefetch))
+    pictures = model.num_frames * model.vit.image_size**2 * 3  # uint8
+    row = pictures + (4 + 1) * length + 4 + (4 + 4) * labels  # ids, is_media; length; positions, targets
+    host = memory.training(model, "step", config, mesh, CPU, length).host
+    assert host["batches ahead"] == batches * 16 * 4 * row // 2
+    assert host["program"] == memory.PROGRAM_BYTES * (1 + processes)
+
+
 def test_advice_is_followed_by_a_fit():
     model, device, config = SIZES["13b"](), DEVICES["v5e"], load_config("vision_stage2")[0]
     need = memory.training(model, "step", config, ALONE, device)

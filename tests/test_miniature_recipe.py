@@ -12,11 +12,11 @@ import vllama_jax as vl
 from vllama_jax.checkpoint import open_model
 from vllama_jax.cli.run_config import load_config
 from vllama_jax.errors import ConfigError, VllamaError
+from vllama_jax.io.atomic import replace_json
 from vllama_jax.miniature import parts, recipe
 from vllama_jax.miniature.__main__ import measured
 from vllama_jax.miniature.recipe import Recipe, make_base, train_branches
 from vllama_jax.miniature.world import Amounts
-from vllama_jax.params import replace_json
 from vllama_jax.train.config import AUDIO_BRANCH
 
 SHORT = Recipe(

@@ -10,7 +10,7 @@ from PIL import Image
 from scipy import ndimage
 
 import vllama_jax as vl
-from vllama_jax.miniature import evaluate, language, render, texts
+from vllama_jax.miniature import evaluate, language, render, texts, unseen, world
 from vllama_jax.miniature.pictures import NOTHING, draw_pictures, phrase_numbers, phrases
 from vllama_jax.miniature.scene import (
     CHANGES,
@@ -73,6 +73,44 @@ def test_scenes_are_of_their_split(split):
     for _ in range(300):
         for things in draw_scene(draw, split=split).shown:
             assert is_held_out(things.kind, things.colour, things.motion) == (split == "test")
+
+
+def is_kept_for_tests(things: Things) -> bool:
+    """Written out: a Latin square of kinds, colours and motions, of which every seventh is held out."""
+    numbers = list(KINDS).index(things.kind), list(COLOURS).index(things.colour), MOTIONS.index(things.motion)
+    return (numbers[0] + 2 * numbers[1] + 3 * numbers[2]) % 7 == 0
+
+
+FILE_SETS = [found for found in vars(unseen).values() if isinstance(found, unseen.FileSet)]
+
+
+@pytest.mark.parametrize("files", FILE_SETS, ids=lambda files: files.name)
+def test_every_scene_that_an_evaluation_asks_about_is_held_out(files, tmp_path, monkeypatch):
+    """The files that `vllama eval miniature` writes, by its own code; drawing them is left out."""
+    written = []
+
+    def write(stem, files, scene, draw):
+        written.append(scene)
+        stem.touch()
+        return stem
+
+    monkeypatch.setattr(unseen, "_write", write)
+    monkeypatch.setattr(unseen, "prepare", lambda path, config, **options: None)
+    scenes = [scene for scene, _ in unseen._write_and_read((tmp_path, files, 5, range(60), None))]
+    assert scenes == written
+    assert len(FILE_SETS) == 7
+    assert {scene.shown[0].motion for scene in scenes} == set(files.motions)
+    assert all(is_kept_for_tests(things) for scene in scenes for things in scene.shown)
+
+
+def test_no_scene_that_is_trained_on_is_held_out(tmp_path, monkeypatch):
+    written = []
+    for name in ("write_clip", "write_still"):
+        monkeypatch.setattr(world, name, lambda path, scene, draw, **options: written.append(scene))
+    for form in ("clip", "still"):
+        world._write_part((tmp_path, "captions", form, 0, 150, [5, 2, 0]))
+    assert len(written) == 300
+    assert not any(is_kept_for_tests(things) for scene in written for things in scene.shown)
 
 
 @pytest.mark.parametrize(("motion", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)])

@@ -17,6 +17,7 @@ from vllama_jax.text.prompts import (
     encode,
     encode_prompt,
     find_template,
+    past_answer,
     render,
     start_conversation,
     stop_sequences,
@@ -264,6 +265,56 @@ def test_nothing_after_the_end_token():
     ids = [*map(ord, "A dog."), SPELLING.eos_id, *map(ord, " More.")]
     assert decode_answer(SPELLING, TEMPLATES["vicuna"], ids) == "A dog."
     assert "".join(stream_answer(SPELLING, TEMPLATES["vicuna"], [ids])) == "A dog."
+
+
+EOS = [SPELLING.eos_id]
+
+
+@pytest.mark.parametrize(
+    ("template", "ids", "text", "ended"),
+    [
+        ("vicuna", [1, *map(ord, "A dog."), *EOS], "A dog.", True),
+        ("vicuna", [*map(ord, " A dog. "), *EOS], "A dog. ", True),  # "A dog. </s>".strip()
+        ("vicuna", [*map(ord, "Assistant: A dog."), *EOS, ord("x")], "A dog.", True),
+        ("vicuna", EOS, "", True),
+        ("vicuna", [*map(ord, "A dog. ")], "A dog.", False),  # the limit of new tokens
+        ("vicuna", [*map(ord, "A dog.###")], "A dog.", False),
+        ("vicuna", [*map(ord, "A dog."), SPELLING.alone, *EOS], "A dog.", False),  # beams: a stop, then an EOS
+        ("vicuna", [*map(ord, "A </s> dog")], "A </s> dog", False),  # letters
+        ("llama_2", [*map(ord, "A dog. "), *EOS], "A dog.", False),  # its template has the EOS
+        ("plain", [*map(ord, "a dog"), *EOS], "a dog", True),
+        ("plain", [*map(ord, "a dog\n")], "a dog", False),
+    ],
+)
+def test_past_answers(template, ids, text, ended):
+    assert past_answer(SPELLING, TEMPLATES[template], ids) == (text, ended)
+
+
+@pytest.mark.parametrize(
+    ("template", "ended", "expected"),
+    [
+        ("vicuna", True, "<s>▁###Human: Who?###Assistant: Me.</s>▁###Human: Why?###Assistant:"),
+        ("vicuna", False, "<s>▁###Human: Who?###Assistant: Me.###Human: Why?###Assistant:"),
+        ("plain", True, "<s>▁Who? Me.</s>▁\nWhy?"),
+    ],
+)
+def test_an_eos_stays_in_the_history(template, ended, expected):
+    """As the original's tokenizer reads "Me.</s>###Human: Why?": an id of its own, and a new "▁" after it."""
+    conversation = start_conversation(template, True).ask("Who?").answer("Me.", ended).ask("Why?")
+    assert spelled(encode(conversation, SPELLING, [])) == expected
+    assert ("</s>" in render(conversation)) == ended
+
+
+def test_golden_tokens_around_an_eos(golden, golden_tokenizer):
+    """The original tokenizer's ids for texts with `</s>` in them, which are what a history is read from."""
+    cases = json.loads((golden / "chat/tokenizer_cases.json").read_text())
+    checked = [
+        case for case in cases if case["text"].count("</s>") == 1 and "<" not in case["text"].replace("</s>", "")
+    ]
+    assert len(checked) >= 2
+    for case in checked:
+        before, after = case["text"].split("</s>")
+        assert encode_prompt(golden_tokenizer, (before, Mark.EOS, after), []).ids.tolist() == case["ids_bos"]
 
 
 @pytest.mark.parametrize("end", ["###", "</s>"])

@@ -308,8 +308,8 @@ def test_what_means_nothing(tiny_model, stored, tmp_path):
     with pytest.raises(ConfigError, match=f"its weights are int8 already; {taken}"):
         load(stored["int8"], quantize="int4")
     assert load(stored["int8"], quantize="int8").network.llama.head.bits == 8
-    assert failure("quantize", stored["int8"], "--to", tmp_path / "out").endswith("its weights are int8 already")
-    assert failure("quantize", tiny_model, "--to", stored["int4"]).endswith(
+    assert failure("quantize", stored["int8"], "--out", tmp_path / "out").endswith("its weights are int8 already")
+    assert failure("quantize", tiny_model, "--out", stored["int4"]).endswith(
         "int4: exists already; remove it or choose another place"
     )
     needs = "--quantize compares with the PyTorch files: name them with --against"
@@ -321,7 +321,7 @@ def test_what_means_nothing(tiny_model, stored, tmp_path):
 
 def test_quantised_weights_only_answer(stored, records, tmp_path):
     out, refusal = tmp_path / "out", "its weights are int8, good for answers and nothing else; take the model that it"
-    assert refusal in failure("export", stored["int8"], "--to", out, "--format", "safetensors")
+    assert refusal in failure("export", stored["int8"], "--out", out, "--format", "safetensors")
     with pytest.raises(CheckpointError, match=refusal):
         train(short_config(stored["int8"], records), out, Quiet())
     assert not out.exists()
@@ -352,7 +352,7 @@ def test_a_kernel_that_is_not_whole(tiny_model, tmp_path):
 def test_in_processes_of_their_own(tiny_model, clip, tmp_path):
     vllama = Path(sys.executable).with_name("vllama")
     done = subprocess.run(
-        [vllama, "quantize", tiny_model, "--to", tmp_path / "m4", "--bits", "4"], capture_output=True, text=True
+        [vllama, "quantize", tiny_model, "--out", tmp_path / "m4", "--quantize", "int4"], capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{tmp_path / 'm4'}: ")

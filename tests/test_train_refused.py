@@ -13,6 +13,7 @@ from vllama_jax.cli import main
 from vllama_jax.config import tiny
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.errors import CheckpointError, ConfigError, DataError
+from vllama_jax.io.atomic import locked
 from vllama_jax.train.config import DatasetConfig
 from vllama_jax.train.loop import train
 
@@ -97,5 +98,5 @@ def test_two_runs_into_one_directory_are_refused(tiny_model, records, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     config = short_config(tiny_model, records)
-    with checkpoint.locked(run, "taken"), pytest.raises(CheckpointError, match="another process is training into it"):
+    with locked(run, "taken"), pytest.raises(CheckpointError, match="another process is training into it"):
         train(config, run, Quiet())

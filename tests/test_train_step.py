@@ -150,6 +150,49 @@ def test_a_batch_without_any_label_gives_zero():
     assert metrics["tokens"] == 0
 
 
+def test_sums_over_parts_are_divided_once():
+    """By one compiled program: a batch of two parts, and the same batch with labels in one of them only."""
+    still = dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, weight_decay=0.0)
+    trainer, before, found = Trainer(config_of(accumulation=2, optim=still)), None, []
+    for part in (None, 0, 1):
+        batch = batch_of("vision")
+        if part is not None:
+            batch["targets"][1 - part :: 2] = -1  # rows go to the parts in turn
+        metrics = trainer(batch)
+        assert metrics["tokens"] == (batch["targets"] >= 0).sum()
+        adam = next(part for part in trainer.state.moments if isinstance(part, optax.ScaleByAdamState))
+        mean = {path: np.asarray(value) for path, value in adam.mu.items()}
+        gradients = {path: (value - OPTIM.beta1 * (before[path] if before else 0)) for path, value in mean.items()}
+        before = mean
+        sums = {"loss": np.float32(metrics["loss"]), **gradients}
+        found.append({name: value * metrics["tokens"] for name, value in sums.items()})
+    whole, one, other = found
+    for name, value in whole.items():
+        np.testing.assert_allclose(one[name] + other[name], value, rtol=1e-3, atol=1e-4 * np.abs(value).max())
+
+
+def test_each_place_layer_and_part_of_a_batch_drops_values_of_its_own(monkeypatch):
+    masks, draw = [], jax.random.bernoulli
+
+    def bernoulli(*arguments):
+        mask = draw(*arguments)
+        jax.debug.callback(lambda drawn: masks.append(np.asarray(drawn)), mask)
+        return mask
+
+    monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
+    parts, cfg = 2, small().video_qformer
+    Trainer(config_of(dropout=0.5, accumulation=parts))(batch_of("vision"))
+    jax.effects_barrier()
+    shapes = {  # by what is dropped: how many places there are, those of each layer and the queries
+        (ROWS // parts, cfg.num_queries, cfg.width): 3 * cfg.depth + 1,  # what two attentions and the MLP add
+        (ROWS // parts, cfg.num_heads, 1, cfg.num_queries, cfg.num_queries): 2 * cfg.depth,  # weights; of one frame
+    }
+    assert {mask.shape for mask in masks} == set(shapes)
+    for shape, places in shapes.items():  # the backward pass draws each a second time, the same
+        assert len({mask.tobytes() for mask in masks if mask.shape == shape}) == places * parts, shape
+    assert np.mean([mask.mean() for mask in masks]) == pytest.approx(0.5, abs=0.02)
+
+
 @SLOW
 def test_dropout_differs_from_step_to_step_and_not_from_run_to_run():
     config = config_of(dropout=0.1, optim=dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, weight_decay=0.0))

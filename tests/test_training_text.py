@@ -135,6 +135,21 @@ def test_where_an_image_stands(media_at, expected):
     assert shown(text) == f"<s>▁\n\n«###»Human: {expected}\n«###Assistant: Me.\n###»"
 
 
+@pytest.mark.parametrize(
+    ("media", "introduction"),
+    [
+        (
+            Media("video", seconds=(0.0, 1.5)),
+            "<Video>**▁</Video> The video contains 2 frames sampled at 0.0, 1.5 seconds. ",
+        ),
+        (Media("video"), "<Video>**▁</Video> "),
+    ],
+)
+def test_a_video_stands_where_its_placeholder_was(media, introduction):
+    text = conversation("vicuna", [("Look at now", "Me.")], media, media_at=len("Look at "))
+    assert shown(text) == f"<s>▁\n\n«###»Human: Look at {introduction}now\n«###Assistant: Me.\n###»"
+
+
 def test_long_conversations_are_cut():
     turns = [("Who?", "Me.")]
     whole = conversation("llama_2", turns)

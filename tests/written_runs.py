@@ -23,13 +23,24 @@ def shipped(base: Path, lora: LoraConfig) -> TrainConfig:
 
 
 def write_run(config: TrainConfig, out: Path, trained: Mapping[str, np.ndarray]) -> Path:
-    """A run directory as training writes it, with these weights in its checkpoint."""
-    with open_run(out, config, checkpoint.open_model(Path(config.model)), "float32"):
+    """A run directory as training writes it, with these weights in its checkpoint of step 4."""
+    return write_checkpoints(config, out, {4: trained})
+
+
+def write_checkpoints(config: TrainConfig, out: Path, trained: Mapping[int, Mapping[str, np.ndarray]]) -> Path:
+    """A run directory as training writes it, with the weights of each step."""
+    with open_run(out, config, checkpoint.open_model(Path(config.model)), "float32", {}):
         saved = Checkpoints(out, CheckpointConfig(every=1))
-        moments = (optax.ScaleByScheduleState(jax.numpy.int32(4)),)
-        saved.save(4, TrainState(jax.numpy.int32(4), jax.tree.map(jax.numpy.asarray, dict(trained)), moments))
-        saved.finish()
+        for step, weights in trained.items():
+            saved.save(step, state_of(step, weights))
+            saved.finish()
     return out
+
+
+def state_of(step: int, weights: Mapping[str, np.ndarray]) -> TrainState:
+    """A state of these weights, whose optimizer has counted the steps."""
+    moments = (optax.ScaleByScheduleState(jax.numpy.int32(step)),)
+    return TrainState(jax.numpy.int32(step), jax.tree.map(jax.numpy.asarray, dict(weights)), moments)
 
 
 def learned(config: VideoLlamaConfig, lora: LoraConfig, *parts: str) -> dict[str, np.ndarray]:

@@ -4,6 +4,7 @@ Names are resolved when they are first used, so that importing this costs nothin
 """
 
 import importlib
+import importlib.metadata
 from typing import Any
 
 _HOMES = {
@@ -14,6 +15,7 @@ _HOMES = {
     "VideoLlama": "vllama_jax.nn.video_llama",
     "VideoLlamaConfig": "vllama_jax.config",
     "GenerationConfig": "vllama_jax.config",
+    "ArrayError": "vllama_jax.errors",
     "ConfigError": "vllama_jax.errors",
     "CheckpointError": "vllama_jax.errors",
     "DataError": "vllama_jax.errors",
@@ -22,10 +24,12 @@ _HOMES = {
 }
 _MODULES = {"chat", "config", "convert", "generate", "media", "quantize", "sharding"}
 
-__all__ = [*sorted(_HOMES), *sorted(_MODULES)]
+__all__ = ["__version__", *sorted(_HOMES), *sorted(_MODULES)]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return importlib.metadata.version("vllama-jax")
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _MODULES:

@@ -1,8 +1,10 @@
 """A conversation about files: questions, and streamed answers (reference: conversation_video.py)."""
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 
 from vllama_jax import media as media_files
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
-from vllama_jax.errors import ConfigError, MediaError
+from vllama_jax.errors import ConfigError, MediaError, VllamaError
 from vllama_jax.media import Audio, Image, MediaReport, Video
 from vllama_jax.text import prompts
 
@@ -128,6 +130,8 @@ def encode_prompt(
 class Chat:
     """A conversation with a model.
 
+    Threads can share a model, each with a Chat of its own. A Chat that two threads use at once raises VllamaError.
+
     template: the prompt template, the model's own unless given. system: the system text, the original's for what is
     shown unless given. Raises ConfigError for a template that does not exist.
     """
@@ -136,12 +140,15 @@ class Chat:
         self.model = model
         self.last: Answer | None = None
         self._start = prompts.start_conversation(template or model.config.template, model.config.has_audio, system)
+        self._lock = threading.Lock()
+        self._users: list[int] = []  # the thread of each use that has not ended
         self.reset()
 
     def reset(self) -> None:
         """Forgets all turns and all files."""
-        self._conversation = self._start
-        self._tokens: list[Any] = []  # of each place for media, in order: [n, width of the language model]
+        with self._used():
+            self._conversation = self._start
+            self._tokens: list[Any] = []  # of each place for media, in order: [n, width of the language model]
 
     def add(
         self,
@@ -157,37 +164,45 @@ class Chat:
         interpolate_positions: allows more frames than the model has learned positions for.
         Raises MediaError and ConfigError as `prepare` does, and ConfigError for more frames than positions.
         """
-        prepared = prepare(path, self.model.config, num_frames=num_frames, audio=audio, require_audio=require_audio)
-        return self.show(prepared, interpolate_positions=interpolate_positions)
+        with self._used():
+            prepared = prepare(path, self.model.config, num_frames=num_frames, audio=audio, require_audio=require_audio)
+            return self.show(prepared, interpolate_positions=interpolate_positions)
 
     def show(self, prepared: Prepared, *, interpolate_positions: bool = False) -> MediaReport:
         """Shows the model a file that was read before."""
-        self._tokens += encode_media(self.model.network, prepared, interpolate_positions=interpolate_positions)
-        self._conversation = self._conversation.add(prepared.prompt_media)
+        with self._used():
+            tokens = encode_media(self.model.network, prepared, interpolate_positions=interpolate_positions)
+            self._tokens = self._tokens + tokens
+            self._conversation = self._conversation.add(prepared.prompt_media)
         return prepared.report
 
     def ask(self, question: str, **options: Any) -> Iterator[str]:
         """Streams the answer to a question, about the files shown and all that was said; `last` has it whole, after.
 
         options: the fields of config.GenerationConfig. An answer that is not read to its end is forgotten.
-        Raises ConfigError for options that mean nothing, and when the conversation does not fit the model's context.
+        Raises ConfigError for options that mean nothing, and when the conversation does not fit the model's context;
+        VllamaError when another thread uses this Chat, or when the conversation has changed before the answer's end.
         """
         from vllama_jax import generate
 
         tokenizer = self.model.tokenizer
         config = GenerationConfig(**options)
-        asked = self._conversation.ask(question)
+        with self._used():
+            before, tokens = self._conversation, self._tokens
+        asked = before.ask(question)
         batches = generate.generate(
             self.model.network.llama,
-            [encode_prompt(self.model, asked, self._tokens, config.max_new_tokens)],
+            [encode_prompt(self.model, asked, tokens, config.max_new_tokens)],
             config,
             bos=tokenizer.bos_id,
             eos=tokenizer.eos_id,
             stops=prompts.stop_sequences(tokenizer, asked.template),
         )
-        return self._stream(asked, batches)
+        return self._stream(before, asked, batches)
 
-    def _stream(self, asked: prompts.Conversation, batches: Iterator[list[list[int]]]) -> Iterator[str]:
+    def _stream(
+        self, before: prompts.Conversation, asked: prompts.Conversation, batches: Iterator[list[list[int]]]
+    ) -> Iterator[str]:
         start, first, ids, pieces = time.perf_counter(), None, [], []
 
         def collected() -> Iterator[list[int]]:
@@ -195,13 +210,36 @@ class Chat:
                 ids.extend(batch)
                 yield batch
 
-        for piece in prompts.stream_answer(self.model.tokenizer, asked.template, collected()):
-            first = first or time.perf_counter() - start
-            pieces.append(piece)
-            yield piece
-        total = time.perf_counter() - start
-        self.last = Answer("".join(pieces), ids, {"first_piece": first or total, "answer": total})
-        self._conversation = asked.answer(self.last.answer)
+        with self._used():
+            self._check_unchanged(before)
+            for piece in prompts.stream_answer(self.model.tokenizer, asked.template, collected()):
+                first = first or time.perf_counter() - start
+                pieces.append(piece)
+                yield piece
+            self._check_unchanged(before)
+            total = time.perf_counter() - start
+            self.last = Answer("".join(pieces), ids, {"first_piece": first or total, "answer": total})
+            self._conversation = asked.answer(*prompts.past_answer(self.model.tokenizer, asked.template, ids))
+
+    def _check_unchanged(self, before: prompts.Conversation) -> None:
+        if self._conversation is not before:
+            raise VllamaError("the conversation has changed since this question was asked; ask it again")
+
+    @contextlib.contextmanager
+    def _used(self) -> Iterator[None]:
+        """Raise VllamaError in other threads meanwhile. A thread may begin anew where it left an answer unread."""
+        thread = threading.get_ident()
+        with self._lock:
+            if any(other != thread for other in self._users):
+                raise VllamaError(
+                    "another thread is using this Chat; give each thread a Chat of its own (they can share the model)"
+                )
+            self._users.append(thread)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users.remove(thread)
 
 
 def _encode(network: Any, sense: str, given: np.ndarray, *, interpolate: bool) -> Any:

@@ -7,24 +7,25 @@ A run directory (train/runs.py) is read as the model that was trained: its base'
 trained.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import functools
 import importlib.metadata
 import json
 import logging
 import math
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
-from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.compilation import keep_compiled_programs
+from vllama_jax.config import LARGEST, NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
+from vllama_jax.errors import CheckpointError, ConfigError, one_line
+from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_files import read_object
-from vllama_jax.params import check_params, write_json
+from vllama_jax.params import check_params
+from vllama_jax.run_directory import check_checkpoint, run_steps
+from vllama_jax.shipped import find_model
 
 if TYPE_CHECKING:
     import jax
@@ -38,60 +39,11 @@ IN_FLIGHT_GB = 4  # of weights that are read at once, at least one whole weight 
 logger = logging.getLogger(__name__)
 
 
-@contextlib.contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A directory to fill, beside `out`; it becomes `out` when all went well, and is removed otherwise.
-
-    Whatever a killed run left half-written is removed first. Raises CheckpointError when `out` exists, when another
-    process is making it, and when it cannot be written.
-    """
-    partial = out.with_name(f".{out.name}.partial") if out.name else out
-    try:
-        if out.exists():
-            raise CheckpointError(f"{out}: exists already; remove it or choose another place")
-        partial.mkdir(parents=True, exist_ok=True)
-        with locked(partial, f"{out}: another process is making it; wait for that one"):
-            _empty(partial)
-            try:
-                yield partial
-                partial.rename(out)
-            finally:
-                shutil.rmtree(partial, ignore_errors=True)
-    except OSError as error:
-        raise CheckpointError(
-            f"{out}: cannot be written ({error.strerror or error}); nothing was left there"
-        ) from error
-
-
-@contextlib.contextmanager
-def locked(directory: Path, refusal: str) -> Iterator[None]:
-    """Keeps a second process off a directory; the lock ends with its holder, however that ends.
-
-    Raises CheckpointError, saying `refusal`, when another process has it.
-    """
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise CheckpointError(refusal) from error
-        except OSError:
-            pass  # a file system without locks
-        yield
-    finally:
-        os.close(handle)
-
-
-def _empty(directory: Path) -> None:
-    for entry in directory.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-
-
 def write_config(directory: Path, config: VideoLlamaConfig, **more: Any) -> None:
     """config.json; a run has `more` to say in it."""
     versions = {name: importlib.metadata.version(name) for name in ("vllama-jax", "jax", "flax", "orbax-checkpoint")}
     fields = {"format": FORMAT, "versions": versions, "model": dataclasses.asdict(config), **more}
-    write_json(directory / "config.json", fields)
+    replace_json(directory / "config.json", fields)
 
 
 def write_manifest(directory: Path, sources: dict[str, Any], leaves: dict[str, dict], **more: Any) -> None:
@@ -106,6 +58,32 @@ class Trained:
     path: Path
     leaves: dict[str, tuple[int, ...]]
     dtypes: dict[str, str]
+    lora: LoraConfig
+
+    @property
+    def save_id(self) -> bytes:
+        """Bytes that differ from save to save, and not from copy to copy. Raises CheckpointError."""
+        try:
+            return (self.path / "manifest.ocdbt").read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Base:
+    """The base model of a run, as its config.json has it: the directory, and the digest of all weights."""
+
+    path: str
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory whose checkpoints are not looked at yet. base: where its base model is now."""
+
+    path: Path
+    base: Path
+    base_digest: str
     lora: LoraConfig
 
 
@@ -154,25 +132,79 @@ class ModelDirectory:
         import xxhash
 
         leaves = json.dumps(self.manifest["leaves"], sort_keys=True).encode()
-        checkpoints = [(trained.path / "manifest.ocdbt").read_bytes() for trained in self.trained]  # differ by save
-        return xxhash.xxh3_128_hexdigest(b"".join([leaves, *checkpoints]))
+        return xxhash.xxh3_128_hexdigest(b"".join([leaves, *(trained.save_id for trained in self.trained)]))
 
 
 def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirectory:
-    """A model directory, or a run's with the base that it names, or with `base` where that has moved.
+    """Open a model directory, or a run directory together with its base model.
 
-    Raises CheckpointError when `path` is neither, is of a newer format, or is a run whose base is not the one that it
-    was trained on.
+    "miniature" is the model that comes with the package, unless there is a model or run directory of that name.
+
+    The weights that runs trained are compared with their digests, so that they are read from intact files only.
+
+    Args:
+        path: The model or run directory.
+        base: The base model of the run, if it is no longer where the run's config.json has it.
+
+    Raises:
+        CheckpointError: `path` is neither, is of a newer format, is a run whose base is not the one that it was
+            trained on, or is a run whose last checkpoint is damaged.
+        ConfigError: Its config.json has fields that are missing, unknown or of another type.
     """
-    path = Path(path)
+    runs, model = find_runs(find_model(path), base)
+    directory = _open_model_directory(model)
+    for run in reversed(runs):
+        if directory.digest != run.base_digest:
+            raise CheckpointError(
+                f"{run.base}: not the base model that {run.path} was trained on; name that one with --base"
+            )
+        trained = open_trained(_last_weights(run.path), run.lora)
+        directory = dataclasses.replace(directory, trained=(*directory.trained, trained))
+    return directory
+
+
+def find_runs(path: Path, base: str | Path | None = None) -> tuple[list[Run], Path]:
+    """Find the runs that `path` consists of, the last one first, and the model directory that the first started from.
+
+    No weight is looked at. Raises as `open_model` does for what is neither a model directory nor a run.
+    """
+    runs: list[Run] = []
+    while "base" in (fields := read_config(path)):
+        if any(os.path.samefile(path, run.path) for run in runs):
+            raise CheckpointError(f"{path / 'config.json'}: the run is its own base model; name the right one: --base")
+        runs.append(_run(path, fields, base))
+        path, base = runs[-1].base, None
+    return runs, path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read config.json of a model or run directory. Raises CheckpointError when there is none of a known format."""
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such model directory; `vllama convert` makes one")
     if not (path / "config.json").exists():
         raise CheckpointError(f"{path}: not a model directory (no config.json in it); `vllama convert` makes one")
     fields = read_object(path / "config.json")
     _check_format(path / "config.json", fields, "model")
-    if "base" in fields:
-        return _open_run(path, fields, base)
+    return fields
+
+
+def _run(path: Path, fields: dict[str, Any], base: str | Path | None) -> Run:
+    """A run with its base: the one that is given, else where config.json has it, else beside the run."""
+    where, config = path / "config.json", fields.get("run")
+    recorded = from_dict(fields["base"], Base, f"{where}: base")
+    lora = config.get("lora") if isinstance(config, dict) else None
+    named = Path(base or recorded.path)
+    beside = path.absolute().parent / named.name  # where it is when both were moved
+    if not base and not os.path.isdir(named) and os.path.isdir(beside):
+        named = beside
+    if not os.path.isdir(named):
+        raise CheckpointError(
+            f"{path}: its base model {named} is not there, nor beside the run; name it with --base, or put it there"
+        )
+    return Run(path, named, recorded.digest, from_dict(lora, LoraConfig, f"{where}: run.lora", range(LARGEST + 1)))
+
+
+def _open_model_directory(path: Path) -> ModelDirectory:
     for name in ("manifest.json", "params", "tokenizer"):
         if not (path / name).exists():
             raise CheckpointError(f"{path}: not a model directory (no {name} in it); `vllama convert` makes one")
@@ -181,55 +213,39 @@ def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirecto
     for leaf, entry in manifest["leaves"].items():
         if not isinstance(entry, dict) or not entry.keys() >= {"shape", "dtype", "xxh3_128"}:
             raise CheckpointError(f"{path / 'manifest.json'}: incomplete, of {leaf}; copy or convert the model again")
-    return ModelDirectory(path, _model_config(path, fields), manifest)
+    return ModelDirectory(path, _model_config(path, read_config(path)), manifest)
 
 
 def _model_config(path: Path, fields: dict[str, Any]) -> VideoLlamaConfig:
     return from_dict(fields["model"], VideoLlamaConfig, f"{path / 'config.json'}: model")
 
 
-def _open_run(path: Path, fields: dict[str, Any], base: str | Path | None) -> ModelDirectory:
-    steps = run_steps(path)
+def _last_weights(run: Path) -> Path:
+    """The weights in a run's last checkpoint. Raises CheckpointError when they are damaged."""
+    steps = run_steps(run)
     if not steps:
-        raise CheckpointError(f"{path}: a run that has no checkpoint yet; let it reach one")
-    named = Path(base or fields["base"]["path"])
-    beside = path.absolute().parent / named.name  # where it is when both were moved
-    if not base and not named.is_dir() and beside.is_dir():
-        named = beside
-    if not named.is_dir():
-        raise CheckpointError(
-            f"{path}: its base model {named} is not there, nor beside the run; name it with --base, or put it there"
-        )
-    found = open_model(named)
-    if found.digest != fields["base"]["digest"]:
-        raise CheckpointError(f"{named}: not the base model that {path} was trained on; name that one with --base")
-    weights = path / f"step_{steps[-1]}" / "weights"
-    lora = fields["run"]["lora"]
-    lora = LoraConfig(**{**lora, "targets": tuple(lora["targets"])})
-    leaves = _trained_leaves(weights)
-    shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-    dtypes = {path: leaf.dtype.name for path, leaf in leaves.items()}
-    trained = Trained(weights, shapes, dtypes, lora)
-    return dataclasses.replace(found, trained=(*found.trained, trained))
+        raise CheckpointError(f"{run}: a run that has no checkpoint yet; let it reach one")
+    name = f"step_{steps[-1]}"
+    try:
+        check_checkpoint(run / name, "weights")
+    except CheckpointError as error:
+        advice = f"rename {name} to damaged_{name} to use step_{steps[-2]}" if len(steps) > 1 else "copy it again"
+        raise CheckpointError(f"{run}: its last checkpoint, {name}, is damaged ({error}); {advice}") from error
+    return run / name / "weights"
 
 
-def run_steps(run: Path) -> list[int]:
-    """The steps of a run's whole checkpoints, rising; half-written ones have other names."""
-    names = [entry.name.removeprefix("step_") for entry in run.glob("step_*") if entry.is_dir()]
-    return sorted(int(name) for name in names if name.isdigit())
-
-
-def _trained_leaves(weights: Path) -> dict[str, Any]:
-    """What is in a checkpoint that Orbax wrote, by path; each has a shape and a dtype."""
+def open_trained(weights: Path, lora: LoraConfig) -> Trained:
+    """Read which arrays are in the weights of a checkpoint. Raises CheckpointError when Orbax cannot."""
     import orbax.checkpoint as ocp
     from flax.traverse_util import flatten_dict
 
     try:
         handler = ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=False)  # told, it starts no device to ask
-        tree = handler.metadata(weights.absolute()).tree
-    except (ValueError, OSError, KeyError, AttributeError) as error:
-        raise CheckpointError(f"{weights}: cannot be read ({str(error).splitlines()[0]})") from error
-    return flatten_dict(tree, sep="/")
+        leaves = flatten_dict(handler.metadata(weights.absolute()).tree, sep="/")
+        shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+        return Trained(weights, shapes, {path: leaf.dtype.name for path, leaf in leaves.items()}, lora)
+    except Exception as error:  # Orbax raises errors of every type
+        raise CheckpointError(f"{weights}: cannot be read ({one_line(error)})") from error
 
 
 def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:
@@ -294,9 +310,9 @@ def restore_arrays(path: Path, wanted: dict[str, Any]) -> "dict[str, jax.Array]"
     checkpointer = ocp.Checkpointer(handler, multiprocessing_options=options)
     try:
         restored = checkpointer.restore(path.absolute(), args=arguments)
-    except (ValueError, OSError, KeyError) as error:
-        raise CheckpointError(f"{path}: its weights cannot be read ({str(error).splitlines()[0]})") from error
-    return {name: _leaf(restored, name) for name in wanted}
+        return {name: _leaf(restored, name) for name in wanted}
+    except Exception as error:  # Orbax raises errors of every type
+        raise CheckpointError(f"{path}: its weights cannot be read ({one_line(error)})") from error
 
 
 def gb_in_flight(shapes: Iterable[Sequence[int]]) -> int:
@@ -365,7 +381,7 @@ def load(
     quantize: str | None = None,
     audio_scale: float | None = None,
 ) -> Model:
-    """Loads a model directory, or what a run trained; named, or as `open_model` opened it.
+    """Loads a model directory, or what a run trained; named, or as `open_model` opened it. "miniature" is shipped.
 
     dtype: of the weights in memory and so of the computation; float32 on a CPU and bfloat16 elsewhere unless given.
     mesh: from `sharding.make_mesh`; weights are split over its tensor axis, and a warning is logged for each dimension
@@ -375,6 +391,7 @@ def load(
     model directory (quantize.py) needs no telling.
     audio_scale: the norm of a sound's vector, the model's own unless given: 20 as published, while training saw
     vectors of norm 1 (docs/miniature.md measures what that does).
+    Compiled programs are kept on disk from then on, as `compilation.keep_compiled_programs` has it.
     Raises CheckpointError for what is not a whole model directory, ConfigError for one whose config is not valid.
     """
     from flax import nnx
@@ -384,6 +401,7 @@ def load(
     from vllama_jax.text.tokenizer import check_vocabulary
 
     directory = without_missing_branch(path if isinstance(path, ModelDirectory) else open_model(path, base))
+    keep_compiled_programs()
     if audio_scale is not None:
         directory = _with_audio_scale(directory, audio_scale)
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)

@@ -6,6 +6,7 @@ Importing this file imports no jax, so that `--help`, config files and tests of 
 import dataclasses
 import json
 import math
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -333,34 +334,62 @@ def from_json(text: str, cls: type = VideoLlamaConfig, where: str = "config") ->
     return from_dict(parse_object(text, where, ConfigError), cls, where)
 
 
-def from_dict(fields: Mapping[str, Any], cls: type = VideoLlamaConfig, where: str = "config") -> Any:
-    """The dataclass `cls` from nested dicts. Raises ConfigError, naming the field by its path under `where`."""
+def from_dict(
+    fields: Any, cls: type = VideoLlamaConfig, where: str = "config", integers: range = range(1, LARGEST + 1)
+) -> Any:
+    """Read the dataclass `cls` from nested dicts, as JSON gives them.
+
+    Args:
+        fields: The values by field name. Fields may be dataclasses, tuples of any length, dicts and plain values.
+        cls: The dataclass.
+        where: The path of `fields` in messages.
+        integers: The accepted integers.
+
+    Raises:
+        ConfigError: A field is unknown, missing, of another type or out of range; it is named by its path.
+    """
+    if not isinstance(fields, Mapping):
+        raise ConfigError(f"{where}: must be an object, not {type(fields).__name__}")
     check_fields(fields, cls, where)
     hints = typing.get_type_hints(cls)
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if missing := sorted(required - fields.keys()):
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    return cls(**{name: _value(value, hints[name], f"{where}.{name}") for name, value in fields.items()})
+    values = {name: _value(value, hints[name], f"{where}.{name}", integers) for name, value in fields.items()}
+    try:
+        return cls(**values)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
 
 
-def _value(value: Any, hint: Any, where: str) -> Any:
+def _value(value: Any, hint: Any, where: str, integers: range) -> Any:
     """`value` as the type that a field's annotation names."""
-    kind = _dataclass_in(hint)
-    if value is None and type(None) in typing.get_args(hint):
-        return None
-    if kind is not None and isinstance(value, Mapping):
-        return from_dict(value, kind, where)
-    if typing.get_origin(hint) is Literal:
-        accepted = value in typing.get_args(hint)
-    elif hint is float:
-        accepted = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    else:
-        accepted = kind is None and type(value) is hint
-    if not accepted:
-        raise ConfigError(f"{where}: {value!r} is not of type {getattr(hint, '__name__', hint)}")
-    if hint is int and not 1 <= value <= LARGEST:
-        raise ConfigError(f"{where}: must be at least 1{f' and at most {LARGEST}' * (value > 0)}, not {value}")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is types.UnionType:  # X | None
+        return None if value is None else _value(value, arguments[0], where, integers)
+    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        return from_dict(value, hint, where, integers)
+    if origin is tuple and isinstance(value, list | tuple):  # tuple[X, ...]
+        return tuple(_value(item, arguments[0], f"{where}.{n}", integers) for n, item in enumerate(value))
+    if origin is dict and isinstance(value, Mapping):
+        for name in value:
+            _value(name, arguments[0], where, integers)
+        return {name: _value(item, arguments[1], f"{where}.{name}", integers) for name, item in value.items()}
+    if not _is_of(value, hint):
+        raise ConfigError(f"{where}: {repr(value)[:80]} is not of type {getattr(hint, '__name__', hint)}")
+    if hint is int and value not in integers:
+        largest = f" and at most {integers[-1]}" if value > 0 else ""
+        raise ConfigError(f"{where}: must be at least {integers[0]}{largest}, not {repr(value)[:80]}")
     return float(value) if hint is float else value
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    """Whether a plain value is of the type that an annotation names."""
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str) and value in typing.get_args(hint)
+    if hint is float:
+        return type(value) in (int, float) and abs(value) <= sys.float_info.max
+    return hint is Any or type(value) is hint
 
 
 def _dataclass_in(hint: Any) -> type | None:

@@ -17,5 +17,20 @@ class ConfigError(VllamaError):
     """An option or a config field that does not fit the model or the machine."""
 
 
+class ArrayError(VllamaError):
+    """An array whose shape or dtype a method of the network does not take."""
+
+
 class DataError(VllamaError):
     """Annotations or records that cannot be used."""
+
+
+def os_error_line(error: OSError) -> str:
+    """What is said of an error of the system where nothing better is known: the file and the reason."""
+    why = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    return " ".join(why.split())
+
+
+def one_line(problem: Exception) -> str:
+    """What an error of another library says, on one line of at most 200 characters; its type where it says nothing."""
+    return " ".join(str(problem).split())[:200] or type(problem).__name__

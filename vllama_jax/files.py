@@ -1,6 +1,7 @@
 """Files that users name: whether there is one, with what it should hold and not a stand-in for it; and our cache."""
 
 import os
+import re
 from pathlib import Path
 
 from vllama_jax.errors import VllamaError
@@ -14,6 +15,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("VLLAMA_CACHE") or caches / "vllama_jax")
 
 
+def _absent(path: str) -> str:
+    """What to say of a path where nothing is. Path() has made one slash of the two in a URL."""
+    url = re.match(r"([a-z][a-z0-9+.-]+):/+(?=.)", path, re.IGNORECASE)
+    if not url:
+        return f"{path}: no such file; check the path"
+    rest = path[url.end() :]
+    if url[1].lower() == "file":
+        return f"file:///{rest}: URLs are not read; give the path, /{rest}"
+    return f"{url[1]}://{rest}: URLs are not read; download it first"
+
+
 def first_bytes(path: str | Path, error: type[VllamaError], count: int = 32) -> bytes:
     """The first bytes of a file. Raises `error`, saying what is there instead, where no file with content is.
 
@@ -24,7 +36,7 @@ def first_bytes(path: str | Path, error: type[VllamaError], count: int = 32) -> 
         if path.is_dir():
             raise error(f"{path}: a directory, not a file; name a file in it")
         if not path.exists():
-            raise error(f"{path}: no such file; check the path")
+            raise error(_absent(str(path)))
         if not path.is_file():
             raise error(f"{path}: not a regular file; save it to disk first")
         with path.open("rb") as file:

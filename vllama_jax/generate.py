@@ -22,7 +22,7 @@ from vllama_jax.sharding import mesh_of, under
 
 TOKENS_PER_DISPATCH = 16
 PADDED_LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-MAX_STOPS, MAX_STOP_LENGTH = 8, 8  # fixed, so that other stop strings do not compile again
+STOP_TABLE = 8  # stops and their lengths are padded to its multiples, so that few others compile again
 NOTHING = -1  # in place of a token
 
 
@@ -95,10 +95,10 @@ def generate(
 ) -> Iterator[list[list[int]]]:
     """Yields, dispatch by dispatch, each prompt's new tokens; what ended an answer is among them.
 
-    stops: token sequences that end an answer, besides `eos`. bos: the original starts every answer from a dummy BOS,
-    which the repetition penalty and beam scores count, and which is not in what is yielded. With beams, one prompt is
-    taken and its answer comes at once.
-    Raises ConfigError when a prompt and its answer do not fit the model's context.
+    stops: token sequences that end an answer, besides `eos`; any number, of any length. bos: the original starts every
+    answer from a dummy BOS, which the repetition penalty and beam scores count, and which is not in what is yielded.
+    With beams, one prompt is taken and its answer comes at once.
+    Raises ConfigError when a prompt and its answer do not fit the model's context, and for an empty stop sequence.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
     check_length(longest, config.max_new_tokens, llama.cfg)
@@ -327,9 +327,6 @@ def _answer(state: State, settings: Settings) -> list[list[int]]:
 
 
 def _settings(config: GenerationConfig, bos: int, eos: int, stops: Sequence[Sequence[int]]) -> Settings:
-    table = np.full((MAX_STOPS, MAX_STOP_LENGTH), NOTHING, np.int32)
-    for row, stop in zip(table, stops, strict=False):
-        row[MAX_STOP_LENGTH - len(stop) :] = stop
     return Settings(
         temperature=np.float32(config.temperature),
         top_p=np.float32(config.top_p),
@@ -337,9 +334,22 @@ def _settings(config: GenerationConfig, bos: int, eos: int, stops: Sequence[Sequ
         repetition_penalty=np.float32(config.repetition_penalty),
         bos=np.int32(bos),
         eos=np.int32(eos),
-        stops=table,
+        stops=_stop_table(stops),
         max_new_tokens=np.int32(config.max_new_tokens),
     )
+
+
+def _stop_table(stops: Sequence[Sequence[int]]) -> Int[np.ndarray, "s l"]:
+    """All stop sequences, aligned to the right."""
+    if wrong := [list(stop) for stop in stops if not stop or min(stop) < 0]:
+        raise ConfigError(f"a stop sequence must have token ids of 0 and above, at least one; not {wrong[0]}")
+    rows, width = (
+        max(-(-size // STOP_TABLE), 1) * STOP_TABLE for size in (len(stops), max(map(len, stops), default=0))
+    )
+    table = np.full((rows, width), NOTHING, np.int32)
+    for row, stop in zip(table, stops, strict=False):  # the rows after them are padding
+        row[width - len(stop) :] = stop
+    return table
 
 
 def _padded(prompts: Sequence[Prompt], length: int):

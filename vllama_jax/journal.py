@@ -8,9 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from vllama_jax.io.atomic import open_no_link, replace_file
+
 
 class WholeFile(io.FileIO):
-    """Takes all of what is written, or nothing: a full disk leaves no half of a line."""
+    """Takes all of what is written, or nothing: a full disk leaves no half of a line. No symbolic link is followed."""
+
+    def __init__(self, path: Path, mode: str):
+        super().__init__(path, mode, opener=open_no_link)
 
     def write(self, data: bytes) -> int:
         written = super().write(data)
@@ -53,9 +58,7 @@ class Journal:
                 continue
         whole = "".join(line for line, _ in kept)
         if whole != text:
-            partial = self._path.with_name(f".{self._path.name}.partial")
-            partial.write_text(whole)
-            os.replace(partial, self._path)
+            replace_file(self._path, whole.encode())
         return [fields for _, fields in kept]
 
 

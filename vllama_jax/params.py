@@ -10,7 +10,6 @@ written directly, at the speed of the disk.
 import collections
 import concurrent.futures
 import itertools
-import json
 import math
 import os
 import shutil
@@ -22,6 +21,7 @@ import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import numpy as np
 
 from vllama_jax.errors import CheckpointError
+from vllama_jax.io.atomic import write_file, write_json
 from vllama_jax.io.json_files import read_object
 
 CHUNK_BYTES = 64 * 2**20  # of a file at most
@@ -262,22 +262,3 @@ def _damage(directory: Path, path: str, leaf: Mapping[str, Any], progress: Calla
     except CheckpointError as error:
         return str(error)
     return "" if digest.hexdigest() == leaf["xxh3_128"] else "its bytes are not those that were written"
-
-
-def write_file(path: Path, data: Any) -> None:
-    """Writes bytes and waits for the disk: what is renamed into place later must be there after a power cut."""
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def write_json(path: Path, fields: dict[str, Any]) -> None:
-    write_file(path, (json.dumps(fields, indent=1) + "\n").encode())
-
-
-def replace_json(path: Path, fields: dict[str, Any]) -> None:
-    """Writes a file whole, or leaves what was there, whenever the process is killed."""
-    partial = path.with_name(f".{path.name}.partial")
-    write_json(partial, fields)
-    os.replace(partial, path)

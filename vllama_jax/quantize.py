@@ -16,7 +16,8 @@ from vllama_jax import checkpoint
 from vllama_jax.checkpoint import ModelDirectory, Restoring
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
-from vllama_jax.params import ParamsWriter, check_params, write_file
+from vllama_jax.io.atomic import new_directory, write_file
+from vllama_jax.params import ParamsWriter, check_params
 from vllama_jax.rows import Reader, row_reader, stored_dtype
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def quantize(
     layers = abstract_layers(model.config, None, scheme_of(model, scheme))[1]
     _check_kernels(model, layers)
     read = row_reader(model)
-    with checkpoint.new_directory(Path(out)) as directory:
+    with new_directory(Path(out)) as directory:
         with ParamsWriter(directory / "params") as params:
             for path in _kept(model):
                 layer = layers.get(path.removesuffix("/kernel"))

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import tyro
 
-from vllama_jax.cli.compilation import keep_compiled_programs
+from vllama_jax.compilation import keep_compiled_programs
 from vllama_jax.errors import VllamaError
+from vllama_jax.io.atomic import replace_json
 from vllama_jax.io.json_files import read_object
-from vllama_jax.params import replace_json
 
 
 def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500) -> None:

@@ -11,20 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllama_jax.errors import CheckpointError
+from vllama_jax.io.atomic import write_json
 from vllama_jax.io.json_files import read_object
-from vllama_jax.params import write_json
+from vllama_jax.shipped import BOX, CLIPS, MODEL, RESULTS
 
-BOX = Path(__file__).parent / "box"
-MODEL, CLIPS, RESULTS = BOX / "model", BOX / "clips", BOX / "results.json"
 DTYPE = "bfloat16"  # of the weights that are shipped
-
-
-def shipped_model() -> Path:
-    """The directory of the model that comes with the package. Raises CheckpointError where it is not there."""
-    if not MODEL.is_dir():
-        raise CheckpointError(f"{MODEL}: the miniature is not installed; name a model with --model")
-    return MODEL
 
 
 def fill(out: Path, others: Sequence[Path] = ()) -> None:

@@ -19,7 +19,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vllama_jax.cli.plot import read_lines, smoothed
+from vllama_jax.cli.plot import read_lines
+from vllama_jax.cli.smoothing import smoothed
 from vllama_jax.errors import DataError
 
 Measures = Mapping[str, Mapping[str, float]]  # accuracy, n, chance, low and high by measure
@@ -146,7 +147,7 @@ def write_all(out: Path, folder: Path) -> None:
     from vllama_jax.chat import prepare
     from vllama_jax.miniature import attention, box
 
-    seeds, model = read_results(box.RESULTS), vl.load(box.shipped_model())
+    seeds, model = read_results(box.RESULTS), vl.load("miniature")
     bell, two = (prepare(box.CLIPS / name, model.config) for name in ("bell.mp4", "two.mp4"))
     frames = vl.media.read_video(box.CLIPS / "bell.mp4", size=model.config.vit.image_size).frames
     tower, cfg, ends = model.network.imagebind.audio, model.config.imagebind.audio, two.mel[[0, -1]]

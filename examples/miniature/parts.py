@@ -6,6 +6,7 @@ OUT/base             the model that the branches are trained on; of their weight
 """
 
 import dataclasses
+import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +15,10 @@ import numpy as np
 from flax import nnx
 
 from vllama_jax import checkpoint
-from vllama_jax.checkpoint import new_directory
 from vllama_jax.config import ImageBindConfig, QFormerConfig, VideoLlamaConfig
+from vllama_jax.io.atomic import new_directory, replace_file, write_file
 from vllama_jax.miniature import captioner, hearing, language, towers
-from vllama_jax.params import ParamsWriter, write_file
+from vllama_jax.params import ParamsWriter
 
 VIDEO_QFORMER = QFormerConfig(width=96, depth=2, num_heads=4, mlp_dim=384, num_queries=16)
 AUDIO_QFORMER = dataclasses.replace(VIDEO_QFORMER, num_queries=8)
@@ -57,9 +58,9 @@ def kept(folder: Path, name: str, skeleton: nnx.Module, train: Callable[[], nnx.
     file = folder / f"{name}.npz"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{name}.partial.npz"
-        np.savez(partial, **weights_of(train()))
-        partial.rename(file)
+        data = io.BytesIO()
+        np.savez(data, **weights_of(train()))
+        replace_file(file, data.getbuffer())
     with np.load(file) as found:
         return load_into(skeleton, dict(found))
 

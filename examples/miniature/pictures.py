@@ -1,17 +1,16 @@
 """Pictures with what can be said of them, drawn in memory: what the frozen parts that see are trained on."""
 
 import atexit
-import concurrent.futures
 import dataclasses
 import functools
 import io
-import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from vllama_jax.data.workers import Workers
 from vllama_jax.miniature import render, texts
 from vllama_jax.miniature.scene import COLOURS, KINDS, NUMBERS, PLACES, Split, Things, draw_scene
 
@@ -83,15 +82,15 @@ def phrase_numbers(pictures: Pictures) -> np.ndarray:
 
 def in_processes(work: Callable[[Any], Any], items: list[Any]) -> list[Any]:
     """`work` on each item, in processes of their own; results in order."""
-    return list(_processes().map(work, items))
+    return list(_workers().map(work, items))
 
 
 @functools.cache
-def _processes() -> concurrent.futures.Executor:
+def _workers() -> Workers:
     """Kept for all calls, as they take seconds to start."""
-    pool = concurrent.futures.ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn"))
-    atexit.register(pool.shutdown)
-    return pool
+    workers = Workers(WORKERS)
+    atexit.register(workers.close)
+    return workers
 
 
 def _parts(count: int, size: int = 1000) -> list[int]:

@@ -7,7 +7,6 @@ is whole. OUT/recipe.json says of which seed and recipe it is.
 import dataclasses
 import functools
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -21,6 +20,7 @@ from vllama_jax.checkpoint import run_steps
 from vllama_jax.cli.run_config import load_config
 from vllama_jax.config import changes, flat
 from vllama_jax.errors import ConfigError, VllamaError
+from vllama_jax.io.atomic import new_directory, replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.miniature import captioner, hearing, language, towers
 from vllama_jax.miniature.hearing import read_pairs
@@ -29,7 +29,6 @@ from vllama_jax.miniature.pictures import draw_pictures
 from vllama_jax.miniature.world import Amounts, write_world
 from vllama_jax.nn.imagebind import AudioTower
 from vllama_jax.nn.llama import Llama
-from vllama_jax.params import replace_json
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
 
 Say = Callable[[str], None]
@@ -114,11 +113,8 @@ def _begin(out: Path, seed: int, recipe: Recipe) -> None:
 def _tokenizer(out: Path, seed: int) -> Tokenizer:
     folder = out / "parts" / "tokenizer"
     if not folder.exists():
-        partial = out / "parts" / ".tokenizer.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        language.train_tokenizer(partial, seed)
-        partial.rename(folder)
+        with new_directory(folder) as directory:
+            language.train_tokenizer(directory, seed)
     return load_tokenizer(folder)
 
 

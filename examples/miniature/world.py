@@ -6,7 +6,6 @@ world/records/…                      the same as records directories (vllama d
 
 import dataclasses
 import json
-import shutil
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from vllama_jax.io.atomic import new_directory
 from vllama_jax.media.write import write_video
 from vllama_jax.miniature import render, texts
 from vllama_jax.miniature.pictures import in_processes
@@ -45,19 +45,16 @@ def write_world(out: Path, amounts: Amounts, seed: int, say: Callable[[str], Non
         if (out / name).exists():
             continue
         singular = name.removesuffix("s")
-        partial = out / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
         wanted = [("clip", numbers[f"{singular}_clips"]), ("still", numbers[f"{singular}_stills"])]
-        work = [
-            (partial, name, form, first, min(PART, count - first), [seed, 2, part])
-            for form, count in wanted
-            for first in range(0, count, PART)
-        ]
-        say(f"{out / name}: writing {wanted[0][1]} clips and {wanted[1][1]} stills")
-        lines = [line for written in in_processes(_write_part, work) for line in written]
-        (partial / "annotations.jsonl").write_text("\n".join(lines) + "\n")
-        partial.rename(out / name)
+        with new_directory(out / name) as directory:
+            work = [
+                (directory, name, form, first, min(PART, count - first), [seed, 2, part])
+                for form, count in wanted
+                for first in range(0, count, PART)
+            ]
+            say(f"{out / name}: writing {wanted[0][1]} clips and {wanted[1][1]} stills")
+            lines = [line for written in in_processes(_write_part, work) for line in written]
+            (directory / "annotations.jsonl").write_text("\n".join(lines) + "\n")
     for name in ("captions", "instructions"):
         if not (out / "records" / name).exists():
             build("jsonl", out / name, out / "records" / name)

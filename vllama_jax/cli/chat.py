@@ -11,14 +11,15 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from vllama_jax import shipped
 from vllama_jax.chat import Chat, Prepared, check_positions, prepare
 from vllama_jax.checkpoint import Model, ModelDirectory, load, open_model, without_missing_branch
-from vllama_jax.cli.compilation import keep_compiled_programs
 from vllama_jax.cli.display import Display
+from vllama_jax.cli.usage import at_least
 from vllama_jax.config import GenerationConfig
 from vllama_jax.errors import VllamaError
 from vllama_jax.media import MediaReport, check_file
-from vllama_jax.miniature.box import shipped_model
+from vllama_jax.shipped import find_clip, find_model, shipped_model
 from vllama_jax.text.prompts import start_conversation
 
 GREEDY = GenerationConfig()
@@ -45,15 +46,19 @@ def chat(
     base: Path | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Talk about a video, a picture or a sound. Without a question, it asks you for them.
+    """Talk about a video, an image or an audio file. Without a question, it asks you for them.
 
     Example: vllama chat clip.mp4 "What is happening?" --model MODEL
 
+    Example: vllama chat demo
+
     Args:
-        file: The video, picture or sound file.
-        questions: Each is answered in turn.
-        model: The model directory, as `vllama convert` makes it, or a run's, as `vllama train` makes it; without one,
-            the miniature that comes with the package, which knows only its small world.
+        file: The video, image or audio file. `demo` is a clip that comes with the package, unless there is a file of
+            that name.
+        questions: Each is answered in turn. Without one you are asked for them, until an empty line or Ctrl-D.
+        model: The model directory, as `vllama convert` makes it, or a run's, as `vllama train` makes it. Without one,
+            or with `miniature`, the small model that comes with the package answers, which knows only its own small
+            world (docs/miniature.md); a model directory of that name wins.
         media: One more file to show after the first; may be given again.
         template: The prompt template; the model's own unless given.
         system: The system text; the original's for what is shown unless given.
@@ -63,18 +68,21 @@ def chat(
         interpolate_positions: Allow more frames than the model has learned positions for.
         generation: How the answer is chosen.
         dtype: Of weights and computation; float32 on a CPU and bfloat16 elsewhere unless given.
-        quantize: Load the large weights in 8 or 4 bits; a model that `vllama quantize` made needs no telling.
+        quantize: Quantize the large weights at loading; not needed for a model that `vllama quantize` made.
         audio_scale: The norm of a sound's vector; the model's own unless given, 20 as published. Training saw 1.
         base: A run's base model, where that has moved.
         json_output: Print one JSON object (report, answer, tokens, timings; turns has every question).
     """
+    at_least(1, num_frames=num_frames)
     with Display(quiet=json_output) as display:
-        files = [file, *media]
-        if model is None:
-            model = shipped_model()
-            display.say("miniature model, knows only its small world; --model for a real one")
+        files = [find_clip(path) for path in (file, *media)]
+        model = find_model(model) if model is not None else shipped_model()
         for path in files:
             check_file(path)  # what can be seen at once is said before minutes are spent on loading
+        if model == shipped.MODEL:
+            display.say(shipped.ABOUT_MODEL)
+        if files[0] != file:
+            display.say(f"{files[0]}: {shipped.ABOUT_CLIP}")
         directory = without_missing_branch(open_model(model, base))
         config = directory.config
         start_conversation(template or config.template, config.has_audio, system)
@@ -89,6 +97,8 @@ def chat(
                 display.say(f"{path}: {one.report}")
                 display.step(f"encoding {path} (a first start compiles)")
                 conversation.show(one, interpolate_positions=interpolate_positions)
+        if not questions:
+            display.say(shipped.TRY if files[0] != file else "Ask a question; an empty line or Ctrl-D ends the chat.")
         turns = []
         for question in questions or iter(display.ask, None):
             display.step("thinking")
@@ -113,7 +123,6 @@ def _load(
         readings = [pool.submit(prepare, path, **read) for path in files]
         with _timed(timings, "load"):
             display.step(f"loading {directory.path}")
-            keep_compiled_programs()
             concurrent.futures.wait(readings, HEAD_START, concurrent.futures.FIRST_EXCEPTION)
             for reading in filter(concurrent.futures.Future.done, readings):
                 reading.result()

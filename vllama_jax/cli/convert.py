@@ -11,6 +11,7 @@ from vllama_jax.convert import Plan, bytes_to_write
 from vllama_jax.convert import convert as write
 from vllama_jax.convert import plan as make_plan
 from vllama_jax.errors import ConfigError
+from vllama_jax.io.atomic import check_absent
 from vllama_jax.io.json_files import read_object
 
 
@@ -43,7 +44,7 @@ def convert(
     Example: vllama convert --base model --vl vision_run --al audio_run --out joined
 
     Args:
-        directory: Holds weight files, in it or below; which is which is told by what they hold. Options win.
+        directory: Holds weight files, in it or below; each is identified by its tensors. Options win.
         out: The model directory to make.
         llama: A LLaMA's directory in Hugging Face's layout (config.json, tokenizer, weights) or Meta's
             (params.json, consolidated.00.pth). This and all files may be on the hub: hf://org/name, hf://org/name/file.
@@ -59,6 +60,7 @@ def convert(
         template: The prompt template that the language model was tuned on; vicuna unless --base or --config says.
         dtype: Of the weights on disk; as they come unless given.
     """
+    check_absent(out)
     leave_accelerators()  # what runs trained comes through JAX
     files = {"eva_vit": eva_vit, "blip2": blip2, "imagebind": imagebind, "minigpt4": minigpt4, "vl": vl, "al": al}
     override = read_object(config, ConfigError) if config else {}

@@ -1,34 +1,55 @@
 """vllama data."""
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Union
+from typing import Annotated, Any
 
 import tyro
 
 from vllama_jax.cli.bars import count_bar
+from vllama_jax.cli.usage import Command, UsageError, at_least, list_commands
 from vllama_jax.data.sources import SourceName
 from vllama_jax.errors import DataError
 
+COMMANDS = {
+    "build": "Make records of annotations and the files that they are about.",
+    "check": "Decode every record and list what training would leave out.",
+    "stats": "Count records, turns and characters.",
+}
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 LISTED = 20  # annotations that the build left out
 
 
-def build(name: tyro.conf.Positional[SourceName], /, *, source: Path, out: Path) -> None:
+def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
+    """The command that the first argument names, its name, and its arguments. Help is printed here."""
+    name, *rest = arguments or [""]
+    if name in COMMANDS:
+        return {"build": build, "check": check, "stats": stats}[name], f"vllama data {name}", rest
+    if name in ("-h", "--help"):
+        print(list_commands("vllama data", COMMANDS, "vllama data build jsonl --source clips --out records"))
+        sys.exit()
+    wrong = f"no command {name!r} of `vllama data`" if name else "`vllama data` needs a command"
+    raise UsageError(f"{wrong}; there are {', '.join(COMMANDS)}")
+
+
+def build(name: tyro.conf.Positional[SourceName], /, *, source: Path, out: Path, allow_outside: bool = False) -> None:
     """Make a records directory of annotations and the files that they are about.
 
     Example: vllama data build jsonl --source clips --out records
 
     Args:
-        name: How the source is laid out: as a published dataset, or as a JSONL file of your own.
+        name: How the source is laid out: as a published dataset (webvid, llava_cc3m, minigpt4, llava_instruct,
+            videochat), or as a JSONL or JSON file of your own (jsonl).
         source: The folder that the dataset was unpacked to; for jsonl also the file itself.
         out: The records directory to make.
+        allow_outside: Pack media files outside the source's folder too: absolute paths, "..", symlinks that lead out.
     """
     from vllama_jax.data.build import build as make
 
     with count_bar() as report:
-        built = make(name, source, out, report)
+        built = make(name, source, out, report, allow_outside=allow_outside)
     size = _megabytes(sum(built.sizes.values()))
     print(f"{out}: {', '.join(f'{count} {kind}' for kind, count in built.kinds.items())} records, {size}")
     if built.skipped:
@@ -58,8 +79,7 @@ def check(
     from vllama_jax.data.check import count_tokens, find_unusable
     from vllama_jax.data.records import open_records
 
-    if num_frames is not None and num_frames < 1:
-        raise DataError(f"--num-frames must be at least 1, not {num_frames}")
+    at_least(1, num_frames=num_frames)
     opened = open_records(records)
     directory = open_model(model) if model is not None else None
     if num_frames is None:
@@ -80,7 +100,7 @@ def check(
 
 
 def stats(records: tyro.conf.Positional[str], /, *, json_output: Json = False) -> None:
-    """Tell how many records of each kind there are, and how much is said of them.
+    """Report how many records of each kind there are, and how much is said of them.
 
     Example: vllama data stats records
 
@@ -102,20 +122,13 @@ def stats(records: tyro.conf.Positional[str], /, *, json_output: Json = False) -
             print("  {}: {mean} characters, {longest} at most".format(what, **found[f"characters_of_{what}"]))
 
 
-data = Union[  # noqa: UP007  (tyro reads a command for each member)
-    tuple(
-        Annotated[Any, tyro.conf.subcommand(name=command.__name__, constructor=command)]
-        for command in (build, check, stats)
-    )
-]
-
-
 def _check_lines(records: str, summary: dict[str, Any]) -> Iterator[str]:
     for found in summary["problems"]:
         yield f"record {found['record']}, {found['id']}: {found['why']}"
     skipped = summary["skipped"]
     for found in skipped[:LISTED]:
-        yield f"left out by the build, {found['id']}: {found['why']}"
+        place = f" ({found['place']})" if found["place"] not in ("", found["id"]) else ""
+        yield f"left out by the build, {found['id']}: {found['why']}{place}"
     if len(skipped) > LISTED:
         yield f"left out by the build, {len(skipped) - LISTED} more: {records}/skipped.jsonl"
     if "tokens" in summary:

@@ -41,6 +41,8 @@ class Display:
         try:
             return input("> " if sys.stdin.isatty() else "").strip() or None
         except EOFError:
+            if sys.stdin.isatty():
+                print()  # Ctrl-D leaves the cursor behind the prompt
             return None
 
     def answer(self, pieces: Iterable[str]) -> None:

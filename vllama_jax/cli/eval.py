@@ -1,22 +1,25 @@
 """vllama eval."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tyro
 
 from vllama_jax.cli.display import Display
-from vllama_jax.errors import ConfigError
+from vllama_jax.cli.usage import Command, UsageError, at_least
 from vllama_jax.evaluate.benchmarks import BENCHMARKS, BenchmarkName
+from vllama_jax.shipped import MODEL_NAME
 
 LISTED = 5  # videos that could not be read
 
 
-def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
-    """The command for the benchmark that the first argument names, and its arguments."""
-    return (miniature, arguments[1:]) if arguments[:1] == ["miniature"] else (benchmark, arguments)
+def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
+    """The command for the benchmark that the first argument names, its name, and its arguments."""
+    if arguments[:1] == ["miniature"]:
+        return miniature, "vllama eval miniature", arguments[1:]
+    return benchmark, "vllama eval", arguments
 
 
 def miniature(
@@ -41,20 +44,18 @@ def miniature(
         json_output: Print one JSON object: accuracy, n, chance and the accuracy's 95 % interval by kind of question.
     """
     from vllama_jax.checkpoint import load
-    from vllama_jax.cli.compilation import keep_compiled_programs
-    from vllama_jax.miniature.box import shipped_model
-    from vllama_jax.miniature.evaluate import as_table, check_asked, evaluate
+    from vllama_jax.miniature.evaluate import as_table, evaluate
 
-    check_asked(seed, clips)
-    keep_compiled_programs()
+    at_least(0, seed=seed)
+    at_least(1, clips=clips)
     with Display(quiet=json_output) as display:
-        loaded = load(model or shipped_model(), audio_scale=audio_scale)
+        loaded = load(model or MODEL_NAME, audio_scale=audio_scale)
         found = evaluate(loaded, seed, clips, display.step)
     print(json.dumps(found) if json_output else as_table(found))
 
 
 def benchmark(
-    name: tyro.conf.Positional[BenchmarkName],
+    name: tyro.conf.Positional[BenchmarkName | Literal["miniature"]],
     /,
     *,
     annotations: Path,
@@ -64,7 +65,7 @@ def benchmark(
     limit: int | None = None,
     batch_size: int = 8,
     max_new_tokens: int | None = None,
-    frames: int | None = None,
+    num_frames: int | None = None,
     audio: bool = True,
     template: Literal["vicuna", "llama_2", "plain"] | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
@@ -78,11 +79,10 @@ def benchmark(
 
     Example: vllama eval msvd_qa --annotations MSVD-QA/test_qa.json --videos YouTubeClips --model MODEL --out OUT
 
-    `vllama eval miniature` needs no files: it renders its own clips.
-
     Benchmarks, and what --annotations is (a file, or its folder); docs/evaluation.md says where to get them:
 
     {BENCHMARKS}
+    - miniature (the world of the miniature model): no files, it renders its own clips; `vllama eval miniature --help`.
 
     Open questions are scored by exact match, and by a judge where there is one, which can also be asked later, by the
     same command; it is given the key in OPENAI_API_KEY. Captions need pip install 'vllama-jax[eval]'.
@@ -96,7 +96,7 @@ def benchmark(
         limit: Ask only so many questions, of each kind as many.
         batch_size: How many questions are answered at once.
         max_new_tokens: The longest answer, in tokens; 300, for captions 64 and for choices 32 unless given.
-        frames: How many frames to take from a video; the model's own number unless given.
+        num_frames: How many frames to take from a video; the model's own number unless given.
         audio: Leave the sound out.
         template: The prompt template; the model's own unless given.
         dtype: Of weights and computation; unless given, that of the answers in the folder, or else float32 on a CPU
@@ -107,13 +107,15 @@ def benchmark(
         judge_model: The model to ask there.
         json_output: Print one JSON object, what results.json holds.
     """
-    from vllama_jax.cli.compilation import keep_compiled_programs
     from vllama_jax.evaluate.answers import Settings
     from vllama_jax.evaluate.judge import find_judge
     from vllama_jax.evaluate.run import Evaluation, evaluate
 
+    if name == "miniature":  # it takes other options, so that `with_config` has to see it first
+        raise UsageError("the name comes before all options: `vllama eval miniature --seed 7`")
     if (judge_url is None) != (judge_model is None):
-        raise ConfigError("a judge needs both --judge-url and --judge-model")
+        raise UsageError("a judge needs both --judge-url and --judge-model")
+    at_least(1, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, num_frames=num_frames)
     asked = Evaluation(
         benchmark=name,
         annotations=annotations,
@@ -123,12 +125,11 @@ def benchmark(
         base=base,
         limit=limit,
         settings=Settings(
-            max_new_tokens=max_new_tokens, num_frames=frames, audio=audio, template=template, batch_size=batch_size
+            max_new_tokens=max_new_tokens, num_frames=num_frames, audio=audio, template=template, batch_size=batch_size
         ),
         weights={"dtype": dtype, "quantize": quantize},
         judge=find_judge(judge_url, judge_model) if judge_url and judge_model else None,
     )
-    keep_compiled_programs()
     with Display(quiet=json_output) as display:
         results = evaluate(asked, display.step)
         for line in _lacking(results, videos):
@@ -137,7 +138,7 @@ def benchmark(
 
 
 benchmark.__doc__ = benchmark.__doc__.replace(
-    "{BENCHMARKS}", "\n\n    ".join(f"{name} ({found.title}): {found.files}." for name, found in BENCHMARKS.items())
+    "{BENCHMARKS}", "\n    ".join(f"- {name} ({found.title}): {found.files}." for name, found in BENCHMARKS.items())
 )
 
 

@@ -2,43 +2,47 @@
 
 from pathlib import Path
 
+import tyro
+
 from vllama_jax.checkpoint import open_model
 from vllama_jax.cli.bars import bytes_bar
 from vllama_jax.cli.devices import leave_accelerators
+from vllama_jax.cli.usage import UsageError
 from vllama_jax.convert import export as exporting
-from vllama_jax.errors import ConfigError
+from vllama_jax.io.atomic import check_absent
 
 
 def export(
-    model: Path,
+    model: tyro.conf.Positional[Path],
     /,
     *,
-    to: Path,
+    out: Path,
     format: exporting.Format = "pth",
     base: Path | None = None,
     shard_gb: float = exporting.SHARD_BYTES / 1e9,
 ) -> None:
     """Write a model, or what a run trained, as the files that the original's PyTorch code reads.
 
-    Example: vllama export MODEL --to DIR
+    Example: vllama export MODEL --out DIR
 
     Args:
         model: A model directory, or a run's.
-        to: The directory to make.
+        out: The directory to make.
         format: pth for the original's own files beside a Hugging Face LLaMA directory, safetensors for one file of
             everything.
         base: A run's base model, where that has moved.
         shard_gb: The largest file of the LLaMA directory, in GB.
     """
     if not shard_gb > 0:
-        raise ConfigError(f"--shard-gb must be above 0, not {shard_gb}")
+        raise UsageError(f"--shard-gb must be above 0, not {shard_gb}")
+    check_absent(out)
     leave_accelerators()  # what a run trained comes through JAX
     directory = open_model(model, base)
     files = exporting.plan(directory, format, shard_gb * 1e9)
     total = exporting.bytes_to_write(files)
     with bytes_bar(total) as progress:
-        exporting.export(directory, files, to, progress)
+        exporting.export(directory, files, out, progress)
     count = sum(map(len, files.values()))
-    print(f"{to}: {count} tensors, {total / 1e6:,.1f} MB, in {', '.join(files)}")
+    print(f"{out}: {count} tensors, {total / 1e6:,.1f} MB, in {', '.join(files)}")
     if directory.config.has_audio:
         print("  without the four towers of ImageBind that the model does not use: load it with strict=False")

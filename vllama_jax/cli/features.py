@@ -1,30 +1,31 @@
 """vllama features."""
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
 from vllama_jax.cli.bars import count_bar
-from vllama_jax.cli.compilation import keep_compiled_programs
-from vllama_jax.cli.run_config import named_config
-from vllama_jax.cli.train import join_processes
-from vllama_jax.errors import ConfigError
+from vllama_jax.cli.run_config import named_config, shipped
+from vllama_jax.cli.usage import Command, at_least
+from vllama_jax.compilation import keep_compiled_programs
 from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.processes import joined_processes
 
 if TYPE_CHECKING:
     from vllama_jax.train.features import Written
 
 
-def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
-    """The command for the config that the first argument names, and the other arguments."""
-    config, prepare, others = named_config(arguments, "vllama features vision_stage1 --out DIR")
+def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
+    """The command, whose options are the fields of the config that the first argument names."""
+    default, prepare = named_config(arguments, "vllama features vision_stage1 --out DIR")
 
     def features(
+        config: tyro.conf.Positional[str],
+        /,
         out: Path,
-        run: Annotated[TrainConfig, tyro.conf.arg(name="")] = config,
+        run: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         *,
         base: str = "",
         shard_records: int = 0,
@@ -38,23 +39,23 @@ def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
         Run again with the same --out it makes what is missing. Several processes share the work.
 
         Args:
+            config: A Python file, or one that is shipped: {CONFIGS}.
             out: The directory of the cache.
             run: The config.
             base: Where the base model is now, if not where the config says.
             shard_records: How many records a file holds; 0 for some 512 MB of them.
             distributed: One of several processes, of a Slurm job, a TPU pod or GKE.
         """
-        if shard_records < 0:
-            raise ConfigError(f"--shard-records must be at least 0, not {shard_records}")
+        at_least(0, shard_records=shard_records)
         keep_compiled_programs()
-        join_processes(distributed)
-        from vllama_jax.train.features import write_features
+        with joined_processes(distributed, preemption=False), count_bar() as count:
+            from vllama_jax.train.features import write_features
 
-        with count_bar() as count:
             written = write_features(prepare(run, out), out, base, shard_records, functools.partial(count, "records"))
         print(_summary(out, written))
 
-    return features, others
+    features.__doc__ = features.__doc__.format(CONFIGS=", ".join(shipped()))
+    return features, "vllama features", arguments
 
 
 def _summary(out: Path, written: "Written") -> str:

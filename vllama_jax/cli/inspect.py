@@ -26,7 +26,7 @@ def inspect(
     base: Path | None = None,
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
-    """Tell what a model directory holds: parts, parameters, dtype, bytes. Of a run, what it trained, and its base.
+    """Show what a model directory holds: components, parameters, dtype, bytes. Of a run, what it trained, and its base.
 
     Example: vllama inspect MODEL --tree
 

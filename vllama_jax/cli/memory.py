@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +12,8 @@ from rich.table import Table
 from vllama_jax import memory as needs
 from vllama_jax.checkpoint import only_answers, open_model, without_missing_branch
 from vllama_jax.cli.devices import leave_accelerators
-from vllama_jax.cli.run_config import load_config, shipped
+from vllama_jax.cli.run_config import first_argument, load_config, shipped
+from vllama_jax.cli.usage import Command, at_least
 from vllama_jax.config import (
     NO_LORA,
     GenerationConfig,
@@ -25,6 +25,7 @@ from vllama_jax.config import (
 )
 from vllama_jax.errors import ConfigError
 from vllama_jax.memory import Device, Need
+from vllama_jax.shipped import MODEL_NAME
 from vllama_jax.train.config import MeshConfig, TrainConfig
 
 SIZES = {"7b": video_llama_7b, "13b": video_llama_13b, "tiny": tiny}
@@ -51,25 +52,28 @@ class Asked:
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
 
     def __post_init__(self):
-        if self.length < 0:
-            raise ConfigError(f"--length must be at least 0, not {self.length}")
+        at_least(0, length=self.length)
 
 
 AS_IT_IS = Asked()
 
 
-def with_config(arguments: list[str]) -> tuple[Callable[..., None], list[str]]:
-    """The command for the model or the run config that the first argument names, and the other arguments."""
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        raise ConfigError("name a size (7b, 13b), a model directory or a run config first: `vllama memory 7b`")
-    if arguments[0].startswith("-"):
-        return _of_model(DEFAULT), arguments
-    named, rest = arguments[0], arguments[1:]
-    return _of_model(named) if named in SIZES or Path(named).is_dir() else _of_run(named), rest
+def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
+    """The command for the model or the run config that the first argument names."""
+    advice = "name a size (7b, 13b), a model directory or a run config first: `vllama memory 7b`"
+    named = first_argument(arguments, advice) or DEFAULT
+    command = _of_model() if _is_model(named) else _of_run(named)
+    return command, "vllama memory", arguments
 
 
-def _of_model(named: str) -> Callable[..., None]:
+def _is_model(named: str) -> bool:
+    return named in (*SIZES, MODEL_NAME) or Path(named).is_dir()
+
+
+def _of_model() -> Command:
     def memory(
+        model: tyro.conf.Positional[str],
+        /,
         asked: Annotated[Asked, tyro.conf.arg(name="")] = AS_IT_IS,
         *,
         mesh: MeshConfig = ALL_DEVICES,
@@ -80,15 +84,15 @@ def _of_model(named: str) -> Callable[..., None]:
         num_beams: int = 1,
         base: str = "",
     ) -> None:
-        """Tell what a chat and both stages of training need on each device and on each host. Nothing is loaded.
+        """Estimate what a chat and both stages of training need on each device and each host. Nothing is loaded.
 
         Example: vllama memory 13b --devices v5e --mesh.fsdp 16 --batch-size 64
 
-        Of a size that was published (7b, 13b), a model directory, or a run's; of a quantised model a chat alone, as it
-        cannot be trained. `vllama memory CONFIG` tells it of a run config, each field of which is a flag then, as in
-        `vllama train`.
+        Of a quantized model a chat alone, as it cannot be trained. Of a run config it is what the run needs; each field
+        of the config is an option then, as in `vllama train`.
 
         Args:
+            model: A size that was published (7b, 13b), a model directory, a run's, or a run config.
             asked: On what.
             mesh: How devices are arranged. A chat is split over tensor only.
             branch: Which branch is trained.
@@ -98,8 +102,10 @@ def _of_model(named: str) -> Callable[..., None]:
             num_beams: Of a chat's beam search.
             base: A run's base model, where that has moved.
         """
+        at_least(0, batch_size=batch_size)
+        at_least(1, accumulation=accumulation)
         device, mesh = _find_devices(asked, mesh)
-        model, talking, lora, scheme = _find_model(named, base)
+        trained, talking, lora, scheme = _find_model(model, base)
         generation = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams)
         talk = {"generation": generation, "lora": lora, "scheme": scheme, "length": asked.length}
         uses = [_chat(talking, mesh, device, talk)]
@@ -107,34 +113,37 @@ def _of_model(named: str) -> Callable[..., None]:
             run, _ = load_config(stage)
             size = batch_size or run.batch_size
             run = dataclasses.replace(run, batch_size=size, accumulation=accumulation, lora=lora)
-            uses.append(_stage(model, stage, run, (mesh, device, asked.length)))
-        _tell(named, uses, (mesh, device, needs.notes(model, mesh)), asked)
+            uses.append(_stage(trained, stage, run, (mesh, device, asked.length)))
+        _tell(model, uses, (mesh, device, needs.notes(trained, mesh)), asked)
 
     return memory
 
 
-def _of_run(named: str) -> Callable[..., None]:
+def _of_run(named: str) -> Command:
     if named not in shipped() and not Path(named).is_file():
         known = ", ".join([*SIZES, *shipped()])
         raise ConfigError(
             f"{named}: no such model or run config; give a model directory, a Python file, or one of {known}"
         )
-    config, _ = load_config(named)
+    default, _ = load_config(named)
 
     def memory(
-        run: Annotated[TrainConfig, tyro.conf.arg(name="")] = config,
+        config: tyro.conf.Positional[str],
+        /,
+        run: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         asked: Annotated[Asked, tyro.conf.arg(name="")] = AS_IT_IS,
         *,
         base: str = "",
         exact: bool = False,
     ) -> None:
-        """Tell what a run needs on each device and on each host. Nothing is loaded. Every field of a config is a flag.
+        """Estimate what a run needs on each device and on each host. Nothing is loaded. Each field is an option.
 
         Example: vllama memory vision_stage2 --model 7b --devices A100-40 --mesh.fsdp 8
 
         The model may be a directory, or a size that was published (7b, 13b).
 
         Args:
+            config: The run config: a Python file, or one that is shipped.
             run: The config.
             asked: On what.
             base: Where the base model is now, if not where the config says.
@@ -143,15 +152,15 @@ def _of_run(named: str) -> Callable[..., None]:
         if exact and asked.devices != "here":
             raise ConfigError("--exact compiles for the devices that are here; leave --devices out")
         device, mesh = _find_devices(asked, run.mesh)
-        if not (base or run.model in SIZES or Path(run.model).is_dir()):
+        if not (base or _is_model(run.model)):
             raise ConfigError(f"{run.model}: no such model directory; name one with --model, or a size: --model 7b")
         model, _, _, scheme = _find_model(base or run.model, "")
         if scheme:
             raise only_answers(base or run.model, scheme)
-        uses = [_stage(model, named, run, (mesh, device, asked.length))]
+        uses = [_stage(model, config, run, (mesh, device, asked.length))]
         if exact:
             uses = [dataclasses.replace(uses[0], compiled=_compiled(model, run, (mesh, device, asked.length)))]
-        _tell(f"{named} of {run.model}", uses, (mesh, device, needs.notes(model, mesh)), asked)
+        _tell(f"{config} of {run.model}", uses, (mesh, device, needs.notes(model, mesh)), asked)
 
     return memory
 

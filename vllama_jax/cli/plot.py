@@ -1,75 +1,117 @@
 """vllama plot."""
 
-import contextlib
-import json
+import collections
+import io
 from pathlib import Path
 from typing import Any
 
+import tyro
+
+from vllama_jax.cli.smoothing import fit_smoothing, smoothed
+from vllama_jax.cli.usage import UsageError
 from vllama_jax.errors import DataError
+from vllama_jax.io.atomic import replace_file
+from vllama_jax.io.json_files import parse_object
+
+NUMBERS = ("step", "loss", "lr")
 
 
-def plot(run: Path, /, *, out: Path | None = None, smoothing: float = 0.95) -> None:
-    """Draw a run's loss and learning rate as a PNG.
+def plot(
+    run: tyro.conf.Positional[Path],
+    others: tyro.conf.Positional[tuple[Path, ...]] = (),
+    /,
+    *,
+    out: Path | None = None,
+    smoothing: float | None = None,
+) -> None:
+    """Draw the loss and the learning rate of a run, or of several to compare them, as a PNG.
 
     Example: vllama plot RUN
 
+    Example: vllama plot RUN1 RUN2 --out both.png
+
     Args:
         run: The run directory.
-        out: The PNG file; RUN/loss.png unless given.
-        smoothing: How slowly the drawn mean of the loss follows it, from 0 to below 1.
+        others: More run directories, drawn into the same axes.
+        out: The PNG file; RUN/loss.png unless given, of several runs the first one's compared.png.
+        smoothing: How slowly the mean of the loss follows it, from 0 to below 1. Unless given, the mean is over about a
+            tenth of a run, at most 50 steps.
     """
-    if not 0 <= smoothing < 1:
-        raise DataError(f"smoothing must be at least 0 and below 1, not {smoothing}")
-    steps = read_lines(run / "metrics.jsonl")
-    validation = [line for line in read_lines(run / "samples.jsonl", needed=False) if "validation_loss" in line]
-    out = out or run / "loss.png"
-    _draw(steps, validation, smoothing, out)
-    print(f"{out}: steps {steps[0]['step']} to {steps[-1]['step']}, last loss {steps[-1]['loss']:.4f}")
+    if smoothing is not None and not 0 <= smoothing < 1:
+        raise UsageError(f"--smoothing must be at least 0 and below 1, not {smoothing}")
+    runs = [run, *others]
+    metrics = {path: read_metrics(path) for path in runs}
+    out = out or run / ("compared.png" if others else "loss.png")
+    figure, image = draw(metrics, smoothing), io.BytesIO()
+    try:
+        figure.savefig(image, format=out.suffix[1:] or "png", dpi=120)
+        replace_file(out, image.getbuffer())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{out}: cannot be written ({error})") from error
+    for path, steps in metrics.items():
+        where = f"{path}: " if others else f"{out}: "
+        print(f"{where}steps {steps[0]['step']} to {steps[-1]['step']}, last loss {steps[-1]['loss']:.4f}")
+    if others:
+        print(out)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return what a run wrote of each step. Raises DataError when it has done none, or the file is damaged."""
+    path = run / "metrics.jsonl"
+    steps = read_lines(path)
+    for number, line in enumerate(steps, 1):
+        if not all(isinstance(line.get(name), int | float) for name in NUMBERS):
+            raise DataError(f"{path}, line {number}: not the metrics of a step (it needs {', '.join(NUMBERS)})")
+    return steps
 
 
 def read_lines(path: Path, *, needed: bool = True) -> list[dict[str, Any]]:
-    """The lines of a journal that is whole but perhaps for a last one under way."""
+    """Return the lines of a journal, without a last one that is still being written."""
     if not path.is_file():
         if needed:
             raise DataError(f"{path}: no such file; name a run directory that has done a step")
         return []
-    lines = path.read_text().splitlines()
-    try:
-        found = [json.loads(line) for line in lines[:-1]]
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path}: not the metrics of a run ({error})") from error
-    with contextlib.suppress(json.JSONDecodeError):  # the last line may be under way
-        found += [json.loads(line) for line in lines[-1:]]
-    if needed and not found:
+    whole = path.read_bytes().decode(errors="replace").rpartition("\n")[0].splitlines()
+    if needed and not whole:
         raise DataError(f"{path}: no step is done yet; wait for the first")
-    return found
+    return [parse_object(line, f"{path}, line {number}", DataError) for number, line in enumerate(whole, 1)]
 
 
-def _draw(steps: list[dict[str, Any]], validation: list[dict[str, Any]], smoothing: float, out: Path) -> None:
+def draw(metrics: dict[Path, list[dict[str, Any]]], smoothing: float | None) -> Any:
+    """Return a figure of the loss, its mean, the loss of held-out records, and the learning rate of each run."""
     import matplotlib.figure
 
-    figure = matplotlib.figure.Figure(figsize=(8, 5), layout="constrained")
+    figure = matplotlib.figure.Figure(figsize=(8, 5.5), layout="constrained")
     loss, rate = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    numbers = [line["step"] for line in steps]
-    loss.plot(numbers, [line["loss"] for line in steps], color="tab:blue", alpha=0.3, label="loss")
-    loss.plot(numbers, smoothed([line["loss"] for line in steps], smoothing), color="tab:blue", label="its mean")
-    if validation:
-        places = [line["step"] for line in validation]
-        loss.plot(places, [line["validation_loss"] for line in validation], "o-", color="tab:orange", label="held out")
+    for number, (run, steps) in enumerate(metrics.items()):
+        name, color = _names(metrics)[run], f"C{number}"
+        numbers, losses = ([line[key] for line in steps] for key in ("step", "loss"))
+        share = fit_smoothing(len(steps)) if smoothing is None else smoothing
+        loss.plot(numbers, losses, color=color, alpha=0.25, linewidth=0.8)
+        mean = "each step" if share == 0 else f"mean of about {1 / (1 - share):.0f} steps"
+        loss.plot(numbers, smoothed(losses, share), color=color, label=f"{name} ({mean})")
+        held_out = [
+            line
+            for line in read_lines(run / "samples.jsonl", needed=False)
+            if {"step", "validation_loss"} <= line.keys()
+        ]
+        if held_out:
+            places, values = ([line[key] for line in held_out] for key in ("step", "validation_loss"))
+            loss.plot(places, values, "o--", color=color, markersize=4, label=f"{name}, held out")
+        rate.plot(numbers, [line["lr"] for line in steps], color=color)
+    last = next(iter(metrics.values()))[-1]
+    one = f"{next(iter(_names(metrics).values()))}: training loss, {last['step']} steps"
+    figure.suptitle(one if len(metrics) == 1 else f"Training loss of {len(metrics)} runs")
     loss.set_ylabel("loss")
     loss.legend()
-    rate.plot(numbers, [line["lr"] for line in steps], color="tab:green")
+    loss.grid(alpha=0.3)
     rate.set(xlabel="step", ylabel="learning rate")
-    try:
-        figure.savefig(out, dpi=120)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{out}: cannot be written ({error})") from error
+    rate.grid(alpha=0.3)
+    return figure
 
 
-def smoothed(values: list[float], smoothing: float) -> list[float]:
-    """The exponential mean, from the first value on."""
-    smoothed, mean = [], values[0]
-    for value in values:
-        mean = smoothing * mean + (1 - smoothing) * value
-        smoothed.append(mean)
-    return smoothed
+def _names(runs: dict[Path, Any]) -> dict[Path, str]:
+    """What to call runs: their directories' names, or their whole paths where two have one name."""
+    names = {run: run.absolute().name for run in runs}
+    count = collections.Counter(names.values())
+    return {run: name if count[name] == 1 else str(run) for run, name in names.items()}

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from vllama_jax import configs
+from vllama_jax.cli.usage import UsageError
 from vllama_jax.errors import ConfigError
 from vllama_jax.train import config as train_config
 from vllama_jax.train.config import TrainConfig
@@ -36,16 +37,32 @@ def load_config(name: str) -> tuple[TrainConfig, Prepare]:
     return config, fields.get("prepare", lambda config, out: config)
 
 
-def named_config(arguments: list[str], command: str) -> tuple[TrainConfig, Prepare, list[str]]:
-    """What `load_config` gives for the config that the first argument names, and the other arguments.
+def named_config(arguments: list[str], command: str) -> tuple[TrainConfig, Prepare]:
+    """Load the config that the first argument names; for help, a default one, whose flags are shown.
 
-    With --help alone it is a default one, whose flags are shown. `command`: an example of a whole one.
+    Args:
+        arguments: Of the command, whose first argument is a run config.
+        command: An example of a whole command.
+
+    Raises:
+        UsageError: The first argument is an option, or there is none.
+        ConfigError: As `load_config`.
     """
-    if not arguments or (arguments[0].startswith("-") and arguments[0] not in ("-h", "--help")):
-        raise ConfigError(f"name a run config first: `{command}`, or a Python file")
-    if arguments[0].startswith("-"):
-        return *load_config(DEFAULT), arguments
-    return *load_config(arguments[0]), arguments[1:]
+    first = first_argument(arguments, f"name a run config first: `{command}`, or a Python file")
+    return load_config(first or DEFAULT)
+
+
+def first_argument(arguments: list[str], advice: str) -> str | None:
+    """Return the first argument, whose value decides which options a command has; None where help is asked for alone.
+
+    Raises UsageError, with the advice, when it is an option or there is none.
+    """
+    first = next(iter(arguments), "-")
+    if not first.startswith("-"):
+        return first
+    if any(argument in ("-h", "--help") for argument in arguments):
+        return None
+    raise UsageError(advice)
 
 
 def _run(name: str) -> dict[str, Any]:

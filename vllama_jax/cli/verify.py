@@ -12,15 +12,18 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from vllama_jax.checkpoint import ModelDirectory, open_model
+from vllama_jax.checkpoint import ModelDirectory, Run, find_runs, open_model
 from vllama_jax.cli.bars import bytes_bar, count_bar
 from vllama_jax.cli.devices import leave_accelerators
+from vllama_jax.cli.usage import at_least
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_files import read_object
 from vllama_jax.quantize import scheme_of
+from vllama_jax.run_directory import run_steps
 
 if TYPE_CHECKING:
     from vllama_jax.convert import Plan
+    from vllama_jax.convert.verify import CheckedCheckpoint
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 
@@ -73,32 +76,34 @@ def verify(
     Example: vllama verify MODEL --against DIRECTORY_OF_THE_PYTORCH_FILES
 
     With a source, each part runs here and in torch on the same random input, and each layer's output is compared.
-    Exits with 1 when anything is not as it should be. Of quantised weights it tells what they cost.
+    Of a run, all checkpoints are compared with the digests that were recorded when they were saved, and the base
+    model's files with its manifest. Exits with 1 when anything is not as it should be. Of quantized weights it reports
+    what they cost.
 
     Args:
         model: The model directory, or a run's.
-        against: Files and directories in which the PyTorch files lie; which is which is told by what they hold.
+        against: The PyTorch files, or directories of them; each is identified by its tensors.
         pieces: Each file by its kind; these win over --against.
         config: The JSON file that `vllama convert --config` was given.
         weights_only: Compare the weights bit by bit, and compute nothing.
         dtype: In which the model computes here; torch always computes in float32.
         tokens: The length of the prompt, or the longest that the model reads.
         seed: Of the random inputs.
-        quantize: Tell what 8 or 4 bits would cost; a model that `vllama quantize` made needs no telling.
+        quantize: Measure what 8 or 4 bits would cost; not needed for a model that `vllama quantize` made.
         base: A run's base model, where that has moved.
         json_output: Print one JSON object.
     """
-    if tokens < 1 or seed < 0:
-        raise ConfigError(f"--tokens must be at least 1 and --seed at least 0, not {tokens} and {seed}")
-    directory = open_model(model, base)
+    at_least(1, tokens=tokens)
+    at_least(0, seed=seed)
     given = {kind: path for kind, path in vars(pieces).items() if path is not None}
     if not against and not given:
         if weights_only or quantize:
             option = "--weights-only" if weights_only else "--quantize"
             raise ConfigError(f"{option} compares with the PyTorch files: name them with --against")
         leave_accelerators()  # what a run trained comes through JAX
-        _verify_files(model, directory, json_output)
+        _verify_files(model, base, json_output)
         return
+    directory = open_model(model, base)
     if weights_only and (scheme := scheme_of(directory, quantize)):
         raise ConfigError(f"{model}: {scheme} is not what the PyTorch files hold; leave out --weights-only")
     if weights_only:
@@ -114,21 +119,47 @@ def verify(
         _verify_networks(model, directory, plan, (dtype, tokens, seed, quantize), json_output)
 
 
-def _verify_files(model: Path, directory: ModelDirectory, json_output: bool) -> None:
-    from vllama_jax.convert.verify import damage, shortened
+def _verify_files(model: Path, base: Path | None, json_output: bool) -> None:
+    """A model directory's files, and of a run all its checkpoints and its base model's files."""
+    from vllama_jax.convert.verify import check_checkpoints, damage, shortened
 
+    runs, base_model = find_runs(model, base)
+    with bytes_bar(sum(map(_stored_bytes, runs))) as progress:
+        checkpoints = check_checkpoints(runs, progress)
+    damaged = {str(checkpoint.path): checkpoint.damage for checkpoint in checkpoints if checkpoint.damage}
+    directory = open_model(base_model) if damaged else open_model(model, base)
     leaves = directory.manifest["leaves"]
     size = sum(_bytes(leaf) for leaf in leaves.values())
     with bytes_bar(size) as progress:
-        damaged = damage(directory, progress)
+        damaged |= (damaged_weights := damage(directory, progress))
     if json_output:
-        print(json.dumps({"weights": len(leaves), "bytes": size, "damaged": damaged}))
+        report = {"weights": len(leaves), "bytes": size, "damaged": damaged}
+        report |= {"checkpoints": [vars(one) | {"path": str(one.path)} for one in checkpoints]} if runs else {}
+        print(json.dumps(report))
+    else:
+        for checkpoint in checkpoints:
+            print(f"{checkpoint.path}: {_verdict(checkpoint)}")
     if damaged:
         told = shortened([f"{path} ({why})" for path, why in damaged.items()])
-        raise CheckpointError(f"{model}: not as it was written: {told}; copy or convert it again")
+        resumed = "restore it from a copy; a resumed run goes back to its last intact checkpoint"
+        advice = "copy or convert it again" if damaged_weights else resumed
+        raise CheckpointError(f"{model}: not as it was written: {told}; {advice}")
     if not json_output:
-        run = f", and what {model} trained" if directory.trained else ""
-        print(f"{directory.path}: {len(leaves)} weights, {filesize.decimal(size)}, all as they were written{run}")
+        print(f"{directory.path}: {len(leaves)} weights, {filesize.decimal(size)}, all as they were written")
+
+
+def _stored_bytes(run: Run) -> int:
+    """The size of the files in a run's checkpoints."""
+    files = (file for step in run_steps(run.path) for file in (run.path / f"step_{step}").rglob("*"))
+    return sum(file.stat().st_size for file in files if file.is_file())
+
+
+def _verdict(checkpoint: "CheckedCheckpoint") -> str:
+    if checkpoint.damage:
+        return "damaged"
+    if not checkpoint.digests:
+        return "no digests recorded (an earlier version saved it); its weights can be read"
+    return f"{checkpoint.files} files, {filesize.decimal(checkpoint.bytes)}, all as they were saved"
 
 
 def _bytes(leaf: Mapping[str, Any]) -> int:
@@ -184,7 +215,7 @@ def _verify_weights(model: Path, directory: ModelDirectory, plan: "Plan", json_o
 def _verify_networks(
     model: Path, directory: ModelDirectory, plan: "Plan", settings: tuple[Any, ...], json_output: bool
 ) -> None:
-    from vllama_jax.cli.compilation import keep_compiled_programs
+    from vllama_jax.compilation import keep_compiled_programs
     from vllama_jax.convert.parity import BOUNDS, USUAL, Settings, compare_networks, judged
     from vllama_jax.convert.verify import config_differences, shortened
 

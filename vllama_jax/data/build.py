@@ -13,14 +13,14 @@ from typing import Any
 import tensorflow_datasets as tfds
 import xxhash
 
-from vllama_jax.checkpoint import new_directory
 from vllama_jax.data.ahead import in_order
 from vllama_jax.data.datasets import Media, Texts, shard_counts, text_example, write_dataset
+from vllama_jax.data.entries import Entry, Skipped
 from vllama_jax.data.records import FORMAT, KINDS, Annotation, Kind
-from vllama_jax.data.sources import SOURCES, Entry, Skipped
-from vllama_jax.errors import DataError
-from vllama_jax.files import first_bytes
-from vllama_jax.params import write_json
+from vllama_jax.data.sources import SOURCES
+from vllama_jax.errors import DataError, MediaError
+from vllama_jax.io.atomic import check_absent, new_directory, write_json
+from vllama_jax.media import check_media
 
 READ_AHEAD = 4  # files held in memory
 CHECK_AHEAD = 16  # files whose first bytes are read
@@ -36,7 +36,7 @@ class Built:
         kinds: How many records there are of each kind.
         sizes: How many bytes of media.
         skipped: How many annotations were left out; skipped.jsonl lists them.
-        first_skipped: The first of them, and why; empty if there is none.
+        first_skipped: The first of them, why, and where it is in the annotation file; empty if there is none.
     """
 
     kinds: dict[Kind, int]
@@ -45,21 +45,41 @@ class Built:
     first_skipped: str = ""
 
 
-def build(name: str, source: Path, out: Path, progress: Progress = lambda what, done, whole: None) -> Built:
-    """Writes a records directory; `out` appears when it is whole.
+def build(
+    name: str,
+    source: Path,
+    out: Path,
+    progress: Progress = lambda what, done, whole: None,
+    *,
+    allow_outside: bool = False,
+) -> Built:
+    """Write a records directory; `out` appears when it is whole.
 
-    progress: told (what, done, whole): "annotations" looked at (whole is 0: not known), "files" packed.
-    Raises DataError for a source that is not laid out as `name` says, or of which nothing can be used; CheckpointError
-    when `out` exists or cannot be written.
+    An annotation that cannot be used is left out and listed in skipped.jsonl with its line: one that is malformed, has
+    no media file, or one whose content is not media.
+
+    Args:
+        name: How the source is laid out, one of SOURCES.
+        source: The folder that the source was unpacked to; for jsonl also the annotation file.
+        out: The directory to write.
+        progress: Called with (what, done, whole): "annotations" looked at (whole is 0: not known), "files" packed.
+        allow_outside: Pack media files outside the source's folder too, which annotations may name by an absolute
+            path, "..", or a symlink.
+
+    Raises:
+        DataError: The source is not laid out as `name` says, or nothing of it can be used.
+        CheckpointError: `out` exists or cannot be written.
     """
     if name not in SOURCES:
         raise DataError(f"no source {name!r}; choose one of {', '.join(SOURCES)}")
+    check_absent(out)
     if not source.exists():
         raise DataError(f"{source}: no such file or folder; name the source's folder")
     tfds.disable_progress_bar()
+    inside = None if allow_outside else (source if source.is_dir() else source.parent).resolve()
     with new_directory(out) as directory:
         plan = _Plan(directory / "plan")
-        built = plan.fill(_looked_at(SOURCES[name](source)), directory / "skipped.jsonl", progress)
+        built = plan.fill(_looked_at(SOURCES[name](source), inside), directory / "skipped.jsonl", progress)
         if not plan.media_sizes:
             why = f"; the first: {built.first_skipped}" if built.skipped else ""
             raise DataError(f"{source}: none of its {built.skipped} annotations can be used{why}")
@@ -84,16 +104,17 @@ class _Plan:
         files = {kind: (self.folder / kind).open("w", encoding="utf-8") for kind in KINDS}
         built = Built({}, {})
         with skipped.open("w", encoding="utf-8") as left_out:
-            for number, (annotation, found) in enumerate(entries, 1):
-                if isinstance(annotation, str):
-                    built.first_skipped = built.first_skipped or f"{annotation}: {found}"
+            for number, entry in enumerate(entries, 1):
+                if isinstance(entry, Skipped):
+                    built.first_skipped = built.first_skipped or str(entry)
                     built.skipped += 1
-                    left_out.write(json.dumps({"id": annotation, "why": found}) + "\n")
+                    left_out.write(json.dumps(dataclasses.asdict(entry)) + "\n")
                 else:
-                    line = json.dumps([*dataclasses.astuple(annotation), str(found)]) + "\n"
-                    files[annotation.kind].write(line)
-                    media[annotation.kind].append(found.stat().st_size)
-                    texts[annotation.kind].append(len(line))
+                    kind = entry.annotation.kind
+                    line = json.dumps([*dataclasses.astuple(entry.annotation), str(entry.path)]) + "\n"
+                    files[kind].write(line)
+                    media[kind].append(entry.path.stat().st_size)
+                    texts[kind].append(len(line))
                 progress("annotations", number, 0)
         for kind in KINDS:
             files[kind].close()
@@ -112,19 +133,36 @@ class _Plan:
                     yield Annotation(name, kind, tuple(map(tuple, turns)), media_at), Path(path)
 
 
-def _looked_at(entries: Iterator[Entry | Skipped]) -> Iterator[Entry | Skipped]:
-    """Entries without a usable file become skipped ones. Threads look, as on a network file system that takes long."""
+def _looked_at(entries: Iterator[Entry | Skipped], inside: Path | None) -> Iterator[Entry | Skipped]:
+    """Entries without a usable file become skipped ones. Threads look, as on a network file system that takes long.
+
+    inside: the folder that files must lie in, symlinks followed; None: anywhere.
+    """
 
     def look(entry: Entry | Skipped) -> Entry | Skipped:
-        annotation, path = entry
-        if isinstance(annotation, Annotation):
-            try:
-                first_bytes(path, DataError)
-            except DataError as error:
-                return annotation.id, str(error)
-        return entry
+        if isinstance(entry, Skipped):
+            return entry
+        try:
+            path = _resolved(entry.path, inside)
+            check_media(path)
+        except (DataError, MediaError) as error:
+            return Skipped(entry.place, entry.annotation.id, str(error))
+        return dataclasses.replace(entry, path=path)
 
     return in_order(look, entries, CHECK_AHEAD)
+
+
+def _resolved(path: Path, inside: Path | None) -> Path:
+    """The file that is packed, whatever becomes of symlinks meanwhile."""
+    try:
+        found = path.resolve()
+    except (OSError, RuntimeError) as error:  # RuntimeError: a symlink to itself, before Python 3.13
+        raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]})") from error
+    if inside is not None and not found.is_relative_to(inside):
+        raise DataError(
+            f"{path}: leads outside the source's folder {inside}; move it there, or allow it with --allow-outside"
+        )
+    return found
 
 
 def _write_datasets(plan: _Plan, directory: Path, progress: Progress) -> str:

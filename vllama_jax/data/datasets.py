@@ -1,14 +1,19 @@
-"""The two TFDS datasets of a records directory, written in the order they come, without TensorFlow.
+"""The two TFDS datasets of a records directory: written in the order they come, and read, without TensorFlow.
 
 A GeneratorBasedBuilder would hold records in memory, and beyond 1 GB it needs TensorFlow to put them in order
 (tensorflow_datasets/core/shuffle.py). A ShardBasedBuilder writes them as they come; it wants to know how many go into
 each file.
+
+Reading goes past TFDS's `builder_from_directory`, which imports whatever module `features.json` names. A directory's
+JSON files are compared with what is written here, and records are decoded by the features of this module.
 """
 
 import contextlib
+import dataclasses
 import functools
 import io
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +23,8 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.writer import ExampleWriter
 
 from vllama_jax.data.records import SPLIT, Annotation
+from vllama_jax.errors import DataError
+from vllama_jax.io.json_files import read_object
 
 SHARD_BYTES = 256 * 2**20  # of each file but the last, at least
 MAX_SHARDS = 256  # a reader keeps all files open, and a process may open 1024 unless told otherwise
@@ -114,3 +121,99 @@ def write_dataset(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
         except RuntimeError as error:  # array_record's for a full disk
             raise OSError(" ".join(str(error).split())) from error
     Path(builder.data_path).rename(folder)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One array_record file, as array_record's data source asks for it: all of its records."""
+
+    filename: str
+    examples_in_shard: int
+    skip: int = 0
+
+    @property
+    def take(self) -> int:
+        return self.examples_in_shard
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Random access to a dataset on disk, which threads share. Each file is opened when it is first read.
+
+    Attributes:
+        shards: The files, in order.
+        features: What decodes a record.
+        source: array_record's data source.
+    """
+
+    shards: Sequence[Shard]
+    features: tfds.features.FeaturesDict
+    source: Any
+
+    def __len__(self) -> int:
+        return sum(shard.examples_in_shard for shard in self.shards)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        return self.features.deserialize_example_np(self.source[number])
+
+
+def read_dataset(folder: Path) -> Examples:
+    """Open the dataset in `folder`, whose name says which one it is: texts or media. Imports nothing that it names.
+
+    Raises:
+        DataError: features.json or dataset_info.json is missing, or does not say what `write_dataset` writes.
+    """
+    from array_record.python.array_record_data_source import ArrayRecordDataSource
+
+    features = {"texts": Texts, "media": Media}[folder.name].FEATURES
+    _check_features(folder / "features.json", features)
+    name = f"{folder.name}-{SPLIT}.array_record"
+    counts = _shard_lengths(folder / "dataset_info.json")
+    shards = [
+        Shard(str(folder / f"{name}-{number:05}-of-{len(counts):05}"), count) for number, count in enumerate(counts)
+    ]
+    return Examples(shards, features, ArrayRecordDataSource(shards))
+
+
+def _check_features(path: Path, features: tfds.features.FeaturesDict) -> None:
+    from google.protobuf import json_format
+
+    written = json_format.MessageToDict(features.to_proto())  # as TFDS's FeatureConnector.save_config
+    stored, ours = (dict(_class_names(found)) for found in (read_object(path, DataError, _ANEW), written))
+    if strange := sorted({str(name) for name in stored.values()} - set(ours.values())):
+        raise DataError(f"{path}: names {strange[0][:100]!r}, which is no feature of these records; {_ANEW}")
+    if stored != ours:
+        raise DataError(f"{path}: its features are not those of these records; {_ANEW}")
+
+
+def _class_names(feature: Any, place: str = "") -> Iterator[tuple[str, Any]]:
+    """The Python class that TFDS would look up for each feature, by its place in features.json."""
+    for key, value in feature.items() if isinstance(feature, dict) else ():
+        if key in ("pythonClassName", "type"):  # "type": of TFDS before 4.5
+            yield place, value
+        else:
+            yield from _class_names(value, f"{place}/{key}")
+
+
+def _shard_lengths(path: Path) -> list[int]:
+    """How many records each file holds, of a dataset_info.json that says what ours say."""
+    info = read_object(path, DataError, _ANEW)
+    splits = info.get("splits")
+    split = splits[0] if isinstance(splits, list) and len(splits) == 1 and isinstance(splits[0], dict) else {}
+    lengths = split.get("shardLengths")
+    expected = {
+        "name": (info.get("name"), path.parent.name),
+        "fileFormat": (info.get("fileFormat"), "array_record"),
+        "moduleName": (str(info.get("moduleName")).partition(".")[0], __name__.partition(".")[0]),
+        "splits": (split.get("name"), SPLIT),
+        "filepathTemplate": (split.get("filepathTemplate", _TEMPLATE), _TEMPLATE),
+    }
+    if wrong := [field for field, (found, wanted) in expected.items() if found != wanted]:
+        raise DataError(f"{path}: its {wrong[0]} is not that of these records; {_ANEW}")
+    if not isinstance(lengths, list) or not lengths or not all(re.fullmatch("[0-9]{1,18}", str(n)) for n in lengths):
+        raise DataError(f"{path}: its shardLengths are not numbers of records; {_ANEW}")
+    return [int(length) for length in lengths]
+
+
+_ANEW = "build the records again"
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's own, for the names of a dataset's files

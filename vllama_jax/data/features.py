@@ -17,14 +17,14 @@ import math
 import operator
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import numpy as np
 import xxhash
 
 from vllama_jax.checkpoint import ModelDirectory
-from vllama_jax.config import changes, flat
+from vllama_jax.config import changes, flat, from_dict
 from vllama_jax.data.order import Stream
 from vllama_jax.data.records import Kind, Records, ranges
 from vllama_jax.data.remote import local_copy
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 USABLE, UNUSABLE = b"\1", b"\0"  # how an entry ends
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
+LARGEST_NUMBER = 2**40  # of records, variants or values in a manifest
 OPEN_SHARDS = 256  # of a process: well under the usual limit of 1024 open files
 
 # The parts of a model that features depend on, and the field of its config that says how each computes.
@@ -50,16 +51,36 @@ ENCODERS = {
 }
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """manifest.json of the features of one records directory, as `describe` makes it.
+
+    kinds: How many records there are of each kind. The meaning of other fields: `FeatureCache` and `describe`.
+    """
+
+    format: int
+    branch: Literal["vision", "audio"]
+    records: str
+    kinds: dict[Kind, int]
+    shapes: dict[Kind, tuple[int, ...]]
+    dtype: Literal["float32", "bfloat16"]
+    variants: int
+    shard_records: int
+    transform: dict[str, Any]
+    encoders: dict[str, str]
+
+
 @dataclasses.dataclass(frozen=True)
 class FeatureCache:
     """The features of one records directory. Files are opened at the first reading, so that it can be sent to another
     process; any number of threads may read.
 
-    kinds: the record numbers of each kind. shapes: of one variant of a record of each kind. shard_records: how many
-    records a shard holds; the last one may hold fewer.
+    digest: of what the features depend on. kinds: the record numbers of each kind. shapes: of one variant of a record
+    of each kind. shard_records: how many records a shard holds; the last one may hold fewer.
     """
 
     path: Path
+    digest: str
     kinds: dict[Kind, range]
     shapes: dict[Kind, tuple[int, ...]]
     dtype_name: str
@@ -231,14 +252,24 @@ def open_folder(folder: Path) -> tuple[FeatureCache, dict[str, Any]]:
             "make them anew with `vllama features`"
         )
     try:
-        return _cache(folder, made), made
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{folder / 'manifest.json'}: incomplete ({error}); {advice}") from error
-
-
-def _cache(folder: Path, made: Mapping[str, Any]) -> FeatureCache:
-    shapes = {kind: tuple(shape) for kind, shape in made["shapes"].items()}
-    return FeatureCache(folder, ranges(made["kinds"]), shapes, made["dtype"], made["variants"], made["shard_records"])
+        manifest = from_dict(made, Manifest, str(folder / "manifest.json"), range(1, LARGEST_NUMBER))
+    except ConfigError as error:
+        raise DataError(f"{error}; {advice}") from error
+    same = json.dumps({name: value for name, value in made.items() if name != "shard_records"}, sort_keys=True)
+    cache = FeatureCache(
+        path=folder,
+        digest=xxhash.xxh3_128_hexdigest(same.encode()),
+        kinds=ranges(manifest.kinds),
+        shapes=manifest.shapes,
+        dtype_name=manifest.dtype,
+        variants=manifest.variants,
+        shard_records=manifest.shard_records,
+    )
+    if strange := manifest.kinds.keys() ^ manifest.shapes.keys():
+        raise DataError(
+            f"{folder / 'manifest.json'}: kinds and shapes disagree on {', '.join(sorted(strange))}; {advice}"
+        )
+    return cache, made
 
 
 def describe(
@@ -307,7 +338,7 @@ def _digest(directory: ModelDirectory, part: str) -> str:
     digest.update(json.dumps(plain, sort_keys=True).encode())
     for trained in directory.trained:
         if any(_within(path, part) for path in trained.leaves):
-            digest.update((trained.path / "manifest.ocdbt").read_bytes())  # differs by save
+            digest.update(trained.save_id)
     return digest.hexdigest()
 
 
@@ -338,6 +369,9 @@ def _check_finished(cache: FeatureCache) -> None:
             f"{cache.path}: {found} of {cache.shards} shards are there; run `vllama features` again, as before, "
             "and it makes the others"
         )
+    for shard in {0, cache.shards - 1}:  # all of them are not opened here: a mount may take a second for each
+        if not cache.is_whole(shard):
+            raise DataError(f"{cache.shard_path(shard)}: not as many entries as manifest.json says; {_ANEW}")
 
 
 def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

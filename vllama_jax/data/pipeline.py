@@ -1,8 +1,8 @@
 """Records → batches: texts and labels, decoded and cropped pictures, sounds; padded, in order, ahead of the step.
 
 Every host reads the texts of a whole global batch, to know the length that all pad to, and the media of its own rows.
-Grain runs the reading ahead of the step, in threads or processes. A sample that cannot be used keeps its row, without
-labels, so that no host's order shifts.
+Reading runs ahead of the step, in threads (ahead.py) or processes (workers.py). A sample that cannot be used keeps its
+row, without labels, so that no host's order shifts.
 """
 
 import concurrent.futures
@@ -14,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.data.ahead import in_order
 from vllama_jax.data.features import FeatureCache
 from vllama_jax.data.order import Order, Rows, Stream
 from vllama_jax.data.texts import encode_text, pad_texts, padded_length
+from vllama_jax.data.workers import in_processes
 from vllama_jax.errors import DataError, MediaError
 from vllama_jax.media import as_file, read_audio, read_image, read_video
 from vllama_jax.media.augment import crop_frames, head_tail_indices, random_box
@@ -192,17 +194,13 @@ class Reader:
 
 
 def batches(reader: Callable[[int], Any], first: int, last: int, cfg: DataConfig) -> Iterator[Any]:
-    """What a reader has of steps first to last, read ahead. Where it stands is the step, and nothing else."""
-    import grain
+    """What a reader has of steps first to last, read ahead in threads or processes. Its only state is the step.
 
-    ahead = grain.ReadOptions(num_threads=cfg.prefetch, prefetch_buffer_size=cfg.prefetch)
-    dataset = grain.MapDataset.range(first, last).map(reader).to_iter_dataset(ahead)
+    Close it to end the threads and processes before the last step. Raises VllamaError where a process was lost.
+    """
     if cfg.processes:
-        from absl import flags
-
-        flags.FLAGS.mark_as_parsed()  # Grain asks for flags that only absl's own main would have read
-        dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(cfg.processes))
-    return iter(dataset)
+        return in_processes(reader, range(first, last), cfg.processes, cfg.prefetch)
+    return in_order(reader, range(first, last), cfg.prefetch + 1)  # with the one that is waited for
 
 
 @functools.cache

@@ -10,22 +10,27 @@ a whole global batch and the media of its own rows only. All videos come first, 
 import dataclasses
 import functools
 import itertools
-import json
 import os
+import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from vllama_jax.data.remote import local_copy
 from vllama_jax.errors import DataError
-from vllama_jax.io.json_files import read_object
+from vllama_jax.io.json_files import parse_object, read_object
+
+if TYPE_CHECKING:
+    from vllama_jax.data.datasets import Examples
 
 FORMAT = 1
 KINDS = ("video", "image", "audio")
 SPLIT = "train"  # TFDS's name for all of a dataset
 # A process that decodes begins in many threads at once, and TFDS's lazy imports wait for each other when two import it.
 _OPENS = threading.Lock()
+_FILE_NAME = re.compile(r"(?:texts|media)/[\w-][\w.-]*")
+_ANEW = "build the records again"
 
 Kind = Literal["video", "image", "audio"]
 
@@ -71,22 +76,35 @@ class Records:
     def annotation(self, number: int) -> Annotation:
         """Raises DataError for a record that cannot be read."""
         found = self._read("texts", number)
-        questions, answers = ([text.decode() for text in found[name]] for name in ("questions", "answers"))
-        turns = tuple(zip(questions, answers, strict=True))
-        return Annotation(found["id"].decode(), found["kind"].decode(), turns, int(found["media_at"]))
+        try:
+            questions, answers = ([text.decode() for text in found[name]] for name in ("questions", "answers"))
+            turns = tuple(zip(questions, answers, strict=True))
+            annotation = Annotation(found["id"].decode(), found["kind"].decode(), turns, int(found["media_at"]))
+            if number not in self.kinds.get(annotation.kind, ()):
+                raise ValueError(f"its kind is {annotation.kind!r}, which manifest.json has elsewhere")
+        except ValueError as error:
+            raise DataError(
+                f"{self.path / 'texts'}: record {number} is damaged ({_one_line(error)}); {_ANEW}"
+            ) from error
+        return annotation
 
     def media(self, number: int) -> bytes:
         """The file's bytes. Raises DataError for a record that cannot be read."""
         return self._read("media", number)["media"]
 
     def skipped(self) -> Iterator[dict[str, str]]:
-        """The annotations that were left out: {"id", "why"}."""
+        """The annotations that were left out: {"id", "place", "why"}, the place being a line of the annotation file.
+
+        Records of earlier versions have no place.
+        """
         path = self.path / "skipped.jsonl"
         try:
-            with path.open(encoding="utf-8") as file:
-                yield from map(json.loads, file)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: cannot be read ({error}); build the records again") from error
+            with path.open("rb") as file:
+                for number, line in enumerate(file, 1):
+                    found = parse_object(line, f"{path}, line {number}", DataError, _ANEW)
+                    yield {name: str(found.get(name, "")) for name in ("id", "place", "why")}
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); {_ANEW}") from error
 
     def _read(self, part: str, number: int) -> dict[str, Any]:
         from google.protobuf.message import DecodeError
@@ -94,30 +112,38 @@ class Records:
         folder = str(self.path / part)
         try:
             return _dataset(folder, self.digest)[number]
-        except (ValueError, IndexError, OSError, RuntimeError, DecodeError) as error:
+        except (ValueError, KeyError, IndexError, OSError, RuntimeError, DecodeError) as error:
             why = f"record {number} cannot be read ({_one_line(error)})"
             raise DataError(f"{folder}: {why}; copy or build the records again") from error
 
 
 def open_records(path: str | os.PathLike[str]) -> Records:
-    """A URL's files are copied to this machine first (data/remote.py).
+    """Open a records directory. A URL's files are copied to this machine first (data/remote.py).
 
-    Raises DataError when `path` is no records directory, is of another format, or is not whole.
+    Nothing that the directory names is imported, and no file outside it is named by it.
+
+    Raises:
+        DataError: `path` is no records directory, is of another format, is not whole, or says anything but what
+            `vllama data build` writes.
     """
     path = local_copy(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such records directory; `vllama data build` makes one")
     if not (path / "manifest.json").exists():
         raise DataError(f"{path}: not a records directory (no manifest.json in it); `vllama data build` makes one")
-    manifest = read_object(path / "manifest.json", DataError, "build the records again")
+    manifest = read_object(path / "manifest.json", DataError, _ANEW)
     if manifest.get("format") != FORMAT:
         made = manifest.get("format")
         raise DataError(f"{path}: records of format {made!r}, this version reads {FORMAT}; build them again")
     records = _from_manifest(path, manifest)
     _check_files(path, manifest["files"])
     for part in ("texts", "media"):
-        if len(_dataset(str(path / part), records.digest)) != len(records):
+        examples = _dataset(str(path / part), records.digest)
+        if len(examples) != len(records):
             raise DataError(f"{path / part}: not as many records as manifest.json says; build them again")
+        names = [f"{part}/{Path(shard.filename).name}" for shard in examples.shards]
+        if unlisted := [name for name in names if name not in manifest["files"]]:
+            raise DataError(f"{path / unlisted[0]}: not one of the files that manifest.json lists; {_ANEW}")
     return records
 
 
@@ -128,6 +154,8 @@ def _from_manifest(path: Path, manifest: dict[str, Any]) -> Records:
         numbers = [*counts.values(), *sizes.values(), *files.values()]
         if not all(type(number) is int and number >= 0 for number in numbers) or {*counts, *sizes} - {*KINDS}:
             raise ValueError("its numbers are none")
+        if outside := [name for name in files if not _FILE_NAME.fullmatch(name)]:
+            raise ValueError(f"{outside[0][:100]!r} is no file of it")
         return Records(path, str(manifest["name"]), ranges(counts), str(manifest["digest"]), sizes)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{where}: incomplete ({_one_line(error)}); build the records again") from error
@@ -151,19 +179,19 @@ def _check_files(path: Path, sizes: dict[str, int]) -> None:
 
 
 @functools.cache
-def _dataset(folder: str, digest: str) -> Any:
-    """TFDS's random access to a dataset, which threads share; it opens each file when it first reads there.
+def _dataset(folder: str, digest: str) -> "Examples":
+    """A dataset, kept open.
 
     digest: another one when the directory was built anew. A fork shares its parent's open files, which is safe (every
     read names its place); opening them anew in a fork is not: array_record 0.8.6 crashes there once the parent used it.
     """
     with _OPENS:
-        import tensorflow_datasets as tfds
+        from vllama_jax.data.datasets import read_dataset
 
         try:
-            return tfds.builder_from_directory(folder).as_data_source(split=SPLIT)
-        except (ValueError, KeyError, OSError, RuntimeError, AssertionError, tfds.core.DatasetNotFoundError) as error:
-            raise DataError(f"{folder}: cannot be read ({_one_line(error)}); build the records again") from error
+            return read_dataset(Path(folder))
+        except (ValueError, OSError, RuntimeError) as error:
+            raise DataError(f"{folder}: cannot be read ({_one_line(error)}); {_ANEW}") from error
 
 
 def _one_line(error: Exception) -> str:

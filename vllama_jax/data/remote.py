@@ -16,7 +16,8 @@ def local_copy(path: str | os.PathLike[str]) -> Path:
     What is there already and as large as its original is kept, so that a copy that was stopped goes on, and a second
     run copies nothing. A directory that has another manifest.json than before goes to another folder.
 
-    Raises DataError when the place cannot be reached, has no manifest.json or does not fit on this machine's disk.
+    Raises DataError when the place cannot be reached, has no manifest.json, has a file whose name leads out of the
+    copy, or does not fit on this machine's disk.
     """
     url = str(path)
     if "://" not in url:
@@ -30,11 +31,19 @@ def local_copy(path: str | os.PathLike[str]) -> Path:
             raise DataError(f"{url}: nothing of ours (no manifest.json in it); check the URL")
         target = cache_folder() / "copied" / f"{root.rsplit('/', 1)[-1]}-{xxhash.xxh3_64_hexdigest(manifests)}"
         for source, info in found:
-            _copy(files, source, info["size"], target / source[len(root) + 1 :])
+            _copy(files, source, info["size"], target / _relative_name(source, root, url))
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise DataError(f"{url}: cannot be copied here ({reason}); mount it, or copy it, and name its path") from error
     return target
+
+
+def _relative_name(source: str, root: str, url: str) -> str:
+    """A file's name from the root on. In a bucket it may be any text: "../x" would be written outside the copy."""
+    name = source[len(root) + 1 :]
+    if not source.startswith(f"{root}/") or any(part in ("", ".", "..") for part in name.split("/")) or "\0" in name:
+        raise DataError(f"{url}: holds a file named {name[:100]!r}, which would be written elsewhere; remove it there")
+    return name
 
 
 def _copy(files: fsspec.AbstractFileSystem, source: str, size: int, target: Path) -> None:

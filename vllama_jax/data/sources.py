@@ -1,39 +1,24 @@
 """Annotations as their publishers give them → what is said of each file, and where the file is.
 
-One function for each source: it takes the folder that the source was unpacked to and yields entries in the source's
-order, (annotation, path) or, of what cannot be used, (id, why). Files themselves are not looked at here. A layout that
-is not the source's is a DataError.
+One function for each source: it takes the folder that the source was unpacked to and yields, in the source's order,
+an `Entry` for each annotation or, of what cannot be used, a `Skipped`. Files themselves are not looked at here. A
+layout that is not the source's is a DataError.
 """
 
 import csv
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from vllama_jax.data.records import Annotation, Kind
-from vllama_jax.data.turns import (
-    Turns,
-    Unusable,
-    caption_turns,
-    check_characters,
-    message_turns,
-    pair_turns,
-    place_media,
-)
+from vllama_jax.data.entries import Entry, Skipped, make_entry
+from vllama_jax.data.own import read_own
+from vllama_jax.data.turns import Turns, caption_turns, message_turns, pair_turns
 from vllama_jax.errors import DataError
-from vllama_jax.io.json_files import parse_json, read_json
+from vllama_jax.io.json_files import read_json
 
 SourceName = Literal["webvid", "llava_cc3m", "minigpt4", "llava_instruct", "videochat", "jsonl"]
-Entry = tuple[Annotation, Path]
-Skipped = tuple[str, str]
 
 COCO_PREFIX = "COCO_train2014_"  # LLaVA-Instruct names the pictures without it (reference: llava_instruct_dataset.py)
-FILE_KEYS: dict[str, Kind] = {"video": "video", "image": "image", "audio": "audio", "sound": "audio"}
-KEYS_HELP = (
-    "a line has one of video, image, audio, sound; and one of caption, text, conversations, messages, QA, or question "
-    "and answer"
-)
 
 
 def webvid(source: Path) -> Iterator[Entry | Skipped]:
@@ -49,7 +34,7 @@ def webvid(source: Path) -> Iterator[Entry | Skipped]:
         for place, row in _rows(table, {"videoid", "page_dir", "name"}):
             name = f"{row['page_dir']}/{row['videoid']}.mp4" if row["page_dir"] and row["videoid"] else None
             caption = (row["name"] or "").strip()  # as the original does, here only
-            yield _entry(place, name, "video", source / "videos", caption_turns, caption)
+            yield make_entry(place, name, "video", source / "videos", caption_turns, caption)
 
 
 def image_captions(source: Path) -> Iterator[Entry | Skipped]:
@@ -65,9 +50,9 @@ def image_captions(source: Path) -> Iterator[Entry | Skipped]:
     for place, entry in _entries(found.get("annotations") if isinstance(found, dict) else found, table):
         name = f"{entry['image_id']}.jpg" if "image_id" in entry else entry.get("image")
         if "caption" in entry:
-            yield _entry(place, name, "image", folder, caption_turns, entry["caption"])
+            yield make_entry(place, name, "image", folder, caption_turns, entry["caption"])
         else:
-            yield _entry(place, name, "image", folder, _told_caption, entry.get("conversations"))
+            yield make_entry(place, name, "image", folder, _told_caption, entry.get("conversations"))
 
 
 def llava_instruct(source: Path) -> Iterator[Entry | Skipped]:
@@ -77,29 +62,14 @@ def llava_instruct(source: Path) -> Iterator[Entry | Skipped]:
         name = entry.get("image")
         if isinstance(name, str) and not name.startswith(COCO_PREFIX):
             name = COCO_PREFIX + name
-        yield _entry(place, name, "image", source / "train2014", message_turns, entry.get("conversations"))
+        yield make_entry(place, name, "image", source / "train2014", message_turns, entry.get("conversations"))
 
 
 def videochat(source: Path) -> Iterator[Entry | Skipped]:
     """VideoChat-11K: videochat_instruct_11k.json with video and QA, and videos/VIDEO."""
     table = source / "videochat_instruct_11k.json"
     for place, entry in _entries(_json(table), table):
-        yield _entry(place, entry.get("video"), "video", source / "videos", pair_turns, entry.get("QA"))
-
-
-def jsonl(source: Path) -> Iterator[Entry | Skipped]:
-    """One's own: a JSONL file, or the folder with it; each line names a file and says something of it.
-
-    The file's path is absolute or starts at the JSONL's folder. See KEYS_HELP.
-    """
-    table = _find_jsonl(source)
-    try:
-        with table.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _own_entry(f"line {number}", line, table)
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{table}: cannot be read ({error})") from error
+        yield make_entry(place, entry.get("video"), "video", source / "videos", pair_turns, entry.get("QA"))
 
 
 SOURCES: dict[SourceName, Callable[[Path], Iterator[Entry | Skipped]]] = {
@@ -108,56 +78,13 @@ SOURCES: dict[SourceName, Callable[[Path], Iterator[Entry | Skipped]]] = {
     "minigpt4": image_captions,
     "llava_instruct": llava_instruct,
     "videochat": videochat,
-    "jsonl": jsonl,
+    "jsonl": read_own,
 }
-
-
-def _entry(place: str, name: Any, kind: Kind, folder: Path, read: Callable[[Any], Turns], said: Any) -> Entry | Skipped:
-    """What `read` makes of what is said of the file called `name` in `folder`. `place`: of the annotation."""
-    if not isinstance(name, str) or not name:
-        return place, f"it names no {kind} file"
-    try:
-        turns, media_at = place_media(read(said), kind)
-        check_characters([name, *itertools.chain(*turns)])
-    except Unusable as error:
-        return name.encode(errors="backslashreplace").decode(), str(error)
-    return Annotation(name, kind, turns, media_at), folder / name
-
-
-def _own_entry(place: str, line: str, table: Path) -> Entry | Skipped:
-    entry = parse_json(line, f"{table}, {place}", DataError)
-    named = [key for key in FILE_KEYS if isinstance(entry, dict) and key in entry]
-    if len(named) != 1:
-        raise DataError(f"{table}, {place}: it must name one file; {KEYS_HELP}")
-    name, kind = entry[named[0]], FILE_KEYS[named[0]]
-    for key in ("conversations", "messages"):
-        if key in entry:
-            return _entry(place, name, kind, table.parent, message_turns, entry[key])
-    if "QA" in entry:
-        return _entry(place, name, kind, table.parent, pair_turns, entry["QA"])
-    if "question" in entry and "answer" in entry:
-        return _entry(place, name, kind, table.parent, pair_turns, [entry])
-    for key in ("caption", "text"):
-        if key in entry:
-            return _entry(place, name, kind, table.parent, caption_turns, entry[key])
-    raise DataError(f"{table}, {place}: it says nothing of its file; {KEYS_HELP}")
 
 
 def _told_caption(messages: Any) -> Turns:
     """The last answer alone: the question before it asks for a caption."""
     return caption_turns(message_turns(messages)[-1][1])
-
-
-def _find_jsonl(source: Path) -> Path:
-    if not source.is_dir():
-        return source
-    if (source / "annotations.jsonl").exists():
-        return source / "annotations.jsonl"
-    tables = sorted(source.glob("*.jsonl"))
-    if len(tables) != 1:
-        found = f"{len(tables)} .jsonl files" if tables else "no .jsonl file"
-        raise DataError(f"{source}: {found} in it; name the one with the annotations")
-    return tables[0]
 
 
 def _rows(table: Path, columns: set[str]) -> Iterator[tuple[str, dict[str, str | None]]]:

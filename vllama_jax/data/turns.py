@@ -9,7 +9,7 @@ from vllama_jax.data.records import Kind
 HUMANS = ("human", "user")
 MODELS = ("gpt", "assistant", "model")
 MARK = re.compile(r"<(?:image|video|audio)>")
-MARK_AND_SPACE = re.compile(rf"{MARK.pattern}[ \n]|[ \n]?{MARK.pattern}")
+MARK_AND_SPACE = re.compile(rf"{MARK.pattern}[ \n]?")
 
 Turns = tuple[tuple[str, str], ...]
 
@@ -23,18 +23,19 @@ def caption_turns(caption: Any) -> Turns:
     return (("", _answer(caption, "it has no caption")),)
 
 
-def pair_turns(pairs: Any) -> Turns:
-    """VideoChat's: [{"q", "a"}, …]; what else a pair has (VideoChat's "i") is ignored."""
+def pair_turns(pairs: Any, question: str = "question", answer: str = "answer") -> Turns:
+    """VideoChat's: [{"q", "a"}, …], or with these names; what else a pair has (VideoChat's "i") is ignored."""
     if not isinstance(pairs, list) or not pairs:
         raise Unusable("it has no list of questions and answers")
-    turns = []
-    for pair in pairs:
-        fields = pair if isinstance(pair, dict) else {}
-        question = fields.get("q", fields.get("question"))
-        if not isinstance(question, str):
-            raise Unusable("an answer without a question")
-        turns.append((question, _answer(fields.get("a", fields.get("answer")))))
-    return tuple(turns)
+    fields = [pair if isinstance(pair, dict) else {} for pair in pairs]
+    return tuple(_turn(pair.get("q", pair.get(question)), pair.get("a", pair.get(answer))) for pair in fields)
+
+
+def history_turns(history: Any, question: Any, answer: Any) -> Turns:
+    """ms-swift's and Alpaca's: earlier turns as [[question, answer], …], then the last one."""
+    if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
+        raise Unusable("its history is not a list of questions and answers")
+    return tuple(_turn(*turn) for turn in [*history, [question, answer]])
 
 
 def message_turns(messages: Any) -> Turns:
@@ -62,20 +63,19 @@ def message_turns(messages: Any) -> Turns:
 
 
 def place_media(turns: Turns, kind: Kind) -> tuple[Turns, int]:
-    """Turns without the mark of where the media go, and how many characters of the first question come before them.
+    """Turns without the placeholder of the media, and how many characters of the first question come before them.
 
-    A picture stands where its mark is; without one it comes first, and a space follows. Videos and sounds always come
-    first, and their mark goes with the space or newline beside it.
+    Media stand where their placeholder is; without one they come first. A space follows an image that has none. The
+    words that introduce a video or a waveform end in a space: a space or newline after their placeholder goes with it.
     """
     (question, answer), *others = turns
     marks = MARK.findall(question)
     if len(marks) > 1 or any(MARK.search(asked) for asked, _ in others):
         raise Unusable("more than one place for media, or one that is not in its first question")
-    media_at = 0
+    media_at = question.index(marks[0]) if marks else 0
     if kind != "image":
         question = MARK_AND_SPACE.sub("", question)
     elif marks:
-        media_at = question.index(marks[0])
         question = question.replace(marks[0], "")
     elif question:
         question = f" {question}"
@@ -98,6 +98,12 @@ def _message(message: Any) -> tuple[str, str]:
     if not isinstance(who, str) or not isinstance(text, str):
         raise Unusable("a message that is not text, or does not say whose it is")
     return who.lower(), text
+
+
+def _turn(question: Any, answer: Any) -> tuple[str, str]:
+    if not isinstance(question, str):
+        raise Unusable("an answer without a question")
+    return question, _answer(answer)
 
 
 def _answer(text: Any, missing: str = "a question without an answer") -> str:

@@ -34,7 +34,7 @@ class Settings:
     batch_size: int = 8
 
     def __post_init__(self):
-        flags = {"max_new_tokens": "--max-new-tokens", "num_frames": "--frames", "batch_size": "--batch-size"}
+        flags = {"max_new_tokens": "--max-new-tokens", "num_frames": "--num-frames", "batch_size": "--batch-size"}
         for name, flag in flags.items():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ConfigError(f"{flag} must be at least 1, not {getattr(self, name)}")
@@ -69,7 +69,7 @@ class Answering:
     """
 
     def __init__(self, config: VideoLlamaConfig, settings: Settings, load: "Callable[[], Model]"):
-        check_positions(config, "--frames", settings.num_frames, "ask for fewer")
+        check_positions(config, "--num-frames", settings.num_frames, "ask for fewer")
         self._config, self._settings = config, settings
         self._load = functools.cache(load)
         self.unusable: dict[str, str] = {}

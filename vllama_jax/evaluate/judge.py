@@ -5,15 +5,19 @@ the same as the right one, or how well it does in one of five aspects; a score f
 """
 
 import ast
+import base64
 import contextlib
 import dataclasses
 import datetime
+import functools
+import html
 import http.client
 import json
 import os
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +25,7 @@ from typing import Any
 from vllama_jax.errors import ConfigError, VllamaError
 
 KEY_VARIABLE = "OPENAI_API_KEY"
+HIDDEN = "…"  # in place of the key
 REFUSED = (400, 413, 422)  # for what a prompt says or how long it is
 WAIT_AT_MOST = 60.0  # seconds, also when the endpoint asks for more
 ASPECTS = {
@@ -50,7 +55,7 @@ class Refused(Unreachable):
 
 @dataclasses.dataclass
 class Judge:
-    """An endpoint and the model to ask there. The key is sent to this URL only and stored nowhere.
+    """An endpoint and the model to ask there. The key is sent to this URL only; what comes back is scrubbed of it.
 
     greedy: whether temperature 0 is asked for; it is not any more after the model has refused that.
     """
@@ -81,8 +86,19 @@ class Judge:
         for _ in range(self.tries):
             reply, model = self._complete(messages)
             if (found := read_reply(reply, aspect)) is not None:
-                return {**found, "reply": reply, "model": model}
-        return reply
+                return {**found, "reply": self.scrub(reply), "model": self.scrub(model)}
+        return self.scrub(reply)
+
+    def scrub(self, said: Any) -> Any:
+        """What an endpoint says, without the key, which some repeat, plain or encoded: in texts, lists and objects."""
+        if isinstance(said, dict):
+            return {self.scrub(name): self.scrub(value) for name, value in said.items()}
+        if isinstance(said, list):
+            return [self.scrub(value) for value in said]
+        if isinstance(said, str):
+            for form in _forms(self.key):
+                said = re.sub(re.escape(form), HIDDEN, said, flags=re.IGNORECASE)
+        return said
 
     def _complete(self, messages: list[dict[str, str]]) -> tuple[str, Any]:
         """The endpoint's reply and the model that it names, greedy where its model allows that."""
@@ -106,9 +122,8 @@ class Judge:
         raise Unreachable(f"{self.endpoint}: the judge cannot be reached ({why}); check --judge-url")
 
     def _told(self, why: object) -> str:
-        """Why a request failed, in one line and without the key, which some endpoints repeat."""
-        line = " ".join(str(why).split())
-        return (line.replace(self.key, "…") if self.key else line)[:200]
+        """Why a request failed, in one line and without the key."""
+        return self.scrub(" ".join(str(why).split()))[:200]
 
     def _post(self, body: dict[str, Any]) -> Any:
         headers = {"Content-Type": "application/json"}
@@ -158,6 +173,26 @@ def _object(text: str) -> dict[str, Any]:
 def today() -> str:
     """The date in UTC, as results record it."""
     return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
+@functools.cache
+def _forms(key: str) -> tuple[str, ...]:
+    """How a key may be written in what an endpoint sends back, the longest first: plain, escaped, hexadecimal, base64.
+
+    In the base64 of a longer text ("Bearer KEY") a key has one of three forms, by where it begins; the digits that it
+    shares with its neighbours are left out. What is shorter than eight digits is not searched: it says little.
+    """
+    if not key:
+        return ()
+    forms = {key, urllib.parse.quote(key), urllib.parse.quote(key, safe=""), html.escape(key), json.dumps(key)[1:-1]}
+    encoded = {key.encode().hex()}
+    for before in range(3):
+        digits = base64.b64encode(bytes(before) + key.encode()).decode().rstrip("=")
+        end = len(digits) - (1 if (before + len(key)) % 3 else 0)
+        inner = digits[-(-before * 4 // 3) : end]
+        encoded |= {inner, inner.translate(str.maketrans("+/", "-_"))}
+    forms |= {form for form in encoded if len(form) >= 8}
+    return tuple(sorted(forms, key=len, reverse=True))
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -44,7 +44,7 @@ def judge_answers(
     Returns why cases have no judgement; the next run asks those again. Raises judge.Unreachable, also when the first
     cases of all are refused; what was noted until then stays.
     """
-    me = {"judge": judge.model, "url": judge.base}
+    me = {"judge": judge.scrub(judge.model), "url": judge.scrub(judge.base)}
     judged = {(line["id"], line["aspect"]) for line in journal.read() if line | me == line}
     open_cases = [
         case

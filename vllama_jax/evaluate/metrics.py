@@ -1,55 +1,28 @@
 """What answers are worth by themselves, without a judge. All are fractions; CIDEr's range is 0 to 10."""
 
 import re
-import string
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllama_jax.errors import ConfigError
+from vllama_jax.evaluate.choices import chosen_letter, within
 from vllama_jax.evaluate.questions import Question
+from vllama_jax.evaluate.words import fold, normalize
 
-ARTICLES = {"a", "an", "the"}
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-TO_DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"none": "0"}
 CLITIC = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b")
 WORD = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b|[^\W_]+(?:[-.,][^\W_]+)*", re.UNICODE)
 
 
-def normalise(text: str) -> list[str]:
-    """An answer's words as the VQA evaluation compares them: no case, punctuation or articles; numbers as digits."""
-    text = re.sub(r"(?<=\d)[.,](?=\d)", "", text.lower()).replace("'", "")
-    words = re.sub(rf"[{re.escape(string.punctuation)}]", " ", text).split()
-    return [TO_DIGITS.get(word, word) for word in words if word not in ARTICLES]
-
-
 def exact_match(answer: str, references: Sequence[str]) -> bool:
-    """Whether an answer is one of the references, normalised."""
-    return normalise(answer) in [normalise(reference) for reference in references]
+    """Whether an answer is one of the references, normalized. An empty answer is none."""
+    said = normalize(answer)
+    return bool(said) and said in [normalize(reference) for reference in references]
 
 
 def contains(answer: str, references: Sequence[str]) -> bool:
     """Whether the words of one of the references stand in an answer, next to each other."""
-    said = normalise(answer)
-    return any(_within(normalise(reference), said) for reference in references)
-
-
-def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
-    """The letter that an answer chooses: "(B", "B.", "The answer is B", or the text of one choice and no other's."""
-    letters = string.ascii_uppercase[: len(choices)]
-    patterns = (
-        rf"\(([{letters}])(?:[).:,]|\s*$)",  # the prompt has the "(" already
-        rf"^\W*([{letters}])(?:[).:,]|\s*$)",
-        rf"\b(?:answer|option|choice)(?: is)?:? *\(?([{letters}])\b",
-    )
-    for pattern in patterns:
-        if found := re.search(pattern, answer.strip(), re.MULTILINE):
-            return found[1]
-    said = normalise(answer)
-    named = [choice for choice in choices if _within(normalise(choice), said)]
-    longest = max(named, key=len, default="")  # "a red ball" also says "a ball"
-    if named and all(_within(normalise(choice), normalise(longest)) for choice in named):
-        return letters[list(choices).index(longest)]
-    return None
+    said = normalize(answer)
+    return any(within(normalize(reference), said) for reference in references)
 
 
 def caption_words(text: str) -> str:
@@ -58,7 +31,7 @@ def caption_words(text: str) -> str:
     COCO's evaluation does this by the Stanford tokenizer, which needs Java; ours differs from it in rare cases
     (brackets, dates).
     """
-    return " ".join(WORD.findall(CLITIC.sub(lambda found: f" {found[0]}", text.lower())))
+    return " ".join(WORD.findall(CLITIC.sub(lambda found: f" {found[0]}", fold(text).lower())))
 
 
 def caption_scores(answers: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
@@ -112,10 +85,6 @@ def _scores(questions: Sequence[Question], answers: Mapping[str, str], captions:
 def mean(values: Sequence[float]) -> float:
     """Of at least one value."""
     return sum(values) / len(values)
-
-
-def _within(few: Sequence[str], many: Sequence[str]) -> bool:
-    return bool(few) and any(many[i : i + len(few)] == few for i in range(len(many) - len(few) + 1))
 
 
 def _libraries() -> tuple[Any, Any, Any]:

@@ -8,12 +8,11 @@ import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
-import json
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.checkpoint import ModelDirectory, default_dtype, load, locked, open_model, without_missing_branch
+from vllama_jax.checkpoint import ModelDirectory, default_dtype, load, open_model, without_missing_branch
 from vllama_jax.config import changes
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.evaluate import metrics
@@ -24,10 +23,11 @@ from vllama_jax.evaluate.judging import judge_answers, judged_scores
 from vllama_jax.evaluate.published import PUBLISHED
 from vllama_jax.evaluate.questions import Question, digest, in_order_of_videos, spread
 from vllama_jax.evaluate.videos import LISTED, Videos
+from vllama_jax.io.atomic import check_output_files, locked, replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.journal import Journal
-from vllama_jax.params import replace_json
 
+OUTPUT_FILES = ("config.json", "answers.jsonl", "judgements.jsonl", "results.json")
 NEW_TOKENS = {"open": 300, "caption": 64, "choice": 32}  # at most, unless the user says: what each task can need
 
 
@@ -197,8 +197,9 @@ def _opened(out: Path, config: dict[str, Any]) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, f"{out}: another process is answering into it; wait for that one, or choose another --out"):
+            check_output_files(out, OUTPUT_FILES)
             if not _holds(out, config):
-                (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
+                replace_json(out / "config.json", config)
             yield
     except OSError as error:
         raise DataError(

@@ -25,9 +25,10 @@ class Videos:
 
         A name is a path from the folder on, and may lack its extension or have another one. Where nothing is there,
         the whole folder is searched for what has that name and, if it has folders, lies in such ones: data sets have
-        names in common. One of which there are two is not found.
+        names in common. One of which there are two is not found. Nor is what a name with ".." or an absolute path
+        finds outside the folder: annotations come from elsewhere.
         """
-        names = [name for name in names if name]
+        names = [name for name in names if name and self._is_inside(name)]
         for name in names:
             for candidate in (name, *(f"{name}{extension}" for extension in EXTENSIONS)):
                 path = self.folder / candidate
@@ -38,6 +39,10 @@ class Videos:
             if len(found) == 1:
                 return found[0]
         return None
+
+    def _is_inside(self, name: str) -> bool:
+        path = Path(name)
+        return ".." not in path.parts and (self.folder / path).absolute().is_relative_to(self.folder.absolute())
 
     def _ending_in(self, name: Path) -> list[Path]:
         """What has this name in these folders; folders of frames only where it has some."""

@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.errors import CheckpointError, VllamaError
+from vllama_jax.errors import CheckpointError, VllamaError, one_line
 
 
 def parse_json(text: str | bytes, where: str, error: type[VllamaError], advice: str = "") -> Any:
@@ -27,7 +27,7 @@ def parse_json(text: str | bytes, where: str, error: type[VllamaError], advice: 
     except RecursionError as problem:
         raise error(f"{where}: not JSON that can be read: nested too deeply{advice}") from problem
     except ValueError as problem:  # JSONDecodeError, UnicodeDecodeError, and integers beyond 4,300 digits
-        raise error(f"{where}: not JSON ({_one_line(problem)}){advice}") from problem
+        raise error(f"{where}: not JSON ({one_line(problem)}){advice}") from problem
 
 
 def parse_object(text: str | bytes, where: str, error: type[VllamaError], advice: str = "") -> dict[str, Any]:
@@ -40,7 +40,7 @@ def read_json(path: Path, error: type[VllamaError] = CheckpointError, advice: st
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
-        why = getattr(problem, "strerror", None) or _one_line(problem)
+        why = getattr(problem, "strerror", None) or one_line(problem)
         raise error(f"{path}: cannot be read ({why}){f'; {advice}' if advice else ''}") from problem
     return parse_json(text, str(path), error, advice)
 
@@ -65,7 +65,3 @@ def _finite(digits: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{digits[:40]} is beyond what a float holds")
     return value
-
-
-def _one_line(problem: Exception) -> str:
-    return " ".join(str(problem).split())[:200]

@@ -10,6 +10,7 @@ from vllama_jax.media.files import (
     PICTURE_EXTENSIONS,
     as_file,
     check_file,
+    check_pixels,
     is_still_picture,
     open_container,
     sound_stream,
@@ -19,6 +20,7 @@ from vllama_jax.media.image import Image, normalize, picture_report, read_image
 from vllama_jax.media.mel import clip_starts, mel_clips
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.segment import read_frames, read_segment
+from vllama_jax.media.sniff import check_media
 from vllama_jax.media.video import Video, frame_chooser, frame_indices, read_video, video_from
 from vllama_jax.media.write import write_video
 
@@ -30,6 +32,8 @@ __all__ = [
     "Video",
     "as_file",
     "check_file",
+    "check_media",
+    "check_pixels",
     "clip_starts",
     "frame_indices",
     "mel_clips",

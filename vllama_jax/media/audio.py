@@ -10,7 +10,7 @@ import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio_decoder import AudioDecoder
-from vllama_jax.media.files import check_file, open_container, picture_format, sound_stream
+from vllama_jax.media.files import check_file, demux, open_container, picture_format, sound_stream
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.truncation import find_truncation
 
@@ -63,7 +63,7 @@ def audio_from(container: InputContainer, path: str, num_clips: int | None = Non
         raise MediaError(f"{path}: no sound in the file; name one that has some")
     decoder = AudioDecoder(stream, path, num_clips)
     try:
-        for packet in container.demux(stream):
+        for packet in demux(container, stream):
             decoder.feed(packet)
     except av.FFmpegError as error:
         raise MediaError(f"{path}: the file cannot be read to its end ({error.strerror}); get it again") from error

@@ -13,7 +13,7 @@ import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.clock import PRIMING, Clock
-from vllama_jax.media.files import WHOLE, open_container, video_stream
+from vllama_jax.media.files import WHOLE, demux, open_container, video_stream
 from vllama_jax.media.mel import Part, check_length, clip_spans, mel_of_parts
 from vllama_jax.media.truncation import find_truncation
 
@@ -145,6 +145,9 @@ class AudioDecoder:
         if cut and cut.part == "media" and not 0 < declared <= self._packets:
             some = f"{self._packets} of {declared} packets of audio are there" if declared else cut.why
             return f"the file is truncated: {some}"
+        if self.stream.container.format.name == "flac" and self._end < min(self._claimed_samples(), self._last()):
+            some = f"{self._seconds():.1f} of {self._claimed_samples() / self._rate:.1f} s of audio are there"
+            return f"the file is truncated: {some}"
         if self._lost > max(_LOST_SHARE * self._tried, 1) or (self._lost and not self._decoded):
             return f"{self._lost} of {self._tried} packets could not be decoded, {self._first_lost}"
         if not self._decoded:
@@ -161,7 +164,7 @@ class AudioDecoder:
             stream, video = container.streams[self.stream.index], video_stream(container)
             clock = Clock(container, video, stream) if self._clock and video else None
             decoder = AudioDecoder(stream, self._path, self._num_clips, self._within, clock, self._end)
-            for packet in container.demux([stream, video] if clock else [stream]):
+            for packet in demux(container, stream, *([video] if clock else [])):
                 if packet.stream is stream:
                     decoder.feed(packet)
                 elif packet.size:

@@ -92,8 +92,9 @@ def frame_times(
     last = durations[-1] if durations[-1] > 0 and told.sum() >= len(gaps) / 2 else 0.0
     even = even_times(total, rate)
     if np.abs(own - own[0] - even.starts).max() <= tick + 1e-6 and abs(last - 1 / rate) * bool(last) <= tick + 1e-6:
-        return FrameTimes(own[0] + even.starts, own[0] + even.end)
-    return FrameTimes(own, own[-1] + (last or (own[-1] - own[0]) / max(total - 1, 1) or 1 / rate))
+        return FrameTimes(own[0] + even.starts, float(own[0]) + even.end)
+    mean = float(own[-1] - own[0]) / max(total - 1, 1)
+    return FrameTimes(own, float(own[-1]) + (last or mean or 1 / rate))
 
 
 def frames_within(times: FrameTimes, within: tuple[float, float]) -> range:

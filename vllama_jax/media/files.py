@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, BinaryIO
 
 from vllama_jax.errors import MediaError
 from vllama_jax.files import first_bytes
-from vllama_jax.media.truncation import has_mp4_index
+from vllama_jax.media.truncation import find_truncation, has_mp4_index
 
 if TYPE_CHECKING:
+    from av import Packet
     from av.audio.stream import AudioStream
     from av.container import InputContainer
+    from av.stream import Stream
     from av.video.stream import VideoStream
     from PIL import Image
 
@@ -30,7 +32,8 @@ _CONTAINERS = (
 )
 
 WHOLE = (0.0, math.inf)  # of a file, from and to which second
-MAX_PIXELS = 2**26  # 8192 × 8192: 8K video has half of it, a 50-megapixel photo fits, and a decoder stays below 1 GB
+MAX_PIXELS = 2**26  # of an image: a 50-megapixel photo fits, and reading takes below 1 GB
+MAX_FRAME_PIXELS = 8192 * 4352  # of a video: 8K, HEVC's level 6.2 (ITU-T H.265, table A.8); decoders hold many frames
 PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png")  # of the frames of a video that is a folder of pictures
 
 # The first bytes of the picture files that Pillow reads, and Pillow's names for them.
@@ -56,19 +59,20 @@ def check_file(path: str | os.PathLike[str]) -> str:
     return path
 
 
-def check_pixels(width: int, height: int, path: str) -> None:
+def check_pixels(width: int, height: int, path: str, limit: int = MAX_PIXELS) -> None:
     """Refuse an image or a video frame that is too large, by its declared size, before memory is allocated for it.
 
     Args:
         width: Declared width in pixels.
         height: Declared height in pixels.
         path: The file, for the message.
+        limit: How many pixels are accepted.
 
     Raises:
-        MediaError: More than `MAX_PIXELS` pixels are declared.
+        MediaError: More pixels are declared.
     """
-    if width * height > MAX_PIXELS:
-        why = f"{width}×{height} pixels are declared, more than {MAX_PIXELS / 1e6:.0f} million; scale it down first"
+    if width * height > limit:
+        why = f"{width}×{height} pixels are declared, more than {limit / 1e6:.0f} million; scale it down first"
         raise MediaError(f"{path}: {why}")
 
 
@@ -154,11 +158,30 @@ def open_container(path: str) -> InputContainer:
         raise MediaError(f"{path}: {why}; download or copy it again")
     try:
         return av.open(
-            f"file:{path}", options={"max_pixels": str(MAX_PIXELS)}, container_options={"format_whitelist": _CONTAINERS}
+            f"file:{path}",
+            options={"max_pixels": str(MAX_FRAME_PIXELS)},
+            container_options={"format_whitelist": _CONTAINERS},
         )
     except (av.FFmpegError, OSError, ValueError) as error:
+        if lost := find_truncation(path):
+            why = f"the file is truncated: nothing in it could be read ({lost.why}); download or copy it again"
+            raise MediaError(f"{path}: {why}") from error
         why = "not a video, sound or picture that can be read; is it damaged, or another kind of file?"
         raise MediaError(f"{path}: {why}") from error
+
+
+def demux(container: InputContainer, *streams: Stream) -> Iterator[Packet]:
+    """Yield the packets of some streams in the file's order, and for each stream an empty one at the end.
+
+    A damaged file may begin a stream on the way (FLV, MPEG), for which PyAV has no entry: it then fails at the end.
+    """
+    packets = container.demux(*streams)
+    while True:
+        try:
+            packet = next(packets)
+        except (StopIteration, IndexError):
+            return
+        yield packet
 
 
 def video_stream(container: InputContainer) -> VideoStream | None:

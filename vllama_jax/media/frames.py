@@ -13,7 +13,7 @@ import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.clock import FrameTimes, even_times, frame_times
-from vllama_jax.media.files import MAX_PIXELS, check_pixels, open_container, sound_stream, video_stream
+from vllama_jax.media.files import MAX_FRAME_PIXELS, check_pixels, demux, open_container, sound_stream, video_stream
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -95,8 +95,8 @@ def decode_frames(
 
 def limit_pixels(stream: VideoStream, path: str) -> None:
     """Check the declared size of a video's frames, and let its decoder refuse larger ones. Raises MediaError."""
-    check_pixels(stream.codec_context.width, stream.codec_context.height, path)
-    stream.codec_context.options = {"max_pixels": str(MAX_PIXELS)}
+    check_pixels(stream.codec_context.width, stream.codec_context.height, path, MAX_FRAME_PIXELS)
+    stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
 
 
 def _packet_times(container: InputContainer, stream: VideoStream, packets: list[VideoPacket]) -> FrameTimes:
@@ -176,7 +176,7 @@ def _frames_from_key(
     container.seek(key.pts if key.dts is None else key.dts, stream=stream)
     number = None
     rank = bisect.bisect_left(shown, key.pts)
-    for packet in container.demux(stream):
+    for packet in demux(container, stream):
         if number is None and (packet.pts, packet.size) == (key.pts, key.size):
             number = start
         if number is None:
@@ -212,7 +212,7 @@ def _count_frames(
         stream = video_stream(container)
         limit_pixels(stream, path)
         stream.thread_type = "AUTO"
-        for packet in container.demux(stream):
+        for packet in demux(container, stream):
             try:
                 for frame in packet.decode():
                     if len(shown) in wanted:

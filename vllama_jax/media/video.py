@@ -15,6 +15,7 @@ from vllama_jax.media.clock import Clock, FrameTimes, frames_within
 from vllama_jax.media.files import (
     WHOLE,
     check_file,
+    demux,
     is_still_picture,
     open_container,
     sound_stream,
@@ -170,7 +171,7 @@ def _list_packets(
 
     packets, whole, stopped = [], 0, ""
     try:
-        for packet in container.demux([stream, decoder.stream] if decoder else [stream]):
+        for packet in demux(container, stream, *([decoder.stream] if decoder else [])):
             if packet.stream is not stream:
                 decoder.feed(packet)
             elif packet.size:

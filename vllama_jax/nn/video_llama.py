@@ -8,6 +8,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.errors import ConfigError
+from vllama_jax.nn.arrays import check_array
 from vllama_jax.nn.eva_vit import EvaVit
 from vllama_jax.nn.imagebind import ImageBind
 from vllama_jax.nn.layers import Dropout, axes, layer_norm, like_weights, named, position_rows
@@ -35,6 +37,7 @@ class VideoLlama(nnx.Module):
 
     def encode_frames(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t q d"]:
         """Each frame by itself through EVA-CLIP and BLIP-2's Q-Former, before positions: [b, t, 32, 768]."""
+        _check_frames(frames, self.cfg.vit.image_size)
         b, t = frames.shape[:2]
         seen = self.ln_vision(self.vit(frames.reshape(b * t, *frames.shape[2:])))
         return self.image_qformer(seen).reshape(b, t, -1, self.image_qformer.queries.shape[-1])
@@ -69,11 +72,17 @@ class VideoLlama(nnx.Module):
 
     def embed_frames(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t e"]:
         """Each frame by itself through ImageBind's vision tower: [b, t, 1024] of norm 1, float32."""
+        self._require_audio()
+        _check_frames(frames, self.cfg.imagebind.vision.image_size)
         b, t = frames.shape[:2]
         return self.imagebind.vision(frames.reshape(b * t, *frames.shape[2:])).reshape(b, t, -1)
 
     def embed_sounds(self, mel: Float[Array, "b s f m"]) -> Float[Array, "b s e"]:
         """Each log-mel picture by itself through ImageBind's audio tower: [b, s, 1024] of norm 20, float32."""
+        self._require_audio()
+        cfg = self.cfg.imagebind.audio
+        advice = "media.mel_clips makes [s, f, m] of a waveform"
+        check_array("mel", mel, ("b", "s", "f", "m"), "floats", advice, f=cfg.num_mel_bins, m=cfg.num_mel_frames)
         b, s = mel.shape[:2]
         return self.imagebind.audio(mel.reshape(b * s, *mel.shape[2:])).reshape(b, s, -1)
 
@@ -113,11 +122,25 @@ class VideoLlama(nnx.Module):
 
     def embed(self, ids: Int[Array, "b n"]) -> Float[Array, "b n w"]:
         """Embeddings of tokens."""
+        check_array("ids", ids, ("b", "n"), "integers", "the tokenizer's `encode` makes [n]")
         return self.llama.embed(ids)
 
     def __call__(self, embeddings: Float[Array, "b n w"], mask: Bool[Array, "b n"]) -> Float[Array, "b n v"]:
         """Embeddings of text and media, padded on the right → logits, float32. `mask` is True at tokens."""
+        check_array("embeddings", embeddings, ("b", "n", "w"), "floats", "`embed` makes them", w=self.cfg.llama.width)
+        b, n = embeddings.shape[:2]
+        check_array("mask", mask, ("b", "n"), "booleans", "True at tokens", b=b, n=n)
         return self.llama.logits(self.llama(embeddings, mask))
+
+    def _require_audio(self) -> None:
+        """Raise ConfigError for a model without an audio branch."""
+        if not self.cfg.has_audio:
+            raise ConfigError("a picture-only model has no audio branch; convert it with --imagebind")
+
+
+def _check_frames(frames: Float[Array, "b t h w 3"], size: int) -> None:
+    advice = "media.normalize makes such frames [t, h, w, 3] of uint8"
+    check_array("frames", frames, ("b", "t", "h", "w", 3), "floats", advice, h=size, w=size)
 
 
 def splice(

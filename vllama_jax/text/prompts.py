@@ -116,11 +116,12 @@ class Media:
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Media, then a question, then its answer; None while it has not come."""
+    """Media, then a question, then its answer; None while it has not come. ended: the model ended it by its EOS."""
 
     media: tuple[Media, ...] = ()
     question: str | None = None
     answer: str | None = None
+    ended: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,11 +146,12 @@ class Conversation:
         past, turn = self._open_turn()
         return dataclasses.replace(self, turns=(*past, dataclasses.replace(turn, question=question)))
 
-    def answer(self, text: str) -> "Conversation":
-        """Keeps the answer to the last question."""
+    def answer(self, text: str, ended: bool = False) -> "Conversation":
+        """Keep the answer to the last question, and whether an EOS follows it in later prompts (`past_answer`)."""
         if not self.turns or self.turns[-1].question is None or self.turns[-1].answer is not None:
             raise ValueError("there is no question to answer")
-        return dataclasses.replace(self, turns=(*self.turns[:-1], dataclasses.replace(self.turns[-1], answer=text)))
+        turn = dataclasses.replace(self.turns[-1], answer=text, ended=ended)
+        return dataclasses.replace(self, turns=(*self.turns[:-1], turn))
 
     def _open_turn(self) -> tuple[tuple[Turn, ...], Turn]:
         """The finished turns, and the one that a next message belongs to."""
@@ -238,6 +240,7 @@ def build_prompt(conversation: Conversation) -> Prompt:
         prompt += [*(template.next_turn if i else ()), *_user_message(template, turn), template.cue]
         if turn.answer is not None:  # what follows media directly was trained without a gap
             prompt += [template.answer_gap if template.cue or turn.question else "", turn.answer]
+            prompt += [Mark.EOS] if turn.ended else []
     return _join_texts(prompt)
 
 
@@ -298,10 +301,23 @@ def decode_answer(tokenizer: Tokenizer, template: Template, ids: Iterable[int]) 
     return clean_answer(template, tokenizer.decode(_before_end(tokenizer, ids), skip_special=True))
 
 
+def past_answer(tokenizer: Tokenizer, template: Template, ids: Sequence[int]) -> tuple[str, bool]:
+    """An answer as the prompts of later turns have it: its text, and whether the model's EOS follows.
+
+    The original cuts an answer at the template's stop and strips it, and so keeps an EOS that ended it (of Vicuna), and
+    the space before one. There is none where a stop string or the limit of new tokens ended the answer, nor where the
+    template itself puts one between turns (LLaMA-2).
+    """
+    until_end = _before_end(tokenizer, ids)
+    text = tokenizer.decode(until_end, skip_special=True)
+    ended = len(until_end) < len(ids) and template.stop is not Mark.EOS and _stop_text(template) not in text
+    text = _cut_answer(template, text)
+    return (text.lstrip() if ended else text.strip()), ended
+
+
 def clean_answer(template: Template, text: str) -> str:
     """Cuts a text at the stop string and at the last mention of the assistant's role, and strips it."""
-    text = text.split(_stop_text(template))[0]
-    return text[_start_of_answer(template, text) :].strip()
+    return _cut_answer(template, text).strip()
 
 
 def stream_answer(tokenizer: Tokenizer, template: Template, batches: Iterable[Sequence[int]]) -> Iterator[str]:
@@ -352,6 +368,11 @@ def _join_texts(parts: Iterable[str | Mark]) -> Prompt:
 
 def _stop_text(template: Template) -> str:
     return template.stop.value if isinstance(template.stop, Mark) else template.stop
+
+
+def _cut_answer(template: Template, text: str) -> str:
+    text = text.split(_stop_text(template))[0]
+    return text[_start_of_answer(template, text) :]
 
 
 def _start_of_answer(template: Template, text: str) -> int:

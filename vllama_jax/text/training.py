@@ -173,7 +173,7 @@ def encode_conversation(
         turns: questions, each with its answer.
         media: what the first question is about; one sense, so `media.sound` must be off. A video without `seconds` has
             no message about times.
-        media_at: where in the first question an image stands; a video or sound comes before it.
+        media_at: where in the first question the media stand, in characters.
         media_length: how many tokens the media take.
         max_length: of the whole in tokens, with the start token and the media. What is beyond is cut off, were it
             media tokens; there may be no label left.
@@ -203,7 +203,7 @@ def clean_caption(caption: str, max_words: int = 50) -> str:
 def _first_question(question: str, media: Media, media_at: int) -> Prompt:
     if media.kind == "image":
         return (question[:media_at], "<Image>", Mark.MEDIA, "</Image>", question[media_at:])
-    return (*_introduction(media), question)
+    return (question[:media_at], *_introduction(media), question[media_at:])
 
 
 def _introduction(media: Media) -> Prompt:

@@ -119,7 +119,13 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has (sharding.py); data 0 takes all that the others leave."""
+    """How many devices each axis of the mesh has (sharding.py).
+
+    Attributes:
+        data: Devices that share a batch, each with all weights; 0 takes all that the other axes leave.
+        fsdp: Devices that share a batch and the weights of each layer.
+        tensor: Devices that share each matrix product.
+    """
 
     data: int = 0
     fsdp: int = 1

@@ -24,7 +24,7 @@ from jaxtyping import Array
 from orbax.checkpoint import multihost
 
 from vllama_jax import checkpoint, sharding
-from vllama_jax.checkpoint import ModelDirectory, locked
+from vllama_jax.checkpoint import ModelDirectory
 from vllama_jax.data.features import (
     Batch,
     Decoder,
@@ -40,9 +40,10 @@ from vllama_jax.data.features import (
 from vllama_jax.data.order import Order, Stream, make_streams
 from vllama_jax.data.pipeline import Decoded, Reader, batches
 from vllama_jax.data.records import Kind, Records, open_records
-from vllama_jax.errors import ConfigError, DataError
+from vllama_jax.errors import ConfigError, DataError, one_line
+from vllama_jax.io.atomic import own_directory, scratch_directory, write_file, write_json
+from vllama_jax.io.json_files import parse_object
 from vllama_jax.nn.video_llama import VideoLlama
-from vllama_jax.params import write_file, write_json
 from vllama_jax.train.config import DatasetConfig, TrainConfig
 from vllama_jax.train.state import Skeleton, Weights
 from vllama_jax.train.step import compute_dtype, encode
@@ -118,6 +119,7 @@ def write_features(
     written and when not a single record can be decoded; CheckpointError for the model.
     """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, variants=config.data.variants or 1))
+    _check_out(out)
     directory = checkpoint.open_model(base or config.model)
     if config.branch == "audio" and not directory.config.has_audio:
         raise ConfigError(f"{directory.path}: a picture-only model has no audio branch; convert it with --imagebind")
@@ -158,20 +160,21 @@ def _encode(
     ahead = batches(Decoder(reader, [batch for _, batch in work]), 0, len(work), config.data)
     all_records, done = sum(shard.records for shard in todo), 0.0
     file, pending = None, []
-    for number in range(len(work) + 1):
-        if number < len(work):
-            decoded = next(ahead)
-            kind = work[number][1].stream.kind
-            pending.append((*work[number], decoded, encoder(kind, _padded(decoded, sizes[kind]))))
-        if number:
-            shard, batch, decoded, features = pending.pop(0)
-            file = file or _ShardFile(shard, scratch)
-            file.add(batch, decoded, None if features is None else np.asarray(features))
-            done += len(batch.entries) / shard.cache.variants
-            progress(done, all_records)
-            if file.whole:
-                file.finish()
-                file = None
+    with contextlib.closing(ahead):
+        for number in range(len(work) + 1):
+            if number < len(work):
+                decoded = next(ahead)
+                kind = work[number][1].stream.kind
+                pending.append((*work[number], decoded, encoder(kind, _padded(decoded, sizes[kind]))))
+            if number:
+                shard, batch, decoded, features = pending.pop(0)
+                file = file or _ShardFile(shard, scratch)
+                file.add(batch, decoded, None if features is None else np.asarray(features))
+                done += len(batch.entries) / shard.cache.variants
+                progress(done, all_records)
+                if file.whole:
+                    file.finish()
+                    file = None
 
 
 class _ShardFile:
@@ -309,7 +312,7 @@ def _manifest(
 def _claim(folder: Path, scratch: Path, manifest: dict[str, Any], shard_records: int) -> FeatureCache:
     """The cache in a folder, made with these settings or begun now. Raises ConfigError where it was with others."""
     if not (folder / "manifest.json").exists():  # other processes may do the same: they write the same
-        folder.mkdir(exist_ok=True)
+        own_directory(folder)
         write_json(scratch / "manifest.json", manifest | ({"shard_records": shard_records} if shard_records else {}))
         os.replace(scratch / "manifest.json", folder / "manifest.json")
     cache, made = open_folder(folder)
@@ -322,6 +325,12 @@ def _claim(folder: Path, scratch: Path, manifest: dict[str, Any], shard_records:
     return cache
 
 
+def _check_out(out: Path) -> None:
+    """Raise DataError where `out` is the directory of something else than features."""
+    if stranger := next((name for name in ("config.json", "manifest.json") if (out / name).exists()), None):
+        raise DataError(f"{out}: holds something else (it has {stranger}); choose another --out")
+
+
 @contextlib.contextmanager
 def _working_folder(out: Path) -> Iterator[Path]:
     """A folder in `out` for what is not whole yet, of this process alone; it is removed in the end."""
@@ -329,19 +338,12 @@ def _working_folder(out: Path) -> Iterator[Path]:
     folder = out / f".partial-{process}"
     try:
         out.mkdir(parents=True, exist_ok=True)
-        if stranger := next((name for name in ("config.json", "manifest.json") if (out / name).exists()), None):
-            raise DataError(f"{out}: holds something else (it has {stranger}); choose another --out")
-        folder.mkdir(exist_ok=True)
         for stale in out.glob(".partial-*") if process == 0 else ():  # of a run of more processes, which was killed
             if (found := STALE.fullmatch(stale.name)) and int(found[1]) >= jax.process_count():
                 shutil.rmtree(stale, ignore_errors=True)
-        with locked(folder, f"{out}: another process is writing features there; wait for it, or choose another --out"):
-            for path in folder.iterdir():
-                path.unlink()
-            try:
-                yield folder
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+        refusal = f"{out}: another process is writing features there; wait for it, or choose another --out"
+        with scratch_directory(folder, refusal):
+            yield folder
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error}); whole shards are kept") from error
 
@@ -357,11 +359,27 @@ def _wait_for_the_others() -> None:
     multihost.sync_global_processes("vllama features", timeout=PATIENCE, processes=everyone)
 
 
+def _read_skipped(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a skipped-*.jsonl. Raises DataError when it is corrupt."""
+    advice = (
+        f"remove it and {path.name.replace('skipped', 'features').replace('.jsonl', '.array_record')}, and run again"
+    )
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)}); {advice}") from error
+    for number, line in enumerate(lines, 1):
+        fields = parse_object(line, f"{path}, line {number}", DataError, advice)
+        if not (isinstance(fields.get("record"), int) and all(isinstance(fields.get(n), str) for n in ("id", "why"))):
+            raise DataError(f"{path}, line {number}: has no record, id and why; {advice}")
+        yield fields
+
+
 def _written(mine: list[_Shard], todo: list[_Shard], seconds: float) -> Written:
     skipped = {}
     for shard in mine:
         if shard.skipped_path.exists():
-            for line in map(json.loads, shard.skipped_path.read_text().splitlines()):
+            for line in _read_skipped(shard.skipped_path):
                 skipped[shard.path.parent, line["record"]] = line["id"], line["why"]
     if skipped and len(skipped) == sum(shard.records for shard in mine):
         raise DataError(f"none of {len(skipped)} records can be decoded; the first: {': '.join(min(skipped.values()))}")

@@ -6,7 +6,6 @@ The device is always a step ahead of what is written: metrics of a step are read
 import contextlib
 import dataclasses
 import math
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from vllama_jax.train.runs import Board, Checkpoints, open_run
 from vllama_jax.train.session import Plan
 from vllama_jax.train.state import TrainState, Weights
 from vllama_jax.train.step import jit_step, make_step
+from vllama_jax.train.stopping import stop_requests
 from vllama_jax.train.validation import Validation
 
 SHOWN_ON_BOARD = ("loss", "lr", "gradient_norm", "samples_per_second")
@@ -39,17 +39,22 @@ class Reporter(Protocol):
     def table(self, plan: Plan) -> None:
         """What trains, before the first step."""
 
+    def begin(self, step: int) -> None:
+        """The first step of this process comes next; `step` are done."""
+
     def step(self, metrics: dict[str, Any]) -> None:
         """A step was done: the line that metrics.jsonl has of it."""
 
 
 def train(config: TrainConfig, out: Path, reporter: Reporter, base: str = "") -> None:
-    """Trains, or takes up what `out` holds, until the last step or a SIGTERM.
+    """Train, or resume from the last checkpoint in `out`, until the last step, SIGTERM or Ctrl-C; both save first.
 
-    Raises a VllamaError for what cannot be run, and when the loss is not a number.
+    Raises:
+        VllamaError: The run cannot be made, a process was lost, or the loss is not a number.
+        KeyboardInterrupt: Ctrl-C; a SavedInterrupt once a checkpoint was saved.
     """
     plan = session.plan(config, base)
-    with open_run(out, config, plan.base, str(plan.dtype)), under(plan.mesh):
+    with open_run(out, config, plan.base, str(plan.dtype), plan.inputs), under(plan.mesh):
         checkpoints = Checkpoints(out, config.checkpoint)
         state = checkpoints.restore(plan.abstract)
         if state is not None and int(state.step) >= config.steps:
@@ -75,6 +80,7 @@ class _Pending:
     batch: HostBatch
     waited: float
     dataset: str
+    compiling: float  # seconds, before the step
 
 
 class _Run:
@@ -88,6 +94,7 @@ class _Run:
         self.pending: _Pending | None = None
         self.clock = time.perf_counter()
         self.step = compile_step(plan)
+        self.programs: dict[tuple, Any] = {}  # the step, compiled, by the shapes of a batch
 
     def go(self, state: TrainState, frozen: Weights, first: int) -> None:
         """From step `first` to the end."""
@@ -99,17 +106,22 @@ class _Run:
             for journal in (self.metrics, validation.journal):
                 journal.cut(first)
             self.board = Board(self.out / "tensorboard", first)
-        ahead = batches(self.plan.reader, first, steps, self.config.data)
-        with _told_to_stop() as told:
+        self.reporter.begin(first)
+        ahead = contextlib.closing(batches(self.plan.reader, first, steps, self.config.data))
+        with self._last_save_finished(), stop_requests() as requests, ahead as host_batches:
             for number in range(first, steps):
                 asked = time.perf_counter()
-                batch = next(ahead)
+                batch = next(host_batches)
                 waited = time.perf_counter() - asked
-                state, metrics = self.step(state, frozen, session.place(batch.arrays, self.plan))
+                arrays = session.place(batch.arrays, self.plan)
+                program, compiling = self._program(number + 1, state, frozen, arrays)
+                state, metrics = program(state, frozen, arrays)
+                requests.save_on_interrupt()
                 self._look()
                 dataset = self.plan.reader.order.rows(number).stream.dataset.path
-                self.pending = _Pending(number + 1, metrics, batch, waited, dataset)
-                stopping = _agreed(told, number + 1)
+                waited = 0.0 if compiling else waited  # both were before the step's clock started
+                self.pending = _Pending(number + 1, metrics, batch, waited, dataset, compiling)
+                stopping = requests.at_step(number + 1)
                 if stopping or (number + 1) % self.config.checkpoint.every == 0 or number + 1 == steps:
                     self._look()
                     self._save(number + 1, state, last=stopping or number + 1 == steps)
@@ -120,9 +132,36 @@ class _Run:
                     self.clock = time.perf_counter()
                 if stopping:
                     self.reporter.say(f"{self.out}: told to stop, saved at step {number + 1}; run it again to go on")
+                    requests.finish()
                     return
         size = self.checkpoints.size(steps) / 1e6
         self.reporter.say(f"{self.out}: finished, {steps} steps; its last checkpoint has {size:.1f} MB")
+
+    @contextlib.contextmanager
+    def _last_save_finished(self) -> Iterator[None]:
+        """An error ends the run when what is being saved is on disk."""
+        try:
+            yield
+        except VllamaError:
+            with contextlib.suppress(CheckpointError):
+                self.checkpoints.finish()
+            raise
+
+    def _program(self, step: int, state: TrainState, frozen: Weights, batch: dict[str, Any]) -> tuple[Any, float]:
+        """The step compiled for the shapes of a batch, and the seconds that took; 0 when it was compiled before."""
+        shapes = tuple((name, rows.shape) for name, rows in batch.items())
+        if shapes in self.programs:
+            return self.programs[shapes], 0.0
+        self._look()
+        length = batch["ids"].shape[-1]
+        if self.programs:
+            self.reporter.say(f"step {step}: compiling for text of {length} tokens")
+        else:
+            self.reporter.say(f"compiling the first step (text of {length} tokens): up to minutes, and kept on disk")
+        begun = time.perf_counter()
+        self.programs[shapes] = self.step.lower(state, frozen, batch).compile()
+        self.clock = time.perf_counter()
+        return self.programs[shapes], self.clock - begun
 
     def _look(self) -> None:
         """Waits for the step that is under way, and writes down how it went."""
@@ -142,6 +181,8 @@ class _Run:
             "frames_per_second": round(pending.batch.frames * jax.process_count() / seconds, 3),
             "waited_for_data": round(min(pending.waited / seconds, 1.0), 4),
         }
+        if pending.compiling:
+            line["compile_seconds"] = round(pending.compiling, 4)
         if peak := peak_flops(jax.devices()[0]):
             arrays = pending.batch.arrays
             share = self.config.batch_size / len(arrays["ids"])
@@ -163,8 +204,6 @@ class _Run:
                 self.reporter.say(f"{name} is left out: {why}")
 
     def _lost(self, pending: _Pending, values: dict[str, float]) -> str:
-        with contextlib.suppress(CheckpointError):
-            self.checkpoints.finish()
         names = ", ".join(pending.batch.names[:8]) + (", …" if len(pending.batch.names) > 8 else "")
         return (
             f"step {pending.number}: the loss is {values['loss']} and the gradient's norm {values['gradient_norm']}, "
@@ -195,29 +234,3 @@ class _Run:
 def compile_step(plan: Plan) -> Any:
     """The step of a plan, under `jax.jit`."""
     return jit_step(make_step(plan.config, plan.skeleton, plan.optimizer), plan.abstract)
-
-
-@contextlib.contextmanager
-def _told_to_stop() -> Iterator[list[int]]:
-    """A list that is no longer empty once the process was told to stop (SIGTERM, or Ctrl-C; a second one kills)."""
-    told: list[int] = []
-
-    def note(number: int, _: Any) -> None:
-        told.append(number)
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _agreed(told: list[int], step: int) -> bool:
-    """Whether all processes stop at this step: a machine that is taken away tells each at another moment."""
-    if jax.process_count() == 1:
-        return bool(told)
-    from jax.experimental import multihost_utils
-
-    return multihost_utils.reached_preemption_sync_point(step)

@@ -44,6 +44,7 @@ class Plan:
     skeleton: Skeleton
     learns: tuple[str, ...]
     sources: dict[str, ModelDirectory | None]
+    init: ModelDirectory | None
     optimizer: optax.GradientTransformation
     reader: Reader
 
@@ -61,6 +62,16 @@ class Plan:
     def batch_sharding(self) -> NamedSharding:
         """Rows go over data and fsdp."""
         return NamedSharding(self.mesh, PartitionSpec(sharding.MESH_AXES["batch"]))
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """The digest of what the run reads besides its base model, by the field of the config that names it."""
+        digests = {stream.dataset.path: stream.records.digest for stream in self.reader.order.streams}
+        paths = [dataset.path for dataset in self.config.datasets]
+        found = {f"datasets.{number}.path": digests[path] for number, path in enumerate(paths) if path in digests}
+        if caches := self.reader.caches:
+            found["data.features"] = "-".join(caches[path].digest for path in dict.fromkeys(paths))
+        return found | ({"init": self.init.digest} if self.init else {})
 
     @property
     def notes(self) -> list[str]:
@@ -81,11 +92,12 @@ def plan(config: TrainConfig, base: str = "") -> Plan:
     leave_out(network, config, kinds)
     skeleton = Skeleton(network)
     learns = matching(list(skeleton.variables), config.trainable)
-    sources = _sources(config, directory, skeleton, learns)
+    init = checkpoint.open_model(config.init) if config.init else None
+    sources = _sources(config, directory, init, skeleton, learns)
     frozen = {path: variable.shape for path, variable in skeleton.variables.items() if path not in sources}
     checkpoint.check_leaves(directory, frozen)
     optimizer = make_optimizer(config.optim, config.steps)
-    return Plan(config, directory, mesh, skeleton, tuple(learns), sources, optimizer, reader)
+    return Plan(config, directory, mesh, skeleton, tuple(learns), sources, init, optimizer, reader)
 
 
 def make_mesh(config: TrainConfig) -> Mesh:
@@ -133,10 +145,13 @@ def _new_weights(plan: Plan) -> Weights:
 
 
 def _sources(
-    config: TrainConfig, base: ModelDirectory, skeleton: Skeleton, learns: Iterable[str]
+    config: TrainConfig,
+    base: ModelDirectory,
+    started: ModelDirectory | None,
+    skeleton: Skeleton,
+    learns: Iterable[str],
 ) -> dict[str, ModelDirectory | None]:
     """Where each weight that learns comes from: the run named by init, else the base, else nowhere."""
-    started = checkpoint.open_model(config.init) if config.init else None
     if started is not None:
         _check_init(config, base, started, skeleton, set(learns))
     in_run = started.trained[-1].leaves if started is not None else {}

@@ -1,0 +1,237 @@
+"""Output: whole or not at all, and a planted symbolic link never makes a command delete or overwrite anything."""
+
+import json
+from pathlib import Path
+
+import pytest
+from conversions import command
+from train_fixtures import config_of, short_config, write_config, write_files
+
+import vllama_jax as vl
+from vllama_jax.cli import main
+from vllama_jax.io import atomic
+from vllama_jax.journal import Journal
+
+
+@pytest.fixture
+def treasure(tmp_path) -> Path:
+    """A directory of somebody else's, to which links lead."""
+    folder = tmp_path / "treasure"
+    (folder / "deep").mkdir(parents=True)
+    (folder / "file.txt").write_text("gold")
+    (folder / "deep" / "file.txt").write_text("silver")
+    (folder / "config.json").write_text('{"evaluation": "another"}')
+    return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def link_to_directory(treasure: Path, partial: Path, out: Path) -> None:
+    partial.symlink_to(treasure)
+
+
+def link_to_file(treasure: Path, partial: Path, out: Path) -> None:
+    partial.symlink_to(treasure / "file.txt")
+
+
+def dangling_link(treasure: Path, partial: Path, out: Path) -> None:
+    partial.symlink_to(treasure / "absent")
+
+
+def link_inside(treasure: Path, partial: Path, out: Path) -> None:
+    partial.mkdir()
+    (partial / "params").symlink_to(treasure)
+
+
+def link_deep_inside(treasure: Path, partial: Path, out: Path) -> None:
+    (partial / "params" / "a").mkdir(parents=True)
+    (partial / "params" / "a" / "0").symlink_to(treasure / "file.txt")
+
+
+def regular_file(treasure: Path, partial: Path, out: Path) -> None:
+    partial.write_text("mine")
+
+
+def final_link(treasure: Path, partial: Path, out: Path) -> None:
+    out.symlink_to(treasure)
+
+
+def final_dangling_link(treasure: Path, partial: Path, out: Path) -> None:
+    out.symlink_to(treasure / "absent")
+
+
+PLANTED = {
+    link_to_directory: ".partial: a symbolic link, where this command writes a directory of its own; move it away",
+    link_to_file: ".partial: a symbolic link, where this command writes a directory of its own; move it away",
+    dangling_link: ".partial: a symbolic link, where this command writes a directory of its own; move it away",
+    link_inside: ".partial/params: a symbolic link, in a directory that this command empties; remove it",
+    link_deep_inside: ".partial/params/a/0: a symbolic link, in a directory that this command empties; remove it",
+    regular_file: ".partial: a file, where this command writes a directory of its own; move it away",
+    final_link: "out: exists already; remove it or choose another place",
+    final_dangling_link: "out: a symbolic link to nothing; remove it or choose another place",
+}
+
+
+def refused(arguments: list[str]) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert isinstance(stopped.value.code, str), "one line, and exit code 1"
+    assert stopped.value.code.startswith("vllama: ")
+    assert "\n" not in stopped.value.code
+    return stopped.value.code
+
+
+@pytest.fixture(scope="session")
+def annotations(tmp_path_factory) -> Path:
+    return write_files(tmp_path_factory.mktemp("annotated") / "clips", videos=0)
+
+
+@pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
+@pytest.mark.parametrize("name", ["convert", "export", "quantize", "data build"])
+def test_links_where_a_new_directory_is_made(tiny_files, tiny_model, annotations, treasure, tmp_path, name, plant):
+    partial, out = tmp_path / ".out.partial", tmp_path / "out"
+    arguments = {
+        "convert": command(tiny_files, out),
+        "export": ["export", str(tiny_model), "--to", str(out)],
+        "quantize": ["quantize", str(tiny_model), "--to", str(out)],
+        "data build": ["data", "build", "jsonl", "--source", str(annotations), "--out", str(out)],
+    }[name]
+    before = contents(treasure)
+    plant(treasure, partial, out)
+    planted = sorted(tmp_path.rglob("*")), contents(tmp_path)
+    assert refused(arguments).endswith(PLANTED[plant])
+    assert contents(treasure) == before
+    assert (sorted(tmp_path.rglob("*")), contents(tmp_path)) == planted
+
+
+FILE_LINK = "a symbolic link, where this command writes a file of its own; move it away"
+DIRECTORY_LINK = "a symbolic link, where this command writes a directory of its own; move it away"
+
+
+def test_a_link_where_features_are_written(tiny_model, pictures, treasure, tmp_path):
+    config = write_config(tmp_path / "config.py", config_of(tiny_model, pictures))
+    arguments = ["features", str(config), "--out", str(tmp_path / "out")]
+    (tmp_path / "out").mkdir()
+    before = contents(treasure)
+    scratch = tmp_path / "out" / ".partial-0"
+    scratch.symlink_to(treasure)
+    assert refused(arguments).endswith(f".partial-0: {DIRECTORY_LINK}")
+    scratch.unlink()
+    scratch.mkdir()
+    (scratch / "shard").symlink_to(treasure / "file.txt")
+    assert refused(arguments).endswith(
+        ".partial-0/shard: a symbolic link, in a directory that this command empties; remove it"
+    )
+    assert contents(treasure) == before
+
+
+@pytest.mark.parametrize("name", [".config.json.partial", ".metrics.jsonl.partial", "metrics.jsonl", "samples.jsonl"])
+def test_a_link_in_a_run_directory(tiny_model, pictures, treasure, tmp_path, name):
+    config = write_config(tmp_path / "config.py", short_config(tiny_model, pictures))
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / name).symlink_to(treasure / "file.txt")
+    before = contents(treasure)
+    assert refused(["train", str(config), "--out", str(run)]).endswith(f"{name}: {FILE_LINK}")
+    assert contents(treasure) == before
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", ".config.json.partial", "answers.jsonl", "results.json", ".results.json.partial"]
+)
+def test_a_link_in_an_evaluation_directory(tiny_model, clip, treasure, tmp_path, name):
+    lines = [json.dumps({"id": "q1", "video": clip.name, "question": "What?", "answer": "a dog", "task": "open"})]
+    (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).symlink_to(treasure / "config.json")
+    before = contents(treasure)
+    arguments = ["eval", "jsonl", "--annotations", str(tmp_path / "questions.jsonl"), "--videos", str(clip.parent)]
+    said = refused([*arguments, "--model", str(tiny_model), "--out", str(out)])
+    assert said.endswith(f"{name}: {FILE_LINK}")
+    assert contents(treasure) == before
+
+
+@pytest.mark.parametrize("name", ["loss.png", ".loss.png.partial"])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_link_where_a_plot_is_drawn(treasure, tmp_path, name, named):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "lr": 0.1}\n{"step": 2, "loss": 1.0, "lr": 0.1}\n')
+    (run / name).symlink_to(treasure / "file.txt")
+    before = contents(treasure)
+    options = ["--out", str(run / "loss.png")] if named else []
+    assert refused(["plot", str(run), *options]).endswith(f"{name}: {FILE_LINK}")
+    assert contents(treasure) == before
+
+
+# The functions.
+
+
+@pytest.mark.parametrize("write", [atomic.replace_file, atomic.write_file])
+def test_no_file_is_written_through_a_link(treasure, tmp_path, write):
+    (tmp_path / "file").symlink_to(treasure / "file.txt")
+    with pytest.raises((vl.CheckpointError, FileExistsError)):
+        write(tmp_path / "file", b"brass")
+    assert (treasure / "file.txt").read_text() == "gold"
+
+
+def test_no_line_is_added_through_a_link(treasure, tmp_path):
+    (tmp_path / "lines.jsonl").symlink_to(treasure / "file.txt")
+    with pytest.raises(vl.CheckpointError, match=f"jsonl: {FILE_LINK}"):
+        Journal(tmp_path / "lines.jsonl").add({"step": 1})
+    assert (treasure / "file.txt").read_text() == "gold"
+
+
+def test_a_partial_file_that_a_killed_process_left_is_replaced(tmp_path):
+    (tmp_path / ".file.json.partial").write_text("half")
+    (tmp_path / "file.json").write_text("old")
+    atomic.replace_json(tmp_path / "file.json", {"a": 1})
+    assert json.loads((tmp_path / "file.json").read_text()) == {"a": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_failed_write_keeps_the_file_and_leaves_no_partial_one(tmp_path, monkeypatch):
+    def full(handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "file.json").write_text("old")
+    monkeypatch.setattr(atomic.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left"):
+        atomic.replace_json(tmp_path / "file.json", {"a": 1})
+    assert (tmp_path / "file.json").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
+
+
+def test_a_hard_link_with_the_partial_name_keeps_its_other_name(treasure, tmp_path):
+    (tmp_path / ".file.json.partial").hardlink_to(treasure / "file.txt")
+    atomic.replace_json(tmp_path / "file.json", {"a": 1})
+    assert (treasure / "file.txt").read_text() == "gold"
+
+
+def test_an_output_directory_named_through_a_link_is_used(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "here").symlink_to(tmp_path / "disk")
+    with atomic.new_directory(tmp_path / "here" / "out") as directory:
+        (directory / "file").write_text("text")
+    assert [path.name for path in (tmp_path / "disk").rglob("*")] == ["out", "file"]
+
+
+def test_what_exists_is_said_before_anything_is_read(tmp_path, monkeypatch):
+    """Not even the files that do not exist are looked at."""
+    (tmp_path / "out").mkdir()
+    out, absent = str(tmp_path / "out"), str(tmp_path / "absent")
+    for arguments in (
+        ["convert", "hf://org/name", "--out", out],
+        ["convert", absent, "--out", out],
+        ["export", absent, "--to", out],
+        ["quantize", absent, "--to", out],
+        ["data", "build", "jsonl", "--source", absent, "--out", out],
+    ):
+        assert refused(arguments) == f"vllama: {out}: exists already; remove it or choose another place"
+    (tmp_path / "out" / "config.json").write_text("{}")
+    config = write_config(tmp_path / "config.py", config_of(absent, absent))
+    said = refused(["features", str(config), "--out", out])
+    assert said == f"vllama: {out}: holds something else (it has config.json); choose another --out"

@@ -1,0 +1,298 @@
+"""Feature caches that do not fit: a corrupt manifest.json, features of other encoders, and caches that moved."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from train_fixtures import short_config, write_files, write_records
+from written_runs import learned, shipped, write_run
+
+from vllama_jax import checkpoint
+from vllama_jax.config import NO_LORA, tiny
+from vllama_jax.data import features
+from vllama_jax.data.records import open_records
+from vllama_jax.errors import ConfigError, DataError, VllamaError
+from vllama_jax.train import session
+from vllama_jax.train.config import AUDIO_BRANCH, VISION_BRANCH, TrainConfig
+from vllama_jax.train.features import _read_skipped, write_features
+from vllama_jax.train.runs import open_run
+
+SHARD_RECORDS = 2
+
+
+def write_cache(config: TrainConfig, root: Path, seed: int = 0) -> Path:
+    """The features of a run's first dataset as `vllama features` lays them out, drawn at random."""
+    from array_record.python.array_record_module import ArrayRecordWriter
+
+    records = open_records(config.datasets[0].path)
+    folder = features.find_folder(root, records)
+    folder.mkdir(parents=True)
+    described = features.describe(config, checkpoint.open_model(config.model), config.datasets[0], records)
+    (folder / "manifest.json").write_text(json.dumps({**described, "shard_records": SHARD_RECORDS}))
+    cache, _ = features.open_folder(folder)
+    rng = np.random.default_rng(seed)
+    for shard in range(cache.shards):
+        writer = ArrayRecordWriter(str(cache.shard_path(shard)), "group_size:1,uncompressed")
+        for record in cache.shard_numbers(shard):
+            kind = next(kind for kind, numbers in cache.kinds.items() if record in numbers)
+            times = tuple(range(cache.shapes[kind][0])) if kind == "video" else ()
+            writer.write(features.pack(rng.standard_normal(cache.shapes[kind]).astype(cache.dtype), times))
+        writer.close()
+    return root
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    """Three videos and two pictures."""
+    return write_records(write_files(tmp_path_factory.mktemp("seen") / "files", videos=3))
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model, records, tmp_path_factory) -> tuple[TrainConfig, Path]:
+    """A config, and a cache that fits it. Not to be written to."""
+    config = short_config(tiny_model, records)
+    return config, write_cache(config, tmp_path_factory.mktemp("made") / "features")
+
+
+def with_features(config: TrainConfig, root: Path) -> TrainConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, features=str(root)))
+
+
+def opened(config: TrainConfig, root: Path) -> features.FeatureCache:
+    dataset = config.datasets[0]
+    directory = checkpoint.open_model(config.model)
+    found = features.open_caches(with_features(config, root), directory, [(dataset, open_records(dataset.path))])
+    return found[dataset.path]
+
+
+def test_the_cache_of_these_tests_fits(made):
+    cache = opened(*made)
+    assert (len(cache), cache.shards, cache.variants) == (5, 3, 1)
+    assert cache.read(0, 0)[0].shape == (8, 32, 48)
+    assert cache.read(4, 0)[0].shape == (1, 32, 48)
+
+
+# manifest.json
+
+Change = Callable[[dict[str, Any]], None]
+
+
+def put(name: str, value: Any, inside: str = "") -> Change:
+    return lambda fields: (fields[inside] if inside else fields).update({name: value})
+
+
+CORRUPT: dict[str, tuple[Change, str]] = {
+    **{
+        f"no {name}": (lambda fields, name=name: fields.pop(name), f"missing {name}")
+        for name in (
+            "branch",
+            "records",
+            "kinds",
+            "shapes",
+            "dtype",
+            "variants",
+            "transform",
+            "encoders",
+            "shard_records",
+        )
+    },
+    "no format": (lambda fields: fields.pop("format"), "features of format None"),
+    "shard_records is 0": (put("shard_records", 0), "shard_records: must be at least 1, not 0"),
+    "shard_records is negative": (put("shard_records", -4), "shard_records: must be at least 1, not -4"),
+    "shard_records is huge": (put("shard_records", 10**30), "shard_records: must be at least 1 and at most"),
+    "shard_records is text": (put("shard_records", "2"), "shard_records: '2' is not of type int"),
+    "shard_records is a fraction": (put("shard_records", 2.5), "shard_records: 2.5 is not of type int"),
+    "shard_records is true": (put("shard_records", True), "shard_records: True is not of type int"),
+    "shard_records is null": (put("shard_records", None), "shard_records: None is not of type int"),
+    "shard_records is another": (put("shard_records", 4), "0 of 2 shards are there"),
+    "shard_records that names one shard": (put("shard_records", 10**6), "0 of 1 shards are there"),
+    "variants is text": (put("variants", "x"), "variants: 'x' is not of type int"),
+    "variants is 0": (put("variants", 0), "variants: must be at least 1, not 0"),
+    "variants is huge": (put("variants", 10**20), "variants: must be at least 1 and at most"),
+    "variants are more than there are": (put("variants", 3), "not as many entries as manifest.json says"),
+    "kinds is a list": (put("kinds", [3]), "kinds: [3] is not of type dict"),
+    "kinds holds another kind": (put("smell", 3, "kinds"), "kinds: 'smell' is not of type"),
+    "kinds holds text": (put("video", "3", "kinds"), "kinds.video: '3' is not of type int"),
+    "kinds holds 0": (put("video", 0, "kinds"), "kinds.video: must be at least 1, not 0"),
+    "kinds holds a huge number": (put("video", 10**11, "kinds"), "kinds.video was 100000000000, now 3"),
+    "kinds lacks one": (lambda fields: fields["kinds"].pop("video"), "kinds and shapes disagree on video"),
+    "shapes lacks one": (lambda fields: fields["shapes"].pop("image"), "kinds and shapes disagree on image"),
+    "shapes is a number": (put("shapes", 3), "shapes: 3 is not of type dict"),
+    "a shape is a number": (put("video", 3, "shapes"), "shapes.video: 3 is not of type tuple"),
+    "a shape holds text": (put("video", [8, "32", 48], "shapes"), "shapes.video.1: '32' is not of type int"),
+    "a shape holds 0": (put("video", [8, 0, 48], "shapes"), "shapes.video.1: must be at least 1, not 0"),
+    "a shape is another": (put("video", [8, 32, 24], "shapes"), "shapes.video was [8, 32, 24], now [8, 32, 48]"),
+    "dtype is another": (put("dtype", "float64"), "dtype: 'float64' is not of type"),
+    "dtype is a number": (put("dtype", 32), "dtype: 32 is not of type"),
+    "encoders is null": (put("encoders", None), "encoders: None is not of type dict"),
+    "an encoder is a number": (put("vit", 1, "encoders"), "encoders.vit: 1 is not of type str"),
+    "transform is text": (put("transform", "none"), "transform: 'none' is not of type dict"),
+    "transform holds another size": (put("image_size", [224], "transform"), "image_size was [224], now 224"),
+    "an unknown field": (put("colour", 1), "unknown field colour"),
+}
+
+
+@pytest.mark.parametrize("what", CORRUPT)
+def test_a_corrupt_manifest_is_one_line(made, tmp_path, what):
+    config, root = made
+    again = shutil.copytree(root, tmp_path / "features")
+    (path,) = again.glob("*/manifest.json")
+    fields = json.loads(path.read_text())
+    CORRUPT[what][0](fields)
+    path.write_text(json.dumps(fields))
+    with pytest.raises((DataError, ConfigError)) as raised:
+        opened(config, again)
+    assert CORRUPT[what][1] in str(raised.value)
+    assert str(path.parent) in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_writing_features_reads_the_manifest_likewise(made, tmp_path):
+    config, root = made
+    again = shutil.copytree(root, tmp_path / "features")
+    (path,) = again.glob("*/manifest.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shard_records": 0}))
+    with pytest.raises(DataError, match=r"shard_records: must be at least 1, not 0; remove .* and make it anew"):
+        write_features(config, again)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{", "line 1: not JSON"),
+        ("3", "line 1: must hold a JSON object"),
+        ("{}", "line 1: has no record, id and why"),
+        ('{"record": "1", "id": "a", "why": "b"}', "line 1: has no record, id and why"),
+        ("\xff", "line 1: not JSON"),
+    ],
+)
+def test_a_corrupt_list_of_skipped_records(tmp_path, line, message):
+    path = tmp_path / "skipped-00000-of-00001.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(DataError) as raised:
+        list(_read_skipped(path))
+    assert message in str(raised.value)
+    assert "remove it and features-00000-of-00001.array_record" in str(raised.value)
+
+
+# Features of other encoders
+
+
+def changed_weight(model: Path, out: Path, leaf: str) -> Path:
+    """The same model, by its manifest with another value in a weight."""
+    shutil.copytree(model, out)
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["leaves"][leaf]["xxh3_128"] = "0" * 32
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    return out
+
+
+def first_leaf(model: Path, part: str) -> str:
+    leaves = json.loads((model / "manifest.json").read_text())["leaves"]
+    return next(path for path in leaves if path.startswith(f"{part}/"))
+
+
+def changed_config(model: Path, out: Path, *path: str) -> Path:
+    """The same weights, computed otherwise."""
+    shutil.copytree(model, out)
+    fields = json.loads((out / "config.json").read_text())
+    part = fields["model"]
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] *= 2
+    (out / "config.json").write_text(json.dumps(fields))
+    return out
+
+
+OF_VISION = {
+    "vit/positions": "vit",
+    "ln_vision/scale": "ln_vision",
+    "image_qformer/queries": "image_qformer",
+}
+CONFIGS_OF_VISION = {
+    ("vit", "norm_eps"): "vit",
+    ("ln_vision_eps",): "ln_vision",
+    ("image_qformer", "norm_eps"): "image_qformer",
+}
+
+
+def refused(config: TrainConfig, root: Path, model: Path, part: str) -> None:
+    with pytest.raises(ConfigError, match=rf"made with other settings than .* \(other weights of {part}\)"):
+        opened(dataclasses.replace(config, model=str(model)), root)
+
+
+@pytest.mark.parametrize("leaf", OF_VISION)
+def test_features_of_other_weights_are_refused(made, tmp_path, leaf):
+    refused(*made, changed_weight(Path(made[0].model), tmp_path / "model", leaf), OF_VISION[leaf])
+
+
+@pytest.mark.parametrize("path", CONFIGS_OF_VISION)
+def test_features_of_another_encoder_config_are_refused(made, tmp_path, path):
+    refused(*made, changed_config(Path(made[0].model), tmp_path / "model", *path), CONFIGS_OF_VISION[path])
+
+
+@pytest.mark.parametrize("part", ["ln_vision", "image_qformer"])
+def test_features_of_an_encoder_that_a_run_trained_are_refused(made, tmp_path, part):
+    config, root = made
+    trained = learned(tiny(vocab_size=512), NO_LORA, part)
+    run = write_run(shipped(Path(config.model), NO_LORA), tmp_path / "run", trained)
+    refused(config, root, run, part)
+    made_anew = write_cache(dataclasses.replace(config, model=str(run)), tmp_path / "features")
+    opened(dataclasses.replace(config, model=str(run)), made_anew)
+    again = write_run(shipped(Path(config.model), NO_LORA), tmp_path / "again", trained)
+    refused(config, made_anew, again, part)
+
+
+@pytest.mark.parametrize("part", ["llama", "video_qformer", "llama_proj", "imagebind/vision"])
+def test_weights_that_features_do_not_depend_on_may_differ(made, tmp_path, part):
+    config, root = made
+    model = changed_weight(Path(config.model), tmp_path / "model", first_leaf(Path(config.model), part))
+    opened(dataclasses.replace(config, model=str(model)), root)
+
+
+@pytest.mark.parametrize("branch", ["vision", "audio"])
+def test_features_of_the_other_branch_are_refused(made, records, tmp_path, branch):
+    config, root = made
+    audio = dataclasses.replace(config, branch="audio", trainable=AUDIO_BRANCH)
+    if branch == "vision":
+        root, config = write_cache(audio, tmp_path / "features"), dataclasses.replace(config, trainable=VISION_BRANCH)
+    else:
+        config = audio
+    with pytest.raises(ConfigError, match=r"made with other settings than .*branch was"):
+        opened(config, root)
+
+
+def test_features_of_another_imagebind_are_refused(tiny_model, records, tmp_path):
+    config = dataclasses.replace(short_config(tiny_model, records), branch="audio", trainable=AUDIO_BRANCH)
+    root = write_cache(config, tmp_path / "features")
+    tower = "imagebind/vision"
+    changed = changed_weight(tiny_model, tmp_path / "model", first_leaf(tiny_model, tower))
+    refused(config, root, changed, tower)
+    refused(config, root, changed_config(tiny_model, tmp_path / "other", "imagebind", "vision", "norm_eps"), tower)
+
+
+# Resuming
+
+
+def resume(run: Path, config: TrainConfig) -> None:
+    plan = session.plan(config)
+    with open_run(run, config, plan.base, str(plan.dtype), plan.inputs):
+        pass
+
+
+def test_a_cache_may_move_and_must_be_the_same(made, tmp_path):
+    config, root = made
+    again = shutil.copytree(root, tmp_path / "features")
+    resume(tmp_path / "run", with_features(config, again))
+    moved = again.rename(tmp_path / "moved")
+    resume(tmp_path / "run", with_features(config, moved))
+    with pytest.raises(ConfigError, match=r"data.features was '.*features', now ''"):
+        resume(tmp_path / "run", config)
+    more = dataclasses.replace(config, data=dataclasses.replace(config.data, variants=1))
+    with pytest.raises(VllamaError, match=r"data.variants was 0, now 1"):
+        resume(tmp_path / "run", with_features(more, moved))

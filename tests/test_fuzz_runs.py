@@ -1,0 +1,220 @@
+"""Fuzz of run directories, feature caches and records: each read is an error in one line, or what was written."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from test_feature_manifests import SHARD_RECORDS, opened, write_cache
+from train_fixtures import short_config, write_files, write_records
+from written_runs import shipped, state_of, write_checkpoints
+
+from vllama_jax import checkpoint, cli
+from vllama_jax.config import NO_LORA
+from vllama_jax.data.records import open_records
+from vllama_jax.errors import VllamaError
+from vllama_jax.train.config import CheckpointConfig
+from vllama_jax.train.runs import Checkpoints, open_run
+
+pytestmark = pytest.mark.slow
+SHAPES = {"llama_proj/bias": (64,), "video_qformer/queries": (32, 48)}
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**400,
+    2**40,
+    "",
+    "x",
+    "²",
+    "../../etc",
+    "a\0b",
+    "x" * 5000,
+    [],
+    [[]],
+    {},
+    {"x": {}},
+]
+
+
+# Mutations
+
+
+def _places(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """The path of every value within a JSON document."""
+    if path:
+        yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for name, item in items:
+        yield from _places(item, (*path, name))
+
+
+def replace_value(file: Path, draw: random.Random) -> None:
+    """Another value in a JSON file, or one field less; a file that is not JSON is emptied."""
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError:
+        os.truncate(file, 0)
+        return
+    *parents, last = draw.choice(list(_places(fields)) or [()]) or (None,)
+    owner = fields
+    for name in parents:
+        owner = owner[name]
+    if last is None:
+        fields = draw.choice(ODD)
+    elif draw.random() < 0.2:
+        del owner[last]
+    else:
+        owner[last] = draw.choice(ODD)
+    file.write_text(json.dumps(fields))
+
+
+def flip(file: Path, draw: random.Random) -> None:
+    data = bytearray(file.read_bytes() or b"\0")
+    for _ in range(draw.choice([1, 1, 20])):
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    file.write_bytes(data)
+
+
+def truncate(file: Path, draw: random.Random) -> None:
+    os.truncate(file, draw.randrange(file.stat().st_size + 1) if draw.random() < 0.7 else 0)
+
+
+def append(file: Path, draw: random.Random) -> None:
+    file.write_bytes(file.read_bytes() + draw.randbytes(draw.choice([1, 100])))
+
+
+def remove(file: Path, draw: random.Random) -> None:
+    shutil.rmtree(file.parent) if draw.random() < 0.2 and file.parent.name != "copy" else file.unlink()
+
+
+MUTATIONS = (truncate, flip, append, remove, replace_value)
+
+
+def mutate(directory: Path, draw: random.Random) -> str:
+    """One or two mutations of files, half of them of JSON files: what was done."""
+    done = []
+    for _ in range(draw.choice([1, 1, 2])):
+        files = sorted(path for path in directory.rglob("*") if path.is_file())
+        if not files:
+            break
+        mutation = draw.choice(MUTATIONS)
+        if mutation is replace_value:
+            names = ("config.json", "digests.json", "manifest.json", "features.json", "last_saved.json", "metadata")
+            files = [file for file in files if file.name in names] or files
+        file = draw.choice(files)
+        mutation(file, draw)
+        done.append(f"{mutation.__name__} {file.relative_to(directory)}")
+    return ", ".join(done)
+
+
+def attempt(action: Callable[[], Any]) -> Any:
+    """What an action returns; None where it ends in an error of ours, which is one line."""
+    message = ""
+    try:
+        return action()
+    except VllamaError as error:
+        message = f"vllama: {error}"
+    except SystemExit as error:
+        message = str(error)
+    assert message.startswith("vllama: ")
+    assert "\n" not in message
+    assert len(message) < 8000
+    return None
+
+
+# Run directories
+
+
+def weights_of(step: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(step)
+    return {path: rng.standard_normal(shape, np.float32) for path, shape in SHAPES.items()}
+
+
+@pytest.fixture(scope="module")
+def saved(tiny_model, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("saved") / "run"
+    return write_checkpoints(shipped(tiny_model, NO_LORA), out, {step: weights_of(step) for step in (4, 8)})
+
+
+def assert_of_a_step(weights: dict[str, jax.Array]) -> None:
+    """The weights are all those of step 4, or all those of step 8."""
+    assert any(all(np.array_equal(weights[path], value) for path, value in weights_of(step).items()) for step in (4, 8))
+
+
+def load(run: Path) -> None:
+    directory = checkpoint.open_model(run)
+    wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in SHAPES.items()}
+    assert_of_a_step(checkpoint.restore_weights(directory, wanted))
+
+
+def resume(run: Path, model: Path) -> None:
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state_of(0, weights_of(0)))
+    with open_run(run, shipped(model, NO_LORA), checkpoint.open_model(model), "float32", {}):
+        state = Checkpoints(run, CheckpointConfig()).restore(like)
+    assert state is not None, "a run with checkpoints begins anew"
+    assert_of_a_step(state.weights)
+    assert int(state.step) == int(state.moments[0].count)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_a_mutated_run(saved, tiny_model, tmp_path, seed, capsys):
+    run = shutil.copytree(saved, tmp_path / "copy")
+    print(mutate(run, random.Random(seed)))
+    attempt(lambda: cli.main(["inspect", str(run)]))
+    attempt(lambda: cli.main(["verify", str(run)]))
+    attempt(lambda: load(run))
+    if (run / "config.json").exists():  # without it there is no run to resume
+        attempt(lambda: resume(run, tiny_model))
+
+
+# Feature caches and records
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    return write_records(write_files(tmp_path_factory.mktemp("seen") / "files", videos=3))
+
+
+@pytest.fixture(scope="module")
+def cached(tiny_model, records, tmp_path_factory) -> tuple[Any, Path, list]:
+    config = short_config(tiny_model, records)
+    root = write_cache(config, tmp_path_factory.mktemp("made") / "features")
+    cache = opened(config, root)
+    return config, root, [cache.read(number, 0) for number in range(2 * SHARD_RECORDS + 1)]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_mutated_feature_cache(cached, tmp_path, seed):
+    config, root, expected = cached
+    copy = shutil.copytree(root, tmp_path / "copy")
+    print(mutate(copy, random.Random(1000 + seed)))
+    cache = attempt(lambda: opened(config, copy))
+    for number, (features, seconds) in enumerate(expected if cache else ()):
+        found = attempt(lambda number=number: cache.read(number, 0))
+        if found is not None:
+            np.testing.assert_array_equal(found[0], features)
+            assert found[1] == seconds
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_mutated_records(records, tmp_path, seed):
+    intact = open_records(records)
+    copy = shutil.copytree(records, tmp_path / "copy")
+    print(mutate(copy, random.Random(2000 + seed)))
+    opened_copy = attempt(lambda: open_records(copy))
+    for number in range(len(intact)) if opened_copy else ():
+        with contextlib.suppress(VllamaError):
+            assert opened_copy.annotation(number) == intact.annotation(number)
+        with contextlib.suppress(VllamaError):
+            assert opened_copy.media(number) == intact.media(number)

@@ -1,0 +1,153 @@
+"""Ctrl-C at any moment of any command: exit code 130 within seconds, no traceback; a second one ends it at once."""
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from train_fixtures import config_of, write_config
+
+from vllama_jax.interrupts import GRACE, ending_on_interrupt
+
+SLOW = pytest.mark.slow
+BEGIN = (
+    "import sys\nfrom vllama_jax.interrupts import *\n"
+    "import vllama_jax.interrupts\nvllama_jax.interrupts.GRACE = float(sys.argv[1])\n"
+    "with ending_on_interrupt():\n    print('begun', flush=True)\n"
+)
+
+
+@contextmanager
+def started(body: str, *arguments: str, grace: float = 0.5) -> Iterator[subprocess.Popen]:
+    """A process in the midst of `body`, which runs as a command does; its sys.argv[2:] are the arguments."""
+    code = BEGIN + "".join(f"    {line}\n" for line in body.splitlines())
+    command = [sys.executable, "-c", code, str(grace), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout.readline() == "begun\n"
+            yield process
+        finally:
+            process.kill()
+
+
+def interrupted(process: subprocess.Popen, within: float) -> str:
+    """What a process writes that ends by one Ctrl-C: nothing of Python's."""
+    begun = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, errors = process.communicate(timeout=within + 30)
+    assert process.returncode == 130
+    assert time.monotonic() - begun < within
+    assert "Traceback" not in errors
+    assert "KeyboardInterrupt" not in errors
+    return out + errors
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "import time; time.sleep(100)",
+        # Swallowed: by a destructor, by a handler of everything, turned into another error.
+        "import time\nclass Held:\n    def __del__(self): time.sleep(100)\nheld = Held()\ndel held\ntime.sleep(100)",
+        "import time\ntry: time.sleep(100)\nexcept BaseException: pass\ntime.sleep(100)",
+        "import time\ntry: time.sleep(100)\nexcept BaseException as error: raise ImportError('x') from error",
+        "import time\ntry: time.sleep(100)\nexcept BaseException as error: sys.exit('vllama: odd')",
+        # Not heard: a thread that is waited for, native code that holds the main thread.
+        "import time\nfrom concurrent.futures import *\nwith ThreadPoolExecutor() as it: it.submit(time.sleep, 100)",
+        "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
+        "import time\nimport threading\nthreading.Thread(target=time.sleep, args=(100,)).start()\ntime.sleep(100)",
+    ],
+    ids=["plain", "destructor", "swallowed", "another error", "exit", "pool", "native", "thread"],
+)
+def test_it_ends_whatever_the_process_does(body):
+    with started(body) as process:
+        time.sleep(0.3)
+        assert interrupted(process, within=10) == ""
+
+
+def test_partial_files_are_removed_first(tmp_path):
+    body = (
+        "import time\nfrom pathlib import Path\nfrom vllama_jax.checkpoint import new_directory\n"
+        "with new_directory(Path(sys.argv[2])) as folder:\n"
+        "    (folder / 'file').write_text('half'); print('inside', flush=True); time.sleep(100)"
+    )
+    with started(body, str(tmp_path / "model")) as process:
+        assert process.stdout.readline() == "inside\n"
+        interrupted(process, within=10)
+    assert list(tmp_path.iterdir()) == []
+
+
+SAVING = (
+    "import time\nwith deferred_interrupt() as asked:\n"
+    "    print('deferring', flush=True); asked.wait(); print('saving', flush=True)\n"
+    "    time.sleep(float(sys.argv[2])); print('saved', flush=True); raise SavedInterrupt"
+)
+
+
+def test_work_that_saves_first_is_given_its_time():
+    with started(SAVING, "1.5") as process:
+        assert process.stdout.readline() == "deferring\n"
+        assert interrupted(process, within=20) == "saving\nsaved\n"
+
+
+def test_a_second_one_ends_it_at_once():
+    with started(SAVING, "1000") as process:
+        assert process.stdout.readline() == "deferring\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "saving\n"
+        assert interrupted(process, within=5) == ""
+
+
+def test_an_error_while_saving_is_still_reported():
+    body = (
+        "with deferred_interrupt() as asked:\n"
+        "    print('deferring', flush=True); asked.wait(); sys.exit('vllama: the disk is full')"
+    )
+    with started(body) as process:
+        assert process.stdout.readline() == "deferring\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=60) == ("", "vllama: the disk is full\n")
+        assert process.returncode == 1
+
+
+def test_a_background_job_ignores_it_as_its_shell_says():
+    code = "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + BEGIN + "    import time; time.sleep(1)\n"
+    with subprocess.Popen([sys.executable, "-c", code, "0.1"], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "begun\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 0
+
+
+def test_nothing_is_left_changed():
+    before = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    with ending_on_interrupt():
+        assert signal.getsignal(signal.SIGINT) is not before[0]
+    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == before
+
+
+@SLOW
+@pytest.mark.parametrize("command", ["train", "chat", "features", "convert"])
+def test_it_ends_a_command_at_any_moment_of_its_start(command, tiny_model, tiny_files, records, clip, tmp_path):
+    """Twelve moments from the first import to what it does when it has started."""
+    config = str(write_config(tmp_path / "config.py", config_of(tiny_model, records, steps=100_000)))
+    out = tmp_path / "out"
+    arguments = {
+        "train": [config, "--out", out],
+        "features": [config, "--out", out],
+        "chat": [clip, "What is there?", "--model", tiny_model, "--max-new-tokens", "900"],
+        "convert": [
+            *("--llama", tiny_files["llama"], "--eva-vit", tiny_files["eva_vit"], "--blip2", tiny_files["blip2"]),
+            *("--config", tiny_files["config"], "--out", out),
+        ],
+    }[command]
+    body = "from vllama_jax.cli import main; main(sys.argv[2:])"
+    for number in range(12):
+        with started(body, command, *map(str, arguments), grace=GRACE) as process:
+            time.sleep(number)
+            if process.poll() is not None:  # a fast machine has converted everything
+                assert command == "convert"
+                assert number > 2
+                break
+            interrupted(process, within=GRACE + 7)

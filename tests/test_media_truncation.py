@@ -1,0 +1,146 @@
+"""Truncated files of every container are refused or noted; complete ones, and live recordings, are not."""
+
+import re
+import struct
+from pathlib import Path
+
+import av
+import pytest
+from media_fixtures import tone, write_sound, write_video
+from PIL import Image as pillow
+
+from vllama_jax import media
+from vllama_jax.errors import MediaError
+from vllama_jax.media.truncation import find_truncation
+
+VPX = {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}}
+FRAGMENTS = {"muxer": {"movflags": "frag_keyframe+empty_moov"}}
+DECLARED = {  # a size of the whole is declared
+    "a.mp4": {"muxer": {"movflags": "faststart"}},
+    "fragments.mp4": FRAGMENTS,
+    "a.mkv": {},
+    "a.webm": VPX,
+    "a.avi": {"codec": "mpeg4"},
+    "a.flv": {},
+    "a.ivf": VPX,
+}
+LIVE = {  # no size is declared
+    "live.mkv": {"muxer": {"live": "1"}},
+    "live.webm": VPX | {"muxer": {"live": "1"}},
+    "a.ts": {},
+    "a.ogg": VPX,
+}
+SOUNDS = {
+    "a.wav": ("pcm_s16le", "s16"),
+    "a.w64": ("pcm_s16le", "s16"),
+    "a.aiff": ("pcm_s16be", "s16"),
+    "a.au": ("pcm_s16be", "s16"),
+    "a.caf": ("pcm_s16le", "s16"),
+    "a.m4a": ("aac", "fltp"),
+    "a.mp3": ("libmp3lame", "fltp"),
+    "a.flac": ("flac", "s16"),
+}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("truncation")
+    made = {}
+    for name, settings in (DECLARED | LIVE).items():
+        silent = name.endswith(("avi", "webm", "ivf", "ogg"))  # of containers that do not take AAC, or do not need it
+        rate = 44100 if name == "a.flv" else 16000
+        sound = None if silent else tone(2, rate)
+        made[name] = write_video(folder / name, num_frames=50, sound=sound, rate=rate, **settings)
+    for name, (codec, form) in SOUNDS.items():
+        made[name] = write_sound(folder / name, tone(2, 16000), 16000, codec, form)
+    shades = [pillow.effect_noise((40, 30), 20 * step) for step in range(1, 9)]
+    for name in ("a.gif", "a.apng"):
+        made[name] = folder / name
+        kind = "gif" if name == "a.gif" else "png"
+        shades[0].save(made[name], format=kind, save_all=True, append_images=shades[1:], duration=100)
+    return made
+
+
+def cut(path: Path, folder: Path, share: float) -> Path:
+    data = path.read_bytes()
+    (folder / path.name).write_bytes(data[: int(len(data) * share)])
+    return folder / path.name
+
+
+def read(path: Path) -> str:
+    """What a user is told: the report, or the error."""
+    try:
+        return str(media.read_media(path).report)
+    except MediaError as error:
+        return f"MediaError: {error}"
+
+
+@pytest.mark.parametrize("name", [*DECLARED, *LIVE, *SOUNDS, "a.gif", "a.apng"])
+def test_a_complete_file_is_accepted_without_a_note(files, name):
+    report = media.read_media(files[name]).report
+    assert report.notes == ()
+    assert report.seconds == pytest.approx(0.8 if name in ("a.gif", "a.apng") else 2, abs=0.15)
+    assert find_truncation(str(files[name])) is None
+
+
+@pytest.mark.parametrize("name", [*DECLARED, *SOUNDS, "a.apng"])
+@pytest.mark.parametrize("share", [0.97, 0.6, 0.4])
+def test_a_truncated_file_is_refused_or_noted(files, tmp_path, name, share):
+    path = cut(files[name], tmp_path, share)
+    outcome = read(path)
+    assert re.search("the (file|mp4) is truncated", outcome)
+    assert len(outcome.splitlines()) == 1
+    if share < 0.9 or name not in ("a.mp4", "a.avi", "a.mkv", "a.webm"):  # there it is audio or the index
+        assert outcome.startswith("MediaError: ")
+
+
+@pytest.mark.parametrize("name", [*LIVE, "a.gif"])
+@pytest.mark.parametrize("share", [0.97, 0.7])
+def test_a_recording_that_was_broken_off_is_used_with_a_note(files, tmp_path, name, share):
+    report = media.read_media(cut(files[name], tmp_path, share)).report
+    assert "the file may be truncated: " in str(report)
+    assert 0.3 < report.seconds / (0.8 if name == "a.gif" else 2) <= 1
+
+
+def test_a_fragmented_mp4_that_is_cut_in_its_last_fragment(files, tmp_path):
+    data = files["fragments.mp4"].read_bytes()
+    last = data.rindex(b"mdat") - 4
+    length = int.from_bytes(data[last : last + 4], "big")
+    for end in (last + length - 1, last + length // 2, last + 8, last - 10):
+        (tmp_path / "cut.mp4").write_bytes(data[:end])
+        with pytest.raises(MediaError, match=r"truncated: (only \d+ frames|nothing in it) could be read \([\d,]+ of"):
+            media.read_video(tmp_path / "cut.mp4", size=64)
+    (tmp_path / "cut.mp4").write_bytes(data[: last + length + 10])  # within the index behind the last fragment
+    assert str(media.read_video(tmp_path / "cut.mp4").report).startswith(
+        "8 frames of 2.0 s; sound used; the file is truncated after its media: "
+    )
+
+
+def test_half_an_avi_says_how_much_is_there(files, tmp_path):
+    with pytest.raises(MediaError, match=r"only \d\d of 50 frames could be read \([\d,]+ of [\d,]+ bytes are there\)"):
+        media.read_video(cut(files["a.avi"], tmp_path, 0.8))
+
+
+@pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
+def test_sizes_of_files_that_were_written_to_a_pipe(files, tmp_path, size):
+    for name in ("a.avi", "a.wav"):
+        data = files[name].read_bytes()
+        (tmp_path / name).write_bytes(data[:4] + size.to_bytes(4, "little") + data[8:])
+        assert media.read_media(tmp_path / name).report.notes == ()
+
+
+def test_a_recording_whose_declared_duration_is_far_longer(tmp_path):
+    """As browsers' recordings are, once a script has added their duration: the segment's size stays unknown."""
+    path = write_video(tmp_path / "a.webm", num_frames=100, muxer={"live": "1"}, **VPX)
+    data = path.read_bytes()
+    info = data.index(bytes.fromhex("1549a966"), 100)  # the first is a reference to it
+    with av.open(str(path)) as container:
+        assert container.duration is None or container.duration <= 4_000_000
+    content = info + 4 + (9 - data[info + 4].bit_length())
+    length = int.from_bytes(data[info + 4 : content], "big") & (1 << 7 * (content - info - 4)) - 1
+    for seconds, note in ((4.2, False), (12.0, True)):
+        duration = bytes.fromhex("448984") + struct.pack(">f", 1000 * seconds)
+        grown = (length + len(duration) | 1 << 56).to_bytes(8, "big")
+        body = data[content : content + length] + duration
+        path.write_bytes(data[: info + 4] + grown + body + data[content + length :])
+        assert ("12.0 s are declared, and the file ends after " in str(media.read_video(path).report)) == note

@@ -1,0 +1,186 @@
+"""Which records make up a step, and which are held out: rules written out here, not runs of the same code."""
+
+import collections
+import dataclasses
+
+import numpy as np
+import pytest
+
+from vllama_jax.config import tiny
+from vllama_jax.data.order import Order, Stream, make_streams
+from vllama_jax.data.pipeline import Decoded, Reader
+from vllama_jax.data.records import Annotation, ranges
+from vllama_jax.errors import ConfigError
+from vllama_jax.train.config import DataConfig, DatasetConfig, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeRecords:
+    """What the order reads of records: how many there are of each kind, and their digest."""
+
+    counts: dict[str, int]
+    digest: str = "0123456789abcdef"
+
+    @property
+    def kinds(self) -> dict[str, range]:
+        return ranges(self.counts)
+
+    def __len__(self) -> int:
+        return sum(self.counts.values())
+
+    def annotation(self, number: int) -> Annotation:
+        return Annotation(str(number), "video", (("", "a"),))
+
+
+def streams_of(*datasets: tuple[float, int, dict[str, int]], branch: str = "audio") -> list[Stream]:
+    """Of datasets with (ratio, held out, counts)."""
+    pairs = [
+        (
+            DatasetConfig(path=f"records{number}", ratio=ratio, held_out=held_out),
+            FakeRecords(counts, f"{number + 1:08x}"),
+        )
+        for number, (ratio, held_out, counts) in enumerate(datasets)
+    ]
+    return make_streams(pairs, branch)
+
+
+def epoch(stream: Stream, number: int, seed: int = 3) -> list[int]:
+    """The records of an epoch, in the order that they are drawn in."""
+    length = len(stream.numbers) - stream.dataset.held_out
+    samples = [stream.sample(count, seed) for count in range(number * length, (number + 1) * length)]
+    assert {where for _, where in samples} == {number}
+    return [record for record, _ in samples]
+
+
+@pytest.mark.parametrize("held_out", [0, 1, 5, 22])
+@pytest.mark.parametrize("kind", ["video", "image", "audio"])
+def test_an_epoch_and_what_is_held_out_are_all_records_once(kind, held_out):
+    (stream,) = [
+        one for one in streams_of((1.0, held_out, {"video": 23, "image": 31, "audio": 29})) if one.kind == kind
+    ]
+    numbers = {"video": range(23), "image": range(23, 54), "audio": range(54, 83)}[kind]
+    kept = stream.held_out()
+    assert len(kept) == len(set(kept)) == held_out
+    for number in range(3):
+        trained = epoch(stream, number)
+        assert len(trained) == len(set(trained)) == len(numbers) - held_out
+        assert set(trained).isdisjoint(kept)
+        assert {*trained, *kept} == set(numbers)
+
+
+def test_epochs_and_seeds_differ_in_order_and_hold_out_the_same():
+    """Stage 2 of another seed must not train on what stage 1 validates on."""
+    (stream,) = streams_of((1.0, 8, {"video": 100}))
+    orders = [epoch(stream, 0), epoch(stream, 1), epoch(stream, 2), epoch(stream, 0, seed=4)]
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(order != sorted(order) for order in orders)
+    assert len({frozenset(order) for order in orders}) == 1
+    assert stream.held_out() != sorted(stream.held_out()), "records side by side are alike"
+    shorter, longer = (next(iter(streams_of((1.0, held_out, {"video": 100})))).held_out() for held_out in (5, 20))
+    assert longer[:5] == shorter, "holding out more keeps those that were held out"
+
+
+def test_what_is_held_out_depends_on_the_records_and_their_kind():
+    same = {"video": 60, "image": 60}
+    first, second = streams_of((1.0, 10, same))
+    other = streams_of((1.0, 10, same), (1.0, 10, same))[2]
+    places = [[record - stream.numbers.start for record in stream.held_out()] for stream in (first, second, other)]
+    assert len({tuple(place) for place in places}) == 3
+
+
+def test_shares_of_two_kinds_and_two_datasets():
+    """3:1, the first's share divided as 30:10 by its kinds: 9/16, 3/16 and 4/16 of the steps."""
+    streams = streams_of((3.0, 0, {"video": 30, "image": 10}), (1.0, 0, {"video": 20}))
+    assert [(stream.dataset.path, stream.kind) for stream in streams] == [
+        ("records0", "video"),
+        ("records0", "image"),
+        ("records1", "video"),
+    ]
+    ratios = [stream.ratio for stream in streams]
+    assert [ratio / sum(ratios) for ratio in ratios] == [9 / 16, 3 / 16, 4 / 16]
+    steps = 20_000
+    drawn = np.bincount(Order(streams, steps, 2, seed=0).stream_of, minlength=3) / steps
+    np.testing.assert_allclose(drawn, [9 / 16, 3 / 16, 4 / 16], atol=0.015)  # four standard deviations
+
+
+def test_ratios_need_not_sum_to_one_nor_be_above_one():
+    for scale in (0.01, 1.0, 50.0):
+        streams = streams_of((scale, 0, {"video": 5}), (3 * scale, 0, {"image": 7}))
+        counts = np.bincount(Order(streams, 8000, 2, seed=1).stream_of, minlength=2)
+        assert abs(counts[1] / 8000 - 0.75) < 0.02
+
+
+def test_a_longer_run_begins_with_the_same_draws_and_another_seed_with_others():
+    streams = streams_of((1.0, 0, {"video": 50}), (1.0, 0, {"image": 50}))
+    short, long = (Order(streams, steps, 2, seed=5) for steps in (30, 300))
+    assert [short.rows(step).samples for step in range(30)] == [long.rows(step).samples for step in range(30)]
+    assert (Order(streams, 300, 2, seed=6).stream_of != long.stream_of).any()
+
+
+def test_steps_take_up_where_the_stream_was_left():
+    """Over the steps of one stream, rows count on: no record twice before all have come, whatever lies between."""
+    streams = streams_of((1.0, 3, {"video": 15, "image": 27}))
+    order = Order(streams, 60, 4, seed=2)
+    taken: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
+    for step in range(60):
+        rows = order.rows(step)
+        assert rows.stream is streams[order.stream_of[step]]
+        assert len(rows.samples) == 4
+        taken[rows.stream.kind] += rows.samples
+    for kind, length in (("video", 12), ("image", 24)):
+        samples = taken[kind]
+        assert len(samples) > 2 * length
+        assert [where for _, where in samples] == [count // length for count in range(len(samples))]
+        for number in range(len(samples) // length):
+            records = [record for record, _ in samples[number * length : (number + 1) * length]]
+            assert len(set(records)) == length
+
+
+def test_datasets_that_cannot_be_trained_on():
+    with pytest.raises(ConfigError, match="records0: held_out 4 leaves none of its 4 image records"):
+        streams_of((1.0, 4, {"video": 9, "image": 4}))
+    with pytest.raises(ConfigError, match="records0: it has sounds, which only the audio branch hears"):
+        streams_of((1.0, 0, {"audio": 4}), branch="vision")
+    assert [stream.epoch_length for stream in streams_of((1.0, 3, {"video": 4}))] == [1]
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeCache:
+    """Features that are the variant's number."""
+
+    variants: int
+
+    def read(self, record: int, variant: int) -> tuple[np.ndarray, tuple[float, ...]]:
+        return np.full(1, variant), ()
+
+
+@pytest.mark.parametrize(
+    ("asked", "cached", "expected"),
+    [
+        (0, None, [0, 1, 2, 3, 4, 5, 6]),  # new crops every time
+        (1, None, [0, 0, 0, 0, 0, 0, 0]),
+        (3, None, [0, 1, 2, 0, 1, 2, 0]),
+        (0, 4, [0, 1, 2, 3, 0, 1, 2]),  # as many as the cache has
+        (2, 4, [0, 1, 0, 1, 0, 1, 0]),  # or fewer
+    ],
+)
+def test_which_variant_each_epoch_takes(monkeypatch, asked, cached, expected):
+    monkeypatch.setattr(
+        Reader, "decode", lambda self, stream, record, variant: Decoded(str(record), np.full(1, variant))
+    )
+    streams = streams_of((1.0, 1, {"video": 5}))
+    config = TrainConfig(
+        model="m",
+        steps=14,
+        batch_size=2,
+        datasets=(DatasetConfig(path="records0"),),
+        data=DataConfig(variants=asked, threads=1),
+    )
+    caches = {"records0": FakeCache(cached)} if cached else {}
+    order = Order(streams, 14, 2, seed=0)  # two steps an epoch
+    reader = Reader(config, tiny(), None, order, range(2), caches)
+    found = []
+    for step in range(14):
+        decoded = reader.decode_all(streams[0], order.rows(step).samples)
+        found += [int(one.media[0]) for one in decoded]
+    assert found == [variant for variant in expected for _ in range(4)]

@@ -1,0 +1,261 @@
+"""Two processes that train together: a signal stops both at one step, and neither outlives the other.
+
+They are real ones, started as Slurm starts them. The functions at the end run without JAX.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+from train_fixtures import config_of, write_config
+
+from vllama_jax import checkpoint
+from vllama_jax.train.config import CheckpointConfig, DataConfig
+from vllama_jax.train.relay import Relay
+
+SLOW = pytest.mark.slow
+VLLAMA = str(Path(sys.executable).with_name("vllama"))
+WITHIN = 60  # seconds from the end of one process to the end of the other
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory, tiny_model, records) -> Path:
+    """A run over two processes that takes longer than any test."""
+    one = config_of(tiny_model, records, steps=100_000, batch_size=4, checkpoint=CheckpointConfig(every=1000))
+    two = dataclasses.replace(one, mesh=dataclasses.replace(one.mesh, data=2))
+    return write_config(tmp_path_factory.mktemp("two") / "config.py", two)
+
+
+@contextlib.contextmanager
+def started(*arguments: object) -> Iterator[list[subprocess.Popen]]:
+    """Two processes of a Slurm job on this machine."""
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    processes = []
+    for number in (0, 1):
+        place = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number), "JAX_COORDINATOR_PORT": str(port)}
+        settings = {"JAX_NUM_CPU_DEVICES": "1", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+        environment = {**os.environ, **slurm, **place, **settings}
+        command = [VLLAMA, *map(str, arguments), "--distributed"]
+        processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+
+
+def wait_for_step(run: Path, step: int, processes: Sequence[subprocess.Popen]) -> None:
+    while all(process.poll() is None for process in processes):
+        if (run / "metrics.jsonl").exists() and len((run / "metrics.jsonl").read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError([process.communicate()[1] for process in processes])
+
+
+def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
+    """Exit codes, and what was written to stderr, of processes that end in time."""
+    limit = time.monotonic() + WITHIN
+    written = [process.communicate(timeout=max(limit - time.monotonic(), 0.1))[1] for process in processes]
+    return [(process.returncode, text) for process, text in zip(processes, written, strict=True)]
+
+
+def assert_one_line(code: int, text: str, line: str) -> None:
+    """It ended with exit code 1 and that line, which is the last one, and the only one of an error."""
+    assert code == 1, text
+    said = [one for one in text.splitlines() if one.startswith("vllama:")]
+    assert said == [text.splitlines()[-1]], text
+    assert line in said[0]
+    for noise in ("Traceback", "stack trace", "Terminating", "terminate called", "    @ "):
+        assert noise not in text
+
+
+@SLOW
+@pytest.mark.parametrize(
+    ("number", "told", "codes"),
+    [
+        (signal.SIGTERM, (0, 1), [0, 0]),
+        (signal.SIGTERM, (0,), [0, 0]),
+        (signal.SIGTERM, (1,), [0, 0]),
+        (signal.SIGINT, (0, 1), [130, 130]),
+        (signal.SIGINT, (1,), [0, 130]),
+    ],
+)
+def test_a_signal_saves_all_processes_at_one_step(config, tmp_path, number, told, codes):
+    run = tmp_path / "run"
+    with started("train", config, "--out", run) as processes:
+        wait_for_step(run, 3, processes)
+        for process in told:
+            processes[process].send_signal(number)
+        results = ended(processes)
+    assert [code for code, _ in results] == codes
+    (saved,) = checkpoint.run_steps(run)
+    assert saved < 90_000
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert last == saved
+    for _, text in results:
+        assert f"saved at step {saved};" in text
+        assert "Traceback" not in text
+
+
+@SLOW
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_process_ends_the_other_with_a_line_that_names_it(config, tmp_path, lost):
+    run = tmp_path / "run"
+    with started("train", config, "--out", run, "--checkpoint.every", 2) as processes:
+        wait_for_step(run, 5, processes)
+        processes[lost].kill()
+        ((code, text),) = ended([processes[1 - lost]])
+    assert_one_line(code, text, f"vllama: process {lost} of 2 (")
+    assert ") was lost: " in text
+    assert checkpoint.run_steps(run), "what was saved stays"
+
+
+@SLOW
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize(
+    ("problem", "own", "others"),
+    [
+        ("raise DataError('records: gone')", "vllama: records: gone", "failed: records: gone; see its output"),
+        ("raise ValueError('a\\nbug')", "ValueError: a", "failed: ValueError: a bug; see its output"),
+        ("sys.exit(1)", "", "failed: SystemExit: 1; see its output"),
+    ],
+    ids=["error", "bug", "exit"],
+)
+def test_an_error_in_one_process_ends_both(config, tmp_path, failing, problem, own, others):
+    broken = tmp_path / "config.py"
+    broken.write_text(
+        f"{config.read_text()}\nimport os, sys\nfrom vllama_jax.errors import DataError\n"
+        f"def prepare(config, out):\n    if os.environ['SLURM_PROCID'] == '{failing}':\n        {problem}\n"
+        "    return config\n"
+    )
+    with started("train", broken, "--out", tmp_path / "run") as processes:
+        codes_and_texts = [
+            (process.wait(timeout=200), process.communicate()[1])
+            for process in (processes[failing], processes[1 - failing])
+        ]
+    (code, text), (other_code, other_text) = codes_and_texts
+    assert (code, own in text) == (1, True)
+    assert_one_line(other_code, other_text, f"vllama: process {failing} of 2 {others}")
+
+
+@SLOW
+def test_features_of_two_processes_are_written_and_a_lost_one_is_named(tiny_model, records, tmp_path):
+    config = write_config(tmp_path / "config.py", config_of(tiny_model, records))
+    with started("features", config, "--out", tmp_path / "features", "--shard-records", 2) as processes:
+        assert [process.wait(timeout=300) for process in processes] == [0, 0]
+    many = config_of(tiny_model, records, data=DataConfig(variants=10_000))
+    config = write_config(tmp_path / "many.py", many)
+    with started("features", config, "--out", tmp_path / "many", "--shard-records", 3) as processes:
+        while not (tmp_path / "many/.partial-1").exists():
+            time.sleep(0.1)
+            assert processes[1].poll() is None
+        time.sleep(5)
+        processes[1].kill()
+        ((code, text),) = ended([processes[0]])
+    assert_one_line(code, text, "vllama: process 1 of 2 (")
+
+
+@SLOW
+def test_a_killed_decoding_process_ends_the_run_with_one_line(tiny_model, records, tmp_path):
+    config = write_config(tmp_path / "config.py", config_of(tiny_model, records, steps=100_000))
+    command = [VLLAMA, "train", str(config), "--out", str(tmp_path / "run"), "--data.processes", "2"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_step(tmp_path / "run", 12, [process])
+        workers = [
+            int(folder.name)
+            for folder in Path("/proc").glob("[0-9]*")
+            if (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(process.pid)
+            and "workers.work()" in (folder / "cmdline").read_text()
+        ]
+        assert len(workers) == 2
+        os.kill(workers[0], signal.SIGKILL)
+        ((code, text),) = ended([process])
+    assert_one_line(code, text, "a worker process was killed (SIGKILL), as Linux does when memory runs out")
+    assert checkpoint.run_steps(tmp_path / "run")
+
+
+@SLOW
+def test_ctrl_c_saves_and_exits_130(tiny_model, records, tmp_path):
+    config = write_config(tmp_path / "config.py", config_of(tiny_model, records, steps=100_000))
+    run = tmp_path / "run"
+    with subprocess.Popen(
+        [VLLAMA, "train", str(config), "--out", str(run)], stderr=subprocess.PIPE, text=True
+    ) as process:
+        wait_for_step(run, 7, [process])
+        process.send_signal(signal.SIGINT)
+        ((code, text),) = ended([process])
+    assert code == 130
+    assert f"saved at step {checkpoint.run_steps(run)[-1]};" in text
+    assert "Traceback" not in text
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert checkpoint.run_steps(run)[-1] == last
+
+
+def test_without_other_processes_it_says_what_starts_them(tmp_path):
+    command = [VLLAMA, "train", "vision_stage1", "--out", str(tmp_path / "run"), "--distributed"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert_one_line(done.returncode, done.stderr, "--distributed: the other processes cannot be found; start it under")
+    assert not (tmp_path / "run").exists()
+
+
+@contextlib.contextmanager
+def relayed() -> Iterator[tuple[socket.socket, socket.socket, threading.Event, Relay]]:
+    """Both ends of a connection through a relay, and whether it noticed the end of process 0."""
+    lost = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        relay = Relay(f"127.0.0.1:{server.getsockname()[1]}", lost.set)
+        host, _, port = relay.address.rpartition(":")
+        with socket.create_connection((host, int(port))) as here:
+            there, _ = server.accept()
+            with there:
+                yield here, there, lost, relay
+
+
+def test_a_relay_passes_on_what_is_said_both_ways():
+    with relayed() as (here, there, lost, _):
+        here.sendall(b"question")
+        assert there.recv(64) == b"question"
+        there.sendall(b"x" * 10**6)
+        assert len(here.recv(10**6, socket.MSG_WAITALL)) == 10**6
+        assert not lost.is_set()
+
+
+def test_a_relay_notices_the_end_of_process_0_first():
+    with relayed() as (_, there, lost, _):
+        there.close()
+        assert lost.wait(10)
+
+
+def test_a_relay_notices_silence():
+    with relayed() as (_, _, lost, relay):
+        relay.longest_silence = 0.5
+        assert lost.wait(10)
+
+
+def test_a_relay_waits_for_process_0_to_start():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    lost = threading.Event()
+    relay = Relay(f"127.0.0.1:{port}", lost.set)
+    host, _, own = relay.address.rpartition(":")
+    with socket.create_connection((host, int(own))) as here:
+        assert here.recv(1) == b"", "closed, so that JAX tries again"
+    with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection((host, int(own))) as here:
+        there, _ = server.accept()
+        with there:
+            here.sendall(b"x")
+            assert there.recv(1) == b"x"
+            assert not lost.is_set()

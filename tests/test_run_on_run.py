@@ -1,0 +1,84 @@
+"""A run whose base is a run: of weights that both trained, the later ones count, whatever reads them."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conversions import leaves_of
+from train_fixtures import short_config
+from written_runs import shipped, write_run
+
+import vllama_jax as vl
+from vllama_jax import checkpoint, cli, rows, sharding
+from vllama_jax.config import NO_LORA
+from vllama_jax.convert.stored import open_stored
+from vllama_jax.train import session
+
+BOTH, FIRST, LAST = "llama_proj/bias", "video_qformer/queries", "frame_positions"
+SHAPES = {BOTH: (64,), FIRST: (32, 48), LAST: (32, 48)}
+
+
+def full(value: float, *paths: str) -> dict[str, np.ndarray]:
+    return {path: np.full(SHAPES[path], value, np.float32) for path in paths}
+
+
+@pytest.fixture(scope="module")
+def last(tiny_model, tmp_path_factory) -> Path:
+    """Three runs in a row, whose weights are 1, 2 and 3. Not to be written to."""
+    folder = tmp_path_factory.mktemp("chain")
+    first = write_run(shipped(tiny_model, NO_LORA), folder / "first", full(1, BOTH, FIRST))
+    second = write_run(shipped(first, NO_LORA), folder / "second", full(2, BOTH))
+    return write_run(shipped(second, NO_LORA), folder / "last", full(3, BOTH, LAST))
+
+
+EXPECTED = {BOTH: 3, FIRST: 1, LAST: 3}
+
+
+def test_restored_weights(last, tiny_model):
+    directory = checkpoint.open_model(last)
+    assert [trained.path.parents[1].name for trained in directory.trained] == ["first", "second", "last"]
+    wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in SHAPES.items()}
+    wanted["llama_proj/kernel"] = jax.ShapeDtypeStruct(directory.shapes["llama_proj/kernel"], np.float32)
+    found = checkpoint.restore_weights(directory, wanted)
+    for path, value in EXPECTED.items():
+        np.testing.assert_array_equal(found[path], np.full(SHAPES[path], value))
+    np.testing.assert_array_equal(found["llama_proj/kernel"], leaves_of(tiny_model)["llama_proj/kernel"])
+
+
+def test_a_loaded_model(last):
+    network = vl.load(last).network
+    assert set(np.asarray(network.llama_proj.bias).tolist()) == {3.0}
+    assert set(np.asarray(network.video_qformer.queries).ravel().tolist()) == {1.0}
+
+
+def test_rows(last):
+    read = rows.row_reader(checkpoint.open_model(last))
+    for path, value in EXPECTED.items():
+        assert (read(path, None) == value).all()
+        assert (read(path, 1) == value).all()
+
+
+def test_what_a_conversion_takes(last):
+    stored = open_stored(last)
+    for path, value in EXPECTED.items():
+        assert all((block == value).all() for block in stored.leaves[path].blocks(np.dtype(np.float32)))
+
+
+def test_inspect(last, capsys):
+    cli.main(["inspect", str(last), "--json"])
+    leaves = json.loads(capsys.readouterr().out)["leaves"]
+    assert {path for path, leaf in leaves.items() if leaf["trained"]} == EXPECTED.keys()
+
+
+@pytest.mark.parametrize("as_init", [False, True])
+def test_a_run_that_starts_from_them(last, pictures, as_init):
+    """As its base; or as its init, whose own weights alone are taken, and the others are its base's."""
+    base = checkpoint.open_model(last).trained[1].path.parents[1] if as_init else last
+    config = short_config(base, pictures, init=str(last) if as_init else "")
+    plan = session.plan(config)
+    with sharding.under(plan.mesh):
+        weights = session.start(plan).weights
+    for path, value in EXPECTED.items():
+        np.testing.assert_array_equal(weights[path], np.full(SHAPES[path], value), err_msg=path)

@@ -1,0 +1,92 @@
+"""The names `miniature` and `demo`, and what wins where the user has something of that name."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from test_cli import failure, run
+
+import vllama_jax as vl
+from vllama_jax import shipped
+from vllama_jax.checkpoint import open_model
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_model_directory_of_the_users_wins_and_no_other_directory_does(here, tiny_model):
+    assert open_model("miniature").path == shipped.MODEL
+    (here / "miniature").mkdir()
+    (here / "miniature/notes.txt").touch()
+    assert open_model("miniature").path == shipped.MODEL
+    shutil.rmtree(here / "miniature")
+    (here / "miniature").symlink_to(tiny_model)
+    assert open_model("miniature").path == Path("miniature")
+    assert open_model(here / "miniature").config == open_model(tiny_model).config
+
+
+def test_a_path_that_ends_in_the_name_is_a_path(here):
+    for path in ("./miniature/", "x/miniature", here / "miniature"):
+        if str(Path(path)) != "miniature":
+            with pytest.raises(vl.CheckpointError, match="no such model directory"):
+                open_model(path)
+
+
+def test_a_file_of_the_users_wins_and_no_directory_does(here):
+    assert shipped.find_clip("demo").is_file()
+    (here / "demo").mkdir()
+    assert shipped.find_clip("demo") == shipped.CLIPS / shipped.DEMO_CLIP
+    (here / "demo").rmdir()
+    (here / "demo").write_bytes(b"mine")
+    assert shipped.find_clip("demo") == Path("demo")
+
+
+def test_the_users_own_file_is_what_chat_reads(here, capsys):
+    (here / "demo").write_text("no video")
+    assert "demo: not a video" in failure(capsys, "chat", "demo", "What is it?")
+
+
+def test_demo_says_what_it_is_asks_for_questions_and_ends_with_the_input():
+    done = run("chat", "demo", stdin="What do you hear?\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "a bell rings\n"
+    lines = done.stderr.splitlines()
+    assert lines[0].startswith("the miniature answers: 3 million weights that know 16 things")
+    assert (
+        lines[1]
+        == f"{shipped.CLIPS}/bell.mp4: a rendered clip of 4 seconds: a large yellow bell moves to the left and rings"
+    )
+    assert lines[2].endswith("bell.mp4: 8 frames of 4.0 s; sound used")
+    assert lines[3].startswith('Ask a question, such as "Describe it."')
+    assert len(lines) == 4
+    assert (run("chat", "demo").returncode, run("chat", "demo", stdin="\n").returncode) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("https://x.org/a.mp4?b=c", "https://x.org/a.mp4?b=c: URLs are not read; download it first"),
+        ("HTTP://x.org/a.mp4", "HTTP://x.org/a.mp4: URLs are not read; download it first"),
+        ("gs://bucket/a.mp4", "gs://bucket/a.mp4: URLs are not read; download it first"),
+        ("s3://bucket/a.mp4", "s3://bucket/a.mp4: URLs are not read; download it first"),
+        ("rtsp://camera/1", "rtsp://camera/1: URLs are not read; download it first"),
+        ("file:///tmp/a.mp4", "file:///tmp/a.mp4: URLs are not read; give the path, /tmp/a.mp4"),
+        ("c:/a.mp4", "c:/a.mp4: no such file; check the path"),
+        ("no:where", "no:where: no such file; check the path"),
+    ],
+)
+def test_urls(here, capsys, url, said):
+    assert failure(capsys, "chat", url, "What is it?") == f"vllama: {said}"
+    with pytest.raises(vl.MediaError) as refused:
+        vl.media.read_media(url)
+    assert str(refused.value) == said
+
+
+def test_a_file_whose_name_looks_like_a_url_is_read(here, capsys):
+    os.makedirs(here / "http:/x")
+    (here / "http:/x/a.mp4").write_text("no video")
+    assert "not a video" in failure(capsys, "chat", "http://x/a.mp4", "What is it?")

@@ -1,0 +1,185 @@
+"""The step around a network of one matrix: the loss and its gradient written out, parts, metrics, keys and dtypes."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from vllama_jax.nn.layers import Dropout, drop
+from vllama_jax.train.config import DatasetConfig, OptimConfig, TrainConfig
+from vllama_jax.train.optim import learning_rate, make_optimizer
+from vllama_jax.train.state import initial_state
+from vllama_jax.train.step import loss_sum, make_evaluation, make_step
+
+ROWS, LENGTH, WIDTH, VOCABULARY, MEDIA = 4, 6, 5, 7, 2
+STEPS = 8
+OPTIM = OptimConfig(lr=0.1, min_lr=0.01, warmup_lr=0.02, warmup_steps=3)
+
+
+class Network:
+    """Embeddings are one-hot; media tokens are the features; the language model passes on what it is given."""
+
+    def __init__(self, head, seen: list):
+        self.head, self.seen, self.llama = head, seen, self
+
+    def video_tokens(self, features, *, dropout):
+        self.seen.append(dropout)
+        return drop(features, dropout)
+
+    def embed(self, ids):
+        return jax.nn.one_hot(ids, WIDTH)
+
+    def __call__(self, embeddings, mask, remat):
+        return embeddings * mask[..., None]
+
+    def logits(self, hidden):
+        return (hidden.astype(self.head.dtype) @ self.head).astype(jnp.float32)
+
+
+@dataclasses.dataclass
+class Skeleton:
+    """Builds the network, and keeps what it was built of and what was asked of it."""
+
+    built: list = dataclasses.field(default_factory=list)
+    seen: list = dataclasses.field(default_factory=list)
+
+    def build(self, weights):
+        self.built.append({path: weight.dtype.name for path, weight in weights.items()})
+        return Network(weights["head"], self.seen)
+
+
+def config_of(**options) -> TrainConfig:
+    fields = {"model": "m", "datasets": (DatasetConfig(path="d"),), "steps": STEPS, "batch_size": ROWS, "optim": OPTIM}
+    return TrainConfig(**{**fields, "dropout": 0.0, "compute_dtype": "float32", **options})
+
+
+def batch_of() -> dict[str, np.ndarray]:
+    """Rows with 3, 1, 0 and 2 labels; one of the labels is token 0. The media are the second and third tokens."""
+    rng = np.random.default_rng(0)
+    targets = np.array([[3, 0, 6], [1, -1, -1], [-1, -1, -1], [2, 5, -1]], np.int32)
+    return {
+        "features": rng.standard_normal((ROWS, MEDIA, WIDTH)).astype(np.float32),
+        "ids": rng.integers(0, WIDTH, (ROWS, LENGTH)).astype(np.int32),
+        "is_media": np.broadcast_to(np.isin(np.arange(LENGTH), [1, 2]), (ROWS, LENGTH)),
+        "length": np.array([6, 4, 6, 5], np.int32),
+        "positions": np.where(targets >= 0, [[2, 3, 4]], 0).astype(np.int32),
+        "targets": targets,
+    }
+
+
+def head_of() -> np.ndarray:
+    return np.random.default_rng(1).standard_normal((WIDTH, VOCABULARY))
+
+
+def by_hand(head: np.ndarray, rows: list[int]) -> tuple[float, int, np.ndarray]:
+    """Summed cross-entropy of the labels of these rows, their number, and the gradient of the sum: float64 loops."""
+    batch, loss, count, gradient = batch_of(), 0.0, 0, np.zeros_like(head)
+    for row in rows:
+        hidden = np.eye(WIDTH)[batch["ids"][row]]
+        hidden[1], hidden[2] = batch["features"][row]
+        for position, target in zip(batch["positions"][row], batch["targets"][row], strict=True):
+            if target >= 0:
+                logits = hidden[position] @ head
+                probabilities = np.exp(logits) / np.exp(logits).sum()
+                loss -= np.log(probabilities[target])
+                gradient += np.outer(hidden[position], probabilities - np.eye(VOCABULARY)[target])
+                count += 1
+    return loss, count, gradient
+
+
+def run(config: TrainConfig, *, steps: int = 1, again: int = 0, skeleton: Skeleton | None = None, batch=None):
+    """The state after some steps on the same batch, and each one's metrics; then `again` as many from the beginning."""
+    optimizer = make_optimizer(config.optim, STEPS)
+    step = jax.jit(make_step(config, skeleton or Skeleton(), optimizer))
+    frozen, metrics = {"other": jnp.zeros(1, config.compute_dtype)}, []
+    for _ in range(1 + again):
+        state = initial_state({"head": jnp.float32(head_of())}, optimizer)
+        for _ in range(steps):
+            state, found = step(state, frozen, batch or batch_of())
+            metrics.append({name: float(value) for name, value in found.items()})
+    return state, metrics
+
+
+def test_the_loss_is_the_sum_over_labels_of_which_token_0_may_be_one():
+    loss, count = loss_sum(Network(jnp.float32(head_of()), []), batch_of(), config_of(), None)
+    expected, number, _ = by_hand(head_of(), [0, 1, 2, 3])
+    assert (float(loss), int(count)) == (pytest.approx(expected, rel=1e-5), number)
+    assert number == 6
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_loss_and_gradient_are_means_over_all_labels_of_the_batch_whatever_its_parts(accumulation):
+    """A part has more labels than another, and one has none: means of parts would be others."""
+    state, (metrics,) = run(config_of(accumulation=accumulation))
+    loss, count, gradient = by_hand(head_of(), [0, 1, 2, 3])
+    assert metrics["loss"] == pytest.approx(loss / count, rel=1e-5)
+    assert metrics["gradient_norm"] == pytest.approx(np.linalg.norm(gradient) / count, rel=1e-5)
+    assert metrics["tokens"] == count
+    adam = next(part for part in state.moments if isinstance(part, optax.ScaleByAdamState))
+    np.testing.assert_allclose(adam.mu["head"], 0.1 * gradient / count, rtol=1e-4, atol=1e-7)
+
+
+def test_the_gradients_norm_is_that_before_clipping():
+    _, (metrics,) = run(config_of(optim=dataclasses.replace(OPTIM, clip_norm=1e-3)))
+    _, count, gradient = by_hand(head_of(), [0, 1, 2, 3])
+    assert metrics["gradient_norm"] == pytest.approx(np.linalg.norm(gradient) / count, rel=1e-5)
+
+
+def test_metrics_have_the_rate_of_their_own_update():
+    state, metrics = run(config_of(), steps=5)
+    assert int(state.step) == 5
+    assert [one["lr"] for one in metrics] == pytest.approx([float(learning_rate(OPTIM, STEPS, n)) for n in range(5)])
+
+
+FIXED = dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, warmup_lr=0.0)
+
+
+def test_every_step_and_every_seed_has_another_mask_and_one_seed_always_the_same():
+    config = config_of(dropout=0.5, optim=FIXED)
+    losses = [one["loss"] for one in run(config, steps=3, again=1)[1]]
+    assert losses[:3] == losses[3:]
+    losses += [one["loss"] for one in run(dataclasses.replace(config, seed=7))[1]]
+    assert len(set(losses)) == 4
+
+
+def test_parts_have_masks_of_their_own(monkeypatch):
+    """Of two parts, ones in one and minus ones in the other, the sums of what is kept are opposite under one mask."""
+
+    def kept(network, batch, config, dropout):
+        found = network.video_tokens(batch["features"], dropout=dropout)
+        return jnp.sum(found) + 0 * jnp.sum(network.head), jnp.int32(1)
+
+    monkeypatch.setattr("vllama_jax.train.step.loss_sum", kept)
+    signs = np.array([1, -1, 1, -1], np.float32)[:, None, None] * np.ones((ROWS, 40, 40), np.float32)
+    _, (metrics,) = run(config_of(dropout=0.5, accumulation=2), batch={**batch_of(), "features": signs})
+    assert abs(metrics["loss"]) > 1
+
+
+def test_a_held_out_batch_is_seen_without_dropout():
+    skeleton = Skeleton()
+    evaluate = make_evaluation(config_of(dropout=0.9), skeleton)
+    loss, count = evaluate({"head": jnp.float32(head_of())}, {}, batch_of())
+    expected, number, _ = by_hand(head_of(), [0, 1, 2, 3])
+    assert (float(loss), int(count)) == (pytest.approx(expected, rel=1e-5), number)
+    assert skeleton.seen == [None]
+
+
+def test_products_are_in_the_compute_dtype_and_the_state_stays_in_float32():
+    skeleton = Skeleton()
+    state, _ = run(config_of(compute_dtype="bfloat16"), skeleton=skeleton)
+    assert skeleton.built[0] == {"other": "bfloat16", "head": "bfloat16"}
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
+    make_evaluation(config_of(compute_dtype="bfloat16"), skeleton)({"head": jnp.float32(head_of())}, {}, batch_of())
+    assert skeleton.built[-1]["head"] == "bfloat16"
+
+
+def test_dropout_is_handed_on_with_its_rate():
+    skeleton = Skeleton()
+    run(config_of(dropout=0.25), skeleton=skeleton)
+    assert [one.rate for one in skeleton.seen if isinstance(one, Dropout)] == [0.25]
+    skeleton = Skeleton()
+    run(config_of(), skeleton=skeleton)
+    assert skeleton.seen == [None]

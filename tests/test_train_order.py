@@ -1,0 +1,90 @@
+"""Which records a step draws: what its order depends on, what it does not, and that batches follow each other."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from vllama_jax.data.order import Order, Stream, make_streams
+from vllama_jax.data.records import Records, ranges
+from vllama_jax.errors import ConfigError
+from vllama_jax.train.config import DatasetConfig
+
+
+def records_of(digest: str = "0123456789abcdef", **counts: int) -> Records:
+    return Records(Path("records"), "jsonl", ranges(counts), digest)
+
+
+def stream_of(count: int = 40, held_out: int = 0, kind: str = "video", **options) -> Stream:
+    dataset = DatasetConfig(path="d", held_out=held_out)
+    return Stream(dataset, records_of(**{kind: count}, **options), kind, 1.0)
+
+
+def epoch(stream: Stream, seed: int = 0, number: int = 0) -> list[int]:
+    """The records of an epoch, in order."""
+    length = stream.epoch_length
+    drawn = [stream.sample(number * length + place, seed) for place in range(length)]
+    assert {found for _, found in drawn} == {number}
+    return [record for record, _ in drawn]
+
+
+def test_an_order_depends_on_seed_epoch_dataset_and_kind_alone():
+    stream = stream_of()
+    orders = [
+        epoch(stream),
+        epoch(stream, seed=1),
+        epoch(stream, number=1),
+        epoch(stream_of(digest="f" * 16)),
+        epoch(stream_of(kind="image")),
+    ]
+    assert all(sorted(order) == list(range(40)) for order in orders)
+    assert len({tuple(order) for order in orders}) == 5
+    moved = dataclasses.replace(stream, dataset=dataclasses.replace(stream.dataset, path="moved", ratio=3.0))
+    assert epoch(moved) == epoch(stream)
+    assert list(range(40)) not in orders
+
+
+def test_batches_follow_each_other_through_an_epoch_and_into_the_next():
+    stream = stream_of(40)
+    order = Order([stream], steps=10, batch_size=8, seed=3)
+    rows = [sample for step in range(10) for sample in order.rows(step).samples]
+    assert rows == [(record, 0) for record in epoch(stream, 3)] + [(record, 1) for record in epoch(stream, 3, 1)]
+
+
+def test_each_of_two_streams_goes_on_where_it_was():
+    streams = [stream_of(30), stream_of(50, digest="a" * 16)]
+    order = Order(streams, steps=16, batch_size=5, seed=0)
+    for number, stream in enumerate(streams):
+        steps = [step for step in range(16) if order.stream_of[step] == number]
+        assert steps
+        drawn = [sample for step in steps for sample in order.rows(step).samples]
+        assert drawn == [stream.sample(count, 0) for count in range(len(drawn))]
+        assert all(order.rows(step).stream is stream for step in steps)
+
+
+def test_a_longer_run_begins_with_the_same_steps_and_another_seed_with_others():
+    streams = [stream_of(30), stream_of(50, digest="a" * 16)]
+    short, long, other = (Order(streams, steps, 4, seed) for steps, seed in [(20, 5), (60, 5), (20, 6)])
+    assert [short.rows(step) for step in range(20)] == [long.rows(step) for step in range(20)]
+    assert short.stream_of.tolist() != other.stream_of.tolist()
+
+
+def test_held_out_records_depend_on_the_dataset_alone():
+    few, more = stream_of(held_out=5).held_out(), stream_of(held_out=9).held_out()
+    assert more[:5] == few
+    assert len(set(more)) == 9
+    other = stream_of(held_out=9, digest="f" * 16).held_out()
+    assert set(other) != set(more)
+    assert sorted(more) != list(range(9))
+
+
+def test_a_dataset_needs_a_record_that_is_not_held_out():
+    def streams(held_out: int, branch: str = "vision", **counts: int) -> list[Stream]:
+        return make_streams([(DatasetConfig(path="d", held_out=held_out), records_of(**counts))], branch)
+
+    assert [stream.epoch_length for stream in streams(3, video=4, image=9)] == [1, 6]
+    with pytest.raises(ConfigError, match="d: held_out 4 leaves none of its 4 video records"):
+        streams(4, video=4, image=9)
+    with pytest.raises(ConfigError, match="d: it has sounds, which only the audio branch hears"):
+        streams(0, video=4, audio=2)
+    assert [stream.kind for stream in streams(0, "audio", video=4, audio=2)] == ["video", "audio"]

@@ -1,0 +1,159 @@
+"""Numbers that a run refuses, what of a network takes part in it, and where what it trains starts from."""
+
+import dataclasses
+from types import SimpleNamespace
+
+import pytest
+
+from vllama_jax.errors import ConfigError
+from vllama_jax.train import session
+from vllama_jax.train.config import (
+    AUDIO_BRANCH,
+    DataConfig,
+    DatasetConfig,
+    MeshConfig,
+    OptimConfig,
+    TextConfig,
+    TrainConfig,
+    ValidationConfig,
+    arranged,
+    rows_a_place,
+)
+from vllama_jax.train.state import leave_out
+
+
+def config_of(**options) -> TrainConfig:
+    return TrainConfig(**{"model": "m", "datasets": (DatasetConfig(path="d"),), "steps": 8, "batch_size": 8, **options})
+
+
+HELD = (DatasetConfig(path="a"), DatasetConfig(path="b", held_out=1))
+AT_THE_EDGE = [
+    {"dropout": 0.0},
+    {"optim": OptimConfig(beta1=0.0, beta2=0.999999)},
+    {"data": DataConfig(crop_area=1, crop_ratio=1)},
+    {"data": DataConfig(crop_area=1e-6)},
+    {"validation": ValidationConfig(every=1), "datasets": HELD},
+    {"validation": ValidationConfig(every=1, clips=("clip.mp4",))},
+    {"validation": ValidationConfig(every=0)},
+    {"batch_size": 6, "accumulation": 3},
+    {"data": DataConfig(lengths=(48,))},
+    {"datasets": (DatasetConfig(path="d", text=TextConfig(max_length=1)),)},
+]
+
+
+@pytest.mark.parametrize("options", AT_THE_EDGE, ids=str)
+def test_what_is_allowed(options):
+    config_of(**options)
+
+
+REFUSED = [
+    ({"dropout": 1.0}, "dropout must be at least 0 and below 1, not 1.0"),
+    ({"optim": OptimConfig(beta1=1.0)}, "optim.beta1 must be at least 0 and below 1"),
+    ({"optim": OptimConfig(beta2=1.0)}, "optim.beta2 must be at least 0 and below 1"),
+    ({"optim": OptimConfig(lr=float("nan"))}, "optim.lr must be at least 0, not nan"),
+    ({"optim": OptimConfig(lr=float("inf"))}, "optim.lr must be at least 0, not inf"),
+    ({"data": DataConfig(crop_area=0)}, "data.crop_area must be above 0 and at most 1, not 0"),
+    ({"data": DataConfig(crop_area=1.01)}, "data.crop_area must be above 0 and at most 1"),
+    ({"data": DataConfig(crop_ratio=0.9)}, "data.crop_ratio must be at least 1"),
+    ({"data": DataConfig(lengths=(72, 48))}, "data.lengths must rise"),
+    ({"steps": 0}, "steps must be at least 1"),
+    ({"batch_size": 8, "accumulation": 3}, "batch_size 8 is not a multiple of accumulation 3"),
+    ({"datasets": ()}, "datasets: there are none"),
+    ({"trainable": ()}, "trainable: there are no patterns"),
+    ({"datasets": (DatasetConfig(path="d", ratio=0),)}, "datasets.0.ratio must be above 0"),
+    ({"datasets": (DatasetConfig(path="d"), DatasetConfig(path="d", held_out=-1))}, "datasets.1: held_out must be at"),
+    ({"datasets": (DatasetConfig(path="d", text=TextConfig(max_length=0)),)}, "text.max_length at least 1"),
+    ({"validation": ValidationConfig(every=1)}, "validation.every is set, but no dataset has held_out records"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
+def test_what_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        config_of(**options)
+
+
+def test_data_takes_the_devices_that_the_other_axes_leave():
+    assert arranged(MeshConfig(fsdp=2, tensor=2), 16) == MeshConfig(data=4, fsdp=2, tensor=2)
+    assert arranged(MeshConfig(data=3, fsdp=2, tensor=2), 16).data == 3
+    assert arranged(MeshConfig(tensor=8), 4).data == 1
+    with pytest.raises(ConfigError, match=r"mesh\.fsdp and mesh\.tensor at least 1"):
+        arranged(MeshConfig(tensor=0), 4)
+
+
+def test_rows_of_a_place_are_those_of_a_part_over_data_and_fsdp():
+    config = config_of(batch_size=48, accumulation=2)
+    assert rows_a_place(config, MeshConfig(data=3, fsdp=4, tensor=5)) == 2
+    with pytest.raises(ConfigError, match="batch_size 48 over accumulation 2 does not divide over 16 places"):
+        rows_a_place(config, MeshConfig(data=4, fsdp=4))
+
+
+# What takes part
+
+COMMON = {"llama"}
+VISION = {"vit", "ln_vision", "image_qformer", "video_qformer", "frame_positions", "llama_proj"}
+LEARNING_VISION = {"video_qformer", "frame_positions", "llama_proj"}
+AUDIO = {"audio_qformer", "audio_positions", "audio_llama_proj"}
+SENSES = {"vision", "audio"}
+CLIPS = {"validation": ValidationConfig(every=1, clips=("clip.mp4",))}
+
+
+def left(branch: str, kinds: tuple[str, ...], **options) -> tuple[set[str], set[str]]:
+    """The parts of a whole network that are left for a run, and the senses of its ImageBind."""
+    imagebind = SimpleNamespace(vision=1, audio=1)
+    network = SimpleNamespace(**dict.fromkeys(COMMON | VISION | AUDIO, 1), imagebind=imagebind)
+    trainable = {} if branch == "vision" else {"trainable": AUDIO_BRANCH}
+    leave_out(network, config_of(branch=branch, **trainable, **options), kinds)
+    senses = set(vars(imagebind)) if hasattr(network, "imagebind") else set()
+    return set(vars(network)) - {"imagebind"}, senses
+
+
+@pytest.mark.parametrize(
+    ("branch", "kinds", "options", "parts", "senses"),
+    [
+        ("vision", ("video",), {}, COMMON | VISION, set()),
+        ("vision", ("image",), {}, COMMON | VISION, set()),
+        ("vision", (), {}, COMMON | LEARNING_VISION, set()),  # features are read
+        ("vision", (), CLIPS, COMMON | VISION, set()),
+        ("audio", ("video",), {}, COMMON | AUDIO, {"vision"}),
+        ("audio", ("image",), {}, COMMON | AUDIO, {"vision"}),
+        ("audio", ("audio",), {}, COMMON | AUDIO, {"audio"}),
+        ("audio", ("image", "audio"), {}, COMMON | AUDIO, SENSES),
+        ("audio", (), {}, COMMON | AUDIO, set()),
+        ("audio", (), CLIPS, COMMON | AUDIO, {"audio"}),  # of a clip its sound is heard
+        ("audio", ("video",), CLIPS, COMMON | AUDIO, SENSES),
+    ],
+)
+def test_parts_that_a_run_does_not_use_are_left_out(branch, kinds, options, parts, senses):
+    assert left(branch, kinds, **options) == (parts, senses)
+
+
+def test_a_picture_only_network_has_nothing_of_the_audio_branch_to_leave_out():
+    network = SimpleNamespace(**dict.fromkeys(COMMON | VISION, 1))
+    leave_out(network, config_of(), ("video",))
+    assert set(vars(network)) == COMMON | VISION
+
+
+# Where it starts from
+
+
+@pytest.mark.parametrize(
+    ("trained", "learns", "message"),
+    [
+        ({"a": (2,)}, {"a", "b"}, None),
+        ({"a": (2,), "c": (3,)}, {"a", "b"}, "init: run trained c, which does not learn here and would be lost"),
+        ({"a": (5,)}, {"a", "b"}, r"init: run trained another model than base \(a does not fit\)"),
+        ({"z": (2,)}, {"a", "b"}, r"init: run trained another model than base \(z does not fit\)"),
+    ],
+)
+def test_a_run_that_is_started_from_must_fit_and_lose_nothing(trained, learns, message):
+    skeleton = SimpleNamespace(
+        variables={name: SimpleNamespace(shape=(size,)) for name, size in zip("abc", (2, 2, 3), strict=True)}
+    )
+    started = SimpleNamespace(trained=[SimpleNamespace(leaves=trained)])
+    check = dataclasses.replace(config_of(), init="run"), SimpleNamespace(path="base"), started, skeleton, learns
+    if message is None:
+        session._check_init(*check)
+    else:
+        with pytest.raises(ConfigError, match=message):
+            session._check_init(*check)

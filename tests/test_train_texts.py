@@ -1,0 +1,85 @@
+"""From what a record says to the arrays of a batch, by a tokenizer that spells and by hand."""
+
+import collections
+import dataclasses
+
+import numpy as np
+import pytest
+from test_prompts import SPELLING
+from test_training_text import shown
+
+from vllama_jax.data.records import Annotation
+from vllama_jax.data.texts import encode_text, pad_texts, padded_length
+from vllama_jax.text.training import IGNORE, TrainingText
+from vllama_jax.train.config import TextConfig
+
+CAPTION = Annotation("dog.png", "image", (("", "A Dog!"),))
+INSTRUCTED = TextConfig(template="plain", instructions=("One?", "Two?", "Three?"))
+
+
+def text_of(annotation: Annotation, cfg: TextConfig, seed: int = 0, seconds: tuple[float, ...] = ()) -> str:
+    return shown(encode_text(annotation, cfg, SPELLING, 2, seconds, np.random.default_rng(seed)))
+
+
+def test_each_instruction_is_drawn_as_often_as_the_others():
+    drawn = [text_of(CAPTION, INSTRUCTED, seed) for seed in range(300)]
+    counts = collections.Counter(next(one for one in INSTRUCTED.instructions if one in text) for text in drawn)
+    assert sorted(counts) == sorted(INSTRUCTED.instructions)
+    assert min(counts.values()) > 70  # of 100 on average, with a standard deviation of 8
+    assert [text_of(CAPTION, INSTRUCTED, seed) for seed in range(300)] == drawn
+
+
+def test_captions_are_cleaned_where_the_config_says_so():
+    bare = TextConfig(template="plain")
+    assert text_of(CAPTION, bare) == "<s>**«▁A Dog!\n»"
+    assert text_of(CAPTION, dataclasses.replace(bare, clean=True)) == "<s>**«▁a dog\n»"
+    assert text_of(CAPTION, dataclasses.replace(bare, max_length=3)) == "<s>**«▁A »"
+
+
+def test_a_caption_is_all_answers():
+    turns = (("What is it?", "A dog."), ("Where?", "At home."))
+    annotation = dataclasses.replace(CAPTION, turns=turns)
+    assert text_of(annotation, TextConfig(template="plain")) == "<s>**«▁A dog. At home.\n»"
+
+
+def test_a_conversation_has_its_media_where_the_annotation_says_and_the_times_of_a_video():
+    cfg = TextConfig(layout="conversation", template="vicuna", max_length=512)
+    annotation = Annotation("dog.png", "image", (("Who is it?", "Me."),), media_at=4)
+    assert text_of(annotation, cfg) == "<s>▁\n\n«###»Human: Who <Image>**▁</Image>is it?\n«###Assistant: Me.\n###»"
+    video = dataclasses.replace(annotation, kind="video")
+    assert "</Video> The video contains 2 frames sampled at 0.0, 2.5 seconds. Who is it?" in text_of(
+        video, cfg, seconds=(0.0, 2.5)
+    )
+
+
+def text(ids: list[int], media: int, labelled: dict[int, int]) -> TrainingText:
+    """Ids with media tokens after the first, and labels by their places."""
+    labels = np.full(len(ids), IGNORE, np.int32)
+    labels[list(labelled)] = list(labelled.values())
+    is_media = (np.arange(len(ids)) >= 1) & (np.arange(len(ids)) <= media)
+    return TrainingText(np.array(ids, np.int32), is_media, labels)
+
+
+def test_a_batch_of_texts_by_hand():
+    texts = [text([1, 0, 0, 7, 8, 9], 2, {3: 7, 5: 9}), text([1, 0, 0, 6], 2, {3: 6}), text([1, 0, 0, 5], 2, {3: 5})]
+    arrays = {name: array.tolist() for name, array in pad_texts(texts, 7, 2, masked={2}).items()}
+    assert arrays["ids"] == [[1, 0, 0, 7, 8, 9, 0], [1, 0, 0, 6, 0, 0, 0], [1, 0, 0, 5, 0, 0, 0]]
+    assert arrays["is_media"] == [[False, True, True, False, False, False, False]] * 3
+    assert arrays["length"] == [6, 4, 4]
+    assert arrays["positions"] == [[2, 4, 0, 0, 0], [2, 0, 0, 0, 0], [0] * 5]  # of the token before each label
+    assert arrays["targets"] == [[7, 9, -1, -1, -1], [6, -1, -1, -1, -1], [-1] * 5]
+
+
+def test_a_batch_that_is_shorter_than_its_texts_by_hand():
+    (row,) = pad_texts([text([1, 0, 0, 7, 8, 9], 2, {3: 7, 4: 8, 5: 9})], 5, 2)["targets"].tolist()
+    assert row == [7, 8, -1]
+    cut = pad_texts([text([1, 0, 0, 7, 8, 9], 2, {3: 7, 4: 8, 5: 9})], 4, 2)
+    assert (cut["ids"].tolist(), cut["length"].tolist()) == ([[1, 0, 0, 7]], [4])
+    assert (cut["positions"].tolist(), cut["targets"].tolist()) == ([[2, 0]], [[7, -1]])
+
+
+@pytest.mark.parametrize(
+    ("longest", "expected"), [(1, 48), (48, 48), (49, 72), (72, 72), (73, 128), (128, 128), (129, 256), (257, 384)]
+)
+def test_padded_lengths(longest, expected):
+    assert padded_length(longest, (48, 72)) == expected

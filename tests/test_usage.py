@@ -1,0 +1,215 @@
+"""Wrong usage is one line with a suggestion and exit code 2; help is quick to read at 80 columns."""
+
+import contextlib
+import io
+import logging
+import os
+import re
+import subprocess
+import sys
+import warnings
+
+import pytest
+
+import vllama_jax as vl
+from vllama_jax import cli
+from vllama_jax.cli.logs import logging_for_people
+
+COMMANDS = [
+    *(["chat"], ["convert"], ["export"], ["quantize"], ["inspect"], ["verify"], ["plot"]),
+    *(["data"], ["data", "build"], ["data", "check"], ["data", "stats"], ["eval"], ["eval", "miniature"]),
+    *(["features"], ["train"], ["train", "smoke"], ["memory"], ["memory", "vision_stage1"]),
+]
+
+
+def usage_error(*arguments: object) -> str:
+    """What a command says on stderr, in one line, when it exits with 2."""
+    out, errors = io.StringIO(), io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        cli.main([str(argument) for argument in arguments])
+    assert stop.value.code == 2
+    assert out.getvalue() == ""
+    assert errors.getvalue().startswith("vllama: ")
+    assert errors.getvalue().count("\n") == 1
+    return errors.getvalue().strip().removeprefix("vllama: ")
+
+
+def help_of(*command: str) -> str:
+    out = io.StringIO()
+    with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(out):
+        cli.main([*command, "--help"])
+    assert stop.value.code in (None, 0)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        ("train smoke --learning-rate 1", "did you mean --optim.lr?"),
+        ("train smoke --optim.learning_rate 1", "did you mean --optim.lr?"),
+        ("train smoke --lr=1 --out x", "did you mean --optim.lr?"),
+        ("train smoke --output-dir x", "did you mean --out?"),
+        ("train smoke --epochs 3 --out x", "give --steps: epochs × records / --batch-size"),
+        ("train smoke --max-steps 3", "did you mean --steps?"),
+        ("train smoke --warmup-steps 3", "did you mean --optim.warmup-steps?"),
+        ("train smoke --num-workers 3", "did you mean --data.threads?"),
+        ("train smoke --resume --out x", "run again with the same --out"),
+        ("features smoke -o x", "did you mean --out?"),
+        ("chat x.mp4 --max_tokens 3", "did you mean --max-new-tokens?"),
+        ("chat x.mp4 --temp 1", "did you mean --temperature?"),
+        ("chat x.mp4 --temprature 1", "did you mean --temperature?"),
+        ("chat x.mp4 --fps 1", "did you mean --num-frames?"),
+        ("chat x.mp4 --frames 1", "did you mean --num-frames?"),
+        ("chat x.mp4 --audio", "did you mean --no-audio?"),
+        ("chat x.mp4 --prompt hello", "write the question after the file"),
+        ("chat --video x.mp4", "write the file first"),
+        ("chat x.mp4 --device cpu", "set JAX_PLATFORMS to cpu, cuda or tpu"),
+        ("chat x.mp4 --load-in-8bit", "did you mean --quantize?"),
+        ("chat x.mp4 --xyzzy", "--help lists them"),
+        ("memory 7b --device H100", "did you mean --devices?"),
+        ("quantize MODEL --to x", "did you mean --out?"),
+        ("quantize MODEL --bits 4 --out x", "did you mean --quantize?"),
+        ("export MODEL --to x", "did you mean --out?"),
+        ("eval jsonl --frames 4", "did you mean --num-frames?"),
+        ("data build jsonl --output x", "did you mean --out?"),
+    ],
+)
+def test_an_unknown_option_gets_a_suggestion(arguments, meant):
+    command, *rest = arguments.split()
+    unknown = next(argument for argument in rest if argument.startswith("-")).split("=")[0]
+    message = usage_error(command, *rest)
+    assert message.startswith(f"{unknown}: no such option of `vllama {command}")
+    assert meant in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("chat x --temperature -1", "--temperature must be at least 0, not -1.0"),
+        ("chat x --temperature warm", "--temperature: 'warm' is not a number"),
+        ("chat x --top-p 2", "--top-p must be above 0 and at most 1, not 2.0"),
+        ("chat x --max-new-tokens 0", "--max-new-tokens must be at least 1, not 0"),
+        ("chat x --max_new_tokens=many", "--max-new-tokens: 'many' is not a whole number"),
+        ("chat x --num-frames 0", "--num-frames must be at least 1, not 0"),
+        ("chat x --num-frames 1.5", "--num-frames: '1.5' is not a whole number"),
+        ("chat x --template alpaca", "--template: 'alpaca' is none of vicuna, llama_2, plain"),
+        ("chat x --quantize int3", "--quantize: 'int3' is none of int8, int4"),
+        ("chat x --num-beams 2 --temperature 1", "beam search does not sample: give either num_beams above 1"),
+        ("chat x --model", "--model needs a value: PATH"),
+        ("train smoke --out x --optim.lr -1", "--optim.lr must be at least 0, not -1.0"),
+        ("train smoke --out x --steps 0", "--steps must be at least 1, not 0"),
+        ("train smoke --out x --branch both", "--branch: 'both' is none of vision, audio"),
+        ("features smoke --out x --shard-records -1", "--shard-records must be at least 0, not -1"),
+        ("memory 7b --length -1", "--length must be at least 0, not -1"),
+        ("memory 7b --batch-size -1", "--batch-size must be at least 0, not -1"),
+        ("export m --out x --shard-gb 0", "--shard-gb must be above 0, not 0.0"),
+        ("export m --out x --shard-gb nan", "--shard-gb must be above 0, not nan"),
+        ("verify m --tokens 0", "--tokens must be at least 1, not 0"),
+        ("plot r --smoothing 1", "--smoothing must be at least 0 and below 1, not 1.0"),
+        ("data check r --num-frames 0", "--num-frames must be at least 1, not 0"),
+        ("eval miniature --clips 0", "--clips must be at least 1, not 0"),
+        ("eval miniature --seed -1", "--seed must be at least 0, not -1"),
+        ("eval charades --out x", "NAME: 'charades' is none of activitynet_qa, "),
+        ("inspect a b", "b: not an option or an argument of `vllama inspect`"),
+    ],
+)
+def test_a_wrong_value_is_one_line(arguments, said):
+    assert usage_error(*arguments.split()).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("chat", 'FILE is missing. Example: vllama chat clip.mp4 "What is happening?" --model MODEL'),
+        ("inspect", "MODEL is missing. Example: vllama inspect MODEL --tree"),
+        ("plot", "RUN is missing. Example: vllama plot RUN"),
+        ("quantize m", "--out PATH is missing. Example: vllama quantize MODEL --out MODEL8"),
+        ("data build", "NAME, --source PATH, --out PATH are missing. Example: vllama data build jsonl"),
+        ("data", "`vllama data` needs a command; there are build, check, stats"),
+        ("data bild", "no command 'bild' of `vllama data`; there are build, check, stats"),
+        ("train", "name a run config first: `vllama train vision_stage1 --out RUN`, or a Python file"),
+        ("train --out x", "name a run config first: `vllama train vision_stage1 --out RUN`, or a Python file"),
+        ("features", "name a run config first: `vllama features vision_stage1 --out DIR`"),
+        ("memory", "name a size (7b, 13b), a model directory or a run config first: `vllama memory 7b`"),
+        ("eval", "NAME, --annotations PATH, --videos PATH, --model PATH, --out PATH are missing. Example: "),
+        ("eval --seed 1 miniature", "--seed: no such option of `vllama eval`"),
+        ("chta", "no command 'chta'; did you mean 'chat'?"),
+        ("--verbose", "no command '--verbose'; there are chat, convert, "),
+    ],
+)
+def test_what_is_missing_is_one_line_with_an_example(arguments, said):
+    assert usage_error(*arguments.split()).startswith(said)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_fits_80_columns_and_shows_no_empty_default(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    text = help_of(*command)
+    assert max(map(len, text.splitlines())) <= 80
+    plain = " ".join(re.sub(r"[│\n]", " ", text).split())
+    assert not re.search(r"\(default:( None| True| False| '')? ?\)", plain)
+    assert "{None}" not in plain
+    assert "Example: vllama " in plain
+    positional = {"train": "CONFIG", "features": "CONFIG", "eval": "NAME", "data build": "NAME", "memory": "MODEL"}
+    if name := positional.get(" ".join(command)):
+        assert re.match(rf"usage: vllama {' '.join(command)} .*\b{name}\b", plain)
+        assert f"│ {name} " in text
+
+
+def test_the_examples_of_help_can_be_copied_to_a_shell(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    first = help_of("convert").split("Example: ")[1].split("\n\n")[0]
+    assert first.count(" \\\n") == first.count("\n") > 1
+    words = first.replace("\\\n", " ").split()
+    assert words[:4] == ["vllama", "convert", "--llama", "vicuna-7b"]
+    assert words[-2:] == ["--out", "model"]
+
+
+def test_help_of_eval_lists_every_benchmark():
+    text = help_of("eval")
+    assert all(f"- {name} (" in text for name in ("msvd_qa", "video_mme", "jsonl", "miniature"))
+
+
+def test_version_from_python_and_both_commands():
+    code = f"import sys; print(sys.argv); import vllama_jax as vl; assert vl.__version__ == {vl.__version__!r}"
+    assert (
+        vl.__version__
+        in subprocess.run(
+            [sys.executable, "-m", "vllama_jax", "--version"], capture_output=True, text=True, check=True
+        ).stdout
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        cli.main(["--version"])
+    assert out.getvalue() == f"vllama_jax {vl.__version__}\n"
+
+
+def test_logs_of_ours_have_no_prefix_and_others_are_quiet(capfd):
+    code = """
+import logging, warnings, sys
+from vllama_jax.cli.logs import logging_for_people
+with logging_for_people():
+    logging.getLogger("vllama_jax.train.runs").warning("step_3: cannot be read")
+    for name in ("absl", "jax._src.xla_bridge", "orbax", "tensorflow_datasets"):
+        logging.getLogger(name).warning("chatter")
+    logging.warning("chatter")
+    warnings.warn("chatter")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("", "vllama: step_3: cannot be read\n")
+
+
+def test_logging_is_as_before_when_a_command_is_over():
+    before = list(logging.getLogger().handlers), list(logging.getLogger("vllama_jax").handlers), list(warnings.filters)
+    with logging_for_people():
+        pass
+    after = list(logging.getLogger().handlers), list(logging.getLogger("vllama_jax").handlers), list(warnings.filters)
+    assert after == before
+
+
+@pytest.mark.skipif("COLUMNS" in os.environ, reason="the width is given")
+def test_columns_are_as_before_when_help_was_shown():
+    help_of("inspect")
+    usage_error("inspect", "--nothing")
+    assert "COLUMNS" not in os.environ

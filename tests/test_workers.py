@@ -1,0 +1,125 @@
+"""Worker processes: results in order, and one clear error when a worker ends, however it ends."""
+
+import contextlib
+import functools
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from vllama_jax.data.workers import Workers, in_processes
+from vllama_jax.errors import DataError, VllamaError
+
+
+def children() -> list[int]:
+    """The worker processes of this one."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent == os.getpid() and "workers.work()" in (folder / "cmdline").read_text():
+                found.append(int(folder.name))
+    return found
+
+
+def fail_at(number: int, error: Exception, item: int) -> int:
+    if item == number:
+        raise error
+    return item
+
+
+def print_and_return(item: int) -> int:
+    print("noise")
+    os.write(1, b"more noise\n")
+    return item
+
+
+def test_results_are_in_order_and_workers_serve_again():
+    with Workers(2) as workers:
+        assert list(workers.map(math.sqrt, [0, 1, 4, 9, 16])) == [0, 1, 2, 3, 4]
+        first = children()
+        assert len(first) == 2
+        assert list(workers.map(abs, [-1], ahead=4)) == [1], "fewer items than workers"
+        assert list(workers.map(abs, [])) == []
+        assert children() == first
+    assert children() == []
+
+
+def test_what_a_function_prints_does_not_come_between_results():
+    assert list(in_processes(print_and_return, range(4), 1)) == [0, 1, 2, 3]
+
+
+def test_closing_ends_the_workers():
+    results = in_processes(time.sleep, [0, *[1000] * 5], 2)
+    next(results)
+    begun = time.monotonic()
+    results.close()
+    assert time.monotonic() - begun < 5
+    assert children() == []
+
+
+def end_by(how: int, item: int) -> None:
+    if item == 1:
+        os.kill(os.getpid(), how)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (functools.partial(fail_at, 1, DataError("1.png: no picture")), r"^1.png: no picture$"),
+        (functools.partial(fail_at, 1, KeyError("x")), r"^a worker process failed: KeyError: 'x'"),
+        (functools.partial(fail_at, 1, MemoryError("of\ntwo lines")), r"^a worker process failed: MemoryError: of two"),
+        (functools.partial(end_by, signal.SIGTERM), r"^a worker process was ended by SIGTERM before its work was done"),
+        (os._exit, r"^a worker process ended with exit code \d before its work was done"),
+    ],
+    ids=["our error", "another error", "memory", "signal", "exit"],
+)
+def test_a_worker_that_fails_is_one_error(function, message):
+    with pytest.raises(VllamaError, match=message) as raised:
+        list(in_processes(function, [0, 1, 2, 3], 2))
+    assert "\n" not in str(raised.value), "one line; the worker's traceback is a note"
+    assert children() == []
+
+
+def test_a_worker_that_is_killed_amid_a_result_is_noticed():
+    results = in_processes(np.zeros, [10_000_000] * 50, 2, ahead=4)  # 80 MB each, so that it is writing one
+    next(results)
+    os.kill(children()[0], signal.SIGKILL)
+    begun = time.monotonic()
+    with pytest.raises(VllamaError, match=r"killed \(SIGKILL\), as Linux does when memory runs out; free memory"):
+        list(results)
+    assert time.monotonic() - begun < 30
+    assert children() == []
+
+
+def test_a_script_needs_no_main_guard(tmp_path):
+    """It is imported in no worker: one of ours used to start workers of its own, without end."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import math\nfrom vllama_jax.data.workers import in_processes\n"
+        "print(list(in_processes(math.sqrt, [1, 4], 2)))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[1.0, 2.0]\n", "")
+
+
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    code = (
+        "import time, sys\nfrom vllama_jax.data.workers import Workers\nworkers = Workers(1)\n"
+        "results = workers.map(time.sleep, [0, 1000])\nnext(results)\n"
+        "print(workers._workers[0]._process.pid, flush=True)\ntime.sleep(1000)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        worker = Path("/proc") / process.stdout.readline().strip()
+        assert worker.exists()
+        process.kill()
+    limit = time.monotonic() + 20
+    while worker.exists() and "workers.work()" in (worker / "cmdline").read_text() and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert time.monotonic() < limit

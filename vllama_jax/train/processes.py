@@ -1,0 +1,224 @@
+"""Several processes that work together: how they find each other, and how all of them end when one does.
+
+Each process shows that it is alive in the key-value store that JAX keeps in process 0. Process 0 declares one lost that
+has shown nothing for LOST_AFTER seconds; the others notice by their connection when process 0 itself is lost. What went
+wrong is written to the store too, so that every process prints the same line and ends, also one that waits in a
+computation for the lost one. JAX's own checks take 100 seconds, and end a process from C++ with a stack trace.
+"""
+
+import contextlib
+import os
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from vllama_jax.errors import ConfigError, VllamaError, os_error_line
+from vllama_jax.interrupts import EXIT_CODE, SavedInterrupt, end_now
+from vllama_jax.train.relay import Relay
+
+CHECK_EVERY = 1.0  # seconds
+LOST_AFTER = 25.0  # seconds without a sign of life; a busy host can keep a thread waiting for some
+FAREWELL = 10.0  # seconds that process 0 waits for the others to read why it ends, at most
+START_TIMEOUT = 300  # seconds until all processes have to be there
+END_TIMEOUT = 7 * 24 * 3600  # seconds that the first process to finish waits for the last
+ALIVE, FAILED, READ = "vllama/alive", "vllama/failed", "vllama/read"  # folders of the store
+
+
+@contextlib.contextmanager
+def joined_processes(distributed: bool, *, preemption: bool) -> Iterator[None]:
+    """Run the body as one of several processes, where `distributed`; JAX finds the others.
+
+    When the body fails in one process, all end. The process that failed prints its own error and ends here.
+
+    Args:
+        distributed: Whether there are others.
+        preemption: Whether SIGTERM is left to JAX's preemption service (train/stopping.py) and ends nothing by itself.
+
+    Raises:
+        ConfigError: The other processes cannot be found.
+    """
+    if not distributed:
+        yield
+        return
+    job = _join(preemption)
+    try:
+        yield
+    except SavedInterrupt:
+        job.finish()
+        raise
+    except BaseException as error:
+        job.fail(error)
+        raise
+    job.finish()
+
+
+def _join(preemption: bool) -> "_Job":
+    import jax
+    from jax._src.clusters import ClusterEnv
+    from jax._src.distributed import global_state
+
+    jax.config.update("jax_enable_preemption_service", preemption)
+    named = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    try:
+        coordinator, count, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
+            named, None, None, None, None, START_TIMEOUT
+        )
+        if coordinator is None or count is None or process is None:
+            raise ConfigError(
+                "--distributed: the other processes cannot be found; start it under Slurm, Open MPI or Kubernetes, "
+                "or on a TPU pod"
+            )
+        job = _Job(process, count, coordinator)
+        jax.distributed.initialize(
+            job.coordinator, count, process, local_device_ids=devices, initialization_timeout=START_TIMEOUT
+        )
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(f"--distributed: the other processes cannot be found ({error})") from error
+    job.watch(global_state.client)
+    return job
+
+
+class _Job:
+    """This process and the others, from their first contact to their common end."""
+
+    def __init__(self, process: int, count: int, coordinator: str):
+        self._process, self._count = process, count
+        self._host = coordinator.rpartition(":")[0]
+        self._relay = Relay(coordinator, self._lose_coordinator) if process else None
+        self.coordinator = self._relay.address if self._relay else coordinator
+        self._finished = threading.Event()
+        self._ending = threading.Lock()  # taken once, by the thread that ends this process
+        self._watched = False
+        self._seen = {other: ("", time.monotonic()) for other in range(1, count)}
+
+    def watch(self, client: Any) -> None:
+        """From now on, end this process when another one fails or is lost."""
+        self._client = client
+        self._watched = True
+        if self._relay:
+            self._relay.longest_silence = LOST_AFTER
+        self._seen = {other: ("", time.monotonic()) for other in range(1, self._count)}
+        self._watching = threading.Thread(target=self._watch, daemon=True, name="vllama-processes")
+        self._watching.start()
+
+    def finish(self) -> None:
+        """Wait until every process has finished, and part from them."""
+        import jax
+
+        self._client.wait_at_barrier("vllama/finished", END_TIMEOUT * 1000)
+        self._finished.set()
+        self._watching.join()
+        jax.distributed.shutdown()
+
+    def fail(self, error: BaseException) -> None:
+        """Report an error of this process to the others, print it, and end this process."""
+        if not isinstance(error, KeyboardInterrupt) and _may_follow_from_another(error):
+            time.sleep(LOST_AFTER + 5 * CHECK_EVERY)  # the watching thread ends this process when it knows the cause
+        self._ending.acquire()
+        self._write_failure(f"{self._name(self._process)} {_in_words(error)}")
+        code = 1
+        if isinstance(error, VllamaError):
+            _print(str(error))
+        elif isinstance(error, OSError):
+            _print(os_error_line(error))
+        elif isinstance(error, KeyboardInterrupt):
+            code = EXIT_CODE
+        elif isinstance(error, SystemExit):
+            code = error.code if isinstance(error.code, int) else 1
+        else:
+            traceback.print_exception(error)
+        self._end(code)
+
+    def _watch(self) -> None:
+        beat = 0
+        while not self._finished.wait(CHECK_EVERY):
+            beat += 1
+            try:
+                if self._process:
+                    self._client.key_value_set(f"{ALIVE}/{self._process}", f"{beat} {socket.gethostname()}", True)
+                else:
+                    self._look_for_lost()
+                failure = self._failure()
+            except RuntimeError:  # of JAX, when process 0 does not answer
+                if self._relay and not self._finished.is_set():
+                    self._lose_coordinator()
+                continue
+            if failure:
+                self._say(failure)
+                self._end(1)
+
+    def _look_for_lost(self) -> None:
+        """In process 0: write to the store which process has shown nothing for too long."""
+        shown = {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(ALIVE)}
+        now = time.monotonic()
+        for other, (before, when) in self._seen.items():
+            if shown.get(other, "") != before:
+                self._seen[other] = shown[other], now
+            elif now - when > LOST_AFTER:
+                host = before.partition(" ")[2] or "unknown host"
+                self._write_failure(f"{self._name(other)} ({host}) was lost: no sign of life for {LOST_AFTER:.0f} s")
+                return
+
+    def _failure(self) -> str:
+        """What went wrong first, and in which process; "" where nothing did."""
+        return next((text for _, text in self._client.key_value_dir_get(FAILED)), "")
+
+    def _write_failure(self, text: str) -> None:
+        with contextlib.suppress(RuntimeError):  # another one was written before, and stands
+            self._client.key_value_set(f"{FAILED}/first", text)
+
+    def _lose_coordinator(self) -> None:
+        """Process 0 has closed or broken its connection, or is silent; at the end of the job it may."""
+        if self._watched and not self._finished.is_set():
+            self._say(f"{self._name(0)} ({self._host}) was lost: its connection ended or is silent")
+            end_now(1)
+
+    def _say(self, failure: str) -> None:
+        """Print what ends this process, unless another thread of it does."""
+        self._ending.acquire()
+        _print(f"{failure}; see its output, and run all processes again to resume")
+
+    def _end(self, code: int) -> None:
+        """End this process. Process 0 keeps the store, so it waits until the others have read why."""
+        sys.stdout.flush()
+        with contextlib.suppress(RuntimeError):
+            if self._process:
+                self._client.key_value_set(f"{READ}/{self._process}", "", True)
+            else:
+                self._wait_for_readers()
+        end_now(code)
+
+    def _wait_for_readers(self) -> None:
+        begun = time.monotonic()
+        while time.monotonic() - begun < FAREWELL:
+            if len(self._client.key_value_dir_get(READ)) == self._count - 1:
+                return
+            time.sleep(CHECK_EVERY / 5)
+
+    def _name(self, process: int) -> str:
+        return f"process {process} of {self._count}"
+
+
+def _may_follow_from_another(error: BaseException | None) -> bool:
+    """Whether an error may come from a computation that another process left."""
+    import jax
+
+    while error is not None and not isinstance(error, jax.errors.JaxRuntimeError):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
+def _in_words(error: BaseException) -> str:
+    """What the other processes say of an error."""
+    if isinstance(error, KeyboardInterrupt):
+        return "was interrupted"
+    text = " ".join(str(error).split())
+    return f"failed: {text}" if isinstance(error, VllamaError) else f"failed: {type(error).__name__}: {text}"
+
+
+def _print(line: str) -> None:
+    os.write(2, f"vllama: {' '.join(line.split())}\n".encode())
