@@ -81,6 +81,7 @@ class AudioDecoder:
         self._next: int | None = None  # position of the next sample
         self._end = 0
         self._packets = self._tried = self._lost = self._decoded = 0
+        self._stored = 0  # where the last packet ends, in the stream's unit of time
         self._first_lost = self._failure = ""
         self._may_skip = self._skipped = self._misplaced = False
         if stream.codec_context is None:
@@ -94,6 +95,7 @@ class AudioDecoder:
         import av
 
         self._packets += packet.size > 0 and not packet.is_corrupt
+        self._stored = max(self._stored, (packet.pts or 0) + (packet.duration or 0))
         if self._clock and packet.size:
             self._shift = self._clock.shift(packet)
         if self._failure or (self._rate and self._end >= self._last()) or self._skip(packet):
@@ -145,8 +147,10 @@ class AudioDecoder:
         if cut and cut.part == "media" and not 0 < declared <= self._packets:
             some = f"{self._packets} of {declared} packets of audio are there" if declared else cut.why
             return f"the file is truncated: {some}"
-        if self.stream.container.format.name == "flac" and self._end < min(self._claimed_samples(), self._last()):
-            some = f"{self._seconds():.1f} of {self._claimed_samples() / self._rate:.1f} s of audio are there"
+        whole = self.stream.duration or 0
+        if self.stream.container.format.name == "flac" and self._stored < whole and self._end < self._last():
+            tick = self.stream.time_base
+            some = f"{float(self._stored * tick):.1f} of {float(whole * tick):.1f} s of audio are there"
             return f"the file is truncated: {some}"
         if self._lost > max(_LOST_SHARE * self._tried, 1) or (self._lost and not self._decoded):
             return f"{self._lost} of {self._tried} packets could not be decoded, {self._first_lost}"
@@ -160,6 +164,7 @@ class AudioDecoder:
 
     def _repeat(self) -> AudioDecoder:
         """A decoder that has decoded the file from its start, now that the audio's end is known."""
+
         with open_container(self._path) as container:
             stream, video = container.streams[self.stream.index], video_stream(container)
             clock = Clock(container, video, stream) if self._clock and video else None

@@ -119,15 +119,16 @@ def open_image(path: str, name: str) -> Iterator[Image.Image]:
     """
     from PIL import Image
 
+    limit = MAX_PIXELS * 3 // 4 if name in ("WEBP", "JPEG2000") else MAX_PIXELS  # these take 16 and 19 bytes a pixel
     if name == "WEBP":  # Pillow allocates its pixels when it opens it
-        check_pixels(*_webp_size(path), path)
+        check_pixels(*_webp_size(path), path, limit)
     with _without_pillow_warnings():
         try:
             opened = Image.open(path, formats=[name])
         except Image.DecompressionBombError as error:
             raise MediaError(f"{path}: {error}") from error
         with opened as image:
-            check_pixels(*image.size, path)
+            check_pixels(*image.size, path, limit)
             yield image
 
 

@@ -79,6 +79,8 @@ def resize(image: pillow.Image, size: tuple[int, int], resample: pillow.Resampli
 
     Pixels are rounded to 8 bits in between, so that the order shows: by up to 12 of 255 levels.
     """
+    if image.mode == "RGBA":  # Pillow interpolates colors that are multiplied by their alpha
+        return resize(image.convert("RGBa"), size, resample).convert("RGBA")
     return image.resize((size[0], image.height), resample).resize(size, resample)
 
 
