@@ -1,5 +1,7 @@
 """Small media files rendered when the tests run, so that what they hold is known and nothing binary is stored."""
 
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -122,3 +124,16 @@ def damage_packets(path: Path, damaged: Path, kind: str) -> Path:
         data[packet.pos : packet.pos + packet.size] = noise.bytes(packet.size)
     damaged.write_bytes(data)
     return damaged
+
+
+def run_and_measure(code: str, *args: str) -> tuple[str, list[float]]:
+    """Run Python code in a process of its own. It prints text, and `peak()` for its peak memory so far in MB.
+
+    Returns the text and the peaks. What the code writes to stderr is an error.
+    """
+    peak = "def peak(): print('peak', int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024)"
+    run = subprocess.run([sys.executable, "-c", f"{peak}\n{code}", *args], capture_output=True, text=True, check=True)
+    assert run.stderr == ""
+    lines = run.stdout.splitlines()
+    peaks = [float(line.split()[1]) for line in lines if line.startswith("peak ")]
+    return "\n".join(line for line in lines if not line.startswith("peak ")), peaks

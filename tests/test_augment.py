@@ -12,6 +12,7 @@ from PIL import Image as pillow
 from vllama_jax.errors import MediaError
 from vllama_jax.media import as_file, frame_indices, read_image, read_media, read_video
 from vllama_jax.media.augment import Box, crop_frames, head_tail_indices, random_box
+from vllama_jax.media.image import resize
 
 SCALE, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 
@@ -233,7 +234,7 @@ def test_a_box_of_a_picture(tmp_path):
         return 10, 20, 30, 40
 
     cropped = read_image(tmp_path / "noise.png", 32, choose_box)
-    expected = pillow.fromarray(pixels[10:40, 20:60]).resize((32, 32), pillow.Resampling.BICUBIC)
+    expected = resize(pillow.fromarray(pixels[10:40, 20:60]), (32, 32), pillow.Resampling.BICUBIC)
     assert asked == [(60, 90)]
     assert (cropped == np.asarray(expected)).all()
     whole = read_image(tmp_path / "noise.png", 32, lambda height, width: (0, 0, height, width))

@@ -460,21 +460,3 @@ def test_normalize_is_the_formula():
     normalized = media.normalize(frames)
     assert normalized.dtype == np.float32
     np.testing.assert_allclose(normalized, expected, atol=1e-6)
-
-
-def test_read_image_is_bicubic_in_rgb_without_exif(folder):
-    noise = np.random.default_rng(0).integers(0, 256, (50, 80, 4), dtype=np.uint8)
-    picture = pillow.fromarray(noise)
-    exif = pillow.Exif()
-    exif[0x0112] = 6  # "turn me"
-    picture.save(folder / "rgba.png", exif=exif)
-    expected = np.array(pillow.fromarray(noise[..., :3]).resize((32, 32), pillow.Resampling.BICUBIC))
-    np.testing.assert_array_equal(media.read_image(folder / "rgba.png", size=32), expected)
-
-
-@pytest.mark.parametrize("ending", ["png", "tiff"])
-def test_sixteen_bits_of_grey_become_eight(folder, ending):
-    grey = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
-    pillow.fromarray(grey).save(folder / f"grey.{ending}")
-    read = media.read_image(folder / f"grey.{ending}", size=32)
-    np.testing.assert_array_equal(read, np.repeat((grey >> 8).astype(np.uint8)[..., None], 3, axis=2))

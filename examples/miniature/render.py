@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from vllama_jax.media.image import resize
 from vllama_jax.media.video import frame_indices
 from vllama_jax.miniature.scene import COLOURS, Scene, Things
 from vllama_jax.miniature.shapes import draw_shape
@@ -54,7 +55,7 @@ def picture(scene: Scene, draw: np.random.Generator, side: int = SIDE) -> tuple[
     time = draw.uniform(first + 0.01, last - 0.01)
     frame = _frame(_ground(draw), drawn, time, draw)
     if side != SIDE:
-        frame = np.asarray(Image.fromarray(frame).resize((side, side), Image.Resampling.BILINEAR))
+        frame = np.asarray(resize(Image.fromarray(frame), (side, side), Image.Resampling.BILINEAR))
     column, row = (min(int(3 * part), 2) for part in _middle(drawn[which], 0, time))
     return frame, dataclasses.replace(scene.shown[which], place=3 * row + column)
 
@@ -116,7 +117,7 @@ def _ground(draw: np.random.Generator) -> np.ndarray:
     """A dull texture, float32 [SIDE, SIDE, 3]: patches of light and dark, stripes, a faint colour."""
     cells = int(draw.integers(3, 9))
     coarse = Image.fromarray(draw.uniform(-1, 1, (cells, cells)).astype(np.float32))
-    texture = np.asarray(coarse.resize((SIDE, SIDE), Image.Resampling.BICUBIC)) * draw.uniform(5, 22)
+    texture = np.asarray(resize(coarse, (SIDE, SIDE), Image.Resampling.BICUBIC)) * draw.uniform(5, 22)
     rows, columns = np.mgrid[:SIDE, :SIDE] / SIDE
     angle, waves = draw.uniform(0, math.pi), draw.uniform(3, 14)
     along = columns * math.cos(angle) + rows * math.sin(angle)
@@ -133,7 +134,7 @@ def _frame(ground: np.ndarray, drawn: list[Drawn], time: float, draw: np.random.
         radius = things.radii[0] + time * (things.radii[1] - things.radii[0])
         size = max(4, round(2 * radius * SIDE))
         for number, tile in enumerate(things.tiles):
-            small = tile.resize((size, size), Image.Resampling.BOX if size > 24 else Image.Resampling.BILINEAR)
+            small = resize(tile, (size, size), Image.Resampling.BOX if size > 24 else Image.Resampling.BILINEAR)
             x, y = _middle(things, number, time)
             picture.paste(small, (round(x * SIDE - size / 2), round(y * SIDE - size / 2)), small)
     noise = draw.standard_normal((SIDE, SIDE, 3), np.float32) * 7

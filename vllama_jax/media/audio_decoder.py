@@ -178,6 +178,7 @@ class AudioDecoder:
 
     def _repeat(self) -> AudioDecoder:
         """A decoder that has decoded the file from its start, now that the audio's end is known."""
+
         with open_container(self._path) as container:
             stream, video = container.streams[self.stream.index], video_stream(container)
             clock = Clock(container, video, stream) if self._clock and video else None

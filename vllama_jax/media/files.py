@@ -5,7 +5,10 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import struct
 import tempfile
+import threading
+import warnings
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -19,6 +22,7 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.stream import Stream
     from av.video.stream import VideoStream
+    from PIL import Image
 
 # What FFmpeg may take a file for. Without a list, a .txt file is a "video" (tty), and a playlist can name other files
 # and hosts (hls, concat, dash).
@@ -41,6 +45,9 @@ _PICTURES = (
     (b"MM\0*", "TIFF"),
     (b"\0\0\0\x0cjP  ", "JPEG2000"),
 )
+
+# What Pillow raises for damaged files.
+DAMAGED = (OSError, SyntaxError, ValueError, KeyError, IndexError, EOFError, TypeError, struct.error)
 
 _HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1")
 
@@ -101,18 +108,40 @@ def picture_format(path: str) -> str | None:
     return next((name for start, name in _PICTURES if head.startswith(start)), None)
 
 
-def is_still_picture(path: str) -> bool:
-    """True for a picture file that does not move; animated GIF, PNG and AVIF files are videos."""
+@contextlib.contextmanager
+def open_image(path: str, name: str) -> Iterator[Image.Image]:
+    """Open an image file of the format `name` (`picture_format`) with Pillow, without decoding its pixels yet.
+
+    Pillow's warnings are ignored. They are about metadata, which is not used, and about sizes, which are checked here.
+
+    Raises:
+        MediaError: The file declares too many pixels.
+    """
     from PIL import Image
 
+    limit = MAX_PIXELS * 3 // 4 if name in ("WEBP", "JPEG2000") else MAX_PIXELS  # these take 16 and 19 bytes a pixel
+    if name == "WEBP":  # Pillow allocates its pixels when it opens it
+        check_pixels(*_webp_size(path), path, limit)
+    with _without_pillow_warnings():
+        try:
+            opened = Image.open(path, formats=[name])
+        except Image.DecompressionBombError as error:
+            raise MediaError(f"{path}: {error}") from error
+        with opened as image:
+            check_pixels(*image.size, path, limit)
+            yield image
+
+
+def is_still_picture(path: str) -> bool:
+    """True for a picture file that does not move; animated GIF, PNG and AVIF files are videos."""
     name = picture_format(path)
     if name not in ("GIF", "PNG", "WEBP", "AVIF"):
         return name is not None
     try:
-        with Image.open(path, formats=[name]) as picture:
+        with open_image(path, name) as picture:
             animated = picture.is_animated
-    except (OSError, SyntaxError, ValueError, KeyError, Image.DecompressionBombError):
-        return True  # damaged: reading it as a picture says how
+    except DAMAGED:
+        return True  # reading it as a picture says how
     if animated and name == "WEBP":
         raise MediaError(f"{path}: an animated WebP, which FFmpeg does not read; convert it to gif or mp4")
     return not animated
@@ -173,3 +202,39 @@ def sound_stream(container: InputContainer) -> AudioStream | None:
 def _file_in_memory() -> BinaryIO:
     """A file without a name, not limited by the size of /dev/shm (64 MB in a container, unless asked for)."""
     return os.fdopen(os.memfd_create("media"), "wb")
+
+
+def _webp_size(path: str) -> tuple[int, int]:
+    """The width and height that a WebP file declares (RFC 9649), or 0 and 0 where it declares none."""
+    head = first_bytes(path, MediaError).ljust(30, b"\0")
+    kind = head[12:16]
+    if kind == b"VP8X":
+        return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
+    if kind == b"VP8L":
+        bits = int.from_bytes(head[21:25], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    if kind == b"VP8 ":
+        return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
+    return 0, 0
+
+
+_warnings_lock = threading.Lock()
+_warnings_ignored: list[warnings.catch_warnings] = []  # one for each thread in `_without_pillow_warnings`
+
+
+@contextlib.contextmanager
+def _without_pillow_warnings() -> Iterator[None]:
+    """Ignore Pillow's warnings while any thread is in here: filters are the process's, so the last thread restores."""
+    with _warnings_lock:
+        first = not _warnings_ignored
+        _warnings_ignored.append(warnings.catch_warnings() if first else _warnings_ignored[0])
+        if first:
+            _warnings_ignored[0].__enter__()
+            warnings.filterwarnings("ignore", module=r"PIL\.")
+    try:
+        yield
+    finally:
+        with _warnings_lock:
+            last = _warnings_ignored.pop()
+            if not _warnings_ignored:
+                last.__exit__(None, None, None)
