@@ -50,7 +50,7 @@ def make_run(out: Path, base: Path, parts: tuple[str, ...], lora: LoraConfig | N
         batch_size=1,
         **({"lora": lora} if lora else {}),
     )
-    with open_run(out, config, held, "float32"):
+    with open_run(out, config, held, "float32", {}):
         checkpoints = Checkpoints(out, CheckpointConfig())
         moments = {"count": jnp.zeros(())}
         checkpoints.save(3, TrainState(jnp.int32(3), jax.tree.map(jnp.asarray, trained), moments))

@@ -388,7 +388,7 @@ def test_a_manifest_that_is_not_one(made, tmp_path):
     for content, what in (
         ("{", "not JSON"),
         (json.dumps({**fields, "format": 9}), "features of format 9, this version reads 1"),
-        (json.dumps({"format": 1}), "incomplete"),
+        (json.dumps({"format": 1}), "missing branch, dtype, encoders"),
     ):
         manifest.write_text(content)
         with pytest.raises(DataError, match=what):
