@@ -1,5 +1,6 @@
 """The names `miniature` and `demo`, and what wins where the user has something of that name."""
 
+import io
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from test_cli import failure, run
 import vllama_jax as vl
 from vllama_jax import shipped
 from vllama_jax.checkpoint import open_model
+from vllama_jax.cli.display import Display
 
 
 @pytest.fixture
@@ -63,7 +65,12 @@ def test_demo_says_what_it_is_asks_for_questions_and_ends_with_the_input():
     assert lines[2].endswith("bell.mp4: 8 frames of 4.0 s; sound used")
     assert lines[3].startswith('Ask a question, such as "Describe it."')
     assert len(lines) == 4
-    assert (run("chat", "demo").returncode, run("chat", "demo", stdin="\n").returncode) == (0, 0)
+
+
+@pytest.mark.parametrize("typed", ["", "\n", "  \n"])
+def test_the_end_of_input_or_an_empty_line_ends_a_chat(monkeypatch, typed):
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+    assert Display().ask() is None
 
 
 @pytest.mark.parametrize(
