@@ -106,6 +106,13 @@ def test_products_are_those_of_the_dequantised_kernel(shape, inputs, bits, produ
     assert np.abs(rounded - expected).max() < 2e-2 * np.abs(expected).max()
 
 
+def test_a_stored_model_says_where_its_weights_are_from(tiny_model, stored):
+    sources = open_model(tiny_model).manifest["sources"]
+    assert sources
+    for path in stored.values():
+        assert open_model(path).manifest["sources"] == sources
+
+
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_accelerators_multiply_the_whole_kernel_at_once(platform):
     """What the compiler is given there: one product whose input is converted, no loop and no interleaved copies."""
