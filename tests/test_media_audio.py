@@ -222,6 +222,17 @@ def test_absurd_declarations_are_one_clear_line(tmp_path, rate, channels, bits):
     assert peak < 300
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -1e30, 1e300])
+def test_values_that_are_not_finite_or_too_large_are_one_clear_line(tmp_path, value):
+    """Also where a waveform's sum would be finite."""
+    sound = tone(3, 16000).astype(np.float64)
+    sound[1, 20000] = value
+    path = write_sound(tmp_path / "a.wav", sound, 16000, "pcm_f64le", "dbl")
+    for num_clips in (None, 8):
+        with pytest.raises(MediaError, match=r"cannot be used: it holds values that are not finite, or above 1e9"):
+            media.read_audio(path, num_clips)
+
+
 @pytest.mark.parametrize("samples", [399, 400, 401])
 def test_the_shortest_audio(tmp_path, samples):
     """25 ms are one mel frame."""

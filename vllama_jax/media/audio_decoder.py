@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import math
 import sys
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 _MAX_RATE = 768_000  # Hz; the highest rate of PCM recorders
 _MAX_VALUES = 3_072_000  # a second: 64 channels at 48 kHz, 8 at 384 kHz
 _LOST_SHARE = 0.1  # of packets that may fail to decode
+_LARGEST = 1e9  # sample, where 1 is full scale: some files of floating point have that of 16 or 32 bits
 _LONGEST = 24 * 3600.0  # seconds of a segment's audio
 
 # Codecs whose packets are decoded without those before them: packets that no clip needs are skipped.
@@ -316,7 +316,7 @@ def _count_channels(frame: AudioFrame) -> int:
 def _as_float(frame: AudioFrame, channels: int) -> Float32[np.ndarray, "c n"]:
     """A decoded frame's channels in [-1, 1]; integers are divided by the size of their most negative value.
 
-    Raises ValueError for values that are not finite, and for samples that PyAV cannot read.
+    Raises ValueError for values that are not finite or too large, and for samples that PyAV cannot read.
     """
     samples = frame.to_ndarray()
     if not frame.format.is_planar:
@@ -325,7 +325,6 @@ def _as_float(frame: AudioFrame, channels: int) -> Float32[np.ndarray, "c n"]:
         return (samples.astype(np.float32) - 128) / 128
     if np.issubdtype(samples.dtype, np.integer):
         return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
-    samples = samples.astype(np.float32, copy=False)
-    if not math.isfinite(samples.sum()):
-        raise ValueError("it holds values that are not finite")
-    return samples
+    if not np.abs(samples).max(initial=0) <= _LARGEST:
+        raise ValueError("it holds values that are not finite, or above 1e9")
+    return samples.astype(np.float32, copy=False)
