@@ -99,14 +99,13 @@ def test_a_worker_that_is_killed_amid_a_result_is_noticed():
 
 
 def test_a_script_needs_no_main_guard(tmp_path):
-    """It is imported in no worker: one of ours used to start workers of its own, without end."""
+    """No worker imports it: with multiprocessing, each would start workers of its own and fail."""
     script = tmp_path / "script.py"
     script.write_text(
-        "import math\nfrom vllama_jax.data.workers import in_processes\n"
-        "print(list(in_processes(math.sqrt, [1, 4], 2)))\n"
+        "from vllama_jax.miniature.pictures import draw_pictures\nprint(draw_pictures(4, 0).pixels.shape)\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("[1.0, 2.0]\n", "")
+    assert (done.stdout, done.stderr) == ("(4, 64, 64, 3)\n", "")
 
 
 def test_workers_end_with_the_process_that_started_them(tmp_path):
