@@ -225,6 +225,7 @@ def test_a_run_with_low_rank_updates(tiny_model, tmp_path, scheme):
     run = write_run(shipped(tiny_model, lora), tmp_path / "run", trained)
     merged = load(run).network.llama.blocks[1].attention.query.kernel[...]
     quantize.quantize(open_model(run), tmp_path / scheme, scheme)
+    assert not any("/lora/" in path for path in open_model(tmp_path / scheme).shapes)
     at_load, from_disk = load(run, quantize=scheme).network, load(tmp_path / scheme).network
     for path, value in weights(at_load).items():
         np.testing.assert_array_equal(value, weights(from_disk)[path], path)
