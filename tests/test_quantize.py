@@ -244,6 +244,7 @@ def test_a_run_with_low_rank_updates(tiny_model, tmp_path, scheme):
     merged = load(run).network.llama.blocks[1].attention.query.kernel[...]
     quantize.quantize(open_model(run), tmp_path / scheme, scheme)
     assert_leaves_are_those_of_the_base(run, tiny_model, tmp_path / scheme)
+    assert not any("/lora/" in path for path in open_model(tmp_path / scheme).shapes)
     at_load, from_disk = load(run, quantize=scheme).network, load(tmp_path / scheme).network
     for path, value in weights(at_load).items():
         np.testing.assert_array_equal(value, weights(from_disk)[path], path)
