@@ -14,7 +14,7 @@ import numpy as np
 
 from vllama_jax.checkpoint import ModelDirectory, check_leaves
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.io.atomic import new_directory, write_file, write_json
+from vllama_jax.io.atomic import new_directory, replace_json, write_file, write_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.params import check_params
 from vllama_jax.rows import Reader, row_reader, stored_dtype
@@ -164,7 +164,7 @@ def _write_llama(directory: Path, model: ModelDirectory, shards: Files) -> None:
         write_file(directory / file.name, file.read_bytes())
     dtype = stored_dtype(model, "llama/embedding").name
     fields = llama.config_fields(model.config.llama) | _special_ids(model) | {"torch_dtype": dtype}
-    write_json(directory / "config.json", fields)
+    replace_json(directory / "config.json", fields)  # a tokenizer.json may have brought one, for its ids
     if len(shards) > 1:
         homes = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
         index = {"metadata": {"total_size": bytes_to_write(shards)}, "weight_map": homes}

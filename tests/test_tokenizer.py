@@ -237,8 +237,9 @@ BROKEN = [
     ({"tokenizer.model": ""}, "tokenizer.model: the file is empty"),
     ({"tokenizer.model": "version https://git-lfs.github.com/spec/v1\noid sha256:12"}, "git-lfs pointer"),
     ({"tokenizer.model": "IQ== 0\nIg== 1\n"}, "not a SentencePiece model .*tokenizer.json"),  # Llama 3's own format
-    ({"tokenizer.json": "{"}, "not a file of the tokenizers library"),
-    ({"tokenizer.json": "{}"}, "not a file of the tokenizers library"),
+    ({"tokenizer.json": "{"}, "tokenizer.json: not JSON"),
+    ({"tokenizer.json": "{}"}, "tokenizer.json: not a tokenizer \\(no model"),
+    ({"tokenizer.json": '{"model": {}}'}, "not a file of the tokenizers library"),
     ({"tokenizer.json": ""}, "tokenizer.json: the file is empty"),
 ]
 
@@ -255,7 +256,11 @@ def test_broken_folders(tmp_path, files, message):
 BROKEN_DECLARATIONS = [
     ("added_tokens.json", "{", "added_tokens.json: not JSON"),
     ("added_tokens.json", "[1]", "must hold a JSON object"),
-    ("added_tokens.json", '{"[PAD]": "many"}', "special tokens in .* cannot be read"),
+    (
+        "added_tokens.json",
+        '{"[PAD]": "many"}',
+        r"added_tokens.json: \[PAD\] must be a whole number from 0 to .*, not 'many'",
+    ),
     ("tokenizer_config.json", '{"added_tokens_decoder": {"300": {}}}', "special tokens in .* cannot be read"),
     ("special_tokens_map.json", '{"bos_token": 1}', "special tokens in .* cannot be read"),
 ]
