@@ -54,7 +54,8 @@ def started(*arguments: object) -> Iterator[list[subprocess.Popen]]:
     finally:
         for process in processes:
             process.kill()
-            process.communicate()
+            process.wait()
+            process.stderr.close()
 
 
 def wait_for_step(run: Path, step: int, processes: Sequence[subprocess.Popen]) -> None:
