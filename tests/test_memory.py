@@ -360,13 +360,11 @@ def test_what_fits_tightly_is_refused_where_a_fit_is_required(capsys, monkeypatc
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((), "name a size"),
         (("8b",), "8b: no such model or run config; .* one of 7b, 13b, tiny, audio_stage1"),
         (("7b", "--devices", "H101"), "no device 'H101': choose one of H200, H100, .*, or here"),
         (("7b", "--mesh.fsdp", "3"), "has .* places for 8 devices"),
         (("7b", "--devices", "v5e", "--mesh.fsdp", "3"), "batch_size 256 does not divide over 3 places"),
         (("7b", "--devices", "v5e", "--mesh.fsdp", "0"), "mesh.fsdp and mesh.tensor at least 1"),
-        (("7b", "--devices", "v5e", "--length", "-1"), "--length must be at least 0"),
         (("vision_stage1",), "model: no such model directory; name one with --model, or a size: --model 7b"),
         (("vision_stage1", "--model", "7b", "--devices", "v5e", "--exact"), "leave --devices out"),
         (("vision_stage1", "--model", "7b", "--trainable", "vidoe/*"), "matches no weight"),
