@@ -222,7 +222,7 @@ def test_a_folder_of_frames(tiny_model, tmp_path, capsys):
     given = ["eval", "mvbench", "--annotations", tmp_path, "--videos", tmp_path / "videos", "--out", tmp_path / "out"]
     cli.main([str(one) for one in (*given, "--model", tiny_model, "--max-new-tokens", 4, "--batch-size", 2)])
     line, _ = read(tmp_path / "out" / "answers.jsonl")
-    assert line["media"] == "8 frames of 2.7 s; no sound in the file"
+    assert line["media"] == "8 frames of 2.6 s; no sound in the file"
     printed = capsys.readouterr().out
     assert "episodic_reasoning: accuracy " in printed
     assert "(published 21.0)" in printed

@@ -397,7 +397,7 @@ def test_a_manifest_that_is_not_one(made, tmp_path):
 
 def test_nothing_that_can_be_decoded(tiny_model, tmp_path):
     (tmp_path / "clips").mkdir()
-    (tmp_path / "clips/0.mp4").write_bytes(b"nothing of a video")
+    (tmp_path / "clips/0.mp4").write_bytes(b"\0\0\0\x18ftypmp42 and nothing of a video")
     paths = built(tmp_path / "clips", [{"video": "0.mp4", "caption": "nothing"}])
     with pytest.raises(DataError, match=r"none of 1 records can be decoded; the first: 0.mp4: "):
         write_features(config_of(tiny_model, paths), tmp_path / "features")

@@ -69,7 +69,7 @@ def test_it_ends_whatever_the_process_does(body):
 
 def test_partial_files_are_removed_first(tmp_path):
     body = (
-        "import time\nfrom pathlib import Path\nfrom vllama_jax.checkpoint import new_directory\n"
+        "import time\nfrom pathlib import Path\nfrom vllama_jax.io.atomic import new_directory\n"
         "with new_directory(Path(sys.argv[2])) as folder:\n"
         "    (folder / 'file').write_text('half'); print('inside', flush=True); time.sleep(100)"
     )

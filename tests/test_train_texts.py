@@ -47,9 +47,10 @@ def test_a_conversation_has_its_media_where_the_annotation_says_and_the_times_of
     annotation = Annotation("dog.png", "image", (("Who is it?", "Me."),), media_at=4)
     assert text_of(annotation, cfg) == "<s>▁\n\n«###»Human: Who <Image>**▁</Image>is it?\n«###Assistant: Me.\n###»"
     video = dataclasses.replace(annotation, kind="video")
-    assert "</Video> The video contains 2 frames sampled at 0.0, 2.5 seconds. Who is it?" in text_of(
-        video, cfg, seconds=(0.0, 2.5)
-    )
+    times = "The video contains 2 frames sampled at 0.0, 2.5 seconds. "
+    assert f"Human: Who <Video>**▁</Video> {times}is it?" in text_of(video, cfg, seconds=(0.0, 2.5))
+    video = dataclasses.replace(video, media_at=0)
+    assert f"Human: <Video>**▁</Video> {times}Who is it?" in text_of(video, cfg, seconds=(0.0, 2.5))
 
 
 def text(ids: list[int], media: int, labelled: dict[int, int]) -> TrainingText:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +18,20 @@ from vllama_jax.data.workers import Workers, in_processes
 from vllama_jax.errors import DataError, VllamaError
 
 
-def children() -> list[int]:
-    """The worker processes of this one."""
-    found = []
+@pytest.fixture
+def children() -> Callable[[], list[int]]:
+    """Lists the worker processes that the test has started; other tests keep theirs for the whole session."""
+    before = _workers()
+    return lambda: sorted(_workers() - before)
+
+
+def _workers() -> set[int]:
+    found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if parent == os.getpid() and "workers.work()" in (folder / "cmdline").read_text():
-                found.append(int(folder.name))
+                found.add(int(folder.name))
     return found
 
 
@@ -40,7 +47,7 @@ def print_and_return(item: int) -> int:
     return item
 
 
-def test_results_are_in_order_and_workers_serve_again():
+def test_results_are_in_order_and_workers_serve_again(children):
     with Workers(2) as workers:
         assert list(workers.map(math.sqrt, [0, 1, 4, 9, 16])) == [0, 1, 2, 3, 4]
         first = children()
@@ -55,7 +62,7 @@ def test_what_a_function_prints_does_not_come_between_results():
     assert list(in_processes(print_and_return, range(4), 1)) == [0, 1, 2, 3]
 
 
-def test_closing_ends_the_workers():
+def test_closing_ends_the_workers(children):
     results = in_processes(time.sleep, [0, *[1000] * 5], 2)
     next(results)
     begun = time.monotonic()
@@ -80,14 +87,14 @@ def end_by(how: int, item: int) -> None:
     ],
     ids=["our error", "another error", "memory", "signal", "exit"],
 )
-def test_a_worker_that_fails_is_one_error(function, message):
+def test_a_worker_that_fails_is_one_error(function, message, children):
     with pytest.raises(VllamaError, match=message) as raised:
         list(in_processes(function, [0, 1, 2, 3], 2))
     assert "\n" not in str(raised.value), "one line; the worker's traceback is a note"
     assert children() == []
 
 
-def test_a_worker_that_is_killed_amid_a_result_is_noticed():
+def test_a_worker_that_is_killed_amid_a_result_is_noticed(children):
     results = in_processes(np.zeros, [10_000_000] * 50, 2, ahead=4)  # 80 MB each, so that it is writing one
     next(results)
     os.kill(children()[0], signal.SIGKILL)

@@ -107,6 +107,8 @@ class _Connections:
                 return
         if self.longest_silence:
             self._report_loss()
+        with contextlib.suppress(OSError):  # closing alone waits for the thread that reads from it
+            here.shutdown(socket.SHUT_RDWR)
         here.close()
 
     def _receive(self, there: socket.socket) -> bytes:

@@ -172,7 +172,6 @@ class Checkpoints:
                 keep_period=self._cfg.keep_every or None,
                 create=False,
                 save_root_metadata=False,
-                cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
             ),
         )
@@ -331,8 +330,9 @@ class Checkpoints:
             raise CheckpointError(f"{self._out}: {what} could not be saved ({reason}); {kept}") from error
 
     def _remove_partial(self) -> None:
-        """What a failed save left takes the room that the next one needs. Some of its writers may still be at work when
-        it fails, and leave files again, which go with the save after it or when the run is taken up.
+        """What a failed or killed save left takes the room that the next one needs, so `finish` removes it before each
+        save. Writers of a failed save may still be at work and leave files again, which go before the next one. Orbax's
+        own removal is not used: it runs in the background, and fails where another removes the same files.
         """
         if jax.process_index() == 0:
             for partial in self._out.glob("step_*.orbax-checkpoint-tmp"):
