@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     import jax
     from flax import nnx
 
+    from vllama_jax.nn.layers import Keys
     from vllama_jax.nn.video_llama import VideoLlama
     from vllama_jax.text.tokenizer import Tokenizer
 
@@ -510,12 +511,15 @@ def abstract_network(config: VideoLlamaConfig, dtype: str | None = None, lora: L
 @functools.cache
 def _traced_network(config: VideoLlamaConfig, lora: LoraConfig) -> "VideoLlama":
     """The network with shapes. A command asks for it several times, and tracing it takes most of a second."""
+    import jax
     from flax import nnx
 
-    return nnx.eval_shape(lambda: new_network(config, lora, nnx.Rngs(0)))
+    from vllama_jax.nn.layers import Keys
+
+    return nnx.eval_shape(lambda: new_network(config, lora, Keys(jax.random.key(0))))
 
 
-def new_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs") -> "VideoLlama":
+def new_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs | Keys") -> "VideoLlama":
     """The network as training starts it, with its low-rank updates."""
     from vllama_jax.nn.lora import add_lora
     from vllama_jax.nn.video_llama import VideoLlama
