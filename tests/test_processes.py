@@ -26,14 +26,26 @@ from vllama_jax.train.relay import Relay
 SLOW = pytest.mark.slow
 VLLAMA = str(Path(sys.executable).with_name("vllama"))
 WITHIN = 60  # seconds from the end of one process to the end of the other
+PREPARE = """
+import time
+from vllama_jax.io.atomic import new_directory
+
+def prepare(config, out):
+    if not (out / "inputs").exists():
+        with new_directory(out / "inputs"):
+            time.sleep(0.5)
+    return config
+"""
 
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_model, records) -> Path:
-    """A run over two processes that takes longer than any test."""
+    """A run over two processes that takes longer than any test, and makes a directory first."""
     one = config_of(tiny_model, records, steps=100_000, batch_size=4, checkpoint=CheckpointConfig(every=1000))
     two = dataclasses.replace(one, mesh=dataclasses.replace(one.mesh, data=2))
-    return write_config(tmp_path_factory.mktemp("two") / "config.py", two)
+    path = write_config(tmp_path_factory.mktemp("two") / "config.py", two)
+    path.write_text(path.read_text() + PREPARE)
+    return path
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from vllama_jax.cli.run_config import named_config, shipped
 from vllama_jax.cli.usage import Command, at_least
 from vllama_jax.compilation import keep_compiled_programs
 from vllama_jax.train.config import TrainConfig
-from vllama_jax.train.processes import joined_processes
+from vllama_jax.train.processes import first_process_first, joined_processes
 
 if TYPE_CHECKING:
     from vllama_jax.train.features import Written
@@ -51,7 +51,8 @@ def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
         with joined_processes(distributed, preemption=False), count_bar() as count:
             from vllama_jax.train.features import write_features
 
-            written = write_features(prepare(run, out), out, base, shard_records, functools.partial(count, "records"))
+            prepared = first_process_first(lambda: prepare(run, out))
+            written = write_features(prepared, out, base, shard_records, functools.partial(count, "records"))
         print(_summary(out, written))
 
     features.__doc__ = features.__doc__.format(CONFIGS=", ".join(shipped()))

@@ -10,7 +10,7 @@ from vllama_jax.cli.training_display import TrainingDisplay
 from vllama_jax.cli.usage import Command
 from vllama_jax.compilation import keep_compiled_programs
 from vllama_jax.train.config import TrainConfig
-from vllama_jax.train.processes import joined_processes
+from vllama_jax.train.processes import first_process_first, joined_processes
 
 
 def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
@@ -53,7 +53,7 @@ def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
             from vllama_jax.train.runs import hush_failed_saves
 
             hush_failed_saves()
-            prepared = prepare(run, out)
+            prepared = first_process_first(lambda: prepare(run, out))
             if dry_run:
                 try_out(prepared, display, base)
             else:

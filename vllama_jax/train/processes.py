@@ -14,12 +14,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from vllama_jax.errors import ConfigError, VllamaError, os_error_line
 from vllama_jax.interrupts import EXIT_CODE, SavedInterrupt, end_now
 from vllama_jax.train.relay import Relay
+
+Made = TypeVar("Made")
 
 CHECK_EVERY = 1.0  # seconds
 LOST_AFTER = 25.0  # seconds without a sign of life; a busy host can keep a thread waiting for some
@@ -59,6 +61,22 @@ def joined_processes(distributed: bool, *, preemption: bool) -> Iterator[None]:
         job.fail(error)
         raise
     job.finish()
+
+
+def first_process_first(make: Callable[[], Made]) -> Made:
+    """Call `make` in process 0, and after that in the others, which find the files that it made."""
+    import jax
+
+    if jax.process_count() == 1:
+        return make()
+    from jax.experimental import multihost_utils
+
+    if jax.process_index() == 0:
+        made = make()
+        multihost_utils.sync_global_devices("process 0 has made its files")
+        return made
+    multihost_utils.sync_global_devices("process 0 has made its files")
+    return make()
 
 
 def _join(preemption: bool) -> "_Job":
