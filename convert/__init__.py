@@ -10,19 +10,18 @@ import numpy as np
 
 from vllama_jax import checkpoint
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.convert import stored
+from vllama_jax.convert.directory import Found, search
+from vllama_jax.convert.hub import local
+from vllama_jax.convert.infer import model_config
+from vllama_jax.convert.language import open_language_model
+from vllama_jax.convert.matching import Leaf, abstract_shapes, match, tables
+from vllama_jax.convert.pieces import PIECES, check_kind, unwrapped
+from vllama_jax.convert.sources import Source, open_file
+from vllama_jax.convert.stored import Kept, StoredLeaf, StoredModel
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import new_directory, write_file
 from vllama_jax.params import ParamsWriter, part_of
-
-from . import stored
-from .directory import Found, search
-from .hub import local
-from .infer import model_config
-from .language import open_language_model
-from .matching import Leaf, abstract_shapes, match, tables
-from .pieces import PIECES, check_kind, unwrapped
-from .sources import Source, open_file
-from .stored import Kept, StoredLeaf, StoredModel
 
 __all__ = ["PIECES", "Leaf", "Plan", "abstract_shapes", "bytes_to_write", "convert", "plan", "tables"]
 

@@ -8,10 +8,9 @@ import re
 
 import numpy as np
 
+from vllama_jax.convert.redundant import INV_FREQ, same
+from vllama_jax.convert.sources import Source
 from vllama_jax.errors import CheckpointError
-
-from .redundant import INV_FREQ, same
-from .sources import Source
 
 GROWING = ("model.embed_tokens.weight", "lm_head.weight")  # have a row for each token
 SAMPLE = 2**16  # numbers of a tensor on which the base is checked

@@ -4,12 +4,11 @@ import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from vllama_jax.convert.language import is_language_model, is_own_file
+from vllama_jax.convert.pieces import PIECES, recognise, unwrapped
+from vllama_jax.convert.sources import Source, looks_like_weights, open_file
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.files import first_bytes
-
-from .language import is_language_model, is_own_file
-from .pieces import PIECES, recognise, unwrapped
-from .sources import Source, looks_like_weights, open_file
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 NAMED_OTHERS = 5  # files that are no weights, named in the report; the rest are counted

@@ -3,8 +3,7 @@
 import numpy as np
 
 from vllama_jax.config import VitConfig
-
-from .rules import ROW, SAME, TABLE, Rule, Transform, from_heads, heads_out, linear, norm, patches
+from vllama_jax.convert.rules import ROW, SAME, TABLE, Rule, Transform, from_heads, heads_out, linear, norm, patches
 
 
 def _join_q0v(heads: int) -> Transform:

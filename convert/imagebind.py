@@ -3,8 +3,19 @@
 import numpy as np
 
 from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig, ImageBindVisionConfig
-
-from .rules import CONVOLUTION, ROW, TABLE, Rule, Transform, from_heads, heads_out, linear, norm, patches, split
+from vllama_jax.convert.rules import (
+    CONVOLUTION,
+    ROW,
+    TABLE,
+    Rule,
+    Transform,
+    from_heads,
+    heads_out,
+    linear,
+    norm,
+    patches,
+    split,
+)
 
 EXTRAS = {
     r"modality_(preprocessors|trunks|heads|postprocessors)\.(text|depth|thermal|imu)\..*": (

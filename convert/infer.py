@@ -9,10 +9,9 @@ import numpy as np
 
 from vllama_jax import config as presets
 from vllama_jax.config import VideoLlamaConfig, check_fields, from_dict, merge
+from vllama_jax.convert import imagebind
+from vllama_jax.convert.sources import Source
 from vllama_jax.errors import CheckpointError, ConfigError
-
-from . import imagebind
-from .sources import Source
 
 # Head counts leave no trace in shapes; these are the published models'.
 HEADS = {

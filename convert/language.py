@@ -6,12 +6,11 @@ from typing import Any
 
 import numpy as np
 
+from vllama_jax.convert import llama, meta_llama
+from vllama_jax.convert.delta import open_delta
+from vllama_jax.convert.pieces import unwrapped
+from vllama_jax.convert.sources import Source, open_llama
 from vllama_jax.errors import ConfigError
-
-from . import llama, meta_llama
-from .delta import open_delta
-from .pieces import unwrapped
-from .sources import Source, open_llama
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

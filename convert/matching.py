@@ -8,13 +8,12 @@ import numpy as np
 
 from vllama_jax.checkpoint import abstract_network
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.convert import redundant
+from vllama_jax.convert.pieces import PIECES
+from vllama_jax.convert.rules import Rule
+from vllama_jax.convert.sources import Source
 from vllama_jax.data.ahead import in_order
 from vllama_jax.errors import CheckpointError
-
-from . import redundant
-from .pieces import PIECES
-from .rules import Rule
-from .sources import Source
 
 WEIGHT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 REPORTED_PROBLEMS = 30

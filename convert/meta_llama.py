@@ -11,11 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from vllama_jax.convert.llama import EPSILON, ROPE_THETA
+from vllama_jax.convert.sources import Source, WeightFile, open_weights, read_config_file
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_fields import flag, number, whole_number, without_null
-
-from .llama import EPSILON, ROPE_THETA
-from .sources import Source, WeightFile, open_weights, read_config_file
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 MAX_LENGTH = 2048  # LLaMA-1's; nothing in the files says that LLaMA-2's is 4096

@@ -14,17 +14,16 @@ import numpy as np
 
 from vllama_jax import quantize as quantizing
 from vllama_jax.checkpoint import ModelDirectory
+from vllama_jax.convert import Plan
+from vllama_jax.convert.sources import Source
+from vllama_jax.convert.verify import check_comparable
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.extras import import_extra
 from vllama_jax.quantize import scheme_of
 from vllama_jax.rows import row_reader
 
-from . import Plan
-from .sources import Source
-from .verify import check_comparable
-
 if TYPE_CHECKING:
-    from .stages import Part, Stage
+    from vllama_jax.convert.stages import Part, Stage
 
 ComputeDtype = Literal["float32", "bfloat16"]
 
@@ -92,8 +91,8 @@ def compare_networks(
     import jax
     import torch
 
-    from .reference.llama import configuration
-    from .stages import parts
+    from vllama_jax.convert.reference.llama import configuration
+    from vllama_jax.convert.stages import parts
 
     check_comparable(directory, plan)
     tokens = min(settings.tokens, directory.config.llama.max_length)
@@ -130,7 +129,7 @@ def our_side(directory: ModelDirectory, dtype: ComputeDtype, quantize: str | Non
     import jax
     from flax import nnx
 
-    from .stages import one_layer
+    from vllama_jax.convert.stages import one_layer
 
     network, layers = quantizing.abstract_layers(one_layer(directory.config), dtype, scheme_of(directory, quantize))
     read = row_reader(directory) if directory.quantized else quantizing.quantizing_reader(directory, layers)

@@ -5,11 +5,10 @@ import re
 from collections.abc import Callable, Container, Mapping
 
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.convert import eva_vit, imagebind, llama, qformer
+from vllama_jax.convert.rules import SAME, Rule, linear, norm
+from vllama_jax.convert.sources import Source, renamed
 from vllama_jax.errors import CheckpointError
-
-from . import eva_vit, imagebind, llama, qformer
-from .rules import SAME, Rule, linear, norm
-from .sources import Source, renamed
 
 
 @dataclasses.dataclass(frozen=True)

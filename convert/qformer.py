@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 from vllama_jax.config import QFormerConfig
-
-from .rules import TABLE, Rule, from_heads, linear, norm, to_heads
+from vllama_jax.convert.rules import TABLE, Rule, from_heads, linear, norm, to_heads
 
 
 def rules(target: str, source: str, queries: str, cfg: QFormerConfig) -> list[Rule]:

@@ -12,9 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from vllama_jax.config import LlamaConfig, VideoLlamaConfig
-
-from . import imagebind
-from .sources import Source
+from vllama_jax.convert import imagebind
+from vllama_jax.convert.sources import Source
 
 INV_FREQ = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 STORED_INV_FREQ = rf"(llama_model\.)?{INV_FREQ}"  # as LLaMA's own files and Video-LLaMA's checkpoints name it

@@ -14,11 +14,10 @@ from typing import Any, Protocol
 import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import numpy as np
 
+from vllama_jax.convert.torch_files import TorchFile
 from vllama_jax.errors import CheckpointError
 from vllama_jax.files import first_bytes
 from vllama_jax.io.json_files import parse_object, read_object
-
-from .torch_files import TorchFile
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 

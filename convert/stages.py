@@ -15,10 +15,9 @@ import transformers
 from torch import nn
 
 from vllama_jax.config import ImageBindAudioConfig, ImageBindVisionConfig, QFormerConfig, VideoLlamaConfig, VitConfig
+from vllama_jax.convert.reference import Read, eva_vit, imagebind, llama, loaded, qformer
 from vllama_jax.nn.layers import run_blocks
 from vllama_jax.nn.video_llama import VideoLlama
-
-from .reference import Read, eva_vit, imagebind, llama, loaded, qformer
 
 Ours = Callable[[VideoLlama, Any], Any]
 Theirs = Callable[[Read, Any], Any]

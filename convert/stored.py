@@ -9,12 +9,11 @@ import numpy as np
 
 from vllama_jax.checkpoint import ModelDirectory, Trained, only_answers, open_model, restore_arrays
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.convert.matching import abstract_shapes, cast
+from vllama_jax.convert.pieces import PIECES
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import check_params, part_of, row_blocks
 from vllama_jax.rows import with_update
-
-from .matching import abstract_shapes, cast
-from .pieces import PIECES
 
 BRANCHES = {"vl": "vision", "al": "audio"}
 FROZEN_PARTS = ("vit", "ln_vision", "image_qformer", "imagebind/audio", "imagebind/vision", "llama")

@@ -17,11 +17,10 @@ import ml_dtypes
 import numpy as np
 
 from vllama_jax.config import VideoLlamaConfig, tiny
+from vllama_jax.convert import llama
+from vllama_jax.convert.matching import abstract_shapes, tables
 from vllama_jax.errors import VllamaError
 from vllama_jax.io.atomic import new_directory
-
-from . import llama
-from .matching import abstract_shapes, tables
 
 VOCAB_SIZE = 512
 Format = Literal["safetensors", "pth"]

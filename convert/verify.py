@@ -10,13 +10,12 @@ import numpy as np
 
 from vllama_jax.checkpoint import ModelDirectory, Run, check_leaves, open_trained, restore_arrays
 from vllama_jax.config import VideoLlamaConfig, flat
+from vllama_jax.convert import Leaf, Plan, abstract_shapes
+from vllama_jax.convert.infer import HEADS
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.params import check_params, damaged_params, part_of, read_rows
 from vllama_jax.quantize import unquantized_shapes
 from vllama_jax.run_directory import check_digests, read_digests, run_steps
-
-from . import Leaf, Plan, abstract_shapes
-from .infer import HEADS
 
 CHOSEN = ("template", "num_frames", "num_clips")  # fields of a config that no file tells
 LISTED = 3

@@ -8,8 +8,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
 
 from vllama_jax import config as ours
-
-from ..llama import config_fields
+from vllama_jax.convert.llama import config_fields
 
 
 def configuration(directory: Path, told: ours.LlamaConfig) -> LlamaConfig:
