@@ -12,16 +12,16 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from vllama_jax import checkpoint
 from vllama_jax.config import video_llama_13b
+from vllama_jax.nn.network import abstract_network
 from vllama_jax.train.config import VISION_BRANCH, CheckpointConfig, OptimConfig
 from vllama_jax.train.optim import make_optimizer
-from vllama_jax.train.runs import Checkpoints
+from vllama_jax.train.run_directory import Checkpoints
 from vllama_jax.train.state import Skeleton, initial_state, matching
 
 
 def main() -> None:
-    skeleton = Skeleton(checkpoint.abstract_network(video_llama_13b(), "float32"))
+    skeleton = Skeleton(abstract_network(video_llama_13b(), "float32"))
     rng = np.random.default_rng(0)
     paths = matching(list(skeleton.variables), VISION_BRANCH)
     weights = {path: jax.numpy.zeros(skeleton.variables[path].shape) for path in paths}

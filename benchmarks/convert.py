@@ -30,8 +30,8 @@ import tensorstore
 import tyro
 
 from vllama_jax.config import BLIP2_QFORMER, EVA_G, IMAGEBIND_HUGE, LLAMA_7B, LLAMA_13B, VideoLlamaConfig, tiny
-from vllama_jax.convert.tensor_files import Tensor, write_safetensors, write_torch
 from vllama_jax.convert.tiny import file_shapes, train_tokenizer, write_config, write_llama_config
+from vllama_jax.convert.write_tensors import Tensor, write_safetensors, write_torch
 
 Part = Literal["llama", "llama_bin", "llama_13b", "eva_vit", "blip2", "imagebind"]
 Also = Literal["verify", "export", "load"]

@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from vllama_jax import checkpoint, config, sharding
-from vllama_jax.cli.run_config import load_config
+from vllama_jax import config, sharding
+from vllama_jax.nn.network import abstract_network
 from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.config_files import load_config
 from vllama_jax.train.loop import compile_step
 from vllama_jax.train.optim import make_optimizer
-from vllama_jax.train.session import Plan
+from vllama_jax.train.setup import Plan
 from vllama_jax.train.state import Skeleton, matching
 
 BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
@@ -34,7 +35,7 @@ ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 def make_plan(model: config.VideoLlamaConfig, run: TrainConfig, mesh: jax.sharding.Mesh) -> Plan:
-    skeleton = Skeleton(checkpoint.abstract_network(model, run.compute_dtype))
+    skeleton = Skeleton(abstract_network(model, run.compute_dtype))
     learns = tuple(matching(list(skeleton.variables), run.trainable))
     optimizer = make_optimizer(run.optim, run.steps)
     return Plan(run, None, mesh, skeleton, learns, dict.fromkeys(learns), optimizer, None)

@@ -6,7 +6,7 @@ Stage 1 of the vision branch on clips that are rendered here: towers 384 to 1024
 float32, two samples of eight 224² frames, 128 tokens. PyTorch (transformers' BLIP-2 vision model, its Q-Former and its
 LLaMA) gets the same batches from the same reader, freezes the same parts and keeps activations as we do. They take
 turns, step by step, and medians are told. The floor is the step's operations
-(train/estimate.py) over the rate of one large matrix product.
+(memory/flops.py) over the rate of one large matrix product.
 """
 
 import dataclasses
@@ -27,14 +27,15 @@ from vllama_jax import config as models
 from vllama_jax import convert
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.data.build import build
+from vllama_jax.data.config import DataConfig, DatasetConfig
 from vllama_jax.data.pipeline import HostBatch, batches
 from vllama_jax.media.write import write_video
+from vllama_jax.memory.flops import step_flops
 from vllama_jax.sharding import under
-from vllama_jax.train import session
-from vllama_jax.train.config import DataConfig, DatasetConfig, OptimConfig, TrainConfig
-from vllama_jax.train.estimate import step_flops
-from vllama_jax.train.features import write_features
+from vllama_jax.train import setup
+from vllama_jax.train.config import OptimConfig, TrainConfig
 from vllama_jax.train.loop import compile_step
+from vllama_jax.train.precompute import write_features
 
 BATCH, CLIPS, LENGTH = 2, 16, 128
 QFORMER = models.QFormerConfig(width=384, depth=6, num_heads=6, mlp_dim=1536, num_queries=32, cross_attention_every=2)
@@ -79,15 +80,15 @@ def make_inputs(folder: Path) -> TrainConfig:
     )
 
 
-def our_step(config: TrainConfig) -> tuple[Step, session.Plan]:
-    plan = session.plan(config)
+def our_step(config: TrainConfig) -> tuple[Step, setup.Plan]:
+    plan = setup.plan(config)
     with under(plan.mesh):
-        state, frozen, step = session.start(plan), session.load_frozen(plan), compile_step(plan)
+        state, frozen, step = setup.start(plan), setup.load_frozen(plan), compile_step(plan)
 
     def run(batch: HostBatch) -> None:
         nonlocal state
         with under(plan.mesh):
-            state, metrics = step(state, frozen, session.place(batch.arrays, plan))
+            state, metrics = step(state, frozen, setup.place(batch.arrays, plan))
         metrics["loss"].block_until_ready()
 
     return run, plan

@@ -9,7 +9,7 @@ import re
 import numpy as np
 
 from vllama_jax.convert.redundant import INV_FREQ, same
-from vllama_jax.convert.sources import Source
+from vllama_jax.convert.weight_files import Source
 from vllama_jax.errors import CheckpointError
 
 GROWING = ("model.embed_tokens.weight", "lm_head.weight")  # have a row for each token

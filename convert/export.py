@@ -12,17 +12,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from vllama_jax.checkpoint import ModelDirectory, check_leaves
+from vllama_jax.checkpoints.arrays import check_params
+from vllama_jax.checkpoints.directory import ModelDirectory
+from vllama_jax.checkpoints.reader import Reader, row_reader, stored_dtype
+from vllama_jax.checkpoints.restore import check_leaves
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.convert import imagebind, llama
-from vllama_jax.convert.matching import abstract_shapes
-from vllama_jax.convert.pieces import PIECES
+from vllama_jax.convert.components import PIECES
+from vllama_jax.convert.match_weights import abstract_shapes
 from vllama_jax.convert.rules import Rule, turned
-from vllama_jax.convert.tensor_files import Progress, Tensor, require_torch, write_safetensors, write_torch
+from vllama_jax.convert.write_tensors import Progress, Tensor, require_torch, write_safetensors, write_torch
 from vllama_jax.io.atomic import new_directory, replace_json, write_file, write_json
 from vllama_jax.io.json_files import read_object
-from vllama_jax.params import check_params
-from vllama_jax.rows import Reader, row_reader, stored_dtype
 
 Format = Literal["pth", "safetensors"]
 Files = Mapping[str, Sequence[Tensor]]  # what is in each file, by its path in the directory

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllama_jax.errors import CheckpointError
-from vllama_jax.extras import import_extra
+from vllama_jax.runtime.extras import import_extra
 
 # hf://org/name, hf://org/name@revision, hf://org/name/folder/file.pth; pathlib makes one slash of two
 ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<file>.+))?")

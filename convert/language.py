@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from vllama_jax.convert import llama, meta_llama
+from vllama_jax.convert.components import unwrapped
 from vllama_jax.convert.delta import open_delta
-from vllama_jax.convert.pieces import unwrapped
-from vllama_jax.convert.sources import Source, open_llama
+from vllama_jax.convert.weight_files import Source, open_llama
 from vllama_jax.errors import ConfigError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -7,7 +7,7 @@ from typing import Any
 
 from vllama_jax.config import HIGHEST, LlamaConfig, RopeScaling
 from vllama_jax.convert.rules import SAME, TRANSPOSE, Rule, from_heads, linear, to_heads
-from vllama_jax.convert.sources import read_config_file
+from vllama_jax.convert.weight_files import read_config_file
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_fields import REQUIRED, flag, number, shown, whole_number, without_null
 

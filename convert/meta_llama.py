@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from vllama_jax.convert.llama import EPSILON, ROPE_THETA
-from vllama_jax.convert.sources import Source, WeightFile, open_weights, read_config_file
+from vllama_jax.convert.weight_files import Source, WeightFile, open_weights, read_config_file
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_fields import flag, number, whole_number, without_null
 

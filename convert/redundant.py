@@ -13,7 +13,7 @@ import numpy as np
 
 from vllama_jax.config import LlamaConfig, VideoLlamaConfig
 from vllama_jax.convert import imagebind
-from vllama_jax.convert.sources import Source
+from vllama_jax.convert.weight_files import Source
 
 INV_FREQ = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 STORED_INV_FREQ = rf"(llama_model\.)?{INV_FREQ}"  # as LLaMA's own files and Video-LLaMA's checkpoints name it

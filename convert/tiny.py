@@ -18,7 +18,7 @@ import numpy as np
 
 from vllama_jax.config import VideoLlamaConfig, tiny
 from vllama_jax.convert import llama
-from vllama_jax.convert.matching import abstract_shapes, tables
+from vllama_jax.convert.match_weights import abstract_shapes, tables
 from vllama_jax.errors import VllamaError
 from vllama_jax.io.atomic import new_directory
 

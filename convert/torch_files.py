@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vllama_jax.errors import CheckpointError
-from vllama_jax.extras import import_extra
+from vllama_jax.runtime.extras import import_extra
 
 REMAP_BYTES = 128 * 2**20  # read from a torch file before it is mapped anew; that takes about 10 ms
 WRAPPERS = ("model", "state_dict", "module")  # as training scripts, Lightning and DeepSpeed wrap the tensors

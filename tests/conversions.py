@@ -10,7 +10,7 @@ import torch
 from flax.traverse_util import flatten_dict
 
 from vllama_jax import convert
-from vllama_jax.checkpoint import open_model
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main
 
 Leaves = dict[str, np.ndarray]

@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
+from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.build import build
-from vllama_jax.data.records import Annotation, open_records
+from vllama_jax.data.records import open_records
 
 MATROSKA = b"\x1aE\xdf\xa3"
 

@@ -3,14 +3,14 @@
 import numpy as np
 from flax import nnx
 
-from vllama_jax import checkpoint
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.nn.network import abstract_network
 from vllama_jax.nn.video_llama import VideoLlama
 
 
 def random_network(cfg: VideoLlamaConfig, seed: int = 0) -> VideoLlama:
     """Every weight drawn, norms around one, matrices in a scale that keeps activations near one."""
-    graph, state = nnx.split(checkpoint.abstract_network(cfg, "float32"))
+    graph, state = nnx.split(abstract_network(cfg, "float32"))
     rng = np.random.default_rng(seed)
     for path, variable in nnx.to_flat_state(state):
         values = rng.standard_normal(variable.shape, np.float32)

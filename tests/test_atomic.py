@@ -10,7 +10,7 @@ from train_fixtures import config_of, short_config, write_config, write_files
 import vllama_jax as vl
 from vllama_jax.cli import main
 from vllama_jax.io import atomic
-from vllama_jax.journal import Journal
+from vllama_jax.io.jsonl import Journal
 
 
 @pytest.fixture

@@ -22,11 +22,15 @@ from flax import nnx
 from written_runs import shipped, write_run
 
 import vllama_jax as vl
-from vllama_jax import checkpoint, convert, params, sharding
+from vllama_jax import convert, sharding
+from vllama_jax.checkpoints import arrays as params
+from vllama_jax.checkpoints.arrays import ParamsWriter, chunk_shape
+from vllama_jax.checkpoints.directory import open_model, write_manifest
+from vllama_jax.checkpoints.restore import restore
 from vllama_jax.cli import main
 from vllama_jax.config import NO_LORA
 from vllama_jax.io.atomic import new_directory
-from vllama_jax.params import ParamsWriter, chunk_shape
+from vllama_jax.nn.network import abstract_network
 
 MIB = 2**20
 
@@ -107,7 +111,7 @@ def test_manifest_has_the_hash_of_the_bytes_in_c_order(tmp_path, small_chunks, d
 
 
 def test_manifest_of_a_converted_model_fits_its_weights(tiny_model):
-    leaves = checkpoint.open_model(tiny_model).manifest["leaves"]
+    leaves = open_model(tiny_model).manifest["leaves"]
     restored = leaves_of(tiny_model)
     assert restored.keys() == leaves.keys()
     for path, array in restored.items():
@@ -147,12 +151,12 @@ def test_files_on_disk_are_raw_and_no_larger_than_the_weights(tiny_model):
 
 
 def abstract_state(model: Path, dtype: str, mesh: jax.sharding.Mesh | None = None) -> nnx.State:
-    _, abstract = nnx.split(checkpoint.abstract_network(checkpoint.open_model(model).config, dtype))
+    _, abstract = nnx.split(abstract_network(open_model(model).config, dtype))
     return abstract if mesh is None else sharding.shard_abstract(abstract, mesh, fsdp=False)
 
 
 def restored(model: Path, abstract: nnx.State) -> dict[str, jax.Array]:
-    state = nnx.to_flat_state(checkpoint.restore(checkpoint.open_model(model), abstract))
+    state = nnx.to_flat_state(restore(open_model(model), abstract))
     return {"/".join(map(str, path)): variable.get_value() for path, variable in state}
 
 
@@ -187,12 +191,12 @@ def test_some_of_the_weights_are_restored_alone(tiny_model):
 def test_load_casts_and_brings_config_and_tokenizer(tiny_model):
     model = vl.load(tiny_model, dtype="bfloat16")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model.network)} == {"bfloat16"}
-    assert model.config == checkpoint.open_model(tiny_model).config
-    assert model.tokenizer.encode("a dog") == checkpoint.open_model(tiny_model).tokenizer.encode("a dog")
+    assert model.config == open_model(tiny_model).config
+    assert model.tokenizer.encode("a dog") == open_model(tiny_model).tokenizer.encode("a dog")
 
 
 def test_unless_told_weights_are_float32_on_a_cpu(tiny_model):
-    assert checkpoint.abstract_network(checkpoint.open_model(tiny_model).config).ln_vision.scale.dtype == jnp.float32
+    assert abstract_network(open_model(tiny_model).config).ln_vision.scale.dtype == jnp.float32
 
 
 # Damaged directories. Each case damages a copy and tells what must be said.
@@ -284,9 +288,9 @@ def test_damaged_directory_is_one_clear_line(tiny_model, tiny_abstract, tmp_path
 
 def used(model: Path, abstract: nnx.State) -> None:
     """All that `load` looks at, without making the abstract network each time."""
-    directory = checkpoint.open_model(model)
+    directory = open_model(model)
     directory.tokenizer.encode("")
-    checkpoint.restore(directory, abstract)
+    restore(directory, abstract)
 
 
 def test_config_of_another_model_is_told_by_load(tiny_model, tmp_path):
@@ -332,15 +336,15 @@ def runs(tiny_model, tmp_path) -> Path:
 
 def test_runs_find_their_bases_beside_them(runs, tmp_path):
     there = runs.rename(tmp_path / "there")
-    opened = checkpoint.open_model(there / "audio")
+    opened = open_model(there / "audio")
     assert [trained.path.parents[1].name for trained in opened.trained] == ["vision", "audio"]
     assert opened.path == there / "base"
     edit("manifest.json", lambda fields: fields["leaves"].pop("ln_vision/scale"))(there / "base")
     with pytest.raises(vl.CheckpointError, match=r"base: not the base model that .*vision was trained on"):
-        checkpoint.open_model(there / "audio")
+        open_model(there / "audio")
     shutil.rmtree(there / "base")
     with pytest.raises(vl.CheckpointError, match=r"vision: its base model .*base is not there, nor beside the run"):
-        checkpoint.open_model(there / "audio")
+        open_model(there / "audio")
 
 
 def test_the_named_base_wins_over_a_folder_of_its_name_beside_the_run(runs, tmp_path):
@@ -348,9 +352,9 @@ def test_the_named_base_wins_over_a_folder_of_its_name_beside_the_run(runs, tmp_
     there = tmp_path / "there"
     shutil.copytree(runs / "vision", there / "vision")
     shutil.copytree(runs / "base", there / "base")
-    assert checkpoint.open_model(there / "vision").path == runs / "base"
+    assert open_model(there / "vision").path == runs / "base"
     edit("manifest.json", lambda fields: fields["leaves"].pop("ln_vision/scale"))(there / "base")
-    assert checkpoint.open_model(there / "vision").path == runs / "base"
+    assert open_model(there / "vision").path == runs / "base"
 
 
 @pytest.mark.parametrize("path", ["llama.embedding/0.0", "vit.positions/0.0"])
@@ -371,13 +375,13 @@ def test_a_stacked_model_is_what_is_on_disk(tiny_model, tmp_path):
     """What is trained from it in Python and saved loads again."""
     model = vl.load(tiny_model, stacked=True)
     state = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model.network))}
-    assert {path: leaf.shape for path, leaf in state.items()} == checkpoint.open_model(tiny_model).shapes
+    assert {path: leaf.shape for path, leaf in state.items()} == open_model(tiny_model).shapes
     saved = shutil.copytree(tiny_model, tmp_path / "saved", ignore=shutil.ignore_patterns("params", "manifest.json"))
     with ParamsWriter(saved / "params") as writer:
         for path, leaf in state.items():
             values = np.asarray(leaf[...]) + (path == "llama/norm/scale")
             writer.write(path, values.shape, values.dtype, [values])
-    checkpoint.write_manifest(saved, {}, writer.leaves)
+    write_manifest(saved, {}, writer.leaves)
     again = vl.load(saved).network.llama
     np.testing.assert_array_equal(again.norm.scale[...], model.network.llama.norm.scale[...] + 1)
     ids = jnp.arange(5)[None]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SAY = "import jax; print(repr(jax.config.jax_compilation_cache_dir))\n"
-KEEP = f"from vllama_jax.compilation import keep_compiled_programs\nkeep_compiled_programs()\n{SAY}"
+KEEP = f"from vllama_jax.runtime.compilation_cache import keep_compiled_programs\nkeep_compiled_programs()\n{SAY}"
 
 
 def python(code: str, **environment: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from conversions import Leaves, bits, converted, leaves_of, plan, torch_tensors,
 from safetensors.numpy import load_file
 
 from vllama_jax import convert
-from vllama_jax.checkpoint import open_model
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import tiny
 from vllama_jax.convert import rules
 from vllama_jax.convert.tiny import write_tiny

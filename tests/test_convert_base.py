@@ -15,13 +15,14 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import vllama_jax as vl
-from vllama_jax import params
-from vllama_jax.checkpoint import open_model
+from vllama_jax.checkpoints import arrays
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main
 from vllama_jax.config import LoraConfig, tiny
 from vllama_jax.convert.tiny import write_tiny
-from vllama_jax.train.config import CheckpointConfig, DatasetConfig, TrainConfig
-from vllama_jax.train.runs import Checkpoints, open_run
+from vllama_jax.data.config import DatasetConfig
+from vllama_jax.train.config import CheckpointConfig, TrainConfig
+from vllama_jax.train.run_directory import Checkpoints, open_run
 from vllama_jax.train.state import TrainState
 
 VL, AL = ("video_qformer", "frame_positions", "llama_proj"), ("audio_qformer", "audio_positions", "audio_llama_proj")
@@ -91,7 +92,7 @@ def test_a_part_given_anew_and_all_others_as_they_were(tiny_files, tiny_model, t
 
 def test_what_is_kept_is_byte_for_byte_the_same_files(tiny_files, tiny_model, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(params, "row_blocks", lambda *_: read.append(1))
+    monkeypatch.setattr(arrays, "row_blocks", lambda *_: read.append(1))
     main(command({"vl": tiny_files["vl"]}, tmp_path / "model", "--base", str(tiny_model)))
     assert hashes(tmp_path / "model") == hashes(tiny_model)
     assert not read
@@ -109,8 +110,8 @@ def test_manifest_says_where_each_part_is_from(tiny_files, tiny_model, tmp_path)
 
 
 def test_everything_kept_in_another_dtype(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(params, "WHOLE_BYTES", 100)
-    monkeypatch.setattr(params, "CHUNK_BYTES", 5000)  # chunks cut along every axis, with edges
+    monkeypatch.setattr(arrays, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 5000)  # chunks cut along every axis, with edges
     main(command({}, tmp_path / "half", "--base", str(tiny_model), "--dtype", "float16"))
     main(command({}, tmp_path / "model", "--base", str(tmp_path / "half"), "--dtype", "float32"))
     before, after = leaves_of(tiny_model), leaves_of(tmp_path / "model")

@@ -11,7 +11,7 @@ from conversions import bits, command, converted, hashes, leaves_of, one_line, w
 from safetensors.numpy import load_file, save_file
 from test_convert_files import LAYOUTS
 
-from vllama_jax.checkpoint import open_model
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main
 from vllama_jax.convert.tiny import write_tiny
 

@@ -14,9 +14,9 @@ from conversions import command, hashes, one_line, plan, refusal, without
 from safetensors.numpy import load_file, save_file
 
 import vllama_jax as vl
-from vllama_jax.checkpoint import open_model
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main
-from vllama_jax.convert.sources import SafetensorsFile
+from vllama_jax.convert.weight_files import SafetensorsFile
 
 FREQUENCIES = 10000.0 ** -(np.arange(0, 16, 2) / 16)
 POSITION_IDS = "video_Qformer.bert.embeddings.position_ids"

@@ -17,11 +17,11 @@ from safetensors.numpy import load_file, save_file
 
 import vllama_jax as vl
 from vllama_jax import convert
-from vllama_jax.checkpoint import open_model
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main
 from vllama_jax.config import RopeScaling, VideoLlamaConfig, tiny
-from vllama_jax.convert import sources, torch_files
-from vllama_jax.convert.infer import HEADS, model_config
+from vllama_jax.convert import torch_files, weight_files
+from vllama_jax.convert.infer_config import HEADS, model_config
 from vllama_jax.convert.llama import read_config
 from vllama_jax.convert.tiny import write_tiny
 
@@ -88,15 +88,15 @@ def test_safetensors_whose_header_begins_as_a_pickle_does(tmp_path):
         save_file(tensors, path, metadata={"note": "x" * padding})
         if path.read_bytes()[:1] == b"\x80":
             break
-    opened = sources.open_weights(path)
-    assert isinstance(opened, sources.SafetensorsFile)
+    opened = weight_files.open_weights(path)
+    assert isinstance(opened, weight_files.SafetensorsFile)
     np.testing.assert_array_equal(opened.read("weight"), tensors["weight"])
 
 
 def test_parameters_that_learn_and_views_are_read_as_their_values(tmp_path):
     held = {"learns": torch.nn.Parameter(torch.ones(3)), "turned": torch.arange(6.0).reshape(2, 3).T}
     torch.save(held | {"half": torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16).T}, tmp_path / "file.pth")
-    source = sources.open_file(tmp_path / "file.pth")
+    source = weight_files.open_file(tmp_path / "file.pth")
     assert source.read("learns").tolist() == [1, 1, 1]
     assert source.read("turned").tolist() == [[0, 3], [1, 4], [2, 5]]
     assert source.read("half").astype(np.float32).tolist() == [[1, 3], [2, 4]]
@@ -228,8 +228,8 @@ def test_eva_depth(tiny_files, tmp_path, width, blocks, given, depth):
     tensors |= {"patch_embed.proj.weight": np.ones((width, 3, 2, 2)), "pos_embed": np.ones((1, 5, width))}
     save_file(tensors | {"blocks.0.mlp.fc1.weight": np.ones((8, 1))}, tmp_path / "eva.safetensors")
     pieces = {"eva_vit": tmp_path / "eva.safetensors", "blip2": tiny_files["blip2"]}
-    pieces = {kind: sources.open_file(path) for kind, path in pieces.items()}
-    pieces["llama"] = sources.open_llama(tiny_files["llama"])
+    pieces = {kind: weight_files.open_file(path) for kind, path in pieces.items()}
+    pieces["llama"] = weight_files.open_llama(tiny_files["llama"])
     heads = {part: {"num_heads": 4} for part in ("image_qformer", "video_qformer")} | {"vit": {"num_heads": 4}}
     given = {**heads, "vit": heads["vit"] | given.get("vit", {})}
     assert model_config(pieces, read_config(tiny_files["llama"]), given).vit.depth == depth

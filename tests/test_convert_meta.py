@@ -13,7 +13,7 @@ from conversions import command, hashes, one_line
 from safetensors.numpy import load_file, save_file
 from test_convert_bad_files import Hostile
 
-from vllama_jax.checkpoint import open_model
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main
 
 WIDTH, LAYERS, HEADS, KEY_HEADS, HEAD_DIM = 64, 3, 4, 2, 16

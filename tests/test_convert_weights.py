@@ -18,7 +18,7 @@ from conversions import command, hashes, one_line, plan, refusal
 from safetensors.numpy import load_file, save_file
 
 import vllama_jax as vl
-from vllama_jax.checkpoint import open_model
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main
 from vllama_jax.config import tiny
 from vllama_jax.convert.tiny import write_tiny

@@ -9,9 +9,9 @@ import pytest
 from data_fixtures import built, lay, lines, media
 from PIL import Image
 
+from vllama_jax.data.annotation_formats import read_entry
 from vllama_jax.data.build import build
 from vllama_jax.data.entries import Entry, Skipped
-from vllama_jax.data.own import read_entry
 from vllama_jax.data.records import open_records
 from vllama_jax.errors import DataError
 

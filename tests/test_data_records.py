@@ -20,11 +20,11 @@ import pytest
 import tensorflow_datasets as tfds
 from data_fixtures import built, lay, lines, media
 
-from vllama_jax.data import datasets
-from vllama_jax.data.ahead import in_order
+from vllama_jax.data import tfds_builders
 from vllama_jax.data.build import build
 from vllama_jax.data.records import Records, open_records
 from vllama_jax.errors import CheckpointError, DataError
+from vllama_jax.io.prefetch import in_order
 
 COUNT = 40
 
@@ -45,7 +45,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture
 def out(source, tmp_path, monkeypatch) -> Path:
     """Records in several files of about four each."""
-    monkeypatch.setattr(datasets, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(tfds_builders, "SHARD_BYTES", 4000)
     build("jsonl", source, tmp_path / "out")
     return tmp_path / "out"
 
@@ -245,12 +245,12 @@ def test_a_full_disk_is_one_line(source, tmp_path):
 
 
 def test_how_records_are_spread_over_files(monkeypatch):
-    monkeypatch.setattr(datasets, "SHARD_BYTES", 100)
-    assert datasets.shard_counts([60, 60, 60, 60, 10]) == [2, 2, 1]
-    assert datasets.shard_counts([1000, 1, 99, 1000]) == [1, 2, 1]
-    assert datasets.shard_counts([5]) == [1]
-    counts = datasets.shard_counts([100] * 10000)
-    assert len(counts) <= datasets.MAX_SHARDS + 1
+    monkeypatch.setattr(tfds_builders, "SHARD_BYTES", 100)
+    assert tfds_builders.shard_counts([60, 60, 60, 60, 10]) == [2, 2, 1]
+    assert tfds_builders.shard_counts([1000, 1, 99, 1000]) == [1, 2, 1]
+    assert tfds_builders.shard_counts([5]) == [1]
+    counts = tfds_builders.shard_counts([100] * 10000)
+    assert len(counts) <= tfds_builders.MAX_SHARDS + 1
     assert sum(counts) == 10000
 
 

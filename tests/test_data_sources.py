@@ -5,10 +5,10 @@ import json
 import pytest
 from data_fixtures import built, lay, lines, media
 
+from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.build import build
-from vllama_jax.data.records import Annotation
+from vllama_jax.data.conversations import Unusable, message_turns, pair_turns, place_media
 from vllama_jax.data.sources import SOURCES
-from vllama_jax.data.turns import Unusable, message_turns, pair_turns, place_media
 from vllama_jax.errors import DataError
 
 

@@ -6,8 +6,8 @@ import eval_fixtures
 import pytest
 from eval_fixtures import completion
 
-from vllama_jax.evaluate import judge as judging
-from vllama_jax.evaluate.judge import Judge, Unreachable, read_reply
+from vllama_jax.evaluate import judge_client as judging
+from vllama_jax.evaluate.judge_client import Judge, Unreachable, read_reply
 from vllama_jax.evaluate.metrics import contains, exact_match, score
 from vllama_jax.evaluate.published import PUBLISHED
 from vllama_jax.evaluate.questions import caption_question, open_question

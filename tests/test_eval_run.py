@@ -21,7 +21,7 @@ import vllama_jax as vl
 from vllama_jax import cli
 from vllama_jax.evaluate import answers, run
 from vllama_jax.evaluate.questions import open_question
-from vllama_jax.journal import Journal
+from vllama_jax.io.jsonl import Journal
 
 ASKED = [
     {"video": "one.mp4", "question": "What is it?", "answer": "a dog", "kind": "what"},
@@ -230,7 +230,7 @@ def test_a_folder_of_frames(tiny_model, tmp_path, capsys):
 
 def test_a_judge_later_and_one_that_breaks_off(finished, tiny_model, clips, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    monkeypatch.setattr("vllama_jax.evaluate.judging.AT_ONCE", 1)
+    monkeypatch.setattr("vllama_jax.evaluate.judge_answers.AT_ONCE", 1)
     out = tmp_path / "out"
     out.mkdir()
     for name in ("answers.jsonl", "config.json"):

@@ -14,10 +14,10 @@ from eval_fixtures import completion
 
 import vllama_jax as vl
 from vllama_jax.evaluate import metrics
-from vllama_jax.evaluate.judge import ASPECTS, Judge, Unreachable, find_judge, read_reply
-from vllama_jax.evaluate.judging import judge_answers, judged_scores
+from vllama_jax.evaluate.judge_answers import judge_answers, judged_scores
+from vllama_jax.evaluate.judge_client import ASPECTS, Judge, Unreachable, find_judge, read_reply
 from vllama_jax.evaluate.questions import caption_question, choice_question, open_question
-from vllama_jax.journal import Journal
+from vllama_jax.io.jsonl import Journal
 
 
 @pytest.fixture(autouse=True)
@@ -458,7 +458,7 @@ def test_dates_of_judgements_on_two_days():
 
 
 def test_prompts_that_are_refused_and_replies_without_a_score(tmp_path, monkeypatch):
-    monkeypatch.setattr("vllama_jax.evaluate.judging.AT_ONCE", 2)
+    monkeypatch.setattr("vllama_jax.evaluate.judge_answers.AT_ONCE", 2)
     questions = [open_question("What?", name, id=name, names=("a",)) for name in ("gun", "dog", "cat")]
     answers = {question.id: "it" for question in questions}
     journal = Journal(tmp_path / "judgements.jsonl")

@@ -17,11 +17,14 @@ from torch_weights import ImageBindReference
 from transformers import LlamaForCausalLM
 from written_runs import flat, learned, shipped, write_run
 
-from vllama_jax import checkpoint, convert, params
+from vllama_jax import convert
+from vllama_jax.checkpoints import arrays
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import LoraConfig, RopeScaling, tiny, video_llama_7b
 from vllama_jax.convert import export
 from vllama_jax.convert.export import SHARD_BYTES, Format
 from vllama_jax.convert.tiny import write_tiny
+from vllama_jax.model import load
 from vllama_jax.nn.llama import rope_frequencies
 
 FILES = {
@@ -38,7 +41,7 @@ ALL = LoraConfig(rank=3, alpha=6.0, targets=("query", "key", "value", "out", "ga
 
 
 def exported(model: Path, out: Path, format: Format = "pth", shard_bytes: float = SHARD_BYTES) -> Path:
-    directory = checkpoint.open_model(model)
+    directory = open_model(model)
     export.export(directory, export.plan(directory, format, shard_bytes), out)
     return out
 
@@ -178,8 +181,8 @@ def test_transformers_loads_the_language_model(tmp_path, rope, tied, shard_bytes
     np.testing.assert_allclose(loaded.model.rotary_emb.inv_freq, rope_frequencies(llama), rtol=1e-6)
     assert (loaded.config.bos_token_id, loaded.config.eos_token_id) == (1, 2)
     assert (made / "tokenizer.model").read_bytes() == (paths["llama"] / "tokenizer.model").read_bytes()
-    again = checkpoint.open_model(imported(tmp_path / "made", tmp_path / "again"))
-    assert again.config == checkpoint.open_model(tmp_path / "model").config
+    again = open_model(imported(tmp_path / "made", tmp_path / "again"))
+    assert again.config == open_model(tmp_path / "model").config
     assert hashes(tmp_path / "again") == hashes(tmp_path / "model")
 
 
@@ -205,8 +208,8 @@ def test_frequencies_are_torchs_to_the_bit(theta):
 
 def test_chunks_are_put_together(tmp_path, monkeypatch):
     """Weights with all layers in one file, and with several files for each layer."""
-    monkeypatch.setattr(params, "CHUNK_BYTES", 9000)
-    monkeypatch.setattr(params, "WHOLE_BYTES", 3000)
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 9000)
+    monkeypatch.setattr(arrays, "WHOLE_BYTES", 3000)
     paths = write_tiny(tmp_path / "files", half=True, format="pth")
     convert.convert(plan(paths), tmp_path / "model")
     layers = tmp_path / "model/params/image_qformer.cross_layers.mlp_norm.scale"
@@ -275,6 +278,6 @@ def test_low_rank_updates_are_merged_as_loading_merges_them(tmp_path, half):
         else:
             assert bits(leaf) == bits(trained.get(path, before[path])), path
     assert moved == len(ALL.targets)
-    loaded, again = (dict(flat(checkpoint.load(path).network)) for path in (run, tmp_path / "again"))
+    loaded, again = (dict(flat(load(path).network)) for path in (run, tmp_path / "again"))
     for path, variable in loaded.items():
         np.testing.assert_allclose(variable[...], again[path][...], atol=5e-3 if half else 1e-6, err_msg=str(path))

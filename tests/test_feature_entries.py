@@ -10,9 +10,9 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from vllama_jax.config import tiny
-from vllama_jax.data import features
-from vllama_jax.data.features import FeatureCache, open_folder, pack, pack_problem
+from vllama_jax.data.feature_cache import FeatureCache, open_folder, pack, pack_problem
 from vllama_jax.errors import DataError
+from vllama_jax.train.feature_settings import _digest
 
 MANIFEST = {
     "format": 1,
@@ -80,7 +80,7 @@ LEAVES = {
 
 def digest_of(part: str = "vit", leaves: dict = LEAVES, **options) -> str:
     config = dataclasses.replace(tiny(), **options)
-    return features._digest(SimpleNamespace(manifest={"leaves": leaves}, config=config, trained=()), part)
+    return _digest(SimpleNamespace(manifest={"leaves": leaves}, config=config, trained=()), part)
 
 
 def changed(path: str, **fields) -> dict:

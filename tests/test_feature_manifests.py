@@ -12,15 +12,16 @@ import pytest
 from train_fixtures import short_config, write_files, write_records
 from written_runs import learned, shipped, write_run
 
-from vllama_jax import checkpoint
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import NO_LORA, tiny
-from vllama_jax.data import features
+from vllama_jax.data import feature_cache
 from vllama_jax.data.records import open_records
 from vllama_jax.errors import ConfigError, DataError, VllamaError
-from vllama_jax.train import session
+from vllama_jax.train import setup
 from vllama_jax.train.config import AUDIO_BRANCH, VISION_BRANCH, TrainConfig
-from vllama_jax.train.features import _read_skipped, write_features
-from vllama_jax.train.runs import open_run
+from vllama_jax.train.feature_settings import describe, open_caches
+from vllama_jax.train.precompute import _read_skipped, write_features
+from vllama_jax.train.run_directory import open_run
 
 SHARD_RECORDS = 2
 
@@ -30,18 +31,18 @@ def write_cache(config: TrainConfig, root: Path, seed: int = 0) -> Path:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     records = open_records(config.datasets[0].path)
-    folder = features.find_folder(root, records)
+    folder = feature_cache.find_folder(root, records)
     folder.mkdir(parents=True)
-    described = features.describe(config, checkpoint.open_model(config.model), config.datasets[0], records)
+    described = describe(config, open_model(config.model), config.datasets[0], records)
     (folder / "manifest.json").write_text(json.dumps({**described, "shard_records": SHARD_RECORDS}))
-    cache, _ = features.open_folder(folder)
+    cache, _ = feature_cache.open_folder(folder)
     rng = np.random.default_rng(seed)
     for shard in range(cache.shards):
         writer = ArrayRecordWriter(str(cache.shard_path(shard)), "group_size:1,uncompressed")
         for record in cache.shard_numbers(shard):
             kind = next(kind for kind, numbers in cache.kinds.items() if record in numbers)
             times = tuple(range(cache.shapes[kind][0])) if kind == "video" else ()
-            writer.write(features.pack(rng.standard_normal(cache.shapes[kind]).astype(cache.dtype), times))
+            writer.write(feature_cache.pack(rng.standard_normal(cache.shapes[kind]).astype(cache.dtype), times))
         writer.close()
     return root
 
@@ -63,10 +64,10 @@ def with_features(config: TrainConfig, root: Path) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, features=str(root)))
 
 
-def opened(config: TrainConfig, root: Path) -> features.FeatureCache:
+def opened(config: TrainConfig, root: Path) -> feature_cache.FeatureCache:
     dataset = config.datasets[0]
-    directory = checkpoint.open_model(config.model)
-    found = features.open_caches(with_features(config, root), directory, [(dataset, open_records(dataset.path))])
+    directory = open_model(config.model)
+    found = open_caches(with_features(config, root), directory, [(dataset, open_records(dataset.path))])
     return found[dataset.path]
 
 
@@ -280,7 +281,7 @@ def test_features_of_another_imagebind_are_refused(tiny_model, records, tmp_path
 
 
 def resume(run: Path, config: TrainConfig) -> None:
-    plan = session.plan(config)
+    plan = setup.plan(config)
     with open_run(run, config, plan.base, str(plan.dtype), plan.inputs):
         pass
 

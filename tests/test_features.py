@@ -20,26 +20,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from vllama_jax import checkpoint, sharding
+from vllama_jax import sharding
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main
 from vllama_jax.data.build import build
-from vllama_jax.data.features import FeatureCache, open_caches
+from vllama_jax.data.config import CONVERSATION, DataConfig, DatasetConfig
+from vllama_jax.data.feature_cache import FeatureCache
 from vllama_jax.data.records import open_records
 from vllama_jax.errors import CheckpointError, ConfigError, DataError
 from vllama_jax.media.write import write_video
 from vllama_jax.sharding import under
-from vllama_jax.train import features, session
-from vllama_jax.train.config import (
-    AUDIO_BRANCH,
-    CONVERSATION,
-    DataConfig,
-    DatasetConfig,
-    OptimConfig,
-    TrainConfig,
-    ValidationConfig,
-)
-from vllama_jax.train.features import write_features
+from vllama_jax.train import precompute, setup
+from vllama_jax.train.config import AUDIO_BRANCH, OptimConfig, TrainConfig, ValidationConfig
+from vllama_jax.train.feature_settings import open_caches
 from vllama_jax.train.loop import compile_step
+from vllama_jax.train.precompute import write_features
 
 SLOW = pytest.mark.slow
 STEPS = 4
@@ -57,7 +52,7 @@ def fast_compiling():
 @pytest.fixture(scope="module", autouse=True)
 def one_encoder():
     """Encoders are loaded and compiled once for all tests."""
-    load, loaded = features.load_encoder, {}
+    load, loaded = precompute.load_encoder, {}
 
     def load_once(config, directory, kinds):
         name = (directory.path, config.branch, config.compute_dtype, frozenset(kinds))
@@ -65,9 +60,9 @@ def one_encoder():
             loaded[name] = load(config, directory, kinds)
         return loaded[name]
 
-    features.load_encoder = load_once
+    precompute.load_encoder = load_once
     yield
-    features.load_encoder = load
+    precompute.load_encoder = load
 
 
 @pytest.fixture(scope="module")
@@ -129,18 +124,18 @@ def with_features(config: TrainConfig, out: Path, **options) -> TrainConfig:
 @pytest.fixture
 def one_device(monkeypatch) -> None:
     """Training on one of the devices that tests see: splitting has tests of its own, and takes long to compile."""
-    monkeypatch.setattr(session, "make_mesh", lambda _: sharding.make_mesh(devices=jax.devices()[:1]))
+    monkeypatch.setattr(setup, "make_mesh", lambda _: sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def losses(config: TrainConfig) -> tuple[list[float], set[str], list[dict[int, str]]]:
     """Of all steps; the kinds that were seen; and the rows that were masked."""
-    plan = session.plan(config)
+    plan = setup.plan(config)
     with under(plan.mesh):
-        state, frozen, step = session.start(plan), session.load_frozen(plan), compile_step(plan)
+        state, frozen, step = setup.start(plan), setup.load_frozen(plan), compile_step(plan)
         found, problems, kinds = [], [], set()
         for number in range(config.steps):
             batch = plan.reader(number)
-            state, metrics = step(state, frozen, session.place(batch.arrays, plan))
+            state, metrics = step(state, frozen, setup.place(batch.arrays, plan))
             found.append(float(metrics["loss"]))
             problems.append(batch.problems)
             kinds.add(plan.reader.order.rows(number).stream.kind)
@@ -150,7 +145,7 @@ def losses(config: TrainConfig) -> tuple[list[float], set[str], list[dict[int, s
 def opened(config: TrainConfig, out: Path) -> FeatureCache:
     """The only cache there is."""
     found = [(dataset, open_records(dataset.path)) for dataset in config.datasets]
-    (cache,) = open_caches(with_features(config, out), checkpoint.open_model(config.model), found).values()
+    (cache,) = open_caches(with_features(config, out), open_model(config.model), found).values()
     return cache
 
 
@@ -174,8 +169,8 @@ def test_batches_are_those_of_live_training(tiny_model, records, sounds, tmp_pat
     out = tmp_path / "features"
     written = write_features(config, out, shard_records=4)
     assert [name for name, _ in written.skipped] == ["2.mp4"]
-    live, cached = session.plan(config), session.plan(with_features(config, out))
-    encode = features.load_encoder(config, live.base, ["video", "image", *(["audio"] if branch == "audio" else [])])
+    live, cached = setup.plan(config), setup.plan(with_features(config, out))
+    encode = precompute.load_encoder(config, live.base, ["video", "image", *(["audio"] if branch == "audio" else [])])
     masked = 0
     for step in range(config.steps):
         stream = live.reader.order.rows(step).stream
@@ -194,14 +189,14 @@ def test_batches_are_those_of_live_training(tiny_model, records, sounds, tmp_pat
 
 def test_encoders_are_not_loaded_for_training(made):
     config, out = made
-    parts = {path.split("/")[0] for path in session.plan(with_features(config, out)).skeleton.variables}
+    parts = {path.split("/")[0] for path in setup.plan(with_features(config, out)).skeleton.variables}
     assert parts == {"video_qformer", "frame_positions", "llama_proj", "llama"}
 
 
 def test_a_clip_to_be_asked_about_needs_the_encoders(made, clip):
     config, out = made
     config = dataclasses.replace(config, validation=ValidationConfig(every=1, clips=(str(clip),)))
-    assert "vit/positions" in session.plan(with_features(config, out)).skeleton.variables
+    assert "vit/positions" in setup.plan(with_features(config, out)).skeleton.variables
 
 
 def test_what_a_cache_holds(made):
@@ -247,7 +242,7 @@ def test_any_number_of_threads_and_processes_read(made):
 
 def test_a_stopped_run_is_taken_up_and_gives_the_same_bytes(made, tmp_path, monkeypatch):
     config, out = made
-    finish, finished = features._ShardFile.finish, []
+    finish, finished = precompute._ShardFile.finish, []
 
     def stop(self):
         if finished:
@@ -255,14 +250,14 @@ def test_a_stopped_run_is_taken_up_and_gives_the_same_bytes(made, tmp_path, monk
         finished.append(self)
         finish(self)
 
-    monkeypatch.setattr(features._ShardFile, "finish", stop)
+    monkeypatch.setattr(precompute._ShardFile, "finish", stop)
     again = tmp_path / "features"
     with pytest.raises(KeyboardInterrupt):
         write_features(config, again, shard_records=4)
     monkeypatch.undo()
     assert len(list(again.glob("*/*.array_record"))) == 1
     with pytest.raises(DataError, match="1 of 3 shards are there; run `vllama features` again, as before"):
-        session.plan(with_features(config, again))
+        setup.plan(with_features(config, again))
     heard = []
     written = write_features(config, again, progress=lambda done, all: heard.append((done, all)))
     assert (written.kept, written.shards, written.records) == (1, 3, 5)
@@ -294,11 +289,11 @@ def test_a_damaged_shard_is_made_anew(made, tmp_path):
 def test_shards_are_dealt_out(made, tmp_path, monkeypatch):
     """Each process makes its own, and does not look at the others."""
     config, out = made
-    monkeypatch.setattr(features, "_wait_for_the_others", lambda: None)
-    monkeypatch.setattr(features, "_processes", lambda: (1, 2))
+    monkeypatch.setattr(precompute, "_wait_for_the_others", lambda: None)
+    monkeypatch.setattr(precompute, "_processes", lambda: (1, 2))
     assert write_features(config, tmp_path / "f", shard_records=4).shards == 1
     assert [path.name for path in tmp_path.glob("f/*/*.array_record")] == ["features-00001-of-00003.array_record"]
-    monkeypatch.setattr(features, "_processes", lambda: (0, 2))
+    monkeypatch.setattr(precompute, "_processes", lambda: (0, 2))
     assert write_features(config, tmp_path / "f", shard_records=4).shards == 2
     assert files(tmp_path / "f") == files(out)
 
@@ -332,7 +327,7 @@ def test_other_settings_are_refused(made, tmp_path, what):
         datasets = (dataclasses.replace(datasets[0], frames=options.pop("frames")),)
     other = dataclasses.replace(config, data=data, datasets=datasets, **options)
     with pytest.raises(ConfigError, match=f"records-.*{what}.* give the same, or make the features anew with `vllama"):
-        session.plan(with_features(other, out))
+        setup.plan(with_features(other, out))
     before = files(out)
     with pytest.raises(ConfigError, match=f"holds features made with other settings .*{what}.* another --out"):
         write_features(other, out)
@@ -343,7 +338,7 @@ def test_other_weights_are_refused(made, tmp_path):
     config, out = made
     other = dataclasses.replace(config, model=str(changed_weights(Path(config.model), tmp_path / "model")))
     with pytest.raises(ConfigError, match=r"other settings than .* \(other weights of image_qformer\); give the same"):
-        session.plan(with_features(other, out))
+        setup.plan(with_features(other, out))
 
 
 def test_what_does_not_decide_the_features_may_change(made, tmp_path):
@@ -351,23 +346,23 @@ def test_what_does_not_decide_the_features_may_change(made, tmp_path):
     moved = tmp_path / "renamed"
     shutil.copytree(config.datasets[0].path, moved)
     datasets = (dataclasses.replace(config.datasets[0], path=str(moved), held_out=1),)
-    session.plan(with_features(dataclasses.replace(config, datasets=datasets, batch_size=8, dropout=0.0), out))
+    setup.plan(with_features(dataclasses.replace(config, datasets=datasets, batch_size=8, dropout=0.0), out))
 
 
 def test_other_records_are_refused(made, sounds, tmp_path):
     config, out = made
     other = config_of(config.model, sounds, branch="audio")
     with pytest.raises(DataError, match=r"no features of .*records as it is now \(there are some of records-\w+\)"):
-        session.plan(with_features(other, out))
+        setup.plan(with_features(other, out))
     with pytest.raises(DataError, match="none: no such feature cache; `vllama features` makes one"):
-        session.plan(with_features(config, tmp_path / "none"))
+        setup.plan(with_features(config, tmp_path / "none"))
 
 
 def test_variants_are_those_of_the_cache_or_fewer(made):
     config, out = made
-    assert session.plan(with_features(config, out, variants=1)).reader.config.data.variants == 1
+    assert setup.plan(with_features(config, out, variants=1)).reader.data.variants == 1
     with pytest.raises(ConfigError, match=r"has 2 variants of each record, data.variants asks for 3; ask for fewer"):
-        session.plan(with_features(config, out, variants=3))
+        setup.plan(with_features(config, out, variants=3))
     with pytest.raises(ConfigError, match="variants was 2, now 3"):
         write_features(dataclasses.replace(config, data=dataclasses.replace(config.data, variants=3)), out)
 
@@ -376,7 +371,7 @@ def test_what_is_cached_cannot_learn(made):
     config, out = made
     config = dataclasses.replace(config, trainable=(*config.trainable, "image_qformer/*"))
     with pytest.raises(ConfigError, match=r"'image_qformer/\*' matches image_qformer/.* data.features has fixed"):
-        session.plan(with_features(config, out))
+        setup.plan(with_features(config, out))
 
 
 def test_a_manifest_that_is_not_one(made, tmp_path):
@@ -392,7 +387,7 @@ def test_a_manifest_that_is_not_one(made, tmp_path):
     ):
         manifest.write_text(content)
         with pytest.raises(DataError, match=what):
-            session.plan(with_features(config, again))
+            setup.plan(with_features(config, again))
 
 
 def test_nothing_that_can_be_decoded(tiny_model, tmp_path):
@@ -414,7 +409,7 @@ def test_where_nothing_can_be_written(made, tmp_path):
         write_features(config, Path(config.datasets[0].path))
     with (
         pytest.raises(CheckpointError, match="another process is writing features there"),
-        features._working_folder(out),
+        precompute._working_folder(out),
     ):
         write_features(config, out)
 

@@ -16,12 +16,14 @@ from test_feature_manifests import SHARD_RECORDS, opened, write_cache
 from train_fixtures import short_config, write_files, write_records
 from written_runs import shipped, state_of, write_checkpoints
 
-from vllama_jax import checkpoint, cli
+from vllama_jax import cli
+from vllama_jax.checkpoints.directory import open_model
+from vllama_jax.checkpoints.restore import restore_weights
 from vllama_jax.config import NO_LORA
 from vllama_jax.data.records import open_records
 from vllama_jax.errors import VllamaError
 from vllama_jax.train.config import CheckpointConfig
-from vllama_jax.train.runs import Checkpoints, open_run
+from vllama_jax.train.run_directory import Checkpoints, open_run
 
 pytestmark = pytest.mark.slow
 SHAPES = {"llama_proj/bias": (64,), "video_qformer/queries": (32, 48)}
@@ -152,15 +154,15 @@ def assert_of_a_step(weights: dict[str, jax.Array]) -> None:
 
 
 def load(run: Path) -> None:
-    directory = checkpoint.open_model(run)
+    directory = open_model(run)
     wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in SHAPES.items()}
-    assert_of_a_step(checkpoint.restore_weights(directory, wanted))
+    assert_of_a_step(restore_weights(directory, wanted))
 
 
 def resume(run: Path, model: Path) -> None:
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state_of(0, weights_of(0)))
-    with open_run(run, shipped(model, NO_LORA), checkpoint.open_model(model), "float32", {}):
+    with open_run(run, shipped(model, NO_LORA), open_model(model), "float32", {}):
         state = Checkpoints(run, CheckpointConfig()).restore(like)
     assert state is not None, "a run with checkpoints begins anew"
     assert_of_a_step(state.weights)

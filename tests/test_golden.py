@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from conftest import GOLDEN_HEADS
 
-from vllama_jax import checkpoint, convert
+from vllama_jax import convert
 from vllama_jax.chat import Chat, prepare
 from vllama_jax.config import GenerationConfig
 from vllama_jax.generate import Prompt, generate, warp
+from vllama_jax.model import Model, load
 from vllama_jax.nn.video_llama import splice
 from vllama_jax.text import prompts
 
@@ -33,8 +34,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def model(golden_model: Path) -> checkpoint.Model:
-    return checkpoint.load(golden_model)
+def model(golden_model: Path) -> Model:
+    return load(golden_model)
 
 
 @pytest.fixture(scope="module")
@@ -196,12 +197,12 @@ def test_sampling_probabilities(golden):
         np.testing.assert_allclose(probabilities, reference[f"probs_{name}"], atol=1e-6)
 
 
-def _converted(out: Path, files: dict[str, Path], **instead: Path) -> checkpoint.Model:
+def _converted(out: Path, files: dict[str, Path], **instead: Path) -> Model:
     """A model of golden's files with some of them replaced."""
     chosen = {**files, **instead}
     llama = chosen.pop("llama")
     convert.convert(convert.plan(llama_directory=llama, files=chosen, config=GOLDEN_HEADS), out)
-    return checkpoint.load(out)
+    return load(out)
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ import orbax.checkpoint as ocp
 import pytest
 
 from vllama_jax import cli
-from vllama_jax.checkpoint import nest, open_model, write_config
+from vllama_jax.checkpoints.directory import open_model, write_config
+from vllama_jax.checkpoints.restore import nest
 
 TRAINED = {"llama_proj/bias": (64,), "video_qformer/queries": (32, 48)}
 

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 import pytest
 from train_fixtures import config_of, write_config
 
-from vllama_jax.interrupts import GRACE, ending_on_interrupt
+from vllama_jax.runtime.interrupts import GRACE, ending_on_interrupt
 
 SLOW = pytest.mark.slow
 BEGIN = (
-    "import sys\nfrom vllama_jax.interrupts import *\n"
-    "import vllama_jax.interrupts\nvllama_jax.interrupts.GRACE = float(sys.argv[1])\n"
+    "import sys\nfrom vllama_jax.runtime.interrupts import *\n"
+    "import vllama_jax.runtime.interrupts\nvllama_jax.runtime.interrupts.GRACE = float(sys.argv[1])\n"
     "with ending_on_interrupt():\n    print('begun', flush=True)\n"
 )
 

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from vllama_jax.journal import Journal
+from vllama_jax.io.jsonl import Journal
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import pytest
 from conversions import plan
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from vllama_jax.checkpoint import open_model
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.text.tokenizer import load_tokenizer
 

@@ -11,12 +11,14 @@ from networks import random_network
 from train_fixtures import short_config
 from written_runs import learned, shipped, write_run
 
-from vllama_jax import checkpoint
+from vllama_jax.checkpoints.directory import open_model
+from vllama_jax.checkpoints.reader import row_reader
 from vllama_jax.config import LoraConfig, tiny
 from vllama_jax.errors import ConfigError
+from vllama_jax.model import load
 from vllama_jax.nn.lora import add_lora, merge_lora
-from vllama_jax.rows import row_reader
-from vllama_jax.train.session import plan
+from vllama_jax.nn.network import abstract_network
+from vllama_jax.train.setup import plan
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("query", "key", "value", "out", "gate", "up", "down"))
 
@@ -74,7 +76,7 @@ def test_each_target_is_the_product_of_its_matrices(llama, target):
 
 
 def test_the_skeleton_of_a_network_with_updates_has_their_paths():
-    network = checkpoint.abstract_network(tiny(), "float32", LoraConfig(rank=2))
+    network = abstract_network(tiny(), "float32", LoraConfig(rank=2))
     paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(network)) if "lora" in path]
     assert paths == [
         f"llama/blocks/attention/{name}/lora/{side}" for name in ("query", "value") for side in ("down", "up")
@@ -89,9 +91,9 @@ def test_a_kernel_read_whole_or_by_rows_has_its_update_as_loading_merges_it(tiny
         trained = learned(tiny(vocab_size=512), lora, "frame_positions")
         run = write_run(shipped(tiny_model, lora), tmp_path / f"run{rank}", trained)
         owner = "mlp" if target == "down" else "attention"
-        blocks = checkpoint.load(run, stacked=True).network.llama.blocks
+        blocks = load(run, stacked=True).network.llama.blocks
         merged = np.asarray(getattr(getattr(blocks, owner), target).kernel[...])
-        read, path = row_reader(checkpoint.open_model(run)), f"llama/blocks/{owner}/{target}/kernel"
+        read, path = row_reader(open_model(run)), f"llama/blocks/{owner}/{target}/kernel"
         np.testing.assert_allclose(read(path, None), merged, atol=1e-6)
         np.testing.assert_allclose(np.stack([read(path, row) for row in range(len(merged))]), merged, atol=1e-6)
 

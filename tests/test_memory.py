@@ -14,23 +14,20 @@ import pytest
 from jax.sharding import NamedSharding
 from networks import random_network
 
-from vllama_jax import checkpoint, cli, generate, memory, sharding
+from vllama_jax import cli, generate, sharding
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli.memory import SIZES
-from vllama_jax.cli.run_config import load_config
 from vllama_jax.config import EVA_G, LLAMA_7B, GenerationConfig, VideoLlamaConfig, tiny, video_llama
+from vllama_jax.data.config import DataConfig, DatasetConfig
 from vllama_jax.errors import ConfigError
-from vllama_jax.memory import DEVICES, Device, Need
-from vllama_jax.train.abstract import abstract_run, compiled_memory
-from vllama_jax.train.config import (
-    AUDIO_BRANCH,
-    LORA,
-    VISION_BRANCH,
-    DataConfig,
-    DatasetConfig,
-    LoraConfig,
-    MeshConfig,
-    TrainConfig,
-)
+from vllama_jax.memory import estimate
+from vllama_jax.memory.abstract_run import abstract_run, compiled_memory
+from vllama_jax.memory.activations import Shape, reading_layer
+from vllama_jax.memory.estimate import DEVICES, Device, Need
+from vllama_jax.model import load
+from vllama_jax.nn.network import abstract_network
+from vllama_jax.train.config import AUDIO_BRANCH, LORA, VISION_BRANCH, LoraConfig, MeshConfig, TrainConfig
+from vllama_jax.train.config_files import load_config
 
 SLOW = pytest.mark.slow
 GIGA = 10**9
@@ -94,7 +91,7 @@ def test_a_step_as_xla_compiles_it(model, mesh, length, options):
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
     places = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=devices)
     compiled = compiled_memory(abstract_run(model, config, places, length))
-    still, at_work = split_need(memory.training(model, "step", config, mesh, CPU, length))
+    still, at_work = split_need(estimate.training(model, "step", config, mesh, CPU, length))
     assert still == pytest.approx(compiled.argument_size_in_bytes, rel=1e-3)
     check, most = compiled.temp_size_in_bytes, NOT_WHOLE if (model, mesh) == (tiny(), ALONE) else HIGH
     assert LOW < at_work / check < most, f"{at_work / 1e6:.1f}, XLA {check / 1e6:.1f} MB"
@@ -129,7 +126,7 @@ def test_a_step_as_it_compiles_for_tpus(row):
     size, (data, fsdp, tensor), rows, length, encoders, arguments, temporaries = row
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
     config = config_of(mesh, rows, data=DataConfig() if encoders else DataConfig(features="f"))
-    need = memory.training(SIZES[size](), "step", config, mesh, DEVICES["v5e"], length)
+    need = estimate.training(SIZES[size](), "step", config, mesh, DEVICES["v5e"], length)
     still, at_work = split_need(need)
     assert still == pytest.approx(arguments * GIGA, rel=0.1, abs=0.01 * GIGA)
     check_at_work(at_work, temporaries * GIGA)
@@ -138,10 +135,10 @@ def test_a_step_as_it_compiles_for_tpus(row):
 @pytest.mark.parametrize("scheme", [None, "int8", "int4"])
 def test_a_chat_as_it_is_loaded_and_compiled(tiny_model, scheme):
     mesh = sharding.make_mesh(data=2, tensor=4)
-    network = checkpoint.load(tiny_model, mesh=mesh, quantize=scheme).network
+    network = load(tiny_model, mesh=mesh, quantize=scheme).network
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(network))
-    config = checkpoint.open_model(tiny_model).config
-    need = memory.chatting(config, MeshConfig(data=2, tensor=4), CPU, scheme=scheme)
+    config = open_model(tiny_model).config
+    need = estimate.chatting(config, MeshConfig(data=2, tensor=4), CPU, scheme=scheme)
     assert sum(need.device.values()) - need.device["key-value cache"] - need.device["activations"] == held
     assert isinstance(jax.tree.leaves(network)[0].sharding, NamedSharding)
 
@@ -154,7 +151,7 @@ def test_the_cache_and_a_prompt_as_xla_compiles_them(beams):
     network = random_network(model).llama
     network.unstack()
     generation = GenerationConfig(num_beams=beams)
-    need = memory.chatting(model, ALONE, CPU, generation=generation)
+    need = estimate.chatting(model, ALONE, CPU, generation=generation)
     padded = generate.padded_length(llama.max_length - 300)
     arguments = (
         jnp.zeros((1, padded), jnp.int32),
@@ -168,8 +165,8 @@ def test_the_cache_and_a_prompt_as_xla_compiles_them(beams):
     compiled = generate._prefill.lower(network, *arguments, room=320, choose=choose).compile().memory_analysis()
     cache = need.device["key-value cache"]
     assert cache == pytest.approx(compiled.output_size_in_bytes, rel=0.02)
-    at_work = memory.temporaries.reading_layer(
-        llama, memory.Shape(rows=1, length=padded, itemsize=4, mesh=ALONE), generate.padded_length(padded + 320)
+    at_work = reading_layer(
+        llama, Shape(rows=1, length=padded, itemsize=4, mesh=ALONE), generate.padded_length(padded + 320)
     )
     assert LOW < at_work / compiled.temp_size_in_bytes < HIGH
 
@@ -177,55 +174,55 @@ def test_the_cache_and_a_prompt_as_xla_compiles_them(beams):
 def test_longest_samples_are_what_batches_are_padded_to():
     stages = {"vision_stage1": 72, "vision_stage2": 512, "audio_stage1": 48, "audio_stage2": 640}
     for stage, length in stages.items():
-        assert memory.longest_sample(SIZES["7b"](), load_config(stage)[0]) == length
+        assert estimate.longest_sample(SIZES["7b"](), load_config(stage)[0]) == length
 
 
 def test_what_is_split_over_fsdp_takes_its_share_and_a_chat_does_not_know_fsdp():
     model, config = SIZES["7b"](), config_of(rows=8)
     split = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8))
-    whole = memory.training(model, "step", config, ALONE, DEVICES["H100"]).device
-    part = memory.training(model, "step", split, split.mesh, DEVICES["H100"]).device
+    whole = estimate.training(model, "step", config, ALONE, DEVICES["H100"]).device
+    part = estimate.training(model, "step", split, split.mesh, DEVICES["H100"]).device
     assert part["llama"] == pytest.approx(whole["llama"] / 8, rel=1e-3)
     assert part["Adam's moments"] < whole["Adam's moments"] / 4
-    chat = memory.chatting(model, split.mesh, DEVICES["H100"]).device
+    chat = estimate.chatting(model, split.mesh, DEVICES["H100"]).device
     assert chat["llama"] == whole["llama"]
-    assert memory.chatting(model, MeshConfig(data=1, tensor=8), DEVICES["H100"]).device["llama"] < whole["llama"] / 7
+    assert estimate.chatting(model, MeshConfig(data=1, tensor=8), DEVICES["H100"]).device["llama"] < whole["llama"] / 7
 
 
 def test_beams_and_longer_conversations_take_more():
     model = SIZES["7b"]()
-    short = memory.chatting(model, ALONE, DEVICES["H100"], length=100)
-    beams = memory.chatting(model, ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=4))
+    short = estimate.chatting(model, ALONE, DEVICES["H100"], length=100)
+    beams = estimate.chatting(model, ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=4))
     assert short.device["key-value cache"] == 512 * 32 * 2 * 4096 * 2  # 128 and room for 320, as generate.py pads them
     assert beams.device["key-value cache"] == 4 * short.device["key-value cache"]
     with pytest.raises(ConfigError, match="the model reads 2048"):
-        memory.chatting(model, ALONE, DEVICES["H100"], length=2000)
+        estimate.chatting(model, ALONE, DEVICES["H100"], length=2000)
 
 
 def test_verdicts():
     device = Device("d", 100, 0.5, 1)
     fits, tight, large = (Need("n", "", {"part": size}, {}) for size in (45, 46, 51))
-    assert [memory.verdict(need, device) for need in (fits, tight, large)] == ["fits", "tight", "does not fit"]
+    assert [estimate.verdict(need, device) for need in (fits, tight, large)] == ["fits", "tight", "does not fit"]
     shared = Device("cpu", 100, 1.0, 2, is_host=True)
-    assert memory.usable(Need("n", "", {}, {"program": 20}), shared) == 90
+    assert estimate.usable(Need("n", "", {}, {"program": 20}), shared) == 90
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(0, 8), (4, 8), (16, 16)])
 def test_processes_share_the_threads_that_decode(processes, threads):
     config = config_of(data=DataConfig(threads=8, processes=processes))
-    host = memory.training(tiny(), "step", config, ALONE, CPU).host
-    assert host["decoding"] == threads * memory.DECODER_BYTES
+    host = estimate.training(tiny(), "step", config, ALONE, CPU).host
+    assert host["decoding"] == threads * estimate.DECODER_BYTES
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_gradients_are_float32_sums_beside_those_of_a_part(dtype, itemsize, accumulation):
     """A step has gradients in the compute dtype and in float32, and with parts of a batch their sum in float32."""
-    shapes = checkpoint.abstract_network(tiny(), "float32")
+    shapes = abstract_network(tiny(), "float32")
     trainable = (shapes.video_qformer, shapes.llama_proj, shapes.frame_positions)
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     config = config_of(accumulation=accumulation, compute_dtype=dtype)
-    need = memory.training(tiny(), "step", config, ALONE, CPU).device
+    need = estimate.training(tiny(), "step", config, ALONE, CPU).device
     assert need["what learns"] == 4 * count
     assert need["Adam's moments"] == pytest.approx(8 * count, abs=16), "and counters"
     assert need["gradients"] == (4 * accumulation + itemsize) * count
@@ -238,7 +235,7 @@ def test_the_head_of_a_large_vocabulary_takes_most(fsdp, tensor, tied):
     llama = dataclasses.replace(tiny().llama, vocab_size=400_000, tie_embeddings=tied)
     model, mesh = dataclasses.replace(tiny(), llama=llama), MeshConfig(data=1, fsdp=fsdp, tensor=tensor)
     config = config_of(mesh, rows=3, data=DataConfig(features="f"), compute_dtype="bfloat16")
-    need = memory.training(model, "step", config, mesh, DEVICES["H100"], length=100).device
+    need = estimate.training(model, "step", config, mesh, DEVICES["H100"], length=100).device
     labels = 100 - model.video_qformer.num_queries
     assert need["activations"] == 2 * 3 * labels * 400_000 // tensor * 4
     assert need["weights at hand"] == (llama.width * 400_000 * 2 if fsdp > 1 else 0)
@@ -252,29 +249,29 @@ def test_batches_ahead_are_those_of_each_process_and_the_step_s(processes, prefe
     config = config_of(mesh, rows=4, data=DataConfig(processes=processes, prefetch=prefetch))
     pictures = model.num_frames * model.vit.image_size**2 * 3  # uint8
     row = pictures + (4 + 1) * length + 4 + (4 + 4) * labels  # ids, is_media; length; positions, targets
-    host = memory.training(model, "step", config, mesh, CPU, length).host
+    host = estimate.training(model, "step", config, mesh, CPU, length).host
     assert host["batches ahead"] == batches * 16 * 4 * row // 2
-    assert host["program"] == memory.PROGRAM_BYTES * (1 + processes)
+    assert host["program"] == estimate.PROGRAM_BYTES * (1 + processes)
 
 
 def test_advice_is_followed_by_a_fit():
     model, device, config = SIZES["13b"](), DEVICES["v5e"], load_config("vision_stage2")[0]
-    need = memory.training(model, "step", config, ALONE, device)
-    assert memory.verdict(need, device) == "does not fit"
-    assert memory.advice(model, need, config, ALONE, device) == "--mesh.data 1 --mesh.fsdp 4"
+    need = estimate.training(model, "step", config, ALONE, device)
+    assert estimate.verdict(need, device) == "does not fit"
+    assert estimate.advice(model, need, config, ALONE, device) == "--mesh.data 1 --mesh.fsdp 4"
     wider = MeshConfig(data=1, fsdp=4)
-    assert memory.verdict(memory.training(model, "step", config, wider, device), device) == "fits"
+    assert estimate.verdict(estimate.training(model, "step", config, wider, device), device) == "fits"
     narrow = Device("mine", 16 * GIGA, 1.0, 1)  # of devices that are here there are no more
-    assert memory.advice(model, need, config, ALONE, narrow) == ""
+    assert estimate.advice(model, need, config, ALONE, narrow) == ""
 
 
 @pytest.mark.parametrize("spelled", ["A100-40", "a100 40gb", "A100_40GB"])
 def test_devices_are_found_however_they_are_spelled(spelled):
-    assert memory.find_device(spelled).bytes == 40 * GIGA
+    assert estimate.find_device(spelled).bytes == 40 * GIGA
 
 
 def test_here_is_the_memory_of_this_machine():
-    here = memory.find_device("here")
+    here = estimate.find_device("here")
     assert here.is_host
     assert GIGA // 16 < here.bytes * here.per_host < 2**44
 
@@ -351,7 +348,7 @@ def test_fit_is_required_only_where_that_is_asked(capsys):
 
 
 def test_what_fits_tightly_is_refused_where_a_fit_is_required(capsys, monkeypatch):
-    monkeypatch.setattr(memory, "MARGIN", 0.9999)
+    monkeypatch.setattr(estimate, "MARGIN", 0.9999)
     assert "tight" in tell(capsys, "tiny", "--devices", "v5e")
     with pytest.raises(SystemExit, match="vllama: chat: tight"):
         tell(capsys, "tiny", "--devices", "v5e", "--require-fit")
@@ -383,5 +380,5 @@ def test_in_a_process_of_its_own():
         command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True
     )
     assert "13b on 1 × v5p" in done.stdout
-    code = "import sys, vllama_jax.memory; print('jax' in sys.modules)"
+    code = "import sys, vllama_jax.memory.estimate; print('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"

@@ -4,12 +4,13 @@ import dataclasses
 
 import pytest
 
-from vllama_jax import memory
 from vllama_jax.cli.memory import SIZES
-from vllama_jax.cli.run_config import load_config
 from vllama_jax.config import GenerationConfig, tiny
-from vllama_jax.memory import DEVICES, Device, Need
-from vllama_jax.train.config import DataConfig, DatasetConfig, MeshConfig, TrainConfig
+from vllama_jax.data.config import DataConfig, DatasetConfig
+from vllama_jax.memory import estimate
+from vllama_jax.memory.estimate import DEVICES, Device, Need
+from vllama_jax.train.config import MeshConfig, TrainConfig
+from vllama_jax.train.config_files import load_config
 
 GIGA = 10**9
 ALONE, SPLIT = MeshConfig(data=1), MeshConfig(data=1, fsdp=8)
@@ -28,7 +29,7 @@ def train_need(mesh: MeshConfig = ALONE, device: Device = DEVICES["H100"], rows:
         mesh=mesh,
         **{"data": DataConfig(features="f"), **options},
     )
-    return memory.training(SIZES["7b"](), "run", config, mesh, device, 128)
+    return estimate.training(SIZES["7b"](), "run", config, mesh, device, 128)
 
 
 # Of a row: features of 8 frames, ids, is_media, its length, and a position and a target for each other token.
@@ -59,9 +60,9 @@ def test_every_process_that_decodes_is_a_program(processes):
 
 def test_on_their_way_to_an_accelerator_are_as_many_weights_as_are_read_at_once():
     """At most 4 GB, or one whole weight in float32; all of a model that is smaller."""
-    large = memory.chatting(SIZES["7b"](), ALONE, DEVICES["H100"]).host["weights while they load"]
+    large = estimate.chatting(SIZES["7b"](), ALONE, DEVICES["H100"]).host["weights while they load"]
     assert large == (LARGEST * 4 // GIGA + 1) * GIGA == 6 * GIGA
-    small = memory.chatting(tiny(), ALONE, DEVICES["H100"])
+    small = estimate.chatting(tiny(), ALONE, DEVICES["H100"])
     assert small.host["weights while they load"] == sum(
         size for part, size in small.device.items() if part not in ("key-value cache", "activations")
     )
@@ -69,14 +70,14 @@ def test_on_their_way_to_an_accelerator_are_as_many_weights_as_are_read_at_once(
 
 def test_on_their_way_to_a_cpu_is_one_weight():
     """It is the host's memory, so that one is there twice: the largest, ImageBind's patches of two frames."""
-    need = memory.chatting(tiny(), ALONE, CPU)
+    need = estimate.chatting(tiny(), ALONE, CPU)
     assert need.host["weights while they load"] == 2 * (3 * 14 * 14) * 64 * 4
 
 
 def test_a_chat_holds_a_cache_and_what_is_at_work_beside_it():
     """Layers become arrays of their own one weight at a time, before there is a cache; beams change places in it."""
     one, beams = (
-        memory.chatting(SIZES["7b"](), ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=n))
+        estimate.chatting(SIZES["7b"](), ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=n))
         for n in (1, 16)
     )
     cache = 512 * 32 * 2 * 4096 * 2  # 128 positions and room for 320, padded to 512; keys and values in bfloat16
@@ -89,13 +90,13 @@ def test_advice_is_the_fewest_parts_that_fit():
     mine = Device("mine", 20 * GIGA + GIGA // 2, 1.0, 1)
 
     def verdict(parts: int) -> str:
-        return memory.verdict(
-            memory.training(model, "", dataclasses.replace(run, accumulation=parts), ALONE, mine), mine
+        return estimate.verdict(
+            estimate.training(model, "", dataclasses.replace(run, accumulation=parts), ALONE, mine), mine
         )
 
     assert [verdict(parts) for parts in (1, 4, 8, 32)] == ["does not fit", "tight", "fits", "fits"]
-    need = memory.training(model, "", run, ALONE, mine)
-    assert memory.advice(model, need, run, ALONE, mine) == "--accumulation 8"
+    need = estimate.training(model, "", run, ALONE, mine)
+    assert estimate.advice(model, need, run, ALONE, mine) == "--accumulation 8"
 
 
 def test_devices_are_as_their_makers_sell_them():
@@ -115,7 +116,7 @@ def test_a_conversation_is_as_long_as_its_config_says_and_a_caption_has_words_ar
 
     def longest(run: TrainConfig, **text) -> int:
         dataset = dataclasses.replace(run.datasets[1], text=dataclasses.replace(run.datasets[1].text, **text))
-        return memory.longest_sample(SIZES["7b"](), dataclasses.replace(run, datasets=(dataset,), data=lengths))
+        return estimate.longest_sample(SIZES["7b"](), dataclasses.replace(run, datasets=(dataset,), data=lengths))
 
     assert longest(stage1) == 32 + 1 + 32
     assert longest(audio) == 32 + 1 + 8

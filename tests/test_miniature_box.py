@@ -6,7 +6,7 @@ import pytest
 from test_cli import run
 
 import vllama_jax as vl
-from vllama_jax import shipped
+from vllama_jax.checkpoints import shipped
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.miniature import box, evaluate
 

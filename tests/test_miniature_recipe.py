@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 import vllama_jax as vl
-from vllama_jax.checkpoint import open_model
-from vllama_jax.cli.run_config import load_config
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.errors import ConfigError, VllamaError
 from vllama_jax.io.atomic import replace_json
 from vllama_jax.miniature import parts, recipe
@@ -18,6 +17,7 @@ from vllama_jax.miniature.__main__ import measured
 from vllama_jax.miniature.recipe import Recipe, make_base, train_branches
 from vllama_jax.miniature.world import Amounts
 from vllama_jax.train.config import AUDIO_BRANCH
+from vllama_jax.train.config_files import load_config
 
 SHORT = Recipe(
     amounts=Amounts(24, 12, 40, 16),
@@ -75,7 +75,7 @@ def test_from_nothing_to_a_model_that_is_measured(tmp_path, monkeypatch):
     whole = open_model(tmp_path / "base").digest  # killed while the captioner learned: only what was lost is made again
     shutil.rmtree(tmp_path / "base")
     shutil.rmtree(tmp_path / "base_without_positions")
-    (tmp_path / "parts" / "captioner.npz").rename(tmp_path / "parts" / ".captioner.partial.npz")
+    (tmp_path / "parts" / "captioner.npz").rename(tmp_path / "parts" / ".captioner.npz.partial")
     make_base(tmp_path, 0, SHORT, said.append)
     made_again = {name for name, when in _files(tmp_path).items() if made[name] != when}
     assert {name.split("/")[0] for name in made_again} == {"parts", "base", "base_without_positions"}

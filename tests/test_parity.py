@@ -28,7 +28,6 @@ from torch_weights import (
     randomise,
 )
 
-from vllama_jax.checkpoint import abstract_network
 from vllama_jax.config import (
     AUDIO_QFORMER,
     BLIP2_QFORMER,
@@ -51,6 +50,7 @@ from vllama_jax.nn.eva_vit import EvaVit
 from vllama_jax.nn.imagebind import ImageBind
 from vllama_jax.nn.layers import layer_norm, position_rows
 from vllama_jax.nn.llama import KVCache, Llama, rope_frequencies
+from vllama_jax.nn.network import abstract_network
 from vllama_jax.nn.qformer import QFormer
 from vllama_jax.nn.video_llama import VideoLlama, splice
 from vllama_jax.sharding import AXIS_NAMES

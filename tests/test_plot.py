@@ -7,8 +7,8 @@ import pytest
 from test_cli import failure
 
 from vllama_jax import cli
-from vllama_jax.cli import plot
-from vllama_jax.cli.smoothing import fit_smoothing, smoothed
+from vllama_jax.train.plots import draw, read_metrics
+from vllama_jax.train.smoothing import fit_smoothing, smoothed
 
 
 def write_run(folder: Path, losses: list[float], held_out: dict[int, float] | None = None) -> Path:
@@ -39,7 +39,7 @@ def test_one_run(tmp_path, capsys):
     cli.main(["plot", str(run)])
     assert capsys.readouterr().out == f"{run}/loss.png: steps 1 to 3, last loss 2.0000\n"
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    figure = plot.draw({run: plot.read_metrics(run)}, None)
+    figure = draw({run: read_metrics(run)}, None)
     assert figure.get_suptitle() == "first: training loss, 3 steps"
 
 
@@ -57,7 +57,7 @@ def test_several_runs_are_compared_in_one_figure(tmp_path, capsys):
         f"{runs[2]}: steps 1 to 1, last loss 1.0000",
         f"{tmp_path}/all.png",
     ]
-    figure = plot.draw({run: plot.read_metrics(run) for run in runs}, None)
+    figure = draw({run: read_metrics(run) for run in runs}, None)
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == [
         f"{runs[0]} (mean of about 4 steps)",

@@ -17,11 +17,13 @@ from jax.sharding import PartitionSpec
 from train_fixtures import Quiet, short_config
 from written_runs import flat, learned, shipped, write_run
 
-from vllama_jax import cli, quantize, sharding
-from vllama_jax.checkpoint import load, open_model
+from vllama_jax import cli, sharding
+from vllama_jax.checkpoints import quantize
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import GenerationConfig, LoraConfig, VideoLlamaConfig, tiny
 from vllama_jax.errors import CheckpointError, ConfigError, VllamaError
 from vllama_jax.generate import Prompt, generate
+from vllama_jax.model import load
 from vllama_jax.nn import quantized
 from vllama_jax.nn.video_llama import VideoLlama
 from vllama_jax.train.loop import train

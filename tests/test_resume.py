@@ -11,12 +11,13 @@ import pytest
 from train_fixtures import short_config, write_files, write_records
 from written_runs import learned, shipped, write_run
 
-from vllama_jax import checkpoint
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import NO_LORA, tiny
+from vllama_jax.data.config import DataConfig
 from vllama_jax.errors import CheckpointError, ConfigError, VllamaError
-from vllama_jax.train import session
-from vllama_jax.train.config import DataConfig, MeshConfig, OptimConfig, TrainConfig, ValidationConfig
-from vllama_jax.train.runs import FREE_FIELDS, _is_free, open_run
+from vllama_jax.train import setup
+from vllama_jax.train.config import MeshConfig, OptimConfig, TrainConfig, ValidationConfig
+from vllama_jax.train.run_directory import FREE_FIELDS, _is_free, open_run
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def run(begun, tmp_path) -> Path:
 
 
 def resume(run: Path, config: TrainConfig, base: Path, inputs: dict[str, str] | None = None) -> None:
-    with open_run(run, config, checkpoint.open_model(base), "float32", inputs or {}):
+    with open_run(run, config, open_model(base), "float32", inputs or {}):
         pass
 
 
@@ -104,7 +105,7 @@ def small(tmp_path_factory) -> Path:
 
 
 def resume_planned(run: Path, config: TrainConfig) -> None:
-    plan = session.plan(config)
+    plan = setup.plan(config)
     with open_run(run, config, plan.base, str(plan.dtype), plan.inputs):
         pass
 
@@ -258,7 +259,7 @@ def test_loading_reads_the_same_fields(run, what):
     if what == "run is a list":
         message = "config.json: run.lora: must be an object, not NoneType"
     with pytest.raises(VllamaError) as raised:
-        checkpoint.open_model(run)
+        open_model(run)
     assert message in str(raised.value)
 
 
@@ -280,7 +281,7 @@ def test_loading_a_run_of_a_corrupt_config(run, path, value, message):
     put(*path, value=value)(fields)
     (run / "config.json").write_text(json.dumps(fields))
     with pytest.raises(VllamaError) as raised:
-        checkpoint.open_model(run)
+        open_model(run)
     assert message in str(raised.value)
 
 
@@ -289,4 +290,4 @@ def test_a_run_that_is_its_own_base(run):
     fields["base"]["path"] = str(run)
     (run / "config.json").write_text(json.dumps(fields))
     with pytest.raises(CheckpointError, match=r"run is its own base model"):
-        checkpoint.open_model(run)
+        open_model(run)

@@ -12,13 +12,15 @@ import orbax.checkpoint as ocp
 import pytest
 from written_runs import shipped, state_of, write_checkpoints
 
-from vllama_jax import checkpoint, cli, run_directory
+from vllama_jax import cli
+from vllama_jax.checkpoints import digests
+from vllama_jax.checkpoints.digests import check_checkpoint, run_steps
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import NO_LORA
 from vllama_jax.errors import CheckpointError
-from vllama_jax.run_directory import check_checkpoint, run_steps
-from vllama_jax.train import runs
+from vllama_jax.train import run_directory as runs
 from vllama_jax.train.config import CheckpointConfig
-from vllama_jax.train.runs import Checkpoints
+from vllama_jax.train.run_directory import Checkpoints
 
 SHAPES = {"llama_proj/bias": (64,), "video_qformer/queries": (32, 48)}
 
@@ -249,7 +251,7 @@ def test_removed_checkpoints_are_missed(run, caplog):
 
 
 def test_notes_of_orbax_do_not_matter(run):
-    for name in run_directory.NOTES:
+    for name in digests.NOTES:
         (run / "step_8" / name).write_bytes(b"\xff")
     assert restored(run) == 8
     checkpoints = Checkpoints(run, CheckpointConfig(keep_last=1))
@@ -277,7 +279,7 @@ def test_names_that_are_almost_those_of_checkpoints(run, make):
     for name in STRANGE:
         make(run / name)
     assert run_steps(run) == [4, 8]
-    assert checkpoint.open_model(run).trained[-1].path == run / "step_8/weights"
+    assert open_model(run).trained[-1].path == run / "step_8/weights"
     assert restored(run) == 8
     checkpoints = Checkpoints(run, CheckpointConfig())
     checkpoints.save(9, state_of(9, weights_of(9)))
@@ -299,7 +301,7 @@ def of_an_earlier_version(run: Path) -> Path:
 def test_checkpoints_without_digests_are_read(run):
     of_an_earlier_version(run)
     assert restored(run) == 8
-    assert checkpoint.open_model(run).trained[-1].path == run / "step_8/weights"
+    assert open_model(run).trained[-1].path == run / "step_8/weights"
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "removed"])
@@ -318,14 +320,14 @@ def test_a_run_with_a_damaged_last_checkpoint_is_not_loaded(run, damage):
     DAMAGES[damage](largest(run / "step_8", "weights/ocdbt.process_0/d/*"))
     message = r"run: its last checkpoint, step_8, is damaged \(.*\); rename step_8 to damaged_step_8 to use step_4$"
     with pytest.raises(CheckpointError, match=message):
-        checkpoint.open_model(run)
+        open_model(run)
     (run / "step_8").rename(run / "damaged_step_8")
-    assert checkpoint.open_model(run).trained[-1].path == run / "step_4/weights"
+    assert open_model(run).trained[-1].path == run / "step_4/weights"
 
 
 def test_loading_reads_weights_alone(run):
     shutil.rmtree(run / "step_8/moments")
-    assert checkpoint.open_model(run).trained[-1].path == run / "step_8/weights"
+    assert open_model(run).trained[-1].path == run / "step_8/weights"
 
 
 def test_a_base_that_is_a_damaged_run_is_refused(run, tmp_path):
@@ -334,7 +336,7 @@ def test_a_base_that_is_a_damaged_run_is_refused(run, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"/run: not the base model that .*later was trained on|step_8, is damaged"
     ):
-        checkpoint.open_model(tmp_path / "later")
+        open_model(tmp_path / "later")
 
 
 def test_where_digests_cannot_be_written_there_is_no_checkpoint(run, monkeypatch):

@@ -11,10 +11,13 @@ from train_fixtures import short_config
 from written_runs import shipped, write_run
 
 import vllama_jax as vl
-from vllama_jax import checkpoint, cli, rows, sharding
+from vllama_jax import cli, sharding
+from vllama_jax.checkpoints import reader
+from vllama_jax.checkpoints.directory import open_model
+from vllama_jax.checkpoints.restore import restore_weights
 from vllama_jax.config import NO_LORA
-from vllama_jax.convert.stored import open_stored
-from vllama_jax.train import session
+from vllama_jax.convert.from_model_directory import open_stored
+from vllama_jax.train import setup
 
 BOTH, FIRST, LAST = "llama_proj/bias", "video_qformer/queries", "frame_positions"
 SHAPES = {BOTH: (64,), FIRST: (32, 48), LAST: (32, 48)}
@@ -37,11 +40,11 @@ EXPECTED = {BOTH: 3, FIRST: 1, LAST: 3}
 
 
 def test_restored_weights(last, tiny_model):
-    directory = checkpoint.open_model(last)
+    directory = open_model(last)
     assert [trained.path.parents[1].name for trained in directory.trained] == ["first", "second", "last"]
     wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in SHAPES.items()}
     wanted["llama_proj/kernel"] = jax.ShapeDtypeStruct(directory.shapes["llama_proj/kernel"], np.float32)
-    found = checkpoint.restore_weights(directory, wanted)
+    found = restore_weights(directory, wanted)
     for path, value in EXPECTED.items():
         np.testing.assert_array_equal(found[path], np.full(SHAPES[path], value))
     np.testing.assert_array_equal(found["llama_proj/kernel"], leaves_of(tiny_model)["llama_proj/kernel"])
@@ -54,7 +57,7 @@ def test_a_loaded_model(last):
 
 
 def test_rows(last):
-    read = rows.row_reader(checkpoint.open_model(last))
+    read = reader.row_reader(open_model(last))
     for path, value in EXPECTED.items():
         assert (read(path, None) == value).all()
         assert (read(path, 1) == value).all()
@@ -75,10 +78,10 @@ def test_inspect(last, capsys):
 @pytest.mark.parametrize("as_init", [False, True])
 def test_a_run_that_starts_from_them(last, pictures, as_init):
     """As its base; or as its init, whose own weights alone are taken, and the others are its base's."""
-    base = checkpoint.open_model(last).trained[1].path.parents[1] if as_init else last
+    base = open_model(last).trained[1].path.parents[1] if as_init else last
     config = short_config(base, pictures, init=str(last) if as_init else "")
-    plan = session.plan(config)
+    plan = setup.plan(config)
     with sharding.under(plan.mesh):
-        weights = session.start(plan).weights
+        weights = setup.start(plan).weights
     for path, value in EXPECTED.items():
         np.testing.assert_array_equal(weights[path], np.full(SHAPES[path], value), err_msg=path)

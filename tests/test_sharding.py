@@ -10,11 +10,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from networks import random_network
 
-from vllama_jax import checkpoint, sharding
+from vllama_jax import sharding
 from vllama_jax.chat import Chat
 from vllama_jax.config import ConfigError, GenerationConfig, VideoLlamaConfig, tiny
 from vllama_jax.generate import Prompt, generate
+from vllama_jax.model import load
 from vllama_jax.nn.llama import KVCache
+from vllama_jax.nn.network import abstract_network
 from vllama_jax.nn.video_llama import VideoLlama
 
 SLOW = pytest.mark.slow
@@ -117,7 +119,7 @@ def test_generation(network, options):
 
 def test_loading_puts_only_a_part_on_each_device(tiny_model, caplog):
     mesh = sharding.make_mesh(data=2, tensor=4)
-    split, whole = checkpoint.load(tiny_model, mesh=mesh).network, checkpoint.load(tiny_model).network
+    split, whole = load(tiny_model, mesh=mesh).network, load(tiny_model).network
     gate = split.llama.blocks[0].mlp.gate.kernel[...]
     assert gate.sharding.spec == PartitionSpec(None, ("tensor",))
     assert "llama: 2 kv_heads over 4 devices does not divide; kept whole on each" in caplog.messages
@@ -129,7 +131,7 @@ def test_loading_puts_only_a_part_on_each_device(tiny_model, caplog):
 def test_a_chat_on_a_mesh_answers_as_on_one_device(tiny_model, clip):
     answers = []
     for mesh in (None, sharding.make_mesh(data=2, tensor=4)):
-        chat = Chat(checkpoint.load(tiny_model, mesh=mesh))
+        chat = Chat(load(tiny_model, mesh=mesh))
         chat.add(clip)
         list(chat.ask("What is there?", max_new_tokens=20))
         answers.append(chat.last.tokens)
@@ -171,7 +173,7 @@ def test_where_each_named_axis_goes(name, axes, without_fsdp):
 def test_an_axis_that_does_not_divide_stays_whole_and_is_reported():
     mesh = sharding.make_mesh(1, 2, 4)
     assert sharding.partition_spec((509, 64), ("vocab", "embed"), mesh) == PartitionSpec(None, ("fsdp",))
-    state = nnx.state(checkpoint.abstract_network(tiny(vocab_size=509)))
+    state = nnx.state(abstract_network(tiny(vocab_size=509)))
     report = sharding.undivided_axes(state, mesh)
     assert "llama: 509 vocab over 4 devices does not divide; kept whole on each" in report
     assert "vit: 279 mlp over 4 devices does not divide; kept whole on each" in report

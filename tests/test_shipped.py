@@ -9,9 +9,9 @@ import pytest
 from test_cli import failure, run
 
 import vllama_jax as vl
-from vllama_jax import shipped
-from vllama_jax.checkpoint import open_model
-from vllama_jax.cli.display import Display
+from vllama_jax.checkpoints import shipped
+from vllama_jax.checkpoints.directory import open_model
+from vllama_jax.cli._display import Display
 
 
 @pytest.fixture

@@ -11,13 +11,14 @@ from test_prompts import SPELLING
 
 from vllama_jax.config import tiny
 from vllama_jax.data import pipeline
-from vllama_jax.data.order import Rows, Stream
+from vllama_jax.data.annotation import Annotation
+from vllama_jax.data.config import DataConfig, DatasetConfig, TextConfig
 from vllama_jax.data.pipeline import Decoded, Reader
-from vllama_jax.data.records import Annotation
+from vllama_jax.data.sampling import Rows, Stream
 from vllama_jax.errors import MediaError
 from vllama_jax.media import frame_indices
 from vllama_jax.media.augment import random_box
-from vllama_jax.train.config import DataConfig, DatasetConfig, TextConfig, TrainConfig
+from vllama_jax.train.config import TrainConfig
 
 CONVERSATION = TextConfig(layout="conversation", max_length=2000)
 INSTRUCTED = TextConfig(instructions=("One?", "Two?", "Three?"))
@@ -48,7 +49,7 @@ def stream_of(kind: str = "image", answers: tuple[str, ...] = ("a", "b"), **opti
 
 def reader_of(rows: list[int], data: DataConfig = EVERY_LENGTH, **options) -> Reader:
     config = TrainConfig(model="m", datasets=(DatasetConfig(path="d"),), steps=1, batch_size=2, data=data, **options)
-    return Reader(config, tiny(), SPELLING, None, rows)
+    return Reader(config.data, config.branch, config.seed, tiny(), SPELLING, None, rows)
 
 
 # What is drawn for a sample

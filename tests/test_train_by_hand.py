@@ -8,8 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from vllama_jax.data.config import DatasetConfig
 from vllama_jax.nn.layers import Dropout, drop
-from vllama_jax.train.config import DatasetConfig, OptimConfig, TrainConfig
+from vllama_jax.train.config import OptimConfig, TrainConfig
 from vllama_jax.train.optim import learning_rate, make_optimizer
 from vllama_jax.train.state import initial_state
 from vllama_jax.train.step import loss_sum, make_evaluation, make_step

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from vllama_jax import checkpoint
 from vllama_jax.config import tiny
-from vllama_jax.train.estimate import peak_flops, step_flops
+from vllama_jax.memory.flops import peak_flops, step_flops
+from vllama_jax.nn.network import abstract_network
 
 MODEL = dataclasses.replace(tiny(), num_frames=5, num_clips=3)
 ROWS, LENGTH, LABELS = 3, 80, 7
@@ -22,7 +22,7 @@ MEL = {**WITHOUT_MEDIA, "mel": np.zeros((ROWS, 3, 2, 2))}
 @pytest.fixture(scope="module")
 def sizes() -> dict[str, int]:
     """Numbers in each matrix, by path."""
-    state = nnx.to_flat_state(nnx.state(checkpoint.abstract_network(MODEL, "float32")))
+    state = nnx.to_flat_state(nnx.state(abstract_network(MODEL, "float32")))
     paths = {"/".join(map(str, path)): math.prod(variable.shape) for path, variable in state}
     return {path: size for path, size in paths.items() if path.endswith("kernel")}
 

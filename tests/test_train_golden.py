@@ -12,8 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vllama_jax import checkpoint, convert
-from vllama_jax.data.texts import pad_texts
+from vllama_jax import convert
+from vllama_jax.checkpoints.directory import open_model
+from vllama_jax.checkpoints.restore import restore_weights
+from vllama_jax.data.config import DatasetConfig
+from vllama_jax.data.tokenization import pad_texts
+from vllama_jax.nn.network import abstract_network
 from vllama_jax.text.prompts import Media
 from vllama_jax.text.training import (
     BARE,
@@ -22,7 +26,7 @@ from vllama_jax.text.training import (
     encode_caption,
     encode_conversation,
 )
-from vllama_jax.train.config import AUDIO_BRANCH, VISION_BRANCH, DatasetConfig, OptimConfig, TrainConfig
+from vllama_jax.train.config import AUDIO_BRANCH, VISION_BRANCH, OptimConfig, TrainConfig
 from vllama_jax.train.optim import decays, learning_rate, make_optimizer
 from vllama_jax.train.state import Skeleton, initial_state, matching
 from vllama_jax.train.step import loss_sum, make_step
@@ -49,8 +53,8 @@ class Setting:
     """Golden's model, in two dicts: what learns in a branch, and what does not."""
 
     def __init__(self, model, branch: str, **options):
-        self.directory = checkpoint.open_model(model)
-        self.skeleton = Skeleton(checkpoint.abstract_network(self.directory.config, "float32"))
+        self.directory = open_model(model)
+        self.skeleton = Skeleton(abstract_network(self.directory.config, "float32"))
         trainable = VISION_BRANCH if branch == "vision" else AUDIO_BRANCH
         dataset = DatasetConfig(path="unused")
         defaults = {"steps": 10, "batch_size": 3, "dropout": 0.0}
@@ -58,7 +62,7 @@ class Setting:
             model=str(model), branch=branch, trainable=trainable, datasets=(dataset,), **{**defaults, **options}
         )
         learns = set(matching(list(self.skeleton.variables), trainable))
-        weights = checkpoint.restore_weights(
+        weights = restore_weights(
             self.directory, {path: variable.get_value() for path, variable in self.skeleton.variables.items()}
         )
         self.weights = {path: weights.pop(path) for path in sorted(learns)}

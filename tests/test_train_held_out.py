@@ -5,8 +5,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from vllama_jax.data.config import DatasetConfig
 from vllama_jax.train import validation
-from vllama_jax.train.config import DatasetConfig, TrainConfig, ValidationConfig
+from vllama_jax.train.config import TrainConfig, ValidationConfig
 from vllama_jax.train.validation import Validation
 
 SIZE = 4

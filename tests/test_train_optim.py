@@ -9,8 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from vllama_jax.cli.run_config import load_config
 from vllama_jax.train.config import OptimConfig
+from vllama_jax.train.config_files import load_config
 from vllama_jax.train.optim import learning_rate, make_optimizer
 
 # Numbers far from the defaults, so that each of them shows; eps is as large as the root of the second moment.

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from vllama_jax.data.order import Order, Stream, make_streams
+from vllama_jax.data.config import DatasetConfig
 from vllama_jax.data.records import Records, ranges
+from vllama_jax.data.sampling import Order, Stream, make_streams
 from vllama_jax.errors import ConfigError
-from vllama_jax.train.config import DatasetConfig
 
 
 def records_of(digest: str = "0123456789abcdef", **counts: int) -> Records:

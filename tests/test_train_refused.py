@@ -8,13 +8,14 @@ import pytest
 from train_fixtures import ONE, Quiet, short_config
 from written_runs import learned, write_run
 
-from vllama_jax import checkpoint, convert
+from vllama_jax import convert
 from vllama_jax.cli import main
 from vllama_jax.config import tiny
 from vllama_jax.convert.tiny import write_tiny
+from vllama_jax.data.config import DatasetConfig
 from vllama_jax.errors import CheckpointError, ConfigError, DataError
 from vllama_jax.io.atomic import locked
-from vllama_jax.train.config import DatasetConfig
+from vllama_jax.model import load
 from vllama_jax.train.loop import train
 
 
@@ -85,7 +86,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_model, wider, records, be
     with pytest.raises(ConfigError, match=r"init: .* trained another model than .* does not fit"):
         train(config, begun.parent / "other", Quiet())
     with pytest.raises(CheckpointError, match=r"not the base model that .* was trained on"):
-        checkpoint.load(begun, base=wider)
+        load(begun, base=wider)
 
 
 def test_a_directory_of_other_things_is_refused(tiny_model, records, tmp_path):

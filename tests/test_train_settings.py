@@ -5,15 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 
+from vllama_jax.data.config import DataConfig, DatasetConfig, TextConfig
 from vllama_jax.errors import ConfigError
-from vllama_jax.train import session
+from vllama_jax.train import setup
 from vllama_jax.train.config import (
     AUDIO_BRANCH,
-    DataConfig,
-    DatasetConfig,
     MeshConfig,
     OptimConfig,
-    TextConfig,
     TrainConfig,
     ValidationConfig,
     arranged,
@@ -153,7 +151,7 @@ def test_a_run_that_is_started_from_must_fit_and_lose_nothing(trained, learns, m
     started = SimpleNamespace(trained=[SimpleNamespace(leaves=trained)])
     check = dataclasses.replace(config_of(), init="run"), SimpleNamespace(path="base"), started, skeleton, learns
     if message is None:
-        session._check_init(*check)
+        setup._check_init(*check)
     else:
         with pytest.raises(ConfigError, match=message):
-            session._check_init(*check)
+            setup._check_init(*check)

@@ -17,17 +17,10 @@ from test_sharding import small
 from vllama_jax import sharding
 from vllama_jax.config import LoraConfig
 from vllama_jax.data import pipeline
+from vllama_jax.data.config import DataConfig, DatasetConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.nn.lora import add_lora
-from vllama_jax.train.config import (
-    AUDIO_BRANCH,
-    LORA,
-    VISION_BRANCH,
-    DataConfig,
-    DatasetConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from vllama_jax.train.config import AUDIO_BRANCH, LORA, VISION_BRANCH, OptimConfig, TrainConfig
 from vllama_jax.train.optim import make_optimizer
 from vllama_jax.train.state import Skeleton, abstract_state, initial_state, matching
 from vllama_jax.train.step import make_step
@@ -260,7 +253,10 @@ def test_processes_share_the_threads(processes, threads, monkeypatch):
         pipeline, "_pool", lambda count: asked.append(count) or concurrent.futures.ThreadPoolExecutor(1)
     )
     config = config_of(data=DataConfig(threads=8, processes=processes))
-    assert pipeline.Reader(config, small(), None, None, range(ROWS)).decode_all(None, []) == []
+    assert (
+        pipeline.Reader(config.data, config.branch, config.seed, small(), None, None, range(ROWS)).decode_all(None, [])
+        == []
+    )
     assert asked == [threads]
 
 

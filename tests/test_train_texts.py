@@ -8,10 +8,10 @@ import pytest
 from test_prompts import SPELLING
 from test_training_text import shown
 
-from vllama_jax.data.records import Annotation
-from vllama_jax.data.texts import encode_text, pad_texts, padded_length
+from vllama_jax.data.annotation import Annotation
+from vllama_jax.data.config import TextConfig
+from vllama_jax.data.tokenization import encode_text, pad_texts, padded_length
 from vllama_jax.text.training import IGNORE, TrainingText
-from vllama_jax.train.config import TextConfig
 
 CAPTION = Annotation("dog.png", "image", (("", "A Dog!"),))
 INSTRUCTED = TextConfig(template="plain", instructions=("One?", "Two?", "Three?"))

@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from vllama_jax.cli.training_display import TrainingDisplay
+from vllama_jax.cli._training_display import TrainingDisplay
 
 
 class Clock:

@@ -13,7 +13,7 @@ import pytest
 
 import vllama_jax as vl
 from vllama_jax import cli
-from vllama_jax.cli.logs import logging_for_people
+from vllama_jax.cli._logs import logging_for_people
 
 COMMANDS = [
     *(["chat"], ["convert"], ["export"], ["quantize"], ["inspect"], ["verify"], ["plot"]),
@@ -188,9 +188,9 @@ def test_version_from_python_and_both_commands():
 def test_logs_of_ours_have_no_prefix_and_others_are_quiet(capfd):
     code = """
 import logging, warnings, sys
-from vllama_jax.cli.logs import logging_for_people
+from vllama_jax.cli._logs import logging_for_people
 with logging_for_people():
-    logging.getLogger("vllama_jax.train.runs").warning("step_3: cannot be read")
+    logging.getLogger("vllama_jax.train.run_directory").warning("step_3: cannot be read")
     for name in ("absl", "jax._src.xla_bridge", "orbax", "tensorflow_datasets"):
         logging.getLogger(name).warning("chatter")
     logging.warning("chatter")

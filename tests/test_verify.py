@@ -16,8 +16,9 @@ from conversions import converted, without
 from safetensors.numpy import load_file, save_file
 
 from vllama_jax import cli
-from vllama_jax.checkpoint import load, open_model
-from vllama_jax.convert import parity
+from vllama_jax.checkpoints.directory import open_model
+from vllama_jax.convert.verify.layers import our_side
+from vllama_jax.model import load
 from vllama_jax.nn.video_llama import VideoLlama
 
 Tensors = dict[str, np.ndarray]
@@ -138,8 +139,8 @@ def test_files_of_another_name_are_noted(tiny_model, tiny_files, tmp_path, capsy
 
 @pytest.fixture(scope="module")
 def parts(tiny_model, tiny_files) -> list:
-    from vllama_jax.convert.reference.llama import configuration
-    from vllama_jax.convert.stages import parts
+    from vllama_jax.convert.verify.reference.llama import configuration
+    from vllama_jax.convert.verify.stages import parts
 
     config = open_model(tiny_model).config
     return parts(config, configuration(tiny_files["llama"], config.llama), 64)
@@ -176,7 +177,7 @@ def test_the_stages_of_a_part_are_the_part(tiny_model, network, parts, name):
     x = part.draw(np.random.default_rng(0))
     with jax.default_matmul_precision("highest"):
         whole = jax.jit(WHOLE[name])(network, x)
-        run_stage = parity.our_side(directory, "float32")
+        run_stage = our_side(directory, "float32")
         for stage in part.stages:
             x = run_stage(part, stage, x)
     np.testing.assert_allclose(x[0] if isinstance(x, tuple) else x, whole, atol=1e-5)

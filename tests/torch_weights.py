@@ -23,8 +23,8 @@ from vllama_jax.config import (
     VitConfig,
 )
 from vllama_jax.convert.imagebind import AUDIO_SCALE
-from vllama_jax.convert.reference import imagebind, qformer
 from vllama_jax.convert.rules import Rule
+from vllama_jax.convert.verify.reference import imagebind, qformer
 
 State = dict[str, torch.Tensor]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vllama_jax.cli.run_config import load_config
 from vllama_jax.data.build import build
 from vllama_jax.media.write import write_video
 from vllama_jax.train.config import CheckpointConfig, OptimConfig, TrainConfig
+from vllama_jax.train.config_files import load_config
 
 STEPS = 20
 ONE = dataclasses.replace(load_config("vision_stage1")[0].mesh, data=8)

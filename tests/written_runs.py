@@ -8,11 +8,12 @@ import jax
 import numpy as np
 import optax
 
-from vllama_jax import checkpoint
-from vllama_jax.cli.run_config import load_config
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import LoraConfig, VideoLlamaConfig
+from vllama_jax.nn.network import abstract_network
 from vllama_jax.train.config import CheckpointConfig, TrainConfig
-from vllama_jax.train.runs import Checkpoints, open_run
+from vllama_jax.train.config_files import load_config
+from vllama_jax.train.run_directory import Checkpoints, open_run
 from vllama_jax.train.state import TrainState
 
 
@@ -29,7 +30,7 @@ def write_run(config: TrainConfig, out: Path, trained: Mapping[str, np.ndarray])
 
 def write_checkpoints(config: TrainConfig, out: Path, trained: Mapping[int, Mapping[str, np.ndarray]]) -> Path:
     """A run directory as training writes it, with the weights of each step."""
-    with open_run(out, config, checkpoint.open_model(Path(config.model)), "float32", {}):
+    with open_run(out, config, open_model(Path(config.model)), "float32", {}):
         saved = Checkpoints(out, CheckpointConfig(every=1))
         for step, weights in trained.items():
             saved.save(step, state_of(step, weights))
@@ -45,7 +46,7 @@ def state_of(step: int, weights: Mapping[str, np.ndarray]) -> TrainState:
 
 def learned(config: VideoLlamaConfig, lora: LoraConfig, *parts: str) -> dict[str, np.ndarray]:
     """Random weights of these parts of a network."""
-    network = checkpoint.abstract_network(config, "float32", lora)
+    network = abstract_network(config, "float32", lora)
     shapes = {"/".join(map(str, path)): leaf.shape for path, leaf in flat(network)}
     rng = np.random.default_rng(1)
     return {

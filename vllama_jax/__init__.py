@@ -5,13 +5,25 @@ Names are resolved when they are first used, so that importing this costs nothin
 
 import importlib
 import importlib.metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllama_jax import chat, config, convert, generate, media, sharding
+    from vllama_jax.chat import Chat
+    from vllama_jax.checkpoints import quantize
+    from vllama_jax.config import GenerationConfig, VideoLlamaConfig
+    from vllama_jax.errors import ArrayError, CheckpointError, ConfigError, DataError, MediaError, VllamaError
+    from vllama_jax.media import MediaReport
+    from vllama_jax.model import Model, load
+    from vllama_jax.nn.video_llama import VideoLlama
+
+    __version__: str
 
 _HOMES = {
     "Chat": "vllama_jax.chat",
     "MediaReport": "vllama_jax.media",
-    "Model": "vllama_jax.checkpoint",
-    "load": "vllama_jax.checkpoint",
+    "Model": "vllama_jax.model",
+    "load": "vllama_jax.model",
     "VideoLlama": "vllama_jax.nn.video_llama",
     "VideoLlamaConfig": "vllama_jax.config",
     "GenerationConfig": "vllama_jax.config",
@@ -22,9 +34,39 @@ _HOMES = {
     "MediaError": "vllama_jax.errors",
     "VllamaError": "vllama_jax.errors",
 }
-_MODULES = {"chat", "config", "convert", "generate", "media", "quantize", "sharding"}
+_MODULES = {
+    "chat": "vllama_jax.chat",
+    "config": "vllama_jax.config",
+    "convert": "vllama_jax.convert",
+    "generate": "vllama_jax.generate",
+    "media": "vllama_jax.media",
+    "quantize": "vllama_jax.checkpoints.quantize",
+    "sharding": "vllama_jax.sharding",
+}
 
-__all__ = ["__version__", *sorted(_HOMES), *sorted(_MODULES)]
+__all__ = [
+    "ArrayError",
+    "Chat",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
+    "GenerationConfig",
+    "MediaError",
+    "MediaReport",
+    "Model",
+    "VideoLlama",
+    "VideoLlamaConfig",
+    "VllamaError",
+    "__version__",
+    "chat",
+    "config",
+    "convert",
+    "generate",
+    "load",
+    "media",
+    "quantize",
+    "sharding",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,7 +75,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
     if name in _MODULES:
-        return importlib.import_module(f"vllama_jax.{name}")
+        return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'vllama_jax' has no attribute {name!r}")
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import jax
 
     from vllama_jax import generate
-    from vllama_jax.checkpoint import Model
+    from vllama_jax.model import Model
     from vllama_jax.nn.video_llama import VideoLlama
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import tyro
 
-from vllama_jax.compilation import keep_compiled_programs
 from vllama_jax.errors import VllamaError
 from vllama_jax.io.atomic import replace_json
 from vllama_jax.io.json_files import read_object
+from vllama_jax.runtime.compilation_cache import keep_compiled_programs
 
 
 def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500) -> None:
@@ -53,8 +53,8 @@ def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500)
 
 def measured(out: Path, seed: int, clips: int, say) -> dict[str, dict[str, float]]:
     """All measures of the model, and those of the models that it is compared with; kept in OUT/measures."""
-    from vllama_jax.checkpoint import load
     from vllama_jax.miniature import evaluate
+    from vllama_jax.model import load
 
     folder = out / "measures"
     folder.mkdir(exist_ok=True)

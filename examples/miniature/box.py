@@ -11,9 +11,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllama_jax.checkpoints.shipped import BOX, CLIPS, MODEL, RESULTS
 from vllama_jax.io.atomic import write_json
 from vllama_jax.io.json_files import read_object
-from vllama_jax.shipped import BOX, CLIPS, MODEL, RESULTS
 
 DTYPE = "bfloat16"  # of the weights that are shipped
 

@@ -19,12 +19,12 @@ import numpy as np
 from flax import nnx
 
 from vllama_jax import generate
-from vllama_jax.checkpoint import Model
 from vllama_jax.errors import ConfigError
 from vllama_jax.evaluate.answers import greedy_answers
 from vllama_jax.miniature import hearing, texts, unseen
 from vllama_jax.miniature.scene import Scene
 from vllama_jax.miniature.unseen import FileSet, Shown, show
+from vllama_jax.model import Model
 from vllama_jax.nn.video_llama import splice
 from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media

@@ -19,9 +19,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vllama_jax.cli.plot import read_lines
-from vllama_jax.cli.smoothing import smoothed
 from vllama_jax.errors import DataError
+from vllama_jax.train.plots import read_lines
+from vllama_jax.train.smoothing import smoothed
 
 Measures = Mapping[str, Mapping[str, float]]  # accuracy, n, chance, low and high by measure
 SWEEP = re.compile(r"(?P<name>.+)_(times_(?P<scale>[\d.]+)|at_(?P<noise>-?[\d.]+)_db)")
@@ -145,11 +145,12 @@ def write_all(out: Path, folder: Path) -> None:
     """PNGs of all figures, and of what the model in the box reads of the clips beside it."""
     import vllama_jax as vl
     from vllama_jax.chat import prepare
-    from vllama_jax.miniature import attention, box
+    from vllama_jax.checkpoints.shipped import CLIPS, RESULTS
+    from vllama_jax.miniature import attention
 
-    seeds, model = read_results(box.RESULTS), vl.load("miniature")
-    bell, two = (prepare(box.CLIPS / name, model.config) for name in ("bell.mp4", "two.mp4"))
-    frames = vl.media.read_video(box.CLIPS / "bell.mp4", size=model.config.vit.image_size).frames
+    seeds, model = read_results(RESULTS), vl.load("miniature")
+    bell, two = (prepare(CLIPS / name, model.config) for name in ("bell.mp4", "two.mp4"))
+    frames = vl.media.read_video(CLIPS / "bell.mp4", size=model.config.vit.image_size).frames
     tower, cfg, ends = model.network.imagebind.audio, model.config.imagebind.audio, two.mel[[0, -1]]
     runs = {f"{branch}, stage {stage}": out / f"{branch}{stage}" for branch in ("vision", "audio") for stage in (1, 2)}
     found = {

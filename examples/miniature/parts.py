@@ -14,11 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vllama_jax import checkpoint
+from vllama_jax.checkpoints.arrays import ParamsWriter
+from vllama_jax.checkpoints.directory import write_config, write_manifest
 from vllama_jax.config import ImageBindConfig, QFormerConfig, VideoLlamaConfig
 from vllama_jax.io.atomic import new_directory, replace_file, write_file
 from vllama_jax.miniature import captioner, hearing, language, towers
-from vllama_jax.params import ParamsWriter
 
 VIDEO_QFORMER = QFormerConfig(width=96, depth=2, num_heads=4, mlp_dim=384, num_queries=16)
 AUDIO_QFORMER = dataclasses.replace(VIDEO_QFORMER, num_queries=8)
@@ -74,8 +74,8 @@ def write_model(out: Path, weights: Weights, tokenizer: Path, config: VideoLlama
                 params.write(path, values.shape, values.dtype, [values])
         (directory / "tokenizer").mkdir()
         write_file(directory / "tokenizer" / "tokenizer.model", (tokenizer / "tokenizer.model").read_bytes())
-        checkpoint.write_config(directory, config)
-        checkpoint.write_manifest(directory, {}, params.leaves)
+        write_config(directory, config)
+        write_manifest(directory, {}, params.leaves)
 
 
 def under(prefix: str, module: nnx.Module) -> Weights:

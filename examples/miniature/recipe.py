@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from vllama_jax.checkpoint import run_steps
-from vllama_jax.cli.run_config import load_config
+from vllama_jax.checkpoints.directory import run_steps
 from vllama_jax.config import changes, flat
 from vllama_jax.errors import ConfigError, VllamaError
 from vllama_jax.io.atomic import new_directory, replace_json
@@ -30,6 +29,7 @@ from vllama_jax.miniature.world import Amounts, write_world
 from vllama_jax.nn.imagebind import AudioTower
 from vllama_jax.nn.llama import Llama
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
+from vllama_jax.train.config_files import load_config
 
 Say = Callable[[str], None]
 

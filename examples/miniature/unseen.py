@@ -11,12 +11,12 @@ import jax
 import numpy as np
 
 from vllama_jax.chat import Prepared, prepare
-from vllama_jax.checkpoint import Model
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.miniature import render
 from vllama_jax.miniature.pictures import in_processes
 from vllama_jax.miniature.scene import WAYS, Motion, Scene, draw_scene, heard_otherwise
 from vllama_jax.miniature.world import draw_for, write_clip, write_sound, write_still
+from vllama_jax.model import Model
 from vllama_jax.text.prompts import Media
 
 BATCH = 50  # files at a time

@@ -29,15 +29,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. Exit code 0; 1 with one line on stderr when it failed; 2 with one line for wrong usage; 130 after
     Ctrl-C.
     """
-    from vllama_jax.interrupts import ending_on_interrupt
+    from vllama_jax.runtime.interrupts import ending_on_interrupt
 
     with ending_on_interrupt():
         _main(list(sys.argv[1:] if arguments is None else arguments))
 
 
 def _main(arguments: list[str]) -> None:
-    from vllama_jax.cli.logs import logging_for_people
-    from vllama_jax.cli.usage import UsageError
+    from vllama_jax.cli._logs import logging_for_people
+    from vllama_jax.cli._usage import UsageError
     from vllama_jax.errors import VllamaError, os_error_line
 
     try:
@@ -58,11 +58,11 @@ def _main(arguments: list[str]) -> None:
 
 
 def _run(arguments: list[str]) -> None:
-    from vllama_jax.cli import usage
+    from vllama_jax.cli import _usage
 
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print(usage.list_commands("vllama", COMMANDS, EXAMPLE))
+        print(_usage.list_commands("vllama", COMMANDS, EXAMPLE))
     elif name in ("-V", "--version"):
         import vllama_jax
 
@@ -72,9 +72,9 @@ def _run(arguments: list[str]) -> None:
         command, prog = getattr(module, name, None), f"vllama {name}"
         if hasattr(module, "with_config"):
             command, prog, rest = module.with_config(rest)
-        usage.parse(command, prog, rest)()
+        _usage.parse(command, prog, rest)()
     else:
-        raise usage.UsageError(f"no command {name!r}{_suggestion(name)}")
+        raise _usage.UsageError(f"no command {name!r}{_suggestion(name)}")
 
 
 def _suggestion(name: str) -> str:

@@ -11,15 +11,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vllama_jax import shipped
 from vllama_jax.chat import Chat, Prepared, check_positions, prepare
-from vllama_jax.checkpoint import Model, ModelDirectory, load, open_model, without_missing_branch
-from vllama_jax.cli.display import Display
-from vllama_jax.cli.usage import at_least
+from vllama_jax.checkpoints import shipped
+from vllama_jax.checkpoints.directory import ModelDirectory, open_model
+from vllama_jax.checkpoints.shipped import find_clip, find_model, shipped_model
+from vllama_jax.cli._display import Display
+from vllama_jax.cli._usage import at_least
 from vllama_jax.config import GenerationConfig
 from vllama_jax.errors import VllamaError
 from vllama_jax.media import MediaReport, check_file
-from vllama_jax.shipped import find_clip, find_model, shipped_model
+from vllama_jax.model import Model, load, without_missing_branch
 from vllama_jax.text.prompts import start_conversation
 
 GREEDY = GenerationConfig()

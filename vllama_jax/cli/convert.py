@@ -5,8 +5,8 @@ from typing import Literal
 
 import tyro
 
-from vllama_jax.cli.bars import bytes_bar
-from vllama_jax.cli.devices import leave_accelerators
+from vllama_jax.cli._devices import leave_accelerators
+from vllama_jax.cli._progress import bytes_bar
 from vllama_jax.convert import Plan, bytes_to_write
 from vllama_jax.convert import convert as write
 from vllama_jax.convert import plan as make_plan

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from vllama_jax.cli.bars import count_bar
-from vllama_jax.cli.usage import Command, UsageError, at_least, list_commands
+from vllama_jax.cli._progress import count_bar
+from vllama_jax.cli._usage import Command, UsageError, at_least, list_commands
 from vllama_jax.data.sources import SourceName
 from vllama_jax.errors import DataError
 
@@ -74,7 +74,7 @@ def check(
         num_frames: A video with fewer is too short; the model's own number unless given, 8 without a model.
         json_output: Print one JSON object.
     """
-    from vllama_jax.checkpoint import open_model
+    from vllama_jax.checkpoints.directory import open_model
     from vllama_jax.config import VideoLlamaConfig
     from vllama_jax.data.check import count_tokens, find_unusable
     from vllama_jax.data.records import open_records

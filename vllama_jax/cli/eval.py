@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vllama_jax.cli.display import Display
-from vllama_jax.cli.usage import Command, UsageError, at_least
+from vllama_jax.checkpoints.shipped import MODEL_NAME
+from vllama_jax.cli._display import Display
+from vllama_jax.cli._usage import Command, UsageError, at_least
 from vllama_jax.evaluate.benchmarks import BENCHMARKS, BenchmarkName
-from vllama_jax.shipped import MODEL_NAME
 
 LISTED = 5  # videos that could not be read
 
@@ -43,8 +43,8 @@ def miniature(
         audio_scale: The norm of a sound's vector; the model's own unless given.
         json_output: Print one JSON object: accuracy, n, chance and the accuracy's 95 % interval by kind of question.
     """
-    from vllama_jax.checkpoint import load
     from vllama_jax.miniature.evaluate import as_table, evaluate
+    from vllama_jax.model import load
 
     at_least(0, seed=seed)
     at_least(1, clips=clips)
@@ -108,7 +108,7 @@ def benchmark(
         json_output: Print one JSON object, what results.json holds.
     """
     from vllama_jax.evaluate.answers import Settings
-    from vllama_jax.evaluate.judge import find_judge
+    from vllama_jax.evaluate.judge_client import find_judge
     from vllama_jax.evaluate.run import Evaluation, evaluate
 
     if name == "miniature":  # it takes other options, so that `with_config` has to see it first

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import tyro
 
-from vllama_jax.checkpoint import open_model
-from vllama_jax.cli.bars import bytes_bar
-from vllama_jax.cli.devices import leave_accelerators
-from vllama_jax.cli.usage import UsageError
+from vllama_jax.checkpoints.directory import open_model
+from vllama_jax.cli._devices import leave_accelerators
+from vllama_jax.cli._progress import bytes_bar
+from vllama_jax.cli._usage import UsageError
 from vllama_jax.convert import export as exporting
 from vllama_jax.io.atomic import check_absent
 

@@ -6,15 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vllama_jax.cli.bars import count_bar
-from vllama_jax.cli.run_config import named_config, shipped
-from vllama_jax.cli.usage import Command, at_least
-from vllama_jax.compilation import keep_compiled_programs
+from vllama_jax.cli._progress import count_bar
+from vllama_jax.cli._run_config import named_config
+from vllama_jax.cli._usage import Command, at_least
+from vllama_jax.runtime.compilation_cache import keep_compiled_programs
 from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.config_files import shipped
 from vllama_jax.train.processes import first_process_first, joined_processes
 
 if TYPE_CHECKING:
-    from vllama_jax.train.features import Written
+    from vllama_jax.train.precompute import Written
 
 
 def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
@@ -49,7 +50,7 @@ def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
         at_least(0, shard_records=shard_records)
         keep_compiled_programs()
         with joined_processes(distributed, preemption=False), count_bar() as count:
-            from vllama_jax.train.features import write_features
+            from vllama_jax.train.precompute import write_features
 
             prepared = first_process_first(lambda: prepare(run, out))
             written = write_features(prepared, out, base, shard_records, functools.partial(count, "records"))

@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from vllama_jax.checkpoint import ModelDirectory, open_model
-from vllama_jax.params import part_of
+from vllama_jax.checkpoints.arrays import part_of
+from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 
 
 def inspect(

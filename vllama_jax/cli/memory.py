@@ -9,11 +9,12 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from vllama_jax import memory as needs
-from vllama_jax.checkpoint import only_answers, open_model, without_missing_branch
-from vllama_jax.cli.devices import leave_accelerators
-from vllama_jax.cli.run_config import first_argument, load_config, shipped
-from vllama_jax.cli.usage import Command, at_least
+from vllama_jax.checkpoints.directory import open_model
+from vllama_jax.checkpoints.restore import only_answers
+from vllama_jax.checkpoints.shipped import MODEL_NAME
+from vllama_jax.cli._devices import leave_accelerators
+from vllama_jax.cli._run_config import first_argument
+from vllama_jax.cli._usage import Command, at_least
 from vllama_jax.config import (
     NO_LORA,
     GenerationConfig,
@@ -24,9 +25,11 @@ from vllama_jax.config import (
     video_llama_13b,
 )
 from vllama_jax.errors import ConfigError
-from vllama_jax.memory import Device, Need
-from vllama_jax.shipped import MODEL_NAME
+from vllama_jax.memory import estimate as needs
+from vllama_jax.memory.estimate import Device, Need
+from vllama_jax.model import without_missing_branch
 from vllama_jax.train.config import MeshConfig, TrainConfig
+from vllama_jax.train.config_files import load_config, shipped
 
 SIZES = {"7b": video_llama_7b, "13b": video_llama_13b, "tiny": tiny}
 DEFAULT = "7b"  # whose flags --help shows when nothing is named
@@ -196,7 +199,7 @@ def _find_model(named: str, base: str) -> tuple[VideoLlamaConfig, VideoLlamaConf
     """
     if named in SIZES:
         return SIZES[named](), SIZES[named](), NO_LORA, None
-    from vllama_jax.quantize import scheme_of
+    from vllama_jax.checkpoints.quantize import scheme_of
 
     directory = open_model(named, base or None)
     return directory.config, without_missing_branch(directory).config, directory.lora, scheme_of(directory, None)
@@ -227,8 +230,8 @@ def _stage(model: VideoLlamaConfig, name: str, run: TrainConfig, where: Where) -
 
 
 def _compiled(model: VideoLlamaConfig, run: TrainConfig, where: Where) -> dict[str, int]:
+    from vllama_jax.memory.abstract_run import abstract_run, compiled_memory
     from vllama_jax.sharding import make_mesh
-    from vllama_jax.train.abstract import abstract_run, compiled_memory
 
     mesh, device, length = where
     run = needs.with_dtype(run, device)

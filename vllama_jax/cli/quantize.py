@@ -6,9 +6,9 @@ from typing import Literal
 import tyro
 from rich import filesize
 
-from vllama_jax import quantize as quantizing
-from vllama_jax.checkpoint import open_model
-from vllama_jax.cli.bars import bytes_bar
+from vllama_jax.checkpoints import quantize as quantizing
+from vllama_jax.checkpoints.directory import open_model
+from vllama_jax.cli._progress import bytes_bar
 from vllama_jax.io.atomic import check_absent
 
 

@@ -5,11 +5,12 @@ from typing import Annotated
 
 import tyro
 
-from vllama_jax.cli.run_config import named_config, shipped
-from vllama_jax.cli.training_display import TrainingDisplay
-from vllama_jax.cli.usage import Command
-from vllama_jax.compilation import keep_compiled_programs
+from vllama_jax.cli._run_config import named_config
+from vllama_jax.cli._training_display import TrainingDisplay
+from vllama_jax.cli._usage import Command
+from vllama_jax.runtime.compilation_cache import keep_compiled_programs
 from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.config_files import shipped
 from vllama_jax.train.processes import first_process_first, joined_processes
 
 
@@ -50,7 +51,7 @@ def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
         ):
             from vllama_jax.train.dry_run import dry_run as try_out
             from vllama_jax.train.loop import train as go
-            from vllama_jax.train.runs import hush_failed_saves
+            from vllama_jax.train.run_directory import hush_failed_saves
 
             hush_failed_saves()
             prepared = first_process_first(lambda: prepare(run, out))

@@ -12,18 +12,18 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from vllama_jax.checkpoint import ModelDirectory, Run, find_runs, open_model
-from vllama_jax.cli.bars import bytes_bar, count_bar
-from vllama_jax.cli.devices import leave_accelerators
-from vllama_jax.cli.usage import at_least
+from vllama_jax.checkpoints.digests import run_steps
+from vllama_jax.checkpoints.directory import ModelDirectory, Run, find_runs, open_model
+from vllama_jax.checkpoints.quantize import scheme_of
+from vllama_jax.cli._devices import leave_accelerators
+from vllama_jax.cli._progress import bytes_bar, count_bar
+from vllama_jax.cli._usage import at_least
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_files import read_object
-from vllama_jax.quantize import scheme_of
-from vllama_jax.run_directory import run_steps
 
 if TYPE_CHECKING:
     from vllama_jax.convert import Plan
-    from vllama_jax.convert.verify import CheckedCheckpoint
+    from vllama_jax.convert.verify.weights import CheckedCheckpoint
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
 
@@ -112,7 +112,7 @@ def verify(
     if weights_only:
         _verify_weights(model, directory, plan, json_output)
     else:
-        from vllama_jax.convert.parity import check_installed
+        from vllama_jax.convert.verify.layers import check_installed
 
         check_installed()
         _verify_networks(model, directory, plan, (dtype, tokens, seed, quantize), json_output)
@@ -120,7 +120,7 @@ def verify(
 
 def _verify_files(model: Path, base: Path | None, json_output: bool) -> None:
     """A model directory's files, and of a run all its checkpoints and its base model's files."""
-    from vllama_jax.convert.verify import check_checkpoints, damage, shortened
+    from vllama_jax.convert.verify.weights import check_checkpoints, damage, shortened
 
     runs, base_model = find_runs(model, base)
     with bytes_bar(sum(map(_stored_bytes, runs))) as progress:
@@ -172,8 +172,8 @@ def _plan(
 ) -> "Plan":
     """The conversion that the source would be, as far as the model was made of it."""
     from vllama_jax.convert import plan
-    from vllama_jax.convert.directory import search
-    from vllama_jax.convert.verify import untold
+    from vllama_jax.convert.discover import search
+    from vllama_jax.convert.verify.weights import untold
 
     made_of = directory.manifest["sources"]
     found = search(against, given)
@@ -189,7 +189,7 @@ def _plan(
 
 
 def _verify_weights(model: Path, directory: ModelDirectory, plan: "Plan", json_output: bool) -> None:
-    from vllama_jax.convert.verify import compare_weights, config_differences, shortened
+    from vllama_jax.convert.verify.weights import compare_weights, config_differences, shortened
 
     with bytes_bar(sum(_bytes(leaf) for leaf in directory.manifest["leaves"].values())) as progress:
         parts = compare_weights(directory, plan, progress)
@@ -214,9 +214,9 @@ def _verify_weights(model: Path, directory: ModelDirectory, plan: "Plan", json_o
 def _verify_networks(
     model: Path, directory: ModelDirectory, plan: "Plan", settings: tuple[Any, ...], json_output: bool
 ) -> None:
-    from vllama_jax.compilation import keep_compiled_programs
-    from vllama_jax.convert.parity import BOUNDS, USUAL, Settings, compare_networks, judged
-    from vllama_jax.convert.verify import config_differences, shortened
+    from vllama_jax.convert.verify.layers import BOUNDS, USUAL, Settings, compare_networks, judged
+    from vllama_jax.convert.verify.weights import config_differences, shortened
+    from vllama_jax.runtime.compilation_cache import keep_compiled_programs
 
     keep_compiled_programs()
     chosen, scheme = Settings(*settings), scheme_of(directory, settings[-1])
@@ -271,7 +271,7 @@ def _table(first: str, numbers: tuple[str, ...], *texts: str) -> Table:
 
 
 def _show(table: Table, directory: ModelDirectory, plan: "Plan") -> None:
-    from vllama_jax.convert.verify import other_files
+    from vllama_jax.convert.verify.weights import other_files
 
     Console().print(table)
     if others := other_files(directory, plan):

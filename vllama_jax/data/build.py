@@ -13,13 +13,14 @@ from typing import Any
 import tensorflow_datasets as tfds
 import xxhash
 
-from vllama_jax.data.ahead import in_order
-from vllama_jax.data.datasets import Media, Texts, shard_counts, text_example, write_dataset
+from vllama_jax.data.annotation import KINDS, Annotation, Kind
 from vllama_jax.data.entries import Entry, Skipped
-from vllama_jax.data.records import FORMAT, KINDS, Annotation, Kind
+from vllama_jax.data.records import FORMAT
 from vllama_jax.data.sources import SOURCES
+from vllama_jax.data.tfds_builders import Media, Texts, shard_counts, text_example, write_dataset
 from vllama_jax.errors import DataError, MediaError
 from vllama_jax.io.atomic import check_absent, new_directory, write_json
+from vllama_jax.io.prefetch import in_order
 from vllama_jax.media import check_media
 
 READ_AHEAD = 4  # files held in memory

@@ -5,9 +5,10 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from vllama_jax.data.ahead import in_order
-from vllama_jax.data.records import Kind, Records
+from vllama_jax.data.annotation import Kind
+from vllama_jax.data.records import Records
 from vllama_jax.errors import DataError, VllamaError
+from vllama_jax.io.prefetch import in_order
 from vllama_jax.media import as_file, read_audio, read_image, read_video
 from vllama_jax.text.tokenizer import Tokenizer
 

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.data.records import Annotation, Kind
-from vllama_jax.data.turns import Turns, Unusable, check_characters, place_media
+from vllama_jax.data.annotation import Annotation, Kind
+from vllama_jax.data.conversations import Turns, Unusable, check_characters, place_media
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,31 +1,31 @@
 """Records → batches: texts and labels, decoded and cropped pictures, sounds; padded, in order, ahead of the step.
 
 Every host reads the texts of a whole global batch, to know the length that all pad to, and the media of its own rows.
-Reading runs ahead of the step, in threads (ahead.py) or processes (workers.py). A sample that cannot be used keeps its
-row, without labels, so that no host's order shifts.
+Reading runs ahead of the step, in threads (io/prefetch.py) or processes (workers.py). A sample that cannot be used
+keeps its row, without labels, so that no host's order shifts.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.data.ahead import in_order
-from vllama_jax.data.features import FeatureCache
-from vllama_jax.data.order import Order, Rows, Stream
-from vllama_jax.data.texts import encode_text, pad_texts, padded_length
+from vllama_jax.data.config import DataConfig
+from vllama_jax.data.feature_cache import FeatureCache
+from vllama_jax.data.sampling import Order, Rows, Stream
+from vllama_jax.data.tokenization import encode_text, pad_texts, padded_length
 from vllama_jax.data.workers import in_processes
 from vllama_jax.errors import DataError, MediaError
+from vllama_jax.io.prefetch import in_order
 from vllama_jax.media import as_file, read_audio, read_image, read_video
 from vllama_jax.media.augment import crop_frames, head_tail_indices, random_box
 from vllama_jax.media.video import frame_indices
 from vllama_jax.text.tokenizer import Tokenizer
 from vllama_jax.text.training import TrainingText
-from vllama_jax.train.config import DataConfig, TrainConfig
 
 LONGEST_SECONDS = 9999.9  # a time in a prompt takes at most as many tokens as this
 INSTRUCTION, CROP, FRAMES = range(3)  # what is drawn for a sample, each from a generator of its own
@@ -62,7 +62,9 @@ class Reader:
     rows: which rows of the global batch this host has. caches: features to read in place of media, by dataset path.
     """
 
-    config: TrainConfig
+    data: DataConfig
+    branch: Literal["vision", "audio"]
+    seed: int
     model: VideoLlamaConfig
     tokenizer: Tokenizer
     order: Order
@@ -79,7 +81,7 @@ class Reader:
         mine = [rows.samples[row] for row in self.rows]
         decoded = self.decode_all(stream, mine)
         texts = [self._text(stream, *sample, found.seconds) for sample, found in zip(mine, decoded, strict=True)]
-        length = padded_length(longest, self.config.data.lengths)
+        length = padded_length(longest, self.data.lengths)
         problems = {row: found.problem for row, found in enumerate(decoded) if found.problem}
         problems |= {
             row: "no label is left of its text"
@@ -94,7 +96,7 @@ class Reader:
     @property
     def media_tokens(self) -> int:
         """How many tokens of the language model a sample's media become."""
-        qformer = self.model.video_qformer if self.config.branch == "vision" else self.model.audio_qformer
+        qformer = self.model.video_qformer if self.branch == "vision" else self.model.audio_qformer
         return qformer.num_queries
 
     def media_name(self, stream: Stream) -> str:
@@ -115,13 +117,13 @@ class Reader:
 
     def decode_all(self, stream: Stream, samples: list[tuple[int, int]]) -> list[Decoded]:
         """The media of samples (record, epoch), or what was kept of them; decoded side by side."""
-        cfg = self.config.data
+        cfg = self.data
         threads = max(cfg.threads // max(cfg.processes, 1), 1)  # of each process
         return list(_pool(threads).map(lambda sample: self._decode(stream, *sample), samples))
 
     def _decode(self, stream: Stream, record: int, epoch: int) -> Decoded:
         cache = self.caches.get(stream.dataset.path)
-        variants = self.config.data.variants or (cache.variants if cache else 0)
+        variants = self.data.variants or (cache.variants if cache else 0)
         name = stream.records.annotation(record).id
         try:
             variant = epoch % variants if variants else epoch
@@ -164,17 +166,17 @@ class Reader:
         return Decoded(name, crop_frames(video.frames, box, self.image_size), tuple(video.seconds))
 
     def _box(self, draw: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
-        cfg = self.config.data
+        cfg = self.data
         if cfg.crop_area == 1:
             return 0, 0, height, width
         return random_box(draw, height, width, (cfg.crop_area, 1.0), (1 / cfg.crop_ratio, cfg.crop_ratio))
 
     @property
     def image_size(self) -> int:
-        return (self.model.vit if self.config.branch == "vision" else self.model.imagebind.vision).image_size
+        return (self.model.vit if self.branch == "vision" else self.model.imagebind.vision).image_size
 
     def _seed(self, stream: Stream, record: int) -> list[int]:
-        return [self.config.seed, int(stream.records.digest[:8], 16), record]
+        return [self.seed, int(stream.records.digest[:8], 16), record]
 
     def _stacked(self, stream: Stream, decoded: list[Decoded]) -> np.ndarray:
         """The media of all rows; zeros where there are none."""

@@ -15,41 +15,21 @@ import re
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
+from vllama_jax.data.annotation import KINDS, Annotation, Kind
 from vllama_jax.data.remote import local_copy
 from vllama_jax.errors import DataError
 from vllama_jax.io.json_files import parse_object, read_object
 
 if TYPE_CHECKING:
-    from vllama_jax.data.datasets import Examples
+    from vllama_jax.data.tfds_builders import Examples
 
 FORMAT = 1
-KINDS = ("video", "image", "audio")
-SPLIT = "train"  # TFDS's name for all of a dataset
 # A process that decodes begins in many threads at once, and TFDS's lazy imports wait for each other when two import it.
 _OPENS = threading.Lock()
 _FILE_NAME = re.compile(r"(?:texts|media)/[\w-][\w.-]*")
 _ANEW = "build the records again"
-
-Kind = Literal["video", "image", "audio"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Annotation:
-    """What is said of one file.
-
-    Attributes:
-        id: The file's path within the source, as its annotations have it.
-        kind: What the file is.
-        turns: Questions and answers. A caption is one turn with an empty question.
-        media_at: How many characters of the first question come before the media.
-    """
-
-    id: str
-    kind: Kind
-    turns: tuple[tuple[str, str], ...]
-    media_at: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +166,7 @@ def _dataset(folder: str, digest: str) -> "Examples":
     read names its place); opening them anew in a fork is not: array_record 0.8.6 crashes there once the parent used it.
     """
     with _OPENS:
-        from vllama_jax.data.datasets import read_dataset
+        from vllama_jax.data.tfds_builders import read_dataset
 
         try:
             return read_dataset(Path(folder))

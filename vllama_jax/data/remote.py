@@ -7,7 +7,7 @@ import fsspec
 import xxhash
 
 from vllama_jax.errors import DataError
-from vllama_jax.files import cache_folder
+from vllama_jax.io.paths import cache_folder
 
 
 def local_copy(path: str | os.PathLike[str]) -> Path:

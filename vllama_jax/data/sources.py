@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+from vllama_jax.data.annotation_formats import read_own
+from vllama_jax.data.conversations import Turns, caption_turns, message_turns, pair_turns
 from vllama_jax.data.entries import Entry, Skipped, make_entry
-from vllama_jax.data.own import read_own
-from vllama_jax.data.turns import Turns, caption_turns, message_turns, pair_turns
 from vllama_jax.errors import DataError
 from vllama_jax.io.json_files import read_json
 

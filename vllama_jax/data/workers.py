@@ -17,8 +17,8 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO, Self, TypeVar
 
-from vllama_jax.data.ahead import in_order
 from vllama_jax.errors import VllamaError
+from vllama_jax.io.prefetch import in_order
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

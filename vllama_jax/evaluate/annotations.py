@@ -8,8 +8,8 @@ from typing import Any
 
 from vllama_jax.errors import DataError
 from vllama_jax.evaluate.questions import Unusable
-from vllama_jax.files import first_bytes
 from vllama_jax.io.json_files import parse_json
+from vllama_jax.io.paths import first_bytes
 
 Entry = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
 

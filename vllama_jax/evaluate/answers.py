@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 from vllama_jax import media
 from vllama_jax.chat import Prepared, check_positions, encode_media, encode_prompt, fit_to_model
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
-from vllama_jax.data.ahead import in_order
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.evaluate.questions import Question
+from vllama_jax.io.prefetch import in_order
 from vllama_jax.text import prompts
 
 if TYPE_CHECKING:
     from vllama_jax import generate
-    from vllama_jax.checkpoint import Model
+    from vllama_jax.model import Model
 
 Clip = tuple[Path, float | None, float | None, float | None]  # file or folder, start, end, frames a second
 

@@ -30,9 +30,9 @@ from vllama_jax.evaluate.questions import (
     choice_question,
     open_question,
 )
-from vllama_jax.extras import import_extra
-from vllama_jax.files import first_bytes
 from vllama_jax.io.json_files import parse_json
+from vllama_jax.io.paths import first_bytes
+from vllama_jax.runtime.extras import import_extra
 
 BenchmarkName = Literal[
     "msvd_qa",

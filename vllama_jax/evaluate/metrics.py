@@ -8,7 +8,7 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.evaluate.choices import chosen_letter, within
 from vllama_jax.evaluate.questions import Question
 from vllama_jax.evaluate.words import fold, normalize
-from vllama_jax.extras import import_extra
+from vllama_jax.runtime.extras import import_extra
 
 CLITIC = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b")
 WORD = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b|[^\W_]+(?:[-.,][^\W_]+)*", re.UNICODE)

@@ -30,7 +30,7 @@ class Question:
         kinds: Groups that it is counted in, the main one first.
         start, end: Seconds; None for the whole video.
         frame_rate: Frames a second, of a video that is a folder of pictures.
-        aspects: What a judge is to say of the answer (judge.py).
+        aspects: What a judge is to say of the answer (judge_client.py).
         group: Questions of one group are judged together.
     """
 

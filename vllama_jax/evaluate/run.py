@@ -12,20 +12,22 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.checkpoint import ModelDirectory, default_dtype, load, open_model, without_missing_branch
+from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.config import changes
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.evaluate import metrics
 from vllama_jax.evaluate.answers import Answering, Asked, Settings, batches_to_do
 from vllama_jax.evaluate.benchmarks import BENCHMARKS, BenchmarkName, read_questions
-from vllama_jax.evaluate.judge import Judge, Unreachable
-from vllama_jax.evaluate.judging import judge_answers, judged_scores
+from vllama_jax.evaluate.judge_answers import judge_answers, judged_scores
+from vllama_jax.evaluate.judge_client import Judge, Unreachable
 from vllama_jax.evaluate.published import PUBLISHED
 from vllama_jax.evaluate.questions import Question, digest, in_order_of_videos, spread
 from vllama_jax.evaluate.videos import LISTED, Videos
 from vllama_jax.io.atomic import check_output_files, locked, replace_json
 from vllama_jax.io.json_files import read_object
-from vllama_jax.journal import Journal
+from vllama_jax.io.jsonl import Journal
+from vllama_jax.model import load, without_missing_branch
+from vllama_jax.nn.network import default_dtype
 
 OUTPUT_FILES = ("config.json", "answers.jsonl", "judgements.jsonl", "results.json")
 NEW_TOKENS = {"open": 300, "caption": 64, "choice": 32}  # at most, unless the user says: what each task can need

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from vllama_jax.errors import MediaError
-from vllama_jax.files import first_bytes
+from vllama_jax.io.paths import first_bytes
 from vllama_jax.media.truncation import find_truncation, has_mp4_index
 
 if TYPE_CHECKING:

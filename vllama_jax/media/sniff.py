@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllama_jax.errors import MediaError
-from vllama_jax.files import first_bytes
+from vllama_jax.io.paths import first_bytes
 from vllama_jax.media.files import open_container, picture_format, sound_stream, video_stream
 
 if TYPE_CHECKING:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from vllama_jax.errors import CheckpointError
-from vllama_jax.files import first_bytes
 from vllama_jax.io.json_fields import LARGEST, shown, whole_number
 from vllama_jax.io.json_files import parse_object
+from vllama_jax.io.paths import first_bytes
 
 MEDIA_TOKEN = "<ImageHere>"
 DECLARATION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

@@ -4,10 +4,10 @@ import time
 
 import jax
 
+from vllama_jax.memory.flops import peak_flops, step_flops
 from vllama_jax.sharding import under
-from vllama_jax.train import session
+from vllama_jax.train import setup
 from vllama_jax.train.config import TrainConfig
-from vllama_jax.train.estimate import peak_flops, step_flops
 from vllama_jax.train.loop import Reporter, compile_step
 
 
@@ -16,14 +16,14 @@ def dry_run(config: TrainConfig, reporter: Reporter, base: str = "") -> None:
 
     Raises a VllamaError for what cannot be run.
     """
-    plan = session.plan(config, base)
+    plan = setup.plan(config, base)
     with under(plan.mesh):
         reporter.table(plan)
-        state, frozen = session.start(plan), session.load_frozen(plan)
+        state, frozen = setup.start(plan), setup.load_frozen(plan)
         begun = time.perf_counter()
         host_batch = plan.reader(0)
         reading = time.perf_counter() - begun
-        batch = session.place(host_batch.arrays, plan)
+        batch = setup.place(host_batch.arrays, plan)
         step = compile_step(plan).lower(state, frozen, batch).compile()
         compiling = time.perf_counter() - begun - reading
         state, metrics = step(state, frozen, batch)

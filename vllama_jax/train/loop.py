@@ -15,13 +15,13 @@ import jax
 
 from vllama_jax.data.pipeline import HostBatch, batches
 from vllama_jax.errors import CheckpointError, VllamaError
-from vllama_jax.journal import Journal
+from vllama_jax.io.jsonl import Journal
+from vllama_jax.memory.flops import peak_flops, step_flops
 from vllama_jax.sharding import under
-from vllama_jax.train import session
+from vllama_jax.train import setup
 from vllama_jax.train.config import TrainConfig
-from vllama_jax.train.estimate import peak_flops, step_flops
-from vllama_jax.train.runs import Board, Checkpoints, open_run
-from vllama_jax.train.session import Plan
+from vllama_jax.train.run_directory import Board, Checkpoints, open_run
+from vllama_jax.train.setup import Plan
 from vllama_jax.train.state import TrainState, Weights
 from vllama_jax.train.step import jit_step, make_step
 from vllama_jax.train.stopping import stop_requests
@@ -53,7 +53,7 @@ def train(config: TrainConfig, out: Path, reporter: Reporter, base: str = "") ->
         VllamaError: The run cannot be made, a process was lost, or the loss is not a number.
         KeyboardInterrupt: Ctrl-C; a SavedInterrupt once a checkpoint was saved.
     """
-    plan = session.plan(config, base)
+    plan = setup.plan(config, base)
     with open_run(out, config, plan.base, str(plan.dtype), plan.inputs), under(plan.mesh):
         checkpoints = Checkpoints(out, config.checkpoint)
         state = checkpoints.restore(plan.abstract)
@@ -64,11 +64,11 @@ def train(config: TrainConfig, out: Path, reporter: Reporter, base: str = "") ->
             reporter.say(note)
         reporter.table(plan)
         if state is None:
-            state, first = session.start(plan), 0
+            state, first = setup.start(plan), 0
         else:
             first = int(state.step)
             reporter.say(f"{out}: going on from step {first}")
-        _Run(plan, out, reporter, checkpoints).go(state, session.load_frozen(plan), first)
+        _Run(plan, out, reporter, checkpoints).go(state, setup.load_frozen(plan), first)
 
 
 @dataclasses.dataclass
@@ -113,7 +113,7 @@ class _Run:
                 asked = time.perf_counter()
                 batch = next(host_batches)
                 waited = time.perf_counter() - asked
-                arrays = session.place(batch.arrays, self.plan)
+                arrays = setup.place(batch.arrays, self.plan)
                 program, compiling = self._program(number + 1, state, frozen, arrays)
                 state, metrics = program(state, frozen, arrays)
                 requests.save_on_interrupt()

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from vllama_jax.errors import ConfigError, VllamaError, os_error_line
-from vllama_jax.interrupts import EXIT_CODE, SavedInterrupt, end_now
+from vllama_jax.runtime.interrupts import EXIT_CODE, SavedInterrupt, end_now
 from vllama_jax.train.relay import Relay
 
 Made = TypeVar("Made")

@@ -13,7 +13,7 @@ from types import FrameType
 
 import jax
 
-from vllama_jax.interrupts import SavedInterrupt, deferred_interrupt
+from vllama_jax.runtime.interrupts import SavedInterrupt, deferred_interrupt
 
 
 class StopRequests:

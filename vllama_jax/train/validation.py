@@ -7,11 +7,11 @@ from pathlib import Path
 import jax
 
 from vllama_jax.chat import Chat, Prepared, prepare
-from vllama_jax.checkpoint import Model
-from vllama_jax.data.order import Rows, Stream
 from vllama_jax.data.pipeline import HostBatch
-from vllama_jax.journal import Journal
-from vllama_jax.train.session import Plan, place
+from vllama_jax.data.sampling import Rows, Stream
+from vllama_jax.io.jsonl import Journal
+from vllama_jax.model import Model
+from vllama_jax.train.setup import Plan, place
 from vllama_jax.train.state import Weights
 from vllama_jax.train.step import make_evaluation
 

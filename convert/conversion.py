@@ -1,0 +1,176 @@
+"""Plans a conversion, in which every weight is found before a byte is read, and writes the model directory."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllama_jax.checkpoints.arrays import ParamsWriter, part_of
+from vllama_jax.checkpoints.directory import write_config, write_manifest
+from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.convert import from_model_directory as stored
+from vllama_jax.convert.components import PIECES, check_kind, unwrapped
+from vllama_jax.convert.discover import Found, search
+from vllama_jax.convert.from_model_directory import (
+    BRANCHES,
+    Kept,
+    StoredLeaf,
+    StoredModel,
+    differences,
+    is_stored,
+    join,
+    known_fields,
+    open_stored,
+)
+from vllama_jax.convert.hub import local
+from vllama_jax.convert.infer_config import model_config
+from vllama_jax.convert.language import open_language_model
+from vllama_jax.convert.match_weights import Leaf, match
+from vllama_jax.convert.weight_files import Source, open_file
+from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.io.atomic import new_directory, write_file
+
+Progress = Callable[[int], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A conversion in which everything was found and fits, before a byte of it is read.
+
+    leaves: weights that files give. stored: those that model directories and runs give. left_out: of files, reason →
+    how many tensors. notes: lines for the user, on which file of a directory is what. sources: what else was used.
+    """
+
+    config: VideoLlamaConfig
+    leaves: list[Leaf]
+    stored: list[StoredLeaf]
+    left_out: dict[str, int]
+    pieces: dict[str, Source]
+    tokenizer_directory: Path
+    notes: list[str]
+    sources: dict[str, Any]
+
+    @property
+    def all_leaves(self) -> list[Leaf | StoredLeaf]:
+        return sorted([*self.leaves, *self.stored], key=lambda leaf: leaf.target)
+
+
+def plan(
+    *,
+    directory: str | Path | None = None,
+    llama_directory: str | Path | None = None,
+    delta: str | Path | None = None,
+    files: Mapping[str, str | Path | None],
+    base: str | Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    template: str | None = None,
+) -> Plan:
+    """Checks that the files make a model: every weight found once, of the right shape, and nothing left over.
+
+    directory: is searched for pieces, told by what they hold; what is given by name is not taken from there.
+    delta: a language model's directory, to be added to llama_directory's; it has the tokenizer.
+    files: paths by kind, as PIECES names them; vl and al may be runs or model directories. base: a model directory or
+    a run that gives all other parts; without one, the language model, eva_vit and blip2 must be there.
+    config: any part of a model config. template: of the prompt; the base's or config's unless given.
+    Paths of files and directories may be on the hub: hf://org/name, hf://org/name/file.
+    Raises CheckpointError listing all that is missing, misshapen or not used; ConfigError for what `config` says.
+    """
+    from vllama_jax.text.prompts import find_template
+    from vllama_jax.text.tokenizer import check_vocabulary, load_tokenizer
+
+    model = open_stored(Path(base)) if base else None
+    given = {kind: local(path) for kind, path in files.items() if path is not None}
+    directory, llama_directory, delta = (path and local(path) for path in (directory, llama_directory, delta))
+    found = _found(directory, given, llama_directory)
+    branches = {
+        kind: open_stored(path, model and model.path)
+        for kind, path in given.items()
+        if kind in BRANCHES and is_stored(path)
+    }
+    language = open_language_model(llama_directory or found.llama, delta)
+    pieces = found.files | _opened({kind: path for kind, path in given.items() if kind not in branches})
+    pieces |= {"llama": language.source} if language else {}
+    _check_complete([*pieces, *branches], model, directory)
+    for kind, source in pieces.items():
+        check_kind(kind, source)
+    override = {**(config or {}), **({"template": template} if template else {})}
+    cfg = model_config(pieces, language.fields if language else {}, override, known_fields(model, branches))
+    find_template(cfg.template)
+    tokenizer = language.tokenizer if language else model.directory.path / "tokenizer"
+    check_vocabulary(load_tokenizer(tokenizer), cfg.llama.vocab_size)
+    leaves, left_out = match(cfg, pieces, branches)
+    kept = join(cfg, model, branches, {part_of(leaf.target) for leaf in leaves})
+    told = dict.fromkeys(note for source in pieces.values() for note in source.notes)
+    notes = [*found.report, *told, *differences(model, branches)]
+    return Plan(cfg, leaves, kept, left_out, pieces, tokenizer, notes, stored.sources(model, branches, pieces))
+
+
+def _found(directory: Path | None, given: Mapping[str, Path], llama_directory: Path | None) -> Found:
+    """What a directory adds to the files that are given."""
+    if unknown := given.keys() - PIECES.keys() | given.keys() & {"llama"}:
+        raise ConfigError(f"no such kind of file: {', '.join(sorted(unknown))}; known are {', '.join(PIECES)}")
+    if directory and directory.is_file():
+        raise CheckpointError(f"{directory}: not a directory; give the one that holds the weights")
+    named = [*given, *(["llama"] if llama_directory else [])]
+    return search([directory] if directory else [], named)
+
+
+def _opened(given: Mapping[str, Path]) -> dict[str, Source]:
+    opened = {path: unwrapped(open_file(path)) for path in dict.fromkeys(given.values())}  # one file may be two pieces
+    return {kind: opened[path] for kind, path in given.items()}
+
+
+def _check_complete(kinds: Sequence[str], base: StoredModel | None, directory: str | Path | None) -> None:
+    needed = () if base else ("llama", "eva_vit", "blip2")
+    if lacking := [PIECES[kind].option for kind in needed if kind not in kinds]:
+        where = f", and {directory} holds none" if directory else ""
+        raise ConfigError(f"every model needs {', '.join(lacking)}{where}")
+    hears = "imagebind" in kinds or (base and base.directory.config.has_audio)
+    if "al" in kinds and not hears:
+        raise ConfigError("--al needs --imagebind: the audio branch hears through ImageBind")
+
+
+def convert(plan: Plan, out: str | Path, *, dtype: str | None = None, progress: Progress = lambda done: None) -> None:
+    """Writes the model directory that `plan` describes; `out` appears when it is whole.
+
+    dtype: of the weights on disk; each one's own unless given. progress is called with the bytes written since.
+    Raises CheckpointError when `out` exists or cannot be written, and when a value is too large for `dtype`.
+    """
+    with new_directory(Path(out)) as directory:
+        with ParamsWriter(directory / "params") as params:
+            for leaf in plan.all_leaves:
+                target = np.dtype(dtype) if dtype else leaf.dtype
+                if isinstance(leaf, Kept) and leaf.dtype == target:
+                    params.copy(leaf.target, leaf.params, leaf.entry)
+                    progress(math.prod(leaf.shape) * target.itemsize)
+                else:
+                    params.write(leaf.target, leaf.shape, target, _counted(leaf.blocks(target), progress))
+        _copy_tokenizer(plan.tokenizer_directory, directory / "tokenizer")
+        write_config(directory, plan.config)
+        files = {kind: [_described(file) for file in source.files] for kind, source in plan.pieces.items()}
+        write_manifest(directory, plan.sources | files, params.leaves)
+
+
+def bytes_to_write(plan: Plan, dtype: str | None = None) -> int:
+    return sum(math.prod(leaf.shape) * np.dtype(dtype or leaf.dtype).itemsize for leaf in plan.all_leaves)
+
+
+def _counted(blocks: Iterator[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:
+    for block in blocks:
+        yield block
+        progress(block.nbytes)
+
+
+def _copy_tokenizer(directory: Path, out: Path) -> None:
+    from vllama_jax.text.tokenizer import tokenizer_files
+
+    out.mkdir()
+    for file in tokenizer_files(directory):
+        write_file(out / file.name, file.read_bytes())
+
+
+def _described(file: Path) -> dict[str, Any]:
+    return {"name": file.name, "size": file.stat().st_size}

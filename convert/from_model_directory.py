@@ -1,0 +1,199 @@
+"""Weights that lie in a model directory or a run already, as parts of a new model."""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from vllama_jax.checkpoints.arrays import check_params, part_of, row_blocks
+from vllama_jax.checkpoints.directory import ModelDirectory, Trained, open_model
+from vllama_jax.checkpoints.reader import with_update
+from vllama_jax.checkpoints.restore import only_answers, restore_arrays
+from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.convert.components import PIECES
+from vllama_jax.convert.match_weights import abstract_shapes, cast
+from vllama_jax.errors import CheckpointError, ConfigError
+
+BRANCHES = {"vl": "vision", "al": "audio"}
+FROZEN_PARTS = ("vit", "ln_vision", "image_qformer", "imagebind/audio", "imagebind/vision", "llama")
+LORA = "/lora/"
+
+
+class StoredLeaf(Protocol):
+    """A weight: where in the model it belongs, and its rows in order, layer by layer."""
+
+    target: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def blocks(self, dtype: np.dtype) -> Iterator[np.ndarray]: ...
+
+
+class Kept:
+    """A weight of a model directory, as it lies there. params: the directory's. entry: what its manifest says."""
+
+    def __init__(self, target: str, params: Path, entry: Mapping[str, Any]):
+        self.target, self.params, self.entry = target, params, dict(entry)
+        self.shape, self.dtype = tuple(entry["shape"]), np.dtype(entry["dtype"])
+
+    def blocks(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        for rows in row_blocks(self.params, self.target, self.entry):
+            yield cast(rows, dtype, f"{self.params.parent}: {self.target}")
+
+
+class Learned:
+    """A weight that a run trained, read whole: what learns is small."""
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, target: str, trained: Trained):
+        self.target, self._path, self.shape = target, trained.path, trained.leaves[target]
+
+    def blocks(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        import jax
+
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        wanted = jax.ShapeDtypeStruct(self.shape, np.float32, sharding=host)
+        values = np.asarray(restore_arrays(self._path, {self.target: wanted})[self.target])
+        yield cast(values, dtype, f"{self._path}: {self.target}")
+
+
+class Merged:
+    """A kernel with the low-rank update that a run trained for it, in one as `vllama_jax.load` makes them."""
+
+    def __init__(self, kernel: StoredLeaf, down: StoredLeaf, up: StoredLeaf, scale: float):
+        self.target, self.shape, self.dtype = kernel.target, kernel.shape, kernel.dtype
+        self._kernel, self._down, self._up, self._scale = kernel, down, up, scale
+
+    def blocks(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        (down,), (up,) = self._down.blocks(np.dtype(np.float32)), self._up.blocks(np.dtype(np.float32))
+        layers = zip(down, up, strict=True)
+        for rows in self._kernel.blocks(self.dtype):
+            merged = [with_update(row, *next(layers), self._scale) for row in rows]
+            yield cast(np.stack(merged), dtype, self.target)
+
+
+class StoredModel:
+    """A model directory or a run. leaves: all that it holds, by path. learned: those of them that runs trained."""
+
+    def __init__(self, directory: ModelDirectory):
+        self.path, self.directory = directory.opened, directory
+        if directory.quantized:
+            raise only_answers(directory.path, directory.quantized)
+        entries = directory.manifest["leaves"]
+        self.leaves: dict[str, StoredLeaf] = {
+            target: Kept(target, directory.path / "params", entry) for target, entry in entries.items()
+        }
+        for trained in directory.trained:
+            self.leaves |= {target: Learned(target, trained) for target in trained.leaves}
+        for down in [target for target in self.leaves if target.endswith(f"{LORA}down")]:
+            layer = down.removesuffix(f"{LORA}down")
+            pair = self.leaves.pop(down), self.leaves.pop(f"{layer}{LORA}up")
+            scale = directory.lora.alpha / directory.lora.rank
+            self.leaves[f"{layer}/kernel"] = Merged(self.leaves[f"{layer}/kernel"], *pair, scale)
+        self.learned = {target for target, leaf in self.leaves.items() if not isinstance(leaf, Kept)}
+
+
+def open_stored(path: Path, base: Path | None = None) -> StoredModel:
+    """A model directory or a run, with its base where it is named, or else `base`. Raises as `open_model` does."""
+    try:
+        return StoredModel(open_model(path))
+    except CheckpointError:
+        if base is None:
+            raise
+        return StoredModel(open_model(path, base))
+
+
+def is_stored(path: Path) -> bool:
+    """Whether a path looks like a model directory or a run, and not like a file of weights."""
+    return (path / "config.json").is_file()
+
+
+def known_fields(base: StoredModel | None, branches: Mapping[str, StoredModel]) -> dict[str, Any]:
+    """The config's fields that are known before a file is read: the base's, and those of each branch."""
+    fields = dataclasses.asdict(base.directory.config) if base else {}
+    for kind, branch in branches.items():
+        theirs = dataclasses.asdict(branch.directory.config)
+        names = ("video_qformer", "num_frame_positions") if kind == "vl" else ("audio_qformer", "num_clip_positions")
+        fields |= {name: theirs[name] for name in names}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def join(
+    cfg: VideoLlamaConfig, base: StoredModel | None, branches: Mapping[str, StoredModel], parts: Iterable[str]
+) -> list[StoredLeaf]:
+    """The weights of the new model that no file gives: those of the branches, and the base's of all other parts.
+
+    parts: those that files give. Raises CheckpointError that lists what does not fit or is not there; ConfigError when
+    two branches trained the same.
+    """
+    joined: dict[str, tuple[StoredModel, StoredLeaf]] = {}
+    replaced = set(parts)
+    for kind, branch in branches.items():
+        for target, leaf in _branch(cfg, kind, branch).items():
+            other, _ = joined.setdefault(target, (branch, leaf))
+            if other.path.resolve() != branch.path.resolve():
+                raise ConfigError(f"{other.path} and {branch.path}: both trained {target}; take it from one run only")
+            if part_of(target) in parts:
+                raise ConfigError(
+                    f"{branch.path}: trained {target}, which a file that is given holds too; leave one out"
+                )
+        replaced |= {part_of(rule.target) for rule in PIECES[kind].rules(cfg)}
+    for target, leaf in base.leaves.items() if base else ():
+        if part_of(target) not in replaced:
+            joined.setdefault(target, (base, leaf))
+    _check_fit(cfg, joined)
+    return [leaf for _, leaf in joined.values()]
+
+
+def _branch(cfg: VideoLlamaConfig, kind: str, branch: StoredModel) -> dict[str, StoredLeaf]:
+    """What a branch's option gives: all weights of the branch, and what else was trained with it."""
+    own, other = ({rule.target for rule in PIECES[name].rules(cfg)} for name in (kind, *(BRANCHES.keys() - {kind})))
+    if own - branch.leaves.keys():
+        raise CheckpointError(
+            f"{branch.path}: given as {PIECES[kind].option}, but has no trained {BRANCHES[kind]} branch"
+        )
+    return {target: branch.leaves[target] for target in sorted(own | branch.learned - other)}
+
+
+def _check_fit(cfg: VideoLlamaConfig, joined: Mapping[str, tuple[StoredModel, StoredLeaf]]) -> None:
+    shapes = abstract_shapes(cfg)
+    problems = [
+        f"{model.path}: {target} is {list(leaf.shape)}, and {list(shapes.get(target, ()))} is needed"
+        for target, (model, leaf) in sorted(joined.items())
+        if leaf.shape != shapes.get(target)
+    ]
+    if problems:
+        raise CheckpointError("\n  ".join(["the parts do not fit each other:", *problems]))
+    for target, (model, _) in joined.items():
+        if target in (entries := model.directory.manifest["leaves"]):
+            check_params(model.directory.path / "params", entries, [target])
+
+
+def differences(base: StoredModel | None, branches: Mapping[str, StoredModel]) -> list[str]:
+    """A line for each branch that was trained beside other weights than those that the base has in the same parts."""
+    lines = []
+    for branch in branches.values() if base else ():
+        theirs, ours = branch.directory.manifest["leaves"], base.directory.manifest["leaves"]
+        frozen = [target for target in theirs.keys() & ours.keys() if part_of(target) in FROZEN_PARTS]
+        differing = {part_of(target) for target in frozen if theirs[target] != ours[target]} - set(
+            map(part_of, branch.learned)
+        )
+        if differing:
+            lines.append(
+                f"{branch.path}: was trained beside another {', '.join(sorted(differing))} than {base.path} has"
+            )
+    return lines
+
+
+def sources(base: StoredModel | None, branches: Mapping[str, StoredModel], kinds: Iterable[str]) -> dict[str, Any]:
+    """What a manifest says of them. kinds: those that files give now."""
+    old = base.directory.manifest.get("sources", {}) if base else {}
+    kept = {kind: files for kind, files in old.items() if kind not in {*kinds, *branches}}
+    new = {"base": base, **branches} if base else branches
+    described = {
+        kind: [{"name": model.path.resolve().name, "digest": model.directory.digest}] for kind, model in new.items()
+    }
+    return kept | described

@@ -1,0 +1,261 @@
+"""The model as a list of stages, each of which our network and torch run on the same weights: what `vllama verify`
+compares. A stage is as small as a layer, so that neither side ever needs more of the model than one in memory.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from vllama_jax.config import ImageBindAudioConfig, ImageBindVisionConfig, QFormerConfig, VideoLlamaConfig, VitConfig
+from vllama_jax.convert.verify.reference import Read, eva_vit, imagebind, llama, loaded, qformer
+from vllama_jax.nn.layers import run_blocks
+from vllama_jax.nn.video_llama import VideoLlama
+
+Ours = Callable[[VideoLlama, Any], Any]
+Theirs = Callable[[Read, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A step of a part. What it gives is the next one's input; of a tuple, the first is compared.
+
+    leaves: patterns of the weights that ours needs; of stacked ones the row `row`, as a stack of one layer.
+    """
+
+    name: str
+    leaves: tuple[str, ...]
+    ours: Ours
+    theirs: Theirs
+    row: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """kind: of the file that its weights come from. draw: a random input for it."""
+
+    name: str
+    kind: str
+    draw: Callable[[np.random.Generator], np.ndarray]
+    stages: list[Stage]
+
+
+def one_layer(cfg: VideoLlamaConfig) -> VideoLlamaConfig:
+    """The same model with one layer in each part, which every layer's weights fit in turn."""
+    shallow = {"vit": dataclasses.replace(cfg.vit, depth=1), "llama": dataclasses.replace(cfg.llama, depth=1)}
+    for name in ("image_qformer", "video_qformer", *(("audio_qformer",) if cfg.has_audio else ())):
+        part = getattr(cfg, name)
+        shallow[name] = dataclasses.replace(part, depth=part.cross_attention_every)
+    if cfg.has_audio:
+        towers = {sense: dataclasses.replace(getattr(cfg.imagebind, sense), depth=1) for sense in ("audio", "vision")}
+        shallow["imagebind"] = dataclasses.replace(cfg.imagebind, **towers)
+    return dataclasses.replace(cfg, **shallow)
+
+
+def parts(cfg: VideoLlamaConfig, llama_config: transformers.LlamaConfig, tokens: int) -> list[Part]:
+    """All parts that a model of this config can have. tokens: the length of the language model's prompt."""
+    image, video = cfg.image_qformer, cfg.video_qformer
+    frames = min(cfg.num_frames, cfg.num_frame_positions)
+    seen = _normal(2, cfg.vit.num_patches + 1, cfg.vit.width)
+    found = [
+        Part("vit", "eva_vit", _pictures(cfg.vit), _vit(cfg.vit)),
+        Part("image_qformer", "blip2", seen, [_ln_vision(cfg), *_qformer("image", "", image, cfg.vit.width)]),
+        Part("video_qformer", "vl", _normal(1, frames, image.num_queries, image.width), _video_qformer(cfg)),
+        Part("llama_proj", "vl", _normal(1, video.num_queries, video.width), _projection(cfg)),
+    ]
+    if cfg.has_audio:
+        senses, audio, embed_dim = cfg.imagebind, cfg.audio_qformer, cfg.imagebind.embed_dim
+        mel = _normal(2, senses.audio.num_mel_bins, senses.audio.num_mel_frames)
+        clips = min(cfg.num_clips, cfg.num_clip_positions)
+        found += [
+            Part("imagebind/audio", "imagebind", mel, _hearing(senses.audio, embed_dim)),
+            Part("imagebind/vision", "imagebind", _pictures(senses.vision), _sight(senses.vision, embed_dim)),
+            Part("audio_qformer", "al", _normal(1, clips, embed_dim), _audio_qformer(cfg)),
+            Part(
+                "audio_llama_proj",
+                "al",
+                _normal(1, audio.num_queries, audio.width),
+                _projection(cfg, "audio_"),
+            ),
+        ]
+    prompt = lambda rng: rng.integers(cfg.llama.vocab_size, size=(1, tokens))  # noqa: E731
+    return [*found, Part("llama", "llama", prompt, _llama(cfg, llama_config))]
+
+
+def _normal(*shape: int) -> Callable[[np.random.Generator], np.ndarray]:
+    return lambda rng: rng.standard_normal(shape, np.float32)
+
+
+def _pictures(cfg: VitConfig) -> Callable[[np.random.Generator], np.ndarray]:
+    return _normal(2, cfg.image_size, cfg.image_size, 3)
+
+
+def _torch(make: Callable[[], nn.Module], prefix: str, names: Mapping[str, str] | None = None) -> Theirs:
+    """A stage that is one module of torch's."""
+    return lambda read, x: loaded(make, read, prefix, names)(x)
+
+
+# Towers of pre-norm blocks
+
+
+def _blocks(path: str, depth: int, make: Callable[[], nn.Module], prefix: str) -> list[Stage]:
+    """prefix: of the tensors of layer `{i}`."""
+    tower = operator.attrgetter(path.replace("/", "."))
+
+    def ours(network: VideoLlama, x: jax.Array) -> jax.Array:
+        return run_blocks(tower(network).blocks, x)
+
+    leaves = (f"{path}/blocks/*",)
+    return [Stage(f"layer {i}", leaves, ours, _torch(make, prefix.format(i=i)), i) for i in range(depth)]
+
+
+def _stem(path: str, theirs: Theirs) -> Stage:
+    tower = operator.attrgetter(path.replace("/", "."))
+    names = ("patch_embed*", "class_token", "positions", "stem_norm/*", "trunk_norm/*")
+    leaves = tuple(f"{path}/{name}" for name in names)
+    return Stage("patches", leaves, lambda network, x: tower(network).start(x), theirs)
+
+
+def _channels_first(pictures: torch.Tensor) -> torch.Tensor:
+    return pictures.permute(0, 3, 1, 2)
+
+
+def _vit(cfg: VitConfig) -> list[Stage]:
+    def theirs(read: Read, pictures: torch.Tensor) -> torch.Tensor:
+        return loaded(lambda: eva_vit.Embeddings(cfg), read, "")(_channels_first(pictures))
+
+    return [_stem("vit", theirs), *_blocks("vit", cfg.depth, lambda: eva_vit.Block(cfg), "blocks.{i}.")]
+
+
+def _hearing(cfg: ImageBindAudioConfig, embed_dim: int) -> list[Stage]:
+    def make() -> nn.Module:
+        return imagebind.Preprocessor(imagebind.AudioStem(cfg), cfg.num_patches, cfg.width)
+
+    stem = _stem("imagebind/audio", _torch(make, "modality_preprocessors.audio."))
+    block = lambda: imagebind.Block(cfg, extra_key_value=True)  # noqa: E731
+    blocks = _blocks("imagebind/audio", cfg.depth, block, "modality_trunks.audio.blocks.{i}.")
+    end = nn.Sequential(imagebind.Normalise(), imagebind.Scale(cfg.log_logit_scale))
+    return [stem, *blocks, _head("audio", lambda: imagebind.head(cfg.width, embed_dim), end)]
+
+
+def _sight(cfg: ImageBindVisionConfig, embed_dim: int) -> list[Stage]:
+    def make() -> nn.Module:
+        return imagebind.Preprocessor(imagebind.VisionStem(cfg), cfg.num_patches, cfg.width)
+
+    def theirs(read: Read, pictures: torch.Tensor) -> torch.Tensor:
+        x = loaded(make, read, "modality_preprocessors.vision.")(_channels_first(pictures))
+        norm = lambda: nn.LayerNorm(cfg.width, eps=1e-6)  # noqa: E731
+        return loaded(norm, read, "modality_trunks.vision.pre_transformer_layer.0.")(x)
+
+    block = lambda: imagebind.Block(cfg, extra_key_value=False)  # noqa: E731
+    blocks = _blocks("imagebind/vision", cfg.depth, block, "modality_trunks.vision.blocks.{i}.")
+    head = _head("vision", lambda: imagebind.head(cfg.width, embed_dim), imagebind.Normalise())
+    return [_stem("imagebind/vision", theirs), *blocks, head]
+
+
+def _head(sense: str, make: Callable[[], nn.Module], end: nn.Module) -> Stage:
+    def theirs(read: Read, x: torch.Tensor) -> torch.Tensor:
+        return end(loaded(make, read, f"modality_heads.{sense}.")(x))
+
+    leaves = (f"imagebind/{sense}/head_norm/*", f"imagebind/{sense}/head/*")
+    return Stage("head", leaves, lambda network, x: getattr(network.imagebind, sense).finish(x), theirs)
+
+
+# Q-Formers and what is around them
+
+
+def _ln_vision(cfg: VideoLlamaConfig) -> Stage:
+    theirs = _torch(lambda: nn.LayerNorm(cfg.vit.width, eps=1e-5), "ln_vision.")
+    return Stage("ln_vision", ("ln_vision/*",), lambda network, x: network.ln_vision(x), theirs)
+
+
+def _video_qformer(cfg: VideoLlamaConfig) -> list[Stage]:
+    def theirs(read: Read, features: torch.Tensor) -> torch.Tensor:
+        positions = read("video_frame_position_embedding.weight")[: features.shape[1]]
+        return (features + positions[:, None]).flatten(1, 2)
+
+    ours = lambda network, x: network.with_frame_positions(x)  # noqa: E731
+    positions = Stage("frame positions", ("frame_positions",), ours, theirs)
+    return [positions, *_qformer("video", "video_", cfg.video_qformer, cfg.image_qformer.width)]
+
+
+def _audio_qformer(cfg: VideoLlamaConfig) -> list[Stage]:
+    def theirs(read: Read, features: torch.Tensor) -> torch.Tensor:
+        return features + read("audio_position_embedding.weight")[: features.shape[1]]
+
+    ours = lambda network, x: network.with_clip_positions(x)  # noqa: E731
+    positions = Stage("clip positions", ("audio_positions",), ours, theirs)
+    return [positions, *_qformer("audio", "audio_", cfg.audio_qformer, cfg.imagebind.embed_dim)]
+
+
+def _qformer(sense: str, prefix: str, cfg: QFormerConfig, memory_width: int) -> list[Stage]:
+    """prefix: of the names in the file. Memory goes along with the queries."""
+    path, names = f"{sense}_qformer", {"norm.": f"{prefix}Qformer.bert.embeddings.LayerNorm."}
+    names["query_tokens"] = f"{prefix}query_tokens"
+
+    def start(read: Read, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return loaded(lambda: qformer.Queries(cfg), read, "", names)(memory), memory
+
+    def layer(number: int) -> Theirs:
+        make = lambda: qformer.Layer(cfg, memory_width, number)  # noqa: E731
+
+        def theirs(read: Read, carry: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+            x, memory = carry
+            module = loaded(make, read, f"{prefix}Qformer.bert.encoder.layer.{number}.", qformer.NAMES)
+            return module(x, memory), memory
+
+        return theirs
+
+    ours = [_qformer_layer(path, stack) for stack in ("cross_layers", "plain_layers")]
+    stages = [Stage("queries", (f"{path}/queries", f"{path}/norm/*"), lambda n, x: getattr(n, path).start(x), start)]
+    for number in range(cfg.depth):
+        row, place = divmod(number, cfg.cross_attention_every)
+        leaves = (f"{path}/{('cross_layers', 'plain_layers')[place]}/*",)
+        stages.append(Stage(f"layer {number}", leaves, ours[place], layer(number), row))
+    return stages
+
+
+def _qformer_layer(path: str, stack: str) -> Ours:
+    def ours(network: VideoLlama, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        layer = jax.tree.map(lambda weight: weight[0], getattr(getattr(network, path), stack))
+        return layer(*carry), carry[1]
+
+    return ours
+
+
+def _projection(cfg: VideoLlamaConfig, prefix: str = "") -> list[Stage]:
+    name, width = f"{prefix}llama_proj", (cfg.audio_qformer if prefix else cfg.video_qformer).width
+    theirs = _torch(lambda: nn.Linear(width, cfg.llama.width), f"{name}.")
+    return [Stage("linear", (f"{name}/*",), lambda network, x: getattr(network, name)(x), theirs)]
+
+
+# The language model
+
+
+def _llama(cfg: VideoLlamaConfig, theirs: transformers.LlamaConfig) -> list[Stage]:
+    def layer(network: VideoLlama, x: jax.Array) -> jax.Array:
+        return network.llama.run_layers(x, jnp.ones(x.shape[:2], bool))
+
+    names = {"norm.": "model.norm.", "head.": "model.embed_tokens." if theirs.tie_word_embeddings else "lm_head."}
+    head = ("llama/norm/*", "llama/embedding" if cfg.llama.tie_embeddings else "llama/head/*")
+    end = _torch(lambda: llama.Logits(theirs), "", names)
+    layers = [
+        Stage(f"layer {i}", ("llama/blocks/*",), layer, _torch(lambda: llama.Layer(theirs), f"model.layers.{i}."), i)
+        for i in range(cfg.llama.depth)
+    ]
+    return [
+        Stage("embeddings", ("llama/embedding",), lambda n, ids: n.llama.embed(ids), _embed),
+        *layers,
+        Stage("logits", head, lambda n, x: n.llama.logits(n.llama.norm(x)), end),
+    ]
+
+
+def _embed(read: Read, ids: torch.Tensor) -> torch.Tensor:
+    return read("model.embed_tokens.weight")[ids]

@@ -1,0 +1,180 @@
+"""Whether a model or run directory is as it was written, and what its PyTorch files make, bit by bit."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vllama_jax.checkpoints.arrays import check_params, damaged_params, part_of, read_rows
+from vllama_jax.checkpoints.digests import check_digests, read_digests, run_steps
+from vllama_jax.checkpoints.directory import ModelDirectory, Run, open_trained
+from vllama_jax.checkpoints.quantize import unquantized_shapes
+from vllama_jax.checkpoints.restore import check_leaves, restore_arrays
+from vllama_jax.config import VideoLlamaConfig, flat
+from vllama_jax.convert.conversion import Plan
+from vllama_jax.convert.infer_config import HEADS
+from vllama_jax.convert.match_weights import Leaf, abstract_shapes
+from vllama_jax.errors import CheckpointError, ConfigError
+
+CHOSEN = ("template", "num_frames", "num_clips")  # fields of a config that no file tells
+LISTED = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class PartWeights:
+    """Weights of a part that were compared bit by bit. different: where, and which tensors of the source."""
+
+    part: str
+    tensors: int
+    bytes: int
+    different: list[str]
+
+
+# A model directory by itself
+
+
+def damage(directory: ModelDirectory, progress: Callable[[int], None]) -> dict[str, str]:
+    """What of a model's files is not as it was written, by the path of the weight, and why.
+
+    Of a run, its base model. progress is called with the bytes read since.
+    """
+    return damaged_params(directory.path / "params", directory.manifest["leaves"], progress)
+
+
+# The checkpoints of runs
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckedCheckpoint:
+    """A checkpoint of a run, compared with its digests.
+
+    Attributes:
+        path: The checkpoint directory.
+        digests: Whether there are digests; an earlier version recorded none, and only the weights are read then.
+        files: How many files have a digest.
+        bytes: Their size.
+        damage: What is wrong; "" for nothing.
+    """
+
+    path: Path
+    digests: bool = False
+    files: int = 0
+    bytes: int = 0
+    damage: str = ""
+
+
+def check_checkpoints(runs: Iterable[Run], progress: Callable[[int], None]) -> list[CheckedCheckpoint]:
+    """Check all checkpoints of runs. progress is called with the bytes read since."""
+    return [_check_checkpoint(run, run.path / f"step_{step}", progress) for run in runs for step in run_steps(run.path)]
+
+
+def _check_checkpoint(run: Run, path: Path, progress: Callable[[int], None]) -> CheckedCheckpoint:
+    import jax
+
+    found = CheckedCheckpoint(path)
+    try:
+        digests = read_digests(path)
+        if digests is not None:
+            found = CheckedCheckpoint(path, True, len(digests.files), digests.bytes)
+            check_digests(path, digests, progress=progress)
+        else:
+            trained = open_trained(path / "weights", run.lora)
+            shapes = trained.leaves.items()
+            restore_arrays(trained.path, {name: jax.ShapeDtypeStruct(s, trained.dtypes[name]) for name, s in shapes})
+    except CheckpointError as error:
+        return dataclasses.replace(found, damage=str(error))
+    return found
+
+
+# A model directory and its source
+
+
+def untold(config: VideoLlamaConfig) -> dict[str, Any]:
+    """What a model's config says and shapes cannot, where the width is not a published one: head counts."""
+    parts = {name: getattr(config, name) for name in ("vit", "image_qformer", "video_qformer")}
+    parts |= {"audio_qformer": config.audio_qformer} if config.has_audio else {}
+    told = {
+        name: {"num_heads": part.num_heads}
+        for name, part in parts.items()
+        if part.width not in HEADS["vit" if name == "vit" else "qformer"]
+    }
+    if config.has_audio:
+        towers = {sense: getattr(config.imagebind, sense) for sense in ("audio", "vision")}
+        unknown = {sense: part for sense, part in towers.items() if part.width not in HEADS[f"imagebind.{sense}"]}
+        told["imagebind"] = {sense: {"num_heads": part.num_heads} for sense, part in unknown.items()}
+    return told
+
+
+def check_comparable(directory: ModelDirectory, plan: Plan) -> None:
+    """Raises CheckpointError unless model and source have the same weights in the same shapes, and whole files."""
+    if directory.trained:
+        raise ConfigError(f"{directory.trained[-1].path.parents[1]}: a run; what it was made from is {directory.path}")
+    held = unquantized_shapes(directory)
+    made = {leaf.rule.target: leaf.shape for leaf in plan.leaves}
+    for what, paths in (
+        ("has no {}, which the source makes", made.keys() - held.keys()),
+        ("has {}, which nothing in the source makes; name the file that it came from", held.keys() - made.keys()),
+        ("has {} in another shape than the source makes", [p for p in made if p in held and made[p] != held[p]]),
+    ):
+        if paths:
+            raise CheckpointError(f"{directory.path}: {what.format(shortened(sorted(paths)))}")
+    shapes = abstract_shapes(directory.config)
+    check_leaves(directory, {path: shape for path, shape in shapes.items() if path in directory.shapes})
+    check_params(directory.path / "params", directory.manifest["leaves"], directory.manifest["leaves"])
+
+
+def shortened(told: list[str], separator: str = ", ") -> str:
+    """The first few, and the number of the rest."""
+    more = [f"… and {len(told) - LISTED} more"] if len(told) > LISTED else []
+    return separator.join([*told[:LISTED], *more])
+
+
+def config_differences(directory: ModelDirectory, plan: Plan) -> list[str]:
+    """What config.json says otherwise than the source does."""
+    ours, theirs = (flat(dataclasses.asdict(config)) for config in (directory.config, plan.config))
+    return [
+        f"config.json says {name} is {ours.get(name)}, the source {theirs.get(name)}"
+        for name in sorted(ours.keys() | theirs.keys())
+        if ours.get(name) != theirs.get(name) and name not in CHOSEN
+    ]
+
+
+def other_files(directory: ModelDirectory, plan: Plan) -> list[str]:
+    """Source files whose names and sizes are not among those that the model was made from."""
+    known = {(file["name"], file.get("size")) for files in directory.manifest["sources"].values() for file in files}
+    given = dict.fromkeys(file for source in plan.pieces.values() for file in source.files)
+    return [str(file) for file in given if (file.name, file.stat().st_size) not in known]
+
+
+def compare_weights(
+    directory: ModelDirectory, plan: Plan, progress: Callable[[int], None] = lambda done: None
+) -> list[PartWeights]:
+    """Every weight with what the source makes of its tensors, in the dtype that is on disk, bit by bit.
+
+    progress is called with the bytes compared since. Raises CheckpointError as `check_comparable` does.
+    """
+    check_comparable(directory, plan)
+    found: dict[str, PartWeights] = {}
+    for leaf in sorted(plan.leaves, key=lambda leaf: leaf.rule.target):
+        part = part_of(leaf.rule.target)
+        before = found.get(part, PartWeights(part, 0, 0, []))
+        size = math.prod(leaf.shape) * np.dtype(directory.manifest["leaves"][leaf.rule.target]["dtype"]).itemsize
+        tensors = sum(map(len, leaf.rule.names()))
+        different = [*before.different, *_differing_rows(directory, leaf, progress)]
+        found[part] = PartWeights(part, before.tensors + tensors, before.bytes + size, different)
+    return list(found.values())
+
+
+def _differing_rows(directory: ModelDirectory, leaf: Leaf, progress: Callable[[int], None]) -> Iterable[str]:
+    path, entry = leaf.rule.target, directory.manifest["leaves"][leaf.rule.target]
+    start = 0
+    for names, block in zip(leaf.rule.names(), leaf.blocks(np.dtype(entry["dtype"])), strict=True):
+        held = read_rows(directory.path / "params", path, entry, range(start, start + len(block)))
+        if not np.array_equal(held.view(np.uint8), block.view(np.uint8)):
+            place = path if leaf.rule.layers is None else f"{path}, row {start}"
+            yield f"{place} ({', '.join(names)})"
+        start += len(block)
+        progress(block.nbytes)

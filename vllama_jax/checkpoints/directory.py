@@ -1,0 +1,273 @@
+"""Model directories: written layer by layer, restored by Orbax straight into their shards.
+
+config.json   what the model is          params/         Orbax layout, one zarr array a leaf, uncompressed
+tokenizer/    the tokenizer's files       manifest.json   sources, and each leaf's shape, dtype and xxh3_128
+
+A run directory (train/run_directory.py) is read as the model that was trained: its base's weights, but for those that
+it trained.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vllama_jax.checkpoints.arrays import check_manifest
+from vllama_jax.checkpoints.digests import check_checkpoint, run_steps
+from vllama_jax.checkpoints.shipped import find_model
+from vllama_jax.config import LARGEST, NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
+from vllama_jax.errors import CheckpointError, one_line
+from vllama_jax.io.atomic import replace_json, write_json
+from vllama_jax.io.json_fields import shown
+from vllama_jax.io.json_files import read_object
+
+if TYPE_CHECKING:
+    pass
+
+FORMAT = 1
+PYTORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
+
+
+def write_config(directory: Path, config: VideoLlamaConfig, **more: Any) -> None:
+    """config.json; a run has `more` to say in it."""
+    versions = {name: importlib.metadata.version(name) for name in ("vllama-jax", "jax", "flax", "orbax-checkpoint")}
+    fields = {"format": FORMAT, "versions": versions, "model": dataclasses.asdict(config), **more}
+    replace_json(directory / "config.json", fields)
+
+
+def write_manifest(directory: Path, sources: dict[str, Any], leaves: dict[str, dict], **more: Any) -> None:
+    """manifest.json; that of quantised weights has `more` to say."""
+    write_json(directory / "manifest.json", {"format": FORMAT, "sources": sources, "leaves": leaves, **more})
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """Weights that a run trained. path: of its checkpoint. leaves: their shapes. dtypes: the names of theirs."""
+
+    path: Path
+    leaves: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]
+    lora: LoraConfig
+
+    @property
+    def save_id(self) -> bytes:
+        """Bytes that differ from save to save, and not from copy to copy. Raises CheckpointError."""
+        try:
+            return (self.path / "manifest.ocdbt").read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Base:
+    """The base model of a run, as its config.json has it: the directory, and the digest of all weights."""
+
+    path: str
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run directory whose checkpoints are not looked at yet. base: where its base model is now."""
+
+    path: Path
+    base: Path
+    base_digest: str
+    lora: LoraConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelDirectory:
+    """A model directory that was found to be one, and what runs trained on top of it; the last of those wins.
+
+    Nothing of its weights is read yet.
+    """
+
+    path: Path
+    config: VideoLlamaConfig
+    manifest: dict[str, Any]
+    trained: tuple[Trained, ...] = ()
+
+    @functools.cached_property
+    def tokenizer(self):
+        from vllama_jax.text.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.path / "tokenizer")
+
+    @property
+    def opened(self) -> Path:
+        """The directory that this was opened as: the last run's, or the model's own."""
+        return self.trained[-1].path.parents[1] if self.trained else self.path
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every weight, by path."""
+        shapes = {path: tuple(leaf["shape"]) for path, leaf in self.manifest["leaves"].items()}
+        return shapes | {path: shape for trained in self.trained for path, shape in trained.leaves.items()}
+
+    @property
+    def lora(self) -> LoraConfig:
+        """The low-rank updates that a run trained; they are no part of `config`, because `load` merges them."""
+        return next((trained.lora for trained in self.trained if trained.lora.rank), NO_LORA)
+
+    @property
+    def quantized(self) -> str | None:
+        """How its large kernels are quantised, as checkpoints/quantize.py does it; None where they are not."""
+        return self.manifest.get("quantized")
+
+    @property
+    def digest(self) -> str:
+        """Of all weights: what a run that starts from them refers to."""
+        import xxhash
+
+        leaves = json.dumps(self.manifest["leaves"], sort_keys=True).encode()
+        return xxhash.xxh3_128_hexdigest(b"".join([leaves, *(trained.save_id for trained in self.trained)]))
+
+
+def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirectory:
+    """Open a model directory, or a run directory together with its base model.
+
+    "miniature" is the model that comes with the package, unless there is a model or run directory of that name.
+
+    The weights that runs trained are compared with their digests, so that they are read from intact files only.
+
+    Args:
+        path: The model or run directory.
+        base: The base model of the run, if it is no longer where the run's config.json has it.
+
+    Raises:
+        CheckpointError: `path` is neither, is of a newer format, is a run whose base is not the one that it was
+            trained on, or is a run whose last checkpoint is damaged.
+        ConfigError: Its config.json has fields that are missing, unknown or of another type.
+    """
+    runs, model = find_runs(find_model(path), base)
+    directory = _open_model_directory(model)
+    for run in reversed(runs):
+        if directory.digest != run.base_digest:
+            raise CheckpointError(
+                f"{run.base}: not the base model that {run.path} was trained on; name that one with --base"
+            )
+        trained = open_trained(_last_weights(run.path), run.lora)
+        directory = dataclasses.replace(directory, trained=(*directory.trained, trained))
+    return directory
+
+
+def find_runs(path: Path, base: str | Path | None = None) -> tuple[list[Run], Path]:
+    """Find the runs that `path` consists of, the last one first, and the model directory that the first started from.
+
+    No weight is looked at. Raises as `open_model` does for what is neither a model directory nor a run.
+    """
+    runs: list[Run] = []
+    while "base" in (fields := read_config(path)):
+        if any(os.path.samefile(path, run.path) for run in runs):
+            raise CheckpointError(f"{path / 'config.json'}: the run is its own base model; name the right one: --base")
+        runs.append(_run(path, fields, base))
+        path, base = runs[-1].base, None
+    return runs, path
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read config.json of a model or run directory. Raises CheckpointError when there is none of a known format."""
+    if not path.is_dir():
+        raise CheckpointError(
+            f"{path}: a file, not a model directory; `vllama convert` makes one of PyTorch weights"
+            if path.exists()
+            else f"{path}: no such model directory; `vllama convert` makes one"
+        )
+    fields = read_object(path / "config.json") if (path / "config.json").exists() else None
+    if not (fields and "format" in fields) and (weights := _pytorch_weights(path)):
+        raise CheckpointError(
+            f"{path}: holds PyTorch weights ({weights}); `vllama convert` makes a model directory of them"
+        )
+    if fields is None:
+        raise CheckpointError(f"{path}: not a model directory (no config.json in it); `vllama convert` makes one")
+    _check_format(path / "config.json", fields, "model")
+    return fields
+
+
+def _run(path: Path, fields: dict[str, Any], base: str | Path | None) -> Run:
+    """A run with its base: the one that is given, else where config.json has it, else beside the run."""
+    where, config = path / "config.json", fields.get("run")
+    recorded = from_dict(fields["base"], Base, f"{where}: base")
+    lora = config.get("lora") if isinstance(config, dict) else None
+    named = Path(base or recorded.path)
+    beside = path.absolute().parent / named.name  # where it is when both were moved
+    if not base and not os.path.isdir(named) and os.path.isdir(beside):
+        named = beside
+    if not os.path.isdir(named):
+        raise CheckpointError(
+            f"{path}: its base model {named} is not there, nor beside the run; name it with --base, or put it there"
+        )
+    return Run(path, named, recorded.digest, from_dict(lora, LoraConfig, f"{where}: run.lora", range(LARGEST + 1)))
+
+
+def _open_model_directory(path: Path) -> ModelDirectory:
+    for name in ("manifest.json", "params", "tokenizer"):
+        if not (path / name).exists():
+            raise CheckpointError(f"{path}: not a model directory (no {name} in it); `vllama convert` makes one")
+    manifest = read_object(path / "manifest.json")
+    _check_format(path / "manifest.json", manifest, "leaves")
+    check_manifest(manifest["leaves"], str(path / "manifest.json"))
+    if not _are_sources(manifest.get("sources")):
+        raise CheckpointError(f"{path / 'manifest.json'}: its sources are not lists of files; convert the model again")
+    return ModelDirectory(path, _model_config(path, read_config(path)), manifest)
+
+
+def _pytorch_weights(directory: Path) -> str:
+    """The name of a file of PyTorch weights in a directory, or one below it; "" where there is none."""
+    places = [directory, *(entry for entry in sorted(directory.iterdir()) if entry.is_dir())]
+    files = (entry for place in places for entry in sorted(place.iterdir()) if entry.suffix in PYTORCH_SUFFIXES)
+    return next((str(file.relative_to(directory)) for file in files), "")
+
+
+def _are_sources(sources: Any) -> bool:
+    """Whether a manifest's sources are files, each with a name, by kind."""
+    lists = list(sources.values()) if isinstance(sources, dict) else [None]
+    return all(
+        isinstance(files, list) and all(isinstance(file, dict) and isinstance(file.get("name"), str) for file in files)
+        for files in lists
+    )
+
+
+def _model_config(path: Path, fields: dict[str, Any]) -> VideoLlamaConfig:
+    return from_dict(fields["model"], VideoLlamaConfig, f"{path / 'config.json'}: model")
+
+
+def _last_weights(run: Path) -> Path:
+    """The weights in a run's last checkpoint. Raises CheckpointError when they are damaged."""
+    steps = run_steps(run)
+    if not steps:
+        raise CheckpointError(f"{run}: a run that has no checkpoint yet; let it reach one")
+    name = f"step_{steps[-1]}"
+    try:
+        check_checkpoint(run / name, "weights")
+    except CheckpointError as error:
+        advice = f"rename {name} to damaged_{name} to use step_{steps[-2]}" if len(steps) > 1 else "copy it again"
+        raise CheckpointError(f"{run}: its last checkpoint, {name}, is damaged ({error}); {advice}") from error
+    return run / name / "weights"
+
+
+def open_trained(weights: Path, lora: LoraConfig) -> Trained:
+    """Read which arrays are in the weights of a checkpoint. Raises CheckpointError when Orbax cannot."""
+    import orbax.checkpoint as ocp
+    from flax.traverse_util import flatten_dict
+
+    try:
+        handler = ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=False)  # told, it starts no device to ask
+        leaves = flatten_dict(handler.metadata(weights.absolute()).tree, sep="/")
+        shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+        return Trained(weights, shapes, {path: leaf.dtype.name for path, leaf in leaves.items()}, lora)
+    except Exception as error:  # Orbax raises errors of every type
+        raise CheckpointError(f"{weights}: cannot be read ({one_line(error)})") from error
+
+
+def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:
+    made = fields.get("format")
+    told = shown(made)
+    if isinstance(made, int) and made > FORMAT:
+        raise CheckpointError(f"{path}: its format is {told}, newer than this version's {FORMAT}; update vllama-jax")
+    if made != FORMAT or not isinstance(fields.get(needed), dict):
+        raise CheckpointError(f"{path}: not of a model directory (format {told}, {FORMAT} is known); convert again")

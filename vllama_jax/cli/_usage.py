@@ -1,0 +1,202 @@
+"""Command lines: from arguments to a command that is ready to run, `--help` at the terminal's width, and wrong usage.
+
+tyro parses. It draws help and errors as boxes; here errors become one line, and help loses defaults that say nothing.
+"""
+
+import contextlib
+import functools
+import inspect
+import io
+import itertools
+import os
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import tyro
+
+from vllama_jax.cli._suggestions import suggest
+from vllama_jax.errors import VllamaError
+
+Command = Callable[..., None]
+
+CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+UNWRAPPED = "10000"  # columns; tyro breaks its messages to fit the terminal
+TYPES = {"INT": "a whole number", "FLOAT": "a number"}
+_FLAG = re.compile(r"│ +(--[\w.-]+)(?: (\S+))?")  # in --help without line breaks: a flag and what it takes
+_NO_DEFAULT = re.compile(r"\(default:[\s│]*(?:None|True|False|'')?[\s│]*\)")
+_FIELD = re.compile(r"[a-z][\w.]*(?= )")
+
+
+class UsageError(VllamaError):
+    """A command line that is wrong in itself, whatever the files are; the exit code is 2."""
+
+
+def parse(command: Command, prog: str, arguments: Sequence[str]) -> Callable[[], None]:
+    """Parse the arguments of a command and return a function that runs it.
+
+    Args:
+        command: A function whose parameters are the command's arguments and flags.
+        prog: What the user types to start it: "vllama chat".
+        arguments: What follows.
+
+    Raises:
+        UsageError: The arguments are wrong.
+        SystemExit: They ask for help, which is printed.
+    """
+    asked_for_help = any(argument in ("-h", "--help") for argument in arguments)
+    arguments = ["--help"] if asked_for_help else arguments  # of all arguments, not of those that are still missing
+    try:
+        with _captured(wide=not asked_for_help) as printed:
+            return tyro.cli(_deferred(command), prog=prog, args=arguments, config=CONFIG)
+    except SystemExit as stop:
+        if stop.code:
+            raise UsageError(_explain(printed.getvalue(), command, prog, arguments)) from None
+        print(tidy_help(printed.getvalue()) if asked_for_help else printed.getvalue(), end="")
+        raise
+    except VllamaError as error:  # a dataclass of options that refuses a value
+        raise UsageError(_name_flag(str(error), help_of(command, prog))) from error
+
+
+def at_least(low: float, **options: float | None) -> None:
+    """Raise UsageError for options below `low`. Options that were not given (None) pass."""
+    for name, value in options.items():
+        if value is not None and not value >= low:
+            raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+
+
+def list_commands(prog: str, commands: Mapping[str, str], example: str) -> str:
+    """Return the help of a program that only dispatches to commands."""
+    names = [f"  {name:10}{what}" for name, what in commands.items()]
+    end = [f"{prog} COMMAND --help has the details of each.", "", f"Example: {example}"]
+    return "\n".join([f"usage: {prog} COMMAND …", "", *names, "", *end])
+
+
+def help_of(command: Command, prog: str) -> str:
+    """Return the help of a command as tyro draws it, without line breaks."""
+    with contextlib.suppress(SystemExit), _captured(wide=True) as printed:
+        tyro.cli(_deferred(command), prog=prog, args=["--help"], config=CONFIG)
+    return printed.getvalue()
+
+
+def tidy_help(text: str) -> str:
+    """Wrap what is not in a box, and leave out defaults that say nothing: of flags, and None."""
+    text = _NO_DEFAULT.sub(lambda found: re.sub(r"[^│\n]", " ", found[0]), text)
+    width = os.get_terminal_size().columns if sys.stdout.isatty() else int(os.environ.get("COLUMNS") or 80)
+    lines = []
+    for line in text.splitlines():
+        if line.startswith(("╭", "╰", "│")):
+            lines += [] if re.fullmatch("│ *│", line) else [line]
+        else:
+            lines += _wrap(line, width)
+    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)) + "\n"
+
+
+def _wrap(line: str, width: int) -> list[str]:
+    """Break a line of help. An option stays on one line with its value; an example can be copied to a shell."""
+    example, text = line.startswith("Example: "), re.sub(r"(--[\w.-]+) (?=[^\s\[-])", "\\1\0", line)
+    indent = "    " if example or line.startswith("usage: ") else "  " if line.startswith("- ") else ""
+    wrapped = textwrap.wrap(text, width - 2 * example, subsequent_indent=indent, break_on_hyphens=False) or [""]
+    lines = [part.replace("\0", " ") for part in wrapped]
+    return [f"{part} \\" for part in lines[:-1]] + lines[-1:] if example else lines
+
+
+class _Printed(io.StringIO):
+    """Collects what is printed. tyro draws its boxes in ASCII where the encoding is not UTF-8."""
+
+    encoding = "utf-8"
+
+
+@contextlib.contextmanager
+def _captured(*, wide: bool) -> Iterator[io.StringIO]:
+    """What is printed to stdout and stderr, wrapped as the terminal needs it or, if wide, not at all."""
+    printed, columns = _Printed(), os.environ.get("COLUMNS")
+    if wide:
+        os.environ["COLUMNS"] = UNWRAPPED
+    try:
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            yield printed
+    finally:
+        if wide:
+            os.environ.pop("COLUMNS")
+        if columns is not None:
+            os.environ["COLUMNS"] = columns
+
+
+def _deferred(command: Command) -> Callable[..., Callable[[], None]]:
+    """A function of the same signature that binds the arguments, for tyro calls what it parses for."""
+
+    @functools.wraps(command)
+    def bind(*arguments: Any, **options: Any) -> Callable[[], None]:
+        return functools.partial(command, *arguments, **options)
+
+    bind.__signature__, bind.__doc__ = inspect.signature(command), _one_line_paragraphs(command.__doc__ or "")
+    del bind.__wrapped__  # tyro would read the docstring there
+    return bind
+
+
+def _one_line_paragraphs(docstring: str) -> str:
+    """A docstring whose paragraphs, list items and arguments are one line each: tyro keeps some line breaks in them."""
+    paragraphs = inspect.cleandoc(docstring).split("\n\n")
+    joined = [re.sub(r"\n {8,}" if text.startswith("Args:") else r"\n(?!- )", " ", text) for text in paragraphs]
+    return "\n\n".join(joined)
+
+
+def _explain(box: str, command: Command, prog: str, arguments: Sequence[str]) -> str:
+    """One line that says what tyro's box of an error says."""
+    lines = [line.strip("│").rstrip() for line in box.splitlines()[1:-1]]
+    help_text = help_of(command, prog)
+    flags = {name: kind for name, kind in _FLAG.findall(help_text) if name != "--help"}
+    said = " ".join(" ".join(lines[: next((i for i, line in enumerate(lines) if "──" in line), None)]).split())
+    if unknown := _unknown(arguments, flags):
+        return f"{unknown}: no such option of `{prog}`{suggest(unknown, list(flags), command.__name__)}"
+    if found := re.search(r"Error parsing (--[\w.-]+)|(?:invalid choice|value) .*?for argument '([\w.-]+)'", said):
+        return _refuse(found[1] or found[2], flags, arguments, said)
+    if said.startswith("Unrecognized options: "):
+        extra = said.removeprefix("Unrecognized options: ")
+        return f"{extra}: not an option or an argument of `{prog}`; `{prog} --help` lists them"
+    missing = [line.strip() for line in lines if re.match(r" {5}\S", line) and not line.strip().startswith(prog)]
+    verb = "are" if len(missing) > 1 else "is"
+    return f"{', '.join(missing)} {verb} missing. {_first_example(command)}" if missing else said
+
+
+def _unknown(arguments: Sequence[str], flags: Mapping[str, str]) -> str | None:
+    """The first argument that looks like a flag and is none."""
+    for argument in arguments:
+        if argument == "--":
+            return None
+        name = argument.split("=", 1)[0]
+        if re.match(r"--?[a-zA-Z]", name) and name.replace("_", "-") not in flags:
+            return name
+    return None
+
+
+def _refuse(name: str, flags: Mapping[str, str], arguments: Sequence[str], said: str) -> str:
+    """What is wrong with the value of an argument."""
+    kind = flags.get(name, "")
+    given = [a.partition("=")[2] for a in arguments if a.replace("_", "-").startswith(f"{name}=")]
+    given += [value for flag, value in itertools.pairwise(arguments) if flag.replace("_", "-") == name]
+    if said.startswith("Missing value"):
+        return f"{name} needs a value: {TYPES.get(kind) or kind.strip('{}').replace(',', ', ')}"
+    if found := re.match(r"invalid choice '(.*?)' .* Expected one of \((.*)\)", said):
+        choices = kind.strip("{}[]").split(",") if "{" in kind else sorted(re.findall(r"'([^']+)'", found[2]))
+        name = name if name in flags else name.upper()  # a positional argument, as the help has it
+        return f"{name}: {found[1]!r} is none of {', '.join(choices)}"
+    if given and kind in TYPES:
+        return f"{name}: {given[-1]!r} is not {TYPES[kind]}"
+    return said.removeprefix("Error parsing ")
+
+
+def _name_flag(message: str, help_text: str) -> str:
+    """A message that begins with a field's name, with the flag's name in its place."""
+    found = _FIELD.match(message)
+    flag = f"--{found[0].replace('_', '-')}" if found else ""
+    return flag + message[len(found[0]) :] if flag in dict(_FLAG.findall(help_text)) else message
+
+
+def _first_example(command: Command) -> str:
+    """The first example in a command's docstring, on one line."""
+    lines = _one_line_paragraphs(command.__doc__ or "").splitlines()
+    return next((line for line in lines if line.startswith("Example: ")), "")

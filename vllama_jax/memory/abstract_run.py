@@ -1,0 +1,95 @@
+"""A run as shapes with shardings: its state, frozen weights and batch, of which nothing is loaded or read.
+
+The mesh may be abstract, to ask what lies where; over real devices the step can be compiled for it ahead of time.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.nn.network import abstract_network
+from vllama_jax.sharding import MESH_AXES, under
+from vllama_jax.train.config import MeshConfig, TrainConfig
+from vllama_jax.train.optim import make_optimizer
+from vllama_jax.train.state import Skeleton, TrainState, abstract_state, leave_out, matching
+from vllama_jax.train.step import jit_step, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class AbstractRun:
+    """config: with the compute dtype named. frozen, batch: leaves by name."""
+
+    config: TrainConfig
+    skeleton: Skeleton
+    state: TrainState
+    frozen: dict[str, jax.ShapeDtypeStruct]
+    batch: dict[str, jax.ShapeDtypeStruct]
+
+
+def abstract_run(model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | AbstractMesh, length: int) -> AbstractRun:
+    """A run on videos, or on the features that it reads. length: tokens of its samples.
+
+    Raises ConfigError for patterns that match nothing.
+    """
+    skeleton = _skeleton(model, dataclasses.replace(config, batch_size=1, accumulation=1, mesh=MeshConfig()))
+    learns = matching(list(skeleton.variables), config.trainable)
+    optimizer = make_optimizer(config.optim, config.steps)
+    state = abstract_state(skeleton.shardings(learns, mesh), skeleton, optimizer, mesh)
+    paths = [path for path in skeleton.variables if path not in state.weights]
+    frozen = {
+        path: jax.ShapeDtypeStruct(skeleton.variables[path].shape, config.compute_dtype, sharding=place)
+        for path, place in skeleton.shardings(paths, mesh).items()
+    }
+    return AbstractRun(config, skeleton, state, frozen, _batch(model, config, mesh, length))
+
+
+@functools.lru_cache(maxsize=8)
+def _skeleton(model: VideoLlamaConfig, config: TrainConfig) -> Skeleton:
+    network = abstract_network(model, config.compute_dtype, config.lora)
+    leave_out(network, config, () if config.data.features else ("video",))
+    return Skeleton(network)
+
+
+def media_tokens(model: VideoLlamaConfig, config: TrainConfig) -> int:
+    """Tokens that a sample's media become."""
+    return (model.video_qformer if config.branch == "vision" else model.audio_qformer).num_queries
+
+
+def _batch(
+    model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | AbstractMesh, length: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of train/step.py's Batch."""
+    place = NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))
+
+    def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=place)
+
+    labels = max(length - media_tokens(model, config), 1)
+    side = (model.vit if config.branch == "vision" else model.imagebind.vision).image_size
+    media = {"frames": rows(jnp.uint8, model.num_frames, side, side, 3)}
+    if config.data.features and config.branch == "vision":
+        seen = model.image_qformer
+        media = {"features": rows(config.compute_dtype, model.num_frames, seen.num_queries, seen.width)}
+    elif config.data.features:
+        media = {"features": rows(config.compute_dtype, model.num_frames, model.imagebind.embed_dim)}
+    return {
+        **media,
+        "ids": rows(jnp.int32, length),
+        "is_media": rows(jnp.bool, length),
+        "length": rows(jnp.int32),
+        "positions": rows(jnp.int32, labels),
+        "targets": rows(jnp.int32, labels),
+    }
+
+
+def compiled_memory(run: AbstractRun) -> Any:
+    """What XLA says of the run's step: argument_size_in_bytes and temp_size_in_bytes, on each device of its mesh."""
+    step = make_step(run.config, run.skeleton, make_optimizer(run.config.optim, run.config.steps))
+    with under(run.state.step.sharding.mesh):
+        lowered = jit_step(step, run.state).lower(run.state, run.frozen, run.batch)
+        return lowered.compile().memory_analysis()

@@ -1,0 +1,103 @@
+"""Loading a model: `vllama_jax.load`."""
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vllama_jax.checkpoints.directory import ModelDirectory, open_model
+from vllama_jax.checkpoints.restore import restore
+from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.errors import ConfigError
+from vllama_jax.runtime.compilation_cache import keep_compiled_programs
+
+if TYPE_CHECKING:
+    import jax
+
+    from vllama_jax.nn.video_llama import VideoLlama
+    from vllama_jax.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A loaded model: what `vllama_jax.load` returns. `network` is the Flax module (nn/video_llama.py)."""
+
+    config: VideoLlamaConfig
+    tokenizer: "Tokenizer"
+    network: "VideoLlama"
+
+
+def load(
+    path: str | Path | ModelDirectory,
+    dtype: str | None = None,
+    mesh: "jax.sharding.Mesh | None" = None,
+    base: str | Path | None = None,
+    quantize: str | None = None,
+    audio_scale: float | None = None,
+    *,
+    stacked: bool = False,
+) -> Model:
+    """Loads a model directory, or what a run trained; named, or as `open_model` opened it. "miniature" is shipped.
+
+    dtype: of the weights in memory and so of the computation; float32 on a CPU and bfloat16 elsewhere unless given.
+    mesh: from `sharding.make_mesh`; weights are split over its tensor axis, and a warning is logged for each dimension
+    that it does not divide. Without one, all is on the first device.
+    base: a run's base model, where that has moved.
+    quantize: "int8" or "int4" for the large kernels of LLaMA and the ViT, layer by layer as they are read; a quantised
+    model directory (checkpoints/quantize.py) needs no telling.
+    stacked: leave the language model's layers stacked on axis 0, as they are on disk: for training and saving; answers
+    take longer.
+    audio_scale: the norm of a sound's vector, the model's own unless given: 20 as published, while training saw
+    vectors of norm 1 (docs/miniature.md measures what that does).
+    Compiled programs are kept on disk from then on, as `compilation.keep_compiled_programs` has it.
+    Raises CheckpointError for what is not a whole model directory, ConfigError for one whose config is not valid.
+    """
+    from flax import nnx
+
+    from vllama_jax.checkpoints import quantize as quantizing
+    from vllama_jax.nn.lora import merge_lora
+    from vllama_jax.text.tokenizer import check_vocabulary
+
+    directory = without_missing_branch(path if isinstance(path, ModelDirectory) else open_model(path, base))
+    keep_compiled_programs()
+    if audio_scale is not None:
+        directory = _with_audio_scale(directory, audio_scale)
+    check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
+    network, weights = quantizing.abstract_network(directory, dtype, quantize)
+    graph, abstract = nnx.split(network)
+    if mesh is not None:
+        from vllama_jax import sharding
+
+        for line in sharding.undivided_axes(abstract, mesh, fsdp=False):
+            logger.warning(line)
+        abstract = sharding.shard_abstract(abstract, mesh, fsdp=False)
+    network = nnx.merge(graph, restore(directory, abstract, weights))
+    merge_lora(network.llama)
+    if not stacked:
+        network.llama.unstack()
+    return Model(directory.config, directory.tokenizer, network)
+
+
+def without_missing_branch(directory: ModelDirectory) -> ModelDirectory:
+    """A model whose audio branch was never trained is a picture-only model, for now."""
+    parts = {path.split("/")[0] for path in directory.shapes}
+    if not directory.config.has_audio or "audio_qformer" in parts:
+        return directory
+    logger.warning(f"{directory.path}: no trained audio branch in it (--al, or training), so sound is not heard")
+    config = dataclasses.replace(directory.config, audio_qformer=None, imagebind=None)
+    return dataclasses.replace(directory, config=config)
+
+
+def _with_audio_scale(directory: ModelDirectory, scale: float) -> ModelDirectory:
+    """The same model with sound vectors of another norm. Raises ConfigError where that means nothing."""
+    if not directory.config.has_audio:
+        raise ConfigError(f"{directory.path}: a picture-only model hears nothing, so there is no audio scale")
+    audio = directory.config.imagebind.audio
+    if not 0 < scale <= audio.max_logit_scale:
+        raise ConfigError(f"the audio scale must be above 0 and at most {audio.max_logit_scale:g}, not {scale:g}")
+    audio = dataclasses.replace(audio, log_logit_scale=math.log(scale))
+    imagebind = dataclasses.replace(directory.config.imagebind, audio=audio)
+    return dataclasses.replace(directory, config=dataclasses.replace(directory.config, imagebind=imagebind))

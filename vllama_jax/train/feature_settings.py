@@ -1,0 +1,173 @@
+"""What the features of a dataset depend on. A run reads only a cache that was made with its own settings."""
+
+import dataclasses
+import fnmatch
+import json
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
+import xxhash
+
+from vllama_jax.checkpoints.directory import ModelDirectory
+from vllama_jax.config import changes, flat
+from vllama_jax.data.annotation import Kind
+from vllama_jax.data.config import DatasetConfig
+from vllama_jax.data.feature_cache import FORMAT, FeatureCache, check_finished, find_folder, open_folder
+from vllama_jax.data.records import Records
+from vllama_jax.data.remote import local_copy
+from vllama_jax.errors import ConfigError, DataError
+from vllama_jax.train.config import TrainConfig
+
+# The parts of a model that features depend on, and the field of its config that says how each computes.
+ENCODERS = {
+    "vit": "vit",
+    "ln_vision": "ln_vision_eps",
+    "image_qformer": "image_qformer",
+    "imagebind/vision": "imagebind.vision",
+    "imagebind/audio": "imagebind.audio",
+}
+
+
+def open_caches(
+    config: TrainConfig, directory: ModelDirectory, opened: list[tuple[DatasetConfig, Records]]
+) -> dict[str, FeatureCache]:
+    """The caches in `config.data.features`, by dataset path.
+
+    Raises ConfigError where one was made with other settings than the run's, or is of weights that learn; DataError
+    where there is none, or not all of it.
+    """
+    root = local_copy(config.data.features)
+    if not root.is_dir():
+        raise DataError(f"{root}: no such feature cache; `vllama features` makes one")
+    caches = {}
+    for dataset, records in opened:
+        folder = find_folder(root, records)
+        settings = describe(config, directory, dataset, records)
+        _check_frozen(config, directory, settings)
+        if not (folder / "manifest.json").exists():
+            others = sorted(path.parent.name for path in root.glob("*/manifest.json"))
+            held = f" (there are some of {', '.join(others)})" if others else ""
+            raise DataError(f"{root}: no features of {dataset.path} as it is now{held}; make them: `vllama features`")
+        cache, made = open_folder(folder)
+        if changed := differences(made, {**settings, "variants": made["variants"]}):
+            raise ConfigError(
+                f"{folder}: made with other settings than {dataset.path} has in this run ({'; '.join(changed)}); "
+                "give the same, or make the features anew with `vllama features`"
+            )
+        if config.data.variants > cache.variants:
+            raise ConfigError(
+                f"{folder}: has {cache.variants} variants of each record, data.variants asks for "
+                f"{config.data.variants}; ask for fewer, or make the features anew with `vllama features`"
+            )
+        check_finished(cache)
+        caches[dataset.path] = cache
+    return caches
+
+
+def describe(
+    config: TrainConfig, directory: ModelDirectory, dataset: DatasetConfig, records: Records
+) -> dict[str, Any]:
+    """All that the features of a dataset depend on, as a manifest has it, and what follows from it."""
+    from vllama_jax.train.step import compute_dtype
+
+    kinds = {kind: len(numbers) for kind, numbers in records.kinds.items() if numbers}
+    return {
+        "format": FORMAT,
+        "branch": config.branch,
+        "records": records.digest,
+        "kinds": kinds,
+        "shapes": {kind: list(_shape(config, directory, kind)) for kind in kinds},
+        "dtype": compute_dtype(config).name,
+        "variants": config.data.variants or 1,
+        "transform": _transform(config, directory, dataset, kinds),
+        "encoders": {part: _digest(directory, part) for part in encoders(config.branch, kinds)},
+    }
+
+
+def encoders(branch: str, kinds: Mapping[Kind, Any]) -> list[str]:
+    """The parts of the model that records of these kinds go through."""
+    pictures = ["vit", "ln_vision", "image_qformer"] if branch == "vision" else ["imagebind/vision"]
+    return [
+        *(pictures if kinds.keys() & {"video", "image"} else []),
+        *(["imagebind/audio"] if "audio" in kinds else []),
+    ]
+
+
+def _shape(config: TrainConfig, directory: ModelDirectory, kind: Kind) -> tuple[int, ...]:
+    model = directory.config
+    count = {"video": model.num_frames, "image": 1, "audio": model.num_clips}[kind]
+    if config.branch == "vision":
+        return count, model.image_qformer.num_queries, model.image_qformer.width
+    return count, model.imagebind.embed_dim
+
+
+def _transform(
+    config: TrainConfig, directory: ModelDirectory, dataset: DatasetConfig, kinds: Mapping[Kind, int]
+) -> dict[str, Any]:
+    """What decides the pixels and the sound (data/pipeline.py); nothing that records of these kinds do not feel."""
+    model, fields = directory.config, {}
+    if "audio" in kinds:
+        fields["num_clips"] = model.num_clips
+    if kinds.keys() & {"video", "image"}:
+        fields["image_size"] = (model.vit if config.branch == "vision" else model.imagebind.vision).image_size
+        fields["crop_area"] = config.data.crop_area
+    if "video" in kinds:
+        fields |= {"num_frames": model.num_frames, "frames": dataset.frames}
+    if fields.get("crop_area", 1) < 1:
+        fields["crop_ratio"] = config.data.crop_ratio
+    if "crop_ratio" in fields or fields.get("frames", "uniform") != "uniform":
+        fields["seed"] = config.seed
+    return fields
+
+
+def _digest(directory: ModelDirectory, part: str) -> str:
+    """Of an encoder's weights, as the manifest of the model has them, and of its config."""
+    digest = xxhash.xxh3_128()
+    for path, leaf in sorted(_leaves(directory, part)):
+        digest.update(json.dumps([path, leaf["shape"], leaf["dtype"], leaf["xxh3_128"]]).encode())
+    field = operator.attrgetter(ENCODERS[part])(directory.config)
+    plain = dataclasses.asdict(field) if dataclasses.is_dataclass(field) else field
+    digest.update(json.dumps(plain, sort_keys=True).encode())
+    for trained in directory.trained:
+        if any(_within(path, part) for path in trained.leaves):
+            digest.update(trained.save_id)
+    return digest.hexdigest()
+
+
+def _leaves(directory: ModelDirectory, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((path, leaf) for path, leaf in directory.manifest["leaves"].items() if _within(path, part))
+
+
+def _within(path: str, part: str) -> bool:
+    return path == part or path.startswith(f"{part}/")
+
+
+def _check_frozen(config: TrainConfig, directory: ModelDirectory, settings: Mapping[str, Any]) -> None:
+    """Raises ConfigError where an encoder learns: what it sees would be read, and the same for ever."""
+    for part in settings["encoders"]:
+        for path, _ in _leaves(directory, part):
+            if pattern := next((one for one in config.trainable if fnmatch.fnmatchcase(path, one)), None):
+                raise ConfigError(
+                    f"trainable pattern {pattern!r} matches {path}, whose output data.features has fixed; "
+                    "leave one of the two out"
+                )
+
+
+def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What a manifest says otherwise than the settings that are wanted, in words."""
+    before, now = flat(made), flat(wanted)
+    if "shard_records" not in now:
+        before.pop("shard_records", None)
+    digests = {name for name in before | now if name == "records" or name.startswith("encoders.")}
+    told = [
+        "other records" if name == "records" else f"other weights of {name.removeprefix('encoders.')}"
+        for name in sorted(digests)
+        if before.get(name) != now.get(name)
+    ]
+    settings = (
+        {name.removeprefix("transform."): value for name, value in one.items() if name not in digests}
+        for one in (before, now)
+    )
+    return told + changes(*settings)

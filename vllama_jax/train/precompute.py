@@ -1,0 +1,423 @@
+"""Writes feature caches (data/feature_cache.py): every record of a run's datasets through the frozen encoders, once.
+
+Shards are dealt out to processes, each of which works on its own devices and waits for no other. A shard is written
+under another name and renamed when it is whole, so that a run that was stopped is taken up at the next shard.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array
+from orbax.checkpoint import multihost
+
+from vllama_jax import sharding
+from vllama_jax.checkpoints.directory import ModelDirectory, open_model
+from vllama_jax.checkpoints.restore import restore_weights
+from vllama_jax.data.annotation import Kind
+from vllama_jax.data.config import DatasetConfig
+from vllama_jax.data.feature_cache import FeatureCache, find_folder, open_folder, pack, pack_problem
+from vllama_jax.data.pipeline import Decoded, Reader, batches
+from vllama_jax.data.records import Records, open_records
+from vllama_jax.data.sampling import Order, Stream, make_streams
+from vllama_jax.errors import ConfigError, DataError, one_line
+from vllama_jax.io.atomic import own_directory, scratch_directory, write_file, write_json
+from vllama_jax.io.json_files import parse_object
+from vllama_jax.nn.network import abstract_network
+from vllama_jax.nn.video_llama import VideoLlama
+from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.feature_settings import describe, differences, encoders
+from vllama_jax.train.state import Skeleton, Weights
+from vllama_jax.train.step import compute_dtype, encode
+
+SHARD_BYTES = 512 * 2**20  # of a shard, about
+SHARD_RECORDS = 4096  # of a shard at most: so many are encoded again when a run was stopped
+OPTIONS = "group_size:1,uncompressed"  # each entry by itself, as they are read in any order; noise does not shrink
+PATIENCE = 7 * 24 * 3600  # seconds that the first process waits for the last
+STALE = re.compile(r"\.partial-(\d+)")
+
+Progress = Callable[[float, float], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """What is encoded together: entries of one kind of one shard. entries: record × variants + variant of each."""
+
+    cache: FeatureCache
+    stream: Stream
+    shard: int
+    entries: range
+
+    @property
+    def samples(self) -> list[tuple[int, int]]:
+        """(record, variant) of each."""
+        return [divmod(entry, self.cache.variants) for entry in self.entries]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """The pixels or sounds of batches, by their number. It can be sent to another process."""
+
+    reader: Reader
+    batches: list[Batch]
+
+    def __call__(self, number: int) -> list[Decoded]:
+        batch = self.batches[number]
+        return self.reader.decode_all(batch.stream, batch.samples)
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What one process did.
+
+    records, seconds: encoded now, and how long that took. shards, kept: that it has, and that were whole before.
+    bytes: of its shards. skipped: (id, why) of the records in them that could not be decoded.
+    """
+
+    records: int
+    seconds: float
+    shards: int
+    kept: int
+    bytes: int
+    skipped: list[tuple[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Shard:
+    """One shard of a cache. streams: of its dataset, in the records' order."""
+
+    cache: FeatureCache
+    streams: tuple[Stream, ...]
+    number: int
+
+    @property
+    def path(self) -> Path:
+        return self.cache.shard_path(self.number)
+
+    @property
+    def skipped_path(self) -> Path:
+        return self.cache.shard_path(self.number, "skipped", "jsonl")
+
+    @property
+    def records(self) -> int:
+        return len(self.cache.shard_numbers(self.number))
+
+    def batches(self, sizes: dict[Kind, int]) -> Iterator[Batch]:
+        """Its entries, in order: the same batches whatever was done before, so that its bytes are the same."""
+        variants, here = self.cache.variants, self.cache.shard_numbers(self.number)
+        for stream in self.streams:
+            first = max(here.start, stream.numbers.start) * variants
+            last = min(here.stop, stream.numbers.stop) * variants
+            for start in range(first, last, sizes[stream.kind]):
+                yield Batch(self.cache, stream, self.number, range(start, min(start + sizes[stream.kind], last)))
+
+
+def write_features(
+    config: TrainConfig,
+    out: Path,
+    base: str = "",
+    shard_records: int = 0,
+    progress: Progress = lambda done, all: None,
+) -> Written:
+    """Makes this process's shards of the caches of a run's datasets, those that `out` does not have yet.
+
+    base: where the base model is now. shard_records: how many records a shard holds; 0 for some 512 MB of them.
+    progress: hears how many records of all are done.
+
+    Raises ConfigError where `out` holds features that were made with other settings; DataError when it cannot be
+    written and when not a single record can be decoded; CheckpointError for the model.
+    """
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, variants=config.data.variants or 1))
+    _check_out(out)
+    directory = open_model(base or config.model)
+    if config.branch == "audio" and not directory.config.has_audio:
+        raise ConfigError(f"{directory.path}: a picture-only model has no audio branch; convert it with --imagebind")
+    opened = [(dataset, open_records(dataset.path)) for dataset in config.datasets]
+    streams = make_streams(opened, config.branch)
+    reader = Reader(
+        config.data,
+        config.branch,
+        config.seed,
+        directory.config,
+        directory.tokenizer,
+        Order(streams, 1, 1, config.seed),
+        (),
+    )
+    with _working_folder(out) as scratch:
+        caches = {}
+        for dataset, records in opened:
+            manifest = _manifest(config, directory, dataset, records)
+            cache = _claim(find_folder(out, records), scratch, manifest, shard_records)
+            caches[cache.path] = cache, tuple(stream for stream in streams if stream.records is records)
+        every = [_Shard(*found, number) for found in caches.values() for number in range(found[0].shards)]
+        process, processes = _processes()
+        mine = every[process::processes]
+        todo = [shard for shard in mine if not shard.cache.is_whole(shard.number)]
+        begun = time.perf_counter()
+        if todo:
+            _encode(config, reader, directory, every, todo, scratch, progress)
+        seconds = time.perf_counter() - begun
+    _wait_for_the_others()
+    return _written(mine, todo, seconds)
+
+
+def _encode(
+    config: TrainConfig,
+    reader: Reader,
+    directory: ModelDirectory,
+    every: list[_Shard],
+    todo: list[_Shard],
+    scratch: Path,
+    progress: Progress,
+) -> None:
+    """Decoding runs ahead of the encoders, and the encoders run while what they made before is written."""
+    encoder = load_encoder(config, directory, {stream.kind for shard in every for stream in shard.streams})
+    sizes = _batch_sizes(config, every)
+    work = [(shard, batch) for shard in todo for batch in shard.batches(sizes)]
+    ahead = batches(Decoder(reader, [batch for _, batch in work]), 0, len(work), config.data)
+    all_records, done = sum(shard.records for shard in todo), 0.0
+    file, pending = None, []
+    with contextlib.closing(ahead):
+        for number in range(len(work) + 1):
+            if number < len(work):
+                decoded = next(ahead)
+                kind = work[number][1].stream.kind
+                pending.append((*work[number], decoded, encoder(kind, _padded(decoded, sizes[kind]))))
+            if number:
+                shard, batch, decoded, features = pending.pop(0)
+                file = file or _ShardFile(shard, scratch)
+                file.add(batch, decoded, None if features is None else np.asarray(features))
+                done += len(batch.entries) / shard.cache.variants
+                progress(done, all_records)
+                if file.whole:
+                    file.finish()
+                    file = None
+
+
+class _ShardFile:
+    """A shard on its way: under another name until it is whole."""
+
+    def __init__(self, shard: _Shard, scratch: Path):
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        self._shard = shard
+        self._path = scratch / shard.path.name
+        self._writer = ArrayRecordWriter(str(self._path), OPTIONS)
+        self._left = shard.cache.entries(shard.number)
+        self._skipped: list[dict[str, Any]] = []
+
+    @property
+    def whole(self) -> bool:
+        return self._left == 0
+
+    def add(self, batch: Batch, decoded: list[Decoded], features: np.ndarray | None) -> None:
+        """A batch's entries. Rows of `features` beyond the batch are padding; None where nothing could be decoded."""
+        for row, (found, (record, variant)) in enumerate(zip(decoded, batch.samples, strict=True)):
+            if found.problem:
+                self._skipped.append({"record": record, "variant": variant, "id": found.name, "why": found.problem})
+                self._write(pack_problem(found.problem))
+            else:
+                self._write(pack(features[row], found.seconds))
+        self._left -= len(decoded)
+
+    def finish(self) -> None:
+        """On disk, and under its name. Raises DataError when it cannot be written."""
+        with self._told():
+            self._writer.close()
+        with self._path.open("rb") as file:
+            os.fsync(file.fileno())
+        lines = "".join(json.dumps(line) + "\n" for line in self._skipped)
+        if lines:
+            partial = self._path.with_suffix(".jsonl")
+            write_file(partial, lines.encode())
+            os.replace(partial, self._shard.skipped_path)
+        else:
+            self._shard.skipped_path.unlink(missing_ok=True)
+        os.replace(self._path, self._shard.path)
+
+    def _write(self, entry: bytes) -> None:
+        with self._told():
+            self._writer.write(entry)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except (RuntimeError, ValueError) as error:  # a full disk
+            reason = " ".join(str(error).split())[:200]
+            raise DataError(f"{self._shard.path}: cannot be written ({reason}); whole shards are kept") from error
+
+
+def load_encoder(
+    config: TrainConfig, directory: ModelDirectory, kinds: Collection[Kind]
+) -> Callable[[Kind, np.ndarray | None], Array | None]:
+    """(kind, media [b, …]) → features [b, …] in the compute dtype, not waited for; None for None.
+
+    The batch is split over this process's devices. Each has all weights: they are small beside a language model's, and
+    nothing has to be gathered for each layer.
+    """
+    mesh = sharding.make_mesh(jax.local_device_count(), devices=jax.local_devices())
+    dtype = compute_dtype(config)
+    network = abstract_network(directory.config, dtype.name)
+    _keep(network, set(encoders(config.branch, dict.fromkeys(kinds))))
+    skeleton = Skeleton(network)
+    wanted = {
+        path: jax.ShapeDtypeStruct(skeleton.variables[path].shape, dtype, sharding=place)
+        for path, place in skeleton.shardings(skeleton.variables, mesh).items()
+    }
+    weights = restore_weights(directory, wanted)
+    rows = NamedSharding(mesh, PartitionSpec(sharding.MESH_AXES["batch"]))
+
+    @jax.jit
+    def run(weights: Weights, batch: dict[str, Array]) -> Array:
+        return encode(skeleton.build(weights), config.branch, batch).astype(dtype)
+
+    def encoder(kind: Kind, media: np.ndarray | None) -> Array | None:
+        if media is None:
+            return None
+        with sharding.under(mesh):
+            return run(weights, {"mel" if kind == "audio" else "frames": jax.device_put(media, rows)})
+
+    return encoder
+
+
+def _keep(network: VideoLlama, parts: set[str]) -> None:
+    """Takes all other parts of the network away."""
+    for owner, prefix in ((network, ""), (getattr(network, "imagebind", None), "imagebind/")):
+        for name, part in list(vars(owner).items()) if owner is not None else []:
+            used = any(f"{one}/".startswith(f"{prefix}{name}/") for one in parts)
+            if isinstance(part, nnx.Module | nnx.Variable) and not used:
+                delattr(owner, name)
+
+
+def _batch_sizes(config: TrainConfig, every: list[_Shard]) -> dict[Kind, int]:
+    """How many entries are encoded at a time: this process's part of a step's, or fewer where there are no more."""
+    devices = jax.local_device_count()
+    whole = config.batch_size // config.accumulation / jax.process_count()
+    sizes: dict[Kind, int] = {}
+    for shard in every:
+        for stream in shard.streams:
+            most = min(len(stream.numbers), shard.cache.shard_records) * shard.cache.variants
+            sizes[stream.kind] = max(sizes.get(stream.kind, 0), math.ceil(min(whole, most) / devices) * devices)
+    return sizes
+
+
+def _padded(decoded: list[Decoded], size: int) -> np.ndarray | None:
+    """[size, …], zeros where there are no media; None where there are none at all."""
+    found = next((one.media for one in decoded if one.media is not None), None)
+    if found is None:
+        return None
+    rows = np.zeros((size, *found.shape), found.dtype)
+    for row, one in zip(rows, decoded, strict=False):
+        if one.media is not None:
+            row[...] = one.media
+    return rows
+
+
+def _manifest(
+    config: TrainConfig, directory: ModelDirectory, dataset: DatasetConfig, records: Records
+) -> dict[str, Any]:
+    """What the features depend on, and a number of records for a shard: of a size that is good to read and to write."""
+    settings = describe(config, directory, dataset, records)
+    itemsize = compute_dtype(config).itemsize
+    entry = max(math.prod(shape) for shape in settings["shapes"].values()) * itemsize
+    fit = min(SHARD_BYTES // (entry * settings["variants"]), SHARD_RECORDS, len(records))
+    rows = config.batch_size // config.accumulation
+    return {**settings, "shard_records": max(fit // rows * rows or fit, 1)}
+
+
+def _claim(folder: Path, scratch: Path, manifest: dict[str, Any], shard_records: int) -> FeatureCache:
+    """The cache in a folder, made with these settings or begun now. Raises ConfigError where it was with others."""
+    if not (folder / "manifest.json").exists():  # other processes may do the same: they write the same
+        own_directory(folder)
+        write_json(scratch / "manifest.json", manifest | ({"shard_records": shard_records} if shard_records else {}))
+        os.replace(scratch / "manifest.json", folder / "manifest.json")
+    cache, made = open_folder(folder)
+    wanted = {**manifest, "shard_records": shard_records or cache.shard_records}
+    if changed := differences(made, wanted):
+        raise ConfigError(
+            f"{folder}: holds features made with other settings ({'; '.join(changed)}); "
+            "give the same, or choose another --out"
+        )
+    return cache
+
+
+def _check_out(out: Path) -> None:
+    """Raise DataError where `out` is the directory of something else than features."""
+    if stranger := next((name for name in ("config.json", "manifest.json") if (out / name).exists()), None):
+        raise DataError(f"{out}: holds something else (it has {stranger}); choose another --out")
+
+
+@contextlib.contextmanager
+def _working_folder(out: Path) -> Iterator[Path]:
+    """A folder in `out` for what is not whole yet, of this process alone; it is removed in the end."""
+    process = jax.process_index()
+    folder = out / f".partial-{process}"
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for stale in out.glob(".partial-*") if process == 0 else ():  # of a run of more processes, which was killed
+            if (found := STALE.fullmatch(stale.name)) and int(found[1]) >= jax.process_count():
+                shutil.rmtree(stale, ignore_errors=True)
+        refusal = f"{out}: another process is writing features there; wait for it, or choose another --out"
+        with scratch_directory(folder, refusal):
+            yield folder
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror or error}); whole shards are kept") from error
+
+
+def _processes() -> tuple[int, int]:
+    """Which process this is, and of how many."""
+    return jax.process_index(), jax.process_count()
+
+
+def _wait_for_the_others() -> None:
+    """JAX ends all processes when one of them goes before the others. No device takes part in this."""
+    everyone = set(range(jax.process_count()))
+    multihost.sync_global_processes("vllama features", timeout=PATIENCE, processes=everyone)
+
+
+def _read_skipped(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a skipped-*.jsonl. Raises DataError when it is corrupt."""
+    advice = (
+        f"remove it and {path.name.replace('skipped', 'features').replace('.jsonl', '.array_record')}, and run again"
+    )
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({one_line(error)}); {advice}") from error
+    for number, line in enumerate(lines, 1):
+        fields = parse_object(line, f"{path}, line {number}", DataError, advice)
+        if not (isinstance(fields.get("record"), int) and all(isinstance(fields.get(n), str) for n in ("id", "why"))):
+            raise DataError(f"{path}, line {number}: has no record, id and why; {advice}")
+        yield fields
+
+
+def _written(mine: list[_Shard], todo: list[_Shard], seconds: float) -> Written:
+    skipped = {}
+    for shard in mine:
+        if shard.skipped_path.exists():
+            for line in _read_skipped(shard.skipped_path):
+                skipped[shard.path.parent, line["record"]] = line["id"], line["why"]
+    if skipped and len(skipped) == sum(shard.records for shard in mine):
+        raise DataError(f"none of {len(skipped)} records can be decoded; the first: {': '.join(min(skipped.values()))}")
+    return Written(
+        records=sum(shard.records for shard in todo),
+        seconds=seconds,
+        shards=len(mine),
+        kept=len(mine) - len(todo),
+        bytes=sum(shard.path.stat().st_size for shard in mine),
+        skipped=list(skipped.values()),
+    )

@@ -1,0 +1,384 @@
+"""Run directories: what a run is, how far it came, and what it learned.
+
+config.json       the run's config, its base model's path and digest, digests of its inputs
+step_N/           a checkpoint: weights, moments, iterator (Orbax), digests.json (checkpoints/digests.py)
+last_saved.json   the step of the last checkpoint         damaged_step_N/   a checkpoint that could not be read
+metrics.jsonl     one object for each step                quarantine.jsonl  samples that were not used
+samples.jsonl     answers about fixed clips               tensorboard/      the same for TensorBoard, if installed
+"""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import logging
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from vllama_jax.checkpoints.digests import check_checkpoint, run_steps, write_digests
+from vllama_jax.checkpoints.directory import Base, ModelDirectory, read_config, write_config
+from vllama_jax.checkpoints.restore import nest, restore_arrays
+from vllama_jax.config import changes, flat, from_dict
+from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.io.atomic import check_output_files, locked, own_directory, replace_json
+from vllama_jax.io.json_files import read_object
+from vllama_jax.io.jsonl import WholeFile
+from vllama_jax.train.config import CheckpointConfig, TrainConfig
+from vllama_jax.train.state import TrainState
+
+OUTPUT_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl")
+logger = logging.getLogger(__name__)
+
+# What may differ when a run is resumed: nothing that changes what is learned. A name includes the fields under it.
+FREE_FIELDS = (
+    "model",
+    "mesh",
+    "remat",
+    "checkpoint",
+    "validation",
+    "data.threads",
+    "data.processes",
+    "data.prefetch",
+)
+ANY_SIZE = range(2**63)  # of integers in config.json: TrainConfig has its own limits
+LAST_SAVED = "last_saved.json"  # {"step": N}, so that a run whose checkpoints were removed does not start anew
+START_ANEW, FAILED = -1, -2  # in place of the step to resume from
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recorded:
+    """What config.json records of a run besides its TrainConfig and its base model.
+
+    compute_dtype: of frozen weights and of all products.
+    inputs: The digest of everything else that the run reads, by the field of its config that names the directory; None
+        in runs of earlier versions.
+    """
+
+    compute_dtype: str
+    inputs: dict[str, str] | None = None
+
+
+@contextlib.contextmanager
+def open_run(
+    out: Path, config: TrainConfig, base: ModelDirectory, dtype: str, inputs: Mapping[str, str]
+) -> Iterator[None]:
+    """Make `out` a run directory, or resume the run in it, and keep other processes off it.
+
+    Args:
+        out: The run directory.
+        config: The config of the run.
+        base: Its base model.
+        dtype: The name of its compute dtype.
+        inputs: The digest of everything else that it reads, as `Plan.inputs` has them.
+
+    Raises:
+        CheckpointError: `out` is another kind of directory, another process trains into it, or it cannot be written.
+        ConfigError: The run in it has another config, base model or inputs, or its config.json is corrupt.
+    """
+    if jax.process_index() != 0:
+        yield
+        return
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with locked(out, f"{out}: another process is training into it; wait for that one, or choose another --out"):
+            check_output_files(out, OUTPUT_FILES)
+            if (out / "config.json").exists():
+                _check_same(out, config, base, dtype, inputs)
+            elif strangers := _strangers(out):
+                raise CheckpointError(f"{out}: not a run directory (it has {strangers[0]}); choose another --out")
+            else:
+                where = {"path": str(base.opened.absolute()), "digest": base.digest}
+                fields = {"run": dataclasses.asdict(config), "base": where, "compute_dtype": dtype, "inputs": inputs}
+                write_config(out, base.config, **fields)
+            yield
+    except OSError as error:
+        raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from error
+
+
+def _strangers(out: Path) -> list[str]:
+    return sorted(entry.name for entry in out.iterdir() if entry.name != "inputs")
+
+
+def _check_same(out: Path, config: TrainConfig, base: ModelDirectory, dtype: str, inputs: Mapping[str, str]) -> None:
+    """Raise ConfigError unless the run in `out` is this one. Directories may have moved: their digests count."""
+    fields = read_config(out)
+    if not isinstance(fields.get("run"), dict):
+        raise CheckpointError(f"{out}: a model directory, not a run; choose another --out")
+    run, made_from, recorded = _read_recorded(out / "config.json", fields)
+    before, now = _settings(run, recorded.compute_dtype), _settings(config, dtype)
+    for name in inputs.keys() & (recorded.inputs or {}).keys():
+        if inputs[name] != recorded.inputs[name]:
+            raise ConfigError(
+                f"{out}: {name} {now[name]}: its content is not what this run was started with; give the original, "
+                "or choose another --out"
+            )
+        before[name] = now[name]
+    if changed := changes(before, now):
+        told = ", ".join(changed[:3])
+        raise ConfigError(f"{out}: holds a run with another config ({told}); give the same, or choose another --out")
+    if made_from.digest != base.digest:
+        raise ConfigError(f"{out}: its run was started from another base model than {base.path}; name that one")
+
+
+def _read_recorded(path: Path, fields: Mapping[str, Any]) -> tuple[TrainConfig, Base, Recorded]:
+    """What a run's config.json says of the run. Raises ConfigError that names the field which is wrong."""
+    try:
+        run = from_dict(fields["run"], TrainConfig, f"{path}: run", ANY_SIZE)
+        base = from_dict(fields.get("base"), Base, f"{path}: base")
+        names = [field.name for field in dataclasses.fields(Recorded) if field.name in fields]
+        return run, base, from_dict({name: fields[name] for name in names}, Recorded, str(path))
+    except ConfigError as error:
+        raise ConfigError(f"{error}; restore config.json from a copy, or choose another --out") from error
+
+
+def _settings(config: TrainConfig, dtype: str) -> dict[str, Any]:
+    """What must be the same when a run is resumed, by dotted name."""
+    fields = dataclasses.asdict(config)
+    fields["datasets"] = {str(number): dataset for number, dataset in enumerate(fields["datasets"])}
+    settings = {name: value for name, value in flat(fields).items() if not _is_free(name)}
+    return settings | {"compute_dtype": dtype}
+
+
+def _is_free(name: str) -> bool:
+    return any(f"{name}.".startswith(f"{free}.") for free in FREE_FIELDS)
+
+
+class Checkpoints:
+    """The checkpoints of a run. Saving is asynchronous and atomic: a step's directory is complete, or not there."""
+
+    def __init__(self, out: Path, cfg: CheckpointConfig):
+        self._out = out
+        self._cfg = cfg
+        self._saving = 0
+
+    @functools.cached_property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's view of the run, made after `restore`: it lists what is in the directory, damaged or not."""
+        return ocp.CheckpointManager(
+            self._out.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                step_prefix="step",
+                max_to_keep=self._cfg.keep_last,
+                keep_period=self._cfg.keep_every or None,
+                create=False,
+                save_root_metadata=False,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),
+            ),
+        )
+
+    def _write_digests(self) -> None:
+        """Called in the first process's saving thread, when all files are written and the directory is not renamed."""
+        partial = self._out / f"step_{self._saving}.orbax-checkpoint-tmp"
+        write_digests(partial, self._saving)
+
+    def save(self, step: int, state: TrainState) -> None:
+        """Starts saving, when `finish` has seen the save before. Raises CheckpointError when that fails at once."""
+        self._saving = step
+        with self._told():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    weights=ocp.args.PyTreeSave(nest(state.weights)),
+                    moments=ocp.args.PyTreeSave(nest(_by_path(state.moments))),
+                    iterator=ocp.args.JsonSave({"step": step, "digests": True}),
+                ),
+                force=True,  # Orbax would not save a step below the largest that it sees in the directory
+            )
+
+    def finish(self) -> None:
+        """Waits for what is being saved. Raises CheckpointError when that fails; what was saved before stays."""
+        with self._told():
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0 and self._saving:
+                replace_json(self._out / LAST_SAVED, {"step": self._saving})
+            self._saving = 0
+        self._remove_partial()
+
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """Restore the last intact checkpoint.
+
+        A checkpoint that is damaged or cannot be read is reported in a warning, and renamed to damaged_step_N once one
+        before it was read. All processes take the same checkpoint: the first one compares files with their digests.
+
+        Args:
+            abstract: The shapes and shardings of the state.
+
+        Returns:
+            The state; None in a run that has not saved one yet.
+
+        Raises:
+            CheckpointError: There are checkpoints, and none can be read: nothing is changed then.
+        """
+        unusable: list[int] = []
+        while (step := self._choose(unusable)) != START_ANEW:
+            state = self._read(step, abstract)
+            if state is not None:
+                self._set_aside(unusable)
+                return state
+            unusable.append(step)
+        return None
+
+    def _choose(self, unusable: list[int]) -> int:
+        """The last step whose checkpoint is intact, or START_ANEW: on all processes what the first one finds.
+
+        unusable: Steps that could not be read. Those that the first process finds damaged are added.
+        """
+        problem = CheckpointError(f"{self._out}: the first process found no checkpoint to resume from")
+        step = FAILED
+        if jax.process_index() == 0:
+            try:
+                step = self._last_intact(unusable)
+            except (CheckpointError, OSError) as error:
+                problem = error
+        if jax.process_count() > 1:
+            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
+        if step == FAILED:
+            raise problem
+        return step
+
+    def _last_intact(self, unusable: list[int]) -> int:
+        steps, saved = run_steps(self._out), self._last_saved()
+        if saved > max([0, *steps]) and not unusable:
+            logger.warning(f"{self._out}/step_{saved}: missing; going back to the checkpoint before it")
+        for step in reversed(steps):
+            if step in unusable:
+                continue
+            try:
+                check_checkpoint(self._out / f"step_{step}")
+                return step
+            except CheckpointError as error:
+                logger.warning(f"{error}; going back to the checkpoint before it")
+                unusable.append(step)
+        if steps:
+            raise CheckpointError(
+                f"{self._out}: none of its {len(steps)} checkpoints can be read; run it again once their files can be, "
+                "or choose another --out to start anew"
+            )
+        if damaged := sorted(self._out.glob("damaged_step_*")):
+            raise CheckpointError(
+                f"{self._out}: {damaged[0].name} could not be read, and there is no other checkpoint; rename it to "
+                f"{damaged[0].name.removeprefix('damaged_')} to try it again, or choose another --out to start anew"
+            )
+        if saved:
+            raise CheckpointError(
+                f"{self._out}: step_{saved} was saved, and no checkpoint is left; restore one from a copy, or choose "
+                "another --out to start anew"
+            )
+        return START_ANEW
+
+    def _last_saved(self) -> int:
+        """The last step that was saved; 0 where that was not recorded."""
+        if not (self._out / LAST_SAVED).exists():
+            return 0
+        step = read_object(self._out / LAST_SAVED).get("step")
+        return step if isinstance(step, int) else 0
+
+    def _read(self, step: int, abstract: TrainState) -> TrainState | None:
+        """The state of a step; None where one of the processes cannot read it."""
+        folder, readable = self._out / f"step_{step}", True
+        try:
+            weights = restore_arrays(folder / "weights", abstract.weights)
+            moments = restore_arrays(folder / "moments", _by_path(abstract.moments))
+        except CheckpointError as error:
+            logger.warning(f"{error}; going back to the checkpoint before it")
+            readable = False
+        if jax.process_count() > 1:
+            readable = bool(multihost_utils.process_allgather(np.array(readable)).all())
+        if not readable:
+            return None
+        counted = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
+        return TrainState(counted, weights, jax.tree.unflatten(jax.tree.structure(abstract.moments), moments.values()))
+
+    def size(self, step: int) -> int:
+        """Bytes on disk."""
+        return sum(file.stat().st_size for file in (self._out / f"step_{step}").rglob("*") if file.is_file())
+
+    def _set_aside(self, steps: list[int]) -> None:
+        """Rename damaged checkpoints; earlier ones of that name stay."""
+        for step in steps if jax.process_index() == 0 else ():
+            names = itertools.chain([f"damaged_step_{step}"], (f"damaged_step_{step}.{n}" for n in itertools.count(2)))
+            free = next(path for path in map(self._out.joinpath, names) if not os.path.lexists(path))
+            (self._out / f"step_{step}").rename(free)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are renamed")
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Failures of Orbax in one line, whatever they are: a full disk comes as many kinds of errors."""
+        try:
+            yield
+        except Exception as error:  # Orbax raises errors of every type
+            text = " ".join(str(error).split())
+            said_by_system = re.search(r"\[Errno \d+\] ([^:]+)|([^:]+) \[os_error_code", text)
+            reason = (said_by_system[1] or said_by_system[2]).strip() if said_by_system else text[:200]
+            self._remove_partial()
+            self._manager.reload()
+            last = run_steps(self._out)
+            kept = f"the last good one is step {last[-1]}" if last else "there is none before it"
+            what = f"the checkpoint of step {self._saving}"
+            self._saving = 0
+            raise CheckpointError(f"{self._out}: {what} could not be saved ({reason}); {kept}") from error
+
+    def _remove_partial(self) -> None:
+        """What a failed or killed save left takes the room that the next one needs, so `finish` removes it before each
+        save. Writers of a failed save may still be at work and leave files again, which go before the next one. Orbax's
+        own removal is not used: it runs in the background, and fails where another removes the same files.
+        """
+        if jax.process_index() == 0:
+            for partial in self._out.glob("step_*.orbax-checkpoint-tmp"):
+                shutil.rmtree(partial, ignore_errors=True)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    """The leaves of a tree of tuples and dicts by path."""
+
+    def name(key: Any) -> str:
+        return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+
+    return {"/".join(map(name, path)): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def hush_failed_saves() -> None:
+    """Orbax tells of each write of a failed save in many lines, in three ways; what counts is raised by `finish`."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    tell = sys.unraisablehook
+    sys.unraisablehook = lambda told: None if str(told.exc_value) == "Event loop is closed" else tell(told)
+
+
+class Board:
+    """Numbers by step in TensorBoard's format; none are written where it is not installed."""
+
+    def __init__(self, folder: Path, first: int):
+        """first: the step that the run starts at; what an earlier process wrote of later ones is not shown."""
+        self._writer = None
+        try:
+            from tensorboard.compat.proto import event_pb2
+            from tensorboard.summary.writer.record_writer import RecordWriter
+        except ImportError:
+            return
+        own_directory(folder)
+        self._event = event_pb2.Event
+        self._writer = RecordWriter(WholeFile(folder / f"events.out.tfevents.{time.time_ns()}", "a"))
+        self._write(file_version="brain.Event:2")
+        self._write(step=first, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Raises OSError when they cannot be written."""
+        if self._writer is not None:
+            scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
+            self._write(step=step, summary={"value": scalars})
+
+    def _write(self, **fields: Any) -> None:
+        self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())
