@@ -511,7 +511,7 @@ def test_two_processes_that_are_not_in_step(made, tmp_path):
     code = (
         "import sys, time, jax; from vllama_jax.cli import main; jax.config.update('jax_num_cpu_devices', 4); "
         "jax.distributed.initialize('localhost:9918', 2, int(sys.argv[1])); "
-        "from vllama_jax.train import features; finish = features._ShardFile.finish; "
+        "from vllama_jax.train import precompute as features; finish = features._ShardFile.finish; "
         "features._ShardFile.finish = lambda self: (time.sleep(3 * int(sys.argv[1])), finish(self)); "
         "main(sys.argv[2:])"
     )

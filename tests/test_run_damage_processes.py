@@ -20,7 +20,7 @@ run, number, port, failing = sys.argv[1:]
 jax.config.update("jax_num_cpu_devices", 1)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"localhost:{port}", 2, int(number))
-from vllama_jax.train import runs
+from vllama_jax.train import run_directory as runs
 from vllama_jax.train.config import CheckpointConfig
 from vllama_jax.train.state import TrainState
 place = NamedSharding(jax.make_mesh((2,), ("data",)), PartitionSpec())
