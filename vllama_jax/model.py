@@ -57,7 +57,7 @@ def load(
     """
     from flax import nnx
 
-    from vllama_jax.checkpoints import quantize as quantizing
+    from vllama_jax.checkpoints.quantize import network_to_load
     from vllama_jax.nn.lora import merge_lora
     from vllama_jax.text.tokenizer import check_vocabulary
 
@@ -66,7 +66,7 @@ def load(
     if audio_scale is not None:
         directory = _with_audio_scale(directory, audio_scale)
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
-    network, weights = quantizing.abstract_network(directory, dtype, quantize)
+    network, weights = network_to_load(directory, dtype, quantize)
     graph, abstract = nnx.split(network)
     if mesh is not None:
         from vllama_jax import sharding

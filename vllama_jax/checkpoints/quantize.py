@@ -19,7 +19,7 @@ from vllama_jax.checkpoints.restore import Restoring, check_leaves, placed, rest
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.io.atomic import new_directory, write_file
-from vllama_jax.nn.network import abstract_network as network_abstract_network
+from vllama_jax.nn.network import abstract_network
 
 if TYPE_CHECKING:
     import jax
@@ -43,7 +43,7 @@ def scheme_of(directory: ModelDirectory, asked: str | None) -> str | None:
     return asked or stored
 
 
-def abstract_network(
+def network_to_load(
     directory: ModelDirectory, dtype: str | None, asked: str | None
 ) -> "tuple[VideoLlama, Restoring | None]":
     """The network to load, with shapes in place of weights, and what reads those where it quantises them.
@@ -63,12 +63,12 @@ def abstract_layers(
     """A network with shapes in place of weights, and its quantised layers by path."""
     from vllama_jax.nn.quantized import quantize_layers
 
-    network = network_abstract_network(config, dtype, lora)
+    network = abstract_network(config, dtype, lora)
     return network, quantize_layers(network, BITS[scheme]) if scheme else {}
 
 
 def _restore_weights(layers: Layers, directory: ModelDirectory, wanted: dict[str, Any]) -> "dict[str, jax.Array]":
-    """`checkpoint.restore_weights`, with the kernels of `layers` quantised on the device, one layer after the other."""
+    """`restore_weights`, with the kernels of `layers` quantised on the device, one layer after the other."""
     read = row_reader(directory)
     _check_kernels(directory, layers)
     made = {f"{path}/{weight}" for path in layers for weight in WEIGHTS}

@@ -25,7 +25,7 @@ from vllama_jax.config import (
     video_llama_13b,
 )
 from vllama_jax.errors import ConfigError
-from vllama_jax.memory import estimate as needs
+from vllama_jax.memory import estimate
 from vllama_jax.memory.estimate import Device, Need
 from vllama_jax.model import without_missing_branch
 from vllama_jax.train.config import MeshConfig, TrainConfig
@@ -117,7 +117,7 @@ def _of_model() -> Command:
             size = batch_size or run.batch_size
             run = dataclasses.replace(run, batch_size=size, accumulation=accumulation, lora=lora)
             uses.append(_stage(trained, stage, run, (mesh, device, asked.length)))
-        _tell(model, uses, (mesh, device, needs.notes(trained, mesh)), asked)
+        _tell(model, uses, (mesh, device, estimate.notes(trained, mesh)), asked)
 
     return memory
 
@@ -163,7 +163,7 @@ def _of_run(named: str) -> Command:
         uses = [_stage(model, config, run, (mesh, device, asked.length))]
         if exact:
             uses = [dataclasses.replace(uses[0], compiled=_compiled(model, run, (mesh, device, asked.length)))]
-        _tell(f"{config} of {run.model}", uses, (mesh, device, needs.notes(model, mesh)), asked)
+        _tell(f"{config} of {run.model}", uses, (mesh, device, estimate.notes(model, mesh)), asked)
 
     return memory
 
@@ -188,8 +188,8 @@ def _find_devices(asked: Asked, mesh: MeshConfig) -> tuple[Device, MeshConfig]:
     """Raises ConfigError for devices that are not known, and a mesh that is not theirs."""
     if asked.devices != "here":
         leave_accelerators()
-    device = needs.find_device(asked.devices)
-    return device, needs.find_mesh(mesh, device)
+    device = estimate.find_device(asked.devices)
+    return device, estimate.find_mesh(mesh, device)
 
 
 def _find_model(named: str, base: str) -> tuple[VideoLlamaConfig, VideoLlamaConfig, LoraConfig, str | None]:
@@ -206,13 +206,13 @@ def _find_model(named: str, base: str) -> tuple[VideoLlamaConfig, VideoLlamaConf
 
 
 def _chat(model: VideoLlamaConfig, mesh: MeshConfig, device: Device, options: dict[str, Any]) -> Use:
-    need = needs.chatting(model, mesh, device, **options)
-    verdict, advice = needs.verdict(need, device), ""
+    need = estimate.chatting(model, mesh, device, **options)
+    verdict, advice = estimate.verdict(need, device), ""
     for tensor in (2, 4, 8):
         wider = dataclasses.replace(mesh, tensor=tensor)
-        if verdict == "fits" or advice or tensor <= mesh.tensor or device.name not in needs.DEVICES:
+        if verdict == "fits" or advice or tensor <= mesh.tensor or device.name not in estimate.DEVICES:
             continue
-        if needs.verdict(needs.chatting(model, wider, device, **options), device) == "fits":
+        if estimate.verdict(estimate.chatting(model, wider, device, **options), device) == "fits":
             advice = f"{tensor} devices, in Python: vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor={tensor}))"
     return Use(need, verdict, advice)
 
@@ -222,11 +222,11 @@ def _stage(model: VideoLlamaConfig, name: str, run: TrainConfig, where: Where) -
     if run.branch == "audio" and not model.has_audio:
         raise ConfigError("a picture-only model has no audio branch; convert it with --imagebind")
     try:
-        need = needs.training(model, name, run, mesh, device, length)
+        need = estimate.training(model, name, run, mesh, device, length)
     except ConfigError as error:
         raise ConfigError(f"{name}: {error}") from error
-    verdict = needs.verdict(need, device)
-    return Use(need, verdict, "" if verdict == "fits" else needs.advice(model, need, run, mesh, device, length))
+    verdict = estimate.verdict(need, device)
+    return Use(need, verdict, "" if verdict == "fits" else estimate.advice(model, need, run, mesh, device, length))
 
 
 def _compiled(model: VideoLlamaConfig, run: TrainConfig, where: Where) -> dict[str, int]:
@@ -234,9 +234,9 @@ def _compiled(model: VideoLlamaConfig, run: TrainConfig, where: Where) -> dict[s
     from vllama_jax.sharding import make_mesh
 
     mesh, device, length = where
-    run = needs.with_dtype(run, device)
+    run = estimate.with_dtype(run, device)
     places = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
-    found = compiled_memory(abstract_run(model, run, places, length or needs.longest_sample(model, run)))
+    found = compiled_memory(abstract_run(model, run, places, length or estimate.longest_sample(model, run)))
     return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
 
 

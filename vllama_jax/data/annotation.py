@@ -1,14 +1,9 @@
-"""What is said of one media file."""
+"""Annotations: the turns about one media file, and its kind."""
 
 import dataclasses
-from typing import TYPE_CHECKING, Literal
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Literal
 
 KINDS = ("video", "image", "audio")
-
 
 Kind = Literal["video", "image", "audio"]
 
