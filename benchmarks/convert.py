@@ -30,7 +30,7 @@ import tensorstore
 import tyro
 
 from vllama_jax.config import BLIP2_QFORMER, EVA_G, IMAGEBIND_HUGE, LLAMA_7B, LLAMA_13B, VideoLlamaConfig, tiny
-from vllama_jax.convert.tiny import file_shapes, train_tokenizer, write_config, write_llama_config
+from vllama_jax.convert.tiny import file_shapes, train_tokenizer, write_llama_config, write_overrides
 from vllama_jax.convert.write_tensors import Tensor, write_safetensors, write_torch
 
 Part = Literal["llama", "llama_bin", "llama_13b", "eva_vit", "blip2", "imagebind"]
@@ -84,7 +84,7 @@ def write_sources(folder: Path, part: Part, layers: int | None) -> None:
     """A Hugging Face directory llama/, the others' `.pth`, and config.json."""
     config, noise = sized(part, layers), np.random.default_rng(0).standard_normal(NOISE, np.float32)
     (folder / "llama").mkdir(parents=True)
-    write_config(folder / "config.json", config)
+    write_overrides(folder / "config.json", config)
     write_llama_config(folder / "llama" / "config.json", config)
     train_tokenizer(folder / "llama")
     shapes = file_shapes(config)

@@ -21,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from vllama_jax.config import EVA_G, IMAGEBIND_HUGE, LLAMA_7B, GenerationConfig
-from vllama_jax.generate import Prompt, generate
+from vllama_jax.generate import EmbeddedPrompt, generate
 from vllama_jax.nn.eva_vit import EvaVit
 from vllama_jax.nn.imagebind import AudioTower
 from vllama_jax.nn.llama import Llama
@@ -132,7 +132,7 @@ def decoding() -> dict[str, float]:
 
 def token_seconds(llama: Llama) -> float:
     """Seconds a decoded token, after the prefill and the dispatch that compiles."""
-    prompt = Prompt(np.full(60, 5, np.int32), np.zeros(60, bool), jnp.zeros((0, LLAMA.width)))
+    prompt = EmbeddedPrompt(np.full(60, 5, np.int32), np.zeros(60, bool), jnp.zeros((0, LLAMA.width)))
     batches = generate(llama, [prompt], GenerationConfig(max_new_tokens=49), bos=1, eos=LLAMA.vocab_size)
     next(batches), next(batches)
     start = time.perf_counter()

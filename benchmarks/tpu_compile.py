@@ -25,7 +25,7 @@ from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.config_files import load_config
 from vllama_jax.train.loop import compile_step
 from vllama_jax.train.optim import make_optimizer
-from vllama_jax.train.setup import Plan
+from vllama_jax.train.setup import RunPlan
 from vllama_jax.train.state import Skeleton, matching
 
 BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
@@ -34,14 +34,14 @@ ALL_REDUCE = re.compile(r"= (\(?[^=]*?) all-reduce(?:-start)?\(.*channel_id=(\d+
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
-def make_plan(model: config.VideoLlamaConfig, run: TrainConfig, mesh: jax.sharding.Mesh) -> Plan:
+def make_plan(model: config.VideoLlamaConfig, run: TrainConfig, mesh: jax.sharding.Mesh) -> RunPlan:
     skeleton = Skeleton(abstract_network(model, run.compute_dtype))
     learns = tuple(matching(list(skeleton.variables), run.trainable))
     optimizer = make_optimizer(run.optim, run.steps)
-    return Plan(run, None, mesh, skeleton, learns, dict.fromkeys(learns), optimizer, None)
+    return RunPlan(run, None, mesh, skeleton, learns, dict.fromkeys(learns), optimizer, None)
 
 
-def abstract_inputs(plan: Plan, rows: int, tokens: int, model: config.VideoLlamaConfig) -> tuple:
+def abstract_inputs(plan: RunPlan, rows: int, tokens: int, model: config.VideoLlamaConfig) -> tuple:
     skeleton = plan.skeleton
     frozen = {
         path: jax.ShapeDtypeStruct(skeleton.variables[path].shape, plan.dtype, sharding=place)

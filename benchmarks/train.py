@@ -80,8 +80,8 @@ def make_inputs(folder: Path) -> TrainConfig:
     )
 
 
-def our_step(config: TrainConfig) -> tuple[Step, setup.Plan]:
-    plan = setup.plan(config)
+def our_step(config: TrainConfig) -> tuple[Step, setup.RunPlan]:
+    plan = setup.plan_run(config)
     with under(plan.mesh):
         state, frozen, step = setup.start(plan), setup.load_frozen(plan), compile_step(plan)
 

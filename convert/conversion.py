@@ -19,7 +19,7 @@ from vllama_jax.convert.from_model_directory import (
     Kept,
     StoredLeaf,
     StoredModel,
-    differences,
+    frozen_differences,
     is_stored,
     join,
     known_fields,
@@ -37,7 +37,7 @@ Progress = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class ConversionPlan:
     """A conversion in which everything was found and fits, before a byte of it is read.
 
     leaves: weights that files give. stored: those that model directories and runs give. left_out: of files, reason →
@@ -67,7 +67,7 @@ def plan(
     base: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
     template: str | None = None,
-) -> Plan:
+) -> ConversionPlan:
     """Checks that the files make a model: every weight found once, of the right shape, and nothing left over.
 
     directory: is searched for pieces, told by what they hold; what is given by name is not taken from there.
@@ -104,8 +104,10 @@ def plan(
     leaves, left_out = match(cfg, pieces, branches)
     kept = join(cfg, model, branches, {part_of(leaf.target) for leaf in leaves})
     told = dict.fromkeys(note for source in pieces.values() for note in source.notes)
-    notes = [*found.report, *told, *differences(model, branches)]
-    return Plan(cfg, leaves, kept, left_out, pieces, tokenizer, notes, stored.sources(model, branches, pieces))
+    notes = [*found.report, *told, *frozen_differences(model, branches)]
+    return ConversionPlan(
+        cfg, leaves, kept, left_out, pieces, tokenizer, notes, stored.sources(model, branches, pieces)
+    )
 
 
 def _found(directory: Path | None, given: Mapping[str, Path], llama_directory: Path | None) -> Found:
@@ -133,7 +135,9 @@ def _check_complete(kinds: Sequence[str], base: StoredModel | None, directory: s
         raise ConfigError("--al needs --imagebind: the audio branch hears through ImageBind")
 
 
-def convert(plan: Plan, out: str | Path, *, dtype: str | None = None, progress: Progress = lambda done: None) -> None:
+def convert(
+    plan: ConversionPlan, out: str | Path, *, dtype: str | None = None, progress: Progress = lambda done: None
+) -> None:
     """Writes the model directory that `plan` describes; `out` appears when it is whole.
 
     dtype: of the weights on disk; each one's own unless given. progress is called with the bytes written since.
@@ -154,7 +158,7 @@ def convert(plan: Plan, out: str | Path, *, dtype: str | None = None, progress: 
         write_manifest(directory, plan.sources | files, params.leaves)
 
 
-def bytes_to_write(plan: Plan, dtype: str | None = None) -> int:
+def bytes_to_write(plan: ConversionPlan, dtype: str | None = None) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(dtype or leaf.dtype).itemsize for leaf in plan.all_leaves)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from vllama_jax.checkpoints.arrays import check_params
 from vllama_jax.checkpoints.directory import ModelDirectory
-from vllama_jax.checkpoints.reader import Reader, row_reader, stored_dtype
+from vllama_jax.checkpoints.reader import RowReader, row_reader, stored_dtype
 from vllama_jax.checkpoints.restore import check_leaves
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.convert import imagebind, llama
@@ -33,10 +33,10 @@ UNTRAINED = ("vl", "al", "minigpt4")  # what a model may lack
 MODULES = {"eva_vit": "visual_encoder.", "imagebind": "audio_encoder.", "llama": "llama_model."}  # in the whole model
 FILE_NAMES = {"eva_vit": "eva_vit_g"}  # where it is not the kind's
 PLAIN = ("eva_vit_g.pth", "imagebind.pth")  # the others hold {"model": tensors}
-POSITION_IDS = 512  # BERT's
+NUM_POSITION_IDS = 512  # BERT's
 
 
-def plan(model: ModelDirectory, format: Format = "pth", shard_bytes: float = SHARD_BYTES) -> Files:
+def plan_export(model: ModelDirectory, format: Format = "pth", shard_bytes: float = SHARD_BYTES) -> Files:
     """The files that make up a model in the original's layouts, or one with every tensor by its name in the whole.
 
     shard_bytes: of a file of the language model at most, where a tensor is not larger.
@@ -104,7 +104,7 @@ def _signature(kind: str, rules: Sequence[Rule]) -> str:
     return next(rule.target for rule in rules if PIECES[kind].signature in itertools.chain(*rule.names()))
 
 
-def _tensors(rule: Rule, shape: tuple[int, ...], model: ModelDirectory, read: Reader) -> Iterator[Tensor]:
+def _tensors(rule: Rule, shape: tuple[int, ...], model: ModelDirectory, read: RowReader) -> Iterator[Tensor]:
     """What a weight of ours is in the original: for each layer, a tensor or several."""
 
     def part(row: int | None, number: int) -> np.ndarray:
@@ -126,7 +126,7 @@ def _buffers(kind: str, config: VideoLlamaConfig) -> list[Tensor]:
     from vllama_jax.nn.llama import rope_frequencies
 
     qformers = {"blip2": ("",), "vl": ("", "video_"), "al": ("", "video_", "audio_")}.get(kind, ())
-    buffers = {f"{name}Qformer.bert.embeddings.position_ids": np.arange(POSITION_IDS)[None] for name in qformers}
+    buffers = {f"{name}Qformer.bert.embeddings.position_ids": np.arange(NUM_POSITION_IDS)[None] for name in qformers}
     if kind in ("vl", "al"):
         name = "llama_model.model.layers.{}.self_attn.rotary_emb.inv_freq"
         buffers |= {name.format(layer): rope_frequencies(config.llama) for layer in range(config.llama.depth)}

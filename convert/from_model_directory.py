@@ -18,7 +18,7 @@ from vllama_jax.errors import CheckpointError, ConfigError
 
 BRANCHES = {"vl": "vision", "al": "audio"}
 FROZEN_PARTS = ("vit", "ln_vision", "image_qformer", "imagebind/audio", "imagebind/vision", "llama")
-LORA = "/lora/"
+LORA_PATH = "/lora/"
 
 
 class StoredLeaf(Protocol):
@@ -88,9 +88,9 @@ class StoredModel:
         }
         for trained in directory.trained:
             self.leaves |= {target: Learned(target, trained) for target in trained.leaves}
-        for down in [target for target in self.leaves if target.endswith(f"{LORA}down")]:
-            layer = down.removesuffix(f"{LORA}down")
-            pair = self.leaves.pop(down), self.leaves.pop(f"{layer}{LORA}up")
+        for down in [target for target in self.leaves if target.endswith(f"{LORA_PATH}down")]:
+            layer = down.removesuffix(f"{LORA_PATH}down")
+            pair = self.leaves.pop(down), self.leaves.pop(f"{layer}{LORA_PATH}up")
             scale = directory.lora.alpha / directory.lora.rank
             self.leaves[f"{layer}/kernel"] = Merged(self.leaves[f"{layer}/kernel"], *pair, scale)
         self.learned = {target for target, leaf in self.leaves.items() if not isinstance(leaf, Kept)}
@@ -172,7 +172,7 @@ def _check_fit(cfg: VideoLlamaConfig, joined: Mapping[str, tuple[StoredModel, St
             check_params(model.directory.path / "params", entries, [target])
 
 
-def differences(base: StoredModel | None, branches: Mapping[str, StoredModel]) -> list[str]:
+def frozen_differences(base: StoredModel | None, branches: Mapping[str, StoredModel]) -> list[str]:
     """A line for each branch that was trained beside other weights than those that the base has in the same parts."""
     lines = []
     for branch in branches.values() if base else ():

@@ -10,7 +10,7 @@ from vllama_jax.runtime.extras import import_extra
 # hf://org/name, hf://org/name@revision, hf://org/name/folder/file.pth; pathlib makes one slash of two
 ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<file>.+))?")
 SMALL = ["*.json", "*.model"]
-WEIGHTS = ["*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt"]
+WEIGHT_PATTERNS = ["*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt"]
 DOUBLES = ["original/*"]  # Meta's layout beside Hugging Face's
 
 
@@ -33,7 +33,9 @@ def local(path: str | Path) -> Path:
         return found
     home = _snapshot(repository, revision, SMALL)
     indices = [index.relative_to(home).parent for index in home.rglob("model.safetensors.index.json")]
-    return _snapshot(repository, revision, SMALL + WEIGHTS, [str(folder / "pytorch_model*.bin") for folder in indices])
+    return _snapshot(
+        repository, revision, SMALL + WEIGHT_PATTERNS, [str(folder / "pytorch_model*.bin") for folder in indices]
+    )
 
 
 def _snapshot(repository: str, revision: str | None, patterns: list[str], without: list[str] | None = None) -> Path:

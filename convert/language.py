@@ -68,5 +68,5 @@ def _open(directory: Path, option: str) -> LanguageModel:
         source = unwrapped(meta_llama.open_meta(directory))
         fields = meta_llama.llama_fields(meta_llama.read_params(directory), source)
         return LanguageModel(source, fields, meta_llama.tokenizer_directory(directory))
-    fields = llama.read_config(directory, option)
+    fields = llama.read_llama_config(directory, option)
     return LanguageModel(unwrapped(open_llama(directory)), fields, directory)

@@ -54,7 +54,7 @@ def is_own_file(name: str) -> bool:
     return bool(_WEIGHT_FILE.fullmatch(name)) or name.endswith((".json", ".model"))
 
 
-def read_config(directory: Path, option: str = "--llama") -> dict[str, Any]:
+def read_llama_config(directory: Path, option: str = "--llama") -> dict[str, Any]:
     """The fields of LlamaConfig that a directory's config.json gives. option: by which it was given.
 
     Raises CheckpointError when it is missing, and ConfigError when it describes what LLaMA is not.

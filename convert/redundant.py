@@ -17,7 +17,7 @@ from vllama_jax.convert.weight_files import Source
 
 INV_FREQ = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 STORED_INV_FREQ = rf"(llama_model\.)?{INV_FREQ}"  # as LLaMA's own files and Video-LLaMA's checkpoints name it
-POSITION_IDS = r".*\.embeddings\.position_ids"
+POSITION_IDS_NAME = r".*\.embeddings\.position_ids"
 IMAGEBIND = "audio_encoder."  # before ImageBind's names in a checkpoint of the audio branch
 COMPUTED = ("float64", "float32", "bfloat16", "float16")
 
@@ -28,7 +28,7 @@ def reason(name: str) -> str:
     """Why a tensor that `expected` knows is left out, for the user."""
     if re.fullmatch(STORED_INV_FREQ, name):
         return "a buffer: rotary frequencies are computed, and were compared"
-    if re.fullmatch(POSITION_IDS, name):
+    if re.fullmatch(POSITION_IDS_NAME, name):
         return "a buffer: 0, 1, 2, …, as was checked"
     if name.startswith(IMAGEBIND):
         return "a buffer or weight of ImageBind, equal to what --imagebind gives"
@@ -45,7 +45,7 @@ def expected(cfg: VideoLlamaConfig, pieces: Mapping[str, Source], source: Source
     for name, shape in source.shapes.items():
         if re.fullmatch(STORED_INV_FREQ, name):
             found[name] = lambda: [rope_frequencies(llama) for llama in _with_and_without_scaling(cfg)]
-        elif re.fullmatch(POSITION_IDS, name):
+        elif re.fullmatch(POSITION_IDS_NAME, name):
             found[name] = lambda shape=shape: [np.arange(math.prod(shape))]
         elif name.startswith(IMAGEBIND) and (values := in_imagebind.get(name.removeprefix(IMAGEBIND))):
             found[name] = values

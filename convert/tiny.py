@@ -54,7 +54,7 @@ def write_tiny(
             path = directory / names.get(kind, kind)
             paths[kind] = write_tensors(path, tensors, "safetensors" if kind == "llama" else format)
         paths["llama"] = directory / "llama"
-        paths["config"] = write_config(directory / "config.json", config)
+        paths["config"] = write_overrides(directory / "config.json", config)
         write_llama_config(directory / "llama" / "config.json", config)
         train_tokenizer(directory / "llama", min(config.llama.vocab_size, VOCAB_SIZE))
     return {kind: out / path.relative_to(directory) for kind, path in paths.items()}
@@ -117,7 +117,7 @@ def _beside(kind: str, config: VideoLlamaConfig) -> dict[str, tuple[int, ...]]:
     return {}
 
 
-def write_config(path: Path, config: VideoLlamaConfig) -> Path:
+def write_overrides(path: Path, config: VideoLlamaConfig) -> Path:
     """What shapes cannot tell: head counts, and at the published width how many of EVA's blocks are used."""
     qformers = ["image_qformer", "video_qformer", *(["audio_qformer"] if config.has_audio else [])]
     fields = {name: {"num_heads": getattr(config, name).num_heads} for name in ("vit", *qformers)}

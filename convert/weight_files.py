@@ -125,7 +125,7 @@ def open_llama(directory: str | Path) -> Source:
 
 def read_config_file(path: Path) -> dict[str, Any]:
     """A JSON object in a downloaded file. Raises CheckpointError where there is none to read, or another file."""
-    check_file(path)
+    check_weight_file(path)
     return read_object(path)
 
 
@@ -141,7 +141,7 @@ def _is_file_name(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and Path(name).name == name
 
 
-def check_file(path: Path) -> bytes:
+def check_weight_file(path: Path) -> bytes:
     """A file's first bytes. Raises CheckpointError for a path that cannot be a weight file."""
     head = first_bytes(path, CheckpointError)
     if head.startswith(b"<"):
@@ -161,7 +161,7 @@ def _looks_like_safetensors(head: bytes) -> bool:
 
 def open_weights(path: Path) -> WeightFile:
     """Tells the format by content, not by name."""
-    head = check_file(path)
+    head = check_weight_file(path)
     if head.startswith((ZIP, PICKLE)) and not _looks_like_safetensors(head):
         return TorchFile(path, mappable=head.startswith(ZIP))
     if looks_like_weights(head) or path.suffix == ".safetensors":

@@ -16,7 +16,7 @@ from vllama_jax.cli import main
 Leaves = dict[str, np.ndarray]
 
 
-def plan(paths: dict[str, Path], **options) -> convert.Plan:
+def plan(paths: dict[str, Path], **options) -> convert.ConversionPlan:
     """A plan of files by kind; `config` is the file with the head counts, unless given."""
     files = {kind: path for kind, path in paths.items() if kind not in ("llama", "config")}
     config = options.pop("config", None) or json.loads(paths["config"].read_text())

@@ -110,13 +110,13 @@ def test_an_eos_that_ended_an_answer_is_in_the_next_prompt(model, monkeypatch, t
     list(chat.ask("And?"))
     first, second = (prompt.ids.tolist() for prompt in given)
     conversation = prompts.start_conversation(template, model.config.has_audio).ask("What?").answer("a dog")
-    without = prompts.encode(conversation.ask("And?"), tokenizer, []).ids.tolist()
+    without = prompts.encode_conversation(conversation.ask("And?"), tokenizer, []).ids.tolist()
     assert first.count(tokenizer.eos_id) == 0
     assert second.count(tokenizer.eos_id) == without.count(tokenizer.eos_id) + kept
     if not kept:
         assert second == without
     else:
-        answered = prompts.encode(conversation, tokenizer, []).ids.tolist()
+        answered = prompts.encode_conversation(conversation, tokenizer, []).ids.tolist()
         assert second[: len(answered) + 1] == [*answered, tokenizer.eos_id]
 
 

@@ -22,7 +22,7 @@ from vllama_jax.cli import main
 from vllama_jax.config import RopeScaling, VideoLlamaConfig, tiny
 from vllama_jax.convert import torch_files, weight_files
 from vllama_jax.convert.infer_config import HEADS, model_config
-from vllama_jax.convert.llama import read_config
+from vllama_jax.convert.llama import read_llama_config
 from vllama_jax.convert.tiny import write_tiny
 
 # The language model's layouts.
@@ -232,7 +232,7 @@ def test_eva_depth(tiny_files, tmp_path, width, blocks, given, depth):
     pieces["llama"] = weight_files.open_llama(tiny_files["llama"])
     heads = {part: {"num_heads": 4} for part in ("image_qformer", "video_qformer")} | {"vit": {"num_heads": 4}}
     given = {**heads, "vit": heads["vit"] | given.get("vit", {})}
-    assert model_config(pieces, read_config(tiny_files["llama"]), given).vit.depth == depth
+    assert model_config(pieces, read_llama_config(tiny_files["llama"]), given).vit.depth == depth
 
 
 def test_head_counts_of_the_published_widths_are_known():
@@ -275,7 +275,7 @@ def test_rotary_settings_of_every_transformers_version(tiny_files, tmp_path, rop
     fields = json.loads((tiny_files["llama"] / "config.json").read_text())
     del fields["rope_theta"]
     (tmp_path / "config.json").write_text(json.dumps(fields | rope))
-    read = read_config(tmp_path)
+    read = read_llama_config(tmp_path)
     assert (read["rope_theta"], read["rope_scaling"]) == expected
 
 

@@ -84,7 +84,7 @@ def test_only_what_is_needed_is_asked_for(tmp_path, monkeypatch):
     assert hub.local("hf://a/b") == tmp_path
     assert asked == [
         (["*.json", "*.model"], ["original/*"]),
-        (["*.json", "*.model", *hub.WEIGHTS], ["original/*", "part/pytorch_model*.bin"]),
+        (["*.json", "*.model", *hub.WEIGHT_PATTERNS], ["original/*", "part/pytorch_model*.bin"]),
     ]
 
 

@@ -7,7 +7,7 @@ from data_fixtures import built, lay, lines, media
 
 from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.build import build
-from vllama_jax.data.conversations import Unusable, message_turns, pair_turns, place_media
+from vllama_jax.data.conversations import UnusableAnnotation, message_turns, pair_turns, place_media
 from vllama_jax.data.sources import SOURCES
 from vllama_jax.errors import DataError
 
@@ -127,7 +127,7 @@ def test_what_comes_before_the_first_question_is_left_out():
     ],
 )
 def test_messages_that_cannot_be_used(said, why):
-    with pytest.raises(Unusable) as caught:
+    with pytest.raises(UnusableAnnotation) as caught:
         message_turns(said)
     assert str(caught.value) == why
 
@@ -141,13 +141,13 @@ def test_messages_that_cannot_be_used(said, why):
     ],
 )
 def test_pairs_that_cannot_be_used(pairs, why):
-    with pytest.raises(Unusable, match=why):
+    with pytest.raises(UnusableAnnotation, match=why):
         pair_turns(pairs)
 
 
 def test_more_places_for_media_than_one():
     for turns in [(("<image> <image>", "a"),), (("a", "b"), ("<image>", "c"))]:
-        with pytest.raises(Unusable, match="more than one place for media"):
+        with pytest.raises(UnusableAnnotation, match="more than one place for media"):
             place_media(turns, "image")
 
 

@@ -158,10 +158,10 @@ def test_every_question_gets_its_own_video(monkeypatch):
     monkeypatch.setattr(answers, "_read", lambda clip, config, settings: f"cannot read {clip[0]}")
     names = ["a", "b", "b", "c", "a", "a", "d", "c"]
     asked = [
-        answers.Asked(open_question("q", "a", id=str(number), names=(name,)), Path(name))
+        answers.LocatedQuestion(open_question("q", "a", id=str(number), names=(name,)), Path(name))
         for number, name in enumerate(names)
     ]
-    answering = answers.Answering(vl.config.tiny(), answers.Settings(), lambda: None)
+    answering = answers.Answering(vl.config.tiny(), answers.AnswerSettings(), lambda: None)
     batches = answers.batches_to_do(asked, {"2", "3"}, 2)
     assert [[one.question.id for one in batch] for batch in batches] == [["0", "1"], ["4", "5"], ["6", "7"]]
     assert list(answering.answer(batches, {"2", "3"})) == []

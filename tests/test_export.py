@@ -42,7 +42,7 @@ ALL = LoraConfig(rank=3, alpha=6.0, targets=("query", "key", "value", "out", "ga
 
 def exported(model: Path, out: Path, format: Format = "pth", shard_bytes: float = SHARD_BYTES) -> Path:
     directory = open_model(model)
-    export.export(directory, export.plan(directory, format, shard_bytes), out)
+    export.export(directory, export.plan_export(directory, format, shard_bytes), out)
     return out
 
 

@@ -10,7 +10,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from vllama_jax.config import tiny
-from vllama_jax.data.feature_cache import FeatureCache, open_folder, pack, pack_problem
+from vllama_jax.data.feature_cache import FeatureCache, open_folder, pack_features, pack_problem
 from vllama_jax.errors import DataError
 from vllama_jax.train.feature_settings import _digest
 
@@ -44,10 +44,10 @@ def cache(tmp_path) -> FeatureCache:
     """A video and two pictures of two variants each: two records in the first shard, one in the second."""
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
     found, _ = open_folder(tmp_path)
-    first = [pack(features_of(0, variant), (0.5, 1.5 + variant)) for variant in (0, 1)]
-    first += [pack(features_of(1, 0), ()), pack_problem("1.png: cut off")]
+    first = [pack_features(features_of(0, variant), (0.5, 1.5 + variant)) for variant in (0, 1)]
+    first += [pack_features(features_of(1, 0), ()), pack_problem("1.png: cut off")]
     write_shard(found.shard_path(0), first)
-    write_shard(found.shard_path(1), [pack(features_of(2, 0), ()), pack(features_of(2, 1, 4), ())])
+    write_shard(found.shard_path(1), [pack_features(features_of(2, 0), ()), pack_features(features_of(2, 1, 4), ())])
     return found
 
 

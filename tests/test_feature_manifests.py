@@ -19,7 +19,7 @@ from vllama_jax.data.records import open_records
 from vllama_jax.errors import ConfigError, DataError, VllamaError
 from vllama_jax.train import setup
 from vllama_jax.train.config import AUDIO_BRANCH, VISION_BRANCH, TrainConfig
-from vllama_jax.train.feature_settings import describe, open_caches
+from vllama_jax.train.feature_settings import describe_features, open_caches
 from vllama_jax.train.precompute import _read_skipped, write_features
 from vllama_jax.train.run_directory import open_run
 
@@ -33,7 +33,7 @@ def write_cache(config: TrainConfig, root: Path, seed: int = 0) -> Path:
     records = open_records(config.datasets[0].path)
     folder = feature_cache.find_folder(root, records)
     folder.mkdir(parents=True)
-    described = describe(config, open_model(config.model), config.datasets[0], records)
+    described = describe_features(config, open_model(config.model), config.datasets[0], records)
     (folder / "manifest.json").write_text(json.dumps({**described, "shard_records": SHARD_RECORDS}))
     cache, _ = feature_cache.open_folder(folder)
     rng = np.random.default_rng(seed)
@@ -42,7 +42,9 @@ def write_cache(config: TrainConfig, root: Path, seed: int = 0) -> Path:
         for record in cache.shard_numbers(shard):
             kind = next(kind for kind, numbers in cache.kinds.items() if record in numbers)
             times = tuple(range(cache.shapes[kind][0])) if kind == "video" else ()
-            writer.write(feature_cache.pack(rng.standard_normal(cache.shapes[kind]).astype(cache.dtype), times))
+            writer.write(
+                feature_cache.pack_features(rng.standard_normal(cache.shapes[kind]).astype(cache.dtype), times)
+            )
         writer.close()
     return root
 
@@ -281,7 +283,7 @@ def test_features_of_another_imagebind_are_refused(tiny_model, records, tmp_path
 
 
 def resume(run: Path, config: TrainConfig) -> None:
-    plan = setup.plan(config)
+    plan = setup.plan_run(config)
     with open_run(run, config, plan.base, str(plan.dtype), plan.inputs):
         pass
 

@@ -129,7 +129,7 @@ def one_device(monkeypatch) -> None:
 
 def losses(config: TrainConfig) -> tuple[list[float], set[str], list[dict[int, str]]]:
     """Of all steps; the kinds that were seen; and the rows that were masked."""
-    plan = setup.plan(config)
+    plan = setup.plan_run(config)
     with under(plan.mesh):
         state, frozen, step = setup.start(plan), setup.load_frozen(plan), compile_step(plan)
         found, problems, kinds = [], [], set()
@@ -169,7 +169,7 @@ def test_batches_are_those_of_live_training(tiny_model, records, sounds, tmp_pat
     out = tmp_path / "features"
     written = write_features(config, out, shard_records=4)
     assert [name for name, _ in written.skipped] == ["2.mp4"]
-    live, cached = setup.plan(config), setup.plan(with_features(config, out))
+    live, cached = setup.plan_run(config), setup.plan_run(with_features(config, out))
     encode = precompute.load_encoder(config, live.base, ["video", "image", *(["audio"] if branch == "audio" else [])])
     masked = 0
     for step in range(config.steps):
@@ -189,14 +189,14 @@ def test_batches_are_those_of_live_training(tiny_model, records, sounds, tmp_pat
 
 def test_encoders_are_not_loaded_for_training(made):
     config, out = made
-    parts = {path.split("/")[0] for path in setup.plan(with_features(config, out)).skeleton.variables}
+    parts = {path.split("/")[0] for path in setup.plan_run(with_features(config, out)).skeleton.variables}
     assert parts == {"video_qformer", "frame_positions", "llama_proj", "llama"}
 
 
 def test_a_clip_to_be_asked_about_needs_the_encoders(made, clip):
     config, out = made
     config = dataclasses.replace(config, validation=ValidationConfig(every=1, clips=(str(clip),)))
-    assert "vit/positions" in setup.plan(with_features(config, out)).skeleton.variables
+    assert "vit/positions" in setup.plan_run(with_features(config, out)).skeleton.variables
 
 
 def test_what_a_cache_holds(made):
@@ -257,7 +257,7 @@ def test_a_stopped_run_is_taken_up_and_gives_the_same_bytes(made, tmp_path, monk
     monkeypatch.undo()
     assert len(list(again.glob("*/*.array_record"))) == 1
     with pytest.raises(DataError, match="1 of 3 shards are there; run `vllama features` again, as before"):
-        setup.plan(with_features(config, again))
+        setup.plan_run(with_features(config, again))
     heard = []
     written = write_features(config, again, progress=lambda done, all: heard.append((done, all)))
     assert (written.kept, written.shards, written.records) == (1, 3, 5)
@@ -327,7 +327,7 @@ def test_other_settings_are_refused(made, tmp_path, what):
         datasets = (dataclasses.replace(datasets[0], frames=options.pop("frames")),)
     other = dataclasses.replace(config, data=data, datasets=datasets, **options)
     with pytest.raises(ConfigError, match=f"records-.*{what}.* give the same, or make the features anew with `vllama"):
-        setup.plan(with_features(other, out))
+        setup.plan_run(with_features(other, out))
     before = files(out)
     with pytest.raises(ConfigError, match=f"holds features made with other settings .*{what}.* another --out"):
         write_features(other, out)
@@ -338,7 +338,7 @@ def test_other_weights_are_refused(made, tmp_path):
     config, out = made
     other = dataclasses.replace(config, model=str(changed_weights(Path(config.model), tmp_path / "model")))
     with pytest.raises(ConfigError, match=r"other settings than .* \(other weights of image_qformer\); give the same"):
-        setup.plan(with_features(other, out))
+        setup.plan_run(with_features(other, out))
 
 
 def test_what_does_not_decide_the_features_may_change(made, tmp_path):
@@ -346,23 +346,23 @@ def test_what_does_not_decide_the_features_may_change(made, tmp_path):
     moved = tmp_path / "renamed"
     shutil.copytree(config.datasets[0].path, moved)
     datasets = (dataclasses.replace(config.datasets[0], path=str(moved), held_out=1),)
-    setup.plan(with_features(dataclasses.replace(config, datasets=datasets, batch_size=8, dropout=0.0), out))
+    setup.plan_run(with_features(dataclasses.replace(config, datasets=datasets, batch_size=8, dropout=0.0), out))
 
 
 def test_other_records_are_refused(made, sounds, tmp_path):
     config, out = made
     other = config_of(config.model, sounds, branch="audio")
     with pytest.raises(DataError, match=r"no features of .*records as it is now \(there are some of records-\w+\)"):
-        setup.plan(with_features(other, out))
+        setup.plan_run(with_features(other, out))
     with pytest.raises(DataError, match="none: no such feature cache; `vllama features` makes one"):
-        setup.plan(with_features(config, tmp_path / "none"))
+        setup.plan_run(with_features(config, tmp_path / "none"))
 
 
 def test_variants_are_those_of_the_cache_or_fewer(made):
     config, out = made
-    assert setup.plan(with_features(config, out, variants=1)).reader.data.variants == 1
+    assert setup.plan_run(with_features(config, out, variants=1)).reader.data.variants == 1
     with pytest.raises(ConfigError, match=r"has 2 variants of each record, data.variants asks for 3; ask for fewer"):
-        setup.plan(with_features(config, out, variants=3))
+        setup.plan_run(with_features(config, out, variants=3))
     with pytest.raises(ConfigError, match="variants was 2, now 3"):
         write_features(dataclasses.replace(config, data=dataclasses.replace(config.data, variants=3)), out)
 
@@ -371,7 +371,7 @@ def test_what_is_cached_cannot_learn(made):
     config, out = made
     config = dataclasses.replace(config, trainable=(*config.trainable, "image_qformer/*"))
     with pytest.raises(ConfigError, match=r"'image_qformer/\*' matches image_qformer/.* data.features has fixed"):
-        setup.plan(with_features(config, out))
+        setup.plan_run(with_features(config, out))
 
 
 def test_a_manifest_that_is_not_one(made, tmp_path):
@@ -387,7 +387,7 @@ def test_a_manifest_that_is_not_one(made, tmp_path):
     ):
         manifest.write_text(content)
         with pytest.raises(DataError, match=what):
-            setup.plan(with_features(config, again))
+            setup.plan_run(with_features(config, again))
 
 
 def test_nothing_that_can_be_decoded(tiny_model, tmp_path):

@@ -10,7 +10,7 @@ from flax import nnx
 
 from vllama_jax import generate as generation
 from vllama_jax.config import ConfigError, GenerationConfig, LlamaConfig
-from vllama_jax.generate import Prompt, generate, padded_length, penalise, stopped, warp
+from vllama_jax.generate import EmbeddedPrompt, generate, padded_prompt_length, penalise, stopped, warp
 from vllama_jax.nn.llama import Llama
 
 BOS, EOS, NO_EOS = 1, 2, 99  # NO_EOS: an id that the vocabulary lacks
@@ -45,7 +45,7 @@ def logits(llama):
 
     table = np.asarray(llama.embedding[...])
 
-    def of(prompt: Prompt, answer: list[int]) -> np.ndarray:
+    def of(prompt: EmbeddedPrompt, answer: list[int]) -> np.ndarray:
         x = table[[*prompt.ids, *answer]]
         x[: len(prompt.ids)][prompt.is_media] = prompt.media
         unread = ((0, 64 - len(x)), (0, 0))  # what comes later is not read; one shape compiles once
@@ -56,22 +56,22 @@ def logits(llama):
 
 @pytest.fixture(scope="module")
 def log_probabilities(logits):
-    def of(prompt: Prompt, answer: list[int]) -> np.ndarray:
+    def of(prompt: EmbeddedPrompt, answer: list[int]) -> np.ndarray:
         scores = logits(prompt, answer)
         return scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
 
     return of
 
 
-def make_prompt(length: int = 11, media: int = 4, seed: int = 0) -> Prompt:
+def make_prompt(length: int = 11, media: int = 4, seed: int = 0) -> EmbeddedPrompt:
     rng = np.random.default_rng(seed)
     is_media = np.zeros(length, bool)
     is_media[3 : 3 + media] = True
     ids = np.where(is_media, 0, rng.integers(3, CFG.vocab_size, length)).astype(np.int32)
-    return Prompt(ids, is_media, rng.standard_normal((media, CFG.width), np.float32))
+    return EmbeddedPrompt(ids, is_media, rng.standard_normal((media, CFG.width), np.float32))
 
 
-def answer(llama, *prompts: Prompt, eos: int = NO_EOS, stops=(), **options) -> list[list[int]]:
+def answer(llama, *prompts: EmbeddedPrompt, eos: int = NO_EOS, stops=(), **options) -> list[list[int]]:
     batches = generate(llama, prompts, GenerationConfig(**options), bos=BOS, eos=eos, stops=stops)
     return [[*itertools.chain(*rows)] for rows in zip(*batches, strict=True)]
 
@@ -283,9 +283,9 @@ def test_a_second_prompt_of_like_length_compiles_nothing(llama):
 
 
 def test_padded_lengths_are_few_and_enough():
-    lengths = {padded_length(n) for n in range(1, 9000)}
+    lengths = {padded_prompt_length(n) for n in range(1, 9000)}
     assert len(lengths) <= 15
-    assert all(padded_length(n) >= n for n in range(1, 20000))
+    assert all(padded_prompt_length(n) >= n for n in range(1, 20000))
 
 
 def test_a_conversation_longer_than_the_model_reads_is_an_error(llama):

@@ -9,7 +9,7 @@ import pytest
 
 from vllama_jax.config import GenerationConfig, tiny
 from vllama_jax.errors import ConfigError
-from vllama_jax.generate import Beams, Choice, State, _settings, _with_live, check_length
+from vllama_jax.generate import Beams, Choice, State, _settings, _with_live, check_context_length
 from vllama_jax.nn.llama import KVCache
 
 VOCABULARY, ROOM = 1000, 12
@@ -45,11 +45,11 @@ def test_every_token_of_every_row_is_a_draw_of_its_own():
 
 
 def test_a_prompt_and_its_answer_may_fill_the_context():
-    check_length(LLAMA.max_length - 10, 10, LLAMA)
+    check_context_length(LLAMA.max_length - 10, 10, LLAMA)
     with pytest.raises(ConfigError, match=f"{LLAMA.max_length - 9} tokens and 10 new ones .* at most 9 new tokens"):
-        check_length(LLAMA.max_length - 9, 10, LLAMA)
+        check_context_length(LLAMA.max_length - 9, 10, LLAMA)
     with pytest.raises(ConfigError, match="no room at all"):
-        check_length(LLAMA.max_length, 1, LLAMA)
+        check_context_length(LLAMA.max_length, 1, LLAMA)
 
 
 def test_defaults_are_the_originals_but_greedy():

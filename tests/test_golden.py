@@ -17,7 +17,7 @@ from conftest import GOLDEN_HEADS
 from vllama_jax import convert
 from vllama_jax.chat import Chat, prepare
 from vllama_jax.config import GenerationConfig
-from vllama_jax.generate import Prompt, generate, warp
+from vllama_jax.generate import EmbeddedPrompt, generate, warp
 from vllama_jax.model import Model, load
 from vllama_jax.nn.video_llama import splice
 from vllama_jax.text import prompts
@@ -106,7 +106,7 @@ def test_prompt_embeddings_and_logits(golden, model, chats, case):
     """From a conversation's turns, and golden's media tokens, to the logits of every position."""
     chat, reference = chats[case], np.load(golden / f"chat/{case}.npz")
     tokens = list(_media_tokens(golden, case))
-    encoded = prompts.encode(_conversation(chat, case, golden), model.tokenizer, [len(t) for t in tokens])
+    encoded = prompts.encode_conversation(_conversation(chat, case, golden), model.tokenizer, [len(t) for t in tokens])
     assert len(encoded.ids) == chat["context_len"]
     run = jax.jit(lambda network, x: network(x, jnp.ones(x.shape[:2], bool)))
     embedded = splice(model.network.embed(encoded.ids[None]), encoded.is_media[None], np.concatenate(tokens)[None])
@@ -164,7 +164,7 @@ def test_generated_tokens(golden, model, case, kind, options):
 def _generate(model, embeddings: np.ndarray, *, eos: int, stops=(), **options) -> list[int]:
     """20 new tokens after stored embeddings, all of which go in as media."""
     n = len(embeddings)
-    prompt = Prompt(np.zeros(n, np.int32), np.ones(n, bool), jnp.asarray(embeddings))
+    prompt = EmbeddedPrompt(np.zeros(n, np.int32), np.ones(n, bool), jnp.asarray(embeddings))
     config = GenerationConfig(max_new_tokens=20, **options)
     batches = generate(model.network.llama, [prompt], config, bos=1, eos=eos, stops=stops)
     return [*itertools.chain(*(batch[0] for batch in batches))]

@@ -18,7 +18,7 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.model import load
 from vllama_jax.nn.lora import add_lora, merge_lora
 from vllama_jax.nn.network import abstract_network
-from vllama_jax.train.setup import plan
+from vllama_jax.train.setup import plan_run
 
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("query", "key", "value", "out", "gate", "up", "down"))
 
@@ -100,7 +100,7 @@ def test_a_kernel_read_whole_or_by_rows_has_its_update_as_loading_merges_it(tiny
 
 def failure(config) -> str:
     with pytest.raises(ConfigError) as raised:
-        plan(config)
+        plan_run(config)
     return str(raised.value)
 
 
@@ -115,4 +115,4 @@ def test_updates_and_their_patterns_need_each_other(tiny_model, pictures):
     assert failure(config) == (
         "trainable has 'llama/*/lora/*', but lora.rank is 0: set lora.rank above 0, or leave the pattern out"
     )
-    assert plan(dataclasses.replace(config, lora=LoraConfig(rank=2))).learns
+    assert plan_run(dataclasses.replace(config, lora=LoraConfig(rank=2))).learns

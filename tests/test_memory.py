@@ -152,7 +152,7 @@ def test_the_cache_and_a_prompt_as_xla_compiles_them(beams):
     network.unstack()
     generation = GenerationConfig(num_beams=beams)
     need = estimate.chatting(model, ALONE, CPU, generation=generation)
-    padded = generate.padded_length(llama.max_length - 300)
+    padded = generate.padded_prompt_length(llama.max_length - 300)
     arguments = (
         jnp.zeros((1, padded), jnp.int32),
         jnp.zeros((1, padded), bool),
@@ -166,7 +166,7 @@ def test_the_cache_and_a_prompt_as_xla_compiles_them(beams):
     cache = need.device["key-value cache"]
     assert cache == pytest.approx(compiled.output_size_in_bytes, rel=0.02)
     at_work = reading_layer(
-        llama, Shape(rows=1, length=padded, itemsize=4, mesh=ALONE), generate.padded_length(padded + 320)
+        llama, Shape(rows=1, length=padded, itemsize=4, mesh=ALONE), generate.padded_prompt_length(padded + 320)
     )
     assert LOW < at_work / compiled.temp_size_in_bytes < HIGH
 

@@ -221,7 +221,7 @@ def test_the_prompts_sentences_are_one_token_each(tmp_path):
     for sentence in long:
         assert len(tokenizer.encode(sentence)) <= 2
     told = prompts.start_conversation("vicuna", True).add(Media("audio")).ask("What do you hear?")
-    encoded = prompts.encode(told, tokenizer, [8])
+    encoded = prompts.encode_conversation(told, tokenizer, [8])
     assert len(encoded.ids) < 35
     draw = np.random.default_rng(0)
     drawn = [language.draw_text(tokenizer, draw) for _ in range(50)]

@@ -9,7 +9,7 @@ import pytest
 from vllama_jax.config import tiny
 from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.config import DataConfig, DatasetConfig
-from vllama_jax.data.pipeline import Decoded, Reader
+from vllama_jax.data.pipeline import BatchReader, Decoded
 from vllama_jax.data.records import ranges
 from vllama_jax.data.sampling import Order, Stream, make_streams
 from vllama_jax.errors import ConfigError
@@ -168,7 +168,7 @@ class FakeCache:
 )
 def test_which_variant_each_epoch_takes(monkeypatch, asked, cached, expected):
     monkeypatch.setattr(
-        Reader, "decode", lambda self, stream, record, variant: Decoded(str(record), np.full(1, variant))
+        BatchReader, "decode", lambda self, stream, record, variant: Decoded(str(record), np.full(1, variant))
     )
     streams = streams_of((1.0, 1, {"video": 5}))
     config = TrainConfig(
@@ -180,7 +180,7 @@ def test_which_variant_each_epoch_takes(monkeypatch, asked, cached, expected):
     )
     caches = {"records0": FakeCache(cached)} if cached else {}
     order = Order(streams, 14, 2, seed=0)  # two steps an epoch
-    reader = Reader(config.data, config.branch, config.seed, tiny(), None, order, range(2), caches)
+    reader = BatchReader(config.data, config.branch, config.seed, tiny(), None, order, range(2), caches)
     found = []
     for step in range(14):
         decoded = reader.decode_all(streams[0], order.rows(step).samples)

@@ -14,7 +14,7 @@ from vllama_jax.text.prompts import (
     build_prompt,
     clean_answer,
     decode_answer,
-    encode,
+    encode_conversation,
     encode_prompt,
     find_template,
     past_answer,
@@ -204,7 +204,9 @@ IDS = [
 
 @pytest.mark.parametrize(("template", "steps", "lengths", "expected"), IDS)
 def test_ids(template, steps, lengths, expected):
-    tokenized = encode(talk(template, *steps, system=None if template == "plain" else ""), SPELLING, lengths)
+    tokenized = encode_conversation(
+        talk(template, *steps, system=None if template == "plain" else ""), SPELLING, lengths
+    )
     assert spelled(tokenized) == expected
     assert tokenized.ids.dtype == np.int32
     assert tokenized.is_media.sum() == sum(lengths)
@@ -213,7 +215,7 @@ def test_ids(template, steps, lengths, expected):
 
 def test_what_users_type_is_text():
     conversation = talk("vicuna", IMAGE, "Is <ImageHere> after </s> or <s>?", system="</s>")
-    tokenized = encode(conversation, SPELLING, [1])
+    tokenized = encode_conversation(conversation, SPELLING, [1])
     assert list(tokenized.ids).count(SPELLING.eos_id) == 0
     assert list(tokenized.ids).count(SPELLING.bos_id) == 1
     assert tokenized.is_media.sum() == 1
@@ -301,7 +303,7 @@ def test_past_answers(template, ids, text, ended):
 def test_an_eos_stays_in_the_history(template, ended, expected):
     """As the original's tokenizer reads "Me.</s>###Human: Why?": an id of its own, and a new "▁" after it."""
     conversation = start_conversation(template, True).ask("Who?").answer("Me.", ended).ask("Why?")
-    assert spelled(encode(conversation, SPELLING, [])) == expected
+    assert spelled(encode_conversation(conversation, SPELLING, [])) == expected
     assert ("</s>" in render(conversation)) == ended
 
 
@@ -363,7 +365,7 @@ def test_golden_prompts(golden, golden_cases, golden_tokenizer):
     for name, case in golden_cases.items():
         conversation = golden_conversation(case, times)
         assert render(conversation) == case["prompt"], name
-        tokenized = encode(conversation, golden_tokenizer, case["image_token_counts"])
+        tokenized = encode_conversation(conversation, golden_tokenizer, case["image_token_counts"])
         assert len(tokenized.ids) == case["context_len"]
         expected = list(case["segment_token_ids"][0])
         for length, segment in zip(case["image_token_counts"], case["segment_token_ids"][1:], strict=True):

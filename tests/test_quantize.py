@@ -22,7 +22,7 @@ from vllama_jax.checkpoints import quantize
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import GenerationConfig, LoraConfig, VideoLlamaConfig, tiny
 from vllama_jax.errors import CheckpointError, ConfigError, VllamaError
-from vllama_jax.generate import Prompt, generate
+from vllama_jax.generate import EmbeddedPrompt, generate
 from vllama_jax.model import load
 from vllama_jax.nn import quantized
 from vllama_jax.nn.video_llama import VideoLlama
@@ -86,11 +86,11 @@ def test_no_weight_is_off_by_more_than_half_a_step(shape, inputs, bits):
 @pytest.mark.parametrize("width", [6, 7, 1])
 def test_two_weights_in_a_byte(width):
     values = np.random.default_rng(0).integers(-7, 8, (5, 3, width)).astype(np.int8)
-    packed = quantized.pack(values)
+    packed = quantized.pack_int4(values)
     assert packed.dtype == jnp.uint8
     assert packed.shape == (5, 3, -(-width // 2))
     np.testing.assert_array_equal(quantized.unpack(packed, width, jnp.float32), values)
-    assert quantized.pack(np.array([-7, 1], np.int8)).tolist() == [1 | 9 << 4]
+    assert quantized.pack_int4(np.array([-7, 1], np.int8)).tolist() == [1 | 9 << 4]
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
@@ -181,7 +181,7 @@ def test_a_long_prompt(tiny_model, stored):
 
 
 def answer(network: VideoLlama) -> list[int]:
-    prompt = Prompt(np.arange(3, 40, dtype=np.int32), np.zeros(37, bool), jnp.zeros((0, 64)))
+    prompt = EmbeddedPrompt(np.arange(3, 40, dtype=np.int32), np.zeros(37, bool), jnp.zeros((0, 64)))
     config = GenerationConfig(max_new_tokens=12)
     return [token for rows in generate(network.llama, [prompt], config, bos=1, eos=600) for token in rows[0]]
 

@@ -105,7 +105,7 @@ def small(tmp_path_factory) -> Path:
 
 
 def resume_planned(run: Path, config: TrainConfig) -> None:
-    plan = setup.plan(config)
+    plan = setup.plan_run(config)
     with open_run(run, config, plan.base, str(plan.dtype), plan.inputs):
         pass
 

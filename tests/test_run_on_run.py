@@ -80,7 +80,7 @@ def test_a_run_that_starts_from_them(last, pictures, as_init):
     """As its base; or as its init, whose own weights alone are taken, and the others are its base's."""
     base = open_model(last).trained[1].path.parents[1] if as_init else last
     config = short_config(base, pictures, init=str(last) if as_init else "")
-    plan = setup.plan(config)
+    plan = setup.plan_run(config)
     with sharding.under(plan.mesh):
         weights = setup.start(plan).weights
     for path, value in EXPECTED.items():

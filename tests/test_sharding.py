@@ -13,7 +13,7 @@ from networks import random_network
 from vllama_jax import sharding
 from vllama_jax.chat import Chat
 from vllama_jax.config import ConfigError, GenerationConfig, VideoLlamaConfig, tiny
-from vllama_jax.generate import Prompt, generate
+from vllama_jax.generate import EmbeddedPrompt, generate
 from vllama_jax.model import load
 from vllama_jax.nn.llama import KVCache
 from vllama_jax.nn.network import abstract_network
@@ -107,7 +107,7 @@ def test_generation(network, options):
     rng = np.random.default_rng(1)
     ids = rng.integers(3, 500, 20).astype(np.int32)
     media = rng.standard_normal((0, network.cfg.llama.width), np.float32)
-    prompt = Prompt(ids, np.zeros(20, bool), media)
+    prompt = EmbeddedPrompt(ids, np.zeros(20, bool), media)
 
     def tokens(llama):
         config = GenerationConfig(max_new_tokens=24, **options)

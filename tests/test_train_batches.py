@@ -13,7 +13,7 @@ from vllama_jax.config import tiny
 from vllama_jax.data import pipeline
 from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.config import DataConfig, DatasetConfig, TextConfig
-from vllama_jax.data.pipeline import Decoded, Reader
+from vllama_jax.data.pipeline import BatchReader, Decoded
 from vllama_jax.data.sampling import Rows, Stream
 from vllama_jax.errors import MediaError
 from vllama_jax.media import frame_indices
@@ -47,9 +47,9 @@ def stream_of(kind: str = "image", answers: tuple[str, ...] = ("a", "b"), **opti
     return Stream(DatasetConfig(path="d", **options), Records(kind, list(answers)), kind, 1.0)
 
 
-def reader_of(rows: list[int], data: DataConfig = EVERY_LENGTH, **options) -> Reader:
+def reader_of(rows: list[int], data: DataConfig = EVERY_LENGTH, **options) -> BatchReader:
     config = TrainConfig(model="m", datasets=(DatasetConfig(path="d"),), steps=1, batch_size=2, data=data, **options)
-    return Reader(config.data, config.branch, config.seed, tiny(), SPELLING, None, rows)
+    return BatchReader(config.data, config.branch, config.seed, tiny(), SPELLING, None, rows)
 
 
 # What is drawn for a sample
@@ -136,7 +136,7 @@ def decoded(monkeypatch) -> dict[str, tuple[float, ...]]:
         names = [stream.records.annotation(record).id for record, _ in samples]
         return [Decoded(name, np.zeros(shape, dtype), given["seconds"]) for name in names]
 
-    monkeypatch.setattr(Reader, "decode_all", decode_all)
+    monkeypatch.setattr(BatchReader, "decode_all", decode_all)
     return given
 
 
@@ -182,7 +182,7 @@ def test_a_row_without_media_or_without_a_label_left_has_no_targets_and_says_why
     assert (batch.arrays["targets"] == -1).all()
     assert batch.frames == 2
     broken = [Decoded("0.image", None, problem="cut off"), Decoded("1.image", np.ones((1, 224, 224, 3), np.uint8))]
-    monkeypatch.setattr(Reader, "decode_all", lambda *_: broken)
+    monkeypatch.setattr(BatchReader, "decode_all", lambda *_: broken)
     batch = reader_of([0, 1]).read(Rows(stream_of(text=CONVERSATION), [(0, 0), (1, 0)]))
     assert batch.problems == {0: "cut off"}
     assert (batch.arrays["targets"][0] == -1).all()

@@ -240,10 +240,10 @@ def test_dropout_moves_the_loss_as_the_originals_does(golden, golden_model, case
     setting = Setting(golden_model, branch, dropout=0.1)
     batch = batch_of(golden, setting, cases, f"s1_{branch}_noprompt")
     from vllama_jax.nn.layers import Dropout
-    from vllama_jax.train.step import encode
+    from vllama_jax.train.step import run_encoders
 
     network = setting.skeleton.build({**setting.frozen, **setting.weights})
-    features = jax.jit(lambda network, batch: encode(network, branch, batch))(network, batch)
+    features = jax.jit(lambda network, batch: run_encoders(network, branch, batch))(network, batch)
     cached = {**{name: value for name, value in batch.items() if name != "frames"}, "features": features}
 
     @jax.jit

@@ -281,7 +281,7 @@ def test_held_out_samples_that_cannot_be_used_are_named_and_are_no_loss(tiny_mod
     config = short_config(tiny_model, write_records(files))
     held = tuple(dataclasses.replace(dataset, held_out=1) for dataset in config.datasets)
     looks = ValidationConfig(every=1, batches=1)
-    plan = setup.plan(dataclasses.replace(config, datasets=held, validation=looks))
+    plan = setup.plan_run(dataclasses.replace(config, datasets=held, validation=looks))
     validation = Validation(plan, tmp_path, loop._Run(plan, tmp_path, reporter, None)._mask)
     validation._evaluate = lambda weights, frozen, batch: (0.0, (batch["targets"] >= 0).sum())  # compiles nothing
     for step in (1, 2):

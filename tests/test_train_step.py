@@ -254,7 +254,9 @@ def test_processes_share_the_threads(processes, threads, monkeypatch):
     )
     config = config_of(data=DataConfig(threads=8, processes=processes))
     assert (
-        pipeline.Reader(config.data, config.branch, config.seed, small(), None, None, range(ROWS)).decode_all(None, [])
+        pipeline.BatchReader(config.data, config.branch, config.seed, small(), None, None, range(ROWS)).decode_all(
+            None, []
+        )
         == []
     )
     assert asked == [threads]

@@ -103,13 +103,13 @@ def encode_media(
         return list(pool.map(lambda sense: encode(sense, given[sense]), [s for s in given if given[s] is not None]))
 
 
-def encode_prompt(
+def embed_prompt(
     model: "Model",
     asked: prompts.Conversation,
     media: "Sequence[jax.Array]",
     max_new_tokens: int,
     begun: str = "",
-) -> "generate.Prompt":
+) -> "generate.EmbeddedPrompt":
     """A conversation's prompt as `generate` takes it. `media`: what `encode_media` gave for its files, in order.
 
     begun: how the answer begins; it goes on from there. Raises ConfigError when prompt and answer do not fit the
@@ -122,9 +122,9 @@ def encode_prompt(
     cfg = model.network.llama.cfg
     text = (*prompts.build_prompt(asked), asked.template.answer_gap + begun if begun else "")
     encoded = prompts.encode_prompt(model.tokenizer, text, [len(tokens) for tokens in media])
-    generate.check_length(len(encoded.ids), max_new_tokens, cfg)
+    generate.check_context_length(len(encoded.ids), max_new_tokens, cfg)
     shown = jnp.concatenate(media) if media else jnp.zeros((0, cfg.width))
-    return generate.Prompt(encoded.ids, encoded.is_media, shown)
+    return generate.EmbeddedPrompt(encoded.ids, encoded.is_media, shown)
 
 
 class Chat:
@@ -192,7 +192,7 @@ class Chat:
         asked = before.ask(question)
         batches = generate.generate(
             self.model.network.llama,
-            [encode_prompt(self.model, asked, tokens, config.max_new_tokens)],
+            [embed_prompt(self.model, asked, tokens, config.max_new_tokens)],
             config,
             bos=tokenizer.bos_id,
             eos=tokenizer.eos_id,

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from vllama_jax.errors import ConfigError
-from vllama_jax.io.json_fields import LARGEST, shown
+from vllama_jax.io.json_fields import LARGEST_INTEGER, shown
 from vllama_jax.io.json_files import parse_object
 
 
@@ -171,7 +171,7 @@ class VideoLlamaConfig:
             raise ConfigError(
                 f"llama: num_heads {self.llama.num_heads} is not a multiple of num_kv_heads {self.llama.num_kv_heads}"
             )
-        if self.llama.num_heads * self.llama.head_dim > LARGEST:
+        if self.llama.num_heads * self.llama.head_dim > LARGEST_INTEGER:
             raise ConfigError(f"llama: {self.llama.num_heads} heads of {self.llama.head_dim} are absurd")
         if self.llama.head_dim % 2:
             raise ConfigError(f"llama: head_dim must be even, not {self.llama.head_dim}")
@@ -364,7 +364,7 @@ def from_json(text: str, cls: type = VideoLlamaConfig, where: str = "config") ->
 
 
 def from_dict(
-    fields: Any, cls: type = VideoLlamaConfig, where: str = "config", integers: range = range(1, LARGEST + 1)
+    fields: Any, cls: type = VideoLlamaConfig, where: str = "config", integers: range = range(1, LARGEST_INTEGER + 1)
 ) -> Any:
     """Read the dataclass `cls` from nested dicts, as JSON gives them.
 

@@ -27,7 +27,7 @@ NOTHING = -1  # in place of a token
 
 
 @dataclasses.dataclass(frozen=True)
-class Prompt:
+class EmbeddedPrompt:
     """One prompt: ids [n] with 0 at media, is_media [n], and the media tokens [m, width] in order."""
 
     ids: Int[np.ndarray, " n"]
@@ -71,7 +71,7 @@ class State:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class DecodingSettings:
     """Numbers that do not change what is compiled."""
 
     temperature: Float[Array, ""]
@@ -86,7 +86,7 @@ class Settings:
 
 def generate(
     llama: Llama,
-    prompts: Sequence[Prompt],
+    prompts: Sequence[EmbeddedPrompt],
     config: GenerationConfig,
     *,
     bos: int,
@@ -101,7 +101,7 @@ def generate(
     Raises ConfigError when a prompt and its answer do not fit the model's context, and for an empty stop sequence.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
-    check_length(longest, config.max_new_tokens, llama.cfg)
+    check_context_length(longest, config.max_new_tokens, llama.cfg)
     if config.num_beams > 1 and len(prompts) > 1:
         raise ConfigError("beam search takes one prompt at a time")
     settings = _settings(config, bos, eos, stops)
@@ -111,7 +111,7 @@ def generate(
     with under(mesh):
         state = _prefill(
             llama,
-            *_padded(prompts, padded_length(longest)),
+            *_padded(prompts, padded_prompt_length(longest)),
             settings,
             jax.random.key(config.seed),
             room=room,
@@ -131,7 +131,7 @@ def generate(
             state = _decode(llama, state, settings, choose=choose)
 
 
-def check_length(prompt: int, new: int, cfg: LlamaConfig) -> None:
+def check_context_length(prompt: int, new: int, cfg: LlamaConfig) -> None:
     """Raises ConfigError when a prompt and its answer do not fit the model's context."""
     if prompt + new > cfg.max_length:
         room = cfg.max_length - prompt
@@ -142,7 +142,7 @@ def check_length(prompt: int, new: int, cfg: LlamaConfig) -> None:
         )
 
 
-def padded_length(length: int) -> int:
+def padded_prompt_length(length: int) -> int:
     """The smallest of a few lengths, so that few programs are compiled."""
     return next((size for size in PADDED_LENGTHS if size >= length), -(-length // 4096) * 4096)
 
@@ -155,10 +155,10 @@ class Choice:
     sample: bool
     top_k: int
 
-    def __call__(self, logits: Float[Array, "r v"], state: State, settings: Settings) -> State:
+    def __call__(self, logits: Float[Array, "r v"], state: State, settings: DecodingSettings) -> State:
         return self._beam(logits, state, settings) if self.num_beams > 1 else self._one(logits, state, settings)
 
-    def _one(self, logits: Float[Array, "r v"], state: State, settings: Settings) -> State:
+    def _one(self, logits: Float[Array, "r v"], state: State, settings: DecodingSettings) -> State:
         """The likeliest token of each row, or a drawn one."""
         logits = penalise(logits, state.seen, settings.repetition_penalty)
         key, draw = jax.random.split(state.key)
@@ -178,7 +178,7 @@ class Choice:
             done=state.done | (chosen == settings.eos) | stopped(tokens, state.count + 1, settings.stops),
         )
 
-    def _beam(self, logits: Float[Array, "r v"], state: State, settings: Settings) -> State:
+    def _beam(self, logits: Float[Array, "r v"], state: State, settings: DecodingSettings) -> State:
         """The next tokens of all beams (reference: transformers 4.28, beam_search and BeamSearchScorer.process).
 
         Of the 2·r best continuations, those that end (and are among the first r) become hypotheses, the first r others
@@ -221,11 +221,11 @@ class Choice:
         return dataclasses.replace(grown, beams=_with_live(grown, settings, ~over & (stop[0] | _full(grown, settings))))
 
 
-def _full(state: State, settings: Settings) -> Bool[Array, ""]:
+def _full(state: State, settings: DecodingSettings) -> Bool[Array, ""]:
     return state.count >= settings.max_new_tokens
 
 
-def _with_live(state: State, settings: Settings, when: Bool[Array, ""]) -> Beams:
+def _with_live(state: State, settings: DecodingSettings, when: Bool[Array, ""]) -> Beams:
     """When the search stops before its hypotheses are the best there can be, live beams are hypotheses too."""
     beams, length = state.beams, state.count + 1
     live = jnp.where(when, beams.live_scores / length**settings.length_penalty, -jnp.inf)
@@ -271,7 +271,7 @@ def _prefill(llama, ids, is_media, lengths, media, settings, key, *, room, choos
     """Reads the prompts and chooses the first token of each."""
     x = splice(llama.embed(ids), is_media, media)
     b, n = ids.shape
-    cache = KVCache.empty(llama.cfg, b, padded_length(n + room), x.dtype)
+    cache = KVCache.empty(llama.cfg, b, padded_prompt_length(n + room), x.dtype)
     hidden, cache = llama.extend(x, jnp.arange(n) < lengths[:, None], cache)
     logits = llama.logits(jnp.take_along_axis(hidden, lengths[:, None, None] - 1, axis=1)[:, 0])
     beams, r = None, b
@@ -318,7 +318,7 @@ def _rows(state: State) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
-def _answer(state: State, settings: Settings) -> list[list[int]]:
+def _answer(state: State, settings: DecodingSettings) -> list[list[int]]:
     """The best hypothesis; one that ended before the limit ends in EOS (reference: BeamSearchScorer.finalize)."""
     tokens, lengths, eos, limit = jax.device_get(
         (state.beams.tokens[0], state.beams.lengths[0], settings.eos, settings.max_new_tokens)
@@ -326,8 +326,8 @@ def _answer(state: State, settings: Settings) -> list[list[int]]:
     return [tokens[:lengths].tolist() + [int(eos)] * bool(lengths < limit)]
 
 
-def _settings(config: GenerationConfig, bos: int, eos: int, stops: Sequence[Sequence[int]]) -> Settings:
-    return Settings(
+def _settings(config: GenerationConfig, bos: int, eos: int, stops: Sequence[Sequence[int]]) -> DecodingSettings:
+    return DecodingSettings(
         temperature=np.float32(config.temperature),
         top_p=np.float32(config.top_p),
         length_penalty=np.float32(config.length_penalty),
@@ -352,7 +352,7 @@ def _stop_table(stops: Sequence[Sequence[int]]) -> Int[np.ndarray, "s l"]:
     return table
 
 
-def _padded(prompts: Sequence[Prompt], length: int):
+def _padded(prompts: Sequence[EmbeddedPrompt], length: int):
     """Rows padded on the right: ids, is_media, lengths, media."""
     ids = np.stack([np.pad(prompt.ids, (0, length - len(prompt.ids))) for prompt in prompts]).astype(np.int32)
     is_media = np.stack([np.pad(prompt.is_media, (0, length - len(prompt.ids))) for prompt in prompts])

@@ -16,14 +16,14 @@ from vllama_jax.checkpoints import quantize as quantizing
 from vllama_jax.checkpoints.directory import ModelDirectory
 from vllama_jax.checkpoints.quantize import scheme_of
 from vllama_jax.checkpoints.reader import row_reader
-from vllama_jax.convert.conversion import Plan
+from vllama_jax.convert.conversion import ConversionPlan
 from vllama_jax.convert.verify.weights import check_comparable
 from vllama_jax.convert.weight_files import Source
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.runtime.extras import import_extra
 
 if TYPE_CHECKING:
-    from vllama_jax.convert.verify.stages import Part, Stage
+    from vllama_jax.convert.verify.stages import Component, Stage
 
 ComputeDtype = Literal["float32", "bfloat16"]
 
@@ -64,7 +64,7 @@ class LogitsError:
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class VerifySettings:
     """dtype: in which ours computes. tokens: the prompt's length. seed: of the inputs. quantize: ours, where asked."""
 
     dtype: ComputeDtype = "float32"
@@ -80,7 +80,7 @@ def check_installed() -> None:
 
 
 def compare_networks(
-    directory: ModelDirectory, plan: Plan, settings: Settings, progress: Callable[[str, int, int], None]
+    directory: ModelDirectory, plan: ConversionPlan, settings: VerifySettings, progress: Callable[[str, int, int], None]
 ) -> tuple[list[LayerError], LogitsError]:
     """The output of every layer of every part, on the same random input, and the language model's logits.
 
@@ -115,7 +115,7 @@ def compare_networks(
     return errors, _logits_error(ours[0], theirs[0])
 
 
-def _source(part: "Part", plan: Plan) -> Source | None:
+def _source(part: "Component", plan: ConversionPlan) -> Source | None:
     """The file that a part's weights come from; a projection may be MiniGPT-4's."""
     found = plan.pieces.get(part.kind)
     return plan.pieces.get("minigpt4") if found is None and part.name == "llama_proj" else found
@@ -144,7 +144,7 @@ def our_side(directory: ModelDirectory, dtype: ComputeDtype, quantize: str | Non
             state[path] = variable.replace(weight)
         return ours(nnx.merge(graph, nnx.from_flat_state(state)), carry)
 
-    def run(part: "Part", stage: "Stage", carry: Any) -> Any:
+    def run(part: "Component", stage: "Stage", carry: Any) -> Any:
         needed = [name for name in shapes if any(fnmatch.fnmatchcase(name, pattern) for pattern in stage.leaves)]
         weights = {name: _rows(read(name, stage.row), stage.row).astype(shapes[name][1].dtype) for name in needed}
         return jax.block_until_ready(computed(stage.ours, weights, carry))
@@ -157,7 +157,7 @@ def _rows(weight: np.ndarray, row: int | None) -> np.ndarray:
     return weight if row is None else weight[None]
 
 
-def _their_side(directory: ModelDirectory, plan: Plan) -> Side:
+def _their_side(directory: ModelDirectory, plan: ConversionPlan) -> Side:
     """Runs a stage in torch, in float32."""
     import torch
 
@@ -167,7 +167,7 @@ def _their_side(directory: ModelDirectory, plan: Plan) -> Side:
         dtype = held[leaf.rule.target]["dtype"] if leaf.rule.target in held else "float32"  # quantised
         rounded |= {(leaf.source, name): dtype for names in leaf.rule.names() for name in names}
 
-    def run(part: "Part", stage: "Stage", carry: Any) -> Any:
+    def run(part: "Component", stage: "Stage", carry: Any) -> Any:
         source = _source(part, plan)
 
         def read(name: str) -> torch.Tensor:

@@ -38,7 +38,7 @@ class Stage:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class Component:
     """kind: of the file that its weights come from. draw: a random input for it."""
 
     name: str
@@ -59,26 +59,26 @@ def one_layer(cfg: VideoLlamaConfig) -> VideoLlamaConfig:
     return dataclasses.replace(cfg, **shallow)
 
 
-def parts(cfg: VideoLlamaConfig, llama_config: transformers.LlamaConfig, tokens: int) -> list[Part]:
+def parts(cfg: VideoLlamaConfig, llama_config: transformers.LlamaConfig, tokens: int) -> list[Component]:
     """All parts that a model of this config can have. tokens: the length of the language model's prompt."""
     image, video = cfg.image_qformer, cfg.video_qformer
     frames = min(cfg.num_frames, cfg.num_frame_positions)
     seen = _normal(2, cfg.vit.num_patches + 1, cfg.vit.width)
     found = [
-        Part("vit", "eva_vit", _pictures(cfg.vit), _vit(cfg.vit)),
-        Part("image_qformer", "blip2", seen, [_ln_vision(cfg), *_qformer("image", "", image, cfg.vit.width)]),
-        Part("video_qformer", "vl", _normal(1, frames, image.num_queries, image.width), _video_qformer(cfg)),
-        Part("llama_proj", "vl", _normal(1, video.num_queries, video.width), _projection(cfg)),
+        Component("vit", "eva_vit", _pictures(cfg.vit), _vit(cfg.vit)),
+        Component("image_qformer", "blip2", seen, [_ln_vision(cfg), *_qformer("image", "", image, cfg.vit.width)]),
+        Component("video_qformer", "vl", _normal(1, frames, image.num_queries, image.width), _video_qformer(cfg)),
+        Component("llama_proj", "vl", _normal(1, video.num_queries, video.width), _projection(cfg)),
     ]
     if cfg.has_audio:
         senses, audio, embed_dim = cfg.imagebind, cfg.audio_qformer, cfg.imagebind.embed_dim
         mel = _normal(2, senses.audio.num_mel_bins, senses.audio.num_mel_frames)
         clips = min(cfg.num_clips, cfg.num_clip_positions)
         found += [
-            Part("imagebind/audio", "imagebind", mel, _hearing(senses.audio, embed_dim)),
-            Part("imagebind/vision", "imagebind", _pictures(senses.vision), _sight(senses.vision, embed_dim)),
-            Part("audio_qformer", "al", _normal(1, clips, embed_dim), _audio_qformer(cfg)),
-            Part(
+            Component("imagebind/audio", "imagebind", mel, _hearing(senses.audio, embed_dim)),
+            Component("imagebind/vision", "imagebind", _pictures(senses.vision), _sight(senses.vision, embed_dim)),
+            Component("audio_qformer", "al", _normal(1, clips, embed_dim), _audio_qformer(cfg)),
+            Component(
                 "audio_llama_proj",
                 "al",
                 _normal(1, audio.num_queries, audio.width),
@@ -86,7 +86,7 @@ def parts(cfg: VideoLlamaConfig, llama_config: transformers.LlamaConfig, tokens:
             ),
         ]
     prompt = lambda rng: rng.integers(cfg.llama.vocab_size, size=(1, tokens))  # noqa: E731
-    return [*found, Part("llama", "llama", prompt, _llama(cfg, llama_config))]
+    return [*found, Component("llama", "llama", prompt, _llama(cfg, llama_config))]
 
 
 def _normal(*shape: int) -> Callable[[np.random.Generator], np.ndarray]:

@@ -14,7 +14,7 @@ from vllama_jax.checkpoints.directory import ModelDirectory, Run, open_trained
 from vllama_jax.checkpoints.quantize import unquantized_shapes
 from vllama_jax.checkpoints.restore import check_leaves, restore_arrays
 from vllama_jax.config import VideoLlamaConfig, flat
-from vllama_jax.convert.conversion import Plan
+from vllama_jax.convert.conversion import ConversionPlan
 from vllama_jax.convert.infer_config import HEADS
 from vllama_jax.convert.match_weights import Leaf, abstract_shapes
 from vllama_jax.errors import CheckpointError, ConfigError
@@ -108,7 +108,7 @@ def untold(config: VideoLlamaConfig) -> dict[str, Any]:
     return told
 
 
-def check_comparable(directory: ModelDirectory, plan: Plan) -> None:
+def check_comparable(directory: ModelDirectory, plan: ConversionPlan) -> None:
     """Raises CheckpointError unless model and source have the same weights in the same shapes, and whole files."""
     if directory.trained:
         raise ConfigError(f"{directory.trained[-1].path.parents[1]}: a run; what it was made from is {directory.path}")
@@ -132,7 +132,7 @@ def shortened(told: list[str], separator: str = ", ") -> str:
     return separator.join([*told[:LISTED], *more])
 
 
-def config_differences(directory: ModelDirectory, plan: Plan) -> list[str]:
+def config_differences(directory: ModelDirectory, plan: ConversionPlan) -> list[str]:
     """What config.json says otherwise than the source does."""
     ours, theirs = (flat(dataclasses.asdict(config)) for config in (directory.config, plan.config))
     return [
@@ -142,7 +142,7 @@ def config_differences(directory: ModelDirectory, plan: Plan) -> list[str]:
     ]
 
 
-def other_files(directory: ModelDirectory, plan: Plan) -> list[str]:
+def other_files(directory: ModelDirectory, plan: ConversionPlan) -> list[str]:
     """Source files whose names and sizes are not among those that the model was made from."""
     known = {(file["name"], file.get("size")) for files in directory.manifest["sources"].values() for file in files}
     given = dict.fromkeys(file for source in plan.pieces.values() for file in source.files)
@@ -150,7 +150,7 @@ def other_files(directory: ModelDirectory, plan: Plan) -> list[str]:
 
 
 def compare_weights(
-    directory: ModelDirectory, plan: Plan, progress: Callable[[int], None] = lambda done: None
+    directory: ModelDirectory, plan: ConversionPlan, progress: Callable[[int], None] = lambda done: None
 ) -> list[PartWeights]:
     """Every weight with what the source makes of its tensors, in the dtype that is on disk, bit by bit.
 

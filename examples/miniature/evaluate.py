@@ -193,7 +193,9 @@ def _ask_batch(model: Model, shown: Shown, question: str) -> list[str]:
     return greedy_answers(model, template, _prompts(model, shown, question), TOKENS, len(shown.scenes))
 
 
-def _prompts(model: Model, shown: Shown, question: str, answers: Sequence[str] | None = None) -> list[generate.Prompt]:
+def _prompts(
+    model: Model, shown: Shown, question: str, answers: Sequence[str] | None = None
+) -> list[generate.EmbeddedPrompt]:
     """The question about each file as a chat asks it, and perhaps its answer."""
     parts, found = [], []
     if shown.sounds is not None:
@@ -204,8 +206,10 @@ def _prompts(model: Model, shown: Shown, question: str, answers: Sequence[str] |
         conversation = prompts.start_conversation(model.config.template, model.config.has_audio)
         conversation = conversation.add(_as_shown(media, shown)).ask(question)
         conversation = conversation if answers is None else conversation.answer(answers[row])
-        encoded = prompts.encode(conversation, model.tokenizer, [part.shape[1] for part in parts])
-        found.append(generate.Prompt(encoded.ids, encoded.is_media, np.concatenate([part[row] for part in parts])))
+        encoded = prompts.encode_conversation(conversation, model.tokenizer, [part.shape[1] for part in parts])
+        found.append(
+            generate.EmbeddedPrompt(encoded.ids, encoded.is_media, np.concatenate([part[row] for part in parts]))
+        )
     return found
 
 
@@ -222,7 +226,7 @@ def likelihood(model: Model, shown: Shown, question: str, answers: Sequence[str]
     for batch in shown.batches():
         said, rest = rest[: len(batch.scenes)], rest[len(batch.scenes) :]
         asked, given = _prompts(model, batch, question), _prompts(model, batch, question, said)
-        length = generate.padded_length(max(len(prompt.ids) for prompt in given))
+        length = generate.padded_prompt_length(max(len(prompt.ids) for prompt in given))
         ids, is_media = (np.stack([np.pad(x, (0, length - len(x))) for x in parts]) for parts in (
             [prompt.ids for prompt in given], [prompt.is_media for prompt in given]
         ))  # fmt: skip

@@ -196,7 +196,7 @@ def _chat_text(tokenizer: Tokenizer, scene: Scene, layout: str, draw: np.random.
     for name in map(str, draw.permutation(asked)[: draw.integers(2, 6)]):
         wording = str(draw.choice(texts.QUESTIONS[name]))
         conversation = conversation.ask(wording).answer(texts.answer(name, scene))
-    encoded = prompts.encode(conversation, tokenizer, [len(note) for note in notes])
+    encoded = prompts.encode_conversation(conversation, tokenizer, [len(note) for note in notes])
     ids = _filled(encoded.ids, encoded.is_media, np.concatenate(notes))
     return np.append(ids, tokenizer.encode("###", special=False)[-1]), np.append(encoded.is_media, False)
 

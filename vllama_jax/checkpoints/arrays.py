@@ -22,7 +22,7 @@ import numpy as np
 
 from vllama_jax.errors import CheckpointError
 from vllama_jax.io.atomic import write_file, write_json
-from vllama_jax.io.json_fields import LARGEST, shown
+from vllama_jax.io.json_fields import LARGEST_INTEGER, shown
 from vllama_jax.io.json_files import read_object
 
 CHUNK_BYTES = 64 * 2**20  # of a file at most
@@ -193,7 +193,7 @@ def check_manifest(leaves: Mapping[str, Any], where: str) -> None:
         if not isinstance(entry, dict) or not entry.keys() >= {"shape", "dtype", "xxh3_128"}:
             raise CheckpointError(f"{where}: {advice}")
         shape = entry["shape"]
-        if not isinstance(shape, list) or not all(type(size) is int and 0 < size <= LARGEST for size in shape):
+        if not isinstance(shape, list) or not all(type(size) is int and 0 < size <= LARGEST_INTEGER for size in shape):
             raise CheckpointError(f"{where}: shape {shown(shape)}: {advice}")
         if entry["dtype"] not in STORED_DTYPES:
             raise CheckpointError(f"{where}: dtype {shown(entry['dtype'])}: {advice}")

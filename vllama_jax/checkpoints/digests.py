@@ -17,7 +17,7 @@ from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import write_json
 from vllama_jax.io.json_files import read_object
 
-FORMAT = 1
+DIGESTS_FORMAT = 1
 DIGESTS = "digests.json"
 # Notes of Orbax on the save itself: it writes them after the digests, and no restore reads them.
 NOTES = ("_CHECKPOINT_METADATA", "commit_success.txt")
@@ -66,7 +66,7 @@ def write_digests(checkpoint: Path, step: int) -> None:
         file.relative_to(checkpoint).as_posix(): {"size": file.stat().st_size, "xxh3_128": digest}
         for file, digest in zip(files, _hash_all(files), strict=True)
     }
-    write_json(checkpoint / DIGESTS, {"format": FORMAT, "step": step, "files": found})
+    write_json(checkpoint / DIGESTS, {"format": DIGESTS_FORMAT, "step": step, "files": found})
 
 
 def read_digests(checkpoint: Path) -> Digests | None:
@@ -90,7 +90,7 @@ def read_digests(checkpoint: Path) -> Digests | None:
         digests = from_dict(fields, Digests, str(path), range(2**63))
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
-    if digests.format != FORMAT or f"step_{digests.step}" != checkpoint.name.removeprefix("damaged_"):
+    if digests.format != DIGESTS_FORMAT or f"step_{digests.step}" != checkpoint.name.removeprefix("damaged_"):
         raise CheckpointError(f"{path}: of format {digests.format} and step {digests.step}, not of this checkpoint")
     return digests
 

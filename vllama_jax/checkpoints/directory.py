@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from vllama_jax.checkpoints.arrays import check_manifest
 from vllama_jax.checkpoints.digests import check_checkpoint, run_steps
 from vllama_jax.checkpoints.shipped import find_model
-from vllama_jax.config import LARGEST, NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
+from vllama_jax.config import LARGEST_INTEGER, NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
 from vllama_jax.errors import CheckpointError, one_line
 from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_fields import shown
@@ -27,20 +27,20 @@ from vllama_jax.io.json_files import read_object
 if TYPE_CHECKING:
     pass
 
-FORMAT = 1
+MODEL_FORMAT = 1
 PYTORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
 
 
 def write_config(directory: Path, config: VideoLlamaConfig, **more: Any) -> None:
     """config.json; a run has `more` to say in it."""
     versions = {name: importlib.metadata.version(name) for name in ("vllama-jax", "jax", "flax", "orbax-checkpoint")}
-    fields = {"format": FORMAT, "versions": versions, "model": dataclasses.asdict(config), **more}
+    fields = {"format": MODEL_FORMAT, "versions": versions, "model": dataclasses.asdict(config), **more}
     replace_json(directory / "config.json", fields)
 
 
 def write_manifest(directory: Path, sources: dict[str, Any], leaves: dict[str, dict], **more: Any) -> None:
     """manifest.json; that of quantised weights has `more` to say."""
-    write_json(directory / "manifest.json", {"format": FORMAT, "sources": sources, "leaves": leaves, **more})
+    write_json(directory / "manifest.json", {"format": MODEL_FORMAT, "sources": sources, "leaves": leaves, **more})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +201,9 @@ def _run(path: Path, fields: dict[str, Any], base: str | Path | None) -> Run:
         raise CheckpointError(
             f"{path}: its base model {named} is not there, nor beside the run; name it with --base, or put it there"
         )
-    return Run(path, named, recorded.digest, from_dict(lora, LoraConfig, f"{where}: run.lora", range(LARGEST + 1)))
+    return Run(
+        path, named, recorded.digest, from_dict(lora, LoraConfig, f"{where}: run.lora", range(LARGEST_INTEGER + 1))
+    )
 
 
 def _open_model_directory(path: Path) -> ModelDirectory:
@@ -267,7 +269,11 @@ def open_trained(weights: Path, lora: LoraConfig) -> Trained:
 def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:
     made = fields.get("format")
     told = shown(made)
-    if isinstance(made, int) and made > FORMAT:
-        raise CheckpointError(f"{path}: its format is {told}, newer than this version's {FORMAT}; update vllama-jax")
-    if made != FORMAT or not isinstance(fields.get(needed), dict):
-        raise CheckpointError(f"{path}: not of a model directory (format {told}, {FORMAT} is known); convert again")
+    if isinstance(made, int) and made > MODEL_FORMAT:
+        raise CheckpointError(
+            f"{path}: its format is {told}, newer than this version's {MODEL_FORMAT}; update vllama-jax"
+        )
+    if made != MODEL_FORMAT or not isinstance(fields.get(needed), dict):
+        raise CheckpointError(
+            f"{path}: not of a model directory (format {told}, {MODEL_FORMAT} is known); convert again"
+        )

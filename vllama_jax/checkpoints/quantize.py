@@ -14,7 +14,7 @@ import numpy as np
 
 from vllama_jax.checkpoints.arrays import ParamsWriter, check_params
 from vllama_jax.checkpoints.directory import ModelDirectory, write_config, write_manifest
-from vllama_jax.checkpoints.reader import Reader, row_reader, stored_dtype
+from vllama_jax.checkpoints.reader import RowReader, row_reader, stored_dtype
 from vllama_jax.checkpoints.restore import Restoring, check_leaves, placed, restore_weights
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from vllama_jax.nn.video_llama import VideoLlama
 
 BITS = {"int8": 8, "int4": 4}
-WEIGHTS = ("values", "scale")
+QUANTIZED_WEIGHTS = ("values", "scale")
 Layers = Mapping[str, "QuantizedLinear"]
 
 
@@ -71,10 +71,10 @@ def _restore_weights(layers: Layers, directory: ModelDirectory, wanted: dict[str
     """`restore_weights`, with the kernels of `layers` quantised on the device, one layer after the other."""
     read = row_reader(directory)
     _check_kernels(directory, layers)
-    made = {f"{path}/{weight}" for path in layers for weight in WEIGHTS}
+    made = {f"{path}/{weight}" for path in layers for weight in QUANTIZED_WEIGHTS}
     restored = restore_weights(directory, {path: wanted[path] for path in wanted if path not in made})
     for path, layer in layers.items():
-        names = [f"{path}/{weight}" for weight in WEIGHTS]
+        names = [f"{path}/{weight}" for weight in QUANTIZED_WEIGHTS]
         places = tuple(placed(wanted[name]) for name in names)
         restored |= zip(names, _quantized_leaf(read, path, layer, places), strict=True)
     return restored
@@ -89,7 +89,7 @@ def _check_kernels(directory: ModelDirectory, layers: Layers) -> None:
 
 
 def _quantized_leaf(
-    read: Reader, path: str, layer: "QuantizedLinear", places: "tuple[jax.ShapeDtypeStruct, ...]"
+    read: RowReader, path: str, layer: "QuantizedLinear", places: "tuple[jax.ShapeDtypeStruct, ...]"
 ) -> "tuple[jax.Array, ...]":
     """Values and scales of a kernel in their places. In memory beside them is one layer of it."""
     import jax
@@ -128,7 +128,7 @@ def is_stacked(path: str) -> bool:
 
 
 def quantized_rows(
-    read: Reader, path: str, layer: "QuantizedLinear", place: Callable[[np.ndarray], Any] = lambda kernel: kernel
+    read: RowReader, path: str, layer: "QuantizedLinear", place: Callable[[np.ndarray], Any] = lambda kernel: kernel
 ) -> "Iterator[tuple[jax.Array, jax.Array]]":
     """Values and scales of a layer's kernel, layer by layer where it is stacked."""
     from vllama_jax.nn.quantized import quantized
@@ -137,7 +137,7 @@ def quantized_rows(
         yield quantized(place(read(f"{path}/kernel", row)), layer.inputs, layer.bits)
 
 
-def quantizing_reader(directory: ModelDirectory, layers: Layers) -> Reader:
+def quantizing_reader(directory: ModelDirectory, layers: Layers) -> RowReader:
     """Reads the weights of a network with quantised layers, which it quantises itself, or one row of theirs."""
     from vllama_jax.nn.quantized import quantized
 
@@ -146,11 +146,11 @@ def quantizing_reader(directory: ModelDirectory, layers: Layers) -> Reader:
     @functools.lru_cache(maxsize=1)
     def made(path: str, row: int | None) -> dict[str, np.ndarray]:
         parts = quantized(read(f"{path}/kernel", row), layers[path].inputs, layers[path].bits)
-        return dict(zip(WEIGHTS, map(np.asarray, parts), strict=True))
+        return dict(zip(QUANTIZED_WEIGHTS, map(np.asarray, parts), strict=True))
 
     def one(name: str, row: int | None) -> np.ndarray:
         path, _, weight = name.rpartition("/")
-        return made(path, row)[weight] if path in layers and weight in WEIGHTS else read(name, row)
+        return made(path, row)[weight] if path in layers and weight in QUANTIZED_WEIGHTS else read(name, row)
 
     return one
 
@@ -163,7 +163,9 @@ def unquantized_shapes(directory: ModelDirectory) -> dict[str, tuple[int, ...]]:
     if not directory.quantized:
         return directory.shapes
     layers = abstract_layers(directory.config, None, scheme_of(directory, None))[1]
-    made = {f"{path}/{name}": getattr(layer, name).shape for path, layer in layers.items() for name in WEIGHTS}
+    made = {
+        f"{path}/{name}": getattr(layer, name).shape for path, layer in layers.items() for name in QUANTIZED_WEIGHTS
+    }
     check_leaves(directory, made)
     kept = {path: shape for path, shape in directory.shapes.items() if path not in made}
     return kept | {f"{path}/kernel": layer.kernel_shape for path, layer in layers.items()}
@@ -214,14 +216,14 @@ def _bytes(model: ModelDirectory, path: str) -> int:
     return math.prod(model.shapes[path]) * stored_dtype(model, path).itemsize
 
 
-def _copy(params: ParamsWriter, model: ModelDirectory, read: Reader, path: str) -> None:
+def _copy(params: ParamsWriter, model: ModelDirectory, read: RowReader, path: str) -> None:
     shape = model.shapes[path]
     by_layer = len(shape) > 2 and is_stacked(path)
     rows = (read(path, row)[None] for row in range(shape[0])) if by_layer else [read(path, None)]
     params.write(path, shape, stored_dtype(model, path), rows)
 
 
-def _write_quantized(params: ParamsWriter, read: Reader, path: str, layer: "QuantizedLinear") -> None:
+def _write_quantized(params: ParamsWriter, read: RowReader, path: str, layer: "QuantizedLinear") -> None:
     scales = []  # small; kept, so that the kernel is read once
 
     def values() -> Iterator[np.ndarray]:

@@ -10,7 +10,7 @@ from vllama_jax.checkpoints.arrays import read_rows
 from vllama_jax.checkpoints.directory import ModelDirectory, Trained
 from vllama_jax.checkpoints.restore import restore_arrays
 
-Reader = Callable[[str, int | None], np.ndarray]
+RowReader = Callable[[str, int | None], np.ndarray]
 
 
 def _holder(model: ModelDirectory, path: str) -> Trained | None:
@@ -23,7 +23,7 @@ def stored_dtype(model: ModelDirectory, path: str) -> np.dtype:
     return np.dtype("float32" if _holder(model, path) else model.manifest["leaves"][path]["dtype"])
 
 
-def _stored(model: ModelDirectory) -> Reader:
+def _stored(model: ModelDirectory) -> RowReader:
     """Reads a weight by its path, or one row of its first axis.
 
     What a run trained can only be read whole, and a few such weights are kept until their rows have been asked for.
@@ -50,7 +50,7 @@ def _stored(model: ModelDirectory) -> Reader:
     return read
 
 
-def row_reader(model: ModelDirectory) -> Reader:
+def row_reader(model: ModelDirectory) -> RowReader:
     """Reads a weight by its path, or one row of its first axis, as it lies on disk.
 
     Kernels that a run gave low-rank updates come with those added, as loading does (nn/lora.py).

@@ -7,7 +7,7 @@ import tyro
 
 from vllama_jax.cli._devices import leave_accelerators
 from vllama_jax.cli._progress import bytes_bar
-from vllama_jax.convert import Plan, bytes_to_write
+from vllama_jax.convert import ConversionPlan, bytes_to_write
 from vllama_jax.convert import convert as write
 from vllama_jax.convert import plan as make_plan
 from vllama_jax.errors import ConfigError
@@ -79,7 +79,7 @@ def convert(
     print(_summary(plan, out))
 
 
-def _summary(plan: Plan, out: Path) -> str:
+def _summary(plan: ConversionPlan, out: Path) -> str:
     parts = {leaf.target.split("/")[0] for leaf in plan.all_leaves}
     lines = [
         f"{out}: {len(plan.all_leaves)} weights of {', '.join(sorted(parts))}; prompt template {plan.config.template}"

@@ -108,10 +108,10 @@ def stats(records: tyro.conf.Positional[str], /, *, json_output: Json = False) -
         records: The records directory, or its URL (gs://, s3://).
         json_output: Print one JSON object.
     """
-    from vllama_jax.data.check import describe
+    from vllama_jax.data.check import describe_records
     from vllama_jax.data.records import open_records
 
-    described = describe(open_records(records))
+    described = describe_records(open_records(records))
     if json_output:
         print(json.dumps(described))
         return

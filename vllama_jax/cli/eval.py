@@ -107,7 +107,7 @@ def benchmark(
         judge_model: The model to ask there.
         json_output: Print one JSON object, what results.json holds.
     """
-    from vllama_jax.evaluate.answers import Settings
+    from vllama_jax.evaluate.answers import AnswerSettings
     from vllama_jax.evaluate.judge_client import find_judge
     from vllama_jax.evaluate.run import Evaluation, evaluate
 
@@ -124,7 +124,7 @@ def benchmark(
         out=out,
         base=base,
         limit=limit,
-        settings=Settings(
+        settings=AnswerSettings(
             max_new_tokens=max_new_tokens, num_frames=num_frames, audio=audio, template=template, batch_size=batch_size
         ),
         weights={"dtype": dtype, "quantize": quantize},

@@ -38,7 +38,7 @@ def export(
     check_absent(out)
     leave_accelerators()  # what a run trained comes through JAX
     directory = open_model(model, base)
-    files = exporting.plan(directory, format, shard_gb * 1e9)
+    files = exporting.plan_export(directory, format, shard_gb * 1e9)
     total = exporting.bytes_to_write(files)
     with bytes_bar(total) as progress:
         exporting.export(directory, files, out, progress)

@@ -38,7 +38,7 @@ SHOWN = 5 * 10**6  # bytes; smaller parts are only counted
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class MemoryOptions:
     """What is asked of a model and of a run config alike.
 
     Attributes:
@@ -58,7 +58,7 @@ class Asked:
         at_least(0, length=self.length)
 
 
-AS_IT_IS = Asked()
+AS_IT_IS = MemoryOptions()
 
 
 def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
@@ -77,7 +77,7 @@ def _of_model() -> Command:
     def memory(
         model: tyro.conf.Positional[str],
         /,
-        asked: Annotated[Asked, tyro.conf.arg(name="")] = AS_IT_IS,
+        asked: Annotated[MemoryOptions, tyro.conf.arg(name="")] = AS_IT_IS,
         *,
         mesh: MeshConfig = ALL_DEVICES,
         branch: Literal["vision", "audio"] = "vision",
@@ -134,7 +134,7 @@ def _of_run(named: str) -> Command:
         config: tyro.conf.Positional[str],
         /,
         run: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
-        asked: Annotated[Asked, tyro.conf.arg(name="")] = AS_IT_IS,
+        asked: Annotated[MemoryOptions, tyro.conf.arg(name="")] = AS_IT_IS,
         *,
         base: str = "",
         exact: bool = False,
@@ -184,7 +184,7 @@ class Use:
 Where = tuple[MeshConfig, Device, int]  # the last: --length
 
 
-def _find_devices(asked: Asked, mesh: MeshConfig) -> tuple[Device, MeshConfig]:
+def _find_devices(asked: MemoryOptions, mesh: MeshConfig) -> tuple[Device, MeshConfig]:
     """Raises ConfigError for devices that are not known, and a mesh that is not theirs."""
     if asked.devices != "here":
         leave_accelerators()
@@ -240,7 +240,7 @@ def _compiled(model: VideoLlamaConfig, run: TrainConfig, where: Where) -> dict[s
     return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
 
 
-def _tell(named: str, uses: list[Use], where: tuple[MeshConfig, Device, list[str]], asked: Asked) -> None:
+def _tell(named: str, uses: list[Use], where: tuple[MeshConfig, Device, list[str]], asked: MemoryOptions) -> None:
     mesh, device, notes = where
     if asked.json_output:
         print(json.dumps(_report(named, uses, mesh, device) | {"notes": notes}))

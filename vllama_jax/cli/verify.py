@@ -22,7 +22,7 @@ from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_files import read_object
 
 if TYPE_CHECKING:
-    from vllama_jax.convert import Plan
+    from vllama_jax.convert import ConversionPlan
     from vllama_jax.convert.verify.weights import CheckedCheckpoint
 
 Json = Annotated[bool, tyro.conf.arg(name="json")]
@@ -169,7 +169,7 @@ def _bytes(leaf: Mapping[str, Any]) -> int:
 
 def _plan(
     directory: ModelDirectory, against: tuple[Path, ...], given: Mapping[str, Path], config: Mapping[str, Any] | None
-) -> "Plan":
+) -> "ConversionPlan":
     """The conversion that the source would be, as far as the model was made of it."""
     from vllama_jax.convert import plan
     from vllama_jax.convert.discover import search
@@ -188,7 +188,7 @@ def _plan(
     return plan(llama_directory=llama, delta=delta, files=files, config=told)
 
 
-def _verify_weights(model: Path, directory: ModelDirectory, plan: "Plan", json_output: bool) -> None:
+def _verify_weights(model: Path, directory: ModelDirectory, plan: "ConversionPlan", json_output: bool) -> None:
     from vllama_jax.convert.verify.weights import compare_weights, config_differences, shortened
 
     with bytes_bar(sum(_bytes(leaf) for leaf in directory.manifest["leaves"].values())) as progress:
@@ -212,14 +212,14 @@ def _verify_weights(model: Path, directory: ModelDirectory, plan: "Plan", json_o
 
 
 def _verify_networks(
-    model: Path, directory: ModelDirectory, plan: "Plan", settings: tuple[Any, ...], json_output: bool
+    model: Path, directory: ModelDirectory, plan: "ConversionPlan", settings: tuple[Any, ...], json_output: bool
 ) -> None:
-    from vllama_jax.convert.verify.layers import BOUNDS, USUAL, Settings, compare_networks, judged
+    from vllama_jax.convert.verify.layers import BOUNDS, USUAL, VerifySettings, compare_networks, judged
     from vllama_jax.convert.verify.weights import config_differences, shortened
     from vllama_jax.runtime.compilation_cache import keep_compiled_programs
 
     keep_compiled_programs()
-    chosen, scheme = Settings(*settings), scheme_of(directory, settings[-1])
+    chosen, scheme = VerifySettings(*settings), scheme_of(directory, settings[-1])
     bounds = USUAL[scheme] if scheme else BOUNDS[chosen.dtype]
     with count_bar() as progress:
         errors, logits = compare_networks(directory, plan, chosen, progress)
@@ -270,7 +270,7 @@ def _table(first: str, numbers: tuple[str, ...], *texts: str) -> Table:
     return table
 
 
-def _show(table: Table, directory: ModelDirectory, plan: "Plan") -> None:
+def _show(table: Table, directory: ModelDirectory, plan: "ConversionPlan") -> None:
     from vllama_jax.convert.verify.weights import other_files
 
     Console().print(table)

@@ -14,7 +14,7 @@ from typing import Any
 from vllama_jax.data.annotation import Kind
 from vllama_jax.data.conversations import (
     Turns,
-    Unusable,
+    UnusableAnnotation,
     caption_turns,
     history_turns,
     message_turns,
@@ -67,18 +67,20 @@ def read_entry(place: str, entry: Any, folder: Path) -> Entry | Skipped:
     """
     try:
         if not isinstance(entry, dict):
-            raise Unusable("it is not a JSON object")
+            raise UnusableAnnotation("it is not a JSON object")
         given = {key: value for key, value in entry.items() if value is not None}
         messages, media = _split_parts(given)
         for key in filter(FILE_KEYS.get, given):
             media += [(name, FILE_KEYS[key]) for name in _file_names(given[key])]
         media = list(dict.fromkeys(media))
         if not media:
-            raise Unusable(f"it names no file: it has none of {', '.join(FILE_KEYS)}")
+            raise UnusableAnnotation(f"it names no file: it has none of {', '.join(FILE_KEYS)}")
         if len(media) > 1:
             names = ", ".join(name for name, _ in media[:3])
-            raise Unusable(f"it names {len(media)} files ({_printable(names)}); a record has one: give each an entry")
-    except Unusable as error:
+            raise UnusableAnnotation(
+                f"it names {len(media)} files ({_printable(names)}); a record has one: give each an entry"
+            )
+    except UnusableAnnotation as error:
         return Skipped(place, place, str(error))
     ((name, kind),) = media
     return make_entry(place, name, kind, folder, lambda said: _turns(said, entry), {**given, **messages})
@@ -100,11 +102,11 @@ def _turns(given: dict[str, Any], entry: dict[str, Any]) -> Turns:
     if "instruction" in given and "output" in given:
         asked = [given["instruction"], *([given["input"]] if given.get("input") else [])]
         if not all(isinstance(text, str) for text in asked):
-            raise Unusable("its instruction or input is not text")
+            raise UnusableAnnotation("its instruction or input is not text")
         return history_turns(given.get("history", []), "\n".join(asked), given["output"])
     if entry.keys() & {"caption", "text"}:
         return caption_turns(given.get("caption", given.get("text")))
-    raise Unusable("it says nothing of its file: it has no caption, messages, or question and answer")
+    raise UnusableAnnotation("it says nothing of its file: it has no caption, messages, or question and answer")
 
 
 def _split_parts(given: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Kind]]]:
@@ -138,13 +140,13 @@ def _read_parts(parts: list[Any]) -> tuple[str, list[tuple[str, Kind]]]:
     for part in parts:
         fields = {"type": "text", "text": part} if isinstance(part, str) else part
         if not isinstance(fields, dict):
-            raise Unusable("a part of a message is no object")
+            raise UnusableAnnotation("a part of a message is no object")
         known = [name for name in (*TEXT_TYPES, *PART_TYPES) if name in fields]
         which = fields.get("type", known[0] if known else None)
         if which in TEXT_TYPES:
             said = fields.get("text", fields.get(which))
             if not isinstance(said, str):
-                raise Unusable("a part of a message is not text")
+                raise UnusableAnnotation("a part of a message is not text")
             text += said
         elif isinstance(which, str) and which in PART_TYPES:
             kind = PART_TYPES[which]
@@ -152,7 +154,7 @@ def _read_parts(parts: list[Any]) -> tuple[str, list[tuple[str, Kind]]]:
             named = next((fields[name] for name in (which, kind, f"{kind}_url") if fields.get(name)), None)
             media += [(name, kind) for name in _file_names(named)]
         else:
-            raise Unusable(f"a part of a message is of type {str(which)[:40]!r}")
+            raise UnusableAnnotation(f"a part of a message is of type {str(which)[:40]!r}")
     return text, media
 
 
@@ -164,26 +166,26 @@ def _file_names(value: Any) -> Iterator[str]:
     elif isinstance(value, dict):
         named = [value[key] for key in ("path", "url", "file", "data") if value.get(key) is not None]
         if not named:
-            raise Unusable("a file without a path in it")
+            raise UnusableAnnotation("a file without a path in it")
         yield from _file_names(named[0])
     elif isinstance(value, str):
         if value:
             yield _file_name(value)
     elif value is not None:
-        raise Unusable(f"a file's name is not text but {str(value)[:40]}")
+        raise UnusableAnnotation(f"a file's name is not text but {str(value)[:40]}")
 
 
 def _file_name(name: str) -> str:
     """A path as it is written, or that of a file:// URL."""
     if name.startswith("data:") or len(name) > LONGEST_NAME:
-        raise Unusable("its media are in the annotation itself, not in a file; save them to one and name it")
+        raise UnusableAnnotation("its media are in the annotation itself, not in a file; save them to one and name it")
     if "\0" in name:
-        raise Unusable("a file's name has a null character in it")
+        raise UnusableAnnotation("a file's name has a null character in it")
     if not re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
         return name
     url = urllib.parse.urlsplit(name)
     if url.scheme.lower() != "file" or url.netloc not in ("", "localhost"):
-        raise Unusable(f"URLs are not downloaded ({_printable(name[:100])}); download it and name the file")
+        raise UnusableAnnotation(f"URLs are not downloaded ({_printable(name[:100])}); download it and name the file")
     return urllib.parse.unquote(url.path)
 
 

@@ -15,7 +15,7 @@ import xxhash
 
 from vllama_jax.data.annotation import KINDS, Annotation, Kind
 from vllama_jax.data.entries import Entry, Skipped
-from vllama_jax.data.records import FORMAT
+from vllama_jax.data.records import RECORDS_FORMAT
 from vllama_jax.data.sources import SOURCES
 from vllama_jax.data.tfds_builders import Media, Texts, shard_counts, text_example, write_dataset
 from vllama_jax.errors import DataError, MediaError
@@ -208,7 +208,7 @@ def _write_manifest(directory: Path, name: str, built: Built, digest: str) -> No
             os.fsync(file.fileno())
     packages = ("vllama-jax", "tensorflow-datasets", "array_record")
     fields = {
-        "format": FORMAT,
+        "format": RECORDS_FORMAT,
         "name": name,
         "kinds": built.kinds,
         "sizes": built.sizes,

@@ -78,7 +78,7 @@ def count_tokens(records: Records, tokenizer: Tokenizer) -> Lengths:
     return lengths
 
 
-def describe(records: Records) -> dict[Kind, dict[str, Any]]:
+def describe_records(records: Records) -> dict[Kind, dict[str, Any]]:
     """Of each kind that is there: records, files, bytes, turns, and the characters of questions and answers."""
     return {kind: _describe(records, kind) for kind, numbers in records.kinds.items() if numbers}
 

@@ -14,7 +14,7 @@ MARK_AND_SPACE = re.compile(rf"{MARK.pattern}[ \n]?")
 Turns = tuple[tuple[str, str], ...]
 
 
-class Unusable(Exception):
+class UnusableAnnotation(Exception):
     """Why an annotation cannot be used; it is left out."""
 
 
@@ -26,7 +26,7 @@ def caption_turns(caption: Any) -> Turns:
 def pair_turns(pairs: Any, question: str = "question", answer: str = "answer") -> Turns:
     """VideoChat's: [{"q", "a"}, …], or with these names; what else a pair has (VideoChat's "i") is ignored."""
     if not isinstance(pairs, list) or not pairs:
-        raise Unusable("it has no list of questions and answers")
+        raise UnusableAnnotation("it has no list of questions and answers")
     fields = [pair if isinstance(pair, dict) else {} for pair in pairs]
     return tuple(_turn(pair.get("q", pair.get(question)), pair.get("a", pair.get(answer))) for pair in fields)
 
@@ -34,7 +34,7 @@ def pair_turns(pairs: Any, question: str = "question", answer: str = "answer") -
 def history_turns(history: Any, question: Any, answer: Any) -> Turns:
     """ms-swift's and Alpaca's: earlier turns as [[question, answer], …], then the last one."""
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
-        raise Unusable("its history is not a list of questions and answers")
+        raise UnusableAnnotation("its history is not a list of questions and answers")
     return tuple(_turn(*turn) for turn in [*history, [question, answer]])
 
 
@@ -45,19 +45,19 @@ def message_turns(messages: Any) -> Turns:
     llava_instruct_dataset.py).
     """
     if not isinstance(messages, list):
-        raise Unusable("it has no list of messages")
+        raise UnusableAnnotation("it has no list of messages")
     said = [_message(message) for message in messages]
     while said and said[0][0] not in HUMANS:
         del said[0]
     if not said:
-        raise Unusable("nobody asks anything in it")
+        raise UnusableAnnotation("nobody asks anything in it")
     speakers = [who for who, _ in said]
     if strange := sorted({who for who in speakers if who not in HUMANS + MODELS}):
-        raise Unusable(f"messages from {', '.join(strange)}; known are {', '.join(HUMANS + MODELS)}")
+        raise UnusableAnnotation(f"messages from {', '.join(strange)}; known are {', '.join(HUMANS + MODELS)}")
     if not all((who in HUMANS) == (number % 2 == 0) for number, who in enumerate(speakers)):
-        raise Unusable("its questions and answers do not alternate")
+        raise UnusableAnnotation("its questions and answers do not alternate")
     if len(said) % 2:
-        raise Unusable("a question without an answer")
+        raise UnusableAnnotation("a question without an answer")
     texts = [text for _, text in said]
     return tuple((question, _answer(answer)) for question, answer in zip(texts[::2], texts[1::2], strict=True))
 
@@ -71,7 +71,7 @@ def place_media(turns: Turns, kind: Kind) -> tuple[Turns, int]:
     (question, answer), *others = turns
     marks = MARK.findall(question)
     if len(marks) > 1 or any(MARK.search(asked) for asked, _ in others):
-        raise Unusable("more than one place for media, or one that is not in its first question")
+        raise UnusableAnnotation("more than one place for media, or one that is not in its first question")
     media_at = question.index(marks[0]) if marks else 0
     if kind != "image":
         question = MARK_AND_SPACE.sub("", question)
@@ -88,7 +88,9 @@ def check_characters(texts: Iterable[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise Unusable(f"a text's character {error.start + 1} is {text[error.start]!a}, which is none") from error
+            raise UnusableAnnotation(
+                f"a text's character {error.start + 1} is {text[error.start]!a}, which is none"
+            ) from error
 
 
 def _message(message: Any) -> tuple[str, str]:
@@ -96,17 +98,17 @@ def _message(message: Any) -> tuple[str, str]:
     fields = message if isinstance(message, dict) else {}
     who, text = (fields.get(name) for name in (("from", "value") if "from" in fields else ("role", "content")))
     if not isinstance(who, str) or not isinstance(text, str):
-        raise Unusable("a message that is not text, or does not say whose it is")
+        raise UnusableAnnotation("a message that is not text, or does not say whose it is")
     return who.lower(), text
 
 
 def _turn(question: Any, answer: Any) -> tuple[str, str]:
     if not isinstance(question, str):
-        raise Unusable("an answer without a question")
+        raise UnusableAnnotation("an answer without a question")
     return question, _answer(answer)
 
 
 def _answer(text: Any, missing: str = "a question without an answer") -> str:
     if not isinstance(text, str) or not text.strip():
-        raise Unusable(missing)
+        raise UnusableAnnotation(missing)
     return text

@@ -29,7 +29,7 @@ from vllama_jax.io.json_files import read_object
 if TYPE_CHECKING:
     pass
 
-FORMAT = 1
+FEATURES_FORMAT = 1
 USABLE, UNUSABLE = b"\1", b"\0"  # how an entry ends
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 LARGEST_NUMBER = 2**40  # of records, variants or values in a manifest
@@ -147,7 +147,7 @@ def _reader(path: str) -> Any:
     return ArrayRecordReader(path, RANDOM_ACCESS)
 
 
-def pack(features: np.ndarray, seconds: tuple[float, ...]) -> bytes:
+def pack_features(features: np.ndarray, seconds: tuple[float, ...]) -> bytes:
     """An entry."""
     return b"".join([features.tobytes(), np.asarray(seconds, "<f8").tobytes(), USABLE])
 
@@ -168,9 +168,9 @@ def open_folder(folder: Path) -> tuple[FeatureCache, dict[str, Any]]:
     """The cache in a folder, and its manifest. Raises DataError where there is none that this version reads."""
     advice = f"remove {folder} and make it anew with `vllama features`"
     made = read_object(folder / "manifest.json", DataError, advice)
-    if made.get("format") != FORMAT:
+    if made.get("format") != FEATURES_FORMAT:
         raise DataError(
-            f"{folder}: features of format {made.get('format')!r}, this version reads {FORMAT}; "
+            f"{folder}: features of format {made.get('format')!r}, this version reads {FEATURES_FORMAT}; "
             "make them anew with `vllama features`"
         )
     try:

@@ -56,7 +56,7 @@ class Decoded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class BatchReader:
     """Reads steps of a run. It holds no file open and no thread, so that it can be sent to another process.
 
     rows: which rows of the global batch this host has. caches: features to read in place of media, by dataset path.

@@ -25,7 +25,7 @@ from vllama_jax.io.json_files import parse_object, read_object
 if TYPE_CHECKING:
     from vllama_jax.data.tfds_builders import Examples
 
-FORMAT = 1
+RECORDS_FORMAT = 1
 # A process that decodes begins in many threads at once, and TFDS's lazy imports wait for each other when two import it.
 _OPENS = threading.Lock()
 _FILE_NAME = re.compile(r"(?:texts|media)/[\w-][\w.-]*")
@@ -112,9 +112,9 @@ def open_records(path: str | os.PathLike[str]) -> Records:
     if not (path / "manifest.json").exists():
         raise DataError(f"{path}: not a records directory (no manifest.json in it); `vllama data build` makes one")
     manifest = read_object(path / "manifest.json", DataError, _ANEW)
-    if manifest.get("format") != FORMAT:
+    if manifest.get("format") != RECORDS_FORMAT:
         made = manifest.get("format")
-        raise DataError(f"{path}: records of format {made!r}, this version reads {FORMAT}; build them again")
+        raise DataError(f"{path}: records of format {made!r}, this version reads {RECORDS_FORMAT}; build them again")
     records = _from_manifest(path, manifest)
     _check_files(path, manifest["files"])
     for part in ("texts", "media"):

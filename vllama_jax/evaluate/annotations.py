@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from vllama_jax.errors import DataError
-from vllama_jax.evaluate.questions import Unusable
+from vllama_jax.evaluate.questions import UnusableQuestion
 from vllama_jax.io.json_files import parse_json
 from vllama_jax.io.paths import first_bytes
 
-Entry = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
+AnnotationEntry = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
 
 
 def in_folder(path: Path, *names: str) -> Path:
@@ -24,7 +24,7 @@ def in_folder(path: Path, *names: str) -> Path:
     return found
 
 
-def tables(path: Path, stems: Iterable[str]) -> list[Path]:
+def annotation_tables(path: Path, stems: Iterable[str]) -> list[Path]:
     """The .json files with these names in a folder, in this order, or the one that is named."""
     stems = list(stems)
     if not path.is_dir():
@@ -47,26 +47,26 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path}: not text that can be read ({short(error)}); download it again") from error
 
 
-def read_json(path: Path) -> Any:
+def read_annotation_json(path: Path) -> Any:
     """What is in a JSON file."""
     return parse_json(read_text(path), str(path), DataError, "is it the annotation file?")
 
 
-def read_object(path: Path, *fields: str) -> dict[str, Any]:
+def read_annotation_object(path: Path, *fields: str) -> dict[str, Any]:
     """The object in a JSON file, which has these fields."""
-    found = read_json(path)
+    found = read_annotation_json(path)
     missing = [field for field in fields if not isinstance(found, dict) or field not in found]
     if missing:
         raise DataError(f"{path}: no {' and '.join(missing)} in it; is it the published annotation file?")
     return found
 
 
-def read_entries(path: Path) -> Iterator[Entry]:
+def read_entries(path: Path) -> Iterator[AnnotationEntry]:
     """Each of the objects in a JSON list."""
-    return listed(path, read_json(path))
+    return listed(path, read_annotation_json(path))
 
 
-def listed(path: Path, found: Any) -> Iterator[Entry]:
+def listed(path: Path, found: Any) -> Iterator[AnnotationEntry]:
     """Each of the objects of a list that was found in a file."""
     if not isinstance(found, list) or not found:
         raise DataError(f"{path}: not a list of annotations; is it the published annotation file?")
@@ -81,7 +81,7 @@ def placed(place: str, advice: str = "is it the benchmark's published annotation
     """Says where an annotation stands that cannot be used."""
     try:
         yield
-    except Unusable as error:
+    except UnusableQuestion as error:
         raise DataError(f"{place}: {error}; {advice}") from error
 
 
@@ -89,7 +89,7 @@ def name_in(entry: dict[str, Any], *fields: str) -> str:
     """The first of the fields that is there, a text or a whole number."""
     value = next((entry[field] for field in fields if entry.get(field) not in (None, "")), None)
     if not isinstance(value, str | int) or isinstance(value, bool):
-        raise Unusable(f"it has no {' or '.join(fields)}")
+        raise UnusableQuestion(f"it has no {' or '.join(fields)}")
     return str(value)
 
 
@@ -101,9 +101,9 @@ def times_in(entry: dict[str, Any]) -> dict[str, float | None]:
     try:
         start, end = float(times["start"] or 0), float(math.inf if times["end"] is None else times["end"])
     except (TypeError, ValueError) as error:
-        raise Unusable("its start and end are no numbers of seconds") from error
+        raise UnusableQuestion("its start and end are no numbers of seconds") from error
     if not 0 <= start <= end:  # MVBench has an entry with one moment only
-        raise Unusable(f"its end ({end}) is before its start ({start})")
+        raise UnusableQuestion(f"its end ({end}) is before its start ({start})")
     return {"start": start, "end": end}
 
 

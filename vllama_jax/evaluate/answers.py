@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax import media
-from vllama_jax.chat import Prepared, check_positions, encode_media, encode_prompt, fit_to_model
+from vllama_jax.chat import Prepared, check_positions, embed_prompt, encode_media, fit_to_model
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.evaluate.questions import Question
@@ -24,7 +24,7 @@ Clip = tuple[Path, float | None, float | None, float | None]  # file or folder, 
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class AnswerSettings:
     """How questions are answered. num_frames, template: the model's own where None; max_new_tokens: the benchmark's."""
 
     max_new_tokens: int | None = None
@@ -41,7 +41,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class LocatedQuestion:
     """A question, and its video on this machine."""
 
     question: Question
@@ -52,7 +52,7 @@ class Asked:
         return self.path, self.question.start, self.question.end, self.question.frame_rate
 
 
-def batches_to_do(asked: Sequence[Asked], done: set[str], size: int) -> list[list[Asked]]:
+def batches_to_do(asked: Sequence[LocatedQuestion], done: set[str], size: int) -> list[list[LocatedQuestion]]:
     """The batches with a question that has no answer yet.
 
     A batch that a killed run left half-written is whole again, so that its answers come out of the same sums.
@@ -68,13 +68,13 @@ class Answering:
     unusable: why questions have no answer, by id: videos that cannot be read, prompts that are too long.
     """
 
-    def __init__(self, config: VideoLlamaConfig, settings: Settings, load: "Callable[[], Model]"):
+    def __init__(self, config: VideoLlamaConfig, settings: AnswerSettings, load: "Callable[[], Model]"):
         check_positions(config, "--num-frames", settings.num_frames, "ask for fewer")
         self._config, self._settings = config, settings
         self._load = functools.cache(load)
         self.unusable: dict[str, str] = {}
 
-    def answer(self, batches: Sequence[Sequence[Asked]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
+    def answer(self, batches: Sequence[Sequence[LocatedQuestion]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
         """For each batch, the lines of its questions that are not done."""
         read = functools.partial(_read, config=self._config, settings=self._settings)
         reading = in_order(read, _not_just_read(batches), threads=min(4, os.cpu_count() or 1))
@@ -94,7 +94,7 @@ class Answering:
             lines = self._generate([(one, known[one.clip], encoded[one.clip]) for one in usable])
             yield [line for line in lines if line["id"] not in done]
 
-    def _generate(self, shown: list[tuple[Asked, Prepared, list[Any]]]) -> list[dict[str, Any]]:
+    def _generate(self, shown: list[tuple[LocatedQuestion, Prepared, list[Any]]]) -> list[dict[str, Any]]:
         model, new = self._load(), self._settings.max_new_tokens
         start = prompts.start_conversation(self._settings.template or model.config.template, model.config.has_audio)
         lines, given = [], []
@@ -102,7 +102,7 @@ class Answering:
             question = one.question
             conversation = start.add(prepared.prompt_media).ask(question.text)
             try:
-                given.append(encode_prompt(model, conversation, tokens, new, question.begun))
+                given.append(embed_prompt(model, conversation, tokens, new, question.begun))
             except ConfigError as error:
                 self.unusable[question.id] = str(error)
                 continue
@@ -112,11 +112,11 @@ class Answering:
         return [line | {"answer": line.pop("begun") + text} for line, text in zip(lines, texts, strict=True)]
 
 
-def _clips(batch: Sequence[Asked]) -> list[Clip]:
+def _clips(batch: Sequence[LocatedQuestion]) -> list[Clip]:
     return list(dict.fromkeys(one.clip for one in batch))
 
 
-def _not_just_read(batches: Sequence[Sequence[Asked]]) -> Iterator[Clip]:
+def _not_just_read(batches: Sequence[Sequence[LocatedQuestion]]) -> Iterator[Clip]:
     """The clips of each batch that the one before it has not."""
     before: list[Clip] = []
     for batch in batches:
@@ -125,7 +125,7 @@ def _not_just_read(batches: Sequence[Sequence[Asked]]) -> Iterator[Clip]:
         before = here
 
 
-def _read(clip: Clip, config: VideoLlamaConfig, settings: Settings) -> Prepared | str:
+def _read(clip: Clip, config: VideoLlamaConfig, settings: AnswerSettings) -> Prepared | str:
     """A clip as the model takes it, or why it cannot be used."""
     path, start, end, rate = clip
     frames, size = settings.num_frames or config.num_frames, config.vit.image_size
@@ -143,7 +143,7 @@ def _read(clip: Clip, config: VideoLlamaConfig, settings: Settings) -> Prepared 
         return str(error)
 
 
-def _line(one: Asked, prepared: Prepared, prompt: str) -> dict[str, Any]:
+def _line(one: LocatedQuestion, prepared: Prepared, prompt: str) -> dict[str, Any]:
     """All of an answer's line but the answer."""
     question = one.question
     line = {
@@ -160,7 +160,7 @@ def _line(one: Asked, prepared: Prepared, prompt: str) -> dict[str, Any]:
 
 
 def greedy_answers(
-    model: "Model", template: prompts.Template, given: "list[generate.Prompt]", max_new_tokens: int, size: int
+    model: "Model", template: prompts.Template, given: "list[generate.EmbeddedPrompt]", max_new_tokens: int, size: int
 ) -> list[str]:
     """Greedy answers. A batch that is not full is filled up, since each batch size is a program of its own."""
     from vllama_jax import generate

@@ -11,16 +11,16 @@ from typing import Any, Literal
 
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.evaluate.annotations import (
-    Entry,
+    AnnotationEntry,
+    annotation_tables,
     in_folder,
     listed,
     name_in,
     placed,
+    read_annotation_object,
     read_entries,
-    read_object,
     read_text,
     short,
-    tables,
     times_in,
     youtube_names,
 )
@@ -126,7 +126,7 @@ def video_chatgpt(path: Path) -> list[Question]:
     The first is judged for three aspects. The last asks each question in two ways (Q1, Q2).
     """
     stems = ("generic_qa", "temporal_qa", "consistency_qa")
-    return [question for table in tables(path, stems) for question in _video_chatgpt_table(table)]
+    return [question for table in annotation_tables(path, stems) for question in _video_chatgpt_table(table)]
 
 
 def _video_chatgpt_table(table: Path) -> Iterator[Question]:
@@ -150,7 +150,7 @@ def _video_chatgpt_table(table: Path) -> Iterator[Question]:
 def mvbench(path: Path) -> list[Question]:
     """The folder of the 20 tasks' JSON files, or one of them."""
     folder = path / "json" if (path / "json").is_dir() else path
-    return [question for table in tables(folder, MVBENCH_FOLDERS) for question in _mvbench_table(table)]
+    return [question for table in annotation_tables(folder, MVBENCH_FOLDERS) for question in _mvbench_table(table)]
 
 
 def _mvbench_table(table: Path) -> Iterator[Question]:
@@ -197,7 +197,7 @@ def video_mme(path: Path) -> list[Question]:
     return questions
 
 
-def _video_mme_entries(table: Path) -> Iterator[Entry]:
+def _video_mme_entries(table: Path) -> Iterator[AnnotationEntry]:
     if first_bytes(table, DataError, 4) != b"PAR1":
         for place, video in read_entries(table):
             if not isinstance(video.get("questions"), list):
@@ -218,7 +218,7 @@ def _video_mme_entries(table: Path) -> Iterator[Entry]:
 def msrvtt_captions(path: Path) -> list[Question]:
     """test_videodatainfo.json or MSRVTT_data.json: videos, and sentences about them; of several splits, the test's."""
     path = in_folder(path, "test_videodatainfo.json", "MSRVTT_data.json")
-    found = read_object(path, "videos", "sentences")
+    found = read_annotation_object(path, "videos", "sentences")
     splits = {entry.get("video_id"): entry.get("split") for _, entry in listed(path, found["videos"])}
     named = {str(split) for split in splits.values() if split}
     if named and "test" not in named:
@@ -260,7 +260,7 @@ def vatex_captions(path: Path) -> list[Question]:
 def coco_captions(path: Path) -> list[Question]:
     """COCO's layout, of videos: annotations with image_id and caption, and images with id and file_name."""
     path = in_folder(path, "captions.json")
-    found = read_object(path, "annotations")
+    found = read_annotation_object(path, "annotations")
     images = listed(path, found["images"]) if found.get("images") else ()
     files = {str(entry.get("id")): entry.get("file_name") for _, entry in images}
     captions: dict[str, list[Any]] = {}

@@ -4,13 +4,13 @@ import re
 import string
 from collections.abc import Sequence
 
-from vllama_jax.evaluate.words import fold, normalize
+from vllama_jax.evaluate.words import fold, normalize_answer
 
 MARKUP = re.compile(r"[*`$_]|\\(?:text|mathrm|mathbf|textbf)\b")  # of Markdown and LaTeX, around a letter
 ANSWER = r"(?i:answer|答案)"
 IS = r"(?i:\s+(?:is|would be|should be|must be|will be)\b|是|为)?"
 OPTION = r"(?i:option|choice|letter)"
-CHOOSE = r"(?i:choose|pick|select|go with|choosing|it is|it's|must be|should be|选)"
+CHOICE_VERBS = r"(?i:choose|pick|select|go with|choosing|it is|it's|must be|should be|选)"
 # "A because" names a choice, "A dog" does not; so for "I".
 GOES_ON = r"(?:because|since|as|and|but|so|which|that|is|was|due|for|based|given|in|not|instead|rather|here)\b"
 REJECTED_BEFORE = re.compile(r"(?i:\bnot|n't|\bnor|\bneither|\brule out|\beliminate|\bexcept|\bunlike)\s*[\"'(\[{]*$")
@@ -41,7 +41,7 @@ def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
         if found := _named(pattern, text, letters):
             return found[-1 if last else 0]
     for pattern in (
-        rf"\b{OPTION}\s*:?\s*[\"'(\[]*{one}|{CHOOSE}\s*(?:{OPTION}\s*)?[\"'(\[]*({capital})(?=[).,;:!\]]|\s*$)",
+        rf"\b{OPTION}\s*:?\s*[\"'(\[]*{one}|{CHOICE_VERBS}\s*(?:{OPTION}\s*)?[\"'(\[]*({capital})(?=[).,;:!\]]|\s*$)",
         rf"[(\[{{]\s*({small})\s*(?:[)\]}}.:,]|$)",
     ):
         if len(set(found := _named(pattern, text, letters))) == 1:
@@ -74,15 +74,15 @@ def _whole_text(text: str, choices: Sequence[str]) -> int | None:
     )
     if len(re.sub(r"\W", "", said)) < 2 and not said.strip(" .").isdigit():
         return None  # a letter is one, even where it is also a choice's text
-    same = [number for number, choice in enumerate(choices) if normalize(choice) == normalize(said)]
+    same = [number for number, choice in enumerate(choices) if normalize_answer(choice) == normalize_answer(said)]
     return same[0] if len(same) == 1 else None
 
 
 def _letter_by_text(text: str, choices: Sequence[str], letters: str) -> str | None:
-    said = normalize(text)
-    named = [choice for choice in choices if within(normalize(choice), said)]
+    said = normalize_answer(text)
+    named = [choice for choice in choices if within(normalize_answer(choice), said)]
     longest = max(named, key=len, default="")  # "a red ball" also says "a ball"
-    if named and all(within(normalize(choice), normalize(longest)) for choice in named):
+    if named and all(within(normalize_answer(choice), normalize_answer(longest)) for choice in named):
         return letters[list(choices).index(longest)]
     return None
 

@@ -7,7 +7,7 @@ from typing import Any
 from vllama_jax.errors import ConfigError
 from vllama_jax.evaluate.choices import chosen_letter, within
 from vllama_jax.evaluate.questions import Question
-from vllama_jax.evaluate.words import fold, normalize
+from vllama_jax.evaluate.words import fold, normalize_answer
 from vllama_jax.runtime.extras import import_extra
 
 CLITIC = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b")
@@ -16,14 +16,14 @@ WORD = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b|[^\W_]+(?:[-.,][^\W_]+)*", re.UNIC
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
     """Whether an answer is one of the references, normalized. An empty answer is none."""
-    said = normalize(answer)
-    return bool(said) and said in [normalize(reference) for reference in references]
+    said = normalize_answer(answer)
+    return bool(said) and said in [normalize_answer(reference) for reference in references]
 
 
 def contains(answer: str, references: Sequence[str]) -> bool:
     """Whether the words of one of the references stand in an answer, next to each other."""
-    said = normalize(answer)
-    return any(within(normalize(reference), said) for reference in references)
+    said = normalize_answer(answer)
+    return any(within(normalize_answer(reference), said) for reference in references)
 
 
 def caption_words(text: str) -> str:

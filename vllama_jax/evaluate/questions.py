@@ -11,7 +11,7 @@ import xxhash
 Task = Literal["open", "choice", "caption"]
 
 CAPTION = "Describe what happens in the video in one sentence."
-CHOOSE = "Answer with the letter of the right choice."
+CHOICE_INSTRUCTION = "Answer with the letter of the right choice."
 CHOICE_BEGUN = "Answer: ("  # MVBench begins answers like this too, since many models name no letter by themselves
 
 
@@ -49,7 +49,7 @@ class Question:
     group: str = ""
 
 
-class Unusable(Exception):
+class UnusableQuestion(Exception):
     """Why an annotation is not a question."""
 
 
@@ -62,7 +62,7 @@ def open_question(text: Any, answers: Any, aspects: Sequence[str] = ("match",), 
 def choice_question(text: Any, choices: Any, answer: Any, **fields: Any) -> Question:
     """A question with choices. They may carry their letters ("A. a dog"); the answer is a letter or a choice's text."""
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
-        raise Unusable("it has no list of choices")
+        raise UnusableQuestion("it has no list of choices")
     texts = _texts(choices, "choice")
     letters = string.ascii_uppercase[: len(texts)]
     if all(re.match(rf"\(?{letter}[.):]\s", choice) for letter, choice in zip(letters, texts, strict=True)):
@@ -73,9 +73,9 @@ def choice_question(text: Any, choices: Any, answer: Any, **fields: Any) -> Ques
     by_text = dict(zip((*texts, *plain), letters * 2, strict=True))
     right = by_text.get(answer) or next((letter for letter in letters if answer.strip(" ().") == letter), None)
     if right is None:
-        raise Unusable(f"its answer {answer!r} is none of its choices")
+        raise UnusableQuestion(f"its answer {answer!r} is none of its choices")
     lines = [f"({letter}) {choice}" for letter, choice in zip(letters, plain, strict=True)]
-    asked = "\n".join([_text(text, "question"), *lines, CHOOSE])
+    asked = "\n".join([_text(text, "question"), *lines, CHOICE_INSTRUCTION])
     return Question(task="choice", text=asked, begun=CHOICE_BEGUN, references=(right,), choices=plain, **fields)
 
 
@@ -119,12 +119,12 @@ def digest(questions: Iterable[Question]) -> str:
 def _text(value: Any, what: str) -> str:
     value = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
     if not isinstance(value, str) or not value.strip():
-        raise Unusable(f"it has no {what}")
+        raise UnusableQuestion(f"it has no {what}")
     return value.strip()
 
 
 def _texts(values: Iterable[Any], what: str) -> tuple[str, ...]:
     texts = tuple(_text(value, what) for value in values)
     if not texts:
-        raise Unusable(f"it has no {what}")
+        raise UnusableQuestion(f"it has no {what}")
     return texts

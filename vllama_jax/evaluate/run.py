@@ -16,7 +16,7 @@ from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.config import changes
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.evaluate import metrics
-from vllama_jax.evaluate.answers import Answering, Asked, Settings, batches_to_do
+from vllama_jax.evaluate.answers import Answering, AnswerSettings, LocatedQuestion, batches_to_do
 from vllama_jax.evaluate.benchmarks import BENCHMARKS, BenchmarkName, read_questions
 from vllama_jax.evaluate.judge_answers import judge_answers, judged_scores
 from vllama_jax.evaluate.judge_client import Judge, Unreachable
@@ -44,7 +44,7 @@ class Evaluation:
     out: Path
     base: Path | None = None
     limit: int | None = None
-    settings: Settings
+    settings: AnswerSettings
     weights: dict[str, str | None] = dataclasses.field(default_factory=dict)
     judge: Judge | None = None
 
@@ -102,7 +102,9 @@ class _Work:
 
     def answer(self) -> None:
         """Answers what has no answer yet."""
-        there = [Asked(question, path) for question in self._questions if (path := self._found[question.names])]
+        there = [
+            LocatedQuestion(question, path) for question in self._questions if (path := self._found[question.names])
+        ]
         if not there and not self._said:
             first = ", ".join(names[0] for names in list(self._found)[:3])
             raise DataError(

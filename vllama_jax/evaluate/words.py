@@ -4,8 +4,8 @@ import re
 import unicodedata
 
 ARTICLES = {"a", "an", "the"}
-NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
-TO_DIGITS = {word: str(number) for number, word in enumerate(NUMBERS)} | {"none": "0"}
+NUMBER_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+TO_DIGITS = {word: str(number) for number, word in enumerate(NUMBER_WORDS)} | {"none": "0"}
 DASHES = dict.fromkeys(map(ord, "\u2010\u2011\u2012\u2013\u2014\u2015\u2212"), "-")
 APOSTROPHES = dict.fromkeys(map(ord, "\u2018\u2019\u201b\u02bc\u02b9\u00b4\u0060\u2032"), "'")
 THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
@@ -25,7 +25,7 @@ def fold(text: str) -> str:
     return folded.translate(DASHES).translate(APOSTROPHES)
 
 
-def normalize(text: str) -> list[str]:
+def normalize_answer(text: str) -> list[str]:
     """An answer's words as the VQA evaluation compares them: no case, punctuation or articles; numbers as digits.
 
     A number keeps its sign and its decimal point, and loses commas between thousands. A text of articles or of

@@ -5,14 +5,14 @@ from typing import Any
 
 from vllama_jax.errors import VllamaError
 
-LARGEST = 2**24  # of any count, length or token id; beyond it a file is wrong, and products overflow
+LARGEST_INTEGER = 2**24  # of any count, length or token id; beyond it a file is wrong, and products overflow
 REQUIRED = object()
 
 
 def whole_number(
     fields: Mapping[str, Any], name: str, where: str, error: type[VllamaError], default: Any = REQUIRED, low: int = 1
 ) -> Any:
-    """The whole number from `low` to LARGEST in a field; `default`, where one is given and there is no such field.
+    """The whole number from `low` to LARGEST_INTEGER in a field; `default`, where one is given and it is not there.
 
     Raises:
         error: The field is missing, of another type (true and false are no numbers), or out of range.
@@ -20,8 +20,8 @@ def whole_number(
     if name not in fields and default is not REQUIRED:
         return default
     value = fields.get(name)
-    if type(value) is not int or not low <= value <= LARGEST:
-        raise error(f"{where}: {name} must be a whole number from {low} to {LARGEST}, not {shown(value)}")
+    if type(value) is not int or not low <= value <= LARGEST_INTEGER:
+        raise error(f"{where}: {name} must be a whole number from {low} to {LARGEST_INTEGER}, not {shown(value)}")
     return value
 
 

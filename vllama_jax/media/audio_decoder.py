@@ -13,7 +13,7 @@ import numpy as np
 from vllama_jax.errors import MediaError
 from vllama_jax.media.clock import PRIMING, Clock
 from vllama_jax.media.files import WHOLE, demux, open_container, video_stream
-from vllama_jax.media.mel import Part, check_length, clip_spans, mel_of_parts
+from vllama_jax.media.mel import WaveformChunk, check_audio_length, clip_spans, mel_of_parts
 from vllama_jax.media.truncation import find_truncation
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ class AudioDecoder:
         samples = [self._samples(span, want) for span, want in zip(spans, wanted, strict=True)]
         if self._num_clips is None:
             return dataclasses.replace(found, waveform=samples[0])
-        parts = [Part(want.start - segment.start, part) for want, part in zip(wanted, samples, strict=True)]
+        parts = [WaveformChunk(want.start - segment.start, part) for want, part in zip(wanted, samples, strict=True)]
         return dataclasses.replace(found, mel=mel_of_parts(parts, len(segment), self._rate))
 
     def _find_failure(self) -> str:
@@ -161,7 +161,7 @@ class AudioDecoder:
         if not self._decoded:
             return "the audio stream is empty"
         try:
-            check_length(len(self._segment(self._end)), self._rate)
+            check_audio_length(len(self._segment(self._end)), self._rate)
         except MediaError as error:
             return str(error)
         return ""

@@ -33,7 +33,7 @@ _SINC_ZEROS = 6  # zero crossings of the sinc on each side
 _ROLLOFF = 0.99
 
 
-class Part(NamedTuple):
+class WaveformChunk(NamedTuple):
     """Consecutive samples of a waveform, of which `start` is the first one's index."""
 
     start: int
@@ -74,11 +74,13 @@ def mel_clips(
     """
     if num_clips < 1:
         raise MediaError(f"{num_clips} audio clips were asked for; ask for at least 1")
-    check_length(waveform.shape[1], sample_rate)
-    return mel_of_parts([Part(0, waveform)] * num_clips, waveform.shape[1], sample_rate)
+    check_audio_length(waveform.shape[1], sample_rate)
+    return mel_of_parts([WaveformChunk(0, waveform)] * num_clips, waveform.shape[1], sample_rate)
 
 
-def mel_of_parts(parts: Sequence[Part], num_samples: int, sample_rate: int) -> Float32[np.ndarray, "num_clips 128 204"]:
+def mel_of_parts(
+    parts: Sequence[WaveformChunk], num_samples: int, sample_rate: int
+) -> Float32[np.ndarray, "num_clips 128 204"]:
     """`mel_clips` of a waveform of `num_samples`, given for each clip a part that holds its span (`clip_spans`)."""
     starts = clip_starts(samples_at_16k(num_samples, sample_rate), len(parts)).tolist()
     clips = (
@@ -88,7 +90,7 @@ def mel_of_parts(parts: Sequence[Part], num_samples: int, sample_rate: int) -> F
     return np.stack([_mel(clip) for clip in clips])
 
 
-def check_length(num_samples: int, sample_rate: int) -> None:
+def check_audio_length(num_samples: int, sample_rate: int) -> None:
     """Raises MediaError for audio of under 25 ms, of which no mel frame can be computed."""
     if samples_at_16k(num_samples, sample_rate) < _WINDOW:
         raise MediaError(f"{1000 * num_samples / sample_rate:.1f} ms of audio are too short; give at least 25")

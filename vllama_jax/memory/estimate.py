@@ -212,13 +212,13 @@ def chatting(
     scheme: how the weights are quantised (checkpoints/quantize.py); None where they are not.
     Raises ConfigError when they do not fit the model's context.
     """
-    from vllama_jax.generate import check_length, padded_length
+    from vllama_jax.generate import check_context_length, padded_prompt_length
 
     dtype, new, beams = device.dtype, generation.max_new_tokens, generation.num_beams
     prompt = length or max(model.llama.max_length - new, 1)
-    check_length(prompt, new, model.llama)
-    padded = padded_length(prompt)
-    capacity = padded_length(padded + -(-new // 64) * 64)
+    check_context_length(prompt, new, model.llama)
+    padded = padded_prompt_length(prompt)
+    capacity = padded_prompt_length(padded + -(-new // 64) * 64)
     weights = _loaded(model, mesh, dtype, scheme, lora)
     one = Shape(rows=1, length=padded, itemsize=_itemsize(dtype), mesh=mesh)
     cache = key_value_cache(model.llama, dataclasses.replace(one, rows=beams), capacity)

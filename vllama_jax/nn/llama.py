@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import LlamaConfig, RopeScaling
 from vllama_jax.nn.layers import Remat, attend, axes, constrain, like_weights, named, run_stack, stack
-from vllama_jax.nn.lora import linear
+from vllama_jax.nn.lora import linear_with_lora
 from vllama_jax.nn.quantized import QuantizedLinear
 from vllama_jax.sharding import AXIS_NAMES
 
@@ -105,7 +105,7 @@ class SwiGlu(nnx.Module):
         self.down = nnx.Linear(cfg.mlp_dim, cfg.width, use_bias=False, rngs=rngs, **axes("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        return linear(self.down, jax.nn.silu(linear(self.gate, x)) * linear(self.up, x))
+        return linear_with_lora(self.down, jax.nn.silu(linear_with_lora(self.gate, x)) * linear_with_lora(self.up, x))
 
 
 class Block(nnx.Module):
@@ -123,12 +123,12 @@ class Block(nnx.Module):
         """Query, key and value of every token, query and key rotated."""
         x = self.attention_norm(constrain(x, "batch", None, None))
         attention = self.attention
-        query, key, value = (linear(layer, x) for layer in (attention.query, attention.key, attention.value))
+        query, key, value = (linear_with_lora(layer, x) for layer in (attention.query, attention.key, attention.value))
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def finish(self, x: Float[Array, "b n d"], attended: Float[Array, "b n h k"]) -> Float[Array, "b n d"]:
         """The rest of the block after attention."""
-        x = x + linear(self.attention.out, attended)
+        x = x + linear_with_lora(self.attention.out, attended)
         return x + self.mlp(self.mlp_norm(x))
 
 

@@ -45,7 +45,7 @@ def add_lora(llama: Any, cfg: LoraConfig, *, rngs: nnx.Rngs) -> None:
             layer.lora = LowRank(layer.kernel, _INPUTS.get(name, 1), cfg, rngs=rngs)
 
 
-def linear(layer: Any, x: Float[Array, "b n *i"]) -> Float[Array, "b n *o"]:
+def linear_with_lora(layer: Any, x: Float[Array, "b n *i"]) -> Float[Array, "b n *o"]:
     """A linear layer with its low-rank update, if it has one."""
     return layer(x) + layer.lora(x) if hasattr(layer, "lora") else layer(x)
 

@@ -26,7 +26,7 @@ LAYERS = {
 }
 ALWAYS_8 = "head"  # every logit is a sum over it, and it is 2 % of a 7B model
 GROUP = 128  # inputs that share a scale in 4 bits, or the largest divisor below
-LARGEST = {8: 127, 4: 7}
+LARGEST_VALUE = {8: 127, 4: 7}
 FEW, SMALL_BLOCK, LARGE_BLOCK = 16, 32, 128  # on a CPU: up to so many positions, inputs at a time, and for more
 ZERO = 8  # 4-bit values are stored from 1 to 15
 
@@ -94,10 +94,10 @@ def quantized(
     rows = math.prod(kernel.shape[:inputs])
     size = largest_divisor(rows, GROUP) if bits == 4 else rows
     grouped = kernel.astype(jnp.float32).reshape(rows // size, size, *outputs)
-    scale = jnp.max(jnp.abs(grouped), axis=1) / (LARGEST[bits] + 0.5)
+    scale = jnp.max(jnp.abs(grouped), axis=1) / (LARGEST_VALUE[bits] + 0.5)
     steps = jnp.round(grouped / jnp.where(scale > 0, scale, 1)[:, None])
-    values = jnp.clip(steps, -LARGEST[bits], LARGEST[bits]).astype(jnp.int8).reshape(kernel.shape)
-    return (pack(values) if bits == 4 else values), scale
+    values = jnp.clip(steps, -LARGEST_VALUE[bits], LARGEST_VALUE[bits]).astype(jnp.int8).reshape(kernel.shape)
+    return (pack_int4(values) if bits == 4 else values), scale
 
 
 def dequantized(values: Integer[Array, "*i o"], scale: Float[Array, "g *o"], inputs: int) -> Float[Array, "*i o"]:
@@ -107,7 +107,7 @@ def dequantized(values: Integer[Array, "*i o"], scale: Float[Array, "g *o"], inp
     return whole * jnp.repeat(scale, size, axis=0).reshape(whole.shape)
 
 
-def pack(values: Integer[Array, "*i o"]) -> UInt8[Array, "*i p"]:
+def pack_int4(values: Integer[Array, "*i o"]) -> UInt8[Array, "*i p"]:
     """Neighbours of the last axis in one byte, the first in its low half; a last one alone has a zero beside it."""
     even = jnp.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, values.shape[-1] % 2)])
     nibbles = (even + ZERO).astype(jnp.uint8).reshape(*values.shape[:-1], -1, 2)

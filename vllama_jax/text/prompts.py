@@ -249,7 +249,9 @@ def render(conversation: Conversation) -> str:
     return "".join(part.value if isinstance(part, Mark) else part for part in build_prompt(conversation))
 
 
-def encode(conversation: Conversation, tokenizer: Tokenizer, media_lengths: Sequence[int]) -> TokenizedPrompt:
+def encode_conversation(
+    conversation: Conversation, tokenizer: Tokenizer, media_lengths: Sequence[int]
+) -> TokenizedPrompt:
     """Token ids of `build_prompt`; see `encode_prompt`. Media come in the order of turns, files and `Media.slots`."""
     return encode_prompt(tokenizer, build_prompt(conversation), media_lengths)
 

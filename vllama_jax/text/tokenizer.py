@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vllama_jax.errors import CheckpointError
-from vllama_jax.io.json_fields import LARGEST, shown, whole_number
+from vllama_jax.io.json_fields import LARGEST_INTEGER, shown, whole_number
 from vllama_jax.io.json_files import parse_object
 from vllama_jax.io.paths import first_bytes
 
@@ -377,7 +377,7 @@ def _check_json_ids(fields: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path}: not a tokenizer (no model, or added_tokens is no list)")
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, Mapping):
-        wrong = (piece for piece, i in vocabulary.items() if type(i) is not int or not 0 <= i <= LARGEST)
+        wrong = (piece for piece, i in vocabulary.items() if type(i) is not int or not 0 <= i <= LARGEST_INTEGER)
         for piece in itertools.islice(wrong, 1):
             whole_number(vocabulary, piece, f"{path}: model.vocab", CheckpointError, low=0)
     for token in added:

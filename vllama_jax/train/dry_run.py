@@ -16,7 +16,7 @@ def dry_run(config: TrainConfig, reporter: Reporter, base: str = "") -> None:
 
     Raises a VllamaError for what cannot be run.
     """
-    plan = setup.plan(config, base)
+    plan = setup.plan_run(config, base)
     with under(plan.mesh):
         reporter.table(plan)
         state, frozen = setup.start(plan), setup.load_frozen(plan)

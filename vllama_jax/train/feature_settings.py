@@ -14,7 +14,7 @@ from vllama_jax.checkpoints.directory import ModelDirectory
 from vllama_jax.config import changes, flat
 from vllama_jax.data.annotation import Kind
 from vllama_jax.data.config import DatasetConfig
-from vllama_jax.data.feature_cache import FORMAT, FeatureCache, check_finished, find_folder, open_folder
+from vllama_jax.data.feature_cache import FEATURES_FORMAT, FeatureCache, check_finished, find_folder, open_folder
 from vllama_jax.data.records import Records
 from vllama_jax.data.remote import local_copy
 from vllama_jax.errors import ConfigError, DataError
@@ -44,14 +44,14 @@ def open_caches(
     caches = {}
     for dataset, records in opened:
         folder = find_folder(root, records)
-        settings = describe(config, directory, dataset, records)
+        settings = describe_features(config, directory, dataset, records)
         _check_frozen(config, directory, settings)
         if not (folder / "manifest.json").exists():
             others = sorted(path.parent.name for path in root.glob("*/manifest.json"))
             held = f" (there are some of {', '.join(others)})" if others else ""
             raise DataError(f"{root}: no features of {dataset.path} as it is now{held}; make them: `vllama features`")
         cache, made = open_folder(folder)
-        if changed := differences(made, {**settings, "variants": made["variants"]}):
+        if changed := settings_differences(made, {**settings, "variants": made["variants"]}):
             raise ConfigError(
                 f"{folder}: made with other settings than {dataset.path} has in this run ({'; '.join(changed)}); "
                 "give the same, or make the features anew with `vllama features`"
@@ -66,7 +66,7 @@ def open_caches(
     return caches
 
 
-def describe(
+def describe_features(
     config: TrainConfig, directory: ModelDirectory, dataset: DatasetConfig, records: Records
 ) -> dict[str, Any]:
     """All that the features of a dataset depend on, as a manifest has it, and what follows from it."""
@@ -74,7 +74,7 @@ def describe(
 
     kinds = {kind: len(numbers) for kind, numbers in records.kinds.items() if numbers}
     return {
-        "format": FORMAT,
+        "format": FEATURES_FORMAT,
         "branch": config.branch,
         "records": records.digest,
         "kinds": kinds,
@@ -155,7 +155,7 @@ def _check_frozen(config: TrainConfig, directory: ModelDirectory, settings: Mapp
                 )
 
 
-def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def settings_differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What a manifest says otherwise than the settings that are wanted, in words."""
     before, now = flat(made), flat(wanted)
     if "shard_records" not in now:

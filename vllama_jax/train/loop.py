@@ -21,7 +21,7 @@ from vllama_jax.sharding import under
 from vllama_jax.train import setup
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.run_directory import Board, Checkpoints, open_run
-from vllama_jax.train.setup import Plan
+from vllama_jax.train.setup import RunPlan
 from vllama_jax.train.state import TrainState, Weights
 from vllama_jax.train.step import jit_step, make_step
 from vllama_jax.train.stopping import stop_requests
@@ -36,7 +36,7 @@ class Reporter(Protocol):
     def say(self, text: str) -> None:
         """A sentence."""
 
-    def table(self, plan: Plan) -> None:
+    def table(self, plan: RunPlan) -> None:
         """What trains, before the first step."""
 
     def begin(self, step: int) -> None:
@@ -53,7 +53,7 @@ def train(config: TrainConfig, out: Path, reporter: Reporter, base: str = "") ->
         VllamaError: The run cannot be made, a process was lost, or the loss is not a number.
         KeyboardInterrupt: Ctrl-C; a SavedInterrupt once a checkpoint was saved.
     """
-    plan = setup.plan(config, base)
+    plan = setup.plan_run(config, base)
     with open_run(out, config, plan.base, str(plan.dtype), plan.inputs), under(plan.mesh):
         checkpoints = Checkpoints(out, config.checkpoint)
         state = checkpoints.restore(plan.abstract)
@@ -84,7 +84,7 @@ class _Pending:
 
 
 class _Run:
-    def __init__(self, plan: Plan, out: Path, reporter: Reporter, checkpoints: Checkpoints):
+    def __init__(self, plan: RunPlan, out: Path, reporter: Reporter, checkpoints: Checkpoints):
         self.plan, self.out, self.reporter, self.checkpoints = plan, out, reporter, checkpoints
         self.config = plan.config
         self.metrics = Journal(out / "metrics.jsonl")
@@ -231,6 +231,6 @@ class _Run:
             self.reporter.say(f"{told}; going on")
 
 
-def compile_step(plan: Plan) -> Any:
+def compile_step(plan: RunPlan) -> Any:
     """The step of a plan, under `jax.jit`."""
     return jit_step(make_step(plan.config, plan.skeleton, plan.optimizer), plan.abstract)

@@ -8,7 +8,7 @@ from vllama_jax.errors import DataError
 from vllama_jax.io.json_files import parse_object
 from vllama_jax.train.smoothing import fit_smoothing, smoothed
 
-NUMBERS = ("step", "loss", "lr")
+PLOTTED = ("step", "loss", "lr")
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -16,8 +16,8 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     steps = read_lines(path)
     for number, line in enumerate(steps, 1):
-        if not all(isinstance(line.get(name), int | float) for name in NUMBERS):
-            raise DataError(f"{path}, line {number}: not the metrics of a step (it needs {', '.join(NUMBERS)})")
+        if not all(isinstance(line.get(name), int | float) for name in PLOTTED):
+            raise DataError(f"{path}, line {number}: not the metrics of a step (it needs {', '.join(PLOTTED)})")
     return steps
 
 

@@ -29,8 +29,8 @@ from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.restore import restore_weights
 from vllama_jax.data.annotation import Kind
 from vllama_jax.data.config import DatasetConfig
-from vllama_jax.data.feature_cache import FeatureCache, find_folder, open_folder, pack, pack_problem
-from vllama_jax.data.pipeline import Decoded, Reader, batches
+from vllama_jax.data.feature_cache import FeatureCache, find_folder, open_folder, pack_features, pack_problem
+from vllama_jax.data.pipeline import BatchReader, Decoded, batches
 from vllama_jax.data.records import Records, open_records
 from vllama_jax.data.sampling import Order, Stream, make_streams
 from vllama_jax.errors import ConfigError, DataError, one_line
@@ -39,9 +39,9 @@ from vllama_jax.io.json_files import parse_object
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.nn.video_llama import VideoLlama
 from vllama_jax.train.config import TrainConfig
-from vllama_jax.train.feature_settings import describe, differences, encoders
+from vllama_jax.train.feature_settings import describe_features, encoders, settings_differences
 from vllama_jax.train.state import Skeleton, Weights
-from vllama_jax.train.step import compute_dtype, encode
+from vllama_jax.train.step import compute_dtype, run_encoders
 
 SHARD_BYTES = 512 * 2**20  # of a shard, about
 SHARD_RECORDS = 4096  # of a shard at most: so many are encoded again when a run was stopped
@@ -53,7 +53,7 @@ Progress = Callable[[float, float], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class EncoderBatch:
     """What is encoded together: entries of one kind of one shard. entries: record × variants + variant of each."""
 
     cache: FeatureCache
@@ -71,8 +71,8 @@ class Batch:
 class Decoder:
     """The pixels or sounds of batches, by their number. It can be sent to another process."""
 
-    reader: Reader
-    batches: list[Batch]
+    reader: BatchReader
+    batches: list[EncoderBatch]
 
     def __call__(self, number: int) -> list[Decoded]:
         batch = self.batches[number]
@@ -115,14 +115,14 @@ class _Shard:
     def records(self) -> int:
         return len(self.cache.shard_numbers(self.number))
 
-    def batches(self, sizes: dict[Kind, int]) -> Iterator[Batch]:
+    def batches(self, sizes: dict[Kind, int]) -> Iterator[EncoderBatch]:
         """Its entries, in order: the same batches whatever was done before, so that its bytes are the same."""
         variants, here = self.cache.variants, self.cache.shard_numbers(self.number)
         for stream in self.streams:
             first = max(here.start, stream.numbers.start) * variants
             last = min(here.stop, stream.numbers.stop) * variants
             for start in range(first, last, sizes[stream.kind]):
-                yield Batch(self.cache, stream, self.number, range(start, min(start + sizes[stream.kind], last)))
+                yield EncoderBatch(self.cache, stream, self.number, range(start, min(start + sizes[stream.kind], last)))
 
 
 def write_features(
@@ -147,7 +147,7 @@ def write_features(
         raise ConfigError(f"{directory.path}: a picture-only model has no audio branch; convert it with --imagebind")
     opened = [(dataset, open_records(dataset.path)) for dataset in config.datasets]
     streams = make_streams(opened, config.branch)
-    reader = Reader(
+    reader = BatchReader(
         config.data,
         config.branch,
         config.seed,
@@ -176,7 +176,7 @@ def write_features(
 
 def _encode(
     config: TrainConfig,
-    reader: Reader,
+    reader: BatchReader,
     directory: ModelDirectory,
     every: list[_Shard],
     todo: list[_Shard],
@@ -223,14 +223,14 @@ class _ShardFile:
     def whole(self) -> bool:
         return self._left == 0
 
-    def add(self, batch: Batch, decoded: list[Decoded], features: np.ndarray | None) -> None:
+    def add(self, batch: EncoderBatch, decoded: list[Decoded], features: np.ndarray | None) -> None:
         """A batch's entries. Rows of `features` beyond the batch are padding; None where nothing could be decoded."""
         for row, (found, (record, variant)) in enumerate(zip(decoded, batch.samples, strict=True)):
             if found.problem:
                 self._skipped.append({"record": record, "variant": variant, "id": found.name, "why": found.problem})
                 self._write(pack_problem(found.problem))
             else:
-                self._write(pack(features[row], found.seconds))
+                self._write(pack_features(features[row], found.seconds))
         self._left -= len(decoded)
 
     def finish(self) -> None:
@@ -283,7 +283,7 @@ def load_encoder(
 
     @jax.jit
     def run(weights: Weights, batch: dict[str, Array]) -> Array:
-        return encode(skeleton.build(weights), config.branch, batch).astype(dtype)
+        return run_encoders(skeleton.build(weights), config.branch, batch).astype(dtype)
 
     def encoder(kind: Kind, media: np.ndarray | None) -> Array | None:
         if media is None:
@@ -331,7 +331,7 @@ def _manifest(
     config: TrainConfig, directory: ModelDirectory, dataset: DatasetConfig, records: Records
 ) -> dict[str, Any]:
     """What the features depend on, and a number of records for a shard: of a size that is good to read and to write."""
-    settings = describe(config, directory, dataset, records)
+    settings = describe_features(config, directory, dataset, records)
     itemsize = compute_dtype(config).itemsize
     entry = max(math.prod(shape) for shape in settings["shapes"].values()) * itemsize
     fit = min(SHARD_BYTES // (entry * settings["variants"]), SHARD_RECORDS, len(records))
@@ -347,7 +347,7 @@ def _claim(folder: Path, scratch: Path, manifest: dict[str, Any], shard_records:
         os.replace(scratch / "manifest.json", folder / "manifest.json")
     cache, made = open_folder(folder)
     wanted = {**manifest, "shard_records": shard_records or cache.shard_records}
-    if changed := differences(made, wanted):
+    if changed := settings_differences(made, wanted):
         raise ConfigError(
             f"{folder}: holds features made with other settings ({'; '.join(changed)}); "
             "give the same, or choose another --out"

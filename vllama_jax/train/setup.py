@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vllama_jax import sharding
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.restore import check_leaves, restore_weights
-from vllama_jax.data.pipeline import Reader
+from vllama_jax.data.pipeline import BatchReader
 from vllama_jax.data.records import open_records
 from vllama_jax.data.sampling import Order, make_streams
 from vllama_jax.errors import ConfigError
@@ -33,7 +33,7 @@ from vllama_jax.train.step import compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A run that can be made.
 
     skeleton: of the network without the parts that this run does not use. learns: the paths of the weights that learn.
@@ -48,7 +48,7 @@ class Plan:
     sources: dict[str, ModelDirectory | None]
     init: ModelDirectory | None
     optimizer: optax.GradientTransformation
-    reader: Reader
+    reader: BatchReader
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -81,7 +81,7 @@ class Plan:
         return sharding.undivided_axes(self.skeleton.state, self.mesh)
 
 
-def plan(config: TrainConfig, base: str = "") -> Plan:
+def plan_run(config: TrainConfig, base: str = "") -> RunPlan:
     """Raises ConfigError, CheckpointError or DataError for what cannot be run."""
     mesh = make_mesh(config)
     directory = open_model(base or config.model)
@@ -101,7 +101,7 @@ def plan(config: TrainConfig, base: str = "") -> Plan:
     frozen = {path: variable.shape for path, variable in skeleton.variables.items() if path not in sources}
     check_leaves(directory, frozen)
     optimizer = make_optimizer(config.optim, config.steps)
-    return Plan(config, directory, mesh, skeleton, tuple(learns), sources, init, optimizer, reader)
+    return RunPlan(config, directory, mesh, skeleton, tuple(learns), sources, init, optimizer, reader)
 
 
 def _check_lora_patterns(config: TrainConfig) -> None:
@@ -128,7 +128,7 @@ def make_mesh(config: TrainConfig) -> Mesh:
     return mesh
 
 
-def load_frozen(plan: Plan) -> Weights:
+def load_frozen(plan: RunPlan) -> Weights:
     """The weights that do not learn, in the compute dtype, each host reading its part."""
     paths = [path for path in plan.skeleton.variables if path not in plan.sources]
     wanted = {
@@ -138,7 +138,7 @@ def load_frozen(plan: Plan) -> Weights:
     return restore_weights(plan.base, wanted)
 
 
-def start(plan: Plan) -> TrainState:
+def start(plan: RunPlan) -> TrainState:
     """The state before the first step."""
     weights = _new_weights(plan)
     for source in {id(source): source for source in plan.sources.values() if source is not None}.values():
@@ -149,7 +149,7 @@ def start(plan: Plan) -> TrainState:
     return jax.jit(lambda weights: initial_state(weights, plan.optimizer), out_shardings=shardings)(weights)
 
 
-def _new_weights(plan: Plan) -> Weights:
+def _new_weights(plan: RunPlan) -> Weights:
     """Those that start at random, as the original's do (nn/video_llama.py, nn/qformer.py)."""
     new = [path for path, source in plan.sources.items() if source is None]
     if not new:
@@ -200,7 +200,7 @@ def _check_init(
         )
 
 
-def _reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> Reader:
+def _reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> BatchReader:
     """The data of the run, this host's part of it."""
     for dataset in config.datasets:
         template = dataset.text.template or directory.config.template
@@ -213,7 +213,9 @@ def _reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> Reade
     order = Order(streams, config.steps, config.batch_size, config.seed)
     caches = open_caches(config, directory, opened) if config.data.features else {}
     rows = host_rows(config.batch_size, mesh)
-    return Reader(config.data, config.branch, config.seed, directory.config, directory.tokenizer, order, rows, caches)
+    return BatchReader(
+        config.data, config.branch, config.seed, directory.config, directory.tokenizer, order, rows, caches
+    )
 
 
 def host_rows(batch_size: int, mesh: Mesh) -> list[int]:
@@ -223,7 +225,7 @@ def host_rows(batch_size: int, mesh: Mesh) -> list[int]:
     return sorted(np.concatenate([np.arange(*one) for one in slices]).tolist())
 
 
-def place(arrays: dict[str, np.ndarray], plan: Plan) -> dict[str, Any]:
+def place(arrays: dict[str, np.ndarray], plan: RunPlan) -> dict[str, Any]:
     """A host's rows as parts of global arrays."""
     return {
         name: jax.make_array_from_process_local_data(

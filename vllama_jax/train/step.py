@@ -39,7 +39,7 @@ def compute_dtype(config: TrainConfig) -> jnp.dtype:
     return jnp.dtype(config.compute_dtype)
 
 
-def encode(network: VideoLlama, branch: str, batch: Batch) -> Array:
+def run_encoders(network: VideoLlama, branch: str, batch: Batch) -> Array:
     """What the frozen encoders see or hear: [b, t, q, d] in the vision branch, [b, t or s, e] in the audio branch."""
     if "features" in batch:
         return batch["features"]
@@ -54,7 +54,7 @@ def loss_sum(
     network: VideoLlama, batch: Batch, config: TrainConfig, dropout: Dropout | None
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The summed cross-entropy of all labelled tokens, and how many those are."""
-    features = encode(network, config.branch, batch)
+    features = run_encoders(network, config.branch, batch)
     tokens = network.video_tokens if config.branch == "vision" else network.audio_tokens
     embeddings = splice(network.embed(batch["ids"]), batch["is_media"], tokens(features, dropout=dropout))
     mask = jnp.arange(embeddings.shape[1]) < batch["length"][:, None]

@@ -11,7 +11,7 @@ from vllama_jax.data.pipeline import HostBatch
 from vllama_jax.data.sampling import Rows, Stream
 from vllama_jax.io.jsonl import Journal
 from vllama_jax.model import Model
-from vllama_jax.train.setup import Plan, place
+from vllama_jax.train.setup import RunPlan, place
 from vllama_jax.train.state import Weights
 from vllama_jax.train.step import make_evaluation
 
@@ -22,7 +22,7 @@ class Validation:
     masked: is told the step, the dataset and each held-out batch, to name the samples that were not used.
     """
 
-    def __init__(self, plan: Plan, out: Path, masked: Callable[[int, str, HostBatch], None]):
+    def __init__(self, plan: RunPlan, out: Path, masked: Callable[[int, str, HostBatch], None]):
         self._plan, self._masked = plan, masked
         self._cfg = plan.config.validation
         self.journal = Journal(out / "samples.jsonl")
@@ -77,7 +77,7 @@ class Validation:
             self.journal.add(fields)
 
 
-def _prepared(clip: str, plan: Plan) -> Prepared:
+def _prepared(clip: str, plan: RunPlan) -> Prepared:
     """A clip as the branch that learns takes it: its frames, or its sound alone."""
     if plan.config.branch == "vision":
         return prepare(clip, plan.base.config, audio=False)
