@@ -41,7 +41,7 @@ def make_entry(
         name: The media file's path, from `folder` on or absolute.
         kind: What the file is.
         folder: Where the source keeps such files.
-        read: Turns `said` into questions and answers, or raises `Unusable`.
+        read: Turns `said` into questions and answers, or raises `UnusableAnnotation`.
         said: What the annotation says of the file.
     """
     if not isinstance(name, str) or not name:

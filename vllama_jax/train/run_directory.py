@@ -80,7 +80,7 @@ def open_run(
         config: The config of the run.
         base: Its base model.
         dtype: The name of its compute dtype.
-        inputs: The digest of everything else that it reads, as `Plan.inputs` has them.
+        inputs: The digest of everything else that it reads, as `RunPlan.inputs` has them.
 
     Raises:
         CheckpointError: `out` is another kind of directory, another process trains into it, or it cannot be written.
