@@ -133,7 +133,7 @@ def test_nothing_is_left_changed():
 @SLOW
 @pytest.mark.parametrize("command", ["train", "chat", "features", "convert"])
 def test_it_ends_a_command_at_any_moment_of_its_start(command, tiny_model, tiny_files, records, clip, tmp_path):
-    """Twelve moments from the first import to what it does when it has started."""
+    """Moments from the first import to what it does when it has started; all but training may be done by then."""
     config = str(write_config(tmp_path / "config.py", config_of(tiny_model, records, steps=100_000)))
     out = tmp_path / "out"
     arguments = {
@@ -146,11 +146,11 @@ def test_it_ends_a_command_at_any_moment_of_its_start(command, tiny_model, tiny_
         ],
     }[command]
     body = "from vllama_jax.cli import main; main(sys.argv[2:])"
-    for number in range(12):
+    for seconds in (0, 0.5, 1, 2, 4, 7, 11):
         with started(body, command, *map(str, arguments), grace=GRACE) as process:
-            time.sleep(number)
-            if process.poll() is not None:  # a fast machine has converted everything
-                assert command == "convert"
-                assert number > 2
+            time.sleep(seconds)
+            if process.poll() is not None:
+                assert command != "train"
+                assert seconds > 2
                 break
             interrupted(process, within=GRACE + 7)
