@@ -5,6 +5,7 @@ A module imports from its own layer and from lower ones. Imports for type checke
 
 import ast
 import graphlib
+import os
 import sys
 from pathlib import Path
 
@@ -18,21 +19,14 @@ LAYERS = (
     {"miniature"},
     {"cli", "__main__"},
 )
-PACKAGES = {
-    "vllama_jax": Path("vllama_jax"),
-    "vllama_jax.configs": Path("configs"),
-    "vllama_jax.convert": Path("convert"),
-    "vllama_jax.miniature": Path("examples/miniature"),
-}
 
 
 def modules() -> dict[str, Path]:
-    """Files of the package by dotted name."""
+    """Files of the package by dotted name; those behind its symbolic links too."""
     found = {}
-    for package, folder in PACKAGES.items():
-        for file in folder.rglob("*.py"):
-            parts = file.relative_to(folder).with_suffix("").parts
-            found[".".join([package, *parts]).removesuffix(".__init__")] = file
+    for folder, _, names in os.walk("vllama_jax", followlinks=True):
+        for file in (Path(folder, name) for name in names if name.endswith(".py")):
+            found[".".join(file.with_suffix("").parts).removesuffix(".__init__")] = file
     return found
 
 

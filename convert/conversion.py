@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,9 @@ from vllama_jax.convert.infer_config import model_config
 from vllama_jax.convert.language import open_language_model
 from vllama_jax.convert.match_weights import Leaf, match
 from vllama_jax.convert.weight_files import Source, open_file
+from vllama_jax.convert.write_tensors import Progress
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import new_directory, write_file
-
-Progress = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)

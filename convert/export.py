@@ -53,8 +53,9 @@ def plan_export(model: ModelDirectory, format: Format = "pth", shard_bytes: floa
 
 
 def export(model: ModelDirectory, files: Files, out: str | Path, progress: Progress = lambda done: None) -> None:
-    """Writes the files that `plan` gave; `out` appears when it is whole. progress: called with the bytes written since.
+    """Writes the files that `plan_export` gave; `out` appears when it is whole.
 
+    progress: called with the bytes written since.
     Beside them is config.json, with which `vllama convert` makes the same model of them again.
     Raises CheckpointError when `out` exists or cannot be written, and when the model cannot be read any more.
     """

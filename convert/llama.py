@@ -94,7 +94,7 @@ def _held(directory: Path) -> str:
 
 
 def config_fields(cfg: LlamaConfig) -> dict[str, Any]:
-    """What a config.json says of this language model: `read_config` backward."""
+    """What a config.json says of this language model: `read_llama_config` backward."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_feature_manifests import SHARD_RECORDS, opened, write_cache
 from train_fixtures import short_config, write_files, write_records
-from written_runs import shipped, state_of, write_checkpoints
+from written_runs import SHAPES, shipped, state_of, weights_of, write_two_checkpoints
 
 from vllama_jax import cli
 from vllama_jax.checkpoints.directory import open_model
@@ -26,7 +26,6 @@ from vllama_jax.train.config import CheckpointConfig
 from vllama_jax.train.run_directory import Checkpoints, open_run
 
 pytestmark = pytest.mark.slow
-SHAPES = {"llama_proj/bias": (64,), "video_qformer/queries": (32, 48)}
 ODD: list[Any] = [
     None,
     True,
@@ -137,15 +136,9 @@ def attempt(action: Callable[[], Any]) -> Any:
 # Run directories
 
 
-def weights_of(step: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(step)
-    return {path: rng.standard_normal(shape, np.float32) for path, shape in SHAPES.items()}
-
-
 @pytest.fixture(scope="module")
 def saved(tiny_model, tmp_path_factory) -> Path:
-    out = tmp_path_factory.mktemp("saved") / "run"
-    return write_checkpoints(shipped(tiny_model, NO_LORA), out, {step: weights_of(step) for step in (4, 8)})
+    return write_two_checkpoints(tiny_model, tmp_path_factory.mktemp("saved") / "run")
 
 
 def assert_of_a_step(weights: dict[str, jax.Array]) -> None:

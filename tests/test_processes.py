@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
-from train_fixtures import config_of, write_config
+from train_fixtures import config_of, worker_processes, write_config
 
 from vllama_jax.checkpoints.directory import run_steps
 from vllama_jax.data.config import DataConfig
@@ -186,14 +186,9 @@ def test_a_killed_decoding_process_ends_the_run_with_one_line(tiny_model, record
     command = [VLLAMA, "train", str(config), "--out", str(tmp_path / "run"), "--data.processes", "2"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(tmp_path / "run", 12, [process])
-        workers = [
-            int(folder.name)
-            for folder in Path("/proc").glob("[0-9]*")
-            if (folder / "stat").read_text().rpartition(")")[2].split()[1] == str(process.pid)
-            and "workers.work()" in (folder / "cmdline").read_text()
-        ]
+        workers = worker_processes(process.pid)
         assert len(workers) == 2
-        os.kill(workers[0], signal.SIGKILL)
+        os.kill(min(workers), signal.SIGKILL)
         ((code, text),) = ended([process])
     assert_one_line(code, text, "a worker process was killed (SIGKILL), as Linux does when memory runs out")
     assert run_steps(tmp_path / "run")

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from written_runs import shipped, state_of, write_checkpoints
+from written_runs import shipped, state_of, weights_of, write_checkpoints, write_two_checkpoints
 
 from vllama_jax import cli
 from vllama_jax.checkpoints import digests
@@ -22,19 +22,11 @@ from vllama_jax.train import run_directory as runs
 from vllama_jax.train.config import CheckpointConfig
 from vllama_jax.train.run_directory import Checkpoints
 
-SHAPES = {"llama_proj/bias": (64,), "video_qformer/queries": (32, 48)}
-
-
-def weights_of(step: int) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(step)
-    return {path: rng.standard_normal(shape, np.float32) for path, shape in SHAPES.items()}
-
 
 @pytest.fixture(scope="module")
 def saved(tiny_model, tmp_path_factory) -> Path:
     """A run with checkpoints of steps 4 and 8. Not to be written to."""
-    out = tmp_path_factory.mktemp("saved") / "run"
-    return write_checkpoints(shipped(tiny_model, NO_LORA), out, {step: weights_of(step) for step in (4, 8)})
+    return write_two_checkpoints(tiny_model, tmp_path_factory.mktemp("saved") / "run")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Worker processes: results in order, and one clear error when a worker ends, however it ends."""
 
-import contextlib
 import functools
 import math
 import os
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from train_fixtures import worker_processes
 
 from vllama_jax.data.workers import Workers, in_processes
 from vllama_jax.errors import DataError, VllamaError
@@ -21,18 +21,8 @@ from vllama_jax.errors import DataError, VllamaError
 @pytest.fixture
 def children() -> Callable[[], list[int]]:
     """Lists the worker processes that the test has started; other tests keep theirs for the whole session."""
-    before = _workers()
-    return lambda: sorted(_workers() - before)
-
-
-def _workers() -> set[int]:
-    found = set()
-    for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == os.getpid() and "workers.work()" in (folder / "cmdline").read_text():
-                found.add(int(folder.name))
-    return found
+    before = worker_processes(os.getpid())
+    return lambda: sorted(worker_processes(os.getpid()) - before)
 
 
 def fail_at(number: int, error: Exception, item: int) -> int:

@@ -1,5 +1,6 @@
 """Small runs for tests: a config, a reporter, and records of videos and pictures."""
 
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
@@ -15,6 +16,17 @@ from vllama_jax.train.config_files import load_config
 STEPS = 20
 ONE = dataclasses.replace(load_config("vision_stage1")[0].mesh, data=8)
 EACH = CheckpointConfig(every=1)
+
+
+def worker_processes(parent: int) -> set[int]:
+    """The processes that data/workers.py has started for a process, by number."""
+    found = set()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended since
+            starter = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if starter == parent and "workers.work()" in (folder / "cmdline").read_text():
+                found.add(int(folder.name))
+    return found
 
 
 class Quiet:

@@ -9,12 +9,25 @@ import numpy as np
 import optax
 
 from vllama_jax.checkpoints.directory import open_model
-from vllama_jax.config import LoraConfig, VideoLlamaConfig
+from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.train.config import CheckpointConfig, TrainConfig
 from vllama_jax.train.config_files import load_config
 from vllama_jax.train.run_directory import Checkpoints, open_run
 from vllama_jax.train.state import TrainState
+
+SHAPES = {"llama_proj/bias": (64,), "video_qformer/queries": (32, 48)}
+
+
+def weights_of(step: int) -> dict[str, np.ndarray]:
+    """The weights in the checkpoint of a step, of SHAPES: drawn, so that steps differ."""
+    rng = np.random.default_rng(step)
+    return {path: rng.standard_normal(shape, np.float32) for path, shape in SHAPES.items()}
+
+
+def write_two_checkpoints(base: Path, out: Path) -> Path:
+    """A run of `base` with `weights_of` the steps 4 and 8 in its checkpoints."""
+    return write_checkpoints(shipped(base, NO_LORA), out, {step: weights_of(step) for step in (4, 8)})
 
 
 def shipped(base: Path, lora: LoraConfig) -> TrainConfig:

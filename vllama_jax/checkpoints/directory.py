@@ -13,7 +13,7 @@ import importlib.metadata
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from vllama_jax.checkpoints.arrays import check_manifest
 from vllama_jax.checkpoints.digests import check_checkpoint, run_steps
@@ -23,9 +23,6 @@ from vllama_jax.errors import CheckpointError, one_line
 from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_fields import shown
 from vllama_jax.io.json_files import read_object
-
-if TYPE_CHECKING:
-    pass
 
 MODEL_FORMAT = 1
 PYTORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")

@@ -14,7 +14,7 @@ import functools
 import json
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import numpy as np
@@ -26,21 +26,20 @@ from vllama_jax.data.records import Records, ranges
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.io.json_files import read_object
 
-if TYPE_CHECKING:
-    pass
-
 FEATURES_FORMAT = 1
 USABLE, UNUSABLE = b"\1", b"\0"  # how an entry ends
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
 LARGEST_NUMBER = 2**40  # of records, variants or values in a manifest
+_ANEW = "remove that file and run `vllama features` again"
 OPEN_SHARDS = 256  # of a process: well under the usual limit of 1024 open files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """manifest.json of the features of one records directory, as `describe` makes it.
+    """manifest.json of the features of one records directory, as
+    `train/feature_settings.py` makes it.
 
-    kinds: How many records there are of each kind. The meaning of other fields: `FeatureCache` and `describe`.
+    kinds: How many records there are of each kind. The meaning of other fields: `FeatureCache` and there.
     """
 
     format: int
@@ -126,9 +125,6 @@ class FeatureCache:
 
     def entries(self, shard: int) -> int:
         return len(self.shard_numbers(shard)) * self.variants
-
-
-_ANEW = "remove that file and run `vllama features` again"
 
 
 @functools.lru_cache(OPEN_SHARDS)

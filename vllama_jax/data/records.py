@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllama_jax.data.annotation import KINDS, Annotation, Kind
 from vllama_jax.data.remote import local_copy
-from vllama_jax.errors import DataError
+from vllama_jax.errors import DataError, one_line
 from vllama_jax.io.json_files import parse_object, read_object
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ class Records:
                 raise ValueError(f"its kind is {annotation.kind!r}, which manifest.json has elsewhere")
         except ValueError as error:
             raise DataError(
-                f"{self.path / 'texts'}: record {number} is damaged ({_one_line(error)}); {_ANEW}"
+                f"{self.path / 'texts'}: record {number} is damaged ({one_line(error)}); {_ANEW}"
             ) from error
         return annotation
 
@@ -93,7 +93,7 @@ class Records:
         try:
             return _dataset(folder, self.digest)[number]
         except (ValueError, KeyError, IndexError, OSError, RuntimeError, DecodeError) as error:
-            why = f"record {number} cannot be read ({_one_line(error)})"
+            why = f"record {number} cannot be read ({one_line(error)})"
             raise DataError(f"{folder}: {why}; copy or build the records again") from error
 
 
@@ -138,7 +138,7 @@ def _from_manifest(path: Path, manifest: dict[str, Any]) -> Records:
             raise ValueError(f"{outside[0][:100]!r} is no file of it")
         return Records(path, str(manifest["name"]), ranges(counts), str(manifest["digest"]), sizes)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{where}: incomplete ({_one_line(error)}); build the records again") from error
+        raise DataError(f"{where}: incomplete ({one_line(error)}); {_ANEW}") from error
 
 
 def ranges(counts: Mapping[Kind, int]) -> dict[Kind, range]:
@@ -171,8 +171,4 @@ def _dataset(folder: str, digest: str) -> "Examples":
         try:
             return read_dataset(Path(folder))
         except (ValueError, OSError, RuntimeError) as error:
-            raise DataError(f"{folder}: cannot be read ({_one_line(error)}); {_ANEW}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+            raise DataError(f"{folder}: cannot be read ({one_line(error)}); {_ANEW}") from error

@@ -6,7 +6,7 @@ from pathlib import Path
 import fsspec
 import xxhash
 
-from vllama_jax.errors import DataError
+from vllama_jax.errors import DataError, one_line
 from vllama_jax.io.paths import cache_folder
 
 
@@ -33,8 +33,9 @@ def local_copy(path: str | os.PathLike[str]) -> Path:
         for source, info in found:
             _copy(files, source, info["size"], target / _relative_name(source, root, url))
     except (OSError, ValueError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        raise DataError(f"{url}: cannot be copied here ({reason}); mount it, or copy it, and name its path") from error
+        raise DataError(
+            f"{url}: cannot be copied here ({one_line(error)}); mount it, or copy it, and name its path"
+        ) from error
     return target
 
 

@@ -28,6 +28,8 @@ from vllama_jax.io.json_files import read_object
 
 SPLIT = "train"  # TFDS's name for all of a dataset
 SHARD_BYTES = 256 * 2**20  # of each file but the last, at least
+_ANEW = "build the records again"
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's own, for the names of a dataset's files
 MAX_SHARDS = 256  # a reader keeps all files open, and a process may open 1024 unless told otherwise
 
 
@@ -214,7 +216,3 @@ def _shard_lengths(path: Path) -> list[int]:
     if not isinstance(lengths, list) or not lengths or not all(re.fullmatch("[0-9]{1,18}", str(n)) for n in lengths):
         raise DataError(f"{path}: its shardLengths are not numbers of records; {_ANEW}")
     return [int(length) for length in lengths]
-
-
-_ANEW = "build the records again"
-_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's own, for the names of a dataset's files

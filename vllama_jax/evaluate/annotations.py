@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.errors import DataError
+from vllama_jax.errors import DataError, one_line
 from vllama_jax.evaluate.questions import UnusableQuestion
 from vllama_jax.io.json_files import parse_json
 from vllama_jax.io.paths import first_bytes
@@ -44,7 +44,7 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not text that can be read ({short(error)}); download it again") from error
+        raise DataError(f"{path}: not text that can be read ({one_line(error)}); download it again") from error
 
 
 def read_annotation_json(path: Path) -> Any:
@@ -112,8 +112,3 @@ def youtube_names(path: Path) -> dict[str, tuple[str, ...]]:
     pairs = [line.split() for line in read_text(path).splitlines()] if path.exists() else []
     names = [pair for pair in pairs if len(pair) == 2]
     return {one: (other,) for pair in names for one, other in (pair, reversed(pair))}
-
-
-def short(error: Exception) -> str:
-    """An error of a library in one line."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

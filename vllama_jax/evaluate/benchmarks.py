@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from vllama_jax.errors import ConfigError, DataError
+from vllama_jax.errors import ConfigError, DataError, one_line
 from vllama_jax.evaluate.annotations import (
     AnnotationEntry,
     annotation_tables,
@@ -20,7 +20,6 @@ from vllama_jax.evaluate.annotations import (
     read_annotation_object,
     read_entries,
     read_text,
-    short,
     times_in,
     youtube_names,
 )
@@ -210,7 +209,9 @@ def _video_mme_entries(table: Path) -> Iterator[AnnotationEntry]:
     try:
         rows = parquet.read_table(table).to_pylist()
     except (OSError, ValueError) as error:
-        raise DataError(f"{table}: a Parquet file that cannot be read ({short(error)}); download it again") from error
+        raise DataError(
+            f"{table}: a Parquet file that cannot be read ({one_line(error)}); download it again"
+        ) from error
     for number, row in enumerate(rows, 1):
         yield f"{table}, row {number}", row
 

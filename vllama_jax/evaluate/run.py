@@ -35,7 +35,7 @@ NEW_TOKENS = {"open": 300, "caption": 64, "choice": 32}  # at most, unless the u
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is asked for. weights: how the model is loaded, `checkpoint.load`'s dtype and quantize."""
+    """What is asked for. weights: how the model is loaded, `model.load`'s dtype and quantize."""
 
     benchmark: BenchmarkName
     annotations: Path

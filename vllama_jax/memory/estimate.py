@@ -236,7 +236,7 @@ def chatting(
 def _loaded(
     model: VideoLlamaConfig, mesh: MeshConfig, dtype: str, scheme: str | None, lora: LoraConfig
 ) -> "dict[str, ShapeDtypeStruct]":
-    """All weights by path, as `checkpoint.load` lays them over a mesh."""
+    """All weights by path, as `model.load` lays them over a mesh."""
     from flax import nnx
 
     from vllama_jax.checkpoints.quantize import abstract_layers

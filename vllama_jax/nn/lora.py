@@ -1,7 +1,8 @@
 """Low-rank updates beside the language model's frozen linear layers (LoRA, arXiv 2106.09685).
 
 `add_lora` gives chosen layers a child `lora`, so that its weights' paths end in `query/lora/down` and the like;
-`linear` is how LLaMA applies a layer, with its update where there is one; `merge_lora` makes it part of the layer.
+`linear_with_lora` is how LLaMA applies a layer, with its update where there is one; `merge_lora` makes it part of the
+layer.
 """
 
 import math

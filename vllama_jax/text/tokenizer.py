@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.errors import CheckpointError
+from vllama_jax.errors import CheckpointError, one_line
 from vllama_jax.io.json_fields import LARGEST_INTEGER, shown, whole_number
 from vllama_jax.io.json_files import parse_object
 from vllama_jax.io.paths import first_bytes
@@ -277,8 +277,7 @@ def _load_json(directory: Path) -> JsonTokenizer:
     try:
         library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the library raises nothing more precise
-        why = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{path} is not a file of the tokenizers library: {why}") from error
+        raise CheckpointError(f"{path} is not a file of the tokenizers library: {one_line(error)}") from error
     role_ids = _read_config_ids(directory)
     for role, content in _read_declarations(directory).roles.items():
         token_id = library.token_to_id(content)

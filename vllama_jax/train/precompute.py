@@ -257,8 +257,9 @@ class _ShardFile:
         try:
             yield
         except (RuntimeError, ValueError) as error:  # a full disk
-            reason = " ".join(str(error).split())[:200]
-            raise DataError(f"{self._shard.path}: cannot be written ({reason}); whole shards are kept") from error
+            raise DataError(
+                f"{self._shard.path}: cannot be written ({one_line(error)}); whole shards are kept"
+            ) from error
 
 
 def load_encoder(

@@ -71,12 +71,10 @@ def first_process_first(make: Callable[[], Made]) -> Made:
         return make()
     from jax.experimental import multihost_utils
 
-    if jax.process_index() == 0:
-        made = make()
-        multihost_utils.sync_global_devices("process 0 has made its files")
-        return made
+    first = jax.process_index() == 0
+    made = make() if first else None
     multihost_utils.sync_global_devices("process 0 has made its files")
-    return make()
+    return made if first else make()
 
 
 def _join(preemption: bool) -> "_Job":

@@ -1,6 +1,6 @@
 """What a run is made of before its first step: checked, laid out over the devices, and then read.
 
-`plan` looks at everything and reads no weight; `load_frozen` and `start` read weights straight into their shards.
+`plan_run` looks at everything and reads no weight; `load_frozen` and `start` read weights straight into their shards.
 """
 
 import dataclasses

@@ -22,7 +22,7 @@ from vllama_jax.train.state import Skeleton, TrainState, Weights
 # A batch, all of b rows. One of the first three; n tokens, m of which have a label at most.
 #   frames     uint8 [b, t, h, w, 3]   pictures
 #   mel        float32 [b, s, 128, 204]   sounds
-#   features   [b, t, q, d] or [b, s, e]   what `encode` made of either, before
+#   features   [b, t, q, d] or [b, s, e]   what `run_encoders` made of either, before
 #   ids        int32 [b, n]      0 where a media token goes, and after the end
 #   is_media   bool [b, n]
 #   length     int32 [b]         tokens before the padding
