@@ -83,7 +83,7 @@ def place_media(turns: Turns, kind: Kind) -> tuple[Turns, int]:
 
 
 def check_characters(texts: Iterable[str]) -> None:
-    """Raises Unusable for text that UTF-8 cannot hold: JSON may have half an emoji (a lone surrogate) in it."""
+    """Raise UnusableAnnotation for text that UTF-8 cannot hold: JSON may have half an emoji, a lone surrogate, in it."""
     for text in texts:
         try:
             text.encode()

@@ -74,8 +74,13 @@ class Order:
             here = self.stream_of == number
             self._uses[here] = np.arange(here.sum())
 
+    def stream(self, step: int) -> Stream:
+        """The stream that a step draws from."""
+        return self.streams[self.stream_of[step]]
+
     def rows(self, step: int) -> Rows:
-        stream = self.streams[self.stream_of[step]]
+        """The rows of a step."""
+        stream = self.stream(step)
         first = int(self._uses[step]) * self._batch_size
         return Rows(stream, [stream.sample(first + row, self._seed) for row in range(self._batch_size)])
 

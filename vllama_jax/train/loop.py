@@ -118,7 +118,7 @@ class _Run:
                 state, metrics = program(state, frozen, arrays)
                 requests.save_on_interrupt()
                 self._look()
-                dataset = self.plan.reader.order.rows(number).stream.dataset.path
+                dataset = self.plan.reader.order.stream(number).dataset.path
                 waited = 0.0 if compiling else waited  # both were before the step's clock started
                 self.pending = _Pending(number + 1, metrics, batch, waited, dataset, compiling)
                 stopping = requests.at_step(number + 1)
