@@ -83,7 +83,7 @@ def place_media(turns: Turns, kind: Kind) -> tuple[Turns, int]:
 
 
 def check_characters(texts: Iterable[str]) -> None:
-    """Raise UnusableAnnotation for text that UTF-8 cannot hold: JSON may have half an emoji, a lone surrogate, in it."""
+    """Raise UnusableAnnotation for text that UTF-8 cannot hold, such as a lone surrogate (half an emoji) in JSON."""
     for text in texts:
         try:
             text.encode()
