@@ -26,7 +26,7 @@ def _absent(path: str) -> str:
     return f"{url[1]}://{rest}: URLs are not read; download it first"
 
 
-def first_bytes(path: str | Path, error: type[VllamaError], count: int = 32) -> bytes:
+def first_bytes(path: str | os.PathLike[str], error: type[VllamaError], count: int = 32) -> bytes:
     """The first bytes of a file. Raises `error`, saying what is there instead, where no file with content is.
 
     That is: nothing, a directory, a device or pipe, a file that may not be read, an empty one, a git-lfs pointer.

@@ -61,14 +61,14 @@ def audio_from(container: InputContainer, path: str, num_clips: int | None = Non
     stream = sound_stream(container)
     if stream is None:
         raise MediaError(f"{path}: no sound in the file; name one that has some")
-    decoder = AudioDecoder(stream, path, num_clips)
+    decoder = AudioDecoder(container, stream, path, num_clips)
     try:
         for packet in demux(container, stream):
             decoder.feed(packet)
     except av.FFmpegError as error:
         raise MediaError(f"{path}: the file cannot be read to its end ({error.strerror}); get it again") from error
     decoded = decoder.finish()
-    if decoded.failure:
+    if decoded.sample_rate is None:
         raise MediaError(f"{path}: the audio cannot be used: {decoded.failure}")
     cut = find_truncation(path)
     notes = (*((cut.note,) if cut else ()), *decoded.notes)

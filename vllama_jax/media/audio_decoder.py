@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.clock import PRIMING, Clock
-from vllama_jax.media.files import WHOLE, demux, open_container, video_stream
+from vllama_jax.media.clock import PRIMING, Clock, time_base
+from vllama_jax.media.files import WHOLE, demux, open_container, sound_stream, video_stream
 from vllama_jax.media.mel import WaveformChunk, check_audio_length, clip_spans, mel_of_parts
 from vllama_jax.media.truncation import find_truncation
 
 if TYPE_CHECKING:
     from av import AudioFrame, Packet
     from av.audio.stream import AudioStream
+    from av.container import InputContainer
     from jaxtyping import Float32
 
 _MAX_RATE = 768_000  # Hz; the highest rate of PCM recorders
@@ -33,7 +34,10 @@ _INDEPENDENT = ("flac", "alac", "pcm_")
 
 @dataclasses.dataclass(frozen=True)
 class DecodedAudio:
-    """What became of an audio stream: the waveform or the mel clips, or in `failure` why there are none."""
+    """What became of an audio stream: the waveform or the mel clips, or in `failure` why there are none.
+
+    `sample_rate` is in Hz, None where there is a failure.
+    """
 
     waveform: Float32[np.ndarray, "c n"] | None = None
     mel: Float32[np.ndarray, "num_clips 128 204"] | None = None
@@ -54,6 +58,7 @@ class AudioDecoder:
 
     def __init__(
         self,
+        container: InputContainer,
         stream: AudioStream,
         path: str,
         num_clips: int | None = None,
@@ -64,14 +69,15 @@ class AudioDecoder:
         """Prepare to decode `stream` of the file at `path`.
 
         Args:
-            stream: The stream, of an opened file.
+            container: The opened file.
+            stream: The audio stream of it that `sound_stream` finds.
             path: That file.
             num_clips: The number of mel clips to compute; None keeps the whole waveform.
             within: The segment to use, in seconds.
             clock: What the seconds are counted by, where `within` is not the whole.
             known_end: Where the audio ends, if it was decoded before. Every packet is decoded then.
         """
-        self.stream = stream
+        self.stream, self._container = stream, container
         self._path, self._num_clips, self._within = path, num_clips, within
         self._clock = None if within == WHOLE else clock
         self._shift = 0.0  # seconds, from the timestamps of the packet under way to the clock
@@ -107,7 +113,7 @@ class AudioDecoder:
         self._tried += packet.size > 0
         before, lost = self._decoded, self._lost
         try:
-            for frame in packet.decode():
+            for frame in self.stream.decode(packet):
                 self._take(frame)
         except av.FFmpegError as error:
             self._lost += 1
@@ -136,12 +142,11 @@ class AudioDecoder:
         if failure:
             return DecodedAudio(failure=failure)
         segment, wanted = self._segment(self._end), self._wanted(self._end)
-        spans = [next((span for span in self._kept if _contains(span, want)), None) for want in wanted]
-        if self._misplaced or None in spans:
+        samples = [kept for want in wanted if (kept := self._samples(want)) is not None]
+        if self._misplaced or len(samples) < len(wanted):
             return None
         notes = (f"{self._lost} of {self._tried} audio packets lost, {self._first_lost}",) if self._lost else ()
         found = DecodedAudio(sample_rate=self._rate, seconds=len(segment) / self._rate, notes=notes)
-        samples = [self._samples(span, want) for span, want in zip(spans, wanted, strict=True)]
         if self._num_clips is None:
             return dataclasses.replace(found, waveform=samples[0])
         parts = [WaveformChunk(want.start - segment.start, part) for want, part in zip(wanted, samples, strict=True)]
@@ -171,7 +176,7 @@ class AudioDecoder:
 
         A packet says where it begins, so that what is lost before the last packet is no truncation.
         """
-        if self.stream.container.format.name != "flac" or not self._rate:
+        if self._container.format.name != "flac" or not self._rate:
             return False
         missing = round(self._end_of_packets * self._rate) < min(self._claimed_samples(), self._last())
         return missing or self._last_is_lost
@@ -180,13 +185,15 @@ class AudioDecoder:
         """A decoder that has decoded the file from its start, now that the audio's end is known."""
 
         with open_container(self._path) as container:
-            stream, video = container.streams[self.stream.index], video_stream(container)
+            stream, video = sound_stream(container), video_stream(container)
+            if stream is None:
+                raise MediaError(f"{self._path}: the file changed while it was read; read it again")
             clock = Clock(container, video, stream) if self._clock and video else None
-            decoder = AudioDecoder(stream, self._path, self._num_clips, self._within, clock, self._end)
-            for packet in demux(container, stream, *([video] if clock else [])):
+            decoder = AudioDecoder(container, stream, self._path, self._num_clips, self._within, clock, self._end)
+            for packet in demux(container, stream, *([video] if clock and video else [])):
                 if packet.stream is stream:
                     decoder.feed(packet)
-                elif packet.size:
+                elif clock and packet.size:
                     clock.shift(packet)
         return decoder
 
@@ -245,7 +252,7 @@ class AudioDecoder:
 
     def _length_of(self, packet: Packet) -> int | None:
         """The samples that the container says are in a packet, or None where it does not say exactly."""
-        ticks = 1 / (self.stream.time_base * self._rate) if self._rate else Fraction(0)  # of a sample
+        ticks = 1 / (time_base(self.stream) * self._rate) if self._rate else Fraction(0)  # of a sample
         whole = ticks and ticks.denominator == 1  # not in Matroska, which counts milliseconds
         if not whole or not packet.duration or packet.duration % ticks or packet.is_discard:
             return None
@@ -260,8 +267,8 @@ class AudioDecoder:
 
     def _claimed_samples(self) -> int:
         if self.stream.duration:
-            return int(self.stream.duration * self.stream.time_base * self._rate)
-        return (self.stream.container.duration or 0) * self._rate // 1_000_000  # microseconds
+            return int(self.stream.duration * time_base(self.stream) * self._rate)
+        return (self._container.duration or 0) * self._rate // 1_000_000  # microseconds
 
     def _last(self) -> int:
         """Where the segment ends, if the audio does not end before."""
@@ -282,8 +289,11 @@ class AudioDecoder:
         spans = clip_spans(len(segment), self._rate, self._num_clips)
         return [range(segment.start + span.start, segment.start + span.stop) for span in spans]
 
-    def _samples(self, span: range, want: range) -> Float32[np.ndarray, "c n"]:
-        """The samples `want`, from what was kept of `span`; a gap at its end is silence."""
+    def _samples(self, want: range) -> Float32[np.ndarray, "c n"] | None:
+        """The samples `want`, or None where they were not kept; a gap at the end of what was kept is silence."""
+        span = next((span for span in self._kept if _contains(span, want)), None)
+        if span is None:
+            return None
         kept = np.frombuffer(self._kept[span], np.float32).reshape(-1, self._channels).T
         samples = kept[:, want.start - span.start : want.stop - span.start]
         silence = len(want) - samples.shape[1]
@@ -318,7 +328,7 @@ def _as_float(frame: AudioFrame, channels: int) -> Float32[np.ndarray, "c n"]:
 
     Raises ValueError for values that are not finite or too large, and for samples that PyAV cannot read.
     """
-    samples = frame.to_ndarray()
+    samples: np.ndarray = frame.to_ndarray()
     if not frame.format.is_planar:
         samples = samples.reshape(-1, channels).T
     if samples.dtype == np.uint8:

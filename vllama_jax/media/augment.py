@@ -49,7 +49,7 @@ def random_box(
     """
     for _ in range(_TRIES):
         area = height * width * rng.uniform(*scale)
-        aspect = math.exp(rng.uniform(*map(math.log, ratio)))
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < box_height <= height and 0 < box_width <= width:
             top, left = rng.integers(height - box_height + 1), rng.integers(width - box_width + 1)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from vllama_jax.errors import MediaError
 
 if TYPE_CHECKING:
     from av import Packet
@@ -107,5 +110,18 @@ def frames_within(times: FrameTimes, within: tuple[float, float]) -> range:
     return range(max(shown, 0), min(max(shown, 0) + 1, total))
 
 
+def time_base(stream: Stream) -> Fraction:
+    """Return the unit of a stream's timestamps, in seconds. Raises MediaError for a stream that declares none."""
+    if stream.time_base is None:
+        path = stream.container.name.removeprefix("file:")
+        raise MediaError(f"{path}: stream {stream.index} has no time base; convert the file to mp4")
+    return stream.time_base
+
+
+def frame_rate(stream: VideoStream) -> float:
+    """Return a video's frames per second: the declared average, else FFmpeg's guess; 0 where there is neither."""
+    return float(stream.average_rate or stream.guessed_rate or 0)
+
+
 def _seconds(stream: Stream, timestamp: int) -> float:
-    return float(timestamp * stream.time_base)
+    return float(timestamp * time_base(stream))

@@ -139,7 +139,7 @@ def is_still_picture(path: str) -> bool:
         return name is not None
     try:
         with open_image(path, name) as picture:
-            animated = picture.is_animated
+            animated = getattr(picture, "is_animated", False)  # only formats with animations have it
     except DAMAGED:
         return True  # reading it as a picture says how
     if animated and name == "WEBP":
@@ -196,7 +196,8 @@ def video_stream(container: InputContainer) -> VideoStream | None:
 
 def sound_stream(container: InputContainer) -> AudioStream | None:
     """The sound stream a player would play, or None."""
-    return container.streams.best("audio")
+    best = container.streams.best("audio")
+    return next((stream for stream in container.streams.audio if stream is best), None)
 
 
 def _file_in_memory() -> BinaryIO:

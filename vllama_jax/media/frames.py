@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.clock import FrameTimes, even_times, frame_times
+from vllama_jax.media.clock import FrameTimes, even_times, frame_rate, frame_times, time_base
 from vllama_jax.media.files import MAX_FRAME_PIXELS, check_pixels, demux, open_container, sound_stream, video_stream
 
 if TYPE_CHECKING:
@@ -110,24 +110,28 @@ def _decoded_times(
     """Return the times of decoded frames, from the packets that have their timestamps."""
     times: dict[int | None, list[tuple[float, float]]] = {}
     for packet in packets:
-        times.setdefault(packet.pts, []).append((packet.seconds, packet.duration))
-    found: list[tuple[float | None, float]] = []
+        if packet.seconds is not None:
+            times.setdefault(packet.pts, []).append((packet.seconds, packet.duration))
+    found: list[tuple[float, float]] = []
     for pts in shown:
         after = found[-1][0] if found else -np.inf
-        known = times.get(pts, []) if pts is not None else []
-        found.append(next((known.pop(0) for _ in range(len(known)) if known[0][0] > after), (None, 0.0)))
-        if found[-1][0] is None:
-            return _times(container, stream, [(None, 0.0)] * len(shown))
+        known = times.get(pts, [])
+        if not known or known[0][0] <= after:
+            return even_times(len(shown), frame_rate(stream))
+        found.append(known.pop(0))
     return _times(container, stream, found)
 
 
-def _times(container: InputContainer, stream: VideoStream, shown: list[tuple[float | None, float]]) -> FrameTimes:
+def _times(
+    container: InputContainer, stream: VideoStream, shown: Sequence[tuple[float | None, float]]
+) -> FrameTimes:
     """Return times in rising order; index / rate where timestamps are missing."""
-    rate = float(stream.average_rate or stream.guessed_rate)
-    if not shown or any(seconds is None for seconds, _ in shown):
+    rate = frame_rate(stream)
+    known = sorted((seconds, duration) for seconds, duration in shown if seconds is not None)
+    if not known or len(known) < len(shown):
         return even_times(len(shown), rate)
-    starts, durations = zip(*sorted(shown), strict=True)
-    return frame_times(starts, durations, rate, float(stream.time_base), sound_stream(container) is not None)
+    starts, durations = zip(*known, strict=True)
+    return frame_times(starts, durations, rate, float(time_base(stream)), sound_stream(container) is not None)
 
 
 def _seek_frames(
@@ -137,12 +141,13 @@ def _seek_frames(
 
     A frame's index is the rank of its presentation time. Raises _CannotSeek where that does not hold.
     """
-    if any(packet.pts is None for packet in packets) or len({packet.pts for packet in packets}) < len(packets):
+    timestamps = [packet.pts for packet in packets if packet.pts is not None]
+    place = {pts: number for number, pts in enumerate(timestamps)}
+    if len(place) < len(packets):
         raise _CannotSeek
     stream.thread_type = "AUTO"
-    place = {packet.pts: number for number, packet in enumerate(packets)}
-    shown = sorted(packet.pts for packet in packets if not packet.is_discarded)
-    keys = sorted(packet.pts for packet in packets if packet.is_key)
+    shown = sorted(pts for pts, packet in zip(timestamps, packets, strict=True) if not packet.is_discarded)
+    keys = sorted(pts for pts, packet in zip(timestamps, packets, strict=True) if packet.is_key)
     frames: Iterator[VideoFrame] = iter(())
     reached = -_SEEK_GAP - 1
     for index in indices:
@@ -150,9 +155,9 @@ def _seek_frames(
         key = bisect.bisect_right(keys, wanted) - 1
         if key < 0:
             raise _CannotSeek
-        start = place[keys[key]]
-        if start - reached > _SEEK_GAP:
-            frames = _frames_from_key(container, stream, packets, start, shown)
+        key_pts = keys[key]
+        if place[key_pts] - reached > _SEEK_GAP:
+            frames = _frames_from_key(container, stream, packets[place[key_pts] :], key_pts, shown)
         frame = next((frame for frame in frames if frame.pts == wanted), None)
         if frame is None:
             raise _CannotSeek
@@ -161,9 +166,9 @@ def _seek_frames(
 
 
 def _frames_from_key(
-    container: InputContainer, stream: VideoStream, packets: list[VideoPacket], start: int, shown: list[int]
+    container: InputContainer, stream: VideoStream, packets: list[VideoPacket], key_pts: int, shown: list[int]
 ) -> Iterator[VideoFrame]:
-    """Yield the frames from packet number `start`, a key frame, on.
+    """Yield the frames from the first of `packets` on, a key frame with the timestamp `key_pts`.
 
     Nothing rests on where the seek arrives: every packet is compared with the list, and every frame with the times
     `shown`. Frames shown before the key frame but stored after it (open groups of pictures) lack what they refer to
@@ -172,15 +177,15 @@ def _frames_from_key(
     """
     from av.video.frame import PictureType
 
-    key = packets[start]
-    container.seek(key.pts if key.dts is None else key.dts, stream=stream)
+    key = packets[0]
+    container.seek(key_pts if key.dts is None else key.dts, stream=stream)
     number = None
-    rank = bisect.bisect_left(shown, key.pts)
+    rank = bisect.bisect_left(shown, key_pts)
     for packet in demux(container, stream):
-        if number is None and (packet.pts, packet.size) == (key.pts, key.size):
-            number = start
+        if number is None and (packet.pts, packet.size) == (key_pts, key.size):
+            number = 0
         if number is None:
-            if not packet.size or (packet.pts is not None and packet.pts > key.pts):
+            if not packet.size or (packet.pts is not None and packet.pts > key_pts):
                 raise _CannotSeek
             continue
         if packet.size:
@@ -188,11 +193,11 @@ def _frames_from_key(
                 raise _CannotSeek
             number += 1
         for frame in packet.decode():
-            if frame.pts is not None and frame.pts < key.pts:
+            if frame.pts is not None and frame.pts < key_pts:
                 continue
             if rank == len(shown) or frame.pts != shown[rank]:
                 raise _CannotSeek
-            if frame.pts == key.pts and frame.pict_type in (PictureType.P, PictureType.B):
+            if frame.pts == key_pts and frame.pict_type in (PictureType.P, PictureType.B):
                 raise _CannotSeek
             rank += 1
             yield frame
@@ -207,9 +212,13 @@ def _count_frames(
     """
     import av
 
-    wanted, frames, shown = set(indices), [], []
+    wanted = set(indices)
+    frames: list[UInt8[np.ndarray, "h w 3"]] = []
+    shown: list[int | None] = []
     with open_container(path) as container:
         stream = video_stream(container)
+        if stream is None:
+            raise MediaError(f"{path}: the file changed while it was read; read it again")
         limit_pixels(stream, path)
         stream.thread_type = "AUTO"
         for packet in demux(container, stream):
@@ -232,7 +241,7 @@ def _to_rgb(frame: VideoFrame, size: int) -> UInt8[np.ndarray, "{size} {size} 3"
     scale = (("scale", f"{size}:{size}:flags=bilinear"), ("format", "rgb24"), ("buffersink", None))
     graph = Graph()
     source = graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format.name, time_base=frame.time_base
+        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
     )
     steps = (*_orientation(frame), *scale)
     graph.link_nodes(source, *(graph.add(name, options) for name, options in steps)).configure()
@@ -248,11 +257,11 @@ def _orientation(frame: VideoFrame) -> list[tuple[str, str | None]]:
     """
     from av.sidedata.sidedata import Type
 
-    matrix = frame.side_data.get(Type.DISPLAYMATRIX)
+    matrix = frame.side_data.get(Type.DISPLAYMATRIX)  # type: ignore[call-overload]  # PyAV types only motion vectors
     if matrix is None:
         return []
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
-    steps = []
+    steps: list[tuple[str, str | None]] = []
     if abs(b) + abs(c) > abs(a) + abs(d):
         steps.append(("transpose", "cclock_flip"))  # x and y are exchanged, nothing else
         a, d = c, b

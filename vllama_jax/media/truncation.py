@@ -169,15 +169,17 @@ def _matroska(data: mmap.mmap) -> Truncation | None:
     start, end = segments[-1]
     seconds, scale, timestamp, last, last_end = 0.0, 10**6, 0, 0, start
     while last_end + 2 <= min(len(data), end or len(data)):
-        last, inside, last_end = next(_ebml_elements(data, last_end, len(data)), (0, 0, 0))
+        last, inside, stop = next(_ebml_elements(data, last_end, len(data)), (0, 0, 0))
+        if last == _CLUSTER:
+            last_end, timestamp = _read_cluster(data, inside, stop)
+            continue
+        if stop is None:  # only segments and clusters may be of unknown size
+            return None
+        last_end = stop
         if not last:
             break
-        if last == _CLUSTER:
-            last_end, timestamp = _read_cluster(data, inside, last_end)
-        elif last_end is None:  # only segments and clusters may be of unknown size
-            return None
-        elif last == _INFO:
-            info = {name: data[first : stop or first] for name, first, stop in _ebml_elements(data, inside, last_end)}
+        if last == _INFO:
+            info = {name: data[first : end or first] for name, first, end in _ebml_elements(data, inside, last_end)}
             scale = int.from_bytes(info.get(_SCALE, b"\x0f\x42\x40")[:8], "big")
             seconds = _ebml_float(info.get(_DURATION, b"")) * scale / 1e9
     if end is not None:

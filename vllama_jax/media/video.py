@@ -11,7 +11,7 @@ import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio_decoder import AudioDecoder, DecodedAudio
-from vllama_jax.media.clock import Clock, FrameTimes, frames_within
+from vllama_jax.media.clock import frame_rate, Clock, FrameTimes, frames_within
 from vllama_jax.media.files import (
     WHOLE,
     check_file,
@@ -128,11 +128,11 @@ def video_from(
         raise MediaError(f"{path}: no video in the file, only sound; use read_audio or read_media")
     if stream.codec_context is None:
         raise MediaError(f"{path}: the video's codec is not supported; convert it to H.264 mp4")
-    if not (stream.average_rate or stream.guessed_rate):
+    if not frame_rate(stream):
         raise MediaError(f"{path}: the video has no frame rate; convert it to H.264 mp4")
     limit_pixels(stream, path)
     clock = Clock(container, stream, heard)
-    decoder = AudioDecoder(heard, path, num_clips, within, clock) if heard and audio else None
+    decoder = AudioDecoder(container, heard, path, num_clips, within, clock) if heard and audio else None
     packets, notes = _list_packets(container, stream, decoder, clock, path)
 
     def chosen(times: FrameTimes) -> Int64[np.ndarray, "t"]:
@@ -172,7 +172,7 @@ def _list_packets(
     packets, whole, stopped = [], 0, ""
     try:
         for packet in demux(container, stream, *([decoder.stream] if decoder else [])):
-            if packet.stream is not stream:
+            if decoder is not None and packet.stream is decoder.stream:
                 decoder.feed(packet)
             elif packet.size:
                 whole += not packet.is_corrupt

@@ -16,6 +16,7 @@ from vllama_jax.errors import MediaError
 
 if TYPE_CHECKING:
     from av import AudioFrame, VideoFrame
+    from av.audio.stream import AudioStream
     from jaxtyping import Float32, UInt8
 
 _LAYOUTS = {1: "mono", 2: "stereo"}  # by number of channels
@@ -53,14 +54,21 @@ def write_video(
         with av.open(f"file:{path}", "w", format="mp4") as container:
             video = container.add_stream("libx264", rate=rate, options=_SAME)
             video.height, video.width, video.pix_fmt = *first.shape[:2], "yuv420p"
-            streams, together = [video], _pictures(itertools.chain([first], frames), first, rate, path)
+            audio: AudioStream | None = None
+            together: Iterable[VideoFrame | AudioFrame] = _pictures(
+                itertools.chain([first], frames), first, rate, path
+            )
             if waveform is not None:
-                streams.append(container.add_stream("aac", rate=sample_rate, layout=_LAYOUTS[len(waveform)]))
-                together = heapq.merge(together, _sounds(waveform, sample_rate), key=lambda frame: frame.time)
+                audio = container.add_stream("aac", rate=sample_rate, layout=_LAYOUTS[len(waveform)])
+                together = heapq.merge(together, _sounds(waveform, sample_rate), key=lambda frame: frame.time or 0.0)
             for frame in together:
-                container.mux(streams[isinstance(frame, av.AudioFrame)].encode(frame))
-            for stream in streams:
-                container.mux(stream.encode(None))
+                if isinstance(frame, av.VideoFrame):
+                    container.mux(video.encode(frame))
+                elif audio is not None:
+                    container.mux(audio.encode(frame))
+            container.mux(video.encode(None))
+            if audio is not None:
+                container.mux(audio.encode(None))
     except av.FFmpegError as error:
         raise MediaError(f"{path}: the video cannot be written ({error.strerror})") from error
 
