@@ -71,7 +71,7 @@ def test_at_the_limit_a_live_beam_of_three_tokens_counts_four(live, best):
     state = dataclasses.replace(
         state_of(2), beams=beams, count=jnp.int32(3), lengths=jnp.array([3, 3]), tokens=jnp.full((2, ROOM), 5)
     )
-    found = _with_live(state, _settings(GenerationConfig(num_beams=2), 0, 1, ()), jnp.bool(True))
+    found = _with_live(state, beams, _settings(GenerationConfig(num_beams=2), 0, 1, ()), jnp.bool(True))
     assert float(found.bests[0]) == pytest.approx(best)
     assert found.lengths[0] == (3 if best > -1 else 2)
     assert found.tokens[0, 0] == (5 if best > -1 else 7)

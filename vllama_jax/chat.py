@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,18 +79,25 @@ def prepare(
 
 def fit_to_model(found: Video | Image | Audio, config: VideoLlamaConfig, *, require_audio: bool = False) -> Prepared:
     """What was read from a file, as the network takes it. Raises MediaError as `prepare` does."""
-    report, mel, waveform = found.report, getattr(found, "mel", None), getattr(found, "waveform", None)
+    report, mel = found.report, _mel(found, config.num_clips)
     path = report.path
-    if waveform is not None:  # read without `num_clips`
-        mel = media_files.mel_clips(waveform, found.sample_rate, config.num_clips)
     if mel is not None and not config.has_audio:
         report, mel = dataclasses.replace(report, audio="unsupported"), None
     if report.kind == "audio" and mel is None:
         raise MediaError(f"{path}: there is only sound in it, and it cannot be used: {report}")
     if require_audio and report.audio != "used":
         raise MediaError(f"{path}: its sound is required and was not used: {report}")
-    frames = None if report.kind == "audio" else media_files.normalize(found.frames)
-    return Prepared(report, frames, mel, tuple(getattr(found, "seconds", ())))
+    frames = None if isinstance(found, Audio) else media_files.normalize(found.frames)
+    return Prepared(report, frames, mel, tuple(found.seconds) if isinstance(found, Video) else ())
+
+
+def _mel(found: Video | Image | Audio, num_clips: int) -> np.ndarray | None:
+    """The mel clips of a file's audio, also where it was read without `num_clips`; None where there is none."""
+    if isinstance(found, Image):
+        return None
+    if found.waveform is not None and found.sample_rate is not None:
+        return media_files.mel_clips(found.waveform, found.sample_rate, num_clips)
+    return found.mel
 
 
 def encode_media(
@@ -98,9 +105,10 @@ def encode_media(
 ) -> "list[jax.Array]":
     """Tokens [n, width] for each place that a file has in a prompt, in order: of its sound, then of its frames."""
     encode = functools.partial(_encode, network, interpolate=interpolate_positions)
-    given = {"audio": prepared.mel, "video": prepared.frames}
+    media = [("audio", prepared.mel), ("video", prepared.frames)]
+    given = [(sense, array) for sense, array in media if array is not None]
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:  # the two branches compile side by side
-        return list(pool.map(lambda sense: encode(sense, given[sense]), [s for s in given if given[s] is not None]))
+        return list(pool.map(lambda one: encode(*one), given))
 
 
 def embed_prompt(
@@ -148,7 +156,7 @@ class Chat:
         """Forgets all turns and all files."""
         with self._used():
             self._conversation = self._start
-            self._tokens: list[Any] = []  # of each place for media, in order: [n, width of the language model]
+            self._tokens: list[jax.Array] = []  # of each place for media, in order: [n, width of the language model]
 
     def add(
         self,
@@ -242,7 +250,7 @@ class Chat:
                 self._users.remove(thread)
 
 
-def _encode(network: Any, sense: str, given: np.ndarray, *, interpolate: bool) -> Any:
+def _encode(network: "VideoLlama", sense: str, given: np.ndarray, *, interpolate: bool) -> "jax.Array":
     """Tokens [n, width] of one file's frames or mel, by a program compiled once for each number of them."""
     from vllama_jax.sharding import mesh_of, under
 
@@ -251,10 +259,10 @@ def _encode(network: Any, sense: str, given: np.ndarray, *, interpolate: bool) -
 
 
 @functools.cache
-def _encoder(sense: str, interpolate: bool) -> Any:
+def _encoder(sense: str, interpolate: bool) -> "Callable[[VideoLlama, np.ndarray], jax.Array]":
     import jax
 
-    def encode(network, given):
+    def encode(network: "VideoLlama", given: "jax.Array") -> "jax.Array":
         method = network.encode_audio if sense == "audio" else network.encode_video
         return method(given, interpolate_positions=interpolate)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import GenerationConfig, LlamaConfig
@@ -74,14 +75,14 @@ class State:
 class DecodingSettings:
     """Numbers that do not change what is compiled."""
 
-    temperature: Float[Array, ""]
-    top_p: Float[Array, ""]
-    length_penalty: Float[Array, ""]
-    repetition_penalty: Float[Array, ""]
-    bos: Int[Array, ""]
-    eos: Int[Array, ""]
-    stops: Int[Array, "s l"]  # aligned to the right, NOTHING before
-    max_new_tokens: Int[Array, ""]
+    temperature: Float[ArrayLike, ""]
+    top_p: Float[ArrayLike, ""]
+    length_penalty: Float[ArrayLike, ""]
+    repetition_penalty: Float[ArrayLike, ""]
+    bos: Int[ArrayLike, ""]
+    eos: Int[ArrayLike, ""]
+    stops: Int[Array, "s l"] | Int[np.ndarray, "s l"]  # aligned to the right, NOTHING before
+    max_new_tokens: Int[ArrayLike, ""]
 
 
 def generate(
@@ -122,7 +123,7 @@ def generate(
         done, count = jax.device_get((state.done, state.count))
         finished = bool(done.all()) or count >= config.max_new_tokens
         if choose.num_beams == 1 or finished:
-            rows = _answer(state, settings) if choose.num_beams > 1 else _rows(state)
+            rows = _rows(state) if state.beams is None else _answer(state.beams, settings)
             yield [row[start:] for row, start in zip(rows, given, strict=True)]
             given = [len(row) for row in rows]
         if finished:
@@ -156,7 +157,9 @@ class Choice:
     top_k: int
 
     def __call__(self, logits: Float[Array, "r v"], state: State, settings: DecodingSettings) -> State:
-        return self._beam(logits, state, settings) if self.num_beams > 1 else self._one(logits, state, settings)
+        if state.beams is None:
+            return self._one(logits, state, settings)
+        return self._beam(logits, state, state.beams, settings)
 
     def _one(self, logits: Float[Array, "r v"], state: State, settings: DecodingSettings) -> State:
         """The likeliest token of each row, or a drawn one."""
@@ -178,14 +181,14 @@ class Choice:
             done=state.done | (chosen == settings.eos) | stopped(tokens, state.count + 1, settings.stops),
         )
 
-    def _beam(self, logits: Float[Array, "r v"], state: State, settings: DecodingSettings) -> State:
+    def _beam(self, logits: Float[Array, "r v"], state: State, beams: Beams, settings: DecodingSettings) -> State:
         """The next tokens of all beams (reference: transformers 4.28, beam_search and BeamSearchScorer.process).
 
         Of the 2·r best continuations, those that end (and are among the first r) become hypotheses, the first r others
         go on.
         """
         r, v = logits.shape
-        beams, length = state.beams, state.count + 1  # the dummy BOS counts
+        length = state.count + 1  # the dummy BOS counts
         scores = penalise(jax.nn.log_softmax(logits), state.seen, settings.repetition_penalty)
         scores, index = jax.lax.top_k((scores + beams.live_scores[:, None]).reshape(-1), 2 * r)
         row, token = index // v, (index % v).astype(jnp.int32)
@@ -201,6 +204,7 @@ class Choice:
         over = (bests[-1] > -jnp.inf) & (bests[-1] >= scores[0] / length**settings.length_penalty)
 
         going = jnp.argsort(ends, stable=True)[:r]
+        beams = dataclasses.replace(beams, live_scores=scores[going])
         row, token = row[going], token[going]
         tokens = jax.lax.dynamic_update_slice(state.tokens[row], token[:, None], (0, state.count))
         stop = stopped(tokens[:1], state.count + 1, settings.stops)
@@ -216,18 +220,19 @@ class Choice:
             seen=seen,
             done=jnp.broadcast_to(stop | over, (r,)),
             key=state.key,
-            beams=dataclasses.replace(beams, live_scores=scores[going]),
+            beams=beams,
         )
-        return dataclasses.replace(grown, beams=_with_live(grown, settings, ~over & (stop[0] | _full(grown, settings))))
+        unfinished = ~over & (stop[0] | _full(grown, settings))
+        return dataclasses.replace(grown, beams=_with_live(grown, beams, settings, unfinished))
 
 
 def _full(state: State, settings: DecodingSettings) -> Bool[Array, ""]:
     return state.count >= settings.max_new_tokens
 
 
-def _with_live(state: State, settings: DecodingSettings, when: Bool[Array, ""]) -> Beams:
+def _with_live(state: State, beams: Beams, settings: DecodingSettings, when: Bool[Array, ""]) -> Beams:
     """When the search stops before its hypotheses are the best there can be, live beams are hypotheses too."""
-    beams, length = state.beams, state.count + 1
+    length = state.count + 1
     live = jnp.where(when, beams.live_scores / length**settings.length_penalty, -jnp.inf)
     bests, best = jax.lax.top_k(jnp.concatenate([beams.bests, live]), beams.bests.shape[0])
     return Beams(
@@ -238,13 +243,15 @@ def _with_live(state: State, settings: DecodingSettings, when: Bool[Array, ""]) 
     )
 
 
-def penalise(scores: Float[Array, "r v"], seen: Bool[Array, "r v"], penalty: Float[Array, ""]) -> Float[Array, "r v"]:
+def penalise(
+    scores: Float[Array, "r v"], seen: Bool[Array, "r v"], penalty: Float[ArrayLike, ""]
+) -> Float[Array, "r v"]:
     """Scores of tokens seen before, made worse: positive ones divided, negative ones multiplied by the penalty."""
     return jnp.where(seen, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def warp(
-    logits: Float[Array, "r v"], temperature: Float[Array, ""], top_k: int, top_p: Float[Array, ""]
+    logits: Float[Array, "r v"], temperature: Float[ArrayLike, ""], top_k: int, top_p: Float[ArrayLike, ""]
 ) -> Float[Array, "r v"]:
     """Logits to draw from: over temperature, then the top k, then the fewest of those whose probability reaches top_p.
 
@@ -258,7 +265,9 @@ def warp(
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def stopped(tokens: Int[Array, "r t"], count: Int[Array, ""], stops: Int[Array, "s l"]) -> Bool[Array, " r"]:
+def stopped(
+    tokens: Int[Array, "r t"], count: Int[Array, ""], stops: Int[Array, "s l"] | Int[np.ndarray, "s l"]
+) -> Bool[Array, " r"]:
     """Whether the first `count` tokens of a row end in one of the stop sequences."""
     places = count - stops.shape[1] + jnp.arange(stops.shape[1])
     tail = jnp.where(places >= 0, tokens[:, jnp.maximum(places, 0)], NOTHING)
@@ -267,7 +276,18 @@ def stopped(tokens: Int[Array, "r t"], count: Int[Array, ""], stops: Int[Array, 
 
 
 @functools.partial(jax.jit, static_argnames=("room", "choose"))
-def _prefill(llama, ids, is_media, lengths, media, settings, key, *, room, choose):
+def _prefill(
+    llama: Llama,
+    ids: Int[Array, "b n"],
+    is_media: Bool[Array, "b n"],
+    lengths: Int[Array, " b"],
+    media: Float[Array, "b m w"],
+    settings: DecodingSettings,
+    key: Array,
+    *,
+    room: int,
+    choose: Choice,
+) -> State:
     """Reads the prompts and chooses the first token of each."""
     x = splice(llama.embed(ids), is_media, media)
     b, n = ids.shape
@@ -301,7 +321,7 @@ def _prefill(llama, ids, is_media, lengths, media, settings, key, *, room, choos
 
 
 @functools.partial(jax.jit, static_argnames=("choose",), donate_argnames=("state",))
-def _decode(llama, state, settings, *, choose):
+def _decode(llama: Llama, state: State, settings: DecodingSettings, *, choose: Choice) -> State:
     """Up to TOKENS_PER_DISPATCH more tokens, fewer when every row ends."""
     last = jnp.minimum(state.count + TOKENS_PER_DISPATCH, settings.max_new_tokens)
 
@@ -318,10 +338,10 @@ def _rows(state: State) -> list[list[int]]:
     return [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
 
 
-def _answer(state: State, settings: DecodingSettings) -> list[list[int]]:
+def _answer(beams: Beams, settings: DecodingSettings) -> list[list[int]]:
     """The best hypothesis; one that ended before the limit ends in EOS (reference: BeamSearchScorer.finalize)."""
     tokens, lengths, eos, limit = jax.device_get(
-        (state.beams.tokens[0], state.beams.lengths[0], settings.eos, settings.max_new_tokens)
+        (beams.tokens[0], beams.lengths[0], settings.eos, settings.max_new_tokens)
     )
     return [tokens[:lengths].tolist() + [int(eos)] * bool(lengths < limit)]
 
@@ -352,7 +372,9 @@ def _stop_table(stops: Sequence[Sequence[int]]) -> Int[np.ndarray, "s l"]:
     return table
 
 
-def _padded(prompts: Sequence[EmbeddedPrompt], length: int):
+def _padded(
+    prompts: Sequence[EmbeddedPrompt], length: int
+) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"], Int[np.ndarray, " b"], Float[Array, "b m w"]]:
     """Rows padded on the right: ids, is_media, lengths, media."""
     ids = np.stack([np.pad(prompt.ids, (0, length - len(prompt.ids))) for prompt in prompts]).astype(np.int32)
     is_media = np.stack([np.pad(prompt.is_media, (0, length - len(prompt.ids))) for prompt in prompts])

@@ -93,11 +93,12 @@ def without_missing_branch(directory: ModelDirectory) -> ModelDirectory:
 
 def _with_audio_scale(directory: ModelDirectory, scale: float) -> ModelDirectory:
     """The same model with sound vectors of another norm. Raises ConfigError where that means nothing."""
-    if not directory.config.has_audio:
+    imagebind = directory.config.imagebind
+    if imagebind is None:
         raise ConfigError(f"{directory.path}: a picture-only model hears nothing, so there is no audio scale")
-    audio = directory.config.imagebind.audio
+    audio = imagebind.audio
     if not 0 < scale <= audio.max_logit_scale:
         raise ConfigError(f"the audio scale must be above 0 and at most {audio.max_logit_scale:g}, not {scale:g}")
     audio = dataclasses.replace(audio, log_logit_scale=math.log(scale))
-    imagebind = dataclasses.replace(directory.config.imagebind, audio=audio)
+    imagebind = dataclasses.replace(imagebind, audio=audio)
     return dataclasses.replace(directory, config=dataclasses.replace(directory.config, imagebind=imagebind))

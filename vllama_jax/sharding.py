@@ -9,7 +9,6 @@ import math
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
@@ -39,9 +38,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
         raise ConfigError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} has {math.prod(shape)} places for {len(devices)} devices"
         )
-    return jax.make_mesh(
-        shape, ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3, devices=np.asarray(devices)
-    )
+    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
 
 def partition_spec(
@@ -61,13 +58,12 @@ def partition_spec(
 
 def _mesh_axes(name: str | None, mesh: Mesh | AbstractMesh, *, fsdp: bool) -> tuple[tuple[str, ...], int]:
     """The mesh axes that a named dimension goes over, and how many places they make."""
-    axes = tuple(
-        axis for axis in MESH_AXES.get(name, ()) if axis in mesh.shape and (fsdp or name == "batch" or axis != "fsdp")
-    )
+    wanted = MESH_AXES.get(name, ()) if name is not None else ()
+    axes = tuple(axis for axis in wanted if axis in mesh.shape and (fsdp or name == "batch" or axis != "fsdp"))
     return axes, math.prod(mesh.shape[axis] for axis in axes)
 
 
-def shard_abstract(abstract_state: nnx.State, mesh: Mesh, *, fsdp: bool = True) -> nnx.State:
+def shard_abstract(abstract_state: nnx.State, mesh: Mesh | AbstractMesh, *, fsdp: bool = True) -> nnx.State:
     """An abstract state with every leaf's sharding on it; it serves init, restore and ahead-of-time compiling."""
 
     def with_sharding(variable: nnx.Variable) -> nnx.Variable:
@@ -87,7 +83,8 @@ def weight_sharding(variable: nnx.Variable, mesh: Mesh | AbstractMesh, *, fsdp: 
 def mesh_of(module: nnx.Module) -> Mesh | None:
     """The mesh that a module's weights lie on; None on a single device."""
     sharding = jax.tree.leaves(module)[0].sharding
-    return sharding.mesh if isinstance(sharding, NamedSharding) else None
+    mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
+    return mesh if isinstance(mesh, Mesh) else None
 
 
 def under(mesh: Mesh | None) -> contextlib.AbstractContextManager:
@@ -95,7 +92,7 @@ def under(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def undivided_axes(abstract_state: nnx.State, mesh: Mesh, *, fsdp: bool = True) -> list[str]:
+def undivided_axes(abstract_state: nnx.State, mesh: Mesh | AbstractMesh, *, fsdp: bool = True) -> list[str]:
     """One line for each named axis that the mesh does not divide, and that is therefore replicated."""
     lines = set()
     for path, variable in nnx.to_flat_state(abstract_state):

@@ -32,7 +32,7 @@ def check_array(
         ArrayError: The array has another number of axes, other lengths or another kind of dtype.
     """
     found, dtype = np.shape(array), getattr(array, "dtype", None)
-    wanted = [sizes.get(axis, axis) for axis in shape]
+    wanted = [sizes.get(axis, axis) if isinstance(axis, str) else axis for axis in shape]
     fits = len(found) == len(wanted) and all(
         length >= 1 if isinstance(axis, str) else length == axis for length, axis in zip(found, wanted, strict=True)
     )

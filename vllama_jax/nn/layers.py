@@ -6,7 +6,7 @@ input to its weights' dtype once (`like_weights`); nothing below it takes a dtyp
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,10 @@ from jaxtyping import Array, Bool, Float
 
 from vllama_jax.errors import ConfigError
 from vllama_jax.sharding import AXIS_NAMES, partition_spec
+
+Layer = TypeVar("Layer", bound=nnx.Module)
+Layers = TypeVar("Layers")  # stacked: a module, or it and what goes with each layer
+Activations = TypeVar("Activations")
 
 LECUN_NORMAL = nnx.initializers.lecun_normal()
 
@@ -32,9 +36,10 @@ def axes(*names: str | None, inputs: int = 1) -> dict[str, Any]:
     return {"kernel_metadata": {AXIS_NAMES: names}, "bias_metadata": {AXIS_NAMES: names[inputs:]}}
 
 
-def named(value: Array, *names: str | None) -> nnx.Param:
+def named(value: Array | jax.ShapeDtypeStruct, *names: str | None) -> nnx.Param:
     """A weight that belongs to no layer class, with names for its axes."""
-    return nnx.Param(value, **{AXIS_NAMES: names})
+    metadata: dict[str, Any] = {AXIS_NAMES: names}
+    return nnx.Param(value, **metadata)
 
 
 def constrain(x: Array, *names: str | None) -> Array:
@@ -62,17 +67,20 @@ def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
     )
 
 
-def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
+def stack(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:
     """`depth` layers as one module whose weights have the layer as axis 0. The only place where layers are stacked."""
-    return jax.vmap(lambda key: make(Keys(key)))(jax.random.split(rngs.params(), depth))
+    return jax.vmap(lambda key: make(traced_rngs(key)))(jax.random.split(rngs.params(), depth))
 
 
-class Keys:
+def traced_rngs(key: Array) -> nnx.Rngs:
     """The keys that `nnx.Rngs(key)` gives, for a network that is traced.
 
-    It counts in Python. `nnx.Rngs` counts in a JAX array, which takes half of the time of tracing a layer.
+    They are counted in Python. `nnx.Rngs` counts in a JAX array, which takes half of the time of tracing a layer.
     """
+    return cast(nnx.Rngs, _Keys(key))  # layers call nothing of it but `params`
 
+
+class _Keys:
     def __init__(self, key: Array):
         self._key, self._count = key, 0
 
@@ -81,10 +89,12 @@ class Keys:
         return jax.random.fold_in(self._key, self._count - 1)
 
 
-def run_stack(layers: Any, x: Any, step: Callable[[Any, Any], Any], remat: Remat = "full") -> Any:
+def run_stack(
+    layers: Layers, x: Activations, step: Callable[[Layers, Activations], Activations], remat: Remat = "full"
+) -> Activations:
     """`x` through stacked layers: `step(layer, x)` once for each. `remat`: what the backward pass computes again."""
 
-    def body(x, layer):
+    def body(x: Activations, layer: Layers) -> tuple[Activations, None]:
         return step(layer, x), None
 
     return jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=_SAVED[remat]), x, layers)[0]

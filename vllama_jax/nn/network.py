@@ -8,7 +8,6 @@ from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig
 if TYPE_CHECKING:
     from flax import nnx
 
-    from vllama_jax.nn.layers import Keys
     from vllama_jax.nn.video_llama import VideoLlama
 
 
@@ -24,8 +23,8 @@ def abstract_network(config: VideoLlamaConfig, dtype: str | None = None, lora: L
     import jax
     import jax.numpy as jnp
 
-    dtype = jnp.dtype(dtype or default_dtype())
-    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), _traced_network(config, lora))
+    loaded = jnp.dtype(dtype or default_dtype())
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, loaded), _traced_network(config, lora))
 
 
 @functools.cache
@@ -34,12 +33,12 @@ def _traced_network(config: VideoLlamaConfig, lora: LoraConfig) -> "VideoLlama":
     import jax
     from flax import nnx
 
-    from vllama_jax.nn.layers import Keys
+    from vllama_jax.nn.layers import traced_rngs
 
-    return nnx.eval_shape(lambda: new_network(config, lora, Keys(jax.random.key(0))))
+    return nnx.eval_shape(lambda: new_network(config, lora, traced_rngs(jax.random.key(0))))
 
 
-def new_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs | Keys") -> "VideoLlama":
+def new_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs") -> "VideoLlama":
     """The network as training starts it, with its low-rank updates."""
     from vllama_jax.nn.lora import add_lora
     from vllama_jax.nn.video_llama import VideoLlama
