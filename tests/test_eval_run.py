@@ -161,7 +161,7 @@ def test_every_question_gets_its_own_video(monkeypatch):
         answers.LocatedQuestion(open_question("q", "a", id=str(number), names=(name,)), Path(name))
         for number, name in enumerate(names)
     ]
-    answering = answers.Answering(vl.config.tiny(), answers.AnswerSettings(), lambda: None)
+    answering = answers.Answering(vl.config.tiny(), answers.AnswerSettings(), 1, lambda: None)
     batches = answers.batches_to_do(asked, {"2", "3"}, 2)
     assert [[one.question.id for one in batch] for batch in batches] == [["0", "1"], ["4", "5"], ["6", "7"]]
     assert list(answering.answer(batches, {"2", "3"})) == []

@@ -13,16 +13,19 @@ import importlib.metadata
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllama_jax.checkpoints.arrays import check_manifest
 from vllama_jax.checkpoints.digests import check_checkpoint, run_steps
 from vllama_jax.checkpoints.shipped import find_model
-from vllama_jax.config import LARGEST_INTEGER, NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
+from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
 from vllama_jax.errors import CheckpointError, one_line
 from vllama_jax.io.atomic import replace_json, write_json
-from vllama_jax.io.json_fields import shown
+from vllama_jax.io.json_fields import LARGEST_INTEGER, shown
 from vllama_jax.io.json_files import read_object
+
+if TYPE_CHECKING:
+    from vllama_jax.text.tokenizer import Tokenizer
 
 MODEL_FORMAT = 1
 PYTORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
@@ -89,7 +92,7 @@ class ModelDirectory:
     trained: tuple[Trained, ...] = ()
 
     @functools.cached_property
-    def tokenizer(self):
+    def tokenizer(self) -> "Tokenizer":
         from vllama_jax.text.tokenizer import load_tokenizer
 
         return load_tokenizer(self.path / "tokenizer")

@@ -69,9 +69,10 @@ def _run(arguments: list[str]) -> None:
         print(f"vllama_jax {vllama_jax.__version__}")
     elif name in COMMANDS:
         module = importlib.import_module(f"vllama_jax.cli.{name}")
-        command, prog = getattr(module, name, None), f"vllama {name}"
         if hasattr(module, "with_config"):
             command, prog, rest = module.with_config(rest)
+        else:
+            command, prog = getattr(module, name), f"vllama {name}"
         _usage.parse(command, prog, rest)()
     else:
         raise _usage.UsageError(f"no command {name!r}{_suggestion(name)}")

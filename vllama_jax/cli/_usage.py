@@ -132,7 +132,8 @@ def _deferred(command: Command) -> Callable[..., Callable[[], None]]:
     def bind(*arguments: Any, **options: Any) -> Callable[[], None]:
         return functools.partial(command, *arguments, **options)
 
-    bind.__signature__, bind.__doc__ = inspect.signature(command), _one_line_paragraphs(command.__doc__ or "")
+    bind.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]  # which `inspect` reads there
+    bind.__doc__ = _one_line_paragraphs(command.__doc__ or "")
     del bind.__wrapped__  # tyro would read the docstring there
     return bind
 
@@ -192,7 +193,9 @@ def _refuse(name: str, flags: Mapping[str, str], arguments: Sequence[str], said:
 def _name_flag(message: str, help_text: str) -> str:
     """A message that begins with a field's name, with the flag's name in its place."""
     found = _FIELD.match(message)
-    flag = f"--{found[0].replace('_', '-')}" if found else ""
+    if found is None:
+        return message
+    flag = f"--{found[0].replace('_', '-')}"
     return flag + message[len(found[0]) :] if flag in dict(_FLAG.findall(help_text)) else message
 
 

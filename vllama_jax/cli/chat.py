@@ -110,7 +110,8 @@ def chat(
                     raise
                 display.say(f"vllama: {error}")  # a user who is asked goes on
                 continue
-            turns.append({"question": question, **dataclasses.asdict(conversation.last)})
+            if conversation.last is not None:
+                turns.append({"question": question, **dataclasses.asdict(conversation.last)})
     if json_output:
         _print_json([one.report for one in prepared], turns, timings)
 

@@ -26,7 +26,8 @@ def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
     """The command that the first argument names, its name, and its arguments. Help is printed here."""
     name, *rest = arguments or [""]
     if name in COMMANDS:
-        return {"build": build, "check": check, "stats": stats}[name], f"vllama data {name}", rest
+        commands: dict[str, Command] = {"build": build, "check": check, "stats": stats}
+        return commands[name], f"vllama data {name}", rest
     if name in ("-h", "--help"):
         print(list_commands("vllama data", COMMANDS, "vllama data build jsonl --source clips --out records"))
         sys.exit()

@@ -137,7 +137,7 @@ def benchmark(
     print(json.dumps(results) if json_output else "\n".join(_lines(results, out)))
 
 
-benchmark.__doc__ = benchmark.__doc__.replace(
+benchmark.__doc__ = (benchmark.__doc__ or "").replace(
     "{BENCHMARKS}", "\n    ".join(f"- {name} ({found.title}): {found.files}." for name, found in BENCHMARKS.items())
 )
 
@@ -176,8 +176,8 @@ def _lines(results: dict[str, Any], out: Path) -> Iterator[str]:
     asked = set().union(*results["judged"].values())
     for aspect, before in published.get("judged", {}).items():
         if aspect not in asked:
-            told = "no score" if results["unjudged"]["cases"] else "not asked"
-            yield f"{aspect} by a judge: {told} (published {_judged(before)})"
+            why = "no score" if results["unjudged"]["cases"] else "not asked"
+            yield f"{aspect} by a judge: {why} (published {_judged(before)})"
     if published:
         yield f"published: {published['source']}"
     yield f"{out}: {results['answered']} of {results['questions']} questions answered"

@@ -56,7 +56,7 @@ def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
             written = write_features(prepared, out, base, shard_records, functools.partial(count, "records"))
         print(_summary(out, written))
 
-    features.__doc__ = features.__doc__.format(CONFIGS=", ".join(shipped()))
+    features.__doc__ = (features.__doc__ or "").format(CONFIGS=", ".join(shipped()))
     return features, "vllama features", arguments
 
 

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 from rich import filesize
@@ -93,7 +93,13 @@ def _heading(model: Path, directory: ModelDirectory) -> str:
 def _table(leaves: list[Held]) -> Table:
     """A row for each part, dtype and place."""
     table = Table(box=None, pad_edge=False)
-    columns = {"part": "left", "parameters": "right", "dtype": "left", "bytes": "right", "": "left"}
+    columns: dict[str, Literal["left", "right"]] = {
+        "part": "left",
+        "parameters": "right",
+        "dtype": "left",
+        "bytes": "right",
+        "": "left",
+    }
     for name, justify in columns.items():
         table.add_column(name, justify=justify)
     groups: dict[tuple[str, str, str], list[Held]] = {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,7 +32,7 @@ from vllama_jax.model import without_missing_branch
 from vllama_jax.train.config import MeshConfig, TrainConfig
 from vllama_jax.train.config_files import load_config, shipped
 
-SIZES = {"7b": video_llama_7b, "13b": video_llama_13b, "tiny": tiny}
+SIZES: dict[str, Callable[[], VideoLlamaConfig]] = {"7b": video_llama_7b, "13b": video_llama_13b, "tiny": tiny}
 DEFAULT = "7b"  # whose flags --help shows when nothing is named
 ALL_DEVICES = MeshConfig()
 SHOWN = 5 * 10**6  # bytes; smaller parts are only counted
@@ -54,7 +55,7 @@ class MemoryOptions:
     require_fit: bool = False
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least(0, length=self.length)
 
 

@@ -60,5 +60,5 @@ def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
             else:
                 go(prepared, out, display, base)
 
-    train.__doc__ = train.__doc__.format(CONFIGS=", ".join(shipped()))
+    train.__doc__ = (train.__doc__ or "").format(CONFIGS=", ".join(shipped()))
     return train, "vllama train", arguments

@@ -227,7 +227,10 @@ def _verify_networks(
     failed = [*config_differences(directory, plan), *failed]
     if json_output:
         layers = [{name: _number(value) for name, value in vars(error).items()} for error in errors]
-        report = {"layers": layers, "logits": {name: _number(value) for name, value in vars(logits).items()}}
+        report: dict[str, Any] = {
+            "layers": layers,
+            "logits": {name: _number(value) for name, value in vars(logits).items()},
+        }
         report |= {"quantized": scheme, "bounds": vars(bounds), "beyond_bounds": dear}
         print(json.dumps({**report, "failures": failed, "equal": not failed and scheme is None}))
     else:

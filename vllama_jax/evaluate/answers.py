@@ -14,6 +14,7 @@ from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.evaluate.questions import Question
 from vllama_jax.io.prefetch import in_order
+from vllama_jax.media import Audio, Image, Video
 from vllama_jax.text import prompts
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class AnswerSettings:
     template: str | None = None
     batch_size: int = 8
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         flags = {"max_new_tokens": "--max-new-tokens", "num_frames": "--num-frames", "batch_size": "--batch-size"}
         for name, flag in flags.items():
             if getattr(self, name) is not None and getattr(self, name) < 1:
@@ -62,15 +63,19 @@ def batches_to_do(asked: Sequence[LocatedQuestion], done: set[str], size: int) -
 
 
 class Answering:
-    """Answers batches. load: gives the model; it is called when the first answer is needed.
+    """Answers batches, each answer of at most `max_new_tokens` tokens, whatever `settings` leaves to the benchmark.
+
+    load: gives the model; it is called when the first answer is needed.
 
     Raises ConfigError for more frames than the model has positions for.
     unusable: why questions have no answer, by id: videos that cannot be read, prompts that are too long.
     """
 
-    def __init__(self, config: VideoLlamaConfig, settings: AnswerSettings, load: "Callable[[], Model]"):
+    def __init__(
+        self, config: VideoLlamaConfig, settings: AnswerSettings, max_new_tokens: int, load: "Callable[[], Model]"
+    ):
         check_positions(config, "--num-frames", settings.num_frames, "ask for fewer")
-        self._config, self._settings = config, settings
+        self._config, self._settings, self._max_new_tokens = config, settings, max_new_tokens
         self._load = functools.cache(load)
         self.unusable: dict[str, str] = {}
 
@@ -82,20 +87,20 @@ class Answering:
         encoded: dict[Clip, list[Any]] = {}
         for batch in batches:
             known = {clip: known[clip] if clip in known else next(reading) for clip in _clips(batch)}
-            usable = [one for one in batch if isinstance(known[one.clip], Prepared)]
-            self.unusable |= {one.question.id: known[one.clip] for one in batch if one not in usable}
-            if all(one.question.id in done for one in usable):
+            self.unusable |= {one.question.id: why for one in batch if isinstance(why := known[one.clip], str)}
+            usable = [(one, found) for one in batch if isinstance(found := known[one.clip], Prepared)]
+            if all(one.question.id in done for one, _ in usable):
                 continue
             network = self._load().network
             encoded = {
-                clip: encoded[clip] if clip in encoded else encode_media(network, known[clip])
-                for clip in _clips(usable)
+                clip: encoded[clip] if clip in encoded else encode_media(network, prepared)
+                for clip, prepared in {one.clip: prepared for one, prepared in usable}.items()
             }
-            lines = self._generate([(one, known[one.clip], encoded[one.clip]) for one in usable])
+            lines = self._generate([(one, prepared, encoded[one.clip]) for one, prepared in usable])
             yield [line for line in lines if line["id"] not in done]
 
     def _generate(self, shown: list[tuple[LocatedQuestion, Prepared, list[Any]]]) -> list[dict[str, Any]]:
-        model, new = self._load(), self._settings.max_new_tokens
+        model, new = self._load(), self._max_new_tokens
         start = prompts.start_conversation(self._settings.template or model.config.template, model.config.has_audio)
         lines, given = [], []
         for one, prepared, tokens in shown:
@@ -133,7 +138,9 @@ def _read(clip: Clip, config: VideoLlamaConfig, settings: AnswerSettings) -> Pre
         if path.is_dir():
             if rate is None:
                 raise MediaError(f"{path}: a folder, where a video is expected; check --videos")
-            found = media.read_frames(path, rate, frames, size, start or 0.0, math.inf if end is None else end)
+            found: Video | Image | Audio = media.read_frames(
+                path, rate, frames, size, start or 0.0, math.inf if end is None else end
+            )
         elif start is None or end is None:
             found = media.read_media(path, frames, size, settings.audio, config.num_clips)
         else:

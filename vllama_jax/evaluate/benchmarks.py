@@ -113,8 +113,9 @@ def activitynet_qa(path: Path) -> list[Question]:
 
     def kind(entry: dict[str, Any]) -> str:
         number = entry.get("type")
-        known = isinstance(number, int) and 0 <= number < len(ACTIVITYNET_KINDS)
-        return ACTIVITYNET_KINDS[number] if known else "other"
+        if isinstance(number, int) and 0 <= number < len(ACTIVITYNET_KINDS):
+            return ACTIVITYNET_KINDS[number]
+        return "other"
 
     return _question_answers(in_folder(path, "test_q.json"), names, kind)
 
@@ -287,7 +288,7 @@ def jsonl(path: Path) -> list[Question]:
 def _own_question(entry: dict[str, Any], number: int) -> Question:
     entry = {name: value for name, value in entry.items() if value is not None}
     kind = entry.get("kind")
-    fields = {
+    fields: dict[str, Any] = {
         "id": str(entry.get("id", number)),
         "names": (name_in(entry, "video", "image", "audio"),),
         "kinds": (str(kind),) if kind is not None else (),
@@ -319,8 +320,8 @@ def _question_answers(
             key = str(entry.get("question_id", entry.get("id", number)))
             entry = answers.get(key, {}) | entry
             video = Path(name_in(entry, "video_id", "video_name", "video")).stem
-            fields = {"id": key, "names": names(video), "kinds": (kind(entry),)}
-            questions.append(open_question(entry.get("question"), entry.get("answer"), **fields))
+            question, answer = entry.get("question"), entry.get("answer")
+            questions.append(open_question(question, answer, id=key, names=names(video), kinds=(kind(entry),)))
     return questions
 
 

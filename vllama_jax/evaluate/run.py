@@ -26,7 +26,7 @@ from vllama_jax.evaluate.videos import LISTED, Videos
 from vllama_jax.io.atomic import check_output_files, locked, replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.io.jsonl import Journal
-from vllama_jax.model import load, without_missing_branch
+from vllama_jax.model import Model, load, without_missing_branch
 from vllama_jax.nn.network import default_dtype
 
 OUTPUT_FILES = ("config.json", "answers.jsonl", "judgements.jsonl", "results.json")
@@ -59,9 +59,8 @@ def evaluate(asked: Evaluation, step: Callable[[str], None]) -> dict[str, Any]:
     if asked.limit is not None and asked.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {asked.limit}")
     everything = read_questions(asked.benchmark, asked.annotations)
-    if asked.settings.max_new_tokens is None:
-        longest = max(NEW_TOKENS[question.task] for question in everything)
-        asked = dataclasses.replace(asked, settings=dataclasses.replace(asked.settings, max_new_tokens=longest))
+    new_tokens = asked.settings.max_new_tokens or max(NEW_TOKENS[question.task] for question in everything)
+    asked = dataclasses.replace(asked, settings=dataclasses.replace(asked.settings, max_new_tokens=new_tokens))
     asked = dataclasses.replace(asked, weights=asked.weights | {"dtype": _dtype(asked)})
     questions = in_order_of_videos(spread(everything, asked.limit))
     videos = Videos(asked.videos)
@@ -69,7 +68,7 @@ def evaluate(asked: Evaluation, step: Callable[[str], None]) -> dict[str, Any]:
     directory = without_missing_branch(open_model(asked.model, asked.base))
     metrics.check_libraries(everything)
     with _opened(asked.out, _identity(asked, directory, digest(everything))):
-        work = _Work(asked, questions, found, directory, step)
+        work = _Work(asked, new_tokens, questions, found, directory, step)
         try:
             work.answer()
             if asked.judge is not None:
@@ -86,13 +85,14 @@ class _Work:
     def __init__(
         self,
         asked: Evaluation,
+        max_new_tokens: int,
         questions: Sequence[Question],
         found: dict[tuple[str, ...], Path | None],
         directory: ModelDirectory,
         step: Callable[[str], None],
     ):
         self._asked, self._questions, self._found, self._directory = asked, questions, found, directory
-        self._step = step
+        self._max_new_tokens, self._step = max_new_tokens, step
         self._answers = Journal(asked.out / "answers.jsonl")
         self._judgements = Journal(asked.out / "judgements.jsonl")
         self._unusable: dict[str, str] = {}
@@ -112,7 +112,7 @@ class _Work:
             )
         done = set(self._said)
         batches = batches_to_do(there, done, min(self._asked.settings.batch_size, len(self._questions)))
-        answering = Answering(self._directory.config, self._asked.settings, self._load)
+        answering = Answering(self._directory.config, self._asked.settings, self._max_new_tokens, self._load)
         self._unusable = answering.unusable
         if batches:
             self._step(f"answered {len(done)} of {len(self._questions)}")
@@ -163,9 +163,10 @@ class _Work:
     def _lacks_video(self, question: Question) -> bool:
         return self._found[question.names] is None and question.id not in self._said
 
-    def _load(self) -> Any:
+    def _load(self) -> Model:
         self._step(f"loading {self._asked.model}")
-        return load(self._directory, **self._asked.weights)
+        weights = self._asked.weights
+        return load(self._directory, weights.get("dtype"), quantize=weights.get("quantize"))
 
 
 def _identity(asked: Evaluation, directory: ModelDirectory, questions: str) -> dict[str, Any]:

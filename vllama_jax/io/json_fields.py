@@ -32,7 +32,7 @@ def number(
     if name not in fields and default is not REQUIRED:
         return default
     value = fields.get(name)
-    if type(value) not in (int, float) or not 0 < value <= high:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= high:
         raise error(f"{where}: {name} must be a number above 0 and at most {high:g}, not {shown(value)}")
     return float(value)
 

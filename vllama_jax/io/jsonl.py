@@ -6,9 +6,12 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllama_jax.io.atomic import open_no_link, replace_file
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 class WholeFile(io.FileIO):
@@ -17,9 +20,9 @@ class WholeFile(io.FileIO):
     def __init__(self, path: Path, mode: str):
         super().__init__(path, mode, opener=open_no_link)
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: "ReadableBuffer", /) -> int:
         written = super().write(data)
-        if written < len(data):
+        if written < memoryview(data).nbytes:
             self.truncate(self.tell() - written)
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return written

@@ -122,9 +122,7 @@ def _decoded_times(
     return _times(container, stream, found)
 
 
-def _times(
-    container: InputContainer, stream: VideoStream, shown: Sequence[tuple[float | None, float]]
-) -> FrameTimes:
+def _times(container: InputContainer, stream: VideoStream, shown: Sequence[tuple[float | None, float]]) -> FrameTimes:
     """Return times in rising order; index / rate where timestamps are missing."""
     rate = frame_rate(stream)
     known = sorted((seconds, duration) for seconds, duration in shown if seconds is not None)
@@ -240,9 +238,7 @@ def _to_rgb(frame: VideoFrame, size: int) -> UInt8[np.ndarray, "{size} {size} 3"
 
     scale = (("scale", f"{size}:{size}:flags=bilinear"), ("format", "rgb24"), ("buffersink", None))
     graph = Graph()
-    source = graph.add_buffer(
-        width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base
-    )
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
     steps = (*_orientation(frame), *scale)
     graph.link_nodes(source, *(graph.add(name, options) for name, options in steps)).configure()
     graph.push(frame)

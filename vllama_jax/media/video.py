@@ -11,7 +11,7 @@ import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio_decoder import AudioDecoder, DecodedAudio
-from vllama_jax.media.clock import frame_rate, Clock, FrameTimes, frames_within
+from vllama_jax.media.clock import Clock, FrameTimes, frame_rate, frames_within
 from vllama_jax.media.files import (
     WHOLE,
     check_file,

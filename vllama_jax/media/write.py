@@ -55,9 +55,7 @@ def write_video(
             video = container.add_stream("libx264", rate=rate, options=_SAME)
             video.height, video.width, video.pix_fmt = *first.shape[:2], "yuv420p"
             audio: AudioStream | None = None
-            together: Iterable[VideoFrame | AudioFrame] = _pictures(
-                itertools.chain([first], frames), first, rate, path
-            )
+            together: Iterable[VideoFrame | AudioFrame] = _pictures(itertools.chain([first], frames), first, rate, path)
             if waveform is not None:
                 audio = container.add_stream("aac", rate=sample_rate, layout=_LAYOUTS[len(waveform)])
                 together = heapq.merge(together, _sounds(waveform, sample_rate), key=lambda frame: frame.time or 0.0)
