@@ -64,6 +64,8 @@ def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 def stack(make: Callable[[nnx.Rngs], nnx.Module], depth: int, rngs: nnx.Rngs) -> nnx.Module:
     """`depth` layers as one module whose weights have the layer as axis 0. The only place where layers are stacked."""
+    if isinstance(rngs, OneKey):
+        return jax.tree.map(lambda leaf: jax.lax.broadcast(leaf, (depth,)), make(rngs))
     return jax.vmap(lambda key: make(Keys(key)))(jax.random.split(rngs.params(), depth))
 
 
@@ -79,6 +81,19 @@ class Keys:
     def params(self) -> Array:
         self._count += 1
         return jax.random.fold_in(self._key, self._count - 1)
+
+
+class OneKey:
+    """The same key each time, for a network that is traced for its shapes: its weights are never computed.
+
+    Tracing is cheaper by the keys, and by the layers of a stack, which are traced as one layer and not under `vmap`.
+    """
+
+    def __init__(self, key: Array):
+        self._key = key
+
+    def params(self) -> Array:
+        return self._key
 
 
 def run_stack(layers: Any, x: Any, step: Callable[[Any, Any], Any], remat: Remat = "full") -> Any:

@@ -8,7 +8,7 @@ from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig
 if TYPE_CHECKING:
     from flax import nnx
 
-    from vllama_jax.nn.layers import Keys
+    from vllama_jax.nn.layers import Keys, OneKey
     from vllama_jax.nn.video_llama import VideoLlama
 
 
@@ -30,16 +30,16 @@ def abstract_network(config: VideoLlamaConfig, dtype: str | None = None, lora: L
 
 @functools.cache
 def _traced_network(config: VideoLlamaConfig, lora: LoraConfig) -> "VideoLlama":
-    """The network with shapes. A command asks for it several times, and tracing it takes most of a second."""
+    """The network with shapes. A command asks for it several times, and tracing it takes half a second."""
     import jax
     from flax import nnx
 
-    from vllama_jax.nn.layers import Keys
+    from vllama_jax.nn.layers import OneKey
 
-    return nnx.eval_shape(lambda: new_network(config, lora, Keys(jax.random.key(0))))
+    return nnx.eval_shape(lambda: new_network(config, lora, OneKey(jax.random.key(0))))
 
 
-def new_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs | Keys") -> "VideoLlama":
+def new_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs | Keys | OneKey") -> "VideoLlama":
     """The network as training starts it, with its low-rank updates."""
     from vllama_jax.nn.lora import add_lora
     from vllama_jax.nn.video_llama import VideoLlama
