@@ -18,11 +18,15 @@ def description(readme: str, source: str) -> str:
         image, text, file, place = link.groups("")
         return f"{image}[{text}]({source.rstrip('/')}/{'raw' if image else 'blob'}/main/{file}{place})"
 
+    def named(link: re.Match[str]) -> str:
+        text, file = link[2], f"`{link[3]}`"
+        return file if text == link[3] else f"{text} ({file})"
+
     if source:
         return FILE_LINK.sub(linked, readme)
     title, rest = readme.split("\n\n", 1)
     note = "Files that are named here are in the source distribution."
-    return f"{title}\n\n{note}\n\n" + FILE_LINK.sub(r"\2 (`\3`)", rest)
+    return f"{title}\n\n{note}\n\n" + FILE_LINK.sub(named, rest)
 
 
 if __name__ == "__main__":

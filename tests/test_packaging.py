@@ -20,13 +20,15 @@ def description():
     return runpy.run_path(str(CHECKOUT / "setup.py"))["description"]
 
 
-LINKS = "# A\n\nSee [how](docs/a.md#b), [where](https://x.org/y) and [here](#c).\n\n![drawn](docs/a.png)\n"
+LINKS = (
+    "# A\n\nSee [how](docs/a.md#b), [where](https://x.org/y) and [here](#c); [b.md](b.md).\n\n![drawn](docs/a.png)\n"
+)
 
 
 def test_links_to_files_lead_to_the_repository_where_its_url_is_known(description):
     assert description(LINKS, "https://example.org/us/it/") == (
         "# A\n\nSee [how](https://example.org/us/it/blob/main/docs/a.md#b), [where](https://x.org/y) and "
-        "[here](#c).\n\n"
+        "[here](#c); [b.md](https://example.org/us/it/blob/main/b.md).\n\n"
         "![drawn](https://example.org/us/it/raw/main/docs/a.png)\n"
     )
 
@@ -34,7 +36,7 @@ def test_links_to_files_lead_to_the_repository_where_its_url_is_known(descriptio
 def test_links_to_files_are_text_where_it_is_not(description):
     assert description(LINKS, "") == (
         "# A\n\nFiles that are named here are in the source distribution.\n\n"
-        "See how (`docs/a.md`), [where](https://x.org/y) and [here](#c).\n\ndrawn (`docs/a.png`)\n"
+        "See how (`docs/a.md`), [where](https://x.org/y) and [here](#c); `b.md`.\n\ndrawn (`docs/a.png`)\n"
     )
 
 
