@@ -1,6 +1,7 @@
 """Fails on an import cycle within the package, or on an import from a lower layer to a higher one.
 
-A module imports from its own layer and from lower ones. Imports for type checkers only do not count.
+A module imports from its own layer and from lower ones. Imports for type checkers only do not count. The miniature is
+imported where it is used, in a function, and by nothing at module level.
 """
 
 import ast
@@ -30,9 +31,8 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(file: Path, names: set[str]) -> set[str]:
-    """The modules of the package that a file imports, in functions too."""
-    tree = ast.parse(file.read_text())
+def imports(tree: ast.Module, names: set[str]) -> set[str]:
+    """The modules of the package that a module imports, in functions too."""
     typing_only = {
         statement
         for node in ast.walk(tree)
@@ -51,22 +51,39 @@ def imports(file: Path, names: set[str]) -> set[str]:
     return found & names
 
 
+def without_functions(tree: ast.Module) -> ast.Module:
+    """What runs when a module is imported."""
+    return ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
+
+
+def part(name: str) -> str:
+    return name.split(".")[1] if "." in name else "__init__"
+
+
 def layer(name: str) -> int:
-    part = name.split(".")[1] if "." in name else "__init__"
-    return next(number for number, parts in enumerate(LAYERS) if part in parts)
+    return next(number for number, parts in enumerate(LAYERS) if part(name) in parts)
 
 
 def main() -> None:
     files = modules()
-    graph = {name: imports(file, set(files)) - {name} for name, file in files.items()}
+    trees = {name: ast.parse(file.read_text()) for name, file in files.items()}
+    graph = {name: imports(tree, set(files)) - {name} for name, tree in trees.items()}
     upward = [(one, other) for one, used in graph.items() for other in used if layer(other) > layer(one)]
     for one, other in sorted(upward):
         print(f"{files[one]}: imports {other}, which is in a higher layer")
+    eager = [
+        (one, other)
+        for one, tree in trees.items()
+        for other in imports(without_functions(tree), set(files))
+        if part(other) == "miniature" != part(one)
+    ]
+    for one, other in sorted(eager):
+        print(f"{files[one]}: imports {other} at module level; import it in the function that uses it")
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         sys.exit(f"import cycle: {' → '.join(error.args[1])}")
-    sys.exit(bool(upward))
+    sys.exit(bool(upward or eager))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ def answer(chat: vl.Chat, question: str) -> str:
 
 def test_it_is_small():
     sizes = [file.stat().st_size for file in box.BOX.rglob("*") if file.is_file()]
-    assert sum(sizes) < 12e6
+    assert sum(sizes) < 6e6
 
 
 def test_chat_without_a_model_says_what_answers_and_answers_rightly():
@@ -73,7 +73,7 @@ def test_an_audio_scale_of_a_model_that_hears_nothing_is_an_error(tmp_path, tiny
 
 
 def test_without_the_box_a_model_must_be_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(shipped, "MODEL", tmp_path / "nothing")
+    monkeypatch.setattr(shipped, "BOX", tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="the miniature is not installed; name a model with --model"):
         vl.load("miniature")
 

@@ -21,10 +21,10 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 def test_a_model_directory_of_the_users_wins_and_no_other_directory_does(here, tiny_model):
-    assert open_model("miniature").path == shipped.MODEL
+    assert open_model("miniature").path == shipped.shipped_model()
     (here / "miniature").mkdir()
     (here / "miniature/notes.txt").touch()
-    assert open_model("miniature").path == shipped.MODEL
+    assert open_model("miniature").path == shipped.shipped_model()
     shutil.rmtree(here / "miniature")
     (here / "miniature").symlink_to(tiny_model)
     assert open_model("miniature").path == Path("miniature")

@@ -3,6 +3,13 @@
 Names are resolved when they are first used, so that importing this costs nothing.
 """
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036  (a checkout can be run with any Python; this file and __main__ parse on 3.8)
+    raise ImportError(
+        "vllama_jax needs Python 3.11 or newer; this is Python {}.{}".format(*sys.version_info), name=__name__
+    )
+
 import importlib
 import importlib.metadata
 from typing import TYPE_CHECKING, Any

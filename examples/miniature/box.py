@@ -1,4 +1,4 @@
-"""What of the miniature comes with the package: a trained model, and clips to ask it about.
+"""What of the miniature comes with the package: a trained model in one file, and clips to ask it about.
 
     python -m vllama_jax.miniature.box OUT [OTHERS...]
 
@@ -8,11 +8,13 @@ those of OUT and of the same command with other seeds, in OTHERS; they are print
 
 import shutil
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllama_jax.checkpoints.shipped import BOX, CLIPS, MODEL, RESULTS
-from vllama_jax.io.atomic import write_json
+from vllama_jax.checkpoints.shipped import BOX, CLIPS, RESULTS
+from vllama_jax.io.archives import pack
+from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_files import read_object
 
 DTYPE = "bfloat16"  # of the weights that are shipped
@@ -48,8 +50,22 @@ def fill(out: Path, others: Sequence[Path] = ()) -> None:
             write_still(CLIPS / name, scene, draw)
         else:
             write_clip(CLIPS / name, scene, draw, seconds=render.SECONDS * len(scene.heard), snr_db=20)
-    convert.convert(plan, MODEL, dtype=DTYPE)
+    with tempfile.TemporaryDirectory() as folder:
+        convert.convert(plan, Path(folder, "model"), dtype=DTYPE)
+        ship(Path(folder, "model"), BOX)
     write_json(RESULTS, results)
+
+
+def ship(model: Path, box: Path) -> None:
+    """Write a model directory as box/model.zip, and the digests of that file and of the weights as box/model.json."""
+    import xxhash
+
+    from vllama_jax.checkpoints.directory import open_model
+
+    digest = open_model(model).digest
+    pack(model, box / "model.zip")
+    archive_digest = xxhash.xxh3_128_hexdigest((box / "model.zip").read_bytes())
+    replace_json(box / "model.json", {"archive_xxh3_128": archive_digest, "model_digest": digest})
 
 
 if __name__ == "__main__":

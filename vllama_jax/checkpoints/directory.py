@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllama_jax.checkpoints.arrays import check_manifest
 from vllama_jax.checkpoints.digests import check_checkpoint, run_steps
-from vllama_jax.checkpoints.shipped import find_model
+from vllama_jax.checkpoints.shipped import find_model, has_digest, shipped_model
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
 from vllama_jax.errors import CheckpointError, one_line
 from vllama_jax.io.atomic import replace_json, write_json
@@ -143,7 +143,7 @@ def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirecto
             trained on, or is a run whose last checkpoint is damaged.
         ConfigError: Its config.json has fields that are missing, unknown or of another type.
     """
-    runs, model = find_runs(find_model(path), base)
+    runs, model = find_runs(path, base)
     directory = _open_model_directory(model)
     for run in reversed(runs):
         if directory.digest != run.base_digest:
@@ -155,12 +155,12 @@ def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirecto
     return directory
 
 
-def find_runs(path: Path, base: str | Path | None = None) -> tuple[list[Run], Path]:
+def find_runs(path: str | Path, base: str | Path | None = None) -> tuple[list[Run], Path]:
     """Find the runs that `path` consists of, the last one first, and the model directory that the first started from.
 
     No weight is looked at. Raises as `open_model` does for what is neither a model directory nor a run.
     """
-    runs: list[Run] = []
+    path, runs = find_model(path), []
     while "base" in (fields := read_config(path)):
         if any(os.path.samefile(path, run.path) for run in runs):
             raise CheckpointError(f"{path / 'config.json'}: the run is its own base model; name the right one: --base")
@@ -189,14 +189,15 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def _run(path: Path, fields: dict[str, Any], base: str | Path | None) -> Run:
-    """A run with its base: the one that is given, else where config.json has it, else beside the run."""
+    """A run with its base: what is given, else what config.json names, else the miniature or what is beside the run."""
     where, config = path / "config.json", fields.get("run")
     recorded = from_dict(fields["base"], Base, f"{where}: base")
     lora = config.get("lora") if isinstance(config, dict) else None
-    named = Path(base or recorded.path)
+    named = find_model(base or recorded.path)
     beside = path.absolute().parent / named.name  # where it is when both were moved
-    if not base and not os.path.isdir(named) and os.path.isdir(beside):
-        named = beside
+    if not base and not os.path.isdir(named):
+        # The miniature may have been unpacked into a cache folder that is gone, or shipped in another place.
+        named = shipped_model() if has_digest(recorded.digest) else beside if os.path.isdir(beside) else named
     if not os.path.isdir(named):
         raise CheckpointError(
             f"{path}: its base model {named} is not there, nor beside the run; name it with --base, or put it there"

@@ -1,13 +1,25 @@
-"""The miniature that comes with the package: a small trained model, and clips to ask it about (docs/miniature.md)."""
+"""The miniature that comes with the package: a small trained model, and clips to ask it about (docs/miniature.md).
 
-import importlib.util
+Its model directory is one file, `box/model.zip`, which is unpacked into the cache folder when it is first used.
+`box/model.json` has the digests of that file and of the weights in it.
+"""
+
+import atexit
+import functools
+import logging
+import shutil
+import tempfile
 from pathlib import Path
+from typing import Any
 
 from vllama_jax.errors import CheckpointError
+from vllama_jax.io.archives import unpack
+from vllama_jax.io.json_files import read_object
+from vllama_jax.io.paths import cache_folder
 
 MODEL_NAME, CLIP_NAME = "miniature", "demo"  # what stands for them where a path is asked for
-BOX = Path(importlib.util.find_spec("vllama_jax.miniature").origin).parent / "box"
-MODEL, CLIPS, RESULTS = BOX / "model", BOX / "clips", BOX / "results.json"
+BOX = Path(__file__).parents[1] / "miniature" / "box"
+CLIPS, RESULTS = BOX / "clips", BOX / "results.json"
 ABOUT_MODEL = (
     "the miniature answers: 3 million weights that know 16 things (a bell, a dog, …) in 8 colors, how they move and "
     "how they sound, and nothing else (docs/miniature.md); --model takes a real model"
@@ -19,21 +31,73 @@ TRY = (
     "ends the chat."
 )
 
+logger = logging.getLogger(__name__)
+
 
 def shipped_model() -> Path:
-    """Return the directory of the model that comes with the package. Raises CheckpointError where it is not there."""
-    if not MODEL.is_dir():
-        raise CheckpointError(f"{MODEL}: the miniature is not installed; name a model with --model")
-    return MODEL
+    """Return the directory of the model that comes with the package, which is unpacked unless it is there intact.
+
+    It is in the cache folder. Where that cannot be written, a warning is logged, and the directory is a temporary one
+    that ends with the process.
+
+    Raises:
+        CheckpointError: The package is installed without it, its file is corrupt, or it can be unpacked nowhere.
+    """
+    archive, digest = BOX / "model.zip", _digests().get("archive_xxh3_128")
+    if digest is None:
+        raise CheckpointError(f"{BOX}: the miniature is not installed; name a model with --model")
+    try:
+        directory = cache_folder() / MODEL_NAME / digest  # packages that bring other weights have other directories
+        unpack(archive, digest, directory)
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
+        return _unpack_temporarily(archive, digest, getattr(error, "strerror", None) or str(error))
+    return directory
+
+
+def has_digest(digest: str) -> bool:
+    """Return whether the weights of the model that comes with the package have this `ModelDirectory.digest`."""
+    return digest == _digests().get("model_digest")
+
+
+def is_shipped(path: str | Path) -> bool:
+    """Return whether a path is the model that comes with the package: "miniature", or where a cache folder has it.
+
+    A model or run directory of the user's that is called "miniature" wins.
+    """
+    path = Path(path)
+    if str(path) == MODEL_NAME:
+        return not (path / "config.json").is_file()
+    return path.parent.name == MODEL_NAME and path.name == _digests().get("archive_xxh3_128")
 
 
 def find_model(path: str | Path) -> Path:
     """Return the directory that a user names: "miniature" is ours, unless a model or run directory has that name."""
-    path = Path(path)
-    return shipped_model() if str(path) == MODEL_NAME and not (path / "config.json").is_file() else path
+    return shipped_model() if is_shipped(path) else Path(path)
 
 
 def find_clip(path: str | Path) -> Path:
     """Return the file that a user names: "demo" is a clip of ours, unless a file has that name."""
     path = Path(path)
     return CLIPS / DEMO_CLIP if str(path) == CLIP_NAME and not path.is_file() else path
+
+
+def _digests() -> dict[str, Any]:
+    """What model.json has; nothing where the package is installed without the miniature."""
+    file = BOX / "model.json"
+    return read_object(file) if file.is_file() else {}
+
+
+@functools.cache
+def _unpack_temporarily(archive: Path, digest: str, why: str) -> Path:
+    """Unpack into a temporary directory that is removed when the process ends."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="vllama-miniature-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        unpack(archive, digest, folder / MODEL_NAME)
+    except OSError as error:
+        raise CheckpointError(
+            f"the miniature can be unpacked neither in the cache folder ({why}) nor in {tempfile.gettempdir()} "
+            f"({error.strerror}); point VLLAMA_CACHE at a folder that can be written"
+        ) from error
+    logger.warning(f"the miniature is unpacked into {folder} for this process only: its cache folder: {why}")
+    return folder / MODEL_NAME

@@ -14,7 +14,7 @@ import tyro
 from vllama_jax.chat import Chat, Prepared, check_positions, prepare
 from vllama_jax.checkpoints import shipped
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
-from vllama_jax.checkpoints.shipped import find_clip, find_model, shipped_model
+from vllama_jax.checkpoints.shipped import find_clip, is_shipped, shipped_model
 from vllama_jax.cli._display import Display
 from vllama_jax.cli._usage import at_least
 from vllama_jax.config import GenerationConfig
@@ -77,14 +77,14 @@ def chat(
     at_least(1, num_frames=num_frames)
     with Display(quiet=json_output) as display:
         files = [find_clip(path) for path in (file, *media)]
-        model = find_model(model) if model is not None else shipped_model()
+        ours = model is None or is_shipped(model)
         for path in files:
             check_file(path)  # what can be seen at once is said before minutes are spent on loading
-        if model == shipped.MODEL:
+        if ours:
             display.say(shipped.ABOUT_MODEL)
         if files[0] != file:
             display.say(f"{files[0]}: {shipped.ABOUT_CLIP}")
-        directory = without_missing_branch(open_model(model, base))
+        directory = without_missing_branch(open_model(shipped_model() if ours else model, base))
         config = directory.config
         start_conversation(template or config.template, config.has_audio, system)
         if not interpolate_positions:

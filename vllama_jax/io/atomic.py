@@ -72,8 +72,12 @@ def scratch_directory(path: Path, refusal: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, refusal: str) -> Iterator[None]:
+def locked(directory: Path, refusal: str | None) -> Iterator[None]:
     """Keep other processes off a directory; the lock ends with its holder, however that ends.
+
+    Args:
+        directory: The directory.
+        refusal: What to say when another process has it; None waits for that process.
 
     Raises:
         CheckpointError: `refusal`, when another process has it.
@@ -81,7 +85,7 @@ def locked(directory: Path, refusal: str) -> Iterator[None]:
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal is not None else 0))
         except BlockingIOError as error:
             raise CheckpointError(refusal) from error
         except OSError:

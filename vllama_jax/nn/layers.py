@@ -69,6 +69,8 @@ def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 def stack(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:
     """`depth` layers as one module whose weights have the layer as axis 0. The only place where layers are stacked."""
+    if isinstance(rngs, _OneKey):
+        return jax.tree.map(lambda leaf: jax.lax.broadcast(leaf, (depth,)), make(rngs))
     return jax.vmap(lambda key: make(traced_rngs(key)))(jax.random.split(rngs.params(), depth))
 
 
@@ -87,6 +89,22 @@ class _Keys:
     def params(self) -> Array:
         self._count += 1
         return jax.random.fold_in(self._key, self._count - 1)
+
+
+def abstract_rngs(key: Array) -> nnx.Rngs:
+    """The same key each time, for a network that is traced for its shapes: its weights are never computed.
+
+    Tracing is cheaper by the keys, and by the layers of a stack, which are traced as one layer and not under `vmap`.
+    """
+    return cast(nnx.Rngs, _OneKey(key))
+
+
+class _OneKey:
+    def __init__(self, key: Array):
+        self._key = key
+
+    def params(self) -> Array:
+        return self._key
 
 
 def run_stack(

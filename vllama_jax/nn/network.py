@@ -29,13 +29,13 @@ def abstract_network(config: VideoLlamaConfig, dtype: str | None = None, lora: L
 
 @functools.cache
 def _traced_network(config: VideoLlamaConfig, lora: LoraConfig) -> "VideoLlama":
-    """The network with shapes. A command asks for it several times, and tracing it takes most of a second."""
+    """The network with shapes. A command asks for it several times, and tracing it takes half a second."""
     import jax
     from flax import nnx
 
-    from vllama_jax.nn.layers import traced_rngs
+    from vllama_jax.nn.layers import abstract_rngs
 
-    return nnx.eval_shape(lambda: new_network(config, lora, traced_rngs(jax.random.key(0))))
+    return nnx.eval_shape(lambda: new_network(config, lora, abstract_rngs(jax.random.key(0))))
 
 
 def new_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs") -> "VideoLlama":

@@ -1,0 +1,222 @@
+"""The miniature's model directory: one file in the package, a copy in the cache folder that is intact or made again."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import xxhash
+
+import vllama_jax as vl
+from vllama_jax import cli
+from vllama_jax.checkpoints import shipped
+from vllama_jax.checkpoints.arrays import damaged_params
+from vllama_jax.checkpoints.directory import find_runs, open_model
+from vllama_jax.config import NO_LORA
+from vllama_jax.io import archives
+from vllama_jax.miniature import box
+
+WEIGHTS_DIGEST = "a6a3a2653f51eea7b53a48e64d2056f9"  # of the 121 arrays that were files of their own in git before
+UNPACK = "from vllama_jax.checkpoints.shipped import shipped_model; print(shipped_model())"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch) -> Path:
+    """A cache folder in which nothing is unpacked yet."""
+    monkeypatch.setenv("VLLAMA_CACHE", str(tmp_path / "cache"))
+    shipped._unpack_temporarily.cache_clear()
+    return tmp_path / "cache"
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Digests of all files below a directory."""
+    files = (file for file in directory.rglob("*") if file.is_file())
+    return {str(file.relative_to(directory)): xxhash.xxh3_128_hexdigest(file.read_bytes()) for file in files}
+
+
+def test_weights_are_those_that_the_manifest_has_and_the_same_as_before(cache):
+    model = open_model("miniature")
+    assert model.path.parent == cache / "miniature"
+    assert damaged_params(model.path / "params", model.manifest["leaves"]) == {}
+    assert model.digest == WEIGHTS_DIGEST
+    assert shipped.has_digest(model.digest)
+
+
+def test_an_intact_copy_is_not_written_again(cache, monkeypatch):
+    model = shipped.shipped_model()
+    monkeypatch.setattr(archives, "locked", lambda *_, **__: pytest.fail("it is unpacked again"))
+    assert shipped.shipped_model() == model
+
+
+def change_a_byte(model: Path) -> None:
+    file = model / "params/llama.embedding/0.0"
+    data = bytearray(file.read_bytes())
+    data[1000] ^= 1
+    file.write_bytes(data)
+
+
+DAMAGE = {
+    "a byte changed": change_a_byte,
+    "a file deleted": lambda model: (model / "params/llama.embedding/0.0").unlink(),
+    "a folder deleted": lambda model: shutil.rmtree(model / "tokenizer"),
+    "a file truncated": lambda model: os.truncate(model / "manifest.json", 1000),
+    "a file added": lambda model: (model / "tokenizer/tokenizer.json").write_text("{}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_copy_is_replaced(cache, damage):
+    before = contents(shipped.shipped_model())
+    DAMAGE[damage](shipped.shipped_model())
+    assert contents(next((cache / "miniature").iterdir())) != before
+    assert contents(shipped.shipped_model()) == before
+    assert len(list((cache / "miniature").iterdir())) == 1
+
+
+def test_what_a_killed_process_left_is_removed(cache):
+    code = f"import os, zipfile\nzipfile.ZipFile._extract_member = lambda *_: os._exit(9)\n{UNPACK}"
+    killed = subprocess.run([sys.executable, "-c", code], check=False)
+    assert killed.returncode == 9
+    assert [entry.name[0] for entry in (cache / "miniature").iterdir()] == ["."]
+    model = shipped.shipped_model()
+    assert list((cache / "miniature").iterdir()) == [model]
+    assert open_model("miniature").digest == WEIGHTS_DIGEST
+
+
+def test_processes_that_start_at_once_unpack_it_once_and_all_use_it(cache):
+    code = f"""import io, sys, vllama_jax.io.archives as archives
+from vllama_jax.checkpoints.shipped import shipped_model
+made = archives.scratch_directory
+archives.scratch_directory = lambda *given: (print("unpacked"), made(*given))[1]
+print("ready", flush=True)
+sys.stdin.readline()
+{UNPACK.partition(";")[2].strip()}
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen([sys.executable, "-c", code], **pipes) for _ in range(3)]
+    assert {process.stdout.readline() for process in started} == {"ready\n"}
+    for process in started:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    lines = [line for process in started for line in process.communicate()[0].split()]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert sorted(lines) == sorted(["unpacked", *[str(shipped.shipped_model())] * 3])
+
+
+def test_a_cache_folder_that_cannot_be_written_is_reported_and_a_temporary_one_used(cache, tmp_path):
+    cache.touch()  # a file where the folder should be
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    environment = {**os.environ, "TMPDIR": str(temporary)}
+    code = f"import logging; logging.basicConfig(format='%(message)s')\n{UNPACK}\n{UNPACK}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    first, second = done.stdout.split()
+    assert first == second
+    folder = str(Path(first).parent)
+    said = f"the miniature is unpacked into {folder} for this process only: its cache folder: Not a directory\n"
+    assert done.stderr == said
+    assert list(temporary.iterdir()) == []  # removed when the process ended
+
+
+def test_where_nothing_can_be_written_one_line_says_so(cache, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(zipfile.ZipFile, "extractall", full)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["inspect", "miniature"])
+    assert stop.value.code.startswith(
+        "vllama: the miniature can be unpacked neither in the cache folder (No space left on device) nor in /"
+    )
+    assert stop.value.code.endswith("point VLLAMA_CACHE at a folder that can be written")
+    assert list((cache / "miniature").iterdir()) == []
+
+
+@pytest.fixture
+def other_box(tmp_path, monkeypatch) -> Path:
+    """A copy of the model's two files in the package, to be damaged."""
+    (tmp_path / "box").mkdir()
+    for name in ("model.zip", "model.json"):
+        shutil.copy(shipped.BOX / name, tmp_path / "box")
+    monkeypatch.setattr(shipped, "BOX", tmp_path / "box")
+    return tmp_path / "box"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot be read (No such file or directory); install vllama-jax again"),
+        (b"version https://git-lfs", "cannot be read (not a whole zip file); install vllama-jax again"),
+        ("truncated", "cannot be read (not a whole zip file); install vllama-jax again"),
+        ("changed", "not the file that came with the package; install vllama-jax again"),
+    ],
+)
+def test_a_damaged_archive_is_one_line(cache, other_box, content, said):
+    archive = other_box / "model.zip"
+    data = bytearray(archive.read_bytes())
+    archive.unlink()
+    data[5000] ^= 1
+    if content is not None:
+        archive.write_bytes({"truncated": data[:-100], "changed": data}.get(content, content))
+    with pytest.raises(vl.CheckpointError) as refused:
+        vl.load("miniature")
+    assert str(refused.value) == f"{archive}: {said}"
+    assert not (cache / "miniature").exists() or list((cache / "miniature").iterdir()) == []
+
+
+def test_the_recipe_writes_the_file_that_is_shipped(cache, other_box):
+    model = shipped.shipped_model()
+    before = (other_box / "model.zip").read_bytes()
+    box.ship(model, other_box)
+    with zipfile.ZipFile(other_box / "model.zip") as new, zipfile.ZipFile(shipped.BOX / "model.zip") as old:
+        assert [(entry.filename, entry.CRC) for entry in new.infolist()] == [
+            (entry.filename, entry.CRC) for entry in old.infolist()
+        ]
+    assert json.loads((other_box / "model.json").read_text())["model_digest"] == WEIGHTS_DIGEST
+    assert (other_box / "model.zip").read_bytes() == before or sys.version_info[:2] != (3, 11)  # zlib's own output
+
+
+def test_where_it_is_unpacked_is_a_name_of_it_too(cache):
+    model = shipped.shipped_model()
+    (model / "config.json").unlink()
+    assert open_model(model).digest == WEIGHTS_DIGEST  # made again
+    assert shipped.is_shipped(model)
+    assert not shipped.is_shipped(cache / "miniature/other")
+    assert not shipped.is_shipped("x/miniature")
+
+
+@pytest.mark.parametrize("recorded", ["/old/vllama_jax/miniature/box/model", "cache"])
+def test_a_run_finds_the_miniature_that_it_was_trained_on_wherever_that_was(cache, tmp_path, recorded):
+    model = open_model("miniature")
+    path = str(model.path) if recorded == "cache" else recorded
+    run = tmp_path / "runs/one"
+    run.mkdir(parents=True)
+    (tmp_path / "runs/model").mkdir()  # beside the run, and of the recorded name: another model
+    fields = {"format": 1, "run": {"lora": dataclasses.asdict(NO_LORA)}, "base": {"path": path, "digest": model.digest}}
+    fields["model"] = dataclasses.asdict(model.config)
+    (run / "config.json").write_text(json.dumps(fields))
+    shutil.rmtree(cache)
+    runs, base = find_runs(run)
+    assert [(one.path, one.base_digest) for one in runs] == [(run, model.digest)]
+    assert open_model(base).digest == model.digest
+
+
+COMMANDS = [
+    ["inspect", "miniature"],
+    ["verify", "miniature"],
+    ["memory", "miniature", "--devices", "H100"],
+    pytest.param(["quantize", "miniature", "--out", "OUT"], marks=pytest.mark.slow),
+    pytest.param(["export", "miniature", "--out", "OUT"], marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_take_its_name(capsys, tmp_path, command):
+    cli.main([str(tmp_path / "out") if word == "OUT" else word for word in command])
+    assert capsys.readouterr().out

@@ -1,0 +1,30 @@
+"""What the start of a chat does without: packages that it has no use for, and random numbers that it would drop."""
+
+import subprocess
+import sys
+
+import jax
+import pytest
+from flax import nnx
+
+from vllama_jax.config import NO_LORA, LoraConfig, tiny
+from vllama_jax.nn.layers import traced_rngs
+from vllama_jax.nn.network import abstract_network, new_network
+
+
+@pytest.mark.parametrize("lora", [NO_LORA, LoraConfig(rank=4, alpha=8.0)], ids=["", "lora"])
+def test_the_abstract_network_is_the_network_that_training_starts_with_its_weights_left_out(lora):
+    config = tiny(vocab_size=512)
+    whole = nnx.eval_shape(lambda: new_network(config, lora, traced_rngs(jax.random.key(0))))
+    abstract = abstract_network(config, "float32", lora)
+    assert jax.tree.structure(abstract) == jax.tree.structure(whole)
+    assert nnx.split(abstract)[0] == nnx.split(whole)[0]
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(network)] for network in (abstract, whole)]
+    assert shapes[0] == shapes[1]
+
+
+def test_the_features_of_a_sound_import_no_numba():
+    """librosa's framing would: a second in the start of every chat."""
+    code = "import sys, numpy, vllama_jax.media as media; media.mel_clips(numpy.zeros((1, 44100), 'float32'), 44100)\n"
+    code += "print({'librosa', 'numba', 'scipy', 'jax'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"
