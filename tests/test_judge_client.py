@@ -70,7 +70,9 @@ def test_the_proxy_of_the_environment_is_used(monkeypatch):
 
 def test_a_proxy_that_is_none_is_one_line(monkeypatch):
     monkeypatch.setenv("http_proxy", "nonsense://127.0.0.1")
-    with pytest.raises(vl.ConfigError, match="--judge-url http://judge.example/v1: cannot be used .*; check it") as told:
+    with pytest.raises(
+        vl.ConfigError, match=r"--judge-url http://judge.example/v1: cannot be used .*; check it"
+    ) as told:
         ask("http://judge.example/v1")
     assert "\n" not in str(told.value)
 

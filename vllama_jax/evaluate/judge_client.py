@@ -155,7 +155,9 @@ def _client(base: str, key: str, timeout: float) -> "openai.OpenAI":
             http_client=openai.DefaultHttpxClient(follow_redirects=False, verify=ssl.create_default_context()),
         )
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
-        raise ConfigError(f"--judge-url {base}: cannot be used ({one_line(error)}); check it and the proxies") from error
+        raise ConfigError(
+            f"--judge-url {base}: cannot be used ({one_line(error)}); check it and the proxies"
+        ) from error
 
 
 def find_judge(url: str, model: str) -> Judge:

@@ -186,9 +186,7 @@ def _log_mel(samples: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "frames 1
     Per 25 ms frame: the mean removed, pre-emphasis (the first sample being its own predecessor), Hann window, power
     spectrum, triangles, logarithm.
     """
-    import librosa
-
-    frames = librosa.util.frame(samples, frame_length=_WINDOW, hop_length=_HOP, axis=0)
+    frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::_HOP]
     frames = frames - frames.mean(axis=1, keepdims=True)
     previous = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
     windowed = (frames - _PREEMPHASIS * previous) * np.hanning(_WINDOW)
