@@ -95,3 +95,15 @@ def test_without_openai_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(vl.ConfigError, match=r"--judge-url needs openai, .*: pip install 'vllama-jax\[judge\]'"):
         Judge("http://127.0.0.1/v1", "fake")
+
+
+@pytest.mark.parametrize(
+    "sent", [None, [], {"choices": {}}, {"choices": []}, {"choices": [{"message": 1}]}, "{", "[" * 99_999]
+)
+def test_a_reply_that_is_no_completion_is_one_line(sent, waits):
+    with (
+        eval_fixtures.serving(lambda number, body: (200, sent)) as fake,
+        pytest.raises(Unreachable, match=r"cannot be reached \(.*\); check --judge-url") as told,
+    ):
+        ask(fake.url)
+    assert "\n" not in str(told.value)

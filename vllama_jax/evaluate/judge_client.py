@@ -127,7 +127,7 @@ class Judge:
             if code not in (408, 409, 429) and code < 500:  # openai has asked again for these
                 kind = Refused if code in REFUSED else Unreachable
                 raise kind(f"{self.endpoint}: the judge refuses ({why}); {_advice(code)}") from None
-        except (openai.OpenAIError, ValueError) as error:  # nobody there, or no chat endpoint
+        except (openai.OpenAIError, ValueError, RecursionError) as error:  # nobody there, or no chat endpoint
             why = self._told(error.__cause__ or error)
         raise Unreachable(f"{self.endpoint}: the judge cannot be reached ({why}); check --judge-url")
 
@@ -236,7 +236,7 @@ def _content(completion: Any) -> tuple[str, Any]:
     """What a completion says, and the model that it names. openai does not check what an endpoint sends."""
     try:
         content = completion.choices[0].message.content
-    except (AttributeError, IndexError, TypeError):
+    except (AttributeError, LookupError, TypeError):
         raise ValueError("its reply is not a chat completion") from None
     return content if isinstance(content, str) else "", completion.model
 
