@@ -1,5 +1,8 @@
 """`vllama plot` of a media file: the log-mel spectrograms that the audio branch is given."""
 
+import subprocess
+import sys
+
 import numpy as np
 import scipy.io.wavfile
 from test_cli import failure
@@ -44,3 +47,11 @@ def test_plot_of_a_file_writes_a_png_beside_it(tmp_path, capsys):
     assert capsys.readouterr().out == f"{file}.mel.png: 8 clips of 3.0 s of sound; sound used\n"
     assert (tmp_path / "tone.wav.mel.png").read_bytes().startswith(b"\x89PNG")
     assert "a picture, without sound" in failure(capsys, "plot", tmp_path / "tone.wav.mel.png")
+
+
+def test_mel_clips_do_without_librosa():
+    """Its import takes longer than reading most files."""
+    code = "import sys, numpy as np; from vllama_jax import media; media.mel_clips(np.zeros((1, 44100), 'f4'), 44100)"
+    code += "; print({'librosa', 'numba'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
