@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = Callable[[int, dict[str, Any]], tuple[int, Any]]
+Reply = Callable[[int, dict[str, Any]], tuple]
 
 
 def completion(text: str) -> tuple[int, Any]:
@@ -16,21 +16,25 @@ def completion(text: str) -> tuple[int, Any]:
 
 
 class FakeJudge:
-    """reply: which request it is, from 0 on, and its body → status and what is sent. At most 200 requests."""
+    """reply: which request it is, from 0 on, and its body → status, what is sent (texts as they are, all else as
+    JSON) and, where there are some, its headers. At most 200 requests.
+    """
 
     def __init__(self, reply: Reply):
         self.bodies: list[dict[str, Any]] = []
         self.paths: list[str] = []
         self.keys: list[str | None] = []
+        self.headers: list[dict[str, str]] = []
         self.url = ""
         self._reply, self._lock = reply, threading.Lock()
 
-    def answer(self, path: str, key: str | None, body: dict[str, Any]) -> tuple[int, Any]:
+    def answer(self, path: str, headers: dict[str, str], body: dict[str, Any]) -> tuple:
         with self._lock:
             number = len(self.bodies)
             self.bodies.append(body)
             self.paths.append(path)
-            self.keys.append(key)
+            self.keys.append(headers.get("Authorization"))
+            self.headers.append(headers)
         return self._reply(number, body) if number < 200 else (500, {})
 
 
@@ -42,9 +46,11 @@ def serving(reply: Reply) -> Iterator[FakeJudge]:
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            status, sent = judge.answer(self.path, self.headers.get("Authorization"), body)
-            data = json.dumps(sent).encode()
+            status, sent, *more = judge.answer(self.path, dict(self.headers), body)
+            data = (sent if isinstance(sent, str) else json.dumps(sent)).encode()
             self.send_response(status)
+            for name, value in ({"Content-Type": "application/json"} | (more[0] if more else {})).items():
+                self.send_header(name, value)
             if status in (301, 302, 307):
                 self.send_header("Location", "http://127.0.0.1:9/elsewhere")
             self.send_header("Content-Length", str(len(data)))

@@ -1,13 +1,10 @@
-"""Answers normalized by the VQA evaluation's rules, published figures by their sums, and a judge that must wait."""
+"""Answers normalized by the VQA evaluation's rules, published figures by their sums, and what a judge replied."""
 
 import statistics
 
-import eval_fixtures
 import pytest
-from eval_fixtures import completion
 
-from vllama_jax.evaluate import judge_client as judging
-from vllama_jax.evaluate.judge_client import Judge, Unreachable, read_reply
+from vllama_jax.evaluate.judge_client import read_reply
 from vllama_jax.evaluate.metrics import contains, exact_match, score
 from vllama_jax.evaluate.published import PUBLISHED
 from vllama_jax.evaluate.questions import caption_question, open_question
@@ -97,26 +94,3 @@ def test_the_last_judgement_of_a_reply_counts():
     assert read_reply('{"score": 5}', "detail") == {"score": 5}
     assert read_reply('{"score": 5.5}', "detail") is None
     assert read_reply('{"score": -1}', "detail") is None
-
-
-@pytest.fixture
-def waits(monkeypatch) -> list[float]:
-    """Seconds that the judge would have waited."""
-    found: list[float] = []
-    monkeypatch.setattr(judging.time, "sleep", found.append)
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    return found
-
-
-def test_each_wait_is_twice_the_one_before(waits):
-    with eval_fixtures.serving(lambda number, body: (503, {})) as fake:
-        with pytest.raises(Unreachable, match="cannot be reached"):
-            Judge(fake.url, "fake", tries=5, wait=2).ask("detail", ["q"], "r", ["a"])
-        assert len(fake.bodies) == 5
-    assert waits == [2, 4, 8, 16]
-
-
-def test_a_wait_is_a_minute_at_most(waits):
-    with eval_fixtures.serving(lambda number, body: (503, {}) if number < 3 else completion('{"score": 1}')) as fake:
-        Judge(fake.url, "fake", tries=4, wait=40).ask("detail", ["q"], "r", ["a"])
-    assert waits == [40, 60, 60]

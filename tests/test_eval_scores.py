@@ -24,10 +24,11 @@ from vllama_jax.io.jsonl import Journal
 def no_proxy(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
 def quick(judge: eval_fixtures.FakeJudge, **fields) -> Judge:
-    return Judge(judge.url, "fake", wait=0.01, timeout=5, **fields)
+    return Judge(judge.url, "fake", timeout=5, **fields)
 
 
 @pytest.mark.parametrize(
@@ -310,8 +311,8 @@ def test_a_judge_that_cannot_be_asked(reply, message):
 @pytest.mark.parametrize(
     ("sent", "message"),
     [
-        (b"no HTTP for sk-secret\r\n", r"cannot be reached \(no HTTP for …\)"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", r"cannot be reached \(IncompleteRead"),
+        (b"no HTTP for sk-secret\r\n\r\n", r"cannot be reached \(illegal status line.*no HTTP for …"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", r"cannot be reached \(peer closed connection without"),
     ],
 )
 def test_what_breaks_http(sent, message):
@@ -322,7 +323,7 @@ def test_what_breaks_http(sent, message):
 
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()
-        judge = Judge(f"http://127.0.0.1:{server.server_address[1]}", "fake", wait=0.01, key="sk-secret")
+        judge = Judge(f"http://127.0.0.1:{server.server_address[1]}", "fake", key="sk-secret")
         with pytest.raises(Unreachable, match=message):
             judge.ask("detail", ["q"], "r", ["a"])
         server.shutdown()
@@ -403,14 +404,13 @@ def test_a_key_with_a_line_break(monkeypatch):
     assert "secret" not in str(told.value)
 
 
-def test_nobody_there(monkeypatch):
+def test_nobody_there():
     with pytest.raises(
         Unreachable, match=r"http://127.0.0.1:9/v1/chat/completions: the judge cannot be reached \(.*refus"
     ):
-        Judge("http://127.0.0.1:9/v1/", "fake", wait=0.01).ask("detail", ["q"], "r", ["a"])
-    monkeypatch.setenv("no_proxy", "*")
-    with pytest.raises(Unreachable, match=r"cannot be reached \(nonnumeric port: '80a'\); check --judge-url"):
-        Judge("http://127.0.0.1:80a/v1", "fake", wait=0.01).ask("detail", ["q"], "r", ["a"])
+        Judge("http://127.0.0.1:9/v1/", "fake").ask("detail", ["q"], "r", ["a"])
+    with pytest.raises(vl.ConfigError, match=r"--judge-url http://127.0.0.1:80a/v1: .*\(Invalid port: '80a'\)"):
+        Judge("http://127.0.0.1:80a/v1", "fake")
     with pytest.raises(vl.ConfigError, match="--judge-url must begin with http:// or https://, not 'localhost'"):
         find_judge("localhost", "m")
 

@@ -41,7 +41,7 @@ def test_resampling_a_part_equals_that_part_of_the_whole(rate):
 
 def test_a_long_sound_is_resampled_only_where_clips_are():
     """20 minutes would be 77 MB at 16 kHz."""
-    media.mel_clips(np.zeros((1, 44100), np.float32), 44100)  # what is cached is made
+    media.mel_clips(np.zeros((1, 44100), np.float32), 44100)
     long = np.broadcast_to(np.float32(0.1), (1, 20 * 60 * 44100))
     tracemalloc.start()
     mel = media.mel_clips(long, 44100)

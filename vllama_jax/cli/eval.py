@@ -103,7 +103,8 @@ def benchmark(
             and bfloat16 elsewhere.
         quantize: Load the large weights in 8 or 4 bits.
         base: A run's base model, where that has moved.
-        judge_url: An OpenAI-compatible endpoint, such as https://api.openai.com/v1, that scores open answers.
+        judge_url: An OpenAI-compatible endpoint, such as https://api.openai.com/v1, that scores open answers. Needs the
+            extra `judge`.
         judge_model: The model to ask there.
         json_output: Print one JSON object, what results.json holds.
     """

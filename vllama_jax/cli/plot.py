@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -21,30 +22,52 @@ def plot(
 ) -> None:
     """Draw the loss and the learning rate of a run, or of several to compare them, as a PNG.
 
+    Of a video or audio file, draw the log-mel spectrograms that the audio branch is given.
+
     Example: vllama plot RUN
+
+    Example: vllama plot clip.mp4 --out mel.png
 
     Example: vllama plot RUN1 RUN2 --out both.png
 
     Args:
-        run: The run directory.
+        run: The run directory, or a video or audio file.
         others: More run directories, drawn into the same axes.
-        out: The PNG file; RUN/loss.png unless given, of several runs the first one's compared.png.
+        out: The PNG file; RUN/loss.png unless given, of several runs the first one's compared.png, of clip.mp4
+            clip.mp4.mel.png.
         smoothing: How slowly the mean of the loss follows it, from 0 to below 1. Unless given, the mean is over about a
             tenth of a run, at most 50 steps.
     """
     if smoothing is not None and not 0 <= smoothing < 1:
         raise UsageError(f"--smoothing must be at least 0 and below 1, not {smoothing}")
+    if run.is_file():
+        if others:
+            raise UsageError(f"{run} is a file, of which one is drawn at a time; only runs are compared")
+        _plot_mel(run, out or run.with_name(f"{run.name}.mel.png"))
+        return
     runs = [run, *others]
     metrics = {path: read_metrics(path) for path in runs}
     out = out or run / ("compared.png" if others else "loss.png")
-    figure, image = draw(metrics, smoothing), io.BytesIO()
-    try:
-        figure.savefig(image, format=out.suffix[1:] or "png", dpi=120)
-        replace_file(out, image.getbuffer())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{out}: cannot be written ({error})") from error
+    _save(draw(metrics, smoothing), out)
     for path, steps in metrics.items():
         where = f"{path}: " if others else f"{out}: "
         print(f"{where}steps {steps[0]['step']} to {steps[-1]['step']}, last loss {steps[-1]['loss']:.4f}")
     if others:
         print(out)
+
+
+def _plot_mel(file: Path, out: Path) -> None:
+    from vllama_jax.media.plots import draw_mel
+
+    figure, audio = draw_mel(file)
+    _save(figure, out)
+    print(f"{out}: {len(audio.mel)} clips of {audio.report}")
+
+
+def _save(figure: Any, out: Path) -> None:
+    image = io.BytesIO()
+    try:
+        figure.savefig(image, format=out.suffix[1:] or "png", dpi=120)
+        replace_file(out, image.getbuffer())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{out}: cannot be written ({error})") from error

@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.writer import ExampleWriter
 
 from vllama_jax.data.annotation import Annotation
-from vllama_jax.errors import DataError
+from vllama_jax.errors import DataError, one_line
 from vllama_jax.io.json_files import read_object
 
 SPLIT = "train"  # TFDS's name for all of a dataset
@@ -122,7 +122,7 @@ def write_dataset(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
         try:
             builder.download_and_prepare()
         except RuntimeError as error:  # array_record's for a full disk
-            raise OSError(" ".join(str(error).split())) from error
+            raise OSError(one_line(error)) from error
     Path(builder.data_path).rename(folder)
 
 

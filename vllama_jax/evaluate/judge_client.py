@@ -11,23 +11,24 @@ import dataclasses
 import datetime
 import functools
 import html
-import http.client
 import json
 import os
 import re
-import time
-import urllib.error
+import ssl
 import urllib.parse
-import urllib.request
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vllama_jax.errors import ConfigError, VllamaError
+from vllama_jax.errors import ConfigError, VllamaError, one_line
+from vllama_jax.runtime.extras import import_extra
+
+if TYPE_CHECKING:
+    import openai
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 HIDDEN = "…"  # in place of the key
 REFUSED = (400, 413, 422)  # for what a prompt says or how long it is
-WAIT_AT_MOST = 60.0  # seconds, also when the endpoint asks for more
+RETRIES = 4  # of a request; openai waits 0.5, 1, 2 and 4 s between them, or as long as the endpoint asks (Retry-After)
 ASPECTS = {
     "match": "Does the answer mean the same as the right answer? Other words for the same thing count as the same. "
     "5: the same meaning; 0: another meaning.",
@@ -57,16 +58,22 @@ class Refused(Unreachable):
 class Judge:
     """An endpoint and the model to ask there. The key is sent to this URL only; what comes back is scrubbed of it.
 
+    timeout: of a request, in seconds. tries: to get a reply that can be read.
     greedy: whether temperature 0 is asked for; it is not any more after the model has refused that.
+
+    Raises:
+        ConfigError: openai is not installed, or `url` or a proxy of the environment is not one.
     """
 
     url: str
     model: str
     tries: int = 3
     timeout: float = 60.0
-    wait: float = 2.0  # seconds before the second try, twice as many before the third
     key: str = dataclasses.field(default="", repr=False)
     greedy: bool = True
+
+    def __post_init__(self) -> None:
+        self._client = _client(self.base, self.key, self.timeout)
 
     @property
     def base(self) -> str:
@@ -102,36 +109,55 @@ class Judge:
 
     def _complete(self, messages: list[dict[str, str]]) -> tuple[str, Any]:
         """The endpoint's reply and the model that it names, greedy where its model allows that."""
-        body = {"model": self.model, "messages": messages} | ({"temperature": 0} if self.greedy else {})
-        for number in range(self.tries):
-            try:
-                return _content(self._post(body))
-            except urllib.error.HTTPError as error:
-                why = self._told(f"HTTP {error.code}: {_said(error)}")
-                if error.code == 400 and "temperature" in why and "temperature" in body:
-                    self.greedy = False  # some models have one temperature only
-                    return self._complete(messages)
-                if error.code not in (408, 409, 429) and error.code < 500:
-                    kind = Refused if error.code in REFUSED else Unreachable
-                    raise kind(f"{self.endpoint}: the judge refuses ({why}); {_advice(error.code)}") from None
-                wait = _seconds(error.headers.get("Retry-After"))
-            except (OSError, ValueError, http.client.HTTPException) as error:  # nobody there, or no chat endpoint
-                why, wait = self._told(getattr(error, "reason", error)), None
-            if number + 1 < self.tries:
-                time.sleep(min(self.wait * 2**number if wait is None else wait, WAIT_AT_MOST))
+        import openai
+
+        sampling = {"temperature": 0} if self.greedy else {}
+        headers = {} if self.key else {"Authorization": openai.Omit()}
+        try:
+            return _content(
+                self._client.chat.completions.create(
+                    model=self.model, messages=messages, extra_headers=headers, **sampling
+                )
+            )
+        except openai.APIStatusError as error:
+            code, why = error.status_code, self._told(f"HTTP {error.status_code}: {_said(error)}")
+            if code == 400 and "temperature" in why and sampling:
+                self.greedy = False  # some models have one temperature only
+                return self._complete(messages)
+            if code not in (408, 409, 429) and code < 500:  # openai has asked again for these
+                kind = Refused if code in REFUSED else Unreachable
+                raise kind(f"{self.endpoint}: the judge refuses ({why}); {_advice(code)}") from None
+        except (openai.OpenAIError, ValueError, RecursionError) as error:  # nobody there, or no chat endpoint
+            why = self._told(error.__cause__ or error)
         raise Unreachable(f"{self.endpoint}: the judge cannot be reached ({why}); check --judge-url")
 
     def _told(self, why: object) -> str:
         """Why a request failed, in one line and without the key."""
         return self.scrub(" ".join(str(why).split()))[:200]
 
-    def _post(self, body: dict[str, Any]) -> Any:
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(self.endpoint, json.dumps(body).encode(), headers)
-        with _OPENER.open(request, timeout=self.timeout) as response:
-            return json.loads(response.read())
+
+def _client(base: str, key: str, timeout: float) -> "openai.OpenAI":
+    """A client that follows no redirect, which would take the key elsewhere, and trusts the certificates of the system.
+
+    Of the environment it takes proxies and certificates (HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE), and no organization
+    or project: those are of OpenAI, and the endpoint may be another one.
+    """
+    openai = import_extra("openai", "judge", "--judge-url", ConfigError)
+    import httpx
+
+    try:
+        return openai.OpenAI(
+            base_url=base,
+            api_key=key or "none",  # openai wants one; its header is left out of requests
+            timeout=timeout,
+            max_retries=RETRIES,
+            default_headers=dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), openai.Omit()),
+            http_client=openai.DefaultHttpxClient(follow_redirects=False, verify=ssl.create_default_context()),
+        )
+    except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
+        raise ConfigError(
+            f"--judge-url {base}: cannot be used ({one_line(error)}); check it and the proxies"
+        ) from error
 
 
 def find_judge(url: str, model: str) -> Judge:
@@ -195,16 +221,6 @@ def _forms(key: str) -> tuple[str, ...]:
     return tuple(sorted(forms, key=len, reverse=True))
 
 
-class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would take the key to another place."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        return None
-
-
-_OPENER = urllib.request.build_opener(_NoRedirect)
-
-
 def _messages(aspect: str, question: Sequence[str], reference: str, answer: Sequence[str]) -> list[dict[str, str]]:
     lines = [ASPECTS[aspect], ""]
     for number, (asked, said) in enumerate(zip(question, answer, strict=True), 1):
@@ -217,33 +233,22 @@ def _messages(aspect: str, question: Sequence[str], reference: str, answer: Sequ
 
 
 def _content(completion: Any) -> tuple[str, Any]:
-    """What a completion says, and the model that it names."""
+    """What a completion says, and the model that it names. openai does not check what an endpoint sends."""
     try:
-        content = completion["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError) as error:
-        raise ValueError("its reply is not a chat completion") from error
-    return content if isinstance(content, str) else "", completion.get("model")
+        content = completion.choices[0].message.content
+    except (AttributeError, LookupError, TypeError):
+        raise ValueError("its reply is not a chat completion") from None
+    return content if isinstance(content, str) else "", completion.model
 
 
-def _said(error: urllib.error.HTTPError) -> str:
-    """What an endpoint says of an error."""
-    try:
-        text = error.read(2000).decode(errors="replace")
-        found = json.loads(text)
-        text = found["error"]["message"] if isinstance(found["error"], dict) else found["error"]
-    except (OSError, ValueError, KeyError, TypeError, http.client.HTTPException):
-        text = error.reason
-    return str(text)
+def _said(error: "openai.APIStatusError") -> str:
+    """What an endpoint says of an error; the status in words where that is nothing, or a web page."""
+    said = error.body.get("message") if isinstance(error.body, dict) else error.body
+    usable = isinstance(said, str) and said and not said.startswith("<")
+    return said if usable else error.response.reason_phrase
 
 
 def _advice(code: int) -> str:
     if code in (401, 403):
         return f"set {KEY_VARIABLE} to a key that is valid there"
     return "check --judge-url and --judge-model"
-
-
-def _seconds(value: str | None) -> float | None:
-    try:
-        return None if value is None else max(0.0, float(value))
-    except ValueError:
-        return None

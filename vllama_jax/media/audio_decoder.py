@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllama_jax.errors import MediaError
+from vllama_jax.errors import MediaError, one_line
 from vllama_jax.media.clock import PRIMING, Clock, time_base
 from vllama_jax.media.files import WHOLE, demux, open_container, sound_stream, video_stream
 from vllama_jax.media.mel import WaveformChunk, check_audio_length, clip_spans, mel_of_parts
@@ -120,7 +120,7 @@ class AudioDecoder:
             why = error.strerror if error.strerror and "Error number" not in error.strerror else "damaged"
             self._first_lost = self._first_lost or f"the first at {self._seconds():.1f} s ({why})"
         except ValueError as error:
-            self._failure = " ".join(str(error).split())
+            self._failure = one_line(error)
         else:
             if self._may_skip and self._length_of(packet) not in (None, self._decoded - before):
                 self._may_skip, self._misplaced = False, self._skipped

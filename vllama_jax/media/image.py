@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vllama_jax.errors import MediaError
+from vllama_jax.errors import MediaError, one_line
 from vllama_jax.media.files import DAMAGED, check_file, open_image, picture_format
 from vllama_jax.media.report import MediaReport
 
@@ -66,8 +66,9 @@ def read_image(
         why = f"the {name} image is damaged or of a kind that is not supported; convert it to an 8-bit png"
         raise MediaError(f"{path}: {why}") from error
     except DAMAGED as error:
-        why = " ".join(str(error).split())
-        raise MediaError(f"{path}: the {name} picture is cut off or damaged ({why}); get the file again") from error
+        raise MediaError(
+            f"{path}: the {name} picture is cut off or damaged ({one_line(error)}); get the file again"
+        ) from error
     if choose_box is not None:
         top, left, height, width = choose_box(picture.height, picture.width)
         picture = picture.crop((left, top, left + width, top + height))

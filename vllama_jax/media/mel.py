@@ -23,7 +23,7 @@ CLIP_SAMPLES = 2 * RATE
 MEL_BINS = 128
 MEL_FRAMES = 204  # a 2-second clip gives 198, the rest is padding
 _WINDOW = 400  # 25 ms
-_HOP = 160  # 10 ms
+HOP = 160  # 10 ms, between two mel frames
 _FFT = 512
 _PREEMPHASIS = 0.97
 _LOG_FLOOR = 1.1920929e-07  # float32's epsilon
@@ -186,7 +186,7 @@ def _log_mel(samples: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "frames 1
     Per 25 ms frame: the mean removed, pre-emphasis (the first sample being its own predecessor), Hann window, power
     spectrum, triangles, logarithm.
     """
-    frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::_HOP]  # librosa.util.frame imports numba
+    frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::HOP]
     frames = frames - frames.mean(axis=1, keepdims=True)
     previous = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
     windowed = (frames - _PREEMPHASIS * previous) * np.hanning(_WINDOW)
