@@ -11,11 +11,10 @@ import eval_fixtures
 import media_fixtures
 import numpy as np
 import pytest
+from cli_fixtures import failure, usage_error
 from data_fixtures import lines
 from eval_fixtures import completion
 from PIL import Image
-from test_cli import failure
-from test_usage import usage_error
 
 import vllama_jax as vl
 from vllama_jax import cli

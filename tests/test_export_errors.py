@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_usage import usage_error
+from cli_fixtures import usage_error
 
 from vllama_jax.cli import main
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_cli import run
+from cli_fixtures import run_vllama
 
 import vllama_jax as vl
 from vllama_jax.checkpoints import shipped
@@ -27,7 +27,7 @@ def test_it_is_small():
 
 def test_chat_without_a_model_says_what_answers_and_answers_rightly():
     questions = ["Which way does it go?", "What do you hear?", "Which colour is it?"]
-    done = run("chat", box.CLIPS / "bell.mp4", *questions)
+    done = run_vllama("chat", box.CLIPS / "bell.mp4", *questions)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["it moves to the left", "a bell rings", "yellow"]
     assert "the miniature answers: 3 million weights that know 16 things (a bell, a dog, …)" in done.stderr
@@ -80,7 +80,7 @@ def test_without_the_box_a_model_must_be_named(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_eval_miniature_prints_what_the_model_in_the_box_knows():
-    done = run("eval", "miniature", "--seed", 1234, "--clips", 16, "--json")
+    done = run_vllama("eval", "miniature", "--seed", 1234, "--clips", 16, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     asked = {"object", "colour", "count", "motion", "motion_shuffled", "motion_reversed_opposite"}

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from text_fixtures import SPELLING
 
 from vllama_jax.errors import ConfigError
 from vllama_jax.text.prompts import (
@@ -25,37 +26,12 @@ from vllama_jax.text.prompts import (
     system_text,
     time_message,
 )
-from vllama_jax.text.tokenizer import SpecialToken, Tokenizer, load_tokenizer
+from vllama_jax.text.tokenizer import load_tokenizer
 
 VIDEO = Media("video", seconds=(0.0, 1.25))
 SOUND_VIDEO = Media("video", sound=True, seconds=(0.0, 1.25))
 IMAGE = Media("image")
 AUDIO = Media("audio")
-
-
-class SpellingTokenizer(Tokenizer):
-    """One id a letter, "▁" before each text; "###" at its very beginning is one token, as in LLaMA."""
-
-    alone = 0x110000  # the id of "▁###"; letters are their code points, and <unk> <s> </s> are 0 1 2
-
-    def __init__(self):
-        contents = ("<unk>", "<s>", "</s>")
-        special_tokens = [SpecialToken(content, i, lstrip=False, rstrip=False) for i, content in enumerate(contents)]
-        super().__init__(special_tokens, {"unk": 0, "bos": 1, "eos": 2}, self.alone + 1)
-
-    def _encode_plain(self, text):
-        if text.startswith("###"):
-            return [self.alone, *map(ord, text[3:])]
-        return [ord(letter) for letter in "▁" + text] if text else []
-
-    def _decode_known(self, ids):
-        return "".join(self.tokens(ids)).replace("▁", " ").removeprefix(" ")
-
-    def _known_token(self, token_id):
-        return "▁###" if token_id == self.alone else chr(token_id)
-
-
-SPELLING = SpellingTokenizer()
 
 
 def talk(template, *steps, audio_branch=True, system=None):

@@ -11,8 +11,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
-from networks import random_network
-from test_sharding import small
+from networks import random_network, tiny_on_small_images
 
 from vllama_jax import sharding
 from vllama_jax.config import LoraConfig
@@ -60,7 +59,7 @@ class Trainer:
 
     def __init__(self, config: TrainConfig, shape=(1, 1, 1), network=None):
         self.config = config
-        network = network or random_network(small())
+        network = network or random_network(tiny_on_small_images())
         add_lora(network.llama, config.lora, rngs=nnx.Rngs(0))
         self.mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
         self.skeleton = Skeleton(network)
@@ -173,7 +172,7 @@ def test_each_place_layer_and_part_of_a_batch_drops_values_of_its_own(monkeypatc
         return mask
 
     monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
-    parts, cfg = 2, small().video_qformer
+    parts, cfg = 2, tiny_on_small_images().video_qformer
     Trainer(config_of(dropout=0.5, accumulation=parts))(batch_of("vision"))
     jax.effects_barrier()
     shapes = {  # by what is dropped: how many places there are, those of each layer and the queries
@@ -254,9 +253,9 @@ def test_processes_share_the_threads(processes, threads, monkeypatch):
     )
     config = config_of(data=DataConfig(threads=8, processes=processes))
     assert (
-        pipeline.BatchReader(config.data, config.branch, config.seed, small(), None, None, range(ROWS)).decode_all(
-            None, []
-        )
+        pipeline.BatchReader(
+            config.data, config.branch, config.seed, tiny_on_small_images(), None, None, range(ROWS)
+        ).decode_all(None, [])
         == []
     )
     assert asked == [threads]
