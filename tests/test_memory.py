@@ -132,7 +132,7 @@ def test_a_step_as_it_compiles_for_tpus(row):
     check_at_work(at_work, temporaries * GIGA)
 
 
-@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+@pytest.mark.parametrize("scheme", [pytest.param(None, marks=SLOW), pytest.param("int8", marks=SLOW), "int4"])
 def test_a_chat_as_it_is_loaded_and_compiled(tiny_model, scheme):
     mesh = sharding.make_mesh(data=2, tensor=4)
     network = load(tiny_model, mesh=mesh, quantize=scheme).network

@@ -308,7 +308,8 @@ def test_reading_in_pieces_equals_reading_at_once(pieces: list[tuple[int, tuple[
     assert cache.length == sum(length for length, _ in pieces)
 
 
-@pytest.mark.parametrize("published", [LLAMA_7B, pytest.param(LLAMA_13B, marks=pytest.mark.slow)], ids=["7b", "13b"])
+@pytest.mark.slow
+@pytest.mark.parametrize("published", [LLAMA_7B, LLAMA_13B], ids=["7b", "13b"])
 def test_llama_block_at_full_width(published: LlamaConfig):
     cfg = dataclasses.replace(published, depth=1, vocab_size=97)
     reference, ids = llama_reference(cfg), token_ids(1, 9)

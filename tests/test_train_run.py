@@ -68,10 +68,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_model, records) -> tuple[Path, Path]:
+def whole(tmp_path_factory, tiny_model, pictures) -> tuple[Path, Path]:
     """A config, and the run of it that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    config = write_config(folder / "config.py", config_of(tiny_model, records))
+    config = write_config(folder / "config.py", config_of(tiny_model, pictures))
     process = command(config, folder / "run")
     assert process.wait() == 0, process.stderr.read()
     return config, folder / "run"
@@ -179,6 +179,7 @@ def test_stage_2_starts_from_stage_1(tiny_model, records, stage1, tmp_path):
     assert all(source.trained for source in reporter.plan.sources.values())
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_model, pictures, stage1, tmp_path, caplog):
     run = shutil.copytree(stage1, tmp_path / "run")
     for file in (run / "step_8/weights").rglob("d/*"):
@@ -188,6 +189,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_mode
     assert_same_run(run, stage1)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_where_no_checkpoint_can_be_read_nothing_is_changed(tiny_model, pictures, stage1, tmp_path):
     run = shutil.copytree(stage1, tmp_path / "run")
     for file in run.glob("step_*/weights/d/*"):
@@ -219,6 +221,7 @@ class FullDisk(Quiet):
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("on_error", ["stop", pytest.param("continue", marks=SLOW)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
 def test_a_full_disk_while_saving(tiny_model, pictures, tmp_path, on_error):
@@ -252,6 +255,7 @@ def test_tensorboard_shows_what_was_kept(stage1):
     np.testing.assert_allclose(shown, losses(stage1), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny_model, pictures, tmp_path):
     config = short_config(tiny_model, pictures, optim=OptimConfig(lr=1e30, min_lr=1e30, warmup_steps=0))
     with pytest.raises(VllamaError, match=r"step \d: the loss is nan .*png.*; the last good checkpoint is kept"):
