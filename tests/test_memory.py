@@ -34,7 +34,7 @@ GIGA = 10**9
 CPU = Device("cpu", 16 * GIGA, 1.0, 8, is_host=True)
 ALONE = MeshConfig(data=1)
 AT_WORK = ("gradients", "layers' inputs", "weights at hand", "activations")
-LOW, HIGH, SMALL = 0.75, 2.0, 0.3 * GIGA  # temporaries are told within these factors of XLA's, or within so many bytes
+LOW, HIGH = 0.75, 2.0  # the estimate of temporaries is within these multiples of XLA's figure
 NOT_WHOLE = 5.0  # the same where most of what is told are scores that XLA's CPU code does not hold whole
 
 
@@ -49,10 +49,6 @@ def split_need(need: Need) -> tuple[int, int]:
     """Bytes on a device that are there before and after a step, and those that a step takes beside them."""
     at_work = sum(need.device[part] for part in AT_WORK)
     return need.device_total - at_work, at_work
-
-
-def check_at_work(told: int, compiled: float) -> None:
-    assert LOW < told / compiled < HIGH or abs(told - compiled) < SMALL, f"{told / 1e9:.3f}, XLA {compiled / 1e9:.3f}"
 
 
 def medium() -> VideoLlamaConfig:
@@ -98,38 +94,39 @@ def test_a_step_as_xla_compiles_it(model, mesh, length, options):
 
 
 # Steps compiled for TPUs by libtpu 0.0.52: size, mesh, samples a place, tokens, encoders or not, GB of arguments and of
-# temporaries. The first seven are this package's own step; the others a prototype in plain JAX of the same shapes.
+# temporaries, and the estimate of the temporaries as a multiple of that. The first seven are this package's own step;
+# the others a prototype in plain JAX of the same shapes.
 TPUS = [
-    ("7b", (1, 16, 1), 4, 128, True, 1.033, 0.644),
-    ("7b", (1, 16, 1), 4, 512, True, 1.033, 1.275),
-    ("7b", (1, 16, 1), 16, 128, True, 1.050, 2.907),
-    ("7b", (4, 1, 4), 4, 128, True, 4.019, 0.163),
-    ("13b", (1, 16, 1), 4, 128, True, 1.819, 0.841),
-    ("13b", (1, 16, 1), 4, 512, True, 1.819, 1.897),
-    ("7b", (4, 1, 1), 32, 128, True, 15.969, 2.971),
-    ("7b", (2, 128, 1), 4, 128, True, 0.14, 0.74),
-    ("7b", (2, 128, 1), 32, 128, True, 0.18, 4.63),
-    ("13b", (2, 128, 1), 8, 128, True, 0.24, 1.46),
-    ("13b", (1, 16, 1), 4, 128, True, 1.82, 1.33),
-    ("13b", (1, 64, 1), 8, 128, True, 0.47, 2.04),
-    ("13b", (2, 128, 1), 8, 128, True, 0.24, 1.48),
-    ("7b", (1, 256, 1), 4, 128, False, 0.06, 0.71),
-    ("7b", (1, 64, 4), 16, 128, False, 0.07, 0.73),
-    ("7b", (1, 16, 1), 4, 128, False, 0.87, 1.11),
-    ("7b", (1, 16, 1), 4, 544, False, 0.87, 2.04),
-    ("13b", (2, 128, 1), 4, 544, True, 0.24, 2.43),
+    ("7b", (1, 16, 1), 4, 128, True, 1.033, 0.644, 1.68),
+    ("7b", (1, 16, 1), 4, 512, True, 1.033, 1.275, 1.58),
+    ("7b", (1, 16, 1), 16, 128, True, 1.050, 2.907, 0.85),
+    ("7b", (4, 1, 4), 4, 128, True, 4.019, 0.163, 2.10),
+    ("13b", (1, 16, 1), 4, 128, True, 1.819, 0.841, 1.96),
+    ("13b", (1, 16, 1), 4, 512, True, 1.819, 1.897, 1.55),
+    ("7b", (4, 1, 1), 32, 128, True, 15.969, 2.971, 1.65),
+    ("7b", (2, 128, 1), 4, 128, True, 0.14, 0.74, 1.45),
+    ("7b", (2, 128, 1), 32, 128, True, 0.18, 4.63, 1.04),
+    ("13b", (2, 128, 1), 8, 128, True, 0.24, 1.46, 1.37),
+    ("13b", (1, 16, 1), 4, 128, True, 1.82, 1.33, 1.24),
+    ("13b", (1, 64, 1), 8, 128, True, 0.47, 2.04, 0.98),
+    ("13b", (2, 128, 1), 8, 128, True, 0.24, 1.48, 1.36),
+    ("7b", (1, 256, 1), 4, 128, False, 0.06, 0.71, 1.51),
+    ("7b", (1, 64, 4), 16, 128, False, 0.07, 0.73, 1.32),
+    ("7b", (1, 16, 1), 4, 128, False, 0.87, 1.11, 0.97),
+    ("7b", (1, 16, 1), 4, 544, False, 0.87, 2.04, 1.03),
+    ("13b", (2, 128, 1), 4, 544, True, 0.24, 2.43, 1.26),
 ]
 
 
 @pytest.mark.parametrize("row", TPUS, ids=str)
 def test_a_step_as_it_compiles_for_tpus(row):
-    size, (data, fsdp, tensor), rows, length, encoders, arguments, temporaries = row
+    size, (data, fsdp, tensor), rows, length, encoders, arguments, temporaries, ratio = row
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
     config = config_of(mesh, rows, data=DataConfig() if encoders else DataConfig(features="f"))
     need = estimate.training(SIZES[size](), "step", config, mesh, DEVICES["v5e"], length)
     still, at_work = split_need(need)
     assert still == pytest.approx(arguments * GIGA, rel=0.1, abs=0.01 * GIGA)
-    check_at_work(at_work, temporaries * GIGA)
+    assert at_work / (temporaries * GIGA) == pytest.approx(ratio, abs=0.01)
 
 
 @pytest.mark.parametrize("scheme", [pytest.param(None, marks=SLOW), pytest.param("int8", marks=SLOW), "int4"])
