@@ -47,7 +47,7 @@ def test_a_chat_about_a_clip_and_json_of_it_which_compiles_nothing(tiny_model, c
     assert kept == {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
 
 
-def test_interactive(tiny_model, clip, cache):
+def test_interactive_chat_answers_each_line_of_stdin(tiny_model, clip, cache):
     done = run_vllama("chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="What is there?\nAnd then?\n")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 2
@@ -111,7 +111,7 @@ def test_an_unknown_command_gets_a_suggestion(capsys):
     assert "did you mean 'chat'?" in capsys.readouterr().err
 
 
-def test_missing_model(clip, capsys, tmp_path):
+def test_a_missing_model_directory_is_one_line(clip, capsys, tmp_path):
     message = failure(capsys, "chat", clip, "Hm?", "--model", tmp_path / "none")
     assert message == f"vllama: {tmp_path / 'none'}: no such model directory; `vllama convert` makes one"
 
@@ -121,7 +121,7 @@ def test_missing_media_fails_before_the_model_is_loaded(capsys, tmp_path):
     assert message == f"vllama: {tmp_path / 'none.mp4'}: no such file; check the path"
 
 
-def test_unusable_media(tiny_model, capsys, tmp_path, clip, unloaded):
+def test_unusable_media_are_one_line_each(tiny_model, capsys, tmp_path, clip, unloaded):
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     (tmp_path / "empty.mp4").touch()

@@ -120,7 +120,7 @@ def test_torch_file_of_something_else(tiny_files, tmp_path, saved, message):
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_missing_file_and_directory(tiny_files, tmp_path, field):
+def test_a_missing_file_or_directory_is_one_line(tiny_files, tmp_path, field):
     absent, folder = tmp_path / "absent.pth", tmp_path / "folder"
     folder.mkdir()
     assert f"{absent}: no such file" in one_line(tiny_files | {field: absent}, tmp_path)

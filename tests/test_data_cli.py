@@ -99,7 +99,7 @@ def test_check_of_whole_records_says_so(source, tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: 1 of 1 records can be used\n"
 
 
-def test_stats(records, capsys):
+def test_stats_count_records_by_kind(records, capsys):
     run("stats", records, "--json")
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["video", "image", "audio"]

@@ -23,13 +23,13 @@ def refusal(model: Path, out: Path, *more: str) -> str:
     return message
 
 
-def test_no_model(tmp_path):
+def test_a_missing_model_directory_is_one_line(tmp_path):
     said = refusal(tmp_path / "none", tmp_path / "made")
     assert said == f"{tmp_path}/none: no such model directory; `vllama convert` makes one"
     assert "not a model directory (no config.json in it)" in refusal(tmp_path, tmp_path / "made")
 
 
-def test_place_that_is_taken(tiny_model, tmp_path):
+def test_an_output_that_exists_is_one_line_and_kept(tiny_model, tmp_path):
     (tmp_path / "made").mkdir()
     (tmp_path / "made/mine").write_text("mine")
     said = refusal(tiny_model, tmp_path / "made")
@@ -38,7 +38,7 @@ def test_place_that_is_taken(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["pth", "safetensors"])
-def test_full_disk(tiny_model, tmp_path, monkeypatch, format):
+def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_model, tmp_path, monkeypatch, format):
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -90,13 +90,13 @@ def test_shards_of_no_size(tiny_model, tmp_path, size):
     assert not (tmp_path / "made").exists()
 
 
-def test_wrong_usage(tiny_model, tmp_path):
+def test_an_unknown_format_exits_with_2(tiny_model, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         main(["export", str(tiny_model), "--out", str(tmp_path / "made"), "--format", "onnx"])
     assert stopped.value.code == 2
 
 
-def test_the_command(tiny_model, tmp_path):
+def test_export_in_a_process_writes_once_and_refuses_to_overwrite(tiny_model, tmp_path):
     command = [
         str(Path(sys.executable).with_name("vllama")),
         "export",

@@ -196,7 +196,7 @@ def test_beams_and_longer_conversations_take_more():
         estimate.chatting(model, ALONE, DEVICES["H100"], length=2000)
 
 
-def test_verdicts():
+def test_verdicts_follow_the_usable_memory():
     device = Device("d", 100, 0.5, 1)
     fits, tight, large = (Need("n", "", {"part": size}, {}) for size in (45, 46, 51))
     assert [estimate.verdict(need, device) for need in (fits, tight, large)] == ["fits", "tight", "does not fit"]
@@ -291,7 +291,7 @@ def test_a_size_is_told_for_a_chat_and_both_stages(capsys):
         assert sum(size for part, size in use["device"].items() if part != "all") == use["device"]["all"]
 
 
-def test_a_model_directory(capsys, tiny_model):
+def test_a_model_directory_fits_for_all_uses(capsys, tiny_model):
     report = json.loads(tell(capsys, tiny_model, "--devices", "v5e", "--batch-size", 4, "--json"))
     assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
 
@@ -312,7 +312,7 @@ def test_a_quantised_model_is_told_of_a_chat_alone(capsys, tiny_model, tmp_path)
 
 
 @SLOW
-def test_a_run_directory(capsys, stage1):
+def test_a_run_directory_fits_for_all_uses(capsys, stage1):
     report = json.loads(tell(capsys, stage1, "--devices", "v5e", "--batch-size", 4, "--json"))
     assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
 
@@ -370,7 +370,7 @@ def test_errors_are_one_line(arguments, message):
     assert "\n" not in stop.value.code
 
 
-def test_in_a_process_of_its_own():
+def test_memory_in_a_process_prints_and_its_arithmetic_imports_no_jax():
     """Nothing is loaded: seconds, and the memory of JAX itself. The arithmetic alone does not even import JAX."""
     command = [str(Path(sys.executable).parent / "vllama"), "memory", "13b", "--devices", "v5p"]
     done = subprocess.run(

@@ -20,7 +20,7 @@ def answer(chat: vl.Chat, question: str) -> str:
     return "".join(chat.ask(question))
 
 
-def test_it_is_small():
+def test_the_miniature_is_under_12_mb():
     sizes = [file.stat().st_size for file in box.BOX.rglob("*") if file.is_file()]
     assert sum(sizes) < 12e6
 
@@ -35,14 +35,14 @@ def test_chat_without_a_model_says_what_answers_and_answers_rightly():
     assert "bell.mp4: 8 frames of 4.0 s; sound used" in done.stderr
 
 
-def test_it_tells_whether_sound_and_picture_fit(miniature):
+def test_the_miniature_answers_whether_sound_and_picture_fit(miniature):
     for clip, said in (("bell.mp4", "yes"), ("dog_or_drum.mp4", "no")):
         chat = vl.Chat(miniature)
         chat.add(box.CLIPS / clip)
         assert answer(chat, "Does the sound fit the picture?").split()[-1] == said
 
 
-def test_it_tells_what_comes_first_and_how_many_there_are(miniature):
+def test_the_miniature_answers_what_comes_first_and_how_many_there_are(miniature):
     chat = vl.Chat(miniature)
     chat.add(box.CLIPS / "two.mp4")
     assert answer(chat, "What comes first?") == "a frog"

@@ -84,7 +84,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_a_finished_run(whole, clip):
+def test_a_finished_run_has_every_step_and_chats(whole, clip):
     config, run = whole
     assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
     assert run_steps(run) == [15, 20]
@@ -120,7 +120,7 @@ def test_decoding_in_processes_changes_nothing(whole, tmp_path):
 
 @SLOW
 @pytest.mark.parametrize("name", SHIPPED)
-def test_kills_change_nothing(name, tiny_model, real_records, tmp_path):
+def test_a_run_killed_four_times_ends_as_the_one_that_was_not(name, tiny_model, real_records, tmp_path):
     config = write_config(tmp_path / "config.py", config_of(tiny_model, real_records, name))
     assert command(config, tmp_path / "whole").wait() == 0
     run, draw = tmp_path / "killed", random.Random(name)
@@ -320,7 +320,7 @@ def test_broken_and_short_videos_are_masked_and_named(tiny_model, tmp_path):
 
 
 @SLOW
-def test_validation(tiny_model, records, clip, tmp_path):
+def test_validation_writes_its_loss_and_answers_at_each_step(tiny_model, records, clip, tmp_path):
     config = config_of(tiny_model, records, steps=2, batch_size=8, mesh=ONE)
     held = tuple(dataclasses.replace(dataset, held_out=1) for dataset in config.datasets)
     looks = dataclasses.replace(config.validation, every=1, batches=2, clips=(str(clip),), max_new_tokens=5)

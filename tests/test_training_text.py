@@ -302,7 +302,7 @@ CAPTION_BATCHES = [
 
 
 @pytest.mark.parametrize("name", [*CAPTION_BATCHES, "s1_vision_noprompt_v0pad"])
-def test_golden_captions(golden, cases, name):
+def test_caption_texts_are_goldens(golden, cases, name):
     arrays, tokenizer, embeddings, media_length = golden_parts(golden, name)
     case = cases[name.removesuffix("_v0pad")]
     template, instruction = "plain", None
@@ -345,7 +345,7 @@ def golden_conversations(golden, name):
 
 
 @pytest.mark.parametrize("name", [*CONVERSATION_BATCHES, "s2_vision_vicuna_v0pad"])
-def test_golden_conversations(golden, cases, name):
+def test_conversation_texts_are_goldens(golden, cases, name):
     arrays, tokenizer, _, media_length = golden_parts(golden, name)
     template = "vicuna" if "vicuna" in name else "llama_2"
     options = {"media_length": media_length, "tokenizer": tokenizer}
@@ -365,6 +365,6 @@ def test_golden_conversations(golden, cases, name):
         assert [("~" if label == IGNORE else "") + word for word, label, here in words if not here] == table.split(" ")
 
 
-def test_golden_clean_captions(golden):
+def test_clean_captions_are_goldens(golden):
     for text, expected in json.loads((golden / "extra/extra.json").read_text())["blip_caption"]:
         assert clean_caption(text) == expected

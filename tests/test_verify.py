@@ -178,7 +178,7 @@ def test_the_stages_of_a_part_are_the_part(tiny_model, network, parts, name):
     np.testing.assert_allclose(x[0] if isinstance(x, tuple) else x, whole, atol=1e-5)
 
 
-def test_a_good_model(tiny_model, tiny_files, capsys):
+def test_a_good_model_passes(tiny_model, tiny_files, capsys):
     report = json.loads(run(capsys, tiny_model, *options(tiny_files), "--json"))
     layers, logits = report["layers"], report["logits"]
     assert report["equal"]
@@ -235,7 +235,7 @@ def test_swapped_weights_are_found_where_they_are(tiny_model, tiny_files, tmp_pa
 
 
 @pytest.mark.slow
-def test_wrong_rotary_base(tiny_model, tiny_files, tmp_path, capsys):
+def test_a_wrong_rotary_base_is_found(tiny_model, tiny_files, tmp_path, capsys):
     model = copied(tiny_model, tmp_path)
     fields = json.loads((model / "config.json").read_text())
     fields["model"]["llama"]["rope_theta"] = 10100.0
@@ -246,7 +246,7 @@ def test_wrong_rotary_base(tiny_model, tiny_files, tmp_path, capsys):
     assert "vit, " not in message
 
 
-def test_numbers_that_are_none(tiny_model, tiny_files, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_found(tiny_model, tiny_files, tmp_path, capsys):
     def spoil(tensors: Tensors) -> None:
         tensors["blocks.0.norm1.weight"][0] = np.nan
 
@@ -256,7 +256,7 @@ def test_numbers_that_are_none(tiny_model, tiny_files, tmp_path, capsys):
     assert next(layer for layer in json.loads(out)["layers"] if layer["layer"] == "layer 0")["relative"] is None
 
 
-def test_golden_equals_torchs(golden_model, golden_files, capsys):
+def test_goldens_layers_equal_torchs(golden_model, golden_files, capsys):
     """The original's own layouts: .pth files and .bin shards."""
     report = json.loads(run(capsys, golden_model, *options(golden_files), "--json"))
     assert max(layer["relative"] for layer in report["layers"]) < 5e-6
@@ -318,7 +318,7 @@ def test_without_transformers(tiny_model, tiny_files, capsys, monkeypatch):
     assert message == f"{expected}; or add --weights-only"
 
 
-def test_in_a_process_of_its_own(tiny_model, tiny_files, tmp_path):
+def test_verify_in_a_process_prints_the_first_difference_and_exits_with_1(tiny_model, tiny_files, tmp_path):
     vllama = Path(sys.executable).with_name("vllama")
     model = copied(tiny_model, tmp_path)
     flip_a_byte(model, "vit/positions")
