@@ -35,7 +35,6 @@ CPU = Device("cpu", 16 * GIGA, 1.0, 8, is_host=True)
 ALONE = MeshConfig(data=1)
 AT_WORK = ("gradients", "layers' inputs", "weights at hand", "activations")
 LOW, HIGH = 0.75, 2.0  # the estimate of temporaries is within these multiples of XLA's figure
-NOT_WHOLE = 5.0  # the same where most of what is told are scores that XLA's CPU code does not hold whole
 
 
 def config_of(mesh: MeshConfig = ALONE, rows: int = 4, **options) -> TrainConfig:
@@ -60,37 +59,38 @@ def medium() -> VideoLlamaConfig:
     return dataclasses.replace(video_llama(llama), vit=vit)
 
 
-# Steps on CPU devices, compiled here.
+# Steps on CPU devices, compiled here, and the estimate of their temporaries as a multiple of XLA's figure (jaxlib 0.10).
+# Most of what is estimated for the tiny model on one device are attention scores, of which XLA's CPU code holds a part.
 COMPILED = [
-    pytest.param(tiny(), ALONE, 128, {}, id="tiny"),
-    pytest.param(tiny(), MeshConfig(data=2, fsdp=2, tensor=2), 256, {}, id="tiny on 8"),
-    pytest.param(tiny(), ALONE, 128, {"branch": "audio", "trainable": AUDIO_BRANCH}, id="tiny, audio"),
+    pytest.param(tiny(), ALONE, 128, {}, 4.38, id="tiny"),
+    pytest.param(tiny(), MeshConfig(data=2, fsdp=2, tensor=2), 256, {}, 1.38, id="tiny on 8"),
+    pytest.param(tiny(), ALONE, 128, {"branch": "audio", "trainable": AUDIO_BRANCH}, 4.76, id="tiny, audio"),
     pytest.param(
         tiny(),
         ALONE,
         128,
         {"lora": LoraConfig(rank=4), "trainable": (*VISION_BRANCH, *LORA)},
+        4.38,
         id="low rank",
     ),
-    pytest.param(medium(), ALONE, 128, {"data": DataConfig(features="f")}, id="medium, features"),
-    pytest.param(medium(), MeshConfig(data=1, fsdp=8), 128, {}, id="medium on 8"),
-    pytest.param(medium(), ALONE, 512, {"accumulation": 2}, id="medium in parts"),
-    pytest.param(medium(), ALONE, 256, {"remat": "dots"}, id="medium, dots"),
-    pytest.param(medium(), ALONE, 256, {"remat": "none"}, id="medium, none"),
+    pytest.param(medium(), ALONE, 128, {"data": DataConfig(features="f")}, 1.26, id="medium, features"),
+    pytest.param(medium(), MeshConfig(data=1, fsdp=8), 128, {}, 0.96, id="medium on 8"),
+    pytest.param(medium(), ALONE, 512, {"accumulation": 2}, 1.11, id="medium in parts"),
+    pytest.param(medium(), ALONE, 256, {"remat": "dots"}, 1.18, id="medium, dots"),
+    pytest.param(medium(), ALONE, 256, {"remat": "none"}, 1.19, id="medium, none"),
 ]
 
 
 @SLOW
-@pytest.mark.parametrize(("model", "mesh", "length", "options"), COMPILED)
-def test_a_step_as_xla_compiles_it(model, mesh, length, options):
+@pytest.mark.parametrize(("model", "mesh", "length", "options", "ratio"), COMPILED)
+def test_a_step_as_xla_compiles_it(model, mesh, length, options, ratio):
     config = config_of(mesh, compute_dtype="float32", **options)
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
     places = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=devices)
     compiled = compiled_memory(abstract_run(model, config, places, length))
     still, at_work = split_need(estimate.training(model, "step", config, mesh, CPU, length))
     assert still == pytest.approx(compiled.argument_size_in_bytes, rel=1e-3)
-    check, most = compiled.temp_size_in_bytes, NOT_WHOLE if (model, mesh) == (tiny(), ALONE) else HIGH
-    assert LOW < at_work / check < most, f"{at_work / 1e6:.1f}, XLA {check / 1e6:.1f} MB"
+    assert at_work / compiled.temp_size_in_bytes == pytest.approx(ratio, rel=0.1)
 
 
 # Steps compiled for TPUs by libtpu 0.0.52: size, mesh, samples a place, tokens, encoders or not, GB of arguments and of
