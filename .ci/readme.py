@@ -1,4 +1,7 @@
-"""Prints the bash and python blocks of a page as one bash script, in order, each shown before it runs."""
+"""Prints the bash and python blocks of a page as one bash script, in order.
+
+Each block is printed before it runs, with the seconds since the script started.
+"""
 
 import re
 import shlex
@@ -8,5 +11,5 @@ from pathlib import Path
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 for language, code in BLOCK.findall(Path(sys.argv[1]).read_text()):
-    print(f"printf '%s\\n' {shlex.quote('--- ' + code)}")
+    print(f"printf -- '--- after %d s: %s\\n' $SECONDS {shlex.quote(code)}")
     print(code if language == "bash" else f"python -c {shlex.quote(code)}")

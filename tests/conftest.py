@@ -4,11 +4,12 @@ The tests see 8 CPU devices, so that what is split over a mesh can be tried on a
 few optimisations, which takes a quarter off the tests' time; `.ci/run` runs the README's commands with all of them.
 """
 
+import contextlib
 import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -30,14 +31,32 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def compiled_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """One folder of compiled programs for all workers of a session and the commands that they start: many tests need
-    the same one, and none writes into the user's.
+def compiled_programs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> None:
+    """One folder of compiled programs for all workers of a session and the commands that they start.
+
+    It is in pytest's cache, so that a later session (the slow tests after the fast ones, as in `.ci/run`) compiles only
+    what is new. JAX identifies a program by its content, its options and the version of JAX. `pytest --cache-clear`
+    removes the folder.
     """
     folder = session_folder(tmp_path_factory)
     os.environ["VLLAMA_CACHE"] = str(folder)
-    jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    compiled = folder / "compiled"
+    if request.config.pluginmanager.has_plugin("cacheprovider"):  # not with `-p no:cacheprovider`
+        with contextlib.suppress(FileExistsError):  # another worker was first
+            compiled.symlink_to(request.config.cache.mkdir("compiled"))
+    jax.config.update("jax_compilation_cache_dir", str(compiled))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Nothing that tests write must survive a power failure.
+
+    `os.fsync` takes 12 ms on a virtual disk, and the conversion of the tiny model calls it 185 times.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
 
 
 def session_folder(factory: pytest.TempPathFactory) -> Path:
@@ -163,11 +182,22 @@ def pictures(build_once) -> Path:
 
 @pytest.fixture(scope="session")
 def stage1(build_once, tiny_model: Path, pictures: Path) -> Path:
-    """A finished run of eight steps on 8 devices. Not to be written to."""
-    from vllama_jax.train.loop import train
+    """A finished run of eight steps on one device. Not to be written to."""
 
-    config = train_fixtures.short_config(tiny_model, pictures)
-    return build_once("stage1", lambda folder: train(config, folder / "run", train_fixtures.Quiet())) / "run"
+    def run(folder: Path) -> None:
+        from vllama_jax.train.loop import train
+
+        with pytest.MonkeyPatch.context() as patch:
+            train_fixtures.use_one_device(patch)
+            train(train_fixtures.short_config(tiny_model, pictures), folder / "run", train_fixtures.Quiet())
+
+    return build_once("stage1", run) / "run"
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """See `train_fixtures.use_one_device`."""
+    train_fixtures.use_one_device(monkeypatch)
 
 
 def _records(build_once, name: str, **options) -> Path:

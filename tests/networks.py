@@ -1,9 +1,11 @@
 """Networks with random weights, made without compiling anything."""
 
+import dataclasses
+
 import numpy as np
 from flax import nnx
 
-from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.config import VideoLlamaConfig, tiny
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.nn.video_llama import VideoLlama
 
@@ -22,3 +24,14 @@ def random_network(cfg: VideoLlamaConfig, seed: int = 0) -> VideoLlama:
             values *= 0.1
         variable.set_value(values)
     return nnx.merge(graph, state)
+
+
+def tiny_on_small_images(vocab_size: int = 512) -> VideoLlamaConfig:
+    """The tiny model on small pictures."""
+    cfg = tiny(vocab_size=vocab_size)
+    vision = dataclasses.replace(cfg.imagebind.vision, image_size=56)
+    return dataclasses.replace(
+        cfg,
+        vit=dataclasses.replace(cfg.vit, image_size=56),
+        imagebind=dataclasses.replace(cfg.imagebind, vision=vision),
+    )

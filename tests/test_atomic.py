@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from cli_fixtures import error_line
 from conversions import command
 from train_fixtures import config_of, short_config, write_config, write_files
 
 import vllama_jax as vl
-from vllama_jax.cli import main
 from vllama_jax.io import atomic
 from vllama_jax.io.jsonl import Journal
 
@@ -74,15 +74,6 @@ PLANTED = {
 }
 
 
-def refused(arguments: list[str]) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        main(arguments)
-    assert isinstance(stopped.value.code, str), "one line, and exit code 1"
-    assert stopped.value.code.startswith("vllama: ")
-    assert "\n" not in stopped.value.code
-    return stopped.value.code
-
-
 @pytest.fixture(scope="session")
 def annotations(tmp_path_factory) -> Path:
     return write_files(tmp_path_factory.mktemp("annotated") / "clips", videos=0)
@@ -101,7 +92,7 @@ def test_links_where_a_new_directory_is_made(tiny_files, tiny_model, annotations
     before = contents(treasure)
     plant(treasure, partial, out)
     planted = sorted(tmp_path.rglob("*")), contents(tmp_path)
-    assert refused(arguments).endswith(PLANTED[plant])
+    assert error_line(*arguments).endswith(PLANTED[plant])
     assert contents(treasure) == before
     assert (sorted(tmp_path.rglob("*")), contents(tmp_path)) == planted
 
@@ -117,11 +108,11 @@ def test_a_link_where_features_are_written(tiny_model, pictures, treasure, tmp_p
     before = contents(treasure)
     scratch = tmp_path / "out" / ".partial-0"
     scratch.symlink_to(treasure)
-    assert refused(arguments).endswith(f".partial-0: {DIRECTORY_LINK}")
+    assert error_line(*arguments).endswith(f".partial-0: {DIRECTORY_LINK}")
     scratch.unlink()
     scratch.mkdir()
     (scratch / "shard").symlink_to(treasure / "file.txt")
-    assert refused(arguments).endswith(
+    assert error_line(*arguments).endswith(
         ".partial-0/shard: a symbolic link, in a directory that this command empties; remove it"
     )
     assert contents(treasure) == before
@@ -134,7 +125,7 @@ def test_a_link_in_a_run_directory(tiny_model, pictures, treasure, tmp_path, nam
     run.mkdir()
     (run / name).symlink_to(treasure / "file.txt")
     before = contents(treasure)
-    assert refused(["train", str(config), "--out", str(run)]).endswith(f"{name}: {FILE_LINK}")
+    assert error_line("train", config, "--out", run).endswith(f"{name}: {FILE_LINK}")
     assert contents(treasure) == before
 
 
@@ -149,7 +140,7 @@ def test_a_link_in_an_evaluation_directory(tiny_model, clip, treasure, tmp_path,
     (out / name).symlink_to(treasure / "config.json")
     before = contents(treasure)
     arguments = ["eval", "jsonl", "--annotations", str(tmp_path / "questions.jsonl"), "--videos", str(clip.parent)]
-    said = refused([*arguments, "--model", str(tiny_model), "--out", str(out)])
+    said = error_line(*arguments, "--model", tiny_model, "--out", out)
     assert said.endswith(f"{name}: {FILE_LINK}")
     assert contents(treasure) == before
 
@@ -163,7 +154,7 @@ def test_a_link_where_a_plot_is_drawn(treasure, tmp_path, name, named):
     (run / name).symlink_to(treasure / "file.txt")
     before = contents(treasure)
     options = ["--out", str(run / "loss.png")] if named else []
-    assert refused(["plot", str(run), *options]).endswith(f"{name}: {FILE_LINK}")
+    assert error_line("plot", run, *options).endswith(f"{name}: {FILE_LINK}")
     assert contents(treasure) == before
 
 
@@ -230,8 +221,8 @@ def test_what_exists_is_said_before_anything_is_read(tmp_path, monkeypatch):
         ["quantize", absent, "--out", out],
         ["data", "build", "jsonl", "--source", absent, "--out", out],
     ):
-        assert refused(arguments) == f"vllama: {out}: exists already; remove it or choose another place"
+        assert error_line(*arguments) == f"{out}: exists already; remove it or choose another place"
     (tmp_path / "out" / "config.json").write_text("{}")
     config = write_config(tmp_path / "config.py", config_of(absent, absent))
-    said = refused(["features", str(config), "--out", out])
-    assert said == f"vllama: {out}: holds something else (it has config.json); choose another --out"
+    said = error_line("features", config, "--out", out)
+    assert said == f"{out}: holds something else (it has config.json); choose another --out"

@@ -141,7 +141,7 @@ def test_every_kind_of_file_together(model, clip, picture, tmp_path):
     assert [len(tokens) for tokens in chat._tokens] == [8, 32, 32, 8]
 
 
-def test_talk_without_any_file(model):
+def test_a_chat_without_media_answers(model):
     chat = vl.Chat(model)
     list(chat.ask("Hello?", max_new_tokens=5))
     assert len(chat.last.tokens) == 5
@@ -156,7 +156,7 @@ def test_templates(model, picture, template):
     assert 0 < len(chat.last.tokens) <= 5
 
 
-def test_an_unknown_template(model):
+def test_an_unknown_template_is_an_error(model):
     with pytest.raises(vl.ConfigError, match="unknown prompt template 'alpaca': choose one of vicuna, llama_2, plain"):
         vl.Chat(model, template="alpaca")
 

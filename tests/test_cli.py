@@ -2,12 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from cli_fixtures import failure, run_vllama
 
 from vllama_jax import cli
 from vllama_jax.convert import convert, plan
@@ -16,17 +18,13 @@ CHAT = ["--max-new-tokens", "8"]
 HELP = [["--help"], *([command, "--help"] for command in ("chat", "convert", "export", "memory", "eval"))]
 
 
-def run(*arguments: object, cache: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess:
-    """A real `vllama` in a process of its own; its compiled programs are the session's, unless `cache` is given."""
-    command = [str(Path(sys.executable).parent / "vllama"), *map(str, arguments)]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"} | ({"VLLAMA_CACHE": str(cache)} if cache else {})
-    return subprocess.run(command, capture_output=True, text=True, input=stdin, env=environment, check=False)
-
-
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """Compiled programs, shared by the processes of these tests and no others."""
-    return tmp_path_factory.mktemp("cache")
+    """Compiled programs, those of the session so far among them, to which only the processes of these tests add."""
+    folder, session = tmp_path_factory.mktemp("cache"), Path(os.environ["VLLAMA_CACHE"], "compiled")
+    if session.exists():
+        shutil.copytree(session, folder / "compiled", copy_function=os.symlink)
+    return folder
 
 
 @pytest.fixture
@@ -36,27 +34,15 @@ def unloaded(monkeypatch) -> None:
     monkeypatch.setattr("vllama_jax.cli.chat.load", lambda *_, **__: pytest.fail("the model is loaded"))
 
 
-def failure(capsys, *arguments: object) -> str:
-    """What a command that fails says: one line on stderr, and exit code 1."""
-    with pytest.raises(SystemExit) as stop:
-        cli.main([str(argument) for argument in arguments])
-    message = stop.value.code
-    assert isinstance(message, str), "exit code is not 1"
-    assert message.startswith("vllama: ")
-    assert "\n" not in message
-    assert capsys.readouterr().out == ""
-    return message
-
-
 def test_a_chat_about_a_clip_and_json_of_it_which_compiles_nothing(tiny_model, clip, cache):
     asked = ["chat", clip, "One?", "Two?", "--model", tiny_model, *CHAT]
-    done = run(*asked, cache=cache)
+    done = run_vllama(*asked, cache=cache)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert f"{clip}: 8 frames of 3.0 s; sound used" in done.stderr
     assert "Traceback" not in done.stderr
     kept = {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
-    told = json.loads(run(*asked, "--json", cache=cache).stdout)
+    told = json.loads(run_vllama(*asked, "--json", cache=cache).stdout)
     assert "".join(turn["answer"] + "\n" for turn in told["turns"]) == done.stdout
     assert len(told["tokens"]) == 8
     assert told["report"]["audio"] == "used"
@@ -66,15 +52,15 @@ def test_a_chat_about_a_clip_and_json_of_it_which_compiles_nothing(tiny_model, c
     assert kept == {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
 
 
-def test_interactive(tiny_model, clip, cache):
-    done = run("chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="What is there?\nAnd then?\n")
+def test_interactive_chat_answers_each_line_of_stdin(tiny_model, clip, cache):
+    done = run_vllama("chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="What is there?\nAnd then?\n")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 2
 
 
 @pytest.mark.slow
 def test_interactive_goes_on_after_an_error(tiny_model, clip, cache):
-    done = run("chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="why? " * 800 + "\nAnd then?\n")
+    done = run_vllama("chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="why? " * 800 + "\nAnd then?\n")
     assert done.returncode == 0
     assert "vllama: the conversation has" in done.stderr
     assert done.stdout.strip()
@@ -83,10 +69,10 @@ def test_interactive_goes_on_after_an_error(tiny_model, clip, cache):
 @pytest.mark.slow
 def test_flags_reach_the_model(tiny_model, clip, cache):
     flags = ["--no-audio", "--temperature", "1", "--seed", "5", "--template", "llama_2", "--system", "Be brief."]
-    done = run("chat", clip, "Hm?", "--media", clip, "--model", tiny_model, *flags, "--json", *CHAT, cache=cache)
+    done = run_vllama("chat", clip, "Hm?", "--media", clip, "--model", tiny_model, *flags, "--json", *CHAT, cache=cache)
     answer = json.loads(done.stdout)
     assert [report["audio"] for report in answer["reports"]] == ["off", "off"]
-    beams = run("chat", clip, "Hm?", "--model", tiny_model, "--num-beams", "2", "--json", *CHAT, cache=cache)
+    beams = run_vllama("chat", clip, "Hm?", "--model", tiny_model, "--num-beams", "2", "--json", *CHAT, cache=cache)
     assert len(json.loads(beams.stdout)["tokens"]) == 8
 
 
@@ -94,7 +80,7 @@ def test_flags_reach_the_model(tiny_model, clip, cache):
 def test_help_is_quick_and_has_an_example(arguments):
     """Imports are what makes it slow: within a second of a bare interpreter, with room for a busy machine."""
     start = time.perf_counter()
-    done = run(*arguments)
+    done = run_vllama(*arguments)
     assert time.perf_counter() - start < 3
     assert done.returncode == 0
     assert "Example: vllama " in done.stdout
@@ -130,7 +116,7 @@ def test_an_unknown_command_gets_a_suggestion(capsys):
     assert "did you mean 'chat'?" in capsys.readouterr().err
 
 
-def test_missing_model(clip, capsys, tmp_path):
+def test_a_missing_model_directory_is_one_line(clip, capsys, tmp_path):
     message = failure(capsys, "chat", clip, "Hm?", "--model", tmp_path / "none")
     assert message == f"vllama: {tmp_path / 'none'}: no such model directory; `vllama convert` makes one"
 
@@ -140,7 +126,7 @@ def test_missing_media_fails_before_the_model_is_loaded(capsys, tmp_path):
     assert message == f"vllama: {tmp_path / 'none.mp4'}: no such file; check the path"
 
 
-def test_unusable_media(tiny_model, capsys, tmp_path, clip, unloaded):
+def test_unusable_media_are_one_line_each(tiny_model, capsys, tmp_path, clip, unloaded):
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(clip.read_bytes()[: clip.stat().st_size // 2])
     (tmp_path / "empty.mp4").touch()
@@ -189,6 +175,6 @@ def test_what_the_system_refuses_is_one_line(clip, capsys, monkeypatch):
 
 
 def test_errors_in_a_real_process(tiny_model, tmp_path):
-    done = run("chat", tmp_path / "none.mp4", "Hm?", "--model", tiny_model)
+    done = run_vllama("chat", tmp_path / "none.mp4", "Hm?", "--model", tiny_model)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.splitlines() == [f"vllama: {tmp_path / 'none.mp4'}: no such file; check the path"]

@@ -24,7 +24,7 @@ PRESETS = {
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_json_and_back(name):
+def test_a_config_comes_back_from_json_unchanged(name):
     assert from_json(to_json(PRESETS[name])) == PRESETS[name]
 
 

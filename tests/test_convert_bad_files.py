@@ -13,6 +13,7 @@ import pytest
 import torch
 from conversions import command, one_line, plan, without
 from safetensors.numpy import load_file, save_file
+from written_weights import LFS, Hostile
 
 import vllama_jax as vl
 from vllama_jax.cli import main
@@ -21,7 +22,6 @@ from vllama_jax.convert.tiny import write_tiny
 WHOLE = "must be a whole number from 1 to 16777216, not"
 ABOVE = "must be a number above 0 and at most"
 FIELDS = ["eva_vit", "blip2", "imagebind", "minigpt4", "vl", "al"]
-LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 
 
 # Files that are no weights.
@@ -120,7 +120,7 @@ def test_torch_file_of_something_else(tiny_files, tmp_path, saved, message):
 
 
 @pytest.mark.parametrize("field", FIELDS)
-def test_missing_file_and_directory(tiny_files, tmp_path, field):
+def test_a_missing_file_or_directory_is_one_line(tiny_files, tmp_path, field):
     absent, folder = tmp_path / "absent.pth", tmp_path / "folder"
     folder.mkdir()
     assert f"{absent}: no such file" in one_line(tiny_files | {field: absent}, tmp_path)
@@ -158,14 +158,6 @@ def test_zip_whose_names_leave_the_directory_writes_nothing(tiny_files, tmp_path
 
 
 # Pickles that want to run code.
-
-
-class Hostile:
-    def __init__(self, marker: Path):
-        self._marker = marker
-
-    def __reduce__(self):
-        return os.system, (f"touch '{self._marker}'",)
 
 
 @pytest.mark.parametrize("layout", ["zip", "old", "bare"])

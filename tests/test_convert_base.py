@@ -191,7 +191,7 @@ def manifest(**entry):
         (lambda base: shutil.rmtree(base), "no such model directory"),
     ],
 )
-def test_base_that_is_damaged(tiny_files, tiny_model, tmp_path, damage, message):
+def test_a_corrupt_base_is_one_line(tiny_files, tiny_model, tmp_path, damage, message):
     base = shutil.copytree(tiny_model, tmp_path / "base")
     damage(base)
     assert message in one_line({"vl": tiny_files["vl"]}, tmp_path, "--base", str(base))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conversions import bits, command, converted, hashes, leaves_of, one_line, without
 from safetensors.numpy import load_file, save_file
-from test_convert_files import LAYOUTS
+from written_weights import LAYOUTS
 
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main

@@ -10,7 +10,7 @@ import torch
 from conftest import GOLDEN_HEADS
 from conversions import command, hashes, one_line, plan, without
 from safetensors.numpy import load_file, save_file
-from test_convert_bad_files import LFS, Hostile
+from written_weights import LFS, Hostile
 
 from vllama_jax import convert
 from vllama_jax.cli import main

@@ -135,7 +135,7 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("config", BAD_CONFIGS)
-def test_bad_config(tiny_files, tmp_path, config):
+def test_a_bad_config_is_one_line(tiny_files, tmp_path, config):
     text, message = BAD_CONFIGS[config]
     given = json.loads(tiny_files["config"].read_text())
     if text.startswith("{") and text.endswith("}"):
@@ -170,7 +170,7 @@ def test_out_that_exists_is_kept(tiny_files, tmp_path):
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "mine"]
 
 
-def test_out_below_a_file(tiny_files, tmp_path):
+def test_out_below_a_file_is_one_line(tiny_files, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match=r"file/model: cannot be written \(Not a directory\); nothing was left there"):
         main(command(tiny_files, tmp_path / "file" / "model"))
@@ -185,7 +185,7 @@ def test_out_where_nothing_may_be_written(tiny_files, tmp_path, monkeypatch):
         main(command(tiny_files, tmp_path / "model"))
 
 
-def test_full_disk(tiny_files, tmp_path, monkeypatch):
+def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_files, tmp_path, monkeypatch):
     written = []
 
     def full(handle: int) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conversions import command, hashes, one_line
 from safetensors.numpy import load_file, save_file
-from test_convert_bad_files import Hostile
+from written_weights import Hostile
 
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main

@@ -169,7 +169,7 @@ def test_names_that_a_wrapper_prefixed(tiny_files, tiny_model, tmp_path, prefix,
     assert all(part in note for part in prefix.replace(".", ". ").split())
 
 
-def test_a_wrapped_language_model(tiny_files, tiny_model, tmp_path):
+def test_prefixed_names_of_a_wrapped_language_model_are_read(tiny_files, tiny_model, tmp_path):
     directory = shutil.copytree(tiny_files["llama"], tmp_path / "llama")
     tensors = load_file(directory / "model.safetensors")
     save_file({f"module.{name}": tensor for name, tensor in tensors.items()}, directory / "model.safetensors")
@@ -177,7 +177,7 @@ def test_a_wrapped_language_model(tiny_files, tiny_model, tmp_path):
     assert hashes(tmp_path / "model") == hashes(tiny_model)
 
 
-def test_a_compiled_submodule(tiny_files, tmp_path):
+def test_prefixed_names_of_a_compiled_submodule_are_read(tiny_files, tmp_path):
     def compile_module(tensors):
         for name in [name for name in tensors if name.startswith("video_Qformer.")]:
             tensors[name.replace("video_Qformer.", "video_Qformer._orig_mod.")] = tensors.pop(name)

@@ -1,7 +1,6 @@
 """`vllama data`, as a user meets it."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import media_fixtures
 import pytest
+from cli_fixtures import error_line, run_vllama
 from data_fixtures import lay, lines
 from PIL import Image
 
@@ -52,19 +52,8 @@ def run(*arguments: object) -> None:
     cli.main(["data", *map(str, arguments)])
 
 
-def failure(*arguments: object) -> str:
-    with pytest.raises(SystemExit) as stop:
-        run(*arguments)
-    assert isinstance(stop.value.code, str), "exit code is not 1"
-    assert "\n" not in stop.value.code
-    return stop.value.code
-
-
 def test_build_in_a_real_process(source, tmp_path):
-    command = [Path(sys.executable).parent / "vllama", "data", "build", "jsonl"]
-    arguments = ["--source", source / "a.jsonl", "--out", tmp_path / "out"]
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
+    done = run_vllama("data", "build", "jsonl", "--source", source / "a.jsonl", "--out", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     first, second = done.stdout.splitlines()
     assert first.startswith(f"{tmp_path / 'out'}: 4 video, 2 image, 1 audio records, 0.")
@@ -73,8 +62,8 @@ def test_build_in_a_real_process(source, tmp_path):
 
 
 def test_check_lists_what_cannot_be_used(records, capsys):
-    message = failure("check", records)
-    assert message.startswith(f"vllama: {records}: 3 of 7 records cannot be used; ")
+    message = error_line("data", "check", records)
+    assert message.startswith(f"{records}: 3 of 7 records cannot be used; ")
     *found, left_out, last = capsys.readouterr().out.splitlines()
     assert found[0] == "record 2, short.mp4: too short, 4 frames of 8"
     assert found[1].startswith("record 3, cut.mp4: the mp4 is truncated")
@@ -85,7 +74,7 @@ def test_check_lists_what_cannot_be_used(records, capsys):
 
 
 def test_check_as_json_with_tokens(records, capsys, tiny_model):
-    failure("check", records, "--num-frames", 4, "--model", tiny_model, "--json")
+    error_line("data", "check", records, "--num-frames", 4, "--model", tiny_model, "--json")
     found = json.loads(capsys.readouterr().out)
     assert (found["records"], [problem["id"] for problem in found["problems"]]) == (7, ["cut.mp4", "text.jpg"])
     assert [one["id"] for one in found["skipped"]] == ["gone.wav"]
@@ -98,7 +87,7 @@ def test_check_asks_for_as_many_frames_as_the_model_takes(records, capsys, tiny_
     config = json.loads((model / "config.json").read_text())
     config["model"]["num_frames"] = 16
     (model / "config.json").write_text(json.dumps(config))
-    failure("check", records, "--model", model)
+    error_line("data", "check", records, "--model", model)
     assert capsys.readouterr().out.startswith("record 0, long.mp4: too short, 10 frames of 16\n")
 
 
@@ -110,7 +99,7 @@ def test_check_of_whole_records_says_so(source, tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: 1 of 1 records can be used\n"
 
 
-def test_stats(records, capsys):
+def test_stats_count_records_by_kind(records, capsys):
     run("stats", records, "--json")
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["video", "image", "audio"]
@@ -123,10 +112,12 @@ def test_stats(records, capsys):
 
 
 def test_what_cannot_be_done_is_one_line(records, tmp_path):
-    assert "no such records directory" in failure("stats", tmp_path / "none")
-    assert "no such model directory" in failure("check", records, "--model", tmp_path / "none")
-    assert "exists already" in failure("build", "jsonl", "--source", tmp_path, "--out", records)
-    assert "no .jsonl file in it" in failure("build", "jsonl", "--source", tmp_path, "--out", tmp_path / "out")
+    assert "no such records directory" in error_line("data", "stats", tmp_path / "none")
+    assert "no such model directory" in error_line("data", "check", records, "--model", tmp_path / "none")
+    assert "exists already" in error_line("data", "build", "jsonl", "--source", tmp_path, "--out", records)
+    assert "no .jsonl file in it" in error_line(
+        "data", "build", "jsonl", "--source", tmp_path, "--out", tmp_path / "out"
+    )
 
 
 @pytest.mark.parametrize("arguments", [[], ["bild"], ["build", "webvid2", "--source", "a", "--out", "b"], ["check"]])

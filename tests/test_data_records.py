@@ -88,14 +88,14 @@ def test_the_digest_is_of_the_content(source, out, tmp_path):
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])
-def test_other_processes_read(out, start):
+def test_other_processes_read_the_same_bytes(out, start):
     records = open_records(out)
     records.media(0)  # a file is open in this process
     with multiprocessing.get_context(start).Pool(1) as pool:
         assert pool.apply(numbers_of, [records]) == numbers_of(records)
 
 
-def test_threads_read_together(out):
+def test_threads_read_the_same_bytes_at_once(out):
     records = pickle.loads(pickle.dumps(open_records(out)))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(records.media, [*range(COUNT)] * 5))
@@ -112,7 +112,7 @@ def test_records_built_anew_in_one_place_are_read_anew(source, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["texts", "media"])
-def test_missing_and_truncated_files(out, part):
+def test_missing_and_truncated_files_are_one_line_each(out, part):
     file = max((out / part).glob("*array_record*"))
     data = file.read_bytes()
     file.write_bytes(data[:1000])
@@ -149,7 +149,7 @@ def test_a_manifest_that_is_none(out, fields):
         open_records(out)
 
 
-def test_records_of_another_version(out):
+def test_records_of_another_version_are_an_error(out):
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
     with pytest.raises(DataError, match="records of format 2, this version reads 1; build them again"):

@@ -16,7 +16,7 @@ def messages(*said: tuple[str, str]) -> list[dict[str, str]]:
     return [{"from": who, "value": text} for who, text in said]
 
 
-def test_webvid(tmp_path):
+def test_webvid_is_read_with_its_captions(tmp_path):
     table = 'videoid,page_dir,name\n7,a_b,"A dog, running"\n8,a_b,Gone\n'
     source = lay(tmp_path / "source", {"annotations/0.csv": table, "videos/a_b/7.mp4": media(b"7")})
     annotations, skipped = built("webvid", source, tmp_path / "out")
@@ -59,7 +59,7 @@ def test_cc3m_as_llava_publishes_it(tmp_path, table, entry):
     assert skipped == {"annotation 2": "it names no image file"}
 
 
-def test_llava_instruct(tmp_path):
+def test_llava_instruct_is_read_with_its_turns(tmp_path):
     said = [("human", "What is it?\n<image>"), ("gpt", "A wall."), ("human", "Old?"), ("gpt", "Yes.")]
     entries = [{"image": "1.jpg", "conversations": messages(*said[start:])} for start in (0, 2)]
     files = {"llava_instruct_150k.json": entries, "train2014/COCO_train2014_1.jpg": media(b"1")}
@@ -79,7 +79,7 @@ def test_a_name_with_cocos_prefix_keeps_it(tmp_path):
     assert annotations == [Annotation("COCO_train2014_1.jpg", "image", (("\nWhat?", "A wall."),))]
 
 
-def test_videochat(tmp_path):
+def test_videochat_is_read_with_its_turns(tmp_path):
     entry = {"video": "1.mp4", "QA": [{"i": "Describe.", "q": "What?", "a": "A dog."}, {"q": "Where?", "a": "Here."}]}
     files = {"videochat_instruct_11k.json": [entry], "videos/1.mp4": media(b"1")}
     (found,), _ = built("videochat", lay(tmp_path / "source", files), tmp_path / "out")
@@ -237,7 +237,7 @@ def test_half_an_emoji_is_skipped(tmp_path):
         ("llava", {"a.jsonl": ""}, r"no source 'llava'; choose one of webvid, "),
     ],
 )
-def test_wrong_sources(tmp_path, name, files, message):
+def test_wrong_sources_are_one_line_each(tmp_path, name, files, message):
     source = lay(tmp_path / "source", files)
     with pytest.raises(DataError, match=message) as caught:
         build(name, source, tmp_path / "out")
@@ -246,13 +246,13 @@ def test_wrong_sources(tmp_path, name, files, message):
 
 
 @pytest.mark.parametrize("name", [name for name in SOURCES if name != "jsonl"])
-def test_an_empty_folder(tmp_path, name):
+def test_an_empty_folder_is_an_error(tmp_path, name):
     (tmp_path / "source").mkdir()
     with pytest.raises(DataError, match="expected there"):
         build(name, tmp_path / "source", tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_no_source_at_all(tmp_path, name):
+def test_a_missing_source_is_an_error(tmp_path, name):
     with pytest.raises(DataError, match=r"none: no such file or folder"):
         build(name, tmp_path / "none", tmp_path / "out")

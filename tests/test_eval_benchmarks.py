@@ -20,7 +20,7 @@ def read(name: str, folder: Path, contents: dict[str, object], named: str = "") 
     return read_questions(name, lay(folder, contents) / named)
 
 
-def test_msvd_qa(tmp_path):
+def test_msvd_qa_is_read_as_published(tmp_path):
     entries = [
         {"answer": "someone", "id": 35386, "question": "who performed several dives?", "video_id": 1301},
         {"answer": "cook", "id": 35387, "question": "what does a man do?", "video_id": 1302},
@@ -44,7 +44,7 @@ def test_msrvtt_qa_in_both_layouts(tmp_path):
     assert (second.id, second.names, second.references) == ("v0_1", ("video7010",), ("couch",))
 
 
-def test_activitynet_qa(tmp_path):
+def test_activitynet_qa_is_read_as_published(tmp_path):
     asked = [{"video_name": "1QIUV7WYKXg", "question": "is he happy", "question_id": "v_1QIUV7WYKXg_3"}]
     answers = [{"answer": "yes", "type": 3, "question_id": "v_1QIUV7WYKXg_3"}]
     (question,) = read("activitynet_qa", tmp_path, {"test_q.json": asked, "test_a.json": answers})
@@ -52,7 +52,7 @@ def test_activitynet_qa(tmp_path):
     assert (question.kinds, question.references) == (("yes/no",), ("yes",))
 
 
-def test_video_chatgpt(tmp_path):
+def test_video_chatgpt_is_read_as_published(tmp_path):
     contents = {
         "generic_qa.json": [{"video_name": "v_a", "Q": "What is in it?", "A": "A dog."}],
         "temporal_qa.json": [{"video_name": "v_a", "Q": "What comes first?", "A": "The dog."}],
@@ -66,7 +66,7 @@ def test_video_chatgpt(tmp_path):
     assert len(read_questions("video_chatgpt", tmp_path / "temporal_qa.json")) == 1
 
 
-def test_mvbench(tmp_path):
+def test_mvbench_is_read_as_published(tmp_path):
     choices = {"candidates": ["Left.", "Right."], "answer": "Right."}
     contents = {
         "json/action_sequence.json": [{"video": "Z.mp4", "question": "Which?", **choices, "start": 1.5, "end": 4}],
@@ -97,7 +97,7 @@ VIDEO_MME = {
 }
 
 
-def test_video_mme(tmp_path):
+def test_video_mme_is_read_as_published(tmp_path):
     (tmp_path / "videomme").mkdir()
     pyarrow.parquet.write_table(pa.Table.from_pylist([VIDEO_MME]), tmp_path / "videomme" / "test-0-of-1.parquet")
     (question,) = read_questions("video_mme", tmp_path)
@@ -114,7 +114,7 @@ def test_video_mme(tmp_path):
     assert (again.text, again.names, again.kinds) == (question.text, ("001",), question.kinds)
 
 
-def test_captions(tmp_path):
+def test_captions_are_read_with_all_references(tmp_path):
     msrvtt = {
         "videos": [{"video_id": "video0", "split": "train"}, {"video_id": "video1", "split": "test"}],
         "sentences": [{"video_id": f"video{i % 2}", "sen_id": i, "caption": f"caption {i}"} for i in range(4)],
@@ -202,7 +202,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_annotations(case, tmp_path):
+def test_wrong_annotations_are_one_line_each(case, tmp_path):
     name, contents, named, message = WRONG[case]
     with pytest.raises(vl.DataError, match=re.escape(message)) as told:
         read(name, tmp_path, contents, named)

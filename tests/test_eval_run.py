@@ -11,11 +11,10 @@ import eval_fixtures
 import media_fixtures
 import numpy as np
 import pytest
+from cli_fixtures import failure, usage_error
 from data_fixtures import lines
 from eval_fixtures import completion
 from PIL import Image
-from test_cli import failure
-from test_usage import usage_error
 
 import vllama_jax as vl
 from vllama_jax import cli
@@ -262,7 +261,7 @@ def test_a_judge_later_and_one_that_breaks_off(finished, tiny_model, clips, tmp_
     assert all(b"sk-secret" not in path.read_bytes() for path in out.iterdir())
 
 
-def test_a_full_disk(tiny_model, clips, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_one_line_and_keeps_what_is_written(tiny_model, clips, tmp_path, capsys, monkeypatch):
     def full(journal, *given):
         raise OSError(28, "No space left on device")
 
@@ -271,7 +270,7 @@ def test_a_full_disk(tiny_model, clips, tmp_path, capsys, monkeypatch):
     assert "out: cannot be written (No space left on device); what is in it stays" in message
 
 
-def test_a_real_process(tiny_model, clips, tmp_path):
+def test_msvd_qa_in_a_process_prints_scores_and_exits_with_0(tiny_model, clips, tmp_path):
     """MSVD-QA's files and names, in a process of its own."""
     asked = [{"answer": "ball", "id": 1, "question": "what rolls?", "video_id": 1301}]
     (tmp_path / "test_qa.json").write_text(json.dumps(asked))

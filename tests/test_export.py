@@ -79,7 +79,10 @@ NOT_USED = {
 }
 
 
-@pytest.fixture(scope="module", params=GOLDEN_SETS)
+SETS = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("llama-bin", "llama-st"))) for name in GOLDEN_SETS]
+
+
+@pytest.fixture(scope="module", params=SETS)
 def golden_set(request, golden, golden_files) -> dict[str, Path]:
     """Each of golden's weight directories, among the other pieces."""
     return golden_files | {kind: golden / "weights" / name for kind, name in GOLDEN_SETS[request.param].items()}

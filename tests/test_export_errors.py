@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_usage import usage_error
+from cli_fixtures import error_line, usage_error
 
 from vllama_jax.cli import main
 
@@ -18,22 +18,18 @@ from vllama_jax.cli import main
 def refusal(model: Path, out: Path, *more: str) -> str:
     """The one line that the command says and exits 1 with."""
     before = sorted(out.parent.iterdir())
-    with pytest.raises(SystemExit) as stopped:
-        main(["export", str(model), "--out", str(out), *more])
-    assert isinstance(stopped.value.code, str), "exit code 1 and a message, not a code alone"
-    assert stopped.value.code.startswith("vllama: ")
-    assert "\n" not in stopped.value.code
+    message = error_line("export", model, "--out", out, *more)
     assert sorted(out.parent.iterdir()) == before
-    return stopped.value.code.removeprefix("vllama: ")
+    return message
 
 
-def test_no_model(tmp_path):
+def test_a_missing_model_directory_is_one_line(tmp_path):
     said = refusal(tmp_path / "none", tmp_path / "made")
     assert said == f"{tmp_path}/none: no such model directory; `vllama convert` makes one"
     assert "not a model directory (no config.json in it)" in refusal(tmp_path, tmp_path / "made")
 
 
-def test_place_that_is_taken(tiny_model, tmp_path):
+def test_an_output_that_exists_is_one_line_and_kept(tiny_model, tmp_path):
     (tmp_path / "made").mkdir()
     (tmp_path / "made/mine").write_text("mine")
     said = refusal(tiny_model, tmp_path / "made")
@@ -42,7 +38,7 @@ def test_place_that_is_taken(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("format", ["pth", "safetensors"])
-def test_full_disk(tiny_model, tmp_path, monkeypatch, format):
+def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_model, tmp_path, monkeypatch, format):
     def full(_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -94,13 +90,13 @@ def test_shards_of_no_size(tiny_model, tmp_path, size):
     assert not (tmp_path / "made").exists()
 
 
-def test_wrong_usage(tiny_model, tmp_path):
+def test_an_unknown_format_exits_with_2(tiny_model, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         main(["export", str(tiny_model), "--out", str(tmp_path / "made"), "--format", "onnx"])
     assert stopped.value.code == 2
 
 
-def test_the_command(tiny_model, tmp_path):
+def test_export_in_a_process_writes_once_and_refuses_to_overwrite(tiny_model, tmp_path):
     command = [
         str(Path(sys.executable).with_name("vllama")),
         "export",

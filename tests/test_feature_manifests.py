@@ -7,46 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
+from feature_caches import opened, with_features, write_cache
 from train_fixtures import short_config, write_files, write_records
 from written_runs import learned, shipped, write_run
 
-from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import NO_LORA, tiny
-from vllama_jax.data import feature_cache
-from vllama_jax.data.records import open_records
 from vllama_jax.errors import ConfigError, DataError, VllamaError
 from vllama_jax.train import setup
 from vllama_jax.train.config import AUDIO_BRANCH, VISION_BRANCH, TrainConfig
-from vllama_jax.train.feature_settings import describe_features, open_caches
 from vllama_jax.train.precompute import _read_skipped, write_features
 from vllama_jax.train.run_directory import open_run
-
-SHARD_RECORDS = 2
-
-
-def write_cache(config: TrainConfig, root: Path, seed: int = 0) -> Path:
-    """The features of a run's first dataset as `vllama features` lays them out, drawn at random."""
-    from array_record.python.array_record_module import ArrayRecordWriter
-
-    records = open_records(config.datasets[0].path)
-    folder = feature_cache.find_folder(root, records)
-    folder.mkdir(parents=True)
-    described = describe_features(config, open_model(config.model), config.datasets[0], records)
-    (folder / "manifest.json").write_text(json.dumps({**described, "shard_records": SHARD_RECORDS}))
-    cache, _ = feature_cache.open_folder(folder)
-    rng = np.random.default_rng(seed)
-    for shard in range(cache.shards):
-        writer = ArrayRecordWriter(str(cache.shard_path(shard)), "group_size:1,uncompressed")
-        for record in cache.shard_numbers(shard):
-            kind = next(kind for kind, numbers in cache.kinds.items() if record in numbers)
-            times = tuple(range(cache.shapes[kind][0])) if kind == "video" else ()
-            writer.write(
-                feature_cache.pack_features(rng.standard_normal(cache.shapes[kind]).astype(cache.dtype), times)
-            )
-        writer.close()
-    return root
 
 
 @pytest.fixture(scope="module")
@@ -60,17 +31,6 @@ def made(tiny_model, records, tmp_path_factory) -> tuple[TrainConfig, Path]:
     """A config, and a cache that fits it. Not to be written to."""
     config = short_config(tiny_model, records)
     return config, write_cache(config, tmp_path_factory.mktemp("made") / "features")
-
-
-def with_features(config: TrainConfig, root: Path) -> TrainConfig:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, features=str(root)))
-
-
-def opened(config: TrainConfig, root: Path) -> feature_cache.FeatureCache:
-    dataset = config.datasets[0]
-    directory = open_model(config.model)
-    found = open_caches(with_features(config, root), directory, [(dataset, open_records(dataset.path))])
-    return found[dataset.path]
 
 
 def test_the_cache_of_these_tests_fits(made):

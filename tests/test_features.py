@@ -14,13 +14,11 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import jax
 import media_fixtures
 import numpy as np
 import pytest
 from PIL import Image
 
-from vllama_jax import sharding
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main
 from vllama_jax.data.build import build
@@ -39,14 +37,6 @@ from vllama_jax.train.precompute import write_features
 SLOW = pytest.mark.slow
 STEPS = 4
 VLLAMA = str(Path(sys.executable).with_name("vllama"))
-
-
-@pytest.fixture
-def fast_compiling():
-    """Half of the time: the compiler leaves out what makes programs fast."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -119,12 +109,6 @@ def config_of(model, *paths, branch="vision", variants=0, **options) -> TrainCon
 def with_features(config: TrainConfig, out: Path, **options) -> TrainConfig:
     data = dataclasses.replace(config.data, features=str(out), variants=0)
     return dataclasses.replace(config, data=dataclasses.replace(data, **options))
-
-
-@pytest.fixture
-def one_device(monkeypatch) -> None:
-    """Training on one of the devices that tests see: splitting has tests of its own, and takes long to compile."""
-    monkeypatch.setattr(setup, "make_mesh", lambda _: sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def losses(config: TrainConfig) -> tuple[list[float], set[str], list[dict[int, str]]]:
@@ -472,7 +456,7 @@ def test_what_the_command_refuses(made, tmp_path):
 @SLOW
 @pytest.mark.parametrize("variants", [1, 2])
 @pytest.mark.parametrize("branch", ["vision", "audio"])
-@pytest.mark.usefixtures("one_device", "fast_compiling")
+@pytest.mark.usefixtures("one_device")
 def test_losses_are_those_of_live_training(tiny_model, records, sounds, tmp_path, branch, variants):
     paths = (records,) if branch == "vision" else (records, sounds)
     steps = STEPS if branch == "vision" else 2 * STEPS

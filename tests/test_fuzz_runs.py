@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from test_feature_manifests import SHARD_RECORDS, opened, write_cache
+from feature_caches import SHARD_RECORDS, opened, write_cache
 from train_fixtures import short_config, write_files, write_records
 from written_runs import SHAPES, shipped, state_of, weights_of, write_two_checkpoints
 

@@ -56,7 +56,7 @@ def frames_of(golden: Path, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", [*VIDEOS, "dog_image"])
-def test_vision_branch(golden, model, name):
+def test_vision_branch_equals_the_originals_values(golden, model, name):
     reference = np.load(golden / f"encoders/{name if name == 'dog_image' else name + '_video'}.npz")
 
     @jax.jit
@@ -74,7 +74,7 @@ def test_vision_branch(golden, model, name):
 
 
 @pytest.mark.parametrize("name", SOUNDS)
-def test_audio_branch(golden, model, name):
+def test_audio_branch_equals_the_originals_values(golden, model, name):
     reference = np.load(golden / f"encoders/{name}_audio.npz")
     mel = np.load(golden / f"media/{name}_audio.npz")["mel"][None, :, 0]
     run = jax.jit(lambda network, mel: (network.imagebind.audio(mel[0]), network.encode_audio(mel)))
@@ -84,7 +84,7 @@ def test_audio_branch(golden, model, name):
 
 
 @pytest.mark.parametrize("name", ["birthday", "dog_image"])
-def test_audio_branch_on_pictures(golden, model, name):
+def test_audio_branch_on_pictures_equals_the_originals_values(golden, model, name):
     reference = np.load(golden / f"encoders/{name}_imagebind_vision.npz")
     run = jax.jit(lambda network, x: (network.imagebind.vision(x[0]), network.encode_audio_from_vision(x)))
     features, tokens = run(model.network, frames_of(golden, name))
@@ -92,7 +92,7 @@ def test_audio_branch_on_pictures(golden, model, name):
     assert_close(tokens, reference["audio_tokens"])
 
 
-def test_batches_and_fewer_frames(golden, model):
+def test_batches_and_fewer_frames_equal_the_originals_values(golden, model):
     reference = np.load(golden / "extra/variants.npz")
     birthday, boat = frames_of(golden, "birthday"), frames_of(golden, "boat")
     run = jax.jit(lambda network, x: network.encode_video(x))
@@ -102,7 +102,7 @@ def test_batches_and_fewer_frames(golden, model):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_prompt_embeddings_and_logits(golden, model, chats, case):
+def test_prompt_embeddings_and_logits_equal_the_originals(golden, model, chats, case):
     """From a conversation's turns, and golden's media tokens, to the logits of every position."""
     chat, reference = chats[case], np.load(golden / f"chat/{case}.npz")
     tokens = list(_media_tokens(golden, case))
@@ -155,7 +155,7 @@ def _question(message: str) -> str:
         ("reppen12", {"repetition_penalty": 1.2}),
     ],
 )
-def test_generated_tokens(golden, model, case, kind, options):
+def test_generated_tokens_are_the_originals(golden, model, case, kind, options):
     reference = np.load(golden / f"chat/{case}.npz")
     expected = reference[f"{kind}_sequences"][0].tolist()
     assert [1, *_generate(model, reference["mixed_embeds"][0], eos=2, **options)] == expected
@@ -189,7 +189,7 @@ def test_generation_that_ends_early(golden, model):
             assert [1, *got] == run["sequence"], (case, name)
 
 
-def test_sampling_probabilities(golden):
+def test_sampling_probabilities_are_the_originals(golden):
     reference = np.load(golden / "chat/sampling_warpers.npz")
     for name in ("T1.0_P0.9", "T0.7_P0.9", "T1.5_P0.5"):
         temperature, top_p = (float(part[1:]) for part in name.split("_"))

@@ -99,7 +99,7 @@ def test_a_run_has_no_pytorch_source(run, tiny_model, tiny_files, capsys):
         told(capsys, "verify", run, "--against", tiny_files["config"].parent, "--weights-only")
 
 
-def test_in_a_process_of_its_own(tiny_model, tmp_path):
+def test_inspect_in_a_process_prints_a_model_and_one_line_for_none(tiny_model, tmp_path):
     vllama = Path(sys.executable).with_name("vllama")
     done = subprocess.run([vllama, "inspect", tiny_model], capture_output=True, text=True, check=True)
     assert rows(done.stdout)["ln_vision"] == ["128", "float32", "512", "bytes"]

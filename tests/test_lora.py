@@ -83,7 +83,7 @@ def test_the_skeleton_of_a_network_with_updates_has_their_paths():
     ]
 
 
-@pytest.mark.parametrize("target", ["query", "out", "down"])
+@pytest.mark.parametrize("target", ["out", *(pytest.param(name, marks=pytest.mark.slow) for name in ("query", "down"))])
 def test_a_kernel_read_whole_or_by_rows_has_its_update_as_loading_merges_it(tiny_model, tmp_path, target):
     """alpha / rank · down · up of each layer, also where the rank is the number of layers or of heads."""
     for rank in (2, 3, 4):
@@ -98,7 +98,7 @@ def test_a_kernel_read_whole_or_by_rows_has_its_update_as_loading_merges_it(tiny
         np.testing.assert_allclose(np.stack([read(path, row) for row in range(len(merged))]), merged, atol=1e-6)
 
 
-def failure(config) -> str:
+def plan_error(config) -> str:
     with pytest.raises(ConfigError) as raised:
         plan_run(config)
     return str(raised.value)
@@ -108,11 +108,11 @@ def test_updates_and_their_patterns_need_each_other(tiny_model, pictures):
     config = short_config(tiny_model, pictures, lora=LoraConfig(rank=2))
     idle = "llama/blocks/attention/query/lora/down"
     told = f"lora.rank is 2, but trainable has no pattern for {idle}: add 'llama/*/lora/*' to trainable, or set"
-    assert failure(config).startswith(told)
+    assert plan_error(config).startswith(told)
     some = (*config.trainable, "llama/*/value/lora/*")
-    assert failure(dataclasses.replace(config, trainable=some)).startswith(told)
+    assert plan_error(dataclasses.replace(config, trainable=some)).startswith(told)
     config = dataclasses.replace(config, lora=LoraConfig(), trainable=(*config.trainable, "llama/*/lora/*"))
-    assert failure(config) == (
+    assert plan_error(config) == (
         "trainable has 'llama/*/lora/*', but lora.rank is 0: set lora.rank above 0, or leave the pattern out"
     )
     assert plan_run(dataclasses.replace(config, lora=LoraConfig(rank=2))).learns

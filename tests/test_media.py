@@ -190,7 +190,7 @@ def test_frames_of_an_enormous_declared_size(folder):
         media.check_pixels(30000, 30000, "a.gif")
 
 
-def test_times_and_duration(clip):
+def test_times_and_duration_are_those_of_the_file(clip):
     video = media.read_video(clip, num_frames=4)
     np.testing.assert_array_equal(video.seconds, np.array([0, 37, 75, 112]) / FPS)
     assert video.seconds.dtype == np.float64

@@ -34,8 +34,7 @@ GIGA = 10**9
 CPU = Device("cpu", 16 * GIGA, 1.0, 8, is_host=True)
 ALONE = MeshConfig(data=1)
 AT_WORK = ("gradients", "layers' inputs", "weights at hand", "activations")
-LOW, HIGH, SMALL = 0.75, 2.0, 0.3 * GIGA  # temporaries are told within these factors of XLA's, or within so many bytes
-NOT_WHOLE = 5.0  # the same where most of what is told are scores that XLA's CPU code does not hold whole
+LOW, HIGH = 0.75, 2.0  # the estimate of temporaries is within these multiples of XLA's figure
 
 
 def config_of(mesh: MeshConfig = ALONE, rows: int = 4, **options) -> TrainConfig:
@@ -51,10 +50,6 @@ def split_need(need: Need) -> tuple[int, int]:
     return need.device_total - at_work, at_work
 
 
-def check_at_work(told: int, compiled: float) -> None:
-    assert LOW < told / compiled < HIGH or abs(told - compiled) < SMALL, f"{told / 1e9:.3f}, XLA {compiled / 1e9:.3f}"
-
-
 def medium() -> VideoLlamaConfig:
     """Large enough that activations are no longer those of the pictures alone."""
     llama = dataclasses.replace(
@@ -64,75 +59,77 @@ def medium() -> VideoLlamaConfig:
     return dataclasses.replace(video_llama(llama), vit=vit)
 
 
-# Steps on CPU devices, compiled here.
+# Steps on CPU devices, compiled here, and the estimate of their temporaries as a multiple of XLA's figure (jaxlib 0.10)
+# Most of what is estimated for the tiny model on one device are attention scores, of which XLA's CPU code holds a part.
 COMPILED = [
-    pytest.param(tiny(), ALONE, 128, {}, id="tiny"),
-    pytest.param(tiny(), MeshConfig(data=2, fsdp=2, tensor=2), 256, {}, id="tiny on 8"),
-    pytest.param(tiny(), ALONE, 128, {"branch": "audio", "trainable": AUDIO_BRANCH}, id="tiny, audio"),
+    pytest.param(tiny(), ALONE, 128, {}, 4.38, id="tiny"),
+    pytest.param(tiny(), MeshConfig(data=2, fsdp=2, tensor=2), 256, {}, 1.38, id="tiny on 8"),
+    pytest.param(tiny(), ALONE, 128, {"branch": "audio", "trainable": AUDIO_BRANCH}, 4.76, id="tiny, audio"),
     pytest.param(
         tiny(),
         ALONE,
         128,
         {"lora": LoraConfig(rank=4), "trainable": (*VISION_BRANCH, *LORA)},
+        4.38,
         id="low rank",
     ),
-    pytest.param(medium(), ALONE, 128, {"data": DataConfig(features="f")}, id="medium, features"),
-    pytest.param(medium(), MeshConfig(data=1, fsdp=8), 128, {}, id="medium on 8"),
-    pytest.param(medium(), ALONE, 512, {"accumulation": 2}, id="medium in parts"),
-    pytest.param(medium(), ALONE, 256, {"remat": "dots"}, id="medium, dots"),
-    pytest.param(medium(), ALONE, 256, {"remat": "none"}, id="medium, none"),
+    pytest.param(medium(), ALONE, 128, {"data": DataConfig(features="f")}, 1.26, id="medium, features"),
+    pytest.param(medium(), MeshConfig(data=1, fsdp=8), 128, {}, 0.96, id="medium on 8"),
+    pytest.param(medium(), ALONE, 512, {"accumulation": 2}, 1.11, id="medium in parts"),
+    pytest.param(medium(), ALONE, 256, {"remat": "dots"}, 1.18, id="medium, dots"),
+    pytest.param(medium(), ALONE, 256, {"remat": "none"}, 1.19, id="medium, none"),
 ]
 
 
 @SLOW
-@pytest.mark.parametrize(("model", "mesh", "length", "options"), COMPILED)
-def test_a_step_as_xla_compiles_it(model, mesh, length, options):
+@pytest.mark.parametrize(("model", "mesh", "length", "options", "ratio"), COMPILED)
+def test_a_step_as_xla_compiles_it(model, mesh, length, options, ratio):
     config = config_of(mesh, compute_dtype="float32", **options)
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
     places = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=devices)
     compiled = compiled_memory(abstract_run(model, config, places, length))
     still, at_work = split_need(estimate.training(model, "step", config, mesh, CPU, length))
     assert still == pytest.approx(compiled.argument_size_in_bytes, rel=1e-3)
-    check, most = compiled.temp_size_in_bytes, NOT_WHOLE if (model, mesh) == (tiny(), ALONE) else HIGH
-    assert LOW < at_work / check < most, f"{at_work / 1e6:.1f}, XLA {check / 1e6:.1f} MB"
+    assert at_work / compiled.temp_size_in_bytes == pytest.approx(ratio, rel=0.1)
 
 
 # Steps compiled for TPUs by libtpu 0.0.52: size, mesh, samples a place, tokens, encoders or not, GB of arguments and of
-# temporaries. The first seven are this package's own step; the others a prototype in plain JAX of the same shapes.
+# temporaries, and the estimate of the temporaries as a multiple of that. The first seven are this package's own step;
+# the others a prototype in plain JAX of the same shapes.
 TPUS = [
-    ("7b", (1, 16, 1), 4, 128, True, 1.033, 0.644),
-    ("7b", (1, 16, 1), 4, 512, True, 1.033, 1.275),
-    ("7b", (1, 16, 1), 16, 128, True, 1.050, 2.907),
-    ("7b", (4, 1, 4), 4, 128, True, 4.019, 0.163),
-    ("13b", (1, 16, 1), 4, 128, True, 1.819, 0.841),
-    ("13b", (1, 16, 1), 4, 512, True, 1.819, 1.897),
-    ("7b", (4, 1, 1), 32, 128, True, 15.969, 2.971),
-    ("7b", (2, 128, 1), 4, 128, True, 0.14, 0.74),
-    ("7b", (2, 128, 1), 32, 128, True, 0.18, 4.63),
-    ("13b", (2, 128, 1), 8, 128, True, 0.24, 1.46),
-    ("13b", (1, 16, 1), 4, 128, True, 1.82, 1.33),
-    ("13b", (1, 64, 1), 8, 128, True, 0.47, 2.04),
-    ("13b", (2, 128, 1), 8, 128, True, 0.24, 1.48),
-    ("7b", (1, 256, 1), 4, 128, False, 0.06, 0.71),
-    ("7b", (1, 64, 4), 16, 128, False, 0.07, 0.73),
-    ("7b", (1, 16, 1), 4, 128, False, 0.87, 1.11),
-    ("7b", (1, 16, 1), 4, 544, False, 0.87, 2.04),
-    ("13b", (2, 128, 1), 4, 544, True, 0.24, 2.43),
+    ("7b", (1, 16, 1), 4, 128, True, 1.033, 0.644, 1.68),
+    ("7b", (1, 16, 1), 4, 512, True, 1.033, 1.275, 1.58),
+    ("7b", (1, 16, 1), 16, 128, True, 1.050, 2.907, 0.85),
+    ("7b", (4, 1, 4), 4, 128, True, 4.019, 0.163, 2.10),
+    ("13b", (1, 16, 1), 4, 128, True, 1.819, 0.841, 1.96),
+    ("13b", (1, 16, 1), 4, 512, True, 1.819, 1.897, 1.55),
+    ("7b", (4, 1, 1), 32, 128, True, 15.969, 2.971, 1.65),
+    ("7b", (2, 128, 1), 4, 128, True, 0.14, 0.74, 1.45),
+    ("7b", (2, 128, 1), 32, 128, True, 0.18, 4.63, 1.04),
+    ("13b", (2, 128, 1), 8, 128, True, 0.24, 1.46, 1.37),
+    ("13b", (1, 16, 1), 4, 128, True, 1.82, 1.33, 1.24),
+    ("13b", (1, 64, 1), 8, 128, True, 0.47, 2.04, 0.98),
+    ("13b", (2, 128, 1), 8, 128, True, 0.24, 1.48, 1.36),
+    ("7b", (1, 256, 1), 4, 128, False, 0.06, 0.71, 1.51),
+    ("7b", (1, 64, 4), 16, 128, False, 0.07, 0.73, 1.32),
+    ("7b", (1, 16, 1), 4, 128, False, 0.87, 1.11, 0.97),
+    ("7b", (1, 16, 1), 4, 544, False, 0.87, 2.04, 1.03),
+    ("13b", (2, 128, 1), 4, 544, True, 0.24, 2.43, 1.26),
 ]
 
 
 @pytest.mark.parametrize("row", TPUS, ids=str)
 def test_a_step_as_it_compiles_for_tpus(row):
-    size, (data, fsdp, tensor), rows, length, encoders, arguments, temporaries = row
+    size, (data, fsdp, tensor), rows, length, encoders, arguments, temporaries, ratio = row
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
     config = config_of(mesh, rows, data=DataConfig() if encoders else DataConfig(features="f"))
     need = estimate.training(SIZES[size](), "step", config, mesh, DEVICES["v5e"], length)
     still, at_work = split_need(need)
     assert still == pytest.approx(arguments * GIGA, rel=0.1, abs=0.01 * GIGA)
-    check_at_work(at_work, temporaries * GIGA)
+    assert at_work / (temporaries * GIGA) == pytest.approx(ratio, abs=0.01)
 
 
-@pytest.mark.parametrize("scheme", [None, "int8", "int4"])
+@pytest.mark.parametrize("scheme", [pytest.param(None, marks=SLOW), pytest.param("int8", marks=SLOW), "int4"])
 def test_a_chat_as_it_is_loaded_and_compiled(tiny_model, scheme):
     mesh = sharding.make_mesh(data=2, tensor=4)
     network = load(tiny_model, mesh=mesh, quantize=scheme).network
@@ -199,7 +196,7 @@ def test_beams_and_longer_conversations_take_more():
         estimate.chatting(model, ALONE, DEVICES["H100"], length=2000)
 
 
-def test_verdicts():
+def test_verdicts_follow_the_usable_memory():
     device = Device("d", 100, 0.5, 1)
     fits, tight, large = (Need("n", "", {"part": size}, {}) for size in (45, 46, 51))
     assert [estimate.verdict(need, device) for need in (fits, tight, large)] == ["fits", "tight", "does not fit"]
@@ -294,7 +291,7 @@ def test_a_size_is_told_for_a_chat_and_both_stages(capsys):
         assert sum(size for part, size in use["device"].items() if part != "all") == use["device"]["all"]
 
 
-def test_a_model_directory(capsys, tiny_model):
+def test_a_model_directory_fits_for_all_uses(capsys, tiny_model):
     report = json.loads(tell(capsys, tiny_model, "--devices", "v5e", "--batch-size", 4, "--json"))
     assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
 
@@ -315,7 +312,7 @@ def test_a_quantised_model_is_told_of_a_chat_alone(capsys, tiny_model, tmp_path)
 
 
 @SLOW
-def test_a_run_directory(capsys, stage1):
+def test_a_run_directory_fits_for_all_uses(capsys, stage1):
     report = json.loads(tell(capsys, stage1, "--devices", "v5e", "--batch-size", 4, "--json"))
     assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
 
@@ -373,7 +370,7 @@ def test_errors_are_one_line(arguments, message):
     assert "\n" not in stop.value.code
 
 
-def test_in_a_process_of_its_own():
+def test_memory_in_a_process_prints_and_its_arithmetic_imports_no_jax():
     """Nothing is loaded: seconds, and the memory of JAX itself. The arithmetic alone does not even import JAX."""
     command = [str(Path(sys.executable).parent / "vllama"), "memory", "13b", "--devices", "v5p"]
     done = subprocess.run(

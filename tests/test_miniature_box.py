@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_cli import run
+from cli_fixtures import run_vllama
 
 import vllama_jax as vl
 from vllama_jax.checkpoints import shipped
@@ -20,14 +20,14 @@ def answer(chat: vl.Chat, question: str) -> str:
     return "".join(chat.ask(question))
 
 
-def test_it_is_small():
+def test_the_miniature_is_under_12_mb():
     sizes = [file.stat().st_size for file in box.BOX.rglob("*") if file.is_file()]
     assert sum(sizes) < 6e6
 
 
 def test_chat_without_a_model_says_what_answers_and_answers_rightly():
     questions = ["Which way does it go?", "What do you hear?", "Which colour is it?"]
-    done = run("chat", box.CLIPS / "bell.mp4", *questions)
+    done = run_vllama("chat", box.CLIPS / "bell.mp4", *questions)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["it moves to the left", "a bell rings", "yellow"]
     assert "the miniature answers: 3 million weights that know 16 things (a bell, a dog, …)" in done.stderr
@@ -35,14 +35,14 @@ def test_chat_without_a_model_says_what_answers_and_answers_rightly():
     assert "bell.mp4: 8 frames of 4.0 s; sound used" in done.stderr
 
 
-def test_it_tells_whether_sound_and_picture_fit(miniature):
+def test_the_miniature_answers_whether_sound_and_picture_fit(miniature):
     for clip, said in (("bell.mp4", "yes"), ("dog_or_drum.mp4", "no")):
         chat = vl.Chat(miniature)
         chat.add(box.CLIPS / clip)
         assert answer(chat, "Does the sound fit the picture?").split()[-1] == said
 
 
-def test_it_tells_what_comes_first_and_how_many_there_are(miniature):
+def test_the_miniature_answers_what_comes_first_and_how_many_there_are(miniature):
     chat = vl.Chat(miniature)
     chat.add(box.CLIPS / "two.mp4")
     assert answer(chat, "What comes first?") == "a frog"
@@ -80,7 +80,7 @@ def test_without_the_box_a_model_must_be_named(monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_eval_miniature_prints_what_the_model_in_the_box_knows():
-    done = run("eval", "miniature", "--seed", 1234, "--clips", 16, "--json")
+    done = run_vllama("eval", "miniature", "--seed", 1234, "--clips", 16, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     asked = {"object", "colour", "count", "motion", "motion_shuffled", "motion_reversed_opposite"}

@@ -111,7 +111,7 @@ def eva_pair(cfg: VitConfig, pictures: torch.Tensor, *, quiet: bool = False) -> 
 
 
 @QUIETLY
-def test_eva_vit(quiet: bool):
+def test_eva_vit_equals_torchs(quiet: bool):
     pictures = noise(2, 3, 56, 56, quiet=quiet)
     ours, expected = eva_pair(VIT, pictures, quiet=quiet)
     assert error(run(call, ours, as_jax(pictures)), expected) < TOLERANCE
@@ -171,7 +171,7 @@ def of_sense(cfg: ImageBindConfig, sense: str, *, quiet: bool = False) -> torch.
 
 @QUIETLY
 @pytest.mark.parametrize("sense", ["audio", "vision"])
-def test_imagebind_tower(sense: str, quiet: bool):
+def test_imagebind_tower_equals_torchs(sense: str, quiet: bool):
     ours, reference = imagebind_pair(IMAGEBIND, quiet=quiet)
     x = of_sense(IMAGEBIND, sense, quiet=quiet)
     assert error(run(call, getattr(ours, sense), as_jax(x)), reference(sense, x)) < TOLERANCE
@@ -234,7 +234,7 @@ def llama_logits(module: Llama, ids: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 @pytest.mark.parametrize("name", LLAMAS)
-def test_llama(name: str):
+def test_llama_equals_torchs(name: str):
     ours, reference = llama_pair(LLAMAS[name])
     ids = token_ids(2, 50)
     logits = run(llama_logits, ours, as_jax(ids), jnp.ones(ids.shape, bool))
@@ -250,7 +250,7 @@ def test_llama_epsilon(epsilon: float):
 
 
 @SCALINGS
-def test_llama_over_4000_tokens(scaling: RopeScaling | None):
+def test_llama_over_4000_tokens_equals_torchs(scaling: RopeScaling | None):
     heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
     cfg = dataclasses.replace(LLAMA, depth=2, **heads, rope_scaling=scaling, max_length=4096)
     ours, reference = llama_pair(cfg, sharpen=3.0)
@@ -308,8 +308,9 @@ def test_reading_in_pieces_equals_reading_at_once(pieces: list[tuple[int, tuple[
     assert cache.length == sum(length for length, _ in pieces)
 
 
-@pytest.mark.parametrize("published", [LLAMA_7B, pytest.param(LLAMA_13B, marks=pytest.mark.slow)], ids=["7b", "13b"])
-def test_llama_block_at_full_width(published: LlamaConfig):
+@pytest.mark.slow
+@pytest.mark.parametrize("published", [LLAMA_7B, LLAMA_13B], ids=["7b", "13b"])
+def test_llama_block_at_full_width_equals_torchs(published: LlamaConfig):
     cfg = dataclasses.replace(published, depth=1, vocab_size=97)
     reference, ids = llama_reference(cfg), token_ids(1, 9)
     randomise(reference)
@@ -413,7 +414,7 @@ def pair() -> tuple[VideoLlama, VideoLlamaReference]:
 
 
 @QUIETLY
-def test_encode_frames(quiet: bool):
+def test_encode_frames_equals_torchs(quiet: bool):
     ours, reference = video_llama_pair(quiet=quiet)
     frames = noise(2, 3, 56, 56, quiet=quiet)
     features = run(VideoLlama.encode_frames, ours, as_jax(frames)[None])
@@ -421,7 +422,7 @@ def test_encode_frames(quiet: bool):
 
 
 @pytest.mark.parametrize("count", [8, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))])
-def test_encode_video(pair, count: int):
+def test_encode_video_equals_torchs(pair, count: int):
     """One frame is a picture."""
     ours, reference = pair
     videos = [noise(count, 3, 56, 56, seed=seed) for seed in (1, 2)]
@@ -433,7 +434,7 @@ def test_encode_video(pair, count: int):
 @pytest.mark.parametrize(
     ("sense", "encode"), [("audio", VideoLlama.encode_audio), ("vision", VideoLlama.encode_audio_from_vision)]
 )
-def test_encode_audio(pair, sense: str, encode: Callable):
+def test_encode_audio_equals_torchs(pair, sense: str, encode: Callable):
     """The audio branch on sound, and on pictures, as it is trained."""
     ours, reference = pair
     inputs = [torch.cat([x, x.flip(-1)]) for x in of_sense(IMAGEBIND, sense).split(1)]

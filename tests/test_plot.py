@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import failure
+from cli_fixtures import failure
 
 from vllama_jax import cli
 from vllama_jax.train.plots import draw, read_metrics

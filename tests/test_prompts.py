@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from text_fixtures import SPELLING
 
 from vllama_jax.errors import ConfigError
 from vllama_jax.text.prompts import (
@@ -25,37 +26,12 @@ from vllama_jax.text.prompts import (
     system_text,
     time_message,
 )
-from vllama_jax.text.tokenizer import SpecialToken, Tokenizer, load_tokenizer
+from vllama_jax.text.tokenizer import load_tokenizer
 
 VIDEO = Media("video", seconds=(0.0, 1.25))
 SOUND_VIDEO = Media("video", sound=True, seconds=(0.0, 1.25))
 IMAGE = Media("image")
 AUDIO = Media("audio")
-
-
-class SpellingTokenizer(Tokenizer):
-    """One id a letter, "▁" before each text; "###" at its very beginning is one token, as in LLaMA."""
-
-    alone = 0x110000  # the id of "▁###"; letters are their code points, and <unk> <s> </s> are 0 1 2
-
-    def __init__(self):
-        contents = ("<unk>", "<s>", "</s>")
-        special_tokens = [SpecialToken(content, i, lstrip=False, rstrip=False) for i, content in enumerate(contents)]
-        super().__init__(special_tokens, {"unk": 0, "bos": 1, "eos": 2}, self.alone + 1)
-
-    def _encode_plain(self, text):
-        if text.startswith("###"):
-            return [self.alone, *map(ord, text[3:])]
-        return [ord(letter) for letter in "▁" + text] if text else []
-
-    def _decode_known(self, ids):
-        return "".join(self.tokens(ids)).replace("▁", " ").removeprefix(" ")
-
-    def _known_token(self, token_id):
-        return "▁###" if token_id == self.alone else chr(token_id)
-
-
-SPELLING = SpellingTokenizer()
 
 
 def talk(template, *steps, audio_branch=True, system=None):
@@ -156,7 +132,7 @@ def test_own_system_text():
         start_conversation("plain", audio_branch=False, system="Be brief.")
 
 
-def test_unknown_template():
+def test_an_unknown_template_is_an_error():
     with pytest.raises(ConfigError, match="unknown prompt template 'llama_v2': choose one of vicuna, llama_2, plain"):
         find_template("llama_v2")
 
@@ -327,7 +303,7 @@ def test_streaming_stops_the_generator(end):
     assert next(batches) == [ord("B")]
 
 
-def test_golden_time_messages(golden):
+def test_time_messages_are_goldens(golden):
     for name, video in json.loads((golden / "media/all_examples.json").read_text()).items():
         assert time_message([index / video["fps"] for index in video["indices"]]) == video["msg"], name
 
@@ -357,7 +333,7 @@ def golden_tokenizer(golden):
     return load_tokenizer(golden / "weights/llama-bin")
 
 
-def test_golden_prompts(golden, golden_cases, golden_tokenizer):
+def test_prompts_are_goldens(golden, golden_cases, golden_tokenizer):
     media = json.loads((golden / "media/media.json").read_text())
     videos = {f"{name}.mp4": fields for name, fields in media.items() if "indices" in fields}
     times = {name: [index / video["fps"] for index in video["indices"]] for name, video in videos.items()}
@@ -373,7 +349,7 @@ def test_golden_prompts(golden, golden_cases, golden_tokenizer):
         assert [None if here else i for i, here in zip(tokenized.ids, tokenized.is_media, strict=True)] == expected
 
 
-def test_golden_answers(golden_cases, golden_tokenizer):
+def test_answers_are_goldens(golden_cases, golden_tokenizer):
     for name, case in golden_cases.items():
         template = TEMPLATES["vicuna" if case["template"] == "vicuna" else "llama_2"]
         assert decode_answer(golden_tokenizer, template, case["greedy"]) == case["answer_text"], name
@@ -381,6 +357,6 @@ def test_golden_answers(golden_cases, golden_tokenizer):
         assert "".join(stream_answer(golden_tokenizer, template, batches)) == case["answer_text"], name
 
 
-def test_golden_stop_sequences(golden_tokenizer):
+def test_stop_sequences_are_goldens(golden_tokenizer):
     assert stop_sequences(golden_tokenizer, TEMPLATES["vicuna"]) == [(325, 546), (469,)]  # "##" "#", and "▁###"
     assert stop_sequences(golden_tokenizer, TEMPLATES["plain"]) == [(13,)]

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cli_fixtures import error_line
 from conversions import converted, without
 from jax.sharding import PartitionSpec
 from train_fixtures import Quiet, short_config
@@ -45,12 +46,6 @@ def stored(tiny_model, tmp_path_factory) -> Stored:
 
 def weights(network: VideoLlama) -> dict[str, np.ndarray]:
     return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat(network)}
-
-
-def failure(*arguments: object) -> str:
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([str(argument) for argument in arguments])
-    return stopped.value.code.removeprefix("vllama: ")
 
 
 # One kernel
@@ -313,7 +308,7 @@ def test_verify_hashes_quantised_weights(stored, tmp_path, capsys):
     model = Path(shutil.copytree(stored["int4"], tmp_path / "model"))
     file = next((model / "params" / "llama.blocks.mlp.up.values").glob("0*"))
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-    assert "not as it was written: llama/blocks/mlp/up/values" in failure("verify", model)
+    assert "not as it was written: llama/blocks/mlp/up/values" in error_line("verify", model)
 
 
 def test_inspect(tiny_model, stored, capsys):
@@ -337,20 +332,20 @@ def test_what_means_nothing(tiny_model, stored, tmp_path):
     with pytest.raises(ConfigError, match=f"its weights are int8 already; {taken}"):
         load(stored["int8"], quantize="int4")
     assert load(stored["int8"], quantize="int8").network.llama.head.bits == 8
-    assert failure("quantize", stored["int8"], "--out", tmp_path / "out").endswith("its weights are int8 already")
-    assert failure("quantize", tiny_model, "--out", stored["int4"]).endswith(
+    assert error_line("quantize", stored["int8"], "--out", tmp_path / "out").endswith("its weights are int8 already")
+    assert error_line("quantize", tiny_model, "--out", stored["int4"]).endswith(
         "int4: exists already; remove it or choose another place"
     )
     needs = "--quantize compares with the PyTorch files: name them with --against"
-    assert failure("verify", tiny_model, "--quantize", "int8") == needs
-    message = failure("verify", stored["int8"], "--against", tmp_path, "--weights-only")
+    assert error_line("verify", tiny_model, "--quantize", "int8") == needs
+    message = error_line("verify", stored["int8"], "--against", tmp_path, "--weights-only")
     assert message.endswith("int8 is not what the PyTorch files hold; leave out --weights-only")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_quantised_weights_only_answer(stored, records, tmp_path):
     out, refusal = tmp_path / "out", "its weights are int8, good for answers and nothing else; take the model that it"
-    assert refusal in failure("export", stored["int8"], "--out", out, "--format", "safetensors")
+    assert refusal in error_line("export", stored["int8"], "--out", out, "--format", "safetensors")
     with pytest.raises(CheckpointError, match=refusal):
         train(short_config(stored["int8"], records), out, Quiet())
     assert not out.exists()

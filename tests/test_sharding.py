@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
-from networks import random_network
+from networks import random_network, tiny_on_small_images
 
 from vllama_jax import sharding
 from vllama_jax.chat import Chat
@@ -30,20 +30,9 @@ LAYOUTS = [
 ]
 
 
-def small(vocab_size: int = 512) -> VideoLlamaConfig:
-    """The tiny model on small pictures."""
-    cfg = tiny(vocab_size=vocab_size)
-    vision = dataclasses.replace(cfg.imagebind.vision, image_size=56)
-    return dataclasses.replace(
-        cfg,
-        vit=dataclasses.replace(cfg.vit, image_size=56),
-        imagebind=dataclasses.replace(cfg.imagebind, vision=vision),
-    )
-
-
 def divisible() -> VideoLlamaConfig:
     """A small model all of whose heads and widths eight devices divide."""
-    cfg = small()
+    cfg = tiny_on_small_images()
     eight = {"num_heads": 8, "width": 64}
     return dataclasses.replace(
         cfg,
@@ -57,7 +46,7 @@ def divisible() -> VideoLlamaConfig:
 @pytest.fixture(scope="module", params=["divides", pytest.param("does not divide", marks=SLOW)])
 def network(request) -> VideoLlama:
     """ "does not divide": 4 heads, 2 key heads, an MLP of 279 and 509 rows over 2 or 8 devices."""
-    cfg = divisible() if request.param == "divides" else small(vocab_size=509)
+    cfg = divisible() if request.param == "divides" else tiny_on_small_images(vocab_size=509)
     return jax.device_put(random_network(cfg))
 
 

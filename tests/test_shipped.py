@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from test_cli import failure, run
+from cli_fixtures import failure, run_vllama
 
 import vllama_jax as vl
 from vllama_jax.checkpoints import shipped
@@ -53,7 +53,7 @@ def test_the_users_own_file_is_what_chat_reads(here, capsys):
 
 
 def test_demo_says_what_it_is_asks_for_questions_and_ends_with_the_input():
-    done = run("chat", "demo", stdin="What do you hear?\n")
+    done = run_vllama("chat", "demo", stdin="What do you hear?\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "a bell rings\n"
     lines = done.stderr.splitlines()

@@ -245,7 +245,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("files", "message"), BROKEN)
-def test_broken_folders(tmp_path, files, message):
+def test_broken_folders_are_one_line_each(tmp_path, files, message):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -267,7 +267,7 @@ BROKEN_DECLARATIONS = [
 
 
 @pytest.mark.parametrize(("name", "text", "message"), BROKEN_DECLARATIONS)
-def test_broken_declarations(folder, name, text, message):
+def test_broken_declarations_are_an_error(folder, name, text, message):
     (folder / name).write_text(text)
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer(folder)

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from PIL import Image
-from test_prompts import SPELLING
+from text_fixtures import SPELLING
 
 from vllama_jax.config import tiny
 from vllama_jax.data import pipeline

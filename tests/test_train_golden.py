@@ -163,7 +163,7 @@ def batch_of(golden, setting, cases, name) -> dict:
         for name in CAPTIONS + CONVERSATIONS
     ],
 )
-def test_losses_and_gradients(golden, settings, cases, name):
+def test_losses_and_gradients_are_the_originals(golden, settings, cases, name):
     setting = settings(name.split("_")[1])
     batch = batch_of(golden, setting, cases, name)
     loss, gradients = setting.loss_and_gradients(setting.weights, setting.frozen, batch)
@@ -181,7 +181,7 @@ def test_losses_and_gradients(golden, settings, cases, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("branch", "accumulation"), [("vision", 1), ("audio", 3)])
-def test_three_steps_of_adamw(golden, golden_model, cases, branch, accumulation):
+def test_three_steps_of_adamw_are_the_originals(golden, golden_model, cases, branch, accumulation):
     case = cases[f"s1_{branch}_adamw3"]
     hyper = case["hyper"]
     optim = OptimConfig(
@@ -207,7 +207,7 @@ def test_three_steps_of_adamw(golden, golden_model, cases, branch, accumulation)
     assert (errors > 1e-4).mean() <= 1e-4
 
 
-def test_learning_rates(golden):
+def test_learning_rates_are_the_originals(golden):
     for table in json.loads((golden / "train/lr_table.json").read_text()).values():
         hyper = table["hyper"]
         cfg = OptimConfig(

@@ -68,10 +68,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_model, records) -> tuple[Path, Path]:
+def whole(tmp_path_factory, tiny_model, pictures) -> tuple[Path, Path]:
     """A config, and the run of it that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    config = write_config(folder / "config.py", config_of(tiny_model, records))
+    config = write_config(folder / "config.py", config_of(tiny_model, pictures))
     process = command(config, folder / "run")
     assert process.wait() == 0, process.stderr.read()
     return config, folder / "run"
@@ -84,7 +84,7 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_a_finished_run(whole, clip):
+def test_a_finished_run_has_every_step_and_chats(whole, clip):
     config, run = whole
     assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
     assert run_steps(run) == [15, 20]
@@ -120,7 +120,7 @@ def test_decoding_in_processes_changes_nothing(whole, tmp_path):
 
 @SLOW
 @pytest.mark.parametrize("name", SHIPPED)
-def test_kills_change_nothing(name, tiny_model, real_records, tmp_path):
+def test_a_run_killed_four_times_ends_as_the_one_that_was_not(name, tiny_model, real_records, tmp_path):
     config = write_config(tmp_path / "config.py", config_of(tiny_model, real_records, name))
     assert command(config, tmp_path / "whole").wait() == 0
     run, draw = tmp_path / "killed", random.Random(name)
@@ -179,6 +179,7 @@ def test_stage_2_starts_from_stage_1(tiny_model, records, stage1, tmp_path):
     assert all(source.trained for source in reporter.plan.sources.values())
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_model, pictures, stage1, tmp_path, caplog):
     run = shutil.copytree(stage1, tmp_path / "run")
     for file in (run / "step_8/weights").rglob("d/*"):
@@ -188,6 +189,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_mode
     assert_same_run(run, stage1)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_where_no_checkpoint_can_be_read_nothing_is_changed(tiny_model, pictures, stage1, tmp_path):
     run = shutil.copytree(stage1, tmp_path / "run")
     for file in run.glob("step_*/weights/d/*"):
@@ -219,6 +221,7 @@ class FullDisk(Quiet):
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
+@pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("on_error", ["stop", pytest.param("continue", marks=SLOW)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
 def test_a_full_disk_while_saving(tiny_model, pictures, tmp_path, on_error):
@@ -252,6 +255,7 @@ def test_tensorboard_shows_what_was_kept(stage1):
     np.testing.assert_allclose(shown, losses(stage1), rtol=1e-6)
 
 
+@pytest.mark.usefixtures("one_device")
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny_model, pictures, tmp_path):
     config = short_config(tiny_model, pictures, optim=OptimConfig(lr=1e30, min_lr=1e30, warmup_steps=0))
     with pytest.raises(VllamaError, match=r"step \d: the loss is nan .*png.*; the last good checkpoint is kept"):
@@ -316,7 +320,7 @@ def test_broken_and_short_videos_are_masked_and_named(tiny_model, tmp_path):
 
 
 @SLOW
-def test_validation(tiny_model, records, clip, tmp_path):
+def test_validation_writes_its_loss_and_answers_at_each_step(tiny_model, records, clip, tmp_path):
     config = config_of(tiny_model, records, steps=2, batch_size=8, mesh=ONE)
     held = tuple(dataclasses.replace(dataset, held_out=1) for dataset in config.datasets)
     looks = dataclasses.replace(config.validation, every=1, batches=2, clips=(str(clip),), max_new_tokens=5)

@@ -40,7 +40,7 @@ AT_THE_EDGE = [
 
 
 @pytest.mark.parametrize("options", AT_THE_EDGE, ids=str)
-def test_what_is_allowed(options):
+def test_settings_at_the_edge_are_accepted(options):
     config_of(**options)
 
 
@@ -66,7 +66,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
-def test_what_is_refused(options, message):
+def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         config_of(**options)
 

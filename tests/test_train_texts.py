@@ -5,8 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from test_prompts import SPELLING
-from test_training_text import shown
+from text_fixtures import SPELLING, shown
 
 from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.config import TextConfig

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
-from test_prompts import SPELLING, SpellingTokenizer
+from text_fixtures import SPELLING, SpellingTokenizer, shown
 from tokenizers import decoders, models, pre_tokenizers
 
 from vllama_jax.convert.tiny import train_tokenizer
@@ -39,21 +39,6 @@ def caption(template, text, media=IMAGE, instruction=None, media_length=2, max_l
 def conversation(template, turns, media=IMAGE, media_at=0, media_length=2, max_length=512, tokenizer=SPELLING):
     chosen = find_conversation_template(template)
     return encode_conversation(tokenizer, chosen, turns, media, media_at, media_length, max_length)
-
-
-def shown(text, tokenizer=SPELLING):
-    """The pieces, a media position as "*", and «…» around what is learned. Checks what holds of every text."""
-    assert text.ids.dtype == text.labels.dtype == np.int32
-    assert text.is_media.dtype == bool
-    assert len(text.ids) == len(text.is_media) == len(text.labels)
-    assert not text.ids[text.is_media].any()
-    learned = text.labels != IGNORE
-    assert (text.labels[learned] == text.ids[learned]).all()
-    assert not (learned & text.is_media).any()
-    pieces = ["*" if here else token for token, here in zip(tokenizer.tokens(text.ids), text.is_media, strict=True)]
-    runs = itertools.groupby(zip(pieces, learned, strict=True), key=lambda pair: pair[1])
-    joined = [(is_learned, "".join(piece for piece, _ in run)) for is_learned, run in runs]
-    return "".join(f"«{run}»" if is_learned else run for is_learned, run in joined)
 
 
 HEAR = "Close your eyes, open your ears and you imagine only based on the sound that: **▁."
@@ -317,7 +302,7 @@ CAPTION_BATCHES = [
 
 
 @pytest.mark.parametrize("name", [*CAPTION_BATCHES, "s1_vision_noprompt_v0pad"])
-def test_golden_captions(golden, cases, name):
+def test_caption_texts_are_goldens(golden, cases, name):
     arrays, tokenizer, embeddings, media_length = golden_parts(golden, name)
     case = cases[name.removesuffix("_v0pad")]
     template, instruction = "plain", None
@@ -360,7 +345,7 @@ def golden_conversations(golden, name):
 
 
 @pytest.mark.parametrize("name", [*CONVERSATION_BATCHES, "s2_vision_vicuna_v0pad"])
-def test_golden_conversations(golden, cases, name):
+def test_conversation_texts_are_goldens(golden, cases, name):
     arrays, tokenizer, _, media_length = golden_parts(golden, name)
     template = "vicuna" if "vicuna" in name else "llama_2"
     options = {"media_length": media_length, "tokenizer": tokenizer}
@@ -380,6 +365,6 @@ def test_golden_conversations(golden, cases, name):
         assert [("~" if label == IGNORE else "") + word for word, label, here in words if not here] == table.split(" ")
 
 
-def test_golden_clean_captions(golden):
+def test_clean_captions_are_goldens(golden):
     for text, expected in json.loads((golden / "extra/extra.json").read_text())["blip_caption"]:
         assert clean_caption(text) == expected

@@ -10,6 +10,7 @@ import sys
 import warnings
 
 import pytest
+from cli_fixtures import usage_error
 
 import vllama_jax as vl
 from vllama_jax import cli
@@ -20,18 +21,6 @@ COMMANDS = [
     *(["data"], ["data", "build"], ["data", "check"], ["data", "stats"], ["eval"], ["eval", "miniature"]),
     *(["features"], ["train"], ["train", "smoke"], ["memory"], ["memory", "vision_stage1"]),
 ]
-
-
-def usage_error(*arguments: object) -> str:
-    """What a command says on stderr, in one line, when it exits with 2."""
-    out, errors = io.StringIO(), io.StringIO()
-    with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
-        cli.main([str(argument) for argument in arguments])
-    assert stop.value.code == 2
-    assert out.getvalue() == ""
-    assert errors.getvalue().startswith("vllama: ")
-    assert errors.getvalue().count("\n") == 1
-    return errors.getvalue().strip().removeprefix("vllama: ")
 
 
 def help_of(*command: str) -> str:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from cli_fixtures import error_line
 from conversions import converted, without
 from safetensors.numpy import load_file, save_file
 
@@ -29,15 +30,9 @@ def run(capsys, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def failure(capsys, *arguments: object) -> tuple[str, str]:
+def verify_error(capsys, *arguments: object) -> tuple[str, str]:
     """The one line with which the command fails, and what it printed before."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["verify", *map(str, arguments)])
-    message = stopped.value.code
-    assert isinstance(message, str), "exit code 1 and a message, not a code alone"
-    assert message.startswith("vllama: ")
-    assert "\n" not in message
-    return message.removeprefix("vllama: "), capsys.readouterr().out
+    return error_line("verify", *arguments), capsys.readouterr().out
 
 
 def options(paths: Mapping[str, Path]) -> list[object]:
@@ -80,7 +75,7 @@ def test_files_as_they_were_written(tiny_model, capsys):
 def test_one_bit_of_one_chunk(tiny_model, tmp_path, capsys):
     model = copied(tiny_model, tmp_path)
     flip_a_byte(model, "llama/blocks/mlp/up/kernel")
-    message, _ = failure(capsys, model)
+    message, _ = verify_error(capsys, model)
     assert message == (
         f"{model}: not as it was written: llama/blocks/mlp/up/kernel (its bytes are not those that were written); "
         "copy or convert it again"
@@ -92,7 +87,7 @@ def test_chunks_that_are_missing_or_cut(tiny_model, tmp_path, capsys):
     (model / "params/llama.norm.scale/0").unlink()
     file = model / "params/ln_vision.bias/0"
     file.write_bytes(file.read_bytes()[:-1])
-    message, out = failure(capsys, model, "--json")
+    message, out = verify_error(capsys, model, "--json")
     assert "llama.norm.scale/0: it is missing" in message
     assert "ln_vision.bias/0: 255 of its 256 bytes are there" in message
     assert json.loads(out)["damaged"].keys() == {"llama/norm/scale", "ln_vision/bias"}
@@ -122,7 +117,7 @@ def test_a_weight_that_differs_is_named(tiny_model, tiny_files, tmp_path, capsys
         tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-6
 
     paths = tiny_files | {"llama": edited(tiny_files["llama"], tmp_path, spoil)}
-    message, out = failure(capsys, tiny_model, *options(paths), "--weights-only")
+    message, out = verify_error(capsys, tiny_model, *options(paths), "--weights-only")
     what = "llama/blocks/mlp/up/kernel, row 1 (model.layers.1.mlp.up_proj.weight)"
     assert message == f"{tiny_model}: not what its source makes: 1 weights differ: {what}"
     assert "1 different" in out
@@ -183,7 +178,7 @@ def test_the_stages_of_a_part_are_the_part(tiny_model, network, parts, name):
     np.testing.assert_allclose(x[0] if isinstance(x, tuple) else x, whole, atol=1e-5)
 
 
-def test_a_good_model(tiny_model, tiny_files, capsys):
+def test_a_good_model_passes(tiny_model, tiny_files, capsys):
     report = json.loads(run(capsys, tiny_model, *options(tiny_files), "--json"))
     layers, logits = report["layers"], report["logits"]
     assert report["equal"]
@@ -226,7 +221,7 @@ def test_swapped_weights_are_found_where_they_are(tiny_model, tiny_files, tmp_pa
     """A model of swapped tensors, as a converter that errs would make it."""
     wrong = tiny_files | {kind: edited(tiny_files[kind], tmp_path, change) for kind, change in SWAPS.items()}
     converted(wrong, tmp_path / "model")
-    message, out = failure(capsys, tmp_path / "model", *options(tiny_files), "--tokens", 100, "--json")
+    message, out = verify_error(capsys, tmp_path / "model", *options(tiny_files), "--tokens", 100, "--json")
     report = json.loads(out)
     assert not report["equal"]
     first = [failure.split(":")[0] for failure in report["failures"]]
@@ -240,28 +235,28 @@ def test_swapped_weights_are_found_where_they_are(tiny_model, tiny_files, tmp_pa
 
 
 @pytest.mark.slow
-def test_wrong_rotary_base(tiny_model, tiny_files, tmp_path, capsys):
+def test_a_wrong_rotary_base_is_found(tiny_model, tiny_files, tmp_path, capsys):
     model = copied(tiny_model, tmp_path)
     fields = json.loads((model / "config.json").read_text())
     fields["model"]["llama"]["rope_theta"] = 10100.0
     (model / "config.json").write_text(json.dumps(fields))
-    message, out = failure(capsys, model, *options(tiny_files))
+    message, out = verify_error(capsys, model, *options(tiny_files))
     assert "config.json says llama.rope_theta is 10100.0, the source 10000.0; llama, layer 0: relative " in message
     assert "logits of 1024 tokens" in out
     assert "vit, " not in message
 
 
-def test_numbers_that_are_none(tiny_model, tiny_files, tmp_path, capsys):
+def test_weights_that_are_not_finite_are_found(tiny_model, tiny_files, tmp_path, capsys):
     def spoil(tensors: Tensors) -> None:
         tensors["blocks.0.norm1.weight"][0] = np.nan
 
     converted(tiny_files | {"eva_vit": edited(tiny_files["eva_vit"], tmp_path, spoil)}, tmp_path / "model")
-    message, out = failure(capsys, tmp_path / "model", *options(tiny_files), "--tokens", 8, "--json")
+    message, out = verify_error(capsys, tmp_path / "model", *options(tiny_files), "--tokens", 8, "--json")
     assert "vit, layer 0: relative error nan" in message
     assert next(layer for layer in json.loads(out)["layers"] if layer["layer"] == "layer 0")["relative"] is None
 
 
-def test_golden_equals_torchs(golden_model, golden_files, capsys):
+def test_goldens_layers_equal_torchs(golden_model, golden_files, capsys):
     """The original's own layouts: .pth files and .bin shards."""
     report = json.loads(run(capsys, golden_model, *options(golden_files), "--json"))
     assert max(layer["relative"] for layer in report["layers"]) < 5e-6
@@ -281,7 +276,7 @@ def test_a_base_without_branches(tiny_files, tmp_path, capsys):
 
 def test_two_files_of_one_kind(tiny_model, tiny_files, tmp_path, capsys):
     other = shutil.copy(tiny_files["vl"], tmp_path / "other.safetensors")
-    message, _ = failure(capsys, tiny_model, "--against", tiny_files["config"].parent, tmp_path)
+    message, _ = verify_error(capsys, tiny_model, "--against", tiny_files["config"].parent, tmp_path)
     expected = f"{tiny_files['vl']} and {other}: both are a Video-LLaMA vision-language checkpoint; say which with --vl"
     assert message == expected
 
@@ -296,11 +291,11 @@ def test_a_tensor_that_the_source_lacks(tiny_model, tiny_files, tmp_path):
 
 
 def test_a_source_of_other_parts(tiny_model, tiny_files, tmp_path, capsys):
-    message, _ = failure(capsys, tiny_model, *options(without(tiny_files, "vl")))
+    message, _ = verify_error(capsys, tiny_model, *options(without(tiny_files, "vl")))
     assert message.startswith(f"{tiny_model}: has frame_positions, ")
     assert "which nothing in the source makes; name the file that it came from" in message
     converted(without(tiny_files, "vl", "minigpt4"), tmp_path / "model")
-    message, _ = failure(capsys, tmp_path / "model", *options(tiny_files), "--weights-only")
+    message, _ = verify_error(capsys, tmp_path / "model", *options(tiny_files), "--weights-only")
     assert message.startswith(f"{tmp_path / 'model'}: has no frame_positions, ")
 
 
@@ -313,17 +308,17 @@ def test_a_source_of_other_parts(tiny_model, tiny_files, tmp_path, capsys):
     ],
 )
 def test_options_that_mean_nothing(tiny_model, capsys, arguments, said):
-    assert failure(capsys, tiny_model, *arguments)[0] == said
+    assert verify_error(capsys, tiny_model, *arguments)[0] == said
 
 
 def test_without_transformers(tiny_model, tiny_files, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    message, _ = failure(capsys, tiny_model, *options(tiny_files))
+    message, _ = verify_error(capsys, tiny_model, *options(tiny_files))
     expected = "running the PyTorch side needs transformers, which is not installed: pip install 'vllama-jax[verify]'"
     assert message == f"{expected}; or add --weights-only"
 
 
-def test_in_a_process_of_its_own(tiny_model, tiny_files, tmp_path):
+def test_verify_in_a_process_prints_the_first_difference_and_exits_with_1(tiny_model, tiny_files, tmp_path):
     vllama = Path(sys.executable).with_name("vllama")
     model = copied(tiny_model, tmp_path)
     flip_a_byte(model, "vit/positions")

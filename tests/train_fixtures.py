@@ -5,17 +5,26 @@ import dataclasses
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
 from PIL import Image
 
+from vllama_jax import sharding
 from vllama_jax.data.build import build
 from vllama_jax.media.write import write_video
+from vllama_jax.train import setup
 from vllama_jax.train.config import CheckpointConfig, OptimConfig, TrainConfig
 from vllama_jax.train.config_files import load_config
 
 STEPS = 20
 ONE = dataclasses.replace(load_config("vision_stage1")[0].mesh, data=8)
 EACH = CheckpointConfig(every=1)
+
+
+def use_one_device(patch: pytest.MonkeyPatch) -> None:
+    """Train on one of the devices that the tests see: a step that is partitioned over all takes longer to compile."""
+    patch.setattr(setup, "make_mesh", lambda _: sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def worker_processes(parent: int) -> set[int]:
@@ -110,7 +119,6 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def short_config(base: Path, records: Path, **options) -> TrainConfig:
-    """Eight steps on 8 devices."""
-    return config_of(
-        base, records, **{"steps": 8, "batch_size": 8, "mesh": ONE, "checkpoint": CheckpointConfig(every=4), **options}
-    )
+    """Eight steps on 8 devices, without activation checkpointing, which takes longer to compile."""
+    short = {"steps": 8, "batch_size": 8, "mesh": ONE, "checkpoint": CheckpointConfig(every=4), "remat": "none"}
+    return config_of(base, records, **{**short, **options})

@@ -1,0 +1,48 @@
+"""A tokenizer that spells, and texts to learn from as one can read them."""
+
+import itertools
+
+import numpy as np
+
+from vllama_jax.text.tokenizer import SpecialToken, Tokenizer
+from vllama_jax.text.training import IGNORE
+
+
+class SpellingTokenizer(Tokenizer):
+    """One id a letter, "▁" before each text; "###" at its very beginning is one token, as in LLaMA."""
+
+    alone = 0x110000  # the id of "▁###"; letters are their code points, and <unk> <s> </s> are 0 1 2
+
+    def __init__(self):
+        contents = ("<unk>", "<s>", "</s>")
+        special_tokens = [SpecialToken(content, i, lstrip=False, rstrip=False) for i, content in enumerate(contents)]
+        super().__init__(special_tokens, {"unk": 0, "bos": 1, "eos": 2}, self.alone + 1)
+
+    def _encode_plain(self, text):
+        if text.startswith("###"):
+            return [self.alone, *map(ord, text[3:])]
+        return [ord(letter) for letter in "▁" + text] if text else []
+
+    def _decode_known(self, ids):
+        return "".join(self.tokens(ids)).replace("▁", " ").removeprefix(" ")
+
+    def _known_token(self, token_id):
+        return "▁###" if token_id == self.alone else chr(token_id)
+
+
+SPELLING = SpellingTokenizer()
+
+
+def shown(text, tokenizer=SPELLING):
+    """The pieces, a media position as "*", and «…» around what is learned. Checks what holds of every text."""
+    assert text.ids.dtype == text.labels.dtype == np.int32
+    assert text.is_media.dtype == bool
+    assert len(text.ids) == len(text.is_media) == len(text.labels)
+    assert not text.ids[text.is_media].any()
+    learned = text.labels != IGNORE
+    assert (text.labels[learned] == text.ids[learned]).all()
+    assert not (learned & text.is_media).any()
+    pieces = ["*" if here else token for token, here in zip(tokenizer.tokens(text.ids), text.is_media, strict=True)]
+    runs = itertools.groupby(zip(pieces, learned, strict=True), key=lambda pair: pair[1])
+    joined = [(is_learned, "".join(piece for piece, _ in run)) for is_learned, run in runs]
+    return "".join(f"«{run}»" if is_learned else run for is_learned, run in joined)

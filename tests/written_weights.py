@@ -1,0 +1,52 @@
+"""Files of weights in the layouts they are published in, and files that are not weights."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+
+def save_torch(tensors: dict[str, np.ndarray], path: Path, **options) -> None:
+    torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, path, **options)
+
+
+def save_old(tensors: dict[str, np.ndarray], path: Path) -> None:
+    save_torch(tensors, path, _use_new_zipfile_serialization=False)
+
+
+def single(name: str, save):
+    return lambda tensors, directory: save(tensors, directory / name)
+
+
+def shards(pattern: str, index: str, save):
+    def write(tensors: dict[str, np.ndarray], directory: Path) -> None:
+        homes = {name: pattern.format(1 + number % 3) for number, name in enumerate(tensors)}
+        for shard in set(homes.values()):
+            save({name: tensors[name] for name in homes if homes[name] == shard}, directory / shard)
+        (directory / index).write_text(json.dumps({"metadata": {}, "weight_map": homes}))
+
+    return write
+
+
+LAYOUTS = {
+    "single bin": single("pytorch_model.bin", save_torch),
+    "single bin from before torch 1.6": single("pytorch_model.bin", save_old),
+    "safetensors named bin": single("pytorch_model.bin", save_file),
+    "bin shards": shards("pytorch_model-{}.bin", "pytorch_model.bin.index.json", save_torch),
+    "old bin shards": shards("pytorch_model-{}.bin", "pytorch_model.bin.index.json", save_old),
+    "safetensors shards": shards("model-{}.safetensors", "model.safetensors.index.json", save_file),
+}
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+class Hostile:
+    def __init__(self, marker: Path):
+        self._marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch '{self._marker}'",)
