@@ -214,3 +214,9 @@ _SAFETENSORS_DTYPES = {
     "I64": "int64",
     "I32": "int32",
 }
+
+
+def count_layers(source: Source, pattern: str) -> int:
+    """How many layers a file holds: one more than the largest number that `pattern` catches in a name."""
+    found = [int(match[1]) for name in source.shapes if (match := re.match(pattern, name))]
+    return max(found, default=-1) + 1

@@ -200,7 +200,7 @@ def test_base_that_is_damaged(tiny_files, tiny_model, tmp_path, damage, message)
 def test_an_audio_checkpoint_for_a_base_that_cannot_hear(tiny_files, tmp_path):
     main(command(without(tiny_files, "imagebind", "al", "minigpt4"), tmp_path / "sees"))
     said = one_line({"al": tiny_files["al"]}, tmp_path, "--base", str(tmp_path / "sees"))
-    assert said == "vllama: --al needs --imagebind: the audio branch hears through ImageBind"
+    assert said == "vllama: --al needs --imagebind: the audio branch takes what it encodes"
 
 
 # Runs.

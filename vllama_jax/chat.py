@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllama_jax import media as media_files
+from vllama_jax.branches import BRANCHES, Branch
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError, VllamaError
 from vllama_jax.media import Audio, Image, MediaReport, Video
 from vllama_jax.text import prompts
+from vllama_jax.towers import tower_of
 
 if TYPE_CHECKING:
     import jax
@@ -89,7 +91,8 @@ def fit_to_model(found: Video | Image | Audio, config: VideoLlamaConfig, *, requ
         raise MediaError(f"{path}: there is only sound in it, and it cannot be used: {report}")
     if require_audio and report.audio != "used":
         raise MediaError(f"{path}: its sound is required and was not used: {report}")
-    frames = None if report.kind == "audio" else media_files.normalize(found.frames)
+    tower = tower_of(config.vit)
+    frames = None if report.kind == "audio" else media_files.normalize(found.frames, tower.mean, tower.std)
     return Prepared(report, frames, mel, tuple(getattr(found, "seconds", ())))
 
 
@@ -97,10 +100,19 @@ def encode_media(
     network: "VideoLlama", prepared: Prepared, *, interpolate_positions: bool = False
 ) -> "list[jax.Array]":
     """Tokens [n, width] for each place that a file has in a prompt, in order: of its sound, then of its frames."""
-    encode = functools.partial(_encode, network, interpolate=interpolate_positions)
-    given = {"audio": prepared.mel, "video": prepared.frames}
-    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:  # the two branches compile side by side
-        return list(pool.map(lambda sense: encode(sense, given[sense]), [s for s in given if given[s] is not None]))
+    import jax.numpy as jnp
+
+    places = {"mel": prepared.mel, "frames": prepared.frames}
+    used = [branch for array in places for branch in network.branches if branch.prompt_array == array]
+    used = [branch for branch in used if places[branch.prompt_array] is not None]
+
+    def encode(branch: Branch) -> "jax.Array":
+        return _encode(network, branch.name, places[branch.prompt_array], interpolate=interpolate_positions)
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:  # branches compile side by side
+        encoded = list(zip(used, pool.map(encode, used), strict=True))
+    found = [[tokens for branch, tokens in encoded if branch.prompt_array == array] for array in places]
+    return [tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens) for tokens in found if tokens]
 
 
 def embed_prompt(
@@ -242,20 +254,22 @@ class Chat:
                 self._users.remove(thread)
 
 
-def _encode(network: Any, sense: str, given: np.ndarray, *, interpolate: bool) -> Any:
-    """Tokens [n, width] of one file's frames or mel, by a program compiled once for each number of them."""
+def _encode(network: Any, branch: str, given: np.ndarray, *, interpolate: bool) -> Any:
+    """A branch's tokens [n, width] of one file's frames or mel, by a program compiled once for each number of them."""
     from vllama_jax.sharding import mesh_of, under
 
     with under(mesh_of(network)):
-        return _encoder(sense, interpolate)(network, given[None])[0]
+        return _encoder(branch, interpolate)(network, given[None])[0]
 
 
 @functools.cache
-def _encoder(sense: str, interpolate: bool) -> Any:
+def _encoder(name: str, interpolate: bool) -> Any:
     import jax
 
+    branch = BRANCHES[name]
+    encoder = branch.encoders[branch.prompt_array]
+
     def encode(network, given):
-        method = network.encode_audio if sense == "audio" else network.encode_video
-        return method(given, interpolate_positions=interpolate)
+        return branch.tokens(network, encoder.encode(network, given), interpolate_positions=interpolate)
 
     return jax.jit(encode)

@@ -1,20 +1,22 @@
 """Video-LLaMA: two branches that turn what is seen and heard into tokens of a language model (arXiv 2306.02858)."""
 
+import functools
 import math
+import pkgutil
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from vllama_jax.branches import BRANCHES, Branch
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.errors import ConfigError
 from vllama_jax.nn.arrays import check_array
-from vllama_jax.nn.eva_vit import EvaVit
 from vllama_jax.nn.imagebind import ImageBind
 from vllama_jax.nn.layers import Dropout, axes, layer_norm, like_weights, named, position_rows
 from vllama_jax.nn.llama import Llama
 from vllama_jax.nn.qformer import QFormer
+from vllama_jax.towers import build_tower
 
 
 class VideoLlama(nnx.Module):
@@ -22,7 +24,7 @@ class VideoLlama(nnx.Module):
 
     def __init__(self, cfg: VideoLlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.vit = EvaVit(cfg.vit, rngs=rngs)
+        self.vit = build_tower(cfg.vit, rngs)
         self.ln_vision = layer_norm(cfg.vit.width, cfg.ln_vision_eps, rngs)
         self.image_qformer = QFormer(cfg.image_qformer, cfg.vit.width, rngs=rngs)
         self.video_qformer = QFormer(cfg.video_qformer, cfg.image_qformer.width, rngs=rngs)
@@ -34,6 +36,13 @@ class VideoLlama(nnx.Module):
             self.audio_positions = _positions(cfg.num_clip_positions, cfg.imagebind.embed_dim, rngs)
             self.audio_llama_proj = _projection(cfg.audio_qformer.width, cfg.llama.width, rngs)
         self.llama = Llama(cfg.llama, rngs=rngs)
+        for extra in cfg.extra_branches:
+            setattr(self, extra.type, pkgutil.resolve_name(BRANCHES[extra.type].module)(extra, cfg, rngs=rngs))
+
+    @property
+    def branches(self) -> list[Branch]:
+        """The branches that this network has: a run leaves out those that it does not use."""
+        return [branch for branch in BRANCHES.values() if _has(self, branch.qformer)]
 
     def encode_frames(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t q d"]:
         """Each frame by itself through EVA-CLIP and BLIP-2's Q-Former, before positions: [b, t, 32, 768]."""
@@ -134,8 +143,13 @@ class VideoLlama(nnx.Module):
 
     def _require_audio(self) -> None:
         """Raise ConfigError for a model without an audio branch."""
-        if not self.cfg.has_audio:
-            raise ConfigError("a picture-only model has no audio branch; convert it with --imagebind")
+        BRANCHES["audio"].require(self.cfg)
+
+
+def _has(network: VideoLlama, component: str) -> bool:
+    """Whether a network has a component, by its path."""
+    *parents, name = component.split("/")
+    return hasattr(functools.reduce(lambda part, parent: getattr(part, parent, None), parents, network), name)
 
 
 def _check_frames(frames: Float[Array, "b t h w 3"], size: int) -> None:
