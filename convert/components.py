@@ -63,6 +63,11 @@ class Piece:
     stages: str = ""
 
     @property
+    def named(self) -> str:
+        """How it is named to the user: by its option, else by what it is."""
+        return self.option or self.what
+
+    @property
     def may_be_untrained(self) -> bool:
         """Whether a model may lack it before it is trained."""
         return set(self.components) <= {component for branch in BRANCHES.values() for component in branch.trained}
@@ -236,10 +241,10 @@ def check_kind(kind: str, source: Source) -> None:
     if found:
         other = PIECES[found[0]]
         raise CheckpointError(
-            f"{source.label}: given as {PIECES[kind].option}, but it is {other.what}; give it as {other.option}"
+            f"{source.label}: given as {PIECES[kind].named}, but it is {other.what}; give it as {other.named}"
         )
     raise CheckpointError(
-        f"{source.label}: given as {PIECES[kind].option}, but it is not {PIECES[kind].what} "
+        f"{source.label}: given as {PIECES[kind].named}, but it is not {PIECES[kind].what} "
         f"(no tensor {PIECES[kind].signature}; it holds {_some(source.shapes)})"
     )
 

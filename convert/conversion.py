@@ -130,23 +130,16 @@ def _check_complete(kinds: Sequence[str], base: StoredModel | None, directory: s
     lacking = [choice for choice in choices if not base and not set(choice) & set(kinds)]
     if lacking:
         where = f", and {directory} holds none" if directory else ""
-        options = ", ".join(" or ".join(map(_option, choice)) for choice in lacking)
+        options = ", ".join(" or ".join(PIECES[kind].named for kind in choice) for choice in lacking)
         raise ConfigError(f"every model needs {options}{where}")
     for choice in choices:
         if len(given := [kind for kind in choice if kind in kinds]) > 1:
-            told = " and ".join(map(_option, given))
+            told = " and ".join(PIECES[kind].named for kind in given)
             raise ConfigError(f"{told} hold the same component of the model; leave one of them out")
-    for kind in kinds:
-        needed = PIECES[kind].needs
-        if needed and needed not in kinds and not (base and PIECES[needed].applies(base.directory.config)):
-            raise ConfigError(
-                f"{_option(kind)} needs {_option(needed)}: the {PIECES[kind].branch} branch takes what it encodes"
-            )
-
-
-def _option(kind: str) -> str:
-    """How a kind of file is named to the user."""
-    return PIECES[kind].option or PIECES[kind].what
+    for piece in (PIECES[kind] for kind in kinds if PIECES[kind].needs):
+        if piece.needs not in kinds and not (base and PIECES[piece.needs].applies(base.directory.config)):
+            needed = PIECES[piece.needs].named
+            raise ConfigError(f"{piece.named} needs {needed}: the {piece.branch} branch takes what it encodes")
 
 
 def convert(

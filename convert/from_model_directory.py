@@ -156,7 +156,7 @@ def _branch(cfg: VideoLlamaConfig, kind: str, branch: StoredModel) -> dict[str, 
     other = {rule.target for piece in others if piece.applies(cfg) for rule in piece.rules(cfg)}
     if own - branch.leaves.keys():
         raise CheckpointError(
-            f"{branch.path}: given as {PIECES[kind].option}, but has no trained {PIECES[kind].branch} branch"
+            f"{branch.path}: given as {PIECES[kind].named}, but has no trained {PIECES[kind].branch} branch"
         )
     return {target: branch.leaves[target] for target in sorted(own | branch.learned - other)}
 

@@ -7,6 +7,7 @@ now and then, because every page of a memory map that was touched counts as memo
 import collections
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol

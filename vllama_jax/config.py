@@ -147,6 +147,11 @@ class VideoLlamaConfig:
         """The config of an additional branch; None where the model does not have it."""
         return next((branch for branch in self.extra_branches if branch.type == name), None)
 
+    def without_branch(self, name: str) -> "VideoLlamaConfig":
+        """The same model without an additional branch."""
+        kept = tuple(branch for branch in self.extra_branches if branch.type != name)
+        return dataclasses.replace(self, extra_branches=kept)
+
     def __post_init__(self):
         if (self.audio_qformer is None) != (self.imagebind is None):
             raise ConfigError("audio_qformer and imagebind belong together: give both, or neither (picture-only)")

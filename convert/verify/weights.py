@@ -102,9 +102,8 @@ def untold(config: VideoLlamaConfig) -> dict[str, Any]:
         if names[0] in ("llama", "extra_branches") or not hasattr(part, "num_heads"):
             continue  # their files tell
         if part.width not in published_heads(path, hasattr(part, "type")):
-            functools.reduce(lambda fields, name: fields.setdefault(name, {}), names, told)["num_heads"] = (
-                part.num_heads
-            )
+            fields = functools.reduce(lambda parent, name: parent.setdefault(name, {}), names, told)
+            fields["num_heads"] = part.num_heads
     return told
 
 

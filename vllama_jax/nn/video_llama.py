@@ -1,10 +1,8 @@
 """Video-LLaMA: two branches that turn what is seen and heard into tokens of a language model (arXiv 2306.02858)."""
 
 import functools
-import math
 import pkgutil
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
@@ -13,7 +11,7 @@ from vllama_jax.branches import BRANCHES, Branch
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.nn.arrays import check_array
 from vllama_jax.nn.imagebind import ImageBind
-from vllama_jax.nn.layers import Dropout, axes, layer_norm, like_weights, named, position_rows
+from vllama_jax.nn.layers import Dropout, layer_norm, learned_positions, like_weights, position_rows, projection
 from vllama_jax.nn.llama import Llama
 from vllama_jax.nn.qformer import QFormer
 from vllama_jax.towers import build_tower
@@ -28,13 +26,13 @@ class VideoLlama(nnx.Module):
         self.ln_vision = layer_norm(cfg.vit.width, cfg.ln_vision_eps, rngs)
         self.image_qformer = QFormer(cfg.image_qformer, cfg.vit.width, rngs=rngs)
         self.video_qformer = QFormer(cfg.video_qformer, cfg.image_qformer.width, rngs=rngs)
-        self.frame_positions = _positions(cfg.num_frame_positions, cfg.image_qformer.width, rngs)
-        self.llama_proj = _projection(cfg.video_qformer.width, cfg.llama.width, rngs)
+        self.frame_positions = learned_positions(cfg.num_frame_positions, cfg.image_qformer.width, rngs)
+        self.llama_proj = projection(cfg.video_qformer.width, cfg.llama.width, rngs)
         if cfg.has_audio:
             self.imagebind = ImageBind(cfg.imagebind, rngs=rngs)
             self.audio_qformer = QFormer(cfg.audio_qformer, cfg.imagebind.embed_dim, rngs=rngs)
-            self.audio_positions = _positions(cfg.num_clip_positions, cfg.imagebind.embed_dim, rngs)
-            self.audio_llama_proj = _projection(cfg.audio_qformer.width, cfg.llama.width, rngs)
+            self.audio_positions = learned_positions(cfg.num_clip_positions, cfg.imagebind.embed_dim, rngs)
+            self.audio_llama_proj = projection(cfg.audio_qformer.width, cfg.llama.width, rngs)
         self.llama = Llama(cfg.llama, rngs=rngs)
         for extra in cfg.extra_branches:
             setattr(self, extra.type, pkgutil.resolve_name(BRANCHES[extra.type].module)(extra, cfg, rngs=rngs))
@@ -164,16 +162,3 @@ def splice(
     index = jnp.clip(jnp.cumsum(is_media, axis=1) - 1, 0, media.shape[1] - 1)
     chosen = jnp.take_along_axis(media.astype(embeddings.dtype), index[..., None], axis=1)
     return jnp.where(is_media[..., None], chosen, embeddings)
-
-
-def _positions(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
-    return named(jax.random.normal(rngs.params(), (rows, width)), None, "embed")  # torch's nn.Embedding
-
-
-def _projection(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
-    bound = 1 / math.sqrt(width)  # torch's nn.Linear
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, **_) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return nnx.Linear(width, out, kernel_init=init, bias_init=init, rngs=rngs, **axes(None, "embed"))
