@@ -65,7 +65,9 @@ def join_branches(known: Iterable[Mapping[str, Any]], others: Iterable[Mapping[s
 
 def _over(known: Any, told: Any) -> Any:
     """What a file tells, and beside it what was known of a part of the same width: head counts leave no trace."""
-    if not isinstance(known, Mapping) or not isinstance(told, Mapping) or known.get("width") != told.get("width"):
+    if not isinstance(known, Mapping) or not isinstance(told, Mapping):
+        return told
+    if any(known.get(name) != told.get(name) for name in ("width", "type")):
         return told
     return {**known, **{name: _over(known.get(name), value) for name, value in told.items()}}
 

@@ -155,7 +155,10 @@ PIECE = Piece(
     f"{VISION}embeddings.patch_embedding.weight",
     ("vit",),
     lambda cfg: rules(cfg.vit),
-    lambda _: {rf"{VISION}head\..*": "SigLIP's pooling head is not used"},
+    lambda _: {
+        rf"{VISION}head\..*": "SigLIP's pooling head is not used",
+        r"text_model\..*|logit_(scale|bias)": "SigLIP's text tower is not used",
+    },
     lambda source: {"vit": infer(source)},
     applies=is_siglip,
     stages="extension_siglip:stages",

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import nn
 
+from vllama_jax.branches import BRANCHES
 from vllama_jax.config import ImageBindAudioConfig, ImageBindVisionConfig, QFormerConfig, VideoLlamaConfig, VitConfig
 from vllama_jax.convert.components import PIECES
 from vllama_jax.convert.verify.reference import Read, eva_vit, imagebind, llama, loaded, qformer
@@ -68,9 +69,11 @@ def one_layer(cfg: Any) -> Any:
 
 
 def parts(cfg: VideoLlamaConfig, llama_config: transformers.LlamaConfig, tokens: int) -> list[Component]:
-    """All parts that a model of this config can have. tokens: the length of the language model's prompt."""
+    """All parts that a model of this config can have, branch by branch. tokens: the length of the prompt."""
     described = [piece.stages for piece in PIECES.values() if piece.stages and piece.applies(cfg)]
     found = [component for stages in described for component in pkgutil.resolve_name(stages)(cfg)]
+    branch_of = {path: number for number, branch in enumerate(BRANCHES.values()) for path in branch.components}
+    found.sort(key=lambda component: branch_of[component.name])
     prompt = lambda rng: rng.integers(cfg.llama.vocab_size, size=(1, tokens))  # noqa: E731
     return [*found, Component("llama", "llama", prompt, _llama(cfg, llama_config))]
 
