@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllama_jax import media as media_files
-from vllama_jax.branches import BRANCHES, Branch
+from vllama_jax.branches import BRANCHES, Branch, branches_of
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError, VllamaError
 from vllama_jax.media import Audio, Image, MediaReport, Video
@@ -85,7 +85,7 @@ def fit_to_model(found: Video | Image | Audio, config: VideoLlamaConfig, *, requ
     path = report.path
     if waveform is not None:  # read without `num_clips`
         mel = media_files.mel_clips(waveform, found.sample_rate, config.num_clips)
-    if mel is not None and not config.has_audio:
+    if mel is not None and all(branch.prompt_array != "mel" for branch in branches_of(config)):
         report, mel = dataclasses.replace(report, audio="unsupported"), None
     if report.kind == "audio" and mel is None:
         raise MediaError(f"{path}: there is only sound in it, and it cannot be used: {report}")

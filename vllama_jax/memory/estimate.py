@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllama_jax.branches import component_of, find_branch, is_within
+from vllama_jax.branches import branches_of, component_of, find_branch, is_within
 from vllama_jax.checkpoints.restore import gb_in_flight
 from vllama_jax.config import NO_LORA, GenerationConfig, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
@@ -223,7 +223,7 @@ def chatting(
     one = Shape(rows=1, length=padded, itemsize=_itemsize(dtype), mesh=mesh)
     cache = key_value_cache(model.llama, dataclasses.replace(one, rows=beams), capacity)
     at_work = max(
-        encoder(model, "vision", one),
+        *(encoder(model, branch.name, one) for branch in branches_of(model) if branch.prompt_array == "frames"),
         reading_layer(model.llama, one, capacity),
         cache if beams > 1 else 0,  # beams change places
         max(map(_bytes, weights.values())) - cache,  # layers become arrays of their own, before there is a cache
