@@ -12,7 +12,7 @@ from pathlib import Path
 
 LAYERS = (
     {"__init__", "errors"},
-    {"config", "io", "runtime", "sharding"},
+    {"config", "branches", "towers", "io", "runtime", "sharding"},
     {"nn", "media", "text"},
     {"checkpoints", "generate"},
     {"model", "chat", "data"},

@@ -1,10 +1,12 @@
-"""The files that a model is made of: which is which, told by what they hold, and which rules read them."""
+"""The files that a model is made of: one table that says how each kind is identified, read, written and verified."""
 
 import dataclasses
 import re
 from collections.abc import Callable, Container, Mapping
+from typing import Any
 
-from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.branches import BRANCHES
+from vllama_jax.config import VideoLlamaConfig, VitConfig
 from vllama_jax.convert import eva_vit, imagebind, llama, qformer
 from vllama_jax.convert.rules import SAME, Rule, linear, norm
 from vllama_jax.convert.weight_files import Source, renamed
@@ -12,18 +14,63 @@ from vllama_jax.errors import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
-    """One kind of file.
+class Layers:
+    """The layers in a file. part: of the config. pattern: of their names. said_by: what says how many there are."""
 
-    option: the command line's name for it. signature: a tensor that no other kind has. rules: what it gives.
-    extras: what it holds besides (regular expressions), and why that is left out.
+    part: str
+    pattern: str
+    said_by: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Piece:
+    """One kind of file. What reads, writes and verifies such files derives from this.
+
+    Attributes:
+        what: What it is, in messages.
+        option: The command line's name for it; "" where there is none, and it is found in a directory.
+        signature: A tensor that no other kind has.
+        components: The paths of the components that it holds.
+        rules: Its tensors → our weights.
+        extras: What it holds besides (regular expressions), and why that is left out.
+        infer: The fields of the model's config that its shapes tell.
+        applies: Whether a model of this config has what it holds.
+        branch: The branch that it holds, where that is trained; a run that trained it may be given in its place.
+        fields: The fields of the model's config that are of that branch alone.
+        needs: The kind of file without which it is of no use.
+        layers: Where a file with too few layers is to be reported in one line.
+        prefix: Of its tensors' names in the original's whole model.
+        file_name: That `export` gives it, without suffix; its kind's where empty.
+        bare: Whether its .pth holds the tensors themselves, and not {"model": tensors}.
+        stages: What `verify` compares, as "module:function" of the model's config, since it imports torch.
     """
 
     what: str
     option: str
     signature: str
+    components: tuple[str, ...]
     rules: Callable[[VideoLlamaConfig], list[Rule]]
     extras: Callable[[VideoLlamaConfig], dict[str, str]]
+    infer: Callable[[Source], dict[str, Any]]
+    applies: Callable[[VideoLlamaConfig], bool] = lambda cfg: True
+    branch: str | None = None
+    fields: tuple[str, ...] = ()
+    needs: str = ""
+    layers: Layers | None = None
+    prefix: str = ""
+    file_name: str = ""
+    bare: bool = False
+    stages: str = ""
+
+    @property
+    def named(self) -> str:
+        """How it is named to the user: by its option, else by what it is."""
+        return self.option or self.what
+
+    @property
+    def may_be_untrained(self) -> bool:
+        """Whether a model may lack it before it is trained."""
+        return set(self.components) <= {component for branch in BRANCHES.values() for component in branch.trained}
 
 
 def _blip2(cfg: VideoLlamaConfig) -> list[Rule]:
@@ -54,51 +101,110 @@ _BERT_TEXT = {
     r"(t5|opt|vision|text)_proj\..*|itm_head\..*|temp": "BLIP-2's own heads and language model projection, not used",
 }
 
+STAGES = "vllama_jax.convert.verify.stages"
+
 PIECES: dict[str, Piece] = {
     "eva_vit": Piece(
         "EVA-CLIP ViT-g weights",
         "--eva-vit",
         "blocks.0.attn.q_bias",
+        ("vit",),
         lambda cfg: eva_vit.rules(cfg.vit),
         lambda cfg: eva_vit.extras(cfg.vit),
+        lambda source: {"vit": eva_vit.infer(source)},
+        applies=lambda cfg: type(cfg.vit) is VitConfig,
+        layers=Layers("vit", r"blocks\.(\d+)\.", '--config {"vit": {"depth": …}} says'),
+        prefix="visual_encoder.",
+        file_name="eva_vit_g",
+        bare=True,
+        stages=f"{STAGES}:eva_vit_stages",
     ),
-    "blip2": Piece("BLIP-2 Q-Former weights", "--blip2", "query_tokens", _blip2, lambda _: _BERT_TEXT),
+    "blip2": Piece(
+        "BLIP-2 Q-Former weights",
+        "--blip2",
+        "query_tokens",
+        ("image_qformer", "ln_vision"),
+        _blip2,
+        lambda _: _BERT_TEXT,
+        lambda source: {"image_qformer": qformer.infer(source, "Qformer", "query_tokens")},
+        stages=f"{STAGES}:image_qformer_stages",
+    ),
     "imagebind": Piece(
         "ImageBind weights",
         "--imagebind",
         "modality_trunks.audio.blocks.0.norm_1.weight",
+        ("imagebind/audio", "imagebind/vision"),
         lambda cfg: imagebind.rules(cfg.imagebind),
         lambda _: {**imagebind.EXTRAS, re.escape(imagebind.AUDIO_SCALE): "kept in config.json"},
+        lambda source: {"imagebind": imagebind.infer(source)},
+        applies=lambda cfg: cfg.has_audio,
+        prefix="audio_encoder.",
+        bare=True,
+        stages=f"{STAGES}:imagebind_stages",
     ),
     "vl": Piece(
         "a Video-LLaMA vision-language checkpoint",
         "--vl",
         "video_query_tokens",
+        BRANCHES["vision"].trained,
         _vl,
         lambda cfg: {rf"audio_{'(?!encoder)' * cfg.has_audio}.*": "the audio branch; give the file as --al too"},
+        lambda source: {
+            "video_qformer": qformer.infer(source, "video_Qformer", "video_query_tokens"),
+            "num_frame_positions": source.shape("video_frame_position_embedding.weight", 2)[0],
+        },
+        branch="vision",
+        fields=("video_qformer", "num_frame_positions"),
+        stages=f"{STAGES}:vision_branch_stages",
     ),
     "al": Piece(
         "a Video-LLaMA audio-language checkpoint",
         "--al",
         "audio_query_tokens",
+        BRANCHES["audio"].trained,
         _al,
         lambda _: {r"video_.*|llama_proj\..*": "the vision branch; give the file as --vl too"},
+        lambda source: {
+            "audio_qformer": qformer.infer(source, "audio_Qformer", "audio_query_tokens"),
+            "num_clip_positions": source.shape("audio_position_embedding.weight", 2)[0],
+        },
+        applies=lambda cfg: cfg.has_audio,
+        branch="audio",
+        fields=("audio_qformer", "num_clip_positions"),
+        needs="imagebind",
+        stages=f"{STAGES}:audio_branch_stages",
     ),
     "minigpt4": Piece(
         "a MiniGPT-4 projection",
         "--minigpt4",
         "llama_proj.weight",
+        ("llama_proj",),
         lambda _: linear("llama_proj", "llama_proj"),
+        lambda _: {},
         lambda _: {},
     ),
     "llama": Piece(
         "LLaMA weights",
         "--llama",
         "model.embed_tokens.weight",
+        ("llama",),
         lambda cfg: llama.rules(cfg.llama),
         lambda cfg: llama.extras(cfg.llama),
+        lambda source: {"llama": {"vocab_size": source.shape("model.embed_tokens.weight", 2)[0]}},
+        layers=Layers("llama", r"model\.layers\.(\d+)\.", "its config.json says"),
+        prefix="llama_model.",
     ),
 }
+
+
+def branch_kinds() -> dict[str, str]:
+    """The kinds of file that hold a trained branch, and the branch of each."""
+    return {kind: piece.branch for kind, piece in PIECES.items() if piece.branch is not None}
+
+
+def holding(component: str) -> list[str]:
+    """The kinds of file that hold a component."""
+    return [kind for kind, piece in PIECES.items() if component in piece.components]
 
 
 def recognise(source: Container[str]) -> list[str]:
@@ -135,10 +241,10 @@ def check_kind(kind: str, source: Source) -> None:
     if found:
         other = PIECES[found[0]]
         raise CheckpointError(
-            f"{source.label}: given as {PIECES[kind].option}, but it is {other.what}; give it as {other.option}"
+            f"{source.label}: given as {PIECES[kind].named}, but it is {other.what}; give it as {other.named}"
         )
     raise CheckpointError(
-        f"{source.label}: given as {PIECES[kind].option}, but it is not {PIECES[kind].what} "
+        f"{source.label}: given as {PIECES[kind].named}, but it is not {PIECES[kind].what} "
         f"(no tensor {PIECES[kind].signature}; it holds {_some(source.shapes)})"
     )
 

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from vllama_jax.checkpoints.arrays import ParamsWriter, part_of
+from vllama_jax.branches import component_of
+from vllama_jax.checkpoints.arrays import ParamsWriter
 from vllama_jax.checkpoints.directory import write_config, write_manifest
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.convert import from_model_directory as stored
-from vllama_jax.convert.components import PIECES, check_kind, unwrapped
+from vllama_jax.convert.components import PIECES, branch_kinds, check_kind, holding, unwrapped
 from vllama_jax.convert.discover import Found, search
 from vllama_jax.convert.from_model_directory import (
-    BRANCHES,
     Kept,
     StoredLeaf,
     StoredModel,
@@ -87,7 +87,7 @@ def plan(
     branches = {
         kind: open_stored(path, model and model.path)
         for kind, path in given.items()
-        if kind in BRANCHES and is_stored(path)
+        if kind in branch_kinds() and is_stored(path)
     }
     language = open_language_model(llama_directory or found.llama, delta)
     pieces = found.files | _opened({kind: path for kind, path in given.items() if kind not in branches})
@@ -101,7 +101,7 @@ def plan(
     tokenizer = language.tokenizer if language else model.directory.path / "tokenizer"
     check_vocabulary(load_tokenizer(tokenizer), cfg.llama.vocab_size)
     leaves, left_out = match(cfg, pieces, branches)
-    kept = join(cfg, model, branches, {part_of(leaf.target) for leaf in leaves})
+    kept = join(cfg, model, branches, {component_of(leaf.target) for leaf in leaves})
     told = dict.fromkeys(note for source in pieces.values() for note in source.notes)
     notes = [*found.report, *told, *frozen_differences(model, branches)]
     return ConversionPlan(
@@ -125,13 +125,21 @@ def _opened(given: Mapping[str, Path]) -> dict[str, Source]:
 
 
 def _check_complete(kinds: Sequence[str], base: StoredModel | None, directory: str | Path | None) -> None:
-    needed = () if base else ("llama", "eva_vit", "blip2")
-    if lacking := [PIECES[kind].option for kind in needed if kind not in kinds]:
+    """Raise ConfigError where no file holds a component that every model has, and where two hold the same."""
+    choices = [holding(component) for component in ("llama", "vit", "image_qformer")]
+    lacking = [choice for choice in choices if not base and not set(choice) & set(kinds)]
+    if lacking:
         where = f", and {directory} holds none" if directory else ""
-        raise ConfigError(f"every model needs {', '.join(lacking)}{where}")
-    hears = "imagebind" in kinds or (base and base.directory.config.has_audio)
-    if "al" in kinds and not hears:
-        raise ConfigError("--al needs --imagebind: the audio branch hears through ImageBind")
+        options = ", ".join(" or ".join(PIECES[kind].named for kind in choice) for choice in lacking)
+        raise ConfigError(f"every model needs {options}{where}")
+    for choice in choices:
+        if len(given := [kind for kind in choice if kind in kinds]) > 1:
+            told = " and ".join(PIECES[kind].named for kind in given)
+            raise ConfigError(f"{told} hold the same component of the model; leave one of them out")
+    for piece in (PIECES[kind] for kind in kinds if PIECES[kind].needs):
+        if piece.needs not in kinds and not (base and PIECES[piece.needs].applies(base.directory.config)):
+            needed = PIECES[piece.needs].named
+            raise ConfigError(f"{piece.named} needs {needed}: the {piece.branch} branch takes what it encodes")
 
 
 def convert(

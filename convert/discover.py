@@ -51,10 +51,11 @@ def search(places: Sequence[Path], given: Collection[str]) -> Found:
     taken = {}
     for kind, found in candidates.items():
         if kind in given:
-            report += [f"{path}: ignored, {PIECES[kind].option} is given" for path, _ in found]
+            report += [f"{path}: ignored, {PIECES[kind].named} is given" for path, _ in found]
         else:
             taken[kind] = _only(kind, found)
-            report.append(f"{taken[kind][0]}: {PIECES[kind].what}, as {PIECES[kind].option}")
+            option = f", as {PIECES[kind].option}" if PIECES[kind].option else ""
+            report.append(f"{taken[kind][0]}: {PIECES[kind].what}{option}")
     sources = {kind: source for kind, (_, source) in taken.items() if source}
     home = taken["llama"][0] if "llama" in taken else None
     return Found(sources, home, [*sorted(report), *_ignored(others)])
@@ -108,7 +109,7 @@ def _only(kind: str, found: Sequence[tuple[Path, Source | None]]) -> tuple[Path,
     first = found[0][0]
     for path, _ in found[1:]:
         if not path.samefile(first):
-            raise ConfigError(f"{first} and {path}: both are {PIECES[kind].what}; say which with {PIECES[kind].option}")
+            raise ConfigError(f"{first} and {path}: both are {PIECES[kind].what}; say which with {PIECES[kind].named}")
     return found[0]
 
 

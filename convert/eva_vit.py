@@ -1,9 +1,13 @@
 """EVA-CLIP's file (eva_vit_g.pth) → `vit`."""
 
+import math
+from typing import Any
+
 import numpy as np
 
-from vllama_jax.config import VitConfig
+from vllama_jax.config import EVA_G, VitConfig
 from vllama_jax.convert.rules import ROW, SAME, TABLE, Rule, Transform, from_heads, heads_out, linear, norm, patches
+from vllama_jax.convert.weight_files import Source, count_layers
 
 
 def _join_q0v(heads: int) -> Transform:
@@ -43,4 +47,17 @@ def extras(cfg: VitConfig) -> dict[str, str]:
     return {
         rf"blocks\.(?!(?:{used})\.)\d+\..*": f"only EVA's first {cfg.depth} blocks are used",
         r"(norm|fc_norm|head)\..*": "EVA's own final norm and head are not used",
+    }
+
+
+def infer(source: Source) -> dict[str, Any]:
+    """The fields of a VitConfig that the file's shapes tell."""
+    width, _, _, patch_size = source.shape("patch_embed.proj.weight", 4)
+    held = count_layers(source, r"blocks\.(\d+)\.")
+    return {
+        "image_size": patch_size * math.isqrt(source.shape("pos_embed", 3)[1] - 1),
+        "patch_size": patch_size,
+        "width": width,
+        "depth": EVA_G.depth if width == EVA_G.width else held - 1,  # BLIP-2 drops EVA's last block
+        "mlp_dim": source.shape("blocks.0.mlp.fc1.weight", 2)[0],
     }

@@ -16,7 +16,7 @@ from vllama_jax.checkpoints.arrays import check_params
 from vllama_jax.checkpoints.directory import ModelDirectory
 from vllama_jax.checkpoints.reader import RowReader, row_reader, stored_dtype
 from vllama_jax.checkpoints.restore import check_leaves
-from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.config import VideoLlamaConfig, to_dict
 from vllama_jax.convert import imagebind, llama
 from vllama_jax.convert.components import PIECES
 from vllama_jax.convert.match_weights import abstract_shapes
@@ -29,10 +29,6 @@ Format = Literal["pth", "safetensors"]
 Files = Mapping[str, Sequence[Tensor]]  # what is in each file, by its path in the directory
 
 SHARD_BYTES = 5e9  # Hugging Face's own default when LLaMA was published
-UNTRAINED = ("vl", "al", "minigpt4")  # what a model may lack
-MODULES = {"eva_vit": "visual_encoder.", "imagebind": "audio_encoder.", "llama": "llama_model."}  # in the whole model
-FILE_NAMES = {"eva_vit": "eva_vit_g"}  # where it is not the kind's
-PLAIN = ("eva_vit_g.pth", "imagebind.pth")  # the others hold {"model": tensors}
 NUM_POSITION_IDS = 512  # BERT's
 
 
@@ -49,7 +45,11 @@ def plan_export(model: ModelDirectory, format: Format = "pth", shard_bytes: floa
         named = {tensor.name: tensor for tensor in _in_the_whole(pieces)}  # branches share buffers
         return {"model.safetensors": list(named.values())}
     shards = _shards(pieces.pop("llama"), shard_bytes)
-    return {f"{FILE_NAMES.get(kind, kind)}.pth": tensors for kind, tensors in pieces.items()} | shards
+    return {_file_name(kind): tensors for kind, tensors in pieces.items()} | shards
+
+
+def _file_name(kind: str) -> str:
+    return f"{PIECES[kind].file_name or kind}.pth"
 
 
 def export(model: ModelDirectory, files: Files, out: str | Path, progress: Progress = lambda done: None) -> None:
@@ -59,16 +59,17 @@ def export(model: ModelDirectory, files: Files, out: str | Path, progress: Progr
     Beside them is config.json, with which `vllama convert` makes the same model of them again.
     Raises CheckpointError when `out` exists or cannot be written, and when the model cannot be read any more.
     """
+    bare = {_file_name(kind) for kind, piece in PIECES.items() if piece.bare}
     with new_directory(Path(out)) as directory:
         shards = {Path(name).name: tensors for name, tensors in files.items() if name.startswith("llama/")}
         if shards:
             _write_llama(directory / "llama", model, shards)
         for name, tensors in files.items():
             if name.endswith(".pth"):
-                write_torch(directory / name, tensors, name not in PLAIN, progress)
+                write_torch(directory / name, tensors, name not in bare, progress)
             else:
                 write_safetensors(directory / name, tensors, progress)
-        write_json(directory / "config.json", dataclasses.asdict(model.config))
+        write_json(directory / "config.json", to_dict(model.config))
 
 
 def bytes_to_write(files: Files) -> int:
@@ -93,10 +94,11 @@ def _pieces(model: ModelDirectory) -> dict[str, list[Tensor]]:
 
 def _rules(model: ModelDirectory) -> dict[str, list[Rule]]:
     config = model.config
-    kinds = [kind for kind in PIECES if config.has_audio or kind not in ("imagebind", "al")]
-    rules = {kind: PIECES[kind].rules(config) for kind in kinds}
+    rules = {kind: piece.rules(config) for kind, piece in PIECES.items() if piece.applies(config)}
     return {
-        kind: table for kind, table in rules.items() if kind not in UNTRAINED or _signature(kind, table) in model.shapes
+        kind: table
+        for kind, table in rules.items()
+        if not PIECES[kind].may_be_untrained or _signature(kind, table) in model.shapes
     }
 
 
@@ -143,7 +145,7 @@ def _buffers(kind: str, config: VideoLlamaConfig) -> list[Tensor]:
 def _in_the_whole(pieces: Mapping[str, Sequence[Tensor]]) -> Iterator[Tensor]:
     for kind, tensors in pieces.items():
         for tensor in tensors:
-            yield dataclasses.replace(tensor, name=MODULES.get(kind, "") + tensor.name)
+            yield dataclasses.replace(tensor, name=PIECES[kind].prefix + tensor.name)
 
 
 def _shards(tensors: Sequence[Tensor], shard_bytes: float) -> dict[str, list[Tensor]]:

@@ -1,23 +1,22 @@
 """Weights that lie in a model directory or a run already, as parts of a new model."""
 
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
-from vllama_jax.checkpoints.arrays import check_params, part_of, row_blocks
+from vllama_jax.branches import BRANCHES, component_of
+from vllama_jax.checkpoints.arrays import check_params, row_blocks
 from vllama_jax.checkpoints.directory import ModelDirectory, Trained, open_model
 from vllama_jax.checkpoints.reader import with_update
 from vllama_jax.checkpoints.restore import only_answers, restore_arrays
-from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.convert.components import PIECES
+from vllama_jax.config import VideoLlamaConfig, to_dict
+from vllama_jax.convert.components import PIECES, branch_kinds
+from vllama_jax.convert.infer_config import join_branches
 from vllama_jax.convert.match_weights import abstract_shapes, cast
 from vllama_jax.errors import CheckpointError, ConfigError
 
-BRANCHES = {"vl": "vision", "al": "audio"}
-FROZEN_PARTS = ("vit", "ln_vision", "image_qformer", "imagebind/audio", "imagebind/vision", "llama")
 LORA_PATH = "/lora/"
 
 
@@ -113,11 +112,13 @@ def is_stored(path: Path) -> bool:
 
 def known_fields(base: StoredModel | None, branches: Mapping[str, StoredModel]) -> dict[str, Any]:
     """The config's fields that are known before a file is read: the base's, and those of each branch."""
-    fields = dataclasses.asdict(base.directory.config) if base else {}
+    fields = to_dict(base.directory.config) if base else {}
     for kind, branch in branches.items():
-        theirs = dataclasses.asdict(branch.directory.config)
-        names = ("video_qformer", "num_frame_positions") if kind == "vl" else ("audio_qformer", "num_clip_positions")
-        fields |= {name: theirs[name] for name in names}
+        theirs = to_dict(branch.directory.config)
+        fields |= {name: theirs[name] for name in PIECES[kind].fields}
+        own = [extra for extra in theirs.get("extra_branches", ()) if extra["type"] == PIECES[kind].branch]
+        if own:
+            fields["extra_branches"] = join_branches(fields.get("extra_branches", ()), own)
     return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -136,13 +137,13 @@ def join(
             other, _ = joined.setdefault(target, (branch, leaf))
             if other.path.resolve() != branch.path.resolve():
                 raise ConfigError(f"{other.path} and {branch.path}: both trained {target}; take it from one run only")
-            if part_of(target) in parts:
+            if component_of(target) in parts:
                 raise ConfigError(
                     f"{branch.path}: trained {target}, which a file that is given holds too; leave one out"
                 )
-        replaced |= {part_of(rule.target) for rule in PIECES[kind].rules(cfg)}
+        replaced |= {component_of(rule.target) for rule in PIECES[kind].rules(cfg)}
     for target, leaf in base.leaves.items() if base else ():
-        if part_of(target) not in replaced:
+        if component_of(target) not in replaced:
             joined.setdefault(target, (base, leaf))
     _check_fit(cfg, joined)
     return [leaf for _, leaf in joined.values()]
@@ -150,10 +151,12 @@ def join(
 
 def _branch(cfg: VideoLlamaConfig, kind: str, branch: StoredModel) -> dict[str, StoredLeaf]:
     """What a branch's option gives: all weights of the branch, and what else was trained with it."""
-    own, other = ({rule.target for rule in PIECES[name].rules(cfg)} for name in (kind, *(BRANCHES.keys() - {kind})))
+    own = {rule.target for rule in PIECES[kind].rules(cfg)}
+    others = [PIECES[name] for name in branch_kinds() if name != kind]
+    other = {rule.target for piece in others if piece.applies(cfg) for rule in piece.rules(cfg)}
     if own - branch.leaves.keys():
         raise CheckpointError(
-            f"{branch.path}: given as {PIECES[kind].option}, but has no trained {BRANCHES[kind]} branch"
+            f"{branch.path}: given as {PIECES[kind].named}, but has no trained {PIECES[kind].branch} branch"
         )
     return {target: branch.leaves[target] for target in sorted(own | branch.learned - other)}
 
@@ -175,11 +178,12 @@ def _check_fit(cfg: VideoLlamaConfig, joined: Mapping[str, tuple[StoredModel, St
 def frozen_differences(base: StoredModel | None, branches: Mapping[str, StoredModel]) -> list[str]:
     """A line for each branch that was trained beside other weights than those that the base has in the same parts."""
     lines = []
+    encoders = {path for one in BRANCHES.values() for encoder in one.encoders.values() for path in encoder.components}
     for branch in branches.values() if base else ():
         theirs, ours = branch.directory.manifest["leaves"], base.directory.manifest["leaves"]
-        frozen = [target for target in theirs.keys() & ours.keys() if part_of(target) in FROZEN_PARTS]
-        differing = {part_of(target) for target in frozen if theirs[target] != ours[target]} - set(
-            map(part_of, branch.learned)
+        frozen = [target for target in theirs.keys() & ours.keys() if component_of(target) in {"llama", *encoders}]
+        differing = {component_of(target) for target in frozen if theirs[target] != ours[target]} - set(
+            map(component_of, branch.learned)
         )
         if differing:
             lines.append(

@@ -1,5 +1,9 @@
 """ImageBind's file (imagebind_huge.pth, six towers) → `imagebind`: its audio and its vision tower."""
 
+import math
+import re
+from typing import Any
+
 import numpy as np
 
 from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig, ImageBindVisionConfig
@@ -16,6 +20,8 @@ from vllama_jax.convert.rules import (
     patches,
     split,
 )
+from vllama_jax.convert.weight_files import Source, count_layers
+from vllama_jax.errors import CheckpointError
 
 EXTRAS = {
     r"modality_(preprocessors|trunks|heads|postprocessors)\.(text|depth|thermal|imu)\..*": (
@@ -88,3 +94,31 @@ def _tower(target: str, sense: str, cfg: ImageBindAudioConfig | ImageBindVisionC
 def _row_of_heads(heads: int, head_dim: int) -> Transform:
     """A learned row over heads: [1, 1, h·k] ↔ [h, k]."""
     return Transform(lambda x: x.reshape(heads, head_dim), lambda x: (x.reshape(1, 1, -1),))
+
+
+def infer(source: Source) -> dict[str, Any]:
+    """The fields of an ImageBindConfig that the file tells."""
+    stem = "modality_preprocessors"
+    audio_width, _, _, audio_patch = source.shape(f"{stem}.audio.rgbt_stem.proj.weight", 4)
+    width, _, frames, _, patch_size = source.shape(f"{stem}.vision.rgbt_stem.proj.1.weight", 5)
+    audio = {"width": audio_width, "patch_size": audio_patch, **_trunk(source, "audio")}
+    if AUDIO_SCALE in source:
+        if math.prod(source.shapes[AUDIO_SCALE]) != 1:
+            raise CheckpointError(f"{source.label}: {AUDIO_SCALE} is not a single number")
+        audio["log_logit_scale"] = np.float32(source.read(AUDIO_SCALE).item()).item()
+    vision = {
+        "width": width,
+        "frames_per_patch": frames,
+        "patch_size": patch_size,
+        "image_size": patch_size * math.isqrt(source.shape(f"{stem}.vision.pos_embedding_helper.pos_embed", 3)[1] - 1),
+        **_trunk(source, "vision"),
+    }
+    return {"embed_dim": source.shape("modality_heads.audio.2.weight", 2)[0], "audio": audio, "vision": vision}
+
+
+def _trunk(source: Source, sense: str) -> dict[str, Any]:
+    blocks = f"modality_trunks.{sense}.blocks"
+    return {
+        "depth": count_layers(source, rf"{re.escape(blocks)}\.(\d+)\."),
+        "mlp_dim": source.shape(f"{blocks}.0.mlp.fc1.weight", 2)[0],
+    }

@@ -79,7 +79,11 @@ def tables(cfg: VideoLlamaConfig, kinds: Iterable[str], elsewhere: Iterable[str]
     """
     kinds = list(kinds)
     has_projection = "vl" in (*kinds, *elsewhere)
-    return {kind: PIECES[kind].rules(cfg) for kind in kinds if kind != "minigpt4" or not has_projection}
+    return {
+        kind: PIECES[kind].rules(cfg)
+        for kind in kinds
+        if PIECES[kind].applies(cfg) and (kind != "minigpt4" or not has_projection)
+    }
 
 
 Problem = tuple[str, str]  # what is wrong ("missing in"), and where: the file, the tensor

@@ -1,9 +1,12 @@
 """A Q-Former in BERT's names, with the queries beside it → `image_qformer`, `video_qformer` or `audio_qformer`."""
 
+import re
 from collections.abc import Sequence
+from typing import Any
 
 from vllama_jax.config import QFormerConfig
 from vllama_jax.convert.rules import TABLE, Rule, from_heads, linear, norm, to_heads
+from vllama_jax.convert.weight_files import Source, count_layers
 
 
 def rules(target: str, source: str, queries: str, cfg: QFormerConfig) -> list[Rule]:
@@ -39,3 +42,18 @@ def _attention(target: str, source: str, cfg: QFormerConfig, layers: Sequence[in
         *from_heads(f"{target}/out", f"{source}.output.dense", cfg.num_heads, layers),
         *norm(f"{target}/norm", f"{source}.output.LayerNorm", layers),
     ]
+
+
+def infer(source: Source, module: str, queries: str) -> dict[str, Any]:
+    """The fields of a QFormerConfig that shapes tell; see `rules`."""
+    layer = f"{module}.bert.encoder.layer"
+    depth = count_layers(source, rf"{re.escape(layer)}\.(\d+)\.")
+    every_second = depth > 1 and f"{layer}.1.crossattention.self.query.weight" not in source
+    _, num_queries, width = source.shape(queries, 3)
+    return {
+        "width": width,
+        "depth": depth,
+        "mlp_dim": source.shape(f"{layer}.0.intermediate_query.dense.weight", 2)[0],
+        "num_queries": num_queries,
+        "cross_attention_every": 2 if every_second else 1,
+    }

@@ -18,6 +18,7 @@ import numpy as np
 
 from vllama_jax.config import VideoLlamaConfig, tiny
 from vllama_jax.convert import llama
+from vllama_jax.convert.components import PIECES
 from vllama_jax.convert.match_weights import abstract_shapes, tables
 from vllama_jax.errors import VllamaError
 from vllama_jax.io.atomic import new_directory
@@ -62,7 +63,7 @@ def write_tiny(
 
 def file_shapes(config: VideoLlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     """Names and shapes of the tensors in each kind of file: those that the rules ask for, and some beside."""
-    kinds = ["eva_vit", "blip2", "vl", "llama", *(["imagebind", "al"] if config.has_audio else [])]
+    kinds = [kind for kind, piece in PIECES.items() if piece.applies(config) and kind != "minigpt4"]
     shapes = abstract_shapes(config)
     files = {}
     for kind, rules in {**tables(config, kinds), **tables(config, ["minigpt4"])}.items():

@@ -7,6 +7,7 @@ now and then, because every page of a memory map that was touched counts as memo
 import collections
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -214,3 +215,9 @@ _SAFETENSORS_DTYPES = {
     "I64": "int64",
     "I32": "int32",
 }
+
+
+def count_layers(source: Source, pattern: str) -> int:
+    """How many layers a file holds: one more than the largest number that `pattern` catches in a name."""
+    found = [int(match[1]) for name in source.shapes if (match := re.match(pattern, name))]
+    return max(found, default=-1) + 1

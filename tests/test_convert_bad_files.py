@@ -226,7 +226,7 @@ def test_weights_of_no_known_kind(tiny_files, tmp_path):
 
 def test_audio_branch_needs_imagebind(tiny_files, tmp_path):
     said = one_line(without(tiny_files, "imagebind"), tmp_path)
-    assert said == "vllama: --al needs --imagebind: the audio branch hears through ImageBind"
+    assert said == "vllama: --al needs --imagebind: the audio branch takes what it encodes"
 
 
 # The language model's directory.

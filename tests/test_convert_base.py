@@ -200,7 +200,7 @@ def test_a_corrupt_base_is_one_line(tiny_files, tiny_model, tmp_path, damage, me
 def test_an_audio_checkpoint_for_a_base_that_cannot_hear(tiny_files, tmp_path):
     main(command(without(tiny_files, "imagebind", "al", "minigpt4"), tmp_path / "sees"))
     said = one_line({"al": tiny_files["al"]}, tmp_path, "--base", str(tmp_path / "sees"))
-    assert said == "vllama: --al needs --imagebind: the audio branch hears through ImageBind"
+    assert said == "vllama: --al needs --imagebind: the audio branch takes what it encodes"
 
 
 # Runs.

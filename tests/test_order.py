@@ -141,7 +141,7 @@ def test_steps_take_up_where_the_stream_was_left():
 def test_datasets_that_cannot_be_trained_on():
     with pytest.raises(ConfigError, match="records0: held_out 4 leaves none of its 4 image records"):
         streams_of((1.0, 4, {"video": 9, "image": 4}))
-    with pytest.raises(ConfigError, match="records0: it has sounds, which only the audio branch hears"):
+    with pytest.raises(ConfigError, match="records0: has audio records, which the vision branch does not accept"):
         streams_of((1.0, 0, {"audio": 4}), branch="vision")
     assert [stream.epoch_length for stream in streams_of((1.0, 3, {"video": 4}))] == [1]
 

@@ -85,7 +85,7 @@ def test_a_dataset_needs_a_record_that_is_not_held_out():
     assert [stream.epoch_length for stream in streams(3, video=4, image=9)] == [1, 6]
     with pytest.raises(ConfigError, match="d: held_out 4 leaves none of its 4 video records"):
         streams(4, video=4, image=9)
-    with pytest.raises(ConfigError, match="d: it has sounds, which only the audio branch hears"):
+    with pytest.raises(ConfigError, match="d: has audio records, which the vision branch does not accept"):
         streams(0, video=4, audio=2)
     assert [stream.kind for stream in streams(0, "audio", video=4, audio=2)] == ["video", "audio"]
 

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllama_jax import media as media_files
+from vllama_jax.branches import BRANCHES, Branch, branches_of
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError, VllamaError
 from vllama_jax.media import Audio, Image, MediaReport, Video
 from vllama_jax.text import prompts
+from vllama_jax.towers import tower_of
 
 if TYPE_CHECKING:
     import jax
@@ -81,13 +83,14 @@ def fit_to_model(found: Video | Image | Audio, config: VideoLlamaConfig, *, requ
     """What was read from a file, as the network takes it. Raises MediaError as `prepare` does."""
     report, mel = found.report, _mel(found, config.num_clips)
     path = report.path
-    if mel is not None and not config.has_audio:
+    if mel is not None and all(branch.prompt_array != "mel" for branch in branches_of(config)):
         report, mel = dataclasses.replace(report, audio="unsupported"), None
     if report.kind == "audio" and mel is None:
         raise MediaError(f"{path}: there is only sound in it, and it cannot be used: {report}")
     if require_audio and report.audio != "used":
         raise MediaError(f"{path}: its sound is required and was not used: {report}")
-    frames = None if isinstance(found, Audio) else media_files.normalize(found.frames)
+    tower = tower_of(config.vit)
+    frames = None if isinstance(found, Audio) else media_files.normalize(found.frames, tower.mean, tower.std)
     return Prepared(report, frames, mel, tuple(found.seconds) if isinstance(found, Video) else ())
 
 
@@ -104,11 +107,19 @@ def encode_media(
     network: "VideoLlama", prepared: Prepared, *, interpolate_positions: bool = False
 ) -> "list[jax.Array]":
     """Tokens [n, width] for each place that a file has in a prompt, in order: of its sound, then of its frames."""
-    encode = functools.partial(_encode, network, interpolate=interpolate_positions)
-    media = [("audio", prepared.mel), ("video", prepared.frames)]
-    given = [(sense, array) for sense, array in media if array is not None]
-    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:  # the two branches compile side by side
-        return list(pool.map(lambda one: encode(*one), given))
+    import jax.numpy as jnp
+
+    places = {"mel": prepared.mel, "frames": prepared.frames}
+    used = [branch for array in places for branch in network.branches if branch.prompt_array == array]
+    used = [branch for branch in used if places[branch.prompt_array] is not None]
+
+    def encode(branch: Branch) -> "jax.Array":
+        return _encode(network, branch.name, places[branch.prompt_array], interpolate=interpolate_positions)
+
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:  # branches compile side by side
+        encoded = list(zip(used, pool.map(encode, used), strict=True))
+    found = [[tokens for branch, tokens in encoded if branch.prompt_array == array] for array in places]
+    return [tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens) for tokens in found if tokens]
 
 
 def embed_prompt(
@@ -250,20 +261,22 @@ class Chat:
                 self._users.remove(thread)
 
 
-def _encode(network: "VideoLlama", sense: str, given: np.ndarray, *, interpolate: bool) -> "jax.Array":
-    """Tokens [n, width] of one file's frames or mel, by a program compiled once for each number of them."""
+def _encode(network: "VideoLlama", branch: str, given: np.ndarray, *, interpolate: bool) -> "jax.Array":
+    """A branch's tokens [n, width] of one file's frames or mel, by a program compiled once for each number of them."""
     from vllama_jax.sharding import mesh_of, under
 
     with under(mesh_of(network)):
-        return _encoder(sense, interpolate)(network, given[None])[0]
+        return _encoder(branch, interpolate)(network, given[None])[0]
 
 
 @functools.cache
-def _encoder(sense: str, interpolate: bool) -> "Callable[[VideoLlama, np.ndarray], jax.Array]":
+def _encoder(name: str, interpolate: bool) -> "Callable[[VideoLlama, np.ndarray], jax.Array]":
     import jax
 
+    branch = BRANCHES[name]
+    encoder = branch.encoders[branch.prompt_array]
+
     def encode(network: "VideoLlama", given: "jax.Array") -> "jax.Array":
-        method = network.encode_audio if sense == "audio" else network.encode_video
-        return method(given, interpolate_positions=interpolate)
+        return branch.tokens(network, encoder.encode(network, given), interpolate_positions=interpolate)
 
     return jax.jit(encode)

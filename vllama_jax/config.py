@@ -9,29 +9,14 @@ import math
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from vllama_jax.branches import BranchConfig, branch_class, find_branch
 from vllama_jax.errors import ConfigError
 from vllama_jax.io.json_fields import LARGEST_INTEGER, shown
 from vllama_jax.io.json_files import parse_object
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class VitConfig:
-    """EVA-CLIP's vision transformer (reference: eva_vit.py)."""
-
-    image_size: int = 224
-    patch_size: int = 14
-    width: int
-    depth: int
-    num_heads: int
-    mlp_dim: int
-    norm_eps: float = 1e-6
-
-    @property
-    def num_patches(self) -> int:
-        return (self.image_size // self.patch_size) ** 2
+from vllama_jax.towers import ImageBindVisionConfig, TowerConfig, VitConfig, tower_class, tower_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,19 +58,17 @@ class ImageBindAudioConfig:
         return rows * columns
 
     @property
+    def num_tokens(self) -> int:
+        """The patches and the class token."""
+        return self.num_patches + 1
+
+    @property
     def patch_grid(self) -> tuple[int, int]:
         """Patches along frequency and along time."""
         return (
             (self.num_mel_bins - self.patch_size) // self.patch_stride + 1,
             (self.num_mel_frames - self.patch_size) // self.patch_stride + 1,
         )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ImageBindVisionConfig(VitConfig):
-    """ImageBind's vision tower (reference: ImageBind/models). A picture is seen as `frames_per_patch` equal frames."""
-
-    frames_per_patch: int = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,12 +118,14 @@ HIGHEST = {"rope_theta": 1e12, **dict.fromkeys(EPSILONS, 1.0), **dict.fromkeys(F
 class VideoLlamaConfig:
     """The whole model. Without `audio_qformer` and `imagebind` it is a picture-only model.
 
+    vit: the config of a tower that is listed in towers.py.
     num_frames, num_clips: how many frames and two-second sounds are taken from a file unless told otherwise.
     num_frame_positions, num_clip_positions: rows of the learned position tables.
     template: the prompt template that the language model was tuned on (text/prompts.py).
+    extra_branches: the configs of branches besides vision and audio (branches.py), one of each type.
     """
 
-    vit: VitConfig
+    vit: TowerConfig
     ln_vision_eps: float = 1e-5  # torch's default, unlike the blocks' (reference: blip2.py:74)
     image_qformer: QFormerConfig
     video_qformer: QFormerConfig
@@ -152,20 +137,29 @@ class VideoLlamaConfig:
     num_clip_positions: int = 8
     llama: LlamaConfig
     template: str = "vicuna"
+    extra_branches: tuple[BranchConfig, ...] = ()
 
     @property
     def has_audio(self) -> bool:
         return self.imagebind is not None
 
+    def extra_branch(self, name: str) -> BranchConfig | None:
+        """The config of an additional branch; None where the model does not have it."""
+        return next((branch for branch in self.extra_branches if branch.type == name), None)
+
+    def without_branch(self, name: str) -> "VideoLlamaConfig":
+        """The same model without an additional branch."""
+        kept = tuple(branch for branch in self.extra_branches if branch.type != name)
+        return dataclasses.replace(self, extra_branches=kept)
+
     def __post_init__(self):
         if (self.audio_qformer is None) != (self.imagebind is None):
             raise ConfigError("audio_qformer and imagebind belong together: give both, or neither (picture-only)")
-        for path, part in [("vit", self.vit), *_attention_parts(self)]:
-            if part.width % part.num_heads:
+        for path, part in nested_configs(self):
+            if hasattr(part, "num_heads") and not hasattr(part, "head_dim") and part.width % part.num_heads:
                 raise ConfigError(f"{path}: width {part.width} is not a multiple of num_heads {part.num_heads}")
-        for path in ("image_qformer", "video_qformer", "audio_qformer"):
-            part = getattr(self, path)
-            if part and (part.cross_attention_every not in (1, 2) or part.depth % part.cross_attention_every):
+            every = part.cross_attention_every if isinstance(part, QFormerConfig) else 1
+            if every not in (1, 2) or (every == 2 and part.depth % 2):
                 raise ConfigError(f"{path}: cross_attention_every must be 1 or 2 and divide the depth {part.depth}")
         if self.llama.num_heads % self.llama.num_kv_heads:
             raise ConfigError(
@@ -175,17 +169,30 @@ class VideoLlamaConfig:
             raise ConfigError(f"llama: {self.llama.num_heads} heads of {self.llama.head_dim} are absurd")
         if self.llama.head_dim % 2:
             raise ConfigError(f"llama: head_dim must be even, not {self.llama.head_dim}")
-        _check_numbers(self, "model config")
+        for path, part in [("", self), *nested_configs(self)]:
+            _check_numbers(part, f"model config.{path}".removesuffix("."))
         _check_patches(self)
+        tower_of(self.vit)
+        _check_extra_branches(self)
+
+
+def nested_configs(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dataclasses within a config at any depth, with their paths: "vit", "imagebind.audio"."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        path = prefix + field.name
+        items = [(f"{path}.{n}", item) for n, item in enumerate(value)] if isinstance(value, tuple) else [(path, value)]
+        for path, item in items:
+            if dataclasses.is_dataclass(item):
+                yield path, item
+                yield from nested_configs(item, f"{path}.")
 
 
 def _check_numbers(part: Any, where: str) -> None:
-    """Raise ConfigError for an epsilon, a rotary base or a scaling factor that means nothing, in a part or below."""
+    """Raise ConfigError for an epsilon, a rotary base or a scaling factor of a part that means nothing."""
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
-        if dataclasses.is_dataclass(value):
-            _check_numbers(value, f"{where}.{field.name}")
-        elif field.name in HIGHEST and not 0 < value <= HIGHEST[field.name]:
+        if field.name in HIGHEST and not 0 < value <= HIGHEST[field.name]:
             highest = f"{HIGHEST[field.name]:g}"
             raise ConfigError(f"{where}.{field.name} must be above 0 and at most {highest}, not {shown(value)}")
     if isinstance(part, RopeScaling) and part.high_freq_factor <= part.low_freq_factor:
@@ -194,20 +201,32 @@ def _check_numbers(part: Any, where: str) -> None:
 
 def _check_patches(config: "VideoLlamaConfig") -> None:
     """Raise ConfigError where a picture or a clip is smaller than a patch."""
-    pictures = {"vit": config.vit} | ({"imagebind.vision": config.imagebind.vision} if config.imagebind else {})
-    for where, part in pictures.items():
-        if part.image_size < part.patch_size:
+    for where, part in nested_configs(config):
+        if hasattr(part, "image_size") and part.image_size < part.patch_size:
             raise ConfigError(f"{where}: image_size {part.image_size} is below patch_size {part.patch_size}")
     if config.imagebind and min(config.imagebind.audio.patch_grid) < 1:
         raise ConfigError("imagebind.audio: num_mel_bins and num_mel_frames must be at least patch_size")
 
 
-def _attention_parts(config: VideoLlamaConfig) -> list[tuple[str, Any]]:
-    parts = [("image_qformer", config.image_qformer), ("video_qformer", config.video_qformer)]
-    if config.imagebind is not None:
-        parts += [("audio_qformer", config.audio_qformer)]
-        parts += [("imagebind.audio", config.imagebind.audio), ("imagebind.vision", config.imagebind.vision)]
-    return parts
+def _check_extra_branches(config: "VideoLlamaConfig") -> None:
+    """Raise ConfigError for two branches of one type, and for one that needs other frames in a chat than `vit` does."""
+    types = [branch.type for branch in config.extra_branches]
+    if len(set(types)) < len(types):
+        raise ConfigError(f"extra_branches: there are several of one type: {', '.join(types)}")
+    for branch in map(find_branch, types):
+        if branch.prompt_array == "frames":
+            tower = branch.frame_tower(config)
+            if _frames_of(tower) != _frames_of(config.vit):
+                raise ConfigError(
+                    f"extra_branches: {branch.name} and vit take frames of different size, mean or std; "
+                    "a chat reads frames once, so they must agree"
+                )
+
+
+def _frames_of(tower: TowerConfig) -> tuple[Any, ...]:
+    """What decides a tower's input: the size of frames, their mean and standard deviation."""
+    entry = tower_of(tower)
+    return tower.image_size, entry.mean, entry.std
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -351,11 +370,17 @@ def tiny(*, audio: bool = True, vocab_size: int = 512) -> VideoLlamaConfig:
     )
 
 
-# JSON: a config is what `dataclasses.asdict` makes of it.
+# JSON: a config is what `to_dict` makes of it.
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A config as nested dicts, without the field for additional branches where there are none."""
+    fields = dataclasses.asdict(config)
+    return {name: value for name, value in fields.items() if name != "extra_branches" or value}
 
 
 def to_json(config: Any) -> str:
-    return json.dumps(dataclasses.asdict(config), indent=2)
+    return json.dumps(to_dict(config), indent=2)
 
 
 def from_json(text: str, cls: type = VideoLlamaConfig, where: str = "config") -> Any:
@@ -396,8 +421,8 @@ def _value(value: Any, hint: Any, where: str, integers: range) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:  # X | None
         return None if value is None else _value(value, arguments[0], where, integers)
-    if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
-        return from_dict(value, hint, where, integers)
+    if isinstance(value, Mapping) and (cls := _dataclass_of(hint, value, where)):
+        return from_dict(value, cls, where, integers)
     if origin is tuple and isinstance(value, list | tuple):  # tuple[X, ...]
         return tuple(_value(item, arguments[0], f"{where}.{n}", integers) for n, item in enumerate(value))
     if origin is dict and isinstance(value, Mapping):
@@ -421,8 +446,13 @@ def _is_of(value: Any, hint: Any) -> bool:
     return hint is Any or type(value) is hint
 
 
-def _dataclass_in(hint: Any) -> type | None:
-    """The dataclass in an annotation such as `X` or `X | None`."""
+_TYPED = {TowerConfig: tower_class, BranchConfig: branch_class}  # their fields say which config class they are of
+
+
+def _dataclass_of(hint: Any, fields: Mapping[str, Any], where: str) -> type | None:
+    """The dataclass of `fields` by an annotation such as `X`, `X | None` or `TowerConfig`; None where it has none."""
+    if hint in _TYPED:
+        return _TYPED[hint](fields, where)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((option for option in options if dataclasses.is_dataclass(option)), None)
 
@@ -434,8 +464,7 @@ def check_fields(fields: Mapping[str, Any], cls: type = VideoLlamaConfig, where:
         raise ConfigError(f"{where}: unknown field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     hints = typing.get_type_hints(cls)
     for name, value in fields.items():
-        kind = _dataclass_in(hints[name])
-        if kind is not None and isinstance(value, Mapping):
+        if isinstance(value, Mapping) and (kind := _dataclass_of(hints[name], value, f"{where}.{name}")):
             check_fields(value, kind, f"{where}.{name}")
 
 

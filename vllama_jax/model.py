@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from vllama_jax.branches import branches_of, is_within
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.restore import restore
 from vllama_jax.config import VideoLlamaConfig
@@ -82,12 +83,15 @@ def load(
 
 
 def without_missing_branch(directory: ModelDirectory) -> ModelDirectory:
-    """A model whose audio branch was never trained is a picture-only model, for now."""
-    parts = {path.split("/")[0] for path in directory.shapes}
-    if not directory.config.has_audio or "audio_qformer" in parts:
-        return directory
-    logger.warning(f"{directory.path}: no trained audio branch in it (--al, or training), so sound is not heard")
-    config = dataclasses.replace(directory.config, audio_qformer=None, imagebind=None)
+    """The model without a branch that was never trained: it cannot be used yet."""
+    config = directory.config
+    for branch in branches_of(config):
+        if branch.without is not None and not any(is_within(path, branch.qformer) for path in directory.shapes):
+            logger.warning(
+                f"{directory.path}: no trained {branch.name} branch in it, so it is not used; train it, or convert a "
+                "checkpoint of it"
+            )
+            config = branch.without(config)
     return dataclasses.replace(directory, config=config)
 
 

@@ -212,7 +212,7 @@ def judged(
 
     if scheme is None:
         return failures(errors, logits, BOUNDS[dtype]), []
-    parts = {path.split("/")[0] for path in LAYERS}
+    parts = {"vit", *(path.split("/")[0] for path in LAYERS)}
     plain = [error for error in errors if error.part not in parts]
     costs = [error for error in errors if error.part in parts]
     return failures(plain, None, BOUNDS[dtype]), failures(costs, logits, USUAL[scheme])

@@ -4,6 +4,7 @@ compares. A stage is as small as a layer, so that neither side ever needs more o
 
 import dataclasses
 import operator
+import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,10 +15,13 @@ import torch
 import transformers
 from torch import nn
 
+from vllama_jax.branches import BRANCHES
 from vllama_jax.config import ImageBindAudioConfig, ImageBindVisionConfig, QFormerConfig, VideoLlamaConfig, VitConfig
+from vllama_jax.convert.components import PIECES
 from vllama_jax.convert.verify.reference import Read, eva_vit, imagebind, llama, loaded, qformer
 from vllama_jax.nn.layers import run_blocks
 from vllama_jax.nn.video_llama import VideoLlama
+from vllama_jax.towers import TOWERS
 
 Ours = Callable[[VideoLlama, Any], Any]
 Theirs = Callable[[Read, Any], Any]
@@ -47,46 +51,67 @@ class Component:
     stages: list[Stage]
 
 
-def one_layer(cfg: VideoLlamaConfig) -> VideoLlamaConfig:
-    """The same model with one layer in each part, which every layer's weights fit in turn."""
-    shallow = {"vit": dataclasses.replace(cfg.vit, depth=1), "llama": dataclasses.replace(cfg.llama, depth=1)}
-    for name in ("image_qformer", "video_qformer", *(("audio_qformer",) if cfg.has_audio else ())):
-        part = getattr(cfg, name)
-        shallow[name] = dataclasses.replace(part, depth=part.cross_attention_every)
-    if cfg.has_audio:
-        towers = {sense: dataclasses.replace(getattr(cfg.imagebind, sense), depth=1) for sense in ("audio", "vision")}
-        shallow["imagebind"] = dataclasses.replace(cfg.imagebind, **towers)
-    return dataclasses.replace(cfg, **shallow)
+def one_layer(cfg: Any) -> Any:
+    """The same config with one layer in each part, which every layer's weights fit in turn.
+
+    A tower whose blocks are not stacked stays whole: each of its layers has weights of its own.
+    """
+    changed: dict[str, Any] = {}
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if dataclasses.is_dataclass(value):
+            changed[field.name] = one_layer(value)
+        elif isinstance(value, tuple):
+            changed[field.name] = tuple(one_layer(item) if dataclasses.is_dataclass(item) else item for item in value)
+        elif field.name == "depth" and (type(cfg) not in TOWERS or TOWERS[type(cfg)].scanned):
+            changed["depth"] = getattr(cfg, "cross_attention_every", 1)
+    return dataclasses.replace(cfg, **changed)
 
 
 def parts(cfg: VideoLlamaConfig, llama_config: transformers.LlamaConfig, tokens: int) -> list[Component]:
-    """All parts that a model of this config can have. tokens: the length of the language model's prompt."""
+    """All parts that a model of this config can have, branch by branch. tokens: the length of the prompt."""
+    described = [piece.stages for piece in PIECES.values() if piece.stages and piece.applies(cfg)]
+    found = [component for stages in described for component in pkgutil.resolve_name(stages)(cfg)]
+    branch_of = {path: number for number, branch in enumerate(BRANCHES.values()) for path in branch.components}
+    found.sort(key=lambda component: branch_of[component.name])
+    prompt = lambda rng: rng.integers(cfg.llama.vocab_size, size=(1, tokens))  # noqa: E731
+    return [*found, Component("llama", "llama", prompt, _llama(cfg, llama_config))]
+
+
+def eva_vit_stages(cfg: VideoLlamaConfig) -> list[Component]:
+    return [Component("vit", "eva_vit", _pictures(cfg.vit), _vit(cfg.vit))]
+
+
+def image_qformer_stages(cfg: VideoLlamaConfig) -> list[Component]:
+    stages = [_ln_vision(cfg), *_qformer("image", "", cfg.image_qformer, cfg.vit.width)]
+    return [Component("image_qformer", "blip2", _normal(2, cfg.vit.num_tokens, cfg.vit.width), stages)]
+
+
+def vision_branch_stages(cfg: VideoLlamaConfig) -> list[Component]:
     image, video = cfg.image_qformer, cfg.video_qformer
     frames = min(cfg.num_frames, cfg.num_frame_positions)
-    seen = _normal(2, cfg.vit.num_patches + 1, cfg.vit.width)
-    found = [
-        Component("vit", "eva_vit", _pictures(cfg.vit), _vit(cfg.vit)),
-        Component("image_qformer", "blip2", seen, [_ln_vision(cfg), *_qformer("image", "", image, cfg.vit.width)]),
+    return [
         Component("video_qformer", "vl", _normal(1, frames, image.num_queries, image.width), _video_qformer(cfg)),
         Component("llama_proj", "vl", _normal(1, video.num_queries, video.width), _projection(cfg)),
     ]
-    if cfg.has_audio:
-        senses, audio, embed_dim = cfg.imagebind, cfg.audio_qformer, cfg.imagebind.embed_dim
-        mel = _normal(2, senses.audio.num_mel_bins, senses.audio.num_mel_frames)
-        clips = min(cfg.num_clips, cfg.num_clip_positions)
-        found += [
-            Component("imagebind/audio", "imagebind", mel, _hearing(senses.audio, embed_dim)),
-            Component("imagebind/vision", "imagebind", _pictures(senses.vision), _sight(senses.vision, embed_dim)),
-            Component("audio_qformer", "al", _normal(1, clips, embed_dim), _audio_qformer(cfg)),
-            Component(
-                "audio_llama_proj",
-                "al",
-                _normal(1, audio.num_queries, audio.width),
-                _projection(cfg, "audio_"),
-            ),
-        ]
-    prompt = lambda rng: rng.integers(cfg.llama.vocab_size, size=(1, tokens))  # noqa: E731
-    return [*found, Component("llama", "llama", prompt, _llama(cfg, llama_config))]
+
+
+def imagebind_stages(cfg: VideoLlamaConfig) -> list[Component]:
+    senses, embed_dim = cfg.imagebind, cfg.imagebind.embed_dim
+    mel = _normal(2, senses.audio.num_mel_bins, senses.audio.num_mel_frames)
+    return [
+        Component("imagebind/audio", "imagebind", mel, _hearing(senses.audio, embed_dim)),
+        Component("imagebind/vision", "imagebind", _pictures(senses.vision), _sight(senses.vision, embed_dim)),
+    ]
+
+
+def audio_branch_stages(cfg: VideoLlamaConfig) -> list[Component]:
+    audio, clips = cfg.audio_qformer, min(cfg.num_clips, cfg.num_clip_positions)
+    projection = _projection(cfg, "audio_")
+    return [
+        Component("audio_qformer", "al", _normal(1, clips, cfg.imagebind.embed_dim), _audio_qformer(cfg)),
+        Component("audio_llama_proj", "al", _normal(1, audio.num_queries, audio.width), projection),
+    ]
 
 
 def _normal(*shape: int) -> Callable[[np.random.Generator], np.ndarray]:

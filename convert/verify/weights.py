@@ -1,6 +1,7 @@
 """Whether a model or run directory is as it was written, and what its PyTorch files make, bit by bit."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -8,14 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from vllama_jax.checkpoints.arrays import check_params, damaged_params, part_of, read_rows
+from vllama_jax.branches import component_of
+from vllama_jax.checkpoints.arrays import check_params, damaged_params, read_rows
 from vllama_jax.checkpoints.digests import check_digests, read_digests, run_steps
 from vllama_jax.checkpoints.directory import ModelDirectory, Run, open_trained
 from vllama_jax.checkpoints.quantize import unquantized_shapes
 from vllama_jax.checkpoints.restore import check_leaves, restore_arrays
-from vllama_jax.config import VideoLlamaConfig, flat
+from vllama_jax.config import VideoLlamaConfig, flat, nested_configs, to_dict
 from vllama_jax.convert.conversion import ConversionPlan
-from vllama_jax.convert.infer_config import HEADS
+from vllama_jax.convert.infer_config import published_heads
 from vllama_jax.convert.match_weights import Leaf, abstract_shapes
 from vllama_jax.errors import CheckpointError, ConfigError
 
@@ -94,17 +96,14 @@ def _check_checkpoint(run: Run, path: Path, progress: Callable[[int], None]) -> 
 
 def untold(config: VideoLlamaConfig) -> dict[str, Any]:
     """What a model's config says and shapes cannot, where the width is not a published one: head counts."""
-    parts = {name: getattr(config, name) for name in ("vit", "image_qformer", "video_qformer")}
-    parts |= {"audio_qformer": config.audio_qformer} if config.has_audio else {}
-    told = {
-        name: {"num_heads": part.num_heads}
-        for name, part in parts.items()
-        if part.width not in HEADS["vit" if name == "vit" else "qformer"]
-    }
-    if config.has_audio:
-        towers = {sense: getattr(config.imagebind, sense) for sense in ("audio", "vision")}
-        unknown = {sense: part for sense, part in towers.items() if part.width not in HEADS[f"imagebind.{sense}"]}
-        told["imagebind"] = {sense: {"num_heads": part.num_heads} for sense, part in unknown.items()}
+    told: dict[str, Any] = {}
+    for path, part in nested_configs(config):
+        names = path.split(".")
+        if names[0] in ("llama", "extra_branches") or not hasattr(part, "num_heads"):
+            continue  # their files tell
+        if part.width not in published_heads(path, hasattr(part, "type")):
+            fields = functools.reduce(lambda parent, name: parent.setdefault(name, {}), names, told)
+            fields["num_heads"] = part.num_heads
     return told
 
 
@@ -134,7 +133,7 @@ def shortened(told: list[str], separator: str = ", ") -> str:
 
 def config_differences(directory: ModelDirectory, plan: ConversionPlan) -> list[str]:
     """What config.json says otherwise than the source does."""
-    ours, theirs = (flat(dataclasses.asdict(config)) for config in (directory.config, plan.config))
+    ours, theirs = (flat(to_dict(config)) for config in (directory.config, plan.config))
     return [
         f"config.json says {name} is {ours.get(name)}, the source {theirs.get(name)}"
         for name in sorted(ours.keys() | theirs.keys())
@@ -159,7 +158,7 @@ def compare_weights(
     check_comparable(directory, plan)
     found: dict[str, PartWeights] = {}
     for leaf in sorted(plan.leaves, key=lambda leaf: leaf.rule.target):
-        part = part_of(leaf.rule.target)
+        part = component_of(leaf.rule.target)
         before = found.get(part, PartWeights(part, 0, 0, []))
         size = math.prod(leaf.shape) * np.dtype(directory.manifest["leaves"][leaf.rule.target]["dtype"]).itemsize
         tensors = sum(map(len, leaf.rule.names()))

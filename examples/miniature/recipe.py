@@ -142,10 +142,8 @@ def heard_clips(out: Path) -> list[Path]:
 
 def train_branches(out: Path, recipe: Recipe, say: Say) -> None:
     """Both stages of both branches, and the vision branch once more without frame positions; joined in OUT/model."""
-    base = str(out / "base")
-    for branch in ("vision", "audio"):
-        model = base if branch == "vision" else str(out / "vision2")
-        _stages(out, branch, branch, model, recipe, say)
+    _stages(out, "vision", "vision", str(out / "base"), recipe, say)
+    _stages(out, "audio", "audio", str(out / "vision2"), recipe, say)
     patterns = ("video_qformer/*", "llama_proj/*")
     without = ("--trainable", *patterns)
     _stages(out, "vision", "without_positions", str(out / "base_without_positions"), recipe, say, without)

@@ -102,12 +102,6 @@ def chunk_shape(shape: Sequence[int], itemsize: int) -> list[int]:
     return chunk
 
 
-def part_of(path: str) -> str:
-    """The part of the model that a weight belongs to: "vit", "imagebind/audio"."""
-    names = path.split("/")
-    return "/".join(names[: 2 if names[0] == "imagebind" else 1])
-
-
 def _grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
     return tuple(math.ceil(size / part) for size, part in zip(shape, chunk, strict=True))
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vllama_jax.branches import BRANCHES
 from vllama_jax.checkpoints.arrays import check_params
 from vllama_jax.checkpoints.directory import ModelDirectory
 from vllama_jax.errors import CheckpointError, one_line
@@ -16,10 +17,6 @@ if TYPE_CHECKING:
     from flax import nnx
 
 
-BRANCH_PARTS = (
-    *("video_qformer", "frame_positions", "llama_proj"),
-    *("audio_qformer", "audio_positions", "audio_llama_proj"),
-)
 IN_FLIGHT_GB = 4  # of weights that are read at once, at least one whole weight in float32
 
 Restoring = Callable[[ModelDirectory, dict[str, Any]], "dict[str, jax.Array]"]
@@ -110,7 +107,7 @@ def _lacking(directory: ModelDirectory, missing: list[str]) -> CheckpointError:
     """What is wrong where weights are missing: a part that was never trained, or one that is there in part."""
     parts = sorted({path.split("/")[0] for path in missing})
     if not any(path.split("/")[0] in parts for path in directory.shapes):
-        branches = set(parts) <= set(BRANCH_PARTS)
+        branches = set(parts) <= {component.split("/")[0] for one in BRANCHES.values() for component in one.trained}
         files = "checkpoints that hold them (--vl, --al), or train them" if branches else "files that hold them"
         told = f"the model has no {', '.join(parts)} ({len(missing)} weights)"
         return CheckpointError(f"{directory.path}: {told}; convert again with the {files}")

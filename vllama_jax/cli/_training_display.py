@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from vllama_jax.checkpoints.arrays import part_of
+from vllama_jax.branches import component_of
 from vllama_jax.train.smoothing import SmoothedMean, fit_smoothing
 
 LOG_EVERY = 30.0  # seconds
@@ -52,7 +52,7 @@ class TrainingDisplay:
         """Print what trains: parameters by module, or each one, and where their first values come from."""
         rows: dict[tuple[str, str], list[tuple[int, ...]]] = {}
         for path in plan.learns:
-            name = path if self._verbose else part_of(path)
+            name = path if self._verbose else component_of(path)
             rows.setdefault((name, _origin(plan.sources[path])), []).append(plan.skeleton.variables[path].shape)
         shown = "shape" if self._verbose else "arrays"
         table = Table(

@@ -5,6 +5,7 @@ from typing import Literal
 
 import tyro
 
+from vllama_jax.branches import branches_of
 from vllama_jax.cli._devices import leave_accelerators
 from vllama_jax.cli._progress import bytes_bar
 from vllama_jax.convert import ConversionPlan, bytes_to_write
@@ -85,7 +86,7 @@ def _summary(plan: ConversionPlan, out: Path) -> str:
         f"{out}: {len(plan.all_leaves)} weights of {', '.join(sorted(parts))}; prompt template {plan.config.template}"
     ]
     lines += [f"  left out, {count} tensor{'s' * (count > 1)} of {reason}" for reason, count in plan.left_out.items()]
-    needed = ["video_qformer", "llama_proj", *(["audio_qformer"] if plan.config.has_audio else [])]
-    if untrained := [part for part in needed if part not in parts]:
+    needed = [part.split("/")[0] for one in branches_of(plan.config) for part in (one.qformer, one.projection)]
+    if untrained := [part for part in dict.fromkeys(needed) if part not in parts]:
         lines.append(f"  no {', '.join(untrained)} yet: train it, or convert with the checkpoints that have them")
     return "\n".join(lines)

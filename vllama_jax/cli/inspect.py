@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from vllama_jax.checkpoints.arrays import part_of
+from vllama_jax.branches import component_of
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 
 
@@ -104,7 +104,7 @@ def _table(leaves: list[Held]) -> Table:
         table.add_column(name, justify=justify)
     groups: dict[tuple[str, str, str], list[Held]] = {}
     for leaf in leaves:
-        groups.setdefault((part_of(leaf.path), leaf.dtype, leaf.place), []).append(leaf)
+        groups.setdefault((component_of(leaf.path), leaf.dtype, leaf.place), []).append(leaf)
     for (part, dtype, place), group in groups.items():
         table.add_row(part, *_sums(group, dtype), "trained" if place else "")
     table.add_row("all", *_sums(leaves, ""))
@@ -135,7 +135,7 @@ def _tree(model: Path, leaves: list[Held]) -> Tree:
 def _report(model: Path, directory: ModelDirectory, leaves: list[Held]) -> dict:
     parts: dict[str, dict[str, int]] = {}
     for leaf in leaves:
-        part = parts.setdefault(part_of(leaf.path), {"parameters": 0, "bytes": 0})
+        part = parts.setdefault(component_of(leaf.path), {"parameters": 0, "bytes": 0})
         part["parameters"] += leaf.parameters
         part["bytes"] += leaf.bytes
     listed = {

@@ -10,6 +10,7 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
+from vllama_jax.branches import find_branch
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.checkpoints.restore import only_answers
 from vllama_jax.checkpoints.shipped import MODEL_NAME
@@ -220,8 +221,7 @@ def _chat(model: VideoLlamaConfig, mesh: MeshConfig, device: Device, options: di
 
 def _stage(model: VideoLlamaConfig, name: str, run: TrainConfig, where: Where) -> Use:
     mesh, device, length = where
-    if run.branch == "audio" and not model.has_audio:
-        raise ConfigError("a picture-only model has no audio branch; convert it with --imagebind")
+    find_branch(run.branch).require(model)
     try:
         need = estimate.training(model, name, run, mesh, device, length)
     except ConfigError as error:

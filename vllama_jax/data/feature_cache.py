@@ -43,7 +43,7 @@ class Manifest:
     """
 
     format: int
-    branch: Literal["vision", "audio"]
+    branch: str
     records: str
     kinds: dict[Kind, int]
     shapes: dict[Kind, tuple[int, ...]]

@@ -9,10 +9,11 @@ import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
+from vllama_jax.branches import ARRAYS, BRANCHES
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.data.config import DataConfig
 from vllama_jax.data.feature_cache import FeatureCache
@@ -63,7 +64,7 @@ class BatchReader:
     """
 
     data: DataConfig
-    branch: Literal["vision", "audio"]
+    branch: str
     seed: int
     model: VideoLlamaConfig
     tokenizer: Tokenizer
@@ -96,14 +97,13 @@ class BatchReader:
     @property
     def media_tokens(self) -> int:
         """How many tokens of the language model a sample's media become."""
-        qformer = self.model.video_qformer if self.branch == "vision" else self.model.audio_qformer
-        return qformer.num_queries
+        return BRANCHES[self.branch].num_tokens(self.model)
 
     def media_name(self, stream: Stream) -> str:
         """Under which name a batch holds its media (train/step.py)."""
         if stream.dataset.path in self.caches:
             return "features"
-        return "mel" if stream.kind == "audio" else "frames"
+        return ARRAYS[stream.kind]
 
     def _text(self, stream: Stream, record: int, epoch: int, seconds: tuple[float, ...]) -> TrainingText:
         annotation = stream.records.annotation(record)
@@ -173,7 +173,7 @@ class BatchReader:
 
     @property
     def image_size(self) -> int:
-        return (self.model.vit if self.branch == "vision" else self.model.imagebind.vision).image_size
+        return BRANCHES[self.branch].frame_tower(self.model).image_size
 
     def _seed(self, stream: Stream, record: int) -> list[int]:
         return [self.seed, int(stream.records.digest[:8], 16), record]
@@ -188,11 +188,8 @@ class BatchReader:
         if stream.dataset.path in self.caches:
             cache = self.caches[stream.dataset.path]
             return cache.shape(stream.kind), cache.dtype
-        if stream.kind == "audio":
-            tower = self.model.imagebind.audio
-            return (self.model.num_clips, tower.num_mel_bins, tower.num_mel_frames), np.float32
-        count = 1 if stream.kind == "image" else self.model.num_frames
-        return (count, self.image_size, self.image_size, 3), np.uint8
+        dtype = np.float32 if stream.kind == "audio" else np.uint8
+        return BRANCHES[self.branch].media_shape(self.model, stream.kind), dtype
 
 
 def batches(reader: Callable[[int], Any], first: int, last: int, cfg: DataConfig) -> Iterator[Any]:

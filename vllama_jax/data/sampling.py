@@ -7,6 +7,7 @@ import dataclasses
 
 import numpy as np
 
+from vllama_jax.branches import BRANCHES, find_branch
 from vllama_jax.data.annotation import Kind
 from vllama_jax.data.config import DatasetConfig
 from vllama_jax.data.records import Records
@@ -88,17 +89,19 @@ class Order:
 def make_streams(datasets: list[tuple[DatasetConfig, Records]], branch: str) -> list[Stream]:
     """One for each kind that a dataset holds; they share its ratio by their numbers of records.
 
-    Raises ConfigError for sounds in the vision branch, which has no way for them, and for a held-out part that leaves
-    nothing to train on.
+    Raises ConfigError for a kind of media that the branch does not accept, and for a held-out part that leaves nothing
+    to train on.
     """
     streams = []
     for dataset, records in datasets:
         for kind, numbers in records.kinds.items():
             if not numbers:
                 continue
-            if kind == "audio" and branch == "vision":
+            if kind not in find_branch(branch).media:
+                others = " or ".join(repr(name) for name, other in BRANCHES.items() if kind in other.media)
                 raise ConfigError(
-                    f"{dataset.path}: it has sounds, which only the audio branch hears (branch = 'audio')"
+                    f"{dataset.path}: has {kind} records, which the {branch} branch does not accept; "
+                    f"train another one (branch = {others}), or leave it out"
                 )
             if dataset.held_out >= len(numbers):
                 raise ConfigError(

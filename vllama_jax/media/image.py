@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,14 +12,15 @@ import numpy as np
 from vllama_jax.errors import MediaError, one_line
 from vllama_jax.media.files import DAMAGED, check_file, open_image, picture_format
 from vllama_jax.media.report import MediaReport
+from vllama_jax.towers import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:
     from jaxtyping import Float32, UInt8
     from PIL import Image as pillow
 
 # CLIP's mean and standard deviation of red, green and blue, for values in 0..1.
-MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+MEAN = np.array(CLIP_MEAN, np.float32)
+STD = np.array(CLIP_STD, np.float32)
 
 _MAX_SIDE = 2**18  # pixels; resizing needs memory for 224 × height, and 32 bytes for each pixel of a side
 _BLOCK = 1024  # pixels
@@ -136,12 +137,24 @@ def picture_report(path: str) -> MediaReport:
     return MediaReport(path=path, kind="image", frames=1, seconds=0.0, audio="absent")
 
 
-def normalize(frames: UInt8[np.ndarray, "*batch h w 3"]) -> Float32[np.ndarray, "*batch h w 3"]:
-    """Pixels as the vision towers take them: (value / 255 - mean) / std, with CLIP's mean and std of each colour.
+def normalize(
+    frames: UInt8[np.ndarray, "*batch h w 3"],
+    mean: Sequence[float] | np.ndarray = MEAN,
+    std: Sequence[float] | np.ndarray = STD,
+) -> Float32[np.ndarray, "*batch h w 3"]:
+    """Normalize pixels as a vision tower takes them: (value / 255 - mean) / std.
 
     There are only 256 values a colour, so each is computed once and looked up: one pass over the pixels.
+
+    Args:
+        frames: Pixels, 0 to 255.
+        mean: Of red, green and blue, for values in 0..1; CLIP's by default, which EVA-CLIP and ImageBind take.
+        std: Their standard deviations.
+
+    Returns:
+        The normalized pixels.
     """
-    table = (np.arange(256, dtype=np.float32)[:, None] / 255 - MEAN) / STD
+    table = (np.arange(256, dtype=np.float32)[:, None] / 255 - np.float32(mean)) / np.float32(std)
     normalized = np.empty(frames.shape, np.float32)
     for colour in range(3):
         normalized[..., colour] = table[:, colour][frames[..., colour]]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from vllama_jax.branches import ARRAYS, find_branch
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.sharding import MESH_AXES, under
@@ -32,7 +33,9 @@ class AbstractRun:
 
 
 def abstract_run(model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | AbstractMesh, length: int) -> AbstractRun:
-    """A run on videos, or on the features that it reads. length: tokens of its samples.
+    """A run on videos, or on audio where its branch takes no videos, or on features of them.
+
+    length: tokens of its samples.
 
     Raises ConfigError for patterns that match nothing.
     """
@@ -51,13 +54,13 @@ def abstract_run(model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | Abst
 @functools.lru_cache(maxsize=8)
 def _skeleton(model: VideoLlamaConfig, config: TrainConfig) -> Skeleton:
     network = abstract_network(model, config.compute_dtype, config.lora)
-    leave_out(network, config, () if config.data.features else ("video",))
+    leave_out(network, config, () if config.data.features else find_branch(config.branch).media[:1])
     return Skeleton(network)
 
 
 def media_tokens(model: VideoLlamaConfig, config: TrainConfig) -> int:
     """Tokens that a sample's media become."""
-    return (model.video_qformer if config.branch == "vision" else model.audio_qformer).num_queries
+    return find_branch(config.branch).num_tokens(model)
 
 
 def _batch(
@@ -70,13 +73,13 @@ def _batch(
         return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=place)
 
     labels = max(length - media_tokens(model, config), 1)
-    side = (model.vit if config.branch == "vision" else model.imagebind.vision).image_size
-    media = {"frames": rows(jnp.uint8, model.num_frames, side, side, 3)}
-    if config.data.features and config.branch == "vision":
-        seen = model.image_qformer
-        media = {"features": rows(config.compute_dtype, model.num_frames, seen.num_queries, seen.width)}
-    elif config.data.features:
-        media = {"features": rows(config.compute_dtype, model.num_frames, model.imagebind.embed_dim)}
+    branch = find_branch(config.branch)
+    kind = branch.media[0]
+    if config.data.features:
+        media = {"features": rows(config.compute_dtype, *branch.features_shape(model, kind))}
+    else:
+        dtype = jnp.float32 if kind == "audio" else jnp.uint8
+        media = {ARRAYS[kind]: rows(dtype, *branch.media_shape(model, kind))}
     return {
         **media,
         "ids": rows(jnp.int32, length),

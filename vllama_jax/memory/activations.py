@@ -7,8 +7,11 @@ tensor axis does not divide is whole on each device.
 """
 
 import dataclasses
+import math
 
-from vllama_jax.config import LlamaConfig, QFormerConfig, VideoLlamaConfig, VitConfig
+from vllama_jax.branches import BRANCHES
+from vllama_jax.config import ImageBindAudioConfig, LlamaConfig, QFormerConfig, VideoLlamaConfig
+from vllama_jax.towers import TowerConfig
 from vllama_jax.train.config import MeshConfig
 
 FLOAT = 4
@@ -79,22 +82,21 @@ def key_value_cache(cfg: LlamaConfig, shape: Shape, capacity: int) -> int:
 
 
 def encoder(model: VideoLlamaConfig, branch: str, shape: Shape) -> int:
-    """The frozen encoders of all pictures at once: the pictures in float32, a block, or the Q-Former after them."""
-    vit = model.vit if branch == "vision" else model.imagebind.vision
-    pictures = shape.rows * model.num_frames
-    pixels = pictures * 3 * vit.image_size**2 * (FLOAT + shape.itemsize)
-    needs = [pixels, _vit_block(vit, pictures, shape)]
-    if branch == "vision":
-        needs.append(qformer(model.image_qformer, pictures, vit.num_patches + 1, vit.width, shape))
-    return max(needs)
+    """The frozen encoder of all frames or clips at once: its input in float32, a block, or a Q-Former after them."""
+    kind = BRANCHES[branch].media[0]
+    count, *sides = BRANCHES[branch].media_shape(model, kind)
+    inputs, one = shape.rows * count, BRANCHES[branch].encoder(kind)
+    tower, *others = [component(model) for component in one.components.values()]
+    needs = [inputs * math.prod(sides) * (FLOAT + shape.itemsize), _tower_block(tower, inputs, shape)]
+    readers = [other for other in others if isinstance(other, QFormerConfig)]
+    return max(needs + [qformer(reader, inputs, tower.num_tokens, tower.width, shape) for reader in readers])
 
 
 def learning_qformer(model: VideoLlamaConfig, branch: str, shape: Shape) -> int:
     """The Q-Former that learns, with its gradients: twice what it takes forward, and what it reads."""
-    if branch == "vision":
-        memory, width = model.num_frames * model.image_qformer.num_queries, model.image_qformer.width
-        return 2 * qformer(model.video_qformer, shape.rows, memory, width, shape)
-    return 2 * qformer(model.audio_qformer, shape.rows, model.num_frames, model.imagebind.embed_dim, shape)
+    described = BRANCHES[branch]
+    *memory, width = described.features_shape(model, described.media[0])
+    return 2 * qformer(described.qformer_config(model), shape.rows, math.prod(memory), width, shape)
 
 
 def qformer(cfg: QFormerConfig, rows: int, memory: int, memory_width: int, shape: Shape) -> int:
@@ -106,12 +108,12 @@ def qformer(cfg: QFormerConfig, rows: int, memory: int, memory_width: int, shape
     return read + own + rows * heads * cfg.num_queries * memory * (2 * FLOAT + shape.itemsize)
 
 
-def _vit_block(cfg: VitConfig, pictures: int, shape: Shape) -> int:
+def _tower_block(cfg: TowerConfig | ImageBindAudioConfig, inputs: int, shape: Shape) -> int:
     """One block: the stream and its norm, then query, key, value and scores, or the feed-forward."""
-    tokens = pictures * (cfg.num_patches + 1)
+    tokens = inputs * cfg.num_tokens
     heads = shape.split(cfg.num_heads)
     attention = 3 * tokens * heads * (cfg.width // cfg.num_heads) * shape.itemsize
-    attention += pictures * heads * (cfg.num_patches + 1) ** 2 * (2 * FLOAT + shape.itemsize)
+    attention += inputs * heads * cfg.num_tokens**2 * (2 * FLOAT + shape.itemsize)
     products = 2 * tokens * shape.split(cfg.mlp_dim) * shape.itemsize
     return 2 * tokens * cfg.width * shape.itemsize + max(attention, products)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllama_jax.checkpoints.arrays import part_of
+from vllama_jax.branches import branches_of, component_of, find_branch, is_within
 from vllama_jax.checkpoints.restore import gb_in_flight
 from vllama_jax.config import NO_LORA, GenerationConfig, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
@@ -223,7 +223,7 @@ def chatting(
     one = Shape(rows=1, length=padded, itemsize=_itemsize(dtype), mesh=mesh)
     cache = key_value_cache(model.llama, dataclasses.replace(one, rows=beams), capacity)
     at_work = max(
-        encoder(model, "vision", one),
+        *(encoder(model, branch.name, one) for branch in branches_of(model) if branch.prompt_array == "frames"),
         reading_layer(model.llama, one, capacity),
         cache if beams > 1 else 0,  # beams change places
         max(map(_bytes, weights.values())) - cache,  # layers become arrays of their own, before there is a cache
@@ -310,7 +310,10 @@ def _busiest(model: VideoLlamaConfig, run: TrainConfig, shape: Shape, skeleton: 
     """
     from vllama_jax.memory.abstract_run import media_tokens
 
-    tower = "vit/blocks/" if run.branch == "vision" else "imagebind/vision/blocks/"
+    branch = find_branch(run.branch)
+    frozen = branch.encoder(branch.media[0])
+    scanned = run.data.features or frozen.is_scanned(model)
+    tower = f"{frozen.tower}/blocks/" if scanned else frozen.tower
     llama, labels = model.llama, max(shape.length - media_tokens(model, run), 1)
     head = "llama/embedding" if llama.tie_embeddings else "llama/head/kernel"
     phases = [
@@ -327,11 +330,11 @@ def _busiest(model: VideoLlamaConfig, run: TrainConfig, shape: Shape, skeleton: 
 def _at_hand(skeleton: "Skeleton", prefix: str, mesh: MeshConfig) -> int:
     """A layer of these stacked weights, whole over fsdp: one is copied out of the stack, and the next one gathered.
 
-    A weight outside of layers is gathered by itself.
+    A weight outside of layers, or a tower whose layers are not stacked, is gathered whole.
     """
     import jax
 
-    paths = [path for path in skeleton.variables if path.startswith(prefix)]
+    paths = [path for path in skeleton.variables if is_within(path, prefix.removesuffix("/"))]
     leaves = [
         jax.ShapeDtypeStruct(skeleton.variables[path].shape, skeleton.variables[path].dtype, sharding=place)
         for path, place in skeleton.shardings(paths, _abstract_mesh(mesh), fsdp=False).items()
@@ -371,7 +374,7 @@ def _abstract_mesh(mesh: MeshConfig) -> "AbstractMesh":
 def _by_part(weights: "Mapping[str, ShapeDtypeStruct]") -> dict[str, int]:
     parts: dict[str, int] = {}
     for path, leaf in weights.items():
-        parts[part_of(path)] = parts.get(part_of(path), 0) + _bytes(leaf)
+        parts[component_of(path)] = parts.get(component_of(path), 0) + _bytes(leaf)
     return parts
 
 

@@ -1,8 +1,11 @@
 """What a step costs: floating-point operations by hand, since XLA counts the body of a loop once."""
 
+import math
+
 import jax
 
-from vllama_jax.config import LlamaConfig, QFormerConfig, VideoLlamaConfig, VitConfig
+from vllama_jax.branches import BRANCHES
+from vllama_jax.config import LlamaConfig, QFormerConfig, VideoLlamaConfig
 
 # Dense bfloat16 operations a second, from the makers' data sheets, by what JAX calls the device.
 PEAK_FLOPS = {
@@ -37,8 +40,7 @@ def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat: str) ->
     forward = llama.depth * block
     passes = {"full": 3, "dots": 2, "none": 2}[remat]
     head = 2 * llama.width * llama.vocab_size * targets
-    qformer = model.video_qformer if branch == "vision" else model.audio_qformer
-    return rows * (passes * forward + 2 * head + 3 * _qformer(qformer, model, branch) + _encoders(model, branch, batch))
+    return rows * (passes * forward + 2 * head + 3 * _qformer(model, branch) + _encoders(model, branch, batch))
 
 
 def _llama_block(cfg: LlamaConfig) -> float:
@@ -49,27 +51,25 @@ def _llama_block(cfg: LlamaConfig) -> float:
 
 def _encoders(model: VideoLlamaConfig, branch: str, batch: dict) -> float:
     """For one sample: none where features are read."""
-    if "mel" in batch:
-        tower = model.imagebind.audio
-        return batch["mel"].shape[1] * _blocks(tower.width, tower.depth, tower.mlp_dim, tower.num_patches + 1)
-    if "frames" not in batch:
+    array = next((array for array in BRANCHES[branch].encoders if array in batch), None)
+    if array is None:
         return 0
-    frames = batch["frames"].shape[1]
-    vit: VitConfig = model.vit if branch == "vision" else model.imagebind.vision
-    seen = _blocks(vit.width, vit.depth, vit.mlp_dim, vit.num_patches + 1)
-    if branch == "vision":
-        seen += _qformer_reading(model.image_qformer, vit.width, vit.num_patches + 1)
-    return frames * seen
+    tower, *others = [component(model) for component in BRANCHES[branch].encoders[array].components.values()]
+    one = _blocks(tower.width, tower.depth, tower.mlp_dim, tower.num_tokens)
+    readers = [other for other in others if isinstance(other, QFormerConfig)]
+    one += sum(_qformer_reading(reader, tower.width, tower.num_tokens) for reader in readers)
+    return batch[array].shape[1] * one
 
 
 def _blocks(width: int, depth: int, mlp_dim: int, tokens: int) -> float:
     return depth * (2 * tokens * width * (4 * width + 2 * mlp_dim) + 4 * tokens * tokens * width)
 
 
-def _qformer(cfg: QFormerConfig, model: VideoLlamaConfig, branch: str) -> float:
-    if branch == "vision":
-        return _qformer_reading(cfg, model.image_qformer.width, model.num_frames * model.image_qformer.num_queries)
-    return _qformer_reading(cfg, model.imagebind.embed_dim, model.num_clips)
+def _qformer(model: VideoLlamaConfig, branch: str) -> float:
+    """Of the Q-Former that learns, for one sample."""
+    described = BRANCHES[branch]
+    *memory, width = described.features_shape(model, described.prompt_media[0])
+    return _qformer_reading(described.qformer_config(model), width, math.prod(memory))
 
 
 def _qformer_reading(cfg: QFormerConfig, memory_width: int, memory: int) -> float:

@@ -5,6 +5,7 @@ input to its weights' dtype once (`like_weights`); nothing below it takes a dtyp
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
@@ -253,6 +254,21 @@ def patchify(pictures: Float[Array, "b h w c"], size: int) -> Float[Array, "b n 
 def prepend(token: nnx.Param, x: Float[Array, "b n d"]) -> Float[Array, "b n+1 d"]:
     """A learned token in front of every row."""
     return jnp.concatenate([jnp.broadcast_to(token[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype), x], axis=1)
+
+
+def learned_positions(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
+    """A position table, initialized as torch's nn.Embedding."""
+    return named(jax.random.normal(rngs.params(), (rows, width)), None, "embed")
+
+
+def projection(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
+    """A linear layer to the language model's width, initialized as torch's nn.Linear."""
+    bound = 1 / math.sqrt(width)
+
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, **_) -> jax.Array:
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return nnx.Linear(width, out, kernel_init=init, bias_init=init, rngs=rngs, **axes(None, "embed"))
 
 
 def position_rows(table: nnx.Param, count: int, *, interpolate: bool, what: str) -> Float[Array, "n d"]:

@@ -1,8 +1,8 @@
 """Linear layers whose weights have 8 or 4 bits; activations stay in the compute dtype (weight-only quantisation).
 
 A weight is a small integer times a float32 scale. With 8 bits an output has one scale; with 4 bits each group of 128
-of its inputs has one, and two weights share a byte. What is quantised is the table below: the large kernels of LLaMA
-and the ViT. Embeddings, norms, biases and all other parts stay as they are.
+of its inputs has one, and two weights share a byte. What is quantised are the large kernels of LLaMA, in
+the table below, and of the vision tower, in towers.py. Embeddings, norms, biases and all other parts stay as they are.
 """
 
 import functools
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Integer, UInt8
 
+from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.nn.layers import named
 from vllama_jax.sharding import AXIS_NAMES
+from vllama_jax.towers import tower_of
 
 LAYERS = {
-    "vit/blocks/attention": ("qkv", "out"),
-    "vit/blocks/mlp": ("up", "down"),
     "llama/blocks/attention": ("query", "key", "value", "out"),
     "llama/blocks/mlp": ("gate", "up", "down"),
     "llama": ("head",),
@@ -71,7 +71,7 @@ class QuantizedLinear(nnx.Module):
 def quantize_layers(network: Any, bits: int) -> dict[str, QuantizedLinear]:
     """Puts quantised layers, with shapes for weights, in the places of those in the table; returns them by path."""
     found = {}
-    for parent, names in LAYERS.items():
+    for parent, names in layers_to_quantize(network.cfg).items():
         module = functools.reduce(getattr, parent.split("/"), network)
         for name in names:
             if getattr(module, name) is not None:  # a head may be the embedding
@@ -79,6 +79,11 @@ def quantize_layers(network: Any, bits: int) -> dict[str, QuantizedLinear]:
                 setattr(module, name, layer)
                 found[f"{parent}/{name}"] = layer
     return found
+
+
+def layers_to_quantize(config: VideoLlamaConfig) -> dict[str, tuple[str, ...]]:
+    """The linear layers of a model that are quantized, by the path of the module they are in."""
+    return {f"vit/{path}": names for path, names in tower_of(config.vit).quantized.items()} | LAYERS
 
 
 @functools.partial(jax.jit, static_argnames=("inputs", "bits"))

@@ -1,20 +1,20 @@
 """Video-LLaMA: two branches that turn what is seen and heard into tokens of a language model (arXiv 2306.02858)."""
 
-import math
+import functools
+import pkgutil
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from vllama_jax.branches import BRANCHES, Branch
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.errors import ConfigError
 from vllama_jax.nn.arrays import check_array
-from vllama_jax.nn.eva_vit import EvaVit
 from vllama_jax.nn.imagebind import ImageBind
-from vllama_jax.nn.layers import Dropout, axes, layer_norm, like_weights, named, position_rows
+from vllama_jax.nn.layers import Dropout, layer_norm, learned_positions, like_weights, position_rows, projection
 from vllama_jax.nn.llama import Llama
 from vllama_jax.nn.qformer import QFormer
+from vllama_jax.towers import build_tower
 
 
 class VideoLlama(nnx.Module):
@@ -22,18 +22,25 @@ class VideoLlama(nnx.Module):
 
     def __init__(self, cfg: VideoLlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.vit = EvaVit(cfg.vit, rngs=rngs)
+        self.vit = build_tower(cfg.vit, rngs)
         self.ln_vision = layer_norm(cfg.vit.width, cfg.ln_vision_eps, rngs)
         self.image_qformer = QFormer(cfg.image_qformer, cfg.vit.width, rngs=rngs)
         self.video_qformer = QFormer(cfg.video_qformer, cfg.image_qformer.width, rngs=rngs)
-        self.frame_positions = _positions(cfg.num_frame_positions, cfg.image_qformer.width, rngs)
-        self.llama_proj = _projection(cfg.video_qformer.width, cfg.llama.width, rngs)
+        self.frame_positions = learned_positions(cfg.num_frame_positions, cfg.image_qformer.width, rngs)
+        self.llama_proj = projection(cfg.video_qformer.width, cfg.llama.width, rngs)
         if cfg.has_audio:
             self.imagebind = ImageBind(cfg.imagebind, rngs=rngs)
             self.audio_qformer = QFormer(cfg.audio_qformer, cfg.imagebind.embed_dim, rngs=rngs)
-            self.audio_positions = _positions(cfg.num_clip_positions, cfg.imagebind.embed_dim, rngs)
-            self.audio_llama_proj = _projection(cfg.audio_qformer.width, cfg.llama.width, rngs)
+            self.audio_positions = learned_positions(cfg.num_clip_positions, cfg.imagebind.embed_dim, rngs)
+            self.audio_llama_proj = projection(cfg.audio_qformer.width, cfg.llama.width, rngs)
         self.llama = Llama(cfg.llama, rngs=rngs)
+        for extra in cfg.extra_branches:
+            setattr(self, extra.type, pkgutil.resolve_name(BRANCHES[extra.type].module)(extra, cfg, rngs=rngs))
+
+    @property
+    def branches(self) -> list[Branch]:
+        """The branches that this network has: a run leaves out those that it does not use."""
+        return [branch for branch in BRANCHES.values() if _has(self, branch.qformer)]
 
     def encode_frames(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t q d"]:
         """Each frame by itself through EVA-CLIP and BLIP-2's Q-Former, before positions: [b, t, 32, 768]."""
@@ -134,8 +141,13 @@ class VideoLlama(nnx.Module):
 
     def _require_audio(self) -> None:
         """Raise ConfigError for a model without an audio branch."""
-        if not self.cfg.has_audio:
-            raise ConfigError("a picture-only model has no audio branch; convert it with --imagebind")
+        BRANCHES["audio"].require(self.cfg)
+
+
+def _has(network: VideoLlama, component: str) -> bool:
+    """Whether a network has a component, by its path."""
+    *parents, name = component.split("/")
+    return hasattr(functools.reduce(lambda part, parent: getattr(part, parent, None), parents, network), name)
 
 
 def _check_frames(frames: Float[Array, "b t h w 3"], size: int) -> None:
@@ -150,16 +162,3 @@ def splice(
     index = jnp.clip(jnp.cumsum(is_media, axis=1) - 1, 0, media.shape[1] - 1)
     chosen = jnp.take_along_axis(media.astype(embeddings.dtype), index[..., None], axis=1)
     return jnp.where(is_media[..., None], chosen, embeddings)
-
-
-def _positions(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
-    return named(jax.random.normal(rngs.params(), (rows, width)), None, "embed")  # torch's nn.Embedding
-
-
-def _projection(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
-    bound = 1 / math.sqrt(width)  # torch's nn.Linear
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, **_) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return nnx.Linear(width, out, kernel_init=init, bias_init=init, rngs=rngs, **axes(None, "embed"))

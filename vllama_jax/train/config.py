@@ -9,6 +9,7 @@ import math
 import operator
 from typing import Literal
 
+from vllama_jax.branches import BRANCHES, find_branch
 from vllama_jax.config import NO_LORA, LoraConfig
 from vllama_jax.data.config import (
     BARE_CAPTION,
@@ -40,8 +41,8 @@ __all__ = [  # all that a run config needs, so that it imports this module alone
 ]
 
 # What learns in each branch, as patterns on the weights' paths (fnmatch; * crosses /).
-VISION_BRANCH = ("video_qformer/*", "frame_positions", "llama_proj/*")
-AUDIO_BRANCH = ("audio_qformer/*", "audio_positions", "audio_llama_proj/*")
+VISION_BRANCH = BRANCHES["vision"].trainable
+AUDIO_BRANCH = BRANCHES["audio"].trainable
 LORA = ("llama/*/lora/*",)
 
 
@@ -130,8 +131,8 @@ class TrainConfig:
     Attributes:
         model: The base model directory.
         init: A run whose weights this one starts from: stage 2 from stage 1.
-        branch: Which branch sees the pictures: the video Q-Former, or the audio Q-Former through ImageBind's vision.
-            Sounds always go through ImageBind's audio tower and the audio Q-Former.
+        branch: The branch that the media go through (branches.py): vision, or audio, where frames go through
+            ImageBind's vision tower.
         trainable: Patterns (fnmatch) on the paths of the weights that learn.
         datasets: What it learns from.
         steps: How many steps; the cosine of the learning rate ends there.
@@ -152,7 +153,7 @@ class TrainConfig:
 
     model: str
     init: str = ""
-    branch: Literal["vision", "audio"] = "vision"
+    branch: str = "vision"
     trainable: tuple[str, ...] = VISION_BRANCH
     datasets: tuple[DatasetConfig, ...]
     steps: int
@@ -170,6 +171,7 @@ class TrainConfig:
     validation: ValidationConfig = ValidationConfig()
 
     def __post_init__(self):
+        find_branch(self.branch)
         _check_numbers(self)
         if not self.datasets:
             raise ConfigError("datasets: there are none; name at least one records directory")

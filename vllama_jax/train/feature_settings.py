@@ -3,13 +3,13 @@
 import dataclasses
 import fnmatch
 import json
-import operator
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import xxhash
 
+from vllama_jax.branches import ARRAYS, find_branch, is_within
 from vllama_jax.checkpoints.directory import ModelDirectory
 from vllama_jax.config import changes, flat
 from vllama_jax.data.annotation import Kind
@@ -19,15 +19,6 @@ from vllama_jax.data.records import Records
 from vllama_jax.data.remote import local_copy
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.train.config import TrainConfig
-
-# The parts of a model that features depend on, and the field of its config that says how each computes.
-ENCODERS = {
-    "vit": "vit",
-    "ln_vision": "ln_vision_eps",
-    "image_qformer": "image_qformer",
-    "imagebind/vision": "imagebind.vision",
-    "imagebind/audio": "imagebind.audio",
-}
 
 
 def open_caches(
@@ -72,35 +63,23 @@ def describe_features(
     """All that the features of a dataset depend on, as a manifest has it, and what follows from it."""
     from vllama_jax.train.step import compute_dtype
 
+    branch = find_branch(config.branch)
     kinds = {kind: len(numbers) for kind, numbers in records.kinds.items() if numbers}
     return {
         "format": FEATURES_FORMAT,
         "branch": config.branch,
         "records": records.digest,
         "kinds": kinds,
-        "shapes": {kind: list(_shape(config, directory, kind)) for kind in kinds},
+        "shapes": {kind: list(branch.features_shape(directory.config, kind)) for kind in kinds},
         "dtype": compute_dtype(config).name,
         "variants": config.data.variants or 1,
         "transform": _transform(config, directory, dataset, kinds),
-        "encoders": {part: _digest(directory, part) for part in encoders(config.branch, kinds)},
+        "encoders": {
+            path: _digest(directory, path, component(directory.config))
+            for array in dict.fromkeys(ARRAYS[kind] for kind in kinds)
+            for path, component in branch.encoders[array].components.items()
+        },
     }
-
-
-def encoders(branch: str, kinds: Mapping[Kind, Any]) -> list[str]:
-    """The parts of the model that records of these kinds go through."""
-    pictures = ["vit", "ln_vision", "image_qformer"] if branch == "vision" else ["imagebind/vision"]
-    return [
-        *(pictures if kinds.keys() & {"video", "image"} else []),
-        *(["imagebind/audio"] if "audio" in kinds else []),
-    ]
-
-
-def _shape(config: TrainConfig, directory: ModelDirectory, kind: Kind) -> tuple[int, ...]:
-    model = directory.config
-    count = {"video": model.num_frames, "image": 1, "audio": model.num_clips}[kind]
-    if config.branch == "vision":
-        return count, model.image_qformer.num_queries, model.image_qformer.width
-    return count, model.imagebind.embed_dim
 
 
 def _transform(
@@ -111,7 +90,7 @@ def _transform(
     if "audio" in kinds:
         fields["num_clips"] = model.num_clips
     if kinds.keys() & {"video", "image"}:
-        fields["image_size"] = (model.vit if config.branch == "vision" else model.imagebind.vision).image_size
+        fields["image_size"] = find_branch(config.branch).frame_tower(model).image_size
         fields["crop_area"] = config.data.crop_area
     if "video" in kinds:
         fields |= {"num_frames": model.num_frames, "frames": dataset.frames}
@@ -122,26 +101,21 @@ def _transform(
     return fields
 
 
-def _digest(directory: ModelDirectory, part: str) -> str:
-    """Of an encoder's weights, as the manifest of the model has them, and of its config."""
+def _digest(directory: ModelDirectory, part: str, config: Any) -> str:
+    """Of an encoder component's weights, as the manifest of the model has them, and of its config."""
     digest = xxhash.xxh3_128()
     for path, leaf in sorted(_leaves(directory, part)):
         digest.update(json.dumps([path, leaf["shape"], leaf["dtype"], leaf["xxh3_128"]]).encode())
-    field = operator.attrgetter(ENCODERS[part])(directory.config)
-    plain = dataclasses.asdict(field) if dataclasses.is_dataclass(field) else field
+    plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
     digest.update(json.dumps(plain, sort_keys=True).encode())
     for trained in directory.trained:
-        if any(_within(path, part) for path in trained.leaves):
+        if any(is_within(path, part) for path in trained.leaves):
             digest.update(trained.save_id)
     return digest.hexdigest()
 
 
 def _leaves(directory: ModelDirectory, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    return ((path, leaf) for path, leaf in directory.manifest["leaves"].items() if _within(path, part))
-
-
-def _within(path: str, part: str) -> bool:
-    return path == part or path.startswith(f"{part}/")
+    return ((path, leaf) for path, leaf in directory.manifest["leaves"].items() if is_within(path, part))
 
 
 def _check_frozen(config: TrainConfig, directory: ModelDirectory, settings: Mapping[str, Any]) -> None:

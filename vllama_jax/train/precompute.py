@@ -19,12 +19,12 @@ from typing import Any
 import jax
 import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 from orbax.checkpoint import multihost
 
 from vllama_jax import sharding
+from vllama_jax.branches import ARRAYS, find_branch
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.restore import restore_weights
 from vllama_jax.data.annotation import Kind
@@ -37,10 +37,9 @@ from vllama_jax.errors import ConfigError, DataError, one_line
 from vllama_jax.io.atomic import own_directory, scratch_directory, write_file, write_json
 from vllama_jax.io.json_files import parse_object
 from vllama_jax.nn.network import abstract_network
-from vllama_jax.nn.video_llama import VideoLlama
 from vllama_jax.train.config import TrainConfig
-from vllama_jax.train.feature_settings import describe_features, encoders, settings_differences
-from vllama_jax.train.state import Skeleton, Weights
+from vllama_jax.train.feature_settings import describe_features, settings_differences
+from vllama_jax.train.state import Skeleton, Weights, keep_components
 from vllama_jax.train.step import compute_dtype, run_encoders
 
 SHARD_BYTES = 512 * 2**20  # of a shard, about
@@ -143,8 +142,7 @@ def write_features(
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, variants=config.data.variants or 1))
     _check_out(out)
     directory = open_model(base or config.model)
-    if config.branch == "audio" and not directory.config.has_audio:
-        raise ConfigError(f"{directory.path}: a picture-only model has no audio branch; convert it with --imagebind")
+    find_branch(config.branch).require(directory.config, str(directory.path))
     opened = [(dataset, open_records(dataset.path)) for dataset in config.datasets]
     streams = make_streams(opened, config.branch)
     reader = BatchReader(
@@ -273,7 +271,7 @@ def load_encoder(
     mesh = sharding.make_mesh(jax.local_device_count(), devices=jax.local_devices())
     dtype = compute_dtype(config)
     network = abstract_network(directory.config, dtype.name)
-    _keep(network, set(encoders(config.branch, dict.fromkeys(kinds))))
+    keep_components(network, set(find_branch(config.branch).encoder_components(kinds)))
     skeleton = Skeleton(network)
     wanted = {
         path: jax.ShapeDtypeStruct(skeleton.variables[path].shape, dtype, sharding=place)
@@ -290,18 +288,9 @@ def load_encoder(
         if media is None:
             return None
         with sharding.under(mesh):
-            return run(weights, {"mel" if kind == "audio" else "frames": jax.device_put(media, rows)})
+            return run(weights, {ARRAYS[kind]: jax.device_put(media, rows)})
 
     return encoder
-
-
-def _keep(network: VideoLlama, parts: set[str]) -> None:
-    """Takes all other parts of the network away."""
-    for owner, prefix in ((network, ""), (getattr(network, "imagebind", None), "imagebind/")):
-        for name, part in list(vars(owner).items()) if owner is not None else []:
-            used = any(f"{one}/".startswith(f"{prefix}{name}/") for one in parts)
-            if isinstance(part, nnx.Module | nnx.Variable) and not used:
-                delattr(owner, name)
 
 
 def _batch_sizes(config: TrainConfig, every: list[_Shard]) -> dict[Kind, int]:

@@ -16,6 +16,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vllama_jax import sharding
+from vllama_jax.branches import find_branch
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.restore import check_leaves, restore_weights
 from vllama_jax.data.pipeline import BatchReader
@@ -206,8 +207,7 @@ def _reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> Batch
         template = dataset.text.template or directory.config.template
         find = find_conversation_template if dataset.text.layout == "conversation" else find_caption_template
         find(template)
-    if config.branch == "audio" and not directory.config.has_audio:
-        raise ConfigError(f"{directory.path}: a picture-only model has no audio branch; convert it with --imagebind")
+    find_branch(config.branch).require(directory.config, str(directory.path))
     opened = [(dataset, open_records(dataset.path)) for dataset in config.datasets]
     streams = make_streams(opened, config.branch)
     order = Order(streams, config.steps, config.batch_size, config.seed)

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+from vllama_jax.branches import BRANCHES, find_branch
 from vllama_jax.errors import ConfigError
 from vllama_jax.nn.video_llama import VideoLlama
 from vllama_jax.sharding import weight_sharding
@@ -58,21 +59,26 @@ class Skeleton:
 
 
 def leave_out(network: VideoLlama, config: TrainConfig, kinds: Collection[str]) -> None:
-    """Takes the parts away that take no part in the run: the other branch, and towers for what no dataset has.
+    """Remove the components that a run does not use: other branches, and encoders of media that no dataset has.
 
-    kinds: of the media that the run encodes, of "video", "image" and "audio".
+    Args:
+        network: The network, which is changed.
+        config: The run.
+        kinds: The media that the run encodes, of "video", "image" and "audio".
     """
-    unused = set()
-    if config.branch == "vision":
-        unused |= {"audio_qformer", "audio_positions", "audio_llama_proj", "imagebind"}
-        unused |= set() if kinds or config.validation.clips else {"vit", "ln_vision", "image_qformer"}
-    else:
-        unused |= {"vit", "ln_vision", "image_qformer", "video_qformer", "frame_positions", "llama_proj"}
-        unused |= set() if {"video", "image"} & set(kinds) else {"imagebind.vision"}
-        unused |= set() if "audio" in kinds or config.validation.clips else {"imagebind.audio"}
-    for part in unused:
-        *parents, name = part.split(".")
-        owner = functools.reduce(getattr, parents, network)
+    branch = find_branch(config.branch)
+    kinds = {*kinds, *(branch.prompt_media if config.validation.clips else ())}
+    keep_components(network, {"llama", *branch.trained, *branch.encoder_components(kinds)})
+
+
+def keep_components(network: VideoLlama, used: Collection[str]) -> None:
+    """Remove all other components from a network. used: the paths of those that stay."""
+    known = {"llama", *(path for branch in BRANCHES.values() for path in branch.components)}
+    unused = {path for path in known if path not in used}
+    unused |= {path.split("/")[0] for path in unused} - {path.split("/")[0] for path in used}
+    for path in sorted(unused):  # a module before its components
+        *parents, name = path.split("/")
+        owner = functools.reduce(lambda part, parent: getattr(part, parent, None), parents, network)
         if hasattr(owner, name):
             delattr(owner, name)
 

@@ -9,12 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from vllama_jax.media.image import MEAN, STD
+from vllama_jax.branches import BRANCHES
 from vllama_jax.nn.layers import Dropout, constrain
 from vllama_jax.nn.video_llama import VideoLlama, splice
+from vllama_jax.towers import tower_of
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.optim import learning_rate
 from vllama_jax.train.state import Skeleton, TrainState, Weights
@@ -40,14 +42,15 @@ def compute_dtype(config: TrainConfig) -> jnp.dtype:
 
 
 def run_encoders(network: VideoLlama, branch: str, batch: Batch) -> Array:
-    """What the frozen encoders see or hear: [b, t, q, d] in the vision branch, [b, t or s, e] in the audio branch."""
+    """The features that a branch's frozen encoders make of the media: [b, t or s, *feature_shape]."""
     if "features" in batch:
         return batch["features"]
+    encoders = BRANCHES[branch].encoders
     if "mel" in batch:
-        return network.embed_sounds(batch["mel"])
-    frames = (batch["frames"].astype(jnp.float32) / 255 - MEAN) / STD
-    frames = constrain(frames, "batch", None, None, None, None)
-    return network.encode_frames(frames) if branch == "vision" else network.embed_frames(frames)
+        return encoders["mel"].encode(network, batch["mel"])
+    tower = tower_of(BRANCHES[branch].frame_tower(network.cfg))
+    frames = (batch["frames"].astype(jnp.float32) / 255 - np.float32(tower.mean)) / np.float32(tower.std)
+    return encoders["frames"].encode(network, constrain(frames, "batch", None, None, None, None))
 
 
 def loss_sum(
@@ -55,8 +58,8 @@ def loss_sum(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
     """The summed cross-entropy of all labelled tokens, and how many those are."""
     features = run_encoders(network, config.branch, batch)
-    tokens = network.video_tokens if config.branch == "vision" else network.audio_tokens
-    embeddings = splice(network.embed(batch["ids"]), batch["is_media"], tokens(features, dropout=dropout))
+    media = BRANCHES[config.branch].tokens(network, features, dropout=dropout)
+    embeddings = splice(network.embed(batch["ids"]), batch["is_media"], media)
     mask = jnp.arange(embeddings.shape[1]) < batch["length"][:, None]
     hidden = network.llama(constrain(embeddings, "batch", None, None), mask, config.remat)
     hidden = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jax
 
+from vllama_jax.branches import find_branch
 from vllama_jax.chat import Chat, Prepared, prepare
 from vllama_jax.data.pipeline import HostBatch
 from vllama_jax.data.sampling import Rows, Stream
@@ -79,7 +80,7 @@ class Validation:
 
 def _prepared(clip: str, plan: RunPlan) -> Prepared:
     """A clip as the branch that learns takes it: its frames, or its sound alone."""
-    if plan.config.branch == "vision":
+    if find_branch(plan.config.branch).prompt_array == "frames":
         return prepare(clip, plan.base.config, audio=False)
     heard = prepare(clip, plan.base.config, require_audio=True)
     return dataclasses.replace(heard, frames=None, report=dataclasses.replace(heard.report, kind="audio"))
