@@ -86,11 +86,12 @@ def test_help_is_quick_and_has_an_example(arguments):
     assert "Example: vllama " in done.stdout
 
 
-@pytest.mark.parametrize("arguments", HELP, ids=" ".join)
-def test_help_imports_nothing_heavy(arguments):
-    code = "import sys; from vllama_jax import cli\ntry: cli.main(sys.argv[1:])\nexcept SystemExit: pass\n"
+def test_help_imports_nothing_heavy():
+    code = f"import sys; from vllama_jax import cli\nfor arguments in {HELP}:\n"
+    code += "    try: cli.main(arguments)\n    except SystemExit: pass\n"
     code += "print(sorted({'jax', 'flax', 'torch', 'librosa', 'orbax', 'transformers', 'av'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.count("Example: vllama ") >= len(HELP)
     assert done.stdout.splitlines()[-1] == "[]"
 
 

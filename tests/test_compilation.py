@@ -34,12 +34,16 @@ def test_the_folder_is_ours_unless_the_user_has_one_or_wants_none(tmp_path):
 
 def test_a_folder_that_cannot_be_used_is_named_and_changes_nothing_else(tmp_path):
     (tmp_path / "file").touch()
-    code = f"{KEEP}import jax.numpy as jnp; print(jax.jit(jnp.sin)(0.0))"
-    for folder in (f"{tmp_path}/file", f"{tmp_path}/file/below", "/proc/nowhere"):
-        out, errors = python(code, VLLAMA_CACHE=folder)
-        assert out == "None\n0.0\n"
-        assert errors.startswith(f"compiled programs are not kept: {folder}"), errors
-        assert errors.count("\n") == 1
+    folders = [f"{tmp_path}/file", f"{tmp_path}/file/below", "/proc/nowhere"]
+    code = (
+        "import os\nfrom vllama_jax.runtime.compilation_cache import keep_compiled_programs\n"
+        f"for folder in {folders}:\n    os.environ['VLLAMA_CACHE'] = folder\n    keep_compiled_programs()\n"
+        f"{SAY}import jax.numpy as jnp; print(jax.jit(jnp.sin)(0.0))"
+    )
+    out, errors = python(code)
+    assert out == "None\n0.0\n"
+    for folder, line in zip(folders, errors.splitlines(), strict=True):
+        assert line.startswith(f"compiled programs are not kept: {folder}"), errors
 
 
 def test_damaged_programs_are_compiled_again(tmp_path):

@@ -4,13 +4,12 @@ import errno
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cli_fixtures import error_line, usage_error
+from cli_fixtures import error_line, run_vllama, usage_error
 
 from vllama_jax.cli import main
 
@@ -97,18 +96,10 @@ def test_an_unknown_format_exits_with_2(tiny_model, tmp_path):
 
 
 def test_export_in_a_process_writes_once_and_refuses_to_overwrite(tiny_model, tmp_path):
-    command = [
-        str(Path(sys.executable).with_name("vllama")),
-        "export",
-        str(tiny_model),
-        "--out",
-        str(tmp_path / "made"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = ("export", tiny_model, "--out", tmp_path / "made")
+    done = run_vllama(*command)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{tmp_path}/made: 366 tensors, 3.6 MB, in eva_vit_g.pth, blip2.pth, imagebind.pth")
     assert "strict=False" in done.stdout
     assert torch.load(tmp_path / "made/vl.pth").keys() == {"model"}
-    again = subprocess.run(command, capture_output=True, text=True)
-    taken = f"vllama: {tmp_path}/made: exists already; remove it or choose another place\n"
-    assert (again.returncode, again.stdout, again.stderr) == (1, "", taken)
+    assert error_line(*command) == f"{tmp_path}/made: exists already; remove it or choose another place"

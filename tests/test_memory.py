@@ -59,7 +59,7 @@ def medium() -> VideoLlamaConfig:
     return dataclasses.replace(video_llama(llama), vit=vit)
 
 
-# Steps on CPU devices, compiled here, and the estimate of their temporaries as a multiple of XLA's figure (jaxlib 0.10)
+# Steps on CPU devices, compiled here, and the estimate of their temporaries as a multiple of jaxlib 0.10's figure.
 # Most of what is estimated for the tiny model on one device are attention scores, of which XLA's CPU code holds a part.
 COMPILED = [
     pytest.param(tiny(), ALONE, 128, {}, 4.38, id="tiny"),

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli_fixtures import error_line
+from cli_fixtures import error_line, run_vllama
 from conversions import converted, without
 from safetensors.numpy import load_file, save_file
 
@@ -319,13 +318,10 @@ def test_without_transformers(tiny_model, tiny_files, capsys, monkeypatch):
 
 
 def test_verify_in_a_process_prints_the_first_difference_and_exits_with_1(tiny_model, tiny_files, tmp_path):
-    vllama = Path(sys.executable).with_name("vllama")
     model = copied(tiny_model, tmp_path)
     flip_a_byte(model, "vit/positions")
-    done = subprocess.run([vllama, "verify", model], capture_output=True, text=True, check=False)
+    done = run_vllama("verify", model)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith(f"vllama: {model}: not as it was written: vit/positions (")
-    against = [vllama, "verify", model, "--against", tiny_files["config"].parent, "--weights-only"]
-    done = subprocess.run(against, capture_output=True, text=True, check=False)
-    assert done.returncode == 1
-    assert "1 weights differ: vit/positions (pos_embed)" in done.stderr
+    against = ("--against", tiny_files["config"].parent, "--weights-only")
+    assert "1 weights differ: vit/positions (pos_embed)" in error_line("verify", model, *against)
