@@ -20,6 +20,7 @@ import vllama_jax as vl
 from vllama_jax import convert
 from vllama_jax.branches import BRANCHES
 from vllama_jax.checkpoints.directory import open_model
+from vllama_jax.checkpoints.quantize import abstract_layers
 from vllama_jax.config import QFormerConfig, from_json, tiny, to_json
 from vllama_jax.convert import export
 from vllama_jax.convert.components import PIECES
@@ -209,6 +210,12 @@ def test_the_chat_network_has_the_tokens_of_both_branches(extension):
     seen = jax.jit(lambda network, x: network.encode_video(x))(network, frames[None])[0]
     motion = jax.jit(lambda network, x: network.motion.tokens(network.motion.encode(x)))(network, frames[None])[0]
     np.testing.assert_allclose(tokens, np.concatenate([seen, motion]), atol=1e-5)
+
+
+def test_kernels_of_the_tower_are_quantized(extension):
+    _, layers = abstract_layers(EXTENDED, "float32", "int8")
+    vit = {path.removeprefix("vit/blocks/") for path in layers if path.startswith("vit/")}
+    assert vit == {"attention/qkv", "attention/out", "mlp/up", "mlp/down"}
 
 
 def test_memory_is_estimated_for_the_branch_and_for_a_chat(extension):
