@@ -12,7 +12,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vllama_jax import sharding
@@ -23,7 +22,7 @@ from vllama_jax.data.pipeline import batches as read_batches
 from vllama_jax.data.records import open_records
 from vllama_jax.data.sampling import Order, make_streams
 from vllama_jax.errors import ConfigError
-from vllama_jax.nn.network import abstract_network, new_network
+from vllama_jax.nn.network import abstract_network, new_weights
 from vllama_jax.text.tokenizer import check_vocabulary
 from vllama_jax.text.training import find_caption_template, find_conversation_template
 from vllama_jax.train.config import LORA, TrainConfig, arranged, rows_a_place
@@ -158,11 +157,7 @@ def _new_weights(plan: RunPlan) -> Weights:
     if not new:
         return {}
 
-    def draw(key: jax.Array) -> Weights:
-        network = new_network(plan.base.config, plan.config.lora, nnx.Rngs(key))
-        state = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(network))}
-        return {path: state[path].get_value().astype(jnp.float32) for path in new}
-
+    draw = functools.partial(new_weights, plan.base.config, plan.config.lora, new)
     shardings = {path: plan.abstract.weights[path].sharding for path in new}
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(plan.config.seed))
 
