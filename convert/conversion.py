@@ -167,6 +167,24 @@ def convert(
 
     dtype: of the weights on disk; each one's own unless given. progress is called with the bytes written since.
     Raises CheckpointError when `out` exists or cannot be written, and when a value is too large for `dtype`.
+
+    Example:
+        >>> import json
+        >>> import vllama_jax as vl
+        >>> from vllama_jax.convert.tiny import write_tiny
+        >>> files = write_tiny("weights")  # random weights in the layouts of the published files
+        >>> heads = json.loads(files.pop("config").read_text())
+        >>> plan = vl.convert.plan(llama_directory=files.pop("llama"), files=files, config=heads)
+        >>> vl.convert.convert(plan, "model")
+        >>> model = vl.load("model")
+
+        A model with 48 queries in the video Q-Former, whose weights are new, and all else of that one:
+
+        >>> changed = {"video_qformer": {"num_queries": 48}}
+        >>> plan = vl.convert.plan(files={}, base="model", config=changed, without=["video_qformer"])
+        >>> vl.convert.convert(plan, "changed")
+        >>> vl.load("changed").network.video_qformer.queries.shape
+        (48, 48)
     """
     with new_directory(Path(out)) as directory:
         with ParamsWriter(directory / "params") as params:

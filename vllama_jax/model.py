@@ -54,6 +54,17 @@ def load(
     vectors of norm 1 (docs/miniature.md measures what that does).
     Compiled programs are kept on disk from then on, as `compilation.keep_compiled_programs` has it.
     Raises CheckpointError for what is not a whole model directory, ConfigError for one whose config is not valid.
+
+    Example:
+        >>> import vllama_jax as vl
+        >>> model = vl.load("miniature")
+        >>> model.config.num_frames
+        8
+        >>> len(model.network.llama.blocks) == model.config.llama.depth
+        True
+        >>> stacked = vl.load("miniature", stacked=True)
+        >>> stacked.network.llama.blocks.mlp.up.kernel.shape[0] == model.config.llama.depth
+        True
     """
     from flax import nnx
 
