@@ -202,14 +202,13 @@ class Checkpoints:
     def save(self, step: int, state: TrainState) -> None:
         """Starts saving, when `finish` has seen the save before. Raises CheckpointError when that fails at once."""
         self._saving = step
+        items = {"weights": ocp.args.PyTreeSave(nest(state.weights))}
+        if moments := _by_path(state.moments):  # Orbax refuses an empty tree: plain SGD has no state
+            items["moments"] = ocp.args.PyTreeSave(nest(moments))
         with self._told():
             self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    weights=ocp.args.PyTreeSave(nest(state.weights)),
-                    moments=ocp.args.PyTreeSave(nest(_by_path(state.moments))),
-                    iterator=ocp.args.JsonSave({"step": step, "digests": True}),
-                ),
+                args=ocp.args.Composite(**items, iterator=ocp.args.JsonSave({"step": step, "digests": True})),
                 force=True,  # Orbax would not save a step below the largest that it sees in the directory
             )
 
