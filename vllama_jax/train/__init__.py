@@ -91,7 +91,7 @@ def train(
         >>> from pathlib import Path
         >>> import vllama_jax as vl
         >>> from vllama_jax.configs import smoke  # eight rendered clips, and a tiny model of random weights
-        >>> config = smoke.prepare(dataclasses.replace(smoke.config, steps=2), Path("run"))
+        >>> config = smoke.prepare(dataclasses.replace(smoke.config, steps=2, batch_size=8), Path("run"))
         >>> result = vl.train(config, "run")
         >>> result.step
         2
