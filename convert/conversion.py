@@ -29,18 +29,22 @@ from vllama_jax.convert.hub import local
 from vllama_jax.convert.infer_config import model_config
 from vllama_jax.convert.language import open_language_model
 from vllama_jax.convert.match_weights import Leaf, match
+from vllama_jax.convert.new_weights import SEED, leave_out, new_components
 from vllama_jax.convert.weight_files import Source, open_file
 from vllama_jax.convert.write_tensors import Progress
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import new_directory, write_file
+
+HEARING = ("imagebind", "al")  # kinds of files that a model without audio has no rules for
 
 
 @dataclasses.dataclass(frozen=True)
 class ConversionPlan:
     """A conversion in which everything was found and fits, before a byte of it is read.
 
-    leaves: weights that files give. stored: those that model directories and runs give. left_out: of files, reason →
-    how many tensors. notes: lines for the user, on which file of a directory is what. sources: what else was used.
+    leaves: weights that files give. stored: those that model directories and runs give, and new ones. left_out: of
+    files, reason → how many tensors. notes: lines for the user, on which file of a directory is what. sources: what
+    else was used. new: components whose weights are new.
     """
 
     config: VideoLlamaConfig
@@ -51,6 +55,7 @@ class ConversionPlan:
     tokenizer_directory: Path
     notes: list[str]
     sources: dict[str, Any]
+    new: tuple[str, ...] = ()
 
     @property
     def all_leaves(self) -> list[Leaf | StoredLeaf]:
@@ -66,6 +71,8 @@ def plan(
     base: str | Path | None = None,
     config: Mapping[str, Any] | None = None,
     template: str | None = None,
+    without: Sequence[str] = (),
+    seed: int = SEED,
 ) -> ConversionPlan:
     """Checks that the files make a model: every weight found once, of the right shape, and nothing left over.
 
@@ -74,6 +81,8 @@ def plan(
     files: paths by kind, as PIECES names them; vl and al may be runs or model directories. base: a model directory or
     a run that gives all other parts; without one, the language model, eva_vit and blip2 must be there.
     config: any part of a model config. template: of the prompt; the base's or config's unless given.
+    without: components of the base ("video_qformer", as `vllama inspect` lists them) that get new weights in place of
+    the base's, of the shapes that config gives; seed: of these. The base may lack them.
     Paths of files and directories may be on the hub: hf://org/name, hf://org/name/file.
     Raises CheckpointError listing all that is missing, misshapen or not used; ConfigError for what `config` says.
     """
@@ -81,6 +90,7 @@ def plan(
     from vllama_jax.text.tokenizer import check_vocabulary, load_tokenizer
 
     model = open_stored(Path(base)) if base else None
+    leave_out(model, without)
     given = {kind: local(path) for kind, path in files.items() if path is not None}
     directory, llama_directory, delta = (path and local(path) for path in (directory, llama_directory, delta))
     found = _found(directory, given, llama_directory)
@@ -101,12 +111,28 @@ def plan(
     tokenizer = language.tokenizer if language else model.directory.path / "tokenizer"
     check_vocabulary(load_tokenizer(tokenizer), cfg.llama.vocab_size)
     leaves, left_out = match(cfg, pieces, branches)
+    new = new_components(cfg, without, seed)
     kept = join(cfg, model, branches, {component_of(leaf.target) for leaf in leaves})
+    _check_new(without, [*leaves, *kept])
     told = dict.fromkeys(note for source in pieces.values() for note in source.notes)
     notes = [*found.report, *told, *frozen_differences(model, branches)]
+    sources = stored.sources(model, branches, [*pieces, *_replaced_kinds(cfg, without)])
+    sources |= {"new": [{"name": component, "seed": seed} for component in without]} if without else {}
     return ConversionPlan(
-        cfg, leaves, kept, left_out, pieces, tokenizer, notes, stored.sources(model, branches, pieces)
+        cfg, leaves, [*kept, *new], left_out, pieces, tokenizer, notes, sources, tuple(dict.fromkeys(without))
     )
+
+
+def _check_new(without: Sequence[str], given: Sequence[Leaf | StoredLeaf]) -> None:
+    """Raise ConfigError for a component that is to be new and is given too."""
+    if both := {component_of(leaf.target) for leaf in given} & {*without}:
+        raise ConfigError(f"--without {min(both)}: a file or a run that is given holds it; leave one out")
+
+
+def _replaced_kinds(cfg: VideoLlamaConfig, without: Sequence[str]) -> list[str]:
+    """The kinds of files of which the base keeps nothing."""
+    tables = {kind: piece.rules(cfg) for kind, piece in PIECES.items() if cfg.has_audio or kind not in HEARING}
+    return [kind for kind, rules in tables.items() if {component_of(rule.target) for rule in rules} <= {*without}]
 
 
 def _found(directory: Path | None, given: Mapping[str, Path], llama_directory: Path | None) -> Found:
@@ -149,6 +175,24 @@ def convert(
 
     dtype: of the weights on disk; each one's own unless given. progress is called with the bytes written since.
     Raises CheckpointError when `out` exists or cannot be written, and when a value is too large for `dtype`.
+
+    Example:
+        >>> import json
+        >>> import vllama_jax as vl
+        >>> from vllama_jax.convert.tiny import write_tiny
+        >>> files = write_tiny("weights")  # random weights in the layouts of the published files
+        >>> heads = json.loads(files.pop("config").read_text())
+        >>> plan = vl.convert.plan(llama_directory=files.pop("llama"), files=files, config=heads)
+        >>> vl.convert.convert(plan, "model")
+        >>> model = vl.load("model")
+
+        A model with 48 queries in the video Q-Former, whose weights are new, and all else of that one:
+
+        >>> changed = {"video_qformer": {"num_queries": 48}}
+        >>> plan = vl.convert.plan(files={}, base="model", config=changed, without=["video_qformer"])
+        >>> vl.convert.convert(plan, "changed")
+        >>> vl.load("changed").network.video_qformer.queries.shape
+        (48, 48)
     """
     with new_directory(Path(out)) as directory:
         with ParamsWriter(directory / "params") as params:

@@ -58,6 +58,15 @@ def export(model: ModelDirectory, files: Files, out: str | Path, progress: Progr
     progress: called with the bytes written since.
     Beside them is config.json, with which `vllama convert` makes the same model of them again.
     Raises CheckpointError when `out` exists or cannot be written, and when the model cannot be read any more.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from vllama_jax.checkpoints.directory import open_model
+        >>> from vllama_jax.convert.export import export, plan_export
+        >>> model = open_model("miniature")
+        >>> export(model, plan_export(model, "safetensors"), "exported")
+        >>> sorted(file.name for file in Path("exported").iterdir())
+        ['config.json', 'model.safetensors']
     """
     bare = {_file_name(kind) for kind, piece in PIECES.items() if piece.bare}
     with new_directory(Path(out)) as directory:

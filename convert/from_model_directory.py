@@ -145,7 +145,7 @@ def join(
     for target, leaf in base.leaves.items() if base else ():
         if component_of(target) not in replaced:
             joined.setdefault(target, (base, leaf))
-    _check_fit(cfg, joined)
+    _check_fit(cfg, base, joined)
     return [leaf for _, leaf in joined.values()]
 
 
@@ -161,14 +161,18 @@ def _branch(cfg: VideoLlamaConfig, kind: str, branch: StoredModel) -> dict[str, 
     return {target: branch.leaves[target] for target in sorted(own | branch.learned - other)}
 
 
-def _check_fit(cfg: VideoLlamaConfig, joined: Mapping[str, tuple[StoredModel, StoredLeaf]]) -> None:
+def _check_fit(
+    cfg: VideoLlamaConfig, base: StoredModel | None, joined: Mapping[str, tuple[StoredModel, StoredLeaf]]
+) -> None:
     shapes = abstract_shapes(cfg)
-    problems = [
-        f"{model.path}: {target} is {list(leaf.shape)}, and {list(shapes.get(target, ()))} is needed"
-        for target, (model, leaf) in sorted(joined.items())
-        if leaf.shape != shapes.get(target)
-    ]
-    if problems:
+    misfits = {target: found for target, found in sorted(joined.items()) if found[1].shape != shapes.get(target)}
+    if misfits:
+        problems = [
+            f"{model.path}: {target} is {list(leaf.shape)}, and {list(shapes.get(target, ()))} is needed"
+            for target, (model, leaf) in misfits.items()
+        ]
+        if components := dict.fromkeys(component_of(target) for target, (model, _) in misfits.items() if model is base):
+            problems.append(f"new weights of the shapes needed, to be trained: --without {' '.join(components)}")
         raise CheckpointError("\n  ".join(["the parts do not fit each other:", *problems]))
     for target, (model, _) in joined.items():
         if target in (entries := model.directory.manifest["leaves"]):

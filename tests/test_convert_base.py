@@ -153,6 +153,7 @@ def test_parts_that_do_not_fit_the_base_are_listed(tiny_model, tmp_path):
         f"  {tiny_model}: audio_llama_proj/kernel is [48, 64], and [48, 48] is needed",
         f"  {tiny_model}: llama_proj/bias is [64], and [48] is needed",
         f"  {tiny_model}: llama_proj/kernel is [48, 64], and [48, 48] is needed",
+        "  new weights of the shapes needed, to be trained: --without audio_llama_proj llama_proj",
     ]
     assert not out.exists()
 

@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     from vllama_jax.config import GenerationConfig, VideoLlamaConfig
     from vllama_jax.errors import ArrayError, CheckpointError, ConfigError, DataError, MediaError, VllamaError
     from vllama_jax.media import MediaReport
-    from vllama_jax.model import Model, load
+    from vllama_jax.model import Model, load, save
     from vllama_jax.nn.video_llama import VideoLlama
+    from vllama_jax.train import train
 
     __version__: str
 
@@ -31,6 +32,7 @@ _HOMES = {
     "MediaReport": "vllama_jax.media",
     "Model": "vllama_jax.model",
     "load": "vllama_jax.model",
+    "save": "vllama_jax.model",
     "VideoLlama": "vllama_jax.nn.video_llama",
     "VideoLlamaConfig": "vllama_jax.config",
     "GenerationConfig": "vllama_jax.config",
@@ -49,6 +51,7 @@ _MODULES = {
     "media": "vllama_jax.media",
     "quantize": "vllama_jax.checkpoints.quantize",
     "sharding": "vllama_jax.sharding",
+    "train": "vllama_jax.train",
 }
 
 __all__ = [
@@ -72,7 +75,9 @@ __all__ = [
     "load",
     "media",
     "quantize",
+    "save",
     "sharding",
+    "train",
 ]
 
 

@@ -153,6 +153,15 @@ class Chat:
 
     template: the prompt template, the model's own unless given. system: the system text, the original's for what is
     shown unless given. Raises ConfigError for a template that does not exist.
+
+    Example:
+        >>> import vllama_jax as vl
+        >>> from vllama_jax.checkpoints.shipped import find_clip
+        >>> chat = vl.Chat(vl.load("miniature"))
+        >>> print(chat.add(find_clip("demo")))
+        8 frames of 4.0 s; sound used
+        >>> "".join(chat.ask("Which way does it go?"))
+        'it moves to the left'
     """
 
     def __init__(self, model: "Model", template: str | None = None, system: str | None = None):

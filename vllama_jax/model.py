@@ -1,4 +1,4 @@
-"""Loading a model: `vllama_jax.load`."""
+"""A model in memory: `vllama_jax.load` and `vllama_jax.save`."""
 
 import dataclasses
 import logging
@@ -55,6 +55,17 @@ def load(
     vectors of norm 1 (docs/miniature.md measures what that does).
     Compiled programs are kept on disk from then on, as `compilation.keep_compiled_programs` has it.
     Raises CheckpointError for what is not a whole model directory, ConfigError for one whose config is not valid.
+
+    Example:
+        >>> import vllama_jax as vl
+        >>> model = vl.load("miniature")
+        >>> model.config.num_frames
+        8
+        >>> len(model.network.llama.blocks) == model.config.llama.depth
+        True
+        >>> stacked = vl.load("miniature", stacked=True)
+        >>> stacked.network.llama.blocks.mlp.up.kernel.shape[0] == model.config.llama.depth
+        True
     """
     from flax import nnx
 
@@ -80,6 +91,38 @@ def load(
     if not stacked:
         network.llama.unstack()
     return Model(directory.config, directory.tokenizer, network)
+
+
+def save(model: Model, path: str | Path, *, overwrite: bool = False) -> None:
+    """Write a model directory, which `load` and every command read: config, tokenizer, weights and manifest.
+
+    Weights are written as they are in memory, in their dtypes, so that loading them in the same dtype gives the same
+    bits. One weight after another is copied to the host, layer by layer where it is stacked.
+
+    A model may be stacked or not, sharded over the devices of this process, and quantized. Low-rank updates (LoRA) are
+    added to their kernels, as `load` does, and are no longer apart afterwards. Optimizer state is not written: a run
+    directory (`train`) has that.
+
+    Args:
+        model: As `load` returned it, or `dataclasses.replace(model, network=...)` with a network that was trained.
+        path: The directory to make. It appears when it is complete.
+        overwrite: Replace the model directory that is at `path`; anything else there is refused.
+
+    Raises:
+        CheckpointError: `path` exists, or cannot be written; or the network's weights are not those of a model of
+            `model.config`, or are on the devices of several processes.
+
+    Example:
+        >>> import vllama_jax as vl
+        >>> model = vl.load("miniature", stacked=True)
+        >>> vl.save(model, "copy")
+        >>> same = vl.load("copy", stacked=True)
+        >>> bool((same.network.llama.embedding[...] == model.network.llama.embedding[...]).all())
+        True
+    """
+    from vllama_jax.checkpoints.save import save_network
+
+    save_network(model.network, model.config, model.tokenizer, Path(path), overwrite=overwrite)
 
 
 def without_missing_branch(directory: ModelDirectory) -> ModelDirectory:

@@ -8,6 +8,7 @@ branches' Q-Formers.
 
 import collections
 import dataclasses
+import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -61,47 +62,51 @@ def of_one_answer(question: str, scenes: Sequence[Scene]) -> float:
     return max(right.values()) / len(scenes)
 
 
-def check_asked(seed: int, clips: int) -> None:
-    """Raises ConfigError for a seed or a number of files that can be none."""
+def check_asked(seed: int, clips: int, measures: Sequence[str] = ()) -> None:
+    """Raise ConfigError for a seed or a number of files that can be none, and for a measure that there is not."""
     if clips < 1 or seed < 0:
         raise ConfigError(f"--clips must be at least 1 and --seed at least 0, not {clips} and {seed}")
+    for name in measures:
+        if name not in MEASURES:
+            near = difflib.get_close_matches(name, MEASURES, 1)
+            advice = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(f"--measures {name}: no such measure; {advice}There are {', '.join(MEASURES)}")
 
 
-def evaluate(model: Model, seed: int, clips: int, say: Callable[[str], None] = lambda text: None) -> dict[str, Measure]:
-    """All measures; `clips` files for each of the sets that they are about."""
+class FileSets:
+    """The sets of files that measures of a model are about: each is rendered and encoded when it is first asked for."""
 
-    def see(files: FileSet) -> Shown:
-        return show(model, files, seed, clips, say)
+    def __init__(self, model: Model, seed: int, clips: int, say: Callable[[str], None]):
+        self.model = model
+        self._show = functools.cache(lambda files: show(model, files, seed, clips, say))
 
-    moving = see(unseen.MOVING)
-    found = _time(model, moving) | _pictures(model, moving, see(unseen.STILLS), see(unseen.TURNS))
-    found |= _hearing(model, see(unseen.SOUNDS), see(unseen.TWO_SOUNDS))
-    found["sound_order_of_short"] = _order(model, see(unseen.TWO_SHORT))
-    found |= _together(model, see(unseen.BOTH))
-    for noise in NOISES:
-        noisy = see(dataclasses.replace(unseen.SOUNDS, name=f"noise {noise}", snr_db=noise))
-        found[f"sound_only_at_{noise:g}_db"] = _asked(model, noisy, "hear")
-    return found
+    def __call__(self, files: FileSet) -> Shown:
+        return self._show(files)
 
 
-def _time(model: Model, moving: Shown) -> dict[str, Measure]:
-    """Claim 1: which way a thing moves, with its frames in order, shuffled, and reversed."""
-    draw = np.random.default_rng(0)
-    orders = np.stack([draw.permutation(moving.features.shape[1]) for _ in moving.scenes])
-    shuffled = np.take_along_axis(moving.features, orders[..., None, None], axis=1)
-    backwards = [_turned(scene) for scene in moving.scenes]
-    backward = dataclasses.replace(moving, features=moving.features[:, ::-1])
-    return {
-        "motion": _asked(model, moving, "motion"),
-        "motion_new_wording": _asked(model, moving, "motion", wording=NEW_WORDING),
-        "motion_of_two": _of_two(model, moving),
-        "motion_shuffled": _of_two(model, dataclasses.replace(moving, features=shuffled)),
-        "motion_shuffled_answered": _asked(
-            model, dataclasses.replace(moving, features=shuffled), "motion", chance=OF_TWO
-        ),
-        "motion_reversed": _asked(model, backward, "motion"),
-        "motion_reversed_opposite": _asked(model, dataclasses.replace(backward, scenes=backwards), "motion"),
-    }
+def evaluate(
+    model: Model,
+    seed: int,
+    clips: int,
+    say: Callable[[str], None] = lambda text: None,
+    measures: Sequence[str] = (),
+) -> dict[str, Measure]:
+    """Measure a model on clips that are rendered now.
+
+    Args:
+        model: A miniature.
+        seed: Of the clips.
+        clips: How many files are in each set that a measure is about.
+        say: Called with lines on the progress.
+        measures: Names of MEASURES; all unless given. Only the sets that these are about are rendered.
+
+    Raises:
+        ConfigError: A measure, the seed or the number of clips is none.
+    """
+    check_asked(seed, clips, measures)
+    sets = FileSets(model, seed, clips, say)
+    found = {name: measuring(sets) for name, measuring in MEASURES.items() if name in measures or not measures}
+    return {name: measured for name, measured in found.items() if measured is not None}
 
 
 def _of_two(model: Model, moving: Shown) -> Measure:
@@ -122,33 +127,37 @@ def _turned(scene: Scene) -> Scene:
     return Scene((dataclasses.replace(things, motion=texts.OPPOSITES[things.motion]),), scene.heard)
 
 
-def _pictures(model: Model, moving: Shown, stills: Shown, turns: Shown) -> dict[str, Measure]:
-    found = {}
-    for name in ("object", "colour", "size"):
-        found[name] = _asked(model, moving, name)
-        found[f"{name}_still"] = _asked(model, stills, name)
-        found[f"{name}_new_wording"] = _asked(model, moving, name, wording=NEW_WORDING)
+def _shuffled(sets: FileSets) -> Shown:
+    moving, draw = sets(unseen.MOVING), np.random.default_rng(0)
+    orders = np.stack([draw.permutation(moving.features.shape[1]) for _ in moving.scenes])
+    return dataclasses.replace(moving, features=np.take_along_axis(moving.features, orders[..., None, None], axis=1))
+
+
+def _backward(sets: FileSets) -> Shown:
+    moving = sets(unseen.MOVING)
+    return dataclasses.replace(moving, features=moving.features[:, ::-1])
+
+
+def _turned_backward(sets: FileSets) -> Shown:
+    """Reversed frames, of which the opposite motion is the right answer."""
+    backward = _backward(sets)
+    return dataclasses.replace(backward, scenes=[_turned(scene) for scene in backward.scenes])
+
+
+def _place(sets: FileSets) -> Measure | None:
+    """Where a thing is, in stills of one thing; None where there are none, as among a few stills."""
+    stills = sets(unseen.STILLS)
     single = [number for number, scene in enumerate(stills.scenes) if scene.shown[0].number == 1]
-    found["count"] = _asked(model, stills, "count")
-    if single:  # not always among a few stills
-        found["place"] = _asked(model, stills.some(single), "place")
-    return found | {name: _asked(model, turns, name, chance=OF_TWO) for name in ("first", "last")}
+    return _asked(sets.model, stills.some(single), "place") if single else None
 
 
-def _hearing(model: Model, sounds: Shown, two: Shown) -> dict[str, Measure]:
-    """Claim 2: what is heard, and in which order, at several scales of the sound vectors; and with wrong vectors."""
-    found = {"sound_only": _asked(model, sounds, "hear"), "sound_order": _order(model, two)}
-    found["sound_order_as_of_pictures"] = _order(model, two, "first", "last")
-    found["sound_only_new_wording"] = _asked(model, sounds, "hear", wording=NEW_WORDING)
-    for scale in SCALES:
-        found[f"sound_only_times_{scale:g}"] = _asked(model, _scaled(sounds, scale), "hear")
-        found[f"sound_order_times_{scale:g}"] = _order(model, _scaled(two, scale))
-    right = []
+def _unaligned(sets: FileSets) -> Measure:
+    """What is heard, of sound vectors whose dimensions are permuted."""
+    sounds, right = sets(unseen.SOUNDS), []
     for number in range(PERMUTATIONS):
         order = np.random.default_rng(number).permutation(sounds.sounds.shape[-1])
-        right.append(_answers_right(model, dataclasses.replace(sounds, sounds=sounds.sounds[..., order]), "hear"))
-    found["sound_only_unaligned"] = measure(right, of_one_answer("hear", sounds.scenes))
-    return found
+        right.append(_answers_right(sets.model, dataclasses.replace(sounds, sounds=sounds.sounds[..., order]), "hear"))
+    return measure(right, of_one_answer("hear", sounds.scenes))
 
 
 def _scaled(shown: Shown, scale: float) -> Shown:
@@ -161,12 +170,6 @@ def _order(model: Model, two: Shown, first: str = "hear_first", last: str = "hea
     """Whether the sound named first is the first of the two, and the last the last; other kinds are wrong answers."""
     right = [_answers_right(model, two, name) for name in (first, last)]
     return measure(np.transpose(right), OF_TWO)
-
-
-def _together(model: Model, both: Shown) -> dict[str, Measure]:
-    """Sound and picture at once: agreeing in half of the clips, so that a model with one sense is right in half."""
-    found = {f"{name}_with_both": _asked(model, both, name) for name in ("fit", "motion")}
-    return found | {f"{name}_with_both": _asked(model, both, name, chance=OF_TWO) for name in ("hear", "object")}
 
 
 def _asked(model: Model, shown: Shown, name: str, *, wording: int = 0, chance: float | None = None) -> Measure:
@@ -253,6 +256,67 @@ def _tokens(sense: str) -> Any:
     if sense == "audio":
         return jax.jit(lambda network, vectors: network.audio_tokens(vectors))
     return jax.jit(lambda network, features: network.video_tokens(features))
+
+
+Measuring = Callable[[FileSets], Measure | None]
+
+
+def _answers(files: FileSet, question: str, **options: Any) -> Measuring:
+    """The measure of the answers to a question about a set of files; options as of `_asked`."""
+    return lambda sets: _asked(sets.model, sets(files), question, **options)
+
+
+def _order_in(files: FileSet, *questions: str) -> Measuring:
+    return lambda sets: _order(sets.model, sets(files), *questions)
+
+
+def _picture_measures() -> dict[str, Measuring]:
+    found = {}
+    for name in ("object", "colour", "size"):
+        found[name] = _answers(unseen.MOVING, name)
+        found[f"{name}_still"] = _answers(unseen.STILLS, name)
+        found[f"{name}_new_wording"] = _answers(unseen.MOVING, name, wording=NEW_WORDING)
+    found |= {"count": _answers(unseen.STILLS, "count"), "place": _place}
+    return found | {name: _answers(unseen.TURNS, name, chance=OF_TWO) for name in ("first", "last")}
+
+
+def _scaled_measures(scale: float) -> dict[str, Measuring]:
+    """Sounds and their order at another norm of the sound vectors."""
+    return {
+        f"sound_only_times_{scale:g}": lambda sets: _asked(sets.model, _scaled(sets(unseen.SOUNDS), scale), "hear"),
+        f"sound_order_times_{scale:g}": lambda sets: _order(sets.model, _scaled(sets(unseen.TWO_SOUNDS), scale)),
+    }
+
+
+def _noisy(noise: float) -> FileSet:
+    return dataclasses.replace(unseen.SOUNDS, name=f"noise {noise}", snr_db=noise)
+
+
+# Every measure by its name: claim 1, which way a thing moves, with its frames in order, shuffled and reversed; other
+# things that are seen; claim 2, what is heard and in which order, at several scales, and of permuted vectors; frames
+# and audio at once, which agree in half of the clips, so that one of them alone is right in half; audio under noise.
+MEASURES: dict[str, Measuring] = {
+    "motion": _answers(unseen.MOVING, "motion"),
+    "motion_new_wording": _answers(unseen.MOVING, "motion", wording=NEW_WORDING),
+    "motion_of_two": lambda sets: _of_two(sets.model, sets(unseen.MOVING)),
+    "motion_shuffled": lambda sets: _of_two(sets.model, _shuffled(sets)),
+    "motion_shuffled_answered": lambda sets: _asked(sets.model, _shuffled(sets), "motion", chance=OF_TWO),
+    "motion_reversed": lambda sets: _asked(sets.model, _backward(sets), "motion"),
+    "motion_reversed_opposite": lambda sets: _asked(sets.model, _turned_backward(sets), "motion"),
+    **_picture_measures(),
+    "sound_only": _answers(unseen.SOUNDS, "hear"),
+    "sound_order": _order_in(unseen.TWO_SOUNDS),
+    "sound_order_as_of_pictures": _order_in(unseen.TWO_SOUNDS, "first", "last"),
+    "sound_only_new_wording": _answers(unseen.SOUNDS, "hear", wording=NEW_WORDING),
+    **{name: measuring for scale in SCALES for name, measuring in _scaled_measures(scale).items()},
+    "sound_only_unaligned": _unaligned,
+    "sound_order_of_short": _order_in(unseen.TWO_SHORT),
+    "fit_with_both": _answers(unseen.BOTH, "fit"),
+    "motion_with_both": _answers(unseen.BOTH, "motion"),
+    "hear_with_both": _answers(unseen.BOTH, "hear", chance=OF_TWO),
+    "object_with_both": _answers(unseen.BOTH, "object", chance=OF_TWO),
+    **{f"sound_only_at_{noise:g}_db": _answers(_noisy(noise), "hear") for noise in NOISES},
+}
 
 
 def without_positions(model: Model, seed: int, clips: int, say: Callable[[str], None]) -> dict[str, Measure]:

@@ -14,13 +14,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from vllama_jax.branches import component_of
+from vllama_jax.train.reporter import step_summary
 from vllama_jax.train.smoothing import SmoothedMean, fit_smoothing
 
 LOG_EVERY = 30.0  # seconds
 
 
 class TrainingDisplay:
-    """A `Reporter` (train/loop.py) for people.
+    """A `Reporter` (train/reporter.py) for people.
 
     Args:
         steps: Of the whole run.
@@ -78,9 +79,7 @@ class TrainingDisplay:
     def step(self, metrics: dict[str, Any]) -> None:
         """Show a step that is done."""
         loss, seconds = self._loss.add(metrics["loss"]), self._seconds.add(metrics["seconds"])
-        shown = f"loss {loss:.4f}  lr {metrics['lr']:.2e}  {metrics['samples_per_second']:.1f} samples/s"
-        shown += f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else ""
-        shown += f"  waits {metrics['waited_for_data']:.0%}"
+        shown = step_summary(metrics, loss)
         self._bar.update(self._task, completed=metrics["step"], description=shown)
         now, left = self._clock(), self._steps - metrics["step"]
         if not self._console.is_terminal and now - self._logged >= LOG_EVERY:

@@ -11,6 +11,7 @@ from vllama_jax.cli._progress import bytes_bar
 from vllama_jax.convert import ConversionPlan, bytes_to_write
 from vllama_jax.convert import convert as write
 from vllama_jax.convert import plan as make_plan
+from vllama_jax.convert.new_weights import SEED
 from vllama_jax.errors import ConfigError
 from vllama_jax.io.atomic import check_absent
 from vllama_jax.io.json_files import read_object
@@ -33,6 +34,8 @@ def convert(
     config: Path | None = None,
     template: Literal["vicuna", "llama_2", "plain"] | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    without: tuple[str, ...] = (),
+    seed: int = SEED,
 ) -> None:
     """Make a model directory from the original's PyTorch files (.pth, .bin) or safetensors of the same tensors.
 
@@ -43,6 +46,8 @@ def convert(
     --template llama_2 --out model
 
     Example: vllama convert --base model --vl vision_run --al audio_run --out joined
+
+    Example: vllama convert --base model --without video_qformer --config sixty_four_queries.json --out changed
 
     Args:
         directory: Holds weight files, in it or below; each is identified by its tensors. Options win.
@@ -60,6 +65,9 @@ def convert(
         config: A JSON file with any part of the model config, over what the files tell.
         template: The prompt template that the language model was tuned on; vicuna unless --base or --config says.
         dtype: Of the weights on disk; as they come unless given.
+        without: Components of --base, as `vllama inspect` lists them, that get new random weights: for shapes that
+            --config changes.
+        seed: Of the new weights; that of run configs unless given.
     """
     check_absent(out)
     leave_accelerators()  # what runs trained comes through JAX
@@ -73,6 +81,8 @@ def convert(
         base=base,
         config=override,
         template=template,
+        without=without,
+        seed=seed,
     )
     print("".join(f"{line}\n" for line in plan.notes), end="", flush=True)
     with bytes_bar(bytes_to_write(plan, dtype)) as progress:
@@ -86,6 +96,8 @@ def _summary(plan: ConversionPlan, out: Path) -> str:
         f"{out}: {len(plan.all_leaves)} weights of {', '.join(sorted(parts))}; prompt template {plan.config.template}"
     ]
     lines += [f"  left out, {count} tensor{'s' * (count > 1)} of {reason}" for reason, count in plan.left_out.items()]
+    if plan.new:
+        lines.append(f"  new random weights, to be trained: {', '.join(plan.new)}")
     needed = [part.split("/")[0] for one in branches_of(plan.config) for part in (one.qformer, one.projection)]
     if untrained := [part for part in dict.fromkeys(needed) if part not in parts]:
         lines.append(f"  no {', '.join(untrained)} yet: train it, or convert with the checkpoints that have them")

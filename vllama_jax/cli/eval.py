@@ -28,11 +28,14 @@ def miniature(
     clips: int = 200,
     model: Path | None = None,
     audio_scale: float | None = None,
+    measures: tuple[str, ...] = (),
     json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
 ) -> None:
     """Ask a miniature about clips of its small world that are rendered now, of combinations that it never trained on.
 
     Example: vllama eval miniature --seed 7 --clips 200 --json
+
+    Example: vllama eval miniature --measures motion motion_reversed sound_only
 
     docs/miniature.md says what each measure is.
 
@@ -41,16 +44,18 @@ def miniature(
         clips: How many files each measure is about.
         model: The model directory; the one that comes with the package unless given.
         audio_scale: The norm of a sound's vector; the model's own unless given.
+        measures: Which to take, by name; all unless given. Only the clips that these are about are rendered.
         json_output: Print one JSON object: accuracy, n, chance and the accuracy's 95 % interval by kind of question.
     """
-    from vllama_jax.miniature.evaluate import as_table, evaluate
+    from vllama_jax.miniature.evaluate import as_table, check_asked, evaluate
     from vllama_jax.model import load
 
     at_least(0, seed=seed)
     at_least(1, clips=clips)
+    check_asked(seed, clips, measures)  # before a model is loaded
     with Display(quiet=json_output) as display:
         loaded = load(model or MODEL_NAME, audio_scale=audio_scale)
-        found = evaluate(loaded, seed, clips, display.step)
+        found = evaluate(loaded, seed, clips, display.step, measures)
     print(json.dumps(found) if json_output else as_table(found))
 
 

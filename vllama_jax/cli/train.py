@@ -49,8 +49,8 @@ def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
             joined_processes(distributed, preemption=not dry_run),
             TrainingDisplay(run.steps, verbose=verbose) as display,
         ):
+            from vllama_jax.train import train as go
             from vllama_jax.train.dry_run import dry_run as try_out
-            from vllama_jax.train.loop import train as go
             from vllama_jax.train.run_directory import hush_failed_saves
 
             hush_failed_saves()
@@ -58,7 +58,7 @@ def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
             if dry_run:
                 try_out(prepared, display, base)
             else:
-                go(prepared, out, display, base)
+                go(prepared, out, base=base, reporter=display)
 
     train.__doc__ = (train.__doc__ or "").format(CONFIGS=", ".join(shipped()))
     return train, "vllama train", arguments

@@ -52,6 +52,40 @@ def check_absent(out: Path) -> None:
 
 
 @contextlib.contextmanager
+def replaced_directory(out: Path) -> Iterator[Path]:
+    """Yield an empty directory next to `out` that takes the place of the directory `out` on success.
+
+    `out` is renamed and removed when the new directory is complete. A process that is killed between the two renames
+    leaves the old one as .NAME.replaced, and the next call puts it back first.
+
+    Raises:
+        CheckpointError: As `new_directory` does, but for a directory `out`; also where a link or a file has its name.
+    """
+    old = out.with_name(f".{out.name}.replaced")
+    for place in (out, old):
+        _check_kind(place, "directory")
+    try:
+        if old.is_dir() and not out.is_dir():
+            old.rename(out)
+        elif old.is_dir():
+            shutil.rmtree(old)
+        with scratch_directory(_partial(out), f"{out}: another process is making it; wait for that one"):
+            yield _partial(out)
+            if out.is_dir():
+                out.rename(old)
+            try:
+                _partial(out).rename(out)
+            except OSError:
+                old.rename(out)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out}: cannot be written ({error.strerror or error}); what was there is kept"
+        ) from error
+
+
+@contextlib.contextmanager
 def scratch_directory(path: Path, refusal: str) -> Iterator[Path]:
     """Yield an empty directory for what is not whole yet, locked against other processes; it is removed in the end.
 

@@ -55,8 +55,16 @@ def merge_lora(llama: Any) -> None:
     """Adds each update to its layer's kernel, computed in float32, and takes it away."""
     for layer in _layers(llama).values():
         if hasattr(layer, "lora"):
-            layer.kernel.set_value(_merged(layer.kernel[...], layer.lora))
+            layer.kernel.set_value(merged_kernel(layer))
             del layer.lora
+
+
+def merged_kernel(layer: Any) -> Array:
+    """A layer's kernel with its update added, in the kernel's dtype. The layer may be stacked or a single one."""
+    kernel, lora = layer.kernel[...], layer.lora
+    if kernel.ndim > len(layer.kernel.get_metadata()[AXIS_NAMES]):
+        return _merged(kernel, lora)
+    return _merged(kernel[None], jax.tree.map(lambda x: x[None], lora))[0]
 
 
 @jax.jit

@@ -1,11 +1,13 @@
 """The network of a config: with new weights, or with shapes in their place."""
 
 import functools
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig
 
 if TYPE_CHECKING:
+    import jax
     from flax import nnx
 
     from vllama_jax.nn.video_llama import VideoLlama
@@ -46,3 +48,15 @@ def new_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs") ->
     network = VideoLlama(config, rngs=rngs)
     add_lora(network.llama, lora, rngs=rngs)
     return network
+
+
+def new_weights(
+    config: VideoLlamaConfig, lora: LoraConfig, paths: Iterable[str], key: "jax.Array"
+) -> "dict[str, jax.Array]":
+    """Weights by path as training starts them, float32. Under `jax.jit`, only those of `paths` are computed."""
+    import jax.numpy as jnp
+    from flax import nnx
+
+    state = nnx.to_flat_state(nnx.state(new_network(config, lora, nnx.Rngs(key))))
+    weights = {"/".join(map(str, path)): variable for path, variable in state}
+    return {path: weights[path].get_value().astype(jnp.float32) for path in paths}

@@ -49,7 +49,10 @@ class Tokenizer(abc.ABC):
         pad_id: the padding token; without one the unknown token stands in, as in the reference, or else the end token.
         vocab_size: all tokens, added ones included, but not the media placeholder.
         media_id: where the reference puts `<ImageHere>`: the first id after the vocabulary.
+        directory: where `load_tokenizer` read it; None for one that was made in another way.
     """
+
+    directory: Path | None = None
 
     def __init__(self, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], library_size: int):
         """`library_size`: how many ids the library behind this class knows; special tokens may lie beyond."""
@@ -206,13 +209,16 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """
     directory = Path(directory)
     if (directory / "tokenizer.model").is_file():
-        return _load_sentencepiece(directory)
-    if (directory / "tokenizer.json").is_file():
-        return _load_json(directory)
-    raise CheckpointError(
-        f"no tokenizer in {directory}: looked for tokenizer.model and tokenizer.json; "
-        "copy one of them there from the folder of the language model"
-    )
+        tokenizer = _load_sentencepiece(directory)
+    elif (directory / "tokenizer.json").is_file():
+        tokenizer = _load_json(directory)
+    else:
+        raise CheckpointError(
+            f"no tokenizer in {directory}: looked for tokenizer.model and tokenizer.json; "
+            "copy one of them there from the folder of the language model"
+        )
+    tokenizer.directory = directory.absolute()
+    return tokenizer
 
 
 def tokenizer_files(directory: str | Path) -> list[Path]:

@@ -8,7 +8,8 @@ from vllama_jax.memory.flops import peak_flops, step_flops
 from vllama_jax.sharding import under
 from vllama_jax.train import setup
 from vllama_jax.train.config import TrainConfig
-from vllama_jax.train.loop import Reporter, compile_step
+from vllama_jax.train.loop import compile_step
+from vllama_jax.train.reporter import Reporter
 
 
 def dry_run(config: TrainConfig, reporter: Reporter, base: str = "") -> None:

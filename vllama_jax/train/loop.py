@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 
@@ -20,46 +20,54 @@ from vllama_jax.memory.flops import peak_flops, step_flops
 from vllama_jax.sharding import under
 from vllama_jax.train import setup
 from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.custom import describe_custom
+from vllama_jax.train.reporter import Reporter
 from vllama_jax.train.run_directory import Board, Checkpoints, open_run
 from vllama_jax.train.setup import RunPlan
 from vllama_jax.train.state import TrainState, Weights
-from vllama_jax.train.step import jit_step, make_step
+from vllama_jax.train.step import Loss, Optimizer, jit_step, make_step
 from vllama_jax.train.stopping import stop_requests
 from vllama_jax.train.validation import Validation
 
 SHOWN_ON_BOARD = ("loss", "lr", "gradient_norm", "samples_per_second")
 
 
-class Reporter(Protocol):
-    """Who tells the user how a run goes (cli/train.py)."""
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns.
 
-    def say(self, text: str) -> None:
-        """A sentence."""
-
-    def table(self, plan: RunPlan) -> None:
-        """What trains, before the first step."""
-
-    def begin(self, step: int) -> None:
-        """The first step of this process comes next; `step` are done."""
-
-    def step(self, metrics: dict[str, Any]) -> None:
-        """A step was done: the line that metrics.jsonl has of it."""
-
-
-def train(config: TrainConfig, out: Path, reporter: Reporter, base: str = "") -> None:
-    """Train, or resume from the last checkpoint in `out`, until the last step, SIGTERM or Ctrl-C; both save first.
-
-    Raises:
-        VllamaError: The run cannot be made, a process was lost, or the loss is not a number.
-        KeyboardInterrupt: Ctrl-C; a SavedInterrupt once a checkpoint was saved.
+    Attributes:
+        path: The run directory, which `vllama_jax.load` reads.
+        step: The steps that are done: all of the run's, or fewer where SIGTERM stopped it.
+        metrics: The last step's, as metrics.jsonl has them ("loss", "gradient_norm", …); empty where the run was
+            finished before and has no metrics.jsonl.
     """
-    plan = setup.plan_run(config, base)
-    with open_run(out, config, plan.base, str(plan.dtype), plan.inputs), under(plan.mesh):
+
+    path: Path
+    step: int
+    metrics: dict[str, Any]
+
+
+def train(
+    config: TrainConfig,
+    out: Path,
+    reporter: Reporter,
+    base: str = "",
+    *,
+    loss: Loss | None = None,
+    optimizer: Optimizer | None = None,
+) -> TrainResult:
+    """Train as `vllama_jax.train` does, which see, with a reporter that is given."""
+    plan = dataclasses.replace(setup.plan_run(config, base), loss=loss)
+    plan = plan if optimizer is None else dataclasses.replace(plan, optimizer=optimizer)
+    custom = describe_custom(loss, optimizer, plan.abstract.moments)
+    with open_run(out, config, plan.base, str(plan.dtype), plan.inputs, custom), under(plan.mesh):
         checkpoints = Checkpoints(out, config.checkpoint)
         state = checkpoints.restore(plan.abstract)
         if state is not None and int(state.step) >= config.steps:
             reporter.say(f"{out}: finished, {config.steps} steps; ask it with `vllama chat FILE --model {out}`")
-            return
+            lines = Journal(out / "metrics.jsonl").read()
+            return TrainResult(out, int(state.step), lines[-1] if lines else {})
         for note in plan.notes:
             reporter.say(note)
         reporter.table(plan)
@@ -68,7 +76,9 @@ def train(config: TrainConfig, out: Path, reporter: Reporter, base: str = "") ->
         else:
             first = int(state.step)
             reporter.say(f"{out}: going on from step {first}")
-        _Run(plan, out, reporter, checkpoints).go(state, setup.load_frozen(plan), first)
+        run = _Run(plan, out, reporter, checkpoints)
+        run.go(state, setup.load_frozen(plan), first)
+        return TrainResult(out, run.last["step"], run.last)
 
 
 @dataclasses.dataclass
@@ -91,6 +101,7 @@ class _Run:
         process = jax.process_index()
         self.quarantine = Journal(out / ("quarantine.jsonl" if process == 0 else f"quarantine.{process}.jsonl"))
         self.masked: set[str] = set()
+        self.last: dict[str, Any] = {}  # the metrics of the last step
         self.pending: _Pending | None = None
         self.clock = time.perf_counter()
         self.step = compile_step(plan)
@@ -191,8 +202,9 @@ class _Run:
         if jax.process_index() == 0:
             with self._tolerated():
                 self.metrics.add(line)
-                self.board.add(pending.number, {name: line[name] for name in SHOWN_ON_BOARD})
+                self.board.add(pending.number, {name: line[name] for name in SHOWN_ON_BOARD if name in line})
         self.reporter.step(line)
+        self.last = line
 
     def _mask(self, number: int, dataset: str, batch: HostBatch) -> None:
         """Names the samples of a batch that were not used, each once in a run."""
@@ -233,4 +245,4 @@ class _Run:
 
 def compile_step(plan: RunPlan) -> Any:
     """The step of a plan, under `jax.jit`."""
-    return jit_step(make_step(plan.config, plan.skeleton, plan.optimizer), plan.abstract)
+    return jit_step(make_step(plan.config, plan.skeleton, plan.optimizer, plan.loss), plan.abstract)

@@ -1,5 +1,8 @@
 """The optimizer: AdamW and its learning rate, as the original's (reference: optims.py, runner_base.py)."""
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -18,15 +21,34 @@ def learning_rate(cfg: OptimConfig, steps: int, step: jax.Array | int) -> jax.Ar
     return jnp.where(step < cfg.warmup_steps, warmup, cosine)
 
 
-def make_optimizer(cfg: OptimConfig, steps: int) -> optax.GradientTransformation:
+class ScheduledOptimizer(NamedTuple):
+    """An optax optimizer that knows its learning rate, which metrics then report.
+
+    Attributes:
+        init: As of `optax.GradientTransformation`.
+        update: As of `optax.GradientTransformation`.
+        learning_rate: The number of updates done so far → the learning rate of the next one.
+    """
+
+    init: optax.TransformInitFn
+    update: optax.TransformUpdateFn
+    learning_rate: Callable[[jax.Array | int], jax.Array]
+
+
+def make_optimizer(cfg: OptimConfig, steps: int) -> ScheduledOptimizer:
     """AdamW over weights in a dict by path. Biases and norms do not decay; what is frozen has no state at all."""
+
+    def schedule(step: jax.Array | int) -> jax.Array:
+        return learning_rate(cfg, steps, step)
+
     clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
-    return optax.chain(
+    adam = optax.chain(
         *clip,
         optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps),
         optax.add_decayed_weights(cfg.weight_decay, mask=lambda weights: {path: decays(path) for path in weights}),
-        optax.scale_by_learning_rate(lambda step: learning_rate(cfg, steps, step)),
+        optax.scale_by_learning_rate(schedule),
     )
+    return ScheduledOptimizer(adam.init, adam.update, schedule)
 
 
 def decays(path: str) -> bool:

@@ -1,6 +1,7 @@
 """The metrics of runs, read from their directories and drawn."""
 
 import collections
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,8 @@ from vllama_jax.errors import DataError
 from vllama_jax.io.json_files import parse_object
 from vllama_jax.train.smoothing import fit_smoothing, smoothed
 
-PLOTTED = ("step", "loss", "lr")
+NEEDED = ("step", "loss")
+NO_RATE = math.nan  # an optimizer that a program passed need not have a learning rate
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -16,8 +18,9 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     path = run / "metrics.jsonl"
     steps = read_lines(path)
     for number, line in enumerate(steps, 1):
-        if not all(isinstance(line.get(name), int | float) for name in PLOTTED):
-            raise DataError(f"{path}, line {number}: not the metrics of a step (it needs {', '.join(PLOTTED)})")
+        values = [*(line.get(name) for name in NEEDED), line.get("lr", NO_RATE)]
+        if not all(isinstance(value, int | float) for value in values):
+            raise DataError(f"{path}, line {number}: not the metrics of a step (it needs {', '.join(NEEDED)})")
     return steps
 
 
@@ -54,7 +57,7 @@ def draw(metrics: dict[Path, list[dict[str, Any]]], smoothing: float | None) -> 
         if held_out:
             places, values = ([line[key] for line in held_out] for key in ("step", "validation_loss"))
             loss.plot(places, values, "o--", color=color, markersize=4, label=f"{name}, held out")
-        rate.plot(numbers, [line["lr"] for line in steps], color=color)
+        rate.plot(numbers, [line.get("lr", NO_RATE) for line in steps], color=color)
     last = next(iter(metrics.values()))[-1]
     one = f"{next(iter(_names(metrics).values()))}: training loss, {last['step']} steps"
     figure.suptitle(one if len(metrics) == 1 else f"Training loss of {len(metrics)} runs")

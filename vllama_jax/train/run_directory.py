@@ -35,6 +35,7 @@ from vllama_jax.io.atomic import check_output_files, locked, own_directory, repl
 from vllama_jax.io.json_files import read_object
 from vllama_jax.io.jsonl import WholeFile
 from vllama_jax.train.config import CheckpointConfig, TrainConfig
+from vllama_jax.train.custom import check_custom
 from vllama_jax.train.state import TrainState
 
 OUTPUT_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl")
@@ -63,15 +64,22 @@ class Recorded:
     compute_dtype: of frozen weights and of all products.
     inputs: The digest of everything else that the run reads, by the field of its config that names the directory; None
         in runs of earlier versions.
+    custom: The loss and the optimizer that a program passed, as `describe_custom` has them; None where it passed none.
     """
 
     compute_dtype: str
     inputs: dict[str, str] | None = None
+    custom: dict[str, str] | None = None
 
 
 @contextlib.contextmanager
 def open_run(
-    out: Path, config: TrainConfig, base: ModelDirectory, dtype: str, inputs: Mapping[str, str]
+    out: Path,
+    config: TrainConfig,
+    base: ModelDirectory,
+    dtype: str,
+    inputs: Mapping[str, str],
+    custom: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
     """Make `out` a run directory, or resume the run in it, and keep other processes off it.
 
@@ -81,10 +89,12 @@ def open_run(
         base: Its base model.
         dtype: The name of its compute dtype.
         inputs: The digest of everything else that it reads, as `RunPlan.inputs` has them.
+        custom: Its loss and its optimizer, as `describe_custom` has them.
 
     Raises:
         CheckpointError: `out` is another kind of directory, another process trains into it, or it cannot be written.
-        ConfigError: The run in it has another config, base model or inputs, or its config.json is corrupt.
+        ConfigError: The run in it has another config, base model, inputs, loss or optimizer, or its config.json is
+            corrupt.
     """
     if jax.process_index() != 0:
         yield
@@ -94,13 +104,14 @@ def open_run(
         with locked(out, f"{out}: another process is training into it; wait for that one, or choose another --out"):
             check_output_files(out, OUTPUT_FILES)
             if (out / "config.json").exists():
-                _check_same(out, config, base, dtype, inputs)
+                recorded = _check_same(out, config, base, dtype, inputs)
+                check_custom(out, recorded.custom or {}, custom or {})
             elif strangers := _strangers(out):
                 raise CheckpointError(f"{out}: not a run directory (it has {strangers[0]}); choose another --out")
             else:
                 where = {"path": str(base.opened.absolute()), "digest": base.digest}
                 fields = {"run": dataclasses.asdict(config), "base": where, "compute_dtype": dtype, "inputs": inputs}
-                write_config(out, base.config, **fields)
+                write_config(out, base.config, **fields, **({"custom": custom} if custom else {}))
             yield
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from error
@@ -110,8 +121,13 @@ def _strangers(out: Path) -> list[str]:
     return sorted(entry.name for entry in out.iterdir() if entry.name != "inputs")
 
 
-def _check_same(out: Path, config: TrainConfig, base: ModelDirectory, dtype: str, inputs: Mapping[str, str]) -> None:
-    """Raise ConfigError unless the run in `out` is this one. Directories may have moved: their digests count."""
+def _check_same(
+    out: Path, config: TrainConfig, base: ModelDirectory, dtype: str, inputs: Mapping[str, str]
+) -> Recorded:
+    """Return what the run in `out` records of itself. Raise ConfigError unless it is this one.
+
+    Directories may have moved: their digests count.
+    """
     fields = read_config(out)
     if not isinstance(fields.get("run"), dict):
         raise CheckpointError(f"{out}: a model directory, not a run; choose another --out")
@@ -129,6 +145,7 @@ def _check_same(out: Path, config: TrainConfig, base: ModelDirectory, dtype: str
         raise ConfigError(f"{out}: holds a run with another config ({told}); give the same, or choose another --out")
     if made_from.digest != base.digest:
         raise ConfigError(f"{out}: its run was started from another base model than {base.path}; name that one")
+    return recorded
 
 
 def _read_recorded(path: Path, fields: Mapping[str, Any]) -> tuple[TrainConfig, Base, Recorded]:
@@ -185,14 +202,13 @@ class Checkpoints:
     def save(self, step: int, state: TrainState) -> None:
         """Starts saving, when `finish` has seen the save before. Raises CheckpointError when that fails at once."""
         self._saving = step
+        items = {"weights": ocp.args.PyTreeSave(nest(state.weights))}
+        if moments := _by_path(state.moments):  # Orbax refuses an empty tree: plain SGD has no state
+            items["moments"] = ocp.args.PyTreeSave(nest(moments))
         with self._told():
             self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    weights=ocp.args.PyTreeSave(nest(state.weights)),
-                    moments=ocp.args.PyTreeSave(nest(_by_path(state.moments))),
-                    iterator=ocp.args.JsonSave({"step": step, "digests": True}),
-                ),
+                args=ocp.args.Composite(**items, iterator=ocp.args.JsonSave({"step": step, "digests": True})),
                 force=True,  # Orbax would not save a step below the largest that it sees in the directory
             )
 

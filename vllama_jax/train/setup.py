@@ -3,16 +3,15 @@
 `plan_run` looks at everything and reads no weight; `load_frozen` and `start` read weights straight into their shards.
 """
 
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vllama_jax import sharding
@@ -20,17 +19,18 @@ from vllama_jax.branches import find_branch
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.restore import check_leaves, restore_weights
 from vllama_jax.data.pipeline import BatchReader
+from vllama_jax.data.pipeline import batches as read_batches
 from vllama_jax.data.records import open_records
 from vllama_jax.data.sampling import Order, make_streams
 from vllama_jax.errors import ConfigError
-from vllama_jax.nn.network import abstract_network, new_network
+from vllama_jax.nn.network import abstract_network, new_weights
 from vllama_jax.text.tokenizer import check_vocabulary
 from vllama_jax.text.training import find_caption_template, find_conversation_template
 from vllama_jax.train.config import LORA, TrainConfig, arranged, rows_a_place
 from vllama_jax.train.feature_settings import open_caches
 from vllama_jax.train.optim import make_optimizer
 from vllama_jax.train.state import Skeleton, TrainState, Weights, abstract_state, initial_state, leave_out, matching
-from vllama_jax.train.step import compute_dtype
+from vllama_jax.train.step import Loss, Optimizer, compute_dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +39,7 @@ class RunPlan:
 
     skeleton: of the network without the parts that this run does not use. learns: the paths of the weights that learn.
     sources: for each of them the model or run that its first value comes from, None where it starts at random.
+    loss: `loss_sum` where it is None.
     """
 
     config: TrainConfig
@@ -48,8 +49,9 @@ class RunPlan:
     learns: tuple[str, ...]
     sources: dict[str, ModelDirectory | None]
     init: ModelDirectory | None
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     reader: BatchReader
+    loss: Loss | None = None
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -156,11 +158,7 @@ def _new_weights(plan: RunPlan) -> Weights:
     if not new:
         return {}
 
-    def draw(key: jax.Array) -> Weights:
-        network = new_network(plan.base.config, plan.config.lora, nnx.Rngs(key))
-        state = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(network))}
-        return {path: state[path].get_value().astype(jnp.float32) for path in new}
-
+    draw = functools.partial(new_weights, plan.base.config, plan.config.lora, new)
     shardings = {path: plan.abstract.weights[path].sharding for path in new}
     return jax.jit(draw, out_shardings=shardings)(jax.random.key(plan.config.seed))
 
@@ -216,6 +214,30 @@ def _reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> Batch
     return BatchReader(
         config.data, config.branch, config.seed, directory.config, directory.tokenizer, order, rows, caches
     )
+
+
+def batches(config: TrainConfig, base: str = "") -> Iterator[dict[str, np.ndarray]]:
+    """Read the batches of a run from its first step to its last, ahead of their use.
+
+    They are those that `vllama_jax.train` trains on with this config.
+
+    Args:
+        config: The run. Its model is opened for its dimensions and its tokenizer; no weight is read.
+        base: The model directory, if it is no longer where the config has it.
+
+    Yields:
+        What `train.step.Batch` describes, as numpy arrays: of all `config.batch_size` rows; with several processes, of
+        those that are this one's. A sample that cannot be used keeps its row, without labels.
+
+    Raises:
+        ConfigError: The config does not fit the model, the data or the devices.
+        CheckpointError: There is no such model directory.
+        DataError: There are no such records.
+    """
+    reader = _reader(config, open_model(base or config.model), make_mesh(config))
+    with contextlib.closing(read_batches(reader, 0, config.steps, config.data)) as found:
+        for batch in found:
+            yield batch.arrays
 
 
 def host_rows(batch_size: int, mesh: Mesh) -> list[int]:

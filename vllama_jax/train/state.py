@@ -95,11 +95,16 @@ def matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
 
 
 def state_shardings(state: TrainState, weights: Mapping[str, NamedSharding], mesh: Mesh | AbstractMesh) -> TrainState:
-    """Shardings in the structure of `state` (abstract or not): moments lie where their weights do."""
+    """Shardings in the structure of `state` (abstract or not): moments lie where their weights do.
+
+    What an optimizer keeps in another shape than the weight's, as Adafactor's sums over rows, is replicated.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def of(path: tuple[Any, ...], _: Any) -> NamedSharding:
-        return weights.get(getattr(path[-1], "key", None), replicated)
+    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        weight = getattr(path[-1], "key", None)
+        same_shape = weight in weights and leaf.shape == state.weights[weight].shape
+        return weights[weight] if same_shape else replicated
 
     return jax.tree.map_with_path(of, state)
 

@@ -18,7 +18,7 @@ from vllama_jax.nn.layers import Dropout, constrain
 from vllama_jax.nn.video_llama import VideoLlama, splice
 from vllama_jax.towers import tower_of
 from vllama_jax.train.config import TrainConfig
-from vllama_jax.train.optim import learning_rate
+from vllama_jax.train.optim import ScheduledOptimizer
 from vllama_jax.train.state import Skeleton, TrainState, Weights
 
 # A batch, all of b rows. One of the first three; n tokens, m of which have a label at most.
@@ -32,6 +32,11 @@ from vllama_jax.train.state import Skeleton, TrainState, Weights
 #   targets    int32 [b, m]      that label; -1 where a row has fewer
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
+Optimizer = optax.GradientTransformation | ScheduledOptimizer
+# The loss of a batch, summed over what it counts, and how many those are: (network, batch, config, dropout) → (sum,
+# count). Both are added up over the parts of a global batch and then divided. No dropout where held-out records are
+# evaluated.
+Loss = Callable[[VideoLlama, Batch, TrainConfig, Dropout | None], tuple[Array, Array]]
 
 
 def compute_dtype(config: TrainConfig) -> jnp.dtype:
@@ -56,7 +61,17 @@ def run_encoders(network: VideoLlama, branch: str, batch: Batch) -> Array:
 def loss_sum(
     network: VideoLlama, batch: Batch, config: TrainConfig, dropout: Dropout | None
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """The summed cross-entropy of all labelled tokens, and how many those are."""
+    """Compute the cross-entropy of a batch, the loss of a run that names no other.
+
+    Args:
+        network: The network, its language model's layers stacked or not.
+        batch: b rows; `Batch` has the names and shapes.
+        config: The run; its `branch` and `remat` are used.
+        dropout: Of the Q-Former that trains; None for none.
+
+    Returns:
+        The sum over all labeled tokens, float32 [], and the number of these tokens, int32 [].
+    """
     features = run_encoders(network, config.branch, batch)
     media = BRANCHES[config.branch].tokens(network, features, dropout=dropout)
     embeddings = splice(network.embed(batch["ids"]), batch["is_media"], media)
@@ -71,15 +86,23 @@ def loss_sum(
 
 
 def make_step(
-    config: TrainConfig, skeleton: Skeleton, optimizer: optax.GradientTransformation
+    config: TrainConfig, skeleton: Skeleton, optimizer: Optimizer, loss: Loss | None = None
 ) -> Callable[[TrainState, Weights, Batch], tuple[TrainState, Metrics]]:
-    """The step, to be compiled by the caller with the state donated and shardings for the state that comes out."""
+    """Make the step; the caller compiles it, with the state donated and shardings for the state that comes out.
+
+    Args:
+        config: The run.
+        skeleton: The network without weights.
+        optimizer: Of the trainable weights, a dict by path. Metrics have "lr" where it is a `ScheduledOptimizer`.
+        loss: See `Loss`; `loss_sum` unless given.
+    """
+    loss = loss or loss_sum
     dtype = compute_dtype(config)
 
     def summed(weights: Weights, frozen: Weights, batch: Batch, key: Array) -> tuple[Array, Array]:
         cast = {path: weight.astype(dtype) for path, weight in weights.items()}
         dropout = Dropout(key, config.dropout) if config.dropout else None
-        return loss_sum(skeleton.build({**frozen, **cast}), batch, config, dropout)
+        return loss(skeleton.build({**frozen, **cast}), batch, config, dropout)
 
     def step(state: TrainState, frozen: Weights, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
@@ -88,24 +111,25 @@ def make_step(
 
         def accumulate(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
             part, key = part
-            (loss, count), gradients = gradient(state.weights, frozen, part, key)
-            return jax.tree.map(jnp.add, sums, (loss, count, gradients)), None
+            (total, count), gradients = gradient(state.weights, frozen, part, key)
+            return jax.tree.map(jnp.add, sums, (total, count, gradients)), None
 
         zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.weights))
         keys = jax.random.split(key, config.accumulation)
         if config.accumulation == 1:
-            loss, count, gradients = accumulate(zero, jax.tree.map(lambda x: x[0], (parts, keys)))[0]
+            total, count, gradients = accumulate(zero, jax.tree.map(lambda x: x[0], (parts, keys)))[0]
         else:
-            loss, count, gradients = jax.lax.scan(accumulate, zero, (parts, keys))[0]
+            total, count, gradients = jax.lax.scan(accumulate, zero, (parts, keys))[0]
         tokens = jnp.maximum(count, 1)
         gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
         updates, moments = optimizer.update(gradients, state.moments, state.weights)
         metrics = {
-            "loss": loss / tokens,
+            "loss": total / tokens,
             "gradient_norm": optax.tree.norm(gradients),
-            "lr": learning_rate(config.optim, config.steps, state.step),
             "tokens": count,
         }
+        if isinstance(optimizer, ScheduledOptimizer):
+            metrics["lr"] = optimizer.learning_rate(state.step)
         return TrainState(state.step + 1, optax.apply_updates(state.weights, updates), moments), metrics
 
     return step
@@ -118,14 +142,15 @@ def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState)
 
 
 def make_evaluation(
-    config: TrainConfig, skeleton: Skeleton
+    config: TrainConfig, skeleton: Skeleton, loss: Loss | None = None
 ) -> Callable[[Weights, Weights, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
-    """The summed loss of a held-out batch, and its number of labelled tokens."""
+    """The summed loss of a held-out batch, and its number of labelled tokens. loss: as of `make_step`."""
+    loss = loss or loss_sum
     dtype = compute_dtype(config)
 
     def evaluate(weights: Weights, frozen: Weights, batch: Batch) -> tuple[Array, Array]:
         cast = {path: weight.astype(dtype) for path, weight in weights.items()}
-        return loss_sum(skeleton.build({**frozen, **cast}), batch, config, None)
+        return loss(skeleton.build({**frozen, **cast}), batch, config, None)
 
     return evaluate
 

@@ -28,7 +28,7 @@ class Validation:
         self._cfg = plan.config.validation
         self.journal = Journal(out / "samples.jsonl")
         self._clips = [_prepared(clip, plan) for clip in self._cfg.clips] if self._cfg.every else []
-        self._evaluate = jax.jit(make_evaluation(plan.config, plan.skeleton))
+        self._evaluate = jax.jit(make_evaluation(plan.config, plan.skeleton, plan.loss))
 
     def due(self, step: int) -> bool:
         return bool(self._cfg.every) and step % self._cfg.every == 0

@@ -1,0 +1,89 @@
+"""`vllama convert --base MODEL --without COMPONENT`: new weights for a component, everything else as it was."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from conversions import command, hashes, leaves_of, one_line
+
+import vllama_jax as vl
+from vllama_jax.checkpoints.directory import open_model
+from vllama_jax.cli import main
+from vllama_jax.config import NO_LORA
+from vllama_jax.nn.network import new_weights
+
+BRANCH = ("video_qformer", "frame_positions", "llama_proj")
+
+
+def of_components(leaves: dict, components: tuple[str, ...]) -> dict:
+    return {path: leaf for path, leaf in leaves.items() if path.split("/")[0] in components}
+
+
+@pytest.fixture(scope="module")
+def more_queries(tiny_model, tmp_path_factory) -> Path:
+    """The tiny model with 48 queries in its video Q-Former, whose weights are new."""
+    folder = tmp_path_factory.mktemp("more")
+    (folder / "config.json").write_text(json.dumps({"video_qformer": {"num_queries": 48}}))
+    changed = ("--without", "video_qformer", "--config", str(folder / "config.json"))
+    main(command({}, folder / "model", "--base", str(tiny_model), *changed))
+    return folder / "model"
+
+
+def test_everything_but_the_new_component_stays_to_the_bit(tiny_model, more_queries):
+    before, after = hashes(tiny_model), hashes(more_queries)
+    same = {path for path in before if before[path] == after.get(path)}
+    assert {path for path in before if not path.startswith("video_qformer/")} == same
+    assert after.keys() == before.keys()
+
+
+def test_the_new_component_has_the_shapes_of_the_config_and_the_weights_that_training_starts_from(more_queries):
+    made = open_model(more_queries)
+    assert made.config.video_qformer.num_queries == 48
+    leaves = of_components(leaves_of(more_queries), ("video_qformer",))
+    assert leaves["video_qformer/queries"].shape[-2] == 48
+    draw = jax.jit(lambda key: new_weights(made.config, NO_LORA, leaves, key))
+    for path, expected in draw(jax.random.key(42)).items():
+        np.testing.assert_array_equal(leaves[path], expected)
+
+
+def test_a_model_with_new_weights_answers(more_queries, clip):
+    chat = vl.Chat(vl.load(more_queries))
+    chat.add(clip)
+    assert "".join(chat.ask("What?", max_new_tokens=3)) == chat.last.answer
+    assert len(chat.last.tokens) >= 1
+
+
+def test_the_report_and_the_manifest_say_which_weights_are_new(tiny_model, tmp_path, capsys):
+    main(command({}, tmp_path / "model", "--base", str(tiny_model), "--without", *BRANCH, "--seed", "7"))
+    assert "  new random weights, to be trained: video_qformer, frame_positions, llama_proj" in capsys.readouterr().out
+    sources, old = (open_model(path).manifest["sources"] for path in (tmp_path / "model", tiny_model))
+    assert sources["new"] == [{"name": name, "seed": 7} for name in BRANCH]
+    assert old.keys() - sources.keys() == {"vl", "minigpt4"}, "files of which nothing is left"
+
+
+def test_another_seed_gives_other_weights(tiny_model, tmp_path):
+    for seed in ("1", "2"):
+        main(command({}, tmp_path / seed, "--base", str(tiny_model), "--without", "video_qformer", "--seed", seed))
+    one, other = hashes(tmp_path / "1"), hashes(tmp_path / "2")
+    differing = {path for path in one if one[path] != other[path]}
+    assert "video_qformer/queries" in differing
+    assert {path.split("/")[0] for path in differing} == {"video_qformer"}
+
+
+def test_what_cannot_be_new_is_one_line(tiny_files, tiny_model, tmp_path):
+    base = ("--base", str(tiny_model))
+    refused = {
+        "--without video_qfromer: no such component; did you mean 'video_qformer'?": ({}, *base, "video_qfromer"),
+        "--without nothing: no such component; the model has audio_llama_proj, audio_pos": ({}, *base, "nothing"),
+        "--without llama_proj: leaves a component of --base out; give a base": (tiny_files, "llama_proj"),
+        "--without llama_proj: a file or a run that is given holds it; leave one out": (
+            {"vl": tiny_files["vl"]},
+            *base,
+            "llama_proj",
+        ),
+    }
+    for message, (paths, *more, name) in refused.items():
+        assert message in one_line(paths, tmp_path, *more, "--without", name)
+        (tmp_path / "out").rmdir()

@@ -1,0 +1,29 @@
+"""The examples in the docstrings of the public functions, each run in a folder of its own."""
+
+import doctest
+import inspect
+
+import pytest
+
+import vllama_jax as vl
+from vllama_jax.convert.export import export
+
+SLOW = pytest.mark.slow
+DOCUMENTED = [
+    vl.load,
+    pytest.param(vl.Chat, marks=SLOW),
+    vl.save,
+    pytest.param(vl.train.train, marks=SLOW),
+    pytest.param(vl.convert.convert, marks=SLOW),
+    export,
+]
+
+
+@pytest.mark.parametrize("documented", DOCUMENTED, ids=lambda found: found.__name__)
+def test_the_examples_of_a_docstring_do_what_they_say(documented, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    test = doctest.DocTestParser().get_doctest(inspect.getdoc(documented), {}, documented.__name__, None, None)
+    assert len(test.examples) >= 3
+    printed: list[str] = []
+    doctest.DocTestRunner().run(test, out=printed.append)
+    assert not printed, "".join(printed)
