@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable, Container, Mapping
 
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.convert import eva_vit, imagebind, llama, qformer
+from vllama_jax.convert import eva_vit, imagebind, qformer
+from vllama_jax.convert.families import find_family
 from vllama_jax.convert.rules import SAME, Rule, linear, norm
 from vllama_jax.convert.weight_files import Source, renamed
 from vllama_jax.errors import CheckpointError
@@ -95,8 +96,8 @@ PIECES: dict[str, Piece] = {
         "LLaMA weights",
         "--llama",
         "model.embed_tokens.weight",
-        lambda cfg: llama.rules(cfg.llama),
-        lambda cfg: llama.extras(cfg.llama),
+        lambda cfg: find_family(cfg.llama.family).rules(cfg.llama),
+        lambda cfg: find_family(cfg.llama.family).extras(cfg.llama),
     ),
 }
 

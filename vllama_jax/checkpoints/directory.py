@@ -18,7 +18,7 @@ from typing import Any
 from vllama_jax.checkpoints.arrays import check_manifest
 from vllama_jax.checkpoints.digests import check_checkpoint, run_steps
 from vllama_jax.checkpoints.shipped import find_model
-from vllama_jax.config import LARGEST_INTEGER, NO_LORA, LoraConfig, VideoLlamaConfig, from_dict
+from vllama_jax.config import LARGEST_INTEGER, NO_LORA, LoraConfig, VideoLlamaConfig, from_dict, to_dict
 from vllama_jax.errors import CheckpointError, one_line
 from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_fields import shown
@@ -31,7 +31,7 @@ PYTORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
 def write_config(directory: Path, config: VideoLlamaConfig, **more: Any) -> None:
     """config.json; a run has `more` to say in it."""
     versions = {name: importlib.metadata.version(name) for name in ("vllama-jax", "jax", "flax", "orbax-checkpoint")}
-    fields = {"format": MODEL_FORMAT, "versions": versions, "model": dataclasses.asdict(config), **more}
+    fields = {"format": MODEL_FORMAT, "versions": versions, "model": to_dict(config), **more}
     replace_json(directory / "config.json", fields)
 
 
