@@ -7,7 +7,8 @@ from typing import Any
 
 from vllama_jax.branches import BRANCHES
 from vllama_jax.config import VideoLlamaConfig, VitConfig
-from vllama_jax.convert import eva_vit, imagebind, llama, qformer
+from vllama_jax.convert import eva_vit, imagebind, qformer
+from vllama_jax.convert.families import find_family
 from vllama_jax.convert.rules import SAME, Rule, linear, norm
 from vllama_jax.convert.weight_files import Source, renamed
 from vllama_jax.errors import CheckpointError
@@ -188,8 +189,8 @@ PIECES: dict[str, Piece] = {
         "--llama",
         "model.embed_tokens.weight",
         ("llama",),
-        lambda cfg: llama.rules(cfg.llama),
-        lambda cfg: llama.extras(cfg.llama),
+        lambda cfg: find_family(cfg.llama.family).rules(cfg.llama),
+        lambda cfg: find_family(cfg.llama.family).extras(cfg.llama),
         lambda source: {"llama": {"vocab_size": source.shape("model.embed_tokens.weight", 2)[0]}},
         layers=Layers("llama", r"model\.layers\.(\d+)\.", "its config.json says"),
         prefix="llama_model.",

@@ -15,6 +15,7 @@ from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.convert import from_model_directory as stored
 from vllama_jax.convert.components import PIECES, branch_kinds, check_kind, holding, unwrapped
 from vllama_jax.convert.discover import Found, search
+from vllama_jax.convert.families import find_family
 from vllama_jax.convert.from_model_directory import (
     Kept,
     StoredLeaf,
@@ -27,7 +28,7 @@ from vllama_jax.convert.from_model_directory import (
 )
 from vllama_jax.convert.hub import local
 from vllama_jax.convert.infer_config import model_config
-from vllama_jax.convert.language import open_language_model
+from vllama_jax.convert.language import LanguageModel, open_language_model
 from vllama_jax.convert.match_weights import Leaf, match
 from vllama_jax.convert.new_weights import SEED, leave_out, new_components
 from vllama_jax.convert.weight_files import Source, open_file
@@ -80,13 +81,15 @@ def plan(
     delta: a language model's directory, to be added to llama_directory's; it has the tokenizer.
     files: paths by kind, as PIECES names them; vl and al may be runs or model directories. base: a model directory or
     a run that gives all other parts; without one, the language model, eva_vit and blip2 must be there.
-    config: any part of a model config. template: of the prompt; the base's or config's unless given.
+    config: any part of a model config. template: of the prompt; the base's or config's unless given, or else
+    that of the language model's family.
     without: components of the base ("video_qformer", as `vllama inspect` lists them) that get new weights in place of
     the base's, of the shapes that config gives; seed: of these. The base may lack them.
     Paths of files and directories may be on the hub: hf://org/name, hf://org/name/file.
     Raises CheckpointError listing all that is missing, misshapen or not used; ConfigError for what `config` says.
     """
-    from vllama_jax.text.prompts import find_template
+    from vllama_jax.text.prompts import check_special_tokens
+    from vllama_jax.text.templates import find_template
     from vllama_jax.text.tokenizer import check_vocabulary, load_tokenizer
 
     model = open_stored(Path(base)) if base else None
@@ -105,11 +108,14 @@ def plan(
     _check_complete([*pieces, *branches], model, directory)
     for kind, source in pieces.items():
         check_kind(kind, source)
-    override = {**(config or {}), **({"template": template} if template else {})}
-    cfg = model_config(pieces, language.fields if language else {}, override, known_fields(model, branches))
-    find_template(cfg.template)
-    tokenizer = language.tokenizer if language else model.directory.path / "tokenizer"
-    check_vocabulary(load_tokenizer(tokenizer), cfg.llama.vocab_size)
+    known = known_fields(model, branches)
+    override = {"template": _default_template(language, known), **(config or {})}
+    override |= {"template": template} if template else {}
+    cfg = model_config(pieces, language.fields if language else {}, override, known)
+    tokenizer_directory = language.tokenizer if language else model.directory.path / "tokenizer"
+    tokenizer = load_tokenizer(tokenizer_directory)
+    check_special_tokens(find_template(cfg.template), tokenizer, cfg.template)
+    check_vocabulary(tokenizer, cfg.llama.vocab_size)
     leaves, left_out = match(cfg, pieces, branches)
     new = new_components(cfg, without, seed)
     kept = join(cfg, model, branches, {component_of(leaf.target) for leaf in leaves})
@@ -119,7 +125,7 @@ def plan(
     sources = stored.sources(model, branches, [*pieces, *_replaced_kinds(cfg, without)])
     sources |= {"new": [{"name": component, "seed": seed} for component in without]} if without else {}
     return ConversionPlan(
-        cfg, leaves, [*kept, *new], left_out, pieces, tokenizer, notes, sources, tuple(dict.fromkeys(without))
+        cfg, leaves, [*kept, *new], left_out, pieces, tokenizer_directory, notes, sources, tuple(dict.fromkeys(without))
     )
 
 
@@ -131,8 +137,15 @@ def _check_new(without: Sequence[str], given: Sequence[Leaf | StoredLeaf]) -> No
 
 def _replaced_kinds(cfg: VideoLlamaConfig, without: Sequence[str]) -> list[str]:
     """The kinds of files of which the base keeps nothing."""
-    tables = {kind: piece.rules(cfg) for kind, piece in PIECES.items() if cfg.has_audio or kind not in HEARING}
+    tables = {kind: piece.rules(cfg) for kind, piece in PIECES.items() if piece.applies(cfg)}
     return [kind for kind, rules in tables.items() if {component_of(rule.target) for rule in rules} <= {*without}]
+
+
+def _default_template(language: LanguageModel | None, known: Mapping[str, Any]) -> str:
+    """The base's template, unless there is a language model of another family: that family's."""
+    if language is None or ("llama" in known and known["llama"]["family"] == language.fields["family"]):
+        return known["template"]
+    return find_family(language.fields["family"]).template
 
 
 def _found(directory: Path | None, given: Mapping[str, Path], llama_directory: Path | None) -> Found:

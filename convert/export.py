@@ -17,8 +17,9 @@ from vllama_jax.checkpoints.directory import ModelDirectory
 from vllama_jax.checkpoints.reader import RowReader, row_reader, stored_dtype
 from vllama_jax.checkpoints.restore import check_leaves
 from vllama_jax.config import VideoLlamaConfig, to_dict
-from vllama_jax.convert import imagebind, llama
+from vllama_jax.convert import imagebind
 from vllama_jax.convert.components import PIECES
+from vllama_jax.convert.language_config import config_fields
 from vllama_jax.convert.match_weights import abstract_shapes
 from vllama_jax.convert.rules import Rule, turned
 from vllama_jax.convert.write_tensors import Progress, Tensor, require_torch, write_safetensors, write_torch
@@ -175,7 +176,7 @@ def _write_llama(directory: Path, model: ModelDirectory, shards: Files) -> None:
     for file in (model.path / "tokenizer").iterdir():
         write_file(directory / file.name, file.read_bytes())
     dtype = stored_dtype(model, "llama/embedding").name
-    fields = llama.config_fields(model.config.llama) | _special_ids(model) | {"torch_dtype": dtype}
+    fields = config_fields(model.config.llama) | _special_ids(model) | {"torch_dtype": dtype}
     replace_json(directory / "config.json", fields)  # a tokenizer.json may have brought one, for its ids
     if len(shards) > 1:
         homes = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
@@ -185,7 +186,9 @@ def _write_llama(directory: Path, model: ModelDirectory, shards: Files) -> None:
 
 def _special_ids(model: ModelDirectory) -> dict[str, Any]:
     """As the language model's own config.json had them, where its tokenizer needed that; else the tokenizer's."""
-    ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": model.tokenizer.eos_id}
+    eos_ids = model.tokenizer.eos_ids
+    eos = eos_ids[0] if len(eos_ids) == 1 else [*eos_ids]
+    ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": eos}
     own = model.path / "tokenizer" / "config.json"
     stored = read_object(own) if own.exists() else {}
     return ids | {name: stored[name] for name in (*ids, "pad_token_id") if name in stored}

@@ -11,7 +11,7 @@ from vllama_jax.checkpoints.arrays import check_params, row_blocks
 from vllama_jax.checkpoints.directory import ModelDirectory, Trained, open_model
 from vllama_jax.checkpoints.reader import with_update
 from vllama_jax.checkpoints.restore import only_answers, restore_arrays
-from vllama_jax.config import VideoLlamaConfig, to_dict
+from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.convert.components import PIECES, branch_kinds
 from vllama_jax.convert.infer_config import join_branches
 from vllama_jax.convert.match_weights import abstract_shapes, cast
@@ -112,13 +112,13 @@ def is_stored(path: Path) -> bool:
 
 def known_fields(base: StoredModel | None, branches: Mapping[str, StoredModel]) -> dict[str, Any]:
     """The config's fields that are known before a file is read: the base's, and those of each branch."""
-    fields = to_dict(base.directory.config) if base else {}
+    fields = dataclasses.asdict(base.directory.config) if base else {}
     for kind, branch in branches.items():
-        theirs = to_dict(branch.directory.config)
+        theirs = dataclasses.asdict(branch.directory.config)
         fields |= {name: theirs[name] for name in PIECES[kind].fields}
-        own = [extra for extra in theirs.get("extra_branches", ()) if extra["type"] == PIECES[kind].branch]
+        own = [extra for extra in theirs["extra_branches"] if extra["type"] == PIECES[kind].branch]
         if own:
-            fields["extra_branches"] = join_branches(fields.get("extra_branches", ()), own)
+            fields["extra_branches"] = join_branches(fields["extra_branches"], own)
     return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vllama_jax.convert import llama, meta_llama
+from vllama_jax.convert import language_config, meta_llama
 from vllama_jax.convert.components import unwrapped
 from vllama_jax.convert.delta import open_delta
 from vllama_jax.convert.weight_files import Source, open_llama
@@ -55,12 +55,12 @@ def _checked(model: LanguageModel) -> LanguageModel:
 
 def is_language_model(directory: Path) -> bool:
     """Whether a directory holds one, with its weights."""
-    return llama.is_hugging_face(directory) or meta_llama.is_meta(directory)
+    return language_config.is_hugging_face(directory) or meta_llama.is_meta(directory)
 
 
 def is_own_file(name: str) -> bool:
     """Whether a file in such a directory is of the language model, and no other piece."""
-    return llama.is_own_file(name) or bool(meta_llama.SHARD.fullmatch(name)) or name.endswith(".chk")
+    return language_config.is_own_file(name) or bool(meta_llama.SHARD.fullmatch(name)) or name.endswith(".chk")
 
 
 def _open(directory: Path, option: str) -> LanguageModel:
@@ -68,5 +68,5 @@ def _open(directory: Path, option: str) -> LanguageModel:
         source = unwrapped(meta_llama.open_meta(directory))
         fields = meta_llama.llama_fields(meta_llama.read_params(directory), source)
         return LanguageModel(source, fields, meta_llama.tokenizer_directory(directory))
-    fields = llama.read_llama_config(directory, option)
+    fields = language_config.read_llama_config(directory, option)
     return LanguageModel(unwrapped(open_llama(directory)), fields, directory)

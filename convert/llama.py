@@ -1,28 +1,26 @@
-"""Hugging Face's LlamaForCausalLM → `llama`, and its config.json → LlamaConfig."""
+"""Weights of Hugging Face's LlamaForCausalLM, and of models that name theirs alike → `llama`."""
 
-import os
-import re
-from pathlib import Path
-from typing import Any
-
-from vllama_jax.config import HIGHEST, LlamaConfig, RopeScaling
+from vllama_jax.config import LlamaConfig
 from vllama_jax.convert.rules import SAME, TRANSPOSE, Rule, from_heads, linear, to_heads
-from vllama_jax.convert.weight_files import read_config_file
-from vllama_jax.errors import CheckpointError, ConfigError
-from vllama_jax.io.json_fields import REQUIRED, flag, number, shown, whole_number, without_null
 
 
 def rules(cfg: LlamaConfig) -> list[Rule]:
+    """The weights of LLaMA and of families whose files name theirs alike."""
     layers, layer = range(cfg.depth), "model.layers.{i}"
     attention, mlp = "llama/blocks/attention", "llama/blocks/mlp"
     query_heads, key_heads = (cfg.num_heads, cfg.head_dim), (cfg.num_kv_heads, cfg.head_dim)
+    qk_norms = [
+        Rule(f"{attention}/{name}_norm/scale", (f"{layer}.self_attn.{letter}_norm.weight",), SAME, layers)
+        for name, letter in (("query", "q"), ("key", "k"))
+    ]
     head = [] if cfg.tie_embeddings else [Rule("llama/head/kernel", ("lm_head.weight",), TRANSPOSE)]
     return [
         Rule("llama/embedding", ("model.embed_tokens.weight",), SAME),
         Rule("llama/blocks/attention_norm/scale", (f"{layer}.input_layernorm.weight",), SAME, layers),
-        *to_heads(f"{attention}/query", f"{layer}.self_attn.q_proj", query_heads, layers, bias=False),
-        *to_heads(f"{attention}/key", f"{layer}.self_attn.k_proj", key_heads, layers, bias=False),
-        *to_heads(f"{attention}/value", f"{layer}.self_attn.v_proj", key_heads, layers, bias=False),
+        *to_heads(f"{attention}/query", f"{layer}.self_attn.q_proj", query_heads, layers, bias=cfg.qkv_bias),
+        *to_heads(f"{attention}/key", f"{layer}.self_attn.k_proj", key_heads, layers, bias=cfg.qkv_bias),
+        *to_heads(f"{attention}/value", f"{layer}.self_attn.v_proj", key_heads, layers, bias=cfg.qkv_bias),
+        *(qk_norms if cfg.qk_norm else []),
         *from_heads(f"{attention}/out", f"{layer}.self_attn.o_proj", cfg.num_heads, layers, bias=False),
         Rule("llama/blocks/mlp_norm/scale", (f"{layer}.post_attention_layernorm.weight",), SAME, layers),
         *linear(f"{mlp}/gate", f"{layer}.mlp.gate_proj", layers, bias=False),
@@ -37,149 +35,3 @@ def extras(cfg: LlamaConfig) -> dict[str, str]:
     """Tensors that the files have and the model does not use (regular expressions), and why."""
     tied = "the head is tied to the embeddings, and was compared"  # by language.py
     return {r"lm_head\.weight": tied} if cfg.tie_embeddings else {}
-
-
-_WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)(\.index\.json)?")
-
-
-def is_hugging_face(directory: Path) -> bool:
-    """Whether a directory is a Hugging Face LLaMA with weights in it."""
-    if not (directory / "config.json").is_file() or not any(map(_WEIGHT_FILE.fullmatch, os.listdir(directory))):
-        return False
-    return read_config_file(directory / "config.json").get("model_type") == "llama"
-
-
-def is_own_file(name: str) -> bool:
-    """Whether a file in such a directory is of the language model, and no other piece."""
-    return bool(_WEIGHT_FILE.fullmatch(name)) or name.endswith((".json", ".model"))
-
-
-def read_llama_config(directory: Path, option: str = "--llama") -> dict[str, Any]:
-    """The fields of LlamaConfig that a directory's config.json gives. option: by which it was given.
-
-    Raises CheckpointError when it is missing, and ConfigError when it describes what LLaMA is not.
-    """
-    path = directory / "config.json"
-    if not directory.is_dir():
-        what = "not a directory" if directory.exists() else "no such directory"
-        raise CheckpointError(f"{directory}: {what}; {option} takes a Hugging Face LLaMA directory")
-    if not path.exists():
-        raise CheckpointError(
-            f"{directory}: no config.json; {option} takes a Hugging Face LLaMA directory, or Meta's with params.json "
-            f"and consolidated.00.pth; {_held(directory)}"
-        )
-    fields = read_config_file(path)
-    if "format" in fields and "model" in fields:
-        raise CheckpointError(f"{directory}: made by `vllama convert`, where {option} takes a LLaMA; give it as --base")
-    if fields.get("model_type", "llama") != "llama":
-        raise ConfigError(f"{path}: a model of type {fields['model_type']!r}, where {option} takes a LLaMA")
-    for name in ("attention_bias", "mlp_bias"):
-        if flag(fields, name, str(path), ConfigError):
-            raise ConfigError(f"{path}: {name} is set; LLaMAs with such biases are not supported")
-    if fields.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{path}: activation {shown(fields['hidden_act'])}, where LLaMA has silu")
-    if fields.get("quantization_config"):
-        raise ConfigError(f"{path}: its weights are quantized (quantization_config); take the model it was made from")
-    return _fields(fields, str(path))
-
-
-def _held(directory: Path) -> str:
-    """What a directory that is no LLaMA's holds, with the LLaMA below it where there is one."""
-    entries = sorted(directory.iterdir())
-    for entry in entries:
-        if entry.is_dir() and ((entry / "config.json").exists() or (entry / "params.json").exists()):
-            return f"did you mean {entry}?"
-    names = [entry.name for entry in entries[:3]]
-    return f"it holds {', '.join(names)}{', …' if len(entries) > 3 else ''}" if names else "it is empty"
-
-
-def config_fields(cfg: LlamaConfig) -> dict[str, Any]:
-    """What a config.json says of this language model: `read_llama_config` backward."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": cfg.vocab_size,
-        **{theirs: getattr(cfg, ours) for ours, theirs in _DIMENSIONS.items()},
-        "num_key_value_heads": cfg.num_kv_heads,
-        "head_dim": cfg.head_dim,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rms_norm_eps": cfg.norm_eps,
-        "max_position_embeddings": cfg.max_length,
-        "rope_theta": cfg.rope_theta,
-        "rope_scaling": _scaling_fields(cfg.rope_scaling),
-        "tie_word_embeddings": cfg.tie_embeddings,
-    }
-
-
-def _scaling_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    if scaling.kind == "linear":
-        return {"type": "linear", "factor": scaling.factor}  # what every version reads; the older take no field more
-    return {
-        "rope_type": scaling.kind,
-        "factor": scaling.factor,
-        "low_freq_factor": scaling.low_freq_factor,
-        "high_freq_factor": scaling.high_freq_factor,
-        "original_max_position_embeddings": scaling.original_max_length,
-    }
-
-
-_DIMENSIONS = {
-    "width": "hidden_size",
-    "depth": "num_hidden_layers",
-    "num_heads": "num_attention_heads",
-    "mlp_dim": "intermediate_size",
-}
-
-
-EPSILON, ROPE_THETA, SCALING = HIGHEST["norm_eps"], HIGHEST["rope_theta"], HIGHEST["factor"]
-
-
-def _fields(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    fields = without_null(fields, "num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters")
-
-    def whole(name: str, default: Any = REQUIRED) -> int:
-        return whole_number(fields, name, where, ConfigError, default)
-
-    dimensions = {ours: whole(theirs) for ours, theirs in _DIMENSIONS.items()}
-    rope = _rope(fields, where)
-    theta = number(rope, "rope_theta", where, ConfigError, ROPE_THETA, 10000.0)
-    if number(fields, "rope_theta", where, ConfigError, ROPE_THETA, theta) != theta and "rope_theta" in rope:
-        raise ConfigError(f"{where}: rope_theta is {fields['rope_theta']:g}, and {theta:g} in rope_parameters")
-    return {
-        **dimensions,
-        "num_kv_heads": whole("num_key_value_heads", dimensions["num_heads"]),
-        "head_dim": whole("head_dim", max(1, dimensions["width"] // dimensions["num_heads"])),
-        "norm_eps": number(fields, "rms_norm_eps", where, ConfigError, EPSILON, 1e-6),
-        "max_length": whole("max_position_embeddings", 2048),
-        "rope_theta": number(fields, "rope_theta", where, ConfigError, ROPE_THETA, theta),
-        "rope_scaling": _rope_scaling(rope, where),
-        "tie_embeddings": flag(fields, "tie_word_embeddings", where, ConfigError),
-    }
-
-
-def _rope(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    """What a config says of rotary embeddings: transformers 5 calls it rope_parameters."""
-    for name in ("rope_parameters", "rope_scaling"):
-        if not isinstance(fields.get(name, {}), dict):
-            raise ConfigError(f"{where}: {name} must be an object, not {shown(fields[name])}")
-    return fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-
-
-def _rope_scaling(rope: dict[str, Any], where: str) -> dict[str, Any] | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind not in ("linear", "llama3"):
-        raise ConfigError(f"{where}: rotary scaling {shown(kind)} is not supported; known are linear and llama3")
-    names = ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()))
-    needed = (*names, *(("original_max_position_embeddings",) if kind == "llama3" else ()))
-    if missing := [name for name in needed if name not in rope]:
-        raise ConfigError(f"{where}: rotary scaling {kind!r} has no {', '.join(missing)}")
-    found = {"kind": kind} | {name: number(rope, name, where, ConfigError, SCALING) for name in names}
-    if kind == "llama3":
-        found["original_max_length"] = whole_number(rope, "original_max_position_embeddings", where, ConfigError)
-    return found

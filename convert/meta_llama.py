@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from vllama_jax.convert.llama import EPSILON, ROPE_THETA
+from vllama_jax.convert.language_config import EPSILON, ROPE_THETA
 from vllama_jax.convert.weight_files import Source, WeightFile, open_weights, read_config_file
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_fields import flag, number, whole_number, without_null
@@ -67,6 +67,9 @@ def llama_fields(params: Mapping[str, Any], source: Source) -> dict[str, Any]:
         "rope_theta": params["rope_theta"],
         "rope_scaling": None,
         "tie_embeddings": False,
+        "family": "llama",
+        "qkv_bias": False,
+        "qk_norm": False,
     }
 
 

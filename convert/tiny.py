@@ -17,8 +17,8 @@ import ml_dtypes
 import numpy as np
 
 from vllama_jax.config import VideoLlamaConfig, tiny
-from vllama_jax.convert import llama
 from vllama_jax.convert.components import PIECES
+from vllama_jax.convert.language_config import config_fields
 from vllama_jax.convert.match_weights import abstract_shapes, tables
 from vllama_jax.errors import VllamaError
 from vllama_jax.io.atomic import new_directory
@@ -131,7 +131,7 @@ def write_overrides(path: Path, config: VideoLlamaConfig) -> Path:
 
 
 def write_llama_config(path: Path, config: VideoLlamaConfig) -> None:
-    fields = {**llama.config_fields(config.llama), "bos_token_id": 1, "eos_token_id": 2}
+    fields = {**config_fields(config.llama), "bos_token_id": 1, "eos_token_id": 2}
     path.write_text(json.dumps(fields, indent=1))
 
 

@@ -15,7 +15,7 @@ from vllama_jax.chat import fit_to_model, prepare
 from vllama_jax.convert import convert, plan
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.text import prompts
-from vllama_jax.text.prompts import TEMPLATES
+from vllama_jax.text.templates import find_template
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def test_an_eos_that_ended_an_answer_is_in_the_next_prompt(model, monkeypatch, t
     said = tokenizer.encode("a dog", special=False)
     ends = {
         "eos": [tokenizer.eos_id],
-        "stop": list(prompts.stop_sequences(tokenizer, TEMPLATES[template])[0]),
+        "stop": list(prompts.stop_sequences(tokenizer, find_template(template))[0]),
         "limit": [],
     }
     given = []

@@ -256,8 +256,11 @@ LLAMA_DAMAGES = {
     "no config": (lambda d: (d / "config.json").unlink(), "no config.json; --llama takes a Hugging Face LLaMA"),
     "config is no JSON": (write("config.json", b"{'a'"), "config.json: not JSON"),
     "config is an lfs pointer": (write("config.json", LFS), "config.json: a git-lfs pointer"),
-    "other model": (change_config(model_type="mistral"), "a model of type 'mistral', where --llama takes a LLaMA"),
-    "biases": (change_config(attention_bias=True), "attention_bias is set"),
+    "other model": (
+        change_config(model_type="qwen3_moe"),
+        "model_type 'qwen3_moe' is not supported; --llama takes one of llama, mistral, qwen2, qwen3",
+    ),
+    "biases": (change_config(attention_bias=True), "attention_bias is True, which is not supported; only false is"),
     "other activation": (change_config(hidden_act="gelu"), "activation 'gelu'"),
     "no width": (change_config(hidden_size=None), f"hidden_size {WHOLE} None"),
     "no heads": (
@@ -272,7 +275,10 @@ LLAMA_DAMAGES = {
         change_config(rms_norm_eps="small"),
         f"rms_norm_eps {ABOVE} 1, not 'small'",
     ),
-    "other scaling": (change_config(rope_scaling={"type": "yarn"}), "rotary scaling 'yarn' is not supported"),
+    "other scaling": (
+        change_config(rope_scaling={"type": "yarn"}),
+        "rotary scaling 'yarn' is not supported",
+    ),
     "half a scaling": (change_config(rope_scaling={"type": "llama3"}), "rotary scaling 'llama3' has no factor, low_"),
     "more layers": (change_config(num_hidden_layers=80), "holds 3 layers, and llama has 80; its config.json says"),
     "absurdly more": (

@@ -23,7 +23,7 @@ from vllama_jax.cli import main
 from vllama_jax.config import RopeScaling, VideoLlamaConfig, tiny
 from vllama_jax.convert import torch_files, weight_files
 from vllama_jax.convert.infer_config import HEADS, model_config
-from vllama_jax.convert.llama import read_llama_config
+from vllama_jax.convert.language_config import read_llama_config
 from vllama_jax.convert.tiny import write_tiny
 
 # The language model's layouts.

@@ -9,15 +9,12 @@ from text_fixtures import SPELLING
 from vllama_jax.errors import ConfigError
 from vllama_jax.text.prompts import (
     DEFAULT_SYSTEM,
-    TEMPLATES,
-    Mark,
     Media,
     build_prompt,
     clean_answer,
     decode_answer,
     encode_conversation,
     encode_prompt,
-    find_template,
     past_answer,
     render,
     start_conversation,
@@ -26,6 +23,7 @@ from vllama_jax.text.prompts import (
     system_text,
     time_message,
 )
+from vllama_jax.text.templates import Mark, find_template
 from vllama_jax.text.tokenizer import load_tokenizer
 
 VIDEO = Media("video", seconds=(0.0, 1.25))
@@ -206,9 +204,9 @@ def test_as_many_lengths_as_places(lengths):
 
 def test_stop_sequences():
     hashes = (ord("#"),) * 3
-    assert stop_sequences(SPELLING, TEMPLATES["vicuna"]) == [hashes, (SPELLING.alone,)]
-    assert stop_sequences(SPELLING, TEMPLATES["llama_2"]) == [(2,)]
-    assert stop_sequences(SPELLING, TEMPLATES["plain"]) == [(ord("\n"),)]
+    assert stop_sequences(SPELLING, find_template("vicuna")) == [hashes, (SPELLING.alone,)]
+    assert stop_sequences(SPELLING, find_template("llama_2")) == [(2,)]
+    assert stop_sequences(SPELLING, find_template("plain")) == [(ord("\n"),)]
 
 
 ANSWERS = [
@@ -225,7 +223,7 @@ ANSWERS = [
 
 @pytest.mark.parametrize(("template", "text", "expected"), ANSWERS)
 def test_clean_answer(template, text, expected):
-    assert clean_answer(TEMPLATES[template], text) == expected
+    assert clean_answer(find_template(template), text) == expected
 
 
 @pytest.mark.parametrize(("template", "text", "expected"), ANSWERS)
@@ -233,16 +231,16 @@ def test_clean_answer(template, text, expected):
 def test_stream_answer(template, text, expected, size):
     ids = [1, *map(ord, text)]  # the dummy start token first
     batches = [ids[i : i + size] for i in range(0, len(ids), size)]
-    streamed = "".join(stream_answer(SPELLING, TEMPLATES[template], batches))
+    streamed = "".join(stream_answer(SPELLING, find_template(template), batches))
     named_late = text.startswith("A cat.") and size < len(ids)  # what was shown cannot be taken back
     assert streamed == ("A cat. Assistant: A dog." if named_late else expected)
-    assert decode_answer(SPELLING, TEMPLATES[template], ids) == expected
+    assert decode_answer(SPELLING, find_template(template), ids) == expected
 
 
 def test_nothing_after_the_end_token():
     ids = [*map(ord, "A dog."), SPELLING.eos_id, *map(ord, " More.")]
-    assert decode_answer(SPELLING, TEMPLATES["vicuna"], ids) == "A dog."
-    assert "".join(stream_answer(SPELLING, TEMPLATES["vicuna"], [ids])) == "A dog."
+    assert decode_answer(SPELLING, find_template("vicuna"), ids) == "A dog."
+    assert "".join(stream_answer(SPELLING, find_template("vicuna"), [ids])) == "A dog."
 
 
 EOS = [SPELLING.eos_id]
@@ -265,7 +263,7 @@ EOS = [SPELLING.eos_id]
     ],
 )
 def test_past_answers(template, ids, text, ended):
-    assert past_answer(SPELLING, TEMPLATES[template], ids) == (text, ended)
+    assert past_answer(SPELLING, find_template(template), ids) == (text, ended)
 
 
 @pytest.mark.parametrize(
@@ -299,7 +297,7 @@ def test_golden_tokens_around_an_eos(golden, golden_tokenizer):
 def test_streaming_stops_the_generator(end):
     ends = [SPELLING.eos_id] if end == "</s>" else map(ord, end)
     batches = iter([[ord("A")], [*ends], [ord("B")]])
-    assert "".join(stream_answer(SPELLING, TEMPLATES["vicuna"], batches)) == "A"
+    assert "".join(stream_answer(SPELLING, find_template("vicuna"), batches)) == "A"
     assert next(batches) == [ord("B")]
 
 
@@ -351,12 +349,12 @@ def test_prompts_are_goldens(golden, golden_cases, golden_tokenizer):
 
 def test_answers_are_goldens(golden_cases, golden_tokenizer):
     for name, case in golden_cases.items():
-        template = TEMPLATES["vicuna" if case["template"] == "vicuna" else "llama_2"]
+        template = find_template("vicuna" if case["template"] == "vicuna" else "llama_2")
         assert decode_answer(golden_tokenizer, template, case["greedy"]) == case["answer_text"], name
         batches = [[token_id] for token_id in case["greedy"]]
         assert "".join(stream_answer(golden_tokenizer, template, batches)) == case["answer_text"], name
 
 
 def test_stop_sequences_are_goldens(golden_tokenizer):
-    assert stop_sequences(golden_tokenizer, TEMPLATES["vicuna"]) == [(325, 546), (469,)]  # "##" "#", and "▁###"
-    assert stop_sequences(golden_tokenizer, TEMPLATES["plain"]) == [(13,)]
+    assert stop_sequences(golden_tokenizer, find_template("vicuna")) == [(325, 546), (469,)]  # "##" "#", and "▁###"
+    assert stop_sequences(golden_tokenizer, find_template("plain")) == [(13,)]

@@ -19,13 +19,8 @@ from vllama_jax.data.config import DatasetConfig
 from vllama_jax.data.tokenization import pad_texts
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.text.prompts import Media
-from vllama_jax.text.training import (
-    BARE,
-    CAPTION_TEMPLATES,
-    CONVERSATION_TEMPLATES,
-    encode_caption,
-    encode_conversation,
-)
+from vllama_jax.text.templates import find_caption_template, find_conversation_template
+from vllama_jax.text.training import encode_caption, encode_conversation
 from vllama_jax.train.config import AUDIO_BRANCH, VISION_BRANCH, OptimConfig, TrainConfig
 from vllama_jax.train.optim import decays, learning_rate, make_optimizer
 from vllama_jax.train.state import Skeleton, initial_state, matching
@@ -103,11 +98,11 @@ def caption_batch(golden, setting, case, branch, *, image: bool) -> dict:
     if image:
         dog = np.load(golden / "media/dog_image.npz")["resized_uint8_hwc"]
         frames = [dog[None], np.load(golden / "media/boat_video.npz")["frames_uint8_thwc"][:1]]
-    template, instruction = BARE, None
+    template, instruction = find_caption_template("plain"), None
     if case["prompt_list"]:
         prompt = case["prompt_list"][0]
         name = "vicuna" if "###" in prompt else "llama_2_literal" if r"\n" in prompt else "llama_2"
-        template = CAPTION_TEMPLATES[name]
+        template = find_caption_template(name)
         instruction = prompt.removeprefix(template.wrap[0]).removesuffix(template.wrap[1])
         instruction = instruction.removeprefix("<Image><ImageHere></Image> ")
     tokenizer, many = setting.directory.tokenizer, media_length(branch)
@@ -117,7 +112,7 @@ def caption_batch(golden, setting, case, branch, *, image: bool) -> dict:
 
 
 def conversation_batch(golden, setting, case, branch, name) -> dict:
-    template = CONVERSATION_TEMPLATES["vicuna" if "vicuna" in name else "llama_2"]
+    template = find_conversation_template("vicuna" if "vicuna" in name else "llama_2")
     texts, frames = [], []
     if "llava" in name:
         (entry,) = json.loads((golden / "train/s2_llava_annotations.json").read_text())

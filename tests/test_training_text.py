@@ -15,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from vllama_jax.convert.tiny import train_tokenizer
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.text.prompts import Media
+from vllama_jax.text.templates import find_caption_template, find_conversation_template
 from vllama_jax.text.tokenizer import load_tokenizer
 from vllama_jax.text.training import (
     ALIGNMENT_INSTRUCTIONS,
@@ -22,8 +23,6 @@ from vllama_jax.text.training import (
     clean_caption,
     encode_caption,
     encode_conversation,
-    find_caption_template,
-    find_conversation_template,
 )
 
 VIDEO = Media("video", seconds=(0.0, 2.5))
@@ -243,9 +242,9 @@ def test_pieces_of_a_small_llama_tokenizer(tmp_path):
 
 
 def test_what_does_not_fit():
-    with pytest.raises(ConfigError, match="'llama_3' for captions: choose one of plain, vicuna, llama_2, llama_2_lit"):
+    with pytest.raises(ConfigError, match="'llama_3' for captions: choose one of vicuna, llama_2, plain, chatml, mis"):
         find_caption_template("llama_3")
-    with pytest.raises(ConfigError, match=r"'plain' for conversations .* choose one of vicuna, llama_2$"):
+    with pytest.raises(ConfigError, match=r"'plain' for conversations .* one of vicuna, llama_2, chatml, mistral$"):
         find_conversation_template("plain")
     with pytest.raises(DataError, match="without turns"):
         conversation("vicuna", [])

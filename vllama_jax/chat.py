@@ -152,7 +152,7 @@ class Chat:
     Threads can share a model, each with a Chat of its own. A Chat that two threads use at once raises VllamaError.
 
     template: the prompt template, the model's own unless given. system: the system text, the original's for what is
-    shown unless given. Raises ConfigError for a template that does not exist.
+    shown unless given. Raises ConfigError for a template that does not exist or does not fit the tokenizer.
 
     Example:
         >>> import vllama_jax as vl
@@ -167,7 +167,9 @@ class Chat:
     def __init__(self, model: "Model", template: str | None = None, system: str | None = None):
         self.model = model
         self.last: Answer | None = None
-        self._start = prompts.start_conversation(template or model.config.template, model.config.has_audio, system)
+        name = template or model.config.template
+        self._start = prompts.start_conversation(name, model.config.has_audio, system)
+        prompts.check_special_tokens(self._start.template, model.tokenizer, name)
         self._lock = threading.Lock()
         self._users: list[int] = []  # the thread of each use that has not ended
         self.reset()
@@ -223,7 +225,7 @@ class Chat:
             [embed_prompt(self.model, asked, tokens, config.max_new_tokens)],
             config,
             bos=tokenizer.bos_id,
-            eos=tokenizer.eos_id,
+            eos=tokenizer.eos_ids,
             stops=prompts.stop_sequences(tokenizer, asked.template),
         )
         return self._stream(before, asked, batches)

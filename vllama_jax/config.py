@@ -91,9 +91,23 @@ class RopeScaling:
     original_max_length: int = 8192
 
 
+def added(default: Any) -> Any:
+    """A field that earlier versions of a config did not have: not written where it has its default."""
+    return dataclasses.field(default=default, metadata={ADDED: True})
+
+
+ADDED = "added"
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """A language model of the LLaMA family, as Hugging Face's LlamaForCausalLM."""
+    """A decoder-only language model: LLaMA, or a family that differs from it in the fields at the end.
+
+    Attributes:
+        family: The architecture, by its name in `convert/families.py`.
+        qkv_bias: Whether the query, key and value projections have biases (Qwen2).
+        qk_norm: Whether queries and keys are normalized in each head before the rotation (Qwen3).
+    """
 
     vocab_size: int
     width: int
@@ -107,6 +121,9 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
+    family: str = added("llama")
+    qkv_bias: bool = added(False)
+    qk_norm: bool = added(False)
 
 
 EPSILONS = ("norm_eps", "stem_norm_eps", "ln_vision_eps")
@@ -137,7 +154,7 @@ class VideoLlamaConfig:
     num_clip_positions: int = 8
     llama: LlamaConfig
     template: str = "vicuna"
-    extra_branches: tuple[BranchConfig, ...] = ()
+    extra_branches: tuple[BranchConfig, ...] = added(())
 
     @property
     def has_audio(self) -> bool:
@@ -374,9 +391,19 @@ def tiny(*, audio: bool = True, vocab_size: int = 512) -> VideoLlamaConfig:
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as nested dicts, without the field for additional branches where there are none."""
-    fields = dataclasses.asdict(config)
-    return {name: value for name, value in fields.items() if name != "extra_branches" or value}
+    """A config as nested dicts: `dataclasses.asdict` without the `added` fields that have their defaults."""
+    fields = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if not (ADDED in field.metadata and value == field.default):
+            fields[field.name] = _plain(value)
+    return fields
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_plain(item) for item in value)
+    return to_dict(value) if dataclasses.is_dataclass(value) else value
 
 
 def to_json(config: Any) -> str:

@@ -79,8 +79,8 @@ class DecodingSettings:
     top_p: Float[ArrayLike, ""]
     length_penalty: Float[ArrayLike, ""]
     repetition_penalty: Float[ArrayLike, ""]
-    bos: Int[ArrayLike, ""]
-    eos: Int[ArrayLike, ""]
+    bos: Int[ArrayLike, ""]  # NOTHING for none
+    eos: Int[Array, " e"] | Int[np.ndarray, " e"]
     stops: Int[Array, "s l"] | Int[np.ndarray, "s l"]  # aligned to the right, NOTHING before
     max_new_tokens: Int[ArrayLike, ""]
 
@@ -90,14 +90,15 @@ def generate(
     prompts: Sequence[EmbeddedPrompt],
     config: GenerationConfig,
     *,
-    bos: int,
-    eos: int,
+    bos: int | None,
+    eos: int | Sequence[int],
     stops: Sequence[Sequence[int]] = (),
 ) -> Iterator[list[list[int]]]:
     """Yields, dispatch by dispatch, each prompt's new tokens; what ended an answer is among them.
 
-    stops: token sequences that end an answer, besides `eos`; any number, of any length. bos: the original starts every
-    answer from a dummy BOS, which the repetition penalty and beam scores count, and which is not in what is yielded.
+    eos: the token that ends an answer, or several. stops: token sequences that end one too; any number, of any length.
+    bos: the original starts every answer from a dummy BOS, which the repetition penalty and beam scores count, and
+    which is not in what is yielded; None for a tokenizer without one.
     With beams, one prompt is taken and its answer comes at once.
     Raises ConfigError when a prompt and its answer do not fit the model's context, and for an empty stop sequence.
     """
@@ -178,22 +179,23 @@ class Choice:
             lengths=state.lengths + ~state.done,
             count=state.count + 1,
             seen=state.seen | (jnp.arange(state.seen.shape[1]) == chosen[:, None]),
-            done=state.done | (chosen == settings.eos) | stopped(tokens, state.count + 1, settings.stops),
+            done=state.done | _among(chosen, settings.eos) | stopped(tokens, state.count + 1, settings.stops),
         )
 
     def _beam(self, logits: Float[Array, "r v"], state: State, beams: Beams, settings: DecodingSettings) -> State:
         """The next tokens of all beams (reference: transformers 4.28, beam_search and BeamSearchScorer.process).
 
-        Of the 2·r best continuations, those that end (and are among the first r) become hypotheses, the first r others
-        go on.
+        Of the 2·r best continuations (more where several tokens end an answer), those that end (and are among the first
+        r) become hypotheses, the first r others go on.
         """
         r, v = logits.shape
+        candidates = max(2, 1 + len(settings.eos)) * r  # so many that r of them go on
         length = state.count + 1  # the dummy BOS counts
         scores = penalise(jax.nn.log_softmax(logits), state.seen, settings.repetition_penalty)
-        scores, index = jax.lax.top_k((scores + beams.live_scores[:, None]).reshape(-1), 2 * r)
+        scores, index = jax.lax.top_k((scores + beams.live_scores[:, None]).reshape(-1), candidates)
         row, token = index // v, (index % v).astype(jnp.int32)
-        ends = token == settings.eos
-        ended = jnp.where(ends & (jnp.arange(2 * r) < r), scores / length**settings.length_penalty, -jnp.inf)
+        ends = _among(token, settings.eos)
+        ended = jnp.where(ends & (jnp.arange(candidates) < r), scores / length**settings.length_penalty, -jnp.inf)
         bests, best = jax.lax.top_k(jnp.concatenate([beams.bests, ended]), r)
         beams = Beams(
             live_scores=beams.live_scores,
@@ -224,6 +226,10 @@ class Choice:
         )
         unfinished = ~over & (stop[0] | _full(grown, settings))
         return dataclasses.replace(grown, beams=_with_live(grown, beams, settings, unfinished))
+
+
+def _among(tokens: Int[Array, " r"], some: Int[Array, " e"]) -> Bool[Array, " r"]:
+    return jnp.any(tokens[:, None] == some, axis=1)
 
 
 def _full(state: State, settings: DecodingSettings) -> Bool[Array, ""]:
@@ -343,17 +349,19 @@ def _answer(beams: Beams, settings: DecodingSettings) -> list[list[int]]:
     tokens, lengths, eos, limit = jax.device_get(
         (beams.tokens[0], beams.lengths[0], settings.eos, settings.max_new_tokens)
     )
-    return [tokens[:lengths].tolist() + [int(eos)] * bool(lengths < limit)]
+    return [tokens[:lengths].tolist() + [int(eos[0])] * bool(lengths < limit)]
 
 
-def _settings(config: GenerationConfig, bos: int, eos: int, stops: Sequence[Sequence[int]]) -> DecodingSettings:
+def _settings(
+    config: GenerationConfig, bos: int | None, eos: int | Sequence[int], stops: Sequence[Sequence[int]]
+) -> DecodingSettings:
     return DecodingSettings(
         temperature=np.float32(config.temperature),
         top_p=np.float32(config.top_p),
         length_penalty=np.float32(config.length_penalty),
         repetition_penalty=np.float32(config.repetition_penalty),
-        bos=np.int32(bos),
-        eos=np.int32(eos),
+        bos=np.int32(NOTHING if bos is None else bos),
+        eos=np.atleast_1d(np.array(eos, np.int32)),
         stops=_stop_table(stops),
         max_new_tokens=np.int32(config.max_new_tokens),
     )

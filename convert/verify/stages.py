@@ -68,7 +68,7 @@ def one_layer(cfg: Any) -> Any:
     return dataclasses.replace(cfg, **changed)
 
 
-def parts(cfg: VideoLlamaConfig, llama_config: transformers.LlamaConfig, tokens: int) -> list[Component]:
+def parts(cfg: VideoLlamaConfig, llama_config: transformers.PretrainedConfig, tokens: int) -> list[Component]:
     """All parts that a model of this config can have, branch by branch. tokens: the length of the prompt."""
     described = [piece.stages for piece in PIECES.values() if piece.stages and piece.applies(cfg)]
     found = [component for stages in described for component in pkgutil.resolve_name(stages)(cfg)]
@@ -264,17 +264,18 @@ def _projection(cfg: VideoLlamaConfig, prefix: str = "") -> list[Stage]:
 # The language model
 
 
-def _llama(cfg: VideoLlamaConfig, theirs: transformers.LlamaConfig) -> list[Stage]:
+def _llama(cfg: VideoLlamaConfig, theirs: transformers.PretrainedConfig) -> list[Stage]:
     def layer(network: VideoLlama, x: jax.Array) -> jax.Array:
         return network.llama.run_layers(x, jnp.ones(x.shape[:2], bool))
 
     names = {"norm.": "model.norm.", "head.": "model.embed_tokens." if theirs.tie_word_embeddings else "lm_head."}
     head = ("llama/norm/*", "llama/embedding" if cfg.llama.tie_embeddings else "llama/head/*")
     end = _torch(lambda: llama.Logits(theirs), "", names)
-    layers = [
-        Stage(f"layer {i}", ("llama/blocks/*",), layer, _torch(lambda: llama.Layer(theirs), f"model.layers.{i}."), i)
-        for i in range(cfg.llama.depth)
-    ]
+
+    def reference(number: int) -> Theirs:
+        return _torch(lambda: llama.Layer(theirs), "", {"layer.": f"model.layers.{number}."})
+
+    layers = [Stage(f"layer {i}", ("llama/blocks/*",), layer, reference(i), i) for i in range(cfg.llama.depth)]
     return [
         Stage("embeddings", ("llama/embedding",), lambda n, ids: n.llama.embed(ids), _embed),
         *layers,

@@ -22,6 +22,7 @@ from vllama_jax.errors import VllamaError
 from vllama_jax.media import MediaReport, check_file
 from vllama_jax.model import Model, load, without_missing_branch
 from vllama_jax.text.prompts import start_conversation
+from vllama_jax.text.templates import TemplateName
 
 GREEDY = GenerationConfig()
 HEAD_START = 1.0  # seconds that loading waits for the files: what is wrong with one mostly shows by then
@@ -34,7 +35,7 @@ def chat(
     *,
     model: Path | None = None,
     media: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
-    template: Literal["vicuna", "llama_2", "plain"] | None = None,
+    template: TemplateName | None = None,
     system: str | None = None,
     audio: bool = True,
     require_audio: bool = False,

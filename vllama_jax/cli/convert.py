@@ -15,6 +15,7 @@ from vllama_jax.convert.new_weights import SEED
 from vllama_jax.errors import ConfigError
 from vllama_jax.io.atomic import check_absent
 from vllama_jax.io.json_files import read_object
+from vllama_jax.text.templates import TemplateName
 
 
 def convert(
@@ -32,7 +33,7 @@ def convert(
     al: Path | None = None,
     base: Path | None = None,
     config: Path | None = None,
-    template: Literal["vicuna", "llama_2", "plain"] | None = None,
+    template: TemplateName | None = None,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     without: tuple[str, ...] = (),
     seed: int = SEED,
@@ -52,8 +53,9 @@ def convert(
     Args:
         directory: Holds weight files, in it or below; each is identified by its tensors. Options win.
         out: The model directory to make.
-        llama: A LLaMA's directory in Hugging Face's layout (config.json, tokenizer, weights) or Meta's
-            (params.json, consolidated.00.pth). This and all files may be on the hub: hf://org/name, hf://org/name/file.
+        llama: The directory of a LLaMA, Mistral, Qwen2 or Qwen3 in Hugging Face's layout (config.json, tokenizer,
+            weights), or of a LLaMA in Meta's (params.json, consolidated.00.pth). This and all files may be on the hub:
+            hf://org/name, hf://org/name/file.
         eva_vit: EVA-CLIP ViT-g (eva_vit_g.pth).
         blip2: BLIP-2's Q-Former (blip2_pretrained_flant5xxl.pth).
         delta: A language model released as a difference (vicuna-7b-delta-v0): --llama is what it is added to.
@@ -63,7 +65,8 @@ def convert(
         al: A checkpoint of the audio-language branch, or a run that trained it.
         base: A model directory or a run: the new model has all of it but the parts that are given anew.
         config: A JSON file with any part of the model config, over what the files tell.
-        template: The prompt template that the language model was tuned on; vicuna unless --base or --config says.
+        template: The prompt template that the language model was tuned on; unless --base or --config has one, vicuna
+            for LLaMA, mistral for Mistral and chatml for Qwen.
         dtype: Of the weights on disk; as they come unless given.
         without: Components of --base, as `vllama inspect` lists them, that get new random weights: for shapes that
             --config changes.

@@ -11,6 +11,7 @@ from vllama_jax.checkpoints.shipped import MODEL_NAME
 from vllama_jax.cli._display import Display
 from vllama_jax.cli._usage import Command, UsageError, at_least
 from vllama_jax.evaluate.benchmarks import BENCHMARKS, BenchmarkName
+from vllama_jax.text.templates import TemplateName
 
 LISTED = 5  # videos that could not be read
 
@@ -72,7 +73,7 @@ def benchmark(
     max_new_tokens: int | None = None,
     num_frames: int | None = None,
     audio: bool = True,
-    template: Literal["vicuna", "llama_2", "plain"] | None = None,
+    template: TemplateName | None = None,
     dtype: Literal["float32", "bfloat16"] | None = None,
     quantize: Literal["int8", "int4"] | None = None,
     base: Path | None = None,

@@ -7,15 +7,9 @@ import numpy as np
 
 from vllama_jax.data.config import TextConfig
 from vllama_jax.text.prompts import Media
+from vllama_jax.text.templates import find_caption_template, find_conversation_template
 from vllama_jax.text.tokenizer import Tokenizer
-from vllama_jax.text.training import (
-    TrainingText,
-    clean_caption,
-    encode_caption,
-    encode_conversation,
-    find_caption_template,
-    find_conversation_template,
-)
+from vllama_jax.text.training import TrainingText, clean_caption, encode_caption, encode_conversation
 
 if TYPE_CHECKING:
     from vllama_jax.data.annotation import Annotation

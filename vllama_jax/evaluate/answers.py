@@ -16,6 +16,7 @@ from vllama_jax.evaluate.questions import Question
 from vllama_jax.io.prefetch import in_order
 from vllama_jax.media import Audio, Image, Video
 from vllama_jax.text import prompts
+from vllama_jax.text.templates import ChatTemplate
 
 if TYPE_CHECKING:
     from vllama_jax import generate
@@ -167,7 +168,7 @@ def _line(one: LocatedQuestion, prepared: Prepared, prompt: str) -> dict[str, An
 
 
 def greedy_answers(
-    model: "Model", template: prompts.Template, given: "list[generate.EmbeddedPrompt]", max_new_tokens: int, size: int
+    model: "Model", template: ChatTemplate, given: "list[generate.EmbeddedPrompt]", max_new_tokens: int, size: int
 ) -> list[str]:
     """Greedy answers. A batch that is not full is filled up, since each batch size is a program of its own."""
     from vllama_jax import generate
@@ -179,7 +180,7 @@ def greedy_answers(
         rows,
         GenerationConfig(max_new_tokens=max_new_tokens),
         bos=model.tokenizer.bos_id,
-        eos=model.tokenizer.eos_id,
+        eos=model.tokenizer.eos_ids,
         stops=prompts.stop_sequences(model.tokenizer, template),
     ):
         for row, tokens in zip(ids, new, strict=True):

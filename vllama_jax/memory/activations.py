@@ -42,7 +42,7 @@ def kept_layers(cfg: LlamaConfig, shape: Shape, remat: str) -> int:
     if remat in ("dots", "none"):  # query, key, value, out, gate, up, down
         a_token += (heads + 2 * kv_heads) * cfg.head_dim + 2 * mlp + 2 * cfg.width
     if remat == "none":  # what norms, rotation and the gate make, and attention's weights
-        a_token += 4 * cfg.width + 2 * (heads + kv_heads) * cfg.head_dim + 3 * mlp
+        a_token += 4 * cfg.width + (2 + cfg.qk_norm) * (heads + kv_heads) * cfg.head_dim + 3 * mlp
     scores = 2 * _scores(heads, shape.length, shape) if remat == "none" else 0
     return cfg.depth * (shape.tokens * a_token * shape.itemsize + scores)
 

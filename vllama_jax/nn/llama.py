@@ -1,4 +1,4 @@
-"""A language model of the LLaMA family (reference: modeling_llama.py; Hugging Face's LlamaForCausalLM).
+"""LLaMA, and language models that differ from it in a few layers (reference: modeling_llama.py of transformers).
 
 Rows of a batch are padded on the right. A token's position is the number of real tokens before it, so that padding
 between a prompt and what is generated after it does not count.
@@ -79,9 +79,8 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         def heads(count: int, name: str) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(
-                cfg.width, (count, cfg.head_dim), use_bias=False, rngs=rngs, **axes("embed", name, "head_dim")
-            )
+            names = axes("embed", name, "head_dim")
+            return nnx.LinearGeneral(cfg.width, (count, cfg.head_dim), use_bias=cfg.qkv_bias, rngs=rngs, **names)
 
         self.query = heads(cfg.num_heads, "heads")
         self.key = heads(cfg.num_kv_heads, "kv_heads")
@@ -94,6 +93,17 @@ class Attention(nnx.Module):
             rngs=rngs,
             **axes("heads", "head_dim", "embed", inputs=2),
         )
+        if cfg.qk_norm:
+            self.query_norm = _rms_norm(cfg.head_dim, cfg, rngs)
+            self.key_norm = _rms_norm(cfg.head_dim, cfg, rngs)
+        self.qk_norm = cfg.qk_norm
+
+    def project(
+        self, x: Float[Array, "b n d"]
+    ) -> tuple[Float[Array, "b n h k"], Float[Array, "b n g k"], Float[Array, "b n g k"]]:
+        """Query, key and value of every token, before the rotation."""
+        query, key, value = (linear_with_lora(layer, x) for layer in (self.query, self.key, self.value))
+        return (self.query_norm(query), self.key_norm(key), value) if self.qk_norm else (query, key, value)
 
 
 class SwiGlu(nnx.Module):
@@ -112,18 +122,16 @@ class Block(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x)), in two halves: what is attended to comes between."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
-        self.attention_norm = _rms_norm(cfg, rngs)
+        self.attention_norm = _rms_norm(cfg.width, cfg, rngs)
         self.attention = Attention(cfg, rngs=rngs)
-        self.mlp_norm = _rms_norm(cfg, rngs)
+        self.mlp_norm = _rms_norm(cfg.width, cfg, rngs)
         self.mlp = SwiGlu(cfg, rngs=rngs)
 
     def project(
         self, x: Float[Array, "b n d"], cos: Float[Array, "b n k/2"], sin: Float[Array, "b n k/2"]
     ) -> tuple[Float[Array, "b n h k"], Float[Array, "b n g k"], Float[Array, "b n g k"]]:
         """Query, key and value of every token, query and key rotated."""
-        x = self.attention_norm(constrain(x, "batch", None, None))
-        attention = self.attention
-        query, key, value = (linear_with_lora(layer, x) for layer in (attention.query, attention.key, attention.value))
+        query, key, value = self.attention.project(self.attention_norm(constrain(x, "batch", None, None)))
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def finish(self, x: Float[Array, "b n d"], attended: Float[Array, "b n h k"]) -> Float[Array, "b n d"]:
@@ -132,8 +140,8 @@ class Block(nnx.Module):
         return x + self.mlp(self.mlp_norm(x))
 
 
-def _rms_norm(cfg: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(cfg.width, epsilon=cfg.norm_eps, scale_metadata={AXIS_NAMES: ("norm",)}, rngs=rngs)
+def _rms_norm(width: int, cfg: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(width, epsilon=cfg.norm_eps, scale_metadata={AXIS_NAMES: ("norm",)}, rngs=rngs)
 
 
 class Llama(nnx.Module):
@@ -144,7 +152,7 @@ class Llama(nnx.Module):
         init = nnx.initializers.normal(0.02)
         self.embedding = named(init(rngs.params(), (cfg.vocab_size, cfg.width)), "vocab", "embed")
         self.blocks = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.depth, rngs)
-        self.norm = _rms_norm(cfg, rngs)
+        self.norm = _rms_norm(cfg.width, cfg, rngs)
         head = axes("embed", "vocab")
         self.head = (
             None if cfg.tie_embeddings else nnx.Linear(cfg.width, cfg.vocab_size, use_bias=False, rngs=rngs, **head)

@@ -1,12 +1,10 @@
 """A conversation about media in, prompt text and token ids out; generated ids in, the answer's text out.
 
-A prompt is a tuple of texts and marks, not one string: what a user types is always text, even where it reads
-`<ImageHere>` or `</s>`. Strings and ids equal the reference's (its `conversation_video.py`) for the vicuna and llama_2
-templates; where the reference has no wording, the docstring says so.
+Strings and ids equal the reference's (its `conversation_video.py`) for the vicuna and llama_2 templates; where the
+reference has no wording, the docstring says so. Templates are in `templates.py`.
 """
 
 import dataclasses
-import enum
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal
@@ -15,89 +13,13 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from vllama_jax.errors import ConfigError
+from vllama_jax.text.templates import ChatTemplate, Mark, Part, Prompt, Token, find_template, special_tokens
 from vllama_jax.text.tokenizer import Tokenizer
 
 DEFAULT_SYSTEM = (
     "You are able to understand the visual content that the user provides. "
     "Follow the instructions carefully and explain your answers in detail."
 )
-
-
-class Mark(enum.Enum):
-    """What stands in a prompt beside text. The value is how `render` shows it."""
-
-    MEDIA = "<ImageHere>"
-    BOS = "<s>"
-    EOS = "</s>"
-
-
-Prompt = tuple[str | Mark, ...]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Template:
-    """How turns become a prompt: opening, then user message, cue, answer, next turn, user message, cue, …
-
-    Attributes:
-        system: what stands before and after the system text, together the opening; None: no opening, no system text.
-        next_message: between the messages of two media of one turn.
-        media_words: whether media come in tags and sentences, with a space before the question, or bare.
-        cue: what the answer follows.
-        answer_gap: between the cue and an answer of the past.
-        next_turn: between an answer and the user's next message.
-        stop: what ends an answer.
-        role: the name after whose last mention an answer begins; "" for none.
-    """
-
-    name: str
-    system: tuple[str, str] | None
-    next_message: str
-    media_words: bool
-    cue: str
-    answer_gap: str
-    next_turn: Prompt
-    stop: str | Mark
-    role: str
-
-
-TEMPLATES = {
-    template.name: template
-    for template in (
-        Template(
-            name="vicuna",
-            system=("", "###Human: "),
-            next_message="###Human: ",
-            media_words=True,
-            cue="###Assistant:",
-            answer_gap=" ",
-            next_turn=("###Human: ",),
-            stop="###",
-            role="Assistant:",
-        ),
-        Template(
-            name="llama_2",
-            system=("[INST] <<SYS>>\n", "\n<</SYS>>\n\n"),
-            next_message=" ",
-            media_words=True,
-            cue=" [/INST]",
-            answer_gap=" ",
-            next_turn=(" ", Mark.EOS, Mark.BOS, "[INST] "),
-            stop=Mark.EOS,
-            role="ASSISTANT:",
-        ),
-        Template(  # stage 1 saw captions after bare media tokens, ended by a newline
-            name="plain",
-            system=None,
-            next_message="",
-            media_words=False,
-            cue="",
-            answer_gap=" ",
-            next_turn=("\n",),
-            stop="\n",
-            role="",
-        ),
-    )
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +53,7 @@ class Conversation:
     `audio_branch` says whether the model can hear, `system` is the caller's own system text (None: see `system_text`).
     """
 
-    template: Template
+    template: ChatTemplate
     audio_branch: bool
     system: str | None = None
     turns: tuple[Turn, ...] = ()
@@ -182,15 +104,14 @@ def start_conversation(template: str, audio_branch: bool, system: str | None = N
     return Conversation(template=chosen, audio_branch=audio_branch, system=system)
 
 
-def find_template(name: str) -> Template:
-    """The template of that name.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    if name not in TEMPLATES:
-        raise ConfigError(f"unknown prompt template {name!r}: choose one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[name]
+def check_special_tokens(form: object, tokenizer: Tokenizer, name: str) -> None:
+    """Raise ConfigError where a form of the template `name` needs a special token that a tokenizer does not have."""
+    missing = [token.text for token in special_tokens(form) if tokenizer.special_id(token.text) is None]
+    if missing:
+        raise ConfigError(
+            f"the tokenizer has no special token {missing[0]!r}, which the prompt template {name!r} needs: "
+            "choose another template"
+        )
 
 
 def system_text(audio_branch: bool, media: Media | None) -> str:
@@ -230,14 +151,9 @@ def media_message(media: Media) -> Prompt:
 def build_prompt(conversation: Conversation) -> Prompt:
     """All turns; after the last question, the cue that the answer follows."""
     template, turns = conversation.template, conversation.turns
-    prompt: list[str | Mark] = []
-    if template.system is not None:
-        shown = [media for turn in turns for media in turn.media]
-        automatic = system_text(conversation.audio_branch, shown[-1] if shown else None)
-        system = automatic if conversation.system is None else conversation.system
-        prompt += [template.system[0], system, template.system[1]]
+    prompt: list[Part] = [*_opening(conversation)]
     for i, turn in enumerate(turns):
-        prompt += [*(template.next_turn if i else ()), *_user_message(template, turn), template.cue]
+        prompt += [*(template.next_turn if i else ()), *_user_message(template, turn), *template.cue]
         if turn.answer is not None:  # what follows media directly was trained without a gap
             prompt += [template.answer_gap if template.cue or turn.question else "", turn.answer]
             prompt += [Mark.EOS] if turn.ended else []
@@ -246,7 +162,7 @@ def build_prompt(conversation: Conversation) -> Prompt:
 
 def render(conversation: Conversation) -> str:
     """The prompt as one string, for people and tests: `<ImageHere>` in it may be a place for media or a user's text."""
-    return "".join(part.value if isinstance(part, Mark) else part for part in build_prompt(conversation))
+    return "".join(map(_text_of, build_prompt(conversation)))
 
 
 def encode_conversation(
@@ -256,39 +172,42 @@ def encode_conversation(
     return encode_prompt(tokenizer, build_prompt(conversation), media_lengths)
 
 
-def encode_prompt(tokenizer: Tokenizer, prompt: Prompt, media_lengths: Sequence[int]) -> TokenizedPrompt:
-    """Token ids of a prompt: the start token, then each text encoded by itself, as in the reference.
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: Prompt, media_lengths: Sequence[int], *, start: bool = True
+) -> TokenizedPrompt:
+    """Token ids of a prompt: its BOS, then each text encoded by itself, as in the reference.
 
     Args:
-        media_lengths: how many tokens go into each place for media, in order of appearance.
+        tokenizer: Says whether there is a BOS.
+        prompt: Texts, marks and special tokens.
+        media_lengths: How many tokens go into each place for media, in order of appearance.
+        start: False for what follows another prompt, without a BOS.
 
     Raises:
-        ValueError: more or fewer lengths than places.
+        ValueError: More or fewer lengths than places.
+        ConfigError: The tokenizer does not have a special token of the prompt.
     """
     places = prompt.count(Mark.MEDIA)
     if places != len(media_lengths):
         raise ValueError(f"the prompt has {places} places for media, but {len(media_lengths)} lengths were given")
     lengths = iter(media_lengths)
-    ids, is_media = [tokenizer.bos_id], [False]
-    special = {Mark.BOS: tokenizer.bos_id, Mark.EOS: tokenizer.eos_id}
+    ids = tokenizer.start_ids if start else []
+    is_media = [False] * len(ids)
     for part in _join_texts(prompt):
-        if part is Mark.MEDIA:
-            new = [0] * next(lengths)
-        else:
-            new = [special[part]] if isinstance(part, Mark) else tokenizer.encode(part, special=False)
-        ids += new
+        new = [0] * next(lengths) if part is Mark.MEDIA else _part_ids(tokenizer, part)
+        ids = ids + new
         is_media += [part is Mark.MEDIA] * len(new)
     return TokenizedPrompt(np.array(ids, np.int32), np.array(is_media, bool))
 
 
-def stop_sequences(tokenizer: Tokenizer, template: Template) -> list[tuple[int, ...]]:
-    """The ids that end an answer when they are the last ones generated.
+def stop_sequences(tokenizer: Tokenizer, template: ChatTemplate) -> list[tuple[int, ...]]:
+    """The ids that end an answer when they are the last ones generated, beside those in `tokenizer.eos_ids`.
 
     A stop string has other ids by itself than after other text (LLaMA's "###" is 835, or 2277 and 29937), and in some
     vocabularies it may melt into what precedes it: `stream_answer` looks at the text too.
     """
-    if isinstance(template.stop, Mark):
-        return [(tokenizer.eos_id,)]
+    if not isinstance(template.stop, str):
+        return [(stop,) for stop in _part_ids(tokenizer, template.stop)]
     found = {tuple(tokenizer.encode(template.stop, special=False))}
     for context in ("\n", ".", "a"):
         before = tokenizer.encode(context, special=False)
@@ -298,31 +217,31 @@ def stop_sequences(tokenizer: Tokenizer, template: Template) -> list[tuple[int, 
     return sorted(ids for ids in found if not any(ids != other and ids[-len(other) :] == other for other in found))
 
 
-def decode_answer(tokenizer: Tokenizer, template: Template, ids: Iterable[int]) -> str:
+def decode_answer(tokenizer: Tokenizer, template: ChatTemplate, ids: Iterable[int]) -> str:
     """The answer in generated ids, the dummy start token allowed; what follows an end token is left out."""
-    return clean_answer(template, tokenizer.decode(_before_end(tokenizer, ids), skip_special=True))
+    return clean_answer(template, tokenizer.decode(_before_end(tokenizer, template, ids), skip_special=True))
 
 
-def past_answer(tokenizer: Tokenizer, template: Template, ids: Sequence[int]) -> tuple[str, bool]:
+def past_answer(tokenizer: Tokenizer, template: ChatTemplate, ids: Sequence[int]) -> tuple[str, bool]:
     """An answer as the prompts of later turns have it: its text, and whether the model's EOS follows.
 
     The original cuts an answer at the template's stop and strips it, and so keeps an EOS that ended it (of Vicuna), and
     the space before one. There is none where a stop string or the limit of new tokens ended the answer, nor where the
-    template itself puts one between turns (LLaMA-2).
+    template itself puts one between turns (LLaMA-2, ChatML).
     """
-    until_end = _before_end(tokenizer, ids)
+    until_end = _before_end(tokenizer, template, ids)
     text = tokenizer.decode(until_end, skip_special=True)
-    ended = len(until_end) < len(ids) and template.stop is not Mark.EOS and _stop_text(template) not in text
+    ended = len(until_end) < len(ids) and isinstance(template.stop, str) and template.stop not in text
     text = _cut_answer(template, text)
     return (text.lstrip() if ended else text.strip()), ended
 
 
-def clean_answer(template: Template, text: str) -> str:
+def clean_answer(template: ChatTemplate, text: str) -> str:
     """Cuts a text at the stop string and at the last mention of the assistant's role, and strips it."""
     return _cut_answer(template, text).strip()
 
 
-def stream_answer(tokenizer: Tokenizer, template: Template, batches: Iterable[Sequence[int]]) -> Iterator[str]:
+def stream_answer(tokenizer: Tokenizer, template: ChatTemplate, batches: Iterable[Sequence[int]]) -> Iterator[str]:
     """The answer in pieces while its ids are generated. Stops taking batches when the answer has ended.
 
     A piece is held back while it may be the beginning of a stop string, a role or a character. The pieces joined are
@@ -332,11 +251,12 @@ def stream_answer(tokenizer: Tokenizer, template: Template, batches: Iterable[Se
     shown = start = 0
     for batch in itertools.chain(batches, [None]):
         ids.extend([] if batch is None else batch)
-        until_end = _before_end(tokenizer, ids)
+        until_end = _before_end(tokenizer, template, ids)
         ended = batch is None or len(until_end) < len(ids)
         text = tokenizer.decode(until_end, skip_special=True) if ended else tokenizer.settled_text(until_end)
-        ended = ended or _stop_text(template) in text
-        text = text.split(_stop_text(template))[0] if ended else _without_beginning_of_mark(template, text)
+        kept = _before_stop(template, text)
+        ended = ended or kept != text
+        text = kept if ended else _without_beginning_of_mark(template, text)
         if not shown:
             start = _start_of_answer(template, text)
         text = text[start:].strip()
@@ -347,9 +267,21 @@ def stream_answer(tokenizer: Tokenizer, template: Template, batches: Iterable[Se
             return
 
 
-def _user_message(template: Template, turn: Turn) -> list[str | Mark]:
+def _opening(conversation: Conversation) -> Prompt:
+    """What precedes the first user message: the system text with what is around it, where there is one."""
+    template = conversation.template
+    shown = [media for turn in conversation.turns for media in turn.media]
+    automatic = system_text(conversation.audio_branch, shown[-1] if shown else None)
+    system = automatic if conversation.system is None else conversation.system
+    if template.system is None or not system:
+        return template.opening
+    before, after = template.system
+    return (*before, system, *after)
+
+
+def _user_message(template: ChatTemplate, turn: Turn) -> list[Part]:
     """Media and question in one message; the reference gives each file but the last a message of its own."""
-    parts: list[str | Mark] = []
+    parts: list[Part] = []
     for i, media in enumerate(turn.media):
         words = media_message(media) if template.media_words else (Mark.MEDIA,) * len(media.slots)
         parts += [template.next_message if i else "", *words]
@@ -357,9 +289,9 @@ def _user_message(template: Template, turn: Turn) -> list[str | Mark]:
     return parts if turn.question is None else [*parts, gap, turn.question]
 
 
-def _join_texts(parts: Iterable[str | Mark]) -> Prompt:
+def _join_texts(parts: Iterable[Part]) -> Prompt:
     """Neighbouring texts as one, since a tokenizer sees across their seams; no empty texts."""
-    joined: list[str | Mark] = []
+    joined: list[Part] = []
     for part in parts:
         if isinstance(part, str) and joined and isinstance(joined[-1], str):
             joined[-1] += part
@@ -368,26 +300,47 @@ def _join_texts(parts: Iterable[str | Mark]) -> Prompt:
     return tuple(joined)
 
 
-def _stop_text(template: Template) -> str:
-    return template.stop.value if isinstance(template.stop, Mark) else template.stop
+def _part_ids(tokenizer: Tokenizer, part: Part) -> list[int]:
+    """The ids of a text, of a mark other than MEDIA, or of a special token."""
+    if isinstance(part, str):
+        return tokenizer.encode(part, special=False)
+    if isinstance(part, Mark):
+        return tokenizer.start_ids if part is Mark.BOS else [tokenizer.eos_id]
+    found = tokenizer.special_id(part.text)
+    if found is None:
+        raise ConfigError(f"the tokenizer has no special token {part.text!r}: choose another prompt template")
+    return [found]
 
 
-def _cut_answer(template: Template, text: str) -> str:
-    text = text.split(_stop_text(template))[0]
+def _text_of(part: Part) -> str:
+    if isinstance(part, Mark):
+        return part.value
+    return part.text if isinstance(part, Token) else part
+
+
+def _cut_answer(template: ChatTemplate, text: str) -> str:
+    text = _before_stop(template, text)
     return text[_start_of_answer(template, text) :]
 
 
-def _start_of_answer(template: Template, text: str) -> int:
+def _before_stop(template: ChatTemplate, text: str) -> str:
+    return text.split(_text_of(template.stop))[0]
+
+
+def _start_of_answer(template: ChatTemplate, text: str) -> int:
     found = text.rfind(template.role) if template.role else -1
     return 0 if found < 0 else found + len(template.role)
 
 
-def _before_end(tokenizer: Tokenizer, ids: Iterable[int]) -> list[int]:
-    return list(itertools.takewhile(lambda token_id: token_id != tokenizer.eos_id, map(int, ids)))
+def _before_end(tokenizer: Tokenizer, template: ChatTemplate, ids: Iterable[int]) -> list[int]:
+    ends = {*tokenizer.eos_ids}
+    if isinstance(template.stop, Token):
+        ends |= {*_part_ids(tokenizer, template.stop)}
+    return list(itertools.takewhile(lambda token_id: token_id not in ends, map(int, ids)))
 
 
-def _without_beginning_of_mark(template: Template, text: str) -> str:
+def _without_beginning_of_mark(template: ChatTemplate, text: str) -> str:
     """The text less the longest end that a stop string or the role begins with."""
-    marks = (_stop_text(template), template.role)
+    marks = (_text_of(template.stop), template.role)
     held = max(n for mark in marks for n in range(len(mark) or 1) if text.endswith(mark[:n]))
     return text[: len(text) - held]

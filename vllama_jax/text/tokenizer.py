@@ -16,12 +16,17 @@ from typing import Any
 from vllama_jax.errors import CheckpointError, one_line
 from vllama_jax.io.json_fields import LARGEST_INTEGER, shown, whole_number
 from vllama_jax.io.json_files import parse_object
-from vllama_jax.io.paths import first_bytes
+from vllama_jax.text.special_tokens import (
+    CONFIG_FILES,
+    DECLARATION_FILES,
+    ROLES,
+    Declarations,
+    read_bytes,
+    read_config_ids,
+    read_declarations,
+)
 
 MEDIA_TOKEN = "<ImageHere>"
-DECLARATION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-CONFIG_FILES = ("config.json", "generation_config.json")  # asked for special ids where only a tokenizer.json is there
-ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # the order in which transformers gives new tokens their ids
 REPLACEMENT = "\ufffd"
 
 
@@ -44,7 +49,8 @@ class Tokenizer(abc.ABC):
     """Text to ids and back.
 
     Attributes:
-        bos_id, eos_id: what starts a prompt and ends an answer.
+        bos_id: What a prompt starts with; None where it starts with its first text (Qwen).
+        eos_id, eos_ids: What ends an answer: the first, and all.
         unk_id: the unknown token, None where there is none (Llama 3).
         pad_id: the padding token; without one the unknown token stands in, as in the reference, or else the end token.
         vocab_size: all tokens, added ones included, but not the media placeholder.
@@ -54,12 +60,30 @@ class Tokenizer(abc.ABC):
 
     directory: Path | None = None
 
-    def __init__(self, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], library_size: int):
-        """`library_size`: how many ids the library behind this class knows; special tokens may lie beyond."""
+    def __init__(
+        self,
+        special_tokens: Iterable[SpecialToken],
+        role_ids: Mapping[str, int],
+        library_size: int,
+        *,
+        starts_with_bos: bool = True,
+        more_eos_ids: Iterable[int] = (),
+    ):
+        """Set up what all tokenizers share.
+
+        Args:
+            special_tokens: All of them.
+            role_ids: The ids of "bos", "eos", "unk" and so on.
+            library_size: How many ids the library behind this class knows; special tokens may lie beyond.
+            starts_with_bos: Whether prompts start with the BOS.
+            more_eos_ids: Ids that end an answer besides that of the role.
+        """
         special_tokens = tuple(special_tokens)
         self.vocab_size = max([library_size, *(token.id + 1 for token in special_tokens)])
         self.media_id = self.vocab_size
-        self.bos_id, self.eos_id, self.unk_id = role_ids["bos"], role_ids["eos"], role_ids.get("unk")
+        self.bos_id = role_ids.get("bos") if starts_with_bos else None
+        self.eos_id, self.unk_id = role_ids["eos"], role_ids.get("unk")
+        self.eos_ids = tuple(dict.fromkeys([self.eos_id, *more_eos_ids]))
         self.pad_id = role_ids.get("pad", role_ids.get("unk", self.eos_id))
         media = SpecialToken(MEDIA_TOKEN, self.media_id, lstrip=True, rstrip=True)
         self._by_content = {token.content: token for token in (*special_tokens, media)}
@@ -69,16 +93,21 @@ class Tokenizer(abc.ABC):
         longest_first = sorted(self._by_content, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
+    @property
+    def start_ids(self) -> list[int]:
+        """The BOS in a list of its own, or nothing."""
+        return [] if self.bos_id is None else [self.bos_id]
+
     def encode(self, text: str, bos: bool = False, special: bool = True) -> list[int]:
         """Token ids of a text.
 
         Args:
             text: any text; halves of surrogate pairs (broken bytes on a command line) become "?".
-            bos: put `bos_id` first.
+            bos: put what a prompt starts with first.
             special: whether `</s>`, `<ImageHere>` and the like stand for their ids; if not, they are plain characters.
         """
         text = text.encode("utf-8", "replace").decode("utf-8")
-        ids = [self.bos_id] if bos else []
+        ids = self.start_ids if bos else []
         if not special:
             return ids + self._encode_plain(text)
         for piece in self._split(text):
@@ -101,6 +130,11 @@ class Tokenizer(abc.ABC):
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Each id as the piece it stands for, such as "▁dog"; "" for an id beyond the vocabulary."""
         return [self._by_id[i].content if i in self._by_id else self._known_token(i) for i in map(int, ids)]
+
+    def special_id(self, content: str) -> int | None:
+        """The id of a special token by its text; None where there is none."""
+        token = self._by_content.get(content)
+        return None if token is None or content == MEDIA_TOKEN else token.id
 
     def settled_text(self, ids: Iterable[int]) -> str:
         """The part of `decode(ids, skip_special=True)` that further ids cannot change.
@@ -146,8 +180,10 @@ class Tokenizer(abc.ABC):
 class SentencePieceTokenizer(Tokenizer):
     """`tokenizer.model`. Each text between special tokens gets SentencePiece's leading "▁" of its own."""
 
-    def __init__(self, processor, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int]):
-        super().__init__(special_tokens, role_ids, processor.get_piece_size())
+    def __init__(
+        self, processor, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], starts_with_bos: bool
+    ):
+        super().__init__(special_tokens, role_ids, processor.get_piece_size(), starts_with_bos=starts_with_bos)
         self._processor = processor
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -177,10 +213,11 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """`tokenizer.json`, through the `tokenizers` library."""
 
-    def __init__(self, library, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int]):
+    def __init__(self, library, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], **options: Any):
+        """`options`: those of Tokenizer."""
         added = library.get_added_tokens_decoder()
         ids = library.get_vocab(with_added_tokens=True).values()
-        super().__init__(special_tokens, role_ids, max([-1, *ids, *added]) + 1)
+        super().__init__(special_tokens, role_ids, max([-1, *ids, *added]) + 1, **options)
         library.no_truncation()
         library.no_padding()
         library.encode_special_tokens = True  # in what is left to the library, special tokens are plain text
@@ -249,13 +286,13 @@ def _load_sentencepiece(directory: Path) -> SentencePieceTokenizer:
     import sentencepiece
 
     path = directory / "tokenizer.model"
-    data = _read_bytes(path)
+    data = read_bytes(path)
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
         hint = "Llama 3's tokenizer.model is none: take its tokenizer.json instead and leave tokenizer.model out"
         raise CheckpointError(f"{path} is not a SentencePiece model ({hint})") from error
-    declared = _read_declarations(directory)
+    declared = read_declarations(directory)
     own = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id()}
     roles = {role: processor.id_to_piece(token_id) for role, token_id in own.items() if token_id >= 0} | declared.roles
     ids = dict(declared.ids)
@@ -265,114 +302,54 @@ def _load_sentencepiece(directory: Path) -> SentencePieceTokenizer:
             known = processor.id_to_piece(token_id) == content
             ids[content] = token_id if known else max([processor.get_piece_size(), *(i + 1 for i in ids.values())])
     role_ids = {role: ids[content] for role, content in roles.items()}
-    _require_roles(role_ids, path)
+    _require_roles(role_ids, path, ("bos", "eos"))
     hidden = declared.hidden | set(roles.values())
     special_tokens = [
         SpecialToken(content, token_id, *declared.flags.get(content, (False, False)), hidden=content in hidden)
         for content, token_id in ids.items()
     ]
-    return SentencePieceTokenizer(processor, special_tokens, role_ids)
+    return SentencePieceTokenizer(processor, special_tokens, role_ids, declared.add_bos is not False)
 
 
 def _load_json(directory: Path) -> JsonTokenizer:
     import tokenizers
 
     path = directory / "tokenizer.json"
-    data = _read_bytes(path)
+    data = read_bytes(path)
     _check_json_ids(parse_object(data, str(path), CheckpointError), path)
     try:
         library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the library raises nothing more precise
         raise CheckpointError(f"{path} is not a file of the tokenizers library: {one_line(error)}") from error
-    role_ids = _read_config_ids(directory)
-    for role, content in _read_declarations(directory).roles.items():
+    declared = read_declarations(directory)
+    role_ids, eos_ids = read_config_ids(directory)
+    for role, content in declared.roles.items():
         token_id = library.token_to_id(content)
         if token_id is not None:
             role_ids[role] = token_id
     role_ids = {role: token_id for role, token_id in role_ids.items() if library.id_to_token(token_id)}
-    _require_roles(role_ids, path)
+    starts_with_bos = _starts_with_bos(library, role_ids.get("bos"), declared, directory)
+    _require_roles(role_ids, path, ("bos", "eos") if starts_with_bos else ("eos",))
     flags = {library.id_to_token(token_id): (False, False) for token_id in role_ids.values()}
     for token in library.get_added_tokens_decoder().values():
         if token.special or token.content in flags:
             flags[token.content] = (token.lstrip, token.rstrip)
     special_tokens = [SpecialToken(content, library.token_to_id(content), *pair) for content, pair in flags.items()]
-    return JsonTokenizer(library, special_tokens, role_ids)
+    eos_ids = [token_id for token_id in eos_ids if library.id_to_token(token_id)]
+    return JsonTokenizer(library, special_tokens, role_ids, starts_with_bos=starts_with_bos, more_eos_ids=eos_ids)
 
 
-@dataclasses.dataclass
-class _Declarations:
-    """What the JSON files beside a tokenizer say about special tokens."""
+def _starts_with_bos(library: Any, bos_id: int | None, declared: Declarations, directory: Path) -> bool:
+    """Whether prompts start with the BOS: what the configuration says, or else what the library's post-processor does.
 
-    roles: dict[str, str] = dataclasses.field(default_factory=dict)  # "bos" → "<s>"
-    ids: dict[str, int] = dataclasses.field(default_factory=dict)  # of added tokens
-    flags: dict[str, tuple[bool, bool]] = dataclasses.field(default_factory=dict)  # lstrip, rstrip
-    hidden: set[str] = dataclasses.field(default_factory=set)
-
-    def declare(self, value: str | dict, flags_of_string: tuple[bool, bool]) -> str:
-        """Notes a token's flags and returns its content; a token without flags of its own never overrides one with."""
-        content = value if isinstance(value, str) else value["content"]
-        if not isinstance(content, str) or not content:
-            raise ValueError(f"{shown(content)} is not a token")
-        if isinstance(value, str):
-            self.flags.setdefault(value, flags_of_string)
-        else:
-            self.flags[content] = (bool(value.get("lstrip")), bool(value.get("rstrip")))
-        return content
-
-
-def _read_declarations(directory: Path) -> _Declarations:
-    """Special tokens as transformers 4.28 reads them, and `added_tokens_decoder`, which came later.
-
-    special_tokens_map.json goes before tokenizer_config.json. White space beside a token is dropped where the token is
-    a plain string, but not where it is a string of tokenizer_config.json alone: LlamaTokenizer wraps those.
+    Without either, a BOS that tokenizer_config.json or special_tokens_map.json names is put first, and where there are
+    no such files any BOS that config.json names.
     """
-    config, special_map, added_tokens = (_read_object(directory / name) for name in DECLARATION_FILES)
-    declared = _Declarations()
-    try:
-        for role in ROLES:
-            mapped = special_map.get(f"{role}_token")
-            mapped = None if mapped == "" else mapped
-            value = config.get(f"{role}_token") if mapped is None else mapped
-            if value is not None and value != "":
-                declared.roles[role] = declared.declare(value, (bool(mapped), bool(mapped)))
-        for source in (special_map, config):
-            for value in source.get("additional_special_tokens") or []:
-                declared.hidden.add(declared.declare(value, (True, True)))
-        added = str(directory / DECLARATION_FILES[2])
-        for content in added_tokens:
-            token_id = whole_number(added_tokens, content, added, CheckpointError, low=0)
-            declared.ids[declared.declare(content, (True, True))] = token_id
-        for key, value in (config.get("added_tokens_decoder") or {}).items():
-            token_id = _id_of_key(key, directory / DECLARATION_FILES[0])
-            declared.ids[declared.declare(value, (True, True))] = token_id
-            if value.get("special"):
-                declared.hidden.add(value["content"])
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        problem = f"({type(error).__name__}: {error}): look into {', '.join(DECLARATION_FILES)}"
-        raise CheckpointError(f"the special tokens in {directory} cannot be read {problem}") from error
-    return declared
-
-
-def _read_config_ids(directory: Path) -> dict[str, int]:
-    """Special ids in the language model's configuration; the first where it lists several."""
-    ids = {}
-    for name in CONFIG_FILES:
-        fields = _read_object(directory / name)
-        for role in ("bos", "eos", "pad"):
-            value = fields.get(f"{role}_token_id")
-            first = value[0] if isinstance(value, list) and value else value
-            if first in (None, -1) and first is not True:  # how old configs say that there is none
-                continue
-            named = {f"{role}_token_id": first}
-            ids[role] = whole_number(named, f"{role}_token_id", str(directory / name), CheckpointError, low=0)
-    return ids
-
-
-def _id_of_key(key: str, path: Path) -> int:
-    """The token id that a key of added_tokens_decoder is."""
-    if not (key.isascii() and key.isdigit() and len(key) < 9):
-        raise CheckpointError(f"{path}: added_tokens_decoder: {shown(key)} is not a token id")
-    return int(key)
+    if declared.add_bos is not None:
+        return declared.add_bos
+    if library.post_processor is not None:
+        return bos_id is not None and library.encode("").ids[:1] == [bos_id]
+    return "bos" in declared.roles or not any((directory / name).is_file() for name in DECLARATION_FILES)
 
 
 def _check_json_ids(fields: Mapping[str, Any], path: Path) -> None:
@@ -391,20 +368,8 @@ def _check_json_ids(fields: Mapping[str, Any], path: Path) -> None:
         whole_number(token, "id", f"{path}: added_tokens", CheckpointError, low=0)
 
 
-def _require_roles(role_ids: Mapping[str, int], path: Path) -> None:
-    missing = [role for role in ("bos", "eos") if role not in role_ids]
+def _require_roles(role_ids: Mapping[str, int], path: Path, required: Iterable[str]) -> None:
+    missing = [role for role in required if role not in role_ids]
     if missing:
         problem = f"{path} and the files beside it name no {' and no '.join(missing)} token"
         raise CheckpointError(f"{problem}: add tokenizer_config.json from the folder of the language model")
-
-
-def _read_object(path: Path) -> dict:
-    """A JSON file that holds an object; {} if there is no such file."""
-    if not path.is_file():
-        return {}
-    return parse_object(_read_bytes(path), str(path), CheckpointError)
-
-
-def _read_bytes(path: Path) -> bytes:
-    first_bytes(path, CheckpointError)
-    return path.read_bytes()

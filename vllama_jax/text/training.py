@@ -13,11 +13,22 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from vllama_jax.errors import ConfigError, DataError
-from vllama_jax.text.prompts import Mark, Media, Prompt, encode_prompt, media_message
+from vllama_jax.errors import DataError
+from vllama_jax.text.prompts import Media, encode_prompt, media_message
+from vllama_jax.text.templates import (
+    GIVEN,
+    LEARNED,
+    CaptionTemplate,
+    ConversationTemplate,
+    LabeledPrompt,
+    Mark,
+    Prompt,
+    find_caption_template,
+)
 from vllama_jax.text.tokenizer import Tokenizer
 
 IGNORE = -100  # the label of a token that is not learned
+BARE = "plain"  # the template of captions without an instruction: stage 1
 
 # What the reference asks for in its alignment stage (prompts/alignment_image.txt), of pictures and of videos.
 ALIGNMENT_INSTRUCTIONS = (
@@ -26,9 +37,6 @@ ALIGNMENT_INSTRUCTIONS = (
     "Please provide a detailed description of the picture.",
     "Could you describe the contents of this image for me?",
 )
-
-GIVEN, LEARNED = False, True
-Parts = tuple[tuple[str | Mark, bool], ...]  # what stands in a text, and whether it is learned
 
 _PUNCTUATION = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))
 
@@ -45,87 +53,6 @@ class TrainingText:
     labels: Int32[np.ndarray, "n"]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CaptionTemplate:
-    """How a caption follows media. `wrap`: what stands before and after an instruction. `end`: learned as its end."""
-
-    name: str
-    wrap: tuple[str, str]
-    end: str | Mark
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ConversationTemplate:
-    """How turns become a text. The dialogue's own signs, not only its words, are learned or not.
-
-    Attributes:
-        opening: before the first question.
-        question_end: after a question, not learned.
-        answer_start: before an answer, learned with it.
-        answer_end: after an answer, learned with it.
-        next_question: before each question but the first, not learned.
-    """
-
-    name: str
-    opening: Parts
-    question_end: str
-    answer_start: str
-    answer_end: Prompt
-    next_question: Prompt
-
-
-BARE = CaptionTemplate(name="plain", wrap=("", ""), end="\n")  # what captions without an instruction end in: stage 1
-
-CAPTION_TEMPLATES = {
-    template.name: template
-    for template in (
-        BARE,
-        CaptionTemplate(name="vicuna", wrap=("###Human: ", " ###Assistant: "), end="###"),
-        CaptionTemplate(name="llama_2", wrap=("[INST] <<SYS>>\n \n<</SYS>>\n\n", " [/INST] "), end=Mark.EOS),
-        CaptionTemplate(  # the reference's yaml quotes it so that each newline is a backslash and an n
-            name="llama_2_literal", wrap=(r"[INST] <<SYS>>\n \n<</SYS>>\n\n", " [/INST] "), end=Mark.EOS
-        ),
-    )
-}
-
-CONVERSATION_TEMPLATES = {
-    template.name: template
-    for template in (
-        ConversationTemplate(  # each "###" is learned, as the end of what came before; so is "Assistant: "
-            name="vicuna",
-            opening=(("\n\n", GIVEN), ("###", LEARNED), ("Human: ", GIVEN)),
-            question_end="\n",
-            answer_start="###Assistant: ",
-            answer_end=("\n###",),
-            next_question=("Human: ",),
-        ),
-        ConversationTemplate(
-            name="llama_2",
-            opening=(("[INST] <<SYS>>\n \n<</SYS>>\n\n", GIVEN),),
-            question_end=" [/INST]",
-            answer_start=" ",
-            answer_end=(" ", Mark.EOS),
-            next_question=(Mark.BOS, "[INST] "),
-        ),
-    )
-}
-
-
-def find_caption_template(name: str) -> CaptionTemplate:
-    """The template of that name. Raises ConfigError where there is none."""
-    if name not in CAPTION_TEMPLATES:
-        raise ConfigError(f"no template {name!r} for captions: choose one of {', '.join(CAPTION_TEMPLATES)}")
-    return CAPTION_TEMPLATES[name]
-
-
-def find_conversation_template(name: str) -> ConversationTemplate:
-    """The template of that name. Raises ConfigError where there is none."""
-    if name not in CONVERSATION_TEMPLATES:
-        known = ", ".join(CONVERSATION_TEMPLATES)
-        raise ConfigError(f"no template {name!r} for conversations to learn from: choose one of {known}")
-    return CONVERSATION_TEMPLATES[name]
-
-
 def encode_caption(
     tokenizer: Tokenizer,
     template: CaptionTemplate,
@@ -135,7 +62,7 @@ def encode_caption(
     media_length: int,
     max_length: int,
 ) -> TrainingText:
-    """A start token, media, and a caption with its end, which are learned (reference: models/video_llama.py).
+    """A BOS, media, and a caption with its end, which are learned (reference: models/video_llama.py).
 
     Args:
         media: of what kind they are; times play no part. As in the reference a video is asked about as an image is.
@@ -145,12 +72,13 @@ def encode_caption(
         max_length: of the caption with its end, in tokens; a longer one loses its end. Tokenised apart from the prompt.
     """
     if instruction is None:
-        template, prompt = BARE, (Mark.MEDIA,)
+        template, prompt = find_caption_template(BARE), (Mark.MEDIA,)
     else:
         before, after = template.wrap
-        prompt = (before, *_introduction(media if media.kind == "audio" else Media("image")), instruction, after)
+        introduction = _introduction(media if media.kind == "audio" else Media("image"))
+        prompt = (*before, *introduction, instruction, *after)
     asked = encode_prompt(tokenizer, prompt, [media_length])
-    learned = encode_prompt(tokenizer, (caption, template.end), []).ids[1:][:max_length]  # without a start token
+    learned = encode_prompt(tokenizer, (caption, *template.end), [], start=False).ids[:max_length]
     return TrainingText(
         ids=np.concatenate([asked.ids, learned]),
         is_media=np.concatenate([asked.is_media, np.zeros(len(learned), bool)]),
@@ -186,8 +114,8 @@ def encode_conversation(
     parts = template.opening
     for number, (question, answer) in enumerate(turns):
         asked = (*template.next_question, question) if number else _first_question(question, media, media_at)
-        parts += tuple((part, GIVEN) for part in (*asked, template.question_end))
-        parts += tuple((part, LEARNED) for part in (template.answer_start, answer, *template.answer_end))
+        parts += tuple((part, GIVEN) for part in (*asked, *template.question_end))
+        parts += tuple((part, LEARNED) for part in (*template.answer_start, answer, *template.answer_end))
     return _encode(tokenizer, parts, media_length, max_length)
 
 
@@ -215,7 +143,7 @@ def _introduction(media: Media) -> Prompt:
     return media_message(media)
 
 
-def _encode(tokenizer: Tokenizer, parts: Parts, media_length: int, max_length: int) -> TrainingText:
+def _encode(tokenizer: Tokenizer, parts: LabeledPrompt, media_length: int, max_length: int) -> TrainingText:
     """Ids of parts as one prompt, since a tokenizer sees across their seams, and which of them are learned.
 
     A seam is found as the number of ids that the prompt up to it begins with and that the whole begins with too. So a

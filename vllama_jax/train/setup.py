@@ -24,8 +24,9 @@ from vllama_jax.data.records import open_records
 from vllama_jax.data.sampling import Order, make_streams
 from vllama_jax.errors import ConfigError
 from vllama_jax.nn.network import abstract_network, new_weights
+from vllama_jax.text.prompts import check_special_tokens
+from vllama_jax.text.templates import find_caption_template, find_conversation_template
 from vllama_jax.text.tokenizer import check_vocabulary
-from vllama_jax.text.training import find_caption_template, find_conversation_template
 from vllama_jax.train.config import LORA, TrainConfig, arranged, rows_a_place
 from vllama_jax.train.feature_settings import open_caches
 from vllama_jax.train.optim import make_optimizer
@@ -204,7 +205,7 @@ def _reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> Batch
     for dataset in config.datasets:
         template = dataset.text.template or directory.config.template
         find = find_conversation_template if dataset.text.layout == "conversation" else find_caption_template
-        find(template)
+        check_special_tokens(find(template), directory.tokenizer, template)
     find_branch(config.branch).require(directory.config, str(directory.path))
     opened = [(dataset, open_records(dataset.path)) for dataset in config.datasets]
     streams = make_streams(opened, config.branch)

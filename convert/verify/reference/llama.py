@@ -1,44 +1,57 @@
-"""LLaMA's layers, by `transformers`, which reads its config.json itself."""
+"""The language model's layers, by `transformers`, whose config class for the architecture reads config.json itself."""
 
+import copy
 from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm, LlamaRotaryEmbedding
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from vllama_jax import config as ours
-from vllama_jax.convert.llama import config_fields
+from vllama_jax.convert.language_config import config_fields
+from vllama_jax.convert.weight_files import read_config_file
 
 
-def configuration(directory: Path, told: ours.LlamaConfig) -> LlamaConfig:
+def configuration(directory: Path, told: ours.LlamaConfig) -> PretrainedConfig:
     """Of a Hugging Face directory; what was told of Meta's files, which have no config.json."""
     path = directory / "config.json"
-    config = LlamaConfig.from_json_file(path) if path.exists() else LlamaConfig(**config_fields(told))
+    fields = read_config_file(path) if path.exists() else config_fields(told)
+    config = AutoConfig.for_model(**{"model_type": "llama", **fields})
     config._attn_implementation = "sdpa"
     return config
 
 
-class Layer(LlamaDecoderLayer):
+class Layer(nn.Module):
     """One layer over whole prompts, each token seeing those before it."""
 
-    def __init__(self, config: LlamaConfig):
-        super().__init__(config, layer_idx=0)
+    def __init__(self, config: PretrainedConfig):
+        super().__init__()
+        model = _one_layer(config).model
+        self.layer = model.layers[0]
         with torch.device("cpu"):  # computed, not loaded
-            self.rotary = LlamaRotaryEmbedding(config)
+            self.rotary = type(model.rotary_emb)(config)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(x.shape[1])[None]
-        return super().forward(x, position_ids=positions, position_embeddings=self.rotary(x, positions))
+        return self.layer(x, position_ids=positions, position_embeddings=self.rotary(x, positions))
 
 
 class Logits(nn.Module):
     """The last norm and the head."""
 
-    def __init__(self, config: LlamaConfig):
+    def __init__(self, config: PretrainedConfig):
         super().__init__()
-        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        whole = _one_layer(config)
+        self.norm, self.head = whole.model.norm, whole.lm_head
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.norm(x))
+
+
+def _one_layer(config: PretrainedConfig) -> nn.Module:
+    """The model of this architecture with one layer, made on the current device."""
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:1]
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=torch.float32)

@@ -1,0 +1,184 @@
+"""A language model's config.json in Hugging Face's layout ↔ LlamaConfig."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from vllama_jax.config import HIGHEST, LlamaConfig, RopeScaling
+from vllama_jax.convert.families import FAMILIES, Family, find_family
+from vllama_jax.convert.weight_files import read_config_file
+from vllama_jax.errors import CheckpointError, ConfigError
+from vllama_jax.io.json_fields import REQUIRED, flag, number, shown, whole_number, without_null
+
+_WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)(\.index\.json)?")
+
+
+def is_hugging_face(directory: Path) -> bool:
+    """Whether a directory is a language model of a known family in Hugging Face's layout, with weights in it."""
+    if not (directory / "config.json").is_file() or not any(map(_WEIGHT_FILE.fullmatch, os.listdir(directory))):
+        return False
+    return read_config_file(directory / "config.json").get("model_type") in tuple(FAMILIES)
+
+
+def is_own_file(name: str) -> bool:
+    """Whether a file in such a directory is of the language model, and no other piece."""
+    return bool(_WEIGHT_FILE.fullmatch(name)) or name.endswith((".json", ".model"))
+
+
+def read_llama_config(directory: Path, option: str = "--llama") -> dict[str, Any]:
+    """The fields of LlamaConfig that a directory's config.json gives. option: by which it was given.
+
+    Raises CheckpointError when it is missing, and ConfigError when it describes what LLaMA is not.
+    """
+    path = directory / "config.json"
+    if not directory.is_dir():
+        what = "not a directory" if directory.exists() else "no such directory"
+        raise CheckpointError(f"{directory}: {what}; {option} takes a Hugging Face LLaMA directory")
+    if not path.exists():
+        raise CheckpointError(
+            f"{directory}: no config.json; {option} takes a Hugging Face LLaMA directory, or Meta's with params.json "
+            f"and consolidated.00.pth; {_held(directory)}"
+        )
+    fields = read_config_file(path)
+    if "format" in fields and "model" in fields:
+        raise CheckpointError(f"{directory}: made by `vllama convert`, where {option} takes a LLaMA; give it as --base")
+    name = fields.get("model_type", "llama")
+    if name not in tuple(FAMILIES):
+        known = ", ".join(FAMILIES)
+        raise ConfigError(f"{path}: model_type {shown(name)} is not supported; {option} takes one of {known}")
+    _check_supported(fields, FAMILIES[name], str(path))
+    return _fields(fields, name, str(path))
+
+
+def _check_supported(fields: dict[str, Any], family: Family, where: str) -> None:
+    """Raise ConfigError where a config.json asks for what the network does not have, by the name of the field."""
+    for name, value in family.required.items():
+        given = family.defaults.get(name, value) if name not in fields else fields[name]
+        if value is False:
+            given = flag(fields, name, where, ConfigError)
+        if given != value and not (name == "sliding_window" and _covers_context(fields, family, where)):
+            advice = f"only {'null' if value is None else str(value).lower()} is"
+            raise ConfigError(f"{where}: {name} is {shown(given)}, which is not supported; {advice}")
+    layer_types = fields.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise ConfigError(f"{where}: layer_types is {shown(layer_types)}; only full_attention is supported")
+    if fields.get("hidden_act", "silu") != "silu":
+        raise ConfigError(f"{where}: activation {shown(fields['hidden_act'])} is not supported; only silu is")
+    if fields.get("quantization_config"):
+        raise ConfigError(f"{where}: its weights are quantized (quantization_config); take the model it was made from")
+
+
+def _covers_context(fields: dict[str, Any], family: Family, where: str) -> bool:
+    """Whether a sliding window is as long as the context, where it changes nothing."""
+    fields = {**family.defaults, **fields}
+    window = whole_number(fields, "sliding_window", where, ConfigError)
+    return window >= whole_number(fields, "max_position_embeddings", where, ConfigError)
+
+
+def _held(directory: Path) -> str:
+    """What a directory that is no LLaMA's holds, with the LLaMA below it where there is one."""
+    entries = sorted(directory.iterdir())
+    for entry in entries:
+        if entry.is_dir() and ((entry / "config.json").exists() or (entry / "params.json").exists()):
+            return f"did you mean {entry}?"
+    names = [entry.name for entry in entries[:3]]
+    return f"it holds {', '.join(names)}{', …' if len(entries) > 3 else ''}" if names else "it is empty"
+
+
+def config_fields(cfg: LlamaConfig) -> dict[str, Any]:
+    """What a config.json says of this language model: `read_llama_config` backward."""
+    family = find_family(cfg.family)
+    return {
+        "architectures": [family.architecture],
+        "model_type": cfg.family,
+        "vocab_size": cfg.vocab_size,
+        **{theirs: getattr(cfg, ours) for ours, theirs in _DIMENSIONS.items()},
+        "num_key_value_heads": cfg.num_kv_heads,
+        "head_dim": cfg.head_dim,
+        "hidden_act": "silu",
+        **family.required,
+        "rms_norm_eps": cfg.norm_eps,
+        "max_position_embeddings": cfg.max_length,
+        "rope_theta": cfg.rope_theta,
+        "rope_scaling": _scaling_fields(cfg.rope_scaling),
+        "tie_word_embeddings": cfg.tie_embeddings,
+    }
+
+
+def _scaling_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    if scaling.kind == "linear":
+        return {"type": "linear", "factor": scaling.factor}  # what every version reads; the older take no field more
+    return {
+        "rope_type": scaling.kind,
+        "factor": scaling.factor,
+        "low_freq_factor": scaling.low_freq_factor,
+        "high_freq_factor": scaling.high_freq_factor,
+        "original_max_position_embeddings": scaling.original_max_length,
+    }
+
+
+_DIMENSIONS = {
+    "width": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "mlp_dim": "intermediate_size",
+}
+
+
+EPSILON, ROPE_THETA, SCALING = HIGHEST["norm_eps"], HIGHEST["rope_theta"], HIGHEST["factor"]
+
+
+def _fields(fields: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    family = FAMILIES[name]
+    fields = without_null(fields, "num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters")
+    fields = {**family.defaults, **fields}
+
+    def whole(name: str, default: Any = REQUIRED) -> int:
+        return whole_number(fields, name, where, ConfigError, default)
+
+    dimensions = {ours: whole(theirs) for ours, theirs in _DIMENSIONS.items()}
+    rope = _rope(fields, where)
+    theta = number(rope, "rope_theta", where, ConfigError, ROPE_THETA, 10000.0)
+    if number(fields, "rope_theta", where, ConfigError, ROPE_THETA, theta) != theta and "rope_theta" in rope:
+        raise ConfigError(f"{where}: rope_theta is {fields['rope_theta']:g}, and {theta:g} in rope_parameters")
+    return {
+        **dimensions,
+        "num_kv_heads": whole("num_key_value_heads", dimensions["num_heads"]),
+        "head_dim": whole("head_dim", max(1, dimensions["width"] // dimensions["num_heads"])),
+        "norm_eps": number(fields, "rms_norm_eps", where, ConfigError, EPSILON, 1e-6),
+        "max_length": whole("max_position_embeddings", 2048),
+        "rope_theta": number(fields, "rope_theta", where, ConfigError, ROPE_THETA, theta),
+        "rope_scaling": _rope_scaling(rope, where),
+        "tie_embeddings": flag(fields, "tie_word_embeddings", where, ConfigError),
+        "family": name,
+        "qkv_bias": False,
+        "qk_norm": False,
+        **family.fixed,
+    }
+
+
+def _rope(fields: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a config says of rotary embeddings: transformers 5 calls it rope_parameters."""
+    for name in ("rope_parameters", "rope_scaling"):
+        if not isinstance(fields.get(name, {}), dict):
+            raise ConfigError(f"{where}: {name} must be an object, not {shown(fields[name])}")
+    return fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+
+
+def _rope_scaling(rope: dict[str, Any], where: str) -> dict[str, Any] | None:
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "llama3"):
+        raise ConfigError(f"{where}: rotary scaling {shown(kind)} is not supported; only linear and llama3 are")
+    names = ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()))
+    needed = (*names, *(("original_max_position_embeddings",) if kind == "llama3" else ()))
+    if missing := [name for name in needed if name not in rope]:
+        raise ConfigError(f"{where}: rotary scaling {kind!r} has no {', '.join(missing)}")
+    found = {"kind": kind} | {name: number(rope, name, where, ConfigError, SCALING) for name in names}
+    if kind == "llama3":
+        found["original_max_length"] = whole_number(rope, "original_max_position_embeddings", where, ConfigError)
+    return found
