@@ -28,7 +28,7 @@ from vllama_jax import convert
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.data.build import build
 from vllama_jax.data.config import DataConfig, DatasetConfig
-from vllama_jax.data.pipeline import HostBatch, batches
+from vllama_jax.data.pipeline import HostBatch, prefetched_batches
 from vllama_jax.media.write import write_video
 from vllama_jax.memory.flops import step_flops
 from vllama_jax.sharding import under
@@ -198,7 +198,7 @@ def measure(folder: Path) -> dict[str, float]:
     torch_run, found = torch_step(), {}
     for name, config, rounds in (("live", live, 5), ("cached", cached, 9)):
         our_run, plan = our_step(config)
-        stream = batches(plan.reader, 0, config.steps, config.data)
+        stream = prefetched_batches(plan.reader, 0, config.steps, config.data)
         batch = next(stream)
         our_run(batch), torch_run(batch)
         times = []

@@ -15,7 +15,7 @@ from vllama_jax.errors import CheckpointError
 
 
 @dataclasses.dataclass(frozen=True)
-class Layers:
+class LayerNames:
     """The layers in a file. part: of the config. pattern: of their names. said_by: what says how many there are."""
 
     part: str
@@ -57,7 +57,7 @@ class Piece:
     branch: str | None = None
     fields: tuple[str, ...] = ()
     needs: str = ""
-    layers: Layers | None = None
+    layers: LayerNames | None = None
     prefix: str = ""
     file_name: str = ""
     bare: bool = False
@@ -114,7 +114,7 @@ PIECES: dict[str, Piece] = {
         lambda cfg: eva_vit.extras(cfg.vit),
         lambda source: {"vit": eva_vit.infer(source)},
         applies=lambda cfg: type(cfg.vit) is VitConfig,
-        layers=Layers("vit", r"blocks\.(\d+)\.", '--config {"vit": {"depth": …}} says'),
+        layers=LayerNames("vit", r"blocks\.(\d+)\.", '--config {"vit": {"depth": …}} says'),
         prefix="visual_encoder.",
         file_name="eva_vit_g",
         bare=True,
@@ -192,7 +192,7 @@ PIECES: dict[str, Piece] = {
         lambda cfg: find_family(cfg.llama.family).rules(cfg.llama),
         lambda cfg: find_family(cfg.llama.family).extras(cfg.llama),
         lambda source: {"llama": {"vocab_size": source.shape("model.embed_tokens.weight", 2)[0]}},
-        layers=Layers("llama", r"model\.layers\.(\d+)\.", "its config.json says"),
+        layers=LayerNames("llama", r"model\.layers\.(\d+)\.", "its config.json says"),
         prefix="llama_model.",
     ),
 }

@@ -30,9 +30,9 @@ from vllama_jax.convert.hub import local
 from vllama_jax.convert.infer_config import model_config
 from vllama_jax.convert.language import LanguageModel, open_language_model
 from vllama_jax.convert.match_weights import Leaf, match
-from vllama_jax.convert.new_weights import SEED, leave_out, new_components
+from vllama_jax.convert.new_weights import SEED, drop_components, new_components
 from vllama_jax.convert.weight_files import Source, open_file
-from vllama_jax.convert.write_tensors import Progress
+from vllama_jax.convert.write_tensors import BytesProgress
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import new_directory, write_file
 
@@ -93,7 +93,7 @@ def plan(
     from vllama_jax.text.tokenizer import check_vocabulary, load_tokenizer
 
     model = open_stored(Path(base)) if base else None
-    leave_out(model, without)
+    drop_components(model, without)
     given = {kind: local(path) for kind, path in files.items() if path is not None}
     directory, llama_directory, delta = (path and local(path) for path in (directory, llama_directory, delta))
     found = _found(directory, given, llama_directory)
@@ -182,7 +182,7 @@ def _check_complete(kinds: Sequence[str], base: StoredModel | None, directory: s
 
 
 def convert(
-    plan: ConversionPlan, out: str | Path, *, dtype: str | None = None, progress: Progress = lambda done: None
+    plan: ConversionPlan, out: str | Path, *, dtype: str | None = None, progress: BytesProgress = lambda done: None
 ) -> None:
     """Writes the model directory that `plan` describes; `out` appears when it is whole.
 
@@ -226,7 +226,7 @@ def bytes_to_write(plan: ConversionPlan, dtype: str | None = None) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(dtype or leaf.dtype).itemsize for leaf in plan.all_leaves)
 
 
-def _counted(blocks: Iterator[np.ndarray], progress: Progress) -> Iterator[np.ndarray]:
+def _counted(blocks: Iterator[np.ndarray], progress: BytesProgress) -> Iterator[np.ndarray]:
     for block in blocks:
         yield block
         progress(block.nbytes)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from vllama_jax.convert.components import PIECES, recognise, unwrapped
-from vllama_jax.convert.language import is_language_model, is_own_file
+from vllama_jax.convert.language import is_language_model, is_language_model_file
 from vllama_jax.convert.weight_files import Source, looks_like_weights, open_file
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.paths import first_bytes
@@ -85,7 +85,7 @@ def _walk(folder: Path, seen: set[Path]) -> Iterator[Path]:
     for entry in entries:
         if entry.is_dir() and not entry.name.startswith("."):
             yield from _walk(entry, seen)
-        elif not entry.name.startswith(".") and not (is_model and is_own_file(entry.name)):
+        elif not entry.name.startswith(".") and not (is_model and is_language_model_file(entry.name)):
             yield entry
 
 

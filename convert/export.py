@@ -22,18 +22,18 @@ from vllama_jax.convert.components import PIECES
 from vllama_jax.convert.language_config import config_fields
 from vllama_jax.convert.match_weights import abstract_shapes
 from vllama_jax.convert.rules import Rule, turned
-from vllama_jax.convert.write_tensors import Progress, Tensor, require_torch, write_safetensors, write_torch
+from vllama_jax.convert.write_tensors import BytesProgress, Tensor, require_torch, write_safetensors, write_torch
 from vllama_jax.io.atomic import new_directory, replace_json, write_file, write_json
 from vllama_jax.io.json_files import read_object
 
-Format = Literal["pth", "safetensors"]
+ExportFormat = Literal["pth", "safetensors"]
 Files = Mapping[str, Sequence[Tensor]]  # what is in each file, by its path in the directory
 
-SHARD_BYTES = 5e9  # Hugging Face's own default when LLaMA was published
+EXPORT_SHARD_BYTES = 5e9  # Hugging Face's own default when LLaMA was published
 NUM_POSITION_IDS = 512  # BERT's
 
 
-def plan_export(model: ModelDirectory, format: Format = "pth", shard_bytes: float = SHARD_BYTES) -> Files:
+def plan_export(model: ModelDirectory, format: ExportFormat = "pth", shard_bytes: float = EXPORT_SHARD_BYTES) -> Files:
     """The files that make up a model in the original's layouts, or one with every tensor by its name in the whole.
 
     shard_bytes: of a file of the language model at most, where a tensor is not larger.
@@ -53,7 +53,7 @@ def _file_name(kind: str) -> str:
     return f"{PIECES[kind].file_name or kind}.pth"
 
 
-def export(model: ModelDirectory, files: Files, out: str | Path, progress: Progress = lambda done: None) -> None:
+def export(model: ModelDirectory, files: Files, out: str | Path, progress: BytesProgress = lambda done: None) -> None:
     """Writes the files that `plan_export` gave; `out` appears when it is whole.
 
     progress: called with the bytes written since.
@@ -82,7 +82,7 @@ def export(model: ModelDirectory, files: Files, out: str | Path, progress: Progr
         write_json(directory / "config.json", to_dict(model.config))
 
 
-def bytes_to_write(files: Files) -> int:
+def export_bytes(files: Files) -> int:
     return sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
 
 
@@ -180,7 +180,7 @@ def _write_llama(directory: Path, model: ModelDirectory, shards: Files) -> None:
     replace_json(directory / "config.json", fields)  # a tokenizer.json may have brought one, for its ids
     if len(shards) > 1:
         homes = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
-        index = {"metadata": {"total_size": bytes_to_write(shards)}, "weight_map": homes}
+        index = {"metadata": {"total_size": export_bytes(shards)}, "weight_map": homes}
         write_json(directory / "model.safetensors.index.json", index)
 
 

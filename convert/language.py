@@ -58,9 +58,9 @@ def is_language_model(directory: Path) -> bool:
     return language_config.is_hugging_face(directory) or meta_llama.is_meta(directory)
 
 
-def is_own_file(name: str) -> bool:
+def is_language_model_file(name: str) -> bool:
     """Whether a file in such a directory is of the language model, and no other piece."""
-    return language_config.is_own_file(name) or bool(meta_llama.SHARD.fullmatch(name)) or name.endswith(".chk")
+    return language_config.is_hugging_face_file(name) or bool(meta_llama.SHARD.fullmatch(name)) or name.endswith(".chk")
 
 
 def _open(directory: Path, option: str) -> LanguageModel:

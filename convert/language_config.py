@@ -21,7 +21,7 @@ def is_hugging_face(directory: Path) -> bool:
     return read_config_file(directory / "config.json").get("model_type") in tuple(FAMILIES)
 
 
-def is_own_file(name: str) -> bool:
+def is_hugging_face_file(name: str) -> bool:
     """Whether a file in such a directory is of the language model, and no other piece."""
     return bool(_WEIGHT_FILE.fullmatch(name)) or name.endswith((".json", ".model"))
 

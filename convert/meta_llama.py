@@ -20,7 +20,7 @@ SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 MAX_LENGTH = 2048  # LLaMA-1's; nothing in the files says that LLaMA-2's is 4096
 
 # Meta's name → Hugging Face's, and the axis along which shards continue each other (None: each has the whole).
-NAMES: dict[str, tuple[str, int | None]] = {
+META_NAMES: dict[str, tuple[str, int | None]] = {
     "attention.wq.weight": ("self_attn.q_proj.weight", 0),
     "attention.wk.weight": ("self_attn.k_proj.weight", 0),
     "attention.wv.weight": ("self_attn.v_proj.weight", 0),
@@ -144,10 +144,10 @@ def _renamed(theirs: str, shape: tuple[int, ...], width: int) -> tuple[str, int 
     if theirs == EMBEDDING:  # split along the width in LLaMA 1 and 2, along the vocabulary in 3
         return "model.embed_tokens.weight", 0 if shape[1:] == (width,) else 1
     layer = re.fullmatch(r"layers\.(\d+)\.(.*)", theirs)
-    if layer and layer[2] in NAMES:
-        name, axis = NAMES[layer[2]]
+    if layer and layer[2] in META_NAMES:
+        name, axis = META_NAMES[layer[2]]
         return f"model.layers.{layer[1]}.{name}", axis
-    return NAMES.get(theirs, (theirs, None))
+    return META_NAMES.get(theirs, (theirs, None))
 
 
 def _joined_shape(shape: tuple[int, ...], axis: int | None, parts: int) -> tuple[int, ...]:

@@ -58,7 +58,7 @@ def new_components(config: VideoLlamaConfig, components: Sequence[str], seed: in
     return [NewWeight(path, shape, config, seed) for path, shape in shapes.items() if component_of(path) in components]
 
 
-def leave_out(base: StoredModel | None, components: Sequence[str]) -> None:
+def drop_components(base: StoredModel | None, components: Sequence[str]) -> None:
     """Take components out of what a base gives. Raises ConfigError where there is no base."""
     if components and base is None:
         raise ConfigError(f"--without {components[0]}: leaves a component of --base out; give a base")

@@ -24,14 +24,14 @@ from vllama_jax.errors import VllamaError
 from vllama_jax.io.atomic import new_directory
 
 VOCAB_SIZE = 512
-Format = Literal["safetensors", "pth"]
+TinyFormat = Literal["safetensors", "pth"]
 
 
 def write_tiny(
     out: str | Path,
     *,
     config: VideoLlamaConfig | None = None,
-    format: Format = "safetensors",
+    format: TinyFormat = "safetensors",
     half: bool = False,
     seed: int = 0,
 ) -> dict[str, Path]:
@@ -92,7 +92,7 @@ def random_tensor(name: str, shape: Iterable[int], seed: int = 0) -> np.ndarray:
     return values / np.sqrt(np.float32(np.prod(shape[1:])))
 
 
-def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: Format) -> Path:
+def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: TinyFormat) -> Path:
     """A file of tensors; `.pth` as training scripts save it, under "model"."""
     path = path.with_suffix(f".{format}")
     if format == "safetensors":

@@ -21,7 +21,7 @@ from vllama_jax.errors import CheckpointError
 from vllama_jax.io.prefetch import in_order
 from vllama_jax.runtime.extras import import_extra
 
-READERS = 2  # one tensor is read and turned while another is written
+TENSOR_READERS = 2  # one tensor is read and turned while another is written
 ALIGNMENT = 64  # bytes; where torch puts a tensor's first one, so that mapped files serve as they are
 ZIP_HEADER = 30  # bytes before an entry's name
 PADDING_FIELD = 0x4246  # "FB": torch's own name for the field of a zip entry that holds the padding
@@ -39,7 +39,7 @@ TORCH_STORAGES = {
     "bfloat16": "BFloat16Storage",
     "int64": "LongStorage",
 }
-Progress = Callable[[int], None]
+BytesProgress = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +61,7 @@ def require_torch() -> None:
     import_extra("torch", "convert", "writing .pth files", CheckpointError, "use --format safetensors")
 
 
-def write_safetensors(path: Path, tensors: Sequence[Tensor], progress: Progress) -> None:
+def write_safetensors(path: Path, tensors: Sequence[Tensor], progress: BytesProgress) -> None:
     """The format is a header in JSON and the tensors' bytes; the library that reads it writes whole files only."""
     tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # each at a multiple of its dtype's size
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -80,7 +80,7 @@ def write_safetensors(path: Path, tensors: Sequence[Tensor], progress: Progress)
         _sync(file)
 
 
-def write_torch(path: Path, tensors: Sequence[Tensor], wrapped: bool, progress: Progress) -> None:
+def write_torch(path: Path, tensors: Sequence[Tensor], wrapped: bool, progress: BytesProgress) -> None:
     """What torch.save writes of the tensors by name, or, wrapped, of {"model": them}.
 
     That is a zip file of stored entries: a pickle that says what is where, and one entry for each tensor's bytes.
@@ -99,7 +99,7 @@ def write_torch(path: Path, tensors: Sequence[Tensor], wrapped: bool, progress: 
 
 
 def _read(tensors: Sequence[Tensor]) -> Iterator[memoryview]:
-    for values in in_order(lambda tensor: tensor.read(), tensors, READERS):
+    for values in in_order(lambda tensor: tensor.read(), tensors, TENSOR_READERS):
         yield memoryview(values.reshape(-1).view(np.uint8))
 
 

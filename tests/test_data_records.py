@@ -45,7 +45,7 @@ def source(tmp_path_factory) -> Path:
 @pytest.fixture
 def out(source, tmp_path, monkeypatch) -> Path:
     """Records in several files of about four each."""
-    monkeypatch.setattr(tfds_builders, "SHARD_BYTES", 4000)
+    monkeypatch.setattr(tfds_builders, "RECORD_SHARD_BYTES", 4000)
     build("jsonl", source, tmp_path / "out")
     return tmp_path / "out"
 
@@ -245,7 +245,7 @@ def test_a_full_disk_is_one_line(source, tmp_path):
 
 
 def test_how_records_are_spread_over_files(monkeypatch):
-    monkeypatch.setattr(tfds_builders, "SHARD_BYTES", 100)
+    monkeypatch.setattr(tfds_builders, "RECORD_SHARD_BYTES", 100)
     assert tfds_builders.shard_counts([60, 60, 60, 60, 10]) == [2, 2, 1]
     assert tfds_builders.shard_counts([1000, 1, 99, 1000]) == [1, 2, 1]
     assert tfds_builders.shard_counts([5]) == [1]

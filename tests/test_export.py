@@ -22,7 +22,7 @@ from vllama_jax.checkpoints import arrays
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import LoraConfig, RopeScaling, tiny, video_llama_7b
 from vllama_jax.convert import export
-from vllama_jax.convert.export import SHARD_BYTES, Format
+from vllama_jax.convert.export import EXPORT_SHARD_BYTES, ExportFormat
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.model import load
 from vllama_jax.nn.llama import rope_frequencies
@@ -40,7 +40,7 @@ OTHER_TOWERS = r"(audio_encoder\.)?modality_\w+\.(text|depth|thermal|imu)\..*"
 ALL = LoraConfig(rank=3, alpha=6.0, targets=("query", "key", "value", "out", "gate", "up", "down"))
 
 
-def exported(model: Path, out: Path, format: Format = "pth", shard_bytes: float = SHARD_BYTES) -> Path:
+def exported(model: Path, out: Path, format: ExportFormat = "pth", shard_bytes: float = EXPORT_SHARD_BYTES) -> Path:
     directory = open_model(model)
     export.export(directory, export.plan_export(directory, format, shard_bytes), out)
     return out
@@ -168,14 +168,14 @@ ROPES = {
 
 
 @pytest.mark.parametrize(("rope", "tied"), [("none", False), ("linear", True), ("llama3", False)])
-@pytest.mark.parametrize("shard_bytes", [SHARD_BYTES, 100_000])
+@pytest.mark.parametrize("shard_bytes", [EXPORT_SHARD_BYTES, 100_000])
 def test_transformers_loads_the_language_model(tmp_path, rope, tied, shard_bytes):
     llama = dataclasses.replace(tiny().llama, rope_scaling=ROPES[rope], tie_embeddings=tied, rope_theta=5e5)
     paths = write_tiny(tmp_path / "files", config=dataclasses.replace(tiny(audio=False), llama=llama), half=True)
     convert.convert(plan(paths), tmp_path / "model")
     made = exported(tmp_path / "model", tmp_path / "made", shard_bytes=shard_bytes) / "llama"
     shards = [file.stat().st_size for file in made.glob("*.safetensors")]
-    assert len(shards) == 1 if shard_bytes == SHARD_BYTES else max(shards) < shard_bytes + 5000
+    assert len(shards) == 1 if shard_bytes == EXPORT_SHARD_BYTES else max(shards) < shard_bytes + 5000
     loaded, problems = LlamaForCausalLM.from_pretrained(made, dtype="auto", output_loading_info=True)
     assert not any(problems.values())
     state = loaded.state_dict()

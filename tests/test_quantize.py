@@ -84,7 +84,7 @@ def test_two_weights_in_a_byte(width):
     packed = quantized.pack_int4(values)
     assert packed.dtype == jnp.uint8
     assert packed.shape == (5, 3, -(-width // 2))
-    np.testing.assert_array_equal(quantized.unpack(packed, width, jnp.float32), values)
+    np.testing.assert_array_equal(quantized.unpack_int4(packed, width, jnp.float32), values)
     assert quantized.pack_int4(np.array([-7, 1], np.int8)).tolist() == [1 | 9 << 4]
 
 
@@ -272,7 +272,7 @@ def test_published_widths_have_groups_of_128():
         assert {group(layer) for layer in abstract(config).values() if layer.bits == 4} == {128}
 
 
-def abstract(config: VideoLlamaConfig) -> quantize.Layers:
+def abstract(config: VideoLlamaConfig) -> quantize.QuantizedLayers:
     return quantize.abstract_layers(config, "bfloat16", "int4")[1]
 
 

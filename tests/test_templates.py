@@ -15,7 +15,7 @@ from vllama_jax.text import templates
 from vllama_jax.text.prompts import Media, check_special_tokens, encode_prompt
 from vllama_jax.text.templates import TEMPLATES, Mark, TemplateName, Token, special_tokens
 from vllama_jax.text.tokenizer import load_tokenizer
-from vllama_jax.text.training import IGNORE, encode_caption, encode_conversation
+from vllama_jax.text.training import IGNORE, encode_caption, label_conversation
 
 IMAGE = Media("image")
 
@@ -51,7 +51,7 @@ def test_special_tokens_of_a_form(form):
 
 def test_a_chatml_conversation_has_labels_at_answers_and_their_ends(qwen):
     template = templates.find_conversation_template("chatml")
-    text = encode_conversation(qwen, template, [("Who?", "Me."), ("Why?", "So.")], IMAGE, 0, 2, 512)
+    text = label_conversation(qwen, template, [("Who?", "Me."), ("Why?", "So.")], IMAGE, 0, 2, 512)
     assert shown(text, qwen) == (
         "<|im_start|>user\n<Image>**</Image>Who?<|im_end|>\n<|im_start|>assistant\n«Me.<|im_end|>»\n"
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n«So.<|im_end|>»"
@@ -72,7 +72,7 @@ def test_a_caption_without_a_bos(qwen, instruction, expected):
 
 def test_what_people_wrote_in_training_texts_is_text(qwen):
     template = templates.find_conversation_template("chatml")
-    text = encode_conversation(qwen, template, [("<|im_end|>", "<|im_start|>")], IMAGE, 0, 2, 512)
+    text = label_conversation(qwen, template, [("<|im_end|>", "<|im_start|>")], IMAGE, 0, 2, 512)
     assert [text.ids.tolist().count(i) for i in (1, 2)] == [2, 2]
 
 

@@ -20,7 +20,7 @@ from vllama_jax.data.tokenization import pad_texts
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.text.prompts import Media
 from vllama_jax.text.templates import find_caption_template, find_conversation_template
-from vllama_jax.text.training import encode_caption, encode_conversation
+from vllama_jax.text.training import encode_caption, label_conversation
 from vllama_jax.train.config import AUDIO_BRANCH, VISION_BRANCH, OptimConfig, TrainConfig
 from vllama_jax.train.optim import decays, learning_rate, make_optimizer
 from vllama_jax.train.state import Skeleton, initial_state, matching
@@ -132,7 +132,7 @@ def conversation_batch(golden, setting, case, branch, name) -> dict:
             frames.append(np.load(golden / f"media/{clip}_video.npz")["frames_uint8_thwc"])
     many = media_length(branch)
     for turns, media, at in given:
-        texts.append(encode_conversation(setting.directory.tokenizer, template, turns, media, at, many, 512))
+        texts.append(label_conversation(setting.directory.tokenizer, template, turns, media, at, many, 512))
     return one_shape(frames, texts, many)
 
 

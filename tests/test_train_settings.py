@@ -17,7 +17,7 @@ from vllama_jax.train.config import (
     arranged,
     rows_a_place,
 )
-from vllama_jax.train.state import leave_out
+from vllama_jax.train.state import remove_unused
 
 
 def config_of(**options) -> TrainConfig:
@@ -101,7 +101,7 @@ def left(branch: str, kinds: tuple[str, ...], **options) -> tuple[set[str], set[
     imagebind = SimpleNamespace(vision=1, audio=1)
     network = SimpleNamespace(**dict.fromkeys(COMMON | VISION | AUDIO, 1), imagebind=imagebind)
     trainable = {} if branch == "vision" else {"trainable": AUDIO_BRANCH}
-    leave_out(network, config_of(branch=branch, **trainable, **options), kinds)
+    remove_unused(network, config_of(branch=branch, **trainable, **options), kinds)
     senses = set(vars(imagebind)) if hasattr(network, "imagebind") else set()
     return set(vars(network)) - {"imagebind"}, senses
 
@@ -128,7 +128,7 @@ def test_parts_that_a_run_does_not_use_are_left_out(branch, kinds, options, part
 
 def test_a_picture_only_network_has_nothing_of_the_audio_branch_to_leave_out():
     network = SimpleNamespace(**dict.fromkeys(COMMON | VISION, 1))
-    leave_out(network, config_of(), ("video",))
+    remove_unused(network, config_of(), ("video",))
     assert set(vars(network)) == COMMON | VISION
 
 

@@ -22,7 +22,7 @@ from vllama_jax.text.training import (
     IGNORE,
     clean_caption,
     encode_caption,
-    encode_conversation,
+    label_conversation,
 )
 
 VIDEO = Media("video", seconds=(0.0, 2.5))
@@ -37,7 +37,7 @@ def caption(template, text, media=IMAGE, instruction=None, media_length=2, max_l
 
 def conversation(template, turns, media=IMAGE, media_at=0, media_length=2, max_length=512, tokenizer=SPELLING):
     chosen = find_conversation_template(template)
-    return encode_conversation(tokenizer, chosen, turns, media, media_at, media_length, max_length)
+    return label_conversation(tokenizer, chosen, turns, media, media_at, media_length, max_length)
 
 
 HEAR = "Close your eyes, open your ears and you imagine only based on the sound that: **▁."

@@ -24,7 +24,7 @@ EACH = CheckpointConfig(every=1)
 
 def use_one_device(patch: pytest.MonkeyPatch) -> None:
     """Train on one of the devices that the tests see: a step that is partitioned over all takes longer to compile."""
-    patch.setattr(setup, "make_mesh", lambda _: sharding.make_mesh(devices=jax.devices()[:1]))
+    patch.setattr(setup, "mesh_of_run", lambda _: sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def worker_processes(parent: int) -> set[int]:

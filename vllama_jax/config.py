@@ -305,6 +305,9 @@ class GenerationConfig:
             raise ConfigError("beam search does not sample: give either num_beams above 1 or a temperature above 0")
 
 
+GREEDY = GenerationConfig()
+
+
 # Presets: the published sizes (golden/full_param_shapes.json holds every shape) and one for tests.
 
 EVA_G = VitConfig(width=1408, depth=39, num_heads=16, mlp_dim=6144)  # 39: BLIP-2 drops EVA's last block

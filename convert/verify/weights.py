@@ -22,7 +22,7 @@ from vllama_jax.convert.match_weights import Leaf, abstract_shapes
 from vllama_jax.errors import CheckpointError, ConfigError
 
 CHOSEN = ("template", "num_frames", "num_clips")  # fields of a config that no file tells
-LISTED = 3
+LISTED_DIFFERENCES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,8 +127,8 @@ def check_comparable(directory: ModelDirectory, plan: ConversionPlan) -> None:
 
 def shortened(told: list[str], separator: str = ", ") -> str:
     """The first few, and the number of the rest."""
-    more = [f"… and {len(told) - LISTED} more"] if len(told) > LISTED else []
-    return separator.join([*told[:LISTED], *more])
+    more = [f"… and {len(told) - LISTED_DIFFERENCES} more"] if len(told) > LISTED_DIFFERENCES else []
+    return separator.join([*told[:LISTED_DIFFERENCES], *more])
 
 
 def config_differences(directory: ModelDirectory, plan: ConversionPlan) -> list[str]:

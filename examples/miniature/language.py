@@ -30,7 +30,7 @@ from vllama_jax.nn.llama import Llama
 from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
-from vllama_jax.text.training import encode_conversation, find_conversation_template
+from vllama_jax.text.training import find_conversation_template, label_conversation
 
 Text = tuple[np.ndarray, np.ndarray]  # token ids [n], and whether each is of notes, bool [n]
 DrawText = Callable[[Tokenizer, np.random.Generator], Text]
@@ -170,7 +170,7 @@ def _training_text(tokenizer: Tokenizer, scene: Scene, draw: np.random.Generator
     turns = texts.dialogue(scene, draw, int(draw.integers(2, 6)), wordings=4)
     if media.kind == "image":
         turns[0] = (f" {turns[0][0]}", turns[0][1])
-    encoded = encode_conversation(tokenizer, find_conversation_template(TEMPLATE), turns, media, 0, len(notes), LENGTH)
+    encoded = label_conversation(tokenizer, find_conversation_template(TEMPLATE), turns, media, 0, len(notes), LENGTH)
     return _filled(encoded.ids, encoded.is_media, notes), encoded.is_media
 
 

@@ -78,6 +78,6 @@ def write_model(out: Path, weights: Weights, tokenizer: Path, config: VideoLlama
         write_manifest(directory, {}, params.leaves)
 
 
-def under(prefix: str, module: nnx.Module) -> Weights:
+def with_prefix(prefix: str, module: nnx.Module) -> Weights:
     """A module's weights by their paths in the whole model, where it is called `prefix`."""
     return {f"{prefix}/{path}": value for path, value in weights_of(module).items()}

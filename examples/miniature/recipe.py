@@ -23,7 +23,7 @@ from vllama_jax.io.atomic import new_directory, replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.miniature import captioner, hearing, language, towers
 from vllama_jax.miniature.hearing import read_pairs
-from vllama_jax.miniature.parts import CONFIG, Weights, kept, under, weights_of, write_model
+from vllama_jax.miniature.parts import CONFIG, Weights, kept, weights_of, with_prefix, write_model
 from vllama_jax.miniature.pictures import draw_pictures
 from vllama_jax.miniature.world import Amounts, write_world
 from vllama_jax.nn.imagebind import AudioTower
@@ -97,7 +97,7 @@ def make_base(out: Path, seed: int, recipe: Recipe, say: Say) -> None:
         "llama": llama,
         "audio_llama_proj": told.llama_proj,
     }
-    weights = {path: value for name, one in named.items() for path, value in under(name, one).items()}
+    weights = {path: value for name, one in named.items() for path, value in with_prefix(name, one).items()}
     _write_bases(out, {**weights, **weights_of(told)}, seed)
 
 

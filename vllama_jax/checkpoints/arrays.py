@@ -30,7 +30,7 @@ WHOLE_BYTES = 2**20  # a weight of at most this is one file, whatever its layers
 CHUNKS_AHEAD = 2  # handed to the disk and not yet written
 WRITERS = 2  # one copies a chunk while another waits for the disk: 1.2 GB/s where one reached 0.7
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16", "int8", "uint8")  # the last two are quantized values
-HASHERS = 4  # weights read and hashed at once; each holds a layer
+ARRAY_HASHERS = 4  # weights read and hashed at once; each holds a layer
 
 
 class ParamsWriter:
@@ -261,7 +261,7 @@ def damaged_params(
 
     All are read, and their xxh3_128 computed again. progress is called with the bytes read since.
     """
-    with concurrent.futures.ThreadPoolExecutor(HASHERS) as hashers:
+    with concurrent.futures.ThreadPoolExecutor(ARRAY_HASHERS) as hashers:
         found = hashers.map(lambda path: _damage(directory, path, leaves[path], progress), leaves)
         return {path: damage for path, damage in zip(leaves, found, strict=True) if damage}
 

@@ -23,8 +23,8 @@ DIGESTS = "digests.json"
 NOTES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 NAME = re.compile(r"step_(0|[1-9][0-9]*)")  # as Orbax writes it
 BLOCK_BYTES = 4 * 2**20  # read and hashed at a time
-HASHERS = 4  # files at a time
-LISTED = 3  # damaged files in a message
+FILE_HASHERS = 4  # files at a time
+LISTED_FILES = 3  # damaged files in a message
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,13 +158,13 @@ def _size_problem(path: Path, size: int) -> str:
 
 
 def _damage(damaged: list[str]) -> CheckpointError:
-    more = [f"and {len(damaged) - LISTED} more files"] if len(damaged) > LISTED else []
-    return CheckpointError("; ".join([*damaged[:LISTED], *more]))
+    more = [f"and {len(damaged) - LISTED_FILES} more files"] if len(damaged) > LISTED_FILES else []
+    return CheckpointError("; ".join([*damaged[:LISTED_FILES], *more]))
 
 
 def _hash_all(files: Iterable[Path], progress: Callable[[int], None] = lambda done: None) -> list[str]:
     """The xxh3_128 of each file. Raises OSError."""
-    with concurrent.futures.ThreadPoolExecutor(HASHERS) as hashers:
+    with concurrent.futures.ThreadPoolExecutor(FILE_HASHERS) as hashers:
         return list(hashers.map(lambda file: _hash_file(file, progress), files))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from vllama_jax.checkpoints.arrays import ParamsWriter, check_params
 from vllama_jax.checkpoints.directory import ModelDirectory, write_config, write_manifest
 from vllama_jax.checkpoints.reader import RowReader, row_reader, stored_dtype
-from vllama_jax.checkpoints.restore import Restoring, check_leaves, placed, restore_weights
+from vllama_jax.checkpoints.restore import Restoring, check_leaves, restore_weights, with_own_sharding
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.io.atomic import new_directory, write_file
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 BITS = {"int8": 8, "int4": 4}
 QUANTIZED_WEIGHTS = ("values", "scale")
-Layers = Mapping[str, "QuantizedLinear"]
+QuantizedLayers = Mapping[str, "QuantizedLinear"]
 
 
 def scheme_of(directory: ModelDirectory, asked: str | None) -> str | None:
@@ -59,7 +59,7 @@ def network_to_load(
 
 def abstract_layers(
     config: VideoLlamaConfig, dtype: str | None, scheme: str | None, lora: LoraConfig = NO_LORA
-) -> "tuple[VideoLlama, Layers]":
+) -> "tuple[VideoLlama, QuantizedLayers]":
     """A network with shapes in place of weights, and its quantised layers by path."""
     from vllama_jax.nn.quantized import quantize_layers
 
@@ -67,7 +67,9 @@ def abstract_layers(
     return network, quantize_layers(network, BITS[scheme]) if scheme else {}
 
 
-def _restore_weights(layers: Layers, directory: ModelDirectory, wanted: dict[str, Any]) -> "dict[str, jax.Array]":
+def _restore_weights(
+    layers: QuantizedLayers, directory: ModelDirectory, wanted: dict[str, Any]
+) -> "dict[str, jax.Array]":
     """`restore_weights`, with the kernels of `layers` quantised on the device, one layer after the other."""
     read = row_reader(directory)
     _check_kernels(directory, layers)
@@ -75,12 +77,12 @@ def _restore_weights(layers: Layers, directory: ModelDirectory, wanted: dict[str
     restored = restore_weights(directory, {path: wanted[path] for path in wanted if path not in made})
     for path, layer in layers.items():
         names = [f"{path}/{weight}" for weight in QUANTIZED_WEIGHTS]
-        places = tuple(placed(wanted[name]) for name in names)
+        places = tuple(with_own_sharding(wanted[name]) for name in names)
         restored |= zip(names, _quantized_leaf(read, path, layer, places), strict=True)
     return restored
 
 
-def _check_kernels(directory: ModelDirectory, layers: Layers) -> None:
+def _check_kernels(directory: ModelDirectory, layers: QuantizedLayers) -> None:
     """Raises CheckpointError unless the kernels are there, of the right shape, and their files whole."""
     kernels = {f"{path}/kernel": layer.kernel_shape for path, layer in layers.items()}
     check_leaves(directory, kernels)
@@ -137,7 +139,7 @@ def quantized_rows(
         yield quantized(place(read(f"{path}/kernel", row)), layer.inputs, layer.bits)
 
 
-def quantizing_reader(directory: ModelDirectory, layers: Layers) -> RowReader:
+def quantizing_reader(directory: ModelDirectory, layers: QuantizedLayers) -> RowReader:
     """Reads the weights of a network with quantised layers, which it quantises itself, or one row of theirs."""
     from vllama_jax.nn.quantized import quantized
 

@@ -59,7 +59,7 @@ def restore_arrays(path: Path, wanted: dict[str, Any]) -> "dict[str, jax.Array]"
 
     if not wanted:
         return {}
-    tree = nest({path: placed(leaf) for path, leaf in wanted.items()})
+    tree = nest({path: with_own_sharding(leaf) for path, leaf in wanted.items()})
     restore_args = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape), tree
     )
@@ -83,7 +83,7 @@ def gb_in_flight(shapes: Iterable[Sequence[int]]) -> int:
     return max(IN_FLIGHT_GB, max(math.prod(shape) for shape in shapes) * 4 // 10**9 + 1)
 
 
-def placed(leaf: Any) -> Any:
+def with_own_sharding(leaf: Any) -> Any:
     """An abstract leaf with a sharding: its own, or the first device's."""
     import jax
 

@@ -4,7 +4,7 @@ from vllama_jax.cli._usage import UsageError
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.config_files import Prepare, load_config
 
-DEFAULT = "vision_stage1"
+DEFAULT_CONFIG = "vision_stage1"
 
 
 def named_config(arguments: list[str], command: str) -> tuple[TrainConfig, Prepare]:
@@ -19,7 +19,7 @@ def named_config(arguments: list[str], command: str) -> tuple[TrainConfig, Prepa
         ConfigError: As `load_config`.
     """
     first = first_argument(arguments, f"name a run config first: `{command}`, or a Python file")
-    return load_config(first or DEFAULT)
+    return load_config(first or DEFAULT_CONFIG)
 
 
 def first_argument(arguments: list[str], advice: str) -> str | None:

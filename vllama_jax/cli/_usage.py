@@ -13,7 +13,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import tyro
 
@@ -22,7 +22,8 @@ from vllama_jax.errors import VllamaError
 
 Command = Callable[..., None]
 
-CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
+Json = Annotated[bool, tyro.conf.arg(name="json")]  # the flag --json, whose variable may not hide a module
+TYRO_CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
 UNWRAPPED = "10000"  # columns; tyro breaks its messages to fit the terminal
 TYPES = {"INT": "a whole number", "FLOAT": "a number"}
 _FLAG = re.compile(r"│ +(--[\w.-]+)(?: (\S+))?")  # in --help without line breaks: a flag and what it takes
@@ -50,7 +51,7 @@ def parse(command: Command, prog: str, arguments: Sequence[str]) -> Callable[[],
     arguments = ["--help"] if asked_for_help else arguments  # of all arguments, not of those that are still missing
     try:
         with _captured(wide=not asked_for_help) as printed:
-            return tyro.cli(_deferred(command), prog=prog, args=arguments, config=CONFIG)
+            return tyro.cli(_deferred(command), prog=prog, args=arguments, config=TYRO_CONFIG)
     except SystemExit as stop:
         if stop.code:
             raise UsageError(_explain(printed.getvalue(), command, prog, arguments)) from None
@@ -77,7 +78,7 @@ def list_commands(prog: str, commands: Mapping[str, str], example: str) -> str:
 def help_of(command: Command, prog: str) -> str:
     """Return the help of a command as tyro draws it, without line breaks."""
     with contextlib.suppress(SystemExit), _captured(wide=True) as printed:
-        tyro.cli(_deferred(command), prog=prog, args=["--help"], config=CONFIG)
+        tyro.cli(_deferred(command), prog=prog, args=["--help"], config=TYRO_CONFIG)
     return printed.getvalue()
 
 

@@ -16,15 +16,14 @@ from vllama_jax.checkpoints import shipped
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.shipped import find_clip, is_shipped, shipped_model
 from vllama_jax.cli._display import Display
-from vllama_jax.cli._usage import at_least
-from vllama_jax.config import GenerationConfig
+from vllama_jax.cli._usage import Json, at_least
+from vllama_jax.config import GREEDY, GenerationConfig
 from vllama_jax.errors import VllamaError
 from vllama_jax.media import MediaReport, check_file
 from vllama_jax.model import Model, load, without_missing_branch
 from vllama_jax.text.prompts import start_conversation
 from vllama_jax.text.templates import TemplateName
 
-GREEDY = GenerationConfig()
 HEAD_START = 1.0  # seconds that loading waits for the files: what is wrong with one mostly shows by then
 
 
@@ -46,7 +45,7 @@ def chat(
     quantize: Literal["int8", "int4"] | None = None,
     audio_scale: float | None = None,
     base: Path | None = None,
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json_output: Json = False,
 ) -> None:
     """Talk about a video, an image or an audio file. Without a question, it asks you for them.
 

@@ -4,35 +4,34 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import tyro
 
 from vllama_jax.cli._progress import count_bar
-from vllama_jax.cli._usage import Command, UsageError, at_least, list_commands
+from vllama_jax.cli._usage import Command, Json, UsageError, at_least, list_commands
 from vllama_jax.data.sources import SourceName
 from vllama_jax.errors import DataError
 
-COMMANDS = {
+DATA_COMMANDS = {
     "build": "Make records of annotations and the files that they are about.",
     "check": "Decode every record and list what training would leave out.",
     "stats": "Count records, turns and characters.",
 }
-Json = Annotated[bool, tyro.conf.arg(name="json")]
-LISTED = 20  # annotations that the build left out
+LISTED_ENTRIES = 20  # annotations that the build left out
 
 
 def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
     """The command that the first argument names, its name, and its arguments. Help is printed here."""
     name, *rest = arguments or [""]
-    if name in COMMANDS:
+    if name in DATA_COMMANDS:
         commands: dict[str, Command] = {"build": build, "check": check, "stats": stats}
         return commands[name], f"vllama data {name}", rest
     if name in ("-h", "--help"):
-        print(list_commands("vllama data", COMMANDS, "vllama data build jsonl --source clips --out records"))
+        print(list_commands("vllama data", DATA_COMMANDS, "vllama data build jsonl --source clips --out records"))
         sys.exit()
     wrong = f"no command {name!r} of `vllama data`" if name else "`vllama data` needs a command"
-    raise UsageError(f"{wrong}; there are {', '.join(COMMANDS)}")
+    raise UsageError(f"{wrong}; there are {', '.join(DATA_COMMANDS)}")
 
 
 def build(name: tyro.conf.Positional[SourceName], /, *, source: Path, out: Path, allow_outside: bool = False) -> None:
@@ -127,11 +126,11 @@ def _check_lines(records: str, summary: dict[str, Any]) -> Iterator[str]:
     for found in summary["problems"]:
         yield f"record {found['record']}, {found['id']}: {found['why']}"
     skipped = summary["skipped"]
-    for found in skipped[:LISTED]:
+    for found in skipped[:LISTED_ENTRIES]:
         place = f" ({found['place']})" if found["place"] not in ("", found["id"]) else ""
         yield f"left out by the build, {found['id']}: {found['why']}{place}"
-    if len(skipped) > LISTED:
-        yield f"left out by the build, {len(skipped) - LISTED} more: {records}/skipped.jsonl"
+    if len(skipped) > LISTED_ENTRIES:
+        yield f"left out by the build, {len(skipped) - LISTED_ENTRIES} more: {records}/skipped.jsonl"
     if "tokens" in summary:
         yield "tokens: {total} in all, {mean} a record, {longest} at most".format(**summary["tokens"])
     usable = summary["records"] - len(summary["problems"])

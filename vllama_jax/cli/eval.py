@@ -3,17 +3,17 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import tyro
 
 from vllama_jax.checkpoints.shipped import MODEL_NAME
 from vllama_jax.cli._display import Display
-from vllama_jax.cli._usage import Command, UsageError, at_least
+from vllama_jax.cli._usage import Command, Json, UsageError, at_least
 from vllama_jax.evaluate.benchmarks import BENCHMARKS, BenchmarkName
 from vllama_jax.text.templates import TemplateName
 
-LISTED = 5  # videos that could not be read
+LISTED_FAILURES = 5  # videos that could not be read
 
 
 def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
@@ -30,7 +30,7 @@ def miniature(
     model: Path | None = None,
     audio_scale: float | None = None,
     measures: tuple[str, ...] = (),
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json_output: Json = False,
 ) -> None:
     """Ask a miniature about clips of its small world that are rendered now, of combinations that it never trained on.
 
@@ -79,7 +79,7 @@ def benchmark(
     base: Path | None = None,
     judge_url: str | None = None,
     judge_model: str | None = None,
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json_output: Json = False,
 ) -> None:
     """Answer a benchmark's questions, greedily and in batches, and score the answers. Run again, it goes on.
 
@@ -155,9 +155,9 @@ def _lacking(results: dict[str, Any], videos: Path) -> Iterator[str]:
     if missing["videos"]:
         first = ", ".join(missing["first"])
         yield f"{videos}: {missing['videos']} videos are missing, with {missing['questions']} questions; first {first}"
-    for why in list(dict.fromkeys(unusable.values()))[:LISTED]:
+    for why in list(dict.fromkeys(unusable.values()))[:LISTED_FAILURES]:
         yield f"not answered: {why}"
-    if len(unusable) > LISTED:
+    if len(unusable) > LISTED_FAILURES:
         yield f"not answered in all: {len(unusable)} questions; results.json has the reason of each"
     if unjudged["cases"]:
         yield f"not judged, until the same command asks again: {unjudged['cases']}; the first: {unjudged['first']}"

@@ -17,9 +17,9 @@ def export(
     /,
     *,
     out: Path,
-    format: exporting.Format = "pth",
+    format: exporting.ExportFormat = "pth",
     base: Path | None = None,
-    shard_gb: float = exporting.SHARD_BYTES / 1e9,
+    shard_gb: float = exporting.EXPORT_SHARD_BYTES / 1e9,
 ) -> None:
     """Write a model, or what a run trained, as the files that the original's PyTorch code reads.
 
@@ -39,7 +39,7 @@ def export(
     leave_accelerators()  # what a run trained comes through JAX
     directory = open_model(model, base)
     files = exporting.plan_export(directory, format, shard_gb * 1e9)
-    total = exporting.bytes_to_write(files)
+    total = exporting.export_bytes(files)
     with bytes_bar(total) as progress:
         exporting.export(directory, files, out, progress)
     count = sum(map(len, files.values()))

@@ -5,7 +5,7 @@ import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import tyro
 from rich import filesize
@@ -16,6 +16,7 @@ from rich.tree import Tree
 
 from vllama_jax.branches import component_of
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
+from vllama_jax.cli._usage import Json
 
 
 def inspect(
@@ -24,7 +25,7 @@ def inspect(
     *,
     tree: bool = False,
     base: Path | None = None,
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    json_output: Json = False,
 ) -> None:
     """Show what a model directory holds: components, parameters, dtype, bytes. Of a run, what it trained, and its base.
 

@@ -16,7 +16,7 @@ from vllama_jax.checkpoints.restore import only_answers
 from vllama_jax.checkpoints.shipped import MODEL_NAME
 from vllama_jax.cli._devices import leave_accelerators
 from vllama_jax.cli._run_config import first_argument
-from vllama_jax.cli._usage import Command, at_least
+from vllama_jax.cli._usage import Command, Json, at_least
 from vllama_jax.config import (
     NO_LORA,
     GenerationConfig,
@@ -34,7 +34,7 @@ from vllama_jax.train.config import MeshConfig, TrainConfig
 from vllama_jax.train.config_files import load_config, shipped
 
 SIZES: dict[str, Callable[[], VideoLlamaConfig]] = {"7b": video_llama_7b, "13b": video_llama_13b, "tiny": tiny}
-DEFAULT = "7b"  # whose flags --help shows when nothing is named
+DEFAULT_SIZE = "7b"  # whose flags --help shows when nothing is named
 ALL_DEVICES = MeshConfig()
 SHOWN = 5 * 10**6  # bytes; smaller parts are only counted
 
@@ -54,7 +54,7 @@ class MemoryOptions:
     devices: str = "here"
     length: int = 0
     require_fit: bool = False
-    json_output: Annotated[bool, tyro.conf.arg(name="json")] = False
+    json_output: Json = False
 
     def __post_init__(self) -> None:
         at_least(0, length=self.length)
@@ -66,7 +66,7 @@ AS_IT_IS = MemoryOptions()
 def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
     """The command for the model or the run config that the first argument names."""
     advice = "name a size (7b, 13b), a model directory or a run config first: `vllama memory 7b`"
-    named = first_argument(arguments, advice) or DEFAULT
+    named = first_argument(arguments, advice) or DEFAULT_SIZE
     command = _of_model() if _is_model(named) else _of_run(named)
     return command, "vllama memory", arguments
 

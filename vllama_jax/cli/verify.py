@@ -17,15 +17,13 @@ from vllama_jax.checkpoints.directory import ModelDirectory, Run, find_runs, ope
 from vllama_jax.checkpoints.quantize import scheme_of
 from vllama_jax.cli._devices import leave_accelerators
 from vllama_jax.cli._progress import bytes_bar, count_bar
-from vllama_jax.cli._usage import at_least
+from vllama_jax.cli._usage import Json, at_least
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_files import read_object
 
 if TYPE_CHECKING:
     from vllama_jax.convert import ConversionPlan
     from vllama_jax.convert.verify.weights import CheckedCheckpoint
-
-Json = Annotated[bool, tyro.conf.arg(name="json")]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -26,7 +26,7 @@ from vllama_jax.media import check_media
 READ_AHEAD = 4  # files held in memory
 CHECK_AHEAD = 16  # files whose first bytes are read
 
-Progress = Callable[[str, int, int], None]
+BuildProgress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass
@@ -50,7 +50,7 @@ def build(
     name: str,
     source: Path,
     out: Path,
-    progress: Progress = lambda what, done, whole: None,
+    progress: BuildProgress = lambda what, done, whole: None,
     *,
     allow_outside: bool = False,
 ) -> Built:
@@ -98,7 +98,7 @@ class _Plan:
         self.media_sizes, self.text_sizes = array.array("q"), array.array("q")
         folder.mkdir()
 
-    def fill(self, entries: Iterable[Entry | Skipped], skipped: Path, progress: Progress) -> Built:
+    def fill(self, entries: Iterable[Entry | Skipped], skipped: Path, progress: BuildProgress) -> Built:
         """Sorts entries by kind; what is left out goes to the file `skipped`."""
         media = {kind: array.array("q") for kind in KINDS}
         texts = {kind: array.array("q") for kind in KINDS}
@@ -166,7 +166,7 @@ def _resolved(path: Path, inside: Path | None) -> Path:
     return found
 
 
-def _write_datasets(plan: _Plan, directory: Path, progress: Progress) -> str:
+def _write_datasets(plan: _Plan, directory: Path, progress: BuildProgress) -> str:
     """Writes texts/ and media/. Returns the digest of all of them: each annotation, then each file, with lengths."""
     digest = xxhash.xxh3_128()
 

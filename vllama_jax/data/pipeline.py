@@ -192,7 +192,7 @@ class BatchReader:
         return BRANCHES[self.branch].media_shape(self.model, stream.kind), dtype
 
 
-def batches(reader: Callable[[int], Any], first: int, last: int, cfg: DataConfig) -> Iterator[Any]:
+def prefetched_batches(reader: Callable[[int], Any], first: int, last: int, cfg: DataConfig) -> Iterator[Any]:
     """What a reader has of steps first to last, read ahead in threads or processes. Its only state is the step.
 
     Close it to end the threads and processes before the last step. Raises VllamaError where a process was lost.

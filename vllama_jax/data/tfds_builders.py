@@ -27,7 +27,7 @@ from vllama_jax.errors import DataError, one_line
 from vllama_jax.io.json_files import read_object
 
 SPLIT = "train"  # TFDS's name for all of a dataset
-SHARD_BYTES = 256 * 2**20  # of each file but the last, at least
+RECORD_SHARD_BYTES = 256 * 2**20  # of each file but the last, at least
 _ANEW = "build the records again"
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's own, for the names of a dataset's files
 MAX_SHARDS = 256  # a reader keeps all files open, and a process may open 1024 unless told otherwise
@@ -35,7 +35,7 @@ MAX_SHARDS = 256  # a reader keeps all files open, and a process may open 1024 u
 
 def shard_counts(sizes: Sequence[int]) -> list[int]:
     """How many records go into each file; `sizes` are the records' in bytes."""
-    wanted = max(SHARD_BYTES, sum(sizes) // MAX_SHARDS)
+    wanted = max(RECORD_SHARD_BYTES, sum(sizes) // MAX_SHARDS)
     counts, count, size = [], 0, 0
     for one in sizes:
         count, size = count + 1, size + one

@@ -9,7 +9,7 @@ from vllama_jax.data.config import TextConfig
 from vllama_jax.text.prompts import Media
 from vllama_jax.text.templates import find_caption_template, find_conversation_template
 from vllama_jax.text.tokenizer import Tokenizer
-from vllama_jax.text.training import TrainingText, clean_caption, encode_caption, encode_conversation
+from vllama_jax.text.training import TrainingText, clean_caption, encode_caption, label_conversation
 
 if TYPE_CHECKING:
     from vllama_jax.data.annotation import Annotation
@@ -30,7 +30,7 @@ def encode_text(
     if cfg.layout == "conversation":
         template = find_conversation_template(cfg.template)
         where = (media, annotation.media_at, media_length)
-        return encode_conversation(tokenizer, template, annotation.turns, *where, cfg.max_length)
+        return label_conversation(tokenizer, template, annotation.turns, *where, cfg.max_length)
     template = find_caption_template(cfg.template)
     caption = " ".join(answer for _, answer in annotation.turns)
     caption = clean_caption(caption) if cfg.clean else caption

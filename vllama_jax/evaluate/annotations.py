@@ -77,7 +77,7 @@ def listed(path: Path, found: Any) -> Iterator[AnnotationEntry]:
 
 
 @contextlib.contextmanager
-def placed(place: str, advice: str = "is it the benchmark's published annotation file?") -> Iterator[None]:
+def located_errors(place: str, advice: str = "is it the benchmark's published annotation file?") -> Iterator[None]:
     """Says where an annotation stands that cannot be used."""
     try:
         yield

@@ -15,8 +15,8 @@ from vllama_jax.evaluate.annotations import (
     annotation_tables,
     in_folder,
     listed,
+    located_errors,
     name_in,
-    placed,
     read_annotation_object,
     read_entries,
     read_text,
@@ -133,7 +133,7 @@ def _video_chatgpt_table(table: Path) -> Iterator[Question]:
     aspects = {"generic_qa": GENERIC_ASPECTS, "temporal_qa": ("temporal",), "consistency_qa": ("consistency",)}
     asked = ("Q1", "Q2") if table.stem == "consistency_qa" else ("Q",)
     for number, (place, entry) in enumerate(read_entries(table)):
-        with placed(place):
+        with located_errors(place):
             video, key = name_in(entry, "video_name"), f"{table.stem}-{number}"
             for which in asked:
                 yield open_question(
@@ -156,7 +156,7 @@ def mvbench(path: Path) -> list[Question]:
 def _mvbench_table(table: Path) -> Iterator[Question]:
     folder = MVBENCH_FOLDERS[table.stem]
     for number, (place, entry) in enumerate(read_entries(table)):
-        with placed(place):
+        with located_errors(place):
             video = name_in(entry, "video")
             yield choice_question(
                 entry.get("question"),
@@ -180,7 +180,7 @@ def video_mme(path: Path) -> list[Question]:
         folder = found[0]
     questions = []
     for place, entry in _video_mme_entries(folder):
-        with placed(place):
+        with located_errors(place):
             length = name_in(entry, "duration", "duration_category")
             youtube = str(entry.get("url") or "").rsplit("v=", 1)[-1]
             names = [entry.get("videoID"), youtube, entry.get("video_id")]
@@ -228,7 +228,7 @@ def msrvtt_captions(path: Path) -> list[Question]:
     tested = {video for video, split in splits.items() if split == "test" or not named}
     captions: dict[str, list[Any]] = {}
     for place, entry in listed(path, found["sentences"]):
-        with placed(place):
+        with located_errors(place):
             captions.setdefault(name_in(entry, "video_id"), []).append(entry.get("caption"))
     return [_captions(path, video, (video,), said) for video, said in captions.items() if video in tested]
 
@@ -253,7 +253,7 @@ def vatex_captions(path: Path) -> list[Question]:
     """vatex_validation_v1.0.json: videos, each with its English captions."""
     questions = []
     for place, entry in read_entries(in_folder(path, "vatex_validation_v1.0.json")):
-        with placed(place):
+        with located_errors(place):
             video = name_in(entry, "videoID")
             questions.append(caption_question(entry.get("enCap"), id=video, names=(video,)))
     return questions
@@ -267,7 +267,7 @@ def coco_captions(path: Path) -> list[Question]:
     files = {str(entry.get("id")): entry.get("file_name") for _, entry in images}
     captions: dict[str, list[Any]] = {}
     for place, entry in listed(path, found["annotations"]):
-        with placed(place):
+        with located_errors(place):
             captions.setdefault(name_in(entry, "image_id", "video_id"), []).append(entry.get("caption"))
     return [_captions(path, key, (files.get(key) or key,), said) for key, said in captions.items()]
 
@@ -280,7 +280,7 @@ def jsonl(path: Path) -> list[Question]:
         if not line.strip():
             continue
         entry = parse_json(line, place, DataError, JSONL_HELP)
-        with placed(place, JSONL_HELP):
+        with located_errors(place, JSONL_HELP):
             questions.append(_own_question(entry if isinstance(entry, dict) else {}, number))
     return questions
 
@@ -312,11 +312,11 @@ def _question_answers(
     if path.stem.endswith("_q"):
         beside = path.with_name(f"{path.stem.removesuffix('_q')}_a{path.suffix}")
         for place, entry in read_entries(beside):
-            with placed(place):
+            with located_errors(place):
                 answers[name_in(entry, "question_id", "id")] = entry
     questions = []
     for number, (place, entry) in enumerate(read_entries(path)):
-        with placed(place):
+        with located_errors(place):
             key = str(entry.get("question_id", entry.get("id", number)))
             entry = answers.get(key, {}) | entry
             video = Path(name_in(entry, "video_id", "video_name", "video")).stem
@@ -332,7 +332,7 @@ def _question_word(entry: dict[str, Any]) -> str:
 
 
 def _captions(path: Path, key: str, names: tuple[str, ...], said: list[Any]) -> Question:
-    with placed(f"{path}, {key}"):
+    with located_errors(f"{path}, {key}"):
         return caption_question(said, id=key, names=names)
 
 

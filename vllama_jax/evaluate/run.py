@@ -22,14 +22,14 @@ from vllama_jax.evaluate.judge_answers import judge_answers, judged_scores
 from vllama_jax.evaluate.judge_client import Judge, Unreachable
 from vllama_jax.evaluate.published import PUBLISHED
 from vllama_jax.evaluate.questions import Question, digest, in_order_of_videos, spread
-from vllama_jax.evaluate.videos import LISTED, Videos
+from vllama_jax.evaluate.videos import LISTED_MISSING, Videos
 from vllama_jax.io.atomic import check_output_files, locked, replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.io.jsonl import Journal
 from vllama_jax.model import Model, load, without_missing_branch
 from vllama_jax.nn.network import default_dtype
 
-OUTPUT_FILES = ("config.json", "answers.jsonl", "judgements.jsonl", "results.json")
+EVALUATION_FILES = ("config.json", "answers.jsonl", "judgements.jsonl", "results.json")
 NEW_TOKENS = {"open": 300, "caption": 64, "choice": 32}  # at most, unless the user says: what each task can need
 
 
@@ -149,7 +149,7 @@ class _Work:
             "missing_videos": {
                 "questions": len(missing),
                 "videos": len(set(missing)),
-                "first": [names[0] for names in dict.fromkeys(missing)][:LISTED],
+                "first": [names[0] for names in dict.fromkeys(missing)][:LISTED_MISSING],
             },
             "unusable": {key: why for key, why in self._unusable.items() if key not in self._said},
             "scores": metrics.score(self._questions, self._said),
@@ -202,7 +202,7 @@ def _opened(out: Path, config: dict[str, Any]) -> Iterator[None]:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, f"{out}: another process is answering into it; wait for that one, or choose another --out"):
-            check_output_files(out, OUTPUT_FILES)
+            check_output_files(out, EVALUATION_FILES)
             if not _holds(out, config):
                 replace_json(out / "config.json", config)
             yield

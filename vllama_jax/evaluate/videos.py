@@ -8,7 +8,7 @@ from vllama_jax.errors import DataError
 from vllama_jax.media import PICTURE_EXTENSIONS
 
 EXTENSIONS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".gif")
-LISTED = 5  # names of missing videos in messages
+LISTED_MISSING = 5  # names of missing videos in messages
 
 
 class Videos:

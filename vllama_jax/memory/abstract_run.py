@@ -17,7 +17,7 @@ from vllama_jax.nn.network import abstract_network
 from vllama_jax.sharding import MESH_AXES, under
 from vllama_jax.train.config import MeshConfig, TrainConfig
 from vllama_jax.train.optim import make_optimizer
-from vllama_jax.train.state import Skeleton, TrainState, abstract_state, leave_out, matching
+from vllama_jax.train.state import Skeleton, TrainState, abstract_state, matching, remove_unused
 from vllama_jax.train.step import jit_step, make_step
 
 
@@ -54,7 +54,7 @@ def abstract_run(model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | Abst
 @functools.lru_cache(maxsize=8)
 def _skeleton(model: VideoLlamaConfig, config: TrainConfig) -> Skeleton:
     network = abstract_network(model, config.compute_dtype, config.lora)
-    leave_out(network, config, () if config.data.features else find_branch(config.branch).media[:1])
+    remove_unused(network, config, () if config.data.features else find_branch(config.branch).media[:1])
     return Skeleton(network)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from vllama_jax.branches import branches_of, component_of, find_branch, is_within
 from vllama_jax.checkpoints.restore import gb_in_flight
-from vllama_jax.config import NO_LORA, GenerationConfig, LoraConfig, VideoLlamaConfig
+from vllama_jax.config import GREEDY, NO_LORA, GenerationConfig, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.memory.activations import (
     Shape,
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from vllama_jax.train.state import Skeleton
 
 GIGA = 10**9
-GREEDY = GenerationConfig()
 MARGIN = 0.1  # of what a device has for us: left free, as what is computed by hand is not exact
 GPU_SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise
 PROGRAM_BYTES = 2 * GIGA  # of Python with its libraries, and of compiling: 1.2 GB in a tiny run, 1.8 for 13B on TPUs

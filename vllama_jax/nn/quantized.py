@@ -119,7 +119,7 @@ def pack_int4(values: Integer[Array, "*i o"]) -> UInt8[Array, "*i p"]:
     return nibbles[..., 0] | nibbles[..., 1] << 4
 
 
-def unpack(packed: UInt8[Array, "*i p"], width: int, dtype: Any) -> Float[Array, "*i o"]:
+def unpack_int4(packed: UInt8[Array, "*i p"], width: int, dtype: Any) -> Float[Array, "*i o"]:
     """The first `width` values of the last axis."""
     nibbles = packed[..., None] >> jnp.array([0, 4], jnp.uint8) & 15
     return nibbles.reshape(*packed.shape[:-1], -1)[..., :width].astype(dtype) - jnp.array(ZERO, dtype)
@@ -130,7 +130,7 @@ def largest_divisor(number: int, most: int) -> int:
 
 
 def _integers(values: Array, scale: Array, dtype: Any) -> Array:
-    return unpack(values, scale.shape[-1], dtype) if values.dtype == jnp.uint8 else values.astype(dtype)
+    return unpack_int4(values, scale.shape[-1], dtype) if values.dtype == jnp.uint8 else values.astype(dtype)
 
 
 def _product(inputs: int, x: Array, values: Array, scale: Array) -> Array:

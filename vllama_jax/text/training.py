@@ -86,7 +86,7 @@ def encode_caption(
     )
 
 
-def encode_conversation(
+def label_conversation(
     tokenizer: Tokenizer,
     template: ConversationTemplate,
     turns: Sequence[tuple[str, str]],

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from vllama_jax.data.pipeline import HostBatch, batches
+from vllama_jax.data.pipeline import HostBatch, prefetched_batches
 from vllama_jax.errors import CheckpointError, VllamaError
 from vllama_jax.io.jsonl import Journal
 from vllama_jax.memory.flops import peak_flops, step_flops
@@ -118,7 +118,7 @@ class _Run:
                 journal.cut(first)
             self.board = Board(self.out / "tensorboard", first)
         self.reporter.begin(first)
-        ahead = contextlib.closing(batches(self.plan.reader, first, steps, self.config.data))
+        ahead = contextlib.closing(prefetched_batches(self.plan.reader, first, steps, self.config.data))
         with self._last_save_finished(), stop_requests() as requests, ahead as host_batches:
             for number in range(first, steps):
                 asked = time.perf_counter()

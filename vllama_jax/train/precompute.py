@@ -30,7 +30,7 @@ from vllama_jax.checkpoints.restore import restore_weights
 from vllama_jax.data.annotation import Kind
 from vllama_jax.data.config import DatasetConfig
 from vllama_jax.data.feature_cache import FeatureCache, find_folder, open_folder, pack_features, pack_problem
-from vllama_jax.data.pipeline import BatchReader, Decoded, batches
+from vllama_jax.data.pipeline import BatchReader, Decoded, prefetched_batches
 from vllama_jax.data.records import Records, open_records
 from vllama_jax.data.sampling import Order, Stream, make_streams
 from vllama_jax.errors import ConfigError, DataError, one_line
@@ -42,13 +42,13 @@ from vllama_jax.train.feature_settings import describe_features, settings_differ
 from vllama_jax.train.state import Skeleton, Weights, keep_components
 from vllama_jax.train.step import compute_dtype, run_encoders
 
-SHARD_BYTES = 512 * 2**20  # of a shard, about
+FEATURE_SHARD_BYTES = 512 * 2**20  # of a shard, about
 SHARD_RECORDS = 4096  # of a shard at most: so many are encoded again when a run was stopped
 OPTIONS = "group_size:1,uncompressed"  # each entry by itself, as they are read in any order; noise does not shrink
-PATIENCE = 7 * 24 * 3600  # seconds that the first process waits for the last
+LAST_PROCESS_SECONDS = 7 * 24 * 3600  # seconds that the first process waits for the last
 STALE = re.compile(r"\.partial-(\d+)")
 
-Progress = Callable[[float, float], None]
+FeatureProgress = Callable[[float, float], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def write_features(
     out: Path,
     base: str = "",
     shard_records: int = 0,
-    progress: Progress = lambda done, all: None,
+    progress: FeatureProgress = lambda done, all: None,
 ) -> Written:
     """Makes this process's shards of the caches of a run's datasets, those that `out` does not have yet.
 
@@ -179,13 +179,13 @@ def _encode(
     every: list[_Shard],
     todo: list[_Shard],
     scratch: Path,
-    progress: Progress,
+    progress: FeatureProgress,
 ) -> None:
     """Decoding runs ahead of the encoders, and the encoders run while what they made before is written."""
     encoder = load_encoder(config, directory, {stream.kind for shard in every for stream in shard.streams})
     sizes = _batch_sizes(config, every)
     work = [(shard, batch) for shard in todo for batch in shard.batches(sizes)]
-    ahead = batches(Decoder(reader, [batch for _, batch in work]), 0, len(work), config.data)
+    ahead = prefetched_batches(Decoder(reader, [batch for _, batch in work]), 0, len(work), config.data)
     all_records, done = sum(shard.records for shard in todo), 0.0
     file, pending = None, []
     with contextlib.closing(ahead):
@@ -324,7 +324,7 @@ def _manifest(
     settings = describe_features(config, directory, dataset, records)
     itemsize = compute_dtype(config).itemsize
     entry = max(math.prod(shape) for shape in settings["shapes"].values()) * itemsize
-    fit = min(SHARD_BYTES // (entry * settings["variants"]), SHARD_RECORDS, len(records))
+    fit = min(FEATURE_SHARD_BYTES // (entry * settings["variants"]), SHARD_RECORDS, len(records))
     rows = config.batch_size // config.accumulation
     return {**settings, "shard_records": max(fit // rows * rows or fit, 1)}
 
@@ -376,7 +376,7 @@ def _processes() -> tuple[int, int]:
 def _wait_for_the_others() -> None:
     """JAX ends all processes when one of them goes before the others. No device takes part in this."""
     everyone = set(range(jax.process_count()))
-    multihost.sync_global_processes("vllama features", timeout=PATIENCE, processes=everyone)
+    multihost.sync_global_processes("vllama features", timeout=LAST_PROCESS_SECONDS, processes=everyone)
 
 
 def _read_skipped(path: Path) -> Iterator[dict[str, Any]]:

@@ -23,7 +23,7 @@ from vllama_jax.train.relay import Relay
 
 Made = TypeVar("Made")
 
-CHECK_EVERY = 1.0  # seconds
+STOP_CHECK_SECONDS = 1.0
 LOST_AFTER = 25.0  # seconds without a sign of life; a busy host can keep a thread waiting for some
 FAREWELL = 10.0  # seconds that process 0 waits for the others to read why it ends, at most
 START_TIMEOUT = 300  # seconds until all processes have to be there
@@ -141,7 +141,8 @@ class _Job:
     def fail(self, error: BaseException) -> None:
         """Report an error of this process to the others, print it, and end this process."""
         if not isinstance(error, KeyboardInterrupt) and _may_follow_from_another(error):
-            time.sleep(LOST_AFTER + 5 * CHECK_EVERY)  # the watching thread ends this process when it knows the cause
+            # The watching thread ends this process when it knows the cause.
+            time.sleep(LOST_AFTER + 5 * STOP_CHECK_SECONDS)
         self._ending.acquire()
         self._write_failure(f"{self._name(self._process)} {_in_words(error)}")
         code = 1
@@ -159,7 +160,7 @@ class _Job:
 
     def _watch(self) -> None:
         beat = 0
-        while not self._finished.wait(CHECK_EVERY):
+        while not self._finished.wait(STOP_CHECK_SECONDS):
             beat += 1
             try:
                 if self._relay:
@@ -225,7 +226,7 @@ class _Job:
             readers = {int(key.rpartition("/")[2]) for key, _ in self._client.key_value_dir_get(READ)}
             if len(readers | self._lost) == self._count - 1:
                 return
-            time.sleep(CHECK_EVERY / 5)
+            time.sleep(STOP_CHECK_SECONDS / 5)
 
     def _name(self, process: int) -> str:
         return f"process {process} of {self._count}"

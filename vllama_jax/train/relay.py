@@ -16,8 +16,8 @@ import threading
 import time
 from collections.abc import Callable
 
-CHECK_EVERY = 1.0  # seconds
-PATIENCE = 10.0  # seconds that a process has to end by itself once it was told
+WATCH_SECONDS = 1.0
+GRACE_SECONDS = 10.0  # seconds that a process has to end by itself once it was told
 LOST = "lost\n"
 
 
@@ -82,7 +82,7 @@ class _Connections:
         while True:
             here, _ = listener.accept()
             try:
-                there = socket.create_connection(self._coordinator, timeout=CHECK_EVERY)
+                there = socket.create_connection(self._coordinator, timeout=WATCH_SECONDS)
             except OSError:  # process 0 is not there yet: JAX tries again
                 here.close()
                 continue
@@ -114,7 +114,7 @@ class _Connections:
     def _receive(self, there: socket.socket) -> bytes:
         """What the coordinator says next; nothing where it has gone or is silent for too long."""
         while not self.longest_silence or time.monotonic() - self._heard < self.longest_silence:
-            if select.select([there], [], [], CHECK_EVERY)[0]:
+            if select.select([there], [], [], WATCH_SECONDS)[0]:
                 with contextlib.suppress(OSError):
                     return there.recv(2**16)
                 break
@@ -125,7 +125,7 @@ class _Connections:
         with contextlib.suppress(OSError):
             sys.stdout.write(LOST)
             sys.stdout.flush()
-        time.sleep(PATIENCE)
+        time.sleep(GRACE_SECONDS)
         if os.getppid() == self._parent:
             os.kill(self._parent, signal.SIGKILL)
 

@@ -38,7 +38,7 @@ from vllama_jax.train.config import CheckpointConfig, TrainConfig
 from vllama_jax.train.custom import check_custom
 from vllama_jax.train.state import TrainState
 
-OUTPUT_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl")
+RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl")
 logger = logging.getLogger(__name__)
 
 # What may differ when a run is resumed: nothing that changes what is learned. A name includes the fields under it.
@@ -102,7 +102,7 @@ def open_run(
     try:
         out.mkdir(parents=True, exist_ok=True)
         with locked(out, f"{out}: another process is training into it; wait for that one, or choose another --out"):
-            check_output_files(out, OUTPUT_FILES)
+            check_output_files(out, RUN_FILES)
             if (out / "config.json").exists():
                 recorded = _check_same(out, config, base, dtype, inputs)
                 check_custom(out, recorded.custom or {}, custom or {})

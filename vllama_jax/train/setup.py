@@ -19,7 +19,7 @@ from vllama_jax.branches import find_branch
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.restore import check_leaves, restore_weights
 from vllama_jax.data.pipeline import BatchReader
-from vllama_jax.data.pipeline import batches as read_batches
+from vllama_jax.data.pipeline import prefetched_batches as read_batches
 from vllama_jax.data.records import open_records
 from vllama_jax.data.sampling import Order, make_streams
 from vllama_jax.errors import ConfigError
@@ -30,7 +30,7 @@ from vllama_jax.text.tokenizer import check_vocabulary
 from vllama_jax.train.config import LORA, TrainConfig, arranged, rows_a_place
 from vllama_jax.train.feature_settings import open_caches
 from vllama_jax.train.optim import make_optimizer
-from vllama_jax.train.state import Skeleton, TrainState, Weights, abstract_state, initial_state, leave_out, matching
+from vllama_jax.train.state import Skeleton, TrainState, Weights, abstract_state, initial_state, matching, remove_unused
 from vllama_jax.train.step import Loss, Optimizer, compute_dtype
 
 
@@ -87,7 +87,7 @@ class RunPlan:
 
 def plan_run(config: TrainConfig, base: str = "") -> RunPlan:
     """Raises ConfigError, CheckpointError or DataError for what cannot be run."""
-    mesh = make_mesh(config)
+    mesh = mesh_of_run(config)
     directory = open_model(base or config.model)
     if directory.lora.rank and directory.lora != config.lora:
         raise ConfigError(f"{directory.path}: it has low-rank updates of its own; train on with the same lora config")
@@ -95,7 +95,7 @@ def plan_run(config: TrainConfig, base: str = "") -> RunPlan:
     reader = _reader(config, directory, mesh)
     network = abstract_network(directory.config, str(compute_dtype(config)), config.lora)
     kinds = {stream.kind for stream in reader.order.streams if not reader.caches}  # what is read was encoded before
-    leave_out(network, config, kinds)
+    remove_unused(network, config, kinds)
     skeleton = Skeleton(network)
     _check_lora_patterns(config)
     learns = matching(list(skeleton.variables), config.trainable)
@@ -124,7 +124,7 @@ def _check_lora_learns(config: TrainConfig, base: ModelDirectory, frozen: set[st
         )
 
 
-def make_mesh(config: TrainConfig) -> Mesh:
+def mesh_of_run(config: TrainConfig) -> Mesh:
     """The mesh of all devices. Raises ConfigError when it or the batch does not divide."""
     cfg = arranged(config.mesh, jax.device_count())
     mesh = sharding.make_mesh(cfg.data, cfg.fsdp, cfg.tensor)
@@ -235,7 +235,7 @@ def batches(config: TrainConfig, base: str = "") -> Iterator[dict[str, np.ndarra
         CheckpointError: There is no such model directory.
         DataError: There are no such records.
     """
-    reader = _reader(config, open_model(base or config.model), make_mesh(config))
+    reader = _reader(config, open_model(base or config.model), mesh_of_run(config))
     with contextlib.closing(read_batches(reader, 0, config.steps, config.data)) as found:
         for batch in found:
             yield batch.arrays

@@ -58,7 +58,7 @@ class Skeleton:
         return {path: weight_sharding(self.variables[path], mesh, fsdp=fsdp) for path in paths}
 
 
-def leave_out(network: VideoLlama, config: TrainConfig, kinds: Collection[str]) -> None:
+def remove_unused(network: VideoLlama, config: TrainConfig, kinds: Collection[str]) -> None:
     """Remove the components that a run does not use: other branches, and encoders of media that no dataset has.
 
     Args:
