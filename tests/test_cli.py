@@ -1,8 +1,6 @@
 """The command line, as a user meets it."""
 
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
@@ -20,11 +18,8 @@ HELP = [["--help"], *([command, "--help"] for command in ("chat", "convert", "ex
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """Compiled programs, those of the session so far among them, to which only the processes of these tests add."""
-    folder, session = tmp_path_factory.mktemp("cache"), Path(os.environ["VLLAMA_CACHE"], "compiled")
-    if session.exists():
-        shutil.copytree(session, folder / "compiled", copy_function=os.symlink)
-    return folder
+    """Compiled programs, shared by the processes of these tests and no others."""
+    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
