@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
+from vllama_jax.branches import BRANCHES
 from vllama_jax.config import tiny
 from vllama_jax.data.feature_cache import FeatureCache, open_folder, pack_features, pack_problem
 from vllama_jax.errors import DataError
@@ -80,7 +81,8 @@ LEAVES = {
 
 def digest_of(part: str = "vit", leaves: dict = LEAVES, **options) -> str:
     config = dataclasses.replace(tiny(), **options)
-    return _digest(SimpleNamespace(manifest={"leaves": leaves}, config=config, trained=()), part)
+    directory = SimpleNamespace(manifest={"leaves": leaves}, trained=())
+    return _digest(directory, part, BRANCHES["vision"].encoders["frames"].components[part](config))
 
 
 def changed(path: str, **fields) -> dict:

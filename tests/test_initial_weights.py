@@ -8,9 +8,9 @@ import pytest
 from flax import nnx
 
 from vllama_jax.config import LoraConfig, QFormerConfig
+from vllama_jax.nn.layers import learned_positions, projection
 from vllama_jax.nn.lora import LowRank
 from vllama_jax.nn.qformer import QFormer
-from vllama_jax.nn.video_llama import _positions, _projection
 
 CFG = QFormerConfig(width=48, depth=2, num_heads=4, mlp_dim=96, num_queries=32)
 KERNELS = {  # of a layer's shape, its axes' names and how many of them are inputs: (64 → 4 × 16) and back
@@ -28,8 +28,8 @@ def weights() -> dict[str, np.ndarray]:
         rngs = nnx.Rngs(key)
         modules = {
             "qformer": QFormer(CFG, 40, rngs=rngs),
-            "positions": _positions(32, 48, rngs),
-            "projection": _projection(48, 64, rngs),
+            "positions": learned_positions(32, 48, rngs),
+            "projection": projection(48, 64, rngs),
         }
         for name, (shape, axes, inputs) in KERNELS.items():
             kernel = nnx.Param(jax.numpy.zeros(shape), logical_axes=axes)

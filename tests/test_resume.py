@@ -219,7 +219,10 @@ CORRUPT: dict[str, tuple[Callable[[dict], None], str]] = {
     "datasets is an object": (put("run", "datasets", value={}), "run.datasets: {} is not of type tuple"),
     "a dataset is text": (put("run", "datasets", value=["x"]), "run.datasets.0: 'x' is not of type DatasetConfig"),
     "a dataset has no path": (put("run", "datasets", value=[{}]), "run.datasets.0: missing path"),
-    "branch is another": (put("run", "branch", value="smell"), "run.branch: 'smell' is not of type"),
+    "branch is another": (
+        put("run", "branch", value="smell"),
+        "run: branch: 'smell' is unknown; choose one of vision, audio",
+    ),
     "branch is a list": (put("run", "branch", value=["vision"]), "run.branch: ['vision'] is not of type"),
     "trainable holds a number": (put("run", "trainable", value=["a", 1]), "run.trainable.1: 1 is not of type str"),
     "no base digest": (drop("base", "digest"), "base: missing digest"),

@@ -103,7 +103,8 @@ def caption_batch(golden, setting, case, branch, *, image: bool) -> dict:
         prompt = case["prompt_list"][0]
         name = "vicuna" if "###" in prompt else "llama_2_literal" if r"\n" in prompt else "llama_2"
         template = find_caption_template(name)
-        instruction = prompt.removeprefix(template.wrap[0]).removesuffix(template.wrap[1])
+        before, after = ("".join(texts) for texts in template.wrap)
+        instruction = prompt.removeprefix(before).removesuffix(after)
         instruction = instruction.removeprefix("<Image><ImageHere></Image> ")
     tokenizer, many = setting.directory.tokenizer, media_length(branch)
     media = Media("image" if image else "video")

@@ -45,7 +45,7 @@ def look(monkeypatch, tmp_path):
         cfg = ValidationConfig(every=1, batches=batches)
         config = TrainConfig(model="m", datasets=datasets, steps=9, batch_size=SIZE, validation=cfg)
         reader = Reader(*streams)
-        plan = SimpleNamespace(config=config, reader=reader, skeleton=None)
+        plan = SimpleNamespace(config=config, reader=reader, skeleton=None, loss=None)
         one = Validation(plan, tmp_path, lambda *_: None)
         one._evaluate = lambda weights, frozen, batch: (batch["numbers"].sum() * 2.0, (batch["numbers"] > 0).sum())
         (line,) = one.run(3, {}, {})

@@ -87,7 +87,7 @@ def test_an_unknown_option_gets_a_suggestion(arguments, meant):
         ("chat x --model", "--model needs a value: PATH"),
         ("train smoke --out x --optim.lr -1", "--optim.lr must be at least 0, not -1.0"),
         ("train smoke --out x --steps 0", "--steps must be at least 1, not 0"),
-        ("train smoke --out x --branch both", "--branch: 'both' is none of vision, audio"),
+        ("train smoke --out x --branch both", "branch: 'both' is unknown; choose one of vision, audio"),
         ("features smoke --out x --shard-records -1", "--shard-records must be at least 0, not -1"),
         ("memory 7b --length -1", "--length must be at least 0, not -1"),
         ("memory 7b --batch-size -1", "--batch-size must be at least 0, not -1"),
