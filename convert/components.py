@@ -2,16 +2,17 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vllama_jax.branches import BRANCHES
-from vllama_jax.config import VideoLlamaConfig, VitConfig
+from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.convert import eva_vit, imagebind, qformer
 from vllama_jax.convert.families import find_family
 from vllama_jax.convert.rules import SAME, Rule, linear, norm
 from vllama_jax.convert.weight_files import Source, renamed
 from vllama_jax.errors import CheckpointError
+from vllama_jax.towers import VitConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +209,7 @@ def holding(component: str) -> list[str]:
     return [kind for kind, piece in PIECES.items() if component in piece.components]
 
 
-def recognise(source: Container[str]) -> list[str]:
+def recognise(source: Source | Collection[str]) -> list[str]:
     """The kinds that a file is, by the names of the tensors in it. A checkpoint of both branches is two; `llama_proj`
     alone is MiniGPT-4's, beside the vision branch it belongs to that."""
     kinds = [kind for kind, piece in PIECES.items() if piece.signature in source]

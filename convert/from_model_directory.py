@@ -1,5 +1,6 @@
 """Weights that lie in a model directory or a run already, as parts of a new model."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol

@@ -16,12 +16,12 @@ import transformers
 from torch import nn
 
 from vllama_jax.branches import BRANCHES
-from vllama_jax.config import ImageBindAudioConfig, ImageBindVisionConfig, QFormerConfig, VideoLlamaConfig, VitConfig
+from vllama_jax.config import ImageBindAudioConfig, QFormerConfig, VideoLlamaConfig
 from vllama_jax.convert.components import PIECES
 from vllama_jax.convert.verify.reference import Read, eva_vit, imagebind, llama, loaded, qformer
 from vllama_jax.nn.layers import run_blocks
 from vllama_jax.nn.video_llama import VideoLlama
-from vllama_jax.towers import TOWERS
+from vllama_jax.towers import TOWERS, ImageBindVisionConfig, VitConfig
 
 Ours = Callable[[VideoLlama, Any], Any]
 Theirs = Callable[[Read, Any], Any]

@@ -29,8 +29,9 @@ from vllama_jax.miniature.scene import (
 from vllama_jax.nn.llama import Llama
 from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media
+from vllama_jax.text.templates import find_conversation_template
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
-from vllama_jax.text.training import encode_conversation, find_conversation_template
+from vllama_jax.text.training import encode_conversation
 
 Text = tuple[np.ndarray, np.ndarray]  # token ids [n], and whether each is of notes, bool [n]
 DrawText = Callable[[Tokenizer, np.random.Generator], Text]

@@ -96,7 +96,7 @@ class Workers:
 class _Worker:
     """One worker process, seen from the process that uses it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         program = f"import sys; sys.path[:] = {sys.path!r}; from vllama_jax.data import workers; workers.work()"
         # A process group of its own: Ctrl-C on a terminal reaches the command only, which then ends its workers.
         self._process = subprocess.Popen(

@@ -123,8 +123,8 @@ class Tokenizer(abc.ABC):
         """
         texts = []
         for known, run in itertools.groupby(self._shown(ids, skip_special), key=lambda i: i < self._library_size):
-            run = list(run)
-            texts += [self._decode_known(run)] if known else self.tokens(run)
+            same = list(run)
+            texts += [self._decode_known(same)] if known else self.tokens(same)
         return " ".join(texts)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
@@ -181,7 +181,7 @@ class SentencePieceTokenizer(Tokenizer):
     """`tokenizer.model`. Each text between special tokens gets SentencePiece's leading "▁" of its own."""
 
     def __init__(
-        self, processor, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], starts_with_bos: bool
+        self, processor: Any, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], starts_with_bos: bool
     ):
         super().__init__(special_tokens, role_ids, processor.get_piece_size(), starts_with_bos=starts_with_bos)
         self._processor = processor
@@ -213,7 +213,9 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """`tokenizer.json`, through the `tokenizers` library."""
 
-    def __init__(self, library, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], **options: Any):
+    def __init__(
+        self, library: Any, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], **options: Any
+    ):
         """`options`: those of Tokenizer."""
         added = library.get_added_tokens_decoder()
         ids = library.get_vocab(with_added_tokens=True).values()
@@ -246,7 +248,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """
     directory = Path(directory)
     if (directory / "tokenizer.model").is_file():
-        tokenizer = _load_sentencepiece(directory)
+        tokenizer: Tokenizer = _load_sentencepiece(directory)
     elif (directory / "tokenizer.json").is_file():
         tokenizer = _load_json(directory)
     else:

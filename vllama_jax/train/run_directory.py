@@ -250,7 +250,9 @@ class Checkpoints:
 
         unusable: Steps that could not be read. Those that the first process finds damaged are added.
         """
-        problem = CheckpointError(f"{self._out}: the first process found no checkpoint to resume from")
+        problem: CheckpointError | OSError = CheckpointError(
+            f"{self._out}: the first process found no checkpoint to resume from"
+        )
         step = FAILED
         if jax.process_index() == 0:
             try:
