@@ -90,7 +90,7 @@ def _vl(cfg: VideoLlamaConfig) -> list[Rule]:
 
 def _al(cfg: VideoLlamaConfig) -> list[Rule]:
     return [
-        *qformer.rules("audio_qformer", "audio_Qformer", "audio_query_tokens", cfg.audio_qformer),
+        *qformer.rules("audio_qformer", "audio_Qformer", "audio_query_tokens", cfg.require_audio_qformer()),
         Rule("audio_positions", ("audio_position_embedding.weight",), SAME),
         *linear("audio_llama_proj", "audio_llama_proj"),
     ]
@@ -136,7 +136,7 @@ PIECES: dict[str, Piece] = {
         "--imagebind",
         "modality_trunks.audio.blocks.0.norm_1.weight",
         ("imagebind/audio", "imagebind/vision"),
-        lambda cfg: imagebind.rules(cfg.imagebind),
+        lambda cfg: imagebind.rules(cfg.require_imagebind()),
         lambda _: {**imagebind.EXTRAS, re.escape(imagebind.AUDIO_SCALE): "kept in config.json"},
         lambda source: {"imagebind": imagebind.infer(source)},
         applies=lambda cfg: cfg.has_audio,

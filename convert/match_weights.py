@@ -100,7 +100,7 @@ def match(
     """
     shapes = abstract_shapes(cfg)
     leaves: list[Leaf] = []
-    problems: list[str] = []
+    problems: list[Problem] = []
     used_rules = tables(cfg, pieces, elsewhere)
     for kind, rules in used_rules.items():
         for rule in rules:

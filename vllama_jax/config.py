@@ -160,6 +160,18 @@ class VideoLlamaConfig:
     def has_audio(self) -> bool:
         return self.imagebind is not None
 
+    def require_imagebind(self) -> ImageBindConfig:
+        """The config of ImageBind. Raises ConfigError for a model without an audio branch."""
+        find_branch("audio").require(self)
+        assert self.imagebind is not None  # this is what `require` checks
+        return self.imagebind
+
+    def require_audio_qformer(self) -> QFormerConfig:
+        """The config of the audio Q-Former. Raises ConfigError for a model without an audio branch."""
+        find_branch("audio").require(self)
+        assert self.audio_qformer is not None  # it comes with ImageBind
+        return self.audio_qformer
+
     def extra_branch(self, name: str) -> BranchConfig | None:
         """The config of an additional branch; None where the model does not have it."""
         return next((branch for branch in self.extra_branches if branch.type == name), None)

@@ -151,7 +151,7 @@ class Llama(nnx.Module):
         self.cfg = cfg
         init = nnx.initializers.normal(0.02)
         self.embedding = named(init(rngs.params(), (cfg.vocab_size, cfg.width)), "vocab", "embed")
-        self.blocks = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.depth, rngs)
+        self.blocks: Block | nnx.List[Block] = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.depth, rngs)
         self.norm = _rms_norm(cfg.width, cfg, rngs)
         head = axes("embed", "vocab")
         self.head = (

@@ -332,11 +332,13 @@ def _load_json(directory: Path) -> JsonTokenizer:
     role_ids = {role: token_id for role, token_id in role_ids.items() if library.id_to_token(token_id)}
     starts_with_bos = _starts_with_bos(library, role_ids.get("bos"), declared, directory)
     _require_roles(role_ids, path, ("bos", "eos") if starts_with_bos else ("eos",))
-    flags = {library.id_to_token(token_id): (False, False) for token_id in role_ids.values()}
+    contents = map(library.id_to_token, role_ids.values())
+    flags = {content: (False, False) for content in contents if content}
     for token in library.get_added_tokens_decoder().values():
         if token.special or token.content in flags:
             flags[token.content] = (token.lstrip, token.rstrip)
-    special_tokens = [SpecialToken(content, library.token_to_id(content), *pair) for content, pair in flags.items()]
+    ids = ((content, library.token_to_id(content)) for content in flags)  # each has one
+    special_tokens = [SpecialToken(content, i, *flags[content]) for content, i in ids if i is not None]
     eos_ids = [token_id for token_id in eos_ids if library.id_to_token(token_id)]
     return JsonTokenizer(library, special_tokens, role_ids, starts_with_bos=starts_with_bos, more_eos_ids=eos_ids)
 

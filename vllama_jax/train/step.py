@@ -112,8 +112,7 @@ def make_step(
         parts = jax.tree.map(lambda x: _parts(x, config.accumulation), batch)
 
         def accumulate(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
-            part, key = part
-            (total, count), gradients = gradient(state.weights, frozen, part, key)
+            (total, count), gradients = gradient(state.weights, frozen, *part)
             return jax.tree.map(jnp.add, sums, (total, count, gradients)), None
 
         zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.weights))
