@@ -2,16 +2,17 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from vllama_jax.branches import BRANCHES
-from vllama_jax.config import VideoLlamaConfig, VitConfig
+from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.convert import eva_vit, imagebind, qformer
 from vllama_jax.convert.families import find_family
 from vllama_jax.convert.rules import SAME, Rule, linear, norm
 from vllama_jax.convert.weight_files import Source, renamed
 from vllama_jax.errors import CheckpointError
+from vllama_jax.towers import VitConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _vl(cfg: VideoLlamaConfig) -> list[Rule]:
 
 def _al(cfg: VideoLlamaConfig) -> list[Rule]:
     return [
-        *qformer.rules("audio_qformer", "audio_Qformer", "audio_query_tokens", cfg.audio_qformer),
+        *qformer.rules("audio_qformer", "audio_Qformer", "audio_query_tokens", cfg.require_audio_qformer()),
         Rule("audio_positions", ("audio_position_embedding.weight",), SAME),
         *linear("audio_llama_proj", "audio_llama_proj"),
     ]
@@ -135,7 +136,7 @@ PIECES: dict[str, Piece] = {
         "--imagebind",
         "modality_trunks.audio.blocks.0.norm_1.weight",
         ("imagebind/audio", "imagebind/vision"),
-        lambda cfg: imagebind.rules(cfg.imagebind),
+        lambda cfg: imagebind.rules(cfg.require_imagebind()),
         lambda _: {**imagebind.EXTRAS, re.escape(imagebind.AUDIO_SCALE): "kept in config.json"},
         lambda source: {"imagebind": imagebind.infer(source)},
         applies=lambda cfg: cfg.has_audio,
@@ -208,7 +209,7 @@ def holding(component: str) -> list[str]:
     return [kind for kind, piece in PIECES.items() if component in piece.components]
 
 
-def recognise(source: Container[str]) -> list[str]:
+def recognise(source: Source | Collection[str]) -> list[str]:
     """The kinds that a file is, by the names of the tensors in it. A checkpoint of both branches is two; `llama_proj`
     alone is MiniGPT-4's, beside the vision branch it belongs to that."""
     kinds = [kind for kind, piece in PIECES.items() if piece.signature in source]

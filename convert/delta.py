@@ -57,7 +57,7 @@ class Sum:
         if name not in self._base or name not in self.tensors:
             return False
         ours, theirs = self._base.shapes[name], self.tensors[name][0]
-        grows = name in GROWING and ours and ours[1:] == theirs[1:] and ours[0] < theirs[0]
+        grows = name in GROWING and bool(ours) and ours[1:] == theirs[1:] and ours[0] < theirs[0]
         return ours == theirs or grows
 
     def read(self, name: str) -> np.ndarray:

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from vllama_jax.config import EVA_G, VitConfig
+from vllama_jax.config import EVA_G
 from vllama_jax.convert.rules import ROW, SAME, TABLE, Rule, Transform, from_heads, heads_out, linear, norm, patches
 from vllama_jax.convert.weight_files import Source, count_layers
+from vllama_jax.towers import VitConfig
 
 
 def _join_q0v(heads: int) -> Transform:

@@ -144,9 +144,11 @@ def _buffers(kind: str, config: VideoLlamaConfig) -> list[Tensor]:
         name = "llama_model.model.layers.{}.self_attn.rotary_emb.inv_freq"
         buffers |= {name.format(layer): rope_frequencies(config.llama) for layer in range(config.llama.depth)}
     if kind == "al":
-        buffers |= {f"audio_encoder.{name}": value for name, value in imagebind.buffers(config.imagebind).items()}
+        buffers |= {
+            f"audio_encoder.{name}": value for name, value in imagebind.buffers(config.require_imagebind()).items()
+        }
     if kind == "imagebind":
-        buffers[imagebind.AUDIO_SCALE] = imagebind.buffers(config.imagebind)[imagebind.AUDIO_SCALE]
+        buffers[imagebind.AUDIO_SCALE] = imagebind.buffers(config.require_imagebind())[imagebind.AUDIO_SCALE]
     return [
         Tensor(name, value.shape, value.dtype, functools.partial(np.asarray, value)) for name, value in buffers.items()
     ]

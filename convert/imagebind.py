@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig, ImageBindVisionConfig
+from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig
 from vllama_jax.convert.rules import (
     CONVOLUTION,
     ROW,
@@ -22,6 +22,7 @@ from vllama_jax.convert.rules import (
 )
 from vllama_jax.convert.weight_files import Source, count_layers
 from vllama_jax.errors import CheckpointError
+from vllama_jax.towers import ImageBindVisionConfig
 
 EXTRAS = {
     r"modality_(preprocessors|trunks|heads|postprocessors)\.(text|depth|thermal|imu)\..*": (
@@ -38,9 +39,9 @@ def buffers(cfg: ImageBindConfig) -> dict[str, np.ndarray]:
     """What the model has besides parameters, all fixed; the original keeps it in checkpoints of the audio branch."""
     scale = "modality_postprocessors.{}.1.log_logit_scale"
     return {
-        AUDIO_SCALE: np.float32(cfg.audio.log_logit_scale),
+        AUDIO_SCALE: np.asarray(cfg.audio.log_logit_scale, np.float32),
         "modality_preprocessors.text.mask": np.triu(np.full((TEXT_LENGTH, TEXT_LENGTH), -np.inf, np.float32), 1),
-        **{scale.format(tower): np.float32(np.log(value)) for tower, value in OTHER_SCALES.items()},
+        **{scale.format(tower): np.asarray(np.log(value), np.float32) for tower, value in OTHER_SCALES.items()},
     }
 
 

@@ -98,7 +98,9 @@ def match(
 
     Raises CheckpointError that lists all that is missing, misshapen, there twice, or known to nobody.
     """
-    shapes, leaves, problems = abstract_shapes(cfg), [], []
+    shapes = abstract_shapes(cfg)
+    leaves: list[Leaf] = []
+    problems: list[Problem] = []
     used_rules = tables(cfg, pieces, elsewhere)
     for kind, rules in used_rules.items():
         for rule in rules:

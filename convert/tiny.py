@@ -124,7 +124,8 @@ def write_overrides(path: Path, config: VideoLlamaConfig) -> Path:
     fields = {name: {"num_heads": getattr(config, name).num_heads} for name in ("vit", *qformers)}
     fields["vit"]["depth"] = config.vit.depth
     if config.has_audio:
-        senses = {"audio": config.imagebind.audio, "vision": config.imagebind.vision}
+        imagebind = config.require_imagebind()
+        senses = {"audio": imagebind.audio, "vision": imagebind.vision}
         fields["imagebind"] = {sense: {"num_heads": tower.num_heads} for sense, tower in senses.items()}
     path.write_text(json.dumps(fields, indent=1))
     return path

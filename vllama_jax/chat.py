@@ -109,16 +109,16 @@ def encode_media(
     """Tokens [n, width] for each place that a file has in a prompt, in order: of its sound, then of its frames."""
     import jax.numpy as jnp
 
-    places = {"mel": prepared.mel, "frames": prepared.frames}
-    used = [branch for array in places for branch in network.branches if branch.prompt_array == array]
-    used = [branch for branch in used if places[branch.prompt_array] is not None]
+    arrays = {"mel": prepared.mel, "frames": prepared.frames}
+    given = {name: array for name, array in arrays.items() if array is not None}
+    used = [branch for array in given for branch in network.branches if branch.prompt_array == array]
 
     def encode(branch: Branch) -> "jax.Array":
-        return _encode(network, branch.name, places[branch.prompt_array], interpolate=interpolate_positions)
+        return _encode(network, branch.name, given[branch.prompt_array], interpolate=interpolate_positions)
 
     with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:  # branches compile side by side
         encoded = list(zip(used, pool.map(encode, used), strict=True))
-    found = [[tokens for branch, tokens in encoded if branch.prompt_array == array] for array in places]
+    found = [[tokens for branch, tokens in encoded if branch.prompt_array == array] for array in given]
     return [tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens) for tokens in found if tokens]
 
 

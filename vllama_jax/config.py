@@ -160,6 +160,18 @@ class VideoLlamaConfig:
     def has_audio(self) -> bool:
         return self.imagebind is not None
 
+    def require_imagebind(self) -> ImageBindConfig:
+        """The config of ImageBind. Raises ConfigError for a model without an audio branch."""
+        find_branch("audio").require(self)
+        assert self.imagebind is not None  # this is what `require` checks
+        return self.imagebind
+
+    def require_audio_qformer(self) -> QFormerConfig:
+        """The config of the audio Q-Former. Raises ConfigError for a model without an audio branch."""
+        find_branch("audio").require(self)
+        assert self.audio_qformer is not None  # it comes with ImageBind
+        return self.audio_qformer
+
     def extra_branch(self, name: str) -> BranchConfig | None:
         """The config of an additional branch; None where the model does not have it."""
         return next((branch for branch in self.extra_branches if branch.type == name), None)
@@ -169,7 +181,7 @@ class VideoLlamaConfig:
         kept = tuple(branch for branch in self.extra_branches if branch.type != name)
         return dataclasses.replace(self, extra_branches=kept)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if (self.audio_qformer is None) != (self.imagebind is None):
             raise ConfigError("audio_qformer and imagebind belong together: give both, or neither (picture-only)")
         for path, part in nested_configs(self):
@@ -290,7 +302,7 @@ class GenerationConfig:
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         at_least = {"max_new_tokens": 1, "num_beams": 1, "temperature": 0, "top_k": 0, "seed": 0}
         for name, low in at_least.items():
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= low):
@@ -484,7 +496,7 @@ def _dataclass_of(hint: Any, fields: Mapping[str, Any], where: str) -> type | No
     if hint in _TYPED:
         return _TYPED[hint](fields, where)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
 def check_fields(fields: Mapping[str, Any], cls: type = VideoLlamaConfig, where: str = "config") -> None:
@@ -500,7 +512,7 @@ def check_fields(fields: Mapping[str, Any], cls: type = VideoLlamaConfig, where:
 
 def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Fields of objects within objects as "optim.lr"."""
-    found = {}
+    found: dict[str, Any] = {}
     for name, value in fields.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return found

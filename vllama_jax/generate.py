@@ -228,7 +228,7 @@ class Choice:
         return dataclasses.replace(grown, beams=_with_live(grown, beams, settings, unfinished))
 
 
-def _among(tokens: Int[Array, " r"], some: Int[Array, " e"]) -> Bool[Array, " r"]:
+def _among(tokens: Int[Array, " r"], some: Int[Array, " e"] | Int[np.ndarray, " e"]) -> Bool[Array, " r"]:
     return jnp.any(tokens[:, None] == some, axis=1)
 
 

@@ -101,7 +101,8 @@ def compare_networks(
         for part in parts(plan.config, configuration(plan.tokenizer_directory, plan.config.llama), tokens)
         if _source(part, plan)
     ]
-    total, errors = sum(len(part.stages) for part in found), []
+    total = sum(len(part.stages) for part in found)
+    errors: list[LayerError] = []
     sides = our_side(directory, settings.dtype, settings.quantize), _their_side(directory, plan)
     with jax.default_matmul_precision("highest"), torch.inference_mode():
         for part in found:
@@ -121,7 +122,7 @@ def _source(part: "Component", plan: ConversionPlan) -> Source | None:
     return plan.pieces.get("minigpt4") if found is None and part.name == "llama_proj" else found
 
 
-Side = Callable[["Part", "Stage", Any], Any]
+Side = Callable[["Component", "Stage", Any], Any]
 
 
 def our_side(directory: ModelDirectory, dtype: ComputeDtype, quantize: str | None = None) -> Side:

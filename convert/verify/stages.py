@@ -16,12 +16,12 @@ import transformers
 from torch import nn
 
 from vllama_jax.branches import BRANCHES
-from vllama_jax.config import ImageBindAudioConfig, ImageBindVisionConfig, QFormerConfig, VideoLlamaConfig, VitConfig
+from vllama_jax.config import ImageBindAudioConfig, QFormerConfig, VideoLlamaConfig
 from vllama_jax.convert.components import PIECES
 from vllama_jax.convert.verify.reference import Read, eva_vit, imagebind, llama, loaded, qformer
 from vllama_jax.nn.layers import run_blocks
 from vllama_jax.nn.video_llama import VideoLlama
-from vllama_jax.towers import TOWERS
+from vllama_jax.towers import TOWERS, ImageBindVisionConfig, VitConfig
 
 Ours = Callable[[VideoLlama, Any], Any]
 Theirs = Callable[[Read, Any], Any]
@@ -97,7 +97,8 @@ def vision_branch_stages(cfg: VideoLlamaConfig) -> list[Component]:
 
 
 def imagebind_stages(cfg: VideoLlamaConfig) -> list[Component]:
-    senses, embed_dim = cfg.imagebind, cfg.imagebind.embed_dim
+    senses = cfg.require_imagebind()
+    embed_dim = senses.embed_dim
     mel = _normal(2, senses.audio.num_mel_bins, senses.audio.num_mel_frames)
     return [
         Component("imagebind/audio", "imagebind", mel, _hearing(senses.audio, embed_dim)),
@@ -106,10 +107,10 @@ def imagebind_stages(cfg: VideoLlamaConfig) -> list[Component]:
 
 
 def audio_branch_stages(cfg: VideoLlamaConfig) -> list[Component]:
-    audio, clips = cfg.audio_qformer, min(cfg.num_clips, cfg.num_clip_positions)
+    audio, clips = cfg.require_audio_qformer(), min(cfg.num_clips, cfg.num_clip_positions)
     projection = _projection(cfg, "audio_")
     return [
-        Component("audio_qformer", "al", _normal(1, clips, cfg.imagebind.embed_dim), _audio_qformer(cfg)),
+        Component("audio_qformer", "al", _normal(1, clips, cfg.require_imagebind().embed_dim), _audio_qformer(cfg)),
         Component("audio_llama_proj", "al", _normal(1, audio.num_queries, audio.width), projection),
     ]
 
@@ -217,7 +218,7 @@ def _audio_qformer(cfg: VideoLlamaConfig) -> list[Stage]:
 
     ours = lambda network, x: network.with_clip_positions(x)  # noqa: E731
     positions = Stage("clip positions", ("audio_positions",), ours, theirs)
-    return [positions, *_qformer("audio", "audio_", cfg.audio_qformer, cfg.imagebind.embed_dim)]
+    return [positions, *_qformer("audio", "audio_", cfg.require_audio_qformer(), cfg.require_imagebind().embed_dim)]
 
 
 def _qformer(sense: str, prefix: str, cfg: QFormerConfig, memory_width: int) -> list[Stage]:
@@ -256,7 +257,7 @@ def _qformer_layer(path: str, stack: str) -> Ours:
 
 
 def _projection(cfg: VideoLlamaConfig, prefix: str = "") -> list[Stage]:
-    name, width = f"{prefix}llama_proj", (cfg.audio_qformer if prefix else cfg.video_qformer).width
+    name, width = f"{prefix}llama_proj", (cfg.require_audio_qformer() if prefix else cfg.video_qformer).width
     theirs = _torch(lambda: nn.Linear(width, cfg.llama.width), f"{name}.")
     return [Stage("linear", (f"{name}/*",), lambda network, x: getattr(network, name)(x), theirs)]
 

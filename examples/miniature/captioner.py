@@ -22,6 +22,7 @@ from vllama_jax.nn.layers import layer_norm
 from vllama_jax.nn.llama import Llama
 from vllama_jax.nn.qformer import QFormer
 from vllama_jax.text.prompts import Media
+from vllama_jax.text.templates import find_caption_template
 from vllama_jax.text.tokenizer import Tokenizer
 from vllama_jax.text.training import BARE, encode_caption
 
@@ -55,7 +56,8 @@ def train_captioner(
 ) -> Captioner:
     """Captions of pictures, by the loss of the language model; it and the tower stay as they are."""
     queries = IMAGE_QFORMER.num_queries
-    said = [encode_caption(tokenizer, BARE, text, Media("image"), None, queries, 32) for text in pictures.captions]
+    plain = find_caption_template(BARE)
+    said = [encode_caption(tokenizer, plain, text, Media("image"), None, queries, 32) for text in pictures.captions]
     length = max(len(one.ids) for one in said)
     ids = np.stack([np.pad(one.ids, (0, length - len(one.ids))) for one in said])
     labels = np.stack([np.pad(one.labels, (0, length - len(one.ids)), constant_values=-100) for one in said])

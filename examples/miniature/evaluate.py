@@ -29,6 +29,7 @@ from vllama_jax.model import Model
 from vllama_jax.nn.video_llama import splice
 from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media
+from vllama_jax.text.templates import find_template
 
 TOKENS = 24  # of an answer at most
 SCALES = (2.0, 5.0, 10.0, 20.0)  # norms of sound vectors, beside the model's own; published weights have the last
@@ -192,7 +193,7 @@ def ask(model: Model, shown: Shown, question: str) -> list[str]:
 
 
 def _ask_batch(model: Model, shown: Shown, question: str) -> list[str]:
-    template = prompts.find_template(model.config.template)
+    template = find_template(model.config.template)
     return greedy_answers(model, template, _prompts(model, shown, question), TOKENS, len(shown.scenes))
 
 

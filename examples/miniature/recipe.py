@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from flax import nnx
 
-from vllama_jax.checkpoints.directory import run_steps
+from vllama_jax.checkpoints.digests import run_steps
 from vllama_jax.config import changes, flat
 from vllama_jax.errors import ConfigError, VllamaError
 from vllama_jax.io.atomic import new_directory, replace_json

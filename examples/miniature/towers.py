@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vllama_jax.config import ImageBindVisionConfig, VitConfig
 from vllama_jax.media import normalize
 from vllama_jax.media.image import MEAN, STD
 from vllama_jax.miniature.fit import fit
@@ -21,6 +20,7 @@ from vllama_jax.nn.eva_vit import EvaVit
 from vllama_jax.nn.imagebind import VisionTower
 from vllama_jax.nn.layers import layer_norm, run_stack
 from vllama_jax.text.tokenizer import Tokenizer
+from vllama_jax.towers import ImageBindVisionConfig, VitConfig
 
 EMBED_DIM = 64
 EVA = VitConfig(image_size=IMAGE_SIZE, patch_size=8, width=96, depth=3, num_heads=4, mlp_dim=384)

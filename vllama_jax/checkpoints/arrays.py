@@ -56,7 +56,8 @@ class ParamsWriter:
         directory.mkdir()
         chunk = chunk_shape(shape, dtype.itemsize)
         write_json(directory / ".zarray", _zarr_metadata(shape, chunk, dtype))
-        digest, writes = xxhash.xxh3_128(), collections.deque()
+        digest = xxhash.xxh3_128()
+        writes: collections.deque[concurrent.futures.Future[None]] = collections.deque()
         for first, rows in enumerate(_regrouped(blocks, chunk[0])):
             digest.update(rows.view(np.uint8))
             for index, values in _cut(rows, chunk):
@@ -208,7 +209,7 @@ def check_params(directory: Path, leaves: Mapping[str, dict], paths: Iterable[st
             raise CheckpointError(f"{folder}: cannot be read ({error.strerror}); copy or convert it again") from error
         shape, dtype = leaves[path]["shape"], np.dtype(leaves[path]["dtype"])
         metadata = read_object(folder / ".zarray")
-        chunk = metadata.get("chunks")
+        chunk: Any = metadata.get("chunks")
         if not _is_chunk(chunk, shape) or metadata != _zarr_metadata(shape, chunk, dtype):
             raise CheckpointError(f"{folder}: not the array that manifest.json describes; copy or convert it again")
         whole = math.prod(chunk) * dtype.itemsize

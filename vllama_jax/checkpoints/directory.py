@@ -160,7 +160,8 @@ def find_runs(path: str | Path, base: str | Path | None = None) -> tuple[list[Ru
 
     No weight is looked at. Raises as `open_model` does for what is neither a model directory nor a run.
     """
-    path, runs = find_model(path), []
+    path = find_model(path)
+    runs: list[Run] = []
     while "base" in (fields := read_config(path)):
         if any(os.path.samefile(path, run.path) for run in runs):
             raise CheckpointError(f"{path / 'config.json'}: the run is its own base model; name the right one: --base")

@@ -61,6 +61,7 @@ def _plot_mel(file: Path, out: Path) -> None:
 
     figure, audio = draw_mel(file)
     _save(figure, out)
+    assert audio.mel is not None  # it was drawn
     print(f"{out}: {len(audio.mel)} clips of {audio.report}")
 
 

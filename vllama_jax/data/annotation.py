@@ -3,9 +3,8 @@
 import dataclasses
 from typing import Literal
 
-KINDS = ("video", "image", "audio")
-
 Kind = Literal["video", "image", "audio"]
+KINDS: tuple[Kind, ...] = ("video", "image", "audio")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ keeps its row, without labels, so that no host's order shifts.
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -192,7 +192,9 @@ class BatchReader:
         return BRANCHES[self.branch].media_shape(self.model, stream.kind), dtype
 
 
-def prefetched_batches(reader: Callable[[int], Any], first: int, last: int, cfg: DataConfig) -> Iterator[Any]:
+def prefetched_batches(
+    reader: Callable[[int], Any], first: int, last: int, cfg: DataConfig
+) -> Generator[Any, None, None]:
     """What a reader has of steps first to last, read ahead in threads or processes. Its only state is the step.
 
     Close it to end the threads and processes before the last step. Raises VllamaError where a process was lost.

@@ -141,7 +141,7 @@ def _from_manifest(path: Path, manifest: dict[str, Any]) -> Records:
         raise DataError(f"{where}: incomplete ({one_line(error)}); {_ANEW}") from error
 
 
-def ranges(counts: Mapping[Kind, int]) -> dict[Kind, range]:
+def ranges(counts: Mapping[str, int]) -> dict[Kind, range]:
     """The record numbers of each kind, from how many there are."""
     ends = itertools.accumulate(counts.get(kind, 0) for kind in KINDS)
     return {kind: range(end - counts.get(kind, 0), end) for kind, end in zip(KINDS, ends, strict=True)}

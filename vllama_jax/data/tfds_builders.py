@@ -56,7 +56,7 @@ def text_example(annotation: Annotation) -> dict[str, Any]:
     }
 
 
-class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
+class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # of TFDS, which has no types
     """A TFDS dataset of given examples, in their order; `counts` of them in each file."""
 
     VERSION = tfds.core.Version("1.0.0")
@@ -78,7 +78,7 @@ class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):
             example.clear()  # TFDS holds on to a file's examples until it has counted them
 
 
-class Texts(_Builder, skip_registration=True):
+class Texts(_Builder, skip_registration=True):  # type: ignore[call-arg]  # of TFDS, which has no types
     """What is said of each file."""
 
     FEATURES = tfds.features.FeaturesDict(
@@ -92,7 +92,7 @@ class Texts(_Builder, skip_registration=True):
     )
 
 
-class Media(_Builder, skip_registration=True):
+class Media(_Builder, skip_registration=True):  # type: ignore[call-arg]  # of TFDS, which has no types
     """The files, as they were on disk."""
 
     FEATURES = tfds.features.FeaturesDict({"id": tfds.features.Text(), "media": tfds.features.Text()})

@@ -31,11 +31,11 @@ def encode_text(
         template = find_conversation_template(cfg.template)
         where = (media, annotation.media_at, media_length)
         return label_conversation(tokenizer, template, annotation.turns, *where, cfg.max_length)
-    template = find_caption_template(cfg.template)
+    wrapped = find_caption_template(cfg.template)
     caption = " ".join(answer for _, answer in annotation.turns)
     caption = clean_caption(caption) if cfg.clean else caption
     instruction = cfg.instructions[draw.integers(len(cfg.instructions))] if cfg.instructions else None
-    return encode_caption(tokenizer, template, caption, media, instruction, media_length, cfg.max_length)
+    return encode_caption(tokenizer, wrapped, caption, media, instruction, media_length, cfg.max_length)
 
 
 def pad_texts(

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, BinaryIO, Self, TypeVar
 
 from vllama_jax.errors import VllamaError
@@ -26,7 +26,7 @@ Result = TypeVar("Result")
 
 def in_processes(
     function: Callable[[Item], Result], items: Sequence[Item], processes: int, ahead: int = 2
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Yield `function` of each item, in the items' order, from workers that end with this iterator: `Workers.map`."""
     with Workers(processes) as workers:
         yield from workers.map(function, items, ahead)
@@ -53,7 +53,9 @@ class Workers:
         for worker in workers:
             worker.wait()
 
-    def map(self, function: Callable[[Item], Result], items: Sequence[Item], ahead: int = 2) -> Iterator[Result]:
+    def map(
+        self, function: Callable[[Item], Result], items: Sequence[Item], ahead: int = 2
+    ) -> Generator[Result, None, None]:
         """Yield `function` of each item, in the items' order.
 
         Args:
@@ -96,24 +98,27 @@ class Workers:
 class _Worker:
     """One worker process, seen from the process that uses it."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         program = f"import sys; sys.path[:] = {sys.path!r}; from vllama_jax.data import workers; workers.work()"
         # A process group of its own: Ctrl-C on a terminal reaches the command only, which then ends its workers.
         self._process = subprocess.Popen(
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._tasks, self._results = self._process.stdin, self._process.stdout
 
     def give(self, function: Callable[[Any], Any], items: Sequence[Any], ahead: int) -> None:
         """Let the worker begin with the items."""
         task = pickle.dumps((function, items, ahead))
         with contextlib.suppress(BrokenPipeError):  # the worker has ended, which `take` reports
-            self._process.stdin.write(task)
-            self._process.stdin.flush()
+            self._tasks.write(task)
+            self._tasks.flush()
 
     def take(self) -> Any:
         """The next result, which is waited for. Raises VllamaError where there is none."""
         try:
-            result, problem = pickle.load(self._process.stdout)
+            result, problem = pickle.load(self._results)
         except (EOFError, pickle.UnpicklingError) as error:
             raise VllamaError(_death(self._process.wait())) from error
         if problem is not None:
@@ -128,8 +133,8 @@ class _Worker:
         """Release what belonged to a worker that was killed."""
         self._process.wait()
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.stdout.close()
+            self._tasks.close()
+        self._results.close()
 
 
 def _death(code: int) -> str:

@@ -154,7 +154,9 @@ def normalize(
     Returns:
         The normalized pixels.
     """
-    table = (np.arange(256, dtype=np.float32)[:, None] / 255 - np.float32(mean)) / np.float32(std)
+    table = (np.arange(256, dtype=np.float32)[:, None] / 255 - np.asarray(mean, np.float32)) / np.asarray(
+        std, np.float32
+    )
     normalized = np.empty(frames.shape, np.float32)
     for colour in range(3):
         normalized[..., colour] = table[:, colour][frames[..., colour]]

@@ -24,6 +24,7 @@ def draw_mel(path: str | os.PathLike[str], num_clips: int = 8) -> tuple[Any, Aud
         MediaError: The file has no audio, or it cannot be decoded.
     """
     audio = read_audio(path, num_clips)
+    assert audio.mel is not None  # mel clips were asked for
     import librosa.display
     import matplotlib.figure
 

@@ -4,8 +4,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vllama_jax.config import VitConfig
 from vllama_jax.nn.layers import PreNormBlock, axes, like_weights, named, patchify, prepend, run_blocks, stack
+from vllama_jax.towers import VitConfig
 
 
 class EvaVit(nnx.Module):

@@ -5,7 +5,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig, ImageBindVisionConfig
+from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig
 from vllama_jax.nn.layers import (
     PreNormBlock,
     axes,
@@ -17,6 +17,7 @@ from vllama_jax.nn.layers import (
     run_blocks,
     stack,
 )
+from vllama_jax.towers import ImageBindVisionConfig
 
 
 def _unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:

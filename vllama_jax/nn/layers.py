@@ -265,7 +265,7 @@ def projection(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
     """A linear layer to the language model's width, initialized as torch's nn.Linear."""
     bound = 1 / math.sqrt(width)
 
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, **_) -> jax.Array:
+    def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, **_: Any) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return nnx.Linear(width, out, kernel_init=init, bias_init=init, rngs=rngs, **axes(None, "embed"))

@@ -151,7 +151,7 @@ class Llama(nnx.Module):
         self.cfg = cfg
         init = nnx.initializers.normal(0.02)
         self.embedding = named(init(rngs.params(), (cfg.vocab_size, cfg.width)), "vocab", "embed")
-        self.blocks = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.depth, rngs)
+        self.blocks: Block | nnx.List[Block] = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.depth, rngs)
         self.norm = _rms_norm(cfg.width, cfg, rngs)
         head = axes("embed", "vocab")
         self.head = (
@@ -178,7 +178,7 @@ class Llama(nnx.Module):
         seen = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
         cos, sin = self._rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
 
-        def step(_, block: Block, x: jax.Array) -> jax.Array:
+        def step(_: Any, block: Block, x: jax.Array) -> jax.Array:
             query, key, value = block.project(x, cos, sin)
             return block.finish(x, attend(query, key, value, seen))
 
@@ -194,7 +194,7 @@ class Llama(nnx.Module):
         valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
         seen = valid[:, None, :] & (jnp.arange(cache.capacity) <= start + jnp.arange(n)[:, None])
 
-        def step(layer, block: Block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def step(layer: Any, block: Block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x, keys_values = carry
             query, key, value = block.project(x, cos, sin)
             new = jnp.stack([key, value], axis=0).transpose(2, 0, 3, 1, 4).astype(keys_values.dtype)

@@ -2,6 +2,7 @@
 
 import functools
 import pkgutil
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -28,14 +29,16 @@ class VideoLlama(nnx.Module):
         self.video_qformer = QFormer(cfg.video_qformer, cfg.image_qformer.width, rngs=rngs)
         self.frame_positions = learned_positions(cfg.num_frame_positions, cfg.image_qformer.width, rngs)
         self.llama_proj = projection(cfg.video_qformer.width, cfg.llama.width, rngs)
-        if cfg.has_audio:
+        if cfg.imagebind is not None and cfg.audio_qformer is not None:
             self.imagebind = ImageBind(cfg.imagebind, rngs=rngs)
             self.audio_qformer = QFormer(cfg.audio_qformer, cfg.imagebind.embed_dim, rngs=rngs)
             self.audio_positions = learned_positions(cfg.num_clip_positions, cfg.imagebind.embed_dim, rngs)
             self.audio_llama_proj = projection(cfg.audio_qformer.width, cfg.llama.width, rngs)
         self.llama = Llama(cfg.llama, rngs=rngs)
         for extra in cfg.extra_branches:
-            setattr(self, extra.type, pkgutil.resolve_name(BRANCHES[extra.type].module)(extra, cfg, rngs=rngs))
+            module = BRANCHES[extra.type].module
+            assert module is not None  # of an additional branch
+            setattr(self, extra.type, pkgutil.resolve_name(module)(extra, cfg, rngs=rngs))
 
     @property
     def branches(self) -> list[Branch]:
@@ -79,15 +82,13 @@ class VideoLlama(nnx.Module):
 
     def embed_frames(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t e"]:
         """Each frame by itself through ImageBind's vision tower: [b, t, 1024] of norm 1, float32."""
-        self._require_audio()
-        _check_frames(frames, self.cfg.imagebind.vision.image_size)
+        _check_frames(frames, self.cfg.require_imagebind().vision.image_size)
         b, t = frames.shape[:2]
         return self.imagebind.vision(frames.reshape(b * t, *frames.shape[2:])).reshape(b, t, -1)
 
     def embed_sounds(self, mel: Float[Array, "b s f m"]) -> Float[Array, "b s e"]:
         """Each log-mel picture by itself through ImageBind's audio tower: [b, s, 1024] of norm 20, float32."""
-        self._require_audio()
-        cfg = self.cfg.imagebind.audio
+        cfg = self.cfg.require_imagebind().audio
         advice = "media.mel_clips makes [s, f, m] of a waveform"
         check_array("mel", mel, ("b", "s", "f", "m"), "floats", advice, f=cfg.num_mel_bins, m=cfg.num_mel_frames)
         b, s = mel.shape[:2]
@@ -139,15 +140,16 @@ class VideoLlama(nnx.Module):
         check_array("mask", mask, ("b", "n"), "booleans", "True at tokens", b=b, n=n)
         return self.llama.logits(self.llama(embeddings, mask))
 
-    def _require_audio(self) -> None:
-        """Raise ConfigError for a model without an audio branch."""
-        BRANCHES["audio"].require(self.cfg)
-
 
 def _has(network: VideoLlama, component: str) -> bool:
     """Whether a network has a component, by its path."""
     *parents, name = component.split("/")
-    return hasattr(functools.reduce(lambda part, parent: getattr(part, parent, None), parents, network), name)
+    return hasattr(functools.reduce(_part, parents, network), name)
+
+
+def _part(owner: Any, name: str) -> Any:
+    """A part of a module by its name; None where it has none."""
+    return getattr(owner, name, None)
 
 
 def _check_frames(frames: Float[Array, "b t h w 3"], size: int) -> None:

@@ -123,8 +123,8 @@ class Tokenizer(abc.ABC):
         """
         texts = []
         for known, run in itertools.groupby(self._shown(ids, skip_special), key=lambda i: i < self._library_size):
-            run = list(run)
-            texts += [self._decode_known(run)] if known else self.tokens(run)
+            same = list(run)
+            texts += [self._decode_known(same)] if known else self.tokens(same)
         return " ".join(texts)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
@@ -181,7 +181,7 @@ class SentencePieceTokenizer(Tokenizer):
     """`tokenizer.model`. Each text between special tokens gets SentencePiece's leading "▁" of its own."""
 
     def __init__(
-        self, processor, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], starts_with_bos: bool
+        self, processor: Any, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], starts_with_bos: bool
     ):
         super().__init__(special_tokens, role_ids, processor.get_piece_size(), starts_with_bos=starts_with_bos)
         self._processor = processor
@@ -213,7 +213,9 @@ class SentencePieceTokenizer(Tokenizer):
 class JsonTokenizer(Tokenizer):
     """`tokenizer.json`, through the `tokenizers` library."""
 
-    def __init__(self, library, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], **options: Any):
+    def __init__(
+        self, library: Any, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], **options: Any
+    ):
         """`options`: those of Tokenizer."""
         added = library.get_added_tokens_decoder()
         ids = library.get_vocab(with_added_tokens=True).values()
@@ -246,7 +248,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
     """
     directory = Path(directory)
     if (directory / "tokenizer.model").is_file():
-        tokenizer = _load_sentencepiece(directory)
+        tokenizer: Tokenizer = _load_sentencepiece(directory)
     elif (directory / "tokenizer.json").is_file():
         tokenizer = _load_json(directory)
     else:
@@ -330,11 +332,13 @@ def _load_json(directory: Path) -> JsonTokenizer:
     role_ids = {role: token_id for role, token_id in role_ids.items() if library.id_to_token(token_id)}
     starts_with_bos = _starts_with_bos(library, role_ids.get("bos"), declared, directory)
     _require_roles(role_ids, path, ("bos", "eos") if starts_with_bos else ("eos",))
-    flags = {library.id_to_token(token_id): (False, False) for token_id in role_ids.values()}
+    contents = map(library.id_to_token, role_ids.values())
+    flags = {content: (False, False) for content in contents if content}
     for token in library.get_added_tokens_decoder().values():
         if token.special or token.content in flags:
             flags[token.content] = (token.lstrip, token.rstrip)
-    special_tokens = [SpecialToken(content, library.token_to_id(content), *pair) for content, pair in flags.items()]
+    ids = ((content, library.token_to_id(content)) for content in flags)  # each has one
+    special_tokens = [SpecialToken(content, i, *flags[content]) for content, i in ids if i is not None]
     eos_ids = [token_id for token_id in eos_ids if library.id_to_token(token_id)]
     return JsonTokenizer(library, special_tokens, role_ids, starts_with_bos=starts_with_bos, more_eos_ids=eos_ids)
 

@@ -72,7 +72,8 @@ def encode_caption(
         max_length: of the caption with its end, in tokens; a longer one loses its end. Tokenised apart from the prompt.
     """
     if instruction is None:
-        template, prompt = find_caption_template(BARE), (Mark.MEDIA,)
+        template = find_caption_template(BARE)
+        prompt: Prompt = (Mark.MEDIA,)
     else:
         before, after = template.wrap
         introduction = _introduction(media if media.kind == "audio" else Media("image"))

@@ -170,7 +170,7 @@ class TrainConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         find_branch(self.branch)
         _check_numbers(self)
         if not self.datasets:

@@ -86,7 +86,8 @@ def _transform(
     config: TrainConfig, directory: ModelDirectory, dataset: DatasetConfig, kinds: Mapping[Kind, int]
 ) -> dict[str, Any]:
     """What decides the pixels and the sound (data/pipeline.py); nothing that records of these kinds do not feel."""
-    model, fields = directory.config, {}
+    model = directory.config
+    fields: dict[str, Any] = {}
     if "audio" in kinds:
         fields["num_clips"] = model.num_clips
     if kinds.keys() & {"video", "image"}:
@@ -106,7 +107,7 @@ def _digest(directory: ModelDirectory, part: str, config: Any) -> str:
     digest = xxhash.xxh3_128()
     for path, leaf in sorted(_leaves(directory, part)):
         digest.update(json.dumps([path, leaf["shape"], leaf["dtype"], leaf["xxh3_128"]]).encode())
-    plain = dataclasses.asdict(config) if dataclasses.is_dataclass(config) else config
+    plain = config if isinstance(config, int | float) else dataclasses.asdict(config)
     digest.update(json.dumps(plain, sort_keys=True).encode())
     for trained in directory.trained:
         if any(is_within(path, part) for path in trained.leaves):

@@ -72,7 +72,8 @@ def first_process_first(make: Callable[[], Made]) -> Made:
     from jax.experimental import multihost_utils
 
     first = jax.process_index() == 0
-    made = make() if first else None
+    if first:
+        made = make()
     multihost_utils.sync_global_devices("process 0 has made its files")
     return made if first else make()
 

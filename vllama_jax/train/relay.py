@@ -44,7 +44,10 @@ class Relay:
             text=True,
             process_group=0,
         )
-        self.address = f"127.0.0.1:{int(self._process.stdout.readline())}"
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._commands, self._reports = self._process.stdin, self._process.stdout
+        self.address = f"127.0.0.1:{int(self._reports.readline())}"
         self._on_loss = on_loss
         threading.Thread(target=self._listen, daemon=True, name="vllama-relay").start()
 
@@ -53,17 +56,17 @@ class Relay:
 
         0: connections may end from now on.
         """
-        self._process.stdin.write(f"{longest_silence}\n")
-        self._process.stdin.flush()
+        self._commands.write(f"{longest_silence}\n")
+        self._commands.flush()
 
     def stop(self) -> None:
         """End it, and all connections through it."""
         self._process.kill()
         self._process.wait()
-        self._process.stdin.close()
+        self._commands.close()
 
     def _listen(self) -> None:
-        with self._process.stdout as told:
+        with self._reports as told:
             if LOST in told:
                 self._on_loss()
 

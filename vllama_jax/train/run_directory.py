@@ -133,8 +133,9 @@ def _check_same(
         raise CheckpointError(f"{out}: a model directory, not a run; choose another --out")
     run, made_from, recorded = _read_recorded(out / "config.json", fields)
     before, now = _settings(run, recorded.compute_dtype), _settings(config, dtype)
-    for name in inputs.keys() & (recorded.inputs or {}).keys():
-        if inputs[name] != recorded.inputs[name]:
+    earlier = recorded.inputs or {}
+    for name in inputs.keys() & earlier.keys():
+        if inputs[name] != earlier[name]:
             raise ConfigError(
                 f"{out}: {name} {now[name]}: its content is not what this run was started with; give the original, "
                 "or choose another --out"
@@ -250,7 +251,9 @@ class Checkpoints:
 
         unusable: Steps that could not be read. Those that the first process finds damaged are added.
         """
-        problem = CheckpointError(f"{self._out}: the first process found no checkpoint to resume from")
+        problem: CheckpointError | OSError = CheckpointError(
+            f"{self._out}: the first process found no checkpoint to resume from"
+        )
         step = FAILED
         if jax.process_index() == 0:
             try:
@@ -397,4 +400,5 @@ class Board:
             self._write(step=step, summary={"value": scalars})
 
     def _write(self, **fields: Any) -> None:
+        assert self._writer is not None  # as callers look
         self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())

@@ -78,9 +78,14 @@ def keep_components(network: VideoLlama, used: Collection[str]) -> None:
     unused |= {path.split("/")[0] for path in unused} - {path.split("/")[0] for path in used}
     for path in sorted(unused):  # a module before its components
         *parents, name = path.split("/")
-        owner = functools.reduce(lambda part, parent: getattr(part, parent, None), parents, network)
+        owner = functools.reduce(_part, parents, network)
         if hasattr(owner, name):
             delattr(owner, name)
+
+
+def _part(owner: Any, name: str) -> Any:
+    """A part of a module by its name; None where it has none."""
+    return getattr(owner, name, None)
 
 
 def matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
@@ -102,7 +107,7 @@ def state_shardings(state: TrainState, weights: Mapping[str, NamedSharding], mes
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        weight = getattr(path[-1], "key", None)
+        weight: Any = getattr(path[-1], "key", None)
         same_shape = weight in weights and leaf.shape == state.weights[weight].shape
         return weights[weight] if same_shape else replicated
 

@@ -54,7 +54,9 @@ def run_encoders(network: VideoLlama, branch: str, batch: Batch) -> Array:
     if "mel" in batch:
         return encoders["mel"].encode(network, batch["mel"])
     tower = tower_of(BRANCHES[branch].frame_tower(network.cfg))
-    frames = (batch["frames"].astype(jnp.float32) / 255 - np.float32(tower.mean)) / np.float32(tower.std)
+    frames = (batch["frames"].astype(jnp.float32) / 255 - np.asarray(tower.mean, np.float32)) / np.asarray(
+        tower.std, np.float32
+    )
     return encoders["frames"].encode(network, constrain(frames, "batch", None, None, None, None))
 
 
@@ -110,8 +112,7 @@ def make_step(
         parts = jax.tree.map(lambda x: _parts(x, config.accumulation), batch)
 
         def accumulate(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
-            part, key = part
-            (total, count), gradients = gradient(state.weights, frozen, part, key)
+            (total, count), gradients = gradient(state.weights, frozen, *part)
             return jax.tree.map(jnp.add, sums, (total, count, gradients)), None
 
         zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.weights))

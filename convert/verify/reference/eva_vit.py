@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from vllama_jax.config import VitConfig
+from vllama_jax.towers import VitConfig
 
 
 class Embeddings(nn.Module):

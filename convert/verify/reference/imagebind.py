@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from vllama_jax.config import ImageBindAudioConfig, ImageBindVisionConfig
+from vllama_jax.config import ImageBindAudioConfig
+from vllama_jax.towers import ImageBindVisionConfig
 
 
 class Preprocessor(nn.Module):
