@@ -5,7 +5,7 @@
 Chunks of a stacked kernel of LLaMA-7B (10 layers of 4096 × 11008 in bfloat16 at 0.9 GB) are written and read by
 `checkpoints/arrays.py` and by tensorstore; a .pth file by `convert/write_tensors.py` and by two ways with torch.save:
 from a memory-mapped file, and with `skip_data` and a map of the file that it left room in. Each runs in a process of
-its own, in turn. Peak memory is what the work adds after imports. docs/decisions.md has the figures.
+its own, in turn. Peak memory is what the work adds after imports. docs/trials.md has the figures.
 """
 
 import collections

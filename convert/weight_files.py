@@ -198,7 +198,7 @@ class SafetensorsFile:
             with self._path.open("rb") as file:
                 values = np.fromfile(file, np.dtype(dtype), math.prod(shape), offset=self._starts[name])
                 if hasattr(os, "posix_fadvise"):  # not on macOS
-                    # Read once: the next tensor takes the same pages of the system's cache (docs/decisions.md).
+                    # Read once: the next tensor takes the same pages of the system's cache (docs/decisions.md, D-043).
                     os.posix_fadvise(file.fileno(), self._starts[name], values.nbytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:
             raise CheckpointError(f"{self._path}: cannot be read any more ({error.strerror or error})") from error
