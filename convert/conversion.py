@@ -95,10 +95,10 @@ def plan(
     model = open_stored(Path(base)) if base else None
     drop_components(model, without)
     given = {kind: local(path) for kind, path in files.items() if path is not None}
-    directory, llama_directory, delta = (path and local(path) for path in (directory, llama_directory, delta))
+    directory, llama_directory, delta = (local(path) if path else None for path in (directory, llama_directory, delta))
     found = _found(directory, given, llama_directory)
     branches = {
-        kind: open_stored(path, model and model.path)
+        kind: open_stored(path, model.path if model else None)
         for kind, path in given.items()
         if kind in branch_kinds() and is_stored(path)
     }
@@ -112,7 +112,7 @@ def plan(
     override = {"template": _default_template(language, known), **(config or {})}
     override |= {"template": template} if template else {}
     cfg = model_config(pieces, language.fields if language else {}, override, known)
-    tokenizer_directory = language.tokenizer if language else model.directory.path / "tokenizer"
+    tokenizer_directory = _tokenizer_directory(language, model)
     tokenizer = load_tokenizer(tokenizer_directory)
     check_special_tokens(find_template(cfg.template), tokenizer, cfg.template)
     check_vocabulary(tokenizer, cfg.llama.vocab_size)
@@ -146,6 +146,14 @@ def _default_template(language: LanguageModel | None, known: Mapping[str, Any]) 
     if language is None or ("llama" in known and known["llama"]["family"] == language.fields["family"]):
         return known["template"]
     return find_family(language.fields["family"]).template
+
+
+def _tokenizer_directory(language: LanguageModel | None, base: StoredModel | None) -> Path:
+    """The language model's, else the base's."""
+    if language:
+        return language.tokenizer
+    assert base is not None  # `_check_complete` asks for one or the other
+    return base.directory.path / "tokenizer"
 
 
 def _found(directory: Path | None, given: Mapping[str, Path], llama_directory: Path | None) -> Found:

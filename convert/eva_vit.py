@@ -8,7 +8,7 @@ import numpy as np
 from vllama_jax.config import EVA_G
 from vllama_jax.convert.rules import ROW, SAME, TABLE, Rule, Transform, from_heads, heads_out, linear, norm, patches
 from vllama_jax.convert.weight_files import Source, count_layers
-from vllama_jax.towers import VitConfig
+from vllama_jax.towers import TowerConfig
 
 
 def _join_q0v(heads: int) -> Transform:
@@ -20,7 +20,7 @@ def _join_q0v(heads: int) -> Transform:
     return Transform(to_jax, lambda x: (x[0].reshape(-1), x[2].reshape(-1)))
 
 
-def rules(cfg: VitConfig) -> list[Rule]:
+def rules(cfg: TowerConfig) -> list[Rule]:
     layers, heads = range(cfg.depth), (cfg.num_heads, cfg.width // cfg.num_heads)
     return [
         Rule("vit/class_token", ("cls_token",), ROW),
@@ -42,7 +42,7 @@ def rules(cfg: VitConfig) -> list[Rule]:
     ]
 
 
-def extras(cfg: VitConfig) -> dict[str, str]:
+def extras(cfg: TowerConfig) -> dict[str, str]:
     """Tensors that the file has and the model does not use (regular expressions), and why."""
     used = "|".join(map(str, range(cfg.depth)))
     return {

@@ -143,9 +143,10 @@ def join(
                     f"{branch.path}: trained {target}, which a file that is given holds too; leave one out"
                 )
         replaced |= {component_of(rule.target) for rule in PIECES[kind].rules(cfg)}
-    for target, leaf in base.leaves.items() if base else ():
-        if component_of(target) not in replaced:
-            joined.setdefault(target, (base, leaf))
+    if base:
+        for target, leaf in base.leaves.items():
+            if component_of(target) not in replaced:
+                joined.setdefault(target, (base, leaf))
     _check_fit(cfg, base, joined)
     return [leaf for _, leaf in joined.values()]
 
@@ -182,9 +183,11 @@ def _check_fit(
 
 def frozen_differences(base: StoredModel | None, branches: Mapping[str, StoredModel]) -> list[str]:
     """A line for each branch that was trained beside other weights than those that the base has in the same parts."""
+    if base is None:
+        return []
     lines = []
     encoders = {path for one in BRANCHES.values() for encoder in one.encoders.values() for path in encoder.components}
-    for branch in branches.values() if base else ():
+    for branch in branches.values():
         theirs, ours = branch.directory.manifest["leaves"], base.directory.manifest["leaves"]
         frozen = [target for target in theirs.keys() & ours.keys() if component_of(target) in {"llama", *encoders}]
         differing = {component_of(target) for target in frozen if theirs[target] != ours[target]} - set(

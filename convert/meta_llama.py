@@ -44,7 +44,7 @@ def is_meta(directory: Path) -> bool:
 def open_meta(directory: Path) -> Source:
     """The weights. Raises CheckpointError as `open_file` does, and where shards are missing or unlike each other."""
     paths = _shards(directory)
-    numbers = [int(SHARD.fullmatch(path.name)[1]) for path in paths]
+    numbers = [int(found[1]) for path in paths if (found := SHARD.fullmatch(path.name))]
     if numbers != list(range(len(numbers))):
         missing = next(number for number in range(len(numbers)) if number not in numbers)
         raise CheckpointError(f"{directory}: consolidated.{missing:02}.pth is missing; download all of them")

@@ -60,8 +60,10 @@ def new_components(config: VideoLlamaConfig, components: Sequence[str], seed: in
 
 def drop_components(base: StoredModel | None, components: Sequence[str]) -> None:
     """Take components out of what a base gives. Raises ConfigError where there is no base."""
-    if components and base is None:
-        raise ConfigError(f"--without {components[0]}: leaves a component of --base out; give a base")
-    for target in [target for target in base.leaves if component_of(target) in components] if base else ():
+    if base is None:
+        if components:
+            raise ConfigError(f"--without {components[0]}: leaves a component of --base out; give a base")
+        return
+    for target in [target for target in base.leaves if component_of(target) in components]:
         del base.leaves[target]
         base.learned.discard(target)

@@ -4,6 +4,7 @@ Each is compared before it is left out: a file with other values was made for an
 """
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -37,21 +38,33 @@ def reason(name: str) -> str:
 
 def expected(cfg: VideoLlamaConfig, pieces: Mapping[str, Source], source: Source) -> dict[str, Values]:
     """The redundant tensors of a file, each with the values that it must have one of."""
-    from vllama_jax.nn.llama import rope_frequencies
-
     found: dict[str, Values] = {}
     in_imagebind = _imagebind_values(cfg, pieces)
     vision = pieces.get("vl") if pieces.get("al") is source and pieces.get("vl") is not source else None
     for name, shape in source.shapes.items():
         if re.fullmatch(STORED_INV_FREQ, name):
-            found[name] = lambda: [rope_frequencies(llama) for llama in _with_and_without_scaling(cfg)]
+            found[name] = functools.partial(_inv_freqs, cfg)
         elif re.fullmatch(POSITION_IDS_NAME, name):
-            found[name] = lambda shape=shape: [np.arange(math.prod(shape))]
+            found[name] = functools.partial(_position_ids, shape)
         elif name.startswith(IMAGEBIND) and (values := in_imagebind.get(name.removeprefix(IMAGEBIND))):
             found[name] = values
         elif vision and name in vision and name.startswith(("video_", "llama_proj.")):
-            found[name] = lambda name=name, vision=vision: [vision.read(name)]
+            found[name] = functools.partial(_tensor, vision, name)
     return found
+
+
+def _inv_freqs(cfg: VideoLlamaConfig) -> list[np.ndarray]:
+    from vllama_jax.nn.llama import rope_frequencies
+
+    return [rope_frequencies(llama) for llama in _with_and_without_scaling(cfg)]
+
+
+def _position_ids(shape: Sequence[int]) -> list[np.ndarray]:
+    return [np.arange(math.prod(shape))]
+
+
+def _tensor(source: Source, name: str) -> list[np.ndarray]:
+    return [source.read(name)]
 
 
 def _with_and_without_scaling(cfg: VideoLlamaConfig) -> Sequence[LlamaConfig]:
@@ -64,10 +77,9 @@ def _imagebind_values(cfg: VideoLlamaConfig, pieces: Mapping[str, Source]) -> di
     """What ImageBind has, by its own names: its file's tensors, or else the buffers that are known."""
     values: dict[str, Values] = {}
     for name, value in imagebind.buffers(cfg.imagebind).items() if cfg.imagebind else ():
-        values[name] = lambda value=value: [value]
-    source = pieces.get("imagebind")
-    for name in source.shapes if source else ():
-        values[name] = lambda name=name: [source.read(name)]
+        values[name] = functools.partial(list, (value,))
+    if source := pieces.get("imagebind"):
+        values |= {name: functools.partial(_tensor, source, name) for name in source.shapes}
     return values
 
 

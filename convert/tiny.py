@@ -125,8 +125,8 @@ def write_overrides(path: Path, config: VideoLlamaConfig) -> Path:
     fields["vit"]["depth"] = config.vit.depth
     if config.has_audio:
         imagebind = config.require_imagebind()
-        senses = {"audio": imagebind.audio, "vision": imagebind.vision}
-        fields["imagebind"] = {sense: {"num_heads": tower.num_heads} for sense, tower in senses.items()}
+        heads = {"audio": imagebind.audio.num_heads, "vision": imagebind.vision.num_heads}
+        fields["imagebind"] = {sense: {"num_heads": number} for sense, number in heads.items()}
     path.write_text(json.dumps(fields, indent=1))
     return path
 

@@ -120,8 +120,8 @@ def _check_pickle(path: Path, data: bytes | BinaryIO) -> None:
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name == "STACK_GLOBAL":  # of newer pickles than torch writes
             raise _refused(path, "holds more than tensors")
-        if opcode.name in ("GLOBAL", "INST") and not TENSORS.fullmatch(argument):
-            raise _refused(path, f"asks to run {argument.replace(' ', '.')}")
+        if opcode.name in ("GLOBAL", "INST") and not TENSORS.fullmatch(named := str(argument)):
+            raise _refused(path, f"asks to run {named.replace(' ', '.')}")
 
 
 def _refused(path: Path, why: str) -> CheckpointError:

@@ -100,7 +100,7 @@ def write_torch(path: Path, tensors: Sequence[Tensor], wrapped: bool, progress: 
 
 def _read(tensors: Sequence[Tensor]) -> Iterator[memoryview]:
     for values in in_order(lambda tensor: tensor.read(), tensors, TENSOR_READERS):
-        yield memoryview(values.reshape(-1).view(np.uint8))
+        yield values.reshape(-1).view(np.uint8).data
 
 
 def _sync(file: BinaryIO) -> None:

@@ -87,7 +87,7 @@ def test_a_step_as_xla_compiles_it(model, mesh, length, options, ratio):
     config = config_of(mesh, compute_dtype="float32", **options)
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
     places = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=devices)
-    compiled = compiled_memory(abstract_run(model, config, places, length))
+    compiled = compiled_memory(abstract_run(model, config, places, length), places)
     still, at_work = split_need(estimate.training(model, "step", config, mesh, CPU, length))
     assert still == pytest.approx(compiled.argument_size_in_bytes, rel=1e-3)
     assert at_work / compiled.temp_size_in_bytes == pytest.approx(ratio, rel=0.1)

@@ -33,7 +33,7 @@ class EmbeddedPrompt:
 
     ids: Int[np.ndarray, " n"]
     is_media: Bool[np.ndarray, " n"]
-    media: Float[Array, "m w"]
+    media: Float[Array | np.ndarray, "m w"]
 
 
 @jax.tree_util.register_dataclass

@@ -170,6 +170,7 @@ def _their_side(directory: ModelDirectory, plan: ConversionPlan) -> Side:
 
     def run(part: "Component", stage: "Stage", carry: Any) -> Any:
         source = _source(part, plan)
+        assert source is not None  # only parts that have one are compared
 
         def read(name: str) -> torch.Tensor:
             values = source.read(name).astype(rounded[source, name], copy=False)

@@ -21,7 +21,7 @@ from vllama_jax.convert.components import PIECES
 from vllama_jax.convert.verify.reference import Read, eva_vit, imagebind, llama, loaded, qformer
 from vllama_jax.nn.layers import run_blocks
 from vllama_jax.nn.video_llama import VideoLlama
-from vllama_jax.towers import TOWERS, ImageBindVisionConfig, VitConfig
+from vllama_jax.towers import TOWERS, ImageBindVisionConfig, TowerConfig, VitConfig
 
 Ours = Callable[[VideoLlama, Any], Any]
 Theirs = Callable[[Read, Any], Any]
@@ -79,6 +79,7 @@ def parts(cfg: VideoLlamaConfig, llama_config: transformers.PretrainedConfig, to
 
 
 def eva_vit_stages(cfg: VideoLlamaConfig) -> list[Component]:
+    assert isinstance(cfg.vit, VitConfig)  # this is what the piece's `applies` checks
     return [Component("vit", "eva_vit", _pictures(cfg.vit), _vit(cfg.vit))]
 
 
@@ -119,7 +120,7 @@ def _normal(*shape: int) -> Callable[[np.random.Generator], np.ndarray]:
     return lambda rng: rng.standard_normal(shape, np.float32)
 
 
-def _pictures(cfg: VitConfig) -> Callable[[np.random.Generator], np.ndarray]:
+def _pictures(cfg: TowerConfig) -> Callable[[np.random.Generator], np.ndarray]:
     return _normal(2, cfg.image_size, cfg.image_size, 3)
 
 

@@ -9,6 +9,7 @@ with `vllama chat FILE --model OUT/model`; OUT/results.json has the figures that
 
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import tyro
@@ -43,6 +44,7 @@ def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500)
     make_base(out, seed, recipe, say)
     train_branches(out, recipe, say)
     results = measured(out, seed, clips, say)
+    minutes: float | None
     if from_nothing:
         minutes = round((time.perf_counter() - began) / 60, 1)
     else:  # known if it is whole already, but not of a run that was taken up again
@@ -51,14 +53,14 @@ def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500)
     print(as_table(results))
 
 
-def measured(out: Path, seed: int, clips: int, say) -> dict[str, dict[str, float]]:
+def measured(out: Path, seed: int, clips: int, say: Callable[[str], None]) -> dict[str, dict[str, float]]:
     """All measures of the model, and those of the models that it is compared with; kept in OUT/measures."""
     from vllama_jax.miniature import evaluate
     from vllama_jax.model import load
 
     folder = out / "measures"
     folder.mkdir(exist_ok=True)
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     work = (
         ("model", "model", evaluate.evaluate),
         ("without_positions", "model_without_positions", evaluate.without_positions),

@@ -9,6 +9,7 @@ on what the layers before it made. Letters as in nn/: b batch, q queries, h head
 """
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,8 @@ from vllama_jax.nn.imagebind import AudioTower
 from vllama_jax.nn.layers import run_blocks
 from vllama_jax.nn.qformer import Layer, QFormer
 from vllama_jax.nn.video_llama import VideoLlama
+
+Stacked = TypeVar("Stacked", bound=nnx.Module)
 
 
 def softmax_weights(query: Float[Array, "b q h k"], key: Float[Array, "b m h k"]) -> Float[Array, "b h q m"]:
@@ -39,13 +42,15 @@ def reading_layers(
     for number in range(qformer.groups):
         layer = layer_of(qformer.cross_layers, number)
         asked = layer.attention(x, x)
-        yield layer, asked, softmax_weights(layer.cross_attention.query(asked), layer.cross_attention.key(memory))
+        reads = layer.cross_attention
+        assert reads is not None  # each layer of this stack reads the encoder
+        yield layer, asked, softmax_weights(reads.query(asked), reads.key(memory))
         x = layer(x, memory)
         if qformer.plain_layers is not None:
             x = layer_of(qformer.plain_layers, number)(x, memory)
 
 
-def layer_of(stacked: nnx.Module, number: int) -> nnx.Module:
+def layer_of(stacked: Stacked, number: int) -> Stacked:
     """One of the layers that are stacked on axis 0."""
     return jax.tree.map(lambda leaf: leaf[number], stacked)
 
@@ -75,7 +80,9 @@ def patch_attention(
     return weights[..., 1:].reshape(*weights.shape[:-1], side, side)
 
 
-def seen_patches(network: VideoLlama, frames: Float[Array, "t height width 3"]) -> Float[Array, "t rows columns"]:
+def seen_patches(
+    network: VideoLlama, frames: Float[Array | np.ndarray, "t height width 3"]
+) -> Float[Array, "t rows columns"]:
     """What the video Q-Former reads through the image Q-Former: the product of their weights, over all frames.
 
     Means over layers, heads and the video Q-Former's queries. What patches tell each other within EVA is not in it.
@@ -94,7 +101,7 @@ def audio_attention(network: VideoLlama, vectors: Float[Array, "b s e"]) -> Floa
 @jax.jit
 def sound_attention(tower: AudioTower, mel: Float[Array, "s f t"]) -> Float[Array, "s h m"]:
     """What the class token reads in the audio tower's last block: itself, the patches, and the learned extra key."""
-    depth = tower.blocks.norm1.scale.shape[0]
+    depth = tower.blocks.attention.qkv.kernel.shape[0]
     x = run_blocks(jax.tree.map(lambda leaf: leaf[: depth - 1], tower.blocks), tower.start(mel))
     block = layer_of(tower.blocks, depth - 1)
     query, key, _ = jnp.moveaxis(block.attention.qkv(block.norm1(x)), 2, 0)
@@ -103,7 +110,7 @@ def sound_attention(tower: AudioTower, mel: Float[Array, "s f t"]) -> Float[Arra
 
 
 def heard_patches(
-    tower: AudioTower, cfg: ImageBindAudioConfig, mel: Float[Array, "s f t"]
+    tower: AudioTower, cfg: ImageBindAudioConfig, mel: Float[Array | np.ndarray, "s f t"]
 ) -> Float[Array, "s frequencies times"]:
     """The patches of `sound_attention`, as they lie in the mel picture, low frequencies first; mean over heads."""
     weights = sound_attention(tower, mel).mean(axis=1)

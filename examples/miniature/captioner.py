@@ -63,7 +63,7 @@ def train_captioner(
     labels = np.stack([np.pad(one.labels, (0, length - len(one.ids)), constant_values=-100) for one in said])
     frozen = nnx.split((vit, llama))
 
-    def batch(draw: np.random.Generator) -> dict[str, np.ndarray]:
+    def batch(draw: np.random.Generator) -> dict[str, np.ndarray | nnx.State]:
         chosen = draw.integers(len(ids), size=batch_size)
         return {
             "pixels": pictures.pixels[chosen], "ids": ids[chosen], "labels": labels[chosen], "frozen": frozen[1]

@@ -26,7 +26,7 @@ from vllama_jax.miniature import hearing, texts, unseen
 from vllama_jax.miniature.scene import Scene
 from vllama_jax.miniature.unseen import FileSet, Shown, show
 from vllama_jax.model import Model
-from vllama_jax.nn.video_llama import splice
+from vllama_jax.nn.video_llama import VideoLlama, splice
 from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media
 from vllama_jax.text.templates import find_template
@@ -41,7 +41,7 @@ OF_TWO = 0.5  # chance where all but what is asked leaves two answers
 Measure = dict[str, float]  # accuracy, of n answers; chance; low and high of the accuracy's 95 % interval
 
 
-def measure(right: Sequence[bool] | np.ndarray, chance: float) -> Measure:
+def measure(right: Sequence[bool] | Sequence[Sequence[bool]] | np.ndarray, chance: float) -> Measure:
     """Accuracy with Wilson's interval, of bool [n], or [groups, n] where the answers of a group depend on each other.
 
     Dependent answers count as the number of independent ones whose share would vary as the groups' shares do.
@@ -130,13 +130,14 @@ def _turned(scene: Scene) -> Scene:
 
 def _shuffled(sets: FileSets) -> Shown:
     moving, draw = sets(unseen.MOVING), np.random.default_rng(0)
-    orders = np.stack([draw.permutation(moving.features.shape[1]) for _ in moving.scenes])
-    return dataclasses.replace(moving, features=np.take_along_axis(moving.features, orders[..., None, None], axis=1))
+    features = moving.require_features()
+    orders = np.stack([draw.permutation(features.shape[1]) for _ in moving.scenes])
+    return dataclasses.replace(moving, features=np.take_along_axis(features, orders[..., None, None], axis=1))
 
 
 def _backward(sets: FileSets) -> Shown:
     moving = sets(unseen.MOVING)
-    return dataclasses.replace(moving, features=moving.features[:, ::-1])
+    return dataclasses.replace(moving, features=moving.require_features()[:, ::-1])
 
 
 def _turned_backward(sets: FileSets) -> Shown:
@@ -155,16 +156,18 @@ def _place(sets: FileSets) -> Measure | None:
 def _unaligned(sets: FileSets) -> Measure:
     """What is heard, of sound vectors whose dimensions are permuted."""
     sounds, right = sets(unseen.SOUNDS), []
+    vectors = sounds.require_sounds()
     for number in range(PERMUTATIONS):
-        order = np.random.default_rng(number).permutation(sounds.sounds.shape[-1])
-        right.append(_answers_right(sets.model, dataclasses.replace(sounds, sounds=sounds.sounds[..., order]), "hear"))
+        order = np.random.default_rng(number).permutation(vectors.shape[-1])
+        right.append(_answers_right(sets.model, dataclasses.replace(sounds, sounds=vectors[..., order]), "hear"))
     return measure(right, of_one_answer("hear", sounds.scenes))
 
 
 def _scaled(shown: Shown, scale: float) -> Shown:
     """The same sounds with vectors of another norm."""
-    norms = np.linalg.norm(shown.sounds, axis=-1, keepdims=True)
-    return dataclasses.replace(shown, sounds=shown.sounds * (np.float32(scale) / norms))
+    vectors = shown.require_sounds()
+    norms = np.linalg.norm(vectors, axis=-1, keepdims=True)
+    return dataclasses.replace(shown, sounds=vectors * (np.float32(scale) / norms))
 
 
 def _order(model: Model, two: Shown, first: str = "hear_first", last: str = "hear_last") -> Measure:
@@ -241,7 +244,9 @@ def likelihood(model: Model, shown: Shown, question: str, answers: Sequence[str]
 
 
 @jax.jit
-def _log_probabilities(network: Any, ids: jax.Array, is_media: jax.Array, media: jax.Array, spans: jax.Array):
+def _log_probabilities(
+    network: VideoLlama, ids: jax.Array, is_media: jax.Array, media: jax.Array, spans: jax.Array
+) -> jax.Array:
     """Summed over the tokens from the first of each span up to its last."""
     places = jnp.arange(ids.shape[1])
     x = splice(network.embed(ids), is_media, media)

@@ -151,7 +151,9 @@ def write_all(out: Path, folder: Path) -> None:
     seeds, model = read_results(RESULTS), vl.load("miniature")
     bell, two = (prepare(CLIPS / name, model.config) for name in ("bell.mp4", "two.mp4"))
     frames = vl.media.read_video(CLIPS / "bell.mp4", size=model.config.vit.image_size).frames
-    tower, cfg, ends = model.network.imagebind.audio, model.config.imagebind.audio, two.mel[[0, -1]]
+    assert bell.frames is not None  # both clips have pictures and sound
+    assert two.mel is not None
+    tower, cfg, ends = model.network.imagebind.audio, model.config.require_imagebind().audio, two.mel[[0, -1]]
     runs = {f"{branch}, stage {stage}": out / f"{branch}{stage}" for branch in ("vision", "audio") for stage in (1, 2)}
     found = {
         "accuracies": accuracies(seeds),

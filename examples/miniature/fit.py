@@ -6,19 +6,20 @@ What a branch learns is trained by `vllama train` (vllama_jax/train); this is fo
 import concurrent.futures
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
 
-Loss = Callable[[nnx.Module, Any], tuple[jax.Array, dict[str, jax.Array]]]
+Module = TypeVar("Module", bound=nnx.Module)
+Figures = dict[str, jax.Array]
 
 
 def fit(
-    module: nnx.Module,
-    loss: Loss,
+    module: Module,
+    loss: Callable[[Module, Any], tuple[jax.Array, Figures]],
     batch: Callable[[np.random.Generator], Any],
     *,
     steps: int,
@@ -27,7 +28,7 @@ def fit(
     name: str,
     say: Callable[[str], None],
     every: int = 100,
-) -> nnx.Module:
+) -> Module:
     """Trains all weights of `module` by `loss(module, batch) -> (loss, figures)`; returns it with the new weights.
 
     The batch of a step is a function of (seed, step). Learning rate: 5 % of the steps up, then a cosine to 5 %.
@@ -36,21 +37,21 @@ def fit(
     schedule = optax.warmup_cosine_decay_schedule(0, learning_rate, steps // 20, steps, learning_rate / 20)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.98, weight_decay=0.02))
 
-    def step(weights, moments, batch):
-        def of_weights(weights):
+    def step(weights: nnx.State, moments: optax.OptState, batch: Any) -> tuple[nnx.State, optax.OptState, Figures]:
+        def of_weights(weights: nnx.State) -> tuple[jax.Array, Figures]:
             return loss(nnx.merge(graph, weights), batch)
 
         (value, figures), gradients = jax.value_and_grad(of_weights, has_aux=True)(weights)
         updates, moments = optimizer.update(gradients, moments, weights)
         return optax.apply_updates(weights, updates), moments, {"loss": value, **figures}
 
-    step = jax.jit(step, donate_argnums=(0, 1))
+    compiled_step = jax.jit(step, donate_argnums=(0, 1))
     moments, began, shown = jax.jit(optimizer.init)(weights), time.perf_counter(), []
     pool = concurrent.futures.ThreadPoolExecutor(1)  # draws a step's batch while the one before is computed
     upcoming = pool.submit(batch, np.random.default_rng([seed, 0]))
     for number in range(steps):
         drawn, upcoming = upcoming.result(), pool.submit(batch, np.random.default_rng([seed, number + 1]))
-        weights, moments, figures = step(weights, moments, drawn)
+        weights, moments, figures = compiled_step(weights, moments, drawn)
         shown.append(figures)
         if (number + 1) % every == 0 or number + 1 == steps:
             means = {key: float(np.mean([jax.device_get(one[key]) for one in shown])) for key in figures}

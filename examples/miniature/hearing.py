@@ -53,6 +53,8 @@ def _read_part(clips: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     frames, mels = [], []
     for clip in clips:
         video = read_video(clip, 4, IMAGE_SIZE)
+        assert video.waveform is not None  # these clips have sound
+        assert video.sample_rate is not None
         half = video.waveform.shape[1] // 2
         for number in (0, 1):
             frames.append(video.frames[1 + 2 * number])  # the second and the last of four frames

@@ -21,6 +21,7 @@ from vllama_jax.miniature.scene import (
     MOTIONS,
     PLACES,
     Scene,
+    draw_motion,
     draw_scene,
     draw_things,
     heard_otherwise,
@@ -35,6 +36,7 @@ from vllama_jax.text.training import label_conversation
 
 Text = tuple[np.ndarray, np.ndarray]  # token ids [n], and whether each is of notes, bool [n]
 DrawText = Callable[[Tokenizer, np.random.Generator], Text]
+DrawBatch = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
 VOCAB_SIZE = 704
 LENGTH = 128  # tokens of a row: texts one after another, the last one cut
@@ -99,10 +101,10 @@ def train_language_model(
     Notes are under noise, of another strength in each row: media tokens will be near the words' vectors, never on them.
     """
 
-    def batches(draw_text: DrawText, size: int) -> Callable[[np.random.Generator], dict[str, np.ndarray]]:
+    def batches(draw_text: DrawText, size: int) -> DrawBatch:
         def batch(draw: np.random.Generator) -> dict[str, np.ndarray]:
             ids, is_note = map(np.stack, zip(*(_row(tokenizer, draw, draw_text) for _ in range(size)), strict=True))
-            return {"ids": ids, "is_note": is_note, "seed": draw.integers(2**31)}
+            return {"ids": ids, "is_note": is_note, "seed": np.array(draw.integers(2**31))}
 
         return batch
 
@@ -113,12 +115,15 @@ def train_language_model(
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
         return jnp.mean(losses), {"right": jnp.mean(jnp.argmax(logits, axis=-1) == ids[:, 1:])}
 
-    llama, common = Llama(CONFIG, rngs=nnx.Rngs(seed)), {"learning_rate": 2e-3, "seed": seed, "say": say}
-    llama = fit(llama, loss, batches(draw_comparisons, 16), steps=comparison_steps, name="comparisons", **common)
-    return fit(llama, loss, batches(draw_text, 32), steps=steps, name="language model", **common)
+    def trained(llama: Llama, batch: DrawBatch, steps: int, name: str) -> Llama:
+        return fit(llama, loss, batch, steps=steps, learning_rate=2e-3, seed=seed, name=name, say=say)
+
+    llama = Llama(CONFIG, rngs=nnx.Rngs(seed))
+    llama = trained(llama, batches(draw_comparisons, 16), comparison_steps, "comparisons")
+    return trained(llama, batches(draw_text, 32), steps, "language model")
 
 
-def _noise(llama: Llama, shape: tuple[int, int, int], key: jax.Array) -> jax.Array:
+def _noise(llama: Llama, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
     """Gaussian, of a strength in each row that is drawn evenly up to NOISE."""
     of_strength, of_noise = jax.random.split(key)
     words = jax.lax.stop_gradient(llama.embedding[...])
@@ -128,7 +133,7 @@ def _noise(llama: Llama, shape: tuple[int, int, int], key: jax.Array) -> jax.Arr
 
 def _row(tokenizer: Tokenizer, draw: np.random.Generator, draw_text: DrawText) -> Text:
     """Texts one after another, LENGTH tokens of them."""
-    drawn = []
+    drawn: list[Text] = []
     while sum(len(ids) for ids, _ in drawn) < LENGTH:
         drawn.append(draw_text(tokenizer, draw))
     ids, is_note = (np.concatenate(parts)[:LENGTH] for parts in zip(*drawn, strict=True))
@@ -215,7 +220,7 @@ def picture_notes(scene: Scene, draw: np.random.Generator) -> str:
 def sound_notes(kinds: tuple[str, ...], draw: np.random.Generator) -> str:
     """The same of sounds; half of them as the audio branch has them: notes of pictures, of any colour and motion."""
     if draw.random() < 0.5:
-        motion = str(draw.choice(MOTIONS[:-1])) if len(kinds) == 1 else "in turn"
+        motion = draw_motion(draw, MOTIONS[:-1]) if len(kinds) == 1 else "in turn"
         return picture_notes(Scene(tuple(draw_things(draw, motion, "train", kind=kind) for kind in kinds)), draw)
     whole = draw.random() < 0.5
     parts = [f"a {kind} {KINDS[kind]}" if whole else _shuffled([kind], draw) for kind in kinds]

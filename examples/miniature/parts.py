@@ -9,6 +9,7 @@ import dataclasses
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,6 +35,7 @@ CONFIG = VideoLlamaConfig(
     llama=language.CONFIG,
     template=language.TEMPLATE,
 )
+Module = TypeVar("Module", bound=nnx.Module)
 Weights = dict[str, np.ndarray]
 
 
@@ -43,7 +45,7 @@ def weights_of(module: nnx.Module) -> Weights:
     return {"/".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in flat}
 
 
-def load_into(module: nnx.Module, weights: Weights) -> nnx.Module:
+def load_into(module: Module, weights: Weights) -> Module:
     """The module with these weights, by path."""
     graph, state = nnx.split(module)
     flat = [
@@ -53,13 +55,13 @@ def load_into(module: nnx.Module, weights: Weights) -> nnx.Module:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def kept(folder: Path, name: str, skeleton: nnx.Module, train: Callable[[], nnx.Module]) -> nnx.Module:
+def kept(folder: Path, name: str, skeleton: Module, train: Callable[[], Module]) -> Module:
     """The part that OUT/parts/NAME.npz holds, or what `train` makes, which is kept there."""
     file = folder / f"{name}.npz"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         data = io.BytesIO()
-        np.savez(data, **weights_of(train()))
+        np.savez(data, **weights_of(train()))  # type: ignore[arg-type]  # mypy takes them for `allow_pickle` too
         replace_file(file, data.getbuffer())
     with np.load(file) as found:
         return load_into(skeleton, dict(found))

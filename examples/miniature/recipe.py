@@ -5,7 +5,6 @@ is whole. OUT/recipe.json says of which seed and recipe it is.
 """
 
 import dataclasses
-import functools
 import json
 import subprocess
 import sys
@@ -58,36 +57,39 @@ def make_base(out: Path, seed: int, recipe: Recipe, say: Say) -> None:
         return
     write_world(out / "world", recipe.amounts, seed, say)
     tokenizer = _tokenizer(out, seed)
-    part = functools.partial(kept, out / "parts")
-    common = {"seed": seed, "say": say}
-    llama = part(
+    parts = out / "parts"
+    llama = kept(
+        parts,
         "llama",
         Llama(language.CONFIG, rngs=nnx.Rngs(0)),
         lambda: language.train_language_model(
-            tokenizer, comparison_steps=recipe.comparison_steps, steps=recipe.language_steps, **common
+            tokenizer, comparison_steps=recipe.comparison_steps, steps=recipe.language_steps, seed=seed, say=say
         ),
     )
     pictures = draw_pictures(recipe.pictures, seed)
-    seen = part(
+    seen = kept(
+        parts,
         "towers",
         towers.Towers(tokenizer.vocab_size, rngs=nnx.Rngs(0)),
-        lambda: towers.train_towers(pictures, tokenizer, steps=recipe.tower_steps, batch_size=64, **common),
+        lambda: towers.train_towers(pictures, tokenizer, steps=recipe.tower_steps, batch_size=64, seed=seed, say=say),
     )
     found = towers.recognised(seen, draw_pictures(1000, seed, "test"), tokenizer)
     for aspect, (eva, imagebind) in found.items():
         say(f"picture towers, unseen combinations, {aspect}: EVA {eva:.3f}, ImageBind {imagebind:.3f}")
-    heard = part(
+    heard = kept(
+        parts,
         "hearing",
         AudioTower(hearing.AUDIO, towers.EMBED_DIM, rngs=nnx.Rngs(0)),
         lambda: hearing.train_hearing(
-            seen.imagebind, read_pairs(heard_clips(out)), steps=recipe.hearing_steps, batch_size=96, **common
+            seen.imagebind, read_pairs(heard_clips(out)), steps=recipe.hearing_steps, batch_size=96, seed=seed, say=say
         ),
     )
-    told = part(
+    told = kept(
+        parts,
         "captioner",
         captioner.Captioner(rngs=nnx.Rngs(0)),
         lambda: captioner.train_captioner(
-            seen.eva, llama, pictures, tokenizer, steps=recipe.captioner_steps, batch_size=64, **common
+            seen.eva, llama, pictures, tokenizer, steps=recipe.captioner_steps, batch_size=64, seed=seed, say=say
         ),
     )
     named = {
@@ -123,9 +125,9 @@ def _write_bases(out: Path, weights: Weights, seed: int) -> None:
 
     The original's start from N(0, 1), many times as long; the audio branch learned nothing in its first 700 steps then.
     """
-    tower = CONFIG.imagebind
-    places = np.random.default_rng([seed, 4]).standard_normal((CONFIG.num_clip_positions, tower.embed_dim), np.float32)
-    weights = {**weights, "audio_positions": places / np.float32(tower.embed_dim**0.5)}
+    embed_dim = CONFIG.require_imagebind().embed_dim
+    places = np.random.default_rng([seed, 4]).standard_normal((CONFIG.num_clip_positions, embed_dim), np.float32)
+    weights = {**weights, "audio_positions": places / np.float32(embed_dim**0.5)}
     if not (out / "base").exists():
         write_model(out / "base", weights, out / "parts" / "tokenizer")
     rows = np.zeros((CONFIG.num_frame_positions, CONFIG.image_qformer.width), np.float32)
@@ -161,7 +163,7 @@ def _stages(
     cache = out / "features" / branch
     for stage, records in ((1, "captions"), (2, "instructions")):
         config = f"miniature_{branch}_stage{stage}"
-        given = ("--model", model, "--datasets.0.path", str(out / "world" / "records" / records))
+        given: tuple[str, ...] = ("--model", model, "--datasets.0.path", str(out / "world" / "records" / records))
         command(say, "features", config, "--out", str(cache), *given)
         given += ("--data.features", str(cache), "--out", f"{out / name}{stage}", *options)
         given += ("--init", f"{out / name}1") if stage == 2 else ()

@@ -5,6 +5,7 @@ Some combinations of kind, colour and motion are never trained on (`is_held_out`
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -51,11 +52,12 @@ PLACES = (  # of the middle of a thing, in thirds of the picture, row by row
     "at the bottom",
     "at the lower right",
 )
-WAYS = ("left", "right", "up", "down")
-CHANGES = ("grows", "shrinks", "appears", "vanishes")
-MOTIONS = ("rests", *WAYS, *CHANGES, "in turn")  # "in turn": shown for half of the time, another thing for the other
 
 Motion = Literal["rests", "left", "right", "up", "down", "grows", "shrinks", "appears", "vanishes", "in turn"]
+WAYS: tuple[Motion, ...] = ("left", "right", "up", "down")
+CHANGES: tuple[Motion, ...] = ("grows", "shrinks", "appears", "vanishes")
+# "in turn": shown for half of the time, another thing for the other half.
+MOTIONS: tuple[Motion, ...] = ("rests", *WAYS, *CHANGES, "in turn")
 Split = Literal["train", "test"]
 
 HELD_OUT_OF = 7  # one combination in so many is kept for tests
@@ -81,7 +83,7 @@ class Scene:
     heard: tuple[str, ...] = ()
 
 
-def is_held_out(kind: str, colour: str, motion: str) -> bool:
+def is_held_out(kind: str, colour: str, motion: Motion) -> bool:
     """Whether this combination is for tests only.
 
     A Latin square: every two of the three occur together in training, whatever they are.
@@ -90,9 +92,16 @@ def is_held_out(kind: str, colour: str, motion: str) -> bool:
     return number % HELD_OUT_OF == 0
 
 
-def motion_of(scene: Scene) -> str:
+def motion_of(scene: Scene) -> Motion:
     """What becomes of the things that the scene shows first."""
     return scene.shown[0].motion
+
+
+def draw_motion(
+    draw: np.random.Generator, motions: Sequence[Motion], probabilities: Sequence[float] | None = None
+) -> Motion:
+    """One of these motions, each equally likely unless probabilities are given."""
+    return motions[int(draw.choice(len(motions), p=probabilities))]
 
 
 def draw_things(
@@ -110,7 +119,7 @@ def draw_things(
 
 def draw_scene(draw: np.random.Generator, motion: Motion | None = None, split: Split = "train") -> Scene:
     """A scene with one motion, any unless given; it is heard as it looks."""
-    motion = motion or str(draw.choice(MOTIONS))
+    motion = motion or draw_motion(draw, MOTIONS)
     if motion == "in turn":
         first = draw_things(draw, motion, split)
         while True:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from vllama_jax.miniature.scene import KINDS, MOTIONS, NUMBERS, PLACES, WAYS, Scene, Things
+from vllama_jax.miniature.scene import KINDS, MOTIONS, NUMBERS, PLACES, WAYS, Motion, Scene, Things
 
 DIRECTIONS = {"left": "to the left", "right": "to the right", "up": "up", "down": "down"}
 
@@ -37,7 +37,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     ),
 }
 HEARD = ("hear", "hear_first", "hear_last", "fit")  # never asked when a branch is trained
-OPPOSITES = {"left": "right", "right": "left", "up": "down", "down": "up"}
+OPPOSITES: dict[Motion, Motion] = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 
 def caption(scene: Scene) -> str:

@@ -17,7 +17,7 @@ from vllama_jax.media.image import MEAN, STD
 from vllama_jax.miniature.fit import fit
 from vllama_jax.miniature.pictures import ASPECTS, IMAGE_SIZE, NOTHING, Pictures, phrase_numbers, phrases
 from vllama_jax.nn.eva_vit import EvaVit
-from vllama_jax.nn.imagebind import VisionTower
+from vllama_jax.nn.imagebind import AudioTower, VisionTower
 from vllama_jax.nn.layers import layer_norm, run_stack
 from vllama_jax.text.tokenizer import Tokenizer
 from vllama_jax.towers import ImageBindVisionConfig, VitConfig
@@ -52,8 +52,8 @@ class Towers(nnx.Module):
         self.imagebind = VisionTower(IMAGEBIND_VISION, EMBED_DIM, rngs=rngs)
         self.phrases = Phrases(vocab_size, rngs=rngs)
         self.log_scale = nnx.Param(jnp.full((2, len(ASPECTS)), jnp.log(10.0)))
-        for tower in (self.eva, self.imagebind):
-            start_tokens(tower, rngs)
+        start_tokens(self.eva, rngs)
+        start_tokens(self.imagebind, rngs)
 
     def __call__(self, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Normalised pictures [b, h, w, 3] → both towers' vectors [b, EMBED_DIM] of norm 1."""
@@ -62,7 +62,7 @@ class Towers(nnx.Module):
         return unit(self.eva_head(self.eva_norm(seen))), self.imagebind.finish(other)
 
 
-def start_tokens(tower: nnx.Module, rngs: nnx.Rngs) -> None:
+def start_tokens(tower: EvaVit | VisionTower | AudioTower, rngs: nnx.Rngs) -> None:
     """Random positions and class token, for a tower that starts from nothing."""
     for weight in (tower.positions, tower.class_token):
         weight.set_value(0.02 * jax.random.normal(rngs.params(), weight.shape))
@@ -96,9 +96,10 @@ def train_towers(
 
     def loss(towers: Towers, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         seen = towers((batch["pixels"].astype(jnp.float32) / 255 - MEAN) / STD)
-        figures, total = {}, 0.0
+        figures: dict[str, jax.Array] = {}
+        total = jnp.zeros(())
         for aspect, (name, (ids, lengths)) in enumerate(table.items()):
-            said = towers.phrases(ids, lengths)
+            said = towers.phrases(jnp.asarray(ids), jnp.asarray(lengths))
             for tower, vectors in enumerate(seen):
                 logits = jnp.exp(towers.log_scale[tower, aspect]) * vectors @ said.T
                 cost, right = agreement(logits, batch["phrases"][:, aspect])
@@ -148,8 +149,9 @@ def recognised(towers: Towers, pictures: Pictures, tokenizer: Tokenizer) -> dict
     seen = [vectors(towers, normalize(pictures.pixels[first : first + 250])) for first in range(0, len(numbers), 250)]
     found = {}
     for aspect, (name, (ids, lengths)) in enumerate(table.items()):
-        said = towers.phrases(ids, lengths)
+        said = towers.phrases(jnp.asarray(ids), jnp.asarray(lengths))
         counted = numbers[:, aspect] != NOTHING
         guesses = [np.concatenate([np.argmax(one[tower] @ said.T, axis=1) for one in seen]) for tower in (0, 1)]
-        found[name] = tuple(float((guess == numbers[:, aspect])[counted].mean()) for guess in guesses)
+        eva, imagebind = (float((guess == numbers[:, aspect])[counted].mean()) for guess in guesses)
+        found[name] = eva, imagebind
     return found

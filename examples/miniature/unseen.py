@@ -63,6 +63,16 @@ class Shown:
     features: np.ndarray | None
     sounds: np.ndarray | None
 
+    def require_features(self) -> np.ndarray:
+        """The features of frames, for files of a set with pictures."""
+        assert self.features is not None
+        return self.features
+
+    def require_sounds(self) -> np.ndarray:
+        """The vectors of sounds, for files of a set with sound."""
+        assert self.sounds is not None
+        return self.sounds
+
     def some(self, rows: Sequence[int]) -> "Shown":
         """Those files only."""
         rows = list(rows)

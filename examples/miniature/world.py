@@ -17,11 +17,16 @@ from vllama_jax.io.atomic import new_directory
 from vllama_jax.media.write import write_video
 from vllama_jax.miniature import render, texts
 from vllama_jax.miniature.pictures import in_processes
-from vllama_jax.miniature.scene import CHANGES, WAYS, Scene, draw_scene
+from vllama_jax.miniature.scene import CHANGES, WAYS, Motion, Scene, draw_motion, draw_scene
 from vllama_jax.miniature.sounds import SAMPLE_RATE, soundtrack
 
 # How often a clip has each motion: ways are what the first claim is about, turns what the second needs.
-MOTION_SHARES = {**dict.fromkeys(WAYS, 0.11), **dict.fromkeys(CHANGES, 0.035), "in turn": 0.38, "rests": 0.04}
+MOTION_SHARES: dict[Motion, float] = {
+    **dict.fromkeys(WAYS, 0.11),
+    **dict.fromkeys(CHANGES, 0.035),
+    "in turn": 0.38,
+    "rests": 0.04,
+}
 TURNS = 4  # questions about one clip, at most
 PART = 100  # files that one process writes at a time
 
@@ -69,7 +74,7 @@ def _write_part(work: tuple[Path, str, str, int, int, list[int]]) -> list[str]:
             scene, file = draw_scene(draw, "rests"), f"{form}{number:05d}.jpg"
             write_still(folder / file, scene, draw)
         else:
-            motion = str(draw.choice(list(MOTION_SHARES), p=list(MOTION_SHARES.values())))
+            motion = draw_motion(draw, list(MOTION_SHARES), list(MOTION_SHARES.values()))
             scene, file = draw_scene(draw, motion), f"{form}{number:05d}.mp4"
             write_clip(folder / file, scene, draw, snr_db=float(draw.uniform(0, 30)))
         named = {"image" if form == "still" else "video": file}

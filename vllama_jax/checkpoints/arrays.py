@@ -59,7 +59,7 @@ class ParamsWriter:
         digest = xxhash.xxh3_128()
         writes: collections.deque[concurrent.futures.Future[None]] = collections.deque()
         for first, rows in enumerate(_regrouped(blocks, chunk[0])):
-            digest.update(rows.view(np.uint8))
+            digest.update(rows.view(np.uint8).data)
             for index, values in _cut(rows, chunk):
                 file = directory / ".".join(map(str, (first, *index)))
                 writes.append(self._disk.submit(write_file, file, values.view(np.uint8)))
@@ -196,7 +196,7 @@ def check_manifest(leaves: Mapping[str, Any], where: str) -> None:
             raise CheckpointError(f"{where}: {name} is not the path of a weight; copy or convert the model again")
 
 
-def check_params(directory: Path, leaves: Mapping[str, dict], paths: Iterable[str]) -> None:
+def check_params(directory: Path, leaves: Mapping[str, Mapping[str, Any]], paths: Iterable[str]) -> None:
     """Raises CheckpointError where files of these weights are missing, or are not what the manifest's leaves say.
 
     Orbax would take a missing chunk for zeros.
@@ -275,7 +275,7 @@ def _damage(directory: Path, path: str, leaf: Mapping[str, Any], progress: Calla
     try:
         check_params(directory, {path: leaf}, [path])
         for block in row_blocks(directory, path, leaf):
-            digest.update(block.view(np.uint8))
+            digest.update(block.view(np.uint8).data)
             progress(block.nbytes)
     except CheckpointError as error:
         return str(error)

@@ -237,7 +237,7 @@ def _compiled(model: VideoLlamaConfig, run: TrainConfig, where: Where) -> dict[s
     mesh, device, length = where
     run = estimate.with_dtype(run, device)
     places = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
-    found = compiled_memory(abstract_run(model, run, places, length or estimate.longest_sample(model, run)))
+    found = compiled_memory(abstract_run(model, run, places, length or estimate.longest_sample(model, run)), places)
     return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
 
 

@@ -24,6 +24,7 @@ from vllama_jax.runtime.extras import import_extra
 
 if TYPE_CHECKING:
     import openai
+    from openai.types.chat import ChatCompletionMessageParam
 
 KEY_VARIABLE = "OPENAI_API_KEY"
 HIDDEN = "…"  # in place of the key
@@ -107,21 +108,21 @@ class Judge:
                 said = re.sub(re.escape(form), HIDDEN, said, flags=re.IGNORECASE)
         return said
 
-    def _complete(self, messages: list[dict[str, str]]) -> tuple[str, Any]:
+    def _complete(self, messages: "list[ChatCompletionMessageParam]") -> tuple[str, Any]:
         """The endpoint's reply and the model that it names, greedy where its model allows that."""
         import openai
 
-        sampling = {"temperature": 0} if self.greedy else {}
+        temperature = 0 if self.greedy else openai.omit
         headers = {} if self.key else {"Authorization": openai.Omit()}
         try:
             return _content(
                 self._client.chat.completions.create(
-                    model=self.model, messages=messages, extra_headers=headers, **sampling
+                    model=self.model, messages=messages, extra_headers=headers, temperature=temperature
                 )
             )
         except openai.APIStatusError as error:
             code, why = error.status_code, self._told(f"HTTP {error.status_code}: {_said(error)}")
-            if code == 400 and "temperature" in why and sampling:
+            if code == 400 and "temperature" in why and self.greedy:
                 self.greedy = False  # some models have one temperature only
                 return self._complete(messages)
             if code not in (408, 409, 429) and code < 500:  # openai has asked again for these
@@ -221,7 +222,9 @@ def _forms(key: str) -> tuple[str, ...]:
     return tuple(sorted(forms, key=len, reverse=True))
 
 
-def _messages(aspect: str, question: Sequence[str], reference: str, answer: Sequence[str]) -> list[dict[str, str]]:
+def _messages(
+    aspect: str, question: Sequence[str], reference: str, answer: Sequence[str]
+) -> "list[ChatCompletionMessageParam]":
     lines = [ASPECTS[aspect], ""]
     for number, (asked, said) in enumerate(zip(question, answer, strict=True), 1):
         which = f" {number}" if len(question) > 1 else ""
@@ -244,8 +247,9 @@ def _content(completion: Any) -> tuple[str, Any]:
 def _said(error: "openai.APIStatusError") -> str:
     """What an endpoint says of an error; the status in words where that is nothing, or a web page."""
     said = error.body.get("message") if isinstance(error.body, dict) else error.body
-    usable = isinstance(said, str) and said and not said.startswith("<")
-    return said if usable else error.response.reason_phrase
+    if isinstance(said, str) and said and not said.startswith("<"):
+        return said
+    return error.response.reason_phrase
 
 
 def _advice(code: int) -> str:

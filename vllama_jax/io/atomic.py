@@ -9,7 +9,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ def write_file(path: Path, data: Any) -> None:
         os.fsync(file.fileno())
 
 
-def write_json(path: Path, fields: Mapping[str, Any]) -> None:
+def write_json(path: Path, fields: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a new JSON file; see `write_file`."""
     write_file(path, _as_json(fields))
 
@@ -197,7 +197,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def _as_json(fields: Mapping[str, Any]) -> bytes:
+def _as_json(fields: Mapping[str, Any] | Sequence[Any]) -> bytes:
     return (json.dumps(fields, indent=1) + "\n").encode()
 
 

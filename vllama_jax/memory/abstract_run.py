@@ -90,9 +90,12 @@ def _batch(
     }
 
 
-def compiled_memory(run: AbstractRun) -> Any:
-    """What XLA says of the run's step: argument_size_in_bytes and temp_size_in_bytes, on each device of its mesh."""
+def compiled_memory(run: AbstractRun, mesh: Mesh) -> Any:
+    """What XLA says of the run's step: argument_size_in_bytes and temp_size_in_bytes, on each device of its mesh.
+
+    mesh: the one that the run was made for, of real devices.
+    """
     step = make_step(run.config, run.skeleton, make_optimizer(run.config.optim, run.config.steps))
-    with under(run.state.step.sharding.mesh):
+    with under(mesh):
         lowered = jit_step(step, run.state).lower(run.state, run.frozen, run.batch)
         return lowered.compile().memory_analysis()

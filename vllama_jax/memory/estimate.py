@@ -28,7 +28,7 @@ from vllama_jax.memory.activations import (
 from vllama_jax.train.config import MeshConfig, TrainConfig, arranged, rows_a_place
 
 if TYPE_CHECKING:
-    from jax import ShapeDtypeStruct
+    from jax import Array, ShapeDtypeStruct
     from jax.sharding import AbstractMesh
 
     from vllama_jax.memory.abstract_run import AbstractRun
@@ -57,7 +57,7 @@ class Device:
     is_host: bool = False
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> Literal["float32", "bfloat16"]:
         """In which weights are held and multiplied unless told otherwise."""
         return "float32" if self.is_host else "bfloat16"
 
@@ -355,7 +355,7 @@ def _training_host(abstract: "AbstractRun", mesh: MeshConfig, device: Device) ->
     }
 
 
-def _loading(weights: "Mapping[str, ShapeDtypeStruct]", device: Device) -> int:
+def _loading(weights: "Mapping[str, Array | ShapeDtypeStruct]", device: Device) -> int:
     """Weights on their way through a host: its devices' parts, each read once; on a CPU, one weight beside itself."""
     if device.is_host:
         return max(map(_bytes, weights.values()))

@@ -197,7 +197,7 @@ def _encode(
             if number:
                 shard, batch, decoded, features = pending.pop(0)
                 file = file or _ShardFile(shard, scratch)
-                file.add(batch, decoded, None if features is None else np.asarray(features))
+                file.add(batch, decoded, np.empty(0) if features is None else np.asarray(features))
                 done += len(batch.entries) / shard.cache.variants
                 progress(done, all_records)
                 if file.whole:
@@ -221,8 +221,8 @@ class _ShardFile:
     def whole(self) -> bool:
         return self._left == 0
 
-    def add(self, batch: EncoderBatch, decoded: list[Decoded], features: np.ndarray | None) -> None:
-        """A batch's entries. Rows of `features` beyond the batch are padding; None where nothing could be decoded."""
+    def add(self, batch: EncoderBatch, decoded: list[Decoded], features: np.ndarray) -> None:
+        """A batch's entries. Rows of `features` beyond the batch are padding; none where nothing could be decoded."""
         for row, (found, (record, variant)) in enumerate(zip(decoded, batch.samples, strict=True)):
             if found.problem:
                 self._skipped.append({"record": record, "variant": variant, "id": found.name, "why": found.problem})

@@ -244,7 +244,8 @@ def batches(config: TrainConfig, base: str = "") -> Iterator[dict[str, np.ndarra
 def host_rows(batch_size: int, mesh: Mesh) -> list[int]:
     """The rows of a global batch that lie on this host's devices, rising."""
     place = NamedSharding(mesh, PartitionSpec(sharding.MESH_AXES["batch"]))
-    slices = {index[0].indices(batch_size) for index in place.addressable_devices_indices_map((batch_size,)).values()}
+    indices = place.devices_indices_map((batch_size,))
+    slices = {indices[device][0].indices(batch_size) for device in place.addressable_devices}
     return sorted(np.concatenate([np.arange(*one) for one in slices]).tolist())
 
 

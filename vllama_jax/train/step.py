@@ -5,7 +5,7 @@ accumulated over parts of a batch and divided once.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +32,7 @@ from vllama_jax.train.state import Skeleton, TrainState, Weights
 #   targets    int32 [b, m]      that label; -1 where a row has fewer
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
-Optimizer = optax.GradientTransformation | ScheduledOptimizer
+Optimizer: TypeAlias = optax.GradientTransformation | ScheduledOptimizer
 # The loss of a batch, summed over what it counts, and how many those are: (network, batch, config, dropout) → (sum,
 # count). Both are added up over the parts of a global batch and then divided. No dropout where held-out records are
 # evaluated.
