@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from vllama_jax.branches import BRANCHES
+from vllama_jax.branches import BRANCHES, trained_components
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.convert import eva_vit, imagebind, qformer
 from vllama_jax.convert.families import find_family
@@ -72,7 +72,7 @@ class Piece:
     @property
     def may_be_untrained(self) -> bool:
         """Whether a model may lack it before it is trained."""
-        return set(self.components) <= {component for branch in BRANCHES.values() for component in branch.trained}
+        return set(self.components) <= {*trained_components()}
 
 
 def _blip2(cfg: VideoLlamaConfig) -> list[Rule]:

@@ -36,8 +36,6 @@ from vllama_jax.convert.write_tensors import BytesProgress
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import new_directory, write_file
 
-HEARING = ("imagebind", "al")  # kinds of files that a model without audio has no rules for
-
 
 @dataclasses.dataclass(frozen=True)
 class ConversionPlan:

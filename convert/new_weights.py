@@ -1,6 +1,5 @@
 """Components of a base model that a conversion gives new weights: `vllama convert --base MODEL --without COMPONENT`."""
 
-import difflib
 import functools
 from collections.abc import Iterator, Sequence
 
@@ -10,7 +9,7 @@ from vllama_jax.branches import component_of
 from vllama_jax.config import NO_LORA, VideoLlamaConfig
 from vllama_jax.convert.from_model_directory import StoredModel
 from vllama_jax.convert.match_weights import abstract_shapes, cast
-from vllama_jax.errors import ConfigError
+from vllama_jax.errors import ConfigError, did_you_mean
 
 SEED = 42  # that of a TrainConfig: the weights are those that a run without the component would start from
 
@@ -52,8 +51,7 @@ def new_components(config: VideoLlamaConfig, components: Sequence[str], seed: in
     known = sorted({component_of(path) for path in shapes})
     for name in components:
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            advice = f"did you mean {near[0]!r}?" if near else f"the model has {', '.join(known)}"
+            advice = did_you_mean(name, known) or f"the model has {', '.join(known)}"
             raise ConfigError(f"--without {name}: no such component; {advice}")
     return [NewWeight(path, shape, config, seed) for path, shape in shapes.items() if component_of(path) in components]
 

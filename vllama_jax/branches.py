@@ -5,18 +5,19 @@ its entry here, its module in `nn/`, its rules in `convert/` (docs/architecture.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vllama_jax.errors import ConfigError
 from vllama_jax.io.json_fields import shown
-from vllama_jax.towers import TOWERS, TowerConfig
+from vllama_jax.towers import TowerConfig, is_scanned
 
 if TYPE_CHECKING:
     from vllama_jax.config import QFormerConfig, VideoLlamaConfig
 
 # Which array of a batch holds each kind of media: frames [b, t, h, w, 3], log-mel clips [b, s, f, m].
 ARRAYS = {"video": "frames", "image": "frames", "audio": "mel"}
+DTYPES = {"frames": "uint8", "mel": "float32"}  # of these arrays
 
 
 class BranchConfig(Protocol):
@@ -46,8 +47,7 @@ class Encoder:
 
     def is_scanned(self, model: "VideoLlamaConfig") -> bool:
         """Whether the blocks of its tower are stacked; those of audio towers are."""
-        config = self.tower_config(model)
-        return type(config) not in TOWERS or TOWERS[type(config)].scanned
+        return is_scanned(self.tower_config(model))
 
     def tower_config(self, model: "VideoLlamaConfig") -> Any:
         """A TowerConfig for frames, ImageBind's audio config for log-mel clips."""
@@ -121,7 +121,7 @@ class Branch:
         """The encoder of a kind of media that it accepts."""
         return self.encoders[ARRAYS[kind]]
 
-    def encoder_components(self, kinds: Any) -> tuple[str, ...]:
+    def encoder_components(self, kinds: Iterable[str]) -> tuple[str, ...]:
         """The paths of the components that encode these kinds of media, those of them that it accepts."""
         used = {ARRAYS[kind] for kind in kinds}
         return tuple(path for array, one in self.encoders.items() if array in used for path in one.components)
@@ -219,10 +219,19 @@ def branches_of(model: "VideoLlamaConfig") -> list[Branch]:
     return [branch for branch in BRANCHES.values() if branch.is_in(model)]
 
 
+def all_components() -> list[str]:
+    """The paths of the components of all branches."""
+    return [component for branch in BRANCHES.values() for component in branch.components]
+
+
+def trained_components() -> list[str]:
+    """Those that training changes by default, which a model may lack before it is trained."""
+    return [component for branch in BRANCHES.values() for component in branch.trained]
+
+
 def component_of(path: str) -> str:
     """The component that a parameter belongs to: "vit", "imagebind/audio", "llama"."""
-    components = (component for branch in BRANCHES.values() for component in branch.components)
-    return next((component for component in components if is_within(path, component)), path.split("/")[0])
+    return next((component for component in all_components() if is_within(path, component)), path.split("/")[0])
 
 
 def is_within(path: str, component: str) -> bool:

@@ -1,5 +1,7 @@
 """What a user's input can cause. Every message stands alone: it says what is wrong and what to do."""
 
+from collections.abc import Iterable
+
 
 class VllamaError(Exception):
     """Base of every error that bad input causes; the command line prints it as one line and exits with 1."""
@@ -23,6 +25,14 @@ class ArrayError(VllamaError):
 
 class DataError(VllamaError):
     """Annotations or records that cannot be used."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the question that names the known name closest to `name`, or "" where none is close."""
+    import difflib
+
+    near = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {near[0]!r}?" if near else ""
 
 
 def os_error_line(error: OSError) -> str:

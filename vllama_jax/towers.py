@@ -113,6 +113,11 @@ def tower_of(config: TowerConfig) -> Tower:
     return TOWERS[type(config)]
 
 
+def is_scanned(config: Any) -> bool:
+    """Whether the blocks of a config's module are stacked; only towers of the table may have others."""
+    return type(config) not in TOWERS or TOWERS[type(config)].scanned
+
+
 def build_tower(config: TowerConfig, rngs: Any) -> Any:
     """The network of a tower that can be a model's `vit`."""
     module = tower_of(config).module

@@ -21,7 +21,7 @@ from vllama_jax.convert.components import PIECES
 from vllama_jax.convert.verify.reference import Read, eva_vit, imagebind, llama, loaded, qformer
 from vllama_jax.nn.layers import run_blocks
 from vllama_jax.nn.video_llama import VideoLlama
-from vllama_jax.towers import TOWERS, ImageBindVisionConfig, TowerConfig, VitConfig
+from vllama_jax.towers import ImageBindVisionConfig, TowerConfig, VitConfig, is_scanned
 
 Ours = Callable[[VideoLlama, Any], Any]
 Theirs = Callable[[Read, Any], Any]
@@ -63,7 +63,7 @@ def one_layer(cfg: Any) -> Any:
             changed[field.name] = one_layer(value)
         elif isinstance(value, tuple):
             changed[field.name] = tuple(one_layer(item) if dataclasses.is_dataclass(item) else item for item in value)
-        elif field.name == "depth" and (type(cfg) not in TOWERS or TOWERS[type(cfg)].scanned):
+        elif field.name == "depth" and is_scanned(cfg):
             changed["depth"] = getattr(cfg, "cross_attention_every", 1)
     return dataclasses.replace(cfg, **changed)
 

@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 
 from vllama_jax.config import QFormerConfig
-from vllama_jax.media.image import MEAN, STD
+from vllama_jax.media.image import standardize
 from vllama_jax.miniature.fit import fit
 from vllama_jax.miniature.language import CONFIG as LLAMA
 from vllama_jax.miniature.pictures import Pictures
@@ -71,7 +71,7 @@ def train_captioner(
 
     def loss(captioner: Captioner, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         vit, llama = nnx.merge(frozen[0], batch["frozen"])
-        seen = vit((batch["pixels"].astype(jnp.float32) / 255 - MEAN) / STD)
+        seen = vit(standardize(batch["pixels"].astype(jnp.float32)))
         words = llama.embed(batch["ids"])
         x = jnp.concatenate([words[:, :1], captioner(seen), words[:, 1 + queries :]], axis=1)
         logits = llama.logits(llama(x, jnp.ones(x.shape[:2], bool), "none")[:, :-1])

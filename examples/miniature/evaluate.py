@@ -8,7 +8,6 @@ branches' Q-Formers.
 
 import collections
 import dataclasses
-import difflib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ import numpy as np
 from flax import nnx
 
 from vllama_jax import generate
-from vllama_jax.errors import ConfigError
+from vllama_jax.errors import ConfigError, did_you_mean
 from vllama_jax.evaluate.answers import greedy_answers
 from vllama_jax.miniature import hearing, texts, unseen
 from vllama_jax.miniature.scene import Scene
@@ -69,9 +68,8 @@ def check_asked(seed: int, clips: int, measures: Sequence[str] = ()) -> None:
         raise ConfigError(f"--clips must be at least 1 and --seed at least 0, not {clips} and {seed}")
     for name in measures:
         if name not in MEASURES:
-            near = difflib.get_close_matches(name, MEASURES, 1)
-            advice = f"did you mean {near[0]!r}? " if near else ""
-            raise ConfigError(f"--measures {name}: no such measure; {advice}There are {', '.join(MEASURES)}")
+            advice = f"{did_you_mean(name, MEASURES)} There are {', '.join(MEASURES)}".lstrip()
+            raise ConfigError(f"--measures {name}: no such measure; {advice}")
 
 
 class FileSets:

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from vllama_jax.media import normalize
-from vllama_jax.media.image import MEAN, STD
+from vllama_jax.media.image import standardize
 from vllama_jax.miniature.fit import fit
 from vllama_jax.miniature.pictures import ASPECTS, IMAGE_SIZE, NOTHING, Pictures, phrase_numbers, phrases
 from vllama_jax.nn.eva_vit import EvaVit
@@ -95,7 +95,7 @@ def train_towers(
         return {"pixels": pictures.pixels[chosen], "phrases": numbers[chosen]}
 
     def loss(towers: Towers, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        seen = towers((batch["pixels"].astype(jnp.float32) / 255 - MEAN) / STD)
+        seen = towers(standardize(batch["pixels"].astype(jnp.float32)))
         figures: dict[str, jax.Array] = {}
         total = jnp.zeros(())
         for aspect, (name, (ids, lengths)) in enumerate(table.items()):

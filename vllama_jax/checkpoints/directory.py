@@ -108,6 +108,11 @@ class ModelDirectory:
         shapes = {path: tuple(leaf["shape"]) for path, leaf in self.manifest["leaves"].items()}
         return shapes | {path: shape for trained in self.trained for path, shape in trained.leaves.items()}
 
+    @functools.cached_property
+    def trained_by(self) -> dict[str, Trained]:
+        """For each weight that runs trained, by path, the run that trained it last."""
+        return {path: trained for trained in self.trained for path in trained.leaves}
+
     @property
     def lora(self) -> LoraConfig:
         """The low-rank updates that a run trained; they are no part of `config`, because `load` merges them."""

@@ -7,20 +7,15 @@ from collections.abc import Callable
 import numpy as np
 
 from vllama_jax.checkpoints.arrays import read_rows
-from vllama_jax.checkpoints.directory import ModelDirectory, Trained
+from vllama_jax.checkpoints.directory import ModelDirectory
 from vllama_jax.checkpoints.restore import restore_arrays
 
 RowReader = Callable[[str, int | None], np.ndarray]
 
 
-def _holders(model: ModelDirectory) -> dict[str, Trained]:
-    """For each weight that runs trained, the run that trained it last."""
-    return {path: trained for trained in model.trained for path in trained.leaves}
-
-
 def stored_dtype(model: ModelDirectory, path: str) -> np.dtype:
     """As it lies on disk. What runs train is float32."""
-    return np.dtype("float32" if path in _holders(model) else model.manifest["leaves"][path]["dtype"])
+    return np.dtype("float32" if path in model.trained_by else model.manifest["leaves"][path]["dtype"])
 
 
 def _stored(model: ModelDirectory) -> RowReader:
@@ -29,18 +24,17 @@ def _stored(model: ModelDirectory) -> RowReader:
     What a run trained can only be read whole, and a few such weights are kept until their rows have been asked for.
     """
     restoring = threading.Lock()
-    holders = _holders(model)
 
     @functools.lru_cache(maxsize=4)  # a kernel and its update's two matrices, and the one to come
     def restored(path: str) -> np.ndarray:
         import jax
 
-        trained = holders[path]
+        trained = model.trained_by[path]
         abstract = {path: jax.ShapeDtypeStruct(trained.leaves[path], np.float32)}
         return np.asarray(restore_arrays(trained.path, abstract)[path])
 
     def read(path: str, row: int | None) -> np.ndarray:
-        if path in holders:
+        if path in model.trained_by:
             with restoring:
                 return restored(path) if row is None else restored(path)[row]
         leaf = model.manifest["leaves"][path]
@@ -56,14 +50,14 @@ def row_reader(model: ModelDirectory) -> RowReader:
 
     Kernels that a run gave low-rank updates come with those added, as loading does (nn/lora.py).
     """
-    read, holders = _stored(model), _holders(model)
+    read = _stored(model)
 
     def merged(path: str, row: int | None) -> np.ndarray:
         kernel = read(path, row)
         update = f"{path.removesuffix('/kernel')}/lora"
         if f"{update}/down" not in model.shapes:
             return kernel
-        lora = holders[f"{update}/down"].lora
+        lora = model.trained_by[f"{update}/down"].lora
         down, up, scale = read(f"{update}/down", row), read(f"{update}/up", row), lora.alpha / lora.rank
         if row is not None:
             return with_update(kernel, down, up, scale)

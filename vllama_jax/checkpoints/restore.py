@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllama_jax.branches import BRANCHES
+from vllama_jax.branches import trained_components
 from vllama_jax.checkpoints.arrays import check_params
 from vllama_jax.checkpoints.directory import ModelDirectory
 from vllama_jax.errors import CheckpointError, one_line
@@ -107,7 +107,7 @@ def _lacking(directory: ModelDirectory, missing: list[str]) -> CheckpointError:
     """What is wrong where weights are missing: a part that was never trained, or one that is there in part."""
     parts = sorted({path.split("/")[0] for path in missing})
     if not any(path.split("/")[0] in parts for path in directory.shapes):
-        branches = set(parts) <= {component.split("/")[0] for one in BRANCHES.values() for component in one.trained}
+        branches = set(parts) <= {component.split("/")[0] for component in trained_components()}
         files = "checkpoints that hold them (--vl, --al), or train them" if branches else "files that hold them"
         told = f"the model has no {', '.join(parts)} ({len(missing)} weights)"
         return CheckpointError(f"{directory.path}: {told}; convert again with the {files}")

@@ -79,7 +79,6 @@ def _run(arguments: list[str]) -> None:
 
 
 def _suggestion(name: str) -> str:
-    import difflib
+    from vllama_jax.errors import did_you_mean
 
-    close = difflib.get_close_matches(name, COMMANDS, n=1)
-    return f"; did you mean {close[0]!r}?" if close else f"; there are {', '.join(COMMANDS)}"
+    return f"; {did_you_mean(name, COMMANDS) or 'there are ' + ', '.join(COMMANDS)}"

@@ -84,9 +84,7 @@ def chat(
             display.say(shipped.ABOUT_MODEL)
         if files[0] != file:
             display.say(f"{files[0]}: {shipped.ABOUT_CLIP}")
-        directory = without_missing_branch(
-            open_model(shipped_model() if model is None or is_shipped(model) else model, base)
-        )
+        directory = without_missing_branch(open_model(shipped_model() if model is None else model, base))
         config = directory.config
         start_conversation(template or config.template, config.has_audio, system)
         if not interpolate_positions:

@@ -36,8 +36,7 @@ OPEN_SHARDS = 256  # of a process: well under the usual limit of 1024 open files
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """manifest.json of the features of one records directory, as
-    `train/feature_settings.py` makes it.
+    """manifest.json of the features of one records directory, as `train/feature_settings.py` makes it.
 
     kinds: How many records there are of each kind. The meaning of other fields: `FeatureCache` and there.
     """

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from vllama_jax.branches import ARRAYS, BRANCHES
+from vllama_jax.branches import ARRAYS, BRANCHES, DTYPES
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.data.config import DataConfig
 from vllama_jax.data.feature_cache import FeatureCache
@@ -188,8 +188,7 @@ class BatchReader:
         if stream.dataset.path in self.caches:
             cache = self.caches[stream.dataset.path]
             return cache.shape(stream.kind), cache.dtype
-        dtype = np.float32 if stream.kind == "audio" else np.uint8
-        return BRANCHES[self.branch].media_shape(self.model, stream.kind), dtype
+        return BRANCHES[self.branch].media_shape(self.model, stream.kind), DTYPES[ARRAYS[stream.kind]]
 
 
 def prefetched_batches(

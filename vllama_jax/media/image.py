@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -137,6 +137,11 @@ def picture_report(path: str) -> MediaReport:
     return MediaReport(path=path, kind="image", frames=1, seconds=0.0, audio="absent")
 
 
+def standardize(pixels: Any, mean: Sequence[float] | np.ndarray = MEAN, std: Sequence[float] | np.ndarray = STD) -> Any:
+    """(value / 255 - mean) / std of float32 pixels [..., 3], which may be numpy's or JAX's; see `normalize`."""
+    return (pixels / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
 def normalize(
     frames: UInt8[np.ndarray, "*batch h w 3"],
     mean: Sequence[float] | np.ndarray = MEAN,
@@ -154,9 +159,7 @@ def normalize(
     Returns:
         The normalized pixels.
     """
-    table = (np.arange(256, dtype=np.float32)[:, None] / 255 - np.asarray(mean, np.float32)) / np.asarray(
-        std, np.float32
-    )
+    table = standardize(np.arange(256, dtype=np.float32)[:, None], mean, std)
     normalized = np.empty(frames.shape, np.float32)
     for colour in range(3):
         normalized[..., colour] = table[:, colour][frames[..., colour]]

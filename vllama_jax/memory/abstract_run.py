@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from vllama_jax.branches import ARRAYS, find_branch
+from vllama_jax.branches import ARRAYS, DTYPES, find_branch
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.sharding import MESH_AXES, under
@@ -78,8 +78,8 @@ def _batch(
     if config.data.features:
         media = {"features": rows(config.compute_dtype, *branch.features_shape(model, kind))}
     else:
-        dtype = jnp.float32 if kind == "audio" else jnp.uint8
-        media = {ARRAYS[kind]: rows(dtype, *branch.media_shape(model, kind))}
+        array = ARRAYS[kind]
+        media = {array: rows(DTYPES[array], *branch.media_shape(model, kind))}
     return {
         **media,
         "ids": rows(jnp.int32, length),

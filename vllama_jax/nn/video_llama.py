@@ -1,6 +1,5 @@
 """Video-LLaMA: two branches that turn what is seen and heard into tokens of a language model (arXiv 2306.02858)."""
 
-import functools
 import pkgutil
 from typing import Any
 
@@ -43,7 +42,7 @@ class VideoLlama(nnx.Module):
     @property
     def branches(self) -> list[Branch]:
         """The branches that this network has: a run leaves out those that it does not use."""
-        return [branch for branch in BRANCHES.values() if _has(self, branch.qformer)]
+        return [branch for branch in BRANCHES.values() if hasattr(*owner_of(self, branch.qformer))]
 
     def encode_frames(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t q d"]:
         """Each frame by itself through EVA-CLIP and BLIP-2's Q-Former, before positions: [b, t, 32, 768]."""
@@ -141,15 +140,13 @@ class VideoLlama(nnx.Module):
         return self.llama.logits(self.llama(embeddings, mask))
 
 
-def _has(network: VideoLlama, component: str) -> bool:
-    """Whether a network has a component, by its path."""
+def owner_of(network: VideoLlama, component: str) -> tuple[Any, str]:
+    """The module that has a component as an attribute, None where there is none, and the attribute's name."""
     *parents, name = component.split("/")
-    return hasattr(functools.reduce(_part, parents, network), name)
-
-
-def _part(owner: Any, name: str) -> Any:
-    """A part of a module by its name; None where it has none."""
-    return getattr(owner, name, None)
+    owner: Any = network
+    for parent in parents:
+        owner = getattr(owner, parent, None)
+    return owner, name
 
 
 def _check_frames(frames: Float[Array, "b t h w 3"], size: int) -> None:

@@ -195,7 +195,7 @@ def encode_prompt(
     is_media = [False] * len(ids)
     for part in _join_texts(prompt):
         new = [0] * next(lengths) if part is Mark.MEDIA else _part_ids(tokenizer, part)
-        ids = ids + new
+        ids += new
         is_media += [part is Mark.MEDIA] * len(new)
     return TokenizedPrompt(np.array(ids, np.int32), np.array(is_media, bool))
 

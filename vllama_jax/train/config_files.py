@@ -1,7 +1,6 @@
 """Run configs: Python files that define `config = TrainConfig(...)`, named by path or, when shipped, by name."""
 
 import dataclasses
-import difflib
 import importlib
 import pkgutil
 import re
@@ -12,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from vllama_jax import configs
-from vllama_jax.errors import ConfigError
+from vllama_jax.errors import ConfigError, did_you_mean
 from vllama_jax.train import config as train_config
 from vllama_jax.train.config import TrainConfig
 
@@ -53,6 +52,5 @@ def _unknown_field(error: Exception) -> str:
     if not found or not hasattr(train_config, found[1]):
         return ""
     fields = [field.name for field in dataclasses.fields(getattr(train_config, found[1]))]
-    near = difflib.get_close_matches(found[2], fields, 1)
-    advice = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(fields)}"
+    advice = did_you_mean(found[2], fields) or f"it has {', '.join(fields)}"
     return f"{found[1]} has no field {found[2]!r}; {advice}"

@@ -58,8 +58,8 @@ def train(
     optimizer: Optimizer | None = None,
 ) -> TrainResult:
     """Train as `vllama_jax.train` does, which see, with a reporter that is given."""
-    plan = dataclasses.replace(setup.plan_run(config, base), loss=loss)
-    plan = plan if optimizer is None else dataclasses.replace(plan, optimizer=optimizer)
+    plan = setup.plan_run(config, base)
+    plan = dataclasses.replace(plan, loss=loss, optimizer=plan.optimizer if optimizer is None else optimizer)
     custom = describe_custom(loss, optimizer, plan.abstract.moments)
     with open_run(out, config, plan.base, str(plan.dtype), plan.inputs, custom), under(plan.mesh):
         checkpoints = Checkpoints(out, config.checkpoint)

@@ -6,7 +6,6 @@ same dict. Which paths learn is decided once, by the run config's patterns.
 
 import dataclasses
 import fnmatch
-import functools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -17,9 +16,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from vllama_jax.branches import BRANCHES, find_branch
+from vllama_jax.branches import all_components, find_branch
 from vllama_jax.errors import ConfigError
-from vllama_jax.nn.video_llama import VideoLlama
+from vllama_jax.nn.video_llama import VideoLlama, owner_of
 from vllama_jax.sharding import weight_sharding
 from vllama_jax.train.config import TrainConfig
 
@@ -73,19 +72,12 @@ def remove_unused(network: VideoLlama, config: TrainConfig, kinds: Collection[st
 
 def keep_components(network: VideoLlama, used: Collection[str]) -> None:
     """Remove all other components from a network. used: the paths of those that stay."""
-    known = {"llama", *(path for branch in BRANCHES.values() for path in branch.components)}
-    unused = {path for path in known if path not in used}
+    unused = {"llama", *all_components()} - {*used}
     unused |= {path.split("/")[0] for path in unused} - {path.split("/")[0] for path in used}
     for path in sorted(unused):  # a module before its components
-        *parents, name = path.split("/")
-        owner = functools.reduce(_part, parents, network)
+        owner, name = owner_of(network, path)
         if hasattr(owner, name):
             delattr(owner, name)
-
-
-def _part(owner: Any, name: str) -> Any:
-    """A part of a module by its name; None where it has none."""
-    return getattr(owner, name, None)
 
 
 def matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:

@@ -9,11 +9,11 @@ from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
 from vllama_jax.branches import BRANCHES
+from vllama_jax.media.image import standardize
 from vllama_jax.nn.layers import Dropout, constrain
 from vllama_jax.nn.video_llama import VideoLlama, splice
 from vllama_jax.towers import tower_of
@@ -54,9 +54,7 @@ def run_encoders(network: VideoLlama, branch: str, batch: Batch) -> Array:
     if "mel" in batch:
         return encoders["mel"].encode(network, batch["mel"])
     tower = tower_of(BRANCHES[branch].frame_tower(network.cfg))
-    frames = (batch["frames"].astype(jnp.float32) / 255 - np.asarray(tower.mean, np.float32)) / np.asarray(
-        tower.std, np.float32
-    )
+    frames = standardize(batch["frames"].astype(jnp.float32), tower.mean, tower.std)
     return encoders["frames"].encode(network, constrain(frames, "batch", None, None, None, None))
 
 
