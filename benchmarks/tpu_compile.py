@@ -93,7 +93,7 @@ def main(name: str = "7b", slice: str = "v5e:4x4", axes: str = "1,16,1", rows: s
     topology = topologies.get_topology_desc(platform="tpu", topology_name=slice)
     mesh = sharding.make_mesh(*map(int, axes.split(",")), devices=topology.devices)
     model = config.video_llama(MODELS[name], audio=False)
-    run = TrainConfig(**{**vars(load_config("vision_stage1")[0]), "compute_dtype": "bfloat16", "remat": "full"})
+    run = TrainConfig(**{**vars(load_config("vision_stage1")[0]), "compute_dtype": "bfloat16", "remat_policy": "full"})
     plan = make_plan(model, run, mesh)
     with sharding.under(mesh):
         inputs = abstract_inputs(plan, int(rows) * len(topology.devices), int(tokens), model)

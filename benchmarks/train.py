@@ -74,9 +74,9 @@ def make_inputs(folder: Path) -> TrainConfig:
         steps=10_000,
         batch_size=BATCH,
         dropout=0.0,
-        remat="none",
+        remat_policy="none",
         optim=OptimConfig(lr=1e-4),
-        data=DataConfig(lengths=(LENGTH,), variants=1, threads=4),
+        data=DataConfig(length_buckets=(LENGTH,), variants=1, num_threads=4),
     )
 
 
@@ -194,7 +194,7 @@ def measure(folder: Path) -> dict[str, float]:
     begun = time.perf_counter()
     write_features(live, folder / "features")
     writing = time.perf_counter() - begun
-    cached = dataclasses.replace(live, data=dataclasses.replace(live.data, features=str(folder / "features")))
+    cached = dataclasses.replace(live, data=dataclasses.replace(live.data, feature_cache=str(folder / "features")))
     torch_run, found = torch_step(), {}
     for name, config, rounds in (("live", live, 5), ("cached", cached, 9)):
         our_run, plan = our_step(config)
@@ -205,7 +205,7 @@ def measure(folder: Path) -> dict[str, float]:
         for batch in itertools.islice(stream, rounds):
             times.append((seconds(our_run, batch), seconds(torch_run, batch), product_rate()))
         ours, theirs, rate = (statistics.median(column) for column in zip(*times, strict=True))
-        floor = step_flops(plan.base.config, config.branch, batch.arrays, config.remat) / rate
+        floor = step_flops(plan.base.config, config.branch, batch.arrays, config.remat_policy) / rate
         found |= {
             f"{name}_samples_a_second": BATCH / ours,
             f"{name}_torch_samples_a_second": BATCH / theirs,

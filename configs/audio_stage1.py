@@ -7,7 +7,7 @@ config = TrainConfig(
     branch="audio",
     trainable=AUDIO_BRANCH,
     datasets=(
-        DatasetConfig(path="data/webvid", ratio=100, frames="head_tail", text=TextConfig(clean=True)),
+        DatasetConfig(path="data/webvid", ratio=100, frame_sampling="head_tail", text=TextConfig(clean=True)),
         DatasetConfig(path="data/llava_cc3m", ratio=24),
     ),
     steps=25_000,  # 5 epochs of 5000

@@ -7,6 +7,6 @@ config = TrainConfig(
     datasets=(DatasetConfig(path="miniature/world/records/captions"),),
     steps=2000,
     batch_size=32,
-    optim=OptimConfig(lr=2e-3, min_lr=2e-5, warmup_steps=50, clip_norm=1.0),
-    data=DataConfig(crop_area=1, lengths=(32, 48)),  # no crop: what is said tells where things are
+    optim=OptimConfig(lr=2e-3, min_lr=2e-5, warmup_steps=50, max_grad_norm=1.0),
+    data=DataConfig(min_crop_area=1, length_buckets=(32, 48)),  # no crop: what is said tells where things are
 )

@@ -11,5 +11,5 @@ config = dataclasses.replace(
     steps=600,
     batch_size=16,
     optim=dataclasses.replace(stage1.optim, lr=1e-3),
-    data=dataclasses.replace(stage1.data, lengths=(72, 96, 144)),
+    data=dataclasses.replace(stage1.data, length_buckets=(72, 96, 144)),
 )

@@ -21,7 +21,7 @@ config = TrainConfig(
     steps=60,
     batch_size=4,
     optim=OptimConfig(lr=1e-3, min_lr=1e-4, warmup_lr=1e-4, warmup_steps=10),
-    checkpoint=CheckpointConfig(every=10),
+    checkpoint=CheckpointConfig(save_interval_steps=10),
 )
 
 SIDE, FRAMES = 64, 12

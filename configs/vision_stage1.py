@@ -7,7 +7,7 @@ config = TrainConfig(
     branch="vision",
     trainable=VISION_BRANCH,
     datasets=(
-        DatasetConfig(path="data/webvid", ratio=100, frames="head_tail", text=TextConfig(clean=True)),
+        DatasetConfig(path="data/webvid", ratio=100, frame_sampling="head_tail", text=TextConfig(clean=True)),
         DatasetConfig(path="data/llava_cc3m", ratio=24),
     ),
     steps=12_500,  # 5 epochs of 2500

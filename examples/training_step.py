@@ -24,7 +24,7 @@ TRAINABLE = ("video_qformer", "frame_positions", "llama_proj")  # components, as
 def own_config(out: Path) -> TrainConfig:
     """What to train on: the smoke config's clips, all eight in each of three steps, without random crops."""
     config = smoke.prepare(dataclasses.replace(smoke.config, steps=3, batch_size=8), out)
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, crop_area=1.0))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, min_crop_area=1.0))
 
 
 def main(out: Path) -> list[float]:

@@ -39,7 +39,7 @@ def write_cache(config: TrainConfig, root: Path, seed: int = 0) -> Path:
 
 
 def with_features(config: TrainConfig, root: Path) -> TrainConfig:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, features=str(root)))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, feature_cache=str(root)))
 
 
 def opened(config: TrainConfig, root: Path) -> feature_cache.FeatureCache:

@@ -88,7 +88,7 @@ def test_a_layer_drops_where_berts_does_with_a_mask_for_each_place(dropped):
 def test_queries_are_dropped_and_every_layer_has_a_mask_of_its_own(dropped, monkeypatch):
     """Layers run one after the other here, as the loop over a stack does, so that their keys can be seen."""
 
-    def one_after_the_other(stacked, x, step, remat="full"):
+    def one_after_the_other(stacked, x, step, remat_policy="full"):
         for layer in [jax.tree.map(lambda leaf, n=number: leaf[n], stacked) for number in range(2)]:
             x = step(layer, x)
         return x

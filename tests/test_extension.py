@@ -189,7 +189,9 @@ def test_the_branch_trains_from_records_and_from_features_and_its_run_answers(
     write_features(
         dataclasses.replace(config, data=dataclasses.replace(config.data, variants=1)), tmp_path / "features"
     )
-    cached = dataclasses.replace(config, data=dataclasses.replace(config.data, features=str(tmp_path / "features")))
+    cached = dataclasses.replace(
+        config, data=dataclasses.replace(config.data, feature_cache=str(tmp_path / "features"))
+    )
     reporter = Quiet()
     train(cached, tmp_path / "cached", reporter)
     assert len(reporter.steps) == 2

@@ -338,7 +338,7 @@ def test_training_with_updates_of_low_rank(model, family, pictures, tmp_path):
         pytest.skip("the network of LLaMA: tests/test_train_run.py")
     text = TextConfig(layout="conversation", max_length=128)
     datasets = (DatasetConfig(path=str(pictures), text=text),)
-    lora = {"lora": LoraConfig(rank=2), "trainable": (*VISION_BRANCH, *LORA), "remat": "none"}
+    lora = {"lora": LoraConfig(rank=2), "trainable": (*VISION_BRANCH, *LORA), "remat_policy": "none"}
     train(short_config(model, pictures, datasets=datasets, steps=2, **lora), tmp_path / "run", Quiet())
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all()

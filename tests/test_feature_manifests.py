@@ -254,7 +254,7 @@ def test_a_cache_may_move_and_must_be_the_same(made, tmp_path):
     resume(tmp_path / "run", with_features(config, again))
     moved = again.rename(tmp_path / "moved")
     resume(tmp_path / "run", with_features(config, moved))
-    with pytest.raises(ConfigError, match=r"data.features was '.*features', now ''"):
+    with pytest.raises(ConfigError, match=r"data.feature_cache was '.*features', now ''"):
         resume(tmp_path / "run", config)
     more = dataclasses.replace(config, data=dataclasses.replace(config.data, variants=1))
     with pytest.raises(VllamaError, match=r"data.variants was 0, now 1"):

@@ -93,13 +93,13 @@ def built(folder: Path, lines: list[dict]) -> Path:
 
 
 def config_of(model, *paths, branch="vision", variants=0, **options) -> TrainConfig:
-    datasets = tuple(DatasetConfig(path=str(path), text=CONVERSATION, frames="head_tail") for path in paths)
+    datasets = tuple(DatasetConfig(path=str(path), text=CONVERSATION, frame_sampling="head_tail") for path in paths)
     options = {"trainable": AUDIO_BRANCH} | options if branch == "audio" else options
-    data = DataConfig(lengths=(160,), variants=variants, threads=2)
+    data = DataConfig(length_buckets=(160,), variants=variants, num_threads=2)
     fields = {
         "steps": STEPS,
         "batch_size": 8,
-        "remat": "none",
+        "remat_policy": "none",
         "optim": OptimConfig(lr=1e-3, min_lr=1e-4, warmup_steps=0),
         "data": data,
     }
@@ -107,7 +107,7 @@ def config_of(model, *paths, branch="vision", variants=0, **options) -> TrainCon
 
 
 def with_features(config: TrainConfig, out: Path, **options) -> TrainConfig:
-    data = dataclasses.replace(config.data, features=str(out), variants=0)
+    data = dataclasses.replace(config.data, feature_cache=str(out), variants=0)
     return dataclasses.replace(config, data=dataclasses.replace(data, **options))
 
 
@@ -179,7 +179,7 @@ def test_encoders_are_not_loaded_for_training(made):
 
 def test_a_clip_to_be_asked_about_needs_the_encoders(made, clip):
     config, out = made
-    config = dataclasses.replace(config, validation=ValidationConfig(every=1, clips=(str(clip),)))
+    config = dataclasses.replace(config, validation=ValidationConfig(interval_steps=1, clips=(str(clip),)))
     assert "vit/positions" in setup.plan_run(with_features(config, out)).skeleton.variables
 
 
@@ -293,10 +293,10 @@ def changed_weights(model: Path, out: Path) -> Path:
 
 CHANGES = {
     "seed was 42, now 7": {"seed": 7},
-    "crop_area was 0.5, now 1": {"data": {"crop_area": 1}},
-    "crop_ratio was 1.33.*, now 2.0": {"data": {"crop_ratio": 2.0}},
+    "crop_area was 0.5, now 1": {"data": {"min_crop_area": 1}},
+    "crop_ratio was 1.33.*, now 2.0": {"data": {"max_crop_aspect_ratio": 2.0}},
     "dtype was 'float32', now 'bfloat16'": {"compute_dtype": "bfloat16"},
-    "frames was 'head_tail', now 'uniform'": {"frames": "uniform"},
+    "frames was 'head_tail', now 'uniform'": {"frame_sampling": "uniform"},
     "branch was 'vision', now 'audio'": {"branch": "audio", "trainable": AUDIO_BRANCH},
 }
 
@@ -307,8 +307,8 @@ def test_other_settings_are_refused(made, tmp_path, what):
     options = dict(CHANGES[what])
     data = dataclasses.replace(config.data, **options.pop("data", {}))
     datasets = config.datasets
-    if "frames" in options:
-        datasets = (dataclasses.replace(datasets[0], frames=options.pop("frames")),)
+    if "frame_sampling" in options:
+        datasets = (dataclasses.replace(datasets[0], frame_sampling=options.pop("frame_sampling")),)
     other = dataclasses.replace(config, data=data, datasets=datasets, **options)
     with pytest.raises(ConfigError, match=f"records-.*{what}.* give the same, or make the features anew with `vllama"):
         setup.plan_run(with_features(other, out))
@@ -329,7 +329,7 @@ def test_what_does_not_decide_the_features_may_change(made, tmp_path):
     config, out = made
     moved = tmp_path / "renamed"
     shutil.copytree(config.datasets[0].path, moved)
-    datasets = (dataclasses.replace(config.datasets[0], path=str(moved), held_out=1),)
+    datasets = (dataclasses.replace(config.datasets[0], path=str(moved), holdout=1),)
     setup.plan_run(with_features(dataclasses.replace(config, datasets=datasets, batch_size=8, dropout=0.0), out))
 
 
@@ -354,7 +354,7 @@ def test_variants_are_those_of_the_cache_or_fewer(made):
 def test_what_is_cached_cannot_learn(made):
     config, out = made
     config = dataclasses.replace(config, trainable=(*config.trainable, "image_qformer/*"))
-    with pytest.raises(ConfigError, match=r"'image_qformer/\*' matches image_qformer/.* data.features has fixed"):
+    with pytest.raises(ConfigError, match=r"'image_qformer/\*' matches image_qformer/.* data.feature_cache has fixed"):
         setup.plan_run(with_features(config, out))
 
 

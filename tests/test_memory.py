@@ -73,11 +73,11 @@ COMPILED = [
         4.38,
         id="low rank",
     ),
-    pytest.param(medium(), ALONE, 128, {"data": DataConfig(features="f")}, 1.26, id="medium, features"),
+    pytest.param(medium(), ALONE, 128, {"data": DataConfig(feature_cache="f")}, 1.26, id="medium, features"),
     pytest.param(medium(), MeshConfig(data=1, fsdp=8), 128, {}, 0.96, id="medium on 8"),
-    pytest.param(medium(), ALONE, 512, {"accumulation": 2}, 1.11, id="medium in parts"),
-    pytest.param(medium(), ALONE, 256, {"remat": "dots"}, 1.18, id="medium, dots"),
-    pytest.param(medium(), ALONE, 256, {"remat": "none"}, 1.19, id="medium, none"),
+    pytest.param(medium(), ALONE, 512, {"grad_accum_steps": 2}, 1.11, id="medium in parts"),
+    pytest.param(medium(), ALONE, 256, {"remat_policy": "dots"}, 1.18, id="medium, dots"),
+    pytest.param(medium(), ALONE, 256, {"remat_policy": "none"}, 1.19, id="medium, none"),
 ]
 
 
@@ -122,7 +122,7 @@ TPUS = [
 def test_a_step_as_it_compiles_for_tpus(row):
     size, (data, fsdp, tensor), rows, length, encoders, arguments, temporaries, ratio = row
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
-    config = config_of(mesh, rows, data=DataConfig() if encoders else DataConfig(features="f"))
+    config = config_of(mesh, rows, data=DataConfig() if encoders else DataConfig(feature_cache="f"))
     need = estimate.training(SIZES[size](), "step", config, mesh, DEVICES["v5e"], length)
     still, at_work = split_need(need)
     assert still == pytest.approx(arguments * GIGA, rel=0.1, abs=0.01 * GIGA)
@@ -206,23 +206,23 @@ def test_verdicts_follow_the_usable_memory():
 
 @pytest.mark.parametrize(("processes", "threads"), [(0, 8), (4, 8), (16, 16)])
 def test_processes_share_the_threads_that_decode(processes, threads):
-    config = config_of(data=DataConfig(threads=8, processes=processes))
+    config = config_of(data=DataConfig(num_threads=8, num_workers=processes))
     host = estimate.training(tiny(), "step", config, ALONE, CPU).host
     assert host["decoding"] == threads * estimate.DECODER_BYTES
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
-@pytest.mark.parametrize("accumulation", [1, 2])
-def test_gradients_are_float32_sums_beside_those_of_a_part(dtype, itemsize, accumulation):
+@pytest.mark.parametrize("grad_accum_steps", [1, 2])
+def test_gradients_are_float32_sums_beside_those_of_a_part(dtype, itemsize, grad_accum_steps):
     """A step has gradients in the compute dtype and in float32, and with parts of a batch their sum in float32."""
     shapes = abstract_network(tiny(), "float32")
     trainable = (shapes.video_qformer, shapes.llama_proj, shapes.frame_positions)
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
-    config = config_of(accumulation=accumulation, compute_dtype=dtype)
+    config = config_of(grad_accum_steps=grad_accum_steps, compute_dtype=dtype)
     need = estimate.training(tiny(), "step", config, ALONE, CPU).device
     assert need["what learns"] == 4 * count
     assert need["Adam's moments"] == pytest.approx(8 * count, abs=16), "and counters"
-    assert need["gradients"] == (4 * accumulation + itemsize) * count
+    assert need["gradients"] == (4 * grad_accum_steps + itemsize) * count
 
 
 @pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (2, 1), (1, 2)])
@@ -231,7 +231,7 @@ def test_the_head_of_a_large_vocabulary_takes_most(fsdp, tensor, tied):
     """Scores and their gradients in float32 where a label is, and the head's weights when they are gathered."""
     llama = dataclasses.replace(tiny().llama, vocab_size=400_000, tie_embeddings=tied)
     model, mesh = dataclasses.replace(tiny(), llama=llama), MeshConfig(data=1, fsdp=fsdp, tensor=tensor)
-    config = config_of(mesh, rows=3, data=DataConfig(features="f"), compute_dtype="bfloat16")
+    config = config_of(mesh, rows=3, data=DataConfig(feature_cache="f"), compute_dtype="bfloat16")
     need = estimate.training(model, "step", config, mesh, DEVICES["H100"], length=100).device
     labels = 100 - model.video_qformer.num_queries
     assert need["activations"] == 2 * 3 * labels * 400_000 // tensor * 4
@@ -243,7 +243,7 @@ def test_batches_ahead_are_those_of_each_process_and_the_step_s(processes, prefe
     """Each process decodes its own: `prefetch` of them, beside the one batch that a step works on."""
     model, length, labels = tiny(), 128, 128 - tiny().video_qformer.num_queries
     mesh = MeshConfig(data=16)  # on two hosts of eight devices
-    config = config_of(mesh, rows=4, data=DataConfig(processes=processes, prefetch=prefetch))
+    config = config_of(mesh, rows=4, data=DataConfig(num_workers=processes, prefetch=prefetch))
     pictures = model.num_frames * model.vit.image_size**2 * 3  # uint8
     row = pictures + (4 + 1) * length + 4 + (4 + 4) * labels  # ids, is_media; length; positions, targets
     host = estimate.training(model, "step", config, mesh, CPU, length).host

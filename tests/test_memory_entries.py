@@ -27,7 +27,7 @@ def train_need(mesh: MeshConfig = ALONE, device: Device = DEVICES["H100"], rows:
         steps=10,
         batch_size=rows * mesh.data * mesh.fsdp,
         mesh=mesh,
-        **{"data": DataConfig(features="f"), **options},
+        **{"data": DataConfig(feature_cache="f"), **options},
     )
     return estimate.training(SIZES["7b"](), "run", config, mesh, device, 128)
 
@@ -55,7 +55,10 @@ def test_a_batch_is_read_by_as_many_hosts_as_the_devices_need(devices, hosts):
 
 @pytest.mark.parametrize("processes", [0, 3])
 def test_every_process_that_decodes_is_a_program(processes):
-    assert train_need(data=DataConfig(features="f", processes=processes)).host["program"] == (1 + processes) * 2 * GIGA
+    assert (
+        train_need(data=DataConfig(feature_cache="f", num_workers=processes)).host["program"]
+        == (1 + processes) * 2 * GIGA
+    )
 
 
 def test_on_their_way_to_an_accelerator_are_as_many_weights_as_are_read_at_once():
@@ -91,12 +94,12 @@ def test_advice_is_the_fewest_parts_that_fit():
 
     def verdict(parts: int) -> str:
         return estimate.verdict(
-            estimate.training(model, "", dataclasses.replace(run, accumulation=parts), ALONE, mine), mine
+            estimate.training(model, "", dataclasses.replace(run, grad_accum_steps=parts), ALONE, mine), mine
         )
 
     assert [verdict(parts) for parts in (1, 4, 8, 32)] == ["does not fit", "tight", "fits", "fits"]
     need = estimate.training(model, "", run, ALONE, mine)
-    assert estimate.advice(model, need, run, ALONE, mine) == "--accumulation 8"
+    assert estimate.advice(model, need, run, ALONE, mine) == "--grad-accum-steps 8"
 
 
 def test_devices_are_as_their_makers_sell_them():
@@ -112,7 +115,7 @@ def test_devices_are_as_their_makers_sell_them():
 def test_a_conversation_is_as_long_as_its_config_says_and_a_caption_has_words_around_it():
     """A caption of 32 tokens follows a start token and 32 media tokens; an instruction takes 64 more."""
     stage1, audio = load_config("vision_stage1")[0], load_config("audio_stage1")[0]
-    lengths = dataclasses.replace(stage1.data, lengths=tuple(range(1, 700)))
+    lengths = dataclasses.replace(stage1.data, length_buckets=tuple(range(1, 700)))
 
     def longest(run: TrainConfig, **text) -> int:
         dataset = dataclasses.replace(run.datasets[1], text=dataclasses.replace(run.datasets[1].text, **text))

@@ -60,10 +60,10 @@ def test_every_kind_looks_and_sounds_its_own_way():
 
 def test_what_is_held_out_is_new_only_as_a_whole():
     every = list(itertools.product(KINDS, COLOURS, MOTIONS))
-    held_out = {combination for combination in every if is_held_out(*combination)}
-    assert 1 / 8 < len(held_out) / len(every) < 1 / 6
+    holdout = {combination for combination in every if is_held_out(*combination)}
+    assert 1 / 8 < len(holdout) / len(every) < 1 / 6
     for pair in ((0, 1), (0, 2), (1, 2)):
-        trained = {tuple(one[i] for i in pair) for one in every if one not in held_out}
+        trained = {tuple(one[i] for i in pair) for one in every if one not in holdout}
         assert trained == {tuple(one[i] for i in pair) for one in every}
 
 

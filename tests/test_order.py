@@ -38,34 +38,32 @@ def streams_of(*datasets: tuple[float, int, dict[str, int]], branch: str = "audi
     """Of datasets with (ratio, held out, counts)."""
     pairs = [
         (
-            DatasetConfig(path=f"records{number}", ratio=ratio, held_out=held_out),
+            DatasetConfig(path=f"records{number}", ratio=ratio, holdout=holdout),
             FakeRecords(counts, f"{number + 1:08x}"),
         )
-        for number, (ratio, held_out, counts) in enumerate(datasets)
+        for number, (ratio, holdout, counts) in enumerate(datasets)
     ]
     return make_streams(pairs, branch)
 
 
 def epoch(stream: Stream, number: int, seed: int = 3) -> list[int]:
     """The records of an epoch, in the order that they are drawn in."""
-    length = len(stream.numbers) - stream.dataset.held_out
+    length = len(stream.numbers) - stream.dataset.holdout
     samples = [stream.sample(count, seed) for count in range(number * length, (number + 1) * length)]
     assert {where for _, where in samples} == {number}
     return [record for record, _ in samples]
 
 
-@pytest.mark.parametrize("held_out", [0, 1, 5, 22])
+@pytest.mark.parametrize("holdout", [0, 1, 5, 22])
 @pytest.mark.parametrize("kind", ["video", "image", "audio"])
-def test_an_epoch_and_what_is_held_out_are_all_records_once(kind, held_out):
-    (stream,) = [
-        one for one in streams_of((1.0, held_out, {"video": 23, "image": 31, "audio": 29})) if one.kind == kind
-    ]
+def test_an_epoch_and_what_is_holdout_are_all_records_once(kind, holdout):
+    (stream,) = [one for one in streams_of((1.0, holdout, {"video": 23, "image": 31, "audio": 29})) if one.kind == kind]
     numbers = {"video": range(23), "image": range(23, 54), "audio": range(54, 83)}[kind]
-    kept = stream.held_out()
-    assert len(kept) == len(set(kept)) == held_out
+    kept = stream.holdout()
+    assert len(kept) == len(set(kept)) == holdout
     for number in range(3):
         trained = epoch(stream, number)
-        assert len(trained) == len(set(trained)) == len(numbers) - held_out
+        assert len(trained) == len(set(trained)) == len(numbers) - holdout
         assert set(trained).isdisjoint(kept)
         assert {*trained, *kept} == set(numbers)
 
@@ -77,16 +75,16 @@ def test_epochs_and_seeds_differ_in_order_and_hold_out_the_same():
     assert len({tuple(order) for order in orders}) == 4
     assert all(order != sorted(order) for order in orders)
     assert len({frozenset(order) for order in orders}) == 1
-    assert stream.held_out() != sorted(stream.held_out()), "records side by side are alike"
-    shorter, longer = (next(iter(streams_of((1.0, held_out, {"video": 100})))).held_out() for held_out in (5, 20))
+    assert stream.holdout() != sorted(stream.holdout()), "records side by side are alike"
+    shorter, longer = (next(iter(streams_of((1.0, holdout, {"video": 100})))).holdout() for holdout in (5, 20))
     assert longer[:5] == shorter, "holding out more keeps those that were held out"
 
 
-def test_what_is_held_out_depends_on_the_records_and_their_kind():
+def test_what_is_holdout_depends_on_the_records_and_their_kind():
     same = {"video": 60, "image": 60}
     first, second = streams_of((1.0, 10, same))
     other = streams_of((1.0, 10, same), (1.0, 10, same))[2]
-    places = [[record - stream.numbers.start for record in stream.held_out()] for stream in (first, second, other)]
+    places = [[record - stream.numbers.start for record in stream.holdout()] for stream in (first, second, other)]
     assert len({tuple(place) for place in places}) == 3
 
 
@@ -139,7 +137,7 @@ def test_steps_take_up_where_the_stream_was_left():
 
 
 def test_datasets_that_cannot_be_trained_on():
-    with pytest.raises(ConfigError, match="records0: held_out 4 leaves none of its 4 image records"):
+    with pytest.raises(ConfigError, match="records0: holdout 4 leaves none of its 4 image records"):
         streams_of((1.0, 4, {"video": 9, "image": 4}))
     with pytest.raises(ConfigError, match="records0: has audio records, which the vision branch does not accept"):
         streams_of((1.0, 0, {"audio": 4}), branch="vision")
@@ -176,7 +174,7 @@ def test_which_variant_each_epoch_takes(monkeypatch, asked, cached, expected):
         steps=14,
         batch_size=2,
         datasets=(DatasetConfig(path="records0"),),
-        data=DataConfig(variants=asked, threads=1),
+        data=DataConfig(variants=asked, num_threads=1),
     )
     caches = {"records0": FakeCache(cached)} if cached else {}
     order = Order(streams, 14, 2, seed=0)  # two steps an epoch

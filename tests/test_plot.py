@@ -11,12 +11,12 @@ from vllama_jax.train.plots import draw, read_metrics
 from vllama_jax.train.smoothing import fit_smoothing, smoothed
 
 
-def write_run(folder: Path, losses: list[float], held_out: dict[int, float] | None = None) -> Path:
+def write_run(folder: Path, losses: list[float], holdout: dict[int, float] | None = None) -> Path:
     folder.mkdir(parents=True)
     lines = [{"step": step, "loss": loss, "lr": 1e-3 / step} for step, loss in enumerate(losses, 1)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    if held_out:
-        found = [{"step": step, "validation_loss": loss} for step, loss in held_out.items()] + [{"answer": "a dog"}]
+    if holdout:
+        found = [{"step": step, "validation_loss": loss} for step, loss in holdout.items()] + [{"answer": "a dog"}]
         (folder / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in found))
     return folder
 

@@ -42,7 +42,9 @@ def prepare(config, out):
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_model, records) -> Path:
     """A run over two processes that takes longer than any test, and makes a directory first."""
-    one = config_of(tiny_model, records, steps=100_000, batch_size=4, checkpoint=CheckpointConfig(every=1000))
+    one = config_of(
+        tiny_model, records, steps=100_000, batch_size=4, checkpoint=CheckpointConfig(save_interval_steps=1000)
+    )
     two = dataclasses.replace(one, mesh=dataclasses.replace(one.mesh, data=2))
     path = write_config(tmp_path_factory.mktemp("two") / "config.py", two)
     path.write_text(path.read_text() + PREPARE)
@@ -126,7 +128,7 @@ def test_a_signal_saves_all_processes_at_one_step(config, tmp_path, number, told
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_killed_process_ends_the_other_with_a_line_that_names_it(config, tmp_path, lost):
     run = tmp_path / "run"
-    with started("train", config, "--out", run, "--checkpoint.every", 2) as processes:
+    with started("train", config, "--out", run, "--checkpoint.save-interval-steps", 2) as processes:
         wait_for_step(run, 5, processes)
         processes[lost].kill()
         ((code, text),) = ended([processes[1 - lost]])
@@ -183,7 +185,7 @@ def test_features_of_two_processes_are_written_and_a_lost_one_is_named(tiny_mode
 @SLOW
 def test_a_killed_decoding_process_ends_the_run_with_one_line(tiny_model, records, tmp_path):
     config = write_config(tmp_path / "config.py", config_of(tiny_model, records, steps=100_000))
-    command = [VLLAMA, "train", str(config), "--out", str(tmp_path / "run"), "--data.processes", "2"]
+    command = [VLLAMA, "train", str(config), "--out", str(tmp_path / "run"), "--data.num-workers", "2"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         wait_for_step(tmp_path / "run", 12, [process])
         workers = worker_processes(process.pid)

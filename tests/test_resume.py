@@ -11,12 +11,13 @@ import pytest
 from train_fixtures import short_config, write_files, write_records
 from written_runs import learned, shipped, write_run
 
+import vllama_jax
 from vllama_jax.checkpoints.directory import open_model
-from vllama_jax.config import NO_LORA, tiny
-from vllama_jax.data.config import DataConfig
+from vllama_jax.config import NO_LORA, flat, tiny
+from vllama_jax.data.config import DataConfig, DatasetConfig
 from vllama_jax.errors import CheckpointError, ConfigError, VllamaError
 from vllama_jax.train import setup
-from vllama_jax.train.config import MeshConfig, OptimConfig, TrainConfig, ValidationConfig
+from vllama_jax.train.config import RENAMED_FIELDS, MeshConfig, OptimConfig, TrainConfig, ValidationConfig
 from vllama_jax.train.run_directory import FREE_FIELDS, _is_free, open_run
 
 
@@ -43,16 +44,16 @@ def resume(run: Path, config: TrainConfig, base: Path, inputs: dict[str, str] | 
 
 FREE: dict[str, dict[str, Any]] = {
     "mesh": {"mesh": MeshConfig(data=4, fsdp=2)},
-    "remat": {"remat": "none"},
+    "remat_policy": {"remat_policy": "none"},
     "validation": {"validation": ValidationConfig(question="Where?", max_new_tokens=3)},
-    "how data is read": {"data": DataConfig(threads=1, processes=2, prefetch=9)},
+    "how data is read": {"data": DataConfig(num_threads=1, num_workers=2, prefetch=9)},
     "model": {"model": "elsewhere"},
 }
 FIXED: dict[str, tuple[dict[str, Any], str]] = {
     "steps": ({"steps": 9}, r"steps was \d+, now 9"),
     "seed": ({"seed": 1}, "seed was 42, now 1"),
     "data.variants": ({"data": DataConfig(variants=3)}, "data.variants was 0, now 3"),
-    "data.features": ({"data": DataConfig(features="x")}, "data.features was '', now 'x'"),
+    "data.feature_cache": ({"data": DataConfig(feature_cache="x")}, "data.feature_cache was '', now 'x'"),
     "optim.lr": ({"optim": OptimConfig(lr=1.0)}, r"optim.lr was .*, now 1.0"),
     "init": ({"init": "x"}, "init was '', now 'x'"),
     "trainable": ({"trainable": ("llama_proj/*",)}, "trainable was "),
@@ -87,9 +88,42 @@ def test_names_of_free_fields_match_whole(name, free):
     assert _is_free(name) is free
 
 
+def with_names(fields: Any, names: dict[str, str], prefix: str = "") -> Any:
+    """`fields` of a TrainConfig, renamed by dotted name; * is the number of a dataset."""
+    if isinstance(fields, list):
+        return [with_names(item, names, f"{prefix}*.") for item in fields]
+    if not isinstance(fields, dict):
+        return fields
+    renamed = {name: names.get(prefix + name, name).rsplit(".", 1)[-1] for name in fields}
+    return {renamed[name]: with_names(value, names, f"{prefix}{name}.") for name, value in fields.items()}
+
+
+def test_a_run_with_the_earlier_names_of_fields_resumes(run, tiny_model):
+    path = run / "config.json"
+    fields = json.loads(path.read_text())
+    earlier = {new: old for old, new in RENAMED_FIELDS.items()}
+    written = with_names(fields["run"], earlier)
+    assert {*written} >= {"accumulation", "remat"}
+    assert {*written["checkpoint"]} >= {"every", "keep_last", "keep_every"}
+    assert len(written["datasets"])
+    assert all({"frames", "held_out"} <= {*dataset} for dataset in written["datasets"])
+    path.write_text(json.dumps({**fields, "run": written}))
+    resume(run, shipped(tiny_model, NO_LORA), tiny_model)
+    assert vllama_jax.load(run).config
+    with pytest.raises(ConfigError, match=r"grad_accum_steps was 1, now 2"):
+        resume(run, dataclasses.replace(shipped(tiny_model, NO_LORA), grad_accum_steps=2), tiny_model)
+
+
+def test_every_renamed_field_is_a_field():
+    config = TrainConfig(model="m", steps=1, batch_size=1, datasets=(DatasetConfig(path="d"),))
+    fields = {**dataclasses.asdict(config), "datasets": {"*": dataclasses.asdict(config.datasets[0])}}
+    assert {*RENAMED_FIELDS.values()} <= {*flat(fields)}
+    assert not {*RENAMED_FIELDS} & {*flat(fields)}
+
+
 def test_fields_that_are_newer_than_the_run_have_their_defaults(run, tiny_model):
     fields = json.loads((run / "config.json").read_text())
-    for owner, name in ((fields["run"], "lora"), (fields["run"]["data"], "features"), (fields, "inputs")):
+    for owner, name in ((fields["run"], "lora"), (fields["run"]["data"], "feature_cache"), (fields, "inputs")):
         del owner[name]
     (run / "config.json").write_text(json.dumps(fields))
     resume(run, shipped(tiny_model, NO_LORA), tiny_model)

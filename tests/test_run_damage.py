@@ -246,7 +246,7 @@ def test_notes_of_orbax_do_not_matter(run):
     for name in digests.NOTES:
         (run / "step_8" / name).write_bytes(b"\xff")
     assert restored(run) == 8
-    checkpoints = Checkpoints(run, CheckpointConfig(keep_last=1))
+    checkpoints = Checkpoints(run, CheckpointConfig(max_to_keep=1))
     checkpoints.save(12, state_of(12, weights_of(12)))
     checkpoints.finish()
     assert run_steps(run) == [12]

@@ -115,7 +115,7 @@ def doubled(network, batch, config, dropout):
 
 @pytest.fixture(scope="module")
 def config(tiny_model, pictures):
-    return short_config(tiny_model, pictures, steps=3, checkpoint=CheckpointConfig(every=2), dropout=0.0)
+    return short_config(tiny_model, pictures, steps=3, checkpoint=CheckpointConfig(save_interval_steps=2), dropout=0.0)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from vllama_jax.train.config import TrainConfig
 
 CONVERSATION = TextConfig(layout="conversation", max_length=2000)
 INSTRUCTED = TextConfig(instructions=("One?", "Two?", "Three?"))
-EVERY_LENGTH = DataConfig(lengths=tuple(range(1, 2000)), threads=1)
+EVERY_LENGTH = DataConfig(length_buckets=tuple(range(1, 2000)), num_threads=1)
 HEIGHT, WIDTH = 60, 80
 
 
@@ -69,13 +69,13 @@ def boxes(monkeypatch) -> list[tuple]:
 
 
 def test_a_picture_is_cropped_by_its_own_height_and_width_and_the_configs_numbers(boxes):
-    reader = reader_of([], DataConfig(crop_area=0.3, crop_ratio=2.0))
+    reader = reader_of([], DataConfig(min_crop_area=0.3, max_crop_aspect_ratio=2.0))
     assert reader.decode(stream_of(), 0, 0).media.shape == (1, 224, 224, 3)
     ((asked, box),) = boxes
     assert asked == (HEIGHT, WIDTH, (0.3, 1.0), (0.5, 2.0))
     assert box.top + box.height <= HEIGHT
     assert box.left + box.width <= WIDTH
-    reader_of([], DataConfig(crop_area=1)).decode(stream_of(), 0, 0)
+    reader_of([], DataConfig(min_crop_area=1)).decode(stream_of(), 0, 0)
     assert len(boxes) == 1, "1 is no crop"
 
 
@@ -100,7 +100,7 @@ def chosen_by(monkeypatch, frames: str, total: int, record: int = 0, variant: in
 
     monkeypatch.setattr(pipeline, "read_video", read)
     monkeypatch.setattr(pipeline, "crop_frames", lambda frames, box, size: frames)
-    reader_of([]).decode(stream_of("video", frames=frames), record, variant)
+    reader_of([]).decode(stream_of("video", frame_sampling=frames), record, variant)
     return asked[0]
 
 

@@ -33,7 +33,7 @@ class Network:
     def embed(self, ids):
         return jax.nn.one_hot(ids, WIDTH)
 
-    def __call__(self, embeddings, mask, remat):
+    def __call__(self, embeddings, mask, remat_policy):
         return embeddings * mask[..., None]
 
     def logits(self, hidden):
@@ -111,10 +111,10 @@ def test_the_loss_is_the_sum_over_labels_of_which_token_0_may_be_one():
     assert number == 6
 
 
-@pytest.mark.parametrize("accumulation", [1, 2, 4])
-def test_loss_and_gradient_are_means_over_all_labels_of_the_batch_whatever_its_parts(accumulation):
+@pytest.mark.parametrize("grad_accum_steps", [1, 2, 4])
+def test_loss_and_gradient_are_means_over_all_labels_of_the_batch_whatever_its_parts(grad_accum_steps):
     """A part has more labels than another, and one has none: means of parts would be others."""
-    state, (metrics,) = run(config_of(accumulation=accumulation))
+    state, (metrics,) = run(config_of(grad_accum_steps=grad_accum_steps))
     loss, count, gradient = by_hand(head_of(), [0, 1, 2, 3])
     assert metrics["loss"] == pytest.approx(loss / count, rel=1e-5)
     assert metrics["gradient_norm"] == pytest.approx(np.linalg.norm(gradient) / count, rel=1e-5)
@@ -124,7 +124,7 @@ def test_loss_and_gradient_are_means_over_all_labels_of_the_batch_whatever_its_p
 
 
 def test_the_gradients_norm_is_that_before_clipping():
-    _, (metrics,) = run(config_of(optim=dataclasses.replace(OPTIM, clip_norm=1e-3)))
+    _, (metrics,) = run(config_of(optim=dataclasses.replace(OPTIM, max_grad_norm=1e-3)))
     _, count, gradient = by_hand(head_of(), [0, 1, 2, 3])
     assert metrics["gradient_norm"] == pytest.approx(np.linalg.norm(gradient) / count, rel=1e-5)
 
@@ -155,11 +155,11 @@ def test_parts_have_masks_of_their_own(monkeypatch):
 
     monkeypatch.setattr("vllama_jax.train.step.loss_sum", kept)
     signs = np.array([1, -1, 1, -1], np.float32)[:, None, None] * np.ones((ROWS, 40, 40), np.float32)
-    _, (metrics,) = run(config_of(dropout=0.5, accumulation=2), batch={**batch_of(), "features": signs})
+    _, (metrics,) = run(config_of(dropout=0.5, grad_accum_steps=2), batch={**batch_of(), "features": signs})
     assert abs(metrics["loss"]) > 1
 
 
-def test_a_held_out_batch_is_seen_without_dropout():
+def test_a_holdout_batch_is_seen_without_dropout():
     skeleton = Skeleton()
     evaluate = make_evaluation(config_of(dropout=0.9), skeleton)
     loss, count = evaluate({"head": jnp.float32(head_of())}, {}, batch_of())

@@ -33,7 +33,9 @@ def test_the_language_model_and_its_head(sizes):
     heads, head_dim, depth = MODEL.llama.num_heads, MODEL.llama.head_dim, MODEL.llama.depth
     once = 2 * layers * LENGTH + depth * 2 * 2 * LENGTH**2 * heads * head_dim
     head = 2 * sizes["llama/head/kernel"] * LABELS
-    full, dots, none = (step_flops(MODEL, "vision", WITHOUT_MEDIA, remat) for remat in ("full", "dots", "none"))
+    full, dots, none = (
+        step_flops(MODEL, "vision", WITHOUT_MEDIA, remat_policy) for remat_policy in ("full", "dots", "none")
+    )
     assert none == dots
     assert full - none == ROWS * once, "the forward pass once more"
     more_labels = {**WITHOUT_MEDIA, "positions": np.zeros((ROWS, 2 * LABELS))}

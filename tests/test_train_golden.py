@@ -176,15 +176,15 @@ def test_losses_and_gradients_are_the_originals(golden, settings, cases, name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("branch", "accumulation"), [("vision", 1), ("audio", 3)])
-def test_three_steps_of_adamw_are_the_originals(golden, golden_model, cases, branch, accumulation):
+@pytest.mark.parametrize(("branch", "grad_accum_steps"), [("vision", 1), ("audio", 3)])
+def test_three_steps_of_adamw_are_the_originals(golden, golden_model, cases, branch, grad_accum_steps):
     case = cases[f"s1_{branch}_adamw3"]
     hyper = case["hyper"]
     optim = OptimConfig(
         lr=hyper["init_lr"], min_lr=hyper["min_lr"], warmup_lr=hyper["warmup_lr"], warmup_steps=hyper["warmup_steps"]
     )
     steps = hyper["iters_per_epoch"] * hyper["max_epoch"]
-    setting = Setting(golden_model, branch, optim=optim, steps=steps, accumulation=accumulation)
+    setting = Setting(golden_model, branch, optim=optim, steps=steps, grad_accum_steps=grad_accum_steps)
     batch = batch_of(golden, setting, cases, f"s1_{branch}_noprompt")
     optimizer = make_optimizer(optim, steps)
     step = jax.jit(make_step(setting.config, setting.skeleton, optimizer))

@@ -17,9 +17,9 @@ class Stream:
     """Held-out records 0 to `count`, of a dataset."""
 
     def __init__(self, name: str, count: int):
-        self.dataset, self.count = DatasetConfig(path=name, held_out=count), count
+        self.dataset, self.count = DatasetConfig(path=name, holdout=count), count
 
-    def held_out(self) -> list[int]:
+    def holdout(self) -> list[int]:
         return list(range(self.count))
 
 
@@ -42,7 +42,7 @@ def look(monkeypatch, tmp_path):
 
     def run(batches: int, *streams: Stream) -> tuple[list, str]:
         datasets = tuple(stream.dataset for stream in streams)
-        cfg = ValidationConfig(every=1, batches=batches)
+        cfg = ValidationConfig(interval_steps=1, num_batches=batches)
         config = TrainConfig(model="m", datasets=datasets, steps=9, batch_size=SIZE, validation=cfg)
         reader = Reader(*streams)
         plan = SimpleNamespace(config=config, reader=reader, skeleton=None, loss=None)

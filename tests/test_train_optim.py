@@ -74,7 +74,7 @@ def test_gradients_are_clipped_together_before_adam():
         {path: part * min(1, limit / norm) for path, part in gradient.items()}
         for gradient, norm in zip(gradients, norms, strict=True)
     ]
-    found = updated(dataclasses.replace(CFG, clip_norm=limit), weights, gradients)
+    found = updated(dataclasses.replace(CFG, max_grad_norm=limit), weights, gradients)
     for path, expected in updated(CFG, weights, clipped).items():
         np.testing.assert_allclose(found[path], expected, rtol=1e-5, err_msg=path)
     assert not np.allclose(found["queries"], updated(CFG, weights, gradients)["queries"], rtol=1e-3)
@@ -97,7 +97,7 @@ def test_defaults_are_the_originals():
     """Reference: runners/runner_base.py; train_configs/visionbranch_stage1_pretrain.yaml."""
     cfg = OptimConfig()
     assert (cfg.lr, cfg.min_lr, cfg.warmup_lr, cfg.warmup_steps) == (1e-4, 8e-5, 1e-6, 2500)
-    assert (cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.eps, cfg.clip_norm) == (0.05, 0.9, 0.999, 1e-8, 0)
+    assert (cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.eps, cfg.max_grad_norm) == (0.05, 0.9, 0.999, 1e-8, 0)
 
 
 # prompts/alignment_image.txt, without the media before each.
@@ -123,16 +123,16 @@ def test_shipped_runs_are_the_originals(name):
     optim = config.optim
     assert (config.steps, config.batch_size, optim.lr, optim.min_lr, optim.warmup_steps) == YAMLS[name]
     assert (optim.warmup_lr, optim.weight_decay, config.dropout, config.seed) == (1e-6, 0.05, 0.1, 42)
-    assert (config.data.crop_area, config.data.crop_ratio) == (0.5, 4 / 3)
+    assert (config.data.min_crop_area, config.data.max_crop_aspect_ratio) == (0.5, 4 / 3)
     texts = [dataset.text for dataset in config.datasets]
     if name.endswith("stage1"):
         assert [dataset.ratio for dataset in config.datasets] == [100, 24]
         assert [(text.layout, text.instructions, text.max_length) for text in texts] == [("caption", (), 32)] * 2
         assert [text.clean for text in texts] == [True, False]  # blip_caption is WebVid's only
-        assert config.datasets[0].frames == "head_tail"
+        assert config.datasets[0].frame_sampling == "head_tail"
     else:
         assert {dataset.ratio for dataset in config.datasets} == {1.0}
         assert [text.layout for text in texts] == ["caption", "conversation", "conversation"]
         assert [text.instructions for text in texts] == [ALIGNMENT, (), ()]
         assert [text.max_length for text in texts] == [320 if name == "vision_stage2" else 512, 512, 512]
-        assert {dataset.frames for dataset in config.datasets} == {"uniform"}
+        assert {dataset.frame_sampling for dataset in config.datasets} == {"uniform"}

@@ -15,8 +15,8 @@ def records_of(digest: str = "0123456789abcdef", **counts: int) -> Records:
     return Records(Path("records"), "jsonl", ranges(counts), digest)
 
 
-def stream_of(count: int = 40, held_out: int = 0, kind: str = "video", **options) -> Stream:
-    dataset = DatasetConfig(path="d", held_out=held_out)
+def stream_of(count: int = 40, holdout: int = 0, kind: str = "video", **options) -> Stream:
+    dataset = DatasetConfig(path="d", holdout=holdout)
     return Stream(dataset, records_of(**{kind: count}, **options), kind, 1.0)
 
 
@@ -69,21 +69,21 @@ def test_a_longer_run_begins_with_the_same_steps_and_another_seed_with_others():
     assert short.stream_of.tolist() != other.stream_of.tolist()
 
 
-def test_held_out_records_depend_on_the_dataset_alone():
-    few, more = stream_of(held_out=5).held_out(), stream_of(held_out=9).held_out()
+def test_holdout_records_depend_on_the_dataset_alone():
+    few, more = stream_of(holdout=5).holdout(), stream_of(holdout=9).holdout()
     assert more[:5] == few
     assert len(set(more)) == 9
-    other = stream_of(held_out=9, digest="f" * 16).held_out()
+    other = stream_of(holdout=9, digest="f" * 16).holdout()
     assert set(other) != set(more)
     assert sorted(more) != list(range(9))
 
 
-def test_a_dataset_needs_a_record_that_is_not_held_out():
-    def streams(held_out: int, branch: str = "vision", **counts: int) -> list[Stream]:
-        return make_streams([(DatasetConfig(path="d", held_out=held_out), records_of(**counts))], branch)
+def test_a_dataset_needs_a_record_that_is_not_holdout():
+    def streams(holdout: int, branch: str = "vision", **counts: int) -> list[Stream]:
+        return make_streams([(DatasetConfig(path="d", holdout=holdout), records_of(**counts))], branch)
 
     assert [stream.epoch_length for stream in streams(3, video=4, image=9)] == [1, 6]
-    with pytest.raises(ConfigError, match="d: held_out 4 leaves none of its 4 video records"):
+    with pytest.raises(ConfigError, match="d: holdout 4 leaves none of its 4 video records"):
         streams(4, video=4, image=9)
     with pytest.raises(ConfigError, match="d: has audio records, which the vision branch does not accept"):
         streams(0, video=4, audio=2)

@@ -56,6 +56,8 @@ def test_another_config_in_the_same_directory_is_refused(tiny_model, records, be
     ("fields", "message"),
     [
         ("model='m', stepz=3", r"config\.py: TrainConfig has no field 'stepz'; did you mean 'steps'\?"),
+        ("model='m', accumulation=3", r"TrainConfig has no field 'accumulation'; it is now 'grad_accum_steps'"),
+        ("validation=ValidationConfig(every=3)", r"ValidationConfig has no field 'every'; it is now 'interval_steps'"),
         ("optim=OptimConfig(rate=3)", r"config\.py: OptimConfig has no field 'rate'; it has lr, min_lr"),
         ("model=3 +", r"config\.py: SyntaxError"),
     ],

@@ -114,7 +114,7 @@ def test_a_killed_run_ends_as_the_one_that_was_not(whole, tmp_path):
 @SLOW
 def test_decoding_in_processes_changes_nothing(whole, tmp_path):
     config, run = whole
-    assert command(config, tmp_path / "run", "--data.processes", "2").wait() == 0
+    assert command(config, tmp_path / "run", "--data.num-workers", "2").wait() == 0
     assert_same_run(tmp_path / "run", run)
 
 
@@ -225,7 +225,7 @@ class FullDisk(Quiet):
 @pytest.mark.parametrize("on_error", ["stop", pytest.param("continue", marks=SLOW)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
 def test_a_full_disk_while_saving(tiny_model, pictures, tmp_path, on_error):
-    config = short_config(tiny_model, pictures, checkpoint=CheckpointConfig(every=2, on_error=on_error))
+    config = short_config(tiny_model, pictures, checkpoint=CheckpointConfig(save_interval_steps=2, on_error=on_error))
     run, failed = (
         tmp_path / "run",
         r"run: the checkpoint of step 4 could not be saved \(File too large\); the last good",
@@ -283,8 +283,8 @@ def test_held_out_samples_that_cannot_be_used_are_named_and_are_no_loss(tiny_mod
     for file in files.glob("*.png"):
         file.write_bytes(file.read_bytes()[:700])
     config = short_config(tiny_model, write_records(files))
-    held = tuple(dataclasses.replace(dataset, held_out=1) for dataset in config.datasets)
-    looks = ValidationConfig(every=1, batches=1)
+    held = tuple(dataclasses.replace(dataset, holdout=1) for dataset in config.datasets)
+    looks = ValidationConfig(interval_steps=1, num_batches=1)
     plan = setup.plan_run(dataclasses.replace(config, datasets=held, validation=looks))
     validation = Validation(plan, tmp_path, loop._Run(plan, tmp_path, reporter, None)._mask)
     validation._evaluate = lambda weights, frozen, batch: (0.0, (batch["targets"] >= 0).sum())  # compiles nothing
@@ -322,8 +322,10 @@ def test_broken_and_short_videos_are_masked_and_named(tiny_model, tmp_path):
 @SLOW
 def test_validation_writes_its_loss_and_answers_at_each_step(tiny_model, records, clip, tmp_path):
     config = config_of(tiny_model, records, steps=2, batch_size=8, mesh=ONE)
-    held = tuple(dataclasses.replace(dataset, held_out=1) for dataset in config.datasets)
-    looks = dataclasses.replace(config.validation, every=1, batches=2, clips=(str(clip),), max_new_tokens=5)
+    held = tuple(dataclasses.replace(dataset, holdout=1) for dataset in config.datasets)
+    looks = dataclasses.replace(
+        config.validation, interval_steps=1, num_batches=2, clips=(str(clip),), max_new_tokens=5
+    )
     train(dataclasses.replace(config, datasets=held, validation=looks), tmp_path / "run", Quiet())
     found = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in found if "validation_loss" in line] == [1, 2]
@@ -333,7 +335,7 @@ def test_validation_writes_its_loss_and_answers_at_each_step(tiny_model, records
 @SLOW
 def test_the_smoke_run_and_its_plot(tmp_path):
     """As in the README, shorter."""
-    process = command(Path("smoke"), tmp_path / "run", "--steps", "4", "--checkpoint.every", "2")
+    process = command(Path("smoke"), tmp_path / "run", "--steps", "4", "--checkpoint.save-interval-steps", "2")
     assert process.wait() == 0, process.stderr.read()
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]
     plot = subprocess.run([VLLAMA, "plot", str(tmp_path / "run")], capture_output=True, text=True, check=True)

@@ -24,17 +24,17 @@ def config_of(**options) -> TrainConfig:
     return TrainConfig(**{"model": "m", "datasets": (DatasetConfig(path="d"),), "steps": 8, "batch_size": 8, **options})
 
 
-HELD = (DatasetConfig(path="a"), DatasetConfig(path="b", held_out=1))
+HELD = (DatasetConfig(path="a"), DatasetConfig(path="b", holdout=1))
 AT_THE_EDGE = [
     {"dropout": 0.0},
     {"optim": OptimConfig(beta1=0.0, beta2=0.999999)},
-    {"data": DataConfig(crop_area=1, crop_ratio=1)},
-    {"data": DataConfig(crop_area=1e-6)},
-    {"validation": ValidationConfig(every=1), "datasets": HELD},
-    {"validation": ValidationConfig(every=1, clips=("clip.mp4",))},
-    {"validation": ValidationConfig(every=0)},
-    {"batch_size": 6, "accumulation": 3},
-    {"data": DataConfig(lengths=(48,))},
+    {"data": DataConfig(min_crop_area=1, max_crop_aspect_ratio=1)},
+    {"data": DataConfig(min_crop_area=1e-6)},
+    {"validation": ValidationConfig(interval_steps=1), "datasets": HELD},
+    {"validation": ValidationConfig(interval_steps=1, clips=("clip.mp4",))},
+    {"validation": ValidationConfig(interval_steps=0)},
+    {"batch_size": 6, "grad_accum_steps": 3},
+    {"data": DataConfig(length_buckets=(48,))},
     {"datasets": (DatasetConfig(path="d", text=TextConfig(max_length=1)),)},
 ]
 
@@ -50,18 +50,21 @@ REFUSED = [
     ({"optim": OptimConfig(beta2=1.0)}, "optim.beta2 must be at least 0 and below 1"),
     ({"optim": OptimConfig(lr=float("nan"))}, "optim.lr must be at least 0, not nan"),
     ({"optim": OptimConfig(lr=float("inf"))}, "optim.lr must be at least 0, not inf"),
-    ({"data": DataConfig(crop_area=0)}, "data.crop_area must be above 0 and at most 1, not 0"),
-    ({"data": DataConfig(crop_area=1.01)}, "data.crop_area must be above 0 and at most 1"),
-    ({"data": DataConfig(crop_ratio=0.9)}, "data.crop_ratio must be at least 1"),
-    ({"data": DataConfig(lengths=(72, 48))}, "data.lengths must rise"),
+    ({"data": DataConfig(min_crop_area=0)}, "data.min_crop_area must be above 0 and at most 1, not 0"),
+    ({"data": DataConfig(min_crop_area=1.01)}, "data.min_crop_area must be above 0 and at most 1"),
+    ({"data": DataConfig(max_crop_aspect_ratio=0.9)}, "data.max_crop_aspect_ratio must be at least 1"),
+    ({"data": DataConfig(length_buckets=(72, 48))}, "data.length_buckets must rise"),
     ({"steps": 0}, "steps must be at least 1"),
-    ({"batch_size": 8, "accumulation": 3}, "batch_size 8 is not a multiple of accumulation 3"),
+    ({"batch_size": 8, "grad_accum_steps": 3}, "batch_size 8 is no multiple of grad_accum_steps 3"),
     ({"datasets": ()}, "datasets: there are none"),
     ({"trainable": ()}, "trainable: there are no patterns"),
     ({"datasets": (DatasetConfig(path="d", ratio=0),)}, "datasets.0.ratio must be above 0"),
-    ({"datasets": (DatasetConfig(path="d"), DatasetConfig(path="d", held_out=-1))}, "datasets.1: held_out must be at"),
+    ({"datasets": (DatasetConfig(path="d"), DatasetConfig(path="d", holdout=-1))}, "datasets.1: holdout must be at"),
     ({"datasets": (DatasetConfig(path="d", text=TextConfig(max_length=0)),)}, "text.max_length at least 1"),
-    ({"validation": ValidationConfig(every=1)}, "validation.every is set, but no dataset has held_out records"),
+    (
+        {"validation": ValidationConfig(interval_steps=1)},
+        "interval_steps is set, but no dataset has a holdout",
+    ),
 ]
 
 
@@ -80,9 +83,9 @@ def test_data_takes_the_devices_that_the_other_axes_leave():
 
 
 def test_rows_of_a_place_are_those_of_a_part_over_data_and_fsdp():
-    config = config_of(batch_size=48, accumulation=2)
+    config = config_of(batch_size=48, grad_accum_steps=2)
     assert rows_a_place(config, MeshConfig(data=3, fsdp=4, tensor=5)) == 2
-    with pytest.raises(ConfigError, match="batch_size 48 over accumulation 2 does not divide over 16 places"):
+    with pytest.raises(ConfigError, match="batch_size 48 over grad_accum_steps 2 does not divide over 16 places"):
         rows_a_place(config, MeshConfig(data=4, fsdp=4))
 
 
@@ -93,7 +96,7 @@ VISION = {"vit", "ln_vision", "image_qformer", "video_qformer", "frame_positions
 LEARNING_VISION = {"video_qformer", "frame_positions", "llama_proj"}
 AUDIO = {"audio_qformer", "audio_positions", "audio_llama_proj"}
 SENSES = {"vision", "audio"}
-CLIPS = {"validation": ValidationConfig(every=1, clips=("clip.mp4",))}
+CLIPS = {"validation": ValidationConfig(interval_steps=1, clips=("clip.mp4",))}
 
 
 def left(branch: str, kinds: tuple[str, ...], **options) -> tuple[set[str], set[str]]:

@@ -129,7 +129,7 @@ def test_eight_devices_give_the_losses_of_one_and_compile_once(branch):
 
 @SLOW
 def test_parts_of_a_batch_add_up(trainer):
-    parts = Trainer(config_of(accumulation=4))
+    parts = Trainer(config_of(grad_accum_steps=4))
     for seed in range(3):
         one, other = trainer(batch_of("vision", seed)), parts(batch_of("vision", seed))
         for name in ("loss", "gradient_norm", "tokens"):
@@ -137,9 +137,9 @@ def test_parts_of_a_batch_add_up(trainer):
 
 
 @SLOW
-@pytest.mark.parametrize("remat", ["dots", "none"])
-def test_what_is_computed_again_does_not_change_the_numbers(trainer, remat):
-    stored = Trainer(config_of(remat=remat))
+@pytest.mark.parametrize("remat_policy", ["dots", "none"])
+def test_what_is_computed_again_does_not_change_the_numbers(trainer, remat_policy):
+    stored = Trainer(config_of(remat_policy=remat_policy))
     one, other = trainer(batch_of("vision")), stored(batch_of("vision"))
     assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-5)
 
@@ -166,7 +166,7 @@ def test_a_batch_without_any_label_gives_zero(trainer):
 def test_sums_over_parts_are_divided_once():
     """By one compiled program: a batch of two parts, and the same batch with labels in one of them only."""
     still = dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, weight_decay=0.0)
-    trainer, before, found = Trainer(config_of(accumulation=2, optim=still)), None, []
+    trainer, before, found = Trainer(config_of(grad_accum_steps=2, optim=still)), None, []
     for part in (None, 0, 1):
         batch = batch_of("vision")
         if part is not None:
@@ -194,7 +194,7 @@ def test_each_place_layer_and_part_of_a_batch_drops_values_of_its_own(monkeypatc
 
     monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
     parts, cfg = 2, tiny_on_small_images().video_qformer
-    Trainer(config_of(dropout=0.5, accumulation=parts))(batch_of("vision"))
+    Trainer(config_of(dropout=0.5, grad_accum_steps=parts))(batch_of("vision"))
     jax.effects_barrier()
     shapes = {  # by what is dropped: how many places there are, those of each layer and the queries
         (ROWS // parts, cfg.num_queries, cfg.width): 3 * cfg.depth + 1,  # what two attentions and the MLP add
@@ -225,7 +225,7 @@ def test_dropout_is_the_same_however_the_batch_is_split():
 @SLOW
 def test_gradients_are_clipped_to_a_norm_when_asked(trainer):
     """Adam does not feel a scale; its second moment does."""
-    free, clipped = trainer, Trainer(config_of(optim=dataclasses.replace(OPTIM, clip_norm=1e-3)))
+    free, clipped = trainer, Trainer(config_of(optim=dataclasses.replace(OPTIM, max_grad_norm=1e-3)))
     norm = free(batch_of("vision"))["gradient_norm"]
     assert clipped(batch_of("vision"))["gradient_norm"] == pytest.approx(norm, rel=1e-6)
 
@@ -271,7 +271,7 @@ def test_processes_share_the_threads(processes, threads, monkeypatch):
     monkeypatch.setattr(
         pipeline, "_pool", lambda count: asked.append(count) or concurrent.futures.ThreadPoolExecutor(1)
     )
-    config = config_of(data=DataConfig(threads=8, processes=processes))
+    config = config_of(data=DataConfig(num_threads=8, num_workers=processes))
     assert (
         pipeline.BatchReader(
             config.data, config.branch, config.seed, tiny_on_small_images(), None, None, range(ROWS)

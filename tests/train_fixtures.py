@@ -19,7 +19,7 @@ from vllama_jax.train.config_files import load_config
 
 STEPS = 20
 ONE = dataclasses.replace(load_config("vision_stage1")[0].mesh, data=8)
-EACH = CheckpointConfig(every=1)
+EACH = CheckpointConfig(save_interval_steps=1)
 
 
 def use_one_device(patch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def config_of(base, records, name="vision_stage1", **options) -> TrainConfig:
             "batch_size": 2,
             "mesh": dataclasses.replace(config.mesh, data=1, fsdp=1),
             "optim": OptimConfig(lr=1e-3, min_lr=1e-4, warmup_lr=1e-4, warmup_steps=5),
-            "checkpoint": CheckpointConfig(every=5),
+            "checkpoint": CheckpointConfig(save_interval_steps=5),
             **options,
         },
     )
@@ -120,5 +120,11 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def short_config(base: Path, records: Path, **options) -> TrainConfig:
     """Eight steps on 8 devices, without activation checkpointing, which takes longer to compile."""
-    short = {"steps": 8, "batch_size": 8, "mesh": ONE, "checkpoint": CheckpointConfig(every=4), "remat": "none"}
+    short = {
+        "steps": 8,
+        "batch_size": 8,
+        "mesh": ONE,
+        "checkpoint": CheckpointConfig(save_interval_steps=4),
+        "remat_policy": "none",
+    }
     return config_of(base, records, **{**short, **options})

@@ -44,7 +44,7 @@ def write_run(config: TrainConfig, out: Path, trained: Mapping[str, np.ndarray])
 def write_checkpoints(config: TrainConfig, out: Path, trained: Mapping[int, Mapping[str, np.ndarray]]) -> Path:
     """A run directory as training writes it, with the weights of each step."""
     with open_run(out, config, open_model(Path(config.model)), "float32", {}):
-        saved = Checkpoints(out, CheckpointConfig(every=1))
+        saved = Checkpoints(out, CheckpointConfig(save_interval_steps=1))
         for step, weights in trained.items():
             saved.save(step, state_of(step, weights))
             saved.finish()

@@ -165,7 +165,7 @@ def _stages(
         config = f"miniature_{branch}_stage{stage}"
         given: tuple[str, ...] = ("--model", model, "--datasets.0.path", str(out / "world" / "records" / records))
         command(say, "features", config, "--out", str(cache), *given)
-        given += ("--data.features", str(cache), "--out", f"{out / name}{stage}", *options)
+        given += ("--data.feature-cache", str(cache), "--out", f"{out / name}{stage}", *options)
         given += ("--init", f"{out / name}1") if stage == 2 else ()
         given += ("--steps", str(recipe.steps_of_runs)) if recipe.steps_of_runs else ()
         command(say, "train", config, *given)

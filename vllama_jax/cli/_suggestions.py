@@ -1,7 +1,10 @@
 """What a user may have meant by an option that a command does not have."""
 
 import difflib
+import re
 from collections.abc import Sequence
+
+from vllama_jax.train.config import RENAMED_FIELDS
 
 # Names that other programs and earlier versions use → ours. The first one that the command has is suggested.
 OTHER_NAMES = {
@@ -14,9 +17,9 @@ OTHER_NAMES = {
     "device": ("--devices",),
     "fps": ("--num-frames",),
     "frames": ("--num-frames",),
-    "grad-accum": ("--accumulation",),
-    "gradient-accumulation": ("--accumulation",),
-    "gradient-accumulation-steps": ("--accumulation",),
+    "grad-accum": ("--grad-accum-steps",),
+    "gradient-accumulation": ("--grad-accum-steps",),
+    "gradient-accumulation-steps": ("--grad-accum-steps",),
     "input": ("--source",),
     "learning-rate": ("--optim.lr",),
     "load-in-4bit": ("--quantize",),
@@ -29,7 +32,7 @@ OTHER_NAMES = {
     "model-name": ("--model",),
     "model-path": ("--model",),
     "num-steps": ("--steps",),
-    "num-workers": ("--data.threads",),
+    "num-workers": ("--data.num-workers",),
     "o": ("--out",),
     "out-dir": ("--out",),
     "out-path": ("--out",),
@@ -41,7 +44,7 @@ OTHER_NAMES = {
     "precision": ("--dtype", "--compute-dtype"),
     "rank": ("--lora.rank",),
     "save-dir": ("--out",),
-    "save-steps": ("--checkpoint.every",),
+    "save-steps": ("--checkpoint.save-interval-steps",),
     "system-prompt": ("--system",),
     "temp": ("--temperature",),
     "to": ("--out",),
@@ -52,7 +55,7 @@ OTHER_NAMES = {
     "video-dir": ("--videos",),
     "warmup": ("--optim.warmup-steps",),
     "weight-decay": ("--optim.weight-decay",),
-    "workers": ("--data.threads",),
+    "workers": ("--data.num-workers",),
 }
 
 # What is done in another way than by an option, by command ("" for all).
@@ -92,6 +95,12 @@ def suggest(unknown: str, flags: Sequence[str], command: str) -> str:
     named = [flag for key in (name, last) for flag in OTHER_NAMES.get(key, ()) if flag in flags]
     if named:
         return f"; did you mean {named[0]}?"
+    dataset = re.match(r"datasets\.(\d+)\.", name)
+    number = dataset[1] if dataset else ""
+    renamed = RENAMED_FIELDS.get(name.replace(f".{number}.", ".*.").replace("-", "_"), "")
+    current = "--" + renamed.replace("*", number).replace("_", "-")
+    if current in flags:
+        return f"; it is now {current}"
     for of in (command, ""):
         if last in ADVICE.get(of, {}):
             return f"; {ADVICE[of][last]}"

@@ -36,7 +36,7 @@ def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
 
         Example: vllama features vision_stage1 --model MODEL --data.variants 4 --out FEATURES
 
-        Then `vllama train vision_stage1 --data.features FEATURES --out RUN` reads it in place of pictures and sounds.
+        Then `vllama train vision_stage1 --data.feature-cache FEATURES --out RUN` reads it instead of the media files.
         Run again with the same --out it makes what is missing. Several processes share the work.
 
         Args:

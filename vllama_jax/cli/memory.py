@@ -84,7 +84,7 @@ def _of_model() -> Command:
         mesh: MeshConfig = ALL_DEVICES,
         branch: Literal["vision", "audio"] = "vision",
         batch_size: int = 0,
-        accumulation: int = 1,
+        grad_accum_steps: int = 1,
         max_new_tokens: int = 300,
         num_beams: int = 1,
         base: str = "",
@@ -102,13 +102,13 @@ def _of_model() -> Command:
             mesh: How devices are arranged. A chat is split over tensor only.
             branch: Which branch is trained.
             batch_size: Samples a step; 0 for what the shipped config of a stage has.
-            accumulation: A step's batch is run in so many parts.
+            grad_accum_steps: A step's batch is run in so many parts.
             max_new_tokens: The longest answer, in tokens.
             num_beams: Of a chat's beam search.
             base: A run's base model, where that has moved.
         """
         at_least(0, batch_size=batch_size)
-        at_least(1, accumulation=accumulation)
+        at_least(1, grad_accum_steps=grad_accum_steps)
         device, mesh = _find_devices(asked, mesh)
         trained, talking, lora, scheme = _find_model(model, base)
         generation = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams)
@@ -117,7 +117,7 @@ def _of_model() -> Command:
         for stage in () if scheme else (f"{branch}_stage1", f"{branch}_stage2"):
             run, _ = load_config(stage)
             size = batch_size or run.batch_size
-            run = dataclasses.replace(run, batch_size=size, accumulation=accumulation, lora=lora)
+            run = dataclasses.replace(run, batch_size=size, grad_accum_steps=grad_accum_steps, lora=lora)
             uses.append(_stage(trained, stage, run, (mesh, device, asked.length)))
         _tell(model, uses, (mesh, device, estimate.notes(trained, mesh)), asked)
 

@@ -43,15 +43,15 @@ class DatasetConfig:
         path: A records directory, as `vllama data build` makes it.
         ratio: Its share of the steps, relative to the others'.
         text: How its words become tokens.
-        frames: Which frames of a video are taken: evenly spaced ones, or random ones, half of each half.
-        held_out: So many of its records of each kind of media are kept for validation and never trained on.
+        frame_sampling: Which frames of a video are taken: evenly spaced ones, or random ones, half of each half.
+        holdout: So many of its records of each kind of media are kept for validation and never trained on.
     """
 
     path: str
     ratio: float = 1.0
     text: TextConfig = BARE_CAPTION
-    frames: Literal["uniform", "head_tail"] = "uniform"
-    held_out: int = 0
+    frame_sampling: Literal["uniform", "head_tail"] = "uniform"
+    holdout: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,23 +59,23 @@ class DataConfig:
     """How records become batches.
 
     Attributes:
-        lengths: Sequences are padded to the first of these that holds a step's longest; one program is compiled for
-            each that occurs.
-        crop_area: The least share of a picture's area that its random crop keeps; 1 for no crop.
-        crop_ratio: The widest and tallest crop, as width over height.
+        length_buckets: Padded sequence lengths, in tokens. A batch is padded to the first one that holds its longest
+            sequence; one program is compiled for each length that occurs.
+        min_crop_area: The least share of a picture's area that its random crop keeps; 1 for no crop.
+        max_crop_aspect_ratio: The widest and tallest crop, as width over height.
         variants: Random crops (and random frames) of a record before they repeat; 0 for new ones every time.
-        threads: How many samples are decoded at a time on each host.
-        processes: Decode in so many processes, each with its share of the threads, at least one; 0 for none.
+        num_threads: How many samples are decoded at a time on each host.
+        num_workers: Decode in so many processes, each with its share of the threads, at least one; 0 for none.
         prefetch: How many batches are ready ahead of the step, at most; with processes, in each of them.
-        features: A directory that `vllama features` made: what the frozen encoders see is read there, and no media.
-            Its variants are taken, unless `variants` asks for fewer.
+        feature_cache: A directory of precomputed features (`vllama features`), read instead of the media files. All its
+            variants are used, unless `variants` asks for fewer.
     """
 
-    lengths: tuple[int, ...] = (48, 72, 128, 192, 256, 384, 512)
-    crop_area: float = 0.5
-    crop_ratio: float = 4 / 3
+    length_buckets: tuple[int, ...] = (48, 72, 128, 192, 256, 384, 512)
+    min_crop_area: float = 0.5
+    max_crop_aspect_ratio: float = 4 / 3
     variants: int = 0
-    threads: int = 8
-    processes: int = 0
+    num_threads: int = 8
+    num_workers: int = 0
     prefetch: int = 4
-    features: str = ""
+    feature_cache: str = ""

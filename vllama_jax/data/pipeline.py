@@ -82,7 +82,7 @@ class BatchReader:
         mine = [rows.samples[row] for row in self.rows]
         decoded = self.decode_all(stream, mine)
         texts = [self._text(stream, *sample, found.seconds) for sample, found in zip(mine, decoded, strict=True)]
-        length = padded_length(longest, self.data.lengths)
+        length = padded_length(longest, self.data.length_buckets)
         problems = {row: found.problem for row, found in enumerate(decoded) if found.problem}
         problems |= {
             row: "no label is left of its text"
@@ -118,7 +118,7 @@ class BatchReader:
     def decode_all(self, stream: Stream, samples: list[tuple[int, int]]) -> list[Decoded]:
         """The media of samples (record, epoch), or what was kept of them; decoded side by side."""
         cfg = self.data
-        threads = max(cfg.threads // max(cfg.processes, 1), 1)  # of each process
+        threads = max(cfg.num_threads // max(cfg.num_workers, 1), 1)  # of each process
         return list(_pool(threads).map(lambda sample: self._decode(stream, *sample), samples))
 
     def _decode(self, stream: Stream, record: int, epoch: int) -> Decoded:
@@ -155,7 +155,7 @@ class BatchReader:
         wanted = self.model.num_frames
 
         def choose(total: int, num_frames: int) -> np.ndarray:
-            if stream.dataset.frames == "uniform":
+            if stream.dataset.frame_sampling == "uniform":
                 return frame_indices(total, num_frames)
             return head_tail_indices(total, num_frames, np.random.default_rng([*seed, FRAMES]))
 
@@ -167,9 +167,11 @@ class BatchReader:
 
     def _box(self, draw: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
         cfg = self.data
-        if cfg.crop_area == 1:
+        if cfg.min_crop_area == 1:
             return 0, 0, height, width
-        return random_box(draw, height, width, (cfg.crop_area, 1.0), (1 / cfg.crop_ratio, cfg.crop_ratio))
+        return random_box(
+            draw, height, width, (cfg.min_crop_area, 1.0), (1 / cfg.max_crop_aspect_ratio, cfg.max_crop_aspect_ratio)
+        )
 
     @property
     def image_size(self) -> int:
@@ -198,8 +200,8 @@ def prefetched_batches(
 
     Close it to end the threads and processes before the last step. Raises VllamaError where a process was lost.
     """
-    if cfg.processes:
-        return in_processes(reader, range(first, last), cfg.processes, cfg.prefetch)
+    if cfg.num_workers:
+        return in_processes(reader, range(first, last), cfg.num_workers, cfg.prefetch)
     return in_order(reader, range(first, last), cfg.prefetch + 1)  # with the one that is waited for
 
 

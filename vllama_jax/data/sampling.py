@@ -32,20 +32,20 @@ class Stream:
 
     @property
     def epoch_length(self) -> int:
-        return len(self.numbers) - self.dataset.held_out
+        return len(self.numbers) - self.dataset.holdout
 
     def sample(self, count: int, seed: int) -> tuple[int, int]:
         """(record, epoch) of the sample number `count` of a run."""
         epoch, place = divmod(count, self.epoch_length)
         shuffled = _permuted(place, self.epoch_length, [seed, epoch, *self._identity])
-        return self._record(self.dataset.held_out + shuffled), epoch
+        return self._record(self.dataset.holdout + shuffled), epoch
 
-    def held_out(self) -> list[int]:
+    def holdout(self) -> list[int]:
         """The records that are kept for validation."""
-        return [self._record(place) for place in range(self.dataset.held_out)]
+        return [self._record(place) for place in range(self.dataset.holdout)]
 
     def _record(self, place: int) -> int:
-        """Places below `held_out` are those of the held-out records."""
+        """Places below `holdout` are those of the held-out records."""
         return self.numbers[_permuted(place, len(self.numbers), [HELD_OUT_SEED, *self._identity])]
 
     @property
@@ -103,9 +103,9 @@ def make_streams(datasets: list[tuple[DatasetConfig, Records]], branch: str) -> 
                     f"{dataset.path}: has {kind} records, which the {branch} branch does not accept; "
                     f"train another one (branch = {others}), or leave it out"
                 )
-            if dataset.held_out >= len(numbers):
+            if dataset.holdout >= len(numbers):
                 raise ConfigError(
-                    f"{dataset.path}: held_out {dataset.held_out} leaves none of its {len(numbers)} {kind} records"
+                    f"{dataset.path}: holdout {dataset.holdout} leaves none of its {len(numbers)} {kind} records"
                 )
             streams.append(Stream(dataset, records, kind, dataset.ratio * len(numbers) / len(records)))
     return streams

@@ -39,7 +39,7 @@ def abstract_run(model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | Abst
 
     Raises ConfigError for patterns that match nothing.
     """
-    skeleton = _skeleton(model, dataclasses.replace(config, batch_size=1, accumulation=1, mesh=MeshConfig()))
+    skeleton = _skeleton(model, dataclasses.replace(config, batch_size=1, grad_accum_steps=1, mesh=MeshConfig()))
     learns = matching(list(skeleton.variables), config.trainable)
     optimizer = make_optimizer(config.optim, config.steps)
     state = abstract_state(skeleton.shardings(learns, mesh), skeleton, optimizer, mesh)
@@ -54,7 +54,7 @@ def abstract_run(model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | Abst
 @functools.lru_cache(maxsize=8)
 def _skeleton(model: VideoLlamaConfig, config: TrainConfig) -> Skeleton:
     network = abstract_network(model, config.compute_dtype, config.lora)
-    remove_unused(network, config, () if config.data.features else find_branch(config.branch).media[:1])
+    remove_unused(network, config, () if config.data.feature_cache else find_branch(config.branch).media[:1])
     return Skeleton(network)
 
 
@@ -75,7 +75,7 @@ def _batch(
     labels = max(length - media_tokens(model, config), 1)
     branch = find_branch(config.branch)
     kind = branch.media[0]
-    if config.data.features:
+    if config.data.feature_cache:
         media = {"features": rows(config.compute_dtype, *branch.features_shape(model, kind))}
     else:
         array = ARRAYS[kind]

@@ -35,15 +35,15 @@ class Shape:
         return size if size % self.mesh.tensor else size // self.mesh.tensor
 
 
-def kept_layers(cfg: LlamaConfig, shape: Shape, remat: str) -> int:
-    """What the forward pass keeps of every layer for the backward pass (TrainConfig.remat)."""
+def kept_layers(cfg: LlamaConfig, shape: Shape, remat_policy: str) -> int:
+    """What the forward pass keeps of every layer for the backward pass (TrainConfig.remat_policy)."""
     heads, kv_heads, mlp = shape.split(cfg.num_heads), shape.split(cfg.num_kv_heads), shape.split(cfg.mlp_dim)
     a_token = cfg.width
-    if remat in ("dots", "none"):  # query, key, value, out, gate, up, down
+    if remat_policy in ("dots", "none"):  # query, key, value, out, gate, up, down
         a_token += (heads + 2 * kv_heads) * cfg.head_dim + 2 * mlp + 2 * cfg.width
-    if remat == "none":  # what norms, rotation and the gate make, and attention's weights
+    if remat_policy == "none":  # what norms, rotation and the gate make, and attention's weights
         a_token += 4 * cfg.width + (2 + cfg.qk_norm) * (heads + kv_heads) * cfg.head_dim + 3 * mlp
-    scores = 2 * _scores(heads, shape.length, shape) if remat == "none" else 0
+    scores = 2 * _scores(heads, shape.length, shape) if remat_policy == "none" else 0
     return cfg.depth * (shape.tokens * a_token * shape.itemsize + scores)
 
 

@@ -182,9 +182,9 @@ def training(
         **_by_part(abstract.frozen),
         "what learns": learning,
         "Adam's moments": _bytes(abstract.state.moments),
-        "gradients": (1 + (run.accumulation > 1)) * learning + learning * shape.itemsize // 4,
+        "gradients": (1 + (run.grad_accum_steps > 1)) * learning + learning * shape.itemsize // 4,
         "batch": _bytes(abstract.batch),
-        "layers' inputs": kept_layers(model.llama, shape, run.remat),
+        "layers' inputs": kept_layers(model.llama, shape, run.remat_policy),
         **_busiest(model, run, shape, abstract.skeleton),
     }
     told = f"batch {run.batch_size}, {rows} × {length} tokens at a time, {run.compute_dtype}"
@@ -251,21 +251,21 @@ def advice(
 ) -> str:
     """The flags of the first arrangement of a run that fits: in parts, or split over more devices; "" for none."""
 
-    def fits(accumulation: int, wider: MeshConfig) -> bool:
-        parts = dataclasses.replace(run, accumulation=accumulation)
+    def fits(grad_accum_steps: int, wider: MeshConfig) -> bool:
+        parts = dataclasses.replace(run, grad_accum_steps=grad_accum_steps)
         return verdict(training(model, need.name, parts, wider, device, length), device) == "fits"
 
     for wider in _wider(mesh, device):
         rows = run.batch_size // (wider.data * wider.fsdp)
         choices = [
             count
-            for count in range(run.accumulation, rows + 1)
+            for count in range(run.grad_accum_steps, rows + 1)
             if not run.batch_size % (count * wider.data * wider.fsdp)
         ]
         if choices and fits(choices[-1], wider):
-            accumulation = next(count for count in choices if fits(count, wider))
+            steps = next(count for count in choices if fits(count, wider))
             split = [f"--mesh.data {wider.data} --mesh.fsdp {wider.fsdp}"] * (wider != mesh)
-            return " ".join([*split, *[f"--accumulation {accumulation}"] * (accumulation != run.accumulation)])
+            return " ".join([*split, *[f"--grad-accum-steps {steps}"] * (steps != run.grad_accum_steps)])
     return ""
 
 
@@ -299,7 +299,7 @@ def longest_sample(model: VideoLlamaConfig, run: TrainConfig) -> int:
     for text in (dataset.text for dataset in run.datasets):
         around = 1 + media_tokens(model, run) + INSTRUCTION_TOKENS * bool(text.instructions)
         longest = max(longest, text.max_length + (0 if text.layout == "conversation" else around))
-    return padded_length(longest, run.data.lengths)
+    return padded_length(longest, run.data.length_buckets)
 
 
 def _busiest(model: VideoLlamaConfig, run: TrainConfig, shape: Shape, skeleton: "Skeleton") -> dict[str, int]:
@@ -311,7 +311,7 @@ def _busiest(model: VideoLlamaConfig, run: TrainConfig, shape: Shape, skeleton: 
 
     branch = find_branch(run.branch)
     frozen = branch.encoder(branch.media[0])
-    scanned = run.data.features or frozen.is_scanned(model)
+    scanned = run.data.feature_cache or frozen.is_scanned(model)
     tower = f"{frozen.tower}/blocks/" if scanned else frozen.tower
     llama, labels = model.llama, max(shape.length - media_tokens(model, run), 1)
     head = "llama/embedding" if llama.tie_embeddings else "llama/head/kernel"
@@ -320,7 +320,7 @@ def _busiest(model: VideoLlamaConfig, run: TrainConfig, shape: Shape, skeleton: 
         (_at_hand(skeleton, "llama/blocks/", shape.mesh), training_layer(llama, shape)),
         (_at_hand(skeleton, head, shape.mesh), logits(llama, shape, labels)),
     ]
-    if not run.data.features:
+    if not run.data.feature_cache:
         phases.append((_at_hand(skeleton, tower, shape.mesh), encoder(model, run.branch, shape)))
     weights, activations = max(phases, key=sum)
     return {"weights at hand": weights, "activations": activations}
@@ -348,10 +348,10 @@ def _training_host(abstract: "AbstractRun", mesh: MeshConfig, device: Device) ->
     hosts = math.ceil(mesh.data * mesh.fsdp * mesh.tensor / device.per_host)
     batch = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.batch.values()) // hosts
     return {
-        "program": PROGRAM_BYTES * (1 + data.processes),
+        "program": PROGRAM_BYTES * (1 + data.num_workers),
         "weights while they load": _loading({**abstract.frozen, **abstract.state.weights}, device),
-        "batches ahead": (1 + data.prefetch * max(data.processes, 1)) * batch,
-        "decoding": 0 if data.features else max(data.threads, data.processes) * DECODER_BYTES,
+        "batches ahead": (1 + data.prefetch * max(data.num_workers, 1)) * batch,
+        "decoding": 0 if data.feature_cache else max(data.num_threads, data.num_workers) * DECODER_BYTES,
     }
 
 

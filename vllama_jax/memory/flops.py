@@ -27,7 +27,7 @@ def peak_flops(device: jax.Device) -> float | None:
     return next((peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None)
 
 
-def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat: str) -> float:
+def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat_policy: str) -> float:
     """Operations of one step on a batch of arrays (train/step.py), on all devices together.
 
     The language model runs forward, once more where its activations are not kept, and backward as far as activations
@@ -38,7 +38,7 @@ def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat: str) ->
     llama = model.llama
     block = _llama_block(llama) * length + 4 * length * length * llama.num_heads * llama.head_dim
     forward = llama.depth * block
-    passes = {"full": 3, "dots": 2, "none": 2}[remat]
+    passes = {"full": 3, "dots": 2, "none": 2}[remat_policy]
     head = 2 * llama.width * llama.vocab_size * targets
     return rows * (passes * forward + 2 * head + 3 * _qformer(model, branch) + _encoders(model, branch, batch))
 

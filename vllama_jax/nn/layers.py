@@ -109,14 +109,14 @@ class _OneKey:
 
 
 def run_stack(
-    layers: Layers, x: Activations, step: Callable[[Layers, Activations], Activations], remat: Remat = "full"
+    layers: Layers, x: Activations, step: Callable[[Layers, Activations], Activations], remat_policy: Remat = "full"
 ) -> Activations:
-    """`x` through stacked layers: `step(layer, x)` once for each. `remat`: what the backward pass computes again."""
+    """Run `x` through stacked layers: `step(layer, x)` for each. `remat_policy`: what the backward pass recomputes."""
 
     def body(x: Activations, layer: Layers) -> tuple[Activations, None]:
         return step(layer, x), None
 
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=_SAVED[remat]), x, layers)[0]
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=_SAVED[remat_policy]), x, layers)[0]
 
 
 @jax.tree_util.register_dataclass

@@ -162,16 +162,16 @@ class Llama(nnx.Module):
         return self.embedding[...][ids]
 
     def __call__(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], remat: Remat = "full"
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], remat_policy: Remat = "full"
     ) -> Float[Array, "b n d"]:
         """Embeddings, and which of them are tokens (padding on the right) → hidden states after the last norm.
 
         remat: what of a layer the backward pass computes again.
         """
-        return self.norm(self.run_layers(x, mask, remat))
+        return self.norm(self.run_layers(x, mask, remat_policy))
 
     def run_layers(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], remat: Remat = "full"
+        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], remat_policy: Remat = "full"
     ) -> Float[Array, "b n d"]:
         """The same without the last norm."""
         n = x.shape[1]
@@ -182,7 +182,7 @@ class Llama(nnx.Module):
             query, key, value = block.project(x, cos, sin)
             return block.finish(x, attend(query, key, value, seen))
 
-        return self._run(step, like_weights(x, self.embedding), remat)
+        return self._run(step, like_weights(x, self.embedding), remat_policy)
 
     def extend(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], cache: KVCache
@@ -226,13 +226,13 @@ class Llama(nnx.Module):
             rows.append([leaf[i] for i in range(self.cfg.depth)])
         self.blocks = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*rows, strict=True))
 
-    def _run(self, step: Callable[[Any, Block, Any], Any], x: Any, remat: Remat = "full") -> Any:
+    def _run(self, step: Callable[[Any, Block, Any], Any], x: Any, remat_policy: Remat = "full") -> Any:
         """`x` through all layers by `step(number, block, x)`."""
         if isinstance(self.blocks, nnx.List):
             for number, block in enumerate(self.blocks):
                 x = step(number, block, x)
             return x
-        return run_stack((jnp.arange(self.cfg.depth), self.blocks), x, lambda layer, x: step(*layer, x), remat)
+        return run_stack((jnp.arange(self.cfg.depth), self.blocks), x, lambda layer, x: step(*layer, x), remat_policy)
 
     def _rotations(self, positions: Int[Array, "b n"]) -> tuple[Float[Array, "b n k/2"], Float[Array, "b n k/2"]]:
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.cfg)

@@ -7,7 +7,8 @@ flag of `vllama train`: `--optim.lr 3e-5`. Importing this file imports no jax.
 import dataclasses
 import math
 import operator
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 from vllama_jax.branches import BRANCHES, find_branch
 from vllama_jax.config import NO_LORA, LoraConfig
@@ -45,6 +46,44 @@ VISION_BRANCH = BRANCHES["vision"].trainable
 AUDIO_BRANCH = BRANCHES["audio"].trainable
 LORA = ("llama/*/lora/*",)
 
+# Fields that earlier versions named differently, old → new; * is the number of a dataset. Old run directories load by
+# this table, and a config or an option with an old name is answered with the new one.
+RENAMED_FIELDS = {
+    "accumulation": "grad_accum_steps",
+    "remat": "remat_policy",
+    "optim.clip_norm": "optim.max_grad_norm",
+    "data.lengths": "data.length_buckets",
+    "data.crop_area": "data.min_crop_area",
+    "data.crop_ratio": "data.max_crop_aspect_ratio",
+    "data.threads": "data.num_threads",
+    "data.processes": "data.num_workers",
+    "data.features": "data.feature_cache",
+    "datasets.*.frames": "datasets.*.frame_sampling",
+    "datasets.*.held_out": "datasets.*.holdout",
+    "checkpoint.every": "checkpoint.save_interval_steps",
+    "checkpoint.keep_last": "checkpoint.max_to_keep",
+    "checkpoint.keep_every": "checkpoint.keep_period",
+    "validation.every": "validation.interval_steps",
+    "validation.batches": "validation.num_batches",
+}
+
+
+def rename_fields(fields: Any, prefix: str = "") -> Any:
+    """Return a recorded TrainConfig with the current names of its fields.
+
+    Args:
+        fields: The config as nested objects and lists, as JSON gives them. A field that has its current name stays.
+        prefix: The dotted name of `fields` in the config, with a trailing dot.
+    """
+    if isinstance(fields, list):
+        return [rename_fields(item, f"{prefix}*.") for item in fields]
+    if not isinstance(fields, Mapping):
+        return fields
+    return {
+        RENAMED_FIELDS.get(prefix + name, prefix + name).rsplit(".", 1)[-1]: rename_fields(value, f"{prefix}{name}.")
+        for name, value in fields.items()
+    }
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -59,7 +98,7 @@ class OptimConfig:
         beta1: Decay of the mean of gradients.
         beta2: Decay of the mean of their squares.
         eps: Added to the root of the second.
-        clip_norm: Gradients are scaled down to this global norm; 0 for no clipping, as the original.
+        max_grad_norm: Gradients are scaled down to this global norm; 0 for no clipping, as the original.
     """
 
     lr: float = 1e-4
@@ -70,7 +109,7 @@ class OptimConfig:
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
-    clip_norm: float = 0.0
+    max_grad_norm: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,15 +132,15 @@ class CheckpointConfig:
     """What is kept.
 
     Attributes:
-        every: Steps between checkpoints. The last step and a SIGTERM save too.
-        keep_last: How many are kept, besides those of keep_every.
-        keep_every: Checkpoints at multiples of this are kept for good; 0 for none.
+        save_interval_steps: Steps between checkpoints. The last step and a SIGTERM save too.
+        max_to_keep: How many are kept, besides those of keep_period.
+        keep_period: Checkpoints at multiples of this are kept for good; 0 for none.
         on_error: What happens when one cannot be written (a full disk): the run stops, or says so and goes on.
     """
 
-    every: int = 500
-    keep_last: int = 2
-    keep_every: int = 0
+    save_interval_steps: int = 500
+    max_to_keep: int = 2
+    keep_period: int = 0
     on_error: Literal["stop", "continue"] = "stop"
 
 
@@ -110,15 +149,15 @@ class ValidationConfig:
     """What is looked at on the way.
 
     Attributes:
-        every: Steps between looks; 0 for none.
-        batches: How many batches of held-out records the loss is the mean of.
+        interval_steps: Steps between looks; 0 for none.
+        num_batches: How many batches of held-out records the loss is the mean of.
         clips: Files that the model is asked about; its answers go into samples.jsonl.
         question: What it is asked.
         max_new_tokens: How long an answer may be.
     """
 
-    every: int = 0
-    batches: int = 4
+    interval_steps: int = 0
+    num_batches: int = 4
     clips: tuple[str, ...] = ()
     question: str = "Describe what you see and hear."
     max_new_tokens: int = 60
@@ -137,9 +176,9 @@ class TrainConfig:
         datasets: What it learns from.
         steps: How many steps; the cosine of the learning rate ends there.
         batch_size: Samples a step, over all devices.
-        accumulation: A step's batch is run in so many parts, one after the other, for memory.
+        grad_accum_steps: A step's batch is run in so many parts, one after the other, for memory.
         dropout: In the Q-Former that learns.
-        remat: What LLaMA's backward pass computes again: "full" keeps only each layer's input, "dots" also the
+        remat_policy: What LLaMA's backward pass computes again: "full" keeps only each layer's input, "dots" also the
             products with weights, "none" everything.
         compute_dtype: Of frozen weights and of all products; auto is float32 on a CPU and bfloat16 elsewhere.
         seed: Of the data's order, crops, dropout, and of weights that start at random.
@@ -158,9 +197,9 @@ class TrainConfig:
     datasets: tuple[DatasetConfig, ...]
     steps: int
     batch_size: int
-    accumulation: int = 1
+    grad_accum_steps: int = 1
     dropout: float = 0.1
-    remat: Literal["full", "dots", "none"] = "full"
+    remat_policy: Literal["full", "dots", "none"] = "full"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 42
     optim: OptimConfig = OptimConfig()
@@ -177,19 +216,21 @@ class TrainConfig:
             raise ConfigError("datasets: there are none; name at least one records directory")
         if not self.trainable:
             raise ConfigError("trainable: there are no patterns; nothing would learn")
-        if self.batch_size % self.accumulation:
-            raise ConfigError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
-        if tuple(sorted(self.data.lengths)) != self.data.lengths:
-            raise ConfigError(f"data.lengths must rise, not {self.data.lengths}")
-        if self.validation.every and not (self.validation.clips or any(d.held_out for d in self.datasets)):
-            raise ConfigError("validation.every is set, but no dataset has held_out records and there are no clips")
+        if self.batch_size % self.grad_accum_steps:
+            raise ConfigError(
+                f"batch_size {self.batch_size} is no multiple of grad_accum_steps {self.grad_accum_steps}"
+            )
+        if tuple(sorted(self.data.length_buckets)) != self.data.length_buckets:
+            raise ConfigError(f"data.length_buckets must rise, not {self.data.length_buckets}")
+        if self.validation.interval_steps and not (self.validation.clips or any(d.holdout for d in self.datasets)):
+            raise ConfigError("validation.interval_steps is set, but no dataset has a holdout and there are no clips")
 
 
 # What a number must be at least; all must be finite.
 _AT_LEAST = {
     "steps": 1,
     "batch_size": 1,
-    "accumulation": 1,
+    "grad_accum_steps": 1,
     "seed": 0,
     "optim.lr": 0,
     "optim.min_lr": 0,
@@ -197,21 +238,21 @@ _AT_LEAST = {
     "optim.warmup_steps": 0,
     "optim.weight_decay": 0,
     "optim.eps": 0,
-    "optim.clip_norm": 0,
+    "optim.max_grad_norm": 0,
     "data.variants": 0,
-    "data.threads": 1,
-    "data.processes": 0,
+    "data.num_threads": 1,
+    "data.num_workers": 0,
     "data.prefetch": 1,
-    "data.crop_ratio": 1,
+    "data.max_crop_aspect_ratio": 1,
     "lora.rank": 0,
     "mesh.data": 0,
     "mesh.fsdp": 1,
     "mesh.tensor": 1,
-    "checkpoint.every": 1,
-    "checkpoint.keep_last": 1,
-    "checkpoint.keep_every": 0,
-    "validation.every": 0,
-    "validation.batches": 1,
+    "checkpoint.save_interval_steps": 1,
+    "checkpoint.max_to_keep": 1,
+    "checkpoint.keep_period": 0,
+    "validation.interval_steps": 0,
+    "validation.num_batches": 1,
     "validation.max_new_tokens": 1,
 }
 _BELOW_ONE = ("dropout", "optim.beta1", "optim.beta2")
@@ -227,13 +268,13 @@ def _check_numbers(config: TrainConfig) -> None:
         value = operator.attrgetter(path)(config)
         if not 0 <= value < 1:
             raise ConfigError(f"{path} must be at least 0 and below 1, not {value}")
-    if not 0 < config.data.crop_area <= 1:
-        raise ConfigError(f"data.crop_area must be above 0 and at most 1, not {config.data.crop_area}")
+    if not 0 < config.data.min_crop_area <= 1:
+        raise ConfigError(f"data.min_crop_area must be above 0 and at most 1, not {config.data.min_crop_area}")
     for number, dataset in enumerate(config.datasets):
         if not (math.isfinite(dataset.ratio) and dataset.ratio > 0):
             raise ConfigError(f"datasets.{number}.ratio must be above 0, not {dataset.ratio}")
-        if dataset.held_out < 0 or dataset.text.max_length < 1:
-            raise ConfigError(f"datasets.{number}: held_out must be at least 0 and text.max_length at least 1")
+        if dataset.holdout < 0 or dataset.text.max_length < 1:
+            raise ConfigError(f"datasets.{number}: holdout must be at least 0 and text.max_length at least 1")
 
 
 def arranged(mesh: MeshConfig, devices: int) -> MeshConfig:
@@ -245,9 +286,9 @@ def arranged(mesh: MeshConfig, devices: int) -> MeshConfig:
 
 def rows_a_place(config: TrainConfig, mesh: MeshConfig) -> int:
     """Rows that each place of the mesh computes at a time. Raises ConfigError when the batch does not divide."""
-    rows, places = config.batch_size // config.accumulation, mesh.data * mesh.fsdp
+    rows, places = config.batch_size // config.grad_accum_steps, mesh.data * mesh.fsdp
     if rows % places:
-        part = "" if config.accumulation == 1 else f" over accumulation {config.accumulation}"
+        part = "" if config.grad_accum_steps == 1 else f" over grad_accum_steps {config.grad_accum_steps}"
         raise ConfigError(
             f"batch_size {config.batch_size}{part} does not divide over {places} places of the mesh "
             f"(data {mesh.data} × fsdp {mesh.fsdp}); change one of them"

@@ -13,7 +13,7 @@ from typing import Any
 from vllama_jax import configs
 from vllama_jax.errors import ConfigError, did_you_mean
 from vllama_jax.train import config as train_config
-from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.config import RENAMED_FIELDS, TrainConfig
 
 Prepare = Callable[[TrainConfig, Path], TrainConfig]
 
@@ -52,5 +52,8 @@ def _unknown_field(error: Exception) -> str:
     if not found or not hasattr(train_config, found[1]):
         return ""
     fields = [field.name for field in dataclasses.fields(getattr(train_config, found[1]))]
+    renamed = (new.rsplit(".", 1)[-1] for old, new in RENAMED_FIELDS.items() if old.rsplit(".", 1)[-1] == found[2])
+    if current := next((name for name in renamed if name in fields), ""):
+        return f"{found[1]} has no field {found[2]!r}; it is now {current!r}"
     advice = did_you_mean(found[2], fields) or f"it has {', '.join(fields)}"
     return f"{found[1]} has no field {found[2]!r}; {advice}"

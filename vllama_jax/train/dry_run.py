@@ -40,7 +40,7 @@ def dry_run(config: TrainConfig, reporter: Reporter, base: str = "") -> None:
     reporter.say(f"reading a batch {reading:.2f} s (others are read meanwhile), compiling {compiling:.1f} s")
     told = f"a step {seconds:.2f} s, loss {loss:.4f}; {config.steps} steps {config.steps * seconds / 3600:.1f} hours"
     if peak := peak_flops(jax.devices()[0]):
-        flops = step_flops(plan.base.config, config.branch, batch, config.remat)
+        flops = step_flops(plan.base.config, config.branch, batch, config.remat_policy)
         told += f"; MFU {flops / seconds / peak / jax.device_count():.1%}"
     reporter.say(told)
 

@@ -24,12 +24,12 @@ from vllama_jax.train.config import TrainConfig
 def open_caches(
     config: TrainConfig, directory: ModelDirectory, opened: list[tuple[DatasetConfig, Records]]
 ) -> dict[str, FeatureCache]:
-    """The caches in `config.data.features`, by dataset path.
+    """The caches in `config.data.feature_cache`, by dataset path.
 
     Raises ConfigError where one was made with other settings than the run's, or is of weights that learn; DataError
     where there is none, or not all of it.
     """
-    root = local_copy(config.data.features)
+    root = local_copy(config.data.feature_cache)
     if not root.is_dir():
         raise DataError(f"{root}: no such feature cache; `vllama features` makes one")
     caches = {}
@@ -92,11 +92,11 @@ def _transform(
         fields["num_clips"] = model.num_clips
     if kinds.keys() & {"video", "image"}:
         fields["image_size"] = find_branch(config.branch).frame_tower(model).image_size
-        fields["crop_area"] = config.data.crop_area
+        fields["crop_area"] = config.data.min_crop_area
     if "video" in kinds:
-        fields |= {"num_frames": model.num_frames, "frames": dataset.frames}
+        fields |= {"num_frames": model.num_frames, "frames": dataset.frame_sampling}
     if fields.get("crop_area", 1) < 1:
-        fields["crop_ratio"] = config.data.crop_ratio
+        fields["crop_ratio"] = config.data.max_crop_aspect_ratio
     if "crop_ratio" in fields or fields.get("frames", "uniform") != "uniform":
         fields["seed"] = config.seed
     return fields
@@ -125,7 +125,7 @@ def _check_frozen(config: TrainConfig, directory: ModelDirectory, settings: Mapp
         for path, _ in _leaves(directory, part):
             if pattern := next((one for one in config.trainable if fnmatch.fnmatchcase(path, one)), None):
                 raise ConfigError(
-                    f"trainable pattern {pattern!r} matches {path}, whose output data.features has fixed; "
+                    f"trainable pattern {pattern!r} matches {path}, whose output data.feature_cache has fixed; "
                     "leave one of the two out"
                 )
 

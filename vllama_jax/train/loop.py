@@ -133,7 +133,7 @@ class _Run:
                 waited = 0.0 if compiling else waited  # both were before the step's clock started
                 self.pending = _Pending(number + 1, metrics, batch, waited, dataset, compiling)
                 stopping = requests.at_step(number + 1)
-                if stopping or (number + 1) % self.config.checkpoint.every == 0 or number + 1 == steps:
+                if stopping or (number + 1) % self.config.checkpoint.save_interval_steps == 0 or number + 1 == steps:
                     self._look()
                     self._save(number + 1, state, last=stopping or number + 1 == steps)
                 if validation.due(number + 1):
@@ -197,7 +197,7 @@ class _Run:
         if peak := peak_flops(jax.devices()[0]):
             arrays = pending.batch.arrays
             share = self.config.batch_size / len(arrays["ids"])
-            flops = share * step_flops(self.plan.base.config, self.config.branch, arrays, self.config.remat)
+            flops = share * step_flops(self.plan.base.config, self.config.branch, arrays, self.config.remat_policy)
             line["mfu"] = round(flops / seconds / peak / jax.device_count(), 4)
         if jax.process_index() == 0:
             with self._tolerated():

@@ -41,7 +41,7 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> ScheduledOptimizer:
     def schedule(step: jax.Array | int) -> jax.Array:
         return learning_rate(cfg, steps, step)
 
-    clip = [optax.clip_by_global_norm(cfg.clip_norm)] if cfg.clip_norm else []
+    clip = [optax.clip_by_global_norm(cfg.max_grad_norm)] if cfg.max_grad_norm else []
     adam = optax.chain(
         *clip,
         optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps),

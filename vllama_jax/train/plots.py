@@ -49,13 +49,13 @@ def draw(metrics: dict[Path, list[dict[str, Any]]], smoothing: float | None) -> 
         loss.plot(numbers, losses, color=color, alpha=0.25, linewidth=0.8)
         mean = "each step" if share == 0 else f"mean of about {1 / (1 - share):.0f} steps"
         loss.plot(numbers, smoothed(losses, share), color=color, label=f"{name} ({mean})")
-        held_out = [
+        holdout = [
             line
             for line in read_lines(run / "samples.jsonl", needed=False)
             if {"step", "validation_loss"} <= line.keys()
         ]
-        if held_out:
-            places, values = ([line[key] for line in held_out] for key in ("step", "validation_loss"))
+        if holdout:
+            places, values = ([line[key] for line in holdout] for key in ("step", "validation_loss"))
             loss.plot(places, values, "o--", color=color, markersize=4, label=f"{name}, held out")
         rate.plot(numbers, [line.get("lr", NO_RATE) for line in steps], color=color)
     last = next(iter(metrics.values()))[-1]

@@ -296,7 +296,7 @@ def load_encoder(
 def _batch_sizes(config: TrainConfig, every: list[_Shard]) -> dict[Kind, int]:
     """How many entries are encoded at a time: this process's part of a step's, or fewer where there are no more."""
     devices = jax.local_device_count()
-    whole = config.batch_size // config.accumulation / jax.process_count()
+    whole = config.batch_size // config.grad_accum_steps / jax.process_count()
     sizes: dict[Kind, int] = {}
     for shard in every:
         for stream in shard.streams:
@@ -325,7 +325,7 @@ def _manifest(
     itemsize = compute_dtype(config).itemsize
     entry = max(math.prod(shape) for shape in settings["shapes"].values()) * itemsize
     fit = min(FEATURE_SHARD_BYTES // (entry * settings["variants"]), SHARD_RECORDS, len(records))
-    rows = config.batch_size // config.accumulation
+    rows = config.batch_size // config.grad_accum_steps
     return {**settings, "shard_records": max(fit // rows * rows or fit, 1)}
 
 

@@ -34,7 +34,7 @@ from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import check_output_files, locked, own_directory, replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.io.jsonl import WholeFile
-from vllama_jax.train.config import CheckpointConfig, TrainConfig
+from vllama_jax.train.config import CheckpointConfig, TrainConfig, rename_fields
 from vllama_jax.train.custom import check_custom
 from vllama_jax.train.state import TrainState
 
@@ -45,11 +45,11 @@ logger = logging.getLogger(__name__)
 FREE_FIELDS = (
     "model",
     "mesh",
-    "remat",
+    "remat_policy",
     "checkpoint",
     "validation",
-    "data.threads",
-    "data.processes",
+    "data.num_threads",
+    "data.num_workers",
     "data.prefetch",
 )
 ANY_SIZE = range(2**63)  # of integers in config.json: TrainConfig has its own limits
@@ -152,7 +152,7 @@ def _check_same(
 def _read_recorded(path: Path, fields: Mapping[str, Any]) -> tuple[TrainConfig, Base, Recorded]:
     """What a run's config.json says of the run. Raises ConfigError that names the field which is wrong."""
     try:
-        run = from_dict(fields["run"], TrainConfig, f"{path}: run", ANY_SIZE)
+        run = from_dict(rename_fields(fields["run"]), TrainConfig, f"{path}: run", ANY_SIZE)
         base = from_dict(fields.get("base"), Base, f"{path}: base")
         names = [field.name for field in dataclasses.fields(Recorded) if field.name in fields]
         return run, base, from_dict({name: fields[name] for name in names}, Recorded, str(path))
@@ -187,8 +187,8 @@ class Checkpoints:
             self._out.absolute(),
             options=ocp.CheckpointManagerOptions(
                 step_prefix="step",
-                max_to_keep=self._cfg.keep_last,
-                keep_period=self._cfg.keep_every or None,
+                max_to_keep=self._cfg.max_to_keep,
+                keep_period=self._cfg.keep_period or None,
                 create=False,
                 save_root_metadata=False,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._write_digests),

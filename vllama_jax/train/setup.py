@@ -76,7 +76,7 @@ class RunPlan:
         paths = [dataset.path for dataset in self.config.datasets]
         found = {f"datasets.{number}.path": digests[path] for number, path in enumerate(paths) if path in digests}
         if caches := self.reader.caches:
-            found["data.features"] = "-".join(caches[path].digest for path in dict.fromkeys(paths))
+            found["data.feature_cache"] = "-".join(caches[path].digest for path in dict.fromkeys(paths))
         return found | ({"init": self.init.digest} if self.init else {})
 
     @property
@@ -210,7 +210,7 @@ def _reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> Batch
     opened = [(dataset, open_records(dataset.path)) for dataset in config.datasets]
     streams = make_streams(opened, config.branch)
     order = Order(streams, config.steps, config.batch_size, config.seed)
-    caches = open_caches(config, directory, opened) if config.data.features else {}
+    caches = open_caches(config, directory, opened) if config.data.feature_cache else {}
     rows = host_rows(config.batch_size, mesh)
     return BatchReader(
         config.data, config.branch, config.seed, directory.config, directory.tokenizer, order, rows, caches

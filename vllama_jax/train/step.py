@@ -66,7 +66,7 @@ def loss_sum(
     Args:
         network: The network, its language model's layers stacked or not.
         batch: b rows; `Batch` has the names and shapes.
-        config: The run; its `branch` and `remat` are used.
+        config: The run; its `branch` and `remat_policy` are used.
         dropout: Of the Q-Former that trains; None for none.
 
     Returns:
@@ -76,7 +76,7 @@ def loss_sum(
     media = BRANCHES[config.branch].tokens(network, features, dropout=dropout)
     embeddings = splice(network.embed(batch["ids"]), batch["is_media"], media)
     mask = jnp.arange(embeddings.shape[1]) < batch["length"][:, None]
-    hidden = network.llama(constrain(embeddings, "batch", None, None), mask, config.remat)
+    hidden = network.llama(constrain(embeddings, "batch", None, None), mask, config.remat_policy)
     hidden = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)
     logits = constrain(network.llama.logits(hidden), "batch", None, "vocab")
     labelled = batch["targets"] >= 0
@@ -107,15 +107,15 @@ def make_step(
     def step(state: TrainState, frozen: Weights, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         gradient = jax.value_and_grad(summed, has_aux=True)
-        parts = jax.tree.map(lambda x: _parts(x, config.accumulation), batch)
+        parts = jax.tree.map(lambda x: _parts(x, config.grad_accum_steps), batch)
 
         def accumulate(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
             (total, count), gradients = gradient(state.weights, frozen, *part)
             return jax.tree.map(jnp.add, sums, (total, count, gradients)), None
 
         zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.weights))
-        keys = jax.random.split(key, config.accumulation)
-        if config.accumulation == 1:
+        keys = jax.random.split(key, config.grad_accum_steps)
+        if config.grad_accum_steps == 1:
             total, count, gradients = accumulate(zero, jax.tree.map(lambda x: x[0], (parts, keys)))[0]
         else:
             total, count, gradients = jax.lax.scan(accumulate, zero, (parts, keys))[0]

@@ -27,15 +27,15 @@ class Validation:
         self._plan, self._masked = plan, masked
         self._cfg = plan.config.validation
         self.journal = Journal(out / "samples.jsonl")
-        self._clips = [_prepared(clip, plan) for clip in self._cfg.clips] if self._cfg.every else []
+        self._clips = [_prepared(clip, plan) for clip in self._cfg.clips] if self._cfg.interval_steps else []
         self._evaluate = jax.jit(make_evaluation(plan.config, plan.skeleton, plan.loss))
 
     def due(self, step: int) -> bool:
-        return bool(self._cfg.every) and step % self._cfg.every == 0
+        return bool(self._cfg.interval_steps) and step % self._cfg.interval_steps == 0
 
     def run(self, step: int, weights: Weights, frozen: Weights) -> Iterator[str]:
         """Lines about how the model does now."""
-        streams = [stream for stream in self._plan.reader.order.streams if stream.dataset.held_out]
+        streams = [stream for stream in self._plan.reader.order.streams if stream.dataset.holdout]
         if streams:
             loss, tokens, unused = self._sums(step, streams, weights, frozen)
             if tokens:
@@ -54,9 +54,9 @@ class Validation:
         """The summed loss of the held-out batches, the same at every look; their labelled tokens; what is not used."""
         total, tokens, size = 0.0, 0, self._plan.config.batch_size
         unused: list[str] = []
-        for number in range(self._cfg.batches):
+        for number in range(self._cfg.num_batches):
             stream = streams[number % len(streams)]
-            records = stream.held_out()
+            records = stream.holdout()
             first = number // len(streams) * size
             rows = Rows(stream, [(records[(first + row) % len(records)], 0) for row in range(size)])
             batch = self._plan.reader.read(rows)
