@@ -17,15 +17,15 @@ from vllama_jax.nn.network import abstract_network
 from vllama_jax.train.config import VISION_BRANCH, CheckpointConfig, OptimConfig
 from vllama_jax.train.optim import make_optimizer
 from vllama_jax.train.run_directory import Checkpoints
-from vllama_jax.train.state import Skeleton, initial_state, matching
+from vllama_jax.train.state import AbstractModel, init_state, select_paths
 
 
 def main() -> None:
-    skeleton = Skeleton(abstract_network(video_llama_13b(), "float32"))
+    abstract_model = AbstractModel(abstract_network(video_llama_13b(), "float32"))
     rng = np.random.default_rng(0)
-    paths = matching(list(skeleton.variables), VISION_BRANCH)
-    weights = {path: jax.numpy.zeros(skeleton.variables[path].shape) for path in paths}
-    state = initial_state(weights, make_optimizer(OptimConfig(), 1))
+    paths = select_paths(list(abstract_model.variables), VISION_BRANCH)
+    weights = {path: jax.numpy.zeros(abstract_model.variables[path].shape) for path in paths}
+    state = init_state(weights, make_optimizer(OptimConfig(), 1))
     state = jax.tree.map(lambda leaf: jax.numpy.asarray(rng.standard_normal(leaf.shape).astype(leaf.dtype)), state)
     with tempfile.TemporaryDirectory() as folder:
         checkpoints, begun = Checkpoints(Path(folder), CheckpointConfig()), time.perf_counter()

@@ -29,7 +29,7 @@ import tensorstore
 import tyro
 import xxhash
 
-from vllama_jax.checkpoints.arrays import ParamsWriter, chunk_shape, row_blocks
+from vllama_jax.checkpoints.arrays import ParamsWriter, chunk_shape, iter_row_blocks
 from vllama_jax.convert.write_tensors import Tensor, write_torch
 
 LAYER = (4096, 11008)
@@ -85,7 +85,7 @@ def write_chunks_by_tensorstore(folder: Path, layers: int) -> None:
 
 def read_chunks_by_hand(folder: Path, layers: int) -> None:
     digest = xxhash.xxh3_128()
-    for block in row_blocks(folder / "params", "kernel", leaf(layers)):
+    for block in iter_row_blocks(folder / "params", "kernel", leaf(layers)):
         digest.update(block.view(np.uint8))
 
 

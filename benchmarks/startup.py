@@ -51,7 +51,7 @@ with open(sys.argv[1], "w") as file:
 
 def chat(checkout: Path, cache: Path, model: Path) -> dict[str, float]:
     """Ask about a clip with the package of a checkout and return seconds of CPU time by phase."""
-    clip = HERE / "examples/miniature/box/clips/bell.mp4"
+    clip = HERE / "examples/miniature/assets/clips/bell.mp4"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(checkout), "VLLAMA_CACHE": str(cache)}
     out = cache / "times.json"
     arguments = ["chat", str(clip), "Describe it.", "--model", str(model)]

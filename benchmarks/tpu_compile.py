@@ -23,10 +23,10 @@ from vllama_jax import config, sharding
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.config_files import load_config
-from vllama_jax.train.loop import compile_step
+from vllama_jax.train.loop import make_train_step
 from vllama_jax.train.optim import make_optimizer
 from vllama_jax.train.setup import RunPlan
-from vllama_jax.train.state import Skeleton, matching
+from vllama_jax.train.state import AbstractModel, select_paths
 
 BYTES = {"bf16": 2, "f32": 4, "s32": 4, "u32": 4, "u8": 1, "pred": 1}
 MODELS = {"7b": config.LLAMA_7B, "13b": config.LLAMA_13B}
@@ -35,17 +35,19 @@ ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
 
 
 def make_plan(model: config.VideoLlamaConfig, run: TrainConfig, mesh: jax.sharding.Mesh) -> RunPlan:
-    skeleton = Skeleton(abstract_network(model, run.compute_dtype))
-    learns = tuple(matching(list(skeleton.variables), run.trainable))
+    abstract_model = AbstractModel(abstract_network(model, run.compute_dtype))
+    trainable_paths = tuple(select_paths(list(abstract_model.variables), run.trainable))
     optimizer = make_optimizer(run.optim, run.steps)
-    return RunPlan(run, None, mesh, skeleton, learns, dict.fromkeys(learns), optimizer, None)
+    return RunPlan(run, None, mesh, abstract_model, trainable_paths, dict.fromkeys(trainable_paths), optimizer, None)
 
 
 def abstract_inputs(plan: RunPlan, rows: int, tokens: int, model: config.VideoLlamaConfig) -> tuple:
-    skeleton = plan.skeleton
+    abstract_model = plan.abstract_model
     frozen = {
-        path: jax.ShapeDtypeStruct(skeleton.variables[path].shape, plan.dtype, sharding=place)
-        for path, place in skeleton.shardings(skeleton.variables.keys() - set(plan.learns), plan.mesh).items()
+        path: jax.ShapeDtypeStruct(abstract_model.variables[path].shape, plan.dtype, sharding=place)
+        for path, place in abstract_model.shardings(
+            abstract_model.variables.keys() - set(plan.trainable_paths), plan.mesh
+        ).items()
     }
     size, labels = model.vit.image_size, tokens // 2
     shapes = {
@@ -60,7 +62,7 @@ def abstract_inputs(plan: RunPlan, rows: int, tokens: int, model: config.VideoLl
         name: jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=plan.batch_sharding)
         for name, (shape, dtype) in shapes.items()
     }
-    return plan.abstract, frozen, batch
+    return plan.abstract_state, frozen, batch
 
 
 def computations(text: str) -> dict[str, str]:
@@ -95,10 +97,10 @@ def main(name: str = "7b", slice: str = "v5e:4x4", axes: str = "1,16,1", rows: s
     model = config.video_llama(MODELS[name], audio=False)
     run = TrainConfig(**{**vars(load_config("vision_stage1")[0]), "compute_dtype": "bfloat16", "remat_policy": "full"})
     plan = make_plan(model, run, mesh)
-    with sharding.under(mesh):
+    with sharding.use_mesh(mesh):
         inputs = abstract_inputs(plan, int(rows) * len(topology.devices), int(tokens), model)
         begun = time.perf_counter()
-        compiled = compile_step(plan).lower(*inputs).compile()
+        compiled = make_train_step(plan).lower(*inputs).compile()
     memory = compiled.memory_analysis()
     print(
         f"{name} on {slice}, mesh {axes}, {rows} samples a chip, {tokens} tokens: "

@@ -28,14 +28,14 @@ from vllama_jax import convert
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.data.build import build
 from vllama_jax.data.config import DataConfig, DatasetConfig
-from vllama_jax.data.pipeline import HostBatch, prefetched_batches
+from vllama_jax.data.pipeline import HostBatch, prefetch_batches
 from vllama_jax.media.write import write_video
 from vllama_jax.memory.flops import step_flops
-from vllama_jax.sharding import under
+from vllama_jax.sharding import use_mesh
 from vllama_jax.train import setup
 from vllama_jax.train.config import OptimConfig, TrainConfig
-from vllama_jax.train.loop import compile_step
-from vllama_jax.train.precompute import write_features
+from vllama_jax.train.loop import make_train_step
+from vllama_jax.train.precompute import precompute_features
 
 BATCH, CLIPS, LENGTH = 2, 16, 128
 QFORMER = models.QFormerConfig(width=384, depth=6, num_heads=6, mlp_dim=1536, num_queries=32, cross_attention_every=2)
@@ -82,12 +82,12 @@ def make_inputs(folder: Path) -> TrainConfig:
 
 def our_step(config: TrainConfig) -> tuple[Step, setup.RunPlan]:
     plan = setup.plan_run(config)
-    with under(plan.mesh):
-        state, frozen, step = setup.start(plan), setup.load_frozen(plan), compile_step(plan)
+    with use_mesh(plan.mesh):
+        state, frozen, step = setup.init_train_state(plan), setup.load_frozen(plan), make_train_step(plan)
 
     def run(batch: HostBatch) -> None:
         nonlocal state
-        with under(plan.mesh):
+        with use_mesh(plan.mesh):
             state, metrics = step(state, frozen, setup.place(batch.arrays, plan))
         metrics["loss"].block_until_ready()
 
@@ -192,13 +192,13 @@ def seconds(run: Step, batch: HostBatch) -> float:
 def measure(folder: Path) -> dict[str, float]:
     live = make_inputs(folder)
     begun = time.perf_counter()
-    write_features(live, folder / "features")
+    precompute_features(live, folder / "features")
     writing = time.perf_counter() - begun
     cached = dataclasses.replace(live, data=dataclasses.replace(live.data, feature_cache=str(folder / "features")))
     torch_run, found = torch_step(), {}
     for name, config, rounds in (("live", live, 5), ("cached", cached, 9)):
         our_run, plan = our_step(config)
-        stream = prefetched_batches(plan.reader, 0, config.steps, config.data)
+        stream = prefetch_batches(plan.reader, 0, config.steps, config.data)
         batch = next(stream)
         our_run(batch), torch_run(batch)
         times = []

@@ -24,8 +24,8 @@ config = TrainConfig(
     checkpoint=CheckpointConfig(save_interval_steps=10),
 )
 
-SIDE, FRAMES = 64, 12
-COLOURS = {"red": (220, 40, 30), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (230, 210, 40)}
+IMAGE_SIZE, FRAMES = 64, 12
+COLORS = {"red": (220, 40, 30), "green": (40, 180, 60), "blue": (40, 70, 220), "yellow": (230, 210, 40)}
 DIRECTIONS = {"left": -1, "right": 1}
 
 
@@ -60,19 +60,19 @@ def _make_records(directory: Path) -> None:
     clips = directory / "clips"
     clips.mkdir()
     lines = []
-    for colour, direction in itertools.product(COLOURS, DIRECTIONS):
-        name = f"{colour}_{direction}.mp4"
-        write_video(clips / name, _ball(colour, direction), fps=8)
-        lines.append(json.dumps({"video": name, "caption": f"a {colour} ball rolls to the {direction}"}))
+    for color, direction in itertools.product(COLORS, DIRECTIONS):
+        name = f"{color}_{direction}.mp4"
+        write_video(clips / name, _render_ball(color, direction), fps=8)
+        lines.append(json.dumps({"video": name, "caption": f"a {color} ball rolls to the {direction}"}))
     (clips / "annotations.jsonl").write_text("\n".join(lines) + "\n")
     build("jsonl", clips, directory / "records")
 
 
-def _ball(colour: str, direction: str) -> Iterator[np.ndarray]:
+def _render_ball(color: str, direction: str) -> Iterator[np.ndarray]:
     """Frames [side, side, 3] of a ball that crosses a grey room."""
-    rows, columns = np.mgrid[:SIDE, :SIDE]
+    rows, columns = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
     for number in range(FRAMES):
-        place = SIDE * (0.5 + DIRECTIONS[direction] * (number / (FRAMES - 1) - 0.5) * 0.8)
-        frame = np.full((SIDE, SIDE, 3), 120, np.uint8)
-        frame[(columns - place) ** 2 + (rows - SIDE / 2) ** 2 < 10**2] = COLOURS[colour]
+        place = IMAGE_SIZE * (0.5 + DIRECTIONS[direction] * (number / (FRAMES - 1) - 0.5) * 0.8)
+        frame = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 120, np.uint8)
+        frame[(columns - place) ** 2 + (rows - IMAGE_SIZE / 2) ** 2 < 10**2] = COLORS[color]
         yield frame

@@ -1,7 +1,16 @@
 """Weights in PyTorch's layouts → a model directory, and back (export.py). The only package that knows PyTorch names."""
 
-from vllama_jax.convert.components import PIECES
+from vllama_jax.convert.components import FILE_SPECS
 from vllama_jax.convert.conversion import ConversionPlan, bytes_to_write, convert, plan
-from vllama_jax.convert.match_weights import Leaf, abstract_shapes, tables
+from vllama_jax.convert.match_weights import Leaf, abstract_shapes, rule_tables
 
-__all__ = ["PIECES", "ConversionPlan", "Leaf", "abstract_shapes", "bytes_to_write", "convert", "plan", "tables"]
+__all__ = [
+    "FILE_SPECS",
+    "ConversionPlan",
+    "Leaf",
+    "abstract_shapes",
+    "bytes_to_write",
+    "convert",
+    "plan",
+    "rule_tables",
+]

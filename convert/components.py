@@ -5,27 +5,27 @@ import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from vllama_jax.branches import BRANCHES, trained_components
+from vllama_jax.branches import BRANCHES, list_trainable_components
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.convert import eva_vit, imagebind, qformer
 from vllama_jax.convert.families import find_family
-from vllama_jax.convert.rules import SAME, Rule, linear, norm
-from vllama_jax.convert.weight_files import Source, renamed
+from vllama_jax.convert.rules import IDENTITY, Rule, linear, norm
+from vllama_jax.convert.weight_files import Source, rename_tensors
 from vllama_jax.errors import CheckpointError
 from vllama_jax.towers import VitConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerNames:
+class LayerCheck:
     """The layers in a file. part: of the config. pattern: of their names. said_by: what says how many there are."""
 
-    part: str
+    component: str
     pattern: str
-    said_by: str
+    advice: str
 
 
 @dataclasses.dataclass(frozen=True)
-class Piece:
+class FileSpec:
     """One kind of file. What reads, writes and verifies such files derives from this.
 
     Attributes:
@@ -47,56 +47,56 @@ class Piece:
         stages: What `verify` compares, as "module:function" of the model's config, since it imports torch.
     """
 
-    what: str
+    description: str
     option: str
     signature: str
     components: tuple[str, ...]
     rules: Callable[[VideoLlamaConfig], list[Rule]]
-    extras: Callable[[VideoLlamaConfig], dict[str, str]]
+    unused_tensors: Callable[[VideoLlamaConfig], dict[str, str]]
     infer: Callable[[Source], dict[str, Any]]
     applies: Callable[[VideoLlamaConfig], bool] = lambda cfg: True
     branch: str | None = None
     fields: tuple[str, ...] = ()
     needs: str = ""
-    layers: LayerNames | None = None
+    layers: LayerCheck | None = None
     prefix: str = ""
     file_name: str = ""
     bare: bool = False
     stages: str = ""
 
     @property
-    def named(self) -> str:
+    def display_name(self) -> str:
         """How it is named to the user: by its option, else by what it is."""
-        return self.option or self.what
+        return self.option or self.description
 
     @property
     def may_be_untrained(self) -> bool:
         """Whether a model may lack it before it is trained."""
-        return set(self.components) <= {*trained_components()}
+        return set(self.components) <= {*list_trainable_components()}
 
 
-def _blip2(cfg: VideoLlamaConfig) -> list[Rule]:
+def _blip2_rules(cfg: VideoLlamaConfig) -> list[Rule]:
     table = qformer.rules("image_qformer", "Qformer", "query_tokens", cfg.image_qformer)
     return [*table, *norm("ln_vision", "ln_vision")]
 
 
-def _vl(cfg: VideoLlamaConfig) -> list[Rule]:
+def _vl_rules(cfg: VideoLlamaConfig) -> list[Rule]:
     return [
         *qformer.rules("video_qformer", "video_Qformer", "video_query_tokens", cfg.video_qformer),
-        Rule("frame_positions", ("video_frame_position_embedding.weight",), SAME),
+        Rule("frame_positions", ("video_frame_position_embedding.weight",), IDENTITY),
         *linear("llama_proj", "llama_proj"),
     ]
 
 
-def _al(cfg: VideoLlamaConfig) -> list[Rule]:
+def _al_rules(cfg: VideoLlamaConfig) -> list[Rule]:
     return [
         *qformer.rules("audio_qformer", "audio_Qformer", "audio_query_tokens", cfg.require_audio_qformer()),
-        Rule("audio_positions", ("audio_position_embedding.weight",), SAME),
+        Rule("audio_positions", ("audio_position_embedding.weight",), IDENTITY),
         *linear("audio_llama_proj", "audio_llama_proj"),
     ]
 
 
-_BERT_TEXT = {
+_UNUSED_BERT_TENSORS = {
     r"Qformer\.bert\.embeddings\.(word|position)_embeddings\..*": "text input of BERT, not used",
     r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*": "BERT's feed-forward for text, not used",
     r"Qformer\.cls\..*": "BERT's text head, not used",
@@ -105,51 +105,51 @@ _BERT_TEXT = {
 
 STAGES = "vllama_jax.convert.verify.stages"
 
-PIECES: dict[str, Piece] = {
-    "eva_vit": Piece(
+FILE_SPECS: dict[str, FileSpec] = {
+    "eva_vit": FileSpec(
         "EVA-CLIP ViT-g weights",
         "--eva-vit",
         "blocks.0.attn.q_bias",
         ("vit",),
         lambda cfg: eva_vit.rules(cfg.vit),
-        lambda cfg: eva_vit.extras(cfg.vit),
+        lambda cfg: eva_vit.unused_tensors(cfg.vit),
         lambda source: {"vit": eva_vit.infer(source)},
         applies=lambda cfg: type(cfg.vit) is VitConfig,
-        layers=LayerNames("vit", r"blocks\.(\d+)\.", '--config {"vit": {"depth": …}} says'),
+        layers=LayerCheck("vit", r"blocks\.(\d+)\.", '--config {"vit": {"depth": …}} says'),
         prefix="visual_encoder.",
         file_name="eva_vit_g",
         bare=True,
         stages=f"{STAGES}:eva_vit_stages",
     ),
-    "blip2": Piece(
+    "blip2": FileSpec(
         "BLIP-2 Q-Former weights",
         "--blip2",
         "query_tokens",
         ("image_qformer", "ln_vision"),
-        _blip2,
-        lambda _: _BERT_TEXT,
+        _blip2_rules,
+        lambda _: _UNUSED_BERT_TENSORS,
         lambda source: {"image_qformer": qformer.infer(source, "Qformer", "query_tokens")},
         stages=f"{STAGES}:image_qformer_stages",
     ),
-    "imagebind": Piece(
+    "imagebind": FileSpec(
         "ImageBind weights",
         "--imagebind",
         "modality_trunks.audio.blocks.0.norm_1.weight",
         ("imagebind/audio", "imagebind/vision"),
         lambda cfg: imagebind.rules(cfg.require_imagebind()),
-        lambda _: {**imagebind.EXTRAS, re.escape(imagebind.AUDIO_SCALE): "kept in config.json"},
+        lambda _: {**imagebind.UNUSED_TENSORS, re.escape(imagebind.AUDIO_SCALE): "kept in config.json"},
         lambda source: {"imagebind": imagebind.infer(source)},
         applies=lambda cfg: cfg.has_audio,
         prefix="audio_encoder.",
         bare=True,
         stages=f"{STAGES}:imagebind_stages",
     ),
-    "vl": Piece(
+    "vl": FileSpec(
         "a Video-LLaMA vision-language checkpoint",
         "--vl",
         "video_query_tokens",
-        BRANCHES["vision"].trained,
-        _vl,
+        BRANCHES["vision"].trainable_components,
+        _vl_rules,
         lambda cfg: {rf"audio_{'(?!encoder)' * cfg.has_audio}.*": "the audio branch; give the file as --al too"},
         lambda source: {
             "video_qformer": qformer.infer(source, "video_Qformer", "video_query_tokens"),
@@ -159,12 +159,12 @@ PIECES: dict[str, Piece] = {
         fields=("video_qformer", "num_frame_positions"),
         stages=f"{STAGES}:vision_branch_stages",
     ),
-    "al": Piece(
+    "al": FileSpec(
         "a Video-LLaMA audio-language checkpoint",
         "--al",
         "audio_query_tokens",
-        BRANCHES["audio"].trained,
-        _al,
+        BRANCHES["audio"].trainable_components,
+        _al_rules,
         lambda _: {r"video_.*|llama_proj\..*": "the vision branch; give the file as --vl too"},
         lambda source: {
             "audio_qformer": qformer.infer(source, "audio_Qformer", "audio_query_tokens"),
@@ -176,7 +176,7 @@ PIECES: dict[str, Piece] = {
         needs="imagebind",
         stages=f"{STAGES}:audio_branch_stages",
     ),
-    "minigpt4": Piece(
+    "minigpt4": FileSpec(
         "a MiniGPT-4 projection",
         "--minigpt4",
         "llama_proj.weight",
@@ -185,45 +185,45 @@ PIECES: dict[str, Piece] = {
         lambda _: {},
         lambda _: {},
     ),
-    "llama": Piece(
+    "llama": FileSpec(
         "LLaMA weights",
         "--llama",
         "model.embed_tokens.weight",
         ("llama",),
         lambda cfg: find_family(cfg.llama.family).rules(cfg.llama),
-        lambda cfg: find_family(cfg.llama.family).extras(cfg.llama),
+        lambda cfg: find_family(cfg.llama.family).unused_tensors(cfg.llama),
         lambda source: {"llama": {"vocab_size": source.shape("model.embed_tokens.weight", 2)[0]}},
-        layers=LayerNames("llama", r"model\.layers\.(\d+)\.", "its config.json says"),
+        layers=LayerCheck("llama", r"model\.layers\.(\d+)\.", "its config.json says"),
         prefix="llama_model.",
     ),
 }
 
 
-def branch_kinds() -> dict[str, str]:
+def branch_file_types() -> dict[str, str]:
     """The kinds of file that hold a trained branch, and the branch of each."""
-    return {kind: piece.branch for kind, piece in PIECES.items() if piece.branch is not None}
+    return {file_type: spec.branch for file_type, spec in FILE_SPECS.items() if spec.branch is not None}
 
 
-def holding(component: str) -> list[str]:
+def file_types_containing(component: str) -> list[str]:
     """The kinds of file that hold a component."""
-    return [kind for kind, piece in PIECES.items() if component in piece.components]
+    return [file_type for file_type, spec in FILE_SPECS.items() if component in spec.components]
 
 
-def recognise(source: Source | Collection[str]) -> list[str]:
+def identify_file_types(source: Source | Collection[str]) -> list[str]:
     """The kinds that a file is, by the names of the tensors in it. A checkpoint of both branches is two; `llama_proj`
     alone is MiniGPT-4's, beside the vision branch it belongs to that."""
-    kinds = [kind for kind, piece in PIECES.items() if piece.signature in source]
-    return [kind for kind in kinds if kind != "minigpt4" or "vl" not in kinds]
+    file_types = [file_type for file_type, spec in FILE_SPECS.items() if spec.signature in source]
+    return [file_type for file_type in file_types if file_type != "minigpt4" or "vl" not in file_types]
 
 
-def unwrapped(source: Source) -> Source:
+def strip_wrapper_prefixes(source: Source) -> Source:
     """The same tensors without what training puts before every name: "module." (DDP), "base_model.model." (peft), ….
 
     torch.compile's "_orig_mod." may be anywhere in a name. Where that makes it no known kind, the source as it is.
     """
     names = {name: name.replace("_orig_mod.", "") for name in source.shapes}
     prefix = ""
-    while not recognise(stripped := {name.removeprefix(prefix) for name in names.values()}):
+    while not identify_file_types(stripped := {name.removeprefix(prefix) for name in names.values()}):
         first = {name.partition(".")[0] for name in stripped if "." in name}
         if len(first) != 1 or not all("." in name for name in stripped):
             return source
@@ -232,25 +232,27 @@ def unwrapped(source: Source) -> Source:
     if not removed:
         return source
     note = f"{source.label}: names are read without {' and '.join(removed)}, which a wrapper put there in training"
-    return renamed(source, {name: kept.removeprefix(prefix) for name, kept in names.items()}, note)
+    return rename_tensors(source, {name: kept.removeprefix(prefix) for name, kept in names.items()}, note)
 
 
-def check_kind(kind: str, source: Source) -> None:
+def check_file_type(file_type: str, source: Source) -> None:
     """Raises CheckpointError, saying what the file is and where it belongs, when it is not of this kind."""
-    found = recognise(source)
-    if kind in found:
+    found = identify_file_types(source)
+    if file_type in found:
         return
+    spec = FILE_SPECS[file_type]
     if found:
-        other = PIECES[found[0]]
+        other = FILE_SPECS[found[0]]
         raise CheckpointError(
-            f"{source.label}: given as {PIECES[kind].named}, but it is {other.what}; give it as {other.named}"
+            f"{source.label}: given as {spec.display_name}, but it is {other.description}; give it as "
+            f"{other.display_name}"
         )
     raise CheckpointError(
-        f"{source.label}: given as {PIECES[kind].named}, but it is not {PIECES[kind].what} "
-        f"(no tensor {PIECES[kind].signature}; it holds {_some(source.shapes)})"
+        f"{source.label}: given as {spec.display_name}, but it is not {spec.description} "
+        f"(no tensor {spec.signature}; it holds {_summarize_names(source.shapes)})"
     )
 
 
-def _some(names: Mapping[str, object]) -> str:
+def _summarize_names(names: Mapping[str, object]) -> str:
     listed = ", ".join(list(names)[:3])
     return f"{listed}, …" if len(names) > 3 else listed or "nothing"

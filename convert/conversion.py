@@ -8,28 +8,34 @@ from typing import Any
 
 import numpy as np
 
-from vllama_jax.branches import component_of
+from vllama_jax.branches import get_component
 from vllama_jax.checkpoints.arrays import ParamsWriter
 from vllama_jax.checkpoints.directory import write_config, write_manifest
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.convert import from_model_directory as stored
-from vllama_jax.convert.components import PIECES, branch_kinds, check_kind, holding, unwrapped
-from vllama_jax.convert.discover import Found, search
+from vllama_jax.convert.components import (
+    FILE_SPECS,
+    branch_file_types,
+    check_file_type,
+    file_types_containing,
+    strip_wrapper_prefixes,
+)
+from vllama_jax.convert.discover import SearchResult, find_weight_files
 from vllama_jax.convert.families import find_family
 from vllama_jax.convert.from_model_directory import (
-    Kept,
+    ModelDirectoryLeaf,
     StoredLeaf,
     StoredModel,
     frozen_differences,
-    is_stored,
+    is_model_or_run,
     join,
-    known_fields,
-    open_stored,
+    known_config_fields,
+    open_model_or_run,
 )
-from vllama_jax.convert.hub import local
-from vllama_jax.convert.infer_config import model_config
+from vllama_jax.convert.hub import resolve_hub_path
+from vllama_jax.convert.infer_config import infer_model_config
 from vllama_jax.convert.language import LanguageModel, open_language_model
-from vllama_jax.convert.match_weights import Leaf, match
+from vllama_jax.convert.match_weights import Leaf, match_weights
 from vllama_jax.convert.new_weights import SEED, drop_components, new_components
 from vllama_jax.convert.weight_files import Source, open_file
 from vllama_jax.convert.write_tensors import BytesProgress
@@ -50,10 +56,10 @@ class ConversionPlan:
     leaves: list[Leaf]
     stored: list[StoredLeaf]
     left_out: dict[str, int]
-    pieces: dict[str, Source]
+    sources: dict[str, Source]
     tokenizer_directory: Path
     notes: list[str]
-    sources: dict[str, Any]
+    other_sources: dict[str, Any]
     new: tuple[str, ...] = ()
 
     @property
@@ -90,53 +96,69 @@ def plan(
     from vllama_jax.text.templates import find_template
     from vllama_jax.text.tokenizer import check_vocabulary, load_tokenizer
 
-    model = open_stored(Path(base)) if base else None
+    model = open_model_or_run(Path(base)) if base else None
     drop_components(model, without)
-    given = {kind: local(path) for kind, path in files.items() if path is not None}
-    directory, llama_directory, delta = (local(path) if path else None for path in (directory, llama_directory, delta))
-    found = _found(directory, given, llama_directory)
+    given = {file_type: resolve_hub_path(path) for file_type, path in files.items() if path is not None}
+    directory, llama_directory, delta = (
+        resolve_hub_path(path) if path else None for path in (directory, llama_directory, delta)
+    )
+    found = _search_directory(directory, given, llama_directory)
     branches = {
-        kind: open_stored(path, model.path if model else None)
-        for kind, path in given.items()
-        if kind in branch_kinds() and is_stored(path)
+        file_type: open_model_or_run(path, model.path if model else None)
+        for file_type, path in given.items()
+        if file_type in branch_file_types() and is_model_or_run(path)
     }
     language = open_language_model(llama_directory or found.llama, delta)
-    pieces = found.files | _opened({kind: path for kind, path in given.items() if kind not in branches})
-    pieces |= {"llama": language.source} if language else {}
-    _check_complete([*pieces, *branches], model, directory)
-    for kind, source in pieces.items():
-        check_kind(kind, source)
-    known = known_fields(model, branches)
+    sources = found.files | _open_files(
+        {file_type: path for file_type, path in given.items() if file_type not in branches}
+    )
+    sources |= {"llama": language.source} if language else {}
+    _check_complete([*sources, *branches], model, directory)
+    for file_type, source in sources.items():
+        check_file_type(file_type, source)
+    known = known_config_fields(model, branches)
     override = {"template": _default_template(language, known), **(config or {})}
     override |= {"template": template} if template else {}
-    cfg = model_config(pieces, language.fields if language else {}, override, known)
+    cfg = infer_model_config(sources, language.fields if language else {}, override, known)
     tokenizer_directory = _tokenizer_directory(language, model)
     tokenizer = load_tokenizer(tokenizer_directory)
     check_special_tokens(find_template(cfg.template), tokenizer, cfg.template)
     check_vocabulary(tokenizer, cfg.llama.vocab_size)
-    leaves, left_out = match(cfg, pieces, branches)
+    leaves, left_out = match_weights(cfg, sources, branches)
     new = new_components(cfg, without, seed)
-    kept = join(cfg, model, branches, {component_of(leaf.target) for leaf in leaves})
-    _check_new(without, [*leaves, *kept])
-    told = dict.fromkeys(note for source in pieces.values() for note in source.notes)
-    notes = [*found.report, *told, *frozen_differences(model, branches)]
-    sources = stored.sources(model, branches, [*pieces, *_replaced_kinds(cfg, without)])
-    sources |= {"new": [{"name": component, "seed": seed} for component in without]} if without else {}
+    kept = join(cfg, model, branches, {get_component(leaf.target) for leaf in leaves})
+    _check_new_components(without, [*leaves, *kept])
+    told = dict.fromkeys(note for source in sources.values() for note in source.notes)
+    notes = [*found.notes, *told, *frozen_differences(model, branches)]
+    other_sources = stored.other_sources(model, branches, [*sources, *_replaced_file_types(cfg, without)])
+    other_sources |= {"new": [{"name": component, "seed": seed} for component in without]} if without else {}
     return ConversionPlan(
-        cfg, leaves, [*kept, *new], left_out, pieces, tokenizer_directory, notes, sources, tuple(dict.fromkeys(without))
+        cfg,
+        leaves,
+        [*kept, *new],
+        left_out,
+        sources,
+        tokenizer_directory,
+        notes,
+        other_sources,
+        tuple(dict.fromkeys(without)),
     )
 
 
-def _check_new(without: Sequence[str], given: Sequence[Leaf | StoredLeaf]) -> None:
+def _check_new_components(without: Sequence[str], given: Sequence[Leaf | StoredLeaf]) -> None:
     """Raise ConfigError for a component that is to be new and is given too."""
-    if both := {component_of(leaf.target) for leaf in given} & {*without}:
+    if both := {get_component(leaf.target) for leaf in given} & {*without}:
         raise ConfigError(f"--without {min(both)}: a file or a run that is given holds it; leave one out")
 
 
-def _replaced_kinds(cfg: VideoLlamaConfig, without: Sequence[str]) -> list[str]:
+def _replaced_file_types(cfg: VideoLlamaConfig, without: Sequence[str]) -> list[str]:
     """The kinds of files of which the base keeps nothing."""
-    tables = {kind: piece.rules(cfg) for kind, piece in PIECES.items() if piece.applies(cfg)}
-    return [kind for kind, rules in tables.items() if {component_of(rule.target) for rule in rules} <= {*without}]
+    rule_tables = {file_type: spec.rules(cfg) for file_type, spec in FILE_SPECS.items() if spec.applies(cfg)}
+    return [
+        file_type
+        for file_type, rules in rule_tables.items()
+        if {get_component(rule.target) for rule in rules} <= {*without}
+    ]
 
 
 def _default_template(language: LanguageModel | None, known: Mapping[str, Any]) -> str:
@@ -154,37 +176,41 @@ def _tokenizer_directory(language: LanguageModel | None, base: StoredModel | Non
     return base.directory.path / "tokenizer"
 
 
-def _found(directory: Path | None, given: Mapping[str, Path], llama_directory: Path | None) -> Found:
+def _search_directory(directory: Path | None, given: Mapping[str, Path], llama_directory: Path | None) -> SearchResult:
     """What a directory adds to the files that are given."""
-    if unknown := given.keys() - PIECES.keys() | given.keys() & {"llama"}:
-        raise ConfigError(f"no such kind of file: {', '.join(sorted(unknown))}; known are {', '.join(PIECES)}")
+    if unknown := given.keys() - FILE_SPECS.keys() | given.keys() & {"llama"}:
+        raise ConfigError(f"no such kind of file: {', '.join(sorted(unknown))}; known are {', '.join(FILE_SPECS)}")
     if directory and directory.is_file():
         raise CheckpointError(f"{directory}: not a directory; give the one that holds the weights")
-    named = [*given, *(["llama"] if llama_directory else [])]
-    return search([directory] if directory else [], named)
+    display_name = [*given, *(["llama"] if llama_directory else [])]
+    return find_weight_files([directory] if directory else [], display_name)
 
 
-def _opened(given: Mapping[str, Path]) -> dict[str, Source]:
-    opened = {path: unwrapped(open_file(path)) for path in dict.fromkeys(given.values())}  # one file may be two pieces
-    return {kind: opened[path] for kind, path in given.items()}
+def _open_files(given: Mapping[str, Path]) -> dict[str, Source]:
+    opened = {
+        path: strip_wrapper_prefixes(open_file(path)) for path in dict.fromkeys(given.values())
+    }  # one file may be two pieces
+    return {file_type: opened[path] for file_type, path in given.items()}
 
 
-def _check_complete(kinds: Sequence[str], base: StoredModel | None, directory: str | Path | None) -> None:
+def _check_complete(file_types: Sequence[str], base: StoredModel | None, directory: str | Path | None) -> None:
     """Raise ConfigError where no file holds a component that every model has, and where two hold the same."""
-    choices = [holding(component) for component in ("llama", "vit", "image_qformer")]
-    lacking = [choice for choice in choices if not base and not set(choice) & set(kinds)]
+    choices = [file_types_containing(component) for component in ("llama", "vit", "image_qformer")]
+    lacking = [choice for choice in choices if not base and not set(choice) & set(file_types)]
     if lacking:
         where = f", and {directory} holds none" if directory else ""
-        options = ", ".join(" or ".join(PIECES[kind].named for kind in choice) for choice in lacking)
+        options = ", ".join(
+            " or ".join(FILE_SPECS[file_type].display_name for file_type in choice) for choice in lacking
+        )
         raise ConfigError(f"every model needs {options}{where}")
     for choice in choices:
-        if len(given := [kind for kind in choice if kind in kinds]) > 1:
-            told = " and ".join(PIECES[kind].named for kind in given)
+        if len(given := [file_type for file_type in choice if file_type in file_types]) > 1:
+            told = " and ".join(FILE_SPECS[file_type].display_name for file_type in given)
             raise ConfigError(f"{told} hold the same component of the model; leave one of them out")
-    for piece in (PIECES[kind] for kind in kinds if PIECES[kind].needs):
-        if piece.needs not in kinds and not (base and PIECES[piece.needs].applies(base.directory.config)):
-            needed = PIECES[piece.needs].named
-            raise ConfigError(f"{piece.named} needs {needed}: the {piece.branch} branch takes what it encodes")
+    for spec in (FILE_SPECS[file_type] for file_type in file_types if FILE_SPECS[file_type].needs):
+        if spec.needs not in file_types and not (base and FILE_SPECS[spec.needs].applies(base.directory.config)):
+            needed = FILE_SPECS[spec.needs].display_name
+            raise ConfigError(f"{spec.display_name} needs {needed}: the {spec.branch} branch takes what it encodes")
 
 
 def convert(
@@ -217,22 +243,24 @@ def convert(
         with ParamsWriter(directory / "params") as params:
             for leaf in plan.all_leaves:
                 target = np.dtype(dtype) if dtype else leaf.dtype
-                if isinstance(leaf, Kept) and leaf.dtype == target:
+                if isinstance(leaf, ModelDirectoryLeaf) and leaf.dtype == target:
                     params.copy(leaf.target, leaf.params, leaf.entry)
                     progress(math.prod(leaf.shape) * target.itemsize)
                 else:
-                    params.write(leaf.target, leaf.shape, target, _counted(leaf.blocks(target), progress))
+                    params.write(leaf.target, leaf.shape, target, _report_bytes(leaf.blocks(target), progress))
         _copy_tokenizer(plan.tokenizer_directory, directory / "tokenizer")
         write_config(directory, plan.config)
-        files = {kind: [_described(file) for file in source.files] for kind, source in plan.pieces.items()}
-        write_manifest(directory, plan.sources | files, params.leaves)
+        files = {
+            file_type: [_describe_file(file) for file in source.files] for file_type, source in plan.sources.items()
+        }
+        write_manifest(directory, plan.other_sources | files, params.leaves)
 
 
 def bytes_to_write(plan: ConversionPlan, dtype: str | None = None) -> int:
     return sum(math.prod(leaf.shape) * np.dtype(dtype or leaf.dtype).itemsize for leaf in plan.all_leaves)
 
 
-def _counted(blocks: Iterator[np.ndarray], progress: BytesProgress) -> Iterator[np.ndarray]:
+def _report_bytes(blocks: Iterator[np.ndarray], progress: BytesProgress) -> Iterator[np.ndarray]:
     for block in blocks:
         yield block
         progress(block.nbytes)
@@ -246,5 +274,5 @@ def _copy_tokenizer(directory: Path, out: Path) -> None:
         write_file(out / file.name, file.read_bytes())
 
 
-def _described(file: Path) -> dict[str, Any]:
+def _describe_file(file: Path) -> dict[str, Any]:
     return {"name": file.name, "size": file.stat().st_size}

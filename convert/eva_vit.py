@@ -6,12 +6,23 @@ from typing import Any
 import numpy as np
 
 from vllama_jax.config import EVA_G
-from vllama_jax.convert.rules import ROW, SAME, TABLE, Rule, Transform, from_heads, heads_out, linear, norm, patches
+from vllama_jax.convert.rules import (
+    IDENTITY,
+    SQUEEZE_TO_MATRIX,
+    SQUEEZE_TO_VECTOR,
+    Rule,
+    Transform,
+    from_heads,
+    linear,
+    norm,
+    patch_kernel,
+    to_heads_kernel,
+)
 from vllama_jax.convert.weight_files import Source, count_layers
 from vllama_jax.towers import TowerConfig
 
 
-def _join_q0v(heads: int) -> Transform:
+def _join_qv_bias(heads: int) -> Transform:
     """Query and value biases; the key has none, and gets zeros."""
 
     def to_jax(query: np.ndarray, value: np.ndarray) -> np.ndarray:
@@ -23,16 +34,16 @@ def _join_q0v(heads: int) -> Transform:
 def rules(cfg: TowerConfig) -> list[Rule]:
     layers, heads = range(cfg.depth), (cfg.num_heads, cfg.width // cfg.num_heads)
     return [
-        Rule("vit/class_token", ("cls_token",), ROW),
-        Rule("vit/positions", ("pos_embed",), TABLE),
-        Rule("vit/patch_embed/kernel", ("patch_embed.proj.weight",), patches(cfg.patch_size, cfg.patch_size)),
-        Rule("vit/patch_embed/bias", ("patch_embed.proj.bias",), SAME),
+        Rule("vit/class_token", ("cls_token",), SQUEEZE_TO_VECTOR),
+        Rule("vit/positions", ("pos_embed",), SQUEEZE_TO_MATRIX),
+        Rule("vit/patch_embed/kernel", ("patch_embed.proj.weight",), patch_kernel(cfg.patch_size, cfg.patch_size)),
+        Rule("vit/patch_embed/bias", ("patch_embed.proj.bias",), IDENTITY),
         *norm("vit/blocks/norm1", "blocks.{i}.norm1", layers),
-        Rule("vit/blocks/attention/qkv/kernel", ("blocks.{i}.attn.qkv.weight",), heads_out(3, *heads), layers),
+        Rule("vit/blocks/attention/qkv/kernel", ("blocks.{i}.attn.qkv.weight",), to_heads_kernel(3, *heads), layers),
         Rule(
             "vit/blocks/attention/qkv/bias",
             ("blocks.{i}.attn.q_bias", "blocks.{i}.attn.v_bias"),
-            _join_q0v(cfg.num_heads),
+            _join_qv_bias(cfg.num_heads),
             layers,
         ),
         *from_heads("vit/blocks/attention/out", "blocks.{i}.attn.proj", cfg.num_heads, layers),
@@ -42,7 +53,7 @@ def rules(cfg: TowerConfig) -> list[Rule]:
     ]
 
 
-def extras(cfg: TowerConfig) -> dict[str, str]:
+def unused_tensors(cfg: TowerConfig) -> dict[str, str]:
     """Tensors that the file has and the model does not use (regular expressions), and why."""
     used = "|".join(map(str, range(cfg.depth)))
     return {
@@ -54,11 +65,11 @@ def extras(cfg: TowerConfig) -> dict[str, str]:
 def infer(source: Source) -> dict[str, Any]:
     """The fields of a VitConfig that the file's shapes tell."""
     width, _, _, patch_size = source.shape("patch_embed.proj.weight", 4)
-    held = count_layers(source, r"blocks\.(\d+)\.")
+    num_blocks = count_layers(source, r"blocks\.(\d+)\.")
     return {
         "image_size": patch_size * math.isqrt(source.shape("pos_embed", 3)[1] - 1),
         "patch_size": patch_size,
         "width": width,
-        "depth": EVA_G.depth if width == EVA_G.width else held - 1,  # BLIP-2 drops EVA's last block
+        "depth": EVA_G.depth if width == EVA_G.width else num_blocks - 1,  # BLIP-2 drops EVA's last block
         "mlp_dim": source.shape("blocks.0.mlp.fc1.weight", 2)[0],
     }

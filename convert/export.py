@@ -14,26 +14,28 @@ import numpy as np
 
 from vllama_jax.checkpoints.arrays import check_params
 from vllama_jax.checkpoints.directory import ModelDirectory
-from vllama_jax.checkpoints.reader import RowReader, row_reader, stored_dtype
+from vllama_jax.checkpoints.reader import RowReader, make_row_reader, stored_dtype
 from vllama_jax.checkpoints.restore import check_leaves
 from vllama_jax.config import VideoLlamaConfig, to_dict
 from vllama_jax.convert import imagebind
-from vllama_jax.convert.components import PIECES
-from vllama_jax.convert.language_config import config_fields
+from vllama_jax.convert.components import FILE_SPECS
+from vllama_jax.convert.language_config import to_hugging_face_config
 from vllama_jax.convert.match_weights import abstract_shapes
-from vllama_jax.convert.rules import Rule, turned
+from vllama_jax.convert.rules import Rule, transpose_contiguous
 from vllama_jax.convert.write_tensors import BytesProgress, Tensor, require_torch, write_safetensors, write_torch
 from vllama_jax.io.atomic import new_directory, replace_json, write_file, write_json
 from vllama_jax.io.json_files import read_object
 
 ExportFormat = Literal["pth", "safetensors"]
-Files = Mapping[str, Sequence[Tensor]]  # what is in each file, by its path in the directory
+ExportPlan = Mapping[str, Sequence[Tensor]]  # what is in each file, by its path in the directory
 
 EXPORT_SHARD_BYTES = 5e9  # Hugging Face's own default when LLaMA was published
 NUM_POSITION_IDS = 512  # BERT's
 
 
-def plan_export(model: ModelDirectory, format: ExportFormat = "pth", shard_bytes: float = EXPORT_SHARD_BYTES) -> Files:
+def plan_export(
+    model: ModelDirectory, format: ExportFormat = "pth", shard_bytes: float = EXPORT_SHARD_BYTES
+) -> ExportPlan:
     """The files that make up a model in the original's layouts, or one with every tensor by its name in the whole.
 
     shard_bytes: of a file of the language model at most, where a tensor is not larger.
@@ -41,19 +43,21 @@ def plan_export(model: ModelDirectory, format: ExportFormat = "pth", shard_bytes
     """
     if format == "pth":
         require_torch()
-    pieces = _pieces(model)
+    pieces = _tensors_by_file_type(model)
     if format == "safetensors":
-        named = {tensor.name: tensor for tensor in _in_the_whole(pieces)}  # branches share buffers
+        named = {tensor.name: tensor for tensor in _with_full_names(pieces)}  # branches share buffers
         return {"model.safetensors": list(named.values())}
     shards = _shards(pieces.pop("llama"), shard_bytes)
-    return {_file_name(kind): tensors for kind, tensors in pieces.items()} | shards
+    return {_file_name(file_type): tensors for file_type, tensors in pieces.items()} | shards
 
 
-def _file_name(kind: str) -> str:
-    return f"{PIECES[kind].file_name or kind}.pth"
+def _file_name(file_type: str) -> str:
+    return f"{FILE_SPECS[file_type].file_name or file_type}.pth"
 
 
-def export(model: ModelDirectory, files: Files, out: str | Path, progress: BytesProgress = lambda done: None) -> None:
+def export(
+    model: ModelDirectory, files: ExportPlan, out: str | Path, progress: BytesProgress = lambda done: None
+) -> None:
     """Writes the files that `plan_export` gave; `out` appears when it is whole.
 
     progress: called with the bytes written since.
@@ -69,7 +73,7 @@ def export(model: ModelDirectory, files: Files, out: str | Path, progress: Bytes
         >>> sorted(file.name for file in Path("exported").iterdir())
         ['config.json', 'model.safetensors']
     """
-    bare = {_file_name(kind) for kind, piece in PIECES.items() if piece.bare}
+    bare = {_file_name(file_type) for file_type, spec in FILE_SPECS.items() if spec.bare}
     with new_directory(Path(out)) as directory:
         shards = {Path(name).name: tensors for name, tensors in files.items() if name.startswith("llama/")}
         if shards:
@@ -82,82 +86,84 @@ def export(model: ModelDirectory, files: Files, out: str | Path, progress: Bytes
         write_json(directory / "config.json", to_dict(model.config))
 
 
-def export_bytes(files: Files) -> int:
+def export_bytes(files: ExportPlan) -> int:
     return sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
 
 
-def _pieces(model: ModelDirectory) -> dict[str, list[Tensor]]:
+def _tensors_by_file_type(model: ModelDirectory) -> dict[str, list[Tensor]]:
     """The tensors of every kind of file that the model has weights for."""
-    config, rules = model.config, _rules(model)
+    config, rules = model.config, _rules_by_file_type(model)
     targets = {rule.target for table in rules.values() for rule in table}
     shapes = abstract_shapes(config)
     check_leaves(model, {target: shapes[target] for target in targets})
     from_runs = {path for trained in model.trained for path in trained.leaves}
     check_params(model.path / "params", model.manifest["leaves"], sorted(targets - from_runs))
-    read = row_reader(model)
+    read = make_row_reader(model)
     pieces = {}
-    for kind, table in rules.items():
-        weights = [tensor for rule in table for tensor in _tensors(rule, shapes[rule.target], model, read)]
-        pieces[kind] = [*weights, *_buffers(kind, config)]
+    for file_type, table in rules.items():
+        weights = [tensor for rule in table for tensor in _source_tensors(rule, shapes[rule.target], model, read)]
+        pieces[file_type] = [*weights, *_buffers(file_type, config)]
     return pieces
 
 
-def _rules(model: ModelDirectory) -> dict[str, list[Rule]]:
+def _rules_by_file_type(model: ModelDirectory) -> dict[str, list[Rule]]:
     config = model.config
-    rules = {kind: piece.rules(config) for kind, piece in PIECES.items() if piece.applies(config)}
+    rules = {file_type: spec.rules(config) for file_type, spec in FILE_SPECS.items() if spec.applies(config)}
     return {
-        kind: table
-        for kind, table in rules.items()
-        if not PIECES[kind].may_be_untrained or _signature(kind, table) in model.shapes
+        file_type: table
+        for file_type, table in rules.items()
+        if not FILE_SPECS[file_type].may_be_untrained or _signature_weight(file_type, table) in model.shapes
     }
 
 
-def _signature(kind: str, rules: Sequence[Rule]) -> str:
+def _signature_weight(file_type: str, rules: Sequence[Rule]) -> str:
     """The weight that a kind of file is told by."""
-    return next(rule.target for rule in rules if PIECES[kind].signature in itertools.chain(*rule.names()))
+    return next(rule.target for rule in rules if FILE_SPECS[file_type].signature in itertools.chain(*rule.names()))
 
 
-def _tensors(rule: Rule, shape: tuple[int, ...], model: ModelDirectory, read: RowReader) -> Iterator[Tensor]:
+def _source_tensors(rule: Rule, shape: tuple[int, ...], model: ModelDirectory, read: RowReader) -> Iterator[Tensor]:
     """What a weight of ours is in the original: for each layer, a tensor or several."""
 
-    def part(row: int | None, number: int) -> np.ndarray:
-        return _in_c_order(rule.transform.to_torch(read(rule.target, row))[number])
+    def read_tensor(row: int | None, number: int) -> np.ndarray:
+        return _to_c_order(rule.transform.to_torch(read(rule.target, row))[number])
 
     shapes, dtype = rule.source_shapes(shape), stored_dtype(model, rule.target)
     for row, names in enumerate(rule.names()):
         for number, name in enumerate(names):
             where = None if rule.layers is None else row
-            yield Tensor(name, shapes[number], dtype, functools.partial(part, where, number))
+            yield Tensor(name, shapes[number], dtype, functools.partial(read_tensor, where, number))
 
 
-def _in_c_order(array: np.ndarray) -> np.ndarray:
-    return turned(array.T) if array.ndim == 2 and array.T.flags.c_contiguous else np.ascontiguousarray(array)
+def _to_c_order(array: np.ndarray) -> np.ndarray:
+    return (
+        transpose_contiguous(array.T) if array.ndim == 2 and array.T.flags.c_contiguous else np.ascontiguousarray(array)
+    )
 
 
-def _buffers(kind: str, config: VideoLlamaConfig) -> list[Tensor]:
+def _buffers(file_type: str, config: VideoLlamaConfig) -> list[Tensor]:
     """What the original's files hold besides weights, all fixed, and the same in every checkpoint of a model."""
     from vllama_jax.nn.llama import rope_frequencies
 
-    qformers = {"blip2": ("",), "vl": ("", "video_"), "al": ("", "video_", "audio_")}.get(kind, ())
+    qformers = {"blip2": ("",), "vl": ("", "video_"), "al": ("", "video_", "audio_")}.get(file_type, ())
     buffers = {f"{name}Qformer.bert.embeddings.position_ids": np.arange(NUM_POSITION_IDS)[None] for name in qformers}
-    if kind in ("vl", "al"):
+    if file_type in ("vl", "al"):
         name = "llama_model.model.layers.{}.self_attn.rotary_emb.inv_freq"
         buffers |= {name.format(layer): rope_frequencies(config.llama) for layer in range(config.llama.depth)}
-    if kind == "al":
+    if file_type == "al":
         buffers |= {
             f"audio_encoder.{name}": value for name, value in imagebind.buffers(config.require_imagebind()).items()
         }
-    if kind == "imagebind":
+    if file_type == "imagebind":
         buffers[imagebind.AUDIO_SCALE] = imagebind.buffers(config.require_imagebind())[imagebind.AUDIO_SCALE]
     return [
         Tensor(name, value.shape, value.dtype, functools.partial(np.asarray, value)) for name, value in buffers.items()
     ]
 
 
-def _in_the_whole(pieces: Mapping[str, Sequence[Tensor]]) -> Iterator[Tensor]:
-    for kind, tensors in pieces.items():
+def _with_full_names(pieces: Mapping[str, Sequence[Tensor]]) -> Iterator[Tensor]:
+    for file_type, tensors in pieces.items():
         for tensor in tensors:
-            yield dataclasses.replace(tensor, name=PIECES[kind].prefix + tensor.name)
+            yield dataclasses.replace(tensor, name=FILE_SPECS[file_type].prefix + tensor.name)
 
 
 def _shards(tensors: Sequence[Tensor], shard_bytes: float) -> dict[str, list[Tensor]]:
@@ -172,13 +178,13 @@ def _shards(tensors: Sequence[Tensor], shard_bytes: float) -> dict[str, list[Ten
     return {f"llama/model-{number:05}-of-{len(shards):05}.safetensors": shard for number, shard in enumerate(shards, 1)}
 
 
-def _write_llama(directory: Path, model: ModelDirectory, shards: Files) -> None:
+def _write_llama(directory: Path, model: ModelDirectory, shards: ExportPlan) -> None:
     """What is in a Hugging Face directory beside the weights."""
     directory.mkdir()
     for file in (model.path / "tokenizer").iterdir():
         write_file(directory / file.name, file.read_bytes())
     dtype = stored_dtype(model, "llama/embedding").name
-    fields = config_fields(model.config.llama) | _special_ids(model) | {"torch_dtype": dtype}
+    fields = to_hugging_face_config(model.config.llama) | _special_ids(model) | {"torch_dtype": dtype}
     replace_json(directory / "config.json", fields)  # a tokenizer.json may have brought one, for its ids
     if len(shards) > 1:
         homes = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}

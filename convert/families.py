@@ -33,7 +33,7 @@ class Family:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     required: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rules: Callable[[LlamaConfig], list[Rule]] = llama.rules
-    extras: Callable[[LlamaConfig], dict[str, str]] = llama.extras
+    unused_tensors: Callable[[LlamaConfig], dict[str, str]] = llama.unused_tensors
 
 
 # By config.json's model_type. Defaults are those of transformers 5.24, whose config.json leaves some of them out.

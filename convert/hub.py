@@ -9,12 +9,12 @@ from vllama_jax.runtime.extras import import_extra
 
 # hf://org/name, hf://org/name@revision, hf://org/name/folder/file.pth; pathlib makes one slash of two
 ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<file>.+))?")
-SMALL = ["*.json", "*.model"]
+CONFIG_PATTERNS = ["*.json", "*.model"]
 WEIGHT_PATTERNS = ["*.safetensors", "*.bin", "*.pth", "*.pt", "*.ckpt"]
-DOUBLES = ["original/*"]  # Meta's layout beside Hugging Face's
+IGNORED_PATTERNS = ["original/*"]  # Meta's layout beside Hugging Face's
 
 
-def local(path: str | Path) -> Path:
+def resolve_hub_path(path: str | Path) -> Path:
     """Where a path's files are: itself; of an hf:// address the cached repository, or the one file that it names.
 
     Only weights, configs and tokenizers are downloaded; of a model in both formats, safetensors.
@@ -27,32 +27,37 @@ def local(path: str | Path) -> Path:
         raise CheckpointError(f"{path}: not an address on the hub; name it as hf://org/name or hf://org/name/file")
     repository, revision, file = address["repository"], address["revision"], address["file"]
     if file:
-        found = _snapshot(repository, revision, [file]) / file
+        found = _download_snapshot(repository, revision, [file]) / file
         if not found.exists():
             raise CheckpointError(f"hf://{repository}: has no file {file}")
         return found
-    home = _snapshot(repository, revision, SMALL)
+    home = _download_snapshot(repository, revision, CONFIG_PATTERNS)
     indices = [index.relative_to(home).parent for index in home.rglob("model.safetensors.index.json")]
-    return _snapshot(
-        repository, revision, SMALL + WEIGHT_PATTERNS, [str(folder / "pytorch_model*.bin") for folder in indices]
+    return _download_snapshot(
+        repository,
+        revision,
+        CONFIG_PATTERNS + WEIGHT_PATTERNS,
+        [str(folder / "pytorch_model*.bin") for folder in indices],
     )
 
 
-def _snapshot(repository: str, revision: str | None, patterns: list[str], without: list[str] | None = None) -> Path:
+def _download_snapshot(
+    repository: str, revision: str | None, patterns: list[str], without: list[str] | None = None
+) -> Path:
     instead = "download it yourself and name the directory"
     hub = import_extra(
         "huggingface_hub", "convert", f"hf://{repository}: reading from the hub", CheckpointError, instead
     )
-    ignored = [*DOUBLES, *(without or [])]
+    ignored = [*IGNORED_PATTERNS, *(without or [])]
     try:
         return Path(
             hub.snapshot_download(repository, revision=revision, allow_patterns=patterns, ignore_patterns=ignored)
         )
     except Exception as error:  # the hub, the network and the cache fail in many ways
-        raise CheckpointError(f"hf://{repository}: {_reason(error, hub.errors)}") from error
+        raise CheckpointError(f"hf://{repository}: {_explain_error(error, hub.errors)}") from error
 
 
-def _reason(error: Exception, errors: Any) -> str:
+def _explain_error(error: Exception, errors: Any) -> str:
     if isinstance(error, errors.GatedRepoError):
         return "its owner asks to accept a licence first; do that on its page, then `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):

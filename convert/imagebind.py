@@ -9,22 +9,22 @@ import numpy as np
 from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig
 from vllama_jax.convert.rules import (
     CONVOLUTION,
-    ROW,
-    TABLE,
+    SQUEEZE_TO_MATRIX,
+    SQUEEZE_TO_VECTOR,
     Rule,
     Transform,
     from_heads,
-    heads_out,
     linear,
     norm,
-    patches,
-    split,
+    patch_kernel,
+    to_heads_bias,
+    to_heads_kernel,
 )
 from vllama_jax.convert.weight_files import Source, count_layers
 from vllama_jax.errors import CheckpointError
 from vllama_jax.towers import ImageBindVisionConfig
 
-EXTRAS = {
+UNUSED_TENSORS = {
     r"modality_(preprocessors|trunks|heads|postprocessors)\.(text|depth|thermal|imu)\..*": (
         "Video-LLaMA uses ImageBind's audio and vision towers only"
     ),
@@ -46,53 +46,53 @@ def buffers(cfg: ImageBindConfig) -> dict[str, np.ndarray]:
 
 
 def rules(cfg: ImageBindConfig) -> list[Rule]:
-    return [*_audio(cfg.audio), *_vision(cfg.vision)]
+    return [*_audio_rules(cfg.audio), *_vision_rules(cfg.vision)]
 
 
-def _audio(cfg: ImageBindAudioConfig) -> list[Rule]:
+def _audio_rules(cfg: ImageBindAudioConfig) -> list[Rule]:
     target, layers, heads = "imagebind/audio", range(cfg.depth), (cfg.num_heads, cfg.width // cfg.num_heads)
     stem = "modality_preprocessors.audio.rgbt_stem"
     attention = "modality_trunks.audio.blocks.{i}.attn"
     return [
         Rule(f"{target}/patch_embed/kernel", (f"{stem}.proj.weight",), CONVOLUTION),
         *norm(f"{target}/stem_norm", f"{stem}.norm_layer"),
-        *_tower(target, "audio", cfg),
-        Rule(f"{target}/blocks/attention/extra_key", (f"{attention}.bias_k",), _row_of_heads(*heads), layers),
-        Rule(f"{target}/blocks/attention/extra_value", (f"{attention}.bias_v",), _row_of_heads(*heads), layers),
+        *_tower_rules(target, "audio", cfg),
+        Rule(f"{target}/blocks/attention/extra_key", (f"{attention}.bias_k",), _split_row(*heads), layers),
+        Rule(f"{target}/blocks/attention/extra_value", (f"{attention}.bias_v",), _split_row(*heads), layers),
     ]
 
 
-def _vision(cfg: ImageBindVisionConfig) -> list[Rule]:
+def _vision_rules(cfg: ImageBindVisionConfig) -> list[Rule]:
     target = "imagebind/vision"
     kernel = "modality_preprocessors.vision.rgbt_stem.proj.1.weight"
     return [
-        Rule(f"{target}/patch_embed", (kernel,), patches(cfg.frames_per_patch, cfg.patch_size, cfg.patch_size)),
+        Rule(f"{target}/patch_embed", (kernel,), patch_kernel(cfg.frames_per_patch, cfg.patch_size, cfg.patch_size)),
         *norm(f"{target}/trunk_norm", "modality_trunks.vision.pre_transformer_layer.0"),
-        *_tower(target, "vision", cfg),
+        *_tower_rules(target, "vision", cfg),
     ]
 
 
-def _tower(target: str, sense: str, cfg: ImageBindAudioConfig | ImageBindVisionConfig) -> list[Rule]:
+def _tower_rules(target: str, modality: str, cfg: ImageBindAudioConfig | ImageBindVisionConfig) -> list[Rule]:
     """What both towers have."""
     layers, heads = range(cfg.depth), (cfg.num_heads, cfg.width // cfg.num_heads)
-    stem, trunk = f"modality_preprocessors.{sense}", f"modality_trunks.{sense}.blocks.{{i}}"
+    stem, trunk = f"modality_preprocessors.{modality}", f"modality_trunks.{modality}.blocks.{{i}}"
     blocks, qkv = f"{target}/blocks", f"{target}/blocks/attention/qkv"
     return [
-        Rule(f"{target}/class_token", (f"{stem}.cls_token",), ROW),
-        Rule(f"{target}/positions", (f"{stem}.pos_embedding_helper.pos_embed",), TABLE),
+        Rule(f"{target}/class_token", (f"{stem}.cls_token",), SQUEEZE_TO_VECTOR),
+        Rule(f"{target}/positions", (f"{stem}.pos_embedding_helper.pos_embed",), SQUEEZE_TO_MATRIX),
         *norm(f"{blocks}/norm1", f"{trunk}.norm_1", layers),
-        Rule(f"{qkv}/kernel", (f"{trunk}.attn.in_proj_weight",), heads_out(3, *heads), layers),
-        Rule(f"{qkv}/bias", (f"{trunk}.attn.in_proj_bias",), split(3, *heads), layers),
+        Rule(f"{qkv}/kernel", (f"{trunk}.attn.in_proj_weight",), to_heads_kernel(3, *heads), layers),
+        Rule(f"{qkv}/bias", (f"{trunk}.attn.in_proj_bias",), to_heads_bias(3, *heads), layers),
         *from_heads(f"{blocks}/attention/out", f"{trunk}.attn.out_proj", cfg.num_heads, layers),
         *norm(f"{blocks}/norm2", f"{trunk}.norm_2", layers),
         *linear(f"{blocks}/mlp/up", f"{trunk}.mlp.fc1", layers),
         *linear(f"{blocks}/mlp/down", f"{trunk}.mlp.fc2", layers),
-        *norm(f"{target}/head_norm", f"modality_heads.{sense}.0"),
-        *linear(f"{target}/head", f"modality_heads.{sense}.2", bias=False),
+        *norm(f"{target}/head_norm", f"modality_heads.{modality}.0"),
+        *linear(f"{target}/head", f"modality_heads.{modality}.2", bias=False),
     ]
 
 
-def _row_of_heads(heads: int, head_dim: int) -> Transform:
+def _split_row(heads: int, head_dim: int) -> Transform:
     """A learned row over heads: [1, 1, h·k] ↔ [h, k]."""
     return Transform(lambda x: x.reshape(heads, head_dim), lambda x: (x.reshape(1, 1, -1),))
 
@@ -102,7 +102,7 @@ def infer(source: Source) -> dict[str, Any]:
     stem = "modality_preprocessors"
     audio_width, _, _, audio_patch = source.shape(f"{stem}.audio.rgbt_stem.proj.weight", 4)
     width, _, frames, _, patch_size = source.shape(f"{stem}.vision.rgbt_stem.proj.1.weight", 5)
-    audio = {"width": audio_width, "patch_size": audio_patch, **_trunk(source, "audio")}
+    audio = {"width": audio_width, "patch_size": audio_patch, **_infer_trunk(source, "audio")}
     if AUDIO_SCALE in source:
         if math.prod(source.shapes[AUDIO_SCALE]) != 1:
             raise CheckpointError(f"{source.label}: {AUDIO_SCALE} is not a single number")
@@ -112,13 +112,13 @@ def infer(source: Source) -> dict[str, Any]:
         "frames_per_patch": frames,
         "patch_size": patch_size,
         "image_size": patch_size * math.isqrt(source.shape(f"{stem}.vision.pos_embedding_helper.pos_embed", 3)[1] - 1),
-        **_trunk(source, "vision"),
+        **_infer_trunk(source, "vision"),
     }
     return {"embed_dim": source.shape("modality_heads.audio.2.weight", 2)[0], "audio": audio, "vision": vision}
 
 
-def _trunk(source: Source, sense: str) -> dict[str, Any]:
-    blocks = f"modality_trunks.{sense}.blocks"
+def _infer_trunk(source: Source, modality: str) -> dict[str, Any]:
+    blocks = f"modality_trunks.{modality}.blocks"
     return {
         "depth": count_layers(source, rf"{re.escape(blocks)}\.(\d+)\."),
         "mlp_dim": source.shape(f"{blocks}.0.mlp.fc1.weight", 2)[0],

@@ -5,12 +5,12 @@ from typing import Any
 
 from vllama_jax import config as presets
 from vllama_jax.config import VideoLlamaConfig, check_fields, from_dict, merge
-from vllama_jax.convert.components import PIECES
+from vllama_jax.convert.components import FILE_SPECS
 from vllama_jax.convert.weight_files import Source, count_layers
 from vllama_jax.errors import ConfigError
 
 # Head counts leave no trace in shapes; these are the published models'.
-HEADS = {
+PUBLISHED_HEADS = {
     "vit": {presets.EVA_G.width: presets.EVA_G.num_heads},
     "qformer": {presets.BLIP2_QFORMER.width: presets.BLIP2_QFORMER.num_heads},
     "imagebind.audio": {presets.IMAGEBIND_HUGE.audio.width: presets.IMAGEBIND_HUGE.audio.num_heads},
@@ -18,8 +18,8 @@ HEADS = {
 }
 
 
-def model_config(
-    pieces: Mapping[str, Source],
+def infer_model_config(
+    sources: Mapping[str, Source],
     llama_fields: Mapping[str, Any],
     override: Mapping[str, Any],
     known: Mapping[str, Any] | None = None,
@@ -33,29 +33,29 @@ def model_config(
     where a file has not the layers it should; CheckpointError where a file lacks a tensor that tells a dimension.
     """
     known = dict(known or {})
-    told = _told(pieces, llama_fields)
-    if "extra_branches" in told:
-        told["extra_branches"] = join_branches(known.get("extra_branches", ()), told["extra_branches"])
-    fields = known | {name: _over(known.get(name), value) for name, value in told.items()}
-    _fill_branches(fields)
+    inferred = _inferred_fields(sources, llama_fields)
+    if "extra_branches" in inferred:
+        inferred["extra_branches"] = join_branches(known.get("extra_branches", ()), inferred["extra_branches"])
+    fields = known | {name: _merge_inferred(known.get(name), value) for name, value in inferred.items()}
+    _add_missing_branches(fields)
     _check_override(override, fields)
     absent = {"imagebind", "audio_qformer"} - fields.keys()  # one --config may serve with and without these
     fields = merge(fields, {name: value for name, value in override.items() if name not in absent})
     _fill_heads(fields)
     cfg = from_dict(fields, VideoLlamaConfig, "model config")
-    for kind, source in pieces.items():
-        if layers := PIECES[kind].layers:
-            _check_depth(layers.part, getattr(cfg, layers.part).depth, source, layers.pattern, layers.said_by)
+    for file_type, source in sources.items():
+        if layers := FILE_SPECS[file_type].layers:
+            _check_depth(layers.component, getattr(cfg, layers.component).depth, source, layers.pattern, layers.advice)
     return cfg
 
 
-def _told(pieces: Mapping[str, Source], llama_fields: Mapping[str, Any]) -> dict[str, Any]:
+def _inferred_fields(sources: Mapping[str, Source], llama_fields: Mapping[str, Any]) -> dict[str, Any]:
     """The fields that the pieces tell."""
-    told: dict[str, Any] = {}
-    for kind, source in pieces.items():
-        for name, value in PIECES[kind].infer(source).items():
-            told[name] = join_branches(told.get(name, ()), value) if name == "extra_branches" else value
-    return told | ({"llama": {**llama_fields, **told["llama"]}} if "llama" in told else {})
+    inferred: dict[str, Any] = {}
+    for file_type, source in sources.items():
+        for name, value in FILE_SPECS[file_type].infer(source).items():
+            inferred[name] = join_branches(inferred.get(name, ()), value) if name == "extra_branches" else value
+    return inferred | ({"llama": {**llama_fields, **inferred["llama"]}} if "llama" in inferred else {})
 
 
 def join_branches(known: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -63,16 +63,16 @@ def join_branches(known: Iterable[Mapping[str, Any]], others: Iterable[Mapping[s
     return list({branch["type"]: branch for branch in (*known, *others)}.values())
 
 
-def _over(known: Any, told: Any) -> Any:
+def _merge_inferred(known: Any, inferred: Any) -> Any:
     """What a file tells, and beside it what was known of a part of the same width: head counts leave no trace."""
-    if not isinstance(known, Mapping) or not isinstance(told, Mapping):
-        return told
-    if any(known.get(name) != told.get(name) for name in ("width", "type")):
-        return told
-    return {**known, **{name: _over(known.get(name), value) for name, value in told.items()}}
+    if not isinstance(known, Mapping) or not isinstance(inferred, Mapping):
+        return inferred
+    if any(known.get(name) != inferred.get(name) for name in ("width", "type")):
+        return inferred
+    return {**known, **{name: _merge_inferred(known.get(name), value) for name, value in inferred.items()}}
 
 
-def _fill_branches(fields: dict[str, Any]) -> None:
+def _add_missing_branches(fields: dict[str, Any]) -> None:
     """Before a branch has a checkpoint, it is as it will be trained: two layers of the image Q-Former's size."""
     new = fields["image_qformer"] | {"depth": presets.VIDEO_QFORMER.depth, "cross_attention_every": 1}
     fields.setdefault("video_qformer", new | {"num_queries": presets.VIDEO_QFORMER.num_queries})
@@ -107,13 +107,13 @@ def _fill_heads(fields: dict[str, Any]) -> None:
     """Puts the published head counts where none is given; lists every place where there is none to put."""
     places = {"vit": fields["vit"]} | {name: fields[name] for name in fields if name.endswith("_qformer")}
     if imagebind_fields := fields.get("imagebind"):
-        places |= {f"imagebind.{sense}": imagebind_fields[sense] for sense in ("audio", "vision")}
+        places |= {f"imagebind.{modality}": imagebind_fields[modality] for modality in ("audio", "vision")}
     unknown = []
-    for path, part in places.items():
-        known = published_heads(path, "type" in part)
-        if "num_heads" not in part and part["width"] in known:
-            part["num_heads"] = known[part["width"]]
-        elif "num_heads" not in part:
+    for path, component in places.items():
+        known = published_heads(path, "type" in component)
+        if "num_heads" not in component and component["width"] in known:
+            component["num_heads"] = known[component["width"]]
+        elif "num_heads" not in component:
             unknown.append(path)
     if unknown:
         raise ConfigError(
@@ -124,11 +124,13 @@ def _fill_heads(fields: dict[str, Any]) -> None:
 
 def published_heads(path: str, typed: bool) -> Mapping[int, int]:
     """The head counts of the published models by width. typed: whether the part is no EVA-CLIP, which tells its own."""
-    return {} if typed else HEADS["qformer" if path.endswith("_qformer") else path]
+    return {} if typed else PUBLISHED_HEADS["qformer" if path.endswith("_qformer") else path]
 
 
-def _check_depth(part: str, depth: int, source: Source, pattern: str, said_by: str) -> None:
+def _check_depth(component: str, depth: int, source: Source, pattern: str, advice: str) -> None:
     """Fewer layers than the model has would be a long list of missing tensors, and so one line here."""
     held = count_layers(source, pattern)
     if held < depth:
-        raise ConfigError(f"{source.label}: holds {held} layers, and {part} has {depth}; {said_by} how many there are")
+        raise ConfigError(
+            f"{source.label}: holds {held} layers, and {component} has {depth}; {advice} how many there are"
+        )

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vllama_jax.convert import language_config, meta_llama
-from vllama_jax.convert.components import unwrapped
+from vllama_jax.convert.components import strip_wrapper_prefixes
 from vllama_jax.convert.delta import open_delta
 from vllama_jax.convert.weight_files import Source, open_llama
 from vllama_jax.errors import ConfigError
@@ -34,12 +34,12 @@ def open_language_model(directory: Path | None, delta: Path | None) -> LanguageM
     if directory is None:
         raise ConfigError(f"--delta needs --llama: the language model that {delta} is added to")
     if delta is None:
-        return _checked(_open(directory, "--llama"))
-    base, added = _open(directory, "--llama"), _open(delta, "--delta")
-    return _checked(dataclasses.replace(added, source=open_delta(base.source, added.source)))
+        return _check_tied_head(_open_directory(directory, "--llama"))
+    base, added = _open_directory(directory, "--llama"), _open_directory(delta, "--delta")
+    return _check_tied_head(dataclasses.replace(added, source=open_delta(base.source, added.source)))
 
 
-def _checked(model: LanguageModel) -> LanguageModel:
+def _check_tied_head(model: LanguageModel) -> LanguageModel:
     """The model, its head tied to the embeddings only where the files have no other one, as transformers 5 loads it."""
     source = model.source
     if not model.fields["tie_embeddings"] or HEAD not in source or EMBEDDING not in source:
@@ -63,10 +63,10 @@ def is_language_model_file(name: str) -> bool:
     return language_config.is_hugging_face_file(name) or bool(meta_llama.SHARD.fullmatch(name)) or name.endswith(".chk")
 
 
-def _open(directory: Path, option: str) -> LanguageModel:
+def _open_directory(directory: Path, option: str) -> LanguageModel:
     if meta_llama.is_meta(directory) and not (directory / "config.json").exists():
-        source = unwrapped(meta_llama.open_meta(directory))
+        source = strip_wrapper_prefixes(meta_llama.open_meta(directory))
         fields = meta_llama.llama_fields(meta_llama.read_params(directory), source)
         return LanguageModel(source, fields, meta_llama.tokenizer_directory(directory))
     fields = language_config.read_llama_config(directory, option)
-    return LanguageModel(unwrapped(open_llama(directory)), fields, directory)
+    return LanguageModel(strip_wrapper_prefixes(open_llama(directory)), fields, directory)

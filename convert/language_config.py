@@ -5,11 +5,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.config import HIGHEST, LlamaConfig, RopeScaling
+from vllama_jax.config import MAX_VALUES, LlamaConfig, RopeScaling
 from vllama_jax.convert.families import FAMILIES, Family, find_family
 from vllama_jax.convert.weight_files import read_config_file
 from vllama_jax.errors import CheckpointError, ConfigError
-from vllama_jax.io.json_fields import REQUIRED, flag, number, shown, whole_number, without_null
+from vllama_jax.io.json_fields import REQUIRED, drop_null, format_value, get_bool, get_integer, get_number
 
 _WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)(\.index\.json)?")
 
@@ -38,7 +38,7 @@ def read_llama_config(directory: Path, option: str = "--llama") -> dict[str, Any
     if not path.exists():
         raise CheckpointError(
             f"{directory}: no config.json; {option} takes a Hugging Face LLaMA directory, or Meta's with params.json "
-            f"and consolidated.00.pth; {_held(directory)}"
+            f"and consolidated.00.pth; {_describe_contents(directory)}"
         )
     fields = read_config_file(path)
     if "format" in fields and "model" in fields:
@@ -46,9 +46,9 @@ def read_llama_config(directory: Path, option: str = "--llama") -> dict[str, Any
     name = fields.get("model_type", "llama")
     if name not in tuple(FAMILIES):
         known = ", ".join(FAMILIES)
-        raise ConfigError(f"{path}: model_type {shown(name)} is not supported; {option} takes one of {known}")
+        raise ConfigError(f"{path}: model_type {format_value(name)} is not supported; {option} takes one of {known}")
     _check_supported(fields, FAMILIES[name], str(path))
-    return _fields(fields, name, str(path))
+    return _to_llama_fields(fields, name, str(path))
 
 
 def _check_supported(fields: dict[str, Any], family: Family, where: str) -> None:
@@ -56,15 +56,15 @@ def _check_supported(fields: dict[str, Any], family: Family, where: str) -> None
     for name, value in family.required.items():
         given = family.defaults.get(name, value) if name not in fields else fields[name]
         if value is False:
-            given = flag(fields, name, where, ConfigError)
+            given = get_bool(fields, name, where, ConfigError)
         if given != value and not (name == "sliding_window" and _covers_context(fields, family, where)):
             advice = f"only {'null' if value is None else str(value).lower()} is"
-            raise ConfigError(f"{where}: {name} is {shown(given)}, which is not supported; {advice}")
+            raise ConfigError(f"{where}: {name} is {format_value(given)}, which is not supported; {advice}")
     layer_types = fields.get("layer_types") or []
     if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
-        raise ConfigError(f"{where}: layer_types is {shown(layer_types)}; only full_attention is supported")
+        raise ConfigError(f"{where}: layer_types is {format_value(layer_types)}; only full_attention is supported")
     if fields.get("hidden_act", "silu") != "silu":
-        raise ConfigError(f"{where}: activation {shown(fields['hidden_act'])} is not supported; only silu is")
+        raise ConfigError(f"{where}: activation {format_value(fields['hidden_act'])} is not supported; only silu is")
     if fields.get("quantization_config"):
         raise ConfigError(f"{where}: its weights are quantized (quantization_config); take the model it was made from")
 
@@ -72,11 +72,11 @@ def _check_supported(fields: dict[str, Any], family: Family, where: str) -> None
 def _covers_context(fields: dict[str, Any], family: Family, where: str) -> bool:
     """Whether a sliding window is as long as the context, where it changes nothing."""
     fields = {**family.defaults, **fields}
-    window = whole_number(fields, "sliding_window", where, ConfigError)
-    return window >= whole_number(fields, "max_position_embeddings", where, ConfigError)
+    window = get_integer(fields, "sliding_window", where, ConfigError)
+    return window >= get_integer(fields, "max_position_embeddings", where, ConfigError)
 
 
-def _held(directory: Path) -> str:
+def _describe_contents(directory: Path) -> str:
     """What a directory that is no LLaMA's holds, with the LLaMA below it where there is one."""
     entries = sorted(directory.iterdir())
     for entry in entries:
@@ -86,7 +86,7 @@ def _held(directory: Path) -> str:
     return f"it holds {', '.join(names)}{', …' if len(entries) > 3 else ''}" if names else "it is empty"
 
 
-def config_fields(cfg: LlamaConfig) -> dict[str, Any]:
+def to_hugging_face_config(cfg: LlamaConfig) -> dict[str, Any]:
     """What a config.json says of this language model: `read_llama_config` backward."""
     family = find_family(cfg.family)
     return {
@@ -128,31 +128,31 @@ _DIMENSIONS = {
 }
 
 
-EPSILON, ROPE_THETA, SCALING = HIGHEST["norm_eps"], HIGHEST["rope_theta"], HIGHEST["factor"]
+MAX_EPSILON, MAX_ROPE_THETA, MAX_ROPE_FACTOR = MAX_VALUES["norm_eps"], MAX_VALUES["rope_theta"], MAX_VALUES["factor"]
 
 
-def _fields(fields: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+def _to_llama_fields(fields: dict[str, Any], name: str, where: str) -> dict[str, Any]:
     family = FAMILIES[name]
-    fields = without_null(fields, "num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters")
+    fields = drop_null(fields, "num_key_value_heads", "head_dim", "rope_scaling", "rope_parameters")
     fields = {**family.defaults, **fields}
 
-    def whole(name: str, default: Any = REQUIRED) -> int:
-        return whole_number(fields, name, where, ConfigError, default)
+    def integer(name: str, default: Any = REQUIRED) -> int:
+        return get_integer(fields, name, where, ConfigError, default)
 
-    dimensions = {ours: whole(theirs) for ours, theirs in _DIMENSIONS.items()}
+    dimensions = {ours: integer(theirs) for ours, theirs in _DIMENSIONS.items()}
     rope = _rope(fields, where)
-    theta = number(rope, "rope_theta", where, ConfigError, ROPE_THETA, 10000.0)
-    if number(fields, "rope_theta", where, ConfigError, ROPE_THETA, theta) != theta and "rope_theta" in rope:
+    theta = get_number(rope, "rope_theta", where, ConfigError, MAX_ROPE_THETA, 10000.0)
+    if get_number(fields, "rope_theta", where, ConfigError, MAX_ROPE_THETA, theta) != theta and "rope_theta" in rope:
         raise ConfigError(f"{where}: rope_theta is {fields['rope_theta']:g}, and {theta:g} in rope_parameters")
     return {
         **dimensions,
-        "num_kv_heads": whole("num_key_value_heads", dimensions["num_heads"]),
-        "head_dim": whole("head_dim", max(1, dimensions["width"] // dimensions["num_heads"])),
-        "norm_eps": number(fields, "rms_norm_eps", where, ConfigError, EPSILON, 1e-6),
-        "max_length": whole("max_position_embeddings", 2048),
-        "rope_theta": number(fields, "rope_theta", where, ConfigError, ROPE_THETA, theta),
+        "num_kv_heads": integer("num_key_value_heads", dimensions["num_heads"]),
+        "head_dim": integer("head_dim", max(1, dimensions["width"] // dimensions["num_heads"])),
+        "norm_eps": get_number(fields, "rms_norm_eps", where, ConfigError, MAX_EPSILON, 1e-6),
+        "max_length": integer("max_position_embeddings", 2048),
+        "rope_theta": get_number(fields, "rope_theta", where, ConfigError, MAX_ROPE_THETA, theta),
         "rope_scaling": _rope_scaling(rope, where),
-        "tie_embeddings": flag(fields, "tie_word_embeddings", where, ConfigError),
+        "tie_embeddings": get_bool(fields, "tie_word_embeddings", where, ConfigError),
         "family": name,
         "qkv_bias": False,
         "qk_norm": False,
@@ -164,7 +164,7 @@ def _rope(fields: dict[str, Any], where: str) -> dict[str, Any]:
     """What a config says of rotary embeddings: transformers 5 calls it rope_parameters."""
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(fields.get(name, {}), dict):
-            raise ConfigError(f"{where}: {name} must be an object, not {shown(fields[name])}")
+            raise ConfigError(f"{where}: {name} must be an object, not {format_value(fields[name])}")
     return fields.get("rope_parameters") or fields.get("rope_scaling") or {}
 
 
@@ -173,12 +173,12 @@ def _rope_scaling(rope: dict[str, Any], where: str) -> dict[str, Any] | None:
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):
-        raise ConfigError(f"{where}: rotary scaling {shown(kind)} is not supported; only linear and llama3 are")
+        raise ConfigError(f"{where}: rotary scaling {format_value(kind)} is not supported; only linear and llama3 are")
     names = ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()))
     needed = (*names, *(("original_max_position_embeddings",) if kind == "llama3" else ()))
     if missing := [name for name in needed if name not in rope]:
         raise ConfigError(f"{where}: rotary scaling {kind!r} has no {', '.join(missing)}")
-    found = {"kind": kind} | {name: number(rope, name, where, ConfigError, SCALING) for name in names}
+    found = {"kind": kind} | {name: get_number(rope, name, where, ConfigError, MAX_ROPE_FACTOR) for name in names}
     if kind == "llama3":
-        found["original_max_length"] = whole_number(rope, "original_max_position_embeddings", where, ConfigError)
+        found["original_max_length"] = get_integer(rope, "original_max_position_embeddings", where, ConfigError)
     return found

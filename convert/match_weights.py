@@ -8,15 +8,15 @@ import numpy as np
 
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.convert import redundant
-from vllama_jax.convert.components import PIECES
+from vllama_jax.convert.components import FILE_SPECS
 from vllama_jax.convert.rules import Rule
 from vllama_jax.convert.weight_files import Source
 from vllama_jax.errors import CheckpointError
-from vllama_jax.io.prefetch import in_order
+from vllama_jax.io.prefetch import map_in_order
 from vllama_jax.nn.network import abstract_network
 
 WEIGHT_DTYPES = ("float64", "float32", "bfloat16", "float16")
-REPORTED_PROBLEMS = 30
+MAX_REPORTED_PROBLEMS = 30
 LAYER_READERS = 2  # measured: 1.3 times the speed of one from safetensors, 1.9 from .bin; each holds a layer
 
 
@@ -45,7 +45,7 @@ class Leaf:
 
         Raises CheckpointError when a value is beyond what `dtype` can hold.
         """
-        return in_order(lambda names: self._block(names, dtype), self.rule.names(), LAYER_READERS)
+        return map_in_order(lambda names: self._block(names, dtype), self.rule.names(), LAYER_READERS)
 
     def _block(self, names: tuple[str, ...], dtype: np.dtype) -> np.ndarray:
         block = self.rule.transform.to_jax(*(self.source.read(name) for name in names))
@@ -72,25 +72,27 @@ def abstract_shapes(cfg: VideoLlamaConfig) -> dict[str, tuple[int, ...]]:
     return {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(state)}
 
 
-def tables(cfg: VideoLlamaConfig, kinds: Iterable[str], elsewhere: Iterable[str] = ()) -> dict[str, list[Rule]]:
+def rule_tables(
+    cfg: VideoLlamaConfig, file_types: Iterable[str], other_file_types: Iterable[str] = ()
+) -> dict[str, list[Rule]]:
     """The rules of each kind of file. A vision-language checkpoint's projection wins over MiniGPT-4's.
 
     elsewhere: kinds that are given, but not as files.
     """
-    kinds = list(kinds)
-    has_projection = "vl" in (*kinds, *elsewhere)
+    file_types = list(file_types)
+    has_projection = "vl" in (*file_types, *other_file_types)
     return {
-        kind: PIECES[kind].rules(cfg)
-        for kind in kinds
-        if PIECES[kind].applies(cfg) and (kind != "minigpt4" or not has_projection)
+        file_type: FILE_SPECS[file_type].rules(cfg)
+        for file_type in file_types
+        if FILE_SPECS[file_type].applies(cfg) and (file_type != "minigpt4" or not has_projection)
     }
 
 
 Problem = tuple[str, str]  # what is wrong ("missing in"), and where: the file, the tensor
 
 
-def match(
-    cfg: VideoLlamaConfig, pieces: Mapping[str, Source], elsewhere: Iterable[str] = ()
+def match_weights(
+    cfg: VideoLlamaConfig, sources: Mapping[str, Source], other_file_types: Iterable[str] = ()
 ) -> tuple[list[Leaf], dict[str, int]]:
     """Every weight of the model that the pieces give, and what of them is left out: reason → how many tensors.
 
@@ -101,31 +103,33 @@ def match(
     shapes = abstract_shapes(cfg)
     leaves: list[Leaf] = []
     problems: list[Problem] = []
-    used_rules = tables(cfg, pieces, elsewhere)
-    for kind, rules in used_rules.items():
+    used_rules = rule_tables(cfg, sources, other_file_types)
+    for file_type, rules in used_rules.items():
         for rule in rules:
-            problems += _problems(rule, pieces[kind], shapes[rule.target])
-            leaves.append(Leaf(rule, pieces[kind], shapes[rule.target]))
-    left_out, unused = _left_out(cfg, pieces, used_rules)
-    for source in dict.fromkeys(pieces.values()):
+            problems += _find_problems(rule, sources[file_type], shapes[rule.target])
+            leaves.append(Leaf(rule, sources[file_type], shapes[rule.target]))
+    left_out, unused = _find_unused(cfg, sources, used_rules)
+    for source in dict.fromkeys(sources.values()):
         problems += [("twice in", f"{source.label}: {name}") for name in sorted(source.duplicates)]
     problems += unused
-    if problems := problems or _differing(cfg, pieces):
-        raise CheckpointError("\n  ".join(["the files do not make a model:", *_shortened(problems)]))
+    if problems := problems or _find_differing(cfg, sources):
+        raise CheckpointError("\n  ".join(["the files do not make a model:", *_summarize_problems(problems)]))
     return leaves, left_out
 
 
-def _shortened(problems: Sequence[Problem]) -> list[str]:
+def _summarize_problems(problems: Sequence[Problem]) -> list[str]:
     """One line each; where there are many, some of each kind and the number of the rest."""
-    kinds = list(dict.fromkeys(kind for kind, _ in problems))
-    shown, lines = REPORTED_PROBLEMS // len(kinds), []
-    for kind in kinds:
-        found = [f"{kind} {where}" for what, where in problems if what == kind]
-        lines += found if len(found) <= shown else [*found[: shown - 1], f"… and {len(found) - shown + 1} more {kind}"]
+    file_types = list(dict.fromkeys(file_type for file_type, _ in problems))
+    shown, lines = MAX_REPORTED_PROBLEMS // len(file_types), []
+    for file_type in file_types:
+        found = [f"{file_type} {where}" for what, where in problems if what == file_type]
+        lines += (
+            found if len(found) <= shown else [*found[: shown - 1], f"… and {len(found) - shown + 1} more {file_type}"]
+        )
     return lines
 
 
-def _problems(rule: Rule, source: Source, shape: tuple[int, ...]) -> Iterator[Problem]:
+def _find_problems(rule: Rule, source: Source, shape: tuple[int, ...]) -> Iterator[Problem]:
     """What is wrong with the tensors that a rule needs."""
     expected = rule.source_shapes(shape)
     for names in rule.names():
@@ -139,22 +143,22 @@ def _problems(rule: Rule, source: Source, shape: tuple[int, ...]) -> Iterator[Pr
                 yield "no weights in", f"{where} is {source.dtypes[name]}, not {', '.join(WEIGHT_DTYPES)}"
 
 
-def _left_out(
-    cfg: VideoLlamaConfig, pieces: Mapping[str, Source], used_rules: Mapping[str, Sequence[Rule]]
+def _find_unused(
+    cfg: VideoLlamaConfig, sources: Mapping[str, Source], used_rules: Mapping[str, Sequence[Rule]]
 ) -> tuple[dict[str, int], list[Problem]]:
     """Known extras, counted by reason, and tensors that nothing knows. One file may be several pieces."""
     reasons: dict[str, int] = {}
     unused = []
-    for source in dict.fromkeys(pieces.values()):
-        kinds = [kind for kind in pieces if pieces[kind] is source]
-        rules = [rule for kind in kinds for rule in used_rules.get(kind, [])]
+    for source in dict.fromkeys(sources.values()):
+        file_types = [file_type for file_type in sources if sources[file_type] is source]
+        rules = [rule for file_type in file_types for rule in used_rules.get(file_type, [])]
         used = {name for rule in rules for names in rule.names() for name in names}
-        extras = {} if rules else {".*": "--vl has its own projection"}
-        for kind in kinds:
-            extras |= PIECES[kind].extras(cfg)
-        known = redundant.expected(cfg, pieces, source)
+        unused_tensors = {} if rules else {".*": "--vl has its own projection"}
+        for file_type in file_types:
+            unused_tensors |= FILE_SPECS[file_type].unused_tensors(cfg)
+        known = redundant.expected(cfg, sources, source)
         for name in sorted(source.shapes.keys() - used):
-            matching = (why for pattern, why in extras.items() if re.fullmatch(pattern, name))
+            matching = (why for pattern, why in unused_tensors.items() if re.fullmatch(pattern, name))
             reason = redundant.reason(name) if name in known else next(matching, None)
             if reason is None:
                 unused.append(("not used from", f"{source.label}: {name} {list(source.shapes[name])}"))
@@ -163,11 +167,11 @@ def _left_out(
     return reasons, unused
 
 
-def _differing(cfg: VideoLlamaConfig, pieces: Mapping[str, Source]) -> list[Problem]:
+def _find_differing(cfg: VideoLlamaConfig, sources: Mapping[str, Source]) -> list[Problem]:
     """Tensors that are left out as redundant, and are not."""
     return [
         ("differs in", f"{source.label}: {name} is not what these files make it; it was made for another model")
-        for source in dict.fromkeys(pieces.values())
-        for name, values in redundant.expected(cfg, pieces, source).items()
+        for source in dict.fromkeys(sources.values())
+        for name, values in redundant.expected(cfg, sources, source).items()
         if redundant.differing(source, name, values)
     ]

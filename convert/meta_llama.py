@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from vllama_jax.convert.language_config import EPSILON, ROPE_THETA
-from vllama_jax.convert.weight_files import Source, WeightFile, open_weights, read_config_file
+from vllama_jax.convert.language_config import MAX_EPSILON, MAX_ROPE_THETA
+from vllama_jax.convert.weight_files import Source, WeightFile, open_weight_file, read_config_file
 from vllama_jax.errors import CheckpointError, ConfigError
-from vllama_jax.io.json_fields import flag, number, whole_number, without_null
+from vllama_jax.io.json_fields import drop_null, get_bool, get_integer, get_number
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
 MAX_LENGTH = 2048  # LLaMA-1's; nothing in the files says that LLaMA-2's is 4096
@@ -38,18 +38,18 @@ EMBEDDING = "tok_embeddings.weight"
 
 
 def is_meta(directory: Path) -> bool:
-    return (directory / "params.json").is_file() and bool(_shards(directory))
+    return (directory / "params.json").is_file() and bool(_shard_paths(directory))
 
 
 def open_meta(directory: Path) -> Source:
     """The weights. Raises CheckpointError as `open_file` does, and where shards are missing or unlike each other."""
-    paths = _shards(directory)
+    paths = _shard_paths(directory)
     numbers = [int(found[1]) for path in paths if (found := SHARD.fullmatch(path.name))]
     if numbers != list(range(len(numbers))):
-        missing = next(number for number in range(len(numbers)) if number not in numbers)
+        missing = next(get_number for get_number in range(len(numbers)) if get_number not in numbers)
         raise CheckpointError(f"{directory}: consolidated.{missing:02}.pth is missing; download all of them")
     params = read_params(directory)
-    shards = Shards(str(directory), [open_weights(path) for path in paths], params)
+    shards = MetaShards(str(directory), [open_weight_file(path) for path in paths], params)
     return Source(str(directory), paths, [shards])
 
 
@@ -76,15 +76,15 @@ def llama_fields(params: Mapping[str, Any], source: Source) -> dict[str, Any]:
 def read_params(directory: Path) -> dict[str, Any]:
     """params.json, with as many key heads as heads where it says nothing. Raises ConfigError for what is no LLaMA's."""
     where, params = directory / "params.json", read_config_file(directory / "params.json")
-    params = without_null(params, "n_kv_heads")
+    params = drop_null(params, "n_kv_heads")
     for name in ("dim", "n_layers", "n_heads"):
-        whole_number(params, name, str(where), ConfigError)
-    params["n_kv_heads"] = whole_number(params, "n_kv_heads", str(where), ConfigError, params["n_heads"])
+        get_integer(params, name, str(where), ConfigError)
+    params["n_kv_heads"] = get_integer(params, "n_kv_heads", str(where), ConfigError, params["n_heads"])
     if params["dim"] % (2 * params["n_heads"]):
         raise ConfigError(f"{where}: a width of {params['dim']} cannot have {params['n_heads']} heads")
-    params["norm_eps"] = number(params, "norm_eps", str(where), ConfigError, EPSILON)
-    params["rope_theta"] = number(params, "rope_theta", str(where), ConfigError, ROPE_THETA, 10000.0)
-    if flag(params, "use_scaled_rope", str(where), ConfigError):
+    params["norm_eps"] = get_number(params, "norm_eps", str(where), ConfigError, MAX_EPSILON)
+    params["rope_theta"] = get_number(params, "rope_theta", str(where), ConfigError, MAX_ROPE_THETA, 10000.0)
+    if get_bool(params, "use_scaled_rope", str(where), ConfigError):
         raise ConfigError(f"{where}: its rotary scaling is not told in full; take the model in Hugging Face's layout")
     return params
 
@@ -94,52 +94,52 @@ def tokenizer_directory(directory: Path) -> Path:
     return directory if (directory / "tokenizer.model").exists() else directory.absolute().parent
 
 
-class Shards:
+class MetaShards:
     """A WeightFile of all shards, each tensor put together when it is read."""
 
-    def __init__(self, label: str, parts: Sequence[WeightFile], params: Mapping[str, Any]):
-        self._label, self._parts = label, parts
+    def __init__(self, label: str, files: Sequence[WeightFile], params: Mapping[str, Any]):
+        self._label, self._files = label, files
         self._heads = {"q_proj": params["n_heads"], "k_proj": params["n_kv_heads"]}
         self._homes: dict[str, tuple[str, int | None]] = {}
         self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
-        for shard, part in enumerate(parts):
-            if part.tensors != parts[0].tensors:
+        for shard, part in enumerate(files):
+            if part.tensors != files[0].tensors:
                 raise CheckpointError(
                     f"{label}: consolidated.{shard:02}.pth has other tensors than consolidated.00.pth"
                 )
-        for theirs, (shape, dtype) in parts[0].tensors.items():
-            name, axis = _renamed(theirs, shape, params["dim"])
+        for theirs, (shape, dtype) in files[0].tensors.items():
+            name, axis = _to_hugging_face_name(theirs, shape, params["dim"])
             self._homes[name] = theirs, axis
-            self.tensors[name] = _joined_shape(shape, axis, len(parts)), dtype
+            self.tensors[name] = _joined_shape(shape, axis, len(files)), dtype
 
     def read(self, name: str) -> np.ndarray:
         theirs, axis = self._homes[name]
-        if axis is None or len(self._parts) == 1:
-            whole = self._parts[0].read(theirs)
+        if axis is None or len(self._files) == 1:
+            whole = self._files[0].read(theirs)
             self._check_replicas(theirs, whole)
         else:
-            whole = np.concatenate([part.read(theirs) for part in self._parts], axis)
+            whole = np.concatenate([part.read(theirs) for part in self._files], axis)
         heads = next((heads for kind, heads in self._heads.items() if f".{kind}." in name), None)
-        return whole if heads is None else half_apart(whole, heads)
+        return whole if heads is None else reorder_rotary_rows(whole, heads)
 
     def _check_replicas(self, theirs: str, first: np.ndarray) -> None:
         """Raise CheckpointError where the shards, each of which has the whole tensor, do not have the same."""
-        for shard, part in enumerate(self._parts[1:], 1):
+        for shard, part in enumerate(self._files[1:], 1):
             if not np.array_equal(part.read(theirs).view(np.uint8), first.view(np.uint8)):
                 shards = f"consolidated.{shard:02}.pth and consolidated.00.pth"
                 raise CheckpointError(f"{self._label}: {shards} differ in {theirs}; download them again")
 
 
-def half_apart(matrix: np.ndarray, heads: int) -> np.ndarray:
+def reorder_rotary_rows(matrix: np.ndarray, heads: int) -> np.ndarray:
     """Rows of each head in Hugging Face's order: first those of even number, then those of odd."""
     return matrix.reshape(heads, -1, 2, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
 
 
-def _shards(directory: Path) -> list[Path]:
+def _shard_paths(directory: Path) -> list[Path]:
     return sorted(path for path in directory.glob("consolidated.*.pth") if SHARD.fullmatch(path.name))
 
 
-def _renamed(theirs: str, shape: tuple[int, ...], width: int) -> tuple[str, int | None]:
+def _to_hugging_face_name(theirs: str, shape: tuple[int, ...], width: int) -> tuple[str, int | None]:
     """A tensor's name and axis; one that we do not know keeps its name, and is reported as not used."""
     if theirs == EMBEDDING:  # split along the width in LLaMA 1 and 2, along the vocabulary in 3
         return "model.embed_tokens.weight", 0 if shape[1:] == (width,) else 1
@@ -150,7 +150,7 @@ def _renamed(theirs: str, shape: tuple[int, ...], width: int) -> tuple[str, int 
     return META_NAMES.get(theirs, (theirs, None))
 
 
-def _joined_shape(shape: tuple[int, ...], axis: int | None, parts: int) -> tuple[int, ...]:
+def _joined_shape(shape: tuple[int, ...], axis: int | None, files: int) -> tuple[int, ...]:
     if axis is None or axis >= len(shape):
         return shape
-    return (*shape[:axis], shape[axis] * parts, *shape[axis + 1 :])
+    return (*shape[:axis], shape[axis] * files, *shape[axis + 1 :])

@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from vllama_jax.branches import component_of
+from vllama_jax.branches import get_component
 from vllama_jax.config import NO_LORA, VideoLlamaConfig
 from vllama_jax.convert.from_model_directory import StoredModel
 from vllama_jax.convert.match_weights import abstract_shapes, cast
-from vllama_jax.errors import ConfigError, did_you_mean
+from vllama_jax.errors import ConfigError, suggest_name
 
 SEED = 42  # that of a TrainConfig: the weights are those that a run without the component would start from
 
@@ -25,19 +25,19 @@ class NewWeight:
 
     def blocks(self, dtype: np.dtype) -> Iterator[np.ndarray]:
         """The weight as one block; its whole component is in memory meanwhile."""
-        drawn = _component(self._config, component_of(self.target), self._seed)
+        drawn = _init_component(self._config, get_component(self.target), self._seed)
         yield cast(np.asarray(drawn[self.target]), dtype, self.target)
 
 
 @functools.lru_cache(maxsize=1)
-def _component(config: VideoLlamaConfig, component: str, seed: int) -> dict[str, np.ndarray]:
+def _init_component(config: VideoLlamaConfig, component: str, seed: int) -> dict[str, np.ndarray]:
     """The new weights of a component by path."""
     import jax
 
-    from vllama_jax.nn.network import new_weights
+    from vllama_jax.nn.network import init_weights
 
-    paths = [path for path in abstract_shapes(config) if component_of(path) == component]
-    draw = jax.jit(functools.partial(new_weights, config, NO_LORA, paths))
+    paths = [path for path in abstract_shapes(config) if get_component(path) == component]
+    draw = jax.jit(functools.partial(init_weights, config, NO_LORA, paths))
     return draw(jax.random.key(seed))
 
 
@@ -48,12 +48,12 @@ def new_components(config: VideoLlamaConfig, components: Sequence[str], seed: in
         ConfigError: A model of this config has no such component.
     """
     shapes = abstract_shapes(config)
-    known = sorted({component_of(path) for path in shapes})
+    known = sorted({get_component(path) for path in shapes})
     for name in components:
         if name not in known:
-            advice = did_you_mean(name, known) or f"the model has {', '.join(known)}"
+            advice = suggest_name(name, known) or f"the model has {', '.join(known)}"
             raise ConfigError(f"--without {name}: no such component; {advice}")
-    return [NewWeight(path, shape, config, seed) for path, shape in shapes.items() if component_of(path) in components]
+    return [NewWeight(path, shape, config, seed) for path, shape in shapes.items() if get_component(path) in components]
 
 
 def drop_components(base: StoredModel | None, components: Sequence[str]) -> None:
@@ -62,6 +62,6 @@ def drop_components(base: StoredModel | None, components: Sequence[str]) -> None
         if components:
             raise ConfigError(f"--without {components[0]}: leaves a component of --base out; give a base")
         return
-    for target in [target for target in base.leaves if component_of(target) in components]:
+    for target in [target for target in base.leaves if get_component(target) in components]:
         del base.leaves[target]
-        base.learned.discard(target)
+        base.trained_paths.discard(target)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from vllama_jax.config import QFormerConfig
-from vllama_jax.convert.rules import TABLE, Rule, from_heads, linear, norm, to_heads
+from vllama_jax.convert.rules import SQUEEZE_TO_MATRIX, Rule, from_heads, linear, norm, to_heads
 from vllama_jax.convert.weight_files import Source, count_layers
 
 
@@ -13,7 +13,7 @@ def rules(target: str, source: str, queries: str, cfg: QFormerConfig) -> list[Ru
     """target: our name. source: the module's name in the file. queries: the name of the query tokens."""
     every = cfg.cross_attention_every
     table = [
-        Rule(f"{target}/queries", (queries,), TABLE),
+        Rule(f"{target}/queries", (queries,), SQUEEZE_TO_MATRIX),
         *norm(f"{target}/norm", f"{source}.bert.embeddings.LayerNorm"),
         *_layer(f"{target}/cross_layers", source, cfg, range(0, cfg.depth, every), cross=True),
     ]

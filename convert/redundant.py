@@ -19,8 +19,8 @@ from vllama_jax.convert.weight_files import Source
 INV_FREQ = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
 STORED_INV_FREQ = rf"(llama_model\.)?{INV_FREQ}"  # as LLaMA's own files and Video-LLaMA's checkpoints name it
 POSITION_IDS_NAME = r".*\.embeddings\.position_ids"
-IMAGEBIND = "audio_encoder."  # before ImageBind's names in a checkpoint of the audio branch
-COMPUTED = ("float64", "float32", "bfloat16", "float16")
+IMAGEBIND_PREFIX = "audio_encoder."  # before ImageBind's names in a checkpoint of the audio branch
+FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 Values = Callable[[], list[np.ndarray]]  # those that a tensor may have, when they are needed
 
@@ -31,22 +31,22 @@ def reason(name: str) -> str:
         return "a buffer: rotary frequencies are computed, and were compared"
     if re.fullmatch(POSITION_IDS_NAME, name):
         return "a buffer: 0, 1, 2, …, as was checked"
-    if name.startswith(IMAGEBIND):
+    if name.startswith(IMAGEBIND_PREFIX):
         return "a buffer or weight of ImageBind, equal to what --imagebind gives"
     return "the vision branch, equal to what --vl gives"
 
 
-def expected(cfg: VideoLlamaConfig, pieces: Mapping[str, Source], source: Source) -> dict[str, Values]:
+def expected(cfg: VideoLlamaConfig, sources: Mapping[str, Source], source: Source) -> dict[str, Values]:
     """The redundant tensors of a file, each with the values that it must have one of."""
     found: dict[str, Values] = {}
-    in_imagebind = _imagebind_values(cfg, pieces)
-    vision = pieces.get("vl") if pieces.get("al") is source and pieces.get("vl") is not source else None
+    in_imagebind = _imagebind_values(cfg, sources)
+    vision = sources.get("vl") if sources.get("al") is source and sources.get("vl") is not source else None
     for name, shape in source.shapes.items():
         if re.fullmatch(STORED_INV_FREQ, name):
             found[name] = functools.partial(_inv_freqs, cfg)
         elif re.fullmatch(POSITION_IDS_NAME, name):
             found[name] = functools.partial(_position_ids, shape)
-        elif name.startswith(IMAGEBIND) and (values := in_imagebind.get(name.removeprefix(IMAGEBIND))):
+        elif name.startswith(IMAGEBIND_PREFIX) and (values := in_imagebind.get(name.removeprefix(IMAGEBIND_PREFIX))):
             found[name] = values
         elif vision and name in vision and name.startswith(("video_", "llama_proj.")):
             found[name] = functools.partial(_tensor, vision, name)
@@ -73,25 +73,25 @@ def _with_and_without_scaling(cfg: VideoLlamaConfig) -> Sequence[LlamaConfig]:
     return [cfg.llama, dataclasses.replace(cfg.llama, rope_scaling=None)] if linear else [cfg.llama]
 
 
-def _imagebind_values(cfg: VideoLlamaConfig, pieces: Mapping[str, Source]) -> dict[str, Values]:
+def _imagebind_values(cfg: VideoLlamaConfig, sources: Mapping[str, Source]) -> dict[str, Values]:
     """What ImageBind has, by its own names: its file's tensors, or else the buffers that are known."""
     values: dict[str, Values] = {}
     for name, value in imagebind.buffers(cfg.imagebind).items() if cfg.imagebind else ():
         values[name] = functools.partial(list, (value,))
-    if source := pieces.get("imagebind"):
+    if source := sources.get("imagebind"):
         values |= {name: functools.partial(_tensor, source, name) for name in source.shapes}
     return values
 
 
 def differing(source: Source, name: str, values: Values) -> bool:
     """Whether a tensor has none of the values that it must have one of."""
-    if source.dtypes[name] not in (*COMPUTED, "int64", "int32"):
+    if source.dtypes[name] not in (*FLOAT_DTYPES, "int64", "int32"):
         return True
     stored = source.read(name)
-    return not any(same(stored, value) for value in values())
+    return not any(equal_up_to_rounding(stored, value) for value in values())
 
 
-def same(stored: np.ndarray, computed: np.ndarray) -> bool:
+def equal_up_to_rounding(stored: np.ndarray, computed: np.ndarray) -> bool:
     """Equal but for the rounding that the stored values went through, to a unit in the last place.
 
     That is their own dtype's, or a half one's where all of them have its digits: of a model that was widened again.

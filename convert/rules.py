@@ -49,7 +49,7 @@ BLOCK_ROWS, BLOCK_BYTES = 512, 512  # measured with 2 and 4 bytes a number: 2 to
 LINE_BYTES = 64  # of a cache
 
 
-def turned(matrix: np.ndarray) -> np.ndarray:
+def transpose_contiguous(matrix: np.ndarray) -> np.ndarray:
     """The transpose in C order, block by block: numpy's own order misses the cache at every number.
 
     A block is copied into rows a cache line further apart than their bytes; with distances of powers of two, as widths
@@ -68,28 +68,32 @@ def turned(matrix: np.ndarray) -> np.ndarray:
     return out.view(dtype)
 
 
-SAME = Transform(lambda x: x, lambda x: (x,))
-TRANSPOSE = Transform(turned, lambda x: (x.T,))
-ROW = Transform(lambda x: x.reshape(x.shape[-1]), lambda x: (x.reshape(1, 1, -1),))  # [1, 1, d] ↔ [d]
-TABLE = Transform(lambda x: x.reshape(x.shape[-2:]), lambda x: (x[None],))  # [1, n, d] ↔ [n, d]
+IDENTITY = Transform(lambda x: x, lambda x: (x,))
+TRANSPOSE = Transform(transpose_contiguous, lambda x: (x.T,))
+SQUEEZE_TO_VECTOR = Transform(lambda x: x.reshape(x.shape[-1]), lambda x: (x.reshape(1, 1, -1),))  # [1, 1, d] ↔ [d]
+SQUEEZE_TO_MATRIX = Transform(lambda x: x.reshape(x.shape[-2:]), lambda x: (x[None],))  # [1, n, d] ↔ [n, d]
 
 
-def heads_out(*heads: int) -> Transform:
+def to_heads_kernel(*heads: int) -> Transform:
     """A projection into heads: weight [h·k, d] ↔ kernel [d, h, k] (or [d, 3, h, k])."""
-    return Transform(lambda x: turned(x).reshape(x.shape[1], *heads), lambda x: (x.reshape(x.shape[0], -1).T,))
+    return Transform(
+        lambda x: transpose_contiguous(x).reshape(x.shape[1], *heads), lambda x: (x.reshape(x.shape[0], -1).T,)
+    )
 
 
-def heads_in(heads: int) -> Transform:
+def from_heads_kernel(heads: int) -> Transform:
     """A projection from heads: weight [d, h·k] ↔ kernel [h, k, d]."""
-    return Transform(lambda x: turned(x).reshape(heads, -1, x.shape[0]), lambda x: (x.reshape(-1, x.shape[-1]).T,))
+    return Transform(
+        lambda x: transpose_contiguous(x).reshape(heads, -1, x.shape[0]), lambda x: (x.reshape(-1, x.shape[-1]).T,)
+    )
 
 
-def split(*shape: int) -> Transform:
+def to_heads_bias(*shape: int) -> Transform:
     """A bias over heads: [h·k] ↔ [h, k]."""
     return Transform(lambda x: x.reshape(shape), lambda x: (x.reshape(-1),))
 
 
-def patches(*window: int) -> Transform:
+def patch_kernel(*window: int) -> Transform:
     """A convolution whose windows do not overlap, as a matrix: [d, c, (t,) p, p] ↔ [(t,) p·p·c, d].
 
     window: (p, p), or (t, p, p) with time, which stays an axis of its own.
@@ -112,13 +116,13 @@ CONVOLUTION = Transform(lambda x: x.transpose(2, 3, 1, 0), lambda x: (x.transpos
 
 def linear(target: str, source: str, layers: Sequence[int] | None = None, *, bias: bool = True) -> list[Rule]:
     rules = [Rule(f"{target}/kernel", (f"{source}.weight",), TRANSPOSE, layers)]
-    return [*rules, Rule(f"{target}/bias", (f"{source}.bias",), SAME, layers)] if bias else rules
+    return [*rules, Rule(f"{target}/bias", (f"{source}.bias",), IDENTITY, layers)] if bias else rules
 
 
 def norm(target: str, source: str, layers: Sequence[int] | None = None) -> list[Rule]:
     return [
-        Rule(f"{target}/scale", (f"{source}.weight",), SAME, layers),
-        Rule(f"{target}/bias", (f"{source}.bias",), SAME, layers),
+        Rule(f"{target}/scale", (f"{source}.weight",), IDENTITY, layers),
+        Rule(f"{target}/bias", (f"{source}.bias",), IDENTITY, layers),
     ]
 
 
@@ -126,11 +130,11 @@ def to_heads(
     target: str, source: str, heads: tuple[int, int], layers: Sequence[int], *, bias: bool = True
 ) -> list[Rule]:
     """A query, key or value projection; heads = (number, dim)."""
-    rules = [Rule(f"{target}/kernel", (f"{source}.weight",), heads_out(*heads), layers)]
-    return [*rules, Rule(f"{target}/bias", (f"{source}.bias",), split(*heads), layers)] if bias else rules
+    rules = [Rule(f"{target}/kernel", (f"{source}.weight",), to_heads_kernel(*heads), layers)]
+    return [*rules, Rule(f"{target}/bias", (f"{source}.bias",), to_heads_bias(*heads), layers)] if bias else rules
 
 
 def from_heads(target: str, source: str, heads: int, layers: Sequence[int], *, bias: bool = True) -> list[Rule]:
     """The projection after attention."""
-    rules = [Rule(f"{target}/kernel", (f"{source}.weight",), heads_in(heads), layers)]
-    return [*rules, Rule(f"{target}/bias", (f"{source}.bias",), SAME, layers)] if bias else rules
+    rules = [Rule(f"{target}/kernel", (f"{source}.weight",), from_heads_kernel(heads), layers)]
+    return [*rules, Rule(f"{target}/bias", (f"{source}.bias",), IDENTITY, layers)] if bias else rules

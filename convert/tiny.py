@@ -17,9 +17,9 @@ import ml_dtypes
 import numpy as np
 
 from vllama_jax.config import VideoLlamaConfig, tiny
-from vllama_jax.convert.components import PIECES
-from vllama_jax.convert.language_config import config_fields
-from vllama_jax.convert.match_weights import abstract_shapes, tables
+from vllama_jax.convert.components import FILE_SPECS
+from vllama_jax.convert.language_config import to_hugging_face_config
+from vllama_jax.convert.match_weights import abstract_shapes, rule_tables
 from vllama_jax.errors import VllamaError
 from vllama_jax.io.atomic import new_directory
 
@@ -47,30 +47,32 @@ def write_tiny(
     with new_directory(out) as directory:
         (directory / "llama").mkdir()
         paths = {}
-        for kind, shapes in file_shapes(config).items():
-            tensors = {name: random_tensor(f"{kind}/{name}", shape, seed) for name, shape in shapes.items()}
-            if half and kind in ("eva_vit", "llama"):
-                dtype = np.float16 if kind == "eva_vit" else ml_dtypes.bfloat16
+        for file_type, shapes in file_shapes(config).items():
+            tensors = {name: random_tensor(f"{file_type}/{name}", shape, seed) for name, shape in shapes.items()}
+            if half and file_type in ("eva_vit", "llama"):
+                dtype = np.float16 if file_type == "eva_vit" else ml_dtypes.bfloat16
                 tensors = {name: tensor.astype(dtype) for name, tensor in tensors.items()}
-            path = directory / names.get(kind, kind)
-            paths[kind] = write_tensors(path, tensors, "safetensors" if kind == "llama" else format)
+            path = directory / names.get(file_type, file_type)
+            paths[file_type] = write_tensors(path, tensors, "safetensors" if file_type == "llama" else format)
         paths["llama"] = directory / "llama"
         paths["config"] = write_overrides(directory / "config.json", config)
         write_llama_config(directory / "llama" / "config.json", config)
         train_tokenizer(directory / "llama", min(config.llama.vocab_size, VOCAB_SIZE))
-    return {kind: out / path.relative_to(directory) for kind, path in paths.items()}
+    return {file_type: out / path.relative_to(directory) for file_type, path in paths.items()}
 
 
 def file_shapes(config: VideoLlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
     """Names and shapes of the tensors in each kind of file: those that the rules ask for, and some beside."""
-    kinds = [kind for kind, piece in PIECES.items() if piece.applies(config) and kind != "minigpt4"]
+    file_types = [
+        file_type for file_type, spec in FILE_SPECS.items() if spec.applies(config) and file_type != "minigpt4"
+    ]
     shapes = abstract_shapes(config)
     files = {}
-    for kind, rules in {**tables(config, kinds), **tables(config, ["minigpt4"])}.items():
-        files[kind] = _beside(kind, config)
+    for file_type, rules in {**rule_tables(config, file_types), **rule_tables(config, ["minigpt4"])}.items():
+        files[file_type] = _unused_shapes(file_type, config)
         for rule in rules:
             for names in rule.names():
-                files[kind] |= dict(zip(names, rule.source_shapes(shapes[rule.target]), strict=True))
+                files[file_type] |= dict(zip(names, rule.source_shapes(shapes[rule.target]), strict=True))
     return files
 
 
@@ -107,12 +109,12 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: TinyFor
     return path
 
 
-def _beside(kind: str, config: VideoLlamaConfig) -> dict[str, tuple[int, ...]]:
+def _unused_shapes(file_type: str, config: VideoLlamaConfig) -> dict[str, tuple[int, ...]]:
     """What the published files hold besides: EVA's last block and head, the logit scale that ImageBind keeps."""
     width = config.vit.width
-    if kind == "eva_vit":
+    if file_type == "eva_vit":
         return {f"blocks.{config.vit.depth}.norm1.weight": (width,), "norm.weight": (width,), "head.weight": (8, width)}
-    if kind == "imagebind":
+    if file_type == "imagebind":
         scale = "modality_postprocessors.audio.1.log_logit_scale"
         return {scale: (), "modality_trunks.text.blocks.0.norm_1.weight": (8,)}
     return {}
@@ -126,13 +128,13 @@ def write_overrides(path: Path, config: VideoLlamaConfig) -> Path:
     if config.has_audio:
         imagebind = config.require_imagebind()
         heads = {"audio": imagebind.audio.num_heads, "vision": imagebind.vision.num_heads}
-        fields["imagebind"] = {sense: {"num_heads": number} for sense, number in heads.items()}
+        fields["imagebind"] = {modality: {"num_heads": number} for modality, number in heads.items()}
     path.write_text(json.dumps(fields, indent=1))
     return path
 
 
 def write_llama_config(path: Path, config: VideoLlamaConfig) -> None:
-    fields = {**config_fields(config.llama), "bos_token_id": 1, "eos_token_id": 2}
+    fields = {**to_hugging_face_config(config.llama), "bos_token_id": 1, "eos_token_id": 2}
     path.write_text(json.dumps(fields, indent=1))
 
 

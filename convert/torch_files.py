@@ -26,7 +26,7 @@ LEGACY_PICKLES = 5  # at the start of a file of torch < 1.6: magic number, versi
 
 # What a file of weights names in its pickle. torch allows more: bytearray(n) and torch.Tensor(n) allocate n bytes
 # whatever the file's size, sparse and quantized tensors are none that we read.
-TENSORS = re.compile(
+ALLOWED_GLOBALS = re.compile(
     r"collections (OrderedDict|Counter)"
     r"|torch\._utils _rebuild_(tensor|tensor_v2|tensor_v3|parameter|parameter_with_state)"
     r"|torch(\.storage)? \w+Storage"
@@ -55,7 +55,7 @@ class TorchFile:
             self._read_bytes += tensor.nbytes
             if self._mappable and self._read_bytes > REMAP_BYTES:
                 self._loaded = None  # the map goes when the last array on it does
-        return _numpy(tensor)
+        return _to_numpy(tensor)
 
     def _load(self) -> Mapping[str, Any]:
         """The tensors, out of what training scripts wrap them in. No more of them than bytes."""
@@ -88,7 +88,7 @@ def _torch_load(path: Path, mappable: bool) -> Any:
         raise
     except pickle.UnpicklingError as error:
         code = re.search(r"unsupported global:? (?:GLOBAL )?(\S+)", str(error), re.IGNORECASE)
-        raise _refused(path, f"asks to run {code[1]}" if code else "holds more than tensors") from error
+        raise _refusal(path, f"asks to run {code[1]}" if code else "holds more than tensors") from error
     except Exception as error:  # a damaged file can fail in any way
         why = textwrap.shorten((str(error) or type(error).__name__).splitlines()[0], 90, placeholder=" …")
         raise CheckpointError(f"{path}: not a file of weights, or a damaged one ({why}); download it again") from error
@@ -119,12 +119,12 @@ def _check_pickle(path: Path, data: bytes | BinaryIO) -> None:
     """Raise CheckpointError where a pickle names what weights have no need of. Only up to its end is read."""
     for opcode, argument, _ in pickletools.genops(data):
         if opcode.name == "STACK_GLOBAL":  # of newer pickles than torch writes
-            raise _refused(path, "holds more than tensors")
-        if opcode.name in ("GLOBAL", "INST") and not TENSORS.fullmatch(named := str(argument)):
-            raise _refused(path, f"asks to run {named.replace(' ', '.')}")
+            raise _refusal(path, "holds more than tensors")
+        if opcode.name in ("GLOBAL", "INST") and not ALLOWED_GLOBALS.fullmatch(named := str(argument)):
+            raise _refusal(path, f"asks to run {named.replace(' ', '.')}")
 
 
-def _refused(path: Path, why: str) -> CheckpointError:
+def _refusal(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: refused: its pickle {why}, and weights never need that; nothing of it was run. Get the file from a "
         "source you trust, as safetensors if there is one"
@@ -135,7 +135,7 @@ def _dtype_name(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _numpy(tensor: Any) -> np.ndarray:
+def _to_numpy(tensor: Any) -> np.ndarray:
     """A torch tensor's memory as numpy; numpy gets bfloat16 by its bits."""
     import torch
 

@@ -18,7 +18,7 @@ import numpy as np
 from vllama_jax.convert.torch_files import TorchFile
 from vllama_jax.errors import CheckpointError
 from vllama_jax.io.json_files import parse_object, read_object
-from vllama_jax.io.paths import first_bytes
+from vllama_jax.io.paths import read_first_bytes
 
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 
@@ -38,7 +38,7 @@ class Source:
     user should know of how it was read.
     """
 
-    def __init__(self, label: str, files: Sequence[Path], parts: Iterable[WeightFile]):
+    def __init__(self, label: str, files: Sequence[Path], weight_files: Iterable[WeightFile]):
         self.label = label
         self.files = list(files)
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -46,10 +46,10 @@ class Source:
         self.duplicates: list[str] = []
         self.notes: list[str] = []
         self._homes: dict[str, WeightFile] = {}
-        for part in parts:
-            self.duplicates += part.tensors.keys() & self._homes.keys()
-            for name, (shape, dtype) in part.tensors.items():
-                self.shapes[name], self.dtypes[name], self._homes[name] = shape, dtype, part
+        for weight_file in weight_files:
+            self.duplicates += weight_file.tensors.keys() & self._homes.keys()
+            for name, (shape, dtype) in weight_file.tensors.items():
+                self.shapes[name], self.dtypes[name], self._homes[name] = shape, dtype, weight_file
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -69,7 +69,7 @@ class Source:
         return self._homes[name].read(name)
 
 
-class _Renamed:
+class _RenamedFile:
     """A WeightFile of another source's tensors under other names."""
 
     def __init__(self, source: Source, names: Mapping[str, str]):
@@ -81,9 +81,9 @@ class _Renamed:
         return self._source.read(self._theirs[name])
 
 
-def renamed(source: Source, names: Mapping[str, str], note: str) -> Source:
+def rename_tensors(source: Source, names: Mapping[str, str], note: str) -> Source:
     """The same tensors under other names. note: what the user should know of it."""
-    made = Source(source.label, source.files, [_Renamed(source, names)])
+    made = Source(source.label, source.files, [_RenamedFile(source, names)])
     counts = collections.Counter(names.values())
     made.duplicates = [name for name in counts if counts[name] > 1]
     made.duplicates += [names[name] for name in source.duplicates]
@@ -102,7 +102,7 @@ def open_file(path: str | Path) -> Source:
 
 def open_files(label: str, paths: Sequence[Path]) -> Source:
     """Several files that hold one set of tensors. Raises CheckpointError as `open_file` does."""
-    return Source(label, paths, map(open_weights, paths))
+    return Source(label, paths, map(open_weight_file, paths))
 
 
 def open_llama(directory: str | Path) -> Source:
@@ -144,7 +144,7 @@ def _is_file_name(name: object) -> bool:
 
 def check_weight_file(path: Path) -> bytes:
     """A file's first bytes. Raises CheckpointError for a path that cannot be a weight file."""
-    head = first_bytes(path, CheckpointError)
+    head = read_first_bytes(path, CheckpointError)
     if head.startswith(b"<"):
         raise CheckpointError(f"{path}: a web page, not the file itself; downloading it may need a login")
     return head
@@ -160,7 +160,7 @@ def _looks_like_safetensors(head: bytes) -> bool:
     return head[8:9] == b"{"
 
 
-def open_weights(path: Path) -> WeightFile:
+def open_weight_file(path: Path) -> WeightFile:
     """Tells the format by content, not by name."""
     head = check_weight_file(path)
     if head.startswith((ZIP, PICKLE)) and not _looks_like_safetensors(head):

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vllama_jax.errors import CheckpointError
-from vllama_jax.io.prefetch import in_order
+from vllama_jax.io.prefetch import map_in_order
 from vllama_jax.runtime.extras import import_extra
 
 TENSOR_READERS = 2  # one tensor is read and turned while another is written
@@ -74,7 +74,7 @@ def write_safetensors(path: Path, tensors: Sequence[Tensor], progress: BytesProg
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for data in _read(tensors):
+        for data in _read_ahead(tensors):
             file.write(data)
             progress(len(data))
         _sync(file)
@@ -87,10 +87,10 @@ def write_torch(path: Path, tensors: Sequence[Tensor], wrapped: bool, progress: 
     """
     with path.open("wb") as file:
         with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("archive/data.pkl", _pickled(tensors, wrapped))
+            archive.writestr("archive/data.pkl", _pickle_tensors(tensors, wrapped))
             archive.writestr("archive/byteorder", "little")
-            for number, data in enumerate(_read(tensors)):
-                entry = _aligned(f"archive/data/{number}", len(data), file.tell())
+            for number, data in enumerate(_read_ahead(tensors)):
+                entry = _aligned_entry(f"archive/data/{number}", len(data), file.tell())
                 with archive.open(entry, "w") as opened:
                     opened.write(data)
                 progress(len(data))
@@ -98,8 +98,8 @@ def write_torch(path: Path, tensors: Sequence[Tensor], wrapped: bool, progress: 
         _sync(file)
 
 
-def _read(tensors: Sequence[Tensor]) -> Iterator[memoryview]:
-    for values in in_order(lambda tensor: tensor.read(), tensors, TENSOR_READERS):
+def _read_ahead(tensors: Sequence[Tensor]) -> Iterator[memoryview]:
+    for values in map_in_order(lambda tensor: tensor.read(), tensors, TENSOR_READERS):
         yield values.reshape(-1).view(np.uint8).data
 
 
@@ -109,7 +109,7 @@ def _sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
-def _aligned(name: str, size: int, offset: int) -> zipfile.ZipInfo:
+def _aligned_entry(name: str, size: int, offset: int) -> zipfile.ZipInfo:
     """A zip entry written at `offset`, whose data begin at a multiple of ALIGNMENT (below 2 GB)."""
     entry = zipfile.ZipInfo(name)
     entry.file_size = size
@@ -127,7 +127,7 @@ class _Storage:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Stored:
+class _PickledTensor:
     """Pickled as torch pickles a tensor: a call that makes it of its storage."""
 
     storage: _Storage
@@ -153,8 +153,8 @@ class _Pickler(pickle.Pickler):
         return ("storage", kind, held.key, "cpu", math.prod(held.tensor.shape))
 
 
-def _pickled(tensors: Sequence[Tensor], wrapped: bool) -> bytes:
-    state = {tensor.name: _Stored(_Storage(str(number), tensor)) for number, tensor in enumerate(tensors)}
+def _pickle_tensors(tensors: Sequence[Tensor], wrapped: bool) -> bytes:
+    state = {tensor.name: _PickledTensor(_Storage(str(number), tensor)) for number, tensor in enumerate(tensors)}
     data = io.BytesIO()
     _Pickler(data, protocol=2).dump({"model": state} if wrapped else state)
     return data.getvalue()

@@ -85,7 +85,7 @@ def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Calla
 
 
 GOLDEN_HEADS = {part: {"num_heads": 4} for part in ("vit", "image_qformer", "video_qformer", "audio_qformer")}
-GOLDEN_HEADS["imagebind"] = {sense: {"num_heads": 4} for sense in ("audio", "vision")}
+GOLDEN_HEADS["imagebind"] = {modality: {"num_heads": 4} for modality in ("audio", "vision")}
 
 
 def find_shared() -> Path | None:

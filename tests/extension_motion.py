@@ -12,10 +12,10 @@ from flax import nnx
 from vllama_jax.branches import Branch, Encoder
 from vllama_jax.config import QFormerConfig, VideoLlamaConfig
 from vllama_jax.convert import qformer
-from vllama_jax.convert.components import Piece
-from vllama_jax.convert.rules import SAME, Rule, linear
+from vllama_jax.convert.components import FileSpec
+from vllama_jax.convert.rules import IDENTITY, Rule, linear
 from vllama_jax.convert.weight_files import Source
-from vllama_jax.nn.layers import axes, learned_positions, like_weights, patchify, position_rows, projection
+from vllama_jax.nn.layers import axis_metadata, cast_like, learned_positions, patchify, position_rows, projection
 from vllama_jax.nn.qformer import QFormer
 from vllama_jax.towers import Tower
 
@@ -52,7 +52,7 @@ class MotionConfig:
 class MotionBranch(nnx.Module):
     def __init__(self, cfg: MotionConfig, model: VideoLlamaConfig, *, rngs: nnx.Rngs):
         self.patch_size, width = cfg.encoder.patch_size, cfg.encoder.width
-        self.encoder = nnx.Linear(3 * self.patch_size**2, width, rngs=rngs, **axes(None, "embed"))
+        self.encoder = nnx.Linear(3 * self.patch_size**2, width, rngs=rngs, **axis_metadata(None, "embed"))
         self.positions = learned_positions(cfg.num_positions, width, rngs)
         self.qformer = QFormer(cfg.qformer, width, rngs=rngs)
         self.projection = projection(cfg.qformer.width, model.llama.width, rngs)
@@ -61,12 +61,12 @@ class MotionBranch(nnx.Module):
         """Normalized frames [b, t, h, w, 3] → features [b, t, n, d]."""
         b, t = frames.shape[:2]
         patches = patchify(frames.reshape(b * t, *frames.shape[2:]), self.patch_size)
-        return self.encoder(like_weights(patches, self.encoder.kernel)).reshape(b, t, patches.shape[1], -1)
+        return self.encoder(cast_like(patches, self.encoder.kernel)).reshape(b, t, patches.shape[1], -1)
 
     def tokens(self, features: jax.Array, *, interpolate_positions: bool = False, dropout: Any = None) -> jax.Array:
         """Features [b, t, n, d] → media tokens [b, q, w]."""
         rows = position_rows(self.positions, features.shape[1], interpolate=interpolate_positions, what="frames")
-        memory = like_weights(features, self.positions) + rows[:, None]
+        memory = cast_like(features, self.positions) + rows[:, None]
         return self.projection(self.qformer(memory.reshape(len(memory), -1, memory.shape[-1]), dropout))
 
 
@@ -102,7 +102,7 @@ def rules(cfg: MotionConfig) -> list[Rule]:
     return [
         *linear("motion/encoder", "motion_encoder"),
         *qformer.rules("motion/qformer", "motion_Qformer", "motion_query_tokens", cfg.qformer),
-        Rule("motion/positions", ("motion_position_embedding.weight",), SAME),
+        Rule("motion/positions", ("motion_position_embedding.weight",), IDENTITY),
         *linear("motion/projection", "motion_llama_proj"),
     ]
 
@@ -119,7 +119,7 @@ def infer(source: Source) -> dict[str, Any]:
     }
 
 
-PIECE = Piece(
+FILE_SPEC = FileSpec(
     "a motion checkpoint",
     "",
     "motion_query_tokens",

@@ -12,17 +12,17 @@ import numpy as np
 from flax import nnx
 
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.convert.components import Piece
-from vllama_jax.convert.rules import SAME, Rule, Transform, from_heads, linear, norm, patches
+from vllama_jax.convert.components import FileSpec
+from vllama_jax.convert.rules import IDENTITY, Rule, Transform, from_heads, linear, norm, patch_kernel
 from vllama_jax.convert.weight_files import Source, count_layers
 from vllama_jax.nn.layers import (
     Mlp,
     SelfAttention,
-    axes,
-    constrain,
+    axis_metadata,
+    cast_like,
+    constrain_sharding,
     layer_norm,
-    like_weights,
-    named,
+    param_with_axes,
     patchify,
     run_stack,
     stack,
@@ -60,7 +60,7 @@ class SiglipBlock(nnx.Module):
         self.mlp = Mlp(cfg.width, cfg.mlp_dim, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = constrain(x, "batch", None, None)
+        x = constrain_sharding(x, "batch", None, None)
         x = x + self.attention(self.norm1(x))
         return x + self.mlp.down(jax.nn.gelu(self.mlp.up(self.norm2(x)), approximate=True))
 
@@ -70,17 +70,17 @@ class SiglipVit(nnx.Module):
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
         self.patch_size = cfg.patch_size
-        self.patch_embed = nnx.Linear(3 * cfg.patch_size**2, cfg.width, rngs=rngs, **axes(None, "embed"))
-        self.positions = named(jax.numpy.zeros((cfg.num_tokens, cfg.width)), None, "embed")
+        self.patch_embed = nnx.Linear(3 * cfg.patch_size**2, cfg.width, rngs=rngs, **axis_metadata(None, "embed"))
+        self.positions = param_with_axes(jax.numpy.zeros((cfg.num_tokens, cfg.width)), None, "embed")
         self.blocks = stack(lambda rngs: SiglipBlock(cfg, rngs=rngs), cfg.depth, rngs)
         self.norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
 
     def __call__(self, frames: jax.Array) -> jax.Array:
-        return self.norm(self.run(self.start(frames)))
+        return self.norm(self.run(self.embed_inputs(frames)))
 
-    def start(self, frames: jax.Array) -> jax.Array:
+    def embed_inputs(self, frames: jax.Array) -> jax.Array:
         """What the first block reads: patches with positions."""
-        return self.patch_embed(patchify(like_weights(frames, self.positions), self.patch_size)) + self.positions[...]
+        return self.patch_embed(patchify(cast_like(frames, self.positions), self.patch_size)) + self.positions[...]
 
     def run(self, x: jax.Array) -> jax.Array:
         """All blocks."""
@@ -116,9 +116,9 @@ def rules(cfg: SiglipConfig) -> list[Rule]:
         return tuple(f"{layer}.self_attn.{name}_proj.{suffix}" for name in "qkv")
 
     return [
-        Rule("vit/patch_embed/kernel", (f"{embeddings}.patch_embedding.weight",), patches(*window)),
-        Rule("vit/patch_embed/bias", (f"{embeddings}.patch_embedding.bias",), SAME),
-        Rule("vit/positions", (f"{embeddings}.position_embedding.weight",), SAME),
+        Rule("vit/patch_embed/kernel", (f"{embeddings}.patch_embedding.weight",), patch_kernel(*window)),
+        Rule("vit/patch_embed/bias", (f"{embeddings}.patch_embedding.bias",), IDENTITY),
+        Rule("vit/positions", (f"{embeddings}.position_embedding.weight",), IDENTITY),
         *norm("vit/blocks/norm1", f"{layer}.layer_norm1", layers),
         Rule("vit/blocks/attention/qkv/kernel", qkv("weight"), join_qkv(*heads), layers),
         Rule("vit/blocks/attention/qkv/bias", qkv("bias"), join_qkv(*heads), layers),
@@ -149,7 +149,7 @@ def is_siglip(cfg: VideoLlamaConfig) -> bool:
     return isinstance(cfg.vit, SiglipConfig)
 
 
-PIECE = Piece(
+FILE_SPEC = FileSpec(
     "SigLIP vision weights",
     "",
     f"{VISION}embeddings.patch_embedding.weight",
@@ -174,7 +174,7 @@ def stages(cfg: VideoLlamaConfig) -> list[Any]:
     from transformers import SiglipVisionConfig
     from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
-    from vllama_jax.convert.verify.reference import loaded
+    from vllama_jax.convert.verify.reference import load_module
     from vllama_jax.convert.verify.stages import Component, Stage
 
     vit = cfg.vit
@@ -193,10 +193,10 @@ def stages(cfg: VideoLlamaConfig) -> list[Any]:
 
     def layer(number: int) -> Any:
         prefix = f"{VISION}encoder.layers.{number}."
-        return lambda read, x: loaded(lambda: SiglipEncoderLayer(theirs), read, prefix)(x, None)
+        return lambda read, x: load_module(lambda: SiglipEncoderLayer(theirs), read, prefix)(x, None)
 
     def normed(read: Any, x: Any) -> Any:
-        return loaded(lambda: torch.nn.LayerNorm(vit.width, eps=1e-6), read, f"{VISION}post_layernorm.")(x)
+        return load_module(lambda: torch.nn.LayerNorm(vit.width, eps=1e-6), read, f"{VISION}post_layernorm.")(x)
 
     def draw(rng: np.random.Generator) -> np.ndarray:
         return rng.standard_normal((2, vit.image_size, vit.image_size, 3), np.float32)
@@ -207,7 +207,7 @@ def stages(cfg: VideoLlamaConfig) -> list[Any]:
         for i in range(vit.depth)
     ]
     found = [
-        Stage("patches", stem, lambda network, x: network.vit.start(x), embedded),
+        Stage("patches", stem, lambda network, x: network.vit.embed_inputs(x), embedded),
         *blocks,
         Stage("norm", ("vit/norm/*",), lambda network, x: network.vit.norm(x), normed),
     ]

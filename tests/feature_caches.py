@@ -20,15 +20,15 @@ def write_cache(config: TrainConfig, root: Path, seed: int = 0) -> Path:
     from array_record.python.array_record_module import ArrayRecordWriter
 
     records = open_records(config.datasets[0].path)
-    folder = feature_cache.find_folder(root, records)
+    folder = feature_cache.find_cache_folder(root, records)
     folder.mkdir(parents=True)
     described = describe_features(config, open_model(config.model), config.datasets[0], records)
     (folder / "manifest.json").write_text(json.dumps({**described, "shard_records": SHARD_RECORDS}))
-    cache, _ = feature_cache.open_folder(folder)
+    cache, _ = feature_cache.open_cache_folder(folder)
     rng = np.random.default_rng(seed)
-    for shard in range(cache.shards):
+    for shard in range(cache.num_shards):
         writer = ArrayRecordWriter(str(cache.shard_path(shard)), "group_size:1,uncompressed")
-        for record in cache.shard_numbers(shard):
+        for record in cache.shard_range(shard):
             kind = next(kind for kind, numbers in cache.kinds.items() if record in numbers)
             times = tuple(range(cache.shapes[kind][0])) if kind == "video" else ()
             writer.write(

@@ -143,20 +143,20 @@ def read(path: Path) -> dict:
     faults = []
     if report.kind != "audio":
         frames = media.normalize(found.frames)
-        faults += ["frames"] * (frames.shape != (report.frames, 224, 224, 3) or not 1 <= report.frames <= 8)
+        faults += ["frames"] * (frames.shape != (report.num_frames, 224, 224, 3) or not 1 <= report.num_frames <= 8)
     if report.kind == "video":
-        times = found.seconds
-        faults += ["timestamps"] * (len(times) != report.frames or not np.isfinite(times).all())
+        times = found.timestamps
+        faults += ["timestamps"] * (len(times) != report.num_frames or not np.isfinite(times).all())
         faults += ["order of timestamps"] * bool(
             (np.diff(times) < 0).any() or times[0] < 0 or times[-1] > found.duration
         )
     if mel is not None:
         faults += ["mel"] * (mel.shape != (8, 128, 204) or not np.isfinite(mel).all())
-    faults += ["report"] * (not np.isfinite(report.seconds) or len(str(report).splitlines()) != 1)
+    faults += ["report"] * (not np.isfinite(report.duration) or len(str(report).splitlines()) != 1)
     outcome = {"outcome": "wrong: " + ", ".join(faults) if faults else "accepted", "message": str(report)}
     return outcome | {
         "kind": report.kind,
-        "seconds": float(report.seconds),
+        "seconds": float(report.duration),
         "audio": report.audio,
         "notes": report.notes,
     }

@@ -47,7 +47,7 @@ def network():
 
 
 @pytest.mark.parametrize(("method", "array", "said"), CASES, ids=[f"{m}-{a.dtype}{a.shape}" for m, a, _ in CASES])
-def test_a_wrong_array_names_what_is_expected(network, method, array, said):
+def test_a_wrong_array_error_reports_the_expected_shape(network, method, array, said):
     for call in (getattr(network, method), jax.jit(lambda x: getattr(network, method)(x))):
         with pytest.raises(vl.ArrayError) as refused:
             call(array)
@@ -57,14 +57,14 @@ def test_a_wrong_array_names_what_is_expected(network, method, array, said):
 
 
 @pytest.mark.parametrize("given", ["clip.mp4", None, [[1, 2], [3, 4]]])
-def test_what_is_no_array(network, given):
+def test_values_of_other_types_are_refused(network, given):
     with pytest.raises(vl.ArrayError, match="frames: expected floats"):
         network.encode_video(given)
     with pytest.raises(vl.ArrayError, match="ids: expected integers"):
         network.embed(given)
 
 
-def test_the_language_model_alone(network):
+def test_the_language_model_can_be_called_alone(network):
     words = network.embed(np.zeros((1, 4), np.int32))
     with pytest.raises(
         vl.ArrayError, match=r"mask: expected booleans \[b, n\] with b = 1 and n = 4, not bool \[1, 3\]"
@@ -75,7 +75,7 @@ def test_the_language_model_alone(network):
     assert network(words, jnp.ones((1, 4), bool)).shape == (1, 4, 512)
 
 
-def test_a_picture_only_model_has_no_audio_branch():
+def test_a_vision_only_model_has_no_audio_branch():
     network = random_network(tiny(audio=False))
     for call in (network.encode_audio, network.encode_audio_from_vision):
         with pytest.raises(vl.ConfigError, match="the model has no audio branch; convert it with --imagebind"):

@@ -10,7 +10,7 @@ from train_fixtures import config_of, short_config, write_config, write_files
 
 import vllama_jax as vl
 from vllama_jax.io import atomic
-from vllama_jax.io.jsonl import Journal
+from vllama_jax.io.jsonl import JsonLinesFile
 
 
 @pytest.fixture
@@ -81,7 +81,9 @@ def annotations(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 @pytest.mark.parametrize("name", ["convert", "export", "quantize", "data build"])
-def test_links_where_a_new_directory_is_made(tiny_files, tiny_model, annotations, treasure, tmp_path, name, plant):
+def test_a_new_directory_is_never_written_through_links(
+    tiny_files, tiny_model, annotations, treasure, tmp_path, name, plant
+):
     partial, out = tmp_path / ".out.partial", tmp_path / "out"
     arguments = {
         "convert": command(tiny_files, out),
@@ -101,7 +103,7 @@ FILE_LINK = "a symbolic link, where this command writes a file of its own; move 
 DIRECTORY_LINK = "a symbolic link, where this command writes a directory of its own; move it away"
 
 
-def test_a_link_where_features_are_written(tiny_model, pictures, treasure, tmp_path):
+def test_features_are_never_written_through_a_link(tiny_model, pictures, treasure, tmp_path):
     config = write_config(tmp_path / "config.py", config_of(tiny_model, pictures))
     arguments = ["features", str(config), "--out", str(tmp_path / "out")]
     (tmp_path / "out").mkdir()
@@ -147,7 +149,7 @@ def test_a_link_in_an_evaluation_directory(tiny_model, clip, treasure, tmp_path,
 
 @pytest.mark.parametrize("name", ["loss.png", ".loss.png.partial"])
 @pytest.mark.parametrize("named", [False, True])
-def test_a_link_where_a_plot_is_drawn(treasure, tmp_path, name, named):
+def test_plots_are_never_written_through_a_link(treasure, tmp_path, name, named):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "lr": 0.1}\n{"step": 2, "loss": 1.0, "lr": 0.1}\n')
@@ -172,7 +174,7 @@ def test_no_file_is_written_through_a_link(treasure, tmp_path, write):
 def test_no_line_is_added_through_a_link(treasure, tmp_path):
     (tmp_path / "lines.jsonl").symlink_to(treasure / "file.txt")
     with pytest.raises(vl.CheckpointError, match=f"jsonl: {FILE_LINK}"):
-        Journal(tmp_path / "lines.jsonl").add({"step": 1})
+        JsonLinesFile(tmp_path / "lines.jsonl").add({"step": 1})
     assert (treasure / "file.txt").read_text() == "gold"
 
 
@@ -202,7 +204,7 @@ def test_a_hard_link_with_the_partial_name_keeps_its_other_name(treasure, tmp_pa
     assert (treasure / "file.txt").read_text() == "gold"
 
 
-def test_an_output_directory_named_through_a_link_is_used(tmp_path):
+def test_an_output_directory_may_be_a_link(tmp_path):
     (tmp_path / "disk").mkdir()
     (tmp_path / "here").symlink_to(tmp_path / "disk")
     with atomic.new_directory(tmp_path / "here" / "out") as directory:
@@ -210,7 +212,7 @@ def test_an_output_directory_named_through_a_link_is_used(tmp_path):
     assert [path.name for path in (tmp_path / "disk").rglob("*")] == ["out", "file"]
 
 
-def test_what_exists_is_said_before_anything_is_read(tmp_path, monkeypatch):
+def test_an_existing_output_is_reported_before_inputs_are_read(tmp_path, monkeypatch):
     """Not even the files that do not exist are looked at."""
     (tmp_path / "out").mkdir()
     out, absent = str(tmp_path / "out"), str(tmp_path / "absent")

@@ -11,7 +11,7 @@ from PIL import Image as pillow
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media import as_file, frame_indices, read_image, read_media, read_video
-from vllama_jax.media.augment import Box, crop_frames, head_tail_indices, random_box
+from vllama_jax.media.augment import CropBox, crop_frames, head_tail_indices, random_crop_box
 from vllama_jax.media.image import resize
 
 SCALE, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
@@ -29,7 +29,7 @@ def either_kind(request, monkeypatch, tmp_path):
 
 
 @pytest.mark.usefixtures("either_kind")
-def test_bytes_read_as_files(clip, tmp_path):
+def test_media_in_memory_are_read_like_files(clip, tmp_path):
     pillow.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / "red.png")
     with as_file(clip.read_bytes()) as path:
         again = read_video(path, num_frames=4, size=64)
@@ -44,7 +44,7 @@ def test_bytes_read_as_files(clip, tmp_path):
     assert not os.path.exists(path)
 
 
-def test_several_bytes_at_a_time(clip, tmp_path):
+def test_several_media_in_memory_at_once(clip, tmp_path):
     pillow.new("L", (4, 4)).save(tmp_path / "black.png")
     with as_file(clip.read_bytes()) as video, as_file((tmp_path / "black.png").read_bytes()) as picture:
         assert video != picture
@@ -70,28 +70,30 @@ def test_bytes_that_are_no_media(clip):
 # ------------------------------------------------------------------------------------------------ which frames
 
 
-def test_chosen_frames(tmp_path):
+def test_a_custom_sample_function_chooses_the_frames(tmp_path):
     path = write_video(tmp_path / "clip.mp4")
-    video = read_video(path, num_frames=3, size=64, choose=lambda total, wanted: np.array([total - wanted, 148, 149]))
+    video = read_video(
+        path, num_frames=3, size=64, sample_frames=lambda total, wanted: np.array([total - wanted, 148, 149])
+    )
     assert numbers_of(video.frames) == [147, 148, 149]
-    assert video.seconds.tolist() == [147 / 25, 148 / 25, 149 / 25]
-    assert video.report.frames == 3
+    assert video.timestamps.tolist() == [147 / 25, 148 / 25, 149 / 25]
+    assert video.report.num_frames == 3
 
 
-def test_frames_are_chosen_again_where_the_count_was_wrong(tmp_path):
+def test_frames_are_sampled_again_after_a_wrong_declared_count(tmp_path):
     """A recording that starts between key frames has packets that hold no frame of their own."""
     whole = write_video(tmp_path / "whole.ts").read_bytes()
     (tmp_path / "late.ts").write_bytes(whole[len(whole) // 3 // 188 * 188 :])  # a transport stream has 188-byte packets
     asked = []
 
-    def choose(total, num_frames):
+    def sample_frames(total, num_frames):
         asked.append(total)
         return frame_indices(total, num_frames)
 
-    video = read_video(tmp_path / "late.ts", size=64, choose=choose)
+    video = read_video(tmp_path / "late.ts", size=64, sample_frames=sample_frames)
     assert len(asked) == 2
     assert asked[1] < asked[0]
-    assert (video.seconds * 25).round().tolist() == frame_indices(asked[1], 8).tolist()
+    assert (video.timestamps * 25).round().tolist() == frame_indices(asked[1], 8).tolist()
     assert (video.frames == read_video(tmp_path / "late.ts", size=64).frames).all()
 
 
@@ -121,9 +123,9 @@ def test_head_tail_indices_of_short_videos(total, num_frames):
 # ------------------------------------------------------------------------------------------------ boxes and crops
 
 
-def test_boxes_are_uniform_in_area_and_in_the_logarithm_of_the_ratio():
+def test_crop_boxes_are_uniform_in_area_and_log_aspect_ratio():
     rng = np.random.default_rng(0)
-    boxes = np.array([random_box(rng, 1000, 1000, SCALE, RATIO) for _ in range(5000)])
+    boxes = np.array([random_crop_box(rng, 1000, 1000, SCALE, RATIO) for _ in range(5000)])
     top, left, height, width = boxes.T
     assert ((top >= 0) & (left >= 0) & (top + height <= 1000) & (left + width <= 1000)).all()
     area, ratio = height * width / 1e6, np.log(width / height)
@@ -137,15 +139,17 @@ def test_boxes_are_uniform_in_area_and_in_the_logarithm_of_the_ratio():
     assert (left / (1000 - width + 1)).mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_a_ratio_is_width_over_height():
+def test_aspect_ratio_is_width_over_height():
     """Of ratios around one, a box of the inverse ratio looks the same."""
-    boxes = np.array([random_box(np.random.default_rng(seed), 100, 300, (0.1, 0.2), (2, 3)) for seed in range(50)])
+    boxes = np.array([random_crop_box(np.random.default_rng(seed), 100, 300, (0.1, 0.2), (2, 3)) for seed in range(50)])
     assert (np.round(boxes[:, 3] / boxes[:, 2], 1) >= 2).all()
     assert (np.round(boxes[:, 3] / boxes[:, 2], 1) <= 3).all()
 
 
-def test_boxes_are_drawn_by_the_generator_alone():
-    first, second = ([random_box(np.random.default_rng(seed), 60, 90, SCALE, RATIO) for seed in range(9)] for _ in "ab")
+def test_crop_boxes_depend_only_on_the_generator():
+    first, second = (
+        [random_crop_box(np.random.default_rng(seed), 60, 90, SCALE, RATIO) for seed in range(9)] for _ in "ab"
+    )
     assert first == second
     assert len(set(first)) == 9
 
@@ -153,13 +157,13 @@ def test_boxes_are_drawn_by_the_generator_alone():
 @pytest.mark.parametrize(
     ("height", "width", "expected"),
     [
-        (100, 1000, Box(0, 433, 100, 133)),  # as wide as the ratio allows
-        (1000, 100, Box(433, 0, 133, 100)),
-        (1, 1, Box(0, 0, 1, 1)),
+        (100, 1000, CropBox(0, 433, 100, 133)),  # as wide as the ratio allows
+        (1000, 100, CropBox(433, 0, 133, 100)),
+        (1, 1, CropBox(0, 0, 1, 1)),
     ],
 )
-def test_boxes_that_never_fit_are_in_the_middle(height, width, expected):
-    box = random_box(np.random.default_rng(0), height, width, (1.0, 1.0), RATIO)
+def test_a_crop_that_never_fits_is_centered(height, width, expected):
+    box = random_crop_box(np.random.default_rng(0), height, width, (1.0, 1.0), RATIO)
     assert box == expected
     assert all(type(side) is int for side in box)
 
@@ -182,19 +186,19 @@ def assert_cut_off(cropped, exact):
 
 
 @pytest.mark.parametrize("size", [224, 32, 1])
-def test_crops_are_torch_s(size):
+def test_crops_equal_torch(size):
     rng = np.random.default_rng(0)
     for _ in range(5):
         height, width = rng.integers(1, 300, 2)
         frames = rng.integers(0, 256, (2, height, width, 3), np.uint8)  # noise overshoots a lot
-        box = random_box(rng, int(height), int(width), SCALE, RATIO)
+        box = random_crop_box(rng, int(height), int(width), SCALE, RATIO)
         cropped = crop_frames(frames, box, size)
         assert cropped.shape == (2, size, size, 3)
         assert cropped.flags.c_contiguous
         assert_cut_off(cropped, torch_crop(frames, box, size))
 
 
-def test_a_crop_of_everything_changes_nothing():
+def test_a_crop_of_the_full_frame_changes_nothing():
     frames = np.random.default_rng(0).integers(0, 256, (3, 224, 224, 3), np.uint8)
     assert (crop_frames(frames, (0, 0, 224, 224)) == frames).all()
 
@@ -208,11 +212,11 @@ def test_overshoots_are_clamped():
     assert cropped[0, 0, -1, 0] >= 254
 
 
-def test_golden_crop(golden):
+def test_crop_equals_the_golden_values(golden):
     """Where the original's values do not wrap around."""
     recorded = np.load(golden / "media/train_crop.npz")
     frames = np.load(golden / "media/birthday_video.npz")["frames_uint8_thwc"][:2]
-    box = Box(*recorded["box_ijhw"].tolist())
+    box = CropBox(*recorded["box_ijhw"].tolist())
     cropped, expected = crop_frames(frames, box), recorded["cropped_uint8_thwc"]
     exact = torch_crop(frames, box, 224)
     assert np.abs(exact - recorded["cropped_float_cthw"].transpose(1, 2, 3, 0)).max() < 0.13  # float16 of up to 255
@@ -224,7 +228,7 @@ def test_golden_crop(golden):
     assert_cut_off(cropped, exact)
 
 
-def test_a_box_of_a_picture(tmp_path):
+def test_images_are_cropped_to_the_chosen_box(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
     pillow.fromarray(pixels).save(tmp_path / "noise.png")
     asked = []

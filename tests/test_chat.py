@@ -11,7 +11,7 @@ from PIL import Image
 
 import vllama_jax as vl
 from vllama_jax import generate
-from vllama_jax.chat import fit_to_model, prepare
+from vllama_jax.chat import prepare_media, preprocess_media
 from vllama_jax.convert import convert, plan
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.text import prompts
@@ -40,10 +40,10 @@ def picture(tmp_path_factory):
     return path
 
 
-def test_a_conversation_goes_on(model, clip):
+def test_a_conversation_keeps_its_history(model, clip):
     chat = vl.Chat(model)
     report = chat.add(clip)
-    assert (report.kind, report.frames, report.audio) == ("video", 8, "used")
+    assert (report.kind, report.num_frames, report.audio) == ("video", 8, "used")
     first = "".join(chat.ask("What is there?", max_new_tokens=12))
     assert (first, len(chat.last.tokens)) == (chat.last.answer, 12)
     second = "".join(chat.ask("And then?", max_new_tokens=12))
@@ -55,7 +55,7 @@ def test_a_conversation_goes_on(model, clip):
     assert "".join(fresh.ask("What is there?", max_new_tokens=12)) == first
 
 
-def test_pieces_are_the_answer_and_options_are_heard(model, clip):
+def test_streamed_text_joins_to_the_answer_and_options_apply(model, clip):
     chat = vl.Chat(model)
     chat.add(clip)
     assert "".join(chat.ask("Hm?", max_new_tokens=40)) == chat.last.answer
@@ -67,7 +67,7 @@ def test_pieces_are_the_answer_and_options_are_heard(model, clip):
     assert set(chat.last.timings) == {"first_piece", "answer"}
 
 
-def test_an_answer_that_is_not_read_is_forgotten(model, clip):
+def test_an_abandoned_answer_is_not_in_the_history(model, clip):
     chat = vl.Chat(model)
     chat.add(clip)
     next(chat.ask("What is there?", max_new_tokens=30), None)
@@ -120,7 +120,7 @@ def test_an_eos_that_ended_an_answer_is_in_the_next_prompt(model, monkeypatch, t
         assert second[: len(answered) + 1] == [*answered, tokenizer.eos_id]
 
 
-def test_sound_changes_the_answer_and_can_be_left_out(model, clip):
+def test_audio_changes_the_answer_and_can_be_disabled(model, clip):
     tokens = {}
     for audio in (True, False):
         chat = vl.Chat(model)
@@ -130,14 +130,14 @@ def test_sound_changes_the_answer_and_can_be_left_out(model, clip):
     assert tokens[True] != tokens[False]
 
 
-def test_every_kind_of_file_together(model, clip, picture, tmp_path):
+def test_video_image_and_audio_in_one_conversation(model, clip, picture, tmp_path):
     sound = media_fixtures.write_sound(tmp_path / "a.wav", media_fixtures.tone(3, 16000), 16000, "pcm_s16le", "s16")
     chat = vl.Chat(model)
     assert [chat.add(path).kind for path in (clip, picture, sound)] == ["video", "image", "audio"]
     list(chat.ask("What do they share?", max_new_tokens=8))
     assert len(chat.last.tokens) == 8
-    slots = chat._conversation.turns[0].media
-    assert [media.slots for media in slots] == [("audio", "video"), ("image",), ("audio",)]
+    placeholders = chat._conversation.turns[0].media
+    assert [media.placeholders for media in placeholders] == [("audio", "video"), ("image",), ("audio",)]
     assert [len(tokens) for tokens in chat._tokens] == [8, 32, 32, 8]
 
 
@@ -148,7 +148,7 @@ def test_a_chat_without_media_answers(model):
 
 
 @pytest.mark.parametrize("template", ["vicuna", "llama_2", "plain"])
-def test_templates(model, picture, template):
+def test_the_prompt_template_can_be_chosen(model, picture, template):
     chat = vl.Chat(model, template=template)
     chat.add(picture)
     list(chat.ask("What is there?", max_new_tokens=5))
@@ -161,7 +161,7 @@ def test_an_unknown_template_is_an_error(model):
         vl.Chat(model, template="alpaca")
 
 
-def test_a_model_without_audio_branch_says_so(seeing_model, clip):
+def test_a_model_without_audio_branch_reports_it(seeing_model, clip):
     chat = vl.Chat(seeing_model)
     report = chat.add(clip)
     assert report.audio == "unsupported"
@@ -170,35 +170,35 @@ def test_a_model_without_audio_branch_says_so(seeing_model, clip):
     assert prompts.DEFAULT_SYSTEM in prompts.render(chat._conversation)
 
 
-def test_sound_alone_needs_an_audio_branch(seeing_model, tmp_path):
+def test_audio_files_need_an_audio_branch(seeing_model, tmp_path):
     sound = media_fixtures.write_sound(tmp_path / "a.wav", media_fixtures.tone(3, 16000), 16000, "pcm_s16le", "s16")
     with pytest.raises(vl.MediaError, match=r"only sound in it, and it cannot be used: .* no audio branch"):
         vl.Chat(seeing_model).add(sound)
 
 
-def test_required_sound(model, seeing_model, clip, picture, tmp_path):
+def test_required_audio_that_is_not_used_is_an_error(model, seeing_model, clip, picture, tmp_path):
     silent = media_fixtures.write_video(tmp_path / "silent.mp4", num_frames=30)
-    assert prepare(clip, model.config, require_audio=True).report.audio == "used"
+    assert prepare_media(clip, model.config, require_audio=True).report.audio == "used"
     for path, cfg in ((silent, model.config), (picture, model.config), (clip, seeing_model.config)):
         with pytest.raises(vl.MediaError, match="its sound is required and was not used"):
-            prepare(path, cfg, require_audio=True)
+            prepare_media(path, cfg, require_audio=True)
 
 
 def test_audio_that_is_too_short_is_reported(model, tmp_path):
     samples = np.zeros((2, 100), np.float32)
     path = media_fixtures.write_video(tmp_path / "a.mkv", 30, sound=samples, rate=48000, sound_codec="pcm_s16le")
-    prepared = prepare(path, model.config)
+    prepared = prepare_media(path, model.config)
     assert prepared.mel is None
     assert prepared.report.audio == "failed: 2.1 ms of audio are too short; give at least 25"
-    assert prepared.prompt_media.slots == ("video",)
+    assert prepared.prompt_media.placeholders == ("video",)
     with pytest.raises(vl.MediaError, match=r"its sound is required and was not used: .* sound failed: 2.1 ms"):
-        prepare(path, model.config, require_audio=True)
+        prepare_media(path, model.config, require_audio=True)
 
 
-def test_audio_that_was_read_whole_gives_the_same_mel_clips(model, clip):
+def test_a_full_waveform_gives_the_same_mel_clips(model, clip):
     whole = vl.media.read_media(clip, 8, model.config.vit.image_size)
     assert whole.mel is None
-    np.testing.assert_array_equal(fit_to_model(whole, model.config).mel, prepare(clip, model.config).mel)
+    np.testing.assert_array_equal(preprocess_media(whole, model.config).mel, prepare_media(clip, model.config).mel)
 
 
 def test_more_frames_than_positions(model, tmp_path):
@@ -206,7 +206,7 @@ def test_more_frames_than_positions(model, tmp_path):
     chat = vl.Chat(model)
     with pytest.raises(vl.ConfigError, match="40 frames, but the model has learned 32 positions"):
         chat.add(long, num_frames=40)
-    assert chat.add(long, num_frames=40, interpolate_positions=True).frames == 40
+    assert chat.add(long, num_frames=40, interpolate_positions=True).num_frames == 40
     with pytest.raises(vl.ConfigError, match="0 frames were asked for; ask for at least 1"):
         chat.add(long, num_frames=0)
 
@@ -218,12 +218,12 @@ def test_a_conversation_that_is_too_long(model, picture):
         chat.ask("why? " * 800)
 
 
-def test_reports_are_plain_data(model, clip):
+def test_reports_are_json_serializable(model, clip):
     report = vl.Chat(model).add(clip)
     assert json.loads(json.dumps(dataclasses.asdict(report)))["seconds"] == pytest.approx(3.0)
 
 
-def test_chats_in_threads_are_those_of_one_thread(model, picture):
+def test_chats_in_threads_equal_chats_in_one_thread(model, picture):
     """Each with a Chat of its own, on one model."""
 
     def talk(number: int) -> tuple[str, str]:
@@ -259,7 +259,7 @@ def test_a_chat_that_two_threads_use_at_once_is_an_error(model, picture, use):
         pool.submit(use, chat, picture).result()  # one after the other they may
 
 
-def test_two_questions_about_the_same_turn_lose_none(model):
+def test_an_outdated_question_is_an_error(model):
     chat = vl.Chat(model)
     one, other = (chat.ask(question, max_new_tokens=4) for question in ("What is there?", "And then?"))
     list(one)

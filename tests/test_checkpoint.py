@@ -161,7 +161,7 @@ def restored(model: Path, abstract: nnx.State) -> dict[str, jax.Array]:
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_every_weight_is_restored_in_the_dtype_asked_for(tiny_model, dtype):
+def test_every_weight_is_restored_in_the_requested_dtype(tiny_model, dtype):
     state, stored = restored(tiny_model, abstract_state(tiny_model, dtype)), leaves_of(tiny_model)
     assert state.keys() == stored.keys()
     for path, value in state.items():
@@ -170,7 +170,7 @@ def test_every_weight_is_restored_in_the_dtype_asked_for(tiny_model, dtype):
 
 
 @pytest.mark.parametrize("axes", [{"tensor": 8}, {"data": 4, "tensor": 2}])
-def test_each_device_of_a_mesh_gets_its_part(tiny_model, axes):
+def test_each_device_of_a_mesh_gets_its_shard(tiny_model, axes):
     mesh = sharding.make_mesh(**axes)
     state, stored = restored(tiny_model, abstract_state(tiny_model, "float32", mesh)), leaves_of(tiny_model)
     for path, value in state.items():
@@ -181,7 +181,7 @@ def test_each_device_of_a_mesh_gets_its_part(tiny_model, axes):
     assert {shard.data.shape for shard in split} == {(3, 64, 112 // axes["tensor"])}
 
 
-def test_some_of_the_weights_are_restored_alone(tiny_model):
+def test_a_subset_of_the_weights_can_be_restored(tiny_model):
     abstract = abstract_state(tiny_model, "float32")
     state = restored(tiny_model, nnx.State({"ln_vision": abstract["ln_vision"]}))
     assert state.keys() == {"ln_vision/scale", "ln_vision/bias"}
@@ -195,7 +195,7 @@ def test_load_casts_and_brings_config_and_tokenizer(tiny_model):
     assert model.tokenizer.encode("a dog") == open_model(tiny_model).tokenizer.encode("a dog")
 
 
-def test_unless_told_weights_are_float32_on_a_cpu(tiny_model):
+def test_weights_are_float32_on_a_cpu_by_default(tiny_model):
     assert abstract_network(open_model(tiny_model).config).ln_vision.scale.dtype == jnp.float32
 
 
@@ -275,7 +275,7 @@ def tiny_abstract(tiny_model: Path) -> nnx.State:
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_directory_is_one_clear_line(tiny_model, tiny_abstract, tmp_path, damage):
+def test_a_corrupt_model_directory_is_a_one_line_error(tiny_model, tiny_abstract, tmp_path, damage):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     act, message = DAMAGES[damage]
     act(model)
@@ -293,7 +293,7 @@ def used(model: Path, abstract: nnx.State) -> None:
     restore(directory, abstract)
 
 
-def test_config_of_another_model_is_told_by_load(tiny_model, tmp_path):
+def test_load_reports_a_config_of_another_model(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     edit("config.json", lambda fields: fields["model"]["vit"].update(depth=2))(model)
     with pytest.raises(vl.CheckpointError, match=r"config\.json and weights disagree on the shape of vit/"):
@@ -304,7 +304,7 @@ def test_config_of_another_model_is_told_by_load(tiny_model, tmp_path):
     ("make", "message"),
     [("nothing", "no such"), ("file", "a file, not a"), ("folder", "no config.json in it")],
 )
-def test_what_is_no_model_directory(tmp_path, make, message):
+def test_load_refuses_other_directories(tmp_path, make, message):
     if make == "file":
         (tmp_path / "model").write_text("text")
     if make == "folder":
@@ -313,7 +313,7 @@ def test_what_is_no_model_directory(tmp_path, make, message):
         vl.load(tmp_path / "model")
 
 
-def test_a_quantised_model_cannot_be_part_of_another(tiny_model, tmp_path):
+def test_a_quantized_model_cannot_be_a_conversion_source(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     edit("manifest.json", lambda fields: fields.update(quantized="int8"))(model)
     with pytest.raises(vl.CheckpointError, match="model: its weights are int8, good for answers and nothing else"):
@@ -334,7 +334,7 @@ def runs(tiny_model, tmp_path) -> Path:
     return folder
 
 
-def test_runs_find_their_bases_beside_them(runs, tmp_path):
+def test_runs_find_base_models_in_their_parent_directory(runs, tmp_path):
     there = runs.rename(tmp_path / "there")
     opened = open_model(there / "audio")
     assert [trained.path.parents[1].name for trained in opened.trained] == ["vision", "audio"]
@@ -347,7 +347,7 @@ def test_runs_find_their_bases_beside_them(runs, tmp_path):
         open_model(there / "audio")
 
 
-def test_the_named_base_wins_over_a_folder_of_its_name_beside_the_run(runs, tmp_path):
+def test_the_recorded_base_path_has_priority_over_a_sibling_directory(runs, tmp_path):
     """The run moves to a folder that has another model called "base"."""
     there = tmp_path / "there"
     shutil.copytree(runs / "vision", there / "vision")
@@ -371,7 +371,7 @@ def test_a_chunk_with_bytes_appended_is_refused(tiny_model, tmp_path, path):
         main(["verify", str(model)])
 
 
-def test_a_stacked_model_is_what_is_on_disk(tiny_model, tmp_path):
+def test_a_stacked_model_has_the_paths_and_shapes_of_the_files(tiny_model, tmp_path):
     """What is trained from it in Python and saved loads again."""
     model = vl.load(tiny_model, stacked=True)
     state = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model.network))}
@@ -419,7 +419,7 @@ def renamed_leaves(rename):
         ),
     ],
 )
-def test_what_is_missing_is_said_as_it_is(tiny_model, tmp_path, rename, message):
+def test_missing_and_renamed_weights_are_reported(tiny_model, tmp_path, rename, message):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     renamed_leaves(rename)(model)
     with pytest.raises(vl.CheckpointError, match=message):
@@ -438,7 +438,7 @@ def test_commands_that_only_read_start_no_accelerator(runs, tmp_path):
 # Directories that appear whole or not at all.
 
 
-def test_new_directory_appears_when_it_is_whole(tmp_path):
+def test_new_directory_appears_when_it_is_complete(tmp_path):
     with new_directory(tmp_path / "out") as directory:
         (directory / "file").write_text("text")
         assert not (tmp_path / "out").exists()
@@ -456,12 +456,12 @@ def test_new_directory_leaves_nothing_when_it_fails(tmp_path, error):
     assert not list(tmp_path.iterdir())
 
 
-def test_new_directory_keeps_what_exists(tmp_path):
+def test_new_directory_does_not_overwrite(tmp_path):
     with pytest.raises(vl.CheckpointError, match="exists already"), new_directory(tmp_path):
         pytest.fail("not to be reached")
 
 
-def test_new_directory_clears_what_a_killed_run_left(tmp_path):
+def test_new_directory_removes_partial_files_of_a_killed_process(tmp_path):
     (tmp_path / ".out.partial" / "params").mkdir(parents=True)
     (tmp_path / ".out.partial" / "config.json").write_text("old")
     with new_directory(tmp_path / "out") as directory:

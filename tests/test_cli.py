@@ -54,7 +54,7 @@ def test_interactive_chat_answers_each_line_of_stdin(tiny_model, clip, cache):
 
 
 @pytest.mark.slow
-def test_interactive_goes_on_after_an_error(tiny_model, clip, cache):
+def test_interactive_mode_continues_after_an_error(tiny_model, clip, cache):
     done = run_vllama("chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="why? " * 800 + "\nAnd then?\n")
     assert done.returncode == 0
     assert "vllama: the conversation has" in done.stderr
@@ -149,11 +149,11 @@ def test_unusable_media_are_one_line_each(tiny_model, capsys, tmp_path, clip, un
     ],
     ids=str,
 )
-def test_options_that_mean_nothing_fail_before_the_model_is_loaded(tiny_model, capsys, clip, unloaded, options, why):
+def test_invalid_options_fail_before_the_model_is_loaded(tiny_model, capsys, clip, unloaded, options, why):
     assert why in failure(capsys, "chat", clip, "Hm?", "--model", tiny_model, *options)
 
 
-def test_a_base_whose_audio_branch_is_not_trained_says_so(tiny_files, clip, capsys, tmp_path, unloaded):
+def test_a_base_without_a_trained_audio_branch_reports_it(tiny_files, clip, capsys, tmp_path, unloaded):
     files = {kind: path for kind, path in tiny_files.items() if kind not in ("llama", "config", "al")}
     override = json.loads(tiny_files["config"].read_text())
     convert(plan(llama_directory=tiny_files["llama"], files=files, config=override), tmp_path / "base")
@@ -161,7 +161,7 @@ def test_a_base_whose_audio_branch_is_not_trained_says_so(tiny_files, clip, caps
     assert message.endswith("required and was not used: 8 frames of 3.0 s; the model has no audio branch")
 
 
-def test_what_the_system_refuses_is_one_line(clip, capsys, monkeypatch):
+def test_os_errors_are_one_line(clip, capsys, monkeypatch):
     for error, said in (
         (PermissionError(13, "Permission denied", "/home/other/model"), "/home/other/model: Permission denied"),
         (OSError("no more\nroom"), "no more room"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SAY = "import jax; print(repr(jax.config.jax_compilation_cache_dir))\n"
-KEEP = f"from vllama_jax.runtime.compilation_cache import keep_compiled_programs\nkeep_compiled_programs()\n{SAY}"
+KEEP = f"from vllama_jax.runtime.compilation_cache import enable_compilation_cache\nenable_compilation_cache()\n{SAY}"
 
 
 def python(code: str, **environment: str) -> tuple[str, str]:
@@ -25,19 +25,19 @@ def test_a_process_that_loads_no_model_keeps_jaxs_settings(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_folder_is_ours_unless_the_user_has_one_or_wants_none(tmp_path):
+def test_the_cache_folder_can_be_set_or_disabled_by_the_user(tmp_path):
     ours, theirs = tmp_path / "ours", str(tmp_path / "theirs")
     assert python(KEEP, VLLAMA_CACHE=str(ours)) == (f"'{ours}/compiled'\n", "")
     assert python(KEEP, VLLAMA_CACHE=str(ours), JAX_COMPILATION_CACHE_DIR=theirs) == (f"'{theirs}'\n", "")
     assert python(KEEP, VLLAMA_CACHE=str(ours), JAX_ENABLE_COMPILATION_CACHE="false") == ("None\n", "")
 
 
-def test_a_folder_that_cannot_be_used_is_named_and_changes_nothing_else(tmp_path):
+def test_an_unusable_cache_folder_is_reported_and_ignored(tmp_path):
     (tmp_path / "file").touch()
     folders = [f"{tmp_path}/file", f"{tmp_path}/file/below", "/proc/nowhere"]
     code = (
-        "import os\nfrom vllama_jax.runtime.compilation_cache import keep_compiled_programs\n"
-        f"for folder in {folders}:\n    os.environ['VLLAMA_CACHE'] = folder\n    keep_compiled_programs()\n"
+        "import os\nfrom vllama_jax.runtime.compilation_cache import enable_compilation_cache\n"
+        f"for folder in {folders}:\n    os.environ['VLLAMA_CACHE'] = folder\n    enable_compilation_cache()\n"
         f"{SAY}import jax.numpy as jnp; print(jax.jit(jnp.sin)(0.0))"
     )
     out, errors = python(code)
@@ -46,7 +46,7 @@ def test_a_folder_that_cannot_be_used_is_named_and_changes_nothing_else(tmp_path
         assert line.startswith(f"compiled programs are not kept: {folder}"), errors
 
 
-def test_damaged_programs_are_compiled_again(tmp_path):
+def test_corrupt_cache_entries_are_compiled_again(tmp_path):
     code = f"{KEEP}import jax.numpy as jnp; print(jax.jit(lambda x: jnp.sin(x) * 3)(0.0))"
     assert python(code, VLLAMA_CACHE=str(tmp_path))[0].endswith("\n0.0\n")
     kept = [path for path in (tmp_path / "compiled").iterdir() if path.name.endswith("-cache")]
@@ -57,7 +57,7 @@ def test_damaged_programs_are_compiled_again(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_python_compiled_the_command_line_finds(tiny_model, clip, tmp_path):
+def test_python_and_the_command_line_share_the_cache(tiny_model, clip, tmp_path):
     code = f"import vllama_jax as vl\nchat = vl.Chat(vl.load({str(tiny_model)!r}))\nchat.add({str(clip)!r})\n"
     python(code + "''.join(chat.ask('Hm?', max_new_tokens=8))", VLLAMA_CACHE=str(tmp_path))
     kept = sorted(path.name for path in (tmp_path / "compiled").glob("*-cache"))

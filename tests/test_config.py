@@ -58,7 +58,7 @@ def changed(**changes) -> str:
         (json.dumps({"vit": {}}), r"config: missing image_qformer, llama, video_qformer"),
     ],
 )
-def test_what_is_refused(text, message):
+def test_invalid_configs_are_refused(text, message):
     with pytest.raises(ConfigError, match=message):
         from_json(text)
 
@@ -72,7 +72,7 @@ def test_an_override_replaces_field_by_field():
 
 
 @pytest.mark.parametrize("module", ["vllama_jax", "vllama_jax.config", "vllama_jax.text.prompts", "vllama_jax.media"])
-def test_importing_costs_nothing_heavy(module):
+def test_importing_config_imports_nothing_heavy(module):
     code = f"import sys, {module}; print(sorted({{'jax', 'flax', 'torch', 'librosa', 'orbax'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -84,6 +84,6 @@ def test_public_names_resolve():
         vl.nothing  # noqa: B018
 
 
-def test_errors_are_one_family():
+def test_all_errors_derive_from_vllama_error():
     for error in (vl.MediaError, vl.CheckpointError, vl.ConfigError, vl.DataError):
         assert issubclass(error, vl.VllamaError)

@@ -108,7 +108,7 @@ BY_HAND = [
 
 
 @pytest.mark.parametrize(("kind", "path", "row", "expected"), BY_HAND, ids=[case[1] for case in BY_HAND])
-def test_weight_is_what_the_file_holds_turned_by_hand(tiny_leaves, tiny_tensors, kind, path, row, expected):
+def test_converted_weights_equal_hand_transposed_tensors(tiny_leaves, tiny_tensors, kind, path, row, expected):
     leaf = tiny_leaves[path] if row is None else tiny_leaves[path][row]
     np.testing.assert_array_equal(leaf, expected(tiny_tensors[kind]))
 
@@ -134,7 +134,7 @@ KINDS = ["eva_vit", "blip2", "imagebind", "minigpt4", "vl", "al", "llama"]
 def test_rules_invert_exactly(kind):
     cfg = tiny()
     shapes = convert.abstract_shapes(cfg)
-    for rule in convert.tables(cfg, [kind])[kind]:
+    for rule in convert.rule_tables(cfg, [kind])[kind]:
         row = shapes[rule.target] if rule.layers is None else shapes[rule.target][1:]
         given = [
             np.random.default_rng(number).standard_normal(shape, np.float32)
@@ -148,21 +148,21 @@ def test_rules_invert_exactly(kind):
 
 @pytest.mark.parametrize("shape", [(1, 1), (16, 5), (33, 40), (15, 1)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_turned_is_the_transpose_in_c_order(shape, dtype):
+def test_transpose_contiguous_is_in_c_order(shape, dtype):
     matrix = np.arange(np.prod(shape)).reshape(shape).astype(dtype)
-    assert rules.turned(matrix).flags.c_contiguous
-    np.testing.assert_array_equal(rules.turned(matrix), matrix.T)
+    assert rules.transpose_contiguous(matrix).flags.c_contiguous
+    np.testing.assert_array_equal(rules.transpose_contiguous(matrix), matrix.T)
 
 
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("format", ["safetensors", "pth"])
 @pytest.mark.parametrize("audio", [True, False])
-def test_tiny_files_come_back_bit_for_bit(tmp_path, half, format, audio):
+def test_tiny_files_round_trip_bit_exactly(tmp_path, half, format, audio):
     paths = write_tiny(tmp_path / "files", config=tiny(audio=audio), half=half, format=format)
     made = plan(paths)
     convert.convert(made, tmp_path / "model")
     leaves = leaves_of(tmp_path / "model")
-    for kind, table in convert.tables(made.config, list(made.pieces)).items():
+    for kind, table in convert.rule_tables(made.config, list(made.sources)).items():
         path = paths["llama"] / "model.safetensors" if kind == "llama" else paths[kind]
         if path.suffix == ".pth":
             held = {name: tensor.numpy() for name, tensor in torch_tensors(path).items()}
@@ -173,7 +173,7 @@ def test_tiny_files_come_back_bit_for_bit(tmp_path, half, format, audio):
             assert bits(tensor) == bits(held[name]), name
 
 
-def test_half_precision_stays_as_it_came(tmp_path):
+def test_half_precision_dtypes_are_kept(tmp_path):
     leaves = converted(write_tiny(tmp_path / "files", half=True), tmp_path / "model")
     dtypes = {path.split("/")[0]: leaf.dtype.name for path, leaf in leaves.items()}
     assert (dtypes["vit"], dtypes["llama"], dtypes["video_qformer"]) == ("float16", "bfloat16", "float32")
@@ -199,7 +199,7 @@ OTHER_TOWERS = re.compile(r"audio_encoder\.modality_\w+\.(text|depth|thermal|imu
 def test_every_golden_tensor_that_the_original_uses_is_in_the_model_unchanged(golden, golden_files, golden_model):
     leaves, cfg = leaves_of(golden_model), open_model(golden_model).config
     held = {kind: torch_tensors(path) for kind, path in golden_files.items()}
-    ours = {kind: inverted(leaves, table) for kind, table in convert.tables(cfg, list(golden_files)).items()}
+    ours = {kind: inverted(leaves, table) for kind, table in convert.rule_tables(cfg, list(golden_files)).items()}
     assembled = json.loads((golden / "tiny_model_state_dict_shapes.json").read_text())
     for name, (*_, what) in assembled.items():
         if what == "buffer" or OTHER_TOWERS.match(name):
@@ -236,13 +236,13 @@ def test_golden_checkpoints_without_optimizer_state(golden, golden_files, tmp_pa
     for kind, path in files.items():
         tensors = torch_tensors(path)
         for name, tensor in inverted(
-            leaves, convert.tables(open_model(tmp_path / "model").config, [kind])[kind]
+            leaves, convert.rule_tables(open_model(tmp_path / "model").config, [kind])[kind]
         ).items():
             assert bits(tensor) == bits(tensors[name].numpy()), name
     assert open_model(tmp_path / "model").config.template == "llama_2"
 
 
-def test_audio_scale_is_the_files(golden_files, golden_model):
+def test_audio_scale_is_read_from_the_file(golden_files, golden_model):
     stored = torch_tensors(golden_files["imagebind"])["modality_postprocessors.audio.1.log_logit_scale"]
     kept = open_model(golden_model).config.imagebind.audio.log_logit_scale
     assert bits(np.float32(kept)) == bits(stored.numpy())

@@ -90,7 +90,7 @@ NO_WEIGHTS = {
 
 
 @pytest.mark.parametrize("damage", NO_WEIGHTS)
-def test_file_that_is_no_weights(tiny_files, tmp_path, damage):
+def test_a_file_without_weights_is_refused(tiny_files, tmp_path, damage):
     make, message = NO_WEIGHTS[damage]
     path = tmp_path / "file.pth"
     path.write_bytes(make(tmp_path))
@@ -99,7 +99,7 @@ def test_file_that_is_no_weights(tiny_files, tmp_path, damage):
     assert str(path) in said
 
 
-def test_damage_is_found_in_a_file_that_is_named_safetensors(tiny_files, tmp_path):
+def test_corrupt_safetensors_files_are_refused(tiny_files, tmp_path):
     path = tmp_path / "vl.safetensors"
     path.write_bytes(tiny_files["vl"].read_bytes()[:5])
     assert f"{path}: damaged safetensors file" in one_line(tiny_files | {"vl": path}, tmp_path)
@@ -114,7 +114,7 @@ def test_damage_is_found_in_a_file_that_is_named_safetensors(tiny_files, tmp_pat
         ({}, "it is not a Video-LLaMA vision-language checkpoint (no tensor video_query_tokens; it holds nothing)"),
     ],
 )
-def test_torch_file_of_something_else(tiny_files, tmp_path, saved, message):
+def test_a_torch_file_without_tensors_is_refused(tiny_files, tmp_path, saved, message):
     torch.save(saved, tmp_path / "file.pth")
     assert message in one_line(tiny_files | {"vl": tmp_path / "file.pth"}, tmp_path)
 
@@ -129,7 +129,7 @@ def test_a_missing_file_or_directory_is_one_line(tiny_files, tmp_path, field):
 
 
 @pytest.mark.parametrize("kind", ["vl", "al", "blip2", "eva_vit", "imagebind", "minigpt4"])
-def test_one_number_that_claims_to_be_a_terabyte(tiny_files, tmp_path, kind):
+def test_a_number_with_a_declared_size_of_a_terabyte_is_refused(tiny_files, tmp_path, kind):
     tensors = {name: torch.from_numpy(tensor) for name, tensor in load_file(tiny_files[kind]).items()}
     name, tensor = max(tensors.items(), key=lambda item: item[1].ndim)
     tensors[name] = torch.ones([1] * tensor.ndim).expand(2**38, *tensor.shape[1:])
@@ -138,7 +138,7 @@ def test_one_number_that_claims_to_be_a_terabyte(tiny_files, tmp_path, kind):
     assert said.startswith(f"vllama: {tmp_path}/file.pth: {name} claims [{2**38}, ")
 
 
-def test_axis_of_absurd_length_beside_one_of_none(tiny_files, tmp_path):
+def test_a_huge_axis_next_to_an_empty_one_is_refused(tiny_files, tmp_path):
     entry = {"dtype": "F32", "shape": [1, 0, 2**60], "data_offsets": [0, 0]}
     head = json.dumps({"video_query_tokens": entry}).encode()
     (tmp_path / "file.pth").write_bytes(len(head).to_bytes(8, "little") + head)
@@ -162,7 +162,7 @@ def test_zip_whose_names_leave_the_directory_writes_nothing(tiny_files, tmp_path
 
 @pytest.mark.parametrize("layout", ["zip", "old", "bare"])
 @pytest.mark.parametrize("field", [*FIELDS, "llama", "shard", "delta"])
-def test_hostile_pickle_is_refused_and_nothing_of_it_is_run(tiny_files, tmp_path, field, layout):
+def test_a_hostile_pickle_is_refused_without_running_it(tiny_files, tmp_path, field, layout):
     marker, path = tmp_path / "marker", tmp_path / "hostile.pth"
     if field not in FIELDS:
         directory = shutil.copytree(tiny_files["llama"], tmp_path / "llama")
@@ -183,7 +183,7 @@ def test_hostile_pickle_is_refused_and_nothing_of_it_is_run(tiny_files, tmp_path
     assert not marker.exists()
 
 
-def test_without_torch_safetensors_convert_and_pth_says_what_to_install(tiny_files, tmp_path, monkeypatch):
+def test_without_torch_only_safetensors_convert(tiny_files, tmp_path, monkeypatch):
     pth = write_tiny(tmp_path / "files", format="pth")
     monkeypatch.setitem(sys.modules, "torch", None)
     assert len(plan(tiny_files).leaves) == len(plan(tiny_files | {"vl": tiny_files["vl"]}).leaves) > 100
@@ -218,7 +218,7 @@ def test_wrong_kind_of_file_is_named_and_its_option(tiny_files, tmp_path, field,
     assert said == f"vllama: {path}: {options[0]}, but it is {WHAT[held]}; {options[1]}"
 
 
-def test_weights_of_no_known_kind(tiny_files, tmp_path):
+def test_weights_of_no_known_component_are_refused(tiny_files, tmp_path):
     save_file({f"layer.{number}": np.ones(3) for number in range(5)}, tmp_path / "other.safetensors")
     said = one_line(tiny_files | {"blip2": tmp_path / "other.safetensors"}, tmp_path)
     assert "given as --blip2, but it is not BLIP-2 Q-Former weights (no tensor query_tokens; it holds layer.0, " in said
@@ -335,7 +335,7 @@ def test_tokenizer_files_that_are_links_are_copied(tiny_files, tmp_path):
 
 
 @pytest.mark.parametrize("damage", LLAMA_DAMAGES)
-def test_language_model_directory_that_is_none(tiny_files, tmp_path, damage):
+def test_a_directory_without_a_language_model_is_refused(tiny_files, tmp_path, damage):
     directory = shutil.copytree(tiny_files["llama"], tmp_path / "llama")
     act, message = LLAMA_DAMAGES[damage]
     act(directory)
@@ -343,7 +343,7 @@ def test_language_model_directory_that_is_none(tiny_files, tmp_path, damage):
 
 
 @pytest.mark.parametrize(("name", "what"), [("model.safetensors", "not a directory"), ("none", "no such directory")])
-def test_language_model_that_is_no_directory(tiny_files, tmp_path, name, what):
+def test_a_language_model_must_be_a_directory(tiny_files, tmp_path, name, what):
     path = tiny_files["llama"] / name
     said = one_line(tiny_files | {"llama": path}, tmp_path)
     assert said == f"vllama: {path}: {what}; --llama takes a Hugging Face LLaMA directory"

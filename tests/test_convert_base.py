@@ -53,8 +53,8 @@ def make_run(out: Path, base: Path, parts: tuple[str, ...], lora: LoraConfig | N
     )
     with open_run(out, config, held, "float32", {}):
         checkpoints = Checkpoints(out, CheckpointConfig())
-        moments = {"count": jnp.zeros(())}
-        checkpoints.save(3, TrainState(jnp.int32(3), jax.tree.map(jnp.asarray, trained), moments))
+        opt_state = {"count": jnp.zeros(())}
+        checkpoints.save(3, TrainState(jnp.int32(3), jax.tree.map(jnp.asarray, trained), opt_state))
         checkpoints.finish()
     return trained
 
@@ -77,7 +77,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("kind", PARTS)
-def test_a_part_given_anew_and_all_others_as_they_were(tiny_files, tiny_model, tmp_path, kind):
+def test_a_new_component_replaces_only_itself(tiny_files, tiny_model, tmp_path, kind):
     other = other_files(tmp_path)
     main(command(other, tmp_path / "whole"))
     main(command({kind: other[kind]}, tmp_path / "model", "--base", str(tiny_model)))
@@ -90,7 +90,7 @@ def test_a_part_given_anew_and_all_others_as_they_were(tiny_files, tiny_model, t
     assert open_model(tmp_path / "model").config == open_model(tiny_model).config
 
 
-def test_what_is_kept_is_byte_for_byte_the_same_files(tiny_files, tiny_model, tmp_path, monkeypatch):
+def test_kept_components_are_the_same_bytes(tiny_files, tiny_model, tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(arrays, "row_blocks", lambda *_: read.append(1))
     main(command({"vl": tiny_files["vl"]}, tmp_path / "model", "--base", str(tiny_model)))
@@ -102,14 +102,14 @@ def test_what_is_kept_is_byte_for_byte_the_same_files(tiny_files, tiny_model, tm
         assert not copy.samefile(file)
 
 
-def test_manifest_says_where_each_part_is_from(tiny_files, tiny_model, tmp_path):
+def test_manifest_records_the_source_of_each_component(tiny_files, tiny_model, tmp_path):
     main(command({"vl": other_files(tmp_path)["vl"]}, tmp_path / "model", "--base", str(tiny_model)))
     told, old = (open_model(model).manifest["sources"] for model in (tmp_path / "model", tiny_model))
     assert told.pop("base") == [{"name": tiny_model.name, "digest": open_model(tiny_model).digest}]
     assert told == old
 
 
-def test_everything_kept_in_another_dtype(tiny_model, tmp_path, monkeypatch):
+def test_kept_components_can_change_dtype(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "WHOLE_BYTES", 100)
     monkeypatch.setattr(arrays, "CHUNK_BYTES", 5000)  # chunks cut along every axis, with edges
     main(command({}, tmp_path / "half", "--base", str(tiny_model), "--dtype", "float16"))
@@ -125,14 +125,14 @@ def test_the_template_stays_unless_another_is_given(tiny_model, tmp_path):
     assert open_model(tmp_path / "two").config.template == "llama_2"
 
 
-def test_a_picture_only_model_learns_to_hear(tiny_files, tiny_model, tmp_path):
+def test_an_audio_branch_can_be_added_to_a_vision_only_model(tiny_files, tiny_model, tmp_path):
     main(command(without(tiny_files, "imagebind", "al", "minigpt4"), tmp_path / "sees"))
     audio = {kind: tiny_files[kind] for kind in ("imagebind", "al", "config")}
     main(command(audio, tmp_path / "hears", "--base", str(tmp_path / "sees")))
     assert hashes(tmp_path / "hears") == hashes(tiny_model)
 
 
-def test_a_checkpoint_of_other_size_brings_its_dimensions(tiny_model, tmp_path):
+def test_a_checkpoint_of_another_size_changes_the_config(tiny_model, tmp_path):
     config = tiny()
     larger = dataclasses.replace(config.video_qformer, num_queries=64, depth=4)
     other = other_files(tmp_path, config=dataclasses.replace(config, video_qformer=larger, num_frame_positions=16))
@@ -141,7 +141,7 @@ def test_a_checkpoint_of_other_size_brings_its_dimensions(tiny_model, tmp_path):
     assert made == dataclasses.replace(config, video_qformer=larger, num_frame_positions=16)
 
 
-def test_parts_that_do_not_fit_the_base_are_listed(tiny_model, tmp_path):
+def test_components_that_do_not_fit_the_base_are_listed(tiny_model, tmp_path):
     config = tiny()
     other = other_files(tmp_path, config=dataclasses.replace(config, llama=dataclasses.replace(config.llama, width=48)))
     out = tmp_path / "out"
@@ -198,7 +198,7 @@ def test_a_corrupt_base_is_one_line(tiny_files, tiny_model, tmp_path, damage, me
     assert message in one_line({"vl": tiny_files["vl"]}, tmp_path, "--base", str(base))
 
 
-def test_an_audio_checkpoint_for_a_base_that_cannot_hear(tiny_files, tmp_path):
+def test_an_audio_checkpoint_needs_imagebind_in_the_base(tiny_files, tmp_path):
     main(command(without(tiny_files, "imagebind", "al", "minigpt4"), tmp_path / "sees"))
     said = one_line({"al": tiny_files["al"]}, tmp_path, "--base", str(tmp_path / "sees"))
     assert said == "vllama: --al needs --imagebind: the audio branch takes what it encodes"
@@ -207,7 +207,7 @@ def test_an_audio_checkpoint_for_a_base_that_cannot_hear(tiny_files, tmp_path):
 # Runs.
 
 
-def test_two_runs_and_their_base_are_joined(tiny_model, tmp_path):
+def test_two_runs_and_their_base_are_merged(tiny_model, tmp_path):
     seen, heard = make_run(tmp_path / "vision", tiny_model, VL), make_run(tmp_path / "sound", tiny_model, AL)
     runs = {"vl": tmp_path / "vision", "al": tmp_path / "sound"}
     main(command(runs, tmp_path / "model", "--base", str(tiny_model)))
@@ -219,7 +219,7 @@ def test_two_runs_and_their_base_are_joined(tiny_model, tmp_path):
     assert [told[kind][0]["name"] for kind in ("base", "vl", "al")] == ["model", "vision", "sound"]
 
 
-def test_a_run_on_a_run_and_a_base_that_is_a_run(tiny_model, tmp_path):
+def test_a_run_can_be_based_on_a_run(tiny_model, tmp_path):
     first = make_run(tmp_path / "first", tiny_model, VL)
     second = make_run(tmp_path / "second_", tmp_path / "first", ("llama_proj",))
     main(command({}, tmp_path / "flat", "--base", str(tmp_path / "second_")))
@@ -231,7 +231,7 @@ def test_a_run_on_a_run_and_a_base_that_is_a_run(tiny_model, tmp_path):
     assert hashes(tmp_path / "flat") == hashes(tmp_path / "joined")
 
 
-def test_a_branch_brings_all_of_its_weights_and_what_was_trained_beside_it(tiny_files, tiny_model, tmp_path, capsys):
+def test_a_run_provides_its_full_branch_and_everything_it_trained(tiny_files, tiny_model, tmp_path, capsys):
     main(command(other_files(tmp_path), tmp_path / "base"))
     seen = make_run(tmp_path / "run", tmp_path / "base", ("llama_proj", "ln_vision"))
     main(command({"vl": tmp_path / "run"}, tmp_path / "model", "--base", str(tiny_model)))
@@ -254,7 +254,7 @@ def test_a_run_of_both_branches_gives_one_or_both(tiny_model, tmp_path):
         np.testing.assert_array_equal(leaves[path], expected)
 
 
-def test_a_runs_branch_beside_files(tiny_files, tiny_model, tmp_path):
+def test_a_branch_of_a_run_can_be_combined_with_files(tiny_files, tiny_model, tmp_path):
     seen = make_run(tmp_path / "run", tiny_model, VL)
     main(command(tiny_files | {"vl": tmp_path / "run"}, tmp_path / "model"))
     leaves = leaves_of(tmp_path / "model")
@@ -262,7 +262,7 @@ def test_a_runs_branch_beside_files(tiny_files, tiny_model, tmp_path):
         np.testing.assert_array_equal(leaves[path], expected)
 
 
-def test_low_rank_updates_are_merged_as_load_merges_them(tiny_model, tmp_path):
+def test_lora_updates_are_merged_as_load_merges_them(tiny_model, tmp_path):
     make_run(tmp_path / "run", tiny_model, VL, LORA)
     main(command({"vl": tmp_path / "run"}, tmp_path / "model", "--base", str(tiny_model)))
     merged, loaded = vl.load(tmp_path / "model"), vl.load(tmp_path / "run")
@@ -277,7 +277,7 @@ def test_low_rank_updates_are_merged_as_load_merges_them(tiny_model, tmp_path):
     }
 
 
-def test_the_base_of_a_run_that_has_moved_is_the_one_it_is_joined_to(tiny_model, tmp_path):
+def test_a_run_whose_base_has_moved_is_merged_into_the_given_base(tiny_model, tmp_path):
     base = shutil.copytree(tiny_model, tmp_path / "base")
     make_run(tmp_path / "run", base, VL)
     base.rename(tmp_path / "moved")
@@ -285,7 +285,7 @@ def test_the_base_of_a_run_that_has_moved_is_the_one_it_is_joined_to(tiny_model,
     assert part_hashes(tmp_path / "model", AL) == part_hashes(tiny_model, AL)
 
 
-def test_runs_that_cannot_be_joined(tiny_files, tiny_model, tmp_path):
+def test_runs_that_cannot_be_merged_are_refused(tiny_files, tiny_model, tmp_path):
     make_run(tmp_path / "vision", tiny_model, (*VL, "ln_vision"))
     make_run(tmp_path / "sound", tiny_model, (*AL, "ln_vision"))
     shutil.copytree(tmp_path / "vision", tmp_path / "empty", ignore=shutil.ignore_patterns("step_*"))

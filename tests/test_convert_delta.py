@@ -81,7 +81,7 @@ def weights(directory: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("layout", [None, "bin shards"])
 @pytest.mark.parametrize("new_rows", [0, 1])
-def test_sum_is_fastchats_to_the_bit(tiny_files, base, tmp_path, layout, new_rows):
+def test_sum_equals_fastchat_bit_exactly(tiny_files, base, tmp_path, layout, new_rows):
     target = tuned(weights(base), "float16")
     rng = np.random.default_rng(1)
     for name in ROWS if new_rows else ():
@@ -128,7 +128,7 @@ def test_rotary_frequencies_are_not_added(tiny_files, base, tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("size", [0.01, 0.1, 1.0])
-def test_another_base_is_found_out_whatever_the_size_of_the_delta(tiny_files, tmp_path, dtype, size):
+def test_a_wrong_base_is_detected_whatever_the_size_of_the_delta(tiny_files, tmp_path, dtype, size):
     """The right base is taken in the same dtypes and sizes."""
     like = tiny_files["llama"]
     first, second = (
@@ -150,14 +150,14 @@ def converted_delta(paths: dict[str, Path], base: Path, delta: Path, out: Path) 
     return leaves_of(out)
 
 
-def test_a_base_whose_rows_are_in_another_order_is_found_out(tiny_files, base, tmp_path):
+def test_a_base_with_reordered_rows_is_detected(tiny_files, base, tmp_path):
     delta = save_llama(tmp_path / "delta", base, fastchat_delta(tuned(weights(base), "float16"), weights(base)))
     turned = {name: np.ascontiguousarray(np.roll(tensor, 1, axis=0)) for name, tensor in weights(base).items()}
     said = one_line(tiny_files | {"llama": save_llama(tmp_path / "b", base, turned), "delta": delta}, tmp_path)
     assert "made for another base" in said
 
 
-def test_sums_that_are_not_finite(tiny_files, base, tmp_path):
+def test_sums_that_are_not_finite_are_refused(tiny_files, base, tmp_path):
     delta = fastchat_delta(tuned(weights(base), "float16"), weights(base))
     for number, value in enumerate((np.inf, np.nan, 65504)):
         spoiled = delta | {NORM: np.full_like(delta[NORM], value)}
@@ -168,7 +168,7 @@ def test_sums_that_are_not_finite(tiny_files, base, tmp_path):
         (tmp_path / "out").rmdir()
 
 
-def test_delta_of_another_size_or_with_other_tensors(tiny_files, base, tmp_path):
+def test_a_delta_must_have_the_tensors_of_its_base(tiny_files, base, tmp_path):
     delta = fastchat_delta(tuned(weights(base), "float16"), weights(base))
     changes = {
         f"{NORM} is [32] in the delta and [64] in the base": delta | {NORM: delta[NORM][:32]},
@@ -187,7 +187,7 @@ def test_delta_of_another_size_or_with_other_tensors(tiny_files, base, tmp_path)
             assert said == f"vllama: {directory}: made for another model than {base}: {message}"
 
 
-def test_delta_without_its_base_and_what_is_no_delta(tiny_files, base, tmp_path):
+def test_a_delta_needs_its_base_and_must_be_a_directory(tiny_files, base, tmp_path):
     said = one_line(without(tiny_files, "llama") | {"delta": base}, tmp_path)
     assert said == f"vllama: --delta needs --llama: the language model that {base} is added to"
     (tmp_path / "out").rmdir()

@@ -35,7 +35,7 @@ def config(tiny_files) -> tuple[str, str]:
     return "--config", str(tiny_files["config"])
 
 
-def test_pieces_are_told_by_what_they_hold_and_each_is_reported(release, tiny_files, tiny_model, tmp_path, capsys):
+def test_files_are_identified_by_content_and_reported(release, tiny_files, tiny_model, tmp_path, capsys):
     main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
     assert hashes(tmp_path / "model") == hashes(tiny_model)
     assert capsys.readouterr().out.splitlines()[:7] == [
@@ -63,7 +63,7 @@ def test_released_layout_with_eva_and_blip2_from_elsewhere(golden, golden_files,
     assert hashes(tmp_path / "found") == hashes(tmp_path / "named")
 
 
-def test_options_win_over_what_the_directory_holds(release, tiny_files, tiny_model, tmp_path, capsys):
+def test_options_have_priority_over_the_directory(release, tiny_files, tiny_model, tmp_path, capsys):
     (release / "d.pth").write_bytes((release / "deep/er/d.ckpt").read_bytes())  # two of a kind: the option settles it
     shutil.copytree(release / "chat-hf", release / "other-hf")
     named = {kind: tiny_files[kind] for kind in ("vl", "llama")}
@@ -90,7 +90,7 @@ def test_one_file_of_both_branches_is_both(release, tiny_files, tiny_model, tmp_
         ("chat-hf", "z-hf", "LLaMA weights", "--llama"),
     ],
 )
-def test_two_files_for_one_piece_are_both_named(release, tiny_files, tmp_path, name, copy, what, option):
+def test_two_files_of_one_component_are_reported(release, tiny_files, tmp_path, name, copy, what, option):
     duplicate = shutil.copytree if (release / name).is_dir() else shutil.copyfile
     duplicate(release / name, release / copy)
     said = one_line({}, tmp_path, str(release), *config(tiny_files))
@@ -113,7 +113,7 @@ def test_directory_that_is_itself_the_language_models(release, tiny_files, tiny_
     assert f"{release}: LLaMA weights, as --llama" in capsys.readouterr().out
 
 
-def test_what_is_no_part_of_the_model_is_left_aside_and_said(release, tiny_files, tiny_model, tmp_path, capsys):
+def test_files_of_no_component_are_ignored_and_reported(release, tiny_files, tiny_model, tmp_path, capsys):
     (release / "bert").mkdir()
     (release / "bert" / "config.json").write_text('{"model_type": "bert"}')
     save_file({"bert.embeddings": np.ones(3)}, release / "bert" / "model.safetensors")
@@ -137,7 +137,7 @@ def test_what_is_no_part_of_the_model_is_left_aside_and_said(release, tiny_files
     ("data", "message"),
     [(LFS, "a git-lfs pointer"), (b"", "the file is empty"), (b"PK\x03\x04 half a download", "damaged")],
 )
-def test_weights_by_name_that_are_none_are_no_missing_piece(release, tiny_files, tmp_path, name, data, message):
+def test_files_named_like_weights_without_weights_are_refused(release, tiny_files, tmp_path, name, data, message):
     (release / "deep" / name).write_bytes(data)
     said = one_line({}, tmp_path, str(release), *config(tiny_files))
     assert said.startswith(f"vllama: {release}/deep/{name}: ")
@@ -162,14 +162,14 @@ def test_hostile_pickle_in_a_directory_is_not_run(release, tiny_files, tiny_mode
     ("missing", "said_missing"),
     [(["a.pth"], "--eva-vit"), (["a.pth", "b.bin", "chat-hf"], "--llama, --eva-vit, --blip2")],
 )
-def test_pieces_that_are_nowhere(release, tiny_files, tmp_path, missing, said_missing):
+def test_missing_components_are_listed(release, tiny_files, tmp_path, missing, said_missing):
     for name in missing:
         (release / name).rename(tmp_path / name)
     said = one_line({}, tmp_path, str(release), *config(tiny_files))
     assert said == f"vllama: every model needs {said_missing}, and {release} holds none"
 
 
-def test_nothing_named_at_all(tiny_files, tmp_path):
+def test_required_files_are_listed(tiny_files, tmp_path):
     assert one_line({}, tmp_path) == "vllama: every model needs --llama, --eva-vit, --blip2"
     (tmp_path / "out").rmdir()
     assert one_line(without(tiny_files, "blip2"), tmp_path) == "vllama: every model needs --blip2"
@@ -182,11 +182,11 @@ def test_nothing_named_at_all(tiny_files, tmp_path):
         ("README.md", "not a directory; give the one that holds the weights"),
     ],
 )
-def test_directory_that_is_none(release, tmp_path, name, what):
+def test_other_paths_than_directories_are_refused(release, tmp_path, name, what):
     assert one_line({}, tmp_path, str(release / name)) == f"vllama: {release}/{name}: {what}"
 
 
-def test_folder_that_may_not_be_read(release, tmp_path, monkeypatch):
+def test_an_unreadable_folder_is_reported(release, tmp_path, monkeypatch):
     def forbid(self, iterdir=Path.iterdir):
         if self.name == "er":
             raise PermissionError(13, "Permission denied")

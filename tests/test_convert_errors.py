@@ -34,7 +34,7 @@ def resaved(path: Path, tmp_path: Path, change) -> Path:
     return tmp_path / path.name
 
 
-def test_all_that_is_wrong_is_listed_at_once(tiny_files, tmp_path):
+def test_all_mismatches_are_listed_at_once(tiny_files, tmp_path):
     def spoil_vl(tensors):
         del tensors["llama_proj.bias"]
         tensors["video_frame_position_embedding.weight"] = np.ones((32, 47), np.float32)
@@ -89,7 +89,9 @@ def test_hundreds_of_wrong_tensors_are_counted(tiny_files, tmp_path):
         ("imagebind", AL_SCALE.removeprefix("audio_encoder."), np.ones(2), "log_logit_scale is not a single number"),
     ],
 )
-def test_tensor_that_tells_a_dimension_is_missing_or_misshapen(tiny_files, tmp_path, kind, name, value, message):
+def test_a_missing_or_misshapen_tensor_that_determines_a_dimension_is_reported(
+    tiny_files, tmp_path, kind, name, value, message
+):
     def change(tensors):
         if value is None:
             del tensors[name]
@@ -108,7 +110,7 @@ def test_tensor_that_tells_a_dimension_is_missing_or_misshapen(tiny_files, tmp_p
         ("al", AL_SCALE, np.array(np.log(20), np.float32), np.ones((), np.float32)),
     ],
 )
-def test_stored_buffers_are_compared_with_what_they_must_be(tiny_files, tmp_path, kind, name, right, wrong):
+def test_stored_buffers_are_compared_with_computed_ones(tiny_files, tmp_path, kind, name, right, wrong):
     path = resaved(tiny_files[kind], tmp_path, lambda tensors: tensors.update({name: right}))
     assert any(reason.startswith(f"{path}: a buffer") for reason in plan(tiny_files | {kind: path}).left_out)
     path = resaved(tiny_files[kind], tmp_path, lambda tensors: tensors.update({name: wrong}))
@@ -148,12 +150,12 @@ def test_a_bad_config_is_one_line(tiny_files, tmp_path, config):
     assert message in one_line(tiny_files | {"config": tmp_path / "config.json"}, tmp_path)
 
 
-def test_config_that_is_not_there(tiny_files, tmp_path):
+def test_a_missing_config_is_reported(tiny_files, tmp_path):
     said = one_line(tiny_files | {"config": tmp_path / "absent.json"}, tmp_path)
     assert f"{tmp_path}/absent.json: cannot be read" in said
 
 
-def test_head_counts_that_nothing_tells_are_listed(tiny_files, tmp_path):
+def test_head_counts_that_cannot_be_inferred_are_listed(tiny_files, tmp_path):
     said = one_line(without(tiny_files, "config"), tmp_path)
     assert "of vit, image_qformer, video_qformer, audio_qformer, imagebind.audio, imagebind.vision cannot" in said
     assert 'give a --config file with, for example, {"vit": {"num_heads": 4}}' in said
@@ -162,7 +164,7 @@ def test_head_counts_that_nothing_tells_are_listed(tiny_files, tmp_path):
 # Where it is written.
 
 
-def test_out_that_exists_is_kept(tiny_files, tmp_path):
+def test_an_existing_output_is_kept(tiny_files, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").write_text("mine")
     with pytest.raises(SystemExit, match=f"{tmp_path}/model: exists already; remove it or choose another place"):
@@ -176,7 +178,7 @@ def test_out_below_a_file_is_one_line(tiny_files, tmp_path):
         main(command(tiny_files, tmp_path / "file" / "model"))
 
 
-def test_out_where_nothing_may_be_written(tiny_files, tmp_path, monkeypatch):
+def test_an_unwritable_output_is_a_one_line_error(tiny_files, tmp_path, monkeypatch):
     def forbid(*_: object) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
@@ -198,7 +200,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_files, tmp_path, monkey
     assert said == f"vllama: {tmp_path}/out/model: cannot be written (No space left on device); nothing was left there"
 
 
-def test_values_beyond_a_dtype(tiny_files, tmp_path):
+def test_values_that_overflow_a_dtype_are_refused(tiny_files, tmp_path):
     def enlarge(tensors):
         tensors["blocks.1.norm1.weight"][5] = 70000
 
@@ -270,7 +272,7 @@ def moments_of(arguments: list[str], tmp_path: Path, moments: list[int]) -> list
 
 @pytest.mark.slow
 @pytest.mark.parametrize("base", [False, True])
-def test_killed_at_any_moment_leaves_nothing_that_looks_whole_and_runs_again(tiny_files, tiny_model, tmp_path, base):
+def test_a_killed_conversion_leaves_no_complete_output_and_can_be_rerun(tiny_files, tiny_model, tmp_path, base):
     arguments = ["convert", *command(tiny_files, tmp_path)[1:-2]]
     if base:
         arguments = ["convert", "--vl", str(tiny_files["vl"]), "--base", str(tiny_model)]

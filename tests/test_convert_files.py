@@ -22,7 +22,7 @@ from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main
 from vllama_jax.config import RopeScaling, VideoLlamaConfig, tiny
 from vllama_jax.convert import torch_files, weight_files
-from vllama_jax.convert.infer_config import HEADS, model_config
+from vllama_jax.convert.infer_config import PUBLISHED_HEADS, infer_model_config
 from vllama_jax.convert.language_config import read_llama_config
 from vllama_jax.convert.tiny import write_tiny
 
@@ -39,7 +39,7 @@ def test_language_model_is_the_same_from_every_layout(tiny_files, tiny_model, tm
     assert hashes(tmp_path / "model") == hashes(tiny_model)
 
 
-def test_torch_files_are_mapped_anew_and_give_the_same(tiny_files, tiny_model, tmp_path, monkeypatch):
+def test_remapped_torch_files_give_the_same_weights(tiny_files, tiny_model, tmp_path, monkeypatch):
     paths = write_tiny(tmp_path / "files", format="pth")
     loads = []
     monkeypatch.setattr(torch_files, "REMAP_BYTES", 20_000)
@@ -57,12 +57,12 @@ def test_safetensors_whose_header_begins_as_a_pickle_does(tmp_path):
         save_file(tensors, path, metadata={"note": "x" * padding})
         if path.read_bytes()[:1] == b"\x80":
             break
-    opened = weight_files.open_weights(path)
+    opened = weight_files.open_weight_file(path)
     assert isinstance(opened, weight_files.SafetensorsFile)
     np.testing.assert_array_equal(opened.read("weight"), tensors["weight"])
 
 
-def test_parameters_that_learn_and_views_are_read_as_their_values(tmp_path):
+def test_parameters_and_views_are_read_as_tensors(tmp_path):
     held = {"learns": torch.nn.Parameter(torch.ones(3)), "turned": torch.arange(6.0).reshape(2, 3).T}
     torch.save(held | {"half": torch.tensor([[1.0, 2.0], [3.0, 4.0]], dtype=torch.bfloat16).T}, tmp_path / "file.pth")
     source = weight_files.open_file(tmp_path / "file.pth")
@@ -110,19 +110,19 @@ def test_mixed_half_precisions_become_float32(tiny_files, tmp_path):
 # Which pieces there are.
 
 
-def test_vision_language_projection_wins_over_minigpt4s_and_it_is_said(tiny_files, tmp_path, capsys):
+def test_vision_language_projection_has_priority_over_minigpt4(tiny_files, tmp_path, capsys):
     main(command(tiny_files, tmp_path / "model"))
     projection = load_file(tiny_files["vl"])["llama_proj.bias"]
     assert bits(leaves_of(tmp_path / "model")["llama_proj/bias"]) == bits(projection)
     assert f"left out, 2 tensors of {tiny_files['minigpt4']}: --vl has its own projection" in capsys.readouterr().out
 
 
-def test_minigpt4s_projection_serves_where_there_is_no_vision_language_checkpoint(tiny_files, tmp_path):
+def test_minigpt4_projection_is_used_without_a_vision_language_checkpoint(tiny_files, tmp_path):
     leaves = converted(without(tiny_files, "vl"), tmp_path / "model")
     assert bits(leaves["llama_proj/bias"]) == bits(load_file(tiny_files["minigpt4"])["llama_proj.bias"])
 
 
-def test_one_file_with_both_branches_is_given_as_both(tiny_files, tiny_model, tmp_path, capsys):
+def test_one_file_with_both_branches_serves_for_both(tiny_files, tiny_model, tmp_path, capsys):
     save_file(load_file(tiny_files["vl"]) | load_file(tiny_files["al"]), tmp_path / "both.safetensors")
     both = dict.fromkeys(("vl", "al"), tmp_path / "both.safetensors")
     main(command(tiny_files | both, tmp_path / "model"))
@@ -130,25 +130,25 @@ def test_one_file_with_both_branches_is_given_as_both(tiny_files, tiny_model, tm
     assert "both.safetensors" not in capsys.readouterr().out
 
 
-def test_the_other_branch_in_a_checkpoint_is_named(tiny_files, tmp_path):
+def test_the_other_branch_in_a_checkpoint_is_reported(tiny_files, tmp_path):
     save_file(load_file(tiny_files["vl"]) | load_file(tiny_files["al"]), tmp_path / "both.safetensors")
     made = plan(without(tiny_files, "al") | {"vl": tmp_path / "both.safetensors"})
     assert any("give the file as --al too" in reason for reason in made.left_out)
 
 
-def test_picture_only_model_is_complete(tiny_files, tmp_path):
+def test_vision_only_model_is_complete(tiny_files, tmp_path):
     convert.convert(plan(without(tiny_files, "imagebind", "al", "minigpt4")), tmp_path / "model")
     assert not vl.load(tmp_path / "model").config.has_audio
 
 
-def test_base_to_train_from_is_a_directory_that_load_finds_lacking(tiny_files, tmp_path, capsys):
+def test_load_refuses_a_base_without_trained_branches(tiny_files, tmp_path, capsys):
     main(command(without(tiny_files, "vl", "minigpt4"), tmp_path / "model"))
     assert "yet: train it" in capsys.readouterr().out
     with pytest.raises(vl.CheckpointError, match=r"the model has no frame_positions, llama_proj, video_qformer "):
         vl.load(tmp_path / "model")
 
 
-def test_a_model_without_a_trained_audio_branch_sees_and_says_that_it_does_not_hear(tiny_files, tmp_path, caplog):
+def test_a_model_without_a_trained_audio_branch_answers_and_reports_that_audio_is_unused(tiny_files, tmp_path, caplog):
     main(command(without(tiny_files, "al"), tmp_path / "model"))
     assert not vl.load(tmp_path / "model").config.has_audio
     assert "no trained audio branch in it" in caplog.text
@@ -172,7 +172,7 @@ def other_in_every_number() -> VideoLlamaConfig:
 
 
 @pytest.mark.parametrize("config", [tiny(), tiny(audio=False), other_in_every_number()])
-def test_dimensions_are_read_off_the_files(tmp_path, config):
+def test_dimensions_are_inferred_from_the_files(tmp_path, config):
     paths = write_tiny(tmp_path / "files", config=config)
     if config.llama.rope_scaling:
         fields = json.loads((paths["llama"] / "config.json").read_text())
@@ -192,7 +192,7 @@ def test_dimensions_are_read_off_the_files(tmp_path, config):
         (64, 6, {"vit": {"depth": 6}}, 6),
     ],
 )
-def test_eva_depth(tiny_files, tmp_path, width, blocks, given, depth):
+def test_eva_depth_is_inferred(tiny_files, tmp_path, width, blocks, given, depth):
     tensors = {f"blocks.{number}.norm1.weight": np.ones(1) for number in range(blocks)}
     tensors |= {"patch_embed.proj.weight": np.ones((width, 3, 2, 2)), "pos_embed": np.ones((1, 5, width))}
     save_file(tensors | {"blocks.0.mlp.fc1.weight": np.ones((8, 1))}, tmp_path / "eva.safetensors")
@@ -201,12 +201,12 @@ def test_eva_depth(tiny_files, tmp_path, width, blocks, given, depth):
     pieces["llama"] = weight_files.open_llama(tiny_files["llama"])
     heads = {part: {"num_heads": 4} for part in ("image_qformer", "video_qformer")} | {"vit": {"num_heads": 4}}
     given = {**heads, "vit": heads["vit"] | given.get("vit", {})}
-    assert model_config(pieces, read_llama_config(tiny_files["llama"]), given).vit.depth == depth
+    assert infer_model_config(pieces, read_llama_config(tiny_files["llama"]), given).vit.depth == depth
 
 
 def test_head_counts_of_the_published_widths_are_known():
     heads = {"vit": {1408: 16}, "qformer": {768: 12}, "imagebind.audio": {768: 12}, "imagebind.vision": {1280: 16}}
-    assert heads == HEADS
+    assert heads == PUBLISHED_HEADS
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_dtype_on_disk(tmp_path, dtype):
     np.testing.assert_array_equal(leaves["llama/norm/scale"], stored.astype(dtype))
 
 
-def test_template_is_the_flag_before_the_config(tiny_files):
+def test_template_flag_has_priority_over_the_config(tiny_files):
     given = json.loads(tiny_files["config"].read_text())
     assert plan(tiny_files, config=given | {"template": "plain"}).config.template == "plain"
     assert plan(tiny_files, config=given | {"template": "plain"}, template="llama_2").config.template == "llama_2"
@@ -302,7 +302,7 @@ def test_tiny_files_are_written_and_converted_without_torch(tmp_path, tiny_files
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--out", "x"], 2), (["a", "b"], 2), (["{tmp}"], 1)])
-def test_tiny_command_says_what_is_wrong(tmp_path, capsys, arguments, code):
+def test_tiny_command_reports_errors(tmp_path, capsys, arguments, code):
     from vllama_jax.convert import tiny
 
     with pytest.raises(SystemExit) as stopped:

@@ -71,7 +71,7 @@ def test_a_delta_from_the_cache(tiny_files, tiny_model, tmp_path, cache):
     assert hashes(tmp_path / "model") == hashes(tiny_model)
 
 
-def test_only_what_is_needed_is_asked_for(tmp_path, monkeypatch):
+def test_only_needed_files_are_downloaded(tmp_path, monkeypatch):
     asked = []
 
     def download(repository, revision, allow_patterns, ignore_patterns):
@@ -81,14 +81,14 @@ def test_only_what_is_needed_is_asked_for(tmp_path, monkeypatch):
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert hub.local("hf://a/b") == tmp_path
+    assert hub.resolve_hub_path("hf://a/b") == tmp_path
     assert asked == [
         (["*.json", "*.model"], ["original/*"]),
         (["*.json", "*.model", *hub.WEIGHT_PATTERNS], ["original/*", "part/pytorch_model*.bin"]),
     ]
 
 
-def test_what_is_not_cached_is_said_in_one_line(tiny_files, tmp_path, cache):
+def test_uncached_repositories_are_a_one_line_error(tiny_files, tmp_path, cache):
     said = one_line(tiny_files | {"llama": "hf://someone/llama"}, tmp_path)
     assert said == (
         "vllama: hf://someone/llama: not (all) in the cache, and the hub cannot be reached; "
@@ -112,7 +112,7 @@ def test_a_file_and_a_shard_that_are_not_cached(tiny_files, tmp_path, cache):
 
 
 @pytest.mark.parametrize("address", ["hf://alone", "hf:/a", "hf://a/", "hf://a@b"])
-def test_addresses_that_are_none(tiny_files, tmp_path, cache, address):
+def test_invalid_hub_addresses_are_refused(tiny_files, tmp_path, cache, address):
     said = one_line(tiny_files | {"llama": address}, tmp_path)
     assert said.startswith(f"vllama: {Path(address)}: not an address on the hub; name it as hf://org/name or ")
 
@@ -134,7 +134,7 @@ class Response:
         (OSError("disk full"), "cannot be downloaded (disk full)"),
     ],
 )
-def test_what_the_hub_refuses_is_one_line(tiny_files, tmp_path, monkeypatch, error, message):
+def test_hub_errors_are_one_line(tiny_files, tmp_path, monkeypatch, error, message):
     def refuse(*_: object, **__: object):
         raise error
 
@@ -142,7 +142,7 @@ def test_what_the_hub_refuses_is_one_line(tiny_files, tmp_path, monkeypatch, err
     assert f"vllama: hf://a/b: {message}" in one_line(tiny_files | {"llama": "hf://a/b"}, tmp_path)
 
 
-def test_without_huggingface_hub_it_is_said_what_to_install(tiny_files, tmp_path, monkeypatch):
+def test_without_huggingface_hub_the_error_says_what_to_install(tiny_files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     said = one_line(tiny_files | {"llama": "hf://a/b"}, tmp_path)
     needs = "reading from the hub needs huggingface_hub, which is not installed"

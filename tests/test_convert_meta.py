@@ -86,7 +86,7 @@ def expected(tiny_files, metas, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("shards", "rows"), [(1, False), (2, False), (2, True)])
-def test_shards_become_what_transformers_makes_of_them(tiny_files, metas, expected, tmp_path, shards, rows):
+def test_shards_convert_as_transformers_converts_them(tiny_files, metas, expected, tmp_path, shards, rows):
     directory = write_meta(tmp_path / "7B", tiny_files["llama"], metas, shards, rows)
     main(command(tiny_files | {"llama": directory}, tmp_path / "model"))
     assert hashes(tmp_path / "model") == hashes(expected)
@@ -175,7 +175,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_directory_that_is_none(tiny_files, metas, tmp_path, damage):
+def test_a_directory_without_meta_shards_is_refused(tiny_files, metas, tmp_path, damage):
     directory = write_meta(tmp_path / "7B", tiny_files["llama"], metas, 2)
     act, message = DAMAGES[damage]
     act(directory)
@@ -186,7 +186,7 @@ def test_directory_that_is_none(tiny_files, metas, tmp_path, damage):
 
 
 @pytest.mark.parametrize("shard", [0, 1])
-def test_hostile_shard_is_refused_and_nothing_of_it_is_run(tiny_files, metas, tmp_path, shard):
+def test_a_hostile_shard_is_refused_without_running_it(tiny_files, metas, tmp_path, shard):
     directory = write_meta(tmp_path / "7B", tiny_files["llama"], metas, 2)
     path = directory / f"consolidated.0{shard}.pth"
     torch.save({"norm.weight": Hostile(tmp_path / "marker")}, path)

@@ -12,7 +12,7 @@ import vllama_jax as vl
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli import main
 from vllama_jax.config import NO_LORA
-from vllama_jax.nn.network import new_weights
+from vllama_jax.nn.network import init_weights
 
 BRANCH = ("video_qformer", "frame_positions", "llama_proj")
 
@@ -31,19 +31,19 @@ def more_queries(tiny_model, tmp_path_factory) -> Path:
     return folder / "model"
 
 
-def test_everything_but_the_new_component_stays_to_the_bit(tiny_model, more_queries):
+def test_everything_but_the_new_component_is_bit_identical(tiny_model, more_queries):
     before, after = hashes(tiny_model), hashes(more_queries)
     same = {path for path in before if before[path] == after.get(path)}
     assert {path for path in before if not path.startswith("video_qformer/")} == same
     assert after.keys() == before.keys()
 
 
-def test_the_new_component_has_the_shapes_of_the_config_and_the_weights_that_training_starts_from(more_queries):
+def test_the_new_component_equals_the_initial_weights_of_training(more_queries):
     made = open_model(more_queries)
     assert made.config.video_qformer.num_queries == 48
     leaves = of_components(leaves_of(more_queries), ("video_qformer",))
     assert leaves["video_qformer/queries"].shape[-2] == 48
-    draw = jax.jit(lambda key: new_weights(made.config, NO_LORA, leaves, key))
+    draw = jax.jit(lambda key: init_weights(made.config, NO_LORA, leaves, key))
     for path, expected in draw(jax.random.key(42)).items():
         np.testing.assert_array_equal(leaves[path], expected)
 
@@ -72,7 +72,7 @@ def test_another_seed_gives_other_weights(tiny_model, tmp_path):
     assert {path.split("/")[0] for path in differing} == {"video_qformer"}
 
 
-def test_what_cannot_be_new_is_one_line(tiny_files, tiny_model, tmp_path):
+def test_components_that_cannot_be_new_are_refused(tiny_files, tiny_model, tmp_path):
     base = ("--base", str(tiny_model))
     refused = {
         "--without video_qfromer: no such component; did you mean 'video_qformer'?": ({}, *base, "video_qfromer"),

@@ -119,7 +119,7 @@ def test_imagebind_weights_in_an_audio_checkpoint_are_compared(tiny_files, tmp_p
     assert f"differs in {files['al']}: audio_encoder.{name} is not what" in refusal(files, tmp_path)
 
 
-def test_imagebind_weights_that_nothing_is_known_of_are_refused(tiny_files, tmp_path):
+def test_unknown_imagebind_weights_are_refused(tiny_files, tmp_path):
     files = changed(tiny_files, "al", tmp_path, lambda t: t.update({"audio_encoder.new.weight": np.ones(3)}))
     assert f"not used from {files['al']}: audio_encoder.new.weight [3]" in refusal(files, tmp_path)
 
@@ -140,7 +140,7 @@ def test_a_vision_branch_in_an_audio_checkpoint_is_compared_with_that_of_vl(tiny
         assert f"differs in {files['al']}: llama_proj.bias is not what" in refusal(files, tmp_path)
 
 
-def test_weights_in_two_formats_are_named(tiny_files, tmp_path):
+def test_weights_in_two_formats_are_reported(tiny_files, tmp_path):
     files = changed_llama(tiny_files, tmp_path)
     (files["llama"] / "pytorch_model.bin").write_bytes(b"anything")
     note = f"{files['llama']}/pytorch_model.bin: ignored, the weights are read from model.safetensors"
@@ -284,7 +284,7 @@ def test_a_pickle_of_a_newer_protocol(tiny_files, tmp_path):
     "arguments", [["inspect"], ["verify"], ["export", "--out", "OUT"], ["quantize", "--out", "OUT"], ["chat", "CLIP"]]
 )
 @pytest.mark.parametrize("place", ["llama", "files", "above"])
-def test_pytorch_weights_in_place_of_a_model(tiny_files, clip, tmp_path, arguments, place):
+def test_pytorch_weights_are_refused_as_a_model(tiny_files, clip, tmp_path, arguments, place):
     files = tiny_files["llama"].parent
     directory = {"llama": tiny_files["llama"], "files": files, "above": tmp_path / "above"}[place]
     if place == "above":
@@ -322,7 +322,7 @@ def test_wrong_directories_for_the_language_model(tiny_files, tiny_model, tmp_pa
     assert said.endswith(f"did you mean {tmp_path}/parent/vicuna?")
 
 
-def test_missing_torch_is_named_only_for_a_file_that_is_there(tiny_files, tmp_path, monkeypatch):
+def test_missing_torch_is_reported_only_for_existing_files(tiny_files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     said = one_line(tiny_files | {"vl": tmp_path / "absent.pth"}, tmp_path)
     assert said == f"vllama: {tmp_path}/absent.pth: no such file; check the path"
@@ -336,7 +336,7 @@ def test_a_bfloat16_value_beyond_float16(tmp_path):
     assert said.endswith("llama/norm/scale has values too large for float16; use bfloat16")
 
 
-def test_commands_in_a_process_of_their_own(tiny_files, tmp_path):
+def test_commands_run_in_their_own_process(tiny_files, tmp_path):
     """One line on stderr, and exit code 1."""
     vllama = Path(sys.executable).with_name("vllama")
     done = subprocess.run([vllama, "inspect", tiny_files["llama"]], capture_output=True, text=True, check=False)

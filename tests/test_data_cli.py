@@ -61,7 +61,7 @@ def test_build_in_a_real_process(source, tmp_path):
     assert second.endswith(" (line 8)")
 
 
-def test_check_lists_what_cannot_be_used(records, capsys):
+def test_check_lists_unusable_records(records, capsys):
     message = error_line("data", "check", records)
     assert message.startswith(f"{records}: 3 of 7 records cannot be used; ")
     *found, left_out, last = capsys.readouterr().out.splitlines()
@@ -91,7 +91,7 @@ def test_check_asks_for_as_many_frames_as_the_model_takes(records, capsys, tiny_
     assert capsys.readouterr().out.startswith("record 0, long.mp4: too short, 10 frames of 16\n")
 
 
-def test_check_of_whole_records_says_so(source, tmp_path, capsys):
+def test_check_of_intact_records_reports_it(source, tmp_path, capsys):
     table = lay(tmp_path, {"a.jsonl": lines({"image": str(source / "wall.png"), "caption": "a wall"})})
     run("build", "jsonl", "--source", table, "--out", tmp_path / "out", "--allow-outside")
     capsys.readouterr()
@@ -99,7 +99,7 @@ def test_check_of_whole_records_says_so(source, tmp_path, capsys):
     assert capsys.readouterr().out == f"{tmp_path / 'out'}: 1 of 1 records can be used\n"
 
 
-def test_stats_count_records_by_kind(records, capsys):
+def test_stats_count_records_by_media_type(records, capsys):
     run("stats", records, "--json")
     found = json.loads(capsys.readouterr().out)
     assert list(found) == ["video", "image", "audio"]
@@ -111,7 +111,7 @@ def test_stats_count_records_by_kind(records, capsys):
     assert capsys.readouterr().out.startswith("video: 4 records of 3 files, 0.")
 
 
-def test_what_cannot_be_done_is_one_line(records, tmp_path):
+def test_errors_are_one_line(records, tmp_path):
     assert "no such records directory" in error_line("data", "stats", tmp_path / "none")
     assert "no such model directory" in error_line("data", "check", records, "--model", tmp_path / "none")
     assert "exists already" in error_line("data", "build", "jsonl", "--source", tmp_path, "--out", records)

@@ -172,7 +172,7 @@ def test_entries_that_cannot_be_used(entry, why):
 
 
 @pytest.mark.parametrize("layout", ["lines", "array", "array in one line", "lines with a BOM"])
-def test_a_bad_line_is_skipped_and_the_build_goes_on(tmp_path, layout):
+def test_a_bad_line_is_skipped_and_the_build_continues(tmp_path, layout):
     good = {"video": "1.mp4", "caption": "a dog"}
     entries = [good, {"caption": "nobody"}, 7, {**good, "image": None}, {"video": "gone.mp4", "caption": "a"}]
     text = lines(*entries) + '{"video": "1.mp4", "caption": NaN}\n{"video"\n{"n": 1e999}\n\n'
@@ -232,7 +232,7 @@ def test_nothing_outside_the_source_is_packed(tmp_path, secret, name, as_file):
     assert [records.media(number) for number in range(3)] == [media(b"secret"), media(b"1"), media(b"1")]
 
 
-def test_published_sources_are_held_to_their_folder_too(tmp_path, secret):
+def test_published_sources_are_limited_to_their_folder_too(tmp_path, secret):
     entries = [{"video": name, "QA": [{"q": "Q?", "a": "A"}]} for name in ("../../secret.mp4", "../1.mp4")]
     (tmp_path / "source" / "videos").mkdir()
     source = lay(tmp_path / "source", {"videochat_instruct_11k.json": entries})
@@ -247,7 +247,7 @@ def test_a_symlink_to_itself_and_a_name_that_is_too_long(tmp_path, secret):
     assert list(skipped) == names[1:]
 
 
-def test_what_is_packed_is_media_whatever_its_name(tmp_path):
+def test_packed_files_are_media_whatever_their_name(tmp_path):
     """Formats with known first bytes, and some that FFmpeg has to look at."""
     folder = tmp_path / "source"
     folder.mkdir()
@@ -280,7 +280,7 @@ def test_what_is_packed_is_media_whatever_its_name(tmp_path):
     assert list(skipped) == list(bad)
 
 
-def test_an_array_that_is_cut_off_is_an_error(tmp_path):
+def test_a_truncated_json_array_is_an_error(tmp_path):
     source = lay(tmp_path / "source", {"a.json": '[{"video": "1.mp4", "caption": "a"},\n {"vid', "1.mp4": media(b"1")})
     with pytest.raises(DataError, match=r"a\.json: not JSON .*; is it a JSON array, or JSON lines\?"):
         build("jsonl", source, tmp_path / "out")

@@ -24,7 +24,7 @@ from vllama_jax.data import tfds_builders
 from vllama_jax.data.build import build
 from vllama_jax.data.records import Records, open_records
 from vllama_jax.errors import CheckpointError, DataError
-from vllama_jax.io.prefetch import in_order
+from vllama_jax.io.prefetch import map_in_order
 
 COUNT = 40
 
@@ -71,7 +71,7 @@ def test_bytes_and_order_come_back(out):
     assert sorted(path.name for path in out.iterdir()) == ["manifest.json", "media", "skipped.jsonl", "texts"]
 
 
-def test_tfds_reads_both_parts(out):
+def test_tfds_reads_texts_and_media(out):
     for part in ("texts", "media"):
         examples = tfds.builder_from_directory(out / part).as_data_source(split="train")
         assert len(examples) == COUNT
@@ -95,14 +95,14 @@ def test_other_processes_read_the_same_bytes(out, start):
         assert pool.apply(numbers_of, [records]) == numbers_of(records)
 
 
-def test_threads_read_the_same_bytes_at_once(out):
+def test_concurrent_threads_read_the_same_bytes(out):
     records = pickle.loads(pickle.dumps(open_records(out)))
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(records.media, [*range(COUNT)] * 5))
     assert found == [records.media(number) for number in range(COUNT)] * 5
 
 
-def test_records_built_anew_in_one_place_are_read_anew(source, tmp_path):
+def test_rebuilt_records_are_read_again(source, tmp_path):
     text = {"video": "0.mp4", "caption": "old"}
     for caption in ("old", "new"):
         table = lay(tmp_path / "source", {"a.jsonl": lines({**text, "caption": caption}), "0.mp4": media(b"0")})
@@ -123,7 +123,7 @@ def test_missing_and_truncated_files_are_one_line_each(out, part):
         open_records(out)
 
 
-def test_a_damaged_record_and_one_that_is_not_there(out):
+def test_corrupt_and_missing_records_are_reported(out):
     records = open_records(out)
     file = min((out / "media").glob("*array_record*"))
     data = bytearray(file.read_bytes())
@@ -142,7 +142,7 @@ def test_a_damaged_record_and_one_that_is_not_there(out):
     "fields",
     [{"kinds": {"clip": 1}}, {"kinds": {"video": -1}}, {"kinds": 3}, {"files": None}, {"sizes": {"video": "1"}}],
 )
-def test_a_manifest_that_is_none(out, fields):
+def test_an_invalid_manifest_is_refused(out, fields):
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**manifest, **fields}))
     with pytest.raises(DataError, match=r"manifest\.json: incomplete"):
@@ -159,7 +159,7 @@ def test_records_of_another_version_are_an_error(out):
         open_records(out)
 
 
-def test_directories_that_are_no_records(tmp_path):
+def test_directories_without_records_are_refused(tmp_path):
     with pytest.raises(DataError, match="not a records directory"):
         open_records(tmp_path)
     (tmp_path / "manifest.json").write_text("[")
@@ -178,7 +178,7 @@ def bucket(out, tmp_path, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
     files.pseudo_dirs[:] = [""]
 
 
-def test_a_url_is_copied_here_once(bucket, monkeypatch):
+def test_a_url_is_downloaded_once(bucket, monkeypatch):
     records = open_records("memory://bucket/records")
     assert numbers_of(records) == [*range(0, COUNT, 2), *range(1, COUNT, 2)]
     part = next((records.path / "media").glob("*array_record*"))
@@ -190,7 +190,7 @@ def test_a_url_is_copied_here_once(bucket, monkeypatch):
     assert [Path(path).name for path in copied] == [part.name]
 
 
-def test_a_url_that_cannot_be_read(bucket):
+def test_an_unreadable_url_is_reported(bucket):
     with pytest.raises(DataError, match=r"memory://bucket/none: nothing of ours \(no manifest"):
         open_records("memory://bucket/none")
     with pytest.raises(
@@ -204,7 +204,7 @@ class Stop(Exception):
 
 
 @pytest.mark.parametrize("place", ["annotations", "files"])
-def test_a_build_that_is_stopped_leaves_nothing(source, tmp_path, place):
+def test_an_interrupted_build_leaves_nothing(source, tmp_path, place):
     def progress(what: str, done: int, whole: int) -> None:
         if (what, done) == (place, 30):
             raise Stop
@@ -214,7 +214,7 @@ def test_a_build_that_is_stopped_leaves_nothing(source, tmp_path, place):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_vanishes_on_the_way(source, tmp_path):
+def test_a_file_deleted_during_the_build_is_an_error(source, tmp_path):
     copied = shutil.copytree(source, tmp_path / "source")
 
     def progress(what: str, done: int, whole: int) -> None:
@@ -235,7 +235,7 @@ def _build_on_a_full_disk(source: Path, out: Path) -> str:
     return "built"
 
 
-def test_a_full_disk_is_one_line(source, tmp_path):
+def test_a_full_disk_is_a_one_line_error(source, tmp_path):
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         message = pool.apply(_build_on_a_full_disk, [source, tmp_path / "out"])
     assert message.startswith(f"{tmp_path / 'out'}: cannot be written (")
@@ -244,12 +244,12 @@ def test_a_full_disk_is_one_line(source, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_how_records_are_spread_over_files(monkeypatch):
+def test_shard_counts_follow_from_the_sizes(monkeypatch):
     monkeypatch.setattr(tfds_builders, "RECORD_SHARD_BYTES", 100)
-    assert tfds_builders.shard_counts([60, 60, 60, 60, 10]) == [2, 2, 1]
-    assert tfds_builders.shard_counts([1000, 1, 99, 1000]) == [1, 2, 1]
-    assert tfds_builders.shard_counts([5]) == [1]
-    counts = tfds_builders.shard_counts([100] * 10000)
+    assert tfds_builders.plan_shards([60, 60, 60, 60, 10]) == [2, 2, 1]
+    assert tfds_builders.plan_shards([1000, 1, 99, 1000]) == [1, 2, 1]
+    assert tfds_builders.plan_shards([5]) == [1]
+    counts = tfds_builders.plan_shards([100] * 10000)
     assert len(counts) <= tfds_builders.MAX_SHARDS + 1
     assert sum(counts) == 10000
 
@@ -274,7 +274,7 @@ def test_media_are_not_held_in_memory(tmp_path):
     assert len(open_records(tmp_path / "out")) == copies
 
 
-def test_work_done_ahead_is_bounded_and_in_order():
+def test_prefetching_is_bounded_and_ordered():
     running, most, lock = set(), [0], threading.Lock()
 
     def slow(number: int) -> int:
@@ -286,10 +286,10 @@ def test_work_done_ahead_is_bounded_and_in_order():
             running.discard(number)
         return number
 
-    assert list(in_order(slow, iter(range(50)), 4)) == list(range(50))
+    assert list(map_in_order(slow, iter(range(50)), 4)) == list(range(50))
     assert 1 < most[0] <= 4
     taken = []
-    endless = in_order(lambda number: number, map(functools.partial(_note, taken), iter(int, 1)), 4)
+    endless = map_in_order(lambda number: number, map(functools.partial(_note, taken), iter(int, 1)), 4)
     assert [next(endless) for _ in range(3)] == [0, 0, 0]
     assert len(taken) <= 7
     endless.close()
@@ -401,7 +401,7 @@ def test_nothing_that_a_records_directory_names_is_imported(out, evil, part, fil
     assert "evilmod" not in sys.modules
 
 
-def test_other_fields_of_dataset_info_do_nothing(out, evil):
+def test_other_fields_of_dataset_info_are_ignored(out, evil):
     """As an older or newer TFDS may write some; and `redirect`s or locations are not followed."""
     info = out / "texts" / "dataset_info.json"
     for field in ("location", "downloadSize", "configName", "isBlocked", "dataSourceAccesses", "redirectURL"):
@@ -419,7 +419,7 @@ def test_a_manifest_that_names_files_elsewhere(out, name):
         open_records(out)
 
 
-def test_a_record_that_is_of_another_kind_than_its_place(out):
+def test_a_media_type_that_differs_from_the_manifest_is_refused(out):
     """Images come after videos; a manifest that says otherwise does not fit the texts."""
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**manifest, "kinds": {"video": 21, "image": 19}}))
@@ -429,7 +429,7 @@ def test_a_record_that_is_of_another_kind_than_its_place(out):
         records.annotation(20)
 
 
-def test_a_skipped_file_that_is_damaged(out):
+def test_a_corrupt_skipped_file_is_refused(out):
     (out / "skipped.jsonl").write_text('{"id": "a", "why": "b"}\n{"id": 1e999}\n')
     skipped = open_records(out).skipped()
     assert next(skipped) == {"id": "a", "place": "", "why": "b"}, "as versions without places wrote it"

@@ -7,7 +7,7 @@ from data_fixtures import built, lay, lines, media
 
 from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.build import build
-from vllama_jax.data.conversations import UnusableAnnotation, message_turns, pair_turns, place_media
+from vllama_jax.data.conversations import UnusableAnnotation, parse_messages, parse_pairs, place_media
 from vllama_jax.data.sources import SOURCES
 from vllama_jax.errors import DataError
 
@@ -24,7 +24,7 @@ def test_webvid_is_read_with_its_captions(tmp_path):
     assert list(skipped) == ["a_b/8.mp4"]
 
 
-def test_webvid_as_the_originals_readme_lays_it_out(tmp_path):
+def test_webvid_is_read_in_the_layout_of_the_originals_readme(tmp_path):
     tables = {
         "filter_annotation/0.tsv": 'videoid\tname\tpage_dir\n1\tA dog, "Rex" \t0_50\n',
         "filter_annotation/1.csv": "\ufeffvideoid,duration,page_dir,name\n2,PT8S,0_50,Ä cat\n3,PT8S,0_50\n",
@@ -39,7 +39,7 @@ def test_webvid_as_the_originals_readme_lays_it_out(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["llava_cc3m", "minigpt4"])
-def test_captions_of_pictures(tmp_path, name):
+def test_image_captions_are_read(tmp_path, name):
     annotations = {"annotations": [{"image_id": "12", "caption": "A wall."}]}
     source = lay(tmp_path / "source", {"filter_cap.json": annotations, "image/12.jpg": media(b"12")})
     assert built(name, source, tmp_path / "out")[0] == [Annotation("12.jpg", "image", (("", "A wall."),))]
@@ -102,15 +102,15 @@ def test_videochat_is_read_with_its_turns(tmp_path):
         ("<audio>Loud?", "audio", ("Loud?", 0)),
     ],
 )
-def test_the_place_of_media(question, kind, placed):
+def test_media_are_placed_where_the_annotation_says(question, kind, placed):
     turns, media_at = place_media(((question, "a"), ("b", "<image> is a tag")), kind)
     assert (turns[0][0], media_at) == placed
 
 
 def test_what_comes_before_the_first_question_is_left_out():
     said = [{"role": role, "content": role} for role in ("system", "assistant", "user", "assistant")]
-    assert message_turns(said) == (("user", "assistant"),)
-    assert message_turns(messages(("Human", "a"), ("GPT", " b\n"))) == (("a", " b\n"),)
+    assert parse_messages(said) == (("user", "assistant"),)
+    assert parse_messages(messages(("Human", "a"), ("GPT", " b\n"))) == (("a", " b\n"),)
 
 
 @pytest.mark.parametrize(
@@ -126,9 +126,9 @@ def test_what_comes_before_the_first_question_is_left_out():
         ([{"role": "user", "content": [{"type": "text"}]}], "a message that is not text, or does not say whose it is"),
     ],
 )
-def test_messages_that_cannot_be_used(said, why):
+def test_unusable_messages_are_skipped(said, why):
     with pytest.raises(UnusableAnnotation) as caught:
-        message_turns(said)
+        parse_messages(said)
     assert str(caught.value) == why
 
 
@@ -140,18 +140,18 @@ def test_messages_that_cannot_be_used(said, why):
         ([{"q": "a"}], "a question without an answer"),
     ],
 )
-def test_pairs_that_cannot_be_used(pairs, why):
+def test_unusable_pairs_are_skipped(pairs, why):
     with pytest.raises(UnusableAnnotation, match=why):
-        pair_turns(pairs)
+        parse_pairs(pairs)
 
 
-def test_more_places_for_media_than_one():
+def test_several_placeholders_are_unusable():
     for turns in [(("<image> <image>", "a"),), (("a", "b"), ("<image>", "c"))]:
         with pytest.raises(UnusableAnnotation, match="more than one place for media"):
             place_media(turns, "image")
 
 
-def test_ones_own_lines(tmp_path):
+def test_user_annotation_lines_are_read(tmp_path):
     absolute = tmp_path / "source" / "deep" / "5.wav"
     entries = [
         {"video": "1.mp4", "caption": "line\u2028break"},
@@ -237,7 +237,7 @@ def test_half_an_emoji_is_skipped(tmp_path):
         ("llava", {"a.jsonl": ""}, r"no source 'llava'; choose one of webvid, "),
     ],
 )
-def test_wrong_sources_are_one_line_each(tmp_path, name, files, message):
+def test_wrong_sources_are_one_line_errors(tmp_path, name, files, message):
     source = lay(tmp_path / "source", files)
     with pytest.raises(DataError, match=message) as caught:
         build(name, source, tmp_path / "out")

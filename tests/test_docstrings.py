@@ -20,7 +20,7 @@ DOCUMENTED = [
 
 
 @pytest.mark.parametrize("documented", DOCUMENTED, ids=lambda found: found.__name__)
-def test_the_examples_of_a_docstring_do_what_they_say(documented, tmp_path, monkeypatch):
+def test_docstring_examples_are_correct(documented, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     test = doctest.DocTestParser().get_doctest(inspect.getdoc(documented), {}, documented.__name__, None, None)
     assert len(test.examples) >= 3

@@ -8,21 +8,21 @@ from flax import nnx
 
 from vllama_jax.config import QFormerConfig
 from vllama_jax.nn import layers, qformer
-from vllama_jax.nn.layers import Dropout, attend, drop, split_dropout, unstack_dropout
+from vllama_jax.nn.layers import Dropout, apply_dropout, attend, split_dropout, unstack_dropout
 
 CFG = QFormerConfig(width=8, depth=2, num_heads=2, mlp_dim=16, num_queries=4)
 RATE = 0.25
 
 
-def test_a_quarter_is_zeroed_and_the_rest_scaled_so_that_the_mean_stays():
+def test_dropout_zeroes_a_quarter_and_keeps_the_mean():
     x = jnp.full((200, 200), 3.0)
-    dropped = np.asarray(drop(x, Dropout(jax.random.key(0), RATE)))
+    dropped = np.asarray(apply_dropout(x, Dropout(jax.random.key(0), RATE)))
     assert set(np.unique(dropped)) == {0.0, 4.0}
     assert (dropped == 0).mean() == pytest.approx(RATE, abs=0.01)  # five standard deviations
-    assert drop(x, None) is x
+    assert apply_dropout(x, None) is x
 
 
-def test_keys_that_are_split_differ_from_each_other_and_from_their_source():
+def test_split_keys_differ_from_each_other_and_from_their_source():
     source = Dropout(jax.random.key(0), RATE)
     keys = [source.key, *split_dropout(source, 3).key, *[one.key for one in unstack_dropout(split_of(source), 2)]]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == 6
@@ -73,7 +73,7 @@ def different_keys(run, dropped) -> int:
     return len({tuple(key.tolist()) for key in keys(jax.random.key(0))})
 
 
-def test_a_layer_drops_where_berts_does_with_a_mask_for_each_place(dropped):
+def test_a_layer_applies_dropout_where_bert_does_with_independent_masks(dropped):
     """Reference: Qformer.py, dropout of attention weights and of what each of the three parts adds."""
     x, memory = jnp.ones((3, 4, 8)), jnp.ones((3, 5, 6))
 
@@ -85,7 +85,7 @@ def test_a_layer_drops_where_berts_does_with_a_mask_for_each_place(dropped):
     assert [shape for shape, _ in dropped] == [weights[0], added, weights[1], added, added]
 
 
-def test_queries_are_dropped_and_every_layer_has_a_mask_of_its_own(dropped, monkeypatch):
+def test_queries_and_each_layer_have_their_own_dropout_mask(dropped, monkeypatch):
     """Layers run one after the other here, as the loop over a stack does, so that their keys can be seen."""
 
     def one_after_the_other(stacked, x, step, remat_policy="full"):

@@ -12,8 +12,8 @@ from data_fixtures import lay, lines
 import vllama_jax as vl
 from vllama_jax.evaluate.benchmarks import BENCHMARKS, MVBENCH_FOLDERS, read_questions
 from vllama_jax.evaluate.published import PUBLISHED
-from vllama_jax.evaluate.questions import digest, in_order_of_videos, spread
-from vllama_jax.evaluate.videos import Videos
+from vllama_jax.evaluate.questions import digest, group_by_video, limit_questions
+from vllama_jax.evaluate.videos import VideoFolder
 
 
 def read(name: str, folder: Path, contents: dict[str, object], named: str = "") -> list:
@@ -28,7 +28,7 @@ def test_msvd_qa_is_read_as_published(tmp_path):
     contents = {"test_qa.json": entries, "youtube_mapping.txt": "abc_1_9 vid1301\nd-ef_2_8 vid1302\n"}
     first, second = read("msvd_qa", tmp_path, contents)
     assert (first.id, first.names, first.references) == ("35386", ("vid1301", "abc_1_9"), ("someone",))
-    assert (first.text, first.kinds, first.aspects) == ("who performed several dives?", ("who",), ("match",))
+    assert (first.text, first.categories, first.aspects) == ("who performed several dives?", ("who",), ("match",))
     assert second.names == ("vid1302", "d-ef_2_8")
     del contents["youtube_mapping.txt"]
     assert digest(read("msvd_qa", tmp_path / "bare", contents)) == digest([first, second]) != digest([first])
@@ -37,7 +37,7 @@ def test_msvd_qa_is_read_as_published(tmp_path):
 def test_msrvtt_qa_in_both_layouts(tmp_path):
     entry = {"answer": "couch", "category_id": 14, "id": 158581, "question": "what is it?", "video_id": 7010}
     (first,) = read("msrvtt_qa", tmp_path / "a", {"test_qa.json": [entry]}, "test_qa.json")
-    assert (first.names, first.kinds) == (("video7010",), ("what",))
+    assert (first.names, first.categories) == (("video7010",), ("what",))
     asked = [{"video_name": "video7010", "question": "what is it?", "question_id": "v0_1"}]
     answers = [{"answer": "couch", "question_id": "v0_1"}]
     (second,) = read("msrvtt_qa", tmp_path / "b", {"test_q.json": asked, "test_a.json": answers})
@@ -49,7 +49,7 @@ def test_activitynet_qa_is_read_as_published(tmp_path):
     answers = [{"answer": "yes", "type": 3, "question_id": "v_1QIUV7WYKXg_3"}]
     (question,) = read("activitynet_qa", tmp_path, {"test_q.json": asked, "test_a.json": answers})
     assert question.names == ("v_1QIUV7WYKXg", "1QIUV7WYKXg")
-    assert (question.kinds, question.references) == (("yes/no",), ("yes",))
+    assert (question.categories, question.references) == (("yes/no",), ("yes",))
 
 
 def test_video_chatgpt_is_read_as_published(tmp_path):
@@ -78,7 +78,7 @@ def test_mvbench_is_read_as_published(tmp_path):
     first, moment, second = read("mvbench", tmp_path, contents)
     assert first.names == ("star/Charades_v1_480/Z.mp4",)
     assert (moment.start, moment.end) == (7.5, 7.5)
-    assert (first.start, first.end, first.references, first.kinds) == (1.5, 4.0, ("B",), ("action_sequence",))
+    assert (first.start, first.end, first.references, first.categories) == (1.5, 4.0, ("B",), ("action_sequence",))
     assert first.text.startswith("Which?\n(A) Left.\n(B) Right.\n")
     assert (second.names[0], second.frame_rate) == ("tvqa/frames_fps3_hq/bbt/clip_1", 3.0)
     assert set(PUBLISHED["mvbench"]["accuracy"]) == {"all", *MVBENCH_FOLDERS}
@@ -103,7 +103,7 @@ def test_video_mme_is_read_as_published(tmp_path):
     (question,) = read_questions("video_mme", tmp_path)
     assert question.names == ("fFjv93ACGo8", "001")
     assert (question.choices, question.references) == (("4.", "9.", "5.", "13."), ("C",))
-    assert question.kinds == ("short", "Counting Problem")
+    assert question.categories == ("short", "Counting Problem")
     of_question = ("question_id", "task_type", "question", "answer")
     nested = {
         "video_id": "001",
@@ -111,7 +111,7 @@ def test_video_mme_is_read_as_published(tmp_path):
         "questions": [{"choices": VIDEO_MME["options"], **{name: VIDEO_MME[name] for name in of_question}}],
     }
     (again,) = read("video_mme", tmp_path / "json", {"questions.json": [nested]}, "questions.json")
-    assert (again.text, again.names, again.kinds) == (question.text, ("001",), question.kinds)
+    assert (again.text, again.names, again.categories) == (question.text, ("001",), question.categories)
 
 
 def test_captions_are_read_with_all_references(tmp_path):
@@ -144,7 +144,7 @@ def test_captions_are_read_with_all_references(tmp_path):
     assert (question.names, question.references) == (("a_000001_000011",), ("one", "two"))
 
 
-def test_jsonl(tmp_path):
+def test_jsonl_annotations_are_read(tmp_path):
     text = lines(
         {"video": "a.mp4", "question": "What?", "answer": ["dog", "a hound"], "kind": "object"},
         {"video": "a.mp4", "question": "Which?", "choices": ["red", "blue"], "answer": "B", "id": "x"},
@@ -153,7 +153,7 @@ def test_jsonl(tmp_path):
     text = text.replace("What?", "What\u2028now?")
     first, second, third = read("jsonl", tmp_path, {"mine.jsonl": text}, "mine.jsonl")
     assert first.text == "What\u2028now?"
-    assert (first.task, first.references, first.kinds) == ("open", ("dog", "a hound"), ("object",))
+    assert (first.task, first.references, first.categories) == ("open", ("dog", "a hound"), ("object",))
     assert (second.task, second.references, second.id) == ("choice", ("B",), "x")
     assert (third.task, third.references, third.start, third.end) == ("caption", ("one", "two"), 1.0, 2.0)
 
@@ -218,7 +218,7 @@ def test_every_benchmark_has_a_reader_and_a_description():
 def test_videos_are_found_by_their_names(tmp_path):
     names = ("vid1.avi", "deep/Vid2.MP4", "a/same.mp4", "b/same.mp4", "clips/v_x.y.mkv", "frames/one/00001.jpg")
     folder = lay(tmp_path / "set", dict.fromkeys(names, b"x"))
-    videos = Videos(folder)
+    videos = VideoFolder(folder)
     assert videos.find(("vid1",)) == folder / "vid1.avi"
     assert videos.find(("none", "vid2")) == folder / "deep/Vid2.MP4"
     assert videos.find(("vid1.mp4",)) == folder / "vid1.avi", "the extension may be another one"
@@ -229,18 +229,18 @@ def test_videos_are_found_by_their_names(tmp_path):
     assert videos.find(("v_x.y",)) == folder / "clips/v_x.y.mkv"
     assert videos.find(("frames/one",)) == folder / "frames/one"
     assert videos.find(("one",)) is None, "a folder of frames is found by the folder that it is in"
-    assert Videos(tmp_path).find(("frames/one",)) == folder / "frames/one"
-    assert Videos(tmp_path).find(("b/same.mp4",)) == folder / "b/same.mp4"
-    assert Videos(folder / "a").find(("a/same.mp4",)) == folder / "a/same.mp4"
+    assert VideoFolder(tmp_path).find(("frames/one",)) == folder / "frames/one"
+    assert VideoFolder(tmp_path).find(("b/same.mp4",)) == folder / "b/same.mp4"
+    assert VideoFolder(folder / "a").find(("a/same.mp4",)) == folder / "a/same.mp4"
     assert videos.find(("00001",)) is None
     with pytest.raises(vl.DataError, match="none: no such folder; --videos is where"):
-        Videos(folder / "none")
+        VideoFolder(folder / "none")
 
 
-def test_names_that_lead_out_of_the_folder_of_videos(tmp_path):
+def test_video_names_outside_the_folder_are_refused(tmp_path):
     folder = lay(tmp_path / "videos", {"one.mp4": b"1", "a/two.mp4": b"2"})
     lay(tmp_path, {"secret.mp4": b"s", "videos2/x.mp4": b"x"})
-    videos = Videos(folder)
+    videos = VideoFolder(folder)
     outside = ("../secret.mp4", "a/../../secret.mp4", str(tmp_path / "secret.mp4"), "../videos2/x.mp4", "/etc/hostname")
     for name in (*outside, str(tmp_path / "videos2/x.mp4"), "../secret"):
         assert videos.find((name,)) is None, name
@@ -248,12 +248,12 @@ def test_names_that_lead_out_of_the_folder_of_videos(tmp_path):
     assert videos.find((str(folder / "one.mp4"),)) == folder / "one.mp4"
 
 
-def test_limits_take_every_kind_and_videos_stay_together(tmp_path):
+def test_limits_cover_every_category_and_keep_videos_together(tmp_path):
     entries = [
         {"video": f"{i % 3}", "question": "q", "answer": "a", "kind": "few" if i == 5 else "many"} for i in range(9)
     ]
     questions = read("jsonl", tmp_path, {"x.jsonl": lines(*entries)}, "x.jsonl")
-    assert [question.id for question in spread(questions, 3)] == ["1", "2", "6"]
-    assert spread(questions, None) == spread(questions, 99) == questions
-    ordered = [question.names[0] for question in in_order_of_videos(questions)]
+    assert [question.id for question in limit_questions(questions, 3)] == ["1", "2", "6"]
+    assert limit_questions(questions, None) == limit_questions(questions, 99) == questions
+    ordered = [question.names[0] for question in group_by_video(questions)]
     assert ordered == sorted(ordered)

@@ -4,10 +4,10 @@ import statistics
 
 import pytest
 
-from vllama_jax.evaluate.judge_client import read_reply
+from vllama_jax.evaluate.judge_client import parse_reply
 from vllama_jax.evaluate.metrics import contains, exact_match, score
 from vllama_jax.evaluate.published import PUBLISHED
-from vllama_jax.evaluate.questions import caption_question, open_question
+from vllama_jax.evaluate.questions import make_caption_question, make_open_question
 
 DIGITS = {"none": 0, "zero": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5}
 DIGITS |= {"six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10}
@@ -38,7 +38,7 @@ def test_articles_do_not_count(article):
         ("no", "none", False),
     ],
 )
-def test_answers_that_are_the_same(said, reference, same):
+def test_equal_answers_match(said, reference, same):
     assert exact_match(said, [reference]) == same
 
 
@@ -49,13 +49,13 @@ def test_words_must_stand_together_and_in_order():
     assert not contains("it is", [""])
 
 
-def test_captions_are_scored_over_all_and_not_by_kind():
+def test_captions_are_scored_over_all_categories_together():
     """CIDEr weighs words by how many captions of the set have them, so that a part's figure is another measure."""
     said = {"1": "a dog runs", "2": "a cat sleeps", "3": "yes"}
     questions = [
-        caption_question("a dog runs", id="1", names=("a",), kinds=("x",)),
-        caption_question("a cat sits", id="2", names=("b",), kinds=("y",)),
-        open_question("q", "yes", id="3", names=("c",), kinds=("y",)),
+        make_caption_question("a dog runs", id="1", names=("a",), categories=("x",)),
+        make_caption_question("a cat sits", id="2", names=("b",), categories=("y",)),
+        make_open_question("q", "yes", id="3", names=("c",), categories=("y",)),
     ]
     scores = score(questions, said)
     assert scores["all"].keys() == {
@@ -88,9 +88,9 @@ def test_zero_shot_accuracies_are_video_chatgpts_table():
     assert {name: (round(100 * one["accuracy"], 1), one["score"]) for name, one in found.items()} == table
 
 
-def test_the_last_judgement_of_a_reply_counts():
-    assert read_reply('First {"score": 1}, no: {"score": 4}', "detail") == {"score": 4}
-    assert read_reply('{"score": 3} of {"score": 6}', "detail") == {"score": 3}, "6 is no score"
-    assert read_reply('{"score": 5}', "detail") == {"score": 5}
-    assert read_reply('{"score": 5.5}', "detail") is None
-    assert read_reply('{"score": -1}', "detail") is None
+def test_the_last_judgment_of_an_answer_counts():
+    assert parse_reply('First {"score": 1}, no: {"score": 4}', "detail") == {"score": 4}
+    assert parse_reply('{"score": 3} of {"score": 6}', "detail") == {"score": 3}, "6 is no score"
+    assert parse_reply('{"score": 5}', "detail") == {"score": 5}
+    assert parse_reply('{"score": 5.5}', "detail") is None
+    assert parse_reply('{"score": -1}', "detail") is None

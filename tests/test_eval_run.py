@@ -19,8 +19,8 @@ from PIL import Image
 import vllama_jax as vl
 from vllama_jax import cli
 from vllama_jax.evaluate import answers, run
-from vllama_jax.evaluate.questions import open_question
-from vllama_jax.io.jsonl import Journal
+from vllama_jax.evaluate.questions import make_open_question
+from vllama_jax.io.jsonl import JsonLinesFile
 
 ASKED = [
     {"video": "one.mp4", "question": "What is it?", "answer": "a dog", "kind": "what"},
@@ -65,7 +65,7 @@ def finished(tiny_model, clips, tmp_path_factory) -> Path:
     return out
 
 
-def test_every_answer_is_kept_and_is_what_a_chat_would_say(finished, tiny_model, clips):
+def test_every_prediction_is_stored_and_equals_a_chat(finished, tiny_model, clips):
     found = {line["id"]: line for line in read(finished / "answers.jsonl")}
     assert list(found) == ["1", "3", "5", "2", "4"], "questions about one video stand together"
     model = vl.load(tiny_model)
@@ -86,9 +86,9 @@ def test_every_answer_is_kept_and_is_what_a_chat_would_say(finished, tiny_model,
     )
 
 
-def test_a_killed_run_goes_on_and_ends_with_the_same_answers(finished, tiny_model, clips, tmp_path, monkeypatch):
+def test_a_killed_run_resumes_with_the_same_predictions(finished, tiny_model, clips, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    added = Journal.add
+    added = JsonLinesFile.add
     count = iter(range(9))
 
     def killed_while_writing(journal, *given):
@@ -97,13 +97,13 @@ def test_a_killed_run_goes_on_and_ends_with_the_same_answers(finished, tiny_mode
             raise KeyboardInterrupt
         added(journal, *given)
 
-    monkeypatch.setattr(Journal, "add", killed_while_writing)
+    monkeypatch.setattr(JsonLinesFile, "add", killed_while_writing)
     with pytest.raises(SystemExit) as stop:
         cli.main(flags(tiny_model, clips, out))
     assert stop.value.code == 130
     partial = json.loads((out / "results.json").read_text())
     assert (partial["answered"], partial["complete"]) == (2, False)
-    monkeypatch.setattr(Journal, "add", added)
+    monkeypatch.setattr(JsonLinesFile, "add", added)
     cli.main(flags(tiny_model, clips, out))
     assert (out / "answers.jsonl").read_text() == (finished / "answers.jsonl").read_text()
     assert json.loads((out / "results.json").read_text())["complete"]
@@ -120,7 +120,7 @@ def test_a_finished_run_loads_nothing(finished, tiny_model, clips, monkeypatch, 
     cli.main(flags(tiny_model, clips, finished))
 
 
-def test_another_evaluation_in_the_same_folder(finished, tiny_model, clips, capsys, tmp_path):
+def test_an_output_of_other_settings_is_refused(finished, tiny_model, clips, capsys, tmp_path):
     message = failure(capsys, *flags(tiny_model, clips, finished, "--no-audio"))
     assert "holds another evaluation (audio was True, now False); give the same, or choose another --out" in message
     assert "(dtype was 'float32', now 'bfloat16')" in failure(
@@ -131,7 +131,7 @@ def test_another_evaluation_in_the_same_folder(finished, tiny_model, clips, caps
     assert "a model's or a run's directory" in failure(capsys, *flags(tiny_model, clips, tiny_model))
 
 
-def test_missing_and_broken_videos_are_told_and_the_rest_is_answered(tiny_model, clips, tmp_path, capsys):
+def test_missing_and_corrupt_videos_are_reported_and_skipped(tiny_model, clips, tmp_path, capsys):
     videos = tmp_path / "videos"
     videos.mkdir()
     (videos / "one.mp4").symlink_to(clips / "one.mp4")
@@ -157,17 +157,17 @@ def test_every_question_gets_its_own_video(monkeypatch):
     monkeypatch.setattr(answers, "_read", lambda clip, config, settings: f"cannot read {clip[0]}")
     names = ["a", "b", "b", "c", "a", "a", "d", "c"]
     asked = [
-        answers.LocatedQuestion(open_question("q", "a", id=str(number), names=(name,)), Path(name))
+        answers.QuestionWithVideo(make_open_question("q", "a", id=str(number), names=(name,)), Path(name))
         for number, name in enumerate(names)
     ]
-    answering = answers.Answering(vl.config.tiny(), answers.AnswerSettings(), 1, lambda: None)
-    batches = answers.batches_to_do(asked, {"2", "3"}, 2)
+    answering = answers.Predictor(vl.config.tiny(), answers.AnswerSettings(), 1, lambda: None)
+    batches = answers.select_unfinished_batches(asked, {"2", "3"}, 2)
     assert [[one.question.id for one in batch] for batch in batches] == [["0", "1"], ["4", "5"], ["6", "7"]]
     assert list(answering.answer(batches, {"2", "3"})) == []
     assert answering.unusable == {key: f"cannot read {names[int(key)]}" for key in "014567"}
 
 
-def test_no_video_at_all(tiny_model, clips, tmp_path, capsys):
+def test_an_evaluation_without_videos_is_an_error(tiny_model, clips, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty"))
     assert "empty: none of the 2 videos is in it (first one.mp4, two.mp4); check --videos" in message
@@ -181,7 +181,7 @@ def test_no_video_at_all(tiny_model, clips, tmp_path, capsys):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
-def test_a_model_without_a_trained_audio_branch_does_not_hear(tiny_model, clips, tmp_path):
+def test_a_model_without_a_trained_audio_branch_ignores_audio(tiny_model, clips, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
     manifest = json.loads((model / "manifest.json").read_text())
@@ -192,7 +192,7 @@ def test_a_model_without_a_trained_audio_branch_does_not_hear(tiny_model, clips,
     assert line["media"] == "8 frames of 1.0 s; the model has no audio branch"
 
 
-def test_options_that_mean_nothing(tiny_model, clips, tmp_path, capsys):
+def test_invalid_options_are_refused(tiny_model, clips, tmp_path, capsys):
     wrong = {
         "--batch-size=0": "--batch-size must be at least 1, not 0",
         "--num-frames=0": "--num-frames must be at least 1, not 0",
@@ -210,7 +210,7 @@ def test_options_that_mean_nothing(tiny_model, clips, tmp_path, capsys):
         assert message in failure(capsys, *flags(tiny_model, clips, tmp_path / flag[2:5], *flag.split("=")))
 
 
-def test_a_folder_of_frames(tiny_model, tmp_path, capsys):
+def test_frame_folders_are_read_as_videos(tiny_model, tmp_path, capsys):
     frames = tmp_path / "videos/tvqa/frames_fps3_hq/clip_1"
     frames.mkdir(parents=True)
     for number in range(1, 10):
@@ -227,9 +227,9 @@ def test_a_folder_of_frames(tiny_model, tmp_path, capsys):
     assert "(published 21.0)" in printed
 
 
-def test_a_judge_later_and_one_that_breaks_off(finished, tiny_model, clips, tmp_path, capsys, monkeypatch):
+def test_an_interrupted_judge_resumes_in_a_later_run(finished, tiny_model, clips, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    monkeypatch.setattr("vllama_jax.evaluate.judge_answers.AT_ONCE", 1)
+    monkeypatch.setattr("vllama_jax.evaluate.judge_answers.MAX_CONCURRENT_REQUESTS", 1)
     out = tmp_path / "out"
     out.mkdir()
     for name in ("answers.jsonl", "config.json"):
@@ -243,7 +243,7 @@ def test_a_judge_later_and_one_that_breaks_off(finished, tiny_model, clips, tmp_
     with eval_fixtures.serving(breaks) as fake:
         given = flags(tiny_model, clips, out, "--judge-url", fake.url, "--judge-model", "fake")
         message = failure(capsys, *given)
-        assert f"answers and other figures are in {out}, and the same command goes on from there" in message
+        assert f"answers and other figures are in {out}; run the same command to continue" in message
         results = json.loads((out / "results.json").read_text())
         name = f"fake at {fake.url}"
         assert (results["answered"], results["judged"][name]["match"]["n"]) == (5, 1)
@@ -261,11 +261,11 @@ def test_a_judge_later_and_one_that_breaks_off(finished, tiny_model, clips, tmp_
     assert all(b"sk-secret" not in path.read_bytes() for path in out.iterdir())
 
 
-def test_a_full_disk_is_one_line_and_keeps_what_is_written(tiny_model, clips, tmp_path, capsys, monkeypatch):
+def test_a_full_disk_is_a_one_line_error_and_keeps_predictions(tiny_model, clips, tmp_path, capsys, monkeypatch):
     def full(journal, *given):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Journal, "add", full)
+    monkeypatch.setattr(JsonLinesFile, "add", full)
     message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out"))
     assert "out: cannot be written (No space left on device); what is in it stays" in message
 

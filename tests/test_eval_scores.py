@@ -14,10 +14,10 @@ from eval_fixtures import completion
 
 import vllama_jax as vl
 from vllama_jax.evaluate import metrics
-from vllama_jax.evaluate.judge_answers import judge_answers, judged_scores
-from vllama_jax.evaluate.judge_client import ASPECTS, Judge, Unreachable, find_judge, read_reply
-from vllama_jax.evaluate.questions import caption_question, choice_question, open_question
-from vllama_jax.io.jsonl import Journal
+from vllama_jax.evaluate.judge_answers import judge_answers, summarize_judgements
+from vllama_jax.evaluate.judge_client import ASPECTS, Judge, JudgeError, make_judge, parse_reply
+from vllama_jax.evaluate.questions import make_caption_question, make_choice_question, make_open_question
+from vllama_jax.io.jsonl import JsonLinesFile
 
 
 @pytest.fixture(autouse=True)
@@ -108,8 +108,8 @@ def test_exact_match_and_contains(answer, reference, exact, contained):
         ("", None),
     ],
 )
-def test_letters(answer, letter):
-    assert metrics.chosen_letter(answer, ("ball", "blue one", "red ball")) == letter
+def test_the_letter_of_an_answer_is_found(answer, letter):
+    assert metrics.find_choice_letter(answer, ("ball", "blue one", "red ball")) == letter
 
 
 FOUR = ("running", "a dog", "jumping high", "sleeping")
@@ -168,7 +168,7 @@ FOUR = ("running", "a dog", "jumping high", "sleeping")
     ],
 )
 def test_letters_as_models_write_them(answer, letter):
-    assert metrics.chosen_letter(answer, FOUR) == letter
+    assert metrics.find_choice_letter(answer, FOUR) == letter
 
 
 @pytest.mark.parametrize(
@@ -187,40 +187,40 @@ def test_letters_as_models_write_them(answer, letter):
     ],
 )
 def test_letters_and_texts_of_choices(answer, choices, letter):
-    assert metrics.chosen_letter(answer, choices) == letter
+    assert metrics.find_choice_letter(answer, choices) == letter
 
 
-def test_caption_words():
-    assert metrics.caption_words("a man\u2019s dog doesn\u2019t") == "a man 's dog does n't"
-    assert metrics.caption_words("A man's dog doesn't run, (well) 3.5 m!") == "a man 's dog does n't run well 3.5 m"
+def test_captions_are_tokenized_as_coco_does():
+    assert metrics.tokenize_caption("a man\u2019s dog doesn\u2019t") == "a man 's dog does n't"
+    assert metrics.tokenize_caption("A man's dog doesn't run, (well) 3.5 m!") == "a man 's dog does n't run well 3.5 m"
 
 
-def test_captions_are_scored_as_coco_scores_them():
+def test_captions_are_scored_as_coco_does():
     references = {"a": ["a red ball crosses a meadow", "the ball rolls"], "b": ["a bell rings"], "c": ["a man sings"]}
-    same = metrics.caption_scores({key: said[0] for key, said in references.items()}, references)
+    same = metrics.score_captions({key: said[0] for key, said in references.items()}, references)
     assert same["bleu_4"] == pytest.approx(1.0, abs=1e-3)
     assert same["rouge_l"] == pytest.approx(1.0)
-    other = metrics.caption_scores({"a": "A ball crosses.", "b": "It rings!", "c": "Nothing"}, references)
+    other = metrics.score_captions({"a": "A ball crosses.", "b": "It rings!", "c": "Nothing"}, references)
     assert 0 < other["cider"] < same["cider"]
     assert 0 < other["bleu_1"] < 1
     assert list(same) == ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider"]
 
 
-def test_a_missing_library_is_told(monkeypatch):
+def test_a_missing_library_is_reported(monkeypatch):
     monkeypatch.setitem(sys.modules, "pycocoevalcap.bleu.bleu", None)
-    question = caption_question("a dog", id="a", names=("a",))
+    question = make_caption_question("a dog", id="a", names=("a",))
     with pytest.raises(vl.ConfigError, match=r"is not installed: pip install 'vllama-jax\[eval\]'"):
         metrics.check_libraries([question])
-    metrics.check_libraries([open_question("what?", "dog", id="b", names=("a",))])
+    metrics.check_libraries([make_open_question("what?", "dog", id="b", names=("a",))])
 
 
-def test_scores_by_kind():
+def test_scores_are_reported_by_category():
     fields = {"names": ("a",)}
     questions = [
-        choice_question("q", ["x", "y"], "x", id="1", kinds=("one",), **fields),
-        choice_question("q", ["x", "y", "z", "w"], "w", id="2", kinds=("two",), **fields),
-        open_question("q", "dog", id="3", kinds=("one",), **fields),
-        open_question("q", "dog", id="4", kinds=("one",), **fields),
+        make_choice_question("q", ["x", "y"], "x", id="1", categories=("one",), **fields),
+        make_choice_question("q", ["x", "y", "z", "w"], "w", id="2", categories=("two",), **fields),
+        make_open_question("q", "dog", id="3", categories=("one",), **fields),
+        make_open_question("q", "dog", id="4", categories=("one",), **fields),
     ]
     scores = metrics.score(questions, {"1": "Answer: (", "2": "Answer: (D)", "3": "a dog"})
     assert list(scores) == ["all", "one", "two"]
@@ -251,11 +251,11 @@ def test_scores_by_kind():
         ("{[]: 4}", "detail", None),
     ],
 )
-def test_replies(reply, aspect, found):
-    assert read_reply(reply, aspect) == found
+def test_scores_are_parsed_from_replies(reply, aspect, found):
+    assert parse_reply(reply, aspect) == found
 
 
-def test_what_a_judge_is_asked_and_told():
+def test_a_judge_receives_question_answer_and_prediction():
     text = '{"correct": "yes", "score": 5}'
     with eval_fixtures.serving(lambda number, body: (200, completion(text)[1] | {"model": "fake-2"})) as fake:
         found = quick(fake, key="sk-secret").ask("match", ["What is it?"], "a dog", ["A hound."])
@@ -269,7 +269,7 @@ def test_what_a_judge_is_asked_and_told():
     assert set(ASPECTS) == {"match", "correctness", "detail", "context", "temporal", "consistency"}
 
 
-def test_a_judge_is_asked_again_when_it_fails_or_rambles():
+def test_a_judge_is_asked_again_after_failures_and_replies_without_a_score():
     replies = [(503, {}), (429, {"error": {"message": "slow down"}}), completion("hm"), completion('{"score": 2}')]
     with eval_fixtures.serving(lambda number, body: replies[number]) as fake:
         assert quick(fake).ask("detail", ["q"], "r", ["a"])["score"] == 2
@@ -302,8 +302,8 @@ def test_a_model_without_temperature():
         ((200, {"hello": 1}), r"cannot be reached \(its reply is not a chat completion\)"),
     ],
 )
-def test_a_judge_that_cannot_be_asked(reply, message):
-    with eval_fixtures.serving(lambda number, body: reply) as fake, pytest.raises(Unreachable, match=message) as told:
+def test_a_judge_that_refuses_requests_is_reported(reply, message):
+    with eval_fixtures.serving(lambda number, body: reply) as fake, pytest.raises(JudgeError, match=message) as told:
         quick(fake, key="sk-secret").ask("detail", ["q"], "r", ["a"])
     assert "sk-secret" not in str(told.value)
 
@@ -315,7 +315,7 @@ def test_a_judge_that_cannot_be_asked(reply, message):
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{", r"cannot be reached \(peer closed connection without"),
     ],
 )
-def test_what_breaks_http(sent, message):
+def test_invalid_http_replies_are_reported(sent, message):
     class Handler(socketserver.BaseRequestHandler):
         def handle(self):
             self.request.recv(65536)
@@ -324,7 +324,7 @@ def test_what_breaks_http(sent, message):
     with socketserver.TCPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True, kwargs={"poll_interval": 0.02}).start()
         judge = Judge(f"http://127.0.0.1:{server.server_address[1]}", "fake", key="sk-secret")
-        with pytest.raises(Unreachable, match=message):
+        with pytest.raises(JudgeError, match=message):
             judge.ask("detail", ["q"], "r", ["a"])
         server.shutdown()
 
@@ -346,7 +346,7 @@ KEY = "sk-Sec/ret+4&5"
         "<pre>{html}</pre>",
     ],
 )
-def test_a_judge_that_repeats_the_key(leak, tmp_path):
+def test_a_key_in_a_reply_is_never_written(leak, tmp_path):
     """In a reply with a score, without one, as the model's name, in an error page, and for a part of each form."""
 
     def base64_of(text: str) -> str:
@@ -370,8 +370,8 @@ def test_a_judge_that_repeats_the_key(leak, tmp_path):
         "rambling": completion(f"You sent {said}."),
         "refused": (400, {"error": {"message": f"bad {said}"}}),
     }
-    questions = [open_question(name, "dog", id=name, names=("a",)) for name in replies]
-    journal = Journal(tmp_path / "judgements.jsonl")
+    questions = [make_open_question(name, "dog", id=name, names=("a",)) for name in replies]
+    journal = JsonLinesFile(tmp_path / "judgements.jsonl")
     with eval_fixtures.serving(
         lambda number, body: next(reply for name, reply in replies.items() if name in body["messages"][1]["content"])
     ) as fake:
@@ -392,39 +392,39 @@ def test_scores_are_read_whatever_the_key_is():
     with eval_fixtures.serving(lambda number, body: completion('{"correct": "yes", "score": 5}')) as fake:
         found = quick(fake, key="e").ask("match", ["q"], "r", ["a"])
     assert (found["score"], found["correct"], found["reply"]) == (5, True, '{"corr…ct": "y…s", "scor…": 5}')
-    assert quick(fake).scrub({"any": ["thing", 3, None]}) == {"any": ["thing", 3, None]}
+    assert quick(fake).redact({"any": ["thing", 3, None]}) == {"any": ["thing", 3, None]}
 
 
-def test_a_key_with_a_line_break(monkeypatch):
+def test_a_key_with_a_line_break_is_refused(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
-    assert find_judge("http://x", "m").key == "sk-secret"
+    assert make_judge("http://x", "m").key == "sk-secret"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\nsecret")
     with pytest.raises(vl.ConfigError, match="OPENAI_API_KEY holds a line break") as told:
-        find_judge("http://x", "m")
+        make_judge("http://x", "m")
     assert "secret" not in str(told.value)
 
 
-def test_nobody_there():
+def test_an_unreachable_judge_is_reported():
     with pytest.raises(
-        Unreachable, match=r"http://127.0.0.1:9/v1/chat/completions: the judge cannot be reached \(.*refus"
+        JudgeError, match=r"http://127.0.0.1:9/v1/chat/completions: the judge cannot be reached \(.*refus"
     ):
         Judge("http://127.0.0.1:9/v1/", "fake").ask("detail", ["q"], "r", ["a"])
     with pytest.raises(vl.ConfigError, match=r"--judge-url http://127.0.0.1:80a/v1: .*\(Invalid port: '80a'\)"):
         Judge("http://127.0.0.1:80a/v1", "fake")
     with pytest.raises(vl.ConfigError, match="--judge-url must begin with http:// or https://, not 'localhost'"):
-        find_judge("localhost", "m")
+        make_judge("localhost", "m")
 
 
-def test_judging_goes_on_and_counts(tmp_path):
+def test_judging_resumes_and_counts_missing_replies(tmp_path):
     questions = [
-        open_question("What?", "dog", id="1", names=("a",)),
-        open_question("Who?", "man", id="2", names=("a",)),
-        open_question("One way?", "x", ("consistency",), id="c-1", names=("a",), group="c"),
-        open_question("Other way?", "x", ("consistency",), id="c-2", names=("a",), group="c"),
-        open_question("Unanswered?", "x", id="3", names=("a",)),
+        make_open_question("What?", "dog", id="1", names=("a",)),
+        make_open_question("Who?", "man", id="2", names=("a",)),
+        make_open_question("One way?", "x", ("consistency",), id="c-1", names=("a",), group="c"),
+        make_open_question("Other way?", "x", ("consistency",), id="c-2", names=("a",), group="c"),
+        make_open_question("Unanswered?", "x", id="3", names=("a",)),
     ]
     answers = {"1": "dog", "2": "woman", "c-1": "this", "c-2": "that"}
-    journal = Journal(tmp_path / "judgements.jsonl")
+    journal = JsonLinesFile(tmp_path / "judgements.jsonl")
 
     def reply(number, body):
         text = body["messages"][1]["content"]
@@ -440,7 +440,7 @@ def test_judging_goes_on_and_counts(tmp_path):
     with eval_fixtures.serving(lambda number, body: completion('{"correct": "no", "score": 1}')) as other:
         judge_answers(quick(other), questions[:1], answers, journal, lambda text: None)
         assert len(other.bodies) == 1, "the same name at another URL is another judge"
-    both = judged_scores(questions, journal.read())
+    both = summarize_judgements(questions, journal.read())
     assert both[f"fake at {other.url}"]["match"]["n"] == 1
     found = both[f"fake at {fake.url}"]
     date = found["match"]["from"]
@@ -448,20 +448,20 @@ def test_judging_goes_on_and_counts(tmp_path):
     assert (found["consistency"]["score"], found["consistency"]["of"]) == (1, 1)
 
 
-def test_dates_of_judgements_on_two_days():
-    questions = [open_question("What?", "dog", id=key, names=("a",)) for key in "123"]
+def test_scores_have_the_first_and_last_date_of_judging():
+    questions = [make_open_question("What?", "dog", id=key, names=("a",)) for key in "123"]
     line = {"aspect": "match", "judge": "fake", "url": "http://x", "correct": True}
     days = {"1": ("2026-02-10", 5), "2": ("2025-12-31", 2), "3": ("2026-01-01", 2)}
     lines = [{**line, "id": key, "date": date, "score": score} for key, (date, score) in days.items()]
-    found = judged_scores(questions, lines)["fake at http://x"]["match"]
+    found = summarize_judgements(questions, lines)["fake at http://x"]["match"]
     assert found == {"n": 3, "of": 3, "score": 3.0, "accuracy": 1.0, "from": "2025-12-31", "until": "2026-02-10"}
 
 
-def test_prompts_that_are_refused_and_replies_without_a_score(tmp_path, monkeypatch):
-    monkeypatch.setattr("vllama_jax.evaluate.judge_answers.AT_ONCE", 2)
-    questions = [open_question("What?", name, id=name, names=("a",)) for name in ("gun", "dog", "cat")]
+def test_refused_prompts_and_replies_without_a_score_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr("vllama_jax.evaluate.judge_answers.MAX_CONCURRENT_REQUESTS", 2)
+    questions = [make_open_question("What?", name, id=name, names=("a",)) for name in ("gun", "dog", "cat")]
     answers = {question.id: "it" for question in questions}
-    journal = Journal(tmp_path / "judgements.jsonl")
+    journal = JsonLinesFile(tmp_path / "judgements.jsonl")
     filtered = (400, {"error": {"message": "filtered"}})
 
     def reply(number, body):
@@ -474,5 +474,5 @@ def test_prompts_that_are_refused_and_replies_without_a_score(tmp_path, monkeypa
         assert unread == "fake gives no score, but 'hm'"
         assert len(judge_answers(quick(fake), questions, answers, journal, lambda text: None)) == 2
     assert [line["id"] for line in journal.read()] == ["dog"]
-    with eval_fixtures.serving(lambda number, body: filtered) as fake, pytest.raises(Unreachable, match="filtered"):
+    with eval_fixtures.serving(lambda number, body: filtered) as fake, pytest.raises(JudgeError, match="filtered"):
         judge_answers(quick(fake), questions, answers, journal, lambda text: None)

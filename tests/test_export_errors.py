@@ -47,7 +47,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_model, tmp_path, monkey
 
 
 @pytest.mark.parametrize("format", ["pth", "safetensors"])
-def test_disk_that_ends_within_a_file(tiny_model, tmp_path, format):
+def test_a_disk_that_fills_up_within_a_file_leaves_nothing(tiny_model, tmp_path, format):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
     try:
@@ -57,7 +57,7 @@ def test_disk_that_ends_within_a_file(tiny_model, tmp_path, format):
     assert said == f"{tmp_path}/made: cannot be written (File too large); nothing was left there"
 
 
-def test_without_torch_one_line_says_what_to_do(tiny_model, tmp_path, monkeypatch, capsys):
+def test_without_torch_the_error_says_what_to_install(tiny_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     said = refusal(tiny_model, tmp_path / "made")
     assert "needs torch, which is not installed: pip install 'vllama-jax[convert]'; or use --format safetensors" in said
@@ -65,7 +65,7 @@ def test_without_torch_one_line_says_what_to_do(tiny_model, tmp_path, monkeypatc
     assert "357 tensors, 3.6 MB, in model.safetensors" in capsys.readouterr().out
 
 
-def test_weights_that_are_not_whole(tiny_model, tmp_path):
+def test_truncated_weights_are_refused(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     chunk = model / "params/llama.embedding/0.0"
     os.truncate(chunk, 1000)
@@ -74,7 +74,7 @@ def test_weights_that_are_not_whole(tiny_model, tmp_path):
     assert f"{chunk.parent}: cannot be read" in refusal(model, tmp_path / "made")
 
 
-def test_weights_that_change_while_they_are_read(tiny_model, tmp_path, monkeypatch):
+def test_weights_that_change_during_export_are_refused(tiny_model, tmp_path, monkeypatch):
     from vllama_jax.convert import export
 
     model = shutil.copytree(tiny_model, tmp_path / "model")
@@ -83,7 +83,7 @@ def test_weights_that_change_while_they_are_read(tiny_model, tmp_path, monkeypat
 
 
 @pytest.mark.parametrize("size", ["0", "-1", "nan"])
-def test_shards_of_no_size(tiny_model, tmp_path, size):
+def test_shard_sizes_must_be_positive(tiny_model, tmp_path, size):
     message = usage_error("export", tiny_model, "--out", tmp_path / "made", "--shard-gb", size)
     assert message.startswith("--shard-gb must be above 0, not ")
     assert not (tmp_path / "made").exists()

@@ -23,7 +23,7 @@ from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.checkpoints.quantize import abstract_layers
 from vllama_jax.config import QFormerConfig, from_json, tiny, to_json
 from vllama_jax.convert import export
-from vllama_jax.convert.components import PIECES
+from vllama_jax.convert.components import FILE_SPECS
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.convert.verify.layers import BOUNDS, VerifySettings, compare_networks
 from vllama_jax.convert.verify.weights import compare_weights
@@ -32,7 +32,7 @@ from vllama_jax.memory import estimate
 from vllama_jax.towers import TOWERS
 from vllama_jax.train.config import MeshConfig
 from vllama_jax.train.loop import train
-from vllama_jax.train.precompute import write_features
+from vllama_jax.train.precompute import precompute_features
 
 SIGLIP = extension_siglip.SiglipConfig(image_size=32, patch_size=16, width=64, depth=2, num_heads=4, mlp_dim=96)
 MOTION = extension_motion.MotionConfig(
@@ -47,8 +47,8 @@ def add_entries(patch: pytest.MonkeyPatch) -> None:
     patch.setitem(TOWERS, extension_siglip.SiglipConfig, extension_siglip.TOWER)
     patch.setitem(TOWERS, extension_motion.MotionTowerConfig, extension_motion.TOWER)
     patch.setitem(BRANCHES, "motion", extension_motion.BRANCH)
-    patch.setitem(PIECES, "siglip", extension_siglip.PIECE)
-    patch.setitem(PIECES, "motion", extension_motion.PIECE)
+    patch.setitem(FILE_SPECS, "siglip", extension_siglip.FILE_SPEC)
+    patch.setitem(FILE_SPECS, "motion", extension_motion.FILE_SPEC)
 
 
 with pytest.MonkeyPatch.context() as entries:
@@ -80,7 +80,7 @@ def model(files, tmp_path_factory):
         return out
 
 
-def test_siglip_computes_what_transformers_does(extension, tmp_path):
+def test_siglip_equals_transformers(extension, tmp_path):
     """Random weights, through the converter's rules; every one of them is used."""
     theirs = SiglipVisionModel(
         SiglipVisionConfig(
@@ -119,7 +119,7 @@ def test_config_json_names_the_types_and_round_trips(extension):
     assert from_json(to_json(EXTENDED)) == EXTENDED
 
 
-def test_types_that_are_in_no_table_are_one_clear_error():
+def test_unregistered_types_are_a_one_line_error():
     with pytest.raises(ConfigError, match=r"config.vit.type: unknown vision tower 'siglip'; known are none"):
         from_json(to_json(EXTENDED))
     fields = json.loads(to_json(EXTENDED)) | {"vit": json.loads(to_json(tiny()))["vit"]}
@@ -127,14 +127,14 @@ def test_types_that_are_in_no_table_are_one_clear_error():
         from_json(json.dumps(fields))
 
 
-def test_a_branch_takes_the_frames_of_the_model_in_a_chat(extension):
+def test_a_branch_reads_the_frames_of_the_model_in_a_chat(extension):
     larger = dataclasses.replace(MOTION, encoder=dataclasses.replace(MOTION.encoder, image_size=64))
     with pytest.raises(ConfigError, match="motion and vit take frames of different size, mean or std"):
         dataclasses.replace(EXTENDED, extra_branches=(larger,))
 
 
 def test_frames_are_normalized_for_the_tower_of_the_model(extension, clip):
-    prepared = vl.chat.prepare(clip, EXTENDED, audio=False)
+    prepared = vl.chat.prepare_media(clip, EXTENDED, audio=False)
     raw = vl.media.read_video(clip, EXTENDED.num_frames, SIGLIP.image_size, audio=False).frames
     np.testing.assert_allclose(prepared.frames, (raw / 255 - 0.5) / 0.5, atol=1e-6)
 
@@ -186,7 +186,7 @@ def test_the_branch_trains_from_records_and_from_features_and_its_run_answers(
     assert {path.rsplit("/", 1)[0].split("/")[0] for path in trained} == {"motion"}
     assert not any(path.startswith("motion/encoder") for path in trained), "the encoder is frozen"
 
-    write_features(
+    precompute_features(
         dataclasses.replace(config, data=dataclasses.replace(config.data, variants=1)), tmp_path / "features"
     )
     cached = dataclasses.replace(
@@ -203,11 +203,11 @@ def test_the_branch_trains_from_records_and_from_features_and_its_run_answers(
     assert isinstance("".join(chat.ask("What is it?", max_new_tokens=2)), str)
 
 
-def test_the_chat_network_has_the_tokens_of_both_branches(extension):
+def test_a_chat_prompt_has_the_tokens_of_both_branches(extension):
     network = jax.tree.map(jnp.asarray, random_network(EXTENDED))
     assert [branch.name for branch in network.branches] == ["vision", "motion"]
     frames = np.random.default_rng(0).standard_normal((3, 32, 32, 3), np.float32)
-    prepared = vl.chat.Prepared(vl.MediaReport("clip", "video", 3, 1.0, "absent"), frames, None, (0.0, 0.1, 0.2))
+    prepared = vl.chat.PreparedMedia(vl.MediaReport("clip", "video", 3, 1.0, "absent"), frames, None, (0.0, 0.1, 0.2))
     (tokens,) = vl.chat.encode_media(network, prepared)
     seen = jax.jit(lambda network, x: network.encode_video(x))(network, frames[None])[0]
     motion = jax.jit(lambda network, x: network.motion.tokens(network.motion.encode(x)))(network, frames[None])[0]
@@ -223,9 +223,9 @@ def test_kernels_of_the_tower_are_quantized(extension):
 def test_memory_is_estimated_for_the_branch_and_for_a_chat(extension):
     device, mesh = estimate.DEVICES["H100"], MeshConfig(data=1)
     config = config_of("model", "records", branch="motion", trainable=extension_motion.BRANCH.trainable, batch_size=8)
-    need = estimate.training(EXTENDED, "motion", config, mesh, device)
+    need = estimate.estimate_training(EXTENDED, "motion", config, mesh, device)
     sizes = {"motion/encoder", "llama"} & need.device.keys()
     assert sizes == {"motion/encoder", "llama"}
     assert "vit" not in need.device, "a run of the branch does without it"
-    chatting = estimate.chatting(EXTENDED, mesh, device)
-    assert {"vit", "motion/encoder", "motion/qformer"} <= chatting.device.keys()
+    estimate_chat = estimate.estimate_chat(EXTENDED, mesh, device)
+    assert {"vit", "motion/encoder", "motion/qformer"} <= estimate_chat.device.keys()

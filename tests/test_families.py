@@ -30,7 +30,7 @@ from vllama_jax.convert.language_config import read_llama_config
 from vllama_jax.data.config import DatasetConfig, TextConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.generate import EmbeddedPrompt, generate
-from vllama_jax.memory.activations import Shape, kept_layers
+from vllama_jax.memory.activations import StepShape, estimate_saved_activations
 from vllama_jax.nn.llama import Llama
 from vllama_jax.text import prompts, templates
 from vllama_jax.text.tokenizer import load_tokenizer
@@ -113,7 +113,7 @@ def test_greedy_answers_with_a_cache_equal_those_of_transformers(ours, reference
     assert [token for (batch,) in batches for token in batch] == expected[0, row.shape[1] :].tolist()
 
 
-def test_several_tokens_end_an_answer(ours, family):
+def test_several_eos_tokens_end_an_answer(ours, family):
     if family != "qwen2":
         pytest.skip("one family is enough: decoding reads no family")
     row = IDS[0].astype(np.int32)
@@ -133,14 +133,14 @@ def test_several_tokens_end_an_answer(ours, family):
 # Tokens and prompts.
 
 
-def test_the_tokenizer_says_how_prompts_start_and_answers_end(directory, family):
+def test_the_tokenizer_config_sets_bos_and_eos(directory, family):
     tokenizer = load_tokenizer(directory)
     if family.startswith("qwen"):
-        assert (tokenizer.bos_id, tokenizer.start_ids, tokenizer.eos_ids) == (None, [], (2, 0))
-        assert tokenizer.special_id("<|im_start|>") == 1
+        assert (tokenizer.bos_id, tokenizer.bos_ids, tokenizer.eos_ids) == (None, [], (2, 0))
+        assert tokenizer.special_token_id("<|im_start|>") == 1
     else:
-        assert (tokenizer.bos_id, tokenizer.start_ids, tokenizer.eos_ids) == (1, [1], (2,))
-    assert tokenizer.special_id("<ImageHere>") is None
+        assert (tokenizer.bos_id, tokenizer.bos_ids, tokenizer.eos_ids) == (1, [1], (2,))
+    assert tokenizer.special_token_id("<ImageHere>") is None
 
 
 MESSAGES = [
@@ -187,7 +187,7 @@ def test_what_users_type_never_becomes_a_special_token(build_once):
     assert (ids.count(1), ids.count(2)) == (3, 2)  # those of the template
 
 
-def test_a_template_that_does_not_fit_the_tokenizer(directory, family, tiny_files):
+def test_a_template_needs_its_special_tokens(directory, family, tiny_files):
     if family.startswith("qwen"):
         assert plan(tiny_files | {"llama": directory}).config.template == "chatml"
         return
@@ -204,13 +204,13 @@ def test_answers_end_at_the_end_of_a_turn(build_once):
         ids = [*words, end, *words]
         assert prompts.decode_answer(tokenizer, template, ids) == "It runs."
         assert "".join(prompts.stream_answer(tokenizer, template, [[i] for i in ids])) == "It runs."
-        assert prompts.past_answer(tokenizer, template, [*words, end]) == ("It runs.", False)
+        assert prompts.decode_past_answer(tokenizer, template, [*words, end]) == ("It runs.", False)
 
 
 # Files: conversion, verification, export.
 
 
-def test_a_converted_model_knows_its_family(model, family, cfg):
+def test_conversion_detects_the_family(model, family, cfg):
     made = open_model(model)
     assert made.config.llama == dataclasses.replace(cfg, vocab_size=VOCABULARY)
     assert made.config.template == families.FAMILIES[family].template
@@ -256,7 +256,7 @@ def test_verify_finds_every_layer_equal(model, directory, tiny_files, family, ca
 
 
 @pytest.mark.slow
-def test_a_chat_by_the_command_line(directory, tiny_files, clip, tmp_path, family):
+def test_a_model_can_be_converted_and_chat_from_the_command_line(directory, tiny_files, clip, tmp_path, family):
     if family != "qwen3":
         pytest.skip("one family is enough: the command reads no family")
     options = [
@@ -298,7 +298,7 @@ def test_a_chat_by_the_command_line(directory, tiny_files, clip, tmp_path, famil
 
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", "int4"])
-def test_quantized_answers(model, family, scheme):
+def test_quantized_logits_are_close(model, family, scheme):
     if family in AS_LLAMA:
         pytest.skip("the network of LLaMA: tests/test_quantize.py")
     plain, quantized = vl.load(model), vl.load(model, quantize=scheme)
@@ -309,14 +309,14 @@ def test_quantized_answers(model, family, scheme):
 
 
 @pytest.mark.slow
-def test_weights_over_a_mesh_compute_the_same(model, family):
+def test_sharded_weights_give_the_same_logits(model, family):
     if family in AS_LLAMA:
         pytest.skip("the network of LLaMA: tests/test_sharding.py")
     mesh = sharding.make_mesh(2, 2, 2)
     run = jax.jit(lambda m, x: m.logits(m(m.embed(x), jnp.ones(x.shape, bool))))
     alone, split = vl.load(model).network.llama, vl.load(model, mesh=mesh).network.llama
     expected = run(alone, jnp.asarray(IDS))
-    with sharding.under(mesh):
+    with sharding.use_mesh(mesh):
         found = run(split, jnp.asarray(IDS))
     np.testing.assert_allclose(found, expected, atol=2e-5 * float(jnp.abs(expected).max()), rtol=0)
     if split.cfg.qkv_bias:
@@ -324,15 +324,15 @@ def test_weights_over_a_mesh_compute_the_same(model, family):
 
 
 def test_memory_counts_the_norms_of_queries_and_keys():
-    plain, shape = tiny().llama, Shape(rows=1, length=8, itemsize=4, mesh=MeshConfig(data=1, fsdp=1))
+    plain, shape = tiny().llama, StepShape(rows=1, length=8, itemsize=4, mesh=MeshConfig(data=1, fsdp=1))
     normed = dataclasses.replace(plain, qk_norm=True)
-    more = kept_layers(normed, shape, "none") - kept_layers(plain, shape, "none")
+    more = estimate_saved_activations(normed, shape, "none") - estimate_saved_activations(plain, shape, "none")
     assert more == plain.depth * 8 * (plain.num_heads + plain.num_kv_heads) * plain.head_dim * 4
-    assert kept_layers(normed, shape, "full") == kept_layers(plain, shape, "full")
+    assert estimate_saved_activations(normed, shape, "full") == estimate_saved_activations(plain, shape, "full")
 
 
 @pytest.mark.slow
-def test_training_with_updates_of_low_rank(model, family, pictures, tmp_path):
+def test_lora_training_uses_the_familys_template(model, family, pictures, tmp_path):
     """Two steps on the family's own template."""
     if family in AS_LLAMA:
         pytest.skip("the network of LLaMA: tests/test_train_run.py")
@@ -349,7 +349,7 @@ def test_training_with_updates_of_low_rank(model, family, pictures, tmp_path):
 # A new family and a new template, by table entries only.
 
 
-def test_a_family_and_a_template_by_table_entries(monkeypatch, tmp_path, tiny_files, clip):
+def test_a_family_and_a_template_can_be_registered(monkeypatch, tmp_path, tiny_files, clip):
     """The worked example of docs/architecture.md: Seed-OSS, with a template of its own."""
     family = families.Family(
         architecture="SeedOssForCausalLM",
@@ -362,11 +362,11 @@ def test_a_family_and_a_template_by_table_entries(monkeypatch, tmp_path, tiny_fi
     chat = templates.ChatTemplate(
         opening=("Q: ",),
         system=None,
-        next_message=" ",
-        media_words=False,
-        cue=(end, "A: "),
-        answer_gap="",
-        next_turn=(end, "Q: "),
+        media_separator=" ",
+        media_tags=False,
+        generation_prompt=(end, "A: "),
+        answer_prefix="",
+        turn_separator=(end, "Q: "),
         stop=end,
         role="",
     )

@@ -11,7 +11,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from vllama_jax.branches import BRANCHES
 from vllama_jax.config import tiny
-from vllama_jax.data.feature_cache import FeatureCache, open_folder, pack_features, pack_problem
+from vllama_jax.data.feature_cache import FeatureCache, open_cache_folder, pack_error, pack_features
 from vllama_jax.errors import DataError
 from vllama_jax.train.feature_settings import _digest
 
@@ -44,24 +44,24 @@ def write_shard(path: Path, entries: list[bytes]) -> None:
 def cache(tmp_path) -> FeatureCache:
     """A video and two pictures of two variants each: two records in the first shard, one in the second."""
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
-    found, _ = open_folder(tmp_path)
+    found, _ = open_cache_folder(tmp_path)
     first = [pack_features(features_of(0, variant), (0.5, 1.5 + variant)) for variant in (0, 1)]
-    first += [pack_features(features_of(1, 0), ()), pack_problem("1.png: cut off")]
+    first += [pack_features(features_of(1, 0), ()), pack_error("1.png: cut off")]
     write_shard(found.shard_path(0), first)
     write_shard(found.shard_path(1), [pack_features(features_of(2, 0), ()), pack_features(features_of(2, 1, 4), ())])
     return found
 
 
-def test_entries_are_by_record_and_then_by_variant(cache):
-    assert (len(cache), cache.shards, cache.entries(0), cache.entries(1)) == (3, 2, 4, 2)
+def test_entries_are_ordered_by_record_and_variant(cache):
+    assert (len(cache), cache.num_shards, cache.entries(0), cache.entries(1)) == (3, 2, 4, 2)
     for record, variant in [(0, 0), (0, 1), (1, 0), (2, 0)]:
-        found, seconds = cache.read(record, variant)
+        found, timestamps = cache.read(record, variant)
         np.testing.assert_array_equal(found, features_of(record, variant))
         assert found.dtype == np.float32
-        assert seconds == ((0.5, 1.5 + variant) if record == 0 else ())
+        assert timestamps == ((0.5, 1.5 + variant) if record == 0 else ())
 
 
-def test_a_record_that_could_not_be_decoded_says_why(cache):
+def test_an_entry_of_an_undecodable_record_has_the_reason(cache):
     with pytest.raises(DataError, match=r"^1\.png: cut off$"):
         cache.read(1, 1)
 
@@ -89,7 +89,7 @@ def changed(path: str, **fields) -> dict:
     return {**LEAVES, path: {**LEAVES[path], **fields}}
 
 
-def test_an_encoders_digest_is_of_its_weights_and_its_config_and_of_nothing_else():
+def test_an_encoder_digest_depends_only_on_weights_and_config():
     vit = tiny().vit
     different = [
         digest_of(),

@@ -16,7 +16,7 @@ from vllama_jax.config import NO_LORA, tiny
 from vllama_jax.errors import ConfigError, DataError, VllamaError
 from vllama_jax.train import setup
 from vllama_jax.train.config import AUDIO_BRANCH, VISION_BRANCH, TrainConfig
-from vllama_jax.train.precompute import _read_skipped, write_features
+from vllama_jax.train.precompute import _read_skipped, precompute_features
 from vllama_jax.train.run_directory import open_run
 
 
@@ -33,9 +33,9 @@ def made(tiny_model, records, tmp_path_factory) -> tuple[TrainConfig, Path]:
     return config, write_cache(config, tmp_path_factory.mktemp("made") / "features")
 
 
-def test_the_cache_of_these_tests_fits(made):
+def test_an_intact_cache_is_accepted(made):
     cache = opened(*made)
-    assert (len(cache), cache.shards, cache.variants) == (5, 3, 1)
+    assert (len(cache), cache.num_shards, cache.variants) == (5, 3, 1)
     assert cache.read(0, 0)[0].shape == (8, 32, 48)
     assert cache.read(4, 0)[0].shape == (1, 32, 48)
 
@@ -115,13 +115,13 @@ def test_a_corrupt_manifest_is_one_line(made, tmp_path, what):
     assert "\n" not in str(raised.value)
 
 
-def test_writing_features_reads_the_manifest_likewise(made, tmp_path):
+def test_writing_features_validates_an_existing_manifest(made, tmp_path):
     config, root = made
     again = shutil.copytree(root, tmp_path / "features")
     (path,) = again.glob("*/manifest.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shard_records": 0}))
     with pytest.raises(DataError, match=r"shard_records: must be at least 1, not 0; remove .* and make it anew"):
-        write_features(config, again)
+        precompute_features(config, again)
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_writing_features_reads_the_manifest_likewise(made, tmp_path):
         ("\xff", "line 1: not JSON"),
     ],
 )
-def test_a_corrupt_list_of_skipped_records(tmp_path, line, message):
+def test_a_corrupt_list_of_skipped_records_is_refused(tmp_path, line, message):
     path = tmp_path / "skipped-00000-of-00001.jsonl"
     path.write_text(line + "\n")
     with pytest.raises(DataError) as raised:
@@ -248,7 +248,7 @@ def resume(run: Path, config: TrainConfig) -> None:
         pass
 
 
-def test_a_cache_may_move_and_must_be_the_same(made, tmp_path):
+def test_a_cache_may_move_but_not_change(made, tmp_path):
     config, root = made
     again = shutil.copytree(root, tmp_path / "features")
     resume(tmp_path / "run", with_features(config, again))

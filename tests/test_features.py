@@ -27,12 +27,12 @@ from vllama_jax.data.feature_cache import FeatureCache
 from vllama_jax.data.records import open_records
 from vllama_jax.errors import CheckpointError, ConfigError, DataError
 from vllama_jax.media.write import write_video
-from vllama_jax.sharding import under
+from vllama_jax.sharding import use_mesh
 from vllama_jax.train import precompute, setup
 from vllama_jax.train.config import AUDIO_BRANCH, OptimConfig, TrainConfig, ValidationConfig
 from vllama_jax.train.feature_settings import open_caches
-from vllama_jax.train.loop import compile_step
-from vllama_jax.train.precompute import write_features
+from vllama_jax.train.loop import make_train_step
+from vllama_jax.train.precompute import precompute_features
 
 SLOW = pytest.mark.slow
 STEPS = 4
@@ -114,15 +114,15 @@ def with_features(config: TrainConfig, out: Path, **options) -> TrainConfig:
 def losses(config: TrainConfig) -> tuple[list[float], set[str], list[dict[int, str]]]:
     """Of all steps; the kinds that were seen; and the rows that were masked."""
     plan = setup.plan_run(config)
-    with under(plan.mesh):
-        state, frozen, step = setup.start(plan), setup.load_frozen(plan), compile_step(plan)
+    with use_mesh(plan.mesh):
+        state, frozen, step = setup.init_train_state(plan), setup.load_frozen(plan), make_train_step(plan)
         found, problems, kinds = [], [], set()
         for number in range(config.steps):
             batch = plan.reader(number)
             state, metrics = step(state, frozen, setup.place(batch.arrays, plan))
             found.append(float(metrics["loss"]))
             problems.append(batch.problems)
-            kinds.add(plan.reader.order.rows(number).stream.kind)
+            kinds.add(plan.reader.sampler.rows(number).stream.kind)
     return found, kinds, problems
 
 
@@ -142,24 +142,24 @@ def made(tiny_model, records, tmp_path_factory) -> tuple[TrainConfig, Path]:
     """A config of the vision branch, and its cache of two variants in three shards. Not to be written to."""
     config = config_of(tiny_model, records, variants=2)
     out = tmp_path_factory.mktemp("made") / "features"
-    write_features(config, out, shard_records=4)
+    precompute_features(config, out, shard_records=4)
     return config, out
 
 
 @pytest.mark.parametrize("branch", [pytest.param("vision", marks=SLOW), "audio"])
-def test_batches_are_those_of_live_training(tiny_model, records, sounds, tmp_path, branch):
+def test_cached_batches_equal_live_batches(tiny_model, records, sounds, tmp_path, branch):
     paths = (records,) if branch == "vision" else (records, sounds)
     config = config_of(tiny_model, *paths, branch=branch, variants=2, steps=8)
     out = tmp_path / "features"
-    written = write_features(config, out, shard_records=4)
+    written = precompute_features(config, out, shard_records=4)
     assert [name for name, _ in written.skipped] == ["2.mp4"]
     live, cached = setup.plan_run(config), setup.plan_run(with_features(config, out))
     encode = precompute.load_encoder(config, live.base, ["video", "image", *(["audio"] if branch == "audio" else [])])
     masked = 0
     for step in range(config.steps):
-        stream = live.reader.order.rows(step).stream
+        stream = live.reader.sampler.rows(step).stream
         one, other = live.reader(step), cached.reader(step)
-        expected = np.asarray(encode(stream.kind, one.arrays.pop(live.reader.media_name(stream))))
+        expected = np.asarray(encode(stream.kind, one.arrays.pop(live.reader.media_array_name(stream))))
         found = other.arrays.pop("features")
         usable = [row for row in range(8) if row not in one.problems]
         np.testing.assert_allclose(found[usable], expected[usable], rtol=1e-6, atol=1e-7)
@@ -173,17 +173,17 @@ def test_batches_are_those_of_live_training(tiny_model, records, sounds, tmp_pat
 
 def test_encoders_are_not_loaded_for_training(made):
     config, out = made
-    parts = {path.split("/")[0] for path in setup.plan_run(with_features(config, out)).skeleton.variables}
+    parts = {path.split("/")[0] for path in setup.plan_run(with_features(config, out)).abstract_model.variables}
     assert parts == {"video_qformer", "frame_positions", "llama_proj", "llama"}
 
 
-def test_a_clip_to_be_asked_about_needs_the_encoders(made, clip):
+def test_validation_clips_need_the_encoders(made, clip):
     config, out = made
     config = dataclasses.replace(config, validation=ValidationConfig(interval_steps=1, clips=(str(clip),)))
-    assert "vit/positions" in setup.plan_run(with_features(config, out)).skeleton.variables
+    assert "vit/positions" in setup.plan_run(with_features(config, out)).abstract_model.variables
 
 
-def test_what_a_cache_holds(made):
+def test_a_cache_has_the_outputs_of_the_encoders(made):
     config, out = made
     (folder,) = out.iterdir()
     opened_records = open_records(config.datasets[0].path)
@@ -217,14 +217,14 @@ def test_any_number_of_threads_and_processes_read(made):
     alone = {place: cache.read(*place)[0] for place in [(record, v) for record in (0, 3, 5, 8) for v in (0, 1)]}
     sent = pickle.loads(pickle.dumps(cache))
     assert sent == cache
-    order = [*alone] * 50
-    random.Random(0).shuffle(order)
+    sampler = [*alone] * 50
+    random.Random(0).shuffle(sampler)
     with ThreadPoolExecutor(8) as pool:
-        for place, (found, _) in zip(order, pool.map(lambda place: sent.read(*place), order), strict=True):
+        for place, (found, _) in zip(sampler, pool.map(lambda place: sent.read(*place), sampler), strict=True):
             np.testing.assert_array_equal(found, alone[place])
 
 
-def test_a_stopped_run_is_taken_up_and_gives_the_same_bytes(made, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes_with_the_same_bytes(made, tmp_path, monkeypatch):
     config, out = made
     finish, finished = precompute._ShardFile.finish, []
 
@@ -237,23 +237,23 @@ def test_a_stopped_run_is_taken_up_and_gives_the_same_bytes(made, tmp_path, monk
     monkeypatch.setattr(precompute._ShardFile, "finish", stop)
     again = tmp_path / "features"
     with pytest.raises(KeyboardInterrupt):
-        write_features(config, again, shard_records=4)
+        precompute_features(config, again, shard_records=4)
     monkeypatch.undo()
     assert len(list(again.glob("*/*.array_record"))) == 1
     with pytest.raises(DataError, match="1 of 3 shards are there; run `vllama features` again, as before"):
         setup.plan_run(with_features(config, again))
     heard = []
-    written = write_features(config, again, progress=lambda done, all: heard.append((done, all)))
-    assert (written.kept, written.shards, written.records) == (1, 3, 5)
+    written = precompute_features(config, again, progress=lambda done, all: heard.append((done, all)))
+    assert (written.num_existing_shards, written.num_shards, written.records) == (1, 3, 5)
     assert heard[-1] == (5, 5)
     assert [name for name, _ in written.skipped] == ["2.mp4"]
     assert files(again) == files(out)
-    written = write_features(config, again)
-    assert (written.kept, written.records) == (3, 0)
+    written = precompute_features(config, again)
+    assert (written.num_existing_shards, written.records) == (3, 0)
     assert files(again) == files(out)
 
 
-def test_a_damaged_shard_is_made_anew(made, tmp_path):
+def test_a_corrupt_shard_is_written_again(made, tmp_path):
     config, out = made
     again = tmp_path / "features"
     shutil.copytree(out, again)
@@ -266,19 +266,19 @@ def test_a_damaged_shard_is_made_anew(made, tmp_path):
     with pytest.raises(DataError, match=f"{shard.name}: damaged .* remove that file and run `vllama features` again"):
         [cache.read(record, variant) for record in (4, 5, 6, 7) for variant in (0, 1)]
     shard.write_bytes(whole[: len(whole) // 2])
-    assert write_features(config, again).kept == 2
+    assert precompute_features(config, again).num_existing_shards == 2
     assert files(again) == files(out)
 
 
-def test_shards_are_dealt_out(made, tmp_path, monkeypatch):
+def test_each_process_writes_its_own_shards(made, tmp_path, monkeypatch):
     """Each process makes its own, and does not look at the others."""
     config, out = made
-    monkeypatch.setattr(precompute, "_wait_for_the_others", lambda: None)
+    monkeypatch.setattr(precompute, "_wait_for_other_processes", lambda: None)
     monkeypatch.setattr(precompute, "_processes", lambda: (1, 2))
-    assert write_features(config, tmp_path / "f", shard_records=4).shards == 1
+    assert precompute_features(config, tmp_path / "f", shard_records=4).num_shards == 1
     assert [path.name for path in tmp_path.glob("f/*/*.array_record")] == ["features-00001-of-00003.array_record"]
     monkeypatch.setattr(precompute, "_processes", lambda: (0, 2))
-    assert write_features(config, tmp_path / "f", shard_records=4).shards == 2
+    assert precompute_features(config, tmp_path / "f", shard_records=4).num_shards == 2
     assert files(tmp_path / "f") == files(out)
 
 
@@ -314,7 +314,7 @@ def test_other_settings_are_refused(made, tmp_path, what):
         setup.plan_run(with_features(other, out))
     before = files(out)
     with pytest.raises(ConfigError, match=f"holds features made with other settings .*{what}.* another --out"):
-        write_features(other, out)
+        precompute_features(other, out)
     assert files(out) == before
 
 
@@ -325,7 +325,7 @@ def test_other_weights_are_refused(made, tmp_path):
         setup.plan_run(with_features(other, out))
 
 
-def test_what_does_not_decide_the_features_may_change(made, tmp_path):
+def test_settings_that_do_not_affect_features_may_change(made, tmp_path):
     config, out = made
     moved = tmp_path / "renamed"
     shutil.copytree(config.datasets[0].path, moved)
@@ -342,23 +342,23 @@ def test_other_records_are_refused(made, sounds, tmp_path):
         setup.plan_run(with_features(config, tmp_path / "none"))
 
 
-def test_variants_are_those_of_the_cache_or_fewer(made):
+def test_a_run_can_use_fewer_variants_but_not_more(made):
     config, out = made
     assert setup.plan_run(with_features(config, out, variants=1)).reader.data.variants == 1
     with pytest.raises(ConfigError, match=r"has 2 variants of each record, data.variants asks for 3; ask for fewer"):
         setup.plan_run(with_features(config, out, variants=3))
     with pytest.raises(ConfigError, match="variants was 2, now 3"):
-        write_features(dataclasses.replace(config, data=dataclasses.replace(config.data, variants=3)), out)
+        precompute_features(dataclasses.replace(config, data=dataclasses.replace(config.data, variants=3)), out)
 
 
-def test_what_is_cached_cannot_learn(made):
+def test_cached_components_cannot_be_trainable(made):
     config, out = made
     config = dataclasses.replace(config, trainable=(*config.trainable, "image_qformer/*"))
     with pytest.raises(ConfigError, match=r"'image_qformer/\*' matches image_qformer/.* data.feature_cache has fixed"):
         setup.plan_run(with_features(config, out))
 
 
-def test_a_manifest_that_is_not_one(made, tmp_path):
+def test_an_invalid_manifest_is_refused(made, tmp_path):
     config, out = made
     again = tmp_path / "features"
     shutil.copytree(out, again)
@@ -374,31 +374,31 @@ def test_a_manifest_that_is_not_one(made, tmp_path):
             setup.plan_run(with_features(config, again))
 
 
-def test_nothing_that_can_be_decoded(tiny_model, tmp_path):
+def test_records_that_all_fail_to_decode_are_an_error(tiny_model, tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips/0.mp4").write_bytes(b"\0\0\0\x18ftypmp42 and nothing of a video")
     paths = built(tmp_path / "clips", [{"video": "0.mp4", "caption": "nothing"}])
     with pytest.raises(DataError, match=r"none of 1 records can be decoded; the first: 0.mp4: "):
-        write_features(config_of(tiny_model, paths), tmp_path / "features")
+        precompute_features(config_of(tiny_model, paths), tmp_path / "features")
 
 
-def test_where_nothing_can_be_written(made, tmp_path):
+def test_an_unwritable_output_is_reported(made, tmp_path):
     config, out = made
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/features: cannot be written \(Not a directory\)"):
-        write_features(config, tmp_path / "file/features")
+        precompute_features(config, tmp_path / "file/features")
     with pytest.raises(
         DataError, match=r"records: holds something else \(it has manifest.json\); choose another --out"
     ):
-        write_features(config, Path(config.datasets[0].path))
+        precompute_features(config, Path(config.datasets[0].path))
     with (
         pytest.raises(CheckpointError, match="another process is writing features there"),
-        precompute._working_folder(out),
+        precompute._scratch_folder(out),
     ):
-        write_features(config, out)
+        precompute_features(config, out)
 
 
-def test_a_full_disk(made, tmp_path):
+def test_a_full_disk_is_reported(made, tmp_path):
     config, out = made
     again = tmp_path / "features"
     shutil.copytree(out, again)
@@ -408,12 +408,12 @@ def test_a_full_disk(made, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(DataError, match=r"features-00000-of-00003.*: cannot be written \(.*File too large.*whole"):
-            write_features(config, again)
+            precompute_features(config, again)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert not list(again.glob(".partial*"))
     assert not cache.shard_path(0).exists()
-    write_features(config, again)
+    precompute_features(config, again)
     assert files(again) == files(out)
 
 
@@ -424,7 +424,7 @@ def write_config(path: Path, config: TrainConfig) -> Path:
     return path
 
 
-def test_the_command(made, tmp_path, capsys):
+def test_features_command_prints_progress(made, tmp_path, capsys):
     config, out = made
     again = tmp_path / "features"
     shutil.copytree(out, again)
@@ -438,7 +438,7 @@ def test_the_command(made, tmp_path, capsys):
     assert files(again) == files(out)
 
 
-def test_what_the_command_refuses(made, tmp_path):
+def test_features_command_reports_wrong_arguments(made, tmp_path):
     config, out = made
     named = str(write_config(tmp_path / "config.py", config))
     for arguments, what in (
@@ -457,11 +457,11 @@ def test_what_the_command_refuses(made, tmp_path):
 @pytest.mark.parametrize("variants", [1, 2])
 @pytest.mark.parametrize("branch", ["vision", "audio"])
 @pytest.mark.usefixtures("one_device")
-def test_losses_are_those_of_live_training(tiny_model, records, sounds, tmp_path, branch, variants):
+def test_cached_losses_equal_live_losses(tiny_model, records, sounds, tmp_path, branch, variants):
     paths = (records,) if branch == "vision" else (records, sounds)
     steps = STEPS if branch == "vision" else 2 * STEPS
     config = config_of(tiny_model, *paths, branch=branch, variants=variants, dropout=0.1, steps=steps, batch_size=4)
-    write_features(config, tmp_path / "features", shard_records=4)
+    precompute_features(config, tmp_path / "features", shard_records=4)
     live, kinds, problems = losses(config)
     assert kinds == ({"video", "image"} if branch == "vision" else {"video", "image", "audio"})
     cached = losses(with_features(config, tmp_path / "features"))
@@ -470,7 +470,7 @@ def test_losses_are_those_of_live_training(tiny_model, records, sounds, tmp_path
 
 
 @SLOW
-def test_killed_at_any_time(made, tmp_path):
+def test_killed_processes_resume_with_the_same_bytes(made, tmp_path):
     config, out = made
     named = str(write_config(tmp_path / "config.py", config))
     again = tmp_path / "features"
@@ -488,7 +488,7 @@ def test_killed_at_any_time(made, tmp_path):
 
 
 @SLOW
-def test_two_processes_that_are_not_in_step(made, tmp_path):
+def test_processes_at_different_speeds_write_the_same_bytes(made, tmp_path):
     config, out = made
     named = str(write_config(tmp_path / "config.py", config))
     again = tmp_path / "features"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllama_jax.config import VideoLlamaConfig, video_llama_7b, video_llama_13b
-from vllama_jax.convert import abstract_shapes, tables
+from vllama_jax.convert import abstract_shapes, rule_tables
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -47,7 +47,7 @@ def ours() -> Callable[[str], Shapes]:
 def original_shapes(cfg: VideoLlamaConfig, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
     """Our weights under the names and in the shapes of the original's files, as "kind:name"."""
     found: Shapes = {}
-    for kind, rules in tables(cfg, KINDS).items():
+    for kind, rules in rule_tables(cfg, KINDS).items():
         for rule in rules:
             expected = rule.source_shapes(shapes[rule.target])
             for names in rule.names():
@@ -62,20 +62,20 @@ def count(shapes: Mapping[str, tuple[int, ...]], prefix: str = "") -> int:
 
 
 @presets
-def test_builds_abstractly_within_seconds(size: str):
+def test_full_size_models_build_abstractly_within_seconds(size: str):
     start = time.process_time()
     abstract_shapes(PRESETS[size]())
     assert time.process_time() - start < 5
 
 
 @presets
-def test_every_weight_of_ours_has_one_rule(ours, size: str):
-    targets = [rule.target for rules in tables(PRESETS[size](), KINDS).values() for rule in rules]
+def test_every_parameter_has_one_rule(ours, size: str):
+    targets = [rule.target for rules in rule_tables(PRESETS[size](), KINDS).values() for rule in rules]
     assert sorted(targets) == sorted(ours(size))
 
 
 @presets
-def test_counts(ours, size: str):
+def test_parameter_counts_are_the_originals(ours, size: str):
     shapes = original_shapes(PRESETS[size](), ours(size))
     expected = COUNTS | COUNTS_BY_SIZE[size]
     assert {prefix: count(shapes, prefix) for prefix in expected} == expected
@@ -83,19 +83,19 @@ def test_counts(ours, size: str):
 
 
 @presets
-def test_ours_has_zeros_for_key_biases_besides(ours, size: str):
+def test_key_biases_that_the_original_lacks_are_zeros(ours, size: str):
     original = original_shapes(PRESETS[size](), ours(size))
     assert count(ours(size)) - count(original) == 39 * 1408
 
 
 @presets
-def test_shapes_are_the_originals(ours, golden: Path, size: str):
+def test_shapes_equal_the_originals(ours, golden: Path, size: str):
     recorded = json.loads((golden / "full_param_shapes.json").read_text())
     assert original_shapes(PRESETS[size](), ours(size)) == recorded_shapes(recorded, size)
 
 
 @presets
-def test_recorded_counts_are_those_above(golden: Path, size: str):
+def test_recorded_counts_equal_the_constants(golden: Path, size: str):
     recorded = json.loads((golden / "full_param_shapes.json").read_text())["_num_params"]
     parts = {
         "eva_vit:": "visual_encoder",

@@ -33,7 +33,7 @@ def test_every_file_is_read_or_refused_in_one_line(results):
 
 
 @pytest.mark.slow
-def test_time_and_memory(results):
+def test_decoding_time_and_memory_are_bounded(results):
     assert [result for result in results if result["cpu"] > fuzz_media.CPU_SECONDS or result["bytes"] > MEMORY] == []
 
 

@@ -159,11 +159,11 @@ def resume(run: Path, model: Path) -> None:
         state = Checkpoints(run, CheckpointConfig()).restore(like)
     assert state is not None, "a run with checkpoints begins anew"
     assert_of_a_step(state.weights)
-    assert int(state.step) == int(state.moments[0].count)
+    assert int(state.step) == int(state.opt_state[0].count)
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_a_mutated_run(saved, tiny_model, tmp_path, seed, capsys):
+def test_a_mutated_run_is_loaded_or_refused(saved, tiny_model, tmp_path, seed, capsys):
     run = shutil.copytree(saved, tmp_path / "copy")
     print(mutate(run, random.Random(seed)))
     attempt(lambda: cli.main(["inspect", str(run)]))
@@ -190,7 +190,7 @@ def cached(tiny_model, records, tmp_path_factory) -> tuple[Any, Path, list]:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_a_mutated_feature_cache(cached, tmp_path, seed):
+def test_a_mutated_feature_cache_is_read_or_refused(cached, tmp_path, seed):
     config, root, expected = cached
     copy = shutil.copytree(root, tmp_path / "copy")
     print(mutate(copy, random.Random(1000 + seed)))
@@ -203,7 +203,7 @@ def test_a_mutated_feature_cache(cached, tmp_path, seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_mutated_records(records, tmp_path, seed):
+def test_mutated_records_are_read_or_refused(records, tmp_path, seed):
     intact = open_records(records)
     copy = shutil.copytree(records, tmp_path / "copy")
     print(mutate(copy, random.Random(2000 + seed)))

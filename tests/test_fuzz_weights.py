@@ -138,7 +138,7 @@ def attempt(arguments: list[str]) -> str | None:
 
 
 @pytest.mark.parametrize("number", numbers(30))
-def test_mutated_weight_files(tiny_files, tiny_model, tmp_path, number):
+def test_mutated_weight_files_convert_or_are_refused(tiny_files, tiny_model, tmp_path, number):
     """A conversion fails with a message, and leaves nothing; or makes a model that loads."""
     draw = random.Random(number)
     files, what = mutated_weights(draw, tiny_files, tmp_path)
@@ -153,7 +153,7 @@ def test_mutated_weight_files(tiny_files, tiny_model, tmp_path, number):
 
 
 @pytest.mark.parametrize("number", numbers(40))
-def test_mutated_model_directories(tiny_model, tmp_path, number):
+def test_mutated_model_directories_load_or_are_refused(tiny_model, tmp_path, number):
     """Nothing but errors of ours; and a change of the weights' bytes is found by `verify`."""
     draw = random.Random(1000 + number)
     model = shutil.copytree(tiny_model, tmp_path / "model")

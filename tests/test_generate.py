@@ -10,7 +10,14 @@ from flax import nnx
 
 from vllama_jax import generate as generation
 from vllama_jax.config import ConfigError, GenerationConfig, LlamaConfig
-from vllama_jax.generate import EmbeddedPrompt, generate, padded_prompt_length, penalise, stopped, warp
+from vllama_jax.generate import (
+    EmbeddedPrompt,
+    apply_repetition_penalty,
+    ends_with_stop_sequence,
+    generate,
+    padded_prompt_length,
+    warp_logits,
+)
 from vllama_jax.nn.llama import Llama
 
 BOS, EOS, NO_EOS = 1, 2, 99  # NO_EOS: an id that the vocabulary lacks
@@ -76,25 +83,25 @@ def answer(llama, *prompts: EmbeddedPrompt, eos: int = NO_EOS, stops=(), **optio
     return [[*itertools.chain(*rows)] for rows in zip(*batches, strict=True)]
 
 
-def test_greedy_equals_running_the_whole_model_again(llama, log_probabilities):
+def test_greedy_decoding_equals_full_forward_passes(llama, log_probabilities):
     prompt, tokens = make_prompt(), []
     for _ in range(40):
         tokens.append(int(np.argmax(log_probabilities(prompt, tokens))))
     assert answer(llama, prompt, max_new_tokens=40) == [tokens]
 
 
-def test_layers_of_their_own_give_the_same(llama):
+def test_unstacked_layers_give_the_same_tokens(llama):
     unstacked = nnx.clone(llama)
     unstacked.unstack()
     assert answer(unstacked, make_prompt(), max_new_tokens=20) == answer(llama, make_prompt(), max_new_tokens=20)
 
 
-def test_rows_of_different_lengths_do_not_disturb_each_other(llama):
+def test_rows_of_different_lengths_are_independent(llama):
     prompts = [make_prompt(9, 4, seed=1), make_prompt(30, 2, seed=2), make_prompt(17, 0, seed=3)]
     assert answer(llama, *prompts, max_new_tokens=20) == [answer(llama, p, max_new_tokens=20)[0] for p in prompts]
 
 
-def test_a_row_that_has_ended_waits_for_the_others(llama):
+def test_a_finished_row_does_not_change_the_others(llama):
     prompts = [make_prompt(seed=seed) for seed in (1, 4)]
     long = answer(llama, *prompts, max_new_tokens=30)
     eos = next(token for token in long[0] if token not in long[1])
@@ -131,7 +138,7 @@ def test_any_number_of_stop_sequences_of_any_length(llama, place, length):
     assert answer(llama, prompt, max_new_tokens=40, stops=others)[0] == free[:end]
 
 
-def test_stop_sequences_that_mean_nothing(llama):
+def test_invalid_stop_sequences_are_refused(llama):
     for stops in ([[]], [[5], []], [[-1, 5]]):
         with pytest.raises(ConfigError, match="a stop sequence must have token ids of 0 and above, at least one; not"):
             answer(llama, make_prompt(), max_new_tokens=2, stops=stops)
@@ -141,22 +148,22 @@ def test_a_stop_sequence_longer_than_the_answer_so_far_does_not_match():
     tokens = jnp.array([[5, 6, -1, -1]])
     stops = np.full((2, 8), -1)
     stops[0, -3:] = [4, 5, 6]
-    assert not stopped(tokens, 2, jnp.asarray(stops))[0]
+    assert not ends_with_stop_sequence(tokens, 2, jnp.asarray(stops))[0]
     stops[1, -2:] = [5, 6]
-    assert stopped(tokens, 2, jnp.asarray(stops))[0]
+    assert ends_with_stop_sequence(tokens, 2, jnp.asarray(stops))[0]
 
 
-def test_no_more_than_max_new_tokens(llama):
+def test_at_most_max_new_tokens_are_generated(llama):
     for count in (1, 16, 17, 33):
         assert len(answer(llama, make_prompt(), max_new_tokens=count)[0]) == count
 
 
-def test_streams_between_dispatches(llama):
+def test_tokens_are_streamed_after_each_dispatch(llama):
     batches = list(generate(llama, [make_prompt()], GenerationConfig(max_new_tokens=40), bos=BOS, eos=NO_EOS))
     assert [len(batch[0]) for batch in batches] == [1, 16, 16, 7]
 
 
-def test_repetition_penalty_counts_the_answer_and_the_dummy_bos_but_not_the_prompt(llama, logits):
+def test_repetition_penalty_applies_to_the_answer_and_the_dummy_bos_but_not_the_prompt(llama, logits):
     prompt, tokens = make_prompt(seed=6), []
     for _ in range(25):
         scores = logits(prompt, tokens)
@@ -167,8 +174,8 @@ def test_repetition_penalty_counts_the_answer_and_the_dummy_bos_but_not_the_prom
     assert tokens != answer(llama, prompt, max_new_tokens=25)[0]
 
 
-def test_penalty_makes_scores_of_both_signs_worse():
-    scores = penalise(jnp.array([[2.0, -2.0, 2.0]]), jnp.array([[True, True, False]]), jnp.float32(2.0))
+def test_repetition_penalty_lowers_scores_of_both_signs():
+    scores = apply_repetition_penalty(jnp.array([[2.0, -2.0, 2.0]]), jnp.array([[True, True, False]]), jnp.float32(2.0))
     assert scores.tolist() == [[1.0, -4.0, 2.0]]
 
 
@@ -212,7 +219,7 @@ def slow_beam_search(log_probabilities, prompt, count, beams, eos, length_penalt
     [(2, 1, 1), pytest.param(3, 2, 1, marks=pytest.mark.slow), (4, -1, 1.2)],
 )
 @pytest.mark.parametrize("seed", [0, 1])
-def test_beam_search_finds_the_answer_of_a_slow_search(
+def test_beam_search_equals_a_reference_implementation(
     llama, log_probabilities, beams, length_penalty, repetition_penalty, seed
 ):
     prompt = make_prompt(seed=seed)
@@ -222,19 +229,19 @@ def test_beam_search_finds_the_answer_of_a_slow_search(
     assert answer(llama, prompt, max_new_tokens=14, num_beams=beams, eos=eos, **options) == [expected]
 
 
-def test_beams_need_one_prompt(llama):
+def test_beam_search_takes_one_prompt(llama):
     with pytest.raises(ConfigError, match="one prompt at a time"):
         answer(llama, make_prompt(), make_prompt(), num_beams=2, max_new_tokens=5)
 
 
-def test_drawing_depends_on_the_seed_alone(llama):
+def test_sampling_depends_only_on_the_seed(llama):
     first, again, other = (
         answer(llama, make_prompt(), max_new_tokens=20, temperature=1.5, seed=seed) for seed in (0, 0, 1)
     )
     assert first == again != other
 
 
-def test_draws_follow_the_model(llama, log_probabilities):
+def test_sampled_frequencies_follow_the_probabilities(llama, log_probabilities):
     """Frequencies of the first token over 2,000 draws, within 4 standard deviations of its probabilities."""
     prompt = make_prompt(seed=8)
     prompts = [prompt] * 500
@@ -251,10 +258,10 @@ def test_draws_follow_the_model(llama, log_probabilities):
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"), [(1.0, 50, 0.9), (0.7, 5, 1.0), (1.5, 0, 0.5), (1.0, 3, 0.01)]
 )
-def test_warping(temperature, top_k, top_p):
+def test_warping_applies_temperature_top_k_and_top_p(temperature, top_k, top_p):
     """Written out: over temperature, the k largest, then the fewest of the largest that reach top_p."""
     logits = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32) * 3
-    warped = np.asarray(warp(jnp.asarray(logits), temperature, top_k, top_p))
+    warped = np.asarray(warp_logits(jnp.asarray(logits), temperature, top_k, top_p))
     for row, out in zip(logits / temperature, warped, strict=True):
         order = np.argsort(-row)[: top_k or None]
         probabilities = np.exp(row[order] - row[order].max())
@@ -274,11 +281,11 @@ def test_top_p_at_exact_equality():
     assert jax.nn.softmax(logits)[0].tolist() == [0.5, 0.25, 0.25, 0.0]
     above = np.nextafter(np.float32(0.5), np.float32(1))
     for top_p, kept in ((0.5, [0]), (above, [0, 1, 2]), (0.25, [0]), (1.0, [0, 1, 2])):
-        warped = warp(logits, jnp.float32(1), 0, jnp.float32(top_p))[0]
+        warped = warp_logits(logits, jnp.float32(1), 0, jnp.float32(top_p))[0]
         assert np.flatnonzero(np.isfinite(warped)).tolist() == kept, top_p
 
 
-def test_a_second_prompt_of_like_length_compiles_nothing(llama):
+def test_a_second_prompt_of_similar_length_compiles_nothing(llama):
     options = {"max_new_tokens": 20, "repetition_penalty": 1.1}
     answer(llama, make_prompt(20, 4), **options)
     compiled = generation._prefill._cache_size(), generation._decode._cache_size()
@@ -287,13 +294,13 @@ def test_a_second_prompt_of_like_length_compiles_nothing(llama):
     assert (generation._prefill._cache_size(), generation._decode._cache_size()) == compiled
 
 
-def test_padded_lengths_are_few_and_enough():
+def test_padded_lengths_are_few_and_sufficient():
     lengths = {padded_prompt_length(n) for n in range(1, 9000)}
     assert len(lengths) <= 15
     assert all(padded_prompt_length(n) >= n for n in range(1, 20000))
 
 
-def test_a_conversation_longer_than_the_model_reads_is_an_error(llama):
+def test_a_conversation_beyond_the_context_is_an_error(llama):
     with pytest.raises(ConfigError, match=r"200 tokens and 100 new ones .* reads 256; .* at most 56 new tokens"):
         answer(llama, make_prompt(200), max_new_tokens=100)
     with pytest.raises(ConfigError, match=r"300 tokens .* no room"):
@@ -316,6 +323,6 @@ def test_a_conversation_longer_than_the_model_reads_is_an_error(llama):
         ({"num_beams": 2, "temperature": 1.0}, "beam search does not sample"),
     ],
 )
-def test_options_that_mean_nothing(options, message):
+def test_invalid_options_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         GenerationConfig(**options)

@@ -15,9 +15,9 @@ import pytest
 from conftest import GOLDEN_HEADS
 
 from vllama_jax import convert
-from vllama_jax.chat import Chat, prepare
+from vllama_jax.chat import Chat, prepare_media
 from vllama_jax.config import GenerationConfig
-from vllama_jax.generate import EmbeddedPrompt, generate, warp
+from vllama_jax.generate import EmbeddedPrompt, generate, warp_logits
 from vllama_jax.model import Model, load
 from vllama_jax.nn.video_llama import splice
 from vllama_jax.text import prompts
@@ -84,7 +84,7 @@ def test_audio_branch_equals_the_originals_values(golden, model, name):
 
 
 @pytest.mark.parametrize("name", ["birthday", "dog_image"])
-def test_audio_branch_on_pictures_equals_the_originals_values(golden, model, name):
+def test_audio_branch_on_images_equals_the_originals_values(golden, model, name):
     reference = np.load(golden / f"encoders/{name}_imagebind_vision.npz")
     run = jax.jit(lambda network, x: (network.imagebind.vision(x[0]), network.encode_audio_from_vision(x)))
     features, tokens = run(model.network, frames_of(golden, name))
@@ -171,7 +171,7 @@ def _generate(model, embeddings: np.ndarray, *, eos: int, stops=(), **options) -
 
 
 @pytest.mark.slow
-def test_generation_that_ends_early(golden, model):
+def test_generation_that_ends_early_equals_the_originals(golden, model):
     """EOS (another id plays it), stop sequences, length penalties and beams; `minlen` runs need an option we lack."""
     runs = json.loads((golden / "extra/generation_eos_stop.json").read_text())
     for case, group in runs.items():
@@ -193,7 +193,7 @@ def test_sampling_probabilities_are_the_originals(golden):
     reference = np.load(golden / "chat/sampling_warpers.npz")
     for name in ("T1.0_P0.9", "T0.7_P0.9", "T1.5_P0.5"):
         temperature, top_p = (float(part[1:]) for part in name.split("_"))
-        probabilities = jax.nn.softmax(warp(jnp.asarray(reference["logits"]), temperature, 50, top_p))
+        probabilities = jax.nn.softmax(warp_logits(jnp.asarray(reference["logits"]), temperature, 50, top_p))
         np.testing.assert_allclose(probabilities, reference[f"probs_{name}"], atol=1e-6)
 
 
@@ -206,13 +206,13 @@ def _converted(out: Path, files: dict[str, Path], **instead: Path) -> Model:
 
 
 @pytest.mark.slow
-def test_safetensors_and_bin_hold_the_same_llama(golden, golden_files, model, tmp_path):
+def test_safetensors_and_bin_give_the_same_llama(golden, golden_files, model, tmp_path):
     other = _converted(tmp_path / "model", golden_files, llama=golden / "weights/llama-st")
     same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), model.network, other.network)
     assert all(jax.tree.leaves(same))
 
 
-def test_vicuna_v0_with_its_pad_token(golden, golden_files, tmp_path):
+def test_vicuna_v0_with_a_pad_token_equals_the_originals(golden, golden_files, tmp_path):
     other = _converted(tmp_path / "model", golden_files, llama=golden / "weights/llama-v0pad")
     assert (other.config.llama.vocab_size, other.tokenizer.vocab_size) == (601, 601)
     reference = np.load(golden / "train/s1_vision_noprompt_v0pad.npz")
@@ -222,7 +222,7 @@ def test_vicuna_v0_with_its_pad_token(golden, golden_files, tmp_path):
 
 
 @pytest.mark.slow
-def test_checkpoints_in_the_style_of_the_second_release(golden, golden_files, tmp_path):
+def test_checkpoints_of_the_second_release_equal_the_originals(golden, golden_files, tmp_path):
     pair = golden / "weights/videollama2_style"
     vl, al = pair / "VL_LLaMA_2_7B_Finetuned.pth", pair / "AL_LLaMA_2_7B_Finetuned.pth"
     network = _converted(tmp_path / "model", golden_files, vl=vl, al=al).network
@@ -234,7 +234,7 @@ def test_checkpoints_in_the_style_of_the_second_release(golden, golden_files, tm
     assert_close(audio, variants["videollama2_boat_audio_tokens"])
 
 
-def test_logits_of_padded_training_batches(golden, model):
+def test_logits_of_padded_training_batches_equal_the_originals(golden, model):
     run = jax.jit(lambda network, x, mask: network(x, mask))
     for name in ("s1_vision_noprompt", "s2_vision_vicuna"):
         reference = np.load(golden / f"train/{name}.npz")
@@ -245,7 +245,7 @@ def test_logits_of_padded_training_batches(golden, model):
 
 
 @pytest.mark.parametrize("clip", ["dog_barking.mp4", "birthday.mp4", "dog.jpg"])
-def test_from_the_file_to_the_answer(golden, shared, model, chats, clip):
+def test_chat_answers_equal_the_originals(golden, shared, model, chats, clip):
     """Our own reading of the real file, chat and decoding: the original's greedy tokens and answer."""
     case = {"dog_barking.mp4": "audio_video", "birthday.mp4": "video_no_audio_stream", "dog.jpg": "image"}[clip]
     expected = chats[f"vicuna_{case}_turn1"]
@@ -257,7 +257,7 @@ def test_from_the_file_to_the_answer(golden, shared, model, chats, clip):
     assert "".join(pieces) == chat.last.answer
 
 
-def test_prepared_media_are_goldens(golden, shared, model):
-    prepared = prepare(shared / "media/boat.mp4", model.config)
+def test_prepared_media_equal_the_golden_values(golden, shared, model):
+    prepared = prepare_media(shared / "media/boat.mp4", model.config)
     np.testing.assert_allclose(prepared.frames, frames_of(golden, "boat")[0], atol=1e-6)
     assert np.abs(prepared.mel - np.load(golden / "media/boat_audio.npz")["mel"][:, 0]).mean() < 1e-3

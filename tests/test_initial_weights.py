@@ -41,7 +41,7 @@ def weights() -> dict[str, np.ndarray]:
     return {path: np.asarray(value) for path, value in draw(jax.random.key(3, impl="unsafe_rbg")).items()}
 
 
-def test_a_qformers_matrices_and_queries_have_a_standard_deviation_of_one_fiftieth(weights):
+def test_qformer_matrices_and_queries_have_a_standard_deviation_of_0_02(weights):
     here = {path: value for path, value in weights.items() if path.startswith("qformer/")}
     assert len(here) == 29
     for path, value in here.items():
@@ -57,13 +57,13 @@ def test_layers_of_a_stack_start_differently(weights):
     assert not np.array_equal(first, second)
 
 
-def test_positions_are_normal(weights):
+def test_positions_are_normally_distributed(weights):
     assert weights["positions"].shape == (32, 48)
     assert weights["positions"].std() == pytest.approx(1.0, abs=0.1)
 
 
 @pytest.mark.parametrize("side", ["kernel", "bias"])
-def test_projections_are_uniform_within_one_by_the_root_of_their_inputs(weights, side):
+def test_projections_are_uniform_within_one_over_root_fan_in(weights, side):
     value, bound = weights[f"projection/{side}"], 1 / math.sqrt(48)
     assert 0.9 * bound < np.abs(value).max() <= bound
     assert value.std() == pytest.approx(bound / math.sqrt(3), rel=0.2)
@@ -71,7 +71,7 @@ def test_projections_are_uniform_within_one_by_the_root_of_their_inputs(weights,
 
 
 @pytest.mark.parametrize("name", KERNELS)
-def test_low_rank_updates_start_at_zero_and_read_uniform_weights(weights, name):
+def test_lora_updates_start_at_zero_with_uniform_down_weights(weights, name):
     """arXiv 2106.09685: B is zero. A is as torch's Linear, within one by the root of all inputs."""
     down, up = weights[f"{name}/down"], weights[f"{name}/up"]
     assert not up.any()

@@ -12,7 +12,7 @@ import pytest
 
 from vllama_jax import cli
 from vllama_jax.checkpoints.directory import open_model, write_config
-from vllama_jax.checkpoints.restore import nest
+from vllama_jax.checkpoints.restore import unflatten_paths
 
 TRAINED = {"llama_proj/bias": (64,), "video_qformer/queries": (32, 48)}
 
@@ -26,7 +26,7 @@ def run(tiny_model, tmp_path_factory) -> Path:
     lora = {"rank": 0, "alpha": 16.0, "targets": ["query"]}
     write_config(out, base.config, run={"lora": lora}, base=where)
     weights = {path: jnp.ones(shape) for path, shape in TRAINED.items()}
-    ocp.PyTreeCheckpointer().save(out / "step_4/weights", nest(weights))
+    ocp.PyTreeCheckpointer().save(out / "step_4/weights", unflatten_paths(weights))
     return out
 
 
@@ -39,7 +39,7 @@ def rows(out: str) -> dict[str, list[str]]:
     return {line.split()[0]: line.split()[1:] for line in out.splitlines()}
 
 
-def test_parts_of_a_model(tiny_model, capsys):
+def test_inspect_lists_components_with_sizes(tiny_model, capsys):
     out = told(capsys, "inspect", tiny_model)
     assert out.startswith(f"{tiny_model}: prompt template vicuna; made from eva_vit_g.safetensors, ")
     assert rows(out)["vit"] == ["213,061", "float32", "852.2", "kB"]
@@ -47,7 +47,7 @@ def test_parts_of_a_model(tiny_model, capsys):
     assert rows(out)["all"] == ["879,397", "3.5", "MB"]
 
 
-def test_tree_of_a_model(tiny_model, capsys):
+def test_inspect_prints_a_tree_of_parameters(tiny_model, capsys):
     lines = told(capsys, "inspect", tiny_model, "--tree").splitlines()
     assert "    │   │       ├── bias [3, 3, 4, 16] float32, 2.3 kB" in lines
     leaves = [line for line in lines if "float32" in line]
@@ -55,7 +55,7 @@ def test_tree_of_a_model(tiny_model, capsys):
     assert not any("trained" in line for line in leaves)
 
 
-def test_json_of_a_model(tiny_model, capsys):
+def test_inspect_prints_json(tiny_model, capsys):
     report = json.loads(told(capsys, "inspect", tiny_model, "--json"))
     manifest = json.loads((tiny_model / "manifest.json").read_text())
     assert report["leaves"].keys() == manifest["leaves"].keys()
@@ -64,7 +64,7 @@ def test_json_of_a_model(tiny_model, capsys):
     assert (report["base"], report["sources"]) == (None, manifest["sources"])
 
 
-def test_a_run_says_what_it_trained_and_its_base(run, tiny_model, capsys):
+def test_inspect_of_a_run_reports_trained_parameters_and_base(run, tiny_model, capsys):
     out = told(capsys, "inspect", run)
     assert out.splitlines()[0].startswith(f"{run}: a run; its base is {tiny_model}: ")
     assert out.splitlines()[1] == f"{run / 'step_4'}: 2 weights trained"
@@ -81,7 +81,7 @@ def test_a_run_says_what_it_trained_and_its_base(run, tiny_model, capsys):
     assert {path for path, leaf in report["leaves"].items() if leaf["trained"]} == TRAINED.keys()
 
 
-def test_the_files_of_a_run_without_digests(run, tiny_model, tmp_path, capsys):
+def test_inspect_of_a_run_without_digests(run, tiny_model, tmp_path, capsys):
     expected = (
         f"{run}/step_4: no digests recorded (an earlier version saved it); its weights can be read\n"
         f"{tiny_model}: 181 weights, 3.5 MB, all as they were written\n"
@@ -99,7 +99,7 @@ def test_a_run_has_no_pytorch_source(run, tiny_model, tiny_files, capsys):
         told(capsys, "verify", run, "--against", tiny_files["config"].parent, "--weights-only")
 
 
-def test_inspect_in_a_process_prints_a_model_and_one_line_for_none(tiny_model, tmp_path):
+def test_inspect_in_a_process_prints_a_model_or_a_one_line_error(tiny_model, tmp_path):
     vllama = Path(sys.executable).with_name("vllama")
     done = subprocess.run([vllama, "inspect", tiny_model], capture_output=True, text=True, check=True)
     assert rows(done.stdout)["ln_vision"] == ["128", "float32", "512", "bytes"]

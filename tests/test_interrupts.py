@@ -10,13 +10,13 @@ from contextlib import contextmanager
 import pytest
 from train_fixtures import config_of, write_config
 
-from vllama_jax.runtime.interrupts import GRACE, ending_on_interrupt
+from vllama_jax.runtime.interrupts import GRACE_SECONDS, exit_on_interrupt
 
 SLOW = pytest.mark.slow
 BEGIN = (
     "import sys\nfrom vllama_jax.runtime.interrupts import *\n"
-    "import vllama_jax.runtime.interrupts\nvllama_jax.runtime.interrupts.GRACE = float(sys.argv[1])\n"
-    "with ending_on_interrupt():\n    print('begun', flush=True)\n"
+    "import vllama_jax.runtime.interrupts\nvllama_jax.runtime.interrupts.GRACE_SECONDS = float(sys.argv[1])\n"
+    "with exit_on_interrupt():\n    print('begun', flush=True)\n"
 )
 
 
@@ -61,7 +61,7 @@ def interrupted(process: subprocess.Popen, within: float) -> str:
     ],
     ids=["plain", "destructor", "swallowed", "another error", "exit", "pool", "native", "thread"],
 )
-def test_it_ends_whatever_the_process_does(body):
+def test_an_interrupt_ends_the_process_whatever_it_does(body):
     with started(body) as process:
         time.sleep(0.3)
         assert interrupted(process, within=10) == ""
@@ -80,19 +80,19 @@ def test_partial_files_are_removed_first(tmp_path):
 
 
 SAVING = (
-    "import time\nwith deferred_interrupt() as asked:\n"
+    "import time\nwith defer_interrupt() as asked:\n"
     "    print('deferring', flush=True); asked.wait(); print('saving', flush=True)\n"
     "    time.sleep(float(sys.argv[2])); print('saved', flush=True); raise SavedInterrupt"
 )
 
 
-def test_work_that_saves_first_is_given_its_time():
+def test_an_interrupt_waits_for_saving():
     with started(SAVING, "1.5") as process:
         assert process.stdout.readline() == "deferring\n"
         assert interrupted(process, within=20) == "saving\nsaved\n"
 
 
-def test_a_second_one_ends_it_at_once():
+def test_a_second_interrupt_ends_the_process_at_once():
     with started(SAVING, "1000") as process:
         assert process.stdout.readline() == "deferring\n"
         process.send_signal(signal.SIGINT)
@@ -102,7 +102,7 @@ def test_a_second_one_ends_it_at_once():
 
 def test_an_error_while_saving_is_still_reported():
     body = (
-        "with deferred_interrupt() as asked:\n"
+        "with defer_interrupt() as asked:\n"
         "    print('deferring', flush=True); asked.wait(); sys.exit('vllama: the disk is full')"
     )
     with started(body) as process:
@@ -112,7 +112,7 @@ def test_an_error_while_saving_is_still_reported():
         assert process.returncode == 1
 
 
-def test_it_ends_a_job_that_a_script_runs_in_the_background():
+def test_an_interrupt_ends_a_background_job_of_a_script():
     """There the shell has SIGINT ignored, and whoever sends it means it."""
     code = (
         "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + BEGIN + "    import time; time.sleep(100)\n"
@@ -123,16 +123,16 @@ def test_it_ends_a_job_that_a_script_runs_in_the_background():
         assert process.wait() == 130
 
 
-def test_nothing_is_left_changed():
+def test_signal_handlers_are_restored():
     before = signal.getsignal(signal.SIGINT), sys.unraisablehook
-    with ending_on_interrupt():
+    with exit_on_interrupt():
         assert signal.getsignal(signal.SIGINT) is not before[0]
     assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == before
 
 
 @SLOW
 @pytest.mark.parametrize("command", ["train", "chat", "features", "convert"])
-def test_it_ends_a_command_at_any_moment_of_its_start(command, tiny_model, tiny_files, records, clip, tmp_path):
+def test_an_interrupt_ends_a_command_at_any_time_of_its_start(command, tiny_model, tiny_files, records, clip, tmp_path):
     """Moments from the first import to what it does when it has started; all but training may be done by then."""
     config = str(write_config(tmp_path / "config.py", config_of(tiny_model, records, steps=100_000)))
     out = tmp_path / "out"
@@ -147,10 +147,10 @@ def test_it_ends_a_command_at_any_moment_of_its_start(command, tiny_model, tiny_
     }[command]
     body = "from vllama_jax.cli import main; main(sys.argv[2:])"
     for seconds in (0, 0.5, 1, 2, 4, 7, 11):
-        with started(body, command, *map(str, arguments), grace=GRACE) as process:
+        with started(body, command, *map(str, arguments), grace=GRACE_SECONDS) as process:
             time.sleep(seconds)
             if process.poll() is not None:
                 assert command != "train"
                 assert seconds > 2
                 break
-            interrupted(process, within=GRACE + 7)
+            interrupted(process, within=GRACE_SECONDS + 7)

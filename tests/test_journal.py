@@ -7,29 +7,31 @@ import threading
 
 import pytest
 
-from vllama_jax.io.jsonl import Journal
+from vllama_jax.io.jsonl import JsonLinesFile
 
 
 @pytest.fixture
-def journal(tmp_path) -> Journal:
-    return Journal(tmp_path / "lines.jsonl")
+def journal(tmp_path) -> JsonLinesFile:
+    return JsonLinesFile(tmp_path / "lines.jsonl")
 
 
-def test_lines_of_later_steps_are_cut_and_that_of_the_last_step_is_kept(journal, tmp_path):
+def test_lines_after_the_last_step_are_truncated(journal, tmp_path):
     lines = [{"step": step, "loss": step / 2} for step in (1, 2, 2, 3, 4)]
     journal.add(*lines)
-    assert journal.cut(2) == lines[:3]
+    assert journal.truncate_after(2) == lines[:3]
     assert journal.read() == lines[:3]
     journal.add({"step": 3, "loss": 9})
-    assert journal.cut(3) == [*lines[:3], {"step": 3, "loss": 9}]
-    assert journal.cut(0) == []
+    assert journal.truncate_after(3) == [*lines[:3], {"step": 3, "loss": 9}]
+    assert journal.truncate_after(0) == []
     assert (tmp_path / "lines.jsonl").read_text() == ""
 
 
-def test_what_is_no_whole_object_is_cut_off_and_the_rest_goes_on(journal, tmp_path):
+def test_an_incomplete_line_is_truncated_and_appending_continues(journal, tmp_path):
     path = tmp_path / "lines.jsonl"
     path.write_bytes(b'{"step": 1}\n[2]\n3\nnull\n{"step": \xff\n{"loss": 1}\n{"step": "2"}\n{"step": 2}\n{"step": 3}')
-    assert journal.cut(9) == [{"step": 1}, {"step": 2}], "of a line without its end nobody knows whether it is whole"
+    assert journal.truncate_after(9) == [{"step": 1}, {"step": 2}], (
+        "of a line without its end nobody knows whether it is whole"
+    )
     journal.add({"step": 3})
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
@@ -39,16 +41,16 @@ def test_reading_keeps_objects_without_a_step(journal):
     assert journal.read() == [{"id": "a"}, {"id": "b"}]
 
 
-def test_a_file_without_anything_to_cut_is_not_written_again(journal, tmp_path):
+def test_a_file_with_nothing_to_truncate_is_not_rewritten(journal, tmp_path):
     assert journal.read() == []
     assert not (tmp_path / "lines.jsonl").exists()
     journal.add({"step": 1})
     before = (tmp_path / "lines.jsonl").stat().st_ino
-    journal.cut(1)
+    journal.truncate_after(1)
     assert (tmp_path / "lines.jsonl").stat().st_ino == before
 
 
-def test_a_full_disk_leaves_no_part_of_a_line(journal, tmp_path):
+def test_a_full_disk_leaves_no_partial_line(journal, tmp_path):
     journal.add({"step": 1})
     size = (tmp_path / "lines.jsonl").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -17,7 +17,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize(("text", "message"), FAULTS.values(), ids=FAULTS)
-def test_a_faulty_document_raises_the_callers_error_with_place_and_advice(text, message):
+def test_an_invalid_document_raises_the_callers_error_with_location_and_advice(text, message):
     with pytest.raises(DataError, match=f"^file, line 3: .*{message}.*; write it again$") as caught:
         parse_json(text, "file, line 3", DataError, "write it again")
     assert "\n" not in str(caught.value)
@@ -36,7 +36,7 @@ def test_a_file_may_begin_with_a_byte_order_mark(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"\xff\xfe\x00", None], ids=["no text", "no file"])
-def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
+def test_an_unreadable_file_is_reported(tmp_path, content):
     path = tmp_path / "a.json"
     if content is not None:
         path.write_bytes(content)

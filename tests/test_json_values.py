@@ -76,7 +76,7 @@ def llama(tiny_files, tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "text"), cases(LLAMA))
-def test_config_of_a_language_model(tiny_files, llama, name, text):
+def test_a_language_model_config_with_a_wrong_value_is_refused(tiny_files, llama, name, text):
     path = llama / "config.json"
     before = path.read_text()
     try:
@@ -103,7 +103,7 @@ PARAMS = {
 
 
 @pytest.mark.parametrize(("name", "text"), cases(PARAMS))
-def test_params_of_metas_layout(tmp_path, name, text):
+def test_params_json_with_a_wrong_value_is_refused(tmp_path, name, text):
     from vllama_jax.convert.meta_llama import read_params
 
     path = tmp_path / "params.json"
@@ -131,7 +131,7 @@ MODEL = {
 
 
 @pytest.mark.parametrize(("name", "text"), cases(MODEL))
-def test_config_of_a_model_directory(tiny_model, tmp_path, name, text):
+def test_a_model_config_with_a_wrong_value_is_refused(tiny_model, tmp_path, name, text):
     for entry in tiny_model.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     (tmp_path / "config.json").unlink()
@@ -168,7 +168,7 @@ TOKENIZER_CASES = [
 
 
 @pytest.mark.parametrize(("file", "name", "text"), TOKENIZER_CASES)
-def test_declarations_beside_a_sentencepiece_model(tiny_files, tmp_path, file, name, text):
+def test_token_declarations_with_a_wrong_value_are_refused(tiny_files, tmp_path, file, name, text):
     shutil.copy(tiny_files["llama"] / "tokenizer.model", tmp_path)
     replaced(tmp_path / file, name, text)
     with pytest.raises(CheckpointError) as raised:
@@ -198,7 +198,7 @@ JSON_TOKENIZER = {
 
 
 @pytest.mark.parametrize(("name", "text"), cases(JSON_TOKENIZER))
-def test_a_tokenizer_json(tmp_path, name, text):
+def test_tokenizer_json_with_a_wrong_value_is_refused(tmp_path, name, text):
     json_tokenizer(tmp_path)
     replaced(tmp_path / "tokenizer.json", name, text)
     with pytest.raises(CheckpointError) as raised:
@@ -220,7 +220,7 @@ GENERATION["pad_token_id"] = {name: text for name, text in GENERATION["pad_token
 
 @pytest.mark.parametrize("file", ["config.json", "generation_config.json"])
 @pytest.mark.parametrize(("name", "text"), cases(GENERATION))
-def test_ids_in_a_generation_config(tmp_path, file, name, text):
+def test_generation_config_ids_with_a_wrong_value_are_refused(tmp_path, file, name, text):
     json_tokenizer(tmp_path)
     replaced(tmp_path / file, name, text)
     with pytest.raises(CheckpointError) as raised:
@@ -228,7 +228,7 @@ def test_ids_in_a_generation_config(tmp_path, file, name, text):
     one_line(raised.value, tmp_path / file, name)
 
 
-def test_ids_that_say_that_there_is_none(tmp_path):
+def test_absent_ids_are_accepted(tmp_path):
     json_tokenizer(tmp_path)
     ids = {"pad_token_id": -1, "bos_token_id": None, "eos_token_id": [3, 0]}
     (tmp_path / "generation_config.json").write_text(json.dumps(ids))
@@ -251,7 +251,7 @@ MANIFEST = {
 
 
 @pytest.mark.parametrize(("name", "text"), cases(MANIFEST))
-def test_a_manifest(tiny_model, tmp_path, name, text):
+def test_a_manifest_with_a_wrong_value_is_refused(tiny_model, tmp_path, name, text):
     for entry in tiny_model.iterdir():
         (tmp_path / entry.name).symlink_to(entry)
     fields = json.loads((tiny_model / "manifest.json").read_text())

@@ -7,7 +7,7 @@ import pytest
 from eval_fixtures import completion
 
 import vllama_jax as vl
-from vllama_jax.evaluate.judge_client import RETRIES, Judge, Unreachable
+from vllama_jax.evaluate.judge_client import MAX_RETRIES, Judge, JudgeError
 
 
 @pytest.fixture
@@ -24,14 +24,14 @@ def ask(url: str, **fields) -> dict:
 
 
 def test_failed_requests_are_sent_again_after_growing_waits(waits):
-    with eval_fixtures.serving(lambda number, body: (503, {})) as fake, pytest.raises(Unreachable, match="HTTP 503"):
+    with eval_fixtures.serving(lambda number, body: (503, {})) as fake, pytest.raises(JudgeError, match="HTTP 503"):
         ask(fake.url)
-    assert len(fake.bodies) == 1 + RETRIES
-    growing = [0.5 * 2**number for number in range(RETRIES)]
+    assert len(fake.bodies) == 1 + MAX_RETRIES
+    growing = [0.5 * 2**number for number in range(MAX_RETRIES)]
     assert all(0.7 * most <= wait <= most for wait, most in zip(waits, growing, strict=True)), waits
 
 
-def test_an_endpoint_says_how_long_to_wait(waits):
+def test_the_retry_after_header_is_respected(waits):
     def reply(number, body):
         return (429, {}, {"Retry-After": "37"}) if number < 2 else completion('{"score": 1}')
 
@@ -40,13 +40,13 @@ def test_an_endpoint_says_how_long_to_wait(waits):
     assert waits == [37, 37]
 
 
-def test_a_request_that_is_wrong_is_sent_once(waits):
-    with eval_fixtures.serving(lambda number, body: (404, {})) as fake, pytest.raises(Unreachable, match="refuses"):
+def test_an_invalid_request_is_sent_once(waits):
+    with eval_fixtures.serving(lambda number, body: (404, {})) as fake, pytest.raises(JudgeError, match="refuses"):
         ask(fake.url)
     assert (len(fake.bodies), waits) == (1, [])
 
 
-def test_without_a_key_nothing_that_names_the_user_is_sent(monkeypatch):
+def test_without_a_key_no_authorization_is_sent(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
         monkeypatch.setenv(name, f"secret-{name}")
@@ -68,7 +68,7 @@ def test_the_proxy_of_the_environment_is_used(monkeypatch):
     assert proxy.paths == ["http://judge.example/v1/chat/completions"]
 
 
-def test_a_proxy_that_is_none_is_one_line(monkeypatch):
+def test_an_invalid_proxy_is_a_one_line_error(monkeypatch):
     monkeypatch.setenv("http_proxy", "nonsense://127.0.0.1")
     with pytest.raises(
         vl.ConfigError, match=r"--judge-url http://judge.example/v1: cannot be used .*; check it"
@@ -77,16 +77,16 @@ def test_a_proxy_that_is_none_is_one_line(monkeypatch):
     assert "\n" not in str(told.value)
 
 
-def test_a_web_page_is_no_reply(waits):
+def test_a_web_page_is_not_accepted_as_a_reply(waits):
     html = {"Content-Type": "text/html"}
     with (
         eval_fixtures.serving(lambda number, body: (200, "<html>Log in</html>", html)) as fake,
-        pytest.raises(Unreachable, match=r"\(its reply is not a chat completion\); check --judge-url"),
+        pytest.raises(JudgeError, match=r"\(its reply is not a chat completion\); check --judge-url"),
     ):
         ask(fake.url)
     with (
         eval_fixtures.serving(lambda number, body: (502, "<html>Bad</html>", html)) as fake,
-        pytest.raises(Unreachable, match=r"\(HTTP 502: Bad Gateway\); check --judge-url"),
+        pytest.raises(JudgeError, match=r"\(HTTP 502: Bad Gateway\); check --judge-url"),
     ):
         ask(fake.url)
 
@@ -100,10 +100,10 @@ def test_without_openai_the_error_says_what_to_install(monkeypatch):
 @pytest.mark.parametrize(
     "sent", [None, [], {"choices": {}}, {"choices": []}, {"choices": [{"message": 1}]}, "{", "[" * 99_999]
 )
-def test_a_reply_that_is_no_completion_is_one_line(sent, waits):
+def test_an_invalid_completion_is_a_one_line_error(sent, waits):
     with (
         eval_fixtures.serving(lambda number, body: (200, sent)) as fake,
-        pytest.raises(Unreachable, match=r"cannot be reached \(.*\); check --judge-url") as told,
+        pytest.raises(JudgeError, match=r"cannot be reached \(.*\); check --judge-url") as told,
     ):
         ask(fake.url)
     assert "\n" not in str(told.value)

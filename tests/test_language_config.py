@@ -12,7 +12,7 @@ from vllama_jax.convert.language_config import read_llama_config
 from vllama_jax.errors import ConfigError
 
 
-def test_what_is_written_for_llama_is_what_was_written_before():
+def test_llama_configs_are_written_as_in_earlier_versions():
     fields = dataclasses.asdict(tiny())
     for name in ("family", "qkv_bias", "qk_norm"):
         del fields["llama"][name]
@@ -46,14 +46,14 @@ def test_unsupported_fields_are_named(tmp_path, name, changes, message):
     assert "\n" not in str(raised.value)
 
 
-def test_a_window_as_long_as_the_context_changes_nothing(tmp_path):
+def test_a_sliding_window_of_the_context_length_is_accepted(tmp_path):
     fields = {"model_type": "mistral", "hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
     fields |= {"intermediate_size": 112, "num_key_value_heads": 2, "max_position_embeddings": 4096}
     (tmp_path / "config.json").write_text(json.dumps(fields | {"sliding_window": 4096}))
     assert read_llama_config(tmp_path)["max_length"] == 4096
 
 
-def test_fields_that_a_config_leaves_out_are_those_of_transformers(tmp_path):
+def test_missing_fields_have_transformers_defaults(tmp_path):
     """Each family's defaults against its config class."""
     for name in FAMILIES:
         fields = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 32, "intermediate_size": 112}

@@ -12,7 +12,7 @@ from train_fixtures import short_config
 from written_runs import learned, shipped, write_run
 
 from vllama_jax.checkpoints.directory import open_model
-from vllama_jax.checkpoints.reader import row_reader
+from vllama_jax.checkpoints.reader import make_row_reader
 from vllama_jax.config import LoraConfig, tiny
 from vllama_jax.errors import ConfigError
 from vllama_jax.model import load
@@ -42,7 +42,7 @@ def randomise(llama, seed=1):
             layer.lora.up.set_value(jnp.asarray(0.3 * rng.standard_normal(variable.shape, np.float32)))
 
 
-def test_a_new_update_changes_nothing(llama):
+def test_an_initial_update_changes_nothing(llama):
     before = hidden(llama)
     add_lora(llama, ALL, rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(hidden(llama), before)
@@ -75,7 +75,7 @@ def test_each_target_is_the_product_of_its_matrices(llama, target):
     np.testing.assert_allclose(getattr(owner, target).kernel[...], expected, atol=1e-5)
 
 
-def test_the_skeleton_of_a_network_with_updates_has_their_paths():
+def test_an_abstract_network_has_the_paths_of_lora_updates():
     network = abstract_network(tiny(), "float32", LoraConfig(rank=2))
     paths = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(network)) if "lora" in path]
     assert paths == [
@@ -84,7 +84,7 @@ def test_the_skeleton_of_a_network_with_updates_has_their_paths():
 
 
 @pytest.mark.parametrize("target", ["out", *(pytest.param(name, marks=pytest.mark.slow) for name in ("query", "down"))])
-def test_a_kernel_read_whole_or_by_rows_has_its_update_as_loading_merges_it(tiny_model, tmp_path, target):
+def test_kernels_read_by_rows_or_at_once_include_the_merged_update(tiny_model, tmp_path, target):
     """alpha / rank · down · up of each layer, also where the rank is the number of layers or of heads."""
     for rank in (2, 3, 4):
         lora = LoraConfig(rank=rank, alpha=6.0, targets=(target,))
@@ -93,7 +93,7 @@ def test_a_kernel_read_whole_or_by_rows_has_its_update_as_loading_merges_it(tiny
         owner = "mlp" if target == "down" else "attention"
         blocks = load(run, stacked=True).network.llama.blocks
         merged = np.asarray(getattr(getattr(blocks, owner), target).kernel[...])
-        read, path = row_reader(open_model(run)), f"llama/blocks/{owner}/{target}/kernel"
+        read, path = make_row_reader(open_model(run)), f"llama/blocks/{owner}/{target}/kernel"
         np.testing.assert_allclose(read(path, None), merged, atol=1e-6)
         np.testing.assert_allclose(np.stack([read(path, row) for row in range(len(merged))]), merged, atol=1e-6)
 
@@ -104,7 +104,7 @@ def plan_error(config) -> str:
     return str(raised.value)
 
 
-def test_updates_and_their_patterns_need_each_other(tiny_model, pictures):
+def test_lora_rank_and_trainable_patterns_need_each_other(tiny_model, pictures):
     config = short_config(tiny_model, pictures, lora=LoraConfig(rank=2))
     idle = "llama/blocks/attention/query/lora/down"
     told = f"lora.rank is 2, but trainable has no pattern for {idle}: add 'llama/*/lora/*' to trainable, or set"
@@ -115,4 +115,4 @@ def test_updates_and_their_patterns_need_each_other(tiny_model, pictures):
     assert plan_error(config) == (
         "trainable has 'llama/*/lora/*', but lora.rank is 0: set lora.rank above 0, or leave the pattern out"
     )
-    assert plan_run(dataclasses.replace(config, lora=LoraConfig(rank=2))).learns
+    assert plan_run(dataclasses.replace(config, lora=LoraConfig(rank=2))).trainable_paths

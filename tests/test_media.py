@@ -66,7 +66,7 @@ def silent(folder) -> Path:
         (0, 8, []),
     ],
 )
-def test_frame_indices(total, num_frames, expected):
+def test_frame_indices_are_evenly_spaced(total, num_frames, expected):
     assert media.frame_indices(total, num_frames).tolist() == expected
 
 
@@ -94,12 +94,12 @@ VIDEOS = {
 
 
 @pytest.mark.parametrize("name", VIDEOS)
-def test_the_right_frames_come_out(folder, name, monkeypatch):
+def test_decoded_frames_are_the_sampled_ones(folder, name, monkeypatch):
     settings, expected_way = VIDEOS[name]
     path = write_video(folder / name, num_frames=130, **settings)
     counted = []
-    count_frames = frames_module._count_frames
-    monkeypatch.setattr(frames_module, "_count_frames", lambda *args: counted.append(args) or count_frames(*args))
+    count_frames = frames_module._decode_from_start
+    monkeypatch.setattr(frames_module, "_decode_from_start", lambda *args: counted.append(args) or count_frames(*args))
     every, _ = count_frames(str(path), range(130), 64)
     assert numbers_of(np.stack(every)) == list(range(130))
     for num_frames in (1, 2, 5, 8, 1000):
@@ -128,7 +128,7 @@ def test_only_what_is_needed_is_decoded_and_converted(folder, monkeypatch):
         assert len(decoded) <= 3 * 20
 
 
-def test_a_recording_that_starts_between_key_frames(folder):
+def test_a_recording_that_starts_between_key_frames_is_decoded(folder):
     whole = write_video(folder / "whole.ts").read_bytes()
     (folder / "late.ts").write_bytes(whole[len(whole) // 3 // 188 * 188 :])  # a transport stream has 188-byte packets
     video = media.read_video(folder / "late.ts", num_frames=1000, size=64)
@@ -157,7 +157,7 @@ def shown_by(matrix: tuple[int, int, int, int], frames: np.ndarray) -> np.ndarra
         *((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)),  # and mirrored
     ],
 )
-def test_a_video_is_turned_and_mirrored_as_its_matrix_says(folder, matrix):
+def test_a_video_is_rotated_and_mirrored_by_its_display_matrix(folder, matrix):
     """Each quadrant of the frame has a shade of its own, so that no two of the eight orientations look alike."""
     plain = folder / "quadrants.mp4"
     if not plain.exists():
@@ -170,7 +170,7 @@ def test_a_video_is_turned_and_mirrored_as_its_matrix_says(folder, matrix):
         assert np.abs(shown[:, ::8, ::8].astype(int) - expected[:, ::8, ::8]).max() <= 12
 
 
-def test_frames_of_an_enormous_declared_size(folder):
+def test_enormous_declared_frame_sizes_are_refused(folder):
     """By the container, before anything is decoded; by the bitstream alone, the decoder refuses."""
     settings = {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}}
     for ending, message in (
@@ -190,15 +190,15 @@ def test_frames_of_an_enormous_declared_size(folder):
         media.check_pixels(30000, 30000, "a.gif")
 
 
-def test_times_and_duration_are_those_of_the_file(clip):
+def test_timestamps_and_duration_are_read_from_the_file(clip):
     video = media.read_video(clip, num_frames=4)
-    np.testing.assert_array_equal(video.seconds, np.array([0, 37, 75, 112]) / FPS)
-    assert video.seconds.dtype == np.float64
+    np.testing.assert_array_equal(video.timestamps, np.array([0, 37, 75, 112]) / FPS)
+    assert video.timestamps.dtype == np.float64
     assert video.duration == 6.0
     assert (video.frames.shape, video.frames.dtype) == ((4, 224, 224, 3), np.uint8)
 
 
-def test_times_of_a_recording_whose_rate_is_wrong(folder):
+def test_timestamps_of_a_recording_with_a_wrong_rate(folder):
     """As a browser records a still screen: the file claims 25 frames a second, and has one every half second."""
     path = folder / "recorded.webm"
     with av.open(str(path), "w") as container:
@@ -211,7 +211,7 @@ def test_times_of_a_recording_whose_rate_is_wrong(folder):
         container.mux(stream.encode(None))
     video = media.read_video(path, num_frames=4, size=64)
     assert numbers_of(video.frames) == [0, 10, 20, 30]
-    np.testing.assert_allclose(video.seconds, [0, 5, 10, 15], atol=0.01)
+    np.testing.assert_allclose(video.timestamps, [0, 5, 10, 15], atol=0.01)
     assert str(video.report) == "4 frames of 20.5 s; no sound in the file"
     part = media.read_segment(path, 5.0, 10.0, num_frames=2, size=64)
     assert numbers_of(part.frames) == [10, 15]
@@ -221,9 +221,9 @@ def test_times_of_a_recording_whose_rate_is_wrong(folder):
 # ------------------------------------------------------------------------------------------------ reports and kinds
 
 
-def test_what_became_of_the_sound(folder, clip, silent):
+def test_reports_say_whether_audio_was_used(folder, clip, silent):
     used, off, absent = media.read_video(clip), media.read_video(clip, audio=False), media.read_video(silent)
-    assert used.report == media.MediaReport(path=str(clip), kind="video", frames=8, seconds=6.0, audio="used")
+    assert used.report == media.MediaReport(path=str(clip), kind="video", num_frames=8, duration=6.0, audio="used")
     assert (off.report.audio, off.waveform, off.sample_rate) == ("off", None, None)
     assert (absent.report.audio, absent.waveform) == ("absent", None)
     assert media.read_video(silent, audio=False).report.audio == "absent"
@@ -232,7 +232,7 @@ def test_what_became_of_the_sound(folder, clip, silent):
         assert np.corrcoef(decoded[:300000], played[:300000])[0, 1] > 0.99  # AAC is lossy
 
 
-def test_sound_that_fails_to_decode_is_reported(folder, clip):
+def test_audio_that_fails_to_decode_is_reported(folder, clip):
     video = media.read_video(damage_packets(clip, folder / "damaged_sound.mp4", "audio"))
     assert numbers_of(video.frames) == media.frame_indices(150, 8).tolist()
     assert (video.waveform, video.sample_rate) == (None, None)
@@ -240,7 +240,7 @@ def test_sound_that_fails_to_decode_is_reported(folder, clip):
     assert re.fullmatch(why, video.report.audio)
 
 
-def test_sound_that_is_cut_off_is_reported(folder, clip):
+def test_truncated_audio_is_reported(folder, clip):
     """The sound is longer than the frames, so the end of the file is sound alone."""
     data = clip.read_bytes()
     (folder / "cut_sound.mp4").write_bytes(data[:-4000])
@@ -250,7 +250,7 @@ def test_sound_that_is_cut_off_is_reported(folder, clip):
 
 
 @pytest.mark.parametrize(("samples", "why"), [(0, "the audio stream is empty"), (100, "2.1 ms of audio are too short")])
-def test_sound_of_too_few_samples_is_reported(folder, samples, why):
+def test_audio_of_too_few_samples_is_reported(folder, samples, why):
     sound = np.zeros((2, samples), np.float32)
     path = write_video(folder / f"{samples}.mkv", num_frames=20, sound=sound, rate=48000, sound_codec="pcm_s16le")
     video = media.read_video(path)
@@ -270,11 +270,11 @@ def test_sound_of_too_few_samples_is_reported(folder, samples, why):
         (("image", 1, 0.0, "absent"), "1 picture"),
     ],
 )
-def test_the_sentence_for_the_user(report, sentence):
+def test_reports_format_as_one_sentence(report, sentence):
     assert str(media.MediaReport("clip.mp4", *report)) == sentence
 
 
-def test_kinds_are_told_by_content(folder, clip):
+def test_media_types_are_detected_from_content(folder, clip):
     """Names lie: every file here has the ending of another kind."""
     shutil.copy(clip, folder / "video.jpg")
     assert media.read_media(folder / "video.jpg").report.kind == "video"
@@ -287,7 +287,7 @@ def test_kinds_are_told_by_content(folder, clip):
     assert media.read_media(folder / "a.gif").report.kind == "audio"
 
 
-def test_an_animated_picture_is_a_video_and_a_still_one_is_not(folder):
+def test_animated_images_are_videos(folder):
     shades = [pillow.new("RGB", (40, 30), (20 * step,) * 3) for step in range(10)]
     shades[0].save(folder / "moving.gif", save_all=True, append_images=shades[1:], duration=100)
     video = media.read_media(folder / "moving.gif")
@@ -317,7 +317,7 @@ def test_samples_are_scaled_to_one(folder, codec, sample_format, ending, toleran
     assert media.read_media(path).report == read.report
 
 
-def test_sound_is_held_in_memory_once(folder):
+def test_audio_is_in_memory_once(folder):
     path = write_sound(folder / "long.wav", tone(60, 16000), 16000, "pcm_s16le", "s16")
     tracemalloc.start()
     size = media.read_audio(path).waveform.nbytes
@@ -392,7 +392,7 @@ BAD_FILES = {
 
 
 @pytest.mark.parametrize("name", BAD_FILES)
-def test_a_bad_file_is_one_clear_line(tmp_path, clip, silent, name, capfd):
+def test_an_invalid_file_is_a_one_line_error(tmp_path, clip, silent, name, capfd):
     make, message = BAD_FILES[name]
     path = make(Bench(tmp_path, clip, silent))
     for reader in (media.read_media, media.read_image if name in ("jpg cut", "png cut") else media.read_video):
@@ -403,7 +403,7 @@ def test_a_bad_file_is_one_clear_line(tmp_path, clip, silent, name, capfd):
     assert capfd.readouterr() == ("", "")  # nothing of FFmpeg's log
 
 
-def test_a_truncated_file_says_how_many_frames_it_has(folder, silent):
+def test_a_truncated_file_error_reports_its_frames(folder, silent):
     path = write_video(folder / "fast.mp4", muxer={"movflags": "faststart"})
     with av.open(str(path)) as container:
         ends = sorted(packet.pos + packet.size for packet in container.demux(video=0) if packet.size)
@@ -414,7 +414,7 @@ def test_a_truncated_file_says_how_many_frames_it_has(folder, silent):
             media.read_video(folder / "cut_at.mp4")
 
 
-def test_other_misuse(folder, clip, silent):
+def test_wrong_arguments_are_reported(folder, clip, silent):
     wav = write_sound(folder / "tone.wav", tone(0.5, 16000), 16000, "pcm_s16le", "s16")
     empty = write_sound(folder / "none.wav", tone(0, 16000), 16000, "pcm_s16le", "s16")
     short = write_sound(folder / "short.wav", tone(0.024, 16000), 16000, "pcm_s16le", "s16")
@@ -437,7 +437,7 @@ def test_other_misuse(folder, clip, silent):
             action()
 
 
-def test_a_wav_with_values_that_are_no_numbers(folder):
+def test_a_wav_with_nan_values_is_refused(folder):
     sound = tone(0.5, 16000)
     sound[1, 4000] = np.nan
     path = write_sound(folder / "nan.wav", sound, 16000, "pcm_f32le", "flt")
@@ -445,7 +445,7 @@ def test_a_wav_with_values_that_are_no_numbers(folder):
         media.read_audio(path)
 
 
-def test_importing_media_is_cheap():
+def test_importing_media_imports_nothing_heavy():
     code = "import sys, vllama_jax.media; print({'jax', 'librosa', 'av', 'PIL', 'torch'} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
@@ -453,7 +453,7 @@ def test_importing_media_is_cheap():
 # ------------------------------------------------------------------------------------------------ pictures
 
 
-def test_normalize_is_the_formula():
+def test_normalize_subtracts_mean_and_divides_by_std():
     frames = np.arange(256, dtype=np.uint8).repeat(3).reshape(1, 16, 16, 3)
     mean, std = [0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711]
     expected = (frames.astype(np.float64) / 255 - mean) / std

@@ -42,7 +42,7 @@ def _packets(path: Path) -> list[av.Packet]:
 
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("seconds", [1.0, 12.0])
-def test_mel_clips_while_reading_equal_those_of_the_whole_waveform(tmp_path, name, seconds):
+def test_streamed_mel_clips_equal_those_of_the_full_waveform(tmp_path, name, seconds):
     rate = 48000 if name.startswith("opus") else 44100
     path = write_sound(tmp_path / name, _sweep(seconds, rate), rate, *CODECS[name])
     whole, clips = media.read_audio(path), media.read_audio(path, num_clips=8)
@@ -52,11 +52,11 @@ def test_mel_clips_while_reading_equal_those_of_the_whole_waveform(tmp_path, nam
 
 
 @pytest.mark.parametrize("claim", [0, 5, 1000])
-def test_a_wrong_claim_of_the_length_changes_nothing(tmp_path, monkeypatch, claim):
+def test_a_wrong_declared_duration_changes_nothing(tmp_path, monkeypatch, claim):
     """The container's length only says where clips may be."""
     path = write_sound(tmp_path / "a.m4a", _sweep(12, 16000), 16000, "aac", "fltp")
     expected = media.read_audio(path, num_clips=8)
-    monkeypatch.setattr(audio_decoder.AudioDecoder, "_claimed_samples", lambda self: claim * 16000)
+    monkeypatch.setattr(audio_decoder.AudioDecoder, "_declared_samples", lambda self: claim * 16000)
     again = media.read_audio(path, num_clips=8)
     np.testing.assert_array_equal(again.mel, expected.mel)
     assert again.report == expected.report
@@ -66,23 +66,25 @@ def test_packets_with_wrong_durations_change_nothing(tmp_path, monkeypatch):
     """Packets of independent codecs are skipped only as long as their durations are right."""
     path = write_sound(tmp_path / "a.flac", _sweep(30, 16000), 16000, "flac", "s16")
     expected = media.read_audio(path, num_clips=8).mel
-    length_of, asked = audio_decoder.AudioDecoder._length_of, []
+    length_of, asked = audio_decoder.AudioDecoder._packet_length, []
 
     def wrong(self, packet):
         asked.append(packet)
         return length_of(self, packet) and length_of(self, packet) + (len(asked) > 20)
 
-    monkeypatch.setattr(audio_decoder.AudioDecoder, "_length_of", wrong)
+    monkeypatch.setattr(audio_decoder.AudioDecoder, "_packet_length", wrong)
     np.testing.assert_array_equal(media.read_audio(path, num_clips=8).mel, expected)
 
 
 def test_packets_that_no_clip_needs_are_not_decoded(tmp_path, monkeypatch):
     path = write_sound(tmp_path / "a.flac", tone(120, 16000), 16000, "flac", "s16")
-    decoded, take = [], audio_decoder.AudioDecoder._take
+    decoded, take = [], audio_decoder.AudioDecoder._keep_samples
     monkeypatch.setattr(
-        audio_decoder.AudioDecoder, "_take", lambda self, frame: decoded.append(frame.samples) or take(self, frame)
+        audio_decoder.AudioDecoder,
+        "_keep_samples",
+        lambda self, frame: decoded.append(frame.samples) or take(self, frame),
     )
-    assert media.read_audio(path, num_clips=8).report.seconds == 120
+    assert media.read_audio(path, num_clips=8).report.duration == 120
     assert sum(decoded) < 30 * 16000
 
 
@@ -128,7 +130,7 @@ def test_memory_does_not_grow_with_the_length_of_the_audio(tmp_path):
 
 
 @pytest.mark.slow
-def test_memory_of_90_minutes(tmp_path):
+def test_memory_of_90_minutes_of_audio_is_bounded(tmp_path):
     """The waveform takes 6.2 GB."""
     before, peak = _peaks_of_reading(_write_silence(tmp_path / "long.flac", seconds=5400))
     assert peak - before < 100
@@ -138,7 +140,7 @@ def test_memory_of_90_minutes(tmp_path):
 # ------------------------------------------------------------------------------------------------ lost packets
 
 
-def test_joined_mp3_files_lose_one_packet(tmp_path):
+def test_concatenated_mp3_files_lose_one_packet(tmp_path):
     one = write_sound(tmp_path / "one.mp3", _sweep(2, 44100), 44100, "libmp3lame", "fltp").read_bytes()
     (tmp_path / "joined.mp3").write_bytes(one + one)
     for read in (media.read_audio(tmp_path / "joined.mp3"), media.read_media(tmp_path / "joined.mp3", num_clips=8)):
@@ -160,7 +162,7 @@ TAGS = {
 
 
 @pytest.mark.parametrize("name", TAGS)
-def test_tags_around_an_mp3_are_no_loss_of_audio(tmp_path, name):
+def test_mp3_tags_do_not_count_as_lost_audio(tmp_path, name):
     path = write_sound(tmp_path / "plain.mp3", _sweep(2, 44100), 44100, "libmp3lame", "fltp")
     plain = media.read_audio(path).waveform
     (tmp_path / "tagged.mp3").write_bytes(TAGS[name](path.read_bytes()))
@@ -171,7 +173,7 @@ def test_tags_around_an_mp3_are_no_loss_of_audio(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["aac.m4a", "aac.ts", "aac.mka", "flac.flac", "mp3.mp3", "opus.ogg"])
-def test_a_damaged_packet_is_no_loss_of_the_audio(tmp_path, name):
+def test_a_corrupt_packet_loses_only_itself(tmp_path, name):
     codec, sample_format = {"aac.mka": ("aac", "fltp")}.get(name) or CODECS[name]
     path = write_sound(tmp_path / name, _sweep(5, 48000), 48000, codec, sample_format)
     whole = media.read_audio(path).waveform
@@ -185,7 +187,7 @@ def test_a_damaged_packet_is_no_loss_of_the_audio(tmp_path, name):
     assert media.read_audio(path, num_clips=8).mel.shape == (8, 128, 204)
 
 
-def test_too_many_lost_packets_are_an_error_that_says_where(tmp_path):
+def test_too_many_lost_packets_are_an_error_with_the_timestamp(tmp_path):
     path = write_sound(tmp_path / "a.m4a", _sweep(5, 48000), 48000, "aac", "fltp")
     data, packets = bytearray(path.read_bytes()), _packets(path)
     for packet in packets[100:150]:
@@ -212,7 +214,7 @@ def _wav(rate: int, channels: int, samples: int, bits: int = 16) -> bytes:
     ("rate", "channels", "bits"),
     [(5_000_011, 1, 16), (2**31 - 1, 1, 16), (48000, 65535, 8), (48000, 512, 16), (0, 1, 16), (48000, 0, 16)],
 )
-def test_absurd_declarations_are_one_clear_line(tmp_path, rate, channels, bits):
+def test_invalid_declarations_are_a_one_line_error(tmp_path, rate, channels, bits):
     (tmp_path / "a.wav").write_bytes(_wav(rate, channels, 300_000 // max(channels, 1), bits))
     code = (
         "import sys, vllama_jax.media as media\n"
@@ -226,7 +228,7 @@ def test_absurd_declarations_are_one_clear_line(tmp_path, rate, channels, bits):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1e30, 1e300])
-def test_values_that_are_not_finite_or_too_large_are_one_clear_line(tmp_path, value):
+def test_non_finite_and_huge_values_are_a_one_line_error(tmp_path, value):
     """Also where a waveform's sum would be finite."""
     sound = tone(3, 16000).astype(np.float64)
     sound[1, 20000] = value
@@ -237,7 +239,7 @@ def test_values_that_are_not_finite_or_too_large_are_one_clear_line(tmp_path, va
 
 
 @pytest.mark.parametrize("samples", [399, 400, 401])
-def test_the_shortest_audio(tmp_path, samples):
+def test_the_shortest_audio_is_one_mel_window(tmp_path, samples):
     """25 ms are one mel frame."""
     (tmp_path / "a.wav").write_bytes(_wav(16000, 1, samples))
     if samples < 400:
@@ -250,7 +252,7 @@ def test_the_shortest_audio(tmp_path, samples):
 
 
 @pytest.mark.parametrize("rate", [8000, 44100, 48000, 96000])
-def test_the_shortest_audio_at_other_rates(rate):
+def test_the_shortest_audio_at_other_sample_rates(rate):
     """The length counts at 16 kHz, rounded up."""
     assert media.mel_clips(np.zeros((1, rate // 40), np.float32), rate).shape == (8, 128, 204)
     with pytest.raises(MediaError, match="too short"):
@@ -262,7 +264,7 @@ def test_the_shortest_audio_at_other_rates(rate):
     [("pcm_f64le", "dbl", 1e-7), ("pcm_s24le", "s32", 2**-23), ("pcm_s32le", "s32", 2**-23), ("pcm_f32be", "flt", 0)],
 )
 @pytest.mark.parametrize("layout", ["mono", "5.1", "7.1"])
-def test_samples_of_every_width_and_layout(tmp_path, codec, sample_format, tolerance, layout):
+def test_every_sample_format_and_layout_is_read(tmp_path, codec, sample_format, tolerance, layout):
     channels = av.AudioLayout(layout).nb_channels
     sound = tone(0.5, 16000, channels) * np.linspace(0.1, 1, channels)[:, None].astype("f4")
     ending = "caf" if codec == "pcm_f32be" else "wav"
@@ -270,7 +272,7 @@ def test_samples_of_every_width_and_layout(tmp_path, codec, sample_format, toler
     np.testing.assert_allclose(media.read_audio(path).waveform, sound, atol=tolerance, rtol=0)
 
 
-def test_a_rate_that_changes_on_the_way_is_an_error_that_says_where(tmp_path):
+def test_a_changing_sample_rate_is_an_error_with_the_timestamp(tmp_path):
     parts = [
         write_sound(tmp_path / f"{rate}.mp3", _sweep(2, rate), rate, "libmp3lame", "fltp") for rate in (44100, 48000)
     ]

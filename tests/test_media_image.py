@@ -133,7 +133,7 @@ def test_gray_of_more_than_eight_bits_is_scaled(tmp_path, name):
 
 
 @pytest.mark.parametrize("ending", ["png", "tiff", "jp2"])
-def test_sixteen_bits_of_gray_keep_the_upper_eight(tmp_path, ending):
+def test_sixteen_bit_gray_keeps_the_upper_eight_bits(tmp_path, ending):
     if ending == "jp2" and not features.check("jpg_2000"):
         pytest.skip("Pillow has no JPEG 2000")
     gray = np.arange(32 * 32, dtype=np.uint16).reshape(32, 32) * 64
@@ -142,7 +142,7 @@ def test_sixteen_bits_of_gray_keep_the_upper_eight(tmp_path, ending):
     np.testing.assert_array_equal(read, np.repeat((gray >> 8).astype(np.uint8)[..., None], 3, axis=2))
 
 
-def test_gray_that_is_dark_stays_dark(tmp_path):
+def test_dark_gray_images_stay_dark(tmp_path):
     """Values are scaled by the range of their type, not to the full range."""
     path = _tiff(tmp_path / "a.tif", np.full((32, 32), 300, np.int32), 2)
     assert (media.read_image(path, size=32) == 1).all()
@@ -151,7 +151,7 @@ def test_gray_that_is_dark_stays_dark(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_one_clear_line(tmp_path, value):
+def test_non_finite_values_are_a_one_line_error(tmp_path, value):
     values = RAMP.astype("f4")
     values[3, 4] = value
     with pytest.raises(MediaError, match=r"a\.tif: the image has values that are not finite"):
@@ -198,7 +198,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("name", LARGE)
-def test_large_declared_sizes_are_one_clear_line(tmp_path, name):
+def test_large_declared_sizes_are_a_one_line_error(tmp_path, name):
     (tmp_path / name).write_bytes(LARGE[name])
     code = (
         "import sys, vllama_jax.media as media\n"

@@ -32,14 +32,14 @@ def test_resampling_is_a_windowed_sinc(rate):
 
 
 @pytest.mark.parametrize("rate", [8000, 44100, 48000])
-def test_resampling_a_part_equals_that_part_of_the_whole(rate):
+def test_resampling_a_section_equals_that_section_of_the_full_waveform(rate):
     waveform = np.random.default_rng(0).uniform(-1, 1, (2, rate)).astype(np.float32)
     whole = mel_module.resample(waveform, rate)
     for start, stop in ((0, 50), (1, 2), (7777, 9000), (15000, 99999)):
         np.testing.assert_array_equal(mel_module.resample(waveform, rate, start, stop), whole[:, start:stop])
 
 
-def test_a_long_sound_is_resampled_only_where_clips_are():
+def test_long_audio_is_resampled_only_where_clips_are():
     """20 minutes would be 77 MB at 16 kHz."""
     media.mel_clips(np.zeros((1, 44100), np.float32), 44100)
     long = np.broadcast_to(np.float32(0.1), (1, 20 * 60 * 44100))
@@ -51,20 +51,20 @@ def test_a_long_sound_is_resampled_only_where_clips_are():
     assert peak < 30e6
 
 
-def test_clip_starts():
+def test_clip_starts_are_evenly_spaced():
     assert media.clip_starts(115171, 8).tolist() == [0, 10396, 20792, 31189, 41585, 51981, 62378, 72774]
     assert media.clip_starts(20800, 8).tolist() == [0] * 8
     assert media.clip_starts(48000, 4).tolist() == [0, 4000, 8000, 12000]
 
 
 @pytest.mark.filterwarnings("ignore:At least one mel filter")
-def test_mel_is_kaldis():
+def test_mel_spectrograms_equal_kaldi():
     """Against transformers' own Kaldi imitation, with its triangles."""
     utils = pytest.importorskip("transformers.audio_utils")
     triangles = utils.mel_filter_bank(
         257, 128, 20, 8000, 16000, norm=None, mel_scale="kaldi", triangularize_in_mel_space=True
     )
-    np.testing.assert_allclose(mel_module.mel_triangles().T, triangles[:256], atol=1e-6)
+    np.testing.assert_allclose(mel_module.mel_filters().T, triangles[:256], atol=1e-6)
     rng = np.random.default_rng(0)
     sound = rng.normal(0, 0.1, (2, 40000)).astype(np.float32)
     mel = media.mel_clips(sound, 16000, num_clips=2)
@@ -99,7 +99,7 @@ def test_mel_takes_the_first_channel_and_the_mean_of_all():
     np.testing.assert_array_equal(sound, kept)
 
 
-def test_silence_is_the_floor():
+def test_silence_gives_the_mel_floor():
     mel = media.mel_clips(np.zeros((1, 32000), np.float32), 16000)
     np.testing.assert_allclose(mel[:, :, :198] * 9.138 - 4.268, -15.942385, atol=1e-5)
 
@@ -108,13 +108,13 @@ def test_silence_is_the_floor():
 
 
 @pytest.mark.parametrize("name", CLIPS)
-def test_golden_frames_are_bit_identical(shared, golden, name):
+def test_frames_are_bit_identical_to_the_golden_values(shared, golden, name):
     expected = np.load(golden / "media" / f"{name}_video.npz")
     facts = json.loads((golden / "media" / "media.json").read_text())[name]
     video = media.read_video(shared / "media" / f"{name}.mp4")
     np.testing.assert_array_equal(video.frames, expected["frames_uint8_thwc"])
     np.testing.assert_array_equal(media.frame_indices(facts["num_frames"], 8), facts["indices"])
-    times = ", ".join(str(round(second, 1)) for second in video.seconds.tolist())
+    times = ", ".join(str(round(second, 1)) for second in video.timestamps.tolist())
     assert facts["msg"] == f"The video contains 8 frames sampled at {times} seconds. "
     assert video.duration == pytest.approx(facts["num_frames"] / facts["fps"])
     assert video.report.audio == ("used" if facts["audio"] else "absent")
@@ -122,7 +122,7 @@ def test_golden_frames_are_bit_identical(shared, golden, name):
     np.testing.assert_allclose(normalized, expected["video_norm_cthw"], atol=1e-6)
 
 
-def test_golden_examples_have_the_same_digest(shared, golden):
+def test_example_media_have_the_golden_digests(shared, golden):
     examples = json.loads((golden / "media" / "all_examples.json").read_text())
     here = [name for name in examples if (shared / "media" / name).exists()]
     assert here
@@ -131,7 +131,7 @@ def test_golden_examples_have_the_same_digest(shared, golden):
         assert hashlib.sha256(frames.tobytes()).hexdigest() == examples[name]["frames_thwc_uint8_sha256"]
 
 
-def test_golden_image(shared, golden):
+def test_image_pixels_equal_the_golden_values(shared, golden):
     expected = np.load(golden / "media" / "dog_image.npz")
     image = media.read_image(shared / "media" / "dog.jpg")
     np.testing.assert_array_equal(image, expected["resized_uint8_hwc"])
@@ -149,7 +149,7 @@ def _undisturbed(starts: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["dog_barking", "boat"])
-def test_golden_sound(shared, golden, name):
+def test_audio_features_equal_the_golden_values(shared, golden, name):
     expected = np.load(golden / "media" / f"{name}_audio.npz")
     video = media.read_video(shared / "media" / f"{name}.mp4")
     np.testing.assert_array_equal(video.waveform[:, :44100], expected["waveform_orig"])
@@ -168,7 +168,7 @@ def test_golden_sound(shared, golden, name):
 
 
 @pytest.mark.parametrize("name", ["dog_barking", "boat"])
-def test_golden_mel_everywhere_when_clips_disturb_each_other(golden, name):
+def test_overlapping_clips_equal_the_golden_mel(golden, name):
     """The original subtracts each clip's mean in place, so that overlapping clips see shifted samples."""
     expected = np.load(golden / "media" / f"{name}_audio.npz")
     waveform = expected["waveform_16k"].copy()
@@ -178,10 +178,10 @@ def test_golden_mel_everywhere_when_clips_disturb_each_other(golden, name):
         np.testing.assert_allclose(media.mel_clips(clip, 16000, num_clips=1)[0], mel, atol=1e-3)
 
 
-def test_golden_short_sound_and_triangles(golden):
+def test_short_audio_and_mel_filters_equal_the_golden_values(golden):
     short = np.load(golden / "extra" / "short_audio.npz")
     mel = media.mel_clips(short["waveform_16k"], 16000)
     np.testing.assert_allclose(mel, short["mel"][:, 0], atol=1e-3)
     np.testing.assert_array_equal(media.clip_starts(short["waveform_16k"].shape[1], 8), short["clip_starts"])
     bank = np.load(golden / "extra" / "mel_filterbank.npz")
-    np.testing.assert_allclose(mel_module.mel_triangles(), bank["bins"], atol=2e-5)
+    np.testing.assert_allclose(mel_module.mel_filters(), bank["bins"], atol=2e-5)

@@ -9,18 +9,18 @@ import vllama_jax as vl
 from vllama_jax.media import read_frames, read_segment, read_video
 
 
-def test_a_segment_is_read_as_a_file_of_its_own(tmp_path):
+def test_a_segment_is_read_like_a_separate_file(tmp_path):
     path = media_fixtures.write_video(tmp_path / "a.mp4", num_frames=100, sound=media_fixtures.tone(4, 16000))
     part = read_segment(path, 1.0, 3.0, num_frames=5)
     assert media_fixtures.numbers_of(part.frames) == [25, 35, 45, 55, 65]
-    np.testing.assert_allclose(part.seconds, [0.0, 0.4, 0.8, 1.2, 1.6])
-    assert (part.duration, part.report.seconds, part.report.audio) == (2.0, 2.0, "used")
+    np.testing.assert_allclose(part.timestamps, [0.0, 0.4, 0.8, 1.2, 1.6])
+    assert (part.duration, part.report.duration, part.report.audio) == (2.0, 2.0, "used")
     np.testing.assert_array_equal(part.waveform, read_video(path).waveform[:, 16000:48000])
     silent = read_segment(path, 4.5, 9.0).report
     assert silent.audio == "failed: 0.0 ms of audio are too short; give at least 25"
 
 
-def test_a_segment_ends_with_its_video(tmp_path):
+def test_a_segment_ends_at_the_end_of_its_video(tmp_path):
     path = media_fixtures.write_video(tmp_path / "a.mp4", num_frames=50)
     assert media_fixtures.numbers_of(read_segment(path, 1.6, 9.0, num_frames=2).frames) == [40, 45]
     assert media_fixtures.numbers_of(read_segment(path, 7.0, 9.0, num_frames=2).frames) == [49]
@@ -28,14 +28,14 @@ def test_a_segment_ends_with_its_video(tmp_path):
         read_segment(path, 3.0, 1.0)
 
 
-def test_a_folder_of_frames(tmp_path):
+def test_a_segment_of_a_frame_folder(tmp_path):
     for number in range(12):
         Image.new("RGB", (32, 32), (20 * number, 0, 0)).save(tmp_path / f"{number:05}.png")
     whole = read_frames(tmp_path, rate=3, num_frames=4, size=16)
     assert (whole.frames.shape, whole.duration, whole.report.audio) == ((4, 16, 16, 3), 4.0, "absent")
     part = read_frames(tmp_path, rate=3, num_frames=3, size=16, start=1.0, end=2.0)
     assert part.frames[:, 0, 0, 0].tolist() == [60, 80, 100]
-    np.testing.assert_allclose(part.seconds, [0, 1 / 3, 2 / 3])
+    np.testing.assert_allclose(part.timestamps, [0, 1 / 3, 2 / 3])
     (tmp_path / "empty").mkdir()
     with pytest.raises(vl.MediaError, match="no pictures in the folder"):
         read_frames(tmp_path / "empty", rate=3)

@@ -79,7 +79,7 @@ def read(path: Path) -> str:
 def test_a_complete_file_is_accepted_without_a_note(files, name):
     report = media.read_media(files[name]).report
     assert report.notes == ()
-    assert report.seconds == pytest.approx(0.8 if name in ("a.gif", "a.apng") else 2, abs=0.15)
+    assert report.duration == pytest.approx(0.8 if name in ("a.gif", "a.apng") else 2, abs=0.15)
     assert find_truncation(str(files[name])) is None
 
 
@@ -96,13 +96,13 @@ def test_a_truncated_file_is_refused_or_noted(files, tmp_path, name, share):
 
 @pytest.mark.parametrize("name", [*LIVE, "a.gif"])
 @pytest.mark.parametrize("share", [0.97, 0.7])
-def test_a_recording_that_was_broken_off_is_used_with_a_note(files, tmp_path, name, share):
+def test_an_interrupted_recording_is_used_with_a_note(files, tmp_path, name, share):
     report = media.read_media(cut(files[name], tmp_path, share)).report
     assert "the file may be truncated: " in str(report)
-    assert 0.3 < report.seconds / (0.8 if name == "a.gif" else 2) <= 1
+    assert 0.3 < report.duration / (0.8 if name == "a.gif" else 2) <= 1
 
 
-def test_a_fragmented_mp4_that_is_cut_in_its_last_fragment(files, tmp_path):
+def test_a_fragmented_mp4_truncated_in_its_last_fragment(files, tmp_path):
     data = files["fragments.mp4"].read_bytes()
     last = data.rindex(b"mdat") - 4
     length = int.from_bytes(data[last : last + 4], "big")
@@ -116,20 +116,20 @@ def test_a_fragmented_mp4_that_is_cut_in_its_last_fragment(files, tmp_path):
     )
 
 
-def test_half_an_avi_says_how_much_is_there(files, tmp_path):
+def test_a_truncated_avi_error_reports_the_sizes(files, tmp_path):
     with pytest.raises(MediaError, match=r"only \d\d of 50 frames could be read \([\d,]+ of [\d,]+ bytes are there\)"):
         media.read_video(cut(files["a.avi"], tmp_path, 0.8))
 
 
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
-def test_sizes_of_files_that_were_written_to_a_pipe(files, tmp_path, size):
+def test_unset_sizes_of_files_written_to_a_pipe_are_accepted(files, tmp_path, size):
     for name in ("a.avi", "a.wav"):
         data = files[name].read_bytes()
         (tmp_path / name).write_bytes(data[:4] + size.to_bytes(4, "little") + data[8:])
         assert media.read_media(tmp_path / name).report.notes == ()
 
 
-def test_a_recording_whose_declared_duration_is_far_longer(tmp_path):
+def test_a_declared_duration_that_is_too_long_is_noted(tmp_path):
     """As browsers' recordings are, once a script has added their duration: the segment's size stays unknown."""
     path = write_video(tmp_path / "a.webm", num_frames=100, muxer={"live": "1"}, **VPX)
     data = path.read_bytes()

@@ -20,13 +20,13 @@ def numbered(count):
 
 
 @pytest.mark.parametrize("channels", [None, 1, 2])
-def test_what_is_written_is_read(tmp_path, channels):
+def test_written_videos_are_read_back(tmp_path, channels):
     sound = None if channels is None else tone(4, 16000, channels)
     path = tmp_path / "clip.mp4"
     write_video(path, numbered(75), 25, sound)
     video = read_video(path, num_frames=75, size=SIDE)
     assert numbers_of(video.frames) == list(range(75))
-    assert video.seconds.tolist() == pytest.approx((np.arange(75) / 25).tolist())
+    assert video.timestamps.tolist() == pytest.approx((np.arange(75) / 25).tolist())
     if channels is None:
         assert video.report.audio == "absent"
         return
@@ -37,7 +37,7 @@ def test_what_is_written_is_read(tmp_path, channels):
     assert np.abs(heard - sound[:, : heard.shape[1]])[:, 2048:-2048].max() < 0.05
 
 
-def test_the_same_file_each_time(tmp_path):
+def test_writing_is_deterministic(tmp_path):
     draw, side = np.random.default_rng(0), 96
     ground = draw.uniform(100, 150, (side, side, 3))
     frames = [np.clip(ground + draw.normal(0, 8, ground.shape), 0, 255).astype(np.uint8) for _ in range(24)]
@@ -50,7 +50,7 @@ def test_the_same_file_each_time(tmp_path):
     assert len({file.read_bytes() for file in files}) == 1
 
 
-def test_sound_and_pictures_lie_side_by_side(tmp_path):
+def test_audio_and_frames_are_interleaved(tmp_path):
     write_video(tmp_path / "clip.mp4", numbered(250), 25, tone(10, 16000))
     with av.open(str(tmp_path / "clip.mp4")) as container:
         order = [packet.stream.type for packet in container.demux() if packet.size]
@@ -59,12 +59,12 @@ def test_sound_and_pictures_lie_side_by_side(tmp_path):
 
 
 @pytest.mark.parametrize(("fps", "expected"), [(30000 / 1001, 30000 / 1001), (12.5, 12.5), (1, 1)])
-def test_frame_rates(tmp_path, fps, expected):
+def test_written_frame_rates_are_read_back(tmp_path, fps, expected):
     write_video(tmp_path / "clip.mp4", numbered(10), fps)
-    assert read_video(tmp_path / "clip.mp4").seconds[1] == pytest.approx(1 / expected, rel=1e-9)
+    assert read_video(tmp_path / "clip.mp4").timestamps[1] == pytest.approx(1 / expected, rel=1e-9)
 
 
-def test_frames_from_an_iterator_are_not_held(tmp_path):
+def test_frames_from_an_iterator_are_written_one_at_a_time(tmp_path):
     side = 512
     frame_bytes = side * side * 3
     tracemalloc.start()
@@ -92,13 +92,13 @@ ODD = [
 
 
 @pytest.mark.parametrize(("frames", "fps", "waveform", "sample_rate", "message"), ODD)
-def test_what_cannot_be_written(tmp_path, frames, fps, waveform, sample_rate, message):
+def test_invalid_frames_and_waveforms_are_refused(tmp_path, frames, fps, waveform, sample_rate, message):
     with pytest.raises(MediaError, match=message) as caught:
         write_video(tmp_path / "clip.mp4", frames, fps, waveform, sample_rate)
     assert "\n" not in str(caught.value)
     assert str(caught.value).startswith(str(tmp_path / "clip.mp4"))
 
 
-def test_a_path_that_cannot_be_written(tmp_path):
+def test_an_unwritable_path_is_reported(tmp_path):
     with pytest.raises(MediaError, match=r"missing/clip.mp4: the video cannot be written \(No such file"):
         write_video(tmp_path / "missing" / "clip.mp4", numbered(2), 25)

@@ -22,8 +22,8 @@ from vllama_jax.data.config import DataConfig, DatasetConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.memory import estimate
 from vllama_jax.memory.abstract_run import abstract_run, compiled_memory
-from vllama_jax.memory.activations import Shape, reading_layer
-from vllama_jax.memory.estimate import DEVICES, Device, Need
+from vllama_jax.memory.activations import StepShape, estimate_prefill_layer
+from vllama_jax.memory.estimate import DEVICES, Device, MemoryEstimate
 from vllama_jax.model import load
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.train.config import AUDIO_BRANCH, LORA, VISION_BRANCH, LoraConfig, MeshConfig, TrainConfig
@@ -44,7 +44,7 @@ def config_of(mesh: MeshConfig = ALONE, rows: int = 4, **options) -> TrainConfig
     return TrainConfig(**{**fields, **options})
 
 
-def split_need(need: Need) -> tuple[int, int]:
+def split_need(need: MemoryEstimate) -> tuple[int, int]:
     """Bytes on a device that are there before and after a step, and those that a step takes beside them."""
     at_work = sum(need.device[part] for part in AT_WORK)
     return need.device_total - at_work, at_work
@@ -83,12 +83,12 @@ COMPILED = [
 
 @SLOW
 @pytest.mark.parametrize(("model", "mesh", "length", "options", "ratio"), COMPILED)
-def test_a_step_as_xla_compiles_it(model, mesh, length, options, ratio):
+def test_step_estimate_matches_compiled_memory(model, mesh, length, options, ratio):
     config = config_of(mesh, compute_dtype="float32", **options)
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
     places = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=devices)
     compiled = compiled_memory(abstract_run(model, config, places, length), places)
-    still, at_work = split_need(estimate.training(model, "step", config, mesh, CPU, length))
+    still, at_work = split_need(estimate.estimate_training(model, "step", config, mesh, CPU, length))
     assert still == pytest.approx(compiled.argument_size_in_bytes, rel=1e-3)
     assert at_work / compiled.temp_size_in_bytes == pytest.approx(ratio, rel=0.1)
 
@@ -119,107 +119,114 @@ TPUS = [
 
 
 @pytest.mark.parametrize("row", TPUS, ids=str)
-def test_a_step_as_it_compiles_for_tpus(row):
+def test_step_estimate_matches_tpu_compilations(row):
     size, (data, fsdp, tensor), rows, length, encoders, arguments, temporaries, ratio = row
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
     config = config_of(mesh, rows, data=DataConfig() if encoders else DataConfig(feature_cache="f"))
-    need = estimate.training(SIZES[size](), "step", config, mesh, DEVICES["v5e"], length)
+    need = estimate.estimate_training(SIZES[size](), "step", config, mesh, DEVICES["v5e"], length)
     still, at_work = split_need(need)
     assert still == pytest.approx(arguments * GIGA, rel=0.1, abs=0.01 * GIGA)
     assert at_work / (temporaries * GIGA) == pytest.approx(ratio, abs=0.01)
 
 
 @pytest.mark.parametrize("scheme", [pytest.param(None, marks=SLOW), pytest.param("int8", marks=SLOW), "int4"])
-def test_a_chat_as_it_is_loaded_and_compiled(tiny_model, scheme):
+def test_chat_estimate_matches_loaded_and_compiled_memory(tiny_model, scheme):
     mesh = sharding.make_mesh(data=2, tensor=4)
     network = load(tiny_model, mesh=mesh, quantize=scheme).network
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(network))
     config = open_model(tiny_model).config
-    need = estimate.chatting(config, MeshConfig(data=2, tensor=4), CPU, scheme=scheme)
+    need = estimate.estimate_chat(config, MeshConfig(data=2, tensor=4), CPU, scheme=scheme)
     assert sum(need.device.values()) - need.device["key-value cache"] - need.device["activations"] == held
     assert isinstance(jax.tree.leaves(network)[0].sharding, NamedSharding)
 
 
 @SLOW
 @pytest.mark.parametrize("beams", [1, 3])
-def test_the_cache_and_a_prompt_as_xla_compiles_them(beams):
+def test_cache_and_prefill_estimates_match_compiled_memory(beams):
     llama = dataclasses.replace(tiny().llama, width=256, num_heads=8, num_kv_heads=8, head_dim=32, mlp_dim=704)
     model = dataclasses.replace(tiny(), llama=llama)
     network = random_network(model).llama
     network.unstack()
     generation = GenerationConfig(num_beams=beams)
-    need = estimate.chatting(model, ALONE, CPU, generation=generation)
+    need = estimate.estimate_chat(model, ALONE, CPU, generation=generation)
     padded = generate.padded_prompt_length(llama.max_length - 300)
     arguments = (
         jnp.zeros((1, padded), jnp.int32),
         jnp.zeros((1, padded), bool),
         jnp.zeros(1, jnp.int32),
         jnp.zeros((1, 40, 256)),
-        generate._settings(generation, 1, 2, ()),
+        generate._make_settings(generation, 1, 2, ()),
         jax.random.key(0),
     )
-    choose = generate.Choice(beams, sample=False, top_k=0)
-    compiled = generate._prefill.lower(network, *arguments, room=320, choose=choose).compile().memory_analysis()
+    strategy = generate.DecodingStrategy(beams, sample=False, top_k=0)
+    compiled = (
+        generate._prefill.lower(network, *arguments, new_token_capacity=320, strategy=strategy)
+        .compile()
+        .memory_analysis()
+    )
     cache = need.device["key-value cache"]
     assert cache == pytest.approx(compiled.output_size_in_bytes, rel=0.02)
-    at_work = reading_layer(
-        llama, Shape(rows=1, length=padded, itemsize=4, mesh=ALONE), generate.padded_prompt_length(padded + 320)
+    at_work = estimate_prefill_layer(
+        llama, StepShape(rows=1, length=padded, itemsize=4, mesh=ALONE), generate.padded_prompt_length(padded + 320)
     )
     assert LOW < at_work / compiled.temp_size_in_bytes < HIGH
 
 
-def test_longest_samples_are_what_batches_are_padded_to():
+def test_longest_examples_equal_the_padded_lengths():
     stages = {"vision_stage1": 72, "vision_stage2": 512, "audio_stage1": 48, "audio_stage2": 640}
     for stage, length in stages.items():
-        assert estimate.longest_sample(SIZES["7b"](), load_config(stage)[0]) == length
+        assert estimate.longest_example_length(SIZES["7b"](), load_config(stage)[0]) == length
 
 
-def test_what_is_split_over_fsdp_takes_its_share_and_a_chat_does_not_know_fsdp():
+def test_fsdp_shards_training_memory_and_chat_refuses_fsdp():
     model, config = SIZES["7b"](), config_of(rows=8)
     split = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8))
-    whole = estimate.training(model, "step", config, ALONE, DEVICES["H100"]).device
-    part = estimate.training(model, "step", split, split.mesh, DEVICES["H100"]).device
+    whole = estimate.estimate_training(model, "step", config, ALONE, DEVICES["H100"]).device
+    part = estimate.estimate_training(model, "step", split, split.mesh, DEVICES["H100"]).device
     assert part["llama"] == pytest.approx(whole["llama"] / 8, rel=1e-3)
     assert part["Adam's moments"] < whole["Adam's moments"] / 4
-    chat = estimate.chatting(model, split.mesh, DEVICES["H100"]).device
+    chat = estimate.estimate_chat(model, split.mesh, DEVICES["H100"]).device
     assert chat["llama"] == whole["llama"]
-    assert estimate.chatting(model, MeshConfig(data=1, tensor=8), DEVICES["H100"]).device["llama"] < whole["llama"] / 7
+    assert (
+        estimate.estimate_chat(model, MeshConfig(data=1, tensor=8), DEVICES["H100"]).device["llama"]
+        < whole["llama"] / 7
+    )
 
 
-def test_beams_and_longer_conversations_take_more():
+def test_beams_and_longer_conversations_need_more_memory():
     model = SIZES["7b"]()
-    short = estimate.chatting(model, ALONE, DEVICES["H100"], length=100)
-    beams = estimate.chatting(model, ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=4))
+    short = estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=100)
+    beams = estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=4))
     assert short.device["key-value cache"] == 512 * 32 * 2 * 4096 * 2  # 128 and room for 320, as generate.py pads them
     assert beams.device["key-value cache"] == 4 * short.device["key-value cache"]
     with pytest.raises(ConfigError, match="the model reads 2048"):
-        estimate.chatting(model, ALONE, DEVICES["H100"], length=2000)
+        estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=2000)
 
 
 def test_verdicts_follow_the_usable_memory():
     device = Device("d", 100, 0.5, 1)
-    fits, tight, large = (Need("n", "", {"part": size}, {}) for size in (45, 46, 51))
+    fits, tight, large = (MemoryEstimate("n", "", {"part": size}, {}) for size in (45, 46, 51))
     assert [estimate.verdict(need, device) for need in (fits, tight, large)] == ["fits", "tight", "does not fit"]
     shared = Device("cpu", 100, 1.0, 2, is_host=True)
-    assert estimate.usable(Need("n", "", {}, {"program": 20}), shared) == 90
+    assert estimate.usable_bytes(MemoryEstimate("n", "", {}, {"program": 20}), shared) == 90
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(0, 8), (4, 8), (16, 16)])
 def test_processes_share_the_threads_that_decode(processes, threads):
     config = config_of(data=DataConfig(num_threads=8, num_workers=processes))
-    host = estimate.training(tiny(), "step", config, ALONE, CPU).host
+    host = estimate.estimate_training(tiny(), "step", config, ALONE, CPU).host
     assert host["decoding"] == threads * estimate.DECODER_BYTES
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
-def test_gradients_are_float32_sums_beside_those_of_a_part(dtype, itemsize, grad_accum_steps):
+def test_gradient_accumulation_adds_float32_sums(dtype, itemsize, grad_accum_steps):
     """A step has gradients in the compute dtype and in float32, and with parts of a batch their sum in float32."""
     shapes = abstract_network(tiny(), "float32")
     trainable = (shapes.video_qformer, shapes.llama_proj, shapes.frame_positions)
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     config = config_of(grad_accum_steps=grad_accum_steps, compute_dtype=dtype)
-    need = estimate.training(tiny(), "step", config, ALONE, CPU).device
+    need = estimate.estimate_training(tiny(), "step", config, ALONE, CPU).device
     assert need["what learns"] == 4 * count
     assert need["Adam's moments"] == pytest.approx(8 * count, abs=16), "and counters"
     assert need["gradients"] == (4 * grad_accum_steps + itemsize) * count
@@ -227,47 +234,47 @@ def test_gradients_are_float32_sums_beside_those_of_a_part(dtype, itemsize, grad
 
 @pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_head_of_a_large_vocabulary_takes_most(fsdp, tensor, tied):
+def test_logits_dominate_with_a_large_vocabulary(fsdp, tensor, tied):
     """Scores and their gradients in float32 where a label is, and the head's weights when they are gathered."""
     llama = dataclasses.replace(tiny().llama, vocab_size=400_000, tie_embeddings=tied)
     model, mesh = dataclasses.replace(tiny(), llama=llama), MeshConfig(data=1, fsdp=fsdp, tensor=tensor)
     config = config_of(mesh, rows=3, data=DataConfig(feature_cache="f"), compute_dtype="bfloat16")
-    need = estimate.training(model, "step", config, mesh, DEVICES["H100"], length=100).device
+    need = estimate.estimate_training(model, "step", config, mesh, DEVICES["H100"], length=100).device
     labels = 100 - model.video_qformer.num_queries
     assert need["activations"] == 2 * 3 * labels * 400_000 // tensor * 4
     assert need["weights at hand"] == (llama.width * 400_000 * 2 if fsdp > 1 else 0)
 
 
 @pytest.mark.parametrize(("processes", "prefetch", "batches"), [(0, 4, 5), (1, 4, 5), (2, 4, 9), (3, 2, 7)])
-def test_batches_ahead_are_those_of_each_process_and_the_step_s(processes, prefetch, batches):
+def test_prefetched_batches_are_counted_for_each_process(processes, prefetch, batches):
     """Each process decodes its own: `prefetch` of them, beside the one batch that a step works on."""
     model, length, labels = tiny(), 128, 128 - tiny().video_qformer.num_queries
     mesh = MeshConfig(data=16)  # on two hosts of eight devices
     config = config_of(mesh, rows=4, data=DataConfig(num_workers=processes, prefetch=prefetch))
     pictures = model.num_frames * model.vit.image_size**2 * 3  # uint8
     row = pictures + (4 + 1) * length + 4 + (4 + 4) * labels  # ids, is_media; length; positions, targets
-    host = estimate.training(model, "step", config, mesh, CPU, length).host
+    host = estimate.estimate_training(model, "step", config, mesh, CPU, length).host
     assert host["batches ahead"] == batches * 16 * 4 * row // 2
     assert host["program"] == estimate.PROGRAM_BYTES * (1 + processes)
 
 
-def test_advice_is_followed_by_a_fit():
+def test_suggested_flags_fit():
     model, device, config = SIZES["13b"](), DEVICES["v5e"], load_config("vision_stage2")[0]
-    need = estimate.training(model, "step", config, ALONE, device)
+    need = estimate.estimate_training(model, "step", config, ALONE, device)
     assert estimate.verdict(need, device) == "does not fit"
-    assert estimate.advice(model, need, config, ALONE, device) == "--mesh.data 1 --mesh.fsdp 4"
+    assert estimate.suggest_flags(model, need, config, ALONE, device) == "--mesh.data 1 --mesh.fsdp 4"
     wider = MeshConfig(data=1, fsdp=4)
-    assert estimate.verdict(estimate.training(model, "step", config, wider, device), device) == "fits"
+    assert estimate.verdict(estimate.estimate_training(model, "step", config, wider, device), device) == "fits"
     narrow = Device("mine", 16 * GIGA, 1.0, 1)  # of devices that are here there are no more
-    assert estimate.advice(model, need, config, ALONE, narrow) == ""
+    assert estimate.suggest_flags(model, need, config, ALONE, narrow) == ""
 
 
 @pytest.mark.parametrize("spelled", ["A100-40", "a100 40gb", "A100_40GB"])
-def test_devices_are_found_however_they_are_spelled(spelled):
+def test_device_names_are_matched_in_any_spelling(spelled):
     assert estimate.find_device(spelled).bytes == 40 * GIGA
 
 
-def test_here_is_the_memory_of_this_machine():
+def test_device_here_is_this_machine():
     here = estimate.find_device("here")
     assert here.is_host
     assert GIGA // 16 < here.bytes * here.per_host < 2**44
@@ -278,7 +285,7 @@ def tell(capsys, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
-def test_a_size_is_told_for_a_chat_and_both_stages(capsys):
+def test_a_model_size_is_estimated_for_a_chat_and_both_stages(capsys):
     told = tell(capsys, "7b", "--devices", "H100")
     assert told.startswith("7b on 1 × H100 (data 1, fsdp 1, tensor 1), each with 80.0 GB, of which JAX takes 60.0 GB")
     assert "GB on each device         chat  vision_stage1  vision_stage2" in told
@@ -291,12 +298,12 @@ def test_a_size_is_told_for_a_chat_and_both_stages(capsys):
         assert sum(size for part, size in use["device"].items() if part != "all") == use["device"]["all"]
 
 
-def test_a_model_directory_fits_for_all_uses(capsys, tiny_model):
+def test_a_model_directory_is_estimated_for_all_uses(capsys, tiny_model):
     report = json.loads(tell(capsys, tiny_model, "--devices", "v5e", "--batch-size", 4, "--json"))
     assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
 
 
-def test_a_quantised_model_is_told_of_a_chat_alone(capsys, tiny_model, tmp_path):
+def test_a_quantized_model_is_estimated_for_a_chat_only(capsys, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     manifest = json.loads((model / "manifest.json").read_text())
     (model / "manifest.json").write_text(json.dumps(manifest | {"quantized": "int8"}))  # nothing else is read of it
@@ -312,12 +319,12 @@ def test_a_quantised_model_is_told_of_a_chat_alone(capsys, tiny_model, tmp_path)
 
 
 @SLOW
-def test_a_run_directory_fits_for_all_uses(capsys, stage1):
+def test_a_run_directory_is_estimated_for_all_uses(capsys, stage1):
     report = json.loads(tell(capsys, stage1, "--devices", "v5e", "--batch-size", 4, "--json"))
     assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
 
 
-def test_a_run_config_with_every_field_a_flag(capsys):
+def test_run_config_fields_can_be_overridden_by_flags(capsys):
     flags = ["--model", "13b", "--devices", "v5e", "--mesh.fsdp", 16, "--batch-size", 64, "--length", 128]
     report = json.loads(tell(capsys, "vision_stage1", *flags, "--json"))
     (use,) = report["uses"].values()
@@ -326,17 +333,17 @@ def test_a_run_config_with_every_field_a_flag(capsys):
 
 
 @SLOW
-def test_exact_figures_are_those_of_the_compiled_step(capsys, tiny_model):
+def test_exact_estimates_come_from_the_compiled_step(capsys, tiny_model):
     flags = ["--model", tiny_model, "--batch-size", 8, "--length", 128, "--exact", "--json"]
     (use,) = json.loads(tell(capsys, "vision_stage1", *flags))["uses"].values()
     still, at_work = split_need(
-        Need("", "", {part: use["device"][part] for part in use["device"] if part != "all"}, {})
+        MemoryEstimate("", "", {part: use["device"][part] for part in use["device"] if part != "all"}, {})
     )
     assert still == pytest.approx(use["compiled"]["arguments"], rel=1e-3)
     assert LOW < at_work / use["compiled"]["temporaries"] < HIGH
 
 
-def test_fit_is_required_only_where_that_is_asked(capsys):
+def test_only_require_fit_makes_a_bad_fit_an_error(capsys):
     told = tell(capsys, "7b", "--devices", "v5e")
     in_python = "vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor=2))"
     assert f"does not fit (it would with 2 devices, in Python: {in_python})" in told
@@ -344,7 +351,7 @@ def test_fit_is_required_only_where_that_is_asked(capsys):
         tell(capsys, "7b", "--devices", "v5e", "--require-fit")
 
 
-def test_what_fits_tightly_is_refused_where_a_fit_is_required(capsys, monkeypatch):
+def test_require_fit_refuses_a_tight_fit(capsys, monkeypatch):
     monkeypatch.setattr(estimate, "MARGIN", 0.9999)
     assert "tight" in tell(capsys, "tiny", "--devices", "v5e")
     with pytest.raises(SystemExit, match="vllama: chat: tight"):

@@ -8,7 +8,7 @@ from vllama_jax.cli.memory import SIZES
 from vllama_jax.config import GenerationConfig, tiny
 from vllama_jax.data.config import DataConfig, DatasetConfig
 from vllama_jax.memory import estimate
-from vllama_jax.memory.estimate import DEVICES, Device, Need
+from vllama_jax.memory.estimate import DEVICES, Device, MemoryEstimate
 from vllama_jax.train.config import MeshConfig, TrainConfig
 from vllama_jax.train.config_files import load_config
 
@@ -19,7 +19,7 @@ LARGEST = 32 * 4096 * 11008  # its largest weight, one stack of the feed-forward
 CPU = Device("cpu", 16 * GIGA, 1.0, 8, is_host=True)
 
 
-def train_need(mesh: MeshConfig = ALONE, device: Device = DEVICES["H100"], rows: int = 4, **options) -> Need:
+def train_need(mesh: MeshConfig = ALONE, device: Device = DEVICES["H100"], rows: int = 4, **options) -> MemoryEstimate:
     """A run on features, of samples of 128 tokens of which 32 are media."""
     config = TrainConfig(
         model="m",
@@ -29,7 +29,7 @@ def train_need(mesh: MeshConfig = ALONE, device: Device = DEVICES["H100"], rows:
         mesh=mesh,
         **{"data": DataConfig(feature_cache="f"), **options},
     )
-    return estimate.training(SIZES["7b"](), "run", config, mesh, device, 128)
+    return estimate.estimate_training(SIZES["7b"](), "run", config, mesh, device, 128)
 
 
 # Of a row: features of 8 frames, ids, is_media, its length, and a position and a target for each other token.
@@ -37,7 +37,7 @@ ROW = 8 * 32 * 768 * 2 + 128 * 4 + 128 + 4 + 96 * (4 + 4)
 
 
 @pytest.mark.parametrize(("mesh", "parts", "gathered"), [(ALONE, 1, 1), (SPLIT, 8, 2)])
-def test_what_a_device_holds_in_training(mesh, parts, gathered):
+def test_training_entries_of_a_device(mesh, parts, gathered):
     """Where weights are split, the next layer is gathered while one is at work."""
     device = train_need(mesh).device
     assert device["llama"] == pytest.approx(2 * 6_738_415_616 / parts, rel=1e-3)
@@ -47,40 +47,42 @@ def test_what_a_device_holds_in_training(mesh, parts, gathered):
 
 
 @pytest.mark.parametrize(("devices", "hosts"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
-def test_a_batch_is_read_by_as_many_hosts_as_the_devices_need(devices, hosts):
+def test_hosts_follow_from_the_number_of_devices(devices, hosts):
     """A v5e host has four chips. One batch is at work and four are ahead."""
     host = train_need(MeshConfig(data=devices), DEVICES["v5e"]).host
     assert host["batches ahead"] == 5 * (4 * devices * ROW // hosts)
 
 
 @pytest.mark.parametrize("processes", [0, 3])
-def test_every_process_that_decodes_is_a_program(processes):
+def test_each_decoding_process_needs_memory(processes):
     assert (
         train_need(data=DataConfig(feature_cache="f", num_workers=processes)).host["program"]
         == (1 + processes) * 2 * GIGA
     )
 
 
-def test_on_their_way_to_an_accelerator_are_as_many_weights_as_are_read_at_once():
+def test_loading_to_an_accelerator_needs_one_read_of_weights_on_the_host():
     """At most 4 GB, or one whole weight in float32; all of a model that is smaller."""
-    large = estimate.chatting(SIZES["7b"](), ALONE, DEVICES["H100"]).host["weights while they load"]
+    large = estimate.estimate_chat(SIZES["7b"](), ALONE, DEVICES["H100"]).host["weights while they load"]
     assert large == (LARGEST * 4 // GIGA + 1) * GIGA == 6 * GIGA
-    small = estimate.chatting(tiny(), ALONE, DEVICES["H100"])
+    small = estimate.estimate_chat(tiny(), ALONE, DEVICES["H100"])
     assert small.host["weights while they load"] == sum(
         size for part, size in small.device.items() if part not in ("key-value cache", "activations")
     )
 
 
-def test_on_their_way_to_a_cpu_is_one_weight():
+def test_loading_to_a_cpu_needs_one_weight():
     """It is the host's memory, so that one is there twice: the largest, ImageBind's patches of two frames."""
-    need = estimate.chatting(tiny(), ALONE, CPU)
+    need = estimate.estimate_chat(tiny(), ALONE, CPU)
     assert need.host["weights while they load"] == 2 * (3 * 14 * 14) * 64 * 4
 
 
-def test_a_chat_holds_a_cache_and_what_is_at_work_beside_it():
+def test_chat_entries_of_cache_and_temporaries():
     """Layers become arrays of their own one weight at a time, before there is a cache; beams change places in it."""
     one, beams = (
-        estimate.chatting(SIZES["7b"](), ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=n))
+        estimate.estimate_chat(
+            SIZES["7b"](), ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=n)
+        )
         for n in (1, 16)
     )
     cache = 512 * 32 * 2 * 4096 * 2  # 128 positions and room for 320, padded to 512; keys and values in bfloat16
@@ -88,23 +90,23 @@ def test_a_chat_holds_a_cache_and_what_is_at_work_beside_it():
     assert (beams.device["key-value cache"], beams.device["activations"]) == (16 * cache, 16 * cache)
 
 
-def test_advice_is_the_fewest_parts_that_fit():
+def test_suggested_flags_use_the_fewest_accumulation_steps():
     model, run = SIZES["7b"](), load_config("vision_stage2")[0]
     mine = Device("mine", 20 * GIGA + GIGA // 2, 1.0, 1)
 
     def verdict(parts: int) -> str:
         return estimate.verdict(
-            estimate.training(model, "", dataclasses.replace(run, grad_accum_steps=parts), ALONE, mine), mine
+            estimate.estimate_training(model, "", dataclasses.replace(run, grad_accum_steps=parts), ALONE, mine), mine
         )
 
     assert [verdict(parts) for parts in (1, 4, 8, 32)] == ["does not fit", "tight", "fits", "fits"]
-    need = estimate.training(model, "", run, ALONE, mine)
-    assert estimate.advice(model, need, run, ALONE, mine) == "--grad-accum-steps 8"
+    need = estimate.estimate_training(model, "", run, ALONE, mine)
+    assert estimate.suggest_flags(model, need, run, ALONE, mine) == "--grad-accum-steps 8"
 
 
-def test_devices_are_as_their_makers_sell_them():
+def test_device_memory_is_the_manufacturers():
     """Gigabytes, the share of them that JAX takes, and devices of a host."""
-    found = {name: (device.bytes // GIGA, device.usable, device.per_host) for name, device in DEVICES.items()}
+    found = {name: (device.bytes // GIGA, device.usable_fraction, device.per_host) for name, device in DEVICES.items()}
     gpus = {"H200": 141, "H100": 80, "A100-80": 80, "A100-40": 40, "L4": 24, "RTX-4090": 24, "RTX-3090": 24}
     tpus = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
     assert found == {name: (size, 0.75, 8) for name, size in gpus.items()} | {
@@ -112,14 +114,16 @@ def test_devices_are_as_their_makers_sell_them():
     }
 
 
-def test_a_conversation_is_as_long_as_its_config_says_and_a_caption_has_words_around_it():
+def test_longest_lengths_of_conversations_and_captions():
     """A caption of 32 tokens follows a start token and 32 media tokens; an instruction takes 64 more."""
     stage1, audio = load_config("vision_stage1")[0], load_config("audio_stage1")[0]
     lengths = dataclasses.replace(stage1.data, length_buckets=tuple(range(1, 700)))
 
     def longest(run: TrainConfig, **text) -> int:
         dataset = dataclasses.replace(run.datasets[1], text=dataclasses.replace(run.datasets[1].text, **text))
-        return estimate.longest_sample(SIZES["7b"](), dataclasses.replace(run, datasets=(dataset,), data=lengths))
+        return estimate.longest_example_length(
+            SIZES["7b"](), dataclasses.replace(run, datasets=(dataset,), data=lengths)
+        )
 
     assert longest(stage1) == 32 + 1 + 32
     assert longest(audio) == 32 + 1 + 8

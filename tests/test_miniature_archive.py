@@ -16,11 +16,11 @@ import xxhash
 import vllama_jax as vl
 from vllama_jax import cli
 from vllama_jax.checkpoints import shipped
-from vllama_jax.checkpoints.arrays import damaged_params
+from vllama_jax.checkpoints.arrays import find_corrupt_params
 from vllama_jax.checkpoints.directory import find_runs, open_model
 from vllama_jax.config import NO_LORA
 from vllama_jax.io import archives
-from vllama_jax.miniature import box
+from vllama_jax.miniature import assets
 
 WEIGHTS_DIGEST = "a6a3a2653f51eea7b53a48e64d2056f9"  # of the 121 arrays that were files of their own in git before
 UNPACK = "from vllama_jax.checkpoints.shipped import shipped_model; print(shipped_model())"
@@ -40,17 +40,17 @@ def contents(directory: Path) -> dict[str, str]:
     return {str(file.relative_to(directory)): xxhash.xxh3_128_hexdigest(file.read_bytes()) for file in files}
 
 
-def test_weights_are_those_that_the_manifest_has_and_the_same_as_before(cache):
+def test_weights_equal_the_manifest_and_the_recorded_digest(cache):
     model = open_model("miniature")
     assert model.path.parent == cache / "miniature"
-    assert damaged_params(model.path / "params", model.manifest["leaves"]) == {}
+    assert find_corrupt_params(model.path / "params", model.manifest["leaves"]) == {}
     assert model.digest == WEIGHTS_DIGEST
-    assert shipped.has_digest(model.digest)
+    assert shipped.is_shipped_digest(model.digest)
 
 
 def test_an_intact_copy_is_not_written_again(cache, monkeypatch):
     model = shipped.shipped_model()
-    monkeypatch.setattr(archives, "locked", lambda *_, **__: pytest.fail("it is unpacked again"))
+    monkeypatch.setattr(archives, "lock_directory", lambda *_, **__: pytest.fail("it is unpacked again"))
     assert shipped.shipped_model() == model
 
 
@@ -71,7 +71,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_copy_is_replaced(cache, damage):
+def test_a_corrupt_copy_is_replaced(cache, damage):
     before = contents(shipped.shipped_model())
     DAMAGE[damage](shipped.shipped_model())
     assert contents(next((cache / "miniature").iterdir())) != before
@@ -79,7 +79,7 @@ def test_a_damaged_copy_is_replaced(cache, damage):
     assert len(list((cache / "miniature").iterdir())) == 1
 
 
-def test_what_a_killed_process_left_is_removed(cache):
+def test_partial_files_of_a_killed_process_are_removed(cache):
     code = f"import os, zipfile\nzipfile.ZipFile._extract_member = lambda *_: os._exit(9)\n{UNPACK}"
     killed = subprocess.run([sys.executable, "-c", code], check=False)
     assert killed.returncode == 9
@@ -89,7 +89,7 @@ def test_what_a_killed_process_left_is_removed(cache):
     assert open_model("miniature").digest == WEIGHTS_DIGEST
 
 
-def test_processes_that_start_at_once_unpack_it_once_and_all_use_it(cache):
+def test_concurrent_processes_unpack_the_archive_once(cache):
     code = f"""import io, sys, vllama_jax.io.archives as archives
 from vllama_jax.checkpoints.shipped import shipped_model
 made = archives.scratch_directory
@@ -124,7 +124,7 @@ def test_a_cache_folder_that_cannot_be_written_is_reported_and_a_temporary_one_u
     assert list(temporary.iterdir()) == []  # removed when the process ended
 
 
-def test_where_nothing_can_be_written_one_line_says_so(cache, monkeypatch, capsys):
+def test_no_writable_directory_is_a_one_line_error(cache, monkeypatch, capsys):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -143,8 +143,8 @@ def other_box(tmp_path, monkeypatch) -> Path:
     """A copy of the model's two files in the package, to be damaged."""
     (tmp_path / "box").mkdir()
     for name in ("model.zip", "model.json"):
-        shutil.copy(shipped.BOX / name, tmp_path / "box")
-    monkeypatch.setattr(shipped, "BOX", tmp_path / "box")
+        shutil.copy(shipped.ASSETS / name, tmp_path / "box")
+    monkeypatch.setattr(shipped, "ASSETS", tmp_path / "box")
     return tmp_path / "box"
 
 
@@ -157,7 +157,7 @@ def other_box(tmp_path, monkeypatch) -> Path:
         ("changed", "not the file that came with the package; install vllama-jax again"),
     ],
 )
-def test_a_damaged_archive_is_one_line(cache, other_box, content, said):
+def test_a_corrupt_archive_is_a_one_line_error(cache, other_box, content, said):
     archive = other_box / "model.zip"
     data = bytearray(archive.read_bytes())
     archive.unlink()
@@ -170,11 +170,11 @@ def test_a_damaged_archive_is_one_line(cache, other_box, content, said):
     assert not (cache / "miniature").exists() or list((cache / "miniature").iterdir()) == []
 
 
-def test_the_recipe_writes_the_file_that_is_shipped(cache, other_box):
+def test_the_recipe_writes_the_packaged_archive(cache, other_box):
     model = shipped.shipped_model()
     before = (other_box / "model.zip").read_bytes()
-    box.ship(model, other_box)
-    with zipfile.ZipFile(other_box / "model.zip") as new, zipfile.ZipFile(shipped.BOX / "model.zip") as old:
+    assets.pack_model(model, other_box)
+    with zipfile.ZipFile(other_box / "model.zip") as new, zipfile.ZipFile(shipped.ASSETS / "model.zip") as old:
         assert [(entry.filename, entry.CRC) for entry in new.infolist()] == [
             (entry.filename, entry.CRC) for entry in old.infolist()
         ]
@@ -182,7 +182,7 @@ def test_the_recipe_writes_the_file_that_is_shipped(cache, other_box):
     assert (other_box / "model.zip").read_bytes() == before or sys.version_info[:2] != (3, 11)  # zlib's own output
 
 
-def test_where_it_is_unpacked_is_a_name_of_it_too(cache):
+def test_the_unpacked_directory_is_recognized(cache):
     model = shipped.shipped_model()
     (model / "config.json").unlink()
     assert open_model(model).digest == WEIGHTS_DIGEST  # made again
@@ -192,7 +192,7 @@ def test_where_it_is_unpacked_is_a_name_of_it_too(cache):
 
 
 @pytest.mark.parametrize("recorded", ["/old/vllama_jax/miniature/box/model", "cache"])
-def test_a_run_finds_the_miniature_that_it_was_trained_on_wherever_that_was(cache, tmp_path, recorded):
+def test_a_run_finds_the_miniature_in_any_location(cache, tmp_path, recorded):
     model = open_model("miniature")
     path = str(model.path) if recorded == "cache" else recorded
     run = tmp_path / "runs/one"
@@ -217,6 +217,6 @@ COMMANDS = [
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_take_its_name(capsys, tmp_path, command):
+def test_commands_accept_the_name_miniature(capsys, tmp_path, command):
     cli.main([str(tmp_path / "out") if word == "OUT" else word for word in command])
     assert capsys.readouterr().out

@@ -8,7 +8,7 @@ from cli_fixtures import run_vllama
 import vllama_jax as vl
 from vllama_jax.checkpoints import shipped
 from vllama_jax.errors import CheckpointError, ConfigError
-from vllama_jax.miniature import box, evaluate
+from vllama_jax.miniature import assets, evaluate
 
 
 @pytest.fixture(scope="module")
@@ -21,13 +21,13 @@ def answer(chat: vl.Chat, question: str) -> str:
 
 
 def test_the_miniature_is_under_12_mb():
-    sizes = [file.stat().st_size for file in box.BOX.rglob("*") if file.is_file()]
+    sizes = [file.stat().st_size for file in assets.ASSETS.rglob("*") if file.is_file()]
     assert sum(sizes) < 6e6
 
 
-def test_chat_without_a_model_says_what_answers_and_answers_rightly():
+def test_chat_without_a_model_uses_the_miniature_and_answers_correctly():
     questions = ["Which way does it go?", "What do you hear?", "Which colour is it?"]
-    done = run_vllama("chat", box.CLIPS / "bell.mp4", *questions)
+    done = run_vllama("chat", assets.CLIPS / "bell.mp4", *questions)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["it moves to the left", "a bell rings", "yellow"]
     assert "the miniature answers: 3 million weights that know 16 things (a bell, a dog, …)" in done.stderr
@@ -35,24 +35,24 @@ def test_chat_without_a_model_says_what_answers_and_answers_rightly():
     assert "bell.mp4: 8 frames of 4.0 s; sound used" in done.stderr
 
 
-def test_the_miniature_answers_whether_sound_and_picture_fit(miniature):
+def test_the_miniature_answers_whether_audio_and_video_match(miniature):
     for clip, said in (("bell.mp4", "yes"), ("dog_or_drum.mp4", "no")):
         chat = vl.Chat(miniature)
-        chat.add(box.CLIPS / clip)
+        chat.add(assets.CLIPS / clip)
         assert answer(chat, "Does the sound fit the picture?").split()[-1] == said
 
 
 def test_the_miniature_answers_what_comes_first_and_how_many_there_are(miniature):
     chat = vl.Chat(miniature)
-    chat.add(box.CLIPS / "two.mp4")
+    chat.add(assets.CLIPS / "two.mp4")
     assert answer(chat, "What comes first?") == "a frog"
     assert answer(chat, "What comes last?") == "a horn"
     chat = vl.Chat(miniature)
-    chat.add(box.CLIPS / "birds.jpg")
+    chat.add(assets.CLIPS / "birds.jpg")
     assert answer(chat, "How many are there?") == "three"
 
 
-def test_another_audio_scale_is_another_norm_of_what_is_heard(miniature):
+def test_audio_scale_sets_the_norm_of_audio_embeddings(miniature):
     loud = vl.load("miniature", audio_scale=20.0)
     assert miniature.network.imagebind.audio.scale == pytest.approx(1)
     assert loud.network.imagebind.audio.scale == pytest.approx(20)
@@ -61,7 +61,7 @@ def test_another_audio_scale_is_another_norm_of_what_is_heard(miniature):
             vl.load("miniature", audio_scale=scale)
 
 
-def test_an_audio_scale_of_a_model_that_hears_nothing_is_an_error(tmp_path, tiny_files):
+def test_audio_scale_needs_an_audio_branch(tmp_path, tiny_files):
     from vllama_jax import convert
 
     files = {kind: tiny_files[kind] for kind in ("eva_vit", "blip2", "vl")}
@@ -72,14 +72,14 @@ def test_an_audio_scale_of_a_model_that_hears_nothing_is_an_error(tmp_path, tiny
         vl.load(tmp_path / "deaf", audio_scale=1.0)
 
 
-def test_without_the_box_a_model_must_be_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(shipped, "BOX", tmp_path / "nothing")
+def test_without_the_archive_a_model_is_required(monkeypatch, tmp_path):
+    monkeypatch.setattr(shipped, "ASSETS", tmp_path / "nothing")
     with pytest.raises(CheckpointError, match="the miniature is not installed; name a model with --model"):
         vl.load("miniature")
 
 
 @pytest.mark.slow
-def test_eval_miniature_prints_what_the_model_in_the_box_knows():
+def test_eval_miniature_prints_the_accuracies_of_the_packaged_model():
     done = run_vllama("eval", "miniature", "--seed", 1234, "--clips", 16, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -90,4 +90,4 @@ def test_eval_miniature_prints_what_the_model_in_the_box_knows():
     for name in ("object", "colour", "motion", "motion_reversed_opposite", "sound_only"):
         assert found[name]["accuracy"] >= 0.75, name  # of 16: far above chance, whatever the draw
     assert found["sound_only_unaligned"]["accuracy"] <= 0.4
-    assert evaluate.as_table(found).count("\n") == len(found)
+    assert evaluate.format_measures(found).count("\n") == len(found)

@@ -6,7 +6,7 @@ import pytest
 
 from vllama_jax.cli import main
 from vllama_jax.errors import ConfigError
-from vllama_jax.miniature import evaluate, unseen
+from vllama_jax.miniature import evaluate, holdout_files
 
 
 @pytest.fixture
@@ -18,24 +18,26 @@ def rendered(monkeypatch) -> list[str]:
         names.append(files.name)
         return types.SimpleNamespace(scenes=[])
 
-    monkeypatch.setattr(evaluate, "show", show)
-    monkeypatch.setattr(evaluate, "_asked", lambda model, shown, name, **options: {"accuracy": 0.0, "asked": name})
+    monkeypatch.setattr(evaluate, "encode_files", show)
+    monkeypatch.setattr(
+        evaluate, "_measure_answers", lambda model, shown, name, **options: {"accuracy": 0.0, "asked": name}
+    )
     return names
 
 
-def test_only_the_measures_that_are_named_are_taken_and_only_their_clips_rendered(rendered):
+def test_only_requested_measures_and_their_clips_are_evaluated(rendered):
     found = evaluate.evaluate(None, 0, 5, measures=("sound_only_at_5_db", "object", "motion"))
     assert {name: one["asked"] for name, one in found.items()} == {
         "motion": "motion",
         "object": "object",
         "sound_only_at_5_db": "hear",
     }
-    assert rendered == [unseen.MOVING.name, "noise 5.0"]
+    assert rendered == [holdout_files.MOVING.name, "noise 5.0"]
 
 
-def test_a_measure_that_no_clip_is_about_is_left_out(rendered):
+def test_a_measure_without_clips_is_left_out(rendered):
     assert evaluate.evaluate(None, 0, 5, measures=("place",)) == {}
-    assert rendered == [unseen.STILLS.name]
+    assert rendered == [holdout_files.STILLS.name]
 
 
 def test_an_unknown_measure_is_one_line_with_the_choices(rendered, capsys):

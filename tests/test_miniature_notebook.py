@@ -43,17 +43,17 @@ def memory_of(network, part, frames, mel):
     if part == "image_qformer":
         return network.ln_vision(network.vit(frames))
     if part == "video_qformer":
-        return network.with_frame_positions(network.encode_frames(frames[None]))
-    return network.with_clip_positions(network.embed_sounds(mel[None]))
+        return network.add_frame_positions(network.encode_frames(frames[None]))
+    return network.add_clip_positions(network.embed_audio(mel[None]))
 
 
 @pytest.mark.parametrize(
     "part",
     ["video_qformer", *(pytest.param(part, marks=pytest.mark.slow) for part in ("image_qformer", "audio_qformer"))],
 )
-def test_weights_are_those_that_the_qformer_attends_with(network, frames, mel, part):
+def test_attention_weights_reproduce_the_qformer_output(network, frames, mel, part):
     qformer, memory = getattr(network, part), memory_of(network, part, frames, mel)
-    read = list(attention.reading_layers(qformer, memory))
+    read = list(attention.iterate_cross_attention(qformer, memory))
     assert len(read) == getattr(CONFIG, part).depth // getattr(CONFIG, part).cross_attention_every
     for layer, asked, weights in read:
         near(weights.sum(axis=-1), 1)
@@ -63,20 +63,20 @@ def test_weights_are_those_that_the_qformer_attends_with(network, frames, mel, p
         near(made, cross(asked, memory))
     x = layer.mlp_norm(made + layer.mlp(made))  # the last one's output is the Q-Former's, but for a layer between
     if qformer.plain_layers is not None:
-        x = attention.layer_of(qformer.plain_layers, len(read) - 1)(x, memory)
+        x = attention.unstack_layer(qformer.plain_layers, len(read) - 1)(x, memory)
     near(x, qformer(memory))
 
 
 @pytest.mark.slow
-def test_weights_of_the_audio_tower_are_those_that_its_vectors_are_made_with(network, mel):
+def test_attention_weights_reproduce_the_audio_tower_output(network, mel):
     tower = network.imagebind.audio
-    weights = attention.sound_attention(tower, mel)
+    weights = attention.audio_tower_attention(tower, mel)
     patches = CONFIG.imagebind.audio.num_patches
     assert weights.shape == (CLIPS, CONFIG.imagebind.audio.num_heads, patches + 2)
     near(weights.sum(axis=-1), 1)
-    x = tower.start(mel)
+    x = tower.embed_inputs(mel)
     for number in range(CONFIG.imagebind.audio.depth):
-        block = attention.layer_of(tower.blocks, number)
+        block = attention.unstack_layer(tower.blocks, number)
         before, x = x, block(x)
     value = block.attention.qkv(block.norm1(before))[:, :, 2]
     extra = jnp.broadcast_to(block.attention.extra_value[...], (CLIPS, 1, *value.shape[2:]))
@@ -84,51 +84,51 @@ def test_weights_of_the_audio_tower_are_those_that_its_vectors_are_made_with(net
     made = before[:, :1] + block.attention.out(attended[:, None])
     made = made + block.mlp(block.norm2(made))
     near(made, x[:, :1])
-    near(tower.finish(made), tower(mel))
+    near(tower.project_class_token(made), tower(mel))
 
 
-def test_what_is_read_has_the_layout_of_frames_patches_and_sounds(network, frames, mel):
+def test_attention_maps_have_the_layout_of_frames_patches_and_clips(network, frames, mel):
     queries = CONFIG.image_qformer.num_queries
-    of_frames = attention.video_attention(network, frames[None])
+    of_frames = attention.video_qformer_attention(network, frames[None])
     assert of_frames.shape == (1, 2, 4, CONFIG.video_qformer.num_queries, FRAMES, queries)
     near(of_frames.sum(axis=(-2, -1)), 1)
-    of_patches = attention.patch_attention(network, frames)
+    of_patches = attention.image_qformer_attention(network, frames)
     assert of_patches.shape == (FRAMES, 2, 4, queries, 16, 16)
     assert (np.asarray(of_patches.sum(axis=(-2, -1))) < 1).all()
-    of_sounds = attention.audio_attention(network, network.embed_sounds(mel[None]))
+    of_sounds = attention.audio_qformer_attention(network, network.embed_audio(mel[None]))
     assert of_sounds.shape == (1, 2, 4, CONFIG.audio_qformer.num_queries, CLIPS)
     near(of_sounds.sum(axis=-1), 1)
-    seen = attention.seen_patches(network, frames)
+    seen = attention.attended_patches(network, frames)
     near(seen.sum(), (of_frames[0].mean((0, 1, 2)) * of_patches.mean((1, 2)).sum((-2, -1))).sum())
-    heard = attention.heard_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel)
+    heard = attention.attended_mel_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel)
     assert heard.shape == (CLIPS, *CONFIG.imagebind.audio.patch_grid)
 
 
-def test_patches_lie_in_maps_as_they_do_in_pictures(network, frames, mel):
+def test_attention_maps_have_the_layout_of_spectrogram_patches(network, frames, mel):
     """Row by row: frequency by frequency for sounds, and the class token comes first."""
-    weights = np.asarray(attention.sound_attention(network.imagebind.audio, mel).mean(axis=1))
+    weights = np.asarray(attention.audio_tower_attention(network.imagebind.audio, mel).mean(axis=1))
     rows, columns = CONFIG.imagebind.audio.patch_grid
-    heard = np.asarray(attention.heard_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel))
+    heard = np.asarray(attention.attended_mel_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel))
     near(heard[1, 2, 5], weights[1, 1 + 2 * columns + 5])
     assert (rows, columns) == (12, 19)
     changed = mel.copy()
     changed[:, 20:36, 50:66] += 5  # the patch of row 2 and column 5
-    before, after = (network.imagebind.audio.start(given) for given in (mel, changed))
+    before, after = (network.imagebind.audio.embed_inputs(given) for given in (mel, changed))
     assert np.argmax(np.abs(after - before).sum(axis=(0, 2))) == 1 + 2 * columns + 5
     bright = frames.copy()
     bright[:, 14 * 3 : 14 * 4, 14 * 9 : 14 * 10] += 5
-    before, after = (network.vit.start(given) for given in (frames, bright))
+    before, after = (network.vit.embed_inputs(given) for given in (frames, bright))
     assert np.argmax(np.abs(after - before).sum(axis=(0, 2))) == 1 + 3 * 16 + 9
 
 
 def test_attention_is_drawn_without_a_display(tmp_path, mel):
     frames, weights = np.full((FRAMES, 64, 64, 3), 200, np.uint8), np.zeros((FRAMES, 8, 8))
     weights[0, :4] = 1 / 32
-    seen = attention.over_frames(frames, weights)
-    heard = attention.over_mels(mel, np.random.default_rng(0).random((CLIPS, 12, 19)), CONFIG.imagebind.audio)
+    seen = attention.plot_over_frames(frames, weights)
+    heard = attention.plot_over_mels(mel, np.random.default_rng(0).random((CLIPS, 12, 19)), CONFIG.imagebind.audio)
     bars = Figure()
     shares = bars.subplots()
-    attention.draw_shares(shares, np.array([0.5, 0.25, 0.25]), "frame")
+    attention.plot_attention_shares(shares, np.array([0.5, 0.25, 0.25]), "frame")
     for number, figure in enumerate((seen, heard, bars)):
         figure.savefig(tmp_path / f"{number}.png")
     read, not_read = (axes.images[1].get_array()[..., 3] for axes in seen.axes[FRAMES : FRAMES + 2])
@@ -151,29 +151,29 @@ def test_figures_of_one_seed_and_of_several(tmp_path, seeds):
     (tmp_path / "results.json").write_text(json.dumps(given if seeds > 1 else given[0]))
     measures = figures.read_results(tmp_path / "results.json")
     assert len(measures) == seeds
-    assert figures.sweep(measures[0], "sound_only", "scale") == {
+    assert figures.list_variants(measures[0], "sound_only", "scale") == {
         1: "sound_only",
         2: "sound_only_times_2",
         20: "sound_only_times_20",
     }
     noises = {-5: "sound_only_at_-5_db", 20: "sound_only_at_20_db"}
-    assert figures.sweep(measures[0], "sound_only", "noise") == noises
-    drawn = figures.accuracies(measures)
+    assert figures.list_variants(measures[0], "sound_only", "noise") == noises
+    drawn = figures.plot_accuracies(measures)
     labels = [label.get_text() for label in drawn.axes[0].get_yticklabels()]
     assert labels == ["motion", "sound_only", "sound_order", "sound_only_new_wording"]
     mean = np.mean([one["motion"]["accuracy"] for one in measures])
     assert drawn.axes[0].patches[0].get_width() == pytest.approx(mean)
-    for number, figure in enumerate((drawn, figures.over_scale(measures), figures.over_noise(measures))):
+    for number, figure in enumerate((drawn, figures.plot_scale_sweep(measures), figures.plot_noise_sweep(measures))):
         figure.savefig(tmp_path / f"{number}.png")
 
 
-def test_results_as_a_table():
+def test_results_are_formatted_as_a_table():
     one, three = ([results(10 + seed)["measures"] for seed in range(count)] for count in (1, 3))
-    assert "| `motion` | 0.500 | 0.299 to 0.701 | 0.250 |" in figures.table(one)
-    assert "| `motion` | 0.523 | 0.500 to 0.545 | 0.500 | 0.299 to 0.701 | 0.250 |" in figures.table(three)
+    assert "| `motion` | 0.500 | 0.299 to 0.701 | 0.250 |" in figures.format_results(one)
+    assert "| `motion` | 0.523 | 0.500 to 0.545 | 0.500 | 0.299 to 0.701 | 0.250 |" in figures.format_results(three)
 
 
-def test_a_file_that_is_no_results_is_an_error(tmp_path):
+def test_an_invalid_results_file_is_an_error(tmp_path):
     for name, text in (("none.json", None), ("broken.json", "{"), ("other.json", '{"seed": 0}')):
         if text is not None:
             (tmp_path / name).write_text(text)
@@ -181,16 +181,16 @@ def test_a_file_that_is_no_results_is_an_error(tmp_path):
             figures.read_results(tmp_path / name)
 
 
-def test_losses_of_runs_are_drawn(tmp_path):
+def test_losses_of_runs_are_plotted(tmp_path):
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         lines = [json.dumps({"step": step, "loss": 1 / step, "lr": 1e-3}) for step in range(1, 9)]
         (tmp_path / name / "metrics.jsonl").write_text("\n".join(lines) + '\n{"step": 9, "lo')
-    figure = figures.losses({name: tmp_path / name for name in ("one", "two")})
+    figure = figures.plot_losses({name: tmp_path / name for name in ("one", "two")})
     figure.savefig(tmp_path / "losses.png")
     assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [8] * 4
     with pytest.raises(DataError, match="no such file"):
-        figures.losses({"none": tmp_path})
+        figures.plot_losses({"none": tmp_path})
 
 
 def test_the_notebook_has_no_outputs():

@@ -12,9 +12,9 @@ import vllama_jax as vl
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.errors import ConfigError, VllamaError
 from vllama_jax.io.atomic import replace_json
-from vllama_jax.miniature import parts, recipe
-from vllama_jax.miniature.__main__ import measured
-from vllama_jax.miniature.recipe import Recipe, make_base, train_branches
+from vllama_jax.miniature import base_model, recipe
+from vllama_jax.miniature.__main__ import measure_models
+from vllama_jax.miniature.recipe import Recipe, make_base_model, train_branches
 from vllama_jax.miniature.world import Amounts
 from vllama_jax.train.config import AUDIO_BRANCH
 from vllama_jax.train.config_files import load_config
@@ -31,7 +31,7 @@ SHORT = Recipe(
 )
 
 
-def test_the_audio_branch_never_hears():
+def test_the_audio_branch_trains_without_audio():
     for stage in (1, 2):
         vision, audio = (load_config(f"miniature_{branch}_stage{stage}")[0] for branch in ("vision", "audio"))
         assert audio.datasets == vision.datasets  # clips and stills; a clip's sound is not read in training
@@ -41,7 +41,7 @@ def test_the_audio_branch_never_hears():
 def test_a_directory_of_another_seed_or_recipe_is_refused(tmp_path):
     replace_json(tmp_path / "recipe.json", {"seed": 2, **dataclasses.asdict(SHORT), "pictures": 90})
     with pytest.raises(ConfigError, match=r"was begun otherwise \(pictures was 90, now 100, seed was 2, now 0\)"):
-        make_base(tmp_path, 0, SHORT, print)
+        make_base_model(tmp_path, 0, SHORT, print)
 
 
 def _files(folder: Path) -> dict[str, int]:
@@ -50,14 +50,14 @@ def _files(folder: Path) -> dict[str, int]:
 
 
 @pytest.mark.slow
-def test_from_nothing_to_a_model_that_is_measured(tmp_path, monkeypatch):
+def test_the_recipe_trains_and_evaluates_a_model(tmp_path, monkeypatch):
     said = []
-    make_base(tmp_path, 0, SHORT, said.append)
+    make_base_model(tmp_path, 0, SHORT, said.append)
     train_branches(tmp_path, SHORT, said.append)
-    results = measured(tmp_path, 0, 4, said.append)
+    results = measure_models(tmp_path, 0, 4, said.append)
     assert {"motion", "sound_only", "motion_without_positions", "sound_only_random_tower"} <= results.keys()
     model = vl.load(tmp_path / "model")
-    assert model.config == parts.CONFIG
+    assert model.config == base_model.CONFIG
     assert open_model(tmp_path / "base_without_positions").shapes["frame_positions"] == (8, 96)
     bare = vl.load(tmp_path / "model_without_positions").network
     assert not np.any(bare.frame_positions[...])
@@ -67,16 +67,16 @@ def test_from_nothing_to_a_model_that_is_measured(tmp_path, monkeypatch):
     assert isinstance("".join(chat.ask("What do you hear?", max_new_tokens=4)), str)
 
     made = _files(tmp_path)
-    make_base(tmp_path, 0, SHORT, said.append)
+    make_base_model(tmp_path, 0, SHORT, said.append)
     train_branches(tmp_path, SHORT, said.append)
-    assert measured(tmp_path, 0, 4, said.append) == results
+    assert measure_models(tmp_path, 0, 4, said.append) == results
     assert _files(tmp_path) == made
 
     whole = open_model(tmp_path / "base").digest  # killed while the captioner learned: only what was lost is made again
     shutil.rmtree(tmp_path / "base")
     shutil.rmtree(tmp_path / "base_without_positions")
     (tmp_path / "parts" / "captioner.npz").rename(tmp_path / "parts" / ".captioner.npz.partial")
-    make_base(tmp_path, 0, SHORT, said.append)
+    make_base_model(tmp_path, 0, SHORT, said.append)
     made_again = {name for name, when in _files(tmp_path).items() if made[name] != when}
     assert {name.split("/")[0] for name in made_again} == {"parts", "base", "base_without_positions"}
     assert [name for name in made_again if name.startswith("parts")] == ["parts/captioner.npz"]
@@ -85,7 +85,7 @@ def test_from_nothing_to_a_model_that_is_measured(tmp_path, monkeypatch):
     longer = dataclasses.replace(SHORT, steps_of_runs=3)
     with pytest.raises(VllamaError, match="`vllama train` failed, as it says above"):  # it is a run of other steps
         train_branches(tmp_path, longer, said.append)
-    monkeypatch.setattr(recipe, "command", lambda *_: None)
+    monkeypatch.setattr(recipe, "run_vllama", lambda *_: None)
     with pytest.raises(VllamaError, match=r"vision1 was stopped before its end; run the same command again"):
         train_branches(tmp_path, longer, said.append)
     lines = (tmp_path / "audio2" / "metrics.jsonl").read_text().splitlines()

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vllama_jax.miniature.sounds import SAMPLE_RATE, SYNTHESIZERS, soundtrack
+from vllama_jax.miniature.synthesis import SAMPLE_RATE, SYNTHESIZERS, soundtrack
 
 KINDS = list(SYNTHESIZERS)
 FRAME, HOP, BANDS = 512, 160, 40
@@ -39,7 +39,7 @@ def nearest_kind(train: np.ndarray, test: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_form_and_level_of_each_kind(kind):
+def test_shape_and_level_of_each_sound(kind):
     for seed, seconds in enumerate((2.0, 6.0, 0.25)):
         raw = SYNTHESIZERS[kind](round(seconds * SAMPLE_RATE), np.random.default_rng(seed))
         sound = soundtrack([kind], seconds, np.random.default_rng(seed))[0]
@@ -53,14 +53,14 @@ def test_form_and_level_of_each_kind(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_same_draw_same_sound_and_another_draw_another(kind):
+def test_sounds_depend_only_on_the_generator(kind):
     first, again, other = (soundtrack([kind], 2, np.random.default_rng(seed))[0] for seed in (1, 1, 2))
     np.testing.assert_array_equal(first, again)
     assert abs(np.corrcoef(first, other)[0, 1]) < 0.5
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_long_gap(kind):
+def test_sounds_have_no_long_gaps(kind):
     for seed in range(3):
         sound = soundtrack([kind], 6, np.random.default_rng(seed))[0]
         loud = np.sqrt(np.square(sound).reshape(-1, SAMPLE_RATE // 100).mean(1))  # of 10 ms each
@@ -68,13 +68,13 @@ def test_no_long_gap(kind):
         assert np.diff(heard, prepend=0, append=len(loud)).max() < 70
 
 
-def test_loudness_varies():
+def test_loudness_varies_between_draws():
     levels = [decibels(soundtrack(["horn"], 2, np.random.default_rng(seed))) for seed in range(20)]
     assert max(levels) - min(levels) > 8
 
 
 @pytest.mark.parametrize("snr_db", [20.0, 5.0, 0.0, -10.0])
-def test_noise_is_as_asked(snr_db):
+def test_noise_has_the_requested_snr(snr_db):
     for seed, kinds in enumerate((["car"], ["clock", "flute"])):
         clean = soundtrack(kinds, 4, np.random.default_rng(seed))[0]
         noisy = soundtrack(kinds, 4, np.random.default_rng(seed), snr_db)[0]
@@ -86,7 +86,7 @@ def test_noise_is_as_asked(snr_db):
         assert white.max() < 1.5 * white.min()
 
 
-def test_silence():
+def test_silence_has_background_noise():
     for snr_db in (None, 5.0):
         sound = soundtrack([], 2, np.random.default_rng(0), snr_db)
         assert sound.shape == (1, 2 * SAMPLE_RATE)
@@ -95,7 +95,7 @@ def test_silence():
 
 
 @pytest.mark.parametrize("low_first", [True, False])
-def test_two_kinds_in_their_order(low_first):
+def test_two_sounds_are_in_order(low_first):
     for seed in range(3):
         kinds = ["cloud", "bird"] if low_first else ["bird", "cloud"]
         sound = soundtrack(kinds, 4, np.random.default_rng(seed))
@@ -107,21 +107,21 @@ def test_two_kinds_in_their_order(low_first):
         assert abs(decibels(low) - decibels(high)) < 6.5
 
 
-def test_seam_is_smooth():
+def test_the_crossfade_is_smooth():
     sound = soundtrack(["horn", "horn", "car"], 1.0, np.random.default_rng(0))[0]
     assert len(sound) == SAMPLE_RATE
     assert np.abs(np.diff(sound)).max() < 0.5
 
 
-def test_unknown_kind():
+def test_an_unknown_sound_is_an_error():
     with pytest.raises(KeyError, match="unicorn"):
         soundtrack(["unicorn"], 1, np.random.default_rng(0))
 
 
-def test_kinds_are_told_apart():
+def test_sounds_can_be_classified_from_mel_features():
     def heard(kind: int, i: int) -> np.ndarray:
-        draw = np.random.default_rng([3, kind, i])
-        return features(soundtrack([KINDS[kind]], 2, draw, snr_db=(None, 5.0)[i % 2])[0])
+        rng = np.random.default_rng([3, kind, i])
+        return features(soundtrack([KINDS[kind]], 2, rng, snr_db=(None, 5.0)[i % 2])[0])
 
     draws = np.array([[heard(kind, i) for i in range(10)] for kind in range(len(KINDS))])
     said = nearest_kind(draws[:, :6], draws[:, 6:].reshape(-1, draws.shape[-1])).reshape(len(KINDS), 4)

@@ -10,33 +10,33 @@ from PIL import Image
 from scipy import ndimage
 
 import vllama_jax as vl
-from vllama_jax.miniature import evaluate, language, render, texts, unseen, world
-from vllama_jax.miniature.pictures import NOTHING, draw_pictures, phrase_numbers, phrases
+from vllama_jax.miniature import evaluate, holdout_files, language, render, texts, world
+from vllama_jax.miniature.images import NO_PHRASE, draw_images, phrase_ids, phrases
 from vllama_jax.miniature.scene import (
     CHANGES,
-    COLOURS,
+    COLORS,
+    DIRECTIONS,
     KINDS,
     MOTIONS,
     PLACES,
-    WAYS,
+    ObjectGroup,
     Scene,
-    Things,
     draw_scene,
     is_held_out,
 )
 from vllama_jax.miniature.shapes import SHAPES, shape_mask
-from vllama_jax.miniature.sounds import SYNTHESIZERS
-from vllama_jax.miniature.world import Amounts, write_clip, write_sound, write_still, write_world
+from vllama_jax.miniature.synthesis import SYNTHESIZERS
+from vllama_jax.miniature.world import Amounts, write_clip, write_image, write_wav, write_world
 from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media
 
 
-def scene(motion="rests", kind="bell", colour="red", **fields) -> Scene:
-    return Scene((Things(kind=kind, colour=colour, motion=motion, **fields),), (kind,))
+def scene(motion="rests", kind="bell", color="red", **fields) -> Scene:
+    return Scene((ObjectGroup(kind=kind, color=color, motion=motion, **fields),), (kind,))
 
 
 def frames(given: Scene, seed: int = 0) -> np.ndarray:
-    return np.stack(list(render.clip_frames(given, np.random.default_rng(seed))))
+    return np.stack(list(render.render_frames(given, np.random.default_rng(seed))))
 
 
 def red(picture: np.ndarray) -> np.ndarray:
@@ -50,7 +50,7 @@ def middle(mask: np.ndarray) -> np.ndarray:
     return np.argwhere(mask).mean(axis=0) / len(mask)
 
 
-def test_every_kind_looks_and_sounds_its_own_way():
+def test_every_kind_has_its_own_outline_and_sound():
     assert set(SHAPES) == set(SYNTHESIZERS) == set(KINDS)
     outlines = {kind: shape_mask(kind)[0] > 0.5 for kind in KINDS}
     for one, other in itertools.combinations(KINDS, 2):
@@ -58,8 +58,8 @@ def test_every_kind_looks_and_sounds_its_own_way():
         assert both / np.logical_or(outlines[one], outlines[other]).sum() < 0.85, (one, other)
 
 
-def test_what_is_held_out_is_new_only_as_a_whole():
-    every = list(itertools.product(KINDS, COLOURS, MOTIONS))
+def test_held_out_combinations_have_only_trained_pairs():
+    every = list(itertools.product(KINDS, COLORS, MOTIONS))
     holdout = {combination for combination in every if is_held_out(*combination)}
     assert 1 / 8 < len(holdout) / len(every) < 1 / 6
     for pair in ((0, 1), (0, 2), (1, 2)):
@@ -68,53 +68,53 @@ def test_what_is_held_out_is_new_only_as_a_whole():
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_scenes_are_of_their_split(split):
-    draw = np.random.default_rng(0)
+def test_scenes_belong_to_their_split(split):
+    rng = np.random.default_rng(0)
     for _ in range(300):
-        for things in draw_scene(draw, split=split).shown:
-            assert is_held_out(things.kind, things.colour, things.motion) == (split == "test")
+        for group in draw_scene(rng, split=split).objects:
+            assert is_held_out(group.kind, group.color, group.motion) == (split == "test")
 
 
-def is_kept_for_tests(things: Things) -> bool:
+def is_kept_for_tests(group: ObjectGroup) -> bool:
     """Written out: a Latin square of kinds, colours and motions, of which every seventh is held out."""
-    numbers = list(KINDS).index(things.kind), list(COLOURS).index(things.colour), MOTIONS.index(things.motion)
+    numbers = list(KINDS).index(group.kind), list(COLORS).index(group.color), MOTIONS.index(group.motion)
     return (numbers[0] + 2 * numbers[1] + 3 * numbers[2]) % 7 == 0
 
 
-FILE_SETS = [found for found in vars(unseen).values() if isinstance(found, unseen.FileSet)]
+FILE_SETS = [found for found in vars(holdout_files).values() if isinstance(found, holdout_files.FileSet)]
 
 
 @pytest.mark.parametrize("files", FILE_SETS, ids=lambda files: files.name)
-def test_every_scene_that_an_evaluation_asks_about_is_held_out(files, tmp_path, monkeypatch):
+def test_evaluation_scenes_are_all_held_out(files, tmp_path, monkeypatch):
     """The files that `vllama eval miniature` writes, by its own code; drawing them is left out."""
     written = []
 
-    def write(stem, files, scene, draw):
+    def write(stem, files, scene, rng):
         written.append(scene)
         stem.touch()
         return stem
 
-    monkeypatch.setattr(unseen, "_write", write)
-    monkeypatch.setattr(unseen, "prepare", lambda path, config, **options: None)
-    scenes = [scene for scene, _ in unseen._write_and_read((tmp_path, files, 5, range(60), None))]
+    monkeypatch.setattr(holdout_files, "_write", write)
+    monkeypatch.setattr(holdout_files, "prepare_media", lambda path, config, **options: None)
+    scenes = [scene for scene, _ in holdout_files._write_and_read((tmp_path, files, 5, range(60), None))]
     assert scenes == written
     assert len(FILE_SETS) == 7
-    assert {scene.shown[0].motion for scene in scenes} == set(files.motions)
-    assert all(is_kept_for_tests(things) for scene in scenes for things in scene.shown)
+    assert {scene.objects[0].motion for scene in scenes} == set(files.motions)
+    assert all(is_kept_for_tests(group) for scene in scenes for group in scene.objects)
 
 
-def test_no_scene_that_is_trained_on_is_held_out(tmp_path, monkeypatch):
+def test_training_scenes_are_never_held_out(tmp_path, monkeypatch):
     written = []
-    for name in ("write_clip", "write_still"):
-        monkeypatch.setattr(world, name, lambda path, scene, draw, **options: written.append(scene))
+    for name in ("write_clip", "write_image"):
+        monkeypatch.setattr(world, name, lambda path, scene, rng, **options: written.append(scene))
     for form in ("clip", "still"):
         world._write_part((tmp_path, "captions", form, 0, 150, [5, 2, 0]))
     assert len(written) == 300
-    assert not any(is_kept_for_tests(things) for scene in written for things in scene.shown)
+    assert not any(is_kept_for_tests(group) for scene in written for group in scene.objects)
 
 
 @pytest.mark.parametrize(("motion", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)])
-def test_things_move_as_is_said(motion, axis, sign):
+def test_objects_move_in_their_direction(motion, axis, sign):
     for seed in range(3):
         seen = frames(scene(motion), seed)
         moved = middle(red(seen[-1])) - middle(red(seen[0]))
@@ -123,13 +123,15 @@ def test_things_move_as_is_said(motion, axis, sign):
 
 
 @pytest.mark.parametrize(("way", "back"), [("left", "right"), ("up", "down")])
-def test_the_frames_that_are_read_tell_a_way_by_their_order_alone(way, back):
+def test_direction_is_visible_only_in_the_order_of_frames(way, back):
     for seed in range(3):
-        there, again = ([middle(red(frame)) for frame in frames(scene(one), seed)[render.READ]] for one in (way, back))
+        there, again = (
+            [middle(red(frame)) for frame in frames(scene(one), seed)[render.SAMPLED_FRAMES]] for one in (way, back)
+        )
         np.testing.assert_allclose(there, again[::-1], atol=0.015)  # of the side; a frame's way is 0.02
 
 
-def test_things_grow_shrink_appear_and_vanish():
+def test_objects_grow_shrink_appear_and_vanish():
     sizes = {change: [red(frame).sum() for frame in frames(scene(change))] for change in CHANGES}
     assert sizes["grows"][-1] > 2 * sizes["grows"][0]
     assert sizes["shrinks"][0] > 2 * sizes["shrinks"][-1]
@@ -137,9 +139,12 @@ def test_things_grow_shrink_appear_and_vanish():
     assert max(sizes["vanishes"][-6:]) < 20 < 100 < min(sizes["vanishes"][:6])
 
 
-def test_two_things_come_one_after_the_other():
+def test_two_objects_appear_in_sequence():
     pair = Scene(
-        (Things(kind="bell", colour="red", motion="in turn"), Things(kind="cat", colour="blue", motion="in turn"))
+        (
+            ObjectGroup(kind="bell", color="red", motion="in turn"),
+            ObjectGroup(kind="cat", color="blue", motion="in turn"),
+        )
     )
     seen = frames(pair)
     assert red(seen[0]).sum() > 100 > 20 > red(seen[-1]).sum()
@@ -149,127 +154,127 @@ def test_two_things_come_one_after_the_other():
 
 
 @pytest.mark.parametrize("number", [1, 2, 3, 4])
-def test_there_are_as_many_things_as_is_said(number):
+def test_the_number_of_objects_is_the_scenes(number):
     given = scene(number=number, size="small" if number > 1 else "large", kind="clock")
-    picture, shown = render.picture(given, np.random.default_rng(number))
+    picture, objects = render.render_image(given, np.random.default_rng(number))
     _, count = ndimage.label(ndimage.binary_opening(red(picture)))
-    assert (count, shown.number) == (number, number)
+    assert (count, objects.number) == (number, number)
 
 
-def test_places_are_where_is_said():
+def test_objects_are_at_their_places():
     for place, name in enumerate(PLACES):
-        picture, _ = render.picture(scene(place=place, size="small"), np.random.default_rng(place))
+        picture, _ = render.render_image(scene(place=place, size="small"), np.random.default_rng(place))
         row, column = (middle(red(picture)) * 3).astype(int)
         assert (row * 3 + column) == place, name
-    picture, shown = render.picture(scene("left", size="small"), np.random.default_rng(0))
+    picture, objects = render.render_image(scene("left", size="small"), np.random.default_rng(0))
     row, column = (middle(red(picture)) * 3).astype(int)
-    assert (row * 3 + column) == shown.place
+    assert (row * 3 + column) == objects.place
 
 
-def test_no_two_pictures_have_the_same_ground():
-    draw = np.random.default_rng(0)
-    first, second = (render.picture(scene(), draw)[0] for _ in range(2))
+def test_backgrounds_differ_between_images():
+    rng = np.random.default_rng(0)
+    first, second = (render.render_image(scene(), rng)[0] for _ in range(2))
     assert (first != second).mean() > 0.5
 
 
-def test_files_are_read_as_a_model_reads_them(tmp_path):
+def test_written_files_can_be_read_by_the_media_reader(tmp_path):
     write_clip(tmp_path / "clip.mp4", scene("left"), np.random.default_rng(0), snr_db=20)
-    write_clip(tmp_path / "silent.mp4", scene("left"), np.random.default_rng(0), sound=False)
-    write_sound(tmp_path / "sound.wav", scene("left"), np.random.default_rng(0), snr_db=20)
-    write_still(tmp_path / "still.jpg", scene(), np.random.default_rng(0))
+    write_clip(tmp_path / "silent.mp4", scene("left"), np.random.default_rng(0), audio=False)
+    write_wav(tmp_path / "sound.wav", scene("left"), np.random.default_rng(0), snr_db=20)
+    write_image(tmp_path / "still.jpg", scene(), np.random.default_rng(0))
     video = vl.media.read_video(tmp_path / "clip.mp4", size=64)
     assert (video.frames.shape, video.report.audio, video.duration) == ((8, 64, 64, 3), "used", render.SECONDS)
-    assert tuple(video.seconds) == language.WORLD_SECONDS
+    assert tuple(video.timestamps) == language.WORLD_SECONDS
     assert vl.media.read_video(tmp_path / "silent.mp4").report.audio == "absent"
     sound = vl.media.read_audio(tmp_path / "sound.wav")
     assert (sound.sample_rate, sound.waveform.shape) == (16_000, (1, 16_000 * render.SECONDS))
-    heard = video.waveform[0, : sound.waveform.shape[1]]  # AAC pads
-    assert np.corrcoef(sound.waveform[0, : len(heard)], heard)[0, 1] > 0.9  # and loses little
-    assert Image.open(tmp_path / "still.jpg").size == (render.SIDE, render.SIDE)
+    sounds = video.waveform[0, : sound.waveform.shape[1]]  # AAC pads
+    assert np.corrcoef(sound.waveform[0, : len(sounds)], sounds)[0, 1] > 0.9  # and loses little
+    assert Image.open(tmp_path / "still.jpg").size == (render.FRAME_SIZE, render.FRAME_SIZE)
 
 
-def test_right_answers_are_right_and_others_are_not():
+def test_correct_answers_score_and_wrong_ones_do_not():
     bell = scene("left")
     assert texts.caption(bell) == "a large red bell moves to the left"
-    assert texts.is_right("motion", "It moves to the left.", bell)
-    assert not texts.is_right("motion", "it moves to the right", bell)
-    assert texts.is_right("object", "a bell", bell)
-    assert texts.is_right("object", "bells", scene(number=2, size="small"))
-    assert not texts.is_right("object", "", bell)
-    assert not texts.is_right("hear", "a drum beats", bell)
-    assert texts.is_right("place", "at the upper left", scene(place=0))
-    assert not texts.is_right("place", "at the left", scene(place=0))
-    unlike = Scene(bell.shown, ("drum",))
+    assert texts.is_correct("motion", "It moves to the left.", bell)
+    assert not texts.is_correct("motion", "it moves to the right", bell)
+    assert texts.is_correct("object", "a bell", bell)
+    assert texts.is_correct("object", "bells", scene(number=2, size="small"))
+    assert not texts.is_correct("object", "", bell)
+    assert not texts.is_correct("hear", "a drum beats", bell)
+    assert texts.is_correct("place", "at the upper left", scene(place=0))
+    assert not texts.is_correct("place", "at the left", scene(place=0))
+    unlike = Scene(bell.objects, ("drum",))
     assert texts.answer("fit", unlike) == "a drum is heard and a bell is seen, so no"
-    assert texts.is_right("fit", "no", unlike)
-    assert not texts.is_right("fit", "yes", unlike)
+    assert texts.is_correct("fit", "no", unlike)
+    assert not texts.is_correct("fit", "yes", unlike)
 
 
-def test_dialogues_of_training_have_no_wording_of_tests_and_no_sound():
-    draw = np.random.default_rng(0)
-    asked = {question for _ in range(300) for question, _ in texts.dialogue(draw_scene(draw), draw, 6)}
+def test_training_dialogues_have_no_test_wording_and_no_audio_questions():
+    rng = np.random.default_rng(0)
+    asked = {question for _ in range(300) for question, _ in texts.draw_dialogue(draw_scene(rng), rng, 6)}
     known = {wording: name for name, wordings in texts.QUESTIONS.items() for wording in wordings[:3]}
     assert asked <= known.keys()
-    assert {known[question] for question in asked} == texts.QUESTIONS.keys() - set(texts.HEARD)
+    assert {known[question] for question in asked} == texts.QUESTIONS.keys() - set(texts.AUDIO_QUESTIONS)
 
 
-def test_the_prompts_sentences_are_one_token_each(tmp_path):
+def test_each_prompt_sentence_is_one_token(tmp_path):
     tokenizer = language.train_tokenizer(tmp_path, 0)
     assert tokenizer.vocab_size == language.VOCAB_SIZE
-    long = [text for text in language.fixed_sentences() if len(text) > 20]
+    long = [text for text in language.list_prompt_sentences() if len(text) > 20]
     assert len(long) == 6
     for sentence in long:
         assert len(tokenizer.encode(sentence)) <= 2
     told = prompts.start_conversation("vicuna", True).add(Media("audio")).ask("What do you hear?")
     encoded = prompts.encode_conversation(told, tokenizer, [8])
     assert len(encoded.ids) < 35
-    draw = np.random.default_rng(0)
-    drawn = [language.draw_text(tokenizer, draw) for _ in range(50)]
+    rng = np.random.default_rng(0)
+    drawn = [language.draw_text(tokenizer, rng) for _ in range(50)]
     rows = [ids for ids, _ in drawn]
     assert max(map(len, rows)) < 2 * language.LENGTH
     assert all(row[0] == tokenizer.bos_id and row.max() < language.VOCAB_SIZE for row in rows)
-    noted = [tokenizer.decode(ids[is_note].tolist()) for ids, is_note in drawn]
+    noted = [tokenizer.decode(ids[is_description].tolist()) for ids, is_description in drawn]
     assert sum(map(bool, noted)) > 35
-    assert all(is_note.shape == ids.shape for ids, is_note in drawn)
+    assert all(is_description.shape == ids.shape for ids, is_description in drawn)
     assert not re.search("[#?<]|Human|heard", " ".join(noted))  # words of what is shown and heard alone
     read = [tokenizer.decode(row[1:].tolist()) for row in rows]
     compared = [line for text in read if "###" not in text and "so yes" in text for line in text.strip().split("\n")]
     assert len(compared) >= 12
     for line in compared:
-        heard, seen, said = re.fullmatch("a (.+) is heard and a (.+) is seen, so (yes|no)", line).groups()
-        assert (said == "yes") == (heard == seen)
+        sounds, seen, said = re.fullmatch("a (.+) is heard and a (.+) is seen, so (yes|no)", line).groups()
+        assert (said == "yes") == (sounds == seen)
 
 
-def test_notes_of_sounds_name_what_is_heard_in_order_and_nothing_that_is_held_out():
-    draw = np.random.default_rng(0)
+def test_sound_annotations_list_sounds_in_order_without_held_out_scenes():
+    rng = np.random.default_rng(0)
     for _ in range(100):
-        words = language.sound_notes(("bell", "drum"), draw).replace(",", "").split()
+        words = language.describe_sounds(("bell", "drum"), rng).replace(",", "").split()
         assert words.index("bell") < words.index("then") < words.index("drum")
     moving = 0
     for _ in range(400):
-        words = language.sound_notes(("bell",), draw).replace(",", "").split()
+        words = language.describe_sounds(("bell",), rng).replace(",", "").split()
         assert not set(words) & (KINDS.keys() - {"bell"})
         if "moves" in words:
-            (colour,), (way,) = COLOURS.keys() & set(words), set(WAYS) & set(words)
-            assert not is_held_out("bell", colour, way)
+            (color,), (way,) = COLORS.keys() & set(words), set(DIRECTIONS) & set(words)
+            assert not is_held_out("bell", color, way)
             moving += 1
     assert moving > 20
 
 
-def test_pictures_and_what_is_said_of_them():
-    pictures = draw_pictures(40, 0)
-    numbers, said = phrase_numbers(pictures), phrases()
+def test_images_match_their_phrases():
+    images = draw_images(40, 0)
+    numbers, said = phrase_ids(images), phrases()
     assert numbers.shape == (40, len(said))
     for aspect, choices in enumerate(said.values()):
         assert (numbers[:, aspect] < len(choices)).all()
-    assert (numbers[:, :3] != NOTHING).all()
-    assert (numbers[:, 4] != NOTHING).tolist() == [things.number == 1 for things in pictures.things]
-    again = draw_pictures(40, 0)
-    np.testing.assert_array_equal(pictures.pixels, again.pixels)
-    assert (draw_pictures(40, 0, "test").pixels != pictures.pixels).any()
+    assert (numbers[:, :3] != NO_PHRASE).all()
+    assert (numbers[:, 4] != NO_PHRASE).tolist() == [group.number == 1 for group in images.objects]
+    again = draw_images(40, 0)
+    np.testing.assert_array_equal(images.pixels, again.pixels)
+    assert (draw_images(40, 0, "test").pixels != images.pixels).any()
 
 
-def test_a_world_is_written_once_and_whole(tmp_path):
+def test_a_dataset_is_written_once_and_completely(tmp_path):
     said = []
     write_world(tmp_path, Amounts(3, 2, 4, 2), 0, said.append)
     assert len(said) == 2
@@ -289,11 +294,11 @@ def test_accuracies_have_wilsons_interval():
     assert alike == {**evaluate.measure([True, False] * 25, 0.5), "n": 100}
 
 
-def test_chance_is_of_one_who_looks_at_nothing():
-    scenes = [Scene((Things(kind="bell", colour="red", number=number),)) for number in (1, 1, 1, 2)]
-    assert evaluate.of_one_answer("count", scenes) == 0.75
-    assert evaluate.of_one_answer("object", scenes) == 1.0  # several bells are the same kind
+def test_chance_is_the_best_constant_answer():
+    scenes = [Scene((ObjectGroup(kind="bell", color="red", number=number),)) for number in (1, 1, 1, 2)]
+    assert evaluate.constant_answer_accuracy("count", scenes) == 0.75
+    assert evaluate.constant_answer_accuracy("object", scenes) == 1.0  # several bells are the same kind
 
 
-def test_every_way_has_an_opposite():
-    assert set(WAYS) == {texts.OPPOSITES[texts.OPPOSITES[way]] for way in WAYS}
+def test_every_direction_has_an_opposite():
+    assert set(DIRECTIONS) == {texts.OPPOSITES[texts.OPPOSITES[way]] for way in DIRECTIONS}

@@ -9,9 +9,9 @@ import pytest
 from vllama_jax.config import tiny
 from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.config import DataConfig, DatasetConfig
-from vllama_jax.data.pipeline import BatchReader, Decoded
-from vllama_jax.data.records import ranges
-from vllama_jax.data.sampling import Order, Stream, make_streams
+from vllama_jax.data.pipeline import BatchReader, DecodedMedia
+from vllama_jax.data.records import record_ranges
+from vllama_jax.data.sampling import BatchSampler, Stream, make_streams
 from vllama_jax.errors import ConfigError
 from vllama_jax.train.config import TrainConfig
 
@@ -25,7 +25,7 @@ class FakeRecords:
 
     @property
     def kinds(self) -> dict[str, range]:
-        return ranges(self.counts)
+        return record_ranges(self.counts)
 
     def __len__(self) -> int:
         return sum(self.counts.values())
@@ -49,14 +49,14 @@ def streams_of(*datasets: tuple[float, int, dict[str, int]], branch: str = "audi
 def epoch(stream: Stream, number: int, seed: int = 3) -> list[int]:
     """The records of an epoch, in the order that they are drawn in."""
     length = len(stream.numbers) - stream.dataset.holdout
-    samples = [stream.sample(count, seed) for count in range(number * length, (number + 1) * length)]
-    assert {where for _, where in samples} == {number}
-    return [record for record, _ in samples]
+    examples = [stream.example(count, seed) for count in range(number * length, (number + 1) * length)]
+    assert {where for _, where in examples} == {number}
+    return [record for record, _ in examples]
 
 
 @pytest.mark.parametrize("holdout", [0, 1, 5, 22])
 @pytest.mark.parametrize("kind", ["video", "image", "audio"])
-def test_an_epoch_and_what_is_holdout_are_all_records_once(kind, holdout):
+def test_an_epoch_and_the_holdout_are_all_records_once(kind, holdout):
     (stream,) = [one for one in streams_of((1.0, holdout, {"video": 23, "image": 31, "audio": 29})) if one.kind == kind]
     numbers = {"video": range(23), "image": range(23, 54), "audio": range(54, 83)}[kind]
     kept = stream.holdout()
@@ -68,7 +68,7 @@ def test_an_epoch_and_what_is_holdout_are_all_records_once(kind, holdout):
         assert {*trained, *kept} == set(numbers)
 
 
-def test_epochs_and_seeds_differ_in_order_and_hold_out_the_same():
+def test_epochs_and_seeds_differ_in_order_but_share_the_holdout():
     """Stage 2 of another seed must not train on what stage 1 validates on."""
     (stream,) = streams_of((1.0, 8, {"video": 100}))
     orders = [epoch(stream, 0), epoch(stream, 1), epoch(stream, 2), epoch(stream, 0, seed=4)]
@@ -80,7 +80,7 @@ def test_epochs_and_seeds_differ_in_order_and_hold_out_the_same():
     assert longer[:5] == shorter, "holding out more keeps those that were held out"
 
 
-def test_what_is_holdout_depends_on_the_records_and_their_kind():
+def test_the_holdout_depends_only_on_records_and_media_type():
     same = {"video": 60, "image": 60}
     first, second = streams_of((1.0, 10, same))
     other = streams_of((1.0, 10, same), (1.0, 10, same))[2]
@@ -88,7 +88,7 @@ def test_what_is_holdout_depends_on_the_records_and_their_kind():
     assert len({tuple(place) for place in places}) == 3
 
 
-def test_shares_of_two_kinds_and_two_datasets():
+def test_media_types_and_datasets_are_sampled_by_their_ratios():
     """3:1, the first's share divided as 30:10 by its kinds: 9/16, 3/16 and 4/16 of the steps."""
     streams = streams_of((3.0, 0, {"video": 30, "image": 10}), (1.0, 0, {"video": 20}))
     assert [(stream.dataset.path, stream.kind) for stream in streams] == [
@@ -99,44 +99,44 @@ def test_shares_of_two_kinds_and_two_datasets():
     ratios = [stream.ratio for stream in streams]
     assert [ratio / sum(ratios) for ratio in ratios] == [9 / 16, 3 / 16, 4 / 16]
     steps = 20_000
-    drawn = np.bincount(Order(streams, steps, 2, seed=0).stream_of, minlength=3) / steps
+    drawn = np.bincount(BatchSampler(streams, steps, 2, seed=0).stream_of, minlength=3) / steps
     np.testing.assert_allclose(drawn, [9 / 16, 3 / 16, 4 / 16], atol=0.015)  # four standard deviations
 
 
 def test_ratios_need_not_sum_to_one_nor_be_above_one():
     for scale in (0.01, 1.0, 50.0):
         streams = streams_of((scale, 0, {"video": 5}), (3 * scale, 0, {"image": 7}))
-        counts = np.bincount(Order(streams, 8000, 2, seed=1).stream_of, minlength=2)
+        counts = np.bincount(BatchSampler(streams, 8000, 2, seed=1).stream_of, minlength=2)
         assert abs(counts[1] / 8000 - 0.75) < 0.02
 
 
-def test_a_longer_run_begins_with_the_same_draws_and_another_seed_with_others():
+def test_order_does_not_depend_on_the_number_of_steps_but_on_the_seed():
     streams = streams_of((1.0, 0, {"video": 50}), (1.0, 0, {"image": 50}))
-    short, long = (Order(streams, steps, 2, seed=5) for steps in (30, 300))
-    assert [short.rows(step).samples for step in range(30)] == [long.rows(step).samples for step in range(30)]
-    assert (Order(streams, 300, 2, seed=6).stream_of != long.stream_of).any()
+    short, long = (BatchSampler(streams, steps, 2, seed=5) for steps in (30, 300))
+    assert [short.rows(step).examples for step in range(30)] == [long.rows(step).examples for step in range(30)]
+    assert (BatchSampler(streams, 300, 2, seed=6).stream_of != long.stream_of).any()
 
 
-def test_steps_take_up_where_the_stream_was_left():
+def test_each_step_continues_its_stream():
     """Over the steps of one stream, rows count on: no record twice before all have come, whatever lies between."""
     streams = streams_of((1.0, 3, {"video": 15, "image": 27}))
-    order = Order(streams, 60, 4, seed=2)
+    order = BatchSampler(streams, 60, 4, seed=2)
     taken: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
     for step in range(60):
         rows = order.rows(step)
         assert rows.stream is streams[order.stream_of[step]]
-        assert len(rows.samples) == 4
-        taken[rows.stream.kind] += rows.samples
+        assert len(rows.examples) == 4
+        taken[rows.stream.kind] += rows.examples
     for kind, length in (("video", 12), ("image", 24)):
-        samples = taken[kind]
-        assert len(samples) > 2 * length
-        assert [where for _, where in samples] == [count // length for count in range(len(samples))]
-        for number in range(len(samples) // length):
-            records = [record for record, _ in samples[number * length : (number + 1) * length]]
+        examples = taken[kind]
+        assert len(examples) > 2 * length
+        assert [where for _, where in examples] == [count // length for count in range(len(examples))]
+        for number in range(len(examples) // length):
+            records = [record for record, _ in examples[number * length : (number + 1) * length]]
             assert len(set(records)) == length
 
 
-def test_datasets_that_cannot_be_trained_on():
+def test_unusable_datasets_are_refused():
     with pytest.raises(ConfigError, match="records0: holdout 4 leaves none of its 4 image records"):
         streams_of((1.0, 4, {"video": 9, "image": 4}))
     with pytest.raises(ConfigError, match="records0: has audio records, which the vision branch does not accept"):
@@ -164,9 +164,9 @@ class FakeCache:
         (2, 4, [0, 1, 0, 1, 0, 1, 0]),  # or fewer
     ],
 )
-def test_which_variant_each_epoch_takes(monkeypatch, asked, cached, expected):
+def test_each_epoch_uses_another_variant(monkeypatch, asked, cached, expected):
     monkeypatch.setattr(
-        BatchReader, "decode", lambda self, stream, record, variant: Decoded(str(record), np.full(1, variant))
+        BatchReader, "decode", lambda self, stream, record, variant: DecodedMedia(str(record), np.full(1, variant))
     )
     streams = streams_of((1.0, 1, {"video": 5}))
     config = TrainConfig(
@@ -177,10 +177,10 @@ def test_which_variant_each_epoch_takes(monkeypatch, asked, cached, expected):
         data=DataConfig(variants=asked, num_threads=1),
     )
     caches = {"records0": FakeCache(cached)} if cached else {}
-    order = Order(streams, 14, 2, seed=0)  # two steps an epoch
+    order = BatchSampler(streams, 14, 2, seed=0)  # two steps an epoch
     reader = BatchReader(config.data, config.branch, config.seed, tiny(), None, order, range(2), caches)
     found = []
     for step in range(14):
-        decoded = reader.decode_all(streams[0], order.rows(step).samples)
+        decoded = reader.decode_all(streams[0], order.rows(step).examples)
         found += [int(one.media[0]) for one in decoded]
     assert found == [variant for variant in expected for _ in range(4)]

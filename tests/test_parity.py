@@ -44,7 +44,7 @@ from vllama_jax.config import (
     VitConfig,
     tiny,
 )
-from vllama_jax.convert import eva_vit, imagebind, llama, qformer, tables
+from vllama_jax.convert import eva_vit, imagebind, llama, qformer, rule_tables
 from vllama_jax.errors import ConfigError
 from vllama_jax.nn.eva_vit import EvaVit
 from vllama_jax.nn.imagebind import ImageBind
@@ -162,29 +162,29 @@ def imagebind_pair(cfg: ImageBindConfig, *, quiet: bool = False) -> tuple[ImageB
     return ours, reference
 
 
-def of_sense(cfg: ImageBindConfig, sense: str, *, quiet: bool = False) -> torch.Tensor:
+def of_sense(cfg: ImageBindConfig, modality: str, *, quiet: bool = False) -> torch.Tensor:
     """Two inputs of a tower."""
-    if sense == "audio":
+    if modality == "audio":
         return noise(2, cfg.audio.num_mel_bins, cfg.audio.num_mel_frames, quiet=quiet)
     return noise(2, 3, cfg.vision.image_size, cfg.vision.image_size, quiet=quiet)
 
 
 @QUIETLY
-@pytest.mark.parametrize("sense", ["audio", "vision"])
-def test_imagebind_tower_equals_torchs(sense: str, quiet: bool):
+@pytest.mark.parametrize("modality", ["audio", "vision"])
+def test_imagebind_tower_equals_torchs(modality: str, quiet: bool):
     ours, reference = imagebind_pair(IMAGEBIND, quiet=quiet)
-    x = of_sense(IMAGEBIND, sense, quiet=quiet)
-    assert error(run(call, getattr(ours, sense), as_jax(x)), reference(sense, x)) < TOLERANCE
+    x = of_sense(IMAGEBIND, modality, quiet=quiet)
+    assert error(run(call, getattr(ours, modality), as_jax(x)), reference(modality, x)) < TOLERANCE
 
 
-@pytest.mark.parametrize("sense", ["audio", "vision"])
-def test_imagebind_block_at_full_width(sense: str):
+@pytest.mark.parametrize("modality", ["audio", "vision"])
+def test_imagebind_block_at_full_width(modality: str):
     audio = dataclasses.replace(IMAGEBIND_HUGE.audio, depth=1, num_mel_bins=26, num_mel_frames=36)
     vision = dataclasses.replace(IMAGEBIND_HUGE.vision, depth=1, image_size=28)
     cfg = dataclasses.replace(IMAGEBIND_HUGE, audio=audio, vision=vision)
     ours, reference = imagebind_pair(cfg)
-    x = of_sense(cfg, sense)
-    assert error(run(call, getattr(ours, sense), as_jax(x)), reference(sense, x)) < TOLERANCE
+    x = of_sense(cfg, modality)
+    assert error(run(call, getattr(ours, modality), as_jax(x)), reference(modality, x)) < TOLERANCE
 
 
 @pytest.mark.parametrize(("scale", "norm"), [(20.0, 20.0), (7.0, 7.0), (200.0, 100.0)])
@@ -242,7 +242,7 @@ def test_llama_equals_torchs(name: str):
 
 
 @pytest.mark.parametrize("epsilon", [1e-6, 1e-5], ids=["llama", "llama 2"])
-def test_llama_epsilon(epsilon: float):
+def test_llama_norm_epsilon_equals_torchs(epsilon: float):
     ours, reference = llama_pair(dataclasses.replace(LLAMA, norm_eps=epsilon), quiet=True)
     ids = token_ids(2, 10)
     logits = run(llama_logits, ours, as_jax(ids), jnp.ones(ids.shape, bool))
@@ -260,13 +260,13 @@ def test_llama_over_4000_tokens_equals_torchs(scaling: RopeScaling | None):
 
 
 @SCALINGS
-def test_rope_frequencies(scaling: RopeScaling | None):
+def test_rope_frequencies_equal_torchs(scaling: RopeScaling | None):
     cfg = dataclasses.replace(LLAMA, head_dim=128, rope_theta=500000.0, rope_scaling=scaling, max_length=4096)
     expected = llama_reference(dataclasses.replace(cfg, depth=1)).model.rotary_emb.inv_freq
     np.testing.assert_allclose(rope_frequencies(cfg), expected.numpy(), rtol=1e-6)
 
 
-def test_llama_rows_padded_on_the_right():
+def test_llama_ignores_padding_on_the_right():
     ours, reference = llama_pair(LLAMAS["grouped-query"])
     ids, mask = token_ids(3, 20), torch.arange(20) < torch.tensor([[20], [13], [1]])
     logits = run(llama_logits, ours, as_jax(ids), as_jax(mask))
@@ -284,12 +284,12 @@ PIECES = {
 }
 
 
-def extend(module: Llama, ids: jax.Array, mask: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
-    return module.extend(module.embed(ids), mask, cache)
+def forward_with_cache(module: Llama, ids: jax.Array, mask: jax.Array, cache: KVCache) -> tuple[jax.Array, KVCache]:
+    return module.forward_with_cache(module.embed(ids), mask, cache)
 
 
 @pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
-def test_reading_in_pieces_equals_reading_at_once(pieces: list[tuple[int, tuple[int, ...]]]):
+def test_prefill_in_chunks_equals_prefill_at_once(pieces: list[tuple[int, tuple[int, ...]]]):
     ours, reference = llama_pair(LLAMAS["wide heads"])
     total = sum(real[0] for _, real in pieces)
     ids = token_ids(2, total)
@@ -300,7 +300,7 @@ def test_reading_in_pieces_equals_reading_at_once(pieces: list[tuple[int, tuple[
         for row in (0, 1):
             piece[row, : real[row]] = ids[row, done[row] : done[row] + real[row]]
             done[row] += real[row]
-        hidden, cache = run(extend, ours, piece, mask, cache)
+        hidden, cache = run(forward_with_cache, ours, piece, mask, cache)
         for row in (0, 1):
             seen[row].append(np.asarray(hidden)[row, : real[row]])
     logits = ours.logits(jnp.array([np.concatenate(row) for row in seen]))
@@ -402,7 +402,7 @@ def video_llama_pair(*, quiet: bool = False) -> tuple[VideoLlama, VideoLlamaRefe
     randomise(reference, quiet=quiet)
     reference.visual_encoder.drop_key_biases()
     kinds = ["eva_vit", "blip2", "imagebind", "vl", "al", "llama"]
-    rules = [rule for kind in tables(VIDEO_LLAMA, kinds).values() for rule in kind]
+    rules = [rule for kind in rule_tables(VIDEO_LLAMA, kinds).values() for rule in kind]
     make = lambda: VideoLlama(VIDEO_LLAMA, rngs=nnx.Rngs(0))  # noqa: E731
     return load(make, rules, reference.original_state()), reference
 
@@ -432,17 +432,17 @@ def test_encode_video_equals_torchs(pair, count: int):
 
 
 @pytest.mark.parametrize(
-    ("sense", "encode"), [("audio", VideoLlama.encode_audio), ("vision", VideoLlama.encode_audio_from_vision)]
+    ("modality", "encode"), [("audio", VideoLlama.encode_audio), ("vision", VideoLlama.encode_audio_from_vision)]
 )
-def test_encode_audio_equals_torchs(pair, sense: str, encode: Callable):
+def test_encode_audio_equals_torchs(pair, modality: str, encode: Callable):
     """The audio branch on sound, and on pictures, as it is trained."""
     ours, reference = pair
-    inputs = [torch.cat([x, x.flip(-1)]) for x in of_sense(IMAGEBIND, sense).split(1)]
+    inputs = [torch.cat([x, x.flip(-1)]) for x in of_sense(IMAGEBIND, modality).split(1)]
     tokens = run(encode, ours, jnp.stack([as_jax(x) for x in inputs]))
-    assert error(tokens, torch.stack([reference.encode_senses(sense, x) for x in inputs])) < TOLERANCE
+    assert error(tokens, torch.stack([reference.encode_senses(modality, x) for x in inputs])) < TOLERANCE
 
 
-def test_logits_of_the_whole_are_the_language_models(pair):
+def test_video_llama_logits_are_the_language_models(pair):
     ours, reference = pair
     ids, mask = token_ids(2, 12), torch.arange(12) < torch.tensor([[12], [7]])
     logits = run(lambda m, ids, mask: m(m.embed(ids), mask), ours, as_jax(ids), as_jax(mask))
@@ -454,13 +454,13 @@ def test_logits_of_the_whole_are_the_language_models(pair):
 
 
 @pytest.mark.parametrize("count", [1, 8, 9])
-def test_position_rows_are_the_first_of_the_table(pair, count: int):
+def test_positions_within_the_table_are_its_first_rows(pair, count: int):
     for interpolate in (False, True):
         rows = position_rows(pair[0].frame_positions, count, interpolate=interpolate, what="frames")
         np.testing.assert_array_equal(rows, pair[0].frame_positions[:count])
 
 
-def test_positions_are_stretched_linearly_on_request(pair):
+def test_positions_are_interpolated_linearly_on_request(pair):
     table = torch.from_numpy(np.array(pair[0].frame_positions[...]))
     rows = position_rows(pair[0].frame_positions, 20, interpolate=True, what="frames")
     expected = torch.nn.functional.interpolate(table.T[None], size=20, mode="linear", align_corners=False)[0].T
@@ -476,7 +476,7 @@ def test_more_frames_than_positions(pair):
     assert jnp.isfinite(tokens).all()
 
 
-def test_more_sounds_than_positions(pair):
+def test_more_audio_clips_than_positions(pair):
     features = as_jax(noise(1, 7, IMAGEBIND.embed_dim))
     with pytest.raises(ConfigError, match=r"7 audio clips or frames.* 6 positions"):
         pair[0].audio_tokens(features)
@@ -485,7 +485,7 @@ def test_more_sounds_than_positions(pair):
     assert jnp.isfinite(tokens).all()
 
 
-def test_splice_puts_media_tokens_in_order_where_they_belong():
+def test_splice_replaces_placeholders_in_order():
     text, media = -jnp.arange(1.0, 13.0).reshape(2, 6, 1), jnp.array([[[10.0], [11], [12]], [[20], [21], [22]]])
     is_media = jnp.array([[0, 1, 1, 1, 0, 0], [1, 0, 0, 1, 1, 0]], bool)
     expected = [[-1, 10, 11, 12, -5, -6], [20, -8, -9, 21, 22, -12]]
@@ -510,7 +510,7 @@ def test_every_weight_names_every_axis():
     assert not wrong
 
 
-def test_axes_have_the_sizes_that_their_names_say():
+def test_axes_have_the_sizes_of_their_names():
     """In the tiny model: sizes by part, where a name has one."""
     towers = {"vit": TINY.vit, "imagebind/audio": TINY.imagebind.audio, "imagebind/vision": TINY.imagebind.vision}
     towers |= {name: getattr(TINY, name) for name in ("image_qformer", "video_qformer", "audio_qformer", "llama")}

@@ -7,8 +7,8 @@ import pytest
 from cli_fixtures import failure
 
 from vllama_jax import cli
-from vllama_jax.train.plots import draw, read_metrics
-from vllama_jax.train.smoothing import fit_smoothing, smoothed
+from vllama_jax.train.plots import plot_metrics, read_metrics
+from vllama_jax.train.smoothing import default_smoothing, smooth
 
 
 def write_run(folder: Path, losses: list[float], holdout: dict[int, float] | None = None) -> Path:
@@ -21,25 +21,25 @@ def write_run(folder: Path, losses: list[float], holdout: dict[int, float] | Non
     return folder
 
 
-def test_the_mean_is_corrected_as_adams():
-    assert smoothed([4.0, 4.0, 4.0], 0.9) == pytest.approx([4.0, 4.0, 4.0])
+def test_the_moving_average_is_bias_corrected():
+    assert smooth([4.0, 4.0, 4.0], 0.9) == pytest.approx([4.0, 4.0, 4.0])
     beta, values = 0.8, [3.0, 1.0, 2.0]
     plain = [0.2 * 3, 0.8 * 0.2 * 3 + 0.2 * 1, 0.64 * 0.2 * 3 + 0.8 * 0.2 * 1 + 0.2 * 2]
-    assert smoothed(values, beta) == pytest.approx([m / (1 - beta**n) for n, m in enumerate(plain, 1)])
-    assert smoothed(values, 0.0) == values
+    assert smooth(values, beta) == pytest.approx([m / (1 - beta**n) for n, m in enumerate(plain, 1)])
+    assert smooth(values, 0.0) == values
 
 
 @pytest.mark.parametrize(("steps", "window"), [(1, 1), (19, 1), (20, 2), (100, 10), (500, 50), (12_500, 50)])
 def test_the_window_fits_the_run(steps, window):
-    assert 1 / (1 - fit_smoothing(steps)) == pytest.approx(window)
+    assert 1 / (1 - default_smoothing(steps)) == pytest.approx(window)
 
 
-def test_one_run(tmp_path, capsys):
+def test_loss_of_one_run_is_plotted(tmp_path, capsys):
     run = write_run(tmp_path / "first", [3.0, 2.5, 2.0])
     cli.main(["plot", str(run)])
     assert capsys.readouterr().out == f"{run}/loss.png: steps 1 to 3, last loss 2.0000\n"
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
-    figure = draw({run: read_metrics(run)}, None)
+    figure = plot_metrics({run: read_metrics(run)}, None)
     assert figure.get_suptitle() == "first: training loss, 3 steps"
 
 
@@ -57,7 +57,7 @@ def test_several_runs_are_compared_in_one_figure(tmp_path, capsys):
         f"{runs[2]}: steps 1 to 1, last loss 1.0000",
         f"{tmp_path}/all.png",
     ]
-    figure = draw({run: read_metrics(run) for run in runs}, None)
+    figure = plot_metrics({run: read_metrics(run) for run in runs}, None)
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == [
         f"{runs[0]} (mean of about 4 steps)",
@@ -70,7 +70,7 @@ def test_several_runs_are_compared_in_one_figure(tmp_path, capsys):
     assert (runs[2] / "compared.png").is_file()
 
 
-def test_what_cannot_be_drawn_is_one_line(tmp_path, capsys):
+def test_runs_that_cannot_be_plotted_are_a_one_line_error(tmp_path, capsys):
     whole = write_run(tmp_path / "whole", [2.0])
     assert "none/metrics.jsonl: no such file; name a run directory" in failure(capsys, "plot", tmp_path / "none")
     assert "none/metrics.jsonl: no such file" in failure(capsys, "plot", whole, tmp_path / "none")

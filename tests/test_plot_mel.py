@@ -9,7 +9,7 @@ from test_cli import failure
 
 from vllama_jax import cli
 from vllama_jax.media.mel import mel_clips
-from vllama_jax.media.plots import draw_mel
+from vllama_jax.media.plots import plot_mel
 
 
 def write_tone(path, seconds: float):
@@ -19,9 +19,9 @@ def write_tone(path, seconds: float):
     return path
 
 
-def test_each_clip_is_drawn_as_the_model_is_given_it(tmp_path):
+def test_each_clip_is_plotted_as_the_model_receives_it(tmp_path):
     file = write_tone(tmp_path / "tone.wav", 6)
-    figure, audio = draw_mel(file, num_clips=3)
+    figure, audio = plot_mel(file, num_clips=3)
     *clips, unused, bar = figure.axes
     samples = scipy.io.wavfile.read(file)[1].astype(np.float32)[None] / 2**15
     for place, expected in zip(clips, mel_clips(samples, 16000, 3), strict=True):
@@ -30,11 +30,11 @@ def test_each_clip_is_drawn_as_the_model_is_given_it(tmp_path):
     assert [place.get_title() for place in clips] == ["0.0 s to 2.0 s", "1.3 s to 3.3 s", "2.7 s to 4.7 s"]
     assert not unused.axison
     assert bar.get_ylabel() == "log-mel, normalized"
-    assert audio.report.seconds == 6
+    assert audio.report.duration == 6
 
 
-def test_the_tone_is_drawn_at_its_frequency(tmp_path):
-    figure, _ = draw_mel(write_tone(tmp_path / "tone.wav", 3))
+def test_a_tone_is_plotted_at_its_frequency(tmp_path):
+    figure, _ = plot_mel(write_tone(tmp_path / "tone.wav", 3))
     drawn = figure.axes[0].collections[0]
     values, hertz = drawn.get_array().reshape(128, 204), drawn.get_coordinates()[:, 0, 1]
     loudest = int(values[:, 50].argmax())
@@ -49,7 +49,7 @@ def test_plot_of_a_file_writes_a_png_beside_it(tmp_path, capsys):
     assert "a picture, without sound" in failure(capsys, "plot", tmp_path / "tone.wav.mel.png")
 
 
-def test_mel_clips_do_without_librosa():
+def test_mel_clips_need_no_librosa():
     """Its import takes longer than reading most files."""
     code = "import sys, numpy as np; from vllama_jax import media; media.mel_clips(np.zeros((1, 44100), 'f4'), 44100)"
     code += "; print({'librosa', 'numba'} & set(sys.modules))"

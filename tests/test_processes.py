@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 from train_fixtures import config_of, worker_processes, write_config
 
-from vllama_jax.checkpoints.directory import run_steps
+from vllama_jax.checkpoints.directory import list_checkpoint_steps
 from vllama_jax.data.config import DataConfig
 from vllama_jax.train.config import CheckpointConfig
 from vllama_jax.train.relay import Relay
@@ -115,7 +115,7 @@ def test_a_signal_saves_all_processes_at_one_step(config, tmp_path, number, told
             processes[process].send_signal(number)
         results = ended(processes)
     assert [code for code, _ in results] == codes
-    (saved,) = run_steps(run)
+    (saved,) = list_checkpoint_steps(run)
     assert saved < 90_000
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert last == saved
@@ -126,7 +126,7 @@ def test_a_signal_saves_all_processes_at_one_step(config, tmp_path, number, told
 
 @SLOW
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_process_ends_the_other_with_a_line_that_names_it(config, tmp_path, lost):
+def test_a_killed_process_ends_the_other_with_a_one_line_error(config, tmp_path, lost):
     run = tmp_path / "run"
     with started("train", config, "--out", run, "--checkpoint.save-interval-steps", 2) as processes:
         wait_for_step(run, 5, processes)
@@ -134,7 +134,7 @@ def test_a_killed_process_ends_the_other_with_a_line_that_names_it(config, tmp_p
         ((code, text),) = ended([processes[1 - lost]])
     assert_one_line(code, text, f"vllama: process {lost} of 2 (")
     assert ") was lost: " in text
-    assert run_steps(run), "what was saved stays"
+    assert list_checkpoint_steps(run), "what was saved stays"
 
 
 @SLOW
@@ -166,7 +166,7 @@ def test_an_error_in_one_process_ends_both(config, tmp_path, failing, problem, o
 
 
 @SLOW
-def test_features_of_two_processes_are_written_and_a_lost_one_is_named(tiny_model, records, tmp_path):
+def test_features_of_two_processes_are_written_and_a_lost_process_is_reported(tiny_model, records, tmp_path):
     config = write_config(tmp_path / "config.py", config_of(tiny_model, records))
     with started("features", config, "--out", tmp_path / "features", "--shard-records", 2) as processes:
         assert [process.wait(timeout=300) for process in processes] == [0, 0]
@@ -193,7 +193,7 @@ def test_a_killed_decoding_process_ends_the_run_with_one_line(tiny_model, record
         os.kill(min(workers), signal.SIGKILL)
         ((code, text),) = ended([process])
     assert_one_line(code, text, "a worker process was killed (SIGKILL), as Linux does when memory runs out")
-    assert run_steps(tmp_path / "run")
+    assert list_checkpoint_steps(tmp_path / "run")
 
 
 @SLOW
@@ -207,13 +207,13 @@ def test_ctrl_c_saves_and_exits_130(tiny_model, records, tmp_path):
         process.send_signal(signal.SIGINT)
         ((code, text),) = ended([process])
     assert code == 130
-    assert f"saved at step {run_steps(run)[-1]};" in text
+    assert f"saved at step {list_checkpoint_steps(run)[-1]};" in text
     assert "Traceback" not in text
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-    assert run_steps(run)[-1] == last
+    assert list_checkpoint_steps(run)[-1] == last
 
 
-def test_without_other_processes_it_says_what_starts_them(tmp_path):
+def test_without_other_processes_the_error_says_how_to_start_them(tmp_path):
     command = [VLLAMA, "train", "vision_stage1", "--out", str(tmp_path / "run"), "--distributed"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert_one_line(done.returncode, done.stderr, "--distributed: the other processes cannot be found; start it under")
@@ -234,7 +234,7 @@ def relayed() -> Iterator[tuple[socket.socket, socket.socket, threading.Event, R
         relay.stop()
 
 
-def test_a_relay_passes_on_what_is_said_both_ways():
+def test_a_relay_forwards_data_in_both_directions():
     with relayed() as (here, there, lost, relay):
         relay.watch(60)
         here.sendall(b"question")
@@ -261,7 +261,7 @@ def test_a_relay_notices_silence():
         assert lost.wait(10)
 
 
-def test_before_and_after_a_job_process_0_may_go():
+def test_a_relay_ignores_process_0_ending_outside_a_job():
     with relayed() as (here, there, lost, relay):
         relay.watch(60)
         relay.watch(0)

@@ -13,21 +13,21 @@ from vllama_jax.text.prompts import (
     build_prompt,
     clean_answer,
     decode_answer,
+    decode_past_answer,
+    default_system_prompt,
     encode_conversation,
     encode_prompt,
-    past_answer,
+    format_timestamps,
     render,
     start_conversation,
     stop_sequences,
     stream_answer,
-    system_text,
-    time_message,
 )
 from vllama_jax.text.templates import Mark, find_template
 from vllama_jax.text.tokenizer import load_tokenizer
 
-VIDEO = Media("video", seconds=(0.0, 1.25))
-SOUND_VIDEO = Media("video", sound=True, seconds=(0.0, 1.25))
+VIDEO = Media("video", timestamps=(0.0, 1.25))
+SOUND_VIDEO = Media("video", with_audio=True, timestamps=(0.0, 1.25))
 IMAGE = Media("image")
 AUDIO = Media("audio")
 
@@ -94,7 +94,7 @@ PROMPTS = [
 
 
 @pytest.mark.parametrize(("template", "steps", "expected"), PROMPTS)
-def test_prompt_strings(template, steps, expected):
+def test_prompts_are_rendered_as_text(template, steps, expected):
     assert render(talk(template, *steps)) == expected
 
 
@@ -112,18 +112,18 @@ SYSTEMS = [
 
 
 @pytest.mark.parametrize(("audio_branch", "media", "expected"), SYSTEMS)
-def test_system_text(audio_branch, media, expected):
-    assert system_text(audio_branch, media) == expected
+def test_default_system_text_depends_on_the_media(audio_branch, media, expected):
+    assert default_system_prompt(audio_branch, media) == expected
     conversation = talk("vicuna", *([media] if media else []), "Who?", audio_branch=audio_branch)
     assert render(conversation).startswith(expected + "###Human: ")
 
 
-def test_the_last_file_decides_the_system_text():
+def test_the_last_file_determines_the_system_text():
     assert render(talk("vicuna", VIDEO, "Who?", ">Me.", IMAGE, "Why?")).startswith(DEFAULT_SYSTEM)
     assert render(talk("vicuna", IMAGE, "Who?", ">Me.", VIDEO, "Why?")).startswith("###Human: ")
 
 
-def test_own_system_text():
+def test_a_custom_system_prompt_is_used():
     assert render(talk("vicuna", SOUND_VIDEO, "Who?", system="Be brief.")).startswith("Be brief.###Human: ")
     assert render(talk("vicuna", IMAGE, "Who?", system="")).startswith("###Human: ")
     with pytest.raises(ConfigError, match="'plain' has no place for a system text"):
@@ -135,12 +135,14 @@ def test_an_unknown_template_is_an_error():
         find_template("llama_v2")
 
 
-def test_time_message():
-    assert time_message([0.0, 2.0833, 14.5833]) == "The video contains 3 frames sampled at 0.0, 2.1, 14.6 seconds. "
-    assert time_message(np.array([0.0, 0.25])) == "The video contains 2 frames sampled at 0.0, 0.2 seconds. "
+def test_time_message_lists_timestamps():
+    assert (
+        format_timestamps([0.0, 2.0833, 14.5833]) == "The video contains 3 frames sampled at 0.0, 2.1, 14.6 seconds. "
+    )
+    assert format_timestamps(np.array([0.0, 0.25])) == "The video contains 2 frames sampled at 0.0, 0.2 seconds. "
 
 
-def test_conversations_do_not_change():
+def test_conversations_are_immutable():
     first = talk("vicuna", IMAGE)
     second = first.ask("Who?")
     assert first.turns[0].question is None
@@ -157,8 +159,8 @@ def test_order_of_turns():
         talk("vicuna", "Who?", IMAGE)
 
 
-def test_sound_comes_before_sight():
-    assert [media.slots for media in (VIDEO, SOUND_VIDEO, IMAGE, AUDIO)] == [
+def test_audio_placeholders_precede_video_placeholders():
+    assert [media.placeholders for media in (VIDEO, SOUND_VIDEO, IMAGE, AUDIO)] == [
         ("video",),
         ("audio", "video"),
         ("image",),
@@ -177,7 +179,7 @@ IDS = [
 
 
 @pytest.mark.parametrize(("template", "steps", "lengths", "expected"), IDS)
-def test_ids(template, steps, lengths, expected):
+def test_token_ids_of_a_conversation(template, steps, lengths, expected):
     tokenized = encode_conversation(
         talk(template, *steps, system=None if template == "plain" else ""), SPELLING, lengths
     )
@@ -187,7 +189,7 @@ def test_ids(template, steps, lengths, expected):
     assert not tokenized.ids[tokenized.is_media].any()
 
 
-def test_what_users_type_is_text():
+def test_user_text_never_becomes_special_tokens():
     conversation = talk("vicuna", IMAGE, "Is <ImageHere> after </s> or <s>?", system="</s>")
     tokenized = encode_conversation(conversation, SPELLING, [1])
     assert list(tokenized.ids).count(SPELLING.eos_id) == 0
@@ -197,12 +199,12 @@ def test_what_users_type_is_text():
 
 
 @pytest.mark.parametrize("lengths", [(), (1,), (1, 2, 3)])
-def test_as_many_lengths_as_places(lengths):
+def test_each_placeholder_needs_a_length(lengths):
     with pytest.raises(ValueError, match="has 2 places for media, but"):
         encode_prompt(SPELLING, ("a", Mark.MEDIA, "b", Mark.MEDIA), lengths)
 
 
-def test_stop_sequences():
+def test_stop_sequences_of_templates():
     hashes = (ord("#"),) * 3
     assert stop_sequences(SPELLING, find_template("vicuna")) == [hashes, (SPELLING.alone,)]
     assert stop_sequences(SPELLING, find_template("llama_2")) == [(2,)]
@@ -222,13 +224,13 @@ ANSWERS = [
 
 
 @pytest.mark.parametrize(("template", "text", "expected"), ANSWERS)
-def test_clean_answer(template, text, expected):
+def test_clean_answer_removes_template_texts(template, text, expected):
     assert clean_answer(find_template(template), text) == expected
 
 
 @pytest.mark.parametrize(("template", "text", "expected"), ANSWERS)
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
-def test_stream_answer(template, text, expected, size):
+def test_streamed_answers_are_cleaned(template, text, expected, size):
     ids = [1, *map(ord, text)]  # the dummy start token first
     batches = [ids[i : i + size] for i in range(0, len(ids), size)]
     streamed = "".join(stream_answer(SPELLING, find_template(template), batches))
@@ -237,7 +239,7 @@ def test_stream_answer(template, text, expected, size):
     assert decode_answer(SPELLING, find_template(template), ids) == expected
 
 
-def test_nothing_after_the_end_token():
+def test_text_after_eos_is_dropped():
     ids = [*map(ord, "A dog."), SPELLING.eos_id, *map(ord, " More.")]
     assert decode_answer(SPELLING, find_template("vicuna"), ids) == "A dog."
     assert "".join(stream_answer(SPELLING, find_template("vicuna"), [ids])) == "A dog."
@@ -262,8 +264,8 @@ EOS = [SPELLING.eos_id]
         ("plain", [*map(ord, "a dog\n")], "a dog", False),
     ],
 )
-def test_past_answers(template, ids, text, ended):
-    assert past_answer(SPELLING, find_template(template), ids) == (text, ended)
+def test_past_answer_returns_text_and_whether_it_ended(template, ids, text, ended):
+    assert decode_past_answer(SPELLING, find_template(template), ids) == (text, ended)
 
 
 @pytest.mark.parametrize(
@@ -301,9 +303,9 @@ def test_streaming_stops_the_generator(end):
     assert next(batches) == [ord("B")]
 
 
-def test_time_messages_are_goldens(golden):
+def test_time_messages_equal_the_golden_values(golden):
     for name, video in json.loads((golden / "media/all_examples.json").read_text()).items():
-        assert time_message([index / video["fps"] for index in video["indices"]]) == video["msg"], name
+        assert format_timestamps([index / video["fps"] for index in video["indices"]]) == video["msg"], name
 
 
 def golden_conversation(case, times):
@@ -331,7 +333,7 @@ def golden_tokenizer(golden):
     return load_tokenizer(golden / "weights/llama-bin")
 
 
-def test_prompts_are_goldens(golden, golden_cases, golden_tokenizer):
+def test_prompts_equal_the_golden_values(golden, golden_cases, golden_tokenizer):
     media = json.loads((golden / "media/media.json").read_text())
     videos = {f"{name}.mp4": fields for name, fields in media.items() if "indices" in fields}
     times = {name: [index / video["fps"] for index in video["indices"]] for name, video in videos.items()}
@@ -347,7 +349,7 @@ def test_prompts_are_goldens(golden, golden_cases, golden_tokenizer):
         assert [None if here else i for i, here in zip(tokenized.ids, tokenized.is_media, strict=True)] == expected
 
 
-def test_answers_are_goldens(golden_cases, golden_tokenizer):
+def test_answers_equal_the_golden_values(golden_cases, golden_tokenizer):
     for name, case in golden_cases.items():
         template = find_template("vicuna" if case["template"] == "vicuna" else "llama_2")
         assert decode_answer(golden_tokenizer, template, case["greedy"]) == case["answer_text"], name
@@ -355,6 +357,6 @@ def test_answers_are_goldens(golden_cases, golden_tokenizer):
         assert "".join(stream_answer(golden_tokenizer, template, batches)) == case["answer_text"], name
 
 
-def test_stop_sequences_are_goldens(golden_tokenizer):
+def test_stop_sequences_equal_the_golden_values(golden_tokenizer):
     assert stop_sequences(golden_tokenizer, find_template("vicuna")) == [(325, 546), (469,)]  # "##" "#", and "▁###"
     assert stop_sequences(golden_tokenizer, find_template("plain")) == [(13,)]

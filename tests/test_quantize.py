@@ -31,7 +31,7 @@ from vllama_jax.train.loop import train
 
 SLOW = pytest.mark.slow
 SCHEMES = ("int8", "int4")
-PRODUCTS = {"a CPU's": quantized._product_in_blocks, "others'": quantized._product}
+PRODUCTS = {"a CPU's": quantized._blocked_matmul, "others'": quantized._matmul}
 Stored = dict[str, Path]
 
 
@@ -65,21 +65,21 @@ KERNELS = [((256, 96), 1), ((384, 3, 2, 16), 1), ((4, 64, 32), 2), ((279, 33), 1
 
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("shape", "inputs"), KERNELS)
-def test_no_weight_is_off_by_more_than_half_a_step(shape, inputs, bits):
+def test_rounding_errors_are_at_most_half_a_step(shape, inputs, bits):
     kernel = kernel_of(shape, inputs)
     values, scale = quantized.quantized(kernel, inputs, bits)
     rows = int(np.prod(shape[:inputs]))
     groups = {8: 1, 4: rows // quantized.largest_divisor(rows, 128)}[bits]
     assert scale.shape == (groups, *shape[inputs:])
     steps = np.repeat(scale, rows // groups, axis=0).reshape(shape)
-    error = np.abs(quantized.dequantized(values, scale, inputs) - kernel)
+    error = np.abs(quantized.dequantize_kernel(values, scale, inputs) - kernel)
     assert np.all(error <= steps * 0.5001)
     assert np.all(error[..., 0] == 0)
     assert np.allclose(scale, np.abs(kernel).reshape(groups, -1, *shape[inputs:]).max(axis=1) / (2 ** (bits - 1) - 0.5))
 
 
 @pytest.mark.parametrize("width", [6, 7, 1])
-def test_two_weights_in_a_byte(width):
+def test_int4_packs_two_weights_in_a_byte(width):
     values = np.random.default_rng(0).integers(-7, 8, (5, 3, width)).astype(np.int8)
     packed = quantized.pack_int4(values)
     assert packed.dtype == jnp.uint8
@@ -92,10 +92,10 @@ def test_two_weights_in_a_byte(width):
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("shape", "inputs"), KERNELS)
 @pytest.mark.parametrize("positions", [1, 40])
-def test_products_are_those_of_the_dequantised_kernel(shape, inputs, bits, product, positions):
+def test_products_equal_those_of_the_dequantized_kernel(shape, inputs, bits, product, positions):
     values, scale = quantized.quantized(kernel_of(shape, inputs), inputs, bits)
     x = np.random.default_rng(1).standard_normal((2, positions, *shape[:inputs]), np.float32)
-    expected = np.tensordot(x, quantized.dequantized(values, scale, inputs), inputs)
+    expected = np.tensordot(x, quantized.dequantize_kernel(values, scale, inputs), inputs)
     run = jax.jit(partial(PRODUCTS[product], inputs))
     assert np.abs(run(x, values, scale) - expected).max() < 2e-6 * np.abs(expected).max()
     rounded = run(x.astype(jnp.bfloat16), values, scale)
@@ -103,7 +103,7 @@ def test_products_are_those_of_the_dequantised_kernel(shape, inputs, bits, produ
     assert np.abs(rounded - expected).max() < 2e-2 * np.abs(expected).max()
 
 
-def test_a_stored_model_says_where_its_weights_are_from(tiny_model, stored):
+def test_a_stored_model_records_its_source(tiny_model, stored):
     sources = open_model(tiny_model).manifest["sources"]
     assert sources
     for path in stored.values():
@@ -111,7 +111,7 @@ def test_a_stored_model_says_where_its_weights_are_from(tiny_model, stored):
 
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
-def test_accelerators_multiply_the_whole_kernel_at_once(platform):
+def test_accelerators_multiply_the_full_kernel_at_once(platform):
     """What the compiler is given there: one product whose input is converted, no loop and no interleaved copies."""
     layer = quantize.abstract_layers(tiny(), "bfloat16", "int4")[1]["llama/head"]
     x = jax.ShapeDtypeStruct((1, 64), jnp.bfloat16)
@@ -126,7 +126,7 @@ def test_accelerators_multiply_the_whole_kernel_at_once(platform):
 
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_loaded_quantised_equals_stored_quantised(tiny_model, stored, scheme, dtype):
+def test_quantizing_while_loading_equals_stored_quantized(tiny_model, stored, scheme, dtype):
     at_load = weights(load(tiny_model, dtype, quantize=scheme).network)
     from_disk = weights(load(stored[scheme], dtype).network)
     assert at_load.keys() == from_disk.keys()
@@ -139,7 +139,7 @@ def test_loaded_quantised_equals_stored_quantised(tiny_model, stored, scheme, dt
     assert at_load["llama/embedding"].dtype.name == at_load["vit/blocks/mlp/up/bias"].dtype.name == dtype
 
 
-def test_what_is_quantised(tiny_model, stored):
+def test_only_listed_kernels_are_quantized(tiny_model, stored):
     """The table's kernels and nothing else; of them the bytes that 8 and 4 bits take."""
     before = open_model(tiny_model).manifest["leaves"]
     kernels = quantized_kernels(tiny_model)
@@ -164,7 +164,7 @@ def logits(network, ids):
 
 
 @SLOW
-def test_a_long_prompt(tiny_model, stored):
+def test_quantized_logits_of_a_long_prompt_are_close(tiny_model, stored):
     ids = np.random.default_rng(0).integers(512, size=(1, 256))
     whole = np.asarray(logits(load(tiny_model).network, ids))
     agreement = {"int8": 0.93, "int4": 0.4}  # random weights have close logits
@@ -182,7 +182,7 @@ def answer(network: VideoLlama) -> list[int]:
 
 
 @SLOW
-def test_answers_and_pictures(tiny_model, stored):
+def test_quantized_answers_and_video_tokens_are_close(tiny_model, stored):
     whole, eight = load(tiny_model).network, load(stored["int8"]).network
     assert answer(eight)[:3] == answer(whole)[:3]
     frames = np.random.default_rng(0).standard_normal((1, 2, 224, 224, 3), np.float32)
@@ -193,7 +193,7 @@ def test_answers_and_pictures(tiny_model, stored):
 
 @SLOW
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_eight_devices(tiny_model, stored, scheme):
+def test_quantized_weights_are_sharded_over_a_mesh(tiny_model, stored, scheme):
     """Made while loading and stored, split over a tensor axis that divides some dimensions and others not."""
     mesh = sharding.make_mesh(data=4, tensor=2)
     alone = load(stored[scheme]).network
@@ -206,7 +206,7 @@ def test_eight_devices(tiny_model, stored, scheme):
         for name, value in weights(alone).items():
             np.testing.assert_array_equal(value, weights(split)[name], name)
         ids = np.random.default_rng(0).integers(512, size=(1, 100))
-        with sharding.under(mesh):
+        with sharding.use_mesh(mesh):
             found = np.asarray(logits(split, ids))
         expected = np.asarray(logits(alone, ids))
         assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
@@ -215,7 +215,7 @@ def test_eight_devices(tiny_model, stored, scheme):
 
 def quantized_kernels(model: Path) -> set[str]:
     """The paths of the layers that are quantized."""
-    layers = quantized.layers_to_quantize(open_model(model).config)
+    layers = quantized.list_quantized_layers(open_model(model).config)
     return {f"{parent}/{name}" for parent, names in layers.items() for name in names}
 
 
@@ -230,7 +230,7 @@ def assert_leaves_are_those_of_the_base(run: Path, base: Path, quantized_run: Pa
     assert any("/lora/" in path for path in open_model(run).shapes)
 
 
-def test_leaf_names_of_a_quantised_run(tiny_model, tmp_path):
+def test_a_quantized_run_has_the_leaves_of_its_base(tiny_model, tmp_path):
     lora = LoraConfig(rank=2, targets=("query", "out", "down"))
     run = write_run(shipped(tiny_model, lora), tmp_path / "run", learned(tiny(vocab_size=512), lora, "frame_positions"))
     quantize.quantize(open_model(run), tmp_path / "int8", "int8")
@@ -239,7 +239,7 @@ def test_leaf_names_of_a_quantised_run(tiny_model, tmp_path):
 
 @SLOW
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_a_run_with_low_rank_updates(tiny_model, tmp_path, scheme):
+def test_a_run_with_lora_updates_is_quantized(tiny_model, tmp_path, scheme):
     """Updates are part of the kernels before those are quantised, at loading as in a directory."""
     lora = LoraConfig(rank=3, alpha=6.0, targets=("query", "out", "down"))
     trained = learned(tiny(vocab_size=512), lora, "frame_positions")
@@ -252,12 +252,12 @@ def test_a_run_with_low_rank_updates(tiny_model, tmp_path, scheme):
     for path, value in weights(at_load).items():
         np.testing.assert_array_equal(value, weights(from_disk)[path], path)
     layer = at_load.llama.blocks[1].attention.query
-    kernel = quantized.dequantized(layer.values[...], layer.scale[...], 1)
+    kernel = quantized.dequantize_kernel(layer.values[...], layer.scale[...], 1)
     step = float(layer.scale[...].max())
     np.testing.assert_allclose(kernel, merged, atol=0.51 * step)
 
 
-def test_a_tied_head_stays(tiny_model):
+def test_a_tied_head_is_not_quantized(tiny_model):
     cfg = open_model(tiny_model).config
     tied = dataclasses.replace(cfg, llama=dataclasses.replace(cfg.llama, tie_embeddings=True))
     _, layers = quantize.abstract_layers(tied, "float32", "int8")
@@ -292,7 +292,7 @@ def cost(capsys, *arguments: object) -> dict:
 
 @SLOW
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_verify_tells_what_it_costs(tiny_model, tiny_files, stored, capsys, scheme):
+def test_verify_reports_the_cost_of_quantization(tiny_model, tiny_files, stored, capsys, scheme):
     against = ("--against", tiny_files["config"].parent, "--tokens", 256)
     at_load = cost(capsys, tiny_model, *against, "--quantize", scheme)
     report = cost(capsys, stored[scheme], *against)
@@ -308,7 +308,7 @@ def test_verify_tells_what_it_costs(tiny_model, tiny_files, stored, capsys, sche
 PARTS = ("vit", "image_qformer", "video_qformer", "imagebind/audio", "imagebind/vision", "audio_qformer", "llama")
 
 
-def test_verify_hashes_quantised_weights(stored, tmp_path, capsys):
+def test_verify_checks_hashes_of_quantized_weights(stored, tmp_path, capsys):
     cli.main(["verify", str(stored["int4"])])
     assert "all as they were written" in capsys.readouterr().out
     model = Path(shutil.copytree(stored["int4"], tmp_path / "model"))
@@ -317,7 +317,7 @@ def test_verify_hashes_quantised_weights(stored, tmp_path, capsys):
     assert "not as it was written: llama/blocks/mlp/up/values" in error_line("verify", model)
 
 
-def test_inspect(tiny_model, stored, capsys):
+def test_inspect_reports_quantized_weights(tiny_model, stored, capsys):
     cli.main(["inspect", str(stored["int4"])])
     assert "weights int4" in capsys.readouterr().out
     found = {}
@@ -331,7 +331,7 @@ def test_inspect(tiny_model, stored, capsys):
 # What is refused
 
 
-def test_what_means_nothing(tiny_model, stored, tmp_path):
+def test_invalid_uses_of_quantized_models_are_refused(tiny_model, stored, tmp_path):
     taken = "take the model that it was made from"
     with pytest.raises(ConfigError, match="quantised to int8 or int4, not 'int3'"):
         load(tiny_model, quantize="int3")
@@ -349,7 +349,7 @@ def test_what_means_nothing(tiny_model, stored, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_quantised_weights_only_answer(stored, records, tmp_path):
+def test_quantized_weights_cannot_be_trained(stored, records, tmp_path):
     out, refusal = tmp_path / "out", "its weights are int8, good for answers and nothing else; take the model that it"
     assert refusal in error_line("export", stored["int8"], "--out", out, "--format", "safetensors")
     with pytest.raises(CheckpointError, match=refusal):
@@ -357,7 +357,7 @@ def test_quantised_weights_only_answer(stored, records, tmp_path):
     assert not out.exists()
 
 
-def test_a_quantised_base_without_branches(tiny_files, tmp_path):
+def test_a_quantized_base_without_branches_is_refused(tiny_files, tmp_path):
     """What is missing is named as of any model."""
     converted(without(tiny_files, "vl", "al", "minigpt4"), tmp_path / "base")
     quantize.quantize(open_model(tmp_path / "base"), tmp_path / "m8", "int8")
@@ -365,7 +365,7 @@ def test_a_quantised_base_without_branches(tiny_files, tmp_path):
         load(tmp_path / "m8")
 
 
-def test_a_kernel_that_is_not_whole(tiny_model, tmp_path):
+def test_an_incomplete_kernel_is_refused(tiny_model, tmp_path):
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     next((model / "params" / "llama.head.kernel").glob("0*")).unlink()
     with pytest.raises(CheckpointError, match=r"llama\.head\.kernel.*it is missing"):
@@ -379,7 +379,7 @@ def test_a_kernel_that_is_not_whole(tiny_model, tmp_path):
 
 
 @SLOW
-def test_in_processes_of_their_own(tiny_model, clip, tmp_path):
+def test_commands_run_in_their_own_process(tiny_model, clip, tmp_path):
     vllama = Path(sys.executable).with_name("vllama")
     done = subprocess.run(
         [vllama, "quantize", tiny_model, "--out", tmp_path / "m4", "--quantize", "int4"], capture_output=True, text=True

@@ -13,12 +13,12 @@ from written_runs import learned, shipped, write_run
 
 import vllama_jax
 from vllama_jax.checkpoints.directory import open_model
-from vllama_jax.config import NO_LORA, flat, tiny
+from vllama_jax.config import NO_LORA, flatten_fields, tiny
 from vllama_jax.data.config import DataConfig, DatasetConfig
 from vllama_jax.errors import CheckpointError, ConfigError, VllamaError
 from vllama_jax.train import setup
 from vllama_jax.train.config import RENAMED_FIELDS, MeshConfig, OptimConfig, TrainConfig, ValidationConfig
-from vllama_jax.train.run_directory import FREE_FIELDS, _is_free, open_run
+from vllama_jax.train.run_directory import MUTABLE_FIELDS, _is_mutable, open_run
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +61,12 @@ FIXED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("what", FREE)
-def test_what_may_change(run, tiny_model, what):
+def test_free_fields_may_change_on_resume(run, tiny_model, what):
     resume(run, dataclasses.replace(shipped(tiny_model, NO_LORA), **FREE[what]), tiny_model)
 
 
 @pytest.mark.parametrize("what", FIXED)
-def test_what_may_not_change(run, tiny_model, what):
+def test_other_fields_may_not_change_on_resume(run, tiny_model, what):
     options, message = FIXED[what]
     with pytest.raises(ConfigError, match=rf"holds a run with another config \(.*{message}"):
         resume(run, dataclasses.replace(shipped(tiny_model, NO_LORA), **options), tiny_model)
@@ -75,17 +75,17 @@ def test_what_may_not_change(run, tiny_model, what):
 @pytest.mark.parametrize(
     ("name", "free"),
     [
-        *((name, True) for name in FREE_FIELDS),
-        *((f"{name}_x", False) for name in FREE_FIELDS),
-        *((f"{name}.x", True) for name in FREE_FIELDS),
-        *((f"x.{name}", False) for name in FREE_FIELDS),
+        *((name, True) for name in MUTABLE_FIELDS),
+        *((f"{name}_x", False) for name in MUTABLE_FIELDS),
+        *((f"{name}.x", True) for name in MUTABLE_FIELDS),
+        *((f"x.{name}", False) for name in MUTABLE_FIELDS),
         ("data", False),
         ("data.thread", False),
         ("modelx", False),
     ],
 )
-def test_names_of_free_fields_match_whole(name, free):
-    assert _is_free(name) is free
+def test_free_fields_are_matched_by_full_name(name, free):
+    assert _is_mutable(name) is free
 
 
 def with_names(fields: Any, names: dict[str, str], prefix: str = "") -> Any:
@@ -117,11 +117,11 @@ def test_a_run_with_the_earlier_names_of_fields_resumes(run, tiny_model):
 def test_every_renamed_field_is_a_field():
     config = TrainConfig(model="m", steps=1, batch_size=1, datasets=(DatasetConfig(path="d"),))
     fields = {**dataclasses.asdict(config), "datasets": {"*": dataclasses.asdict(config.datasets[0])}}
-    assert {*RENAMED_FIELDS.values()} <= {*flat(fields)}
-    assert not {*RENAMED_FIELDS} & {*flat(fields)}
+    assert {*RENAMED_FIELDS.values()} <= {*flatten_fields(fields)}
+    assert not {*RENAMED_FIELDS} & {*flatten_fields(fields)}
 
 
-def test_fields_that_are_newer_than_the_run_have_their_defaults(run, tiny_model):
+def test_fields_newer_than_the_run_have_their_defaults(run, tiny_model):
     fields = json.loads((run / "config.json").read_text())
     for owner, name in ((fields["run"], "lora"), (fields["run"]["data"], "feature_cache"), (fields, "inputs")):
         del owner[name]
@@ -149,7 +149,7 @@ def with_records(config: TrainConfig, *paths: Path) -> TrainConfig:
     return dataclasses.replace(config, datasets=datasets)
 
 
-def test_everything_a_run_reads_may_move(tiny_model, begun, small, tmp_path):
+def test_inputs_of_a_run_may_move(tiny_model, begun, small, tmp_path):
     records = shutil.copytree(small, tmp_path / "records")
     model = shutil.copytree(tiny_model, tmp_path / "model")
     init = shutil.copytree(begun, tmp_path / "init")
@@ -174,7 +174,7 @@ def test_rebuilt_records_are_refused(tiny_model, small, tmp_path):
         resume_planned(tmp_path / "run", config)
 
 
-def test_datasets_count_in_their_order(tiny_model, small, tmp_path):
+def test_the_order_of_datasets_matters(tiny_model, small, tmp_path):
     other = write_records(write_files(tmp_path / "files", videos=1))
     config = short_config(tiny_model, small)
     resume_planned(tmp_path / "run", with_records(config, small, other))
@@ -196,7 +196,7 @@ def test_an_init_run_of_other_weights_is_refused(tiny_model, begun, small, tmp_p
         resume_planned(tmp_path / "run", config)
 
 
-def test_runs_of_earlier_versions_know_their_data_by_its_path(tiny_model, small, tmp_path):
+def test_runs_of_earlier_versions_identify_data_by_path(tiny_model, small, tmp_path):
     records = shutil.copytree(small, tmp_path / "records")
     config = short_config(tiny_model, records)
     resume_planned(tmp_path / "run", config)
@@ -277,7 +277,7 @@ def corrupted(run: Path, what: str) -> str:
 
 
 @pytest.mark.parametrize("what", CORRUPT)
-def test_a_corrupt_config_is_one_line_that_names_the_field(run, tiny_model, what):
+def test_a_corrupt_config_is_a_one_line_error_with_the_field(run, tiny_model, what):
     message = corrupted(run, what)
     with pytest.raises((ConfigError, CheckpointError)) as raised:
         resume(run, shipped(tiny_model, NO_LORA), tiny_model)
@@ -291,7 +291,7 @@ READ_BY_ALL = ("run is a list", "no base digest", "base is null", "base path is 
 
 
 @pytest.mark.parametrize("what", READ_BY_ALL)
-def test_loading_reads_the_same_fields(run, what):
+def test_loading_validates_the_same_fields(run, what):
     message = corrupted(run, what)
     if what == "run is a list":
         message = "config.json: run.lora: must be an object, not NoneType"
@@ -313,7 +313,7 @@ def test_loading_reads_the_same_fields(run, what):
         (("base", "digest"), "0" * 32, "not the base model that"),
     ],
 )
-def test_loading_a_run_of_a_corrupt_config(run, path, value, message):
+def test_a_run_with_a_corrupt_config_is_not_loaded(run, path, value, message):
     fields = json.loads((run / "config.json").read_text())
     put(*path, value=value)(fields)
     (run / "config.json").write_text(json.dumps(fields))
@@ -322,7 +322,7 @@ def test_loading_a_run_of_a_corrupt_config(run, path, value, message):
     assert message in str(raised.value)
 
 
-def test_a_run_that_is_its_own_base(run):
+def test_a_run_cannot_be_its_own_base(run):
     fields = json.loads((run / "config.json").read_text())
     fields["base"]["path"] = str(run)
     (run / "config.json").write_text(json.dumps(fields))

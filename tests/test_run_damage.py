@@ -14,7 +14,7 @@ from written_runs import shipped, state_of, weights_of, write_checkpoints, write
 
 from vllama_jax import cli
 from vllama_jax.checkpoints import digests
-from vllama_jax.checkpoints.digests import check_checkpoint, run_steps
+from vllama_jax.checkpoints.digests import check_checkpoint, list_checkpoint_steps
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import NO_LORA
 from vllama_jax.errors import CheckpointError
@@ -42,7 +42,7 @@ def restored(run: Path) -> int | None:
     if state is None:
         return None
     step = int(state.step)
-    assert int(state.moments[0].count) == step
+    assert int(state.opt_state[0].count) == step
     for path, value in weights_of(step).items():
         np.testing.assert_array_equal(state.weights[path], value, err_msg=path)
     return step
@@ -88,7 +88,7 @@ def largest(checkpoint: Path, pattern: str) -> Path:
     return max(checkpoint.glob(pattern), key=lambda file: file.stat().st_size)
 
 
-def test_digests_list_every_file_but_two_notes_of_orbax(saved):
+def test_digests_list_every_file_except_two_of_orbax(saved):
     listed = json.loads((saved / "step_8/digests.json").read_text())["files"]
     assert files(saved / "step_8").keys() - listed.keys() == {
         "digests.json",
@@ -101,7 +101,7 @@ def test_digests_list_every_file_but_two_notes_of_orbax(saved):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_any_damage_to_any_file_is_found(saved, tmp_path, damage):
+def test_any_corruption_of_any_file_is_detected(saved, tmp_path, damage):
     copy = shutil.copytree(saved / "step_8", tmp_path / "step_8")
     for file in [largest(copy, pattern) for pattern in FILES]:
         assert check_checkpoint(copy)
@@ -160,13 +160,13 @@ TRIED = {
 
 
 @pytest.mark.parametrize("damage", TRIED)
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(run, caplog, damage):
+def test_a_corrupt_checkpoint_is_renamed_and_the_previous_one_restored(run, caplog, damage):
     TRIED[damage](run / "step_8")
     before = files(run / "step_8")
     assert restored(run) == 4
     assert "step_8" in caplog.text
     assert "going back to the checkpoint before it" in caplog.text
-    assert run_steps(run) == [4]
+    assert list_checkpoint_steps(run) == [4]
     assert os.path.lexists(run / "damaged_step_8")
     assert files(run / "damaged_step_8") == before
     if damage in WHOLE:  # training saves that step again
@@ -180,7 +180,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_it_taken(run, capl
     "error",
     [Exception("of Orbax"), RuntimeError(), MemoryError(), StopIteration(3), PermissionError(13, "Permission denied")],
 )
-def test_an_error_of_any_type_from_orbax_is_a_checkpoint_that_cannot_be_read(run, caplog, monkeypatch, error):
+def test_any_orbax_error_means_a_corrupt_checkpoint(run, caplog, monkeypatch, error):
     restore = ocp.Checkpointer.restore
 
     def fail(self, directory, *arguments, **options):
@@ -194,7 +194,7 @@ def test_an_error_of_any_type_from_orbax_is_a_checkpoint_that_cannot_be_read(run
     assert (run / "damaged_step_8").is_dir()
 
 
-def test_a_file_that_may_not_be_read(run, caplog, monkeypatch):
+def test_an_unreadable_file_is_an_error(run, caplog, monkeypatch):
     refused, opened = largest(run / "step_8", "moments/d/*"), Path.open
 
     def refuse(self, *arguments, **options):
@@ -207,7 +207,7 @@ def test_a_file_that_may_not_be_read(run, caplog, monkeypatch):
     assert f"{refused}: cannot be read (Permission denied)" in caplog.text
 
 
-def test_a_step_that_is_damaged_again_keeps_what_was_set_aside(run):
+def test_a_step_corrupted_again_keeps_earlier_renamed_copies(run):
     intact = shutil.copytree(run / "step_8", run / "intact")
     for name in ("damaged_step_8", "damaged_step_8.2", "damaged_step_8.3"):
         flip(largest(run / "step_8", "weights/d/*"))
@@ -218,7 +218,7 @@ def test_a_step_that_is_damaged_again_keeps_what_was_set_aside(run):
 
 
 @pytest.mark.parametrize("damage", ["moments/d/* emptied", "digests.json removed", "a file", "moments removed"])
-def test_where_no_checkpoint_is_intact_nothing_is_changed(run, damage):
+def test_without_an_intact_checkpoint_nothing_is_changed(run, damage):
     for step in (4, 8):
         TRIED[damage](run / f"step_{step}")
     before = files(run)
@@ -228,7 +228,7 @@ def test_where_no_checkpoint_is_intact_nothing_is_changed(run, damage):
     assert files(run) == before
 
 
-def test_removed_checkpoints_are_missed(run, caplog):
+def test_removed_checkpoints_are_detected(run, caplog):
     shutil.rmtree(run / "step_8")
     assert restored(run) == 4
     assert "step_8: missing; going back" in caplog.text
@@ -242,14 +242,14 @@ def test_removed_checkpoints_are_missed(run, caplog):
     assert restored(run) is None
 
 
-def test_notes_of_orbax_do_not_matter(run):
-    for name in digests.NOTES:
+def test_corrupt_orbax_metadata_is_ignored(run):
+    for name in digests.ORBAX_FILES:
         (run / "step_8" / name).write_bytes(b"\xff")
     assert restored(run) == 8
     checkpoints = Checkpoints(run, CheckpointConfig(max_to_keep=1))
     checkpoints.save(12, state_of(12, weights_of(12)))
     checkpoints.finish()
-    assert run_steps(run) == [12]
+    assert list_checkpoint_steps(run) == [12]
 
 
 STRANGE = (
@@ -267,10 +267,10 @@ STRANGE = (
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
-def test_names_that_are_almost_those_of_checkpoints(run, make):
+def test_similar_directory_names_are_not_checkpoints(run, make):
     for name in STRANGE:
         make(run / name)
-    assert run_steps(run) == [4, 8]
+    assert list_checkpoint_steps(run) == [4, 8]
     assert open_model(run).trained[-1].path == run / "step_8/weights"
     assert restored(run) == 8
     checkpoints = Checkpoints(run, CheckpointConfig())
@@ -283,7 +283,7 @@ def test_names_that_are_almost_those_of_checkpoints(run, make):
 
 
 def of_an_earlier_version(run: Path) -> Path:
-    for step in run_steps(run):
+    for step in list_checkpoint_steps(run):
         (run / f"step_{step}/digests.json").unlink()
         (run / f"step_{step}/iterator/metadata").write_text(json.dumps({"step": step}))
     (run / "last_saved.json").unlink()
@@ -297,7 +297,7 @@ def test_checkpoints_without_digests_are_read(run):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "emptied", "removed"])
-def test_damage_that_orbax_notices_itself(run, damage):
+def test_corruption_that_orbax_detects_is_handled(run, damage):
     of_an_earlier_version(run)
     DAMAGES[damage](largest(run / "step_8", "weights/ocdbt.process_0/d/*"))
     assert restored(run) == 4
@@ -308,7 +308,7 @@ def test_damage_that_orbax_notices_itself(run, damage):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_run_with_a_damaged_last_checkpoint_is_not_loaded(run, damage):
+def test_a_run_with_a_corrupt_last_checkpoint_is_not_loaded(run, damage):
     DAMAGES[damage](largest(run / "step_8", "weights/ocdbt.process_0/d/*"))
     message = r"run: its last checkpoint, step_8, is damaged \(.*\); rename step_8 to damaged_step_8 to use step_4$"
     with pytest.raises(CheckpointError, match=message):
@@ -317,12 +317,12 @@ def test_a_run_with_a_damaged_last_checkpoint_is_not_loaded(run, damage):
     assert open_model(run).trained[-1].path == run / "step_4/weights"
 
 
-def test_loading_reads_weights_alone(run):
+def test_loading_reads_only_weights(run):
     shutil.rmtree(run / "step_8/moments")
     assert open_model(run).trained[-1].path == run / "step_8/weights"
 
 
-def test_a_base_that_is_a_damaged_run_is_refused(run, tmp_path):
+def test_a_base_that_is_a_corrupt_run_is_refused(run, tmp_path):
     write_checkpoints(shipped(run, NO_LORA), tmp_path / "later", {4: weights_of(1)})
     flip(largest(run / "step_8", "weights/manifest.ocdbt"))
     with pytest.raises(
@@ -331,7 +331,7 @@ def test_a_base_that_is_a_damaged_run_is_refused(run, tmp_path):
         open_model(tmp_path / "later")
 
 
-def test_where_digests_cannot_be_written_there_is_no_checkpoint(run, monkeypatch):
+def test_without_digests_a_checkpoint_is_not_committed(run, monkeypatch):
     def full(checkpoint: Path, step: int) -> None:
         raise OSError(28, "No space left on device", str(checkpoint / "digests.json"))
 
@@ -393,7 +393,7 @@ def test_verify_checks_the_runs_that_a_run_is_based_on(run, tmp_path, capsys):
     assert f"{run}/step_8: not a directory" in message
 
 
-def test_verify_of_an_earlier_version(run, capsys):
+def test_verify_accepts_runs_of_an_earlier_version(run, capsys):
     out, _ = verified(capsys, of_an_earlier_version(run))
     assert out.count("no digests recorded (an earlier version saved it); its weights can be read\n") == 2
     os.truncate(largest(run / "step_4", "weights/ocdbt.process_0/d/*"), 0)

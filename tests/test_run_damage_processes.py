@@ -66,7 +66,7 @@ def damage(checkpoint: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1] + b"x")
 
 
-def test_both_take_the_one_before(saved, tmp_path):
+def test_both_processes_restore_the_previous_checkpoint(saved, tmp_path):
     run = shutil.copytree(saved, tmp_path / "run")
     assert restored_by_two(run, 9931) == ["restored 8 8 8.0"] * 2
     damage(run / "step_8")
@@ -80,7 +80,7 @@ def test_both_take_the_one_before(saved, tmp_path):
 
 
 @pytest.mark.parametrize("failing", ["0", "1"])
-def test_what_one_process_cannot_read_both_leave_out(saved, tmp_path, failing):
+def test_a_checkpoint_that_one_process_cannot_read_is_skipped_by_both(saved, tmp_path, failing):
     run = shutil.copytree(saved, tmp_path / "run")
     assert restored_by_two(run, 9934 + int(failing), failing) == ["restored 4 4 4.0"] * 2
     assert (run / "damaged_step_8").is_dir()

@@ -16,7 +16,7 @@ from vllama_jax.checkpoints import reader
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.checkpoints.restore import restore_weights
 from vllama_jax.config import NO_LORA
-from vllama_jax.convert.from_model_directory import open_stored
+from vllama_jax.convert.from_model_directory import open_model_or_run
 from vllama_jax.train import setup
 
 BOTH, FIRST, LAST = "llama_proj/bias", "video_qformer/queries", "frame_positions"
@@ -39,7 +39,7 @@ def last(tiny_model, tmp_path_factory) -> Path:
 EXPECTED = {BOTH: 3, FIRST: 1, LAST: 3}
 
 
-def test_restored_weights(last, tiny_model):
+def test_weights_are_restored_from_the_last_run_that_trained_them(last, tiny_model):
     directory = open_model(last)
     assert [trained.path.parents[1].name for trained in directory.trained] == ["first", "second", "last"]
     wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in SHAPES.items()}
@@ -50,38 +50,38 @@ def test_restored_weights(last, tiny_model):
     np.testing.assert_array_equal(found["llama_proj/kernel"], leaves_of(tiny_model)["llama_proj/kernel"])
 
 
-def test_a_loaded_model(last):
+def test_a_loaded_model_has_the_weights_of_all_runs(last):
     network = vl.load(last).network
     assert set(np.asarray(network.llama_proj.bias).tolist()) == {3.0}
     assert set(np.asarray(network.video_qformer.queries).ravel().tolist()) == {1.0}
 
 
-def test_rows(last):
-    read = reader.row_reader(open_model(last))
+def test_rows_are_read_from_the_last_run_that_trained_them(last):
+    read = reader.make_row_reader(open_model(last))
     for path, value in EXPECTED.items():
         assert (read(path, None) == value).all()
         assert (read(path, 1) == value).all()
 
 
-def test_what_a_conversion_takes(last):
-    stored = open_stored(last)
+def test_a_conversion_takes_the_weights_of_all_runs(last):
+    stored = open_model_or_run(last)
     for path, value in EXPECTED.items():
         assert all((block == value).all() for block in stored.leaves[path].blocks(np.dtype(np.float32)))
 
 
-def test_inspect(last, capsys):
+def test_inspect_marks_weights_trained_by_any_run(last, capsys):
     cli.main(["inspect", str(last), "--json"])
     leaves = json.loads(capsys.readouterr().out)["leaves"]
     assert {path for path, leaf in leaves.items() if leaf["trained"]} == EXPECTED.keys()
 
 
 @pytest.mark.parametrize("as_init", [False, True])
-def test_a_run_that_starts_from_them(last, pictures, as_init):
+def test_a_new_run_starts_from_the_weights_of_all_runs(last, pictures, as_init):
     """As its base; or as its init, whose own weights alone are taken, and the others are its base's."""
     base = open_model(last).trained[1].path.parents[1] if as_init else last
     config = short_config(base, pictures, init=str(last) if as_init else "")
     plan = setup.plan_run(config)
-    with sharding.under(plan.mesh):
-        weights = setup.start(plan).weights
+    with sharding.use_mesh(plan.mesh):
+        weights = setup.init_train_state(plan).weights
     for path, value in EXPECTED.items():
         np.testing.assert_array_equal(weights[path], np.full(SHAPES[path], value), err_msg=path)

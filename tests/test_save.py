@@ -51,7 +51,7 @@ def test_a_model_in_bfloat16_keeps_its_dtype(tiny_model, tmp_path):
     assert_same(model, vl.load(tmp_path / "model", "bfloat16"))
 
 
-def test_a_model_on_a_mesh(tiny_model, tmp_path):
+def test_a_model_on_a_mesh_can_be_saved(tiny_model, tmp_path):
     mesh = vl.sharding.make_mesh(data=4, tensor=2)
     vl.save(vl.load(tiny_model, "float32", mesh), tmp_path / "model")
     assert hashes(tmp_path / "model") == hashes(tiny_model)
@@ -67,7 +67,7 @@ def test_a_quantized_model_answers_and_its_weights_stay_quantized(tiny_model, tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stacked", [True, False])
-def test_low_rank_updates_become_part_of_their_kernels(tiny_model, tmp_path, stacked):
+def test_lora_updates_are_merged_into_their_kernels(tiny_model, tmp_path, stacked):
     def with_updates() -> vl.Model:
         model = vl.load(tiny_model, "float32", stacked=True)
         add_lora(model.network.llama, LoraConfig(rank=2, targets=("query", "out")), rngs=nnx.Rngs(0))
@@ -131,18 +131,18 @@ def test_a_save_that_fails_leaves_what_was_there(tiny_model, tmp_path, monkeypat
         assert hashes(tmp_path / "model") == hashes(tiny_model)
 
 
-def test_a_directory_that_a_killed_process_had_set_aside_comes_back(tmp_path):
+def test_a_directory_renamed_by_a_killed_process_is_restored(tmp_path):
     (tmp_path / ".model.replaced").mkdir()
     (tmp_path / ".model.replaced" / "old").touch()
-    with pytest.raises(vl.CheckpointError, match="cannot be written"), atomic.replaced_directory(tmp_path / "model"):
+    with pytest.raises(vl.CheckpointError, match="cannot be written"), atomic.replacement_directory(tmp_path / "model"):
         raise OSError(28, "No space left on device")
     assert [str(file.relative_to(tmp_path)) for file in sorted(tmp_path.rglob("*"))] == ["model", "model/old"]
-    with atomic.replaced_directory(tmp_path / "model") as directory:
+    with atomic.replacement_directory(tmp_path / "model") as directory:
         (directory / "new").touch()
     assert [str(file.relative_to(tmp_path)) for file in sorted(tmp_path.rglob("*"))] == ["model", "model/new"]
 
 
-def test_a_network_that_is_not_a_whole_model_is_refused(tiny_model, tmp_path):
+def test_an_incomplete_model_is_refused(tiny_model, tmp_path):
     model = vl.load(tiny_model, "float32")
     model.network.extra = nnx.Param(jnp.zeros(3))
     del model.network.llama_proj
@@ -156,7 +156,7 @@ def test_a_network_that_is_not_a_whole_model_is_refused(tiny_model, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_what_is_missing_beside_the_weights_is_said(tiny_model, tmp_path):
+def test_a_missing_tokenizer_is_reported(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "gone")
     model = vl.load(tmp_path / "gone", "float32")
     shutil.rmtree(tmp_path / "gone")

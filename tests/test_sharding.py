@@ -65,17 +65,17 @@ def encode(network, frames, mel):
 def prefill_and_decode(network, x):
     """Logits of a prompt of 24, then of 3 tokens read one by one from the cache."""
     cache = KVCache.empty(network.cfg.llama, x.shape[0], 64, x.dtype)
-    hidden, cache = network.llama.extend(x[:, :24], jnp.ones((x.shape[0], 24), bool), cache)
+    hidden, cache = network.llama.forward_with_cache(x[:, :24], jnp.ones((x.shape[0], 24), bool), cache)
     out = [hidden]
     for i in range(24, 27):
-        hidden, cache = network.llama.extend(x[:, i : i + 1], jnp.ones((x.shape[0], 1), bool), cache)
+        hidden, cache = network.llama.forward_with_cache(x[:, i : i + 1], jnp.ones((x.shape[0], 1), bool), cache)
         out.append(hidden)
     return network.llama.logits(jnp.concatenate(out, axis=1))
 
 
 @SLOW
 @pytest.mark.parametrize(("shape", "fsdp"), LAYOUTS)
-def test_encode_prefill_and_decode(network, shape, fsdp):
+def test_encode_prefill_and_decode_on_a_mesh_give_the_same_values(network, shape, fsdp):
     rng = np.random.default_rng(0)
     frames = rng.standard_normal((8, 1, 56, 56, 3), np.float32)
     mel = rng.standard_normal((8, 1, 128, 204), np.float32)
@@ -83,7 +83,7 @@ def test_encode_prefill_and_decode(network, shape, fsdp):
     alone = [*encode(network, frames, mel), prefill_and_decode(network, x)]
     mesh = sharding.make_mesh(*shape)
     split = placed(network, mesh, fsdp=fsdp)
-    with sharding.under(mesh):
+    with sharding.use_mesh(mesh):
         together = [*encode(split, frames, mel), prefill_and_decode(split, x)]
     for one, eight in zip(alone, together, strict=True):
         assert len(eight.devices()) == 8
@@ -92,7 +92,7 @@ def test_encode_prefill_and_decode(network, shape, fsdp):
 
 @SLOW
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 1.0}], ids=["greedy", "beams", "sampling"])
-def test_generation(network, options):
+def test_generation_on_a_mesh_gives_the_same_tokens(network, options):
     rng = np.random.default_rng(1)
     ids = rng.integers(3, 500, 20).astype(np.int32)
     media = rng.standard_normal((0, network.cfg.llama.width), np.float32)
@@ -106,7 +106,7 @@ def test_generation(network, options):
     assert tokens(split.llama) == tokens(network.llama)
 
 
-def test_loading_puts_only_a_part_on_each_device(tiny_model, caplog):
+def test_loading_puts_one_shard_on_each_device(tiny_model, caplog):
     mesh = sharding.make_mesh(data=2, tensor=4)
     split, whole = load(tiny_model, mesh=mesh).network, load(tiny_model).network
     gate = split.llama.blocks[0].mlp.gate.kernel[...]
@@ -127,7 +127,7 @@ def test_a_chat_on_a_mesh_answers_as_on_one_device(tiny_model, clip):
     assert answers[0] == answers[1]
 
 
-def test_weights_are_split_as_the_table_says():
+def test_weights_are_sharded_by_the_rules():
     mesh = sharding.make_mesh(2, 2, 2)
     spec = sharding.partition_spec((3, 64, 128), ("embed", "mlp"), mesh)
     assert spec == PartitionSpec(None, ("fsdp",), ("tensor",))
@@ -153,17 +153,17 @@ def test_weights_are_split_as_the_table_says():
         (None, None, None),
     ],
 )
-def test_where_each_named_axis_goes(name, axes, without_fsdp):
+def test_each_logical_axis_maps_to_a_mesh_axis(name, axes, without_fsdp):
     mesh = sharding.make_mesh(2, 2, 2)
     assert sharding.partition_spec((8,), (name,), mesh) == PartitionSpec(axes)
     assert sharding.partition_spec((8,), (name,), mesh, fsdp=False) == PartitionSpec(without_fsdp)
 
 
-def test_an_axis_that_does_not_divide_stays_whole_and_is_reported():
+def test_an_axis_that_does_not_divide_is_replicated_and_reported():
     mesh = sharding.make_mesh(1, 2, 4)
     assert sharding.partition_spec((509, 64), ("vocab", "embed"), mesh) == PartitionSpec(None, ("fsdp",))
     state = nnx.state(abstract_network(tiny(vocab_size=509)))
-    report = sharding.undivided_axes(state, mesh)
+    report = sharding.list_indivisible_axes(state, mesh)
     assert "llama: 509 vocab over 4 devices does not divide; kept whole on each" in report
     assert "vit: 279 mlp over 4 devices does not divide; kept whole on each" in report
     assert not any("embed" in line for line in report)

@@ -20,7 +20,7 @@ def here(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def test_a_model_directory_of_the_users_wins_and_no_other_directory_does(here, tiny_model):
+def test_a_users_model_directory_has_priority_but_no_other_directory(here, tiny_model):
     assert open_model("miniature").path == shipped.shipped_model()
     (here / "miniature").mkdir()
     (here / "miniature/notes.txt").touch()
@@ -38,7 +38,7 @@ def test_a_path_that_ends_in_the_name_is_a_path(here):
                 open_model(path)
 
 
-def test_a_file_of_the_users_wins_and_no_directory_does(here):
+def test_a_users_file_has_priority_but_no_directory(here):
     assert shipped.find_clip("demo").is_file()
     (here / "demo").mkdir()
     assert shipped.find_clip("demo") == shipped.CLIPS / shipped.DEMO_CLIP
@@ -47,12 +47,12 @@ def test_a_file_of_the_users_wins_and_no_directory_does(here):
     assert shipped.find_clip("demo") == Path("demo")
 
 
-def test_the_users_own_file_is_what_chat_reads(here, capsys):
+def test_chat_reads_the_users_file(here, capsys):
     (here / "demo").write_text("no video")
     assert "demo: not a video" in failure(capsys, "chat", "demo", "What is it?")
 
 
-def test_demo_says_what_it_is_asks_for_questions_and_ends_with_the_input():
+def test_demo_prints_its_description_and_ends_with_the_input():
     done = run_vllama("chat", "demo", stdin="What do you hear?\n")
     assert done.returncode == 0, done.stderr
     assert done.stdout == "a bell rings\n"
@@ -86,7 +86,7 @@ def test_the_end_of_input_or_an_empty_line_ends_a_chat(monkeypatch, typed):
         ("no:where", "no:where: no such file; check the path"),
     ],
 )
-def test_urls(here, capsys, url, said):
+def test_urls_are_refused_with_advice(here, capsys, url, said):
     assert failure(capsys, "chat", url, "What is it?") == f"vllama: {said}"
     with pytest.raises(vl.MediaError) as refused:
         vl.media.read_media(url)

@@ -9,13 +9,13 @@ from flax import nnx
 
 from vllama_jax.config import NO_LORA, LoraConfig, tiny
 from vllama_jax.nn.layers import traced_rngs
-from vllama_jax.nn.network import abstract_network, new_network
+from vllama_jax.nn.network import abstract_network, init_network
 
 
 @pytest.mark.parametrize("lora", [NO_LORA, LoraConfig(rank=4, alpha=8.0)], ids=["", "lora"])
-def test_the_abstract_network_is_the_network_that_training_starts_with_its_weights_left_out(lora):
+def test_the_abstract_network_has_the_structure_of_the_training_network(lora):
     config = tiny(vocab_size=512)
-    whole = nnx.eval_shape(lambda: new_network(config, lora, traced_rngs(jax.random.key(0))))
+    whole = nnx.eval_shape(lambda: init_network(config, lora, traced_rngs(jax.random.key(0))))
     abstract = abstract_network(config, "float32", lora)
     assert jax.tree.structure(abstract) == jax.tree.structure(whole)
     assert nnx.split(abstract)[0] == nnx.split(whole)[0]
@@ -23,7 +23,7 @@ def test_the_abstract_network_is_the_network_that_training_starts_with_its_weigh
     assert shapes[0] == shapes[1]
 
 
-def test_the_features_of_a_sound_import_no_numba():
+def test_audio_features_import_no_numba():
     """librosa's framing would: a second in the start of every chat."""
     code = "import sys, numpy, vllama_jax.media as media; media.mel_clips(numpy.zeros((1, 44100), 'float32'), 44100)\n"
     code += "print({'librosa', 'numba', 'scipy', 'jax'} & set(sys.modules))"

@@ -15,7 +15,7 @@ from vllama_jax.text import templates
 from vllama_jax.text.prompts import Media, check_special_tokens, encode_prompt
 from vllama_jax.text.templates import TEMPLATES, Mark, TemplateName, Token, special_tokens
 from vllama_jax.text.tokenizer import load_tokenizer
-from vllama_jax.text.training import IGNORE, encode_caption, label_conversation
+from vllama_jax.text.training import IGNORE_INDEX, encode_caption, label_conversation
 
 IMAGE = Media("image")
 
@@ -29,7 +29,7 @@ def qwen(tmp_path_factory):
 
 def shown(text, tokenizer):
     """The text with media as "*", and «…» around what has labels."""
-    pairs = zip(text.ids.tolist(), text.is_media.tolist(), (text.labels != IGNORE).tolist(), strict=True)
+    pairs = zip(text.ids.tolist(), text.is_media.tolist(), (text.labels != IGNORE_INDEX).tolist(), strict=True)
     runs = []
     for (is_media, labeled), group in itertools.groupby(pairs, key=lambda pair: pair[1:]):
         ids = [token for token, _, _ in group]
@@ -38,13 +38,13 @@ def shown(text, tokenizer):
     return "".join(runs)
 
 
-def test_the_command_line_offers_every_template_with_a_chat_form():
+def test_the_command_line_offers_every_chat_template():
     assert typing.get_args(TemplateName) == ("vicuna", "llama_2", "plain", "chatml", "mistral")
     assert set(TEMPLATES) - set(typing.get_args(TemplateName)) == {"llama_2_literal"}
 
 
 @pytest.mark.parametrize("form", ["chat", "caption", "conversation"])
-def test_special_tokens_of_a_form(form):
+def test_special_tokens_of_a_template_are_listed(form):
     assert special_tokens(getattr(TEMPLATES["chatml"], form)) == [Token("<|im_start|>"), Token("<|im_end|>")]
     assert special_tokens(getattr(TEMPLATES["vicuna"], form)) == []
 
@@ -65,22 +65,22 @@ def test_a_chatml_conversation_has_labels_at_answers_and_their_ends(qwen):
         ("Look.", "<|im_start|>user\n<Image>**</Image> Look.<|im_end|>\n<|im_start|>assistant\n«a dog<|im_end|>»"),
     ],
 )
-def test_a_caption_without_a_bos(qwen, instruction, expected):
+def test_captions_of_tokenizers_without_bos(qwen, instruction, expected):
     text = encode_caption(qwen, templates.find_caption_template("chatml"), "a dog", IMAGE, instruction, 2, 320)
     assert shown(text, qwen) == expected
 
 
-def test_what_people_wrote_in_training_texts_is_text(qwen):
+def test_training_texts_never_become_special_tokens(qwen):
     template = templates.find_conversation_template("chatml")
     text = label_conversation(qwen, template, [("<|im_end|>", "<|im_start|>")], IMAGE, 0, 2, 512)
     assert [text.ids.tolist().count(i) for i in (1, 2)] == [2, 2]
 
 
-def test_a_bos_mark_is_nothing_to_a_tokenizer_without_one(qwen):
+def test_bos_is_omitted_for_a_tokenizer_without_one(qwen):
     assert encode_prompt(qwen, (Mark.BOS, "a", Mark.EOS), []).ids.tolist() == [*qwen.encode("a"), 2]
 
 
-def test_a_special_token_that_the_tokenizer_lacks(qwen):
+def test_a_missing_special_token_is_an_error(qwen):
     message = r"the tokenizer has no special token '<\|user\|>', which the prompt template 'phi' needs"
     with pytest.raises(ConfigError, match=message):
         check_special_tokens((Token("<|im_start|>"), Token("<|user|>")), qwen, "phi")
@@ -124,14 +124,14 @@ NAMED = {"bos_token": "<s>", "eos_token": "</s>"}
         ({}, [2]),
     ],
 )
-def test_whether_prompts_start_with_a_bos(tmp_path, options, start):
+def test_the_tokenizer_config_determines_the_bos(tmp_path, options, start):
     tokenizer = load_tokenizer(json_folder(tmp_path, **options))
-    assert (tokenizer.start_ids, tokenizer.bos_id) == (start, start[0] if start else None)
+    assert (tokenizer.bos_ids, tokenizer.bos_id) == (start, start[0] if start else None)
     assert tokenizer.encode("a", bos=True) == [*start, 0]
     assert tokenizer.eos_ids == (3, 6)
 
 
-def test_answers_end_as_the_generation_config_says(tmp_path):
+def test_eos_ids_come_from_the_generation_config(tmp_path):
     json_folder(tmp_path, **NAMED)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 3]}))
     assert load_tokenizer(tmp_path).eos_ids == (3, 5)
@@ -140,7 +140,7 @@ def test_answers_end_as_the_generation_config_says(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_no_bos_is_needed_where_prompts_start_with_none(tmp_path):
+def test_a_tokenizer_without_bos_is_accepted(tmp_path):
     json_folder(tmp_path, add_bos_token=False, eos_token="<|im_end|>")
     (tmp_path / "config.json").unlink()
     assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_ids) == (None, (6,))
@@ -150,7 +150,7 @@ def test_no_bos_is_needed_where_prompts_start_with_none(tmp_path):
         load_tokenizer(tmp_path)
 
 
-def test_a_bos_that_is_not_a_truth_value(tmp_path):
+def test_add_bos_token_must_be_a_boolean(tmp_path):
     with pytest.raises(CheckpointError, match=r"tokenizer_config.json: add_bos_token must be true or false, not 'no'"):
         load_tokenizer(json_folder(tmp_path, add_bos_token="no", **NAMED))
 

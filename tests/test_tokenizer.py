@@ -101,7 +101,7 @@ PIECES = [
 
 
 @pytest.mark.parametrize(("text", "expected", "decoded"), PIECES)
-def test_pieces(folder, text, expected, decoded):
+def test_tokenizer_round_trips_known_tokens(folder, text, expected, decoded):
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode(text)
     assert tokenizer.tokens(ids) == expected.split()
@@ -116,13 +116,13 @@ def test_special_tokens_as_plain_text(folder):
     assert tokenizer.decode(tokenizer.encode("a <s><unk><ImageHere> b", special=False)) == "a <s><unk><ImageHere> b"
 
 
-def test_skip_special(folder):
+def test_special_tokens_are_skipped_on_request(folder):
     tokenizer = load_tokenizer(folder)
     ids = [0, 1, *tokenizer.encode("the dog"), tokenizer.media_id, 2, 999]
     assert tokenizer.decode(ids, skip_special=True) == "the dog"
 
 
-def test_ids_of_llama(folder):
+def test_special_token_ids_of_llama(folder):
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
     assert tokenizer.pad_id == 0  # there is none: the unknown token stands in
@@ -174,7 +174,7 @@ ADDED = [
 
 
 @pytest.mark.parametrize(("files", "expected", "pad_id", "vocab_size"), ADDED)
-def test_added_tokens(folder, files, expected, pad_id, vocab_size):
+def test_added_tokens_extend_the_vocabulary(folder, files, expected, pad_id, vocab_size):
     for name, value in files.items():
         write_json(folder / f"{name}.json", value)
     tokenizer = load_tokenizer(folder)
@@ -207,7 +207,7 @@ def test_tokenizer_json_like_llama_2(byte_fallback_folder):
     assert tokenizer.decode(tokenizer.encode("a d日")) == "a d日"
 
 
-def test_special_ids_from_config(byte_level_folder):
+def test_special_ids_come_from_the_config(byte_level_folder):
     (byte_level_folder / "tokenizer_config.json").unlink()
     write_json(byte_level_folder / "config.json", {"bos_token_id": 259, "eos_token_id": 1, "pad_token_id": -1})
     write_json(byte_level_folder / "generation_config.json", {"eos_token_id": [260, 258]})
@@ -215,7 +215,7 @@ def test_special_ids_from_config(byte_level_folder):
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (259, 260, 260)
 
 
-def test_tokenizer_model_goes_first_and_files_to_copy(folder):
+def test_tokenizer_model_has_priority_and_its_files_are_listed(folder):
     for name in ("added_tokens.json", "special_tokens_map.json", "config.json"):
         write_json(folder / name, {})
     (folder / "model.safetensors").write_bytes(b"weights")
@@ -245,7 +245,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("files", "message"), BROKEN)
-def test_broken_folders_are_one_line_each(tmp_path, files, message):
+def test_invalid_folders_are_a_one_line_error(tmp_path, files, message):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(CheckpointError, match=message) as caught:
@@ -267,19 +267,19 @@ BROKEN_DECLARATIONS = [
 
 
 @pytest.mark.parametrize(("name", "text", "message"), BROKEN_DECLARATIONS)
-def test_broken_declarations_are_an_error(folder, name, text, message):
+def test_invalid_declarations_are_an_error(folder, name, text, message):
     (folder / name).write_text(text)
     with pytest.raises(CheckpointError, match=message):
         load_tokenizer(folder)
 
 
-def test_special_tokens_must_be_named(byte_level_folder):
+def test_special_tokens_must_be_declared(byte_level_folder):
     (byte_level_folder / "tokenizer_config.json").unlink()
     with pytest.raises(CheckpointError, match="name no bos and no eos token: add tokenizer"):
         load_tokenizer(byte_level_folder)
 
 
-def test_check_vocabulary(folder):
+def test_a_vocabulary_beyond_the_embedding_table_is_an_error(folder):
     write_json(folder / "added_tokens.json", {"[PAD]": 300})
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, 301)
@@ -289,7 +289,7 @@ def test_check_vocabulary(folder):
 
 
 @pytest.mark.parametrize("kind", ["folder", "byte_level_folder", "byte_fallback_folder"])
-def test_settled_text_does_not_change(kind, request):
+def test_settled_text_is_final(kind, request):
     tokenizer = load_tokenizer(request.getfixturevalue(kind))
     rng = random.Random(0)
     for _ in range(300):
@@ -298,18 +298,25 @@ def test_settled_text_does_not_change(kind, request):
         bytes_mostly = [rng.randrange(3, 259) for _ in range(10)]
         for ids, whole in ((tokenizer.encode(text), True), (any_ids, False), (bytes_mostly, False)):
             text = tokenizer.decode(ids, skip_special=True)
-            settled = [tokenizer.settled_text(ids[:count]) for count in range(len(ids) + 1)]
+            settled = [tokenizer.decode_stable_prefix(ids[:count]) for count in range(len(ids) + 1)]
             assert all(after.startswith(before) for before, after in itertools.pairwise([*settled, text]))
             assert not whole or not any("\ufffd" in before for before in settled)
 
 
-def test_unfinished_characters_are_not_settled(folder):
+def test_incomplete_characters_are_not_settled(folder):
     tokenizer = load_tokenizer(folder)
     ids = tokenizer.encode("dog🎂")  # ▁dog and four bytes
-    assert [tokenizer.settled_text(ids[:count]) for count in range(6)] == ["", "dog", "dog", "dog", "dog", "dog🎂"]
+    assert [tokenizer.decode_stable_prefix(ids[:count]) for count in range(6)] == [
+        "",
+        "dog",
+        "dog",
+        "dog",
+        "dog",
+        "dog🎂",
+    ]
 
 
-def test_text_is_cheap_to_import():
+def test_importing_text_imports_nothing_heavy():
     heavy = "{'jax', 'sentencepiece', 'tokenizers', 'transformers', 'torch'}"
     program = f"import sys, vllama_jax.text.prompts; print(sorted({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -317,7 +324,7 @@ def test_text_is_cheap_to_import():
 
 
 @pytest.mark.parametrize("name", ["llama-bin", "llama-st"])
-def test_golden_tokenizer_cases(golden, name):
+def test_token_ids_equal_the_golden_values(golden, name):
     tokenizer = load_tokenizer(golden / "weights" / name)
     for case in json.loads((golden / "chat/tokenizer_cases.json").read_text()):
         ids = tokenizer.encode(case["text"])
@@ -327,7 +334,7 @@ def test_golden_tokenizer_cases(golden, name):
         assert tokenizer.decode(ids) == case["decoded"]
 
 
-def test_golden_segments_and_answers(golden):
+def test_segments_and_answers_equal_the_golden_values(golden):
     tokenizer = load_tokenizer(golden / "weights/llama-bin")
     for name, case in json.loads((golden / "chat/chat.json").read_text()).items():
         ids = [tokenizer.encode(text, bos=i == 0) for i, text in enumerate(case["segments"])]
@@ -335,7 +342,7 @@ def test_golden_segments_and_answers(golden):
         assert tokenizer.decode(case["answer_tokens"]).strip() == case["answer_text"]
 
 
-def test_golden_vicuna_v0(golden):
+def test_vicuna_v0_equals_the_golden_values(golden):
     expected = json.loads((golden / "train/v0pad.json").read_text())["meta"]
     tokenizer = load_tokenizer(golden / "weights/llama-v0pad")
     assert (tokenizer.pad_id, tokenizer.media_id) == (expected["pad_id"], expected["image_id"])
@@ -345,7 +352,7 @@ def test_golden_vicuna_v0(golden):
 
 
 @pytest.mark.parametrize("order", [("<a>", "<a>b"), ("<a>b", "<a>")])
-def test_of_two_special_tokens_of_which_one_begins_the_other_the_longer_is_found(folder, order):
+def test_the_longest_matching_special_token_is_found(folder, order):
     write_json(folder / "added_tokens.json", {token: 300 + number for number, token in enumerate(order)})
     ids = {token: 300 + number for number, token in enumerate(order)}
     tokenizer = load_tokenizer(folder)

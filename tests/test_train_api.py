@@ -19,7 +19,7 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.train import PrintReporter, batches, loss_sum
 from vllama_jax.train.config import CheckpointConfig
 from vllama_jax.train.custom import check_custom, describe_custom
-from vllama_jax.train.state import TrainState, state_shardings
+from vllama_jax.train.state import TrainState, make_state_shardings
 
 TRAINABLE = ("video_qformer", "frame_positions", "llama_proj")
 STATEMENTS = (
@@ -32,7 +32,7 @@ STATEMENTS = (
 
 
 @pytest.mark.parametrize("statement", STATEMENTS)
-def test_train_can_be_called_whatever_was_imported_first(statement):
+def test_train_is_callable_after_any_import_order(statement):
     code = f"""{statement}
 import inspect, sys
 assert list(inspect.signature(f).parameters) == ["config", "out", "base", "reporter", "loss", "optimizer"]
@@ -98,7 +98,7 @@ def test_optimizer_state_of_another_shape_than_its_weight_is_replicated():
     over = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("fsdp"))
     weights = {"w": jnp.zeros((256, 256))}
     state = TrainState(jnp.zeros((), jnp.int32), weights, optax.adafactor(1e-3).init(weights))
-    found = state_shardings(state, {"w": over}, mesh)
+    found = make_state_shardings(state, {"w": over}, mesh)
     for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(found), strict=True):
         assert (place == over) == (leaf.shape == (256, 256))
     jax.device_put(state, found)  # sums over rows or columns have fewer axes than the weight
@@ -138,7 +138,7 @@ def test_the_result_has_the_run_and_its_last_metrics(config, custom_run):
 
 
 @pytest.mark.slow
-def test_a_loss_of_ones_own_is_what_is_trained_on(config, custom_run, tmp_path):
+def test_a_custom_loss_is_trained_on(config, custom_run, tmp_path):
     plain = vl.train(config, tmp_path / "plain", optimizer=optax.sgd(2e-2))
     for (_, ours), (_, theirs) in zip(losses(custom_run.path), losses(plain.path), strict=True):
         assert ours == pytest.approx(2 * theirs, rel=1e-5), "twice the loss at half the rate are the same steps"
@@ -160,7 +160,7 @@ def test_a_run_is_not_resumed_with_another_loss_or_optimizer(config, custom_run,
 
 
 @pytest.mark.slow
-def test_steps_by_hand_on_the_batches_of_a_run_have_its_losses(config, tmp_path):
+def test_manual_steps_reproduce_the_losses_of_a_run(config, tmp_path):
     run = vl.train(config, tmp_path / "run", reporter=Quiet(), optimizer=optax.sgd(1e-2))
     model = vl.load(config.model, "float32", stacked=True)
     graph, weights, frozen = nnx.split(model.network, lambda path, _: path[0] in TRAINABLE, ...)

@@ -13,11 +13,11 @@ from vllama_jax.config import tiny
 from vllama_jax.data import pipeline
 from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.config import DataConfig, DatasetConfig, TextConfig
-from vllama_jax.data.pipeline import BatchReader, Decoded
+from vllama_jax.data.pipeline import BatchReader, DecodedMedia
 from vllama_jax.data.sampling import Rows, Stream
 from vllama_jax.errors import MediaError
 from vllama_jax.media import frame_indices
-from vllama_jax.media.augment import random_box
+from vllama_jax.media.augment import random_crop_box
 from vllama_jax.train.config import TrainConfig
 
 CONVERSATION = TextConfig(layout="conversation", max_length=2000)
@@ -61,14 +61,14 @@ def boxes(monkeypatch) -> list[tuple]:
     calls = []
 
     def recorded(draw, *asked):
-        calls.append((asked, random_box(draw, *asked)))
+        calls.append((asked, random_crop_box(draw, *asked)))
         return calls[-1][1]
 
-    monkeypatch.setattr(pipeline, "random_box", recorded)
+    monkeypatch.setattr(pipeline, "random_crop_box", recorded)
     return calls
 
 
-def test_a_picture_is_cropped_by_its_own_height_and_width_and_the_configs_numbers(boxes):
+def test_images_are_cropped_by_their_size_and_the_config(boxes):
     reader = reader_of([], DataConfig(min_crop_area=0.3, max_crop_aspect_ratio=2.0))
     assert reader.decode(stream_of(), 0, 0).media.shape == (1, 224, 224, 3)
     ((asked, box),) = boxes
@@ -79,11 +79,11 @@ def test_a_picture_is_cropped_by_its_own_height_and_width_and_the_configs_number
     assert len(boxes) == 1, "1 is no crop"
 
 
-def test_crops_differ_by_seed_dataset_record_and_variant_and_by_nothing_else(boxes):
+def test_crops_depend_only_on_seed_dataset_record_and_variant(boxes):
     stream, other = stream_of(), stream_of()
     other.records.digest = "1" * 16
-    samples = [(42, stream, 0, 0), (7, stream, 0, 0), (42, other, 0, 0), (42, stream, 1, 0), (42, stream, 0, 1)]
-    for seed, one, record, variant in samples * 2:
+    examples = [(42, stream, 0, 0), (7, stream, 0, 0), (42, other, 0, 0), (42, stream, 1, 0), (42, stream, 0, 1)]
+    for seed, one, record, variant in examples * 2:
         reader_of([], seed=seed).decode(one, record, variant)
     given = [box for _, box in boxes]
     assert given[:5] == given[5:]
@@ -96,7 +96,7 @@ def chosen_by(monkeypatch, frames: str, total: int, record: int = 0, variant: in
 
     def read(path, wanted, size, audio, choose):
         asked.append(choose(total, wanted).tolist())
-        return SimpleNamespace(frames=np.zeros((wanted, 8, 8, 3), np.uint8), seconds=np.arange(wanted))
+        return SimpleNamespace(frames=np.zeros((wanted, 8, 8, 3), np.uint8), timestamps=np.arange(wanted))
 
     monkeypatch.setattr(pipeline, "read_video", read)
     monkeypatch.setattr(pipeline, "crop_frames", lambda frames, box, size: frames)
@@ -104,9 +104,9 @@ def chosen_by(monkeypatch, frames: str, total: int, record: int = 0, variant: in
     return asked[0]
 
 
-def test_frames_are_even_or_random_ones_of_each_half(monkeypatch):
+def test_frame_sampling_is_uniform_or_random_in_each_half(monkeypatch):
     assert chosen_by(monkeypatch, "uniform", 40) == frame_indices(40, 8).tolist()
-    drawn = [chosen_by(monkeypatch, "head_tail", 40, *sample) for sample in [(0, 0), (1, 0), (0, 1), (0, 0)]]
+    drawn = [chosen_by(monkeypatch, "head_tail", 40, *example) for example in [(0, 0), (1, 0), (0, 1), (0, 0)]]
     assert all(sum(frame < 20 for frame in one) == 4 for one in drawn)
     assert drawn[0] == drawn[3]
     assert len({tuple(one) for one in drawn}) == 3
@@ -114,10 +114,10 @@ def test_frames_are_even_or_random_ones_of_each_half(monkeypatch):
 
 @pytest.mark.parametrize("frames", [7, 8])
 def test_a_video_of_fewer_frames_than_the_model_takes_is_not_used(monkeypatch, frames):
-    found = SimpleNamespace(frames=np.zeros((frames, 224, 224, 3), np.uint8), seconds=np.arange(frames) / 2)
+    found = SimpleNamespace(frames=np.zeros((frames, 224, 224, 3), np.uint8), timestamps=np.arange(frames) / 2)
     monkeypatch.setattr(pipeline, "read_video", lambda *_, **__: found)
     if frames == 8:
-        assert reader_of([]).decode(stream_of("video"), 0, 0).seconds == (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5)
+        assert reader_of([]).decode(stream_of("video"), 0, 0).timestamps == (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5)
     else:
         with pytest.raises(MediaError, match=r"0\.video: too short, 7 frames of the 8 that a sample takes"):
             reader_of([]).decode(stream_of("video"), 0, 0)
@@ -131,16 +131,16 @@ def decoded(monkeypatch) -> dict[str, tuple[float, ...]]:
     """Stands in for decoding: media of zeros. `decoded["seconds"]` are the times of every video's frames."""
     given = {"seconds": ()}
 
-    def decode_all(self, stream, samples):
+    def decode_all(self, stream, examples):
         shape, dtype = self._media_shape(stream)
-        names = [stream.records.annotation(record).id for record, _ in samples]
-        return [Decoded(name, np.zeros(shape, dtype), given["seconds"]) for name in names]
+        names = [stream.records.annotation(record).id for record, _ in examples]
+        return [DecodedMedia(name, np.zeros(shape, dtype), given["seconds"]) for name in names]
 
     monkeypatch.setattr(BatchReader, "decode_all", decode_all)
     return given
 
 
-def test_every_host_pads_to_the_longest_text_of_the_whole_batch(decoded):
+def test_every_host_pads_to_the_longest_text_of_the_global_batch(decoded):
     rows = Rows(stream_of(answers=("a", "a much longer answer"), text=CONVERSATION), [(0, 0), (1, 0)])
     short, long, both = (reader_of(mine).read(rows).arrays for mine in ([0], [1], [0, 1]))
     (length,) = long["length"]
@@ -150,23 +150,25 @@ def test_every_host_pads_to_the_longest_text_of_the_whole_batch(decoded):
         np.testing.assert_array_equal(array, np.concatenate([short[name], long[name]]))
 
 
-def test_batches_of_videos_have_room_for_the_longest_times(decoded):
+def test_video_batches_are_padded_for_the_longest_timestamps(decoded):
     """The times are known only where a video was decoded; all hosts must agree on the length before."""
     rows = Rows(stream_of("video", text=CONVERSATION), [(0, 0), (1, 0)])
     found = {}
-    for seconds in (0.0, 9999.9):
-        decoded["seconds"] = (seconds,) * 8
-        found[seconds] = reader_of([0, 1]).read(rows).arrays
+    for timestamps in (0.0, 9999.9):
+        decoded["seconds"] = (timestamps,) * 8
+        found[timestamps] = reader_of([0, 1]).read(rows).arrays
     assert found[0.0]["ids"].shape == found[9999.9]["ids"].shape
     assert found[9999.9]["length"].max() == found[9999.9]["ids"].shape[1]
     assert found[0.0]["length"].max() == found[0.0]["ids"].shape[1] - 8 * len("999")
 
 
-def test_instructions_differ_by_epoch_and_by_record_and_by_nothing_else(decoded):
+def test_instructions_depend_only_on_epoch_and_record(decoded):
     stream = stream_of(answers=("a",) * 4, text=INSTRUCTED)
 
-    def ids(samples):
-        return [tuple(row) for row in reader_of(range(len(samples))).read(Rows(stream, samples)).arrays["ids"].tolist()]
+    def ids(examples):
+        return [
+            tuple(row) for row in reader_of(range(len(examples))).read(Rows(stream, examples)).arrays["ids"].tolist()
+        ]
 
     by_epoch, by_record = ids([(0, epoch) for epoch in range(12)]), ids([(record, 0) for record in range(4)] * 2)
     assert len(set(by_epoch)) == 3
@@ -175,13 +177,16 @@ def test_instructions_differ_by_epoch_and_by_record_and_by_nothing_else(decoded)
     assert by_record[0] == by_epoch[0]
 
 
-def test_a_row_without_media_or_without_a_label_left_has_no_targets_and_says_why(decoded, monkeypatch):
+def test_a_row_without_media_or_labels_has_no_targets_and_a_reason(decoded, monkeypatch):
     short = TextConfig(layout="conversation", template="llama_2", max_length=60)  # 32 are media
     batch = reader_of([0, 1]).read(Rows(stream_of(text=short), [(0, 0), (1, 0)]))
     assert batch.problems == dict.fromkeys((0, 1), "no label is left of its text")
     assert (batch.arrays["targets"] == -1).all()
     assert batch.frames == 2
-    broken = [Decoded("0.image", None, problem="cut off"), Decoded("1.image", np.ones((1, 224, 224, 3), np.uint8))]
+    broken = [
+        DecodedMedia("0.image", None, problem="cut off"),
+        DecodedMedia("1.image", np.ones((1, 224, 224, 3), np.uint8)),
+    ]
     monkeypatch.setattr(BatchReader, "decode_all", lambda *_: broken)
     batch = reader_of([0, 1]).read(Rows(stream_of(text=CONVERSATION), [(0, 0), (1, 0)]))
     assert batch.problems == {0: "cut off"}
@@ -191,7 +196,7 @@ def test_a_row_without_media_or_without_a_label_left_has_no_targets_and_says_why
     assert batch.frames == 1
 
 
-def test_sounds_are_no_frames(decoded):
+def test_audio_batches_have_no_frames(decoded):
     config = dataclasses.replace(tiny(), num_clips=3)
     reader = dataclasses.replace(reader_of([0, 1], branch="audio"), model=config)
     batch = reader.read(Rows(stream_of("audio", text=CONVERSATION), [(0, 0), (1, 0)]))

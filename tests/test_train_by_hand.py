@@ -9,11 +9,11 @@ import optax
 import pytest
 
 from vllama_jax.data.config import DatasetConfig
-from vllama_jax.nn.layers import Dropout, drop
+from vllama_jax.nn.layers import Dropout, apply_dropout
 from vllama_jax.train.config import OptimConfig, TrainConfig
 from vllama_jax.train.optim import learning_rate, make_optimizer
-from vllama_jax.train.state import initial_state
-from vllama_jax.train.step import loss_sum, make_evaluation, make_step
+from vllama_jax.train.state import init_state
+from vllama_jax.train.step import loss_sum, make_eval_step, make_step
 
 ROWS, LENGTH, WIDTH, VOCABULARY, MEDIA = 4, 6, 5, 7, 2
 STEPS = 8
@@ -28,7 +28,7 @@ class Network:
 
     def video_tokens(self, features, *, dropout):
         self.seen.append(dropout)
-        return drop(features, dropout)
+        return apply_dropout(features, dropout)
 
     def embed(self, ids):
         return jax.nn.one_hot(ids, WIDTH)
@@ -41,7 +41,7 @@ class Network:
 
 
 @dataclasses.dataclass
-class Skeleton:
+class AbstractModel:
     """Builds the network, and keeps what it was built of and what was asked of it."""
 
     built: list = dataclasses.field(default_factory=list)
@@ -91,20 +91,22 @@ def by_hand(head: np.ndarray, rows: list[int]) -> tuple[float, int, np.ndarray]:
     return loss, count, gradient
 
 
-def run(config: TrainConfig, *, steps: int = 1, again: int = 0, skeleton: Skeleton | None = None, batch=None):
+def run(
+    config: TrainConfig, *, steps: int = 1, again: int = 0, abstract_model: AbstractModel | None = None, batch=None
+):
     """The state after some steps on the same batch, and each one's metrics; then `again` as many from the beginning."""
     optimizer = make_optimizer(config.optim, STEPS)
-    step = jax.jit(make_step(config, skeleton or Skeleton(), optimizer))
+    step = jax.jit(make_step(config, abstract_model or AbstractModel(), optimizer))
     frozen, metrics = {"other": jnp.zeros(1, config.compute_dtype)}, []
     for _ in range(1 + again):
-        state = initial_state({"head": jnp.float32(head_of())}, optimizer)
+        state = init_state({"head": jnp.float32(head_of())}, optimizer)
         for _ in range(steps):
             state, found = step(state, frozen, batch or batch_of())
             metrics.append({name: float(value) for name, value in found.items()})
     return state, metrics
 
 
-def test_the_loss_is_the_sum_over_labels_of_which_token_0_may_be_one():
+def test_the_loss_sums_over_labels_including_token_0():
     loss, count = loss_sum(Network(jnp.float32(head_of()), []), batch_of(), config_of(), None)
     expected, number, _ = by_hand(head_of(), [0, 1, 2, 3])
     assert (float(loss), int(count)) == (pytest.approx(expected, rel=1e-5), number)
@@ -112,24 +114,24 @@ def test_the_loss_is_the_sum_over_labels_of_which_token_0_may_be_one():
 
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 2, 4])
-def test_loss_and_gradient_are_means_over_all_labels_of_the_batch_whatever_its_parts(grad_accum_steps):
+def test_loss_and_gradient_do_not_depend_on_accumulation_steps(grad_accum_steps):
     """A part has more labels than another, and one has none: means of parts would be others."""
     state, (metrics,) = run(config_of(grad_accum_steps=grad_accum_steps))
     loss, count, gradient = by_hand(head_of(), [0, 1, 2, 3])
     assert metrics["loss"] == pytest.approx(loss / count, rel=1e-5)
     assert metrics["gradient_norm"] == pytest.approx(np.linalg.norm(gradient) / count, rel=1e-5)
     assert metrics["tokens"] == count
-    adam = next(part for part in state.moments if isinstance(part, optax.ScaleByAdamState))
+    adam = next(part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))
     np.testing.assert_allclose(adam.mu["head"], 0.1 * gradient / count, rtol=1e-4, atol=1e-7)
 
 
-def test_the_gradients_norm_is_that_before_clipping():
+def test_the_reported_gradient_norm_is_before_clipping():
     _, (metrics,) = run(config_of(optim=dataclasses.replace(OPTIM, max_grad_norm=1e-3)))
     _, count, gradient = by_hand(head_of(), [0, 1, 2, 3])
     assert metrics["gradient_norm"] == pytest.approx(np.linalg.norm(gradient) / count, rel=1e-5)
 
 
-def test_metrics_have_the_rate_of_their_own_update():
+def test_metrics_have_the_learning_rate_of_their_step():
     state, metrics = run(config_of(), steps=5)
     assert int(state.step) == 5
     assert [one["lr"] for one in metrics] == pytest.approx([float(learning_rate(OPTIM, STEPS, n)) for n in range(5)])
@@ -138,7 +140,7 @@ def test_metrics_have_the_rate_of_their_own_update():
 FIXED = dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, warmup_lr=0.0)
 
 
-def test_every_step_and_every_seed_has_another_mask_and_one_seed_always_the_same():
+def test_dropout_masks_depend_on_step_and_seed():
     config = config_of(dropout=0.5, optim=FIXED)
     losses = [one["loss"] for one in run(config, steps=3, again=1)[1]]
     assert losses[:3] == losses[3:]
@@ -146,7 +148,7 @@ def test_every_step_and_every_seed_has_another_mask_and_one_seed_always_the_same
     assert len(set(losses)) == 4
 
 
-def test_parts_have_masks_of_their_own(monkeypatch):
+def test_micro_batches_have_their_own_dropout_masks(monkeypatch):
     """Of two parts, ones in one and minus ones in the other, the sums of what is kept are opposite under one mask."""
 
     def kept(network, batch, config, dropout):
@@ -159,28 +161,30 @@ def test_parts_have_masks_of_their_own(monkeypatch):
     assert abs(metrics["loss"]) > 1
 
 
-def test_a_holdout_batch_is_seen_without_dropout():
-    skeleton = Skeleton()
-    evaluate = make_evaluation(config_of(dropout=0.9), skeleton)
+def test_validation_uses_no_dropout():
+    abstract_model = AbstractModel()
+    evaluate = make_eval_step(config_of(dropout=0.9), abstract_model)
     loss, count = evaluate({"head": jnp.float32(head_of())}, {}, batch_of())
     expected, number, _ = by_hand(head_of(), [0, 1, 2, 3])
     assert (float(loss), int(count)) == (pytest.approx(expected, rel=1e-5), number)
-    assert skeleton.seen == [None]
+    assert abstract_model.seen == [None]
 
 
-def test_products_are_in_the_compute_dtype_and_the_state_stays_in_float32():
-    skeleton = Skeleton()
-    state, _ = run(config_of(compute_dtype="bfloat16"), skeleton=skeleton)
-    assert skeleton.built[0] == {"other": "bfloat16", "head": "bfloat16"}
+def test_computation_is_in_the_compute_dtype_and_state_in_float32():
+    abstract_model = AbstractModel()
+    state, _ = run(config_of(compute_dtype="bfloat16"), abstract_model=abstract_model)
+    assert abstract_model.built[0] == {"other": "bfloat16", "head": "bfloat16"}
     assert {leaf.dtype.name for leaf in jax.tree.leaves(state)} == {"float32", "int32"}
-    make_evaluation(config_of(compute_dtype="bfloat16"), skeleton)({"head": jnp.float32(head_of())}, {}, batch_of())
-    assert skeleton.built[-1]["head"] == "bfloat16"
+    make_eval_step(config_of(compute_dtype="bfloat16"), abstract_model)(
+        {"head": jnp.float32(head_of())}, {}, batch_of()
+    )
+    assert abstract_model.built[-1]["head"] == "bfloat16"
 
 
-def test_dropout_is_handed_on_with_its_rate():
-    skeleton = Skeleton()
-    run(config_of(dropout=0.25), skeleton=skeleton)
-    assert [one.rate for one in skeleton.seen if isinstance(one, Dropout)] == [0.25]
-    skeleton = Skeleton()
-    run(config_of(), skeleton=skeleton)
-    assert skeleton.seen == [None]
+def test_the_dropout_rate_is_passed_to_the_network():
+    abstract_model = AbstractModel()
+    run(config_of(dropout=0.25), abstract_model=abstract_model)
+    assert [one.rate for one in abstract_model.seen if isinstance(one, Dropout)] == [0.25]
+    abstract_model = AbstractModel()
+    run(config_of(), abstract_model=abstract_model)
+    assert abstract_model.seen == [None]

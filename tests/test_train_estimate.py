@@ -90,7 +90,7 @@ def test_encoders_run_forward_once_for_each_frame_and_clip(sizes):
         ("TPU v6 lite", 918),
     ],
 )
-def test_peaks_are_the_makers_dense_bfloat16_figures(kind, teraflops):
+def test_peak_flops_are_the_manufacturers_dense_bfloat16_figures(kind, teraflops):
     assert peak_flops(SimpleNamespace(device_kind=kind)) == teraflops * 1e12
 
 

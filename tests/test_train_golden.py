@@ -22,8 +22,8 @@ from vllama_jax.text.prompts import Media
 from vllama_jax.text.templates import find_caption_template, find_conversation_template
 from vllama_jax.text.training import encode_caption, label_conversation
 from vllama_jax.train.config import AUDIO_BRANCH, VISION_BRANCH, OptimConfig, TrainConfig
-from vllama_jax.train.optim import decays, learning_rate, make_optimizer
-from vllama_jax.train.state import Skeleton, initial_state, matching
+from vllama_jax.train.optim import has_weight_decay, learning_rate, make_optimizer
+from vllama_jax.train.state import AbstractModel, init_state, select_paths
 from vllama_jax.train.step import loss_sum, make_step
 
 CLIPS = ("birthday", "dog_barking", "boat")
@@ -49,24 +49,24 @@ class Setting:
 
     def __init__(self, model, branch: str, **options):
         self.directory = open_model(model)
-        self.skeleton = Skeleton(abstract_network(self.directory.config, "float32"))
+        self.abstract_model = AbstractModel(abstract_network(self.directory.config, "float32"))
         trainable = VISION_BRANCH if branch == "vision" else AUDIO_BRANCH
         dataset = DatasetConfig(path="unused")
         defaults = {"steps": 10, "batch_size": 3, "dropout": 0.0}
         self.config = TrainConfig(
             model=str(model), branch=branch, trainable=trainable, datasets=(dataset,), **{**defaults, **options}
         )
-        learns = set(matching(list(self.skeleton.variables), trainable))
+        trainable_paths = set(select_paths(list(self.abstract_model.variables), trainable))
         weights = restore_weights(
-            self.directory, {path: variable.get_value() for path, variable in self.skeleton.variables.items()}
+            self.directory, {path: variable.get_value() for path, variable in self.abstract_model.variables.items()}
         )
-        self.weights = {path: weights.pop(path) for path in sorted(learns)}
+        self.weights = {path: weights.pop(path) for path in sorted(trainable_paths)}
         self.frozen = weights
 
     @functools.cached_property
     def loss_and_gradients(self):
         def mean(weights, frozen, batch):
-            loss, count = loss_sum(self.skeleton.build({**frozen, **weights}), batch, self.config, None)
+            loss, count = loss_sum(self.abstract_model.build({**frozen, **weights}), batch, self.config, None)
             return loss / count
 
         return jax.jit(jax.value_and_grad(mean))
@@ -75,7 +75,7 @@ class Setting:
         """Tensors by torch's names (weights or gradients) as ours, by path."""
         kind = "vl" if self.config.branch == "vision" else "al"
         ours = {}
-        for rule in convert.tables(self.directory.config, [kind])[kind]:
+        for rule in convert.rule_tables(self.directory.config, [kind])[kind]:
             if all(name in arrays for names in rule.names() for name in names):
                 rows = [rule.transform.to_jax(*(arrays[name] for name in names)) for names in rule.names()]
                 ours[rule.target] = rows[0] if rule.layers is None else np.stack(rows)
@@ -129,7 +129,7 @@ def conversation_batch(golden, setting, case, branch, name) -> dict:
         for entry in entries:
             clip = entry["video"].removesuffix(".mp4")
             seconds = tuple(index / found[clip]["fps"] for index in found[clip]["indices"])
-            given.append(([(qa["q"], qa["a"]) for qa in entry["QA"]], Media("video", seconds=seconds), 0))
+            given.append(([(qa["q"], qa["a"]) for qa in entry["QA"]], Media("video", timestamps=seconds), 0))
             frames.append(np.load(golden / f"media/{clip}_video.npz")["frames_uint8_thwc"])
     many = media_length(branch)
     for turns, media, at in given:
@@ -159,7 +159,7 @@ def batch_of(golden, setting, cases, name) -> dict:
         for name in CAPTIONS + CONVERSATIONS
     ],
 )
-def test_losses_and_gradients_are_the_originals(golden, settings, cases, name):
+def test_losses_and_gradients_equal_the_originals(golden, settings, cases, name):
     setting = settings(name.split("_")[1])
     batch = batch_of(golden, setting, cases, name)
     loss, gradients = setting.loss_and_gradients(setting.weights, setting.frozen, batch)
@@ -177,7 +177,7 @@ def test_losses_and_gradients_are_the_originals(golden, settings, cases, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("branch", "grad_accum_steps"), [("vision", 1), ("audio", 3)])
-def test_three_steps_of_adamw_are_the_originals(golden, golden_model, cases, branch, grad_accum_steps):
+def test_three_steps_of_adamw_equal_the_originals(golden, golden_model, cases, branch, grad_accum_steps):
     case = cases[f"s1_{branch}_adamw3"]
     hyper = case["hyper"]
     optim = OptimConfig(
@@ -187,8 +187,8 @@ def test_three_steps_of_adamw_are_the_originals(golden, golden_model, cases, bra
     setting = Setting(golden_model, branch, optim=optim, steps=steps, grad_accum_steps=grad_accum_steps)
     batch = batch_of(golden, setting, cases, f"s1_{branch}_noprompt")
     optimizer = make_optimizer(optim, steps)
-    step = jax.jit(make_step(setting.config, setting.skeleton, optimizer))
-    state = initial_state(setting.weights, optimizer)
+    step = jax.jit(make_step(setting.config, setting.abstract_model, optimizer))
+    state = init_state(setting.weights, optimizer)
     for loss, lr in zip(case["losses"], case["lrs"], strict=True):
         state, metrics = step(state, setting.frozen, batch)
         assert float(metrics["loss"]) == pytest.approx(loss, rel=1e-5)
@@ -203,7 +203,7 @@ def test_three_steps_of_adamw_are_the_originals(golden, golden_model, cases, bra
     assert (errors > 1e-4).mean() <= 1e-4
 
 
-def test_learning_rates_are_the_originals(golden):
+def test_learning_rates_equal_the_originals(golden):
     for table in json.loads((golden / "train/lr_table.json").read_text()).values():
         hyper = table["hyper"]
         cfg = OptimConfig(
@@ -218,19 +218,19 @@ def test_learning_rates_are_the_originals(golden):
 
 
 @pytest.mark.parametrize("branch", ["vision", "audio"])
-def test_what_decays(settings, cases, branch):
+def test_weight_decay_applies_to_the_originals_parameters(settings, cases, branch):
     decayed, kept = (group["params"] for group in cases[f"optim_groups_{branch}"])
     setting = settings(branch)
     kind = "vl" if branch == "vision" else "al"
-    for rule in convert.tables(setting.directory.config, [kind])[kind]:
+    for rule in convert.rule_tables(setting.directory.config, [kind])[kind]:
         for name in (name for names in rule.names() for name in names):
-            assert name in (decayed if decays(rule.target) else kept), name
+            assert name in (decayed if has_weight_decay(rule.target) else kept), name
     assert len(decayed) + len(kept) == cases[f"s1_{branch}_noprompt"]["trainable"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("branch", ["vision", "audio"])
-def test_dropout_moves_the_loss_as_the_originals_does(golden, golden_model, cases, branch):
+def test_dropout_changes_the_loss_as_the_originals_does(golden, golden_model, cases, branch):
     """Its mean and standard deviation over 100 seeds are stored; masks cannot be equal."""
     statistics = json.loads((golden / "extra/extra.json").read_text())["train_mode_loss"][branch]
     setting = Setting(golden_model, branch, dropout=0.1)
@@ -238,7 +238,7 @@ def test_dropout_moves_the_loss_as_the_originals_does(golden, golden_model, case
     from vllama_jax.nn.layers import Dropout
     from vllama_jax.train.step import run_encoders
 
-    network = setting.skeleton.build({**setting.frozen, **setting.weights})
+    network = setting.abstract_model.build({**setting.frozen, **setting.weights})
     features = jax.jit(lambda network, batch: run_encoders(network, branch, batch))(network, batch)
     cached = {**{name: value for name, value in batch.items() if name != "frames"}, "features": features}
 

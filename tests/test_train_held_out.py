@@ -27,11 +27,11 @@ class Reader:
     """Keeps what is read. The loss of a record is its number, and it has as many labels."""
 
     def __init__(self, *streams: Stream):
-        self.order, self.read_rows = SimpleNamespace(streams=[*streams, Stream("trained", 0)]), []
+        self.sampler, self.read_rows = SimpleNamespace(streams=[*streams, Stream("trained", 0)]), []
 
     def read(self, rows):
-        self.read_rows.append((rows.stream.dataset.path, rows.samples))
-        arrays = {"numbers": np.array([record for record, _ in rows.samples])}
+        self.read_rows.append((rows.stream.dataset.path, rows.examples))
+        arrays = {"numbers": np.array([record for record, _ in rows.examples])}
         return SimpleNamespace(arrays=arrays, problems={}, names=["name"] * SIZE)
 
 
@@ -45,7 +45,7 @@ def look(monkeypatch, tmp_path):
         cfg = ValidationConfig(interval_steps=1, num_batches=batches)
         config = TrainConfig(model="m", datasets=datasets, steps=9, batch_size=SIZE, validation=cfg)
         reader = Reader(*streams)
-        plan = SimpleNamespace(config=config, reader=reader, skeleton=None, loss=None)
+        plan = SimpleNamespace(config=config, reader=reader, abstract_model=None, loss=None)
         one = Validation(plan, tmp_path, lambda *_: None)
         one._evaluate = lambda weights, frozen, batch: (batch["numbers"].sum() * 2.0, (batch["numbers"] > 0).sum())
         (line,) = one.run(3, {}, {})
@@ -55,23 +55,26 @@ def look(monkeypatch, tmp_path):
     return run
 
 
-def test_batches_go_through_the_records_and_begin_again(look):
+def test_validation_batches_cycle_through_the_records(look):
     rows, _ = look(3, Stream("a", 10))
-    assert [[record for record, _ in samples] for _, samples in rows] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
-    assert {epoch for _, samples in rows for _, epoch in samples} == {0}
+    assert [[record for record, _ in examples] for _, examples in rows] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+    assert {epoch for _, examples in rows for _, epoch in examples} == {0}
 
 
-def test_streams_take_turns_and_each_goes_on_where_it_was(look):
+def test_validation_streams_alternate_and_continue(look):
     rows, _ = look(5, Stream("a", 8), Stream("b", 3))
     assert [name for name, _ in rows] == ["a", "b", "a", "b", "a"]
-    assert [[record for record, _ in samples] for name, samples in rows if name == "a"] == [
+    assert [[record for record, _ in examples] for name, examples in rows if name == "a"] == [
         [0, 1, 2, 3],
         [4, 5, 6, 7],
         [0, 1, 2, 3],
     ]
-    assert [[record for record, _ in samples] for name, samples in rows if name == "b"] == [[0, 1, 2, 0], [1, 2, 0, 1]]
+    assert [[record for record, _ in examples] for name, examples in rows if name == "b"] == [
+        [0, 1, 2, 0],
+        [1, 2, 0, 1],
+    ]
 
 
-def test_the_loss_is_the_sum_over_all_labels_by_their_number(look):
+def test_validation_loss_is_the_mean_over_all_labels(look):
     """Twice 0 + 1 + 2 + 3 and twice 4 + 5 + 6 + 7, of 3 and 4 labels: 8, where the mean of batches would be 7.5."""
     assert look(2, Stream("a", 8))[1] == "step 3: validation loss 8.0000"

@@ -58,7 +58,7 @@ def updated(cfg: OptimConfig, weights: dict, gradients: list[dict]) -> dict[str,
     return weights
 
 
-def test_updates_are_adamws_and_only_matrices_and_tables_decay():
+def test_updates_equal_adamw_with_weight_decay_on_matrices_only():
     weights, *gradients = random_arrays(7)  # six updates: four of the warm-up and two of the cosine
     found = updated(CFG, weights, gradients)
     for path, weight in weights.items():
@@ -89,7 +89,7 @@ def test_the_learning_rate_at_the_ends_of_warm_up_and_cosine():
     assert rates[10] == pytest.approx(0.02)
 
 
-def test_without_warm_up_the_first_rate_is_lr():
+def test_without_warm_up_the_first_learning_rate_is_lr():
     assert float(learning_rate(dataclasses.replace(CFG, warmup_steps=0), STEPS, 0)) == pytest.approx(0.1)
 
 
@@ -118,7 +118,7 @@ YAMLS = {
 
 
 @pytest.mark.parametrize("name", YAMLS)
-def test_shipped_runs_are_the_originals(name):
+def test_built_in_run_configs_equal_the_originals(name):
     config = load_config(name)[0]
     optim = config.optim
     assert (config.steps, config.batch_size, optim.lr, optim.min_lr, optim.warmup_steps) == YAMLS[name]

@@ -14,7 +14,7 @@ from vllama_jax.config import tiny
 from vllama_jax.convert.tiny import write_tiny
 from vllama_jax.data.config import DatasetConfig
 from vllama_jax.errors import CheckpointError, ConfigError, DataError
-from vllama_jax.io.atomic import locked
+from vllama_jax.io.atomic import lock_directory
 from vllama_jax.model import load
 from vllama_jax.train.loop import train
 
@@ -31,7 +31,7 @@ from vllama_jax.train.loop import train
         ({"datasets": (DatasetConfig(path="nowhere"),)}, DataError, "no such records directory"),
     ],
 )
-def test_what_cannot_be_run_is_refused(tiny_model, records, tmp_path, options, error, message):
+def test_invalid_runs_are_refused(tiny_model, records, tmp_path, options, error, message):
     config = short_config(tiny_model, records, **options)
     with pytest.raises(error, match=message):
         train(config, tmp_path / "run", Quiet())
@@ -62,7 +62,7 @@ def test_another_config_in_the_same_directory_is_refused(tiny_model, records, be
         ("model=3 +", r"config\.py: SyntaxError"),
     ],
 )
-def test_a_config_that_is_none(tmp_path, fields, message):
+def test_an_invalid_config_file_is_refused(tmp_path, fields, message):
     path = tmp_path / "config.py"
     path.write_text(f"from vllama_jax.train.config import *\nconfig = TrainConfig({fields})\n")
     with pytest.raises(SystemExit, match=message):
@@ -91,7 +91,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny_model, wider, records, be
         load(begun, base=wider)
 
 
-def test_a_directory_of_other_things_is_refused(tiny_model, records, tmp_path):
+def test_a_directory_with_other_files_is_refused(tiny_model, records, tmp_path):
     (tmp_path / "letter.txt").write_text("dear")
     with pytest.raises(CheckpointError, match="not a run directory"):
         train(short_config(tiny_model, records), tmp_path, Quiet())
@@ -101,5 +101,5 @@ def test_two_runs_into_one_directory_are_refused(tiny_model, records, tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     config = short_config(tiny_model, records)
-    with locked(run, "taken"), pytest.raises(CheckpointError, match="another process is training into it"):
+    with lock_directory(run, "taken"), pytest.raises(CheckpointError, match="another process is training into it"):
         train(config, run, Quiet())

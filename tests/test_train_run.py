@@ -31,7 +31,7 @@ from train_fixtures import (
 )
 
 from vllama_jax.chat import Chat
-from vllama_jax.checkpoints.directory import run_steps
+from vllama_jax.checkpoints.directory import list_checkpoint_steps
 from vllama_jax.data.build import build
 from vllama_jax.errors import CheckpointError, VllamaError
 from vllama_jax.model import load
@@ -55,7 +55,7 @@ def weights(run: Path) -> dict[str, np.ndarray]:
     """The last checkpoint's weights and moments."""
     import orbax.checkpoint as ocp
 
-    step = run / f"step_{run_steps(run)[-1]}"
+    step = run / f"step_{list_checkpoint_steps(run)[-1]}"
     found = {part: ocp.PyTreeCheckpointer().restore((step / part).absolute()) for part in ("weights", "moments")}
     return {path: np.asarray(value) for path, value in flatten_dict(found, sep="/").items()}
 
@@ -84,10 +84,10 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_a_finished_run_has_every_step_and_chats(whole, clip):
+def test_a_finished_run_has_metrics_of_every_step_and_answers(whole, clip):
     config, run = whole
     assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
-    assert run_steps(run) == [15, 20]
+    assert list_checkpoint_steps(run) == [15, 20]
     process = command(config, run)
     assert process.wait() == 0
     assert "finished, 20 steps" in process.stderr.read()
@@ -96,7 +96,7 @@ def test_a_finished_run_has_every_step_and_chats(whole, clip):
     assert isinstance("".join(chat.ask("What is there?", max_new_tokens=8)), str)
 
 
-def test_a_killed_run_ends_as_the_one_that_was_not(whole, tmp_path):
+def test_a_killed_run_resumes_bit_exactly(whole, tmp_path):
     config, run = whole
     process = command(config, tmp_path / "run")
     wait_for_step(tmp_path / "run", 8, process)
@@ -120,7 +120,7 @@ def test_decoding_in_processes_changes_nothing(whole, tmp_path):
 
 @SLOW
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_run_killed_four_times_ends_as_the_one_that_was_not(name, tiny_model, real_records, tmp_path):
+def test_a_run_killed_four_times_resumes_bit_exactly(name, tiny_model, real_records, tmp_path):
     config = write_config(tmp_path / "config.py", config_of(tiny_model, real_records, name))
     assert command(config, tmp_path / "whole").wait() == 0
     run, draw = tmp_path / "killed", random.Random(name)
@@ -143,7 +143,7 @@ def test_a_stopped_run_saves_and_exits_0(whole, tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0
     assert "told to stop, saved at step" in process.stderr.read()
-    assert run_steps(tmp_path / "run")[-1] == losses(tmp_path / "run")[-1][0]
+    assert list_checkpoint_steps(tmp_path / "run")[-1] == losses(tmp_path / "run")[-1][0]
     assert command(config, tmp_path / "run").wait() == 0
     assert_same_run(tmp_path / "run", run)
 
@@ -180,7 +180,7 @@ def test_stage_2_starts_from_stage_1(tiny_model, records, stage1, tmp_path):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_model, pictures, stage1, tmp_path, caplog):
+def test_a_corrupt_checkpoint_is_renamed_and_the_previous_one_restored(tiny_model, pictures, stage1, tmp_path, caplog):
     run = shutil.copytree(stage1, tmp_path / "run")
     for file in (run / "step_8/weights").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -190,7 +190,7 @@ def test_a_damaged_checkpoint_is_put_aside_and_the_one_before_it_taken(tiny_mode
 
 
 @pytest.mark.usefixtures("one_device")
-def test_where_no_checkpoint_can_be_read_nothing_is_changed(tiny_model, pictures, stage1, tmp_path):
+def test_without_a_readable_checkpoint_nothing_is_changed(tiny_model, pictures, stage1, tmp_path):
     run = shutil.copytree(stage1, tmp_path / "run")
     for file in run.glob("step_*/weights/d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -214,7 +214,7 @@ class FullDisk(Quiet):
     def step(self, metrics):
         super().step(metrics)
         if metrics["step"] == 3:
-            while run_steps(self.run) != [2]:
+            while list_checkpoint_steps(self.run) != [2]:
                 time.sleep(0.01)
             resource.setrlimit(resource.RLIMIT_FSIZE, (16384, resource.RLIM_INFINITY))
         if metrics["step"] == 7:
@@ -240,13 +240,13 @@ def test_a_full_disk_while_saving(tiny_model, pictures, tmp_path, on_error):
             assert [re.search(failed, line) is not None for line in reporter.said].count(True) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-    assert run_steps(run) == ([2] if on_error == "stop" else [2, 8])
+    assert list_checkpoint_steps(run) == ([2] if on_error == "stop" else [2, 8])
     train(config, run, Quiet())
     assert [step for step, _ in losses(run)] == list(range(1, 9))
     assert not list(run.glob("*tmp*"))
 
 
-def test_tensorboard_shows_what_was_kept(stage1):
+def test_tensorboard_has_the_metrics_of_the_run(stage1):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(stage1 / "tensorboard"))
@@ -266,7 +266,7 @@ def quarantined(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
 
 
-def test_a_broken_picture_is_masked_and_named_once(tiny_model, tmp_path):
+def test_a_corrupt_image_is_masked_and_reported_once(tiny_model, tmp_path):
     files, run = write_files(tmp_path / "files", videos=0), tmp_path / "run"
     (files / "1.png").write_bytes((files / "1.png").read_bytes()[:700])
     config = short_config(tiny_model, write_records(files))
@@ -278,7 +278,7 @@ def test_a_broken_picture_is_masked_and_named_once(tiny_model, tmp_path):
     assert sum(masked) == 8 * 4  # of eight steps of batch 8, half
 
 
-def test_held_out_samples_that_cannot_be_used_are_named_and_are_no_loss(tiny_model, tmp_path):
+def test_unusable_validation_examples_are_reported_and_not_counted(tiny_model, tmp_path):
     files, reporter = write_files(tmp_path / "files", videos=0), Quiet()
     for file in files.glob("*.png"):
         file.write_bytes(file.read_bytes()[:700])
@@ -286,7 +286,7 @@ def test_held_out_samples_that_cannot_be_used_are_named_and_are_no_loss(tiny_mod
     held = tuple(dataclasses.replace(dataset, holdout=1) for dataset in config.datasets)
     looks = ValidationConfig(interval_steps=1, num_batches=1)
     plan = setup.plan_run(dataclasses.replace(config, datasets=held, validation=looks))
-    validation = Validation(plan, tmp_path, loop._Run(plan, tmp_path, reporter, None)._mask)
+    validation = Validation(plan, tmp_path, loop._Run(plan, tmp_path, reporter, None)._report_masked)
     validation._evaluate = lambda weights, frozen, batch: (0.0, (batch["targets"] >= 0).sum())  # compiles nothing
     for step in (1, 2):
         (told,) = validation.run(step, {}, {})
@@ -299,7 +299,7 @@ def test_held_out_samples_that_cannot_be_used_are_named_and_are_no_loss(tiny_mod
 
 
 @SLOW
-def test_broken_and_short_videos_are_masked_and_named(tiny_model, tmp_path):
+def test_corrupt_and_short_videos_are_masked_and_reported(tiny_model, tmp_path):
     folder = tmp_path / "clips"
     folder.mkdir()
     media_fixtures.write_video(folder / "good.mp4", num_frames=12)

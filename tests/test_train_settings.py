@@ -14,10 +14,10 @@ from vllama_jax.train.config import (
     OptimConfig,
     TrainConfig,
     ValidationConfig,
-    arranged,
-    rows_a_place,
+    resolve_mesh,
+    rows_per_shard,
 )
-from vllama_jax.train.state import remove_unused
+from vllama_jax.train.state import remove_unused_components
 
 
 def config_of(**options) -> TrainConfig:
@@ -40,7 +40,7 @@ AT_THE_EDGE = [
 
 
 @pytest.mark.parametrize("options", AT_THE_EDGE, ids=str)
-def test_settings_at_the_edge_are_accepted(options):
+def test_boundary_values_are_accepted(options):
     config_of(**options)
 
 
@@ -69,24 +69,24 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("options", "message"), REFUSED, ids=str)
-def test_impossible_settings_are_refused(options, message):
+def test_invalid_settings_are_refused(options, message):
     with pytest.raises(ConfigError, match=message):
         config_of(**options)
 
 
-def test_data_takes_the_devices_that_the_other_axes_leave():
-    assert arranged(MeshConfig(fsdp=2, tensor=2), 16) == MeshConfig(data=4, fsdp=2, tensor=2)
-    assert arranged(MeshConfig(data=3, fsdp=2, tensor=2), 16).data == 3
-    assert arranged(MeshConfig(tensor=8), 4).data == 1
+def test_the_data_axis_uses_the_remaining_devices():
+    assert resolve_mesh(MeshConfig(fsdp=2, tensor=2), 16) == MeshConfig(data=4, fsdp=2, tensor=2)
+    assert resolve_mesh(MeshConfig(data=3, fsdp=2, tensor=2), 16).data == 3
+    assert resolve_mesh(MeshConfig(tensor=8), 4).data == 1
     with pytest.raises(ConfigError, match=r"mesh\.fsdp and mesh\.tensor at least 1"):
-        arranged(MeshConfig(tensor=0), 4)
+        resolve_mesh(MeshConfig(tensor=0), 4)
 
 
-def test_rows_of_a_place_are_those_of_a_part_over_data_and_fsdp():
+def test_micro_batch_rows_are_divided_over_data_and_fsdp():
     config = config_of(batch_size=48, grad_accum_steps=2)
-    assert rows_a_place(config, MeshConfig(data=3, fsdp=4, tensor=5)) == 2
+    assert rows_per_shard(config, MeshConfig(data=3, fsdp=4, tensor=5)) == 2
     with pytest.raises(ConfigError, match="batch_size 48 over grad_accum_steps 2 does not divide over 16 places"):
-        rows_a_place(config, MeshConfig(data=4, fsdp=4))
+        rows_per_shard(config, MeshConfig(data=4, fsdp=4))
 
 
 # What takes part
@@ -104,7 +104,7 @@ def left(branch: str, kinds: tuple[str, ...], **options) -> tuple[set[str], set[
     imagebind = SimpleNamespace(vision=1, audio=1)
     network = SimpleNamespace(**dict.fromkeys(COMMON | VISION | AUDIO, 1), imagebind=imagebind)
     trainable = {} if branch == "vision" else {"trainable": AUDIO_BRANCH}
-    remove_unused(network, config_of(branch=branch, **trainable, **options), kinds)
+    remove_unused_components(network, config_of(branch=branch, **trainable, **options), kinds)
     senses = set(vars(imagebind)) if hasattr(network, "imagebind") else set()
     return set(vars(network)) - {"imagebind"}, senses
 
@@ -125,13 +125,13 @@ def left(branch: str, kinds: tuple[str, ...], **options) -> tuple[set[str], set[
         ("audio", ("video",), CLIPS, COMMON | AUDIO, SENSES),
     ],
 )
-def test_parts_that_a_run_does_not_use_are_left_out(branch, kinds, options, parts, senses):
+def test_components_that_a_run_does_not_use_are_omitted(branch, kinds, options, parts, senses):
     assert left(branch, kinds, **options) == (parts, senses)
 
 
-def test_a_picture_only_network_has_nothing_of_the_audio_branch_to_leave_out():
+def test_a_vision_only_network_omits_no_audio_components():
     network = SimpleNamespace(**dict.fromkeys(COMMON | VISION, 1))
-    remove_unused(network, config_of(), ("video",))
+    remove_unused_components(network, config_of(), ("video",))
     assert set(vars(network)) == COMMON | VISION
 
 
@@ -139,7 +139,7 @@ def test_a_picture_only_network_has_nothing_of_the_audio_branch_to_leave_out():
 
 
 @pytest.mark.parametrize(
-    ("trained", "learns", "message"),
+    ("trained", "trainable_paths", "message"),
     [
         ({"a": (2,)}, {"a", "b"}, None),
         ({"a": (2,), "c": (3,)}, {"a", "b"}, "init: run trained c, which does not learn here and would be lost"),
@@ -147,12 +147,18 @@ def test_a_picture_only_network_has_nothing_of_the_audio_branch_to_leave_out():
         ({"z": (2,)}, {"a", "b"}, r"init: run trained another model than base \(z does not fit\)"),
     ],
 )
-def test_a_run_that_is_started_from_must_fit_and_lose_nothing(trained, learns, message):
-    skeleton = SimpleNamespace(
+def test_an_init_run_must_match_and_use_all_its_weights(trained, trainable_paths, message):
+    abstract_model = SimpleNamespace(
         variables={name: SimpleNamespace(shape=(size,)) for name, size in zip("abc", (2, 2, 3), strict=True)}
     )
     started = SimpleNamespace(trained=[SimpleNamespace(leaves=trained)])
-    check = dataclasses.replace(config_of(), init="run"), SimpleNamespace(path="base"), started, skeleton, learns
+    check = (
+        dataclasses.replace(config_of(), init="run"),
+        SimpleNamespace(path="base"),
+        started,
+        abstract_model,
+        trainable_paths,
+    )
     if message is None:
         setup._check_init(*check)
     else:

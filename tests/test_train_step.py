@@ -22,7 +22,7 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.nn.lora import add_lora
 from vllama_jax.train.config import AUDIO_BRANCH, LORA, VISION_BRANCH, OptimConfig, TrainConfig
 from vllama_jax.train.optim import make_optimizer
-from vllama_jax.train.state import Skeleton, abstract_state, initial_state, matching
+from vllama_jax.train.state import AbstractModel, init_state, make_abstract_state, select_paths
 from vllama_jax.train.step import make_step
 
 SLOW = pytest.mark.slow
@@ -62,33 +62,35 @@ class Trainer:
         network = random_network(tiny_on_small_images())
         add_lora(network.llama, config.lora, rngs=nnx.Rngs(0))
         self.mesh = sharding.make_mesh(*shape, devices=jax.devices()[: int(np.prod(shape))])
-        self.skeleton = Skeleton(network)
-        values = {path: jnp.asarray(variable.get_value()) for path, variable in self.skeleton.variables.items()}
-        self.learns = matching(list(values), config.trainable)
-        places = self.skeleton.shardings(values, self.mesh)
+        self.abstract_model = AbstractModel(network)
+        values = {path: jnp.asarray(variable.get_value()) for path, variable in self.abstract_model.variables.items()}
+        self.trainable_paths = select_paths(list(values), config.trainable)
+        places = self.abstract_model.shardings(values, self.mesh)
         optimizer = make_optimizer(config.optim, config.steps)
-        weights = {path: places[path] for path in self.learns}
-        self.abstract = abstract_state(weights, self.skeleton, optimizer, self.mesh)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract)
-        self._start = jax.jit(lambda weights: initial_state(weights, optimizer), out_shardings=shardings)
-        self._initial = {path: jax.device_put(values[path], places[path]) for path in self.learns}
+        weights = {path: places[path] for path in self.trainable_paths}
+        self.abstract_state = make_abstract_state(weights, self.abstract_model, optimizer, self.mesh)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
+        self._start = jax.jit(lambda weights: init_state(weights, optimizer), out_shardings=shardings)
+        self._initial = {path: jax.device_put(values[path], places[path]) for path in self.trainable_paths}
         self.restart()
         self.frozen = {
-            path: jax.device_put(value, places[path]) for path, value in values.items() if path not in self.learns
+            path: jax.device_put(value, places[path])
+            for path, value in values.items()
+            if path not in self.trainable_paths
         }
         replicated = NamedSharding(self.mesh, PartitionSpec())
         self.step = jax.jit(
-            make_step(config, self.skeleton, optimizer), donate_argnums=0, out_shardings=(shardings, replicated)
+            make_step(config, self.abstract_model, optimizer), donate_argnums=0, out_shardings=(shardings, replicated)
         )
         self.rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
     def restart(self) -> None:
         """The state before the first step."""
-        with sharding.under(self.mesh):
+        with sharding.use_mesh(self.mesh):
             self.state = self._start(self._initial)
 
     def __call__(self, batch) -> dict[str, float]:
-        with sharding.under(self.mesh):
+        with sharding.use_mesh(self.mesh):
             placed = {name: jax.device_put(value, self.rows) for name, value in batch.items()}
             self.state, metrics = self.step(self.state, self.frozen, placed)
         return {name: float(value) for name, value in metrics.items()}
@@ -120,15 +122,15 @@ def test_eight_devices_give_the_losses_of_one_and_compile_once(branch):
     np.testing.assert_allclose(together, losses(alone, branch, 10, pictures=True), rtol=1e-5)
     for trainer in (alone, split):
         assert trainer.step._cache_size() == 1
-    for leaf, planned in zip(jax.tree.leaves(split.state), jax.tree.leaves(split.abstract), strict=True):
+    for leaf, planned in zip(jax.tree.leaves(split.state), jax.tree.leaves(split.abstract_state), strict=True):
         assert leaf.sharding == planned.sharding
     queries = "video_qformer/queries" if branch == "vision" else "audio_qformer/queries"
-    moments = next(part for part in split.state.moments if isinstance(part, optax.ScaleByAdamState))
-    assert moments.mu[queries].sharding.spec == PartitionSpec(None, ("fsdp",))
+    opt_state = next(part for part in split.state.opt_state if isinstance(part, optax.ScaleByAdamState))
+    assert opt_state.mu[queries].sharding.spec == PartitionSpec(None, ("fsdp",))
 
 
 @SLOW
-def test_parts_of_a_batch_add_up(trainer):
+def test_gradient_accumulation_equals_one_batch(trainer):
     parts = Trainer(config_of(grad_accum_steps=4))
     for seed in range(3):
         one, other = trainer(batch_of("vision", seed)), parts(batch_of("vision", seed))
@@ -138,7 +140,7 @@ def test_parts_of_a_batch_add_up(trainer):
 
 @SLOW
 @pytest.mark.parametrize("remat_policy", ["dots", "none"])
-def test_what_is_computed_again_does_not_change_the_numbers(trainer, remat_policy):
+def test_remat_policies_do_not_change_losses(trainer, remat_policy):
     stored = Trainer(config_of(remat_policy=remat_policy))
     one, other = trainer(batch_of("vision")), stored(batch_of("vision"))
     assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-5)
@@ -163,7 +165,7 @@ def test_a_batch_without_any_label_gives_zero(trainer):
     assert metrics["tokens"] == 0
 
 
-def test_sums_over_parts_are_divided_once():
+def test_accumulated_sums_are_divided_once():
     """By one compiled program: a batch of two parts, and the same batch with labels in one of them only."""
     still = dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, weight_decay=0.0)
     trainer, before, found = Trainer(config_of(grad_accum_steps=2, optim=still)), None, []
@@ -173,7 +175,7 @@ def test_sums_over_parts_are_divided_once():
             batch["targets"][1 - part :: 2] = -1  # rows go to the parts in turn
         metrics = trainer(batch)
         assert metrics["tokens"] == (batch["targets"] >= 0).sum()
-        adam = next(part for part in trainer.state.moments if isinstance(part, optax.ScaleByAdamState))
+        adam = next(part for part in trainer.state.opt_state if isinstance(part, optax.ScaleByAdamState))
         mean = {path: np.asarray(value) for path, value in adam.mu.items()}
         gradients = {path: (value - OPTIM.beta1 * (before[path] if before else 0)) for path, value in mean.items()}
         before = mean
@@ -184,7 +186,7 @@ def test_sums_over_parts_are_divided_once():
         np.testing.assert_allclose(one[name] + other[name], value, rtol=1e-3, atol=1e-4 * np.abs(value).max())
 
 
-def test_each_place_layer_and_part_of_a_batch_drops_values_of_its_own(monkeypatch):
+def test_dropout_differs_between_rows_layers_and_micro_batches(monkeypatch):
     masks, draw = [], jax.random.bernoulli
 
     def bernoulli(*arguments):
@@ -216,7 +218,7 @@ def test_dropout_differs_from_step_to_step_and_not_from_run_to_run():
 
 
 @SLOW
-def test_dropout_is_the_same_however_the_batch_is_split():
+def test_dropout_does_not_depend_on_the_mesh():
     config = config_of(dropout=0.1)
     alone, split = Trainer(config), Trainer(config, (2, 2, 1))
     np.testing.assert_allclose(losses(split, "vision", 2), losses(alone, "vision", 2), rtol=1e-5)
@@ -230,14 +232,14 @@ def test_gradients_are_clipped_to_a_norm_when_asked(trainer):
     assert clipped(batch_of("vision"))["gradient_norm"] == pytest.approx(norm, rel=1e-6)
 
     def mean_square(one):
-        adam = next(part for part in jax.tree.leaves(one.state.moments, is_leaf=lambda x: hasattr(x, "nu")))
+        adam = next(part for part in jax.tree.leaves(one.state.opt_state, is_leaf=lambda x: hasattr(x, "nu")))
         return sum(float(jnp.sum(leaf)) for leaf in adam.nu.values())
 
     assert mean_square(clipped) / mean_square(free) == pytest.approx((1e-3 / norm) ** 2, rel=1e-4)
 
 
-def test_only_what_learns_has_state_and_moves(trainer):
-    assert all(re.match("video_qformer/|frame_positions|llama_proj/", path) for path in trainer.learns)
+def test_only_trainable_parameters_have_state_and_change(trainer):
+    assert all(re.match("video_qformer/|frame_positions|llama_proj/", path) for path in trainer.trainable_paths)
     frozen = {path: np.asarray(value).copy() for path, value in trainer.frozen.items()}
     before = {path: np.asarray(value).copy() for path, value in trainer.state.weights.items()}
     trainer(batch_of("vision"))
@@ -252,7 +254,7 @@ def test_only_what_learns_has_state_and_moves(trainer):
 
 
 @SLOW
-def test_low_rank_updates_learn_and_the_language_model_does_not():
+def test_lora_updates_are_trained_and_the_language_model_is_not():
     config = config_of(lora=LoraConfig(rank=2), trainable=(*VISION_BRANCH, *LORA))
     trainer = Trainer(config, (2, 2, 2))
     kernel = "llama/blocks/attention/query/kernel"
@@ -266,7 +268,7 @@ def test_low_rank_updates_learn_and_the_language_model_does_not():
 
 
 @pytest.mark.parametrize(("processes", "threads"), [(0, 8), (4, 2), (16, 1)])
-def test_processes_share_the_threads(processes, threads, monkeypatch):
+def test_processes_divide_the_threads(processes, threads, monkeypatch):
     asked = []
     monkeypatch.setattr(
         pipeline, "_pool", lambda count: asked.append(count) or concurrent.futures.ThreadPoolExecutor(1)
@@ -283,4 +285,4 @@ def test_processes_share_the_threads(processes, threads, monkeypatch):
 
 def test_a_pattern_that_matches_nothing_is_an_error():
     with pytest.raises(ConfigError, match=r"trainable pattern 'video_qfromer/\*' matches no weight .* video_qformer"):
-        matching(["video_qformer/queries", "vit/positions"], ["video_qfromer/*"])
+        select_paths(["video_qformer/queries", "vit/positions"], ["video_qfromer/*"])

@@ -26,7 +26,7 @@ def metrics(step: int, loss: float = 2.0, seconds: float = 0.5) -> dict:
     }
 
 
-def test_a_log_file_has_the_start_the_first_step_and_a_line_every_30_seconds(capsys):
+def test_log_files_have_a_line_every_30_seconds(capsys):
     clock = Clock()
     with TrainingDisplay(400, clock=clock) as display:
         display.begin(0)
@@ -40,40 +40,40 @@ def test_a_log_file_has_the_start_the_first_step_and_a_line_every_30_seconds(cap
     assert lines[-1].endswith("  lr 1.00e-03  8.0 samples/s  waits 25%  1 min 50 s left")
 
 
-def test_a_resumed_run_starts_at_its_step(capsys):
+def test_a_resumed_runs_progress_starts_at_its_step(capsys):
     with TrainingDisplay(10) as display:
         display.begin(7)
     assert capsys.readouterr().err == "7/10 steps\n"
 
 
 @pytest.mark.parametrize(("seconds", "left"), [(0.001, "1 s"), (2, "20 s"), (61, "10 min 10 s"), (3600, "10 h 00 min")])
-def test_time_that_is_left(capsys, seconds, left):
+def test_remaining_time_is_formatted(capsys, seconds, left):
     with TrainingDisplay(11) as display:
         display.step(metrics(1, seconds=seconds))
     assert capsys.readouterr().err.endswith(f"  {left} left\n")
 
 
-def test_the_parameters_are_summarized_by_module_and_listed_if_asked(capsys):
+def test_parameters_are_summarized_by_module_or_listed(capsys):
     shapes = {
         "video_qformer/a/kernel": (2, 3),
         "video_qformer/a/bias": (3,),
         "llama_proj/kernel": (2, 2),
         "vit/x": (7,),
     }
-    learns = [path for path in shapes if not path.startswith("vit")]
+    trainable_paths = [path for path in shapes if not path.startswith("vit")]
     base = types.SimpleNamespace(trained=(), path="BASE")
     plan = types.SimpleNamespace(
-        learns=learns,
-        sources={path: None if path.startswith("video") else base for path in learns},
-        skeleton=types.SimpleNamespace(variables={path: np.zeros(shape) for path, shape in shapes.items()}),
+        trainable_paths=trainable_paths,
+        sources={path: None if path.startswith("video") else base for path in trainable_paths},
+        abstract_model=types.SimpleNamespace(variables={path: np.zeros(shape) for path, shape in shapes.items()}),
         dtype=np.dtype("float32"),
     )
-    TrainingDisplay(10).table(plan)
+    TrainingDisplay(10).show_plan(plan)
     text = capsys.readouterr().err
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
     assert rows == [["video_qformer", "2", "9", "random"], ["llama_proj", "1", "4", "BASE"]]
     assert text.splitlines()[-1] == "13 parameters train, 7 are frozen (float32)"
-    TrainingDisplay(10, verbose=True).table(plan)
+    TrainingDisplay(10, verbose=True).show_plan(plan)
     text = capsys.readouterr().err
     assert [path in text for path in shapes] == [True, True, True, False]
     assert "2×3" in text

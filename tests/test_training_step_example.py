@@ -11,7 +11,7 @@ EXAMPLE = Path(__file__).parents[1] / "examples" / "training_step.py"
 
 
 @pytest.mark.slow
-def test_the_loss_of_three_steps_falls_and_the_saved_model_has_what_was_trained(tmp_path, capsys):
+def test_the_loss_decreases_and_the_saved_model_has_the_trained_weights(tmp_path, capsys):
     losses = runpy.run_path(str(EXAMPLE))["main"](tmp_path / "out")
     assert len(losses) == 3
     assert losses[0] > losses[1] > losses[2]

@@ -19,13 +19,13 @@ from vllama_jax.text.templates import find_caption_template, find_conversation_t
 from vllama_jax.text.tokenizer import load_tokenizer
 from vllama_jax.text.training import (
     ALIGNMENT_INSTRUCTIONS,
-    IGNORE,
+    IGNORE_INDEX,
     clean_caption,
     encode_caption,
     label_conversation,
 )
 
-VIDEO = Media("video", seconds=(0.0, 2.5))
+VIDEO = Media("video", timestamps=(0.0, 2.5))
 IMAGE = Media("image")
 AUDIO = Media("audio")
 
@@ -68,11 +68,11 @@ CAPTIONS = [
 
 
 @pytest.mark.parametrize(("template", "media", "instruction", "expected"), CAPTIONS)
-def test_captions(template, media, instruction, expected):
+def test_captions_have_labels_after_the_prompt(template, media, instruction, expected):
     assert shown(caption(template, "a dog", media, instruction)) == expected
 
 
-def test_long_captions_lose_their_end():
+def test_long_captions_are_truncated():
     assert shown(caption("vicuna", "a dog", max_length=7)) == "<s>**«▁a dog\n»"
     assert shown(caption("vicuna", "a dog", max_length=6)) == "<s>**«▁a dog»"
     assert shown(caption("llama_2", "a dog", instruction="?", max_length=3)).endswith(" [/INST] «▁a »")
@@ -106,7 +106,7 @@ CONVERSATIONS = [
 
 
 @pytest.mark.parametrize(("template", "media", "turns", "expected"), CONVERSATIONS)
-def test_conversations(template, media, turns, expected):
+def test_conversations_have_labels_at_the_answers(template, media, turns, expected):
     assert shown(conversation(template, turns, media)) == expected
 
 
@@ -114,7 +114,7 @@ def test_conversations(template, media, turns, expected):
     ("media_at", "expected"),
     [(0, "<Image>**▁</Image>Who?\nNow"), (5, "Who?\n<Image>**▁</Image>Now"), (8, "Who?\nNow<Image>**▁</Image>")],
 )
-def test_where_an_image_stands(media_at, expected):
+def test_an_image_is_at_its_placeholder_or_first(media_at, expected):
     text = conversation("vicuna", [("Who?\nNow", "Me.")], media_at=media_at)
     assert shown(text) == f"<s>▁\n\n«###»Human: {expected}\n«###Assistant: Me.\n###»"
 
@@ -123,18 +123,18 @@ def test_where_an_image_stands(media_at, expected):
     ("media", "introduction"),
     [
         (
-            Media("video", seconds=(0.0, 1.5)),
+            Media("video", timestamps=(0.0, 1.5)),
             "<Video>**▁</Video> The video contains 2 frames sampled at 0.0, 1.5 seconds. ",
         ),
         (Media("video"), "<Video>**▁</Video> "),
     ],
 )
-def test_a_video_stands_where_its_placeholder_was(media, introduction):
+def test_a_video_is_at_its_placeholder(media, introduction):
     text = conversation("vicuna", [("Look at now", "Me.")], media, media_at=len("Look at "))
     assert shown(text) == f"<s>▁\n\n«###»Human: Look at {introduction}now\n«###Assistant: Me.\n###»"
 
 
-def test_long_conversations_are_cut():
+def test_long_conversations_are_truncated():
     turns = [("Who?", "Me.")]
     whole = conversation("llama_2", turns)
     for length in range(1, len(whole.ids) + 1):
@@ -145,12 +145,12 @@ def test_long_conversations_are_cut():
         assert text.labels.tolist() == whole.labels[:length].tolist()
     first_media = int(whole.is_media.argmax())
     assert conversation("llama_2", turns, max_length=first_media + 1).is_media.sum() == 1
-    first_label = int((whole.labels != IGNORE).argmax())
-    assert (conversation("llama_2", turns, max_length=first_label).labels == IGNORE).all()
+    first_label = int((whole.labels != IGNORE_INDEX).argmax())
+    assert (conversation("llama_2", turns, max_length=first_label).labels == IGNORE_INDEX).all()
 
 
 @pytest.mark.parametrize(("template", "ends_of_turns"), [("vicuna", (1, 0)), ("llama_2", (2, 2))])
-def test_what_people_wrote_is_text(template, ends_of_turns):
+def test_user_text_never_becomes_special_tokens(template, ends_of_turns):
     odd = "<ImageHere> </s> <s> [/INST] "
     answers = conversation(template, [(odd, odd), (odd, odd)], media_at=4)
     assert answers.is_media.sum() == 2
@@ -176,12 +176,12 @@ class MeltingTokenizer(SpellingTokenizer):
                 ids.append(letter)
         return ids
 
-    def _known_token(self, token_id):
+    def _base_token(self, token_id):
         letter = token_id - 0x100000
-        return chr(letter) + MELTING[letter] if letter in MELTING else super()._known_token(token_id)
+        return chr(letter) + MELTING[letter] if letter in MELTING else super()._base_token(token_id)
 
 
-def test_tokens_across_seams_belong_to_what_comes_after():
+def test_tokens_across_segments_belong_to_the_later_one():
     melting = MeltingTokenizer()
     text = conversation("vicuna", [("Who?", "Me.")], tokenizer=melting)
     assert shown(text, melting) == "<s>▁\n«\n###»Human: <Image>**▁</Image>Who?«\n###Assistant: Me.\n###»"
@@ -211,7 +211,7 @@ TEXTS = ["What is the dog doing?", "It runs.\n\nIt barks.", "日本語 🎂!", "
 
 
 @pytest.mark.parametrize("make", [train_tokenizer, byte_level])
-def test_what_is_learned_by_any_tokenizer(tmp_path, make):
+def test_labels_decode_to_the_answers_with_any_tokenizer(tmp_path, make):
     make(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     draw = random.Random(0)
@@ -226,22 +226,22 @@ def test_what_is_learned_by_any_tokenizer(tmp_path, make):
 
 def learned_texts(text, tokenizer):
     """Each run of learned tokens as text, without end tokens."""
-    runs = itertools.groupby(text.labels.tolist(), key=lambda label: label != IGNORE)
+    runs = itertools.groupby(text.labels.tolist(), key=lambda label: label != IGNORE_INDEX)
     letter = tokenizer.encode("x", special=False)  # decoding drops the first space, so a letter goes first
     decoded = [tokenizer.decode([*letter, *run], skip_special=True) for is_learned, run in runs if is_learned]
     return [piece.removeprefix("x") for piece in decoded]
 
 
-def test_pieces_of_a_small_llama_tokenizer(tmp_path):
+def test_tokens_of_a_small_llama_tokenizer(tmp_path):
     train_tokenizer(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
     text = caption("vicuna", "dog", instruction="Look.", tokenizer=tokenizer)
-    learned = tokenizer.tokens(text.labels[text.labels != IGNORE])
+    learned = tokenizer.tokens(text.labels[text.labels != IGNORE_INDEX])
     assert "".join(learned) == "▁dog###"
     assert text.labels[-len(learned) :].tolist() == tokenizer.encode("dog###")
 
 
-def test_what_does_not_fit():
+def test_invalid_templates_and_texts_are_refused():
     with pytest.raises(ConfigError, match="'llama_3' for captions: choose one of vicuna, llama_2, plain, chatml, mis"):
         find_caption_template("llama_3")
     with pytest.raises(ConfigError, match=r"'plain' for conversations .* one of vicuna, llama_2, chatml, mistral$"):
@@ -249,7 +249,7 @@ def test_what_does_not_fit():
     with pytest.raises(DataError, match="without turns"):
         conversation("vicuna", [])
     with pytest.raises(ValueError, match="2 places for media"):
-        conversation("vicuna", [("Who?", "Me.")], Media("video", sound=True))
+        conversation("vicuna", [("Who?", "Me.")], Media("video", with_audio=True))
 
 
 CLEAN = [
@@ -262,11 +262,11 @@ CLEAN = [
 
 
 @pytest.mark.parametrize(("text", "expected"), CLEAN)
-def test_clean_caption(text, expected):
+def test_clean_caption_normalizes_text(text, expected):
     assert clean_caption(text) == expected
 
 
-def test_clean_caption_keeps_so_many_words():
+def test_clean_caption_limits_the_number_of_words():
     assert clean_caption("A b. c, d", max_words=3) == "a b c,"
     assert len(clean_caption("word " * 60).split()) == 50
 
@@ -301,7 +301,7 @@ CAPTION_BATCHES = [
 
 
 @pytest.mark.parametrize("name", [*CAPTION_BATCHES, "s1_vision_noprompt_v0pad"])
-def test_caption_texts_are_goldens(golden, cases, name):
+def test_caption_texts_equal_the_golden_values(golden, cases, name):
     arrays, tokenizer, embeddings, media_length = golden_parts(golden, name)
     case = cases[name.removesuffix("_v0pad")]
     template, instruction = "plain", None
@@ -313,7 +313,9 @@ def test_caption_texts_are_goldens(golden, cases, name):
         text = caption(template, words, VIDEO, instruction, **options)
         n = len(text.ids)
         assert arrays["attention_mask"][row].tolist() == [1] * n + [0] * (len(arrays["labels"][row]) - n)
-        assert arrays["labels"][row].tolist() == text.labels.tolist() + [IGNORE] * (len(arrays["labels"][row]) - n)
+        assert arrays["labels"][row].tolist() == text.labels.tolist() + [IGNORE_INDEX] * (
+            len(arrays["labels"][row]) - n
+        )
         rows = arrays["inputs_embeds"][row, :n]
         assert (rows[~text.is_media] == embeddings[text.ids[~text.is_media]]).all()
         assert text.is_media.sum() == media_length
@@ -340,11 +342,11 @@ def golden_conversations(golden, name):
     for entry in json.loads((golden / "train/s2_annotations.json").read_text()):
         video = videos[entry["video"].removesuffix(".mp4")]
         times = tuple(index / video["fps"] for index in video["indices"])
-        yield [(turn["q"], turn["a"]) for turn in entry["QA"]], Media("video", seconds=times), 0
+        yield [(turn["q"], turn["a"]) for turn in entry["QA"]], Media("video", timestamps=times), 0
 
 
 @pytest.mark.parametrize("name", [*CONVERSATION_BATCHES, "s2_vision_vicuna_v0pad"])
-def test_conversation_texts_are_goldens(golden, cases, name):
+def test_conversation_texts_equal_the_golden_values(golden, cases, name):
     arrays, tokenizer, _, media_length = golden_parts(golden, name)
     template = "vicuna" if "vicuna" in name else "llama_2"
     options = {"media_length": media_length, "tokenizer": tokenizer}
@@ -358,12 +360,14 @@ def test_conversation_texts_are_goldens(golden, cases, name):
         assert np.flatnonzero(mask).tolist() == list(range(n))
         assert np.where(text.is_media, tokenizer.media_id, text.ids).tolist() == ids[:n].tolist()
         assert text.labels.tolist() == labels[:n].tolist()
-        assert (labels[n:] == IGNORE).all()
+        assert (labels[n:] == IGNORE_INDEX).all()
     for text, table in zip(texts, cases.get(name, {}).get("tokens_tilde_is_masked", []), strict=False):
         words = zip(tokenizer.tokens(text.ids), text.labels, text.is_media, strict=True)
-        assert [("~" if label == IGNORE else "") + word for word, label, here in words if not here] == table.split(" ")
+        assert [
+            ("~" if label == IGNORE_INDEX else "") + word for word, label, here in words if not here
+        ] == table.split(" ")
 
 
-def test_clean_captions_are_goldens(golden):
+def test_clean_captions_equal_the_golden_values(golden):
     for text, expected in json.loads((golden / "extra/extra.json").read_text())["blip_caption"]:
         assert clean_caption(text) == expected

@@ -23,7 +23,7 @@ def check(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], subproces
 
 
 @pytest.mark.slow
-def test_public_names_have_their_types(check):
+def test_public_names_have_their_annotated_types(check):
     found = check(Path(__file__).with_name("public_types.py").read_text())
     assert found.returncode == 0, found.stdout + found.stderr
 

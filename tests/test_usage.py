@@ -14,7 +14,7 @@ from cli_fixtures import usage_error
 
 import vllama_jax as vl
 from vllama_jax import cli
-from vllama_jax.cli._logs import logging_for_people
+from vllama_jax.cli._logs import configure_logging
 
 COMMANDS = [
     *(["chat"], ["convert"], ["export"], ["quantize"], ["inspect"], ["verify"], ["plot"]),
@@ -129,7 +129,7 @@ def test_a_wrong_value_is_one_line(arguments, said):
         ("--verbose", "no command '--verbose'; there are chat, convert, "),
     ],
 )
-def test_what_is_missing_is_one_line_with_an_example(arguments, said):
+def test_missing_arguments_are_a_one_line_error_with_an_example(arguments, said):
     assert usage_error(*arguments.split()).startswith(said)
 
 
@@ -177,11 +177,11 @@ def test_version_from_python_and_both_commands():
     assert out.getvalue() == f"vllama_jax {vl.__version__}\n"
 
 
-def test_logs_of_ours_have_no_prefix_and_others_are_quiet(capfd):
+def test_own_log_messages_have_no_prefix_and_others_are_hidden(capfd):
     code = """
 import logging, warnings, sys
-from vllama_jax.cli._logs import logging_for_people
-with logging_for_people():
+from vllama_jax.cli._logs import configure_logging
+with configure_logging():
     logging.getLogger("vllama_jax.train.run_directory").warning("step_3: cannot be read")
     for name in ("absl", "jax._src.xla_bridge", "orbax", "tensorflow_datasets"):
         logging.getLogger(name).warning("chatter")
@@ -192,16 +192,16 @@ with logging_for_people():
     assert (done.stdout, done.stderr) == ("", "vllama: step_3: cannot be read\n")
 
 
-def test_logging_is_as_before_when_a_command_is_over():
+def test_logging_is_restored_after_a_command():
     before = list(logging.getLogger().handlers), list(logging.getLogger("vllama_jax").handlers), list(warnings.filters)
-    with logging_for_people():
+    with configure_logging():
         pass
     after = list(logging.getLogger().handlers), list(logging.getLogger("vllama_jax").handlers), list(warnings.filters)
     assert after == before
 
 
 @pytest.mark.skipif("COLUMNS" in os.environ, reason="the width is given")
-def test_columns_are_as_before_when_help_was_shown():
+def test_columns_are_restored_after_help():
     help_of("inspect")
     usage_error("inspect", "--nothing")
     assert "COLUMNS" not in os.environ

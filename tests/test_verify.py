@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from vllama_jax import cli
 from vllama_jax.checkpoints.directory import open_model
-from vllama_jax.convert.verify.layers import our_side
+from vllama_jax.convert.verify.layers import make_jax_runner
 from vllama_jax.model import load
 from vllama_jax.nn.video_llama import VideoLlama
 
@@ -66,12 +66,12 @@ def flip_a_byte(model: Path, leaf: str) -> None:
     chunk.write_bytes(data)
 
 
-def test_files_as_they_were_written(tiny_model, capsys):
+def test_verify_accepts_intact_files(tiny_model, capsys):
     assert run(capsys, tiny_model) == f"{tiny_model}: 181 weights, 3.5 MB, all as they were written\n"
     assert json.loads(run(capsys, tiny_model, "--json")) == {"weights": 181, "bytes": 3517588, "damaged": {}}
 
 
-def test_one_bit_of_one_chunk(tiny_model, tmp_path, capsys):
+def test_one_flipped_bit_is_detected(tiny_model, tmp_path, capsys):
     model = copied(tiny_model, tmp_path)
     flip_a_byte(model, "llama/blocks/mlp/up/kernel")
     message, _ = verify_error(capsys, model)
@@ -81,7 +81,7 @@ def test_one_bit_of_one_chunk(tiny_model, tmp_path, capsys):
     )
 
 
-def test_chunks_that_are_missing_or_cut(tiny_model, tmp_path, capsys):
+def test_missing_and_truncated_chunks_are_detected(tiny_model, tmp_path, capsys):
     model = copied(tiny_model, tmp_path)
     (model / "params/llama.norm.scale/0").unlink()
     file = model / "params/ln_vision.bias/0"
@@ -95,7 +95,7 @@ def test_chunks_that_are_missing_or_cut(tiny_model, tmp_path, capsys):
 # Weights
 
 
-def test_weights_equal_bit_by_bit(tiny_model, tiny_files, capsys):
+def test_weights_equal_the_source_bit_exactly(tiny_model, tiny_files, capsys):
     out = run(capsys, tiny_model, "--against", tiny_files["config"].parent, "--weights-only")
     assert "346 tensors, every bit equal to its source" in out
     assert "different" not in out
@@ -103,7 +103,7 @@ def test_weights_equal_bit_by_bit(tiny_model, tiny_files, capsys):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_weights_of_a_model_in_another_dtype(tiny_files, tmp_path, capsys, dtype):
+def test_weights_in_another_dtype_equal_the_rounded_source(tiny_files, tmp_path, capsys, dtype):
     converted(tiny_files, tmp_path / "model", dtype=dtype)
     out = run(capsys, tmp_path / "model", *options(tiny_files), "--weights-only", "--json")
     report = json.loads(out)
@@ -111,7 +111,7 @@ def test_weights_of_a_model_in_another_dtype(tiny_files, tmp_path, capsys, dtype
     assert [part["different"] for part in report["parts"]] == [[]] * 12
 
 
-def test_a_weight_that_differs_is_named(tiny_model, tiny_files, tmp_path, capsys):
+def test_a_weight_that_differs_is_reported(tiny_model, tiny_files, tmp_path, capsys):
     def spoil(tensors: Tensors) -> None:
         tensors["model.layers.1.mlp.up_proj.weight"][3, 4] += 1e-6
 
@@ -122,7 +122,7 @@ def test_a_weight_that_differs_is_named(tiny_model, tiny_files, tmp_path, capsys
     assert "1 different" in out
 
 
-def test_files_of_another_name_are_noted(tiny_model, tiny_files, tmp_path, capsys):
+def test_renamed_source_files_are_noted(tiny_model, tiny_files, tmp_path, capsys):
     other = shutil.copy(tiny_files["vl"], tmp_path / "renamed.safetensors")
     out = run(capsys, tiny_model, *options(tiny_files | {"vl": other}), "--weights-only")
     assert f"other names or sizes than {other}" in out
@@ -132,16 +132,16 @@ def test_files_of_another_name_are_noted(tiny_model, tiny_files, tmp_path, capsy
 
 
 @pytest.fixture(scope="module")
-def parts(tiny_model, tiny_files) -> list:
+def model_components(tiny_model, tiny_files) -> list:
     from vllama_jax.convert.verify.reference.llama import configuration
-    from vllama_jax.convert.verify.stages import parts
+    from vllama_jax.convert.verify.stages import model_components
 
     config = open_model(tiny_model).config
-    return parts(config, configuration(tiny_files["llama"], config.llama), 64)
+    return model_components(config, configuration(tiny_files["llama"], config.llama), 64)
 
 
-def test_every_weight_is_used_by_a_stage(tiny_model, parts):
-    patterns = [pattern for part in parts for stage in part.stages for pattern in stage.leaves]
+def test_every_weight_is_used_by_a_stage(tiny_model, model_components):
+    patterns = [pattern for part in model_components for stage in part.stages for pattern in stage.leaves]
     paths = open_model(tiny_model).manifest["leaves"]
     assert [path for path in paths if not any(fnmatchcase(path, pattern) for pattern in patterns)] == []
 
@@ -149,11 +149,11 @@ def test_every_weight_is_used_by_a_stage(tiny_model, parts):
 WHOLE = {
     "vit": lambda n, x: n.vit(x),
     "image_qformer": lambda n, x: n.image_qformer(n.ln_vision(x)),
-    "video_qformer": lambda n, x: n.video_qformer(n.with_frame_positions(x)),
+    "video_qformer": lambda n, x: n.video_qformer(n.add_frame_positions(x)),
     "llama_proj": lambda n, x: n.llama_proj(x),
     "imagebind/audio": lambda n, x: n.imagebind.audio(x),
     "imagebind/vision": lambda n, x: n.imagebind.vision(x),
-    "audio_qformer": lambda n, x: n.audio_qformer(n.with_clip_positions(x)),
+    "audio_qformer": lambda n, x: n.audio_qformer(n.add_clip_positions(x)),
     "audio_llama_proj": lambda n, x: n.audio_llama_proj(x),
     "llama": lambda n, ids: n(n.embed(ids), jnp.ones(ids.shape, bool)),
 }
@@ -165,13 +165,13 @@ def network(tiny_model) -> VideoLlama:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_the_stages_of_a_part_are_the_part(tiny_model, network, parts, name):
+def test_the_stages_of_a_component_equal_the_component(tiny_model, network, model_components, name):
     """One layer at a time, as verify runs them, against the network as it is used."""
-    directory, part = open_model(tiny_model), next(part for part in parts if part.name == name)
-    x = part.draw(np.random.default_rng(0))
+    directory, part = open_model(tiny_model), next(part for part in model_components if part.name == name)
+    x = part.random_input(np.random.default_rng(0))
     with jax.default_matmul_precision("highest"):
         whole = jax.jit(WHOLE[name])(network, x)
-        run_stage = our_side(directory, "float32")
+        run_stage = make_jax_runner(directory, "float32")
         for stage in part.stages:
             x = run_stage(part, stage, x)
     np.testing.assert_allclose(x[0] if isinstance(x, tuple) else x, whole, atol=1e-5)
@@ -216,7 +216,7 @@ SWAPS = {
 }
 
 
-def test_swapped_weights_are_found_where_they_are(tiny_model, tiny_files, tmp_path, capsys):
+def test_swapped_weights_are_located(tiny_model, tiny_files, tmp_path, capsys):
     """A model of swapped tensors, as a converter that errs would make it."""
     wrong = tiny_files | {kind: edited(tiny_files[kind], tmp_path, change) for kind, change in SWAPS.items()}
     converted(wrong, tmp_path / "model")
@@ -234,7 +234,7 @@ def test_swapped_weights_are_found_where_they_are(tiny_model, tiny_files, tmp_pa
 
 
 @pytest.mark.slow
-def test_a_wrong_rotary_base_is_found(tiny_model, tiny_files, tmp_path, capsys):
+def test_a_wrong_rope_theta_is_located(tiny_model, tiny_files, tmp_path, capsys):
     model = copied(tiny_model, tmp_path)
     fields = json.loads((model / "config.json").read_text())
     fields["model"]["llama"]["rope_theta"] = 10100.0
@@ -245,7 +245,7 @@ def test_a_wrong_rotary_base_is_found(tiny_model, tiny_files, tmp_path, capsys):
     assert "vit, " not in message
 
 
-def test_weights_that_are_not_finite_are_found(tiny_model, tiny_files, tmp_path, capsys):
+def test_non_finite_weights_are_reported(tiny_model, tiny_files, tmp_path, capsys):
     def spoil(tensors: Tensors) -> None:
         tensors["blocks.0.norm1.weight"][0] = np.nan
 
@@ -255,7 +255,7 @@ def test_weights_that_are_not_finite_are_found(tiny_model, tiny_files, tmp_path,
     assert next(layer for layer in json.loads(out)["layers"] if layer["layer"] == "layer 0")["relative"] is None
 
 
-def test_goldens_layers_equal_torchs(golden_model, golden_files, capsys):
+def test_golden_layers_equal_torchs(golden_model, golden_files, capsys):
     """The original's own layouts: .pth files and .bin shards."""
     report = json.loads(run(capsys, golden_model, *options(golden_files), "--json"))
     assert max(layer["relative"] for layer in report["layers"]) < 5e-6
@@ -265,7 +265,7 @@ def test_goldens_layers_equal_torchs(golden_model, golden_files, capsys):
 # Sources
 
 
-def test_a_base_without_branches(tiny_files, tmp_path, capsys):
+def test_a_base_without_branches_is_verified(tiny_files, tmp_path, capsys):
     """MiniGPT-4's projection is compared; what was never there is not asked for."""
     base = without(tiny_files, "vl", "al", "imagebind")
     converted(base, tmp_path / "model")
@@ -273,14 +273,14 @@ def test_a_base_without_branches(tiny_files, tmp_path, capsys):
     assert {layer["part"] for layer in json.loads(out)["layers"]} == {"vit", "image_qformer", "llama_proj", "llama"}
 
 
-def test_two_files_of_one_kind(tiny_model, tiny_files, tmp_path, capsys):
+def test_two_files_of_one_component_are_reported(tiny_model, tiny_files, tmp_path, capsys):
     other = shutil.copy(tiny_files["vl"], tmp_path / "other.safetensors")
     message, _ = verify_error(capsys, tiny_model, "--against", tiny_files["config"].parent, tmp_path)
     expected = f"{tiny_files['vl']} and {other}: both are a Video-LLaMA vision-language checkpoint; say which with --vl"
     assert message == expected
 
 
-def test_a_tensor_that_the_source_lacks(tiny_model, tiny_files, tmp_path):
+def test_a_tensor_missing_from_the_source_is_reported(tiny_model, tiny_files, tmp_path):
     def spoil(tensors: Tensors) -> None:
         del tensors["blocks.2.norm2.bias"]
 
@@ -289,7 +289,7 @@ def test_a_tensor_that_the_source_lacks(tiny_model, tiny_files, tmp_path):
         cli.main(["verify", str(tiny_model), *map(str, options(paths))])
 
 
-def test_a_source_of_other_parts(tiny_model, tiny_files, tmp_path, capsys):
+def test_a_source_of_other_components_is_reported(tiny_model, tiny_files, tmp_path, capsys):
     message, _ = verify_error(capsys, tiny_model, *options(without(tiny_files, "vl")))
     assert message.startswith(f"{tiny_model}: has frame_positions, ")
     assert "which nothing in the source makes; name the file that it came from" in message
@@ -306,11 +306,11 @@ def test_a_source_of_other_parts(tiny_model, tiny_files, tmp_path, capsys):
         (("--vl", "x.pth"), "no LLaMA directory among the PyTorch files; name it with --llama"),
     ],
 )
-def test_options_that_mean_nothing(tiny_model, capsys, arguments, said):
+def test_invalid_options_are_refused(tiny_model, capsys, arguments, said):
     assert verify_error(capsys, tiny_model, *arguments)[0] == said
 
 
-def test_without_transformers(tiny_model, tiny_files, capsys, monkeypatch):
+def test_without_transformers_the_error_says_what_to_install(tiny_model, tiny_files, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     message, _ = verify_error(capsys, tiny_model, *options(tiny_files))
     expected = "running the PyTorch side needs transformers, which is not installed: pip install 'vllama-jax[verify]'"

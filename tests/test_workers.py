@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from train_fixtures import worker_processes
 
-from vllama_jax.data.workers import Workers, in_processes
+from vllama_jax.data.workers import WorkerPool, map_in_processes
 from vllama_jax.errors import DataError, VllamaError
 
 
@@ -37,8 +37,8 @@ def print_and_return(item: int) -> int:
     return item
 
 
-def test_results_are_in_order_and_workers_serve_again(children):
-    with Workers(2) as workers:
+def test_results_are_in_order_and_workers_are_reusable(children):
+    with WorkerPool(2) as workers:
         assert list(workers.map(math.sqrt, [0, 1, 4, 9, 16])) == [0, 1, 2, 3, 4]
         first = children()
         assert len(first) == 2
@@ -49,11 +49,11 @@ def test_results_are_in_order_and_workers_serve_again(children):
 
 
 def test_what_a_function_prints_does_not_come_between_results():
-    assert list(in_processes(print_and_return, range(4), 1)) == [0, 1, 2, 3]
+    assert list(map_in_processes(print_and_return, range(4), 1)) == [0, 1, 2, 3]
 
 
-def test_closing_ends_the_workers(children):
-    results = in_processes(time.sleep, [0, *[1000] * 5], 2)
+def test_closing_the_pool_ends_the_workers(children):
+    results = map_in_processes(time.sleep, [0, *[1000] * 5], 2)
     next(results)
     begun = time.monotonic()
     results.close()
@@ -77,15 +77,15 @@ def end_by(how: int, item: int) -> None:
     ],
     ids=["our error", "another error", "memory", "signal", "exit"],
 )
-def test_a_worker_that_fails_is_one_error(function, message, children):
+def test_an_exception_in_a_worker_is_a_one_line_error(function, message, children):
     with pytest.raises(VllamaError, match=message) as raised:
-        list(in_processes(function, [0, 1, 2, 3], 2))
+        list(map_in_processes(function, [0, 1, 2, 3], 2))
     assert "\n" not in str(raised.value), "one line; the worker's traceback is a note"
     assert children() == []
 
 
-def test_a_worker_that_is_killed_amid_a_result_is_noticed(children):
-    results = in_processes(np.zeros, [10_000_000] * 50, 2, ahead=4)  # 80 MB each, so that it is writing one
+def test_a_worker_killed_while_sending_a_result_is_detected(children):
+    results = map_in_processes(np.zeros, [10_000_000] * 50, 2, ahead=4)  # 80 MB each, so that it is writing one
     next(results)
     os.kill(children()[0], signal.SIGKILL)
     begun = time.monotonic()
@@ -95,19 +95,17 @@ def test_a_worker_that_is_killed_amid_a_result_is_noticed(children):
     assert children() == []
 
 
-def test_a_script_needs_no_main_guard(tmp_path):
+def test_workers_need_no_main_guard_in_a_script(tmp_path):
     """No worker imports it: with multiprocessing, each would start workers of its own and fail."""
     script = tmp_path / "script.py"
-    script.write_text(
-        "from vllama_jax.miniature.pictures import draw_pictures\nprint(draw_pictures(4, 0).pixels.shape)\n"
-    )
+    script.write_text("from vllama_jax.miniature.images import draw_images\nprint(draw_images(4, 0).pixels.shape)\n")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("(4, 64, 64, 3)\n", "")
 
 
-def test_workers_end_with_the_process_that_started_them(tmp_path):
+def test_workers_end_with_their_parent_process(tmp_path):
     code = (
-        "import time, sys\nfrom vllama_jax.data.workers import Workers\nworkers = Workers(1)\n"
+        "import time, sys\nfrom vllama_jax.data.workers import WorkerPool\nworkers = WorkerPool(1)\n"
         "results = workers.map(time.sleep, [0, 1000])\nnext(results)\n"
         "print(workers._workers[0]._process.pid, flush=True)\ntime.sleep(1000)\n"
     )
@@ -116,6 +114,6 @@ def test_workers_end_with_the_process_that_started_them(tmp_path):
         assert worker.exists()
         process.kill()
     limit = time.monotonic() + 20
-    while worker.exists() and "workers.work()" in (worker / "cmdline").read_text() and time.monotonic() < limit:
+    while worker.exists() and "workers.run_worker()" in (worker / "cmdline").read_text() and time.monotonic() < limit:
         time.sleep(0.05)
     assert time.monotonic() < limit

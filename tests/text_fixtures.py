@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 
 from vllama_jax.text.tokenizer import SpecialToken, Tokenizer
-from vllama_jax.text.training import IGNORE
+from vllama_jax.text.training import IGNORE_INDEX
 
 
 class SpellingTokenizer(Tokenizer):
@@ -23,10 +23,10 @@ class SpellingTokenizer(Tokenizer):
             return [self.alone, *map(ord, text[3:])]
         return [ord(letter) for letter in "▁" + text] if text else []
 
-    def _decode_known(self, ids):
+    def _decode_base(self, ids):
         return "".join(self.tokens(ids)).replace("▁", " ").removeprefix(" ")
 
-    def _known_token(self, token_id):
+    def _base_token(self, token_id):
         return "▁###" if token_id == self.alone else chr(token_id)
 
 
@@ -39,7 +39,7 @@ def shown(text, tokenizer=SPELLING):
     assert text.is_media.dtype == bool
     assert len(text.ids) == len(text.is_media) == len(text.labels)
     assert not text.ids[text.is_media].any()
-    learned = text.labels != IGNORE
+    learned = text.labels != IGNORE_INDEX
     assert (text.labels[learned] == text.ids[learned]).all()
     assert not (learned & text.is_media).any()
     pieces = ["*" if here else token for token, here in zip(tokenizer.tokens(text.ids), text.is_media, strict=True)]

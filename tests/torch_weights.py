@@ -200,12 +200,12 @@ class ImageBindReference(nn.Module):
         )
         self.modality_postprocessors = nn.ModuleDict(
             {
-                "audio": nn.Sequential(imagebind.Normalise(), imagebind.Scale(audio.log_logit_scale)),
-                "vision": imagebind.Normalise(),
+                "audio": nn.Sequential(imagebind.Normalize(), imagebind.Scale(audio.log_logit_scale)),
+                "vision": imagebind.Normalize(),
             }
         )
 
-    def forward(self, sense: str, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, modality: str, x: torch.Tensor) -> torch.Tensor:
         """mel [b, f, t], or pictures [b, 3, h, w] → [b, embed_dim]."""
         for stage in (
             self.modality_preprocessors,
@@ -213,7 +213,7 @@ class ImageBindReference(nn.Module):
             self.modality_heads,
             self.modality_postprocessors,
         ):
-            x = stage[sense](x)
+            x = stage[modality](x)
         return x
 
 
@@ -306,9 +306,9 @@ class VideoLlamaReference(nn.Module):
         memory = torch.cat([tokens + position for tokens, position in zip(features, positions, strict=True)])
         return self.llama_proj(self.video_qformer(memory[None]))[0]
 
-    def encode_senses(self, sense: str, x: torch.Tensor) -> torch.Tensor:
+    def encode_senses(self, modality: str, x: torch.Tensor) -> torch.Tensor:
         """ "audio": mel [s, f, t]; "vision": frames [t, 3, h, w] → [8, w]."""
-        features = self.imagebind(sense, x)
+        features = self.imagebind(modality, x)
         memory = features + self.audio_position_embedding(torch.arange(len(x)))
         return self.audio_llama_proj(self.audio_qformer(memory[None]))[0]
 

@@ -53,8 +53,8 @@ def write_checkpoints(config: TrainConfig, out: Path, trained: Mapping[int, Mapp
 
 def state_of(step: int, weights: Mapping[str, np.ndarray]) -> TrainState:
     """A state of these weights, whose optimizer has counted the steps."""
-    moments = (optax.ScaleByScheduleState(jax.numpy.int32(step)),)
-    return TrainState(jax.numpy.int32(step), jax.tree.map(jax.numpy.asarray, dict(weights)), moments)
+    opt_state = (optax.ScaleByScheduleState(jax.numpy.int32(step)),)
+    return TrainState(jax.numpy.int32(step), jax.tree.map(jax.numpy.asarray, dict(weights)), opt_state)
 
 
 def learned(config: VideoLlamaConfig, lora: LoraConfig, *parts: str) -> dict[str, np.ndarray]:

@@ -9,15 +9,15 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from vllama_jax.errors import ConfigError
-from vllama_jax.io.json_fields import shown
+from vllama_jax.io.json_fields import format_value
 from vllama_jax.towers import TowerConfig, is_scanned
 
 if TYPE_CHECKING:
     from vllama_jax.config import QFormerConfig, VideoLlamaConfig
 
 # Which array of a batch holds each kind of media: frames [b, t, h, w, 3], log-mel clips [b, s, f, m].
-ARRAYS = {"video": "frames", "image": "frames", "audio": "mel"}
-DTYPES = {"frames": "uint8", "mel": "float32"}  # of these arrays
+MEDIA_ARRAYS = {"video": "frames", "image": "frames", "audio": "mel"}
+ARRAY_DTYPES = {"frames": "uint8", "mel": "float32"}  # of these arrays
 
 
 class BranchConfig(Protocol):
@@ -93,7 +93,7 @@ class Branch:
     module: str | None = None
 
     @property
-    def trained(self) -> tuple[str, ...]:
+    def trainable_components(self) -> tuple[str, ...]:
         """The paths of the components that training changes by default."""
         return self.qformer, self.positions, self.projection
 
@@ -105,32 +105,32 @@ class Branch:
     @property
     def components(self) -> tuple[str, ...]:
         """The paths of all its components."""
-        return *(path for encoder in self.encoders.values() for path in encoder.components), *self.trained
+        return *(path for encoder in self.encoders.values() for path in encoder.components), *self.trainable_components
 
     @property
     def media(self) -> tuple[str, ...]:
         """The kinds of media that it accepts."""
-        return tuple(kind for kind, array in ARRAYS.items() if array in self.encoders)
+        return tuple(kind for kind, array in MEDIA_ARRAYS.items() if array in self.encoders)
 
     @property
     def prompt_media(self) -> tuple[str, ...]:
         """The kinds of media whose places in a prompt its tokens take."""
-        return tuple(kind for kind, array in ARRAYS.items() if array == self.prompt_array)
+        return tuple(kind for kind, array in MEDIA_ARRAYS.items() if array == self.prompt_array)
 
     def encoder(self, kind: str) -> Encoder:
         """The encoder of a kind of media that it accepts."""
-        return self.encoders[ARRAYS[kind]]
+        return self.encoders[MEDIA_ARRAYS[kind]]
 
     def encoder_components(self, kinds: Iterable[str]) -> tuple[str, ...]:
         """The paths of the components that encode these kinds of media, those of them that it accepts."""
-        used = {ARRAYS[kind] for kind in kinds}
+        used = {MEDIA_ARRAYS[kind] for kind in kinds}
         return tuple(path for array, one in self.encoders.items() if array in used for path in one.components)
 
     def num_tokens(self, model: "VideoLlamaConfig") -> int:
         """The number of media tokens that a sample becomes."""
         return self.qformer_config(model).num_queries
 
-    def frame_tower(self, model: "VideoLlamaConfig") -> TowerConfig:
+    def frame_tower_config(self, model: "VideoLlamaConfig") -> TowerConfig:
         """The config of the tower that encodes frames: their size, mean and standard deviation."""
         return self.encoders["frames"].tower_config(model)
 
@@ -138,12 +138,12 @@ class Branch:
         """The shape of a sample's frames, [t, h, w, 3], or log-mel clips, [s, f, m]."""
         tower = self.encoder(kind).tower_config(model)
         if kind == "audio":
-            return media_count(model, kind), tower.num_mel_bins, tower.num_mel_frames
-        return media_count(model, kind), tower.image_size, tower.image_size, 3
+            return num_media_items(model, kind), tower.num_mel_bins, tower.num_mel_frames
+        return num_media_items(model, kind), tower.image_size, tower.image_size, 3
 
-    def features_shape(self, model: "VideoLlamaConfig", kind: str) -> tuple[int, ...]:
+    def example_feature_shape(self, model: "VideoLlamaConfig", kind: str) -> tuple[int, ...]:
         """The shape of a sample's features."""
-        return media_count(model, kind), *self.feature_shape(model)
+        return num_media_items(model, kind), *self.feature_shape(model)
 
     def require(self, model: "VideoLlamaConfig", where: str = "") -> None:
         """Raise ConfigError, which starts with `where`, unless a model has this branch."""
@@ -151,7 +151,7 @@ class Branch:
             raise ConfigError(f"{where and f'{where}: '}the model has no {self.name} branch; {self.advice}")
 
 
-def media_count(model: "VideoLlamaConfig", kind: str) -> int:
+def num_media_items(model: "VideoLlamaConfig", kind: str) -> int:
     """How many frames or clips a sample of this kind of media has."""
     return {"video": model.num_frames, "image": 1, "audio": model.num_clips}[kind]
 
@@ -190,7 +190,7 @@ BRANCHES: dict[str, Branch] = {
             ),
             "mel": Encoder(
                 components={"imagebind/audio": lambda model: model.require_imagebind().audio},
-                encode=lambda network, mel: network.embed_sounds(mel),
+                encode=lambda network, mel: network.embed_audio(mel),
             ),
         },
         prompt_array="mel",
@@ -210,28 +210,28 @@ BRANCHES: dict[str, Branch] = {
 def find_branch(name: str) -> Branch:
     """The branch of that name. Raises ConfigError for an unknown one."""
     if name not in BRANCHES:
-        raise ConfigError(f"branch: {shown(name)} is unknown; choose one of {', '.join(BRANCHES)}")
+        raise ConfigError(f"branch: {format_value(name)} is unknown; choose one of {', '.join(BRANCHES)}")
     return BRANCHES[name]
 
 
-def branches_of(model: "VideoLlamaConfig") -> list[Branch]:
+def get_branches(model: "VideoLlamaConfig") -> list[Branch]:
     """The branches that a model has."""
     return [branch for branch in BRANCHES.values() if branch.is_in(model)]
 
 
-def all_components() -> list[str]:
+def list_components() -> list[str]:
     """The paths of the components of all branches."""
     return [component for branch in BRANCHES.values() for component in branch.components]
 
 
-def trained_components() -> list[str]:
+def list_trainable_components() -> list[str]:
     """Those that training changes by default, which a model may lack before it is trained."""
-    return [component for branch in BRANCHES.values() for component in branch.trained]
+    return [component for branch in BRANCHES.values() for component in branch.trainable_components]
 
 
-def component_of(path: str) -> str:
+def get_component(path: str) -> str:
     """The component that a parameter belongs to: "vit", "imagebind/audio", "llama"."""
-    return next((component for component in all_components() if is_within(path, component)), path.split("/")[0])
+    return next((component for component in list_components() if is_within(path, component)), path.split("/")[0])
 
 
 def is_within(path: str, component: str) -> bool:
@@ -239,10 +239,10 @@ def is_within(path: str, component: str) -> bool:
     return path == component or path.startswith(f"{component}/")
 
 
-def branch_class(fields: Mapping[str, Any], where: str) -> type:
+def get_branch_class(fields: Mapping[str, Any], where: str) -> type:
     """The config class of an additional branch's fields in config.json, by `type`. Raises ConfigError."""
     known = {branch.name: branch.config for branch in BRANCHES.values() if branch.config is not None}
     name = fields.get("type")
     if not isinstance(name, str) or name not in known:
-        raise ConfigError(f"{where}.type: unknown branch {shown(name)}; known are {', '.join(known) or 'none'}")
+        raise ConfigError(f"{where}.type: unknown branch {format_value(name)}; known are {', '.join(known) or 'none'}")
     return known[name]

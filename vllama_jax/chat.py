@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllama_jax import media as media_files
-from vllama_jax.branches import BRANCHES, Branch, branches_of
+from vllama_jax.branches import BRANCHES, Branch, get_branches
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError, VllamaError
 from vllama_jax.media import Audio, Image, MediaReport, Video
 from vllama_jax.text import prompts
-from vllama_jax.towers import tower_of
+from vllama_jax.towers import get_tower
 
 if TYPE_CHECKING:
     import jax
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Prepared:
+class PreparedMedia:
     """A file as the network takes it: normalised frames [t, h, w, 3], mel [s, 128, 204], None where there is none."""
 
     report: MediaReport
@@ -51,21 +51,21 @@ class Answer:
     timings: dict[str, float]
 
 
-def check_positions(config: VideoLlamaConfig, option: str, num_frames: int | None, advice: str) -> None:
+def check_num_frames(config: VideoLlamaConfig, option: str, num_frames: int | None, advice: str) -> None:
     """Raises ConfigError where more frames are asked for than the model has learned positions for."""
     if (num_frames or 0) > config.num_frame_positions:
         told = f"{option} {num_frames}, but the model has learned {config.num_frame_positions} positions"
         raise ConfigError(f"{told}; {advice}")
 
 
-def prepare(
+def prepare_media(
     path: str | Path,
     config: VideoLlamaConfig,
     *,
     num_frames: int | None = None,
     audio: bool = True,
     require_audio: bool = False,
-) -> Prepared:
+) -> PreparedMedia:
     """Reads a video, a picture or a sound file for a model; needs no weights and no jax.
 
     num_frames: how many to take from a video, the config's own number unless given. audio=False leaves sound out.
@@ -76,22 +76,24 @@ def prepare(
     if wanted < 1:
         raise ConfigError(f"{wanted} frames were asked for; ask for at least 1")
     found = media_files.read_media(path, wanted, config.vit.image_size, audio, config.num_clips)
-    return fit_to_model(found, config, require_audio=require_audio)
+    return preprocess_media(found, config, require_audio=require_audio)
 
 
-def fit_to_model(found: Video | Image | Audio, config: VideoLlamaConfig, *, require_audio: bool = False) -> Prepared:
+def preprocess_media(
+    found: Video | Image | Audio, config: VideoLlamaConfig, *, require_audio: bool = False
+) -> PreparedMedia:
     """What was read from a file, as the network takes it. Raises MediaError as `prepare` does."""
     report, mel = found.report, _mel(found, config.num_clips)
     path = report.path
-    if mel is not None and all(branch.prompt_array != "mel" for branch in branches_of(config)):
+    if mel is not None and all(branch.prompt_array != "mel" for branch in get_branches(config)):
         report, mel = dataclasses.replace(report, audio="unsupported"), None
     if report.kind == "audio" and mel is None:
         raise MediaError(f"{path}: there is only sound in it, and it cannot be used: {report}")
     if require_audio and report.audio != "used":
         raise MediaError(f"{path}: its sound is required and was not used: {report}")
-    tower = tower_of(config.vit)
+    tower = get_tower(config.vit)
     frames = None if isinstance(found, Audio) else media_files.normalize(found.frames, tower.mean, tower.std)
-    return Prepared(report, frames, mel, tuple(found.seconds) if isinstance(found, Video) else ())
+    return PreparedMedia(report, frames, mel, tuple(found.timestamps) if isinstance(found, Video) else ())
 
 
 def _mel(found: Video | Image | Audio, num_clips: int) -> np.ndarray | None:
@@ -104,7 +106,7 @@ def _mel(found: Video | Image | Audio, num_clips: int) -> np.ndarray | None:
 
 
 def encode_media(
-    network: "VideoLlama", prepared: Prepared, *, interpolate_positions: bool = False
+    network: "VideoLlama", prepared: PreparedMedia, *, interpolate_positions: bool = False
 ) -> "list[jax.Array]":
     """Tokens [n, width] for each place that a file has in a prompt, in order: of its sound, then of its frames."""
     import jax.numpy as jnp
@@ -124,10 +126,10 @@ def encode_media(
 
 def embed_prompt(
     model: "Model",
-    asked: prompts.Conversation,
+    conversation: prompts.Conversation,
     media: "Sequence[jax.Array]",
     max_new_tokens: int,
-    begun: str = "",
+    answer_prefix: str = "",
 ) -> "generate.EmbeddedPrompt":
     """A conversation's prompt as `generate` takes it. `media`: what `encode_media` gave for its files, in order.
 
@@ -139,7 +141,10 @@ def embed_prompt(
     from vllama_jax import generate
 
     cfg = model.network.llama.cfg
-    text = (*prompts.build_prompt(asked), asked.template.answer_gap + begun if begun else "")
+    text = (
+        *prompts.build_prompt(conversation),
+        conversation.template.answer_prefix + answer_prefix if answer_prefix else "",
+    )
     encoded = prompts.encode_prompt(model.tokenizer, text, [len(tokens) for tokens in media])
     generate.check_context_length(len(encoded.ids), max_new_tokens, cfg)
     shown = jnp.concatenate(media) if media else jnp.zeros((0, cfg.width))
@@ -195,10 +200,12 @@ class Chat:
         Raises MediaError and ConfigError as `prepare` does, and ConfigError for more frames than positions.
         """
         with self._used():
-            prepared = prepare(path, self.model.config, num_frames=num_frames, audio=audio, require_audio=require_audio)
-            return self.show(prepared, interpolate_positions=interpolate_positions)
+            prepared = prepare_media(
+                path, self.model.config, num_frames=num_frames, audio=audio, require_audio=require_audio
+            )
+            return self.add_prepared(prepared, interpolate_positions=interpolate_positions)
 
-    def show(self, prepared: Prepared, *, interpolate_positions: bool = False) -> MediaReport:
+    def add_prepared(self, prepared: PreparedMedia, *, interpolate_positions: bool = False) -> MediaReport:
         """Shows the model a file that was read before."""
         with self._used():
             tokens = encode_media(self.model.network, prepared, interpolate_positions=interpolate_positions)
@@ -219,19 +226,19 @@ class Chat:
         config = GenerationConfig(**options)
         with self._used():
             before, tokens = self._conversation, self._tokens
-        asked = before.ask(question)
+        conversation = before.ask(question)
         batches = generate.generate(
             self.model.network.llama,
-            [embed_prompt(self.model, asked, tokens, config.max_new_tokens)],
+            [embed_prompt(self.model, conversation, tokens, config.max_new_tokens)],
             config,
             bos=tokenizer.bos_id,
             eos=tokenizer.eos_ids,
-            stops=prompts.stop_sequences(tokenizer, asked.template),
+            stops=prompts.stop_sequences(tokenizer, conversation.template),
         )
-        return self._stream(before, asked, batches)
+        return self._stream(before, conversation, batches)
 
     def _stream(
-        self, before: prompts.Conversation, asked: prompts.Conversation, batches: Iterator[list[list[int]]]
+        self, before: prompts.Conversation, conversation: prompts.Conversation, batches: Iterator[list[list[int]]]
     ) -> Iterator[str]:
         start, first, ids, pieces = time.perf_counter(), None, [], []
 
@@ -242,14 +249,16 @@ class Chat:
 
         with self._used():
             self._check_unchanged(before)
-            for piece in prompts.stream_answer(self.model.tokenizer, asked.template, collected()):
+            for piece in prompts.stream_answer(self.model.tokenizer, conversation.template, collected()):
                 first = first or time.perf_counter() - start
                 pieces.append(piece)
                 yield piece
             self._check_unchanged(before)
             total = time.perf_counter() - start
             self.last = Answer("".join(pieces), ids, {"first_piece": first or total, "answer": total})
-            self._conversation = asked.answer(*prompts.past_answer(self.model.tokenizer, asked.template, ids))
+            self._conversation = conversation.answer(
+                *prompts.decode_past_answer(self.model.tokenizer, conversation.template, ids)
+            )
 
     def _check_unchanged(self, before: prompts.Conversation) -> None:
         if self._conversation is not before:
@@ -274,9 +283,9 @@ class Chat:
 
 def _encode(network: "VideoLlama", branch: str, given: np.ndarray, *, interpolate: bool) -> "jax.Array":
     """A branch's tokens [n, width] of one file's frames or mel, by a program compiled once for each number of them."""
-    from vllama_jax.sharding import mesh_of, under
+    from vllama_jax.sharding import get_mesh, use_mesh
 
-    with under(mesh_of(network)):
+    with use_mesh(get_mesh(network)):
         return _encoder(branch, interpolate)(network, given[None])[0]
 
 

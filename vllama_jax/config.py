@@ -12,11 +12,11 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
-from vllama_jax.branches import BranchConfig, branch_class, find_branch
+from vllama_jax.branches import BranchConfig, find_branch, get_branch_class
 from vllama_jax.errors import ConfigError
-from vllama_jax.io.json_fields import LARGEST_INTEGER, shown
+from vllama_jax.io.json_fields import LARGEST_INTEGER, format_value
 from vllama_jax.io.json_files import parse_object
-from vllama_jax.towers import ImageBindVisionConfig, TowerConfig, VitConfig, tower_class, tower_of
+from vllama_jax.towers import ImageBindVisionConfig, TowerConfig, VitConfig, get_tower, get_tower_class
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -91,12 +91,12 @@ class RopeScaling:
     original_max_length: int = 8192
 
 
-def added(default: Any) -> Any:
+def omit_default(default: Any) -> Any:
     """A field that earlier versions of a config did not have: not written where it has its default."""
-    return dataclasses.field(default=default, metadata={ADDED: True})
+    return dataclasses.field(default=default, metadata={OMIT_DEFAULT: True})
 
 
-ADDED = "added"
+OMIT_DEFAULT = "added"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -121,14 +121,14 @@ class LlamaConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     tie_embeddings: bool = False
-    family: str = added("llama")
-    qkv_bias: bool = added(False)
-    qk_norm: bool = added(False)
+    family: str = omit_default("llama")
+    qkv_bias: bool = omit_default(False)
+    qk_norm: bool = omit_default(False)
 
 
 EPSILONS = ("norm_eps", "stem_norm_eps", "ln_vision_eps")
 FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
-HIGHEST = {"rope_theta": 1e12, **dict.fromkeys(EPSILONS, 1.0), **dict.fromkeys(FACTORS, 2.0**24)}  # that make sense
+MAX_VALUES = {"rope_theta": 1e12, **dict.fromkeys(EPSILONS, 1.0), **dict.fromkeys(FACTORS, 2.0**24)}  # that make sense
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +154,7 @@ class VideoLlamaConfig:
     num_clip_positions: int = 8
     llama: LlamaConfig
     template: str = "vicuna"
-    extra_branches: tuple[BranchConfig, ...] = added(())
+    extra_branches: tuple[BranchConfig, ...] = omit_default(())
 
     @property
     def has_audio(self) -> bool:
@@ -201,7 +201,7 @@ class VideoLlamaConfig:
         for path, part in [("", self), *nested_configs(self)]:
             _check_numbers(part, f"model config.{path}".removesuffix("."))
         _check_patches(self)
-        tower_of(self.vit)
+        get_tower(self.vit)
         _check_extra_branches(self)
 
 
@@ -221,9 +221,9 @@ def _check_numbers(part: Any, where: str) -> None:
     """Raise ConfigError for an epsilon, a rotary base or a scaling factor of a part that means nothing."""
     for field in dataclasses.fields(part):
         value = getattr(part, field.name)
-        if field.name in HIGHEST and not 0 < value <= HIGHEST[field.name]:
-            highest = f"{HIGHEST[field.name]:g}"
-            raise ConfigError(f"{where}.{field.name} must be above 0 and at most {highest}, not {shown(value)}")
+        if field.name in MAX_VALUES and not 0 < value <= MAX_VALUES[field.name]:
+            highest = f"{MAX_VALUES[field.name]:g}"
+            raise ConfigError(f"{where}.{field.name} must be above 0 and at most {highest}, not {format_value(value)}")
     if isinstance(part, RopeScaling) and part.high_freq_factor <= part.low_freq_factor:
         raise ConfigError(f"{where}.high_freq_factor must be above low_freq_factor, not {part.high_freq_factor:g}")
 
@@ -244,7 +244,7 @@ def _check_extra_branches(config: "VideoLlamaConfig") -> None:
         raise ConfigError(f"extra_branches: there are several of one type: {', '.join(types)}")
     for branch in map(find_branch, types):
         if branch.prompt_array == "frames":
-            tower = branch.frame_tower(config)
+            tower = branch.frame_tower_config(config)
             if _frames_of(tower) != _frames_of(config.vit):
                 raise ConfigError(
                     f"extra_branches: {branch.name} and vit take frames of different size, mean or std; "
@@ -254,7 +254,7 @@ def _check_extra_branches(config: "VideoLlamaConfig") -> None:
 
 def _frames_of(tower: TowerConfig) -> tuple[Any, ...]:
     """What decides a tower's input: the size of frames, their mean and standard deviation."""
-    entry = tower_of(tower)
+    entry = get_tower(tower)
     return tower.image_size, entry.mean, entry.std
 
 
@@ -410,7 +410,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     fields = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if not (ADDED in field.metadata and value == field.default):
+        if not (OMIT_DEFAULT in field.metadata and value == field.default):
             fields[field.name] = _plain(value)
     return fields
 
@@ -472,10 +472,10 @@ def _value(value: Any, hint: Any, where: str, integers: range) -> Any:
             _value(name, arguments[0], where, integers)
         return {name: _value(item, arguments[1], f"{where}.{name}", integers) for name, item in value.items()}
     if not _is_of(value, hint):
-        raise ConfigError(f"{where}: {shown(value)} is not of type {getattr(hint, '__name__', hint)}")
+        raise ConfigError(f"{where}: {format_value(value)} is not of type {getattr(hint, '__name__', hint)}")
     if hint is int and value not in integers:
         largest = f" and at most {integers[-1]}" if value > 0 else ""
-        raise ConfigError(f"{where}: must be at least {integers[0]}{largest}, not {shown(value)}")
+        raise ConfigError(f"{where}: must be at least {integers[0]}{largest}, not {format_value(value)}")
     return float(value) if hint is float else value
 
 
@@ -488,7 +488,10 @@ def _is_of(value: Any, hint: Any) -> bool:
     return hint is Any or type(value) is hint
 
 
-_TYPED = {TowerConfig: tower_class, BranchConfig: branch_class}  # their fields say which config class they are of
+_TYPED = {
+    TowerConfig: get_tower_class,
+    BranchConfig: get_branch_class,
+}  # their fields say which config class they are of
 
 
 def _dataclass_of(hint: Any, fields: Mapping[str, Any], where: str) -> type | None:
@@ -510,15 +513,15 @@ def check_fields(fields: Mapping[str, Any], cls: type = VideoLlamaConfig, where:
             check_fields(value, kind, f"{where}.{name}")
 
 
-def flat(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_fields(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Fields of objects within objects as "optim.lr"."""
     found: dict[str, Any] = {}
     for name, value in fields.items():
-        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        found |= flatten_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return found
 
 
-def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between flat settings, in words: "steps was 8, now 9"."""
     names = sorted(before.keys() | now.keys())
     pairs = ((name, before.get(name), now.get(name)) for name in names)

@@ -27,7 +27,7 @@ class DataError(VllamaError):
     """Annotations or records that cannot be used."""
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
+def suggest_name(name: str, known: Iterable[str]) -> str:
     """Return the question that names the known name closest to `name`, or "" where none is close."""
     import difflib
 
@@ -35,12 +35,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"did you mean {near[0]!r}?" if near else ""
 
 
-def os_error_line(error: OSError) -> str:
+def format_os_error(error: OSError) -> str:
     """What is said of an error of the system where nothing better is known: the file and the reason."""
     why = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     return " ".join(why.split())
 
 
-def one_line(problem: Exception) -> str:
+def format_error(problem: Exception) -> str:
     """What an error of another library says, on one line of at most 200 characters; its type where it says nothing."""
     return " ".join(str(problem).split())[:200] or type(problem).__name__

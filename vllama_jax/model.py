@@ -6,12 +6,12 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from vllama_jax.branches import branches_of, is_within
+from vllama_jax.branches import get_branches, is_within
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.restore import restore
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import ConfigError
-from vllama_jax.runtime.compilation_cache import keep_compiled_programs
+from vllama_jax.runtime.compilation_cache import enable_compilation_cache
 
 if TYPE_CHECKING:
     import jax
@@ -53,7 +53,7 @@ def load(
     take longer.
     audio_scale: the norm of a sound's vector, the model's own unless given: 20 as published, while training saw
     vectors of norm 1 (docs/miniature.md measures what that does).
-    Compiled programs are kept on disk from then on, as `compilation.keep_compiled_programs` has it.
+    Compiled programs are kept on disk from then on, as `compilation.enable_compilation_cache` has it.
     Raises CheckpointError for what is not a whole model directory, ConfigError for one whose config is not valid.
 
     Example:
@@ -69,21 +69,21 @@ def load(
     """
     from flax import nnx
 
-    from vllama_jax.checkpoints.quantize import network_to_load
+    from vllama_jax.checkpoints.quantize import make_network_to_load
     from vllama_jax.nn.lora import merge_lora
     from vllama_jax.text.tokenizer import check_vocabulary
 
-    directory = without_missing_branch(path if isinstance(path, ModelDirectory) else open_model(path, base))
-    keep_compiled_programs()
+    directory = remove_missing_branches(path if isinstance(path, ModelDirectory) else open_model(path, base))
+    enable_compilation_cache()
     if audio_scale is not None:
         directory = _with_audio_scale(directory, audio_scale)
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
-    network, weights = network_to_load(directory, dtype, quantize)
+    network, weights = make_network_to_load(directory, dtype, quantize)
     graph, abstract = nnx.split(network)
     if mesh is not None:
         from vllama_jax import sharding
 
-        for line in sharding.undivided_axes(abstract, mesh, fsdp=False):
+        for line in sharding.list_indivisible_axes(abstract, mesh, fsdp=False):
             logger.warning(line)
         abstract = sharding.shard_abstract(abstract, mesh, fsdp=False)
     network = nnx.merge(graph, restore(directory, abstract, weights))
@@ -125,10 +125,10 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False) -> None:
     save_network(model.network, model.config, model.tokenizer, Path(path), overwrite=overwrite)
 
 
-def without_missing_branch(directory: ModelDirectory) -> ModelDirectory:
+def remove_missing_branches(directory: ModelDirectory) -> ModelDirectory:
     """The model without a branch that was never trained: it cannot be used yet."""
     config = directory.config
-    for branch in branches_of(config):
+    for branch in get_branches(config):
         if branch.without is not None and not any(is_within(path, branch.qformer) for path in directory.shapes):
             logger.warning(
                 f"{directory.path}: no trained {branch.name} branch in it, so it is not used; train it, or convert a "

@@ -80,19 +80,19 @@ def weight_sharding(variable: nnx.Variable, mesh: Mesh | AbstractMesh, *, fsdp: 
     return NamedSharding(mesh, partition_spec(variable.get_value().shape, names, mesh, fsdp=fsdp))
 
 
-def mesh_of(module: nnx.Module) -> Mesh | None:
+def get_mesh(module: nnx.Module) -> Mesh | None:
     """The mesh that a module's weights lie on; None on a single device."""
     sharding = jax.tree.leaves(module)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
 
 
-def under(mesh: Mesh | None) -> contextlib.AbstractContextManager:
+def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """Makes `mesh` the current one, for the constraints inside the model."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
-def undivided_axes(abstract_state: nnx.State, mesh: Mesh | AbstractMesh, *, fsdp: bool = True) -> list[str]:
+def list_indivisible_axes(abstract_state: nnx.State, mesh: Mesh | AbstractMesh, *, fsdp: bool = True) -> list[str]:
     """One line for each named axis that the mesh does not divide, and that is therefore replicated."""
     lines = set()
     for path, variable in nnx.to_flat_state(abstract_state):

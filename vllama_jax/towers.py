@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 from vllama_jax.errors import ConfigError
-from vllama_jax.io.json_fields import shown
+from vllama_jax.io.json_fields import format_value
 
 # CLIP's mean and standard deviation of red, green and blue, for values in 0..1.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -105,7 +105,7 @@ TOWERS: dict[type, Tower] = {
 }
 
 
-def tower_of(config: TowerConfig) -> Tower:
+def get_tower(config: TowerConfig) -> Tower:
     """The entry of a tower's config. Raises ConfigError for a config class that is not in the table."""
     if type(config) not in TOWERS:
         known = ", ".join(cls.__name__ for cls in TOWERS)
@@ -120,13 +120,13 @@ def is_scanned(config: Any) -> bool:
 
 def build_tower(config: TowerConfig, rngs: Any) -> Any:
     """The network of a tower that can be a model's `vit`."""
-    module = tower_of(config).module
+    module = get_tower(config).module
     if module is None:
         raise ConfigError(f"vit: {type(config).__name__} is part of another encoder and cannot be used alone")
     return pkgutil.resolve_name(module)(config, rngs=rngs)
 
 
-def tower_class(fields: Mapping[str, Any], where: str) -> type:
+def get_tower_class(fields: Mapping[str, Any], where: str) -> type:
     """The config class of a tower's fields in config.json: by `type`, EVA-CLIP's where there is none.
 
     Raises:
@@ -138,5 +138,7 @@ def tower_class(fields: Mapping[str, Any], where: str) -> type:
     name = fields["type"]
     if not isinstance(name, str) or name not in known:
         names = ", ".join(known) or "none"
-        raise ConfigError(f"{where}.type: unknown vision tower {shown(name)}; known are {names} (EVA-CLIP has no type)")
+        raise ConfigError(
+            f"{where}.type: unknown vision tower {format_value(name)}; known are {names} (EVA-CLIP has no type)"
+        )
     return known[name]

@@ -14,8 +14,8 @@ import numpy as np
 
 from vllama_jax.checkpoints import quantize as quantizing
 from vllama_jax.checkpoints.directory import ModelDirectory
-from vllama_jax.checkpoints.quantize import scheme_of
-from vllama_jax.checkpoints.reader import row_reader
+from vllama_jax.checkpoints.quantize import resolve_scheme
+from vllama_jax.checkpoints.reader import make_row_reader
 from vllama_jax.convert.conversion import ConversionPlan
 from vllama_jax.convert.verify.weights import check_comparable
 from vllama_jax.convert.weight_files import Source
@@ -40,7 +40,7 @@ class Bounds:
 
 BOUNDS = {"float32": Bounds(1e-4, 1e-6, 0.999), "bfloat16": Bounds(5e-2, 1e-2, 0.9)}
 # What quantised weights cost is told, and whether it is more than this; it is no failure.
-USUAL = {"int8": Bounds(0.1, 1e-2, 0.95), "int4": Bounds(1.0, 0.2, 0.8)}
+QUANTIZED_BOUNDS = {"int8": Bounds(0.1, 1e-2, 0.95), "int4": Bounds(1.0, 0.2, 0.8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,48 +92,50 @@ def compare_networks(
     import torch
 
     from vllama_jax.convert.verify.reference.llama import configuration
-    from vllama_jax.convert.verify.stages import parts
+    from vllama_jax.convert.verify.stages import model_components
 
     check_comparable(directory, plan)
     tokens = min(settings.tokens, directory.config.llama.max_length)
     found = [
         part
-        for part in parts(plan.config, configuration(plan.tokenizer_directory, plan.config.llama), tokens)
+        for part in model_components(plan.config, configuration(plan.tokenizer_directory, plan.config.llama), tokens)
         if _source(part, plan)
     ]
     total = sum(len(part.stages) for part in found)
     errors: list[LayerError] = []
-    sides = our_side(directory, settings.dtype, settings.quantize), _their_side(directory, plan)
+    sides = make_jax_runner(directory, settings.dtype, settings.quantize), _make_torch_runner(directory, plan)
     with jax.default_matmul_precision("highest"), torch.inference_mode():
         for part in found:
-            x = part.draw(np.random.default_rng(settings.seed))
+            x = part.random_input(np.random.default_rng(settings.seed))
             carries: list[Any] = [x, torch.from_numpy(x)]
             for stage in part.stages:
                 progress(f"{part.name}, {stage.name}", len(errors), total)
                 carries = [run(part, stage, carry) for run, carry in zip(sides, carries, strict=True)]
-                ours, theirs = map(_compared, carries)
-                errors.append(LayerError(part.name, stage.name, *_errors(ours, theirs)))
+                ours, theirs = map(_compared_array, carries)
+                errors.append(LayerError(part.name, stage.name, *_max_errors(ours, theirs)))
     return errors, _logits_error(ours[0], theirs[0])
 
 
 def _source(part: "Component", plan: ConversionPlan) -> Source | None:
     """The file that a part's weights come from; a projection may be MiniGPT-4's."""
-    found = plan.pieces.get(part.kind)
-    return plan.pieces.get("minigpt4") if found is None and part.name == "llama_proj" else found
+    found = plan.sources.get(part.file_type)
+    return plan.sources.get("minigpt4") if found is None and part.name == "llama_proj" else found
 
 
-Side = Callable[["Component", "Stage", Any], Any]
+StageRunner = Callable[["Component", "Stage", Any], Any]
 
 
-def our_side(directory: ModelDirectory, dtype: ComputeDtype, quantize: str | None = None) -> Side:
+def make_jax_runner(directory: ModelDirectory, dtype: ComputeDtype, quantize: str | None = None) -> StageRunner:
     """Runs a stage on a network of one layer, in which only the weights that the stage needs have values."""
     import jax
     from flax import nnx
 
     from vllama_jax.convert.verify.stages import one_layer
 
-    network, layers = quantizing.abstract_layers(one_layer(directory.config), dtype, scheme_of(directory, quantize))
-    read = row_reader(directory) if directory.quantized else quantizing.quantizing_reader(directory, layers)
+    network, layers = quantizing.abstract_layers(
+        one_layer(directory.config), dtype, resolve_scheme(directory, quantize)
+    )
+    read = make_row_reader(directory) if directory.quantized else quantizing.make_quantizing_reader(directory, layers)
     graph, abstract = nnx.split(network)
     shapes = {"/".join(map(str, path)): (path, variable) for path, variable in nnx.to_flat_state(abstract)}
 
@@ -158,7 +160,7 @@ def _rows(weight: np.ndarray, row: int | None) -> np.ndarray:
     return weight if row is None else weight[None]
 
 
-def _their_side(directory: ModelDirectory, plan: ConversionPlan) -> Side:
+def _make_torch_runner(directory: ModelDirectory, plan: ConversionPlan) -> StageRunner:
     """Runs a stage in torch, in float32."""
     import torch
 
@@ -181,11 +183,11 @@ def _their_side(directory: ModelDirectory, plan: ConversionPlan) -> Side:
     return run
 
 
-def _compared(carry: Any) -> np.ndarray:
+def _compared_array(carry: Any) -> np.ndarray:
     return np.asarray(carry[0] if isinstance(carry, tuple) else carry, np.float32)
 
 
-def _errors(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
+def _max_errors(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     if ours.shape != theirs.shape:
         raise CheckpointError(f"a layer gives {ours.shape}, and torch's {theirs.shape}")
     largest = float(np.abs(ours - theirs).max())
@@ -206,21 +208,23 @@ def _divergence(reference: np.ndarray, other: np.ndarray) -> float:
     return float(np.sum(np.exp(log_p) * (log_p - log_q)))
 
 
-def judged(
+def check_errors(
     errors: list[LayerError], logits: LogitsError, dtype: ComputeDtype, scheme: str | None
 ) -> tuple[list[str], list[str]]:
     """What is wrong, and what of quantised parts is more than they usually cost."""
-    from vllama_jax.nn.quantized import LAYERS
+    from vllama_jax.nn.quantized import LLAMA_LAYERS
 
     if scheme is None:
-        return failures(errors, logits, BOUNDS[dtype]), []
-    parts = {"vit", *(path.split("/")[0] for path in LAYERS)}
-    plain = [error for error in errors if error.part not in parts]
-    costs = [error for error in errors if error.part in parts]
-    return failures(plain, None, BOUNDS[dtype]), failures(costs, logits, USUAL[scheme])
+        return find_exceeded_bounds(errors, logits, BOUNDS[dtype]), []
+    model_components = {"vit", *(path.split("/")[0] for path in LLAMA_LAYERS)}
+    plain = [error for error in errors if error.part not in model_components]
+    costs = [error for error in errors if error.part in model_components]
+    return find_exceeded_bounds(plain, None, BOUNDS[dtype]), find_exceeded_bounds(
+        costs, logits, QUANTIZED_BOUNDS[scheme]
+    )
 
 
-def failures(errors: list[LayerError], logits: LogitsError | None, bounds: Bounds) -> list[str]:
+def find_exceeded_bounds(errors: list[LayerError], logits: LogitsError | None, bounds: Bounds) -> list[str]:
     """What is beyond its bound, the first layer of each part only; a number that is none is beyond any."""
     found: dict[str, str] = {}
     for error in errors:

@@ -9,24 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from vllama_jax.branches import component_of
-from vllama_jax.checkpoints.arrays import check_params, damaged_params, read_rows
-from vllama_jax.checkpoints.digests import check_digests, read_digests, run_steps
-from vllama_jax.checkpoints.directory import ModelDirectory, Run, open_trained
+from vllama_jax.branches import get_component
+from vllama_jax.checkpoints.arrays import check_params, find_corrupt_params, read_rows
+from vllama_jax.checkpoints.digests import check_digests, list_checkpoint_steps, read_digests
+from vllama_jax.checkpoints.directory import ModelDirectory, RunDirectory, open_trained_weights
 from vllama_jax.checkpoints.quantize import unquantized_shapes
 from vllama_jax.checkpoints.restore import check_leaves, restore_arrays
-from vllama_jax.config import VideoLlamaConfig, flat, nested_configs, to_dict
+from vllama_jax.config import VideoLlamaConfig, flatten_fields, nested_configs, to_dict
 from vllama_jax.convert.conversion import ConversionPlan
 from vllama_jax.convert.infer_config import published_heads
 from vllama_jax.convert.match_weights import Leaf, abstract_shapes
 from vllama_jax.errors import CheckpointError, ConfigError
 
-CHOSEN = ("template", "num_frames", "num_clips")  # fields of a config that no file tells
-LISTED_DIFFERENCES = 3
+USER_CHOSEN_FIELDS = ("template", "num_frames", "num_clips")  # fields of a config that no file tells
+MAX_LISTED_DIFFERENCES = 3
 
 
 @dataclasses.dataclass(frozen=True)
-class PartWeights:
+class ComponentComparison:
     """Weights of a part that were compared bit by bit. different: where, and which tensors of the source."""
 
     part: str
@@ -43,7 +43,7 @@ def damage(directory: ModelDirectory, progress: Callable[[int], None]) -> dict[s
 
     Of a run, its base model. progress is called with the bytes read since.
     """
-    return damaged_params(directory.path / "params", directory.manifest["leaves"], progress)
+    return find_corrupt_params(directory.path / "params", directory.manifest["leaves"], progress)
 
 
 # The checkpoints of runs
@@ -68,12 +68,16 @@ class CheckedCheckpoint:
     damage: str = ""
 
 
-def check_checkpoints(runs: Iterable[Run], progress: Callable[[int], None]) -> list[CheckedCheckpoint]:
+def check_checkpoints(runs: Iterable[RunDirectory], progress: Callable[[int], None]) -> list[CheckedCheckpoint]:
     """Check all checkpoints of runs. progress is called with the bytes read since."""
-    return [_check_checkpoint(run, run.path / f"step_{step}", progress) for run in runs for step in run_steps(run.path)]
+    return [
+        _check_checkpoint(run, run.path / f"step_{step}", progress)
+        for run in runs
+        for step in list_checkpoint_steps(run.path)
+    ]
 
 
-def _check_checkpoint(run: Run, path: Path, progress: Callable[[int], None]) -> CheckedCheckpoint:
+def _check_checkpoint(run: RunDirectory, path: Path, progress: Callable[[int], None]) -> CheckedCheckpoint:
     import jax
 
     found = CheckedCheckpoint(path)
@@ -83,7 +87,7 @@ def _check_checkpoint(run: Run, path: Path, progress: Callable[[int], None]) -> 
             found = CheckedCheckpoint(path, True, len(digests.files), digests.bytes)
             check_digests(path, digests, progress=progress)
         else:
-            trained = open_trained(path / "weights", run.lora)
+            trained = open_trained_weights(path / "weights", run.lora)
             shapes = trained.leaves.items()
             restore_arrays(trained.path, {name: jax.ShapeDtypeStruct(s, trained.dtypes[name]) for name, s in shapes})
     except CheckpointError as error:
@@ -94,17 +98,17 @@ def _check_checkpoint(run: Run, path: Path, progress: Callable[[int], None]) -> 
 # A model directory and its source
 
 
-def untold(config: VideoLlamaConfig) -> dict[str, Any]:
+def unpublished_head_counts(config: VideoLlamaConfig) -> dict[str, Any]:
     """What a model's config says and shapes cannot, where the width is not a published one: head counts."""
-    told: dict[str, Any] = {}
+    head_counts: dict[str, Any] = {}
     for path, part in nested_configs(config):
         names = path.split(".")
         if names[0] in ("llama", "extra_branches") or not hasattr(part, "num_heads"):
             continue  # their files tell
         if part.width not in published_heads(path, hasattr(part, "type")):
-            fields = functools.reduce(lambda parent, name: parent.setdefault(name, {}), names, told)
+            fields = functools.reduce(lambda parent, name: parent.setdefault(name, {}), names, head_counts)
             fields["num_heads"] = part.num_heads
-    return told
+    return head_counts
 
 
 def check_comparable(directory: ModelDirectory, plan: ConversionPlan) -> None:
@@ -119,51 +123,53 @@ def check_comparable(directory: ModelDirectory, plan: ConversionPlan) -> None:
         ("has {} in another shape than the source makes", [p for p in made if p in held and made[p] != held[p]]),
     ):
         if paths:
-            raise CheckpointError(f"{directory.path}: {what.format(shortened(sorted(paths)))}")
+            raise CheckpointError(f"{directory.path}: {what.format(summarize(sorted(paths)))}")
     shapes = abstract_shapes(directory.config)
     check_leaves(directory, {path: shape for path, shape in shapes.items() if path in directory.shapes})
     check_params(directory.path / "params", directory.manifest["leaves"], directory.manifest["leaves"])
 
 
-def shortened(told: list[str], separator: str = ", ") -> str:
+def summarize(head_counts: list[str], separator: str = ", ") -> str:
     """The first few, and the number of the rest."""
-    more = [f"… and {len(told) - LISTED_DIFFERENCES} more"] if len(told) > LISTED_DIFFERENCES else []
-    return separator.join([*told[:LISTED_DIFFERENCES], *more])
+    more = (
+        [f"… and {len(head_counts) - MAX_LISTED_DIFFERENCES} more"] if len(head_counts) > MAX_LISTED_DIFFERENCES else []
+    )
+    return separator.join([*head_counts[:MAX_LISTED_DIFFERENCES], *more])
 
 
 def config_differences(directory: ModelDirectory, plan: ConversionPlan) -> list[str]:
     """What config.json says otherwise than the source does."""
-    ours, theirs = (flat(to_dict(config)) for config in (directory.config, plan.config))
+    ours, theirs = (flatten_fields(to_dict(config)) for config in (directory.config, plan.config))
     return [
         f"config.json says {name} is {ours.get(name)}, the source {theirs.get(name)}"
         for name in sorted(ours.keys() | theirs.keys())
-        if ours.get(name) != theirs.get(name) and name not in CHOSEN
+        if ours.get(name) != theirs.get(name) and name not in USER_CHOSEN_FIELDS
     ]
 
 
-def other_files(directory: ModelDirectory, plan: ConversionPlan) -> list[str]:
+def unrecorded_source_files(directory: ModelDirectory, plan: ConversionPlan) -> list[str]:
     """Source files whose names and sizes are not among those that the model was made from."""
     known = {(file["name"], file.get("size")) for files in directory.manifest["sources"].values() for file in files}
-    given = dict.fromkeys(file for source in plan.pieces.values() for file in source.files)
+    given = dict.fromkeys(file for source in plan.sources.values() for file in source.files)
     return [str(file) for file in given if (file.name, file.stat().st_size) not in known]
 
 
 def compare_weights(
     directory: ModelDirectory, plan: ConversionPlan, progress: Callable[[int], None] = lambda done: None
-) -> list[PartWeights]:
+) -> list[ComponentComparison]:
     """Every weight with what the source makes of its tensors, in the dtype that is on disk, bit by bit.
 
     progress is called with the bytes compared since. Raises CheckpointError as `check_comparable` does.
     """
     check_comparable(directory, plan)
-    found: dict[str, PartWeights] = {}
+    found: dict[str, ComponentComparison] = {}
     for leaf in sorted(plan.leaves, key=lambda leaf: leaf.rule.target):
-        part = component_of(leaf.rule.target)
-        before = found.get(part, PartWeights(part, 0, 0, []))
+        part = get_component(leaf.rule.target)
+        before = found.get(part, ComponentComparison(part, 0, 0, []))
         size = math.prod(leaf.shape) * np.dtype(directory.manifest["leaves"][leaf.rule.target]["dtype"]).itemsize
         tensors = sum(map(len, leaf.rule.names()))
         different = [*before.different, *_differing_rows(directory, leaf, progress)]
-        found[part] = PartWeights(part, before.tensors + tensors, before.bytes + size, different)
+        found[part] = ComponentComparison(part, before.tensors + tensors, before.bytes + size, different)
     return list(found.values())
 
 

@@ -28,50 +28,50 @@ from vllama_jax.nn.video_llama import VideoLlama
 Stacked = TypeVar("Stacked", bound=nnx.Module)
 
 
-def softmax_weights(query: Float[Array, "b q h k"], key: Float[Array, "b m h k"]) -> Float[Array, "b h q m"]:
+def attention_weights(query: Float[Array, "b q h k"], key: Float[Array, "b m h k"]) -> Float[Array, "b h q m"]:
     """How much of each key's value a query takes: over m they sum to 1."""
     scores = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     return jax.nn.softmax(scores, axis=-1)
 
 
-def reading_layers(
+def iterate_cross_attention(
     qformer: QFormer, memory: Float[Array, "b m e"]
 ) -> Iterator[tuple[Layer, Float[Array, "b q d"], Float[Array, "b h q m"]]]:
     """Each layer that reads the encoder: the layer, what its cross-attention is asked, and its weights."""
-    x, memory = qformer.start(memory)
+    x, memory = qformer.embed_inputs(memory)
     for number in range(qformer.groups):
-        layer = layer_of(qformer.cross_layers, number)
+        layer = unstack_layer(qformer.cross_layers, number)
         asked = layer.attention(x, x)
         reads = layer.cross_attention
         assert reads is not None  # each layer of this stack reads the encoder
-        yield layer, asked, softmax_weights(reads.query(asked), reads.key(memory))
+        yield layer, asked, attention_weights(reads.query(asked), reads.key(memory))
         x = layer(x, memory)
         if qformer.plain_layers is not None:
-            x = layer_of(qformer.plain_layers, number)(x, memory)
+            x = unstack_layer(qformer.plain_layers, number)(x, memory)
 
 
-def layer_of(stacked: Stacked, number: int) -> Stacked:
+def unstack_layer(stacked: Stacked, number: int) -> Stacked:
     """One of the layers that are stacked on axis 0."""
     return jax.tree.map(lambda leaf: leaf[number], stacked)
 
 
 def cross_attention(qformer: QFormer, memory: Float[Array, "b m e"]) -> Float[Array, "b layers h q m"]:
     """The weights of every layer that reads the encoder."""
-    return jnp.stack([weights for _, _, weights in reading_layers(qformer, memory)], axis=1)
+    return jnp.stack([weights for _, _, weights in iterate_cross_attention(qformer, memory)], axis=1)
 
 
 @jax.jit
-def video_attention(
+def video_qformer_attention(
     network: VideoLlama, frames: Float[Array, "b t height width 3"]
 ) -> Float[Array, "b layers h q t tokens"]:
     """What the video Q-Former reads: of each frame, each token that the image Q-Former made of it."""
     features = network.encode_frames(frames)
-    weights = cross_attention(network.video_qformer, network.with_frame_positions(features))
+    weights = cross_attention(network.video_qformer, network.add_frame_positions(features))
     return weights.reshape(*weights.shape[:-1], *features.shape[1:3])
 
 
 @jax.jit
-def patch_attention(
+def image_qformer_attention(
     network: VideoLlama, frames: Float[Array, "t height width 3"]
 ) -> Float[Array, "t layers h q rows columns"]:
     """What the image Q-Former reads of each frame's patches. What is missing of a sum of 1 is the class token's."""
@@ -80,47 +80,49 @@ def patch_attention(
     return weights[..., 1:].reshape(*weights.shape[:-1], side, side)
 
 
-def seen_patches(
+def attended_patches(
     network: VideoLlama, frames: Float[Array | np.ndarray, "t height width 3"]
 ) -> Float[Array, "t rows columns"]:
     """What the video Q-Former reads through the image Q-Former: the product of their weights, over all frames.
 
     Means over layers, heads and the video Q-Former's queries. What patches tell each other within EVA is not in it.
     """
-    of_tokens = video_attention(network, frames[None])[0].mean(axis=(0, 1, 2))
-    of_patches = patch_attention(network, frames).mean(axis=(1, 2))
+    of_tokens = video_qformer_attention(network, frames[None])[0].mean(axis=(0, 1, 2))
+    of_patches = image_qformer_attention(network, frames).mean(axis=(1, 2))
     return jnp.einsum("tq,tqyx->tyx", of_tokens, of_patches)
 
 
 @jax.jit
-def audio_attention(network: VideoLlama, vectors: Float[Array, "b s e"]) -> Float[Array, "b layers h q s"]:
+def audio_qformer_attention(network: VideoLlama, vectors: Float[Array, "b s e"]) -> Float[Array, "b layers h q s"]:
     """What the audio Q-Former reads: vectors of sounds (`embed_sounds`) or of frames (`embed_frames`)."""
-    return cross_attention(network.audio_qformer, network.with_clip_positions(vectors))
+    return cross_attention(network.audio_qformer, network.add_clip_positions(vectors))
 
 
 @jax.jit
-def sound_attention(tower: AudioTower, mel: Float[Array, "s f t"]) -> Float[Array, "s h m"]:
+def audio_tower_attention(tower: AudioTower, mel: Float[Array, "s f t"]) -> Float[Array, "s h m"]:
     """What the class token reads in the audio tower's last block: itself, the patches, and the learned extra key."""
     depth = tower.blocks.attention.qkv.kernel.shape[0]
-    x = run_blocks(jax.tree.map(lambda leaf: leaf[: depth - 1], tower.blocks), tower.start(mel))
-    block = layer_of(tower.blocks, depth - 1)
+    x = run_blocks(jax.tree.map(lambda leaf: leaf[: depth - 1], tower.blocks), tower.embed_inputs(mel))
+    block = unstack_layer(tower.blocks, depth - 1)
     query, key, _ = jnp.moveaxis(block.attention.qkv(block.norm1(x)), 2, 0)
     extra = jnp.broadcast_to(block.attention.extra_key[...], (len(mel), 1, *block.attention.extra_key.shape))
-    return softmax_weights(query[:, :1], jnp.concatenate([key, extra], axis=1))[:, :, 0]
+    return attention_weights(query[:, :1], jnp.concatenate([key, extra], axis=1))[:, :, 0]
 
 
-def heard_patches(
+def attended_mel_patches(
     tower: AudioTower, cfg: ImageBindAudioConfig, mel: Float[Array | np.ndarray, "s f t"]
 ) -> Float[Array, "s frequencies times"]:
     """The patches of `sound_attention`, as they lie in the mel picture, low frequencies first; mean over heads."""
-    weights = sound_attention(tower, mel).mean(axis=1)
+    weights = audio_tower_attention(tower, mel).mean(axis=1)
     return weights[:, 1:-1].reshape(len(mel), *cfg.patch_grid)
 
 
 # Pictures. No display is needed.
 
 
-def over_frames(frames: UInt8[np.ndarray, "t height width 3"], weights: Float[np.ndarray, "t rows columns"]) -> Figure:
+def plot_over_frames(
+    frames: UInt8[np.ndarray, "t height width 3"], weights: Float[np.ndarray, "t rows columns"]
+) -> Figure:
     """Each frame, and below it the same with what `seen_patches` says of it: bright is read."""
     figure = Figure(figsize=(1.5 * len(frames), 3.2), layout="constrained")
     for number, (above, below) in enumerate(figure.subplots(2, len(frames)).T):
@@ -130,7 +132,7 @@ def over_frames(frames: UInt8[np.ndarray, "t height width 3"], weights: Float[np
     return figure
 
 
-def over_mels(
+def plot_over_mels(
     mel: Float[np.ndarray, "s f t"], weights: Float[np.ndarray, "s frequencies times"], cfg: ImageBindAudioConfig
 ) -> Figure:
     """Each mel picture, and below it the same with what `heard_patches` says of it."""
@@ -175,7 +177,7 @@ def _shade(weights: Float[np.ndarray, "rows columns"], most: float) -> Float[np.
     return shade
 
 
-def draw_shares(axes: Axes, weights: Float[np.ndarray, "t"], name: str) -> None:
+def plot_attention_shares(axes: Axes, weights: Float[np.ndarray, "t"], name: str) -> None:
     """A bar for each frame or sound, and a line where all would be even."""
     axes.bar(np.arange(1, len(weights) + 1), weights, color="tab:blue")
     axes.axhline(1 / len(weights), color="grey", linestyle=":")

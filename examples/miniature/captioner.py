@@ -14,8 +14,8 @@ from flax import nnx
 from vllama_jax.config import QFormerConfig
 from vllama_jax.media.image import standardize
 from vllama_jax.miniature.fit import fit
+from vllama_jax.miniature.images import ImageSet
 from vllama_jax.miniature.language import CONFIG as LLAMA
-from vllama_jax.miniature.pictures import Pictures
 from vllama_jax.miniature.towers import EVA
 from vllama_jax.nn.eva_vit import EvaVit
 from vllama_jax.nn.layers import layer_norm
@@ -24,7 +24,7 @@ from vllama_jax.nn.qformer import QFormer
 from vllama_jax.text.prompts import Media
 from vllama_jax.text.templates import find_caption_template
 from vllama_jax.text.tokenizer import Tokenizer
-from vllama_jax.text.training import BARE, encode_caption
+from vllama_jax.text.training import PLAIN_TEMPLATE, encode_caption
 
 IMAGE_QFORMER = QFormerConfig(width=96, depth=4, num_heads=4, mlp_dim=384, num_queries=8, cross_attention_every=2)
 LN_VISION_EPS = 1e-5
@@ -46,27 +46,27 @@ class Captioner(nnx.Module):
 def train_captioner(
     vit: EvaVit,
     llama: Llama,
-    pictures: Pictures,
+    images: ImageSet,
     tokenizer: Tokenizer,
     *,
     steps: int,
     batch_size: int,
     seed: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Captioner:
     """Captions of pictures, by the loss of the language model; it and the tower stay as they are."""
     queries = IMAGE_QFORMER.num_queries
-    plain = find_caption_template(BARE)
-    said = [encode_caption(tokenizer, plain, text, Media("image"), None, queries, 32) for text in pictures.captions]
+    plain = find_caption_template(PLAIN_TEMPLATE)
+    said = [encode_caption(tokenizer, plain, text, Media("image"), None, queries, 32) for text in images.captions]
     length = max(len(one.ids) for one in said)
     ids = np.stack([np.pad(one.ids, (0, length - len(one.ids))) for one in said])
     labels = np.stack([np.pad(one.labels, (0, length - len(one.ids)), constant_values=-100) for one in said])
     frozen = nnx.split((vit, llama))
 
-    def batch(draw: np.random.Generator) -> dict[str, np.ndarray | nnx.State]:
-        chosen = draw.integers(len(ids), size=batch_size)
+    def batch(rng: np.random.Generator) -> dict[str, np.ndarray | nnx.State]:
+        chosen = rng.integers(len(ids), size=batch_size)
         return {
-            "pixels": pictures.pixels[chosen], "ids": ids[chosen], "labels": labels[chosen], "frozen": frozen[1]
+            "pixels": images.pixels[chosen], "ids": ids[chosen], "labels": labels[chosen], "frozen": frozen[1]
         }  # fmt: skip
 
     def loss(captioner: Captioner, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -83,4 +83,4 @@ def train_captioner(
         return jnp.sum(losses * counted) / jnp.sum(counted), {"whole captions right": jnp.mean(whole)}
 
     captioner = Captioner(rngs=nnx.Rngs(seed))
-    return fit(captioner, loss, batch, steps=steps, learning_rate=2e-3, seed=seed, name="captioner", say=say)
+    return fit(captioner, loss, batch, steps=steps, learning_rate=2e-3, seed=seed, name="captioner", log=log)

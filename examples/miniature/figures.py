@@ -20,8 +20,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vllama_jax.errors import DataError
-from vllama_jax.train.plots import read_lines
-from vllama_jax.train.smoothing import smoothed
+from vllama_jax.train.plots import read_journal
+from vllama_jax.train.smoothing import smooth
 
 Measures = Mapping[str, Mapping[str, float]]  # accuracy, n, chance, low and high by measure
 SWEEP = re.compile(r"(?P<name>.+)_(times_(?P<scale>[\d.]+)|at_(?P<noise>-?[\d.]+)_db)")
@@ -38,7 +38,7 @@ def read_results(path: Path) -> list[Measures]:
         raise DataError(f"{path}: no results of a miniature ({error!r})") from error
 
 
-def table(seeds: Sequence[Measures]) -> str:
+def format_results(seeds: Sequence[Measures]) -> str:
     """Markdown: each measure of the first seed with its 95 % interval; before it, the mean and spread of several."""
     of_seeds = ["mean", "least to most"] if len(seeds) > 1 else []
     head = ["measure", *of_seeds, "accuracy", "95 % interval", "chance"]
@@ -51,7 +51,7 @@ def table(seeds: Sequence[Measures]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def accuracies(seeds: Sequence[Measures], names: Sequence[str] = ()) -> Figure:
+def plot_accuracies(seeds: Sequence[Measures], names: Sequence[str] = ()) -> Figure:
     """A row for each measure (all but those of the curves, unless named): every seed's accuracy with its 95 % interval,
     the mean of the seeds, and chance.
     """
@@ -79,14 +79,14 @@ def _draw_intervals(axes: Axes, measures: Sequence[Mapping[str, float]], places:
     axes.errorbar(middles, places, xerr=np.maximum(reach, 0), fmt=".", color="black", markersize=4, linewidth=1)
 
 
-def over_scale(seeds: Sequence[Measures]) -> Figure:
+def plot_scale_sweep(seeds: Sequence[Measures]) -> Figure:
     """What is heard, and in which order, by how many times the norm of training sound vectors have."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for name, colour in ((RECOGNITION, "tab:blue"), (ORDER, "tab:orange")):
-        _draw_curve(axes, seeds, sweep(seeds[0], name, "scale"), name, colour)
+    for name, color in ((RECOGNITION, "tab:blue"), (ORDER, "tab:orange")):
+        _draw_curve(axes, seeds, list_variants(seeds[0], name, "scale"), name, color)
     axes.set_xscale("log")
-    scales = list(sweep(seeds[0], RECOGNITION, "scale"))
+    scales = list(list_variants(seeds[0], RECOGNITION, "scale"))
     axes.set_xticks(scales, [f"×{scale:g}" for scale in scales], minor=False)
     axes.set_xticks([], minor=True)
     axes.set(xlabel="norm of sound vectors (training saw ×1, the published weights give ×20)")
@@ -94,17 +94,17 @@ def over_scale(seeds: Sequence[Measures]) -> Figure:
     return figure
 
 
-def over_noise(seeds: Sequence[Measures]) -> Figure:
+def plot_noise_sweep(seeds: Sequence[Measures]) -> Figure:
     """What is heard, by how far white noise is below the sound."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    _draw_curve(axes, seeds, sweep(seeds[0], RECOGNITION, "noise"), RECOGNITION, "tab:blue")
+    _draw_curve(axes, seeds, list_variants(seeds[0], RECOGNITION, "noise"), RECOGNITION, "tab:blue")
     axes.set(xlabel="signal to noise (dB)")
     axes.legend()
     return figure
 
 
-def sweep(measures: Measures, name: str, of: str) -> dict[float, str]:
+def list_variants(measures: Measures, name: str, of: str) -> dict[float, str]:
     """The names of a measure's variants by "scale" (the measure itself is at 1) or by "noise", in rising order."""
     found = {1.0: name} if of == "scale" and name in measures else {}
     for variant in measures:
@@ -114,54 +114,54 @@ def sweep(measures: Measures, name: str, of: str) -> dict[float, str]:
     return dict(sorted(found.items()))
 
 
-def _draw_curve(axes: Axes, seeds: Sequence[Measures], variants: Mapping[float, str], label: str, colour: str) -> None:
+def _draw_curve(axes: Axes, seeds: Sequence[Measures], variants: Mapping[float, str], label: str, color: str) -> None:
     """The mean of the seeds over a sweep, in the band of their intervals; and chance."""
     places, names = list(variants), list(variants.values())
     low = [min(seed[name]["low"] for seed in seeds) for name in names]
     high = [max(seed[name]["high"] for seed in seeds) for name in names]
     means = [np.mean([seed[name]["accuracy"] for seed in seeds]) for name in names]
-    axes.fill_between(places, low, high, color=colour, alpha=0.2)
-    axes.plot(places, means, "o-", color=colour, label=label)
-    axes.plot(places, [seeds[0][name]["chance"] for name in names], ":", color=colour, label=f"chance of {label}")
+    axes.fill_between(places, low, high, color=color, alpha=0.2)
+    axes.plot(places, means, "o-", color=color, label=label)
+    axes.plot(places, [seeds[0][name]["chance"] for name in names], ":", color=color, label=f"chance of {label}")
     axes.set(ylim=(0, 1.02), ylabel="accuracy")
     axes.grid(alpha=0.3)
 
 
-def losses(runs: Mapping[str, Path]) -> Figure:
+def plot_losses(runs: Mapping[str, Path]) -> Figure:
     """The loss of each run directory, by the name to give it: every step's pale, its running mean in full colour."""
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for number, (name, run) in enumerate(runs.items()):
-        steps: list[dict[str, Any]] = read_lines(run / "metrics.jsonl")
+        steps: list[dict[str, Any]] = read_journal(run / "metrics.jsonl")
         numbers, values = [line["step"] for line in steps], [line["loss"] for line in steps]
         axes.plot(numbers, values, color=f"C{number}", alpha=0.25)
-        axes.plot(numbers, smoothed(values, SMOOTHING), color=f"C{number}", label=name)
+        axes.plot(numbers, smooth(values, SMOOTHING), color=f"C{number}", label=name)
     axes.set(xlabel="step", ylabel="loss")
     axes.legend()
     return figure
 
 
-def write_all(out: Path, folder: Path) -> None:
+def write_figures(out: Path, folder: Path) -> None:
     """PNGs of all figures, and of what the model in the box reads of the clips beside it."""
     import vllama_jax as vl
-    from vllama_jax.chat import prepare
+    from vllama_jax.chat import prepare_media
     from vllama_jax.checkpoints.shipped import CLIPS, RESULTS
     from vllama_jax.miniature import attention
 
     seeds, model = read_results(RESULTS), vl.load("miniature")
-    bell, two = (prepare(CLIPS / name, model.config) for name in ("bell.mp4", "two.mp4"))
+    bell, two = (prepare_media(CLIPS / name, model.config) for name in ("bell.mp4", "two.mp4"))
     frames = vl.media.read_video(CLIPS / "bell.mp4", size=model.config.vit.image_size).frames
     assert bell.frames is not None  # both clips have pictures and sound
     assert two.mel is not None
     tower, cfg, ends = model.network.imagebind.audio, model.config.require_imagebind().audio, two.mel[[0, -1]]
     runs = {f"{branch}, stage {stage}": out / f"{branch}{stage}" for branch in ("vision", "audio") for stage in (1, 2)}
     found = {
-        "accuracies": accuracies(seeds),
-        "scale": over_scale(seeds),
-        "noise": over_noise(seeds),
-        "losses": losses(runs),
-        "seen": attention.over_frames(frames, np.asarray(attention.seen_patches(model.network, bell.frames))),
-        "heard": attention.over_mels(ends, np.asarray(attention.heard_patches(tower, cfg, ends)), cfg),
+        "accuracies": plot_accuracies(seeds),
+        "scale": plot_scale_sweep(seeds),
+        "noise": plot_noise_sweep(seeds),
+        "losses": plot_losses(runs),
+        "seen": attention.plot_over_frames(frames, np.asarray(attention.attended_patches(model.network, bell.frames))),
+        "heard": attention.plot_over_mels(ends, np.asarray(attention.attended_mel_patches(tower, cfg, ends)), cfg),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in found.items():
@@ -171,4 +171,4 @@ def write_all(out: Path, folder: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m vllama_jax.miniature.figures OUT FOLDER")
-    write_all(*map(Path, sys.argv[1:]))
+    write_figures(*map(Path, sys.argv[1:]))

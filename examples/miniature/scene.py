@@ -29,7 +29,7 @@ KINDS = {
     "frog": "croaks",
     "kettle": "hisses",
 }
-COLOURS = {
+COLORS = {
     "red": (215, 40, 40),
     "orange": (245, 140, 30),
     "yellow": (240, 225, 50),
@@ -54,21 +54,21 @@ PLACES = (  # of the middle of a thing, in thirds of the picture, row by row
 )
 
 Motion = Literal["rests", "left", "right", "up", "down", "grows", "shrinks", "appears", "vanishes", "in turn"]
-WAYS: tuple[Motion, ...] = ("left", "right", "up", "down")
+DIRECTIONS: tuple[Motion, ...] = ("left", "right", "up", "down")
 CHANGES: tuple[Motion, ...] = ("grows", "shrinks", "appears", "vanishes")
 # "in turn": shown for half of the time, another thing for the other half.
-MOTIONS: tuple[Motion, ...] = ("rests", *WAYS, *CHANGES, "in turn")
+MOTIONS: tuple[Motion, ...] = ("rests", *DIRECTIONS, *CHANGES, "in turn")
 Split = Literal["train", "test"]
 
-HELD_OUT_OF = 7  # one combination in so many is kept for tests
+HOLDOUT_INTERVAL = 7  # one combination in so many is kept for tests
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Things:
+class ObjectGroup:
     """One thing, or several alike. `place` is a number in PLACES, and means something only for one thing at rest."""
 
     kind: str
-    colour: str
+    color: str
     size: str = "large"
     number: int = 1
     place: int = 4
@@ -79,65 +79,65 @@ class Things:
 class Scene:
     """What is shown, two of them one after the other; and the kinds that are heard, in order, none in silence."""
 
-    shown: tuple[Things, ...]
-    heard: tuple[str, ...] = ()
+    objects: tuple[ObjectGroup, ...]
+    sounds: tuple[str, ...] = ()
 
 
-def is_held_out(kind: str, colour: str, motion: Motion) -> bool:
+def is_held_out(kind: str, color: str, motion: Motion) -> bool:
     """Whether this combination is for tests only.
 
     A Latin square: every two of the three occur together in training, whatever they are.
     """
-    number = list(KINDS).index(kind) + 2 * list(COLOURS).index(colour) + 3 * MOTIONS.index(motion)
-    return number % HELD_OUT_OF == 0
+    number = list(KINDS).index(kind) + 2 * list(COLORS).index(color) + 3 * MOTIONS.index(motion)
+    return number % HOLDOUT_INTERVAL == 0
 
 
 def motion_of(scene: Scene) -> Motion:
     """What becomes of the things that the scene shows first."""
-    return scene.shown[0].motion
+    return scene.objects[0].motion
 
 
 def draw_motion(
-    draw: np.random.Generator, motions: Sequence[Motion], probabilities: Sequence[float] | None = None
+    rng: np.random.Generator, motions: Sequence[Motion], probabilities: Sequence[float] | None = None
 ) -> Motion:
     """One of these motions, each equally likely unless probabilities are given."""
-    return motions[int(draw.choice(len(motions), p=probabilities))]
+    return motions[int(rng.choice(len(motions), p=probabilities))]
 
 
-def draw_things(
-    draw: np.random.Generator, motion: Motion, split: Split, *, kind: str | None = None, number: int = 1
-) -> Things:
+def draw_objects(
+    rng: np.random.Generator, motion: Motion, split: Split, *, kind: str | None = None, number: int = 1
+) -> ObjectGroup:
     """Things of any kind unless given, any colour, size and place, of a combination that belongs to the split."""
     kinds = list(KINDS) if kind is None else [kind]
     while True:
-        kind, colour = draw.choice(kinds), draw.choice(list(COLOURS))
-        if is_held_out(kind, colour, motion) == (split == "test"):
-            size = "small" if number > 1 else str(draw.choice(SIZES))
-            place = int(draw.integers(len(PLACES)))
-            return Things(kind=str(kind), colour=str(colour), size=size, number=number, place=place, motion=motion)
+        kind, color = rng.choice(kinds), rng.choice(list(COLORS))
+        if is_held_out(kind, color, motion) == (split == "test"):
+            size = "small" if number > 1 else str(rng.choice(SIZES))
+            place = int(rng.integers(len(PLACES)))
+            return ObjectGroup(kind=str(kind), color=str(color), size=size, number=number, place=place, motion=motion)
 
 
-def draw_scene(draw: np.random.Generator, motion: Motion | None = None, split: Split = "train") -> Scene:
+def draw_scene(rng: np.random.Generator, motion: Motion | None = None, split: Split = "train") -> Scene:
     """A scene with one motion, any unless given; it is heard as it looks."""
-    motion = motion or draw_motion(draw, MOTIONS)
+    motion = motion or draw_motion(rng, MOTIONS)
     if motion == "in turn":
-        first = draw_things(draw, motion, split)
+        first = draw_objects(rng, motion, split)
         while True:
-            second = draw_things(draw, motion, split)
+            second = draw_objects(rng, motion, split)
             if second.kind != first.kind:
                 return Scene((first, second), (first.kind, second.kind))
-    things = draw_things(draw, motion, split, number=draw_number(draw) if motion == "rests" else 1)
-    return Scene((things,), (things.kind,))
+    group = draw_objects(rng, motion, split, number=draw_number(rng) if motion == "rests" else 1)
+    return Scene((group,), (group.kind,))
 
 
-def heard_otherwise(scene: Scene, draw: np.random.Generator, fits: float = 0.5) -> Scene:
+def randomize_sound(scene: Scene, rng: np.random.Generator, match_probability: float = 0.5) -> Scene:
     """The scene, heard as it looks in that part of cases, and as another kind sounds in the others."""
-    if draw.random() < fits:
+    if rng.random() < match_probability:
         return scene
-    others = [kind for kind in KINDS if kind != scene.shown[0].kind]
-    return Scene(scene.shown, (str(draw.choice(others)),))
+    others = [kind for kind in KINDS if kind != scene.objects[0].kind]
+    return Scene(scene.objects, (str(rng.choice(others)),))
 
 
-def draw_number(draw: np.random.Generator) -> int:
+def draw_number(rng: np.random.Generator) -> int:
     """How many things are at rest: one in half of the pictures."""
-    return int(draw.choice([1, 1, 1, 2, 3, 4]))
+    return int(rng.choice([1, 1, 1, 2, 3, 4]))

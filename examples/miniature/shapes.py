@@ -12,35 +12,35 @@ from PIL import Image, ImageDraw
 TILE = 128  # pixels of the square that shapes are drawn in, before they are made smaller
 DARK, LIGHT = (25, 25, 30), (235, 235, 225)
 
-Colour = tuple[int, int, int]
+Color = tuple[int, int, int]
 
 
 class Pen:
     """Draws in the square from -1 to 1 on a transparent tile."""
 
-    def __init__(self, colour: Colour):
-        self.colour = colour
+    def __init__(self, color: Color):
+        self.color = color
         self.tile = Image.new("RGBA", (TILE, TILE))
         self._draw = ImageDraw.Draw(self.tile)
 
-    def disc(self, x: float, y: float, width: float, height: float | None = None, fill: Colour | None = None) -> None:
+    def disc(self, x: float, y: float, width: float, height: float | None = None, fill: Color | None = None) -> None:
         """An ellipse around (x, y); `width` and `height` are half of its own."""
         height = width if height is None else height
         corners = self._pixels([(x - width, y - height), (x + width, y + height)])
-        self._draw.ellipse(corners, fill=fill or self.colour)
+        self._draw.ellipse(corners, fill=fill or self.color)
 
-    def polygon(self, points: Sequence[tuple[float, float]], fill: Colour | None = None) -> None:
-        self._draw.polygon(self._pixels(points), fill=fill or self.colour)
+    def polygon(self, points: Sequence[tuple[float, float]], fill: Color | None = None) -> None:
+        self._draw.polygon(self._pixels(points), fill=fill or self.color)
 
-    def box(self, left: float, top: float, right: float, bottom: float, fill: Colour | None = None) -> None:
+    def box(self, left: float, top: float, right: float, bottom: float, fill: Color | None = None) -> None:
         self.polygon([(left, top), (right, top), (right, bottom), (left, bottom)], fill)
 
-    def line(self, points: Sequence[tuple[float, float]], width: float = 0.1, fill: Colour = DARK) -> None:
+    def line(self, points: Sequence[tuple[float, float]], width: float = 0.1, fill: Color = DARK) -> None:
         self._draw.line(self._pixels(points), fill=fill, width=round(width * TILE / 2), joint="curve")
 
-    def ring(self, x: float, y: float, size: float, width: float = 0.12, fill: Colour | None = None) -> None:
+    def ring(self, x: float, y: float, size: float, width: float = 0.12, fill: Color | None = None) -> None:
         corners = self._pixels([(x - size, y - size), (x + size, y + size)])
-        self._draw.ellipse(corners, outline=fill or self.colour, width=round(width * TILE / 2))
+        self._draw.ellipse(corners, outline=fill or self.color, width=round(width * TILE / 2))
 
     def _pixels(self, points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         return [((x + 1) / 2 * (TILE - 1), (y + 1) / 2 * (TILE - 1)) for x, y in points]
@@ -203,8 +203,8 @@ def shape_mask(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     The colour's share is found by drawing the shape twice, in black and in white.
     """
     tiles = []
-    for colour in ((0, 0, 0), (255, 255, 255)):
-        pen = Pen(colour)
+    for color in ((0, 0, 0), (255, 255, 255)):
+        pen = Pen(color)
         SHAPES[kind](pen)
         tiles.append(np.asarray(pen.tile, np.float32))
     covered = tiles[0][..., 3] / 255
@@ -212,10 +212,10 @@ def shape_mask(kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return covered, coloured, tiles[0][..., :3]
 
 
-def draw_shape(kind: str, colour: Colour) -> Image.Image:
+def draw_shape(kind: str, color: Color) -> Image.Image:
     """A tile [TILE, TILE] of a kind in a colour, transparent around it."""
     covered, coloured, details = shape_mask(kind)
     tile = np.empty((TILE, TILE, 4), np.uint8)
-    tile[..., :3] = details + coloured[..., None] * np.array(colour, np.float32)
+    tile[..., :3] = details + coloured[..., None] * np.array(color, np.float32)
     tile[..., 3] = covered * 255
     return Image.fromarray(tile, "RGBA")

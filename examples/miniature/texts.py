@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
-from vllama_jax.miniature.scene import KINDS, MOTIONS, NUMBERS, PLACES, WAYS, Motion, Scene, Things
+from vllama_jax.miniature.scene import DIRECTIONS, KINDS, MOTIONS, NUMBERS, PLACES, Motion, ObjectGroup, Scene
 
-DIRECTIONS = {"left": "to the left", "right": "to the right", "up": "up", "down": "down"}
+DIRECTION_PHRASES = {"left": "to the left", "right": "to the right", "up": "up", "down": "down"}
 
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "object": ("What is it?", "What is shown?", "Which thing do you see?", "Name the thing."),
@@ -36,51 +36,51 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "Do sound and picture agree?",
     ),
 }
-HEARD = ("hear", "hear_first", "hear_last", "fit")  # never asked when a branch is trained
+AUDIO_QUESTIONS = ("hear", "hear_first", "hear_last", "fit")  # never asked when a branch is trained
 OPPOSITES: dict[Motion, Motion] = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 
 def caption(scene: Scene) -> str:
     """What a scene shows: "a large red bell moves to the left", "three small blue drums", "first …, then …"."""
-    if len(scene.shown) == 2:
-        first, second = (noun_phrase(things) for things in scene.shown)
+    if len(scene.objects) == 2:
+        first, second = (noun_phrase(group) for group in scene.objects)
         return f"first {first}, then {second}"
-    (things,) = scene.shown
-    if things.motion == "rests":
-        return still_caption(things)
-    return f"{noun_phrase(things)} {motion(things.motion)}"
+    (group,) = scene.objects
+    if group.motion == "rests":
+        return image_caption(group)
+    return f"{noun_phrase(group)} {motion(group.motion)}"
 
 
-def still_caption(things: Things) -> str:
+def image_caption(group: ObjectGroup) -> str:
     """What one moment of a scene shows, and where, if it is one thing."""
-    return noun_phrase(things) + (f" {PLACES[things.place]}" if things.number == 1 else "")
+    return noun_phrase(group) + (f" {PLACES[group.place]}" if group.number == 1 else "")
 
 
-def noun_phrase(things: Things) -> str:
+def noun_phrase(group: ObjectGroup) -> str:
     """ "a large red bell", "three small blue drums"; what changes its size has none."""
-    size = "" if things.motion in ("grows", "shrinks") else f"{things.size} "
-    if things.number == 1:
-        words = f"{size}{things.colour} {things.kind}"
+    size = "" if group.motion in ("grows", "shrinks") else f"{group.size} "
+    if group.number == 1:
+        words = f"{size}{group.color} {group.kind}"
         return f"{'an' if words[0] == 'o' else 'a'} {words}"
-    return f"{NUMBERS[things.number - 1]} {size}{things.colour} {things.kind}s"
+    return f"{NUMBERS[group.number - 1]} {size}{group.color} {group.kind}s"
 
 
 def motion(name: str) -> str:
     """ "moves to the left", "grows"."""
-    return f"moves {DIRECTIONS[name]}" if name in WAYS else name
+    return f"moves {DIRECTION_PHRASES[name]}" if name in DIRECTIONS else name
 
 
-def questions_of(scene: Scene) -> list[str]:
+def list_questions(scene: Scene) -> list[str]:
     """The names in QUESTIONS that can be asked about what the scene shows."""
-    if len(scene.shown) == 2:
+    if len(scene.objects) == 2:
         return ["first", "last", "describe"]
-    (things,) = scene.shown
+    (group,) = scene.objects
     asked = ["object", "colour", "describe"]
-    if things.motion not in ("grows", "shrinks"):
+    if group.motion not in ("grows", "shrinks"):
         asked.append("size")
-    if things.motion == "rests":
+    if group.motion == "rests":
         asked.append("count")
-        asked += ["place"] if things.number == 1 else []
+        asked += ["place"] if group.number == 1 else []
     else:
         asked.append("motion")
     return asked
@@ -91,34 +91,36 @@ def answer(question: str, scene: Scene) -> str:
     return ANSWERS[question](scene)
 
 
-def compared(heard: str, seen: str) -> str:
+def compare_kinds(sounds: str, seen: str) -> str:
     """Whether what is heard fits what is seen: the two kinds, then yes or no."""
-    return f"a {heard} is heard and a {seen} is seen, so {'yes' if heard == seen else 'no'}"
+    return f"a {sounds} is heard and a {seen} is seen, so {'yes' if sounds == seen else 'no'}"
 
 
 ANSWERS: Mapping[str, Callable[[Scene], str]] = {
-    "object": lambda scene: f"a {scene.shown[0].kind}" if scene.shown[0].number == 1 else f"{scene.shown[0].kind}s",
-    "colour": lambda scene: scene.shown[0].colour,
-    "size": lambda scene: scene.shown[0].size,
-    "count": lambda scene: NUMBERS[scene.shown[0].number - 1],
-    "place": lambda scene: PLACES[scene.shown[0].place],
-    "motion": lambda scene: f"it {motion(scene.shown[0].motion)}",
-    "first": lambda scene: f"a {scene.shown[0].kind}",
-    "last": lambda scene: f"a {scene.shown[-1].kind}",
+    "object": lambda scene: (
+        f"a {scene.objects[0].kind}" if scene.objects[0].number == 1 else f"{scene.objects[0].kind}s"
+    ),
+    "colour": lambda scene: scene.objects[0].color,
+    "size": lambda scene: scene.objects[0].size,
+    "count": lambda scene: NUMBERS[scene.objects[0].number - 1],
+    "place": lambda scene: PLACES[scene.objects[0].place],
+    "motion": lambda scene: f"it {motion(scene.objects[0].motion)}",
+    "first": lambda scene: f"a {scene.objects[0].kind}",
+    "last": lambda scene: f"a {scene.objects[-1].kind}",
     "describe": caption,
-    "hear": lambda scene: f"a {scene.heard[0]} {KINDS[scene.heard[0]]}",
-    "hear_first": lambda scene: f"a {scene.heard[0]} {KINDS[scene.heard[0]]}",
-    "hear_last": lambda scene: f"a {scene.heard[-1]} {KINDS[scene.heard[-1]]}",
-    "fit": lambda scene: compared(scene.heard[0], scene.shown[0].kind),
+    "hear": lambda scene: f"a {scene.sounds[0]} {KINDS[scene.sounds[0]]}",
+    "hear_first": lambda scene: f"a {scene.sounds[0]} {KINDS[scene.sounds[0]]}",
+    "hear_last": lambda scene: f"a {scene.sounds[-1]} {KINDS[scene.sounds[-1]]}",
+    "fit": lambda scene: compare_kinds(scene.sounds[0], scene.objects[0].kind),
 }
 
 
-def is_right(question: str, said: str, scene: Scene) -> bool:
+def is_correct(question: str, said: str, scene: Scene) -> bool:
     """Whether an answer means what the right one does."""
-    return key(question, said) == key(question, answer(question, scene))
+    return answer_key(question, said) == answer_key(question, answer(question, scene))
 
 
-def key(question: str, said: str) -> str:
+def answer_key(question: str, said: str) -> str:
     """What of an answer counts: the kind, the place, the way, yes or no; all of a description."""
     words = said.lower().strip(" .!").replace(",", "").split()
     if question == "fit":
@@ -131,7 +133,7 @@ def key(question: str, said: str) -> str:
     return " ".join(words)
 
 
-def dialogue(scene: Scene, draw: np.random.Generator, turns: int, *, wordings: int = 3) -> list[tuple[str, str]]:
+def draw_dialogue(scene: Scene, rng: np.random.Generator, turns: int, *, wordings: int = 3) -> list[tuple[str, str]]:
     """Questions in any order and some of the wordings, each with its answer."""
-    asked = draw.permutation(questions_of(scene))[:turns]
-    return [(QUESTIONS[name][draw.integers(wordings)], answer(name, scene)) for name in map(str, asked)]
+    asked = rng.permutation(list_questions(scene))[:turns]
+    return [(QUESTIONS[name][rng.integers(wordings)], answer(name, scene)) for name in map(str, asked)]

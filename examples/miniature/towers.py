@@ -15,7 +15,7 @@ from flax import nnx
 from vllama_jax.media import normalize
 from vllama_jax.media.image import standardize
 from vllama_jax.miniature.fit import fit
-from vllama_jax.miniature.pictures import ASPECTS, IMAGE_SIZE, NOTHING, Pictures, phrase_numbers, phrases
+from vllama_jax.miniature.images import ASPECTS, IMAGE_SIZE, NO_PHRASE, ImageSet, phrase_ids, phrases
 from vllama_jax.nn.eva_vit import EvaVit
 from vllama_jax.nn.imagebind import AudioTower, VisionTower
 from vllama_jax.nn.layers import layer_norm, run_stack
@@ -28,7 +28,7 @@ IMAGEBIND_VISION = ImageBindVisionConfig(**dataclasses.asdict(EVA))
 PHRASE_WIDTH = 128
 
 
-class Phrases(nnx.Module):
+class TextTower(nnx.Module):
     """A caption's tokens, averaged, through two layers → [c, EMBED_DIM] of norm 1. The miniature's text tower."""
 
     def __init__(self, vocab_size: int, *, rngs: nnx.Rngs):
@@ -50,19 +50,19 @@ class Towers(nnx.Module):
         self.eva_norm = layer_norm(EVA.width, EVA.norm_eps, rngs)
         self.eva_head = nnx.Linear(EVA.width, EMBED_DIM, use_bias=False, rngs=rngs)
         self.imagebind = VisionTower(IMAGEBIND_VISION, EMBED_DIM, rngs=rngs)
-        self.phrases = Phrases(vocab_size, rngs=rngs)
+        self.phrases = TextTower(vocab_size, rngs=rngs)
         self.log_scale = nnx.Param(jnp.full((2, len(ASPECTS)), jnp.log(10.0)))
-        start_tokens(self.eva, rngs)
-        start_tokens(self.imagebind, rngs)
+        init_tokens(self.eva, rngs)
+        init_tokens(self.imagebind, rngs)
 
-    def __call__(self, pictures: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Normalised pictures [b, h, w, 3] → both towers' vectors [b, EMBED_DIM] of norm 1."""
-        seen = run(self.eva.blocks, self.eva.start(pictures))[:, 0]
-        other = run(self.imagebind.blocks, self.imagebind.start(pictures))
-        return unit(self.eva_head(self.eva_norm(seen))), self.imagebind.finish(other)
+        seen = run(self.eva.blocks, self.eva.embed_inputs(images))[:, 0]
+        other = run(self.imagebind.blocks, self.imagebind.embed_inputs(images))
+        return unit(self.eva_head(self.eva_norm(seen))), self.imagebind.project_class_token(other)
 
 
-def start_tokens(tower: EvaVit | VisionTower | AudioTower, rngs: nnx.Rngs) -> None:
+def init_tokens(tower: EvaVit | VisionTower | AudioTower, rngs: nnx.Rngs) -> None:
     """Random positions and class token, for a tower that starts from nothing."""
     for weight in (tower.positions, tower.class_token):
         weight.set_value(0.02 * jax.random.normal(rngs.params(), weight.shape))
@@ -78,21 +78,21 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def train_towers(
-    pictures: Pictures,
+    images: ImageSet,
     tokenizer: Tokenizer,
     *,
     steps: int,
     batch_size: int,
     seed: int,
-    say: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> Towers:
     """Both towers on the same batches, in one program."""
-    numbers = phrase_numbers(pictures)
-    table = tokenized(tokenizer)
+    numbers = phrase_ids(images)
+    table = tokenize_phrases(tokenizer)
 
-    def batch(draw: np.random.Generator) -> dict[str, np.ndarray]:
-        chosen = draw.integers(len(numbers), size=batch_size)
-        return {"pixels": pictures.pixels[chosen], "phrases": numbers[chosen]}
+    def batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
+        chosen = rng.integers(len(numbers), size=batch_size)
+        return {"pixels": images.pixels[chosen], "phrases": numbers[chosen]}
 
     def loss(towers: Towers, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         seen = towers(standardize(batch["pixels"].astype(jnp.float32)))
@@ -102,36 +102,36 @@ def train_towers(
             said = towers.phrases(jnp.asarray(ids), jnp.asarray(lengths))
             for tower, vectors in enumerate(seen):
                 logits = jnp.exp(towers.log_scale[tower, aspect]) * vectors @ said.T
-                cost, right = agreement(logits, batch["phrases"][:, aspect])
+                cost, right = contrastive_loss(logits, batch["phrases"][:, aspect])
                 total += cost
                 if name == "kind":
                     figures["eva's kinds" if tower == 0 else "imagebind's kinds"] = right
         return total / (2 * len(table)), figures
 
     towers = Towers(tokenizer.vocab_size, rngs=nnx.Rngs(seed))
-    return fit(towers, loss, batch, steps=steps, learning_rate=1.5e-3, seed=seed, name="picture towers", say=say)
+    return fit(towers, loss, batch, steps=steps, learning_rate=1.5e-3, seed=seed, name="picture towers", log=log)
 
 
-def agreement(logits: jax.Array, phrases: jax.Array) -> tuple[jax.Array, jax.Array]:
+def contrastive_loss(logits: jax.Array, phrases: jax.Array) -> tuple[jax.Array, jax.Array]:
     """CLIP's loss in both directions, of pictures [b] and the captions [c] of one aspect; and how often it is right.
 
     phrases: each picture's caption, NOTHING where it has none. Only captions that occur in the batch take part.
     """
-    counted = phrases != NOTHING
+    counted = phrases != NO_PHRASE
     positive = (phrases[:, None] == jnp.arange(logits.shape[1])) & counted[:, None]
     present = jnp.any(positive, axis=0)
     to_caption = jax.nn.log_softmax(jnp.where(present, logits, -1e9), axis=1)
     to_picture = jax.nn.log_softmax(jnp.where(counted[:, None], logits, -1e9), axis=0)
     own = jnp.take_along_axis(to_caption, jnp.maximum(phrases, 0)[:, None], axis=1)[:, 0]
-    pictures = -jnp.sum(own * counted) / jnp.maximum(jnp.sum(counted), 1)
+    images = -jnp.sum(own * counted) / jnp.maximum(jnp.sum(counted), 1)
     shares = jnp.sum(jnp.where(positive, to_picture, 0), axis=0) / jnp.maximum(jnp.sum(positive, axis=0), 1)
     chance = jnp.log(jnp.maximum(jnp.sum(positive, axis=0), 1))  # of several right pictures each can have a share only
     captions = -jnp.sum(jnp.where(present, shares + chance, 0)) / jnp.maximum(jnp.sum(present), 1)
     right = jnp.sum((jnp.argmax(to_caption, axis=1) == phrases) & counted) / jnp.maximum(jnp.sum(counted), 1)
-    return (pictures + captions) / 2, right
+    return (images + captions) / 2, right
 
 
-def tokenized(tokenizer: Tokenizer) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def tokenize_phrases(tokenizer: Tokenizer) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """The token ids of each aspect's captions, padded, and how many each has."""
     table = {}
     for aspect, said in phrases().items():
@@ -141,16 +141,16 @@ def tokenized(tokenizer: Tokenizer) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return table
 
 
-def recognised(towers: Towers, pictures: Pictures, tokenizer: Tokenizer) -> dict[str, tuple[float, float]]:
+def measure_phrase_accuracy(towers: Towers, images: ImageSet, tokenizer: Tokenizer) -> dict[str, tuple[float, float]]:
     """For each aspect, the part of pictures that find their caption, by EVA's tower and by ImageBind's."""
-    numbers, table = phrase_numbers(pictures), tokenized(tokenizer)
+    numbers, table = phrase_ids(images), tokenize_phrases(tokenizer)
 
     vectors = jax.jit(lambda towers, pixels: towers(pixels))
-    seen = [vectors(towers, normalize(pictures.pixels[first : first + 250])) for first in range(0, len(numbers), 250)]
+    seen = [vectors(towers, normalize(images.pixels[first : first + 250])) for first in range(0, len(numbers), 250)]
     found = {}
     for aspect, (name, (ids, lengths)) in enumerate(table.items()):
         said = towers.phrases(jnp.asarray(ids), jnp.asarray(lengths))
-        counted = numbers[:, aspect] != NOTHING
+        counted = numbers[:, aspect] != NO_PHRASE
         guesses = [np.concatenate([np.argmax(one[tower] @ said.T, axis=1) for one in seen]) for tower in (0, 1)]
         eva, imagebind = (float((guess == numbers[:, aspect])[counted].mean()) for guess in guesses)
         found[name] = eva, imagebind

@@ -16,13 +16,13 @@ from PIL import Image
 from vllama_jax.io.atomic import new_directory
 from vllama_jax.media.write import write_video
 from vllama_jax.miniature import render, texts
-from vllama_jax.miniature.pictures import in_processes
-from vllama_jax.miniature.scene import CHANGES, WAYS, Motion, Scene, draw_motion, draw_scene
-from vllama_jax.miniature.sounds import SAMPLE_RATE, soundtrack
+from vllama_jax.miniature.images import map_in_processes
+from vllama_jax.miniature.scene import CHANGES, DIRECTIONS, Motion, Scene, draw_motion, draw_scene
+from vllama_jax.miniature.synthesis import SAMPLE_RATE, soundtrack
 
 # How often a clip has each motion: ways are what the first claim is about, turns what the second needs.
-MOTION_SHARES: dict[Motion, float] = {
-    **dict.fromkeys(WAYS, 0.11),
+MOTION_PROBABILITIES: dict[Motion, float] = {
+    **dict.fromkeys(DIRECTIONS, 0.11),
     **dict.fromkeys(CHANGES, 0.035),
     "in turn": 0.38,
     "rests": 0.04,
@@ -41,7 +41,7 @@ class Amounts:
     instruction_stills: int = 1600
 
 
-def write_world(out: Path, amounts: Amounts, seed: int, say: Callable[[str], None]) -> None:
+def write_world(out: Path, amounts: Amounts, seed: int, log: Callable[[str], None]) -> None:
     """Makes what is not there yet, each part whole or not at all."""
     from vllama_jax.data.build import build
 
@@ -57,8 +57,8 @@ def write_world(out: Path, amounts: Amounts, seed: int, say: Callable[[str], Non
                 for form, count in wanted
                 for first in range(0, count, PART)
             ]
-            say(f"{out / name}: writing {wanted[0][1]} clips and {wanted[1][1]} stills")
-            lines = [line for written in in_processes(_write_part, work) for line in written]
+            log(f"{out / name}: writing {wanted[0][1]} clips and {wanted[1][1]} stills")
+            lines = [line for written in map_in_processes(_write_part, work) for line in written]
             (directory / "annotations.jsonl").write_text("\n".join(lines) + "\n")
     for name in ("captions", "instructions"):
         if not (out / "records" / name).exists():
@@ -69,59 +69,59 @@ def _write_part(work: tuple[Path, str, str, int, int, list[int]]) -> list[str]:
     folder, name, form, first, count, seed = work
     lines = []
     for number in range(first, first + count):
-        draw = np.random.default_rng([*seed, form == "still", number])
+        rng = np.random.default_rng([*seed, form == "still", number])
         if form == "still":
-            scene, file = draw_scene(draw, "rests"), f"{form}{number:05d}.jpg"
-            write_still(folder / file, scene, draw)
+            scene, file = draw_scene(rng, "rests"), f"{form}{number:05d}.jpg"
+            write_image(folder / file, scene, rng)
         else:
-            motion = draw_motion(draw, list(MOTION_SHARES), list(MOTION_SHARES.values()))
-            scene, file = draw_scene(draw, motion), f"{form}{number:05d}.mp4"
-            write_clip(folder / file, scene, draw, snr_db=float(draw.uniform(0, 30)))
+            motion = draw_motion(rng, list(MOTION_PROBABILITIES), list(MOTION_PROBABILITIES.values()))
+            scene, file = draw_scene(rng, motion), f"{form}{number:05d}.mp4"
+            write_clip(folder / file, scene, rng, snr_db=float(rng.uniform(0, 30)))
         named = {"image" if form == "still" else "video": file}
-        said = {"caption": texts.caption(scene)} if name == "captions" else _messages(scene, draw)
+        said = {"caption": texts.caption(scene)} if name == "captions" else _messages(scene, rng)
         lines.append(json.dumps({**named, **said}))
     return lines
 
 
-def _messages(scene: Scene, draw: np.random.Generator) -> dict[str, list[dict[str, str]]]:
-    pairs = texts.dialogue(scene, draw, TURNS)
+def _messages(scene: Scene, rng: np.random.Generator) -> dict[str, list[dict[str, str]]]:
+    pairs = texts.draw_dialogue(scene, rng, TURNS)
     return {"QA": [{"q": question, "a": answer} for question, answer in pairs]}
 
 
 def write_clip(
     path: Path,
     scene: Scene,
-    draw: np.random.Generator,
+    rng: np.random.Generator,
     *,
     seconds: float = render.SECONDS,
     snr_db: float | None = None,
-    sound: bool = True,
+    audio: bool = True,
 ) -> None:
     """An mp4 of the scene: H.264, and AAC unless `sound` is off. snr_db: of white noise in the sound, None for none."""
-    heard = soundtrack(scene.heard, seconds, draw, snr_db) if sound else None
-    write_video(path, render.clip_frames(scene, draw), render.FRAMES / seconds, heard, SAMPLE_RATE)
+    sounds = soundtrack(scene.sounds, seconds, rng, snr_db) if audio else None
+    write_video(path, render.render_frames(scene, rng), render.FRAMES / seconds, sounds, SAMPLE_RATE)
 
 
-def write_sound(
+def write_wav(
     path: Path,
     scene: Scene,
-    draw: np.random.Generator,
+    rng: np.random.Generator,
     *,
     seconds: float = render.SECONDS,
     snr_db: float | None = None,
 ) -> None:
     """A WAV of what is heard of the scene, in 16 bits; as write_clip's sound."""
-    samples = np.rint(soundtrack(scene.heard, seconds, draw, snr_db)[0] * 32767).astype("<i2")
+    samples = np.rint(soundtrack(scene.sounds, seconds, rng, snr_db)[0] * 32767).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, SAMPLE_RATE, len(samples), "NONE", ""))
         file.writeframes(samples.tobytes())
 
 
-def write_still(path: Path, scene: Scene, draw: np.random.Generator) -> None:
+def write_image(path: Path, scene: Scene, rng: np.random.Generator) -> None:
     """A JPEG of the scene."""
-    Image.fromarray(render.picture(scene, draw)[0]).save(path, quality=int(draw.integers(70, 96)))
+    Image.fromarray(render.render_image(scene, rng)[0]).save(path, quality=int(rng.integers(70, 96)))
 
 
-def draw_for(seed: int, name: str, number: int) -> np.random.Generator:
+def make_generator(seed: int, name: str, number: int) -> np.random.Generator:
     """The generator of one file of tests, which no part of training has."""
     return np.random.default_rng([seed, 3, *name.encode(), number])

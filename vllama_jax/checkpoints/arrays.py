@@ -22,11 +22,11 @@ import numpy as np
 
 from vllama_jax.errors import CheckpointError
 from vllama_jax.io.atomic import write_file, write_json
-from vllama_jax.io.json_fields import LARGEST_INTEGER, shown
+from vllama_jax.io.json_fields import LARGEST_INTEGER, format_value
 from vllama_jax.io.json_files import read_object
 
 CHUNK_BYTES = 64 * 2**20  # of a file at most
-WHOLE_BYTES = 2**20  # a weight of at most this is one file, whatever its layers
+SINGLE_FILE_BYTES = 2**20  # a weight of at most this is one file, whatever its layers
 CHUNKS_AHEAD = 2  # handed to the disk and not yet written
 WRITERS = 2  # one copies a chunk while another waits for the disk: 1.2 GB/s where one reached 0.7
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16", "int8", "uint8")  # the last two are quantized values
@@ -58,9 +58,9 @@ class ParamsWriter:
         write_json(directory / ".zarray", _zarr_metadata(shape, chunk, dtype))
         digest = xxhash.xxh3_128()
         writes: collections.deque[concurrent.futures.Future[None]] = collections.deque()
-        for first, rows in enumerate(_regrouped(blocks, chunk[0])):
+        for first, rows in enumerate(_regroup_rows(blocks, chunk[0])):
             digest.update(rows.view(np.uint8).data)
-            for index, values in _cut(rows, chunk):
+            for index, values in _split_chunks(rows, chunk):
                 file = directory / ".".join(map(str, (first, *index)))
                 writes.append(self._disk.submit(write_file, file, values.view(np.uint8)))
             while len(writes) > CHUNKS_AHEAD:
@@ -93,7 +93,7 @@ class ParamsWriter:
 def chunk_shape(shape: Sequence[int], itemsize: int) -> list[int]:
     """At most a layer and at most CHUNK_BYTES; leading axes are cut first, and evenly, as edges are stored whole."""
     chunk = list(shape)
-    if math.prod(shape) * itemsize <= WHOLE_BYTES:
+    if math.prod(shape) * itemsize <= SINGLE_FILE_BYTES:
         return chunk
     if len(chunk) > 2:  # stacked layers; in a plain matrix the first axis is cut only as far as the size asks
         chunk[0] = 1
@@ -111,7 +111,7 @@ def _chunk_names(shape: Sequence[int], chunk: Sequence[int]) -> list[str]:
     return [".".join(map(str, index)) for index in itertools.product(*map(range, _grid(shape, chunk)))]
 
 
-def _regrouped(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
+def _regroup_rows(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
     """The same rows, so many at a time."""
     held = None
     for block in blocks:
@@ -126,7 +126,7 @@ def _regrouped(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
         yield held
 
 
-def _cut(rows: np.ndarray, chunk: Sequence[int]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+def _split_chunks(rows: np.ndarray, chunk: Sequence[int]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
     """The chunks that rows of a whole first axis fall into, with their places along the other axes.
 
     A chunk at the edge is stored whole, the rest of it zeros.
@@ -183,15 +183,15 @@ def check_manifest(leaves: Mapping[str, Any], where: str) -> None:
         where: The manifest's path, for the message.
     """
     for path, entry in leaves.items():
-        name = shown(path).strip("'")
+        name = format_value(path).strip("'")
         advice = f"incomplete, of {name}; copy or convert the model again"
         if not isinstance(entry, dict) or not entry.keys() >= {"shape", "dtype", "xxh3_128"}:
             raise CheckpointError(f"{where}: {advice}")
         shape = entry["shape"]
         if not isinstance(shape, list) or not all(type(size) is int and 0 < size <= LARGEST_INTEGER for size in shape):
-            raise CheckpointError(f"{where}: shape {shown(shape)}: {advice}")
+            raise CheckpointError(f"{where}: shape {format_value(shape)}: {advice}")
         if entry["dtype"] not in STORED_DTYPES:
-            raise CheckpointError(f"{where}: dtype {shown(entry['dtype'])}: {advice}")
+            raise CheckpointError(f"{where}: dtype {format_value(entry['dtype'])}: {advice}")
         if "" in path.split("/") or "." in path or "\0" in path:
             raise CheckpointError(f"{where}: {name} is not the path of a weight; copy or convert the model again")
 
@@ -244,7 +244,7 @@ def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) 
     return out
 
 
-def row_blocks(directory: Path, path: str, leaf: Mapping[str, Any]) -> Iterator[np.ndarray]:
+def iter_row_blocks(directory: Path, path: str, leaf: Mapping[str, Any]) -> Iterator[np.ndarray]:
     """All of a weight's rows in order, a chunk's height at a time; see `read_rows`."""
     height = read_object(directory / path.replace("/", ".") / ".zarray")["chunks"][0]
     for first in range(0, leaf["shape"][0], height):
@@ -255,7 +255,7 @@ def _is_chunk(chunk: Any, shape: Sequence[int]) -> bool:
     return isinstance(chunk, list) and len(chunk) == len(shape) and all(type(n) is int and n > 0 for n in chunk)
 
 
-def damaged_params(
+def find_corrupt_params(
     directory: Path, leaves: Mapping[str, dict], progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, str]:
     """The weights whose files are not those that were written, by path, and what is wrong with each.
@@ -263,18 +263,18 @@ def damaged_params(
     All are read, and their xxh3_128 computed again. progress is called with the bytes read since.
     """
     with concurrent.futures.ThreadPoolExecutor(ARRAY_HASHERS) as hashers:
-        found = hashers.map(lambda path: _damage(directory, path, leaves[path], progress), leaves)
+        found = hashers.map(lambda path: _check_array(directory, path, leaves[path], progress), leaves)
         return {path: damage for path, damage in zip(leaves, found, strict=True) if damage}
 
 
-def _damage(directory: Path, path: str, leaf: Mapping[str, Any], progress: Callable[[int], None]) -> str:
+def _check_array(directory: Path, path: str, leaf: Mapping[str, Any], progress: Callable[[int], None]) -> str:
     """What is wrong with a weight's files; "" for nothing."""
     import xxhash
 
     digest = xxhash.xxh3_128()
     try:
         check_params(directory, {path: leaf}, [path])
-        for block in row_blocks(directory, path, leaf):
+        for block in iter_row_blocks(directory, path, leaf):
             digest.update(block.view(np.uint8).data)
             progress(block.nbytes)
     except CheckpointError as error:

@@ -20,7 +20,7 @@ from vllama_jax.io.json_files import read_object
 DIGESTS_FORMAT = 1
 DIGESTS = "digests.json"
 # Notes of Orbax on the save itself: it writes them after the digests, and no restore reads them.
-NOTES = ("_CHECKPOINT_METADATA", "commit_success.txt")
+ORBAX_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 NAME = re.compile(r"step_(0|[1-9][0-9]*)")  # as Orbax writes it
 BLOCK_BYTES = 4 * 2**20  # read and hashed at a time
 FILE_HASHERS = 4  # files at a time
@@ -49,7 +49,7 @@ class Digests:
         return sum(file.size for file in self.files.values())
 
 
-def run_steps(run: Path) -> list[int]:
+def list_checkpoint_steps(run: Path) -> list[int]:
     """List the steps of a run's checkpoints in rising order.
 
     A file of such a name is one of them, as what is left of a damaged checkpoint; half-written ones have other names.
@@ -61,7 +61,7 @@ def run_steps(run: Path) -> list[int]:
 def write_digests(checkpoint: Path, step: int) -> None:
     """Hash the files of a checkpoint as they are on disk, and record them in it. Raises OSError."""
     files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file()]
-    files = [file for file in files if file.parent != checkpoint or file.name not in (*NOTES, DIGESTS)]
+    files = [file for file in files if file.parent != checkpoint or file.name not in (*ORBAX_FILES, DIGESTS)]
     found = {
         file.relative_to(checkpoint).as_posix(): {"size": file.stat().st_size, "xxh3_128": digest}
         for file, digest in zip(files, _hash_all(files), strict=True)
@@ -121,14 +121,14 @@ def check_digests(
     paths = [checkpoint / name for name in expected]
     sizes = (_size_problem(path, file.size) for path, file in zip(paths, expected.values(), strict=True))
     if damaged := [f"{path}: {problem}" for path, problem in zip(paths, sizes, strict=True) if problem]:
-        raise _damage(damaged)
+        raise _corruption_error(damaged)
     try:
         found = _hash_all(paths, progress)
     except OSError as error:
         raise CheckpointError(f"{error.filename or checkpoint}: cannot be read ({error.strerror or error})") from error
     pairs = zip(paths, expected.values(), found, strict=True)
     if damaged := [f"{path}: its bytes are not those that were saved" for path, file, h in pairs if h != file.xxh3_128]:
-        raise _damage(damaged)
+        raise _corruption_error(damaged)
 
 
 def check_checkpoint(checkpoint: Path, part: str = "") -> bool:
@@ -157,7 +157,7 @@ def _size_problem(path: Path, size: int) -> str:
     return "" if found.st_size == size else f"{found.st_size} bytes, saved with {size}"
 
 
-def _damage(damaged: list[str]) -> CheckpointError:
+def _corruption_error(damaged: list[str]) -> CheckpointError:
     more = [f"and {len(damaged) - LISTED_FILES} more files"] if len(damaged) > LISTED_FILES else []
     return CheckpointError("; ".join([*damaged[:LISTED_FILES], *more]))
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax.checkpoints.arrays import check_manifest
-from vllama_jax.checkpoints.digests import check_checkpoint, run_steps
-from vllama_jax.checkpoints.shipped import find_model, has_digest, shipped_model
+from vllama_jax.checkpoints.digests import check_checkpoint, list_checkpoint_steps
+from vllama_jax.checkpoints.shipped import find_model, is_shipped_digest, shipped_model
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, from_dict, to_dict
-from vllama_jax.errors import CheckpointError, one_line
+from vllama_jax.errors import CheckpointError, format_error
 from vllama_jax.io.atomic import replace_json, write_json
-from vllama_jax.io.json_fields import LARGEST_INTEGER, shown
+from vllama_jax.io.json_fields import LARGEST_INTEGER, format_value
 from vllama_jax.io.json_files import read_object
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def write_manifest(directory: Path, sources: dict[str, Any], leaves: dict[str, d
 
 
 @dataclasses.dataclass(frozen=True)
-class Trained:
+class TrainedWeights:
     """Weights that a run trained. path: of its checkpoint. leaves: their shapes. dtypes: the names of theirs."""
 
     path: Path
@@ -62,7 +62,7 @@ class Trained:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Base:
+class BaseReference:
     """The base model of a run, as its config.json has it: the directory, and the digest of all weights."""
 
     path: str
@@ -70,7 +70,7 @@ class Base:
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunDirectory:
     """A run directory whose checkpoints are not looked at yet. base: where its base model is now."""
 
     path: Path
@@ -89,7 +89,7 @@ class ModelDirectory:
     path: Path
     config: VideoLlamaConfig
     manifest: dict[str, Any]
-    trained: tuple[Trained, ...] = ()
+    trained: tuple[TrainedWeights, ...] = ()
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":
@@ -98,7 +98,7 @@ class ModelDirectory:
         return load_tokenizer(self.path / "tokenizer")
 
     @property
-    def opened(self) -> Path:
+    def opened_path(self) -> Path:
         """The directory that this was opened as: the last run's, or the model's own."""
         return self.trained[-1].path.parents[1] if self.trained else self.path
 
@@ -109,7 +109,7 @@ class ModelDirectory:
         return shapes | {path: shape for trained in self.trained for path, shape in trained.leaves.items()}
 
     @functools.cached_property
-    def trained_by(self) -> dict[str, Trained]:
+    def trained_by(self) -> dict[str, TrainedWeights]:
         """For each weight that runs trained, by path, the run that trained it last."""
         return {path: trained for trained in self.trained for path in trained.leaves}
 
@@ -155,18 +155,18 @@ def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirecto
             raise CheckpointError(
                 f"{run.base}: not the base model that {run.path} was trained on; name that one with --base"
             )
-        trained = open_trained(_last_weights(run.path), run.lora)
+        trained = open_trained_weights(_last_weights(run.path), run.lora)
         directory = dataclasses.replace(directory, trained=(*directory.trained, trained))
     return directory
 
 
-def find_runs(path: str | Path, base: str | Path | None = None) -> tuple[list[Run], Path]:
+def find_runs(path: str | Path, base: str | Path | None = None) -> tuple[list[RunDirectory], Path]:
     """Find the runs that `path` consists of, the last one first, and the model directory that the first started from.
 
     No weight is looked at. Raises as `open_model` does for what is neither a model directory nor a run.
     """
     path = find_model(path)
-    runs: list[Run] = []
+    runs: list[RunDirectory] = []
     while "base" in (fields := read_config(path)):
         if any(os.path.samefile(path, run.path) for run in runs):
             raise CheckpointError(f"{path / 'config.json'}: the run is its own base model; name the right one: --base")
@@ -184,7 +184,7 @@ def read_config(path: Path) -> dict[str, Any]:
             else f"{path}: no such model directory; `vllama convert` makes one"
         )
     fields = read_object(path / "config.json") if (path / "config.json").exists() else None
-    if not (fields and "format" in fields) and (weights := _pytorch_weights(path)):
+    if not (fields and "format" in fields) and (weights := _find_pytorch_weights(path)):
         raise CheckpointError(
             f"{path}: holds PyTorch weights ({weights}); `vllama convert` makes a model directory of them"
         )
@@ -194,21 +194,21 @@ def read_config(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _run(path: Path, fields: dict[str, Any], base: str | Path | None) -> Run:
+def _run(path: Path, fields: dict[str, Any], base: str | Path | None) -> RunDirectory:
     """A run with its base: what is given, else what config.json names, else the miniature or what is beside the run."""
     where, config = path / "config.json", fields.get("run")
-    recorded = from_dict(fields["base"], Base, f"{where}: base")
+    recorded = from_dict(fields["base"], BaseReference, f"{where}: base")
     lora = config.get("lora") if isinstance(config, dict) else None
     named = find_model(base or recorded.path)
     beside = path.absolute().parent / named.name  # where it is when both were moved
     if not base and not os.path.isdir(named):
         # The miniature may have been unpacked into a cache folder that is gone, or shipped in another place.
-        named = shipped_model() if has_digest(recorded.digest) else beside if os.path.isdir(beside) else named
+        named = shipped_model() if is_shipped_digest(recorded.digest) else beside if os.path.isdir(beside) else named
     if not os.path.isdir(named):
         raise CheckpointError(
             f"{path}: its base model {named} is not there, nor beside the run; name it with --base, or put it there"
         )
-    return Run(
+    return RunDirectory(
         path, named, recorded.digest, from_dict(lora, LoraConfig, f"{where}: run.lora", range(LARGEST_INTEGER + 1))
     )
 
@@ -225,7 +225,7 @@ def _open_model_directory(path: Path) -> ModelDirectory:
     return ModelDirectory(path, _model_config(path, read_config(path)), manifest)
 
 
-def _pytorch_weights(directory: Path) -> str:
+def _find_pytorch_weights(directory: Path) -> str:
     """The name of a file of PyTorch weights in a directory, or one below it; "" where there is none."""
     places = [directory, *(entry for entry in sorted(directory.iterdir()) if entry.is_dir())]
     files = (entry for place in places for entry in sorted(place.iterdir()) if entry.suffix in PYTORCH_SUFFIXES)
@@ -247,7 +247,7 @@ def _model_config(path: Path, fields: dict[str, Any]) -> VideoLlamaConfig:
 
 def _last_weights(run: Path) -> Path:
     """The weights in a run's last checkpoint. Raises CheckpointError when they are damaged."""
-    steps = run_steps(run)
+    steps = list_checkpoint_steps(run)
     if not steps:
         raise CheckpointError(f"{run}: a run that has no checkpoint yet; let it reach one")
     name = f"step_{steps[-1]}"
@@ -259,7 +259,7 @@ def _last_weights(run: Path) -> Path:
     return run / name / "weights"
 
 
-def open_trained(weights: Path, lora: LoraConfig) -> Trained:
+def open_trained_weights(weights: Path, lora: LoraConfig) -> TrainedWeights:
     """Read which arrays are in the weights of a checkpoint. Raises CheckpointError when Orbax cannot."""
     import orbax.checkpoint as ocp
     from flax.traverse_util import flatten_dict
@@ -268,14 +268,14 @@ def open_trained(weights: Path, lora: LoraConfig) -> Trained:
         handler = ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=False)  # told, it starts no device to ask
         leaves = flatten_dict(handler.metadata(weights.absolute()).tree, sep="/")
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
-        return Trained(weights, shapes, {path: leaf.dtype.name for path, leaf in leaves.items()}, lora)
+        return TrainedWeights(weights, shapes, {path: leaf.dtype.name for path, leaf in leaves.items()}, lora)
     except Exception as error:  # Orbax raises errors of every type
-        raise CheckpointError(f"{weights}: cannot be read ({one_line(error)})") from error
+        raise CheckpointError(f"{weights}: cannot be read ({format_error(error)})") from error
 
 
 def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:
     made = fields.get("format")
-    told = shown(made)
+    told = format_value(made)
     if isinstance(made, int) and made > MODEL_FORMAT:
         raise CheckpointError(
             f"{path}: its format is {told}, newer than this version's {MODEL_FORMAT}; update vllama-jax"

@@ -14,8 +14,8 @@ import numpy as np
 
 from vllama_jax.checkpoints.arrays import ParamsWriter, check_params
 from vllama_jax.checkpoints.directory import ModelDirectory, write_config, write_manifest
-from vllama_jax.checkpoints.reader import RowReader, row_reader, stored_dtype
-from vllama_jax.checkpoints.restore import Restoring, check_leaves, restore_weights, with_own_sharding
+from vllama_jax.checkpoints.reader import RowReader, make_row_reader, stored_dtype
+from vllama_jax.checkpoints.restore import RestoreFunction, check_leaves, restore_weights, with_default_sharding
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.io.atomic import new_directory, write_file
@@ -32,7 +32,7 @@ QUANTIZED_WEIGHTS = ("values", "scale")
 QuantizedLayers = Mapping[str, "QuantizedLinear"]
 
 
-def scheme_of(directory: ModelDirectory, asked: str | None) -> str | None:
+def resolve_scheme(directory: ModelDirectory, asked: str | None) -> str | None:
     """How the weights are to be in memory. Raises ConfigError where that is not known, or not what is stored."""
     stored = directory.quantized
     for scheme in (asked, stored):
@@ -43,14 +43,14 @@ def scheme_of(directory: ModelDirectory, asked: str | None) -> str | None:
     return asked or stored
 
 
-def network_to_load(
+def make_network_to_load(
     directory: ModelDirectory, dtype: str | None, asked: str | None
-) -> "tuple[VideoLlama, Restoring | None]":
+) -> "tuple[VideoLlama, RestoreFunction | None]":
     """The network to load, with shapes in place of weights, and what reads those where it quantises them.
 
     Updates of low rank are part of a kernel before it is quantised, so there are none then.
     """
-    scheme = scheme_of(directory, asked)
+    scheme = resolve_scheme(directory, asked)
     lora = NO_LORA if scheme else directory.lora
     network, layers = abstract_layers(directory.config, dtype, scheme, lora)
     making = scheme is not None and not directory.quantized
@@ -71,13 +71,13 @@ def _restore_weights(
     layers: QuantizedLayers, directory: ModelDirectory, wanted: dict[str, Any]
 ) -> "dict[str, jax.Array]":
     """`restore_weights`, with the kernels of `layers` quantised on the device, one layer after the other."""
-    read = row_reader(directory)
+    read = make_row_reader(directory)
     _check_kernels(directory, layers)
     made = {f"{path}/{weight}" for path in layers for weight in QUANTIZED_WEIGHTS}
     restored = restore_weights(directory, {path: wanted[path] for path in wanted if path not in made})
     for path, layer in layers.items():
         names = [f"{path}/{weight}" for weight in QUANTIZED_WEIGHTS]
-        places = tuple(with_own_sharding(wanted[name]) for name in names)
+        places = tuple(with_default_sharding(wanted[name]) for name in names)
         restored |= zip(names, _quantized_leaf(read, path, layer, places), strict=True)
     return restored
 
@@ -139,11 +139,11 @@ def quantized_rows(
         yield quantized(place(read(f"{path}/kernel", row)), layer.inputs, layer.bits)
 
 
-def quantizing_reader(directory: ModelDirectory, layers: QuantizedLayers) -> RowReader:
+def make_quantizing_reader(directory: ModelDirectory, layers: QuantizedLayers) -> RowReader:
     """Reads the weights of a network with quantised layers, which it quantises itself, or one row of theirs."""
     from vllama_jax.nn.quantized import quantized
 
-    read = row_reader(directory)
+    read = make_row_reader(directory)
 
     @functools.lru_cache(maxsize=1)
     def made(path: str, row: int | None) -> dict[str, np.ndarray]:
@@ -164,7 +164,7 @@ def unquantized_shapes(directory: ModelDirectory) -> dict[str, tuple[int, ...]]:
     """
     if not directory.quantized:
         return directory.shapes
-    layers = abstract_layers(directory.config, None, scheme_of(directory, None))[1]
+    layers = abstract_layers(directory.config, None, resolve_scheme(directory, None))[1]
     made = {
         f"{path}/{name}": getattr(layer, name).shape for path, layer in layers.items() for name in QUANTIZED_WEIGHTS
     }
@@ -186,18 +186,18 @@ def quantize(
     """
     if model.quantized:
         raise ConfigError(f"{model.path}: its weights are {model.quantized} already")
-    layers = abstract_layers(model.config, None, scheme_of(model, scheme))[1]
+    layers = abstract_layers(model.config, None, resolve_scheme(model, scheme))[1]
     _check_kernels(model, layers)
-    read = row_reader(model)
+    read = make_row_reader(model)
     with new_directory(Path(out)) as directory:
         with ParamsWriter(directory / "params") as params:
-            for path in _kept(model):
+            for path in _list_stored_paths(model):
                 layer = layers.get(path.removesuffix("/kernel"))
                 if layer is None:
                     _copy(params, model, read, path)
                 else:
                     _write_quantized(params, read, path.removesuffix("/kernel"), layer)
-                progress(_bytes(model, path))
+                progress(_stored_bytes(model, path))
         (directory / "tokenizer").mkdir()
         for file in (model.path / "tokenizer").iterdir():
             write_file(directory / "tokenizer" / file.name, file.read_bytes())
@@ -206,15 +206,15 @@ def quantize(
 
 
 def bytes_to_read(model: ModelDirectory) -> int:
-    return sum(_bytes(model, path) for path in _kept(model))
+    return sum(_stored_bytes(model, path) for path in _list_stored_paths(model))
 
 
-def _kept(model: ModelDirectory) -> list[str]:
+def _list_stored_paths(model: ModelDirectory) -> list[str]:
     """All weights but updates of low rank, which are added to their kernels."""
     return sorted(path for path in model.shapes if "/lora/" not in path)
 
 
-def _bytes(model: ModelDirectory, path: str) -> int:
+def _stored_bytes(model: ModelDirectory, path: str) -> int:
     return math.prod(model.shapes[path]) * stored_dtype(model, path).itemsize
 
 

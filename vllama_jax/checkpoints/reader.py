@@ -18,7 +18,7 @@ def stored_dtype(model: ModelDirectory, path: str) -> np.dtype:
     return np.dtype("float32" if path in model.trained_by else model.manifest["leaves"][path]["dtype"])
 
 
-def _stored(model: ModelDirectory) -> RowReader:
+def _make_stored_reader(model: ModelDirectory) -> RowReader:
     """Reads a weight by its path, or one row of its first axis.
 
     What a run trained can only be read whole, and a few such weights are kept until their rows have been asked for.
@@ -45,12 +45,12 @@ def _stored(model: ModelDirectory) -> RowReader:
     return read
 
 
-def row_reader(model: ModelDirectory) -> RowReader:
+def make_row_reader(model: ModelDirectory) -> RowReader:
     """Reads a weight by its path, or one row of its first axis, as it lies on disk.
 
     Kernels that a run gave low-rank updates come with those added, as loading does (nn/lora.py).
     """
-    read = _stored(model)
+    read = _make_stored_reader(model)
 
     def merged(path: str, row: int | None) -> np.ndarray:
         kernel = read(path, row)
@@ -60,14 +60,14 @@ def row_reader(model: ModelDirectory) -> RowReader:
         lora = model.trained_by[f"{update}/down"].lora
         down, up, scale = read(f"{update}/down", row), read(f"{update}/up", row), lora.alpha / lora.rank
         if row is not None:
-            return with_update(kernel, down, up, scale)
+            return apply_lora_update(kernel, down, up, scale)
         layers = zip(kernel, down, up, strict=True)  # only stacked kernels have updates (nn/lora.py)
-        return np.stack([with_update(*layer, scale) for layer in layers])
+        return np.stack([apply_lora_update(*layer, scale) for layer in layers])
 
     return merged
 
 
-def with_update(kernel: np.ndarray, down: np.ndarray, up: np.ndarray, scale: float) -> np.ndarray:
+def apply_lora_update(kernel: np.ndarray, down: np.ndarray, up: np.ndarray, scale: float) -> np.ndarray:
     """A layer's kernel and its low-rank update in one."""
     update = np.tensordot(down, up, 1) * np.float32(scale)
     return (kernel.astype(np.float32) + update).astype(kernel.dtype)

@@ -7,22 +7,22 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vllama_jax.branches import trained_components
+from vllama_jax.branches import list_trainable_components
 from vllama_jax.checkpoints.arrays import check_params
 from vllama_jax.checkpoints.directory import ModelDirectory
-from vllama_jax.errors import CheckpointError, one_line
+from vllama_jax.errors import CheckpointError, format_error
 
 if TYPE_CHECKING:
     import jax
     from flax import nnx
 
 
-IN_FLIGHT_GB = 4  # of weights that are read at once, at least one whole weight in float32
+CONCURRENT_GB = 4  # of weights that are read at once, at least one whole weight in float32
 
-Restoring = Callable[[ModelDirectory, dict[str, Any]], "dict[str, jax.Array]"]
+RestoreFunction = Callable[[ModelDirectory, dict[str, Any]], "dict[str, jax.Array]"]
 
 
-def restore(directory: ModelDirectory, abstract: "nnx.State", weights: Restoring | None = None) -> "nnx.State":
+def restore(directory: ModelDirectory, abstract: "nnx.State", weights: RestoreFunction | None = None) -> "nnx.State":
     """The weights of `directory` in the shapes, dtypes and shardings of `abstract`; each host reads its part.
 
     `abstract` may hold some of the model's weights only. weights: reads them by path; `restore_weights` unless given.
@@ -59,7 +59,7 @@ def restore_arrays(path: Path, wanted: dict[str, Any]) -> "dict[str, jax.Array]"
 
     if not wanted:
         return {}
-    tree = nest({path: with_own_sharding(leaf) for path, leaf in wanted.items()})
+    tree = unflatten_paths({path: with_default_sharding(leaf) for path, leaf in wanted.items()})
     restore_args = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape), tree
     )
@@ -68,22 +68,22 @@ def restore_arrays(path: Path, wanted: dict[str, Any]) -> "dict[str, jax.Array]"
     alone = {jax.process_index()} if here and jax.process_count() > 1 else None  # no other process is waited for
     options = ocp.options.MultiprocessingOptions(active_processes=alone)
     handler = ocp.PyTreeCheckpointHandler(
-        multiprocessing_options=options, restore_concurrent_gb=gb_in_flight(leaf.shape for leaf in wanted.values())
+        multiprocessing_options=options, restore_concurrent_gb=max_concurrent_gb(leaf.shape for leaf in wanted.values())
     )
     checkpointer = ocp.Checkpointer(handler, multiprocessing_options=options)
     try:
         restored = checkpointer.restore(path.absolute(), args=arguments)
         return {name: _leaf(restored, name) for name in wanted}
     except Exception as error:  # Orbax raises errors of every type
-        raise CheckpointError(f"{path}: its weights cannot be read ({one_line(error)})") from error
+        raise CheckpointError(f"{path}: its weights cannot be read ({format_error(error)})") from error
 
 
-def gb_in_flight(shapes: Iterable[Sequence[int]]) -> int:
+def max_concurrent_gb(shapes: Iterable[Sequence[int]]) -> int:
     """GB (10⁹ bytes) of weights of these shapes that a host reads at once at most."""
-    return max(IN_FLIGHT_GB, max(math.prod(shape) for shape in shapes) * 4 // 10**9 + 1)
+    return max(CONCURRENT_GB, max(math.prod(shape) for shape in shapes) * 4 // 10**9 + 1)
 
 
-def with_own_sharding(leaf: Any) -> Any:
+def with_default_sharding(leaf: Any) -> Any:
     """An abstract leaf with a sharding: its own, or the first device's."""
     import jax
 
@@ -96,18 +96,18 @@ def check_leaves(directory: ModelDirectory, wanted: dict[str, Sequence[int]]) ->
     shapes = directory.shapes
     missing = [path for path in wanted if path not in shapes]
     if any(f"{path.removesuffix('/kernel')}/values" in shapes for path in missing):
-        raise only_answers(directory.path, directory.quantized)
+        raise inference_only_error(directory.path, directory.quantized)
     if missing:
-        raise _lacking(directory, missing)
+        raise _missing_weights_error(directory, missing)
     if wrong := [path for path, shape in wanted.items() if shapes[path] != tuple(shape)]:
         raise CheckpointError(f"{directory.path}: config.json and weights disagree on the shape of {', '.join(wrong)}")
 
 
-def _lacking(directory: ModelDirectory, missing: list[str]) -> CheckpointError:
+def _missing_weights_error(directory: ModelDirectory, missing: list[str]) -> CheckpointError:
     """What is wrong where weights are missing: a part that was never trained, or one that is there in part."""
     parts = sorted({path.split("/")[0] for path in missing})
     if not any(path.split("/")[0] in parts for path in directory.shapes):
-        branches = set(parts) <= {component.split("/")[0] for component in trained_components()}
+        branches = set(parts) <= {component.split("/")[0] for component in list_trainable_components()}
         files = "checkpoints that hold them (--vl, --al), or train them" if branches else "files that hold them"
         told = f"the model has no {', '.join(parts)} ({len(missing)} weights)"
         return CheckpointError(f"{directory.path}: {told}; convert again with the {files}")
@@ -120,14 +120,14 @@ def _lacking(directory: ModelDirectory, missing: list[str]) -> CheckpointError:
     return CheckpointError(f"{directory.path}: lacks {missing[0]}{more} of a part that it has; convert it again")
 
 
-def only_answers(path: str | Path, scheme: str | None) -> CheckpointError:
+def inference_only_error(path: str | Path, scheme: str | None) -> CheckpointError:
     """What is raised where a quantised model is asked for more than answers."""
     return CheckpointError(
         f"{path}: its weights are {scheme}, good for answers and nothing else; take the model that it was made from"
     )
 
 
-def nest(flat: dict[str, Any]) -> dict[str, Any]:
+def unflatten_paths(flat: dict[str, Any]) -> dict[str, Any]:
     """A tree of dicts from values by path."""
     tree: dict[str, Any] = {}
     for path, value in flat.items():

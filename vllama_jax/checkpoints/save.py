@@ -13,7 +13,7 @@ from vllama_jax.checkpoints.directory import write_config, write_manifest
 from vllama_jax.checkpoints.quantize import abstract_layers
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import CheckpointError
-from vllama_jax.io.atomic import new_directory, replaced_directory, write_file
+from vllama_jax.io.atomic import new_directory, replacement_directory, write_file
 from vllama_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllama_jax.nn.video_llama import VideoLlama
 
 MODEL_FILES = ("config.json", "manifest.json", "params")  # what a directory must have to be replaced
-REPORTED = 3  # weights in a message
+MAX_LISTED = 3  # weights in a message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def save_network(
         )
     if overwrite and out.exists():
         _check_replaceable(out)
-    with (replaced_directory if overwrite else new_directory)(out) as directory:
+    with (replacement_directory if overwrite else new_directory)(out) as directory:
         with ParamsWriter(directory / "params") as params:
             for path in sorted(weights):
                 weight = weights[path]
@@ -135,7 +135,7 @@ def _check_weights(weights: Mapping[str, _Weight], config: VideoLlamaConfig, sch
         ],
     }
     told = [
-        f"{', '.join(paths[:REPORTED])}{', …' if len(paths) > REPORTED else ''}: {what}"
+        f"{', '.join(paths[:MAX_LISTED])}{', …' if len(paths) > MAX_LISTED else ''}: {what}"
         for what, paths in problems.items()
         if paths
     ]

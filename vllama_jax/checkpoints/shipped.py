@@ -1,7 +1,7 @@
 """The miniature that comes with the package: a small trained model, and clips to ask it about (docs/miniature.md).
 
-Its model directory is one file, `box/model.zip`, which is unpacked into the cache folder when it is first used.
-`box/model.json` has the digests of that file and of the weights in it.
+Its model directory is one file, `assets/model.zip`, which is unpacked into the cache folder when it is first used.
+`assets/model.json` has the digests of that file and of the weights in it.
 """
 
 import atexit
@@ -15,18 +15,18 @@ from typing import Any
 from vllama_jax.errors import CheckpointError
 from vllama_jax.io.archives import unpack
 from vllama_jax.io.json_files import read_object
-from vllama_jax.io.paths import cache_folder
+from vllama_jax.io.paths import cache_directory
 
 MODEL_NAME, CLIP_NAME = "miniature", "demo"  # what stands for them where a path is asked for
-BOX = Path(__file__).parents[1] / "miniature" / "box"
-CLIPS, RESULTS = BOX / "clips", BOX / "results.json"
-ABOUT_MODEL = (
+ASSETS = Path(__file__).parents[1] / "miniature" / "assets"
+CLIPS, RESULTS = ASSETS / "clips", ASSETS / "results.json"
+MODEL_DESCRIPTION = (
     "the miniature answers: 3 million weights that know 16 things (a bell, a dog, …) in 8 colors, how they move and "
     "how they sound, and nothing else (docs/miniature.md); --model takes a real model"
 )
 DEMO_CLIP = "bell.mp4"
-ABOUT_CLIP = "a rendered clip of 4 seconds: a large yellow bell moves to the left and rings"
-TRY = (
+CLIP_DESCRIPTION = "a rendered clip of 4 seconds: a large yellow bell moves to the left and rings"
+CHAT_HINT = (
     'Ask a question, such as "Describe it.", "Which way does it go?" or "What do you hear?"; an empty line or Ctrl-D '
     "ends the chat."
 )
@@ -43,18 +43,18 @@ def shipped_model() -> Path:
     Raises:
         CheckpointError: The package is installed without it, its file is corrupt, or it can be unpacked nowhere.
     """
-    archive, digest = BOX / "model.zip", _digests().get("archive_xxh3_128")
+    archive, digest = ASSETS / "model.zip", _digests().get("archive_xxh3_128")
     if digest is None:
-        raise CheckpointError(f"{BOX}: the miniature is not installed; name a model with --model")
+        raise CheckpointError(f"{ASSETS}: the miniature is not installed; name a model with --model")
     try:
-        directory = cache_folder() / MODEL_NAME / digest  # packages that bring other weights have other directories
+        directory = cache_directory() / MODEL_NAME / digest  # packages that bring other weights have other directories
         unpack(archive, digest, directory)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         return _unpack_temporarily(archive, digest, getattr(error, "strerror", None) or str(error))
     return directory
 
 
-def has_digest(digest: str) -> bool:
+def is_shipped_digest(digest: str) -> bool:
     """Return whether the weights of the model that comes with the package have this `ModelDirectory.digest`."""
     return digest == _digests().get("model_digest")
 
@@ -83,7 +83,7 @@ def find_clip(path: str | Path) -> Path:
 
 def _digests() -> dict[str, Any]:
     """What model.json has; nothing where the package is installed without the miniature."""
-    file = BOX / "model.json"
+    file = ASSETS / "model.json"
     return read_object(file) if file.is_file() else {}
 
 

@@ -29,19 +29,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. Exit code 0; 1 with one line on stderr when it failed; 2 with one line for wrong usage; 130 after
     Ctrl-C.
     """
-    from vllama_jax.runtime.interrupts import ending_on_interrupt
+    from vllama_jax.runtime.interrupts import exit_on_interrupt
 
-    with ending_on_interrupt():
+    with exit_on_interrupt():
         _main(list(sys.argv[1:] if arguments is None else arguments))
 
 
 def _main(arguments: list[str]) -> None:
-    from vllama_jax.cli._logs import logging_for_people
+    from vllama_jax.cli._logs import configure_logging
     from vllama_jax.cli._usage import UsageError
-    from vllama_jax.errors import VllamaError, os_error_line
+    from vllama_jax.errors import VllamaError, format_os_error
 
     try:
-        with logging_for_people():
+        with configure_logging():
             _run(arguments)
     except UsageError as error:
         print(f"vllama: {error}", file=sys.stderr)
@@ -54,7 +54,7 @@ def _main(arguments: list[str]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:  # where no command knows better what to say: a folder that may not be entered, a full disk
-        sys.exit(f"vllama: {os_error_line(error)}")
+        sys.exit(f"vllama: {format_os_error(error)}")
 
 
 def _run(arguments: list[str]) -> None:
@@ -62,23 +62,23 @@ def _run(arguments: list[str]) -> None:
 
     name, *rest = arguments or ["--help"]
     if name in ("-h", "--help"):
-        print(_usage.list_commands("vllama", COMMANDS, EXAMPLE))
+        print(_usage.format_command_list("vllama", COMMANDS, EXAMPLE))
     elif name in ("-V", "--version"):
         import vllama_jax
 
         print(f"vllama_jax {vllama_jax.__version__}")
     elif name in COMMANDS:
         module = importlib.import_module(f"vllama_jax.cli.{name}")
-        if hasattr(module, "with_config"):
-            command, prog, rest = module.with_config(rest)
+        if hasattr(module, "select_command"):
+            command, prog, rest = module.select_command(rest)
         else:
             command, prog = getattr(module, name), f"vllama {name}"
         _usage.parse(command, prog, rest)()
     else:
-        raise _usage.UsageError(f"no command {name!r}{_suggestion(name)}")
+        raise _usage.UsageError(f"no command {name!r}{_suggest_command(name)}")
 
 
-def _suggestion(name: str) -> str:
-    from vllama_jax.errors import did_you_mean
+def _suggest_command(name: str) -> str:
+    from vllama_jax.errors import suggest_name
 
-    return f"; {did_you_mean(name, COMMANDS) or 'there are ' + ', '.join(COMMANDS)}"
+    return f"; {suggest_name(name, COMMANDS) or 'there are ' + ', '.join(COMMANDS)}"

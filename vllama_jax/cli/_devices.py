@@ -1,7 +1,7 @@
 """Which devices a command uses."""
 
 
-def leave_accelerators() -> None:
+def use_cpu_only() -> None:
     """For commands that need none: JAX would take a GPU's memory, and fails where another process has the TPU."""
     import jax
 

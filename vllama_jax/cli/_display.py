@@ -24,13 +24,13 @@ class Display:
     def __exit__(self, *_: object) -> None:
         self._status.stop()
 
-    def step(self, text: str) -> None:
+    def show_status(self, text: str) -> None:
         """What is being done until the next step."""
         if sys.stderr.isatty():
             self._status.update(Text(text))  # not markup: a path may hold brackets
             self._status.start()
 
-    def say(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         """A sentence for people."""
         self._status.stop()
         print(text, file=sys.stderr, flush=True)
@@ -45,12 +45,12 @@ class Display:
                 print()  # Ctrl-D leaves the cursor behind the prompt
             return None
 
-    def answer(self, pieces: Iterable[str]) -> None:
+    def answer(self, texts: Iterable[str]) -> None:
         """An answer, piece by piece as it comes."""
-        for piece in pieces:
+        for text in texts:
             self._status.stop()
             if not self._quiet:
-                print(piece, end="", flush=True)
+                print(text, end="", flush=True)
         self._status.stop()
         if not self._quiet:
             print(flush=True)

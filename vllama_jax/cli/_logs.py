@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 
 
-class _Stderr(logging.Handler):
+class _StderrHandler(logging.Handler):
     """Prints a message as commands print theirs. sys.stderr is looked up each time: progress bars replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -16,13 +16,13 @@ class _Stderr(logging.Handler):
 
 
 @contextlib.contextmanager
-def logging_for_people() -> Iterator[None]:
+def configure_logging() -> Iterator[None]:
     """Print our warnings on stderr without a prefix of level and module, and keep other packages' quiet.
 
     Python's -W and PYTHONWARNINGS win where they are given.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own log in C++: errors only
-    ours, root = _Stderr(logging.WARNING), logging.NullHandler()  # a root that has a handler gets no other
+    ours, root = _StderrHandler(logging.WARNING), logging.NullHandler()  # a root that has a handler gets no other
     logging.getLogger("vllama_jax").addHandler(ours)
     logging.getLogger().addHandler(root)
     try:

@@ -7,7 +7,7 @@ from vllama_jax.train.config_files import Prepare, load_config
 DEFAULT_CONFIG = "vision_stage1"
 
 
-def named_config(arguments: list[str], command: str) -> tuple[TrainConfig, Prepare]:
+def load_named_config(arguments: list[str], command: str) -> tuple[TrainConfig, Prepare]:
     """Load the config that the first argument names; for help, a default one, whose flags are shown.
 
     Args:
@@ -18,11 +18,11 @@ def named_config(arguments: list[str], command: str) -> tuple[TrainConfig, Prepa
         UsageError: The first argument is an option, or there is none.
         ConfigError: As `load_config`.
     """
-    first = first_argument(arguments, f"name a run config first: `{command}`, or a Python file")
+    first = require_first_argument(arguments, f"name a run config first: `{command}`, or a Python file")
     return load_config(first or DEFAULT_CONFIG)
 
 
-def first_argument(arguments: list[str], advice: str) -> str | None:
+def require_first_argument(arguments: list[str], advice: str) -> str | None:
     """Return the first argument, whose value decides which options a command has; None where help is asked for alone.
 
     Raises UsageError, with the advice, when it is an option or there is none.

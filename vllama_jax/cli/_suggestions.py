@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from vllama_jax.train.config import RENAMED_FIELDS
 
 # Names that other programs and earlier versions use → ours. The first one that the command has is suggested.
-OTHER_NAMES = {
+OPTION_ALIASES = {
     "bits": ("--quantize",),
     "bs": ("--batch-size",),
     "ckpt": ("--model",),
@@ -82,7 +82,7 @@ ADVICE = {
 }
 
 
-def suggest(unknown: str, flags: Sequence[str], command: str) -> str:
+def suggest_option(unknown: str, flags: Sequence[str], command: str) -> str:
     """Return "; did you mean --optim.lr?" or other advice for an option that a command does not have.
 
     Args:
@@ -92,7 +92,7 @@ def suggest(unknown: str, flags: Sequence[str], command: str) -> str:
     """
     name = unknown.lstrip("-").replace("_", "-").lower()
     last = name.rsplit(".", 1)[-1]
-    named = [flag for key in (name, last) for flag in OTHER_NAMES.get(key, ()) if flag in flags]
+    named = [flag for key in (name, last) for flag in OPTION_ALIASES.get(key, ()) if flag in flags]
     if named:
         return f"; did you mean {named[0]}?"
     dataset = re.match(r"datasets\.(\d+)\.", name)

@@ -13,11 +13,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from vllama_jax.branches import component_of
+from vllama_jax.branches import get_component
 from vllama_jax.train.reporter import step_summary
-from vllama_jax.train.smoothing import SmoothedMean, fit_smoothing
+from vllama_jax.train.smoothing import SmoothedMean, default_smoothing
 
-LOG_EVERY = 30.0  # seconds
+LOG_INTERVAL = 30.0  # seconds
 
 
 class TrainingDisplay:
@@ -35,7 +35,7 @@ class TrainingDisplay:
         self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._steps, self._verbose, self._clock = steps, verbose, clock
         self._task = self._bar.add_task("loading", total=steps)
-        self._loss, self._seconds = (SmoothedMean(fit_smoothing(steps)) for _ in range(2))
+        self._loss, self._seconds = (SmoothedMean(default_smoothing(steps)) for _ in range(2))
         self._logged = -math.inf
 
     def __enter__(self) -> Self:
@@ -45,16 +45,18 @@ class TrainingDisplay:
     def __exit__(self, *_: object) -> None:
         self._bar.stop()
 
-    def say(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         """Print a sentence that stays."""
         self._console.print(text, markup=False)
 
-    def table(self, plan: Any) -> None:
+    def show_plan(self, plan: Any) -> None:
         """Print what trains: parameters by module, or each one, and where their first values come from."""
         rows: dict[tuple[str, str], list[tuple[int, ...]]] = {}
-        for path in plan.learns:
-            name = path if self._verbose else component_of(path)
-            rows.setdefault((name, _origin(plan.sources[path])), []).append(plan.skeleton.variables[path].shape)
+        for path in plan.trainable_paths:
+            name = path if self._verbose else get_component(path)
+            rows.setdefault((name, _format_source(plan.sources[path])), []).append(
+                plan.abstract_model.variables[path].shape
+            )
         shown = "shape" if self._verbose else "arrays"
         table = Table(
             Column("trainable", overflow="fold"),
@@ -64,17 +66,19 @@ class TrainingDisplay:
         )
         for (name, origin), shapes in rows.items():
             arrays = "×".join(map(str, shapes[0])) if self._verbose else f"{len(shapes):,}"
-            table.add_row(name, arrays, f"{_count(shapes):,}", origin)
+            table.add_row(name, arrays, f"{_count_parameters(shapes):,}", origin)
         self._console.print(table)
-        frozen = _count([leaf.shape for path, leaf in plan.skeleton.variables.items() if path not in plan.sources])
-        total = _count([shape for shapes in rows.values() for shape in shapes])
-        self.say(f"{total:,} parameters train, {frozen:,} are frozen ({plan.dtype.name})")
+        frozen = _count_parameters(
+            [leaf.shape for path, leaf in plan.abstract_model.variables.items() if path not in plan.sources]
+        )
+        total = _count_parameters([shape for shapes in rows.values() for shape in shapes])
+        self.show_message(f"{total:,} parameters train, {frozen:,} are frozen ({plan.dtype.name})")
 
     def begin(self, step: int) -> None:
         """Show how far the run is before the first step of this process, which loads and compiles."""
         self._bar.update(self._task, completed=step, description="preparing the first step")
         if not self._console.is_terminal:
-            self.say(f"{step}/{self._steps} steps")
+            self.show_message(f"{step}/{self._steps} steps")
 
     def step(self, metrics: dict[str, Any]) -> None:
         """Show a step that is done."""
@@ -82,22 +86,24 @@ class TrainingDisplay:
         shown = step_summary(metrics, loss)
         self._bar.update(self._task, completed=metrics["step"], description=shown)
         now, left = self._clock(), self._steps - metrics["step"]
-        if not self._console.is_terminal and now - self._logged >= LOG_EVERY:
+        if not self._console.is_terminal and now - self._logged >= LOG_INTERVAL:
             self._logged = now
-            self.say(f"{metrics['step']}/{self._steps} steps  {shown}  {_duration(left * seconds)} left")
+            self.show_message(
+                f"{metrics['step']}/{self._steps} steps  {shown}  {_format_duration(left * seconds)} left"
+            )
 
 
-def _origin(source: Any) -> str:
+def _format_source(source: Any) -> str:
     if source is None:
         return "random"
     return str(source.trained[-1].path.parent if source.trained else source.path)
 
 
-def _count(shapes: list[tuple[int, ...]]) -> int:
+def _count_parameters(shapes: list[tuple[int, ...]]) -> int:
     return sum(map(math.prod, shapes))
 
 
-def _duration(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, rest = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

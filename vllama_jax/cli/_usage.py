@@ -17,14 +17,14 @@ from typing import Annotated, Any
 
 import tyro
 
-from vllama_jax.cli._suggestions import suggest
+from vllama_jax.cli._suggestions import suggest_option
 from vllama_jax.errors import VllamaError
 
 Command = Callable[..., None]
 
-Json = Annotated[bool, tyro.conf.arg(name="json")]  # the flag --json, whose variable may not hide a module
+JsonFlag = Annotated[bool, tyro.conf.arg(name="json")]  # the flag --json, whose variable may not hide a module
 TYRO_CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-UNWRAPPED = "10000"  # columns; tyro breaks its messages to fit the terminal
+UNWRAPPED_COLUMNS = "10000"  # columns; tyro breaks its messages to fit the terminal
 TYPES = {"INT": "a whole number", "FLOAT": "a number"}
 _FLAG = re.compile(r"│ +(--[\w.-]+)(?: (\S+))?")  # in --help without line breaks: a flag and what it takes
 _NO_DEFAULT = re.compile(r"\(default:[\s│]*(?:None|True|False|'')?[\s│]*\)")
@@ -50,39 +50,39 @@ def parse(command: Command, prog: str, arguments: Sequence[str]) -> Callable[[],
     asked_for_help = any(argument in ("-h", "--help") for argument in arguments)
     arguments = ["--help"] if asked_for_help else arguments  # of all arguments, not of those that are still missing
     try:
-        with _captured(wide=not asked_for_help) as printed:
-            return tyro.cli(_deferred(command), prog=prog, args=arguments, config=TYRO_CONFIG)
+        with _capture_output(wide=not asked_for_help) as printed:
+            return tyro.cli(_defer(command), prog=prog, args=arguments, config=TYRO_CONFIG)
     except SystemExit as stop:
         if stop.code:
-            raise UsageError(_explain(printed.getvalue(), command, prog, arguments)) from None
-        print(tidy_help(printed.getvalue()) if asked_for_help else printed.getvalue(), end="")
+            raise UsageError(_explain_error(printed.getvalue(), command, prog, arguments)) from None
+        print(format_help(printed.getvalue()) if asked_for_help else printed.getvalue(), end="")
         raise
     except VllamaError as error:  # a dataclass of options that refuses a value
-        raise UsageError(_name_flag(str(error), help_of(command, prog))) from error
+        raise UsageError(_replace_field_with_flag(str(error), render_help(command, prog))) from error
 
 
-def at_least(low: float, **options: float | None) -> None:
+def require_at_least(low: float, **options: float | None) -> None:
     """Raise UsageError for options below `low`. Options that were not given (None) pass."""
     for name, value in options.items():
         if value is not None and not value >= low:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
 
 
-def list_commands(prog: str, commands: Mapping[str, str], example: str) -> str:
+def format_command_list(prog: str, commands: Mapping[str, str], example: str) -> str:
     """Return the help of a program that only dispatches to commands."""
     names = [f"  {name:10}{what}" for name, what in commands.items()]
     end = [f"{prog} COMMAND --help has the details of each.", "", f"Example: {example}"]
     return "\n".join([f"usage: {prog} COMMAND …", "", *names, "", *end])
 
 
-def help_of(command: Command, prog: str) -> str:
+def render_help(command: Command, prog: str) -> str:
     """Return the help of a command as tyro draws it, without line breaks."""
-    with contextlib.suppress(SystemExit), _captured(wide=True) as printed:
-        tyro.cli(_deferred(command), prog=prog, args=["--help"], config=TYRO_CONFIG)
+    with contextlib.suppress(SystemExit), _capture_output(wide=True) as printed:
+        tyro.cli(_defer(command), prog=prog, args=["--help"], config=TYRO_CONFIG)
     return printed.getvalue()
 
 
-def tidy_help(text: str) -> str:
+def format_help(text: str) -> str:
     """Wrap what is not in a box, and leave out defaults that say nothing: of flags, and None."""
     text = _NO_DEFAULT.sub(lambda found: re.sub(r"[^│\n]", " ", found[0]), text)
     width = os.get_terminal_size().columns if sys.stdout.isatty() else int(os.environ.get("COLUMNS") or 80)
@@ -104,18 +104,18 @@ def _wrap(line: str, width: int) -> list[str]:
     return [f"{part} \\" for part in lines[:-1]] + lines[-1:] if example else lines
 
 
-class _Printed(io.StringIO):
+class _Utf8Buffer(io.StringIO):
     """Collects what is printed. tyro draws its boxes in ASCII where the encoding is not UTF-8."""
 
     encoding = "utf-8"
 
 
 @contextlib.contextmanager
-def _captured(*, wide: bool) -> Iterator[io.StringIO]:
+def _capture_output(*, wide: bool) -> Iterator[io.StringIO]:
     """What is printed to stdout and stderr, wrapped as the terminal needs it or, if wide, not at all."""
-    printed, columns = _Printed(), os.environ.get("COLUMNS")
+    printed, columns = _Utf8Buffer(), os.environ.get("COLUMNS")
     if wide:
-        os.environ["COLUMNS"] = UNWRAPPED
+        os.environ["COLUMNS"] = UNWRAPPED_COLUMNS
     try:
         with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
             yield printed
@@ -126,7 +126,7 @@ def _captured(*, wide: bool) -> Iterator[io.StringIO]:
             os.environ["COLUMNS"] = columns
 
 
-def _deferred(command: Command) -> Callable[..., Callable[[], None]]:
+def _defer(command: Command) -> Callable[..., Callable[[], None]]:
     """A function of the same signature that binds the arguments, for tyro calls what it parses for."""
 
     @functools.wraps(command)
@@ -134,37 +134,37 @@ def _deferred(command: Command) -> Callable[..., Callable[[], None]]:
         return functools.partial(command, *arguments, **options)
 
     bind.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]  # which `inspect` reads there
-    bind.__doc__ = _one_line_paragraphs(command.__doc__ or "")
+    bind.__doc__ = _join_paragraph_lines(command.__doc__ or "")
     del bind.__wrapped__  # tyro would read the docstring there
     return bind
 
 
-def _one_line_paragraphs(docstring: str) -> str:
+def _join_paragraph_lines(docstring: str) -> str:
     """A docstring whose paragraphs, list items and arguments are one line each: tyro keeps some line breaks in them."""
     paragraphs = inspect.cleandoc(docstring).split("\n\n")
     joined = [re.sub(r"\n {8,}" if text.startswith("Args:") else r"\n(?!- )", " ", text) for text in paragraphs]
     return "\n\n".join(joined)
 
 
-def _explain(box: str, command: Command, prog: str, arguments: Sequence[str]) -> str:
+def _explain_error(box: str, command: Command, prog: str, arguments: Sequence[str]) -> str:
     """One line that says what tyro's box of an error says."""
     lines = [line.strip("│").rstrip() for line in box.splitlines()[1:-1]]
-    help_text = help_of(command, prog)
+    help_text = render_help(command, prog)
     flags = {name: kind for name, kind in _FLAG.findall(help_text) if name != "--help"}
-    said = " ".join(" ".join(lines[: next((i for i, line in enumerate(lines) if "──" in line), None)]).split())
-    if unknown := _unknown(arguments, flags):
-        return f"{unknown}: no such option of `{prog}`{suggest(unknown, list(flags), command.__name__)}"
-    if found := re.search(r"Error parsing (--[\w.-]+)|(?:invalid choice|value) .*?for argument '([\w.-]+)'", said):
-        return _refuse(found[1] or found[2], flags, arguments, said)
-    if said.startswith("Unrecognized options: "):
-        extra = said.removeprefix("Unrecognized options: ")
+    message = " ".join(" ".join(lines[: next((i for i, line in enumerate(lines) if "──" in line), None)]).split())
+    if unknown := _find_unknown_option(arguments, flags):
+        return f"{unknown}: no such option of `{prog}`{suggest_option(unknown, list(flags), command.__name__)}"
+    if found := re.search(r"Error parsing (--[\w.-]+)|(?:invalid choice|value) .*?for argument '([\w.-]+)'", message):
+        return _explain_bad_value(found[1] or found[2], flags, arguments, message)
+    if message.startswith("Unrecognized options: "):
+        extra = message.removeprefix("Unrecognized options: ")
         return f"{extra}: not an option or an argument of `{prog}`; `{prog} --help` lists them"
     missing = [line.strip() for line in lines if re.match(r" {5}\S", line) and not line.strip().startswith(prog)]
     verb = "are" if len(missing) > 1 else "is"
-    return f"{', '.join(missing)} {verb} missing. {_first_example(command)}" if missing else said
+    return f"{', '.join(missing)} {verb} missing. {_first_example(command)}" if missing else message
 
 
-def _unknown(arguments: Sequence[str], flags: Mapping[str, str]) -> str | None:
+def _find_unknown_option(arguments: Sequence[str], flags: Mapping[str, str]) -> str | None:
     """The first argument that looks like a flag and is none."""
     for argument in arguments:
         if argument == "--":
@@ -175,23 +175,23 @@ def _unknown(arguments: Sequence[str], flags: Mapping[str, str]) -> str | None:
     return None
 
 
-def _refuse(name: str, flags: Mapping[str, str], arguments: Sequence[str], said: str) -> str:
+def _explain_bad_value(name: str, flags: Mapping[str, str], arguments: Sequence[str], message: str) -> str:
     """What is wrong with the value of an argument."""
     kind = flags.get(name, "")
     given = [a.partition("=")[2] for a in arguments if a.replace("_", "-").startswith(f"{name}=")]
     given += [value for flag, value in itertools.pairwise(arguments) if flag.replace("_", "-") == name]
-    if said.startswith("Missing value"):
+    if message.startswith("Missing value"):
         return f"{name} needs a value: {TYPES.get(kind) or kind.strip('{}').replace(',', ', ')}"
-    if found := re.match(r"invalid choice '(.*?)' .* Expected one of \((.*)\)", said):
+    if found := re.match(r"invalid choice '(.*?)' .* Expected one of \((.*)\)", message):
         choices = kind.strip("{}[]").split(",") if "{" in kind else sorted(re.findall(r"'([^']+)'", found[2]))
         name = name if name in flags else name.upper()  # a positional argument, as the help has it
         return f"{name}: {found[1]!r} is none of {', '.join(choices)}"
     if given and kind in TYPES:
         return f"{name}: {given[-1]!r} is not {TYPES[kind]}"
-    return said.removeprefix("Error parsing ")
+    return message.removeprefix("Error parsing ")
 
 
-def _name_flag(message: str, help_text: str) -> str:
+def _replace_field_with_flag(message: str, help_text: str) -> str:
     """A message that begins with a field's name, with the flag's name in its place."""
     found = _FIELD.match(message)
     if found is None:
@@ -202,5 +202,5 @@ def _name_flag(message: str, help_text: str) -> str:
 
 def _first_example(command: Command) -> str:
     """The first example in a command's docstring, on one line."""
-    lines = _one_line_paragraphs(command.__doc__ or "").splitlines()
+    lines = _join_paragraph_lines(command.__doc__ or "").splitlines()
     return next((line for line in lines if line.startswith("Example: ")), "")

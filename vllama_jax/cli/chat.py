@@ -11,16 +11,16 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vllama_jax.chat import Chat, Prepared, check_positions, prepare
+from vllama_jax.chat import Chat, PreparedMedia, check_num_frames, prepare_media
 from vllama_jax.checkpoints import shipped
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.shipped import find_clip, is_shipped, shipped_model
 from vllama_jax.cli._display import Display
-from vllama_jax.cli._usage import Json, at_least
+from vllama_jax.cli._usage import JsonFlag, require_at_least
 from vllama_jax.config import GREEDY, GenerationConfig
 from vllama_jax.errors import VllamaError
 from vllama_jax.media import MediaReport, check_file
-from vllama_jax.model import Model, load, without_missing_branch
+from vllama_jax.model import Model, load, remove_missing_branches
 from vllama_jax.text.prompts import start_conversation
 from vllama_jax.text.templates import TemplateName
 
@@ -45,7 +45,7 @@ def chat(
     quantize: Literal["int8", "int4"] | None = None,
     audio_scale: float | None = None,
     base: Path | None = None,
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Talk about a video, an image or an audio file. Without a question, it asks you for them.
 
@@ -74,41 +74,43 @@ def chat(
         base: A run's base model, where that has moved.
         json_output: Print one JSON object (report, answer, tokens, timings; turns has every question).
     """
-    at_least(1, num_frames=num_frames)
+    require_at_least(1, num_frames=num_frames)
     with Display(quiet=json_output) as display:
         files = [find_clip(path) for path in (file, *media)]
-        ours = model is None or is_shipped(model)
+        uses_shipped_model = model is None or is_shipped(model)
         for path in files:
             check_file(path)  # what can be seen at once is said before minutes are spent on loading
-        if ours:
-            display.say(shipped.ABOUT_MODEL)
+        if uses_shipped_model:
+            display.show_message(shipped.MODEL_DESCRIPTION)
         if files[0] != file:
-            display.say(f"{files[0]}: {shipped.ABOUT_CLIP}")
-        directory = without_missing_branch(open_model(shipped_model() if model is None else model, base))
+            display.show_message(f"{files[0]}: {shipped.CLIP_DESCRIPTION}")
+        directory = remove_missing_branches(open_model(shipped_model() if model is None else model, base))
         config = directory.config
         start_conversation(template or config.template, config.has_audio, system)
         if not interpolate_positions:
-            check_positions(config, "--num-frames", num_frames, "ask for fewer, or add --interpolate-positions")
+            check_num_frames(config, "--num-frames", num_frames, "ask for fewer, or add --interpolate-positions")
         read = {"config": config, "num_frames": num_frames, "audio": audio, "require_audio": require_audio}
         weights = {"dtype": dtype, "quantize": quantize, "audio_scale": audio_scale}
         loaded, prepared, timings = _load(display, directory, weights, files, read)
         conversation = Chat(loaded, template, system)
-        with _timed(timings, "encode"):
+        with _record_time(timings, "encode"):
             for path, one in zip(files, prepared, strict=True):
-                display.say(f"{path}: {one.report}")
-                display.step(f"encoding {path} (a first start compiles)")
-                conversation.show(one, interpolate_positions=interpolate_positions)
+                display.show_message(f"{path}: {one.report}")
+                display.show_status(f"encoding {path} (a first start compiles)")
+                conversation.add_prepared(one, interpolate_positions=interpolate_positions)
         if not questions:
-            display.say(shipped.TRY if files[0] != file else "Ask a question; an empty line or Ctrl-D ends the chat.")
+            display.show_message(
+                shipped.CHAT_HINT if files[0] != file else "Ask a question; an empty line or Ctrl-D ends the chat."
+            )
         turns = []
         for question in questions or iter(display.ask, None):
-            display.step("thinking")
+            display.show_status("thinking")
             try:
                 display.answer(conversation.ask(question, **dataclasses.asdict(generation)))
             except VllamaError as error:
                 if questions:
                     raise
-                display.say(f"vllama: {error}")  # a user who is asked goes on
+                display.show_message(f"vllama: {error}")  # a user who is asked goes on
                 continue
             if conversation.last is not None:
                 turns.append({"question": question, **dataclasses.asdict(conversation.last)})
@@ -118,20 +120,20 @@ def chat(
 
 def _load(
     display: Display, directory: ModelDirectory, weights: dict[str, Any], files: list[Path], read: dict[str, Any]
-) -> tuple[Model, list[Prepared], dict[str, float]]:
+) -> tuple[Model, list[PreparedMedia], dict[str, float]]:
     """Loads the model while the files are read, or not at all where one of them soon turns out to be unusable."""
     timings: dict[str, float] = {}
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        readings = [pool.submit(prepare, path, **read) for path in files]
-        with _timed(timings, "load"):
-            display.step(f"loading {directory.path}")
-            concurrent.futures.wait(readings, HEAD_START, concurrent.futures.FIRST_EXCEPTION)
-            for reading in filter(concurrent.futures.Future.done, readings):
-                reading.result()
+        pending = [pool.submit(prepare_media, path, **read) for path in files]
+        with _record_time(timings, "load"):
+            display.show_status(f"loading {directory.path}")
+            concurrent.futures.wait(pending, HEAD_START, concurrent.futures.FIRST_EXCEPTION)
+            for future in filter(concurrent.futures.Future.done, pending):
+                future.result()
             loaded = load(directory, **weights)
-        with _timed(timings, "read"):
-            display.step("reading " + ", ".join(map(str, files)))
-            return loaded, [reading.result() for reading in readings], timings
+        with _record_time(timings, "read"):
+            display.show_status("reading " + ", ".join(map(str, files)))
+            return loaded, [future.result() for future in pending], timings
 
 
 def _print_json(reports: list[MediaReport], turns: list[dict[str, Any]], timings: dict[str, float]) -> None:
@@ -148,7 +150,7 @@ def _print_json(reports: list[MediaReport], turns: list[dict[str, Any]], timings
 
 
 @contextmanager
-def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
+def _record_time(timings: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     timings[name] = round(time.perf_counter() - start, 3)

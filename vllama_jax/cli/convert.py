@@ -5,8 +5,8 @@ from typing import Literal
 
 import tyro
 
-from vllama_jax.branches import branches_of
-from vllama_jax.cli._devices import leave_accelerators
+from vllama_jax.branches import get_branches
+from vllama_jax.cli._devices import use_cpu_only
 from vllama_jax.cli._progress import bytes_bar
 from vllama_jax.convert import ConversionPlan, bytes_to_write
 from vllama_jax.convert import convert as write
@@ -73,7 +73,7 @@ def convert(
         seed: Of the new weights; that of run configs unless given.
     """
     check_absent(out)
-    leave_accelerators()  # what runs trained comes through JAX
+    use_cpu_only()  # what runs trained comes through JAX
     files = {"eva_vit": eva_vit, "blip2": blip2, "imagebind": imagebind, "minigpt4": minigpt4, "vl": vl, "al": al}
     override = read_object(config, ConfigError) if config else {}
     plan = make_plan(
@@ -101,7 +101,7 @@ def _summary(plan: ConversionPlan, out: Path) -> str:
     lines += [f"  left out, {count} tensor{'s' * (count > 1)} of {reason}" for reason, count in plan.left_out.items()]
     if plan.new:
         lines.append(f"  new random weights, to be trained: {', '.join(plan.new)}")
-    needed = [part.split("/")[0] for one in branches_of(plan.config) for part in (one.qformer, one.projection)]
+    needed = [part.split("/")[0] for one in get_branches(plan.config) for part in (one.qformer, one.projection)]
     if untrained := [part for part in dict.fromkeys(needed) if part not in parts]:
         lines.append(f"  no {', '.join(untrained)} yet: train it, or convert with the checkpoints that have them")
     return "\n".join(lines)

@@ -9,7 +9,7 @@ from typing import Any
 import tyro
 
 from vllama_jax.cli._progress import count_bar
-from vllama_jax.cli._usage import Command, Json, UsageError, at_least, list_commands
+from vllama_jax.cli._usage import Command, JsonFlag, UsageError, format_command_list, require_at_least
 from vllama_jax.data.sources import SourceName
 from vllama_jax.errors import DataError
 
@@ -18,17 +18,17 @@ DATA_COMMANDS = {
     "check": "Decode every record and list what training would leave out.",
     "stats": "Count records, turns and characters.",
 }
-LISTED_ENTRIES = 20  # annotations that the build left out
+MAX_LISTED_ENTRIES = 20  # annotations that the build left out
 
 
-def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
+def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
     """The command that the first argument names, its name, and its arguments. Help is printed here."""
     name, *rest = arguments or [""]
     if name in DATA_COMMANDS:
         commands: dict[str, Command] = {"build": build, "check": check, "stats": stats}
         return commands[name], f"vllama data {name}", rest
     if name in ("-h", "--help"):
-        print(list_commands("vllama data", DATA_COMMANDS, "vllama data build jsonl --source clips --out records"))
+        print(format_command_list("vllama data", DATA_COMMANDS, "vllama data build jsonl --source clips --out records"))
         sys.exit()
     wrong = f"no command {name!r} of `vllama data`" if name else "`vllama data` needs a command"
     raise UsageError(f"{wrong}; there are {', '.join(DATA_COMMANDS)}")
@@ -62,7 +62,7 @@ def check(
     *,
     model: Path | None = None,
     num_frames: int | None = None,
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Decode every record and list what training would leave out: unreadable, too short, empty. Exits with 1 if any is.
 
@@ -79,7 +79,7 @@ def check(
     from vllama_jax.data.check import count_tokens, find_unusable
     from vllama_jax.data.records import open_records
 
-    at_least(1, num_frames=num_frames)
+    require_at_least(1, num_frames=num_frames)
     opened = open_records(records)
     directory = open_model(model) if model is not None else None
     if num_frames is None:
@@ -99,7 +99,7 @@ def check(
         )
 
 
-def stats(records: tyro.conf.Positional[str], /, *, json_output: Json = False) -> None:
+def stats(records: tyro.conf.Positional[str], /, *, json_output: JsonFlag = False) -> None:
     """Report how many records of each kind there are, and how much is said of them.
 
     Example: vllama data stats records
@@ -126,11 +126,11 @@ def _check_lines(records: str, summary: dict[str, Any]) -> Iterator[str]:
     for found in summary["problems"]:
         yield f"record {found['record']}, {found['id']}: {found['why']}"
     skipped = summary["skipped"]
-    for found in skipped[:LISTED_ENTRIES]:
+    for found in skipped[:MAX_LISTED_ENTRIES]:
         place = f" ({found['place']})" if found["place"] not in ("", found["id"]) else ""
         yield f"left out by the build, {found['id']}: {found['why']}{place}"
-    if len(skipped) > LISTED_ENTRIES:
-        yield f"left out by the build, {len(skipped) - LISTED_ENTRIES} more: {records}/skipped.jsonl"
+    if len(skipped) > MAX_LISTED_ENTRIES:
+        yield f"left out by the build, {len(skipped) - MAX_LISTED_ENTRIES} more: {records}/skipped.jsonl"
     if "tokens" in summary:
         yield "tokens: {total} in all, {mean} a record, {longest} at most".format(**summary["tokens"])
     usable = summary["records"] - len(summary["problems"])

@@ -9,14 +9,14 @@ import tyro
 
 from vllama_jax.checkpoints.shipped import MODEL_NAME
 from vllama_jax.cli._display import Display
-from vllama_jax.cli._usage import Command, Json, UsageError, at_least
+from vllama_jax.cli._usage import Command, JsonFlag, UsageError, require_at_least
 from vllama_jax.evaluate.benchmarks import BENCHMARKS, BenchmarkName
 from vllama_jax.text.templates import TemplateName
 
-LISTED_FAILURES = 5  # videos that could not be read
+MAX_LISTED_FAILURES = 5  # videos that could not be read
 
 
-def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
+def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
     """The command for the benchmark that the first argument names, its name, and its arguments."""
     if arguments[:1] == ["miniature"]:
         return miniature, "vllama eval miniature", arguments[1:]
@@ -30,7 +30,7 @@ def miniature(
     model: Path | None = None,
     audio_scale: float | None = None,
     measures: tuple[str, ...] = (),
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Ask a miniature about clips of its small world that are rendered now, of combinations that it never trained on.
 
@@ -48,16 +48,16 @@ def miniature(
         measures: Which to take, by name; all unless given. Only the clips that these are about are rendered.
         json_output: Print one JSON object: accuracy, n, chance and the accuracy's 95 % interval by kind of question.
     """
-    from vllama_jax.miniature.evaluate import as_table, check_asked, evaluate
+    from vllama_jax.miniature.evaluate import check_arguments, evaluate, format_measures
     from vllama_jax.model import load
 
-    at_least(0, seed=seed)
-    at_least(1, clips=clips)
-    check_asked(seed, clips, measures)  # before a model is loaded
+    require_at_least(0, seed=seed)
+    require_at_least(1, clips=clips)
+    check_arguments(seed, clips, measures)  # before a model is loaded
     with Display(quiet=json_output) as display:
         loaded = load(model or MODEL_NAME, audio_scale=audio_scale)
-        found = evaluate(loaded, seed, clips, display.step, measures)
-    print(json.dumps(found) if json_output else as_table(found))
+        found = evaluate(loaded, seed, clips, display.show_status, measures)
+    print(json.dumps(found) if json_output else format_measures(found))
 
 
 def benchmark(
@@ -79,7 +79,7 @@ def benchmark(
     base: Path | None = None,
     judge_url: str | None = None,
     judge_model: str | None = None,
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Answer a benchmark's questions, greedily and in batches, and score the answers. Run again, it goes on.
 
@@ -115,14 +115,14 @@ def benchmark(
         json_output: Print one JSON object, what results.json holds.
     """
     from vllama_jax.evaluate.answers import AnswerSettings
-    from vllama_jax.evaluate.judge_client import find_judge
+    from vllama_jax.evaluate.judge_client import make_judge
     from vllama_jax.evaluate.run import Evaluation, evaluate
 
-    if name == "miniature":  # it takes other options, so that `with_config` has to see it first
+    if name == "miniature":  # it takes other options, so that `select_command` has to see it first
         raise UsageError("the name comes before all options: `vllama eval miniature --seed 7`")
     if (judge_url is None) != (judge_model is None):
         raise UsageError("a judge needs both --judge-url and --judge-model")
-    at_least(1, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, num_frames=num_frames)
+    require_at_least(1, limit=limit, batch_size=batch_size, max_new_tokens=max_new_tokens, num_frames=num_frames)
     asked = Evaluation(
         benchmark=name,
         annotations=annotations,
@@ -135,13 +135,13 @@ def benchmark(
             max_new_tokens=max_new_tokens, num_frames=num_frames, audio=audio, template=template, batch_size=batch_size
         ),
         weights={"dtype": dtype, "quantize": quantize},
-        judge=find_judge(judge_url, judge_model) if judge_url and judge_model else None,
+        judge=make_judge(judge_url, judge_model) if judge_url and judge_model else None,
     )
     with Display(quiet=json_output) as display:
-        results = evaluate(asked, display.step)
-        for line in _lacking(results, videos):
-            display.say(line)
-    print(json.dumps(results) if json_output else "\n".join(_lines(results, out)))
+        results = evaluate(asked, display.show_status)
+        for line in _format_problems(results, videos):
+            display.show_message(line)
+    print(json.dumps(results) if json_output else "\n".join(_format_scores(results, out)))
 
 
 benchmark.__doc__ = (benchmark.__doc__ or "").replace(
@@ -149,51 +149,51 @@ benchmark.__doc__ = (benchmark.__doc__ or "").replace(
 )
 
 
-def _lacking(results: dict[str, Any], videos: Path) -> Iterator[str]:
+def _format_problems(results: dict[str, Any], videos: Path) -> Iterator[str]:
     """What could not be answered or judged."""
     missing, unusable, unjudged = results["missing_videos"], results["unusable"], results["unjudged"]
     if missing["videos"]:
         first = ", ".join(missing["first"])
         yield f"{videos}: {missing['videos']} videos are missing, with {missing['questions']} questions; first {first}"
-    for why in list(dict.fromkeys(unusable.values()))[:LISTED_FAILURES]:
+    for why in list(dict.fromkeys(unusable.values()))[:MAX_LISTED_FAILURES]:
         yield f"not answered: {why}"
-    if len(unusable) > LISTED_FAILURES:
+    if len(unusable) > MAX_LISTED_FAILURES:
         yield f"not answered in all: {len(unusable)} questions; results.json has the reason of each"
     if unjudged["cases"]:
         yield f"not judged, until the same command asks again: {unjudged['cases']}; the first: {unjudged['first']}"
 
 
-def _lines(results: dict[str, Any], out: Path) -> Iterator[str]:
+def _format_scores(results: dict[str, Any], out: Path) -> Iterator[str]:
     """The figures for people: percents, but for a judge's scores; published ones beside them."""
     published = results["published"] or {}
     for kind, scores in results["scores"].items():
-        told = [f"{name} {_percent(value)}" for name, value in scores.items() if isinstance(value, float)]
+        figures = [f"{name} {_format_percent(value)}" for name, value in scores.items() if isinstance(value, float)]
         if scores.get("no_choice"):
-            told.append(f"{scores['no_choice']} name no choice")
+            figures.append(f"{scores['no_choice']} name no choice")
         before = published.get("accuracy", {}).get(kind)
-        beside = f" (published {_percent(before)})" if before else ""
-        yield f"{kind}: {', '.join([*told, 'n ' + str(scores['n'])])}{beside}"
+        beside = f" (published {_format_percent(before)})" if before else ""
+        yield f"{kind}: {', '.join([*figures, 'n ' + str(scores['n'])])}{beside}"
     for judge, aspects in results["judged"].items():
         for aspect, found in aspects.items():
             before = published.get("judged", {}).get(aspect)
-            beside = f" (published {_judged(before)})" if before else ""
+            beside = f" (published {_format_judgement(before)})" if before else ""
             lacking = "" if found["n"] == found["of"] else f" of {found['of']}"
             dates = " to ".join(dict.fromkeys((found["from"], found["until"])))
-            yield f"{aspect} by {judge}, {dates}: {_judged(found)}, n {found['n']}{lacking}{beside}"
+            yield f"{aspect} by {judge}, {dates}: {_format_judgement(found)}, n {found['n']}{lacking}{beside}"
     asked = set().union(*results["judged"].values())
     for aspect, before in published.get("judged", {}).items():
         if aspect not in asked:
             why = "no score" if results["unjudged"]["cases"] else "not asked"
-            yield f"{aspect} by a judge: {why} (published {_judged(before)})"
+            yield f"{aspect} by a judge: {why} (published {_format_judgement(before)})"
     if published:
         yield f"published: {published['source']}"
     yield f"{out}: {results['answered']} of {results['questions']} questions answered"
 
 
-def _judged(found: dict[str, Any]) -> str:
-    accuracy = f"{_percent(found['accuracy'])} / " if "accuracy" in found else ""
+def _format_judgement(found: dict[str, Any]) -> str:
+    accuracy = f"{_format_percent(found['accuracy'])} / " if "accuracy" in found else ""
     return f"{accuracy}{found['score']:.2f}"
 
 
-def _percent(value: float) -> str:
+def _format_percent(value: float) -> str:
     return f"{100 * value:.1f}"

@@ -5,7 +5,7 @@ from pathlib import Path
 import tyro
 
 from vllama_jax.checkpoints.directory import open_model
-from vllama_jax.cli._devices import leave_accelerators
+from vllama_jax.cli._devices import use_cpu_only
 from vllama_jax.cli._progress import bytes_bar
 from vllama_jax.cli._usage import UsageError
 from vllama_jax.convert import export as exporting
@@ -36,7 +36,7 @@ def export(
     if not shard_gb > 0:
         raise UsageError(f"--shard-gb must be above 0, not {shard_gb}")
     check_absent(out)
-    leave_accelerators()  # what a run trained comes through JAX
+    use_cpu_only()  # what a run trained comes through JAX
     directory = open_model(model, base)
     files = exporting.plan_export(directory, format, shard_gb * 1e9)
     total = exporting.export_bytes(files)

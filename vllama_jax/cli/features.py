@@ -7,20 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from vllama_jax.cli._progress import count_bar
-from vllama_jax.cli._run_config import named_config
-from vllama_jax.cli._usage import Command, at_least
-from vllama_jax.runtime.compilation_cache import keep_compiled_programs
+from vllama_jax.cli._run_config import load_named_config
+from vllama_jax.cli._usage import Command, require_at_least
+from vllama_jax.runtime.compilation_cache import enable_compilation_cache
 from vllama_jax.train.config import TrainConfig
-from vllama_jax.train.config_files import shipped
-from vllama_jax.train.processes import first_process_first, joined_processes
+from vllama_jax.train.config_files import shipped_configs
+from vllama_jax.train.processes import call_on_process_zero_first, join_processes
 
 if TYPE_CHECKING:
-    from vllama_jax.train.precompute import Written
+    from vllama_jax.train.precompute import PrecomputeResult
 
 
-def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
+def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
     """The command, whose options are the fields of the config that the first argument names."""
-    default, prepare = named_config(arguments, "vllama features vision_stage1 --out DIR")
+    default, prepare = load_named_config(arguments, "vllama features vision_stage1 --out DIR")
 
     def features(
         config: tyro.conf.Positional[str],
@@ -47,27 +47,27 @@ def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
             shard_records: How many records a file holds; 0 for some 512 MB of them.
             distributed: One of several processes, of a Slurm job, a TPU pod or GKE.
         """
-        at_least(0, shard_records=shard_records)
-        keep_compiled_programs()
-        with joined_processes(distributed, preemption=False), count_bar() as count:
-            from vllama_jax.train.precompute import write_features
+        require_at_least(0, shard_records=shard_records)
+        enable_compilation_cache()
+        with join_processes(distributed, preemption=False), count_bar() as count:
+            from vllama_jax.train.precompute import precompute_features
 
-            prepared = first_process_first(lambda: prepare(run, out))
-            written = write_features(prepared, out, base, shard_records, functools.partial(count, "records"))
+            prepared = call_on_process_zero_first(lambda: prepare(run, out))
+            written = precompute_features(prepared, out, base, shard_records, functools.partial(count, "records"))
         print(_summary(out, written))
 
-    features.__doc__ = (features.__doc__ or "").format(CONFIGS=", ".join(shipped()))
+    features.__doc__ = (features.__doc__ or "").format(CONFIGS=", ".join(shipped_configs()))
     return features, "vllama features", arguments
 
 
-def _summary(out: Path, written: "Written") -> str:
-    shards = f"{written.shards} shards" if written.shards != 1 else "1 shard"
-    told = f"{out}: {shards}, {written.bytes / 1e6:.1f} MB"
-    if written.kept:
-        told += f", {written.kept} of them from before"
+def _summary(out: Path, written: "PrecomputeResult") -> str:
+    num_shards = f"{written.num_shards} shards" if written.num_shards != 1 else "1 shard"
+    summary = f"{out}: {num_shards}, {written.bytes / 1e6:.1f} MB"
+    if written.num_existing_shards:
+        summary += f", {written.num_existing_shards} of them from before"
     if written.records:
-        told += f"; {written.records} records encoded, {written.records / written.seconds:.1f} records/s"
+        summary += f"; {written.records} records encoded, {written.records / written.seconds:.1f} records/s"
     if written.skipped:
-        told += f"\n  left out, {len(written.skipped)} records (skipped-*.jsonl); the first: "
-        told += ": ".join(written.skipped[0])
-    return told
+        summary += f"\n  left out, {len(written.skipped)} records (skipped-*.jsonl); the first: "
+        summary += ": ".join(written.skipped[0])
+    return summary

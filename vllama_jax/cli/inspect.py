@@ -14,9 +14,9 @@ from rich.table import Table
 from rich.text import Text
 from rich.tree import Tree
 
-from vllama_jax.branches import component_of
+from vllama_jax.branches import get_component
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
-from vllama_jax.cli._usage import Json
+from vllama_jax.cli._usage import JsonFlag
 
 
 def inspect(
@@ -25,7 +25,7 @@ def inspect(
     *,
     tree: bool = False,
     base: Path | None = None,
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Show what a model directory holds: components, parameters, dtype, bytes. Of a run, what it trained, and its base.
 
@@ -38,23 +38,23 @@ def inspect(
         json_output: Print one JSON object.
     """
     directory = open_model(model, base)
-    leaves = _leaves(directory)
+    leaves = _list_weights(directory)
     if json_output:
-        print(json.dumps(_report(model, directory, leaves)))
+        print(json.dumps(_make_report(model, directory, leaves)))
         return
     console = Console(soft_wrap=True, highlight=False)
-    console.print(Text(_heading(model, directory)))
-    console.print(_tree(model, leaves) if tree else _table(leaves))
+    console.print(Text(_format_heading(model, directory)))
+    console.print(_make_tree(model, leaves) if tree else _make_table(leaves))
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class StoredWeight:
     """A weight on disk. place: "" in the model directory itself, else the checkpoint of the run that trained it."""
 
     path: str
     shape: tuple[int, ...]
     dtype: str
-    place: str
+    checkpoint: str
 
     @property
     def parameters(self) -> int:
@@ -68,18 +68,21 @@ class Held:
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
-def _leaves(directory: ModelDirectory) -> list[Held]:
+def _list_weights(directory: ModelDirectory) -> list[StoredWeight]:
     """Every weight; of one that runs trained, the last run's."""
     found = {
-        path: Held(path, tuple(leaf["shape"]), leaf["dtype"], "") for path, leaf in directory.manifest["leaves"].items()
+        path: StoredWeight(path, tuple(leaf["shape"]), leaf["dtype"], "")
+        for path, leaf in directory.manifest["leaves"].items()
     }
     for trained in directory.trained:
         where = str(trained.path.parent)
-        found |= {path: Held(path, shape, trained.dtypes[path], where) for path, shape in trained.leaves.items()}
+        found |= {
+            path: StoredWeight(path, shape, trained.dtypes[path], where) for path, shape in trained.leaves.items()
+        }
     return [found[path] for path in sorted(found)]
 
 
-def _heading(model: Path, directory: ModelDirectory) -> str:
+def _format_heading(model: Path, directory: ModelDirectory) -> str:
     files = [file["name"] for files in directory.manifest["sources"].values() for file in files]
     kind = f", weights {directory.quantized}" if directory.quantized else ""
     lines = [f"{directory.path}: prompt template {directory.config.template}{kind}; made from {', '.join(files)}"]
@@ -91,7 +94,7 @@ def _heading(model: Path, directory: ModelDirectory) -> str:
     return "\n".join(lines)
 
 
-def _table(leaves: list[Held]) -> Table:
+def _make_table(leaves: list[StoredWeight]) -> Table:
     """A row for each part, dtype and place."""
     table = Table(box=None, pad_edge=False)
     columns: dict[str, Literal["left", "right"]] = {
@@ -103,21 +106,21 @@ def _table(leaves: list[Held]) -> Table:
     }
     for name, justify in columns.items():
         table.add_column(name, justify=justify)
-    groups: dict[tuple[str, str, str], list[Held]] = {}
+    groups: dict[tuple[str, str, str], list[StoredWeight]] = {}
     for leaf in leaves:
-        groups.setdefault((component_of(leaf.path), leaf.dtype, leaf.place), []).append(leaf)
-    for (part, dtype, place), group in groups.items():
-        table.add_row(part, *_sums(group, dtype), "trained" if place else "")
-    table.add_row("all", *_sums(leaves, ""))
+        groups.setdefault((get_component(leaf.path), leaf.dtype, leaf.checkpoint), []).append(leaf)
+    for (part, dtype, checkpoint), group in groups.items():
+        table.add_row(part, *_format_totals(group, dtype), "trained" if checkpoint else "")
+    table.add_row("all", *_format_totals(leaves, ""))
     return table
 
 
-def _sums(leaves: Iterable[Held], dtype: str) -> tuple[str, str, str]:
+def _format_totals(leaves: Iterable[StoredWeight], dtype: str) -> tuple[str, str, str]:
     leaves = list(leaves)
     return f"{sum(leaf.parameters for leaf in leaves):,}", dtype, filesize.decimal(sum(leaf.bytes for leaf in leaves))
 
 
-def _tree(model: Path, leaves: list[Held]) -> Tree:
+def _make_tree(model: Path, leaves: list[StoredWeight]) -> Tree:
     root = Tree(Text(str(model)))
     branches: dict[str, Tree] = {"": root}
     for leaf in leaves:
@@ -128,19 +131,19 @@ def _tree(model: Path, leaves: list[Held]) -> Tree:
             if child not in branches:
                 branches[child] = branches[parent].add(Text(step))
             parent = child
-        told = f"{name} {list(leaf.shape)} {leaf.dtype}, {filesize.decimal(leaf.bytes)}"
-        branches[parent].add(Text(told + (", trained" if leaf.place else "")))
+        label = f"{name} {list(leaf.shape)} {leaf.dtype}, {filesize.decimal(leaf.bytes)}"
+        branches[parent].add(Text(label + (", trained" if leaf.checkpoint else "")))
     return root
 
 
-def _report(model: Path, directory: ModelDirectory, leaves: list[Held]) -> dict:
+def _make_report(model: Path, directory: ModelDirectory, leaves: list[StoredWeight]) -> dict:
     parts: dict[str, dict[str, int]] = {}
     for leaf in leaves:
-        part = parts.setdefault(component_of(leaf.path), {"parameters": 0, "bytes": 0})
+        part = parts.setdefault(get_component(leaf.path), {"parameters": 0, "bytes": 0})
         part["parameters"] += leaf.parameters
         part["bytes"] += leaf.bytes
     listed = {
-        leaf.path: {"shape": leaf.shape, "dtype": leaf.dtype, "bytes": leaf.bytes, "trained": bool(leaf.place)}
+        leaf.path: {"shape": leaf.shape, "dtype": leaf.dtype, "bytes": leaf.bytes, "trained": bool(leaf.checkpoint)}
         for leaf in leaves
     }
     return {

@@ -9,7 +9,7 @@ import tyro
 from vllama_jax.cli._usage import UsageError
 from vllama_jax.errors import DataError
 from vllama_jax.io.atomic import replace_file
-from vllama_jax.train.plots import draw, read_metrics
+from vllama_jax.train.plots import plot_metrics, read_metrics
 
 
 def plot(
@@ -48,18 +48,18 @@ def plot(
     runs = [run, *others]
     metrics = {path: read_metrics(path) for path in runs}
     out = out or run / ("compared.png" if others else "loss.png")
-    _save(draw(metrics, smoothing), out)
+    _save(plot_metrics(metrics, smoothing), out)
     for path, steps in metrics.items():
-        where = f"{path}: " if others else f"{out}: "
-        print(f"{where}steps {steps[0]['step']} to {steps[-1]['step']}, last loss {steps[-1]['loss']:.4f}")
+        prefix = f"{path}: " if others else f"{out}: "
+        print(f"{prefix}steps {steps[0]['step']} to {steps[-1]['step']}, last loss {steps[-1]['loss']:.4f}")
     if others:
         print(out)
 
 
 def _plot_mel(file: Path, out: Path) -> None:
-    from vllama_jax.media.plots import draw_mel
+    from vllama_jax.media.plots import plot_mel
 
-    figure, audio = draw_mel(file)
+    figure, audio = plot_mel(file)
     _save(figure, out)
     assert audio.mel is not None  # it was drawn
     print(f"{out}: {len(audio.mel)} clips of {audio.report}")

@@ -5,18 +5,18 @@ from typing import Annotated
 
 import tyro
 
-from vllama_jax.cli._run_config import named_config
+from vllama_jax.cli._run_config import load_named_config
 from vllama_jax.cli._training_display import TrainingDisplay
 from vllama_jax.cli._usage import Command
-from vllama_jax.runtime.compilation_cache import keep_compiled_programs
+from vllama_jax.runtime.compilation_cache import enable_compilation_cache
 from vllama_jax.train.config import TrainConfig
-from vllama_jax.train.config_files import shipped
-from vllama_jax.train.processes import first_process_first, joined_processes
+from vllama_jax.train.config_files import shipped_configs
+from vllama_jax.train.processes import call_on_process_zero_first, join_processes
 
 
-def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
+def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
     """The command, whose options are the fields of the config that the first argument names."""
-    default, prepare = named_config(arguments, "vllama train vision_stage1 --out RUN")
+    default, prepare = load_named_config(arguments, "vllama train vision_stage1 --out RUN")
 
     def train(
         config: tyro.conf.Positional[str],
@@ -44,21 +44,21 @@ def with_config(arguments: list[str]) -> tuple[Command, str, list[str]]:
             verbose: List every parameter that trains, not one line for each module.
             distributed: One of several processes, of a Slurm job, a TPU pod or GKE.
         """
-        keep_compiled_programs()
+        enable_compilation_cache()
         with (
-            joined_processes(distributed, preemption=not dry_run),
+            join_processes(distributed, preemption=not dry_run),
             TrainingDisplay(run.steps, verbose=verbose) as display,
         ):
-            from vllama_jax.train import train as go
-            from vllama_jax.train.dry_run import dry_run as try_out
-            from vllama_jax.train.run_directory import hush_failed_saves
+            from vllama_jax.train import train as run_training
+            from vllama_jax.train.dry_run import dry_run as run_dry
+            from vllama_jax.train.run_directory import silence_orbax_save_logs
 
-            hush_failed_saves()
-            prepared = first_process_first(lambda: prepare(run, out))
+            silence_orbax_save_logs()
+            prepared = call_on_process_zero_first(lambda: prepare(run, out))
             if dry_run:
-                try_out(prepared, display, base)
+                run_dry(prepared, display, base)
             else:
-                go(prepared, out, base=base, reporter=display)
+                run_training(prepared, out, base=base, reporter=display)
 
-    train.__doc__ = (train.__doc__ or "").format(CONFIGS=", ".join(shipped()))
+    train.__doc__ = (train.__doc__ or "").format(CONFIGS=", ".join(shipped_configs()))
     return train, "vllama train", arguments

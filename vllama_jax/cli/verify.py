@@ -12,12 +12,12 @@ from rich import filesize
 from rich.console import Console
 from rich.table import Table
 
-from vllama_jax.checkpoints.digests import run_steps
-from vllama_jax.checkpoints.directory import ModelDirectory, Run, find_runs, open_model
-from vllama_jax.checkpoints.quantize import scheme_of
-from vllama_jax.cli._devices import leave_accelerators
+from vllama_jax.checkpoints.digests import list_checkpoint_steps
+from vllama_jax.checkpoints.directory import ModelDirectory, RunDirectory, find_runs, open_model
+from vllama_jax.checkpoints.quantize import resolve_scheme
+from vllama_jax.cli._devices import use_cpu_only
 from vllama_jax.cli._progress import bytes_bar, count_bar
-from vllama_jax.cli._usage import Json, at_least
+from vllama_jax.cli._usage import JsonFlag, require_at_least
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_files import read_object
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
+class SourceFiles:
     """The files that the model was made from, as `vllama convert` takes them.
 
     Attributes:
@@ -51,7 +51,7 @@ class Pieces:
     al: Path | None = None
 
 
-NO_PIECES = Pieces()
+NO_SOURCE_FILES = SourceFiles()
 
 
 def verify(
@@ -59,7 +59,7 @@ def verify(
     /,
     *,
     against: tuple[Path, ...] = (),
-    pieces: Annotated[Pieces, tyro.conf.arg(name="")] = NO_PIECES,
+    source_files: Annotated[SourceFiles, tyro.conf.arg(name="")] = NO_SOURCE_FILES,
     config: Path | None = None,
     weights_only: bool = False,
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -67,7 +67,7 @@ def verify(
     seed: int = 0,
     quantize: Literal["int8", "int4"] | None = None,
     base: Path | None = None,
-    json_output: Json = False,
+    json_output: JsonFlag = False,
 ) -> None:
     """Check that a model's files are as they were written, or that it computes what its PyTorch source does.
 
@@ -91,22 +91,22 @@ def verify(
         base: A run's base model, where that has moved.
         json_output: Print one JSON object.
     """
-    at_least(1, tokens=tokens)
-    at_least(0, seed=seed)
-    given = {kind: path for kind, path in vars(pieces).items() if path is not None}
+    require_at_least(1, tokens=tokens)
+    require_at_least(0, seed=seed)
+    given = {kind: path for kind, path in vars(source_files).items() if path is not None}
     if not against and not given:
         if weights_only or quantize:
             option = "--weights-only" if weights_only else "--quantize"
             raise ConfigError(f"{option} compares with the PyTorch files: name them with --against")
-        leave_accelerators()  # what a run trained comes through JAX
+        use_cpu_only()  # what a run trained comes through JAX
         _verify_files(model, base, json_output)
         return
     directory = open_model(model, base)
-    if weights_only and (scheme := scheme_of(directory, quantize)):
+    if weights_only and (scheme := resolve_scheme(directory, quantize)):
         raise ConfigError(f"{model}: {scheme} is not what the PyTorch files hold; leave out --weights-only")
     if weights_only:
-        leave_accelerators()
-    plan = _plan(directory, against, given, read_object(config, ConfigError) if config else None)
+        use_cpu_only()
+    plan = _plan_conversion(directory, against, given, read_object(config, ConfigError) if config else None)
     if weights_only:
         _verify_weights(model, directory, plan, json_output)
     else:
@@ -118,40 +118,40 @@ def verify(
 
 def _verify_files(model: Path, base: Path | None, json_output: bool) -> None:
     """A model directory's files, and of a run all its checkpoints and its base model's files."""
-    from vllama_jax.convert.verify.weights import check_checkpoints, damage, shortened
+    from vllama_jax.convert.verify.weights import check_checkpoints, damage, summarize
 
     runs, base_model = find_runs(model, base)
-    with bytes_bar(sum(map(_stored_bytes, runs))) as progress:
+    with bytes_bar(sum(map(_checkpoint_bytes, runs))) as progress:
         checkpoints = check_checkpoints(runs, progress)
-    damaged = {str(checkpoint.path): checkpoint.damage for checkpoint in checkpoints if checkpoint.damage}
-    directory = open_model(base_model) if damaged else open_model(model, base)
+    corrupt = {str(checkpoint.path): checkpoint.damage for checkpoint in checkpoints if checkpoint.damage}
+    directory = open_model(base_model) if corrupt else open_model(model, base)
     leaves = directory.manifest["leaves"]
-    size = sum(_bytes(leaf) for leaf in leaves.values())
+    size = sum(_weight_bytes(leaf) for leaf in leaves.values())
     with bytes_bar(size) as progress:
-        damaged |= (damaged_weights := damage(directory, progress))
+        corrupt |= (corrupt_weights := damage(directory, progress))
     if json_output:
-        report = {"weights": len(leaves), "bytes": size, "damaged": damaged}
+        report = {"weights": len(leaves), "bytes": size, "damaged": corrupt}
         report |= {"checkpoints": [vars(one) | {"path": str(one.path)} for one in checkpoints]} if runs else {}
         print(json.dumps(report))
     else:
         for checkpoint in checkpoints:
-            print(f"{checkpoint.path}: {_verdict(checkpoint)}")
-    if damaged:
-        told = shortened([f"{path} ({why})" for path, why in damaged.items()])
+            print(f"{checkpoint.path}: {_describe_checkpoint(checkpoint)}")
+    if corrupt:
+        told = summarize([f"{path} ({why})" for path, why in corrupt.items()])
         resumed = "restore it from a copy; a resumed run goes back to its last intact checkpoint"
-        advice = "copy or convert it again" if damaged_weights else resumed
+        advice = "copy or convert it again" if corrupt_weights else resumed
         raise CheckpointError(f"{model}: not as it was written: {told}; {advice}")
     if not json_output:
         print(f"{directory.path}: {len(leaves)} weights, {filesize.decimal(size)}, all as they were written")
 
 
-def _stored_bytes(run: Run) -> int:
+def _checkpoint_bytes(run: RunDirectory) -> int:
     """The size of the files in a run's checkpoints."""
-    files = (file for step in run_steps(run.path) for file in (run.path / f"step_{step}").rglob("*"))
+    files = (file for step in list_checkpoint_steps(run.path) for file in (run.path / f"step_{step}").rglob("*"))
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def _verdict(checkpoint: "CheckedCheckpoint") -> str:
+def _describe_checkpoint(checkpoint: "CheckedCheckpoint") -> str:
     if checkpoint.damage:
         return "damaged"
     if not checkpoint.digests:
@@ -159,22 +159,22 @@ def _verdict(checkpoint: "CheckedCheckpoint") -> str:
     return f"{checkpoint.files} files, {filesize.decimal(checkpoint.bytes)}, all as they were saved"
 
 
-def _bytes(leaf: Mapping[str, Any]) -> int:
+def _weight_bytes(leaf: Mapping[str, Any]) -> int:
     import numpy as np
 
     return math.prod(leaf["shape"]) * np.dtype(leaf["dtype"]).itemsize
 
 
-def _plan(
+def _plan_conversion(
     directory: ModelDirectory, against: tuple[Path, ...], given: Mapping[str, Path], config: Mapping[str, Any] | None
 ) -> "ConversionPlan":
     """The conversion that the source would be, as far as the model was made of it."""
     from vllama_jax.convert import plan
-    from vllama_jax.convert.discover import search
-    from vllama_jax.convert.verify.weights import untold
+    from vllama_jax.convert.discover import find_weight_files
+    from vllama_jax.convert.verify.weights import unpublished_head_counts
 
     made_of = directory.manifest["sources"]
-    found = search(against, given)
+    found = find_weight_files(against, given)
     paths = {kind: source.files[0] for kind, source in found.files.items()} | (
         {"llama": found.llama} if found.llama else {}
     )
@@ -182,14 +182,14 @@ def _plan(
     if "llama" not in files:
         raise ConfigError("no LLaMA directory among the PyTorch files; name it with --llama")
     llama, delta = files.pop("llama"), files.pop("delta", None)
-    told = untold(directory.config) if config is None else config
+    told = unpublished_head_counts(directory.config) if config is None else config
     return plan(llama_directory=llama, delta=delta, files=files, config=told)
 
 
 def _verify_weights(model: Path, directory: ModelDirectory, plan: "ConversionPlan", json_output: bool) -> None:
-    from vllama_jax.convert.verify.weights import compare_weights, config_differences, shortened
+    from vllama_jax.convert.verify.weights import compare_weights, config_differences, summarize
 
-    with bytes_bar(sum(_bytes(leaf) for leaf in directory.manifest["leaves"].values())) as progress:
+    with bytes_bar(sum(_weight_bytes(leaf) for leaf in directory.manifest["leaves"].values())) as progress:
         parts = compare_weights(directory, plan, progress)
     config = config_differences(directory, plan)
     different = [name for part in parts for name in part.different]
@@ -197,13 +197,13 @@ def _verify_weights(model: Path, directory: ModelDirectory, plan: "ConversionPla
         report = {"parts": [dataclasses.asdict(part) for part in parts], "config": config}
         print(json.dumps({**report, "equal": not different and not config}))
     else:
-        table = _table("part", ("tensors", "bytes", "verdict"))
+        table = _make_table("part", ("tensors", "bytes", "verdict"))
         for part in parts:
             verdict = f"{len(part.different)} different" if part.different else "equal"
             table.add_row(part.part, str(part.tensors), filesize.decimal(part.bytes), verdict)
-        _show(table, directory, plan)
+        _print_table(table, directory, plan)
     if different or config:
-        told = [*config, *([f"{len(different)} weights differ: {shortened(different)}"] if different else [])]
+        told = [*config, *([f"{len(different)} weights differ: {summarize(different)}"] if different else [])]
         raise CheckpointError(f"{model}: not what its source makes: {'; '.join(told)}")
     if not json_output:
         print(f"{model}: {sum(part.tensors for part in parts)} tensors, every bit equal to its source")
@@ -212,42 +212,48 @@ def _verify_weights(model: Path, directory: ModelDirectory, plan: "ConversionPla
 def _verify_networks(
     model: Path, directory: ModelDirectory, plan: "ConversionPlan", settings: tuple[Any, ...], json_output: bool
 ) -> None:
-    from vllama_jax.convert.verify.layers import BOUNDS, USUAL, VerifySettings, compare_networks, judged
-    from vllama_jax.convert.verify.weights import config_differences, shortened
-    from vllama_jax.runtime.compilation_cache import keep_compiled_programs
+    from vllama_jax.convert.verify.layers import (
+        BOUNDS,
+        QUANTIZED_BOUNDS,
+        VerifySettings,
+        check_errors,
+        compare_networks,
+    )
+    from vllama_jax.convert.verify.weights import config_differences, summarize
+    from vllama_jax.runtime.compilation_cache import enable_compilation_cache
 
-    keep_compiled_programs()
-    chosen, scheme = VerifySettings(*settings), scheme_of(directory, settings[-1])
-    bounds = USUAL[scheme] if scheme else BOUNDS[chosen.dtype]
+    enable_compilation_cache()
+    chosen, scheme = VerifySettings(*settings), resolve_scheme(directory, settings[-1])
+    bounds = QUANTIZED_BOUNDS[scheme] if scheme else BOUNDS[chosen.dtype]
     with count_bar() as progress:
         errors, logits = compare_networks(directory, plan, chosen, progress)
-    failed, dear = judged(errors, logits, chosen.dtype, scheme)
+    failed, beyond_bounds = check_errors(errors, logits, chosen.dtype, scheme)
     failed = [*config_differences(directory, plan), *failed]
     if json_output:
-        layers = [{name: _number(value) for name, value in vars(error).items()} for error in errors]
+        layers = [{name: _finite_or_none(value) for name, value in vars(error).items()} for error in errors]
         report: dict[str, Any] = {
             "layers": layers,
-            "logits": {name: _number(value) for name, value in vars(logits).items()},
+            "logits": {name: _finite_or_none(value) for name, value in vars(logits).items()},
         }
-        report |= {"quantized": scheme, "bounds": vars(bounds), "beyond_bounds": dear}
+        report |= {"quantized": scheme, "bounds": vars(bounds), "beyond_bounds": beyond_bounds}
         print(json.dumps({**report, "failures": failed, "equal": not failed and scheme is None}))
     else:
-        table = _table("part", ("max error", "relative"), "layer")
+        table = _make_table("part", ("max error", "relative"), "layer")
         shown = None
         for error in errors:
             part, shown = "" if error.part == shown else error.part, error.part
             numbers = (f"{error.maximum:.1e}", f"{error.relative:.1e}")
             style = None if error.relative <= bounds.relative else "red"
             table.add_row(part, error.layer, *numbers, style=style)
-        _show(table, directory, plan)
+        _print_table(table, directory, plan)
         print(
             f"logits of {logits.positions} tokens: KL {logits.mean_kl:.1e} on average, {logits.max_kl:.1e} at most; "
             f"the same likeliest token at {logits.top1:.2%} of positions"
         )
     if failed:
-        raise CheckpointError(f"{model}: does not compute what its source does: {shortened(failed, '; ')}")
-    if not json_output and dear:
-        print(f"{model}: {scheme} costs more here than is usual: {'; '.join(dear)}")
+        raise CheckpointError(f"{model}: does not compute what its source does: {summarize(failed, '; ')}")
+    if not json_output and beyond_bounds:
+        print(f"{model}: {scheme} costs more here than is usual: {'; '.join(beyond_bounds)}")
     elif not json_output:
         told = f"costs what {scheme} usually does" if scheme else f"computes what its source does, in {chosen.dtype}"
         largest = max(error.relative for error in errors)
@@ -257,12 +263,12 @@ def _verify_networks(
         )
 
 
-def _number(value: Any) -> Any:
+def _finite_or_none(value: Any) -> Any:
     """JSON has neither infinity nor what is no number."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _table(first: str, numbers: tuple[str, ...], *texts: str) -> Table:
+def _make_table(first: str, numbers: tuple[str, ...], *texts: str) -> Table:
     table = Table(box=None, pad_edge=False)
     for name in (first, *texts):
         table.add_column(name)
@@ -271,9 +277,9 @@ def _table(first: str, numbers: tuple[str, ...], *texts: str) -> Table:
     return table
 
 
-def _show(table: Table, directory: ModelDirectory, plan: "ConversionPlan") -> None:
-    from vllama_jax.convert.verify.weights import other_files
+def _print_table(table: Table, directory: ModelDirectory, plan: "ConversionPlan") -> None:
+    from vllama_jax.convert.verify.weights import unrecorded_source_files
 
     Console().print(table)
-    if others := other_files(directory, plan):
+    if others := unrecorded_source_files(directory, plan):
         print(f"note: the model was made from files of other names or sizes than {', '.join(others)}")

@@ -15,16 +15,16 @@ from vllama_jax.data.annotation import Kind
 from vllama_jax.data.conversations import (
     Turns,
     UnusableAnnotation,
-    caption_turns,
-    history_turns,
-    message_turns,
-    pair_turns,
+    parse_caption,
+    parse_history,
+    parse_messages,
+    parse_pairs,
 )
 from vllama_jax.data.entries import Entry, Skipped, make_entry
 from vllama_jax.errors import DataError
 from vllama_jax.io.json_files import parse_json, read_json
 
-FILE_KEYS: dict[str, Kind] = {
+MEDIA_KEYS: dict[str, Kind] = {
     "video": "video",
     "videos": "video",
     "image": "image",
@@ -33,7 +33,7 @@ FILE_KEYS: dict[str, Kind] = {
     "audios": "audio",
     "sound": "audio",
 }
-PART_TYPES: dict[str, Kind] = {  # of OpenAI's content parts, and as vLLM, Qwen and chat templates name them
+MEDIA_PART_TYPES: dict[str, Kind] = {  # of OpenAI's content parts, and as vLLM, Qwen and chat templates name them
     "video": "video",
     "video_url": "video",
     "image": "image",
@@ -43,11 +43,11 @@ PART_TYPES: dict[str, Kind] = {  # of OpenAI's content parts, and as vLLM, Qwen 
     "audio_url": "audio",
     "input_audio": "audio",
 }
-TEXT_TYPES = ("text", "input_text", "output_text")
-LONGEST_NAME = 4096  # bytes of a path on Linux; what is longer is media as base64
+TEXT_PART_TYPES = ("text", "input_text", "output_text")
+MAX_PATH_LENGTH = 4096  # bytes of a path on Linux; what is longer is media as base64
 
 
-def read_own(source: Path) -> Iterator[Entry | Skipped]:
+def read_annotation_file(source: Path) -> Iterator[Entry | Skipped]:
     """Read a JSONL file or a JSON array, or the folder with it. Paths are absolute or start at the file's folder."""
     table = _find_table(source)
     for place, entry in _entries(table):
@@ -70,11 +70,11 @@ def read_entry(place: str, entry: Any, folder: Path) -> Entry | Skipped:
             raise UnusableAnnotation("it is not a JSON object")
         given = {key: value for key, value in entry.items() if value is not None}
         messages, media = _split_parts(given)
-        for key in filter(FILE_KEYS.get, given):
-            media += [(name, FILE_KEYS[key]) for name in _file_names(given[key])]
+        for key in filter(MEDIA_KEYS.get, given):
+            media += [(name, MEDIA_KEYS[key]) for name in _file_names(given[key])]
         media = list(dict.fromkeys(media))
         if not media:
-            raise UnusableAnnotation(f"it names no file: it has none of {', '.join(FILE_KEYS)}")
+            raise UnusableAnnotation(f"it names no file: it has none of {', '.join(MEDIA_KEYS)}")
         if len(media) > 1:
             names = ", ".join(name for name, _ in media[:3])
             raise UnusableAnnotation(
@@ -90,22 +90,22 @@ def _turns(given: dict[str, Any], entry: dict[str, Any]) -> Turns:
     """Questions and answers of the fields that an entry has; `entry`: with those that are null."""
     for key in ("conversations", "messages"):
         if key in given:
-            return message_turns(given[key])
+            return parse_messages(given[key])
     if "conversation" in given:
-        return pair_turns(given["conversation"], question="human", answer="assistant")
+        return parse_pairs(given["conversation"], question="human", answer="assistant")
     if "QA" in given:
-        return pair_turns(given["QA"])
+        return parse_pairs(given["QA"])
     if "question" in given and "answer" in given:
-        return pair_turns([given])
+        return parse_pairs([given])
     if "response" in given:
-        return history_turns(given.get("history", []), given.get("query", ""), given["response"])
+        return parse_history(given.get("history", []), given.get("query", ""), given["response"])
     if "instruction" in given and "output" in given:
         asked = [given["instruction"], *([given["input"]] if given.get("input") else [])]
         if not all(isinstance(text, str) for text in asked):
             raise UnusableAnnotation("its instruction or input is not text")
-        return history_turns(given.get("history", []), "\n".join(asked), given["output"])
+        return parse_history(given.get("history", []), "\n".join(asked), given["output"])
     if entry.keys() & {"caption", "text"}:
-        return caption_turns(given.get("caption", given.get("text")))
+        return parse_caption(given.get("caption", given.get("text")))
     raise UnusableAnnotation("it says nothing of its file: it has no caption, messages, or question and answer")
 
 
@@ -141,15 +141,15 @@ def _read_parts(parts: list[Any]) -> tuple[str, list[tuple[str, Kind]]]:
         fields = {"type": "text", "text": part} if isinstance(part, str) else part
         if not isinstance(fields, dict):
             raise UnusableAnnotation("a part of a message is no object")
-        known = [name for name in (*TEXT_TYPES, *PART_TYPES) if name in fields]
+        known = [name for name in (*TEXT_PART_TYPES, *MEDIA_PART_TYPES) if name in fields]
         which = fields.get("type", known[0] if known else None)
-        if which in TEXT_TYPES:
+        if which in TEXT_PART_TYPES:
             said = fields.get("text", fields.get(which))
             if not isinstance(said, str):
                 raise UnusableAnnotation("a part of a message is not text")
             text += said
-        elif isinstance(which, str) and which in PART_TYPES:
-            kind = PART_TYPES[which]
+        elif isinstance(which, str) and which in MEDIA_PART_TYPES:
+            kind = MEDIA_PART_TYPES[which]
             text += f"<{kind}>"
             named = next((fields[name] for name in (which, kind, f"{kind}_url") if fields.get(name)), None)
             media += [(name, kind) for name in _file_names(named)]
@@ -177,7 +177,7 @@ def _file_names(value: Any) -> Iterator[str]:
 
 def _file_name(name: str) -> str:
     """A path as it is written, or that of a file:// URL."""
-    if name.startswith("data:") or len(name) > LONGEST_NAME:
+    if name.startswith("data:") or len(name) > MAX_PATH_LENGTH:
         raise UnusableAnnotation("its media are in the annotation itself, not in a file; save them to one and name it")
     if "\0" in name:
         raise UnusableAnnotation("a file's name has a null character in it")

@@ -17,10 +17,10 @@ from vllama_jax.data.annotation import KINDS, Annotation, Kind
 from vllama_jax.data.entries import Entry, Skipped
 from vllama_jax.data.records import RECORDS_FORMAT
 from vllama_jax.data.sources import SOURCES
-from vllama_jax.data.tfds_builders import Media, Texts, shard_counts, text_example, write_dataset
+from vllama_jax.data.tfds_builders import Media, Texts, make_text_example, plan_shards, write_dataset
 from vllama_jax.errors import DataError, MediaError
 from vllama_jax.io.atomic import check_absent, new_directory, write_json
-from vllama_jax.io.prefetch import in_order
+from vllama_jax.io.prefetch import map_in_order
 from vllama_jax.media import check_media
 
 READ_AHEAD = 4  # files held in memory
@@ -30,7 +30,7 @@ BuildProgress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass
-class Built:
+class BuildResult:
     """What became of a source.
 
     Attributes:
@@ -53,7 +53,7 @@ def build(
     progress: BuildProgress = lambda what, done, whole: None,
     *,
     allow_outside: bool = False,
-) -> Built:
+) -> BuildResult:
     """Write a records directory; `out` appears when it is whole.
 
     An annotation that cannot be used is left out and listed in skipped.jsonl with its line: one that is malformed, has
@@ -98,12 +98,12 @@ class _Plan:
         self.media_sizes, self.text_sizes = array.array("q"), array.array("q")
         folder.mkdir()
 
-    def fill(self, entries: Iterable[Entry | Skipped], skipped: Path, progress: BuildProgress) -> Built:
+    def fill(self, entries: Iterable[Entry | Skipped], skipped: Path, progress: BuildProgress) -> BuildResult:
         """Sorts entries by kind; what is left out goes to the file `skipped`."""
         media = {kind: array.array("q") for kind in KINDS}
         texts = {kind: array.array("q") for kind in KINDS}
         files = {kind: (self.folder / kind).open("w", encoding="utf-8") for kind in KINDS}
-        built = Built({}, {})
+        built = BuildResult({}, {})
         with skipped.open("w", encoding="utf-8") as left_out:
             for number, entry in enumerate(entries, 1):
                 if isinstance(entry, Skipped):
@@ -150,7 +150,7 @@ def _looked_at(entries: Iterator[Entry | Skipped], inside: Path | None) -> Itera
             return Skipped(entry.place, entry.annotation.id, str(error))
         return dataclasses.replace(entry, path=path)
 
-    return in_order(look, entries, CHECK_AHEAD)
+    return map_in_order(look, entries, CHECK_AHEAD)
 
 
 def _resolved(path: Path, inside: Path | None) -> Path:
@@ -178,17 +178,17 @@ def _write_datasets(plan: _Plan, directory: Path, progress: BuildProgress) -> st
     def texts() -> Iterator[dict[str, Any]]:
         for annotation, _ in plan:
             hashed(json.dumps(dataclasses.astuple(annotation)).encode())
-            yield text_example(annotation)
+            yield make_text_example(annotation)
 
     def media() -> Iterator[dict[str, Any]]:
-        read = in_order(lambda line: (line[0], _read(line[1])), plan, READ_AHEAD)
+        read = map_in_order(lambda line: (line[0], _read(line[1])), plan, READ_AHEAD)
         for number, (annotation, data) in enumerate(read, 1):
             yield {"id": annotation.id, "media": hashed(data)}
             progress("files", number, len(plan.media_sizes))
 
     place = {"data_dir": directory / "tfds"}
-    write_dataset(Texts(texts(), shard_counts(plan.text_sizes), **place), directory / "texts")
-    write_dataset(Media(media(), shard_counts(plan.media_sizes), **place), directory / "media")
+    write_dataset(Texts(texts(), plan_shards(plan.text_sizes), **place), directory / "texts")
+    write_dataset(Media(media(), plan_shards(plan.media_sizes), **place), directory / "media")
     shutil.rmtree(directory / "tfds")
     return digest.hexdigest()
 
@@ -200,7 +200,7 @@ def _read(path: Path) -> bytes:
         raise DataError(f"{path}: cannot be read any more ({error.strerror}); build the records again") from error
 
 
-def _write_manifest(directory: Path, name: str, built: Built, digest: str) -> None:
+def _write_manifest(directory: Path, name: str, built: BuildResult, digest: str) -> None:
     """The last file, after all others are on disk."""
     files = sorted(path for part in ("texts", "media") for path in (directory / part).iterdir())
     for path in files:

@@ -8,13 +8,13 @@ from typing import Any
 from vllama_jax.data.annotation import Kind
 from vllama_jax.data.records import Records
 from vllama_jax.errors import DataError, VllamaError
-from vllama_jax.io.prefetch import in_order
+from vllama_jax.io.prefetch import map_in_order
 from vllama_jax.media import as_file, read_audio, read_image, read_video
 from vllama_jax.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class UnusableRecord:
     """A record that cannot be used, and why."""
 
     record: int
@@ -23,7 +23,7 @@ class Finding:
 
 
 @dataclasses.dataclass
-class Lengths:
+class LengthStats:
     """How long some texts are, in characters or tokens."""
 
     total: int = 0
@@ -37,38 +37,42 @@ class Lengths:
         return {"total": self.total, "mean": round(self.total / max(self.count, 1), 1), "longest": self.longest}
 
 
-def find_unusable(records: Records, num_frames: int, done: Callable[[int], None] = lambda count: None) -> list[Finding]:
+def find_unusable(
+    records: Records, num_frames: int, done: Callable[[int], None] = lambda count: None
+) -> list[UnusableRecord]:
     """Decodes what training would read of every record. `done` hears how many records were looked at."""
     findings = []
-    looked_at = in_order(lambda number: _look(records, number, num_frames), range(len(records)), os.cpu_count() or 1)
+    looked_at = map_in_order(
+        lambda number: _look(records, number, num_frames), range(len(records)), os.cpu_count() or 1
+    )
     for number, found in enumerate(looked_at, 1):
         findings += [found] if found else []
         done(number)
     return findings
 
 
-def _look(records: Records, number: int, num_frames: int) -> Finding | None:
+def _look(records: Records, number: int, num_frames: int) -> UnusableRecord | None:
     name = f"record {number}"
     try:
         annotation = records.annotation(number)
         name = annotation.id
         if not all(answer.strip() for _, answer in annotation.turns):
-            return Finding(number, name, "an answer is empty")
+            return UnusableRecord(number, name, "an answer is empty")
         with as_file(records.media(number), name) as path:
             if annotation.kind == "image":
                 read_image(path)
             elif annotation.kind == "audio":
                 read_audio(path, num_clips=8)
             elif (frames := len(read_video(path, num_frames, audio=False).frames)) < num_frames:
-                return Finding(number, name, f"too short, {frames} frames of {num_frames}")
+                return UnusableRecord(number, name, f"too short, {frames} frames of {num_frames}")
     except VllamaError as error:
-        return Finding(number, name, str(error).removeprefix(f"{name}: "))
+        return UnusableRecord(number, name, str(error).removeprefix(f"{name}: "))
     return None
 
 
-def count_tokens(records: Records, tokenizer: Tokenizer) -> Lengths:
+def count_tokens(records: Records, tokenizer: Tokenizer) -> LengthStats:
     """Tokens of what is said in each record, without those of prompt and media."""
-    lengths = Lengths()
+    lengths = LengthStats()
     for number in range(len(records)):
         try:
             turns = records.annotation(number).turns
@@ -84,7 +88,7 @@ def describe_records(records: Records) -> dict[Kind, dict[str, Any]]:
 
 
 def _describe(records: Records, kind: Kind) -> dict[str, Any]:
-    names, questions, answers = set(), Lengths(), Lengths()
+    names, questions, answers = set(), LengthStats(), LengthStats()
     for number in records.kinds[kind]:
         annotation = records.annotation(number)
         names.add(annotation.id)

@@ -26,7 +26,7 @@ class TextConfig:
     max_length: int = 32
 
 
-BARE_CAPTION = TextConfig()
+PLAIN_CAPTION = TextConfig()
 
 
 INSTRUCTED_CAPTION = TextConfig(instructions=ALIGNMENT_INSTRUCTIONS, max_length=320)
@@ -49,7 +49,7 @@ class DatasetConfig:
 
     path: str
     ratio: float = 1.0
-    text: TextConfig = BARE_CAPTION
+    text: TextConfig = PLAIN_CAPTION
     frame_sampling: Literal["uniform", "head_tail"] = "uniform"
     holdout: int = 0
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from vllama_jax.data.annotation import Kind
 
-HUMANS = ("human", "user")
-MODELS = ("gpt", "assistant", "model")
+USER_ROLES = ("human", "user")
+ASSISTANT_ROLES = ("gpt", "assistant", "model")
 MARK = re.compile(r"<(?:image|video|audio)>")
 MARK_AND_SPACE = re.compile(rf"{MARK.pattern}[ \n]?")
 
@@ -18,12 +18,12 @@ class UnusableAnnotation(Exception):
     """Why an annotation cannot be used; it is left out."""
 
 
-def caption_turns(caption: Any) -> Turns:
+def parse_caption(caption: Any) -> Turns:
     """One turn with an empty question."""
     return (("", _answer(caption, "it has no caption")),)
 
 
-def pair_turns(pairs: Any, question: str = "question", answer: str = "answer") -> Turns:
+def parse_pairs(pairs: Any, question: str = "question", answer: str = "answer") -> Turns:
     """VideoChat's: [{"q", "a"}, …], or with these names; what else a pair has (VideoChat's "i") is ignored."""
     if not isinstance(pairs, list) or not pairs:
         raise UnusableAnnotation("it has no list of questions and answers")
@@ -31,14 +31,14 @@ def pair_turns(pairs: Any, question: str = "question", answer: str = "answer") -
     return tuple(_turn(pair.get("q", pair.get(question)), pair.get("a", pair.get(answer))) for pair in fields)
 
 
-def history_turns(history: Any, question: Any, answer: Any) -> Turns:
+def parse_history(history: Any, question: Any, answer: Any) -> Turns:
     """ms-swift's and Alpaca's: earlier turns as [[question, answer], …], then the last one."""
     if not isinstance(history, list) or not all(isinstance(turn, list) and len(turn) == 2 for turn in history):
         raise UnusableAnnotation("its history is not a list of questions and answers")
     return tuple(_turn(*turn) for turn in [*history, [question, answer]])
 
 
-def message_turns(messages: Any) -> Turns:
+def parse_messages(messages: Any) -> Turns:
     """LLaVA's and ShareGPT's: [{"from", "value"}, …] or [{"role", "content"}, …], question and answer in turn.
 
     What comes before the first question (a system text, a greeting) is left out (reference:
@@ -47,14 +47,16 @@ def message_turns(messages: Any) -> Turns:
     if not isinstance(messages, list):
         raise UnusableAnnotation("it has no list of messages")
     said = [_message(message) for message in messages]
-    while said and said[0][0] not in HUMANS:
+    while said and said[0][0] not in USER_ROLES:
         del said[0]
     if not said:
         raise UnusableAnnotation("nobody asks anything in it")
     speakers = [who for who, _ in said]
-    if strange := sorted({who for who in speakers if who not in HUMANS + MODELS}):
-        raise UnusableAnnotation(f"messages from {', '.join(strange)}; known are {', '.join(HUMANS + MODELS)}")
-    if not all((who in HUMANS) == (number % 2 == 0) for number, who in enumerate(speakers)):
+    if strange := sorted({who for who in speakers if who not in USER_ROLES + ASSISTANT_ROLES}):
+        raise UnusableAnnotation(
+            f"messages from {', '.join(strange)}; known are {', '.join(USER_ROLES + ASSISTANT_ROLES)}"
+        )
+    if not all((who in USER_ROLES) == (number % 2 == 0) for number, who in enumerate(speakers)):
         raise UnusableAnnotation("its questions and answers do not alternate")
     if len(said) % 2:
         raise UnusableAnnotation("a question without an answer")
@@ -82,7 +84,7 @@ def place_media(turns: Turns, kind: Kind) -> tuple[Turns, int]:
     return ((question, answer), *others), media_at
 
 
-def check_characters(texts: Iterable[str]) -> None:
+def check_encodable(texts: Iterable[str]) -> None:
     """Raise UnusableAnnotation for text that UTF-8 cannot hold, such as a lone surrogate (half an emoji) in JSON."""
     for text in texts:
         try:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vllama_jax.data.annotation import Annotation, Kind
-from vllama_jax.data.conversations import Turns, UnusableAnnotation, check_characters, place_media
+from vllama_jax.data.conversations import Turns, UnusableAnnotation, check_encodable, place_media
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def make_entry(
         return Skipped(place, place, f"it names no {kind} file")
     try:
         turns, media_at = place_media(read(said), kind)
-        check_characters([name, *itertools.chain(*turns)])
+        check_encodable([name, *itertools.chain(*turns)])
     except UnusableAnnotation as error:
         return Skipped(place, name.encode(errors="backslashreplace").decode(), str(error))
     return Entry(place, Annotation(name, kind, turns, media_at), folder / name)

@@ -22,7 +22,7 @@ import xxhash
 
 from vllama_jax.config import from_dict
 from vllama_jax.data.annotation import Kind
-from vllama_jax.data.records import Records, ranges
+from vllama_jax.data.records import Records, record_ranges
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.io.json_files import read_object
 
@@ -83,17 +83,17 @@ class FeatureCache:
         return self.shapes[kind]
 
     @property
-    def shards(self) -> int:
+    def num_shards(self) -> int:
         return -(-len(self) // self.shard_records)
 
     def shard_path(self, shard: int, what: str = "features", suffix: str = "array_record") -> Path:
-        return self.path / f"{what}-{shard:05}-of-{self.shards:05}.{suffix}"
+        return self.path / f"{what}-{shard:05}-of-{self.num_shards:05}.{suffix}"
 
-    def shard_numbers(self, shard: int) -> range:
+    def shard_range(self, shard: int) -> range:
         """The records that it holds."""
         return range(len(self))[shard * self.shard_records : (shard + 1) * self.shard_records]
 
-    def is_whole(self, shard: int) -> bool:
+    def is_complete(self, shard: int) -> bool:
         """Whether a shard is there with all its entries."""
         return _reader(str(self.shard_path(shard))).num_records() == self.entries(shard)
 
@@ -123,7 +123,7 @@ class FeatureCache:
             raise DataError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); {_ANEW}") from error
 
     def entries(self, shard: int) -> int:
-        return len(self.shard_numbers(shard)) * self.variants
+        return len(self.shard_range(shard)) * self.variants
 
 
 @functools.lru_cache(OPEN_SHARDS)
@@ -142,24 +142,24 @@ def _reader(path: str) -> Any:
     return ArrayRecordReader(path, RANDOM_ACCESS)
 
 
-def pack_features(features: np.ndarray, seconds: tuple[float, ...]) -> bytes:
+def pack_features(features: np.ndarray, timestamps: tuple[float, ...]) -> bytes:
     """An entry."""
-    return b"".join([features.tobytes(), np.asarray(seconds, "<f8").tobytes(), USABLE])
+    return b"".join([features.tobytes(), np.asarray(timestamps, "<f8").tobytes(), USABLE])
 
 
-def pack_problem(why: str) -> bytes:
+def pack_error(why: str) -> bytes:
     """The entry of what could not be decoded."""
     return why.encode() + UNUSABLE
 
 
-def find_folder(root: Path, records: Records) -> Path:
+def find_cache_folder(root: Path, records: Records) -> Path:
     """Where the features of these records are, or would be, wherever the records are now."""
     end = f"-{records.digest[:8]}"
     there = sorted(folder for folder in root.glob(f"*{end}") if folder.is_dir())
     return there[0] if there else root / f"{records.path.resolve().name}{end}"
 
 
-def open_folder(folder: Path) -> tuple[FeatureCache, dict[str, Any]]:
+def open_cache_folder(folder: Path) -> tuple[FeatureCache, dict[str, Any]]:
     """The cache in a folder, and its manifest. Raises DataError where there is none that this version reads."""
     advice = f"remove {folder} and make it anew with `vllama features`"
     made = read_object(folder / "manifest.json", DataError, advice)
@@ -176,7 +176,7 @@ def open_folder(folder: Path) -> tuple[FeatureCache, dict[str, Any]]:
     cache = FeatureCache(
         path=folder,
         digest=xxhash.xxh3_128_hexdigest(same.encode()),
-        kinds=ranges(manifest.kinds),
+        kinds=record_ranges(manifest.kinds),
         shapes=manifest.shapes,
         dtype_name=manifest.dtype,
         variants=manifest.variants,
@@ -189,15 +189,15 @@ def open_folder(folder: Path) -> tuple[FeatureCache, dict[str, Any]]:
     return cache, made
 
 
-def check_finished(cache: FeatureCache) -> None:
+def check_complete(cache: FeatureCache) -> None:
     """Raise DataError unless all shards are there."""
     there = {entry.name for entry in cache.path.iterdir()}
-    found = sum(cache.shard_path(shard).name in there for shard in range(cache.shards))
-    if found < cache.shards:
+    found = sum(cache.shard_path(shard).name in there for shard in range(cache.num_shards))
+    if found < cache.num_shards:
         raise DataError(
-            f"{cache.path}: {found} of {cache.shards} shards are there; run `vllama features` again, as before, "
+            f"{cache.path}: {found} of {cache.num_shards} shards are there; run `vllama features` again, as before, "
             "and it makes the others"
         )
-    for shard in {0, cache.shards - 1}:  # all of them are not opened here: a mount may take a second for each
-        if not cache.is_whole(shard):
+    for shard in {0, cache.num_shards - 1}:  # all of them are not opened here: a mount may take a second for each
+        if not cache.is_complete(shard):
             raise DataError(f"{cache.shard_path(shard)}: not as many entries as manifest.json says; {_ANEW}")

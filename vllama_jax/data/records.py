@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax.data.annotation import KINDS, Annotation, Kind
-from vllama_jax.data.remote import local_copy
-from vllama_jax.errors import DataError, one_line
+from vllama_jax.data.remote import ensure_local
+from vllama_jax.errors import DataError, format_error
 from vllama_jax.io.json_files import parse_object, read_object
 
 if TYPE_CHECKING:
-    from vllama_jax.data.tfds_builders import Examples
+    from vllama_jax.data.tfds_builders import StoredDataset
 
 RECORDS_FORMAT = 1
 # A process that decodes begins in many threads at once, and TFDS's lazy imports wait for each other when two import it.
@@ -64,7 +64,7 @@ class Records:
                 raise ValueError(f"its kind is {annotation.kind!r}, which manifest.json has elsewhere")
         except ValueError as error:
             raise DataError(
-                f"{self.path / 'texts'}: record {number} is damaged ({one_line(error)}); {_ANEW}"
+                f"{self.path / 'texts'}: record {number} is damaged ({format_error(error)}); {_ANEW}"
             ) from error
         return annotation
 
@@ -93,7 +93,7 @@ class Records:
         try:
             return _dataset(folder, self.digest)[number]
         except (ValueError, KeyError, IndexError, OSError, RuntimeError, DecodeError) as error:
-            why = f"record {number} cannot be read ({one_line(error)})"
+            why = f"record {number} cannot be read ({format_error(error)})"
             raise DataError(f"{folder}: {why}; copy or build the records again") from error
 
 
@@ -106,7 +106,7 @@ def open_records(path: str | os.PathLike[str]) -> Records:
         DataError: `path` is no records directory, is of another format, is not whole, or says anything but what
             `vllama data build` writes.
     """
-    path = local_copy(path)
+    path = ensure_local(path)
     if not path.is_dir():
         raise DataError(f"{path}: no such records directory; `vllama data build` makes one")
     if not (path / "manifest.json").exists():
@@ -136,12 +136,12 @@ def _from_manifest(path: Path, manifest: dict[str, Any]) -> Records:
             raise ValueError("its numbers are none")
         if outside := [name for name in files if not _FILE_NAME.fullmatch(name)]:
             raise ValueError(f"{outside[0][:100]!r} is no file of it")
-        return Records(path, str(manifest["name"]), ranges(counts), str(manifest["digest"]), sizes)
+        return Records(path, str(manifest["name"]), record_ranges(counts), str(manifest["digest"]), sizes)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{where}: incomplete ({one_line(error)}); {_ANEW}") from error
+        raise DataError(f"{where}: incomplete ({format_error(error)}); {_ANEW}") from error
 
 
-def ranges(counts: Mapping[str, int]) -> dict[Kind, range]:
+def record_ranges(counts: Mapping[str, int]) -> dict[Kind, range]:
     """The record numbers of each kind, from how many there are."""
     ends = itertools.accumulate(counts.get(kind, 0) for kind in KINDS)
     return {kind: range(end - counts.get(kind, 0), end) for kind, end in zip(KINDS, ends, strict=True)}
@@ -159,7 +159,7 @@ def _check_files(path: Path, sizes: dict[str, int]) -> None:
 
 
 @functools.cache
-def _dataset(folder: str, digest: str) -> "Examples":
+def _dataset(folder: str, digest: str) -> "StoredDataset":
     """A dataset, kept open.
 
     digest: another one when the directory was built anew. A fork shares its parent's open files, which is safe (every
@@ -171,4 +171,4 @@ def _dataset(folder: str, digest: str) -> "Examples":
         try:
             return read_dataset(Path(folder))
         except (ValueError, OSError, RuntimeError) as error:
-            raise DataError(f"{folder}: cannot be read ({one_line(error)}); {_ANEW}") from error
+            raise DataError(f"{folder}: cannot be read ({format_error(error)}); {_ANEW}") from error

@@ -6,11 +6,11 @@ from pathlib import Path
 import fsspec
 import xxhash
 
-from vllama_jax.errors import DataError, one_line
-from vllama_jax.io.paths import cache_folder
+from vllama_jax.errors import DataError, format_error
+from vllama_jax.io.paths import cache_directory
 
 
-def local_copy(path: str | os.PathLike[str]) -> Path:
+def ensure_local(path: str | os.PathLike[str]) -> Path:
     """The path itself, or of a URL where its files now lie on this machine: in the cache folder, whole files only.
 
     What is there already and as large as its original is kept, so that a copy that was stopped goes on, and a second
@@ -29,12 +29,12 @@ def local_copy(path: str | os.PathLike[str]) -> Path:
         manifests = b"".join(files.cat_file(source) for source, _ in found if source.endswith("/manifest.json"))
         if not manifests:
             raise DataError(f"{url}: nothing of ours (no manifest.json in it); check the URL")
-        target = cache_folder() / "copied" / f"{root.rsplit('/', 1)[-1]}-{xxhash.xxh3_64_hexdigest(manifests)}"
+        target = cache_directory() / "copied" / f"{root.rsplit('/', 1)[-1]}-{xxhash.xxh3_64_hexdigest(manifests)}"
         for source, info in found:
             _copy(files, source, info["size"], target / _relative_name(source, root, url))
     except (OSError, ValueError, ImportError) as error:
         raise DataError(
-            f"{url}: cannot be copied here ({one_line(error)}); mount it, or copy it, and name its path"
+            f"{url}: cannot be copied here ({format_error(error)}); mount it, or copy it, and name its path"
         ) from error
     return target
 

@@ -34,7 +34,7 @@ class Stream:
     def epoch_length(self) -> int:
         return len(self.numbers) - self.dataset.holdout
 
-    def sample(self, count: int, seed: int) -> tuple[int, int]:
+    def example(self, count: int, seed: int) -> tuple[int, int]:
         """(record, epoch) of the sample number `count` of a run."""
         epoch, place = divmod(count, self.epoch_length)
         shuffled = _permuted(place, self.epoch_length, [seed, epoch, *self._identity])
@@ -58,10 +58,10 @@ class Rows:
     """The rows of a step: where they come from, and for each its (record, epoch)."""
 
     stream: Stream
-    samples: list[tuple[int, int]]
+    examples: list[tuple[int, int]]
 
 
-class Order:
+class BatchSampler:
     """The steps of a run. `stream_of[step]` is the number of the stream that the step draws from."""
 
     def __init__(self, streams: list[Stream], steps: int, batch_size: int, seed: int):
@@ -83,7 +83,7 @@ class Order:
         """The rows of a step."""
         stream = self.stream(step)
         first = int(self._uses[step]) * self._batch_size
-        return Rows(stream, [stream.sample(first + row, self._seed) for row in range(self._batch_size)])
+        return Rows(stream, [stream.example(first + row, self._seed) for row in range(self._batch_size)])
 
 
 def make_streams(datasets: list[tuple[DatasetConfig, Records]], branch: str) -> list[Stream]:

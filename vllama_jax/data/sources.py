@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from vllama_jax.data.annotation_formats import read_own
-from vllama_jax.data.conversations import Turns, caption_turns, message_turns, pair_turns
+from vllama_jax.data.annotation_formats import read_annotation_file
+from vllama_jax.data.conversations import Turns, parse_caption, parse_messages, parse_pairs
 from vllama_jax.data.entries import Entry, Skipped, make_entry
 from vllama_jax.errors import DataError
 from vllama_jax.io.json_files import read_json
@@ -21,7 +21,7 @@ SourceName = Literal["webvid", "llava_cc3m", "minigpt4", "llava_instruct", "vide
 COCO_PREFIX = "COCO_train2014_"  # LLaVA-Instruct names the pictures without it (reference: llava_instruct_dataset.py)
 
 
-def webvid(source: Path) -> Iterator[Entry | Skipped]:
+def read_webvid(source: Path) -> Iterator[Entry | Skipped]:
     """WebVid: annotations/*.csv with videoid, page_dir and name, and videos/PAGE_DIR/VIDEOID.mp4.
 
     In the original's configs the folder is filter_annotations, in its README filter_annotation with a 0.tsv.
@@ -34,10 +34,10 @@ def webvid(source: Path) -> Iterator[Entry | Skipped]:
         for place, row in _rows(table, {"videoid", "page_dir", "name"}):
             name = f"{row['page_dir']}/{row['videoid']}.mp4" if row["page_dir"] and row["videoid"] else None
             caption = (row["name"] or "").strip()  # as the original does, here only
-            yield make_entry(place, name, "video", source / "videos", caption_turns, caption)
+            yield make_entry(place, name, "video", source / "videos", parse_caption, caption)
 
 
-def image_captions(source: Path) -> Iterator[Entry | Skipped]:
+def read_image_captions(source: Path) -> Iterator[Entry | Skipped]:
     """LLaVA-CC3M and MiniGPT-4's cc_sbu_align: filter_cap.json with image_id and caption, and image/IMAGE_ID.jpg.
 
     LLaVA itself publishes CC3M as metadata.json (image, caption) or chat.json (image, conversations that end with the
@@ -50,41 +50,41 @@ def image_captions(source: Path) -> Iterator[Entry | Skipped]:
     for place, entry in _entries(found.get("annotations") if isinstance(found, dict) else found, table):
         name = f"{entry['image_id']}.jpg" if "image_id" in entry else entry.get("image")
         if "caption" in entry:
-            yield make_entry(place, name, "image", folder, caption_turns, entry["caption"])
+            yield make_entry(place, name, "image", folder, parse_caption, entry["caption"])
         else:
             yield make_entry(place, name, "image", folder, _told_caption, entry.get("conversations"))
 
 
-def llava_instruct(source: Path) -> Iterator[Entry | Skipped]:
+def read_llava_instruct(source: Path) -> Iterator[Entry | Skipped]:
     """LLaVA-Instruct-150K: llava_instruct_150k.json, and COCO's train2014/COCO_train2014_IMAGE."""
     table = source / "llava_instruct_150k.json"
     for place, entry in _entries(_json(table), table):
         name = entry.get("image")
         if isinstance(name, str) and not name.startswith(COCO_PREFIX):
             name = COCO_PREFIX + name
-        yield make_entry(place, name, "image", source / "train2014", message_turns, entry.get("conversations"))
+        yield make_entry(place, name, "image", source / "train2014", parse_messages, entry.get("conversations"))
 
 
-def videochat(source: Path) -> Iterator[Entry | Skipped]:
+def read_videochat(source: Path) -> Iterator[Entry | Skipped]:
     """VideoChat-11K: videochat_instruct_11k.json with video and QA, and videos/VIDEO."""
     table = source / "videochat_instruct_11k.json"
     for place, entry in _entries(_json(table), table):
-        yield make_entry(place, entry.get("video"), "video", source / "videos", pair_turns, entry.get("QA"))
+        yield make_entry(place, entry.get("video"), "video", source / "videos", parse_pairs, entry.get("QA"))
 
 
 SOURCES: dict[SourceName, Callable[[Path], Iterator[Entry | Skipped]]] = {
-    "webvid": webvid,
-    "llava_cc3m": image_captions,
-    "minigpt4": image_captions,
-    "llava_instruct": llava_instruct,
-    "videochat": videochat,
-    "jsonl": read_own,
+    "webvid": read_webvid,
+    "llava_cc3m": read_image_captions,
+    "minigpt4": read_image_captions,
+    "llava_instruct": read_llava_instruct,
+    "videochat": read_videochat,
+    "jsonl": read_annotation_file,
 }
 
 
 def _told_caption(messages: Any) -> Turns:
     """The last answer alone: the question before it asks for a caption."""
-    return caption_turns(message_turns(messages)[-1][1])
+    return parse_caption(parse_messages(messages)[-1][1])
 
 
 def _rows(table: Path, columns: set[str]) -> Iterator[tuple[str, dict[str, str | None]]]:

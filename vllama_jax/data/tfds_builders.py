@@ -23,7 +23,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.writer import ExampleWriter
 
 from vllama_jax.data.annotation import Annotation
-from vllama_jax.errors import DataError, one_line
+from vllama_jax.errors import DataError, format_error
 from vllama_jax.io.json_files import read_object
 
 SPLIT = "train"  # TFDS's name for all of a dataset
@@ -33,7 +33,7 @@ _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's own, for t
 MAX_SHARDS = 256  # a reader keeps all files open, and a process may open 1024 unless told otherwise
 
 
-def shard_counts(sizes: Sequence[int]) -> list[int]:
+def plan_shards(sizes: Sequence[int]) -> list[int]:
     """How many records go into each file; `sizes` are the records' in bytes."""
     wanted = max(RECORD_SHARD_BYTES, sum(sizes) // MAX_SHARDS)
     counts, count, size = [], 0, 0
@@ -45,7 +45,7 @@ def shard_counts(sizes: Sequence[int]) -> list[int]:
     return [*counts, count] if count else counts
 
 
-def text_example(annotation: Annotation) -> dict[str, Any]:
+def make_text_example(annotation: Annotation) -> dict[str, Any]:
     questions, answers = zip(*annotation.turns, strict=True)
     return {
         "id": annotation.id,
@@ -122,7 +122,7 @@ def write_dataset(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
         try:
             builder.download_and_prepare()
         except RuntimeError as error:  # array_record's for a full disk
-            raise OSError(one_line(error)) from error
+            raise OSError(format_error(error)) from error
     Path(builder.data_path).rename(folder)
 
 
@@ -140,7 +140,7 @@ class Shard:
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
+class StoredDataset:
     """Random access to a dataset on disk, which threads share. Each file is opened when it is first read.
 
     Attributes:
@@ -160,7 +160,7 @@ class Examples:
         return self.features.deserialize_example_np(self.source[number])
 
 
-def read_dataset(folder: Path) -> Examples:
+def read_dataset(folder: Path) -> StoredDataset:
     """Open the dataset in `folder`, whose name says which one it is: texts or media. Imports nothing that it names.
 
     Raises:
@@ -175,7 +175,7 @@ def read_dataset(folder: Path) -> Examples:
     shards = [
         Shard(str(folder / f"{name}-{number:05}-of-{len(counts):05}"), count) for number, count in enumerate(counts)
     ]
-    return Examples(shards, features, ArrayRecordDataSource(shards))
+    return StoredDataset(shards, features, ArrayRecordDataSource(shards))
 
 
 def _check_features(path: Path, features: tfds.features.FeaturesDict) -> None:

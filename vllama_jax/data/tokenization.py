@@ -22,11 +22,11 @@ def encode_text(
     cfg: TextConfig,
     tokenizer: Tokenizer,
     media_length: int,
-    seconds: tuple[float, ...],
+    timestamps: tuple[float, ...],
     draw: np.random.Generator,
 ) -> TrainingText:
     """What a record says, in the layout that its dataset's config asks for. `cfg.template` is named."""
-    media = Media(annotation.kind, seconds=seconds)
+    media = Media(annotation.kind, timestamps=timestamps)
     if cfg.layout == "conversation":
         template = find_conversation_template(cfg.template)
         where = (media, annotation.media_at, media_length)
@@ -39,13 +39,13 @@ def encode_text(
 
 
 def pad_texts(
-    texts: Sequence[TrainingText], length: int, media_tokens: int, masked: Container[int] = ()
+    texts: Sequence[TrainingText], length: int, num_media_tokens: int, masked: Container[int] = ()
 ) -> dict[str, np.ndarray]:
     """The arrays of a batch (train/step.py) that come from texts, cut or padded to `length`; no labels in masked rows.
 
     A row has at most `length - media_tokens` labels: what the media tokens follow or are has none.
     """
-    count, most = len(texts), length - media_tokens
+    count, most = len(texts), length - num_media_tokens
     arrays = {
         "ids": np.zeros((count, length), np.int32),
         "is_media": np.zeros((count, length), bool),

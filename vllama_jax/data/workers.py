@@ -18,21 +18,21 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, BinaryIO, Self, TypeVar
 
 from vllama_jax.errors import VllamaError
-from vllama_jax.io.prefetch import in_order
+from vllama_jax.io.prefetch import map_in_order
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_processes(
+def map_in_processes(
     function: Callable[[Item], Result], items: Sequence[Item], processes: int, ahead: int = 2
 ) -> Generator[Result, None, None]:
     """Yield `function` of each item, in the items' order, from workers that end with this iterator: `Workers.map`."""
-    with Workers(processes) as workers:
+    with WorkerPool(processes) as workers:
         yield from workers.map(function, items, ahead)
 
 
-class Workers:
+class WorkerPool:
     """Worker processes, started when they are first needed and kept until `close`."""
 
     def __init__(self, processes: int):
@@ -72,9 +72,9 @@ class Workers:
         workers, done = self._workers, False
         problems: list[VllamaError] = []
 
-        def take(number: int) -> Result:
+        def receive(number: int) -> Result:
             try:
-                return workers[number % len(workers)].take()
+                return workers[number % len(workers)].receive()
             except VllamaError as error:
                 problems.append(error)
                 for worker in workers:  # else the threads that wait for the others keep this one waiting
@@ -82,10 +82,10 @@ class Workers:
                 raise problems[0] from error
 
         # As many threads as workers: no two of them wait for the same worker.
-        results = in_order(take, range(len(items)), len(workers))
+        results = map_in_order(receive, range(len(items)), len(workers))
         try:
             for first, worker in enumerate(workers):
-                worker.give(function, items[first :: len(workers)], ahead)
+                worker.submit(function, items[first :: len(workers)], ahead)
             for result in results:  # noqa: UP028
                 yield result  # `yield from` would wait for the threads before the workers are ended
             done = True
@@ -99,7 +99,7 @@ class _Worker:
     """One worker process, seen from the process that uses it."""
 
     def __init__(self) -> None:
-        program = f"import sys; sys.path[:] = {sys.path!r}; from vllama_jax.data import workers; workers.work()"
+        program = f"import sys; sys.path[:] = {sys.path!r}; from vllama_jax.data import workers; workers.run_worker()"
         # A process group of its own: Ctrl-C on a terminal reaches the command only, which then ends its workers.
         self._process = subprocess.Popen(
             [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, process_group=0
@@ -108,14 +108,14 @@ class _Worker:
         assert self._process.stdout is not None
         self._tasks, self._results = self._process.stdin, self._process.stdout
 
-    def give(self, function: Callable[[Any], Any], items: Sequence[Any], ahead: int) -> None:
+    def submit(self, function: Callable[[Any], Any], items: Sequence[Any], ahead: int) -> None:
         """Let the worker begin with the items."""
         task = pickle.dumps((function, items, ahead))
         with contextlib.suppress(BrokenPipeError):  # the worker has ended, which `take` reports
             self._tasks.write(task)
             self._tasks.flush()
 
-    def take(self) -> Any:
+    def receive(self) -> Any:
         """The next result, which is waited for. Raises VllamaError where there is none."""
         try:
             result, problem = pickle.load(self._results)
@@ -148,7 +148,7 @@ def _death(code: int) -> str:
     return f"a worker process {how} before its work was done; run it again"
 
 
-def work() -> None:
+def run_worker() -> None:
     """Be a worker: compute what stdin asks for, and write the results to stdout, until the other side ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     results = os.fdopen(os.dup(1), "wb")
@@ -170,7 +170,7 @@ def _read_tasks(tasks: queue.SimpleQueue) -> None:
 def _do(function: Callable[[Any], Any], items: Sequence[Any], ahead: int, results: BinaryIO) -> None:
     """Write a pair for each item: its result and None, or None and an error, which is the last."""
     try:
-        for result in in_order(function, items, max(ahead - 1, 1)):
+        for result in map_in_order(function, items, max(ahead - 1, 1)):
             _write(results, pickle.dumps((result, None), pickle.HIGHEST_PROTOCOL))
     except VllamaError as error:
         _write(results, pickle.dumps((None, error)))

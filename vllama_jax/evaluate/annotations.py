@@ -6,15 +6,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.errors import DataError, one_line
+from vllama_jax.errors import DataError, format_error
 from vllama_jax.evaluate.questions import UnusableQuestion
 from vllama_jax.io.json_files import parse_json
-from vllama_jax.io.paths import first_bytes
+from vllama_jax.io.paths import read_first_bytes
 
 AnnotationEntry = tuple[str, dict[str, Any]]  # where it stands, for messages; its fields
 
 
-def in_folder(path: Path, *names: str) -> Path:
+def find_annotation_file(path: Path, *names: str) -> Path:
     """The file itself, or the first of `names` in a folder."""
     if not path.is_dir():
         return path
@@ -24,11 +24,11 @@ def in_folder(path: Path, *names: str) -> Path:
     return found
 
 
-def annotation_tables(path: Path, stems: Iterable[str]) -> list[Path]:
+def find_json_tables(path: Path, stems: Iterable[str]) -> list[Path]:
     """The .json files with these names in a folder, in this order, or the one that is named."""
     stems = list(stems)
     if not path.is_dir():
-        first_bytes(path, DataError)
+        read_first_bytes(path, DataError)
         if path.stem not in stems:
             raise DataError(f"{path}: its name is none of {', '.join(stems)} (.json), which say what it asks")
         return [path]
@@ -40,11 +40,11 @@ def annotation_tables(path: Path, stems: Iterable[str]) -> list[Path]:
 
 def read_text(path: Path) -> str:
     """All of a text file."""
-    first_bytes(path, DataError)
+    read_first_bytes(path, DataError)
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not text that can be read ({one_line(error)}); download it again") from error
+        raise DataError(f"{path}: not text that can be read ({format_error(error)}); download it again") from error
 
 
 def read_annotation_json(path: Path) -> Any:
@@ -63,10 +63,10 @@ def read_annotation_object(path: Path, *fields: str) -> dict[str, Any]:
 
 def read_entries(path: Path) -> Iterator[AnnotationEntry]:
     """Each of the objects in a JSON list."""
-    return listed(path, read_annotation_json(path))
+    return iterate_entries(path, read_annotation_json(path))
 
 
-def listed(path: Path, found: Any) -> Iterator[AnnotationEntry]:
+def iterate_entries(path: Path, found: Any) -> Iterator[AnnotationEntry]:
     """Each of the objects of a list that was found in a file."""
     if not isinstance(found, list) or not found:
         raise DataError(f"{path}: not a list of annotations; is it the published annotation file?")
@@ -77,15 +77,17 @@ def listed(path: Path, found: Any) -> Iterator[AnnotationEntry]:
 
 
 @contextlib.contextmanager
-def located_errors(place: str, advice: str = "is it the benchmark's published annotation file?") -> Iterator[None]:
+def add_location_to_errors(
+    location: str, advice: str = "is it the benchmark's published annotation file?"
+) -> Iterator[None]:
     """Says where an annotation stands that cannot be used."""
     try:
         yield
     except UnusableQuestion as error:
-        raise DataError(f"{place}: {error}; {advice}") from error
+        raise DataError(f"{location}: {error}; {advice}") from error
 
 
-def name_in(entry: dict[str, Any], *fields: str) -> str:
+def get_name(entry: dict[str, Any], *fields: str) -> str:
     """The first of the fields that is there, a text or a whole number."""
     value = next((entry[field] for field in fields if entry.get(field) not in (None, "")), None)
     if not isinstance(value, str | int) or isinstance(value, bool):
@@ -93,7 +95,7 @@ def name_in(entry: dict[str, Any], *fields: str) -> str:
     return str(value)
 
 
-def times_in(entry: dict[str, Any]) -> dict[str, float | None]:
+def get_time_range(entry: dict[str, Any]) -> dict[str, float | None]:
     """start and end of an entry that has them, in seconds."""
     times = {"start": entry.get("start"), "end": entry.get("end")}
     if times["start"] is None and times["end"] is None:
@@ -107,7 +109,7 @@ def times_in(entry: dict[str, Any]) -> dict[str, float | None]:
     return {"start": start, "end": end}
 
 
-def youtube_names(path: Path) -> dict[str, tuple[str, ...]]:
+def read_youtube_mapping(path: Path) -> dict[str, tuple[str, ...]]:
     """MSVD's youtube_mapping.txt, lines of NAME and vidN, both ways; nothing where there is none."""
     pairs = [line.split() for line in read_text(path).splitlines()] if path.exists() else []
     names = [pair for pair in pairs if len(pair) == 2]

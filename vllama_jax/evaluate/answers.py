@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax import media
-from vllama_jax.chat import Prepared, check_positions, embed_prompt, encode_media, fit_to_model
+from vllama_jax.chat import PreparedMedia, check_num_frames, embed_prompt, encode_media, preprocess_media
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.evaluate.questions import Question
-from vllama_jax.io.prefetch import in_order
+from vllama_jax.io.prefetch import map_in_order
 from vllama_jax.media import Audio, Image, Video
 from vllama_jax.text import prompts
 from vllama_jax.text.templates import ChatTemplate
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from vllama_jax import generate
     from vllama_jax.model import Model
 
-Clip = tuple[Path, float | None, float | None, float | None]  # file or folder, start, end, frames a second
+ClipKey = tuple[Path, float | None, float | None, float | None]  # file or folder, start, end, frames a second
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,18 +43,20 @@ class AnswerSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class LocatedQuestion:
+class QuestionWithVideo:
     """A question, and its video on this machine."""
 
     question: Question
     path: Path
 
     @property
-    def clip(self) -> Clip:
+    def clip(self) -> ClipKey:
         return self.path, self.question.start, self.question.end, self.question.frame_rate
 
 
-def batches_to_do(asked: Sequence[LocatedQuestion], done: set[str], size: int) -> list[list[LocatedQuestion]]:
+def select_unfinished_batches(
+    asked: Sequence[QuestionWithVideo], done: set[str], size: int
+) -> list[list[QuestionWithVideo]]:
     """The batches with a question that has no answer yet.
 
     A batch that a killed run left half-written is whole again, so that its answers come out of the same sums.
@@ -63,7 +65,7 @@ def batches_to_do(asked: Sequence[LocatedQuestion], done: set[str], size: int) -
     return [batch for batch in batches if any(one.question.id not in done for one in batch)]
 
 
-class Answering:
+class Predictor:
     """Answers batches, each answer of at most `max_new_tokens` tokens, whatever `settings` leaves to the benchmark.
 
     load: gives the model; it is called when the first answer is needed.
@@ -75,21 +77,23 @@ class Answering:
     def __init__(
         self, config: VideoLlamaConfig, settings: AnswerSettings, max_new_tokens: int, load: "Callable[[], Model]"
     ):
-        check_positions(config, "--num-frames", settings.num_frames, "ask for fewer")
+        check_num_frames(config, "--num-frames", settings.num_frames, "ask for fewer")
         self._config, self._settings, self._max_new_tokens = config, settings, max_new_tokens
         self._load = functools.cache(load)
         self.unusable: dict[str, str] = {}
 
-    def answer(self, batches: Sequence[Sequence[LocatedQuestion]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
+    def answer(self, batches: Sequence[Sequence[QuestionWithVideo]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
         """For each batch, the lines of its questions that are not done."""
-        read = functools.partial(_read, config=self._config, settings=self._settings)
-        reading = in_order(read, _not_just_read(batches), threads=min(4, os.cpu_count() or 1))
-        known: dict[Clip, Prepared | str] = {}
-        encoded: dict[Clip, list[Any]] = {}
+        read = functools.partial(_read_clip, config=self._config, settings=self._settings)
+        reading = map_in_order(read, _list_new_clips(batches), num_threads=min(4, os.cpu_count() or 1))
+        clips_read: dict[ClipKey, PreparedMedia | str] = {}
+        encoded: dict[ClipKey, list[Any]] = {}
         for batch in batches:
-            known = {clip: known[clip] if clip in known else next(reading) for clip in _clips(batch)}
-            self.unusable |= {one.question.id: why for one in batch if isinstance(why := known[one.clip], str)}
-            usable = [(one, found) for one in batch if isinstance(found := known[one.clip], Prepared)]
+            clips_read = {
+                clip: clips_read[clip] if clip in clips_read else next(reading) for clip in _list_clips(batch)
+            }
+            self.unusable |= {one.question.id: why for one in batch if isinstance(why := clips_read[one.clip], str)}
+            usable = [(one, found) for one in batch if isinstance(found := clips_read[one.clip], PreparedMedia)]
             if all(one.question.id in done for one, _ in usable):
                 continue
             network = self._load().network
@@ -100,38 +104,44 @@ class Answering:
             lines = self._generate([(one, prepared, encoded[one.clip]) for one, prepared in usable])
             yield [line for line in lines if line["id"] not in done]
 
-    def _generate(self, shown: list[tuple[LocatedQuestion, Prepared, list[Any]]]) -> list[dict[str, Any]]:
+    def _generate(
+        self, prepared_questions: list[tuple[QuestionWithVideo, PreparedMedia, list[Any]]]
+    ) -> list[dict[str, Any]]:
         model, new = self._load(), self._max_new_tokens
         start = prompts.start_conversation(self._settings.template or model.config.template, model.config.has_audio)
-        lines, given = [], []
-        for one, prepared, tokens in shown:
+        lines, embedded_prompts = [], []
+        for one, prepared, tokens in prepared_questions:
             question = one.question
             conversation = start.add(prepared.prompt_media).ask(question.text)
             try:
-                given.append(embed_prompt(model, conversation, tokens, new, question.begun))
+                embedded_prompts.append(embed_prompt(model, conversation, tokens, new, question.answer_start))
             except ConfigError as error:
                 self.unusable[question.id] = str(error)
                 continue
-            begun = start.template.answer_gap + question.begun if question.begun else ""
-            lines.append(_line(one, prepared, prompts.render(conversation) + begun))
-        texts = greedy_answers(model, start.template, given, new, self._settings.batch_size) if given else []
+            answer_start = start.template.answer_prefix + question.answer_start if question.answer_start else ""
+            lines.append(_make_answer_line(one, prepared, prompts.render(conversation) + answer_start))
+        texts = (
+            generate_greedily(model, start.template, embedded_prompts, new, self._settings.batch_size)
+            if embedded_prompts
+            else []
+        )
         return [line | {"answer": line.pop("begun") + text} for line, text in zip(lines, texts, strict=True)]
 
 
-def _clips(batch: Sequence[LocatedQuestion]) -> list[Clip]:
+def _list_clips(batch: Sequence[QuestionWithVideo]) -> list[ClipKey]:
     return list(dict.fromkeys(one.clip for one in batch))
 
 
-def _not_just_read(batches: Sequence[Sequence[LocatedQuestion]]) -> Iterator[Clip]:
+def _list_new_clips(batches: Sequence[Sequence[QuestionWithVideo]]) -> Iterator[ClipKey]:
     """The clips of each batch that the one before it has not."""
-    before: list[Clip] = []
+    before: list[ClipKey] = []
     for batch in batches:
-        here = _clips(batch)
+        here = _list_clips(batch)
         yield from (clip for clip in here if clip not in before)
         before = here
 
 
-def _read(clip: Clip, config: VideoLlamaConfig, settings: AnswerSettings) -> Prepared | str:
+def _read_clip(clip: ClipKey, config: VideoLlamaConfig, settings: AnswerSettings) -> PreparedMedia | str:
     """A clip as the model takes it, or why it cannot be used."""
     path, start, end, rate = clip
     frames, size = settings.num_frames or config.num_frames, config.vit.image_size
@@ -146,34 +156,38 @@ def _read(clip: Clip, config: VideoLlamaConfig, settings: AnswerSettings) -> Pre
             found = media.read_media(path, frames, size, settings.audio, config.num_clips)
         else:
             found = media.read_segment(path, start, end, frames, size, settings.audio, config.num_clips)
-        return fit_to_model(found, config)
+        return preprocess_media(found, config)
     except MediaError as error:
         return str(error)
 
 
-def _line(one: LocatedQuestion, prepared: Prepared, prompt: str) -> dict[str, Any]:
+def _make_answer_line(one: QuestionWithVideo, prepared: PreparedMedia, prompt: str) -> dict[str, Any]:
     """All of an answer's line but the answer."""
     question = one.question
     line = {
         "id": question.id,
         "video": str(one.path),
-        "kinds": question.kinds,
+        "kinds": question.categories,
         "media": str(prepared.report),
         "prompt": prompt,
         "references": question.references,
         "choices": question.choices,
-        "begun": question.begun,
+        "begun": question.answer_start,
     }
     return line | ({} if question.start is None else {"start": question.start, "end": question.end})
 
 
-def greedy_answers(
-    model: "Model", template: ChatTemplate, given: "list[generate.EmbeddedPrompt]", max_new_tokens: int, size: int
+def generate_greedily(
+    model: "Model",
+    template: ChatTemplate,
+    embedded_prompts: "list[generate.EmbeddedPrompt]",
+    max_new_tokens: int,
+    size: int,
 ) -> list[str]:
     """Greedy answers. A batch that is not full is filled up, since each batch size is a program of its own."""
     from vllama_jax import generate
 
-    rows = [*given, *[given[0]] * (size - len(given))]
+    rows = [*embedded_prompts, *[embedded_prompts[0]] * (size - len(embedded_prompts))]
     ids: list[list[int]] = [[] for _ in rows]
     for new in generate.generate(
         model.network.llama,
@@ -185,4 +199,4 @@ def greedy_answers(
     ):
         for row, tokens in zip(ids, new, strict=True):
             row.extend(tokens)
-    return [prompts.decode_answer(model.tokenizer, template, row) for row in ids[: len(given)]]
+    return [prompts.decode_answer(model.tokenizer, template, row) for row in ids[: len(embedded_prompts)]]

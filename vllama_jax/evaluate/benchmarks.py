@@ -9,28 +9,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from vllama_jax.errors import ConfigError, DataError, one_line
+from vllama_jax.errors import ConfigError, DataError, format_error
 from vllama_jax.evaluate.annotations import (
     AnnotationEntry,
-    annotation_tables,
-    in_folder,
-    listed,
-    located_errors,
-    name_in,
+    add_location_to_errors,
+    find_annotation_file,
+    find_json_tables,
+    get_name,
+    get_time_range,
+    iterate_entries,
     read_annotation_object,
     read_entries,
     read_text,
-    times_in,
-    youtube_names,
+    read_youtube_mapping,
 )
 from vllama_jax.evaluate.questions import (
     Question,
-    caption_question,
-    choice_question,
-    open_question,
+    make_caption_question,
+    make_choice_question,
+    make_open_question,
 )
 from vllama_jax.io.json_files import parse_json
-from vllama_jax.io.paths import first_bytes
+from vllama_jax.io.paths import read_first_bytes
 from vllama_jax.runtime.extras import import_extra
 
 BenchmarkName = Literal[
@@ -48,7 +48,7 @@ BenchmarkName = Literal[
 ]
 
 QUESTION_WORDS = ("what", "who", "how", "when", "where")  # the kinds that MSVD-QA and MSRVTT-QA are told by
-ACTIVITYNET_KINDS = (  # MILVLG/activitynet-qa, dataset/README.md
+ACTIVITYNET_QUESTION_TYPES = (  # MILVLG/activitynet-qa, dataset/README.md
     "motion",
     "spatial relation",
     "temporal relation",
@@ -86,25 +86,27 @@ MVBENCH_FOLDERS = {  # each task's file, and where the hub's archives unpack its
 JSONL_HELP = "a line has video, and question and answer (with choices or without), or captions"
 
 
-def msvd_qa(path: Path) -> list[Question]:
+def read_msvd_qa(path: Path) -> list[Question]:
     """test_qa.json: video_id 1301 is vid1301, which youtube_mapping.txt beside it gives MSVD's own name."""
-    path = in_folder(path, "test_qa.json", "test_q.json")
-    mapping = youtube_names(path.parent / "youtube_mapping.txt")
+    path = find_annotation_file(path, "test_qa.json", "test_q.json")
+    mapping = read_youtube_mapping(path.parent / "youtube_mapping.txt")
 
     def names(video: str) -> tuple[str, ...]:
         name = f"vid{video}" if video.isdigit() else video
         return (name, *mapping.get(name, ()))
 
-    return _question_answers(path, names, _question_word)
+    return _read_question_answers(path, names, _classify_by_first_word)
 
 
-def msrvtt_qa(path: Path) -> list[Question]:
+def read_msrvtt_qa(path: Path) -> list[Question]:
     """test_qa.json: video_id 7010 is video7010."""
-    path = in_folder(path, "test_qa.json", "test_q.json")
-    return _question_answers(path, lambda video: (f"video{video}" if video.isdigit() else video,), _question_word)
+    path = find_annotation_file(path, "test_qa.json", "test_q.json")
+    return _read_question_answers(
+        path, lambda video: (f"video{video}" if video.isdigit() else video,), _classify_by_first_word
+    )
 
 
-def activitynet_qa(path: Path) -> list[Question]:
+def read_activitynet_qa(path: Path) -> list[Question]:
     """test_q.json, and test_a.json beside it; the video of video_name is called v_NAME in ActivityNet."""
 
     def names(video: str) -> tuple[str, ...]:
@@ -113,64 +115,64 @@ def activitynet_qa(path: Path) -> list[Question]:
 
     def kind(entry: dict[str, Any]) -> str:
         number = entry.get("type")
-        if isinstance(number, int) and 0 <= number < len(ACTIVITYNET_KINDS):
-            return ACTIVITYNET_KINDS[number]
+        if isinstance(number, int) and 0 <= number < len(ACTIVITYNET_QUESTION_TYPES):
+            return ACTIVITYNET_QUESTION_TYPES[number]
         return "other"
 
-    return _question_answers(in_folder(path, "test_q.json"), names, kind)
+    return _read_question_answers(find_annotation_file(path, "test_q.json"), names, kind)
 
 
-def video_chatgpt(path: Path) -> list[Question]:
+def read_video_chatgpt(path: Path) -> list[Question]:
     """generic_qa.json, temporal_qa.json and consistency_qa.json: their folder, or one of them.
 
     The first is judged for three aspects. The last asks each question in two ways (Q1, Q2).
     """
     stems = ("generic_qa", "temporal_qa", "consistency_qa")
-    return [question for table in annotation_tables(path, stems) for question in _video_chatgpt_table(table)]
+    return [question for table in find_json_tables(path, stems) for question in _read_video_chatgpt_table(table)]
 
 
-def _video_chatgpt_table(table: Path) -> Iterator[Question]:
+def _read_video_chatgpt_table(table: Path) -> Iterator[Question]:
     aspects = {"generic_qa": GENERIC_ASPECTS, "temporal_qa": ("temporal",), "consistency_qa": ("consistency",)}
     asked = ("Q1", "Q2") if table.stem == "consistency_qa" else ("Q",)
-    for number, (place, entry) in enumerate(read_entries(table)):
-        with located_errors(place):
-            video, key = name_in(entry, "video_name"), f"{table.stem}-{number}"
+    for number, (location, entry) in enumerate(read_entries(table)):
+        with add_location_to_errors(location):
+            video, key = get_name(entry, "video_name"), f"{table.stem}-{number}"
             for which in asked:
-                yield open_question(
+                yield make_open_question(
                     entry.get(which),
                     entry.get("A"),
                     aspects[table.stem],
                     id=key if len(asked) == 1 else f"{key}-{which}",
                     names=(video,),
-                    kinds=(table.stem.removesuffix("_qa"),),
+                    categories=(table.stem.removesuffix("_qa"),),
                     group=key,
                 )
 
 
-def mvbench(path: Path) -> list[Question]:
+def read_mvbench(path: Path) -> list[Question]:
     """The folder of the 20 tasks' JSON files, or one of them."""
     folder = path / "json" if (path / "json").is_dir() else path
-    return [question for table in annotation_tables(folder, MVBENCH_FOLDERS) for question in _mvbench_table(table)]
+    return [question for table in find_json_tables(folder, MVBENCH_FOLDERS) for question in _read_mvbench_table(table)]
 
 
-def _mvbench_table(table: Path) -> Iterator[Question]:
+def _read_mvbench_table(table: Path) -> Iterator[Question]:
     folder = MVBENCH_FOLDERS[table.stem]
-    for number, (place, entry) in enumerate(read_entries(table)):
-        with located_errors(place):
-            video = name_in(entry, "video")
-            yield choice_question(
+    for number, (location, entry) in enumerate(read_entries(table)):
+        with add_location_to_errors(location):
+            video = get_name(entry, "video")
+            yield make_choice_question(
                 entry.get("question"),
                 entry.get("candidates"),
                 entry.get("answer"),
                 id=f"{table.stem}-{number}",
                 names=(f"{folder}/{video}",),  # its data sets have names in common
-                kinds=(table.stem,),
+                categories=(table.stem,),
                 frame_rate=TVQA_FRAME_RATE if "frames" in folder else None,
-                **times_in(entry),
+                **get_time_range(entry),
             )
 
 
-def video_mme(path: Path) -> list[Question]:
+def read_video_mme(path: Path) -> list[Question]:
     """The hub's Parquet file (lmms-lab/Video-MME), or JSON as the authors' repository lays results out."""
     folder = path / "videomme" if (path / "videomme").is_dir() else path
     if folder.is_dir():
@@ -179,66 +181,68 @@ def video_mme(path: Path) -> list[Question]:
             raise DataError(f"{folder}: {len(found)} Parquet and JSON files in it; name the one with the questions")
         folder = found[0]
     questions = []
-    for place, entry in _video_mme_entries(folder):
-        with located_errors(place):
-            length = name_in(entry, "duration", "duration_category")
+    for location, entry in _read_video_mme_entries(folder):
+        with add_location_to_errors(location):
+            length = get_name(entry, "duration", "duration_category")
             youtube = str(entry.get("url") or "").rsplit("v=", 1)[-1]
             names = [entry.get("videoID"), youtube, entry.get("video_id")]
             questions.append(
-                choice_question(
+                make_choice_question(
                     entry.get("question"),
                     entry.get("options", entry.get("choices")),
                     entry.get("answer"),
-                    id=name_in(entry, "question_id"),
+                    id=get_name(entry, "question_id"),
                     names=tuple(dict.fromkeys(str(name) for name in names if name)),
-                    kinds=(length, name_in(entry, "task_type")),
+                    categories=(length, get_name(entry, "task_type")),
                 )
             )
     return questions
 
 
-def _video_mme_entries(table: Path) -> Iterator[AnnotationEntry]:
-    if first_bytes(table, DataError, 4) != b"PAR1":
-        for place, video in read_entries(table):
+def _read_video_mme_entries(table: Path) -> Iterator[AnnotationEntry]:
+    if read_first_bytes(table, DataError, 4) != b"PAR1":
+        for location, video in read_entries(table):
             if not isinstance(video.get("questions"), list):
-                yield place, video
+                yield location, video
                 continue
             for entry in video["questions"]:
-                yield place, video | (entry if isinstance(entry, dict) else {})
+                yield location, video | (entry if isinstance(entry, dict) else {})
         return
     parquet = import_extra("pyarrow.parquet", "eval", f"{table}: reading Parquet", ConfigError)
     try:
         rows = parquet.read_table(table).to_pylist()
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{table}: a Parquet file that cannot be read ({one_line(error)}); download it again"
+            f"{table}: a Parquet file that cannot be read ({format_error(error)}); download it again"
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"{table}, row {number}", row
 
 
-def msrvtt_captions(path: Path) -> list[Question]:
+def read_msrvtt_captions(path: Path) -> list[Question]:
     """test_videodatainfo.json or MSRVTT_data.json: videos, and sentences about them; of several splits, the test's."""
-    path = in_folder(path, "test_videodatainfo.json", "MSRVTT_data.json")
+    path = find_annotation_file(path, "test_videodatainfo.json", "MSRVTT_data.json")
     found = read_annotation_object(path, "videos", "sentences")
-    splits = {entry.get("video_id"): entry.get("split") for _, entry in listed(path, found["videos"])}
+    splits = {entry.get("video_id"): entry.get("split") for _, entry in iterate_entries(path, found["videos"])}
     named = {str(split) for split in splits.values() if split}
     if named and "test" not in named:
         raise DataError(f"{path}: its splits are {', '.join(sorted(named))}, not test; give test_videodatainfo.json")
     tested = {video for video, split in splits.items() if split == "test" or not named}
     captions: dict[str, list[Any]] = {}
-    for place, entry in listed(path, found["sentences"]):
-        with located_errors(place):
-            captions.setdefault(name_in(entry, "video_id"), []).append(entry.get("caption"))
-    return [_captions(path, video, (video,), said) for video, said in captions.items() if video in tested]
+    for location, entry in iterate_entries(path, found["sentences"]):
+        with add_location_to_errors(location):
+            captions.setdefault(get_name(entry, "video_id"), []).append(entry.get("caption"))
+    return [
+        _make_caption_question(path, video, (video,), texts) for video, texts in captions.items() if video in tested
+    ]
 
 
-def msvd_captions(path: Path) -> list[Question]:
+def read_msvd_captions(path: Path) -> list[Question]:
     """AllVideoDescriptions.txt: lines of a clip's name and a sentence. Those in a test_list.txt beside it, or all."""
-    path = in_folder(path, "AllVideoDescriptions.txt")
+    path = find_annotation_file(path, "AllVideoDescriptions.txt")
     chosen = path.parent / "test_list.txt"
     tested = set(read_text(chosen).split()) if chosen.exists() else None
-    mapping = youtube_names(path.parent / "youtube_mapping.txt")
+    mapping = read_youtube_mapping(path.parent / "youtube_mapping.txt")
     captions: dict[str, list[Any]] = {}
     for line in read_text(path).split("\n"):
         name, _, caption = line.strip().partition(" ")
@@ -246,62 +250,64 @@ def msvd_captions(path: Path) -> list[Question]:
             captions.setdefault(name, []).append(caption)
     if not captions:
         raise DataError(f"{path}: no line of a clip's name and a sentence; is it AllVideoDescriptions.txt?")
-    return [_captions(path, name, (name, *mapping.get(name, ())), said) for name, said in captions.items()]
+    return [
+        _make_caption_question(path, name, (name, *mapping.get(name, ())), texts) for name, texts in captions.items()
+    ]
 
 
-def vatex_captions(path: Path) -> list[Question]:
+def read_vatex_captions(path: Path) -> list[Question]:
     """vatex_validation_v1.0.json: videos, each with its English captions."""
     questions = []
-    for place, entry in read_entries(in_folder(path, "vatex_validation_v1.0.json")):
-        with located_errors(place):
-            video = name_in(entry, "videoID")
-            questions.append(caption_question(entry.get("enCap"), id=video, names=(video,)))
+    for location, entry in read_entries(find_annotation_file(path, "vatex_validation_v1.0.json")):
+        with add_location_to_errors(location):
+            video = get_name(entry, "videoID")
+            questions.append(make_caption_question(entry.get("enCap"), id=video, names=(video,)))
     return questions
 
 
-def coco_captions(path: Path) -> list[Question]:
+def read_coco_captions(path: Path) -> list[Question]:
     """COCO's layout, of videos: annotations with image_id and caption, and images with id and file_name."""
-    path = in_folder(path, "captions.json")
+    path = find_annotation_file(path, "captions.json")
     found = read_annotation_object(path, "annotations")
-    images = listed(path, found["images"]) if found.get("images") else ()
+    images = iterate_entries(path, found["images"]) if found.get("images") else ()
     files = {str(entry.get("id")): entry.get("file_name") for _, entry in images}
     captions: dict[str, list[Any]] = {}
-    for place, entry in listed(path, found["annotations"]):
-        with located_errors(place):
-            captions.setdefault(name_in(entry, "image_id", "video_id"), []).append(entry.get("caption"))
-    return [_captions(path, key, (files.get(key) or key,), said) for key, said in captions.items()]
+    for location, entry in iterate_entries(path, found["annotations"]):
+        with add_location_to_errors(location):
+            captions.setdefault(get_name(entry, "image_id", "video_id"), []).append(entry.get("caption"))
+    return [_make_caption_question(path, key, (files.get(key) or key,), texts) for key, texts in captions.items()]
 
 
-def jsonl(path: Path) -> list[Question]:
+def read_jsonl(path: Path) -> list[Question]:
     """One's own: each line names a video and has a question and its answer, with choices or without, or captions."""
     questions = []
     for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines also splits within texts
-        place = f"{path}, line {number}"
+        location = f"{path}, line {number}"
         if not line.strip():
             continue
-        entry = parse_json(line, place, DataError, JSONL_HELP)
-        with located_errors(place, JSONL_HELP):
-            questions.append(_own_question(entry if isinstance(entry, dict) else {}, number))
+        entry = parse_json(line, location, DataError, JSONL_HELP)
+        with add_location_to_errors(location, JSONL_HELP):
+            questions.append(_parse_jsonl_entry(entry if isinstance(entry, dict) else {}, number))
     return questions
 
 
-def _own_question(entry: dict[str, Any], number: int) -> Question:
+def _parse_jsonl_entry(entry: dict[str, Any], number: int) -> Question:
     entry = {name: value for name, value in entry.items() if value is not None}
     kind = entry.get("kind")
     fields: dict[str, Any] = {
         "id": str(entry.get("id", number)),
-        "names": (name_in(entry, "video", "image", "audio"),),
+        "names": (get_name(entry, "video", "image", "audio"),),
         "kinds": (str(kind),) if kind is not None else (),
-        **times_in(entry),
+        **get_time_range(entry),
     }
     if "captions" in entry or "caption" in entry:
-        return caption_question(entry.get("captions", entry.get("caption")), **fields)
+        return make_caption_question(entry.get("captions", entry.get("caption")), **fields)
     if "choices" in entry:
-        return choice_question(entry.get("question"), entry["choices"], entry.get("answer"), **fields)
-    return open_question(entry.get("question"), entry.get("answer"), **fields)
+        return make_choice_question(entry.get("question"), entry["choices"], entry.get("answer"), **fields)
+    return make_open_question(entry.get("question"), entry.get("answer"), **fields)
 
 
-def _question_answers(
+def _read_question_answers(
     path: Path, names: Callable[[str], tuple[str, ...]], kind: Callable[[dict[str, Any]], str]
 ) -> list[Question]:
     """A list of questions with their answers in it, or, in the file test_q.json, with those of test_a.json beside it.
@@ -310,30 +316,32 @@ def _question_answers(
     """
     answers: dict[str, dict[str, Any]] = {}
     if path.stem.endswith("_q"):
-        beside = path.with_name(f"{path.stem.removesuffix('_q')}_a{path.suffix}")
-        for place, entry in read_entries(beside):
-            with located_errors(place):
-                answers[name_in(entry, "question_id", "id")] = entry
+        answers_path = path.with_name(f"{path.stem.removesuffix('_q')}_a{path.suffix}")
+        for location, entry in read_entries(answers_path):
+            with add_location_to_errors(location):
+                answers[get_name(entry, "question_id", "id")] = entry
     questions = []
-    for number, (place, entry) in enumerate(read_entries(path)):
-        with located_errors(place):
+    for number, (location, entry) in enumerate(read_entries(path)):
+        with add_location_to_errors(location):
             key = str(entry.get("question_id", entry.get("id", number)))
             entry = answers.get(key, {}) | entry
-            video = Path(name_in(entry, "video_id", "video_name", "video")).stem
+            video = Path(get_name(entry, "video_id", "video_name", "video")).stem
             question, answer = entry.get("question"), entry.get("answer")
-            questions.append(open_question(question, answer, id=key, names=names(video), kinds=(kind(entry),)))
+            questions.append(
+                make_open_question(question, answer, id=key, names=names(video), categories=(kind(entry),))
+            )
     return questions
 
 
-def _question_word(entry: dict[str, Any]) -> str:
+def _classify_by_first_word(entry: dict[str, Any]) -> str:
     """The kind of a question, by its first word."""
     first = str(entry.get("question", "")).strip().lower().partition(" ")[0]
     return first if first in QUESTION_WORDS else "other"
 
 
-def _captions(path: Path, key: str, names: tuple[str, ...], said: list[Any]) -> Question:
-    with located_errors(f"{path}, {key}"):
-        return caption_question(said, id=key, names=names)
+def _make_caption_question(path: Path, key: str, names: tuple[str, ...], texts: list[Any]) -> Question:
+    with add_location_to_errors(f"{path}, {key}"):
+        return make_caption_question(texts, id=key, names=names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -346,17 +354,19 @@ class Benchmark:
 
 
 BENCHMARKS: dict[BenchmarkName, Benchmark] = {
-    "msvd_qa": Benchmark("MSVD-QA", "test_qa.json", msvd_qa),
-    "msrvtt_qa": Benchmark("MSRVTT-QA", "test_qa.json", msrvtt_qa),
-    "activitynet_qa": Benchmark("ActivityNet-QA", "test_q.json, with test_a.json beside it", activitynet_qa),
-    "video_chatgpt": Benchmark("Video-ChatGPT's five aspects", "the folder of its three JSON files", video_chatgpt),
-    "mvbench": Benchmark("MVBench", "the folder of its 20 JSON files", mvbench),
-    "video_mme": Benchmark("Video-MME", "test-00000-of-00001.parquet, or JSON", video_mme),
-    "msrvtt_captions": Benchmark("MSR-VTT's captions", "test_videodatainfo.json", msrvtt_captions),
-    "msvd_captions": Benchmark("MSVD's captions", "AllVideoDescriptions.txt", msvd_captions),
-    "vatex_captions": Benchmark("VATEX's English captions", "vatex_validation_v1.0.json", vatex_captions),
-    "coco_captions": Benchmark("captions in COCO's layout", "a JSON file", coco_captions),
-    "jsonl": Benchmark("your own", f"a JSONL file: {JSONL_HELP}", jsonl),
+    "msvd_qa": Benchmark("MSVD-QA", "test_qa.json", read_msvd_qa),
+    "msrvtt_qa": Benchmark("MSRVTT-QA", "test_qa.json", read_msrvtt_qa),
+    "activitynet_qa": Benchmark("ActivityNet-QA", "test_q.json, with test_a.json beside it", read_activitynet_qa),
+    "video_chatgpt": Benchmark(
+        "Video-ChatGPT's five aspects", "the folder of its three JSON files", read_video_chatgpt
+    ),
+    "mvbench": Benchmark("MVBench", "the folder of its 20 JSON files", read_mvbench),
+    "video_mme": Benchmark("Video-MME", "test-00000-of-00001.parquet, or JSON", read_video_mme),
+    "msrvtt_captions": Benchmark("MSR-VTT's captions", "test_videodatainfo.json", read_msrvtt_captions),
+    "msvd_captions": Benchmark("MSVD's captions", "AllVideoDescriptions.txt", read_msvd_captions),
+    "vatex_captions": Benchmark("VATEX's English captions", "vatex_validation_v1.0.json", read_vatex_captions),
+    "coco_captions": Benchmark("captions in COCO's layout", "a JSON file", read_coco_captions),
+    "jsonl": Benchmark("your own", f"a JSONL file: {JSONL_HELP}", read_jsonl),
 }
 
 
@@ -367,9 +377,9 @@ def read_questions(name: BenchmarkName, path: Path) -> list[Question]:
     questions = BENCHMARKS[name].read(path)
     if not questions:
         raise DataError(f"{path}: no question in it; --annotations is {BENCHMARKS[name].files}")
-    seen: set[str] = set()
+    ids: set[str] = set()
     for question in questions:
-        if question.id in seen:
+        if question.id in ids:
             raise DataError(f"{path}: two questions have the id {question.id}; is it the published annotation file?")
-        seen.add(question.id)
+        ids.add(question.id)
     return questions

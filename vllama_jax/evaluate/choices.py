@@ -4,7 +4,7 @@ import re
 import string
 from collections.abc import Sequence
 
-from vllama_jax.evaluate.words import fold, normalize_answer
+from vllama_jax.evaluate.text_normalization import fold_characters, normalize_answer
 
 MARKUP = re.compile(r"[*`$_]|\\(?:text|mathrm|mathbf|textbf)\b")  # of Markdown and LaTeX, around a letter
 ANSWER = r"(?i:answer|答案)"
@@ -12,7 +12,7 @@ IS = r"(?i:\s+(?:is|would be|should be|must be|will be)\b|是|为)?"
 OPTION = r"(?i:option|choice|letter)"
 CHOICE_VERBS = r"(?i:choose|pick|select|go with|choosing|it is|it's|must be|should be|选)"
 # "A because" names a choice, "A dog" does not; so for "I".
-GOES_ON = r"(?:because|since|as|and|but|so|which|that|is|was|due|for|based|given|in|not|instead|rather|here)\b"
+CONTINUATION = r"(?:because|since|as|and|but|so|which|that|is|was|due|for|based|given|in|not|instead|rather|here)\b"
 REJECTED_BEFORE = re.compile(r"(?i:\bnot|n't|\bnor|\bneither|\brule out|\beliminate|\bexcept|\bunlike)\s*[\"'(\[{]*$")
 REJECTED_AFTER = re.compile(
     r"[\"')\]}]*,?\s*(?i:(?:but\s+)?(?:(?:it|this|that|which)\s+)?(?:is|was|seems|cannot be|can't be|isn't)\s+"
@@ -20,16 +20,16 @@ REJECTED_AFTER = re.compile(
 )
 
 
-def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
+def find_choice_letter(answer: str, choices: Sequence[str]) -> str | None:
     """The letter of the choice that an answer names; None where it names none, or several.
 
     Looked for in this order: the text of one choice and nothing else; the last \\boxed{B}; the last "answer is B"; a
     line that begins with a letter ("B", "(B)", "b."); "option B" or "I choose B"; one letter in brackets; the text of
     one choice and no other's. A letter that the answer rejects ("(A) is incorrect") does not count.
     """
-    text = fold(MARKUP.sub("", answer)).strip()
+    text = fold_characters(MARKUP.sub("", answer)).strip()
     letters = string.ascii_uppercase[: len(choices)]
-    if (whole := _whole_text(text, choices)) is not None:
+    if (whole := _match_whole_text(text, choices)) is not None:
         return letters[whole]
     capital, small = f"[{letters}]", f"[{letters}{letters.lower()}]"
     one = rf"({capital}(?![\w'])|{small}(?=\s*(?:[).:,;!}}\]\"']|$)))"
@@ -38,18 +38,18 @@ def chosen_letter(answer: str, choices: Sequence[str]) -> str | None:
         (rf"{ANSWER}[\"']?{IS}[\s:=\-\"'(\[{{>]*(?:{OPTION}\s*)?[\"'(\[{{]*{one}", True),
         (rf"^[^\w\n]*({capital}(?:(?=[).:,\]])|(?=\s*$))|{small.lower()}(?=[).:\]]))", False),
     ):
-        if found := _named(pattern, text, letters):
+        if found := _find_letters(pattern, text, letters):
             return found[-1 if last else 0]
     for pattern in (
         rf"\b{OPTION}\s*:?\s*[\"'(\[]*{one}|{CHOICE_VERBS}\s*(?:{OPTION}\s*)?[\"'(\[]*({capital})(?=[).,;:!\]]|\s*$)",
         rf"[(\[{{]\s*({small})\s*(?:[)\]}}.:,]|$)",
     ):
-        if len(set(found := _named(pattern, text, letters))) == 1:
+        if len(set(found := _find_letters(pattern, text, letters))) == 1:
             return found[0]
-    return _letter_by_text(text, choices, letters)
+    return _match_contained_text(text, choices, letters)
 
 
-def _named(pattern: str, text: str, letters: str) -> list[str]:
+def _find_letters(pattern: str, text: str, letters: str) -> list[str]:
     """The letters that a pattern finds, but not those that are rejected, that are words, or one of two ("A or B")."""
     found = []
     for match in re.finditer(pattern, text, re.MULTILINE):
@@ -58,7 +58,7 @@ def _named(pattern: str, text: str, letters: str) -> list[str]:
         letter = match[group]
         if REJECTED_BEFORE.search(text[:start]) or REJECTED_AFTER.match(rest):
             continue
-        if letter in "AaIi" and re.match(r"\s+\w", rest) and not re.match(rf"\s+{GOES_ON}", rest, re.IGNORECASE):
+        if letter in "AaIi" and re.match(r"\s+\w", rest) and not re.match(rf"\s+{CONTINUATION}", rest, re.IGNORECASE):
             continue
         others = r"[)\]]?\s*(?:or|and|/)\s*[(\[]?"
         if re.match(rf"{others}[{letters}]\b", rest) or re.search(rf"\b[{letters}]{others}$", text[:start]):
@@ -67,7 +67,7 @@ def _named(pattern: str, text: str, letters: str) -> list[str]:
     return found
 
 
-def _whole_text(text: str, choices: Sequence[str]) -> int | None:
+def _match_whole_text(text: str, choices: Sequence[str]) -> int | None:
     """The number of the choice whose text is all that an answer says, after "The answer is"."""
     said = re.sub(
         rf"^\W*(?:the\s+)?(?:(?:final|correct|right|best)\s+)?{ANSWER}{IS}[\s:=(\[\"']*", "", text, flags=re.IGNORECASE
@@ -78,15 +78,15 @@ def _whole_text(text: str, choices: Sequence[str]) -> int | None:
     return same[0] if len(same) == 1 else None
 
 
-def _letter_by_text(text: str, choices: Sequence[str], letters: str) -> str | None:
+def _match_contained_text(text: str, choices: Sequence[str], letters: str) -> str | None:
     said = normalize_answer(text)
-    named = [choice for choice in choices if within(normalize_answer(choice), said)]
+    named = [choice for choice in choices if is_sublist(normalize_answer(choice), said)]
     longest = max(named, key=len, default="")  # "a red ball" also says "a ball"
-    if named and all(within(normalize_answer(choice), normalize_answer(longest)) for choice in named):
+    if named and all(is_sublist(normalize_answer(choice), normalize_answer(longest)) for choice in named):
         return letters[list(choices).index(longest)]
     return None
 
 
-def within(few: Sequence[str], many: Sequence[str]) -> bool:
+def is_sublist(shorter: Sequence[str], longer: Sequence[str]) -> bool:
     """Whether words stand in others, next to each other."""
-    return bool(few) and any(many[i : i + len(few)] == few for i in range(len(many) - len(few) + 1))
+    return bool(shorter) and any(longer[i : i + len(shorter)] == shorter for i in range(len(longer) - len(shorter) + 1))

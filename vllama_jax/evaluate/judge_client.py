@@ -19,7 +19,7 @@ import urllib.parse
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from vllama_jax.errors import ConfigError, VllamaError, one_line
+from vllama_jax.errors import ConfigError, VllamaError, format_error
 from vllama_jax.runtime.extras import import_extra
 
 if TYPE_CHECKING:
@@ -27,9 +27,11 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-HIDDEN = "…"  # in place of the key
-REFUSED = (400, 413, 422)  # for what a prompt says or how long it is
-RETRIES = 4  # of a request; openai waits 0.5, 1, 2 and 4 s between them, or as long as the endpoint asks (Retry-After)
+REDACTED = "…"  # in place of the key
+REFUSED_STATUS_CODES = (400, 413, 422)  # for what a prompt says or how long it is
+MAX_RETRIES = (
+    4  # of a request; openai waits 0.5, 1, 2 and 4 s between them, or as long as the endpoint asks (Retry-After)
+)
 ASPECTS = {
     "match": "Does the answer mean the same as the right answer? Other words for the same thing count as the same. "
     "5: the same meaning; 0: another meaning.",
@@ -47,11 +49,11 @@ ASPECTS = {
 SYSTEM = "You grade answers to questions about videos. You have not seen the video: the right answer is all you know."
 
 
-class Unreachable(VllamaError):
+class JudgeError(VllamaError):
     """The judge cannot be asked at all; the message says why."""
 
 
-class Refused(Unreachable):
+class PromptRefusedError(JudgeError):
     """The judge refuses this prompt, as content filters do; it may take another one."""
 
 
@@ -68,7 +70,7 @@ class Judge:
 
     url: str
     model: str
-    tries: int = 3
+    max_replies: int = 3
     timeout: float = 60.0
     key: str = dataclasses.field(default="", repr=False)
     greedy: bool = True
@@ -90,22 +92,22 @@ class Judge:
         The last reply, where `tries` in turn are not what is asked for.
         question, answer: one, or two of each where the same is asked in two ways. Raises Refused, Unreachable.
         """
-        messages = _messages(aspect, question, reference, answer)
-        for _ in range(self.tries):
+        messages = _make_messages(aspect, question, reference, answer)
+        for _ in range(self.max_replies):
             reply, model = self._complete(messages)
-            if (found := read_reply(reply, aspect)) is not None:
-                return {**found, "reply": self.scrub(reply), "model": self.scrub(model)}
-        return self.scrub(reply)
+            if (found := parse_reply(reply, aspect)) is not None:
+                return {**found, "reply": self.redact(reply), "model": self.redact(model)}
+        return self.redact(reply)
 
-    def scrub(self, said: Any) -> Any:
+    def redact(self, said: Any) -> Any:
         """What an endpoint says, without the key, which some repeat, plain or encoded: in texts, lists and objects."""
         if isinstance(said, dict):
-            return {self.scrub(name): self.scrub(value) for name, value in said.items()}
+            return {self.redact(name): self.redact(value) for name, value in said.items()}
         if isinstance(said, list):
-            return [self.scrub(value) for value in said]
+            return [self.redact(value) for value in said]
         if isinstance(said, str):
-            for form in _forms(self.key):
-                said = re.sub(re.escape(form), HIDDEN, said, flags=re.IGNORECASE)
+            for form in _list_encodings(self.key):
+                said = re.sub(re.escape(form), REDACTED, said, flags=re.IGNORECASE)
         return said
 
     def _complete(self, messages: "list[ChatCompletionMessageParam]") -> tuple[str, Any]:
@@ -115,26 +117,29 @@ class Judge:
         temperature = 0 if self.greedy else openai.omit
         headers = {} if self.key else {"Authorization": openai.Omit()}
         try:
-            return _content(
+            return _read_completion(
                 self._client.chat.completions.create(
                     model=self.model, messages=messages, extra_headers=headers, temperature=temperature
                 )
             )
         except openai.APIStatusError as error:
-            code, why = error.status_code, self._told(f"HTTP {error.status_code}: {_said(error)}")
+            code, why = (
+                error.status_code,
+                self._format_reason(f"HTTP {error.status_code}: {_read_error_message(error)}"),
+            )
             if code == 400 and "temperature" in why and self.greedy:
                 self.greedy = False  # some models have one temperature only
                 return self._complete(messages)
             if code not in (408, 409, 429) and code < 500:  # openai has asked again for these
-                kind = Refused if code in REFUSED else Unreachable
-                raise kind(f"{self.endpoint}: the judge refuses ({why}); {_advice(code)}") from None
+                kind = PromptRefusedError if code in REFUSED_STATUS_CODES else JudgeError
+                raise kind(f"{self.endpoint}: the judge refuses ({why}); {_suggest_fix(code)}") from None
         except (openai.OpenAIError, ValueError, RecursionError) as error:  # nobody there, or no chat endpoint
-            why = self._told(error.__cause__ or error)
-        raise Unreachable(f"{self.endpoint}: the judge cannot be reached ({why}); check --judge-url")
+            why = self._format_reason(error.__cause__ or error)
+        raise JudgeError(f"{self.endpoint}: the judge cannot be reached ({why}); check --judge-url")
 
-    def _told(self, why: object) -> str:
+    def _format_reason(self, why: object) -> str:
         """Why a request failed, in one line and without the key."""
-        return self.scrub(" ".join(str(why).split()))[:200]
+        return self.redact(" ".join(str(why).split()))[:200]
 
 
 def _client(base: str, key: str, timeout: float) -> "openai.OpenAI":
@@ -151,17 +156,17 @@ def _client(base: str, key: str, timeout: float) -> "openai.OpenAI":
             base_url=base,
             api_key=key or "none",  # openai wants one; its header is left out of requests
             timeout=timeout,
-            max_retries=RETRIES,
+            max_retries=MAX_RETRIES,
             default_headers=dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), openai.Omit()),
             http_client=openai.DefaultHttpxClient(follow_redirects=False, verify=ssl.create_default_context()),
         )
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
         raise ConfigError(
-            f"--judge-url {base}: cannot be used ({one_line(error)}); check it and the proxies"
+            f"--judge-url {base}: cannot be used ({format_error(error)}); check it and the proxies"
         ) from error
 
 
-def find_judge(url: str, model: str) -> Judge:
+def make_judge(url: str, model: str) -> Judge:
     """A judge with the key from the environment. Raises ConfigError for a URL or a key that is none."""
     if not re.match(r"https?://[^/]", url):
         raise ConfigError(f"--judge-url must begin with http:// or https://, not {url!r}")
@@ -171,13 +176,13 @@ def find_judge(url: str, model: str) -> Judge:
     return Judge(url, model, key=key)
 
 
-def read_reply(reply: str, aspect: str) -> dict[str, Any] | None:
+def parse_reply(reply: str, aspect: str) -> dict[str, Any] | None:
     """The judgement in a reply: the last object that has a score from 0 to 5; None where there is none.
 
     Objects are JSON or, as Video-ChatGPT asks for, Python: {'pred': 'yes', 'score': 4}.
     """
     for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
-        found = _object(text)
+        found = _parse_object(text)
         score, correct = found.get("score"), str(found.get("correct", found.get("pred", ""))).lower()
         if isinstance(score, bool) or not isinstance(score, int | float) or not 0 <= score <= 5:
             continue
@@ -188,7 +193,7 @@ def read_reply(reply: str, aspect: str) -> dict[str, Any] | None:
     return None
 
 
-def _object(text: str) -> dict[str, Any]:
+def _parse_object(text: str) -> dict[str, Any]:
     """A JSON object or a Python dict; an empty one for what is neither."""
     for read in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -203,7 +208,7 @@ def today() -> str:
 
 
 @functools.cache
-def _forms(key: str) -> tuple[str, ...]:
+def _list_encodings(key: str) -> tuple[str, ...]:
     """How a key may be written in what an endpoint sends back, the longest first: plain, escaped, hexadecimal, base64.
 
     In the base64 of a longer text ("Bearer KEY") a key has one of three forms, by where it begins; the digits that it
@@ -222,7 +227,7 @@ def _forms(key: str) -> tuple[str, ...]:
     return tuple(sorted(forms, key=len, reverse=True))
 
 
-def _messages(
+def _make_messages(
     aspect: str, question: Sequence[str], reference: str, answer: Sequence[str]
 ) -> "list[ChatCompletionMessageParam]":
     lines = [ASPECTS[aspect], ""]
@@ -235,7 +240,7 @@ def _messages(
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n".join(lines)}]
 
 
-def _content(completion: Any) -> tuple[str, Any]:
+def _read_completion(completion: Any) -> tuple[str, Any]:
     """What a completion says, and the model that it names. openai does not check what an endpoint sends."""
     try:
         content = completion.choices[0].message.content
@@ -244,7 +249,7 @@ def _content(completion: Any) -> tuple[str, Any]:
     return content if isinstance(content, str) else "", completion.model
 
 
-def _said(error: "openai.APIStatusError") -> str:
+def _read_error_message(error: "openai.APIStatusError") -> str:
     """What an endpoint says of an error; the status in words where that is nothing, or a web page."""
     said = error.body.get("message") if isinstance(error.body, dict) else error.body
     if isinstance(said, str) and said and not said.startswith("<"):
@@ -252,7 +257,7 @@ def _said(error: "openai.APIStatusError") -> str:
     return error.response.reason_phrase
 
 
-def _advice(code: int) -> str:
+def _suggest_fix(code: int) -> str:
     if code in (401, 403):
         return f"set {KEY_VARIABLE} to a key that is valid there"
     return "check --judge-url and --judge-model"

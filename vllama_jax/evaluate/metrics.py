@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllama_jax.errors import ConfigError
-from vllama_jax.evaluate.choices import chosen_letter, within
+from vllama_jax.evaluate.choices import find_choice_letter, is_sublist
 from vllama_jax.evaluate.questions import Question
-from vllama_jax.evaluate.words import fold, normalize_answer
+from vllama_jax.evaluate.text_normalization import fold_characters, normalize_answer
 from vllama_jax.runtime.extras import import_extra
 
 CLITIC = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b")
@@ -23,36 +23,38 @@ def exact_match(answer: str, references: Sequence[str]) -> bool:
 def contains(answer: str, references: Sequence[str]) -> bool:
     """Whether the words of one of the references stand in an answer, next to each other."""
     said = normalize_answer(answer)
-    return any(within(normalize_answer(reference), said) for reference in references)
+    return any(is_sublist(normalize_answer(reference), said) for reference in references)
 
 
-def caption_words(text: str) -> str:
+def tokenize_caption(text: str) -> str:
     """A caption as its words are compared: lower case, clitics apart, no punctuation.
 
     COCO's evaluation does this by the Stanford tokenizer, which needs Java; ours differs from it in rare cases
     (brackets, dates).
     """
-    return " ".join(WORD.findall(CLITIC.sub(lambda found: f" {found[0]}", fold(text).lower())))
+    return " ".join(WORD.findall(CLITIC.sub(lambda found: f" {found[0]}", fold_characters(text).lower())))
 
 
-def caption_scores(answers: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def score_captions(answers: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """CIDEr-D, BLEU-1 to 4 and ROUGE-L of a set of captions, by id, as COCO's evaluation computes them.
 
     Raises ConfigError when its library is not installed.
     """
-    bleu, cider, rouge = _libraries()
-    said = {key: [caption_words(answer)] for key, answer in answers.items()}
-    right = {key: [caption_words(reference) for reference in references[key]] for key in answers}
-    scores = {f"bleu_{n}": float(score) for n, score in enumerate(bleu.compute_score(right, said, verbose=0)[0], 1)}
-    scores["rouge_l"] = float(rouge.compute_score(right, said)[0])
-    scores["cider"] = float(cider.compute_score(right, said)[0])
+    bleu, cider, rouge = _load_caption_scorers()
+    said = {key: [tokenize_caption(answer)] for key, answer in answers.items()}
+    references_by_id = {key: [tokenize_caption(reference) for reference in references[key]] for key in answers}
+    scores = {
+        f"bleu_{n}": float(score) for n, score in enumerate(bleu.compute_score(references_by_id, said, verbose=0)[0], 1)
+    }
+    scores["rouge_l"] = float(rouge.compute_score(references_by_id, said)[0])
+    scores["cider"] = float(cider.compute_score(references_by_id, said)[0])
     return scores
 
 
 def check_libraries(questions: Sequence[Question]) -> None:
     """Raises ConfigError when scoring these questions' answers needs a library that is not installed."""
     if any(question.task == "caption" for question in questions):
-        _libraries()
+        _load_caption_scorers()
 
 
 def score(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -61,25 +63,30 @@ def score(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str
     Each has n; accuracy, chance and how many answers name no choice; or exact_match and contains; or caption scores.
     """
     answered = [question for question in questions if question.id in answers]
-    kinds = sorted({kind for question in answered for kind in question.kinds})
-    groups = {"all": answered} | {kind: [q for q in answered if kind in q.kinds] for kind in kinds}
-    return {name: _scores(group, answers, captions=name == "all") for name, group in groups.items() if group}
+    categories = sorted({kind for question in answered for kind in question.categories})
+    groups = {"all": answered} | {kind: [q for q in answered if kind in q.categories] for kind in categories}
+    return {name: _score_group(group, answers, captions=name == "all") for name, group in groups.items() if group}
 
 
-def _scores(questions: Sequence[Question], answers: Mapping[str, str], captions: bool) -> dict[str, Any]:
+def _score_group(questions: Sequence[Question], answers: Mapping[str, str], captions: bool) -> dict[str, Any]:
     by_task = {task: [q for q in questions if q.task == task] for task in ("choice", "open", "caption")}
     scores: dict[str, Any] = {"n": len(questions)}
-    if chosen := by_task["choice"]:
-        letters = [chosen_letter(answers[question.id], question.choices) for question in chosen]
-        right = [letter == question.references[0] for letter, question in zip(letters, chosen, strict=True)]
-        scores |= {"accuracy": mean(right), "chance": mean([1 / len(question.choices) for question in chosen])}
+    if choice_questions := by_task["choice"]:
+        letters = [find_choice_letter(answers[question.id], question.choices) for question in choice_questions]
+        references_by_id = [
+            letter == question.references[0] for letter, question in zip(letters, choice_questions, strict=True)
+        ]
+        scores |= {
+            "accuracy": mean(references_by_id),
+            "chance": mean([1 / len(question.choices) for question in choice_questions]),
+        }
         scores["no_choice"] = letters.count(None)
-    if asked := by_task["open"]:
+    if open_questions := by_task["open"]:
         for name, function in (("exact_match", exact_match), ("contains", contains)):
-            scores[name] = mean([function(answers[question.id], question.references) for question in asked])
-    if captions and (described := by_task["caption"]):
-        texts = {question.id: answers[question.id] for question in described}
-        scores |= caption_scores(texts, {question.id: question.references for question in described})
+            scores[name] = mean([function(answers[question.id], question.references) for question in open_questions])
+    if captions and (caption_questions := by_task["caption"]):
+        texts = {question.id: answers[question.id] for question in caption_questions}
+        scores |= score_captions(texts, {question.id: question.references for question in caption_questions})
     return scores
 
 
@@ -88,7 +95,7 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def _libraries() -> tuple[Any, Any, Any]:
+def _load_caption_scorers() -> tuple[Any, Any, Any]:
     bleu, cider, rouge = (
         import_extra(f"pycocoevalcap.{name}.{name}", "eval", "scoring captions", ConfigError)
         for name in ("bleu", "cider", "rouge")

@@ -10,9 +10,11 @@ import xxhash
 
 Task = Literal["open", "choice", "caption"]
 
-CAPTION = "Describe what happens in the video in one sentence."
+CAPTION_PROMPT = "Describe what happens in the video in one sentence."
 CHOICE_INSTRUCTION = "Answer with the letter of the right choice."
-CHOICE_BEGUN = "Answer: ("  # MVBench begins answers like this too, since many models name no letter by themselves
+CHOICE_ANSWER_START = (
+    "Answer: ("  # MVBench begins answers like this too, since many models name no letter by themselves
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,9 +41,9 @@ class Question:
     task: Task
     text: str
     references: tuple[str, ...]
-    begun: str = ""
+    answer_start: str = ""
     choices: tuple[str, ...] = ()
-    kinds: tuple[str, ...] = ()
+    categories: tuple[str, ...] = ()
     start: float | None = None
     end: float | None = None
     frame_rate: float | None = None
@@ -53,40 +55,44 @@ class UnusableQuestion(Exception):
     """Why an annotation is not a question."""
 
 
-def open_question(text: Any, answers: Any, aspects: Sequence[str] = ("match",), **fields: Any) -> Question:
+def make_open_question(text: Any, answers: Any, aspects: Sequence[str] = ("match",), **fields: Any) -> Question:
     """A question that is answered freely. answers: a text, or several that are right."""
-    references = _texts(answers if isinstance(answers, list) else [answers], "answer")
-    return Question(task="open", text=_text(text, "question"), references=references, aspects=tuple(aspects), **fields)
+    references = _require_texts(answers if isinstance(answers, list) else [answers], "answer")
+    return Question(
+        task="open", text=_require_text(text, "question"), references=references, aspects=tuple(aspects), **fields
+    )
 
 
-def choice_question(text: Any, choices: Any, answer: Any, **fields: Any) -> Question:
+def make_choice_question(text: Any, choices: Any, answer: Any, **fields: Any) -> Question:
     """A question with choices. They may carry their letters ("A. a dog"); the answer is a letter or a choice's text."""
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
         raise UnusableQuestion("it has no list of choices")
-    texts = _texts(choices, "choice")
+    texts = _require_texts(choices, "choice")
     letters = string.ascii_uppercase[: len(texts)]
     if all(re.match(rf"\(?{letter}[.):]\s", choice) for letter, choice in zip(letters, texts, strict=True)):
         plain = tuple(re.sub(r"^\(?[A-Z][.):]\s+", "", choice) for choice in texts)
     else:
         plain = texts
-    answer = _text(answer, "answer")
+    answer = _require_text(answer, "answer")
     by_text = dict(zip((*texts, *plain), letters * 2, strict=True))
     right = by_text.get(answer) or next((letter for letter in letters if answer.strip(" ().") == letter), None)
     if right is None:
         raise UnusableQuestion(f"its answer {answer!r} is none of its choices")
     lines = [f"({letter}) {choice}" for letter, choice in zip(letters, plain, strict=True)]
-    asked = "\n".join([_text(text, "question"), *lines, CHOICE_INSTRUCTION])
-    return Question(task="choice", text=asked, begun=CHOICE_BEGUN, references=(right,), choices=plain, **fields)
+    prompt = "\n".join([_require_text(text, "question"), *lines, CHOICE_INSTRUCTION])
+    return Question(
+        task="choice", text=prompt, answer_start=CHOICE_ANSWER_START, references=(right,), choices=plain, **fields
+    )
 
 
-def caption_question(captions: Any, **fields: Any) -> Question:
+def make_caption_question(captions: Any, **fields: Any) -> Question:
     """What is in a video, in one sentence."""
-    said = captions if isinstance(captions, list) else [captions]
-    references = _texts([caption for caption in said if caption], "caption")
-    return Question(task="caption", text=CAPTION, references=references, **fields)
+    captions = captions if isinstance(captions, list) else [captions]
+    references = _require_texts([caption for caption in captions if caption], "caption")
+    return Question(task="caption", text=CAPTION_PROMPT, references=references, **fields)
 
 
-def in_order_of_videos(questions: Iterable[Question]) -> list[Question]:
+def group_by_video(questions: Iterable[Question]) -> list[Question]:
     """Questions about the same part of the same video next to each other, else in their order."""
     groups: dict[tuple, list[Question]] = {}
     for question in questions:
@@ -94,16 +100,16 @@ def in_order_of_videos(questions: Iterable[Question]) -> list[Question]:
     return [question for group in groups.values() for question in group]
 
 
-def spread(questions: Sequence[Question], limit: int | None) -> list[Question]:
+def limit_questions(questions: Sequence[Question], limit: int | None) -> list[Question]:
     """At most `limit` questions, of each main kind as many, the first ones of each, in the order that they have."""
     if limit is None or limit >= len(questions):
         return list(questions)
-    seen: dict[str, int] = {}
+    counts: dict[str, int] = {}
     ranks = []
     for question in questions:
-        kind = question.kinds[0] if question.kinds else ""
-        seen[kind] = seen.get(kind, 0) + 1
-        ranks.append(seen[kind])
+        kind = question.categories[0] if question.categories else ""
+        counts[kind] = counts.get(kind, 0) + 1
+        ranks.append(counts[kind])
     chosen = sorted(range(len(questions)), key=lambda number: ranks[number])[:limit]
     return [questions[number] for number in sorted(chosen)]
 
@@ -116,15 +122,15 @@ def digest(questions: Iterable[Question]) -> str:
     return hashed.hexdigest()
 
 
-def _text(value: Any, what: str) -> str:
+def _require_text(value: Any, field: str) -> str:
     value = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
     if not isinstance(value, str) or not value.strip():
-        raise UnusableQuestion(f"it has no {what}")
+        raise UnusableQuestion(f"it has no {field}")
     return value.strip()
 
 
-def _texts(values: Iterable[Any], what: str) -> tuple[str, ...]:
-    texts = tuple(_text(value, what) for value in values)
+def _require_texts(values: Iterable[Any], field: str) -> tuple[str, ...]:
+    texts = tuple(_require_text(value, field) for value in values)
     if not texts:
-        raise UnusableQuestion(f"it has no {what}")
+        raise UnusableQuestion(f"it has no {field}")
     return texts

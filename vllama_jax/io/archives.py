@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 
 from vllama_jax.errors import CheckpointError
-from vllama_jax.io.atomic import locked, own_directory, replace_file, scratch_directory
+from vllama_jax.io.atomic import ensure_directory, lock_directory, replace_file, scratch_directory
 
 DATE = (1980, 1, 1, 0, 0, 0)  # zip's earliest: the same files make the same archive
 
@@ -42,8 +42,8 @@ def unpack(archive: Path, digest: str, out: Path) -> None:
     if _is_intact(out, entries):
         return
     _check_digest(archive, digest)
-    own_directory(out.parent)
-    with locked(out.parent, refusal=None):
+    ensure_directory(out.parent)
+    with lock_directory(out.parent, busy_message=None):
         if _is_intact(out, entries):  # another process has made it meanwhile
             return
         if out.exists():

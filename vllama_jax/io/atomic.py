@@ -27,7 +27,7 @@ def new_directory(out: Path) -> Iterator[Path]:
             function did not make has the partial directory's name.
     """
     check_absent(out)
-    partial = _partial(out)
+    partial = _partial_path(out)
     try:
         with scratch_directory(partial, f"{out}: another process is making it; wait for that one"):
             yield partial
@@ -42,7 +42,7 @@ def new_directory(out: Path) -> Iterator[Path]:
 def check_absent(out: Path) -> None:
     """Raise CheckpointError when `out` exists, be it as a dangling symbolic link."""
     try:
-        found = _kind(out)
+        found = _file_type(out)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror})") from error
     if found == "symbolic link" and not out.exists():
@@ -52,7 +52,7 @@ def check_absent(out: Path) -> None:
 
 
 @contextlib.contextmanager
-def replaced_directory(out: Path) -> Iterator[Path]:
+def replacement_directory(out: Path) -> Iterator[Path]:
     """Yield an empty directory next to `out` that takes the place of the directory `out` on success.
 
     `out` is renamed and removed when the new directory is complete. A process that is killed between the two renames
@@ -63,18 +63,18 @@ def replaced_directory(out: Path) -> Iterator[Path]:
     """
     old = out.with_name(f".{out.name}.replaced")
     for place in (out, old):
-        _check_kind(place, "directory")
+        _check_file_type(place, "directory")
     try:
         if old.is_dir() and not out.is_dir():
             old.rename(out)
         elif old.is_dir():
             shutil.rmtree(old)
-        with scratch_directory(_partial(out), f"{out}: another process is making it; wait for that one"):
-            yield _partial(out)
+        with scratch_directory(_partial_path(out), f"{out}: another process is making it; wait for that one"):
+            yield _partial_path(out)
             if out.is_dir():
                 out.rename(old)
             try:
-                _partial(out).rename(out)
+                _partial_path(out).rename(out)
             except OSError:
                 old.rename(out)
                 raise
@@ -86,7 +86,7 @@ def replaced_directory(out: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def scratch_directory(path: Path, refusal: str) -> Iterator[Path]:
+def scratch_directory(path: Path, busy_message: str) -> Iterator[Path]:
     """Yield an empty directory for what is not whole yet, locked against other processes; it is removed in the end.
 
     Args:
@@ -96,9 +96,9 @@ def scratch_directory(path: Path, refusal: str) -> Iterator[Path]:
     Raises:
         CheckpointError: Another process has it, it is no directory, or there is a symbolic link in it.
     """
-    own_directory(path)
-    with locked(path, refusal):
-        _empty(path)
+    ensure_directory(path)
+    with lock_directory(path, busy_message):
+        _clear_directory(path)
         try:
             yield path
         finally:
@@ -106,7 +106,7 @@ def scratch_directory(path: Path, refusal: str) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(directory: Path, refusal: str | None) -> Iterator[None]:
+def lock_directory(directory: Path, busy_message: str | None) -> Iterator[None]:
     """Keep other processes off a directory; the lock ends with its holder, however that ends.
 
     Args:
@@ -119,9 +119,9 @@ def locked(directory: Path, refusal: str | None) -> Iterator[None]:
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if refusal is not None else 0))
+            fcntl.flock(handle, fcntl.LOCK_EX | (fcntl.LOCK_NB if busy_message is not None else 0))
         except BlockingIOError as error:
-            raise CheckpointError(refusal) from error
+            raise CheckpointError(busy_message) from error
         except OSError:
             pass  # a file system without locks
         yield
@@ -129,9 +129,9 @@ def locked(directory: Path, refusal: str | None) -> Iterator[None]:
         os.close(handle)
 
 
-def own_directory(path: Path) -> None:
+def ensure_directory(path: Path) -> None:
     """Make a directory inside an output directory unless it is there. Raise CheckpointError for a link or a file."""
-    _check_kind(path, "directory")
+    _check_file_type(path, "directory")
     path.mkdir(parents=True, exist_ok=True)
 
 
@@ -149,7 +149,7 @@ def write_file(path: Path, data: Any) -> None:
 
 def write_json(path: Path, fields: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write a new JSON file; see `write_file`."""
-    write_file(path, _as_json(fields))
+    write_file(path, _to_json(fields))
 
 
 def replace_file(path: Path, data: Any) -> None:
@@ -159,9 +159,9 @@ def replace_file(path: Path, data: Any) -> None:
         CheckpointError: A symbolic link or a directory is there, or has the partial file's name.
         OSError: It cannot be written.
     """
-    partial = _partial(path)
+    partial = _partial_path(path)
     for place in (path, partial):
-        _check_kind(place, "file")
+        _check_file_type(place, "file")
     partial.unlink(missing_ok=True)  # left by a killed process
     try:
         write_file(partial, data)
@@ -173,35 +173,35 @@ def replace_file(path: Path, data: Any) -> None:
 
 def replace_json(path: Path, fields: Mapping[str, Any]) -> None:
     """Write a JSON file whole, or leave what was there; see `replace_file`."""
-    replace_file(path, _as_json(fields))
+    replace_file(path, _to_json(fields))
 
 
 def check_output_files(directory: Path, names: Iterable[str]) -> None:
     """Raise CheckpointError where one of the files that a command is going to write in a directory is a link."""
     for name in names:
-        for place in (directory / name, _partial(directory / name)):
-            _check_kind(place, "file")
+        for place in (directory / name, _partial_path(directory / name)):
+            _check_file_type(place, "file")
 
 
-def open_no_link(path: str, flags: int) -> int:
+def open_no_follow(path: str, flags: int) -> int:
     """An `opener` for `open` and `io.FileIO` that does not follow a symbolic link."""
     try:
         return os.open(path, flags | os.O_NOFOLLOW, 0o666)
     except OSError:
-        _check_kind(Path(path), "file")
+        _check_file_type(Path(path), "file")
         raise
 
 
-def _partial(path: Path) -> Path:
+def _partial_path(path: Path) -> Path:
     """Where a file or directory is before it is whole."""
     return path.with_name(f".{path.name}.partial")
 
 
-def _as_json(fields: Mapping[str, Any] | Sequence[Any]) -> bytes:
+def _to_json(fields: Mapping[str, Any] | Sequence[Any]) -> bytes:
     return (json.dumps(fields, indent=1) + "\n").encode()
 
 
-def _kind(path: Path) -> str:
+def _file_type(path: Path) -> str:
     """What has this name, links not followed; "" for nothing."""
     if path.is_symlink():
         return "symbolic link"
@@ -210,13 +210,13 @@ def _kind(path: Path) -> str:
     return "file" if path.exists() else ""
 
 
-def _check_kind(path: Path, wanted: str) -> None:
+def _check_file_type(path: Path, wanted: str) -> None:
     """Raise CheckpointError where something else than a `wanted` has this name."""
-    if (found := _kind(path)) not in ("", wanted):
+    if (found := _file_type(path)) not in ("", wanted):
         raise CheckpointError(f"{path}: a {found}, where this command writes a {wanted} of its own; move it away")
 
 
-def _empty(directory: Path) -> None:
+def _clear_directory(directory: Path) -> None:
     """Remove what a killed process left. We make no links, so that one in it is somebody else's, and refused."""
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):

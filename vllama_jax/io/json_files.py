@@ -5,7 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.errors import CheckpointError, VllamaError, one_line
+from vllama_jax.errors import CheckpointError, VllamaError, format_error
 
 
 def parse_json(text: str | bytes, where: str, error: type[VllamaError], advice: str = "") -> Any:
@@ -23,16 +23,16 @@ def parse_json(text: str | bytes, where: str, error: type[VllamaError], advice: 
     """
     advice = f"; {advice}" if advice else ""
     try:
-        return json.loads(text, parse_constant=_reject_constant, parse_float=_finite)
+        return json.loads(text, parse_constant=_reject_constant, parse_float=_parse_finite_float)
     except RecursionError as problem:
         raise error(f"{where}: not JSON that can be read: nested too deeply{advice}") from problem
     except ValueError as problem:  # JSONDecodeError, UnicodeDecodeError, and integers beyond 4,300 digits
-        raise error(f"{where}: not JSON ({one_line(problem)}){advice}") from problem
+        raise error(f"{where}: not JSON ({format_error(problem)}){advice}") from problem
 
 
 def parse_object(text: str | bytes, where: str, error: type[VllamaError], advice: str = "") -> dict[str, Any]:
     """Parse a JSON document that must be an object. Raises `error` as `parse_json` does, and for another type."""
-    return _object(parse_json(text, where, error, advice), where, error, advice)
+    return _require_object(parse_json(text, where, error, advice), where, error, advice)
 
 
 def read_json(path: Path, error: type[VllamaError] = CheckpointError, advice: str = "") -> Any:
@@ -40,17 +40,17 @@ def read_json(path: Path, error: type[VllamaError] = CheckpointError, advice: st
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
-        why = getattr(problem, "strerror", None) or one_line(problem)
+        why = getattr(problem, "strerror", None) or format_error(problem)
         raise error(f"{path}: cannot be read ({why}){f'; {advice}' if advice else ''}") from problem
     return parse_json(text, str(path), error, advice)
 
 
 def read_object(path: Path, error: type[VllamaError] = CheckpointError, advice: str = "") -> dict[str, Any]:
     """Read a JSON file that must hold an object. Raises `error` as `read_json` does, and for another type."""
-    return _object(read_json(path, error, advice), str(path), error, advice)
+    return _require_object(read_json(path, error, advice), str(path), error, advice)
 
 
-def _object(value: Any, where: str, error: type[VllamaError], advice: str) -> dict[str, Any]:
+def _require_object(value: Any, where: str, error: type[VllamaError], advice: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise error(f"{where}: must hold a JSON object, not {type(value).__name__}{f'; {advice}' if advice else ''}")
     return value
@@ -60,7 +60,7 @@ def _reject_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _finite(digits: str) -> float:
+def _parse_finite_float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
         raise ValueError(f"{digits[:40]} is beyond what a float holds")

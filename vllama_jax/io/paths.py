@@ -9,13 +9,13 @@ from vllama_jax.errors import VllamaError
 LFS_POINTER = b"version https://git-lfs"
 
 
-def cache_folder() -> Path:
+def cache_directory() -> Path:
     """Where we keep what can be made again: $VLLAMA_CACHE, else vllama_jax in $XDG_CACHE_HOME (~/.cache)."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("VLLAMA_CACHE") or caches / "vllama_jax")
 
 
-def _absent(path: str) -> str:
+def _missing_file_message(path: str) -> str:
     """What to say of a path where nothing is. Path() has made one slash of the two in a URL."""
     url = re.match(r"([a-z][a-z0-9+.-]+):/+(?=.)", path, re.IGNORECASE)
     if not url:
@@ -26,7 +26,7 @@ def _absent(path: str) -> str:
     return f"{url[1]}://{rest}: URLs are not read; download it first"
 
 
-def first_bytes(path: str | os.PathLike[str], error: type[VllamaError], count: int = 32) -> bytes:
+def read_first_bytes(path: str | os.PathLike[str], error: type[VllamaError], count: int = 32) -> bytes:
     """The first bytes of a file. Raises `error`, saying what is there instead, where no file with content is.
 
     That is: nothing, a directory, a device or pipe, a file that may not be read, an empty one, a git-lfs pointer.
@@ -36,7 +36,7 @@ def first_bytes(path: str | os.PathLike[str], error: type[VllamaError], count: i
         if path.is_dir():
             raise error(f"{path}: a directory, not a file; name a file in it")
         if not path.exists():
-            raise error(_absent(str(path)))
+            raise error(_missing_file_message(str(path)))
         if not path.is_file():
             raise error(f"{path}: not a regular file; save it to disk first")
         with path.open("rb") as file:

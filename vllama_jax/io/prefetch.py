@@ -9,17 +9,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], threads: int) -> Generator[Result, None, None]:
+def map_in_order(
+    function: Callable[[Item], Result], items: Iterable[Item], num_threads: int
+) -> Generator[Result, None, None]:
     """`function` of each item, in the items' order. At most `threads` items are under way or done and not yet taken.
 
     Items are taken from their iterator as they are needed, so there may be millions.
     """
     pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
-    with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+    with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:
         try:
             for item in items:
                 pending.append(pool.submit(function, item))
-                if len(pending) >= threads:
+                if len(pending) >= num_threads:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

@@ -5,27 +5,27 @@ from __future__ import annotations
 import os
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.audio import Audio, audio_from, read_audio
+from vllama_jax.media.audio import Audio, decode_audio, read_audio
+from vllama_jax.media.detect import check_media
 from vllama_jax.media.files import (
-    PICTURE_EXTENSIONS,
+    IMAGE_EXTENSIONS,
     as_file,
     check_file,
     check_pixels,
-    is_still_picture,
+    find_audio_stream,
+    find_video_stream,
+    is_still_image,
     open_container,
-    sound_stream,
-    video_stream,
 )
-from vllama_jax.media.image import Image, normalize, picture_report, read_image
+from vllama_jax.media.image import Image, image_report, normalize, read_image
 from vllama_jax.media.mel import clip_starts, mel_clips
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.segment import read_frames, read_segment
-from vllama_jax.media.sniff import check_media
-from vllama_jax.media.video import Video, frame_chooser, frame_indices, read_video, video_from
+from vllama_jax.media.video import Video, bind_num_frames, decode_video, frame_indices, read_video
 from vllama_jax.media.write import write_video
 
 __all__ = [
-    "PICTURE_EXTENSIONS",
+    "IMAGE_EXTENSIONS",
     "Audio",
     "Image",
     "MediaReport",
@@ -63,11 +63,11 @@ def read_media(
     Raises MediaError as read_video, read_image and read_audio do, and for sound alone when `audio` is False.
     """
     path = check_file(path)
-    if is_still_picture(path):
-        return Image(frames=read_image(path, size)[None], report=picture_report(path))
+    if is_still_image(path):
+        return Image(frames=read_image(path, size)[None], report=image_report(path))
     with open_container(path) as container:
-        if video_stream(container) is not None:
-            return video_from(container, path, frame_chooser(path, num_frames), size, audio, num_clips)
-        if sound_stream(container) is not None and not audio:
+        if find_video_stream(container) is not None:
+            return decode_video(container, path, bind_num_frames(path, num_frames), size, audio, num_clips)
+        if find_audio_stream(container) is not None and not audio:
             raise MediaError(f"{path}: only sound in the file, and sound is off; turn it on or name a video")
-        return audio_from(container, path, num_clips)
+        return decode_audio(container, path, num_clips)

@@ -10,7 +10,7 @@ import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio_decoder import AudioDecoder
-from vllama_jax.media.files import check_file, demux, open_container, picture_format, sound_stream
+from vllama_jax.media.files import check_file, demux, find_audio_stream, image_format, open_container
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.truncation import find_truncation
 
@@ -48,17 +48,17 @@ def read_audio(path: str | os.PathLike[str], num_clips: int | None = None) -> Au
         MediaError: The file has no audio, or it cannot be decoded.
     """
     path = check_file(path)
-    if picture_format(path):
+    if image_format(path):
         raise MediaError(f"{path}: a picture, without sound; use read_image or read_media")
     with open_container(path) as container:
-        return audio_from(container, path, num_clips)
+        return decode_audio(container, path, num_clips)
 
 
-def audio_from(container: InputContainer, path: str, num_clips: int | None = None) -> Audio:
+def decode_audio(container: InputContainer, path: str, num_clips: int | None = None) -> Audio:
     """`read_audio` for an opened file."""
     import av
 
-    stream = sound_stream(container)
+    stream = find_audio_stream(container)
     if stream is None:
         raise MediaError(f"{path}: no sound in the file; name one that has some")
     decoder = AudioDecoder(container, stream, path, num_clips)
@@ -72,5 +72,5 @@ def audio_from(container: InputContainer, path: str, num_clips: int | None = Non
         raise MediaError(f"{path}: the audio cannot be used: {decoded.failure}")
     cut = find_truncation(path)
     notes = (*((cut.note,) if cut else ()), *decoded.notes)
-    report = MediaReport(path, "audio", frames=0, seconds=decoded.seconds, audio="used", notes=notes)
+    report = MediaReport(path, "audio", num_frames=0, duration=decoded.seconds, audio="used", notes=notes)
     return Audio(decoded.waveform, decoded.sample_rate, report, decoded.mel)

@@ -18,10 +18,12 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
     from jaxtyping import Float64
 
-PRIMING = 0.1  # s; encoders put up to so much audio before the first frame, and time messages have tenths of seconds
-_ROUNDED = 0.005  # s; annotations give hundredths of seconds, Matroska thousandths
-_RESET = 0.1  # s; decoding times only rise, but for rounding, unless another clock begins
-_LEAP = 10.0  # s; FFmpeg's command line also takes a longer gap in a transport stream for another clock
+MAX_PRIMING = (
+    0.1  # s; encoders put up to so much audio before the first frame, and time messages have tenths of seconds
+)
+_TIME_TOLERANCE = 0.005  # s; annotations give hundredths of seconds, Matroska thousandths
+_RESET_THRESHOLD = 0.1  # s; decoding times only rise, but for rounding, unless another clock begins
+_GAP_THRESHOLD = 10.0  # s; FFmpeg's command line also takes a longer gap in a transport stream for another clock
 _TS_DISCONT = 0x200  # FFmpeg's flag of formats whose clocks may leap
 
 
@@ -34,8 +36,8 @@ class Clock:
 
     def __init__(self, container: InputContainer, video: VideoStream, audio: AudioStream | None) -> None:
         starts = [_seconds(stream, stream.start_time or 0) for stream in (video, audio) if stream is not None]
-        self._shifts = [-starts[0] if starts[0] - min(starts) <= PRIMING else -min(starts)]
-        self._may_leap = bool(container.format.flags & _TS_DISCONT)
+        self._offsets = [-starts[0] if starts[0] - min(starts) <= MAX_PRIMING else -min(starts)]
+        self._may_be_discontinuous = bool(container.format.flags & _TS_DISCONT)
         self._video = video
         self._end = 0.0  # of the last frame so far
         self._resets: dict[int, int] = {}  # stream → how many resets it has passed
@@ -44,19 +46,19 @@ class Clock:
     def shift(self, packet: Packet) -> float:
         """Return what to add to a packet's timestamps, in seconds. To be called once a packet, in the file's order."""
         stream = packet.stream
-        number = self._resets.setdefault(stream.index, len(self._shifts) - 1)
+        number = self._resets.setdefault(stream.index, len(self._offsets) - 1)
         if packet.dts is not None:
             decoded = _seconds(stream, packet.dts)
             step = decoded - self._decoded.get(stream.index, decoded)
             self._decoded[stream.index] = decoded
-            if step < -_RESET or (self._may_leap and step > _LEAP):
+            if step < -_RESET_THRESHOLD or (self._may_be_discontinuous and step > _GAP_THRESHOLD):
                 number = self._resets[stream.index] = number + 1
                 start = decoded if packet.pts is None else _seconds(stream, packet.pts)
-                if number == len(self._shifts):
-                    self._shifts.append(self._end - start)
+                if number == len(self._offsets):
+                    self._offsets.append(self._end - start)
                 elif stream is self._video:  # frames follow each other exactly, audio to within its packets
-                    self._shifts[number] = self._end - start
-        shift = self._shifts[number]
+                    self._offsets[number] = self._end - start
+        shift = self._offsets[number]
         if stream is self._video and packet.pts is not None:
             self._end = max(self._end, _seconds(stream, packet.pts + (packet.duration or 0)) + shift)
         return shift
@@ -69,12 +71,12 @@ class FrameTimes(NamedTuple):
     end: float
 
 
-def even_times(total: int, rate: float) -> FrameTimes:
+def constant_rate_times(total: int, rate: float) -> FrameTimes:
     """Return the times of `total` frames at a constant rate."""
     return FrameTimes(np.arange(total) / rate, total / rate)
 
 
-def frame_times(
+def infer_frame_times(
     starts: Sequence[float], durations: Sequence[float], rate: float, tick: float, has_audio: bool
 ) -> FrameTimes:
     """Find when frames are shown from their own timestamps.
@@ -88,25 +90,25 @@ def frame_times(
         has_audio: Without audio, time starts at the first frame.
     """
     own, total = np.asarray(starts), len(starts)
-    if not has_audio or own[0] <= PRIMING:
+    if not has_audio or own[0] <= MAX_PRIMING:
         own = own - own[0]
     gaps = np.diff(own)
     told = np.abs(gaps - durations[:-1]) <= tick + 1e-3
     last = durations[-1] if durations[-1] > 0 and told.sum() >= len(gaps) / 2 else 0.0
-    even = even_times(total, rate)
+    even = constant_rate_times(total, rate)
     if np.abs(own - own[0] - even.starts).max() <= tick + 1e-6 and abs(last - 1 / rate) * bool(last) <= tick + 1e-6:
         return FrameTimes(own[0] + even.starts, float(own[0]) + even.end)
     mean = float(own[-1] - own[0]) / max(total - 1, 1)
     return FrameTimes(own, float(own[-1]) + (last or mean or 1 / rate))
 
 
-def frames_within(times: FrameTimes, within: tuple[float, float]) -> range:
+def frames_in_range(times: FrameTimes, time_range: tuple[float, float]) -> range:
     """Return the frames that begin within a segment; if none does, the frame that is shown at its start."""
     total = len(times.starts)
-    first, last = np.searchsorted(times.starts, np.asarray(within) - _ROUNDED).tolist()
+    first, last = np.searchsorted(times.starts, np.asarray(time_range) - _TIME_TOLERANCE).tolist()
     if first < last:
         return range(first, last)
-    shown = int(np.searchsorted(times.starts, within[0] + _ROUNDED, side="right")) - 1
+    shown = int(np.searchsorted(times.starts, time_range[0] + _TIME_TOLERANCE, side="right")) - 1
     return range(max(shown, 0), min(max(shown, 0) + 1, total))
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from vllama_jax.errors import MediaError
-from vllama_jax.io.paths import first_bytes
+from vllama_jax.io.paths import read_first_bytes
 from vllama_jax.media.truncation import find_truncation, has_mp4_index
 
 if TYPE_CHECKING:
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 # What FFmpeg may take a file for. Without a list, a .txt file is a "video" (tty), and a playlist can name other files
 # and hosts (hls, concat, dash).
-_CONTAINERS = (
+_ALLOWED_FORMATS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,rm,nut,mxf,ivf,h264,hevc,m4v,obu,dv,gif,apng,"
     "wav,w64,mp3,flac,aac,ac3,eac3,aiff,au,caf,amr,ape,wv,tta,tak,dts,truehd,oma"
 )
 
-WHOLE = (0.0, math.inf)  # of a file, from and to which second
+FULL_RANGE = (0.0, math.inf)  # of a file, from and to which second
 MAX_PIXELS = 2**26  # of an image: a 50-megapixel photo fits, and reading takes below 1 GB
 MAX_FRAME_PIXELS = 8192 * 4352  # of a video: 8K, HEVC's level 6.2 (ITU-T H.265, table A.8); decoders hold many frames
-PICTURE_EXTENSIONS = (".jpg", ".jpeg", ".png")  # of the frames of a video that is a folder of pictures
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")  # of the frames of a video that is a folder of pictures
 
 # The first bytes of the picture files that Pillow reads, and Pillow's names for them.
-_PICTURES = (
+_IMAGE_SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
     (b"GIF8", "GIF"),
@@ -47,7 +47,7 @@ _PICTURES = (
 )
 
 # What Pillow raises for damaged files.
-DAMAGED = (OSError, SyntaxError, ValueError, KeyError, IndexError, EOFError, TypeError, struct.error)
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, KeyError, IndexError, EOFError, TypeError, struct.error)
 
 _HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1")
 
@@ -55,7 +55,7 @@ _HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1")
 def check_file(path: str | os.PathLike[str]) -> str:
     """The path as a string, if a file with content is there; else a MediaError that says what is there instead."""
     path = os.fsdecode(path)
-    first_bytes(path, MediaError)
+    read_first_bytes(path, MediaError)
     return path
 
 
@@ -86,7 +86,7 @@ def as_file(data: bytes, name: str = "media in memory") -> Iterator[str]:
     """
     if not data:
         raise MediaError(f"{name}: no bytes; pack or download it again")
-    with _file_in_memory() if hasattr(os, "memfd_create") else tempfile.NamedTemporaryFile() as file:
+    with _open_memory_file() if hasattr(os, "memfd_create") else tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
         path = file.name if isinstance(file.name, str) else f"/proc/self/fd/{file.fileno()}"
@@ -96,16 +96,16 @@ def as_file(data: bytes, name: str = "media in memory") -> Iterator[str]:
             raise MediaError(str(error).replace(path, name)) from error
 
 
-def picture_format(path: str) -> str | None:
+def image_format(path: str) -> str | None:
     """Pillow's name for the picture format that the file's first bytes announce, or None."""
-    head = first_bytes(path, MediaError)
+    head = read_first_bytes(path, MediaError)
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
     if head[4:8] == b"ftyp" and head[8:12] in (b"avif", b"avis"):
         return "AVIF"
     if head[:2] == b"BM" and head[6:10] == bytes(4):
         return "BMP"
-    return next((name for start, name in _PICTURES if head.startswith(start)), None)
+    return next((name for start, name in _IMAGE_SIGNATURES if head.startswith(start)), None)
 
 
 @contextlib.contextmanager
@@ -122,7 +122,7 @@ def open_image(path: str, name: str) -> Iterator[Image.Image]:
     limit = MAX_PIXELS * 3 // 4 if name in ("WEBP", "JPEG2000") else MAX_PIXELS  # these take 16 and 19 bytes a pixel
     if name == "WEBP":  # Pillow allocates its pixels when it opens it
         check_pixels(*_webp_size(path), path, limit)
-    with _without_pillow_warnings():
+    with _ignore_pillow_warnings():
         try:
             opened = Image.open(path, formats=[name])
         except Image.DecompressionBombError as error:
@@ -132,15 +132,15 @@ def open_image(path: str, name: str) -> Iterator[Image.Image]:
             yield image
 
 
-def is_still_picture(path: str) -> bool:
+def is_still_image(path: str) -> bool:
     """True for a picture file that does not move; animated GIF, PNG and AVIF files are videos."""
-    name = picture_format(path)
+    name = image_format(path)
     if name not in ("GIF", "PNG", "WEBP", "AVIF"):
         return name is not None
     try:
         with open_image(path, name) as picture:
             animated = getattr(picture, "is_animated", False)  # only formats with animations have it
-    except DAMAGED:
+    except DECODE_ERRORS:
         return True  # reading it as a picture says how
     if animated and name == "WEBP":
         raise MediaError(f"{path}: an animated WebP, which FFmpeg does not read; convert it to gif or mp4")
@@ -151,7 +151,7 @@ def open_container(path: str) -> InputContainer:
     """The file opened by FFmpeg, which tells its kind by its content. Raises MediaError; to be closed by the caller."""
     import av
 
-    head = first_bytes(path, MediaError)
+    head = read_first_bytes(path, MediaError)
     if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
         raise MediaError(f"{path}: a HEIC picture, which cannot be read; convert it to jpg or png")
     if head[4:8] == b"ftyp" and not has_mp4_index(path):
@@ -161,7 +161,7 @@ def open_container(path: str) -> InputContainer:
         return av.open(
             f"file:{path}",
             options={"max_pixels": str(MAX_FRAME_PIXELS)},
-            container_options={"format_whitelist": _CONTAINERS},
+            container_options={"format_whitelist": _ALLOWED_FORMATS},
         )
     except (av.FFmpegError, OSError, ValueError) as error:
         if lost := find_truncation(path):
@@ -185,7 +185,7 @@ def demux(container: InputContainer, *streams: Stream) -> Iterator[Packet]:
         yield packet
 
 
-def video_stream(container: InputContainer) -> VideoStream | None:
+def find_video_stream(container: InputContainer) -> VideoStream | None:
     """The video stream a player would show, or None. A cover picture in a music file is not a video."""
     from av.stream import Disposition
 
@@ -194,20 +194,20 @@ def video_stream(container: InputContainer) -> VideoStream | None:
     return best if best in moving else next(iter(moving), None)
 
 
-def sound_stream(container: InputContainer) -> AudioStream | None:
+def find_audio_stream(container: InputContainer) -> AudioStream | None:
     """The sound stream a player would play, or None."""
     best = container.streams.best("audio")
     return next((stream for stream in container.streams.audio if stream is best), None)
 
 
-def _file_in_memory() -> BinaryIO:
+def _open_memory_file() -> BinaryIO:
     """A file without a name, not limited by the size of /dev/shm (64 MB in a container, unless asked for)."""
     return os.fdopen(os.memfd_create("media"), "wb")
 
 
 def _webp_size(path: str) -> tuple[int, int]:
     """The width and height that a WebP file declares (RFC 9649), or 0 and 0 where it declares none."""
-    head = first_bytes(path, MediaError).ljust(30, b"\0")
+    head = read_first_bytes(path, MediaError).ljust(30, b"\0")
     kind = head[12:16]
     if kind == b"VP8X":
         return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
@@ -224,7 +224,7 @@ _warnings_ignored: list[warnings.catch_warnings] = []  # one for each thread in 
 
 
 @contextlib.contextmanager
-def _without_pillow_warnings() -> Iterator[None]:
+def _ignore_pillow_warnings() -> Iterator[None]:
     """Ignore Pillow's warnings while any thread is in here: filters are the process's, so the last thread restores."""
     with _warnings_lock:
         first = not _warnings_ignored

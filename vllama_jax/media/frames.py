@@ -12,8 +12,15 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.clock import FrameTimes, even_times, frame_rate, frame_times, time_base
-from vllama_jax.media.files import MAX_FRAME_PIXELS, check_pixels, demux, open_container, sound_stream, video_stream
+from vllama_jax.media.clock import FrameTimes, constant_rate_times, frame_rate, infer_frame_times, time_base
+from vllama_jax.media.files import (
+    MAX_FRAME_PIXELS,
+    check_pixels,
+    demux,
+    find_audio_stream,
+    find_video_stream,
+    open_container,
+)
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -46,7 +53,7 @@ class VideoPacket(NamedTuple):
     duration: float
 
 
-class _CannotSeek(Exception):
+class _SeekError(Exception):
     """The file's key frames or times cannot be trusted; it has to be decoded from its start."""
 
 
@@ -54,7 +61,7 @@ def decode_frames(
     container: InputContainer,
     stream: VideoStream,
     packets: list[VideoPacket],
-    choose: Callable[[FrameTimes], Int64[np.ndarray, "t"]],
+    sample_frames: Callable[[FrameTimes], Int64[np.ndarray, "t"]],
     size: int,
     path: str,
 ) -> tuple[UInt8[np.ndarray, "t h w 3"], Int64[np.ndarray, "t"], FrameTimes]:
@@ -78,22 +85,22 @@ def decode_frames(
     import av
 
     times = _packet_times(container, stream, packets)
-    indices = choose(times)
+    indices = sample_frames(times)
     try:
         frames = [_to_rgb(frame, size) for frame in _seek_frames(container, stream, packets, indices.tolist())]
-    except (_CannotSeek, av.FFmpegError):
-        frames, shown = _count_frames(path, indices.tolist(), size)
+    except (_SeekError, av.FFmpegError):
+        frames, shown = _decode_from_start(path, indices.tolist(), size)
         times = _decoded_times(container, stream, packets, shown)
-        wanted = choose(times)
+        wanted = sample_frames(times)
         if wanted.tolist() != indices.tolist():  # some packets hold no frame of their own, or none that can be decoded
             indices = wanted
-            frames, _ = _count_frames(path, indices.tolist(), size)
+            frames, _ = _decode_from_start(path, indices.tolist(), size)
     if not frames:
         raise MediaError(f"{path}: no frame of the video could be decoded; convert it to H.264 mp4")
     return np.stack(frames), indices, times
 
 
-def limit_pixels(stream: VideoStream, path: str) -> None:
+def limit_frame_size(stream: VideoStream, path: str) -> None:
     """Check the declared size of a video's frames, and let its decoder refuse larger ones. Raises MediaError."""
     check_pixels(stream.codec_context.width, stream.codec_context.height, path, MAX_FRAME_PIXELS)
     stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
@@ -117,7 +124,7 @@ def _decoded_times(
         after = found[-1][0] if found else -np.inf
         known = times.get(pts, [])
         if not known or known[0][0] <= after:
-            return even_times(len(shown), frame_rate(stream))
+            return constant_rate_times(len(shown), frame_rate(stream))
         found.append(known.pop(0))
     return _times(container, stream, found)
 
@@ -127,9 +134,11 @@ def _times(container: InputContainer, stream: VideoStream, shown: Sequence[tuple
     rate = frame_rate(stream)
     known = sorted((seconds, duration) for seconds, duration in shown if seconds is not None)
     if not known or len(known) < len(shown):
-        return even_times(len(shown), rate)
+        return constant_rate_times(len(shown), rate)
     starts, durations = zip(*known, strict=True)
-    return frame_times(starts, durations, rate, float(time_base(stream)), sound_stream(container) is not None)
+    return infer_frame_times(
+        starts, durations, rate, float(time_base(stream)), find_audio_stream(container) is not None
+    )
 
 
 def _seek_frames(
@@ -142,7 +151,7 @@ def _seek_frames(
     timestamps = [packet.pts for packet in packets if packet.pts is not None]
     place = {pts: number for number, pts in enumerate(timestamps)}
     if len(place) < len(packets):
-        raise _CannotSeek
+        raise _SeekError
     stream.thread_type = "AUTO"
     shown = sorted(pts for pts, packet in zip(timestamps, packets, strict=True) if not packet.is_discarded)
     keys = sorted(pts for pts, packet in zip(timestamps, packets, strict=True) if packet.is_key)
@@ -152,13 +161,13 @@ def _seek_frames(
         wanted = shown[index]
         key = bisect.bisect_right(keys, wanted) - 1
         if key < 0:
-            raise _CannotSeek
+            raise _SeekError
         key_pts = keys[key]
         if place[key_pts] - reached > _SEEK_GAP:
             frames = _frames_from_key(container, stream, packets[place[key_pts] :], key_pts, shown)
         frame = next((frame for frame in frames if frame.pts == wanted), None)
         if frame is None:
-            raise _CannotSeek
+            raise _SeekError
         reached = place[wanted]
         yield frame
 
@@ -184,24 +193,24 @@ def _frames_from_key(
             number = 0
         if number is None:
             if not packet.size or (packet.pts is not None and packet.pts > key_pts):
-                raise _CannotSeek
+                raise _SeekError
             continue
         if packet.size:
             if number == len(packets) or (packet.pts, packet.size) != (packets[number].pts, packets[number].size):
-                raise _CannotSeek
+                raise _SeekError
             number += 1
         for frame in packet.decode():
             if frame.pts is not None and frame.pts < key_pts:
                 continue
             if rank == len(shown) or frame.pts != shown[rank]:
-                raise _CannotSeek
+                raise _SeekError
             if frame.pts == key_pts and frame.pict_type in (PictureType.P, PictureType.B):
-                raise _CannotSeek
+                raise _SeekError
             rank += 1
             yield frame
 
 
-def _count_frames(
+def _decode_from_start(
     path: str, indices: Sequence[int], size: int
 ) -> tuple[list[UInt8[np.ndarray, "h w 3"]], list[int | None]]:
     """Decode from the start; return the frames at `indices`, and the timestamps of all that were decoded.
@@ -214,10 +223,10 @@ def _count_frames(
     frames: list[UInt8[np.ndarray, "h w 3"]] = []
     shown: list[int | None] = []
     with open_container(path) as container:
-        stream = video_stream(container)
+        stream = find_video_stream(container)
         if stream is None:
             raise MediaError(f"{path}: the file changed while it was read; read it again")
-        limit_pixels(stream, path)
+        limit_frame_size(stream, path)
         stream.thread_type = "AUTO"
         for packet in demux(container, stream):
             try:

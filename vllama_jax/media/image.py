@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllama_jax.errors import MediaError, one_line
-from vllama_jax.media.files import DAMAGED, check_file, open_image, picture_format
+from vllama_jax.errors import MediaError, format_error
+from vllama_jax.media.files import DECODE_ERRORS, check_file, image_format, open_image
 from vllama_jax.media.report import MediaReport
 from vllama_jax.towers import CLIP_MEAN, CLIP_STD
 
@@ -53,7 +53,7 @@ def read_image(
     from PIL import UnidentifiedImageError
 
     path = check_file(path)
-    name = picture_format(path)
+    name = image_format(path)
     if name is None:
         raise MediaError(
             f"{path}: not a picture (jpg, png, gif, webp, bmp, tiff, avif, jp2); for a video use read_video"
@@ -66,9 +66,9 @@ def read_image(
     except UnidentifiedImageError as error:
         why = f"the {name} image is damaged or of a kind that is not supported; convert it to an 8-bit png"
         raise MediaError(f"{path}: {why}") from error
-    except DAMAGED as error:
+    except DECODE_ERRORS as error:
         raise MediaError(
-            f"{path}: the {name} picture is cut off or damaged ({one_line(error)}); get the file again"
+            f"{path}: the {name} picture is cut off or damaged ({format_error(error)}); get the file again"
         ) from error
     if choose_box is not None:
         top, left, height, width = choose_box(picture.height, picture.width)
@@ -132,9 +132,9 @@ def _to_eight_bits(image: pillow.Image, path: str) -> UInt8[np.ndarray, "h w"]:
     return 255 - gray if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else gray
 
 
-def picture_report(path: str) -> MediaReport:
+def image_report(path: str) -> MediaReport:
     """The account of a file that holds one picture."""
-    return MediaReport(path=path, kind="image", frames=1, seconds=0.0, audio="absent")
+    return MediaReport(path=path, kind="image", num_frames=1, duration=0.0, audio="absent")
 
 
 def standardize(pixels: Any, mean: Sequence[float] | np.ndarray = MEAN, std: Sequence[float] | np.ndarray = STD) -> Any:

@@ -18,12 +18,12 @@ from vllama_jax.errors import MediaError
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Float64, Int64
 
-RATE = 16000  # samples a second that the features are computed from
-CLIP_SAMPLES = 2 * RATE
+SAMPLE_RATE = 16000  # samples a second that the features are computed from
+CLIP_SAMPLES = 2 * SAMPLE_RATE
 MEL_BINS = 128
 MEL_FRAMES = 204  # a 2-second clip gives 198, the rest is padding
 _WINDOW = 400  # 25 ms
-HOP = 160  # 10 ms, between two mel frames
+HOP_LENGTH = 160  # 10 ms, between two mel frames
 _FFT = 512
 _PREEMPHASIS = 0.97
 _LOG_FLOOR = 1.1920929e-07  # float32's epsilon
@@ -46,17 +46,17 @@ def clip_starts(num_samples_16k: int, num_clips: int) -> Int64[np.ndarray, "num_
     The step is (length - 2 s) / num_clips, as in pytorchvideo 0.1.5, so the last clip stops short of the end. Audio
     under 2 s is taken whole by every clip.
     """
-    seconds = num_samples_16k / RATE
+    seconds = num_samples_16k / SAMPLE_RATE
     step = Fraction(max(seconds - 2, 0)) / num_clips
-    return np.array([int(clip * step * RATE) for clip in range(num_clips)], np.int64)
+    return np.array([int(clip * step * SAMPLE_RATE) for clip in range(num_clips)], np.int64)
 
 
 def clip_spans(num_samples: int, sample_rate: int, num_clips: int) -> list[range]:
     """Which of a waveform's samples each clip is computed from: 2 s, and the resampler's reach on both sides."""
-    total = samples_at_16k(num_samples, sample_rate)
+    total = num_samples_at_16k(num_samples, sample_rate)
     spans = []
     for start in clip_starts(total, num_clips).tolist():
-        first, last = _reach(sample_rate, start, min(start + CLIP_SAMPLES, total))
+        first, last = _input_range(sample_rate, start, min(start + CLIP_SAMPLES, total))
         spans.append(range(max(first, 0), min(last, num_samples)))
     return spans
 
@@ -75,24 +75,24 @@ def mel_clips(
     if num_clips < 1:
         raise MediaError(f"{num_clips} audio clips were asked for; ask for at least 1")
     check_audio_length(waveform.shape[1], sample_rate)
-    return mel_of_parts([WaveformChunk(0, waveform)] * num_clips, waveform.shape[1], sample_rate)
+    return mel_of_chunks([WaveformChunk(0, waveform)] * num_clips, waveform.shape[1], sample_rate)
 
 
-def mel_of_parts(
+def mel_of_chunks(
     parts: Sequence[WaveformChunk], num_samples: int, sample_rate: int
 ) -> Float32[np.ndarray, "num_clips 128 204"]:
     """`mel_clips` of a waveform of `num_samples`, given for each clip a part that holds its span (`clip_spans`)."""
-    starts = clip_starts(samples_at_16k(num_samples, sample_rate), len(parts)).tolist()
+    starts = clip_starts(num_samples_at_16k(num_samples, sample_rate), len(parts)).tolist()
     clips = (
         resample(part.samples, sample_rate, start, start + CLIP_SAMPLES, part.start, num_samples)
         for part, start in zip(parts, starts, strict=True)
     )
-    return np.stack([_mel(clip) for clip in clips])
+    return np.stack([_log_mel_clip(clip) for clip in clips])
 
 
 def check_audio_length(num_samples: int, sample_rate: int) -> None:
     """Raises MediaError for audio of under 25 ms, of which no mel frame can be computed."""
-    if samples_at_16k(num_samples, sample_rate) < _WINDOW:
+    if num_samples_at_16k(num_samples, sample_rate) < _WINDOW:
         raise MediaError(f"{1000 * num_samples / sample_rate:.1f} ms of audio are too short; give at least 25")
 
 
@@ -112,13 +112,13 @@ def resample(
         waveform: in floating point, at `sample_rate`; the samples from `offset` on of a waveform of `num_samples`.
     """
     num_samples = offset + waveform.shape[1] if num_samples is None else num_samples
-    total = samples_at_16k(num_samples, sample_rate)
+    total = num_samples_at_16k(num_samples, sample_rate)
     places = np.arange(start, total if stop is None else min(stop, total))
-    if sample_rate == RATE:
+    if sample_rate == SAMPLE_RATE:
         return waveform[:, places - offset].astype(np.float32, order="C")
     old, new = _reduced_rates(sample_rate)
     kernels = _sinc_kernels(old, new)
-    first, last = _reach(sample_rate, int(places[0]), int(places[-1]) + 1)
+    first, last = _input_range(sample_rate, int(places[0]), int(places[-1]) + 1)
     inside = waveform[:, max(first, 0) - offset : max(last - offset, 0)].astype(np.float32, order="C")
     before = max(-first, 0)
     padded = np.pad(inside, ((0, 0), (before, last - first - before - inside.shape[1])))
@@ -128,22 +128,22 @@ def resample(
     return np.stack([np.einsum("nt,nt->n", channel[centers - centers[0]], used) for channel in taps])
 
 
-def samples_at_16k(samples: int, sample_rate: int) -> int:
+def num_samples_at_16k(samples: int, sample_rate: int) -> int:
     """The length at 16 kHz of a waveform of so many samples."""
     old, new = _reduced_rates(sample_rate)
     return -(-samples * new // old)
 
 
-def _reach(sample_rate: int, start: int, stop: int) -> tuple[int, int]:
+def _input_range(sample_rate: int, start: int, stop: int) -> tuple[int, int]:
     """From and to which sample of the file (beyond its ends also) samples start to stop at 16 kHz are computed."""
-    if sample_rate == RATE:
+    if sample_rate == SAMPLE_RATE:
         return start, stop
     old, new = _reduced_rates(sample_rate)
-    reach = _sinc_reach(old, new)
+    reach = _kernel_radius(old, new)
     return start * old // new - reach, (stop - 1) * old // new + reach + 1
 
 
-def _sinc_reach(old: int, new: int) -> int:
+def _kernel_radius(old: int, new: int) -> int:
     return math.ceil(_SINC_ZEROS * old / (min(old, new) * _ROLLOFF))
 
 
@@ -155,7 +155,7 @@ def _sinc_kernels(old: int, new: int) -> Float32[np.ndarray, "new taps"]:
     throughout and in torchaudio's order, as its rounding (6e-6 from 44.1 kHz) shows in near-silent frames' logarithms.
     """
     cutoff = min(old, new) * _ROLLOFF
-    reach = _sinc_reach(old, new)
+    reach = _kernel_radius(old, new)
     phase = np.arange(new)[:, None]
     taps = np.arange(-reach, reach + 1) + phase * old // new
     time = taps.astype(np.float32) / np.float32(old) - phase.astype(np.float32) / np.float32(new)
@@ -167,11 +167,11 @@ def _sinc_kernels(old: int, new: int) -> Float32[np.ndarray, "new taps"]:
 
 
 def _reduced_rates(sample_rate: int) -> tuple[int, int]:
-    common = math.gcd(sample_rate, RATE)
-    return sample_rate // common, RATE // common
+    common = math.gcd(sample_rate, SAMPLE_RATE)
+    return sample_rate // common, SAMPLE_RATE // common
 
 
-def _mel(clip: Float32[np.ndarray, "c n"]) -> Float32[np.ndarray, "128 204"]:
+def _log_mel_clip(clip: Float32[np.ndarray, "c n"]) -> Float32[np.ndarray, "128 204"]:
     """One clip's features, padded with zeros *before* ImageBind's normalization: padding is not silence."""
     channel = clip[0] - clip.mean(dtype=np.float64)
     features = _log_mel(channel)[:MEL_FRAMES]
@@ -186,23 +186,23 @@ def _log_mel(samples: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "frames 1
     Per 25 ms frame: the mean removed, pre-emphasis (the first sample being its own predecessor), Hann window, power
     spectrum, triangles, logarithm.
     """
-    frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::HOP]
+    frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::HOP_LENGTH]
     frames = frames - frames.mean(axis=1, keepdims=True)
     previous = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
     windowed = (frames - _PREEMPHASIS * previous) * np.hanning(_WINDOW)
     power = np.abs(np.fft.rfft(windowed, _FFT)[:, : _FFT // 2]) ** 2
-    return np.log(np.maximum(power @ mel_triangles().T, _LOG_FLOOR))
+    return np.log(np.maximum(power @ mel_filters().T, _LOG_FLOOR))
 
 
 @functools.cache
-def mel_triangles() -> Float64[np.ndarray, "128 256"]:
+def mel_filters() -> Float64[np.ndarray, "128 256"]:
     """Kaldi's triangles: evenly spaced, and straight-sided, on the mel scale from 20 Hz to 8 kHz.
 
     Columns are FFT bins below the Nyquist frequency, whose own weight is zero.
     """
-    edges = np.linspace(_mel_scale(20.0), _mel_scale(RATE / 2), MEL_BINS + 2)
+    edges = np.linspace(_mel_scale(20.0), _mel_scale(SAMPLE_RATE / 2), MEL_BINS + 2)
     left, center, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
-    bins = _mel_scale(np.arange(_FFT // 2) * (RATE / _FFT))
+    bins = _mel_scale(np.arange(_FFT // 2) * (SAMPLE_RATE / _FFT))
     return np.clip(np.minimum((bins - left) / (center - left), (right - bins) / (right - center)), 0, None)
 
 

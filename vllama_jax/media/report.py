@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-_SOUND = {
+_AUDIO_STATES = {
     "used": "sound used",
     "absent": "no sound in the file",
     "off": "sound off",
@@ -25,18 +25,18 @@ class MediaReport:
 
     path: str
     kind: Literal["video", "image", "audio"]
-    frames: int
-    seconds: float
+    num_frames: int
+    duration: float
     audio: str
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """The sentence for the user, such as "8 frames of 7.1 s; sound used"."""
-        sound = _SOUND.get(self.audio, f"sound {self.audio}")
+        sound = _AUDIO_STATES.get(self.audio, f"sound {self.audio}")
         if self.kind == "image":
             found = ["1 picture"]
         elif self.kind == "audio":
-            found = [f"{self.seconds:.1f} s of sound", sound]
+            found = [f"{self.duration:.1f} s of sound", sound]
         else:
-            found = [f"{self.frames} frame{'s' if self.frames > 1 else ''} of {self.seconds:.1f} s", sound]
+            found = [f"{self.num_frames} frame{'s' if self.num_frames > 1 else ''} of {self.duration:.1f} s", sound]
         return "; ".join((*found, *self.notes))

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.clock import even_times, frames_within
-from vllama_jax.media.files import PICTURE_EXTENSIONS
+from vllama_jax.media.clock import constant_rate_times, frames_in_range
+from vllama_jax.media.files import IMAGE_EXTENSIONS
 from vllama_jax.media.image import read_image
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.video import Video, frame_indices, read_video
@@ -36,7 +36,7 @@ def read_segment(
         MediaError: As `read_video`, and for an end before the start.
     """
     _check_times(path, start, end)
-    return read_video(path, num_frames, size, audio, within=(start, end), num_clips=num_clips)
+    return read_video(path, num_frames, size, audio, time_range=(start, end), num_clips=num_clips)
 
 
 def read_frames(
@@ -53,11 +53,11 @@ def read_frames(
     the start.
     """
     _check_times(folder, start, end)
-    pictures = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in PICTURE_EXTENSIONS)
+    pictures = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
     if not pictures:
         raise MediaError(f"{folder}: no pictures in the folder (jpg, png); unpack its frames again")
-    times = even_times(len(pictures), rate)
-    inside = frames_within(times, (start, end))
+    times = constant_rate_times(len(pictures), rate)
+    inside = frames_in_range(times, (start, end))
     indices = frame_indices(len(inside), num_frames)
     frames = np.stack([read_image(pictures[inside.start + index], size) for index in indices])
     duration = max(min(times.end, end) - start, 0.0)

@@ -70,7 +70,7 @@ def has_mp4_index(path: str) -> bool:
         return any(name == "moov" and end <= len(data) for name, _, end in _mp4_boxes(data))
 
 
-def _ends_early(
+def _compare_length(
     data: mmap.mmap, expected: int, part: Literal["media", "index"] = "media", slack: int = 0
 ) -> Truncation | None:
     if expected - slack <= len(data):
@@ -78,7 +78,7 @@ def _ends_early(
     return Truncation(part, f"{len(data):,} of {expected:,} bytes are there")
 
 
-def _unfinished(packet: str) -> Truncation:
+def _ends_within(packet: str) -> Truncation:
     return Truncation("packet", f"the file ends within {packet}")
 
 
@@ -103,8 +103,8 @@ def _mp4(data: mmap.mmap) -> Truncation | None:
     if end == len(data) or not boxes:
         return None
     if end < len(data):  # a few bytes of a box's header, if they are no padding
-        return _unfinished("a box's header") if any(data[end:]) and len(data) - end < 8 else None
-    return _ends_early(data, end, "media" if name in _MP4_MEDIA else "index")
+        return _ends_within("a box's header") if any(data[end:]) and len(data) - end < 8 else None
+    return _compare_length(data, end, "media" if name in _MP4_MEDIA else "index")
 
 
 def _riff(data: mmap.mmap) -> Truncation | None:
@@ -116,10 +116,10 @@ def _riff(data: mmap.mmap) -> Truncation | None:
             return None
         last, start = start, start + 8 + size + size % 2
     if data[8:12] == b"WAVE":
-        return _riff_chunk(data, 0, b"data") or _ends_early(data, start, "index", _RIFF_SLACK)
-    lost = _ends_early(data, start, slack=_RIFF_SLACK)
+        return _riff_chunk(data, 0, b"data") or _compare_length(data, start, "index", _RIFF_SLACK)
+    lost = _compare_length(data, start, slack=_RIFF_SLACK)
     if lost and data[8:12] == b"AVI " and not _riff_chunk(data, last, b"LIST"):
-        return _ends_early(data, start, "index")  # what follows the list of frames
+        return _compare_length(data, start, "index")  # what follows the list of frames
     return lost
 
 
@@ -131,24 +131,24 @@ def _riff_chunk(data: mmap.mmap, riff: int, wanted: bytes) -> Truncation | None:
         if data[start : start + 4] == wanted:
             end = 0 if size == 0xFFFFFFFF else start + 8 + size
         start += 8 + size + size % 2
-    return _ends_early(data, end)
+    return _compare_length(data, end)
 
 
 def _rf64(data: mmap.mmap) -> Truncation | None:
-    return _ends_early(data, 8 + int.from_bytes(data[20:28], "little"))
+    return _compare_length(data, 8 + int.from_bytes(data[20:28], "little"))
 
 
 def _w64(data: mmap.mmap) -> Truncation | None:
-    return _ends_early(data, int.from_bytes(data[16:24], "little"))
+    return _compare_length(data, int.from_bytes(data[16:24], "little"))
 
 
 def _aiff(data: mmap.mmap) -> Truncation | None:
-    return _ends_early(data, 8 + int.from_bytes(data[4:8], "big"))
+    return _compare_length(data, 8 + int.from_bytes(data[4:8], "big"))
 
 
 def _au(data: mmap.mmap) -> Truncation | None:
     offset, size = struct.unpack(">II", data[4:12])
-    return None if size == 0xFFFFFFFF else _ends_early(data, offset + size)
+    return None if size == 0xFFFFFFFF else _compare_length(data, offset + size)
 
 
 def _caf(data: mmap.mmap) -> Truncation | None:
@@ -158,7 +158,7 @@ def _caf(data: mmap.mmap) -> Truncation | None:
         if size < 0:  # to the end of the file
             return None
         start += 12 + size
-    return _ends_early(data, start)
+    return _compare_length(data, start)
 
 
 def _matroska(data: mmap.mmap) -> Truncation | None:
@@ -183,9 +183,9 @@ def _matroska(data: mmap.mmap) -> Truncation | None:
             scale = int.from_bytes(info.get(_SCALE, b"\x0f\x42\x40")[:8], "big")
             seconds = _ebml_float(info.get(_DURATION, b"")) * scale / 1e9
     if end is not None:
-        return _ends_early(data, end, "media" if last in (_CLUSTER, 0) else "index")
+        return _compare_length(data, end, "media" if last in (_CLUSTER, 0) else "index")
     if last_end > len(data) or 0 < len(data) - last_end < 12:
-        return _unfinished("a block")
+        return _ends_within("a block")
     recorded = timestamp * scale / 1e9
     if recorded and seconds - recorded > max(2, 0.05 * seconds):  # a cluster lasts seconds, and durations are rounded
         return Truncation("packet", f"{seconds:.1f} s are declared, and the file ends after {recorded:.1f} s")
@@ -238,11 +238,11 @@ def _flv(data: mmap.mmap) -> Truncation | None:
     if key >= 0:
         size = struct.unpack(">d", data[key + 11 : key + 19])[0] if key + 19 <= len(data) else 0.0
         if size > len(data):
-            return _ends_early(data, int(min(size, 2**62)))
+            return _compare_length(data, int(min(size, 2**62)))
     start = 13
     while start + 11 <= len(data):
         start += 15 + int.from_bytes(data[start + 1 : start + 4], "big")  # tag header, data and the tag's size again
-    return None if start in (len(data), len(data) + 4) else _unfinished("a tag")
+    return None if start in (len(data), len(data) + 4) else _ends_within("a tag")
 
 
 def _asf(data: mmap.mmap) -> Truncation | None:
@@ -256,24 +256,24 @@ def _asf(data: mmap.mmap) -> Truncation | None:
         if size < 24:
             return None
         start += size
-    return _ends_early(data, start, "media" if name in (_ASF_HEADER, _ASF_DATA) else "index")
+    return _compare_length(data, start, "media" if name in (_ASF_HEADER, _ASF_DATA) else "index")
 
 
 def _ogg(data: mmap.mmap) -> Truncation | None:
     """The last page (RFC 3533 §6) is complete, and marked as the last."""
     page = data.rfind(b"OggS")
     if page < 0 or page + 27 > len(data):
-        return _unfinished("a page")
+        return _ends_within("a page")
     lengths = data[page + 27 : page + 27 + data[page + 26]]
     if len(lengths) < data[page + 26] or page + 27 + len(lengths) + sum(lengths) > len(data):
-        return _unfinished("a page")
+        return _ends_within("a page")
     return None if data[page + 5] & 4 else Truncation("packet", "no page is marked as the last")
 
 
 def _transport_stream(data: mmap.mmap) -> Truncation | None:
     for offset, size in _TS_PACKETS:
         if len(data) > 4 * size and all(data[offset + number * size] == 0x47 for number in range(4)):
-            return _unfinished("a packet") if len(data) % size else None
+            return _ends_within("a packet") if len(data) % size else None
     return None
 
 
@@ -284,7 +284,7 @@ def _ivf(data: mmap.mmap) -> Truncation | None:
         frames += start <= len(data)
     if frames < declared and start != len(data):
         return Truncation("media", f"{frames} of {declared} frames are there")
-    return _unfinished("a frame") if start > len(data) else None
+    return _ends_within("a frame") if start > len(data) else None
 
 
 def _gif(data: mmap.mmap) -> Truncation | None:
@@ -295,7 +295,7 @@ def _gif(data: mmap.mmap) -> Truncation | None:
         while start < len(data) and data[start]:
             start += 1 + data[start]
         start += 1
-    return _unfinished("a frame") if start >= len(data) or data[start] in (0x21, 0x2C) else None
+    return _ends_within("a frame") if start >= len(data) or data[start] in (0x21, 0x2C) else None
 
 
 def _gif_colors(flags: int) -> int:
@@ -327,7 +327,7 @@ def _mp3(data: mmap.mmap) -> Truncation | None:
     if not flags & 2:
         return None
     at = header + 8 + 4 * (flags & 1)
-    return _ends_early(data, start + int.from_bytes(data[at : at + 4], "big"))
+    return _compare_length(data, start + int.from_bytes(data[at : at + 4], "big"))
 
 
 _CHECKS = (

@@ -11,17 +11,17 @@ import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio_decoder import AudioDecoder, DecodedAudio
-from vllama_jax.media.clock import Clock, FrameTimes, frame_rate, frames_within
+from vllama_jax.media.clock import Clock, FrameTimes, frame_rate, frames_in_range
 from vllama_jax.media.files import (
-    WHOLE,
+    FULL_RANGE,
     check_file,
     demux,
-    is_still_picture,
+    find_audio_stream,
+    find_video_stream,
+    is_still_image,
     open_container,
-    sound_stream,
-    video_stream,
 )
-from vllama_jax.media.frames import VideoPacket, decode_frames, limit_pixels
+from vllama_jax.media.frames import VideoPacket, decode_frames, limit_frame_size
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.truncation import find_truncation
 
@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
     from jaxtyping import Float32, Float64, Int64, UInt8
 
-    Choose = Callable[[int, int], Int64[np.ndarray, "t"]]  # how many there are and how many to take → which, rising
-    Chooser = Callable[[int], Int64[np.ndarray, "t"]]  # how many there are → which to take
+    FrameSampler = Callable[
+        [int, int], Int64[np.ndarray, "t"]
+    ]  # how many there are and how many to take → which, rising
+    BoundFrameSampler = Callable[[int], Int64[np.ndarray, "t"]]  # how many there are → which to take
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +43,8 @@ class Video:
 
     Attributes:
         frames: RGB.
-        seconds: When each of them is shown, on the clock that the file's video and audio share (see `Clock`), or since
-            the start of the segment.
+        timestamps: When each of them is shown, on the clock that the file's video and audio share (see `Clock`), or
+            from the start of the segment.
         duration: When the last frame of the file or of the segment ends, on the same clock.
         waveform: Every channel in [-1, 1] at the file's own rate. That of a whole file begins with its first sample,
             as in the original; that of a segment follows the clock. None where `report` says that there is no audio,
@@ -53,7 +55,7 @@ class Video:
     """
 
     frames: UInt8[np.ndarray, "t h w 3"]
-    seconds: Float64[np.ndarray, "t"]
+    timestamps: Float64[np.ndarray, "t"]
     duration: float
     waveform: Float32[np.ndarray, "c n"] | None
     sample_rate: int | None
@@ -74,8 +76,8 @@ def read_video(
     num_frames: int = 8,
     size: int = 224,
     audio: bool = True,
-    choose: Choose = frame_indices,
-    within: tuple[float, float] = WHOLE,
+    sample_frames: FrameSampler = frame_indices,
+    time_range: tuple[float, float] = FULL_RANGE,
     num_clips: int | None = None,
 ) -> Video:
     """Read frames spread over a video, and its audio.
@@ -97,31 +99,33 @@ def read_video(
         MediaError: The file is not a video that can be decoded, or it is truncated.
     """
     path = check_file(path)
-    if is_still_picture(path):
+    if is_still_image(path):
         raise MediaError(f"{path}: a picture, not a video; use read_image or read_media")
     with open_container(path) as container:
-        return video_from(container, path, frame_chooser(path, num_frames, choose), size, audio, num_clips, within)
+        return decode_video(
+            container, path, bind_num_frames(path, num_frames, sample_frames), size, audio, num_clips, time_range
+        )
 
 
-def frame_chooser(path: str, num_frames: int, choose: Choose = frame_indices) -> Chooser:
+def bind_num_frames(path: str, num_frames: int, sample_frames: FrameSampler = frame_indices) -> BoundFrameSampler:
     """Return `choose` with its number of frames. Raises MediaError where this is less than one."""
     if num_frames < 1:
         raise MediaError(f"{path}: {num_frames} frames were asked for; ask for at least 1")
-    return lambda total: choose(total, num_frames)
+    return lambda total: sample_frames(total, num_frames)
 
 
-def video_from(
+def decode_video(
     container: InputContainer,
     path: str,
-    choose: Chooser,
+    sample_frames: BoundFrameSampler,
     size: int,
     audio: bool,
     num_clips: int | None = None,
-    within: tuple[float, float] = WHOLE,
+    time_range: tuple[float, float] = FULL_RANGE,
 ) -> Video:
     """read_video for an opened file."""
-    stream = video_stream(container)
-    heard = sound_stream(container)
+    stream = find_video_stream(container)
+    heard = find_audio_stream(container)
     if stream is None and heard is None:
         raise MediaError(f"{path}: neither video nor sound in the file; download or copy it again")
     if stream is None:
@@ -130,17 +134,17 @@ def video_from(
         raise MediaError(f"{path}: the video's codec is not supported; convert it to H.264 mp4")
     if not frame_rate(stream):
         raise MediaError(f"{path}: the video has no frame rate; convert it to H.264 mp4")
-    limit_pixels(stream, path)
+    limit_frame_size(stream, path)
     clock = Clock(container, stream, heard)
-    decoder = AudioDecoder(container, heard, path, num_clips, within, clock) if heard and audio else None
+    decoder = AudioDecoder(container, heard, path, num_clips, time_range, clock) if heard and audio else None
     packets, notes = _list_packets(container, stream, decoder, clock, path)
 
     def chosen(times: FrameTimes) -> Int64[np.ndarray, "t"]:
-        inside = frames_within(times, within)
-        return inside.start + choose(len(inside))
+        inside = frames_in_range(times, time_range)
+        return inside.start + sample_frames(len(inside))
 
     frames, indices, times = decode_frames(container, stream, packets, chosen, size, path)
-    start, end = within
+    start, end = time_range
     duration = max(min(times.end, end) - start, 0.0)
     decoded = decoder.finish() if decoder else DecodedAudio()
     if heard is None:
@@ -151,7 +155,7 @@ def video_from(
         state = f"failed: {decoded.failure}" if decoded.failure else "used"
     return Video(
         frames=frames,
-        seconds=np.maximum(times.starts[indices] - start, 0.0),
+        timestamps=np.maximum(times.starts[indices] - start, 0.0),
         duration=duration,
         waveform=decoded.waveform,
         sample_rate=decoded.sample_rate,

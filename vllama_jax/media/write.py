@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, UInt8
 
 _LAYOUTS = {1: "mono", 2: "stereo"}  # by number of channels
-_SAME = {"mbtree": "0"}  # x264's macroblock tree differs from run to run, seen at frames of 96 × 96
+_REPRODUCIBLE = {"mbtree": "0"}  # x264's macroblock tree differs from run to run, seen at frames of 96 × 96
 _AAC_SAMPLES = 1024  # AAC compresses so many at a time
 
 
@@ -52,13 +52,17 @@ def write_video(
     rate = Fraction(fps).limit_denominator(1001)  # 29.97… is 30000/1001
     try:
         with av.open(f"file:{path}", "w", format="mp4") as container:
-            video = container.add_stream("libx264", rate=rate, options=_SAME)
+            video = container.add_stream("libx264", rate=rate, options=_REPRODUCIBLE)
             video.height, video.width, video.pix_fmt = *first.shape[:2], "yuv420p"
             audio: AudioStream | None = None
-            together: Iterable[VideoFrame | AudioFrame] = _pictures(itertools.chain([first], frames), first, rate, path)
+            together: Iterable[VideoFrame | AudioFrame] = _video_frames(
+                itertools.chain([first], frames), first, rate, path
+            )
             if waveform is not None:
                 audio = container.add_stream("aac", rate=sample_rate, layout=_LAYOUTS[len(waveform)])
-                together = heapq.merge(together, _sounds(waveform, sample_rate), key=lambda frame: frame.time or 0.0)
+                together = heapq.merge(
+                    together, _audio_frames(waveform, sample_rate), key=lambda frame: frame.time or 0.0
+                )
             for frame in together:
                 if isinstance(frame, av.VideoFrame):
                     container.mux(video.encode(frame))
@@ -71,7 +75,7 @@ def write_video(
         raise MediaError(f"{path}: the video cannot be written ({error.strerror})") from error
 
 
-def _pictures(
+def _video_frames(
     frames: Iterable[UInt8[np.ndarray, "h w 3"]], first: UInt8[np.ndarray, "h w 3"], rate: Fraction, path: str
 ) -> Iterator[VideoFrame]:
     from av import VideoFrame
@@ -83,7 +87,7 @@ def _pictures(
         yield picture
 
 
-def _sounds(waveform: Float32[np.ndarray, "c n"], sample_rate: int) -> Iterator[AudioFrame]:
+def _audio_frames(waveform: Float32[np.ndarray, "c n"], sample_rate: int) -> Iterator[AudioFrame]:
     from av import AudioFrame
 
     for start in range(0, waveform.shape[1], _AAC_SAMPLES):

@@ -11,13 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from vllama_jax.branches import ARRAYS, DTYPES, find_branch
+from vllama_jax.branches import ARRAY_DTYPES, MEDIA_ARRAYS, find_branch
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.nn.network import abstract_network
-from vllama_jax.sharding import MESH_AXES, under
+from vllama_jax.sharding import MESH_AXES, use_mesh
 from vllama_jax.train.config import MeshConfig, TrainConfig
 from vllama_jax.train.optim import make_optimizer
-from vllama_jax.train.state import Skeleton, TrainState, abstract_state, matching, remove_unused
+from vllama_jax.train.state import (
+    AbstractModel,
+    TrainState,
+    make_abstract_state,
+    remove_unused_components,
+    select_paths,
+)
 from vllama_jax.train.step import jit_step, make_step
 
 
@@ -26,7 +32,7 @@ class AbstractRun:
     """config: with the compute dtype named. frozen, batch: leaves by name."""
 
     config: TrainConfig
-    skeleton: Skeleton
+    abstract_model: AbstractModel
     state: TrainState
     frozen: dict[str, jax.ShapeDtypeStruct]
     batch: dict[str, jax.ShapeDtypeStruct]
@@ -39,26 +45,28 @@ def abstract_run(model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | Abst
 
     Raises ConfigError for patterns that match nothing.
     """
-    skeleton = _skeleton(model, dataclasses.replace(config, batch_size=1, grad_accum_steps=1, mesh=MeshConfig()))
-    learns = matching(list(skeleton.variables), config.trainable)
+    abstract_model = _make_abstract_model(
+        model, dataclasses.replace(config, batch_size=1, grad_accum_steps=1, mesh=MeshConfig())
+    )
+    trainable_paths = select_paths(list(abstract_model.variables), config.trainable)
     optimizer = make_optimizer(config.optim, config.steps)
-    state = abstract_state(skeleton.shardings(learns, mesh), skeleton, optimizer, mesh)
-    paths = [path for path in skeleton.variables if path not in state.weights]
+    state = make_abstract_state(abstract_model.shardings(trainable_paths, mesh), abstract_model, optimizer, mesh)
+    paths = [path for path in abstract_model.variables if path not in state.weights]
     frozen = {
-        path: jax.ShapeDtypeStruct(skeleton.variables[path].shape, config.compute_dtype, sharding=place)
-        for path, place in skeleton.shardings(paths, mesh).items()
+        path: jax.ShapeDtypeStruct(abstract_model.variables[path].shape, config.compute_dtype, sharding=place)
+        for path, place in abstract_model.shardings(paths, mesh).items()
     }
-    return AbstractRun(config, skeleton, state, frozen, _batch(model, config, mesh, length))
+    return AbstractRun(config, abstract_model, state, frozen, _batch(model, config, mesh, length))
 
 
 @functools.lru_cache(maxsize=8)
-def _skeleton(model: VideoLlamaConfig, config: TrainConfig) -> Skeleton:
+def _make_abstract_model(model: VideoLlamaConfig, config: TrainConfig) -> AbstractModel:
     network = abstract_network(model, config.compute_dtype, config.lora)
-    remove_unused(network, config, () if config.data.feature_cache else find_branch(config.branch).media[:1])
-    return Skeleton(network)
+    remove_unused_components(network, config, () if config.data.feature_cache else find_branch(config.branch).media[:1])
+    return AbstractModel(network)
 
 
-def media_tokens(model: VideoLlamaConfig, config: TrainConfig) -> int:
+def num_media_tokens(model: VideoLlamaConfig, config: TrainConfig) -> int:
     """Tokens that a sample's media become."""
     return find_branch(config.branch).num_tokens(model)
 
@@ -72,14 +80,14 @@ def _batch(
     def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=place)
 
-    labels = max(length - media_tokens(model, config), 1)
+    labels = max(length - num_media_tokens(model, config), 1)
     branch = find_branch(config.branch)
     kind = branch.media[0]
     if config.data.feature_cache:
-        media = {"features": rows(config.compute_dtype, *branch.features_shape(model, kind))}
+        media = {"features": rows(config.compute_dtype, *branch.example_feature_shape(model, kind))}
     else:
-        array = ARRAYS[kind]
-        media = {array: rows(DTYPES[array], *branch.media_shape(model, kind))}
+        array = MEDIA_ARRAYS[kind]
+        media = {array: rows(ARRAY_DTYPES[array], *branch.media_shape(model, kind))}
     return {
         **media,
         "ids": rows(jnp.int32, length),
@@ -95,7 +103,7 @@ def compiled_memory(run: AbstractRun, mesh: Mesh) -> Any:
 
     mesh: the one that the run was made for, of real devices.
     """
-    step = make_step(run.config, run.skeleton, make_optimizer(run.config.optim, run.config.steps))
-    with under(mesh):
+    step = make_step(run.config, run.abstract_model, make_optimizer(run.config.optim, run.config.steps))
+    with use_mesh(mesh):
         lowered = jit_step(step, run.state).lower(run.state, run.frozen, run.batch)
         return lowered.compile().memory_analysis()

@@ -11,28 +11,28 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from vllama_jax.branches import branches_of, component_of, find_branch, is_within
-from vllama_jax.checkpoints.restore import gb_in_flight
+from vllama_jax.branches import find_branch, get_branches, get_component, is_within
+from vllama_jax.checkpoints.restore import max_concurrent_gb
 from vllama_jax.config import GREEDY, NO_LORA, GenerationConfig, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.memory.activations import (
-    Shape,
+    StepShape,
     encoder,
-    kept_layers,
-    key_value_cache,
-    learning_qformer,
+    estimate_kv_cache,
+    estimate_prefill_layer,
+    estimate_saved_activations,
+    estimate_trained_qformer,
+    estimate_training_layer,
     logits,
-    reading_layer,
-    training_layer,
 )
-from vllama_jax.train.config import MeshConfig, TrainConfig, arranged, rows_a_place
+from vllama_jax.train.config import MeshConfig, TrainConfig, resolve_mesh, rows_per_shard
 
 if TYPE_CHECKING:
     from jax import Array, ShapeDtypeStruct
     from jax.sharding import AbstractMesh
 
     from vllama_jax.memory.abstract_run import AbstractRun
-    from vllama_jax.train.state import Skeleton
+    from vllama_jax.train.state import AbstractModel
 
 GIGA = 10**9
 MARGIN = 0.1  # of what a device has for us: left free, as what is computed by hand is not exact
@@ -52,7 +52,7 @@ class Device:
 
     name: str
     bytes: int
-    usable: float
+    usable_fraction: float
     per_host: int
     is_host: bool = False
 
@@ -78,14 +78,14 @@ DEVICES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Need:
+class MemoryEstimate:
     """What one use of a model takes.
 
     name: "chat", or the run config's. told: of what size it is. device, host: bytes on each, by part.
     """
 
     name: str
-    told: str
+    description: str
     device: dict[str, int]
     host: dict[str, int]
 
@@ -98,15 +98,15 @@ class Need:
         return sum(self.host.values())
 
 
-def usable(need: Need, device: Device) -> int:
+def usable_bytes(need: MemoryEstimate, device: Device) -> int:
     """What each device has for this need; a CPU's memory is shared with the host's part of it."""
     shared = need.host_total // device.per_host if device.is_host else 0
-    return int(device.bytes * device.usable) - shared
+    return int(device.bytes * device.usable_fraction) - shared
 
 
-def verdict(need: Need, device: Device) -> Literal["fits", "tight", "does not fit"]:
+def verdict(need: MemoryEstimate, device: Device) -> Literal["fits", "tight", "does not fit"]:
     """tight: within a tenth of all that there is, so that it may fail."""
-    room = usable(need, device)
+    room = usable_bytes(need, device)
     if need.device_total > room:
         return "does not fit"
     return "fits" if need.device_total <= (1 - MARGIN) * room else "tight"
@@ -115,7 +115,7 @@ def verdict(need: Need, device: Device) -> Literal["fits", "tight", "does not fi
 def find_device(name: str) -> Device:
     """A device of the table by its name, in any spelling, or "here". Raises ConfigError for an unknown one."""
     if name == "here":
-        return _here()
+        return _detect_device()
     plain = {_plain(known): device for known, device in DEVICES.items()}
     if _plain(name) not in plain:
         raise ConfigError(f"no device {name!r}: choose one of {', '.join(DEVICES)}, or here")
@@ -126,7 +126,7 @@ def _plain(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum()).removesuffix("gb")
 
 
-def _here() -> Device:
+def _detect_device() -> Device:
     """What JAX finds on this machine."""
     import jax
 
@@ -148,55 +148,55 @@ def _host_memory() -> int:
     return min(limits)
 
 
-def find_mesh(mesh: MeshConfig, device: Device) -> MeshConfig:
+def resolve_device_mesh(mesh: MeshConfig, device: Device) -> MeshConfig:
     """The mesh with data's places counted: over the devices that are here, or over as few as it names.
 
     Raises ConfigError for a mesh of another number of devices than are here.
     """
     if device.name in DEVICES:
-        return arranged(mesh, mesh.fsdp * mesh.tensor)
+        return resolve_mesh(mesh, mesh.fsdp * mesh.tensor)
     import jax
 
     from vllama_jax.sharding import make_mesh
 
-    mesh = arranged(mesh, jax.device_count())
+    mesh = resolve_mesh(mesh, jax.device_count())
     make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
     return mesh
 
 
-def training(
+def estimate_training(
     model: VideoLlamaConfig, name: str, run: TrainConfig, mesh: MeshConfig, device: Device, length: int = 0
-) -> Need:
+) -> MemoryEstimate:
     """What a run needs, of live videos unless it reads features. length: tokens of a sample; 0 for the longest.
 
     Raises ConfigError for patterns that match nothing, and for a batch that the mesh does not divide.
     """
     from vllama_jax.memory.abstract_run import abstract_run
 
-    rows, length = rows_a_place(run, mesh), length or longest_sample(model, run)
-    run = with_dtype(run, device)
+    rows, length = rows_per_shard(run, mesh), length or longest_example_length(model, run)
+    run = resolve_compute_dtype(run, device)
     abstract = abstract_run(model, run, _abstract_mesh(mesh), length)
-    shape = Shape(rows=rows, length=length, itemsize=_itemsize(run.compute_dtype), mesh=mesh)
-    learning = _bytes(abstract.state.weights)
+    shape = StepShape(rows=rows, length=length, itemsize=_itemsize(run.compute_dtype), mesh=mesh)
+    learning = _device_bytes(abstract.state.weights)
     needs = {
-        **_by_part(abstract.frozen),
+        **_bytes_by_component(abstract.frozen),
         "what learns": learning,
-        "Adam's moments": _bytes(abstract.state.moments),
+        "Adam's moments": _device_bytes(abstract.state.opt_state),
         "gradients": (1 + (run.grad_accum_steps > 1)) * learning + learning * shape.itemsize // 4,
-        "batch": _bytes(abstract.batch),
-        "layers' inputs": kept_layers(model.llama, shape, run.remat_policy),
-        **_busiest(model, run, shape, abstract.skeleton),
+        "batch": _device_bytes(abstract.batch),
+        "layers' inputs": estimate_saved_activations(model.llama, shape, run.remat_policy),
+        **_peak_phase(model, run, shape, abstract.abstract_model),
     }
-    told = f"batch {run.batch_size}, {rows} × {length} tokens at a time, {run.compute_dtype}"
-    return Need(name, told, needs, _training_host(abstract, mesh, device))
+    description = f"batch {run.batch_size}, {rows} × {length} tokens at a time, {run.compute_dtype}"
+    return MemoryEstimate(name, description, needs, _training_host(abstract, mesh, device))
 
 
-def with_dtype(run: TrainConfig, device: Device) -> TrainConfig:
+def resolve_compute_dtype(run: TrainConfig, device: Device) -> TrainConfig:
     """The run with the compute dtype that "auto" means on a device."""
     return run if run.compute_dtype != "auto" else dataclasses.replace(run, compute_dtype=device.dtype)
 
 
-def chatting(
+def estimate_chat(
     model: VideoLlamaConfig,
     mesh: MeshConfig,
     device: Device,
@@ -205,7 +205,7 @@ def chatting(
     lora: LoraConfig = NO_LORA,
     scheme: str | None = None,
     length: int = 0,
-) -> Need:
+) -> MemoryEstimate:
     """What a conversation needs whose prompt has `length` tokens; 0: as many as the model reads beside its answer.
 
     scheme: how the weights are quantised (checkpoints/quantize.py); None where they are not.
@@ -219,17 +219,22 @@ def chatting(
     padded = padded_prompt_length(prompt)
     capacity = padded_prompt_length(padded + -(-new // 64) * 64)
     weights = _loaded(model, mesh, dtype, scheme, lora)
-    one = Shape(rows=1, length=padded, itemsize=_itemsize(dtype), mesh=mesh)
-    cache = key_value_cache(model.llama, dataclasses.replace(one, rows=beams), capacity)
+    one = StepShape(rows=1, length=padded, itemsize=_itemsize(dtype), mesh=mesh)
+    cache = estimate_kv_cache(model.llama, dataclasses.replace(one, rows=beams), capacity)
     at_work = max(
-        *(encoder(model, branch.name, one) for branch in branches_of(model) if branch.prompt_array == "frames"),
-        reading_layer(model.llama, one, capacity),
+        *(encoder(model, branch.name, one) for branch in get_branches(model) if branch.prompt_array == "frames"),
+        estimate_prefill_layer(model.llama, one, capacity),
         cache if beams > 1 else 0,  # beams change places
-        max(map(_bytes, weights.values())) - cache,  # layers become arrays of their own, before there is a cache
+        max(map(_device_bytes, weights.values())) - cache,  # layers become arrays of their own, before there is a cache
     )
-    needs = {**_by_part(weights), "key-value cache": cache, "activations": at_work}
-    told = f"prompt of {prompt} tokens, {new} new ones, {dtype}" + (f" with {scheme} weights" if scheme else "")
-    return Need("chat", told, needs, {"program": PROGRAM_BYTES, "weights while they load": _loading(weights, device)})
+    needs = {**_bytes_by_component(weights), "key-value cache": cache, "activations": at_work}
+    description = f"prompt of {prompt} tokens, {new} new ones, {dtype}" + (f" with {scheme} weights" if scheme else "")
+    return MemoryEstimate(
+        "chat",
+        description,
+        needs,
+        {"program": PROGRAM_BYTES, "weights while they load": _loading_bytes(weights, device)},
+    )
 
 
 def _loaded(
@@ -246,16 +251,16 @@ def _loaded(
     return {"/".join(map(str, path)): variable.get_value() for path, variable in nnx.to_flat_state(state)}
 
 
-def advice(
-    model: VideoLlamaConfig, need: Need, run: TrainConfig, mesh: MeshConfig, device: Device, length: int = 0
+def suggest_flags(
+    model: VideoLlamaConfig, need: MemoryEstimate, run: TrainConfig, mesh: MeshConfig, device: Device, length: int = 0
 ) -> str:
     """The flags of the first arrangement of a run that fits: in parts, or split over more devices; "" for none."""
 
     def fits(grad_accum_steps: int, wider: MeshConfig) -> bool:
         parts = dataclasses.replace(run, grad_accum_steps=grad_accum_steps)
-        return verdict(training(model, need.name, parts, wider, device, length), device) == "fits"
+        return verdict(estimate_training(model, need.name, parts, wider, device, length), device) == "fits"
 
-    for wider in _wider(mesh, device):
+    for wider in _wider_meshes(mesh, device):
         rows = run.batch_size // (wider.data * wider.fsdp)
         choices = [
             count
@@ -269,7 +274,7 @@ def advice(
     return ""
 
 
-def _wider(mesh: MeshConfig, device: Device) -> Iterator[MeshConfig]:
+def _wider_meshes(mesh: MeshConfig, device: Device) -> Iterator[MeshConfig]:
     """Meshes that split weights more: over devices that data has; then, where devices are only named, over more."""
     yield mesh
     while not mesh.data % 2:
@@ -280,66 +285,72 @@ def _wider(mesh: MeshConfig, device: Device) -> Iterator[MeshConfig]:
         yield mesh
 
 
-def notes(model: VideoLlamaConfig, mesh: MeshConfig) -> list[str]:
+def list_replicated_axes(model: VideoLlamaConfig, mesh: MeshConfig) -> list[str]:
     """A line for each dimension that the mesh does not divide, and that is therefore whole on each device."""
     from flax import nnx
 
     from vllama_jax.nn.network import abstract_network
-    from vllama_jax.sharding import undivided_axes
+    from vllama_jax.sharding import list_indivisible_axes
 
-    return undivided_axes(nnx.state(abstract_network(model)), _abstract_mesh(mesh))
+    return list_indivisible_axes(nnx.state(abstract_network(model)), _abstract_mesh(mesh))
 
 
-def longest_sample(model: VideoLlamaConfig, run: TrainConfig) -> int:
+def longest_example_length(model: VideoLlamaConfig, run: TrainConfig) -> int:
     """Tokens that a batch of the run is padded to at most, by its datasets' configs."""
     from vllama_jax.data.tokenization import padded_length
-    from vllama_jax.memory.abstract_run import media_tokens
+    from vllama_jax.memory.abstract_run import num_media_tokens
 
     longest = 0
     for text in (dataset.text for dataset in run.datasets):
-        around = 1 + media_tokens(model, run) + INSTRUCTION_TOKENS * bool(text.instructions)
+        around = 1 + num_media_tokens(model, run) + INSTRUCTION_TOKENS * bool(text.instructions)
         longest = max(longest, text.max_length + (0 if text.layout == "conversation" else around))
     return padded_length(longest, run.data.length_buckets)
 
 
-def _busiest(model: VideoLlamaConfig, run: TrainConfig, shape: Shape, skeleton: "Skeleton") -> dict[str, int]:
+def _peak_phase(
+    model: VideoLlamaConfig, run: TrainConfig, shape: StepShape, abstract_model: "AbstractModel"
+) -> dict[str, int]:
     """Of what a step does one after the other, that which takes most: the weights it has at hand, and its activations.
 
     The encoders, the Q-Former that learns, the language model's layers, its head.
     """
-    from vllama_jax.memory.abstract_run import media_tokens
+    from vllama_jax.memory.abstract_run import num_media_tokens
 
     branch = find_branch(run.branch)
     frozen = branch.encoder(branch.media[0])
     scanned = run.data.feature_cache or frozen.is_scanned(model)
     tower = f"{frozen.tower}/blocks/" if scanned else frozen.tower
-    llama, labels = model.llama, max(shape.length - media_tokens(model, run), 1)
+    llama, labels = model.llama, max(shape.length - num_media_tokens(model, run), 1)
     head = "llama/embedding" if llama.tie_embeddings else "llama/head/kernel"
     phases = [
-        (0, learning_qformer(model, run.branch, shape)),
-        (_at_hand(skeleton, "llama/blocks/", shape.mesh), training_layer(llama, shape)),
-        (_at_hand(skeleton, head, shape.mesh), logits(llama, shape, labels)),
+        (0, estimate_trained_qformer(model, run.branch, shape)),
+        (_gathered_bytes(abstract_model, "llama/blocks/", shape.mesh), estimate_training_layer(llama, shape)),
+        (_gathered_bytes(abstract_model, head, shape.mesh), logits(llama, shape, labels)),
     ]
     if not run.data.feature_cache:
-        phases.append((_at_hand(skeleton, tower, shape.mesh), encoder(model, run.branch, shape)))
+        phases.append((_gathered_bytes(abstract_model, tower, shape.mesh), encoder(model, run.branch, shape)))
     weights, activations = max(phases, key=sum)
     return {"weights at hand": weights, "activations": activations}
 
 
-def _at_hand(skeleton: "Skeleton", prefix: str, mesh: MeshConfig) -> int:
+def _gathered_bytes(abstract_model: "AbstractModel", prefix: str, mesh: MeshConfig) -> int:
     """A layer of these stacked weights, whole over fsdp: one is copied out of the stack, and the next one gathered.
 
     A weight outside of layers, or a tower whose layers are not stacked, is gathered whole.
     """
     import jax
 
-    paths = [path for path in skeleton.variables if is_within(path, prefix.removesuffix("/"))]
+    paths = [path for path in abstract_model.variables if is_within(path, prefix.removesuffix("/"))]
     leaves = [
-        jax.ShapeDtypeStruct(skeleton.variables[path].shape, skeleton.variables[path].dtype, sharding=place)
-        for path, place in skeleton.shardings(paths, _abstract_mesh(mesh), fsdp=False).items()
+        jax.ShapeDtypeStruct(abstract_model.variables[path].shape, abstract_model.variables[path].dtype, sharding=place)
+        for path, place in abstract_model.shardings(paths, _abstract_mesh(mesh), fsdp=False).items()
     ]
     gathers = mesh.fsdp > 1
-    return _bytes(leaves) // leaves[0].shape[0] * (1 + gathers) if prefix.endswith("/") else _bytes(leaves) * gathers
+    return (
+        _device_bytes(leaves) // leaves[0].shape[0] * (1 + gathers)
+        if prefix.endswith("/")
+        else _device_bytes(leaves) * gathers
+    )
 
 
 def _training_host(abstract: "AbstractRun", mesh: MeshConfig, device: Device) -> dict[str, int]:
@@ -349,18 +360,18 @@ def _training_host(abstract: "AbstractRun", mesh: MeshConfig, device: Device) ->
     batch = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.batch.values()) // hosts
     return {
         "program": PROGRAM_BYTES * (1 + data.num_workers),
-        "weights while they load": _loading({**abstract.frozen, **abstract.state.weights}, device),
+        "weights while they load": _loading_bytes({**abstract.frozen, **abstract.state.weights}, device),
         "batches ahead": (1 + data.prefetch * max(data.num_workers, 1)) * batch,
         "decoding": 0 if data.feature_cache else max(data.num_threads, data.num_workers) * DECODER_BYTES,
     }
 
 
-def _loading(weights: "Mapping[str, Array | ShapeDtypeStruct]", device: Device) -> int:
+def _loading_bytes(weights: "Mapping[str, Array | ShapeDtypeStruct]", device: Device) -> int:
     """Weights on their way through a host: its devices' parts, each read once; on a CPU, one weight beside itself."""
     if device.is_host:
-        return max(map(_bytes, weights.values()))
-    parts = (min(_bytes(leaf) * device.per_host, leaf.size * leaf.dtype.itemsize) for leaf in weights.values())
-    return min(sum(parts), gb_in_flight(leaf.shape for leaf in weights.values()) * 10**9)
+        return max(map(_device_bytes, weights.values()))
+    parts = (min(_device_bytes(leaf) * device.per_host, leaf.size * leaf.dtype.itemsize) for leaf in weights.values())
+    return min(sum(parts), max_concurrent_gb(leaf.shape for leaf in weights.values()) * 10**9)
 
 
 def _abstract_mesh(mesh: MeshConfig) -> "AbstractMesh":
@@ -370,14 +381,14 @@ def _abstract_mesh(mesh: MeshConfig) -> "AbstractMesh":
     return jax.sharding.AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), ("data", "fsdp", "tensor"))
 
 
-def _by_part(weights: "Mapping[str, ShapeDtypeStruct]") -> dict[str, int]:
+def _bytes_by_component(weights: "Mapping[str, ShapeDtypeStruct]") -> dict[str, int]:
     parts: dict[str, int] = {}
     for path, leaf in weights.items():
-        parts[component_of(path)] = parts.get(component_of(path), 0) + _bytes(leaf)
+        parts[get_component(path)] = parts.get(get_component(path), 0) + _device_bytes(leaf)
     return parts
 
 
-def _bytes(tree: Any) -> int:
+def _device_bytes(tree: Any) -> int:
     """Of abstract arrays with shardings, on one device."""
     import jax
 

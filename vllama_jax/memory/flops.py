@@ -68,7 +68,7 @@ def _blocks(width: int, depth: int, mlp_dim: int, tokens: int) -> float:
 def _qformer(model: VideoLlamaConfig, branch: str) -> float:
     """Of the Q-Former that learns, for one sample."""
     described = BRANCHES[branch]
-    *memory, width = described.features_shape(model, described.prompt_media[0])
+    *memory, width = described.example_feature_shape(model, described.prompt_media[0])
     return _qformer_reading(described.qformer_config(model), width, math.prod(memory))
 
 

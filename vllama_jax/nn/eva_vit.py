@@ -4,7 +4,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from vllama_jax.nn.layers import PreNormBlock, axes, like_weights, named, patchify, prepend, run_blocks, stack
+from vllama_jax.nn.layers import (
+    PreNormBlock,
+    axis_metadata,
+    cast_like,
+    param_with_axes,
+    patchify,
+    prepend,
+    run_blocks,
+    stack,
+)
 from vllama_jax.towers import VitConfig
 
 
@@ -13,18 +22,18 @@ class EvaVit(nnx.Module):
 
     def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs):
         self.patch_size = cfg.patch_size
-        self.patch_embed = nnx.Linear(3 * cfg.patch_size**2, cfg.width, rngs=rngs, **axes(None, "embed"))
-        self.class_token = named(jnp.zeros(cfg.width), "embed")
-        self.positions = named(jnp.zeros((cfg.num_patches + 1, cfg.width)), None, "embed")
+        self.patch_embed = nnx.Linear(3 * cfg.patch_size**2, cfg.width, rngs=rngs, **axis_metadata(None, "embed"))
+        self.class_token = param_with_axes(jnp.zeros(cfg.width), "embed")
+        self.positions = param_with_axes(jnp.zeros((cfg.num_patches + 1, cfg.width)), None, "embed")
         self.blocks = stack(
             lambda rngs: PreNormBlock(cfg.width, cfg.num_heads, cfg.mlp_dim, cfg.norm_eps, rngs=rngs), cfg.depth, rngs
         )
 
-    def __call__(self, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         """Normalised pictures → [b, 1 + patches, width], the class token first."""
-        return run_blocks(self.blocks, self.start(pictures))
+        return run_blocks(self.blocks, self.embed_inputs(images))
 
-    def start(self, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+    def embed_inputs(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         """What the first block reads: the class token and patches, with positions."""
-        x = self.patch_embed(patchify(like_weights(pictures, self.class_token), self.patch_size))
+        x = self.patch_embed(patchify(cast_like(images, self.class_token), self.patch_size))
         return prepend(self.class_token, x) + self.positions[...]

@@ -8,10 +8,10 @@ from jaxtyping import Array, Float
 from vllama_jax.config import ImageBindAudioConfig, ImageBindConfig
 from vllama_jax.nn.layers import (
     PreNormBlock,
-    axes,
+    axis_metadata,
+    cast_like,
     layer_norm,
-    like_weights,
-    named,
+    param_with_axes,
     patchify,
     prepend,
     run_blocks,
@@ -39,11 +39,11 @@ class AudioTower(nnx.Module):
             padding="VALID",
             use_bias=False,
             rngs=rngs,
-            **axes(None, None, None, "embed", inputs=3),
+            **axis_metadata(None, None, None, "embed", inputs=3),
         )
         self.stem_norm = layer_norm(cfg.width, cfg.stem_norm_eps, rngs)
-        self.class_token = named(jnp.zeros(cfg.width), "embed")
-        self.positions = named(jnp.zeros((cfg.num_patches + 1, cfg.width)), None, "embed")
+        self.class_token = param_with_axes(jnp.zeros(cfg.width), "embed")
+        self.positions = param_with_axes(jnp.zeros((cfg.num_patches + 1, cfg.width)), None, "embed")
         self.blocks = stack(
             lambda rngs: PreNormBlock(
                 cfg.width, cfg.num_heads, cfg.mlp_dim, cfg.norm_eps, extra_key_value=True, rngs=rngs
@@ -52,19 +52,19 @@ class AudioTower(nnx.Module):
             rngs,
         )
         self.head_norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
-        self.head = nnx.Linear(cfg.width, embed_dim, use_bias=False, rngs=rngs, **axes("embed", None))
+        self.head = nnx.Linear(cfg.width, embed_dim, use_bias=False, rngs=rngs, **axis_metadata("embed", None))
 
     def __call__(self, mel: Float[Array, "b f t"]) -> Float[Array, "b e"]:
         """Normalised mel [b, 128, 204] → [b, embed_dim], float32."""
-        return self.finish(run_blocks(self.blocks, self.start(mel)))
+        return self.project_class_token(run_blocks(self.blocks, self.embed_inputs(mel)))
 
-    def start(self, mel: Float[Array, "b f t"]) -> Float[Array, "b n d"]:
+    def embed_inputs(self, mel: Float[Array, "b f t"]) -> Float[Array, "b n d"]:
         """What the first block reads: the class token and patches, with positions."""
-        patches = self.patch_embed(like_weights(mel, self.class_token)[..., None])
+        patches = self.patch_embed(cast_like(mel, self.class_token)[..., None])
         x = self.stem_norm(patches.reshape(mel.shape[0], -1, patches.shape[-1]))
         return prepend(self.class_token, x) + self.positions[...]
 
-    def finish(self, x: Float[Array, "b n d"]) -> Float[Array, "b e"]:
+    def project_class_token(self, x: Float[Array, "b n d"]) -> Float[Array, "b e"]:
         """The vector that the last block's class token makes."""
         return _unit(self.head(self.head_norm(x[:, 0]))) * self.scale
 
@@ -77,30 +77,30 @@ class VisionTower(nnx.Module):
         kernel = nnx.initializers.lecun_normal()(
             rngs.params(), (cfg.frames_per_patch, 3 * cfg.patch_size**2, cfg.width)
         )
-        self.patch_embed = named(kernel, None, None, "embed")
-        self.class_token = named(jnp.zeros(cfg.width), "embed")
-        self.positions = named(jnp.zeros((cfg.num_patches + 1, cfg.width)), None, "embed")
+        self.patch_embed = param_with_axes(kernel, None, None, "embed")
+        self.class_token = param_with_axes(jnp.zeros(cfg.width), "embed")
+        self.positions = param_with_axes(jnp.zeros((cfg.num_patches + 1, cfg.width)), None, "embed")
         self.trunk_norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
         self.blocks = stack(
             lambda rngs: PreNormBlock(cfg.width, cfg.num_heads, cfg.mlp_dim, cfg.norm_eps, rngs=rngs), cfg.depth, rngs
         )
         self.head_norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
-        self.head = nnx.Linear(cfg.width, embed_dim, use_bias=False, rngs=rngs, **axes("embed", None))
+        self.head = nnx.Linear(cfg.width, embed_dim, use_bias=False, rngs=rngs, **axis_metadata("embed", None))
 
-    def __call__(self, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
+    def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
         """Normalised pictures → [b, embed_dim], float32."""
-        return self.finish(run_blocks(self.blocks, self.start(pictures)))
+        return self.project_class_token(run_blocks(self.blocks, self.embed_inputs(images)))
 
-    def start(self, pictures: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+    def embed_inputs(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         """What the first block reads: the class token and patches, with positions.
 
         All of a patch's frames are the same picture, so the kernel's frames are summed instead of the picture repeated.
         """
-        patches = patchify(like_weights(pictures, self.class_token), self.patch_size)
+        patches = patchify(cast_like(images, self.class_token), self.patch_size)
         x = patches @ self.patch_embed[...].sum(axis=0)
         return self.trunk_norm(prepend(self.class_token, x) + self.positions[...])
 
-    def finish(self, x: Float[Array, "b n d"]) -> Float[Array, "b e"]:
+    def project_class_token(self, x: Float[Array, "b n d"]) -> Float[Array, "b e"]:
         """The vector that the last block's class token makes."""
         return _unit(self.head(self.head_norm(x[:, 0])))
 

@@ -25,25 +25,25 @@ LECUN_NORMAL = nnx.initializers.lecun_normal()
 
 # What a layer's backward pass finds stored, and what it computes again.
 Remat = Literal["full", "dots", "none"]
-_SAVED = {
+_REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input is kept
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights are kept
     "none": jax.checkpoint_policies.everything_saveable,
 }
 
 
-def axes(*names: str | None, inputs: int = 1) -> dict[str, Any]:
+def axis_metadata(*names: str | None, inputs: int = 1) -> dict[str, Any]:
     """Arguments that name the axes of a linear layer's kernel; past the input axes, its bias has the same."""
     return {"kernel_metadata": {AXIS_NAMES: names}, "bias_metadata": {AXIS_NAMES: names[inputs:]}}
 
 
-def named(value: Array | jax.ShapeDtypeStruct, *names: str | None) -> nnx.Param:
+def param_with_axes(value: Array | jax.ShapeDtypeStruct, *names: str | None) -> nnx.Param:
     """A weight that belongs to no layer class, with names for its axes."""
     metadata: dict[str, Any] = {AXIS_NAMES: names}
     return nnx.Param(value, **metadata)
 
 
-def constrain(x: Array, *names: str | None) -> Array:
+def constrain_sharding(x: Array, *names: str | None) -> Array:
     """Fixes where an activation lives, by the table in sharding.py, under the current mesh; without one, nothing.
 
     Needed inside a scan's body: without it the compiler may keep the batch whole and move activations instead of
@@ -55,7 +55,7 @@ def constrain(x: Array, *names: str | None) -> Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, names, mesh))
 
 
-def like_weights(x: Array, layer: nnx.Param) -> Array:
+def cast_like(x: Array, layer: nnx.Param) -> Array:
     """`x` in the dtype of a tower's weights, named by one of them."""
     return x.astype(layer.dtype)
 
@@ -70,7 +70,7 @@ def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 def stack(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:
     """`depth` layers as one module whose weights have the layer as axis 0. The only place where layers are stacked."""
-    if isinstance(rngs, _OneKey):
+    if isinstance(rngs, _ConstantKey):
         return jax.tree.map(lambda leaf: jax.lax.broadcast(leaf, (depth,)), make(rngs))
     return jax.vmap(lambda key: make(traced_rngs(key)))(jax.random.split(rngs.params(), depth))
 
@@ -80,10 +80,10 @@ def traced_rngs(key: Array) -> nnx.Rngs:
 
     They are counted in Python. `nnx.Rngs` counts in a JAX array, which takes half of the time of tracing a layer.
     """
-    return cast(nnx.Rngs, _Keys(key))  # layers call nothing of it but `params`
+    return cast(nnx.Rngs, _CountedKeys(key))  # layers call nothing of it but `params`
 
 
-class _Keys:
+class _CountedKeys:
     def __init__(self, key: Array):
         self._key, self._count = key, 0
 
@@ -97,10 +97,10 @@ def abstract_rngs(key: Array) -> nnx.Rngs:
 
     Tracing is cheaper by the keys, and by the layers of a stack, which are traced as one layer and not under `vmap`.
     """
-    return cast(nnx.Rngs, _OneKey(key))
+    return cast(nnx.Rngs, _ConstantKey(key))
 
 
-class _OneKey:
+class _ConstantKey:
     def __init__(self, key: Array):
         self._key = key
 
@@ -116,7 +116,7 @@ def run_stack(
     def body(x: Activations, layer: Layers) -> tuple[Activations, None]:
         return step(layer, x), None
 
-    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=_SAVED[remat_policy]), x, layers)[0]
+    return jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=_REMAT_POLICIES[remat_policy]), x, layers)[0]
 
 
 @jax.tree_util.register_dataclass
@@ -142,7 +142,7 @@ def unstack_dropout(dropout: Dropout | None, count: int) -> list[Dropout | None]
     return [None if split is None else Dropout(split.key[i], split.rate) for i in range(count)]
 
 
-def drop(x: Array, dropout: Dropout | None) -> Array:
+def apply_dropout(x: Array, dropout: Dropout | None) -> Array:
     """Each value is zeroed with the given probability, the others scaled up so that the mean stays."""
     if dropout is None:
         return x
@@ -164,7 +164,7 @@ def attend(
     scores = jnp.einsum("bgrnk,bgck->bgrnc", grouped, key, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = drop(jax.nn.softmax(scores, axis=-1), dropout).astype(value.dtype)
+    weights = apply_dropout(jax.nn.softmax(scores, axis=-1), dropout).astype(value.dtype)
     attended = jnp.einsum("bgrnc,bgck->bgrnk", weights, value)
     return attended.transpose(0, 3, 1, 2, 4).reshape(b, n, h, k)
 
@@ -179,18 +179,18 @@ class SelfAttention(nnx.Module):
     def __init__(self, width: int, num_heads: int, *, extra_key_value: bool = False, rngs: nnx.Rngs):
         head_dim = width // num_heads
         self.qkv = nnx.LinearGeneral(
-            width, (3, num_heads, head_dim), rngs=rngs, **axes("embed", None, "heads", "head_dim")
+            width, (3, num_heads, head_dim), rngs=rngs, **axis_metadata("embed", None, "heads", "head_dim")
         )
         self.out = nnx.LinearGeneral(
             (num_heads, head_dim),
             width,
             axis=(-2, -1),
             rngs=rngs,
-            **axes("heads", "head_dim", "embed", inputs=2),
+            **axis_metadata("heads", "head_dim", "embed", inputs=2),
         )
         if extra_key_value:
-            self.extra_key = named(jnp.zeros((num_heads, head_dim)), "heads", "head_dim")
-            self.extra_value = named(jnp.zeros((num_heads, head_dim)), "heads", "head_dim")
+            self.extra_key = param_with_axes(jnp.zeros((num_heads, head_dim)), "heads", "head_dim")
+            self.extra_value = param_with_axes(jnp.zeros((num_heads, head_dim)), "heads", "head_dim")
         self.extra_key_value = extra_key_value
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
@@ -208,8 +208,8 @@ class Mlp(nnx.Module):
     """Two linear layers with an exact (erf) GELU between them."""
 
     def __init__(self, width: int, mlp_dim: int, *, kernel_init: nnx.Initializer = LECUN_NORMAL, rngs: nnx.Rngs):
-        self.up = nnx.Linear(width, mlp_dim, kernel_init=kernel_init, rngs=rngs, **axes("embed", "mlp"))
-        self.down = nnx.Linear(mlp_dim, width, kernel_init=kernel_init, rngs=rngs, **axes("mlp", "embed"))
+        self.up = nnx.Linear(width, mlp_dim, kernel_init=kernel_init, rngs=rngs, **axis_metadata("embed", "mlp"))
+        self.down = nnx.Linear(mlp_dim, width, kernel_init=kernel_init, rngs=rngs, **axis_metadata("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         return self.down(jax.nn.gelu(self.up(x), approximate=False))
@@ -234,7 +234,7 @@ class PreNormBlock(nnx.Module):
         self.mlp = Mlp(width, mlp_dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        x = constrain(x, "batch", None, None)
+        x = constrain_sharding(x, "batch", None, None)
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -244,10 +244,10 @@ def run_blocks(blocks: PreNormBlock, x: Float[Array, "b n d"]) -> Float[Array, "
     return run_stack(blocks, x, lambda block, x: block(x))
 
 
-def patchify(pictures: Float[Array, "b h w c"], size: int) -> Float[Array, "b n p"]:
+def patchify(images: Float[Array, "b h w c"], size: int) -> Float[Array, "b n p"]:
     """Pictures cut into squares of `size` pixels, row by row; each square flattened as (row, column, channel)."""
-    b, h, w, c = pictures.shape
-    grid = pictures.reshape(b, h // size, size, w // size, size, c)
+    b, h, w, c = images.shape
+    grid = images.reshape(b, h // size, size, w // size, size, c)
     return grid.swapaxes(2, 3).reshape(b, (h // size) * (w // size), size * size * c)
 
 
@@ -258,7 +258,7 @@ def prepend(token: nnx.Param, x: Float[Array, "b n d"]) -> Float[Array, "b n+1 d
 
 def learned_positions(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
     """A position table, initialized as torch's nn.Embedding."""
-    return named(jax.random.normal(rngs.params(), (rows, width)), None, "embed")
+    return param_with_axes(jax.random.normal(rngs.params(), (rows, width)), None, "embed")
 
 
 def projection(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
@@ -268,7 +268,7 @@ def projection(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, **_: Any) -> jax.Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
-    return nnx.Linear(width, out, kernel_init=init, bias_init=init, rngs=rngs, **axes(None, "embed"))
+    return nnx.Linear(width, out, kernel_init=init, bias_init=init, rngs=rngs, **axis_metadata(None, "embed"))
 
 
 def position_rows(table: nnx.Param, count: int, *, interpolate: bool, what: str) -> Float[Array, "n d"]:

@@ -16,7 +16,16 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import LlamaConfig, RopeScaling
-from vllama_jax.nn.layers import Remat, attend, axes, constrain, like_weights, named, run_stack, stack
+from vllama_jax.nn.layers import (
+    Remat,
+    attend,
+    axis_metadata,
+    cast_like,
+    constrain_sharding,
+    param_with_axes,
+    run_stack,
+    stack,
+)
 from vllama_jax.nn.lora import linear_with_lora
 from vllama_jax.nn.quantized import QuantizedLinear
 from vllama_jax.sharding import AXIS_NAMES
@@ -51,10 +60,10 @@ def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
     exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
     powers = np.power(cfg.rope_theta, exponents.astype(np.float64))  # numpy's in float32 is off torch's in the last bit
     frequencies = np.float32(1.0) / powers.astype(np.float32)
-    return frequencies if cfg.rope_scaling is None else _stretched(frequencies, cfg.rope_scaling)
+    return frequencies if cfg.rope_scaling is None else _scale_frequencies(frequencies, cfg.rope_scaling)
 
 
-def _stretched(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+def _scale_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
     """Linear: all divided by the factor. Llama 3: long waves divided, short ones kept, a ramp between."""
     slow = frequencies / np.float32(scaling.factor)
     if scaling.kind == "linear":
@@ -79,7 +88,7 @@ class Attention(nnx.Module):
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         def heads(count: int, name: str) -> nnx.LinearGeneral:
-            names = axes("embed", name, "head_dim")
+            names = axis_metadata("embed", name, "head_dim")
             return nnx.LinearGeneral(cfg.width, (count, cfg.head_dim), use_bias=cfg.qkv_bias, rngs=rngs, **names)
 
         self.query = heads(cfg.num_heads, "heads")
@@ -91,14 +100,14 @@ class Attention(nnx.Module):
             axis=(-2, -1),
             use_bias=False,
             rngs=rngs,
-            **axes("heads", "head_dim", "embed", inputs=2),
+            **axis_metadata("heads", "head_dim", "embed", inputs=2),
         )
         if cfg.qk_norm:
             self.query_norm = _rms_norm(cfg.head_dim, cfg, rngs)
             self.key_norm = _rms_norm(cfg.head_dim, cfg, rngs)
         self.qk_norm = cfg.qk_norm
 
-    def project(
+    def project_qkv(
         self, x: Float[Array, "b n d"]
     ) -> tuple[Float[Array, "b n h k"], Float[Array, "b n g k"], Float[Array, "b n g k"]]:
         """Query, key and value of every token, before the rotation."""
@@ -110,9 +119,9 @@ class SwiGlu(nnx.Module):
     """down(silu(gate(x)) · up(x))."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
-        self.gate = nnx.Linear(cfg.width, cfg.mlp_dim, use_bias=False, rngs=rngs, **axes("embed", "mlp"))
-        self.up = nnx.Linear(cfg.width, cfg.mlp_dim, use_bias=False, rngs=rngs, **axes("embed", "mlp"))
-        self.down = nnx.Linear(cfg.mlp_dim, cfg.width, use_bias=False, rngs=rngs, **axes("mlp", "embed"))
+        self.gate = nnx.Linear(cfg.width, cfg.mlp_dim, use_bias=False, rngs=rngs, **axis_metadata("embed", "mlp"))
+        self.up = nnx.Linear(cfg.width, cfg.mlp_dim, use_bias=False, rngs=rngs, **axis_metadata("embed", "mlp"))
+        self.down = nnx.Linear(cfg.mlp_dim, cfg.width, use_bias=False, rngs=rngs, **axis_metadata("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         return linear_with_lora(self.down, jax.nn.silu(linear_with_lora(self.gate, x)) * linear_with_lora(self.up, x))
@@ -127,14 +136,16 @@ class Block(nnx.Module):
         self.mlp_norm = _rms_norm(cfg.width, cfg, rngs)
         self.mlp = SwiGlu(cfg, rngs=rngs)
 
-    def project(
+    def project_qkv(
         self, x: Float[Array, "b n d"], cos: Float[Array, "b n k/2"], sin: Float[Array, "b n k/2"]
     ) -> tuple[Float[Array, "b n h k"], Float[Array, "b n g k"], Float[Array, "b n g k"]]:
         """Query, key and value of every token, query and key rotated."""
-        query, key, value = self.attention.project(self.attention_norm(constrain(x, "batch", None, None)))
+        query, key, value = self.attention.project_qkv(self.attention_norm(constrain_sharding(x, "batch", None, None)))
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
-    def finish(self, x: Float[Array, "b n d"], attended: Float[Array, "b n h k"]) -> Float[Array, "b n d"]:
+    def apply_output_and_mlp(
+        self, x: Float[Array, "b n d"], attended: Float[Array, "b n h k"]
+    ) -> Float[Array, "b n d"]:
         """The rest of the block after attention."""
         x = x + linear_with_lora(self.attention.out, attended)
         return x + self.mlp(self.mlp_norm(x))
@@ -150,10 +161,10 @@ class Llama(nnx.Module):
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         init = nnx.initializers.normal(0.02)
-        self.embedding = named(init(rngs.params(), (cfg.vocab_size, cfg.width)), "vocab", "embed")
+        self.embedding = param_with_axes(init(rngs.params(), (cfg.vocab_size, cfg.width)), "vocab", "embed")
         self.blocks: Block | nnx.List[Block] = stack(lambda rngs: Block(cfg, rngs=rngs), cfg.depth, rngs)
         self.norm = _rms_norm(cfg.width, cfg, rngs)
-        head = axes("embed", "vocab")
+        head = axis_metadata("embed", "vocab")
         self.head = (
             None if cfg.tie_embeddings else nnx.Linear(cfg.width, cfg.vocab_size, use_bias=False, rngs=rngs, **head)
         )
@@ -175,16 +186,16 @@ class Llama(nnx.Module):
     ) -> Float[Array, "b n d"]:
         """The same without the last norm."""
         n = x.shape[1]
-        seen = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
+        attention_mask = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
         cos, sin = self._rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
 
         def step(_: Any, block: Block, x: jax.Array) -> jax.Array:
-            query, key, value = block.project(x, cos, sin)
-            return block.finish(x, attend(query, key, value, seen))
+            query, key, value = block.project_qkv(x, cos, sin)
+            return block.apply_output_and_mlp(x, attend(query, key, value, attention_mask))
 
-        return self._run(step, like_weights(x, self.embedding), remat_policy)
+        return self._run(step, cast_like(x, self.embedding), remat_policy)
 
-    def extend(
+    def forward_with_cache(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], cache: KVCache
     ) -> tuple[Float[Array, "b n d"], KVCache]:
         """The same for the next n positions after those in the cache, which is returned longer by n."""
@@ -192,18 +203,18 @@ class Llama(nnx.Module):
         before = jnp.sum(cache.valid, axis=1, keepdims=True)
         cos, sin = self._rotations(before + jnp.cumsum(mask, axis=1) - 1)
         valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
-        seen = valid[:, None, :] & (jnp.arange(cache.capacity) <= start + jnp.arange(n)[:, None])
+        attention_mask = valid[:, None, :] & (jnp.arange(cache.capacity) <= start + jnp.arange(n)[:, None])
 
         def step(layer: Any, block: Block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x, keys_values = carry
-            query, key, value = block.project(x, cos, sin)
+            query, key, value = block.project_qkv(x, cos, sin)
             new = jnp.stack([key, value], axis=0).transpose(2, 0, 3, 1, 4).astype(keys_values.dtype)
             keys_values = jax.lax.dynamic_update_slice(keys_values, new[None], (layer, start, 0, 0, 0, 0))
-            keys_values = constrain(keys_values, None, None, None, "kv_heads", "batch", None)
+            keys_values = constrain_sharding(keys_values, None, None, None, "kv_heads", "batch", None)
             keys, values = jnp.moveaxis(keys_values[layer], (1, 3), (0, 1))
-            return block.finish(x, attend(query, keys, values, seen)), keys_values
+            return block.apply_output_and_mlp(x, attend(query, keys, values, attention_mask)), keys_values
 
-        x, keys_values = self._run(step, (like_weights(x, self.embedding), cache.keys_values))
+        x, keys_values = self._run(step, (cast_like(x, self.embedding), cache.keys_values))
         return self.norm(x), KVCache(keys_values, valid, start + n)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vllama_jax.config import LoraConfig
-from vllama_jax.nn.layers import named
+from vllama_jax.nn.layers import param_with_axes
 from vllama_jax.sharding import AXIS_NAMES
 
 _INPUTS = {"out": 2}  # how many axes of a kernel are inputs, where it is not one
@@ -29,8 +29,8 @@ class LowRank(nnx.Module):
         sides = kernel.shape[len(layers) :]
         bound = 1 / math.sqrt(math.prod(sides[:inputs]))
         down = jax.random.uniform(rngs.params(), (*layers, *sides[:inputs], cfg.rank), minval=-bound, maxval=bound)
-        self.down = named(down, *names[:inputs], None)
-        self.up = named(jnp.zeros((*layers, cfg.rank, *sides[inputs:])), None, *names[inputs:])
+        self.down = param_with_axes(down, *names[:inputs], None)
+        self.up = param_with_axes(jnp.zeros((*layers, cfg.rank, *sides[inputs:])), None, *names[inputs:])
         self.inputs = inputs
         self.scale = cfg.alpha / cfg.rank
 

@@ -37,10 +37,10 @@ def _traced_network(config: VideoLlamaConfig, lora: LoraConfig) -> "VideoLlama":
 
     from vllama_jax.nn.layers import abstract_rngs
 
-    return nnx.eval_shape(lambda: new_network(config, lora, abstract_rngs(jax.random.key(0))))
+    return nnx.eval_shape(lambda: init_network(config, lora, abstract_rngs(jax.random.key(0))))
 
 
-def new_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs") -> "VideoLlama":
+def init_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs") -> "VideoLlama":
     """The network as training starts it, with its low-rank updates."""
     from vllama_jax.nn.lora import add_lora
     from vllama_jax.nn.video_llama import VideoLlama
@@ -50,13 +50,13 @@ def new_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs") ->
     return network
 
 
-def new_weights(
+def init_weights(
     config: VideoLlamaConfig, lora: LoraConfig, paths: Iterable[str], key: "jax.Array"
 ) -> "dict[str, jax.Array]":
     """Weights by path as training starts them, float32. Under `jax.jit`, only those of `paths` are computed."""
     import jax.numpy as jnp
     from flax import nnx
 
-    state = nnx.to_flat_state(nnx.state(new_network(config, lora, nnx.Rngs(key))))
+    state = nnx.to_flat_state(nnx.state(init_network(config, lora, nnx.Rngs(key))))
     weights = {"/".join(map(str, path)): variable for path, variable in state}
     return {path: weights[path].get_value().astype(jnp.float32) for path in paths}

@@ -13,13 +13,13 @@ from vllama_jax.config import QFormerConfig
 from vllama_jax.nn.layers import (
     Dropout,
     Mlp,
+    apply_dropout,
     attend,
-    axes,
-    constrain,
-    drop,
+    axis_metadata,
+    cast_like,
+    constrain_sharding,
     layer_norm,
-    like_weights,
-    named,
+    param_with_axes,
     run_stack,
     split_dropout,
     stack,
@@ -36,7 +36,9 @@ class Attention(nnx.Module):
         heads = (cfg.num_heads, cfg.width // cfg.num_heads)
 
         def projection(width: int) -> nnx.LinearGeneral:
-            return nnx.LinearGeneral(width, heads, kernel_init=INIT, rngs=rngs, **axes("embed", "heads", "head_dim"))
+            return nnx.LinearGeneral(
+                width, heads, kernel_init=INIT, rngs=rngs, **axis_metadata("embed", "heads", "head_dim")
+            )
 
         self.query = projection(cfg.width)
         self.key = projection(memory_width)
@@ -47,7 +49,7 @@ class Attention(nnx.Module):
             axis=(-2, -1),
             kernel_init=INIT,
             rngs=rngs,
-            **axes("heads", "head_dim", "embed", inputs=2),
+            **axis_metadata("heads", "head_dim", "embed", inputs=2),
         )
         self.norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
 
@@ -56,7 +58,7 @@ class Attention(nnx.Module):
     ) -> Float[Array, "b n d"]:
         of_weights, of_output = unstack_dropout(dropout, 2)
         attended = attend(self.query(x), self.key(memory), self.value(memory), dropout=of_weights)
-        return self.norm(x + drop(self.out(attended), of_output))
+        return self.norm(x + apply_dropout(self.out(attended), of_output))
 
 
 class Layer(nnx.Module):
@@ -72,11 +74,11 @@ class Layer(nnx.Module):
         self, x: Float[Array, "b n d"], memory: Float[Array, "b m e"], dropout: Dropout | None = None
     ) -> Float[Array, "b n d"]:
         of_attention, of_cross_attention, of_mlp = unstack_dropout(dropout, 3)
-        x = constrain(x, "batch", None, None)
+        x = constrain_sharding(x, "batch", None, None)
         x = self.attention(x, x, of_attention)
         if self.cross_attention is not None:
             x = self.cross_attention(x, memory, of_cross_attention)
-        return self.mlp_norm(x + drop(self.mlp(x), of_mlp))
+        return self.mlp_norm(x + apply_dropout(self.mlp(x), of_mlp))
 
 
 class QFormer(nnx.Module):
@@ -87,7 +89,7 @@ class QFormer(nnx.Module):
     """
 
     def __init__(self, cfg: QFormerConfig, memory_width: int, *, rngs: nnx.Rngs):
-        self.queries = named(INIT(rngs.params(), (cfg.num_queries, cfg.width)), None, "embed")
+        self.queries = param_with_axes(INIT(rngs.params(), (cfg.num_queries, cfg.width)), None, "embed")
         self.norm = layer_norm(cfg.width, cfg.norm_eps, rngs)
         self.groups = cfg.depth // cfg.cross_attention_every
         self.cross_layers = stack(lambda rngs: Layer(cfg, memory_width, rngs=rngs), self.groups, rngs)
@@ -100,7 +102,7 @@ class QFormer(nnx.Module):
         `dropout`, in training only, goes where BERT's does: on the queries, on attention weights, on what attention
         and feed-forward add.
         """
-        x, memory = self.start(memory)
+        x, memory = self.embed_inputs(memory)
         of_queries, of_layers = unstack_dropout(dropout, 2)
 
         def step(group: tuple[tuple[Layer, ...], Dropout | None], x: jax.Array) -> jax.Array:
@@ -110,9 +112,9 @@ class QFormer(nnx.Module):
             return x
 
         layers = (self.cross_layers,) if self.plain_layers is None else (self.cross_layers, self.plain_layers)
-        return run_stack((layers, split_dropout(of_layers, self.groups)), drop(x, of_queries), step)
+        return run_stack((layers, split_dropout(of_layers, self.groups)), apply_dropout(x, of_queries), step)
 
-    def start(self, memory: Float[Array, "b m e"]) -> tuple[Float[Array, "b q d"], Float[Array, "b m e"]]:
+    def embed_inputs(self, memory: Float[Array, "b m e"]) -> tuple[Float[Array, "b q d"], Float[Array, "b m e"]]:
         """What the first layer reads: queries, and the encoder's output."""
-        memory = constrain(like_weights(memory, self.queries), "batch", None, None)
+        memory = constrain_sharding(cast_like(memory, self.queries), "batch", None, None)
         return jnp.broadcast_to(self.norm(self.queries[...]), (memory.shape[0], *self.queries.shape)), memory

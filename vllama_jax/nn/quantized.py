@@ -15,16 +15,16 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer, UInt8
 
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.nn.layers import named
+from vllama_jax.nn.layers import param_with_axes
 from vllama_jax.sharding import AXIS_NAMES
-from vllama_jax.towers import tower_of
+from vllama_jax.towers import get_tower
 
-LAYERS = {
+LLAMA_LAYERS = {
     "llama/blocks/attention": ("query", "key", "value", "out"),
     "llama/blocks/mlp": ("gate", "up", "down"),
     "llama": ("head",),
 }
-ALWAYS_8 = "head"  # every logit is a sum over it, and it is 2 % of a 7B model
+INT8_LAYER = "head"  # every logit is a sum over it, and it is 2 % of a 7B model
 GROUP = 128  # inputs that share a scale in 4 bits, or the largest divisor below
 LARGEST_VALUE = {8: 127, 4: 7}
 FEW, SMALL_BLOCK, LARGE_BLOCK = 16, 32, 128  # on a CPU: up to so many positions, inputs at a time, and for more
@@ -49,8 +49,8 @@ class QuantizedLinear(nnx.Module):
         shape = (*before, -(-last // 2) if bits == 4 else last)
         values = jax.ShapeDtypeStruct(shape, jnp.uint8 if bits == 4 else jnp.int8)
         scale = jax.ShapeDtypeStruct((*layers, groups, *sides[self.inputs :]), jnp.float32)
-        self.values = named(values, *names)
-        self.scale = named(scale, None, *names[self.inputs :])  # groups are whole everywhere: they are few
+        self.values = param_with_axes(values, *names)
+        self.scale = param_with_axes(scale, None, *names[self.inputs :])  # groups are whole everywhere: they are few
         self.bias = layer.bias
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
@@ -63,27 +63,27 @@ class QuantizedLinear(nnx.Module):
             x,
             self.values[...],
             self.scale[...],
-            cpu=functools.partial(_product_in_blocks, self.inputs),
-            default=functools.partial(_product, self.inputs),
+            cpu=functools.partial(_blocked_matmul, self.inputs),
+            default=functools.partial(_matmul, self.inputs),
         )
 
 
 def quantize_layers(network: Any, bits: int) -> dict[str, QuantizedLinear]:
     """Puts quantised layers, with shapes for weights, in the places of those in the table; returns them by path."""
     found = {}
-    for parent, names in layers_to_quantize(network.cfg).items():
+    for parent, names in list_quantized_layers(network.cfg).items():
         module = functools.reduce(getattr, parent.split("/"), network)
         for name in names:
             if getattr(module, name) is not None:  # a head may be the embedding
-                layer = QuantizedLinear(getattr(module, name), 8 if name == ALWAYS_8 else bits)
+                layer = QuantizedLinear(getattr(module, name), 8 if name == INT8_LAYER else bits)
                 setattr(module, name, layer)
                 found[f"{parent}/{name}"] = layer
     return found
 
 
-def layers_to_quantize(config: VideoLlamaConfig) -> dict[str, tuple[str, ...]]:
+def list_quantized_layers(config: VideoLlamaConfig) -> dict[str, tuple[str, ...]]:
     """The linear layers of a model that are quantized, by the path of the module they are in."""
-    return {f"vit/{path}": names for path, names in tower_of(config.vit).quantized.items()} | LAYERS
+    return {f"vit/{path}": names for path, names in get_tower(config.vit).quantized.items()} | LLAMA_LAYERS
 
 
 @functools.partial(jax.jit, static_argnames=("inputs", "bits"))
@@ -105,7 +105,7 @@ def quantized(
     return (pack_int4(values) if bits == 4 else values), scale
 
 
-def dequantized(values: Integer[Array, "*i o"], scale: Float[Array, "g *o"], inputs: int) -> Float[Array, "*i o"]:
+def dequantize_kernel(values: Integer[Array, "*i o"], scale: Float[Array, "g *o"], inputs: int) -> Float[Array, "*i o"]:
     """The kernel that values and scales stand for, float32."""
     whole = _integers(values, scale, jnp.float32)
     size = math.prod(whole.shape[:inputs]) // scale.shape[0]
@@ -133,22 +133,22 @@ def _integers(values: Array, scale: Array, dtype: Any) -> Array:
     return unpack_int4(values, scale.shape[-1], dtype) if values.dtype == jnp.uint8 else values.astype(dtype)
 
 
-def _product(inputs: int, x: Array, values: Array, scale: Array) -> Array:
+def _matmul(inputs: int, x: Array, values: Array, scale: Array) -> Array:
     """Integers become the activations' dtype in the matmul's input, where the compiler fuses it; they fit exactly."""
     if scale.shape[0] == 1:
         kernel = _integers(values, scale, x.dtype)
         return jnp.tensordot(x, kernel, inputs, preferred_element_type=jnp.float32) * scale[0]
-    kernel = dequantized(values, scale, inputs).astype(x.dtype)
+    kernel = dequantize_kernel(values, scale, inputs).astype(x.dtype)
     return jnp.tensordot(x, kernel, inputs, preferred_element_type=jnp.float32)
 
 
-def _product_in_blocks(inputs: int, x: Array, values: Array, scale: Array) -> Array:
+def _blocked_matmul(inputs: int, x: Array, values: Array, scale: Array) -> Array:
     """The same over blocks of inputs. A CPU's compiler does not fuse, and would write the whole kernel as floats first.
 
     That cost ten times the product itself; a block stays in the processor's cache. Of packed weights those in the low
     and those in the high halves are multiplied apart: putting results side by side costs less than putting weights.
     """
-    rows, width, halves = math.prod(values.shape[:inputs]), scale.shape[-1], len(_halves(values))
+    rows, width, halves = math.prod(values.shape[:inputs]), scale.shape[-1], len(_unpack_halves(values))
     before = x.shape[: x.ndim - inputs]
     most = SMALL_BLOCK if math.prod(before) <= FEW else LARGE_BLOCK
     blocks = rows // largest_divisor(rows // scale.shape[0], most)
@@ -157,8 +157,8 @@ def _product_in_blocks(inputs: int, x: Array, values: Array, scale: Array) -> Ar
 
     def add(totals: tuple[Array, ...], block: tuple[Array, Array, tuple[Array, ...]]) -> tuple[tuple[Array, ...], None]:
         x, values, scales = block
-        parts = zip(totals, _halves(values), scales, strict=True)
-        return tuple(total + _product(1, x, half, scale) for total, half, scale in parts), None
+        parts = zip(totals, _unpack_halves(values), scales, strict=True)
+        return tuple(total + _matmul(1, x, half, scale) for total, half, scale in parts), None
 
     parts = (
         jnp.moveaxis(x.reshape(*before, blocks, rows // blocks), -2, 0),
@@ -170,7 +170,7 @@ def _product_in_blocks(inputs: int, x: Array, values: Array, scale: Array) -> Ar
     return jnp.stack(totals, axis=-1).reshape(*totals[0].shape[:-1], -1)[..., :width]
 
 
-def _halves(values: Array) -> tuple[Array, ...]:
+def _unpack_halves(values: Array) -> tuple[Array, ...]:
     """Weights as integers of a byte: those in the low halves and in the high ones, where they are packed."""
     if values.dtype != jnp.uint8:
         return (values,)

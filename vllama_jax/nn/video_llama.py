@@ -11,7 +11,7 @@ from vllama_jax.branches import BRANCHES, Branch
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.nn.arrays import check_array
 from vllama_jax.nn.imagebind import ImageBind
-from vllama_jax.nn.layers import Dropout, layer_norm, learned_positions, like_weights, position_rows, projection
+from vllama_jax.nn.layers import Dropout, cast_like, layer_norm, learned_positions, position_rows, projection
 from vllama_jax.nn.llama import Llama
 from vllama_jax.nn.qformer import QFormer
 from vllama_jax.towers import build_tower
@@ -42,7 +42,7 @@ class VideoLlama(nnx.Module):
     @property
     def branches(self) -> list[Branch]:
         """The branches that this network has: a run leaves out those that it does not use."""
-        return [branch for branch in BRANCHES.values() if hasattr(*owner_of(self, branch.qformer))]
+        return [branch for branch in BRANCHES.values() if hasattr(*find_owner(self, branch.qformer))]
 
     def encode_frames(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t q d"]:
         """Each frame by itself through EVA-CLIP and BLIP-2's Q-Former, before positions: [b, t, 32, 768]."""
@@ -62,16 +62,16 @@ class VideoLlama(nnx.Module):
 
         Raises ConfigError when there are more frames than learned positions and no interpolation is asked for.
         """
-        features = self.with_frame_positions(features, interpolate=interpolate_positions)
+        features = self.add_frame_positions(features, interpolate=interpolate_positions)
         return self.llama_proj(self.video_qformer(features, dropout))
 
-    def with_frame_positions(
+    def add_frame_positions(
         self, features: Float[Array, "b t q d"], *, interpolate: bool = False
     ) -> Float[Array, "b t*q d"]:
         """What the video Q-Former reads: all frames' tokens, each with its frame's position."""
         b, t, q, d = features.shape
         rows = position_rows(self.frame_positions, t, interpolate=interpolate, what="frames")
-        return (like_weights(features, self.frame_positions) + rows[:, None]).reshape(b, t * q, d)
+        return (cast_like(features, self.frame_positions) + rows[:, None]).reshape(b, t * q, d)
 
     def encode_video(
         self, frames: Float[Array, "b t h w 3"], *, interpolate_positions: bool = False
@@ -85,7 +85,7 @@ class VideoLlama(nnx.Module):
         b, t = frames.shape[:2]
         return self.imagebind.vision(frames.reshape(b * t, *frames.shape[2:])).reshape(b, t, -1)
 
-    def embed_sounds(self, mel: Float[Array, "b s f m"]) -> Float[Array, "b s e"]:
+    def embed_audio(self, mel: Float[Array, "b s f m"]) -> Float[Array, "b s e"]:
         """Each log-mel picture by itself through ImageBind's audio tower: [b, s, 1024] of norm 20, float32."""
         cfg = self.cfg.require_imagebind().audio
         advice = "media.mel_clips makes [s, f, m] of a waveform"
@@ -104,22 +104,22 @@ class VideoLlama(nnx.Module):
 
         Raises ConfigError when there are more vectors than learned positions and no interpolation is asked for.
         """
-        features = self.with_clip_positions(features, interpolate=interpolate_positions)
+        features = self.add_clip_positions(features, interpolate=interpolate_positions)
         return self.audio_llama_proj(self.audio_qformer(features, dropout))
 
-    def with_clip_positions(
+    def add_clip_positions(
         self, features: Float[Array, "b s e"], *, interpolate: bool = False
     ) -> Float[Array, "b s e"]:
         """What the audio Q-Former reads: a vector for each sound or picture, with its position."""
         count = features.shape[1]
         rows = position_rows(self.audio_positions, count, interpolate=interpolate, what="audio clips or frames")
-        return like_weights(features, self.audio_positions) + rows
+        return cast_like(features, self.audio_positions) + rows
 
     def encode_audio(
         self, mel: Float[Array, "b s f m"], *, interpolate_positions: bool = False
     ) -> Float[Array, "b a w"]:
         """Log-mel pictures of clips of sound (media.mel_clips) → [b, 8, width of the language model]."""
-        return self.audio_tokens(self.embed_sounds(mel), interpolate_positions=interpolate_positions)
+        return self.audio_tokens(self.embed_audio(mel), interpolate_positions=interpolate_positions)
 
     def encode_audio_from_vision(
         self, frames: Float[Array, "b t h w 3"], *, interpolate_positions: bool = False
@@ -140,7 +140,7 @@ class VideoLlama(nnx.Module):
         return self.llama.logits(self.llama(embeddings, mask))
 
 
-def owner_of(network: VideoLlama, component: str) -> tuple[Any, str]:
+def find_owner(network: VideoLlama, component: str) -> tuple[Any, str]:
     """The module that has a component as an attribute, None where there is none, and the attribute's name."""
     *parents, name = component.split("/")
     owner: Any = network

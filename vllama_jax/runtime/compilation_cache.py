@@ -4,12 +4,12 @@ import logging
 import os
 import tempfile
 
-from vllama_jax.io.paths import cache_folder
+from vllama_jax.io.paths import cache_directory
 
 logger = logging.getLogger(__name__)
 
 
-def keep_compiled_programs() -> None:
+def enable_compilation_cache() -> None:
     """Point JAX's persistent compilation cache at a folder of ours, unless the user has chosen one or switched it off.
 
     `vllama_jax.load` and the commands that compile call this, so that a process which never loads a model keeps JAX's
@@ -25,7 +25,7 @@ def keep_compiled_programs() -> None:
     if settings["jax_compilation_cache_dir"] is not None or not settings["jax_enable_compilation_cache"]:
         return
     try:
-        folder = cache_folder() / "compiled"
+        folder = cache_directory() / "compiled"
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from vllama_jax.errors import ConfigError
-from vllama_jax.text.templates import ChatTemplate, Mark, Part, Prompt, Token, find_template, special_tokens
+from vllama_jax.text.templates import ChatTemplate, Mark, Prompt, Segment, Token, find_template, special_tokens
 from vllama_jax.text.tokenizer import Tokenizer
 
 DEFAULT_SYSTEM = (
@@ -27,13 +27,13 @@ class Media:
     """One file of a conversation. `sound`: whether a video's sound is heard too. `seconds`: when its frames were."""
 
     kind: Literal["video", "image", "audio"]
-    sound: bool = False
-    seconds: tuple[float, ...] = ()
+    with_audio: bool = False
+    timestamps: tuple[float, ...] = ()
 
     @property
-    def slots(self) -> tuple[str, ...]:
+    def placeholders(self) -> tuple[str, ...]:
         """What goes into its places in the prompt, in order: sound comes before sight."""
-        return ("audio", self.kind) if self.sound and self.kind == "video" else (self.kind,)
+        return ("audio", self.kind) if self.with_audio and self.kind == "video" else (self.kind,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +106,7 @@ def start_conversation(template: str, audio_branch: bool, system: str | None = N
 
 def check_special_tokens(form: object, tokenizer: Tokenizer, name: str) -> None:
     """Raise ConfigError where a form of the template `name` needs a special token that a tokenizer does not have."""
-    missing = [token.text for token in special_tokens(form) if tokenizer.special_id(token.text) is None]
+    missing = [token.text for token in special_tokens(form) if tokenizer.special_token_id(token.text) is None]
     if missing:
         raise ConfigError(
             f"the tokenizer has no special token {missing[0]!r}, which the prompt template {name!r} needs: "
@@ -114,48 +114,48 @@ def check_special_tokens(form: object, tokenizer: Tokenizer, name: str) -> None:
         )
 
 
-def system_text(audio_branch: bool, media: Media | None) -> str:
+def default_system_prompt(audio_branch: bool, media: Media | None) -> str:
     """The system text of the reference's demos, which the file shown last decides.
 
     A picture-only model gets the long sentence always, one with the audio branch only for images. Sound in use empties
     it. Without media (which no demo allows) it is empty.
     """
-    if media is None or "audio" in media.slots:
+    if media is None or "audio" in media.placeholders:
         return ""
     return DEFAULT_SYSTEM if media.kind == "image" or not audio_branch else ""
 
 
-def time_message(seconds: Sequence[float]) -> str:
+def format_timestamps(timestamps: Sequence[float]) -> str:
     """When the frames of a video were, with the space that follows."""
-    times = ", ".join(str(round(float(second), 1)) for second in seconds)
-    return f"The video contains {len(seconds)} frames sampled at {times} seconds. "
+    times = ", ".join(str(round(float(second), 1)) for second in timestamps)
+    return f"The video contains {len(timestamps)} frames sampled at {times} seconds. "
 
 
-def media_message(media: Media) -> Prompt:
+def format_media(media: Media) -> Prompt:
     """The words around a file. The runs of spaces are the reference's own.
 
     The reference never has sound alone; its wording here is the sound half of the sentence for both.
     """
     hear = "Close your eyes, open your ears and you imagine only based on the sound that: "
-    if media.slots == ("audio", "video"):
+    if media.placeholders == ("audio", "video"):
         see = "." + " " * 17 + "Close your ears, open your eyes and you see that <Video>"
         end = "</Video>." + " " * 18 + "Now answer my question based on what you have just seen and heard."
         return (hear, Mark.MEDIA, see, Mark.MEDIA, end)
     if media.kind == "audio":
         return (hear, Mark.MEDIA, "." + " " * 18 + "Now answer my question based on what you have just heard.")
     if media.kind == "video":
-        return ("<Video>", Mark.MEDIA, "</Video> " + time_message(media.seconds))
+        return ("<Video>", Mark.MEDIA, "</Video> " + format_timestamps(media.timestamps))
     return ("<Image>", Mark.MEDIA, "</Image> ")
 
 
 def build_prompt(conversation: Conversation) -> Prompt:
     """All turns; after the last question, the cue that the answer follows."""
     template, turns = conversation.template, conversation.turns
-    prompt: list[Part] = [*_opening(conversation)]
+    prompt: list[Segment] = [*_opening(conversation)]
     for i, turn in enumerate(turns):
-        prompt += [*(template.next_turn if i else ()), *_user_message(template, turn), *template.cue]
+        prompt += [*(template.turn_separator if i else ()), *_user_message(template, turn), *template.generation_prompt]
         if turn.answer is not None:  # what follows media directly was trained without a gap
-            prompt += [template.answer_gap if template.cue or turn.question else "", turn.answer]
+            prompt += [template.answer_prefix if template.generation_prompt or turn.question else "", turn.answer]
             prompt += [Mark.EOS] if turn.ended else []
     return _join_texts(prompt)
 
@@ -191,7 +191,7 @@ def encode_prompt(
     if places != len(media_lengths):
         raise ValueError(f"the prompt has {places} places for media, but {len(media_lengths)} lengths were given")
     lengths = iter(media_lengths)
-    ids = tokenizer.start_ids if start else []
+    ids = tokenizer.bos_ids if start else []
     is_media = [False] * len(ids)
     for part in _join_texts(prompt):
         new = [0] * next(lengths) if part is Mark.MEDIA else _part_ids(tokenizer, part)
@@ -222,7 +222,7 @@ def decode_answer(tokenizer: Tokenizer, template: ChatTemplate, ids: Iterable[in
     return clean_answer(template, tokenizer.decode(_before_end(tokenizer, template, ids), skip_special=True))
 
 
-def past_answer(tokenizer: Tokenizer, template: ChatTemplate, ids: Sequence[int]) -> tuple[str, bool]:
+def decode_past_answer(tokenizer: Tokenizer, template: ChatTemplate, ids: Sequence[int]) -> tuple[str, bool]:
     """An answer as the prompts of later turns have it: its text, and whether the model's EOS follows.
 
     The original cuts an answer at the template's stop and strips it, and so keeps an EOS that ended it (of Vicuna), and
@@ -253,7 +253,7 @@ def stream_answer(tokenizer: Tokenizer, template: ChatTemplate, batches: Iterabl
         ids.extend([] if batch is None else batch)
         until_end = _before_end(tokenizer, template, ids)
         ended = batch is None or len(until_end) < len(ids)
-        text = tokenizer.decode(until_end, skip_special=True) if ended else tokenizer.settled_text(until_end)
+        text = tokenizer.decode(until_end, skip_special=True) if ended else tokenizer.decode_stable_prefix(until_end)
         kept = _before_stop(template, text)
         ended = ended or kept != text
         text = kept if ended else _without_beginning_of_mark(template, text)
@@ -271,7 +271,7 @@ def _opening(conversation: Conversation) -> Prompt:
     """What precedes the first user message: the system text with what is around it, where there is one."""
     template = conversation.template
     shown = [media for turn in conversation.turns for media in turn.media]
-    automatic = system_text(conversation.audio_branch, shown[-1] if shown else None)
+    automatic = default_system_prompt(conversation.audio_branch, shown[-1] if shown else None)
     system = automatic if conversation.system is None else conversation.system
     if template.system is None or not system:
         return template.opening
@@ -279,19 +279,19 @@ def _opening(conversation: Conversation) -> Prompt:
     return (*before, system, *after)
 
 
-def _user_message(template: ChatTemplate, turn: Turn) -> list[Part]:
+def _user_message(template: ChatTemplate, turn: Turn) -> list[Segment]:
     """Media and question in one message; the reference gives each file but the last a message of its own."""
-    parts: list[Part] = []
+    parts: list[Segment] = []
     for i, media in enumerate(turn.media):
-        words = media_message(media) if template.media_words else (Mark.MEDIA,) * len(media.slots)
-        parts += [template.next_message if i else "", *words]
-    gap = " " if turn.media and template.media_words else ""
+        words = format_media(media) if template.media_tags else (Mark.MEDIA,) * len(media.placeholders)
+        parts += [template.media_separator if i else "", *words]
+    gap = " " if turn.media and template.media_tags else ""
     return parts if turn.question is None else [*parts, gap, turn.question]
 
 
-def _join_texts(parts: Iterable[Part]) -> Prompt:
+def _join_texts(parts: Iterable[Segment]) -> Prompt:
     """Neighbouring texts as one, since a tokenizer sees across their seams; no empty texts."""
-    joined: list[Part] = []
+    joined: list[Segment] = []
     for part in parts:
         if isinstance(part, str) and joined and isinstance(joined[-1], str):
             joined[-1] += part
@@ -300,19 +300,19 @@ def _join_texts(parts: Iterable[Part]) -> Prompt:
     return tuple(joined)
 
 
-def _part_ids(tokenizer: Tokenizer, part: Part) -> list[int]:
+def _part_ids(tokenizer: Tokenizer, part: Segment) -> list[int]:
     """The ids of a text, of a mark other than MEDIA, or of a special token."""
     if isinstance(part, str):
         return tokenizer.encode(part, special=False)
     if isinstance(part, Mark):
-        return tokenizer.start_ids if part is Mark.BOS else [tokenizer.eos_id]
-    found = tokenizer.special_id(part.text)
+        return tokenizer.bos_ids if part is Mark.BOS else [tokenizer.eos_id]
+    found = tokenizer.special_token_id(part.text)
     if found is None:
         raise ConfigError(f"the tokenizer has no special token {part.text!r}: choose another prompt template")
     return [found]
 
 
-def _text_of(part: Part) -> str:
+def _text_of(part: Segment) -> str:
     if isinstance(part, Mark):
         return part.value
     return part.text if isinstance(part, Token) else part

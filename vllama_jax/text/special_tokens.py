@@ -4,17 +4,17 @@ import dataclasses
 from pathlib import Path
 
 from vllama_jax.errors import CheckpointError
-from vllama_jax.io.json_fields import flag, shown, whole_number
+from vllama_jax.io.json_fields import format_value, get_bool, get_integer
 from vllama_jax.io.json_files import parse_object
-from vllama_jax.io.paths import first_bytes
+from vllama_jax.io.paths import read_first_bytes
 
-DECLARATION_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 CONFIG_FILES = ("config.json", "generation_config.json")  # asked for special ids where only a tokenizer.json is there
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # the order in which transformers gives new tokens their ids
 
 
 @dataclasses.dataclass
-class Declarations:
+class SpecialTokenConfig:
     """What the JSON files beside a tokenizer say about special tokens."""
 
     roles: dict[str, str] = dataclasses.field(default_factory=dict)  # "bos" → "<s>"
@@ -27,7 +27,7 @@ class Declarations:
         """Notes a token's flags and returns its content; a token without flags of its own never overrides one with."""
         content = value if isinstance(value, str) else value["content"]
         if not isinstance(content, str) or not content:
-            raise ValueError(f"{shown(content)} is not a token")
+            raise ValueError(f"{format_value(content)} is not a token")
         if isinstance(value, str):
             self.flags.setdefault(value, flags_of_string)
         else:
@@ -35,16 +35,16 @@ class Declarations:
         return content
 
 
-def read_declarations(directory: Path) -> Declarations:
+def read_special_tokens(directory: Path) -> SpecialTokenConfig:
     """Special tokens as transformers 4.28 reads them, and `added_tokens_decoder`, which came later.
 
     special_tokens_map.json goes before tokenizer_config.json. White space beside a token is dropped where the token is
     a plain string, but not where it is a string of tokenizer_config.json alone: LlamaTokenizer wraps those.
     """
-    config, special_map, added_tokens = (read_object_file(directory / name) for name in DECLARATION_FILES)
-    declared = Declarations()
+    config, special_map, added_tokens = (read_object_file(directory / name) for name in SPECIAL_TOKEN_FILES)
+    declared = SpecialTokenConfig()
     if config.get("add_bos_token") is not None:
-        declared.add_bos = flag(config, "add_bos_token", str(directory / DECLARATION_FILES[0]), CheckpointError)
+        declared.add_bos = get_bool(config, "add_bos_token", str(directory / SPECIAL_TOKEN_FILES[0]), CheckpointError)
     try:
         for role in ROLES:
             mapped = special_map.get(f"{role}_token")
@@ -55,22 +55,22 @@ def read_declarations(directory: Path) -> Declarations:
         for source in (special_map, config):
             for value in source.get("additional_special_tokens") or []:
                 declared.hidden.add(declared.declare(value, (True, True)))
-        added = str(directory / DECLARATION_FILES[2])
+        added = str(directory / SPECIAL_TOKEN_FILES[2])
         for content in added_tokens:
-            token_id = whole_number(added_tokens, content, added, CheckpointError, low=0)
+            token_id = get_integer(added_tokens, content, added, CheckpointError, low=0)
             declared.ids[declared.declare(content, (True, True))] = token_id
         for key, value in (config.get("added_tokens_decoder") or {}).items():
-            token_id = _id_of_key(key, directory / DECLARATION_FILES[0])
+            token_id = _id_of_key(key, directory / SPECIAL_TOKEN_FILES[0])
             declared.ids[declared.declare(value, (True, True))] = token_id
             if value.get("special"):
                 declared.hidden.add(value["content"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        problem = f"({type(error).__name__}: {error}): look into {', '.join(DECLARATION_FILES)}"
+        problem = f"({type(error).__name__}: {error}): look into {', '.join(SPECIAL_TOKEN_FILES)}"
         raise CheckpointError(f"the special tokens in {directory} cannot be read {problem}") from error
     return declared
 
 
-def read_config_ids(directory: Path) -> tuple[dict[str, int], list[int]]:
+def read_config_token_ids(directory: Path) -> tuple[dict[str, int], list[int]]:
     """Special ids in the language model's configuration, the first where it lists several; and all that end answers."""
     ids: dict[str, int] = {}
     eos_ids: list[int] = []
@@ -83,7 +83,7 @@ def read_config_ids(directory: Path) -> tuple[dict[str, int], list[int]]:
                 continue
             where = str(directory / name)
             found = [
-                whole_number({f"{role}_token_id": one}, f"{role}_token_id", where, CheckpointError, low=0)
+                get_integer({f"{role}_token_id": one}, f"{role}_token_id", where, CheckpointError, low=0)
                 for one in values
             ]
             ids[role] = found[0]
@@ -94,7 +94,7 @@ def read_config_ids(directory: Path) -> tuple[dict[str, int], list[int]]:
 def _id_of_key(key: str, path: Path) -> int:
     """The token id that a key of added_tokens_decoder is."""
     if not (key.isascii() and key.isdigit() and len(key) < 9):
-        raise CheckpointError(f"{path}: added_tokens_decoder: {shown(key)} is not a token id")
+        raise CheckpointError(f"{path}: added_tokens_decoder: {format_value(key)} is not a token id")
     return int(key)
 
 
@@ -106,5 +106,5 @@ def read_object_file(path: Path) -> dict:
 
 
 def read_bytes(path: Path) -> bytes:
-    first_bytes(path, CheckpointError)
+    read_first_bytes(path, CheckpointError)
     return path.read_bytes()

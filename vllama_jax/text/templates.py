@@ -29,11 +29,11 @@ class Token:
     text: str
 
 
-Part = str | Mark | Token
-Prompt = tuple[Part, ...]
+Segment = str | Mark | Token
+Prompt = tuple[Segment, ...]
 
-GIVEN, LEARNED = False, True
-LabeledPrompt = tuple[tuple[Part, bool], ...]  # parts of a training text, and whether they have labels
+UNLABELED, LABELED = False, True
+LabeledPrompt = tuple[tuple[Segment, bool], ...]  # parts of a training text, and whether they have labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,12 +54,12 @@ class ChatTemplate:
 
     opening: Prompt
     system: tuple[Prompt, Prompt] | None
-    next_message: str
-    media_words: bool
-    cue: Prompt
-    answer_gap: str
-    next_turn: Prompt
-    stop: Part
+    media_separator: str
+    media_tags: bool
+    generation_prompt: Prompt
+    answer_prefix: str
+    turn_separator: Prompt
+    stop: Segment
     role: str
 
 
@@ -113,17 +113,17 @@ TEMPLATES: dict[str, Template] = {
         chat=ChatTemplate(
             opening=("###Human: ",),
             system=((), ("###Human: ",)),
-            next_message="###Human: ",
-            media_words=True,
-            cue=("###Assistant:",),
-            answer_gap=" ",
-            next_turn=("###Human: ",),
+            media_separator="###Human: ",
+            media_tags=True,
+            generation_prompt=("###Assistant:",),
+            answer_prefix=" ",
+            turn_separator=("###Human: ",),
             stop="###",
             role="Assistant:",
         ),
         caption=CaptionTemplate(wrap=(("###Human: ",), (" ###Assistant: ",)), end=("###",)),
         conversation=ConversationTemplate(  # each "###" has labels, as the end of what came before; so has the role
-            opening=(("\n\n", GIVEN), ("###", LEARNED), ("Human: ", GIVEN)),
+            opening=(("\n\n", UNLABELED), ("###", LABELED), ("Human: ", UNLABELED)),
             question_end=("\n",),
             answer_start=("###Assistant: ",),
             answer_end=("\n###",),
@@ -134,17 +134,17 @@ TEMPLATES: dict[str, Template] = {
         chat=ChatTemplate(
             opening=("[INST] <<SYS>>\n\n<</SYS>>\n\n",),
             system=(("[INST] <<SYS>>\n",), ("\n<</SYS>>\n\n",)),
-            next_message=" ",
-            media_words=True,
-            cue=(" [/INST]",),
-            answer_gap=" ",
-            next_turn=(" ", Mark.EOS, Mark.BOS, "[INST] "),
+            media_separator=" ",
+            media_tags=True,
+            generation_prompt=(" [/INST]",),
+            answer_prefix=" ",
+            turn_separator=(" ", Mark.EOS, Mark.BOS, "[INST] "),
             stop=Mark.EOS,
             role="ASSISTANT:",
         ),
         caption=CaptionTemplate(wrap=(("[INST] <<SYS>>\n \n<</SYS>>\n\n",), (" [/INST] ",)), end=(Mark.EOS,)),
         conversation=ConversationTemplate(
-            opening=(("[INST] <<SYS>>\n \n<</SYS>>\n\n", GIVEN),),
+            opening=(("[INST] <<SYS>>\n \n<</SYS>>\n\n", UNLABELED),),
             question_end=(" [/INST]",),
             answer_start=(" ",),
             answer_end=(" ", Mark.EOS),
@@ -155,11 +155,11 @@ TEMPLATES: dict[str, Template] = {
         chat=ChatTemplate(
             opening=(),
             system=None,
-            next_message="",
-            media_words=False,
-            cue=(),
-            answer_gap=" ",
-            next_turn=("\n",),
+            media_separator="",
+            media_tags=False,
+            generation_prompt=(),
+            answer_prefix=" ",
+            turn_separator=("\n",),
             stop="\n",
             role="",
         ),
@@ -169,17 +169,17 @@ TEMPLATES: dict[str, Template] = {
         chat=ChatTemplate(
             opening=CHATML_USER,
             system=((IM_START, "system\n"), (IM_END, "\n", *CHATML_USER)),
-            next_message=" ",
-            media_words=True,
-            cue=CHATML_ASSISTANT,
-            answer_gap="",
-            next_turn=(IM_END, "\n", *CHATML_USER),
+            media_separator=" ",
+            media_tags=True,
+            generation_prompt=CHATML_ASSISTANT,
+            answer_prefix="",
+            turn_separator=(IM_END, "\n", *CHATML_USER),
             stop=IM_END,
             role="",
         ),
         caption=CaptionTemplate(wrap=(CHATML_USER, CHATML_ASSISTANT), end=(IM_END,)),
         conversation=ConversationTemplate(
-            opening=tuple((part, GIVEN) for part in CHATML_USER),
+            opening=tuple((part, UNLABELED) for part in CHATML_USER),
             question_end=CHATML_ASSISTANT,
             answer_start=(),
             answer_end=(IM_END,),
@@ -190,17 +190,17 @@ TEMPLATES: dict[str, Template] = {
         chat=ChatTemplate(
             opening=("[INST] ",),
             system=(("[INST] ",), ("\n\n",)),
-            next_message=" ",
-            media_words=True,
-            cue=(" [/INST]",),
-            answer_gap=" ",
-            next_turn=(Mark.EOS, "[INST] "),
+            media_separator=" ",
+            media_tags=True,
+            generation_prompt=(" [/INST]",),
+            answer_prefix=" ",
+            turn_separator=(Mark.EOS, "[INST] "),
             stop=Mark.EOS,
             role="",
         ),
         caption=CaptionTemplate(wrap=(("[INST] ",), (" [/INST] ",)), end=(Mark.EOS,)),
         conversation=ConversationTemplate(
-            opening=(("[INST] ", GIVEN),),
+            opening=(("[INST] ", UNLABELED),),
             question_end=(" [/INST]",),
             answer_start=(" ",),
             answer_end=(Mark.EOS,),

@@ -13,17 +13,17 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.errors import CheckpointError, one_line
-from vllama_jax.io.json_fields import LARGEST_INTEGER, shown, whole_number
+from vllama_jax.errors import CheckpointError, format_error
+from vllama_jax.io.json_fields import LARGEST_INTEGER, format_value, get_integer
 from vllama_jax.io.json_files import parse_object
 from vllama_jax.text.special_tokens import (
     CONFIG_FILES,
-    DECLARATION_FILES,
     ROLES,
-    Declarations,
+    SPECIAL_TOKEN_FILES,
+    SpecialTokenConfig,
     read_bytes,
-    read_config_ids,
-    read_declarations,
+    read_config_token_ids,
+    read_special_tokens,
 )
 
 MEDIA_TOKEN = "<ImageHere>"
@@ -64,10 +64,10 @@ class Tokenizer(abc.ABC):
         self,
         special_tokens: Iterable[SpecialToken],
         role_ids: Mapping[str, int],
-        library_size: int,
+        base_vocab_size: int,
         *,
         starts_with_bos: bool = True,
-        more_eos_ids: Iterable[int] = (),
+        extra_eos_ids: Iterable[int] = (),
     ):
         """Set up what all tokenizers share.
 
@@ -79,22 +79,22 @@ class Tokenizer(abc.ABC):
             more_eos_ids: Ids that end an answer besides that of the role.
         """
         special_tokens = tuple(special_tokens)
-        self.vocab_size = max([library_size, *(token.id + 1 for token in special_tokens)])
+        self.vocab_size = max([base_vocab_size, *(token.id + 1 for token in special_tokens)])
         self.media_id = self.vocab_size
         self.bos_id = role_ids.get("bos") if starts_with_bos else None
         self.eos_id, self.unk_id = role_ids["eos"], role_ids.get("unk")
-        self.eos_ids = tuple(dict.fromkeys([self.eos_id, *more_eos_ids]))
+        self.eos_ids = tuple(dict.fromkeys([self.eos_id, *extra_eos_ids]))
         self.pad_id = role_ids.get("pad", role_ids.get("unk", self.eos_id))
         media = SpecialToken(MEDIA_TOKEN, self.media_id, lstrip=True, rstrip=True)
         self._by_content = {token.content: token for token in (*special_tokens, media)}
         self._by_id = {token.id: token for token in self._by_content.values()}
         self._hidden_ids = {token.id for token in self._by_content.values() if token.hidden}
-        self._library_size = library_size
+        self._base_vocab_size = base_vocab_size
         longest_first = sorted(self._by_content, key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
 
     @property
-    def start_ids(self) -> list[int]:
+    def bos_ids(self) -> list[int]:
         """The BOS in a list of its own, or nothing."""
         return [] if self.bos_id is None else [self.bos_id]
 
@@ -107,7 +107,7 @@ class Tokenizer(abc.ABC):
             special: whether `</s>`, `<ImageHere>` and the like stand for their ids; if not, they are plain characters.
         """
         text = text.encode("utf-8", "replace").decode("utf-8")
-        ids = self.start_ids if bos else []
+        ids = self.bos_ids if bos else []
         if not special:
             return ids + self._encode_plain(text)
         for piece in self._split(text):
@@ -122,48 +122,48 @@ class Tokenizer(abc.ABC):
         4.28. Ids beyond the vocabulary (embedding tables are sometimes padded) have no text.
         """
         texts = []
-        for known, run in itertools.groupby(self._shown(ids, skip_special), key=lambda i: i < self._library_size):
+        for known, run in itertools.groupby(self._shown(ids, skip_special), key=lambda i: i < self._base_vocab_size):
             same = list(run)
-            texts += [self._decode_known(same)] if known else self.tokens(same)
+            texts += [self._decode_base(same)] if known else self.tokens(same)
         return " ".join(texts)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Each id as the piece it stands for, such as "▁dog"; "" for an id beyond the vocabulary."""
-        return [self._by_id[i].content if i in self._by_id else self._known_token(i) for i in map(int, ids)]
+        return [self._by_id[i].content if i in self._by_id else self._base_token(i) for i in map(int, ids)]
 
-    def special_id(self, content: str) -> int | None:
+    def special_token_id(self, content: str) -> int | None:
         """The id of a special token by its text; None where there is none."""
         token = self._by_content.get(content)
         return None if token is None or content == MEDIA_TOKEN else token.id
 
-    def settled_text(self, ids: Iterable[int]) -> str:
+    def decode_stable_prefix(self, ids: Iterable[int]) -> str:
         """The part of `decode(ids, skip_special=True)` that further ids cannot change.
 
         Left out is an end that may become another character when its remaining bytes arrive.
         """
-        shown = self._shown(ids, skip_special=True)
-        return self.decode(shown[: len(shown) - self._count_unsettled(shown)]).rstrip(REPLACEMENT)
+        format_value = self._shown(ids, skip_special=True)
+        return self.decode(format_value[: len(format_value) - self._count_unstable(format_value)]).rstrip(REPLACEMENT)
 
     @abc.abstractmethod
     def _encode_plain(self, text: str) -> list[int]:
         """Ids of a text without special tokens."""
 
     @abc.abstractmethod
-    def _decode_known(self, ids: list[int]) -> str:
+    def _decode_base(self, ids: list[int]) -> str:
         """Text of ids that the library knows."""
 
     @abc.abstractmethod
-    def _known_token(self, token_id: int) -> str:
+    def _base_token(self, token_id: int) -> str:
         """The piece of an id, "" where the library knows none."""
 
-    def _count_unsettled(self, ids: list[int]) -> int:
+    def _count_unstable(self, ids: list[int]) -> int:
         """How many ids at the end may yet change characters before them that are already whole."""
         return 0
 
     def _shown(self, ids: Iterable[int], skip_special: bool) -> list[int]:
         """Those of the ids that have a text."""
         left_out = self._hidden_ids if skip_special else ()
-        return [i for i in map(int, ids) if (i < self._library_size or i in self._by_id) and i not in left_out]
+        return [i for i in map(int, ids) if (i < self._base_vocab_size or i in self._by_id) and i not in left_out]
 
     def _split(self, text: str) -> list[str]:
         """The text cut at special tokens, white space beside them dropped where they say so; no empty pieces."""
@@ -189,7 +189,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_plain(self, text: str) -> list[int]:
         return self._processor.encode(text)
 
-    def _decode_known(self, ids: list[int]) -> str:
+    def _decode_base(self, ids: list[int]) -> str:
         """Special tokens are written as they are.
 
         The reference puts a space before the *text* that a special token ends, not before the token: "a</s>b" comes
@@ -206,8 +206,8 @@ class SentencePieceTokenizer(Tokenizer):
             run, after_special = [], True
         return text + self._processor.decode(run)
 
-    def _known_token(self, token_id: int) -> str:
-        return self._processor.id_to_piece(token_id) if token_id < self._library_size else ""
+    def _base_token(self, token_id: int) -> str:
+        return self._processor.id_to_piece(token_id) if token_id < self._base_vocab_size else ""
 
 
 class JsonTokenizer(Tokenizer):
@@ -228,15 +228,15 @@ class JsonTokenizer(Tokenizer):
     def _encode_plain(self, text: str) -> list[int]:
         return self._library.encode(text, add_special_tokens=False).ids
 
-    def _decode_known(self, ids: list[int]) -> str:
+    def _decode_base(self, ids: list[int]) -> str:
         return self._library.decode(ids, skip_special_tokens=False)
 
-    def _known_token(self, token_id: int) -> str:
+    def _base_token(self, token_id: int) -> str:
         return self._library.id_to_token(token_id) or ""
 
-    def _count_unsettled(self, ids: list[int]) -> int:
+    def _count_unstable(self, ids: list[int]) -> int:
         """The library turns a whole run of byte tokens into replacement characters when one of them does not fit."""
-        tokens = map(self._known_token, reversed(ids))
+        tokens = map(self._base_token, reversed(ids))
         return sum(1 for _ in itertools.takewhile(re.compile("<0x[0-9A-F]{2}>").fullmatch, tokens))
 
 
@@ -262,7 +262,7 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 def tokenizer_files(directory: str | Path) -> list[Path]:
     """The files to copy so that `load_tokenizer` reads the same tokenizer from the copy."""
-    names = ["tokenizer.model", "tokenizer.json", *DECLARATION_FILES]
+    names = ["tokenizer.model", "tokenizer.json", *SPECIAL_TOKEN_FILES]
     if not (Path(directory) / "tokenizer.model").is_file():
         names += CONFIG_FILES
     return [Path(directory, name) for name in names if Path(directory, name).is_file()]
@@ -294,7 +294,7 @@ def _load_sentencepiece(directory: Path) -> SentencePieceTokenizer:
     except RuntimeError as error:
         hint = "Llama 3's tokenizer.model is none: take its tokenizer.json instead and leave tokenizer.model out"
         raise CheckpointError(f"{path} is not a SentencePiece model ({hint})") from error
-    declared = read_declarations(directory)
+    declared = read_special_tokens(directory)
     own = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id()}
     roles = {role: processor.id_to_piece(token_id) for role, token_id in own.items() if token_id >= 0} | declared.roles
     ids = dict(declared.ids)
@@ -322,9 +322,9 @@ def _load_json(directory: Path) -> JsonTokenizer:
     try:
         library = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
     except Exception as error:  # the library raises nothing more precise
-        raise CheckpointError(f"{path} is not a file of the tokenizers library: {one_line(error)}") from error
-    declared = read_declarations(directory)
-    role_ids, eos_ids = read_config_ids(directory)
+        raise CheckpointError(f"{path} is not a file of the tokenizers library: {format_error(error)}") from error
+    declared = read_special_tokens(directory)
+    role_ids, eos_ids = read_config_token_ids(directory)
     for role, content in declared.roles.items():
         token_id = library.token_to_id(content)
         if token_id is not None:
@@ -340,10 +340,10 @@ def _load_json(directory: Path) -> JsonTokenizer:
     ids = ((content, library.token_to_id(content)) for content in flags)  # each has one
     special_tokens = [SpecialToken(content, i, *flags[content]) for content, i in ids if i is not None]
     eos_ids = [token_id for token_id in eos_ids if library.id_to_token(token_id)]
-    return JsonTokenizer(library, special_tokens, role_ids, starts_with_bos=starts_with_bos, more_eos_ids=eos_ids)
+    return JsonTokenizer(library, special_tokens, role_ids, starts_with_bos=starts_with_bos, extra_eos_ids=eos_ids)
 
 
-def _starts_with_bos(library: Any, bos_id: int | None, declared: Declarations, directory: Path) -> bool:
+def _starts_with_bos(library: Any, bos_id: int | None, declared: SpecialTokenConfig, directory: Path) -> bool:
     """Whether prompts start with the BOS: what the configuration says, or else what the library's post-processor does.
 
     Without either, a BOS that tokenizer_config.json or special_tokens_map.json names is put first, and where there are
@@ -353,7 +353,7 @@ def _starts_with_bos(library: Any, bos_id: int | None, declared: Declarations, d
         return declared.add_bos
     if library.post_processor is not None:
         return bos_id is not None and library.encode("").ids[:1] == [bos_id]
-    return "bos" in declared.roles or not any((directory / name).is_file() for name in DECLARATION_FILES)
+    return "bos" in declared.roles or not any((directory / name).is_file() for name in SPECIAL_TOKEN_FILES)
 
 
 def _check_json_ids(fields: Mapping[str, Any], path: Path) -> None:
@@ -365,11 +365,11 @@ def _check_json_ids(fields: Mapping[str, Any], path: Path) -> None:
     if isinstance(vocabulary, Mapping):
         wrong = (piece for piece, i in vocabulary.items() if type(i) is not int or not 0 <= i <= LARGEST_INTEGER)
         for piece in itertools.islice(wrong, 1):
-            whole_number(vocabulary, piece, f"{path}: model.vocab", CheckpointError, low=0)
+            get_integer(vocabulary, piece, f"{path}: model.vocab", CheckpointError, low=0)
     for token in added:
         if not isinstance(token, Mapping) or not isinstance(token.get("content"), str) or not token["content"]:
-            raise CheckpointError(f"{path}: added_tokens: {shown(token)} is not a token with content")
-        whole_number(token, "id", f"{path}: added_tokens", CheckpointError, low=0)
+            raise CheckpointError(f"{path}: added_tokens: {format_value(token)} is not a token with content")
+        get_integer(token, "id", f"{path}: added_tokens", CheckpointError, low=0)
 
 
 def _require_roles(role_ids: Mapping[str, int], path: Path, required: Iterable[str]) -> None:

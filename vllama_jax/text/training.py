@@ -14,10 +14,10 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from vllama_jax.errors import DataError
-from vllama_jax.text.prompts import Media, encode_prompt, media_message
+from vllama_jax.text.prompts import Media, encode_prompt, format_media
 from vllama_jax.text.templates import (
-    GIVEN,
-    LEARNED,
+    LABELED,
+    UNLABELED,
     CaptionTemplate,
     ConversationTemplate,
     LabeledPrompt,
@@ -27,8 +27,8 @@ from vllama_jax.text.templates import (
 )
 from vllama_jax.text.tokenizer import Tokenizer
 
-IGNORE = -100  # the label of a token that is not learned
-BARE = "plain"  # the template of captions without an instruction: stage 1
+IGNORE_INDEX = -100  # the label of a token that is not learned
+PLAIN_TEMPLATE = "plain"  # the template of captions without an instruction: stage 1
 
 # What the reference asks for in its alignment stage (prompts/alignment_image.txt), of pictures and of videos.
 ALIGNMENT_INSTRUCTIONS = (
@@ -72,7 +72,7 @@ def encode_caption(
         max_length: of the caption with its end, in tokens; a longer one loses its end. Tokenised apart from the prompt.
     """
     if instruction is None:
-        template = find_caption_template(BARE)
+        template = find_caption_template(PLAIN_TEMPLATE)
         prompt: Prompt = (Mark.MEDIA,)
     else:
         before, after = template.wrap
@@ -83,7 +83,7 @@ def encode_caption(
     return TrainingText(
         ids=np.concatenate([asked.ids, learned]),
         is_media=np.concatenate([asked.is_media, np.zeros(len(learned), bool)]),
-        labels=np.concatenate([np.full(len(asked.ids), IGNORE, np.int32), learned]),
+        labels=np.concatenate([np.full(len(asked.ids), IGNORE_INDEX, np.int32), learned]),
     )
 
 
@@ -115,8 +115,8 @@ def label_conversation(
     parts = template.opening
     for number, (question, answer) in enumerate(turns):
         asked = (*template.next_question, question) if number else _first_question(question, media, media_at)
-        parts += tuple((part, GIVEN) for part in (*asked, *template.question_end))
-        parts += tuple((part, LEARNED) for part in (*template.answer_start, answer, *template.answer_end))
+        parts += tuple((part, UNLABELED) for part in (*asked, *template.question_end))
+        parts += tuple((part, LABELED) for part in (*template.answer_start, answer, *template.answer_end))
     return _encode(tokenizer, parts, media_length, max_length)
 
 
@@ -138,10 +138,10 @@ def _first_question(question: str, media: Media, media_at: int) -> Prompt:
 def _introduction(media: Media) -> Prompt:
     """The words around media, up to the first letter of the question."""
     if media.kind == "audio":
-        return (*media_message(media), " ")
-    if media.slots == ("video",) and not media.seconds:
+        return (*format_media(media), " ")
+    if media.placeholders == ("video",) and not media.timestamps:
         return ("<Video>", Mark.MEDIA, "</Video> ")
-    return media_message(media)
+    return format_media(media)
 
 
 def _encode(tokenizer: Tokenizer, parts: LabeledPrompt, media_length: int, max_length: int) -> TrainingText:
@@ -162,7 +162,7 @@ def _encode(tokenizer: Tokenizer, parts: LabeledPrompt, media_length: int, max_l
         done = seam
         if done >= max_length:
             break
-    labels = np.where(learned, whole.ids, np.int32(IGNORE))
+    labels = np.where(learned, whole.ids, np.int32(IGNORE_INDEX))
     return TrainingText(whole.ids[:max_length], whole.is_media[:max_length], labels[:max_length])
 
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from vllama_jax.train.setup import batches
     from vllama_jax.train.step import Batch, Loss, Optimizer, loss_sum
 
-_HOMES = {
+_MODULES = {
     "Batch": "step",
     "Loss": "step",
     "Optimizer": "step",
@@ -99,18 +99,18 @@ def train(
         True
         >>> model = vl.load(result.path)
     """
-    from vllama_jax.runtime.compilation_cache import keep_compiled_programs
+    from vllama_jax.runtime.compilation_cache import enable_compilation_cache
     from vllama_jax.train import loop
     from vllama_jax.train.reporter import PrintReporter
 
-    keep_compiled_programs()
+    enable_compilation_cache()
     reporter = reporter or PrintReporter(config.steps)
     return loop.train(config, Path(out), reporter, str(base), loss=loss, optimizer=optimizer)
 
 
 def __getattr__(name: str) -> Any:
-    if name in _HOMES:
-        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

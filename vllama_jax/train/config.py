@@ -13,9 +13,9 @@ from typing import Any, Literal
 from vllama_jax.branches import BRANCHES, find_branch
 from vllama_jax.config import NO_LORA, LoraConfig
 from vllama_jax.data.config import (
-    BARE_CAPTION,
     CONVERSATION,
     INSTRUCTED_CAPTION,
+    PLAIN_CAPTION,
     DataConfig,
     DatasetConfig,
     TextConfig,
@@ -24,11 +24,11 @@ from vllama_jax.errors import ConfigError
 
 __all__ = [  # all that a run config needs, so that it imports this module alone
     "AUDIO_BRANCH",
-    "BARE_CAPTION",
     "CONVERSATION",
     "INSTRUCTED_CAPTION",
     "LORA",
     "NO_LORA",
+    "PLAIN_CAPTION",
     "VISION_BRANCH",
     "CheckpointConfig",
     "DataConfig",
@@ -227,7 +227,7 @@ class TrainConfig:
 
 
 # What a number must be at least; all must be finite.
-_AT_LEAST = {
+_MINIMUM = {
     "steps": 1,
     "batch_size": 1,
     "grad_accum_steps": 1,
@@ -255,16 +255,16 @@ _AT_LEAST = {
     "validation.num_batches": 1,
     "validation.max_new_tokens": 1,
 }
-_BELOW_ONE = ("dropout", "optim.beta1", "optim.beta2")
+_FRACTIONS = ("dropout", "optim.beta1", "optim.beta2")
 
 
 def _check_numbers(config: TrainConfig) -> None:
     """Raises ConfigError that names the field, as the flag is called."""
-    for path, low in _AT_LEAST.items():
+    for path, low in _MINIMUM.items():
         value = operator.attrgetter(path)(config)
         if not (math.isfinite(value) and value >= low):
             raise ConfigError(f"{path} must be at least {low}, not {value}")
-    for path in _BELOW_ONE:
+    for path in _FRACTIONS:
         value = operator.attrgetter(path)(config)
         if not 0 <= value < 1:
             raise ConfigError(f"{path} must be at least 0 and below 1, not {value}")
@@ -277,14 +277,14 @@ def _check_numbers(config: TrainConfig) -> None:
             raise ConfigError(f"datasets.{number}: holdout must be at least 0 and text.max_length at least 1")
 
 
-def arranged(mesh: MeshConfig, devices: int) -> MeshConfig:
+def resolve_mesh(mesh: MeshConfig, devices: int) -> MeshConfig:
     """The mesh over so many devices, with data's places counted. Raises ConfigError for numbers that mean nothing."""
     if mesh.data < 0 or mesh.fsdp < 1 or mesh.tensor < 1:
         raise ConfigError(f"mesh.data must be at least 0, mesh.fsdp and mesh.tensor at least 1, not {mesh}")
     return dataclasses.replace(mesh, data=mesh.data or max(devices // (mesh.fsdp * mesh.tensor), 1))
 
 
-def rows_a_place(config: TrainConfig, mesh: MeshConfig) -> int:
+def rows_per_shard(config: TrainConfig, mesh: MeshConfig) -> int:
     """Rows that each place of the mesh computes at a time. Raises ConfigError when the batch does not divide."""
     rows, places = config.batch_size // config.grad_accum_steps, mesh.data * mesh.fsdp
     if rows % places:

@@ -14,7 +14,7 @@ import xxhash
 from vllama_jax.errors import ConfigError
 from vllama_jax.train.step import Loss, Optimizer
 
-OF_CONFIG = "of the config"  # in a message
+NOT_CUSTOM = "of the config"  # in a message
 
 
 def describe_custom(loss: Loss | None, optimizer: Optimizer | None, state: Any) -> dict[str, str]:
@@ -42,7 +42,7 @@ def describe_custom(loss: Loss | None, optimizer: Optimizer | None, state: Any) 
 def check_custom(out: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
     """Raise ConfigError where the run in `out` was started with another loss or optimizer than now."""
     changed = [
-        f"{name} {before.get(name, OF_CONFIG)}, not {now.get(name, OF_CONFIG)}"
+        f"{name} {before.get(name, NOT_CUSTOM)}, not {now.get(name, NOT_CUSTOM)}"
         for name in ("loss", "optimizer")
         if before.get(name) != now.get(name)
     ]

@@ -9,14 +9,20 @@ from typing import Any
 import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import xxhash
 
-from vllama_jax.branches import ARRAYS, find_branch, is_within
+from vllama_jax.branches import MEDIA_ARRAYS, find_branch, is_within
 from vllama_jax.checkpoints.directory import ModelDirectory
-from vllama_jax.config import changes, flat
+from vllama_jax.config import describe_changes, flatten_fields
 from vllama_jax.data.annotation import Kind
 from vllama_jax.data.config import DatasetConfig
-from vllama_jax.data.feature_cache import FEATURES_FORMAT, FeatureCache, check_finished, find_folder, open_folder
+from vllama_jax.data.feature_cache import (
+    FEATURES_FORMAT,
+    FeatureCache,
+    check_complete,
+    find_cache_folder,
+    open_cache_folder,
+)
 from vllama_jax.data.records import Records
-from vllama_jax.data.remote import local_copy
+from vllama_jax.data.remote import ensure_local
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.train.config import TrainConfig
 
@@ -29,20 +35,20 @@ def open_caches(
     Raises ConfigError where one was made with other settings than the run's, or is of weights that learn; DataError
     where there is none, or not all of it.
     """
-    root = local_copy(config.data.feature_cache)
+    root = ensure_local(config.data.feature_cache)
     if not root.is_dir():
         raise DataError(f"{root}: no such feature cache; `vllama features` makes one")
     caches = {}
     for dataset, records in opened:
-        folder = find_folder(root, records)
+        folder = find_cache_folder(root, records)
         settings = describe_features(config, directory, dataset, records)
         _check_frozen(config, directory, settings)
         if not (folder / "manifest.json").exists():
             others = sorted(path.parent.name for path in root.glob("*/manifest.json"))
             held = f" (there are some of {', '.join(others)})" if others else ""
             raise DataError(f"{root}: no features of {dataset.path} as it is now{held}; make them: `vllama features`")
-        cache, made = open_folder(folder)
-        if changed := settings_differences(made, {**settings, "variants": made["variants"]}):
+        cache, cached = open_cache_folder(folder)
+        if changed := compare_settings(cached, {**settings, "variants": cached["variants"]}):
             raise ConfigError(
                 f"{folder}: made with other settings than {dataset.path} has in this run ({'; '.join(changed)}); "
                 "give the same, or make the features anew with `vllama features`"
@@ -52,7 +58,7 @@ def open_caches(
                 f"{folder}: has {cache.variants} variants of each record, data.variants asks for "
                 f"{config.data.variants}; ask for fewer, or make the features anew with `vllama features`"
             )
-        check_finished(cache)
+        check_complete(cache)
         caches[dataset.path] = cache
     return caches
 
@@ -70,13 +76,13 @@ def describe_features(
         "branch": config.branch,
         "records": records.digest,
         "kinds": kinds,
-        "shapes": {kind: list(branch.features_shape(directory.config, kind)) for kind in kinds},
+        "shapes": {kind: list(branch.example_feature_shape(directory.config, kind)) for kind in kinds},
         "dtype": compute_dtype(config).name,
         "variants": config.data.variants or 1,
         "transform": _transform(config, directory, dataset, kinds),
         "encoders": {
             path: _digest(directory, path, component(directory.config))
-            for array in dict.fromkeys(ARRAYS[kind] for kind in kinds)
+            for array in dict.fromkeys(MEDIA_ARRAYS[kind] for kind in kinds)
             for path, component in branch.encoders[array].components.items()
         },
     }
@@ -91,7 +97,7 @@ def _transform(
     if "audio" in kinds:
         fields["num_clips"] = model.num_clips
     if kinds.keys() & {"video", "image"}:
-        fields["image_size"] = find_branch(config.branch).frame_tower(model).image_size
+        fields["image_size"] = find_branch(config.branch).frame_tower_config(model).image_size
         fields["crop_area"] = config.data.min_crop_area
     if "video" in kinds:
         fields |= {"num_frames": model.num_frames, "frames": dataset.frame_sampling}
@@ -102,27 +108,27 @@ def _transform(
     return fields
 
 
-def _digest(directory: ModelDirectory, part: str, config: Any) -> str:
+def _digest(directory: ModelDirectory, component_path: str, config: Any) -> str:
     """Of an encoder component's weights, as the manifest of the model has them, and of its config."""
     digest = xxhash.xxh3_128()
-    for path, leaf in sorted(_leaves(directory, part)):
+    for path, leaf in sorted(_leaves(directory, component_path)):
         digest.update(json.dumps([path, leaf["shape"], leaf["dtype"], leaf["xxh3_128"]]).encode())
     plain = config if isinstance(config, int | float) else dataclasses.asdict(config)
     digest.update(json.dumps(plain, sort_keys=True).encode())
     for trained in directory.trained:
-        if any(is_within(path, part) for path in trained.leaves):
+        if any(is_within(path, component_path) for path in trained.leaves):
             digest.update(trained.save_id)
     return digest.hexdigest()
 
 
-def _leaves(directory: ModelDirectory, part: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    return ((path, leaf) for path, leaf in directory.manifest["leaves"].items() if is_within(path, part))
+def _leaves(directory: ModelDirectory, component_path: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    return ((path, leaf) for path, leaf in directory.manifest["leaves"].items() if is_within(path, component_path))
 
 
 def _check_frozen(config: TrainConfig, directory: ModelDirectory, settings: Mapping[str, Any]) -> None:
     """Raises ConfigError where an encoder learns: what it sees would be read, and the same for ever."""
-    for part in settings["encoders"]:
-        for path, _ in _leaves(directory, part):
+    for component_path in settings["encoders"]:
+        for path, _ in _leaves(directory, component_path):
             if pattern := next((one for one in config.trainable if fnmatch.fnmatchcase(path, one)), None):
                 raise ConfigError(
                     f"trainable pattern {pattern!r} matches {path}, whose output data.feature_cache has fixed; "
@@ -130,13 +136,13 @@ def _check_frozen(config: TrainConfig, directory: ModelDirectory, settings: Mapp
                 )
 
 
-def settings_differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def compare_settings(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What a manifest says otherwise than the settings that are wanted, in words."""
-    before, now = flat(made), flat(wanted)
+    before, now = flatten_fields(cached), flatten_fields(wanted)
     if "shard_records" not in now:
         before.pop("shard_records", None)
     digests = {name for name in before | now if name == "records" or name.startswith("encoders.")}
-    told = [
+    messages = [
         "other records" if name == "records" else f"other weights of {name.removeprefix('encoders.')}"
         for name in sorted(digests)
         if before.get(name) != now.get(name)
@@ -145,4 +151,4 @@ def settings_differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> 
         {name.removeprefix("transform."): value for name, value in one.items() if name not in digests}
         for one in (before, now)
     )
-    return told + changes(*settings)
+    return messages + describe_changes(*settings)

@@ -45,12 +45,14 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> ScheduledOptimizer:
     adam = optax.chain(
         *clip,
         optax.scale_by_adam(cfg.beta1, cfg.beta2, cfg.eps),
-        optax.add_decayed_weights(cfg.weight_decay, mask=lambda weights: {path: decays(path) for path in weights}),
+        optax.add_decayed_weights(
+            cfg.weight_decay, mask=lambda weights: {path: has_weight_decay(path) for path in weights}
+        ),
         optax.scale_by_learning_rate(schedule),
     )
     return ScheduledOptimizer(adam.init, adam.update, schedule)
 
 
-def decays(path: str) -> bool:
+def has_weight_decay(path: str) -> bool:
     """Whether weight decay applies: to all but biases and the scales of norms."""
     return path.rsplit("/", 1)[-1] not in ("bias", "scale")

@@ -24,29 +24,31 @@ from jaxtyping import Array
 from orbax.checkpoint import multihost
 
 from vllama_jax import sharding
-from vllama_jax.branches import ARRAYS, find_branch
+from vllama_jax.branches import MEDIA_ARRAYS, find_branch
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.restore import restore_weights
 from vllama_jax.data.annotation import Kind
 from vllama_jax.data.config import DatasetConfig
-from vllama_jax.data.feature_cache import FeatureCache, find_folder, open_folder, pack_features, pack_problem
-from vllama_jax.data.pipeline import BatchReader, Decoded, prefetched_batches
+from vllama_jax.data.feature_cache import FeatureCache, find_cache_folder, open_cache_folder, pack_error, pack_features
+from vllama_jax.data.pipeline import BatchReader, DecodedMedia, prefetch_batches
 from vllama_jax.data.records import Records, open_records
-from vllama_jax.data.sampling import Order, Stream, make_streams
-from vllama_jax.errors import ConfigError, DataError, one_line
-from vllama_jax.io.atomic import own_directory, scratch_directory, write_file, write_json
+from vllama_jax.data.sampling import BatchSampler, Stream, make_streams
+from vllama_jax.errors import ConfigError, DataError, format_error
+from vllama_jax.io.atomic import ensure_directory, scratch_directory, write_file, write_json
 from vllama_jax.io.json_files import parse_object
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.train.config import TrainConfig
-from vllama_jax.train.feature_settings import describe_features, settings_differences
-from vllama_jax.train.state import Skeleton, Weights, keep_components
+from vllama_jax.train.feature_settings import compare_settings, describe_features
+from vllama_jax.train.state import AbstractModel, Weights, keep_components
 from vllama_jax.train.step import compute_dtype, run_encoders
 
 FEATURE_SHARD_BYTES = 512 * 2**20  # of a shard, about
 SHARD_RECORDS = 4096  # of a shard at most: so many are encoded again when a run was stopped
-OPTIONS = "group_size:1,uncompressed"  # each entry by itself, as they are read in any order; noise does not shrink
-LAST_PROCESS_SECONDS = 7 * 24 * 3600  # seconds that the first process waits for the last
-STALE = re.compile(r"\.partial-(\d+)")
+WRITER_OPTIONS = (
+    "group_size:1,uncompressed"  # each entry by itself, as they are read in any order; noise does not shrink
+)
+SYNC_TIMEOUT_SECONDS = 7 * 24 * 3600  # seconds that the first process waits for the last
+STALE_FOLDER = re.compile(r"\.partial-(\d+)")
 
 FeatureProgress = Callable[[float, float], None]
 
@@ -61,25 +63,25 @@ class EncoderBatch:
     entries: range
 
     @property
-    def samples(self) -> list[tuple[int, int]]:
+    def examples(self) -> list[tuple[int, int]]:
         """(record, variant) of each."""
         return [divmod(entry, self.cache.variants) for entry in self.entries]
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoder:
+class MediaDecoder:
     """The pixels or sounds of batches, by their number. It can be sent to another process."""
 
     reader: BatchReader
     batches: list[EncoderBatch]
 
-    def __call__(self, number: int) -> list[Decoded]:
+    def __call__(self, number: int) -> list[DecodedMedia]:
         batch = self.batches[number]
-        return self.reader.decode_all(batch.stream, batch.samples)
+        return self.reader.decode_all(batch.stream, batch.examples)
 
 
 @dataclasses.dataclass(frozen=True)
-class Written:
+class PrecomputeResult:
     """What one process did.
 
     records, seconds: encoded now, and how long that took. shards, kept: that it has, and that were whole before.
@@ -88,8 +90,8 @@ class Written:
 
     records: int
     seconds: float
-    shards: int
-    kept: int
+    num_shards: int
+    num_existing_shards: int
     bytes: int
     skipped: list[tuple[str, str]]
 
@@ -112,11 +114,11 @@ class _Shard:
 
     @property
     def records(self) -> int:
-        return len(self.cache.shard_numbers(self.number))
+        return len(self.cache.shard_range(self.number))
 
     def batches(self, sizes: dict[Kind, int]) -> Iterator[EncoderBatch]:
         """Its entries, in order: the same batches whatever was done before, so that its bytes are the same."""
-        variants, here = self.cache.variants, self.cache.shard_numbers(self.number)
+        variants, here = self.cache.variants, self.cache.shard_range(self.number)
         for stream in self.streams:
             first = max(here.start, stream.numbers.start) * variants
             last = min(here.stop, stream.numbers.stop) * variants
@@ -124,13 +126,13 @@ class _Shard:
                 yield EncoderBatch(self.cache, stream, self.number, range(start, min(start + sizes[stream.kind], last)))
 
 
-def write_features(
+def precompute_features(
     config: TrainConfig,
     out: Path,
     base: str = "",
     shard_records: int = 0,
     progress: FeatureProgress = lambda done, all: None,
-) -> Written:
+) -> PrecomputeResult:
     """Makes this process's shards of the caches of a run's datasets, those that `out` does not have yet.
 
     base: where the base model is now. shard_records: how many records a shard holds; 0 for some 512 MB of them.
@@ -151,49 +153,49 @@ def write_features(
         config.seed,
         directory.config,
         directory.tokenizer,
-        Order(streams, 1, 1, config.seed),
+        BatchSampler(streams, 1, 1, config.seed),
         (),
     )
-    with _working_folder(out) as scratch:
+    with _scratch_folder(out) as scratch:
         caches = {}
         for dataset, records in opened:
             manifest = _manifest(config, directory, dataset, records)
-            cache = _claim(find_folder(out, records), scratch, manifest, shard_records)
+            cache = _open_or_create(find_cache_folder(out, records), scratch, manifest, shard_records)
             caches[cache.path] = cache, tuple(stream for stream in streams if stream.records is records)
-        every = [_Shard(*found, number) for found in caches.values() for number in range(found[0].shards)]
+        all_shards = [_Shard(*found, number) for found in caches.values() for number in range(found[0].num_shards)]
         process, processes = _processes()
-        mine = every[process::processes]
-        todo = [shard for shard in mine if not shard.cache.is_whole(shard.number)]
-        begun = time.perf_counter()
-        if todo:
-            _encode(config, reader, directory, every, todo, scratch, progress)
-        seconds = time.perf_counter() - begun
-    _wait_for_the_others()
-    return _written(mine, todo, seconds)
+        own_shards = all_shards[process::processes]
+        missing_shards = [shard for shard in own_shards if not shard.cache.is_complete(shard.number)]
+        start_time = time.perf_counter()
+        if missing_shards:
+            _encode(config, reader, directory, all_shards, missing_shards, scratch, progress)
+        seconds = time.perf_counter() - start_time
+    _wait_for_other_processes()
+    return _summarize(own_shards, missing_shards, seconds)
 
 
 def _encode(
     config: TrainConfig,
     reader: BatchReader,
     directory: ModelDirectory,
-    every: list[_Shard],
-    todo: list[_Shard],
+    all_shards: list[_Shard],
+    missing_shards: list[_Shard],
     scratch: Path,
     progress: FeatureProgress,
 ) -> None:
     """Decoding runs ahead of the encoders, and the encoders run while what they made before is written."""
-    encoder = load_encoder(config, directory, {stream.kind for shard in every for stream in shard.streams})
-    sizes = _batch_sizes(config, every)
-    work = [(shard, batch) for shard in todo for batch in shard.batches(sizes)]
-    ahead = prefetched_batches(Decoder(reader, [batch for _, batch in work]), 0, len(work), config.data)
-    all_records, done = sum(shard.records for shard in todo), 0.0
+    encoder = load_encoder(config, directory, {stream.kind for shard in all_shards for stream in shard.streams})
+    sizes = _batch_sizes(config, all_shards)
+    work = [(shard, batch) for shard in missing_shards for batch in shard.batches(sizes)]
+    decoded_batches = prefetch_batches(MediaDecoder(reader, [batch for _, batch in work]), 0, len(work), config.data)
+    all_records, done = sum(shard.records for shard in missing_shards), 0.0
     file, pending = None, []
-    with contextlib.closing(ahead):
+    with contextlib.closing(decoded_batches):
         for number in range(len(work) + 1):
             if number < len(work):
-                decoded = next(ahead)
+                decoded = next(decoded_batches)
                 kind = work[number][1].stream.kind
-                pending.append((*work[number], decoded, encoder(kind, _padded(decoded, sizes[kind]))))
+                pending.append((*work[number], decoded, encoder(kind, _pad_batch(decoded, sizes[kind]))))
             if number:
                 shard, batch, decoded, features = pending.pop(0)
                 file = file or _ShardFile(shard, scratch)
@@ -213,7 +215,7 @@ class _ShardFile:
 
         self._shard = shard
         self._path = scratch / shard.path.name
-        self._writer = ArrayRecordWriter(str(self._path), OPTIONS)
+        self._writer = ArrayRecordWriter(str(self._path), WRITER_OPTIONS)
         self._left = shard.cache.entries(shard.number)
         self._skipped: list[dict[str, Any]] = []
 
@@ -221,19 +223,19 @@ class _ShardFile:
     def whole(self) -> bool:
         return self._left == 0
 
-    def add(self, batch: EncoderBatch, decoded: list[Decoded], features: np.ndarray) -> None:
+    def add(self, batch: EncoderBatch, decoded: list[DecodedMedia], features: np.ndarray) -> None:
         """A batch's entries. Rows of `features` beyond the batch are padding; none where nothing could be decoded."""
-        for row, (found, (record, variant)) in enumerate(zip(decoded, batch.samples, strict=True)):
+        for row, (found, (record, variant)) in enumerate(zip(decoded, batch.examples, strict=True)):
             if found.problem:
                 self._skipped.append({"record": record, "variant": variant, "id": found.name, "why": found.problem})
-                self._write(pack_problem(found.problem))
+                self._write(pack_error(found.problem))
             else:
-                self._write(pack_features(features[row], found.seconds))
+                self._write(pack_features(features[row], found.timestamps))
         self._left -= len(decoded)
 
     def finish(self) -> None:
         """On disk, and under its name. Raises DataError when it cannot be written."""
-        with self._told():
+        with self._translate_errors():
             self._writer.close()
         with self._path.open("rb") as file:
             os.fsync(file.fileno())
@@ -247,16 +249,16 @@ class _ShardFile:
         os.replace(self._path, self._shard.path)
 
     def _write(self, entry: bytes) -> None:
-        with self._told():
+        with self._translate_errors():
             self._writer.write(entry)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         try:
             yield
         except (RuntimeError, ValueError) as error:  # a full disk
             raise DataError(
-                f"{self._shard.path}: cannot be written ({one_line(error)}); whole shards are kept"
+                f"{self._shard.path}: cannot be written ({format_error(error)}); whole shards are kept"
             ) from error
 
 
@@ -272,40 +274,40 @@ def load_encoder(
     dtype = compute_dtype(config)
     network = abstract_network(directory.config, dtype.name)
     keep_components(network, set(find_branch(config.branch).encoder_components(kinds)))
-    skeleton = Skeleton(network)
+    abstract_model = AbstractModel(network)
     wanted = {
-        path: jax.ShapeDtypeStruct(skeleton.variables[path].shape, dtype, sharding=place)
-        for path, place in skeleton.shardings(skeleton.variables, mesh).items()
+        path: jax.ShapeDtypeStruct(abstract_model.variables[path].shape, dtype, sharding=place)
+        for path, place in abstract_model.shardings(abstract_model.variables, mesh).items()
     }
     weights = restore_weights(directory, wanted)
     rows = NamedSharding(mesh, PartitionSpec(sharding.MESH_AXES["batch"]))
 
     @jax.jit
     def run(weights: Weights, batch: dict[str, Array]) -> Array:
-        return run_encoders(skeleton.build(weights), config.branch, batch).astype(dtype)
+        return run_encoders(abstract_model.build(weights), config.branch, batch).astype(dtype)
 
     def encoder(kind: Kind, media: np.ndarray | None) -> Array | None:
         if media is None:
             return None
-        with sharding.under(mesh):
-            return run(weights, {ARRAYS[kind]: jax.device_put(media, rows)})
+        with sharding.use_mesh(mesh):
+            return run(weights, {MEDIA_ARRAYS[kind]: jax.device_put(media, rows)})
 
     return encoder
 
 
-def _batch_sizes(config: TrainConfig, every: list[_Shard]) -> dict[Kind, int]:
+def _batch_sizes(config: TrainConfig, all_shards: list[_Shard]) -> dict[Kind, int]:
     """How many entries are encoded at a time: this process's part of a step's, or fewer where there are no more."""
     devices = jax.local_device_count()
     whole = config.batch_size // config.grad_accum_steps / jax.process_count()
     sizes: dict[Kind, int] = {}
-    for shard in every:
+    for shard in all_shards:
         for stream in shard.streams:
             most = min(len(stream.numbers), shard.cache.shard_records) * shard.cache.variants
             sizes[stream.kind] = max(sizes.get(stream.kind, 0), math.ceil(min(whole, most) / devices) * devices)
     return sizes
 
 
-def _padded(decoded: list[Decoded], size: int) -> np.ndarray | None:
+def _pad_batch(decoded: list[DecodedMedia], size: int) -> np.ndarray | None:
     """[size, …], zeros where there are no media; None where there are none at all."""
     found = next((one.media for one in decoded if one.media is not None), None)
     if found is None:
@@ -329,15 +331,15 @@ def _manifest(
     return {**settings, "shard_records": max(fit // rows * rows or fit, 1)}
 
 
-def _claim(folder: Path, scratch: Path, manifest: dict[str, Any], shard_records: int) -> FeatureCache:
+def _open_or_create(folder: Path, scratch: Path, manifest: dict[str, Any], shard_records: int) -> FeatureCache:
     """The cache in a folder, made with these settings or begun now. Raises ConfigError where it was with others."""
     if not (folder / "manifest.json").exists():  # other processes may do the same: they write the same
-        own_directory(folder)
+        ensure_directory(folder)
         write_json(scratch / "manifest.json", manifest | ({"shard_records": shard_records} if shard_records else {}))
         os.replace(scratch / "manifest.json", folder / "manifest.json")
-    cache, made = open_folder(folder)
+    cache, made = open_cache_folder(folder)
     wanted = {**manifest, "shard_records": shard_records or cache.shard_records}
-    if changed := settings_differences(made, wanted):
+    if changed := compare_settings(made, wanted):
         raise ConfigError(
             f"{folder}: holds features made with other settings ({'; '.join(changed)}); "
             "give the same, or choose another --out"
@@ -347,22 +349,22 @@ def _claim(folder: Path, scratch: Path, manifest: dict[str, Any], shard_records:
 
 def _check_out(out: Path) -> None:
     """Raise DataError where `out` is the directory of something else than features."""
-    if stranger := next((name for name in ("config.json", "manifest.json") if (out / name).exists()), None):
-        raise DataError(f"{out}: holds something else (it has {stranger}); choose another --out")
+    if unexpected := next((name for name in ("config.json", "manifest.json") if (out / name).exists()), None):
+        raise DataError(f"{out}: holds something else (it has {unexpected}); choose another --out")
 
 
 @contextlib.contextmanager
-def _working_folder(out: Path) -> Iterator[Path]:
+def _scratch_folder(out: Path) -> Iterator[Path]:
     """A folder in `out` for what is not whole yet, of this process alone; it is removed in the end."""
     process = jax.process_index()
     folder = out / f".partial-{process}"
     try:
         out.mkdir(parents=True, exist_ok=True)
         for stale in out.glob(".partial-*") if process == 0 else ():  # of a run of more processes, which was killed
-            if (found := STALE.fullmatch(stale.name)) and int(found[1]) >= jax.process_count():
+            if (found := STALE_FOLDER.fullmatch(stale.name)) and int(found[1]) >= jax.process_count():
                 shutil.rmtree(stale, ignore_errors=True)
-        refusal = f"{out}: another process is writing features there; wait for it, or choose another --out"
-        with scratch_directory(folder, refusal):
+        busy_message = f"{out}: another process is writing features there; wait for it, or choose another --out"
+        with scratch_directory(folder, busy_message):
             yield folder
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error}); whole shards are kept") from error
@@ -373,10 +375,10 @@ def _processes() -> tuple[int, int]:
     return jax.process_index(), jax.process_count()
 
 
-def _wait_for_the_others() -> None:
+def _wait_for_other_processes() -> None:
     """JAX ends all processes when one of them goes before the others. No device takes part in this."""
     everyone = set(range(jax.process_count()))
-    multihost.sync_global_processes("vllama features", timeout=LAST_PROCESS_SECONDS, processes=everyone)
+    multihost.sync_global_processes("vllama features", timeout=SYNC_TIMEOUT_SECONDS, processes=everyone)
 
 
 def _read_skipped(path: Path) -> Iterator[dict[str, Any]]:
@@ -387,7 +389,7 @@ def _read_skipped(path: Path) -> Iterator[dict[str, Any]]:
     try:
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({one_line(error)}); {advice}") from error
+        raise DataError(f"{path}: cannot be read ({format_error(error)}); {advice}") from error
     for number, line in enumerate(lines, 1):
         fields = parse_object(line, f"{path}, line {number}", DataError, advice)
         if not (isinstance(fields.get("record"), int) and all(isinstance(fields.get(n), str) for n in ("id", "why"))):
@@ -395,19 +397,19 @@ def _read_skipped(path: Path) -> Iterator[dict[str, Any]]:
         yield fields
 
 
-def _written(mine: list[_Shard], todo: list[_Shard], seconds: float) -> Written:
+def _summarize(own_shards: list[_Shard], missing_shards: list[_Shard], seconds: float) -> PrecomputeResult:
     skipped = {}
-    for shard in mine:
+    for shard in own_shards:
         if shard.skipped_path.exists():
             for line in _read_skipped(shard.skipped_path):
                 skipped[shard.path.parent, line["record"]] = line["id"], line["why"]
-    if skipped and len(skipped) == sum(shard.records for shard in mine):
+    if skipped and len(skipped) == sum(shard.records for shard in own_shards):
         raise DataError(f"none of {len(skipped)} records can be decoded; the first: {': '.join(min(skipped.values()))}")
-    return Written(
-        records=sum(shard.records for shard in todo),
+    return PrecomputeResult(
+        records=sum(shard.records for shard in missing_shards),
         seconds=seconds,
-        shards=len(mine),
-        kept=len(mine) - len(todo),
-        bytes=sum(shard.path.stat().st_size for shard in mine),
+        num_shards=len(own_shards),
+        num_existing_shards=len(own_shards) - len(missing_shards),
+        bytes=sum(shard.path.stat().st_size for shard in own_shards),
         skipped=list(skipped.values()),
     )

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable
 
 WATCH_SECONDS = 1.0
-GRACE_SECONDS = 10.0  # seconds that a process has to end by itself once it was told
+EXIT_GRACE_SECONDS = 10.0  # seconds that a process has to end by itself once it was told
 LOST = "lost\n"
 
 
@@ -51,12 +51,12 @@ class Relay:
         self._on_loss = on_loss
         threading.Thread(target=self._listen, daemon=True, name="vllama-relay").start()
 
-    def watch(self, longest_silence: float) -> None:
+    def watch(self, silence_timeout: float) -> None:
         """Report process 0 as lost when a connection to it ends, or after so many seconds without a word of it.
 
         0: connections may end from now on.
         """
-        self._commands.write(f"{longest_silence}\n")
+        self._commands.write(f"{silence_timeout}\n")
         self._commands.flush()
 
     def stop(self) -> None:
@@ -66,8 +66,8 @@ class Relay:
         self._commands.close()
 
     def _listen(self) -> None:
-        with self._reports as told:
-            if LOST in told:
+        with self._reports as reports:
+            if LOST in reports:
                 self._on_loss()
 
 
@@ -77,49 +77,49 @@ class _Connections:
     def __init__(self, coordinator: tuple[str, int]):
         self._coordinator = coordinator
         self._parent = os.getppid()
-        self._heard = time.monotonic()
-        self.longest_silence = 0.0  # 0 while connections may end
+        self._last_received = time.monotonic()
+        self.silence_timeout = 0.0  # 0 while connections may end
 
     def serve(self, listener: socket.socket) -> None:
         """Connect whoever comes with the coordinator."""
         while True:
-            here, _ = listener.accept()
+            client, _ = listener.accept()
             try:
-                there = socket.create_connection(self._coordinator, timeout=WATCH_SECONDS)
+                server = socket.create_connection(self._coordinator, timeout=WATCH_SECONDS)
             except OSError:  # process 0 is not there yet: JAX tries again
-                here.close()
+                client.close()
                 continue
-            there.settimeout(None)
-            _start(self._pass_on, here, there)
-            _start(self._pass_back, there, here)
+            server.settimeout(None)
+            _start(self._forward_requests, client, server)
+            _start(self._forward_replies, server, client)
 
-    def _pass_on(self, here: socket.socket, there: socket.socket) -> None:
+    def _forward_requests(self, client: socket.socket, server: socket.socket) -> None:
         """From the process to the coordinator."""
         with contextlib.suppress(OSError):
-            while data := here.recv(2**16):
-                there.sendall(data)
-            there.shutdown(socket.SHUT_RDWR)
+            while data := client.recv(2**16):
+                server.sendall(data)
+            server.shutdown(socket.SHUT_RDWR)
 
-    def _pass_back(self, there: socket.socket, here: socket.socket) -> None:
+    def _forward_replies(self, server: socket.socket, client: socket.socket) -> None:
         """From the coordinator to the process, until one of them has gone."""
-        while data := self._receive(there):
-            self._heard = time.monotonic()
+        while data := self._receive(server):
+            self._last_received = time.monotonic()
             try:
-                here.sendall(data)
+                client.sendall(data)
             except OSError:  # the process has gone, and this one follows
                 return
-        if self.longest_silence:
+        if self.silence_timeout:
             self._report_loss()
         with contextlib.suppress(OSError):  # closing alone waits for the thread that reads from it
-            here.shutdown(socket.SHUT_RDWR)
-        here.close()
+            client.shutdown(socket.SHUT_RDWR)
+        client.close()
 
-    def _receive(self, there: socket.socket) -> bytes:
+    def _receive(self, server: socket.socket) -> bytes:
         """What the coordinator says next; nothing where it has gone or is silent for too long."""
-        while not self.longest_silence or time.monotonic() - self._heard < self.longest_silence:
-            if select.select([there], [], [], WATCH_SECONDS)[0]:
+        while not self.silence_timeout or time.monotonic() - self._last_received < self.silence_timeout:
+            if select.select([server], [], [], WATCH_SECONDS)[0]:
                 with contextlib.suppress(OSError):
-                    return there.recv(2**16)
+                    return server.recv(2**16)
                 break
         return b""
 
@@ -128,7 +128,7 @@ class _Connections:
         with contextlib.suppress(OSError):
             sys.stdout.write(LOST)
             sys.stdout.flush()
-        time.sleep(GRACE_SECONDS)
+        time.sleep(EXIT_GRACE_SECONDS)
         if os.getppid() == self._parent:
             os.kill(self._parent, signal.SIGKILL)
 
@@ -141,7 +141,7 @@ def main() -> None:
     print(listener.getsockname()[1], flush=True)
     _start(connections.serve, listener)
     for line in sys.stdin:
-        connections.longest_silence = float(line)
+        connections.silence_timeout = float(line)
     os._exit(0)
 
 

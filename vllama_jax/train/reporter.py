@@ -6,16 +6,16 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from vllama_jax.train.setup import RunPlan
 
-MOST_STEPS_A_LINE = 50
+MAX_STEPS_PER_LINE = 50
 
 
 class Reporter(Protocol):
     """What the training loop calls; `cli/_training_display.py` has the command's."""
 
-    def say(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         """Show a sentence."""
 
-    def table(self, plan: "RunPlan") -> None:
+    def show_plan(self, plan: "RunPlan") -> None:
         """Show what trains, before the first step."""
 
     def begin(self, step: int) -> None:
@@ -35,17 +35,17 @@ class PrintReporter:
 
     def __init__(self, steps: int, every: int | None = None):
         self._steps = steps
-        self._every = every or min(max(steps // 20, 1), MOST_STEPS_A_LINE)
+        self._every = every or min(max(steps // 20, 1), MAX_STEPS_PER_LINE)
         self._first = 1
 
-    def say(self, text: str) -> None:
+    def show_message(self, text: str) -> None:
         """Print a sentence."""
         print(text, file=sys.stderr, flush=True)
 
-    def table(self, plan: "RunPlan") -> None:
+    def show_plan(self, plan: "RunPlan") -> None:
         """Print how many arrays train, of which components."""
-        components = dict.fromkeys(path.split("/")[0] for path in plan.learns)
-        self.say(f"{len(plan.learns)} arrays train, of {', '.join(components)}")
+        components = dict.fromkeys(path.split("/")[0] for path in plan.trainable_paths)
+        self.show_message(f"{len(plan.trainable_paths)} arrays train, of {', '.join(components)}")
 
     def begin(self, step: int) -> None:
         """Note where this process starts."""
@@ -55,7 +55,7 @@ class PrintReporter:
         """Print the line of a step, if it is one of those that get one."""
         step = metrics["step"]
         if step in (self._first, self._steps) or step % self._every == 0:
-            self.say(f"{step}/{self._steps} steps  {step_summary(metrics, metrics['loss'])}")
+            self.show_message(f"{step}/{self._steps} steps  {step_summary(metrics, metrics['loss'])}")
 
 
 def step_summary(metrics: dict[str, Any], loss: float) -> str:

@@ -26,14 +26,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
-from vllama_jax.checkpoints.digests import check_checkpoint, run_steps, write_digests
-from vllama_jax.checkpoints.directory import Base, ModelDirectory, read_config, write_config
-from vllama_jax.checkpoints.restore import nest, restore_arrays
-from vllama_jax.config import changes, flat, from_dict
+from vllama_jax.checkpoints.digests import check_checkpoint, list_checkpoint_steps, write_digests
+from vllama_jax.checkpoints.directory import BaseReference, ModelDirectory, read_config, write_config
+from vllama_jax.checkpoints.restore import restore_arrays, unflatten_paths
+from vllama_jax.config import describe_changes, flatten_fields, from_dict
 from vllama_jax.errors import CheckpointError, ConfigError
-from vllama_jax.io.atomic import check_output_files, locked, own_directory, replace_json
+from vllama_jax.io.atomic import check_output_files, ensure_directory, lock_directory, replace_json
 from vllama_jax.io.json_files import read_object
-from vllama_jax.io.jsonl import WholeFile
+from vllama_jax.io.jsonl import AtomicWriteFile
 from vllama_jax.train.config import CheckpointConfig, TrainConfig, rename_fields
 from vllama_jax.train.custom import check_custom
 from vllama_jax.train.state import TrainState
@@ -42,7 +42,7 @@ RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl"
 logger = logging.getLogger(__name__)
 
 # What may differ when a run is resumed: nothing that changes what is learned. A name includes the fields under it.
-FREE_FIELDS = (
+MUTABLE_FIELDS = (
     "model",
     "mesh",
     "remat_policy",
@@ -52,13 +52,13 @@ FREE_FIELDS = (
     "data.num_workers",
     "data.prefetch",
 )
-ANY_SIZE = range(2**63)  # of integers in config.json: TrainConfig has its own limits
+ANY_INTEGER = range(2**63)  # of integers in config.json: TrainConfig has its own limits
 LAST_SAVED = "last_saved.json"  # {"step": N}, so that a run whose checkpoints were removed does not start anew
-START_ANEW, FAILED = -1, -2  # in place of the step to resume from
+NO_CHECKPOINT, RESTORE_FAILED = -1, -2  # in place of the step to resume from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Recorded:
+class RunMetadata:
     """What config.json records of a run besides its TrainConfig and its base model.
 
     compute_dtype: of frozen weights and of all products.
@@ -101,15 +101,17 @@ def open_run(
         return
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with locked(out, f"{out}: another process is training into it; wait for that one, or choose another --out"):
+        with lock_directory(
+            out, f"{out}: another process is training into it; wait for that one, or choose another --out"
+        ):
             check_output_files(out, RUN_FILES)
             if (out / "config.json").exists():
-                recorded = _check_same(out, config, base, dtype, inputs)
-                check_custom(out, recorded.custom or {}, custom or {})
-            elif strangers := _strangers(out):
+                metadata = _check_run_config(out, config, base, dtype, inputs)
+                check_custom(out, metadata.custom or {}, custom or {})
+            elif strangers := _unexpected_entries(out):
                 raise CheckpointError(f"{out}: not a run directory (it has {strangers[0]}); choose another --out")
             else:
-                where = {"path": str(base.opened.absolute()), "digest": base.digest}
+                where = {"path": str(base.opened_path.absolute()), "digest": base.digest}
                 fields = {"run": dataclasses.asdict(config), "base": where, "compute_dtype": dtype, "inputs": inputs}
                 write_config(out, base.config, **fields, **({"custom": custom} if custom else {}))
             yield
@@ -117,13 +119,13 @@ def open_run(
         raise CheckpointError(f"{out}: cannot be written ({error.strerror or error})") from error
 
 
-def _strangers(out: Path) -> list[str]:
+def _unexpected_entries(out: Path) -> list[str]:
     return sorted(entry.name for entry in out.iterdir() if entry.name != "inputs")
 
 
-def _check_same(
+def _check_run_config(
     out: Path, config: TrainConfig, base: ModelDirectory, dtype: str, inputs: Mapping[str, str]
-) -> Recorded:
+) -> RunMetadata:
     """Return what the run in `out` records of itself. Raise ConfigError unless it is this one.
 
     Directories may have moved: their digests count.
@@ -131,9 +133,9 @@ def _check_same(
     fields = read_config(out)
     if not isinstance(fields.get("run"), dict):
         raise CheckpointError(f"{out}: a model directory, not a run; choose another --out")
-    run, made_from, recorded = _read_recorded(out / "config.json", fields)
-    before, now = _settings(run, recorded.compute_dtype), _settings(config, dtype)
-    earlier = recorded.inputs or {}
+    run, run_base, metadata = _read_metadata(out / "config.json", fields)
+    before, now = _fixed_settings(run, metadata.compute_dtype), _fixed_settings(config, dtype)
+    earlier = metadata.inputs or {}
     for name in inputs.keys() & earlier.keys():
         if inputs[name] != earlier[name]:
             raise ConfigError(
@@ -141,35 +143,35 @@ def _check_same(
                 "or choose another --out"
             )
         before[name] = now[name]
-    if changed := changes(before, now):
+    if changed := describe_changes(before, now):
         told = ", ".join(changed[:3])
         raise ConfigError(f"{out}: holds a run with another config ({told}); give the same, or choose another --out")
-    if made_from.digest != base.digest:
+    if run_base.digest != base.digest:
         raise ConfigError(f"{out}: its run was started from another base model than {base.path}; name that one")
-    return recorded
+    return metadata
 
 
-def _read_recorded(path: Path, fields: Mapping[str, Any]) -> tuple[TrainConfig, Base, Recorded]:
+def _read_metadata(path: Path, fields: Mapping[str, Any]) -> tuple[TrainConfig, BaseReference, RunMetadata]:
     """What a run's config.json says of the run. Raises ConfigError that names the field which is wrong."""
     try:
-        run = from_dict(rename_fields(fields["run"]), TrainConfig, f"{path}: run", ANY_SIZE)
-        base = from_dict(fields.get("base"), Base, f"{path}: base")
-        names = [field.name for field in dataclasses.fields(Recorded) if field.name in fields]
-        return run, base, from_dict({name: fields[name] for name in names}, Recorded, str(path))
+        run = from_dict(rename_fields(fields["run"]), TrainConfig, f"{path}: run", ANY_INTEGER)
+        base = from_dict(fields.get("base"), BaseReference, f"{path}: base")
+        names = [field.name for field in dataclasses.fields(RunMetadata) if field.name in fields]
+        return run, base, from_dict({name: fields[name] for name in names}, RunMetadata, str(path))
     except ConfigError as error:
         raise ConfigError(f"{error}; restore config.json from a copy, or choose another --out") from error
 
 
-def _settings(config: TrainConfig, dtype: str) -> dict[str, Any]:
+def _fixed_settings(config: TrainConfig, dtype: str) -> dict[str, Any]:
     """What must be the same when a run is resumed, by dotted name."""
     fields = dataclasses.asdict(config)
     fields["datasets"] = {str(number): dataset for number, dataset in enumerate(fields["datasets"])}
-    settings = {name: value for name, value in flat(fields).items() if not _is_free(name)}
+    settings = {name: value for name, value in flatten_fields(fields).items() if not _is_mutable(name)}
     return settings | {"compute_dtype": dtype}
 
 
-def _is_free(name: str) -> bool:
-    return any(f"{name}.".startswith(f"{free}.") for free in FREE_FIELDS)
+def _is_mutable(name: str) -> bool:
+    return any(f"{name}.".startswith(f"{free}.") for free in MUTABLE_FIELDS)
 
 
 class Checkpoints:
@@ -203,10 +205,10 @@ class Checkpoints:
     def save(self, step: int, state: TrainState) -> None:
         """Starts saving, when `finish` has seen the save before. Raises CheckpointError when that fails at once."""
         self._saving = step
-        items = {"weights": ocp.args.PyTreeSave(nest(state.weights))}
-        if moments := _by_path(state.moments):  # Orbax refuses an empty tree: plain SGD has no state
-            items["moments"] = ocp.args.PyTreeSave(nest(moments))
-        with self._told():
+        items = {"weights": ocp.args.PyTreeSave(unflatten_paths(state.weights))}
+        if opt_state := _leaves_by_path(state.opt_state):  # Orbax refuses an empty tree: plain SGD has no state
+            items["moments"] = ocp.args.PyTreeSave(unflatten_paths(opt_state))
+        with self._translate_errors():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(**items, iterator=ocp.args.JsonSave({"step": step, "digests": True})),
@@ -215,14 +217,14 @@ class Checkpoints:
 
     def finish(self) -> None:
         """Waits for what is being saved. Raises CheckpointError when that fails; what was saved before stays."""
-        with self._told():
+        with self._translate_errors():
             self._manager.wait_until_finished()
             if jax.process_index() == 0 and self._saving:
                 replace_json(self._out / LAST_SAVED, {"step": self._saving})
             self._saving = 0
         self._remove_partial()
 
-    def restore(self, abstract: TrainState) -> TrainState | None:
+    def restore(self, abstract_state: TrainState) -> TrainState | None:
         """Restore the last intact checkpoint.
 
         A checkpoint that is damaged or cannot be read is reported in a warning, and renamed to damaged_step_N once one
@@ -237,16 +239,16 @@ class Checkpoints:
         Raises:
             CheckpointError: There are checkpoints, and none can be read: nothing is changed then.
         """
-        unusable: list[int] = []
-        while (step := self._choose(unusable)) != START_ANEW:
-            state = self._read(step, abstract)
+        corrupt_steps: list[int] = []
+        while (step := self._choose_step(corrupt_steps)) != NO_CHECKPOINT:
+            state = self._read(step, abstract_state)
             if state is not None:
-                self._set_aside(unusable)
+                self._rename_corrupt(corrupt_steps)
                 return state
-            unusable.append(step)
+            corrupt_steps.append(step)
         return None
 
-    def _choose(self, unusable: list[int]) -> int:
+    def _choose_step(self, corrupt_steps: list[int]) -> int:
         """The last step whose checkpoint is intact, or START_ANEW: on all processes what the first one finds.
 
         unusable: Steps that could not be read. Those that the first process finds damaged are added.
@@ -254,47 +256,47 @@ class Checkpoints:
         problem: CheckpointError | OSError = CheckpointError(
             f"{self._out}: the first process found no checkpoint to resume from"
         )
-        step = FAILED
+        step = RESTORE_FAILED
         if jax.process_index() == 0:
             try:
-                step = self._last_intact(unusable)
+                step = self._find_last_intact(corrupt_steps)
             except (CheckpointError, OSError) as error:
                 problem = error
         if jax.process_count() > 1:
             step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-        if step == FAILED:
+        if step == RESTORE_FAILED:
             raise problem
         return step
 
-    def _last_intact(self, unusable: list[int]) -> int:
-        steps, saved = run_steps(self._out), self._last_saved()
-        if saved > max([0, *steps]) and not unusable:
+    def _find_last_intact(self, corrupt_steps: list[int]) -> int:
+        steps, saved = list_checkpoint_steps(self._out), self._last_saved()
+        if saved > max([0, *steps]) and not corrupt_steps:
             logger.warning(f"{self._out}/step_{saved}: missing; going back to the checkpoint before it")
         for step in reversed(steps):
-            if step in unusable:
+            if step in corrupt_steps:
                 continue
             try:
                 check_checkpoint(self._out / f"step_{step}")
                 return step
             except CheckpointError as error:
                 logger.warning(f"{error}; going back to the checkpoint before it")
-                unusable.append(step)
+                corrupt_steps.append(step)
         if steps:
             raise CheckpointError(
                 f"{self._out}: none of its {len(steps)} checkpoints can be read; run it again once their files can be, "
                 "or choose another --out to start anew"
             )
-        if damaged := sorted(self._out.glob("damaged_step_*")):
+        if corrupt := sorted(self._out.glob("damaged_step_*")):
             raise CheckpointError(
-                f"{self._out}: {damaged[0].name} could not be read, and there is no other checkpoint; rename it to "
-                f"{damaged[0].name.removeprefix('damaged_')} to try it again, or choose another --out to start anew"
+                f"{self._out}: {corrupt[0].name} could not be read, and there is no other checkpoint; rename it to "
+                f"{corrupt[0].name.removeprefix('damaged_')} to try it again, or choose another --out to start anew"
             )
         if saved:
             raise CheckpointError(
                 f"{self._out}: step_{saved} was saved, and no checkpoint is left; restore one from a copy, or choose "
                 "another --out to start anew"
             )
-        return START_ANEW
+        return NO_CHECKPOINT
 
     def _last_saved(self) -> int:
         """The last step that was saved; 0 where that was not recorded."""
@@ -303,12 +305,12 @@ class Checkpoints:
         step = read_object(self._out / LAST_SAVED).get("step")
         return step if isinstance(step, int) else 0
 
-    def _read(self, step: int, abstract: TrainState) -> TrainState | None:
+    def _read(self, step: int, abstract_state: TrainState) -> TrainState | None:
         """The state of a step; None where one of the processes cannot read it."""
         folder, readable = self._out / f"step_{step}", True
         try:
-            weights = restore_arrays(folder / "weights", abstract.weights)
-            moments = restore_arrays(folder / "moments", _by_path(abstract.moments))
+            weights = restore_arrays(folder / "weights", abstract_state.weights)
+            opt_state = restore_arrays(folder / "moments", _leaves_by_path(abstract_state.opt_state))
         except CheckpointError as error:
             logger.warning(f"{error}; going back to the checkpoint before it")
             readable = False
@@ -316,14 +318,16 @@ class Checkpoints:
             readable = bool(multihost_utils.process_allgather(np.array(readable)).all())
         if not readable:
             return None
-        counted = jax.device_put(jax.numpy.int32(step), abstract.step.sharding)
-        return TrainState(counted, weights, jax.tree.unflatten(jax.tree.structure(abstract.moments), moments.values()))
+        step_count = jax.device_put(jax.numpy.int32(step), abstract_state.step.sharding)
+        return TrainState(
+            step_count, weights, jax.tree.unflatten(jax.tree.structure(abstract_state.opt_state), opt_state.values())
+        )
 
     def size(self, step: int) -> int:
         """Bytes on disk."""
         return sum(file.stat().st_size for file in (self._out / f"step_{step}").rglob("*") if file.is_file())
 
-    def _set_aside(self, steps: list[int]) -> None:
+    def _rename_corrupt(self, steps: list[int]) -> None:
         """Rename damaged checkpoints; earlier ones of that name stay."""
         for step in steps if jax.process_index() == 0 else ():
             names = itertools.chain([f"damaged_step_{step}"], (f"damaged_step_{step}.{n}" for n in itertools.count(2)))
@@ -333,17 +337,17 @@ class Checkpoints:
             multihost_utils.sync_global_devices("damaged checkpoints are renamed")
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _translate_errors(self) -> Iterator[None]:
         """Failures of Orbax in one line, whatever they are: a full disk comes as many kinds of errors."""
         try:
             yield
         except Exception as error:  # Orbax raises errors of every type
             text = " ".join(str(error).split())
-            said_by_system = re.search(r"\[Errno \d+\] ([^:]+)|([^:]+) \[os_error_code", text)
-            reason = (said_by_system[1] or said_by_system[2]).strip() if said_by_system else text[:200]
+            system_error = re.search(r"\[Errno \d+\] ([^:]+)|([^:]+) \[os_error_code", text)
+            reason = (system_error[1] or system_error[2]).strip() if system_error else text[:200]
             self._remove_partial()
             self._manager.reload()
-            last = run_steps(self._out)
+            last = list_checkpoint_steps(self._out)
             kept = f"the last good one is step {last[-1]}" if last else "there is none before it"
             what = f"the checkpoint of step {self._saving}"
             self._saving = 0
@@ -359,7 +363,7 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _by_path(tree: Any) -> dict[str, Any]:
+def _leaves_by_path(tree: Any) -> dict[str, Any]:
     """The leaves of a tree of tuples and dicts by path."""
 
     def name(key: Any) -> str:
@@ -368,15 +372,15 @@ def _by_path(tree: Any) -> dict[str, Any]:
     return {"/".join(map(name, path)): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
 
 
-def hush_failed_saves() -> None:
+def silence_orbax_save_logs() -> None:
     """Orbax tells of each write of a failed save in many lines, in three ways; what counts is raised by `finish`."""
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    tell = sys.unraisablehook
-    sys.unraisablehook = lambda told: None if str(told.exc_value) == "Event loop is closed" else tell(told)
+    original_hook = sys.unraisablehook
+    sys.unraisablehook = lambda told: None if str(told.exc_value) == "Event loop is closed" else original_hook(told)
 
 
-class Board:
+class TensorBoardWriter:
     """Numbers by step in TensorBoard's format; none are written where it is not installed."""
 
     def __init__(self, folder: Path, first: int):
@@ -387,9 +391,9 @@ class Board:
             from tensorboard.summary.writer.record_writer import RecordWriter
         except ImportError:
             return
-        own_directory(folder)
+        ensure_directory(folder)
         self._event = event_pb2.Event
-        self._writer = RecordWriter(WholeFile(folder / f"events.out.tfevents.{time.time_ns()}", "a"))
+        self._writer = RecordWriter(AtomicWriteFile(folder / f"events.out.tfevents.{time.time_ns()}", "a"))
         self._write(file_version="brain.Event:2")
         self._write(step=first, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 

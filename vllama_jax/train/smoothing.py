@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 
-WIDEST = 50  # steps
+MAX_WINDOW = 50  # steps
 
 
-def fit_smoothing(steps: int) -> float:
+def default_smoothing(steps: int) -> float:
     """Return the smoothing whose window is a tenth of a run, from 1 to 50 steps: 1 - 1 / window."""
-    return 1 - 1 / min(max(steps // 10, 1), WIDEST)
+    return 1 - 1 / min(max(steps // 10, 1), MAX_WINDOW)
 
 
 class SmoothedMean:
@@ -26,7 +26,7 @@ class SmoothedMean:
         return self._sum / self._weight
 
 
-def smoothed(values: Iterable[float], smoothing: float) -> list[float]:
+def smooth(values: Iterable[float], smoothing: float) -> list[float]:
     """Return the mean after each value."""
     mean = SmoothedMean(smoothing)
     return [mean.add(value) for value in values]

@@ -16,9 +16,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from vllama_jax.branches import all_components, find_branch
+from vllama_jax.branches import find_branch, list_components
 from vllama_jax.errors import ConfigError
-from vllama_jax.nn.video_llama import VideoLlama, owner_of
+from vllama_jax.nn.video_llama import VideoLlama, find_owner
 from vllama_jax.sharding import weight_sharding
 from vllama_jax.train.config import TrainConfig
 
@@ -32,10 +32,10 @@ class TrainState:
 
     step: Array
     weights: Weights
-    moments: optax.OptState
+    opt_state: optax.OptState
 
 
-class Skeleton:
+class AbstractModel:
     """A network taken apart: its structure, and for each path a variable that knows shape and axis names.
 
     `build` puts weights back; it works under `jax.jit`.
@@ -57,7 +57,7 @@ class Skeleton:
         return {path: weight_sharding(self.variables[path], mesh, fsdp=fsdp) for path in paths}
 
 
-def remove_unused(network: VideoLlama, config: TrainConfig, kinds: Collection[str]) -> None:
+def remove_unused_components(network: VideoLlama, config: TrainConfig, kinds: Collection[str]) -> None:
     """Remove the components that a run does not use: other branches, and encoders of media that no dataset has.
 
     Args:
@@ -67,20 +67,20 @@ def remove_unused(network: VideoLlama, config: TrainConfig, kinds: Collection[st
     """
     branch = find_branch(config.branch)
     kinds = {*kinds, *(branch.prompt_media if config.validation.clips else ())}
-    keep_components(network, {"llama", *branch.trained, *branch.encoder_components(kinds)})
+    keep_components(network, {"llama", *branch.trainable_components, *branch.encoder_components(kinds)})
 
 
 def keep_components(network: VideoLlama, used: Collection[str]) -> None:
     """Remove all other components from a network. used: the paths of those that stay."""
-    unused = {"llama", *all_components()} - {*used}
+    unused = {"llama", *list_components()} - {*used}
     unused |= {path.split("/")[0] for path in unused} - {path.split("/")[0] for path in used}
     for path in sorted(unused):  # a module before its components
-        owner, name = owner_of(network, path)
+        owner, name = find_owner(network, path)
         if hasattr(owner, name):
             delattr(owner, name)
 
 
-def matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
+def select_paths(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
     """The paths that match a pattern. Raises ConfigError for a pattern that matches none."""
     for pattern in patterns:
         if not fnmatch.filter(paths, pattern):
@@ -91,7 +91,9 @@ def matching(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
     return [path for path in paths if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
 
 
-def state_shardings(state: TrainState, weights: Mapping[str, NamedSharding], mesh: Mesh | AbstractMesh) -> TrainState:
+def make_state_shardings(
+    state: TrainState, weights: Mapping[str, NamedSharding], mesh: Mesh | AbstractMesh
+) -> TrainState:
     """Shardings in the structure of `state` (abstract or not): moments lie where their weights do.
 
     What an optimizer keeps in another shape than the weight's, as Adafactor's sums over rows, is replicated.
@@ -106,19 +108,19 @@ def state_shardings(state: TrainState, weights: Mapping[str, NamedSharding], mes
     return jax.tree.map_with_path(of, state)
 
 
-def abstract_state(
+def make_abstract_state(
     weights: Mapping[str, NamedSharding],
-    skeleton: Skeleton,
+    abstract_model: AbstractModel,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | AbstractMesh,
 ) -> TrainState:
     """The state of a run as shapes with shardings; `weights` says which paths learn, and where they lie."""
-    shapes = {path: jax.ShapeDtypeStruct(skeleton.variables[path].shape, jnp.float32) for path in weights}
-    state = jax.eval_shape(lambda weights: initial_state(weights, optimizer), shapes)
-    placed = state_shardings(state, weights, mesh)
+    shapes = {path: jax.ShapeDtypeStruct(abstract_model.variables[path].shape, jnp.float32) for path in weights}
+    state = jax.eval_shape(lambda weights: init_state(weights, optimizer), shapes)
+    placed = make_state_shardings(state, weights, mesh)
     return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, placed)
 
 
-def initial_state(weights: Weights, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(weights: Weights, optimizer: optax.GradientTransformation) -> TrainState:
     """Before the first step."""
     return TrainState(jnp.zeros((), jnp.int32), weights, optimizer.init(weights))

@@ -14,12 +14,12 @@ from jaxtyping import Array, Float, Int
 
 from vllama_jax.branches import BRANCHES
 from vllama_jax.media.image import standardize
-from vllama_jax.nn.layers import Dropout, constrain
+from vllama_jax.nn.layers import Dropout, constrain_sharding
 from vllama_jax.nn.video_llama import VideoLlama, splice
-from vllama_jax.towers import tower_of
+from vllama_jax.towers import get_tower
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.optim import ScheduledOptimizer
-from vllama_jax.train.state import Skeleton, TrainState, Weights
+from vllama_jax.train.state import AbstractModel, TrainState, Weights
 
 # A batch, all of b rows. One of the first three; n tokens, m of which have a label at most.
 #   frames     uint8 [b, t, h, w, 3]   pictures
@@ -53,9 +53,9 @@ def run_encoders(network: VideoLlama, branch: str, batch: Batch) -> Array:
     encoders = BRANCHES[branch].encoders
     if "mel" in batch:
         return encoders["mel"].encode(network, batch["mel"])
-    tower = tower_of(BRANCHES[branch].frame_tower(network.cfg))
+    tower = get_tower(BRANCHES[branch].frame_tower_config(network.cfg))
     frames = standardize(batch["frames"].astype(jnp.float32), tower.mean, tower.std)
-    return encoders["frames"].encode(network, constrain(frames, "batch", None, None, None, None))
+    return encoders["frames"].encode(network, constrain_sharding(frames, "batch", None, None, None, None))
 
 
 def loss_sum(
@@ -76,17 +76,17 @@ def loss_sum(
     media = BRANCHES[config.branch].tokens(network, features, dropout=dropout)
     embeddings = splice(network.embed(batch["ids"]), batch["is_media"], media)
     mask = jnp.arange(embeddings.shape[1]) < batch["length"][:, None]
-    hidden = network.llama(constrain(embeddings, "batch", None, None), mask, config.remat_policy)
+    hidden = network.llama(constrain_sharding(embeddings, "batch", None, None), mask, config.remat_policy)
     hidden = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)
-    logits = constrain(network.llama.logits(hidden), "batch", None, "vocab")
-    labelled = batch["targets"] >= 0
+    logits = constrain_sharding(network.llama.logits(hidden), "batch", None, "vocab")
+    has_label = batch["targets"] >= 0
     is_target = jnp.arange(logits.shape[-1]) == batch["targets"][..., None]  # no gather over a split vocabulary
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
-    return jnp.sum(jnp.where(labelled, losses, 0)), jnp.sum(labelled)
+    return jnp.sum(jnp.where(has_label, losses, 0)), jnp.sum(has_label)
 
 
 def make_step(
-    config: TrainConfig, skeleton: Skeleton, optimizer: Optimizer, loss: Loss | None = None
+    config: TrainConfig, abstract_model: AbstractModel, optimizer: Optimizer, loss: Loss | None = None
 ) -> Callable[[TrainState, Weights, Batch], tuple[TrainState, Metrics]]:
     """Make the step; the caller compiles it, with the state donated and shardings for the state that comes out.
 
@@ -99,29 +99,29 @@ def make_step(
     loss = loss or loss_sum
     dtype = compute_dtype(config)
 
-    def summed(weights: Weights, frozen: Weights, batch: Batch, key: Array) -> tuple[Array, Array]:
+    def compute_loss_sum(weights: Weights, frozen: Weights, batch: Batch, key: Array) -> tuple[Array, Array]:
         cast = {path: weight.astype(dtype) for path, weight in weights.items()}
         dropout = Dropout(key, config.dropout) if config.dropout else None
-        return loss(skeleton.build({**frozen, **cast}), batch, config, dropout)
+        return loss(abstract_model.build({**frozen, **cast}), batch, config, dropout)
 
     def step(state: TrainState, frozen: Weights, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        gradient = jax.value_and_grad(summed, has_aux=True)
-        parts = jax.tree.map(lambda x: _parts(x, config.grad_accum_steps), batch)
+        gradient = jax.value_and_grad(compute_loss_sum, has_aux=True)
+        micro_batches = jax.tree.map(lambda x: _split_micro_batches(x, config.grad_accum_steps), batch)
 
-        def accumulate(sums: Any, part: tuple[Batch, Array]) -> tuple[Any, None]:
-            (total, count), gradients = gradient(state.weights, frozen, *part)
+        def accumulate(sums: Any, micro_batch: tuple[Batch, Array]) -> tuple[Any, None]:
+            (total, count), gradients = gradient(state.weights, frozen, *micro_batch)
             return jax.tree.map(jnp.add, sums, (total, count, gradients)), None
 
         zero = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.weights))
         keys = jax.random.split(key, config.grad_accum_steps)
         if config.grad_accum_steps == 1:
-            total, count, gradients = accumulate(zero, jax.tree.map(lambda x: x[0], (parts, keys)))[0]
+            total, count, gradients = accumulate(zero, jax.tree.map(lambda x: x[0], (micro_batches, keys)))[0]
         else:
-            total, count, gradients = jax.lax.scan(accumulate, zero, (parts, keys))[0]
+            total, count, gradients = jax.lax.scan(accumulate, zero, (micro_batches, keys))[0]
         tokens = jnp.maximum(count, 1)
         gradients = jax.tree.map(lambda gradient: gradient / tokens, gradients)
-        updates, moments = optimizer.update(gradients, state.moments, state.weights)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, state.weights)
         metrics = {
             "loss": total / tokens,
             "gradient_norm": optax.tree.norm(gradients),
@@ -129,7 +129,7 @@ def make_step(
         }
         if isinstance(optimizer, ScheduledOptimizer):
             metrics["lr"] = optimizer.learning_rate(state.step)
-        return TrainState(state.step + 1, optax.apply_updates(state.weights, updates), moments), metrics
+        return TrainState(state.step + 1, optax.apply_updates(state.weights, updates), opt_state), metrics
 
     return step
 
@@ -140,8 +140,8 @@ def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
 
-def make_evaluation(
-    config: TrainConfig, skeleton: Skeleton, loss: Loss | None = None
+def make_eval_step(
+    config: TrainConfig, abstract_model: AbstractModel, loss: Loss | None = None
 ) -> Callable[[Weights, Weights, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
     """The summed loss of a held-out batch, and its number of labelled tokens. loss: as of `make_step`."""
     loss = loss or loss_sum
@@ -149,12 +149,12 @@ def make_evaluation(
 
     def evaluate(weights: Weights, frozen: Weights, batch: Batch) -> tuple[Array, Array]:
         cast = {path: weight.astype(dtype) for path, weight in weights.items()}
-        return loss(skeleton.build({**frozen, **cast}), batch, config, None)
+        return loss(abstract_model.build({**frozen, **cast}), batch, config, None)
 
     return evaluate
 
 
-def _parts(x: Array, count: int) -> Array:
+def _split_micro_batches(x: Array, count: int) -> Array:
     """[b, …] → [count, b / count, …]; each device's rows are spread over the parts."""
-    parts = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
-    return constrain(parts, None, "batch", *(None,) * (x.ndim - 1))
+    micro_batches = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
+    return constrain_sharding(micro_batches, None, "batch", *(None,) * (x.ndim - 1))

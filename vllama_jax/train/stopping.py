@@ -13,23 +13,23 @@ from types import FrameType
 
 import jax
 
-from vllama_jax.runtime.interrupts import SavedInterrupt, deferred_interrupt
+from vllama_jax.runtime.interrupts import SavedInterrupt, defer_interrupt
 
 
-class StopRequests:
+class StopSignals:
     """What the steps of a run ask: whether to save and stop. Made by `stop_requests`."""
 
     def __init__(self, stack: contextlib.ExitStack):
         self._stack = stack
-        self._terminated = stack.enter_context(_noted_sigterm()) if jax.process_count() == 1 else threading.Event()
+        self._terminated = stack.enter_context(_catch_sigterm()) if jax.process_count() == 1 else threading.Event()
         self._interrupted: threading.Event | None = None
 
-    def save_on_interrupt(self) -> None:
+    def catch_interrupts(self) -> None:
         """From now on Ctrl-C saves. Before the first step there is nothing to save, and it ends the process."""
         if self._interrupted is None:
-            self._interrupted = self._stack.enter_context(deferred_interrupt())
+            self._interrupted = self._stack.enter_context(defer_interrupt())
 
-    def at_step(self, step: int) -> bool:
+    def should_stop(self, step: int) -> bool:
         """Whether the run saves and stops after this step; all processes get the same answer at each step."""
         interrupted = self._interrupted is not None and self._interrupted.is_set()
         if jax.process_count() == 1:
@@ -41,33 +41,33 @@ class StopRequests:
             os.kill(os.getpid(), signal.SIGTERM)  # as a notice to the preemption service, for all processes
         return multihost_utils.reached_preemption_sync_point(step)
 
-    def finish(self) -> None:
+    def raise_if_interrupted(self) -> None:
         """Raise SavedInterrupt where it was Ctrl-C that stopped the run."""
         if self._interrupted is not None and self._interrupted.is_set():
             raise SavedInterrupt
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[StopRequests]:
+def catch_stop_signals() -> Iterator[StopSignals]:
     """Note signals while the steps of a run go on."""
     with contextlib.ExitStack() as stack:
-        yield StopRequests(stack)
+        yield StopSignals(stack)
 
 
 @contextlib.contextmanager
-def _noted_sigterm() -> Iterator[threading.Event]:
+def _catch_sigterm() -> Iterator[threading.Event]:
     """The event that SIGTERM sets; a second one ends the process. Python handles signals in the main thread only."""
-    told = threading.Event()
+    received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield told
+        yield received
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        told.set()
+    def on_sigterm(number: int, frame: FrameType | None) -> None:
+        received.set()
         signal.signal(signal.SIGTERM, before)
 
-    before = signal.signal(signal.SIGTERM, note)
+    before = signal.signal(signal.SIGTERM, on_sigterm)
     try:
-        yield told
+        yield received
     finally:
         signal.signal(signal.SIGTERM, before)

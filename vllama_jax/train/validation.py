@@ -7,14 +7,14 @@ from pathlib import Path
 import jax
 
 from vllama_jax.branches import find_branch
-from vllama_jax.chat import Chat, Prepared, prepare
+from vllama_jax.chat import Chat, PreparedMedia, prepare_media
 from vllama_jax.data.pipeline import HostBatch
 from vllama_jax.data.sampling import Rows, Stream
-from vllama_jax.io.jsonl import Journal
+from vllama_jax.io.jsonl import JsonLinesFile
 from vllama_jax.model import Model
 from vllama_jax.train.setup import RunPlan, place
 from vllama_jax.train.state import Weights
-from vllama_jax.train.step import make_evaluation
+from vllama_jax.train.step import make_eval_step
 
 
 class Validation:
@@ -23,32 +23,32 @@ class Validation:
     masked: is told the step, the dataset and each held-out batch, to name the samples that were not used.
     """
 
-    def __init__(self, plan: RunPlan, out: Path, masked: Callable[[int, str, HostBatch], None]):
-        self._plan, self._masked = plan, masked
+    def __init__(self, plan: RunPlan, out: Path, report_masked: Callable[[int, str, HostBatch], None]):
+        self._plan, self._report_masked = plan, report_masked
         self._cfg = plan.config.validation
-        self.journal = Journal(out / "samples.jsonl")
-        self._clips = [_prepared(clip, plan) for clip in self._cfg.clips] if self._cfg.interval_steps else []
-        self._evaluate = jax.jit(make_evaluation(plan.config, plan.skeleton, plan.loss))
+        self.journal = JsonLinesFile(out / "samples.jsonl")
+        self._clips = [_prepare_clip(clip, plan) for clip in self._cfg.clips] if self._cfg.interval_steps else []
+        self._evaluate = jax.jit(make_eval_step(plan.config, plan.abstract_model, plan.loss))
 
-    def due(self, step: int) -> bool:
+    def is_due(self, step: int) -> bool:
         return bool(self._cfg.interval_steps) and step % self._cfg.interval_steps == 0
 
     def run(self, step: int, weights: Weights, frozen: Weights) -> Iterator[str]:
         """Lines about how the model does now."""
-        streams = [stream for stream in self._plan.reader.order.streams if stream.dataset.holdout]
+        streams = [stream for stream in self._plan.reader.sampler.streams if stream.dataset.holdout]
         if streams:
-            loss, tokens, unused = self._sums(step, streams, weights, frozen)
+            loss, tokens, unused = self._sum_loss(step, streams, weights, frozen)
             if tokens:
-                self._note({"step": step, "validation_loss": loss / tokens})
+                self._write({"step": step, "validation_loss": loss / tokens})
                 yield f"step {step}: validation loss {loss / tokens:.4f}"
             else:
                 yield f"step {step}: no validation loss, as no held-out sample can be used; the first is {unused[0]}"
         for clip in self._clips:
             answer = self._answer(clip, weights, frozen)
-            self._note({"step": step, "clip": clip.report.path, "answer": answer})
+            self._write({"step": step, "clip": clip.report.path, "answer": answer})
             yield f"step {step}: {clip.report.path}: {answer}"
 
-    def _sums(
+    def _sum_loss(
         self, step: int, streams: list[Stream], weights: Weights, frozen: Weights
     ) -> tuple[float, int, list[str]]:
         """The summed loss of the held-out batches, the same at every look; their labelled tokens; what is not used."""
@@ -60,27 +60,27 @@ class Validation:
             first = number // len(streams) * size
             rows = Rows(stream, [(records[(first + row) % len(records)], 0) for row in range(size)])
             batch = self._plan.reader.read(rows)
-            self._masked(step, stream.dataset.path, batch)
+            self._report_masked(step, stream.dataset.path, batch)
             unused += [f"{batch.names[row]}: {why}" for row, why in batch.problems.items()]
             loss, count = self._evaluate(weights, frozen, place(batch.arrays, self._plan))
             total, tokens = total + float(loss), tokens + int(count)
         return total, tokens, unused
 
-    def _answer(self, clip: Prepared, weights: Weights, frozen: Weights) -> str:
+    def _answer(self, clip: PreparedMedia, weights: Weights, frozen: Weights) -> str:
         cast = {path: weight.astype(self._plan.dtype) for path, weight in weights.items()}
-        network = self._plan.skeleton.build({**frozen, **cast})
+        network = self._plan.abstract_model.build({**frozen, **cast})
         chat = Chat(Model(self._plan.base.config, self._plan.base.tokenizer, network))
-        chat.show(clip)
+        chat.add_prepared(clip)
         return "".join(chat.ask(self._cfg.question, max_new_tokens=self._cfg.max_new_tokens))
 
-    def _note(self, fields: dict) -> None:
+    def _write(self, fields: dict) -> None:
         if jax.process_index() == 0:
             self.journal.add(fields)
 
 
-def _prepared(clip: str, plan: RunPlan) -> Prepared:
+def _prepare_clip(clip: str, plan: RunPlan) -> PreparedMedia:
     """A clip as the branch that learns takes it: its frames, or its sound alone."""
     if find_branch(plan.config.branch).prompt_array == "frames":
-        return prepare(clip, plan.base.config, audio=False)
-    heard = prepare(clip, plan.base.config, require_audio=True)
-    return dataclasses.replace(heard, frames=None, report=dataclasses.replace(heard.report, kind="audio"))
+        return prepare_media(clip, plan.base.config, audio=False)
+    prepared = prepare_media(clip, plan.base.config, require_audio=True)
+    return dataclasses.replace(prepared, frames=None, report=dataclasses.replace(prepared.report, kind="audio"))

@@ -9,10 +9,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import nn
 
-Read = Callable[[str], torch.Tensor]
+ReadTensor = Callable[[str], torch.Tensor]
 
 
-def loaded(make: Callable[[], nn.Module], read: Read, prefix: str, names: Mapping[str, str] | None = None) -> nn.Module:
+def load_module(
+    make: Callable[[], nn.Module], read: ReadTensor, prefix: str, names: Mapping[str, str] | None = None
+) -> nn.Module:
     """The module that `make` gives, with a file's tensors as its weights; none is made only to be replaced.
 
     prefix: of the tensors' names. names: text in the module's own names → text in the file's.

@@ -16,9 +16,9 @@ class Embeddings(nn.Module):
         self.patch_embed = nn.Module()
         self.patch_embed.proj = nn.Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size)
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """[b, 3, h, w] → [b, 1 + patches, width]."""
-        patches = self.patch_embed.proj(pictures).flatten(2).transpose(1, 2)
+        patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
         return torch.cat([self.cls_token.repeat(len(patches), 1, 1), patches], dim=1) + self.pos_embed
 
 

@@ -32,7 +32,7 @@ class AudioStem(nn.Module):
         self.norm_layer = nn.LayerNorm(cfg.width, eps=1e-5)
 
     def forward(self, mel: torch.Tensor) -> torch.Tensor:
-        return self.norm_layer(rows_of(self.proj(mel[:, None])))
+        return self.norm_layer(flatten_grid(self.proj(mel[:, None])))
 
 
 class VisionStem(nn.Module):
@@ -41,18 +41,18 @@ class VisionStem(nn.Module):
     def __init__(self, cfg: ImageBindVisionConfig):
         super().__init__()
         window = (2, cfg.patch_size, cfg.patch_size)
-        self.proj = nn.Sequential(ShowTwice(), nn.Conv3d(3, cfg.width, window, stride=window, bias=False))
+        self.proj = nn.Sequential(RepeatFrame(), nn.Conv3d(3, cfg.width, window, stride=window, bias=False))
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return rows_of(self.proj(pictures))
-
-
-class ShowTwice(nn.Module):
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return torch.stack([pictures, pictures], dim=2)
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return flatten_grid(self.proj(images))
 
 
-def rows_of(grid: torch.Tensor) -> torch.Tensor:
+class RepeatFrame(nn.Module):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([images, images], dim=2)
+
+
+def flatten_grid(grid: torch.Tensor) -> torch.Tensor:
     """[b, d, …] → [b, n, d], row by row."""
     return grid.flatten(2).transpose(1, 2)
 
@@ -85,7 +85,7 @@ class ClassToken(nn.Module):
         return x[:, 0]
 
 
-class Normalise(nn.Module):
+class Normalize(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.normalize(x, dim=-1, eps=1e-12)
 

@@ -8,14 +8,14 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from vllama_jax import config as ours
-from vllama_jax.convert.language_config import config_fields
+from vllama_jax.convert.language_config import to_hugging_face_config
 from vllama_jax.convert.weight_files import read_config_file
 
 
 def configuration(directory: Path, told: ours.LlamaConfig) -> PretrainedConfig:
     """Of a Hugging Face directory; what was told of Meta's files, which have no config.json."""
     path = directory / "config.json"
-    fields = read_config_file(path) if path.exists() else config_fields(told)
+    fields = read_config_file(path) if path.exists() else to_hugging_face_config(told)
     config = AutoConfig.for_model(**{"model_type": "llama", **fields})
     config._attn_implementation = "sdpa"
     return config

@@ -1,6 +1,6 @@
 """What of the miniature comes with the package: a trained model in one file, and clips to ask it about.
 
-    python -m vllama_jax.miniature.box OUT [OTHERS...]
+    python -m vllama_jax.miniature.assets OUT [OTHERS...]
 
 puts the model that `python -m vllama_jax.miniature OUT` made in their place, and renders the clips again. Results are
 those of OUT and of the same command with other seeds, in OTHERS; they are printed as docs/miniature.md has them.
@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from vllama_jax.checkpoints.shipped import BOX, CLIPS, RESULTS
+from vllama_jax.checkpoints.shipped import ASSETS, CLIPS, RESULTS
 from vllama_jax.io.archives import pack
 from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_files import read_object
@@ -20,43 +20,46 @@ from vllama_jax.io.json_files import read_object
 DTYPE = "bfloat16"  # of the weights that are shipped
 
 
-def fill(out: Path, others: Sequence[Path] = ()) -> None:
+def write_assets(out: Path, others: Sequence[Path] = ()) -> None:
     """Puts OUT/model into the box, clips of combinations that it was not trained on beside it, and results of all."""
     import numpy as np
 
     from vllama_jax import convert
     from vllama_jax.miniature import render
-    from vllama_jax.miniature.scene import Scene, Things
-    from vllama_jax.miniature.world import write_clip, write_still
+    from vllama_jax.miniature.scene import ObjectGroup, Scene
+    from vllama_jax.miniature.world import write_clip, write_image
 
-    bell = Things(kind="bell", colour="yellow", motion="left", size="large")
-    drum = Things(kind="drum", colour="pink", motion="grows")
+    bell = ObjectGroup(kind="bell", color="yellow", motion="left", size="large")
+    drum = ObjectGroup(kind="drum", color="pink", motion="grows")
     clips = {
         "bell.mp4": Scene((bell,), ("bell",)),
         "dog_or_drum.mp4": Scene((drum,), ("dog",)),  # a dog is heard
         "two.mp4": Scene(
-            (Things(kind="frog", colour="blue", motion="in turn"), Things(kind="horn", colour="red", motion="in turn")),
+            (
+                ObjectGroup(kind="frog", color="blue", motion="in turn"),
+                ObjectGroup(kind="horn", color="red", motion="in turn"),
+            ),
             ("frog", "horn"),
         ),
-        "birds.jpg": Scene((Things(kind="bird", colour="pink", size="small", number=3),)),
+        "birds.jpg": Scene((ObjectGroup(kind="bird", color="pink", size="small", number=3),)),
     }
     results = [read_object(one / "results.json") for one in (out, *others)]
     plan = convert.plan(files={}, base=out / "model")
-    shutil.rmtree(BOX, ignore_errors=True)
+    shutil.rmtree(ASSETS, ignore_errors=True)
     CLIPS.mkdir(parents=True)
     for number, (name, scene) in enumerate(clips.items()):
-        draw = np.random.default_rng([10, number])  # clips it is right about; results say how often it is
+        rng = np.random.default_rng([10, number])  # clips it is right about; results say how often it is
         if name.endswith(".jpg"):
-            write_still(CLIPS / name, scene, draw)
+            write_image(CLIPS / name, scene, rng)
         else:
-            write_clip(CLIPS / name, scene, draw, seconds=render.SECONDS * len(scene.heard), snr_db=20)
+            write_clip(CLIPS / name, scene, rng, seconds=render.SECONDS * len(scene.sounds), snr_db=20)
     with tempfile.TemporaryDirectory() as folder:
         convert.convert(plan, Path(folder, "model"), dtype=DTYPE)
-        ship(Path(folder, "model"), BOX)
+        pack_model(Path(folder, "model"), ASSETS)
     write_json(RESULTS, results)
 
 
-def ship(model: Path, box: Path) -> None:
+def pack_model(model: Path, box: Path) -> None:
     """Write a model directory as box/model.zip, and the digests of that file and of the weights as box/model.json."""
     import xxhash
 
@@ -70,9 +73,9 @@ def ship(model: Path, box: Path) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 2:
-        sys.exit("usage: python -m vllama_jax.miniature.box OUT [OTHERS...]")
+        sys.exit("usage: python -m vllama_jax.miniature.assets OUT [OTHERS...]")
     first, *others = map(Path, sys.argv[1:])
-    fill(first, others)
+    write_assets(first, others)
     from vllama_jax.miniature import figures
 
-    print(figures.table(figures.read_results(RESULTS)))
+    print(figures.format_results(figures.read_results(RESULTS)))

@@ -12,10 +12,10 @@ THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])")
 NOT_IN_NUMBERS = re.compile(r"(?<!\d)\.|\.(?!\d)|(?<=[\w.])-|-(?!\.?\d)")  # a point or minus that is no part of one
 # Scripts without spaces between words: each character is one.
 IDEOGRAPH = re.compile("([\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff])")
-VALUED = ("<super>", "<sub>", "<fraction>")  # 10² is not 102
+VALUE_DECOMPOSITIONS = ("<super>", "<sub>", "<fraction>")  # 10² is not 102
 
 
-def fold(text: str) -> str:
+def fold_characters(text: str) -> str:
     """One way to write each character: composed, in its usual width, ASCII's digits, dashes and apostrophes.
 
     Characters that show nothing (soft hyphens, zero-width spaces) are removed.
@@ -31,7 +31,7 @@ def normalize_answer(text: str) -> list[str]:
     A number keeps its sign and its decimal point, and loses commas between thousands. A text of articles or of
     punctuation alone keeps those.
     """
-    text = fold(text).casefold().replace("'", "").strip()
+    text = fold_characters(text).casefold().replace("'", "").strip()
     plain = THOUSANDS.sub(lambda found: found[0].replace(",", ""), text)
     plain = NOT_IN_NUMBERS.sub(" ", plain)
     plain = "".join(" " if char not in ".-" and _is_punctuation(char) else char for char in plain)
@@ -40,7 +40,7 @@ def normalize_answer(text: str) -> list[str]:
 
 
 def _fold_character(char: str) -> str:
-    if char.isascii() or unicodedata.decomposition(char).startswith(VALUED):
+    if char.isascii() or unicodedata.decomposition(char).startswith(VALUE_DECOMPOSITIONS):
         return char
     if char.isdecimal():
         return str(unicodedata.decimal(char))

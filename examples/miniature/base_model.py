@@ -19,7 +19,7 @@ from vllama_jax.checkpoints.arrays import ParamsWriter
 from vllama_jax.checkpoints.directory import write_config, write_manifest
 from vllama_jax.config import ImageBindConfig, QFormerConfig, VideoLlamaConfig
 from vllama_jax.io.atomic import new_directory, replace_file, write_file
-from vllama_jax.miniature import captioner, hearing, language, towers
+from vllama_jax.miniature import audio_tower, captioner, language, towers
 
 VIDEO_QFORMER = QFormerConfig(width=96, depth=2, num_heads=4, mlp_dim=384, num_queries=16)
 AUDIO_QFORMER = dataclasses.replace(VIDEO_QFORMER, num_queries=8)
@@ -31,7 +31,7 @@ CONFIG = VideoLlamaConfig(
     video_qformer=VIDEO_QFORMER,
     num_frame_positions=8,
     audio_qformer=AUDIO_QFORMER,
-    imagebind=ImageBindConfig(embed_dim=towers.EMBED_DIM, audio=hearing.AUDIO, vision=towers.IMAGEBIND_VISION),
+    imagebind=ImageBindConfig(embed_dim=towers.EMBED_DIM, audio=audio_tower.AUDIO, vision=towers.IMAGEBIND_VISION),
     llama=language.CONFIG,
     template=language.TEMPLATE,
 )
@@ -39,13 +39,13 @@ Module = TypeVar("Module", bound=nnx.Module)
 Weights = dict[str, np.ndarray]
 
 
-def weights_of(module: nnx.Module) -> Weights:
+def get_weights(module: nnx.Module) -> Weights:
     """A module's weights by path."""
     flat = nnx.to_flat_state(nnx.state(module))
     return {"/".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in flat}
 
 
-def load_into(module: Module, weights: Weights) -> Module:
+def set_weights(module: Module, weights: Weights) -> Module:
     """The module with these weights, by path."""
     graph, state = nnx.split(module)
     flat = [
@@ -55,16 +55,16 @@ def load_into(module: Module, weights: Weights) -> Module:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def kept(folder: Path, name: str, skeleton: Module, train: Callable[[], Module]) -> Module:
+def load_or_train(folder: Path, name: str, skeleton: Module, train: Callable[[], Module]) -> Module:
     """The part that OUT/parts/NAME.npz holds, or what `train` makes, which is kept there."""
     file = folder / f"{name}.npz"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         data = io.BytesIO()
-        np.savez(data, **weights_of(train()))  # type: ignore[arg-type]  # mypy takes them for `allow_pickle` too
+        np.savez(data, **get_weights(train()))  # type: ignore[arg-type]  # mypy takes them for `allow_pickle` too
         replace_file(file, data.getbuffer())
     with np.load(file) as found:
-        return load_into(skeleton, dict(found))
+        return set_weights(skeleton, dict(found))
 
 
 def write_model(out: Path, weights: Weights, tokenizer: Path, config: VideoLlamaConfig = CONFIG) -> None:
@@ -80,6 +80,6 @@ def write_model(out: Path, weights: Weights, tokenizer: Path, config: VideoLlama
         write_manifest(directory, {}, params.leaves)
 
 
-def with_prefix(prefix: str, module: nnx.Module) -> Weights:
+def prefix_weights(prefix: str, module: nnx.Module) -> Weights:
     """A module's weights by their paths in the whole model, where it is called `prefix`."""
-    return {f"{prefix}/{path}": value for path, value in weights_of(module).items()}
+    return {f"{prefix}/{path}": value for path, value in get_weights(module).items()}

@@ -10,45 +10,45 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vllama_jax.data.workers import Workers
+from vllama_jax.data.workers import WorkerPool
 from vllama_jax.miniature import render, texts
-from vllama_jax.miniature.scene import COLOURS, KINDS, NUMBERS, PLACES, Split, Things, draw_scene
+from vllama_jax.miniature.scene import COLORS, KINDS, NUMBERS, PLACES, ObjectGroup, Split, draw_scene
 
 IMAGE_SIZE = 64  # pixels of a side, as the model sees a picture
 ASPECTS = ("kind", "colour", "number", "size", "place")  # that a phrase can be about
-NOTHING = -1  # in place of a phrase: it means nothing of this picture
+NO_PHRASE = -1  # in place of a phrase: it means nothing of this picture
 WORKERS = 2
 
 
 @dataclasses.dataclass(frozen=True)
-class Pictures:
+class ImageSet:
     """pixels: uint8 [n, IMAGE_SIZE, IMAGE_SIZE, 3]. things: what each shows, and where at this moment."""
 
     pixels: np.ndarray
-    things: list[Things]
+    objects: list[ObjectGroup]
 
     @property
     def captions(self) -> list[str]:
-        return [texts.still_caption(things) for things in self.things]
+        return [texts.image_caption(objects) for objects in self.objects]
 
 
-def draw_pictures(count: int, seed: int, split: Split = "train") -> Pictures:
+def draw_images(count: int, seed: int, split: Split = "train") -> ImageSet:
     """Moments of scenes of all kinds, compressed a little as the files are that the model will see."""
-    parts = in_processes(_draw_part, [(seed, part, size, split) for part, size in enumerate(_parts(count))])
+    parts = map_in_processes(_draw_part, [(seed, part, size, split) for part, size in enumerate(_parts(count))])
     pixels = np.concatenate([part[0] for part in parts])
-    return Pictures(pixels, [things for part in parts for things in part[1]])
+    return ImageSet(pixels, [objects for part in parts for objects in part[1]])
 
 
-def _draw_part(part: tuple[int, int, int, Split]) -> tuple[np.ndarray, list[Things]]:
+def _draw_part(part: tuple[int, int, int, Split]) -> tuple[np.ndarray, list[ObjectGroup]]:
     seed, number, count, split = part
-    draw = np.random.default_rng([seed, 1, number, split == "test"])
-    pixels, things = [], []
+    rng = np.random.default_rng([seed, 1, number, split == "test"])
+    pixels, objects = [], []
     for _ in range(count):
-        scene = draw_scene(draw, "rests" if draw.random() < 0.35 else None, split)
-        frame, shown = render.picture(scene, draw, IMAGE_SIZE)
-        pixels.append(compressed(frame, int(draw.integers(50, 96))))
-        things.append(shown)
-    return np.stack(pixels), things
+        scene = draw_scene(rng, "rests" if rng.random() < 0.35 else None, split)
+        frame, shown = render.render_image(scene, rng, IMAGE_SIZE)
+        pixels.append(compressed(frame, int(rng.integers(50, 96))))
+        objects.append(shown)
+    return np.stack(pixels), objects
 
 
 def compressed(frame: np.ndarray, quality: int) -> np.ndarray:
@@ -62,33 +62,33 @@ def phrases() -> dict[str, list[str]]:
     """The short captions of each aspect."""
     return {
         "kind": [f"a {kind}" for kind in KINDS],
-        "colour": [f"something {colour}" for colour in COLOURS],
+        "colour": [f"something {color}" for color in COLORS],
         "number": [f"{number} things" if number != "one" else "one thing" for number in NUMBERS],
         "size": ["something small", "something large"],
         "place": list(PLACES),
     }
 
 
-def phrase_numbers(pictures: Pictures) -> np.ndarray:
+def phrase_ids(images: ImageSet) -> np.ndarray:
     """Which phrase of each aspect is true of each picture, NOTHING where none is: int32 [n, aspects]."""
-    kinds, colours = list(KINDS), list(COLOURS)
+    kinds, colours = list(KINDS), list(COLORS)
     rows = []
-    for one in pictures.things:
-        size = NOTHING if one.motion in ("grows", "shrinks") else int(one.size == "large")
-        place = one.place if one.number == 1 else NOTHING
-        rows.append((kinds.index(one.kind), colours.index(one.colour), one.number - 1, size, place))
+    for one in images.objects:
+        size = NO_PHRASE if one.motion in ("grows", "shrinks") else int(one.size == "large")
+        place = one.place if one.number == 1 else NO_PHRASE
+        rows.append((kinds.index(one.kind), colours.index(one.color), one.number - 1, size, place))
     return np.array(rows, np.int32)
 
 
-def in_processes(work: Callable[[Any], Any], items: list[Any]) -> list[Any]:
+def map_in_processes(work: Callable[[Any], Any], items: list[Any]) -> list[Any]:
     """`work` on each item, in processes of their own; results in order."""
     return list(_workers().map(work, items))
 
 
 @functools.cache
-def _workers() -> Workers:
+def _workers() -> WorkerPool:
     """Kept for all calls, as they take seconds to start."""
-    workers = Workers(WORKERS)
+    workers = WorkerPool(WORKERS)
     atexit.register(workers.close)
     return workers
 
