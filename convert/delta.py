@@ -91,5 +91,6 @@ class SummedWeights:
         if match_fraction < MIN_MATCH_FRACTION:
             raise CheckpointError(
                 f"{self._delta.label}: made for another base than {self._base.label}: in {name}, "
-                f"{1 - match_fraction:.0%} of the sums less the base are not the delta; give the base that it was made from, as it was published"
+                f"{1 - match_fraction:.0%} of the sums less the base are not the delta; give the base that it was made "
+                "from, as it was published"
             )

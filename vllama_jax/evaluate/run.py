@@ -117,8 +117,8 @@ class _EvaluationRun:
         if not available and not self._answers_by_id:
             first = ", ".join(names[0] for names in list(self._video_paths)[:3])
             raise DataError(
-                f"{self._evaluation.videos}: none of the {len(self._video_paths)} videos is in it (first {first}); check "
-                "--videos"
+                f"{self._evaluation.videos}: none of the {len(self._video_paths)} videos is in it (first {first}); "
+                "check --videos"
             )
         done = set(self._answers_by_id)
         batches = select_unfinished_batches(
