@@ -364,7 +364,7 @@ def evil(tmp_path, monkeypatch) -> Path:
         ),
         ("features.json", lambda text: text.replace('"id"', '"name"'), "its features are not those of these records"),
         ("features.json", lambda text: "{}", "its features are not those of these records"),
-        ("features.json", lambda text: '["evilmod.X"]', "must hold a JSON object, not list"),
+        ("features.json", lambda text: '["evilmod.X"]', "must contain a JSON object, not list"),
         ("features.json", lambda text: "[" * 100_000, "nested too deeply"),
         ("dataset_info.json", with_field("moduleName", "evilmod"), "its moduleName is not that of these records"),
         ("dataset_info.json", with_field("moduleName", "vllama_jaxx.evil"), "its moduleName is not"),

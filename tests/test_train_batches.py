@@ -57,7 +57,7 @@ def reader_of(rows: list[int], data: DataConfig = EVERY_LENGTH, **options) -> Ba
 
 @pytest.fixture
 def boxes(monkeypatch) -> list[tuple]:
-    """What `random_box` was asked, and what it gave, in order."""
+    """Arguments and results of `random_crop_box`, in order."""
     calls = []
 
     def recorded(draw, *asked):
