@@ -61,7 +61,7 @@ def read_media(
 
     Args:
         path: The file.
-        num_frames: The number of frames to sample from a video; a shorter video gives all of its frames.
+        num_frames: The number of frames to sample from a video; all frames are used if the video has fewer.
         size: Height and width of the frames, in pixels.
         audio: Whether to read the audio of a video.
         num_clips: Return this many mel clips (see `mel_clips`) instead of the waveform. Only the samples that they

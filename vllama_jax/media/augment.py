@@ -29,7 +29,7 @@ def head_tail_indices(total: int, num_frames: int, rng: np.random.Generator) -> 
 
     Args:
         total: The number of frames of the video.
-        num_frames: The number of frames to sample. If it is odd, the second half gives one more.
+        num_frames: The number of frames to sample. If it is odd, one more is sampled from the second half.
         rng: The random generator.
 
     Returns:

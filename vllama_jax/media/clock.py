@@ -34,6 +34,7 @@ class Clock:
     """
 
     def __init__(self, container: InputContainer, video: VideoStream, audio: AudioStream | None) -> None:
+        """Start the clock of an opened file with these streams."""
         starts = [_seconds(stream, stream.start_time or 0) for stream in (video, audio) if stream is not None]
         self._offsets = [-starts[0] if starts[0] - min(starts) <= MAX_PRIMING else -min(starts)]
         self._may_be_discontinuous = bool(container.format.flags & _TS_DISCONT)

@@ -82,7 +82,7 @@ def check_pixels(width: int, height: int, path: str, limit: int = MAX_PIXELS) ->
         MediaError: The image has more pixels.
     """
     if width * height > limit:
-        why = f"{width}×{height} pixels are more than the limit of {limit / 1e6:.0f} million; scale it down first"
+        why = f"{width}×{height} pixels exceed the limit of {limit / 1e6:.0f} million; scale it down first"
         raise MediaError(f"{path}: {why}")
 
 

@@ -50,8 +50,8 @@ def read_image(
     """Read an image and resize it to size × size with Pillow's bicubic filter.
 
     As in the original, the aspect ratio is not kept, an EXIF orientation is not applied, transparency is dropped, and
-    an animation gives its first frame. Colors of more than 8 bits are reduced to their upper 8 bits, as Pillow does;
-    grayscale values of more than 8 bits are scaled to 0..255.
+    only the first frame of an animation is read. Colors of more than 8 bits are reduced to their upper 8 bits, as in
+    Pillow; grayscale values of more than 8 bits are scaled to 0..255.
 
     Args:
         path: The file.

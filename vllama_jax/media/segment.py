@@ -35,7 +35,7 @@ def read_segment(
         path: The file.
         start: Start of the segment, in seconds.
         end: End of the segment, in seconds. From 0 to infinity is the complete file, as `read_video` reads it.
-        num_frames: The number of frames to sample; a segment with fewer frames gives all of them.
+        num_frames: The number of frames to sample; all frames are used if the segment has fewer.
         size: Height and width of the frames, in pixels.
         audio: Whether to read the audio.
         num_clips: Return this many mel clips (see `mel_clips`) instead of the waveform.
@@ -63,7 +63,7 @@ def read_frames(
     Args:
         folder: The directory. Its jpg and png files are the frames, in the order of their names.
         rate: Frames per second.
-        num_frames: The number of frames to sample; a segment with fewer frames gives all of them.
+        num_frames: The number of frames to sample; all frames are used if the segment has fewer.
         size: Height and width of the frames, in pixels.
         start: Start of the segment to read, in seconds.
         end: End of the segment, in seconds.

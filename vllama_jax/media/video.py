@@ -92,7 +92,7 @@ def read_video(
 
     Args:
         path: The file.
-        num_frames: The number of frames to sample; a shorter video gives all of its frames.
+        num_frames: The number of frames to sample; all frames are used if the video has fewer.
         size: Height and width to which frames are scaled, in pixels.
         audio: Whether to read the audio.
         sample_frames: Maps the number of frames of the video and `num_frames` to ascending indices. It is called a

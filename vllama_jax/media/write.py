@@ -37,8 +37,8 @@ def write_video(
 
     Args:
         path: The file.
-        frames: Frames of the same, even height and width. They are consumed one at a time, so an iterator can give more
-            frames than fit in memory.
+        frames: Frames of the same, even height and width. They are consumed one at a time, so an iterator can yield
+            more frames than fit in memory.
         fps: Frames per second.
         waveform: One or two channels in [-1, 1].
         sample_rate: Of the waveform, in Hz.
