@@ -220,7 +220,7 @@ def test_a_conversation_that_is_too_long(model, picture):
 
 def test_reports_are_json_serializable(model, clip):
     report = vl.Chat(model).add(clip)
-    assert json.loads(json.dumps(dataclasses.asdict(report)))["seconds"] == pytest.approx(3.0)
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["duration"] == pytest.approx(3.0)
 
 
 def test_chats_in_threads_equal_chats_in_one_thread(model, picture):
