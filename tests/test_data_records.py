@@ -350,35 +350,47 @@ def evil(tmp_path, monkeypatch) -> Path:
         (
             "features.json",
             lambda text: text.replace("tensorflow_datasets.core.features.features_dict", "evilmod"),
-            r"features\.json: names 'evilmod\.FeaturesDict'",
+            r"features\.json: unexpected feature class 'evilmod\.FeaturesDict'",
         ),
         ("features.json", lambda text: text.replace("text_feature", "evilmod"), r"features\.evilmod\.Text'"),
-        ("features.json", lambda text: json.dumps({"type": "evilmod.X", "content": {}}), r"names 'evilmod\.X'"),
+        (
+            "features.json",
+            lambda text: json.dumps({"type": "evilmod.X", "content": {}}),
+            r"unexpected feature class 'evilmod\.X'",
+        ),
         (
             "features.json",
             lambda text: text.replace('"id": {', '"more": {"pythonClassName": "evilmod.X", "text": {}}, "id": {'),
-            r"names 'evilmod\.X'",
+            r"unexpected feature class 'evilmod\.X'",
         ),
         (
             "features.json",
             lambda text: text.replace('"id": {', '"more": {' + CLASS.format(SEQUENCE) + '}, "id": {'),
-            r"features\.json: (its features are not those|names)",
+            r"features\.json: (does not have the features|unexpected feature class)",
         ),
-        ("features.json", lambda text: text.replace('"id"', '"name"'), "its features are not those of these records"),
-        ("features.json", lambda text: "{}", "its features are not those of these records"),
+        (
+            "features.json",
+            lambda text: text.replace('"id"', '"name"'),
+            "does not have the features of a records directory",
+        ),
+        ("features.json", lambda text: "{}", "does not have the features of a records directory"),
         ("features.json", lambda text: '["evilmod.X"]', "must hold a JSON object, not list"),
         ("features.json", lambda text: "[" * 100_000, "nested too deeply"),
-        ("dataset_info.json", with_field("moduleName", "evilmod"), "its moduleName is not that of these records"),
-        ("dataset_info.json", with_field("moduleName", "vllama_jaxx.evil"), "its moduleName is not"),
-        ("dataset_info.json", with_field("name", "../texts"), "its name is not that"),
-        ("dataset_info.json", with_field("fileFormat", "tfrecord"), "its fileFormat is not that"),
-        ("dataset_info.json", with_field("splits", []), "its splits is not that"),
-        ("dataset_info.json", with_field("splits", [{"name": "test", "shardLengths": ["40"]}]), "its splits is not"),
-        ("dataset_info.json", with_field("splits", [{"name": "train"}]), "its shardLengths are not numbers of records"),
+        ("dataset_info.json", with_field("moduleName", "evilmod"), "unexpected value of moduleName"),
+        ("dataset_info.json", with_field("moduleName", "vllama_jaxx.evil"), "unexpected value of moduleName"),
+        ("dataset_info.json", with_field("name", "../texts"), "unexpected value of name"),
+        ("dataset_info.json", with_field("fileFormat", "tfrecord"), "unexpected value of fileFormat"),
+        ("dataset_info.json", with_field("splits", []), "unexpected value of splits"),
+        (
+            "dataset_info.json",
+            with_field("splits", [{"name": "test", "shardLengths": ["40"]}]),
+            "unexpected value of splits",
+        ),
+        ("dataset_info.json", with_field("splits", [{"name": "train"}]), "its shardLengths are not numbers"),
         (
             "dataset_info.json",
             with_field("splits", [{"name": "train", "shardLengths": ["-1", "41"]}]),
-            "its shardLengths are not numbers of records",
+            "its shardLengths are not numbers",
         ),
         (
             "dataset_info.json",
@@ -390,7 +402,7 @@ def evil(tmp_path, monkeypatch) -> Path:
             with_field(
                 "splits", [{"name": "train", "shardLengths": ["40"], "filepathTemplate": "/etc/{DATASET}{SPLIT}"}]
             ),
-            "its filepathTemplate is not that",
+            "unexpected value of filepathTemplate",
         ),
     ],
 )
@@ -445,7 +457,7 @@ def test_a_corrupt_skipped_file_is_refused(out):
 def test_a_url_whose_files_would_be_written_elsewhere(bucket, tmp_path):
     key = "/bucket/records/texts/../../../escaped"
     bucket.store[key] = bucket.store["/bucket/records/manifest.json"]
-    with pytest.raises(DataError, match=r"holds a file named 'texts/\.\./\.\./\.\./escaped', which would be written"):
+    with pytest.raises(DataError, match=r"has a file named 'texts/\.\./\.\./\.\./escaped', which leads outside"):
         open_records("memory://bucket/records")
     assert not list(tmp_path.rglob("escaped"))
 
@@ -457,6 +469,6 @@ def test_a_url_with_planted_class_names(bucket, evil):
     manifest = json.loads(bucket.cat_file("/bucket/records/manifest.json"))
     manifest["files"]["texts/features.json"] = len(data)
     bucket.pipe_file("/bucket/records/manifest.json", json.dumps(manifest).encode())
-    with pytest.raises(DataError, match=r"names 'evilmod\.X'"):
+    with pytest.raises(DataError, match=r"unexpected feature class 'evilmod\.X'"):
         open_records("memory://bucket/records")
     assert not evil.exists()
