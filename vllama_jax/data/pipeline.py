@@ -105,11 +105,11 @@ class BatchReader:
         examples = [rows.examples[row] for row in self.rows]
         decoded = self.decode_all(stream, examples)
         texts = [
-            self._encode_text(stream, *example, found.timestamps)
-            for example, found in zip(examples, decoded, strict=True)
+            self._encode_text(stream, *example, item.timestamps)
+            for example, item in zip(examples, decoded, strict=True)
         ]
         length = padded_length(longest, self.data.length_buckets)
-        problems = {row: found.problem for row, found in enumerate(decoded) if found.problem}
+        problems = {row: item.problem for row, item in enumerate(decoded) if item.problem}
         problems |= {
             row: "its text has no labels"
             for row, text in enumerate(texts)
@@ -117,8 +117,8 @@ class BatchReader:
         }
         arrays = pad_texts(texts, length, self.num_media_tokens, masked=problems.keys())
         arrays[self.media_array_name(stream)] = self._stack_media(stream, decoded)
-        num_frames = sum(len(found.media) for found in decoded if found.media is not None and stream.kind != "audio")
-        return HostBatch(arrays, [found.name for found in decoded], problems, num_frames)
+        num_frames = sum(len(item.media) for item in decoded if item.media is not None and stream.kind != "audio")
+        return HostBatch(arrays, [item.name for item in decoded], problems, num_frames)
 
     @property
     def num_media_tokens(self) -> int:

@@ -63,9 +63,9 @@ def pad_texts(
         masked: Rows without labels.
 
     Returns:
-        `ids` int32 and `is_media` bool [b, length]; `length` int32 [b], without padding; `positions` and `targets`
-        int32 [b, length - num_media_tokens]: each label in `targets` is predicted at its position. Unused labels are
-        -1. Media tokens and the token before them have no labels, so there are at most length - num_media_tokens.
+        `ids` int32 and `is_media` bool [b, length]; `length` int32 [b], without padding; `targets` and `positions`
+        int32 [b, length - num_media_tokens]: the labels, padded with -1, and the positions whose logits predict them.
+        Media tokens have no labels, so no row has more.
     """
     count, max_labels = len(texts), length - num_media_tokens
     arrays = {
