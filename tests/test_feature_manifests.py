@@ -187,7 +187,7 @@ CONFIGS_OF_VISION = {
 
 
 def refused(config: TrainConfig, root: Path, model: Path, part: str) -> None:
-    with pytest.raises(ConfigError, match=rf"computed with other settings than .* \(the weights of {part}\)"):
+    with pytest.raises(ConfigError, match=rf"computed with other settings than .* \(the weights of {part} differ\)"):
         opened(dataclasses.replace(config, model=str(model)), root)
 
 

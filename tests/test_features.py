@@ -310,7 +310,9 @@ def test_other_settings_are_refused(made, tmp_path, what):
     if "frame_sampling" in options:
         datasets = (dataclasses.replace(datasets[0], frame_sampling=options.pop("frame_sampling")),)
     other = dataclasses.replace(config, data=data, datasets=datasets, **options)
-    with pytest.raises(ConfigError, match=f"records-.*{what}.* give the same, or make the features anew with `vllama"):
+    with pytest.raises(
+        ConfigError, match=f"records-.*{what}.* use the same settings, or recompute the features with `vllama"
+    ):
         setup.plan_run(with_features(other, out))
     before = files(out)
     with pytest.raises(ConfigError, match=f"contains features computed with other settings .*{what}.* another --out"):
@@ -407,7 +409,9 @@ def test_a_full_disk_is_reported(made, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"features-00000-of-00003.*: cannot be written \(.*File too large.*whole"):
+        with pytest.raises(
+            DataError, match=r"features-00000-of-00003.*: cannot be written \(.*File too large.*complete shards"
+        ):
             precompute_features(config, again)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -72,7 +72,7 @@ def test_several_runs_are_compared_in_one_figure(tmp_path, capsys):
 
 def test_runs_that_cannot_be_plotted_are_a_one_line_error(tmp_path, capsys):
     whole = write_run(tmp_path / "whole", [2.0])
-    assert "none/metrics.jsonl: no such file; name a run directory" in failure(capsys, "plot", tmp_path / "none")
+    assert "none/metrics.jsonl: no such file; give a run directory" in failure(capsys, "plot", tmp_path / "none")
     assert "none/metrics.jsonl: no such file" in failure(capsys, "plot", whole, tmp_path / "none")
     run = write_run(tmp_path / "run", [])
     assert "no step has been done yet; wait for the first" in failure(capsys, "plot", run)

@@ -223,7 +223,7 @@ def test_without_an_intact_checkpoint_nothing_is_changed(run, damage):
         TRIED[damage](run / f"step_{step}")
     before = files(run)
     for _ in range(2):  # as a requeued job does
-        with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be read"):
+        with pytest.raises(CheckpointError, match="none of the 2 checkpoints can be read"):
             restored(run)
     assert files(run) == before
 

@@ -50,8 +50,8 @@ assert "jax" not in sys.modules or "optim" in {statement!r}
 def test_help_on_train_begins_with_how_to_call_it():
     head, _, rest = pydoc.plain(pydoc.render_doc(vl.train)).partition("Args:")
     assert "train(config: vllama_jax.train.config.TrainConfig, out: str | pathlib.Path, *, base" in head
-    assert "Train, or resume from the last checkpoint in `out`" in head
-    assert rest.lstrip().startswith("config: The run.")
+    assert "Train a branch, or resume the run in `out` from its last checkpoint" in head
+    assert rest.lstrip().startswith("config: The run config.")
 
 
 def test_the_package_lists_what_it_exports():

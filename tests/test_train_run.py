@@ -235,7 +235,7 @@ def test_a_full_disk_while_saving(tiny_model, pictures, tmp_path, on_error):
     reporter = FullDisk(run)
     try:
         if on_error == "stop":
-            with pytest.raises(CheckpointError, match=rf"{failed} one is step 2"):
+            with pytest.raises(CheckpointError, match=rf"{failed} is step 2"):
                 train(config, run, reporter)
         else:
             train(config, run, reporter)

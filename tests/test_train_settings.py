@@ -57,7 +57,7 @@ REFUSED = [
     ({"steps": 0}, "steps must be at least 1"),
     ({"batch_size": 8, "grad_accum_steps": 3}, "batch_size 8 is not a multiple of grad_accum_steps 3"),
     ({"datasets": ()}, "datasets is empty"),
-    ({"trainable": ()}, "trainable: there are no patterns"),
+    ({"trainable": ()}, "trainable is empty"),
     ({"datasets": (DatasetConfig(path="d", ratio=0),)}, "datasets.0.ratio must be above 0"),
     ({"datasets": (DatasetConfig(path="d"), DatasetConfig(path="d", holdout=-1))}, "datasets.1: holdout must be at"),
     ({"datasets": (DatasetConfig(path="d", text=TextConfig(max_length=0)),)}, "text.max_length at least 1"),

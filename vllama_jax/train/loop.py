@@ -66,7 +66,7 @@ def train(
         state = checkpoints.restore(plan.abstract_state)
         if state is not None and int(state.step) >= config.steps:
             reporter.show_message(
-                f"{out}: already finished after {config.steps} steps; chat with it: `vllama chat FILE --model {out}`"
+                f"{out}: already finished, {config.steps} steps; chat with it: `vllama chat FILE --model {out}`"
             )
             lines = JsonLinesFile(out / "metrics.jsonl").read()
             return TrainResult(out, int(state.step), lines[-1] if lines else {})
