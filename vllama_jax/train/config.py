@@ -175,7 +175,7 @@ class TrainConfig:
     Attributes:
         model: The base model directory.
         init: The init run, whose trained parameters this run starts from, as stage 2 from stage 1. Empty for none.
-        branch: The branch to train (branches.py): "vision", or "audio", which is trained on frames that ImageBind's
+        branch: The branch to train: "vision", or "audio", which is trained on frames that ImageBind's
             vision tower encodes.
         trainable: Patterns (fnmatch) of the paths of the trainable parameters.
         datasets: The datasets to train on.
