@@ -320,7 +320,7 @@ def test_verify_checks_hashes_of_quantized_weights(stored, tmp_path, capsys):
 
 def test_inspect_reports_quantized_weights(tiny_model, stored, capsys):
     cli.main(["inspect", str(stored["int4"])])
-    assert "weights int4" in capsys.readouterr().out
+    assert "quantized to int4" in capsys.readouterr().out
     found = {}
     for model in (tiny_model, stored["int8"]):
         cli.main(["inspect", str(model), "--json"])
