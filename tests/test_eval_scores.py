@@ -14,7 +14,7 @@ from eval_fixtures import completion
 
 import vllama_jax as vl
 from vllama_jax.evaluate import metrics
-from vllama_jax.evaluate.judge_answers import judge_answers, summarize_judgements
+from vllama_jax.evaluate.judge_answers import judge_answers, summarize_judgments
 from vllama_jax.evaluate.judge_client import ASPECTS, Judge, JudgeError, make_judge, parse_reply
 from vllama_jax.evaluate.questions import make_caption_question, make_choice_question, make_open_question
 from vllama_jax.io.jsonl import JsonLinesFile
@@ -440,7 +440,7 @@ def test_judging_resumes_and_counts_missing_replies(tmp_path):
     with eval_fixtures.serving(lambda number, body: completion('{"correct": "no", "score": 1}')) as other:
         judge_answers(quick(other), questions[:1], answers, journal, lambda text: None)
         assert len(other.bodies) == 1, "the same name at another URL is another judge"
-    both = summarize_judgements(questions, journal.read())
+    both = summarize_judgments(questions, journal.read())
     assert both[f"fake at {other.url}"]["match"]["n"] == 1
     found = both[f"fake at {fake.url}"]
     date = found["match"]["from"]
@@ -453,7 +453,7 @@ def test_scores_have_the_first_and_last_date_of_judging():
     line = {"aspect": "match", "judge": "fake", "url": "http://x", "correct": True}
     days = {"1": ("2026-02-10", 5), "2": ("2025-12-31", 2), "3": ("2026-01-01", 2)}
     lines = [{**line, "id": key, "date": date, "score": score} for key, (date, score) in days.items()]
-    found = summarize_judgements(questions, lines)["fake at http://x"]["match"]
+    found = summarize_judgments(questions, lines)["fake at http://x"]["match"]
     assert found == {"n": 3, "of": 3, "score": 3.0, "accuracy": 1.0, "from": "2025-12-31", "until": "2026-02-10"}
 
 

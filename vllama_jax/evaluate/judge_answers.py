@@ -79,7 +79,7 @@ def judge_answers(
     return failures
 
 
-def summarize_judgements(questions: Sequence[Question], lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+def summarize_judgments(questions: Sequence[Question], lines: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     """For each judge (a model at a URL) and aspect: the mean score and when, of how many; for "match" the accuracy."""
     case_ids: dict[str, set[str]] = {}
     for case in make_cases(questions):
