@@ -399,7 +399,7 @@ def test_a_key_with_a_line_break_is_refused(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
     assert make_judge("http://x", "m").key == "sk-secret"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\nsecret")
-    with pytest.raises(vl.ConfigError, match="OPENAI_API_KEY holds a line break") as told:
+    with pytest.raises(vl.ConfigError, match="OPENAI_API_KEY has a line break") as told:
         make_judge("http://x", "m")
     assert "secret" not in str(told.value)
 
@@ -471,7 +471,7 @@ def test_refused_prompts_and_replies_without_a_score_are_counted(tmp_path, monke
     with eval_fixtures.serving(reply) as fake:
         refused, unread = judge_answers(quick(fake), questions, answers, journal, lambda text: None)
         assert "the judge refuses (HTTP 400: filtered)" in refused
-        assert unread == "fake gives no score, but 'hm'"
+        assert unread == "fake gave no score but 'hm'"
         assert len(judge_answers(quick(fake), questions, answers, journal, lambda text: None)) == 2
     assert [line["id"] for line in journal.read()] == ["dog"]
     with eval_fixtures.serving(lambda number, body: filtered) as fake, pytest.raises(JudgeError, match="filtered"):
