@@ -5,7 +5,7 @@ import types
 import numpy as np
 import pytest
 
-from vllama_jax.cli._training_display import TrainingDisplay
+from vllama_jax.cli._training_display import TrainingDisplay, _shorten_summary
 
 
 class Clock:
@@ -38,6 +38,19 @@ def test_log_files_have_a_line_every_30_seconds(capsys):
     assert [line.split(" steps")[0] for line in lines] == ["1/400", "61/400", "121/400", "181/400"]
     assert lines[0] == "1/400 steps  loss 4.0000  lr 1.00e-03  8.0 samples/s  waits 25%  3 min 20 s left"
     assert lines[-1].endswith("  lr 1.00e-03  8.0 samples/s  waits 25%  1 min 50 s left")
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (66, "loss 4.0000  lr 1.00e-03  8.0 samples/s  MFU 34.5%  waits 25%"),
+        (50, "loss 4.0000  8.0 samples/s  MFU 34.5%  waits 25%"),
+        (40, "loss 4.0000  8.0 samples/s  waits 25%"),
+    ],
+)
+def test_narrow_terminals_show_fewer_metrics(width, shown):
+    summary = "loss 4.0000  lr 1.00e-03  8.0 samples/s  MFU 34.5%  waits 25%"
+    assert _shorten_summary(summary, width) == shown
 
 
 def test_a_resumed_runs_progress_starts_at_its_step(capsys):

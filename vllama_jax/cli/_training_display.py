@@ -18,6 +18,9 @@ from vllama_jax.train.reporter import step_summary
 from vllama_jax.train.smoothing import SmoothedMean, default_smoothing
 
 LOG_INTERVAL = 30.0  # seconds
+MIN_BAR_WIDTH = 4  # columns
+TIME_WIDTH = 8  # of the remaining time, such as 12:34:56
+OPTIONAL_METRICS = ("lr", "MFU")  # left out of the bar, in this order, if the terminal is too narrow
 
 
 class TrainingDisplay:
@@ -31,7 +34,13 @@ class TrainingDisplay:
 
     def __init__(self, steps: int, *, verbose: bool = False, clock: Callable[[], float] = time.monotonic):
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._count_width = len(f"{steps}/{steps}")
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=self._count_width)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=TIME_WIDTH)),
+            TextColumn("{task.description}"),
+        )
         self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._steps, self._verbose, self._clock = steps, verbose, clock
         self._task = self._bar.add_task("loading", total=steps)
@@ -83,13 +92,23 @@ class TrainingDisplay:
         """Show the metrics of a finished step, with a running mean of the loss."""
         loss, seconds = self._loss.add(metrics["loss"]), self._seconds.add(metrics["seconds"])
         summary = step_summary(metrics, loss)
-        self._bar.update(self._task, completed=metrics["step"], description=summary)
+        width = self._console.width - MIN_BAR_WIDTH - self._count_width - TIME_WIDTH - 3  # spaces between columns
+        self._bar.update(self._task, completed=metrics["step"], description=_shorten_summary(summary, width))
         now, remaining = self._clock(), self._steps - metrics["step"]
         if not self._console.is_terminal and now - self._last_logged >= LOG_INTERVAL:
             self._last_logged = now
             self.show_message(
                 f"{metrics['step']}/{self._steps} steps  {summary}  {_format_duration(remaining * seconds)} left"
             )
+
+
+def _shorten_summary(summary: str, width: int) -> str:
+    """Leave out optional metrics until a summary fits into `width` columns."""
+    metrics = summary.split("  ")
+    for name in OPTIONAL_METRICS:
+        if len("  ".join(metrics)) > width:
+            metrics = [metric for metric in metrics if not metric.startswith(f"{name} ")]
+    return "  ".join(metrics)
 
 
 def _format_source(source: Any) -> str:

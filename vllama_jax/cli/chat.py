@@ -59,7 +59,7 @@ def chat(
         model: A model directory (see `vllama convert`) or a run directory (see `vllama train`). By default
             `miniature`, the small model of the package, which knows only its rendered clips (docs/miniature.md),
             unless a model directory has that name.
-        media: Another file, added after the first. May be repeated.
+        media: Another file, added after the first.
         template: The prompt template; by default the model's.
         system: The system prompt; by default the original's for the kind of media.
         audio: Ignore the audio.

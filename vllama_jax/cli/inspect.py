@@ -66,11 +66,13 @@ class StoredWeight:
 
     @property
     def parameters(self) -> int:
+        """The number of parameters in the array."""
         values_per_element = 2 if self.dtype == "uint8" else 1  # a uint8 has two int4 values (nn/quantized.py)
         return math.prod(self.shape) * values_per_element
 
     @property
     def bytes(self) -> int:
+        """The size of the array on disk."""
         import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
         import numpy as np
 

@@ -59,6 +59,7 @@ class QuestionWithVideo:
 
     @property
     def clip(self) -> ClipKey:
+        """The segment of the video that the question is about."""
         return self.path, self.question.start, self.question.end, self.question.frame_rate
 
 

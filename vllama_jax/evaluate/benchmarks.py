@@ -84,7 +84,7 @@ MVBENCH_FOLDERS = {  # task → directory of its videos in the archives of OpenG
     "episodic_reasoning": "tvqa/frames_fps3_hq",
     "counterfactual_inference": "clevrer/video_validation",
 }
-JSONL_HELP = "a line has video, and question and answer (with choices or without), or captions"
+JSONL_HELP = "a line has video, and question and answer (optionally choices), or captions"
 
 
 def read_msvd_qa(path: Path) -> list[Question]:
@@ -381,7 +381,7 @@ BENCHMARKS: dict[BenchmarkName, Benchmark] = {
     "msvd_captions": Benchmark("MSVD's captions", "AllVideoDescriptions.txt", read_msvd_captions),
     "vatex_captions": Benchmark("VATEX's English captions", "vatex_validation_v1.0.json", read_vatex_captions),
     "coco_captions": Benchmark("captions in COCO's layout", "a JSON file", read_coco_captions),
-    "jsonl": Benchmark("your own", f"a JSONL file: {JSONL_HELP}", read_jsonl),
+    "jsonl": Benchmark("your own", f"a JSONL file; {JSONL_HELP}", read_jsonl),
 }
 
 

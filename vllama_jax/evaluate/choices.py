@@ -21,9 +21,9 @@ REJECTED_AFTER = re.compile(
 
 
 def find_choice_letter(answer: str, choices: Sequence[str]) -> str | None:
-    """Find the choice that an answer names.
+    r"""Find the choice that an answer names.
 
-    The first of these forms that occurs decides: the text of one choice and nothing else; the last \\boxed{B}; the last
+    The first of these forms that occurs decides: the text of one choice and nothing else; the last \boxed{B}; the last
     "answer is B"; a line that begins with a letter ("B", "(B)", "b."); "option B" or "I choose B"; one letter in
     brackets; the text of exactly one choice. A letter that the answer rejects ("(A) is incorrect") does not count.
 
