@@ -345,8 +345,8 @@ def test_exact_estimates_come_from_the_compiled_step(capsys, tiny_model):
 
 def test_only_require_fit_makes_a_bad_fit_an_error(capsys):
     told = tell(capsys, "7b", "--devices", "v5e")
-    in_python = "vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor=2))"
-    assert f"does not fit (fits with 2 devices, in Python: {in_python})" in told
+    in_python = "vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor=2)) in Python"
+    assert f"does not fit\n  fits with 2 devices: {in_python}\n" in told
     with pytest.raises(SystemExit, match=r"vllama: chat: does not fit; vision_stage1: .* does not fit"):
         tell(capsys, "7b", "--devices", "v5e", "--require-fit")
 

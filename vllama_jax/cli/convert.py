@@ -97,10 +97,8 @@ def convert(
 
 def _format_summary(plan: ConversionPlan, out: Path) -> str:
     components = sorted({leaf.target.split("/")[0] for leaf in plan.all_leaves})
-    lines = [
-        f"{out}: {format_count(len(plan.all_leaves), 'array')} of {', '.join(components)}; "
-        f"prompt template {plan.config.template}"
-    ]
+    lines = [f"{out}: {format_count(len(plan.all_leaves), 'array')}; prompt template {plan.config.template}"]
+    lines.append(f"  components: {', '.join(components)}")
     lines += [f"  skipped {format_count(count, 'tensor')} of {reason}" for reason, count in plan.left_out.items()]
     if plan.new:
         lines.append(f"  new random weights, to be trained: {', '.join(plan.new)}")

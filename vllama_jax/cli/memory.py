@@ -1,8 +1,9 @@
 """The command `vllama memory`."""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -229,7 +230,7 @@ def _estimate_chat(model: VideoLlamaConfig, mesh: MeshConfig, device: Device, op
         if verdict == "fits" or advice or tensor <= mesh.tensor or device.name not in estimate.DEVICES:
             continue
         if estimate.verdict(estimate.estimate_chat(model, wider, device, **options), device) == "fits":
-            advice = f"{tensor} devices, in Python: vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor={tensor}))"
+            advice = f"{tensor} devices: vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor={tensor})) in Python"
     return Workload(need, verdict, advice)
 
 
@@ -268,7 +269,7 @@ def _print_report(
         console = Console(soft_wrap=True, highlight=False)
         console.print(_format_heading(name_or_path, mesh, device), markup=False)
         console.print(_make_table(workloads))
-        for line in [*map(_format_workload, workloads), *notes]:
+        for line in [*itertools.chain(*map(_format_workload, workloads)), *notes]:
             console.print(line, markup=False)
     if options.require_fit and (failed := [workload for workload in workloads if workload.verdict != "fits"]):
         raise ConfigError("; ".join(f"{workload.need.name}: {workload.verdict}" for workload in failed))
@@ -306,11 +307,13 @@ def _add_rows(table: Table, columns: list[dict[str, int]]) -> None:
             table.add_row(entry, *(_format_gb(column[entry]) if entry in column else "" for column in columns))
 
 
-def _format_workload(workload: Workload) -> str:
-    description = f"{workload.need.name}: {workload.need.description}; {workload.verdict}"
-    description += f" (fits with {workload.advice})" if workload.advice else ""
-    compiled = ", ".join(f"{_format_gb_with_unit(size)} of {name}" for name, size in workload.compiled.items())
-    return description + (f"; compiled: {compiled}" if compiled else "")
+def _format_workload(workload: Workload) -> Iterator[str]:
+    yield f"{workload.need.name}: {workload.need.description}; {workload.verdict}"
+    if workload.advice:
+        yield f"  fits with {workload.advice}"
+    if workload.compiled:
+        sizes = (f"{_format_gb_with_unit(size)} of {name}" for name, size in workload.compiled.items())
+        yield f"  compiled: {', '.join(sizes)}"
 
 
 def _make_report(name_or_path: str, workloads: list[Workload], mesh: MeshConfig, device: Device) -> dict[str, Any]:
