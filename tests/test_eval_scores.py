@@ -292,12 +292,12 @@ def test_a_model_without_temperature():
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        ((401, {"error": {"message": "bad key sk-secret"}}), r"refuses \(HTTP 401: bad key …\); set OPENAI_API_KEY to"),
+        ((401, {"error": {"message": "bad key sk-secret"}}), r"refused the request \(HTTP 401: bad key …\); set OPENAI_API_KEY to"),
         (
             (404, {"error": "no such model"}),
             r"\(HTTP 404: no such model\); check --judge-url and --judge-model",
         ),
-        ((307, {}), r"refuses \(HTTP 307: Temporary Redirect\)"),
+        ((307, {}), r"refused the request \(HTTP 307: Temporary Redirect\)"),
         ((500, {}), r"cannot be reached \(HTTP 500: Internal Server Error\); check --judge-url"),
         ((200, {"hello": 1}), r"cannot be reached \(its reply is not a chat completion\)"),
     ],
@@ -470,7 +470,7 @@ def test_refused_prompts_and_replies_without_a_score_are_counted(tmp_path, monke
 
     with eval_fixtures.serving(reply) as fake:
         refused, unread = judge_answers(quick(fake), questions, answers, journal, lambda text: None)
-        assert "the judge refuses (HTTP 400: filtered)" in refused
+        assert "the judge refused the request (HTTP 400: filtered)" in refused
         assert unread == "fake gave no score but 'hm'"
         assert len(judge_answers(quick(fake), questions, answers, journal, lambda text: None)) == 2
     assert [line["id"] for line in journal.read()] == ["dog"]

@@ -167,22 +167,22 @@ def _weight_bytes(leaf: Mapping[str, Any]) -> int:
 
 
 def _plan_conversion(
-    directory: ModelDirectory, against: tuple[Path, ...], given: Mapping[str, Path], config: Mapping[str, Any] | None
+    directory: ModelDirectory, against: tuple[Path, ...], files: Mapping[str, Path], config: Mapping[str, Any] | None
 ) -> "ConversionPlan":
     """Plan the conversion of the PyTorch files, restricted to the components that the model was converted from."""
     from vllama_jax.convert import plan
     from vllama_jax.convert.discover import find_weight_files
     from vllama_jax.convert.verify.weights import unpublished_head_counts
 
-    found = find_weight_files(against, given)
+    found = find_weight_files(against, files)
     paths = {name: source.files[0] for name, source in found.files.items()}
     paths |= {"llama": found.llama} if found.llama else {}
-    files = {name: path for name, path in paths.items() if name in directory.manifest["sources"]} | dict(given)
-    if "llama" not in files:
+    selected = {name: path for name, path in paths.items() if name in directory.manifest["sources"]} | dict(files)
+    if "llama" not in selected:
         raise ConfigError("no LLaMA directory among the PyTorch files; give it with --llama")
-    llama, delta = files.pop("llama"), files.pop("delta", None)
+    llama, delta = selected.pop("llama"), selected.pop("delta", None)
     fields = unpublished_head_counts(directory.config) if config is None else config
-    return plan(llama_directory=llama, delta=delta, files=files, config=fields)
+    return plan(llama_directory=llama, delta=delta, files=selected, config=fields)
 
 
 def _verify_weights(model: Path, directory: ModelDirectory, plan: "ConversionPlan", json_output: bool) -> None:

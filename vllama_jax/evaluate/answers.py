@@ -119,7 +119,7 @@ class Predictor:
         encoded: dict[ClipKey, list[Any]] = {}
         for batch in batches:
             clips = {clip: clips[clip] if clip in clips else next(new_clips) for clip in _list_clips(batch)}
-            self.unusable |= {item.question.id: why for item in batch if isinstance(why := clips[item.clip], str)}
+            self.unusable |= {item.question.id: reason for item in batch if isinstance(reason := clips[item.clip], str)}
             usable = [(item, found) for item in batch if isinstance(found := clips[item.clip], PreparedMedia)]
             if all(item.question.id in done for item, _ in usable):
                 continue

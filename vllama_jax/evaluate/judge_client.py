@@ -139,23 +139,21 @@ class Judge:
                 )
             )
         except openai.APIStatusError as error:
-            code, why = (
-                error.status_code,
-                self._format_reason(f"HTTP {error.status_code}: {_read_error_message(error)}"),
-            )
-            if code == 400 and "temperature" in why and self.greedy:
+            code = error.status_code
+            reason = self._format_reason(f"HTTP {code}: {_read_error_message(error)}")
+            if code == 400 and "temperature" in reason and self.greedy:
                 self.greedy = False  # some models have a fixed temperature
                 return self._complete(messages)
             if code not in (408, 409, 429) and code < 500:  # openai has retried the others
                 error_class = PromptRefusedError if code in REFUSED_STATUS_CODES else JudgeError
-                raise error_class(f"{self.endpoint}: the judge refuses ({why}); {_suggest_fix(code)}") from None
+                raise error_class(f"{self.endpoint}: the judge refused the request ({reason}); {_suggest_fix(code)}") from None
         except (openai.OpenAIError, ValueError, RecursionError) as error:  # no connection, or not a chat endpoint
-            why = self._format_reason(error.__cause__ or error)
-        raise JudgeError(f"{self.endpoint}: the judge cannot be reached ({why}); check --judge-url")
+            reason = self._format_reason(error.__cause__ or error)
+        raise JudgeError(f"{self.endpoint}: the judge cannot be reached ({reason}); check --judge-url")
 
-    def _format_reason(self, why: object) -> str:
+    def _format_reason(self, reason: object) -> str:
         """Return the reason of a failed request in one line, without the key."""
-        return self.redact(" ".join(str(why).split()))[:200]
+        return self.redact(" ".join(str(reason).split()))[:200]
 
 
 def _make_client(base_url: str, key: str, timeout: float) -> "openai.OpenAI":
