@@ -146,7 +146,8 @@ class Judge:
                 return self._complete(messages)
             if code not in (408, 409, 429) and code < 500:  # openai has retried the others
                 error_class = PromptRefusedError if code in REFUSED_STATUS_CODES else JudgeError
-                raise error_class(f"{self.endpoint}: the judge refused the request ({reason}); {_suggest_fix(code)}") from None
+                message = f"{self.endpoint}: the judge refused the request ({reason}); {_suggest_fix(code)}"
+                raise error_class(message) from None
         except (openai.OpenAIError, ValueError, RecursionError) as error:  # no connection, or not a chat endpoint
             reason = self._format_reason(error.__cause__ or error)
         raise JudgeError(f"{self.endpoint}: the judge cannot be reached ({reason}); check --judge-url")
