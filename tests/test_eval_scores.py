@@ -292,7 +292,7 @@ def test_a_model_without_temperature():
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        ((401, {"error": {"message": "bad key sk-secret"}}), r"refused the request \(HTTP 401: bad key …\); set OPENAI"),
+        ((401, {"error": {"message": "bad key sk-secret"}}), r"refused the request \(HTTP 401: bad key …\); set "),
         (
             (404, {"error": "no such model"}),
             r"\(HTTP 404: no such model\); check --judge-url and --judge-model",
