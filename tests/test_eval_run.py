@@ -290,4 +290,4 @@ def test_msvd_qa_in_a_process_prints_scores_and_exits_with_0(tiny_model, clips, 
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "all: exact_match 0.0, contains 0.0, n 1\n" in done.stdout
     assert "match by a judge: not judged (published 51.6 / 2.50)\npublished: Video-ChatGPT" in done.stdout
-    assert done.stdout.endswith(f"{tmp_path / 'out'}: 1 of 1 question answered\n")
+    assert done.stdout.endswith(f"{tmp_path / 'out'}: 1 of 1 questions answered\n")

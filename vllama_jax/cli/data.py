@@ -145,7 +145,7 @@ def _format_check(records: str, summary: dict[str, Any]) -> Iterator[str]:
     if "tokens" in summary:
         yield "tokens: {total} in total, mean {mean} per record, maximum {longest}".format(**summary["tokens"])
     usable = summary["records"] - len(summary["problems"])
-    yield f"{records}: {usable} of {format_count(summary['records'], 'record')} can be used"
+    yield f"{records}: {usable} of {summary['records']} records can be used"
 
 
 def _format_megabytes(size: int) -> str:

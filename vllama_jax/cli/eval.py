@@ -195,7 +195,7 @@ def _format_scores(results: dict[str, Any], out: Path) -> Iterator[str]:
             yield f"{aspect} by a judge: {reason} (published {_format_judgment(reference)})"
     if published:
         yield f"published: {published['source']}"
-    yield f"{out}: {results['answered']} of {format_count(results['questions'], 'question')} answered"
+    yield f"{out}: {results['answered']} of {results['questions']} questions answered"
 
 
 def _format_judgment(scores: dict[str, Any]) -> str:
