@@ -144,7 +144,7 @@ def test_unusable_media_are_one_line_each(tiny_model, capsys, tmp_path, clip, un
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--num-frames", 40], "--num-frames 40, but the model has learned 32 positions; ask for fewer, or"),
+        (["--num-frames", 40], "--num-frames 40, but the model has learned 32 positions; use fewer frames, or"),
         (["--system", "Be brief.", "--template", "plain"], "'plain' does not support a system prompt"),
     ],
     ids=str,

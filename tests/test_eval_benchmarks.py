@@ -166,7 +166,7 @@ def test_null_means_absent_in_jsonl(tmp_path):
 
 QA = {"question": "what?", "answer": "dog", "video_id": 1}
 WRONG = {
-    "no such file": ("msvd_qa", {}, "none.json", "none.json: no such file or folder; --annotations is test_qa.json"),
+    "no such file": ("msvd_qa", {}, "none.json", "none.json: no such file or directory; --annotations is test_qa.json"),
     "empty folder": ("msvd_qa", {"x.txt": "x"}, "", "no test_qa.json or test_q.json in it"),
     "not JSON": ("msvd_qa", {"test_qa.json": "hello"}, "", "test_qa.json: not JSON"),
     "an object": ("msrvtt_qa", {"test_qa.json": {"a": 1}}, "", "test_qa.json: not a list of annotations"),
@@ -175,20 +175,20 @@ WRONG = {
     "same id": ("msrvtt_qa", {"test_qa.json": [{**QA, "id": 1}] * 2}, "", "two questions have the id 1"),
     "no answers": ("activitynet_qa", {"test_q.json": [QA]}, "", "test_a.json: no such file"),
     "other names": ("video_chatgpt", {"x.json": []}, "", "none of generic_qa.json, temporal_qa.json"),
-    "a strange task": ("mvbench", {"x.json": []}, "x.json", "x.json: its name is none of action_sequence"),
+    "a strange task": ("mvbench", {"x.json": []}, "x.json", "x.json: its name must be one of action_sequence"),
     "a wrong choice": (
         "mvbench",
         {"action_count.json": [{"video": "a", "question": "q", "candidates": ["1", "2"], "answer": "3"}]},
         "",
-        "entry 1: its answer '3' is none of its choices",
+        "entry 1: its answer '3' is not one of its choices",
     ),
-    "no Parquet": ("video_mme", {"x.parquet": b"PAR1 broken"}, "x.parquet", "x.parquet: a Parquet file that cannot be"),
+    "no Parquet": ("video_mme", {"x.parquet": b"PAR1 broken"}, "x.parquet", "x.parquet: the Parquet file cannot be"),
     "no sentences": ("msrvtt_captions", {"x.json": {"videos": []}}, "x.json", "x.json: no sentences in it"),
     "no test split": (
         "msrvtt_captions",
         {"x.json": {"videos": [{"video_id": name, "split": name} for name in ("validate", "train")], "sentences": []}},
         "x.json",
-        "x.json: its splits are train, validate, not test; give test_videodatainfo.json",
+        "x.json: has no test split, only train, validate; give test_videodatainfo.json",
     ),
     "no captions": ("msvd_captions", {"x.txt": "# nothing\n"}, "x.txt", "no line of a clip's name and a sentence"),
     "a broken line": ("jsonl", {"x.jsonl": "{}\n{"}, "x.jsonl", "line 1: it has no video"),
@@ -233,7 +233,7 @@ def test_videos_are_found_by_their_names(tmp_path):
     assert VideoFolder(tmp_path).find(("b/same.mp4",)) == folder / "b/same.mp4"
     assert VideoFolder(folder / "a").find(("a/same.mp4",)) == folder / "a/same.mp4"
     assert videos.find(("00001",)) is None
-    with pytest.raises(vl.DataError, match="none: no such folder; --videos is where"):
+    with pytest.raises(vl.DataError, match="none: no such directory; --videos must be"):
         VideoFolder(folder / "none")
 
 

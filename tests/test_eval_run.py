@@ -122,13 +122,13 @@ def test_a_finished_run_loads_nothing(finished, tiny_model, clips, monkeypatch, 
 
 def test_an_output_of_other_settings_is_refused(finished, tiny_model, clips, capsys, tmp_path):
     message = failure(capsys, *flags(tiny_model, clips, finished, "--no-audio"))
-    assert "holds another evaluation (audio was True, now False); give the same, or choose another --out" in message
+    assert "has answers of another evaluation (audio was True, now False); use the same options, or choose" in message
     assert "(dtype was 'float32', now 'bfloat16')" in failure(
         capsys, *flags(tiny_model, clips, finished, "--dtype", "bfloat16")
     )
     (tmp_path / "letter.txt").write_text("dear")
-    assert "not an evaluation's folder (it has letter.txt)" in failure(capsys, *flags(tiny_model, clips, tmp_path))
-    assert "a model's or a run's directory" in failure(capsys, *flags(tiny_model, clips, tiny_model))
+    assert "not the output of an evaluation (it has letter.txt)" in failure(capsys, *flags(tiny_model, clips, tmp_path))
+    assert "a model or run directory" in failure(capsys, *flags(tiny_model, clips, tiny_model))
 
 
 def test_missing_and_corrupt_videos_are_reported_and_skipped(tiny_model, clips, tmp_path, capsys):
@@ -138,7 +138,7 @@ def test_missing_and_corrupt_videos_are_reported_and_skipped(tiny_model, clips, 
     given = flags(tiny_model, clips, tmp_path / "out", "--videos", videos, "--json")
     cli.main(given)
     told = capsys.readouterr()
-    assert f"{videos}: 1 videos are missing, with 2 questions; first two.mp4" in told.err
+    assert f"{videos}: 1 video missing (2 questions), first two.mp4" in told.err
     results = json.loads(told.out)
     assert (results["answered"], results["complete"]) == (3, False)
     assert results["missing_videos"] == {"questions": 2, "videos": 1, "first": ["two.mp4"]}
@@ -154,27 +154,27 @@ def test_missing_and_corrupt_videos_are_reported_and_skipped(tiny_model, clips, 
 
 def test_every_question_gets_its_own_video(monkeypatch):
     """Whatever comes back in later batches: a file may have two names, and a batch may be done already."""
-    monkeypatch.setattr(answers, "_read", lambda clip, config, settings: f"cannot read {clip[0]}")
+    monkeypatch.setattr(answers, "_read_clip", lambda clip, config, settings: f"cannot read {clip[0]}")
     names = ["a", "b", "b", "c", "a", "a", "d", "c"]
     asked = [
         answers.QuestionWithVideo(make_open_question("q", "a", id=str(number), names=(name,)), Path(name))
         for number, name in enumerate(names)
     ]
-    answering = answers.Predictor(vl.config.tiny(), answers.AnswerSettings(), 1, lambda: None)
+    predictor = answers.Predictor(vl.config.tiny(), answers.AnswerSettings(), 1, lambda: None)
     batches = answers.select_unfinished_batches(asked, {"2", "3"}, 2)
     assert [[one.question.id for one in batch] for batch in batches] == [["0", "1"], ["4", "5"], ["6", "7"]]
-    assert list(answering.answer(batches, {"2", "3"})) == []
-    assert answering.unusable == {key: f"cannot read {names[int(key)]}" for key in "014567"}
+    assert list(predictor.predict(batches, {"2", "3"})) == []
+    assert predictor.unusable == {key: f"cannot read {names[int(key)]}" for key in "014567"}
 
 
 def test_an_evaluation_without_videos_is_an_error(tiny_model, clips, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty"))
-    assert "empty: none of the 2 videos is in it (first one.mp4, two.mp4); check --videos" in message
+    assert "empty: has none of the 2 videos (first one.mp4, two.mp4); check --videos" in message
     for name in ("one.mp4", "two.mp4"):
         (tmp_path / "empty" / name).write_text("hello " * 9)
     message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty"))
-    assert "no question could be answered; the first: " in message
+    assert "no question could be answered; first problem: " in message
     assert "not a video, image or audio file" in message
     given = flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty", "--dtype", "bfloat16")
     assert "no question could be answered" in failure(capsys, *given), "without an answer, the folder is free"
@@ -202,9 +202,9 @@ def test_invalid_options_are_refused(tiny_model, clips, tmp_path, capsys):
     for flag, message in wrong.items():
         assert usage_error(*flags(tiny_model, clips, tmp_path / "out", *flag.split("="))) == message
     refused = {
-        "--num-frames=99": "--num-frames 99, but the model has learned 32 positions; ask for fewer",
+        "--num-frames=99": "--num-frames 99, but the model has learned 32 positions; use fewer frames",
         "--model=/none": "/none: no such model directory",
-        "--max-new-tokens=9999": "no question could be answered; the first: the conversation has",
+        "--max-new-tokens=9999": "no question could be answered; first problem: the conversation has",
     }
     for flag, message in refused.items():
         assert message in failure(capsys, *flags(tiny_model, clips, tmp_path / flag[2:5], *flag.split("=")))
@@ -243,7 +243,7 @@ def test_an_interrupted_judge_resumes_in_a_later_run(finished, tiny_model, clips
     with eval_fixtures.serving(breaks) as fake:
         given = flags(tiny_model, clips, out, "--judge-url", fake.url, "--judge-model", "fake")
         message = failure(capsys, *given)
-        assert f"answers and other figures are in {out}; run the same command to continue" in message
+        assert f"answers and other scores are saved in {out}; run the same command to resume" in message
         results = json.loads((out / "results.json").read_text())
         name = f"fake at {fake.url}"
         assert (results["answered"], results["judged"][name]["match"]["n"]) == (5, 1)
@@ -252,7 +252,7 @@ def test_an_interrupted_judge_resumes_in_a_later_run(finished, tiny_model, clips
     assert f"match by {name}, 20" in capsys.readouterr().out
     with eval_fixtures.serving(lambda number, body: completion("hm")) as fake:
         cli.main(flags(tiny_model, clips, out, "--judge-url", fake.url, "--judge-model", "fake"))
-    told = "not judged, until the same command asks again: 3; the first: fake gives no score, but 'hm'"
+    told = "not judged: 3 answers, first: fake gave no score but 'hm'; run the same command again to retry"
     assert told in capsys.readouterr().err
     assert json.loads((out / "results.json").read_text())["unjudged"]["cases"] == 3
     cli.main(flags(tiny_model, clips, out, "--json"))
@@ -267,7 +267,7 @@ def test_a_full_disk_is_a_one_line_error_and_keeps_predictions(tiny_model, clips
 
     monkeypatch.setattr(JsonLinesFile, "add", full)
     message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out"))
-    assert "out: cannot be written (No space left on device); what is in it stays" in message
+    assert "out: cannot be written (No space left on device); saved answers are kept" in message
 
 
 def test_msvd_qa_in_a_process_prints_scores_and_exits_with_0(tiny_model, clips, tmp_path):
@@ -289,5 +289,5 @@ def test_msvd_qa_in_a_process_prints_scores_and_exits_with_0(tiny_model, clips, 
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "all: exact_match 0.0, contains 0.0, n 1\n" in done.stdout
-    assert "match by a judge: not asked (published 51.6 / 2.50)\npublished: Video-ChatGPT" in done.stdout
+    assert "match by a judge: not judged (published 51.6 / 2.50)\npublished: Video-ChatGPT" in done.stdout
     assert done.stdout.endswith(f"{tmp_path / 'out'}: 1 of 1 questions answered\n")

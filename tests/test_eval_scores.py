@@ -14,7 +14,7 @@ from eval_fixtures import completion
 
 import vllama_jax as vl
 from vllama_jax.evaluate import metrics
-from vllama_jax.evaluate.judge_answers import judge_answers, summarize_judgements
+from vllama_jax.evaluate.judge_answers import judge_answers, summarize_judgments
 from vllama_jax.evaluate.judge_client import ASPECTS, Judge, JudgeError, make_judge, parse_reply
 from vllama_jax.evaluate.questions import make_caption_question, make_choice_question, make_open_question
 from vllama_jax.io.jsonl import JsonLinesFile
@@ -292,12 +292,12 @@ def test_a_model_without_temperature():
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        ((401, {"error": {"message": "bad key sk-secret"}}), r"refuses \(HTTP 401: bad key …\); set OPENAI_API_KEY to"),
+        ((401, {"error": {"message": "bad key sk-secret"}}), r"refused the request \(HTTP 401: bad key …\); set "),
         (
             (404, {"error": "no such model"}),
             r"\(HTTP 404: no such model\); check --judge-url and --judge-model",
         ),
-        ((307, {}), r"refuses \(HTTP 307: Temporary Redirect\)"),
+        ((307, {}), r"refused the request \(HTTP 307: Temporary Redirect\)"),
         ((500, {}), r"cannot be reached \(HTTP 500: Internal Server Error\); check --judge-url"),
         ((200, {"hello": 1}), r"cannot be reached \(its reply is not a chat completion\)"),
     ],
@@ -399,7 +399,7 @@ def test_a_key_with_a_line_break_is_refused(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
     assert make_judge("http://x", "m").key == "sk-secret"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\nsecret")
-    with pytest.raises(vl.ConfigError, match="OPENAI_API_KEY holds a line break") as told:
+    with pytest.raises(vl.ConfigError, match="OPENAI_API_KEY has a line break") as told:
         make_judge("http://x", "m")
     assert "secret" not in str(told.value)
 
@@ -440,7 +440,7 @@ def test_judging_resumes_and_counts_missing_replies(tmp_path):
     with eval_fixtures.serving(lambda number, body: completion('{"correct": "no", "score": 1}')) as other:
         judge_answers(quick(other), questions[:1], answers, journal, lambda text: None)
         assert len(other.bodies) == 1, "the same name at another URL is another judge"
-    both = summarize_judgements(questions, journal.read())
+    both = summarize_judgments(questions, journal.read())
     assert both[f"fake at {other.url}"]["match"]["n"] == 1
     found = both[f"fake at {fake.url}"]
     date = found["match"]["from"]
@@ -453,7 +453,7 @@ def test_scores_have_the_first_and_last_date_of_judging():
     line = {"aspect": "match", "judge": "fake", "url": "http://x", "correct": True}
     days = {"1": ("2026-02-10", 5), "2": ("2025-12-31", 2), "3": ("2026-01-01", 2)}
     lines = [{**line, "id": key, "date": date, "score": score} for key, (date, score) in days.items()]
-    found = summarize_judgements(questions, lines)["fake at http://x"]["match"]
+    found = summarize_judgments(questions, lines)["fake at http://x"]["match"]
     assert found == {"n": 3, "of": 3, "score": 3.0, "accuracy": 1.0, "from": "2025-12-31", "until": "2026-02-10"}
 
 
@@ -470,8 +470,8 @@ def test_refused_prompts_and_replies_without_a_score_are_counted(tmp_path, monke
 
     with eval_fixtures.serving(reply) as fake:
         refused, unread = judge_answers(quick(fake), questions, answers, journal, lambda text: None)
-        assert "the judge refuses (HTTP 400: filtered)" in refused
-        assert unread == "fake gives no score, but 'hm'"
+        assert "the judge refused the request (HTTP 400: filtered)" in refused
+        assert unread == "fake gave no score but 'hm'"
         assert len(judge_answers(quick(fake), questions, answers, journal, lambda text: None)) == 2
     assert [line["id"] for line in journal.read()] == ["dog"]
     with eval_fixtures.serving(lambda number, body: filtered) as fake, pytest.raises(JudgeError, match="filtered"):

@@ -41,7 +41,7 @@ def test_the_retry_after_header_is_respected(waits):
 
 
 def test_an_invalid_request_is_sent_once(waits):
-    with eval_fixtures.serving(lambda number, body: (404, {})) as fake, pytest.raises(JudgeError, match="refuses"):
+    with eval_fixtures.serving(lambda number, body: (404, {})) as fake, pytest.raises(JudgeError, match="refused"):
         ask(fake.url)
     assert (len(fake.bodies), waits) == (1, [])
 

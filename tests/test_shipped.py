@@ -70,7 +70,7 @@ def test_demo_prints_its_description_and_ends_with_the_input():
 @pytest.mark.parametrize("typed", ["", "\n", "  \n"])
 def test_the_end_of_input_or_an_empty_line_ends_a_chat(monkeypatch, typed):
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    assert Display().ask() is None
+    assert Display().read_question() is None
 
 
 @pytest.mark.parametrize(
