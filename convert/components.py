@@ -1,7 +1,7 @@
 """The types of weight files: one table that defines how each type is identified, read, exported and verified.
 
-A key of `FILE_SPECS` is a *file type*, such as "eva_vit" or "vl". One file may be of several types: a checkpoint of both
-branches is of the types "vl" and "al".
+A key of `FILE_SPECS` is a *file type*, such as "eva_vit" or "vl". One file may be of several types: a checkpoint of
+both branches is of the types "vl" and "al".
 """
 
 import dataclasses

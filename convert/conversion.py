@@ -235,7 +235,9 @@ def _check_complete(file_types: Sequence[str], base: StoredModel | None, directo
     for spec in (FILE_SPECS[file_type] for file_type in file_types if FILE_SPECS[file_type].needs):
         if spec.needs not in file_types and not (base and FILE_SPECS[spec.needs].applies(base.directory.config)):
             needed = FILE_SPECS[spec.needs].display_name
-            raise ConfigError(f"{spec.display_name} needs {needed}, which encodes the input of the {spec.branch} branch")
+            raise ConfigError(
+                f"{spec.display_name} needs {needed}, which encodes the input of the {spec.branch} branch"
+            )
 
 
 def convert(

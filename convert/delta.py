@@ -14,9 +14,7 @@ from vllama_jax.errors import CheckpointError
 
 EXTENDABLE_TENSORS = ("model.embed_tokens.weight", "lm_head.weight")  # one row for each token of the vocabulary
 SAMPLE_SIZE = 2**16  # elements of a tensor that are used to check the base
-MIN_MATCH_FRACTION = (
-    0.97  # measured: at least 0.9995 with the right base, at most 0.92 with another
-)
+MIN_MATCH_FRACTION = 0.97  # measured: at least 0.9995 with the right base, at most 0.92 with another
 
 
 def open_delta(base: Source, delta: Source) -> Source:
@@ -43,7 +41,7 @@ class SummedWeights:
 
     def __init__(self, base: Source, delta: Source):
         self._base, self._delta = base, delta
-        buffers = {name for name in base.shapes if re.fullmatch(INV_FREQ, name)}  # unchanged, to be compared with the computed ones
+        buffers = {name for name in base.shapes if re.fullmatch(INV_FREQ, name)}  # not added
         added = {name for name in delta.shapes if not re.fullmatch(INV_FREQ, name)}
         self.tensors = {name: (base.shapes[name], base.dtypes[name]) for name in buffers}
         self.tensors |= {name: (delta.shapes[name], delta.dtypes[name]) for name in added}
@@ -101,6 +99,6 @@ class SummedWeights:
         if match_fraction < MIN_MATCH_FRACTION:
             raise CheckpointError(
                 f"{self._delta.label}: made for another base than {self._base.label}: in {name}, "
-                f"(base + delta) - base differs from the delta in {1 - match_fraction:.0%} of the elements; give the base "
-                "that it was made from, as it was published"
+                f"(base + delta) - base differs from the delta in {1 - match_fraction:.0%} of the elements; give the "
+                "base that it was made from, as it was published"
             )

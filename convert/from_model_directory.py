@@ -197,9 +197,7 @@ def _branch_leaves(cfg: VideoLlamaConfig, file_type: str, branch: StoredModel) -
     others = [FILE_SPECS[name] for name in branch_file_types() if name != file_type]
     other = {rule.target for other_spec in others if other_spec.applies(cfg) for rule in other_spec.rules(cfg)}
     if own - branch.leaves.keys():
-        raise CheckpointError(
-            f"{branch.path}: given as {spec.display_name}, but has no trained {spec.branch} branch"
-        )
+        raise CheckpointError(f"{branch.path}: given as {spec.display_name}, but has no trained {spec.branch} branch")
     return {target: branch.leaves[target] for target in sorted(own | branch.trained_paths - other)}
 
 
@@ -216,7 +214,7 @@ def _check_shapes(
         if components := dict.fromkeys(
             get_component(target) for target, (model, _) in mismatches.items() if model is base
         ):
-            problems.append(f"for new random weights of these shapes, to be trained, add --without {' '.join(components)}")
+            problems.append(f"to train new weights of the needed shapes, add --without {' '.join(components)}")
         raise CheckpointError("\n  ".join(["the shapes of components do not match:", *problems]))
     for target, (model, _) in collected.items():
         if target in (entries := model.directory.manifest["leaves"]):

@@ -75,5 +75,5 @@ def _explain_error(error: Exception, errors: Any) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return "revision not found"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return "not completely in the cache, and the hub cannot be reached; connect to the network and unset HF_HUB_OFFLINE"
+        return "not completely cached, and the hub cannot be reached; go online and unset HF_HUB_OFFLINE"
     return f"cannot be downloaded ({' '.join(str(error).split())[:150] or type(error).__name__})"

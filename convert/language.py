@@ -63,7 +63,7 @@ def _check_tied_head(model: LanguageModel) -> LanguageModel:
     if embedding.shape == head.shape and np.array_equal(embedding, head):
         return model
     source.notes.append(
-        f"{source.label}: tie_word_embeddings is true in its config.json, but {HEAD} differs from the embeddings: not tied"
+        f"{source.label}: ignored tie_word_embeddings of its config.json; {HEAD} differs from the embeddings"
     )
     return dataclasses.replace(model, fields=model.fields | {"tie_embeddings": False})
 

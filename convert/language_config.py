@@ -51,7 +51,7 @@ def read_llama_config(directory: Path, option: str = "--llama") -> dict[str, Any
         )
     fields = read_config_file(path)
     if "format" in fields and "model" in fields:
-        raise CheckpointError(f"{directory}: a model directory, but {option} takes a Hugging Face LLaMA directory; use --base")
+        raise CheckpointError(f"{directory}: a model directory, not a Hugging Face LLaMA directory; give it as --base")
     name = fields.get("model_type", "llama")
     if name not in tuple(FAMILIES):
         known = ", ".join(FAMILIES)
@@ -75,7 +75,7 @@ def _check_supported(fields: dict[str, Any], family: Family, where: str) -> None
     if fields.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{where}: activation {format_value(fields['hidden_act'])} is not supported; only silu is")
     if fields.get("quantization_config"):
-        raise ConfigError(f"{where}: its weights are quantized (quantization_config); use the model that it was made from")
+        raise ConfigError(f"{where}: quantized weights (quantization_config) are not supported; use the original model")
 
 
 def _covers_context(fields: dict[str, Any], family: Family, where: str) -> bool:
@@ -119,7 +119,8 @@ def _scaling_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     if scaling.kind == "linear":
-        return {"type": "linear", "factor": scaling.factor}  # all versions of transformers read this; older ones reject further fields
+        # All versions of transformers read these two fields; older ones reject others.
+        return {"type": "linear", "factor": scaling.factor}
     return {
         "rope_type": scaling.kind,
         "factor": scaling.factor,

@@ -1,7 +1,7 @@
 """Match the tensors of weight files with the weights of a model.
 
-Every weight needs its tensors exactly once and in the right shapes. Tensors that are not used are an error, except those
-that are known to be unnecessary.
+Every weight needs its tensors exactly once and in the right shapes. Tensors that are not used are an error, except
+those that are known to be unnecessary.
 """
 
 import dataclasses
