@@ -160,7 +160,7 @@ def test_conversion_infers_the_config_and_export_gives_the_same_files_back(exten
 def test_verify_compares_every_layer_of_the_tower(extension, files, model):
     planned = plan(without(files, "minigpt4"))
     errors, _ = compare_networks(open_model(model), planned, VerifySettings(tokens=16), lambda *_: None)
-    assert [error.layer for error in errors if error.part == "vit"] == ["patches", "layer 0", "layer 1", "norm"]
+    assert [error.layer for error in errors if error.component == "vit"] == ["patches", "layer 0", "layer 1", "norm"]
     assert max(error.relative for error in errors) < BOUNDS["float32"].relative
     assert all(not part.different for part in compare_weights(open_model(model), planned))
 

@@ -249,7 +249,7 @@ def test_verify_finds_every_layer_equal(model, directory, tiny_files, family, ca
     given += ["--minigpt4", tiny_files["minigpt4"], "--config", tiny_files["config"], "--llama", directory]
     main(["verify", str(model), "--tokens", "48", *map(str, given), "--json"])
     found = json.loads(capsys.readouterr().out)
-    layers = [layer for layer in found["layers"] if layer["part"] == "llama"]
+    layers = [layer for layer in found["layers"] if layer["component"] == "llama"]
     assert len(layers) == 5
     assert max(layer["relative"] for layer in layers) < 1e-4
     assert found["logits"]["top1"] == 1.0

@@ -59,7 +59,7 @@ def test_inspect_prints_json(tiny_model, capsys):
     report = json.loads(told(capsys, "inspect", tiny_model, "--json"))
     manifest = json.loads((tiny_model / "manifest.json").read_text())
     assert report["leaves"].keys() == manifest["leaves"].keys()
-    assert sum(part["parameters"] for part in report["parts"].values()) == 879397
+    assert sum(part["parameters"] for part in report["components"].values()) == 879397
     assert sum(leaf["bytes"] for leaf in report["leaves"].values()) == 4 * 879397
     assert (report["base"], report["sources"]) == (None, manifest["sources"])
 

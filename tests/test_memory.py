@@ -291,16 +291,16 @@ def test_a_model_size_is_estimated_for_a_chat_and_both_stages(capsys):
     assert "GB on each device         chat  vision_stage1  vision_stage2" in told
     assert "llama                    13.48          13.48          13.48" in told
     report = json.loads(tell(capsys, "7b", "--devices", "L4", "--branch", "audio", "--mesh.tensor", 5, "--json"))
-    assert list(report["uses"]) == ["chat", "audio_stage1", "audio_stage2"]
+    assert list(report["workloads"]) == ["chat", "audio_stage1", "audio_stage2"]
     assert report["mesh"] == {"data": 1, "fsdp": 1, "tensor": 5}
     assert "llama: 32 heads over 5 devices does not divide; kept whole on each" in report["notes"]
-    for use in report["uses"].values():
+    for use in report["workloads"].values():
         assert sum(size for part, size in use["device"].items() if part != "all") == use["device"]["all"]
 
 
 def test_a_model_directory_is_estimated_for_all_uses(capsys, tiny_model):
     report = json.loads(tell(capsys, tiny_model, "--devices", "v5e", "--batch-size", 4, "--json"))
-    assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
+    assert {use["verdict"] for use in report["workloads"].values()} == {"fits"}
 
 
 def test_a_quantized_model_is_estimated_for_a_chat_only(capsys, tiny_model, tmp_path):
@@ -308,11 +308,11 @@ def test_a_quantized_model_is_estimated_for_a_chat_only(capsys, tiny_model, tmp_
     manifest = json.loads((model / "manifest.json").read_text())
     (model / "manifest.json").write_text(json.dumps(manifest | {"quantized": "int8"}))  # nothing else is read of it
     whole, small = (
-        json.loads(tell(capsys, named, "--devices", "v5e", "--batch-size", 4, "--json"))["uses"]
+        json.loads(tell(capsys, named, "--devices", "v5e", "--batch-size", 4, "--json"))["workloads"]
         for named in (tiny_model, model)
     )
     assert list(small) == ["chat"]
-    assert small["chat"]["told"].endswith("bfloat16 with int8 weights")
+    assert small["chat"]["description"].endswith("bfloat16 with int8 weights")
     assert small["chat"]["device"]["llama"] < 0.8 * whole["chat"]["device"]["llama"]
     with pytest.raises(SystemExit, match="model: its weights are int8, good for answers and nothing else; take the"):
         tell(capsys, "vision_stage1", "--model", model, "--devices", "v5e")
@@ -321,21 +321,21 @@ def test_a_quantized_model_is_estimated_for_a_chat_only(capsys, tiny_model, tmp_
 @SLOW
 def test_a_run_directory_is_estimated_for_all_uses(capsys, stage1):
     report = json.loads(tell(capsys, stage1, "--devices", "v5e", "--batch-size", 4, "--json"))
-    assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
+    assert {use["verdict"] for use in report["workloads"].values()} == {"fits"}
 
 
 def test_run_config_fields_can_be_overridden_by_flags(capsys):
     flags = ["--model", "13b", "--devices", "v5e", "--mesh.fsdp", 16, "--batch-size", 64, "--length", 128]
     report = json.loads(tell(capsys, "vision_stage1", *flags, "--json"))
-    (use,) = report["uses"].values()
-    assert use["told"] == "batch 64, 4 × 128 tokens at a time, bfloat16"
+    (use,) = report["workloads"].values()
+    assert use["description"] == "batch 64, 4 × 128 tokens at a time, bfloat16"
     assert use["device"]["llama"] == pytest.approx(26.03e9 / 16, rel=1e-3)
 
 
 @SLOW
 def test_exact_estimates_come_from_the_compiled_step(capsys, tiny_model):
     flags = ["--model", tiny_model, "--batch-size", 8, "--length", 128, "--exact", "--json"]
-    (use,) = json.loads(tell(capsys, "vision_stage1", *flags))["uses"].values()
+    (use,) = json.loads(tell(capsys, "vision_stage1", *flags))["workloads"].values()
     still, at_work = split_need(
         MemoryEstimate("", "", {part: use["device"][part] for part in use["device"] if part != "all"}, {})
     )

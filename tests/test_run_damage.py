@@ -374,7 +374,7 @@ def test_verify_checks_all_checkpoints_and_the_base(run, tiny_model, capsys):
     shutil.rmtree(run / "step_8/weights")
     out, message = verified(capsys, run, "--json")
     report = json.loads(out)
-    assert report["damaged"].keys() == {f"{run}/step_4", f"{run}/step_8"}
+    assert report["corrupt"].keys() == {f"{run}/step_4", f"{run}/step_8"}
     assert [bool(one["damage"]) for one in report["checkpoints"]] == [True, True]
     assert [one["digests"] for one in report["checkpoints"]] == [True, True]
     assert "step_8/weights/_METADATA: No such file or directory; " in message

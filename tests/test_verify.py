@@ -68,7 +68,7 @@ def flip_a_byte(model: Path, leaf: str) -> None:
 
 def test_verify_accepts_intact_files(tiny_model, capsys):
     assert run(capsys, tiny_model) == f"{tiny_model}: 181 weights, 3.5 MB, all as they were written\n"
-    assert json.loads(run(capsys, tiny_model, "--json")) == {"weights": 181, "bytes": 3517588, "damaged": {}}
+    assert json.loads(run(capsys, tiny_model, "--json")) == {"weights": 181, "bytes": 3517588, "corrupt": {}}
 
 
 def test_one_flipped_bit_is_detected(tiny_model, tmp_path, capsys):
@@ -89,7 +89,7 @@ def test_missing_and_truncated_chunks_are_detected(tiny_model, tmp_path, capsys)
     message, out = verify_error(capsys, model, "--json")
     assert "llama.norm.scale/0: it is missing" in message
     assert "ln_vision.bias/0: 255 of its 256 bytes are there" in message
-    assert json.loads(out)["damaged"].keys() == {"llama/norm/scale", "ln_vision/bias"}
+    assert json.loads(out)["corrupt"].keys() == {"llama/norm/scale", "ln_vision/bias"}
 
 
 # Weights
@@ -108,7 +108,7 @@ def test_weights_in_another_dtype_equal_the_rounded_source(tiny_files, tmp_path,
     out = run(capsys, tmp_path / "model", *options(tiny_files), "--weights-only", "--json")
     report = json.loads(out)
     assert report["equal"]
-    assert [part["different"] for part in report["parts"]] == [[]] * 12
+    assert [part["different"] for part in report["components"]] == [[]] * 12
 
 
 def test_a_weight_that_differs_is_reported(tiny_model, tiny_files, tmp_path, capsys):
@@ -182,8 +182,8 @@ def test_a_good_model_passes(tiny_model, tiny_files, capsys):
     layers, logits = report["layers"], report["logits"]
     assert report["equal"]
     assert max(layer["relative"] for layer in layers) < 5e-6
-    assert {layer["part"] for layer in layers} == WHOLE.keys()
-    llama = [layer["layer"] for layer in layers if layer["part"] == "llama"]
+    assert {layer["component"] for layer in layers} == WHOLE.keys()
+    llama = [layer["layer"] for layer in layers if layer["component"] == "llama"]
     assert llama == ["embeddings", "layer 0", "layer 1", "layer 2", "logits"]
     assert (logits["positions"], logits["top1"]) == (1024, 1.0)
     assert 0 <= logits["mean_kl"] <= logits["max_kl"] < 1e-10
@@ -270,7 +270,7 @@ def test_a_base_without_branches_is_verified(tiny_files, tmp_path, capsys):
     base = without(tiny_files, "vl", "al", "imagebind")
     converted(base, tmp_path / "model")
     out = run(capsys, tmp_path / "model", "--against", tiny_files["config"].parent, "--tokens", 8, "--json")
-    assert {layer["part"] for layer in json.loads(out)["layers"]} == {"vit", "image_qformer", "llama_proj", "llama"}
+    assert {layer["component"] for layer in json.loads(out)["layers"]} == {"vit", "image_qformer", "llama_proj", "llama"}
 
 
 def test_two_files_of_one_component_are_reported(tiny_model, tiny_files, tmp_path, capsys):

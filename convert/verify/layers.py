@@ -47,7 +47,7 @@ QUANTIZED_BOUNDS = {"int8": Bounds(0.1, 1e-2, 0.95), "int4": Bounds(1.0, 0.2, 0.
 class LayerError:
     """max|ours − torch's|, and the same over max|torch's|."""
 
-    part: str
+    component: str
     layer: str
     maximum: float
     relative: float
@@ -217,8 +217,8 @@ def check_errors(
     if scheme is None:
         return find_exceeded_bounds(errors, logits, BOUNDS[dtype]), []
     model_components = {"vit", *(path.split("/")[0] for path in LLAMA_LAYERS)}
-    plain = [error for error in errors if error.part not in model_components]
-    costs = [error for error in errors if error.part in model_components]
+    plain = [error for error in errors if error.component not in model_components]
+    costs = [error for error in errors if error.component in model_components]
     return find_exceeded_bounds(plain, None, BOUNDS[dtype]), find_exceeded_bounds(
         costs, logits, QUANTIZED_BOUNDS[scheme]
     )
@@ -229,8 +229,8 @@ def find_exceeded_bounds(errors: list[LayerError], logits: LogitsError | None, b
     found: dict[str, str] = {}
     for error in errors:
         if not error.relative <= bounds.relative:
-            told = f"{error.part}, {error.layer}: relative error {error.relative:.1e}, above {bounds.relative:.0e}"
-            found.setdefault(error.part, told)
+            told = f"{error.component}, {error.layer}: relative error {error.relative:.1e}, above {bounds.relative:.0e}"
+            found.setdefault(error.component, told)
     if logits is None:
         return list(found.values())
     if not logits.mean_kl <= bounds.mean_kl:

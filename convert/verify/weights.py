@@ -27,9 +27,9 @@ MAX_LISTED_DIFFERENCES = 3
 
 @dataclasses.dataclass(frozen=True)
 class ComponentComparison:
-    """Weights of a part that were compared bit by bit. different: where, and which tensors of the source."""
+    """Weights of a component, compared bit by bit. different: the weights, each with its tensors of the source."""
 
-    part: str
+    component: str
     tensors: int
     bytes: int
     different: list[str]
@@ -164,12 +164,12 @@ def compare_weights(
     check_comparable(directory, plan)
     found: dict[str, ComponentComparison] = {}
     for leaf in sorted(plan.leaves, key=lambda leaf: leaf.rule.target):
-        part = get_component(leaf.rule.target)
-        before = found.get(part, ComponentComparison(part, 0, 0, []))
+        component = get_component(leaf.rule.target)
+        before = found.get(component, ComponentComparison(component, 0, 0, []))
         size = math.prod(leaf.shape) * np.dtype(directory.manifest["leaves"][leaf.rule.target]["dtype"]).itemsize
         tensors = sum(map(len, leaf.rule.names()))
         different = [*before.different, *_differing_rows(directory, leaf, progress)]
-        found[part] = ComponentComparison(part, before.tensors + tensors, before.bytes + size, different)
+        found[component] = ComponentComparison(component, before.tensors + tensors, before.bytes + size, different)
     return list(found.values())
 
 
