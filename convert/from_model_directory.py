@@ -52,6 +52,7 @@ class ModelDirectoryLeaf:
         self.shape, self.dtype = tuple(entry["shape"]), np.dtype(entry["dtype"])
 
     def blocks(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """Yield its rows in order. Raises CheckpointError if a value is too large for `dtype`."""
         for rows in iter_row_blocks(self.params, self.target, self.entry):
             yield cast(rows, dtype, f"{self.params.parent}: {self.target}")
 
@@ -65,6 +66,7 @@ class RunLeaf:
         self.target, self._path, self.shape = target, trained.path, trained.leaves[target]
 
     def blocks(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """Yield the weight as one block. Raises CheckpointError if a value is too large for `dtype`."""
         import jax
 
         host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
@@ -81,6 +83,7 @@ class LoraMergedLeaf:
         self._kernel, self._down, self._up, self._scale = kernel, down, up, scale
 
     def blocks(self, dtype: np.dtype) -> Iterator[np.ndarray]:
+        """Yield merged rows in order. Raises CheckpointError if a value is too large for `dtype`."""
         (down,), (up,) = self._down.blocks(np.dtype(np.float32)), self._up.blocks(np.dtype(np.float32))
         layers = zip(down, up, strict=True)
         for rows in self._kernel.blocks(self.dtype):

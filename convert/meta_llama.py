@@ -127,6 +127,7 @@ class MetaShards:
             self.tensors[name] = _joined_shape(shape, axis, len(files)), dtype
 
     def read(self, name: str) -> np.ndarray:
+        """Read a tensor from all shards. Raises CheckpointError if replicated tensors differ."""
         theirs, axis = self._homes[name]
         if axis is None or len(self._files) == 1:
             tensor = self._files[0].read(theirs)

@@ -179,6 +179,7 @@ def train_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run `python -m vllama_jax.convert.tiny`."""
     usage = "usage: python -m vllama_jax.convert.tiny DIR"
     if list(arguments) in (["-h"], ["--help"]):
         print(f"{usage}\n\n{__doc__}")

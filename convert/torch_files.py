@@ -57,6 +57,7 @@ class TorchFile:
         self.tensors = {name: (tuple(value.shape), _dtype_name(value)) for name, value in self._loaded.items()}
 
     def read(self, name: str) -> np.ndarray:
+        """Read a tensor. Safe to call from several threads."""
         with self._lock:
             if self._loaded is None:
                 self._loaded, self._read_bytes = self._load(), 0

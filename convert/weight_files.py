@@ -221,6 +221,7 @@ class SafetensorsFile:
         self._starts = {name: 8 + header_bytes + entry["data_offsets"][0] for name, entry in header.items()}
 
     def read(self, name: str) -> np.ndarray:
+        """Read a tensor. Raises CheckpointError if the file cannot be read any more."""
         shape, dtype = self.tensors[name]
         try:
             with self._path.open("rb") as file:
