@@ -70,7 +70,7 @@ def _check_supported(fields: dict[str, Any], family: Family, where: str) -> None
             advice = f"only {'null' if value is None else str(value).lower()} is"
             raise ConfigError(f"{where}: {name} is {format_value(given)}, which is not supported; {advice}")
     layer_types = fields.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+    if not isinstance(layer_types, list) or any(layer_type != "full_attention" for layer_type in layer_types):
         raise ConfigError(f"{where}: layer_types is {format_value(layer_types)}; only full_attention is supported")
     if fields.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{where}: activation {format_value(fields['hidden_act'])} is not supported; only silu is")
@@ -179,16 +179,18 @@ def _rope(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _rope_scaling(rope: dict[str, Any], where: str) -> dict[str, Any] | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
         return None
-    if kind not in ("linear", "llama3"):
-        raise ConfigError(f"{where}: rotary scaling {format_value(kind)} is not supported; only linear and llama3 are")
-    names = ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()))
-    needed = (*names, *(("original_max_position_embeddings",) if kind == "llama3" else ()))
+    if rope_type not in ("linear", "llama3"):
+        raise ConfigError(
+            f"{where}: rotary scaling {format_value(rope_type)} is not supported; only linear and llama3 are"
+        )
+    names = ("factor", *(("low_freq_factor", "high_freq_factor") if rope_type == "llama3" else ()))
+    needed = (*names, *(("original_max_position_embeddings",) if rope_type == "llama3" else ()))
     if missing := [name for name in needed if name not in rope]:
-        raise ConfigError(f"{where}: rotary scaling {kind!r} has no {', '.join(missing)}")
-    found = {"kind": kind} | {name: get_number(rope, name, where, ConfigError, MAX_ROPE_FACTOR) for name in names}
-    if kind == "llama3":
+        raise ConfigError(f"{where}: rotary scaling {rope_type!r} has no {', '.join(missing)}")
+    found = {"kind": rope_type} | {name: get_number(rope, name, where, ConfigError, MAX_ROPE_FACTOR) for name in names}
+    if rope_type == "llama3":
         found["original_max_length"] = get_integer(rope, "original_max_position_embeddings", where, ConfigError)
     return found

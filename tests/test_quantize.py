@@ -298,7 +298,9 @@ def test_verify_reports_the_cost_of_quantization(tiny_model, tiny_files, stored,
     report = cost(capsys, stored[scheme], *against)
     assert report == at_load
     assert (report["quantized"], report["equal"], report["failures"]) == (scheme, False, [])
-    errors = {name: max(layer["relative"] for layer in report["layers"] if layer["component"] == name) for name in PARTS}
+    errors = {
+        name: max(layer["relative"] for layer in report["layers"] if layer["component"] == name) for name in PARTS
+    }
     assert all(error < 5e-6 for name, error in errors.items() if name not in ("vit", "llama"))
     assert all(errors[name] > 5e-3 for name in ("vit", "llama"))
     assert 1e-6 < report["logits"]["mean_kl"] < {"int8": 1e-3, "int4": 0.1}[scheme]
@@ -325,7 +327,9 @@ def test_inspect_reports_quantized_weights(tiny_model, stored, capsys):
         cli.main(["inspect", str(model), "--json"])
         found[model] = json.loads(capsys.readouterr().out)
     assert (found[tiny_model]["quantized"], found[stored["int8"]]["quantized"]) == (None, "int8")
-    assert found[stored["int8"]]["components"]["llama"]["bytes"] < 0.5 * found[tiny_model]["components"]["llama"]["bytes"]
+    assert (
+        found[stored["int8"]]["components"]["llama"]["bytes"] < 0.5 * found[tiny_model]["components"]["llama"]["bytes"]
+    )
 
 
 # What is refused

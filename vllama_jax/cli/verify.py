@@ -118,7 +118,7 @@ def verify(
 
 def _verify_files(model: Path, base: Path | None, json_output: bool) -> None:
     """A model directory's files, and of a run all its checkpoints and its base model's files."""
-    from vllama_jax.convert.verify.weights import check_checkpoints, damage, summarize
+    from vllama_jax.convert.verify.weights import check_checkpoints, find_corrupt_weights, summarize
 
     runs, base_model = find_runs(model, base)
     with bytes_bar(sum(map(_checkpoint_bytes, runs))) as progress:
@@ -128,7 +128,7 @@ def _verify_files(model: Path, base: Path | None, json_output: bool) -> None:
     leaves = directory.manifest["leaves"]
     size = sum(_weight_bytes(leaf) for leaf in leaves.values())
     with bytes_bar(size) as progress:
-        corrupt |= (corrupt_weights := damage(directory, progress))
+        corrupt |= (corrupt_weights := find_corrupt_weights(directory, progress))
     if json_output:
         report = {"weights": len(leaves), "bytes": size, "damaged": corrupt}
         report |= {"checkpoints": [vars(one) | {"path": str(one.path)} for one in checkpoints]} if runs else {}
