@@ -120,7 +120,7 @@ def _zip_pickles(path: Path, file: BinaryIO) -> Iterator[bytes]:
                 )
             if entry.file_size != entry.compress_size or entry.header_offset + entry.file_size > size:
                 raise CheckpointError(
-                    f"{path}: truncated, {entry.filename} should have {entry.file_size} bytes; download it again"
+                    f"{path}: corrupt, the {entry.file_size} bytes of {entry.filename} are not in it; download it again"
                 )
         yield from (archive.read(entry) for entry in entries if entry.filename.endswith("/data.pkl"))
 
