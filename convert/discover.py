@@ -74,7 +74,7 @@ def find_weight_files(paths: Sequence[Path], given: Collection[str]) -> SearchRe
 
 def _list_entries(root: Path) -> Iterator[Path]:
     if not root.exists():
-        raise CheckpointError(f"{root}: no such file or directory; give a weight file or a directory of weight files")
+        raise CheckpointError(f"{root}: no such file or directory; give a weight file or a directory of them")
     return _walk(root, set()) if root.is_dir() else iter([root])
 
 

@@ -178,7 +178,7 @@ def test_required_files_are_listed(tiny_files, tmp_path):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("absent", "no such file or directory; give a weight file or a directory of weight files"),
+        ("absent", "no such file or directory; give a weight file or a directory of them"),
         ("README.md", "not a directory; give the directory of the weight files"),
     ],
 )

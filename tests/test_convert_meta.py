@@ -118,9 +118,9 @@ def test_a_delta_on_metas_shards_is_converted_and_verified(tiny_files, metas, ex
     capsys.readouterr()
     *sources, _, _ = command(paths, tmp_path)[1:]
     main(["verify", str(tmp_path / "model"), *sources, "--weights-only"])
-    assert "every bit equal to its source" in capsys.readouterr().out
+    assert "bit-exactly equal to the PyTorch files" in capsys.readouterr().out
     main(["verify", str(tmp_path / "model"), *sources, "--tokens", "64"])
-    assert "computes what its source does" in capsys.readouterr().out
+    assert "reproduces its PyTorch files" in capsys.readouterr().out
 
 
 COUNT = "must be a whole number from 1 to 16777216, not"

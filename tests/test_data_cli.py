@@ -56,20 +56,20 @@ def test_build_in_a_real_process(source, tmp_path):
     done = run_vllama("data", "build", "jsonl", "--source", source / "a.jsonl", "--out", tmp_path / "out")
     assert (done.returncode, done.stderr) == (0, "")
     first, second = done.stdout.splitlines()
-    assert first.startswith(f"{tmp_path / 'out'}: 4 video, 2 image, 1 audio records, 0.")
-    assert second.startswith(f"  left out: 1 annotations ({tmp_path / 'out' / 'skipped.jsonl'}); the first: gone.wav: ")
+    assert first.startswith(f"{tmp_path / 'out'}: 4 video records, 2 image records, 1 audio record, 0.")
+    assert second.startswith(f"  skipped 1 entry ({tmp_path / 'out' / 'skipped.jsonl'}), first gone.wav: ")
     assert second.endswith(" (line 8)")
 
 
 def test_check_lists_unusable_records(records, capsys):
     message = error_line("data", "check", records)
     assert message.startswith(f"{records}: 3 of 7 records cannot be used; ")
-    *found, left_out, last = capsys.readouterr().out.splitlines()
+    *found, skipped, last = capsys.readouterr().out.splitlines()
     assert found[0] == "record 2, short.mp4: too short, 4 frames of 8"
     assert found[1].startswith("record 3, cut.mp4: the mp4 is truncated")
     assert found[2].startswith("record 5, text.jpg: the JPEG ")
-    assert left_out.startswith("left out by the build, gone.wav: ")
-    assert left_out.endswith(" (line 8)")
+    assert skipped.startswith("skipped by the build: gone.wav: ")
+    assert skipped.endswith(" (line 8)")
     assert last == f"{records}: 4 of 7 records can be used"
 
 

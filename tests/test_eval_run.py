@@ -138,7 +138,7 @@ def test_missing_and_corrupt_videos_are_reported_and_skipped(tiny_model, clips, 
     given = flags(tiny_model, clips, tmp_path / "out", "--videos", videos, "--json")
     cli.main(given)
     told = capsys.readouterr()
-    assert f"{videos}: 1 videos are missing, with 2 questions; first two.mp4" in told.err
+    assert f"{videos}: 1 video missing (2 questions), first two.mp4" in told.err
     results = json.loads(told.out)
     assert (results["answered"], results["complete"]) == (3, False)
     assert results["missing_videos"] == {"questions": 2, "videos": 1, "first": ["two.mp4"]}
@@ -252,7 +252,7 @@ def test_an_interrupted_judge_resumes_in_a_later_run(finished, tiny_model, clips
     assert f"match by {name}, 20" in capsys.readouterr().out
     with eval_fixtures.serving(lambda number, body: completion("hm")) as fake:
         cli.main(flags(tiny_model, clips, out, "--judge-url", fake.url, "--judge-model", "fake"))
-    told = "not judged, until the same command asks again: 3; the first: fake gives no score, but 'hm'"
+    told = "not judged: 3 answers, first: fake gave no score but 'hm'; run the same command again to retry"
     assert told in capsys.readouterr().err
     assert json.loads((out / "results.json").read_text())["unjudged"]["cases"] == 3
     cli.main(flags(tiny_model, clips, out, "--json"))
@@ -289,5 +289,5 @@ def test_msvd_qa_in_a_process_prints_scores_and_exits_with_0(tiny_model, clips, 
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "all: exact_match 0.0, contains 0.0, n 1\n" in done.stdout
-    assert "match by a judge: not asked (published 51.6 / 2.50)\npublished: Video-ChatGPT" in done.stdout
-    assert done.stdout.endswith(f"{tmp_path / 'out'}: 1 of 1 questions answered\n")
+    assert "match by a judge: not judged (published 51.6 / 2.50)\npublished: Video-ChatGPT" in done.stdout
+    assert done.stdout.endswith(f"{tmp_path / 'out'}: 1 of 1 question answered\n")

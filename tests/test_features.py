@@ -433,8 +433,8 @@ def test_features_command_prints_progress(made, tmp_path, capsys):
     main(["features", named, "--out", str(again)])
     told = capsys.readouterr().out
     assert f"{again}: 3 shards, " in told
-    assert "2 of them from before; 1 records encoded, " in told
-    assert "left out, 1 records (skipped-*.jsonl); the first: 2.mp4: " in told
+    assert "2 from an earlier run; encoded 1 record, " in told
+    assert "skipped 1 record (skipped-*.jsonl), first 2.mp4: " in told
     assert files(again) == files(out)
 
 

@@ -41,10 +41,10 @@ def rows(out: str) -> dict[str, list[str]]:
 
 def test_inspect_lists_components_with_sizes(tiny_model, capsys):
     out = told(capsys, "inspect", tiny_model)
-    assert out.startswith(f"{tiny_model}: prompt template vicuna; made from eva_vit_g.safetensors, ")
+    assert out.startswith(f"{tiny_model}: prompt template vicuna; source files eva_vit_g.safetensors, ")
     assert rows(out)["vit"] == ["213,061", "float32", "852.2", "kB"]
     assert rows(out)["imagebind/audio"] == ["82,176", "float32", "328.7", "kB"]
-    assert rows(out)["all"] == ["879,397", "3.5", "MB"]
+    assert rows(out)["total"] == ["879,397", "3.5", "MB"]
 
 
 def test_inspect_prints_a_tree_of_parameters(tiny_model, capsys):
@@ -66,14 +66,14 @@ def test_inspect_prints_json(tiny_model, capsys):
 
 def test_inspect_of_a_run_reports_trained_parameters_and_base(run, tiny_model, capsys):
     out = told(capsys, "inspect", run)
-    assert out.splitlines()[0].startswith(f"{run}: a run; its base is {tiny_model}: ")
-    assert out.splitlines()[1] == f"{run / 'step_4'}: 2 weights trained"
+    assert out.splitlines()[0].startswith(f"{run}: a run with the base model {tiny_model}: ")
+    assert out.splitlines()[1] == f"{run / 'step_4'}: 2 trained arrays"
     trained = [line.split() for line in out.splitlines() if line.rstrip().endswith("trained") and "step_4" not in line]
     assert trained == [
         ["llama_proj", "64", "float32", "256", "bytes", "trained"],
         ["video_qformer", "1,536", "float32", "6.1", "kB", "trained"],
     ]
-    assert rows(out)["all"] == ["879,397", "3.5", "MB"]
+    assert rows(out)["total"] == ["879,397", "3.5", "MB"]
     tree = told(capsys, "inspect", run, "--tree")
     assert "queries [32, 48] float32, 6.1 kB, trained" in tree
     report = json.loads(told(capsys, "inspect", run, "--json"))
@@ -83,8 +83,8 @@ def test_inspect_of_a_run_reports_trained_parameters_and_base(run, tiny_model, c
 
 def test_inspect_of_a_run_without_digests(run, tiny_model, tmp_path, capsys):
     expected = (
-        f"{run}/step_4: no digests recorded (an earlier version saved it); its weights can be read\n"
-        f"{tiny_model}: 181 weights, 3.5 MB, all as they were written\n"
+        f"{run}/step_4: no digests recorded (saved by an earlier version); weights are readable\n"
+        f"{tiny_model}: 181 arrays, 3.5 MB, intact\n"
     )
     assert told(capsys, "verify", run) == expected
     damaged = shutil.copytree(run, tmp_path / "run")

@@ -287,7 +287,7 @@ def tell(capsys, *arguments: object) -> str:
 
 def test_a_model_size_is_estimated_for_a_chat_and_both_stages(capsys):
     told = tell(capsys, "7b", "--devices", "H100")
-    assert told.startswith("7b on 1 × H100 (data 1, fsdp 1, tensor 1), each with 80.0 GB, of which JAX takes 60.0 GB")
+    assert told.startswith("7b on 1 × H100 (data 1, fsdp 1, tensor 1): 80.0 GB each, 60.0 GB usable by JAX")
     assert "GB on each device         chat  vision_stage1  vision_stage2" in told
     assert "llama                    13.48          13.48          13.48" in told
     report = json.loads(tell(capsys, "7b", "--devices", "L4", "--branch", "audio", "--mesh.tensor", 5, "--json"))
@@ -346,7 +346,7 @@ def test_exact_estimates_come_from_the_compiled_step(capsys, tiny_model):
 def test_only_require_fit_makes_a_bad_fit_an_error(capsys):
     told = tell(capsys, "7b", "--devices", "v5e")
     in_python = "vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor=2))"
-    assert f"does not fit (it would with 2 devices, in Python: {in_python})" in told
+    assert f"does not fit (fits with 2 devices, in Python: {in_python})" in told
     with pytest.raises(SystemExit, match=r"vllama: chat: does not fit; vision_stage1: .* does not fit"):
         tell(capsys, "7b", "--devices", "v5e", "--require-fit")
 
@@ -366,8 +366,8 @@ def test_require_fit_refuses_a_tight_fit(capsys, monkeypatch):
         (("7b", "--mesh.fsdp", "3"), "has .* places for 8 devices"),
         (("7b", "--devices", "v5e", "--mesh.fsdp", "3"), "batch_size 256 does not divide over 3 places"),
         (("7b", "--devices", "v5e", "--mesh.fsdp", "0"), "mesh.fsdp and mesh.tensor at least 1"),
-        (("vision_stage1",), "model: no such model directory; name one with --model, or a size: --model 7b"),
-        (("vision_stage1", "--model", "7b", "--devices", "v5e", "--exact"), "leave --devices out"),
+        (("vision_stage1",), "model: no such model directory; give one with --model, or a size: --model 7b"),
+        (("vision_stage1", "--model", "7b", "--devices", "v5e", "--exact"), "leave out --devices"),
         (("vision_stage1", "--model", "7b", "--trainable", "vidoe/*"), "matches no weight"),
     ],
 )

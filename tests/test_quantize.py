@@ -298,9 +298,8 @@ def test_verify_reports_the_cost_of_quantization(tiny_model, tiny_files, stored,
     report = cost(capsys, stored[scheme], *against)
     assert report == at_load
     assert (report["quantized"], report["equal"], report["failures"]) == (scheme, False, [])
-    errors = {
-        name: max(layer["relative"] for layer in report["layers"] if layer["component"] == name) for name in PARTS
-    }
+    layers = report["layers"]
+    errors = {name: max(layer["relative"] for layer in layers if layer["component"] == name) for name in PARTS}
     assert all(error < 5e-6 for name, error in errors.items() if name not in ("vit", "llama"))
     assert all(errors[name] > 5e-3 for name in ("vit", "llama"))
     assert 1e-6 < report["logits"]["mean_kl"] < {"int8": 1e-3, "int4": 0.1}[scheme]
@@ -312,24 +311,23 @@ PARTS = ("vit", "image_qformer", "video_qformer", "imagebind/audio", "imagebind/
 
 def test_verify_checks_hashes_of_quantized_weights(stored, tmp_path, capsys):
     cli.main(["verify", str(stored["int4"])])
-    assert "all as they were written" in capsys.readouterr().out
+    assert ", intact" in capsys.readouterr().out
     model = Path(shutil.copytree(stored["int4"], tmp_path / "model"))
     file = next((model / "params" / "llama.blocks.mlp.up.values").glob("0*"))
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-    assert "not as it was written: llama/blocks/mlp/up/values" in error_line("verify", model)
+    assert "corrupt: llama/blocks/mlp/up/values" in error_line("verify", model)
 
 
 def test_inspect_reports_quantized_weights(tiny_model, stored, capsys):
     cli.main(["inspect", str(stored["int4"])])
-    assert "weights int4" in capsys.readouterr().out
+    assert "quantized to int4" in capsys.readouterr().out
     found = {}
     for model in (tiny_model, stored["int8"]):
         cli.main(["inspect", str(model), "--json"])
         found[model] = json.loads(capsys.readouterr().out)
     assert (found[tiny_model]["quantized"], found[stored["int8"]]["quantized"]) == (None, "int8")
-    assert (
-        found[stored["int8"]]["components"]["llama"]["bytes"] < 0.5 * found[tiny_model]["components"]["llama"]["bytes"]
-    )
+    quantized, full = (found[model]["components"]["llama"]["bytes"] for model in (stored["int8"], tiny_model))
+    assert quantized < 0.5 * full
 
 
 # What is refused
@@ -346,10 +344,10 @@ def test_invalid_uses_of_quantized_models_are_refused(tiny_model, stored, tmp_pa
     assert error_line("quantize", tiny_model, "--out", stored["int4"]).endswith(
         "int4: exists already; remove it or choose another place"
     )
-    needs = "--quantize compares with the PyTorch files: name them with --against"
+    needs = "--quantize compares with the PyTorch files: give them with --against"
     assert error_line("verify", tiny_model, "--quantize", "int8") == needs
     message = error_line("verify", stored["int8"], "--against", tmp_path, "--weights-only")
-    assert message.endswith("int8 is not what the PyTorch files hold; leave out --weights-only")
+    assert message.endswith("int8 weights differ from the PyTorch files; leave out --weights-only")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -362,14 +362,14 @@ def test_verify_checks_all_checkpoints_and_the_base(run, tiny_model, capsys):
     out, message = verified(capsys, run)
     lines = out.splitlines()
     assert [line.split(": ")[0] for line in lines] == [f"{run}/step_4", f"{run}/step_8", str(tiny_model)]
-    assert all(line.endswith(" kB, all as they were saved") for line in lines[:2])
+    assert all(line.endswith(" kB, intact") for line in lines[:2])
     assert message == ""
     flip(file := largest(run / "step_4", "moments/d/*"))
     out, message = verified(capsys, run)
-    assert [line.split(": ")[1] == "damaged" for line in out.splitlines()] == [True, False]
+    assert [line.split(": ")[1] == "corrupt" for line in out.splitlines()] == [True, False]
     assert message == (
-        f"vllama: {run}: not as it was written: {run}/step_4 ({file}: its bytes are not those that were saved); "
-        "restore it from a copy; a resumed run goes back to its last intact checkpoint"
+        f"vllama: {run}: corrupt: {run}/step_4 ({file}: its bytes are not those that were saved); "
+        "restore it from a copy; a resumed run continues from its last intact checkpoint"
     )
     shutil.rmtree(run / "step_8/weights")
     out, message = verified(capsys, run, "--json")
@@ -389,14 +389,14 @@ def test_verify_checks_the_runs_that_a_run_is_based_on(run, tmp_path, capsys):
     ]
     replace_by_file(run / "step_8")
     out, message = verified(capsys, later)
-    assert f"{run}/step_8: damaged" in out
+    assert f"{run}/step_8: corrupt" in out
     assert f"{run}/step_8: not a directory" in message
 
 
 def test_verify_accepts_runs_of_an_earlier_version(run, capsys):
     out, _ = verified(capsys, of_an_earlier_version(run))
-    assert out.count("no digests recorded (an earlier version saved it); its weights can be read\n") == 2
+    assert out.count("no digests recorded (saved by an earlier version); weights are readable\n") == 2
     os.truncate(largest(run / "step_4", "weights/ocdbt.process_0/d/*"), 0)
     out, message = verified(capsys, run)
-    assert f"{run}/step_4: damaged\n{run}/step_8: no digests recorded" in out
+    assert f"{run}/step_4: corrupt\n{run}/step_8: no digests recorded" in out
     assert f"{run}/step_4 ({run}/step_4/weights: " in message

@@ -72,7 +72,7 @@ def test_parameters_are_summarized_by_module_or_listed(capsys):
     text = capsys.readouterr().err
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
     assert rows == [["video_qformer", "2", "9", "random"], ["llama_proj", "1", "4", "BASE"]]
-    assert text.splitlines()[-1] == "13 parameters train, 7 are frozen (float32)"
+    assert text.splitlines()[-1] == "13 trainable parameters, 7 frozen (float32)"
     TrainingDisplay(10, verbose=True).show_plan(plan)
     text = capsys.readouterr().err
     assert [path in text for path in shapes] == [True, True, True, False]

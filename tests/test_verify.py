@@ -67,7 +67,7 @@ def flip_a_byte(model: Path, leaf: str) -> None:
 
 
 def test_verify_accepts_intact_files(tiny_model, capsys):
-    assert run(capsys, tiny_model) == f"{tiny_model}: 181 weights, 3.5 MB, all as they were written\n"
+    assert run(capsys, tiny_model) == f"{tiny_model}: 181 arrays, 3.5 MB, intact\n"
     assert json.loads(run(capsys, tiny_model, "--json")) == {"weights": 181, "bytes": 3517588, "corrupt": {}}
 
 
@@ -76,7 +76,7 @@ def test_one_flipped_bit_is_detected(tiny_model, tmp_path, capsys):
     flip_a_byte(model, "llama/blocks/mlp/up/kernel")
     message, _ = verify_error(capsys, model)
     assert message == (
-        f"{model}: not as it was written: llama/blocks/mlp/up/kernel (its bytes are not those that were written); "
+        f"{model}: corrupt: llama/blocks/mlp/up/kernel (its bytes are not those that were written); "
         "copy or convert it again"
     )
 
@@ -97,7 +97,7 @@ def test_missing_and_truncated_chunks_are_detected(tiny_model, tmp_path, capsys)
 
 def test_weights_equal_the_source_bit_exactly(tiny_model, tiny_files, capsys):
     out = run(capsys, tiny_model, "--against", tiny_files["config"].parent, "--weights-only")
-    assert "346 tensors, every bit equal to its source" in out
+    assert "346 tensors, bit-exactly equal to the PyTorch files" in out
     assert "different" not in out
     assert "note" not in out
 
@@ -118,7 +118,7 @@ def test_a_weight_that_differs_is_reported(tiny_model, tiny_files, tmp_path, cap
     paths = tiny_files | {"llama": edited(tiny_files["llama"], tmp_path, spoil)}
     message, out = verify_error(capsys, tiny_model, *options(paths), "--weights-only")
     what = "llama/blocks/mlp/up/kernel, row 1 (model.layers.1.mlp.up_proj.weight)"
-    assert message == f"{tiny_model}: not what its source makes: 1 weights differ: {what}"
+    assert message == f"{tiny_model}: not equal to its PyTorch files: 1 array differs: {what}"
     assert "1 different" in out
 
 
@@ -196,7 +196,7 @@ def test_a_good_model_in_bfloat16(tiny_files, tmp_path, capsys):
     command = (tmp_path / "model", *options(tiny_files), "--tokens", 100)
     assert max(layer["relative"] for layer in json.loads(run(capsys, *command, "--json"))["layers"]) < 5e-6
     out = run(capsys, *command, "--dtype", "bfloat16")
-    assert "computes what its source does, in bfloat16" in out
+    assert "reproduces its PyTorch files in bfloat16" in out
     assert "logits of 100 tokens: KL " in out
 
 
@@ -228,7 +228,7 @@ def test_swapped_weights_are_located(tiny_model, tiny_files, tmp_path, capsys):
         *("vit, layer 1", "image_qformer, layer 3", "video_qformer, layer 1", "imagebind/audio, layer 1"),
         *("llama, layer 1", "logits", "logits"),
     ]
-    assert message.startswith(f"{tmp_path / 'model'}: does not compute what its source does: vit, layer 1: relative ")
+    assert message.startswith(f"{tmp_path / 'model'}: does not reproduce its PyTorch files: vit, layer 1: relative ")
     assert "above 1e-04" in message
     assert max(layer["relative"] for layer in report["layers"] if layer["layer"] == "layer 0") < 5e-6
 
@@ -270,12 +270,8 @@ def test_a_base_without_branches_is_verified(tiny_files, tmp_path, capsys):
     base = without(tiny_files, "vl", "al", "imagebind")
     converted(base, tmp_path / "model")
     out = run(capsys, tmp_path / "model", "--against", tiny_files["config"].parent, "--tokens", 8, "--json")
-    assert {layer["component"] for layer in json.loads(out)["layers"]} == {
-        "vit",
-        "image_qformer",
-        "llama_proj",
-        "llama",
-    }
+    components = {layer["component"] for layer in json.loads(out)["layers"]}
+    assert components == {"vit", "image_qformer", "llama_proj", "llama"}
 
 
 def test_two_files_of_one_component_are_reported(tiny_model, tiny_files, tmp_path, capsys):
@@ -308,12 +304,9 @@ def test_a_source_of_other_components_is_reported(tiny_model, tiny_files, tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--weights-only",), "--weights-only compares with the PyTorch files: name them with --against"),
-        (
-            ("--against", "nowhere"),
-            "nowhere: no such file or directory; give a weight file or a directory of weight files",
-        ),
-        (("--vl", "x.pth"), "no LLaMA directory among the PyTorch files; name it with --llama"),
+        (("--weights-only",), "--weights-only compares with the PyTorch files: give them with --against"),
+        (("--against", "nowhere"), "nowhere: no such file or directory; give a weight file or a directory of them"),
+        (("--vl", "x.pth"), "no LLaMA directory among the PyTorch files; give it with --llama"),
     ],
 )
 def test_invalid_options_are_refused(tiny_model, capsys, arguments, said):
@@ -332,6 +325,6 @@ def test_verify_in_a_process_prints_the_first_difference_and_exits_with_1(tiny_m
     flip_a_byte(model, "vit/positions")
     done = run_vllama("verify", model)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"vllama: {model}: not as it was written: vit/positions (")
+    assert done.stderr.startswith(f"vllama: {model}: corrupt: vit/positions (")
     against = ("--against", tiny_files["config"].parent, "--weights-only")
-    assert "1 weights differ: vit/positions (pos_embed)" in error_line("verify", model, *against)
+    assert "1 array differs: vit/positions (pos_embed)" in error_line("verify", model, *against)
