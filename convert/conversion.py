@@ -105,8 +105,8 @@ def plan(
         base: A model directory or a run that provides all other components. Without it, the language model, "eva_vit"
             and "blip2" are required.
         config: Fields of the model config, which take precedence over those inferred from the files.
-        template: The prompt template. By default that of `config`, else that of `base`, else that of the language
-            model's family.
+        template: The prompt template. By default that of `config`, else that of `base`, unless another family of
+            language models replaces its language model, else the default of the family.
         without: Components of `base`, such as "video_qformer", to replace with new random weights in the shapes of
             the new config. They need not exist in `base`.
         seed: The seed of the new weights.
