@@ -189,7 +189,7 @@ def test_a_delta_must_have_the_tensors_of_its_base(tiny_files, base, tmp_path):
 
 def test_a_delta_needs_its_base_and_must_be_a_directory(tiny_files, base, tmp_path):
     said = one_line(without(tiny_files, "llama") | {"delta": base}, tmp_path)
-    assert said == f"vllama: --delta needs --llama: the language model that {base} is added to"
+    assert said == f"vllama: --delta needs --llama, the language model that {base} is added to"
     (tmp_path / "out").rmdir()
     said = one_line(tiny_files | {"delta": tmp_path / "absent"}, tmp_path)
     assert said == f"vllama: {tmp_path}/absent: no such directory; --delta takes a Hugging Face LLaMA directory"
