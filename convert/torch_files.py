@@ -21,11 +21,7 @@ from vllama_jax.errors import CheckpointError
 from vllama_jax.runtime.extras import import_extra
 
 REMAP_BYTES = 128 * 2**20  # bytes read before a file is mapped again, which takes about 10 ms
-WRAPPERS = (
-    "model",
-    "state_dict",
-    "module",
-)  # keys under which training scripts, Lightning and DeepSpeed nest the state dict
+WRAPPERS = ("model", "state_dict", "module")  # keys of the state dict in files of Lightning, DeepSpeed and others
 LEGACY_PICKLES = 5  # at the start of a file of torch < 1.6: magic number, version, system, tensors, storage keys
 
 # The globals that the pickle of a weight file needs. torch's weights_only allows more: bytearray(n) and

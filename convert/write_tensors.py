@@ -77,9 +77,7 @@ def write_safetensors(path: Path, tensors: Sequence[Tensor], progress: BytesProg
         tensors: The tensors to write.
         progress: Called with the number of bytes written since the last call.
     """
-    tensors = sorted(
-        tensors, key=lambda tensor: -tensor.dtype.itemsize
-    )  # so that all are aligned to their dtype's size
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # aligns all to the size of their dtype
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
