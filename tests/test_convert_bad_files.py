@@ -55,37 +55,40 @@ def zip_bytes(tmp_path: Path) -> bytes:
 NO_WEIGHTS = {
     "empty": (lambda _: b"", "the file is empty; download or copy it again"),
     "lfs": (lambda _: LFS, "a git-lfs pointer, not the file itself; run `git lfs pull`"),
-    "html": (lambda _: b"<!DOCTYPE html><html>404</html>", "a web page, not the file itself"),
+    "html": (lambda _: b"<!DOCTYPE html><html>404</html>", "an HTML page, not the file itself"),
     "random": (lambda _: np.random.default_rng(0).bytes(5000), "neither safetensors nor written by torch"),
     "short": (lambda _: b"abc", "neither safetensors nor written by torch"),
-    "pickle of something else": (lambda _: pickle.dumps({"a": np.ones(3)}), "refused: its pickle holds more than"),
-    "half a pickle": (lambda _: b"\x80\x02\x8a\nl\xfc\x9cF", "not a file of weights, or a damaged one"),
+    "pickle of something else": (
+        lambda _: pickle.dumps({"a": np.ones(3)}),
+        "refused: its pickle contains other objects than",
+    ),
+    "half a pickle": (lambda _: b"\x80\x02\x8a\nl\xfc\x9cF", "not a weight file, or a corrupt one"),
     "noise after a pickle's start": (
         lambda _: b"\x80\x02" + bytes(range(256)),
-        "not a file of weights, or a damaged one",
+        "not a weight file, or a corrupt one",
     ),
-    "truncated torch": (lambda tmp: torch_bytes(tmp)[:2000], "damaged one (File is not a zip file"),
+    "truncated torch": (lambda tmp: torch_bytes(tmp)[:2000], "corrupt one (File is not a zip file"),
     "truncated old torch": (
         lambda tmp: torch_bytes(tmp, _use_new_zipfile_serialization=False)[:-500],
-        "damaged one (unexpected EOF",
+        "corrupt one (unexpected EOF",
     ),
-    "zip of something else": (zip_bytes, "not a file of weights, or a damaged one"),
-    "zip's start and noise": (lambda _: b"PK\x03\x04" + bytes(5000), "not a file of weights, or a damaged one"),
-    "truncated safetensors": (lambda _: safetensors_bytes(header(shape=[900], data_offsets=[0, 3600])), "damaged"),
-    "absurd header length": (lambda _: safetensors_bytes(b"{}", 2**63), "damaged safetensors file"),
-    "header longer than the file": (lambda _: safetensors_bytes(b"{}", 10_000), "damaged safetensors file"),
-    "header that is no JSON": (lambda _: safetensors_bytes(b"{" + b"x" * 50), "damaged safetensors file"),
-    "absurd shape": (lambda _: safetensors_bytes(header(shape=[2**40, 2**40])), "damaged safetensors file"),
-    "offsets beyond the file": (lambda _: safetensors_bytes(header(data_offsets=[2**50, 2**50 + 16])), "damaged"),
-    "negative shape": (lambda _: safetensors_bytes(header(shape=[-4])), "damaged safetensors file"),
-    "shape that is negative twice": (lambda _: safetensors_bytes(header(shape=[-2, -2])), "damaged safetensors file"),
-    "shape of fractions": (lambda _: safetensors_bytes(header(shape=[4.0])), "damaged safetensors file"),
-    "offsets before the file": (lambda _: safetensors_bytes(header(data_offsets=[-16, 0])), "damaged safetensors file"),
-    "overlapping tensors": (lambda _: safetensors_bytes(two_tensors(8)), "damaged safetensors file"),
-    "one place for two tensors": (lambda _: safetensors_bytes(two_tensors(0)), "damaged safetensors file"),
-    "a hole between tensors": (lambda _: safetensors_bytes(two_tensors(32)), "damaged safetensors file"),
-    "header nested too deep": (lambda _: safetensors_bytes(b'{"a":' + b"[" * 10**5), "damaged safetensors file"),
-    "offsets the wrong way": (lambda _: safetensors_bytes(header(data_offsets=[16, 0])), "damaged safetensors file"),
+    "zip of something else": (zip_bytes, "not a weight file, or a corrupt one"),
+    "zip's start and noise": (lambda _: b"PK\x03\x04" + bytes(5000), "not a weight file, or a corrupt one"),
+    "truncated safetensors": (lambda _: safetensors_bytes(header(shape=[900], data_offsets=[0, 3600])), "corrupt"),
+    "absurd header length": (lambda _: safetensors_bytes(b"{}", 2**63), "corrupt safetensors file"),
+    "header longer than the file": (lambda _: safetensors_bytes(b"{}", 10_000), "corrupt safetensors file"),
+    "header that is no JSON": (lambda _: safetensors_bytes(b"{" + b"x" * 50), "corrupt safetensors file"),
+    "absurd shape": (lambda _: safetensors_bytes(header(shape=[2**40, 2**40])), "corrupt safetensors file"),
+    "offsets beyond the file": (lambda _: safetensors_bytes(header(data_offsets=[2**50, 2**50 + 16])), "corrupt"),
+    "negative shape": (lambda _: safetensors_bytes(header(shape=[-4])), "corrupt safetensors file"),
+    "shape that is negative twice": (lambda _: safetensors_bytes(header(shape=[-2, -2])), "corrupt safetensors file"),
+    "shape of fractions": (lambda _: safetensors_bytes(header(shape=[4.0])), "corrupt safetensors file"),
+    "offsets before the file": (lambda _: safetensors_bytes(header(data_offsets=[-16, 0])), "corrupt safetensors file"),
+    "overlapping tensors": (lambda _: safetensors_bytes(two_tensors(8)), "corrupt safetensors file"),
+    "one place for two tensors": (lambda _: safetensors_bytes(two_tensors(0)), "corrupt safetensors file"),
+    "a hole between tensors": (lambda _: safetensors_bytes(two_tensors(32)), "corrupt safetensors file"),
+    "header nested too deep": (lambda _: safetensors_bytes(b'{"a":' + b"[" * 10**5), "corrupt safetensors file"),
+    "offsets the wrong way": (lambda _: safetensors_bytes(header(data_offsets=[16, 0])), "corrupt safetensors file"),
 }
 
 
@@ -102,16 +105,19 @@ def test_a_file_without_weights_is_refused(tiny_files, tmp_path, damage):
 def test_corrupt_safetensors_files_are_refused(tiny_files, tmp_path):
     path = tmp_path / "vl.safetensors"
     path.write_bytes(tiny_files["vl"].read_bytes()[:5])
-    assert f"{path}: damaged safetensors file" in one_line(tiny_files | {"vl": path}, tmp_path)
+    assert f"{path}: corrupt safetensors file" in one_line(tiny_files | {"vl": path}, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ([torch.ones(3)], "not a file of weights (one list, no named tensors)"),
-        (torch.ones(3), "not a file of weights (one Tensor, no named tensors)"),
-        ({"model": {"epoch": 3}}, "not a file of weights ('epoch' in it is not a tensor)"),
-        ({}, "it is not a Video-LLaMA vision-language checkpoint (no tensor video_query_tokens; it holds nothing)"),
+        ([torch.ones(3)], "not a weight file (a list, not named tensors)"),
+        (torch.ones(3), "not a weight file (a Tensor, not named tensors)"),
+        ({"model": {"epoch": 3}}, "not a weight file ('epoch' in it is not a tensor)"),
+        (
+            {},
+            "it is not a Video-LLaMA vision-language checkpoint (no tensor video_query_tokens; it contains no tensors)",
+        ),
     ],
 )
 def test_a_torch_file_without_tensors_is_refused(tiny_files, tmp_path, saved, message):
@@ -135,14 +141,14 @@ def test_a_number_with_a_declared_size_of_a_terabyte_is_refused(tiny_files, tmp_
     tensors[name] = torch.ones([1] * tensor.ndim).expand(2**38, *tensor.shape[1:])
     torch.save(tensors, tmp_path / "file.pth")
     said = one_line(tiny_files | {kind: tmp_path / "file.pth"}, tmp_path)
-    assert said.startswith(f"vllama: {tmp_path}/file.pth: {name} claims [{2**38}, ")
+    assert said.startswith(f"vllama: {tmp_path}/file.pth: {name} has shape [{2**38}, ")
 
 
 def test_a_huge_axis_next_to_an_empty_one_is_refused(tiny_files, tmp_path):
     entry = {"dtype": "F32", "shape": [1, 0, 2**60], "data_offsets": [0, 0]}
     head = json.dumps({"video_query_tokens": entry}).encode()
     (tmp_path / "file.pth").write_bytes(len(head).to_bytes(8, "little") + head)
-    assert "where 3 axes are expected" in one_line(tiny_files | {"vl": tmp_path / "file.pth"}, tmp_path)
+    assert "but 3 axes are expected" in one_line(tiny_files | {"vl": tmp_path / "file.pth"}, tmp_path)
 
 
 def test_zip_whose_names_leave_the_directory_writes_nothing(tiny_files, tmp_path):
@@ -179,7 +185,7 @@ def test_a_hostile_pickle_is_refused_without_running_it(tiny_files, tmp_path, fi
     else:
         torch.save({"model": {"a": Hostile(marker)}}, path, _use_new_zipfile_serialization=layout == "zip")
     said = one_line(tiny_files | {field: path if field in FIELDS else path.parent}, tmp_path)
-    assert f"{path}: refused: its pickle asks to run {os.system.__module__}.system" in said
+    assert f"{path}: refused: its pickle refers to {os.system.__module__}.system" in said
     assert not marker.exists()
 
 
@@ -221,12 +227,14 @@ def test_wrong_kind_of_file_is_named_and_its_option(tiny_files, tmp_path, field,
 def test_weights_of_no_known_component_are_refused(tiny_files, tmp_path):
     save_file({f"layer.{number}": np.ones(3) for number in range(5)}, tmp_path / "other.safetensors")
     said = one_line(tiny_files | {"blip2": tmp_path / "other.safetensors"}, tmp_path)
-    assert "given as --blip2, but it is not BLIP-2 Q-Former weights (no tensor query_tokens; it holds layer.0, " in said
+    assert (
+        "given as --blip2, but it is not BLIP-2 Q-Former weights (no tensor query_tokens; it contains layer.0, " in said
+    )
 
 
 def test_audio_branch_needs_imagebind(tiny_files, tmp_path):
     said = one_line(without(tiny_files, "imagebind"), tmp_path)
-    assert said == "vllama: --al needs --imagebind: the audio branch takes what it encodes"
+    assert said == "vllama: --al needs --imagebind, which encodes the input of the audio branch"
 
 
 # The language model's directory.
@@ -280,7 +288,10 @@ LLAMA_DAMAGES = {
         "rotary scaling 'yarn' is not supported",
     ),
     "half a scaling": (change_config(rope_scaling={"type": "llama3"}), "rotary scaling 'llama3' has no factor, low_"),
-    "more layers": (change_config(num_hidden_layers=80), "holds 3 layers, and llama has 80; its config.json says"),
+    "more layers": (
+        change_config(num_hidden_layers=80),
+        "has 3 layers, but llama.depth is 80; check num_hidden_layers in its config.json",
+    ),
     "absurdly more": (
         change_config(num_hidden_layers=10**9),
         f"num_hidden_layers {WHOLE} 1000000000",

@@ -92,7 +92,7 @@ def test_a_new_component_replaces_only_itself(tiny_files, tiny_model, tmp_path, 
 
 def test_kept_components_are_the_same_bytes(tiny_files, tiny_model, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(arrays, "row_blocks", lambda *_: read.append(1))
+    monkeypatch.setattr(arrays, "iter_row_blocks", lambda *_: read.append(1))
     main(command({"vl": tiny_files["vl"]}, tmp_path / "model", "--base", str(tiny_model)))
     assert hashes(tmp_path / "model") == hashes(tiny_model)
     assert not read
@@ -110,7 +110,7 @@ def test_manifest_records_the_source_of_each_component(tiny_files, tiny_model, t
 
 
 def test_kept_components_can_change_dtype(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(arrays, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(arrays, "SINGLE_FILE_BYTES", 100)
     monkeypatch.setattr(arrays, "CHUNK_BYTES", 5000)  # chunks cut along every axis, with edges
     main(command({}, tmp_path / "half", "--base", str(tiny_model), "--dtype", "float16"))
     main(command({}, tmp_path / "model", "--base", str(tmp_path / "half"), "--dtype", "float32"))
@@ -148,12 +148,12 @@ def test_components_that_do_not_fit_the_base_are_listed(tiny_model, tmp_path):
     with pytest.raises(SystemExit) as stopped:
         main(command({"llama": other["llama"]}, out, "--base", str(tiny_model)))
     assert stopped.value.code.splitlines() == [
-        "vllama: the parts do not fit each other:",
-        f"  {tiny_model}: audio_llama_proj/bias is [64], and [48] is needed",
-        f"  {tiny_model}: audio_llama_proj/kernel is [48, 64], and [48, 48] is needed",
-        f"  {tiny_model}: llama_proj/bias is [64], and [48] is needed",
-        f"  {tiny_model}: llama_proj/kernel is [48, 64], and [48, 48] is needed",
-        "  new weights of the shapes needed, to be trained: --without audio_llama_proj llama_proj",
+        "vllama: the shapes of components do not match:",
+        f"  {tiny_model}: audio_llama_proj/bias is [64], but [48] is needed",
+        f"  {tiny_model}: audio_llama_proj/kernel is [48, 64], but [48, 48] is needed",
+        f"  {tiny_model}: llama_proj/bias is [64], but [48] is needed",
+        f"  {tiny_model}: llama_proj/kernel is [48, 64], but [48, 48] is needed",
+        "  to train new weights of the needed shapes, add --without audio_llama_proj llama_proj",
     ]
     assert not out.exists()
 
@@ -161,7 +161,7 @@ def test_components_that_do_not_fit_the_base_are_listed(tiny_model, tmp_path):
 def test_buffers_are_compared_with_the_base(tiny_files, tiny_model, tmp_path):
     name = "audio_encoder.modality_postprocessors.audio.1.log_logit_scale"
     save_file(load_file(tiny_files["al"]) | {name: np.ones((), np.float32)}, tmp_path / "al.safetensors")
-    with pytest.raises(SystemExit, match=f"differs in {tmp_path}/al.safetensors: {re.escape(name)} is not what"):
+    with pytest.raises(SystemExit, match=f"differs in {tmp_path}/al.safetensors: {re.escape(name)} has other values"):
         main(command({"al": tmp_path / "al.safetensors"}, tmp_path / "model", "--base", str(tiny_model)))
 
 
@@ -201,7 +201,7 @@ def test_a_corrupt_base_is_one_line(tiny_files, tiny_model, tmp_path, damage, me
 def test_an_audio_checkpoint_needs_imagebind_in_the_base(tiny_files, tmp_path):
     main(command(without(tiny_files, "imagebind", "al", "minigpt4"), tmp_path / "sees"))
     said = one_line({"al": tiny_files["al"]}, tmp_path, "--base", str(tmp_path / "sees"))
-    assert said == "vllama: --al needs --imagebind: the audio branch takes what it encodes"
+    assert said == "vllama: --al needs --imagebind, which encodes the input of the audio branch"
 
 
 # Runs.
@@ -240,7 +240,7 @@ def test_a_run_provides_its_full_branch_and_everything_it_trained(tiny_files, ti
         home = seen if path in seen else other if path.split("/")[0] in VL else base
         np.testing.assert_array_equal(leaf, home[path])
     parts = "image_qformer, imagebind/audio, imagebind/vision, llama, vit"
-    said = f"{tmp_path}/run: was trained beside another {parts} than {tiny_model} has"
+    said = f"{tmp_path}/run: was trained with another {parts} than that of {tiny_model}"
     assert said in capsys.readouterr().out
 
 
@@ -297,8 +297,8 @@ def test_runs_that_cannot_be_merged_are_refused(tiny_files, tiny_model, tmp_path
     base = ("--base", str(tiny_model))
     both = {"vl": tmp_path / "vision", "al": tmp_path / "sound"}
     refused = {
-        "both trained ln_vision/bias; take it from one run only": (both, *base),
-        "trained ln_vision/bias, which a file that is given holds too": (both | {"blip2": tiny_files["blip2"]}, *base),
+        "both trained ln_vision/bias; give only one of the two": (both, *base),
+        "trained ln_vision/bias, which a given file contains too": (both | {"blip2": tiny_files["blip2"]}, *base),
         "empty: a run that has no checkpoint yet": ({"vl": tmp_path / "empty"}, *base),
         "gone: its base model /nowhere is not there": (tiny_files | {"vl": gone},),
         "bare: given as --vl, but has no trained vision branch": ({"vl": tmp_path / "bare"}, *base),

@@ -123,7 +123,7 @@ def test_rotary_frequencies_are_not_added(tiny_files, base, tmp_path):
     assert hashes(tmp_path / "model0") == hashes(tmp_path / "model1") == hashes(tmp_path / "model2")
     other = save_llama(tmp_path / "delta2", base, delta | {name: frequencies * 2})
     said = one_line(tiny_files | {"llama": old, "delta": other}, tmp_path)
-    assert f"{name} is neither zero nor that of {old}" in said
+    assert f"{name} is neither zero nor equal to that of {old}" in said
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
@@ -164,7 +164,7 @@ def test_sums_that_are_not_finite_are_refused(tiny_files, base, tmp_path):
         directory = save_llama(tmp_path / f"delta{number}", base, spoiled)
         large = save_llama(tmp_path / f"base{number}", base, weights(base) | {NORM: np.full_like(delta[NORM], 65000)})
         said = one_line(tiny_files | {"llama": large, "delta": directory}, tmp_path)
-        assert said == f"vllama: {directory}: {NORM} + the base's has numbers that are not finite"
+        assert said == f"vllama: {directory}: base + delta of {NORM} is not finite; download both again"
         (tmp_path / "out").rmdir()
 
 
@@ -189,7 +189,7 @@ def test_a_delta_must_have_the_tensors_of_its_base(tiny_files, base, tmp_path):
 
 def test_a_delta_needs_its_base_and_must_be_a_directory(tiny_files, base, tmp_path):
     said = one_line(without(tiny_files, "llama") | {"delta": base}, tmp_path)
-    assert said == f"vllama: --delta needs --llama: the language model that {base} is added to"
+    assert said == f"vllama: --delta needs --llama, the language model that {base} is added to"
     (tmp_path / "out").rmdir()
     said = one_line(tiny_files | {"delta": tmp_path / "absent"}, tmp_path)
     assert said == f"vllama: {tmp_path}/absent: no such directory; --delta takes a Hugging Face LLaMA directory"

@@ -45,7 +45,7 @@ def test_files_are_identified_by_content_and_reported(release, tiny_files, tiny_
         f"{release}/deep/c: ImageBind weights, as --imagebind",
         f"{release}/deep/er/d.ckpt: a Video-LLaMA vision-language checkpoint, as --vl",
         f"{release}/e.safetensors: a Video-LLaMA audio-language checkpoint, as --al",
-        f"{release}: ignored, no weights: README.md",
+        f"{release}: ignored, not weights: README.md",
     ]
 
 
@@ -94,7 +94,7 @@ def test_two_files_of_one_component_are_reported(release, tiny_files, tmp_path, 
     duplicate = shutil.copytree if (release / name).is_dir() else shutil.copyfile
     duplicate(release / name, release / copy)
     said = one_line({}, tmp_path, str(release), *config(tiny_files))
-    assert said == f"vllama: {release}/{name} and {release}/{copy}: both are {what}; say which with {option}"
+    assert said == f"vllama: {release}/{name} and {release}/{copy}: both are {what}; choose one with {option}"
 
 
 def test_one_file_under_two_names_and_links_in_a_circle(release, tiny_files, tiny_model, tmp_path):
@@ -126,23 +126,23 @@ def test_files_of_no_component_are_ignored_and_reported(release, tiny_files, tin
     main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
     assert hashes(tmp_path / "model") == hashes(tiny_model)
     said = capsys.readouterr().out
-    assert f"{release}/bert/model.safetensors: ignored, weights of no part of this model" in said
-    assert f"{release}/llama.safetensors: ignored, LLaMA weights without their config.json" in said
-    assert f"{release}: ignored, no weights: README.md, archive.zip, bert/config.json, made before, " in said
+    assert f"{release}/bert/model.safetensors: ignored, weights of an unknown type" in said
+    assert f"{release}/llama.safetensors: ignored, LLaMA weights without config.json" in said
+    assert f"{release}: ignored, not weights: README.md, archive.zip, bert/config.json, made before, " in said
     assert "picture0.png and 5 more\n" in said
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.pt", "x.bin", "x.ckpt", "x.safetensors"])
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(LFS, "a git-lfs pointer"), (b"", "the file is empty"), (b"PK\x03\x04 half a download", "damaged")],
+    [(LFS, "a git-lfs pointer"), (b"", "the file is empty"), (b"PK\x03\x04 half a download", "corrupt")],
 )
 def test_files_named_like_weights_without_weights_are_refused(release, tiny_files, tmp_path, name, data, message):
     (release / "deep" / name).write_bytes(data)
     said = one_line({}, tmp_path, str(release), *config(tiny_files))
     assert said.startswith(f"vllama: {release}/deep/{name}: ")
     assert message in said
-    assert said.endswith("; if it is no part of the model, move it away from there")
+    assert said.endswith("; if the model does not need this file, move it elsewhere")
 
 
 @pytest.mark.parametrize("name", ["hostile.pth", "hostile"])
@@ -151,7 +151,7 @@ def test_hostile_pickle_in_a_directory_is_not_run(release, tiny_files, tiny_mode
     torch.save({"model": {"video_query_tokens": Hostile(marker)}}, release / name)
     if name.endswith(".pth"):
         said = one_line({}, tmp_path, str(release), *config(tiny_files))
-        assert f"{release}/hostile.pth: refused: its pickle asks to run {os.system.__module__}.system" in said
+        assert f"{release}/hostile.pth: refused: its pickle refers to {os.system.__module__}.system" in said
     else:
         main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
         assert hashes(tmp_path / "model") == hashes(tiny_model)
@@ -166,7 +166,7 @@ def test_missing_components_are_listed(release, tiny_files, tmp_path, missing, s
     for name in missing:
         (release / name).rename(tmp_path / name)
     said = one_line({}, tmp_path, str(release), *config(tiny_files))
-    assert said == f"vllama: every model needs {said_missing}, and {release} holds none"
+    assert said == f"vllama: every model needs {said_missing}; {release} contains none"
 
 
 def test_required_files_are_listed(tiny_files, tmp_path):
@@ -178,8 +178,8 @@ def test_required_files_are_listed(tiny_files, tmp_path):
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("absent", "no such file or directory; give what holds the weights"),
-        ("README.md", "not a directory; give the one that holds the weights"),
+        ("absent", "no such file or directory; give a weight file or a directory of them"),
+        ("README.md", "not a directory; give the directory of the weight files"),
     ],
 )
 def test_other_paths_than_directories_are_refused(release, tmp_path, name, what):

@@ -91,15 +91,15 @@ def test_only_needed_files_are_downloaded(tmp_path, monkeypatch):
 def test_uncached_repositories_are_a_one_line_error(tiny_files, tmp_path, cache):
     said = one_line(tiny_files | {"llama": "hf://someone/llama"}, tmp_path)
     assert said == (
-        "vllama: hf://someone/llama: not (all) in the cache, and the hub cannot be reached; "
-        "go online once (HF_HUB_OFFLINE unset)"
+        "vllama: hf://someone/llama: not completely cached, and the hub cannot be reached; "
+        "go online and unset HF_HUB_OFFLINE"
     )
 
 
 def test_a_file_and_a_shard_that_are_not_cached(tiny_files, tmp_path, cache):
     put(cache, "someone/vl", {"vl.pth": tiny_files["vl"]})
     assert one_line(tiny_files | {"vl": "hf://someone/vl/al.pth"}, tmp_path) == (
-        "vllama: hf://someone/vl: has no file al.pth"
+        "vllama: hf://someone/vl: file al.pth not found"
     )
     (tmp_path / "out").rmdir()
     index = tmp_path / "model.safetensors.index.json"
@@ -114,7 +114,7 @@ def test_a_file_and_a_shard_that_are_not_cached(tiny_files, tmp_path, cache):
 @pytest.mark.parametrize("address", ["hf://alone", "hf:/a", "hf://a/", "hf://a@b"])
 def test_invalid_hub_addresses_are_refused(tiny_files, tmp_path, cache, address):
     said = one_line(tiny_files | {"llama": address}, tmp_path)
-    assert said.startswith(f"vllama: {Path(address)}: not an address on the hub; name it as hf://org/name or ")
+    assert said.startswith(f"vllama: {Path(address)}: not an address on the hub; write hf://org/name or ")
 
 
 class Response:
@@ -127,9 +127,9 @@ class Response:
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (errors.GatedRepoError("x", response=Response()), "its owner asks to accept a licence first"),
-        (errors.RepositoryNotFoundError("x", response=Response()), "no such repository, or a private one"),
-        (errors.RevisionNotFoundError("x", response=Response()), "no such revision"),
+        (errors.GatedRepoError("x", response=Response()), "gated repository; accept its license on its page"),
+        (errors.RepositoryNotFoundError("x", response=Response()), "repository not found, or private"),
+        (errors.RevisionNotFoundError("x", response=Response()), "revision not found"),
         (errors.HFValidationError("bad\nname"), "cannot be downloaded (bad name)"),
         (OSError("disk full"), "cannot be downloaded (disk full)"),
     ],

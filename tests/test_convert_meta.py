@@ -146,7 +146,7 @@ def reshard(change):
 
 DAMAGES = {
     "first shard": (lambda d: (d / "consolidated.00.pth").unlink(), "consolidated.00.pth is missing; download all"),
-    "last shard": (lambda d: (d / "consolidated.01.pth").unlink(), "q_proj.weight is [32, 64], and [64, 64] is needed"),
+    "last shard": (lambda d: (d / "consolidated.01.pth").unlink(), "q_proj.weight is [32, 64], but [64, 64] is needed"),
     "no shard": (lambda d: [path.unlink() for path in d.glob("*.pth")], "no config.json; --llama takes a Hugging Face"),
     "empty shard": (lambda d: (d / "consolidated.01.pth").write_bytes(b""), "consolidated.01.pth: the file is empty"),
     "tensor gone": (reshard(lambda held: held.pop("norm.weight")), "consolidated.01.pth has other tensors than"),
@@ -162,13 +162,13 @@ DAMAGES = {
     "no layers": (params(n_layers=0), f"params.json: n_layers {COUNT} 0"),
     "heads": (params(n_heads=5), "params.json: a width of 64 cannot have 5 heads"),
     "absurd layers": (params(n_layers=10**9), f"n_layers {COUNT} 1000000000"),
-    "key heads": (params(n_kv_heads=4), "k_proj.weight is [32, 64], and [64, 64] is needed"),
+    "key heads": (params(n_kv_heads=4), "k_proj.weight is [32, 64], but [64, 64] is needed"),
     "no epsilon": (
         lambda d: (d / "params.json").write_text('{"dim":64,"n_layers":3,"n_heads":4}'),
         f"norm_eps {ABOVE} 1, not None",
     ),
-    "scaling": (params(use_scaled_rope=True), "its rotary scaling is not told in full"),
-    "other base": (params(rope_theta=5e5), "inv_freq is not what these files make it"),
+    "scaling": (params(use_scaled_rope=True), "the parameters of its rotary scaling are missing"),
+    "other base": (params(rope_theta=5e5), "inv_freq has other values than these files imply"),
     "no JSON": (lambda d: (d / "params.json").write_text("{"), "params.json: not JSON"),
     "tokenizer": (lambda d: (d / "tokenizer.model").unlink(), "no tokenizer in"),
 }
@@ -191,5 +191,5 @@ def test_a_hostile_shard_is_refused_without_running_it(tiny_files, metas, tmp_pa
     path = directory / f"consolidated.0{shard}.pth"
     torch.save({"norm.weight": Hostile(tmp_path / "marker")}, path)
     said = one_line(tiny_files | {"llama": directory}, tmp_path)
-    assert f"{path}: refused: its pickle asks to run {os.system.__module__}.system" in said
+    assert f"{path}: refused: its pickle refers to {os.system.__module__}.system" in said
     assert not (tmp_path / "marker").exists()

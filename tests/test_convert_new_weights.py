@@ -75,10 +75,13 @@ def test_another_seed_gives_other_weights(tiny_model, tmp_path):
 def test_components_that_cannot_be_new_are_refused(tiny_files, tiny_model, tmp_path):
     base = ("--base", str(tiny_model))
     refused = {
-        "--without video_qfromer: no such component; did you mean 'video_qformer'?": ({}, *base, "video_qfromer"),
-        "--without nothing: no such component; the model has audio_llama_proj, audio_pos": ({}, *base, "nothing"),
-        "--without llama_proj: leaves a component of --base out; give a base": (tiny_files, "llama_proj"),
-        "--without llama_proj: a file or a run that is given holds it; leave one out": (
+        "--without video_qfromer: unknown component; did you mean 'video_qformer'?": ({}, *base, "video_qfromer"),
+        "--without nothing: unknown component; the model has audio_llama_proj, audio_pos": ({}, *base, "nothing"),
+        "--without llama_proj: needs --base, the model directory whose component is replaced": (
+            tiny_files,
+            "llama_proj",
+        ),
+        "--without llama_proj: a file or run provides this component; leave one of the two out": (
             {"vl": tiny_files["vl"]},
             *base,
             "llama_proj",

@@ -63,7 +63,7 @@ def test_frequencies_in_any_precision_are_accepted(tiny_files, tmp_path, rounded
     cfg = dataclasses.replace(LLAMA, rope_theta=theta)
     stored = ROUNDED[rounded](rope_frequencies(cfg))
     files = changed_llama(tiny_files, tmp_path, {INV_FREQ.format(0): stored}, rope_theta=theta)
-    assert any("rotary frequencies are computed" in reason for reason in plan(files).left_out)
+    assert any("rotary frequencies, equal to the computed" in reason for reason in plan(files).left_out)
 
 
 @pytest.mark.parametrize("rounded", ["float32", "float16", "bfloat16", "bfloat16, widened"])
@@ -71,7 +71,7 @@ def test_frequencies_in_any_precision_are_accepted(tiny_files, tmp_path, rounded
 def test_frequencies_of_another_model_are_refused(tiny_files, tmp_path, rounded, theta):
     stored = ROUNDED[rounded](rope_frequencies(dataclasses.replace(LLAMA, rope_theta=theta)))
     said = refusal(changed_llama(tiny_files, tmp_path, {INV_FREQ.format(0): stored}), tmp_path)
-    assert f"{INV_FREQ.format(0)} is not what these files make it" in said
+    assert f"{INV_FREQ.format(0)} has other values than these files imply" in said
 
 
 @pytest.mark.parametrize("divisor", [1, 4])
@@ -89,7 +89,7 @@ def test_frequencies_of_another_linear_scaling_are_refused(tiny_files, tmp_path)
         {INV_FREQ.format(1): rope_frequencies(LLAMA) / np.float32(2)},
         rope_scaling={"type": "linear", "factor": 4.0},
     )
-    assert "is not what these files make it" in refusal(files, tmp_path)
+    assert "has other values than these files imply" in refusal(files, tmp_path)
 
 
 # What is dropped as redundant is compared.
@@ -104,7 +104,7 @@ def test_a_head_is_tied_only_where_it_is_the_embeddings(tmp_path, same, capsys):
     head = embedding if same else np.random.default_rng(0).standard_normal(embedding.shape, np.float32)
     files = changed_llama(files, tmp_path, {"lm_head.weight": head})
     main(command(files, tmp_path / "model"))
-    note = "tie_word_embeddings is true in its config.json, but lm_head.weight is not the embeddings: not tied"
+    note = "ignored tie_word_embeddings of its config.json; lm_head.weight differs from the embeddings"
     assert (note in capsys.readouterr().out) != same
     assert open_model(tmp_path / "model").config.llama.tie_embeddings == same
     assert ("llama/head/kernel" in hashes(tmp_path / "model")) != same
@@ -114,20 +114,20 @@ def test_imagebind_weights_in_an_audio_checkpoint_are_compared(tiny_files, tmp_p
     name = "modality_trunks.audio.blocks.0.norm_1.weight"
     held = load_file(tiny_files["imagebind"])[name]
     files = changed(tiny_files, "al", tmp_path, lambda t: t.update({f"audio_encoder.{name}": held}))
-    assert any("equal to what --imagebind gives" in reason for reason in plan(files).left_out)
+    assert any("equal to that of --imagebind" in reason for reason in plan(files).left_out)
     files = changed(tiny_files, "al", tmp_path, lambda t: t.update({f"audio_encoder.{name}": held + 1}))
-    assert f"differs in {files['al']}: audio_encoder.{name} is not what" in refusal(files, tmp_path)
+    assert f"differs in {files['al']}: audio_encoder.{name} has other values" in refusal(files, tmp_path)
 
 
 def test_unknown_imagebind_weights_are_refused(tiny_files, tmp_path):
     files = changed(tiny_files, "al", tmp_path, lambda t: t.update({"audio_encoder.new.weight": np.ones(3)}))
-    assert f"not used from {files['al']}: audio_encoder.new.weight [3]" in refusal(files, tmp_path)
+    assert f"unexpected in {files['al']}: audio_encoder.new.weight [3]" in refusal(files, tmp_path)
 
 
 def test_frequencies_under_an_unknown_name_are_refused(tiny_files, tmp_path):
     name = "llama_model.other.rotary_emb.inv_freq"
     files = changed(tiny_files, "vl", tmp_path, lambda t: t.update({name: np.ones(8)}))
-    assert f"not used from {files['vl']}: {name} [8]" in refusal(files, tmp_path)
+    assert f"unexpected in {files['vl']}: {name} [8]" in refusal(files, tmp_path)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -135,9 +135,9 @@ def test_a_vision_branch_in_an_audio_checkpoint_is_compared_with_that_of_vl(tiny
     bias = load_file(tiny_files["vl"])["llama_proj.bias"] + (not same)
     files = changed(tiny_files, "al", tmp_path, lambda t: t.update({"llama_proj.bias": bias}))
     if same:
-        assert any("the vision branch, equal to what --vl gives" in reason for reason in plan(files).left_out)
+        assert any("the vision branch, equal to that of --vl" in reason for reason in plan(files).left_out)
     else:
-        assert f"differs in {files['al']}: llama_proj.bias is not what" in refusal(files, tmp_path)
+        assert f"differs in {files['al']}: llama_proj.bias has other values" in refusal(files, tmp_path)
 
 
 def test_weights_in_two_formats_are_reported(tiny_files, tmp_path):
@@ -209,7 +209,7 @@ def repacked(path: Path, out: Path, change=lambda name, data: data, method=zipfi
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_compressed_entries_are_refused(tiny_files, tmp_path, method):
     path = repacked(saved(tiny_files, tmp_path / "old.pth"), tmp_path / "file.pth", method=method)
-    assert f"{path}: its zip entries are compressed" in one_line(tiny_files | {"vl": path}, tmp_path)
+    assert f"{path}: compressed or encrypted zip entries" in one_line(tiny_files | {"vl": path}, tmp_path)
 
 
 def test_stored_entries_without_alignment_are_read(tiny_files, tmp_path):
@@ -223,7 +223,7 @@ def test_two_entries_of_one_name_are_refused(tiny_files, tmp_path):
     path = saved(tiny_files, tmp_path / "file.pth")
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         archive.writestr("file/data/0", b"other")
-    assert "has several zip entries of one name" in one_line(tiny_files | {"vl": path}, tmp_path)
+    assert "has duplicate zip entries" in one_line(tiny_files | {"vl": path}, tmp_path)
 
 
 class Call:
@@ -253,7 +253,7 @@ def test_a_small_file_allocates_nothing_large(tiny_files, tmp_path, name, layout
     path = tmp_path / "file.pth"
     torch.save({"video_query_tokens": CALLS[name]()}, path, _use_new_zipfile_serialization=layout == "zip")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert f"{path}: refused: its pickle asks to run " in one_line(tiny_files | {"vl": path}, tmp_path)
+    assert f"{path}: refused: its pickle refers to " in one_line(tiny_files | {"vl": path}, tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
@@ -272,7 +272,7 @@ def test_a_tensor_beyond_its_storage(tiny_files, tmp_path):
 
 def test_a_pickle_of_a_newer_protocol(tiny_files, tmp_path):
     (tmp_path / "file.pth").write_bytes(pickle.dumps({"a": Call(bytearray, HUGE)}, protocol=4))
-    assert "refused: its pickle holds more than tensors" in one_line(
+    assert "refused: its pickle contains other objects than tensors" in one_line(
         tiny_files | {"vl": tmp_path / "file.pth"}, tmp_path
     )
 
@@ -309,8 +309,8 @@ def test_wrong_directories_for_the_language_model(tiny_files, tiny_model, tmp_pa
     for number, (directory, message) in enumerate(
         {
             empty: "consolidated.00.pth; it is empty",
-            weights: "consolidated.00.pth; it holds finetune.pth",
-            tiny_model: "made by `vllama convert`, where --llama takes a LLaMA; give it as --base",
+            weights: "consolidated.00.pth; it contains finetune.pth",
+            tiny_model: "a model directory, not a Hugging Face LLaMA directory; give it as --base",
         }.items()
     ):
         (tmp_path / str(number)).mkdir()

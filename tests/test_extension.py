@@ -166,7 +166,7 @@ def test_verify_compares_every_layer_of_the_tower(extension, files, model):
 
 
 def test_files_of_two_towers_are_refused(extension, files, tiny_files):
-    with pytest.raises(ConfigError, match="--eva-vit and SigLIP vision weights hold the same component"):
+    with pytest.raises(ConfigError, match="--eva-vit and SigLIP vision weights contain the same component"):
         plan(without(files, "minigpt4") | {"eva_vit": tiny_files["eva_vit"]})
     with pytest.raises(ConfigError, match="every model needs --eva-vit or SigLIP vision weights"):
         plan(without(files, "minigpt4", "siglip"))

@@ -95,7 +95,7 @@ def test_inspect_of_a_run_without_digests(run, tiny_model, tmp_path, capsys):
 
 
 def test_a_run_has_no_pytorch_source(run, tiny_model, tiny_files, capsys):
-    with pytest.raises(SystemExit, match=f"{run}: a run; what it was made from is {tiny_model}"):
+    with pytest.raises(SystemExit, match=f"{run}: a run; compare its base model, {tiny_model}"):
         told(capsys, "verify", run, "--against", tiny_files["config"].parent, "--weights-only")
 
 

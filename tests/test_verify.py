@@ -240,7 +240,7 @@ def test_a_wrong_rope_theta_is_located(tiny_model, tiny_files, tmp_path, capsys)
     fields["model"]["llama"]["rope_theta"] = 10100.0
     (model / "config.json").write_text(json.dumps(fields))
     message, out = verify_error(capsys, model, *options(tiny_files))
-    assert "config.json says llama.rope_theta is 10100.0, the source 10000.0; llama, layer 0: relative " in message
+    assert "llama.rope_theta is 10100.0 in config.json, but 10000.0 in the source; llama, layer 0: relative " in message
     assert "logits of 1024 tokens" in out
     assert "vit, " not in message
 
@@ -277,7 +277,9 @@ def test_a_base_without_branches_is_verified(tiny_files, tmp_path, capsys):
 def test_two_files_of_one_component_are_reported(tiny_model, tiny_files, tmp_path, capsys):
     other = shutil.copy(tiny_files["vl"], tmp_path / "other.safetensors")
     message, _ = verify_error(capsys, tiny_model, "--against", tiny_files["config"].parent, tmp_path)
-    expected = f"{tiny_files['vl']} and {other}: both are a Video-LLaMA vision-language checkpoint; say which with --vl"
+    expected = (
+        f"{tiny_files['vl']} and {other}: both are a Video-LLaMA vision-language checkpoint; choose one with --vl"
+    )
     assert message == expected
 
 
@@ -293,7 +295,7 @@ def test_a_tensor_missing_from_the_source_is_reported(tiny_model, tiny_files, tm
 def test_a_source_of_other_components_is_reported(tiny_model, tiny_files, tmp_path, capsys):
     message, _ = verify_error(capsys, tiny_model, *options(without(tiny_files, "vl")))
     assert message.startswith(f"{tiny_model}: has frame_positions, ")
-    assert "which nothing in the source makes; name the file that it came from" in message
+    assert "but the source does not; add the file that it was converted from" in message
     converted(without(tiny_files, "vl", "minigpt4"), tmp_path / "model")
     message, _ = verify_error(capsys, tmp_path / "model", *options(tiny_files), "--weights-only")
     assert message.startswith(f"{tmp_path / 'model'}: has no frame_positions, ")
@@ -303,7 +305,7 @@ def test_a_source_of_other_components_is_reported(tiny_model, tiny_files, tmp_pa
     ("arguments", "said"),
     [
         (("--weights-only",), "--weights-only compares with the PyTorch files: give them with --against"),
-        (("--against", "nowhere"), "nowhere: no such file or directory; give what holds the weights"),
+        (("--against", "nowhere"), "nowhere: no such file or directory; give a weight file or a directory of them"),
         (("--vl", "x.pth"), "no LLaMA directory among the PyTorch files; give it with --llama"),
     ],
 )

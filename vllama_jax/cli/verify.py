@@ -119,7 +119,7 @@ def verify(
 
 def _verify_files(model: Path, base: Path | None, json_output: bool) -> None:
     """Check the hashes of a model directory, and for a run also of all checkpoints."""
-    from vllama_jax.convert.verify.weights import check_checkpoints, damage, summarize
+    from vllama_jax.convert.verify.weights import check_checkpoints, find_corrupt_weights, summarize
 
     runs, base_model = find_runs(model, base)
     with bytes_bar(sum(map(_checkpoint_bytes, runs))) as progress:
@@ -129,7 +129,7 @@ def _verify_files(model: Path, base: Path | None, json_output: bool) -> None:
     leaves = directory.manifest["leaves"]
     size = sum(_weight_bytes(leaf) for leaf in leaves.values())
     with bytes_bar(size) as progress:
-        corrupt |= (corrupt_weights := damage(directory, progress))
+        corrupt |= (corrupt_weights := find_corrupt_weights(directory, progress))
     if json_output:
         report = {"weights": len(leaves), "bytes": size, "corrupt": corrupt}
         report |= {"checkpoints": [vars(found) | {"path": str(found.path)} for found in checkpoints]} if runs else {}
