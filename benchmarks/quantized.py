@@ -36,9 +36,11 @@ def write_model(folder: Path) -> Path:
     """Write a model directory with random weights."""
     cfg = dataclasses.replace(tiny(), llama=LLAMA, vit=dataclasses.replace(EVA_G, depth=4))
     files = write_tiny(folder / "files", config=cfg)
-    pieces = {kind: path for kind, path in files.items() if kind not in ("llama", "config")}
+    components = {name: path for name, path in files.items() if name not in ("llama", "config")}
     config = json.loads(files["config"].read_text())
-    vl.convert.convert(vl.convert.plan(llama_directory=files["llama"], files=pieces, config=config), folder / "model")
+    vl.convert.convert(
+        vl.convert.plan(llama_directory=files["llama"], files=components, config=config), folder / "model"
+    )
     return folder / "model"
 
 

@@ -77,14 +77,14 @@ def split_computations(text: str) -> dict[str, str]:
 
 def sum_all_reduces(text: str) -> float:
     """Return the bytes of all all-reduces in a step."""
-    bodies, seen = split_computations(text), set()
+    bodies, counted = split_computations(text), set()
 
     def visit(name: str, iterations: int) -> float:
         total, body = 0.0, bodies[name]
         for result, channel in ALL_REDUCE.findall(body):
             sizes = [BYTES[t] * math.prod(map(int, filter(None, d.split(",")))) for t, d in ARRAY.findall(result)]
-            total += 0 if channel in seen else 2 * iterations * sum(sizes)
-            seen.add(channel)
+            total += 0 if channel in counted else 2 * iterations * sum(sizes)
+            counted.add(channel)
         for condition, inner in re.findall(r"while\(.*?condition=%?([\w.-]+), body=%?([\w.-]+)", body):
             limits = map(int, re.findall(r"constant\((\d+)\)", bodies[condition]))
             total += visit(inner, iterations * max(limits, default=1))

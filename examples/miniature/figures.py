@@ -215,8 +215,12 @@ def write_figures(out: Path, folder: Path) -> None:
         "scale": plot_scale_sweep(seeds),
         "noise": plot_noise_sweep(seeds),
         "losses": plot_losses(runs),
-        "seen": attention.plot_over_frames(frames, np.asarray(attention.attended_patches(model.network, bell.frames))),
-        "heard": attention.plot_over_mels(ends, np.asarray(attention.attended_mel_patches(tower, cfg, ends)), cfg),
+        "frame_attention": attention.plot_over_frames(
+            frames, np.asarray(attention.attended_patches(model.network, bell.frames))
+        ),
+        "audio_attention": attention.plot_over_mels(
+            ends, np.asarray(attention.attended_mel_patches(tower, cfg, ends)), cfg
+        ),
     }
     folder.mkdir(parents=True, exist_ok=True)
     for name, figure in figures.items():

@@ -75,9 +75,9 @@ def make_base_model(out: Path, seed: int, recipe: Recipe, log: Log) -> None:
         return
     write_world(out / "world", recipe.amounts, seed, log)
     tokenizer = _load_or_train_tokenizer(out, seed)
-    parts = out / "parts"
+    folder = out / "parts"
     llama = load_or_train(
-        parts,
+        folder,
         "llama",
         Llama(language.CONFIG, rngs=nnx.Rngs(0)),
         lambda: language.train_language_model(
@@ -86,7 +86,7 @@ def make_base_model(out: Path, seed: int, recipe: Recipe, log: Log) -> None:
     )
     images = draw_images(recipe.pictures, seed)
     vision = load_or_train(
-        parts,
+        folder,
         "towers",
         towers.Towers(tokenizer.vocab_size, rngs=nnx.Rngs(0)),
         lambda: towers.train_towers(images, tokenizer, steps=recipe.tower_steps, batch_size=64, seed=seed, log=log),
@@ -95,7 +95,7 @@ def make_base_model(out: Path, seed: int, recipe: Recipe, log: Log) -> None:
     for aspect, (eva, imagebind) in accuracies.items():
         log(f"vision towers, accuracy of {aspect} on held-out combinations: EVA {eva:.3f}, ImageBind {imagebind:.3f}")
     audio = load_or_train(
-        parts,
+        folder,
         "hearing",
         AudioTower(audio_tower.AUDIO, towers.EMBED_DIM, rngs=nnx.Rngs(0)),
         lambda: audio_tower.train_audio_tower(
@@ -108,7 +108,7 @@ def make_base_model(out: Path, seed: int, recipe: Recipe, log: Log) -> None:
         ),
     )
     captions = load_or_train(
-        parts,
+        folder,
         "captioner",
         captioner.Captioner(rngs=nnx.Rngs(0)),
         lambda: captioner.train_captioner(

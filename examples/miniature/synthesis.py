@@ -11,9 +11,7 @@ from scipy import signal
 
 SAMPLE_RATE = 16_000
 QUIETEST, LOUDEST = -26.0, -12.0  # dBFS, of the RMS
-LOUDNESS_APART = (
-    3.0  # dB, the maximum difference of a sound from the loudness of its soundtrack, so that noise masks none
-)
+LOUDNESS_APART = 3.0  # dB, between sounds of one soundtrack at most, so that noise masks neither
 SILENCE = (-80.0, -65.0)  # dBFS, of the noise in silence
 FADE = 0.008  # seconds, at both ends and between sounds
 SPREAD = 1.3  # pitches vary by a factor between 1 / SPREAD and SPREAD
