@@ -11,7 +11,7 @@ from scipy import signal
 
 SAMPLE_RATE = 16_000
 QUIETEST, LOUDEST = -26.0, -12.0  # dBFS, of the RMS
-LOUDNESS_APART = 3.0  # dB, between sounds of one soundtrack at most, so that noise masks neither
+MAX_LOUDNESS_OFFSET = 3.0  # dB, of a sound from its soundtrack's loudness; small, so that noise masks no sound
 SILENCE = (-80.0, -65.0)  # dBFS, of the noise in silence
 FADE = 0.008  # seconds, at both ends and between sounds
 SPREAD = 1.3  # pitches vary by a factor between 1 / SPREAD and SPREAD
@@ -41,11 +41,11 @@ def soundtrack(
     overlap = round(FADE * SAMPLE_RATE)  # of two sounds, whose fades make a cross fade
     seams = np.linspace(0, count, len(kinds) + 1).round().astype(int)
     shared = rng.uniform()
-    apart = LOUDNESS_APART / (LOUDEST - QUIETEST)
+    offset = MAX_LOUDNESS_OFFSET / (LOUDEST - QUIETEST)
     segments = []
     for kind, start, stop in zip(kinds, seams[:-1], seams[1:], strict=True):
         start, stop = max(start - overlap // 2, 0), min(stop + overlap - overlap // 2, count)
-        loudness = np.clip(shared + rng.uniform(-apart, apart), 0, 1)
+        loudness = np.clip(shared + rng.uniform(-offset, offset), 0, 1)
         segments.append((start, _synthesize_at_loudness(kind, stop - start, loudness, rng)))
     waveform = _mix(count, segments)
     if snr_db is not None:  # drawn last, so that the signal is the same with and without noise
@@ -256,7 +256,7 @@ def _cat(count: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _clock(count: int, rng: np.random.Generator) -> np.ndarray:
-    """Tick: a higher and a lower click in turn, at a ones rate."""
+    """Tick: a higher and a lower click in turn, at a steady rate."""
     length = round(0.06 * SAMPLE_RATE)
     times = _make_times(length)
     base_pitch, clicks = _vary(1_800, rng), []
@@ -273,10 +273,10 @@ def _clock(count: int, rng: np.random.Generator) -> np.ndarray:
 
 def _horn(count: int, rng: np.random.Generator) -> np.ndarray:
     """Honk: blasts of two tones, about 300 and 370 Hz."""
-    base_pitch, apart = _vary(300, rng), _vary(1.235, rng, 1.03)
+    base_pitch, ratio = _vary(300, rng), _vary(1.235, rng, 1.03)
     strengths = 1 / np.arange(1, 25)
     ones = np.ones(count, np.float32)
-    both = _tone(ones * base_pitch, strengths, rng) + _tone(ones * (base_pitch * apart), strengths, rng)
+    both = _tone(ones * base_pitch, strengths, rng) + _tone(ones * (base_pitch * ratio), strengths, rng)
     blasts = _draw_bursts(count, (0.25, 0.7), (0.12, 0.3), rng)
     return both * _mix(count, [(start, _make_envelope(length, 0.015, 0.03)) for start, length in blasts])
 
@@ -299,12 +299,12 @@ def _flute(count: int, rng: np.random.Generator) -> np.ndarray:
 def _guitar(count: int, rng: np.random.Generator) -> np.ndarray:
     """Strum: chords of plucked strings (Karplus-Strong)."""
     root = _vary(110, rng)
-    late = round(rng.uniform(0.008, 0.02) * SAMPLE_RATE)  # samples between two strings
+    delay = round(rng.uniform(0.008, 0.02) * SAMPLE_RATE)  # samples between two strings
     length = round(0.9 * SAMPLE_RATE)
     strums = []
     for step in rng.choice([0, 3, 5, 7], 2, replace=False):
         chord = root * 2 ** ((step + np.array([0, 7, 12, 16, 19])) / 12)
-        strums.append(_mix(length, [(late * i, _pluck_string(pitch, length, rng)) for i, pitch in enumerate(chord)]))
+        strums.append(_mix(length, [(delay * i, _pluck_string(pitch, length, rng)) for i, pitch in enumerate(chord)]))
         strums[-1] *= _make_envelope(length, 0.001, 0.1)
     starts = [start for start, _ in _draw_bursts(count, (0.0, 0.0), (0.3, 0.6), rng)]
     return _mix(count, [(start, strums[int(rng.integers(2))]) for start in starts])
