@@ -211,4 +211,4 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["measure"]:
         measure(sys.argv[2], Path(sys.argv[3]), int(sys.argv[4]))
     else:
-        main(tyro.cli(Options, description=__doc__))
+        main(tyro.cli(Options, description=(__doc__ or "").split("\n\n")[0]))
