@@ -177,7 +177,7 @@ def test_an_invalid_results_file_is_an_error(tmp_path):
     for name, text in (("none.json", None), ("broken.json", "{"), ("other.json", '{"seed": 0}')):
         if text is not None:
             (tmp_path / name).write_text(text)
-        with pytest.raises(DataError, match=f"{name}: no results of a miniature"):
+        with pytest.raises(DataError, match=f"{name}: not a results file of a miniature"):
             figures.read_results(tmp_path / name)
 
 

@@ -40,7 +40,8 @@ def test_the_audio_branch_trains_without_audio():
 
 def test_a_directory_of_another_seed_or_recipe_is_refused(tmp_path):
     replace_json(tmp_path / "recipe.json", {"seed": 2, **dataclasses.asdict(SHORT), "pictures": 90})
-    with pytest.raises(ConfigError, match=r"was begun otherwise \(pictures was 90, now 100, seed was 2, now 0\)"):
+    message = r"was started with another seed or recipe \(pictures was 90, now 100, seed was 2, now 0\)"
+    with pytest.raises(ConfigError, match=message):
         make_base_model(tmp_path, 0, SHORT, print)
 
 
@@ -83,10 +84,10 @@ def test_the_recipe_trains_and_evaluates_a_model(tmp_path, monkeypatch):
     assert open_model(tmp_path / "base").digest == whole
 
     longer = dataclasses.replace(SHORT, steps_of_runs=3)
-    with pytest.raises(VllamaError, match="`vllama train` failed, as it says above"):  # it is a run of other steps
+    with pytest.raises(VllamaError, match="`vllama train` failed, see above"):  # it is a run of other steps
         train_branches(tmp_path, longer, said.append)
     monkeypatch.setattr(recipe, "run_vllama", lambda *_: None)
-    with pytest.raises(VllamaError, match=r"vision1 was stopped before its end; run the same command again"):
+    with pytest.raises(VllamaError, match=r"vision1 was stopped before its last step; run the same command to resume"):
         train_branches(tmp_path, longer, said.append)
     lines = (tmp_path / "audio2" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == SHORT.steps_of_runs
