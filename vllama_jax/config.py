@@ -450,7 +450,7 @@ def video_llama_7b(template: str = "vicuna") -> VideoLlamaConfig:
     Args:
         template: "vicuna" for Vicuna-7B, "llama_2" for LLaMA-2-7B-chat.
     """
-    return video_llama(_llama(LLAMA_7B, template), template)
+    return video_llama(_set_llama_version(LLAMA_7B, template), template)
 
 
 def video_llama_13b(template: str = "vicuna") -> VideoLlamaConfig:
@@ -459,10 +459,10 @@ def video_llama_13b(template: str = "vicuna") -> VideoLlamaConfig:
     Args:
         template: "vicuna" for Vicuna-13B, "llama_2" for LLaMA-2-13B-chat.
     """
-    return video_llama(_llama(LLAMA_13B, template), template)
+    return video_llama(_set_llama_version(LLAMA_13B, template), template)
 
 
-def _llama(llama: LlamaConfig, template: str) -> LlamaConfig:
+def _set_llama_version(llama: LlamaConfig, template: str) -> LlamaConfig:
     """Set LLaMA 2's context length and RMSNorm epsilon for its template."""
     return dataclasses.replace(llama, max_length=4096, norm_eps=1e-5) if template == "llama_2" else llama
 

@@ -188,7 +188,7 @@ def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirecto
             raise CheckpointError(
                 f"{run.base}: not the base model that {run.path} was trained on; set the right one with --base"
             )
-        trained = open_trained_weights(_last_weights(run.path), run.lora)
+        trained = open_trained_weights(_find_last_weights(run.path), run.lora)
         directory = dataclasses.replace(directory, trained=(*directory.trained, trained))
     return directory
 
@@ -214,7 +214,7 @@ def find_runs(path: str | Path, base: str | Path | None = None) -> tuple[list[Ru
             raise CheckpointError(
                 f"{path / 'config.json'}: the run is its own base model; set the right one with --base"
             )
-        runs.append(_run(path, fields, base))
+        runs.append(_open_run(path, fields, base))
         path, base = runs[-1].base, None
     return runs, path
 
@@ -243,7 +243,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return fields
 
 
-def _run(path: Path, fields: dict[str, Any], base: str | Path | None) -> RunDirectory:
+def _open_run(path: Path, fields: dict[str, Any], base: str | Path | None) -> RunDirectory:
     """Find the base model of a run: `base`, or the path in config.json, or the miniature, or a sibling of the run."""
     where, config = path / "config.json", fields.get("run")
     recorded = from_dict(fields["base"], BaseReference, f"{where}: base")
@@ -273,9 +273,9 @@ def _open_model_directory(path: Path) -> ModelDirectory:
     manifest = read_object(path / "manifest.json")
     _check_format(path / "manifest.json", manifest, "leaves")
     check_manifest(manifest["leaves"], str(path / "manifest.json"))
-    if not _are_sources(manifest.get("sources")):
+    if not _are_valid_sources(manifest.get("sources")):
         raise CheckpointError(f"{path / 'manifest.json'}: sources must be lists of files; convert the model again")
-    return ModelDirectory(path, _model_config(path, read_config(path)), manifest)
+    return ModelDirectory(path, _read_model_config(path, read_config(path)), manifest)
 
 
 def _find_pytorch_weights(directory: Path) -> str:
@@ -285,7 +285,7 @@ def _find_pytorch_weights(directory: Path) -> str:
     return next((str(file.relative_to(directory)) for file in files), "")
 
 
-def _are_sources(sources: Any) -> bool:
+def _are_valid_sources(sources: Any) -> bool:
     """Return whether a manifest's sources are lists of files with names, by component."""
     lists = list(sources.values()) if isinstance(sources, dict) else [None]
     return all(
@@ -294,11 +294,11 @@ def _are_sources(sources: Any) -> bool:
     )
 
 
-def _model_config(path: Path, fields: dict[str, Any]) -> VideoLlamaConfig:
+def _read_model_config(path: Path, fields: dict[str, Any]) -> VideoLlamaConfig:
     return from_dict(fields["model"], VideoLlamaConfig, f"{path / 'config.json'}: model")
 
 
-def _last_weights(run: Path) -> Path:
+def _find_last_weights(run: Path) -> Path:
     """Return the folder with the weights in a run's last checkpoint. Raises CheckpointError if they are corrupt."""
     steps = list_checkpoint_steps(run)
     if not steps:

@@ -70,8 +70,8 @@ def save_network(
         CheckpointError: `out` exists or cannot be written, the weights do not match `config` or are on devices of
             several processes, or the tokenizer's files do not exist.
     """
-    weights = _weights(network)
-    scheme = _scheme(weights)
+    weights = _collect_weights(network)
+    scheme = _infer_scheme(weights)
     _check_weights(weights, config, scheme)
     files = tokenizer_files(tokenizer.directory) if tokenizer.directory else []
     if not files:
@@ -95,32 +95,32 @@ def save_network(
         write_manifest(directory, {"saved": [{"name": "vllama_jax.save"}]}, params.leaves, **fields)
 
 
-def _weights(network: "VideoLlama") -> dict[str, _Weight]:
+def _collect_weights(network: "VideoLlama") -> dict[str, _Weight]:
     """Return all weights by path. Unstacked layers are one weight, and LoRA updates are merged into their kernels."""
     from flax import nnx
 
-    found: dict[str, list[tuple[Any, Callable[[], jax.Array]]]] = {}
+    layers_by_name: dict[str, list[tuple[Any, Callable[[], jax.Array]]]] = {}
     for path, variable in nnx.to_flat_state(nnx.state(network)):
         if "lora" in path:
             continue
         name = "/".join(str(key) for key in path if not isinstance(key, int))
         layer = functools.reduce(_child, path[:-1], network)
         merges = path[-1] == "kernel" and hasattr(layer, "lora")
-        found.setdefault(name, []).append((variable, _reader(layer if merges else None, variable)))
-    return {name: _weight(name, layers) for name, layers in found.items()}
+        layers_by_name.setdefault(name, []).append((variable, _make_reader(layer if merges else None, variable)))
+    return {name: _make_weight(name, layers) for name, layers in layers_by_name.items()}
 
 
 def _child(module: Any, key: Any) -> Any:
     return module[key] if isinstance(key, int) else getattr(module, key)
 
 
-def _reader(layer: Any, variable: Any) -> "Callable[[], jax.Array]":
+def _make_reader(layer: Any, variable: Any) -> "Callable[[], jax.Array]":
     from vllama_jax.nn.lora import merged_kernel
 
     return variable.get_value if layer is None else functools.partial(merged_kernel, layer)
 
 
-def _weight(name: str, layers: "list[tuple[Any, Callable[[], jax.Array]]]") -> _Weight:
+def _make_weight(name: str, layers: "list[tuple[Any, Callable[[], jax.Array]]]") -> _Weight:
     value = layers[0][0].get_value()
     if not value.is_fully_addressable:
         raise CheckpointError(f"{name}: some shards are on devices of other processes; save a model of one process")
@@ -130,7 +130,7 @@ def _weight(name: str, layers: "list[tuple[Any, Callable[[], jax.Array]]]") -> _
     return _Weight(shape, np.dtype(value.dtype), [read for _, read in layers], stacked="/blocks/" in name)
 
 
-def _scheme(weights: Mapping[str, _Weight]) -> str | None:
+def _infer_scheme(weights: Mapping[str, _Weight]) -> str | None:
     """Infer the quantization from dtypes: int4 values are packed as uint8, but the head is int8 in both schemes."""
     dtypes = {weight.dtype.name for path, weight in weights.items() if path.endswith("/values")}
     return "int4" if "uint8" in dtypes else "int8" if dtypes else None

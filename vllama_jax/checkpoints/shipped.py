@@ -44,7 +44,7 @@ def shipped_model() -> Path:
         CheckpointError: The package is installed without the miniature, its file is corrupt, or no folder can be
             written.
     """
-    archive, digest = ASSETS / "model.zip", _digests().get("archive_xxh3_128")
+    archive, digest = ASSETS / "model.zip", _read_digests().get("archive_xxh3_128")
     if digest is None:
         raise CheckpointError(f"{ASSETS}: the miniature is not installed; set a model with --model")
     try:
@@ -57,7 +57,7 @@ def shipped_model() -> Path:
 
 def is_shipped_digest(digest: str) -> bool:
     """Return whether the weights of the miniature have this digest (`ModelDirectory.digest`)."""
-    return digest == _digests().get("model_digest")
+    return digest == _read_digests().get("model_digest")
 
 
 def is_shipped(path: str | Path) -> bool:
@@ -68,7 +68,7 @@ def is_shipped(path: str | Path) -> bool:
     path = Path(path)
     if str(path) == MODEL_NAME:
         return not (path / "config.json").is_file()
-    return path.parent.name == MODEL_NAME and path.name == _digests().get("archive_xxh3_128")
+    return path.parent.name == MODEL_NAME and path.name == _read_digests().get("archive_xxh3_128")
 
 
 def find_model(path: str | Path) -> Path:
@@ -82,7 +82,7 @@ def find_clip(path: str | Path) -> Path:
     return CLIPS / DEMO_CLIP if str(path) == CLIP_NAME and not path.is_file() else path
 
 
-def _digests() -> dict[str, Any]:
+def _read_digests() -> dict[str, Any]:
     """Return the content of model.json; empty if the package is installed without the miniature."""
     file = ASSETS / "model.json"
     return read_object(file) if file.is_file() else {}

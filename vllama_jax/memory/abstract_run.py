@@ -70,7 +70,7 @@ def abstract_run(model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | Abst
         path: jax.ShapeDtypeStruct(abstract_model.variables[path].shape, config.compute_dtype, sharding=sharding)
         for path, sharding in abstract_model.shardings(paths, mesh).items()
     }
-    return AbstractRun(config, abstract_model, state, frozen, _batch(model, config, mesh, length))
+    return AbstractRun(config, abstract_model, state, frozen, _make_abstract_batch(model, config, mesh, length))
 
 
 @functools.lru_cache(maxsize=8)
@@ -85,7 +85,7 @@ def num_media_tokens(model: VideoLlamaConfig, config: TrainConfig) -> int:
     return find_branch(config.branch).num_tokens(model)
 
 
-def _batch(
+def _make_abstract_batch(
     model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | AbstractMesh, length: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Return the abstract arrays of a batch, as `Batch` of train/step.py."""

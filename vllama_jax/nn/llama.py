@@ -237,13 +237,13 @@ class Llama(nnx.Module):
         """Run all layers as `__call__` does, without the final norm."""
         n = x.shape[1]
         attention_mask = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
-        cos, sin = self._rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
+        cos, sin = self._compute_rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
 
         def step(_: Any, block: Block, x: jax.Array) -> jax.Array:
             query, key, value = block.project_qkv(x, cos, sin)
             return block.apply_output_and_mlp(x, attend(query, key, value, attention_mask))
 
-        return self._run(step, cast_like(x, self.embedding), remat_policy)
+        return self._run_blocks(step, cast_like(x, self.embedding), remat_policy)
 
     def forward_with_cache(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], cache: KVCache
@@ -260,7 +260,7 @@ class Llama(nnx.Module):
         """
         start, n = cache.length, x.shape[1]
         num_cached = jnp.sum(cache.valid, axis=1, keepdims=True)
-        cos, sin = self._rotations(num_cached + jnp.cumsum(mask, axis=1) - 1)
+        cos, sin = self._compute_rotations(num_cached + jnp.cumsum(mask, axis=1) - 1)
         valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
         attention_mask = valid[:, None, :] & (jnp.arange(cache.capacity) <= start + jnp.arange(n)[:, None])
 
@@ -273,7 +273,7 @@ class Llama(nnx.Module):
             keys, values = jnp.moveaxis(keys_values[layer], (1, 3), (0, 1))
             return block.apply_output_and_mlp(x, attend(query, keys, values, attention_mask)), keys_values
 
-        x, keys_values = self._run(step, (cast_like(x, self.embedding), cache.keys_values))
+        x, keys_values = self._run_blocks(step, (cast_like(x, self.embedding), cache.keys_values))
         return self.norm(x), KVCache(keys_values, valid, start + n)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
@@ -296,7 +296,7 @@ class Llama(nnx.Module):
             rows.append([leaf[i] for i in range(self.cfg.depth)])
         self.blocks = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*rows, strict=True))
 
-    def _run(self, step: Callable[[Any, Block, Any], Any], x: Any, remat_policy: Remat = "full") -> Any:
+    def _run_blocks(self, step: Callable[[Any, Block, Any], Any], x: Any, remat_policy: Remat = "full") -> Any:
         """Run all layers, stacked or not. `step(number, block, x)` returns the input of the next layer."""
         if isinstance(self.blocks, nnx.List):
             for number, block in enumerate(self.blocks):
@@ -304,6 +304,8 @@ class Llama(nnx.Module):
             return x
         return run_stack((jnp.arange(self.cfg.depth), self.blocks), x, lambda layer, x: step(*layer, x), remat_policy)
 
-    def _rotations(self, positions: Int[Array, "b n"]) -> tuple[Float[Array, "b n k/2"], Float[Array, "b n k/2"]]:
+    def _compute_rotations(
+        self, positions: Int[Array, "b n"]
+    ) -> tuple[Float[Array, "b n k/2"], Float[Array, "b n k/2"]]:
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.cfg)
         return jnp.cos(angles), jnp.sin(angles)

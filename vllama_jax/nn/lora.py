@@ -48,7 +48,7 @@ class LowRank(nnx.Module):
 
 def add_lora(llama: Any, cfg: LoraConfig, *, rngs: nnx.Rngs) -> None:
     """Add an update, which is initially zero, to each target layer. Does nothing if the rank is 0."""
-    for name, layer in _layers(llama).items():
+    for name, layer in _get_linear_layers(llama).items():
         if cfg.rank and name in cfg.targets:
             layer.lora = LowRank(layer.kernel, _INPUTS.get(name, 1), cfg, rngs=rngs)
 
@@ -60,7 +60,7 @@ def linear_with_lora(layer: Any, x: Float[Array, "b n *i"]) -> Float[Array, "b n
 
 def merge_lora(llama: Any) -> None:
     """Add each update to its layer's kernel, computed in float32, and remove it."""
-    for layer in _layers(llama).values():
+    for layer in _get_linear_layers(llama).values():
         if hasattr(layer, "lora"):
             layer.kernel.set_value(merged_kernel(layer))
             del layer.lora
@@ -70,12 +70,12 @@ def merged_kernel(layer: Any) -> Array:
     """Return a layer's kernel with its update added, in the kernel's dtype. The layer may be stacked or not."""
     kernel, lora = layer.kernel[...], layer.lora
     if kernel.ndim > len(layer.kernel.get_metadata()[AXIS_NAMES]):
-        return _merged(kernel, lora)
-    return _merged(kernel[None], jax.tree.map(lambda x: x[None], lora))[0]
+        return _merge(kernel, lora)
+    return _merge(kernel[None], jax.tree.map(lambda x: x[None], lora))[0]
 
 
 @jax.jit
-def _merged(kernel: Array, lora: LowRank) -> Array:
+def _merge(kernel: Array, lora: LowRank) -> Array:
     def update(down: Array, up: Array) -> Array:
         return jnp.tensordot(down, up, 1, precision="highest") * lora.scale
 
@@ -83,7 +83,7 @@ def _merged(kernel: Array, lora: LowRank) -> Array:
     return (kernel.astype(jnp.float32) + updates).astype(kernel.dtype)
 
 
-def _layers(llama: Any) -> dict[str, Any]:
+def _get_linear_layers(llama: Any) -> dict[str, Any]:
     """Return the linear layers of the stacked blocks, by their names in `LoraConfig.targets`."""
     attention, mlp = llama.blocks.attention, llama.blocks.mlp
     return {
