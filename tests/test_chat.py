@@ -204,7 +204,7 @@ def test_a_full_waveform_gives_the_same_mel_clips(model, clip):
 def test_more_frames_than_positions(model, tmp_path):
     long = media_fixtures.write_video(tmp_path / "long.mp4", num_frames=60)
     chat = vl.Chat(model)
-    with pytest.raises(vl.ConfigError, match="40 frames, but the model has 32 learned frame positions"):
+    with pytest.raises(vl.ConfigError, match="40 frames, but the model has 32 learned positions"):
         chat.add(long, num_frames=40)
     assert chat.add(long, num_frames=40, interpolate_positions=True).num_frames == 40
     with pytest.raises(vl.ConfigError, match="the number of frames must be at least 1, not 0"):
@@ -220,7 +220,7 @@ def test_a_conversation_that_is_too_long(model, picture):
 
 def test_reports_are_json_serializable(model, clip):
     report = vl.Chat(model).add(clip)
-    assert json.loads(json.dumps(dataclasses.asdict(report)))["seconds"] == pytest.approx(3.0)
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["duration"] == pytest.approx(3.0)
 
 
 def test_chats_in_threads_equal_chats_in_one_thread(model, picture):

@@ -43,7 +43,7 @@ SHAPES = {"a/matrix": (37, 24), "a/stacked": (3, 10, 7, 4), "b": (5,), "rows": (
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks so small that tiny weights have many, with edges along several axes."""
-    monkeypatch.setattr(params, "WHOLE_BYTES", 64)
+    monkeypatch.setattr(params, "SINGLE_FILE_BYTES", 64)
     monkeypatch.setattr(params, "CHUNK_BYTES", 256)
 
 
@@ -413,11 +413,11 @@ def renamed_leaves(rename):
         ),
         (
             lambda path: path.replace("vit/", "other/"),
-            r"the model has no vit \(16 weights\); convert again with the files that hold them",
+            r"the model has no vit \(16 weights\); convert it again with their files",
         ),
         (
             lambda path: path.replace("llama_proj/", "other/"),
-            r"no audio_llama_proj, llama_proj \(4 weights\); convert again with the checkpoints .*--vl, --al",
+            r"no audio_llama_proj, llama_proj \(4 weights\); convert it again with their checkpoints .*--vl, --al",
         ),
     ],
 )

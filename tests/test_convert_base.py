@@ -92,7 +92,7 @@ def test_a_new_component_replaces_only_itself(tiny_files, tiny_model, tmp_path, 
 
 def test_kept_components_are_the_same_bytes(tiny_files, tiny_model, tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(arrays, "row_blocks", lambda *_: read.append(1))
+    monkeypatch.setattr(arrays, "iter_row_blocks", lambda *_: read.append(1))
     main(command({"vl": tiny_files["vl"]}, tmp_path / "model", "--base", str(tiny_model)))
     assert hashes(tmp_path / "model") == hashes(tiny_model)
     assert not read
@@ -110,7 +110,7 @@ def test_manifest_records_the_source_of_each_component(tiny_files, tiny_model, t
 
 
 def test_kept_components_can_change_dtype(tiny_model, tmp_path, monkeypatch):
-    monkeypatch.setattr(arrays, "WHOLE_BYTES", 100)
+    monkeypatch.setattr(arrays, "SINGLE_FILE_BYTES", 100)
     monkeypatch.setattr(arrays, "CHUNK_BYTES", 5000)  # chunks cut along every axis, with edges
     main(command({}, tmp_path / "half", "--base", str(tiny_model), "--dtype", "float16"))
     main(command({}, tmp_path / "model", "--base", str(tmp_path / "half"), "--dtype", "float32"))

@@ -212,7 +212,7 @@ def test_frequencies_are_torchs_to_the_bit(theta):
 def test_chunks_are_put_together(tmp_path, monkeypatch):
     """Weights with all layers in one file, and with several files for each layer."""
     monkeypatch.setattr(arrays, "CHUNK_BYTES", 9000)
-    monkeypatch.setattr(arrays, "WHOLE_BYTES", 3000)
+    monkeypatch.setattr(arrays, "SINGLE_FILE_BYTES", 3000)
     paths = write_tiny(tmp_path / "files", half=True, format="pth")
     convert.convert(plan(paths), tmp_path / "model")
     layers = tmp_path / "model/params/image_qformer.cross_layers.mlp_norm.scale"

@@ -179,7 +179,7 @@ def check_context_length(prompt: int, new: int, cfg: LlamaConfig) -> None:
     """
     if prompt + new > cfg.max_length:
         remaining = cfg.max_length - prompt
-        advice = f" or set max_new_tokens to at most {remaining}" if remaining > 0 else ""
+        advice = f", or set max_new_tokens to at most {remaining}" if remaining > 0 else ""
         raise ConfigError(
             f"the prompt has {prompt} tokens and max_new_tokens is {new}, but the model's context has "
             f"{cfg.max_length} tokens; remove turns or media{advice}"
