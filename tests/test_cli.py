@@ -158,7 +158,7 @@ def test_a_base_without_a_trained_audio_branch_reports_it(tiny_files, clip, caps
     override = json.loads(tiny_files["config"].read_text())
     convert(plan(llama_directory=tiny_files["llama"], files=files, config=override), tmp_path / "base")
     message = failure(capsys, "chat", clip, "Hm?", "--model", tmp_path / "base", "--require-audio")
-    assert message.endswith("required and was not used: 8 frames of 3.0 s; the model has no audio branch")
+    assert message.endswith("required, but was not used: 8 frames of 3.0 s; the model has no audio branch")
 
 
 def test_os_errors_are_one_line(clip, capsys, monkeypatch):

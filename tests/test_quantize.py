@@ -333,7 +333,7 @@ def test_inspect_reports_quantized_weights(tiny_model, stored, capsys):
 
 def test_invalid_uses_of_quantized_models_are_refused(tiny_model, stored, tmp_path):
     taken = "use the original model"
-    with pytest.raises(ConfigError, match="quantised to int8 or int4, not 'int3'"):
+    with pytest.raises(ConfigError, match="quantized to int8 or int4, not 'int3'"):
         load(tiny_model, quantize="int3")
     with pytest.raises(ConfigError, match=f"its weights are already int8; {taken}"):
         load(stored["int8"], quantize="int4")
