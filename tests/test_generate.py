@@ -305,7 +305,7 @@ def test_padded_lengths_are_few_and_sufficient():
 def test_a_conversation_beyond_the_context_is_an_error(llama):
     with pytest.raises(ConfigError, match=r"200 tokens and max_new_tokens is 100, .* 256 tokens; .* at most 56"):
         answer(llama, make_prompt(200), max_new_tokens=100)
-    with pytest.raises(ConfigError, match=r"300 tokens .* no room"):
+    with pytest.raises(ConfigError, match=r"300 tokens .* 256 tokens; remove turns or media$"):
         answer(llama, make_prompt(300), max_new_tokens=10)
 
 

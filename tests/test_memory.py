@@ -288,8 +288,8 @@ def tell(capsys, *arguments: object) -> str:
 def test_a_model_size_is_estimated_for_a_chat_and_both_stages(capsys):
     told = tell(capsys, "7b", "--devices", "H100")
     assert told.startswith("7b on 1 × H100 (data 1, fsdp 1, tensor 1), each with 80.0 GB, of which JAX takes 60.0 GB")
-    assert "GB on each device         chat  vision_stage1  vision_stage2" in told
-    assert "llama                    13.48          13.48          13.48" in told
+    assert "GB on each device      chat  vision_stage1  vision_stage2" in told
+    assert "llama                 13.48          13.48          13.48" in told
     report = json.loads(tell(capsys, "7b", "--devices", "L4", "--branch", "audio", "--mesh.tensor", 5, "--json"))
     assert list(report["uses"]) == ["chat", "audio_stage1", "audio_stage2"]
     assert report["mesh"] == {"data": 1, "fsdp": 1, "tensor": 5}
@@ -312,7 +312,7 @@ def test_a_quantized_model_is_estimated_for_a_chat_only(capsys, tiny_model, tmp_
         for named in (tiny_model, model)
     )
     assert list(small) == ["chat"]
-    assert small["chat"]["told"].endswith("bfloat16 with int8 weights")
+    assert small["chat"]["told"].endswith("bfloat16, int8 weights")
     assert small["chat"]["device"]["llama"] < 0.8 * whole["chat"]["device"]["llama"]
     with pytest.raises(SystemExit, match="model: int8 weights support only inference; use the"):
         tell(capsys, "vision_stage1", "--model", model, "--devices", "v5e")
