@@ -64,7 +64,7 @@ def test_streamed_text_joins_to_the_answer_and_options_apply(model, clip):
     chat.add(clip)
     "".join(chat.ask("Hm?", max_new_tokens=40, temperature=1.5, seed=3))
     assert chat.last.tokens != greedy
-    assert set(chat.last.timings) == {"first_piece", "answer"}
+    assert set(chat.last.timings) == {"first_text", "answer"}
 
 
 def test_an_abandoned_answer_is_not_in_the_history(model, clip):
@@ -172,7 +172,7 @@ def test_a_model_without_audio_branch_reports_it(seeing_model, clip):
 
 def test_audio_files_need_an_audio_branch(seeing_model, tmp_path):
     sound = media_fixtures.write_sound(tmp_path / "a.wav", media_fixtures.tone(3, 16000), 16000, "pcm_s16le", "s16")
-    with pytest.raises(vl.MediaError, match=r"only sound in it, and it cannot be used: .* no audio branch"):
+    with pytest.raises(vl.MediaError, match=r"only audio, which cannot be used: .* no audio branch"):
         vl.Chat(seeing_model).add(sound)
 
 
@@ -180,7 +180,7 @@ def test_required_audio_that_is_not_used_is_an_error(model, seeing_model, clip, 
     silent = media_fixtures.write_video(tmp_path / "silent.mp4", num_frames=30)
     assert prepare_media(clip, model.config, require_audio=True).report.audio == "used"
     for path, cfg in ((silent, model.config), (picture, model.config), (clip, seeing_model.config)):
-        with pytest.raises(vl.MediaError, match="its sound is required and was not used"):
+        with pytest.raises(vl.MediaError, match="the audio is required, but was not used"):
             prepare_media(path, cfg, require_audio=True)
 
 
@@ -191,7 +191,7 @@ def test_audio_that_is_too_short_is_reported(model, tmp_path):
     assert prepared.mel is None
     assert prepared.report.audio == "failed: 2.1 ms of audio is too short; at least 25 ms is needed"
     assert prepared.prompt_media.placeholders == ("video",)
-    with pytest.raises(vl.MediaError, match=r"its sound is required and was not used: .* audio failed: 2.1 ms"):
+    with pytest.raises(vl.MediaError, match=r"the audio is required, but was not used: .* audio failed: 2.1 ms"):
         prepare_media(path, model.config, require_audio=True)
 
 
@@ -204,17 +204,17 @@ def test_a_full_waveform_gives_the_same_mel_clips(model, clip):
 def test_more_frames_than_positions(model, tmp_path):
     long = media_fixtures.write_video(tmp_path / "long.mp4", num_frames=60)
     chat = vl.Chat(model)
-    with pytest.raises(vl.ConfigError, match="40 frames, but the model has learned 32 positions"):
+    with pytest.raises(vl.ConfigError, match="40 frames, but the model has 32 learned positions"):
         chat.add(long, num_frames=40)
     assert chat.add(long, num_frames=40, interpolate_positions=True).num_frames == 40
-    with pytest.raises(vl.ConfigError, match="0 frames were asked for; ask for at least 1"):
+    with pytest.raises(vl.ConfigError, match="the number of frames must be at least 1, not 0"):
         chat.add(long, num_frames=0)
 
 
 def test_a_conversation_that_is_too_long(model, picture):
     chat = vl.Chat(model)
     chat.add(picture)
-    with pytest.raises(vl.ConfigError, match=r"new ones are asked for, but the model reads 1024; drop earlier turns"):
+    with pytest.raises(vl.ConfigError, match=r"but the model's context has 1024 tokens; remove turns or media"):
         chat.ask("why? " * 800)
 
 
@@ -252,7 +252,7 @@ def test_a_chat_that_two_threads_use_at_once_is_an_error(model, picture, use):
     answer = chat.ask("What is there?", max_new_tokens=12)
     first = next(answer)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with pytest.raises(vl.VllamaError, match="another thread is using this Chat; give each thread a Chat of its"):
+        with pytest.raises(vl.VllamaError, match="another thread is using this Chat; create a Chat for each thread"):
             pool.submit(use, chat, picture).result()
         whole = first + "".join(answer)
         assert chat.last.answer == whole, "the turn that was under way is kept"

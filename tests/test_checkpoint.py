@@ -43,7 +43,7 @@ SHAPES = {"a/matrix": (37, 24), "a/stacked": (3, 10, 7, 4), "b": (5,), "rows": (
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Chunks so small that tiny weights have many, with edges along several axes."""
-    monkeypatch.setattr(params, "WHOLE_BYTES", 64)
+    monkeypatch.setattr(params, "SINGLE_FILE_BYTES", 64)
     monkeypatch.setattr(params, "CHUNK_BYTES", 256)
 
 
@@ -238,34 +238,34 @@ DAMAGES = {
     "config is a list": (write("config.json", b"[]"), "config.json: must contain a JSON object"),
     "manifest is no JSON": (write("manifest.json", b"{}}"), "manifest.json: not JSON"),
     "newer format": (edit("config.json", lambda f: f.update(format=2)), "newer than this version's 1; update"),
-    "no format": (edit("config.json", lambda f: f.pop("format")), "not of a model directory (format None"),
-    "no model": (edit("config.json", lambda f: f.pop("model")), "not of a model directory"),
-    "no leaves": (edit("manifest.json", lambda f: f.update(leaves=[])), "not of a model directory"),
+    "no format": (edit("config.json", lambda f: f.pop("format")), "unknown format None"),
+    "no model": (edit("config.json", lambda f: f.pop("model")), "'model' is missing or is not an object"),
+    "no leaves": (edit("manifest.json", lambda f: f.update(leaves=[])), "'leaves' is missing or is not an object"),
     "unknown field": (edit("config.json", lambda f: f["model"].update(colour=1)), "unknown field colour"),
     "missing field": (edit("config.json", lambda f: f["model"]["vit"].pop("depth")), "missing depth"),
     "wrong type": (edit("config.json", lambda f: f["model"]["vit"].update(depth="3")), "'3' is not of type int"),
     "leaf not in the manifest": (
         edit("manifest.json", lambda f: f["leaves"].pop("ln_vision/scale")),
-        "lacks ln_vision/scale of a part that it has",
+        "ln_vision/scale missing; convert the model again",
     ),
     "other shape in the manifest": (
         edit("manifest.json", lambda f: f["leaves"]["ln_vision/scale"].update(shape=[65])),
-        "disagree on the shape of ln_vision/scale",
+        "the shapes of ln_vision/scale do not match config.json",
     ),
     "other dtype in the manifest": (
         edit("manifest.json", lambda f: f["leaves"]["ln_vision/scale"].update(dtype="float16")),
-        "not the array that manifest.json describes",
+        "does not match manifest.json",
     ),
     "half an entry in the manifest": (
         edit("manifest.json", lambda f: f["leaves"]["ln_vision/scale"].pop("shape")),
-        "manifest.json: incomplete, of ln_vision/scale",
+        "manifest.json: ln_vision/scale: shape, dtype or xxh3_128 is missing",
     ),
     "missing leaf": (remove(NORM), "ln_vision.scale: cannot be read (No such file or directory)"),
-    "missing chunk": (remove(f"{NORM}/0"), "ln_vision.scale/0: it is missing"),
-    "truncated chunk": (truncate(f"{NORM}/0"), "ln_vision.scale/0: 100 of its 256 bytes are there"),
+    "missing chunk": (remove(f"{NORM}/0"), "ln_vision.scale/0: missing"),
+    "truncated chunk": (truncate(f"{NORM}/0"), "ln_vision.scale/0: has 100 bytes instead of 256"),
     "missing array header": (remove(f"{NORM}/.zarray"), ".zarray: cannot be read"),
     "broken array header": (write(f"{NORM}/.zarray", b"{"), ".zarray: not JSON"),
-    "absurd array header": (edit(f"{NORM}/.zarray", lambda f: f.update(chunks=[0])), "not the array that"),
+    "absurd array header": (edit(f"{NORM}/.zarray", lambda f: f.update(chunks=[0])), "does not match manifest.json"),
 }
 
 
@@ -296,7 +296,7 @@ def used(model: Path, abstract: nnx.State) -> None:
 def test_load_reports_a_config_of_another_model(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     edit("config.json", lambda fields: fields["model"]["vit"].update(depth=2))(model)
-    with pytest.raises(vl.CheckpointError, match=r"config\.json and weights disagree on the shape of vit/"):
+    with pytest.raises(vl.CheckpointError, match=r"the shapes of vit/"):
         vl.load(model)
 
 
@@ -316,7 +316,7 @@ def test_load_refuses_other_directories(tmp_path, make, message):
 def test_a_quantized_model_cannot_be_a_conversion_source(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     edit("manifest.json", lambda fields: fields.update(quantized="int8"))(model)
-    with pytest.raises(vl.CheckpointError, match="model: its weights are int8, good for answers and nothing else"):
+    with pytest.raises(vl.CheckpointError, match="model: int8 weights support only inference"):
         convert.plan(files={}, base=model)
 
 
@@ -343,7 +343,9 @@ def test_runs_find_base_models_in_their_parent_directory(runs, tmp_path):
     with pytest.raises(vl.CheckpointError, match=r"base: not the base model that .*vision was trained on"):
         open_model(there / "audio")
     shutil.rmtree(there / "base")
-    with pytest.raises(vl.CheckpointError, match=r"vision: its base model .*base is not there, nor beside the run"):
+    with pytest.raises(
+        vl.CheckpointError, match=r"vision: its base model .*base was not found, and is not in the run's parent folder"
+    ):
         open_model(there / "audio")
 
 
@@ -364,7 +366,7 @@ def test_a_chunk_with_bytes_appended_is_refused(tiny_model, tmp_path, path):
     size = file.stat().st_size
     with file.open("ab") as opened:
         opened.write(b"more")
-    message = re.escape(f"{file}: {size + 4} of its {size} bytes are there")
+    message = re.escape(f"{file}: has {size + 4} bytes instead of {size}")
     with pytest.raises(vl.CheckpointError, match=message):
         vl.load(model)
     with pytest.raises(SystemExit, match=message):
@@ -403,19 +405,19 @@ def renamed_leaves(rename):
     [
         (
             lambda path: path.replace("llama/blocks/", "llama/blocks/0/"),
-            r"layers are stored one by one, and not stacked; save what `vllama_jax.load\(..., stacked=True\)` gives",
+            r"layers are not stacked; save a model from `vllama_jax.load\(..., stacked=True\)`",
         ),
         (
             lambda path: path.replace("llama/norm/", "llama/other/"),
-            r"model: lacks llama/norm/scale of a part that it has; convert it again",
+            r"model: llama/norm/scale missing; convert the model again",
         ),
         (
             lambda path: path.replace("vit/", "other/"),
-            r"the model has no vit \(16 weights\); convert again with the files that hold them",
+            r"the model has no vit \(16 weights\); convert it again with their files",
         ),
         (
             lambda path: path.replace("llama_proj/", "other/"),
-            r"no audio_llama_proj, llama_proj \(4 weights\); convert again with the checkpoints .*--vl, --al",
+            r"no audio_llama_proj, llama_proj \(4 weights\); convert it again with their checkpoints .*--vl, --al",
         ),
     ],
 )

@@ -43,7 +43,7 @@ def test_a_chat_about_a_clip_and_json_of_it_which_compiles_nothing(tiny_model, c
     assert told["report"]["audio"] == "used"
     assert told["answer"] == told["turns"][1]["answer"]
     assert [turn["question"] for turn in told["turns"]] == ["One?", "Two?"]
-    assert {"load", "read", "encode", "first_piece", "answer"} <= set(told["timings"])
+    assert {"load", "read", "encode", "first_text", "answer"} <= set(told["timings"])
     assert kept == {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
 
 
@@ -114,7 +114,7 @@ def test_an_unknown_command_gets_a_suggestion(capsys):
 
 def test_a_missing_model_directory_is_one_line(clip, capsys, tmp_path):
     message = failure(capsys, "chat", clip, "Hm?", "--model", tmp_path / "none")
-    assert message == f"vllama: {tmp_path / 'none'}: no such model directory; `vllama convert` makes one"
+    assert message == f"vllama: {tmp_path / 'none'}: no such model directory; create one with `vllama convert`"
 
 
 def test_missing_media_fails_before_the_model_is_loaded(capsys, tmp_path):
@@ -144,7 +144,7 @@ def test_unusable_media_are_one_line_each(tiny_model, capsys, tmp_path, clip, un
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--num-frames", 40], "--num-frames 40, but the model has learned 32 positions; use fewer frames, or"),
+        (["--num-frames", 40], "--num-frames 40, but the model has 32 learned frame positions; use fewer frames, or"),
         (["--system", "Be brief.", "--template", "plain"], "'plain' does not support a system prompt"),
     ],
     ids=str,
@@ -158,7 +158,7 @@ def test_a_base_without_a_trained_audio_branch_reports_it(tiny_files, clip, caps
     override = json.loads(tiny_files["config"].read_text())
     convert(plan(llama_directory=tiny_files["llama"], files=files, config=override), tmp_path / "base")
     message = failure(capsys, "chat", clip, "Hm?", "--model", tmp_path / "base", "--require-audio")
-    assert message.endswith("required and was not used: 8 frames of 3.0 s; the model has no audio branch")
+    assert message.endswith("required, but was not used: 8 frames of 3.0 s; the model has no audio branch")
 
 
 def test_os_errors_are_one_line(clip, capsys, monkeypatch):

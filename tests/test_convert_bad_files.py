@@ -303,7 +303,7 @@ LLAMA_DAMAGES = {
     ),
     "absurd heads": (
         change_config(num_attention_heads=2**24, num_key_value_heads=1, head_dim=2),
-        "heads of 2 are absurd",
+        "× head_dim 2 exceeds",
     ),
     "rotary base of nothing": (
         change_config(rope_theta=-1.0),

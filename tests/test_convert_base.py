@@ -179,14 +179,14 @@ def manifest(**entry):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (manifest(shape=[-1, 64]), "shape [-1, 64]: incomplete, of vit/positions"),
-        (manifest(shape="all"), "shape 'all': incomplete, of vit/positions"),
-        (manifest(dtype="object"), "dtype 'object': incomplete, of vit/positions"),
-        (manifest(dtype=["float32"]), "dtype ['float32']: incomplete, of vit/positions"),
+        (manifest(shape=[-1, 64]), "vit/positions: invalid shape [-1, 64]"),
+        (manifest(shape="all"), "vit/positions: invalid shape 'all'"),
+        (manifest(dtype="object"), "vit/positions: unsupported dtype 'object'"),
+        (manifest(dtype=["float32"]), "vit/positions: unsupported dtype ['float32']"),
         (lambda base: shutil.rmtree(base / "params" / "vit.positions"), "vit.positions: cannot be read (No such file"),
-        (lambda base: (base / "params" / "vit.positions" / "0.0").unlink(), "vit.positions/0.0: it is missing"),
-        (lambda base: (base / "params" / "vit.positions" / "0.0").write_bytes(b"x"), "1 of its "),
-        (lambda base: (base / "params" / "vit.positions" / ".zarray").write_text("{}"), "not the array that manifest"),
+        (lambda base: (base / "params" / "vit.positions" / "0.0").unlink(), "vit.positions/0.0: missing"),
+        (lambda base: (base / "params" / "vit.positions" / "0.0").write_bytes(b"x"), "has 1 bytes instead of 65792"),
+        (lambda base: (base / "params" / "vit.positions" / ".zarray").write_text("{}"), "does not match manifest.json"),
         (lambda base: (base / "manifest.json").unlink(), "not a model directory (no manifest.json in it)"),
         (lambda base: (base / "tokenizer" / "tokenizer.model").unlink(), "no tokenizer in"),
         (lambda base: shutil.rmtree(base), "no such model directory"),
@@ -299,8 +299,8 @@ def test_runs_that_cannot_be_merged_are_refused(tiny_files, tiny_model, tmp_path
     refused = {
         "both trained ln_vision/bias; give only one of the two": (both, *base),
         "trained ln_vision/bias, which a given file contains too": (both | {"blip2": tiny_files["blip2"]}, *base),
-        "empty: a run that has no checkpoint yet": ({"vl": tmp_path / "empty"}, *base),
-        "gone: its base model /nowhere is not there": (tiny_files | {"vl": gone},),
+        "empty: the run has no checkpoint yet": ({"vl": tmp_path / "empty"}, *base),
+        "gone: its base model /nowhere was not found": (tiny_files | {"vl": gone},),
         "bare: given as --vl, but has no trained vision branch": ({"vl": tmp_path / "bare"}, *base),
     }
     for message, (paths, *more) in refused.items():

@@ -122,8 +122,8 @@ def test_stored_buffers_are_compared_with_computed_ones(tiny_files, tmp_path, ki
 # --config.
 
 BAD_CONFIGS = {
-    "unknown field": ('{"colour": 1}', "--config: unknown field colour; known are audio_qformer, "),
-    "unknown field inside": ('{"vit": {"heads": 4}}', "--config.vit: unknown field heads; known are depth, "),
+    "unknown field": ('{"colour": 1}', "--config: unknown field colour; known fields: audio_qformer, "),
+    "unknown field inside": ('{"vit": {"heads": 4}}', "--config.vit: unknown field heads; known fields: depth, "),
     "object expected": ('{"vit": 4}', "--config.vit: 4 is not an object"),
     "object expected inside": ('{"imagebind": {"audio": [1]}}', "--config.imagebind.audio: [1] is not an object"),
     "null part": ('{"llama": null}', "--config.llama: None is not an object"),

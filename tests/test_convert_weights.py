@@ -295,8 +295,8 @@ def test_pytorch_weights_are_refused_as_a_model(tiny_files, clip, tmp_path, argu
     given = ["--model", str(directory)] if name == "chat" else [str(directory)]
     with pytest.raises(SystemExit) as stopped:
         main([name, *(more + given if name == "chat" else given + more)])
-    assert stopped.value.code.startswith(f"vllama: {directory}: holds PyTorch weights (")
-    assert stopped.value.code.endswith("); `vllama convert` makes a model directory of them")
+    assert stopped.value.code.startswith(f"vllama: {directory}: contains PyTorch weights (")
+    assert stopped.value.code.endswith("); convert them with `vllama convert`")
 
 
 def test_wrong_directories_for_the_language_model(tiny_files, tiny_model, tmp_path):

@@ -56,8 +56,8 @@ def dropped(monkeypatch) -> list[tuple[tuple[int, ...], jax.Array]]:
             found.append((x.shape, jax.random.key_data(dropout.key)))
         return x
 
-    monkeypatch.setattr(layers, "drop", recorded)
-    monkeypatch.setattr(qformer, "drop", recorded)
+    monkeypatch.setattr(layers, "apply_dropout", recorded)
+    monkeypatch.setattr(qformer, "apply_dropout", recorded)
     return found
 
 

@@ -202,7 +202,7 @@ def test_invalid_options_are_refused(tiny_model, clips, tmp_path, capsys):
     for flag, message in wrong.items():
         assert usage_error(*flags(tiny_model, clips, tmp_path / "out", *flag.split("="))) == message
     refused = {
-        "--num-frames=99": "--num-frames 99, but the model has learned 32 positions; use fewer frames",
+        "--num-frames=99": "--num-frames 99, but the model has 32 learned frame positions; use fewer frames",
         "--model=/none": "/none: no such model directory",
         "--max-new-tokens=9999": "no question could be answered; first problem: the conversation has",
     }

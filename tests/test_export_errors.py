@@ -24,7 +24,7 @@ def refusal(model: Path, out: Path, *more: str) -> str:
 
 def test_a_missing_model_directory_is_one_line(tmp_path):
     said = refusal(tmp_path / "none", tmp_path / "made")
-    assert said == f"{tmp_path}/none: no such model directory; `vllama convert` makes one"
+    assert said == f"{tmp_path}/none: no such model directory; create one with `vllama convert`"
     assert "not a model directory (no config.json in it)" in refusal(tmp_path, tmp_path / "made")
 
 

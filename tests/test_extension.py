@@ -120,16 +120,16 @@ def test_config_json_names_the_types_and_round_trips(extension):
 
 
 def test_unregistered_types_are_a_one_line_error():
-    with pytest.raises(ConfigError, match=r"config.vit.type: unknown vision tower 'siglip'; known are none"):
+    with pytest.raises(ConfigError, match=r"config.vit.type: unknown vision tower 'siglip'; known types: none"):
         from_json(to_json(EXTENDED))
     fields = json.loads(to_json(EXTENDED)) | {"vit": json.loads(to_json(tiny()))["vit"]}
-    with pytest.raises(ConfigError, match=r"extra_branches.0.type: unknown branch 'motion'; known are none"):
+    with pytest.raises(ConfigError, match=r"extra_branches.0.type: unknown branch 'motion'; known types: none"):
         from_json(json.dumps(fields))
 
 
 def test_a_branch_reads_the_frames_of_the_model_in_a_chat(extension):
     larger = dataclasses.replace(MOTION, encoder=dataclasses.replace(MOTION.encoder, image_size=64))
-    with pytest.raises(ConfigError, match="motion and vit take frames of different size, mean or std"):
+    with pytest.raises(ConfigError, match="motion and vit need frames of different size, mean or std"):
         dataclasses.replace(EXTENDED, extra_branches=(larger,))
 
 

@@ -105,4 +105,4 @@ def test_inspect_in_a_process_prints_a_model_or_a_one_line_error(tiny_model, tmp
     assert rows(done.stdout)["ln_vision"] == ["128", "float32", "512", "bytes"]
     done = subprocess.run([vllama, "inspect", tmp_path / "none"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == f"vllama: {tmp_path / 'none'}: no such model directory; `vllama convert` makes one\n"
+    assert done.stderr == f"vllama: {tmp_path / 'none'}: no such model directory; create one with `vllama convert`\n"

@@ -33,7 +33,7 @@ SLOW = pytest.mark.slow
 GIGA = 10**9
 CPU = Device("cpu", 16 * GIGA, 1.0, 8, is_host=True)
 ALONE = MeshConfig(data=1)
-AT_WORK = ("gradients", "layers' inputs", "weights at hand", "activations")
+AT_WORK = ("gradients", "saved activations", "gathered weights", "activations")
 LOW, HIGH = 0.75, 2.0  # the estimate of temporaries is within these multiples of XLA's figure
 
 
@@ -136,7 +136,7 @@ def test_chat_estimate_matches_loaded_and_compiled_memory(tiny_model, scheme):
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(network))
     config = open_model(tiny_model).config
     need = estimate.estimate_chat(config, MeshConfig(data=2, tensor=4), CPU, scheme=scheme)
-    assert sum(need.device.values()) - need.device["key-value cache"] - need.device["activations"] == held
+    assert sum(need.device.values()) - need.device["KV cache"] - need.device["activations"] == held
     assert isinstance(jax.tree.leaves(network)[0].sharding, NamedSharding)
 
 
@@ -164,7 +164,7 @@ def test_cache_and_prefill_estimates_match_compiled_memory(beams):
         .compile()
         .memory_analysis()
     )
-    cache = need.device["key-value cache"]
+    cache = need.device["KV cache"]
     assert cache == pytest.approx(compiled.output_size_in_bytes, rel=0.02)
     at_work = estimate_prefill_layer(
         llama, StepShape(rows=1, length=padded, itemsize=4, mesh=ALONE), generate.padded_prompt_length(padded + 320)
@@ -184,7 +184,7 @@ def test_fsdp_shards_training_memory_and_chat_refuses_fsdp():
     whole = estimate.estimate_training(model, "step", config, ALONE, DEVICES["H100"]).device
     part = estimate.estimate_training(model, "step", split, split.mesh, DEVICES["H100"]).device
     assert part["llama"] == pytest.approx(whole["llama"] / 8, rel=1e-3)
-    assert part["Adam's moments"] < whole["Adam's moments"] / 4
+    assert part["optimizer state"] < whole["optimizer state"] / 4
     chat = estimate.estimate_chat(model, split.mesh, DEVICES["H100"]).device
     assert chat["llama"] == whole["llama"]
     assert (
@@ -197,9 +197,9 @@ def test_beams_and_longer_conversations_need_more_memory():
     model = SIZES["7b"]()
     short = estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=100)
     beams = estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=4))
-    assert short.device["key-value cache"] == 512 * 32 * 2 * 4096 * 2  # 128 and room for 320, as generate.py pads them
-    assert beams.device["key-value cache"] == 4 * short.device["key-value cache"]
-    with pytest.raises(ConfigError, match="the model reads 2048"):
+    assert short.device["KV cache"] == 512 * 32 * 2 * 4096 * 2  # 128 and room for 320, as generate.py pads them
+    assert beams.device["KV cache"] == 4 * short.device["KV cache"]
+    with pytest.raises(ConfigError, match="the model's context has 2048 tokens"):
         estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=2000)
 
 
@@ -215,7 +215,7 @@ def test_verdicts_follow_the_usable_memory():
 def test_processes_share_the_threads_that_decode(processes, threads):
     config = config_of(data=DataConfig(num_threads=8, num_workers=processes))
     host = estimate.estimate_training(tiny(), "step", config, ALONE, CPU).host
-    assert host["decoding"] == threads * estimate.DECODER_BYTES
+    assert host["media decoding"] == threads * estimate.DECODER_BYTES
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
@@ -227,8 +227,8 @@ def test_gradient_accumulation_adds_float32_sums(dtype, itemsize, grad_accum_ste
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     config = config_of(grad_accum_steps=grad_accum_steps, compute_dtype=dtype)
     need = estimate.estimate_training(tiny(), "step", config, ALONE, CPU).device
-    assert need["what learns"] == 4 * count
-    assert need["Adam's moments"] == pytest.approx(8 * count, abs=16), "and counters"
+    assert need["trainable parameters"] == 4 * count
+    assert need["optimizer state"] == pytest.approx(8 * count, abs=16), "and counters"
     assert need["gradients"] == (4 * grad_accum_steps + itemsize) * count
 
 
@@ -242,7 +242,7 @@ def test_logits_dominate_with_a_large_vocabulary(fsdp, tensor, tied):
     need = estimate.estimate_training(model, "step", config, mesh, DEVICES["H100"], length=100).device
     labels = 100 - model.video_qformer.num_queries
     assert need["activations"] == 2 * 3 * labels * 400_000 // tensor * 4
-    assert need["weights at hand"] == (llama.width * 400_000 * 2 if fsdp > 1 else 0)
+    assert need["gathered weights"] == (llama.width * 400_000 * 2 if fsdp > 1 else 0)
 
 
 @pytest.mark.parametrize(("processes", "prefetch", "batches"), [(0, 4, 5), (1, 4, 5), (2, 4, 9), (3, 2, 7)])
@@ -254,7 +254,7 @@ def test_prefetched_batches_are_counted_for_each_process(processes, prefetch, ba
     pictures = model.num_frames * model.vit.image_size**2 * 3  # uint8
     row = pictures + (4 + 1) * length + 4 + (4 + 4) * labels  # ids, is_media; length; positions, targets
     host = estimate.estimate_training(model, "step", config, mesh, CPU, length).host
-    assert host["batches ahead"] == batches * 16 * 4 * row // 2
+    assert host["prefetched batches"] == batches * 16 * 4 * row // 2
     assert host["program"] == estimate.PROGRAM_BYTES * (1 + processes)
 
 
@@ -293,7 +293,7 @@ def test_a_model_size_is_estimated_for_a_chat_and_both_stages(capsys):
     report = json.loads(tell(capsys, "7b", "--devices", "L4", "--branch", "audio", "--mesh.tensor", 5, "--json"))
     assert list(report["workloads"]) == ["chat", "audio_stage1", "audio_stage2"]
     assert report["mesh"] == {"data": 1, "fsdp": 1, "tensor": 5}
-    assert "llama: 32 heads over 5 devices does not divide; kept whole on each" in report["notes"]
+    assert "llama: heads (32) is not divisible by 5 devices and is replicated" in report["notes"]
     for use in report["workloads"].values():
         assert sum(size for part, size in use["device"].items() if part != "all") == use["device"]["all"]
 
@@ -312,9 +312,9 @@ def test_a_quantized_model_is_estimated_for_a_chat_only(capsys, tiny_model, tmp_
         for named in (tiny_model, model)
     )
     assert list(small) == ["chat"]
-    assert small["chat"]["description"].endswith("bfloat16 with int8 weights")
+    assert small["chat"]["description"].endswith("bfloat16, int8 weights")
     assert small["chat"]["device"]["llama"] < 0.8 * whole["chat"]["device"]["llama"]
-    with pytest.raises(SystemExit, match="model: its weights are int8, good for answers and nothing else; take the"):
+    with pytest.raises(SystemExit, match="model: int8 weights support only inference; use the"):
         tell(capsys, "vision_stage1", "--model", model, "--devices", "v5e")
 
 
@@ -328,7 +328,7 @@ def test_run_config_fields_can_be_overridden_by_flags(capsys):
     flags = ["--model", "13b", "--devices", "v5e", "--mesh.fsdp", 16, "--batch-size", 64, "--length", 128]
     report = json.loads(tell(capsys, "vision_stage1", *flags, "--json"))
     (use,) = report["workloads"].values()
-    assert use["description"] == "batch 64, 4 × 128 tokens at a time, bfloat16"
+    assert use["description"] == "batch 64, micro-batch 4 × 128 tokens, bfloat16"
     assert use["device"]["llama"] == pytest.approx(26.03e9 / 16, rel=1e-3)
 
 
@@ -362,8 +362,8 @@ def test_require_fit_refuses_a_tight_fit(capsys, monkeypatch):
     ("arguments", "message"),
     [
         (("8b",), "8b: no such model or run config; .* one of 7b, 13b, tiny, audio_stage1"),
-        (("7b", "--devices", "H101"), "no device 'H101': choose one of H200, H100, .*, or here"),
-        (("7b", "--mesh.fsdp", "3"), "has .* places for 8 devices"),
+        (("7b", "--devices", "H101"), "unknown device 'H101'; choose one of H200, H100, .*, or here"),
+        (("7b", "--mesh.fsdp", "3"), "needs .* devices, but 8 are available"),
         (("7b", "--devices", "v5e", "--mesh.fsdp", "3"), "batch_size 256 is not divisible by the 3 shards"),
         (("7b", "--devices", "v5e", "--mesh.fsdp", "0"), "mesh.fsdp and mesh.tensor at least 1"),
         (("vision_stage1",), "model: no such model directory; give one with --model, or a size: --model 7b"),

@@ -42,15 +42,15 @@ def test_training_entries_of_a_device(mesh, parts, gathered):
     device = train_need(mesh).device
     assert device["llama"] == pytest.approx(2 * 6_738_415_616 / parts, rel=1e-3)
     assert device["batch"] == 4 * ROW
-    assert device["layers' inputs"] == 32 * 4 * 128 * 4096 * 2
-    assert device["weights at hand"] == gathered * 2 * LAYER
+    assert device["saved activations"] == 32 * 4 * 128 * 4096 * 2
+    assert device["gathered weights"] == gathered * 2 * LAYER
 
 
 @pytest.mark.parametrize(("devices", "hosts"), [(1, 1), (4, 1), (5, 2), (8, 2), (9, 3)])
 def test_hosts_follow_from_the_number_of_devices(devices, hosts):
     """A v5e host has four chips. One batch is at work and four are ahead."""
     host = train_need(MeshConfig(data=devices), DEVICES["v5e"]).host
-    assert host["batches ahead"] == 5 * (4 * devices * ROW // hosts)
+    assert host["prefetched batches"] == 5 * (4 * devices * ROW // hosts)
 
 
 @pytest.mark.parametrize("processes", [0, 3])
@@ -63,18 +63,18 @@ def test_each_decoding_process_needs_memory(processes):
 
 def test_loading_to_an_accelerator_needs_one_read_of_weights_on_the_host():
     """At most 4 GB, or one whole weight in float32; all of a model that is smaller."""
-    large = estimate.estimate_chat(SIZES["7b"](), ALONE, DEVICES["H100"]).host["weights while they load"]
+    large = estimate.estimate_chat(SIZES["7b"](), ALONE, DEVICES["H100"]).host["loading weights"]
     assert large == (LARGEST * 4 // GIGA + 1) * GIGA == 6 * GIGA
     small = estimate.estimate_chat(tiny(), ALONE, DEVICES["H100"])
-    assert small.host["weights while they load"] == sum(
-        size for part, size in small.device.items() if part not in ("key-value cache", "activations")
+    assert small.host["loading weights"] == sum(
+        size for part, size in small.device.items() if part not in ("KV cache", "activations")
     )
 
 
 def test_loading_to_a_cpu_needs_one_weight():
     """It is the host's memory, so that one is there twice: the largest, ImageBind's patches of two frames."""
     need = estimate.estimate_chat(tiny(), ALONE, CPU)
-    assert need.host["weights while they load"] == 2 * (3 * 14 * 14) * 64 * 4
+    assert need.host["loading weights"] == 2 * (3 * 14 * 14) * 64 * 4
 
 
 def test_chat_entries_of_cache_and_temporaries():
@@ -86,8 +86,8 @@ def test_chat_entries_of_cache_and_temporaries():
         for n in (1, 16)
     )
     cache = 512 * 32 * 2 * 4096 * 2  # 128 positions and room for 320, padded to 512; keys and values in bfloat16
-    assert (one.device["key-value cache"], one.device["activations"]) == (cache, 2 * LARGEST - cache)
-    assert (beams.device["key-value cache"], beams.device["activations"]) == (16 * cache, 16 * cache)
+    assert (one.device["KV cache"], one.device["activations"]) == (cache, 2 * LARGEST - cache)
+    assert (beams.device["KV cache"], beams.device["activations"]) == (16 * cache, 16 * cache)
 
 
 def test_suggested_flags_use_the_fewest_accumulation_steps():

@@ -119,7 +119,7 @@ def test_a_cache_folder_that_cannot_be_written_is_reported_and_a_temporary_one_u
     first, second = done.stdout.split()
     assert first == second
     folder = str(Path(first).parent)
-    said = f"the miniature is unpacked into {folder} for this process only: its cache folder: Not a directory\n"
+    said = f"the miniature is unpacked to {folder} for this process, as the cache folder failed: Not a directory\n"
     assert done.stderr == said
     assert list(temporary.iterdir()) == []  # removed when the process ended
 
@@ -134,7 +134,7 @@ def test_no_writable_directory_is_a_one_line_error(cache, monkeypatch, capsys):
     assert stop.value.code.startswith(
         "vllama: the miniature can be unpacked neither in the cache folder (No space left on device) nor in /"
     )
-    assert stop.value.code.endswith("point VLLAMA_CACHE at a folder that can be written")
+    assert stop.value.code.endswith("set VLLAMA_CACHE to a writable folder")
     assert list((cache / "miniature").iterdir()) == []
 
 

@@ -30,7 +30,10 @@ def test_chat_without_a_model_uses_the_miniature_and_answers_correctly():
     done = run_vllama("chat", assets.CLIPS / "bell.mp4", *questions)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["it moves to the left", "a bell rings", "yellow"]
-    assert "the miniature answers: 3 million weights that know 16 things (a bell, a dog, …)" in done.stderr
+    assert (
+        "answers are from the miniature, a model of 3 million parameters that knows only 16 objects (a bell, a dog, …)"
+        in done.stderr
+    )
     assert "docs/miniature.md" in done.stderr
     assert "bell.mp4: 8 frames of 4.0 s; audio used" in done.stderr
 
@@ -68,13 +71,13 @@ def test_audio_scale_needs_an_audio_branch(tmp_path, tiny_files):
     config = json.loads(tiny_files["config"].read_text())
     config = {part: config[part] for part in ("vit", "image_qformer", "video_qformer")}
     convert.convert(convert.plan(llama_directory=tiny_files["llama"], files=files, config=config), tmp_path / "deaf")
-    with pytest.raises(ConfigError, match="picture-only model hears nothing"):
+    with pytest.raises(ConfigError, match="the model has no audio branch; omit the audio scale"):
         vl.load(tmp_path / "deaf", audio_scale=1.0)
 
 
 def test_without_the_archive_a_model_is_required(monkeypatch, tmp_path):
     monkeypatch.setattr(shipped, "ASSETS", tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="the miniature is not installed; name a model with --model"):
+    with pytest.raises(CheckpointError, match="the miniature is not installed; set a model with --model"):
         vl.load("miniature")
 
 

@@ -67,7 +67,7 @@ KERNELS = [((256, 96), 1), ((384, 3, 2, 16), 1), ((4, 64, 32), 2), ((279, 33), 1
 @pytest.mark.parametrize(("shape", "inputs"), KERNELS)
 def test_rounding_errors_are_at_most_half_a_step(shape, inputs, bits):
     kernel = kernel_of(shape, inputs)
-    values, scale = quantized.quantized(kernel, inputs, bits)
+    values, scale = quantized.quantize_kernel(kernel, inputs, bits)
     rows = int(np.prod(shape[:inputs]))
     groups = {8: 1, 4: rows // quantized.largest_divisor(rows, 128)}[bits]
     assert scale.shape == (groups, *shape[inputs:])
@@ -93,7 +93,7 @@ def test_int4_packs_two_weights_in_a_byte(width):
 @pytest.mark.parametrize(("shape", "inputs"), KERNELS)
 @pytest.mark.parametrize("positions", [1, 40])
 def test_products_equal_those_of_the_dequantized_kernel(shape, inputs, bits, product, positions):
-    values, scale = quantized.quantized(kernel_of(shape, inputs), inputs, bits)
+    values, scale = quantized.quantize_kernel(kernel_of(shape, inputs), inputs, bits)
     x = np.random.default_rng(1).standard_normal((2, positions, *shape[:inputs]), np.float32)
     expected = np.tensordot(x, quantized.dequantize_kernel(values, scale, inputs), inputs)
     run = jax.jit(partial(PRODUCTS[product], inputs))
@@ -115,7 +115,7 @@ def test_accelerators_multiply_the_full_kernel_at_once(platform):
     """What the compiler is given there: one product whose input is converted, no loop and no interleaved copies."""
     layer = quantize.abstract_layers(tiny(), "bfloat16", "int4")[1]["llama/head"]
     x = jax.ShapeDtypeStruct((1, 64), jnp.bfloat16)
-    traced = jax.jit(lambda layer, x: layer.product(x)).trace(layer, x)
+    traced = jax.jit(lambda layer, x: layer.matmul(x)).trace(layer, x)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.while" not in text
     assert text.count("stablehlo.dot_general") == 1
@@ -334,13 +334,15 @@ def test_inspect_reports_quantized_weights(tiny_model, stored, capsys):
 
 
 def test_invalid_uses_of_quantized_models_are_refused(tiny_model, stored, tmp_path):
-    taken = "take the model that it was made from"
-    with pytest.raises(ConfigError, match="quantised to int8 or int4, not 'int3'"):
+    taken = "use the original model"
+    with pytest.raises(ConfigError, match="quantized to int8 or int4, not 'int3'"):
         load(tiny_model, quantize="int3")
-    with pytest.raises(ConfigError, match=f"its weights are int8 already; {taken}"):
+    with pytest.raises(ConfigError, match=f"its weights are already int8; {taken}"):
         load(stored["int8"], quantize="int4")
     assert load(stored["int8"], quantize="int8").network.llama.head.bits == 8
-    assert error_line("quantize", stored["int8"], "--out", tmp_path / "out").endswith("its weights are int8 already")
+    assert error_line("quantize", stored["int8"], "--out", tmp_path / "out").endswith(
+        "its weights are already int8; use the original model"
+    )
     assert error_line("quantize", tiny_model, "--out", stored["int4"]).endswith(
         "int4: already exists; remove it or choose another path"
     )
@@ -352,7 +354,7 @@ def test_invalid_uses_of_quantized_models_are_refused(tiny_model, stored, tmp_pa
 
 
 def test_quantized_weights_cannot_be_trained(stored, records, tmp_path):
-    out, refusal = tmp_path / "out", "its weights are int8, good for answers and nothing else; take the model that it"
+    out, refusal = tmp_path / "out", "int8 weights support only inference; use the original model"
     assert refusal in error_line("export", stored["int8"], "--out", out, "--format", "safetensors")
     with pytest.raises(CheckpointError, match=refusal):
         train(short_config(stored["int8"], records), out, Quiet())
@@ -370,9 +372,9 @@ def test_a_quantized_base_without_branches_is_refused(tiny_files, tmp_path):
 def test_an_incomplete_kernel_is_refused(tiny_model, tmp_path):
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     next((model / "params" / "llama.head.kernel").glob("0*")).unlink()
-    with pytest.raises(CheckpointError, match=r"llama\.head\.kernel.*it is missing"):
+    with pytest.raises(CheckpointError, match=r"llama\.head\.kernel.*: missing"):
         load(model, quantize="int8")
-    with pytest.raises(VllamaError, match=r"llama\.head\.kernel.*it is missing"):
+    with pytest.raises(VllamaError, match=r"llama\.head\.kernel.*: missing"):
         quantize.quantize(open_model(model), tmp_path / "out", "int8")
     assert not (tmp_path / "out").exists()
 

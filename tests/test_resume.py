@@ -264,7 +264,7 @@ CORRUPT: dict[str, tuple[Callable[[dict], None], str]] = {
     "base path is a number": (put("base", "path", value=1), "base.path: 1 is not of type str"),
     "inputs is a list": (put("inputs", value=[]), "config.json.inputs: [] is not of type dict"),
     "inputs holds a number": (put("inputs", value={"init": 1}), "config.json.inputs.init: 1 is not of type str"),
-    "format is text": (put("format", value="x"), "not of a model directory (format 'x'"),
+    "format is text": (put("format", value="x"), "unknown format 'x'"),
 }
 
 
@@ -308,8 +308,8 @@ def test_loading_validates_the_same_fields(run, what):
         (("run", "lora", "rank"), -1, "run.lora.rank: must be at least 0, not -1"),
         (("run", "lora", "targets"), "query", "run.lora.targets: 'query' is not of type tuple"),
         (("run", "lora", "targets"), ["nose"], "run.lora.targets.0: 'nose' is not of type"),
-        (("base", "path"), "no\0where", "is not there, nor beside the run"),
-        (("base", "path"), "x" * 5000, "is not there, nor beside the run"),
+        (("base", "path"), "no\0where", "was not found, and is not in the run's parent folder"),
+        (("base", "path"), "x" * 5000, "was not found, and is not in the run's parent folder"),
         (("base", "digest"), "0" * 32, "not the base model that"),
     ],
 )

@@ -190,7 +190,7 @@ def test_any_orbax_error_means_a_corrupt_checkpoint(run, caplog, monkeypatch, er
 
     monkeypatch.setattr(ocp.Checkpointer, "restore", fail)
     assert restored(run) == 4
-    assert f"step_8/moments: its weights cannot be read ({str(error) or type(error).__name__})" in caplog.text
+    assert f"step_8/moments: the weights cannot be read ({str(error) or type(error).__name__})" in caplog.text
     assert (run / "damaged_step_8").is_dir()
 
 
@@ -310,7 +310,7 @@ def test_corruption_that_orbax_detects_is_handled(run, damage):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_run_with_a_corrupt_last_checkpoint_is_not_loaded(run, damage):
     DAMAGES[damage](largest(run / "step_8", "weights/ocdbt.process_0/d/*"))
-    message = r"run: its last checkpoint, step_8, is damaged \(.*\); rename step_8 to damaged_step_8 to use step_4$"
+    message = r"run: its last checkpoint, step_8, is corrupt \(.*\); rename step_8 to damaged_step_8 to use step_4$"
     with pytest.raises(CheckpointError, match=message):
         open_model(run)
     (run / "step_8").rename(run / "damaged_step_8")
@@ -326,7 +326,7 @@ def test_a_base_that_is_a_corrupt_run_is_refused(run, tmp_path):
     write_checkpoints(shipped(run, NO_LORA), tmp_path / "later", {4: weights_of(1)})
     flip(largest(run / "step_8", "weights/manifest.ocdbt"))
     with pytest.raises(
-        CheckpointError, match=r"/run: not the base model that .*later was trained on|step_8, is damaged"
+        CheckpointError, match=r"/run: not the base model that .*later was trained on|step_8, is corrupt"
     ):
         open_model(tmp_path / "later")
 
@@ -370,7 +370,7 @@ def test_verify_checks_all_checkpoints_and_the_base(run, tiny_model, capsys):
     out, message = verified(capsys, run)
     assert [line.split(": ")[1] == "corrupt" for line in out.splitlines()] == [True, False]
     assert message == (
-        f"vllama: {run}: corrupt: {run}/step_4 ({file}: its bytes are not those that were saved); "
+        f"vllama: {run}: corrupt: {run}/step_4 ({file}: its content has changed since it was saved); "
         "restore it from a copy; a resumed run continues from its last intact checkpoint"
     )
     shutil.rmtree(run / "step_8/weights")

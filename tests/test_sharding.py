@@ -111,7 +111,7 @@ def test_loading_puts_one_shard_on_each_device(tiny_model, caplog):
     split, whole = load(tiny_model, mesh=mesh).network, load(tiny_model).network
     gate = split.llama.blocks[0].mlp.gate.kernel[...]
     assert gate.sharding.spec == PartitionSpec(None, ("tensor",))
-    assert "llama: 2 kv_heads over 4 devices does not divide; kept whole on each" in caplog.messages
+    assert "llama: kv_heads (2) is not divisible by 4 devices and is replicated" in caplog.messages
     assert {shard.data.shape for shard in gate.addressable_shards} == {(gate.shape[0], gate.shape[1] // 4)}
     for one, other in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -164,11 +164,11 @@ def test_an_axis_that_does_not_divide_is_replicated_and_reported():
     assert sharding.partition_spec((509, 64), ("vocab", "embed"), mesh) == PartitionSpec(None, ("fsdp",))
     state = nnx.state(abstract_network(tiny(vocab_size=509)))
     report = sharding.list_indivisible_axes(state, mesh)
-    assert "llama: 509 vocab over 4 devices does not divide; kept whole on each" in report
-    assert "vit: 279 mlp over 4 devices does not divide; kept whole on each" in report
+    assert "llama: vocab (509) is not divisible by 4 devices and is replicated" in report
+    assert "vit: mlp (279) is not divisible by 4 devices and is replicated" in report
     assert not any("embed" in line for line in report)
 
 
 def test_a_mesh_for_another_number_of_devices_is_an_error():
-    with pytest.raises(ConfigError, match="mesh data=3 fsdp=1 tensor=1 has 3 places for 8 devices"):
+    with pytest.raises(ConfigError, match="mesh data=3 fsdp=1 tensor=1 needs 3 devices, but 8 are available"):
         sharding.make_mesh(data=3)

@@ -57,7 +57,9 @@ def test_demo_prints_its_description_and_ends_with_the_input():
     assert done.returncode == 0, done.stderr
     assert done.stdout == "a bell rings\n"
     lines = done.stderr.splitlines()
-    assert lines[0].startswith("the miniature answers: 3 million weights that know 16 things")
+    assert lines[0].startswith(
+        "answers are from the miniature, a model of 3 million parameters that knows only 16 objects"
+    )
     assert (
         lines[1]
         == f"{shipped.CLIPS}/bell.mp4: a rendered clip of 4 seconds: a large yellow bell moves to the left and rings"

@@ -25,7 +25,7 @@ from vllama_jax.train.loop import train
         ({"trainable": ("vidoe_qformer/*",)}, ConfigError, "matches no parameter of the components of this run"),
         ({"trainable": ("audio_qformer/*",)}, ConfigError, "matches no parameter of the components of this run"),
         ({"batch_size": 6}, ConfigError, "batch_size 6 is not divisible by the 8 shards of the batch"),
-        ({"mesh": dataclasses.replace(ONE, data=3)}, ConfigError, "has 3 places for 8 devices"),
+        ({"mesh": dataclasses.replace(ONE, data=3)}, ConfigError, "needs 3 devices, but 8 are available"),
         ({"model": "nowhere"}, CheckpointError, "no such model directory"),
         ({"init": "nowhere"}, CheckpointError, "no such model directory"),
         ({"datasets": (DatasetConfig(path="nowhere"),)}, DataError, "no such records directory"),

@@ -86,7 +86,7 @@ def test_an_unknown_option_gets_a_suggestion(arguments, meant):
         ("chat x --num-frames 1.5", "--num-frames: '1.5' is not a whole number"),
         ("chat x --template alpaca", "--template: 'alpaca' is not one of vicuna, llama_2, plain"),
         ("chat x --quantize int3", "--quantize: 'int3' is not one of int8, int4"),
-        ("chat x --num-beams 2 --temperature 1", "beam search does not sample: give either num_beams above 1"),
+        ("chat x --num-beams 2 --temperature 1", "beam search cannot sample: set either num_beams above 1"),
         ("chat x --model", "--model needs a value: PATH"),
         ("train smoke --out x --optim.lr -1", "--optim.lr must be at least 0, not -1.0"),
         ("train smoke --out x --steps 0", "--steps must be at least 1, not 0"),

@@ -76,7 +76,7 @@ def test_one_flipped_bit_is_detected(tiny_model, tmp_path, capsys):
     flip_a_byte(model, "llama/blocks/mlp/up/kernel")
     message, _ = verify_error(capsys, model)
     assert message == (
-        f"{model}: corrupt: llama/blocks/mlp/up/kernel (its bytes are not those that were written); "
+        f"{model}: corrupt: llama/blocks/mlp/up/kernel (its content has changed since it was written); "
         "copy or convert it again"
     )
 
@@ -87,8 +87,8 @@ def test_missing_and_truncated_chunks_are_detected(tiny_model, tmp_path, capsys)
     file = model / "params/ln_vision.bias/0"
     file.write_bytes(file.read_bytes()[:-1])
     message, out = verify_error(capsys, model, "--json")
-    assert "llama.norm.scale/0: it is missing" in message
-    assert "ln_vision.bias/0: 255 of its 256 bytes are there" in message
+    assert "llama.norm.scale/0: missing" in message
+    assert "ln_vision.bias/0: has 255 bytes instead of 256" in message
     assert json.loads(out)["corrupt"].keys() == {"llama/norm/scale", "ln_vision/bias"}
 
 
