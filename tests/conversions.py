@@ -1,4 +1,4 @@
-"""Conversions for tests, and what they made as plain arrays, read without this project's own reader."""
+"""Convert files for tests and read the results as plain arrays, without the project's own reader."""
 
 import json
 from pathlib import Path
@@ -17,14 +17,14 @@ Leaves = dict[str, np.ndarray]
 
 
 def plan(paths: dict[str, Path], **options) -> convert.ConversionPlan:
-    """A plan of files by kind; `config` is the file with the head counts, unless given."""
+    """Plan a conversion of files by component; `config` is the file with the head counts, unless given."""
     files = {kind: path for kind, path in paths.items() if kind not in ("llama", "config")}
     config = options.pop("config", None) or json.loads(paths["config"].read_text())
     return convert.plan(llama_directory=paths["llama"], files=files, config=config, **options)
 
 
 def leaves_of(model: Path) -> Leaves:
-    """A model directory's weights by path, read by Orbax alone."""
+    """Read the weights of a model directory by path, with Orbax alone."""
     return flatten_dict(ocp.PyTreeCheckpointer().restore(model / "params"), sep="/")
 
 
@@ -34,7 +34,7 @@ def converted(paths: dict[str, Path], out: Path, *, dtype: str | None = None, **
 
 
 def torch_tensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a torch file, or of a directory's `.bin` shards, by torch alone."""
+    """Read the tensors of a torch file or of a directory's `.bin` shards, with torch alone."""
     if path.is_dir():
         return {name: tensor for shard in sorted(path.glob("*.bin")) for name, tensor in torch_tensors(shard).items()}
     loaded = torch.load(path, weights_only=True)
@@ -54,13 +54,13 @@ def hashes(model: Path) -> dict[str, str]:
 
 
 def command(paths: dict[str, Path], out: Path, *more: str) -> list[str]:
-    """Arguments of `vllama convert`."""
+    """Return the arguments of `vllama convert`."""
     options = [part for kind, path in paths.items() for part in (f"--{kind.replace('_', '-')}", str(path))]
     return ["convert", *options, "--out", str(out), *more]
 
 
 def refusal(paths: dict[str, Path], tmp_path: Path, *more: str) -> str:
-    """What the command says and exits 1 with. Nothing may be where it would have written."""
+    """Return the error of a command that exits with 1, and check that it has written nothing."""
     out = tmp_path / "out" / "model"
     out.parent.mkdir()
     with pytest.raises(SystemExit) as stopped:

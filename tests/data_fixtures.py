@@ -1,4 +1,7 @@
-"""Sources made up in a folder. `build` looks at the first bytes of media only, so that few do where nothing decodes."""
+"""Annotation files and media for dataset builds.
+
+`build` checks only the first bytes of media, so most media are a few bytes.
+"""
 
 import json
 from pathlib import Path
@@ -11,12 +14,12 @@ MATROSKA = b"\x1aE\xdf\xa3"
 
 
 def media(content: bytes) -> bytes:
-    """Bytes that begin as a media file does."""
+    """Return bytes that start like those of a media file."""
     return MATROSKA + content
 
 
 def lay(folder: Path, contents: dict[str, object]) -> Path:
-    """A folder of these files; lists and dicts are written as JSON."""
+    """Write files into a folder; lists and dicts are written as JSON."""
     for name, content in contents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -31,7 +34,7 @@ def lines(*entries: dict) -> str:
 
 
 def built(name: str, source: Path, out: Path) -> tuple[list[Annotation], dict[str, str]]:
-    """What comes back of a source, and why what is missing was left out."""
+    """Build records from a source; return their annotations, and the reasons for skipped entries."""
     build(name, source, out)
     records = open_records(out)
     annotations = [records.annotation(number) for number in range(len(records))]

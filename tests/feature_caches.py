@@ -1,4 +1,4 @@
-"""Feature caches with random features, laid out as `vllama features` writes them."""
+"""Feature caches with random features, in the layout of `vllama features`."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ SHARD_RECORDS = 2
 
 
 def write_cache(config: TrainConfig, root: Path, seed: int = 0) -> Path:
-    """The features of a run's first dataset as `vllama features` lays them out, drawn at random."""
+    """Write random features of a run's first dataset in the layout of `vllama features`."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     records = open_records(config.datasets[0].path)

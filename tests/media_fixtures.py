@@ -1,4 +1,4 @@
-"""Small media files rendered when the tests run, so that what they hold is known and nothing binary is stored."""
+"""Small media files, rendered when the tests run, so that their content is known and no binary file is stored."""
 
 import subprocess
 import sys
@@ -13,20 +13,20 @@ FPS = 25
 
 
 def numbered_frame(number: int) -> av.VideoFrame:
-    """A frame of 8 upright stripes, white or black: the binary digits of `number` (under 256), lowest first."""
+    """Draw a frame of 8 vertical stripes, white or black: the binary digits of `number` (below 256), lowest first."""
     planes = np.full((SIDE * 3 // 2, SIDE), 128, np.uint8)
     planes[:SIDE] = np.where(number >> (np.arange(SIDE) * 8 // SIDE) & 1, 235, 16)
     return av.VideoFrame.from_ndarray(planes, "yuv420p")
 
 
 def numbers_of(frames: np.ndarray) -> list[int]:
-    """The numbers that RGB frames [t, h, w, 3] show."""
+    """Decode the numbers of RGB frames [t, h, w, 3]."""
     stripes = frames.reshape(len(frames), frames.shape[1], 8, -1).mean(axis=(1, 3)) > 127
     return (stripes << np.arange(8)).sum(axis=1).tolist()
 
 
 def tone(seconds: float, rate: int, channels: int = 2) -> np.ndarray:
-    """[channels, n] float32: a different sine in each channel, at half of full scale."""
+    """Return float32 audio [channels, n]: a different sine in each channel, at half of full scale."""
     time = np.arange(round(seconds * rate)) / rate
     return np.stack([0.5 * np.sin(2 * np.pi * 440 * (1 + channel) * time) for channel in range(channels)], dtype="f4")
 
@@ -41,7 +41,7 @@ def write_video(
     rate: int = 16000,
     sound_codec: str = "aac",
 ) -> Path:
-    """A video of numbered frames with a key frame every 20, and `sound` (AAC or pcm_s16le) beside it."""
+    """Write a video of numbered frames with a key frame every 20, and optionally an audio stream (AAC or pcm_s16le)."""
     fast = {"preset": "ultrafast", "bf": "3"} if codec == "libx264" else {}
     with av.open(str(path), "w", options=muxer or {}) as container:
         video = container.add_stream(codec, rate=FPS, options=fast | (options or {}))
@@ -69,7 +69,7 @@ def write_sound(
     cover: bool = False,
     layout: str | None = None,
 ) -> Path:
-    """A sound file of float [c, n] in the codec and sample format named; `cover` adds a picture as music players do."""
+    """Write float audio [c, n] with the given codec and sample format; `cover` adds cover art as music players do."""
     with av.open(str(path), "w") as container:
         layout = layout or ("stereo" if len(sound) == 2 else "mono")
         audio = container.add_stream(codec, rate=rate, layout=layout, format=sample_format)
@@ -105,7 +105,7 @@ def _sound_frames(sound: np.ndarray, rate: int, sample_format: str, layout: str 
 
 
 def turn(path: Path, turned: Path, matrix: tuple[int, int, int, int]) -> Path:
-    """A copy of an mp4 whose first track header (tkhd) asks players to show it turned by `matrix`."""
+    """Copy an mp4 and set the display matrix in its first track header (tkhd)."""
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 4 + 40
     a, b, c, d = (value << 16 for value in matrix)
@@ -115,7 +115,7 @@ def turn(path: Path, turned: Path, matrix: tuple[int, int, int, int]) -> Path:
 
 
 def damage_packets(path: Path, damaged: Path, kind: str) -> Path:
-    """A copy of a file whose packets of one kind ("audio", "video") hold noise from number 60 on."""
+    """Copy a file, with noise in the packets of one stream type ("audio", "video") from packet 60 on."""
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
         packets = [packet for packet in container.demux(**{kind: 0}) if packet.size]
@@ -127,9 +127,9 @@ def damage_packets(path: Path, damaged: Path, kind: str) -> Path:
 
 
 def run_and_measure(code: str, *args: str) -> tuple[str, list[float]]:
-    """Run Python code in a process of its own. It prints text, and `peak()` for its peak memory so far in MB.
+    """Run Python code in a separate process, where `peak()` prints the peak memory so far in MB.
 
-    Returns the text and the peaks. What the code writes to stderr is an error.
+    Returns the text and the peaks. Output on stderr is an error.
     """
     peak = "def peak(): print('peak', int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) / 1024)"
     run = subprocess.run([sys.executable, "-c", f"{peak}\n{code}", *args], capture_output=True, text=True, check=True)

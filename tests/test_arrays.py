@@ -1,4 +1,4 @@
-"""Arrays of the wrong shape or dtype are one line that names what is expected, also under `jax.jit`."""
+"""Arrays of a wrong shape or dtype raise a one-line error with the expected shape, also under `jax.jit`."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Output: whole or not at all, and a planted symbolic link never makes a command delete or overwrite anything."""
+"""Outputs are complete or absent, and no command deletes or overwrites a file through a symbolic link."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from vllama_jax.io.jsonl import JsonLinesFile
 
 @pytest.fixture
 def treasure(tmp_path) -> Path:
-    """A directory of somebody else's, to which links lead."""
+    """A directory outside of the output, to which links point."""
     folder = tmp_path / "treasure"
     (folder / "deep").mkdir(parents=True)
     (folder / "file.txt").write_text("gold")
@@ -160,7 +160,7 @@ def test_plots_are_never_written_through_a_link(treasure, tmp_path, name, named)
     assert contents(treasure) == before
 
 
-# The functions.
+# The functions of vllama_jax.io.atomic.
 
 
 @pytest.mark.parametrize("write", [atomic.replace_file, atomic.write_file])
@@ -213,7 +213,7 @@ def test_an_output_directory_may_be_a_link(tmp_path):
 
 
 def test_an_existing_output_is_reported_before_inputs_are_read(tmp_path, monkeypatch):
-    """Not even the files that do not exist are looked at."""
+    """Inputs are not read before the check: they do not even exist here."""
     (tmp_path / "out").mkdir()
     out, absent = str(tmp_path / "out"), str(tmp_path / "absent")
     for arguments in (

@@ -1,4 +1,4 @@
-"""What training asks of media beyond reading files: bytes as files, chosen frames, random frames, boxes and crops."""
+"""Media for training: media in memory, frame sampling, random crops."""
 
 import math
 import os
@@ -17,12 +17,12 @@ from vllama_jax.media.image import resize
 SCALE, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 
 
-# ------------------------------------------------------------------------------------------------ bytes as files
+# ------------------------------------------------------------------------------------------------ media in memory
 
 
 @pytest.fixture(params=["in memory", "on disk"])
 def either_kind(request, monkeypatch, tmp_path):
-    """Linux has files in memory; elsewhere, and here, temporary ones stand in."""
+    """Test in-memory files, which Linux has, and the temporary files that other systems use."""
     if request.param == "on disk":
         monkeypatch.delattr(os, "memfd_create")
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -67,7 +67,7 @@ def test_bytes_that_are_no_media(clip):
     assert not os.path.exists(path)
 
 
-# ------------------------------------------------------------------------------------------------ which frames
+# ------------------------------------------------------------------------------------------------ frame sampling
 
 
 def test_a_custom_sample_function_chooses_the_frames(tmp_path):
@@ -81,7 +81,7 @@ def test_a_custom_sample_function_chooses_the_frames(tmp_path):
 
 
 def test_frames_are_sampled_again_after_a_wrong_declared_count(tmp_path):
-    """A recording that starts between key frames has packets that hold no frame of their own."""
+    """A recording that starts between key frames has packets without a decodable frame."""
     whole = write_video(tmp_path / "whole.ts").read_bytes()
     (tmp_path / "late.ts").write_bytes(whole[len(whole) // 3 // 188 * 188 :])  # a transport stream has 188-byte packets
     asked = []
@@ -120,7 +120,7 @@ def test_head_tail_indices_of_short_videos(total, num_frames):
             assert (indices < total // 2).sum() == num_frames // 2
 
 
-# ------------------------------------------------------------------------------------------------ boxes and crops
+# ------------------------------------------------------------------------------------------------ crops
 
 
 def test_crop_boxes_are_uniform_in_area_and_log_aspect_ratio():
@@ -131,7 +131,7 @@ def test_crop_boxes_are_uniform_in_area_and_log_aspect_ratio():
     area, ratio = height * width / 1e6, np.log(width / height)
     assert (area.min(), area.max()) == pytest.approx(SCALE, abs=0.02)
     assert (ratio.min(), ratio.max()) == pytest.approx((math.log(RATIO[0]), math.log(RATIO[1])), abs=0.02)
-    fits = area < 0.7  # boxes of more than 3/4 of the area do not fit in every ratio, and are drawn again
+    fits = area < 0.7  # boxes of more than 3/4 of the area do not fit at every aspect ratio, and are drawn again
     assert np.histogram(area[fits], 4, (0.5, 0.7))[0] / fits.sum() == pytest.approx(0.25, abs=0.03)
     assert np.histogram(ratio[fits], 4, np.log(RATIO))[0] / fits.sum() == pytest.approx(0.25, abs=0.03)
     assert top.min() == left.min() == 0
@@ -140,7 +140,7 @@ def test_crop_boxes_are_uniform_in_area_and_log_aspect_ratio():
 
 
 def test_aspect_ratio_is_width_over_height():
-    """Of ratios around one, a box of the inverse ratio looks the same."""
+    """Aspect ratios are symmetric around one, so an inverted ratio would pass the test above."""
     boxes = np.array([random_crop_box(np.random.default_rng(seed), 100, 300, (0.1, 0.2), (2, 3)) for seed in range(50)])
     assert (np.round(boxes[:, 3] / boxes[:, 2], 1) >= 2).all()
     assert (np.round(boxes[:, 3] / boxes[:, 2], 1) <= 3).all()
@@ -169,7 +169,7 @@ def test_a_crop_that_never_fits_is_centered(height, width, expected):
 
 
 def torch_crop(frames, box, size):
-    """The original's crop before its cast."""
+    """Crop as the original does, before its cast to integers."""
     top, left, height, width = box
     cropped = torch.from_numpy(frames[:, top : top + height, left : left + width]).permute(3, 0, 1, 2).float()
     stretched = torch.nn.functional.interpolate(cropped, size=(size, size), mode="bicubic", align_corners=False)
@@ -177,7 +177,7 @@ def torch_crop(frames, box, size):
 
 
 def assert_cut_off(cropped, exact):
-    """Equal to the fraction cut off, but by one where an exact value is within rounding of a whole number."""
+    """Check equality with the truncated values; they may differ by one where an exact value is close to an integer."""
     expected = np.clip(exact, 0, 255).astype(np.uint8)
     near_whole = np.abs(exact - np.round(exact)) < 1e-3
     assert cropped.dtype == np.uint8
@@ -190,7 +190,7 @@ def test_crops_equal_torch(size):
     rng = np.random.default_rng(0)
     for _ in range(5):
         height, width = rng.integers(1, 300, 2)
-        frames = rng.integers(0, 256, (2, height, width, 3), np.uint8)  # noise overshoots a lot
+        frames = rng.integers(0, 256, (2, height, width, 3), np.uint8)  # noise overshoots the value range often
         box = random_crop_box(rng, int(height), int(width), SCALE, RATIO)
         cropped = crop_frames(frames, box, size)
         assert cropped.shape == (2, size, size, 3)
@@ -207,13 +207,13 @@ def test_overshoots_are_clamped():
     frames = np.zeros((1, 8, 8, 3), np.uint8)
     frames[:, :, 4:] = 255
     cropped = crop_frames(frames, (0, 0, 8, 8), 64)
-    assert (np.diff(cropped[0, 0, :, 0].astype(int)) >= -6).all()  # an overshoot comes back, but never wraps
+    assert (np.diff(cropped[0, 0, :, 0].astype(int)) >= -6).all()  # overshoots are clamped, not wrapped around
     assert cropped[0, 0, 0, 0] == 0
     assert cropped[0, 0, -1, 0] >= 254
 
 
 def test_crop_equals_the_golden_values(golden):
-    """Where the original's values do not wrap around."""
+    """Compare where the original's values do not wrap around."""
     recorded = np.load(golden / "media/train_crop.npz")
     frames = np.load(golden / "media/birthday_video.npz")["frames_uint8_thwc"][:2]
     box = CropBox(*recorded["box_ijhw"].tolist())

@@ -1,4 +1,4 @@
-"""Conversations: what is read, what is remembered, what is reported."""
+"""Conversations: media, history, reports and threads."""
 
 import concurrent.futures
 import dataclasses
@@ -25,7 +25,7 @@ def model(tiny_model) -> vl.Model:
 
 @pytest.fixture(scope="module")
 def seeing_model(tmp_path_factory) -> vl.Model:
-    """A picture-only model: no ImageBind, no audio branch."""
+    """A model without ImageBind and audio branch."""
     folder = tmp_path_factory.mktemp("seeing")
     paths = write_tiny(folder / "files", config=vl.config.tiny(audio=False))
     override = json.loads(paths.pop("config").read_text())
@@ -85,7 +85,7 @@ def test_an_abandoned_answer_is_not_in_the_history(model, clip):
         ("vicuna", "limit", False),
         ("plain", "eos", True),
         ("plain", "stop", False),
-        ("llama_2", "eos", False),  # the template's own, after a space
+        ("llama_2", "eos", False),  # the template's own EOS, after a space
     ],
 )
 def test_an_eos_that_ended_an_answer_is_in_the_next_prompt(model, monkeypatch, template, end, kept):
@@ -224,7 +224,7 @@ def test_reports_are_json_serializable(model, clip):
 
 
 def test_chats_in_threads_equal_chats_in_one_thread(model, picture):
-    """Each with a Chat of its own, on one model."""
+    """Each thread has its own Chat; they share one model."""
 
     def talk(number: int) -> tuple[str, str]:
         chat = vl.Chat(model)
@@ -256,7 +256,7 @@ def test_a_chat_that_two_threads_use_at_once_is_an_error(model, picture, use):
             pool.submit(use, chat, picture).result()
         whole = first + "".join(answer)
         assert chat.last.answer == whole, "the turn that was under way is kept"
-        pool.submit(use, chat, picture).result()  # one after the other they may
+        pool.submit(use, chat, picture).result()  # sequential use from several threads is allowed
 
 
 def test_an_outdated_question_is_an_error(model):

@@ -1,4 +1,4 @@
-"""Model directories: plain Orbax reads what we write, on any mesh; a damaged one is told before it is used."""
+"""Model directories: plain Orbax reads what we write, on any mesh; corrupt directories are detected before use."""
 
 import errno
 import fcntl
@@ -35,14 +35,14 @@ from vllama_jax.nn.network import abstract_network
 MIB = 2**20
 
 
-# Writing, and reading by Orbax without our code.
+# Writing, and reading with Orbax alone.
 
 SHAPES = {"a/matrix": (37, 24), "a/stacked": (3, 10, 7, 4), "b": (5,), "rows": (6, 4)}
 
 
 @pytest.fixture
 def small_chunks(monkeypatch):
-    """Chunks so small that tiny weights have many, with edges along several axes."""
+    """Use chunks so small that tiny weights have many, with partial chunks along several axes."""
     monkeypatch.setattr(params, "WHOLE_BYTES", 64)
     monkeypatch.setattr(params, "CHUNK_BYTES", 256)
 
@@ -52,7 +52,7 @@ def random(shape: tuple[int, ...], dtype: str) -> np.ndarray:
 
 
 def written(directory: Path, dtype: str) -> tuple[ParamsWriter, dict[str, np.ndarray]]:
-    """Weights written row by row where stacked, else whole."""
+    """Write random weights, stacked ones row by row and others at once."""
     arrays = {path: random(shape, dtype) for path, shape in SHAPES.items()}
     with ParamsWriter(directory / "params") as writer:
         for path, array in arrays.items():
@@ -123,22 +123,22 @@ def test_manifest_of_a_converted_model_fits_its_weights(tiny_model):
     [
         ((39, 1408), 2, [39, 1408]),  # norms: one file
         ((39, 3, 16, 88), 2, [39, 3, 16, 88]),
-        ((32, 4096, 4096), 2, [1, 4096, 4096]),  # a layer
-        ((32, 4096, 11008), 2, [1, 2048, 11008]),  # 90 MB a layer: two halves
+        ((32, 4096, 4096), 2, [1, 4096, 4096]),  # one layer
+        ((32, 4096, 11008), 2, [1, 2048, 11008]),  # 90 MB for each layer: two halves
         ((32, 11008, 4096), 2, [1, 5504, 4096]),
-        ((32, 32, 128, 4096), 4, [1, 32, 128, 4096]),  # 64 MiB sharp
+        ((32, 32, 128, 4096), 4, [1, 32, 128, 4096]),  # exactly 64 MiB
         ((40, 5120, 13824), 4, [1, 1024, 13824]),
         ((32000, 4096), 2, [8000, 4096]),
         ((32001, 4096), 2, [8001, 4096]),
         ((4096, 32000), 2, [1024, 32000]),
-        ((2, 3, 40 * MIB), 2, [1, 1, 20 * MIB]),  # a single row too large
+        ((2, 3, 40 * MIB), 2, [1, 1, 20 * MIB]),  # a single row is too large
     ],
 )
 def test_chunks_are_at_most_a_layer_and_64_mib(shape, itemsize, chunk):
     assert chunk_shape(shape, itemsize) == chunk
     assert math.prod(chunk) * itemsize <= 64 * MIB
     padded = math.prod(math.ceil(size / part) * part for size, part in zip(shape, chunk, strict=True))
-    assert padded <= 1.01 * math.prod(shape)  # what edges cost on the disk
+    assert padded <= 1.01 * math.prod(shape)  # overhead of partial chunks on disk
 
 
 def test_files_on_disk_are_raw_and_no_larger_than_the_weights(tiny_model):
@@ -199,7 +199,7 @@ def test_weights_are_float32_on_a_cpu_by_default(tiny_model):
     assert abstract_network(open_model(tiny_model).config).ln_vision.scale.dtype == jnp.float32
 
 
-# Damaged directories. Each case damages a copy and tells what must be said.
+# Corrupt directories. Each case changes a copy and has the expected message.
 
 
 def edit(name: str, change):
@@ -287,7 +287,7 @@ def test_a_corrupt_model_directory_is_a_one_line_error(tiny_model, tiny_abstract
 
 
 def used(model: Path, abstract: nnx.State) -> None:
-    """All that `load` looks at, without making the abstract network each time."""
+    """Read everything that `load` reads, without making the abstract network each time."""
     directory = open_model(model)
     directory.tokenizer.encode("")
     restore(directory, abstract)
@@ -325,7 +325,7 @@ def test_a_quantized_model_cannot_be_a_conversion_source(tiny_model, tmp_path):
 
 @pytest.fixture
 def runs(tiny_model, tmp_path) -> Path:
-    """A base, a run on it, and a run on that one, in one folder; no weights are computed."""
+    """A base model, a run on it, and a run on that one, in one folder; no weights are computed."""
     folder = tmp_path / "here"
     shutil.copytree(tiny_model, folder / "base")
     for base, name, part in (("base", "vision", "llama_proj"), ("vision", "audio", "audio_llama_proj")):
@@ -348,7 +348,7 @@ def test_runs_find_base_models_in_their_parent_directory(runs, tmp_path):
 
 
 def test_the_recorded_base_path_has_priority_over_a_sibling_directory(runs, tmp_path):
-    """The run moves to a folder that has another model called "base"."""
+    """The run moves to a folder that contains another model called "base"."""
     there = tmp_path / "there"
     shutil.copytree(runs / "vision", there / "vision")
     shutil.copytree(runs / "base", there / "base")
@@ -372,7 +372,7 @@ def test_a_chunk_with_bytes_appended_is_refused(tiny_model, tmp_path, path):
 
 
 def test_a_stacked_model_has_the_paths_and_shapes_of_the_files(tiny_model, tmp_path):
-    """What is trained from it in Python and saved loads again."""
+    """Weights that are trained in Python and saved can be loaded again."""
     model = vl.load(tiny_model, stacked=True)
     state = {"/".join(map(str, path)): leaf for path, leaf in nnx.to_flat_state(nnx.state(model.network))}
     assert {path: leaf.shape for path, leaf in state.items()} == open_model(tiny_model).shapes
@@ -427,7 +427,7 @@ def test_missing_and_renamed_weights_are_reported(tiny_model, tmp_path, rename, 
 
 
 def test_commands_that_only_read_start_no_accelerator(runs, tmp_path):
-    """There is no TPU here, so that whatever started one would fail, as where a training process holds it."""
+    """This machine has no TPU, so starting one would fail, as it does while a training process uses it."""
     made = f"--base {runs / 'audio'} --out {tmp_path / 'made'}"
     code = (
         f"from vllama_jax.cli import main; main(['inspect', {str(runs / 'audio')!r}]); main('convert {made}'.split())"
@@ -435,7 +435,7 @@ def test_commands_that_only_read_start_no_accelerator(runs, tmp_path):
     subprocess.run([sys.executable, "-c", code], env={**os.environ, "JAX_PLATFORMS": "tpu"}, check=True)
 
 
-# Directories that appear whole or not at all.
+# Directories that appear only when complete.
 
 
 def test_new_directory_appears_when_it_is_complete(tmp_path):
@@ -472,7 +472,7 @@ def test_new_directory_removes_partial_files_of_a_killed_process(tmp_path):
 def test_new_directory_is_made_by_one_process_at_a_time(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     handle = os.open(tmp_path / ".out.partial", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)  # as another process would hold it
+    fcntl.flock(handle, fcntl.LOCK_EX)  # as another process would lock it
     with pytest.raises(vl.CheckpointError, match="another process"), new_directory(tmp_path / "out"):
         pytest.fail("not to be reached")
     os.close(handle)

@@ -1,4 +1,4 @@
-"""The command line, as a user meets it."""
+"""The command line from a user's perspective."""
 
 import json
 import subprocess
@@ -18,13 +18,13 @@ HELP = [["--help"], *([command, "--help"] for command in ("chat", "convert", "ex
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """Compiled programs, shared by the processes of these tests and no others."""
+    """A compilation cache for the processes of these tests only."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def unloaded(monkeypatch) -> None:
-    """Whatever fails has to fail before the model is loaded."""
+    """Make loading a model an error: these commands must fail before."""
     monkeypatch.setattr("vllama_jax.cli.chat.HEAD_START", 60)
     monkeypatch.setattr("vllama_jax.cli.chat.load", lambda *_, **__: pytest.fail("the model is loaded"))
 
@@ -73,7 +73,7 @@ def test_flags_reach_the_model(tiny_model, clip, cache):
 
 @pytest.mark.parametrize("arguments", HELP, ids=" ".join)
 def test_help_is_quick_and_has_an_example(arguments):
-    """Imports are what makes it slow: within a second of a bare interpreter, with room for a busy machine."""
+    """Imports dominate: at most one second more than a bare interpreter, with a margin for a busy machine."""
     start = time.perf_counter()
     done = run_vllama(*arguments)
     assert time.perf_counter() - start < 3

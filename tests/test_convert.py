@@ -1,4 +1,7 @@
-"""Converted weights are the files' own numbers, turned as the rules say: by hand, and bit for bit there and back."""
+"""Converted weights equal the files' values transposed by the rules.
+
+They are compared with hand-written rules, and by bit-exact round trips.
+"""
 
 import json
 import re
@@ -16,7 +19,7 @@ from vllama_jax.config import tiny
 from vllama_jax.convert import rules
 from vllama_jax.convert.tiny import write_tiny
 
-# One weight at a time, against the rule written out by hand.
+# One weight at a time, compared with a hand-written rule.
 
 
 @pytest.fixture(scope="session")
@@ -113,11 +116,11 @@ def test_converted_weights_equal_hand_transposed_tensors(tiny_leaves, tiny_tenso
     np.testing.assert_array_equal(leaf, expected(tiny_tensors[kind]))
 
 
-# Every weight, back to what torch reads.
+# All weights, converted back to PyTorch's layout.
 
 
 def inverted(leaves: Leaves, table: list[rules.Rule]) -> dict[str, np.ndarray]:
-    """The tensors that a file must have held, from what was restored."""
+    """Compute the tensors of the source file from restored weights."""
     tensors = {}
     for rule in table:
         leaf = leaves[rule.target]
@@ -181,7 +184,7 @@ def test_half_precision_dtypes_are_kept(tmp_path):
 
 # Golden: the original's own files.
 
-# The original's module names → the file that fills the module, and what of the name is not in the file.
+# The original's module names → the file with the module's weights, and the prefix of the name that the file lacks.
 GOLDEN_HOMES = {
     "visual_encoder.": ("eva_vit", "visual_encoder."),
     "audio_encoder.": ("imagebind", "audio_encoder."),
@@ -209,7 +212,7 @@ def test_every_golden_tensor_that_the_original_uses_is_in_the_model_unchanged(go
         found = ours[kind].pop(name.removeprefix(prefix))
         assert str(tensor.dtype) == f"torch.{found.dtype.name}", name
         assert bits(found) == bits(tensor.numpy()), name
-    assert not any(ours.values())  # and nothing else is in the model
+    assert not any(ours.values())  # and the model has no other weights
 
 
 def test_golden_llama_is_the_same_from_bin_and_from_safetensors(golden, golden_files, golden_model, tmp_path):

@@ -1,4 +1,4 @@
-"""What `vllama convert` says of files that are no weights, or not those: one clear line and nothing left behind."""
+"""Errors of `vllama convert` for files without weights and for wrong files: one clear line, and no output."""
 
 import json
 import os
@@ -24,7 +24,7 @@ ABOVE = "must be a number above 0 and at most"
 FIELDS = ["eva_vit", "blip2", "imagebind", "minigpt4", "vl", "al"]
 
 
-# Files that are no weights.
+# Files without weights.
 
 
 def torch_bytes(tmp_path: Path, **options) -> bytes:
@@ -157,7 +157,7 @@ def test_zip_whose_names_leave_the_directory_writes_nothing(tiny_files, tmp_path
     assert not Path("/tmp/vllama_slipped").exists()
 
 
-# Pickles that want to run code.
+# Pickles that would run code.
 
 
 @pytest.mark.parametrize("layout", ["zip", "old", "bare"])
@@ -194,7 +194,7 @@ def test_without_torch_only_safetensors_convert(tiny_files, tmp_path, monkeypatc
         plan(tiny_files | {"vl": pth["vl"]})
 
 
-# A file in another's place.
+# A file given for another component.
 
 WHAT = {
     "eva_vit": "EVA-CLIP ViT-g weights",

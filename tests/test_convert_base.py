@@ -1,4 +1,4 @@
-"""A new model from an old one: parts given anew, branches from runs, and the rest copied as it lies there."""
+"""A new model from an existing one: new components, branches from runs, and unchanged copies of all others."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ def other_files(tmp_path: Path, **options) -> dict[str, Path]:
 
 
 def make_run(out: Path, base: Path, parts: tuple[str, ...], lora: LoraConfig | None = None) -> dict[str, np.ndarray]:
-    """A run directory as training leaves it, and the weights that it trained: new values for all of these parts."""
+    """Write a run directory as training does; return the new values of all weights of these components."""
     held = open_model(base)
     shapes = {path: shape for path, shape in held.shapes.items() if path.split("/")[0] in parts}
     for name in lora.targets if lora else ():
@@ -63,7 +63,7 @@ def part_hashes(model: Path, parts: tuple[str, ...]) -> dict[str, str]:
     return {path: value for path, value in hashes(model).items() if path.split("/")[0] in parts}
 
 
-# One part replaced.
+# One component replaced.
 
 PARTS = {
     "eva_vit": ("vit",),
@@ -111,7 +111,7 @@ def test_manifest_records_the_source_of_each_component(tiny_files, tiny_model, t
 
 def test_kept_components_can_change_dtype(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(arrays, "WHOLE_BYTES", 100)
-    monkeypatch.setattr(arrays, "CHUNK_BYTES", 5000)  # chunks cut along every axis, with edges
+    monkeypatch.setattr(arrays, "CHUNK_BYTES", 5000)  # chunks divided along every axis, with partial ones
     main(command({}, tmp_path / "half", "--base", str(tiny_model), "--dtype", "float16"))
     main(command({}, tmp_path / "model", "--base", str(tmp_path / "half"), "--dtype", "float32"))
     before, after = leaves_of(tiny_model), leaves_of(tmp_path / "model")
@@ -166,7 +166,7 @@ def test_buffers_are_compared_with_the_base(tiny_files, tiny_model, tmp_path):
 
 
 def manifest(**entry):
-    """Changes what the manifest says of one weight."""
+    """Change the manifest's entry of one weight."""
 
     def change(base: Path) -> None:
         fields = json.loads((base / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Language models released as differences: the sum is FastChat's, to the bit, and another base is found out."""
+"""Language models released as deltas: the sum equals FastChat's bit-exactly, and a wrong base is detected."""
 
 import json
 import shutil
@@ -20,7 +20,7 @@ ROWS = ("model.embed_tokens.weight", "lm_head.weight")
 
 
 def save_llama(directory: Path, like: Path, tensors: dict[str, np.ndarray], layout: str | None = None) -> Path:
-    """A directory like another, with other weights."""
+    """Write a language model directory like another, with other weights."""
     shutil.copytree(like, directory, ignore=shutil.ignore_patterns("*.safetensors"))
     if layout:
         LAYOUTS[layout](tensors, directory)
@@ -41,7 +41,7 @@ def tuned(base: dict[str, np.ndarray], dtype: str, size: float = 0.05) -> dict[s
 
 
 def fastchat_delta(target: dict[str, np.ndarray], base: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """make_delta of FastChat 0.1.10: rows that the base lacks are zeros."""
+    """Compute a delta as FastChat 0.1.10's make_delta does: rows that the base lacks are zeros."""
     delta = {name: torch.from_numpy(tensor.copy()) for name, tensor in target.items()}
     for name, tensor in delta.items():
         held = torch.zeros_like(tensor)
@@ -51,7 +51,7 @@ def fastchat_delta(target: dict[str, np.ndarray], base: dict[str, np.ndarray]) -
 
 
 def fastchat_sum(base: dict[str, np.ndarray], delta: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """apply_delta of FastChat."""
+    """Add a delta as FastChat's apply_delta does."""
     summed = {}
     for name, tensor in delta.items():
         held = torch.zeros_like(torch.from_numpy(tensor))
@@ -62,7 +62,7 @@ def fastchat_sum(base: dict[str, np.ndarray], delta: dict[str, np.ndarray]) -> d
 
 
 def rounding(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """The largest difference, beside the largest value."""
+    """Return the largest difference relative to the largest value."""
     ours, theirs = ours.astype(np.float32), theirs.astype(np.float32)
     return np.abs(ours - theirs).max() / np.abs(theirs).max()
 
@@ -129,7 +129,7 @@ def test_rotary_frequencies_are_not_added(tiny_files, base, tmp_path):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("size", [0.01, 0.1, 1.0])
 def test_a_wrong_base_is_detected_whatever_the_size_of_the_delta(tiny_files, tmp_path, dtype, size):
-    """The right base is taken in the same dtypes and sizes."""
+    """The correct base is accepted in the same dtypes and sizes."""
     like = tiny_files["llama"]
     first, second = (
         {name: tensor.astype(dtype) for name, tensor in weights(path).items()}

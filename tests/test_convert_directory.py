@@ -1,4 +1,4 @@
-"""A directory of weight files, as released: each piece is found by what it holds, and what was done is said."""
+"""A directory of weight files, as released: each file is identified by its content, and the result is reported."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from vllama_jax.cli import main
 
 @pytest.fixture
 def release(tiny_files, tmp_path) -> Path:
-    """The tiny files under names that say nothing, in folders, with what else lies in a repository."""
+    """The tiny files under uninformative names, in subfolders, with other files of a repository."""
     folder = tmp_path / "release"
     (folder / "deep" / "er").mkdir(parents=True)
     names = {"eva_vit": "a.pth", "blip2": "b.bin", "imagebind": "deep/c", "vl": "deep/er/d.ckpt", "al": "e.safetensors"}
@@ -64,7 +64,7 @@ def test_released_layout_with_eva_and_blip2_from_elsewhere(golden, golden_files,
 
 
 def test_options_have_priority_over_the_directory(release, tiny_files, tiny_model, tmp_path, capsys):
-    (release / "d.pth").write_bytes((release / "deep/er/d.ckpt").read_bytes())  # two of a kind: the option settles it
+    (release / "d.pth").write_bytes((release / "deep/er/d.ckpt").read_bytes())  # of one component: the option decides
     shutil.copytree(release / "chat-hf", release / "other-hf")
     named = {kind: tiny_files[kind] for kind in ("vl", "llama")}
     main(command(named, tmp_path / "model", str(release), *config(tiny_files)))
@@ -107,7 +107,7 @@ def test_one_file_under_two_names_and_links_in_a_circle(release, tiny_files, tin
 def test_directory_that_is_itself_the_language_models(release, tiny_files, tiny_model, tmp_path, capsys):
     for file in (release / "chat-hf").iterdir():
         file.rename(release / file.name)
-    torch.save(load_file(release / "model.safetensors"), release / "pytorch_model.bin")  # the same, in the other format
+    torch.save(load_file(release / "model.safetensors"), release / "pytorch_model.bin")  # in the other format
     main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
     assert hashes(tmp_path / "model") == hashes(tiny_model)
     assert f"{release}: LLaMA weights, as --llama" in capsys.readouterr().out

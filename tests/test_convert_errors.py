@@ -1,4 +1,4 @@
-"""What `vllama convert` says of tensors, options and disks that it cannot use, and what a killed run leaves."""
+"""Errors of `vllama convert` for tensors, options and disks, and the files that a killed conversion leaves."""
 
 import errno
 import json
@@ -161,7 +161,7 @@ def test_head_counts_that_cannot_be_inferred_are_listed(tiny_files, tmp_path):
     assert 'give a --config file with, for example, {"vit": {"num_heads": 4}}' in said
 
 
-# Where it is written.
+# Output.
 
 
 def test_an_existing_output_is_kept(tiny_files, tmp_path):
@@ -225,7 +225,7 @@ def test_source_that_changes_while_it_is_read(tiny_files, tmp_path, change, mess
     assert not (tmp_path / "model").exists()
 
 
-# Real processes.
+# Separate processes.
 
 MAIN = "from vllama_jax.cli import main; main()"
 KILLED = """
@@ -264,7 +264,7 @@ def test_error_is_one_line_on_stderr_and_exit_code_1(tiny_files, tmp_path):
 
 
 def moments_of(arguments: list[str], tmp_path: Path, moments: list[int]) -> list[Path]:
-    """Where conversions were started that were killed: each at another of their calls to the operating system."""
+    """Return the system calls at which conversions were killed, a different one for each."""
     outs = [tmp_path / f"model_{moment}" for moment in moments]
     assert run(KILLED, [",".join(map(str, outs)), *arguments]).returncode == 0
     return outs
@@ -310,5 +310,5 @@ def test_no_weight_is_read_twice(tiny_files, tmp_path, monkeypatch):
     save_file(load_file(tiny_files["vl"]) | load_file(tiny_files["al"]), tmp_path / "both.safetensors")
     both = dict.fromkeys(("vl", "al"), tmp_path / "both.safetensors")
     main(command(tiny_files | both, tmp_path / "model"))
-    weights = [what for what in read if not what[1].endswith("log_logit_scale")]  # one number, which is compared too
+    weights = [what for what in read if not what[1].endswith("log_logit_scale")]  # a single number, compared too
     assert len(weights) == len(set(weights)) > 300

@@ -1,4 +1,4 @@
-"""Every layout that weights come in is read, and dimensions are what the files, the presets and --config say."""
+"""All layouts of weight files are read, and dimensions come from the files, the presets and --config."""
 
 import dataclasses
 import functools
@@ -107,7 +107,7 @@ def test_mixed_half_precisions_become_float32(tiny_files, tmp_path):
     np.testing.assert_array_equal(leaf[1], tensors["blocks.1.norm1.weight"].astype(np.float32))
 
 
-# Which pieces there are.
+# Combinations of components.
 
 
 def test_vision_language_projection_has_priority_over_minigpt4(tiny_files, tmp_path, capsys):
@@ -184,11 +184,11 @@ def test_dimensions_are_inferred_from_the_files(tmp_path, config):
 @pytest.mark.parametrize(
     ("width", "blocks", "given", "depth"),
     [
-        (1408, 40, {}, 39),  # the preset's
+        (1408, 40, {}, 39),  # the preset's depth
         (1408, 45, {}, 39),
         (1408, 39, {}, 39),
         (1408, 40, {"vit": {"depth": 5}}, 5),
-        (64, 6, {}, 5),  # all but the last
+        (64, 6, {}, 5),  # all but the last layer
         (64, 6, {"vit": {"depth": 6}}, 6),
     ],
 )
@@ -288,7 +288,7 @@ def test_manifest_names_the_sources(tiny_files, tiny_model):
     assert described["llama"][0]["name"] == "model.safetensors"
 
 
-# The tiny files' own command.
+# The command that writes tiny files.
 
 
 def test_tiny_files_are_written_and_converted_without_torch(tmp_path, tiny_files, tiny_model):

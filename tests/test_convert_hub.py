@@ -1,4 +1,4 @@
-"""Repositories on the hub are read from the cache that huggingface_hub keeps; no test here goes online."""
+"""Repositories on the hub are read from huggingface_hub's cache; no test here goes online."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def cache(tmp_path, monkeypatch) -> Path:
 
 
 def put(cache: Path, repository: str, files: dict[str, Path], revision: str = "main") -> None:
-    """A repository as huggingface_hub keeps it: files by their hash, and links of their names to them."""
+    """Write a repository as huggingface_hub caches it: files named by their hash, with links from their names."""
     home = cache / f"models--{repository.replace('/', '--')}"
     snapshot = home / "snapshots" / COMMIT
     (home / "blobs").mkdir(parents=True)
@@ -118,7 +118,7 @@ def test_invalid_hub_addresses_are_refused(tiny_files, tmp_path, cache, address)
 
 
 class Response:
-    """As much of one as the errors of huggingface_hub look at."""
+    """The attributes of a response that huggingface_hub's errors read."""
 
     def __init__(self):
         self.headers, self.status_code, self.text, self.request = {}, 403, "", None

@@ -1,4 +1,4 @@
-"""Meta's own shards of a LLaMA become what transformers makes of them."""
+"""Meta's shards of LLaMA convert to the weights that transformers converts them to."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def transformers_name(name: str) -> str:
 
 
 def transformers_permute(name: str, weight: torch.Tensor) -> torch.Tensor:
-    """What convert_llama_weights_to_hf.py does to query and key projections."""
+    """Permute query and key projections as convert_llama_weights_to_hf.py does."""
     if not name.endswith(("wq.weight", "wk.weight")):
         return weight
     heads = HEADS if name.endswith("wq.weight") else KEY_HEADS
@@ -52,14 +52,14 @@ def transformers_permute(name: str, weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def metas(tiny_files) -> dict[str, torch.Tensor]:
-    """Random weights under Meta's names: the tiny model's, whose query and key rows now mean something else."""
+    """Random weights under Meta's names, in the tiny model's shapes; rows of queries and keys have Meta's order."""
     held = load_file(tiny_files["llama"] / "model.safetensors")
     names = [f"layers.{layer}.{name}" for layer in range(LAYERS) for name in LAYER] + list(WHOLE)
     return {name: torch.from_numpy(held[transformers_name(name)]).half() for name in names}
 
 
 def write_meta(directory: Path, like: Path, weights: dict[str, torch.Tensor], shards: int, rows: bool = False) -> Path:
-    """rows: the embedding is split along the vocabulary, as in LLaMA 3."""
+    """Write shards in Meta's layout; `rows` divides the embedding along the vocabulary, as in LLaMA 3."""
     directory.mkdir()
     shutil.copyfile(like / "tokenizer.model", directory / "tokenizer.model")
     (directory / "checklist.chk").write_text("0  consolidated.00.pth")
@@ -76,7 +76,7 @@ def write_meta(directory: Path, like: Path, weights: dict[str, torch.Tensor], sh
 
 @pytest.fixture(scope="module")
 def expected(tiny_files, metas, tmp_path_factory) -> Path:
-    """The model of what transformers makes of the same weights."""
+    """The model made from transformers' conversion of the same weights."""
     folder = tmp_path_factory.mktemp("transformers")
     llama = shutil.copytree(tiny_files["llama"], folder / "llama")
     tensors = {transformers_name(name): transformers_permute(name, weight).numpy() for name, weight in metas.items()}

@@ -1,4 +1,4 @@
-"""`vllama convert --base MODEL --without COMPONENT`: new weights for a component, everything else as it was."""
+"""`vllama convert --base MODEL --without COMPONENT`: new weights for one component, all others unchanged."""
 
 import json
 from pathlib import Path
@@ -23,7 +23,7 @@ def of_components(leaves: dict, components: tuple[str, ...]) -> dict:
 
 @pytest.fixture(scope="module")
 def more_queries(tiny_model, tmp_path_factory) -> Path:
-    """The tiny model with 48 queries in its video Q-Former, whose weights are new."""
+    """The tiny model with 48 queries and new weights in its video Q-Former."""
     folder = tmp_path_factory.mktemp("more")
     (folder / "config.json").write_text(json.dumps({"video_qformer": {"num_queries": 48}}))
     changed = ("--without", "video_qformer", "--config", str(folder / "config.json"))

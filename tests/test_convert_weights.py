@@ -1,4 +1,7 @@
-"""Weights as training and other libraries save them: what is redundant is compared, wrappers are seen through."""
+"""Weights as training and other libraries save them.
+
+Redundant ones are compared, and the prefixes of wrappers are removed.
+"""
 
 import dataclasses
 import json
@@ -29,7 +32,7 @@ LLAMA = tiny(vocab_size=512).llama
 
 
 def changed_llama(files: dict[str, Path], tmp_path: Path, tensors=None, **fields) -> dict[str, Path]:
-    """The files with another language model: its tensors changed, and fields of its config.json."""
+    """Return the files with another language model: changed tensors, and changed fields of its config.json."""
     directory = shutil.copytree(files["llama"], tmp_path / "llama")
     held = load_file(directory / "model.safetensors") | (tensors or {})
     save_file(held, directory / "model.safetensors")
@@ -92,7 +95,7 @@ def test_frequencies_of_another_linear_scaling_are_refused(tiny_files, tmp_path)
     assert "is not what these files make it" in refusal(files, tmp_path)
 
 
-# What is dropped as redundant is compared.
+# Redundant weights are compared before they are dropped.
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -191,7 +194,7 @@ def test_a_deepspeed_checkpoint(tiny_files, tmp_path):
     assert plan(tiny_files | {"vl": tmp_path / "states.pt"}).leaves
 
 
-# Torch files that lie.
+# Inconsistent torch files.
 
 
 def saved(tiny_files, path: Path) -> Path:
@@ -227,7 +230,7 @@ def test_two_entries_of_one_name_are_refused(tiny_files, tmp_path):
 
 
 class Call:
-    """Pickled as a call of a function."""
+    """Pickles as a call of a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -277,7 +280,7 @@ def test_a_pickle_of_a_newer_protocol(tiny_files, tmp_path):
     )
 
 
-# Directories given in another's place.
+# Directories given for other options.
 
 
 @pytest.mark.parametrize(
@@ -337,7 +340,7 @@ def test_a_bfloat16_value_beyond_float16(tmp_path):
 
 
 def test_commands_run_in_their_own_process(tiny_files, tmp_path):
-    """One line on stderr, and exit code 1."""
+    """Each prints one line on stderr and exits with code 1."""
     vllama = Path(sys.executable).with_name("vllama")
     done = subprocess.run([vllama, "inspect", tiny_files["llama"]], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")

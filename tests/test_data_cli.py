@@ -1,4 +1,4 @@
-"""`vllama data`, as a user meets it."""
+"""`vllama data` from a user's perspective."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from vllama_jax.data.build import build
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """Eight files, two of which cannot be decoded and one of which is too short; and one that is not there."""
+    """A source of eight files, two of which cannot be decoded and one of which is too short; a ninth is missing."""
     folder = tmp_path_factory.mktemp("data") / "source"
     folder.mkdir()
     media_fixtures.write_video(folder / "long.mp4", num_frames=10)

@@ -1,4 +1,4 @@
-"""Annotation files of other trainers, lines that cannot be used, and files that must not be packed."""
+"""Annotation files of other trainers, unusable lines, and files that must not be packed."""
 
 import json
 from pathlib import Path
@@ -50,7 +50,7 @@ def read(entry: object) -> Entry | Skipped:
             [("B?", "C"), ("Hm?", "A")],
             0,
         ),
-        # ms-swift: query and response, its "conversation", its messages with a system text
+        # ms-swift: query and response, its "conversation", its messages with a system prompt
         ({"query": f"<video>{ASKED}", "response": "A", "videos": ["f"]}, "video", [(ASKED, "A")], 0),
         (
             {"query": "B?", "response": "A", "videos": ["f"], "history": [["<video>Q?", "C"]], "system": "s"},
@@ -100,7 +100,7 @@ def read(entry: object) -> Entry | Skipped:
         ({"messages": chat([{"video": "f"}, {"text": "Q?"}], "A")}, "video", [("Q?", "A")], 0),
         ({"messages": chat([part("image"), part("text", "Q?")], "A"), "images": ["f"]}, "image", [("Q?", "A")], 0),
         ({"messages": chat(["Q", part("text", "?"), part("image", "f")], "A")}, "image", [("Q?", "A")], 2),
-        # our own, and what null means
+        # the project's own layout, and null values
         ({"video": "f", "image": None, "caption": "A"}, "video", [("", "A")], 0),
         ({"video": "", "images": [], "audio": "f", "caption": None, "text": "A"}, "audio", [("", "A")], 0),
         (
@@ -206,7 +206,7 @@ def test_a_list_among_lines_does_not_make_an_array(tmp_path):
 
 @pytest.fixture
 def secret(tmp_path) -> Path:
-    """A video outside the source, so that its content is not what is refused."""
+    """A valid video outside of the source, so that its content is not the reason for an error."""
     lay(tmp_path, {"secret.mp4": media(b"secret"), "source/1.mp4": media(b"1"), "beside/secret.mp4": media(b"secret")})
     (tmp_path / "source" / "link.mp4").symlink_to(tmp_path / "secret.mp4")
     (tmp_path / "source" / "loop.mp4").symlink_to("loop.mp4")
@@ -248,7 +248,7 @@ def test_a_symlink_to_itself_and_a_name_that_is_too_long(tmp_path, secret):
 
 
 def test_packed_files_are_media_whatever_their_name(tmp_path):
-    """Formats with known first bytes, and some that FFmpeg has to look at."""
+    """Formats with known first bytes, and some that only FFmpeg can detect."""
     folder = tmp_path / "source"
     folder.mkdir()
     frames = np.zeros((16, 16, 3), np.uint8)

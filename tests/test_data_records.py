@@ -1,4 +1,4 @@
-"""Records directories: what is read is what was built, from any process, and what is not whole is not opened."""
+"""Records directories: what is read equals what was built, from any process; incomplete ones are not opened."""
 
 import functools
 import json
@@ -35,7 +35,7 @@ def content(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """Videos and pictures by turns."""
+    """A source that alternates videos and images."""
     names = [f"{number}.{'jpg' if number % 2 else 'mp4'}" for number in range(COUNT)]
     text = lines(*({"image" if "jpg" in name else "video": name, "caption": f"it is {name}"} for name in names))
     files = {name: content(number) for number, name in enumerate(names)}
@@ -51,7 +51,7 @@ def out(source, tmp_path, monkeypatch) -> Path:
 
 
 def numbers_of(records: Records) -> list[int]:
-    """The numbers that media show, each checked against its annotation."""
+    """Return the numbers that media encode, and check each against its annotation."""
     found = []
     for place in range(len(records)):
         data, annotation = records.media(place), records.annotation(place)
@@ -79,7 +79,7 @@ def test_tfds_reads_texts_and_media(out):
 
 
 def test_the_digest_is_of_the_content(source, out, tmp_path):
-    build("jsonl", source, tmp_path / "again")  # in other files
+    build("jsonl", source, tmp_path / "again")  # into other files
     assert open_records(tmp_path / "again").digest == open_records(out).digest
     other = shutil.copytree(source, tmp_path / "other")
     (other / "3.jpg").write_bytes(media(b"\x03"))
@@ -169,7 +169,7 @@ def test_directories_without_records_are_refused(tmp_path):
 
 @pytest.fixture
 def bucket(out, tmp_path, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
-    """The records, in a place that is not on disk."""
+    """The records in storage that is not a local disk."""
     monkeypatch.setenv("VLLAMA_CACHE", str(tmp_path / "cache"))
     files = fsspec.filesystem("memory")
     files.put(str(out), "/bucket/records", recursive=True)
@@ -182,7 +182,7 @@ def test_a_url_is_downloaded_once(bucket, monkeypatch):
     records = open_records("memory://bucket/records")
     assert numbers_of(records) == [*range(0, COUNT, 2), *range(1, COUNT, 2)]
     part = next((records.path / "media").glob("*array_record*"))
-    part.unlink()  # as if it had been stopped on the way
+    part.unlink()  # as if the build had been stopped
     copied = []
     get_file = bucket.get_file
     monkeypatch.setattr(type(bucket), "get_file", lambda self, *paths: (copied.append(paths[0]), get_file(*paths)))
@@ -200,7 +200,7 @@ def test_an_unreadable_url_is_reported(bucket):
 
 
 class Stop(Exception):
-    """Stands for whatever ends a build."""
+    """An error that stops a build."""
 
 
 @pytest.mark.parametrize("place", ["annotations", "files"])
@@ -255,7 +255,7 @@ def test_shard_counts_follow_from_the_sizes(monkeypatch):
 
 
 def test_media_are_not_held_in_memory(tmp_path):
-    """Nor is TensorFlow needed for it, as it is for TFDS's own ways to keep an order."""
+    """TensorFlow is not needed either, as it would be for TFDS's own ways to keep an order."""
     megabytes, copies = 4, 30
     with (tmp_path / "big.mp4").open("wb") as file:
         file.write(media(b""))
@@ -312,7 +312,7 @@ CLASS = '"pythonClassName": "{}"'
 
 
 def rewrite(path: Path, change: Callable[[str], str]) -> None:
-    """Change a file of a records directory, and its size in manifest.json as someone who plants code would."""
+    """Change a file of a records directory and its recorded size in manifest.json, as an attacker would."""
     path.write_text(change(path.read_text()))
     top = path.parent.parent / "manifest.json"
     manifest = json.loads(top.read_text())
@@ -326,7 +326,7 @@ def with_field(name: str, value: object) -> Callable[[str], str]:
 
 @pytest.fixture
 def evil(tmp_path, monkeypatch) -> Path:
-    """Modules named `evilmod` and `this` on the path, which write a file when they are imported."""
+    """Modules named `evilmod` and `this` on the import path, which write a file when they are imported."""
     witness = tmp_path / "imported"
     for name in ("evilmod", "this"):
         (tmp_path / "modules" / name).mkdir(parents=True)
@@ -402,7 +402,7 @@ def test_nothing_that_a_records_directory_names_is_imported(out, evil, part, fil
 
 
 def test_other_fields_of_dataset_info_are_ignored(out, evil):
-    """As an older or newer TFDS may write some; and `redirect`s or locations are not followed."""
+    """Older and newer TFDS versions may write other fields; `redirect`s and locations are not followed."""
     info = out / "texts" / "dataset_info.json"
     for field in ("location", "downloadSize", "configName", "isBlocked", "dataSourceAccesses", "redirectURL"):
         rewrite(info, with_field(field, "evilmod"))
@@ -420,7 +420,7 @@ def test_a_manifest_that_names_files_elsewhere(out, name):
 
 
 def test_a_media_type_that_differs_from_the_manifest_is_refused(out):
-    """Images come after videos; a manifest that says otherwise does not fit the texts."""
+    """Images follow videos; a manifest with other numbers contradicts the annotations."""
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**manifest, "kinds": {"video": 21, "image": 19}}))
     records = open_records(out)

@@ -1,4 +1,4 @@
-"""What each source's annotations become, and what is said of those that cannot be used."""
+"""The records of each source's annotations, and the messages for unusable annotations."""
 
 import json
 
@@ -188,7 +188,7 @@ def test_files_that_cannot_be_used_are_skipped(tmp_path):
 
 
 def test_half_an_emoji_is_skipped(tmp_path):
-    """JSON may hold it, UTF-8 and so TFDS may not."""
+    """JSON may contain unpaired surrogates; UTF-8, and so TFDS, cannot."""
     entries = [{"image": "1.jpg", "caption": text} for text in ("a wall", "so \ud83d")]
     text = lines(*entries, {"image": "\udc80.jpg", "caption": "a dog"})
     annotations, skipped = built(

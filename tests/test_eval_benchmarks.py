@@ -1,4 +1,4 @@
-"""Published annotation files, each in its own layout, and the names that they have for videos."""
+"""Published annotation files in their layouts, and the names of their videos."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""vllama eval, from annotations and clips to results."""
+"""`vllama eval` from annotations and clips to results."""
 
 import json
 import os
@@ -33,7 +33,7 @@ ASKED = [
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """Two short videos and mine.jsonl about them."""
+    """Two short videos, and mine.jsonl with questions about them."""
     folder = tmp_path_factory.mktemp("clips")
     media_fixtures.write_video(folder / "one.mp4", num_frames=25, sound=media_fixtures.tone(1, 16000))
     media_fixtures.write_video(folder / "two.mp4", num_frames=50)
@@ -48,7 +48,7 @@ def no_proxy(monkeypatch):
 
 
 def flags(model: Path, clips: Path, out: Path, *more: object) -> list[str]:
-    """A whole command line. Answers of four tokens and batches of two."""
+    """Return a complete command line, with answers of four tokens and batches of two."""
     given = ["eval", "jsonl", "--annotations", clips / "mine.jsonl", "--videos", clips, "--model", model, "--out", out]
     return [str(one) for one in (*given, "--max-new-tokens", 4, "--batch-size", 2, *more)]
 
@@ -59,7 +59,7 @@ def read(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(tiny_model, clips, tmp_path_factory) -> Path:
-    """The folder of a finished evaluation. Not to be written to."""
+    """The folder of a finished evaluation. Read-only."""
     out = tmp_path_factory.mktemp("finished") / "out"
     cli.main(flags(tiny_model, clips, out))
     return out
@@ -153,7 +153,7 @@ def test_missing_and_corrupt_videos_are_reported_and_skipped(tiny_model, clips, 
 
 
 def test_every_question_gets_its_own_video(monkeypatch):
-    """Whatever comes back in later batches: a file may have two names, and a batch may be done already."""
+    """Later batches must not mix up videos: a file may have two names, and a batch may be done already."""
     monkeypatch.setattr(answers, "_read", lambda clip, config, settings: f"cannot read {clip[0]}")
     names = ["a", "b", "b", "c", "a", "a", "d", "c"]
     asked = [
@@ -271,7 +271,7 @@ def test_a_full_disk_is_a_one_line_error_and_keeps_predictions(tiny_model, clips
 
 
 def test_msvd_qa_in_a_process_prints_scores_and_exits_with_0(tiny_model, clips, tmp_path):
-    """MSVD-QA's files and names, in a process of its own."""
+    """MSVD-QA's files and names, in a separate process."""
     asked = [{"answer": "ball", "id": 1, "question": "what rolls?", "video_id": 1301}]
     (tmp_path / "test_qa.json").write_text(json.dumps(asked))
     (tmp_path / "youtube_mapping.txt").write_text("one vid1301\n")

@@ -1,4 +1,4 @@
-"""What answers are worth: by themselves, and to a judge."""
+"""Scores of predictions, computed locally and by a judge."""
 
 import base64
 import html
@@ -347,7 +347,7 @@ KEY = "sk-Sec/ret+4&5"
     ],
 )
 def test_a_key_in_a_reply_is_never_written(leak, tmp_path):
-    """In a reply with a score, without one, as the model's name, in an error page, and for a part of each form."""
+    """The key may be in a reply with or without a score, in the name of the model or on an error page, also in part."""
 
     def base64_of(text: str) -> str:
         return base64.b64encode(text.encode()).decode()
@@ -388,7 +388,7 @@ def test_a_key_in_a_reply_is_never_written(leak, tmp_path):
 
 
 def test_scores_are_read_whatever_the_key_is():
-    """Short keys stand in many words, and in the JSON of a reply."""
+    """Short keys also occur within words, and in the JSON of a reply."""
     with eval_fixtures.serving(lambda number, body: completion('{"correct": "yes", "score": 5}')) as fake:
         found = quick(fake, key="e").ask("match", ["q"], "r", ["a"])
     assert (found["score"], found["correct"], found["reply"]) == (5, True, '{"corr…ct": "y…s", "scor…": 5}')

@@ -1,4 +1,4 @@
-"""What is exported is what was imported, bit for bit, in files that PyTorch code and transformers load."""
+"""Exported weights equal the imported ones bit for bit, in files that PyTorch code and transformers load."""
 
 import dataclasses
 import json
@@ -47,7 +47,7 @@ def exported(model: Path, out: Path, format: ExportFormat = "pth", shard_bytes: 
 
 
 def imported(made: Path, out: Path, **options) -> Path:
-    """A model of exported files, by their own config.json."""
+    """Convert exported files with their own config.json."""
     paths = {kind: made / name for kind, name in FILES.items() if (made / name).exists()}
     convert.convert(plan(paths, config=json.loads((made / "config.json").read_text()), **options), out)
     return out
@@ -70,7 +70,7 @@ GOLDEN_SETS = {
     **{llama: {"llama": llama} for llama in LLAMAS},
     "videollama2_style": {"vl": STYLE.format("VL"), "al": STYLE.format("AL")},
 }
-# What golden's files hold and the model does not use. A branch's file is whole.
+# Tensors of the golden files that the model does not use. The file of a branch is complete.
 NOT_USED = {
     "eva_vit": r"(blocks\.3|norm|head)\..*",
     "blip2": r"t5_proj\..*",
@@ -84,7 +84,7 @@ SETS = [pytest.param(name, marks=[pytest.mark.slow] * (name in ("llama-bin", "ll
 
 @pytest.fixture(scope="module", params=SETS)
 def golden_set(request, golden, golden_files) -> dict[str, Path]:
-    """Each of golden's weight directories, among the other pieces."""
+    """Each of the golden weight directories, with the other components."""
     return golden_files | {kind: golden / "weights" / name for kind, name in GOLDEN_SETS[request.param].items()}
 
 
@@ -94,7 +94,7 @@ def test_golden_comes_back_bit_for_bit(golden_set, tmp_path):
     for kind, name in FILES.items():
         found = llama_tensors(made / name) if kind == "llama" else torch_tensors(made / name)
         expected = golden_tensors(golden_set[kind])
-        if kind == "minigpt4":  # --vl has its own projection, which is what the model uses
+        if kind == "minigpt4":  # --vl has its own projection, which is the one that the model uses
             expected = {name: golden_tensors(golden_set["vl"])[name] for name in expected}
         used = {name for name in expected if not re.fullmatch(NOT_USED.get(kind, ""), name)}
         assert found.keys() == used, kind
@@ -143,7 +143,7 @@ def test_one_file_holds_what_the_many_hold(tiny_model, tiny_export, tmp_path):
 
 
 def test_torch_files_are_as_torch_writes_them(tiny_export):
-    """Whole zip files, whose tensors lie where torch would put them, so that they can be mapped."""
+    """Complete zip files whose tensors are aligned as torch aligns them, so that they can be memory-mapped."""
     for file in tiny_export.glob("*.pth"):
         held = torch.load(file, mmap=True, weights_only=True)
         assert held.keys() == {"model"} or file.name in ("eva_vit_g.pth", "imagebind.pth")
@@ -190,7 +190,7 @@ def test_transformers_loads_the_language_model(tmp_path, rope, tied, shard_bytes
 
 
 def test_special_ids_are_the_language_models_own(tiny_model, tmp_path):
-    """A tokenizer.json goes with its config.json, which may list several ends."""
+    """tokenizer.json needs its config.json, which may list several EOS tokens."""
     model = shutil.copytree(tiny_model, tmp_path / "model")
     (model / "tokenizer/config.json").write_text('{"eos_token_id": [2, 5], "pad_token_id": 7, "hidden_size": 3}')
     fields = json.loads((exported(model, tmp_path / "made") / "llama/config.json").read_text())
@@ -206,7 +206,7 @@ def test_frequencies_are_torchs_to_the_bit(theta):
     )
 
 
-# Which pieces there are, and how they lie on disk.
+# Combinations of components, and chunk layouts on disk.
 
 
 def test_chunks_are_put_together(tmp_path, monkeypatch):
@@ -217,7 +217,7 @@ def test_chunks_are_put_together(tmp_path, monkeypatch):
     convert.convert(plan(paths), tmp_path / "model")
     layers = tmp_path / "model/params/image_qformer.cross_layers.mlp_norm.scale"
     matrix = tmp_path / "model/params/image_qformer.cross_layers.mlp.up.kernel"
-    assert (len(list(layers.iterdir())), len(list(matrix.iterdir())) > 5) == (2, True)  # one is .zarray
+    assert (len(list(layers.iterdir())), len(list(matrix.iterdir())) > 5) == (2, True)  # one of them is .zarray
     made = exported(tmp_path / "model", tmp_path / "made")
     for kind in ("eva_vit", "blip2", "imagebind", "vl", "al"):
         held = torch_tensors(paths[kind])
@@ -242,11 +242,11 @@ def test_parts_that_the_model_lacks_have_no_file(tiny_files, tmp_path, lacking, 
     assert hashes(imported(made, tmp_path / "again")) == hashes(tmp_path / "model")
 
 
-# What was trained.
+# Trained weights.
 
 
 def test_what_a_run_trained_comes_back_and_the_rest_is_its_bases(tiny_files, tmp_path):
-    """A base without branches: the run's is all there is of them."""
+    """The base has no branches: the run has all of their weights."""
     convert.convert(plan(without(tiny_files, "vl", "al")), tmp_path / "base")
     trained = learned(tiny(), LoraConfig(), "video_qformer", "frame_positions", "llama_proj")
     run = write_run(shipped(tmp_path / "base", LoraConfig()), tmp_path / "run", trained)

@@ -1,4 +1,4 @@
-"""What `vllama export` says of models, places and disks that it cannot use. It leaves nothing behind."""
+"""Errors of `vllama export` for models, paths and disks that it cannot use. It leaves no output."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from vllama_jax.cli import main
 
 
 def refusal(model: Path, out: Path, *more: str) -> str:
-    """The one line that the command says and exits 1 with."""
+    """Return the one line that the command prints when it exits with 1."""
     before = sorted(out.parent.iterdir())
     message = error_line("export", model, "--out", out, *more)
     assert sorted(out.parent.iterdir()) == before

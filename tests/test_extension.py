@@ -1,4 +1,4 @@
-"""A vision tower and a branch that the package does not have: entries of its tables make every part of it know them."""
+"""A vision tower and a branch from outside of the package: with table entries, all of the package supports them."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ MOTION = extension_motion.MotionConfig(
 
 
 def add_entries(patch: pytest.MonkeyPatch) -> None:
-    """All that a model needs to have them: the entries of three tables."""
+    """Register the tower and the branch: entries of three tables."""
     patch.setitem(TOWERS, extension_siglip.SiglipConfig, extension_siglip.TOWER)
     patch.setitem(TOWERS, extension_motion.MotionTowerConfig, extension_motion.TOWER)
     patch.setitem(BRANCHES, "motion", extension_motion.BRANCH)
@@ -58,13 +58,13 @@ with pytest.MonkeyPatch.context() as entries:
 
 @pytest.fixture
 def extension(monkeypatch):
-    """The entries of the tables, for one test."""
+    """Register the entries for one test."""
     add_entries(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Made-up PyTorch files of the extended model."""
+    """Random PyTorch files of the extended model."""
     with pytest.MonkeyPatch.context() as patch:
         add_entries(patch)
         return write_tiny(tmp_path_factory.mktemp("extended") / "files", config=EXTENDED)
@@ -72,7 +72,7 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(files, tmp_path_factory):
-    """A model directory of them. Not to be written to."""
+    """A model directory converted from them. Read-only."""
     with pytest.MonkeyPatch.context() as patch:
         add_entries(patch)
         out = tmp_path_factory.mktemp("extended") / "model"
@@ -81,7 +81,7 @@ def model(files, tmp_path_factory):
 
 
 def test_siglip_equals_transformers(extension, tmp_path):
-    """Random weights, through the converter's rules; every one of them is used."""
+    """Random weights, converted with the rules; all of them are used."""
     theirs = SiglipVisionModel(
         SiglipVisionConfig(
             image_size=32,

@@ -1,4 +1,4 @@
-"""Families of language models: logits, answers, tokens and files against `transformers`."""
+"""Language model families: logits, answers, tokens and files compared with `transformers`."""
 
 import dataclasses
 import json
@@ -48,7 +48,7 @@ def family(request) -> str:
 
 @pytest.fixture(scope="module")
 def directory(family, build_once) -> Path:
-    """A language model in Hugging Face's layout. Not to be written to."""
+    """A language model in Hugging Face's layout. Read-only."""
     return build_once(f"language_{family}", lambda folder: write_model(folder, family))
 
 
@@ -70,7 +70,7 @@ def ours(cfg, reference) -> Llama:
 
 @pytest.fixture(scope="module")
 def model(directory, family, tiny_files, build_once) -> Path:
-    """A model directory with the language model. Not to be written to."""
+    """A model directory with the language model. Read-only."""
 
     def build(folder: Path) -> None:
         convert.convert(plan(tiny_files | {"llama": directory}), folder / "model")
@@ -92,7 +92,7 @@ def test_logits_equal_those_of_transformers(ours, reference):
 
 
 def test_each_field_of_a_family_matters(cfg, ours, reference):
-    """A network without the biases or norms of its family does not pass the test above."""
+    """A network without the biases or norms of its family fails the test above."""
     changed = [name for name in ("qkv_bias", "qk_norm") if getattr(cfg, name)]
     assert changed == {"qwen2": ["qkv_bias"], "qwen3": ["qk_norm"]}.get(cfg.family, [])
     plain = dataclasses.replace(cfg, **dict.fromkeys(changed, False))
@@ -155,7 +155,7 @@ MESSAGES = [
 def test_chatml_prompts_equal_the_chat_template(build_once, system):
     directory = build_once("language_qwen2", lambda folder: write_model(folder, "qwen2"))
     messages = MESSAGES[0 if system else 1 :]
-    plain = [(role, text.replace("<|im_end|>", "§")) for role, text in messages]  # there it would become a token
+    plain = [(role, text.replace("<|im_end|>", "§")) for role, text in messages]  # in a template a token
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
     given = [{"role": role, "content": text} for role, text in plain]
     expected = theirs.apply_chat_template(given, add_generation_prompt=True, return_dict=False)
@@ -184,7 +184,7 @@ def test_what_users_type_never_becomes_a_special_token(build_once):
     tokenizer = load_tokenizer(build_once("language_qwen2", lambda folder: write_model(folder, "qwen2")))
     conversation = prompts.start_conversation("chatml", False, "<|im_start|>").ask("<|im_end|>\n<|im_start|>system")
     ids = prompts.encode_conversation(conversation, tokenizer, []).ids.tolist()
-    assert (ids.count(1), ids.count(2)) == (3, 2)  # those of the template
+    assert (ids.count(1), ids.count(2)) == (3, 2)  # as in the template
 
 
 def test_a_template_needs_its_special_tokens(directory, family, tiny_files):
@@ -293,7 +293,7 @@ def test_a_model_can_be_converted_and_chat_from_the_command_line(directory, tiny
     assert 1 <= len(json.loads(asked.stdout)["tokens"]) <= 9
 
 
-# What is derived from the network.
+# Features that build on the network.
 
 
 @pytest.mark.slow
@@ -333,7 +333,7 @@ def test_memory_counts_the_norms_of_queries_and_keys():
 
 @pytest.mark.slow
 def test_lora_training_uses_the_familys_template(model, family, pictures, tmp_path):
-    """Two steps on the family's own template."""
+    """Two steps with the family's own template."""
     if family in AS_LLAMA:
         pytest.skip("the network of LLaMA: tests/test_train_run.py")
     text = TextConfig(layout="conversation", max_length=128)
@@ -346,11 +346,11 @@ def test_lora_training_uses_the_familys_template(model, family, pictures, tmp_pa
     assert np.abs(after.blocks[0].attention.query.kernel[...] - before.blocks[0].attention.query.kernel[...]).max() > 0
 
 
-# A new family and a new template, by table entries only.
+# A new family and a new template, with table entries only.
 
 
 def test_a_family_and_a_template_can_be_registered(monkeypatch, tmp_path, tiny_files, clip):
-    """The worked example of docs/architecture.md: Seed-OSS, with a template of its own."""
+    """The worked example of docs/architecture.md: Seed-OSS, with its own template."""
     family = families.Family(
         architecture="SeedOssForCausalLM",
         template="toy",

@@ -1,4 +1,4 @@
-"""Feature caches that do not fit: a corrupt manifest.json, features of other encoders, and caches that moved."""
+"""Feature caches that do not match: a corrupt manifest.json, features of other encoders, and moved caches."""
 
 import dataclasses
 import json
@@ -22,13 +22,13 @@ from vllama_jax.train.run_directory import open_run
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> Path:
-    """Three videos and two pictures."""
+    """Three videos and two images."""
     return write_records(write_files(tmp_path_factory.mktemp("seen") / "files", videos=3))
 
 
 @pytest.fixture(scope="module")
 def made(tiny_model, records, tmp_path_factory) -> tuple[TrainConfig, Path]:
-    """A config, and a cache that fits it. Not to be written to."""
+    """A config and a cache that matches it. Read-only."""
     config = short_config(tiny_model, records)
     return config, write_cache(config, tmp_path_factory.mktemp("made") / "features")
 
@@ -147,7 +147,7 @@ def test_a_corrupt_list_of_skipped_records_is_refused(tmp_path, line, message):
 
 
 def changed_weight(model: Path, out: Path, leaf: str) -> Path:
-    """The same model, by its manifest with another value in a weight."""
+    """Copy a model, with another hash of one weight in its manifest."""
     shutil.copytree(model, out)
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["leaves"][leaf]["xxh3_128"] = "0" * 32
@@ -161,7 +161,7 @@ def first_leaf(model: Path, part: str) -> str:
 
 
 def changed_config(model: Path, out: Path, *path: str) -> Path:
-    """The same weights, computed otherwise."""
+    """Copy a model with the same weights and another config."""
     shutil.copytree(model, out)
     fields = json.loads((out / "config.json").read_text())
     part = fields["model"]

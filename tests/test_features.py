@@ -1,4 +1,4 @@
-"""The feature cache: training from it is training on the media; it is taken up where it was left; what does not fit."""
+"""The feature cache: training from it equals training on media; writing resumes; mismatches are refused."""
 
 import dataclasses
 import json
@@ -41,7 +41,7 @@ VLLAMA = str(Path(sys.executable).with_name("vllama"))
 
 @pytest.fixture(scope="module", autouse=True)
 def one_encoder():
-    """Encoders are loaded and compiled once for all tests."""
+    """Load and compile encoders once for all tests."""
     load, loaded = precompute.load_encoder, {}
 
     def load_once(config, directory, kinds):
@@ -57,7 +57,7 @@ def one_encoder():
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> Path:
-    """Five videos, one of which cannot be decoded, and four pictures, with turns."""
+    """Five videos, one of which cannot be decoded, and four images, with conversations."""
     folder = tmp_path_factory.mktemp("seen") / "clips"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -76,7 +76,7 @@ def records(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def sounds(tmp_path_factory) -> Path:
-    """Three sounds with captions."""
+    """Three audio files with captions."""
     folder = tmp_path_factory.mktemp("heard") / "clips"
     folder.mkdir()
     for number in range(3):
@@ -112,7 +112,7 @@ def with_features(config: TrainConfig, out: Path, **options) -> TrainConfig:
 
 
 def losses(config: TrainConfig) -> tuple[list[float], set[str], list[dict[int, str]]]:
-    """Of all steps; the kinds that were seen; and the rows that were masked."""
+    """Return the losses of all steps, the media types of their batches, and the masked rows."""
     plan = setup.plan_run(config)
     with use_mesh(plan.mesh):
         state, frozen, step = setup.init_train_state(plan), setup.load_frozen(plan), make_train_step(plan)
@@ -127,7 +127,7 @@ def losses(config: TrainConfig) -> tuple[list[float], set[str], list[dict[int, s
 
 
 def opened(config: TrainConfig, out: Path) -> FeatureCache:
-    """The only cache there is."""
+    """Open the only cache in the folder."""
     found = [(dataset, open_records(dataset.path)) for dataset in config.datasets]
     (cache,) = open_caches(with_features(config, out), open_model(config.model), found).values()
     return cache
@@ -139,7 +139,7 @@ def files(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def made(tiny_model, records, tmp_path_factory) -> tuple[TrainConfig, Path]:
-    """A config of the vision branch, and its cache of two variants in three shards. Not to be written to."""
+    """A config of the vision branch, and its cache with two variants in three shards. Read-only."""
     config = config_of(tiny_model, records, variants=2)
     out = tmp_path_factory.mktemp("made") / "features"
     precompute_features(config, out, shard_records=4)
@@ -271,7 +271,7 @@ def test_a_corrupt_shard_is_written_again(made, tmp_path):
 
 
 def test_each_process_writes_its_own_shards(made, tmp_path, monkeypatch):
-    """Each process makes its own, and does not look at the others."""
+    """A process does not read the shards of others."""
     config, out = made
     monkeypatch.setattr(precompute, "_wait_for_other_processes", lambda: None)
     monkeypatch.setattr(precompute, "_processes", lambda: (1, 2))
@@ -283,7 +283,7 @@ def test_each_process_writes_its_own_shards(made, tmp_path, monkeypatch):
 
 
 def changed_weights(model: Path, out: Path) -> Path:
-    """The same model, by its manifest with another weight in the image Q-Former."""
+    """Copy a model, with another hash of one weight of the image Q-Former in its manifest."""
     shutil.copytree(model, out)
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["leaves"]["image_qformer/queries"]["xxh3_128"] = "0" * 32
@@ -418,7 +418,7 @@ def test_a_full_disk_is_reported(made, tmp_path):
 
 
 def write_config(path: Path, config: TrainConfig) -> Path:
-    """The config as a Python file, as a user has one."""
+    """Write the config as a Python file, as users do."""
     lines = ["from vllama_jax.config import *", "from vllama_jax.train.config import *", f"config = {config!r}"]
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -1,4 +1,4 @@
-"""Fuzz of run directories, feature caches and records: each read is an error in one line, or what was written."""
+"""Mutated run directories, feature caches and records: a read returns what was written or is a one-line error."""
 
 import contextlib
 import json
@@ -51,7 +51,7 @@ ODD: list[Any] = [
 
 
 def _places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The path of every value within a JSON document."""
+    """Yield the path of every value within a JSON document."""
     if path:
         yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
@@ -60,7 +60,7 @@ def _places(value: Any, path: tuple = ()) -> Iterator[tuple]:
 
 
 def replace_value(file: Path, draw: random.Random) -> None:
-    """Another value in a JSON file, or one field less; a file that is not JSON is emptied."""
+    """Replace a value of a JSON file or remove a field; truncate other files to zero bytes."""
     try:
         fields = json.loads(file.read_text())
     except ValueError:
@@ -102,7 +102,7 @@ MUTATIONS = (truncate, flip, append, remove, replace_value)
 
 
 def mutate(directory: Path, draw: random.Random) -> str:
-    """One or two mutations of files, half of them of JSON files: what was done."""
+    """Mutate files once or twice, half of the time JSON files; return a description."""
     done = []
     for _ in range(draw.choice([1, 1, 2])):
         files = sorted(path for path in directory.rglob("*") if path.is_file())
@@ -119,7 +119,7 @@ def mutate(directory: Path, draw: random.Random) -> str:
 
 
 def attempt(action: Callable[[], Any]) -> Any:
-    """What an action returns; None where it ends in an error of ours, which is one line."""
+    """Return the result of an action, or None where it ends with a one-line error of ours."""
     message = ""
     try:
         return action()
@@ -142,7 +142,7 @@ def saved(tiny_model, tmp_path_factory) -> Path:
 
 
 def assert_of_a_step(weights: dict[str, jax.Array]) -> None:
-    """The weights are all those of step 4, or all those of step 8."""
+    """Check that the weights are all those of step 4, or all those of step 8."""
     assert any(all(np.array_equal(weights[path], value) for path, value in weights_of(step).items()) for step in (4, 8))
 
 

@@ -1,6 +1,6 @@
-"""Mutated weight files and model directories: one clear line or a model that is right, never a traceback.
+"""Mutated weight files and model directories: a one-line error or a correct model, never a traceback.
 
-Each mutation is drawn from its own number, so that one can be tried alone: VLLAMA_FUZZ=17.
+Each mutation has its own seed, so that it can be reproduced alone: VLLAMA_FUZZ=17.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def truncated(draw: random.Random, data: bytes) -> bytes:
 
 
 def flipped(draw: random.Random, data: bytes) -> bytes:
-    """Some bytes changed, most of them at the start or the end, where what is declared lies."""
+    """Change some bytes, most of them at the start or the end, where headers are."""
     changed = bytearray(data)
     for _ in range(draw.choice([1, 3, 20])):
         where = draw.choice([draw.randrange(len(data)), draw.randrange(min(400, len(data)))])
@@ -50,7 +50,7 @@ def spliced(draw: random.Random, data: bytes) -> bytes:
 
 
 def json_value(draw: random.Random, data: bytes) -> bytes:
-    """A value somewhere in a JSON file replaced, removed or added."""
+    """Replace, remove or add a value in a JSON file."""
     tree = json.loads(data)
     places = list(_places(tree))
     owner, key = draw.choice(places)
@@ -72,7 +72,7 @@ def _places(tree: object):
 
 
 def mutate_file(draw: random.Random, path: Path) -> str:
-    """Changes a file; returns how."""
+    """Change a file; return a description."""
     data = path.read_bytes()
     changes: list[Callable] = [truncated, flipped, spliced] if data else []
     if path.suffix == ".json" or path.name in (".zarray", "_METADATA"):
@@ -86,7 +86,7 @@ def mutate_file(draw: random.Random, path: Path) -> str:
 
 
 def renamed_tensors(draw: random.Random, path: Path) -> str:
-    """A tensor of a safetensors file renamed, removed, reshaped, or of another dtype."""
+    """Rename, remove or reshape a tensor of a safetensors file, or change its dtype."""
     tensors = load_file(path)
     name = draw.choice(sorted(tensors))
     act = draw.choice(["rename", "remove", "reshape", "dtype"])
@@ -102,7 +102,7 @@ def renamed_tensors(draw: random.Random, path: Path) -> str:
 
 
 def mutated_weights(draw: random.Random, files: dict[str, Path], folder: Path) -> tuple[dict[str, Path], str]:
-    """The files with one of them changed."""
+    """Return the files with one of them changed."""
     kind = draw.choice(KINDS)
     if kind == "llama":
         directory = shutil.copytree(files["llama"], folder / "llama")
@@ -123,7 +123,7 @@ def numbers(count: int) -> list[int]:
 
 
 def attempt(arguments: list[str]) -> str | None:
-    """What a command fails with; None where it does not. Anything but a message of ours is a failure of the test."""
+    """Return the error of a command, or None without one. Any other exception fails the test."""
     with contextlib.redirect_stdout(io.StringIO()):
         try:
             main(arguments)
@@ -139,7 +139,7 @@ def attempt(arguments: list[str]) -> str | None:
 
 @pytest.mark.parametrize("number", numbers(30))
 def test_mutated_weight_files_convert_or_are_refused(tiny_files, tiny_model, tmp_path, number):
-    """A conversion fails with a message, and leaves nothing; or makes a model that loads."""
+    """A conversion fails with a message and leaves nothing, or makes a model that loads."""
     draw = random.Random(number)
     files, what = mutated_weights(draw, tiny_files, tmp_path)
     out = tmp_path / "out" / "model"
@@ -154,7 +154,7 @@ def test_mutated_weight_files_convert_or_are_refused(tiny_files, tiny_model, tmp
 
 @pytest.mark.parametrize("number", numbers(40))
 def test_mutated_model_directories_load_or_are_refused(tiny_model, tmp_path, number):
-    """Nothing but errors of ours; and a change of the weights' bytes is found by `verify`."""
+    """Only errors of ours are raised, and `verify` detects every change of weights."""
     draw = random.Random(1000 + number)
     model = shutil.copytree(tiny_model, tmp_path / "model")
     own = [path for path in sorted(model.iterdir()) if path.is_file()]

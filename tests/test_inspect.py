@@ -1,4 +1,4 @@
-"""vllama inspect, and vllama verify of a run."""
+"""`vllama inspect`, and `vllama verify` of a run."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ TRAINED = {"llama_proj/bias": (64,), "video_qformer/queries": (32, 48)}
 
 @pytest.fixture(scope="module")
 def run(tiny_model, tmp_path_factory) -> Path:
-    """A run directory, as far as its weights go, with nothing trained for it."""
+    """A run directory whose trained weights are ones; nothing is trained for it."""
     out, base = tmp_path_factory.mktemp("run") / "run", open_model(tiny_model)
     out.mkdir()
     where = {"path": str(tiny_model), "digest": base.digest}

@@ -1,4 +1,4 @@
-"""Files of one object a line: what a killed process leaves in them, what is cut off, and a disk that ends."""
+"""JSON Lines files: incomplete lines of a killed process, truncation, and full disks."""
 
 import errno
 import json

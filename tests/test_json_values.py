@@ -1,4 +1,4 @@
-"""Numbers in JSON from outside: each field with a wrong type, a negative, zero and a huge value is one clear line."""
+"""Values in JSON from outside: a wrong type, a negative, zero or huge number in each field is a one-line error."""
 
 import json
 import shutil
@@ -29,7 +29,7 @@ def cases(fields: dict[str, dict[str, str]]) -> list:
 
 
 def replaced(path: Path, name: str, text: str) -> None:
-    """The JSON file with a field's value as this text; `a.b` is a field of an object."""
+    """Replace the value of a field in a JSON file with this text; `a.b` is a field of an object."""
     fields = json.loads(path.read_text()) if path.exists() else {}
     parts = name.split("/")
     inner = fields

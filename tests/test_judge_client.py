@@ -1,4 +1,4 @@
-"""What the judge's requests carry, and which of them are sent again."""
+"""Contents of requests to a judge, and which requests are retried."""
 
 import sys
 
@@ -12,7 +12,7 @@ from vllama_jax.evaluate.judge_client import MAX_RETRIES, Judge, JudgeError
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
-    """Seconds between requests, which are not waited for."""
+    """Record the seconds between requests, without waiting."""
     found: list[float] = []
     monkeypatch.setattr("openai._base_client.time.sleep", found.append)
     monkeypatch.setenv("no_proxy", "127.0.0.1")

@@ -1,4 +1,4 @@
-"""Low-rank updates: nothing at first, then what merging them makes, and gradients of themselves alone."""
+"""LoRA updates: zero at first, equal to the merged weights, and the only parameters with gradients."""
 
 import dataclasses
 
@@ -34,7 +34,7 @@ def llama():
 
 
 def randomise(llama, seed=1):
-    """Updates that do something: `up` is no longer zero."""
+    """Make updates that have an effect: `up` is no longer zero."""
     rng = np.random.default_rng(seed)
     for path, variable in nnx.to_flat_state(nnx.state(llama)):
         if path[-1] == "up" and "lora" in path:
@@ -61,7 +61,7 @@ def test_merged_equals_unmerged(llama):
 
 @pytest.mark.parametrize("target", ALL.targets)
 def test_each_target_is_the_product_of_its_matrices(llama, target):
-    """The kernel grows by alpha / rank · down · up, layer by layer."""
+    """The kernel increases by alpha / rank · down · up in each layer."""
     add_lora(llama, LoraConfig(rank=3, alpha=6.0, targets=(target,)), rngs=nnx.Rngs(0))
     randomise(llama)
     owner = llama.blocks.mlp if target in ("gate", "up", "down") else llama.blocks.attention
@@ -85,7 +85,7 @@ def test_an_abstract_network_has_the_paths_of_lora_updates():
 
 @pytest.mark.parametrize("target", ["out", *(pytest.param(name, marks=pytest.mark.slow) for name in ("query", "down"))])
 def test_kernels_read_by_rows_or_at_once_include_the_merged_update(tiny_model, tmp_path, target):
-    """alpha / rank · down · up of each layer, also where the rank is the number of layers or of heads."""
+    """alpha / rank · down · up of each layer, also if the rank equals the number of layers or heads."""
     for rank in (2, 3, 4):
         lora = LoraConfig(rank=rank, alpha=6.0, targets=(target,))
         trained = learned(tiny(vocab_size=512), lora, "frame_positions")

@@ -1,4 +1,4 @@
-"""Media files → arrays: which frames, which sound, and what is said of files that cannot be read."""
+"""Media files as arrays: frame sampling, audio, reports, and errors for files that cannot be read."""
 
 import dataclasses
 import re
@@ -41,18 +41,18 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clip(folder) -> Path:
-    """150 numbered frames with 8 s of stereo sound, the index before the data."""
+    """150 numbered frames with 8 s of stereo audio, the index before the data."""
     sound = tone(8, 44100)
     return write_video(folder / "clip.mp4", muxer={"movflags": "faststart"}, sound=sound, rate=44100)
 
 
 @pytest.fixture(scope="module")
 def silent(folder) -> Path:
-    """150 numbered frames, no sound, the index after the data."""
+    """150 numbered frames without audio, the index after the data."""
     return write_video(folder / "silent.mp4")
 
 
-# ------------------------------------------------------------------------------------------------ which frames
+# ------------------------------------------------------------------------------------------------ frame sampling
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ VIDEOS = {
     "fragmented.mp4": ({"muxer": {"movflags": "frag_keyframe+empty_moov"}}, "seek"),
     "mpeg4.mp4": ({"codec": "mpeg4", "options": {"bf": "2"}}, "seek"),
     "webm.webm": ({"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}}, "seek"),
-    "no_times.avi": ({}, "count"),  # with B-frames, an avi does not say when a frame is shown
+    "no_times.avi": ({}, "count"),  # with B-frames, an avi has no timestamps
     "bare.h264": ({}, "count"),
-    "recovery_points.mp4": ({"options": REFRESH}, "count"),  # its "key" frames after the first do not stand alone
+    "recovery_points.mp4": ({"options": REFRESH}, "count"),  # its "key" frames after the first need other frames
 }
 
 
@@ -109,7 +109,7 @@ def test_decoded_frames_are_the_sampled_ones(folder, name, monkeypatch):
 
 
 def test_only_what_is_needed_is_decoded_and_converted(folder, monkeypatch):
-    """Work for each wanted frame is bounded by the distance of key frames, whatever the length of the file."""
+    """Work for each sampled frame is bounded by the distance of key frames, not by the length of the file."""
     decoded, converted = [], []
     frames_from_key, to_rgb = frames_module._frames_from_key, frames_module._to_rgb
 
@@ -140,7 +140,7 @@ def test_a_recording_that_starts_between_key_frames_is_decoded(folder):
 
 
 def shown_by(matrix: tuple[int, int, int, int], frames: np.ndarray) -> np.ndarray:
-    """Frames [t, side, side, 3] as ISO/IEC 14496-12 has the matrix show them: (x, y) goes to (a x + c y, b x + d y)."""
+    """Transform frames [t, side, side, 3] as ISO/IEC 14496-12 defines the matrix: (x, y) to (a x + c y, b x + d y)."""
     a, b, c, d = matrix
     side = frames.shape[1]
     y, x = np.mgrid[:side, :side]
@@ -153,12 +153,12 @@ def shown_by(matrix: tuple[int, int, int, int], frames: np.ndarray) -> np.ndarra
 @pytest.mark.parametrize(
     "matrix",
     [
-        *((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)),  # quarter turns
-        *((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)),  # and mirrored
+        *((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)),  # rotations by 90 degrees
+        *((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)),  # and mirrored ones
     ],
 )
 def test_a_video_is_rotated_and_mirrored_by_its_display_matrix(folder, matrix):
-    """Each quadrant of the frame has a shade of its own, so that no two of the eight orientations look alike."""
+    """Each quadrant has its own shade, so all eight orientations differ."""
     plain = folder / "quadrants.mp4"
     if not plain.exists():
         shades = np.kron(np.array([[20, 90], [160, 230]], np.uint8), np.ones((32, 32), np.uint8))
@@ -171,7 +171,7 @@ def test_a_video_is_rotated_and_mirrored_by_its_display_matrix(folder, matrix):
 
 
 def test_enormous_declared_frame_sizes_are_refused(folder):
-    """By the container, before anything is decoded; by the bitstream alone, the decoder refuses."""
+    """The container's size is checked before decoding; a size in the bitstream alone is refused by the decoder."""
     settings = {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}}
     for ending, message in (
         ("ivf", "16000×16000 pixels are declared, more than 36 million"),
@@ -199,7 +199,7 @@ def test_timestamps_and_duration_are_read_from_the_file(clip):
 
 
 def test_timestamps_of_a_recording_with_a_wrong_rate(folder):
-    """As a browser records a still screen: the file claims 25 frames a second, and has one every half second."""
+    """As a browser records a still screen: the file declares 25 frames per second, and has one every half second."""
     path = folder / "recorded.webm"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libvpx-vp9", rate=FPS, options={"deadline": "realtime", "cpu-used": "8"})
@@ -218,7 +218,7 @@ def test_timestamps_of_a_recording_with_a_wrong_rate(folder):
     assert part.duration == pytest.approx(5, abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------------ reports and kinds
+# ------------------------------------------------------------------------------------------------ reports, media types
 
 
 def test_reports_say_whether_audio_was_used(folder, clip, silent):
@@ -241,7 +241,7 @@ def test_audio_that_fails_to_decode_is_reported(folder, clip):
 
 
 def test_truncated_audio_is_reported(folder, clip):
-    """The sound is longer than the frames, so the end of the file is sound alone."""
+    """The audio is longer than the frames, so the end of the file contains only audio."""
     data = clip.read_bytes()
     (folder / "cut_sound.mp4").write_bytes(data[:-4000])
     video = media.read_video(folder / "cut_sound.mp4")
@@ -275,7 +275,7 @@ def test_reports_format_as_one_sentence(report, sentence):
 
 
 def test_media_types_are_detected_from_content(folder, clip):
-    """Names lie: every file here has the ending of another kind."""
+    """File names are no evidence: every file here has the extension of another type."""
     shutil.copy(clip, folder / "video.jpg")
     assert media.read_media(folder / "video.jpg").report.kind == "video"
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
@@ -330,7 +330,7 @@ def test_audio_is_in_memory_once(folder):
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What bad files are made from: a folder, and a clip with its index before (clip) or after (silent) the data."""
+    """Makes invalid files: has a folder, and a clip with its index before (clip) or after (silent) the data."""
 
     folder: Path
     clip: Path
@@ -400,7 +400,7 @@ def test_an_invalid_file_is_a_one_line_error(tmp_path, clip, silent, name, capfd
             reader(path)
         assert str(caught.value).startswith(f"{path}: ")
         assert len(str(caught.value).splitlines()) == 1
-    assert capfd.readouterr() == ("", "")  # nothing of FFmpeg's log
+    assert capfd.readouterr() == ("", "")  # FFmpeg's log is not shown
 
 
 def test_a_truncated_file_error_reports_its_frames(folder, silent):
@@ -450,7 +450,7 @@ def test_importing_media_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ images
 
 
 def test_normalize_subtracts_mean_and_divides_by_std():

@@ -1,4 +1,4 @@
-"""Parts of videos, and videos that are folders of pictures."""
+"""Segments of videos, and videos that are folders of images."""
 
 import media_fixtures
 import numpy as np

@@ -1,4 +1,4 @@
-"""Videos written and read again, and what cannot be written."""
+"""Videos are written and read again; invalid input is refused."""
 
 import math
 import tracemalloc
@@ -13,7 +13,7 @@ from vllama_jax.media import read_video, write_video
 
 
 def numbered(count):
-    """`count` RGB frames whose 8 upright stripes are the binary digits of their number."""
+    """Return `count` RGB frames whose 8 vertical stripes are the binary digits of their numbers."""
     stripes = np.arange(count)[:, None] >> np.arange(8) & 1
     columns = np.repeat(stripes, SIDE // 8, axis=1).astype(np.uint8) * 255
     return np.broadcast_to(columns[:, None, :, None], (count, SIDE, SIDE, 3))
@@ -46,7 +46,7 @@ def test_writing_is_deterministic(tmp_path):
     files, kept = [tmp_path / f"{number}.mp4" for number in range(10)], []
     for file in files:
         write_video(file, [frame.copy() for frame in frames], 6, tone(4, 16000))
-        kept.append(np.full(draw.integers(1, 5000), 255, np.uint8))  # so that memory is not laid out alike each time
+        kept.append(np.full(draw.integers(1, 5000), 255, np.uint8))  # so that memory layouts differ
     assert len({file.read_bytes() for file in files}) == 1
 
 

@@ -1,4 +1,4 @@
-"""What `vllama memory` tells: exact for what lies still, and held against XLA's figures for what is at work."""
+"""`vllama memory`: static memory is exact, and temporary memory is compared with XLA's figures."""
 
 import dataclasses
 import json
@@ -34,24 +34,24 @@ GIGA = 10**9
 CPU = Device("cpu", 16 * GIGA, 1.0, 8, is_host=True)
 ALONE = MeshConfig(data=1)
 AT_WORK = ("gradients", "layers' inputs", "weights at hand", "activations")
-LOW, HIGH = 0.75, 2.0  # the estimate of temporaries is within these multiples of XLA's figure
+LOW, HIGH = 0.75, 2.0  # estimates of temporaries are within these multiples of XLA's figure
 
 
 def config_of(mesh: MeshConfig = ALONE, rows: int = 4, **options) -> TrainConfig:
-    """`rows` samples on each place of the mesh."""
+    """Return a run config with `rows` examples on each shard of the mesh."""
     size = rows * mesh.data * mesh.fsdp
     fields = {"model": "m", "datasets": (DatasetConfig(path="d"),), "steps": 10, "batch_size": size, "mesh": mesh}
     return TrainConfig(**{**fields, **options})
 
 
 def split_need(need: MemoryEstimate) -> tuple[int, int]:
-    """Bytes on a device that are there before and after a step, and those that a step takes beside them."""
+    """Return the static and the temporary bytes on a device."""
     at_work = sum(need.device[part] for part in AT_WORK)
     return need.device_total - at_work, at_work
 
 
 def medium() -> VideoLlamaConfig:
-    """Large enough that activations are no longer those of the pictures alone."""
+    """Return a config large enough for activations to exceed those of the frames."""
     llama = dataclasses.replace(
         LLAMA_7B, width=512, depth=8, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=1408, vocab_size=8000
     )
@@ -59,8 +59,8 @@ def medium() -> VideoLlamaConfig:
     return dataclasses.replace(video_llama(llama), vit=vit)
 
 
-# Steps on CPU devices, compiled here, and the estimate of their temporaries as a multiple of jaxlib 0.10's figure.
-# Most of what is estimated for the tiny model on one device are attention scores, of which XLA's CPU code holds a part.
+# Steps compiled here for CPU devices, and the estimate of their temporaries as a multiple of jaxlib 0.10's figure.
+# For the tiny model on one device, most of the estimate is attention scores; XLA's CPU code stores only some of them.
 COMPILED = [
     pytest.param(tiny(), ALONE, 128, {}, 4.38, id="tiny"),
     pytest.param(tiny(), MeshConfig(data=2, fsdp=2, tensor=2), 256, {}, 1.38, id="tiny on 8"),
@@ -93,9 +93,9 @@ def test_step_estimate_matches_compiled_memory(model, mesh, length, options, rat
     assert at_work / compiled.temp_size_in_bytes == pytest.approx(ratio, rel=0.1)
 
 
-# Steps compiled for TPUs by libtpu 0.0.52: size, mesh, samples a place, tokens, encoders or not, GB of arguments and of
-# temporaries, and the estimate of the temporaries as a multiple of that. The first seven are this package's own step;
-# the others a prototype in plain JAX of the same shapes.
+# Steps compiled for TPUs by libtpu 0.0.52: size, mesh, examples per shard, tokens, encoders, GB of arguments and of
+# temporaries, and the estimate of temporaries as a multiple of the latter. The first seven are the package's step; the
+# others are a prototype in plain JAX with the same shapes.
 TPUS = [
     ("7b", (1, 16, 1), 4, 128, True, 1.033, 0.644, 1.68),
     ("7b", (1, 16, 1), 4, 512, True, 1.033, 1.275, 1.58),
@@ -197,7 +197,7 @@ def test_beams_and_longer_conversations_need_more_memory():
     model = SIZES["7b"]()
     short = estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=100)
     beams = estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=4))
-    assert short.device["key-value cache"] == 512 * 32 * 2 * 4096 * 2  # 128 and room for 320, as generate.py pads them
+    assert short.device["key-value cache"] == 512 * 32 * 2 * 4096 * 2  # 128, and 320 new tokens, as generate.py pads
     assert beams.device["key-value cache"] == 4 * short.device["key-value cache"]
     with pytest.raises(ConfigError, match="the model reads 2048"):
         estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=2000)
@@ -221,7 +221,7 @@ def test_processes_share_the_threads_that_decode(processes, threads):
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
 def test_gradient_accumulation_adds_float32_sums(dtype, itemsize, grad_accum_steps):
-    """A step has gradients in the compute dtype and in float32, and with parts of a batch their sum in float32."""
+    """Gradients are in the compute dtype and in float32; gradient accumulation adds a float32 sum."""
     shapes = abstract_network(tiny(), "float32")
     trainable = (shapes.video_qformer, shapes.llama_proj, shapes.frame_positions)
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
@@ -235,7 +235,7 @@ def test_gradient_accumulation_adds_float32_sums(dtype, itemsize, grad_accum_ste
 @pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_dominate_with_a_large_vocabulary(fsdp, tensor, tied):
-    """Scores and their gradients in float32 where a label is, and the head's weights when they are gathered."""
+    """Logits and their gradients in float32 for each label, and the gathered weights of the head."""
     llama = dataclasses.replace(tiny().llama, vocab_size=400_000, tie_embeddings=tied)
     model, mesh = dataclasses.replace(tiny(), llama=llama), MeshConfig(data=1, fsdp=fsdp, tensor=tensor)
     config = config_of(mesh, rows=3, data=DataConfig(feature_cache="f"), compute_dtype="bfloat16")
@@ -247,7 +247,7 @@ def test_logits_dominate_with_a_large_vocabulary(fsdp, tensor, tied):
 
 @pytest.mark.parametrize(("processes", "prefetch", "batches"), [(0, 4, 5), (1, 4, 5), (2, 4, 9), (3, 2, 7)])
 def test_prefetched_batches_are_counted_for_each_process(processes, prefetch, batches):
-    """Each process decodes its own: `prefetch` of them, beside the one batch that a step works on."""
+    """Each process decodes its own `prefetch` batches, in addition to the batch of the current step."""
     model, length, labels = tiny(), 128, 128 - tiny().video_qformer.num_queries
     mesh = MeshConfig(data=16)  # on two hosts of eight devices
     config = config_of(mesh, rows=4, data=DataConfig(num_workers=processes, prefetch=prefetch))
@@ -265,7 +265,7 @@ def test_suggested_flags_fit():
     assert estimate.suggest_flags(model, need, config, ALONE, device) == "--mesh.data 1 --mesh.fsdp 4"
     wider = MeshConfig(data=1, fsdp=4)
     assert estimate.verdict(estimate.estimate_training(model, "step", config, wider, device), device) == "fits"
-    narrow = Device("mine", 16 * GIGA, 1.0, 1)  # of devices that are here there are no more
+    narrow = Device("mine", 16 * GIGA, 1.0, 1)  # no more devices are available here
     assert estimate.suggest_flags(model, need, config, ALONE, narrow) == ""
 
 
@@ -306,7 +306,7 @@ def test_a_model_directory_is_estimated_for_all_uses(capsys, tiny_model):
 def test_a_quantized_model_is_estimated_for_a_chat_only(capsys, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     manifest = json.loads((model / "manifest.json").read_text())
-    (model / "manifest.json").write_text(json.dumps(manifest | {"quantized": "int8"}))  # nothing else is read of it
+    (model / "manifest.json").write_text(json.dumps(manifest | {"quantized": "int8"}))  # no other file is read
     whole, small = (
         json.loads(tell(capsys, named, "--devices", "v5e", "--batch-size", 4, "--json"))["uses"]
         for named in (tiny_model, model)
@@ -378,7 +378,7 @@ def test_errors_are_one_line(arguments, message):
 
 
 def test_memory_in_a_process_prints_and_its_arithmetic_imports_no_jax():
-    """Nothing is loaded: seconds, and the memory of JAX itself. The arithmetic alone does not even import JAX."""
+    """It takes seconds and the memory of JAX; no weights are loaded. The estimate alone does not even import JAX."""
     command = [str(Path(sys.executable).parent / "vllama"), "memory", "13b", "--devices", "v5p"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True

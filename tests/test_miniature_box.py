@@ -1,4 +1,4 @@
-"""The miniature that comes with the package: it is there, it answers rightly, and one is told that it is one."""
+"""The packaged miniature: it is available, it answers correctly, and users learn which model answers."""
 
 import json
 
@@ -88,6 +88,6 @@ def test_eval_miniature_prints_the_accuracies_of_the_packaged_model():
     assert asked <= found.keys()
     assert all(one.keys() == {"accuracy", "n", "chance", "low", "high"} for one in found.values())
     for name in ("object", "colour", "motion", "motion_reversed_opposite", "sound_only"):
-        assert found[name]["accuracy"] >= 0.75, name  # of 16: far above chance, whatever the draw
+        assert found[name]["accuracy"] >= 0.75, name  # of 16: far above chance for any seed
     assert found["sound_only_unaligned"]["accuracy"] <= 0.4
     assert evaluate.format_measures(found).count("\n") == len(found)

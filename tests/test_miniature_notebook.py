@@ -1,4 +1,4 @@
-"""What the miniature's notebook is made of: attention weights, figures, and the notebook itself from end to end."""
+"""The miniature's notebook: attention weights, figures, and a run of the full notebook."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ def near(actual, expected):
 
 
 def memory_of(network, part, frames, mel):
-    """What a Q-Former of the network reads."""
+    """Return the input of the cross-attention of a Q-Former."""
     if part == "image_qformer":
         return network.ln_vision(network.vit(frames))
     if part == "video_qformer":
@@ -61,7 +61,7 @@ def test_attention_weights_reproduce_the_qformer_output(network, frames, mel, pa
         attended = jnp.einsum("bhqm,bmhk->bqhk", weights, cross.value(memory))
         made = cross.norm(asked + cross.out(attended))
         near(made, cross(asked, memory))
-    x = layer.mlp_norm(made + layer.mlp(made))  # the last one's output is the Q-Former's, but for a layer between
+    x = layer.mlp_norm(made + layer.mlp(made))  # the last layer, before a plain layer
     if qformer.plain_layers is not None:
         x = attention.unstack_layer(qformer.plain_layers, len(read) - 1)(x, memory)
     near(x, qformer(memory))
@@ -105,7 +105,7 @@ def test_attention_maps_have_the_layout_of_frames_patches_and_clips(network, fra
 
 
 def test_attention_maps_have_the_layout_of_spectrogram_patches(network, frames, mel):
-    """Row by row: frequency by frequency for sounds, and the class token comes first."""
+    """Row by row, one frequency after the other, after the class token."""
     weights = np.asarray(attention.audio_tower_attention(network.imagebind.audio, mel).mean(axis=1))
     rows, columns = CONFIG.imagebind.audio.patch_grid
     heard = np.asarray(attention.attended_mel_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel))
@@ -132,9 +132,9 @@ def test_attention_is_drawn_without_a_display(tmp_path, mel):
     for number, figure in enumerate((seen, heard, bars)):
         figure.savefig(tmp_path / f"{number}.png")
     read, not_read = (axes.images[1].get_array()[..., 3] for axes in seen.axes[FRAMES : FRAMES + 2])
-    assert read[0, 0] == 0  # what is read is as bright as it was
+    assert read[0, 0] == 0  # attended patches keep their brightness
     assert read[7, 0] > 0.5
-    assert (not_read > 0.5).all()  # and no frame's own most
+    assert (not_read > 0.5).all()  # in other frames, none do
     assert [(axes.get_xlim(), axes.get_ylim()) for axes in heard.axes[CLIPS:]] == [((0, 204), (0, 128))] * CLIPS
     assert [bar.get_height() for bar in shares.patches] == [0.5, 0.25, 0.25]
 

@@ -1,4 +1,4 @@
-"""From nothing to a model in a few steps of each: all that `python -m vllama_jax.miniature` does, but the learning."""
+"""All steps of `python -m vllama_jax.miniature`, from no files to an evaluated model, with few training steps."""
 
 import dataclasses
 import json
@@ -34,7 +34,7 @@ SHORT = Recipe(
 def test_the_audio_branch_trains_without_audio():
     for stage in (1, 2):
         vision, audio = (load_config(f"miniature_{branch}_stage{stage}")[0] for branch in ("vision", "audio"))
-        assert audio.datasets == vision.datasets  # clips and stills; a clip's sound is not read in training
+        assert audio.datasets == vision.datasets  # clips and images; the audio of clips is not read in training
         assert (vision.branch, audio.branch, audio.trainable) == ("vision", "audio", AUDIO_BRANCH)
 
 
@@ -45,7 +45,7 @@ def test_a_directory_of_another_seed_or_recipe_is_refused(tmp_path):
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """When each file was written."""
+    """Return the modification times of all files."""
     return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
 
 
@@ -72,7 +72,7 @@ def test_the_recipe_trains_and_evaluates_a_model(tmp_path, monkeypatch):
     assert measure_models(tmp_path, 0, 4, said.append) == results
     assert _files(tmp_path) == made
 
-    whole = open_model(tmp_path / "base").digest  # killed while the captioner learned: only what was lost is made again
+    whole = open_model(tmp_path / "base").digest  # killed while training the captioner: other files stay
     shutil.rmtree(tmp_path / "base")
     shutil.rmtree(tmp_path / "base_without_positions")
     (tmp_path / "parts" / "captioner.npz").rename(tmp_path / "parts" / ".captioner.npz.partial")
@@ -83,7 +83,7 @@ def test_the_recipe_trains_and_evaluates_a_model(tmp_path, monkeypatch):
     assert open_model(tmp_path / "base").digest == whole
 
     longer = dataclasses.replace(SHORT, steps_of_runs=3)
-    with pytest.raises(VllamaError, match="`vllama train` failed, as it says above"):  # it is a run of other steps
+    with pytest.raises(VllamaError, match="`vllama train` failed, as it says above"):  # it has another number of steps
         train_branches(tmp_path, longer, said.append)
     monkeypatch.setattr(recipe, "run_vllama", lambda *_: None)
     with pytest.raises(VllamaError, match=r"vision1 was stopped before its end; run the same command again"):

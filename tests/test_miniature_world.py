@@ -1,4 +1,4 @@
-"""The small world: what scenes look like, what is said of them, and what is kept for tests."""
+"""The synthetic dataset: how scenes look, their annotations, and what is held out for tests."""
 
 import itertools
 import json
@@ -40,13 +40,13 @@ def frames(given: Scene, seed: int = 0) -> np.ndarray:
 
 
 def red(picture: np.ndarray) -> np.ndarray:
-    """Where a picture is red."""
+    """Return where an image is red."""
     r, g, b = np.moveaxis(picture.astype(int), -1, 0)
     return (r > 120) & (r > g + 60) & (r > b + 60)
 
 
 def middle(mask: np.ndarray) -> np.ndarray:
-    """(row, column), as parts of the side."""
+    """Return (row, column) relative to the side length."""
     return np.argwhere(mask).mean(axis=0) / len(mask)
 
 
@@ -76,7 +76,7 @@ def test_scenes_belong_to_their_split(split):
 
 
 def is_kept_for_tests(group: ObjectGroup) -> bool:
-    """Written out: a Latin square of kinds, colours and motions, of which every seventh is held out."""
+    """Reference: a Latin square of kinds, colors and motions, every seventh combination of which is held out."""
     numbers = list(KINDS).index(group.kind), list(COLORS).index(group.color), MOTIONS.index(group.motion)
     return (numbers[0] + 2 * numbers[1] + 3 * numbers[2]) % 7 == 0
 
@@ -86,7 +86,7 @@ FILE_SETS = [found for found in vars(holdout_files).values() if isinstance(found
 
 @pytest.mark.parametrize("files", FILE_SETS, ids=lambda files: files.name)
 def test_evaluation_scenes_are_all_held_out(files, tmp_path, monkeypatch):
-    """The files that `vllama eval miniature` writes, by its own code; drawing them is left out."""
+    """The files that `vllama eval miniature` writes, from its own code; they are not rendered."""
     written = []
 
     def write(stem, files, scene, rng):
@@ -128,7 +128,7 @@ def test_direction_is_visible_only_in_the_order_of_frames(way, back):
         there, again = (
             [middle(red(frame)) for frame in frames(scene(one), seed)[render.SAMPLED_FRAMES]] for one in (way, back)
         )
-        np.testing.assert_allclose(there, again[::-1], atol=0.015)  # of the side; a frame's way is 0.02
+        np.testing.assert_allclose(there, again[::-1], atol=0.015)  # of the side; 0.02 per frame
 
 
 def test_objects_grow_shrink_appear_and_vanish():
@@ -236,7 +236,7 @@ def test_each_prompt_sentence_is_one_token(tmp_path):
     noted = [tokenizer.decode(ids[is_description].tolist()) for ids, is_description in drawn]
     assert sum(map(bool, noted)) > 35
     assert all(is_description.shape == ids.shape for ids, is_description in drawn)
-    assert not re.search("[#?<]|Human|heard", " ".join(noted))  # words of what is shown and heard alone
+    assert not re.search("[#?<]|Human|heard", " ".join(noted))  # only words about what is visible and audible
     read = [tokenizer.decode(row[1:].tolist()) for row in rows]
     compared = [line for text in read if "###" not in text and "so yes" in text for line in text.strip().split("\n")]
     assert len(compared) >= 12
@@ -290,14 +290,14 @@ def test_accuracies_have_wilsons_interval():
         "accuracy": 0.5, "n": 100, "chance": 0.5, "low": 0.4038, "high": 0.5962
     }  # fmt: skip
     assert evaluate.measure([True] * 20, 0.5)["high"] == 1.0
-    alike = evaluate.measure(np.array([[True, True], [False, False]] * 25), 0.5)  # 50 files, each asked twice the same
+    alike = evaluate.measure(np.array([[True, True], [False, False]] * 25), 0.5)  # 50 files, the same questions twice
     assert alike == {**evaluate.measure([True, False] * 25, 0.5), "n": 100}
 
 
 def test_chance_is_the_best_constant_answer():
     scenes = [Scene((ObjectGroup(kind="bell", color="red", number=number),)) for number in (1, 1, 1, 2)]
     assert evaluate.constant_answer_accuracy("count", scenes) == 0.75
-    assert evaluate.constant_answer_accuracy("object", scenes) == 1.0  # several bells are the same kind
+    assert evaluate.constant_answer_accuracy("object", scenes) == 1.0  # several bells are one kind
 
 
 def test_every_direction_has_an_opposite():

@@ -1,5 +1,7 @@
-"""Every part of the network against torch, with the same random weights: transformers' classes, and for ImageBind the
-reference that `vllama verify` runs. All parameters are random, since zero biases and unit norms hide swapped weights.
+"""Every component of the network compared with torch, with the same random weights.
+
+References are transformers' classes, and for ImageBind the one of `vllama verify`. All parameters are random, because
+zero biases and unit norms would hide swapped weights.
 """
 
 import dataclasses
@@ -55,11 +57,11 @@ from vllama_jax.nn.qformer import QFormer
 from vllama_jax.nn.video_llama import VideoLlama, splice
 from vllama_jax.sharding import AXIS_NAMES
 
-TOLERANCE = 5e-6  # of the largest value; up to 2e-6 is measured
+TOLERANCE = 5e-6  # relative to the largest value; up to 2e-6 is measured
 LONG_TOLERANCE = 2e-5  # at 4,000 tokens, where an angle's last bit is 2e-4 radians; up to 6e-6 is measured
-QUIETLY = pytest.mark.parametrize("quiet", [False, True], ids=["ordinary", "quiet"])  # quiet: epsilons show
+QUIETLY = pytest.mark.parametrize("quiet", [False, True], ids=["ordinary", "quiet"])  # makes epsilons matter
 
-# No two dimensions of a part are equal, so that swapped axes show.
+# No two dimensions of a component are equal, so that swapped axes are errors.
 VIT = VitConfig(image_size=56, width=40, depth=3, num_heads=4, mlp_dim=93)
 QFORMER = QFormerConfig(width=36, depth=4, num_heads=3, mlp_dim=70, num_queries=7)
 IMAGEBIND = ImageBindConfig(
@@ -83,7 +85,7 @@ def noise(*shape: int, seed: int = 1, quiet: bool = False) -> torch.Tensor:
 
 
 def run(function: Callable, *arguments):
-    """Under jit, modules and arrays alike as arguments."""
+    """Run a function under jit, with modules and arrays as arguments."""
     return jax.jit(function)(*arguments)
 
 
@@ -92,7 +94,7 @@ def call(module: nnx.Module, x: jax.Array) -> jax.Array:
 
 
 def test_layer_norm_of_values_far_from_zero():
-    """A variance in one pass, flax's default, loses digits there."""
+    """flax's default, which computes the variance in one pass, loses digits there."""
     reference, x = torch.nn.LayerNorm(64, eps=1e-6), noise(5, 64) + 30
     ours = layer_norm(64, 1e-6, nnx.Rngs(0))
     assert error(run(call, ours, as_jax(x)), reference(x)) < TOLERANCE
@@ -102,7 +104,7 @@ def test_layer_norm_of_values_far_from_zero():
 
 
 def eva_pair(cfg: VitConfig, pictures: torch.Tensor, *, quiet: bool = False) -> tuple[EvaVit, torch.Tensor]:
-    """Our tower, and what torch's makes of the pictures."""
+    """Return our tower, and torch's output for the images."""
     reference = EvaReference(cfg)
     randomise(reference, quiet=quiet)
     reference.drop_key_biases()
@@ -163,7 +165,7 @@ def imagebind_pair(cfg: ImageBindConfig, *, quiet: bool = False) -> tuple[ImageB
 
 
 def of_sense(cfg: ImageBindConfig, modality: str, *, quiet: bool = False) -> torch.Tensor:
-    """Two inputs of a tower."""
+    """Return two inputs of a tower."""
     if modality == "audio":
         return noise(2, cfg.audio.num_mel_bins, cfg.audio.num_mel_frames, quiet=quiet)
     return noise(2, 3, cfg.vision.image_size, cfg.vision.image_size, quiet=quiet)
@@ -217,7 +219,7 @@ LLAMAS = {
 
 
 def llama_pair(cfg: LlamaConfig, *, quiet: bool = False, sharpen: float = 1.0) -> tuple[Llama, torch.nn.Module]:
-    """sharpen: queries times this, so that attention chooses and does not average."""
+    """Return our model and torch's; `sharpen` scales the queries, so that attention is not almost uniform."""
     reference = llama_reference(cfg)
     randomise(reference, quiet=quiet)
     for layer in reference.model.layers:
@@ -275,7 +277,7 @@ def test_llama_ignores_padding_on_the_right():
     assert jnp.isfinite(logits).all()
 
 
-# Lengths of the pieces in which rows of a batch are read, and how many tokens of each are real, row by row.
+# Lengths of the chunks in which a batch is processed, and the number of real tokens of each row.
 PIECES = {
     "one token at a time": [(1, (1, 1))] * 12,
     "a prompt, then tokens": [(8, (8, 8)), *[(1, (1, 1))] * 4],
@@ -315,13 +317,13 @@ def test_llama_block_at_full_width_equals_torchs(published: LlamaConfig):
     reference, ids = llama_reference(cfg), token_ids(1, 9)
     randomise(reference)
     expected, state = reference(ids).logits, llama_state(reference)
-    del reference  # `load` frees what is left of it, weight by weight
+    del reference  # `load` frees the rest of it, weight by weight
     ours = load(lambda: Llama(cfg, rngs=nnx.Rngs(0)), llama.rules(cfg), state, "llama")
     logits = run(llama_logits, ours, as_jax(ids), jnp.ones(ids.shape, bool))
     assert error(logits, expected) < TOLERANCE
 
 
-# bfloat16: close to float32, and float32 where rounding would hurt
+# bfloat16 is close to float32, and float32 is used where rounding would matter
 
 
 def forward(module: nnx.Module, x: jax.Array) -> jax.Array:
@@ -334,7 +336,7 @@ def cast(module: nnx.Module, dtype: jnp.dtype) -> nnx.Module:
 
 
 def half_tower(name: str) -> tuple[nnx.Module, jax.Array, torch.Tensor]:
-    """A part with bfloat16 weights, an input for it, and what torch makes of that in float32."""
+    """Return a component with bfloat16 weights, an input, and torch's output in float32."""
     if name == "eva":
         x = noise(2, 3, 56, 56)
         module, expected = eva_pair(VIT, x)
@@ -369,11 +371,11 @@ def test_norms_softmax_and_rotations_stay_float32_in_bfloat16(tower: str):
     computed = list(operations(jax.make_jaxpr(forward)(module, x).jaxpr))
     for name in ("exp", "rsqrt", *(("cos", "sin") if tower == "llama" else ())):
         assert {dtype for operation, dtype in computed if operation == name} == {jnp.dtype("float32")}
-    assert ("dot_general", jnp.dtype("bfloat16")) in computed  # and matrices do not
+    assert ("dot_general", jnp.dtype("bfloat16")) in computed  # and matrix products are in bfloat16
 
 
 def operations(jaxpr) -> Iterator[tuple[str, jnp.dtype]]:
-    """Name and input dtype of every operation of a program, inside loops too."""
+    """List the name and the input dtype of every operation of a program, including loop bodies."""
     for equation in jaxpr.eqns:
         if equation.invars:
             yield equation.primitive.name, equation.invars[0].aval.dtype
@@ -423,7 +425,7 @@ def test_encode_frames_equals_torchs(quiet: bool):
 
 @pytest.mark.parametrize("count", [8, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))])
 def test_encode_video_equals_torchs(pair, count: int):
-    """One frame is a picture."""
+    """A single frame is an image."""
     ours, reference = pair
     videos = [noise(count, 3, 56, 56, seed=seed) for seed in (1, 2)]
     tokens = run(VideoLlama.encode_video, ours, jnp.stack([as_jax(video) for video in videos]))
@@ -435,7 +437,7 @@ def test_encode_video_equals_torchs(pair, count: int):
     ("modality", "encode"), [("audio", VideoLlama.encode_audio), ("vision", VideoLlama.encode_audio_from_vision)]
 )
 def test_encode_audio_equals_torchs(pair, modality: str, encode: Callable):
-    """The audio branch on sound, and on pictures, as it is trained."""
+    """The audio branch on audio, and on images, as in training."""
     ours, reference = pair
     inputs = [torch.cat([x, x.flip(-1)]) for x in of_sense(IMAGEBIND, modality).split(1)]
     tokens = run(encode, ours, jnp.stack([as_jax(x) for x in inputs]))
@@ -496,7 +498,7 @@ def test_splice_replaces_placeholders_in_order():
 
 
 def named_axes() -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
-    """Shape and axis names of every weight of the tiny model, without the axis over layers."""
+    """Return shape and axis names of every weight of the tiny model, without the layer axis."""
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(abstract_network(TINY))):
         stacked = any(part in ("blocks", "cross_layers", "plain_layers") for part in path)
@@ -511,7 +513,7 @@ def test_every_weight_names_every_axis():
 
 
 def test_axes_have_the_sizes_of_their_names():
-    """In the tiny model: sizes by part, where a name has one."""
+    """In the tiny model: sizes by component, if a name has one size."""
     towers = {"vit": TINY.vit, "imagebind/audio": TINY.imagebind.audio, "imagebind/vision": TINY.imagebind.vision}
     towers |= {name: getattr(TINY, name) for name in ("image_qformer", "video_qformer", "audio_qformer", "llama")}
     for path, (shape, names) in named_axes().items():

@@ -1,4 +1,4 @@
-"""`vllama plot`: what is drawn of one run and of several, and the mean of losses."""
+"""`vllama plot`: figures of one run and of several, and the moving average of the loss."""
 
 import json
 from pathlib import Path
@@ -77,7 +77,7 @@ def test_runs_that_cannot_be_plotted_are_a_one_line_error(tmp_path, capsys):
     run = write_run(tmp_path / "run", [])
     assert "no step is done yet; wait for the first" in failure(capsys, "plot", run)
     journal = run / "metrics.jsonl"
-    journal.write_text('{"step": 1, "loss"')  # the first line is being written
+    journal.write_text('{"step": 1, "loss"')  # the first line is incomplete
     assert "no step is done yet; wait for the first" in failure(capsys, "plot", run)
     for line in ("x", "[1]", '{"step": 1}', '{"step": 1, "loss": "a", "lr": 1}', '{"step": 1, "loss": NaN, "lr": 1}'):
         journal.write_text(f"{line}\n")

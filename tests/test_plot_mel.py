@@ -1,4 +1,4 @@
-"""`vllama plot` of a media file: the log-mel spectrograms that the audio branch is given."""
+"""`vllama plot` of a media file: the log-mel spectrograms that the audio branch receives."""
 
 import subprocess
 import sys
@@ -50,7 +50,7 @@ def test_plot_of_a_file_writes_a_png_beside_it(tmp_path, capsys):
 
 
 def test_mel_clips_need_no_librosa():
-    """Its import takes longer than reading most files."""
+    """Importing librosa takes longer than reading most files."""
     code = "import sys, numpy as np; from vllama_jax import media; media.mel_clips(np.zeros((1, 44100), 'f4'), 44100)"
     code += "; print({'librosa', 'numba'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,6 +1,6 @@
 """Two processes that train together: a signal stops both at one step, and neither outlives the other.
 
-They are real ones, started as Slurm starts them. The functions at the end run without JAX.
+They are real processes, started as Slurm starts them. The functions at the end run without JAX.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from vllama_jax.train.relay import Relay
 
 SLOW = pytest.mark.slow
 VLLAMA = str(Path(sys.executable).with_name("vllama"))
-WITHIN = 60  # seconds from the end of one process to the end of the other
+WITHIN = 60  # seconds between the ends of the two processes
 PREPARE = """
 import time
 from vllama_jax.io.atomic import new_directory
@@ -41,7 +41,7 @@ def prepare(config, out):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_model, records) -> Path:
-    """A run over two processes that takes longer than any test, and makes a directory first."""
+    """A run with two processes that takes longer than any test, and creates a directory first."""
     one = config_of(
         tiny_model, records, steps=100_000, batch_size=4, checkpoint=CheckpointConfig(save_interval_steps=1000)
     )
@@ -53,7 +53,7 @@ def config(tmp_path_factory, tiny_model, records) -> Path:
 
 @contextlib.contextmanager
 def started(*arguments: object) -> Iterator[list[subprocess.Popen]]:
-    """Two processes of a Slurm job on this machine."""
+    """Start two processes of a Slurm job on this machine."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
@@ -82,14 +82,14 @@ def wait_for_step(run: Path, step: int, processes: Sequence[subprocess.Popen]) -
 
 
 def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
-    """Exit codes, and what was written to stderr, of processes that end in time."""
+    """Return exit codes and stderr of processes, which must end in time."""
     limit = time.monotonic() + WITHIN
     written = [process.communicate(timeout=max(limit - time.monotonic(), 0.1))[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, written, strict=True)]
 
 
 def assert_one_line(code: int, text: str, line: str) -> None:
-    """It ended with exit code 1 and that line, which is the last one, and the only one of an error."""
+    """Check for exit code 1, and that this line is the last one and the only error line."""
     assert code == 1, text
     said = [one for one in text.splitlines() if one.startswith("vllama:")]
     assert said == [text.splitlines()[-1]], text
@@ -222,7 +222,7 @@ def test_without_other_processes_the_error_says_how_to_start_them(tmp_path):
 
 @contextlib.contextmanager
 def relayed() -> Iterator[tuple[socket.socket, socket.socket, threading.Event, Relay]]:
-    """Both ends of a connection through a relay, and whether it noticed the end of process 0."""
+    """Connect two sockets through a relay; record whether it detects the end of process 0."""
     lost = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
         relay = Relay(f"127.0.0.1:{server.getsockname()[1]}", lost.set)

@@ -1,4 +1,4 @@
-"""Quantised weights: how far off they are, made at loading or stored, on one device and on eight; what is refused."""
+"""Quantized weights: rounding errors, quantization at load and in a directory, sharding, and refused uses."""
 
 import dataclasses
 import json
@@ -37,7 +37,7 @@ Stored = dict[str, Path]
 
 @pytest.fixture(scope="module")
 def stored(tiny_model, tmp_path_factory) -> Stored:
-    """The tiny model, quantised, by scheme."""
+    """The tiny model, quantized with each scheme."""
     out = tmp_path_factory.mktemp("quantized")
     for scheme in SCHEMES:
         quantize.quantize(open_model(tiny_model), out / scheme, scheme)
@@ -52,7 +52,7 @@ def weights(network: VideoLlama) -> dict[str, np.ndarray]:
 
 
 def kernel_of(shape: tuple[int, ...], inputs: int) -> np.ndarray:
-    """Weights of all sizes, with an output of zeros and one of a single large weight."""
+    """Return random weights of a wide range, with one output of zeros and one with a single large weight."""
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal(shape, np.float32) * np.exp(rng.standard_normal(shape[inputs:])).astype(np.float32)
     kernel[..., 0] = 0
@@ -112,7 +112,7 @@ def test_a_stored_model_records_its_source(tiny_model, stored):
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_accelerators_multiply_the_full_kernel_at_once(platform):
-    """What the compiler is given there: one product whose input is converted, no loop and no interleaved copies."""
+    """The compiled program has one product with a converted input, and neither a loop nor interleaved copies."""
     layer = quantize.abstract_layers(tiny(), "bfloat16", "int4")[1]["llama/head"]
     x = jax.ShapeDtypeStruct((1, 64), jnp.bfloat16)
     traced = jax.jit(lambda layer, x: layer.product(x)).trace(layer, x)
@@ -140,7 +140,7 @@ def test_quantizing_while_loading_equals_stored_quantized(tiny_model, stored, sc
 
 
 def test_only_listed_kernels_are_quantized(tiny_model, stored):
-    """The table's kernels and nothing else; of them the bytes that 8 and 4 bits take."""
+    """The kernels of the table and nothing else, with the bytes of 8 and 4 bits."""
     before = open_model(tiny_model).manifest["leaves"]
     kernels = quantized_kernels(tiny_model)
     for scheme, model in stored.items():
@@ -167,7 +167,7 @@ def logits(network, ids):
 def test_quantized_logits_of_a_long_prompt_are_close(tiny_model, stored):
     ids = np.random.default_rng(0).integers(512, size=(1, 256))
     whole = np.asarray(logits(load(tiny_model).network, ids))
-    agreement = {"int8": 0.93, "int4": 0.4}  # random weights have close logits
+    agreement = {"int8": 0.93, "int4": 0.4}  # random weights give close logits
     for scheme, model in stored.items():
         found = np.asarray(logits(load(model).network, ids))
         assert found.dtype == np.float32
@@ -194,7 +194,7 @@ def test_quantized_answers_and_video_tokens_are_close(tiny_model, stored):
 @SLOW
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantized_weights_are_sharded_over_a_mesh(tiny_model, stored, scheme):
-    """Made while loading and stored, split over a tensor axis that divides some dimensions and others not."""
+    """Quantized at load and stored, sharded over a tensor axis that divides only some of the dimensions."""
     mesh = sharding.make_mesh(data=4, tensor=2)
     alone = load(stored[scheme]).network
     for path, asked in ((tiny_model, scheme), (stored[scheme], None)):
@@ -214,13 +214,13 @@ def test_quantized_weights_are_sharded_over_a_mesh(tiny_model, stored, scheme):
 
 
 def quantized_kernels(model: Path) -> set[str]:
-    """The paths of the layers that are quantized."""
+    """Return the paths of the quantized layers."""
     layers = quantized.list_quantized_layers(open_model(model).config)
     return {f"{parent}/{name}" for parent, names in layers.items() for name in names}
 
 
 def assert_leaves_are_those_of_the_base(run: Path, base: Path, quantized_run: Path) -> None:
-    """Every kernel that is quantised is two weights, and updates of low rank are none of their own."""
+    """Check that every quantized kernel has two arrays, and that LoRA updates have none."""
     kernels = quantized_kernels(base)
     expected = set()
     for path in open_model(base).shapes:
@@ -240,7 +240,7 @@ def test_a_quantized_run_has_the_leaves_of_its_base(tiny_model, tmp_path):
 @SLOW
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_run_with_lora_updates_is_quantized(tiny_model, tmp_path, scheme):
-    """Updates are part of the kernels before those are quantised, at loading as in a directory."""
+    """Updates are merged before quantization, both at load and in a directory."""
     lora = LoraConfig(rank=3, alpha=6.0, targets=("query", "out", "down"))
     trained = learned(tiny(vocab_size=512), lora, "frame_positions")
     run = write_run(shipped(tiny_model, lora), tmp_path / "run", trained)
@@ -282,7 +282,7 @@ def group(layer: quantized.QuantizedLinear) -> int:
     return rows // layer.scale.shape[1]
 
 
-# What it costs
+# Errors of quantization
 
 
 def cost(capsys, *arguments: object) -> dict:
@@ -302,7 +302,7 @@ def test_verify_reports_the_cost_of_quantization(tiny_model, tiny_files, stored,
     assert all(error < 5e-6 for name, error in errors.items() if name not in ("vit", "llama"))
     assert all(errors[name] > 5e-3 for name in ("vit", "llama"))
     assert 1e-6 < report["logits"]["mean_kl"] < {"int8": 1e-3, "int4": 0.1}[scheme]
-    assert bool(report["beyond_bounds"]) == (scheme == "int4")  # random weights are hard to round
+    assert bool(report["beyond_bounds"]) == (scheme == "int4")  # random weights have large rounding errors
 
 
 PARTS = ("vit", "image_qformer", "video_qformer", "imagebind/audio", "imagebind/vision", "audio_qformer", "llama")
@@ -328,7 +328,7 @@ def test_inspect_reports_quantized_weights(tiny_model, stored, capsys):
     assert found[stored["int8"]]["parts"]["llama"]["bytes"] < 0.5 * found[tiny_model]["parts"]["llama"]["bytes"]
 
 
-# What is refused
+# Refused uses
 
 
 def test_invalid_uses_of_quantized_models_are_refused(tiny_model, stored, tmp_path):
@@ -358,7 +358,7 @@ def test_quantized_weights_cannot_be_trained(stored, records, tmp_path):
 
 
 def test_a_quantized_base_without_branches_is_refused(tiny_files, tmp_path):
-    """What is missing is named as of any model."""
+    """Missing components are listed as for any model."""
     converted(without(tiny_files, "vl", "al", "minigpt4"), tmp_path / "base")
     quantize.quantize(open_model(tmp_path / "base"), tmp_path / "m8", "int8")
     with pytest.raises(CheckpointError, match="the model has no frame_positions, llama_proj, video_qformer"):

@@ -1,4 +1,4 @@
-"""What a run may be resumed with: the same config and the same data, wherever that is now; and corrupt configs."""
+"""Resuming a run: with the same config and the same data, in any location; and corrupt configs."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ from vllama_jax.train.run_directory import MUTABLE_FIELDS, _is_mutable, open_run
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory, tiny_model) -> Path:
-    """A run with a checkpoint. Not to be written to."""
+    """A run with a checkpoint. Read-only."""
     config = shipped(tiny_model, NO_LORA)
     trained = learned(tiny(vocab_size=512), NO_LORA, "llama_proj")
     return write_run(config, tmp_path_factory.mktemp("begun") / "run", trained)
@@ -89,7 +89,7 @@ def test_free_fields_are_matched_by_full_name(name, free):
 
 
 def with_names(fields: Any, names: dict[str, str], prefix: str = "") -> Any:
-    """`fields` of a TrainConfig, renamed by dotted name; * is the number of a dataset."""
+    """Rename fields of a TrainConfig by dotted name; * is the index of a dataset."""
     if isinstance(fields, list):
         return [with_names(item, names, f"{prefix}*.") for item in fields]
     if not isinstance(fields, dict):
@@ -129,12 +129,12 @@ def test_fields_newer_than_the_run_have_their_defaults(run, tiny_model):
     resume(run, shipped(tiny_model, NO_LORA), tiny_model)
 
 
-# Where things are
+# Locations
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """Records of two pictures."""
+    """Records of two images."""
     return write_records(write_files(tmp_path_factory.mktemp("small") / "files", videos=0))
 
 
@@ -209,11 +209,11 @@ def test_runs_of_earlier_versions_identify_data_by_path(tiny_model, small, tmp_p
         resume_planned(tmp_path / "run", short_config(tiny_model, moved))
 
 
-# config.json that is corrupt
+# Corrupt config.json
 
 
 def put(*path: str, value: Any) -> Callable[[dict], None]:
-    """Sets a field of config.json."""
+    """Set a field of config.json."""
 
     def change(fields: dict) -> None:
         for name in path[:-1]:

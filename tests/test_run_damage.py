@@ -1,4 +1,4 @@
-"""Damaged checkpoints of a run: training goes back to the one before, `verify` reports them, and loading refuses."""
+"""Corrupt checkpoints: training resumes from the previous one, `verify` reports them, and loading refuses them."""
 
 import json
 import os
@@ -25,7 +25,7 @@ from vllama_jax.train.run_directory import Checkpoints
 
 @pytest.fixture(scope="module")
 def saved(tiny_model, tmp_path_factory) -> Path:
-    """A run with checkpoints of steps 4 and 8. Not to be written to."""
+    """A run with checkpoints of steps 4 and 8. Read-only."""
     return write_two_checkpoints(tiny_model, tmp_path_factory.mktemp("saved") / "run")
 
 
@@ -35,7 +35,7 @@ def run(saved, tmp_path) -> Path:
 
 
 def restored(run: Path) -> int | None:
-    """The step that a run resumes from; its weights and optimizer state are those that were saved at that step."""
+    """Return the step that a run resumes from, after checking the weights and the optimizer state of that step."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state_of(0, weights_of(0)))
     state = Checkpoints(run, CheckpointConfig()).restore(like)
@@ -52,7 +52,7 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-# Damages
+# Kinds of corruption
 
 PARTS = ("_METADATA", "_sharding", "manifest.ocdbt", "commit_success.txt", "array_metadatas/process_0", "d/*")
 FILES = [
@@ -84,7 +84,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 def largest(checkpoint: Path, pattern: str) -> Path:
-    """The file of a pattern, the largest where it matches several."""
+    """Return the largest file that matches a pattern."""
     return max(checkpoint.glob(pattern), key=lambda file: file.stat().st_size)
 
 
@@ -111,7 +111,7 @@ def test_any_corruption_of_any_file_is_detected(saved, tmp_path, damage):
             check_checkpoint(copy)
         assert str(raised.value).startswith(str(copy))
         assert "\n" not in str(raised.value)
-        if file.name != "digests.json":  # a bit flipped there may change another file's name
+        if file.name != "digests.json":  # a flipped bit there may change another file's name
             assert str(raised.value).startswith(f"{file}: ")
         shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
         file.write_bytes(content)
@@ -222,7 +222,7 @@ def test_without_an_intact_checkpoint_nothing_is_changed(run, damage):
     for step in (4, 8):
         TRIED[damage](run / f"step_{step}")
     before = files(run)
-    for _ in range(2):  # as a requeued job does
+    for _ in range(2):  # as a requeued job would
         with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be read"):
             restored(run)
     assert files(run) == before
@@ -349,7 +349,7 @@ def test_without_digests_a_checkpoint_is_not_committed(run, monkeypatch):
 
 
 def verified(capsys, *arguments: object) -> tuple[str, str]:
-    """What `vllama verify` prints, and what it fails with."""
+    """Return the output of `vllama verify` and its error."""
     message = ""
     try:
         cli.main(["verify", *map(str, arguments)])

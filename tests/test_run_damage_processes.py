@@ -1,4 +1,4 @@
-"""Two processes that resume a run whose last checkpoint is damaged take the same one before it."""
+"""Two processes that resume a run with a corrupt last checkpoint restore the same earlier one."""
 
 import shutil
 import subprocess

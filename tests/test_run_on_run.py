@@ -1,4 +1,4 @@
-"""A run whose base is a run: of weights that both trained, the later ones count, whatever reads them."""
+"""A run whose base is another run: weights that both trained are read from the later one, by every reader."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def full(value: float, *paths: str) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def last(tiny_model, tmp_path_factory) -> Path:
-    """Three runs in a row, whose weights are 1, 2 and 3. Not to be written to."""
+    """Three runs, each based on the one before, with weights 1, 2 and 3. Read-only."""
     folder = tmp_path_factory.mktemp("chain")
     first = write_run(shipped(tiny_model, NO_LORA), folder / "first", full(1, BOTH, FIRST))
     second = write_run(shipped(first, NO_LORA), folder / "second", full(2, BOTH))
@@ -77,7 +77,7 @@ def test_inspect_marks_weights_trained_by_any_run(last, capsys):
 
 @pytest.mark.parametrize("as_init", [False, True])
 def test_a_new_run_starts_from_the_weights_of_all_runs(last, pictures, as_init):
-    """As its base; or as its init, whose own weights alone are taken, and the others are its base's."""
+    """As its base, or as its init run, from which only the trained weights are used; all others are the base's."""
     base = open_model(last).trained[1].path.parents[1] if as_init else last
     config = short_config(base, pictures, init=str(last) if as_init else "")
     plan = setup.plan_run(config)

@@ -1,4 +1,4 @@
-"""`vllama_jax.save`: a model in memory as a model directory, equal to the bit, complete or not there."""
+"""`vllama_jax.save`: a model in memory becomes a model directory, bit-exactly, complete or absent."""
 
 import os
 import shutil

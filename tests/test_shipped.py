@@ -1,4 +1,4 @@
-"""The names `miniature` and `demo`, and what wins where the user has something of that name."""
+"""The names `miniature` and `demo`, and their priority over files of the user."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""What the start of a chat does without: packages that it has no use for, and random numbers that it would drop."""
+"""The start of a chat imports no unneeded packages and draws no unneeded random weights."""
 
 import subprocess
 import sys
@@ -24,7 +24,7 @@ def test_the_abstract_network_has_the_structure_of_the_training_network(lora):
 
 
 def test_audio_features_import_no_numba():
-    """librosa's framing would: a second in the start of every chat."""
+    """librosa's framing would, which adds a second to the start of every chat."""
     code = "import sys, numpy, vllama_jax.media as media; media.mel_clips(numpy.zeros((1, 44100), 'float32'), 44100)\n"
     code += "print({'librosa', 'numba', 'scipy', 'jax'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"

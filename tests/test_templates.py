@@ -1,4 +1,4 @@
-"""The table of prompt templates, and what a tokenizer says of BOS and EOS."""
+"""The table of prompt templates, and the BOS and EOS of tokenizers."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ def qwen(tmp_path_factory):
 
 
 def shown(text, tokenizer):
-    """The text with media as "*", and «…» around what has labels."""
+    """Return the text with "*" for media tokens and «…» around labels."""
     pairs = zip(text.ids.tolist(), text.is_media.tolist(), (text.labels != IGNORE_INDEX).tolist(), strict=True)
     runs = []
     for (is_media, labeled), group in itertools.groupby(pairs, key=lambda pair: pair[1:]):
@@ -90,7 +90,7 @@ def test_a_missing_special_token_is_an_error(qwen):
         encode_prompt(qwen, (Token("<ImageHere>"),), [])
 
 
-# What a tokenizer.json and the files beside it say.
+# Fields of tokenizer.json and the files next to it.
 
 
 def json_folder(folder, *, post_processor=None, **declared):

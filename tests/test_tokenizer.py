@@ -1,4 +1,4 @@
-"""Tokenizers: small ones made here with hand-written expectations, and the reference's ids in golden."""
+"""Tokenizers: small ones with hand-written expectations, and the reference's golden ids."""
 
 import io
 import itertools
@@ -26,7 +26,7 @@ def write_json(path, value):
 
 @pytest.fixture(scope="session")
 def sentencepiece_model():
-    """300 pieces: <unk> <s> </s>, 256 bytes, and words such as ▁the, ▁dog, ▁boat, ▁###."""
+    """300 tokens: <unk> <s> </s>, 256 bytes, and words such as ▁the, ▁dog, ▁boat, ▁###."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES),
@@ -51,7 +51,7 @@ def folder(tmp_path, sentencepiece_model):
 
 @pytest.fixture
 def byte_level_folder(tmp_path):
-    """In the manner of Llama 3: bytes as letters, no unknown token, special tokens at the end."""
+    """A tokenizer like Llama 3's: bytes as letters, no unknown token, special tokens at the end."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate([*alphabet, "do", "dog", "Ġdog"])}
     library = tokenizers.Tokenizer(models.BPE(vocab, [("d", "o"), ("do", "g"), ("Ġ", "dog")]))
@@ -66,7 +66,7 @@ def byte_level_folder(tmp_path):
 
 @pytest.fixture
 def byte_fallback_folder(tmp_path):
-    """In the manner of LLaMA 2's tokenizer.json: ▁ for spaces, tokens <0x00> to <0xFF>."""
+    """A tokenizer like LLaMA 2's tokenizer.json: ▁ for spaces, tokens <0x00> to <0xFF>."""
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abd", "▁a"]
     vocab = {name: i for i, name in enumerate(names)}
     library = tokenizers.Tokenizer(models.BPE(vocab, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
@@ -90,11 +90,11 @@ PIECES = [
     ("###the dog ###", "▁### the ▁dog ▁###", "###the dog ###"),
     ("\n", "▁ <0x0A>", "\n"),
     ("日", "▁ <0xE6> <0x97> <0xA5>", "日"),
-    # a special token starts a text of its own, with its own ▁; white space beside it stays ...
+    # text after a special token has its own ▁; white space next to it stays ...
     ("a</s>dog", "▁a </s> ▁dog", " a</s>dog"),
     ("a </s> dog", "▁a ▁ </s> ▁ ▁dog", " a </s> dog"),
     ("<s>a<unk>", "<s> ▁a <unk>", "<s> a<unk>"),
-    # ... but not beside the media placeholder
+    # ... but not next to the media placeholder
     ("a <ImageHere> dog", "▁a <ImageHere> ▁dog", "a <ImageHere> dog"),
     ("<ImageHere> <ImageHere>", "<ImageHere> <ImageHere>", "<ImageHere> <ImageHere>"),
 ]
@@ -125,7 +125,7 @@ def test_special_tokens_are_skipped_on_request(folder):
 def test_special_token_ids_of_llama(folder):
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
-    assert tokenizer.pad_id == 0  # there is none: the unknown token stands in
+    assert tokenizer.pad_id == 0  # there is none, so the unknown token is used
     assert tokenizer.vocab_size == tokenizer.media_id == 300
     assert tokenizer.tokens([299, 300, 301]) == ["n", "<ImageHere>", ""]
 
@@ -136,8 +136,8 @@ def test_broken_surrogates_become_question_marks(folder):
 
 
 ADDED = [
-    # files, pieces of "a [PAD] dog", pad_id, vocab_size
-    (  # Vicuna v0: a plain string drops white space
+    # files, tokens of "a [PAD] dog", pad_id, vocab_size
+    (  # Vicuna v0: an entry without flags strips white space
         {"added_tokens": {"[PAD]": 300}, "special_tokens_map": {**LLAMA_MAP, "pad_token": "[PAD]"}},
         "▁a [PAD] ▁dog",
         300,
@@ -157,7 +157,7 @@ ADDED = [
         300,
         301,
     ),
-    (  # named only: added at the end, as transformers does
+    (  # only the names: added at the end, as in transformers
         {"tokenizer_config": {"pad_token": "[PAD]", "bos_token": "", "unk_token": None}},
         "▁a ▁ [PAD] ▁ ▁dog",
         300,
@@ -283,7 +283,7 @@ def test_a_vocabulary_beyond_the_embedding_table_is_an_error(folder):
     write_json(folder / "added_tokens.json", {"[PAD]": 300})
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, 301)
-    check_vocabulary(tokenizer, 320)  # tables are padded for speed
+    check_vocabulary(tokenizer, 320)  # embedding tables are padded for speed
     with pytest.raises(CheckpointError, match=r"it has 301 tokens, .* 300 rows, so none for '\[PAD\]'; use the"):
         check_vocabulary(tokenizer, 300)
 

@@ -1,4 +1,4 @@
-"""`vllama_jax.train` from Python: how it is called, its result, its reporter, and a loss and optimizer of one's own."""
+"""`vllama_jax.train` from Python: arguments, result, reporter, and custom losses and optimizers."""
 
 import functools
 import json
@@ -104,11 +104,11 @@ def test_optimizer_state_of_another_shape_than_its_weight_is_replicated():
     jax.device_put(state, found)  # sums over rows or columns have fewer axes than the weight
 
 
-# Whole runs.
+# Complete runs.
 
 
 def doubled(network, batch, config, dropout):
-    """Another loss: twice the cross-entropy."""
+    """A custom loss: twice the cross-entropy."""
     total, count = loss_sum(network, batch, config, dropout)
     return 2 * total, count
 
@@ -120,7 +120,7 @@ def config(tiny_model, pictures):
 
 @pytest.fixture(scope="module")
 def custom_run(config, tmp_path_factory):
-    """A run with a loss and an optimizer of its own: three steps of two."""
+    """A run of three steps with a custom loss and a custom optimizer."""
     out = tmp_path_factory.mktemp("custom") / "run"
     return vl.train(config, out, reporter=Quiet(), loss=doubled, optimizer=optax.sgd(1e-2))
 

@@ -1,7 +1,7 @@
-"""The original's own training: losses, gradients, AdamW's steps and learning rates (../shared/golden/train).
+"""Training compared with the original's: losses, gradients, AdamW steps and learning rates (../shared/golden/train).
 
-Losses within 1e-5, gradients within 1e-4 of each tensor's largest; a key's bias has a true gradient of zero (attention
-does not change when all scores shift), so that what the original has there is noise, and Adam makes steps of it.
+Losses agree within 1e-5, gradients within 1e-4 of each tensor's largest value. The true gradient of a key bias is zero
+(attention is invariant to a shift of all scores): the original has noise there, which Adam turns into steps.
 """
 
 import functools
@@ -45,7 +45,7 @@ def cases(golden):
 
 
 class Setting:
-    """Golden's model, in two dicts: what learns in a branch, and what does not."""
+    """The golden model with the trainable and the frozen parameters of a branch."""
 
     def __init__(self, model, branch: str, **options):
         self.directory = open_model(model)
@@ -72,7 +72,7 @@ class Setting:
         return jax.jit(jax.value_and_grad(mean))
 
     def expected(self, arrays) -> dict[str, np.ndarray]:
-        """Tensors by torch's names (weights or gradients) as ours, by path."""
+        """Convert tensors under torch's names (weights or gradients) to ours, by path."""
         kind = "vl" if self.config.branch == "vision" else "al"
         ours = {}
         for rule in convert.rule_tables(self.directory.config, [kind])[kind]:
@@ -138,7 +138,10 @@ def conversation_batch(golden, setting, case, branch, name) -> dict:
 
 
 def one_shape(frames, texts, many) -> dict:
-    """Batches of three rows, the last ones without labels, and of one length, so that few programs are compiled."""
+    """Split a batch into batches of three rows of one length, padded with rows without labels.
+
+    Few programs are then compiled.
+    """
     missing = 3 - len(texts)
     frames, texts = [*frames, *frames[:1] * missing], [*texts, *texts[:1] * missing]
     masked = range(3 - missing, 3)
@@ -231,7 +234,7 @@ def test_weight_decay_applies_to_the_originals_parameters(settings, cases, branc
 @pytest.mark.slow
 @pytest.mark.parametrize("branch", ["vision", "audio"])
 def test_dropout_changes_the_loss_as_the_originals_does(golden, golden_model, cases, branch):
-    """Its mean and standard deviation over 100 seeds are stored; masks cannot be equal."""
+    """Its mean and standard deviation over 100 seeds are stored, because masks cannot be equal."""
     statistics = json.loads((golden / "extra/extra.json").read_text())["train_mode_loss"][branch]
     setting = Setting(golden_model, branch, dropout=0.1)
     batch = batch_of(golden, setting, cases, f"s1_{branch}_noprompt")

@@ -1,4 +1,4 @@
-"""Runs that cannot be: each is refused in one line, and nothing is begun."""
+"""Invalid runs: each is refused with a one-line error, and nothing is started."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def test_invalid_runs_are_refused(tiny_model, records, tmp_path, options, error,
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory, tiny_model, records) -> Path:
-    """A run with a checkpoint. Not to be written to."""
+    """A run with a checkpoint. Read-only."""
     config = short_config(tiny_model, records)
     trained = learned(tiny(vocab_size=512), config.lora, "video_qformer", "frame_positions", "llama_proj")
     return write_run(config, tmp_path_factory.mktemp("begun") / "run", trained)
@@ -71,7 +71,7 @@ def test_an_invalid_config_file_is_refused(tmp_path, fields, message):
 
 @pytest.fixture(scope="module")
 def wider(tmp_path_factory) -> Path:
-    """A model whose video Q-Former has another width than the tiny model's."""
+    """A model whose video Q-Former is wider than the tiny model's."""
     folder = tmp_path_factory.mktemp("wider")
     config = tiny()
     qformer = dataclasses.replace(config.video_qformer, width=64)

@@ -1,4 +1,4 @@
-"""Whole runs on real files: finished, stopped, killed and taken up again, to the bit; and what is refused."""
+"""Complete runs on real files: finished, stopped, killed and resumed bit-exactly; and what is refused."""
 
 import dataclasses
 import json
@@ -52,7 +52,7 @@ def command(config: Path, out: Path, *more: str, devices: int = 1) -> subprocess
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
-    """The last checkpoint's weights and moments."""
+    """Read the weights and the optimizer state of the last checkpoint."""
     import orbax.checkpoint as ocp
 
     step = run / f"step_{list_checkpoint_steps(run)[-1]}"
@@ -69,7 +69,7 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, tiny_model, pictures) -> tuple[Path, Path]:
-    """A config, and the run of it that nothing disturbed."""
+    """A config and its uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     config = write_config(folder / "config.py", config_of(tiny_model, pictures))
     process = command(config, folder / "run")
@@ -194,10 +194,10 @@ def test_without_a_readable_checkpoint_nothing_is_changed(tiny_model, pictures, 
     run = shutil.copytree(stage1, tmp_path / "run")
     for file in run.glob("step_*/weights/d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    for _ in range(2):  # as a requeued job does
+    for _ in range(2):  # as a requeued job would
         with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be read; run it again"):
             train(short_config(tiny_model, pictures), run, Quiet())
-    for step in (4, 8):  # as older versions left it
+    for step in (4, 8):  # as left by older versions
         (run / f"step_{step}").rename(run / f"damaged_step_{step}")
     with pytest.raises(CheckpointError, match=r"damaged_step_4 could not be read, .*; rename it to step_4 to try it"):
         train(short_config(tiny_model, pictures), run, Quiet())
@@ -205,7 +205,7 @@ def test_without_a_readable_checkpoint_nothing_is_changed(tiny_model, pictures, 
 
 
 class FullDisk(Quiet):
-    """Takes no larger files than a picture's from step 3 on, until step 7."""
+    """A reporter that limits the file size to that of an image from step 3 on, until step 7."""
 
     def __init__(self, run: Path):
         super().__init__()
@@ -272,10 +272,10 @@ def test_a_corrupt_image_is_masked_and_reported_once(tiny_model, tmp_path):
     config = short_config(tiny_model, write_records(files))
     train(config, run, Quiet())
     shutil.rmtree(run / "step_8")
-    train(config, run, Quiet())  # from step 4: names nothing twice
+    train(config, run, Quiet())  # from step 4: nothing is reported twice
     assert [line["sample"] for line in quarantined(run)] == ["1.png"]
     masked = [json.loads(line)["masked"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert sum(masked) == 8 * 4  # of eight steps of batch 8, half
+    assert sum(masked) == 8 * 4  # half of eight steps of batch size 8
 
 
 def test_unusable_validation_examples_are_reported_and_not_counted(tiny_model, tmp_path):
@@ -311,7 +311,7 @@ def test_corrupt_and_short_videos_are_masked_and_reported(tiny_model, tmp_path):
     config = config_of(tiny_model, tmp_path / "records", steps=2, batch_size=8, mesh=ONE, checkpoint=EACH)
     train(config, tmp_path / "run", Quiet())
     shutil.rmtree(tmp_path / "run/step_2")
-    train(config, tmp_path / "run", Quiet())  # from step 1: names nothing twice
+    train(config, tmp_path / "run", Quiet())  # from step 1: nothing is reported twice
     found = quarantined(tmp_path / "run")
     assert sorted(line["sample"] for line in found) == ["broken.mp4", "short.mp4"]
     assert any("too short" in line["why"] for line in found)
@@ -334,7 +334,7 @@ def test_validation_writes_its_loss_and_answers_at_each_step(tiny_model, records
 
 @SLOW
 def test_the_smoke_run_and_its_plot(tmp_path):
-    """As in the README, shorter."""
+    """The smoke run of the README, shortened."""
     process = command(Path("smoke"), tmp_path / "run", "--steps", "4", "--checkpoint.save-interval-steps", "2")
     assert process.wait() == 0, process.stderr.read()
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""The step: one program, the same numbers however it is split, and nothing for what is frozen."""
+"""The training step: one program, the same numbers with any sharding, and no cost for frozen parameters."""
 
 import concurrent.futures
 import dataclasses
@@ -36,7 +36,7 @@ def config_of(**options) -> TrainConfig:
 
 
 def batch_of(branch: str, seed: int = 0, *, pictures: bool = False) -> dict[str, np.ndarray]:
-    """Features of one frame, or the picture, media tokens in front, and random text with labels at its beginning."""
+    """Return features of one frame or an image, media tokens first, and random text with labels at its beginning."""
     rng = np.random.default_rng(seed)
     many = 32 if branch == "vision" else 8
     most = LENGTH - many
@@ -56,7 +56,7 @@ def batch_of(branch: str, seed: int = 0, *, pictures: bool = False) -> dict[str,
 
 
 class Trainer:
-    """A state on a mesh, and the compiled step."""
+    """A state on a mesh with the compiled step."""
 
     def __init__(self, config: TrainConfig, shape=(1, 1, 1)):
         network = random_network(tiny_on_small_images())
@@ -85,7 +85,7 @@ class Trainer:
         self.rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
     def restart(self) -> None:
-        """The state before the first step."""
+        """Restore the state before the first step."""
         with sharding.use_mesh(self.mesh):
             self.state = self._start(self._initial)
 
@@ -166,13 +166,13 @@ def test_a_batch_without_any_label_gives_zero(trainer):
 
 
 def test_accumulated_sums_are_divided_once():
-    """By one compiled program: a batch of two parts, and the same batch with labels in one of them only."""
+    """One program processes a batch of two micro-batches, and the same batch with labels in only one of them."""
     still = dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, weight_decay=0.0)
     trainer, before, found = Trainer(config_of(grad_accum_steps=2, optim=still)), None, []
     for part in (None, 0, 1):
         batch = batch_of("vision")
         if part is not None:
-            batch["targets"][1 - part :: 2] = -1  # rows go to the parts in turn
+            batch["targets"][1 - part :: 2] = -1  # rows alternate between micro-batches
         metrics = trainer(batch)
         assert metrics["tokens"] == (batch["targets"] >= 0).sum()
         adam = next(part for part in trainer.state.opt_state if isinstance(part, optax.ScaleByAdamState))
@@ -198,12 +198,12 @@ def test_dropout_differs_between_rows_layers_and_micro_batches(monkeypatch):
     parts, cfg = 2, tiny_on_small_images().video_qformer
     Trainer(config_of(dropout=0.5, grad_accum_steps=parts))(batch_of("vision"))
     jax.effects_barrier()
-    shapes = {  # by what is dropped: how many places there are, those of each layer and the queries
-        (ROWS // parts, cfg.num_queries, cfg.width): 3 * cfg.depth + 1,  # what two attentions and the MLP add
-        (ROWS // parts, cfg.num_heads, 1, cfg.num_queries, cfg.num_queries): 2 * cfg.depth,  # weights; of one frame
+    shapes = {  # number of masks by shape: layers and queries
+        (ROWS // parts, cfg.num_queries, cfg.width): 3 * cfg.depth + 1,  # outputs of two attentions and the MLP
+        (ROWS // parts, cfg.num_heads, 1, cfg.num_queries, cfg.num_queries): 2 * cfg.depth,  # weights of one frame
     }
     assert {mask.shape for mask in masks} == set(shapes)
-    for shape, places in shapes.items():  # the backward pass draws each a second time, the same
+    for shape, places in shapes.items():  # the backward pass draws each mask again
         assert len({mask.tobytes() for mask in masks if mask.shape == shape}) == places * parts, shape
     assert np.mean([mask.mean() for mask in masks]) == pytest.approx(0.5, abs=0.02)
 
@@ -226,7 +226,7 @@ def test_dropout_does_not_depend_on_the_mesh():
 
 @SLOW
 def test_gradients_are_clipped_to_a_norm_when_asked(trainer):
-    """Adam does not feel a scale; its second moment does."""
+    """Adam's updates are invariant to scale; its second moment is not."""
     free, clipped = trainer, Trainer(config_of(optim=dataclasses.replace(OPTIM, max_grad_norm=1e-3)))
     norm = free(batch_of("vision"))["gradient_norm"]
     assert clipped(batch_of("vision"))["gradient_norm"] == pytest.approx(norm, rel=1e-6)

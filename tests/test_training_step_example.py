@@ -1,4 +1,4 @@
-"""examples/training_step.py: three steps by hand, whose loss falls, and a model that is saved and answers."""
+"""examples/training_step.py: three manual steps with decreasing loss; the saved model answers."""
 
 import runpy
 from pathlib import Path

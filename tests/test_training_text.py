@@ -1,4 +1,4 @@
-"""Texts to learn from: tables by a tokenizer that spells, other kinds of tokenizer, and golden's label masks."""
+"""Training texts with a tokenizer of one id per character, with other tokenizers, and golden label masks."""
 
 import itertools
 import json
@@ -45,7 +45,7 @@ HEARD = HEAR + " " * 18 + "Now answer my question based on what you have just he
 TIMES = "The video contains 2 frames sampled at 0.0, 2.5 seconds. "
 
 CAPTIONS = [
-    # template, media, instruction, pieces of "a dog"; the caption is a text of its own, with its own ▁
+    # template, media, instruction, tokens of "a dog"; a caption is a separate text with its own ▁
     ("plain", VIDEO, None, "<s>**«▁a dog\n»"),
     ("vicuna", IMAGE, None, "<s>**«▁a dog\n»"),  # bare captions are stage 1's
     ("vicuna", IMAGE, "Look.", "<s>▁###Human: <Image>**▁</Image> Look. ###Assistant: «▁a dog###»"),
@@ -90,7 +90,7 @@ CONVERSATIONS = [
     ("vicuna", AUDIO, [("Who?", "Me.")], f"<s>▁\n\n«###»Human: {HEARD}Who?\n«###Assistant: Me.\n###»"),
     (
         "vicuna",
-        Media("video"),  # without times
+        Media("video"),  # without timestamps
         [("Who?", "Me.")],
         "<s>▁\n\n«###»Human: <Video>**▁</Video> Who?\n«###Assistant: Me.\n###»",
     ),
@@ -165,7 +165,7 @@ MELTING = {ord("\n"): "#", ord("]"): " "}
 
 
 class MeltingTokenizer(SpellingTokenizer):
-    """Here a newline melts with a "#" after it, and "]" with a space: tokens that lie across the seams."""
+    """A tokenizer that merges a newline with a following "#", and "]" with a space: tokens cross the segments."""
 
     def _encode_plain(self, text):
         ids = []
@@ -190,7 +190,7 @@ def test_tokens_across_segments_belong_to_the_later_one():
 
 
 def byte_level(folder):
-    """In the manner of Llama 3: digits by threes, punctuation with the newlines after it, bytes as letters."""
+    """Write a tokenizer like Llama 3's: digits in threes, punctuation with following newlines, bytes as letters."""
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     library = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
@@ -225,9 +225,9 @@ def test_labels_decode_to_the_answers_with_any_tokenizer(tmp_path, make):
 
 
 def learned_texts(text, tokenizer):
-    """Each run of learned tokens as text, without end tokens."""
+    """Return each run of tokens with labels as text, without EOS."""
     runs = itertools.groupby(text.labels.tolist(), key=lambda label: label != IGNORE_INDEX)
-    letter = tokenizer.encode("x", special=False)  # decoding drops the first space, so a letter goes first
+    letter = tokenizer.encode("x", special=False)  # decoding drops the first space, so a letter precedes it
     decoded = [tokenizer.decode([*letter, *run], skip_special=True) for is_learned, run in runs if is_learned]
     return [piece.removeprefix("x") for piece in decoded]
 
@@ -271,17 +271,17 @@ def test_clean_caption_limits_the_number_of_words():
     assert len(clean_caption("word " * 60).split()) == 50
 
 
-# ------------------------------------------------------------------------------------------------ golden
+# ------------------------------------------------------------------------------------------------ golden values
 
 
 @pytest.fixture(scope="module")
 def cases(golden):
-    """What golden recorded of each training batch, by name."""
+    """The recorded values of each golden training batch, by name."""
     return json.loads((golden / "train/train.json").read_text())
 
 
 def golden_parts(golden, name):
-    """A batch's arrays, its tokenizer, the embedding table, and how many tokens its media take."""
+    """Return a batch's arrays, its tokenizer, the embedding table, and the number of tokens of its media."""
     folder = golden / "weights" / ("llama-v0pad" if "v0pad" in name else "llama-st")
     if "v0pad" in name:
         embeddings = torch.load(folder / "pytorch_model.bin")["model.embed_tokens.weight"]
@@ -330,7 +330,7 @@ CONVERSATION_BATCHES = [
 
 
 def golden_conversations(golden, name):
-    """Turns, media and where they stand, of each of a batch's annotations."""
+    """Return the turns, the media and their positions of each annotation of a batch."""
     if "llava" in name:
         for entry in json.loads((golden / "train/s2_llava_annotations.json").read_text()):
             words = [message["value"] for message in entry["conversations"]]

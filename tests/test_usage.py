@@ -1,4 +1,4 @@
-"""Wrong usage is one line with a suggestion and exit code 2; help is quick to read at 80 columns."""
+"""Wrong usage is a one-line error with a suggestion and exit code 2; help is fast and fits 80 columns."""
 
 import contextlib
 import io

@@ -1,4 +1,4 @@
-"""vllama verify: says that a good model is good, and of a bad one what is bad and where."""
+"""`vllama verify`: accepts a correct model, and reports where an incorrect one differs."""
 
 import json
 import shutil
@@ -30,7 +30,7 @@ def run(capsys, *arguments: object) -> str:
 
 
 def verify_error(capsys, *arguments: object) -> tuple[str, str]:
-    """The one line with which the command fails, and what it printed before."""
+    """Return the one-line error of the command, and its output before."""
     return error_line("verify", *arguments), capsys.readouterr().out
 
 
@@ -39,7 +39,7 @@ def options(paths: Mapping[str, Path]) -> list[object]:
 
 
 def edited(path: Path, out: Path, change: Callable[[Tensors], None]) -> Path:
-    """A copy of a safetensors file, or of the directory with one in it, with other tensors."""
+    """Copy a safetensors file, or the directory of one, with other tensors."""
     file = path / "model.safetensors" if path.is_dir() else path
     tensors = load_file(file)
     change(tensors)
@@ -128,7 +128,7 @@ def test_renamed_source_files_are_noted(tiny_model, tiny_files, tmp_path, capsys
     assert f"other names or sizes than {other}" in out
 
 
-# What is computed
+# Computed values
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +166,7 @@ def network(tiny_model) -> VideoLlama:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_stages_of_a_component_equal_the_component(tiny_model, network, model_components, name):
-    """One layer at a time, as verify runs them, against the network as it is used."""
+    """Run the stages one at a time, as verify does, and compare with the full network."""
     directory, part = open_model(tiny_model), next(part for part in model_components if part.name == name)
     x = part.random_input(np.random.default_rng(0))
     with jax.default_matmul_precision("highest"):
@@ -191,7 +191,7 @@ def test_a_good_model_passes(tiny_model, tiny_files, capsys):
 
 @pytest.mark.slow
 def test_a_good_model_in_bfloat16(tiny_files, tmp_path, capsys):
-    """Weights rounded by --dtype are rounded in torch too; ours computes in float32, then in bfloat16."""
+    """Weights that --dtype rounds are rounded in torch, too; our side computes in float32, then in bfloat16."""
     converted(tiny_files, tmp_path / "model", dtype="bfloat16")
     command = (tmp_path / "model", *options(tiny_files), "--tokens", 100)
     assert max(layer["relative"] for layer in json.loads(run(capsys, *command, "--json"))["layers"]) < 5e-6
@@ -217,7 +217,7 @@ SWAPS = {
 
 
 def test_swapped_weights_are_located(tiny_model, tiny_files, tmp_path, capsys):
-    """A model of swapped tensors, as a converter that errs would make it."""
+    """A model with swapped tensors, as an incorrect conversion would make it."""
     wrong = tiny_files | {kind: edited(tiny_files[kind], tmp_path, change) for kind, change in SWAPS.items()}
     converted(wrong, tmp_path / "model")
     message, out = verify_error(capsys, tmp_path / "model", *options(tiny_files), "--tokens", 100, "--json")
@@ -266,7 +266,7 @@ def test_golden_layers_equal_torchs(golden_model, golden_files, capsys):
 
 
 def test_a_base_without_branches_is_verified(tiny_files, tmp_path, capsys):
-    """MiniGPT-4's projection is compared; what was never there is not asked for."""
+    """MiniGPT-4's projection is compared; components that the base never had are not required."""
     base = without(tiny_files, "vl", "al", "imagebind")
     converted(base, tmp_path / "model")
     out = run(capsys, tmp_path / "model", "--against", tiny_files["config"].parent, "--tokens", 8, "--json")

@@ -1,4 +1,4 @@
-"""Worker processes: results in order, and one clear error when a worker ends, however it ends."""
+"""Worker processes: results in order, and one clear error when a worker ends, for whatever reason."""
 
 import functools
 import math
@@ -20,7 +20,7 @@ from vllama_jax.errors import DataError, VllamaError
 
 @pytest.fixture
 def children() -> Callable[[], list[int]]:
-    """Lists the worker processes that the test has started; other tests keep theirs for the whole session."""
+    """List the worker processes that the test has started; other tests keep theirs for the whole session."""
     before = worker_processes(os.getpid())
     return lambda: sorted(worker_processes(os.getpid()) - before)
 
@@ -85,7 +85,7 @@ def test_an_exception_in_a_worker_is_a_one_line_error(function, message, childre
 
 
 def test_a_worker_killed_while_sending_a_result_is_detected(children):
-    results = map_in_processes(np.zeros, [10_000_000] * 50, 2, ahead=4)  # 80 MB each, so that it is writing one
+    results = map_in_processes(np.zeros, [10_000_000] * 50, 2, ahead=4)  # 80 MB each, so that the worker is sending one
     next(results)
     os.kill(children()[0], signal.SIGKILL)
     begun = time.monotonic()
@@ -96,7 +96,7 @@ def test_a_worker_killed_while_sending_a_result_is_detected(children):
 
 
 def test_workers_need_no_main_guard_in_a_script(tmp_path):
-    """No worker imports it: with multiprocessing, each would start workers of its own and fail."""
+    """No worker imports it: with multiprocessing, each would start its own workers and fail."""
     script = tmp_path / "script.py"
     script.write_text("from vllama_jax.miniature.images import draw_images\nprint(draw_images(4, 0).pixels.shape)\n")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)

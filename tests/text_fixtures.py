@@ -1,4 +1,4 @@
-"""A tokenizer that spells, and texts to learn from as one can read them."""
+"""A tokenizer with one id per character, and a readable form of training texts."""
 
 import itertools
 
@@ -9,9 +9,9 @@ from vllama_jax.text.training import IGNORE_INDEX
 
 
 class SpellingTokenizer(Tokenizer):
-    """One id a letter, "▁" before each text; "###" at its very beginning is one token, as in LLaMA."""
+    """One id per character, with "▁" before each text; "###" at the beginning is one token, as in LLaMA."""
 
-    alone = 0x110000  # the id of "▁###"; letters are their code points, and <unk> <s> </s> are 0 1 2
+    alone = 0x110000  # the id of "▁###"; ids of characters are their code points, and <unk> <s> </s> are 0 1 2
 
     def __init__(self):
         contents = ("<unk>", "<s>", "</s>")
@@ -34,7 +34,7 @@ SPELLING = SpellingTokenizer()
 
 
 def shown(text, tokenizer=SPELLING):
-    """The pieces, a media position as "*", and «…» around what is learned. Checks what holds of every text."""
+    """Return the tokens as text, with "*" for media tokens and «…» around labels; check the invariants of all texts."""
     assert text.ids.dtype == text.labels.dtype == np.int32
     assert text.is_media.dtype == bool
     assert len(text.ids) == len(text.is_media) == len(text.labels)

@@ -1,4 +1,4 @@
-"""Files of weights in the layouts they are published in, and files that are not weights."""
+"""Weight files in their published layouts, and files that are not weights."""
 
 import json
 import os
