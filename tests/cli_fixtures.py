@@ -21,7 +21,7 @@ def run_vllama(*arguments: object, cache: Path | None = None, stdin: str = "") -
     return subprocess.run(command, capture_output=True, text=True, input=stdin, env=environment, check=False)
 
 
-def error_line(*arguments: object) -> str:
+def expect_error_line(*arguments: object) -> str:
     """Return the line that a command prints after "vllama: " when it exits with 1."""
     with pytest.raises(SystemExit) as stop:
         cli.main([str(argument) for argument in arguments])
@@ -32,14 +32,14 @@ def error_line(*arguments: object) -> str:
     return message.removeprefix("vllama: ")
 
 
-def failure(capsys, *arguments: object) -> str:
+def expect_error(capsys, *arguments: object) -> str:
     """Return the same line with "vllama: " of a command that has printed nothing else."""
-    message = error_line(*arguments)
+    message = expect_error_line(*arguments)
     assert capsys.readouterr().out == ""
     return f"vllama: {message}"
 
 
-def usage_error(*arguments: object) -> str:
+def expect_usage_error(*arguments: object) -> str:
     """Return the one line that a command prints on stderr when it exits with 2."""
     out, errors = io.StringIO(), io.StringIO()
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):

@@ -84,7 +84,7 @@ def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Calla
     return built
 
 
-GOLDEN_HEADS = {part: {"num_heads": 4} for part in ("vit", "image_qformer", "video_qformer", "audio_qformer")}
+GOLDEN_HEADS = {component: {"num_heads": 4} for component in ("vit", "image_qformer", "video_qformer", "audio_qformer")}
 GOLDEN_HEADS["imagebind"] = {modality: {"num_heads": 4} for modality in ("audio", "vision")}
 
 
@@ -156,7 +156,7 @@ def clip(build_once) -> Path:
     """A video of three seconds with audio (mp4, H.264 and AAC)."""
 
     def write(folder: Path) -> None:
-        media_fixtures.write_video(folder / "clip.mp4", num_frames=75, sound=media_fixtures.tone(3, 16000))
+        media_fixtures.write_video(folder / "clip.mp4", num_frames=75, waveform=media_fixtures.tone(3, 16000))
 
     return build_once("media", write) / "clip.mp4"
 
@@ -175,13 +175,13 @@ def real_records(build_once) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(build_once) -> Path:
+def image_records(build_once) -> Path:
     """Records of two images only: a run of them compiles one step, and images with videos two."""
     return _records(build_once, "pictures", videos=0)
 
 
 @pytest.fixture(scope="session")
-def stage1(build_once, tiny_model: Path, pictures: Path) -> Path:
+def stage1(build_once, tiny_model: Path, image_records: Path) -> Path:
     """A finished run of eight steps on one device. Read-only."""
 
     def run(folder: Path) -> None:
@@ -189,7 +189,11 @@ def stage1(build_once, tiny_model: Path, pictures: Path) -> Path:
 
         with pytest.MonkeyPatch.context() as patch:
             train_fixtures.use_one_device(patch)
-            train(train_fixtures.short_config(tiny_model, pictures), folder / "run", train_fixtures.Quiet())
+            train(
+                train_fixtures.short_config(tiny_model, image_records),
+                folder / "run",
+                train_fixtures.RecordingReporter(),
+            )
 
     return build_once("stage1", run) / "run"
 

@@ -18,7 +18,7 @@ def media(content: bytes) -> bytes:
     return MATROSKA + content
 
 
-def lay(folder: Path, contents: dict[str, object]) -> Path:
+def write_folder(folder: Path, contents: dict[str, object]) -> Path:
     """Write files into a folder; lists and dicts are written as JSON."""
     for name, content in contents.items():
         path = folder / name
@@ -29,11 +29,11 @@ def lay(folder: Path, contents: dict[str, object]) -> Path:
     return folder
 
 
-def lines(*entries: dict) -> str:
+def to_json_lines(*entries: dict) -> str:
     return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
-def built(name: str, source: Path, out: Path) -> tuple[list[Annotation], dict[str, str]]:
+def build_and_read(name: str, source: Path, out: Path) -> tuple[list[Annotation], dict[str, str]]:
     """Build records from a source; return their annotations, and the reasons for skipped entries."""
     build(name, source, out)
     records = open_records(out)

@@ -10,7 +10,7 @@ from typing import Any
 Reply = Callable[[int, dict[str, Any]], tuple]
 
 
-def completion(text: str) -> tuple[int, Any]:
+def make_completion(text: str) -> tuple[int, Any]:
     """Return a chat completion with this text."""
     return 200, {"choices": [{"message": {"role": "assistant", "content": text}}]}
 
@@ -41,7 +41,7 @@ class FakeJudge:
 
 
 @contextlib.contextmanager
-def serving(reply: Reply) -> Iterator[FakeJudge]:
+def serve_judge(reply: Reply) -> Iterator[FakeJudge]:
     """Serve a fake judge at its `url` within the block."""
     judge = FakeJudge(reply)
 

@@ -42,7 +42,7 @@ def with_features(config: TrainConfig, root: Path) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, feature_cache=str(root)))
 
 
-def opened(config: TrainConfig, root: Path) -> feature_cache.FeatureCache:
+def open_cache(config: TrainConfig, root: Path) -> feature_cache.FeatureCache:
     dataset = config.datasets[0]
     directory = open_model(config.model)
     found = open_caches(with_features(config, root), directory, [(dataset, open_records(dataset.path))])

@@ -44,16 +44,16 @@ def originals(folder: Path) -> dict[str, bytes]:
     for ending, settings in VIDEOS.items():
         settings = dict(settings)
         rate = settings.pop("sound_rate", None)
-        sound = None if rate is None else media_fixtures.tone(SECONDS, rate)
-        media_fixtures.write_video(folder / f"a.{ending}", 75, sound=sound, rate=rate or 16000, **settings)
+        samples = None if rate is None else media_fixtures.tone(SECONDS, rate)
+        media_fixtures.write_video(folder / f"a.{ending}", 75, waveform=samples, rate=rate or 16000, **settings)
     for ending, (codec, form) in AUDIO.items():
-        media_fixtures.write_sound(folder / f"a.{ending}", media_fixtures.tone(SECONDS, 16000), 16000, codec, form)
+        media_fixtures.write_audio(folder / f"a.{ending}", media_fixtures.tone(SECONDS, 16000), 16000, codec, form)
     noise = np.random.default_rng(0).integers(0, 256, (8, 48, 64, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(frame) for frame in noise]
+    images = [Image.fromarray(frame) for frame in noise]
     for ending in IMAGES:
-        pictures[0].save(folder / f"a.{ending}")
+        images[0].save(folder / f"a.{ending}")
     for ending, kind in (("gif", "gif"), ("apng", "png")):
-        pictures[0].save(folder / f"a.{ending}", kind, save_all=True, append_images=pictures[1:], duration=100)
+        images[0].save(folder / f"a.{ending}", kind, save_all=True, append_images=images[1:], duration=100)
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -171,16 +171,16 @@ def read_in_a_process(path: Path) -> dict:
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
         signal.alarm(20 * CPU_SECONDS)
         try:
-            told = read(path)
+            output = read(path)
         except BaseException:
-            told = {"outcome": "traceback", "message": traceback.format_exc()}
-        os.write(send, json.dumps(told).encode()[:60_000])
+            output = {"outcome": "traceback", "message": traceback.format_exc()}
+        os.write(send, json.dumps(output).encode()[:60_000])
         os._exit(0)
     os.close(send)
     with os.fdopen(receive, "rb") as answer:
-        told = answer.read()
+        output = answer.read()
     _, status, used = os.wait4(child, 0)
-    outcome = json.loads(told) if told else {"outcome": "crash", "message": f"wait status {status}"}
+    outcome = json.loads(output) if output else {"outcome": "crash", "message": f"wait status {status}"}
     return outcome | {"cpu": used.ru_utime + used.ru_stime, "bytes": used.ru_maxrss * 1024}
 
 

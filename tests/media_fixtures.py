@@ -19,7 +19,7 @@ def numbered_frame(number: int) -> av.VideoFrame:
     return av.VideoFrame.from_ndarray(planes, "yuv420p")
 
 
-def numbers_of(frames: np.ndarray) -> list[int]:
+def decode_frame_numbers(frames: np.ndarray) -> list[int]:
     """Decode the numbers of RGB frames [t, h, w, 3]."""
     stripes = frames.reshape(len(frames), frames.shape[1], 8, -1).mean(axis=(1, 3)) > 127
     return (stripes << np.arange(8)).sum(axis=1).tolist()
@@ -37,16 +37,16 @@ def write_video(
     codec: str = "libx264",
     options: dict[str, str] | None = None,
     muxer: dict[str, str] | None = None,
-    sound: np.ndarray | None = None,
+    waveform: np.ndarray | None = None,
     rate: int = 16000,
-    sound_codec: str = "aac",
+    audio_codec: str = "aac",
 ) -> Path:
     """Write a video of numbered frames with a key frame every 20, and optionally an audio stream (AAC or pcm_s16le)."""
     fast = {"preset": "ultrafast", "bf": "3"} if codec == "libx264" else {}
     with av.open(str(path), "w", options=muxer or {}) as container:
         video = container.add_stream(codec, rate=FPS, options=fast | (options or {}))
         video.width, video.height, video.pix_fmt, video.gop_size = SIDE, SIDE, "yuv420p", 20
-        audio = None if sound is None else container.add_stream(sound_codec, rate=rate, layout="stereo")
+        audio = None if waveform is None else container.add_stream(audio_codec, rate=rate, layout="stereo")
         container.start_encoding()
         for number in range(num_frames):
             frame = numbered_frame(number)
@@ -54,15 +54,15 @@ def write_video(
             container.mux(video.encode(frame))
         container.mux(video.encode(None))
         if audio:
-            for frame in _sound_frames(sound, rate, "fltp" if sound_codec == "aac" else "s16"):
+            for frame in _encode_frames(waveform, rate, "fltp" if audio_codec == "aac" else "s16"):
                 container.mux(audio.encode(frame))
             container.mux(audio.encode(None))
     return path
 
 
-def write_sound(
+def write_audio(
     path: Path,
-    sound: np.ndarray,
+    waveform: np.ndarray,
     rate: int,
     codec: str,
     sample_format: str,
@@ -71,50 +71,50 @@ def write_sound(
 ) -> Path:
     """Write float audio [c, n] with the given codec and sample format; `cover` adds cover art as music players do."""
     with av.open(str(path), "w") as container:
-        layout = layout or ("stereo" if len(sound) == 2 else "mono")
+        layout = layout or ("stereo" if len(waveform) == 2 else "mono")
         audio = container.add_stream(codec, rate=rate, layout=layout, format=sample_format)
         if cover:
-            picture = container.add_stream("mjpeg")
-            picture.width, picture.height, picture.pix_fmt = SIDE, SIDE, "yuvj420p"
-            picture.disposition = av.stream.Disposition.attached_pic.value
-            pictures = picture.encode(numbered_frame(100).reformat(format="yuvj420p"))
+            image_file = container.add_stream("mjpeg")
+            image_file.width, image_file.height, image_file.pix_fmt = SIDE, SIDE, "yuvj420p"
+            image_file.disposition = av.stream.Disposition.attached_pic.value
+            images = image_file.encode(numbered_frame(100).reformat(format="yuvj420p"))
         container.start_encoding()
-        container.mux(pictures if cover else [])
-        for frame in _sound_frames(sound, rate, sample_format, layout):
+        container.mux(images if cover else [])
+        for frame in _encode_frames(waveform, rate, sample_format, layout):
             container.mux(audio.encode(frame))
         container.mux(audio.encode(None))
     return path
 
 
-def _sound_frames(sound: np.ndarray, rate: int, sample_format: str, layout: str = "stereo"):
+def _encode_frames(waveform: np.ndarray, rate: int, sample_format: str, layout: str = "stereo"):
     scales = {"u8": (128, 128, np.uint8), "s16": (32768, 0, np.int16), "s32": (2**31, 0, np.int32)}
     floats = {"flt": np.float32, "dbl": np.float64}
     kind = sample_format.removesuffix("p")
-    for start in range(0, sound.shape[1], 1024):
-        piece = sound[:, start : start + 1024]
+    for start in range(0, waveform.shape[1], 1024):
+        chunk = waveform[:, start : start + 1024]
         if kind in scales:
             scale, offset, dtype = scales[kind]
-            piece = np.rint(piece.astype(np.float64) * scale + offset).astype(dtype)
+            chunk = np.rint(chunk.astype(np.float64) * scale + offset).astype(dtype)
         else:
-            piece = piece.astype(floats[kind])
+            chunk = chunk.astype(floats[kind])
         if not sample_format.endswith("p"):
-            piece = piece.T.reshape(1, -1)
-        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(piece), sample_format, layout)
+            chunk = chunk.T.reshape(1, -1)
+        frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(chunk), sample_format, layout)
         frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
         yield frame
 
 
-def turn(path: Path, turned: Path, matrix: tuple[int, int, int, int]) -> Path:
+def set_display_matrix(path: Path, out: Path, matrix: tuple[int, int, int, int]) -> Path:
     """Copy an mp4 and set the display matrix in its first track header (tkhd)."""
     data = bytearray(path.read_bytes())
     start = data.index(b"tkhd") + 4 + 40
     a, b, c, d = (value << 16 for value in matrix)
     data[start : start + 36] = b"".join(n.to_bytes(4, "big", signed=True) for n in (a, b, 0, c, d, 0, 0, 0, 1 << 30))
-    turned.write_bytes(data)
-    return turned
+    out.write_bytes(data)
+    return out
 
 
-def damage_packets(path: Path, damaged: Path, kind: str) -> Path:
+def corrupt_packets(path: Path, corrupt: Path, kind: str) -> Path:
     """Copy a file, with noise in the packets of one stream type ("audio", "video") from packet 60 on."""
     data = bytearray(path.read_bytes())
     with av.open(str(path)) as container:
@@ -122,8 +122,8 @@ def damage_packets(path: Path, damaged: Path, kind: str) -> Path:
     noise = np.random.default_rng(0)
     for packet in packets[60:]:
         data[packet.pos : packet.pos + packet.size] = noise.bytes(packet.size)
-    damaged.write_bytes(data)
-    return damaged
+    corrupt.write_bytes(data)
+    return corrupt
 
 
 def run_and_measure(code: str, *args: str) -> tuple[str, list[float]]:

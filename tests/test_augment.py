@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from media_fixtures import numbers_of, write_video
+from media_fixtures import decode_frame_numbers, write_video
 from PIL import Image as pillow
 
 from vllama_jax.errors import MediaError
@@ -32,11 +32,11 @@ def either_kind(request, monkeypatch, tmp_path):
 def test_media_in_memory_are_read_like_files(clip, tmp_path):
     pillow.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / "red.png")
     with as_file(clip.read_bytes()) as path:
-        again = read_video(path, num_frames=4, size=64)
+        reread = read_video(path, num_frames=4, size=64)
         kind = read_media(path).report.kind
     expected = read_video(clip, num_frames=4, size=64)
-    assert (again.frames == expected.frames).all()
-    assert (again.waveform == expected.waveform).all()
+    assert (reread.frames == expected.frames).all()
+    assert (reread.waveform == expected.waveform).all()
     assert kind == "video"
     assert not os.path.exists(path)
     with as_file((tmp_path / "red.png").read_bytes()) as path:
@@ -46,9 +46,9 @@ def test_media_in_memory_are_read_like_files(clip, tmp_path):
 
 def test_several_media_in_memory_at_once(clip, tmp_path):
     pillow.new("L", (4, 4)).save(tmp_path / "black.png")
-    with as_file(clip.read_bytes()) as video, as_file((tmp_path / "black.png").read_bytes()) as picture:
-        assert video != picture
-        assert read_image(picture, size=8).max() == 0
+    with as_file(clip.read_bytes()) as video, as_file((tmp_path / "black.png").read_bytes()) as image:
+        assert video != image
+        assert read_image(image, size=8).max() == 0
         assert len(read_video(video, size=64).frames) == 8
 
 
@@ -73,27 +73,27 @@ def test_bytes_that_are_no_media(clip):
 def test_a_custom_sample_function_chooses_the_frames(tmp_path):
     path = write_video(tmp_path / "clip.mp4")
     video = read_video(
-        path, num_frames=3, size=64, sample_frames=lambda total, wanted: np.array([total - wanted, 148, 149])
+        path, num_frames=3, size=64, sample_frames=lambda total, count: np.array([total - count, 148, 149])
     )
-    assert numbers_of(video.frames) == [147, 148, 149]
+    assert decode_frame_numbers(video.frames) == [147, 148, 149]
     assert video.timestamps.tolist() == [147 / 25, 148 / 25, 149 / 25]
     assert video.report.num_frames == 3
 
 
 def test_frames_are_sampled_again_after_a_wrong_declared_count(tmp_path):
     """A recording that starts between key frames has packets without a decodable frame."""
-    whole = write_video(tmp_path / "whole.ts").read_bytes()
-    (tmp_path / "late.ts").write_bytes(whole[len(whole) // 3 // 188 * 188 :])  # a transport stream has 188-byte packets
-    asked = []
+    full = write_video(tmp_path / "whole.ts").read_bytes()
+    (tmp_path / "late.ts").write_bytes(full[len(full) // 3 // 188 * 188 :])  # a transport stream has 188-byte packets
+    frame_counts = []
 
     def sample_frames(total, num_frames):
-        asked.append(total)
+        frame_counts.append(total)
         return frame_indices(total, num_frames)
 
     video = read_video(tmp_path / "late.ts", size=64, sample_frames=sample_frames)
-    assert len(asked) == 2
-    assert asked[1] < asked[0]
-    assert (video.timestamps * 25).round().tolist() == frame_indices(asked[1], 8).tolist()
+    assert len(frame_counts) == 2
+    assert frame_counts[1] < frame_counts[0]
+    assert (video.timestamps * 25).round().tolist() == frame_indices(frame_counts[1], 8).tolist()
     assert (video.frames == read_video(tmp_path / "late.ts", size=64).frames).all()
 
 
@@ -231,15 +231,15 @@ def test_crop_equals_the_golden_values(golden):
 def test_images_are_cropped_to_the_chosen_box(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
     pillow.fromarray(pixels).save(tmp_path / "noise.png")
-    asked = []
+    frame_counts = []
 
     def choose_box(height, width):
-        asked.append((height, width))
+        frame_counts.append((height, width))
         return 10, 20, 30, 40
 
     cropped = read_image(tmp_path / "noise.png", 32, choose_box)
     expected = resize(pillow.fromarray(pixels[10:40, 20:60]), (32, 32), pillow.Resampling.BICUBIC)
-    assert asked == [(60, 90)]
+    assert frame_counts == [(60, 90)]
     assert (cropped == np.asarray(expected)).all()
-    whole = read_image(tmp_path / "noise.png", 32, lambda height, width: (0, 0, height, width))
-    assert (whole == read_image(tmp_path / "noise.png", 32)).all()
+    full = read_image(tmp_path / "noise.png", 32, lambda height, width: (0, 0, height, width))
+    assert (full == read_image(tmp_path / "noise.png", 32)).all()

@@ -27,7 +27,7 @@ def test_articles_do_not_count(article):
 
 
 @pytest.mark.parametrize(
-    ("said", "reference", "same"),
+    ("prediction", "reference", "same"),
     [
         ("eleven", "11", False),  # the map ends at ten
         ("1,000 people", "1000 people", True),
@@ -38,8 +38,8 @@ def test_articles_do_not_count(article):
         ("no", "none", False),
     ],
 )
-def test_equal_answers_match(said, reference, same):
-    assert exact_match(said, [reference]) == same
+def test_equal_answers_match(prediction, reference, same):
+    assert exact_match(prediction, [reference]) == same
 
 
 def test_words_must_stand_together_and_in_order():
@@ -51,13 +51,13 @@ def test_words_must_stand_together_and_in_order():
 
 def test_captions_are_scored_over_all_categories_together():
     """CIDEr weights words by the number of captions that contain them, so scores of a subset are not comparable."""
-    said = {"1": "a dog runs", "2": "a cat sleeps", "3": "yes"}
+    prediction = {"1": "a dog runs", "2": "a cat sleeps", "3": "yes"}
     questions = [
         make_caption_question("a dog runs", id="1", names=("a",), categories=("x",)),
         make_caption_question("a cat sits", id="2", names=("b",), categories=("y",)),
         make_open_question("q", "yes", id="3", names=("c",), categories=("y",)),
     ]
-    scores = score(questions, said)
+    scores = score(questions, prediction)
     assert scores["all"].keys() == {
         "n",
         "exact_match",

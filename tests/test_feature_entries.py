@@ -79,10 +79,10 @@ LEAVES = {
 }
 
 
-def digest_of(part: str = "vit", leaves: dict = LEAVES, **options) -> str:
+def digest_of(component: str = "vit", leaves: dict = LEAVES, **options) -> str:
     config = dataclasses.replace(tiny(), **options)
     directory = SimpleNamespace(manifest={"leaves": leaves}, trained=())
-    return _digest(directory, part, BRANCHES["vision"].encoders["frames"].components[part](config))
+    return _digest(directory, component, BRANCHES["vision"].encoders["frames"].components[component](config))
 
 
 def changed(path: str, **fields) -> dict:

@@ -97,7 +97,7 @@ def test_shapes_equal_the_originals(ours, golden: Path, size: str):
 @presets
 def test_recorded_counts_equal_the_constants(golden: Path, size: str):
     recorded = json.loads((golden / "full_param_shapes.json").read_text())["_num_params"]
-    parts = {
+    components = {
         "eva_vit:": "visual_encoder",
         "blip2:ln_vision.": "ln_vision",
         "blip2:Qformer.": "Qformer",
@@ -106,7 +106,9 @@ def test_recorded_counts_equal_the_constants(golden: Path, size: str):
         "llama:": f"llama_{size}",
     }
     expected = COUNTS | COUNTS_BY_SIZE[size]
-    assert {prefix: expected[prefix] for prefix in parts} == {prefix: recorded[part] for prefix, part in parts.items()}
+    assert {prefix: expected[prefix] for prefix in components} == {
+        prefix: recorded[component] for prefix, component in components.items()
+    }
     heads = ("vl:video_frame_position_embedding.", "al:audio_position_embedding.")
     heads += ("vl:llama_proj.", "al:audio_llama_proj.")
     assert sum(expected[prefix] for prefix in heads) == recorded[f"heads_{size}"]
@@ -123,7 +125,9 @@ def recorded_shapes(recorded: Mapping[str, dict[str, list] | list], size: str) -
         "imagebind:": "imagebind_huge",
         "llama:": f"llama_{size}",
     }
-    found = {prefix + name: shape for prefix, part in modules.items() for name, shape in recorded[part].items()}
+    found = {
+        prefix + name: shape for prefix, component in modules.items() for name, shape in recorded[component].items()
+    }
     for name, shape in recorded[f"heads_{size}"].items():
         found[("al:" if name.startswith("audio") else "vl:") + name] = shape
     for kind, name in (("blip2", "query_tokens"), ("vl", "video_query_tokens"), ("al", "audio_query_tokens")):

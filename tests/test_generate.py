@@ -37,9 +37,9 @@ CFG = LlamaConfig(
 @pytest.fixture(scope="module")
 def llama() -> Llama:
     """Weights large enough for clearly different logits."""
-    made = jax.jit(lambda: Llama(CFG, rngs=nnx.Rngs(7)))()
-    made.embedding[...] = made.embedding[...] * 30
-    return made
+    result = jax.jit(lambda: Llama(CFG, rngs=nnx.Rngs(7)))()
+    result.embedding[...] = result.embedding[...] * 30
+    return result
 
 
 @pytest.fixture(scope="module")
@@ -126,15 +126,15 @@ def test_stops_at_a_sequence_of_tokens(llama, length):
     assert answer(llama, prompt, max_new_tokens=40, stops=[stop, [0, 0, 0]])[0] == free[:end]
 
 
-@pytest.mark.parametrize(("place", "length"), [(8, 1), (0, 9), (20, 17)])
-def test_any_number_of_stop_sequences_of_any_length(llama, place, length):
+@pytest.mark.parametrize(("position", "length"), [(8, 1), (0, 9), (20, 17)])
+def test_any_number_of_stop_sequences_of_any_length(llama, position, length):
     """All of them apply, also more than eight, and longer than eight tokens."""
     prompt = make_prompt(seed=5)
     free = answer(llama, prompt, max_new_tokens=40)[0]
     stop = free[20 : 20 + length]
     end = next(i for i in range(length, 41) if free[i - length : i] == stop)
     others = [[0, 0, 0, number] for number in range(21)]
-    others[place] = stop
+    others[position] = stop
     assert answer(llama, prompt, max_new_tokens=40, stops=others)[0] == free[:end]
 
 
@@ -179,7 +179,7 @@ def test_repetition_penalty_lowers_scores_of_both_signs():
     assert scores.tolist() == [[1.0, -4.0, 2.0]]
 
 
-def slow_beam_search(log_probabilities, prompt, count, beams, eos, length_penalty=1.0, repetition_penalty=1.0):
+def reference_beam_search(log_probabilities, prompt, count, beams, eos, length_penalty=1.0, repetition_penalty=1.0):
     """Run transformers 4.28's beam search in plain Python: lists, one hypothesis at a time."""
     live = [([], 0.0)] + [([], -1e9)] * (beams - 1)
     finished: list[tuple[float, list[int]]] = []
@@ -225,7 +225,7 @@ def test_beam_search_equals_a_reference_implementation(
     prompt = make_prompt(seed=seed)
     eos = answer(llama, prompt, max_new_tokens=8)[0][6]
     options = {"length_penalty": length_penalty, "repetition_penalty": repetition_penalty}
-    expected = slow_beam_search(log_probabilities, prompt, 14, beams, eos, **options)
+    expected = reference_beam_search(log_probabilities, prompt, 14, beams, eos, **options)
     assert answer(llama, prompt, max_new_tokens=14, num_beams=beams, eos=eos, **options) == [expected]
 
 
@@ -235,10 +235,10 @@ def test_beam_search_takes_one_prompt(llama):
 
 
 def test_sampling_depends_only_on_the_seed(llama):
-    first, again, other = (
+    first, repeated, other = (
         answer(llama, make_prompt(), max_new_tokens=20, temperature=1.5, seed=seed) for seed in (0, 0, 1)
     )
-    assert first == again != other
+    assert first == repeated != other
 
 
 def test_sampled_frequencies_follow_the_probabilities(llama, log_probabilities):

@@ -62,12 +62,18 @@ def test_vision_branch_equals_the_originals_values(golden, model, name):
 
     @jax.jit
     def run(network, frames):
-        seen = network.vit(frames[0])
-        normed = network.ln_vision(seen)
-        return seen, normed, network.image_qformer(normed), network.encode_frames(frames), network.encode_video(frames)
+        visible = network.vit(frames[0])
+        normed = network.ln_vision(visible)
+        return (
+            visible,
+            normed,
+            network.image_qformer(normed),
+            network.encode_frames(frames),
+            network.encode_video(frames),
+        )
 
-    seen, normed, queries, features, tokens = run(model.network, frames_of(golden, name))
-    assert_close(seen, reference["vit_out"])
+    visible, normed, queries, features, tokens = run(model.network, frames_of(golden, name))
+    assert_close(visible, reference["vit_out"])
     assert_close(normed, reference["ln_vision"])
     assert_close(queries, reference["qformer_out"])
     assert_close(features, reference["qformer_out"])
@@ -253,9 +259,9 @@ def test_chat_answers_equal_the_originals(golden, shared, model, chats, clip):
     chat = Chat(model)
     report = chat.add(shared / "media" / clip)
     assert report.audio == ("used" if clip == "dog_barking.mp4" else "absent")
-    pieces = list(chat.ask(_question(expected["messages"][0][1]), max_new_tokens=20))
+    texts = list(chat.ask(_question(expected["messages"][0][1]), max_new_tokens=20))
     assert [1, *chat.last.tokens] == expected["greedy"]
-    assert "".join(pieces) == chat.last.answer
+    assert "".join(texts) == chat.last.answer
 
 
 def test_prepared_media_equal_the_golden_values(golden, shared, model):

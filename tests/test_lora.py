@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from networks import random_network
 from train_fixtures import short_config
-from written_runs import learned, shipped, write_run
+from written_runs import random_leaves, vision_stage1_config, write_run
 
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.checkpoints.reader import make_row_reader
@@ -88,8 +88,8 @@ def test_kernels_read_by_rows_or_at_once_include_the_merged_update(tiny_model, t
     """alpha / rank · down · up of each layer, also if the rank equals the number of layers or heads."""
     for rank in (2, 3, 4):
         lora = LoraConfig(rank=rank, alpha=6.0, targets=(target,))
-        trained = learned(tiny(vocab_size=512), lora, "frame_positions")
-        run = write_run(shipped(tiny_model, lora), tmp_path / f"run{rank}", trained)
+        trained = random_leaves(tiny(vocab_size=512), lora, "frame_positions")
+        run = write_run(vision_stage1_config(tiny_model, lora), tmp_path / f"run{rank}", trained)
         owner = "mlp" if target == "down" else "attention"
         blocks = load(run, stacked=True).network.llama.blocks
         merged = np.asarray(getattr(getattr(blocks, owner), target).kernel[...])
@@ -104,13 +104,13 @@ def plan_error(config) -> str:
     return str(raised.value)
 
 
-def test_lora_rank_and_trainable_patterns_need_each_other(tiny_model, pictures):
-    config = short_config(tiny_model, pictures, lora=LoraConfig(rank=2))
+def test_lora_rank_and_trainable_patterns_need_each_other(tiny_model, image_records):
+    config = short_config(tiny_model, image_records, lora=LoraConfig(rank=2))
     idle = "llama/blocks/attention/query/lora/down"
-    told = f"lora.rank is 2, but trainable has no pattern for {idle}: add 'llama/*/lora/*' to trainable, or set"
-    assert plan_error(config).startswith(told)
+    prefix = f"lora.rank is 2, but trainable has no pattern for {idle}: add 'llama/*/lora/*' to trainable, or set"
+    assert plan_error(config).startswith(prefix)
     some = (*config.trainable, "llama/*/value/lora/*")
-    assert plan_error(dataclasses.replace(config, trainable=some)).startswith(told)
+    assert plan_error(dataclasses.replace(config, trainable=some)).startswith(prefix)
     config = dataclasses.replace(config, lora=LoraConfig(), trainable=(*config.trainable, "llama/*/lora/*"))
     assert plan_error(config) == (
         "trainable has 'llama/*/lora/*', but lora.rank is 0: set lora.rank above 0, or leave the pattern out"

@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from media_fixtures import run_and_measure, tone, write_sound, write_video
+from media_fixtures import run_and_measure, tone, write_audio, write_video
 
 from vllama_jax import media
 from vllama_jax.errors import MediaError
@@ -44,27 +44,27 @@ def _packets(path: Path) -> list[av.Packet]:
 @pytest.mark.parametrize("seconds", [1.0, 12.0])
 def test_streamed_mel_clips_equal_those_of_the_full_waveform(tmp_path, name, seconds):
     rate = 48000 if name.startswith("opus") else 44100
-    path = write_sound(tmp_path / name, _sweep(seconds, rate), rate, *CODECS[name])
-    whole, clips = media.read_audio(path), media.read_audio(path, num_clips=8)
-    np.testing.assert_array_equal(clips.mel, media.mel_clips(whole.waveform, rate))
-    assert (clips.waveform, clips.sample_rate, clips.report) == (None, rate, whole.report)
-    assert media.read_media(path, num_clips=8).report == whole.report
+    path = write_audio(tmp_path / name, _sweep(seconds, rate), rate, *CODECS[name])
+    full, clips = media.read_audio(path), media.read_audio(path, num_clips=8)
+    np.testing.assert_array_equal(clips.mel, media.mel_clips(full.waveform, rate))
+    assert (clips.waveform, clips.sample_rate, clips.report) == (None, rate, full.report)
+    assert media.read_media(path, num_clips=8).report == full.report
 
 
 @pytest.mark.parametrize("claim", [0, 5, 1000])
 def test_a_wrong_declared_duration_changes_nothing(tmp_path, monkeypatch, claim):
     """The container's duration only determines where clips can be."""
-    path = write_sound(tmp_path / "a.m4a", _sweep(12, 16000), 16000, "aac", "fltp")
+    path = write_audio(tmp_path / "a.m4a", _sweep(12, 16000), 16000, "aac", "fltp")
     expected = media.read_audio(path, num_clips=8)
     monkeypatch.setattr(audio_decoder.AudioDecoder, "_declared_samples", lambda self: claim * 16000)
-    again = media.read_audio(path, num_clips=8)
-    np.testing.assert_array_equal(again.mel, expected.mel)
-    assert again.report == expected.report
+    reread = media.read_audio(path, num_clips=8)
+    np.testing.assert_array_equal(reread.mel, expected.mel)
+    assert reread.report == expected.report
 
 
 def test_packets_with_wrong_durations_change_nothing(tmp_path, monkeypatch):
     """Packets of independent codecs are skipped only while their durations are correct."""
-    path = write_sound(tmp_path / "a.flac", _sweep(30, 16000), 16000, "flac", "s16")
+    path = write_audio(tmp_path / "a.flac", _sweep(30, 16000), 16000, "flac", "s16")
     expected = media.read_audio(path, num_clips=8).mel
     length_of, asked = audio_decoder.AudioDecoder._packet_length, []
 
@@ -77,7 +77,7 @@ def test_packets_with_wrong_durations_change_nothing(tmp_path, monkeypatch):
 
 
 def test_packets_that_no_clip_needs_are_not_decoded(tmp_path, monkeypatch):
-    path = write_sound(tmp_path / "a.flac", tone(120, 16000), 16000, "flac", "s16")
+    path = write_audio(tmp_path / "a.flac", tone(120, 16000), 16000, "flac", "s16")
     decoded, take = [], audio_decoder.AudioDecoder._keep_samples
     monkeypatch.setattr(
         audio_decoder.AudioDecoder,
@@ -89,12 +89,12 @@ def test_packets_that_no_clip_needs_are_not_decoded(tmp_path, monkeypatch):
 
 
 def test_mel_clips_of_a_video_and_of_a_segment(tmp_path):
-    path = write_video(tmp_path / "a.mp4", 150, sound=_sweep(6, 44100).astype("f4"), rate=44100)
-    whole, clips = media.read_video(path), media.read_video(path, num_clips=4)
-    assert (clips.waveform, clips.report) == (None, whole.report)
-    np.testing.assert_array_equal(clips.mel, media.mel_clips(whole.waveform, 44100, 4))
-    part, clips = media.read_segment(path, 1.5, 5.0), media.read_segment(path, 1.5, 5.0, num_clips=8)
-    np.testing.assert_array_equal(clips.mel, media.mel_clips(part.waveform, 44100))
+    path = write_video(tmp_path / "a.mp4", 150, waveform=_sweep(6, 44100).astype("f4"), rate=44100)
+    full, clips = media.read_video(path), media.read_video(path, num_clips=4)
+    assert (clips.waveform, clips.report) == (None, full.report)
+    np.testing.assert_array_equal(clips.mel, media.mel_clips(full.waveform, 44100, 4))
+    segment, clips = media.read_segment(path, 1.5, 5.0), media.read_segment(path, 1.5, 5.0, num_clips=8)
+    np.testing.assert_array_equal(clips.mel, media.mel_clips(segment.waveform, 44100))
     assert media.read_video(path, num_clips=4, audio=False).mel is None
 
 
@@ -142,7 +142,7 @@ def test_memory_of_90_minutes_of_audio_is_bounded(tmp_path):
 
 
 def test_concatenated_mp3_files_lose_one_packet(tmp_path):
-    one = write_sound(tmp_path / "one.mp3", _sweep(2, 44100), 44100, "libmp3lame", "fltp").read_bytes()
+    one = write_audio(tmp_path / "one.mp3", _sweep(2, 44100), 44100, "libmp3lame", "fltp").read_bytes()
     (tmp_path / "joined.mp3").write_bytes(one + one)
     for read in (media.read_audio(tmp_path / "joined.mp3"), media.read_media(tmp_path / "joined.mp3", num_clips=8)):
         assert re.fullmatch(
@@ -164,7 +164,7 @@ TAGS = {
 
 @pytest.mark.parametrize("name", TAGS)
 def test_mp3_tags_do_not_count_as_lost_audio(tmp_path, name):
-    path = write_sound(tmp_path / "plain.mp3", _sweep(2, 44100), 44100, "libmp3lame", "fltp")
+    path = write_audio(tmp_path / "plain.mp3", _sweep(2, 44100), 44100, "libmp3lame", "fltp")
     plain = media.read_audio(path).waveform
     (tmp_path / "tagged.mp3").write_bytes(TAGS[name](path.read_bytes()))
     read = media.read_audio(tmp_path / "tagged.mp3")
@@ -176,20 +176,20 @@ def test_mp3_tags_do_not_count_as_lost_audio(tmp_path, name):
 @pytest.mark.parametrize("name", ["aac.m4a", "aac.ts", "aac.mka", "flac.flac", "mp3.mp3", "opus.ogg"])
 def test_a_corrupt_packet_loses_only_itself(tmp_path, name):
     codec, sample_format = {"aac.mka": ("aac", "fltp")}.get(name) or CODECS[name]
-    path = write_sound(tmp_path / name, _sweep(5, 48000), 48000, codec, sample_format)
-    whole = media.read_audio(path).waveform
+    path = write_audio(tmp_path / name, _sweep(5, 48000), 48000, codec, sample_format)
+    full = media.read_audio(path).waveform
     data, packet = bytearray(path.read_bytes()), _packets(path)[30]
     data[packet.pos + 20 : packet.pos + packet.size] = np.random.default_rng(0).bytes(packet.size - 20)
     path.write_bytes(data)
     read = media.read_audio(path)
     assert read.report.audio == "used"
     kept = 0.75 if name == "opus.ogg" else 0.95  # a page of Ogg contains one second
-    assert kept < read.waveform.shape[1] / whole.shape[1] < 1.05
+    assert kept < read.waveform.shape[1] / full.shape[1] < 1.05
     assert media.read_audio(path, num_clips=8).mel.shape == (8, 128, 204)
 
 
 def test_too_many_lost_packets_are_an_error_with_the_timestamp(tmp_path):
-    path = write_sound(tmp_path / "a.m4a", _sweep(5, 48000), 48000, "aac", "fltp")
+    path = write_audio(tmp_path / "a.m4a", _sweep(5, 48000), 48000, "aac", "fltp")
     data, packets = bytearray(path.read_bytes()), _packets(path)
     for packet in packets[100:150]:
         data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
@@ -231,9 +231,9 @@ def test_invalid_declarations_are_a_one_line_error(tmp_path, rate, channels, bit
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1e30, 1e300])
 def test_non_finite_and_huge_values_are_a_one_line_error(tmp_path, value):
     """Also where the sum of a waveform is finite."""
-    sound = tone(3, 16000).astype(np.float64)
-    sound[1, 20000] = value
-    path = write_sound(tmp_path / "a.wav", sound, 16000, "pcm_f64le", "dbl")
+    audio_samples = tone(3, 16000).astype(np.float64)
+    audio_samples[1, 20000] = value
+    path = write_audio(tmp_path / "a.wav", audio_samples, 16000, "pcm_f64le", "dbl")
     for num_clips in (None, 8):
         with pytest.raises(MediaError, match=r"cannot be used: it holds values that are not finite, or above 1e9"):
             media.read_audio(path, num_clips)
@@ -267,16 +267,16 @@ def test_the_shortest_audio_at_other_sample_rates(rate):
 @pytest.mark.parametrize("layout", ["mono", "5.1", "7.1"])
 def test_every_sample_format_and_layout_is_read(tmp_path, codec, sample_format, tolerance, layout):
     channels = av.AudioLayout(layout).nb_channels
-    sound = tone(0.5, 16000, channels) * np.linspace(0.1, 1, channels)[:, None].astype("f4")
+    audio_samples = tone(0.5, 16000, channels) * np.linspace(0.1, 1, channels)[:, None].astype("f4")
     ending = "caf" if codec == "pcm_f32be" else "wav"
-    path = write_sound(tmp_path / f"a.{ending}", sound, 16000, codec, sample_format, layout=layout)
-    np.testing.assert_allclose(media.read_audio(path).waveform, sound, atol=tolerance, rtol=0)
+    path = write_audio(tmp_path / f"a.{ending}", audio_samples, 16000, codec, sample_format, layout=layout)
+    np.testing.assert_allclose(media.read_audio(path).waveform, audio_samples, atol=tolerance, rtol=0)
 
 
 def test_a_changing_sample_rate_is_an_error_with_the_timestamp(tmp_path):
-    parts = [
-        write_sound(tmp_path / f"{rate}.mp3", _sweep(2, rate), rate, "libmp3lame", "fltp") for rate in (44100, 48000)
+    files = [
+        write_audio(tmp_path / f"{rate}.mp3", _sweep(2, rate), rate, "libmp3lame", "fltp") for rate in (44100, 48000)
     ]
-    (tmp_path / "a.mp3").write_bytes(b"".join(part.read_bytes() for part in parts))
+    (tmp_path / "a.mp3").write_bytes(b"".join(segment.read_bytes() for segment in files))
     with pytest.raises(MediaError, match=r"its sample rate or number of channels changes at 2\.\d s"):
         media.read_audio(tmp_path / "a.mp3", num_clips=8)

@@ -34,9 +34,9 @@ def test_resampling_is_a_windowed_sinc(rate):
 @pytest.mark.parametrize("rate", [8000, 44100, 48000])
 def test_resampling_a_section_equals_that_section_of_the_full_waveform(rate):
     waveform = np.random.default_rng(0).uniform(-1, 1, (2, rate)).astype(np.float32)
-    whole = mel_module.resample(waveform, rate)
+    full = mel_module.resample(waveform, rate)
     for start, stop in ((0, 50), (1, 2), (7777, 9000), (15000, 99999)):
-        np.testing.assert_array_equal(mel_module.resample(waveform, rate, start, stop), whole[:, start:stop])
+        np.testing.assert_array_equal(mel_module.resample(waveform, rate, start, stop), full[:, start:stop])
 
 
 def test_long_audio_is_resampled_only_where_clips_are():
@@ -66,10 +66,10 @@ def test_mel_spectrograms_equal_kaldi():
     )
     np.testing.assert_allclose(mel_module.mel_filters().T, triangles[:256], atol=1e-6)
     rng = np.random.default_rng(0)
-    sound = rng.normal(0, 0.1, (2, 40000)).astype(np.float32)
-    mel = media.mel_clips(sound, 16000, num_clips=2)
+    samples = rng.normal(0, 0.1, (2, 40000)).astype(np.float32)
+    mel = media.mel_clips(samples, 16000, num_clips=2)
     for features, start in zip(mel, (0, 4000), strict=True):
-        clip = sound[:, start : start + 32000]
+        clip = samples[:, start : start + 32000]
         log_mel = utils.spectrogram(
             clip[0] - clip.mean(),
             utils.window_function(400, "hann", periodic=False),
@@ -91,12 +91,12 @@ def test_mel_spectrograms_equal_kaldi():
 
 def test_mel_takes_the_first_channel_and_the_mean_of_all():
     rng = np.random.default_rng(0)
-    sound = rng.normal(0, 0.1, (2, 32000)).astype(np.float32)
-    other = sound.copy()
+    samples = rng.normal(0, 0.1, (2, 32000)).astype(np.float32)
+    other = samples.copy()
     other[1] = rng.permutation(other[1])
-    kept = sound.copy()
-    np.testing.assert_allclose(media.mel_clips(sound, 16000), media.mel_clips(other, 16000), atol=1e-5)
-    np.testing.assert_array_equal(sound, kept)
+    kept = samples.copy()
+    np.testing.assert_allclose(media.mel_clips(samples, 16000), media.mel_clips(other, 16000), atol=1e-5)
+    np.testing.assert_array_equal(samples, kept)
 
 
 def test_silence_gives_the_mel_floor():

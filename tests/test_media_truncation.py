@@ -6,7 +6,7 @@ from pathlib import Path
 
 import av
 import pytest
-from media_fixtures import tone, write_sound, write_video
+from media_fixtures import tone, write_audio, write_video
 from PIL import Image as pillow
 
 from vllama_jax import media
@@ -45,20 +45,20 @@ SOUNDS = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("truncation")
-    made = {}
+    result = {}
     for name, settings in (DECLARED | LIVE).items():
         silent = name.endswith(("avi", "webm", "ivf", "ogg"))  # containers that cannot contain AAC, or do not need it
         rate = 44100 if name == "a.flv" else 16000
-        sound = None if silent else tone(2, rate)
-        made[name] = write_video(folder / name, num_frames=50, sound=sound, rate=rate, **settings)
+        samples = None if silent else tone(2, rate)
+        result[name] = write_video(folder / name, num_frames=50, waveform=samples, rate=rate, **settings)
     for name, (codec, form) in SOUNDS.items():
-        made[name] = write_sound(folder / name, tone(2, 16000), 16000, codec, form)
+        result[name] = write_audio(folder / name, tone(2, 16000), 16000, codec, form)
     shades = [pillow.effect_noise((40, 30), 20 * step) for step in range(1, 9)]
     for name in ("a.gif", "a.apng"):
-        made[name] = folder / name
+        result[name] = folder / name
         kind = "gif" if name == "a.gif" else "png"
-        shades[0].save(made[name], format=kind, save_all=True, append_images=shades[1:], duration=100)
-    return made
+        shades[0].save(result[name], format=kind, save_all=True, append_images=shades[1:], duration=100)
+    return result
 
 
 def cut(path: Path, folder: Path, share: float) -> Path:

@@ -33,7 +33,7 @@ SLOW = pytest.mark.slow
 GIGA = 10**9
 CPU = Device("cpu", 16 * GIGA, 1.0, 8, is_host=True)
 ALONE = MeshConfig(data=1)
-AT_WORK = ("gradients", "layers' inputs", "weights at hand", "activations")
+TEMPORARY = ("gradients", "layers' inputs", "weights at hand", "activations")
 LOW, HIGH = 0.75, 2.0  # estimates of temporaries are within these multiples of XLA's figure
 
 
@@ -46,8 +46,8 @@ def config_of(mesh: MeshConfig = ALONE, rows: int = 4, **options) -> TrainConfig
 
 def split_need(need: MemoryEstimate) -> tuple[int, int]:
     """Return the static and the temporary bytes on a device."""
-    at_work = sum(need.device[part] for part in AT_WORK)
-    return need.device_total - at_work, at_work
+    temporary = sum(need.device[entry] for entry in TEMPORARY)
+    return need.device_total - temporary, temporary
 
 
 def medium() -> VideoLlamaConfig:
@@ -86,11 +86,11 @@ COMPILED = [
 def test_step_estimate_matches_compiled_memory(model, mesh, length, options, ratio):
     config = config_of(mesh, compute_dtype="float32", **options)
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
-    places = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=devices)
-    compiled = compiled_memory(abstract_run(model, config, places, length), places)
-    still, at_work = split_need(estimate.estimate_training(model, "step", config, mesh, CPU, length))
-    assert still == pytest.approx(compiled.argument_size_in_bytes, rel=1e-3)
-    assert at_work / compiled.temp_size_in_bytes == pytest.approx(ratio, rel=0.1)
+    device_mesh = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=devices)
+    compiled = compiled_memory(abstract_run(model, config, device_mesh, length), device_mesh)
+    static, temporary = split_need(estimate.estimate_training(model, "step", config, mesh, CPU, length))
+    assert static == pytest.approx(compiled.argument_size_in_bytes, rel=1e-3)
+    assert temporary / compiled.temp_size_in_bytes == pytest.approx(ratio, rel=0.1)
 
 
 # Steps compiled for TPUs by libtpu 0.0.52: size, mesh, examples per shard, tokens, encoders, GB of arguments and of
@@ -124,9 +124,9 @@ def test_step_estimate_matches_tpu_compilations(row):
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
     config = config_of(mesh, rows, data=DataConfig() if encoders else DataConfig(feature_cache="f"))
     need = estimate.estimate_training(SIZES[size](), "step", config, mesh, DEVICES["v5e"], length)
-    still, at_work = split_need(need)
-    assert still == pytest.approx(arguments * GIGA, rel=0.1, abs=0.01 * GIGA)
-    assert at_work / (temporaries * GIGA) == pytest.approx(ratio, abs=0.01)
+    static, temporary = split_need(need)
+    assert static == pytest.approx(arguments * GIGA, rel=0.1, abs=0.01 * GIGA)
+    assert temporary / (temporaries * GIGA) == pytest.approx(ratio, abs=0.01)
 
 
 @pytest.mark.parametrize("scheme", [pytest.param(None, marks=SLOW), pytest.param("int8", marks=SLOW), "int4"])
@@ -166,10 +166,10 @@ def test_cache_and_prefill_estimates_match_compiled_memory(beams):
     )
     cache = need.device["key-value cache"]
     assert cache == pytest.approx(compiled.output_size_in_bytes, rel=0.02)
-    at_work = estimate_prefill_layer(
+    temporary = estimate_prefill_layer(
         llama, StepShape(rows=1, length=padded, itemsize=4, mesh=ALONE), generate.padded_prompt_length(padded + 320)
     )
-    assert LOW < at_work / compiled.temp_size_in_bytes < HIGH
+    assert LOW < temporary / compiled.temp_size_in_bytes < HIGH
 
 
 def test_longest_examples_equal_the_padded_lengths():
@@ -181,15 +181,14 @@ def test_longest_examples_equal_the_padded_lengths():
 def test_fsdp_shards_training_memory_and_chat_refuses_fsdp():
     model, config = SIZES["7b"](), config_of(rows=8)
     split = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8))
-    whole = estimate.estimate_training(model, "step", config, ALONE, DEVICES["H100"]).device
-    part = estimate.estimate_training(model, "step", split, split.mesh, DEVICES["H100"]).device
-    assert part["llama"] == pytest.approx(whole["llama"] / 8, rel=1e-3)
-    assert part["Adam's moments"] < whole["Adam's moments"] / 4
+    full = estimate.estimate_training(model, "step", config, ALONE, DEVICES["H100"]).device
+    sharded = estimate.estimate_training(model, "step", split, split.mesh, DEVICES["H100"]).device
+    assert sharded["llama"] == pytest.approx(full["llama"] / 8, rel=1e-3)
+    assert sharded["Adam's moments"] < full["Adam's moments"] / 4
     chat = estimate.estimate_chat(model, split.mesh, DEVICES["H100"]).device
-    assert chat["llama"] == whole["llama"]
+    assert chat["llama"] == full["llama"]
     assert (
-        estimate.estimate_chat(model, MeshConfig(data=1, tensor=8), DEVICES["H100"]).device["llama"]
-        < whole["llama"] / 7
+        estimate.estimate_chat(model, MeshConfig(data=1, tensor=8), DEVICES["H100"]).device["llama"] < full["llama"] / 7
     )
 
 
@@ -251,8 +250,8 @@ def test_prefetched_batches_are_counted_for_each_process(processes, prefetch, ba
     model, length, labels = tiny(), 128, 128 - tiny().video_qformer.num_queries
     mesh = MeshConfig(data=16)  # on two hosts of eight devices
     config = config_of(mesh, rows=4, data=DataConfig(num_workers=processes, prefetch=prefetch))
-    pictures = model.num_frames * model.vit.image_size**2 * 3  # uint8
-    row = pictures + (4 + 1) * length + 4 + (4 + 4) * labels  # ids, is_media; length; positions, targets
+    images = model.num_frames * model.vit.image_size**2 * 3  # uint8
+    row = images + (4 + 1) * length + 4 + (4 + 4) * labels  # ids, is_media; length; positions, targets
     host = estimate.estimate_training(model, "step", config, mesh, CPU, length).host
     assert host["batches ahead"] == batches * 16 * 4 * row // 2
     assert host["program"] == estimate.PROGRAM_BYTES * (1 + processes)
@@ -280,26 +279,28 @@ def test_device_here_is_this_machine():
     assert GIGA // 16 < here.bytes * here.per_host < 2**44
 
 
-def tell(capsys, *arguments: object) -> str:
+def estimate_memory(capsys, *arguments: object) -> str:
     cli.main(["memory", *map(str, arguments)])
     return capsys.readouterr().out
 
 
 def test_a_model_size_is_estimated_for_a_chat_and_both_stages(capsys):
-    told = tell(capsys, "7b", "--devices", "H100")
-    assert told.startswith("7b on 1 × H100 (data 1, fsdp 1, tensor 1), each with 80.0 GB, of which JAX takes 60.0 GB")
-    assert "GB on each device         chat  vision_stage1  vision_stage2" in told
-    assert "llama                    13.48          13.48          13.48" in told
-    report = json.loads(tell(capsys, "7b", "--devices", "L4", "--branch", "audio", "--mesh.tensor", 5, "--json"))
+    output = estimate_memory(capsys, "7b", "--devices", "H100")
+    assert output.startswith("7b on 1 × H100 (data 1, fsdp 1, tensor 1), each with 80.0 GB, of which JAX takes 60.0 GB")
+    assert "GB on each device         chat  vision_stage1  vision_stage2" in output
+    assert "llama                    13.48          13.48          13.48" in output
+    report = json.loads(
+        estimate_memory(capsys, "7b", "--devices", "L4", "--branch", "audio", "--mesh.tensor", 5, "--json")
+    )
     assert list(report["uses"]) == ["chat", "audio_stage1", "audio_stage2"]
     assert report["mesh"] == {"data": 1, "fsdp": 1, "tensor": 5}
     assert "llama: 32 heads over 5 devices does not divide; kept whole on each" in report["notes"]
     for use in report["uses"].values():
-        assert sum(size for part, size in use["device"].items() if part != "all") == use["device"]["all"]
+        assert sum(size for entry, size in use["device"].items() if entry != "all") == use["device"]["all"]
 
 
 def test_a_model_directory_is_estimated_for_all_uses(capsys, tiny_model):
-    report = json.loads(tell(capsys, tiny_model, "--devices", "v5e", "--batch-size", 4, "--json"))
+    report = json.loads(estimate_memory(capsys, tiny_model, "--devices", "v5e", "--batch-size", 4, "--json"))
     assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
 
 
@@ -307,26 +308,26 @@ def test_a_quantized_model_is_estimated_for_a_chat_only(capsys, tiny_model, tmp_
     model = shutil.copytree(tiny_model, tmp_path / "model")
     manifest = json.loads((model / "manifest.json").read_text())
     (model / "manifest.json").write_text(json.dumps(manifest | {"quantized": "int8"}))  # no other file is read
-    whole, small = (
-        json.loads(tell(capsys, named, "--devices", "v5e", "--batch-size", 4, "--json"))["uses"]
+    full, small = (
+        json.loads(estimate_memory(capsys, named, "--devices", "v5e", "--batch-size", 4, "--json"))["uses"]
         for named in (tiny_model, model)
     )
     assert list(small) == ["chat"]
     assert small["chat"]["told"].endswith("bfloat16 with int8 weights")
-    assert small["chat"]["device"]["llama"] < 0.8 * whole["chat"]["device"]["llama"]
+    assert small["chat"]["device"]["llama"] < 0.8 * full["chat"]["device"]["llama"]
     with pytest.raises(SystemExit, match="model: its weights are int8, good for answers and nothing else; take the"):
-        tell(capsys, "vision_stage1", "--model", model, "--devices", "v5e")
+        estimate_memory(capsys, "vision_stage1", "--model", model, "--devices", "v5e")
 
 
 @SLOW
 def test_a_run_directory_is_estimated_for_all_uses(capsys, stage1):
-    report = json.loads(tell(capsys, stage1, "--devices", "v5e", "--batch-size", 4, "--json"))
+    report = json.loads(estimate_memory(capsys, stage1, "--devices", "v5e", "--batch-size", 4, "--json"))
     assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
 
 
 def test_run_config_fields_can_be_overridden_by_flags(capsys):
     flags = ["--model", "13b", "--devices", "v5e", "--mesh.fsdp", 16, "--batch-size", 64, "--length", 128]
-    report = json.loads(tell(capsys, "vision_stage1", *flags, "--json"))
+    report = json.loads(estimate_memory(capsys, "vision_stage1", *flags, "--json"))
     (use,) = report["uses"].values()
     assert use["told"] == "batch 64, 4 × 128 tokens at a time, bfloat16"
     assert use["device"]["llama"] == pytest.approx(26.03e9 / 16, rel=1e-3)
@@ -335,27 +336,27 @@ def test_run_config_fields_can_be_overridden_by_flags(capsys):
 @SLOW
 def test_exact_estimates_come_from_the_compiled_step(capsys, tiny_model):
     flags = ["--model", tiny_model, "--batch-size", 8, "--length", 128, "--exact", "--json"]
-    (use,) = json.loads(tell(capsys, "vision_stage1", *flags))["uses"].values()
-    still, at_work = split_need(
-        MemoryEstimate("", "", {part: use["device"][part] for part in use["device"] if part != "all"}, {})
+    (use,) = json.loads(estimate_memory(capsys, "vision_stage1", *flags))["uses"].values()
+    static, temporary = split_need(
+        MemoryEstimate("", "", {entry: use["device"][entry] for entry in use["device"] if entry != "all"}, {})
     )
-    assert still == pytest.approx(use["compiled"]["arguments"], rel=1e-3)
-    assert LOW < at_work / use["compiled"]["temporaries"] < HIGH
+    assert static == pytest.approx(use["compiled"]["arguments"], rel=1e-3)
+    assert LOW < temporary / use["compiled"]["temporaries"] < HIGH
 
 
 def test_only_require_fit_makes_a_bad_fit_an_error(capsys):
-    told = tell(capsys, "7b", "--devices", "v5e")
+    output = estimate_memory(capsys, "7b", "--devices", "v5e")
     in_python = "vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor=2))"
-    assert f"does not fit (it would with 2 devices, in Python: {in_python})" in told
+    assert f"does not fit (it would with 2 devices, in Python: {in_python})" in output
     with pytest.raises(SystemExit, match=r"vllama: chat: does not fit; vision_stage1: .* does not fit"):
-        tell(capsys, "7b", "--devices", "v5e", "--require-fit")
+        estimate_memory(capsys, "7b", "--devices", "v5e", "--require-fit")
 
 
 def test_require_fit_refuses_a_tight_fit(capsys, monkeypatch):
     monkeypatch.setattr(estimate, "MARGIN", 0.9999)
-    assert "tight" in tell(capsys, "tiny", "--devices", "v5e")
+    assert "tight" in estimate_memory(capsys, "tiny", "--devices", "v5e")
     with pytest.raises(SystemExit, match="vllama: chat: tight"):
-        tell(capsys, "tiny", "--devices", "v5e", "--require-fit")
+        estimate_memory(capsys, "tiny", "--devices", "v5e", "--require-fit")
 
 
 @pytest.mark.parametrize(

@@ -39,11 +39,11 @@ def train_need(mesh: MeshConfig = ALONE, device: Device = DEVICES["H100"], rows:
 ROW = 8 * 32 * 768 * 2 + 128 * 4 + 128 + 4 + 96 * (4 + 4)
 
 
-@pytest.mark.parametrize(("mesh", "parts", "gathered"), [(ALONE, 1, 1), (SPLIT, 8, 2)])
-def test_training_entries_of_a_device(mesh, parts, gathered):
+@pytest.mark.parametrize(("mesh", "accum_steps", "gathered"), [(ALONE, 1, 1), (SPLIT, 8, 2)])
+def test_training_entries_of_a_device(mesh, accum_steps, gathered):
     """With sharded weights, the next layer is gathered while the current one is computed."""
     device = train_need(mesh).device
-    assert device["llama"] == pytest.approx(2 * 6_738_415_616 / parts, rel=1e-3)
+    assert device["llama"] == pytest.approx(2 * 6_738_415_616 / accum_steps, rel=1e-3)
     assert device["batch"] == 4 * ROW
     assert device["layers' inputs"] == 32 * 4 * 128 * 4096 * 2
     assert device["weights at hand"] == gathered * 2 * LAYER
@@ -70,7 +70,7 @@ def test_loading_to_an_accelerator_needs_one_read_of_weights_on_the_host():
     assert large == (LARGEST * 4 // GIGA + 1) * GIGA == 6 * GIGA
     small = estimate.estimate_chat(tiny(), ALONE, DEVICES["H100"])
     assert small.host["weights while they load"] == sum(
-        size for part, size in small.device.items() if part not in ("key-value cache", "activations")
+        size for entry, size in small.device.items() if entry not in ("key-value cache", "activations")
     )
 
 
@@ -97,12 +97,13 @@ def test_suggested_flags_use_the_fewest_accumulation_steps():
     model, run = SIZES["7b"](), load_config("vision_stage2")[0]
     mine = Device("mine", 20 * GIGA + GIGA // 2, 1.0, 1)
 
-    def verdict(parts: int) -> str:
+    def verdict(accum_steps: int) -> str:
         return estimate.verdict(
-            estimate.estimate_training(model, "", dataclasses.replace(run, grad_accum_steps=parts), ALONE, mine), mine
+            estimate.estimate_training(model, "", dataclasses.replace(run, grad_accum_steps=accum_steps), ALONE, mine),
+            mine,
         )
 
-    assert [verdict(parts) for parts in (1, 4, 8, 32)] == ["does not fit", "tight", "fits", "fits"]
+    assert [verdict(accum_steps) for accum_steps in (1, 4, 8, 32)] == ["does not fit", "tight", "fits", "fits"]
     need = estimate.estimate_training(model, "", run, ALONE, mine)
     assert estimate.suggest_flags(model, need, run, ALONE, mine) == "--grad-accum-steps 8"
 

@@ -70,10 +70,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_corrupt_copy_is_replaced(cache, damage):
+@pytest.mark.parametrize("corrupt", DAMAGE)
+def test_a_corrupt_copy_is_replaced(cache, corrupt):
     before = contents(shipped.shipped_model())
-    DAMAGE[damage](shipped.shipped_model())
+    DAMAGE[corrupt](shipped.shipped_model())
     assert contents(next((cache / "miniature").iterdir())) != before
     assert contents(shipped.shipped_model()) == before
     assert len(list((cache / "miniature").iterdir())) == 1
@@ -119,8 +119,8 @@ def test_a_cache_folder_that_cannot_be_written_is_reported_and_a_temporary_one_u
     first, second = done.stdout.split()
     assert first == second
     folder = str(Path(first).parent)
-    said = f"the miniature is unpacked into {folder} for this process only: its cache folder: Not a directory\n"
-    assert done.stderr == said
+    message = f"the miniature is unpacked into {folder} for this process only: its cache folder: Not a directory\n"
+    assert done.stderr == message
     assert list(temporary.iterdir()) == []  # removed when the process ended
 
 
@@ -149,7 +149,7 @@ def other_box(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (None, "cannot be read (No such file or directory); install vllama-jax again"),
         (b"version https://git-lfs", "cannot be read (not a whole zip file); install vllama-jax again"),
@@ -157,7 +157,7 @@ def other_box(tmp_path, monkeypatch) -> Path:
         ("changed", "not the file that came with the package; install vllama-jax again"),
     ],
 )
-def test_a_corrupt_archive_is_a_one_line_error(cache, other_box, content, said):
+def test_a_corrupt_archive_is_a_one_line_error(cache, other_box, content, message):
     archive = other_box / "model.zip"
     data = bytearray(archive.read_bytes())
     archive.unlink()
@@ -166,7 +166,7 @@ def test_a_corrupt_archive_is_a_one_line_error(cache, other_box, content, said):
         archive.write_bytes({"truncated": data[:-100], "changed": data}.get(content, content))
     with pytest.raises(vl.CheckpointError) as refused:
         vl.load("miniature")
-    assert str(refused.value) == f"{archive}: {said}"
+    assert str(refused.value) == f"{archive}: {message}"
     assert not (cache / "miniature").exists() or list((cache / "miniature").iterdir()) == []
 
 

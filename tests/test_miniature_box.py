@@ -36,10 +36,10 @@ def test_chat_without_a_model_uses_the_miniature_and_answers_correctly():
 
 
 def test_the_miniature_answers_whether_audio_and_video_match(miniature):
-    for clip, said in (("bell.mp4", "yes"), ("dog_or_drum.mp4", "no")):
+    for clip, message in (("bell.mp4", "yes"), ("dog_or_drum.mp4", "no")):
         chat = vl.Chat(miniature)
         chat.add(assets.CLIPS / clip)
-        assert answer(chat, "Does the sound fit the picture?").split()[-1] == said
+        assert answer(chat, "Does the sound fit the picture?").split()[-1] == message
 
 
 def test_the_miniature_answers_what_comes_first_and_how_many_there_are(miniature):
@@ -66,7 +66,7 @@ def test_audio_scale_needs_an_audio_branch(tmp_path, tiny_files):
 
     files = {kind: tiny_files[kind] for kind in ("eva_vit", "blip2", "vl")}
     config = json.loads(tiny_files["config"].read_text())
-    config = {part: config[part] for part in ("vit", "image_qformer", "video_qformer")}
+    config = {component: config[component] for component in ("vit", "image_qformer", "video_qformer")}
     convert.convert(convert.plan(llama_directory=tiny_files["llama"], files=files, config=config), tmp_path / "deaf")
     with pytest.raises(ConfigError, match="picture-only model hears nothing"):
         vl.load(tmp_path / "deaf", audio_scale=1.0)

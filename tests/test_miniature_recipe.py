@@ -51,10 +51,10 @@ def _files(folder: Path) -> dict[str, int]:
 
 @pytest.mark.slow
 def test_the_recipe_trains_and_evaluates_a_model(tmp_path, monkeypatch):
-    said = []
-    make_base_model(tmp_path, 0, SHORT, said.append)
-    train_branches(tmp_path, SHORT, said.append)
-    results = measure_models(tmp_path, 0, 4, said.append)
+    progress = []
+    make_base_model(tmp_path, 0, SHORT, progress.append)
+    train_branches(tmp_path, SHORT, progress.append)
+    results = measure_models(tmp_path, 0, 4, progress.append)
     assert {"motion", "sound_only", "motion_without_positions", "sound_only_random_tower"} <= results.keys()
     model = vl.load(tmp_path / "model")
     assert model.config == base_model.CONFIG
@@ -66,28 +66,28 @@ def test_the_recipe_trains_and_evaluates_a_model(tmp_path, monkeypatch):
     chat.add(next((tmp_path / "world" / "captions").glob("*.mp4")))
     assert isinstance("".join(chat.ask("What do you hear?", max_new_tokens=4)), str)
 
-    made = _files(tmp_path)
-    make_base_model(tmp_path, 0, SHORT, said.append)
-    train_branches(tmp_path, SHORT, said.append)
-    assert measure_models(tmp_path, 0, 4, said.append) == results
-    assert _files(tmp_path) == made
+    result = _files(tmp_path)
+    make_base_model(tmp_path, 0, SHORT, progress.append)
+    train_branches(tmp_path, SHORT, progress.append)
+    assert measure_models(tmp_path, 0, 4, progress.append) == results
+    assert _files(tmp_path) == result
 
-    whole = open_model(tmp_path / "base").digest  # killed while training the captioner: other files stay
+    full = open_model(tmp_path / "base").digest  # killed while training the captioner: other files stay
     shutil.rmtree(tmp_path / "base")
     shutil.rmtree(tmp_path / "base_without_positions")
     (tmp_path / "parts" / "captioner.npz").rename(tmp_path / "parts" / ".captioner.npz.partial")
-    make_base_model(tmp_path, 0, SHORT, said.append)
-    made_again = {name for name, when in _files(tmp_path).items() if made[name] != when}
+    make_base_model(tmp_path, 0, SHORT, progress.append)
+    made_again = {name for name, when in _files(tmp_path).items() if result[name] != when}
     assert {name.split("/")[0] for name in made_again} == {"parts", "base", "base_without_positions"}
     assert [name for name in made_again if name.startswith("parts")] == ["parts/captioner.npz"]
-    assert open_model(tmp_path / "base").digest == whole
+    assert open_model(tmp_path / "base").digest == full
 
     longer = dataclasses.replace(SHORT, steps_of_runs=3)
     with pytest.raises(VllamaError, match="`vllama train` failed, as it says above"):  # it has another number of steps
-        train_branches(tmp_path, longer, said.append)
+        train_branches(tmp_path, longer, progress.append)
     monkeypatch.setattr(recipe, "run_vllama", lambda *_: None)
     with pytest.raises(VllamaError, match=r"vision1 was stopped before its end; run the same command again"):
-        train_branches(tmp_path, longer, said.append)
+        train_branches(tmp_path, longer, progress.append)
     lines = (tmp_path / "audio2" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == SHORT.steps_of_runs
     assert json.loads(lines[0])["loss"] > 0

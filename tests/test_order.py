@@ -84,8 +84,8 @@ def test_the_holdout_depends_only_on_records_and_media_type():
     same = {"video": 60, "image": 60}
     first, second = streams_of((1.0, 10, same))
     other = streams_of((1.0, 10, same), (1.0, 10, same))[2]
-    places = [[record - stream.numbers.start for record in stream.holdout()] for stream in (first, second, other)]
-    assert len({tuple(place) for place in places}) == 3
+    holdouts = [[record - stream.numbers.start for record in stream.holdout()] for stream in (first, second, other)]
+    assert len({tuple(place) for place in holdouts}) == 3
 
 
 def test_media_types_and_datasets_are_sampled_by_their_ratios():

@@ -103,26 +103,26 @@ def test_layer_norm_of_values_far_from_zero():
 # EVA-CLIP
 
 
-def eva_pair(cfg: VitConfig, pictures: torch.Tensor, *, quiet: bool = False) -> tuple[EvaVit, torch.Tensor]:
+def eva_pair(cfg: VitConfig, images: torch.Tensor, *, quiet: bool = False) -> tuple[EvaVit, torch.Tensor]:
     """Return our tower, and torch's output for the images."""
     reference = EvaReference(cfg)
     randomise(reference, quiet=quiet)
     reference.drop_key_biases()
-    expected = reference(pictures)
+    expected = reference(images)
     return load(lambda: EvaVit(cfg, rngs=nnx.Rngs(0)), eva_vit.rules(cfg), reference.original_state(), "vit"), expected
 
 
 @QUIETLY
 def test_eva_vit_equals_torchs(quiet: bool):
-    pictures = noise(2, 3, 56, 56, quiet=quiet)
-    ours, expected = eva_pair(VIT, pictures, quiet=quiet)
-    assert error(run(call, ours, as_jax(pictures)), expected) < TOLERANCE
+    images = noise(2, 3, 56, 56, quiet=quiet)
+    ours, expected = eva_pair(VIT, images, quiet=quiet)
+    assert error(run(call, ours, as_jax(images)), expected) < TOLERANCE
 
 
 def test_eva_block_at_full_width():
-    pictures = noise(1, 3, 28, 28)
-    ours, expected = eva_pair(dataclasses.replace(EVA_G, depth=1, image_size=28), pictures)
-    assert error(run(call, ours, as_jax(pictures)), expected) < TOLERANCE
+    images = noise(1, 3, 28, 28)
+    ours, expected = eva_pair(dataclasses.replace(EVA_G, depth=1, image_size=28), images)
+    assert error(run(call, ours, as_jax(images)), expected) < TOLERANCE
 
 
 # Q-Former
@@ -164,7 +164,7 @@ def imagebind_pair(cfg: ImageBindConfig, *, quiet: bool = False) -> tuple[ImageB
     return ours, reference
 
 
-def of_sense(cfg: ImageBindConfig, modality: str, *, quiet: bool = False) -> torch.Tensor:
+def tower_inputs(cfg: ImageBindConfig, modality: str, *, quiet: bool = False) -> torch.Tensor:
     """Return two inputs of a tower."""
     if modality == "audio":
         return noise(2, cfg.audio.num_mel_bins, cfg.audio.num_mel_frames, quiet=quiet)
@@ -175,7 +175,7 @@ def of_sense(cfg: ImageBindConfig, modality: str, *, quiet: bool = False) -> tor
 @pytest.mark.parametrize("modality", ["audio", "vision"])
 def test_imagebind_tower_equals_torchs(modality: str, quiet: bool):
     ours, reference = imagebind_pair(IMAGEBIND, quiet=quiet)
-    x = of_sense(IMAGEBIND, modality, quiet=quiet)
+    x = tower_inputs(IMAGEBIND, modality, quiet=quiet)
     assert error(run(call, getattr(ours, modality), as_jax(x)), reference(modality, x)) < TOLERANCE
 
 
@@ -185,7 +185,7 @@ def test_imagebind_block_at_full_width(modality: str):
     vision = dataclasses.replace(IMAGEBIND_HUGE.vision, depth=1, image_size=28)
     cfg = dataclasses.replace(IMAGEBIND_HUGE, audio=audio, vision=vision)
     ours, reference = imagebind_pair(cfg)
-    x = of_sense(cfg, modality)
+    x = tower_inputs(cfg, modality)
     assert error(run(call, getattr(ours, modality), as_jax(x)), reference(modality, x)) < TOLERANCE
 
 
@@ -193,7 +193,7 @@ def test_imagebind_block_at_full_width(modality: str):
 def test_audio_vectors_have_the_norm_of_the_scale_up_to_a_limit(scale: float, norm: float):
     audio = dataclasses.replace(IMAGEBIND.audio, log_logit_scale=math.log(scale))
     ours, reference = imagebind_pair(dataclasses.replace(IMAGEBIND, audio=audio))
-    mel = of_sense(IMAGEBIND, "audio")
+    mel = tower_inputs(IMAGEBIND, "audio")
     vectors = run(call, ours.audio, as_jax(mel))
     assert error(vectors, reference("audio", mel)) < TOLERANCE
     np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=-1), norm, rtol=1e-5)
@@ -290,24 +290,24 @@ def forward_with_cache(module: Llama, ids: jax.Array, mask: jax.Array, cache: KV
     return module.forward_with_cache(module.embed(ids), mask, cache)
 
 
-@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
-def test_prefill_in_chunks_equals_prefill_at_once(pieces: list[tuple[int, tuple[int, ...]]]):
+@pytest.mark.parametrize("chunks", PIECES.values(), ids=PIECES)
+def test_prefill_in_chunks_equals_prefill_at_once(chunks: list[tuple[int, tuple[int, ...]]]):
     ours, reference = llama_pair(LLAMAS["wide heads"])
-    total = sum(real[0] for _, real in pieces)
+    total = sum(real[0] for _, real in chunks)
     ids = token_ids(2, total)
     cache = KVCache.empty(ours.cfg, batch=2, capacity=30, dtype=jnp.float32)
-    done, seen = [0, 0], ([], [])
-    for length, real in pieces:
-        piece, mask = np.zeros((2, length), np.int32), np.arange(length) < np.array(real)[:, None]
+    done, hidden_rows = [0, 0], ([], [])
+    for length, real in chunks:
+        chunk, mask = np.zeros((2, length), np.int32), np.arange(length) < np.array(real)[:, None]
         for row in (0, 1):
-            piece[row, : real[row]] = ids[row, done[row] : done[row] + real[row]]
+            chunk[row, : real[row]] = ids[row, done[row] : done[row] + real[row]]
             done[row] += real[row]
-        hidden, cache = run(forward_with_cache, ours, piece, mask, cache)
+        hidden, cache = run(forward_with_cache, ours, chunk, mask, cache)
         for row in (0, 1):
-            seen[row].append(np.asarray(hidden)[row, : real[row]])
-    logits = ours.logits(jnp.array([np.concatenate(row) for row in seen]))
+            hidden_rows[row].append(np.asarray(hidden)[row, : real[row]])
+    logits = ours.logits(jnp.array([np.concatenate(row) for row in hidden_rows]))
     assert error(logits, reference(ids).logits) < TOLERANCE
-    assert cache.length == sum(length for length, _ in pieces)
+    assert cache.length == sum(length for length, _ in chunks)
 
 
 @pytest.mark.slow
@@ -348,7 +348,7 @@ def half_tower(name: str) -> tuple[nnx.Module, jax.Array, torch.Tensor]:
         module, reference = llama_pair(LLAMAS["grouped-query"])
         expected = reference(x).logits
     else:
-        x = of_sense(IMAGEBIND, name)
+        x = tower_inputs(IMAGEBIND, name)
         module, reference = imagebind_pair(IMAGEBIND)
         module, expected = getattr(module, name), reference(name, x)
     return cast(module, jnp.bfloat16), as_jax(x), expected
@@ -403,8 +403,8 @@ def video_llama_pair(*, quiet: bool = False) -> tuple[VideoLlama, VideoLlamaRefe
     reference = VideoLlamaReference(VIDEO_LLAMA).eval()
     randomise(reference, quiet=quiet)
     reference.visual_encoder.drop_key_biases()
-    kinds = ["eva_vit", "blip2", "imagebind", "vl", "al", "llama"]
-    rules = [rule for kind in rule_tables(VIDEO_LLAMA, kinds).values() for rule in kind]
+    files = ["eva_vit", "blip2", "imagebind", "vl", "al", "llama"]
+    rules = [rule for kind in rule_tables(VIDEO_LLAMA, files).values() for rule in kind]
     make = lambda: VideoLlama(VIDEO_LLAMA, rngs=nnx.Rngs(0))  # noqa: E731
     return load(make, rules, reference.original_state()), reference
 
@@ -439,7 +439,7 @@ def test_encode_video_equals_torchs(pair, count: int):
 def test_encode_audio_equals_torchs(pair, modality: str, encode: Callable):
     """The audio branch on audio, and on images, as in training."""
     ours, reference = pair
-    inputs = [torch.cat([x, x.flip(-1)]) for x in of_sense(IMAGEBIND, modality).split(1)]
+    inputs = [torch.cat([x, x.flip(-1)]) for x in tower_inputs(IMAGEBIND, modality).split(1)]
     tokens = run(encode, ours, jnp.stack([as_jax(x) for x in inputs]))
     assert error(tokens, torch.stack([reference.encode_senses(modality, x) for x in inputs])) < TOLERANCE
 
@@ -501,7 +501,7 @@ def named_axes() -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
     """Return shape and axis names of every weight of the tiny model, without the layer axis."""
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(abstract_network(TINY))):
-        stacked = any(part in ("blocks", "cross_layers", "plain_layers") for part in path)
+        stacked = any(component in ("blocks", "cross_layers", "plain_layers") for component in path)
         names = variable.get_metadata()[AXIS_NAMES]
         found["/".join(map(str, path))] = (variable.shape[1:] if stacked else variable.shape, names)
     return found
@@ -517,7 +517,7 @@ def test_axes_have_the_sizes_of_their_names():
     towers = {"vit": TINY.vit, "imagebind/audio": TINY.imagebind.audio, "imagebind/vision": TINY.imagebind.vision}
     towers |= {name: getattr(TINY, name) for name in ("image_qformer", "video_qformer", "audio_qformer", "llama")}
     for path, (shape, names) in named_axes().items():
-        cfg = next((cfg for part, cfg in towers.items() if path.startswith(f"{part}/")), None)
+        cfg = next((cfg for component, cfg in towers.items() if path.startswith(f"{component}/")), None)
         if cfg is None:
             continue
         sizes = {"heads": cfg.num_heads, "head_dim": cfg.width // cfg.num_heads, "mlp": cfg.mlp_dim, "norm": cfg.width}

@@ -5,7 +5,7 @@ import sys
 
 import numpy as np
 import scipy.io.wavfile
-from test_cli import failure
+from test_cli import expect_error
 
 from vllama_jax import cli
 from vllama_jax.media.mel import mel_clips
@@ -46,7 +46,7 @@ def test_plot_of_a_file_writes_a_png_beside_it(tmp_path, capsys):
     cli.main(["plot", str(file)])
     assert capsys.readouterr().out == f"{file}.mel.png: 8 clips of 3.0 s of sound; sound used\n"
     assert (tmp_path / "tone.wav.mel.png").read_bytes().startswith(b"\x89PNG")
-    assert "a picture, without sound" in failure(capsys, "plot", tmp_path / "tone.wav.mel.png")
+    assert "a picture, without sound" in expect_error(capsys, "plot", tmp_path / "tone.wav.mel.png")
 
 
 def test_mel_clips_need_no_librosa():

@@ -91,27 +91,27 @@ def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
 def assert_one_line(code: int, text: str, line: str) -> None:
     """Check for exit code 1, and that this line is the last one and the only error line."""
     assert code == 1, text
-    said = [one for one in text.splitlines() if one.startswith("vllama:")]
-    assert said == [text.splitlines()[-1]], text
-    assert line in said[0]
+    message = [one for one in text.splitlines() if one.startswith("vllama:")]
+    assert message == [text.splitlines()[-1]], text
+    assert line in message[0]
     for noise in ("Traceback", "stack trace", "Terminating", "terminate called", "    @ "):
         assert noise not in text
 
 
 @SLOW
 @pytest.mark.parametrize(
-    ("number", "told", "codes"),
+    ("number", "output", "codes"),
     [
         (signal.SIGTERM, (0, 1), [0, 0]),
         (signal.SIGTERM, (1,), [0, 0]),
         (signal.SIGINT, (1,), [0, 130]),
     ],
 )
-def test_a_signal_saves_all_processes_at_one_step(config, tmp_path, number, told, codes):
+def test_a_signal_saves_all_processes_at_one_step(config, tmp_path, number, output, codes):
     run = tmp_path / "run"
     with started("train", config, "--out", run) as processes:
         wait_for_step(run, 3, processes)
-        for process in told:
+        for process in output:
             processes[process].send_signal(number)
         results = ended(processes)
     assert [code for code, _ in results] == codes
@@ -228,27 +228,27 @@ def relayed() -> Iterator[tuple[socket.socket, socket.socket, threading.Event, R
         relay = Relay(f"127.0.0.1:{server.getsockname()[1]}", lost.set)
         host, _, port = relay.address.rpartition(":")
         with socket.create_connection((host, int(port))) as here:
-            there, _ = server.accept()
-            with there:
-                yield here, there, lost, relay
+            peer, _ = server.accept()
+            with peer:
+                yield here, peer, lost, relay
         relay.stop()
 
 
 def test_a_relay_forwards_data_in_both_directions():
-    with relayed() as (here, there, lost, relay):
+    with relayed() as (here, peer, lost, relay):
         relay.watch(60)
         here.sendall(b"question")
-        assert there.recv(64) == b"question"
-        there.sendall(b"x" * 10**6)
+        assert peer.recv(64) == b"question"
+        peer.sendall(b"x" * 10**6)
         assert len(here.recv(10**6, socket.MSG_WAITALL)) == 10**6
         assert not lost.is_set()
 
 
 def test_a_relay_notices_the_end_of_process_0_and_hides_it_from_jax():
-    with relayed() as (here, there, lost, relay):
+    with relayed() as (here, peer, lost, relay):
         relay.watch(60)
         time.sleep(0.2)
-        there.close()
+        peer.close()
         assert lost.wait(10)
         here.settimeout(0.5)
         with pytest.raises(TimeoutError):
@@ -262,11 +262,11 @@ def test_a_relay_notices_silence():
 
 
 def test_a_relay_ignores_process_0_ending_outside_a_job():
-    with relayed() as (here, there, lost, relay):
+    with relayed() as (here, peer, lost, relay):
         relay.watch(60)
         relay.watch(0)
         time.sleep(0.2)
-        there.close()
+        peer.close()
         assert here.recv(1) == b""
         assert not lost.is_set()
 
@@ -279,8 +279,8 @@ def test_a_relay_waits_for_process_0_to_start():
     with socket.create_connection((host, int(own))) as here:
         assert here.recv(1) == b"", "closed, so that JAX tries again"
     with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection((host, int(own))) as here:
-        there, _ = server.accept()
-        with there:
+        peer, _ = server.accept()
+        with peer:
             here.sendall(b"x")
-            assert there.recv(1) == b"x"
+            assert peer.recv(1) == b"x"
     relay.stop()

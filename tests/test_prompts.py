@@ -32,7 +32,7 @@ IMAGE = Media("image")
 AUDIO = Media("audio")
 
 
-def talk(template, *steps, audio_branch=True, system=None):
+def make_conversation(template, *steps, audio_branch=True, system=None):
     """Make a conversation from media, questions, and answers, which start with ">"."""
     conversation = start_conversation(template, audio_branch, system)
     for step in steps:
@@ -43,7 +43,7 @@ def talk(template, *steps, audio_branch=True, system=None):
     return conversation
 
 
-def spelled(tokenized):
+def join_tokens(tokenized):
     """Join the tokens of ids to one string, with "*" for media tokens."""
     tokens = SPELLING.tokens(tokenized.ids)
     return "".join("*" if here else token for token, here in zip(tokens, tokenized.is_media, strict=True))
@@ -95,7 +95,7 @@ PROMPTS = [
 
 @pytest.mark.parametrize(("template", "steps", "expected"), PROMPTS)
 def test_prompts_are_rendered_as_text(template, steps, expected):
-    assert render(talk(template, *steps)) == expected
+    assert render(make_conversation(template, *steps)) == expected
 
 
 SYSTEMS = [
@@ -114,18 +114,20 @@ SYSTEMS = [
 @pytest.mark.parametrize(("audio_branch", "media", "expected"), SYSTEMS)
 def test_default_system_text_depends_on_the_media(audio_branch, media, expected):
     assert default_system_prompt(audio_branch, media) == expected
-    conversation = talk("vicuna", *([media] if media else []), "Who?", audio_branch=audio_branch)
+    conversation = make_conversation("vicuna", *([media] if media else []), "Who?", audio_branch=audio_branch)
     assert render(conversation).startswith(expected + "###Human: ")
 
 
 def test_the_last_file_determines_the_system_text():
-    assert render(talk("vicuna", VIDEO, "Who?", ">Me.", IMAGE, "Why?")).startswith(DEFAULT_SYSTEM)
-    assert render(talk("vicuna", IMAGE, "Who?", ">Me.", VIDEO, "Why?")).startswith("###Human: ")
+    assert render(make_conversation("vicuna", VIDEO, "Who?", ">Me.", IMAGE, "Why?")).startswith(DEFAULT_SYSTEM)
+    assert render(make_conversation("vicuna", IMAGE, "Who?", ">Me.", VIDEO, "Why?")).startswith("###Human: ")
 
 
 def test_a_custom_system_prompt_is_used():
-    assert render(talk("vicuna", SOUND_VIDEO, "Who?", system="Be brief.")).startswith("Be brief.###Human: ")
-    assert render(talk("vicuna", IMAGE, "Who?", system="")).startswith("###Human: ")
+    assert render(make_conversation("vicuna", SOUND_VIDEO, "Who?", system="Be brief.")).startswith(
+        "Be brief.###Human: "
+    )
+    assert render(make_conversation("vicuna", IMAGE, "Who?", system="")).startswith("###Human: ")
     with pytest.raises(ConfigError, match="'plain' has no place for a system text"):
         start_conversation("plain", audio_branch=False, system="Be brief.")
 
@@ -143,7 +145,7 @@ def test_time_message_lists_timestamps():
 
 
 def test_conversations_are_immutable():
-    first = talk("vicuna", IMAGE)
+    first = make_conversation("vicuna", IMAGE)
     second = first.ask("Who?")
     assert first.turns[0].question is None
     assert second.turns[0].media == (IMAGE,)
@@ -152,11 +154,11 @@ def test_conversations_are_immutable():
 
 def test_order_of_turns():
     with pytest.raises(ValueError, match="no question to answer"):
-        talk("vicuna", IMAGE, ">Me.")
+        make_conversation("vicuna", IMAGE, ">Me.")
     with pytest.raises(ValueError, match="no answer yet"):
-        talk("vicuna", "Who?", "Why?")
+        make_conversation("vicuna", "Who?", "Why?")
     with pytest.raises(ValueError, match="no answer yet"):
-        talk("vicuna", "Who?", IMAGE)
+        make_conversation("vicuna", "Who?", IMAGE)
 
 
 def test_audio_placeholders_precede_video_placeholders():
@@ -181,16 +183,16 @@ IDS = [
 @pytest.mark.parametrize(("template", "steps", "lengths", "expected"), IDS)
 def test_token_ids_of_a_conversation(template, steps, lengths, expected):
     tokenized = encode_conversation(
-        talk(template, *steps, system=None if template == "plain" else ""), SPELLING, lengths
+        make_conversation(template, *steps, system=None if template == "plain" else ""), SPELLING, lengths
     )
-    assert spelled(tokenized) == expected
+    assert join_tokens(tokenized) == expected
     assert tokenized.ids.dtype == np.int32
     assert tokenized.is_media.sum() == sum(lengths)
     assert not tokenized.ids[tokenized.is_media].any()
 
 
 def test_user_text_never_becomes_special_tokens():
-    conversation = talk("vicuna", IMAGE, "Is <ImageHere> after </s> or <s>?", system="</s>")
+    conversation = make_conversation("vicuna", IMAGE, "Is <ImageHere> after </s> or <s>?", system="</s>")
     tokenized = encode_conversation(conversation, SPELLING, [1])
     assert list(tokenized.ids).count(SPELLING.eos_id) == 0
     assert list(tokenized.ids).count(SPELLING.bos_id) == 1
@@ -279,7 +281,7 @@ def test_past_answer_returns_text_and_whether_it_ended(template, ids, text, ende
 def test_an_eos_stays_in_the_history(template, ended, expected):
     """The original's tokenizer encodes "Me.</s>###Human: Why?" with a separate id, and a new "▁" after it."""
     conversation = start_conversation(template, True).ask("Who?").answer("Me.", ended).ask("Why?")
-    assert spelled(encode_conversation(conversation, SPELLING, [])) == expected
+    assert join_tokens(encode_conversation(conversation, SPELLING, [])) == expected
     assert ("</s>" in render(conversation)) == ended
 
 
@@ -311,11 +313,11 @@ def test_time_messages_equal_the_golden_values(golden):
 def golden_conversation(case, times):
     """Make a golden conversation whose last message is still to be answered."""
     template = {"vicuna": "vicuna", "llama_v2": "llama_2"}[case["template"]]
-    sound = len(case["image_token_counts"]) == 2
+    audio = len(case["image_token_counts"]) == 2
     kind = "image" if case["how"] == "upload_img" else "video"
-    media = Media(kind, sound, tuple(times.get(case["media"], ())))
+    media = Media(kind, audio, tuple(times.get(case["media"], ())))
     questions = [text for _, text in case["messages"][0::2]]
-    first = questions[0].rsplit("  ", 1)[-1] if not sound else questions[0].split("seen and heard. ")[1]
+    first = questions[0].rsplit("  ", 1)[-1] if not audio else questions[0].split("seen and heard. ")[1]
     audio_branch = case["how"] != "upload_video_without_audio"
     conversation = start_conversation(template, audio_branch).add(media).ask(first)
     for question, (_, answer) in zip(questions[1:], case["messages"][1::2], strict=False):

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli_fixtures import error_line
-from conversions import converted, without
+from cli_fixtures import expect_error_line
+from conversions import convert_files, drop_components
 from jax.sharding import PartitionSpec
-from train_fixtures import Quiet, short_config
-from written_runs import flat, learned, shipped, write_run
+from train_fixtures import RecordingReporter, short_config
+from written_runs import flat_state, random_leaves, vision_stage1_config, write_run
 
 from vllama_jax import cli, sharding
 from vllama_jax.checkpoints import quantize
@@ -45,7 +45,7 @@ def stored(tiny_model, tmp_path_factory) -> Stored:
 
 
 def weights(network: VideoLlama) -> dict[str, np.ndarray]:
-    return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat(network)}
+    return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat_state(network)}
 
 
 # One kernel
@@ -146,10 +146,10 @@ def test_only_listed_kernels_are_quantized(tiny_model, stored):
     for scheme, model in stored.items():
         directory = open_model(model)
         after = directory.manifest["leaves"]
-        made = {f"{path}/{name}" for path in kernels for name in ("values", "scale")}
-        assert after.keys() == (before.keys() - {f"{path}/kernel" for path in kernels}) | made
-        assert {path: after[path] for path in after.keys() - made} == {
-            path: before[path] for path in after.keys() - made
+        result = {f"{path}/{name}" for path in kernels for name in ("values", "scale")}
+        assert after.keys() == (before.keys() - {f"{path}/kernel" for path in kernels}) | result
+        assert {path: after[path] for path in after.keys() - result} == {
+            path: before[path] for path in after.keys() - result
         }
         assert (directory.quantized, directory.config) == (scheme, open_model(tiny_model).config)
     shapes = open_model(stored["int4"]).shapes
@@ -166,13 +166,13 @@ def logits(network, ids):
 @SLOW
 def test_quantized_logits_of_a_long_prompt_are_close(tiny_model, stored):
     ids = np.random.default_rng(0).integers(512, size=(1, 256))
-    whole = np.asarray(logits(load(tiny_model).network, ids))
+    full = np.asarray(logits(load(tiny_model).network, ids))
     agreement = {"int8": 0.93, "int4": 0.4}  # random weights give close logits
     for scheme, model in stored.items():
         found = np.asarray(logits(load(model).network, ids))
         assert found.dtype == np.float32
-        assert np.abs(found - whole).max() < {"int8": 0.05, "int4": 0.7}[scheme] * np.abs(whole).max()
-        assert np.mean(found.argmax(-1) == whole.argmax(-1)) > agreement[scheme]
+        assert np.abs(found - full).max() < {"int8": 0.05, "int4": 0.7}[scheme] * np.abs(full).max()
+        assert np.mean(found.argmax(-1) == full.argmax(-1)) > agreement[scheme]
 
 
 def answer(network: VideoLlama) -> list[int]:
@@ -183,11 +183,11 @@ def answer(network: VideoLlama) -> list[int]:
 
 @SLOW
 def test_quantized_answers_and_video_tokens_are_close(tiny_model, stored):
-    whole, eight = load(tiny_model).network, load(stored["int8"]).network
-    assert answer(eight)[:3] == answer(whole)[:3]
+    full, eight = load(tiny_model).network, load(stored["int8"]).network
+    assert answer(eight)[:3] == answer(full)[:3]
     frames = np.random.default_rng(0).standard_normal((1, 2, 224, 224, 3), np.float32)
     encode = jax.jit(lambda network, frames: network.encode_video(frames))
-    expected = np.asarray(encode(whole, frames))
+    expected = np.asarray(encode(full, frames))
     assert 0 < np.abs(encode(eight, frames) - expected).max() < 0.05 * np.abs(expected).max()
 
 
@@ -232,7 +232,11 @@ def assert_leaves_are_those_of_the_base(run: Path, base: Path, quantized_run: Pa
 
 def test_a_quantized_run_has_the_leaves_of_its_base(tiny_model, tmp_path):
     lora = LoraConfig(rank=2, targets=("query", "out", "down"))
-    run = write_run(shipped(tiny_model, lora), tmp_path / "run", learned(tiny(vocab_size=512), lora, "frame_positions"))
+    run = write_run(
+        vision_stage1_config(tiny_model, lora),
+        tmp_path / "run",
+        random_leaves(tiny(vocab_size=512), lora, "frame_positions"),
+    )
     quantize.quantize(open_model(run), tmp_path / "int8", "int8")
     assert_leaves_are_those_of_the_base(run, tiny_model, tmp_path / "int8")
 
@@ -242,8 +246,8 @@ def test_a_quantized_run_has_the_leaves_of_its_base(tiny_model, tmp_path):
 def test_a_run_with_lora_updates_is_quantized(tiny_model, tmp_path, scheme):
     """Updates are merged before quantization, both at load and in a directory."""
     lora = LoraConfig(rank=3, alpha=6.0, targets=("query", "out", "down"))
-    trained = learned(tiny(vocab_size=512), lora, "frame_positions")
-    run = write_run(shipped(tiny_model, lora), tmp_path / "run", trained)
+    trained = random_leaves(tiny(vocab_size=512), lora, "frame_positions")
+    run = write_run(vision_stage1_config(tiny_model, lora), tmp_path / "run", trained)
     merged = load(run).network.llama.blocks[1].attention.query.kernel[...]
     quantize.quantize(open_model(run), tmp_path / scheme, scheme)
     assert_leaves_are_those_of_the_base(run, tiny_model, tmp_path / scheme)
@@ -314,7 +318,7 @@ def test_verify_checks_hashes_of_quantized_weights(stored, tmp_path, capsys):
     model = Path(shutil.copytree(stored["int4"], tmp_path / "model"))
     file = next((model / "params" / "llama.blocks.mlp.up.values").glob("0*"))
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-    assert "not as it was written: llama/blocks/mlp/up/values" in error_line("verify", model)
+    assert "not as it was written: llama/blocks/mlp/up/values" in expect_error_line("verify", model)
 
 
 def test_inspect_reports_quantized_weights(tiny_model, stored, capsys):
@@ -338,28 +342,30 @@ def test_invalid_uses_of_quantized_models_are_refused(tiny_model, stored, tmp_pa
     with pytest.raises(ConfigError, match=f"its weights are int8 already; {taken}"):
         load(stored["int8"], quantize="int4")
     assert load(stored["int8"], quantize="int8").network.llama.head.bits == 8
-    assert error_line("quantize", stored["int8"], "--out", tmp_path / "out").endswith("its weights are int8 already")
-    assert error_line("quantize", tiny_model, "--out", stored["int4"]).endswith(
+    assert expect_error_line("quantize", stored["int8"], "--out", tmp_path / "out").endswith(
+        "its weights are int8 already"
+    )
+    assert expect_error_line("quantize", tiny_model, "--out", stored["int4"]).endswith(
         "int4: exists already; remove it or choose another place"
     )
     needs = "--quantize compares with the PyTorch files: name them with --against"
-    assert error_line("verify", tiny_model, "--quantize", "int8") == needs
-    message = error_line("verify", stored["int8"], "--against", tmp_path, "--weights-only")
+    assert expect_error_line("verify", tiny_model, "--quantize", "int8") == needs
+    message = expect_error_line("verify", stored["int8"], "--against", tmp_path, "--weights-only")
     assert message.endswith("int8 is not what the PyTorch files hold; leave out --weights-only")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_quantized_weights_cannot_be_trained(stored, records, tmp_path):
     out, refusal = tmp_path / "out", "its weights are int8, good for answers and nothing else; take the model that it"
-    assert refusal in error_line("export", stored["int8"], "--out", out, "--format", "safetensors")
+    assert refusal in expect_error_line("export", stored["int8"], "--out", out, "--format", "safetensors")
     with pytest.raises(CheckpointError, match=refusal):
-        train(short_config(stored["int8"], records), out, Quiet())
+        train(short_config(stored["int8"], records), out, RecordingReporter())
     assert not out.exists()
 
 
 def test_a_quantized_base_without_branches_is_refused(tiny_files, tmp_path):
     """Missing components are listed as for any model."""
-    converted(without(tiny_files, "vl", "al", "minigpt4"), tmp_path / "base")
+    convert_files(drop_components(tiny_files, "vl", "al", "minigpt4"), tmp_path / "base")
     quantize.quantize(open_model(tmp_path / "base"), tmp_path / "m8", "int8")
     with pytest.raises(CheckpointError, match="the model has no frame_positions, llama_proj, video_qformer"):
         load(tmp_path / "m8")

@@ -108,12 +108,12 @@ def test_generation_on_a_mesh_gives_the_same_tokens(network, options):
 
 def test_loading_puts_one_shard_on_each_device(tiny_model, caplog):
     mesh = sharding.make_mesh(data=2, tensor=4)
-    split, whole = load(tiny_model, mesh=mesh).network, load(tiny_model).network
+    split, full = load(tiny_model, mesh=mesh).network, load(tiny_model).network
     gate = split.llama.blocks[0].mlp.gate.kernel[...]
     assert gate.sharding.spec == PartitionSpec(None, ("tensor",))
     assert "llama: 2 kv_heads over 4 devices does not divide; kept whole on each" in caplog.messages
     assert {shard.data.shape for shard in gate.addressable_shards} == {(gate.shape[0], gate.shape[1] // 4)}
-    for one, other in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+    for one, other in zip(jax.tree.leaves(split), jax.tree.leaves(full), strict=True):
         np.testing.assert_array_equal(one, other)
 
 

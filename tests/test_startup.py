@@ -15,11 +15,11 @@ from vllama_jax.nn.network import abstract_network, init_network
 @pytest.mark.parametrize("lora", [NO_LORA, LoraConfig(rank=4, alpha=8.0)], ids=["", "lora"])
 def test_the_abstract_network_has_the_structure_of_the_training_network(lora):
     config = tiny(vocab_size=512)
-    whole = nnx.eval_shape(lambda: init_network(config, lora, traced_rngs(jax.random.key(0))))
+    full = nnx.eval_shape(lambda: init_network(config, lora, traced_rngs(jax.random.key(0))))
     abstract = abstract_network(config, "float32", lora)
-    assert jax.tree.structure(abstract) == jax.tree.structure(whole)
-    assert nnx.split(abstract)[0] == nnx.split(whole)[0]
-    shapes = [[leaf.shape for leaf in jax.tree.leaves(network)] for network in (abstract, whole)]
+    assert jax.tree.structure(abstract) == jax.tree.structure(full)
+    assert nnx.split(abstract)[0] == nnx.split(full)[0]
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(network)] for network in (abstract, full)]
     assert shapes[0] == shapes[1]
 
 

@@ -79,7 +79,7 @@ def byte_fallback_folder(tmp_path):
     return tmp_path
 
 
-def pieces(tokenizer, text, **options):
+def encode_to_tokens(tokenizer, text, **options):
     return tokenizer.tokens(tokenizer.encode(text, **options))
 
 
@@ -111,7 +111,7 @@ def test_tokenizer_round_trips_known_tokens(folder, text, expected, decoded):
 
 def test_special_tokens_as_plain_text(folder):
     tokenizer = load_tokenizer(folder)
-    assert pieces(tokenizer, "a</s>", special=False) == ["▁a", "<0x3C>", "<0x2F>", "s", "<0x3E>"]
+    assert encode_to_tokens(tokenizer, "a</s>", special=False) == ["▁a", "<0x3C>", "<0x2F>", "s", "<0x3E>"]
     assert tokenizer.media_id not in tokenizer.encode("<ImageHere>", special=False)
     assert tokenizer.decode(tokenizer.encode("a <s><unk><ImageHere> b", special=False)) == "a <s><unk><ImageHere> b"
 
@@ -181,7 +181,7 @@ def test_added_tokens_extend_the_vocabulary(folder, files, expected, pad_id, voc
     assert (tokenizer.pad_id, tokenizer.vocab_size, tokenizer.media_id) == (pad_id, vocab_size, vocab_size)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
     if expected:
-        assert pieces(tokenizer, "a [PAD] dog") == expected.split()
+        assert encode_to_tokens(tokenizer, "a [PAD] dog") == expected.split()
         assert tokenizer.decode([300], skip_special=True) == ""
 
 
@@ -189,7 +189,12 @@ def test_tokenizer_json_like_llama_3(byte_level_folder):
     tokenizer = load_tokenizer(byte_level_folder)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (259, 260, None, 260)
     assert tokenizer.vocab_size == tokenizer.media_id == 261
-    assert pieces(tokenizer, "dog dog<|eot_id|>", bos=True) == ["<|begin_of_text|>", "dog", "Ġdog", "<|eot_id|>"]
+    assert encode_to_tokens(tokenizer, "dog dog<|eot_id|>", bos=True) == [
+        "<|begin_of_text|>",
+        "dog",
+        "Ġdog",
+        "<|eot_id|>",
+    ]
     plain = tokenizer.encode("<|eot_id|>", special=False)
     assert tokenizer.eos_id not in plain
     assert tokenizer.decode(plain) == "<|eot_id|>"
@@ -203,7 +208,7 @@ def test_tokenizer_json_like_llama_3(byte_level_folder):
 def test_tokenizer_json_like_llama_2(byte_fallback_folder):
     tokenizer = load_tokenizer(byte_fallback_folder)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (1, 2, 0, 0)
-    assert pieces(tokenizer, "a d</s>b日") == ["▁a", "▁", "d", "</s>", "▁", "b", "<0xE6>", "<0x97>", "<0xA5>"]
+    assert encode_to_tokens(tokenizer, "a d</s>b日") == ["▁a", "▁", "d", "</s>", "▁", "b", "<0xE6>", "<0x97>", "<0xA5>"]
     assert tokenizer.decode(tokenizer.encode("a d日")) == "a d日"
 
 
@@ -296,11 +301,11 @@ def test_settled_text_is_final(kind, request):
         text = "".join(rng.choices("ab dog日本語é🎂\n👩‍🚀", k=10))
         any_ids = [rng.randrange(tokenizer.media_id + 2) for _ in range(10)]
         bytes_mostly = [rng.randrange(3, 259) for _ in range(10)]
-        for ids, whole in ((tokenizer.encode(text), True), (any_ids, False), (bytes_mostly, False)):
+        for ids, full in ((tokenizer.encode(text), True), (any_ids, False), (bytes_mostly, False)):
             text = tokenizer.decode(ids, skip_special=True)
             settled = [tokenizer.decode_stable_prefix(ids[:count]) for count in range(len(ids) + 1)]
             assert all(after.startswith(before) for before, after in itertools.pairwise([*settled, text]))
-            assert not whole or not any("\ufffd" in before for before in settled)
+            assert not full or not any("\ufffd" in before for before in settled)
 
 
 def test_incomplete_characters_are_not_settled(folder):

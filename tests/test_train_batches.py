@@ -33,7 +33,7 @@ class Records:
 
     def __init__(self, kind: str, answers: list[str]):
         self.kinds = {kind: range(len(answers))}
-        self.annotations = [Annotation(f"{n}.{kind}", kind, (("What?", said),)) for n, said in enumerate(answers)]
+        self.annotations = [Annotation(f"{n}.{kind}", kind, (("What?", message),)) for n, message in enumerate(answers)]
         file = io.BytesIO()
         Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(file, "png")
         self.media = lambda number: file.getvalue()
@@ -60,8 +60,8 @@ def boxes(monkeypatch) -> list[tuple]:
     """Record the arguments and results of `random_crop_box`, in order."""
     calls = []
 
-    def recorded(draw, *asked):
-        calls.append((asked, random_crop_box(draw, *asked)))
+    def recorded(rng, *asked):
+        calls.append((asked, random_crop_box(rng, *asked)))
         return calls[-1][1]
 
     monkeypatch.setattr(pipeline, "random_crop_box", recorded)

@@ -26,11 +26,11 @@ OPTIM = OptimConfig(lr=0.1, min_lr=0.01, warmup_lr=0.02, warmup_steps=3)
 class Network:
     """A network with one-hot embeddings; media tokens are the features; the language model returns its input."""
 
-    def __init__(self, head, seen: list):
-        self.head, self.seen, self.llama = head, seen, self
+    def __init__(self, head, observed: list):
+        self.head, self.observed, self.llama = head, observed, self
 
     def video_tokens(self, features, *, dropout):
-        self.seen.append(dropout)
+        self.observed.append(dropout)
         return apply_dropout(features, dropout)
 
     def embed(self, ids):
@@ -48,11 +48,11 @@ class AbstractModel:
     """Builds the network, and records the arguments of its calls."""
 
     built: list = dataclasses.field(default_factory=list)
-    seen: list = dataclasses.field(default_factory=list)
+    observed: list = dataclasses.field(default_factory=list)
 
     def build(self, weights):
         self.built.append({path: weight.dtype.name for path, weight in weights.items()})
-        return Network(weights["head"], self.seen)
+        return Network(weights["head"], self.observed)
 
 
 def config_of(**options) -> TrainConfig:
@@ -78,7 +78,7 @@ def head_of() -> np.ndarray:
     return np.random.default_rng(1).standard_normal((WIDTH, VOCABULARY))
 
 
-def by_hand(head: np.ndarray, rows: list[int]) -> tuple[float, int, np.ndarray]:
+def reference_loss(head: np.ndarray, rows: list[int]) -> tuple[float, int, np.ndarray]:
     """Sum the labels' cross-entropy in float64; return the sum, the number of labels and the gradient."""
     batch, loss, count, gradient = batch_of(), 0.0, 0, np.zeros_like(head)
     for row in rows:
@@ -111,7 +111,7 @@ def run(
 
 def test_the_loss_sums_over_labels_including_token_0():
     loss, count = loss_sum(Network(jnp.float32(head_of()), []), batch_of(), config_of(), None)
-    expected, number, _ = by_hand(head_of(), [0, 1, 2, 3])
+    expected, number, _ = reference_loss(head_of(), [0, 1, 2, 3])
     assert (float(loss), int(count)) == (pytest.approx(expected, rel=1e-5), number)
     assert number == 6
 
@@ -120,17 +120,17 @@ def test_the_loss_sums_over_labels_including_token_0():
 def test_loss_and_gradient_do_not_depend_on_accumulation_steps(grad_accum_steps):
     """One micro-batch has more labels than another, and one has none, so a mean of their means would differ."""
     state, (metrics,) = run(config_of(grad_accum_steps=grad_accum_steps))
-    loss, count, gradient = by_hand(head_of(), [0, 1, 2, 3])
+    loss, count, gradient = reference_loss(head_of(), [0, 1, 2, 3])
     assert metrics["loss"] == pytest.approx(loss / count, rel=1e-5)
     assert metrics["gradient_norm"] == pytest.approx(np.linalg.norm(gradient) / count, rel=1e-5)
     assert metrics["tokens"] == count
-    adam = next(part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))
+    adam = next(item for item in state.opt_state if isinstance(item, optax.ScaleByAdamState))
     np.testing.assert_allclose(adam.mu["head"], 0.1 * gradient / count, rtol=1e-4, atol=1e-7)
 
 
 def test_the_reported_gradient_norm_is_before_clipping():
     _, (metrics,) = run(config_of(optim=dataclasses.replace(OPTIM, max_grad_norm=1e-3)))
-    _, count, gradient = by_hand(head_of(), [0, 1, 2, 3])
+    _, count, gradient = reference_loss(head_of(), [0, 1, 2, 3])
     assert metrics["gradient_norm"] == pytest.approx(np.linalg.norm(gradient) / count, rel=1e-5)
 
 
@@ -168,9 +168,9 @@ def test_validation_uses_no_dropout():
     abstract_model = AbstractModel()
     evaluate = make_eval_step(config_of(dropout=0.9), abstract_model)
     loss, count = evaluate({"head": jnp.float32(head_of())}, {}, batch_of())
-    expected, number, _ = by_hand(head_of(), [0, 1, 2, 3])
+    expected, number, _ = reference_loss(head_of(), [0, 1, 2, 3])
     assert (float(loss), int(count)) == (pytest.approx(expected, rel=1e-5), number)
-    assert abstract_model.seen == [None]
+    assert abstract_model.observed == [None]
 
 
 def test_computation_is_in_the_compute_dtype_and_state_in_float32():
@@ -187,7 +187,7 @@ def test_computation_is_in_the_compute_dtype_and_state_in_float32():
 def test_the_dropout_rate_is_passed_to_the_network():
     abstract_model = AbstractModel()
     run(config_of(dropout=0.25), abstract_model=abstract_model)
-    assert [one.rate for one in abstract_model.seen if isinstance(one, Dropout)] == [0.25]
+    assert [one.rate for one in abstract_model.observed if isinstance(one, Dropout)] == [0.25]
     abstract_model = AbstractModel()
     run(config_of(), abstract_model=abstract_model)
-    assert abstract_model.seen == [None]
+    assert abstract_model.observed == [None]

@@ -117,22 +117,22 @@ def conversation_batch(golden, setting, case, branch, name) -> dict:
     texts, frames = [], []
     if "llava" in name:
         (entry,) = json.loads((golden / "train/s2_llava_annotations.json").read_text())
-        said = [message["value"] for message in entry["conversations"]]
-        at = said[0].index("<image>")
-        said[0] = said[0].replace("<image>", "")
-        given = [(list(zip(said[::2], said[1::2], strict=True)), Media("image"), at)]
+        values = [message["value"] for message in entry["conversations"]]
+        at = values[0].index("<image>")
+        values[0] = values[0].replace("<image>", "")
+        examples = [(list(zip(values[::2], values[1::2], strict=True)), Media("image"), at)]
         frames = [np.load(golden / "media/dog_image.npz")["resized_uint8_hwc"][None]]
     else:
         entries = json.loads((golden / "train/s2_annotations.json").read_text())[:2]
         found = json.loads((golden / "media/media.json").read_text())
-        given = []
+        examples = []
         for entry in entries:
             clip = entry["video"].removesuffix(".mp4")
             seconds = tuple(index / found[clip]["fps"] for index in found[clip]["indices"])
-            given.append(([(qa["q"], qa["a"]) for qa in entry["QA"]], Media("video", timestamps=seconds), 0))
+            examples.append(([(qa["q"], qa["a"]) for qa in entry["QA"]], Media("video", timestamps=seconds), 0))
             frames.append(np.load(golden / f"media/{clip}_video.npz")["frames_uint8_thwc"])
     many = media_length(branch)
-    for turns, media, at in given:
+    for turns, media, at in examples:
         texts.append(label_conversation(setting.directory.tokenizer, template, turns, media, at, many, 512))
     return one_shape(frames, texts, many)
 

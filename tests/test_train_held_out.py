@@ -36,7 +36,7 @@ class Reader:
 
 
 @pytest.fixture
-def look(monkeypatch, tmp_path):
+def run_validation(monkeypatch, tmp_path):
     """Run validation once; return the batches that were read, and the reported line."""
     monkeypatch.setattr(validation, "place", lambda arrays, plan: arrays)
 
@@ -55,14 +55,14 @@ def look(monkeypatch, tmp_path):
     return run
 
 
-def test_validation_batches_cycle_through_the_records(look):
-    rows, _ = look(3, Stream("a", 10))
+def test_validation_batches_cycle_through_the_records(run_validation):
+    rows, _ = run_validation(3, Stream("a", 10))
     assert [[record for record, _ in examples] for _, examples in rows] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
     assert {epoch for _, examples in rows for _, epoch in examples} == {0}
 
 
-def test_validation_streams_alternate_and_continue(look):
-    rows, _ = look(5, Stream("a", 8), Stream("b", 3))
+def test_validation_streams_alternate_and_continue(run_validation):
+    rows, _ = run_validation(5, Stream("a", 8), Stream("b", 3))
     assert [name for name, _ in rows] == ["a", "b", "a", "b", "a"]
     assert [[record for record, _ in examples] for name, examples in rows if name == "a"] == [
         [0, 1, 2, 3],
@@ -75,6 +75,6 @@ def test_validation_streams_alternate_and_continue(look):
     ]
 
 
-def test_validation_loss_is_the_mean_over_all_labels(look):
+def test_validation_loss_is_the_mean_over_all_labels(run_validation):
     """Two times 0 + 1 + 2 + 3 and 4 + 5 + 6 + 7, with 3 and 4 labels: 8; the mean over batches would be 7.5."""
-    assert look(2, Stream("a", 8))[1] == "step 3: validation loss 8.0000"
+    assert run_validation(2, Stream("a", 8))[1] == "step 3: validation loss 8.0000"

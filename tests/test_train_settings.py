@@ -99,18 +99,18 @@ SENSES = {"vision", "audio"}
 CLIPS = {"validation": ValidationConfig(interval_steps=1, clips=("clip.mp4",))}
 
 
-def left(branch: str, kinds: tuple[str, ...], **options) -> tuple[set[str], set[str]]:
+def unused_components(branch: str, media_types: tuple[str, ...], **options) -> tuple[set[str], set[str]]:
     """Return the components of a full network that a run keeps, and the modalities of its ImageBind."""
     imagebind = SimpleNamespace(vision=1, audio=1)
     network = SimpleNamespace(**dict.fromkeys(COMMON | VISION | AUDIO, 1), imagebind=imagebind)
     trainable = {} if branch == "vision" else {"trainable": AUDIO_BRANCH}
-    remove_unused_components(network, config_of(branch=branch, **trainable, **options), kinds)
-    senses = set(vars(imagebind)) if hasattr(network, "imagebind") else set()
-    return set(vars(network)) - {"imagebind"}, senses
+    remove_unused_components(network, config_of(branch=branch, **trainable, **options), media_types)
+    modalities = set(vars(imagebind)) if hasattr(network, "imagebind") else set()
+    return set(vars(network)) - {"imagebind"}, modalities
 
 
 @pytest.mark.parametrize(
-    ("branch", "kinds", "options", "parts", "senses"),
+    ("branch", "media_types", "options", "components", "modalities"),
     [
         ("vision", ("video",), {}, COMMON | VISION, set()),
         ("vision", ("image",), {}, COMMON | VISION, set()),
@@ -125,8 +125,8 @@ def left(branch: str, kinds: tuple[str, ...], **options) -> tuple[set[str], set[
         ("audio", ("video",), CLIPS, COMMON | AUDIO, SENSES),
     ],
 )
-def test_components_that_a_run_does_not_use_are_omitted(branch, kinds, options, parts, senses):
-    assert left(branch, kinds, **options) == (parts, senses)
+def test_components_that_a_run_does_not_use_are_omitted(branch, media_types, options, components, modalities):
+    assert unused_components(branch, media_types, **options) == (components, modalities)
 
 
 def test_a_vision_only_network_omits_no_audio_components():

@@ -5,7 +5,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from text_fixtures import SPELLING, shown
+from text_fixtures import SPELLING, mark_labels
 
 from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.config import TextConfig
@@ -17,7 +17,7 @@ INSTRUCTED = TextConfig(template="plain", instructions=("One?", "Two?", "Three?"
 
 
 def text_of(annotation: Annotation, cfg: TextConfig, seed: int = 0, timestamps: tuple[float, ...] = ()) -> str:
-    return shown(encode_text(annotation, cfg, SPELLING, 2, timestamps, np.random.default_rng(seed)))
+    return mark_labels(encode_text(annotation, cfg, SPELLING, 2, timestamps, np.random.default_rng(seed)))
 
 
 def test_each_instruction_is_drawn_as_often_as_the_others():

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
-from text_fixtures import SPELLING, SpellingTokenizer, shown
+from text_fixtures import SPELLING, SpellingTokenizer, mark_labels
 from tokenizers import decoders, models, pre_tokenizers
 
 from vllama_jax.convert.tiny import train_tokenizer
@@ -69,13 +69,13 @@ CAPTIONS = [
 
 @pytest.mark.parametrize(("template", "media", "instruction", "expected"), CAPTIONS)
 def test_captions_have_labels_after_the_prompt(template, media, instruction, expected):
-    assert shown(caption(template, "a dog", media, instruction)) == expected
+    assert mark_labels(caption(template, "a dog", media, instruction)) == expected
 
 
 def test_long_captions_are_truncated():
-    assert shown(caption("vicuna", "a dog", max_length=7)) == "<s>**«▁a dog\n»"
-    assert shown(caption("vicuna", "a dog", max_length=6)) == "<s>**«▁a dog»"
-    assert shown(caption("llama_2", "a dog", instruction="?", max_length=3)).endswith(" [/INST] «▁a »")
+    assert mark_labels(caption("vicuna", "a dog", max_length=7)) == "<s>**«▁a dog\n»"
+    assert mark_labels(caption("vicuna", "a dog", max_length=6)) == "<s>**«▁a dog»"
+    assert mark_labels(caption("llama_2", "a dog", instruction="?", max_length=3)).endswith(" [/INST] «▁a »")
 
 
 CONVERSATIONS = [
@@ -107,7 +107,7 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize(("template", "media", "turns", "expected"), CONVERSATIONS)
 def test_conversations_have_labels_at_the_answers(template, media, turns, expected):
-    assert shown(conversation(template, turns, media)) == expected
+    assert mark_labels(conversation(template, turns, media)) == expected
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_conversations_have_labels_at_the_answers(template, media, turns, expect
 )
 def test_an_image_is_at_its_placeholder_or_first(media_at, expected):
     text = conversation("vicuna", [("Who?\nNow", "Me.")], media_at=media_at)
-    assert shown(text) == f"<s>▁\n\n«###»Human: {expected}\n«###Assistant: Me.\n###»"
+    assert mark_labels(text) == f"<s>▁\n\n«###»Human: {expected}\n«###Assistant: Me.\n###»"
 
 
 @pytest.mark.parametrize(
@@ -131,21 +131,21 @@ def test_an_image_is_at_its_placeholder_or_first(media_at, expected):
 )
 def test_a_video_is_at_its_placeholder(media, introduction):
     text = conversation("vicuna", [("Look at now", "Me.")], media, media_at=len("Look at "))
-    assert shown(text) == f"<s>▁\n\n«###»Human: Look at {introduction}now\n«###Assistant: Me.\n###»"
+    assert mark_labels(text) == f"<s>▁\n\n«###»Human: Look at {introduction}now\n«###Assistant: Me.\n###»"
 
 
 def test_long_conversations_are_truncated():
     turns = [("Who?", "Me.")]
-    whole = conversation("llama_2", turns)
-    for length in range(1, len(whole.ids) + 1):
+    full = conversation("llama_2", turns)
+    for length in range(1, len(full.ids) + 1):
         text = conversation("llama_2", turns, max_length=length)
-        shown(text)
-        assert text.ids.tolist() == whole.ids[:length].tolist()
-        assert text.is_media.tolist() == whole.is_media[:length].tolist()
-        assert text.labels.tolist() == whole.labels[:length].tolist()
-    first_media = int(whole.is_media.argmax())
+        mark_labels(text)
+        assert text.ids.tolist() == full.ids[:length].tolist()
+        assert text.is_media.tolist() == full.is_media[:length].tolist()
+        assert text.labels.tolist() == full.labels[:length].tolist()
+    first_media = int(full.is_media.argmax())
     assert conversation("llama_2", turns, max_length=first_media + 1).is_media.sum() == 1
-    first_label = int((whole.labels != IGNORE_INDEX).argmax())
+    first_label = int((full.labels != IGNORE_INDEX).argmax())
     assert (conversation("llama_2", turns, max_length=first_label).labels == IGNORE_INDEX).all()
 
 
@@ -155,10 +155,10 @@ def test_user_text_never_becomes_special_tokens(template, ends_of_turns):
     answers = conversation(template, [(odd, odd), (odd, odd)], media_at=4)
     assert answers.is_media.sum() == 2
     assert [answers.ids.tolist().count(i) for i in (SPELLING.bos_id, SPELLING.eos_id)] == [*ends_of_turns]
-    assert shown(answers).count(odd[4:]) == 4
+    assert mark_labels(answers).count(odd[4:]) == 4
     described = caption(template, odd, instruction=odd)
     assert [described.ids.tolist().count(i) for i in (SPELLING.bos_id, SPELLING.eos_id)] == [1, template == "llama_2"]
-    assert shown(described).count(odd) == 2
+    assert mark_labels(described).count(odd) == 2
 
 
 MELTING = {ord("\n"): "#", ord("]"): " "}
@@ -184,9 +184,9 @@ class MeltingTokenizer(SpellingTokenizer):
 def test_tokens_across_segments_belong_to_the_later_one():
     melting = MeltingTokenizer()
     text = conversation("vicuna", [("Who?", "Me.")], tokenizer=melting)
-    assert shown(text, melting) == "<s>▁\n«\n###»Human: <Image>**▁</Image>Who?«\n###Assistant: Me.\n###»"
+    assert mark_labels(text, melting) == "<s>▁\n«\n###»Human: <Image>**▁</Image>Who?«\n###Assistant: Me.\n###»"
     text = conversation("llama_2", [("Who?", "Me.")], tokenizer=melting)
-    assert shown(text, melting).endswith("Who? [/INST«] Me. </s>»")
+    assert mark_labels(text, melting).endswith("Who? [/INST«] Me. </s>»")
 
 
 def byte_level(folder):
@@ -214,9 +214,9 @@ TEXTS = ["What is the dog doing?", "It runs.\n\nIt barks.", "日本語 🎂!", "
 def test_labels_decode_to_the_answers_with_any_tokenizer(tmp_path, make):
     make(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    draw = random.Random(0)
+    rng = random.Random(0)
     for _ in range(50):
-        turns = [tuple(draw.choices(TEXTS, k=2)) for _ in range(draw.randint(1, 3))]
+        turns = [tuple(rng.choices(TEXTS, k=2)) for _ in range(rng.randint(1, 3))]
         text = conversation("llama_2", turns, tokenizer=tokenizer)
         assert learned_texts(text, tokenizer) == [f" {answer} " for _, answer in turns]
         text = conversation("vicuna", turns, tokenizer=tokenizer)

@@ -145,8 +145,8 @@ class EvaReference(nn.Module):
         )
         del self.model.post_layernorm
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.model.encoder(self.model.embeddings(pictures)).last_hidden_state
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.encoder(self.model.embeddings(images)).last_hidden_state
 
     def drop_key_biases(self) -> None:
         """Drop the key biases, which the original lacks; transformers keeps zeros for them."""

@@ -38,15 +38,15 @@ def worker_processes(parent: int) -> set[int]:
     return found
 
 
-class Quiet:
+class RecordingReporter:
     """A reporter that records its calls."""
 
     def __init__(self):
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.steps: list[dict] = []
 
     def show_message(self, text):
-        self.said.append(text)
+        self.messages.append(text)
 
     def show_plan(self, plan):
         self.plan = plan
@@ -66,10 +66,10 @@ def write_files(folder: Path, media: Path | None = None, videos: int = 4) -> Pat
     for number in range(videos):
         write_video(folder / f"{number}.mp4", rng.integers(0, 256, (10, 64, 64, 3)).astype(np.uint8), fps=5)
         turns = [("What is number?", f"It is number {number}."), ("Sure?", "Yes, I am.")]
-        said = [
+        messages = [
             {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
         ]
-        lines.append({"video": f"{number}.mp4", "conversations": said})
+        lines.append({"video": f"{number}.mp4", "conversations": messages})
     for number in range(2):
         Image.fromarray(rng.integers(0, 256, (50, 60, 3)).astype(np.uint8)).save(folder / f"{number}.png")
         lines.append({"image": f"{number}.png", "question": "<image>\nWhat?", "answer": f"Picture {number} of noise."})

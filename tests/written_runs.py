@@ -25,12 +25,12 @@ def weights_of(step: int) -> dict[str, np.ndarray]:
     return {path: rng.standard_normal(shape, np.float32) for path, shape in SHAPES.items()}
 
 
-def write_two_checkpoints(base: Path, out: Path) -> Path:
+def write_run_of_two_checkpoints(base: Path, out: Path) -> Path:
     """Write a run of `base` with `weights_of` steps 4 and 8 in its checkpoints."""
-    return write_checkpoints(shipped(base, NO_LORA), out, {step: weights_of(step) for step in (4, 8)})
+    return write_checkpoints(vision_stage1_config(base, NO_LORA), out, {step: weights_of(step) for step in (4, 8)})
 
 
-def shipped(base: Path, lora: LoraConfig) -> TrainConfig:
+def vision_stage1_config(base: Path, lora: LoraConfig) -> TrainConfig:
     """Return the built-in config of the vision branch's stage 1 for this model."""
     config, _ = load_config("vision_stage1")
     return dataclasses.replace(config, model=str(base), lora=lora)
@@ -57,19 +57,19 @@ def state_of(step: int, weights: Mapping[str, np.ndarray]) -> TrainState:
     return TrainState(jax.numpy.int32(step), jax.tree.map(jax.numpy.asarray, dict(weights)), opt_state)
 
 
-def learned(config: VideoLlamaConfig, lora: LoraConfig, *parts: str) -> dict[str, np.ndarray]:
+def random_leaves(config: VideoLlamaConfig, lora: LoraConfig, *components: str) -> dict[str, np.ndarray]:
     """Return random weights of these components of a network."""
     network = abstract_network(config, "float32", lora)
-    shapes = {"/".join(map(str, path)): leaf.shape for path, leaf in flat(network)}
+    shapes = {"/".join(map(str, path)): leaf.shape for path, leaf in flat_state(network)}
     rng = np.random.default_rng(1)
     return {
         path: 0.1 * rng.standard_normal(shape, np.float32)
         for path, shape in shapes.items()
-        if path.startswith(parts) or "/lora/" in path
+        if path.startswith(components) or "/lora/" in path
     }
 
 
-def flat(network) -> list:
+def flat_state(network) -> list:
     from flax import nnx
 
     return nnx.to_flat_state(nnx.state(network))
