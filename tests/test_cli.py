@@ -145,7 +145,7 @@ def test_unusable_media_are_one_line_each(tiny_model, capsys, tmp_path, clip, un
     ("options", "why"),
     [
         (["--num-frames", 40], "--num-frames 40, but the model has learned 32 positions; ask for fewer, or"),
-        (["--system", "Be brief.", "--template", "plain"], "'plain' has no place for a system text"),
+        (["--system", "Be brief.", "--template", "plain"], "'plain' does not support a system prompt"),
     ],
     ids=str,
 )

@@ -319,7 +319,7 @@ LLAMA_DAMAGES = {
     "tokenizer is noise": (write("tokenizer.model", b"noise"), "tokenizer.model is not a SentencePiece model"),
     "tokenizer has more tokens": (
         write("added_tokens.json", json.dumps({f"<{n}>": 512 + n for n in range(3)}).encode()),
-        "a tokenizer that does not fit the embeddings: it has 515 tokens, the embedding table has 512 rows",
+        "the tokenizer does not match the embeddings: it has 515 tokens, the embedding table has 512 rows",
     ),
 }
 

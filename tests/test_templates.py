@@ -146,7 +146,7 @@ def test_a_tokenizer_without_bos_is_accepted(tmp_path):
     assert (load_tokenizer(tmp_path).bos_id, load_tokenizer(tmp_path).eos_ids) == (None, (6,))
     json_folder(tmp_path, add_bos_token=True, eos_token="<|im_end|>")
     (tmp_path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match="name no bos token"):
+    with pytest.raises(CheckpointError, match="declare no bos token"):
         load_tokenizer(tmp_path)
 
 

@@ -280,7 +280,7 @@ def test_invalid_declarations_are_an_error(folder, name, text, message):
 
 def test_special_tokens_must_be_declared(byte_level_folder):
     (byte_level_folder / "tokenizer_config.json").unlink()
-    with pytest.raises(CheckpointError, match="name no bos and no eos token: add tokenizer"):
+    with pytest.raises(CheckpointError, match="declare no bos and no eos token: add tokenizer"):
         load_tokenizer(byte_level_folder)
 
 
