@@ -272,7 +272,7 @@ def test_lora_updates_are_trained_and_the_language_model_is_not():
 def test_processes_divide_the_threads(processes, threads, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        pipeline, "_pool", lambda count: asked.append(count) or concurrent.futures.ThreadPoolExecutor(1)
+        pipeline, "_thread_pool", lambda count: asked.append(count) or concurrent.futures.ThreadPoolExecutor(1)
     )
     config = config_of(data=DataConfig(num_threads=8, num_workers=processes))
     assert (
