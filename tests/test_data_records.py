@@ -376,7 +376,7 @@ def hostile_modules(tmp_path, monkeypatch) -> Path:
             "does not have the features of a records directory",
         ),
         ("features.json", lambda text: "{}", "does not have the features of a records directory"),
-        ("features.json", lambda text: '["evilmod.X"]', "must hold a JSON object, not list"),
+        ("features.json", lambda text: '["evilmod.X"]', "must contain a JSON object, not list"),
         ("features.json", lambda text: "[" * 100_000, "nested too deeply"),
         ("dataset_info.json", with_field("moduleName", "evilmod"), "unexpected value of moduleName"),
         ("dataset_info.json", with_field("moduleName", "vllama_jaxx.evil"), "unexpected value of moduleName"),

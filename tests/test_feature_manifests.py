@@ -130,7 +130,7 @@ def test_writing_features_validates_an_existing_manifest(cached, tmp_path):
     ("line", "message"),
     [
         ("{", "line 1: not JSON"),
-        ("3", "line 1: must hold a JSON object"),
+        ("3", "line 1: must contain a JSON object"),
         ("{}", "line 1: has no record, id and why"),
         ('{"record": "1", "id": "a", "why": "b"}', "line 1: has no record, id and why"),
         ("\xff", "line 1: not JSON"),

@@ -346,7 +346,7 @@ def test_invalid_uses_of_quantized_models_are_refused(tiny_model, stored, tmp_pa
         "its weights are int8 already"
     )
     assert expect_error_line("quantize", tiny_model, "--out", stored["int4"]).endswith(
-        "int4: exists already; remove it or choose another place"
+        "int4: already exists; remove it or choose another path"
     )
     needs = "--quantize compares with the PyTorch files: name them with --against"
     assert expect_error_line("verify", tiny_model, "--quantize", "int8") == needs

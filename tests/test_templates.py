@@ -136,7 +136,7 @@ def test_eos_ids_come_from_the_generation_config(tmp_path):
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 3]}))
     assert load_tokenizer(tmp_path).eos_ids == (3, 5)
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, "6"]}))
-    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id must be a whole number"):
+    with pytest.raises(CheckpointError, match=r"generation_config.json: eos_token_id must be an integer"):
         load_tokenizer(tmp_path)
 
 
