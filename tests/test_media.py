@@ -388,8 +388,8 @@ BAD_FILES = {
     ),
     "no frames": (lambda b: write_video(b.folder / "none.avi", 0, codec="mpeg4"), "the video has no frames"),
     "heic": (lambda b: b.branded("phone.heic", b"heic"), "HEIC"),
-    "jpg cut": (lambda b: b.cut("cut.jpg", b.picture("noise.jpg")), "JPEG image is truncated or corrupt"),
-    "png cut": (lambda b: b.cut("cut.png", b.picture("noise.png")), "PNG image is truncated or corrupt"),
+    "jpg cut": (lambda b: b.cut("cut.jpg", b.image_file("noise.jpg")), "JPEG image is truncated or corrupt"),
+    "png cut": (lambda b: b.cut("cut.png", b.image_file("noise.png")), "PNG image is truncated or corrupt"),
 }
 
 

@@ -57,11 +57,7 @@ def reader_of(rows: list[int], data: DataConfig = EVERY_LENGTH, **options) -> Ba
 
 @pytest.fixture
 def boxes(monkeypatch) -> list[tuple]:
-<<<<<<< ours
     """Record the arguments and results of `random_crop_box`, in order."""
-=======
-    """Arguments and results of `random_crop_box`, in order."""
->>>>>>> main
     calls = []
 
     def recorded(rng, *asked):

@@ -65,16 +65,16 @@ class Trainer:
         self.abstract_model = AbstractModel(network)
         values = {path: jnp.asarray(variable.get_value()) for path, variable in self.abstract_model.variables.items()}
         self.trainable_paths = select_paths(list(values), config.trainable)
-        shardings = self.abstract_model.shardings(values, self.mesh)
+        weight_shardings = self.abstract_model.shardings(values, self.mesh)
         optimizer = make_optimizer(config.optim, config.steps)
-        weights = {path: shardings[path] for path in self.trainable_paths}
+        weights = {path: weight_shardings[path] for path in self.trainable_paths}
         self.abstract_state = make_abstract_state(weights, self.abstract_model, optimizer, self.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self._start = jax.jit(lambda weights: init_state(weights, optimizer), out_shardings=shardings)
-        self._initial = {path: jax.device_put(values[path], shardings[path]) for path in self.trainable_paths}
+        self._initial = {path: jax.device_put(values[path], weight_shardings[path]) for path in self.trainable_paths}
         self.restart()
         self.frozen = {
-            path: jax.device_put(value, shardings[path])
+            path: jax.device_put(value, weight_shardings[path])
             for path, value in values.items()
             if path not in self.trainable_paths
         }
