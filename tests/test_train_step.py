@@ -35,7 +35,7 @@ def config_of(**options) -> TrainConfig:
     return TrainConfig(**{**fields, "dropout": 0.0, **options})
 
 
-def batch_of(branch: str, seed: int = 0, *, image_records: bool = False) -> dict[str, np.ndarray]:
+def batch_of(branch: str, seed: int = 0, *, images: bool = False) -> dict[str, np.ndarray]:
     """Return features of one frame or an image, media tokens first, and random text with labels at its beginning."""
     rng = np.random.default_rng(seed)
     many = 32 if branch == "vision" else 8
@@ -43,7 +43,7 @@ def batch_of(branch: str, seed: int = 0, *, image_records: bool = False) -> dict
     labels = rng.integers(1, most, ROWS)
     columns = np.arange(most)
     media = {"features": rng.standard_normal((ROWS, 1, 32, 48), np.float32)}
-    if image_records:
+    if images:
         media = {"frames": rng.integers(0, 256, (ROWS, 1, 56, 56, 3)).astype(np.uint8)}
     return {
         **media,
