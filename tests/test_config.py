@@ -1,4 +1,4 @@
-"""Configs: JSON in and out, what is refused, and what importing them costs."""
+"""Configs: JSON round trips, validation, and the cost of imports."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The miniature that comes with the package: it is there, it answers rightly, and one is told that it is one."""
+"""The packaged miniature: it is available, it answers correctly, and users learn which model answers."""
 
 import json
 
@@ -39,10 +39,10 @@ def test_chat_without_a_model_uses_the_miniature_and_answers_correctly():
 
 
 def test_the_miniature_answers_whether_audio_and_video_match(miniature):
-    for clip, said in (("bell.mp4", "yes"), ("dog_or_drum.mp4", "no")):
+    for clip, message in (("bell.mp4", "yes"), ("dog_or_drum.mp4", "no")):
         chat = vl.Chat(miniature)
         chat.add(assets.CLIPS / clip)
-        assert answer(chat, "Does the sound fit the picture?").split()[-1] == said
+        assert answer(chat, "Does the sound fit the picture?").split()[-1] == message
 
 
 def test_the_miniature_answers_what_comes_first_and_how_many_there_are(miniature):
@@ -69,7 +69,7 @@ def test_audio_scale_needs_an_audio_branch(tmp_path, tiny_files):
 
     files = {kind: tiny_files[kind] for kind in ("eva_vit", "blip2", "vl")}
     config = json.loads(tiny_files["config"].read_text())
-    config = {part: config[part] for part in ("vit", "image_qformer", "video_qformer")}
+    config = {component: config[component] for component in ("vit", "image_qformer", "video_qformer")}
     convert.convert(convert.plan(llama_directory=tiny_files["llama"], files=files, config=config), tmp_path / "deaf")
     with pytest.raises(ConfigError, match="the model has no audio branch; omit the audio scale"):
         vl.load(tmp_path / "deaf", audio_scale=1.0)
@@ -91,6 +91,6 @@ def test_eval_miniature_prints_the_accuracies_of_the_packaged_model():
     assert asked <= found.keys()
     assert all(one.keys() == {"accuracy", "n", "chance", "low", "high"} for one in found.values())
     for name in ("object", "colour", "motion", "motion_reversed_opposite", "sound_only"):
-        assert found[name]["accuracy"] >= 0.75, name  # of 16: far above chance, whatever the draw
+        assert found[name]["accuracy"] >= 0.75, name  # of 16: far above chance for any seed
     assert found["sound_only_unaligned"]["accuracy"] <= 0.4
     assert evaluate.format_measures(found).count("\n") == len(found)

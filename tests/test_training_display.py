@@ -1,4 +1,4 @@
-"""What a user sees of a training run on stderr, on a terminal and in a log file."""
+"""The output of a training run on stderr, on a terminal and in a log file."""
 
 import types
 

@@ -1,4 +1,4 @@
-"""Wrong usage is one line with a suggestion and exit code 2; help is quick to read at 80 columns."""
+"""Wrong usage is a one-line error with a suggestion and exit code 2; help is fast and fits 80 columns."""
 
 import contextlib
 import io
@@ -10,7 +10,7 @@ import sys
 import warnings
 
 import pytest
-from cli_fixtures import usage_error
+from cli_fixtures import expect_usage_error
 
 import vllama_jax as vl
 from vllama_jax import cli
@@ -69,13 +69,13 @@ def help_of(*command: str) -> str:
 def test_an_unknown_option_gets_a_suggestion(arguments, meant):
     command, *rest = arguments.split()
     unknown = next(argument for argument in rest if argument.startswith("-")).split("=")[0]
-    message = usage_error(command, *rest)
+    message = expect_usage_error(command, *rest)
     assert message.startswith(f"{unknown} is not an option of `vllama {command}")
     assert meant in message
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "reported"),
     [
         ("chat x --temperature -1", "--temperature must be at least 0, not -1.0"),
         ("chat x --temperature warm", "--temperature: 'warm' is not a number"),
@@ -105,12 +105,12 @@ def test_an_unknown_option_gets_a_suggestion(arguments, meant):
         ("inspect a b", "unexpected argument b; `vllama inspect --help` lists the arguments"),
     ],
 )
-def test_a_wrong_value_is_one_line(arguments, said):
-    assert usage_error(*arguments.split()).startswith(said)
+def test_a_wrong_value_is_one_line(arguments, reported):
+    assert expect_usage_error(*arguments.split()).startswith(reported)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "reported"),
     [
         ("chat", 'FILE is missing. Example: vllama chat clip.mp4 "What is happening?" --model MODEL'),
         ("inspect", "MODEL is missing. Example: vllama inspect MODEL --tree"),
@@ -129,8 +129,8 @@ def test_a_wrong_value_is_one_line(arguments, said):
         ("--verbose", "'--verbose' is not a command; choose one of chat, convert, "),
     ],
 )
-def test_missing_arguments_are_a_one_line_error_with_an_example(arguments, said):
-    assert usage_error(*arguments.split()).startswith(said)
+def test_missing_arguments_are_a_one_line_error_with_an_example(arguments, reported):
+    assert expect_usage_error(*arguments.split()).startswith(reported)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
@@ -203,5 +203,5 @@ def test_logging_is_restored_after_a_command():
 @pytest.mark.skipif("COLUMNS" in os.environ, reason="the width is given")
 def test_columns_are_restored_after_help():
     help_of("inspect")
-    usage_error("inspect", "--nothing")
+    expect_usage_error("inspect", "--nothing")
     assert "COLUMNS" not in os.environ
