@@ -17,6 +17,7 @@ from vllama_jax.data.pipeline import HostBatch, prefetch_batches
 from vllama_jax.errors import CheckpointError, VllamaError
 from vllama_jax.io.jsonl import JsonLinesFile
 from vllama_jax.memory.flops import peak_flops, step_flops
+from vllama_jax.runtime.compilation_cache import write_cache_on_every_host
 from vllama_jax.runtime.coordination import share_errors
 from vllama_jax.sharding import use_mesh
 from vllama_jax.train import setup
@@ -62,6 +63,7 @@ def train(
 ) -> TrainResult:
     """Train, or resume a run. See `vllama_jax.train`, which calls this with a default reporter."""
     check_same_job(config)
+    write_cache_on_every_host()
     with share_errors():
         plan = setup.plan_run(config, base)
     plan = dataclasses.replace(plan, loss=loss, optimizer=plan.optimizer if optimizer is None else optimizer)
