@@ -89,6 +89,9 @@ def call_on_process_zero_first(make: Callable[[], Result]) -> Result:
     """
     if find_store() is None:
         return make()
+    import jax
+
+    jax.devices()  # all processes must take part in finding them, and `make` may use them
     results: list[Result] = []
     for is_turn in (process_number() == 0, process_number() > 0):
         with share_errors():
