@@ -116,13 +116,16 @@ def share_errors() -> Iterator[None]:
 
 def pack_error(error: Exception) -> dict[str, str]:
     """Convert an error of this process for `unpack_error` in another one."""
-    text = " ".join(str(error).split())
-    if isinstance(error, OSError):
-        text = format_os_error(error)
-    elif not isinstance(error, VllamaError):
-        text = f"{type(error).__name__}: {text}"
+    is_input_error = isinstance(error, (VllamaError, OSError))
+    text = format_os_error(error) if isinstance(error, OSError) else " ".join(str(error).split())
+    if not is_input_error:  # this process prints the traceback
+        text = f"{type(error).__name__}: {text}; see its output"
     process = describe_process(process_number(), num_processes(), socket.gethostname())
-    return {"type": type(error).__name__, "text": text, "process": process if process_number() else ""}
+    return {
+        "type": type(error).__name__,
+        "text": text,
+        "process": process if process_number() or not is_input_error else "",
+    }
 
 
 def unpack_error(report: dict[str, str], *, with_process: bool = True) -> VllamaError:
@@ -130,7 +133,7 @@ def unpack_error(report: dict[str, str], *, with_process: bool = True) -> Vllama
 
     Args:
         report: What `pack_error` returned.
-        with_process: Prepend the process that failed, if it is not process 0.
+        with_process: Prepend the process that failed. It is left out of input errors of process 0.
     """
     kind = getattr(errors, report["type"], VllamaError)
     prefix = f"{report['process']}: " if with_process and report["process"] else ""

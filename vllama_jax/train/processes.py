@@ -200,11 +200,10 @@ class _Job:
         """Return the line that all processes print about an error of this process."""
         if isinstance(error, VllamaError) and error.in_all_processes:
             return str(error)
-        if isinstance(error, (VllamaError, OSError)):
+        if isinstance(error, Exception):
             return str(unpack_error(pack_error(error)))
-        if isinstance(error, KeyboardInterrupt):
-            return f"{self._name} was interrupted{RESTART_HINT}"
-        return f"{self._name} failed: {type(error).__name__}: {' '.join(str(error).split())}{RESTART_HINT}"
+        what = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"ended by {error!r}"
+        return f"{self._name} {what}{RESTART_HINT}"
 
     def _watch(self) -> None:
         beat = 0
@@ -287,4 +286,5 @@ def _may_be_caused_by_other_process(error: BaseException | None) -> bool:
 
 def _print(line: str) -> None:
     logger.info(line)
-    os.write(2, f"vllama: {' '.join(line.split())}\n".encode())
+    with contextlib.suppress(OSError):  # stderr is closed: the process must end all the same
+        os.write(2, f"vllama: {' '.join(line.split())}\n".encode())
