@@ -124,7 +124,7 @@ class _Run:
     def train_steps(self, state: TrainState, frozen: Weights, start_step: int) -> None:
         """Run the steps from `start_step` to the last."""
         steps = self.config.steps
-        validation = Validation(self.plan, self.out, self._report_masked, self.exchange)
+        validation = Validation(self.plan, self.out, self._report_masked)
         if jax.process_index() == 0:
             quarantined = self.quarantine.truncate_after(start_step)
             self.masked = {f"{line['dataset']}: {line['sample']}" for line in quarantined}

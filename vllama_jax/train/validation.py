@@ -26,20 +26,14 @@ class Validation:
         plan: The plan of the run.
         out: The run directory.
         report_masked: Called with the step, the dataset and each batch of held-out records, to report masked records.
-        exchange: Combines the reports of all processes on a batch.
 
     Raises:
         MediaError: A clip cannot be read, or the trained branch cannot encode it.
     """
 
-    def __init__(
-        self,
-        plan: RunPlan,
-        out: Path,
-        report_masked: Callable[[int, str, HostBatch], None],
-        exchange: BatchExchange,
-    ):
-        self._plan, self._report_masked, self._exchange = plan, report_masked, exchange
+    def __init__(self, plan: RunPlan, out: Path, report_masked: Callable[[int, str, HostBatch], None]):
+        self._plan, self._report_masked = plan, report_masked
+        self._exchange = BatchExchange(plan.reader.rows)
         self._cfg = plan.config.validation
         self.journal = JsonLinesFile(out / "samples.jsonl")
         self._clips = [_prepare_clip(clip, plan) for clip in self._cfg.clips] if self._cfg.interval_steps else []
