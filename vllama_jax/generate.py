@@ -221,11 +221,8 @@ class DecodingStrategy:
         tokens = jax.lax.dynamic_update_slice(state.tokens[row], token[:, None], (0, state.count))
         stop = ends_with_stop_sequence(tokens[:1], state.count + 1, settings.stops)
         penalized = state.penalized[row] | (jnp.arange(v) == token[:, None])
-        cache = dataclasses.replace(
-            state.cache, keys_values=state.cache.keys_values[:, :, :, :, row], valid=state.cache.valid[row]
-        )
         grown = DecodingState(
-            cache=cache,
+            cache=state.cache.take_rows(row),
             tokens=tokens,
             lengths=state.lengths[row] + 1,
             count=state.count + 1,
@@ -315,9 +312,7 @@ def _prefill(
     beams, r = None, b
     if strategy.num_beams > 1:
         r = strategy.num_beams
-        cache = dataclasses.replace(
-            cache, keys_values=jnp.repeat(cache.keys_values, r, axis=4), valid=jnp.repeat(cache.valid, r, axis=0)
-        )
+        cache = cache.take_rows(np.zeros(r, np.int32))
         logits = jnp.repeat(logits, r, axis=0)
         beams = Beams(
             live_scores=jnp.where(jnp.arange(r) == 0, 0.0, -1e9),  # all rows are the same: only the first may go on

@@ -5,9 +5,9 @@ between a prompt and what is generated after it does not count.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -30,29 +30,51 @@ from vllama_jax.nn.lora import linear_with_lora
 from vllama_jax.nn.quantized import QuantizedLinear
 from vllama_jax.sharding import AXIS_NAMES
 
+MASKED = jnp.finfo(jnp.float32).min  # the score of a position that is not attended to
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all that has been read.
+    """Keys and values of the positions that were processed.
 
-    keys_values: [layer, position, key | value, kv head, batch, head_dim]. Position-major, because in any other order
-    writing one token costs a copy of the whole.
-    valid: [batch, position], False where a row has padding or nothing yet. length: positions written so far.
+    The arrays have the layout that the attention products read, so that a decoded token costs no transpose and no copy.
+    A batch of one has no batch axis: XLA would drop an axis of size 1 in the products, and copy every layer's cache for
+    it on a CPU.
+
+    Attributes:
+        keys: One array for each layer, [batch, kv head, position, head_dim], or [kv head, position, head_dim] for a
+            batch of one.
+        values: The same for the values.
+        valid: Whether a position holds a token; False for padding and for what is not written yet.
+        length: The number of positions written so far.
     """
 
-    keys_values: Float[Array, "l c 2 g b k"]
+    keys: tuple[Float[Array, "*b g c k"], ...]
+    values: tuple[Float[Array, "*b g c k"], ...]
     valid: Bool[Array, "b c"]
     length: Int[Array, ""]
 
     @classmethod
     def empty(cls, cfg: LlamaConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Self:
-        shape = (cfg.depth, capacity, 2, cfg.num_kv_heads, batch, cfg.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
+        shape = (*(() if batch == 1 else (batch,)), cfg.num_kv_heads, capacity, cfg.head_dim)
+        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(cfg.depth)) for _ in range(2))
+        return cls(keys, values, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
 
     @property
     def capacity(self) -> int:
-        return self.keys_values.shape[1]
+        return self.valid.shape[1]
+
+    def take_rows(self, rows: Int[Array, " r"] | Int[np.ndarray, " r"]) -> Self:
+        """Return the cache of the given rows of the batch, in that order; a row may occur several times."""
+        one = self.valid.shape[0] == 1
+
+        def take(x: Array) -> Array:
+            taken = (x[None] if one else x)[rows]
+            return taken[0] if len(rows) == 1 else taken
+
+        keys, values = (tuple(take(x) for x in arrays) for arrays in (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values, valid=self.valid[rows])
 
 
 def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
@@ -81,6 +103,36 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def write_positions(
+    cache: Float[Array, "*b g c k"], new: Float[Array, "b n g k"], start: Int[Array, ""]
+) -> Float[Array, "*b g c k"]:
+    """Write the keys or values of n positions into a layer's cache, from position `start`."""
+    new = new.swapaxes(1, 2).astype(cache.dtype)
+    if cache.ndim == 3:
+        written = jax.lax.dynamic_update_slice(cache, new[0], (0, start, 0))
+        return constrain_sharding(written, "kv_heads", None, None)
+    written = jax.lax.dynamic_update_slice(cache, new, (0, 0, start, 0))
+    return constrain_sharding(written, "batch", "kv_heads", None, None)
+
+
+def attend_cached(
+    query: Float[Array, "b n h k"],
+    keys: Float[Array, "*b g c k"],
+    values: Float[Array, "*b g c k"],
+    mask: Bool[Array, "b n c"],
+) -> Float[Array, "b n h k"]:
+    """Scaled dot-product attention over a layer's cache; each of its g heads serves h / g query heads."""
+    b, n, h, k = query.shape
+    grouped = (query * k**-0.5).swapaxes(1, 2).reshape(b, keys.shape[-3], -1, n, k)
+    if keys.ndim == 3:
+        grouped = grouped[0]
+    scores = jnp.einsum("...grnk,...gck->...grnc", grouped, keys, preferred_element_type=jnp.float32)
+    scores = jnp.where(mask[:, None, None], scores.reshape(b, -1, h // keys.shape[-3], n, keys.shape[-2]), MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
+    attended = jnp.einsum("...grnc,...gck->...grnk", weights[0] if values.ndim == 3 else weights, values)
+    return attended.reshape(b, h, n, k).swapaxes(1, 2)
 
 
 class Attention(nnx.Module):
@@ -189,11 +241,14 @@ class Llama(nnx.Module):
         attention_mask = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
         cos, sin = self._rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
 
-        def step(_: Any, block: Block, x: jax.Array) -> jax.Array:
+        def step(block: Block, x: Array) -> Array:
             query, key, value = block.project_qkv(x, cos, sin)
             return block.apply_output_and_mlp(x, attend(query, key, value, attention_mask))
 
-        return self._run(step, cast_like(x, self.embedding), remat_policy)
+        x = cast_like(x, self.embedding)
+        if isinstance(self.blocks, nnx.List):
+            return functools.reduce(lambda x, block: step(block, x), self.blocks, x)
+        return run_stack(self.blocks, x, step, remat_policy)
 
     def forward_with_cache(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], cache: KVCache
@@ -205,17 +260,24 @@ class Llama(nnx.Module):
         valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
         attention_mask = valid[:, None, :] & (jnp.arange(cache.capacity) <= start + jnp.arange(n)[:, None])
 
-        def step(layer: Any, block: Block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            x, keys_values = carry
+        def step(x: Array, layer: tuple[Block, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+            block, keys, values = layer
             query, key, value = block.project_qkv(x, cos, sin)
-            new = jnp.stack([key, value], axis=0).transpose(2, 0, 3, 1, 4).astype(keys_values.dtype)
-            keys_values = jax.lax.dynamic_update_slice(keys_values, new[None], (layer, start, 0, 0, 0, 0))
-            keys_values = constrain_sharding(keys_values, None, None, None, "kv_heads", "batch", None)
-            keys, values = jnp.moveaxis(keys_values[layer], (1, 3), (0, 1))
-            return block.apply_output_and_mlp(x, attend(query, keys, values, attention_mask)), keys_values
+            keys, values = write_positions(keys, key, start), write_positions(values, value, start)
+            attended = attend_cached(query, keys, values, attention_mask)
+            return block.apply_output_and_mlp(x, attended), (keys, values)
 
-        x, keys_values = self._run(step, (cast_like(x, self.embedding), cache.keys_values))
-        return self.norm(x), KVCache(keys_values, valid, start + n)
+        x = cast_like(x, self.embedding)
+        if isinstance(self.blocks, nnx.List):
+            written = []
+            for layer in zip(self.blocks, cache.keys, cache.values, strict=True):
+                x, pair = step(x, layer)
+                written.append(pair)
+            keys, values = zip(*written, strict=True)
+        else:
+            x, stacked = jax.lax.scan(step, x, (self.blocks, jnp.stack(cache.keys), jnp.stack(cache.values)))
+            keys, values = (tuple(x[layer] for layer in range(self.cfg.depth)) for x in stacked)
+        return self.norm(x), KVCache(keys, values, valid, start + n)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Scores over the vocabulary, float32."""
@@ -236,14 +298,6 @@ class Llama(nnx.Module):
             leaf = leaves.pop(0)
             rows.append([leaf[i] for i in range(self.cfg.depth)])
         self.blocks = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*rows, strict=True))
-
-    def _run(self, step: Callable[[Any, Block, Any], Any], x: Any, remat_policy: Remat = "full") -> Any:
-        """`x` through all layers by `step(number, block, x)`."""
-        if isinstance(self.blocks, nnx.List):
-            for number, block in enumerate(self.blocks):
-                x = step(number, block, x)
-            return x
-        return run_stack((jnp.arange(self.cfg.depth), self.blocks), x, lambda layer, x: step(*layer, x), remat_policy)
 
     def _rotations(self, positions: Int[Array, "b n"]) -> tuple[Float[Array, "b n k/2"], Float[Array, "b n k/2"]]:
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.cfg)
