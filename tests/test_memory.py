@@ -160,7 +160,8 @@ def test_cache_and_prefill_estimates_match_compiled_memory(beams):
     )
     strategy = generate.DecodingStrategy(beams, sample=False, top_k=0)
     compiled = (
-        generate._prefill.lower(network, *arguments, new_token_capacity=320, strategy=strategy)
+        generate.jit_prefill("cpu")
+        .lower(network, *arguments, new_token_capacity=320, strategy=strategy)
         .compile()
         .memory_analysis()
     )

@@ -7,7 +7,7 @@ Floor of a decoded token: the language model's bytes over memory bandwidth (13.5
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,8 @@ from vllama_jax.config import GenerationConfig, LlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.nn.llama import KVCache, Llama
 from vllama_jax.nn.video_llama import splice
-from vllama_jax.sharding import get_mesh, use_mesh
+from vllama_jax.runtime.xla_options import compiler_options
+from vllama_jax.sharding import get_mesh, get_platform, use_mesh
 
 TOKENS_PER_DISPATCH = 16
 PADDED_LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -109,9 +110,9 @@ def generate(
     settings = _make_settings(config, bos, eos, stops)
     new_token_capacity = -(-config.max_new_tokens // 64) * 64
     strategy = DecodingStrategy(config.num_beams, config.temperature > 0, config.top_k)
-    mesh = get_mesh(llama)
+    mesh, platform = get_mesh(llama), get_platform(llama)
     with use_mesh(mesh):
-        state = _prefill(
+        state = jit_prefill(platform)(
             llama,
             *_pad_prompts(prompts, padded_prompt_length(longest)),
             settings,
@@ -130,7 +131,7 @@ def generate(
         if finished:
             return
         with use_mesh(mesh):
-            state = _decode(llama, state, settings, strategy=strategy)
+            state = jit_decode(platform)(llama, state, settings, strategy=strategy)
 
 
 def check_context_length(prompt: int, new: int, cfg: LlamaConfig) -> None:
@@ -290,7 +291,20 @@ def ends_with_stop_sequence(
     return jnp.any(jnp.all(same, axis=-1) & (stops[:, -1] != NO_TOKEN), axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("new_token_capacity", "strategy"))
+@functools.cache
+def jit_prefill(platform: str) -> Callable[..., DecodingState]:
+    """Return the jitted `_prefill`, with the XLA options of the platform."""
+    static = ("new_token_capacity", "strategy")
+    return jax.jit(_prefill, static_argnames=static, compiler_options=compiler_options(platform, "prefill"))
+
+
+@functools.cache
+def jit_decode(platform: str) -> Callable[..., DecodingState]:
+    """Return the jitted `_decode`, with the XLA options of the platform. The state is donated."""
+    options = compiler_options(platform, "decode")
+    return jax.jit(_decode, static_argnames=("strategy",), donate_argnames=("state",), compiler_options=options)
+
+
 def _prefill(
     llama: Llama,
     ids: Int[Array, "b n"],
@@ -333,7 +347,6 @@ def _prefill(
     return strategy(logits, state, settings)
 
 
-@functools.partial(jax.jit, static_argnames=("strategy",), donate_argnames=("state",))
 def _decode(
     llama: Llama, state: DecodingState, settings: DecodingSettings, *, strategy: DecodingStrategy
 ) -> DecodingState:

@@ -87,6 +87,11 @@ def get_mesh(module: nnx.Module) -> Mesh | None:
     return mesh if isinstance(mesh, Mesh) else None
 
 
+def get_platform(module: nnx.Module) -> str:
+    """Return the platform of the devices that hold a module's weights: "cpu", "gpu" or "tpu"."""
+    return next(iter(jax.tree.leaves(module)[0].devices())).platform
+
+
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
     """Makes `mesh` the current one, for the constraints inside the model."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)

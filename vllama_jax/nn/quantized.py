@@ -54,17 +54,26 @@ class QuantizedLinear(nnx.Module):
         self.bias = layer.bias
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        y = self.product(x).astype(x.dtype)
+        y = self.product(x, x.dtype).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...]
 
-    def product(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        """Without the bias, in float32."""
+    def product(self, x: Float[Array, "*b i"], dtype: Any = jnp.float32) -> Float[Array, "*b o"]:
+        """Multiply without the bias.
+
+        Args:
+            x: The activations.
+            dtype: Of the product before its scale. Where the inputs are sharded, devices sum partial products of this
+                dtype: bfloat16 halves what they send.
+
+        Returns:
+            The product in float32.
+        """
         return jax.lax.platform_dependent(
             x,
             self.values[...],
             self.scale[...],
             cpu=functools.partial(_blocked_matmul, self.inputs),
-            default=functools.partial(_matmul, self.inputs),
+            default=functools.partial(_matmul, self.inputs, dtype=dtype),
         )
 
 
@@ -133,13 +142,13 @@ def _integers(values: Array, scale: Array, dtype: Any) -> Array:
     return unpack_int4(values, scale.shape[-1], dtype) if values.dtype == jnp.uint8 else values.astype(dtype)
 
 
-def _matmul(inputs: int, x: Array, values: Array, scale: Array) -> Array:
+def _matmul(inputs: int, x: Array, values: Array, scale: Array, dtype: Any = jnp.float32) -> Array:
     """Integers become the activations' dtype in the matmul's input, where the compiler fuses it; they fit exactly."""
     if scale.shape[0] == 1:
         kernel = _integers(values, scale, x.dtype)
-        return jnp.tensordot(x, kernel, inputs, preferred_element_type=jnp.float32) * scale[0]
+        return jnp.tensordot(x, kernel, inputs, preferred_element_type=dtype) * scale[0]
     kernel = dequantize_kernel(values, scale, inputs).astype(x.dtype)
-    return jnp.tensordot(x, kernel, inputs, preferred_element_type=jnp.float32)
+    return jnp.tensordot(x, kernel, inputs, preferred_element_type=dtype).astype(jnp.float32)
 
 
 def _blocked_matmul(inputs: int, x: Array, values: Array, scale: Array) -> Array:
