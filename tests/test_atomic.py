@@ -63,14 +63,14 @@ def final_dangling_link(treasure: Path, partial: Path, out: Path) -> None:
 
 
 PLANTED = {
-    link_to_directory: ".partial: a symbolic link, where this command writes a directory of its own; move it away",
-    link_to_file: ".partial: a symbolic link, where this command writes a directory of its own; move it away",
-    dangling_link: ".partial: a symbolic link, where this command writes a directory of its own; move it away",
-    link_inside: ".partial/params: a symbolic link, in a directory that this command empties; remove it",
-    link_deep_inside: ".partial/params/a/0: a symbolic link, in a directory that this command empties; remove it",
-    regular_file: ".partial: a file, where this command writes a directory of its own; move it away",
-    final_link: "out: exists already; remove it or choose another place",
-    final_dangling_link: "out: a symbolic link to nothing; remove it or choose another place",
+    link_to_directory: ".partial: a symbolic link, but this command writes a directory there; move it away",
+    link_to_file: ".partial: a symbolic link, but this command writes a directory there; move it away",
+    dangling_link: ".partial: a symbolic link, but this command writes a directory there; move it away",
+    link_inside: ".partial/params: a symbolic link in a directory that this command clears; remove it",
+    link_deep_inside: ".partial/params/a/0: a symbolic link in a directory that this command clears; remove it",
+    regular_file: ".partial: a file, but this command writes a directory there; move it away",
+    final_link: "out: already exists; remove it or choose another path",
+    final_dangling_link: "out: a dangling symbolic link; remove it or choose another path",
 }
 
 
@@ -99,8 +99,8 @@ def test_a_new_directory_is_never_written_through_links(
     assert (sorted(tmp_path.rglob("*")), contents(tmp_path)) == planted
 
 
-FILE_LINK = "a symbolic link, where this command writes a file of its own; move it away"
-DIRECTORY_LINK = "a symbolic link, where this command writes a directory of its own; move it away"
+FILE_LINK = "a symbolic link, but this command writes a file there; move it away"
+DIRECTORY_LINK = "a symbolic link, but this command writes a directory there; move it away"
 
 
 def test_features_are_never_written_through_a_link(tiny_model, pictures, treasure, tmp_path):
@@ -115,7 +115,7 @@ def test_features_are_never_written_through_a_link(tiny_model, pictures, treasur
     scratch.mkdir()
     (scratch / "shard").symlink_to(treasure / "file.txt")
     assert error_line(*arguments).endswith(
-        ".partial-0/shard: a symbolic link, in a directory that this command empties; remove it"
+        ".partial-0/shard: a symbolic link in a directory that this command clears; remove it"
     )
     assert contents(treasure) == before
 
@@ -223,7 +223,7 @@ def test_an_existing_output_is_reported_before_inputs_are_read(tmp_path, monkeyp
         ["quantize", absent, "--out", out],
         ["data", "build", "jsonl", "--source", absent, "--out", out],
     ):
-        assert error_line(*arguments) == f"{out}: exists already; remove it or choose another place"
+        assert error_line(*arguments) == f"{out}: already exists; remove it or choose another path"
     (tmp_path / "out" / "config.json").write_text("{}")
     config = write_config(tmp_path / "config.py", config_of(absent, absent))
     said = error_line("features", config, "--out", out)

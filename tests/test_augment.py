@@ -55,7 +55,7 @@ def test_several_media_in_memory_at_once(clip, tmp_path):
 @pytest.mark.usefixtures("either_kind")
 def test_bytes_that_are_no_media(clip):
     cut = clip.read_bytes()[:900]
-    with pytest.raises(MediaError, match=r"^media in memory: no bytes"), as_file(b""):
+    with pytest.raises(MediaError, match=r"^media in memory: the file is empty"), as_file(b""):
         pass
     with pytest.raises(MediaError, match=r"^record 7: the mp4 is truncated"), as_file(cut, "record 7") as path:
         read_video(path)

@@ -189,9 +189,9 @@ def test_audio_that_is_too_short_is_reported(model, tmp_path):
     path = media_fixtures.write_video(tmp_path / "a.mkv", 30, sound=samples, rate=48000, sound_codec="pcm_s16le")
     prepared = prepare_media(path, model.config)
     assert prepared.mel is None
-    assert prepared.report.audio == "failed: 2.1 ms of audio are too short; give at least 25"
+    assert prepared.report.audio == "failed: 2.1 ms of audio is too short; at least 25 ms is needed"
     assert prepared.prompt_media.placeholders == ("video",)
-    with pytest.raises(vl.MediaError, match=r"its sound is required and was not used: .* sound failed: 2.1 ms"):
+    with pytest.raises(vl.MediaError, match=r"its sound is required and was not used: .* audio failed: 2.1 ms"):
         prepare_media(path, model.config, require_audio=True)
 
 
@@ -220,7 +220,7 @@ def test_a_conversation_that_is_too_long(model, picture):
 
 def test_reports_are_json_serializable(model, clip):
     report = vl.Chat(model).add(clip)
-    assert json.loads(json.dumps(dataclasses.asdict(report)))["seconds"] == pytest.approx(3.0)
+    assert json.loads(json.dumps(dataclasses.asdict(report)))["duration"] == pytest.approx(3.0)
 
 
 def test_chats_in_threads_equal_chats_in_one_thread(model, picture):

@@ -235,7 +235,7 @@ DAMAGES = {
     "empty tokenizer": (remove("tokenizer/tokenizer.model"), "no tokenizer in"),
     "config is no JSON": (write("config.json", b"{"), "config.json: not JSON"),
     "config is no text": (write("config.json", b"\xff\xfe\x00"), "config.json: cannot be read"),
-    "config is a list": (write("config.json", b"[]"), "config.json: must hold a JSON object"),
+    "config is a list": (write("config.json", b"[]"), "config.json: must contain a JSON object"),
     "manifest is no JSON": (write("manifest.json", b"{}}"), "manifest.json: not JSON"),
     "newer format": (edit("config.json", lambda f: f.update(format=2)), "newer than this version's 1; update"),
     "no format": (edit("config.json", lambda f: f.pop("format")), "not of a model directory (format None"),
@@ -457,7 +457,7 @@ def test_new_directory_leaves_nothing_when_it_fails(tmp_path, error):
 
 
 def test_new_directory_does_not_overwrite(tmp_path):
-    with pytest.raises(vl.CheckpointError, match="exists already"), new_directory(tmp_path):
+    with pytest.raises(vl.CheckpointError, match="already exists"), new_directory(tmp_path):
         pytest.fail("not to be reached")
 
 
@@ -484,7 +484,7 @@ def test_failed_write_is_an_error_of_the_directory(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    message = re.escape("out: cannot be written (No space left on device); nothing was left there")
+    message = re.escape("out: cannot be written (No space left on device); no partial output remains")
     with pytest.raises(vl.CheckpointError, match=message), new_directory(tmp_path / "out") as directory:
         written(directory, "float32")
     assert not list(tmp_path.iterdir())

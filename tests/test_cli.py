@@ -34,7 +34,7 @@ def test_a_chat_about_a_clip_and_json_of_it_which_compiles_nothing(tiny_model, c
     done = run_vllama(*asked, cache=cache)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert f"{clip}: 8 frames of 3.0 s; sound used" in done.stderr
+    assert f"{clip}: 8 frames of 3.0 s; audio used" in done.stderr
     assert "Traceback" not in done.stderr
     kept = {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
     told = json.loads(run_vllama(*asked, "--json", cache=cache).stdout)
@@ -131,7 +131,7 @@ def test_unusable_media_are_one_line_each(tiny_model, capsys, tmp_path, clip, un
     expected = {
         "none.mp4": "no such file",
         "empty.mp4": "the file is empty",
-        "text.mp4": "not a video, sound or picture",
+        "text.mp4": "not a video, image or audio file",
         "lfs.mp4": "a git-lfs pointer",
         "cut.mp4": "truncated",
     }
@@ -145,7 +145,7 @@ def test_unusable_media_are_one_line_each(tiny_model, capsys, tmp_path, clip, un
     ("options", "why"),
     [
         (["--num-frames", 40], "--num-frames 40, but the model has learned 32 positions; ask for fewer, or"),
-        (["--system", "Be brief.", "--template", "plain"], "'plain' has no place for a system text"),
+        (["--system", "Be brief.", "--template", "plain"], "'plain' does not support a system prompt"),
     ],
     ids=str,
 )

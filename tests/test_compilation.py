@@ -43,7 +43,7 @@ def test_an_unusable_cache_folder_is_reported_and_ignored(tmp_path):
     out, errors = python(code)
     assert out == "None\n0.0\n"
     for folder, line in zip(folders, errors.splitlines(), strict=True):
-        assert line.startswith(f"compiled programs are not kept: {folder}"), errors
+        assert line.startswith(f"the compilation cache is disabled: {folder}"), errors
 
 
 def test_corrupt_cache_entries_are_compiled_again(tmp_path):

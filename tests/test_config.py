@@ -44,7 +44,7 @@ def changed(**changes) -> str:
     ("text", "message"),
     [
         ("{", r"config: not JSON"),
-        ("[]", r"config: must hold a JSON object, not list"),
+        ("[]", r"config: must contain a JSON object, not list"),
         (changed(vit={"wdith": 3}), r"config\.vit: unknown field wdith; known are depth, .*width"),
         (changed(llama={"width": "64"}), r"config\.llama\.width: '64' is not of type int"),
         (changed(llama={"norm_eps": True}), r"config\.llama\.norm_eps: True is not of type float"),

@@ -19,7 +19,7 @@ import vllama_jax as vl
 from vllama_jax.cli import main
 from vllama_jax.convert.tiny import write_tiny
 
-WHOLE = "must be a whole number from 1 to 16777216, not"
+WHOLE = "must be an integer from 1 to 16777216, not"
 ABOVE = "must be a number above 0 and at most"
 FIELDS = ["eva_vit", "blip2", "imagebind", "minigpt4", "vl", "al"]
 
@@ -300,7 +300,7 @@ LLAMA_DAMAGES = {
     ),
     "config nested too deep": (
         write("config.json", b"[" * 10**5),
-        "config.json: not JSON that can be read: nested",
+        "config.json: JSON is nested too deeply",
     ),
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "no model.safetensors, pytorch_model.bin or index"),
     "missing shard": (index({"a": "model-1.safetensors", "b": "model-2.safetensors"}), "model-2.safetensors: no such"),
@@ -319,7 +319,7 @@ LLAMA_DAMAGES = {
     "tokenizer is noise": (write("tokenizer.model", b"noise"), "tokenizer.model is not a SentencePiece model"),
     "tokenizer has more tokens": (
         write("added_tokens.json", json.dumps({f"<{n}>": 512 + n for n in range(3)}).encode()),
-        "a tokenizer that does not fit the embeddings: it has 515 tokens, the embedding table has 512 rows",
+        "the tokenizer does not match the embeddings: it has 515 tokens, the embedding table has 512 rows",
     ),
 }
 

@@ -131,7 +131,7 @@ BAD_CONFIGS = {
     "more layers than there are": ('{"vit": {"num_heads": 4, "depth": 9}}', "holds 4 layers, and vit has 9; --config"),
     "unknown template": ('{"template": "x"}', "unknown prompt template 'x'"),
     "broken JSON": ('{"vit": ', "config.json: not JSON"),
-    "no object": ("[1]", "config.json: must hold a JSON object, not list"),
+    "no object": ("[1]", "config.json: must contain a JSON object, not list"),
     "no text": ("\udcff\udcfe", "config.json: cannot be read"),
 }
 
@@ -167,14 +167,16 @@ def test_head_counts_that_cannot_be_inferred_are_listed(tiny_files, tmp_path):
 def test_an_existing_output_is_kept(tiny_files, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").write_text("mine")
-    with pytest.raises(SystemExit, match=f"{tmp_path}/model: exists already; remove it or choose another place"):
+    with pytest.raises(SystemExit, match=f"{tmp_path}/model: already exists; remove it or choose another path"):
         main(command(tiny_files, tmp_path / "model"))
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "mine"]
 
 
 def test_out_below_a_file_is_one_line(tiny_files, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit, match=r"file/model: cannot be written \(Not a directory\); nothing was left there"):
+    with pytest.raises(
+        SystemExit, match=r"file/model: cannot be written \(Not a directory\); no partial output remains"
+    ):
         main(command(tiny_files, tmp_path / "file" / "model"))
 
 
@@ -183,7 +185,7 @@ def test_an_unwritable_output_is_a_one_line_error(tiny_files, tmp_path, monkeypa
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
     monkeypatch.setattr(os, "mkdir", forbid)
-    with pytest.raises(SystemExit, match=r"model: cannot be written \(Permission denied\); nothing was left there"):
+    with pytest.raises(SystemExit, match=r"model: cannot be written \(Permission denied\); no partial output remains"):
         main(command(tiny_files, tmp_path / "model"))
 
 
@@ -197,7 +199,9 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_files, tmp_path, monkey
 
     monkeypatch.setattr(os, "fsync", full)
     said = one_line(tiny_files, tmp_path)
-    assert said == f"vllama: {tmp_path}/out/model: cannot be written (No space left on device); nothing was left there"
+    assert (
+        said == f"vllama: {tmp_path}/out/model: cannot be written (No space left on device); no partial output remains"
+    )
 
 
 def test_values_that_overflow_a_dtype_are_refused(tiny_files, tmp_path):

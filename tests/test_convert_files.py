@@ -310,4 +310,4 @@ def test_tiny_command_reports_errors(tmp_path, capsys, arguments, code):
     if code == 2:
         assert (stopped.value.code, capsys.readouterr().err) == (2, "usage: python -m vllama_jax.convert.tiny DIR\n")
     else:
-        assert stopped.value.code == f"vllama: {tmp_path}: exists already; remove it or choose another place"
+        assert stopped.value.code == f"vllama: {tmp_path}: already exists; remove it or choose another path"

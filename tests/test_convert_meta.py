@@ -123,7 +123,7 @@ def test_a_delta_on_metas_shards_is_converted_and_verified(tiny_files, metas, ex
     assert "computes what its source does" in capsys.readouterr().out
 
 
-COUNT = "must be a whole number from 1 to 16777216, not"
+COUNT = "must be an integer from 1 to 16777216, not"
 ABOVE = "must be a number above 0 and at most"
 
 

@@ -114,8 +114,8 @@ def test_stats_count_records_by_media_type(records, capsys):
 def test_errors_are_one_line(records, tmp_path):
     assert "no such records directory" in error_line("data", "stats", tmp_path / "none")
     assert "no such model directory" in error_line("data", "check", records, "--model", tmp_path / "none")
-    assert "exists already" in error_line("data", "build", "jsonl", "--source", tmp_path, "--out", records)
-    assert "no .jsonl file in it" in error_line(
+    assert "already exists" in error_line("data", "build", "jsonl", "--source", tmp_path, "--out", records)
+    assert "no .jsonl file found" in error_line(
         "data", "build", "jsonl", "--source", tmp_path, "--out", tmp_path / "out"
     )
 

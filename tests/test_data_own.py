@@ -122,43 +122,46 @@ def test_layouts_of_other_trainers(entry, kind, turns, media_at):
 @pytest.mark.parametrize(
     ("entry", "why"),
     [
-        ({"caption": "a"}, "line 3: it names no file: it has none of video, videos, image"),
-        ({"video": None, "caption": "a"}, "line 3: it names no file"),
+        ({"caption": "a"}, "line 3: it has no media file; set one of video, videos, image"),
+        ({"video": None, "caption": "a"}, "line 3: it has no media file"),
         (
             {"videos": ["f", "g"], "messages": chat("<video><video>Q?", "A")},
-            "it names 2 files (f, g); a record has one",
+            "it has 2 media files (f, g), but a record has one",
         ),
-        ({"videos": ["f"], "images": ["g"], "messages": chat("<video>Q?", "A")}, "it names 2 files (f, g)"),
+        ({"videos": ["f"], "images": ["g"], "messages": chat("<video>Q?", "A")}, "it has 2 media files (f, g)"),
         (
             {"messages": chat([part("image_url", {"url": "f"}), part("image_url", {"url": "g"})], "A")},
-            "it names 2 files (f, g)",
+            "it has 2 media files (f, g)",
         ),
-        ({"messages": chat("<video><video>Q?", "A"), "videos": ["f"]}, "more than one place for media"),
-        ({"messages": chat("Q?", "A", "<video>B?", "C"), "videos": ["f"]}, "not in its first question"),
+        ({"messages": chat("<video><video>Q?", "A"), "videos": ["f"]}, "more than one media placeholder"),
+        ({"messages": chat("Q?", "A", "<video>B?", "C"), "videos": ["f"]}, "not in the first question"),
         (
             {"messages": chat([part("image_url", {"url": "https://x/y.jpg"})], "A")},
             "URLs are not downloaded (https://x",
         ),
         ({"video": "s3://bucket/clip.mp4", "caption": "a"}, "URLs are not downloaded (s3://bucket/clip.mp4)"),
         ({"video": "file://host/clip.mp4", "caption": "a"}, "URLs are not downloaded"),
-        ({"image": "data:image/png;base64,AAAA", "caption": "a"}, "its media are in the annotation itself"),
+        ({"image": "data:image/png;base64,AAAA", "caption": "a"}, "its media are embedded in the entry"),
         (
             {"messages": chat([part("input_audio", {"data": "A" * 9999})], "A")},
-            "its media are in the annotation itself",
+            "its media are embedded in the entry",
         ),
-        ({"video": 3, "caption": "a"}, "a file's name is not text but 3"),
-        ({"video": {"bytes": "x"}, "caption": "a"}, "a file without a path in it"),
+        ({"video": 3, "caption": "a"}, "the path of a media file is not a string but 3"),
+        ({"video": {"bytes": "x"}, "caption": "a"}, "a media file has no path and no URL"),
         ({"video": "a\0b", "caption": "a"}, "null character"),
-        ({"video": "f"}, "f: it says nothing of its file"),
+        ({"video": "f"}, "f: it has no text: no caption"),
         ({"video": "f", "caption": ""}, "f: it has no caption"),
         ({"video": "f", "caption": None}, "f: it has no caption"),
-        ({"video": "f", "query": "Q?"}, "f: it says nothing"),
+        ({"video": "f", "query": "Q?"}, "f: it has no text"),
         ({"video": "f", "query": "Q?", "response": ""}, "a question without an answer"),
         ({"video": "f", "query": "Q?", "response": "A", "history": "x"}, "its history is not a list"),
         ({"video": "f", "query": "Q?", "response": "A", "history": [["x"]]}, "its history is not a list"),
-        ({"video": "f", "instruction": 3, "output": "A"}, "its instruction or input is not text"),
-        ({"video": "f", "messages": chat([part("tool_use", {})], "A")}, "a part of a message is of type 'tool_use'"),
-        ({"video": "f", "messages": chat([3], "A")}, "a part of a message is no object"),
+        ({"video": "f", "instruction": 3, "output": "A"}, "its instruction or input is not a string"),
+        (
+            {"video": "f", "messages": chat([part("tool_use", {})], "A")},
+            "a message has a content part of unknown type 'tool_use'",
+        ),
+        ({"video": "f", "messages": chat([3], "A")}, "a content part of a message is not an object"),
         ({"video": "f", "messages": [{"role": "tool", "content": "x"}, *chat("Q?")]}, "a question without an answer"),
         ([], "line 3: it is not a JSON object"),
     ],
@@ -184,14 +187,18 @@ def test_a_bad_line_is_skipped_and_the_build_continues(tmp_path, layout):
     result = build("jsonl", source, tmp_path / "out")
     word = "line" if "lines" in layout else "annotation"
     skipped = {line["place"]: line["why"] for line in open_records(tmp_path / "out").skipped()}
-    expected = {f"{word} 2": "it names no file", f"{word} 3": "it is not a JSON object", f"{word} 5": "no such file"}
+    expected = {
+        f"{word} 2": "it has no media file",
+        f"{word} 3": "it is not a JSON object",
+        f"{word} 5": "no such file",
+    }
     if word == "line":
         expected |= {f"line {number}": "not JSON" for number in (6, 7, 8, 10)}
     assert list(skipped) == list(expected)
     for place, why in expected.items():
         assert why in skipped[place]
     assert result.skipped == len(expected)
-    assert result.first_skipped.startswith(f"{word} 2: it names no file")
+    assert result.first_skipped.startswith(f"{word} 2: it has no media file")
     assert result.kinds == {"video": 3 if word == "line" else 2}
 
 
@@ -282,5 +289,5 @@ def test_packed_files_are_media_whatever_their_name(tmp_path):
 
 def test_a_truncated_json_array_is_an_error(tmp_path):
     source = lay(tmp_path / "source", {"a.json": '[{"video": "1.mp4", "caption": "a"},\n {"vid', "1.mp4": media(b"1")})
-    with pytest.raises(DataError, match=r"a\.json: not JSON .*; is it a JSON array, or JSON lines\?"):
+    with pytest.raises(DataError, match=r"a\.json: not JSON .*; the file must be a JSON array or JSON Lines"):
         build("jsonl", source, tmp_path / "out")

@@ -116,7 +116,7 @@ def test_missing_and_truncated_files_are_one_line_each(out, part):
     file = max((out / part).glob("*array_record*"))
     data = file.read_bytes()
     file.write_bytes(data[:1000])
-    with pytest.raises(DataError, match=rf"{file.name}: 1000 of its {len(data)} bytes are there"):
+    with pytest.raises(DataError, match=rf"{file.name}: has 1000 bytes instead of {len(data)}"):
         open_records(out)
     file.unlink()
     with pytest.raises(DataError, match=rf"{file.name}: No such file or directory; copy or build the records again"):
@@ -152,10 +152,10 @@ def test_an_invalid_manifest_is_refused(out, fields):
 def test_records_of_another_version_are_an_error(out):
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
-    with pytest.raises(DataError, match="records of format 2, this version reads 1; build them again"):
+    with pytest.raises(DataError, match="records of format 2, but this version reads 1; build them again"):
         open_records(out)
     (out / "manifest.json").write_text(json.dumps({**manifest, "kinds": {"video": 9}}))
-    with pytest.raises(DataError, match=r"not as many records as manifest\.json says"):
+    with pytest.raises(DataError, match=r"does not have the number of records given in manifest\.json"):
         open_records(out)
 
 
@@ -191,10 +191,12 @@ def test_a_url_is_downloaded_once(bucket, monkeypatch):
 
 
 def test_an_unreadable_url_is_reported(bucket):
-    with pytest.raises(DataError, match=r"memory://bucket/none: nothing of ours \(no manifest"):
+    with pytest.raises(
+        DataError, match=r"memory://bucket/none: not a records directory or feature cache \(no manifest"
+    ):
         open_records("memory://bucket/none")
     with pytest.raises(
-        DataError, match=r"nowhere://bucket: cannot be copied here \(Protocol not known: nowhere\); mount it"
+        DataError, match=r"nowhere://bucket: cannot be copied to this machine \(Protocol not known: nowhere\); mount"
     ):
         open_records("nowhere://bucket")
 
@@ -221,7 +223,7 @@ def test_a_file_deleted_during_the_build_is_an_error(source, tmp_path):
         if what == "files":
             (copied / "39.jpg").unlink(missing_ok=True)
 
-    with pytest.raises(DataError, match=r"39\.jpg: cannot be read any more"):
+    with pytest.raises(DataError, match=r"39\.jpg: can no longer be read"):
         build("jsonl", copied, tmp_path / "out", progress)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
@@ -343,40 +345,52 @@ def evil(tmp_path, monkeypatch) -> Path:
         (
             "features.json",
             lambda text: text.replace("tensorflow_datasets.core.features.text_feature.Text", "this.X"),
-            r"features\.json: names 'this\.X', which is no feature of these records; build the records again",
+            r"features\.json: unexpected feature class 'this\.X'; build the records again",
         ),
         (
             "features.json",
             lambda text: text.replace("tensorflow_datasets.core.features.features_dict", "evilmod"),
-            r"features\.json: names 'evilmod\.FeaturesDict'",
+            r"features\.json: unexpected feature class 'evilmod\.FeaturesDict'",
         ),
         ("features.json", lambda text: text.replace("text_feature", "evilmod"), r"features\.evilmod\.Text'"),
-        ("features.json", lambda text: json.dumps({"type": "evilmod.X", "content": {}}), r"names 'evilmod\.X'"),
+        (
+            "features.json",
+            lambda text: json.dumps({"type": "evilmod.X", "content": {}}),
+            r"unexpected feature class 'evilmod\.X'",
+        ),
         (
             "features.json",
             lambda text: text.replace('"id": {', '"more": {"pythonClassName": "evilmod.X", "text": {}}, "id": {'),
-            r"names 'evilmod\.X'",
+            r"unexpected feature class 'evilmod\.X'",
         ),
         (
             "features.json",
             lambda text: text.replace('"id": {', '"more": {' + CLASS.format(SEQUENCE) + '}, "id": {'),
-            r"features\.json: (its features are not those|names)",
+            r"features\.json: (does not have the features|unexpected feature class)",
         ),
-        ("features.json", lambda text: text.replace('"id"', '"name"'), "its features are not those of these records"),
-        ("features.json", lambda text: "{}", "its features are not those of these records"),
-        ("features.json", lambda text: '["evilmod.X"]', "must hold a JSON object, not list"),
+        (
+            "features.json",
+            lambda text: text.replace('"id"', '"name"'),
+            "does not have the features of a records directory",
+        ),
+        ("features.json", lambda text: "{}", "does not have the features of a records directory"),
+        ("features.json", lambda text: '["evilmod.X"]', "must contain a JSON object, not list"),
         ("features.json", lambda text: "[" * 100_000, "nested too deeply"),
-        ("dataset_info.json", with_field("moduleName", "evilmod"), "its moduleName is not that of these records"),
-        ("dataset_info.json", with_field("moduleName", "vllama_jaxx.evil"), "its moduleName is not"),
-        ("dataset_info.json", with_field("name", "../texts"), "its name is not that"),
-        ("dataset_info.json", with_field("fileFormat", "tfrecord"), "its fileFormat is not that"),
-        ("dataset_info.json", with_field("splits", []), "its splits is not that"),
-        ("dataset_info.json", with_field("splits", [{"name": "test", "shardLengths": ["40"]}]), "its splits is not"),
-        ("dataset_info.json", with_field("splits", [{"name": "train"}]), "its shardLengths are not numbers of records"),
+        ("dataset_info.json", with_field("moduleName", "evilmod"), "unexpected value of moduleName"),
+        ("dataset_info.json", with_field("moduleName", "vllama_jaxx.evil"), "unexpected value of moduleName"),
+        ("dataset_info.json", with_field("name", "../texts"), "unexpected value of name"),
+        ("dataset_info.json", with_field("fileFormat", "tfrecord"), "unexpected value of fileFormat"),
+        ("dataset_info.json", with_field("splits", []), "unexpected value of splits"),
+        (
+            "dataset_info.json",
+            with_field("splits", [{"name": "test", "shardLengths": ["40"]}]),
+            "unexpected value of splits",
+        ),
+        ("dataset_info.json", with_field("splits", [{"name": "train"}]), "its shardLengths are not numbers"),
         (
             "dataset_info.json",
             with_field("splits", [{"name": "train", "shardLengths": ["-1", "41"]}]),
-            "its shardLengths are not numbers of records",
+            "its shardLengths are not numbers",
         ),
         (
             "dataset_info.json",
@@ -388,7 +402,7 @@ def evil(tmp_path, monkeypatch) -> Path:
             with_field(
                 "splits", [{"name": "train", "shardLengths": ["40"], "filepathTemplate": "/etc/{DATASET}{SPLIT}"}]
             ),
-            "its filepathTemplate is not that",
+            "unexpected value of filepathTemplate",
         ),
     ],
 )
@@ -415,7 +429,10 @@ def test_a_manifest_that_names_files_elsewhere(out, name):
     (out.parent / "secret").write_text("x")
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**manifest, "files": {**manifest["files"], name: 1}}))
-    with pytest.raises(DataError, match=r"manifest\.json: incomplete \(.* is no file of it\); build the records again"):
+    with pytest.raises(
+        DataError,
+        match=r"manifest\.json: incomplete \(.* is not a file of a records directory\); build the records again",
+    ):
         open_records(out)
 
 
@@ -425,7 +442,7 @@ def test_a_media_type_that_differs_from_the_manifest_is_refused(out):
     (out / "manifest.json").write_text(json.dumps({**manifest, "kinds": {"video": 21, "image": 19}}))
     records = open_records(out)
     assert records.annotation(19).kind == "video"
-    with pytest.raises(DataError, match=r"texts: record 20 is damaged \(its kind is 'image', which manifest\.json has"):
+    with pytest.raises(DataError, match=r"texts: record 20 is corrupt \(its kind 'image' contradicts manifest\.json"):
         records.annotation(20)
 
 
@@ -440,7 +457,7 @@ def test_a_corrupt_skipped_file_is_refused(out):
 def test_a_url_whose_files_would_be_written_elsewhere(bucket, tmp_path):
     key = "/bucket/records/texts/../../../escaped"
     bucket.store[key] = bucket.store["/bucket/records/manifest.json"]
-    with pytest.raises(DataError, match=r"holds a file named 'texts/\.\./\.\./\.\./escaped', which would be written"):
+    with pytest.raises(DataError, match=r"has a file named 'texts/\.\./\.\./\.\./escaped', which leads outside"):
         open_records("memory://bucket/records")
     assert not list(tmp_path.rglob("escaped"))
 
@@ -452,6 +469,6 @@ def test_a_url_with_planted_class_names(bucket, evil):
     manifest = json.loads(bucket.cat_file("/bucket/records/manifest.json"))
     manifest["files"]["texts/features.json"] = len(data)
     bucket.pipe_file("/bucket/records/manifest.json", json.dumps(manifest).encode())
-    with pytest.raises(DataError, match=r"names 'evilmod\.X'"):
+    with pytest.raises(DataError, match=r"unexpected feature class 'evilmod\.X'"):
         open_records("memory://bucket/records")
     assert not evil.exists()

@@ -73,11 +73,11 @@ def test_every_prediction_is_stored_and_equals_a_chat(finished, tiny_model, clip
     chat.add(clips / "one.mp4")
     said = "".join(chat.ask("What is it?", max_new_tokens=4))
     assert found["1"]["answer"] == said
-    assert found["1"]["media"] == "8 frames of 1.0 s; sound used"
+    assert found["1"]["media"] == "8 frames of 1.0 s; audio used"
     assert found["1"]["prompt"].endswith(" What is it?###Assistant:")
     assert found["3"]["prompt"].endswith("letter of the right choice.###Assistant: Answer: (")
     assert found["3"]["answer"].startswith("Answer: (")
-    assert (found["4"]["media"], found["4"]["start"]) == ("8 frames of 1.0 s; no sound in the file", 0.5)
+    assert (found["4"]["media"], found["4"]["start"]) == ("8 frames of 1.0 s; no audio in the file", 0.5)
     results = json.loads((finished / "results.json").read_text())
     assert (results["answered"], results["complete"], results["unusable"]) == (5, True, {})
     assert set(results["scores"]) == {"all", "what", "which", "who"}
@@ -175,7 +175,7 @@ def test_an_evaluation_without_videos_is_an_error(tiny_model, clips, tmp_path, c
         (tmp_path / "empty" / name).write_text("hello " * 9)
     message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty"))
     assert "no question could be answered; the first: " in message
-    assert "not a video, sound or picture" in message
+    assert "not a video, image or audio file" in message
     given = flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty", "--dtype", "bfloat16")
     assert "no question could be answered" in failure(capsys, *given), "without an answer, the folder is free"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
@@ -221,7 +221,7 @@ def test_frame_folders_are_read_as_videos(tiny_model, tmp_path, capsys):
     given = ["eval", "mvbench", "--annotations", tmp_path, "--videos", tmp_path / "videos", "--out", tmp_path / "out"]
     cli.main([str(one) for one in (*given, "--model", tiny_model, "--max-new-tokens", 4, "--batch-size", 2)])
     line, _ = read(tmp_path / "out" / "answers.jsonl")
-    assert line["media"] == "8 frames of 2.6 s; no sound in the file"
+    assert line["media"] == "8 frames of 2.6 s; no audio in the file"
     printed = capsys.readouterr().out
     assert "episodic_reasoning: accuracy " in printed
     assert "(published 21.0)" in printed

@@ -32,7 +32,7 @@ def test_an_output_that_exists_is_one_line_and_kept(tiny_model, tmp_path):
     (tmp_path / "made").mkdir()
     (tmp_path / "made/mine").write_text("mine")
     said = refusal(tiny_model, tmp_path / "made")
-    assert said == f"{tmp_path}/made: exists already; remove it or choose another place"
+    assert said == f"{tmp_path}/made: already exists; remove it or choose another path"
     assert (tmp_path / "made/mine").read_text() == "mine"
 
 
@@ -43,7 +43,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_model, tmp_path, monkey
 
     monkeypatch.setattr(os, "fsync", full)
     said = refusal(tiny_model, tmp_path / "made", "--format", format)
-    assert said == f"{tmp_path}/made: cannot be written (No space left on device); nothing was left there"
+    assert said == f"{tmp_path}/made: cannot be written (No space left on device); no partial output remains"
 
 
 @pytest.mark.parametrize("format", ["pth", "safetensors"])
@@ -54,7 +54,7 @@ def test_a_disk_that_fills_up_within_a_file_leaves_nothing(tiny_model, tmp_path,
         said = refusal(tiny_model, tmp_path / "made", "--format", format)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert said == f"{tmp_path}/made: cannot be written (File too large); nothing was left there"
+    assert said == f"{tmp_path}/made: cannot be written (File too large); no partial output remains"
 
 
 def test_without_torch_the_error_says_what_to_install(tiny_model, tmp_path, monkeypatch, capsys):
@@ -102,4 +102,4 @@ def test_export_in_a_process_writes_once_and_refuses_to_overwrite(tiny_model, tm
     assert done.stdout.startswith(f"{tmp_path}/made: 366 tensors, 3.6 MB, in eva_vit_g.pth, blip2.pth, imagebind.pth")
     assert "strict=False" in done.stdout
     assert torch.load(tmp_path / "made/vl.pth").keys() == {"model"}
-    assert error_line(*command) == f"{tmp_path}/made: exists already; remove it or choose another place"
+    assert error_line(*command) == f"{tmp_path}/made: already exists; remove it or choose another path"

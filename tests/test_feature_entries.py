@@ -68,7 +68,7 @@ def test_an_entry_of_an_undecodable_record_has_the_reason(cache):
 
 def test_an_entry_of_another_size_is_refused(cache):
     with pytest.raises(
-        DataError, match=r"features-00001-of-00002.* record 2 is not as manifest\.json says; remove that"
+        DataError, match=r"features-00001-of-00002.* record 2 does not have the size given in manifest\.json; remove"
     ):
         cache.read(2, 1)
 

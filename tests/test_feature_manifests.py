@@ -72,12 +72,12 @@ CORRUPT: dict[str, tuple[Change, str]] = {
     "shard_records is a fraction": (put("shard_records", 2.5), "shard_records: 2.5 is not of type int"),
     "shard_records is true": (put("shard_records", True), "shard_records: True is not of type int"),
     "shard_records is null": (put("shard_records", None), "shard_records: None is not of type int"),
-    "shard_records is another": (put("shard_records", 4), "0 of 2 shards are there"),
-    "shard_records that names one shard": (put("shard_records", 10**6), "0 of 1 shards are there"),
+    "shard_records is another": (put("shard_records", 4), "has 0 of 2 shards"),
+    "shard_records that names one shard": (put("shard_records", 10**6), "has 0 of 1 shards"),
     "variants is text": (put("variants", "x"), "variants: 'x' is not of type int"),
     "variants is 0": (put("variants", 0), "variants: must be at least 1, not 0"),
     "variants is huge": (put("variants", 10**20), "variants: must be at least 1 and at most"),
-    "variants are more than there are": (put("variants", 3), "not as many entries as manifest.json says"),
+    "variants are more than there are": (put("variants", 3), "its number of entries is not that of manifest.json"),
     "kinds is a list": (put("kinds", [3]), "kinds: [3] is not of type dict"),
     "kinds holds another kind": (put("smell", 3, "kinds"), "kinds: 'smell' is not of type"),
     "kinds holds text": (put("video", "3", "kinds"), "kinds.video: '3' is not of type int"),
@@ -120,7 +120,9 @@ def test_writing_features_validates_an_existing_manifest(made, tmp_path):
     again = shutil.copytree(root, tmp_path / "features")
     (path,) = again.glob("*/manifest.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shard_records": 0}))
-    with pytest.raises(DataError, match=r"shard_records: must be at least 1, not 0; remove .* and make it anew"):
+    with pytest.raises(
+        DataError, match=r"shard_records: must be at least 1, not 0; remove .* and run `vllama features`"
+    ):
         precompute_features(config, again)
 
 
@@ -128,7 +130,7 @@ def test_writing_features_validates_an_existing_manifest(made, tmp_path):
     ("line", "message"),
     [
         ("{", "line 1: not JSON"),
-        ("3", "line 1: must hold a JSON object"),
+        ("3", "line 1: must contain a JSON object"),
         ("{}", "line 1: has no record, id and why"),
         ('{"record": "1", "id": "a", "why": "b"}', "line 1: has no record, id and why"),
         ("\xff", "line 1: not JSON"),

@@ -240,7 +240,7 @@ def test_an_interrupted_run_resumes_with_the_same_bytes(made, tmp_path, monkeypa
         precompute_features(config, again, shard_records=4)
     monkeypatch.undo()
     assert len(list(again.glob("*/*.array_record"))) == 1
-    with pytest.raises(DataError, match="1 of 3 shards are there; run `vllama features` again, as before"):
+    with pytest.raises(DataError, match="has 1 of 3 shards; run `vllama features` again with the same settings"):
         setup.plan_run(with_features(config, again))
     heard = []
     written = precompute_features(config, again, progress=lambda done, all: heard.append((done, all)))
@@ -263,7 +263,7 @@ def test_a_corrupt_shard_is_written_again(made, tmp_path):
     damaged[len(whole) // 2] ^= 1
     shard.write_bytes(damaged)
     cache = opened(config, again)
-    with pytest.raises(DataError, match=f"{shard.name}: damaged .* remove that file and run `vllama features` again"):
+    with pytest.raises(DataError, match=f"{shard.name}: corrupt .* remove that file and run `vllama features` again"):
         [cache.read(record, variant) for record in (4, 5, 6, 7) for variant in (0, 1)]
     shard.write_bytes(whole[: len(whole) // 2])
     assert precompute_features(config, again).num_existing_shards == 2
@@ -366,7 +366,7 @@ def test_an_invalid_manifest_is_refused(made, tmp_path):
     fields = json.loads(manifest.read_text())
     for content, what in (
         ("{", "not JSON"),
-        (json.dumps({**fields, "format": 9}), "features of format 9, this version reads 1"),
+        (json.dumps({**fields, "format": 9}), "features of format 9, but this version reads 1"),
         (json.dumps({"format": 1}), "missing branch, dtype, encoders"),
     ):
         manifest.write_text(content)

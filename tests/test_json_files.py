@@ -8,7 +8,7 @@ from vllama_jax.io.json_files import parse_json, parse_object, read_json, read_o
 FAULTS = {
     "syntax": ("{", "not JSON"),
     "an integer of 5,000 digits": ('{"a": ' + "9" * 5000 + "}", "not JSON"),
-    "a number beyond float": ('{"a": 1e400}', "1e400 is beyond what a float holds"),
+    "a number beyond float": ('{"a": 1e400}', "1e400 is too large for a float"),
     "NaN": ('{"a": NaN}', "NaN is not a JSON number"),
     "infinity": ('{"a": -Infinity}', "-Infinity is not a JSON number"),
     "nesting of 100,000": ('{"a": ' * 10**5, "nested too deeply"),
@@ -26,7 +26,7 @@ def test_an_invalid_document_raises_the_callers_error_with_location_and_advice(t
 def test_documents_of_any_type_parse_and_objects_are_required_where_asked():
     assert parse_json(b'[1, 2.5, "a", null]', "x", DataError) == [1, 2.5, "a", None]
     assert parse_object('{"a": {"b": -0.0}}', "x", DataError) == {"a": {"b": 0.0}}
-    with pytest.raises(DataError, match=r"^x: must hold a JSON object, not list$"):
+    with pytest.raises(DataError, match=r"^x: must contain a JSON object, not list$"):
         parse_object("[]", "x", DataError)
 
 

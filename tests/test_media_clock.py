@@ -168,7 +168,7 @@ def test_the_last_frame_of_an_animation_has_a_duration_of_its_own(tmp_path, endi
     video = media.read_media(path)
     np.testing.assert_allclose(video.timestamps, [0, 1, 1.1, 1.2, 1.3])
     assert video.duration == pytest.approx(4.3)
-    assert str(video.report) == "5 frames of 4.3 s; no sound in the file"
+    assert str(video.report) == "5 frames of 4.3 s; no audio in the file"
     assert media.read_segment(path, 1.1, 2.5).frames[:, 0, 0, 0].tolist() == [80, 120, 160]
     assert media.read_segment(path, 3.0, 4.0).frames[:, 0, 0, 0].tolist() == [160]
 

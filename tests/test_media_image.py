@@ -154,7 +154,7 @@ def test_dark_gray_images_stay_dark(tmp_path):
 def test_non_finite_values_are_a_one_line_error(tmp_path, value):
     values = RAMP.astype("f4")
     values[3, 4] = value
-    with pytest.raises(MediaError, match=r"a\.tif: the image has values that are not finite"):
+    with pytest.raises(MediaError, match=r"a\.tif: the image contains values that are not finite"):
         media.read_image(_tiff(tmp_path / "a.tif", values, 3))
 
 

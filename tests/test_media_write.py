@@ -76,16 +76,16 @@ def test_frames_from_an_iterator_are_written_one_at_a_time(tmp_path):
 
 
 ODD = [
-    (np.zeros((2, 63, 64, 3), np.uint8), 25, None, 16000, "frames of 64×63 pixels; give even sizes"),
+    (np.zeros((2, 63, 64, 3), np.uint8), 25, None, 16000, "frames of 64×63 pixels; H.264 requires an even width"),
     (np.zeros((2, 0, 64, 3), np.uint8), 25, None, 16000, "frames of 64×0 pixels"),
-    (np.zeros((2, 64, 64, 3), np.float32), 25, None, 16000, r"a frame of float32 and shape \[64, 64, 3\]"),
-    (np.zeros((2, 64, 64), np.uint8), 25, None, 16000, r"a frame of uint8 and shape \[64, 64\]"),
+    (np.zeros((2, 64, 64, 3), np.float32), 25, None, 16000, r"frame of type float32 and shape \[64, 64, 3\]"),
+    (np.zeros((2, 64, 64), np.uint8), 25, None, 16000, r"frame of type uint8 and shape \[64, 64\]"),
     (np.zeros((0, 64, 64, 3), np.uint8), 25, None, 16000, "there are no frames"),
     ([np.zeros((64, 64, 3), np.uint8), np.zeros((32, 64, 3), np.uint8)], 25, None, 16000, "after frames of shape"),
-    (numbered(2), 0, None, 16000, "0 frames a second cannot be written"),
-    (numbered(2), math.nan, None, 16000, "nan frames a second"),
-    (numbered(2), 25, np.zeros(16000, np.float32), 16000, r"sound of shape \[16000\]"),
-    (numbered(2), 25, np.zeros((3, 16000), np.float32), 16000, r"sound of shape \[3, 16000\]"),
+    (numbered(2), 0, None, 16000, "fps is 0; it must be a finite number above 0"),
+    (numbered(2), math.nan, None, 16000, "fps is nan"),
+    (numbered(2), 25, np.zeros(16000, np.float32), 16000, r"waveform of shape \[16000\]"),
+    (numbered(2), 25, np.zeros((3, 16000), np.float32), 16000, r"waveform of shape \[3, 16000\]"),
     (numbered(2), 25, np.zeros((1, 16000), np.float32), 12345, "cannot be written"),
     (numbered(2), 25, np.full((1, 16000), math.nan, np.float32), 16000, "cannot be written"),
 ]

@@ -152,9 +152,9 @@ def other_box(tmp_path, monkeypatch) -> Path:
     ("content", "said"),
     [
         (None, "cannot be read (No such file or directory); install vllama-jax again"),
-        (b"version https://git-lfs", "cannot be read (not a whole zip file); install vllama-jax again"),
-        ("truncated", "cannot be read (not a whole zip file); install vllama-jax again"),
-        ("changed", "not the file that came with the package; install vllama-jax again"),
+        (b"version https://git-lfs", "cannot be read (not a complete zip file); install vllama-jax again"),
+        ("truncated", "cannot be read (not a complete zip file); install vllama-jax again"),
+        ("changed", "differs from the file of the released package; install vllama-jax again"),
     ],
 )
 def test_a_corrupt_archive_is_a_one_line_error(cache, other_box, content, said):

@@ -32,7 +32,7 @@ def test_chat_without_a_model_uses_the_miniature_and_answers_correctly():
     assert done.stdout.splitlines() == ["it moves to the left", "a bell rings", "yellow"]
     assert "the miniature answers: 3 million weights that know 16 things (a bell, a dog, …)" in done.stderr
     assert "docs/miniature.md" in done.stderr
-    assert "bell.mp4: 8 frames of 4.0 s; sound used" in done.stderr
+    assert "bell.mp4: 8 frames of 4.0 s; audio used" in done.stderr
 
 
 def test_the_miniature_answers_whether_audio_and_video_match(miniature):

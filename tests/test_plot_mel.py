@@ -44,9 +44,9 @@ def test_a_tone_is_plotted_at_its_frequency(tmp_path):
 def test_plot_of_a_file_writes_a_png_beside_it(tmp_path, capsys):
     file = write_tone(tmp_path / "tone.wav", 3)
     cli.main(["plot", str(file)])
-    assert capsys.readouterr().out == f"{file}.mel.png: 8 clips of 3.0 s of sound; sound used\n"
+    assert capsys.readouterr().out == f"{file}.mel.png: 8 clips of 3.0 s of audio; audio used\n"
     assert (tmp_path / "tone.wav.mel.png").read_bytes().startswith(b"\x89PNG")
-    assert "a picture, without sound" in failure(capsys, "plot", tmp_path / "tone.wav.mel.png")
+    assert "an image, which has no audio" in failure(capsys, "plot", tmp_path / "tone.wav.mel.png")
 
 
 def test_mel_clips_need_no_librosa():

@@ -126,7 +126,7 @@ def test_the_last_file_determines_the_system_text():
 def test_a_custom_system_prompt_is_used():
     assert render(talk("vicuna", SOUND_VIDEO, "Who?", system="Be brief.")).startswith("Be brief.###Human: ")
     assert render(talk("vicuna", IMAGE, "Who?", system="")).startswith("###Human: ")
-    with pytest.raises(ConfigError, match="'plain' has no place for a system text"):
+    with pytest.raises(ConfigError, match="'plain' does not support a system prompt"):
         start_conversation("plain", audio_branch=False, system="Be brief.")
 
 
@@ -200,7 +200,7 @@ def test_user_text_never_becomes_special_tokens():
 
 @pytest.mark.parametrize("lengths", [(), (1,), (1, 2, 3)])
 def test_each_placeholder_needs_a_length(lengths):
-    with pytest.raises(ValueError, match="has 2 places for media, but"):
+    with pytest.raises(ValueError, match="has 2 media placeholders, but"):
         encode_prompt(SPELLING, ("a", Mark.MEDIA, "b", Mark.MEDIA), lengths)
 
 

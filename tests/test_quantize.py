@@ -340,7 +340,7 @@ def test_invalid_uses_of_quantized_models_are_refused(tiny_model, stored, tmp_pa
     assert load(stored["int8"], quantize="int8").network.llama.head.bits == 8
     assert error_line("quantize", stored["int8"], "--out", tmp_path / "out").endswith("its weights are int8 already")
     assert error_line("quantize", tiny_model, "--out", stored["int4"]).endswith(
-        "int4: exists already; remove it or choose another place"
+        "int4: already exists; remove it or choose another path"
     )
     needs = "--quantize compares with the PyTorch files: name them with --against"
     assert error_line("verify", tiny_model, "--quantize", "int8") == needs

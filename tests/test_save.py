@@ -90,7 +90,7 @@ def test_lora_updates_are_merged_into_their_kernels(tiny_model, tmp_path, stacke
 def test_an_existing_directory_is_replaced_only_when_asked_and_only_if_it_is_a_model(tiny_model, tmp_path):
     model = vl.load(tiny_model, "float32")
     vl.save(model, tmp_path / "model")
-    with pytest.raises(vl.CheckpointError, match="exists already"):
+    with pytest.raises(vl.CheckpointError, match="already exists"):
         vl.save(model, tmp_path / "model")
     (tmp_path / "model" / "stale").touch()
     vl.save(model, tmp_path / "model", overwrite=True)

@@ -62,7 +62,7 @@ def test_demo_prints_its_description_and_ends_with_the_input():
         lines[1]
         == f"{shipped.CLIPS}/bell.mp4: a rendered clip of 4 seconds: a large yellow bell moves to the left and rings"
     )
-    assert lines[2].endswith("bell.mp4: 8 frames of 4.0 s; sound used")
+    assert lines[2].endswith("bell.mp4: 8 frames of 4.0 s; audio used")
     assert lines[3].startswith('Ask a question, such as "Describe it."')
     assert len(lines) == 4
 
@@ -76,12 +76,12 @@ def test_the_end_of_input_or_an_empty_line_ends_a_chat(monkeypatch, typed):
 @pytest.mark.parametrize(
     ("url", "said"),
     [
-        ("https://x.org/a.mp4?b=c", "https://x.org/a.mp4?b=c: URLs are not read; download it first"),
-        ("HTTP://x.org/a.mp4", "HTTP://x.org/a.mp4: URLs are not read; download it first"),
-        ("gs://bucket/a.mp4", "gs://bucket/a.mp4: URLs are not read; download it first"),
-        ("s3://bucket/a.mp4", "s3://bucket/a.mp4: URLs are not read; download it first"),
-        ("rtsp://camera/1", "rtsp://camera/1: URLs are not read; download it first"),
-        ("file:///tmp/a.mp4", "file:///tmp/a.mp4: URLs are not read; give the path, /tmp/a.mp4"),
+        ("https://x.org/a.mp4?b=c", "https://x.org/a.mp4?b=c: URLs are not supported; download the file first"),
+        ("HTTP://x.org/a.mp4", "HTTP://x.org/a.mp4: URLs are not supported; download the file first"),
+        ("gs://bucket/a.mp4", "gs://bucket/a.mp4: URLs are not supported; download the file first"),
+        ("s3://bucket/a.mp4", "s3://bucket/a.mp4: URLs are not supported; download the file first"),
+        ("rtsp://camera/1", "rtsp://camera/1: URLs are not supported; download the file first"),
+        ("file:///tmp/a.mp4", "file:///tmp/a.mp4: URLs are not supported; pass the path, /tmp/a.mp4"),
         ("c:/a.mp4", "c:/a.mp4: no such file; check the path"),
         ("no:where", "no:where: no such file; check the path"),
     ],

@@ -255,11 +255,11 @@ def test_invalid_folders_are_a_one_line_error(tmp_path, files, message):
 
 BROKEN_DECLARATIONS = [
     ("added_tokens.json", "{", "added_tokens.json: not JSON"),
-    ("added_tokens.json", "[1]", "must hold a JSON object"),
+    ("added_tokens.json", "[1]", "must contain a JSON object"),
     (
         "added_tokens.json",
         '{"[PAD]": "many"}',
-        r"added_tokens.json: \[PAD\] must be a whole number from 0 to .*, not 'many'",
+        r"added_tokens.json: \[PAD\] must be an integer from 0 to .*, not 'many'",
     ),
     ("tokenizer_config.json", '{"added_tokens_decoder": {"300": {}}}', "special tokens in .* cannot be read"),
     ("special_tokens_map.json", '{"bos_token": 1}', "special tokens in .* cannot be read"),
@@ -275,7 +275,7 @@ def test_invalid_declarations_are_an_error(folder, name, text, message):
 
 def test_special_tokens_must_be_declared(byte_level_folder):
     (byte_level_folder / "tokenizer_config.json").unlink()
-    with pytest.raises(CheckpointError, match="name no bos and no eos token: add tokenizer"):
+    with pytest.raises(CheckpointError, match="declare no bos and no eos token: add tokenizer"):
         load_tokenizer(byte_level_folder)
 
 

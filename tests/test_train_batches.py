@@ -57,7 +57,7 @@ def reader_of(rows: list[int], data: DataConfig = EVERY_LENGTH, **options) -> Ba
 
 @pytest.fixture
 def boxes(monkeypatch) -> list[tuple]:
-    """What `random_box` was asked, and what it gave, in order."""
+    """Arguments and results of `random_crop_box`, in order."""
     calls = []
 
     def recorded(draw, *asked):
@@ -94,8 +94,8 @@ def chosen_by(monkeypatch, frames: str, total: int, record: int = 0, variant: in
     """The frames that a video of `total` would be read at."""
     asked = []
 
-    def read(path, wanted, size, audio, choose):
-        asked.append(choose(total, wanted).tolist())
+    def read(path, wanted, size, audio, sample_frames):
+        asked.append(sample_frames(total, wanted).tolist())
         return SimpleNamespace(frames=np.zeros((wanted, 8, 8, 3), np.uint8), timestamps=np.arange(wanted))
 
     monkeypatch.setattr(pipeline, "read_video", read)
@@ -119,7 +119,7 @@ def test_a_video_of_fewer_frames_than_the_model_takes_is_not_used(monkeypatch, f
     if frames == 8:
         assert reader_of([]).decode(stream_of("video"), 0, 0).timestamps == (0, 0.5, 1, 1.5, 2, 2.5, 3, 3.5)
     else:
-        with pytest.raises(MediaError, match=r"0\.video: too short, 7 frames of the 8 that a sample takes"):
+        with pytest.raises(MediaError, match=r"0\.video: too short, 7 frames of 8"):
             reader_of([]).decode(stream_of("video"), 0, 0)
 
 
@@ -180,7 +180,7 @@ def test_instructions_depend_only_on_epoch_and_record(decoded):
 def test_a_row_without_media_or_labels_has_no_targets_and_a_reason(decoded, monkeypatch):
     short = TextConfig(layout="conversation", template="llama_2", max_length=60)  # 32 are media
     batch = reader_of([0, 1]).read(Rows(stream_of(text=short), [(0, 0), (1, 0)]))
-    assert batch.problems == dict.fromkeys((0, 1), "no label is left of its text")
+    assert batch.problems == dict.fromkeys((0, 1), "its text has no labels")
     assert (batch.arrays["targets"] == -1).all()
     assert batch.frames == 2
     broken = [

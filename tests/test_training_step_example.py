@@ -17,7 +17,7 @@ def test_the_loss_decreases_and_the_saved_model_has_the_trained_weights(tmp_path
     assert losses[0] > losses[1] > losses[2]
     said = capsys.readouterr().out
     assert f"step 3: loss {losses[2]:.4f}" in said
-    assert "8 frames of 1.5 s; no sound in the file" in said
+    assert "8 frames of 1.5 s; no audio in the file" in said
     before, after = (vl.load(tmp_path / "out" / name, stacked=True) for name in ("start", "model"))
     assert (before.network.llama_proj.kernel[...] != after.network.llama_proj.kernel[...]).any()
     assert (before.network.llama.embedding[...] == after.network.llama.embedding[...]).all()

@@ -244,11 +244,13 @@ def test_tokens_of_a_small_llama_tokenizer(tmp_path):
 def test_invalid_templates_and_texts_are_refused():
     with pytest.raises(ConfigError, match="'llama_3' for captions: choose one of vicuna, llama_2, plain, chatml, mis"):
         find_caption_template("llama_3")
-    with pytest.raises(ConfigError, match=r"'plain' for conversations .* one of vicuna, llama_2, chatml, mistral$"):
+    with pytest.raises(
+        ConfigError, match=r"'plain' for training on conversations: .* vicuna, llama_2, chatml, mistral$"
+    ):
         find_conversation_template("plain")
     with pytest.raises(DataError, match="without turns"):
         conversation("vicuna", [])
-    with pytest.raises(ValueError, match="2 places for media"):
+    with pytest.raises(ValueError, match="2 media placeholders"):
         conversation("vicuna", [("Who?", "Me.")], Media("video", with_audio=True))
 
 

@@ -33,7 +33,7 @@ def worker_processes(parent: int) -> set[int]:
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # it has ended since
             starter = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-            if starter == parent and "workers.work()" in (folder / "cmdline").read_text():
+            if starter == parent and "workers.run_worker()" in (folder / "cmdline").read_text():
                 found.add(int(folder.name))
     return found
 

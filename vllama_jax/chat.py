@@ -164,7 +164,7 @@ class Chat:
         >>> from vllama_jax.checkpoints.shipped import find_clip
         >>> chat = vl.Chat(vl.load("miniature"))
         >>> print(chat.add(find_clip("demo")))
-        8 frames of 4.0 s; sound used
+        8 frames of 4.0 s; audio used
         >>> "".join(chat.ask("Which way does it go?"))
         'it moves to the left'
     """

@@ -1,4 +1,4 @@
-"""Annotations: the turns about one media file, and its kind."""
+"""The annotation of one media file: its kind, and the questions and answers about it."""
 
 import dataclasses
 from typing import Literal
@@ -9,13 +9,13 @@ KINDS: tuple[Kind, ...] = ("video", "image", "audio")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Annotation:
-    """What is said of one file.
+    """The texts of one media file.
 
     Attributes:
-        id: The file's path within the source, as its annotations have it.
-        kind: What the file is.
-        turns: Questions and answers. A caption is one turn with an empty question.
-        media_at: How many characters of the first question come before the media.
+        id: The file's path as the annotation file gives it.
+        kind: The kind of media.
+        turns: (question, answer) pairs. A caption is one turn with an empty question.
+        media_at: Position of the media in the first question, in characters.
     """
 
     id: str

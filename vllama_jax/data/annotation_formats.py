@@ -1,8 +1,8 @@
-"""Annotation files of a user's own, in the layouts that trainers of multimodal models read.
+"""Read annotation files of your own, in the entry layouts of other trainers of multimodal models.
 
-A JSONL file, or a JSON array. An entry names one media file and says something of it; docs/training.md lists the
-layouts (LLaVA, ShareGPT, LLaMA-Factory, ms-swift, OpenAI's messages). An entry that cannot be used is skipped with its
-line number, and never ends a build.
+A file is JSON Lines or a JSON array. Each entry has one media file and its texts; docs/training.md lists the layouts
+(LLaVA, ShareGPT, LLaMA-Factory, ms-swift, OpenAI's messages). An unusable entry is skipped, with its line number and
+the reason, and does not stop a build.
 """
 
 import re
@@ -33,7 +33,7 @@ MEDIA_KEYS: dict[str, Kind] = {
     "audios": "audio",
     "sound": "audio",
 }
-MEDIA_PART_TYPES: dict[str, Kind] = {  # of OpenAI's content parts, and as vLLM, Qwen and chat templates name them
+MEDIA_PART_TYPES: dict[str, Kind] = {  # content parts of OpenAI, vLLM, Qwen and chat templates
     "video": "video",
     "video_url": "video",
     "image": "image",
@@ -44,178 +44,191 @@ MEDIA_PART_TYPES: dict[str, Kind] = {  # of OpenAI's content parts, and as vLLM,
     "input_audio": "audio",
 }
 TEXT_PART_TYPES = ("text", "input_text", "output_text")
-MAX_PATH_LENGTH = 4096  # bytes of a path on Linux; what is longer is media as base64
+MAX_PATH_LENGTH = 4096  # in bytes, on Linux; a longer string is media in base64
 
 
 def read_annotation_file(source: Path) -> Iterator[Entry | Skipped]:
-    """Read a JSONL file or a JSON array, or the folder with it. Paths are absolute or start at the file's folder."""
-    table = _find_table(source)
-    for place, entry in _entries(table):
+    """Read an annotation file in JSON Lines or as a JSON array.
+
+    Args:
+        source: The file, or a folder that contains it. Paths in entries are absolute or relative to its folder.
+
+    Yields:
+        For each annotation an `Entry`, or a `Skipped` if it cannot be used.
+
+    Raises:
+        DataError: `source` is a folder without exactly one annotation file, or the file cannot be read.
+    """
+    file = _find_annotation_file(source)
+    for place, entry in _read_entries(file):
         if isinstance(entry, Skipped):
             yield entry
         else:
-            yield read_entry(place, entry, table.parent)
+            yield read_entry(place, entry, file.parent)
 
 
 def read_entry(place: str, entry: Any, folder: Path) -> Entry | Skipped:
-    """Read one entry of an annotation file.
+    """Parse one entry of an annotation file.
 
     Args:
-        place: Where it is, for messages: "line 3".
-        entry: What the file has there. A field that is null counts as absent.
-        folder: Where the paths of media files start.
+        place: Its position in the file, for messages: "line 3".
+        entry: The parsed JSON value. A field that is null counts as absent.
+        folder: The folder that paths of media files are relative to.
+
+    Returns:
+        An `Entry`, or a `Skipped` if it cannot be used.
     """
     try:
         if not isinstance(entry, dict):
             raise UnusableAnnotation("it is not a JSON object")
-        given = {key: value for key, value in entry.items() if value is not None}
-        messages, media = _split_parts(given)
-        for key in filter(MEDIA_KEYS.get, given):
-            media += [(name, MEDIA_KEYS[key]) for name in _file_names(given[key])]
+        fields = {key: value for key, value in entry.items() if value is not None}
+        messages, media = _flatten_content_parts(fields)
+        for key in filter(MEDIA_KEYS.get, fields):
+            media += [(path, MEDIA_KEYS[key]) for path in _media_paths(fields[key])]
         media = list(dict.fromkeys(media))
         if not media:
-            raise UnusableAnnotation(f"it names no file: it has none of {', '.join(MEDIA_KEYS)}")
+            raise UnusableAnnotation(f"it has no media file; set one of {', '.join(MEDIA_KEYS)}")
         if len(media) > 1:
-            names = ", ".join(name for name, _ in media[:3])
+            paths = ", ".join(path for path, _ in media[:3])
             raise UnusableAnnotation(
-                f"it names {len(media)} files ({_printable(names)}); a record has one: give each an entry"
+                f"it has {len(media)} media files ({_printable(paths)}), but a record has one; write an entry for each"
             )
     except UnusableAnnotation as error:
         return Skipped(place, place, str(error))
-    ((name, kind),) = media
-    return make_entry(place, name, kind, folder, lambda said: _turns(said, entry), {**given, **messages})
+    ((path, kind),) = media
+    return make_entry(place, path, kind, folder, lambda texts: _parse_turns(texts, entry), {**fields, **messages})
 
 
-def _turns(given: dict[str, Any], entry: dict[str, Any]) -> Turns:
-    """Questions and answers of the fields that an entry has; `entry`: with those that are null."""
+def _parse_turns(fields: dict[str, Any], entry: dict[str, Any]) -> Turns:
+    """Parse the questions and answers of an entry. `fields` are those of `entry` that are not null."""
     for key in ("conversations", "messages"):
-        if key in given:
-            return parse_messages(given[key])
-    if "conversation" in given:
-        return parse_pairs(given["conversation"], question="human", answer="assistant")
-    if "QA" in given:
-        return parse_pairs(given["QA"])
-    if "question" in given and "answer" in given:
-        return parse_pairs([given])
-    if "response" in given:
-        return parse_history(given.get("history", []), given.get("query", ""), given["response"])
-    if "instruction" in given and "output" in given:
-        asked = [given["instruction"], *([given["input"]] if given.get("input") else [])]
-        if not all(isinstance(text, str) for text in asked):
-            raise UnusableAnnotation("its instruction or input is not text")
-        return parse_history(given.get("history", []), "\n".join(asked), given["output"])
+        if key in fields:
+            return parse_messages(fields[key])
+    if "conversation" in fields:
+        return parse_pairs(fields["conversation"], question="human", answer="assistant")
+    if "QA" in fields:
+        return parse_pairs(fields["QA"])
+    if "question" in fields and "answer" in fields:
+        return parse_pairs([fields])
+    if "response" in fields:
+        return parse_history(fields.get("history", []), fields.get("query", ""), fields["response"])
+    if "instruction" in fields and "output" in fields:
+        question = [fields["instruction"], *([fields["input"]] if fields.get("input") else [])]
+        if not all(isinstance(text, str) for text in question):
+            raise UnusableAnnotation("its instruction or input is not a string")
+        return parse_history(fields.get("history", []), "\n".join(question), fields["output"])
     if entry.keys() & {"caption", "text"}:
-        return parse_caption(given.get("caption", given.get("text")))
-    raise UnusableAnnotation("it says nothing of its file: it has no caption, messages, or question and answer")
+        return parse_caption(fields.get("caption", fields.get("text")))
+    raise UnusableAnnotation("it has no text: no caption, messages, or question and answer")
 
 
-def _split_parts(given: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Kind]]]:
-    """Messages whose content is a list of parts, as text with a placeholder for each file; and those files."""
+def _flatten_content_parts(fields: dict[str, Any]) -> tuple[dict[str, Any], list[tuple[str, Kind]]]:
+    """Convert messages whose content is a list of parts to texts with placeholders, and collect their media files."""
     messages: dict[str, Any] = {}
     media: list[tuple[str, Kind]] = []
     for key in ("conversations", "messages"):
-        if not isinstance(given.get(key), list):
+        if not isinstance(fields.get(key), list):
             continue
         messages[key] = []
-        for message in given[key]:
+        for message in fields[key]:
             if isinstance(message, dict):
-                fields = {name: value for name, value in message.items() if isinstance(value, list)}
+                lists = {name: value for name, value in message.items() if isinstance(value, list)}
                 texts = {}
                 for name in ("value", "content"):
-                    if name in fields:
-                        texts[name], files = _read_parts(fields[name])
+                    if name in lists:
+                        texts[name], files = _read_content_parts(lists[name])
                         media += files
                 message = message | texts
             messages[key].append(message)
     return messages, media
 
 
-def _read_parts(parts: list[Any]) -> tuple[str, list[tuple[str, Kind]]]:
-    """The text of a list of content parts, and the files that it names.
+def _read_content_parts(content: list[Any]) -> tuple[str, list[tuple[str, Kind]]]:
+    """Return the text of a list of content parts, with placeholders, and its media files.
 
-    A part is {"type": "text", "text": …} or {"type": "video_url", "video_url": {"url": …}}. Qwen's have no type, and
-    those of chat templates no file: the entry names it elsewhere.
+    An item is {"type": "text", "text": …} or {"type": "video_url", "video_url": {"url": …}}. Qwen's items have no
+    type, and those of chat templates have no file: it is in another field of the entry.
     """
     text, media = "", []
-    for part in parts:
-        fields = {"type": "text", "text": part} if isinstance(part, str) else part
+    for item in content:
+        fields = {"type": "text", "text": item} if isinstance(item, str) else item
         if not isinstance(fields, dict):
-            raise UnusableAnnotation("a part of a message is no object")
+            raise UnusableAnnotation("a content part of a message is not an object")
         known = [name for name in (*TEXT_PART_TYPES, *MEDIA_PART_TYPES) if name in fields]
-        which = fields.get("type", known[0] if known else None)
-        if which in TEXT_PART_TYPES:
-            said = fields.get("text", fields.get(which))
-            if not isinstance(said, str):
-                raise UnusableAnnotation("a part of a message is not text")
-            text += said
-        elif isinstance(which, str) and which in MEDIA_PART_TYPES:
-            kind = MEDIA_PART_TYPES[which]
+        item_type = fields.get("type", known[0] if known else None)
+        if item_type in TEXT_PART_TYPES:
+            item_text = fields.get("text", fields.get(item_type))
+            if not isinstance(item_text, str):
+                raise UnusableAnnotation("a text part of a message is not a string")
+            text += item_text
+        elif isinstance(item_type, str) and item_type in MEDIA_PART_TYPES:
+            kind = MEDIA_PART_TYPES[item_type]
             text += f"<{kind}>"
-            named = next((fields[name] for name in (which, kind, f"{kind}_url") if fields.get(name)), None)
-            media += [(name, kind) for name in _file_names(named)]
+            value = next((fields[name] for name in (item_type, kind, f"{kind}_url") if fields.get(name)), None)
+            media += [(path, kind) for path in _media_paths(value)]
         else:
-            raise UnusableAnnotation(f"a part of a message is of type {str(which)[:40]!r}")
+            raise UnusableAnnotation(f"a message has a content part of unknown type {str(item_type)[:40]!r}")
     return text, media
 
 
-def _file_names(value: Any) -> Iterator[str]:
-    """The files that a field names: a text, an object with a path or URL in it, or a list of such."""
+def _media_paths(value: Any) -> Iterator[str]:
+    """Yield the paths in the value of a media field: a string, an object with a path or URL, or a list of these."""
     if isinstance(value, list):
-        for one in value:
-            yield from _file_names(one)
+        for item in value:
+            yield from _media_paths(item)
     elif isinstance(value, dict):
-        named = [value[key] for key in ("path", "url", "file", "data") if value.get(key) is not None]
-        if not named:
-            raise UnusableAnnotation("a file without a path in it")
-        yield from _file_names(named[0])
+        paths = [value[key] for key in ("path", "url", "file", "data") if value.get(key) is not None]
+        if not paths:
+            raise UnusableAnnotation("a media file has no path and no URL")
+        yield from _media_paths(paths[0])
     elif isinstance(value, str):
         if value:
-            yield _file_name(value)
+            yield _media_path(value)
     elif value is not None:
-        raise UnusableAnnotation(f"a file's name is not text but {str(value)[:40]}")
+        raise UnusableAnnotation(f"the path of a media file is not a string but {str(value)[:40]}")
 
 
-def _file_name(name: str) -> str:
-    """A path as it is written, or that of a file:// URL."""
+def _media_path(name: str) -> str:
+    """Return a path unchanged, and convert a file:// URL to a path."""
     if name.startswith("data:") or len(name) > MAX_PATH_LENGTH:
-        raise UnusableAnnotation("its media are in the annotation itself, not in a file; save them to one and name it")
+        raise UnusableAnnotation("its media are embedded in the entry; save them to a file and give its path")
     if "\0" in name:
-        raise UnusableAnnotation("a file's name has a null character in it")
+        raise UnusableAnnotation("the path of a media file contains a null character")
     if not re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+://", name):
         return name
     url = urllib.parse.urlsplit(name)
     if url.scheme.lower() != "file" or url.netloc not in ("", "localhost"):
-        raise UnusableAnnotation(f"URLs are not downloaded ({_printable(name[:100])}); download it and name the file")
+        raise UnusableAnnotation(f"URLs are not downloaded ({_printable(name[:100])}); download it and give its path")
     return urllib.parse.unquote(url.path)
 
 
-def _find_table(source: Path) -> Path:
-    """The annotation file itself, or the one in a folder."""
+def _find_annotation_file(source: Path) -> Path:
+    """Return `source` if it is a file, or the annotation file in that folder."""
     if not source.is_dir():
         return source
     if (source / "annotations.jsonl").exists():
         return source / "annotations.jsonl"
-    tables = sorted(source.glob("*.jsonl")) or sorted(set(source.glob("*.json")) - {source / "dataset_info.json"})
-    if len(tables) != 1:
-        found = f"{len(tables)} {tables[0].suffix} files" if tables else "no .jsonl file"
-        raise DataError(f"{source}: {found} in it; name the one with the annotations")
-    return tables[0]
+    files = sorted(source.glob("*.jsonl")) or sorted(set(source.glob("*.json")) - {source / "dataset_info.json"})
+    if len(files) != 1:
+        found = f"{len(files)} {files[0].suffix} files" if files else "no .jsonl file"
+        raise DataError(f"{source}: {found} found; pass the path of the annotation file")
+    return files[0]
 
 
-def _entries(table: Path) -> Iterator[tuple[str, Any]]:
-    """Each entry with its place: those of a JSON array, else one a line. What is not JSON is `Skipped`."""
+def _read_entries(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield (place, entry) of a JSON array or of JSON Lines. An entry that is not JSON is a `Skipped`."""
     try:
-        with table.open("rb") as file:
-            if (array := _array(table, _first_line(file))) is not None:
+        with path.open("rb") as file:
+            if (array := _read_array(path, _first_line(file))) is not None:
                 yield from ((f"annotation {number}", entry) for number, entry in enumerate(array, 1))
                 return
             file.seek(0)
-            yield from _lines(file)
+            yield from _read_lines(file)
     except OSError as error:
-        raise DataError(f"{table}: cannot be read ({error.strerror})") from error
+        raise DataError(f"{path}: cannot be read ({error.strerror})") from error
 
 
-def _lines(file: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
+def _read_lines(file: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
     for number, line in enumerate(file, 1):
         line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if not line.strip():
@@ -230,21 +243,21 @@ def _lines(file: Iterable[bytes]) -> Iterator[tuple[str, Any]]:
 
 
 def _first_line(file: Iterable[bytes]) -> bytes:
-    """The first line that is not blank."""
+    """Return the first line that is not blank."""
     return next((line for line in file if line.removeprefix(b"\xef\xbb\xbf").strip()), b"")
 
 
-def _array(table: Path, first: bytes) -> list[Any] | None:
-    """What is in a JSON array; None for a JSONL file, even where its first line is a list."""
-    if not first.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+def _read_array(path: Path, first_line: bytes) -> list[Any] | None:
+    """Read a JSON array. Returns None for JSON Lines, even if the first line is a list."""
+    if not first_line.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         return None
     try:
-        found = read_json(table, DataError, "is it a JSON array, or JSON lines?")
+        array = read_json(path, DataError, "the file must be a JSON array or JSON Lines")
     except DataError:
-        if _is_json(first):
+        if _is_json(first_line):
             return None
         raise
-    return found
+    return array
 
 
 def _is_json(line: bytes) -> bool:

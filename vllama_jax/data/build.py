@@ -1,4 +1,4 @@
-"""Annotations and files → a records directory. Nothing is held in memory but a few files at a time."""
+"""Build a records directory from annotations and media files. Only a few files are in memory at a time."""
 
 import array
 import dataclasses
@@ -23,21 +23,21 @@ from vllama_jax.io.atomic import check_absent, new_directory, write_json
 from vllama_jax.io.prefetch import map_in_order
 from vllama_jax.media import check_media
 
-READ_AHEAD = 4  # files held in memory
-CHECK_AHEAD = 16  # files whose first bytes are read
+READ_AHEAD = 4  # files in memory
+CHECK_AHEAD = 16  # files whose first bytes are being read
 
 BuildProgress = Callable[[str, int, int], None]
 
 
 @dataclasses.dataclass
 class BuildResult:
-    """What became of a source.
+    """A summary of a build.
 
     Attributes:
-        kinds: How many records there are of each kind.
-        sizes: How many bytes of media.
-        skipped: How many annotations were left out; skipped.jsonl lists them.
-        first_skipped: The first of them, why, and where it is in the annotation file; empty if there is none.
+        kinds: Number of records of each kind.
+        sizes: Bytes of media of each kind.
+        skipped: Number of skipped annotations, which skipped.jsonl lists.
+        first_skipped: The first of them, with its reason and its position in the annotation file; "" if there is none.
     """
 
     kinds: dict[Kind, int]
@@ -50,48 +50,52 @@ def build(
     name: str,
     source: Path,
     out: Path,
-    progress: BuildProgress = lambda what, done, whole: None,
+    progress: BuildProgress = lambda phase, done, total: None,
     *,
     allow_outside: bool = False,
 ) -> BuildResult:
-    """Write a records directory; `out` appears when it is whole.
+    """Build a records directory. `out` appears by an atomic rename when it is complete.
 
-    An annotation that cannot be used is left out and listed in skipped.jsonl with its line: one that is malformed, has
-    no media file, or one whose content is not media.
+    An annotation is skipped, and listed in skipped.jsonl, if it is malformed, or if its media file is missing or is
+    not media.
 
     Args:
-        name: How the source is laid out, one of SOURCES.
-        source: The folder that the source was unpacked to; for jsonl also the annotation file.
-        out: The directory to write.
-        progress: Called with (what, done, whole): "annotations" looked at (whole is 0: not known), "files" packed.
-        allow_outside: Pack media files outside the source's folder too, which annotations may name by an absolute
-            path, "..", or a symlink.
+        name: The source's layout: a key of SOURCES.
+        source: The folder that contains the unpacked source; for jsonl also the annotation file.
+        out: The records directory to create.
+        progress: Called with (phase, done, total) in the phases "annotations", whose total is 0 (not known), and
+            "files".
+        allow_outside: Also accept media files outside the source's folder: absolute paths, "..", or symlinks that lead
+            outside.
+
+    Returns:
+        Counts of the records and of skipped annotations.
 
     Raises:
-        DataError: The source is not laid out as `name` says, or nothing of it can be used.
+        DataError: `source` does not have the layout `name`, or none of its annotations can be used.
         CheckpointError: `out` exists or cannot be written.
     """
     if name not in SOURCES:
         raise DataError(f"no source {name!r}; choose one of {', '.join(SOURCES)}")
     check_absent(out)
     if not source.exists():
-        raise DataError(f"{source}: no such file or folder; name the source's folder")
+        raise DataError(f"{source}: no such file or folder; pass the source's folder")
     tfds.disable_progress_bar()
-    inside = None if allow_outside else (source if source.is_dir() else source.parent).resolve()
+    root = None if allow_outside else (source if source.is_dir() else source.parent).resolve()
     with new_directory(out) as directory:
         plan = _Plan(directory / "plan")
-        built = plan.fill(_looked_at(SOURCES[name](source), inside), directory / "skipped.jsonl", progress)
+        result = plan.fill(_check_entries(SOURCES[name](source), root), directory / "skipped.jsonl", progress)
         if not plan.media_sizes:
-            why = f"; the first: {built.first_skipped}" if built.skipped else ""
-            raise DataError(f"{source}: none of its {built.skipped} annotations can be used{why}")
+            first = f"; the first: {result.first_skipped}" if result.skipped else ""
+            raise DataError(f"{source}: none of its {result.skipped} annotations can be used{first}")
         digest = _write_datasets(plan, directory, progress)
         shutil.rmtree(plan.folder)
-        _write_manifest(directory, name, built, digest)
-    return built
+        _write_manifest(directory, name, result, digest)
+    return result
 
 
 class _Plan:
-    """What is going to be written: in a file for each kind, as there may be millions, and the sizes of it all."""
+    """The records to write, sorted by kind: annotations in one file per kind (there may be millions), and all sizes."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -99,17 +103,17 @@ class _Plan:
         folder.mkdir()
 
     def fill(self, entries: Iterable[Entry | Skipped], skipped: Path, progress: BuildProgress) -> BuildResult:
-        """Sorts entries by kind; what is left out goes to the file `skipped`."""
+        """Sort entries by kind, and write skipped ones to the file `skipped`."""
         media = {kind: array.array("q") for kind in KINDS}
         texts = {kind: array.array("q") for kind in KINDS}
         files = {kind: (self.folder / kind).open("w", encoding="utf-8") for kind in KINDS}
-        built = BuildResult({}, {})
-        with skipped.open("w", encoding="utf-8") as left_out:
+        result = BuildResult({}, {})
+        with skipped.open("w", encoding="utf-8") as skipped_file:
             for number, entry in enumerate(entries, 1):
                 if isinstance(entry, Skipped):
-                    built.first_skipped = built.first_skipped or str(entry)
-                    built.skipped += 1
-                    left_out.write(json.dumps(dataclasses.asdict(entry)) + "\n")
+                    result.first_skipped = result.first_skipped or str(entry)
+                    result.skipped += 1
+                    skipped_file.write(json.dumps(dataclasses.asdict(entry)) + "\n")
                 else:
                     kind = entry.annotation.kind
                     line = json.dumps([*dataclasses.astuple(entry.annotation), str(entry.path)]) + "\n"
@@ -122,11 +126,11 @@ class _Plan:
             self.media_sizes += media[kind]
             self.text_sizes += texts[kind]
             if media[kind]:
-                built.kinds[kind], built.sizes[kind] = len(media[kind]), sum(media[kind])
-        return built
+                result.kinds[kind], result.sizes[kind] = len(media[kind]), sum(media[kind])
+        return result
 
     def __iter__(self) -> Iterator[tuple[Annotation, Path]]:
-        """What was filled in, in the order of records."""
+        """Yield (annotation, path) in the order of records."""
         for kind in KINDS:
             with (self.folder / kind).open(encoding="utf-8") as file:
                 for line in file:
@@ -134,75 +138,78 @@ class _Plan:
                     yield Annotation(name, kind, tuple(map(tuple, turns)), media_at), Path(path)
 
 
-def _looked_at(entries: Iterator[Entry | Skipped], inside: Path | None) -> Iterator[Entry | Skipped]:
-    """Entries without a usable file become skipped ones. Threads look, as on a network file system that takes long.
+def _check_entries(entries: Iterator[Entry | Skipped], root: Path | None) -> Iterator[Entry | Skipped]:
+    """Replace entries without a usable media file by `Skipped`, in order.
 
-    inside: the folder that files must lie in, symlinks followed; None: anywhere.
+    Uses threads, because checks are slow on network file systems. Files must be inside `root` after symlinks are
+    resolved, unless it is None.
     """
 
-    def look(entry: Entry | Skipped) -> Entry | Skipped:
+    def check(entry: Entry | Skipped) -> Entry | Skipped:
         if isinstance(entry, Skipped):
             return entry
         try:
-            path = _resolved(entry.path, inside)
+            path = _resolve(entry.path, root)
             check_media(path)
         except (DataError, MediaError) as error:
             return Skipped(entry.place, entry.annotation.id, str(error))
         return dataclasses.replace(entry, path=path)
 
-    return map_in_order(look, entries, CHECK_AHEAD)
+    return map_in_order(check, entries, CHECK_AHEAD)
 
 
-def _resolved(path: Path, inside: Path | None) -> Path:
-    """The file that is packed, whatever becomes of symlinks meanwhile."""
+def _resolve(path: Path, root: Path | None) -> Path:
+    """Resolve symlinks, so that later changes of them do not change which file is packed."""
     try:
-        found = path.resolve()
+        resolved = path.resolve()
     except (OSError, RuntimeError) as error:  # RuntimeError: a symlink to itself, before Python 3.13
         raise DataError(f"{path}: cannot be read ({' '.join(str(error).split())[:100]})") from error
-    if inside is not None and not found.is_relative_to(inside):
+    if root is not None and not resolved.is_relative_to(root):
         raise DataError(
-            f"{path}: leads outside the source's folder {inside}; move it there, or allow it with --allow-outside"
+            f"{path}: leads outside the source's folder {root}; move it there, or allow it with --allow-outside"
         )
-    return found
+    return resolved
 
 
 def _write_datasets(plan: _Plan, directory: Path, progress: BuildProgress) -> str:
-    """Writes texts/ and media/. Returns the digest of all of them: each annotation, then each file, with lengths."""
+    """Write texts/ and media/, and return their digest: of each annotation, then each file, with its length."""
     digest = xxhash.xxh3_128()
 
-    def hashed(data: bytes) -> bytes:
+    def update_digest(data: bytes) -> bytes:
         digest.update(len(data).to_bytes(8, "little"))
         digest.update(data)
         return data
 
-    def texts() -> Iterator[dict[str, Any]]:
+    def text_examples() -> Iterator[dict[str, Any]]:
         for annotation, _ in plan:
-            hashed(json.dumps(dataclasses.astuple(annotation)).encode())
+            update_digest(json.dumps(dataclasses.astuple(annotation)).encode())
             yield make_text_example(annotation)
 
-    def media() -> Iterator[dict[str, Any]]:
-        read = map_in_order(lambda line: (line[0], _read(line[1])), plan, READ_AHEAD)
-        for number, (annotation, data) in enumerate(read, 1):
-            yield {"id": annotation.id, "media": hashed(data)}
+    def media_examples() -> Iterator[dict[str, Any]]:
+        files = map_in_order(lambda item: (item[0], _read_file(item[1])), plan, READ_AHEAD)
+        for number, (annotation, data) in enumerate(files, 1):
+            yield {"id": annotation.id, "media": update_digest(data)}
             progress("files", number, len(plan.media_sizes))
 
-    place = {"data_dir": directory / "tfds"}
-    write_dataset(Texts(texts(), plan_shards(plan.text_sizes), **place), directory / "texts")
-    write_dataset(Media(media(), plan_shards(plan.media_sizes), **place), directory / "media")
-    shutil.rmtree(directory / "tfds")
+    tfds_folder = directory / "tfds"
+    texts = Texts(text_examples(), plan_shards(plan.text_sizes), data_dir=tfds_folder)
+    write_dataset(texts, directory / "texts")
+    media = Media(media_examples(), plan_shards(plan.media_sizes), data_dir=tfds_folder)
+    write_dataset(media, directory / "media")
+    shutil.rmtree(tfds_folder)
     return digest.hexdigest()
 
 
-def _read(path: Path) -> bytes:
+def _read_file(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read any more ({error.strerror}); build the records again") from error
+        raise DataError(f"{path}: can no longer be read ({error.strerror}); build the records again") from error
 
 
-def _write_manifest(directory: Path, name: str, built: BuildResult, digest: str) -> None:
-    """The last file, after all others are on disk."""
-    files = sorted(path for part in ("texts", "media") for path in (directory / part).iterdir())
+def _write_manifest(directory: Path, name: str, result: BuildResult, digest: str) -> None:
+    """Write manifest.json, after all other files are on disk."""
+    files = sorted(path for folder in ("texts", "media") for path in (directory / folder).iterdir())
     for path in files:
         with path.open("rb") as file:
             os.fsync(file.fileno())
@@ -210,10 +217,10 @@ def _write_manifest(directory: Path, name: str, built: BuildResult, digest: str)
     fields = {
         "format": RECORDS_FORMAT,
         "name": name,
-        "kinds": built.kinds,
-        "sizes": built.sizes,
+        "kinds": result.kinds,
+        "sizes": result.sizes,
         "digest": digest,
-        "skipped": built.skipped,
+        "skipped": result.skipped,
         "versions": {package: importlib.metadata.version(package) for package in packages},
         "files": {str(path.relative_to(directory)): path.stat().st_size for path in files},
     }

@@ -1,4 +1,4 @@
-"""What of a records directory training would leave out, and how much is said in it."""
+"""Find records that training would not use, and count the texts of a records directory."""
 
 import dataclasses
 import os
@@ -15,7 +15,13 @@ from vllama_jax.text.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True)
 class UnusableRecord:
-    """A record that cannot be used, and why."""
+    """A record that cannot be used.
+
+    Attributes:
+        record: Its number.
+        id: The path of its media file in the annotations; "record N" if that cannot be read.
+        why: The reason.
+    """
 
     record: int
     id: str
@@ -24,34 +30,51 @@ class UnusableRecord:
 
 @dataclasses.dataclass
 class LengthStats:
-    """How long some texts are, in characters or tokens."""
+    """Statistics of text lengths, in characters or tokens.
+
+    Attributes:
+        total: The sum of all lengths.
+        longest: The maximum length.
+        count: The number of texts.
+    """
 
     total: int = 0
     longest: int = 0
     count: int = 0
 
     def add(self, length: int) -> None:
+        """Add the length of one text."""
         self.total, self.longest, self.count = self.total + length, max(self.longest, length), self.count + 1
 
     def as_dict(self) -> dict[str, Any]:
+        """Return the total, the mean (rounded to 0.1) and the maximum."""
         return {"total": self.total, "mean": round(self.total / max(self.count, 1), 1), "longest": self.longest}
 
 
 def find_unusable(
-    records: Records, num_frames: int, done: Callable[[int], None] = lambda count: None
+    records: Records, num_frames: int, progress: Callable[[int], None] = lambda count: None
 ) -> list[UnusableRecord]:
-    """Decodes what training would read of every record. `done` hears how many records were looked at."""
-    findings = []
-    looked_at = map_in_order(
-        lambda number: _look(records, number, num_frames), range(len(records)), os.cpu_count() or 1
+    """Decode every record and list those that training would mask.
+
+    Args:
+        records: The records directory.
+        num_frames: Frames that training samples from a video. A shorter video is unusable.
+        progress: Called with the number of records decoded so far.
+
+    Returns:
+        The unusable records, in order.
+    """
+    unusable = []
+    results = map_in_order(
+        lambda number: _check_record(records, number, num_frames), range(len(records)), os.cpu_count() or 1
     )
-    for number, found in enumerate(looked_at, 1):
-        findings += [found] if found else []
-        done(number)
-    return findings
+    for number, problem in enumerate(results, 1):
+        unusable += [problem] if problem else []
+        progress(number)
+    return unusable
 
 
-def _look(records: Records, number: int, num_frames: int) -> UnusableRecord | None:
+def _check_record(records: Records, number: int, num_frames: int) -> UnusableRecord | None:
     name = f"record {number}"
     try:
         annotation = records.annotation(number)
@@ -71,33 +94,33 @@ def _look(records: Records, number: int, num_frames: int) -> UnusableRecord | No
 
 
 def count_tokens(records: Records, tokenizer: Tokenizer) -> LengthStats:
-    """Tokens of what is said in each record, without those of prompt and media."""
+    """Count the text tokens of each record, without those of the prompt template and media."""
     lengths = LengthStats()
     for number in range(len(records)):
         try:
             turns = records.annotation(number).turns
         except DataError:
-            continue  # `find_unusable` lists it
+            continue  # listed by `find_unusable`
         lengths.add(sum(len(tokenizer.encode(text, special=False)) for turn in turns for text in turn if text))
     return lengths
 
 
 def describe_records(records: Records) -> dict[Kind, dict[str, Any]]:
-    """Of each kind that is there: records, files, bytes, turns, and the characters of questions and answers."""
+    """Count the records, files, bytes, turns, and characters of questions and answers of each kind that occurs."""
     return {kind: _describe(records, kind) for kind, numbers in records.kinds.items() if numbers}
 
 
 def _describe(records: Records, kind: Kind) -> dict[str, Any]:
-    names, questions, answers = set(), LengthStats(), LengthStats()
+    ids, questions, answers = set(), LengthStats(), LengthStats()
     for number in records.kinds[kind]:
         annotation = records.annotation(number)
-        names.add(annotation.id)
+        ids.add(annotation.id)
         for question, answer in annotation.turns:
             questions.add(len(question))
             answers.add(len(answer))
     return {
         "records": len(records.kinds[kind]),
-        "files": len(names),
+        "files": len(ids),
         "bytes": records.sizes.get(kind, 0),
         "turns": answers.count,
         "characters_of_questions": questions.as_dict(),

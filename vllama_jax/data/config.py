@@ -1,4 +1,4 @@
-"""What a dataset is and how its records become batches: frozen dataclasses, part of a TrainConfig."""
+"""Configs of datasets and of batches: frozen dataclasses, fields of a TrainConfig."""
 
 import dataclasses
 from typing import Literal
@@ -8,15 +8,16 @@ from vllama_jax.text.training import ALIGNMENT_INSTRUCTIONS
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextConfig:
-    """How a record's words become tokens and labels (text/training.py).
+    """How a record's texts become tokens and labels (text/training.py).
 
     Attributes:
-        layout: "caption" learns what follows the media; "conversation" learns the answers of all turns.
-        template: The prompt template; the model's own when empty. "llama_2_literal" is the original's LLaMA-2 prompt
-            with a backslash and an n for each newline.
-        instructions: A caption follows one of these, drawn for each sample; without any it follows the media alone.
-        clean: Captions in lower case and without punctuation, as the original's blip_caption.
-        max_length: Longest text in tokens: of a caption with its end, or of a whole conversation with its media.
+        layout: "caption" has labels on the text after the media; "conversation" on the answers of all turns.
+        template: The prompt template; "" for the model's own. "llama_2_literal" is the original's LLaMA-2 prompt, which
+            has a backslash and an n for each newline.
+        instructions: One of these is drawn for each example and precedes the caption. Without any, the caption follows
+            the media directly.
+        clean: Convert captions to lower case and remove punctuation, as the original's blip_caption does.
+        max_length: Maximum length in tokens: of a caption with its end, or of a whole conversation with its media.
     """
 
     layout: Literal["caption", "conversation"] = "caption"
@@ -37,14 +38,15 @@ CONVERSATION = TextConfig(layout="conversation", max_length=512)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DatasetConfig:
-    """One dataset of the mix.
+    """A dataset of a run.
 
     Attributes:
-        path: A records directory, as `vllama data build` makes it.
-        ratio: Its share of the steps, relative to the others'.
-        text: How its words become tokens.
-        frame_sampling: Which frames of a video are taken: evenly spaced ones, or random ones, half of each half.
-        holdout: So many of its records of each kind of media are kept for validation and never trained on.
+        path: A records directory, written by `vllama data build`.
+        ratio: Its sampling ratio: its share of the steps, relative to the other datasets.
+        text: How its texts become tokens.
+        frame_sampling: How frames of a video are sampled: "uniform" at even intervals; "head_tail" at random, half of
+            them from each half of the video.
+        holdout: Number of records of each kind of media that are kept for validation and never trained on.
     """
 
     path: str
@@ -59,16 +61,18 @@ class DataConfig:
     """How records become batches.
 
     Attributes:
-        length_buckets: Padded sequence lengths, in tokens. A batch is padded to the first one that holds its longest
-            sequence; one program is compiled for each length that occurs.
-        min_crop_area: The least share of a picture's area that its random crop keeps; 1 for no crop.
-        max_crop_aspect_ratio: The widest and tallest crop, as width over height.
-        variants: Random crops (and random frames) of a record before they repeat; 0 for new ones every time.
-        num_threads: How many samples are decoded at a time on each host.
-        num_workers: Decode in so many processes, each with its share of the threads, at least one; 0 for none.
-        prefetch: How many batches are ready ahead of the step, at most; with processes, in each of them.
-        feature_cache: A directory of precomputed features (`vllama features`), read instead of the media files. All its
-            variants are used, unless `variants` asks for fewer.
+        length_buckets: Sequences of a step are padded to the smallest of these lengths that fits the longest. One
+            program is compiled for each length that occurs.
+        min_crop_area: Minimum area of a random crop, as a fraction of the image's area; 1 disables crops.
+        max_crop_aspect_ratio: Maximum ratio of a crop's longer side to its shorter side.
+        variants: Number of augmented variants (random crops and random frames) of a record before they repeat; 0
+            for new ones in every epoch.
+        num_threads: Number of examples that are decoded in parallel on each host.
+        num_workers: Number of worker processes that decode, which share `num_threads`, at least one each; 0 decodes in
+            the main process.
+        prefetch: Maximum number of batches that are ready before their step; of each worker process, if there are any.
+        feature_cache: A directory written by `vllama features`, whose features are read in place of media. Its number
+            of variants applies, unless `variants` is lower; "" for none.
     """
 
     length_buckets: tuple[int, ...] = (48, 72, 128, 192, 256, 384, 512)

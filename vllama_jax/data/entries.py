@@ -1,4 +1,4 @@
-"""What a source yields for each annotation: one that can be used, or why it cannot."""
+"""The results of reading an annotation: an `Entry`, or a `Skipped` with the reason."""
 
 import dataclasses
 import itertools
@@ -12,7 +12,13 @@ from vllama_jax.data.conversations import Turns, UnusableAnnotation, check_encod
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Entry:
-    """An annotation, its place in the annotation file ("line 3"), and where its media file should be."""
+    """A usable annotation.
+
+    Attributes:
+        place: Its position in the annotation file: "line 3".
+        annotation: The annotation.
+        path: The path of its media file, which is not checked yet.
+    """
 
     place: str
     annotation: Annotation
@@ -21,7 +27,13 @@ class Entry:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Skipped:
-    """An annotation that cannot be used. Its id is its file's name where it names one, else its place."""
+    """An annotation that cannot be used.
+
+    Attributes:
+        place: Its position in the annotation file: "line 3".
+        id: The path of its media file, or `place` if it has none.
+        why: The reason.
+    """
 
     place: str
     id: str
@@ -32,22 +44,25 @@ class Skipped:
 
 
 def make_entry(
-    place: str, name: Any, kind: Kind, folder: Path, read: Callable[[Any], Turns], said: Any
+    place: str, name: Any, kind: Kind, folder: Path, parse: Callable[[Any], Turns], texts: Any
 ) -> Entry | Skipped:
-    """Make an entry for the file called `name` in `folder`.
+    """Make an entry for a media file.
 
     Args:
-        place: Of the annotation in its file.
-        name: The media file's path, from `folder` on or absolute.
-        kind: What the file is.
-        folder: Where the source keeps such files.
-        read: Turns `said` into questions and answers, or raises `UnusableAnnotation`.
-        said: What the annotation says of the file.
+        place: The annotation's position in its file: "line 3".
+        name: The media file's path, absolute or relative to `folder`.
+        kind: The kind of media.
+        folder: The folder of the source's media files.
+        parse: Parses `texts` into turns, or raises `UnusableAnnotation`.
+        texts: The annotation's texts.
+
+    Returns:
+        An `Entry`, or a `Skipped` if the annotation cannot be used.
     """
     if not isinstance(name, str) or not name:
-        return Skipped(place, place, f"it names no {kind} file")
+        return Skipped(place, place, f"it has no {kind} file")
     try:
-        turns, media_at = place_media(read(said), kind)
+        turns, media_at = place_media(parse(texts), kind)
         check_encodable([name, *itertools.chain(*turns)])
     except UnusableAnnotation as error:
         return Skipped(place, name.encode(errors="backslashreplace").decode(), str(error))

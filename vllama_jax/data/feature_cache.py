@@ -1,12 +1,13 @@
-"""The feature cache: what the frozen encoders see and hear of every record, to train from in place of the media.
+"""Feature caches: outputs of the frozen encoders for every record, which training reads in place of media.
 
-DIR/NAME-DIGEST/   one folder for each records directory: its name, and the first letters of its digest
+DIR/NAME-DIGEST/   one folder for each records directory: its name, and the first digits of its digest
   manifest.json    what the features depend on: records, encoders, transform, dtype; their shapes; variants; shards
-  features-00003-of-00010.array_record     uncompressed: every record's variants one after the other, records in order
-  skipped-00003-of-00010.jsonl             records of that shard that could not be decoded, where there are any
+  features-00003-of-00010.array_record     uncompressed: all variants of a record, then those of the next record
+  skipped-00003-of-00010.jsonl             records of that shard that could not be decoded, if there are any
 
-An entry is the features' bytes, the frames' seconds (float64, of videos), and a byte 1; or why there are none, and a
-byte 0. `vllama features` writes caches (train/precompute.py). Reading imports no jax: it happens in worker processes.
+An entry is the bytes of the features, the timestamps of the frames (float64 seconds, of videos only), and a byte 1; or
+an error message and a byte 0. `vllama features` writes caches (train/precompute.py). Reading does not import jax,
+because worker processes do it.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
+import ml_dtypes  # noqa: F401  (registers "bfloat16" with numpy)
 import numpy as np
 import xxhash
 
@@ -27,18 +28,28 @@ from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.io.json_files import read_object
 
 FEATURES_FORMAT = 1
-USABLE, UNUSABLE = b"\1", b"\0"  # how an entry ends
+USABLE, UNUSABLE = b"\1", b"\0"  # last byte of an entry
 RANDOM_ACCESS = "readahead_buffer_size:0,max_parallelism:0"
-LARGEST_NUMBER = 2**40  # of records, variants or values in a manifest
-_ANEW = "remove that file and run `vllama features` again"
-OPEN_SHARDS = 256  # of a process: well under the usual limit of 1024 open files
+LARGEST_NUMBER = 2**40  # limit of all numbers in a manifest
+_REBUILD_HINT = "remove that file and run `vllama features` again"
+OPEN_SHARDS = 256  # for each process, which may usually open 1024 files
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """manifest.json of the features of one records directory, as `train/feature_settings.py` makes it.
+    """The manifest.json of a records directory's features, created by `train/feature_settings.py`.
 
-    kinds: How many records there are of each kind. The meaning of other fields: `FeatureCache` and there.
+    Attributes:
+        format: FEATURES_FORMAT of the version that wrote it.
+        branch: The branch whose encoder computed the features.
+        records: The digest of the records directory.
+        kinds: Number of records of each kind.
+        shapes: Shape of the features of one variant, for each kind.
+        dtype: Of the features.
+        variants: Number of variants of each record.
+        shard_records: Number of records in a shard; the last one may have fewer.
+        transform: Settings of frame sampling and augmentation, and sizes of the encoders' inputs.
+        encoders: Digest of each encoder component's weights and config.
     """
 
     format: int
@@ -55,11 +66,19 @@ class Manifest:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureCache:
-    """The features of one records directory. Files are opened at the first reading, so that it can be sent to another
-    process; any number of threads may read.
+    """The features of one records directory.
 
-    digest: of what the features depend on. kinds: the record numbers of each kind. shapes: of one variant of a record
-    of each kind. shard_records: how many records a shard holds; the last one may hold fewer.
+    Files are opened when they are first read, so a cache can be sent to another process. Any number of threads may
+    read.
+
+    Attributes:
+        path: The folder.
+        digest: Of everything that the features depend on.
+        kinds: Record numbers of each kind.
+        shapes: Shape of the features of one variant, for each kind.
+        dtype_name: "float32" or "bfloat16".
+        variants: Number of variants of each record.
+        shard_records: Number of records in a shard; the last one may have fewer.
     """
 
     path: Path
@@ -71,133 +90,169 @@ class FeatureCache:
     shard_records: int
 
     def __len__(self) -> int:
-        """How many records."""
+        """Return the number of records."""
         return sum(map(len, self.kinds.values()))
 
     @property
     def dtype(self) -> np.dtype:
+        """The dtype of the features."""
         return np.dtype(self.dtype_name)
 
     def shape(self, kind: Kind) -> tuple[int, ...]:
-        """[t, q, d] or [t or s, e]."""
+        """Return the shape of one variant: [t, q, d] of the vision branch, [t or s, e] of the audio branch."""
         return self.shapes[kind]
 
     @property
     def num_shards(self) -> int:
+        """The number of shards."""
         return -(-len(self) // self.shard_records)
 
-    def shard_path(self, shard: int, what: str = "features", suffix: str = "array_record") -> Path:
-        return self.path / f"{what}-{shard:05}-of-{self.num_shards:05}.{suffix}"
+    def shard_path(self, shard: int, prefix: str = "features", suffix: str = "array_record") -> Path:
+        """Return the path of a file of a shard."""
+        return self.path / f"{prefix}-{shard:05}-of-{self.num_shards:05}.{suffix}"
 
     def shard_range(self, shard: int) -> range:
-        """The records that it holds."""
+        """Return the record numbers of a shard."""
         return range(len(self))[shard * self.shard_records : (shard + 1) * self.shard_records]
 
     def is_complete(self, shard: int) -> bool:
-        """Whether a shard is there with all its entries."""
+        """Return whether a shard exists and has all its entries."""
         return _reader(str(self.shard_path(shard))).num_records() == self.entries(shard)
 
     def read(self, record: int, variant: int) -> tuple[np.ndarray, tuple[float, ...]]:
-        """Features of a record, and the seconds of a video's frames.
+        """Read the features of one variant of a record.
 
-        Raises DataError for what cannot be read, and for a record that could not be decoded, saying why.
+        Args:
+            record: The record number.
+            variant: The variant, from 0 to `variants` - 1.
+
+        Returns:
+            The features, with the shape of the record's kind, and the timestamps of a video's frames in seconds.
+
+        Raises:
+            DataError: The entry cannot be read, or the record could not be decoded; the message is the reason.
         """
-        shard, place = divmod(record, self.shard_records)
-        entry = self._entry(shard, place * self.variants + variant)
+        shard, position = divmod(record, self.shard_records)
+        entry = self._entry(shard, position * self.variants + variant)
         if entry.endswith(UNUSABLE):
             raise DataError(entry[:-1].decode())
         kind = next(kind for kind, numbers in self.kinds.items() if record in numbers)
         shape = self.shapes[kind]
-        times = shape[0] if kind == "video" else 0
+        num_timestamps = shape[0] if kind == "video" else 0
         count = math.prod(shape)
-        if len(entry) != count * self.dtype.itemsize + times * 8 + len(USABLE):
-            raise DataError(f"{self.shard_path(shard)}: record {record} is not as manifest.json says; {_ANEW}")
+        if len(entry) != count * self.dtype.itemsize + num_timestamps * 8 + len(USABLE):
+            raise DataError(
+                f"{self.shard_path(shard)}: record {record} does not have the size given in manifest.json; "
+                f"{_REBUILD_HINT}"
+            )
         features = np.frombuffer(entry, self.dtype, count).reshape(shape)
-        return features, tuple(np.frombuffer(entry, "<f8", times, offset=features.nbytes).tolist())
+        return features, tuple(np.frombuffer(entry, "<f8", num_timestamps, offset=features.nbytes).tolist())
 
-    def _entry(self, shard: int, place: int) -> bytes:
+    def _entry(self, shard: int, position: int) -> bytes:
         path = self.shard_path(shard)
         try:
-            return _open_shard(str(path), self.entries(shard)).read([place])[0]
+            return _open_shard(str(path), self.entries(shard)).read([position])[0]
         except (RuntimeError, ValueError, IndexError) as error:
-            raise DataError(f"{path}: damaged ({' '.join(str(error).split())[:120]}); {_ANEW}") from error
+            raise DataError(f"{path}: corrupt ({' '.join(str(error).split())[:120]}); {_REBUILD_HINT}") from error
 
     def entries(self, shard: int) -> int:
+        """Return the number of entries of a shard: its records times `variants`."""
         return len(self.shard_range(shard)) * self.variants
 
 
 @functools.lru_cache(OPEN_SHARDS)
 def _open_shard(path: str, entries: int) -> Any:
-    """A reader of a shard, kept. Raises DataError where the file is missing or has another number of entries."""
+    """Open a shard and keep it open. Raises DataError if it is missing or has another number of entries."""
     reader = _reader(path)
     if reader.num_records() != entries:
-        raise DataError(f"{path}: missing, or not whole; {_ANEW}")
+        raise DataError(f"{path}: missing or incomplete; {_REBUILD_HINT}")
     return reader
 
 
 def _reader(path: str) -> Any:
-    """What is no such file has no records: opening it raises nothing."""
+    """Open an array_record file. A missing file is not an error here: its reader has no records."""
     from array_record.python.array_record_module import ArrayRecordReader
 
     return ArrayRecordReader(path, RANDOM_ACCESS)
 
 
 def pack_features(features: np.ndarray, timestamps: tuple[float, ...]) -> bytes:
-    """An entry."""
+    """Pack the features of one variant into an entry.
+
+    Args:
+        features: The features.
+        timestamps: Of a video's frames, in seconds; empty for other kinds.
+    """
     return b"".join([features.tobytes(), np.asarray(timestamps, "<f8").tobytes(), USABLE])
 
 
 def pack_error(why: str) -> bytes:
-    """The entry of what could not be decoded."""
+    """Pack the reason why a record could not be decoded into an entry."""
     return why.encode() + UNUSABLE
 
 
 def find_cache_folder(root: Path, records: Records) -> Path:
-    """Where the features of these records are, or would be, wherever the records are now."""
+    """Return the folder of a records directory's features in `root`, which may not exist yet.
+
+    A folder is found by the digest of the records, so the records may have been moved or renamed.
+    """
     end = f"-{records.digest[:8]}"
-    there = sorted(folder for folder in root.glob(f"*{end}") if folder.is_dir())
-    return there[0] if there else root / f"{records.path.resolve().name}{end}"
+    existing = sorted(folder for folder in root.glob(f"*{end}") if folder.is_dir())
+    return existing[0] if existing else root / f"{records.path.resolve().name}{end}"
 
 
 def open_cache_folder(folder: Path) -> tuple[FeatureCache, dict[str, Any]]:
-    """The cache in a folder, and its manifest. Raises DataError where there is none that this version reads."""
-    advice = f"remove {folder} and make it anew with `vllama features`"
-    made = read_object(folder / "manifest.json", DataError, advice)
-    if made.get("format") != FEATURES_FORMAT:
+    """Open the feature cache in a folder.
+
+    Returns:
+        The cache, and the fields of its manifest.json.
+
+    Raises:
+        DataError: There is no cache, it has another format, or its manifest is invalid.
+    """
+    advice = f"remove {folder} and run `vllama features` again"
+    fields = read_object(folder / "manifest.json", DataError, advice)
+    if fields.get("format") != FEATURES_FORMAT:
         raise DataError(
-            f"{folder}: features of format {made.get('format')!r}, this version reads {FEATURES_FORMAT}; "
-            "make them anew with `vllama features`"
+            f"{folder}: features of format {fields.get('format')!r}, but this version reads {FEATURES_FORMAT}; "
+            "remove them and run `vllama features` again"
         )
     try:
-        manifest = from_dict(made, Manifest, str(folder / "manifest.json"), range(1, LARGEST_NUMBER))
+        manifest = from_dict(fields, Manifest, str(folder / "manifest.json"), range(1, LARGEST_NUMBER))
     except ConfigError as error:
         raise DataError(f"{error}; {advice}") from error
-    same = json.dumps({name: value for name, value in made.items() if name != "shard_records"}, sort_keys=True)
+    identity = json.dumps({name: value for name, value in fields.items() if name != "shard_records"}, sort_keys=True)
     cache = FeatureCache(
         path=folder,
-        digest=xxhash.xxh3_128_hexdigest(same.encode()),
+        digest=xxhash.xxh3_128_hexdigest(identity.encode()),
         kinds=record_ranges(manifest.kinds),
         shapes=manifest.shapes,
         dtype_name=manifest.dtype,
         variants=manifest.variants,
         shard_records=manifest.shard_records,
     )
-    if strange := manifest.kinds.keys() ^ manifest.shapes.keys():
+    if different := manifest.kinds.keys() ^ manifest.shapes.keys():
         raise DataError(
-            f"{folder / 'manifest.json'}: kinds and shapes disagree on {', '.join(sorted(strange))}; {advice}"
+            f"{folder / 'manifest.json'}: kinds and shapes disagree on {', '.join(sorted(different))}; {advice}"
         )
-    return cache, made
+    return cache, fields
 
 
 def check_complete(cache: FeatureCache) -> None:
-    """Raise DataError unless all shards are there."""
-    there = {entry.name for entry in cache.path.iterdir()}
-    found = sum(cache.shard_path(shard).name in there for shard in range(cache.num_shards))
+    """Check that all shards exist.
+
+    Raises:
+        DataError: A shard is missing, or the first or the last one is incomplete.
+    """
+    names = {entry.name for entry in cache.path.iterdir()}
+    found = sum(cache.shard_path(shard).name in names for shard in range(cache.num_shards))
     if found < cache.num_shards:
         raise DataError(
-            f"{cache.path}: {found} of {cache.num_shards} shards are there; run `vllama features` again, as before, "
-            "and it makes the others"
+            f"{cache.path}: has {found} of {cache.num_shards} shards; run `vllama features` again with the same "
+            "settings to write the others"
         )
-    for shard in {0, cache.num_shards - 1}:  # all of them are not opened here: a mount may take a second for each
+    for shard in {0, cache.num_shards - 1}:  # not all: opening a file on a mount may take a second
         if not cache.is_complete(shard):
-            raise DataError(f"{cache.shard_path(shard)}: not as many entries as manifest.json says; {_ANEW}")
+            raise DataError(
+                f"{cache.shard_path(shard)}: its number of entries is not that of manifest.json; {_REBUILD_HINT}"
+            )

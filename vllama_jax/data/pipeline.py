@@ -1,8 +1,8 @@
-"""Records → batches: texts and labels, decoded and cropped pictures, sounds; padded, in order, ahead of the step.
+"""Convert records to batches: tokenize texts, decode and crop media, pad, in order and ahead of the training step.
 
-Every host reads the texts of a whole global batch, to know the length that all pad to, and the media of its own rows.
-Reading runs ahead of the step, in threads (io/prefetch.py) or processes (workers.py). A sample that cannot be used
-keeps its row, without labels, so that no host's order shifts.
+Every host reads the texts of the whole global batch, to know the length that all rows are padded to, and the media of
+its own rows. Reading runs ahead of the step in threads (io/prefetch.py) or worker processes (workers.py). An unusable
+example keeps its row, without labels, so that the order of records stays the same on all hosts.
 """
 
 import concurrent.futures
@@ -28,16 +28,19 @@ from vllama_jax.media.video import frame_indices
 from vllama_jax.text.tokenizer import Tokenizer
 from vllama_jax.text.training import TrainingText
 
-MAX_TIMESTAMP = 9999.9  # a time in a prompt takes at most as many tokens as this
-INSTRUCTION, CROP, FRAMES = range(3)  # what is drawn for a sample, each from a generator of its own
+MAX_TIMESTAMP = 9999.9  # seconds; no timestamp in a prompt takes more tokens than this one
+INSTRUCTION, CROP, FRAMES = range(3)  # random choices for an example, each with its own generator
 
 
 @dataclasses.dataclass(frozen=True)
 class HostBatch:
-    """What one host feeds into a step, and what became of its samples.
+    """One host's rows of a batch.
 
-    arrays: its rows of train/step.py's Batch. names: of each row's sample. problems: why rows are masked, by row.
-    frames: pictures decoded.
+    Attributes:
+        arrays: The host's rows of the Batch of train/step.py.
+        names: The media file of each row, as its annotation names it.
+        problems: Reasons why rows are masked, by row.
+        frames: Number of frames read, including those in cached features.
     """
 
     arrays: dict[str, np.ndarray]
@@ -48,7 +51,14 @@ class HostBatch:
 
 @dataclasses.dataclass(frozen=True)
 class DecodedMedia:
-    """One sample's media as the batch has it, or why there is none."""
+    """The decoded media or cached features of one example.
+
+    Attributes:
+        name: The media file, as the annotation names it.
+        media: Frames uint8 [t, h, w, 3], log-mel clips float32 [s, 128, 204] or features; None if decoding failed.
+        timestamps: Of a video's frames, in seconds.
+        problem: Why decoding failed; "" if it did not.
+    """
 
     name: str
     media: np.ndarray | None
@@ -58,9 +68,19 @@ class DecodedMedia:
 
 @dataclasses.dataclass(frozen=True)
 class BatchReader:
-    """Reads steps of a run. It holds no file open and no thread, so that it can be sent to another process.
+    """Reads the batches of a run: call it with the number of a step.
 
-    rows: which rows of the global batch this host has. caches: features to read in place of media, by dataset path.
+    It holds no open file and no thread, so it can be sent to another process.
+
+    Attributes:
+        data: How records become batches.
+        branch: The branch that is trained.
+        seed: The run's seed.
+        model: The model's config.
+        tokenizer: The model's tokenizer.
+        sampler: Chooses the records of each step.
+        rows: The rows of the global batch that belong to this host.
+        caches: Feature caches to read in place of media, by dataset path.
     """
 
     data: DataConfig
@@ -73,55 +93,61 @@ class BatchReader:
     caches: Mapping[str, FeatureCache] = dataclasses.field(default_factory=dict)
 
     def __call__(self, step: int) -> HostBatch:
+        """Read this host's rows of a step."""
         return self.read(self.sampler.rows(step))
 
     def read(self, rows: Rows) -> HostBatch:
-        """This host's part of a batch of these rows."""
+        """Read this host's rows of a global batch."""
         stream = rows.stream
-        longest = max(len(self._text(stream, *example, self._longest_times(stream)).ids) for example in rows.examples)
-        mine = [rows.examples[row] for row in self.rows]
-        decoded = self.decode_all(stream, mine)
-        texts = [self._text(stream, *example, found.timestamps) for example, found in zip(mine, decoded, strict=True)]
+        longest = max(
+            len(self._encode_text(stream, *example, self._longest_timestamps(stream)).ids) for example in rows.examples
+        )
+        examples = [rows.examples[row] for row in self.rows]
+        decoded = self.decode_all(stream, examples)
+        texts = [
+            self._encode_text(stream, *example, item.timestamps)
+            for example, item in zip(examples, decoded, strict=True)
+        ]
         length = padded_length(longest, self.data.length_buckets)
-        problems = {row: found.problem for row, found in enumerate(decoded) if found.problem}
+        problems = {row: item.problem for row, item in enumerate(decoded) if item.problem}
         problems |= {
-            row: "no label is left of its text"
+            row: "its text has no labels"
             for row, text in enumerate(texts)
             if row not in problems and not (text.labels[:length] >= 0).any()
         }
         arrays = pad_texts(texts, length, self.num_media_tokens, masked=problems.keys())
-        arrays[self.media_array_name(stream)] = self._stacked(stream, decoded)
-        pictures = sum(len(found.media) for found in decoded if found.media is not None and stream.kind != "audio")
-        return HostBatch(arrays, [found.name for found in decoded], problems, pictures)
+        arrays[self.media_array_name(stream)] = self._stack_media(stream, decoded)
+        num_frames = sum(len(item.media) for item in decoded if item.media is not None and stream.kind != "audio")
+        return HostBatch(arrays, [item.name for item in decoded], problems, num_frames)
 
     @property
     def num_media_tokens(self) -> int:
-        """How many tokens of the language model a sample's media become."""
+        """The number of media tokens of an example."""
         return BRANCHES[self.branch].num_tokens(self.model)
 
     def media_array_name(self, stream: Stream) -> str:
-        """Under which name a batch holds its media (train/step.py)."""
+        """Return the name of a batch's media array: "frames", "mel" or "features" (train/step.py)."""
         if stream.dataset.path in self.caches:
             return "features"
         return MEDIA_ARRAYS[stream.kind]
 
-    def _text(self, stream: Stream, record: int, epoch: int, timestamps: tuple[float, ...]) -> TrainingText:
+    def _encode_text(self, stream: Stream, record: int, epoch: int, timestamps: tuple[float, ...]) -> TrainingText:
         annotation = stream.records.annotation(record)
-        draw = np.random.default_rng([*self._seed(stream, record), epoch, INSTRUCTION])
+        rng = np.random.default_rng([*self._seed(stream, record), epoch, INSTRUCTION])
         text = stream.dataset.text
         text = dataclasses.replace(text, template=text.template or self.model.template)
-        return encode_text(annotation, text, self.tokenizer, self.num_media_tokens, timestamps, draw)
+        return encode_text(annotation, text, self.tokenizer, self.num_media_tokens, timestamps, rng)
 
-    def _longest_times(self, stream: Stream) -> tuple[float, ...]:
+    def _longest_timestamps(self, stream: Stream) -> tuple[float, ...]:
         return (MAX_TIMESTAMP,) * self.model.num_frames if stream.kind == "video" else ()
 
     def decode_all(self, stream: Stream, examples: list[tuple[int, int]]) -> list[DecodedMedia]:
-        """The media of samples (record, epoch), or what was kept of them; decoded side by side."""
+        """Decode examples, given as (record, epoch), in parallel threads, or read their features from a cache."""
         cfg = self.data
         threads = max(cfg.num_threads // max(cfg.num_workers, 1), 1)  # of each process
-        return list(_pool(threads).map(lambda example: self._decode(stream, *example), examples))
+        return list(_thread_pool(threads).map(lambda example: self._try_decode(stream, *example), examples))
 
-    def _decode(self, stream: Stream, record: int, epoch: int) -> DecodedMedia:
+    def _try_decode(self, stream: Stream, record: int, epoch: int) -> DecodedMedia:
         cache = self.caches.get(stream.dataset.path)
         variants = self.data.variants or (cache.variants if cache else 0)
         name = stream.records.annotation(record).id
@@ -134,57 +160,71 @@ class BatchReader:
             return DecodedMedia(name, None, problem=str(error))
 
     def decode(self, stream: Stream, record: int, variant: int) -> DecodedMedia:
-        """A sample's pictures or sound; random frames and crops are drawn by (seed, record, variant).
+        """Decode the media of a record.
 
-        Raises MediaError for what cannot be used, DataError for a record that cannot be read.
+        Args:
+            stream: The stream of the record.
+            record: The record number.
+            variant: Random frames and crops depend on (seed, record, variant).
+
+        Returns:
+            Frames or log-mel clips, and timestamps of a video.
+
+        Raises:
+            MediaError: The media cannot be decoded, or a video is too short.
+            DataError: The record cannot be read.
         """
         name = stream.records.annotation(record).id
         seed = [*self._seed(stream, record), variant]
-        draw = np.random.default_rng([*seed, CROP])
+        rng = np.random.default_rng([*seed, CROP])
         with as_file(stream.records.media(record), name) as path:
             if stream.kind == "audio":
                 return DecodedMedia(name, read_audio(path, self.model.num_clips).mel)
             if stream.kind == "image":
-                return DecodedMedia(name, self._image(path, draw)[None])
-            return self._video(path, name, stream, draw, seed)
+                return DecodedMedia(name, self._read_image(path, rng)[None])
+            return self._read_video(path, name, stream, rng, seed)
 
-    def _image(self, path: str, draw: np.random.Generator) -> np.ndarray:
-        return read_image(path, self.image_size, choose_box=lambda height, width: self._box(draw, height, width))
+    def _read_image(self, path: str, rng: np.random.Generator) -> np.ndarray:
+        return read_image(
+            path, self.image_size, choose_box=lambda height, width: self._draw_crop_box(rng, height, width)
+        )
 
-    def _video(self, path: str, name: str, stream: Stream, draw: np.random.Generator, seed: list[int]) -> DecodedMedia:
-        wanted = self.model.num_frames
+    def _read_video(
+        self, path: str, name: str, stream: Stream, rng: np.random.Generator, seed: list[int]
+    ) -> DecodedMedia:
+        expected = self.model.num_frames
 
         def sample_frames(total: int, num_frames: int) -> np.ndarray:
             if stream.dataset.frame_sampling == "uniform":
                 return frame_indices(total, num_frames)
             return head_tail_indices(total, num_frames, np.random.default_rng([*seed, FRAMES]))
 
-        video = read_video(path, wanted, self.image_size, audio=False, sample_frames=sample_frames)
-        if len(video.frames) < wanted:
-            raise MediaError(f"{name}: too short, {len(video.frames)} frames of the {wanted} that a sample takes")
-        box = self._box(draw, self.image_size, self.image_size)
+        video = read_video(path, expected, self.image_size, audio=False, sample_frames=sample_frames)
+        if len(video.frames) < expected:
+            raise MediaError(f"{name}: too short, {len(video.frames)} frames of {expected}")
+        box = self._draw_crop_box(rng, self.image_size, self.image_size)
         return DecodedMedia(name, crop_frames(video.frames, box, self.image_size), tuple(video.timestamps))
 
-    def _box(self, draw: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
+    def _draw_crop_box(self, rng: np.random.Generator, height: int, width: int) -> tuple[int, int, int, int]:
         cfg = self.data
         if cfg.min_crop_area == 1:
             return 0, 0, height, width
-        return random_crop_box(
-            draw, height, width, (cfg.min_crop_area, 1.0), (1 / cfg.max_crop_aspect_ratio, cfg.max_crop_aspect_ratio)
-        )
+        ratio = cfg.max_crop_aspect_ratio
+        return random_crop_box(rng, height, width, (cfg.min_crop_area, 1.0), (1 / ratio, ratio))
 
     @property
     def image_size(self) -> int:
+        """The height and width of frames, in pixels."""
         return BRANCHES[self.branch].frame_tower_config(self.model).image_size
 
     def _seed(self, stream: Stream, record: int) -> list[int]:
         return [self.seed, int(stream.records.digest[:8], 16), record]
 
-    def _stacked(self, stream: Stream, decoded: list[DecodedMedia]) -> np.ndarray:
-        """The media of all rows; zeros where there are none."""
-        found = next((one.media for one in decoded if one.media is not None), None)
-        shape, dtype = (found.shape, found.dtype) if found is not None else self._media_shape(stream)
-        return np.stack([np.zeros(shape, dtype) if one.media is None else one.media for one in decoded])
+    def _stack_media(self, stream: Stream, decoded: list[DecodedMedia]) -> np.ndarray:
+        """Stack the media of all rows, with zeros for rows without media."""
+        first = next((row.media for row in decoded if row.media is not None), None)
+        shape, dtype = (first.shape, first.dtype) if first is not None else self._media_shape(stream)
+        return np.stack([np.zeros(shape, dtype) if row.media is None else row.media for row in decoded])
 
     def _media_shape(self, stream: Stream) -> tuple[tuple[int, ...], Any]:
         if stream.dataset.path in self.caches:
@@ -196,16 +236,28 @@ class BatchReader:
 def prefetch_batches(
     reader: Callable[[int], Any], first: int, last: int, cfg: DataConfig
 ) -> Generator[Any, None, None]:
-    """What a reader has of steps first to last, read ahead in threads or processes. Its only state is the step.
+    """Read the batches of steps `first` to `last` - 1 ahead of time, in threads or worker processes.
 
-    Close it to end the threads and processes before the last step. Raises VllamaError where a process was lost.
+    The only state is the number of the step. Close the generator to end threads and processes before the last step.
+
+    Args:
+        reader: Called with the number of a step, such as a `BatchReader`.
+        first: The first step.
+        last: The step after the last one.
+        cfg: Numbers of worker processes and of batches to prefetch.
+
+    Yields:
+        The results of `reader`, in order.
+
+    Raises:
+        VllamaError: A worker process ended.
     """
     if cfg.num_workers:
         return map_in_processes(reader, range(first, last), cfg.num_workers, cfg.prefetch)
-    return map_in_order(reader, range(first, last), cfg.prefetch + 1)  # with the one that is waited for
+    return map_in_order(reader, range(first, last), cfg.prefetch + 1)  # the caller waits for one of them
 
 
 @functools.cache
-def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
-    """The threads that decode, one set in each process."""
+def _thread_pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
+    """Create the decoding threads of this process, once."""
     return concurrent.futures.ThreadPoolExecutor(threads)

@@ -1,10 +1,10 @@
-"""Records directories: what `vllama data build` makes, and a run reads.
+"""Records directories, which `vllama data build` writes and training reads.
 
-manifest.json   format, name, numbers, digest, sizes of files    skipped.jsonl   annotations left out, and why
-texts/          what is said of each file                        media/          the files as they were on disk
+manifest.json   format, name, counts, digest, sizes of files     skipped.jsonl   skipped annotations, with reasons
+texts/          texts of each media file                         media/          media files, unchanged
 
-texts/ and media/ are TFDS datasets (array_record) in the same order: apart, so that every host can read the texts of
-a whole global batch and the media of its own rows only. All videos come first, then all images, then all sounds.
+texts/ and media/ are TFDS datasets (array_record) in the same order. They are separate, so that every host can read the
+texts of a whole global batch but only the media of its own rows. Videos come first, then images, then audio.
 """
 
 import dataclasses
@@ -26,22 +26,22 @@ if TYPE_CHECKING:
     from vllama_jax.data.tfds_builders import StoredDataset
 
 RECORDS_FORMAT = 1
-# A process that decodes begins in many threads at once, and TFDS's lazy imports wait for each other when two import it.
-_OPENS = threading.Lock()
+# Decoding starts in many threads at once, and TFDS's lazy imports deadlock if two threads import it.
+_OPEN_LOCK = threading.Lock()
 _FILE_NAME = re.compile(r"(?:texts|media)/[\w-][\w.-]*")
-_ANEW = "build the records again"
+_REBUILD_HINT = "build the records again"
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """An opened records directory. It holds no file open itself, so that it can be sent to another process.
+    """An open records directory. It holds no open file itself, so it can be sent to another process.
 
     Attributes:
         path: The directory.
-        name: Of the source that it was built from.
-        kinds: The record numbers of each kind.
+        name: The source that it was built from.
+        kinds: Record numbers of each kind.
         digest: Of all texts and media, in order (xxh3_128).
-        sizes: How many bytes of media there are of each kind.
+        sizes: Bytes of media of each kind.
     """
 
     path: Path
@@ -54,121 +54,141 @@ class Records:
         return sum(map(len, self.kinds.values()))
 
     def annotation(self, number: int) -> Annotation:
-        """Raises DataError for a record that cannot be read."""
-        found = self._read("texts", number)
+        """Read the annotation of a record.
+
+        Raises:
+            DataError: The record cannot be read.
+        """
+        fields = self._read("texts", number)
         try:
-            questions, answers = ([text.decode() for text in found[name]] for name in ("questions", "answers"))
+            questions, answers = ([text.decode() for text in fields[name]] for name in ("questions", "answers"))
             turns = tuple(zip(questions, answers, strict=True))
-            annotation = Annotation(found["id"].decode(), found["kind"].decode(), turns, int(found["media_at"]))
+            annotation = Annotation(fields["id"].decode(), fields["kind"].decode(), turns, int(fields["media_at"]))
             if number not in self.kinds.get(annotation.kind, ()):
-                raise ValueError(f"its kind is {annotation.kind!r}, which manifest.json has elsewhere")
+                raise ValueError(f"its kind {annotation.kind!r} contradicts manifest.json")
         except ValueError as error:
             raise DataError(
-                f"{self.path / 'texts'}: record {number} is damaged ({format_error(error)}); {_ANEW}"
+                f"{self.path / 'texts'}: record {number} is corrupt ({format_error(error)}); {_REBUILD_HINT}"
             ) from error
         return annotation
 
     def media(self, number: int) -> bytes:
-        """The file's bytes. Raises DataError for a record that cannot be read."""
+        """Read the bytes of a record's media file.
+
+        Raises:
+            DataError: The record cannot be read.
+        """
         return self._read("media", number)["media"]
 
     def skipped(self) -> Iterator[dict[str, str]]:
-        """The annotations that were left out: {"id", "place", "why"}, the place being a line of the annotation file.
+        """Yield the annotations that the build skipped, as {"id", "place", "why"}.
 
-        Records of earlier versions have no place.
+        The place is a position in the annotation file, "" in records of earlier versions.
+
+        Raises:
+            DataError: skipped.jsonl cannot be read.
         """
         path = self.path / "skipped.jsonl"
         try:
             with path.open("rb") as file:
                 for number, line in enumerate(file, 1):
-                    found = parse_object(line, f"{path}, line {number}", DataError, _ANEW)
-                    yield {name: str(found.get(name, "")) for name in ("id", "place", "why")}
+                    fields = parse_object(line, f"{path}, line {number}", DataError, _REBUILD_HINT)
+                    yield {name: str(fields.get(name, "")) for name in ("id", "place", "why")}
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); {_ANEW}") from error
+            raise DataError(f"{path}: cannot be read ({error.strerror}); {_REBUILD_HINT}") from error
 
-    def _read(self, part: str, number: int) -> dict[str, Any]:
+    def _read(self, name: str, number: int) -> dict[str, Any]:
         from google.protobuf.message import DecodeError
 
-        folder = str(self.path / part)
+        folder = str(self.path / name)
         try:
-            return _dataset(folder, self.digest)[number]
+            return _open_dataset(folder, self.digest)[number]
         except (ValueError, KeyError, IndexError, OSError, RuntimeError, DecodeError) as error:
-            why = f"record {number} cannot be read ({format_error(error)})"
-            raise DataError(f"{folder}: {why}; copy or build the records again") from error
+            problem = f"record {number} cannot be read ({format_error(error)})"
+            raise DataError(f"{folder}: {problem}; copy or build the records again") from error
 
 
 def open_records(path: str | os.PathLike[str]) -> Records:
-    """Open a records directory. A URL's files are copied to this machine first (data/remote.py).
+    """Open a records directory.
 
-    Nothing that the directory names is imported, and no file outside it is named by it.
+    Nothing that a file of the directory names is imported, and no file outside it is opened.
+
+    Args:
+        path: The directory, or its URL, whose files are first copied to this machine (data/remote.py).
 
     Raises:
-        DataError: `path` is no records directory, is of another format, is not whole, or says anything but what
-            `vllama data build` writes.
+        DataError: `path` is not a records directory, has another format, is incomplete, or has content that
+            `vllama data build` does not write.
     """
     path = ensure_local(path)
     if not path.is_dir():
-        raise DataError(f"{path}: no such records directory; `vllama data build` makes one")
+        raise DataError(f"{path}: no such records directory; create it with `vllama data build`")
     if not (path / "manifest.json").exists():
-        raise DataError(f"{path}: not a records directory (no manifest.json in it); `vllama data build` makes one")
-    manifest = read_object(path / "manifest.json", DataError, _ANEW)
+        raise DataError(
+            f"{path}: not a records directory (no manifest.json in it); create one with `vllama data build`"
+        )
+    manifest = read_object(path / "manifest.json", DataError, _REBUILD_HINT)
     if manifest.get("format") != RECORDS_FORMAT:
-        made = manifest.get("format")
-        raise DataError(f"{path}: records of format {made!r}, this version reads {RECORDS_FORMAT}; build them again")
+        found = manifest.get("format")
+        raise DataError(
+            f"{path}: records of format {found!r}, but this version reads {RECORDS_FORMAT}; build them again"
+        )
     records = _from_manifest(path, manifest)
     _check_files(path, manifest["files"])
-    for part in ("texts", "media"):
-        examples = _dataset(str(path / part), records.digest)
-        if len(examples) != len(records):
-            raise DataError(f"{path / part}: not as many records as manifest.json says; build them again")
-        names = [f"{part}/{Path(shard.filename).name}" for shard in examples.shards]
-        if unlisted := [name for name in names if name not in manifest["files"]]:
-            raise DataError(f"{path / unlisted[0]}: not one of the files that manifest.json lists; {_ANEW}")
+    for name in ("texts", "media"):
+        dataset = _open_dataset(str(path / name), records.digest)
+        if len(dataset) != len(records):
+            raise DataError(
+                f"{path / name}: does not have the number of records given in manifest.json; {_REBUILD_HINT}"
+            )
+        files = [f"{name}/{Path(shard.filename).name}" for shard in dataset.shards]
+        if unlisted := [file for file in files if file not in manifest["files"]]:
+            raise DataError(f"{path / unlisted[0]}: not one of the files that manifest.json lists; {_REBUILD_HINT}")
     return records
 
 
 def _from_manifest(path: Path, manifest: dict[str, Any]) -> Records:
-    where = path / "manifest.json"
     try:
         counts, sizes, files = (manifest[name] for name in ("kinds", "sizes", "files"))
         numbers = [*counts.values(), *sizes.values(), *files.values()]
         if not all(type(number) is int and number >= 0 for number in numbers) or {*counts, *sizes} - {*KINDS}:
-            raise ValueError("its numbers are none")
+            raise ValueError("its counts or sizes are invalid")
         if outside := [name for name in files if not _FILE_NAME.fullmatch(name)]:
-            raise ValueError(f"{outside[0][:100]!r} is no file of it")
+            raise ValueError(f"{outside[0][:100]!r} is not a file of a records directory")
         return Records(path, str(manifest["name"]), record_ranges(counts), str(manifest["digest"]), sizes)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{where}: incomplete ({format_error(error)}); {_ANEW}") from error
+        raise DataError(f"{path / 'manifest.json'}: incomplete ({format_error(error)}); {_REBUILD_HINT}") from error
 
 
 def record_ranges(counts: Mapping[str, int]) -> dict[Kind, range]:
-    """The record numbers of each kind, from how many there are."""
+    """Return the record numbers of each kind, given the number of records of each kind."""
     ends = itertools.accumulate(counts.get(kind, 0) for kind in KINDS)
     return {kind: range(end - counts.get(kind, 0), end) for kind, end in zip(KINDS, ends, strict=True)}
 
 
 def _check_files(path: Path, sizes: dict[str, int]) -> None:
-    """TFDS would notice only when it reads there."""
+    """Check that all files exist and have their sizes. TFDS would notice only when it reads the missing data."""
     for name, size in sizes.items():
         try:
             found = (path / name).stat().st_size
         except OSError as error:
             raise DataError(f"{path / name}: {error.strerror}; copy or build the records again") from error
         if found != size:
-            raise DataError(f"{path / name}: {found} of its {size} bytes are there; copy or build the records again")
+            raise DataError(f"{path / name}: has {found} bytes instead of {size}; copy or build the records again")
 
 
 @functools.cache
-def _dataset(folder: str, digest: str) -> "StoredDataset":
-    """A dataset, kept open.
+def _open_dataset(folder: str, digest: str) -> "StoredDataset":
+    """Open a dataset, once.
 
-    digest: another one when the directory was built anew. A fork shares its parent's open files, which is safe (every
-    read names its place); opening them anew in a fork is not: array_record 0.8.6 crashes there once the parent used it.
+    `digest` makes sure that a directory that was built again is opened again. A forked process shares the open files of
+    its parent. That is safe, because every read states its offset; opening files in a fork is not: array_record 0.8.6
+    crashes if the parent has used it.
     """
-    with _OPENS:
+    with _OPEN_LOCK:
         from vllama_jax.data.tfds_builders import read_dataset
 
         try:
             return read_dataset(Path(folder))
         except (ValueError, OSError, RuntimeError) as error:
-            raise DataError(f"{folder}: cannot be read ({format_error(error)}); {_ANEW}") from error
+            raise DataError(f"{folder}: cannot be read ({format_error(error)}); {_REBUILD_HINT}") from error

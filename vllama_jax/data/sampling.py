@@ -1,6 +1,6 @@
-"""Which records make up a step: a pure function of (seed, step), the same on every host and after every restart.
+"""Choose the records of each step: a pure function of (seed, step), equal on all hosts and after every restart.
 
-All rows of a global batch come from one dataset and are of one kind, so that a step has one shape.
+All rows of a global batch have the same dataset and kind of media, so that every array of a step has one shape.
 """
 
 import dataclasses
@@ -13,13 +13,20 @@ from vllama_jax.data.config import DatasetConfig
 from vllama_jax.data.records import Records
 from vllama_jax.errors import ConfigError
 
-ROUNDS = 4  # of the cipher that permutes record numbers; grain's own default
-HELD_OUT_SEED = 0  # which records are held out depends on nothing else: stage 2 must not train on stage 1's
+ROUNDS = 4  # of the cipher that permutes record numbers; grain's default
+HOLDOUT_SEED = 0  # constant, so that all runs have the same holdout: stage 2 must not train on that of stage 1
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """The records of one kind of one dataset, in an order that a seed permutes anew in each epoch."""
+    """The records of one kind in one dataset, in an order that a seed permutes in each epoch.
+
+    Attributes:
+        dataset: The config of the dataset.
+        records: Its records directory.
+        kind: The kind of media.
+        ratio: The stream's share of the steps, relative to the other streams.
+    """
 
     dataset: DatasetConfig
     records: Records
@@ -28,25 +35,27 @@ class Stream:
 
     @property
     def numbers(self) -> range:
+        """The record numbers, including the holdout."""
         return self.records.kinds[self.kind]
 
     @property
     def epoch_length(self) -> int:
+        """The number of records that are trained on."""
         return len(self.numbers) - self.dataset.holdout
 
     def example(self, count: int, seed: int) -> tuple[int, int]:
-        """(record, epoch) of the sample number `count` of a run."""
-        epoch, place = divmod(count, self.epoch_length)
-        shuffled = _permuted(place, self.epoch_length, [seed, epoch, *self._identity])
+        """Return the (record, epoch) of example number `count` of a run."""
+        epoch, position = divmod(count, self.epoch_length)
+        shuffled = _permute(position, self.epoch_length, [seed, epoch, *self._identity])
         return self._record(self.dataset.holdout + shuffled), epoch
 
     def holdout(self) -> list[int]:
-        """The records that are kept for validation."""
-        return [self._record(place) for place in range(self.dataset.holdout)]
+        """Return the numbers of the records that are kept for validation."""
+        return [self._record(position) for position in range(self.dataset.holdout)]
 
-    def _record(self, place: int) -> int:
-        """Places below `holdout` are those of the held-out records."""
-        return self.numbers[_permuted(place, len(self.numbers), [HELD_OUT_SEED, *self._identity])]
+    def _record(self, position: int) -> int:
+        """Return the record at a position of a fixed permutation, whose first `dataset.holdout` are the holdout."""
+        return self.numbers[_permute(position, len(self.numbers), [HOLDOUT_SEED, *self._identity])]
 
     @property
     def _identity(self) -> tuple[int, int]:
@@ -55,42 +64,56 @@ class Stream:
 
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """The rows of a step: where they come from, and for each its (record, epoch)."""
+    """The rows of a global batch.
+
+    Attributes:
+        stream: The stream of all rows.
+        examples: (record, epoch) of each row.
+    """
 
     stream: Stream
     examples: list[tuple[int, int]]
 
 
 class BatchSampler:
-    """The steps of a run. `stream_of[step]` is the number of the stream that the step draws from."""
+    """Chooses the records of each step of a run.
+
+    Attributes:
+        streams: The streams of all datasets.
+        stream_of: The index in `streams` for each step, int64 [steps].
+    """
 
     def __init__(self, streams: list[Stream], steps: int, batch_size: int, seed: int):
         self.streams = streams
         self._batch_size, self._seed = batch_size, seed
         shares = np.cumsum([stream.ratio for stream in streams])
-        draws = np.random.default_rng([seed, 0]).random(steps)  # a longer run begins with the same draws
+        draws = np.random.default_rng([seed, 0]).random(steps)  # a longer run starts with the same draws
         self.stream_of = np.searchsorted(shares / shares[-1], draws, side="right")
         self._uses = np.zeros(steps, np.int64)
         for number in range(len(streams)):
-            here = self.stream_of == number
-            self._uses[here] = np.arange(here.sum())
+            is_used = self.stream_of == number
+            self._uses[is_used] = np.arange(is_used.sum())
 
     def stream(self, step: int) -> Stream:
-        """The stream that a step draws from."""
+        """Return the stream of a step."""
         return self.streams[self.stream_of[step]]
 
     def rows(self, step: int) -> Rows:
-        """The rows of a step."""
+        """Return the rows of a step."""
         stream = self.stream(step)
         first = int(self._uses[step]) * self._batch_size
         return Rows(stream, [stream.example(first + row, self._seed) for row in range(self._batch_size)])
 
 
 def make_streams(datasets: list[tuple[DatasetConfig, Records]], branch: str) -> list[Stream]:
-    """One for each kind that a dataset holds; they share its ratio by their numbers of records.
+    """Make a stream for each kind of media in each dataset. The streams of a dataset share its ratio by record count.
 
-    Raises ConfigError for a kind of media that the branch does not accept, and for a held-out part that leaves nothing
-    to train on.
+    Args:
+        datasets: The config and the open records directory of each dataset.
+        branch: The branch that is trained.
+
+    Raises:
+        ConfigError: The branch does not accept a kind of media, or a holdout leaves no records to train on.
     """
     streams = []
     for dataset, records in datasets:
@@ -101,7 +124,7 @@ def make_streams(datasets: list[tuple[DatasetConfig, Records]], branch: str) -> 
                 others = " or ".join(repr(name) for name, other in BRANCHES.items() if kind in other.media)
                 raise ConfigError(
                     f"{dataset.path}: has {kind} records, which the {branch} branch does not accept; "
-                    f"train another one (branch = {others}), or leave it out"
+                    f"train another branch (branch = {others}), or remove the dataset"
                 )
             if dataset.holdout >= len(numbers):
                 raise ConfigError(
@@ -111,9 +134,9 @@ def make_streams(datasets: list[tuple[DatasetConfig, Records]], branch: str) -> 
     return streams
 
 
-def _permuted(place: int, count: int, seed: list[int]) -> int:
-    """Where a seeded permutation of `count` numbers takes `place`, without the permutation being stored."""
+def _permute(position: int, count: int, seed: list[int]) -> int:
+    """Return the value at a position of a seeded permutation of range(count), which is not stored."""
     import grain
 
-    mixed = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return grain.experimental.index_shuffle(place, count - 1, mixed, ROUNDS)
+    mixed_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return grain.experimental.index_shuffle(position, count - 1, mixed_seed, ROUNDS)

@@ -1,8 +1,8 @@
-"""Annotations as their publishers give them → what is said of each file, and where the file is.
+"""Read the annotations of published datasets.
 
-One function for each source: it takes the folder that the source was unpacked to and yields, in the source's order,
-an `Entry` for each annotation or, of what cannot be used, a `Skipped`. Files themselves are not looked at here. A
-layout that is not the source's is a DataError.
+Each source has a function. It takes the folder that contains the unpacked source, and yields an `Entry` for each
+annotation, in the source's order, or a `Skipped` if it cannot be used. It does not open media files. A folder with
+another layout is a DataError.
 """
 
 import csv
@@ -18,47 +18,47 @@ from vllama_jax.io.json_files import read_json
 
 SourceName = Literal["webvid", "llava_cc3m", "minigpt4", "llava_instruct", "videochat", "jsonl"]
 
-COCO_PREFIX = "COCO_train2014_"  # LLaVA-Instruct names the pictures without it (reference: llava_instruct_dataset.py)
+COCO_PREFIX = "COCO_train2014_"  # LLaVA-Instruct names images without it (reference: llava_instruct_dataset.py)
 
 
 def read_webvid(source: Path) -> Iterator[Entry | Skipped]:
-    """WebVid: annotations/*.csv with videoid, page_dir and name, and videos/PAGE_DIR/VIDEOID.mp4.
+    """Read WebVid: annotations/*.csv with videoid, page_dir and name, and videos/PAGE_DIR/VIDEOID.mp4.
 
-    In the original's configs the folder is filter_annotations, in its README filter_annotation with a 0.tsv.
+    The folder is filter_annotations in the original's configs, and filter_annotation with a 0.tsv in its README.
     """
     names = ("annotations", "filter_annotations", "filter_annotation")
     tables = sorted(path for name in names for path in (source / name).glob("*.[ct]sv"))
     if not tables:
-        raise DataError(f"{source}: no .csv file in annotations/; WebVid's table is expected there")
+        raise DataError(f"{source}: no .csv file in annotations/; put WebVid's table there")
     for table in tables:
-        for place, row in _rows(table, {"videoid", "page_dir", "name"}):
+        for place, row in _read_rows(table, {"videoid", "page_dir", "name"}):
             name = f"{row['page_dir']}/{row['videoid']}.mp4" if row["page_dir"] and row["videoid"] else None
-            caption = (row["name"] or "").strip()  # as the original does, here only
+            caption = (row["name"] or "").strip()  # the original strips WebVid's captions, and no others
             yield make_entry(place, name, "video", source / "videos", parse_caption, caption)
 
 
 def read_image_captions(source: Path) -> Iterator[Entry | Skipped]:
-    """LLaVA-CC3M and MiniGPT-4's cc_sbu_align: filter_cap.json with image_id and caption, and image/IMAGE_ID.jpg.
+    """Read LLaVA-CC3M or MiniGPT-4's cc_sbu_align: filter_cap.json (image_id, caption), and image/IMAGE_ID.jpg.
 
-    LLaVA itself publishes CC3M as metadata.json (image, caption) or chat.json (image, conversations that end with the
-    caption), with the pictures in images/ or beside it.
+    LLaVA publishes CC3M as metadata.json (image, caption) or chat.json (image, conversations that end with the
+    caption), with images in images/ or in the same folder.
     """
     names = ("filter_cap.json", "metadata.json", "chat.json")
-    table = next((source / name for name in names if (source / name).exists()), source / names[0])
+    path = next((source / name for name in names if (source / name).exists()), source / names[0])
     folder = next((source / name for name in ("image", "images") if (source / name).is_dir()), source)
-    found = _json(table)
-    for place, entry in _entries(found.get("annotations") if isinstance(found, dict) else found, table):
+    content = _read_json(path)
+    for place, entry in _iterate(content.get("annotations") if isinstance(content, dict) else content, path):
         name = f"{entry['image_id']}.jpg" if "image_id" in entry else entry.get("image")
         if "caption" in entry:
             yield make_entry(place, name, "image", folder, parse_caption, entry["caption"])
         else:
-            yield make_entry(place, name, "image", folder, _told_caption, entry.get("conversations"))
+            yield make_entry(place, name, "image", folder, _parse_last_answer, entry.get("conversations"))
 
 
 def read_llava_instruct(source: Path) -> Iterator[Entry | Skipped]:
-    """LLaVA-Instruct-150K: llava_instruct_150k.json, and COCO's train2014/COCO_train2014_IMAGE."""
-    table = source / "llava_instruct_150k.json"
-    for place, entry in _entries(_json(table), table):
+    """Read LLaVA-Instruct-150K: llava_instruct_150k.json, and COCO's train2014/COCO_train2014_IMAGE."""
+    path = source / "llava_instruct_150k.json"
+    for place, entry in _iterate(_read_json(path), path):
         name = entry.get("image")
         if isinstance(name, str) and not name.startswith(COCO_PREFIX):
             name = COCO_PREFIX + name
@@ -66,9 +66,9 @@ def read_llava_instruct(source: Path) -> Iterator[Entry | Skipped]:
 
 
 def read_videochat(source: Path) -> Iterator[Entry | Skipped]:
-    """VideoChat-11K: videochat_instruct_11k.json with video and QA, and videos/VIDEO."""
-    table = source / "videochat_instruct_11k.json"
-    for place, entry in _entries(_json(table), table):
+    """Read VideoChat-11K: videochat_instruct_11k.json with video and QA, and videos/VIDEO."""
+    path = source / "videochat_instruct_11k.json"
+    for place, entry in _iterate(_read_json(path), path):
         yield make_entry(place, entry.get("video"), "video", source / "videos", parse_pairs, entry.get("QA"))
 
 
@@ -82,13 +82,13 @@ SOURCES: dict[SourceName, Callable[[Path], Iterator[Entry | Skipped]]] = {
 }
 
 
-def _told_caption(messages: Any) -> Turns:
-    """The last answer alone: the question before it asks for a caption."""
+def _parse_last_answer(messages: Any) -> Turns:
+    """Parse the last answer as a caption. The question before it asks for one."""
     return parse_caption(parse_messages(messages)[-1][1])
 
 
-def _rows(table: Path, columns: set[str]) -> Iterator[tuple[str, dict[str, str | None]]]:
-    """Rows of a table with a header, each with its place. Tabs or commas, whatever the file's name."""
+def _read_rows(table: Path, columns: set[str]) -> Iterator[tuple[str, dict[str, str | None]]]:
+    """Yield (place, row) of a table with a header. The delimiter, tab or comma, is detected."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as file:
             delimiter = "\t" if "\t" in file.readline() else ","
@@ -102,15 +102,15 @@ def _rows(table: Path, columns: set[str]) -> Iterator[tuple[str, dict[str, str |
         raise DataError(f"{table}: cannot be read ({error}); download it again") from error
 
 
-def _json(table: Path) -> Any:
-    if not table.exists():
-        raise DataError(f"{table}: no such file, and the annotations are expected there; check --source")
-    return read_json(table, DataError, "download it again")
+def _read_json(path: Path) -> Any:
+    if not path.exists():
+        raise DataError(f"{path}: no such file; put the annotations there, or check --source")
+    return read_json(path, DataError, "download it again")
 
 
-def _entries(found: Any, table: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each annotation with its place; what is no object has nothing in it and is skipped for that."""
-    if not isinstance(found, list):
-        raise DataError(f"{table}: not a list of annotations; is it the published file?")
-    for number, entry in enumerate(found, 1):
-        yield f"annotation {number}", entry if isinstance(entry, dict) else {}
+def _iterate(annotations: Any, path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, annotation). One that is not an object becomes {}, which is skipped because it has no file."""
+    if not isinstance(annotations, list):
+        raise DataError(f"{path}: not a list of annotations; is it the published file?")
+    for number, annotation in enumerate(annotations, 1):
+        yield f"annotation {number}", annotation if isinstance(annotation, dict) else {}

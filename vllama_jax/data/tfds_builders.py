@@ -1,11 +1,11 @@
-"""The two TFDS datasets of a records directory: written in the order they come, and read, without TensorFlow.
+"""Write and read the two TFDS datasets of a records directory, in order and without TensorFlow.
 
-A GeneratorBasedBuilder would hold records in memory, and beyond 1 GB it needs TensorFlow to put them in order
-(tensorflow_datasets/core/shuffle.py). A ShardBasedBuilder writes them as they come; it wants to know how many go into
-each file.
+A GeneratorBasedBuilder would keep records in memory, and needs TensorFlow to sort more than 1 GB
+(tensorflow_datasets/core/shuffle.py). A ShardBasedBuilder writes records as they come, but requires the number of
+records in each file in advance.
 
-Reading goes past TFDS's `builder_from_directory`, which imports whatever module `features.json` names. A directory's
-JSON files are compared with what is written here, and records are decoded by the features of this module.
+Reading does not use TFDS's `builder_from_directory`, which imports any module that `features.json` names. The JSON
+files of a directory are compared with those that this module writes, and records are decoded by its own features.
 """
 
 import contextlib
@@ -26,26 +26,31 @@ from vllama_jax.data.annotation import Annotation
 from vllama_jax.errors import DataError, format_error
 from vllama_jax.io.json_files import read_object
 
-SPLIT = "train"  # TFDS's name for all of a dataset
-RECORD_SHARD_BYTES = 256 * 2**20  # of each file but the last, at least
-_ANEW = "build the records again"
-_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's own, for the names of a dataset's files
-MAX_SHARDS = 256  # a reader keeps all files open, and a process may open 1024 unless told otherwise
+SPLIT = "train"  # the TFDS split that holds the whole dataset
+RECORD_SHARD_BYTES = 256 * 2**20  # minimum size of each file but the last
+_REBUILD_HINT = "build the records again"
+_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"  # TFDS's default for file names
+MAX_SHARDS = 256  # a reader keeps all files open, and a process may usually open 1024 files
 
 
 def plan_shards(sizes: Sequence[int]) -> list[int]:
-    """How many records go into each file; `sizes` are the records' in bytes."""
-    wanted = max(RECORD_SHARD_BYTES, sum(sizes) // MAX_SHARDS)
-    counts, count, size = [], 0, 0
-    for one in sizes:
-        count, size = count + 1, size + one
-        if size >= wanted:
+    """Choose the number of records in each file.
+
+    Args:
+        sizes: Size of each record in bytes.
+    """
+    min_bytes = max(RECORD_SHARD_BYTES, sum(sizes) // MAX_SHARDS)
+    counts, count, shard_bytes = [], 0, 0
+    for size in sizes:
+        count, shard_bytes = count + 1, shard_bytes + size
+        if shard_bytes >= min_bytes:
             counts.append(count)
-            count = size = 0
+            count = shard_bytes = 0
     return [*counts, count] if count else counts
 
 
 def make_text_example(annotation: Annotation) -> dict[str, Any]:
+    """Make the TFDS example of an annotation."""
     questions, answers = zip(*annotation.turns, strict=True)
     return {
         "id": annotation.id,
@@ -57,7 +62,7 @@ def make_text_example(annotation: Annotation) -> dict[str, Any]:
 
 
 class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ignore[call-arg]  # of TFDS, which has no types
-    """A TFDS dataset of given examples, in their order; `counts` of them in each file."""
+    """Writes given examples as a TFDS dataset, in order, `counts` of them into each file."""
 
     VERSION = tfds.core.Version("1.0.0")
     FEATURES: tfds.features.FeaturesDict
@@ -70,16 +75,16 @@ class _Builder(tfds.core.ShardBasedBuilder, skip_registration=True):  # type: ig
         return tfds.core.DatasetInfo(builder=self, features=self.FEATURES, disable_shuffling=True)
 
     def _shard_iterators_per_split(self, _: Any) -> dict[str, list[Callable[[], Iterator[tuple[int, dict]]]]]:
-        return {SPLIT: [functools.partial(self._shard, count) for count in self._counts]}
+        return {SPLIT: [functools.partial(self._next_shard, count) for count in self._counts]}
 
-    def _shard(self, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _next_shard(self, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         for number, example in enumerate(itertools.islice(self._examples, count)):
             yield number, example
-            example.clear()  # TFDS holds on to a file's examples until it has counted them
+            example.clear()  # TFDS keeps all examples of a file until it has counted them
 
 
 class Texts(_Builder, skip_registration=True):  # type: ignore[call-arg]  # of TFDS, which has no types
-    """What is said of each file."""
+    """The dataset of annotations. TFDS derives file names from the class name."""
 
     FEATURES = tfds.features.FeaturesDict(
         {
@@ -93,42 +98,49 @@ class Texts(_Builder, skip_registration=True):  # type: ignore[call-arg]  # of T
 
 
 class Media(_Builder, skip_registration=True):  # type: ignore[call-arg]  # of TFDS, which has no types
-    """The files, as they were on disk."""
+    """The dataset of media files. TFDS derives file names from the class name."""
 
     FEATURES = tfds.features.FeaturesDict({"id": tfds.features.Text(), "media": tfds.features.Text()})
 
     def _example_writer(self) -> ExampleWriter:
-        return _Uncompressed(self.info.file_format)
+        return _UncompressedWriter(self.info.file_format)
 
 
-class _Uncompressed(ExampleWriter):
-    """Media are compressed already: zstd, which TFDS would use, halves the speed for nothing."""
+class _UncompressedWriter(ExampleWriter):
+    """Writes without compression. Media are compressed, so TFDS's zstd would only halve the speed."""
 
     def write(self, path: Any, examples: Iterable[tuple[Any, bytes]]) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
 
-        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # 1: a record is read without its neighbours
+        writer = ArrayRecordWriter(str(path), "group_size:1,uncompressed")  # 1: reads one record at a time
         for _, example in examples:
             writer.write(example)
         writer.close()
 
 
 def write_dataset(builder: tfds.core.DatasetBuilder, folder: Path) -> None:
-    """Builds a dataset, and moves its files from where TFDS puts them (NAME/VERSION) to one folder.
+    """Write a dataset, and move its files from TFDS's folder NAME/VERSION to `folder`.
 
-    Raises OSError where the disk does not take it.
+    Raises:
+        OSError: Writing fails, for example because the disk is full.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # it talks of downloads
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS prints messages about downloads
         try:
             builder.download_and_prepare()
-        except RuntimeError as error:  # array_record's for a full disk
+        except RuntimeError as error:  # raised by array_record if the disk is full
             raise OSError(format_error(error)) from error
     Path(builder.data_path).rename(folder)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One array_record file, as array_record's data source asks for it: all of its records."""
+    """One array_record file with all of its records, in the form that array_record's data source expects.
+
+    Attributes:
+        filename: The path.
+        examples_in_shard: The number of records.
+        skip: The number of records to skip.
+    """
 
     filename: str
     examples_in_shard: int
@@ -136,16 +148,17 @@ class Shard:
 
     @property
     def take(self) -> int:
+        """The number of records to read."""
         return self.examples_in_shard
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredDataset:
-    """Random access to a dataset on disk, which threads share. Each file is opened when it is first read.
+    """A dataset on disk with random access, which threads may share. Each file is opened when it is first read.
 
     Attributes:
         shards: The files, in order.
-        features: What decodes a record.
+        features: Decodes a record.
         source: array_record's data source.
     """
 
@@ -161,10 +174,13 @@ class StoredDataset:
 
 
 def read_dataset(folder: Path) -> StoredDataset:
-    """Open the dataset in `folder`, whose name says which one it is: texts or media. Imports nothing that it names.
+    """Open a dataset without importing anything that its files name.
+
+    Args:
+        folder: A folder whose name selects the dataset: "texts" or "media".
 
     Raises:
-        DataError: features.json or dataset_info.json is missing, or does not say what `write_dataset` writes.
+        DataError: features.json or dataset_info.json is missing, or differs from what `write_dataset` writes.
     """
     from array_record.python.array_record_data_source import ArrayRecordDataSource
 
@@ -182,25 +198,25 @@ def _check_features(path: Path, features: tfds.features.FeaturesDict) -> None:
     from google.protobuf import json_format
 
     written = json_format.MessageToDict(features.to_proto())  # as TFDS's FeatureConnector.save_config
-    stored, ours = (dict(_class_names(found)) for found in (read_object(path, DataError, _ANEW), written))
-    if strange := sorted({str(name) for name in stored.values()} - set(ours.values())):
-        raise DataError(f"{path}: names {strange[0][:100]!r}, which is no feature of these records; {_ANEW}")
-    if stored != ours:
-        raise DataError(f"{path}: its features are not those of these records; {_ANEW}")
+    stored, expected = dict(_class_names(read_object(path, DataError, _REBUILD_HINT))), dict(_class_names(written))
+    if unknown := sorted({str(name) for name in stored.values()} - set(expected.values())):
+        raise DataError(f"{path}: unexpected feature class {unknown[0][:100]!r}; {_REBUILD_HINT}")
+    if stored != expected:
+        raise DataError(f"{path}: does not have the features of a records directory; {_REBUILD_HINT}")
 
 
-def _class_names(feature: Any, place: str = "") -> Iterator[tuple[str, Any]]:
-    """The Python class that TFDS would look up for each feature, by its place in features.json."""
+def _class_names(feature: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield (path in features.json, name of the Python class that TFDS would import) for each feature."""
     for key, value in feature.items() if isinstance(feature, dict) else ():
         if key in ("pythonClassName", "type"):  # "type": of TFDS before 4.5
-            yield place, value
+            yield path, value
         else:
-            yield from _class_names(value, f"{place}/{key}")
+            yield from _class_names(value, f"{path}/{key}")
 
 
 def _shard_lengths(path: Path) -> list[int]:
-    """How many records each file holds, of a dataset_info.json that says what ours say."""
-    info = read_object(path, DataError, _ANEW)
+    """Read the number of records in each file from dataset_info.json, after checking its other fields."""
+    info = read_object(path, DataError, _REBUILD_HINT)
     splits = info.get("splits")
     split = splits[0] if isinstance(splits, list) and len(splits) == 1 and isinstance(splits[0], dict) else {}
     lengths = split.get("shardLengths")
@@ -211,8 +227,8 @@ def _shard_lengths(path: Path) -> list[int]:
         "splits": (split.get("name"), SPLIT),
         "filepathTemplate": (split.get("filepathTemplate", _TEMPLATE), _TEMPLATE),
     }
-    if wrong := [field for field, (found, wanted) in expected.items() if found != wanted]:
-        raise DataError(f"{path}: its {wrong[0]} is not that of these records; {_ANEW}")
+    if wrong := [field for field, (found, value) in expected.items() if found != value]:
+        raise DataError(f"{path}: unexpected value of {wrong[0]}; {_REBUILD_HINT}")
     if not isinstance(lengths, list) or not lengths or not all(re.fullmatch("[0-9]{1,18}", str(n)) for n in lengths):
-        raise DataError(f"{path}: its shardLengths are not numbers of records; {_ANEW}")
+        raise DataError(f"{path}: its shardLengths are not numbers; {_REBUILD_HINT}")
     return [int(length) for length in lengths]

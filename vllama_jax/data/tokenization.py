@@ -1,4 +1,4 @@
-"""What records say → the arrays of a batch: ids, where media go, and labels, padded to one length."""
+"""Convert the texts of records to the arrays of a batch: token ids, placeholders and labels, padded to one length."""
 
 from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
@@ -14,7 +14,7 @@ from vllama_jax.text.training import TrainingText, clean_caption, encode_caption
 if TYPE_CHECKING:
     from vllama_jax.data.annotation import Annotation
 
-LENGTH_STEP = 128  # beyond the configured lengths
+LENGTH_STEP = 128  # longer sequences than all length buckets are padded to a multiple of this
 
 
 def encode_text(
@@ -23,48 +23,75 @@ def encode_text(
     tokenizer: Tokenizer,
     media_length: int,
     timestamps: tuple[float, ...],
-    draw: np.random.Generator,
+    rng: np.random.Generator,
 ) -> TrainingText:
-    """What a record says, in the layout that its dataset's config asks for. `cfg.template` is named."""
+    """Tokenize the texts of a record in the layout of its dataset.
+
+    Args:
+        annotation: The annotation of the record.
+        cfg: The dataset's text config. `cfg.template` must not be empty.
+        tokenizer: The model's tokenizer.
+        media_length: The number of media tokens.
+        timestamps: Of a video's frames, in seconds; without them, the prompt does not mention them.
+        rng: Draws the instruction of a caption.
+
+    Returns:
+        Token ids, placeholders and labels.
+    """
     media = Media(annotation.kind, timestamps=timestamps)
     if cfg.layout == "conversation":
         template = find_conversation_template(cfg.template)
-        where = (media, annotation.media_at, media_length)
-        return label_conversation(tokenizer, template, annotation.turns, *where, cfg.max_length)
-    wrapped = find_caption_template(cfg.template)
+        return label_conversation(
+            tokenizer, template, annotation.turns, media, annotation.media_at, media_length, cfg.max_length
+        )
+    caption_template = find_caption_template(cfg.template)
     caption = " ".join(answer for _, answer in annotation.turns)
     caption = clean_caption(caption) if cfg.clean else caption
-    instruction = cfg.instructions[draw.integers(len(cfg.instructions))] if cfg.instructions else None
-    return encode_caption(tokenizer, wrapped, caption, media, instruction, media_length, cfg.max_length)
+    instruction = cfg.instructions[rng.integers(len(cfg.instructions))] if cfg.instructions else None
+    return encode_caption(tokenizer, caption_template, caption, media, instruction, media_length, cfg.max_length)
 
 
 def pad_texts(
     texts: Sequence[TrainingText], length: int, num_media_tokens: int, masked: Container[int] = ()
 ) -> dict[str, np.ndarray]:
-    """The arrays of a batch (train/step.py) that come from texts, cut or padded to `length`; no labels in masked rows.
+    """Pad or truncate texts to the arrays of a batch (train/step.py).
 
-    A row has at most `length - media_tokens` labels: what the media tokens follow or are has none.
+    Args:
+        texts: One for each row.
+        length: The padded length, in tokens.
+        num_media_tokens: The number of media tokens of each text.
+        masked: Rows without labels.
+
+    Returns:
+        `ids` int32 and `is_media` bool [b, length]; `length` int32 [b], without padding; `targets` and `positions`
+        int32 [b, length - num_media_tokens]: the labels, padded with -1, and the positions whose logits predict them.
+        Media tokens have no labels, so no row has more.
     """
-    count, most = len(texts), length - num_media_tokens
+    count, max_labels = len(texts), length - num_media_tokens
     arrays = {
         "ids": np.zeros((count, length), np.int32),
         "is_media": np.zeros((count, length), bool),
         "length": np.zeros(count, np.int32),
-        "positions": np.zeros((count, most), np.int32),
-        "targets": np.full((count, most), -1, np.int32),
+        "positions": np.zeros((count, max_labels), np.int32),
+        "targets": np.full((count, max_labels), -1, np.int32),
     }
     for row, text in enumerate(texts):
         n = min(len(text.ids), length)
         arrays["ids"][row, :n] = text.ids[:n]
         arrays["is_media"][row, :n] = text.is_media[:n]
         arrays["length"][row] = n
-        labelled = np.flatnonzero(text.labels[:n] >= 0)
+        labeled = np.flatnonzero(text.labels[:n] >= 0)
         if row not in masked:
-            arrays["positions"][row, : len(labelled)] = labelled - 1
-            arrays["targets"][row, : len(labelled)] = text.labels[labelled]
+            arrays["positions"][row, : len(labeled)] = labeled - 1
+            arrays["targets"][row, : len(labeled)] = text.labels[labeled]
     return arrays
 
 
 def padded_length(longest: int, lengths: Sequence[int]) -> int:
-    """The first of the lengths that holds `longest`; beyond them, multiples of 128."""
+    """Return the first of `lengths` that is at least `longest`, or else the next multiple of 128.
+
+    Args:
+        longest: The longest sequence of a step, in tokens.
+        lengths: The configured lengths, in ascending order.
+    """
     return next((length for length in lengths if length >= longest), -(-longest // LENGTH_STEP) * LENGTH_STEP)

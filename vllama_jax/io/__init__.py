@@ -1,1 +1,1 @@
-"""Reading and writing of files: JSON from outside."""
+"""Read and write files: atomic writes, archives, JSON, JSON Lines, prefetching."""

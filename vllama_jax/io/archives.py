@@ -1,4 +1,4 @@
-"""A directory as one zip file, and its copy elsewhere, which is compared with the archive each time that it is used."""
+"""Pack a directory into a zip file, and unpack it to a cached copy that is verified against the archive at each use."""
 
 import io
 import os
@@ -10,11 +10,16 @@ from pathlib import Path
 from vllama_jax.errors import CheckpointError
 from vllama_jax.io.atomic import ensure_directory, lock_directory, replace_file, scratch_directory
 
-DATE = (1980, 1, 1, 0, 0, 0)  # zip's earliest: the same files make the same archive
+DATE = (1980, 1, 1, 0, 0, 0)  # zip's earliest; makes archives reproducible
 
 
 def pack(directory: Path, archive: Path) -> None:
-    """Write all files of a directory as a zip file, whole or not at all. The same files give the same bytes."""
+    """Write all files of a directory to a zip file, atomically. The same files give the same bytes.
+
+    Args:
+        directory: The directory.
+        archive: The zip file. An existing file is overwritten.
+    """
     data = io.BytesIO()
     with zipfile.ZipFile(data, "w") as file:
         for name in sorted(_files(directory)):
@@ -24,18 +29,18 @@ def pack(directory: Path, archive: Path) -> None:
 
 
 def unpack(archive: Path, digest: str, out: Path) -> None:
-    """Make the directory `out` of an archive's files, unless it is there; a damaged copy is replaced.
+    """Unpack an archive to the directory `out`, unless an intact copy exists. A corrupt copy is replaced.
 
-    A copy is intact when it has the archive's files and no others, and each has the size and CRC-32 that the archive
-    lists. Processes that unpack at once wait for one another. What a killed one left is removed.
+    A copy is intact if it has exactly the archive's files, each with the size and CRC-32 that the archive lists.
+    Processes that unpack at the same time wait for each other. Partial files of a killed process are removed.
 
     Args:
         archive: A zip file, as `pack` writes it.
-        digest: xxh3_128 of the archive, which is compared before it is unpacked.
-        out: The directory. Its parent is made as well.
+        digest: Expected xxh3_128 of the archive, checked before it is unpacked.
+        out: The directory. Its parent is created as well.
 
     Raises:
-        CheckpointError: The archive is missing or corrupt, or something else has the name of a directory to write.
+        CheckpointError: The archive is missing or corrupt, or a file or a link exists where a directory is written.
         OSError: `out` cannot be written.
     """
     entries = _entries(archive)
@@ -44,23 +49,23 @@ def unpack(archive: Path, digest: str, out: Path) -> None:
     _check_digest(archive, digest)
     ensure_directory(out.parent)
     with lock_directory(out.parent, busy_message=None):
-        if _is_intact(out, entries):  # another process has made it meanwhile
+        if _is_intact(out, entries):  # another process has unpacked it in the meantime
             return
         if out.exists():
             shutil.rmtree(out)
         partial = out.with_name(f".{out.name}.partial")
-        with scratch_directory(partial, f"{out}: another process is making it"), zipfile.ZipFile(archive) as file:
+        with scratch_directory(partial, f"{out}: another process is unpacking it"), zipfile.ZipFile(archive) as file:
             file.extractall(partial)
             partial.rename(out)
 
 
 def _entries(archive: Path) -> dict[str, tuple[int, int]]:
-    """Size and CRC-32 of each file in an archive."""
+    """Return the size and CRC-32 of each file in an archive."""
     try:
         with zipfile.ZipFile(archive) as file:
             return {entry.filename: (entry.file_size, entry.CRC) for entry in file.infolist()}
     except (OSError, zipfile.BadZipFile) as error:
-        why = getattr(error, "strerror", None) or "not a whole zip file"
+        why = getattr(error, "strerror", None) or "not a complete zip file"
         raise CheckpointError(f"{archive}: cannot be read ({why}); install vllama-jax again") from error
 
 
@@ -68,11 +73,11 @@ def _check_digest(archive: Path, digest: str) -> None:
     import xxhash
 
     if xxhash.xxh3_128_hexdigest(archive.read_bytes()) != digest:
-        raise CheckpointError(f"{archive}: not the file that came with the package; install vllama-jax again")
+        raise CheckpointError(f"{archive}: differs from the file of the released package; install vllama-jax again")
 
 
 def _is_intact(directory: Path, entries: dict[str, tuple[int, int]]) -> bool:
-    """Whether a directory has these files and no others, each with this size and CRC-32."""
+    """Return whether a directory has exactly the files `entries`, each with its size and CRC-32."""
     if _files(directory) != entries.keys():
         return False
     try:
@@ -80,13 +85,13 @@ def _is_intact(directory: Path, entries: dict[str, tuple[int, int]]) -> bool:
             data = (directory / name).read_bytes()
             if (len(data), zlib.crc32(data)) != listed:
                 return False
-    except OSError:  # unreadable, or removed since: made again
+    except OSError:  # unreadable, or removed in the meantime: unpack again
         return False
     return True
 
 
 def _files(directory: Path) -> set[str]:
-    """Paths of all files below a directory, relative to it; of none where there is no directory."""
+    """Return the relative paths of all files in a directory tree; none if the directory does not exist."""
     return {
         Path(folder, name).relative_to(directory).as_posix()
         for folder, _, names in os.walk(directory)

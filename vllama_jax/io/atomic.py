@@ -1,7 +1,7 @@
-"""The one place that writes output: a file or directory appears whole or not at all, and nothing else is touched.
+"""Write output files and directories atomically: they appear only when they are complete.
 
-A symbolic link where a command would write or delete is refused, never followed: it would lead out of the directory
-that the user named.
+All output of the package is written here. Symbolic links where a command would write or delete are an error and are
+never followed, because they may point outside of the directory that the user chose.
 """
 
 import contextlib
@@ -18,58 +18,71 @@ from vllama_jax.errors import CheckpointError
 
 @contextlib.contextmanager
 def new_directory(out: Path) -> Iterator[Path]:
-    """Yield an empty directory next to `out` that becomes `out` on success, and is removed otherwise.
+    """Create a directory atomically.
 
-    What a killed run left half-written is removed first.
+    Partial files of a killed process are removed first.
+
+    Args:
+        out: The directory to create.
+
+    Yields:
+        An empty directory next to `out`. It is renamed to `out` on success and removed otherwise.
 
     Raises:
-        CheckpointError: `out` exists, another process is making it, it cannot be written, or something that this
-            function did not make has the partial directory's name.
+        CheckpointError: `out` exists, another process is writing it, it cannot be written, or a file or a link exists
+            where the partial directory is written.
     """
     check_absent(out)
     partial = _partial_path(out)
     try:
-        with scratch_directory(partial, f"{out}: another process is making it; wait for that one"):
+        with scratch_directory(partial, f"{out}: another process is writing it; wait until it has finished"):
             yield partial
             check_absent(out)
             partial.rename(out)
     except OSError as error:
         raise CheckpointError(
-            f"{out}: cannot be written ({error.strerror or error}); nothing was left there"
+            f"{out}: cannot be written ({error.strerror or error}); no partial output remains"
         ) from error
 
 
 def check_absent(out: Path) -> None:
-    """Raise CheckpointError when `out` exists, be it as a dangling symbolic link."""
+    """Raise CheckpointError if `out` exists, even as a dangling symbolic link."""
     try:
         found = _file_type(out)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror})") from error
     if found == "symbolic link" and not out.exists():
-        raise CheckpointError(f"{out}: a symbolic link to nothing; remove it or choose another place")
+        raise CheckpointError(f"{out}: a dangling symbolic link; remove it or choose another path")
     if found:
-        raise CheckpointError(f"{out}: exists already; remove it or choose another place")
+        raise CheckpointError(f"{out}: already exists; remove it or choose another path")
 
 
 @contextlib.contextmanager
 def replacement_directory(out: Path) -> Iterator[Path]:
-    """Yield an empty directory next to `out` that takes the place of the directory `out` on success.
+    """Create a directory atomically, or replace an existing one.
 
-    `out` is renamed and removed when the new directory is complete. A process that is killed between the two renames
-    leaves the old one as .NAME.replaced, and the next call puts it back first.
+    When the new directory is complete, the old one is renamed, and removed after the new one has its name. If a process
+    is killed between the two renames, the old directory is left as .NAME.replaced, and the next call restores it.
+
+    Args:
+        out: The directory to create or replace.
+
+    Yields:
+        An empty directory next to `out`. It is renamed to `out` on success and removed otherwise.
 
     Raises:
-        CheckpointError: As `new_directory` does, but for a directory `out`; also where a link or a file has its name.
+        CheckpointError: `out` is a file or a link, another process is writing it, it cannot be written, or a file or a
+            link exists where the partial directory is written.
     """
     old = out.with_name(f".{out.name}.replaced")
-    for place in (out, old):
-        _check_file_type(place, "directory")
+    for target in (out, old):
+        _check_file_type(target, "directory")
     try:
         if old.is_dir() and not out.is_dir():
             old.rename(out)
         elif old.is_dir():
             shutil.rmtree(old)
-        with scratch_directory(_partial_path(out), f"{out}: another process is making it; wait for that one"):
+        with scratch_directory(_partial_path(out), f"{out}: another process is writing it; wait until it has finished"):
             yield _partial_path(out)
             if out.is_dir():
                 out.rename(old)
@@ -81,20 +94,23 @@ def replacement_directory(out: Path) -> Iterator[Path]:
             shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(
-            f"{out}: cannot be written ({error.strerror or error}); what was there is kept"
+            f"{out}: cannot be written ({error.strerror or error}); the existing directory is unchanged"
         ) from error
 
 
 @contextlib.contextmanager
 def scratch_directory(path: Path, busy_message: str) -> Iterator[Path]:
-    """Yield an empty directory for what is not whole yet, locked against other processes; it is removed in the end.
+    """Create an empty directory for partial files, locked against other processes. It is removed at the end.
 
     Args:
-        path: The directory. What a killed process left in it is removed.
-        refusal: What to say when another process has it.
+        path: The directory. Files of a killed process in it are removed.
+        busy_message: Message of the error if another process has locked it.
+
+    Yields:
+        `path`.
 
     Raises:
-        CheckpointError: Another process has it, it is no directory, or there is a symbolic link in it.
+        CheckpointError: Another process has locked it, it is not a directory, or it contains a symbolic link.
     """
     ensure_directory(path)
     with lock_directory(path, busy_message):
@@ -102,19 +118,19 @@ def scratch_directory(path: Path, busy_message: str) -> Iterator[Path]:
         try:
             yield path
         finally:
-            shutil.rmtree(path, ignore_errors=True)  # which follows no links, and does nothing with one
+            shutil.rmtree(path, ignore_errors=True)  # rmtree does not follow links, and ignores `path` if it is one
 
 
 @contextlib.contextmanager
 def lock_directory(directory: Path, busy_message: str | None) -> Iterator[None]:
-    """Keep other processes off a directory; the lock ends with its holder, however that ends.
+    """Lock a directory against other processes. The lock ends with the process, even if it is killed.
 
     Args:
         directory: The directory.
-        refusal: What to say when another process has it; None waits for that process.
+        busy_message: Message of the error if another process has locked it; None waits for that process.
 
     Raises:
-        CheckpointError: `refusal`, when another process has it.
+        CheckpointError: Another process has locked the directory, and `busy_message` is not None.
     """
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -130,16 +146,20 @@ def lock_directory(directory: Path, busy_message: str | None) -> Iterator[None]:
 
 
 def ensure_directory(path: Path) -> None:
-    """Make a directory inside an output directory unless it is there. Raise CheckpointError for a link or a file."""
+    """Create a directory and its parents unless it exists. Raise CheckpointError if it is a link or a file."""
     _check_file_type(path, "directory")
     path.mkdir(parents=True, exist_ok=True)
 
 
 def write_file(path: Path, data: Any) -> None:
-    """Write the bytes of a new file and wait for the disk: what is renamed later must survive a power cut.
+    """Write a new file and wait until it is on disk, so that a file that is renamed later survives a power failure.
+
+    Args:
+        path: The file.
+        data: Its content, any object with bytes.
 
     Raises:
-        FileExistsError: There is a file of that name, or a link.
+        FileExistsError: A file or a link of that name exists.
     """
     with path.open("xb") as file:
         file.write(data)
@@ -153,15 +173,19 @@ def write_json(path: Path, fields: Mapping[str, Any] | Sequence[Any]) -> None:
 
 
 def replace_file(path: Path, data: Any) -> None:
-    """Write a file whole, or leave what was there, whenever the process is killed.
+    """Write or overwrite a file atomically. If the process is killed, the existing file is unchanged.
+
+    Args:
+        path: The file.
+        data: Its content, any object with bytes.
 
     Raises:
-        CheckpointError: A symbolic link or a directory is there, or has the partial file's name.
-        OSError: It cannot be written.
+        CheckpointError: `path`, or the path of the partial file, is a symbolic link or a directory.
+        OSError: The file cannot be written.
     """
     partial = _partial_path(path)
-    for place in (path, partial):
-        _check_file_type(place, "file")
+    for target in (path, partial):
+        _check_file_type(target, "file")
     partial.unlink(missing_ok=True)  # left by a killed process
     try:
         write_file(partial, data)
@@ -172,19 +196,19 @@ def replace_file(path: Path, data: Any) -> None:
 
 
 def replace_json(path: Path, fields: Mapping[str, Any]) -> None:
-    """Write a JSON file whole, or leave what was there; see `replace_file`."""
+    """Write or overwrite a JSON file atomically; see `replace_file`."""
     replace_file(path, _to_json(fields))
 
 
 def check_output_files(directory: Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError where one of the files that a command is going to write in a directory is a link."""
+    """Raise CheckpointError if a file that a command is going to write in a directory is a link or a directory."""
     for name in names:
-        for place in (directory / name, _partial_path(directory / name)):
-            _check_file_type(place, "file")
+        for target in (directory / name, _partial_path(directory / name)):
+            _check_file_type(target, "file")
 
 
 def open_no_follow(path: str, flags: int) -> int:
-    """An `opener` for `open` and `io.FileIO` that does not follow a symbolic link."""
+    """Open a file without following a symbolic link; an `opener` for `open` and `io.FileIO`."""
     try:
         return os.open(path, flags | os.O_NOFOLLOW, 0o666)
     except OSError:
@@ -193,7 +217,7 @@ def open_no_follow(path: str, flags: int) -> int:
 
 
 def _partial_path(path: Path) -> Path:
-    """Where a file or directory is before it is whole."""
+    """Return the path of a file or directory while it is not complete."""
     return path.with_name(f".{path.name}.partial")
 
 
@@ -202,7 +226,7 @@ def _to_json(fields: Mapping[str, Any] | Sequence[Any]) -> bytes:
 
 
 def _file_type(path: Path) -> str:
-    """What has this name, links not followed; "" for nothing."""
+    """Return the type of a path, without following links; an empty string if it does not exist."""
     if path.is_symlink():
         return "symbolic link"
     if path.is_dir():
@@ -211,16 +235,16 @@ def _file_type(path: Path) -> str:
 
 
 def _check_file_type(path: Path, wanted: str) -> None:
-    """Raise CheckpointError where something else than a `wanted` has this name."""
+    """Raise CheckpointError if a path exists and is not of the type `wanted`."""
     if (found := _file_type(path)) not in ("", wanted):
-        raise CheckpointError(f"{path}: a {found}, where this command writes a {wanted} of its own; move it away")
+        raise CheckpointError(f"{path}: a {found}, but this command writes a {wanted} there; move it away")
 
 
 def _clear_directory(directory: Path) -> None:
-    """Remove what a killed process left. We make no links, so that one in it is somebody else's, and refused."""
+    """Remove the files of a killed process. A link is an error, as it cannot be ours: we create none."""
     for folder, folders, files in os.walk(directory):
         for name in (*folders, *files):
             if (path := Path(folder, name)).is_symlink():
-                raise CheckpointError(f"{path}: a symbolic link, in a directory that this command empties; remove it")
+                raise CheckpointError(f"{path}: a symbolic link in a directory that this command clears; remove it")
     for entry in directory.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()

@@ -1,4 +1,4 @@
-"""The one reader of JSON from outside: whatever is wrong with it is one error that names the file or the line."""
+"""Read JSON that users provide. All errors are of one type and contain the file or the line."""
 
 import json
 import math
@@ -13,30 +13,33 @@ def parse_json(text: str | bytes, where: str, error: type[VllamaError], advice: 
 
     Args:
         text: The document; bytes are UTF-8, UTF-16 or UTF-32.
-        where: What to call it in a message: a path, or "path, line 3".
+        where: Its source, for the message: a path, or "path, line 3".
         error: The exception to raise.
-        advice: What the user can do, for the end of the message.
+        advice: What the user can do, appended to the message.
+
+    Returns:
+        The document.
 
     Raises:
-        error: The text is not JSON, is nested too deeply for Python's parser, or holds a number that is not finite or
-            has more digits than Python converts.
+        error: The text is not JSON, is nested too deeply for Python's parser, or contains a number that is not finite
+            or has more digits than Python converts.
     """
     advice = f"; {advice}" if advice else ""
     try:
         return json.loads(text, parse_constant=_reject_constant, parse_float=_parse_finite_float)
     except RecursionError as problem:
-        raise error(f"{where}: not JSON that can be read: nested too deeply{advice}") from problem
+        raise error(f"{where}: JSON is nested too deeply to be parsed{advice}") from problem
     except ValueError as problem:  # JSONDecodeError, UnicodeDecodeError, and integers beyond 4,300 digits
         raise error(f"{where}: not JSON ({format_error(problem)}){advice}") from problem
 
 
 def parse_object(text: str | bytes, where: str, error: type[VllamaError], advice: str = "") -> dict[str, Any]:
-    """Parse a JSON document that must be an object. Raises `error` as `parse_json` does, and for another type."""
+    """Parse a JSON document that must be an object. Raise `error` as `parse_json` does, and for another type."""
     return _require_object(parse_json(text, where, error, advice), where, error, advice)
 
 
 def read_json(path: Path, error: type[VllamaError] = CheckpointError, advice: str = "") -> Any:
-    """Read a JSON file. Raises `error` when it cannot be read or `parse_json` rejects it."""
+    """Read a JSON file. Raise `error` if it cannot be read or `parse_json` rejects it."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as problem:
@@ -46,13 +49,13 @@ def read_json(path: Path, error: type[VllamaError] = CheckpointError, advice: st
 
 
 def read_object(path: Path, error: type[VllamaError] = CheckpointError, advice: str = "") -> dict[str, Any]:
-    """Read a JSON file that must hold an object. Raises `error` as `read_json` does, and for another type."""
+    """Read a JSON file that must contain an object. Raise `error` as `read_json` does, and for another type."""
     return _require_object(read_json(path, error, advice), str(path), error, advice)
 
 
 def _require_object(value: Any, where: str, error: type[VllamaError], advice: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise error(f"{where}: must hold a JSON object, not {type(value).__name__}{f'; {advice}' if advice else ''}")
+        raise error(f"{where}: must contain a JSON object, not {type(value).__name__}{f'; {advice}' if advice else ''}")
     return value
 
 
@@ -63,5 +66,5 @@ def _reject_constant(name: str) -> None:
 def _parse_finite_float(digits: str) -> float:
     value = float(digits)
     if not math.isfinite(value):
-        raise ValueError(f"{digits[:40]} is beyond what a float holds")
+        raise ValueError(f"{digits[:40]} is too large for a float")
     return value

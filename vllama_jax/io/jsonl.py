@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, that are whole whenever the process that writes them is killed."""
+"""JSON Lines files that stay valid if the process that writes them is killed."""
 
 import errno
 import io
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 
 
 class AtomicWriteFile(io.FileIO):
-    """Takes all of what is written, or nothing: a full disk leaves no half of a line. No symbolic link is followed."""
+    """A file whose writes are complete or have no effect, even on a full disk. Symbolic links are not followed."""
 
     def __init__(self, path: Path, mode: str):
+        """Open `path`, with a mode of `io.FileIO`."""
         super().__init__(path, mode, opener=open_no_follow)
 
     def write(self, data: "ReadableBuffer", /) -> int:
+        """Write all of `data`. If the disk is full, remove what was written and raise OSError."""
         written = super().write(data)
         if written < memoryview(data).nbytes:
             self.truncate(self.tell() - written)
@@ -29,22 +31,30 @@ class AtomicWriteFile(io.FileIO):
 
 
 class JsonLinesFile:
-    """A file of one JSON object a line, written by this process alone and whole line by whole line."""
+    """A file of one JSON object per line, to which only this process writes, in complete lines."""
 
     def __init__(self, path: Path):
+        """Refer to the file `path`, which need not exist."""
         self._path = path
 
     def add(self, *lines: Mapping[str, Any]) -> None:
-        """Writes objects, all at once; threads may do so side by side. Raises OSError when they cannot be written."""
+        """Append objects in one write. Threads may call it concurrently.
+
+        Args:
+            *lines: The objects, one per line.
+
+        Raises:
+            OSError: They cannot be written.
+        """
         with AtomicWriteFile(self._path, "a") as file:
             file.write("".join(json.dumps(fields) + "\n" for fields in lines).encode())
 
     def truncate_after(self, last_step: int) -> list[dict[str, Any]]:
-        """Keeps the lines of steps up to `last_step`, and returns them: what came after was lost, and is done again."""
+        """Remove the lines of steps after `last_step`, which a resumed run computes again. Return the other lines."""
         return self._filter_lines(lambda fields: fields["step"] <= last_step)
 
     def read(self) -> list[dict[str, Any]]:
-        """All objects; a line that a killed process did not finish is cut off, so that more can be added."""
+        """Return all objects. Remove an incomplete line of a killed process, so that lines can be appended."""
         return self._filter_lines(lambda fields: True)
 
     def _filter_lines(self, wanted: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
@@ -59,14 +69,14 @@ class JsonLinesFile:
                     kept.append((line, fields))
             except (KeyError, TypeError):
                 continue
-        whole = "".join(line for line, _ in kept)
-        if whole != text:
-            replace_file(self._path, whole.encode())
+        complete = "".join(line for line, _ in kept)
+        if complete != text:
+            replace_file(self._path, complete.encode())
         return [fields for _, fields in kept]
 
 
 def _parse_line(line: str) -> dict[str, Any] | None:
-    """The object in a line; None for one that is not whole."""
+    """Return the object in a line, or None if the line is not a complete JSON object."""
     if not line.endswith("\n"):
         return None
     try:

@@ -1,4 +1,4 @@
-"""Files that users name: whether there is one, with what it should hold and not a stand-in for it; and our cache."""
+"""Check paths that users provide, and locate the cache directory."""
 
 import os
 import re
@@ -10,31 +10,40 @@ LFS_POINTER = b"version https://git-lfs"
 
 
 def cache_directory() -> Path:
-    """Where we keep what can be made again: $VLLAMA_CACHE, else vllama_jax in $XDG_CACHE_HOME (~/.cache)."""
+    """Return the directory for cached files: $VLLAMA_CACHE, or vllama_jax in $XDG_CACHE_HOME (~/.cache)."""
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return Path(os.environ.get("VLLAMA_CACHE") or caches / "vllama_jax")
 
 
 def _missing_file_message(path: str) -> str:
-    """What to say of a path where nothing is. Path() has made one slash of the two in a URL."""
+    """Return the message for a path that does not exist. Path() has merged the two slashes of a URL."""
     url = re.match(r"([a-z][a-z0-9+.-]+):/+(?=.)", path, re.IGNORECASE)
     if not url:
         return f"{path}: no such file; check the path"
     rest = path[url.end() :]
     if url[1].lower() == "file":
-        return f"file:///{rest}: URLs are not read; give the path, /{rest}"
-    return f"{url[1]}://{rest}: URLs are not read; download it first"
+        return f"file:///{rest}: URLs are not supported; pass the path, /{rest}"
+    return f"{url[1]}://{rest}: URLs are not supported; download the file first"
 
 
 def read_first_bytes(path: str | os.PathLike[str], error: type[VllamaError], count: int = 32) -> bytes:
-    """The first bytes of a file. Raises `error`, saying what is there instead, where no file with content is.
+    """Read the first bytes of a regular file with content.
 
-    That is: nothing, a directory, a device or pipe, a file that may not be read, an empty one, a git-lfs pointer.
+    Args:
+        path: The file.
+        error: The exception to raise.
+        count: The number of bytes to read.
+
+    Returns:
+        The first `count` bytes, or all bytes of a shorter file.
+
+    Raises:
+        error: The path is missing, a directory, a device or a pipe, unreadable, empty, or a git-lfs pointer.
     """
     path = Path(path)
     try:
         if path.is_dir():
-            raise error(f"{path}: a directory, not a file; name a file in it")
+            raise error(f"{path}: a directory, not a file; choose a file in it")
         if not path.exists():
             raise error(_missing_file_message(str(path)))
         if not path.is_file():
@@ -46,5 +55,5 @@ def read_first_bytes(path: str | os.PathLike[str], error: type[VllamaError], cou
     if not head:
         raise error(f"{path}: the file is empty; download or copy it again")
     if head.startswith(LFS_POINTER):
-        raise error(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` where it came from")
+        raise error(f"{path}: a git-lfs pointer, not the file itself; run `git lfs pull` in its repository")
     return head[:count]

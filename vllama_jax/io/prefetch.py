@@ -1,4 +1,4 @@
-"""Work that threads do ahead of whoever takes its results: reading files, decoding them."""
+"""Compute results ahead of their consumer in threads, such as reading and decoding files."""
 
 import collections
 import concurrent.futures
@@ -12,9 +12,16 @@ Result = TypeVar("Result")
 def map_in_order(
     function: Callable[[Item], Result], items: Iterable[Item], num_threads: int
 ) -> Generator[Result, None, None]:
-    """`function` of each item, in the items' order. At most `threads` items are under way or done and not yet taken.
+    """Apply `function` to each item in threads, and yield the results in the items' order.
 
-    Items are taken from their iterator as they are needed, so there may be millions.
+    Args:
+        function: The function.
+        items: The items. They are consumed as needed, so there may be millions.
+        num_threads: The number of threads, and the largest number of items that are in progress or whose results are
+            not consumed yet.
+
+    Yields:
+        The results.
     """
     pending: collections.deque[concurrent.futures.Future[Result]] = collections.deque()
     with concurrent.futures.ThreadPoolExecutor(num_threads) as pool:

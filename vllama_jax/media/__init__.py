@@ -1,4 +1,4 @@
-"""A file → arrays, the account of what was found in it, and the way back. Knows no model, and imports no jax."""
+"""Read media files into arrays, report what they contain, and write videos. Imports no jax and no model code."""
 
 from __future__ import annotations
 
@@ -55,12 +55,24 @@ def read_media(
     audio: bool = True,
     num_clips: int | None = None,
 ) -> Video | Image | Audio:
-    """A video, a picture or sound, told apart by the file's content and not by its name.
+    """Read a video, an image or an audio file. The kind is detected from the content, not from the file name.
 
-    An animated picture is a video; a music file with a cover picture is sound. With `num_clips` that many mel clips
-    (`mel_clips`) take the place of a waveform, and only their samples are held in memory.
+    An animated image is a video. An audio file with a cover image is audio.
 
-    Raises MediaError as read_video, read_image and read_audio do, and for sound alone when `audio` is False.
+    Args:
+        path: The file.
+        num_frames: The number of frames to sample from a video; all frames are used if the video has fewer.
+        size: Height and width of the frames, in pixels.
+        audio: Whether to read the audio of a video.
+        num_clips: Return this many mel clips (see `mel_clips`) instead of the waveform. Only the samples that they
+            need are kept in memory.
+
+    Returns:
+        A `Video`, an `Image` or an `Audio`, each with a report of what the file contains.
+
+    Raises:
+        MediaError: The file is missing, corrupt, truncated or of an unsupported type, or it contains only audio and
+            `audio` is False.
     """
     path = check_file(path)
     if is_still_image(path):
@@ -69,5 +81,5 @@ def read_media(
         if find_video_stream(container) is not None:
             return decode_video(container, path, bind_num_frames(path, num_frames), size, audio, num_clips)
         if find_audio_stream(container) is not None and not audio:
-            raise MediaError(f"{path}: only sound in the file, and sound is off; turn it on or name a video")
+            raise MediaError(f"{path}: the file contains only audio, and audio is off; enable audio or choose a video")
         return decode_audio(container, path, num_clips)

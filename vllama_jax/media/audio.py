@@ -1,4 +1,4 @@
-"""Audio alone: a file → its waveform, or the mel clips that the model takes of it."""
+"""Read audio files to a waveform, or to the log-mel clips that the model takes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Audio:
-    """A file with audio alone.
+    """The audio of a file.
 
     Attributes:
-        waveform: Every channel in [-1, 1] at the file's own rate; None where mel clips were asked for.
-        sample_rate: Of the audio, in Hz.
-        report: What was found in the file.
-        mel: The mel clips, where they were asked for.
+        waveform: All channels in [-1, 1] at the file's sample rate; None if mel clips were requested.
+        sample_rate: In Hz.
+        report: What the file contains and what of it is used.
+        mel: Log-mel spectrograms of the clips, if they were requested; see `mel_clips`.
     """
 
     waveform: Float32[np.ndarray, "c n"] | None
@@ -37,40 +37,45 @@ class Audio:
 
 
 def read_audio(path: str | os.PathLike[str], num_clips: int | None = None) -> Audio:
-    """Read the audio of a file (wav, mp3, flac, …); of a video, only its audio.
+    """Read the audio of a file (wav, mp3, flac, …) or of a video.
 
     Args:
         path: The file.
-        num_clips: Return this many mel clips (see `mel_clips`) in place of the waveform. Memory then does not grow
+        num_clips: Return this many mel clips (see `mel_clips`) instead of the waveform. Memory then does not grow
             with the length of the file.
 
+    Returns:
+        The waveform, or the mel clips, with a report.
+
     Raises:
-        MediaError: The file has no audio, or it cannot be decoded.
+        MediaError: The file has no audio, or the audio cannot be decoded.
     """
     path = check_file(path)
     if image_format(path):
-        raise MediaError(f"{path}: a picture, without sound; use read_image or read_media")
+        raise MediaError(f"{path}: an image, which has no audio; use read_image or read_media")
     with open_container(path) as container:
         return decode_audio(container, path, num_clips)
 
 
 def decode_audio(container: InputContainer, path: str, num_clips: int | None = None) -> Audio:
-    """`read_audio` for an opened file."""
+    """Decode the audio of an opened file; see `read_audio`."""
     import av
 
     stream = find_audio_stream(container)
     if stream is None:
-        raise MediaError(f"{path}: no sound in the file; name one that has some")
+        raise MediaError(f"{path}: the file has no audio; choose a file with audio")
     decoder = AudioDecoder(container, stream, path, num_clips)
     try:
         for packet in demux(container, stream):
             decoder.feed(packet)
     except av.FFmpegError as error:
-        raise MediaError(f"{path}: the file cannot be read to its end ({error.strerror}); get it again") from error
+        raise MediaError(
+            f"{path}: reading fails before the end of the file ({error.strerror}); download or copy it again"
+        ) from error
     decoded = decoder.finish()
     if decoded.sample_rate is None:
         raise MediaError(f"{path}: the audio cannot be used: {decoded.failure}")
-    cut = find_truncation(path)
-    notes = (*((cut.note,) if cut else ()), *decoded.notes)
-    report = MediaReport(path, "audio", num_frames=0, duration=decoded.seconds, audio="used", notes=notes)
+    truncation = find_truncation(path)
+    notes = (*((truncation.note,) if truncation else ()), *decoded.notes)
+    report = MediaReport(path, "audio", num_frames=0, duration=decoded.duration, audio="used", notes=notes)
     return Audio(decoded.waveform, decoded.sample_rate, report, decoded.mel)

@@ -1,4 +1,4 @@
-"""The packets of an audio stream → its waveform, or the mel clips that the model takes of it."""
+"""Decode the packets of an audio stream to a waveform, or to the log-mel clips that the model takes."""
 
 from __future__ import annotations
 
@@ -23,26 +23,32 @@ if TYPE_CHECKING:
     from jaxtyping import Float32
 
 _MAX_RATE = 768_000  # Hz; the highest rate of PCM recorders
-_MAX_VALUES_PER_SECOND = 3_072_000  # a second: 64 channels at 48 kHz, 8 at 384 kHz
+_MAX_VALUES_PER_SECOND = 3_072_000  # of all channels: 64 channels at 48 kHz, 8 at 384 kHz
 _MAX_LOST_FRACTION = 0.1  # of packets that may fail to decode
-_MAX_ABS_VALUE = 1e9  # sample, where 1 is full scale: some files of floating point have that of 16 or 32 bits
-_MAX_SECONDS = 24 * 3600.0  # seconds of a segment's audio
+_MAX_ABS_VALUE = 1e9  # full scale is 1, but some floating-point files use the scale of 16 or 32 bits
+_MAX_SECONDS = 24 * 3600.0  # of a segment's audio
 
-# Codecs whose packets are decoded without those before them: packets that no clip needs are skipped.
+# Codecs whose packets can be decoded independently. Packets that no clip needs are skipped.
 _INDEPENDENT_CODECS = ("flac", "alac", "pcm_")
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodedAudio:
-    """What became of an audio stream: the waveform or the mel clips, or in `failure` why there are none.
+    """The result of decoding an audio stream.
 
-    `sample_rate` is in Hz, None where there is a failure.
+    Attributes:
+        waveform: All channels in [-1, 1]; None if mel clips were requested, or decoding failed.
+        mel: Log-mel spectrograms of the clips, if they were requested.
+        sample_rate: In Hz; None if decoding failed.
+        duration: Of the decoded audio, in seconds.
+        failure: Why decoding failed; empty if it did not.
+        notes: Remarks for the user, such as packets that could not be decoded.
     """
 
     waveform: Float32[np.ndarray, "c n"] | None = None
     mel: Float32[np.ndarray, "num_clips 128 204"] | None = None
     sample_rate: int | None = None
-    seconds: float = 0.0
+    duration: float = 0.0
     failure: str = ""
     notes: tuple[str, ...] = ()
 
@@ -50,10 +56,10 @@ class DecodedAudio:
 class AudioDecoder:
     """Decode an audio stream's packets, and keep only the samples that are needed.
 
-    Positions are in samples: from the first one of a whole file, or on the clock that a segment is cut by. Where mel
-    clips lie depends on the position of the end, which is known for sure after the last packet alone. Samples are kept
-    around the places that follow from the container's claim, and the file is decoded once more where the claim turns
-    out to be wrong. Either way the clips are those of the whole waveform, bit for bit.
+    Positions are sample indices: counted from the first sample for a complete file, from the clock for a segment. The
+    positions of mel clips depend on the length of the audio, which is only certain after the last packet. Samples are
+    therefore kept around the positions that follow from the declared length. If that length turns out to be wrong, the
+    file is decoded a second time. In both cases the clips are bit-identical to those of the full waveform.
     """
 
     def __init__(
@@ -70,24 +76,24 @@ class AudioDecoder:
 
         Args:
             container: The opened file.
-            stream: The audio stream of it that `sound_stream` finds.
-            path: That file.
-            num_clips: The number of mel clips to compute; None keeps the whole waveform.
-            within: The segment to use, in seconds.
-            clock: What the seconds are counted by, where `within` is not the whole.
-            known_end: Where the audio ends, if it was decoded before. Every packet is decoded then.
+            stream: Its audio stream, as `find_audio_stream` returns it.
+            path: Path of the file.
+            num_clips: The number of mel clips to compute; None keeps the full waveform.
+            time_range: Start and end of the segment to use, in seconds.
+            clock: Clock that `time_range` refers to; not needed for the full range.
+            known_end: Position of the end, if the audio was decoded before. Every packet is decoded then.
         """
         self.stream, self._container = stream, container
         self._path, self._num_clips, self._time_range = path, num_clips, time_range
         self._clock = None if time_range == FULL_RANGE else clock
-        self._clock_offset = 0.0  # seconds, from the timestamps of the packet under way to the clock
+        self._clock_offset = 0.0  # seconds; clock time minus timestamp of the current packet
         self._known_end = known_end
         self._rate = self._channels = 0
-        self._buffers: dict[range, bytearray] = {}  # float32, all channels of a sample together: grows, is never copied
+        self._buffers: dict[range, bytearray] = {}  # interleaved float32; grows, is never copied
         self._next_position: int | None = None  # position of the next sample
         self._end = 0
-        self._num_packets = self._num_tried = self._num_failed = self._num_decoded = 0
-        self._end_of_packets = Fraction(0)  # seconds, by their own timestamps
+        self._num_packets = self._num_tried = self._num_failed = self._num_samples = 0
+        self._end_of_packets = Fraction(0)  # seconds, from the packets' own timestamps
         self._last_failed = False
         self._first_failure = self._failure = ""
         self._may_skip = self._skipped = self._misplaced = False
@@ -98,7 +104,7 @@ class AudioDecoder:
             self._may_skip = known_end is None and stream.codec_context.name.startswith(_INDEPENDENT_CODECS)
 
     def feed(self, packet: Packet) -> None:
-        """Decode one packet of the stream, in order; the last is demux's empty one."""
+        """Decode the next packet of the stream. The last one is the empty packet from `demux`."""
         import av
 
         self._num_packets += packet.size > 0 and not packet.is_corrupt
@@ -107,69 +113,68 @@ class AudioDecoder:
         if packet.pts is not None and packet.duration:
             self._end_of_packets = max(self._end_of_packets, (packet.pts + packet.duration) * packet.time_base)
         if self._clock and packet.size:
-            self._clock_offset = self._clock.shift(packet)
+            self._clock_offset = self._clock.update_offset(packet)
         if self._failure or (self._rate and self._end >= self._segment_end()) or self._skip_if_unneeded(packet):
             return
         self._num_tried += packet.size > 0
-        before, lost = self._num_decoded, self._num_failed
+        samples_before, failed_before = self._num_samples, self._num_failed
         try:
             for frame in self.stream.decode(packet):
                 self._keep_samples(frame)
         except av.FFmpegError as error:
             self._num_failed += 1
-            why = error.strerror if error.strerror and "Error number" not in error.strerror else "damaged"
+            why = error.strerror if error.strerror and "Error number" not in error.strerror else "corrupt"
             self._first_failure = self._first_failure or f"the first at {self._seconds():.1f} s ({why})"
         except ValueError as error:
             self._failure = format_error(error)
         else:
-            if self._may_skip and self._packet_length(packet) not in (None, self._num_decoded - before):
+            if self._may_skip and self._packet_length(packet) not in (None, self._num_samples - samples_before):
                 self._may_skip, self._misplaced = False, self._skipped
         if packet.size:
-            self._last_failed = self._num_failed > lost
+            self._last_failed = self._num_failed > failed_before
 
     def finish(self) -> DecodedAudio:
-        """The waveform or the mel clips, or why there are none. May read the file again."""
+        """Return the waveform or the mel clips, or the reason of a failure. May decode the file again."""
         decoder = self
-        for _ in range(3):  # with skipped packets a wrong end may be found, and then the right one
-            if found := decoder._build_result():
-                return found
+        for _ in range(3):  # skipped packets can lead to a wrong length once more
+            if result := decoder._build_result():
+                return result
             decoder = decoder._decode_again()
         return DecodedAudio(failure="its length changes while it is read")
 
     def _build_result(self) -> DecodedAudio | None:
-        """What was decoded, or None where something that is needed was not kept."""
+        """Return the result, or None if samples that are needed were not kept."""
         failure = self._failure or self._find_failure()
         if failure:
             return DecodedAudio(failure=failure)
-        segment, wanted = self._segment_range(self._end), self._needed_ranges(self._end)
-        samples = [kept for want in wanted if (kept := self._read_buffer(want)) is not None]
-        if self._misplaced or len(samples) < len(wanted):
+        segment, needed = self._segment_range(self._end), self._needed_ranges(self._end)
+        kept = [samples for span in needed if (samples := self._read_buffer(span)) is not None]
+        if self._misplaced or len(kept) < len(needed):
             return None
-        notes = (
-            (f"{self._num_failed} of {self._num_tried} audio packets lost, {self._first_failure}",)
-            if self._num_failed
-            else ()
-        )
-        found = DecodedAudio(sample_rate=self._rate, seconds=len(segment) / self._rate, notes=notes)
+        notes: tuple[str, ...] = ()
+        if self._num_failed:
+            notes = (f"{self._num_failed} of {self._num_tried} audio packets lost, {self._first_failure}",)
+        result = DecodedAudio(sample_rate=self._rate, duration=len(segment) / self._rate, notes=notes)
         if self._num_clips is None:
-            return dataclasses.replace(found, waveform=samples[0])
-        parts = [WaveformChunk(want.start - segment.start, part) for want, part in zip(wanted, samples, strict=True)]
-        return dataclasses.replace(found, mel=mel_of_chunks(parts, len(segment), self._rate))
+            return dataclasses.replace(result, waveform=kept[0])
+        chunks = [
+            WaveformChunk(span.start - segment.start, samples) for span, samples in zip(needed, kept, strict=True)
+        ]
+        return dataclasses.replace(result, mel=mel_of_chunks(chunks, len(segment), self._rate))
 
     def _find_failure(self) -> str:
-        """Why what was decoded cannot be used, or ""."""
-        cut, declared = find_truncation(self._path), self.stream.frames
-        if cut and cut.part == "media" and not 0 < declared <= self._num_packets:
-            some = f"{self._num_packets} of {declared} packets of audio are there" if declared else cut.why
-            return f"the file is truncated: {some}"
+        """Return why the decoded audio cannot be used, or an empty string."""
+        truncation, declared = find_truncation(self._path), self.stream.frames
+        if truncation and truncation.missing == "media" and not 0 < declared <= self._num_packets:
+            found = f"{self._num_packets} of {declared} audio packets found" if declared else truncation.evidence
+            return f"the file is truncated: {found}"
         if self._is_truncated_flac():
-            some = f"{self._seconds():.1f} of {self._declared_samples() / self._rate:.1f} s of audio are there"
-            return f"the file is truncated: {some}"
-        if self._num_failed > max(_MAX_LOST_FRACTION * self._num_tried, 1) or (
-            self._num_failed and not self._num_decoded
-        ):
-            return f"{self._num_failed} of {self._num_tried} packets could not be decoded, {self._first_failure}"
-        if not self._num_decoded:
+            declared_seconds = self._declared_samples() / self._rate
+            return f"the file is truncated: {self._seconds():.1f} of {declared_seconds:.1f} s of audio found"
+        num_failed, max_failed = self._num_failed, max(_MAX_LOST_FRACTION * self._num_tried, 1)
+        if num_failed > max_failed or (num_failed and not self._num_samples):
+            return f"{num_failed} of {self._num_tried} packets could not be decoded, {self._first_failure}"
+        if not self._num_samples:
             return "the audio stream is empty"
         try:
             check_audio_length(len(self._segment_range(self._end)), self._rate)
@@ -178,9 +183,9 @@ class AudioDecoder:
         return ""
 
     def _is_truncated_flac(self) -> bool:
-        """Whether the end that FLAC's header declares is missing: there is no other sign of truncation in such a file.
+        """Return whether a FLAC file ends before the length in its header, the only sign that it is truncated.
 
-        A packet says where it begins, so that what is lost before the last packet is no truncation.
+        FLAC packets store their position, so a packet that is lost before the last one is not taken for truncation.
         """
         if self._container.format.name != "flac" or not self._rate:
             return False
@@ -188,8 +193,7 @@ class AudioDecoder:
         return missing or self._last_failed
 
     def _decode_again(self) -> AudioDecoder:
-        """A decoder that has decoded the file from its start, now that the audio's end is known."""
-
+        """Decode the file again with the length that is now known, and return the new decoder."""
         with open_container(self._path) as container:
             stream, video = find_audio_stream(container), find_video_stream(container)
             if stream is None:
@@ -200,11 +204,11 @@ class AudioDecoder:
                 if packet.stream is stream:
                     decoder.feed(packet)
                 elif clock and packet.size:
-                    clock.shift(packet)
+                    clock.update_offset(packet)
         return decoder
 
     def _keep_samples(self, frame: AudioFrame) -> None:
-        """Keep what is needed of a decoded frame: gaps on the clock become silence, what overlaps is left out."""
+        """Keep the needed samples of a decoded frame. Gaps on the clock become silence, overlaps are dropped."""
         channels = _count_channels(frame)
         if not self._rate:
             self._start(frame, channels)
@@ -219,7 +223,7 @@ class AudioDecoder:
                 samples = _to_float(frame, channels) if samples is None else samples
                 kept += bytes(4 * channels * gap)
                 kept += samples[:, begin:end].T.tobytes()
-        self._num_decoded += frame.samples
+        self._num_samples += frame.samples
         self._advance(position, frame.samples)
 
     def _start(self, frame: AudioFrame, channels: int) -> None:
@@ -232,7 +236,7 @@ class AudioDecoder:
         self._buffers = {span: bytearray() for span in self._plan_buffers(end)}
 
     def _find_position(self, pts: int | None, time_base: Fraction | None) -> int:
-        """The position of a frame or packet: after the one before, unless the clock says that there is a gap."""
+        """Return the position of a frame or packet: that after the previous one, unless the clock shows a gap."""
         if self._clock is None or pts is None or time_base is None:
             return self._next_position or 0
         on_clock = round((float(pts * time_base) + self._clock_offset) * self._rate)
@@ -245,7 +249,7 @@ class AudioDecoder:
         self._end = max(self._end, self._next_position)
 
     def _skip_if_unneeded(self, packet: Packet) -> bool:
-        """Pass over a packet that need not be decoded. Which samples it holds is known from those before it."""
+        """Skip a packet if none of its samples is needed. Its position follows from the packets before it."""
         length = self._packet_length(packet) if self._may_skip and self._buffers else None
         if length is None:
             return False
@@ -257,19 +261,19 @@ class AudioDecoder:
         return True
 
     def _packet_length(self, packet: Packet) -> int | None:
-        """The samples that the container says are in a packet, or None where it does not say exactly."""
-        ticks = 1 / (time_base(self.stream) * self._rate) if self._rate else Fraction(0)  # of a sample
-        whole = ticks and ticks.denominator == 1  # not in Matroska, which counts milliseconds
-        if not whole or not packet.duration or packet.duration % ticks or packet.is_discard:
+        """Return the number of samples in a packet as the container declares it, or None if that is not exact."""
+        ticks = 1 / (time_base(self.stream) * self._rate) if self._rate else Fraction(0)  # per sample
+        is_exact = ticks and ticks.denominator == 1  # not in Matroska, whose unit is a millisecond
+        if not is_exact or not packet.duration or packet.duration % ticks or packet.is_discard:
             return None
         return packet.duration // ticks.numerator
 
     def _plan_buffers(self, end: int) -> list[range]:
-        """Which samples to keep: for clips half a second more on both sides, as the container's claim is imprecise."""
+        """Return the ranges to keep. Those of clips have a margin of 0.5 s, as the declared length is imprecise."""
         if self._num_clips is None:
             return [self._segment_range(sys.maxsize)]
         margin, first = self._rate // 2, self._segment_range(end).start
-        return [range(max(want.start - margin, first), want.stop + margin) for want in self._needed_ranges(end)]
+        return [range(max(span.start - margin, first), span.stop + margin) for span in self._needed_ranges(end)]
 
     def _declared_samples(self) -> int:
         if self.stream.duration:
@@ -277,44 +281,44 @@ class AudioDecoder:
         return (self._container.duration or 0) * self._rate // 1_000_000  # microseconds
 
     def _segment_end(self) -> int:
-        """Where the segment ends, if the audio does not end before."""
+        """Return the position of the segment's end; the audio may end earlier."""
         if self._time_range == FULL_RANGE:
             return sys.maxsize
         return round(min(self._time_range[1], _MAX_SECONDS) * self._rate)
 
     def _segment_range(self, end: int) -> range:
-        """The samples to use of audio that ends at `end`."""
+        """Return the range of the segment in audio that ends at `end`."""
         first = round(self._time_range[0] * self._rate)
         return range(first, max(min(self._segment_end(), end), first))
 
     def _needed_ranges(self, end: int) -> list[range]:
-        """The samples that the waveform, or each clip, is made from."""
+        """Return the range of samples that the waveform, or each clip, is computed from."""
         segment = self._segment_range(end)
         if self._num_clips is None:
             return [segment]
         spans = clip_spans(len(segment), self._rate, self._num_clips)
         return [range(segment.start + span.start, segment.start + span.stop) for span in spans]
 
-    def _read_buffer(self, want: range) -> Float32[np.ndarray, "c n"] | None:
-        """The samples `want`, or None where they were not kept; a gap at the end of what was kept is silence."""
-        span = next((span for span in self._buffers if _contains(span, want)), None)
+    def _read_buffer(self, needed: range) -> Float32[np.ndarray, "c n"] | None:
+        """Return the samples of a range, or None if they were not kept. Samples after the end are silence."""
+        span = next((span for span in self._buffers if _contains(span, needed)), None)
         if span is None:
             return None
         kept = np.frombuffer(self._buffers[span], np.float32).reshape(-1, self._channels).T
-        samples = kept[:, want.start - span.start : want.stop - span.start]
-        silence = len(want) - samples.shape[1]
+        samples = kept[:, needed.start - span.start : needed.stop - span.start]
+        silence = len(needed) - samples.shape[1]
         return np.pad(samples, ((0, 0), (0, silence))) if silence else samples
 
     def _seconds(self) -> float:
         return self._end / self._rate if self._rate else 0.0
 
 
-def _contains(span: range, want: range) -> bool:
-    return span.start <= want.start and want.stop <= span.stop
+def _contains(span: range, needed: range) -> bool:
+    return span.start <= needed.start and needed.stop <= span.stop
 
 
 def _check_format(sample_rate: int, channels: int = 1) -> str:
-    """Why audio of this rate and number of channels is refused, or "": memory for its clips grows with both."""
+    """Return why audio of this format is rejected, or an empty string. Memory for its clips grows with both values."""
     if sample_rate > _MAX_RATE or sample_rate * channels > _MAX_VALUES_PER_SECOND:
         return f"it has {sample_rate:,} Hz in {channels:,} channels; convert it to 48 kHz stereo"
     return ""
@@ -324,15 +328,16 @@ def _count_channels(frame: AudioFrame) -> int:
     layout = frame.layout
     if "(" in layout.name:  # as in "6 channels (FL+FR+LFE+BL+BR+FC)"
         # PyAV 17.1 to 19.0 free a custom layout's list of channels twice, with the frame and with this object, which
-        # aborts the process. The object is kept for ever instead.
+        # aborts the process. The extra reference keeps this object alive.
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(layout))
     return layout.nb_channels
 
 
 def _to_float(frame: AudioFrame, channels: int) -> Float32[np.ndarray, "c n"]:
-    """A decoded frame's channels in [-1, 1]; integers are divided by the size of their most negative value.
+    """Convert a decoded frame to [channels, samples] in [-1, 1]; integers are divided by -1 times their minimum.
 
-    Raises ValueError for values that are not finite or too large, and for samples that PyAV cannot read.
+    Raises:
+        ValueError: Values are not finite or too large, or PyAV cannot read the sample format.
     """
     samples: np.ndarray = frame.to_ndarray()
     if not frame.format.is_planar:
@@ -342,5 +347,5 @@ def _to_float(frame: AudioFrame, channels: int) -> Float32[np.ndarray, "c n"]:
     if np.issubdtype(samples.dtype, np.integer):
         return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
     if not np.abs(samples).max(initial=0) <= _MAX_ABS_VALUE:
-        raise ValueError("it holds values that are not finite, or above 1e9")
+        raise ValueError("it contains values that are not finite or above 1e9")
     return samples.astype(np.float32, copy=False)

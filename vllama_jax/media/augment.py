@@ -1,4 +1,4 @@
-"""Random frames and random crops, as the original's training draws them, from numpy's own generators."""
+"""Random frame sampling and random crops for training, distributed as in the original, with numpy generators."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Float32, Int64, UInt8
 
-_MAX_ATTEMPTS = 10  # torchvision's RandomResizedCrop gives up after so many boxes that do not fit
-_CUBIC_A = -0.75  # the cubic's parameter in torch's bicubic interpolation
+_MAX_ATTEMPTS = 10  # as in torchvision's RandomResizedCrop
+_CUBIC_A = -0.75  # coefficient of the cubic kernel in torch's bicubic interpolation
 
 
 class CropBox(NamedTuple):
-    """A part of a picture, in pixels."""
+    """A region of an image, in pixels."""
 
     top: int
     left: int
@@ -25,27 +25,38 @@ class CropBox(NamedTuple):
 
 
 def head_tail_indices(total: int, num_frames: int, rng: np.random.Generator) -> Int64[np.ndarray, "t"]:
-    """Random frames of `total`, rising: half of them from the first half, half from the second, none twice.
+    """Sample frames at random: half of them from the first half of a video, half from the second.
 
-    All where there are no more than `num_frames`; of an odd number the second half gives one more.
+    Args:
+        total: The number of frames of the video.
+        num_frames: The number of frames to sample. If it is odd, one more is sampled from the second half.
+        rng: The random generator.
+
+    Returns:
+        Distinct indices in ascending order; all indices if `total` is at most `num_frames`.
     """
     if total <= num_frames:
         return np.arange(total)
-    middle, few = total // 2, num_frames // 2
-    head = rng.choice(middle, few, replace=False)
-    tail = rng.choice(total - middle, num_frames - few, replace=False)
+    middle, num_head = total // 2, num_frames // 2
+    head = rng.choice(middle, num_head, replace=False)
+    tail = rng.choice(total - middle, num_frames - num_head, replace=False)
     return np.concatenate([np.sort(head), middle + np.sort(tail)])
 
 
 def random_crop_box(
     rng: np.random.Generator, height: int, width: int, scale: tuple[float, float], ratio: tuple[float, float]
 ) -> CropBox:
-    """A random box in a picture, distributed as torchvision's RandomResizedCrop draws it.
+    """Sample a random crop box, distributed as in torchvision's RandomResizedCrop.
 
     Args:
-        scale: least and greatest share of the picture's area; shares are uniform.
-        ratio: least and greatest width / height; its logarithm is uniform. Where ten boxes in turn do not fit, the
-            greatest one of a ratio in this range, in the middle.
+        rng: The random generator.
+        height: Height of the image, in pixels.
+        width: Width of the image, in pixels.
+        scale: Minimum and maximum of the box's fraction of the image area, which is uniform.
+        ratio: Minimum and maximum of width / height, whose logarithm is uniform.
+
+    Returns:
+        The box. If ten attempts in a row do not fit, the largest centered box with a ratio in the range.
     """
     for _ in range(_MAX_ATTEMPTS):
         area = height * width * rng.uniform(*scale)
@@ -62,33 +73,42 @@ def random_crop_box(
 def crop_frames(
     frames: UInt8[np.ndarray, "t h w 3"], box: tuple[int, int, int, int], size: int = 224
 ) -> UInt8[np.ndarray, "t {size} {size} 3"]:
-    """The same box (top, left, height, width) of every frame, stretched to size × size.
+    """Crop all frames to the same box and resize them to size × size.
 
-    Values are torch's bicubic interpolation (align_corners=False, no antialiasing) with the fraction cut off. What
-    overshoots 0..255 is clamped, where the original wraps around: bright specks in dark places and dark ones in bright.
+    Values are those of torch's bicubic interpolation (align_corners=False, no antialiasing), truncated to integers.
+    Values outside of 0..255 are clamped. The original lets them wrap around, which gives bright specks in dark regions
+    and dark specks in bright ones.
+
+    Args:
+        frames: RGB frames.
+        box: Top, left, height and width, in pixels.
+        size: Height and width of the result, in pixels.
+
+    Returns:
+        The cropped frames.
     """
     top, left, height, width = box
     count = len(frames)
     pixels = frames[:, top : top + height, left : left + width].transpose(1, 0, 3, 2).astype(np.float32, order="C")
     wide = pixels.reshape(-1, width) @ _resize_matrix(width, size).T
-    stretched = _resize_matrix(height, size) @ wide.reshape(height, -1)
-    clamped = np.clip(stretched, 0, 255, out=stretched).astype(np.uint8)
+    resized = _resize_matrix(height, size) @ wide.reshape(height, -1)
+    clamped = np.clip(resized, 0, 255, out=resized).astype(np.uint8)
     return np.ascontiguousarray(clamped.reshape(size, count, 3, size).transpose(1, 0, 3, 2))
 
 
 @functools.lru_cache(maxsize=256)
 def _resize_matrix(length: int, size: int) -> Float32[np.ndarray, "{size} {length}"]:
-    """The matrix that stretches a line of pixels: each new one is a cubic's sum of the four around its place.
+    """Return the matrix that resizes a line of pixels: each output is a cubic-weighted sum of the four nearest inputs.
 
-    Places are rounded as torch rounds them; beyond the ends the last pixel goes on.
+    Positions are rounded as in torch. Beyond the ends, the first or last pixel is repeated.
     """
     scale = np.float64(np.float32(length) / np.float32(size))
-    places = ((np.arange(size) + 0.5) * scale - 0.5).astype(np.float32)
-    around = np.floor(places).astype(int)[:, None] + np.arange(-1, 3)
-    distance = np.abs(places[:, None].astype(np.float64) - around)
+    positions = ((np.arange(size) + 0.5) * scale - 0.5).astype(np.float32)
+    neighbors = np.floor(positions).astype(int)[:, None] + np.arange(-1, 3)
+    distance = np.abs(positions[:, None].astype(np.float64) - neighbors)
     near = ((_CUBIC_A + 2) * distance - (_CUBIC_A + 3)) * distance**2 + 1
     far = ((_CUBIC_A * distance - 5 * _CUBIC_A) * distance + 8 * _CUBIC_A) * distance - 4 * _CUBIC_A
     matrix = np.zeros((size, length))
     rows = np.arange(size)[:, None]
-    np.add.at(matrix, (rows, np.clip(around, 0, length - 1)), np.where(distance <= 1, near, far))
+    np.add.at(matrix, (rows, np.clip(neighbors, 0, length - 1)), np.where(distance <= 1, near, far))
     return matrix.astype(np.float32)

@@ -1,4 +1,4 @@
-"""One clock for the video and the audio of a file: when frames are shown, and which of them are in a segment."""
+"""A common clock for the video and the audio of a file: timestamps of frames, and the frames of a segment."""
 
 from __future__ import annotations
 
@@ -18,33 +18,36 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
     from jaxtyping import Float64
 
-MAX_PRIMING = (
-    0.1  # s; encoders put up to so much audio before the first frame, and time messages have tenths of seconds
-)
-_TIME_TOLERANCE = 0.005  # s; annotations give hundredths of seconds, Matroska thousandths
-_RESET_THRESHOLD = 0.1  # s; decoding times only rise, but for rounding, unless another clock begins
-_GAP_THRESHOLD = 10.0  # s; FFmpeg's command line also takes a longer gap in a transport stream for another clock
-_TS_DISCONT = 0x200  # FFmpeg's flag of formats whose clocks may leap
+MAX_PRIMING = 0.1  # s; encoders put up to this much audio before the first frame; prompts have tenths of seconds
+_TIME_TOLERANCE = 0.005  # s; annotations are rounded to hundredths of seconds, Matroska to thousandths
+_RESET_THRESHOLD = 0.1  # s; decoding timestamps ascend, except for rounding, unless the timestamps are reset
+_GAP_THRESHOLD = 10.0  # s; like FFmpeg's command line, take a longer gap in a transport stream for a reset
+_TS_DISCONT = 0x200  # FFmpeg's flag of formats whose timestamps may be discontinuous
 
 
 class Clock:
     """Convert the timestamps of a file's packets to seconds.
 
-    Zero is the first video frame, or the first audio if that begins more than `PRIMING` earlier. Where the timestamps
-    are reset (files that were joined byte by byte), time goes on from the end of the last frame before.
+    Zero is the first video frame, or the first audio sample if that is more than `MAX_PRIMING` earlier. Where the
+    timestamps are reset (in files that were concatenated byte by byte), time continues from the end of the last frame
+    before the reset.
     """
 
     def __init__(self, container: InputContainer, video: VideoStream, audio: AudioStream | None) -> None:
+        """Start the clock of an opened file with these streams."""
         starts = [_seconds(stream, stream.start_time or 0) for stream in (video, audio) if stream is not None]
         self._offsets = [-starts[0] if starts[0] - min(starts) <= MAX_PRIMING else -min(starts)]
         self._may_be_discontinuous = bool(container.format.flags & _TS_DISCONT)
         self._video = video
-        self._end = 0.0  # of the last frame so far
-        self._resets: dict[int, int] = {}  # stream → how many resets it has passed
-        self._decoded: dict[int, float] = {}  # stream → its last decoding time, as stored
+        self._end = 0.0  # of the last frame so far, in seconds
+        self._resets: dict[int, int] = {}  # stream index → number of resets so far
+        self._decoded: dict[int, float] = {}  # stream index → its last decoding timestamp, in seconds
 
-    def shift(self, packet: Packet) -> float:
-        """Return what to add to a packet's timestamps, in seconds. To be called once a packet, in the file's order."""
+    def update_offset(self, packet: Packet) -> float:
+        """Return the offset from a packet's timestamps to the clock, in seconds.
+
+        Detects resets. Call it once for each packet, in the file's order.
+        """
         stream = packet.stream
         number = self._resets.setdefault(stream.index, len(self._offsets) - 1)
         if packet.dts is not None:
@@ -56,64 +59,68 @@ class Clock:
                 start = decoded if packet.pts is None else _seconds(stream, packet.pts)
                 if number == len(self._offsets):
                     self._offsets.append(self._end - start)
-                elif stream is self._video:  # frames follow each other exactly, audio to within its packets
+                elif stream is self._video:  # video is continuous; audio only to within a packet
                     self._offsets[number] = self._end - start
-        shift = self._offsets[number]
+        offset = self._offsets[number]
         if stream is self._video and packet.pts is not None:
-            self._end = max(self._end, _seconds(stream, packet.pts + (packet.duration or 0)) + shift)
-        return shift
+            self._end = max(self._end, _seconds(stream, packet.pts + (packet.duration or 0)) + offset)
+        return offset
 
 
 class FrameTimes(NamedTuple):
-    """When each frame of a video is shown, and when the last one ends, in seconds."""
+    """Timestamps of all frames of a video, and the end of the last one, in seconds."""
 
     starts: Float64[np.ndarray, "n"]
     end: float
 
 
 def constant_rate_times(total: int, rate: float) -> FrameTimes:
-    """Return the times of `total` frames at a constant rate."""
+    """Return the timestamps of `total` frames at a constant rate, in frames per second."""
     return FrameTimes(np.arange(total) / rate, total / rate)
 
 
 def infer_frame_times(
     starts: Sequence[float], durations: Sequence[float], rate: float, tick: float, has_audio: bool
 ) -> FrameTimes:
-    """Find when frames are shown from their own timestamps.
+    """Compute the timestamps of frames from those that the file stores.
 
     Args:
-        starts: Each frame's time on the file's clock, rising.
-        durations: How long each frame is shown, as the container says; it may guess, or say 0.
-        rate: The frames per second that the container claims. Where the timestamps agree to within `tick`, times are
-            index / rate, free of the timestamps' rounding, as in the original.
-        tick: The timestamps' resolution in seconds.
-        has_audio: Without audio, time starts at the first frame.
+        starts: Timestamp of each frame on the file's clock, in seconds, ascending.
+        durations: Duration of each frame in seconds, as the container declares it; may be a guess or 0.
+        rate: Frames per second, as the container declares it. If the stored timestamps agree with it to within `tick`,
+            timestamps are index / rate, which has no rounding, as in the original.
+        tick: Resolution of the stored timestamps, in seconds.
+        has_audio: Whether the file has audio. If not, time starts at the first frame.
+
+    Returns:
+        The timestamps, and the end of the last frame.
     """
-    own, total = np.asarray(starts), len(starts)
-    if not has_audio or own[0] <= MAX_PRIMING:
-        own = own - own[0]
-    gaps = np.diff(own)
-    told = np.abs(gaps - durations[:-1]) <= tick + 1e-3
-    last = durations[-1] if durations[-1] > 0 and told.sum() >= len(gaps) / 2 else 0.0
+    stored, total = np.asarray(starts), len(starts)
+    if not has_audio or stored[0] <= MAX_PRIMING:
+        stored = stored - stored[0]
+    gaps = np.diff(stored)
+    durations_match = np.abs(gaps - durations[:-1]) <= tick + 1e-3
+    last = durations[-1] if durations[-1] > 0 and durations_match.sum() >= len(gaps) / 2 else 0.0
     even = constant_rate_times(total, rate)
-    if np.abs(own - own[0] - even.starts).max() <= tick + 1e-6 and abs(last - 1 / rate) * bool(last) <= tick + 1e-6:
-        return FrameTimes(own[0] + even.starts, float(own[0]) + even.end)
-    mean = float(own[-1] - own[0]) / max(total - 1, 1)
-    return FrameTimes(own, float(own[-1]) + (last or mean or 1 / rate))
+    deviation = np.abs(stored - stored[0] - even.starts).max()
+    if deviation <= tick + 1e-6 and abs(last - 1 / rate) * bool(last) <= tick + 1e-6:
+        return FrameTimes(stored[0] + even.starts, float(stored[0]) + even.end)
+    mean = float(stored[-1] - stored[0]) / max(total - 1, 1)
+    return FrameTimes(stored, float(stored[-1]) + (last or mean or 1 / rate))
 
 
 def frames_in_range(times: FrameTimes, time_range: tuple[float, float]) -> range:
-    """Return the frames that begin within a segment; if none does, the frame that is shown at its start."""
+    """Return the indices of the frames that begin in a segment, or else that of the frame visible at its start."""
     total = len(times.starts)
     first, last = np.searchsorted(times.starts, np.asarray(time_range) - _TIME_TOLERANCE).tolist()
     if first < last:
         return range(first, last)
-    shown = int(np.searchsorted(times.starts, time_range[0] + _TIME_TOLERANCE, side="right")) - 1
-    return range(max(shown, 0), min(max(shown, 0) + 1, total))
+    visible = int(np.searchsorted(times.starts, time_range[0] + _TIME_TOLERANCE, side="right")) - 1
+    return range(max(visible, 0), min(max(visible, 0) + 1, total))
 
 
 def time_base(stream: Stream) -> Fraction:
-    """Return the unit of a stream's timestamps, in seconds. Raises MediaError for a stream that declares none."""
+    """Return the unit of a stream's timestamps, in seconds. Raise MediaError if the stream declares none."""
     if stream.time_base is None:
         path = stream.container.name.removeprefix("file:")
         raise MediaError(f"{path}: stream {stream.index} has no time base; convert the file to mp4")
@@ -121,7 +128,7 @@ def time_base(stream: Stream) -> Fraction:
 
 
 def frame_rate(stream: VideoStream) -> float:
-    """Return a video's frames per second: the declared average, else FFmpeg's guess; 0 where there is neither."""
+    """Return a video's frames per second: the declared average, or FFmpeg's guess, or 0 if there is neither."""
     return float(stream.average_rate or stream.guessed_rate or 0)
 
 

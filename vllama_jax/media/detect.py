@@ -1,4 +1,4 @@
-"""Whether a file holds media, by its content and quickly: most files by their first bytes, the rest by FFmpeg."""
+"""Detect media files quickly: most of them by their first bytes, the others with FFmpeg."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllama_jax.media.files import find_audio_stream, find_video_stream, image_f
 if TYPE_CHECKING:
     from av.container import InputContainer
 
-# First bytes that no other kind of file has, by container; those of images are in media/files.py.
+# First bytes of containers, which no other type of file has; those of images are in media/files.py.
 _CONTAINER_SIGNATURES = (
     b"\x1aE\xdf\xa3",  # Matroska, WebM
     b"OggS",
@@ -28,17 +28,20 @@ _CONTAINER_SIGNATURES = (
     b"\0\0\x01\xba",  # MPEG program stream
 )
 _MP4_BOXES = (b"ftyp", b"moov", b"wide", b"styp")  # QuickTime files need not begin with ftyp
-_MAX_PACKETS = 20  # of a raw stream, of which one has to decode: FFmpeg takes some programs for MPEG
+_MAX_PACKETS = 20  # of a raw stream; one has to decode, as FFmpeg takes some executables for MPEG
 _RIFF_TYPES = (b"AVI ", b"WAVE", b"WEBP")
 
 
 def check_media(path: str | os.PathLike[str]) -> None:
-    """Check that a file's content is that of a video, an image or audio; its name does not count.
+    """Check that a file is a video, an image or an audio file, by its content.
 
-    Whether all of it can be decoded is not checked.
+    The file name is ignored. Whether all of the file can be decoded is not checked.
+
+    Args:
+        path: The file.
 
     Raises:
-        MediaError: There is no such file, it is empty, or its content is something else.
+        MediaError: The file is missing, empty, or of another type.
     """
     head = read_first_bytes(path, MediaError)
     if (
@@ -50,11 +53,11 @@ def check_media(path: str | os.PathLike[str]) -> None:
         return
     with open_container(str(path)) as container:
         if not _can_decode(container):
-            raise MediaError(f"{path}: not a video, image or audio file; name a media file")
+            raise MediaError(f"{path}: not a video, image or audio file; choose a media file")
 
 
 def _can_decode(container: InputContainer) -> bool:
-    """Whether one of the first packets of a container is a frame of video or audio."""
+    """Return whether one of the first packets of a container can be decoded to a frame of video or audio."""
     import av
 
     stream = find_video_stream(container) or find_audio_stream(container)

@@ -1,4 +1,4 @@
-"""A path → an open file that is known to hold a video, sound or a picture, whatever its name says."""
+"""Open media files. Their format is detected from the content, not from the file name."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
     from PIL import Image
 
-# What FFmpeg may take a file for. Without a list, a .txt file is a "video" (tty), and a playlist can name other files
-# and hosts (hls, concat, dash).
+# Formats that FFmpeg may detect. Without this list, a .txt file is a "video" (tty), and a playlist can refer to other
+# files and hosts (hls, concat, dash).
 _ALLOWED_FORMATS = (
     "mov,mp4,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,asf,ogg,rm,nut,mxf,ivf,h264,hevc,m4v,obu,dv,gif,apng,"
     "wav,w64,mp3,flac,aac,ac3,eac3,aiff,au,caf,amr,ape,wv,tta,tak,dts,truehd,oma"
 )
 
-FULL_RANGE = (0.0, math.inf)  # of a file, from and to which second
-MAX_PIXELS = 2**26  # of an image: a 50-megapixel photo fits, and reading takes below 1 GB
-MAX_FRAME_PIXELS = 8192 * 4352  # of a video: 8K, HEVC's level 6.2 (ITU-T H.265, table A.8); decoders hold many frames
-IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")  # of the frames of a video that is a folder of pictures
+FULL_RANGE = (0.0, math.inf)  # start and end of a complete file, in seconds
+MAX_PIXELS = 2**26  # of an image: enough for a photo of 50 megapixels, and reading takes below 1 GB
+MAX_FRAME_PIXELS = 8192 * 4352  # of a video: 8K, HEVC's level 6.2 (ITU-T H.265, table A.8); decoders keep many frames
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")  # of a video that is a directory of frame images
 
-# The first bytes of the picture files that Pillow reads, and Pillow's names for them.
+# First bytes of the image formats that Pillow reads, and Pillow's names of the formats.
 _IMAGE_SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -46,46 +46,65 @@ _IMAGE_SIGNATURES = (
     (b"\0\0\0\x0cjP  ", "JPEG2000"),
 )
 
-# What Pillow raises for damaged files.
+# Exceptions that Pillow raises for corrupt files.
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, KeyError, IndexError, EOFError, TypeError, struct.error)
 
 _HEIC_BRANDS = (b"heic", b"heix", b"mif1", b"msf1")
 
 
 def check_file(path: str | os.PathLike[str]) -> str:
-    """The path as a string, if a file with content is there; else a MediaError that says what is there instead."""
+    """Check that a path is a regular file with content.
+
+    Args:
+        path: The path.
+
+    Returns:
+        The path as a string.
+
+    Raises:
+        MediaError: The path is missing, a directory, unreadable, empty, or a git-lfs pointer.
+    """
     path = os.fsdecode(path)
     read_first_bytes(path, MediaError)
     return path
 
 
 def check_pixels(width: int, height: int, path: str, limit: int = MAX_PIXELS) -> None:
-    """Refuse an image or a video frame that is too large, by its declared size, before memory is allocated for it.
+    """Check the declared size of an image or a video frame, before memory is allocated for it.
 
     Args:
         width: Declared width in pixels.
         height: Declared height in pixels.
         path: The file, for the message.
-        limit: How many pixels are accepted.
+        limit: The largest accepted number of pixels.
 
     Raises:
-        MediaError: More pixels are declared.
+        MediaError: The image has more pixels.
     """
     if width * height > limit:
-        why = f"{width}×{height} pixels are declared, more than {limit / 1e6:.0f} million; scale it down first"
+        why = f"{width}×{height} pixels exceed the limit of {limit / 1e6:.0f} million; scale it down first"
         raise MediaError(f"{path}: {why}")
 
 
 @contextlib.contextmanager
 def as_file(data: bytes, name: str = "media in memory") -> Iterator[str]:
-    """A path for encoded media (the bytes of an mp4, a jpg, …), so that every reader takes them; gone afterwards.
+    """Provide encoded media in memory as a file, for the readers that take a path.
 
-    On Linux the file is in memory, the path holds for this process only, and nothing is left behind even where the
-    process is killed; elsewhere it is a temporary file. A MediaError raised inside has `name` in place of the path.
-    Raises MediaError for empty data.
+    On Linux the file is in memory: its path is valid in this process only, and no file remains even if the process is
+    killed. On other systems it is a temporary file.
+
+    Args:
+        data: The bytes of a media file, such as an mp4 or a jpg.
+        name: Name for messages: a MediaError that is raised in the context has it in place of the path.
+
+    Yields:
+        The path, which is valid until the context ends.
+
+    Raises:
+        MediaError: `data` is empty.
     """
     if not data:
-        raise MediaError(f"{name}: no bytes; pack or download it again")
+        raise MediaError(f"{name}: the file is empty; pack or download it again")
     with _open_memory_file() if hasattr(os, "memfd_create") else tempfile.NamedTemporaryFile() as file:
         file.write(data)
         file.flush()
@@ -97,7 +116,7 @@ def as_file(data: bytes, name: str = "media in memory") -> Iterator[str]:
 
 
 def image_format(path: str) -> str | None:
-    """Pillow's name for the picture format that the file's first bytes announce, or None."""
+    """Return Pillow's name of an image file's format, detected from its first bytes, or None for other files."""
     head = read_first_bytes(path, MediaError)
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "WEBP"
@@ -110,16 +129,23 @@ def image_format(path: str) -> str | None:
 
 @contextlib.contextmanager
 def open_image(path: str, name: str) -> Iterator[Image.Image]:
-    """Open an image file of the format `name` (`picture_format`) with Pillow, without decoding its pixels yet.
+    """Open an image file with Pillow, without decoding its pixels yet.
 
     Pillow's warnings are ignored. They are about metadata, which is not used, and about sizes, which are checked here.
 
+    Args:
+        path: The file.
+        name: Its format, as returned by `image_format`.
+
+    Yields:
+        The opened image.
+
     Raises:
-        MediaError: The file declares too many pixels.
+        MediaError: The image has too many pixels.
     """
     from PIL import Image
 
-    limit = MAX_PIXELS * 3 // 4 if name in ("WEBP", "JPEG2000") else MAX_PIXELS  # these take 16 and 19 bytes a pixel
+    limit = MAX_PIXELS * 3 // 4 if name in ("WEBP", "JPEG2000") else MAX_PIXELS  # they take 16 and 19 bytes per pixel
     if name == "WEBP":  # Pillow allocates its pixels when it opens it
         check_pixels(*_webp_size(path), path, limit)
     with _ignore_pillow_warnings():
@@ -133,29 +159,33 @@ def open_image(path: str, name: str) -> Iterator[Image.Image]:
 
 
 def is_still_image(path: str) -> bool:
-    """True for a picture file that does not move; animated GIF, PNG and AVIF files are videos."""
+    """Return whether a file is an image that is not animated; animated GIF, PNG and AVIF files are videos."""
     name = image_format(path)
     if name not in ("GIF", "PNG", "WEBP", "AVIF"):
         return name is not None
     try:
-        with open_image(path, name) as picture:
-            animated = getattr(picture, "is_animated", False)  # only formats with animations have it
+        with open_image(path, name) as image:
+            animated = getattr(image, "is_animated", False)  # only formats with animations have it
     except DECODE_ERRORS:
-        return True  # reading it as a picture says how
+        return True  # reading it as an image reports the error
     if animated and name == "WEBP":
-        raise MediaError(f"{path}: an animated WebP, which FFmpeg does not read; convert it to gif or mp4")
+        raise MediaError(f"{path}: animated WebP files are not supported; convert it to gif or mp4")
     return not animated
 
 
 def open_container(path: str) -> InputContainer:
-    """The file opened by FFmpeg, which tells its kind by its content. Raises MediaError; to be closed by the caller."""
+    """Open a video or audio file with FFmpeg, which detects the format from the content. The caller closes it.
+
+    Raises:
+        MediaError: The file is truncated, corrupt or of an unsupported type.
+    """
     import av
 
     head = read_first_bytes(path, MediaError)
     if head[4:8] == b"ftyp" and head[8:12] in _HEIC_BRANDS:
-        raise MediaError(f"{path}: a HEIC picture, which cannot be read; convert it to jpg or png")
+        raise MediaError(f"{path}: HEIC images are not supported; convert it to jpg or png")
     if head[4:8] == b"ftyp" and not has_mp4_index(path):
-        why = "the mp4 is truncated: without its index (moov) no frame could be read"
+        why = "the mp4 is truncated: its index (moov) is missing, so no frame can be read"
         raise MediaError(f"{path}: {why}; download or copy it again")
     try:
         return av.open(
@@ -164,17 +194,18 @@ def open_container(path: str) -> InputContainer:
             container_options={"format_whitelist": _ALLOWED_FORMATS},
         )
     except (av.FFmpegError, OSError, ValueError) as error:
-        if lost := find_truncation(path):
-            why = f"the file is truncated: nothing in it could be read ({lost.why}); download or copy it again"
+        if truncation := find_truncation(path):
+            why = f"the file is truncated and cannot be read ({truncation.evidence}); download or copy it again"
             raise MediaError(f"{path}: {why}") from error
-        why = "not a video, sound or picture that can be read; is it damaged, or another kind of file?"
+        why = "not a video, image or audio file that can be read: it is corrupt or of an unsupported type"
         raise MediaError(f"{path}: {why}") from error
 
 
 def demux(container: InputContainer, *streams: Stream) -> Iterator[Packet]:
-    """Yield the packets of some streams in the file's order, and for each stream an empty one at the end.
+    """Yield the packets of streams in the file's order, followed by an empty packet for each stream.
 
-    A damaged file may begin a stream on the way (FLV, MPEG), for which PyAV has no entry: it then fails at the end.
+    A corrupt FLV or MPEG file may start another stream later, for which PyAV has no entry. PyAV then raises IndexError
+    at the end, which is ignored.
     """
     packets = container.demux(*streams)
     while True:
@@ -186,46 +217,46 @@ def demux(container: InputContainer, *streams: Stream) -> Iterator[Packet]:
 
 
 def find_video_stream(container: InputContainer) -> VideoStream | None:
-    """The video stream a player would show, or None. A cover picture in a music file is not a video."""
+    """Return the video stream that a player shows, or None. The cover image of an audio file is not a video."""
     from av.stream import Disposition
 
-    moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    videos = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     best = container.streams.best("video")
-    return best if best in moving else next(iter(moving), None)
+    return best if best in videos else next(iter(videos), None)
 
 
 def find_audio_stream(container: InputContainer) -> AudioStream | None:
-    """The sound stream a player would play, or None."""
+    """Return the audio stream that a player plays, or None."""
     best = container.streams.best("audio")
     return next((stream for stream in container.streams.audio if stream is best), None)
 
 
 def _open_memory_file() -> BinaryIO:
-    """A file without a name, not limited by the size of /dev/shm (64 MB in a container, unless asked for)."""
+    """Open an anonymous file in memory. Unlike /dev/shm (64 MB by default in a container), its size is not limited."""
     return os.fdopen(os.memfd_create("media"), "wb")
 
 
 def _webp_size(path: str) -> tuple[int, int]:
-    """The width and height that a WebP file declares (RFC 9649), or 0 and 0 where it declares none."""
+    """Return the width and height that a WebP file declares (RFC 9649), or (0, 0) if it declares none."""
     head = read_first_bytes(path, MediaError).ljust(30, b"\0")
-    kind = head[12:16]
-    if kind == b"VP8X":
+    chunk = head[12:16]
+    if chunk == b"VP8X":
         return 1 + int.from_bytes(head[24:27], "little"), 1 + int.from_bytes(head[27:30], "little")
-    if kind == b"VP8L":
+    if chunk == b"VP8L":
         bits = int.from_bytes(head[21:25], "little")
         return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
-    if kind == b"VP8 ":
+    if chunk == b"VP8 ":
         return int.from_bytes(head[26:28], "little") & 0x3FFF, int.from_bytes(head[28:30], "little") & 0x3FFF
     return 0, 0
 
 
 _warnings_lock = threading.Lock()
-_warnings_ignored: list[warnings.catch_warnings] = []  # one for each thread in `_without_pillow_warnings`
+_warnings_ignored: list[warnings.catch_warnings] = []  # one for each thread in `_ignore_pillow_warnings`
 
 
 @contextlib.contextmanager
 def _ignore_pillow_warnings() -> Iterator[None]:
-    """Ignore Pillow's warnings while any thread is in here: filters are the process's, so the last thread restores."""
+    """Ignore Pillow's warnings. Filters are global to the process, so the last thread to leave restores them."""
     with _warnings_lock:
         first = not _warnings_ignored
         _warnings_ignored.append(warnings.catch_warnings() if first else _warnings_ignored[0])

@@ -1,6 +1,6 @@
-"""Decode chosen frames of a video, by seeking where the file can be trusted, and scale them.
+"""Decode and scale the sampled frames of a video, with seeks if its key frames and timestamps are reliable.
 
-The frames are those of the original (decord): squashed to a square by FFmpeg's bilinear filter, bit for bit.
+Frames are bit-identical to those of the original (decord): FFmpeg's bilinear filter scales them to a square.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
     from jaxtyping import Int64, UInt8
 
-_SEEK_GAP = 16  # fewer packets than this are decoded rather than skipped: a seek throws away what is under way
+_SEEK_GAP = 16  # packets; over shorter gaps decoding continues, as a seek discards the decoder's state
 
 
 class VideoPacket(NamedTuple):
-    """A compressed frame's entry in the file.
+    """The metadata of a compressed frame.
 
     Attributes:
-        pts: When it is shown, as stored.
-        dts: When it is decoded, as stored.
+        pts: Presentation timestamp, as stored.
+        dts: Decoding timestamp, as stored.
         size: In bytes.
-        is_key: Whether decoding may start with it.
-        is_discarded: It is decoded but not shown (edit lists).
-        seconds: When it is shown on the file's clock.
-        duration: How long it is shown, in seconds; 0 if that is not stored.
+        is_key: Whether it is marked as a key frame.
+        is_discarded: Whether it is decoded but not shown (edit lists).
+        seconds: Timestamp on the file's clock, in seconds.
+        duration: In seconds; 0 if it is not stored.
     """
 
     pts: int | None
@@ -54,7 +54,7 @@ class VideoPacket(NamedTuple):
 
 
 class _SeekError(Exception):
-    """The file's key frames or times cannot be trusted; it has to be decoded from its start."""
+    """The file's key frames or timestamps are not reliable. It has to be decoded from its start."""
 
 
 def decode_frames(
@@ -65,19 +65,19 @@ def decode_frames(
     size: int,
     path: str,
 ) -> tuple[UInt8[np.ndarray, "t h w 3"], Int64[np.ndarray, "t"], FrameTimes]:
-    """Decode some of a video's frames.
+    """Decode and scale the sampled frames of a video.
 
     Args:
         container: The opened file.
-        stream: Its video.
-        packets: All packets of the video in the file's order.
-        choose: Returns the rising indices of the frames to take; called again where decoding shows that the video has
-            other frames than its packets say.
-        size: Side of the frames that are returned.
+        stream: Its video stream.
+        packets: All packets of the stream in the file's order.
+        sample_frames: Maps the timestamps of all frames to the ascending indices of the frames to decode. It is called
+            a second time if decoding shows that the video's frames differ from its packets.
+        size: Height and width of the frames that are returned, in pixels.
         path: The file, which may have to be opened again.
 
     Returns:
-        The frames, their indices, and the times of all frames.
+        The frames, their indices, and the timestamps of all frames.
 
     Raises:
         MediaError: The frames cannot be decoded.
@@ -89,11 +89,11 @@ def decode_frames(
     try:
         frames = [_to_rgb(frame, size) for frame in _seek_frames(container, stream, packets, indices.tolist())]
     except (_SeekError, av.FFmpegError):
-        frames, shown = _decode_from_start(path, indices.tolist(), size)
-        times = _decoded_times(container, stream, packets, shown)
-        wanted = sample_frames(times)
-        if wanted.tolist() != indices.tolist():  # some packets hold no frame of their own, or none that can be decoded
-            indices = wanted
+        frames, decoded_pts = _decode_from_start(path, indices.tolist(), size)
+        times = _decoded_times(container, stream, packets, decoded_pts)
+        new_indices = sample_frames(times)
+        if new_indices.tolist() != indices.tolist():  # some packets have no frame, or one that cannot be decoded
+            indices = new_indices
             frames, _ = _decode_from_start(path, indices.tolist(), size)
     if not frames:
         raise MediaError(f"{path}: no frame of the video could be decoded; convert it to H.264 mp4")
@@ -101,40 +101,42 @@ def decode_frames(
 
 
 def limit_frame_size(stream: VideoStream, path: str) -> None:
-    """Check the declared size of a video's frames, and let its decoder refuse larger ones. Raises MediaError."""
+    """Check the declared size of a video's frames, and make its decoder reject larger ones. May raise MediaError."""
     check_pixels(stream.codec_context.width, stream.codec_context.height, path, MAX_FRAME_PIXELS)
     stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
 
 
 def _packet_times(container: InputContainer, stream: VideoStream, packets: list[VideoPacket]) -> FrameTimes:
-    shown = [(packet.seconds, packet.duration) for packet in packets if not packet.is_discarded]
-    return _times(container, stream, shown)
+    visible = [(packet.seconds, packet.duration) for packet in packets if not packet.is_discarded]
+    return _sorted_times(container, stream, visible)
 
 
 def _decoded_times(
-    container: InputContainer, stream: VideoStream, packets: list[VideoPacket], shown: Sequence[int | None]
+    container: InputContainer, stream: VideoStream, packets: list[VideoPacket], decoded_pts: Sequence[int | None]
 ) -> FrameTimes:
-    """Return the times of decoded frames, from the packets that have their timestamps."""
+    """Return the timestamps of decoded frames, from the packets with the same presentation timestamps."""
     times: dict[int | None, list[tuple[float, float]]] = {}
     for packet in packets:
         if packet.seconds is not None:
             times.setdefault(packet.pts, []).append((packet.seconds, packet.duration))
     found: list[tuple[float, float]] = []
-    for pts in shown:
-        after = found[-1][0] if found else -np.inf
+    for pts in decoded_pts:
+        previous = found[-1][0] if found else -np.inf
         known = times.get(pts, [])
-        if not known or known[0][0] <= after:
-            return constant_rate_times(len(shown), frame_rate(stream))
+        if not known or known[0][0] <= previous:
+            return constant_rate_times(len(decoded_pts), frame_rate(stream))
         found.append(known.pop(0))
-    return _times(container, stream, found)
+    return _sorted_times(container, stream, found)
 
 
-def _times(container: InputContainer, stream: VideoStream, shown: Sequence[tuple[float | None, float]]) -> FrameTimes:
-    """Return times in rising order; index / rate where timestamps are missing."""
+def _sorted_times(
+    container: InputContainer, stream: VideoStream, frames: Sequence[tuple[float | None, float]]
+) -> FrameTimes:
+    """Sort the timestamps in (seconds, duration) of each frame. If some are missing, return index / rate."""
     rate = frame_rate(stream)
-    known = sorted((seconds, duration) for seconds, duration in shown if seconds is not None)
-    if not known or len(known) < len(shown):
-        return constant_rate_times(len(shown), rate)
+    known = sorted((seconds, duration) for seconds, duration in frames if seconds is not None)
+    if not known or len(known) < len(frames):
+        return constant_rate_times(len(frames), rate)
     starts, durations = zip(*known, strict=True)
     return infer_frame_times(
         starts, durations, rate, float(time_base(stream)), find_audio_stream(container) is not None
@@ -144,50 +146,54 @@ def _times(container: InputContainer, stream: VideoStream, shown: Sequence[tuple
 def _seek_frames(
     container: InputContainer, stream: VideoStream, packets: list[VideoPacket], indices: Sequence[int]
 ) -> Iterator[VideoFrame]:
-    """Yield the frames at rising indices, each decoded from the last key frame before it, or on from the frame before.
+    """Yield the frames at ascending indices.
 
-    A frame's index is the rank of its presentation time. Raises _CannotSeek where that does not hold.
+    Each is decoded from the last key frame before it, or by continuing from the previous frame. A frame's index is the
+    rank of its presentation timestamp.
+
+    Raises:
+        _SeekError: The presentation timestamps are missing, not unique, or not those of the decoded frames.
     """
     timestamps = [packet.pts for packet in packets if packet.pts is not None]
-    place = {pts: number for number, pts in enumerate(timestamps)}
-    if len(place) < len(packets):
+    packet_index = {pts: number for number, pts in enumerate(timestamps)}
+    if len(packet_index) < len(packets):
         raise _SeekError
     stream.thread_type = "AUTO"
-    shown = sorted(pts for pts, packet in zip(timestamps, packets, strict=True) if not packet.is_discarded)
+    visible = sorted(pts for pts, packet in zip(timestamps, packets, strict=True) if not packet.is_discarded)
     keys = sorted(pts for pts, packet in zip(timestamps, packets, strict=True) if packet.is_key)
     frames: Iterator[VideoFrame] = iter(())
     reached = -_SEEK_GAP - 1
     for index in indices:
-        wanted = shown[index]
-        key = bisect.bisect_right(keys, wanted) - 1
+        target = visible[index]
+        key = bisect.bisect_right(keys, target) - 1
         if key < 0:
             raise _SeekError
         key_pts = keys[key]
-        if place[key_pts] - reached > _SEEK_GAP:
-            frames = _frames_from_key(container, stream, packets[place[key_pts] :], key_pts, shown)
-        frame = next((frame for frame in frames if frame.pts == wanted), None)
+        if packet_index[key_pts] - reached > _SEEK_GAP:
+            frames = _frames_from_key(container, stream, packets[packet_index[key_pts] :], key_pts, visible)
+        frame = next((frame for frame in frames if frame.pts == target), None)
         if frame is None:
             raise _SeekError
-        reached = place[wanted]
+        reached = packet_index[target]
         yield frame
 
 
 def _frames_from_key(
-    container: InputContainer, stream: VideoStream, packets: list[VideoPacket], key_pts: int, shown: list[int]
+    container: InputContainer, stream: VideoStream, packets: list[VideoPacket], key_pts: int, visible: list[int]
 ) -> Iterator[VideoFrame]:
-    """Yield the frames from the first of `packets` on, a key frame with the timestamp `key_pts`.
+    """Seek to the key frame `packets[0]`, with the timestamp `key_pts`, and yield the frames from there on.
 
-    Nothing rests on where the seek arrives: every packet is compared with the list, and every frame with the times
-    `shown`. Frames shown before the key frame but stored after it (open groups of pictures) lack what they refer to
-    and are left out. Not every "key" frame stands alone (a recovery point may need the frames after it): only a true
-    one is accepted.
+    The target of the seek is not trusted: every packet is compared with `packets`, and every frame with the timestamps
+    `visible`. Frames that are shown before the key frame but stored after it (open groups of pictures) refer to frames
+    that are not decoded, and are skipped. A frame that is marked as a key frame may still need others (recovery
+    points), so only an intra-coded one is accepted.
     """
     from av.video.frame import PictureType
 
     key = packets[0]
     container.seek(key_pts if key.dts is None else key.dts, stream=stream)
     number = None
-    rank = bisect.bisect_left(shown, key_pts)
+    rank = bisect.bisect_left(visible, key_pts)
     for packet in demux(container, stream):
         if number is None and (packet.pts, packet.size) == (key_pts, key.size):
             number = 0
@@ -202,7 +208,7 @@ def _frames_from_key(
         for frame in packet.decode():
             if frame.pts is not None and frame.pts < key_pts:
                 continue
-            if rank == len(shown) or frame.pts != shown[rank]:
+            if rank == len(visible) or frame.pts != visible[rank]:
                 raise _SeekError
             if frame.pts == key_pts and frame.pict_type in (PictureType.P, PictureType.B):
                 raise _SeekError
@@ -213,15 +219,18 @@ def _frames_from_key(
 def _decode_from_start(
     path: str, indices: Sequence[int], size: int
 ) -> tuple[list[UInt8[np.ndarray, "h w 3"]], list[int | None]]:
-    """Decode from the start; return the frames at `indices`, and the timestamps of all that were decoded.
+    """Decode all frames; return those at `indices`, and the presentation timestamps of all.
 
-    Packets before the first frame may fail (a recording that starts between key frames); a later one raises MediaError.
+    Packets before the first frame may fail, as in a recording that starts between key frames.
+
+    Raises:
+        MediaError: A later packet cannot be decoded, or the frames are too large.
     """
     import av
 
     wanted = set(indices)
     frames: list[UInt8[np.ndarray, "h w 3"]] = []
-    shown: list[int | None] = []
+    decoded_pts: list[int | None] = []
     with open_container(path) as container:
         stream = find_video_stream(container)
         if stream is None:
@@ -231,18 +240,18 @@ def _decode_from_start(
         for packet in demux(container, stream):
             try:
                 for frame in packet.decode():
-                    if len(shown) in wanted:
+                    if len(decoded_pts) in wanted:
                         frames.append(_to_rgb(frame, size))
-                    shown.append(frame.pts)
+                    decoded_pts.append(frame.pts)
             except av.FFmpegError as error:
-                if shown:
-                    why = f"the video is damaged: decoding stops after {len(shown)} frames ({error.strerror})"
+                if decoded_pts:
+                    why = f"the video is corrupt: decoding stops after {len(decoded_pts)} frames ({error.strerror})"
                     raise MediaError(f"{path}: {why}; download or copy the file again") from error
-    return frames, shown
+    return frames, decoded_pts
 
 
 def _to_rgb(frame: VideoFrame, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Orient a frame as its file says, then scale it to size × size and convert it to RGB in a single step."""
+    """Orient a frame as the file declares, then scale it to size × size and convert it to RGB in one step."""
     from av.filter import Graph
 
     scale = (("scale", f"{size}:{size}:flags=bilinear"), ("format", "rgb24"), ("buffersink", None))
@@ -255,10 +264,10 @@ def _to_rgb(frame: VideoFrame, size: int) -> UInt8[np.ndarray, "{size} {size} 3"
 
 
 def _orientation(frame: VideoFrame) -> list[tuple[str, str | None]]:
-    """Return the filters that show a frame as its display matrix says: one of eight turns and flips.
+    """Return the FFmpeg filters that apply a frame's display matrix: one of eight rotations and flips.
 
-    The matrix [a b; c d] puts a pixel (x, y) at (a x + c y, b x + d y) (ISO/IEC 14496-12 §6.2.2). Turns between
-    quarters are rounded to the nearest.
+    The matrix [a b; c d] moves a pixel (x, y) to (a x + c y, b x + d y) (ISO/IEC 14496-12 §6.2.2). Other rotations are
+    rounded to the nearest multiple of 90 degrees.
     """
     from av.sidedata.sidedata import Type
 
@@ -268,7 +277,7 @@ def _orientation(frame: VideoFrame) -> list[tuple[str, str | None]]:
     a, b, _, c, d = np.frombuffer(bytes(matrix), np.int32)[:5].tolist()
     steps: list[tuple[str, str | None]] = []
     if abs(b) + abs(c) > abs(a) + abs(d):
-        steps.append(("transpose", "cclock_flip"))  # x and y are exchanged, nothing else
+        steps.append(("transpose", "cclock_flip"))  # exchanges x and y
         a, d = c, b
     if a < 0:
         steps.append(("hflip", None))

@@ -1,4 +1,4 @@
-"""Pictures: a file → pixels, and pixels → what the vision tower sees."""
+"""Read and resize images, and normalize pixels for the vision encoder."""
 
 from __future__ import annotations
 
@@ -22,16 +22,21 @@ if TYPE_CHECKING:
 MEAN = np.array(CLIP_MEAN, np.float32)
 STD = np.array(CLIP_STD, np.float32)
 
-_MAX_SIDE = 2**18  # pixels; resizing needs memory for 224 × height, and 32 bytes for each pixel of a side
+_MAX_SIDE = 2**18  # pixels; resizing needs memory for 224 × height pixels, and 32 bytes for each pixel of a side
 _BLOCK = 1024  # pixels
 
-_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF tags
 _WHITE_IS_ZERO = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class Image:
-    """A picture as a video of one frame, and the account of its file."""
+    """An image, as a video of one frame.
+
+    Attributes:
+        frames: RGB.
+        report: What the file contains.
+    """
 
     frames: UInt8[np.ndarray, "1 h w 3"]
     report: MediaReport
@@ -42,12 +47,23 @@ def read_image(
     size: int = 224,
     choose_box: Callable[[int, int], tuple[int, int, int, int]] | None = None,
 ) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """The picture in RGB, squashed straight to size × size by Pillow's bicubic filter, as in the original.
+    """Read an image and resize it to size × size with Pillow's bicubic filter.
 
-    Also as there, an EXIF orientation is not applied, transparency is dropped and of an animation the first frame is
-    taken. Of more than 8 bits a color the upper 8 are taken, as Pillow does for 16-bit colors; of gray see
-    `_to_eight_bits`. `choose_box` is given the picture's height and width and says which part to take: (top, left,
-    height, width). Raises MediaError for a file that is not a picture, that is cut off, or that is too large.
+    As in the original, the aspect ratio is not kept, an EXIF orientation is not applied, transparency is dropped, and
+    only the first frame of an animation is read. Colors of more than 8 bits are reduced to their upper 8 bits, as in
+    Pillow; grayscale values of more than 8 bits are scaled to 0..255.
+
+    Args:
+        path: The file.
+        size: Height and width of the result, in pixels.
+        choose_box: Maps the image's height and width to the box to crop before resizing: (top, left, height, width),
+            in pixels. The default is the full image.
+
+    Returns:
+        RGB pixels.
+
+    Raises:
+        MediaError: The file is not an image, is truncated, corrupt, too large or of an unsupported type.
     """
     from PIL import Image as pillow
     from PIL import UnidentifiedImageError
@@ -56,32 +72,43 @@ def read_image(
     name = image_format(path)
     if name is None:
         raise MediaError(
-            f"{path}: not a picture (jpg, png, gif, webp, bmp, tiff, avif, jp2); for a video use read_video"
+            f"{path}: not an image (jpg, png, gif, webp, bmp, tiff, avif, jp2); for a video use read_video"
         )
     try:
         with open_image(path, name) as opened:
             if max(opened.size) > _MAX_SIDE:
-                raise MediaError(f"{path}: {opened.width}×{opened.height} pixels, too long a strip; crop it first")
-            picture = _to_rgb(opened, path)
+                raise MediaError(
+                    f"{path}: {opened.width}×{opened.height} pixels are too many on one side; crop the image first"
+                )
+            image = _to_rgb(opened, path)
     except UnidentifiedImageError as error:
-        why = f"the {name} image is damaged or of a kind that is not supported; convert it to an 8-bit png"
+        why = f"the {name} image is corrupt or of an unsupported type; convert it to an 8-bit png"
         raise MediaError(f"{path}: {why}") from error
     except DECODE_ERRORS as error:
         raise MediaError(
-            f"{path}: the {name} picture is cut off or damaged ({format_error(error)}); get the file again"
+            f"{path}: the {name} image is truncated or corrupt ({format_error(error)}); download or copy it again"
         ) from error
     if choose_box is not None:
-        top, left, height, width = choose_box(picture.height, picture.width)
-        picture = picture.crop((left, top, left + width, top + height))
-    return np.array(resize(picture, (size, size), pillow.Resampling.BICUBIC))
+        top, left, height, width = choose_box(image.height, image.width)
+        image = image.crop((left, top, left + width, top + height))
+    return np.array(resize(image, (size, size), pillow.Resampling.BICUBIC))
 
 
 def resize(image: pillow.Image, size: tuple[int, int], resample: pillow.Resampling) -> pillow.Image:
-    """Resize to (width, height), the width first: as Pillow up to 12 does, where later versions begin with the height.
+    """Resize an image, first its width and then its height, as Pillow up to version 12 does.
 
-    Pixels are rounded to 8 bits in between, so that the order shows: by up to 12 of 255 levels.
+    Later versions of Pillow begin with the height. Pixels are rounded to 8 bits in between, so the order changes them
+    by up to 12 of 255 levels.
+
+    Args:
+        image: The image.
+        size: Width and height of the result, in pixels.
+        resample: The filter.
+
+    Returns:
+        The resized image.
     """
-    if image.mode == "RGBA":  # Pillow interpolates colors that are multiplied by their alpha
+    if image.mode == "RGBA":  # as in Pillow, which interpolates premultiplied colors
         return resize(image.convert("RGBa"), size, resample).convert("RGBA")
     return image.resize((size[0], image.height), resample).resize(size, resample)
 
@@ -95,11 +122,11 @@ def _to_rgb(image: pillow.Image, path: str) -> pillow.Image:
 
 
 def _to_eight_bits(image: pillow.Image, path: str) -> UInt8[np.ndarray, "h w"]:
-    """Scale an image of 16-bit, 32-bit or floating-point gray to 0..255.
+    """Scale a grayscale image of 16-bit, 32-bit or floating-point values to 0..255.
 
-    The range from black to white is that of the format for 12 and 16 bits. Otherwise it is the smallest usual one that
-    has all values: 0 to 255, 65535 or the type's greatest for integers, 0 to 1, 255 or 65535 for floating point. Where
-    some are negative, or above 65535 in floating point, it is from the least to the greatest value.
+    For 12 and 16 bits, the range from black to white is that of the format. Otherwise it is the smallest common range
+    that contains all values: 0 to 255, 65535 or the type's maximum for integers; 0 to 1, 255 or 65535 for floating
+    point. If some values are negative, or above 65535 in floating point, it is from the minimum to the maximum.
     """
     tags = getattr(image, "tag_v2", {})  # TIFF's
     image.load()
@@ -113,32 +140,41 @@ def _to_eight_bits(image: pillow.Image, path: str) -> UInt8[np.ndarray, "h w"]:
                 yield (slice(top, bottom), slice(left, right)), values.view(np.uint32) if unsigned else values
 
     if image.mode.startswith("I;"):
-        least, greatest = 0, 4095 if tags.get(_BITS) == (12,) else 65535
+        low, high = 0, 4095 if tags.get(_BITS) == (12,) else 65535
     else:
         extremes = np.array([(values.min(), values.max()) for _, values in blocks()])
-        least, greatest = extremes[:, 0].min(), extremes[:, 1].max()
-        if not np.isfinite([least, greatest]).all():
-            raise MediaError(f"{path}: the image has values that are not finite; write it anew as an 8-bit png")
-        usual = (1, 255, 65535) if image.mode == "F" else (255, 65535, 2**32 - 1 if unsigned else 2**31 - 1)
-        if least >= 0 and greatest <= usual[-1]:
-            least, greatest = 0, next(limit for limit in usual if greatest <= limit)
+        low, high = extremes[:, 0].min(), extremes[:, 1].max()
+        if not np.isfinite([low, high]).all():
+            raise MediaError(f"{path}: the image contains values that are not finite; convert it to an 8-bit png")
+        common = (1, 255, 65535) if image.mode == "F" else (255, 65535, 2**32 - 1 if unsigned else 2**31 - 1)
+        if low >= 0 and high <= common[-1]:
+            low, high = 0, next(limit for limit in common if high <= limit)
     gray = np.empty((image.height, image.width), np.uint8)
-    for place, values in blocks():
-        if least == 0 and image.mode != "F":  # the upper 8 bits
-            gray[place] = values.astype(np.int64) * 256 // (int(greatest) + 1)
+    for block, values in blocks():
+        if low == 0 and image.mode != "F":  # the upper 8 bits
+            gray[block] = values.astype(np.int64) * 256 // (int(high) + 1)
         else:
-            share = (values.astype(np.float64) - least) / max(float(greatest) - float(least), 1e-300)
-            gray[place] = np.rint(share * 255)
+            fraction = (values.astype(np.float64) - low) / max(float(high) - float(low), 1e-300)
+            gray[block] = np.rint(fraction * 255)
     return 255 - gray if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO else gray
 
 
 def image_report(path: str) -> MediaReport:
-    """The account of a file that holds one picture."""
+    """Return the report on an image file."""
     return MediaReport(path=path, kind="image", num_frames=1, duration=0.0, audio="absent")
 
 
 def standardize(pixels: Any, mean: Sequence[float] | np.ndarray = MEAN, std: Sequence[float] | np.ndarray = STD) -> Any:
-    """(value / 255 - mean) / std of float32 pixels [..., 3], which may be numpy's or JAX's; see `normalize`."""
+    """Compute (value / 255 - mean) / std of float32 pixels [..., 3].
+
+    Args:
+        pixels: Values in 0..255, as a numpy or JAX array.
+        mean: Mean of red, green and blue, for values in 0..1; CLIP's by default.
+        std: Their standard deviations.
+
+    Returns:
+        The normalized pixels, as an array of the same type.
+    """
     return (pixels / 255 - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
@@ -147,13 +183,13 @@ def normalize(
     mean: Sequence[float] | np.ndarray = MEAN,
     std: Sequence[float] | np.ndarray = STD,
 ) -> Float32[np.ndarray, "*batch h w 3"]:
-    """Normalize pixels as a vision tower takes them: (value / 255 - mean) / std.
+    """Normalize pixels for a vision encoder: (value / 255 - mean) / std.
 
-    There are only 256 values a colour, so each is computed once and looked up: one pass over the pixels.
+    A color channel has only 256 values. Each is computed once and looked up, so one pass over the pixels is enough.
 
     Args:
-        frames: Pixels, 0 to 255.
-        mean: Of red, green and blue, for values in 0..1; CLIP's by default, which EVA-CLIP and ImageBind take.
+        frames: RGB pixels in 0..255.
+        mean: Mean of red, green and blue, for values in 0..1; CLIP's by default, as for EVA-CLIP and ImageBind.
         std: Their standard deviations.
 
     Returns:
@@ -161,6 +197,6 @@ def normalize(
     """
     table = standardize(np.arange(256, dtype=np.float32)[:, None], mean, std)
     normalized = np.empty(frames.shape, np.float32)
-    for colour in range(3):
-        normalized[..., colour] = table[:, colour][frames[..., colour]]
+    for channel in range(3):
+        normalized[..., channel] = table[:, channel][frames[..., channel]]
     return normalized

@@ -1,6 +1,6 @@
-"""A waveform → the log-mel spectrograms of 2-second clips that ImageBind's audio tower takes.
+"""Compute the log-mel spectrograms of 2-second clips that ImageBind's audio encoder takes.
 
-The features are Kaldi's, as torchaudio computes them: ImageBind was trained on those.
+The features are Kaldi's, as torchaudio computes them, because ImageBind was trained on those.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from vllama_jax.errors import MediaError
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Float64, Int64
 
-SAMPLE_RATE = 16000  # samples a second that the features are computed from
+SAMPLE_RATE = 16000  # Hz, of the features' input
 CLIP_SAMPLES = 2 * SAMPLE_RATE
 MEL_BINS = 128
-MEL_FRAMES = 204  # a 2-second clip gives 198, the rest is padding
+MEL_FRAMES = 204  # a 2-second clip has 198, the rest is padding
 _WINDOW = 400  # 25 ms
 HOP_LENGTH = 160  # 10 ms, between two mel frames
 _FFT = 512
@@ -34,17 +34,21 @@ _ROLLOFF = 0.99
 
 
 class WaveformChunk(NamedTuple):
-    """Consecutive samples of a waveform, of which `start` is the first one's index."""
+    """Consecutive samples of a waveform; `start` is the index of the first one."""
 
     start: int
     samples: Float[np.ndarray, "c n"]
 
 
 def clip_starts(num_samples_16k: int, num_clips: int) -> Int64[np.ndarray, "num_clips"]:
-    """Where each 2-second clip starts, in samples at 16 kHz.
+    """Return the start of each 2-second clip, in samples at 16 kHz.
 
-    The step is (length - 2 s) / num_clips, as in pytorchvideo 0.1.5, so the last clip stops short of the end. Audio
-    under 2 s is taken whole by every clip.
+    The step is (length - 2 s) / num_clips, as in pytorchvideo 0.1.5, so the last clip ends before the end of the audio.
+    If the audio has less than 2 s, every clip is all of it.
+
+    Args:
+        num_samples_16k: Length of the audio, in samples at 16 kHz.
+        num_clips: The number of clips.
     """
     seconds = num_samples_16k / SAMPLE_RATE
     step = Fraction(max(seconds - 2, 0)) / num_clips
@@ -52,7 +56,13 @@ def clip_starts(num_samples_16k: int, num_clips: int) -> Int64[np.ndarray, "num_
 
 
 def clip_spans(num_samples: int, sample_rate: int, num_clips: int) -> list[range]:
-    """Which of a waveform's samples each clip is computed from: 2 s, and the resampler's reach on both sides."""
+    """Return the range of samples that each clip is computed from: 2 s, and the resampler's kernel on both sides.
+
+    Args:
+        num_samples: Length of the waveform, in samples at `sample_rate`.
+        sample_rate: In Hz.
+        num_clips: The number of clips.
+    """
     total = num_samples_at_16k(num_samples, sample_rate)
     spans = []
     for start in clip_starts(total, num_clips).tolist():
@@ -64,36 +74,53 @@ def clip_spans(num_samples: int, sample_rate: int, num_clips: int) -> list[range
 def mel_clips(
     waveform: Float[np.ndarray, "c n"], sample_rate: int, num_clips: int = 8
 ) -> Float32[np.ndarray, "num_clips 128 204"]:
-    """Compute the log-mel spectrograms of `num_clips` 2-second clips spread over a waveform.
+    """Compute the log-mel spectrograms of `num_clips` 2-second clips at even intervals of a waveform.
 
-    Each clip loses its mean over all channels, then only its first channel is used. Only the clips' samples are
-    resampled, whatever the length of the waveform.
+    The mean over all channels of a clip is subtracted, then its first channel is used. Only the clips are resampled, so
+    the time does not depend on the length of the waveform.
+
+    Args:
+        waveform: All channels, in [-1, 1].
+        sample_rate: In Hz.
+        num_clips: The number of clips.
+
+    Returns:
+        Log-mel spectrograms of 128 bins and 204 time steps, normalized as for ImageBind.
 
     Raises:
-        MediaError: the waveform is shorter than 25 ms, or num_clips is under 1.
+        MediaError: The waveform is shorter than 25 ms, or `num_clips` is less than 1.
     """
     if num_clips < 1:
-        raise MediaError(f"{num_clips} audio clips were asked for; ask for at least 1")
+        raise MediaError(f"num_clips is {num_clips}; it must be at least 1")
     check_audio_length(waveform.shape[1], sample_rate)
     return mel_of_chunks([WaveformChunk(0, waveform)] * num_clips, waveform.shape[1], sample_rate)
 
 
 def mel_of_chunks(
-    parts: Sequence[WaveformChunk], num_samples: int, sample_rate: int
+    chunks: Sequence[WaveformChunk], num_samples: int, sample_rate: int
 ) -> Float32[np.ndarray, "num_clips 128 204"]:
-    """`mel_clips` of a waveform of `num_samples`, given for each clip a part that holds its span (`clip_spans`)."""
-    starts = clip_starts(num_samples_at_16k(num_samples, sample_rate), len(parts)).tolist()
+    """Compute `mel_clips` of a waveform of which only some samples are kept.
+
+    Args:
+        chunks: For each clip, samples that include its span (`clip_spans`).
+        num_samples: Length of the full waveform, in samples at `sample_rate`.
+        sample_rate: In Hz.
+
+    Returns:
+        Log-mel spectrograms, one for each chunk.
+    """
+    starts = clip_starts(num_samples_at_16k(num_samples, sample_rate), len(chunks)).tolist()
     clips = (
-        resample(part.samples, sample_rate, start, start + CLIP_SAMPLES, part.start, num_samples)
-        for part, start in zip(parts, starts, strict=True)
+        resample(chunk.samples, sample_rate, start, start + CLIP_SAMPLES, chunk.start, num_samples)
+        for chunk, start in zip(chunks, starts, strict=True)
     )
     return np.stack([_log_mel_clip(clip) for clip in clips])
 
 
 def check_audio_length(num_samples: int, sample_rate: int) -> None:
-    """Raises MediaError for audio of under 25 ms, of which no mel frame can be computed."""
+    """Raise MediaError if audio is shorter than 25 ms, the length of one mel frame."""
     if num_samples_at_16k(num_samples, sample_rate) < _WINDOW:
-        raise MediaError(f"{1000 * num_samples / sample_rate:.1f} ms of audio are too short; give at least 25")
+        raise MediaError(f"{1000 * num_samples / sample_rate:.1f} ms of audio is too short; at least 25 ms is needed")
 
 
 def resample(
@@ -104,43 +131,52 @@ def resample(
     offset: int = 0,
     num_samples: int | None = None,
 ) -> Float32[np.ndarray, "c m"]:
-    """Compute samples `start` to `stop` (all by default) of a waveform at 16 kHz, from only what they depend on.
+    """Resample a waveform, or a section of it, to 16 kHz.
 
-    Band-limited interpolation with a Hann-windowed sinc, as torchaudio's `resample` with its defaults.
+    Band-limited interpolation with a Hann-windowed sinc, as torchaudio's `resample` with its defaults. Only the samples
+    that the section depends on are needed.
 
     Args:
-        waveform: in floating point, at `sample_rate`; the samples from `offset` on of a waveform of `num_samples`.
+        waveform: Floating-point samples at `sample_rate`, from index `offset` on.
+        sample_rate: In Hz.
+        start: First sample of the section, at 16 kHz.
+        stop: End of the section, at 16 kHz; by default the end of the waveform.
+        offset: Index of the first sample of `waveform` in the full waveform.
+        num_samples: Length of the full waveform; by default it ends where `waveform` does.
+
+    Returns:
+        The section, at 16 kHz.
     """
     num_samples = offset + waveform.shape[1] if num_samples is None else num_samples
     total = num_samples_at_16k(num_samples, sample_rate)
-    places = np.arange(start, total if stop is None else min(stop, total))
+    indices = np.arange(start, total if stop is None else min(stop, total))
     if sample_rate == SAMPLE_RATE:
-        return waveform[:, places - offset].astype(np.float32, order="C")
+        return waveform[:, indices - offset].astype(np.float32, order="C")
     old, new = _reduced_rates(sample_rate)
     kernels = _sinc_kernels(old, new)
-    first, last = _input_range(sample_rate, int(places[0]), int(places[-1]) + 1)
+    first, last = _input_range(sample_rate, int(indices[0]), int(indices[-1]) + 1)
     inside = waveform[:, max(first, 0) - offset : max(last - offset, 0)].astype(np.float32, order="C")
     before = max(-first, 0)
     padded = np.pad(inside, ((0, 0), (before, last - first - before - inside.shape[1])))
     taps = np.lib.stride_tricks.sliding_window_view(padded, kernels.shape[1], axis=1)
-    centers = places * old // new
-    used = kernels[places % new]
-    return np.stack([np.einsum("nt,nt->n", channel[centers - centers[0]], used) for channel in taps])
+    centers = indices * old // new
+    kernel_of_output = kernels[indices % new]
+    return np.stack([np.einsum("nt,nt->n", channel[centers - centers[0]], kernel_of_output) for channel in taps])
 
 
 def num_samples_at_16k(samples: int, sample_rate: int) -> int:
-    """The length at 16 kHz of a waveform of so many samples."""
+    """Return the length at 16 kHz of a waveform of `samples` samples."""
     old, new = _reduced_rates(sample_rate)
     return -(-samples * new // old)
 
 
 def _input_range(sample_rate: int, start: int, stop: int) -> tuple[int, int]:
-    """From and to which sample of the file (beyond its ends also) samples start to stop at 16 kHz are computed."""
+    """Return the input range of the outputs `start` to `stop` at 16 kHz, which may extend beyond the waveform."""
     if sample_rate == SAMPLE_RATE:
         return start, stop
     old, new = _reduced_rates(sample_rate)
-    reach = _kernel_radius(old, new)
-    return start * old // new - reach, (stop - 1) * old // new + reach + 1
+    radius = _kernel_radius(old, new)
+    return start * old // new - radius, (stop - 1) * old // new + radius + 1
 
 
 def _kernel_radius(old: int, new: int) -> int:
@@ -149,15 +185,16 @@ def _kernel_radius(old: int, new: int) -> int:
 
 @functools.lru_cache(maxsize=4)
 def _sinc_kernels(old: int, new: int) -> Float32[np.ndarray, "new taps"]:
-    """One low-pass filter for each phase: output i is kernel i % new over the samples around i * old // new.
+    """Return a low-pass filter for each phase: output i is kernel i % new applied around sample i * old // new.
 
-    For rates in lowest terms; the cut-off is the lower of the two Nyquist frequencies times the roll-off. In float32
-    throughout and in torchaudio's order, as its rounding (6e-6 from 44.1 kHz) shows in near-silent frames' logarithms.
+    `old` and `new` are the rates in lowest terms. The cutoff is the lower Nyquist frequency times the roll-off. The
+    operations are those of torchaudio in float32, because rounding differences (6e-6 from 44.1 kHz) are visible in the
+    logarithms of near-silent frames.
     """
     cutoff = min(old, new) * _ROLLOFF
-    reach = _kernel_radius(old, new)
+    radius = _kernel_radius(old, new)
     phase = np.arange(new)[:, None]
-    taps = np.arange(-reach, reach + 1) + phase * old // new
+    taps = np.arange(-radius, radius + 1) + phase * old // new
     time = taps.astype(np.float32) / np.float32(old) - phase.astype(np.float32) / np.float32(new)
     time = np.clip(time * np.float32(cutoff), -_SINC_ZEROS, _SINC_ZEROS)
     angle = time * np.float32(np.pi)
@@ -172,7 +209,7 @@ def _reduced_rates(sample_rate: int) -> tuple[int, int]:
 
 
 def _log_mel_clip(clip: Float32[np.ndarray, "c n"]) -> Float32[np.ndarray, "128 204"]:
-    """One clip's features, padded with zeros *before* ImageBind's normalization: padding is not silence."""
+    """Compute one clip's features, padded with zeros *before* ImageBind's normalization: padding is not silence."""
     channel = clip[0] - clip.mean(dtype=np.float64)
     features = _log_mel(channel)[:MEL_FRAMES]
     padded = np.zeros((MEL_BINS, MEL_FRAMES), np.float32)
@@ -181,10 +218,10 @@ def _log_mel_clip(clip: Float32[np.ndarray, "c n"]) -> Float32[np.ndarray, "128 
 
 
 def _log_mel(samples: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "frames 128"]:
-    """Kaldi's filter bank features (compute-fbank-feats, htk_compat, no dither, no energy) in float64.
+    """Compute Kaldi's filter bank features (compute-fbank-feats, htk_compat, no dither, no energy) in float64.
 
-    Per 25 ms frame: the mean removed, pre-emphasis (the first sample being its own predecessor), Hann window, power
-    spectrum, triangles, logarithm.
+    For each frame of 25 ms: subtract the mean, pre-emphasis (the first sample is its own predecessor), Hann window,
+    power spectrum, triangular filters, logarithm.
     """
     frames = np.lib.stride_tricks.sliding_window_view(samples, _WINDOW)[::HOP_LENGTH]
     frames = frames - frames.mean(axis=1, keepdims=True)
@@ -196,9 +233,9 @@ def _log_mel(samples: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "frames 1
 
 @functools.cache
 def mel_filters() -> Float64[np.ndarray, "128 256"]:
-    """Kaldi's triangles: evenly spaced, and straight-sided, on the mel scale from 20 Hz to 8 kHz.
+    """Return Kaldi's triangular filters: evenly spaced, and linear, on the mel scale from 20 Hz to 8 kHz.
 
-    Columns are FFT bins below the Nyquist frequency, whose own weight is zero.
+    Columns are the FFT bins below the Nyquist frequency, which has weight zero.
     """
     edges = np.linspace(_mel_scale(20.0), _mel_scale(SAMPLE_RATE / 2), MEL_BINS + 2)
     left, center, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]

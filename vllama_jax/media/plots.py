@@ -1,4 +1,4 @@
-"""What the audio branch is given of a file, drawn."""
+"""Plot the input of the audio branch."""
 
 import os
 from typing import Any
@@ -6,25 +6,25 @@ from typing import Any
 from vllama_jax.media.audio import Audio, read_audio
 from vllama_jax.media.mel import CLIP_SAMPLES, HOP_LENGTH, SAMPLE_RATE, clip_starts
 
-COLUMNS = 4  # clips in a row
+COLUMNS = 4  # clips per row
 MIN_HZ, MAX_HZ = 20.0, 8000.0  # Hz, of the mel bins
 
 
 def plot_mel(path: str | os.PathLike[str], num_clips: int = 8) -> tuple[Any, Audio]:
-    """Draw the log-mel spectrograms of `num_clips` 2-second clips, normalized and padded as ImageBind takes them.
+    """Plot the log-mel spectrograms of `num_clips` 2-second clips, normalized and padded as for ImageBind.
 
     Args:
         path: A video or an audio file.
-        num_clips: As the model's config has it; 8 in the released models.
+        num_clips: The number of clips, `num_clips` of the model's config; 8 in the published models.
 
     Returns:
-        A matplotlib figure, and what was read.
+        A matplotlib figure, and the audio with its mel clips.
 
     Raises:
-        MediaError: The file has no audio, or it cannot be decoded.
+        MediaError: The file has no audio, or the audio cannot be decoded.
     """
     audio = read_audio(path, num_clips)
-    assert audio.mel is not None  # mel clips were asked for
+    assert audio.mel is not None  # `num_clips` is given
     import librosa.display
     import matplotlib.figure
 
@@ -32,8 +32,8 @@ def plot_mel(path: str | os.PathLike[str], num_clips: int = 8) -> tuple[Any, Aud
     figure = matplotlib.figure.Figure(figsize=(11, 1 + 2.4 * rows), layout="constrained")
     axes = figure.subplots(rows, COLUMNS, squeeze=False, sharex=True, sharey=True)
     lowest, highest = float(audio.mel.min()), float(audio.mel.max())
-    seconds = clip_starts(round(audio.report.duration * SAMPLE_RATE), num_clips) / SAMPLE_RATE
-    for clip, start, place in zip(audio.mel, seconds, axes.flat, strict=False):
+    starts = clip_starts(round(audio.report.duration * SAMPLE_RATE), num_clips) / SAMPLE_RATE
+    for clip, start, axis in zip(audio.mel, starts, axes.flat, strict=False):
         image = librosa.display.specshow(
             clip,
             sr=SAMPLE_RATE,
@@ -43,16 +43,16 @@ def plot_mel(path: str | os.PathLike[str], num_clips: int = 8) -> tuple[Any, Aud
             fmin=MIN_HZ,
             fmax=MAX_HZ,
             htk=True,
-            ax=place,
+            ax=axis,
             vmin=lowest,
             vmax=highest,
         )
-        place.set_title(
+        axis.set_title(
             f"{start:.1f} s to {min(start + CLIP_SAMPLES / SAMPLE_RATE, audio.report.duration):.1f} s", fontsize=9
         )
-        place.label_outer()
-    for place in axes.flat[num_clips:]:
-        place.set_axis_off()
+        axis.label_outer()
+    for axis in axes.flat[num_clips:]:
+        axis.set_axis_off()
     figure.colorbar(image, ax=axes, label="log-mel, normalized")
     figure.suptitle(f"{os.path.basename(path)}: {num_clips} clips of {audio.report.duration:.1f} s of audio")
     return figure, audio

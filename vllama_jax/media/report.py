@@ -1,4 +1,4 @@
-"""What was found in a file, and what of it is used."""
+"""Reports on media files: what a file contains, and what of it is used."""
 
 from __future__ import annotations
 
@@ -6,21 +6,25 @@ import dataclasses
 from typing import Literal
 
 _AUDIO_STATES = {
-    "used": "sound used",
-    "absent": "no sound in the file",
-    "off": "sound off",
+    "used": "audio used",
+    "absent": "no audio in the file",
+    "off": "audio off",
     "unsupported": "the model has no audio branch",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class MediaReport:
-    """One file's account: every file says what became of its sound, and nothing is swallowed.
+    """What a media file contains, and what of it is used. `str` of it is a line for the user.
 
-    `frames` is the number of frames that were taken (1 for a picture, 0 for sound alone), `seconds` the length of
-    the whole file (0 for a picture), and `audio` one of "used", "absent", "off", "unsupported" (the model has no audio
-    branch; whoever knows the model sets it) and "failed: why". `notes` says what else the user should know of the file,
-    such as packets that were lost.
+    Attributes:
+        path: The file.
+        kind: Its kind of media.
+        num_frames: The number of sampled frames: 1 for an image, 0 for audio.
+        duration: Of the file or the segment, in seconds; 0 for an image.
+        audio: What is done with the audio: "used", "absent", "off", "unsupported" (the model has no audio branch, which
+            the caller knows) or "failed: " and the reason.
+        notes: Other remarks for the user, such as packets that could not be decoded.
     """
 
     path: str
@@ -31,12 +35,12 @@ class MediaReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        """The sentence for the user, such as "8 frames of 7.1 s; sound used"."""
-        sound = _AUDIO_STATES.get(self.audio, f"sound {self.audio}")
+        """Return a line for the user, such as "8 frames of 7.1 s; audio used"."""
+        audio = _AUDIO_STATES.get(self.audio, f"audio {self.audio}")
         if self.kind == "image":
-            found = ["1 picture"]
+            found = ["1 image"]
         elif self.kind == "audio":
-            found = [f"{self.duration:.1f} s of sound", sound]
+            found = [f"{self.duration:.1f} s of audio", audio]
         else:
-            found = [f"{self.num_frames} frame{'s' if self.num_frames > 1 else ''} of {self.duration:.1f} s", sound]
+            found = [f"{self.num_frames} frame{'s' if self.num_frames > 1 else ''} of {self.duration:.1f} s", audio]
         return "; ".join((*found, *self.notes))

@@ -1,4 +1,4 @@
-"""A part of a video, and a video that was published as a folder of pictures."""
+"""Read a segment of a video, or a video that is stored as a directory of frame images."""
 
 from __future__ import annotations
 
@@ -25,15 +25,26 @@ def read_segment(
     audio: bool = True,
     num_clips: int | None = None,
 ) -> Video:
-    """Read a video from `start` to `end` seconds as if that were a file of its own.
+    """Read a segment of a video as if it were a file of its own.
 
-    Video and audio are cut by the clock that they share (`Clock`): a segment has the frames that begin in it (or else
-    the one that is shown at its start), and silence where the audio has a gap or has not begun. Timestamps, duration
-    and report are the segment's. A segment that reaches past the video's end stops there. From 0 to infinity is the
-    whole file, read as `read_video` does. The other arguments are those of `read_video`.
+    Video and audio are cut by their common clock (`Clock`). The segment has the frames that begin in it, or else the
+    one that is visible at its start, and silence where the audio has a gap or has not begun. Timestamps, duration and
+    report refer to the segment. It ends at the end of the video at the latest.
+
+    Args:
+        path: The file.
+        start: Start of the segment, in seconds.
+        end: End of the segment, in seconds. From 0 to infinity is the complete file, as `read_video` reads it.
+        num_frames: The number of frames to sample; all frames are used if the segment has fewer.
+        size: Height and width of the frames, in pixels.
+        audio: Whether to read the audio.
+        num_clips: Return this many mel clips (see `mel_clips`) instead of the waveform.
+
+    Returns:
+        The sampled frames and the audio.
 
     Raises:
-        MediaError: As `read_video`, and for an end before the start.
+        MediaError: As for `read_video`, or `end` is before `start`.
     """
     _check_times(path, start, end)
     return read_video(path, num_frames, size, audio, time_range=(start, end), num_clips=num_clips)
@@ -47,25 +58,38 @@ def read_frames(
     start: float = 0.0,
     end: float = math.inf,
 ) -> Video:
-    """A video as the pictures of its frames, `rate` a second, in the order of their names; it has no sound.
+    """Read a video that is stored as a directory of frame images. It has no audio.
 
-    Raises MediaError for a folder without pictures, for a picture that cannot be read, and for an end before
-    the start.
+    Args:
+        folder: The directory. Its jpg and png files are the frames, in the order of their names.
+        rate: Frames per second.
+        num_frames: The number of frames to sample; all frames are used if the segment has fewer.
+        size: Height and width of the frames, in pixels.
+        start: Start of the segment to read, in seconds.
+        end: End of the segment, in seconds.
+
+    Returns:
+        The sampled frames.
+
+    Raises:
+        MediaError: The directory has no images, an image cannot be read, or `end` is before `start`.
     """
     _check_times(folder, start, end)
-    pictures = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
-    if not pictures:
-        raise MediaError(f"{folder}: no pictures in the folder (jpg, png); unpack its frames again")
-    times = constant_rate_times(len(pictures), rate)
-    inside = frames_in_range(times, (start, end))
-    indices = frame_indices(len(inside), num_frames)
-    frames = np.stack([read_image(pictures[inside.start + index], size) for index in indices])
+    images = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
+    if not images:
+        raise MediaError(f"{folder}: no images (jpg, png) in the directory; extract its frames again")
+    times = constant_rate_times(len(images), rate)
+    segment = frames_in_range(times, (start, end))
+    indices = frame_indices(len(segment), num_frames)
+    frames = np.stack([read_image(images[segment.start + index], size) for index in indices])
     duration = max(min(times.end, end) - start, 0.0)
     report = MediaReport(str(folder), "video", len(frames), duration, "absent")
-    seconds = np.maximum(times.starts[inside.start + indices] - start, 0.0)
-    return Video(frames, seconds, duration, waveform=None, sample_rate=None, report=report)
+    timestamps = np.maximum(times.starts[segment.start + indices] - start, 0.0)
+    return Video(frames, timestamps, duration, waveform=None, sample_rate=None, report=report)
 
 
 def _check_times(path: str | os.PathLike[str], start: float, end: float) -> None:
     if not 0 <= start <= end:
-        raise MediaError(f"{os.fsdecode(path)}: no segment from {start} to {end} s; check the annotation's times")
+        raise MediaError(
+            f"{os.fsdecode(path)}: invalid segment from {start} to {end} s; check the times of the annotation"
+        )

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-_TS_PACKETS = ((0, 188), (4, 192), (0, 204))  # where a transport stream's packets have their sync byte; their size
-_RIFF_SLACK = 9  # bytes: some writers count the first 8, which do not count, or leave out the last one's padding
+_TS_PACKETS = ((0, 188), (4, 192), (0, 204))  # (offset of the sync byte, size) of a transport stream's packets
+_RIFF_SLACK = 9  # bytes; some writers wrongly count the first 8, or omit the padding at the end
 _BOX_NAMES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}  # a QuickTime file may lack the ftyp
 
 # Matroska element IDs (RFC 9559 §27) with their length marker.
@@ -23,7 +23,7 @@ _EBML, _SEGMENT, _INFO, _CLUSTER, _TIMESTAMP, _DURATION, _SCALE = (
     0x2AD7B1,
 )
 _MATROSKA_LEVEL_1 = {_INFO, _CLUSTER, 0x114D9B74, 0x1654AE6B, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367}
-_MP4_MEDIA = {"ftyp", "moov", "moof", "mdat"}  # the boxes without which frames are lost
+_MP4_MEDIA = {"ftyp", "moov", "moof", "mdat"}  # boxes without which frames are missing
 
 _ASF_HEADER, _ASF_DATA, _ASF_FILE = (
     bytes.fromhex("3026b2758e66cf11a6d900aa0062ce6c"),
@@ -33,29 +33,34 @@ _ASF_HEADER, _ASF_DATA, _ASF_FILE = (
 
 
 class Truncation(NamedTuple):
-    """What a file lacks.
+    """How a file is truncated.
 
     Attributes:
-        part: "media" where the file declares more bytes than it has, so that frames or samples are missing unless
-            their number shows otherwise; "index" where only what follows the media is missing; "packet" where no size
-            is declared, but the file stops without a proper end, as a live recording may.
-        why: The evidence, for a message.
+        missing: "media" if the file is shorter than it declares, so that frames or samples are missing unless their
+            number shows otherwise; "index" if only data after the media is missing; "packet" if no size is declared,
+            but the file ends within a packet, or without an end marker, as a live recording may.
+        evidence: The reason, for a message.
     """
 
-    part: Literal["media", "index", "packet"]
-    why: str
+    missing: Literal["media", "index", "packet"]
+    evidence: str
 
     @property
     def note(self) -> str:
-        """The remark for a report on a file that can be used."""
+        """A remark for the report on a file that can be used."""
         certain = {"media": "is truncated after its last frame", "index": "is truncated after its media"}
-        return f"the file {certain.get(self.part, 'may be truncated')}: {self.why}"
+        return f"the file {certain.get(self.missing, 'may be truncated')}: {self.evidence}"
 
 
 def find_truncation(path: str) -> Truncation | None:
-    """Compare what a file's container declares with the file's length.
+    """Compare the sizes that a file's container declares with the file's length.
 
-    Returns None for a complete file, for one that declares nothing (live recordings), and for an unknown container.
+    Args:
+        path: The file.
+
+    Returns:
+        How the file is truncated; None for a complete file, one that declares no sizes (live recordings), and an
+        unknown container.
     """
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for is_container, check in _CHECKS:
@@ -65,17 +70,17 @@ def find_truncation(path: str) -> Truncation | None:
 
 
 def has_mp4_index(path: str) -> bool:
-    """Tell whether an mp4 has its index (moov), complete: without it no frame can be read."""
+    """Return whether an mp4 has a complete index (moov). Without it no frame can be read."""
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         return any(name == "moov" and end <= len(data) for name, _, end in _mp4_boxes(data))
 
 
 def _compare_length(
-    data: mmap.mmap, expected: int, part: Literal["media", "index"] = "media", slack: int = 0
+    data: mmap.mmap, expected: int, missing: Literal["media", "index"] = "media", slack: int = 0
 ) -> Truncation | None:
     if expected - slack <= len(data):
         return None
-    return Truncation(part, f"{len(data):,} of {expected:,} bytes are there")
+    return Truncation(missing, f"{len(data):,} of {expected:,} bytes found")
 
 
 def _ends_within(packet: str) -> Truncation:
@@ -89,7 +94,7 @@ def _mp4_boxes(data: mmap.mmap) -> Iterator[tuple[str, int, int]]:
         length = int.from_bytes(data[start : start + 4], "big")
         if length == 1:  # the length is a 64-bit number after the name
             length = int.from_bytes(data[start + 8 : start + 16], "big")
-        elif length == 0:  # the box lasts to the end of the file
+        elif length == 0:  # the box extends to the end of the file
             length = len(data) - start
         if length < 8:
             return
@@ -102,13 +107,13 @@ def _mp4(data: mmap.mmap) -> Truncation | None:
     name, _, end = boxes[-1] if boxes else ("", 0, 0)
     if end == len(data) or not boxes:
         return None
-    if end < len(data):  # a few bytes of a box's header, if they are no padding
+    if end < len(data):  # a few bytes of a box's header, unless they are padding
         return _ends_within("a box's header") if any(data[end:]) and len(data) - end < 8 else None
     return _compare_length(data, end, "media" if name in _MP4_MEDIA else "index")
 
 
 def _riff(data: mmap.mmap) -> Truncation | None:
-    """AVI, WAV and WebP. Sizes of 0 and of all ones are of a file that was written to a pipe."""
+    """Check AVI, WAV and WebP files. A file that was written to a pipe has sizes of 0 or 0xFFFFFFFF."""
     start = 0
     while data[start : start + 4] == b"RIFF":  # a long AVI has several
         size = int.from_bytes(data[start + 4 : start + 8], "little")
@@ -117,10 +122,10 @@ def _riff(data: mmap.mmap) -> Truncation | None:
         last, start = start, start + 8 + size + size % 2
     if data[8:12] == b"WAVE":
         return _riff_chunk(data, 0, b"data") or _compare_length(data, start, "index", _RIFF_SLACK)
-    lost = _compare_length(data, start, slack=_RIFF_SLACK)
-    if lost and data[8:12] == b"AVI " and not _riff_chunk(data, last, b"LIST"):
-        return _compare_length(data, start, "index")  # what follows the list of frames
-    return lost
+    truncation = _compare_length(data, start, slack=_RIFF_SLACK)
+    if truncation and data[8:12] == b"AVI " and not _riff_chunk(data, last, b"LIST"):
+        return _compare_length(data, start, "index")  # the data after the list of frames
+    return truncation
 
 
 def _riff_chunk(data: mmap.mmap, riff: int, wanted: bytes) -> Truncation | None:
@@ -162,16 +167,16 @@ def _caf(data: mmap.mmap) -> Truncation | None:
 
 
 def _matroska(data: mmap.mmap) -> Truncation | None:
-    """Matroska and WebM. Segments and clusters of unknown size are of live recordings."""
+    """Check Matroska and WebM files. Live recordings have segments and clusters of unknown size."""
     segments = [(start, end) for name, start, end in _ebml_elements(data, 0, len(data)) if name == _SEGMENT]
     if not segments:
         return None
     start, end = segments[-1]
     seconds, scale, timestamp, last, last_end = 0.0, 10**6, 0, 0, start
     while last_end + 2 <= min(len(data), end or len(data)):
-        last, inside, stop = next(_ebml_elements(data, last_end, len(data)), (0, 0, 0))
+        last, content, stop = next(_ebml_elements(data, last_end, len(data)), (0, 0, 0))
         if last == _CLUSTER:
-            last_end, timestamp = _read_cluster(data, inside, stop)
+            last_end, timestamp = _read_cluster(data, content, stop)
             continue
         if stop is None:  # only segments and clusters may be of unknown size
             return None
@@ -179,7 +184,7 @@ def _matroska(data: mmap.mmap) -> Truncation | None:
         if not last:
             break
         if last == _INFO:
-            info = {name: data[first : end or first] for name, first, end in _ebml_elements(data, inside, last_end)}
+            info = {name: data[first : end or first] for name, first, end in _ebml_elements(data, content, last_end)}
             scale = int.from_bytes(info.get(_SCALE, b"\x0f\x42\x40")[:8], "big")
             seconds = _ebml_float(info.get(_DURATION, b"")) * scale / 1e9
     if end is not None:
@@ -188,30 +193,30 @@ def _matroska(data: mmap.mmap) -> Truncation | None:
         return _ends_within("a block")
     recorded = timestamp * scale / 1e9
     if recorded and seconds - recorded > max(2, 0.05 * seconds):  # a cluster lasts seconds, and durations are rounded
-        return Truncation("packet", f"{seconds:.1f} s are declared, and the file ends after {recorded:.1f} s")
+        return Truncation("packet", f"{seconds:.1f} s are declared, but the file ends after {recorded:.1f} s")
     return None
 
 
 def _read_cluster(data: mmap.mmap, start: int, end: int | None) -> tuple[int, int]:
-    """Return where a cluster (of unknown size, if `end` is None) ends, and the timestamp of its last block."""
+    """Return the end of a cluster (of unknown size, if `end` is None), and the timestamp of its last block."""
     timestamp = last = 0
     position = start
     while position + 2 <= min(len(data), end or len(data)):
-        name, inside, after = next(_ebml_elements(data, position, len(data)), (0, 0, 0))
+        name, content, after = next(_ebml_elements(data, position, len(data)), (0, 0, 0))
         if not after or name in _MATROSKA_LEVEL_1:
             break
         if name == _TIMESTAMP:
-            last = timestamp = int.from_bytes(data[inside:after], "big")
-        elif name == 0xA3:  # a block's own time is counted from its cluster's
-            last = timestamp + int.from_bytes(data[inside + 1 : inside + 3], "big", signed=True)
+            last = timestamp = int.from_bytes(data[content:after], "big")
+        elif name == 0xA3:  # a block's timestamp is relative to its cluster's
+            last = timestamp + int.from_bytes(data[content + 1 : content + 3], "big", signed=True)
         elif end is not None:
-            break  # only the timestamps of a whole cluster are wanted, and they come first
+            break  # only the timestamps of a cluster of known size are needed, and they come first
         position = after
     return (position if end is None else end), last
 
 
 def _ebml_elements(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int | None]]:
-    """Yield ID, start and end of the content of each element; the end is None where the size is unknown (RFC 8794)."""
+    """Yield ID, start and end of the content of each element; the end is None if the size is unknown (RFC 8794)."""
     while start + 2 <= end:
         id_length = 9 - data[start].bit_length()
         size_at = start + id_length
@@ -246,7 +251,7 @@ def _flv(data: mmap.mmap) -> Truncation | None:
 
 
 def _asf(data: mmap.mmap) -> Truncation | None:
-    """WMV and WMA: objects of a GUID and a 64-bit size; a broadcast (bit 0 of the flags) declares nothing."""
+    """Check WMV and WMA files: objects of a GUID and a 64-bit size. A broadcast (bit 0 of flags) declares no sizes."""
     properties = data.find(_ASF_FILE, 0, 1 << 16)
     if properties < 0 or properties + 92 > len(data) or data[properties + 88] & 1:
         return None
@@ -260,14 +265,14 @@ def _asf(data: mmap.mmap) -> Truncation | None:
 
 
 def _ogg(data: mmap.mmap) -> Truncation | None:
-    """The last page (RFC 3533 §6) is complete, and marked as the last."""
+    """Check that the last page (RFC 3533 §6) is complete and is marked as the last."""
     page = data.rfind(b"OggS")
     if page < 0 or page + 27 > len(data):
         return _ends_within("a page")
     lengths = data[page + 27 : page + 27 + data[page + 26]]
     if len(lengths) < data[page + 26] or page + 27 + len(lengths) + sum(lengths) > len(data):
         return _ends_within("a page")
-    return None if data[page + 5] & 4 else Truncation("packet", "no page is marked as the last")
+    return None if data[page + 5] & 4 else Truncation("packet", "no page is marked as the last one")
 
 
 def _transport_stream(data: mmap.mmap) -> Truncation | None:
@@ -283,12 +288,12 @@ def _ivf(data: mmap.mmap) -> Truncation | None:
         start += 12 + int.from_bytes(data[start : start + 4], "little")
         frames += start <= len(data)
     if frames < declared and start != len(data):
-        return Truncation("media", f"{frames} of {declared} frames are there")
+        return Truncation("media", f"{frames} of {declared} frames found")
     return _ends_within("a frame") if start > len(data) else None
 
 
 def _gif(data: mmap.mmap) -> Truncation | None:
-    """Blocks up to the trailer (GIF89a, appendix A)."""
+    """Check that blocks follow each other up to the trailer (GIF89a, appendix A)."""
     start = 13 + (_gif_colors(data[10]) if len(data) > 10 else 0)
     while start + 10 <= len(data) and data[start] in (0x21, 0x2C):
         start += 2 if data[start] == 0x21 else 11 + _gif_colors(data[start + 9])
@@ -299,7 +304,7 @@ def _gif(data: mmap.mmap) -> Truncation | None:
 
 
 def _gif_colors(flags: int) -> int:
-    """Return how many bytes of colors follow the flags of a screen or an image."""
+    """Return the size of the color table that follows the flags of a screen or an image, in bytes."""
     return 3 << (flags & 7) + 1 if flags & 0x80 else 0
 
 
@@ -313,7 +318,7 @@ def _png(data: mmap.mmap) -> Truncation | None:
 
 
 def _mp3(data: mmap.mmap) -> Truncation | None:
-    """The Xing (or Info) header in the first frame declares how many bytes follow, from that frame on."""
+    """Check the file size that the Xing (or Info) header of the first frame declares, counted from that frame."""
     start = 0
     while data[start : start + 3] == b"ID3" and start + 10 <= len(data):
         length = 0

@@ -1,4 +1,4 @@
-"""Videos: a file → a few frames, their timestamps, and the audio."""
+"""Read videos: sampled frames, their timestamps, and the audio."""
 
 from __future__ import annotations
 
@@ -31,27 +31,25 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
     from jaxtyping import Float32, Float64, Int64, UInt8
 
-    FrameSampler = Callable[
-        [int, int], Int64[np.ndarray, "t"]
-    ]  # how many there are and how many to take → which, rising
-    BoundFrameSampler = Callable[[int], Int64[np.ndarray, "t"]]  # how many there are → which to take
+    FrameSampler = Callable[[int, int], Int64[np.ndarray, "t"]]  # (total, num_frames) → ascending indices
+    BoundFrameSampler = Callable[[int], Int64[np.ndarray, "t"]]  # total → ascending indices
 
 
 @dataclasses.dataclass(frozen=True)
 class Video:
-    """What of a video the model takes.
+    """Sampled frames of a video, and its audio.
 
     Attributes:
         frames: RGB.
-        timestamps: When each of them is shown, on the clock that the file's video and audio share (see `Clock`), or
-            from the start of the segment.
-        duration: When the last frame of the file or of the segment ends, on the same clock.
-        waveform: Every channel in [-1, 1] at the file's own rate. That of a whole file begins with its first sample,
-            as in the original; that of a segment follows the clock. None where `report` says that there is no audio,
-            or why it is not used, and where mel clips were asked for.
+        timestamps: Of the frames, in seconds, on the common clock of the file's video and audio (see `Clock`), or since
+            the start of the segment.
+        duration: End of the last frame of the file or of the segment, in seconds, on the same clock.
+        waveform: All channels in [-1, 1] at the file's sample rate. For a complete file it starts with the first
+            sample, as in the original; for a segment it follows the clock. None if the audio is absent or not used
+            (`report` has the reason), or if mel clips were requested.
         sample_rate: Of the audio, in Hz.
-        report: What was found in the file.
-        mel: The mel clips of the audio, where they were asked for.
+        report: What the file contains and what of it is used.
+        mel: Log-mel spectrograms of the audio clips, if they were requested; see `mel_clips`.
     """
 
     frames: UInt8[np.ndarray, "t h w 3"]
@@ -64,7 +62,15 @@ class Video:
 
 
 def frame_indices(total: int, num_frames: int) -> Int64[np.ndarray, "t"]:
-    """The frames to take of `total`: evenly spaced from the first on, rounded down; all where there are fewer."""
+    """Sample frames at even intervals, starting with the first, as in the original.
+
+    Args:
+        total: The number of frames of the video.
+        num_frames: The number of frames to sample.
+
+    Returns:
+        Indices in ascending order, rounded down; all indices if `total` is less than `num_frames`.
+    """
     num_frames = min(num_frames, total)
     if not num_frames:
         return np.zeros(0, np.int64)
@@ -80,27 +86,30 @@ def read_video(
     time_range: tuple[float, float] = FULL_RANGE,
     num_clips: int | None = None,
 ) -> Video:
-    """Read frames spread over a video, and its audio.
+    """Read a video and sample `num_frames` frames.
 
-    Audio that fails to decode is no error: the report says why.
+    Audio that cannot be decoded is not an error; the report has the reason.
 
     Args:
         path: The file.
-        num_frames: How many frames to take; a video with fewer gives those it has.
-        size: Side of the square to which frames are scaled, in pixels.
+        num_frames: The number of frames to sample; all frames are used if the video has fewer.
+        size: Height and width to which frames are scaled, in pixels.
         audio: Whether to read the audio.
-        choose: Returns which frames to take of how many; called again where decoding shows that a video has other
-            frames than its index says.
-        within: The segment to read as if it were a file of its own, in seconds; see `read_segment`.
-        num_clips: Return this many mel clips (see `mel_clips`) in place of the waveform. Only their samples are held
-            in memory.
+        sample_frames: Maps the number of frames of the video and `num_frames` to ascending indices. It is called a
+            second time if decoding shows that the video's frames differ from its index.
+        time_range: Start and end of the segment to read, in seconds; see `read_segment`.
+        num_clips: Return this many mel clips (see `mel_clips`) instead of the waveform. Only the samples that they
+            need are kept in memory.
+
+    Returns:
+        The sampled frames and the audio.
 
     Raises:
-        MediaError: The file is not a video that can be decoded, or it is truncated.
+        MediaError: The file is not a video, is truncated or corrupt, or has an unsupported codec.
     """
     path = check_file(path)
     if is_still_image(path):
-        raise MediaError(f"{path}: a picture, not a video; use read_image or read_media")
+        raise MediaError(f"{path}: an image, not a video; use read_image or read_media")
     with open_container(path) as container:
         return decode_video(
             container, path, bind_num_frames(path, num_frames, sample_frames), size, audio, num_clips, time_range
@@ -108,9 +117,9 @@ def read_video(
 
 
 def bind_num_frames(path: str, num_frames: int, sample_frames: FrameSampler = frame_indices) -> BoundFrameSampler:
-    """Return `choose` with its number of frames. Raises MediaError where this is less than one."""
+    """Return `sample_frames` with its number of frames bound. Raise MediaError if that is less than 1."""
     if num_frames < 1:
-        raise MediaError(f"{path}: {num_frames} frames were asked for; ask for at least 1")
+        raise MediaError(f"{path}: num_frames is {num_frames}; it must be at least 1")
     return lambda total: sample_frames(total, num_frames)
 
 
@@ -123,31 +132,33 @@ def decode_video(
     num_clips: int | None = None,
     time_range: tuple[float, float] = FULL_RANGE,
 ) -> Video:
-    """read_video for an opened file."""
+    """Decode the sampled frames and the audio of an opened file; see `read_video`."""
     stream = find_video_stream(container)
-    heard = find_audio_stream(container)
-    if stream is None and heard is None:
-        raise MediaError(f"{path}: neither video nor sound in the file; download or copy it again")
+    audio_stream = find_audio_stream(container)
+    if stream is None and audio_stream is None:
+        raise MediaError(f"{path}: neither video nor audio in the file; download or copy it again")
     if stream is None:
-        raise MediaError(f"{path}: no video in the file, only sound; use read_audio or read_media")
+        raise MediaError(f"{path}: no video in the file, only audio; use read_audio or read_media")
     if stream.codec_context is None:
         raise MediaError(f"{path}: the video's codec is not supported; convert it to H.264 mp4")
     if not frame_rate(stream):
         raise MediaError(f"{path}: the video has no frame rate; convert it to H.264 mp4")
     limit_frame_size(stream, path)
-    clock = Clock(container, stream, heard)
-    decoder = AudioDecoder(container, heard, path, num_clips, time_range, clock) if heard and audio else None
+    clock = Clock(container, stream, audio_stream)
+    decoder = None
+    if audio_stream and audio:
+        decoder = AudioDecoder(container, audio_stream, path, num_clips, time_range, clock)
     packets, notes = _list_packets(container, stream, decoder, clock, path)
 
-    def chosen(times: FrameTimes) -> Int64[np.ndarray, "t"]:
-        inside = frames_in_range(times, time_range)
-        return inside.start + sample_frames(len(inside))
+    def sample_segment(times: FrameTimes) -> Int64[np.ndarray, "t"]:
+        segment = frames_in_range(times, time_range)
+        return segment.start + sample_frames(len(segment))
 
-    frames, indices, times = decode_frames(container, stream, packets, chosen, size, path)
+    frames, indices, times = decode_frames(container, stream, packets, sample_segment, size, path)
     start, end = time_range
     duration = max(min(times.end, end) - start, 0.0)
     decoded = decoder.finish() if decoder else DecodedAudio()
-    if heard is None:
+    if audio_stream is None:
         state = "absent"
     elif decoder is None:
         state = "off"
@@ -167,43 +178,44 @@ def decode_video(
 def _list_packets(
     container: InputContainer, stream: VideoStream, decoder: AudioDecoder | None, clock: Clock, path: str
 ) -> tuple[list[VideoPacket], tuple[str, ...]]:
-    """Read every packet of the video in the file's order, without decoding it; decode the audio on the way.
+    """List the packets of the video in the file's order, without decoding them, and decode the audio.
 
-    Returns the packets, and notes on what the file lacks behind them.
+    Returns:
+        The packets, and notes on truncation that affects no frame.
     """
     import av
 
-    packets, whole, stopped = [], 0, ""
+    packets, num_complete, read_error = [], 0, ""
     try:
         for packet in demux(container, stream, *([decoder.stream] if decoder else [])):
             if decoder is not None and packet.stream is decoder.stream:
                 decoder.feed(packet)
             elif packet.size:
-                whole += not packet.is_corrupt
+                num_complete += not packet.is_corrupt
                 packets.append(_video_packet(packet, clock))
     except av.FFmpegError as error:
-        stopped = f"reading stops after {len(packets)} frames ({error.strerror})"
-    lost = find_truncation(path)
-    complete = stream.frames and len(packets) == whole >= stream.frames
-    if lost and lost.part == "media" and not complete:
-        of_all = f" of {stream.frames}" if stream.frames > whole else ""
-        why = f"the file is truncated: only {whole}{of_all} frames could be read"
-        raise MediaError(f"{path}: {why} ({lost.why}); download or copy it again")
-    if stopped:
-        raise MediaError(f"{path}: {stopped}; download or copy the file again")
+        read_error = f"reading stops after {len(packets)} frames ({error.strerror})"
+    truncation = find_truncation(path)
+    has_all_frames = stream.frames and len(packets) == num_complete >= stream.frames
+    if truncation and truncation.missing == "media" and not has_all_frames:
+        of_all = f" of {stream.frames}" if stream.frames > num_complete else ""
+        why = f"the file is truncated: only {num_complete}{of_all} frames could be read"
+        raise MediaError(f"{path}: {why} ({truncation.evidence}); download or copy it again")
+    if read_error:
+        raise MediaError(f"{path}: {read_error}; download or copy the file again")
     if not packets:
         raise MediaError(f"{path}: the video has no frames; download or copy the file again")
-    return packets, (lost.note,) if lost else ()
+    return packets, (truncation.note,) if truncation else ()
 
 
 def _video_packet(packet: Packet, clock: Clock) -> VideoPacket:
-    shift, tick = clock.shift(packet), float(packet.time_base)
+    offset, tick = clock.update_offset(packet), float(packet.time_base)
     return VideoPacket(
         pts=packet.pts,
         dts=packet.dts,
         size=packet.size,
         is_key=packet.is_keyframe,
         is_discarded=packet.is_discard,
-        seconds=None if packet.pts is None else packet.pts * tick + shift,
+        seconds=None if packet.pts is None else packet.pts * tick + offset,
         duration=(packet.duration or 0) * tick,
     )

@@ -1,4 +1,4 @@
-"""Frames and sound → an mp4 (H.264 and AAC), such as players, and the readers beside this file, take."""
+"""Write frames and a waveform to an mp4 (H.264 and AAC)."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float32, UInt8
 
 _LAYOUTS = {1: "mono", 2: "stereo"}  # by number of channels
-_REPRODUCIBLE = {"mbtree": "0"}  # x264's macroblock tree differs from run to run, seen at frames of 96 × 96
-_AAC_SAMPLES = 1024  # AAC compresses so many at a time
+_REPRODUCIBLE = {"mbtree": "0"}  # x264's macroblock tree differs from run to run (observed with frames of 96 × 96)
+_AAC_SAMPLES = 1024  # per AAC frame
 
 
 def write_video(
@@ -31,23 +31,33 @@ def write_video(
     waveform: Float32[np.ndarray, "c n"] | None = None,
     sample_rate: int = 16000,
 ) -> None:
-    """Writes RGB frames, and beside them sound of one or two channels in [-1, 1], over whatever was at `path`.
+    """Write RGB frames, and optionally audio, to an mp4 file. An existing file is overwritten.
 
-    Frames are taken one at a time, so an iterator can make a video that is longer than memory holds. Compression loses
-    a little; the same frames and sound make the same file. Raises MediaError for frames that H.264 cannot hold (odd or
-    differing sizes, none at all), for sound and rates that do not fit, and for a path that cannot be written.
+    Compression is lossy. The same frames and audio give the same file.
+
+    Args:
+        path: The file.
+        frames: Frames of the same, even height and width. They are consumed one at a time, so an iterator can yield
+            more frames than fit in memory.
+        fps: Frames per second.
+        waveform: One or two channels in [-1, 1].
+        sample_rate: Of the waveform, in Hz.
+
+    Raises:
+        MediaError: There are no frames, their shapes, the waveform or the rates are not supported, or the file cannot
+            be written.
     """
     import av
 
     path = os.fsdecode(path)
     if not (math.isfinite(fps) and fps > 0):
-        raise MediaError(f"{path}: {fps} frames a second cannot be written; give a number above 0")
+        raise MediaError(f"{path}: fps is {fps}; it must be a finite number above 0")
     if waveform is not None and (waveform.ndim != 2 or len(waveform) not in _LAYOUTS):
-        raise MediaError(f"{path}: sound of shape {list(waveform.shape)}; give [1 or 2 channels, samples]")
+        raise MediaError(f"{path}: waveform of shape {list(waveform.shape)}; expected [1 or 2 channels, samples]")
     frames = iter(frames)
     first = next(frames, None)
     if first is None:
-        raise MediaError(f"{path}: there are no frames to write; give at least one")
+        raise MediaError(f"{path}: there are no frames to write; pass at least one")
     _check_frame(first, first, path)
     rate = Fraction(fps).limit_denominator(1001)  # 29.97… is 30000/1001
     try:
@@ -55,15 +65,13 @@ def write_video(
             video = container.add_stream("libx264", rate=rate, options=_REPRODUCIBLE)
             video.height, video.width, video.pix_fmt = *first.shape[:2], "yuv420p"
             audio: AudioStream | None = None
-            together: Iterable[VideoFrame | AudioFrame] = _video_frames(
-                itertools.chain([first], frames), first, rate, path
-            )
+            frames = itertools.chain([first], frames)
+            in_time: Iterable[VideoFrame | AudioFrame] = _video_frames(frames, first, rate, path)
             if waveform is not None:
                 audio = container.add_stream("aac", rate=sample_rate, layout=_LAYOUTS[len(waveform)])
-                together = heapq.merge(
-                    together, _audio_frames(waveform, sample_rate), key=lambda frame: frame.time or 0.0
-                )
-            for frame in together:
+                audio_frames = _audio_frames(waveform, sample_rate)
+                in_time = heapq.merge(in_time, audio_frames, key=lambda frame: frame.time or 0.0)
+            for frame in in_time:
                 if isinstance(frame, av.VideoFrame):
                     container.mux(video.encode(frame))
                 elif audio is not None:
@@ -82,9 +90,9 @@ def _video_frames(
 
     for number, frame in enumerate(frames):
         _check_frame(frame, first, path)
-        picture = VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
-        picture.pts, picture.time_base = number, 1 / rate
-        yield picture
+        video_frame = VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+        video_frame.pts, video_frame.time_base = number, 1 / rate
+        yield video_frame
 
 
 def _audio_frames(waveform: Float32[np.ndarray, "c n"], sample_rate: int) -> Iterator[AudioFrame]:
@@ -92,17 +100,20 @@ def _audio_frames(waveform: Float32[np.ndarray, "c n"], sample_rate: int) -> Ite
 
     for start in range(0, waveform.shape[1], _AAC_SAMPLES):
         samples = np.ascontiguousarray(waveform[:, start : start + _AAC_SAMPLES], np.float32)
-        sound = AudioFrame.from_ndarray(samples, "fltp", _LAYOUTS[len(waveform)])
-        sound.sample_rate, sound.pts, sound.time_base = sample_rate, start, Fraction(1, sample_rate)
-        yield sound
+        audio_frame = AudioFrame.from_ndarray(samples, "fltp", _LAYOUTS[len(waveform)])
+        audio_frame.sample_rate, audio_frame.pts = sample_rate, start
+        audio_frame.time_base = Fraction(1, sample_rate)
+        yield audio_frame
 
 
 def _check_frame(frame: UInt8[np.ndarray, "h w 3"], first: UInt8[np.ndarray, "h w 3"], path: str) -> None:
-    """Raises MediaError for a frame that cannot follow the first."""
+    """Raise MediaError if a frame is not RGB, has an odd size, or another shape than the first."""
     shape = list(frame.shape)
     if frame.dtype != np.uint8 or len(shape) != 3 or shape[2] != 3:
-        raise MediaError(f"{path}: a frame of {frame.dtype} and shape {shape}; give uint8 of [height, width, 3]")
+        raise MediaError(f"{path}: frame of type {frame.dtype} and shape {shape}; expected uint8 [height, width, 3]")
     if not frame.size or shape[0] % 2 or shape[1] % 2:
-        raise MediaError(f"{path}: frames of {shape[1]}×{shape[0]} pixels; give even sizes, as H.264 needs them")
+        raise MediaError(f"{path}: frames of {shape[1]}×{shape[0]} pixels; H.264 requires an even width and height")
     if frame.shape != first.shape:
-        raise MediaError(f"{path}: a frame of shape {shape} after frames of shape {list(first.shape)}; make them alike")
+        raise MediaError(
+            f"{path}: frame of shape {shape} after frames of shape {list(first.shape)}; all frames must have one shape"
+        )

@@ -1,0 +1,1 @@
+"""Process-wide behavior: Ctrl-C, the compilation cache, optional dependencies."""

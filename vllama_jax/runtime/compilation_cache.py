@@ -1,4 +1,4 @@
-"""Compiled programs, kept on disk from one process to the next."""
+"""JAX's persistent compilation cache."""
 
 import logging
 import os
@@ -10,14 +10,14 @@ logger = logging.getLogger(__name__)
 
 
 def enable_compilation_cache() -> None:
-    """Point JAX's persistent compilation cache at a folder of ours, unless the user has chosen one or switched it off.
+    """Enable JAX's persistent compilation cache, unless the user has chosen a cache directory or disabled the cache.
 
-    `vllama_jax.load` and the commands that compile call this, so that a process which never loads a model keeps JAX's
-    own settings. Once it is called, the cache also holds what the process compiles besides. Calls after the first
-    change nothing; threads may call it at once.
+    The directory is `compiled` in $VLLAMA_CACHE (or $XDG_CACHE_HOME/vllama_jax, or ~/.cache/vllama_jax). If it cannot
+    be written, a warning is logged and the cache stays disabled.
 
-    $VLLAMA_CACHE (or $XDG_CACHE_HOME/vllama_jax, or ~/.cache/vllama_jax) is the folder. One that cannot be written is
-    logged as a warning and not used.
+    `vllama_jax.load` and the commands that compile call this function; a process that never loads a model keeps JAX's
+    settings. From then on the cache stores everything that the process compiles. Further calls have no effect, and
+    threads may call it concurrently.
     """
     import jax
 
@@ -25,16 +25,16 @@ def enable_compilation_cache() -> None:
     if settings["jax_compilation_cache_dir"] is not None or not settings["jax_enable_compilation_cache"]:
         return
     try:
-        folder = cache_directory() / "compiled"
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        directory = cache_directory() / "compiled"
+        directory.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=directory):
             pass
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         why = getattr(error, "strerror", None) or error
         logger.warning(
-            f"compiled programs are not kept: {getattr(error, 'filename', None) or 'no cache folder'}: {why}"
+            f"the compilation cache is disabled: {getattr(error, 'filename', None) or 'no cache directory'}: {why}"
         )
         return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_dir", str(directory))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # else nothing small is kept
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # JAX's default excludes small programs

@@ -1,4 +1,4 @@
-"""Packages that only some uses need, installed as extras: pip install 'vllama-jax[convert]'."""
+"""Import optional dependencies, which are installed as extras: pip install 'vllama-jax[convert]'."""
 
 import importlib
 from types import ModuleType
@@ -7,14 +7,17 @@ from vllama_jax.errors import VllamaError
 
 
 def import_extra(name: str, extra: str, use: str, error: type[VllamaError], instead: str = "") -> ModuleType:
-    """Import a package that an extra brings.
+    """Import a module of an optional dependency.
 
     Args:
-        name: The package.
-        extra: The extra that it belongs to.
+        name: The module.
+        extra: The extra that installs it.
         use: What needs it, for the start of the message: "a.pth: reading torch files".
         error: The exception to raise.
-        instead: What the user can do without it, for the end of the message.
+        instead: What the user can do without it, appended to the message.
+
+    Returns:
+        The module.
 
     Raises:
         error: It is not installed, or cannot be imported.

@@ -1,8 +1,8 @@
-"""Ctrl-C: how it ends a command, whatever the command is doing.
+"""Handle Ctrl-C so that it always ends a command within seconds.
 
-Python raises KeyboardInterrupt in the main thread once that thread runs Python code again. A thread that compiles or
-restores weights does so only minutes later, and an exception raised in a destructor or in a library's callback is
-dropped. So the signal also wakes a thread, which ends the process where the exception did not.
+Python raises KeyboardInterrupt in the main thread when that thread next runs Python code. While it compiles or restores
+weights, that can take minutes, and an exception that is raised in a destructor or in a library's callback is dropped.
+Therefore the signal also wakes a thread, which ends the process if the exception does not.
 """
 
 import contextlib
@@ -15,84 +15,85 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-EXIT_CODE = 130  # as a shell reports a program that SIGINT ended
-GRACE_SECONDS = 3.0  # seconds from Ctrl-C for removing partial files and waiting for threads
+EXIT_CODE = 130  # by convention, of a program that SIGINT ended
+GRACE_SECONDS = 3.0  # after Ctrl-C, to remove partial files and wait for threads
 
 _received = threading.Event()
 _deferred = threading.Event()
 
 
 class SavedInterrupt(KeyboardInterrupt):
-    """Ctrl-C, raised once the work it interrupted has been saved."""
+    """Ctrl-C, raised after the interrupted work has been saved."""
 
 
 @contextlib.contextmanager
 def exit_on_interrupt() -> Iterator[None]:
-    """End the process with exit code 130 within seconds of Ctrl-C, without a traceback; at once on a second one.
+    """Exit with code 130 within seconds of Ctrl-C, without a traceback, or immediately on a second Ctrl-C.
 
-    The body gets KeyboardInterrupt, so that it removes its partial files. Does nothing outside of the main thread.
+    KeyboardInterrupt is raised in the body of the context, so that it can remove its partial files. Outside of the main
+    thread this context has no effect.
     """
     if not _is_main_thread():
         yield
         return
     _received.clear()
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    woken_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    handler_before = signal.signal(signal.SIGINT, _interrupt)
-    hook_before = sys.unraisablehook
-    sys.unraisablehook = functools.partial(_report_unraisable, hook_before)
-    threading.Thread(target=_watch_signals, args=(reading,), daemon=True, name="vllama-interrupts").start()
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    previous_wakeup_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    previous_handler = signal.signal(signal.SIGINT, _interrupt)
+    previous_hook = sys.unraisablehook
+    sys.unraisablehook = functools.partial(_report_unraisable, previous_hook)
+    threading.Thread(target=_watch_signals, args=(read_fd,), daemon=True, name="vllama-interrupts").start()
     try:
         yield
     except SystemExit as end:
         if _received.is_set() and isinstance(end.code, str) and not _is_caused_by_interrupt(end):
-            print(end.code, file=sys.stderr)  # what was asked for has failed: a checkpoint could not be saved
+            print(end.code, file=sys.stderr)  # an error after Ctrl-C, such as a checkpoint that could not be saved
             exit_now(1)
         raise
     finally:
         if _received.is_set():
-            with contextlib.suppress(OSError, ValueError):  # whoever read it has gone
+            with contextlib.suppress(OSError, ValueError):  # the reader of the pipe has exited
                 sys.stdout.flush()
             exit_now()  # sys.exit would wait for threads, and crash in those that still run native code
-        sys.unraisablehook = hook_before
-        signal.signal(signal.SIGINT, handler_before)
-        signal.set_wakeup_fd(woken_before)
-        os.close(writing)
+        sys.unraisablehook = previous_hook
+        signal.signal(signal.SIGINT, previous_handler)
+        signal.set_wakeup_fd(previous_wakeup_fd)
+        os.close(write_fd)
 
 
 @contextlib.contextmanager
 def defer_interrupt() -> Iterator[threading.Event]:
-    """The event that Ctrl-C sets in place of raising KeyboardInterrupt. A second Ctrl-C still ends the process."""
-    asked = threading.Event()
+    """Yield an event that Ctrl-C sets instead of raising KeyboardInterrupt. A second Ctrl-C still ends the process."""
+    interrupted = threading.Event()
     if not _is_main_thread():
-        yield asked
+        yield interrupted
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if asked.is_set():
+    def set_event(number: int, frame: FrameType | None) -> None:
+        if interrupted.is_set():
             exit_now()
         _received.set()
-        asked.set()
+        interrupted.set()
 
-    before = signal.signal(signal.SIGINT, note)
+    previous_handler = signal.signal(signal.SIGINT, set_event)
     _deferred.set()
     try:
-        yield asked
+        yield interrupted
     finally:
         _deferred.clear()
-        signal.signal(signal.SIGINT, before)
+        signal.signal(signal.SIGINT, previous_handler)
 
 
 def exit_now(code: int = EXIT_CODE) -> None:
-    """End the process, from any thread, without waiting for anything."""
+    """End the process immediately, from any thread."""
     if os.isatty(2):
         os.write(2, b"\x1b[?25h")  # a progress bar hides the cursor
     os._exit(code)
 
 
 def _is_main_thread() -> bool:
-    """Python handles signals in the main thread only."""
+    """Return whether this is the main thread, the only one in which Python handles signals."""
     return threading.current_thread() is threading.main_thread()
 
 
@@ -104,16 +105,16 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _is_caused_by_interrupt(error: BaseException | None) -> bool:
-    """Whether KeyboardInterrupt led to an error, as where a library reports it in its own way."""
+    """Return whether KeyboardInterrupt is a cause of an error, as in libraries that convert exceptions."""
     while error is not None and not isinstance(error, KeyboardInterrupt):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
-def _watch_signals(reading: int) -> None:
-    """Count the signals that arrive in a pipe, until it is closed."""
+def _watch_signals(read_fd: int) -> None:
+    """Count the SIGINTs that arrive in a pipe until it is closed; exit on the second, or after the grace period."""
     count = 0
-    with open(reading, "rb", buffering=0) as signals:
+    with open(read_fd, "rb", buffering=0) as signals:
         while numbers := signals.read(64):
             for _ in range(numbers.count(signal.SIGINT)):
                 count += 1
@@ -126,6 +127,6 @@ def _watch_signals(reading: int) -> None:
 
 
 def _report_unraisable(report: Callable[[Any], None], unraisable: "sys.UnraisableHookArgs") -> None:
-    """Report an exception that nothing could catch, but for the KeyboardInterrupt that the thread makes up for."""
+    """Report an unraisable exception, except for KeyboardInterrupt, which `_watch_signals` handles."""
     if not issubclass(unraisable.exc_type, KeyboardInterrupt):
         report(unraisable)

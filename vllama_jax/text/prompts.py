@@ -1,7 +1,7 @@
-"""A conversation about media in, prompt text and token ids out; generated ids in, the answer's text out.
+"""Build prompts: convert conversations about media to text and token ids, and generated token ids to answers.
 
-Strings and ids equal the reference's (its `conversation_video.py`) for the vicuna and llama_2 templates; where the
-reference has no wording, the docstring says so. Templates are in `templates.py`.
+Texts and ids equal the reference's (its `conversation_video.py`) for the templates vicuna and llama_2. Docstrings
+say where the reference has no wording. Templates are in `templates.py`.
 """
 
 import dataclasses
@@ -24,7 +24,13 @@ DEFAULT_SYSTEM = (
 
 @dataclasses.dataclass(frozen=True)
 class Media:
-    """One file of a conversation. `sound`: whether a video's sound is heard too. `seconds`: when its frames were."""
+    """A media file in a conversation.
+
+    Attributes:
+        kind: The kind of media.
+        with_audio: Whether the audio of a video is used too.
+        timestamps: Of a video's sampled frames, in seconds.
+    """
 
     kind: Literal["video", "image", "audio"]
     with_audio: bool = False
@@ -32,25 +38,36 @@ class Media:
 
     @property
     def placeholders(self) -> tuple[str, ...]:
-        """What goes into its places in the prompt, in order: sound comes before sight."""
+        """The kind of each media placeholder in the prompt, in order: audio precedes video."""
         return ("audio", self.kind) if self.with_audio and self.kind == "video" else (self.kind,)
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """Media, then a question, then its answer; None while it has not come. ended: the model ended it by its EOS."""
+    """Media, a question and its answer.
+
+    Attributes:
+        media: The files that were added before the question.
+        question: The question; None until it is asked.
+        answer: The answer; None until it is generated.
+        ended_by_eos: Whether the model ended the answer with its EOS.
+    """
 
     media: tuple[Media, ...] = ()
     question: str | None = None
     answer: str | None = None
-    ended: bool = False
+    ended_by_eos: bool = False
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conversation:
-    """Turns under a template. Immutable: each method returns the conversation that follows.
+    """Turns and their prompt template. Immutable: each method returns a new conversation.
 
-    `audio_branch` says whether the model can hear, `system` is the caller's own system text (None: see `system_text`).
+    Attributes:
+        template: The chat form of the prompt template.
+        audio_branch: Whether the model has an audio branch.
+        system: The system prompt; None for `default_system_prompt`.
+        turns: The turns so far.
     """
 
     template: ChatTemplate
@@ -59,53 +76,80 @@ class Conversation:
     turns: tuple[Turn, ...] = ()
 
     def add(self, media: Media) -> "Conversation":
-        """Shows the model one more file, before the next question."""
-        past, turn = self._open_turn()
-        return dataclasses.replace(self, turns=(*past, dataclasses.replace(turn, media=(*turn.media, media))))
+        """Add a media file before the next question."""
+        finished, turn = self._open_turn()
+        return dataclasses.replace(self, turns=(*finished, dataclasses.replace(turn, media=(*turn.media, media))))
 
     def ask(self, question: str) -> "Conversation":
-        """Asks the next question, about the files added before it and all that was said."""
-        past, turn = self._open_turn()
-        return dataclasses.replace(self, turns=(*past, dataclasses.replace(turn, question=question)))
+        """Add a question, about all media and turns before it."""
+        finished, turn = self._open_turn()
+        return dataclasses.replace(self, turns=(*finished, dataclasses.replace(turn, question=question)))
 
-    def answer(self, text: str, ended: bool = False) -> "Conversation":
-        """Keep the answer to the last question, and whether an EOS follows it in later prompts (`past_answer`)."""
+    def answer(self, text: str, ended_by_eos: bool = False) -> "Conversation":
+        """Add the answer to the last question.
+
+        Args:
+            text: The answer.
+            ended_by_eos: Whether an EOS follows it in later prompts (`decode_past_answer`).
+
+        Raises:
+            ValueError: No question is open.
+        """
         if not self.turns or self.turns[-1].question is None or self.turns[-1].answer is not None:
-            raise ValueError("there is no question to answer")
-        turn = dataclasses.replace(self.turns[-1], answer=text, ended=ended)
+            raise ValueError("there is no question to answer: ask one first")
+        turn = dataclasses.replace(self.turns[-1], answer=text, ended_by_eos=ended_by_eos)
         return dataclasses.replace(self, turns=(*self.turns[:-1], turn))
 
     def _open_turn(self) -> tuple[tuple[Turn, ...], Turn]:
-        """The finished turns, and the one that a next message belongs to."""
+        """Return the finished turns, and the turn of the next message."""
         if not self.turns or self.turns[-1].answer is not None:
             return self.turns, Turn()
         if self.turns[-1].question is not None:
-            raise ValueError("the last question has no answer yet")
+            raise ValueError("the last question has no answer yet: add its answer first")
         return self.turns[:-1], self.turns[-1]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TokenizedPrompt:
-    """Token ids, 0 where a media token goes, and where those are."""
+    """Token ids of a prompt.
+
+    Attributes:
+        ids: Token ids, 0 at placeholders.
+        is_media: Whether each position is a placeholder.
+    """
 
     ids: Int32[np.ndarray, "n"]
     is_media: Bool[np.ndarray, "n"]
 
 
 def start_conversation(template: str, audio_branch: bool, system: str | None = None) -> Conversation:
-    """An empty conversation.
+    """Create an empty conversation.
+
+    Args:
+        template: The name of the prompt template.
+        audio_branch: Whether the model has an audio branch.
+        system: The system prompt; None for `default_system_prompt`.
 
     Raises:
-        ConfigError: there is no such template, or it has no place for a system text.
+        ConfigError: There is no such template, or it does not support a system prompt.
     """
     chosen = find_template(template)
     if system and chosen.system is None:
-        raise ConfigError(f"the prompt template {template!r} has no place for a system text: leave it out")
+        raise ConfigError(f"the prompt template {template!r} does not support a system prompt: omit it")
     return Conversation(template=chosen, audio_branch=audio_branch, system=system)
 
 
 def check_special_tokens(form: object, tokenizer: Tokenizer, name: str) -> None:
-    """Raise ConfigError where a form of the template `name` needs a special token that a tokenizer does not have."""
+    """Check that a tokenizer has all special tokens of a template.
+
+    Args:
+        form: A form of the template: chat, caption or conversation.
+        tokenizer: The model's tokenizer.
+        name: The template's name, for the message.
+
+    Raises:
+        ConfigError: A special token is missing.
+    """
     missing = [token.text for token in special_tokens(form) if tokenizer.special_token_id(token.text) is None]
     if missing:
         raise ConfigError(
@@ -115,10 +159,14 @@ def check_special_tokens(form: object, tokenizer: Tokenizer, name: str) -> None:
 
 
 def default_system_prompt(audio_branch: bool, media: Media | None) -> str:
-    """The system text of the reference's demos, which the file shown last decides.
+    """Return the system prompt of the reference's demos.
 
-    A picture-only model gets the long sentence always, one with the audio branch only for images. Sound in use empties
-    it. Without media (which no demo allows) it is empty.
+    A model without an audio branch always gets DEFAULT_SYSTEM; one with an audio branch gets it only for images.
+    If audio is used, the system prompt is empty. Without media, which no demo allows, it is empty too.
+
+    Args:
+        audio_branch: Whether the model has an audio branch.
+        media: The last media file of the conversation.
     """
     if media is None or "audio" in media.placeholders:
         return ""
@@ -126,221 +174,269 @@ def default_system_prompt(audio_branch: bool, media: Media | None) -> str:
 
 
 def format_timestamps(timestamps: Sequence[float]) -> str:
-    """When the frames of a video were, with the space that follows."""
+    """Return the sentence with the timestamps of a video's frames in seconds, followed by a space."""
     times = ", ".join(str(round(float(second), 1)) for second in timestamps)
     return f"The video contains {len(timestamps)} frames sampled at {times} seconds. "
 
 
 def format_media(media: Media) -> Prompt:
-    """The words around a file. The runs of spaces are the reference's own.
+    """Return the text and placeholders of a media file. The runs of spaces are the reference's.
 
-    The reference never has sound alone; its wording here is the sound half of the sentence for both.
+    The reference has no wording for audio alone; this is the audio half of its sentence for both.
     """
-    hear = "Close your eyes, open your ears and you imagine only based on the sound that: "
+    audio_intro = "Close your eyes, open your ears and you imagine only based on the sound that: "
     if media.placeholders == ("audio", "video"):
-        see = "." + " " * 17 + "Close your ears, open your eyes and you see that <Video>"
+        video_intro = "." + " " * 17 + "Close your ears, open your eyes and you see that <Video>"
         end = "</Video>." + " " * 18 + "Now answer my question based on what you have just seen and heard."
-        return (hear, Mark.MEDIA, see, Mark.MEDIA, end)
+        return (audio_intro, Mark.MEDIA, video_intro, Mark.MEDIA, end)
     if media.kind == "audio":
-        return (hear, Mark.MEDIA, "." + " " * 18 + "Now answer my question based on what you have just heard.")
+        return (audio_intro, Mark.MEDIA, "." + " " * 18 + "Now answer my question based on what you have just heard.")
     if media.kind == "video":
         return ("<Video>", Mark.MEDIA, "</Video> " + format_timestamps(media.timestamps))
     return ("<Image>", Mark.MEDIA, "</Image> ")
 
 
 def build_prompt(conversation: Conversation) -> Prompt:
-    """All turns; after the last question, the cue that the answer follows."""
+    """Build the prompt of all turns.
+
+    Returns:
+        Texts, marks and special tokens. After an unanswered question, they end with the generation prompt.
+    """
     template, turns = conversation.template, conversation.turns
-    prompt: list[Segment] = [*_opening(conversation)]
+    prompt: list[Segment] = [*_build_opening(conversation)]
     for i, turn in enumerate(turns):
-        prompt += [*(template.turn_separator if i else ()), *_user_message(template, turn), *template.generation_prompt]
-        if turn.answer is not None:  # what follows media directly was trained without a gap
+        prompt += [
+            *(template.turn_separator if i else ()),
+            *_build_user_message(template, turn),
+            *template.generation_prompt,
+        ]
+        if turn.answer is not None:  # training has no prefix directly after media
             prompt += [template.answer_prefix if template.generation_prompt or turn.question else "", turn.answer]
-            prompt += [Mark.EOS] if turn.ended else []
-    return _join_texts(prompt)
+            prompt += [Mark.EOS] if turn.ended_by_eos else []
+    return _merge_texts(prompt)
 
 
 def render(conversation: Conversation) -> str:
-    """The prompt as one string, for people and tests: `<ImageHere>` in it may be a place for media or a user's text."""
-    return "".join(map(_text_of, build_prompt(conversation)))
+    """Return the prompt as one string, to be read by people.
+
+    Do not tokenize it: `<ImageHere>` may be a placeholder or a user's text.
+    """
+    return "".join(map(_segment_text, build_prompt(conversation)))
 
 
 def encode_conversation(
     conversation: Conversation, tokenizer: Tokenizer, media_lengths: Sequence[int]
 ) -> TokenizedPrompt:
-    """Token ids of `build_prompt`; see `encode_prompt`. Media come in the order of turns, files and `Media.slots`."""
+    """Tokenize a conversation: `encode_prompt` of `build_prompt`.
+
+    Args:
+        conversation: The conversation.
+        tokenizer: The model's tokenizer.
+        media_lengths: Number of media tokens of each placeholder, in the order of turns, files and
+            `Media.placeholders`.
+    """
     return encode_prompt(tokenizer, build_prompt(conversation), media_lengths)
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, prompt: Prompt, media_lengths: Sequence[int], *, start: bool = True
+    tokenizer: Tokenizer, prompt: Prompt, media_lengths: Sequence[int], *, add_bos: bool = True
 ) -> TokenizedPrompt:
-    """Token ids of a prompt: its BOS, then each text encoded by itself, as in the reference.
+    """Tokenize a prompt: its BOS, then each text by itself, as in the reference.
 
     Args:
-        tokenizer: Says whether there is a BOS.
+        tokenizer: The model's tokenizer, which determines whether there is a BOS.
         prompt: Texts, marks and special tokens.
-        media_lengths: How many tokens go into each place for media, in order of appearance.
-        start: False for what follows another prompt, without a BOS.
+        media_lengths: Number of media tokens of each placeholder, in order.
+        add_bos: Whether to add the BOS; False if the prompt continues another one.
 
     Raises:
-        ValueError: More or fewer lengths than places.
+        ValueError: The number of lengths is not the number of placeholders.
         ConfigError: The tokenizer does not have a special token of the prompt.
     """
-    places = prompt.count(Mark.MEDIA)
-    if places != len(media_lengths):
-        raise ValueError(f"the prompt has {places} places for media, but {len(media_lengths)} lengths were given")
+    count = prompt.count(Mark.MEDIA)
+    if count != len(media_lengths):
+        raise ValueError(f"the prompt has {count} media placeholders, but {len(media_lengths)} lengths were given")
     lengths = iter(media_lengths)
-    ids = tokenizer.bos_ids if start else []
+    ids = tokenizer.bos_ids if add_bos else []
     is_media = [False] * len(ids)
-    for part in _join_texts(prompt):
-        new = [0] * next(lengths) if part is Mark.MEDIA else _part_ids(tokenizer, part)
-        ids += new
-        is_media += [part is Mark.MEDIA] * len(new)
+    for segment in _merge_texts(prompt):
+        segment_ids = [0] * next(lengths) if segment is Mark.MEDIA else _encode_segment(tokenizer, segment)
+        ids += segment_ids
+        is_media += [segment is Mark.MEDIA] * len(segment_ids)
     return TokenizedPrompt(np.array(ids, np.int32), np.array(is_media, bool))
 
 
 def stop_sequences(tokenizer: Tokenizer, template: ChatTemplate) -> list[tuple[int, ...]]:
-    """The ids that end an answer when they are the last ones generated, beside those in `tokenizer.eos_ids`.
+    """Return the id sequences that end an answer, in addition to those in `tokenizer.eos_ids`.
 
-    A stop string has other ids by itself than after other text (LLaMA's "###" is 835, or 2277 and 29937), and in some
-    vocabularies it may melt into what precedes it: `stream_answer` looks at the text too.
+    The ids of a stop string depend on the text before it: LLaMA's "###" is 835, or 2277 and 29937. In some
+    vocabularies it may merge with that text, so `stream_answer` searches the text too.
     """
     if not isinstance(template.stop, str):
-        return [(stop,) for stop in _part_ids(tokenizer, template.stop)]
-    found = {tuple(tokenizer.encode(template.stop, special=False))}
+        return [(stop,) for stop in _encode_segment(tokenizer, template.stop)]
+    sequences = {tuple(tokenizer.encode(template.stop, special=False))}
     for context in ("\n", ".", "a"):
         before = tokenizer.encode(context, special=False)
         both = tokenizer.encode(context + template.stop, special=False)
         if both[: len(before)] == before:
-            found.add(tuple(both[len(before) :]))
-    return sorted(ids for ids in found if not any(ids != other and ids[-len(other) :] == other for other in found))
+            sequences.add(tuple(both[len(before) :]))
+    return sorted(
+        ids for ids in sequences if not any(ids != other and ids[-len(other) :] == other for other in sequences)
+    )
 
 
 def decode_answer(tokenizer: Tokenizer, template: ChatTemplate, ids: Iterable[int]) -> str:
-    """The answer in generated ids, the dummy start token allowed; what follows an end token is left out."""
-    return clean_answer(template, tokenizer.decode(_before_end(tokenizer, template, ids), skip_special=True))
+    """Decode an answer.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        template: The chat form of the prompt template.
+        ids: Generated ids. They may start with a dummy BOS; ids after an end token are ignored.
+
+    Returns:
+        The answer, without the stop string, the assistant's role, and white space around it.
+    """
+    return clean_answer(template, tokenizer.decode(_truncate_at_eos(tokenizer, template, ids), skip_special=True))
 
 
 def decode_past_answer(tokenizer: Tokenizer, template: ChatTemplate, ids: Sequence[int]) -> tuple[str, bool]:
-    """An answer as the prompts of later turns have it: its text, and whether the model's EOS follows.
+    """Decode an answer for the prompts of later turns.
 
-    The original cuts an answer at the template's stop and strips it, and so keeps an EOS that ended it (of Vicuna), and
-    the space before one. There is none where a stop string or the limit of new tokens ended the answer, nor where the
-    template itself puts one between turns (LLaMA-2, ChatML).
+    The original truncates an answer at the template's stop string and strips it, so it keeps an EOS that ended the
+    answer (of Vicuna), and the space before one. There is no EOS if a stop string or the limit of new tokens ended the
+    answer, or if the template itself puts one between turns (LLaMA-2, ChatML).
+
+    Args:
+        tokenizer: The model's tokenizer.
+        template: The chat form of the prompt template.
+        ids: The generated ids.
+
+    Returns:
+        The text, and whether the model's EOS follows it.
     """
-    until_end = _before_end(tokenizer, template, ids)
-    text = tokenizer.decode(until_end, skip_special=True)
-    ended = len(until_end) < len(ids) and isinstance(template.stop, str) and template.stop not in text
-    text = _cut_answer(template, text)
-    return (text.lstrip() if ended else text.strip()), ended
+    answer_ids = _truncate_at_eos(tokenizer, template, ids)
+    text = tokenizer.decode(answer_ids, skip_special=True)
+    ended_by_eos = len(answer_ids) < len(ids) and isinstance(template.stop, str) and template.stop not in text
+    text = _extract_answer(template, text)
+    return (text.lstrip() if ended_by_eos else text.strip()), ended_by_eos
 
 
 def clean_answer(template: ChatTemplate, text: str) -> str:
-    """Cuts a text at the stop string and at the last mention of the assistant's role, and strips it."""
-    return _cut_answer(template, text).strip()
+    """Remove the stop string and all after it, all up to the last mention of the assistant's role, and white space."""
+    return _extract_answer(template, text).strip()
 
 
 def stream_answer(tokenizer: Tokenizer, template: ChatTemplate, batches: Iterable[Sequence[int]]) -> Iterator[str]:
-    """The answer in pieces while its ids are generated. Stops taking batches when the answer has ended.
+    """Decode an answer while its ids are generated.
 
-    A piece is held back while it may be the beginning of a stop string, a role or a character. The pieces joined are
-    `decode_answer` of the ids, but where the role is named again once text was shown: that stays.
+    Text is withheld while it may be the start of a stop string, of the role or of a character. The texts joined equal
+    `decode_answer` of all ids, except if the role is mentioned again after the first text was yielded: then the text
+    before it remains.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        template: The chat form of the prompt template.
+        batches: Batches of generated ids. No more batches are taken once the answer has ended.
+
+    Yields:
+        The new text.
     """
     ids: list[int] = []
-    shown = start = 0
+    num_yielded = start = 0
     for batch in itertools.chain(batches, [None]):
         ids.extend([] if batch is None else batch)
-        until_end = _before_end(tokenizer, template, ids)
-        ended = batch is None or len(until_end) < len(ids)
-        text = tokenizer.decode(until_end, skip_special=True) if ended else tokenizer.decode_stable_prefix(until_end)
-        kept = _before_stop(template, text)
-        ended = ended or kept != text
-        text = kept if ended else _without_beginning_of_mark(template, text)
-        if not shown:
-            start = _start_of_answer(template, text)
+        answer_ids = _truncate_at_eos(tokenizer, template, ids)
+        is_last = batch is None or len(answer_ids) < len(ids)
+        text = (
+            tokenizer.decode(answer_ids, skip_special=True) if is_last else tokenizer.decode_stable_prefix(answer_ids)
+        )
+        truncated = _truncate_at_stop(template, text)
+        is_last = is_last or truncated != text
+        text = truncated if is_last else _withhold_partial_stop(template, text)
+        if not num_yielded:
+            start = _find_answer_start(template, text)
         text = text[start:].strip()
-        if len(text) > shown:
-            yield text[shown:]
-            shown = len(text)
-        if ended:
+        if len(text) > num_yielded:
+            yield text[num_yielded:]
+            num_yielded = len(text)
+        if is_last:
             return
 
 
-def _opening(conversation: Conversation) -> Prompt:
-    """What precedes the first user message: the system text with what is around it, where there is one."""
+def _build_opening(conversation: Conversation) -> Prompt:
+    """Return the text before the first user message, with the system prompt if there is one."""
     template = conversation.template
-    shown = [media for turn in conversation.turns for media in turn.media]
-    automatic = default_system_prompt(conversation.audio_branch, shown[-1] if shown else None)
-    system = automatic if conversation.system is None else conversation.system
+    media = [file for turn in conversation.turns for file in turn.media]
+    default = default_system_prompt(conversation.audio_branch, media[-1] if media else None)
+    system = default if conversation.system is None else conversation.system
     if template.system is None or not system:
         return template.opening
     before, after = template.system
     return (*before, system, *after)
 
 
-def _user_message(template: ChatTemplate, turn: Turn) -> list[Segment]:
-    """Media and question in one message; the reference gives each file but the last a message of its own."""
-    parts: list[Segment] = []
+def _build_user_message(template: ChatTemplate, turn: Turn) -> list[Segment]:
+    """Build one message of media and question. The reference gives each file but the last its own message."""
+    segments: list[Segment] = []
     for i, media in enumerate(turn.media):
-        words = format_media(media) if template.media_tags else (Mark.MEDIA,) * len(media.placeholders)
-        parts += [template.media_separator if i else "", *words]
-    gap = " " if turn.media and template.media_tags else ""
-    return parts if turn.question is None else [*parts, gap, turn.question]
+        formatted = format_media(media) if template.media_tags else (Mark.MEDIA,) * len(media.placeholders)
+        segments += [template.media_separator if i else "", *formatted]
+    space = " " if turn.media and template.media_tags else ""
+    return segments if turn.question is None else [*segments, space, turn.question]
 
 
-def _join_texts(parts: Iterable[Segment]) -> Prompt:
-    """Neighbouring texts as one, since a tokenizer sees across their seams; no empty texts."""
+def _merge_texts(segments: Iterable[Segment]) -> Prompt:
+    """Merge adjacent texts, because tokens may span them, and drop empty texts."""
     joined: list[Segment] = []
-    for part in parts:
-        if isinstance(part, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += part
-        elif part:
-            joined.append(part)
+    for segment in segments:
+        if isinstance(segment, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += segment
+        elif segment:
+            joined.append(segment)
     return tuple(joined)
 
 
-def _part_ids(tokenizer: Tokenizer, part: Segment) -> list[int]:
-    """The ids of a text, of a mark other than MEDIA, or of a special token."""
-    if isinstance(part, str):
-        return tokenizer.encode(part, special=False)
-    if isinstance(part, Mark):
-        return tokenizer.bos_ids if part is Mark.BOS else [tokenizer.eos_id]
-    found = tokenizer.special_token_id(part.text)
-    if found is None:
-        raise ConfigError(f"the tokenizer has no special token {part.text!r}: choose another prompt template")
-    return [found]
+def _encode_segment(tokenizer: Tokenizer, segment: Segment) -> list[int]:
+    """Return the ids of a text, a mark other than MEDIA, or a special token."""
+    if isinstance(segment, str):
+        return tokenizer.encode(segment, special=False)
+    if isinstance(segment, Mark):
+        return tokenizer.bos_ids if segment is Mark.BOS else [tokenizer.eos_id]
+    token_id = tokenizer.special_token_id(segment.text)
+    if token_id is None:
+        raise ConfigError(f"the tokenizer has no special token {segment.text!r}: choose another prompt template")
+    return [token_id]
 
 
-def _text_of(part: Segment) -> str:
-    if isinstance(part, Mark):
-        return part.value
-    return part.text if isinstance(part, Token) else part
+def _segment_text(segment: Segment) -> str:
+    if isinstance(segment, Mark):
+        return segment.value
+    return segment.text if isinstance(segment, Token) else segment
 
 
-def _cut_answer(template: ChatTemplate, text: str) -> str:
-    text = _before_stop(template, text)
-    return text[_start_of_answer(template, text) :]
+def _extract_answer(template: ChatTemplate, text: str) -> str:
+    text = _truncate_at_stop(template, text)
+    return text[_find_answer_start(template, text) :]
 
 
-def _before_stop(template: ChatTemplate, text: str) -> str:
-    return text.split(_text_of(template.stop))[0]
+def _truncate_at_stop(template: ChatTemplate, text: str) -> str:
+    return text.split(_segment_text(template.stop))[0]
 
 
-def _start_of_answer(template: ChatTemplate, text: str) -> int:
-    found = text.rfind(template.role) if template.role else -1
-    return 0 if found < 0 else found + len(template.role)
+def _find_answer_start(template: ChatTemplate, text: str) -> int:
+    index = text.rfind(template.role) if template.role else -1
+    return 0 if index < 0 else index + len(template.role)
 
 
-def _before_end(tokenizer: Tokenizer, template: ChatTemplate, ids: Iterable[int]) -> list[int]:
-    ends = {*tokenizer.eos_ids}
+def _truncate_at_eos(tokenizer: Tokenizer, template: ChatTemplate, ids: Iterable[int]) -> list[int]:
+    end_ids = {*tokenizer.eos_ids}
     if isinstance(template.stop, Token):
-        ends |= {*_part_ids(tokenizer, template.stop)}
-    return list(itertools.takewhile(lambda token_id: token_id not in ends, map(int, ids)))
+        end_ids |= {*_encode_segment(tokenizer, template.stop)}
+    return list(itertools.takewhile(lambda token_id: token_id not in end_ids, map(int, ids)))
 
 
-def _without_beginning_of_mark(template: ChatTemplate, text: str) -> str:
-    """The text less the longest end that a stop string or the role begins with."""
-    marks = (_text_of(template.stop), template.role)
-    held = max(n for mark in marks for n in range(len(mark) or 1) if text.endswith(mark[:n]))
-    return text[: len(text) - held]
+def _withhold_partial_stop(template: ChatTemplate, text: str) -> str:
+    """Remove the longest suffix that is the start of the stop string or of the role."""
+    marks = (_segment_text(template.stop), template.role)
+    withheld = max(n for mark in marks for n in range(len(mark) or 1) if text.endswith(mark[:n]))
+    return text[: len(text) - withheld]

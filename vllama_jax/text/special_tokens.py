@@ -1,4 +1,4 @@
-"""What the JSON files beside a tokenizer say about special tokens: which there are, and which start and end a text."""
+"""Read the JSON files of a tokenizer that declare special tokens, and those that start and end a text."""
 
 import dataclasses
 from pathlib import Path
@@ -9,22 +9,35 @@ from vllama_jax.io.json_files import parse_object
 from vllama_jax.io.paths import read_first_bytes
 
 SPECIAL_TOKEN_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
-CONFIG_FILES = ("config.json", "generation_config.json")  # asked for special ids where only a tokenizer.json is there
+CONFIG_FILES = ("config.json", "generation_config.json")  # sources of special ids if there is only a tokenizer.json
 ROLES = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")  # the order in which transformers gives new tokens their ids
 
 
 @dataclasses.dataclass
 class SpecialTokenConfig:
-    """What the JSON files beside a tokenizer say about special tokens."""
+    """The special tokens that the JSON files of a tokenizer declare.
 
-    roles: dict[str, str] = dataclasses.field(default_factory=dict)  # "bos" → "<s>"
-    ids: dict[str, int] = dataclasses.field(default_factory=dict)  # of added tokens
-    flags: dict[str, tuple[bool, bool]] = dataclasses.field(default_factory=dict)  # lstrip, rstrip
+    Attributes:
+        roles: The token of each role: "bos" → "<s>".
+        ids: The ids of added tokens.
+        flags: (lstrip, rstrip) of each token.
+        hidden: Tokens that `decode(skip_special=True)` omits.
+        add_bos: Whether prompts start with a BOS; None if the files do not say.
+    """
+
+    roles: dict[str, str] = dataclasses.field(default_factory=dict)
+    ids: dict[str, int] = dataclasses.field(default_factory=dict)
+    flags: dict[str, tuple[bool, bool]] = dataclasses.field(default_factory=dict)
     hidden: set[str] = dataclasses.field(default_factory=set)
-    add_bos: bool | None = None  # None where they do not say
+    add_bos: bool | None = None
 
     def declare(self, value: str | dict, flags_of_string: tuple[bool, bool]) -> str:
-        """Notes a token's flags and returns its content; a token without flags of its own never overrides one with."""
+        """Record the flags of a token, and return its content.
+
+        Args:
+            value: The token. A plain string does not override the flags of an object with the same content.
+            flags_of_string: (lstrip, rstrip) of a plain string.
+        """
         content = value if isinstance(value, str) else value["content"]
         if not isinstance(content, str) or not content:
             raise ValueError(f"{format_value(content)} is not a token")
@@ -36,10 +49,16 @@ class SpecialTokenConfig:
 
 
 def read_special_tokens(directory: Path) -> SpecialTokenConfig:
-    """Special tokens as transformers 4.28 reads them, and `added_tokens_decoder`, which came later.
+    """Read special tokens as transformers 4.28 does, and also `added_tokens_decoder`, which is newer.
 
-    special_tokens_map.json goes before tokenizer_config.json. White space beside a token is dropped where the token is
-    a plain string, but not where it is a string of tokenizer_config.json alone: LlamaTokenizer wraps those.
+    special_tokens_map.json overrides tokenizer_config.json. White space around a token is stripped if the token is a
+    plain string, unless only tokenizer_config.json has it: LlamaTokenizer wraps those strings.
+
+    Args:
+        directory: The folder of the tokenizer. Missing files declare nothing.
+
+    Raises:
+        CheckpointError: A file cannot be read or is invalid.
     """
     config, special_map, added_tokens = (read_object_file(directory / name) for name in SPECIAL_TOKEN_FILES)
     declared = SpecialTokenConfig()
@@ -65,13 +84,23 @@ def read_special_tokens(directory: Path) -> SpecialTokenConfig:
             if value.get("special"):
                 declared.hidden.add(value["content"])
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        problem = f"({type(error).__name__}: {error}): look into {', '.join(SPECIAL_TOKEN_FILES)}"
+        problem = f"({type(error).__name__}: {error}): check {', '.join(SPECIAL_TOKEN_FILES)}"
         raise CheckpointError(f"the special tokens in {directory} cannot be read {problem}") from error
     return declared
 
 
 def read_config_token_ids(directory: Path) -> tuple[dict[str, int], list[int]]:
-    """Special ids in the language model's configuration, the first where it lists several; and all that end answers."""
+    """Read special token ids from the language model's config.json and generation_config.json.
+
+    Args:
+        directory: The folder of the language model. Missing files declare nothing.
+
+    Returns:
+        The id of each role (the first one if a file lists several), and all ids that end an answer.
+
+    Raises:
+        CheckpointError: A file cannot be read, or an id is not a whole number.
+    """
     ids: dict[str, int] = {}
     eos_ids: list[int] = []
     for name in CONFIG_FILES:
@@ -79,32 +108,33 @@ def read_config_token_ids(directory: Path) -> tuple[dict[str, int], list[int]]:
         for role in ("bos", "eos", "pad"):
             value = fields.get(f"{role}_token_id")
             values = value if isinstance(value, list) and value else [value]
-            if values[0] in (None, -1) and values[0] is not True:  # how old configs say that there is none
+            if values[0] in (None, -1) and values[0] is not True:  # old configs use -1 for none
                 continue
             where = str(directory / name)
-            found = [
-                get_integer({f"{role}_token_id": one}, f"{role}_token_id", where, CheckpointError, low=0)
-                for one in values
+            token_ids = [
+                get_integer({f"{role}_token_id": token_id}, f"{role}_token_id", where, CheckpointError, low=0)
+                for token_id in values
             ]
-            ids[role] = found[0]
-            eos_ids = found if role == "eos" else eos_ids
+            ids[role] = token_ids[0]
+            eos_ids = token_ids if role == "eos" else eos_ids
     return ids, eos_ids
 
 
 def _id_of_key(key: str, path: Path) -> int:
-    """The token id that a key of added_tokens_decoder is."""
+    """Convert a key of added_tokens_decoder to a token id."""
     if not (key.isascii() and key.isdigit() and len(key) < 9):
         raise CheckpointError(f"{path}: added_tokens_decoder: {format_value(key)} is not a token id")
     return int(key)
 
 
 def read_object_file(path: Path) -> dict:
-    """A JSON file that holds an object; {} if there is no such file."""
+    """Read a JSON object from a file. Returns {} if there is no such file."""
     if not path.is_file():
         return {}
     return parse_object(read_bytes(path), str(path), CheckpointError)
 
 
 def read_bytes(path: Path) -> bytes:
+    """Read a file. Raises CheckpointError if there is no readable file with content."""
     read_first_bytes(path, CheckpointError)
     return path.read_bytes()

@@ -1,7 +1,7 @@
-"""Prompt templates as data: one table of how chats, captions and conversations are written for a language model.
+"""Prompt templates: one table of how chats, captions and conversations are formatted for a language model.
 
-A prompt is a tuple of texts, marks and special tokens, not one string: what a user types is always text, even where it
-reads `<ImageHere>`, `</s>` or `<|im_end|>`. The command line's choices and all messages derive from `TEMPLATES`.
+A prompt is a tuple of texts, marks and special tokens, not one string. A user's input is always text, even if it
+contains `<ImageHere>`, `</s>` or `<|im_end|>`. Options of commands and messages derive from `TEMPLATES`.
 """
 
 import dataclasses
@@ -12,9 +12,9 @@ from vllama_jax.errors import ConfigError
 
 
 class Mark(enum.Enum):
-    """A place for media, or a role of the tokenizer. The value is how `render` shows it.
+    """A media placeholder, or a special token that the tokenizer defines. `render` prints the value.
 
-    BOS is nothing where the tokenizer's prompts start without one.
+    BOS is omitted if the tokenizer's prompts start without one.
     """
 
     MEDIA = "<ImageHere>"
@@ -24,7 +24,7 @@ class Mark(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Token:
-    """A special token of the tokenizer, by its text: `Token("<|im_start|>")`."""
+    """A special token of the tokenizer, identified by its text: `Token("<|im_start|>")`."""
 
     text: str
 
@@ -33,23 +33,25 @@ Segment = str | Mark | Token
 Prompt = tuple[Segment, ...]
 
 UNLABELED, LABELED = False, True
-LabeledPrompt = tuple[tuple[Segment, bool], ...]  # parts of a training text, and whether they have labels
+LabeledPrompt = tuple[tuple[Segment, bool], ...]  # segments of a training text, and whether they have labels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ChatTemplate:
-    """How turns become a prompt: opening, then user message, cue, answer, next turn, user message, cue, …
+    """How the turns of a chat become a prompt.
+
+    The order is: opening, user message, generation prompt, answer, turn separator, user message, generation prompt, …
 
     Attributes:
-        opening: Before the first user message where there is no system text.
-        system: Before and after a system text, in place of `opening`; None: there is no place for one.
-        next_message: Between the messages of two media of one turn.
-        media_words: Whether media come in tags and sentences, with a space before the question, or bare.
-        cue: What the answer follows.
-        answer_gap: Between the cue and an answer of the past.
-        next_turn: Between an answer and the user's next message.
-        stop: What ends an answer: a text, EOS or a special token.
-        role: The name after whose last mention an answer begins; "" for none.
+        opening: Before the first user message, if there is no system prompt.
+        system: Before and after a system prompt, in place of `opening`; None if system prompts are not supported.
+        media_separator: Between the messages of two media files of a turn.
+        media_tags: Whether media have tags and sentences around them, and a space before the question.
+        generation_prompt: Before an answer.
+        answer_prefix: Between the generation prompt and an answer, in later prompts.
+        turn_separator: Between an answer and the next user message.
+        stop: Ends an answer: a stop string, EOS or a special token.
+        role: The assistant's name. An answer starts after the last mention of it; "" for none.
     """
 
     opening: Prompt
@@ -65,10 +67,10 @@ class ChatTemplate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CaptionTemplate:
-    """How a caption follows media in training.
+    """How a caption is formatted for training.
 
     Attributes:
-        wrap: Before and after an instruction.
+        wrap: Before and after the instruction.
         end: After the caption, with labels.
     """
 
@@ -78,7 +80,7 @@ class CaptionTemplate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConversationTemplate:
-    """How turns become a training text. Parts of the template itself may have labels too.
+    """How the turns of a conversation become a training text. Segments of the template may have labels too.
 
     Attributes:
         opening: Before the first question.
@@ -97,7 +99,13 @@ class ConversationTemplate:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Template:
-    """The forms that a template has, None for those that it has not."""
+    """The forms of a template; None for a form that it does not have.
+
+    Attributes:
+        chat: For chats.
+        caption: For training on captions.
+        conversation: For training on conversations.
+    """
 
     chat: ChatTemplate | None = None
     caption: CaptionTemplate | None = None
@@ -122,7 +130,7 @@ TEMPLATES: dict[str, Template] = {
             role="Assistant:",
         ),
         caption=CaptionTemplate(wrap=(("###Human: ",), (" ###Assistant: ",)), end=("###",)),
-        conversation=ConversationTemplate(  # each "###" has labels, as the end of what came before; so has the role
+        conversation=ConversationTemplate(  # each "###" has labels, as the end of a turn; so does the role
             opening=(("\n\n", UNLABELED), ("###", LABELED), ("Human: ", UNLABELED)),
             question_end=("\n",),
             answer_start=("###Assistant: ",),
@@ -151,7 +159,7 @@ TEMPLATES: dict[str, Template] = {
             next_question=(Mark.BOS, "[INST] "),
         ),
     ),
-    "plain": Template(  # stage 1 saw captions after bare media tokens, ended by a newline
+    "plain": Template(  # of stage 1: media tokens, a caption, a newline
         chat=ChatTemplate(
             opening=(),
             system=None,
@@ -179,14 +187,14 @@ TEMPLATES: dict[str, Template] = {
         ),
         caption=CaptionTemplate(wrap=(CHATML_USER, CHATML_ASSISTANT), end=(IM_END,)),
         conversation=ConversationTemplate(
-            opening=tuple((part, UNLABELED) for part in CHATML_USER),
+            opening=tuple((segment, UNLABELED) for segment in CHATML_USER),
             question_end=CHATML_ASSISTANT,
             answer_start=(),
             answer_end=(IM_END,),
             next_question=("\n", *CHATML_USER),
         ),
     ),
-    "mistral": Template(  # Mistral-7B-Instruct v0.1 and v0.2, where [INST] is text; a system text is in the first turn
+    "mistral": Template(  # Mistral-7B-Instruct v0.1 and v0.2: [INST] is text; a system prompt is in the first turn
         chat=ChatTemplate(
             opening=("[INST] ",),
             system=(("[INST] ",), ("\n\n",)),
@@ -207,7 +215,7 @@ TEMPLATES: dict[str, Template] = {
             next_question=("[INST] ",),
         ),
     ),
-    "llama_2_literal": Template(  # the reference's yaml quotes it so that each newline is a backslash and an n
+    "llama_2_literal": Template(  # in the reference's YAML, each newline is a backslash and an n
         caption=CaptionTemplate(wrap=((r"[INST] <<SYS>>\n \n<</SYS>>\n\n",), (" [/INST] ",)), end=(Mark.EOS,)),
     ),
 }
@@ -221,6 +229,9 @@ else:
 def find_template(name: str) -> ChatTemplate:
     """Return the chat form of a template.
 
+    Args:
+        name: A key of `TEMPLATES`.
+
     Raises:
         ConfigError: There is no such template, or it is only for training.
     """
@@ -228,28 +239,42 @@ def find_template(name: str) -> ChatTemplate:
 
 
 def find_caption_template(name: str) -> CaptionTemplate:
-    """Return the caption form of a template. Raises ConfigError where there is none."""
+    """Return the caption form of a template.
+
+    Args:
+        name: A key of `TEMPLATES`.
+
+    Raises:
+        ConfigError: There is no such template, or it has no caption form.
+    """
     return _find(name, "caption", "no template {} for captions")
 
 
 def find_conversation_template(name: str) -> ConversationTemplate:
-    """Return the training conversations' form of a template. Raises ConfigError where there is none."""
-    return _find(name, "conversation", "no template {} for conversations to learn from")
+    """Return the conversation form of a template, which is for training.
+
+    Args:
+        name: A key of `TEMPLATES`.
+
+    Raises:
+        ConfigError: There is no such template, or it has no conversation form.
+    """
+    return _find(name, "conversation", "no template {} for training on conversations")
 
 
 def special_tokens(form: Any) -> list[Token]:
-    """Return the special tokens in a form of a template, each once."""
+    """Return the special tokens of a form of a template, without duplicates."""
     if isinstance(form, Token):
         return [form]
     if dataclasses.is_dataclass(form):
         form = tuple(getattr(form, field.name) for field in dataclasses.fields(form))
     nested = form if isinstance(form, tuple) else ()
-    return list(dict.fromkeys(token for part in nested for token in special_tokens(part)))
+    return list(dict.fromkeys(token for segment in nested for token in special_tokens(segment)))
 
 
 def _find(name: str, form: str, problem: str) -> Any:
-    found = getattr(TEMPLATES.get(name), form, None)
-    if found is None:
+    template_form = getattr(TEMPLATES.get(name), form, None)
+    if template_form is None:
         known = ", ".join(known for known, template in TEMPLATES.items() if getattr(template, form))
         raise ConfigError(f"{problem.format(repr(name))}: choose one of {known}")
-    return found
+    return template_form

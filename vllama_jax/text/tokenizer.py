@@ -1,8 +1,8 @@
-"""A folder with a LLaMA-family tokenizer in, ids and text out.
+"""Load the tokenizer of a LLaMA-family model from a folder; convert text to token ids and back.
 
-Two kinds of folder. With `tokenizer.model`, SentencePiece does the pieces and we split at special tokens ourselves, so
-that ids and text equal those of the reference (the slow LlamaTokenizer of transformers 4.28, which the released weights
-were trained with). With only `tokenizer.json` (Llama 3 and newer), the `tokenizers` library does the pieces.
+With `tokenizer.model`, SentencePiece tokenizes and this module splits at special tokens. Ids and text then equal the
+reference's, which is the slow LlamaTokenizer of transformers 4.28 that the released weights were trained with. With
+only `tokenizer.json` (Llama 3 and newer), the `tokenizers` library tokenizes.
 """
 
 import abc
@@ -32,10 +32,14 @@ REPLACEMENT = "\ufffd"
 
 @dataclasses.dataclass(frozen=True)
 class SpecialToken:
-    """A token found in a text as a whole, before the text is cut into pieces.
+    """A token that is found in a text before the text is tokenized.
 
-    `lstrip` and `rstrip` say whether white space on that side of it is dropped, `hidden` whether `skip_special` leaves
-    it out of decoded text.
+    Attributes:
+        content: Its text.
+        id: Its id.
+        lstrip: Whether white space before it is removed.
+        rstrip: Whether white space after it is removed.
+        hidden: Whether `decode(skip_special=True)` omits it.
     """
 
     content: str
@@ -46,16 +50,17 @@ class SpecialToken:
 
 
 class Tokenizer(abc.ABC):
-    """Text to ids and back.
+    """Converts text to token ids and back.
 
     Attributes:
-        bos_id: What a prompt starts with; None where it starts with its first text (Qwen).
-        eos_id, eos_ids: What ends an answer: the first, and all.
-        unk_id: the unknown token, None where there is none (Llama 3).
-        pad_id: the padding token; without one the unknown token stands in, as in the reference, or else the end token.
-        vocab_size: all tokens, added ones included, but not the media placeholder.
-        media_id: where the reference puts `<ImageHere>`: the first id after the vocabulary.
-        directory: where `load_tokenizer` read it; None for one that was made in another way.
+        bos_id: The token that starts a prompt; None if a prompt starts with its first text (Qwen).
+        eos_id: The EOS.
+        eos_ids: All tokens that end an answer; the EOS is the first.
+        unk_id: The unknown token; None if there is none (Llama 3).
+        pad_id: The padding token; without one, the unknown token, as in the reference, or else the EOS.
+        vocab_size: Number of tokens, including added ones but not the media placeholder.
+        media_id: The reference's id of `<ImageHere>`: the first id after the vocabulary.
+        directory: The folder that `load_tokenizer` read; None for other tokenizers.
     """
 
     directory: Path | None = None
@@ -69,14 +74,14 @@ class Tokenizer(abc.ABC):
         starts_with_bos: bool = True,
         extra_eos_ids: Iterable[int] = (),
     ):
-        """Set up what all tokenizers share.
+        """Set the attributes of all tokenizers.
 
         Args:
-            special_tokens: All of them.
-            role_ids: The ids of "bos", "eos", "unk" and so on.
-            library_size: How many ids the library behind this class knows; special tokens may lie beyond.
+            special_tokens: All special tokens.
+            role_ids: The ids of "bos", "eos", "unk" and other roles.
+            base_vocab_size: Number of ids that the tokenization library knows; ids of special tokens may be larger.
             starts_with_bos: Whether prompts start with the BOS.
-            more_eos_ids: Ids that end an answer besides that of the role.
+            extra_eos_ids: Ids that end an answer, in addition to the EOS.
         """
         special_tokens = tuple(special_tokens)
         self.vocab_size = max([base_vocab_size, *(token.id + 1 for token in special_tokens)])
@@ -95,90 +100,97 @@ class Tokenizer(abc.ABC):
 
     @property
     def bos_ids(self) -> list[int]:
-        """The BOS in a list of its own, or nothing."""
+        """A list with the BOS, or an empty list."""
         return [] if self.bos_id is None else [self.bos_id]
 
     def encode(self, text: str, bos: bool = False, special: bool = True) -> list[int]:
-        """Token ids of a text.
+        """Tokenize a text.
 
         Args:
-            text: any text; halves of surrogate pairs (broken bytes on a command line) become "?".
-            bos: put what a prompt starts with first.
-            special: whether `</s>`, `<ImageHere>` and the like stand for their ids; if not, they are plain characters.
+            text: Any text. Lone surrogates (invalid bytes on a command line) become "?".
+            bos: Whether to start with `bos_ids`.
+            special: Whether to parse special tokens such as `</s>` and `<ImageHere>`; if not, they are plain text.
+
+        Returns:
+            The token ids.
         """
         text = text.encode("utf-8", "replace").decode("utf-8")
         ids = self.bos_ids if bos else []
         if not special:
             return ids + self._encode_plain(text)
-        for piece in self._split(text):
-            token = self._by_content.get(piece)
-            ids.extend([token.id] if token else self._encode_plain(piece))
+        for segment in self._split(text):
+            token = self._by_content.get(segment)
+            ids.extend([token.id] if token else self._encode_plain(segment))
         return ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = False) -> str:
-        """The text of ids, without any clean-up of spaces.
+        """Convert token ids to text, without clean-up of spaces.
 
-        Tokens beyond the library's vocabulary, such as the media placeholder, are set off by spaces as in transformers
-        4.28. Ids beyond the vocabulary (embedding tables are sometimes padded) have no text.
+        As in transformers 4.28, tokens beyond the library's vocabulary, such as the media placeholder, are separated by
+        spaces. Ids beyond the vocabulary, which a padded embedding table may have, become no text.
+
+        Args:
+            ids: Token ids.
+            skip_special: Whether to omit hidden special tokens.
         """
         texts = []
-        for known, run in itertools.groupby(self._shown(ids, skip_special), key=lambda i: i < self._base_vocab_size):
-            same = list(run)
-            texts += [self._decode_base(same)] if known else self.tokens(same)
+        ids = self._drop_ids_without_text(ids, skip_special)
+        for is_base, group in itertools.groupby(ids, key=lambda i: i < self._base_vocab_size):
+            group_ids = list(group)
+            texts += [self._decode_base(group_ids)] if is_base else self.tokens(group_ids)
         return " ".join(texts)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Each id as the piece it stands for, such as "▁dog"; "" for an id beyond the vocabulary."""
+        """Return the token of each id, such as "▁dog"; "" for an id beyond the vocabulary."""
         return [self._by_id[i].content if i in self._by_id else self._base_token(i) for i in map(int, ids)]
 
     def special_token_id(self, content: str) -> int | None:
-        """The id of a special token by its text; None where there is none."""
+        """Return the id of a special token, given its text; None if there is no such token."""
         token = self._by_content.get(content)
         return None if token is None or content == MEDIA_TOKEN else token.id
 
     def decode_stable_prefix(self, ids: Iterable[int]) -> str:
-        """The part of `decode(ids, skip_special=True)` that further ids cannot change.
+        """Decode the prefix of `decode(ids, skip_special=True)` that further ids cannot change.
 
-        Left out is an end that may become another character when its remaining bytes arrive.
+        A suffix that may become another character when its remaining bytes arrive is omitted.
         """
-        format_value = self._shown(ids, skip_special=True)
-        return self.decode(format_value[: len(format_value) - self._count_unstable(format_value)]).rstrip(REPLACEMENT)
+        kept = self._drop_ids_without_text(ids, skip_special=True)
+        return self.decode(kept[: len(kept) - self._count_unstable(kept)]).rstrip(REPLACEMENT)
 
     @abc.abstractmethod
     def _encode_plain(self, text: str) -> list[int]:
-        """Ids of a text without special tokens."""
+        """Tokenize a text without special tokens."""
 
     @abc.abstractmethod
     def _decode_base(self, ids: list[int]) -> str:
-        """Text of ids that the library knows."""
+        """Decode ids that the library knows."""
 
     @abc.abstractmethod
     def _base_token(self, token_id: int) -> str:
-        """The piece of an id, "" where the library knows none."""
+        """Return the token of an id; "" if the library does not know it."""
 
     def _count_unstable(self, ids: list[int]) -> int:
-        """How many ids at the end may yet change characters before them that are already whole."""
+        """Count the ids at the end whose text may still change when further ids follow."""
         return 0
 
-    def _shown(self, ids: Iterable[int], skip_special: bool) -> list[int]:
-        """Those of the ids that have a text."""
-        left_out = self._hidden_ids if skip_special else ()
-        return [i for i in map(int, ids) if (i < self._base_vocab_size or i in self._by_id) and i not in left_out]
+    def _drop_ids_without_text(self, ids: Iterable[int], skip_special: bool) -> list[int]:
+        hidden = self._hidden_ids if skip_special else ()
+        return [i for i in map(int, ids) if (i < self._base_vocab_size or i in self._by_id) and i not in hidden]
 
     def _split(self, text: str) -> list[str]:
-        """The text cut at special tokens, white space beside them dropped where they say so; no empty pieces."""
-        pieces = self._special.split(text)
-        for i in range(1, len(pieces), 2):  # odd places hold the special tokens
-            token = self._by_content[pieces[i]]
+        """Split a text at special tokens, and strip white space where their flags say so. Drops empty texts."""
+        segments = self._special.split(text)
+        for i in range(1, len(segments), 2):  # special tokens are at odd indices
+            token = self._by_content[segments[i]]
             if token.lstrip:
-                pieces[i - 1] = pieces[i - 1].rstrip()
+                segments[i - 1] = segments[i - 1].rstrip()
             if token.rstrip:
-                pieces[i + 1] = pieces[i + 1].lstrip()
-        return [piece for piece in pieces if piece]
+                segments[i + 1] = segments[i + 1].lstrip()
+        return [segment for segment in segments if segment]
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """`tokenizer.model`. Each text between special tokens gets SentencePiece's leading "▁" of its own."""
+    """The tokenizer of a `tokenizer.model`. SentencePiece adds "▁" before each text between special tokens."""
 
     def __init__(
         self, processor: Any, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], starts_with_bos: bool
@@ -190,10 +202,10 @@ class SentencePieceTokenizer(Tokenizer):
         return self._processor.encode(text)
 
     def _decode_base(self, ids: list[int]) -> str:
-        """Special tokens are written as they are.
+        """Decode ids, with the content of special tokens.
 
-        The reference puts a space before the *text* that a special token ends, not before the token: "a</s>b" comes
-        back as " a</s>b".
+        The reference adds a space before the *text* that precedes a special token, not before the token: "a</s>b"
+        becomes " a</s>b".
         """
         text, run, after_special = "", [], False
         for i, token_id in enumerate(ids):
@@ -211,18 +223,25 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class JsonTokenizer(Tokenizer):
-    """`tokenizer.json`, through the `tokenizers` library."""
+    """The tokenizer of a `tokenizer.json`, which uses the `tokenizers` library."""
 
     def __init__(
         self, library: Any, special_tokens: Iterable[SpecialToken], role_ids: Mapping[str, int], **options: Any
     ):
-        """`options`: those of Tokenizer."""
+        """Set the attributes, and configure the library.
+
+        Args:
+            library: A `tokenizers.Tokenizer`, which is changed.
+            special_tokens: All special tokens.
+            role_ids: The ids of "bos", "eos", "unk" and other roles.
+            **options: Keyword arguments of `Tokenizer`.
+        """
         added = library.get_added_tokens_decoder()
         ids = library.get_vocab(with_added_tokens=True).values()
         super().__init__(special_tokens, role_ids, max([-1, *ids, *added]) + 1, **options)
         library.no_truncation()
         library.no_padding()
-        library.encode_special_tokens = True  # in what is left to the library, special tokens are plain text
+        library.encode_special_tokens = True  # the library gets plain text only
         self._library = library
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -235,16 +254,19 @@ class JsonTokenizer(Tokenizer):
         return self._library.id_to_token(token_id) or ""
 
     def _count_unstable(self, ids: list[int]) -> int:
-        """The library turns a whole run of byte tokens into replacement characters when one of them does not fit."""
+        """Count byte tokens at the end. The library decodes all of them as replacement characters if one is invalid."""
         tokens = map(self._base_token, reversed(ids))
         return sum(1 for _ in itertools.takewhile(re.compile("<0x[0-9A-F]{2}>").fullmatch, tokens))
 
 
 def load_tokenizer(directory: str | Path) -> Tokenizer:
-    """The tokenizer in a folder: `tokenizer.model` if there is one, else `tokenizer.json`.
+    """Load the tokenizer in a folder: `tokenizer.model` if it exists, else `tokenizer.json`.
+
+    Args:
+        directory: The folder of the language model.
 
     Raises:
-        CheckpointError: there is none, or a file of it cannot be read.
+        CheckpointError: There is no tokenizer, or one of its files cannot be read.
     """
     directory = Path(directory)
     if (directory / "tokenizer.model").is_file():
@@ -261,7 +283,11 @@ def load_tokenizer(directory: str | Path) -> Tokenizer:
 
 
 def tokenizer_files(directory: str | Path) -> list[Path]:
-    """The files to copy so that `load_tokenizer` reads the same tokenizer from the copy."""
+    """Return the files to copy so that `load_tokenizer` loads the same tokenizer from the copy.
+
+    Args:
+        directory: The folder of the tokenizer.
+    """
     names = ["tokenizer.model", "tokenizer.json", *SPECIAL_TOKEN_FILES]
     if not (Path(directory) / "tokenizer.model").is_file():
         names += CONFIG_FILES
@@ -269,16 +295,20 @@ def tokenizer_files(directory: str | Path) -> list[Path]:
 
 
 def check_vocabulary(tokenizer: Tokenizer, rows: int) -> None:
-    """Embedding tables may have rows to spare, but every token needs one.
+    """Check that every token has a row of the embedding table, which may have more rows.
+
+    Args:
+        tokenizer: The tokenizer.
+        rows: Number of rows of the embedding table.
 
     Raises:
-        CheckpointError: the tokenizer has more ids than the embedding table has rows.
+        CheckpointError: The tokenizer has more ids than the embedding table has rows.
     """
     if tokenizer.vocab_size <= rows:
         return
     surplus = ", ".join(repr(token) for token in tokenizer.tokens(range(rows, min(tokenizer.vocab_size, rows + 3))))
     raise CheckpointError(
-        f"a tokenizer that does not fit the embeddings: it has {tokenizer.vocab_size} tokens, the embedding table has "
+        f"the tokenizer does not match the embeddings: it has {tokenizer.vocab_size} tokens, the embedding table has "
         f"{rows} rows, so none for {surplus}{', …' if tokenizer.vocab_size > rows + 3 else ''}; use the tokenizer that "
         "came with these weights, or remove tokens that were added to it (added_tokens.json, tokenizer_config.json)"
     )
@@ -292,7 +322,7 @@ def _load_sentencepiece(directory: Path) -> SentencePieceTokenizer:
     try:
         processor = sentencepiece.SentencePieceProcessor(model_proto=data)
     except RuntimeError as error:
-        hint = "Llama 3's tokenizer.model is none: take its tokenizer.json instead and leave tokenizer.model out"
+        hint = "nor is Llama 3's tokenizer.model: use its tokenizer.json, and remove tokenizer.model"
         raise CheckpointError(f"{path} is not a SentencePiece model ({hint})") from error
     declared = read_special_tokens(directory)
     own = {"bos": processor.bos_id(), "eos": processor.eos_id(), "unk": processor.unk_id()}
@@ -337,17 +367,17 @@ def _load_json(directory: Path) -> JsonTokenizer:
     for token in library.get_added_tokens_decoder().values():
         if token.special or token.content in flags:
             flags[token.content] = (token.lstrip, token.rstrip)
-    ids = ((content, library.token_to_id(content)) for content in flags)  # each has one
+    ids = ((content, library.token_to_id(content)) for content in flags)
     special_tokens = [SpecialToken(content, i, *flags[content]) for content, i in ids if i is not None]
     eos_ids = [token_id for token_id in eos_ids if library.id_to_token(token_id)]
     return JsonTokenizer(library, special_tokens, role_ids, starts_with_bos=starts_with_bos, extra_eos_ids=eos_ids)
 
 
 def _starts_with_bos(library: Any, bos_id: int | None, declared: SpecialTokenConfig, directory: Path) -> bool:
-    """Whether prompts start with the BOS: what the configuration says, or else what the library's post-processor does.
+    """Return whether prompts start with the BOS: as configured, or else as the library's post-processor does.
 
-    Without either, a BOS that tokenizer_config.json or special_tokens_map.json names is put first, and where there are
-    no such files any BOS that config.json names.
+    Without either, they start with a BOS that tokenizer_config.json or special_tokens_map.json names, or, if neither
+    file exists, with one that config.json names.
     """
     if declared.add_bos is not None:
         return declared.add_bos
@@ -357,15 +387,15 @@ def _starts_with_bos(library: Any, bos_id: int | None, declared: SpecialTokenCon
 
 
 def _check_json_ids(fields: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError where an id in a tokenizer.json is none; the library renumbers some."""
+    """Check that all ids of a tokenizer.json are valid, because the library renumbers invalid ones."""
     model, added = fields.get("model"), fields.get("added_tokens") or []
     if not isinstance(model, Mapping) or not isinstance(added, list):
-        raise CheckpointError(f"{path}: not a tokenizer (no model, or added_tokens is no list)")
+        raise CheckpointError(f"{path}: not a tokenizer (no model, or added_tokens is not a list)")
     vocabulary = model.get("vocab")
     if isinstance(vocabulary, Mapping):
-        wrong = (piece for piece, i in vocabulary.items() if type(i) is not int or not 0 <= i <= LARGEST_INTEGER)
-        for piece in itertools.islice(wrong, 1):
-            get_integer(vocabulary, piece, f"{path}: model.vocab", CheckpointError, low=0)
+        invalid = (token for token, i in vocabulary.items() if type(i) is not int or not 0 <= i <= LARGEST_INTEGER)
+        for token in itertools.islice(invalid, 1):
+            get_integer(vocabulary, token, f"{path}: model.vocab", CheckpointError, low=0)
     for token in added:
         if not isinstance(token, Mapping) or not isinstance(token.get("content"), str) or not token["content"]:
             raise CheckpointError(f"{path}: added_tokens: {format_value(token)} is not a token with content")
@@ -375,5 +405,5 @@ def _check_json_ids(fields: Mapping[str, Any], path: Path) -> None:
 def _require_roles(role_ids: Mapping[str, int], path: Path, required: Iterable[str]) -> None:
     missing = [role for role in required if role not in role_ids]
     if missing:
-        problem = f"{path} and the files beside it name no {' and no '.join(missing)} token"
+        problem = f"{path} and the files next to it declare no {' and no '.join(missing)} token"
         raise CheckpointError(f"{problem}: add tokenizer_config.json from the folder of the language model")

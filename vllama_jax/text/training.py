@@ -1,8 +1,8 @@
-"""Texts to learn from: token ids, where media tokens go, and which tokens are labels.
+"""Tokenize training texts: token ids, placeholders and labels.
 
-Two layouts, both the reference's. A caption follows media, bare or after an instruction, and only it is learned. A
-conversation is learned where the model speaks, with the signs that end its turns. Everything that people wrote is
-text: a literal `</s>` or `<ImageHere>` in it is letters here, while the reference takes it for the token.
+There are two layouts, both the reference's. A caption follows media, directly or after an instruction, and only the
+caption has labels. In a conversation, the answers and the text that ends a turn have labels. User input is always text:
+`</s>` or `<ImageHere>` in it are plain characters, while the reference parses them as tokens.
 """
 
 import dataclasses
@@ -27,10 +27,10 @@ from vllama_jax.text.templates import (
 )
 from vllama_jax.text.tokenizer import Tokenizer
 
-IGNORE_INDEX = -100  # the label of a token that is not learned
-PLAIN_TEMPLATE = "plain"  # the template of captions without an instruction: stage 1
+IGNORE_INDEX = -100  # the label of a token that is excluded from the loss
+PLAIN_TEMPLATE = "plain"  # for captions without an instruction (stage 1)
 
-# What the reference asks for in its alignment stage (prompts/alignment_image.txt), of pictures and of videos.
+# The reference's instructions for images and videos (prompts/alignment_image.txt).
 ALIGNMENT_INSTRUCTIONS = (
     "Describe this image in detail.",
     "Take a look at this image and describe what you notice.",
@@ -43,9 +43,13 @@ _PUNCTUATION = str.maketrans(dict.fromkeys('.!"()*#:;~', " "))
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrainingText:
-    """Token ids, 0 where a media token goes; where those are; and each token itself where it is learned.
+    """A tokenized training text.
 
-    Labels are IGNORE elsewhere, and not shifted: what is learned is to say label i after the tokens before i.
+    Attributes:
+        ids: Token ids, 0 at placeholders.
+        is_media: Whether each position is a placeholder.
+        labels: The token itself where it has a label, else IGNORE_INDEX. They are not shifted: label i is predicted
+            from the tokens before i.
     """
 
     ids: Int32[np.ndarray, "n"]
@@ -62,28 +66,35 @@ def encode_caption(
     media_length: int,
     max_length: int,
 ) -> TrainingText:
-    """A BOS, media, and a caption with its end, which are learned (reference: models/video_llama.py).
+    """Tokenize a BOS, media, and a caption with its end, which have labels (reference: models/video_llama.py).
 
     Args:
-        media: of what kind they are; times play no part. As in the reference a video is asked about as an image is.
-        instruction: what the caption answers; None: it follows the media directly and ends as BARE does, whatever the
-            template.
-        media_length: how many tokens the media take.
-        max_length: of the caption with its end, in tokens; a longer one loses its end. Tokenised apart from the prompt.
+        tokenizer: The model's tokenizer.
+        template: The caption form of the prompt template.
+        caption: The caption.
+        media: The media file. Its timestamps are not used, and a video gets the tags of an image, as in the reference.
+        instruction: Precedes the caption. If None, the caption follows the media directly and has the end of
+            PLAIN_TEMPLATE, whatever the template.
+        media_length: Number of media tokens.
+        max_length: Maximum length of the caption with its end, in tokens; a longer one is truncated. The caption is
+            tokenized separately from the prompt.
+
+    Returns:
+        Token ids, placeholders and labels.
     """
     if instruction is None:
         template = find_caption_template(PLAIN_TEMPLATE)
         prompt: Prompt = (Mark.MEDIA,)
     else:
         before, after = template.wrap
-        introduction = _introduction(media if media.kind == "audio" else Media("image"))
-        prompt = (*before, *introduction, instruction, *after)
-    asked = encode_prompt(tokenizer, prompt, [media_length])
-    learned = encode_prompt(tokenizer, (caption, *template.end), [], start=False).ids[:max_length]
+        introduced_media = _introduce_media(media if media.kind == "audio" else Media("image"))
+        prompt = (*before, *introduced_media, instruction, *after)
+    encoded = encode_prompt(tokenizer, prompt, [media_length])
+    caption_ids = encode_prompt(tokenizer, (caption, *template.end), [], add_bos=False).ids[:max_length]
     return TrainingText(
-        ids=np.concatenate([asked.ids, learned]),
-        is_media=np.concatenate([asked.is_media, np.zeros(len(learned), bool)]),
-        labels=np.concatenate([np.full(len(asked.ids), IGNORE_INDEX, np.int32), learned]),
+        ids=np.concatenate([encoded.ids, caption_ids]),
+        is_media=np.concatenate([encoded.is_media, np.zeros(len(caption_ids), bool)]),
+        labels=np.concatenate([np.full(len(encoded.ids), IGNORE_INDEX, np.int32), caption_ids]),
     )
 
 
@@ -96,47 +107,52 @@ def label_conversation(
     media_length: int,
     max_length: int,
 ) -> TrainingText:
-    """Questions and answers about media, the answers being learned (reference: datasets/video_instruct_dataset.py).
+    """Tokenize a conversation, whose answers have labels (reference: datasets/video_instruct_dataset.py).
 
     Args:
-        turns: questions, each with its answer.
-        media: what the first question is about; one sense, so `media.sound` must be off. A video without `seconds` has
-            no message about times.
-        media_at: where in the first question the media stand, in characters.
-        media_length: how many tokens the media take.
-        max_length: of the whole in tokens, with the start token and the media. What is beyond is cut off, were it
-            media tokens; there may be no label left.
+        tokenizer: The model's tokenizer.
+        template: The conversation form of the prompt template.
+        turns: (question, answer) pairs.
+        media: The media file of the first question. `with_audio` is not supported. The prompt mentions the timestamps
+            of a video if there are any.
+        media_at: Position of the media in the first question, in characters.
+        media_length: Number of media tokens.
+        max_length: Maximum length in tokens, including BOS and media tokens. The rest is truncated, even if it contains
+            media tokens; there may be no labels left.
+
+    Returns:
+        Token ids, placeholders and labels.
 
     Raises:
-        DataError: there are no turns.
+        DataError: There are no turns.
     """
     if not turns:
-        raise DataError("a conversation without turns: there is nothing to learn from it")
-    parts = template.opening
+        raise DataError("a conversation without turns: it has no labels")
+    segments = template.opening
     for number, (question, answer) in enumerate(turns):
-        asked = (*template.next_question, question) if number else _first_question(question, media, media_at)
-        parts += tuple((part, UNLABELED) for part in (*asked, *template.question_end))
-        parts += tuple((part, LABELED) for part in (*template.answer_start, answer, *template.answer_end))
-    return _encode(tokenizer, parts, media_length, max_length)
+        asked = (*template.next_question, question) if number else _build_first_question(question, media, media_at)
+        segments += tuple((segment, UNLABELED) for segment in (*asked, *template.question_end))
+        segments += tuple((segment, LABELED) for segment in (*template.answer_start, answer, *template.answer_end))
+    return _encode_labeled(tokenizer, segments, media_length, max_length)
 
 
 def clean_caption(caption: str, max_words: int = 50) -> str:
-    """A caption in lower case, its punctuation turned into spaces, cut to so many words.
+    """Convert a caption to lower case, replace punctuation by spaces, and truncate it to `max_words` words.
 
-    Equals the reference's processors/blip_processors.py, which uses it on WebVid's captions only.
+    Equals the reference's processors/blip_processors.py, which applies it to WebVid's captions only.
     """
     text = re.sub(r"\s{2,}", " ", caption.lower().translate(_PUNCTUATION))
     return " ".join(text.rstrip("\n").strip(" ").split(" ")[:max_words])
 
 
-def _first_question(question: str, media: Media, media_at: int) -> Prompt:
+def _build_first_question(question: str, media: Media, media_at: int) -> Prompt:
     if media.kind == "image":
         return (question[:media_at], "<Image>", Mark.MEDIA, "</Image>", question[media_at:])
-    return (question[:media_at], *_introduction(media), question[media_at:])
+    return (question[:media_at], *_introduce_media(media), question[media_at:])
 
 
-def _introduction(media: Media) -> Prompt:
-    """The words around media, up to the first letter of the question."""
+def _introduce_media(media: Media) -> Prompt:
+    """Return media with the text around them, up to the first character of the question."""
     if media.kind == "audio":
         return (*format_media(media), " ")
     if media.placeholders == ("video",) and not media.timestamps:
@@ -144,30 +160,30 @@ def _introduction(media: Media) -> Prompt:
     return format_media(media)
 
 
-def _encode(tokenizer: Tokenizer, parts: LabeledPrompt, media_length: int, max_length: int) -> TrainingText:
-    """Ids of parts as one prompt, since a tokenizer sees across their seams, and which of them are learned.
+def _encode_labeled(tokenizer: Tokenizer, segments: LabeledPrompt, media_length: int, max_length: int) -> TrainingText:
+    """Tokenize segments as one prompt, because tokens may span them, and label the tokens of labeled segments.
 
-    A seam is found as the number of ids that the prompt up to it begins with and that the whole begins with too. So a
-    token across a seam, which LLaMA's tokenizers never make, belongs to what comes after.
+    The boundary after a segment is the number of ids that the prompt up to it and the full prompt have in common. A
+    token across a boundary, which LLaMA's tokenizers never make, belongs to the later segment.
     """
-    whole = encode_prompt(tokenizer, tuple(part for part, _ in parts), [media_length])
-    learned = np.zeros(len(whole.ids), bool)
+    full = encode_prompt(tokenizer, tuple(segment for segment, _ in segments), [media_length])
+    labeled = np.zeros(len(full.ids), bool)
     prompt: Prompt = ()
-    done = 0
-    for is_learned, group in itertools.groupby(parts, key=lambda pair: pair[1]):
-        prompt += tuple(part for part, _ in group)
+    start = 0
+    for is_labeled, group in itertools.groupby(segments, key=lambda pair: pair[1]):
+        prompt += tuple(segment for segment, _ in group)
         ids = encode_prompt(tokenizer, prompt, [media_length] * prompt.count(Mark.MEDIA)).ids
-        seam = max(done, _common_length(ids, whole.ids))
-        learned[done:seam] = is_learned
-        done = seam
-        if done >= max_length:
+        boundary = max(start, _common_prefix_length(ids, full.ids))
+        labeled[start:boundary] = is_labeled
+        start = boundary
+        if start >= max_length:
             break
-    labels = np.where(learned, whole.ids, np.int32(IGNORE_INDEX))
-    return TrainingText(whole.ids[:max_length], whole.is_media[:max_length], labels[:max_length])
+    labels = np.where(labeled, full.ids, np.int32(IGNORE_INDEX))
+    return TrainingText(full.ids[:max_length], full.is_media[:max_length], labels[:max_length])
 
 
-def _common_length(left: Int32[np.ndarray, "n"], right: Int32[np.ndarray, "m"]) -> int:
-    """How many ids both begin with."""
+def _common_prefix_length(left: Int32[np.ndarray, "n"], right: Int32[np.ndarray, "m"]) -> int:
+    """Return the length of the longest common prefix."""
     shortest = min(len(left), len(right))
     different = np.flatnonzero(left[:shortest] != right[:shortest])
     return int(different[0]) if len(different) else shortest
