@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from vllama_jax import generate
 from vllama_jax.config import LLAMA_7B, GenerationConfig, LlamaConfig
@@ -30,14 +30,7 @@ def lower_decode(config: LlamaConfig, batch: int, prompt: int, platform: str = "
     graph, state = nnx.split(nnx.eval_shape(lambda: Llama(config, rngs=nnx.Rngs(0))))
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), state) if devices else state
     llama = nnx.merge(graph, shard_abstract(state, mesh, fsdp=False))
-    leaves, tree = jax.tree.flatten(llama.blocks)
-    rows = [
-        jax.ShapeDtypeStruct(
-            leaf.shape[1:], leaf.dtype, sharding=NamedSharding(mesh, PartitionSpec(*leaf.sharding.spec[1:]))
-        )
-        for leaf in leaves
-    ]
-    llama.blocks = nnx.List(jax.tree.unflatten(tree, rows) for _ in range(config.depth))
+    llama.unstack(platform)
     strategy = generate.DecodingStrategy(1, sample=False, top_k=0)
     settings = generate._make_settings(GenerationConfig(max_new_tokens=64), 1, 2, ())
     inputs = (
@@ -98,9 +91,8 @@ devices = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").
 for batch in (1, 8):
     config = dataclasses.replace(LLAMA_7B, depth=2, **{**SMALL, "head_dim": 128, "width": 1024, "mlp_dim": 2816})
     lowered, llama, state = lower_decode(config, batch, 192, "tpu", devices)
-    shards = [math.prod(x.sharding.shard_shape(x.shape)) for x in jax.tree.leaves(llama.blocks) if x.ndim > 1]
-    cache = state.cache.keys[0]
-    least = min(*shards, math.prod(cache.sharding.shard_shape(cache.shape)))
+    weights = [math.prod(x.shape) // 4 for x in jax.tree.leaves(llama.blocks) if x.ndim > 1]
+    least = min(*weights, math.prod(state.cache.keys[0].shape) // 4)
     print(batch, large_copies(lowered.compile().as_text(), least))
 """
 

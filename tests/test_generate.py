@@ -92,7 +92,7 @@ def test_greedy_decoding_equals_full_forward_passes(llama, log_probabilities):
 
 def test_unstacked_layers_give_the_same_tokens(llama):
     unstacked = nnx.clone(llama)
-    unstacked.unstack()
+    unstacked.unstack("cpu")
     assert answer(unstacked, make_prompt(), max_new_tokens=20) == answer(llama, make_prompt(), max_new_tokens=20)
 
 

@@ -146,7 +146,7 @@ def test_cache_and_prefill_estimates_match_compiled_memory(beams):
     llama = dataclasses.replace(tiny().llama, width=256, num_heads=8, num_kv_heads=8, head_dim=32, mlp_dim=704)
     model = dataclasses.replace(tiny(), llama=llama)
     network = random_network(model).llama
-    network.unstack()
+    network.unstack("cpu")
     generation = GenerationConfig(num_beams=beams)
     need = estimate.estimate_chat(model, ALONE, CPU, generation=generation)
     padded = generate.padded_prompt_length(llama.max_length - 300)

@@ -7,12 +7,15 @@ between a prompt and what is generated after it does not count.
 import dataclasses
 import functools
 import math
+import re
 from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format, Layout, with_layout_constraint
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import LlamaConfig, RopeScaling
@@ -30,6 +33,9 @@ from vllama_jax.nn.lora import linear_with_lora
 from vllama_jax.nn.quantized import QuantizedLinear
 from vllama_jax.sharding import AXIS_NAMES
 
+# Kernels [width, heads, head_dim]. A TPU tiles the last two axes in memory, and a product with one row for each token
+# reads tiles of width and head_dim: with heads first. Stored otherwise, each dispatch copies them.
+HEADS_KERNEL = re.compile(r"attention\.(query|key|value)\.(kernel|values)")
 MASKED = jnp.finfo(jnp.float32).min  # the score of a position that is not attended to
 
 
@@ -105,16 +111,31 @@ def rotate(
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
+def _layer(leaf: Array | jax.ShapeDtypeStruct, number: int, *, heads_first: bool) -> Array | jax.ShapeDtypeStruct:
+    """Return one layer of a stacked weight, as an array or, where the stack is abstract, as a shape."""
+    layout = Layout((1, 0, 2)) if heads_first else None
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        sharding = leaf.sharding and NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(
+            leaf.shape[1:], leaf.dtype, sharding=Format(layout, sharding) if layout else sharding
+        )
+    row = leaf[number]
+    return jax.device_put(row, Format(layout, row.sharding)) if layout else row
+
+
 def write_positions(
     cache: Float[Array, "*b g c k"], new: Float[Array, "b n g k"], start: Int[Array, ""]
 ) -> Float[Array, "*b g c k"]:
     """Write the keys or values of n positions into a layer's cache, from position `start`."""
     new = new.swapaxes(1, 2).astype(cache.dtype)
     if cache.ndim == 3:
-        written = jax.lax.dynamic_update_slice(cache, new[0], (0, start, 0))
-        return constrain_sharding(written, "kv_heads", None, None)
-    written = jax.lax.dynamic_update_slice(cache, new, (0, 0, start, 0))
-    return constrain_sharding(written, "batch", "kv_heads", None, None)
+        written = constrain_sharding(jax.lax.dynamic_update_slice(cache, new[0], (0, start, 0)), "kv_heads", None, None)
+    else:
+        written = constrain_sharding(
+            jax.lax.dynamic_update_slice(cache, new, (0, 0, start, 0)), "batch", "kv_heads", None, None
+        )
+    # On a TPU, XLA would choose a layout by the write, and transpose the cache for each product.
+    return with_layout_constraint(written, Layout(tuple(range(written.ndim))))
 
 
 def attend_cached(
@@ -286,17 +307,22 @@ class Llama(nnx.Module):
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
-    def unstack(self) -> None:
-        """Makes each layer's weights arrays of their own, one weight after the other.
+    def unstack(self, platform: str) -> None:
+        """Make each layer's weights arrays of their own, in the layout that decoding reads.
 
-        For decoding, where a scan would copy each layer's slice of the stack before it is used: two times slower.
+        For decoding, where a scan would copy each layer's slice of the stack before it is used: two times slower. One
+        weight after the other is split, so that no two of them live longer than they must.
+
+        Args:
+            platform: The platform of the devices that hold the weights, which may be abstract: "cpu", "gpu" or "tpu".
         """
-        leaves, structure = jax.tree.flatten(self.blocks)
-        self.blocks = nnx.List([])  # lets go of the stack, so that no two of a weight live longer than they must
+        leaves, structure = jax.tree.flatten_with_path(self.blocks)
+        self.blocks = nnx.List([])  # lets go of the stack
         rows = []
         while leaves:
-            leaf = leaves.pop(0)
-            rows.append([leaf[i] for i in range(self.cfg.depth)])
+            path, leaf = leaves.pop(0)
+            heads_first = platform == "tpu" and HEADS_KERNEL.search(jax.tree_util.keystr(path)) is not None
+            rows.append([_layer(leaf, number, heads_first=heads_first) for number in range(self.cfg.depth)])
         self.blocks = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*rows, strict=True))
 
     def _rotations(self, positions: Int[Array, "b n"]) -> tuple[Float[Array, "b n k/2"], Float[Array, "b n k/2"]]:
