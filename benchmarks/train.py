@@ -88,7 +88,7 @@ def our_step(config: TrainConfig) -> tuple[Step, setup.RunPlan]:
     def run(batch: HostBatch) -> None:
         nonlocal state
         with use_mesh(plan.mesh):
-            state, metrics = step(state, frozen, setup.place(batch.arrays, plan))
+            state, metrics = step(state, frozen, setup.shard_batch(batch.arrays, plan))
         metrics["loss"].block_until_ready()
 
     return run, plan

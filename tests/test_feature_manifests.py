@@ -187,7 +187,7 @@ CONFIGS_OF_VISION = {
 
 
 def refused(config: TrainConfig, root: Path, model: Path, part: str) -> None:
-    with pytest.raises(ConfigError, match=rf"made with other settings than .* \(other weights of {part}\)"):
+    with pytest.raises(ConfigError, match=rf"computed with other settings than .* \(the weights of {part} differ\)"):
         opened(dataclasses.replace(config, model=str(model)), root)
 
 
@@ -228,7 +228,7 @@ def test_features_of_the_other_branch_are_refused(made, records, tmp_path, branc
         root, config = write_cache(audio, tmp_path / "features"), dataclasses.replace(config, trainable=VISION_BRANCH)
     else:
         config = audio
-    with pytest.raises(ConfigError, match=r"made with other settings than .*branch was"):
+    with pytest.raises(ConfigError, match=r"computed with other settings than .*branch was"):
         opened(config, root)
 
 

@@ -119,7 +119,7 @@ def losses(config: TrainConfig) -> tuple[list[float], set[str], list[dict[int, s
         found, problems, kinds = [], [], set()
         for number in range(config.steps):
             batch = plan.reader(number)
-            state, metrics = step(state, frozen, setup.place(batch.arrays, plan))
+            state, metrics = step(state, frozen, setup.shard_batch(batch.arrays, plan))
             found.append(float(metrics["loss"]))
             problems.append(batch.problems)
             kinds.add(plan.reader.sampler.rows(number).stream.kind)
@@ -310,10 +310,12 @@ def test_other_settings_are_refused(made, tmp_path, what):
     if "frame_sampling" in options:
         datasets = (dataclasses.replace(datasets[0], frame_sampling=options.pop("frame_sampling")),)
     other = dataclasses.replace(config, data=data, datasets=datasets, **options)
-    with pytest.raises(ConfigError, match=f"records-.*{what}.* give the same, or make the features anew with `vllama"):
+    with pytest.raises(
+        ConfigError, match=f"records-.*{what}.* use the same settings, or recompute the features with `vllama"
+    ):
         setup.plan_run(with_features(other, out))
     before = files(out)
-    with pytest.raises(ConfigError, match=f"holds features made with other settings .*{what}.* another --out"):
+    with pytest.raises(ConfigError, match=f"contains features computed with other settings .*{what}.* another --out"):
         precompute_features(other, out)
     assert files(out) == before
 
@@ -321,7 +323,7 @@ def test_other_settings_are_refused(made, tmp_path, what):
 def test_other_weights_are_refused(made, tmp_path):
     config, out = made
     other = dataclasses.replace(config, model=str(changed_weights(Path(config.model), tmp_path / "model")))
-    with pytest.raises(ConfigError, match=r"other settings than .* \(other weights of image_qformer\); give the same"):
+    with pytest.raises(ConfigError, match=r"other settings than .* \(the weights of image_qformer differ\); use"):
         setup.plan_run(with_features(other, out))
 
 
@@ -336,16 +338,18 @@ def test_settings_that_do_not_affect_features_may_change(made, tmp_path):
 def test_other_records_are_refused(made, sounds, tmp_path):
     config, out = made
     other = config_of(config.model, sounds, branch="audio")
-    with pytest.raises(DataError, match=r"no features of .*records as it is now \(there are some of records-\w+\)"):
+    with pytest.raises(
+        DataError, match=r"no features of the current content of .*records \(found features of records-\w+\)"
+    ):
         setup.plan_run(with_features(other, out))
-    with pytest.raises(DataError, match="none: no such feature cache; `vllama features` makes one"):
+    with pytest.raises(DataError, match="none: feature cache not found; create it with `vllama features`"):
         setup.plan_run(with_features(config, tmp_path / "none"))
 
 
 def test_a_run_can_use_fewer_variants_but_not_more(made):
     config, out = made
     assert setup.plan_run(with_features(config, out, variants=1)).reader.data.variants == 1
-    with pytest.raises(ConfigError, match=r"has 2 variants of each record, data.variants asks for 3; ask for fewer"):
+    with pytest.raises(ConfigError, match=r"has 2 variants of each record, but data.variants is 3; reduce it"):
         setup.plan_run(with_features(config, out, variants=3))
     with pytest.raises(ConfigError, match="variants was 2, now 3"):
         precompute_features(dataclasses.replace(config, data=dataclasses.replace(config.data, variants=3)), out)
@@ -354,7 +358,7 @@ def test_a_run_can_use_fewer_variants_but_not_more(made):
 def test_cached_components_cannot_be_trainable(made):
     config, out = made
     config = dataclasses.replace(config, trainable=(*config.trainable, "image_qformer/*"))
-    with pytest.raises(ConfigError, match=r"'image_qformer/\*' matches image_qformer/.* data.feature_cache has fixed"):
+    with pytest.raises(ConfigError, match=r"'image_qformer/\*' matches image_qformer/.* read from data.feature_cache"):
         setup.plan_run(with_features(config, out))
 
 
@@ -387,9 +391,7 @@ def test_an_unwritable_output_is_reported(made, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"file/features: cannot be written \(Not a directory\)"):
         precompute_features(config, tmp_path / "file/features")
-    with pytest.raises(
-        DataError, match=r"records: holds something else \(it has manifest.json\); choose another --out"
-    ):
+    with pytest.raises(DataError, match=r"records: not a feature cache \(it has manifest.json\); choose another --out"):
         precompute_features(config, Path(config.datasets[0].path))
     with (
         pytest.raises(CheckpointError, match="another process is writing features there"),
@@ -407,7 +409,9 @@ def test_a_full_disk_is_reported(made, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(DataError, match=r"features-00000-of-00003.*: cannot be written \(.*File too large.*whole"):
+        with pytest.raises(
+            DataError, match=r"features-00000-of-00003.*: cannot be written \(.*File too large.*complete shards"
+        ):
             precompute_features(config, again)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -107,12 +107,12 @@ def plan_error(config) -> str:
 def test_lora_rank_and_trainable_patterns_need_each_other(tiny_model, pictures):
     config = short_config(tiny_model, pictures, lora=LoraConfig(rank=2))
     idle = "llama/blocks/attention/query/lora/down"
-    told = f"lora.rank is 2, but trainable has no pattern for {idle}: add 'llama/*/lora/*' to trainable, or set"
+    told = f"lora.rank is 2, but no pattern of trainable matches {idle}: add 'llama/*/lora/*' to trainable, or set"
     assert plan_error(config).startswith(told)
     some = (*config.trainable, "llama/*/value/lora/*")
     assert plan_error(dataclasses.replace(config, trainable=some)).startswith(told)
     config = dataclasses.replace(config, lora=LoraConfig(), trainable=(*config.trainable, "llama/*/lora/*"))
     assert plan_error(config) == (
-        "trainable has 'llama/*/lora/*', but lora.rank is 0: set lora.rank above 0, or leave the pattern out"
+        "trainable has 'llama/*/lora/*', but lora.rank is 0: set lora.rank above 0, or remove the pattern"
     )
     assert plan_run(dataclasses.replace(config, lora=LoraConfig(rank=2))).trainable_paths

@@ -365,11 +365,11 @@ def test_require_fit_refuses_a_tight_fit(capsys, monkeypatch):
         (("8b",), "8b: no such model or run config; .* one of 7b, 13b, tiny, audio_stage1"),
         (("7b", "--devices", "H101"), "no device 'H101': choose one of H200, H100, .*, or here"),
         (("7b", "--mesh.fsdp", "3"), "has .* places for 8 devices"),
-        (("7b", "--devices", "v5e", "--mesh.fsdp", "3"), "batch_size 256 does not divide over 3 places"),
+        (("7b", "--devices", "v5e", "--mesh.fsdp", "3"), "batch_size 256 is not divisible by the 3 shards"),
         (("7b", "--devices", "v5e", "--mesh.fsdp", "0"), "mesh.fsdp and mesh.tensor at least 1"),
         (("vision_stage1",), "model: no such model directory; name one with --model, or a size: --model 7b"),
         (("vision_stage1", "--model", "7b", "--devices", "v5e", "--exact"), "leave --devices out"),
-        (("vision_stage1", "--model", "7b", "--trainable", "vidoe/*"), "matches no weight"),
+        (("vision_stage1", "--model", "7b", "--trainable", "vidoe/*"), "matches no parameter"),
     ],
 )
 def test_errors_are_one_line(arguments, message):

@@ -68,7 +68,7 @@ def test_free_fields_may_change_on_resume(run, tiny_model, what):
 @pytest.mark.parametrize("what", FIXED)
 def test_other_fields_may_not_change_on_resume(run, tiny_model, what):
     options, message = FIXED[what]
-    with pytest.raises(ConfigError, match=rf"holds a run with another config \(.*{message}"):
+    with pytest.raises(ConfigError, match=rf"contains a run with another config \(.*{message}"):
         resume(run, dataclasses.replace(shipped(tiny_model, NO_LORA), **options), tiny_model)
 
 
@@ -169,7 +169,7 @@ def test_rebuilt_records_are_refused(tiny_model, small, tmp_path):
     resume_planned(tmp_path / "run", config)
     shutil.rmtree(records)
     write_records(write_files(tmp_path / "files", videos=1))
-    message = rf"run: datasets.0.path {records}: its content is not what this run was started with; give the original"
+    message = rf"run: datasets.0.path {records}: the content has changed since the run was started; give the original"
     with pytest.raises(ConfigError, match=message):
         resume_planned(tmp_path / "run", config)
 
@@ -180,7 +180,7 @@ def test_the_order_of_datasets_matters(tiny_model, small, tmp_path):
     resume_planned(tmp_path / "run", with_records(config, small, other))
     copies = [shutil.copytree(path, tmp_path / f"copy{n}") for n, path in enumerate((small, other))]
     resume_planned(tmp_path / "run", with_records(config, *copies))
-    with pytest.raises(ConfigError, match=rf"datasets.\d.path {tmp_path}/copy\d: its content is not"):
+    with pytest.raises(ConfigError, match=rf"datasets.\d.path {tmp_path}/copy\d: the content has changed"):
         resume_planned(tmp_path / "run", with_records(config, *reversed(copies)))
     with pytest.raises(ConfigError, match=r"datasets.1.*was .*, now None"):
         resume_planned(tmp_path / "run", with_records(config, copies[0]))
@@ -192,7 +192,7 @@ def test_an_init_run_of_other_weights_is_refused(tiny_model, begun, small, tmp_p
     resume_planned(tmp_path / "run", config)
     shutil.rmtree(init)
     write_run(shipped(tiny_model, NO_LORA), init, learned(tiny(vocab_size=512), NO_LORA, "llama_proj"))
-    with pytest.raises(ConfigError, match=rf"init {init}: its content is not what this run was started with"):
+    with pytest.raises(ConfigError, match=rf"init {init}: the content has changed since the run was started"):
         resume_planned(tmp_path / "run", config)
 
 

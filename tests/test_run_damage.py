@@ -165,7 +165,7 @@ def test_a_corrupt_checkpoint_is_renamed_and_the_previous_one_restored(run, capl
     before = files(run / "step_8")
     assert restored(run) == 4
     assert "step_8" in caplog.text
-    assert "going back to the checkpoint before it" in caplog.text
+    assert "falling back to the previous checkpoint" in caplog.text
     assert list_checkpoint_steps(run) == [4]
     assert os.path.lexists(run / "damaged_step_8")
     assert files(run / "damaged_step_8") == before
@@ -223,7 +223,7 @@ def test_without_an_intact_checkpoint_nothing_is_changed(run, damage):
         TRIED[damage](run / f"step_{step}")
     before = files(run)
     for _ in range(2):  # as a requeued job does
-        with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be read"):
+        with pytest.raises(CheckpointError, match="none of the 2 checkpoints can be read"):
             restored(run)
     assert files(run) == before
 
@@ -231,9 +231,9 @@ def test_without_an_intact_checkpoint_nothing_is_changed(run, damage):
 def test_removed_checkpoints_are_detected(run, caplog):
     shutil.rmtree(run / "step_8")
     assert restored(run) == 4
-    assert "step_8: missing; going back" in caplog.text
+    assert "step_8: missing; falling back" in caplog.text
     shutil.rmtree(run / "step_4")
-    with pytest.raises(CheckpointError, match="step_8 was saved, and no checkpoint is left"):
+    with pytest.raises(CheckpointError, match="step_8 was saved, but no checkpoint is left"):
         restored(run)
     (run / "last_saved.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"last_saved.json: not JSON"):
@@ -338,7 +338,9 @@ def test_without_digests_a_checkpoint_is_not_committed(run, monkeypatch):
     monkeypatch.setattr(runs, "write_digests", full)
     checkpoints = Checkpoints(run, CheckpointConfig())
     checkpoints.save(12, state_of(12, weights_of(12)))
-    with pytest.raises(CheckpointError, match=r"step 12 could not be saved \(No space left on device\); the last good"):
+    with pytest.raises(
+        CheckpointError, match=r"step 12 could not be saved \(No space left on device\); the last checkpoint"
+    ):
         checkpoints.finish()
     checkpoints.finish()
     assert sorted(path.name for path in run.iterdir()) == ["config.json", "last_saved.json", "step_4", "step_8"]

@@ -50,8 +50,8 @@ assert "jax" not in sys.modules or "optim" in {statement!r}
 def test_help_on_train_begins_with_how_to_call_it():
     head, _, rest = pydoc.plain(pydoc.render_doc(vl.train)).partition("Args:")
     assert "train(config: vllama_jax.train.config.TrainConfig, out: str | pathlib.Path, *, base" in head
-    assert "Train, or resume from the last checkpoint in `out`" in head
-    assert rest.lstrip().startswith("config: The run.")
+    assert "Train a branch, or resume the run in `out` from its last checkpoint" in head
+    assert rest.lstrip().startswith("config: The run config.")
 
 
 def test_the_package_lists_what_it_exports():
@@ -71,10 +71,10 @@ def test_the_default_reporter_prints_the_first_and_the_last_step_and_some_betwee
     for step in range(3, 11):
         reporter.step({**metrics, "step": step, **({"lr": 1e-3} if step == 3 else {})})
     assert capsys.readouterr().err.splitlines() == [
-        "3/10 steps  loss 2.0000  lr 1.00e-03  8.0 samples/s  waits 25%",
-        "4/10 steps  loss 2.0000  8.0 samples/s  waits 25%",
-        "8/10 steps  loss 2.0000  8.0 samples/s  waits 25%",
-        "10/10 steps  loss 2.0000  8.0 samples/s  waits 25%",
+        "3/10 steps  loss 2.0000  lr 1.00e-03  8.0 samples/s  data wait 25%",
+        "4/10 steps  loss 2.0000  8.0 samples/s  data wait 25%",
+        "8/10 steps  loss 2.0000  8.0 samples/s  data wait 25%",
+        "10/10 steps  loss 2.0000  8.0 samples/s  data wait 25%",
     ]
 
 
@@ -89,7 +89,9 @@ def test_a_loss_and_an_optimizer_are_recorded_by_name_and_by_layout():
     assert one["optimizer"] != describe_custom(None, lion, states["lion"])["optimizer"]
     assert describe_custom(functools.partial(loss_sum), None, None) == {"loss": "partial"}
     check_custom("run", one, one)
-    with pytest.raises(ConfigError, match="run: its run was started with loss loss_sum, not of the config and optim"):
+    with pytest.raises(
+        ConfigError, match=r"run: the run has another loss or optimizer \(loss was loss_sum, now the config's; optim"
+    ):
         check_custom("run", one, {})
 
 
@@ -147,9 +149,9 @@ def test_a_custom_loss_is_trained_on(config, custom_run, tmp_path):
 @pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_loss_or_optimizer(config, custom_run, capsys):
     refused = {
-        r"started with loss doubled, not of the config; resume it by": {"optimizer": optax.sgd(1e-2)},
-        r"started with optimizer with state \w+, not of the config; resume": {"loss": doubled},
-        r"started with optimizer with state \w+, not with state \w+; resume": {
+        r"loss was doubled, now the config's\); resume it by": {"optimizer": optax.sgd(1e-2)},
+        r"optimizer was with state \w+, now the config's\); resume": {"loss": doubled},
+        r"optimizer was with state \w+, now with state \w+\); resume": {
             "loss": doubled,
             "optimizer": optax.adam(1e-2),
         },

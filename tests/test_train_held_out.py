@@ -38,7 +38,7 @@ class Reader:
 @pytest.fixture
 def look(monkeypatch, tmp_path):
     """Looks once at held-out streams: what was read, and the line that is said."""
-    monkeypatch.setattr(validation, "place", lambda arrays, plan: arrays)
+    monkeypatch.setattr(validation, "shard_batch", lambda arrays, plan: arrays)
 
     def run(batches: int, *streams: Stream) -> tuple[list, str]:
         datasets = tuple(stream.dataset for stream in streams)

@@ -22,9 +22,9 @@ from vllama_jax.train.loop import train
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"trainable": ("vidoe_qformer/*",)}, ConfigError, "matches no weight of those that this run uses"),
-        ({"trainable": ("audio_qformer/*",)}, ConfigError, "matches no weight of those that this run uses"),
-        ({"batch_size": 6}, ConfigError, "batch_size 6 does not divide over 8 places of the mesh"),
+        ({"trainable": ("vidoe_qformer/*",)}, ConfigError, "matches no parameter of the components of this run"),
+        ({"trainable": ("audio_qformer/*",)}, ConfigError, "matches no parameter of the components of this run"),
+        ({"batch_size": 6}, ConfigError, "batch_size 6 is not divisible by the 8 shards of the batch"),
         ({"mesh": dataclasses.replace(ONE, data=3)}, ConfigError, "has 3 places for 8 devices"),
         ({"model": "nowhere"}, CheckpointError, "no such model directory"),
         ({"init": "nowhere"}, CheckpointError, "no such model directory"),
@@ -48,7 +48,7 @@ def begun(tmp_path_factory, tiny_model, records) -> Path:
 
 def test_another_config_in_the_same_directory_is_refused(tiny_model, records, begun):
     config = short_config(tiny_model, records, steps=9)
-    with pytest.raises(ConfigError, match=r"holds a run with another config .*steps was 8, now 9"):
+    with pytest.raises(ConfigError, match=r"contains a run with another config .*steps was 8, now 9"):
         train(config, begun, Quiet())
 
 
@@ -82,7 +82,7 @@ def wider(tmp_path_factory) -> Path:
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny_model, wider, records, begun):
-    with pytest.raises(ConfigError, match="its run was started from another base model"):
+    with pytest.raises(ConfigError, match="the run was started from another base model"):
         train(short_config(wider, records), begun, Quiet())
     config = short_config(wider, records, init=str(begun))
     with pytest.raises(ConfigError, match=r"init: .* trained another model than .* does not fit"):

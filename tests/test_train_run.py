@@ -142,7 +142,7 @@ def test_a_stopped_run_saves_and_exits_0(whole, tmp_path):
     wait_for_step(tmp_path / "run", 7, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0
-    assert "told to stop, saved at step" in process.stderr.read()
+    assert "stopped by a signal, saved at step" in process.stderr.read()
     assert list_checkpoint_steps(tmp_path / "run")[-1] == losses(tmp_path / "run")[-1][0]
     assert command(config, tmp_path / "run").wait() == 0
     assert_same_run(tmp_path / "run", run)
@@ -185,7 +185,7 @@ def test_a_corrupt_checkpoint_is_renamed_and_the_previous_one_restored(tiny_mode
     for file in (run / "step_8/weights").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     train(short_config(tiny_model, pictures), run, Quiet())
-    assert "going back to the checkpoint before it" in caplog.text
+    assert "falling back to the previous checkpoint" in caplog.text
     assert_same_run(run, stage1)
 
 
@@ -195,11 +195,13 @@ def test_without_a_readable_checkpoint_nothing_is_changed(tiny_model, pictures, 
     for file in run.glob("step_*/weights/d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     for _ in range(2):  # as a requeued job does
-        with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be read; run it again"):
+        with pytest.raises(CheckpointError, match="none of the 2 checkpoints can be read; restore their files"):
             train(short_config(tiny_model, pictures), run, Quiet())
     for step in (4, 8):  # as older versions left it
         (run / f"step_{step}").rename(run / f"damaged_step_{step}")
-    with pytest.raises(CheckpointError, match=r"damaged_step_4 could not be read, .*; rename it to step_4 to try it"):
+    with pytest.raises(
+        CheckpointError, match=r"damaged_step_4 could not be read, .*; rename it to step_4 to try again"
+    ):
         train(short_config(tiny_model, pictures), run, Quiet())
     assert losses(run) == losses(stage1)
 
@@ -228,12 +230,12 @@ def test_a_full_disk_while_saving(tiny_model, pictures, tmp_path, on_error):
     config = short_config(tiny_model, pictures, checkpoint=CheckpointConfig(save_interval_steps=2, on_error=on_error))
     run, failed = (
         tmp_path / "run",
-        r"run: the checkpoint of step 4 could not be saved \(File too large\); the last good",
+        r"run: the checkpoint of step 4 could not be saved \(File too large\); the last checkpoint",
     )
     reporter = FullDisk(run)
     try:
         if on_error == "stop":
-            with pytest.raises(CheckpointError, match=rf"{failed} one is step 2"):
+            with pytest.raises(CheckpointError, match=rf"{failed} is step 2"):
                 train(config, run, reporter)
         else:
             train(config, run, reporter)
@@ -258,7 +260,7 @@ def test_tensorboard_has_the_metrics_of_the_run(stage1):
 @pytest.mark.usefixtures("one_device")
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny_model, pictures, tmp_path):
     config = short_config(tiny_model, pictures, optim=OptimConfig(lr=1e30, min_lr=1e30, warmup_steps=0))
-    with pytest.raises(VllamaError, match=r"step \d: the loss is nan .*png.*; the last good checkpoint is kept"):
+    with pytest.raises(VllamaError, match=r"step \d: loss nan, .*png.*; the checkpoints in .* are kept"):
         train(config, tmp_path / "run", Quiet())
 
 
@@ -290,11 +292,9 @@ def test_unusable_validation_examples_are_reported_and_not_counted(tiny_model, t
     validation._evaluate = lambda weights, frozen, batch: (0.0, (batch["targets"] >= 0).sum())  # compiles nothing
     for step in (1, 2):
         (told,) = validation.run(step, {}, {})
-        assert re.match(
-            rf"step {step}: no validation loss, as no held-out sample can be used; the first is \d.png: ", told
-        )
+        assert re.match(rf"step {step}: no validation loss: no held-out record can be used; the first: \d.png: ", told)
     assert [line["step"] for line in quarantined(tmp_path)] == [1]
-    assert [re.search(r"\d.png is left out: ", line) is not None for line in reporter.said] == [True]
+    assert [re.search(r"\d.png is masked: ", line) is not None for line in reporter.said] == [True]
     assert not (tmp_path / "samples.jsonl").exists()
 
 

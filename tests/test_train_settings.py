@@ -53,17 +53,17 @@ REFUSED = [
     ({"data": DataConfig(min_crop_area=0)}, "data.min_crop_area must be above 0 and at most 1, not 0"),
     ({"data": DataConfig(min_crop_area=1.01)}, "data.min_crop_area must be above 0 and at most 1"),
     ({"data": DataConfig(max_crop_aspect_ratio=0.9)}, "data.max_crop_aspect_ratio must be at least 1"),
-    ({"data": DataConfig(length_buckets=(72, 48))}, "data.length_buckets must rise"),
+    ({"data": DataConfig(length_buckets=(72, 48))}, "data.length_buckets must be in increasing order"),
     ({"steps": 0}, "steps must be at least 1"),
-    ({"batch_size": 8, "grad_accum_steps": 3}, "batch_size 8 is no multiple of grad_accum_steps 3"),
-    ({"datasets": ()}, "datasets: there are none"),
-    ({"trainable": ()}, "trainable: there are no patterns"),
+    ({"batch_size": 8, "grad_accum_steps": 3}, "batch_size 8 is not a multiple of grad_accum_steps 3"),
+    ({"datasets": ()}, "datasets is empty"),
+    ({"trainable": ()}, "trainable is empty"),
     ({"datasets": (DatasetConfig(path="d", ratio=0),)}, "datasets.0.ratio must be above 0"),
     ({"datasets": (DatasetConfig(path="d"), DatasetConfig(path="d", holdout=-1))}, "datasets.1: holdout must be at"),
     ({"datasets": (DatasetConfig(path="d", text=TextConfig(max_length=0)),)}, "text.max_length at least 1"),
     (
         {"validation": ValidationConfig(interval_steps=1)},
-        "interval_steps is set, but no dataset has a holdout",
+        "interval_steps is set, but there is nothing to validate on",
     ),
 ]
 
@@ -85,7 +85,7 @@ def test_the_data_axis_uses_the_remaining_devices():
 def test_micro_batch_rows_are_divided_over_data_and_fsdp():
     config = config_of(batch_size=48, grad_accum_steps=2)
     assert rows_per_shard(config, MeshConfig(data=3, fsdp=4, tensor=5)) == 2
-    with pytest.raises(ConfigError, match="batch_size 48 over grad_accum_steps 2 does not divide over 16 places"):
+    with pytest.raises(ConfigError, match="batch_size 48 / grad_accum_steps 2 is not divisible by the 16 shards"):
         rows_per_shard(config, MeshConfig(data=4, fsdp=4))
 
 
@@ -142,7 +142,11 @@ def test_a_vision_only_network_omits_no_audio_components():
     ("trained", "trainable_paths", "message"),
     [
         ({"a": (2,)}, {"a", "b"}, None),
-        ({"a": (2,), "c": (3,)}, {"a", "b"}, "init: run trained c, which does not learn here and would be lost"),
+        (
+            {"a": (2,), "c": (3,)},
+            {"a", "b"},
+            "init: run trained c, which is not trainable in this run and would be lost",
+        ),
         ({"a": (5,)}, {"a", "b"}, r"init: run trained another model than base \(a does not fit\)"),
         ({"z": (2,)}, {"a", "b"}, r"init: run trained another model than base \(z does not fit\)"),
     ],

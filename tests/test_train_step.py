@@ -284,5 +284,7 @@ def test_processes_divide_the_threads(processes, threads, monkeypatch):
 
 
 def test_a_pattern_that_matches_nothing_is_an_error():
-    with pytest.raises(ConfigError, match=r"trainable pattern 'video_qfromer/\*' matches no weight .* video_qformer"):
+    with pytest.raises(
+        ConfigError, match=r"trainable pattern 'video_qfromer/\*' matches no parameter .* video_qformer"
+    ):
         select_paths(["video_qformer/queries", "vit/positions"], ["video_qfromer/*"])

@@ -36,8 +36,8 @@ def test_log_files_have_a_line_every_30_seconds(capsys):
             display.step(metrics(step, loss=4.0 if step == 1 else 2.0))
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" steps")[0] for line in lines] == ["1/400", "61/400", "121/400", "181/400"]
-    assert lines[0] == "1/400 steps  loss 4.0000  lr 1.00e-03  8.0 samples/s  waits 25%  3 min 20 s left"
-    assert lines[-1].endswith("  lr 1.00e-03  8.0 samples/s  waits 25%  1 min 50 s left")
+    assert lines[0] == "1/400 steps  loss 4.0000  lr 1.00e-03  8.0 samples/s  data wait 25%  3 min 20 s left"
+    assert lines[-1].endswith("  lr 1.00e-03  8.0 samples/s  data wait 25%  1 min 50 s left")
 
 
 def test_a_resumed_runs_progress_starts_at_its_step(capsys):
