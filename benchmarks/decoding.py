@@ -11,6 +11,7 @@ many bytes.
 import statistics
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -39,7 +40,8 @@ def token_seconds(llama: Llama, prompt: int, batch: int) -> float:
     return min(times)
 
 
-def torch_model() -> "object":
+def torch_model() -> Any:
+    """Return transformers' LLaMA of the same size, with random weights."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -57,7 +59,7 @@ def torch_model() -> "object":
     return LlamaForCausalLM(config).eval()
 
 
-def torch_token_seconds(model: "object", prompt: int, batch: int) -> dict[str, float]:
+def torch_token_seconds(model: Any, prompt: int, batch: int) -> dict[str, float]:
     """Return the seconds for each token of transformers' model, by the type of its cache: the median step."""
     import torch
     from transformers import DynamicCache, StaticCache
@@ -79,6 +81,7 @@ def torch_token_seconds(model: "object", prompt: int, batch: int) -> dict[str, f
 
 
 def main() -> None:
+    """Print the figures."""
     lists = [tuple(map(int, word.split(","))) for word in sys.argv[1:] if word != "--json"]
     prompts, batches = lists if lists else (PROMPTS, BATCHES)
     llama = random_module(lambda: Llama(LLAMA, rngs=nnx.Rngs(0)))

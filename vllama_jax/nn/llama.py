@@ -1,7 +1,7 @@
 """LLaMA, and language models that differ from it in a few layers (reference: modeling_llama.py of transformers).
 
-Rows of a batch are padded on the right. A token's position is the number of real tokens before it, so that padding
-between a prompt and what is generated after it does not count.
+Sequences of a batch are padded on the right. A token's position is the number of tokens before it without padding, so
+padding between a prompt and the generated tokens does not count.
 """
 
 import dataclasses
@@ -63,12 +63,21 @@ class KVCache:
 
     @classmethod
     def empty(cls, cfg: LlamaConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Self:
+        """Create an empty cache.
+
+        Args:
+            cfg: The language model's config.
+            batch: Number of sequences.
+            capacity: Maximum number of positions.
+            dtype: Dtype of keys and values.
+        """
         shape = (*(() if batch == 1 else (batch,)), cfg.num_kv_heads, capacity, cfg.head_dim)
         keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(cfg.depth)) for _ in range(2))
         return cls(keys, values, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
 
     @property
     def capacity(self) -> int:
+        """Maximum number of positions."""
         return self.valid.shape[1]
 
     def take_rows(self, rows: Int[Array, " r"] | Int[np.ndarray, " r"]) -> Self:
@@ -84,28 +93,42 @@ class KVCache:
 
 
 def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
-    """Rotary frequencies in radians a position, float32 [head_dim / 2], as the `inv_freq` buffer of checkpoints."""
+    """Compute the rotary frequencies in radians per position.
+
+    Returns:
+        float32 [head_dim / 2], equal to the `inv_freq` buffer of checkpoints.
+    """
     exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
-    powers = np.power(cfg.rope_theta, exponents.astype(np.float64))  # numpy's in float32 is off torch's in the last bit
+    powers = np.power(cfg.rope_theta, exponents.astype(np.float64))  # float32 would differ from torch in the last bit
     frequencies = np.float32(1.0) / powers.astype(np.float32)
     return frequencies if cfg.rope_scaling is None else _scale_frequencies(frequencies, cfg.rope_scaling)
 
 
 def _scale_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Linear: all divided by the factor. Llama 3: long waves divided, short ones kept, a ramp between."""
-    slow = frequencies / np.float32(scaling.factor)
+    """Scale rotary frequencies.
+
+    "linear" divides all by the factor. "llama3" divides low frequencies, leaves high ones unchanged, and interpolates
+    between the two.
+    """
+    divided = frequencies / np.float32(scaling.factor)
     if scaling.kind == "linear":
-        return slow
-    turns = scaling.original_max_length * frequencies / (2 * math.pi)  # within the context that was trained on
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = np.clip(keep, 0.0, 1.0)
-    return ((1 - keep) * slow + keep * frequencies).astype(np.float32)
+        return divided
+    turns = scaling.original_max_length * frequencies / (2 * math.pi)  # within the context length of the training
+    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    ramp = np.clip(ramp, 0.0, 1.0)
+    return ((1 - ramp) * divided + ramp * frequencies).astype(np.float32)
 
 
 def rotate(
     x: Float[Array, "b n h k"], cos: Float[Array, "b n k/2"], sin: Float[Array, "b n k/2"]
 ) -> Float[Array, "b n h k"]:
-    """Rotary position embedding on halves (not on neighbours), in float32."""
+    """Apply rotary position embeddings in float32. Pairs are taken from the two halves of a head, not from neighbors.
+
+    Args:
+        x: Queries or keys.
+        cos: Cosines of the angles.
+        sin: Sines of the angles.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
@@ -157,7 +180,12 @@ def attend_cached(
 
 
 class Attention(nnx.Module):
-    """The projections of grouped-query attention; what is attended to is up to the caller."""
+    """The projections of grouped-query attention. The caller computes the attention between them.
+
+    Args:
+        cfg: The language model's config.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         def heads(count: int, name: str) -> nnx.LinearGeneral:
@@ -183,13 +211,13 @@ class Attention(nnx.Module):
     def project_qkv(
         self, x: Float[Array, "b n d"]
     ) -> tuple[Float[Array, "b n h k"], Float[Array, "b n g k"], Float[Array, "b n g k"]]:
-        """Query, key and value of every token, before the rotation."""
+        """Project tokens to queries, keys and values, before the rotation."""
         query, key, value = (linear_with_lora(layer, x) for layer in (self.query, self.key, self.value))
         return (self.query_norm(query), self.key_norm(key), value) if self.qk_norm else (query, key, value)
 
 
 class SwiGlu(nnx.Module):
-    """down(silu(gate(x)) · up(x))."""
+    """The SwiGLU feed-forward layer: down(silu(gate(x)) · up(x))."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.gate = nnx.Linear(cfg.width, cfg.mlp_dim, use_bias=False, rngs=rngs, **axis_metadata("embed", "mlp"))
@@ -197,11 +225,19 @@ class SwiGlu(nnx.Module):
         self.down = nnx.Linear(cfg.mlp_dim, cfg.width, use_bias=False, rngs=rngs, **axis_metadata("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Apply the layer to each token."""
         return linear_with_lora(self.down, jax.nn.silu(linear_with_lora(self.gate, x)) * linear_with_lora(self.up, x))
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), in two halves: what is attended to comes between."""
+    """A block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    It has two methods, for before and after the attention, which the caller computes with or without a KV cache.
+
+    Args:
+        cfg: The language model's config.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.attention_norm = _rms_norm(cfg.width, cfg, rngs)
@@ -212,14 +248,14 @@ class Block(nnx.Module):
     def project_qkv(
         self, x: Float[Array, "b n d"], cos: Float[Array, "b n k/2"], sin: Float[Array, "b n k/2"]
     ) -> tuple[Float[Array, "b n h k"], Float[Array, "b n g k"], Float[Array, "b n g k"]]:
-        """Query, key and value of every token, query and key rotated."""
+        """Project tokens to queries, keys and values, and rotate queries and keys."""
         query, key, value = self.attention.project_qkv(self.attention_norm(constrain_sharding(x, "batch", None, None)))
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def apply_output_and_mlp(
         self, x: Float[Array, "b n d"], attended: Float[Array, "b n h k"]
     ) -> Float[Array, "b n d"]:
-        """The rest of the block after attention."""
+        """Apply the part of the block after the attention: output projection, residuals and feed-forward layer."""
         x = x + linear_with_lora(self.attention.out, attended)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -229,7 +265,12 @@ def _rms_norm(width: int, cfg: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 class Llama(nnx.Module):
-    """Token embeddings in, hidden states out; `logits` turns those into scores over the vocabulary."""
+    """The language model: maps token embeddings to hidden states, and `logits` maps those to scores.
+
+    Args:
+        cfg: The config.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -243,24 +284,31 @@ class Llama(nnx.Module):
         )
 
     def embed(self, ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+        """Return the embeddings of token ids."""
         return self.embedding[...][ids]
 
     def __call__(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], remat_policy: Remat = "full"
     ) -> Float[Array, "b n d"]:
-        """Embeddings, and which of them are tokens (padding on the right) → hidden states after the last norm.
+        """Run all layers and the final norm.
 
-        remat: what of a layer the backward pass computes again.
+        Args:
+            x: Embeddings.
+            mask: True at tokens, False at padding, which is on the right.
+            remat_policy: The activation checkpointing policy.
+
+        Returns:
+            Hidden states.
         """
         return self.norm(self.run_layers(x, mask, remat_policy))
 
     def run_layers(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], remat_policy: Remat = "full"
     ) -> Float[Array, "b n d"]:
-        """The same without the last norm."""
+        """Run all layers as `__call__` does, without the final norm."""
         n = x.shape[1]
         attention_mask = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
-        cos, sin = self._rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
+        cos, sin = self._compute_rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
 
         def step(block: Block, x: Array) -> Array:
             query, key, value = block.project_qkv(x, cos, sin)
@@ -274,10 +322,19 @@ class Llama(nnx.Module):
     def forward_with_cache(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], cache: KVCache
     ) -> tuple[Float[Array, "b n d"], KVCache]:
-        """The same for the next n positions after those in the cache, which is returned longer by n."""
+        """Run all layers and the final norm for the n positions after those in a KV cache.
+
+        Args:
+            x: Embeddings of the new positions.
+            mask: True at tokens, False at padding.
+            cache: The cache, with room for n more positions.
+
+        Returns:
+            Hidden states of the new positions, and the cache with their keys and values.
+        """
         start, n = cache.length, x.shape[1]
-        before = jnp.sum(cache.valid, axis=1, keepdims=True)
-        cos, sin = self._rotations(before + jnp.cumsum(mask, axis=1) - 1)
+        num_cached = jnp.sum(cache.valid, axis=1, keepdims=True)
+        cos, sin = self._compute_rotations(num_cached + jnp.cumsum(mask, axis=1) - 1)
         valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
         attention_mask = valid[:, None, :] & (jnp.arange(cache.capacity) <= start + jnp.arange(n)[:, None])
 
@@ -301,23 +358,22 @@ class Llama(nnx.Module):
         return self.norm(x), KVCache(keys, values, valid, start + n)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Scores over the vocabulary, float32."""
+        """Compute the scores of all tokens in the vocabulary, in float32."""
         if isinstance(self.head, QuantizedLinear):
-            return self.head.product(hidden)
+            return self.head.matmul(hidden)
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
     def unstack(self, platform: str) -> None:
-        """Make each layer's weights arrays of their own, in the layout that decoding reads.
+        """Replace the stacked layers by a list of layers, one weight at a time, in the layout that decoding reads.
 
-        For decoding, where a scan would copy each layer's slice of the stack before it is used: two times slower. One
-        weight after the other is split, so that no two of them live longer than they must.
+        Decoding is twice as fast with it: a scan copies each layer's slice of the stack before it is used.
 
         Args:
             platform: The platform of the devices that hold the weights, which may be abstract: "cpu", "gpu" or "tpu".
         """
         leaves, structure = jax.tree.flatten_with_path(self.blocks)
-        self.blocks = nnx.List([])  # lets go of the stack
+        self.blocks = nnx.List([])  # drops the reference, so that each stacked weight is freed once it is unstacked
         rows = []
         while leaves:
             path, leaf = leaves.pop(0)
@@ -325,6 +381,8 @@ class Llama(nnx.Module):
             rows.append([_layer(leaf, number, heads_first=heads_first) for number in range(self.cfg.depth)])
         self.blocks = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*rows, strict=True))
 
-    def _rotations(self, positions: Int[Array, "b n"]) -> tuple[Float[Array, "b n k/2"], Float[Array, "b n k/2"]]:
+    def _compute_rotations(
+        self, positions: Int[Array, "b n"]
+    ) -> tuple[Float[Array, "b n k/2"], Float[Array, "b n k/2"]]:
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.cfg)
         return jnp.cos(angles), jnp.sin(angles)
