@@ -288,8 +288,8 @@ def estimate_memory(capsys, *arguments: object) -> str:
 def test_a_model_size_is_estimated_for_a_chat_and_both_stages(capsys):
     output = estimate_memory(capsys, "7b", "--devices", "H100")
     assert output.startswith("7b on 1 × H100 (data 1, fsdp 1, tensor 1): 80.0 GB each, 60.0 GB usable by JAX")
-    assert "GB on each device         chat  vision_stage1  vision_stage2" in output
-    assert "llama                    13.48          13.48          13.48" in output
+    assert "GB on each device      chat  vision_stage1  vision_stage2" in output
+    assert "llama                 13.48          13.48          13.48" in output
     report = json.loads(
         estimate_memory(capsys, "7b", "--devices", "L4", "--branch", "audio", "--mesh.tensor", 5, "--json")
     )
