@@ -9,10 +9,12 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from vllama_jax.errors import ConfigError
+from vllama_jax.errors import ConfigError, format_error
 
 AXIS_NAMES = "logical_axes"  # the key under which a weight's metadata holds its axis names
 
@@ -28,9 +30,19 @@ MESH_AXES = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp and tensor over all devices. Raises ConfigError if their product is another number.
+    """Make a mesh with the axes data, fsdp and tensor over all devices.
 
-    Its axes are Auto (the compiler partitions); `jax.make_mesh` would make them Explicit.
+    Its axes are Auto (the compiler partitions); `jax.make_mesh` would make them Explicit. A mesh axis may take a part
+    of an axis of the TPU's torus, which `jax.make_mesh` refuses for v5p and v6e: (2, 8, 1) on v6e:4x4.
+
+    Args:
+        data: Devices of the axis data.
+        fsdp: Devices of the axis fsdp.
+        tensor: Devices of the axis tensor.
+        devices: All devices of this run unless given.
+
+    Raises:
+        ConfigError: The product of the axes is not the number of devices, or the devices cannot be arranged so.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = (data, fsdp, tensor)
@@ -38,7 +50,23 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
         raise ConfigError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} has {math.prod(shape)} places for {len(devices)} devices"
         )
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3, devices=devices)
+    return Mesh(arrange_devices(shape, devices), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
+
+
+def arrange_devices(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Arrange devices in a grid of a mesh's shape so that neighbors of an axis are neighbors on the network.
+
+    Raises ConfigError for devices of several TPU slices, and for those that JAX cannot arrange.
+    """
+    count = len({getattr(device, "slice_index", 0) for device in devices})
+    if count > 1:
+        raise ConfigError(f"the {len(devices)} devices are in {count} TPU slices; a mesh needs devices of one slice")
+    try:
+        return mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        axes = "data={} fsdp={} tensor={}".format(*shape)
+        kind = f"{len(devices)} {devices[0].device_kind} devices"
+        raise ConfigError(f"JAX cannot arrange {kind} in a mesh {axes}: {format_error(error)}") from error
 
 
 def partition_spec(

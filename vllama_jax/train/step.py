@@ -16,6 +16,7 @@ from vllama_jax.branches import BRANCHES
 from vllama_jax.media.image import standardize
 from vllama_jax.nn.layers import Dropout, constrain_sharding
 from vllama_jax.nn.video_llama import VideoLlama, splice
+from vllama_jax.runtime.xla_options import compiler_options
 from vllama_jax.towers import get_tower
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.optim import ScheduledOptimizer
@@ -135,9 +136,20 @@ def make_step(
 
 
 def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState) -> Any:
-    """The step, compiled once for each shape of batch; the state that comes out lies where `state`, abstract, does."""
+    """Put a step under `jax.jit`, with the state donated.
+
+    Args:
+        step: As `make_step` makes it.
+        state: Abstract; its shardings are those of the state that comes out, and its devices those compiled for.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+    platform = next(iter(shardings.step.device_set)).platform
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, shardings.step),
+        compiler_options=compiler_options(platform, "train_step"),
+    )
 
 
 def make_eval_step(
