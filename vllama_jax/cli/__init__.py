@@ -19,6 +19,7 @@ COMMANDS = {
     "features": "Write what the frozen encoders see, to train from.",
     "train": "Train a branch: stage 1, stage 2, or your own.",
     "memory": "Estimate the memory that a chat or a run needs; nothing is loaded.",
+    "compile": "Compile for TPUs that are not here: memory, time, what binds.",
     "eval": "Answer and score a benchmark.",
     "plot": "Draw the loss and learning rate of runs.",
 }

@@ -98,12 +98,21 @@ def _batch(
     }
 
 
+def lower_step(run: AbstractRun, mesh: Mesh) -> jax.stages.Lowered:
+    """Lower the run's step, as `vllama train` does.
+
+    Args:
+        run: Made for `mesh`.
+        mesh: Of real devices, or of a topology's.
+    """
+    step = make_step(run.config, run.abstract_model, make_optimizer(run.config.optim, run.config.steps))
+    with use_mesh(mesh):
+        return jit_step(step, run.state).lower(run.state, run.frozen, run.batch)
+
+
 def compiled_memory(run: AbstractRun, mesh: Mesh) -> Any:
     """What XLA says of the run's step: argument_size_in_bytes and temp_size_in_bytes, on each device of its mesh.
 
     mesh: the one that the run was made for, of real devices.
     """
-    step = make_step(run.config, run.abstract_model, make_optimizer(run.config.optim, run.config.steps))
-    with use_mesh(mesh):
-        lowered = jit_step(step, run.state).lower(run.state, run.frozen, run.batch)
-        return lowered.compile().memory_analysis()
+    return lower_step(run, mesh).compile().memory_analysis()

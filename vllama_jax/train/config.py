@@ -118,13 +118,17 @@ class MeshConfig:
 
     Attributes:
         data: Devices that share a batch, each with all weights; 0 takes all that the other axes leave.
-        fsdp: Devices that share a batch and the weights of each layer.
+        fsdp: Devices that share a batch and the weights of each layer; 0 for the fewest with which the run fits
+            (memory/mesh.py).
         tensor: Devices that share each matrix product.
     """
 
     data: int = 0
     fsdp: int = 1
     tensor: int = 1
+
+
+AUTO_MESH = MeshConfig(fsdp=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,7 +189,7 @@ class TrainConfig:
         optim: The optimizer and its learning rate.
         data: How records become batches.
         lora: Low-rank updates of the language model; rank 0 for none.
-        mesh: How devices are arranged.
+        mesh: How devices are arranged; chosen by memory unless given.
         checkpoint: What is kept.
         validation: What is looked at on the way.
     """
@@ -205,7 +209,7 @@ class TrainConfig:
     optim: OptimConfig = OptimConfig()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     lora: LoraConfig = NO_LORA
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = AUTO_MESH
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
 
@@ -246,7 +250,7 @@ _MINIMUM = {
     "data.max_crop_aspect_ratio": 1,
     "lora.rank": 0,
     "mesh.data": 0,
-    "mesh.fsdp": 1,
+    "mesh.fsdp": 0,
     "mesh.tensor": 1,
     "checkpoint.save_interval_steps": 1,
     "checkpoint.max_to_keep": 1,
