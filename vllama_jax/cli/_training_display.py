@@ -73,6 +73,7 @@ class TrainingDisplay:
         )
         total = _count_parameters([shape for shapes in rows.values() for shape in shapes])
         self.show_message(f"{total:,} parameters train, {frozen:,} are frozen ({plan.dtype.name})")
+        self.show_message(plan.mesh_summary)
 
     def begin(self, step: int) -> None:
         """Show how far the run is before the first step of this process, which loads and compiles."""

@@ -23,6 +23,7 @@ from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.memory import estimate
 from vllama_jax.memory.estimate import Device, MemoryEstimate
+from vllama_jax.memory.mesh import choose_mesh
 from vllama_jax.train.config import MeshConfig, TrainConfig
 from vllama_jax.train.config_files import load_config
 
@@ -138,8 +139,8 @@ def _make_run_command(name_or_path: str) -> Command:
         """
         if exact and options.devices != "here":
             raise ConfigError("--exact compiles for the devices that are here; leave --devices out")
-        device, mesh = _find_devices(options, run.mesh)
         model = find_trained_model(run, base)
+        device, mesh = _find_run_mesh(options, model, run)
         workloads = [_estimate_stage(model, config, run, (mesh, device, options.length))]
         if exact:
             workloads = [
@@ -174,6 +175,16 @@ def _find_devices(options: MemoryOptions, mesh: MeshConfig) -> tuple[Device, Mes
         use_cpu_only()
     device = estimate.find_device(options.devices)
     return device, estimate.resolve_device_mesh(mesh, device)
+
+
+def _find_run_mesh(options: MemoryOptions, model: VideoLlamaConfig, run: TrainConfig) -> tuple[Device, MeshConfig]:
+    """The device of a run, and its mesh: over the devices that are here as `vllama train` chooses it, or as named."""
+    if run.mesh.fsdp or options.devices != "here":
+        return _find_devices(options, dataclasses.replace(run.mesh, fsdp=run.mesh.fsdp or 1))
+    import jax
+
+    device = estimate.find_device("here")
+    return device, choose_mesh(model, run, device, jax.device_count(), options.length)[0]
 
 
 def _estimate_chat(model: VideoLlamaConfig, mesh: MeshConfig, device: Device, options: dict[str, Any]) -> Workload:

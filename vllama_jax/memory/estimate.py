@@ -135,7 +135,10 @@ def _detect_device() -> Device:
         return Device("cpu", _host_memory() // count, 1.0, count, is_host=True)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None:
-        raise ConfigError(f"{device.device_kind} does not tell its memory; name the device with --devices")
+        raise ConfigError(
+            f"{device.device_kind} does not report its memory; name the mesh with --mesh.fsdp, or, to estimate memory, "
+            "the device with --devices"
+        )
     return Device(device.device_kind, limit, 1.0, count)
 
 

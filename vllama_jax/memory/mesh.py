@@ -41,8 +41,6 @@ def choose_mesh(
         return dataclasses.replace(run.mesh, fsdp=max(places // run.mesh.data, 1)), "the devices that data leaves"
     sizes = [size for size in range(1, places + 1) if places % size == 0]
     meshes = [dataclasses.replace(run.mesh, data=places // size, fsdp=size) for size in sizes]
-    if len(meshes) == 1:
-        return meshes[0], "there is one device"
     for mesh in meshes:
         need = estimate_training(model, "", run, mesh, device, length)
         if verdict(need, device) == "fits":

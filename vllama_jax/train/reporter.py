@@ -45,7 +45,7 @@ class PrintReporter:
     def show_plan(self, plan: "RunPlan") -> None:
         """Print how many arrays train, of which components."""
         components = dict.fromkeys(path.split("/")[0] for path in plan.trainable_paths)
-        self.show_message(f"{len(plan.trainable_paths)} arrays train, of {', '.join(components)}")
+        self.show_message(f"{len(plan.trainable_paths)} arrays train, of {', '.join(components)}; {plan.mesh_summary}")
 
     def begin(self, step: int) -> None:
         """Note where this process starts."""
