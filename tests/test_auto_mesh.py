@@ -51,6 +51,7 @@ def test_axes_that_are_named_stay():
     device = DEVICES["v5e"]
     assert choose_mesh(tiny(), run_of(mesh=MeshConfig(fsdp=4)), device, 8)[0] == MeshConfig(data=2, fsdp=4)
     assert choose_mesh(tiny(), run_of(mesh=MeshConfig(data=2, fsdp=0)), device, 8)[0] == MeshConfig(data=2, fsdp=4)
+    assert choose_mesh(tiny(), run_of(mesh=MeshConfig(data=3, fsdp=0)), device, 8)[0] == MeshConfig(data=3)
     two = dataclasses.replace(AUTO_MESH, tensor=2)
     assert choose_mesh(tiny(), run_of(mesh=two), device, 8)[0] == MeshConfig(data=4, fsdp=1, tensor=2)
 

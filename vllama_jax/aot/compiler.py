@@ -61,19 +61,21 @@ def compile_all(jobs: Sequence[Job], on_start: Callable[[int], None]) -> Iterato
         with concurrent.futures.ProcessPoolExecutor(1, context, _prepare_process, (str(log),)) as process:
             for number, (topology, program) in enumerate(jobs):
                 on_start(number)
+                if topology.chip.platform == "gpu":
+                    yield _estimate(program, topology)
+                    continue
                 try:
-                    yield process.submit(_make_report, program, topology).result()
+                    yield process.submit(compile_program, program, topology).result()
                 except concurrent.futures.BrokenExecutor as error:
                     raise VllamaError(f"the compiler's process ended: {_last_line(log)}") from error
 
 
-def _make_report(program: Program, topology: Topology) -> ProgramReport:
-    if topology.chip.platform == "gpu":
-        from vllama_jax.aot.cost_model import estimate_step
+def _estimate(program: Program, topology: Topology) -> ProgramReport:
+    from vllama_jax.aot.cost_model import estimate_step
 
-        assert isinstance(program, TrainStep)
-        return estimate_step(program, topology)
-    return compile_program(program, topology)
+    if not isinstance(program, TrainStep):
+        raise ConfigError(f"topology {topology.name}: prefill and decode are compiled for TPUs only")
+    return estimate_step(program, topology)
 
 
 def _prepare_process(log: str) -> None:
@@ -115,7 +117,7 @@ def compile_program(program: Program, topology: Topology) -> ProgramReport:
     }
     start_time = time.perf_counter()
     try:
-        compiled = lower(program, mesh).compile(compiler_options(topology.chip.platform, program.name))
+        compiled = lower(program, mesh).compile(compiler_options(mesh.devices.flat[0].platform, program.name))
     except jax.errors.JaxRuntimeError as error:
         found = OUT_OF_MEMORY.search(str(error))
         if found is None:

@@ -15,7 +15,7 @@ from vllama_jax.train.config import MeshConfig
 FLOAT32_BYTES = 4
 NOTE = (
     "Not compiled: XLA compiles for a GPU only where there is one. Memory, FLOPs and bytes are estimates "
-    "(`vllama memory`), and the expected time is the longest of three rooflines."
+    "(`vllama memory`), and the expected time is a lower bound: the longest of the three rooflines."
 )
 
 
@@ -52,7 +52,7 @@ def estimate_step(program: TrainStep, topology: Topology) -> ProgramReport:
         hbm_bytes={},
         hbm_limit_bytes=chip.hbm_bytes,
         note=NOTE,
-        **time_fields(costs, topology, flops, run.batch_size),
+        **time_fields(costs, topology, flops, run.batch_size) | {"mfu": None},  # of a bound, it would mean nothing
     )
 
 

@@ -78,8 +78,6 @@ def _make_model_command() -> Command:
         generation = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams)
         jobs = []
         for one in map(parse_topology, topology):
-            if one.chip.platform == "gpu":
-                raise ConfigError(f"topology {one.name}: prefill and decode are compiled for TPUs only")
             arranged = _decoding_mesh(mesh, config, one.count)
             jobs += [
                 (

@@ -38,7 +38,8 @@ def choose_mesh(
         return resolve_mesh(run.mesh, count), ""
     places = max(count // run.mesh.tensor, 1)
     if run.mesh.data:
-        return dataclasses.replace(run.mesh, fsdp=max(places // run.mesh.data, 1)), "the devices that data leaves"
+        left = 1 if places % run.mesh.data else places // run.mesh.data
+        return dataclasses.replace(run.mesh, fsdp=left), "the devices that data leaves"
     sizes = [size for size in range(1, places + 1) if places % size == 0]
     meshes = [dataclasses.replace(run.mesh, data=places // size, fsdp=size) for size in sizes]
     for mesh in meshes:
