@@ -37,9 +37,8 @@ def train_step(mesh: MeshConfig, rows: int = 2, **options) -> TrainStep:
 def on_cpus(monkeypatch):
     """The topology's chips are devices of this process."""
 
-    def mesh_of(program, topology):
-        axes = dataclasses.astuple(program.mesh)
-        return sharding.make_mesh(*axes, devices=jax.devices()[: topology.count])
+    def mesh_of(axes, topology):
+        return sharding.make_mesh(*dataclasses.astuple(axes), devices=jax.devices()[: topology.count])
 
     monkeypatch.setattr(compiler, "topology_mesh", mesh_of)
 
@@ -79,7 +78,7 @@ def test_out_of_memory_is_a_result(on_cpus, monkeypatch):
     def refuse(program, mesh):
         raise jax.errors.JaxRuntimeError(message + "exceeds available HBM (15.75G).")
 
-    monkeypatch.setattr(compiler, "lower", refuse)
+    monkeypatch.setattr(compiler, "compile_for", refuse)
     report = compiler.compile_program(train_step(MeshConfig(data=4)), V5E)
     assert (report.fits, report.binds, report.mfu) == (False, "capacity", None)
     assert report.hbm_bytes_per_chip == 64 * 2**30
@@ -90,7 +89,7 @@ def test_other_errors_of_the_compiler_are_one_line(on_cpus, monkeypatch):
     def fail(program, mesh):
         raise jax.errors.JaxRuntimeError("INTERNAL: it\nbroke")
 
-    monkeypatch.setattr(compiler, "lower", fail)
+    monkeypatch.setattr(compiler, "compile_for", fail)
     with pytest.raises(VllamaError, match=r"^train_step on v5e:2x2: INTERNAL: it broke$"):
         compiler.compile_program(train_step(MeshConfig(data=4)), V5E)
 

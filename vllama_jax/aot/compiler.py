@@ -4,24 +4,27 @@ libtpu and the CPU backend must not meet in a process by accident: libtpu looks 
 warnings if there are none, and may hold a lock. The process has JAX_PLATFORMS=cpu, so that JAX starts no TPU backend.
 """
 
-import concurrent.futures
+import contextlib
+import functools
 import importlib.util
 import multiprocessing
 import os
 import re
+import signal
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax.aot.costs import Costs, analyze
 from vllama_jax.aot.hlo import parse_hlo
-from vllama_jax.aot.programs import Program, TrainStep, abstract_train_run, lower
+from vllama_jax.aot.programs import Program, TrainStep, abstract_train_run, compile_for
 from vllama_jax.aot.report import ProgramReport, time_fields
 from vllama_jax.aot.topologies import GIB, Topology
 from vllama_jax.errors import ConfigError, VllamaError, format_error
-from vllama_jax.runtime.xla_options import compiler_options
+from vllama_jax.train.config import MeshConfig
 
 if TYPE_CHECKING:
     from jax.sharding import Mesh
@@ -55,19 +58,57 @@ def compile_all(jobs: Sequence[Job], on_start: Callable[[int], None]) -> Iterato
     for_tpus = any(topology.chip.platform == "tpu" for topology, _ in jobs)
     if for_tpus and importlib.util.find_spec("libtpu") is None:
         raise ConfigError("compiling for TPUs needs libtpu, which is not installed: pip install 'vllama-jax[aot]'")
+    with contextlib.ExitStack() as stack:
+        worker = None
+        for number, (topology, program) in enumerate(jobs):
+            on_start(number)
+            if topology.chip.platform == "gpu":
+                yield _estimate(program, topology)
+                continue
+            worker = worker or stack.enter_context(_start_worker())
+            yield worker(program, topology)
+
+
+@contextlib.contextmanager
+def _start_worker() -> Iterator[Callable[[Program, Topology], ProgramReport]]:
+    """A function that calls `compile_program` in another process, which is killed at the end: it may take minutes."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder, "stderr")
-        context = multiprocessing.get_context("spawn")
-        with concurrent.futures.ProcessPoolExecutor(1, context, _prepare_process, (str(log),)) as process:
-            for number, (topology, program) in enumerate(jobs):
-                on_start(number)
-                if topology.chip.platform == "gpu":
-                    yield _estimate(program, topology)
-                    continue
-                try:
-                    yield process.submit(compile_program, program, topology).result()
-                except concurrent.futures.BrokenExecutor as error:
-                    raise VllamaError(f"the compiler's process ended: {_last_line(log)}") from error
+        process = context.Process(target=_work, args=(there, str(log)), daemon=True)
+        process.start()
+        there.close()
+
+        def call(program: Program, topology: Topology) -> ProgramReport:
+            try:
+                here.send((program, topology))
+                result = here.recv()
+            except (EOFError, OSError) as error:
+                raise VllamaError(f"the compiler's process ended: {_last_line(log)}") from error
+            if isinstance(result, VllamaError):
+                raise result
+            return result
+
+        try:
+            yield call
+        finally:
+            process.kill()
+            process.join()
+
+
+def _work(pipe: Connection, log: str) -> None:
+    """Compile what comes through a pipe until it ends. libtpu's warnings go to a file."""
+    os.environ |= ENVIRONMENT  # before jax is imported
+    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which kills this process
+    with contextlib.suppress(EOFError):
+        while True:
+            program, topology = pipe.recv()
+            try:
+                pipe.send(compile_program(program, topology))
+            except VllamaError as error:
+                pipe.send(error)
 
 
 def _estimate(program: Program, topology: Topology) -> ProgramReport:
@@ -78,19 +119,14 @@ def _estimate(program: Program, topology: Topology) -> ProgramReport:
     return estimate_step(program, topology)
 
 
-def _prepare_process(log: str) -> None:
-    """Set up the process before it imports jax; libtpu's warnings go to a file."""
-    os.environ |= ENVIRONMENT
-    os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
-
-
 def _last_line(log: Path) -> str:
     lines = log.read_text(errors="replace").split("\n") if log.exists() else []
     return next((line.strip()[:200] for line in reversed(lines) if line.strip()), "it may have run out of host memory")
 
 
-def topology_mesh(program: Program, topology: Topology) -> "Mesh":
-    """The program's mesh over a topology's devices."""
+@functools.lru_cache(maxsize=8)
+def topology_mesh(axes: MeshConfig, topology: Topology) -> "Mesh":
+    """A mesh over a topology's devices. Meshes of two calls for the same topology would not be equal."""
     from jax.experimental import topologies
 
     from vllama_jax.sharding import make_mesh
@@ -98,14 +134,14 @@ def topology_mesh(program: Program, topology: Topology) -> "Mesh":
     # libtpu assumes hosts of four chips, unless told otherwise
     options = {"chips_per_host_bounds": (1, 1, 1)} if topology.count == 1 else {}
     devices = topologies.get_topology_desc(topology.name, "tpu", **options).devices
-    return make_mesh(program.mesh.data, program.mesh.fsdp, program.mesh.tensor, devices=devices)
+    return make_mesh(axes.data, axes.fsdp, axes.tensor, devices=devices)
 
 
 def compile_program(program: Program, topology: Topology) -> ProgramReport:
     """Compile a program in this process and report what it takes. Out of memory is a result."""
     import jax
 
-    mesh = topology_mesh(program, topology)
+    mesh = topology_mesh(program.mesh, topology)
     fields = {
         "topology": topology.name,
         "program": program.name,
@@ -117,7 +153,7 @@ def compile_program(program: Program, topology: Topology) -> ProgramReport:
     }
     start_time = time.perf_counter()
     try:
-        compiled = lower(program, mesh).compile(compiler_options(mesh.devices.flat[0].platform, program.name))
+        compiled = compile_for(program, mesh)
     except jax.errors.JaxRuntimeError as error:
         found = OUT_OF_MEMORY.search(str(error))
         if found is None:

@@ -1,13 +1,15 @@
-"""The programs that a run or a conversation compiles, lowered for the devices of a topology.
+"""The programs that a run or a conversation compiles, compiled for the devices of a topology.
 
 They are the same functions that `vllama train` and `generate` call, on shapes in place of arrays. Importing this file
 imports no jax.
 """
 
 import dataclasses
+import functools
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
+from vllama_jax.runtime.xla_options import compiler_options
 from vllama_jax.train.config import MeshConfig, TrainConfig
 
 if TYPE_CHECKING:
@@ -84,8 +86,8 @@ def abstract_train_run(program: TrainStep, mesh: "Mesh") -> "AbstractRun":
     return abstract_run(program.model, program.run, mesh, program.length)
 
 
-def lower(program: Program, mesh: "Mesh") -> "jax.stages.Lowered":
-    """Lower a program for a mesh of a topology's devices.
+def compile_for(program: Program, mesh: "Mesh") -> "jax.stages.Compiled":
+    """Compile a program for a mesh of a topology's devices, with the options of their platform.
 
     Decoding starts from the state that prefill returns, in the layout that XLA chose for it: prefill is compiled first.
     """
@@ -94,15 +96,27 @@ def lower(program: Program, mesh: "Mesh") -> "jax.stages.Lowered":
     from vllama_jax.sharding import use_mesh
 
     if isinstance(program, TrainStep):
-        return lower_step(abstract_train_run(program, mesh), mesh)
+        return lower_step(abstract_train_run(program, mesh), mesh).compile()
+    prefill, shapes = _compile_prefill(dataclasses.replace(program, name="prefill"), mesh)
+    if program.name == "prefill":
+        return prefill
     llama, arguments, options = _prefill_inputs(program, mesh)
-    strategy = options["strategy"]
     with use_mesh(mesh):
-        prefill = generate._prefill.lower(llama, *arguments, **options)
-        if program.name == "prefill":
-            return prefill
-        state = _with_shardings(prefill.out_info, prefill.compile().output_shardings)
-        return generate._decode.lower(llama, state, arguments[-2], strategy=strategy)
+        state = _with_shardings(shapes, prefill.output_shardings)
+        lowered = generate._decode.lower(llama, state, arguments[-2], strategy=options["strategy"])
+        return lowered.compile(compiler_options(mesh.devices.flat[0].platform, "decode"))
+
+
+@functools.lru_cache(maxsize=1)
+def _compile_prefill(program: Generation, mesh: "Mesh") -> "tuple[jax.stages.Compiled, Any]":
+    """Prefill, and the shapes of the state that it returns. Kept for the decode that is compiled next."""
+    from vllama_jax import generate
+    from vllama_jax.sharding import use_mesh
+
+    llama, arguments, options = _prefill_inputs(program, mesh)
+    with use_mesh(mesh):
+        lowered = generate._prefill.lower(llama, *arguments, **options)
+        return lowered.compile(compiler_options(mesh.devices.flat[0].platform, "prefill")), lowered.out_info
 
 
 def _prefill_inputs(program: Generation, mesh: "Mesh") -> tuple["Llama", list[Any], dict[str, Any]]:

@@ -4,6 +4,7 @@ Importing this file imports no jax.
 """
 
 import dataclasses
+import textwrap
 from typing import Any
 
 from rich.console import Console
@@ -12,7 +13,8 @@ from rich.table import Table
 from vllama_jax.aot.costs import Costs
 from vllama_jax.aot.topologies import Topology
 
-COLUMNS = 4  # programs side by side, so that a table has at most 80 columns
+WIDTH = 80  # columns of the terminal
+COLUMNS = 4  # programs side by side, so that a table has at most WIDTH
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
@@ -118,7 +120,7 @@ def print_reports(reports: list[ProgramReport], console: Console) -> None:
         for start in range(0, len(chosen), COLUMNS):
             console.print(make_table(chosen[start : start + COLUMNS]))
     for note in dict.fromkeys(report.note for report in reports if report.note):
-        console.print(note, markup=False)
+        console.print(textwrap.fill(note, WIDTH), markup=False)
 
 
 def make_table(reports: list[ProgramReport]) -> Table:

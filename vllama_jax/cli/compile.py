@@ -10,7 +10,7 @@ from rich.console import Console
 
 from vllama_jax.aot.compiler import Job, compile_all
 from vllama_jax.aot.programs import Generation, TrainStep
-from vllama_jax.aot.report import print_reports
+from vllama_jax.aot.report import ProgramReport, print_reports
 from vllama_jax.aot.topologies import Topology, parse_topology
 from vllama_jax.cli._devices import use_cpu_only
 from vllama_jax.cli._display import Display
@@ -171,19 +171,27 @@ def _arrange(model: VideoLlamaConfig, run: TrainConfig, topology: Topology, rows
 
 
 def _report(jobs: list[Job], *, require_fit: bool, as_json: bool) -> None:
-    """Compile all programs and print the reports."""
-    with Display(quiet=as_json) as display:
+    """Compile all programs and print the reports; those that are there, if one fails after minutes."""
+    reports: list[ProgramReport] = []
+    try:
+        with Display(quiet=as_json) as display:
 
-        def show(number: int) -> None:
-            topology, program = jobs[number]
-            what = f"{program.name} of {program.length} tokens for {topology.name}"
-            display.show_status(f"{number + 1}/{len(jobs)}: {what}; each takes up to minutes")
+            def show(number: int) -> None:
+                topology, program = jobs[number]
+                what = f"{program.name} of {program.length} tokens for {topology.name}"
+                display.show_status(f"{number + 1}/{len(jobs)}: {what}; each takes up to minutes")
 
-        reports = list(compile_all(jobs, show))
+            for report in compile_all(jobs, show):
+                reports.append(report)  # one after the other: an error must not lose those before it
+    finally:
+        _print_reports(reports, as_json=as_json)
+    if require_fit and (bad := [report for report in reports if not report.fits]):
+        names = ", ".join(f"{report.program} of {report.tokens} tokens on {report.topology}" for report in bad)
+        raise ConfigError(f"does not fit: {names}")
+
+
+def _print_reports(reports: list[ProgramReport], *, as_json: bool) -> None:
     if as_json:
         print(json.dumps([report.to_json() for report in reports]))
     else:
         print_reports(reports, Console(soft_wrap=True, highlight=False))
-    if require_fit and (bad := [report for report in reports if not report.fits]):
-        names = ", ".join(f"{report.program} of {report.tokens} tokens on {report.topology}" for report in bad)
-        raise ConfigError(f"does not fit: {names}")
