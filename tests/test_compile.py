@@ -96,8 +96,8 @@ def test_other_errors_of_the_compiler_are_one_line(on_cpus, monkeypatch):
 
 def test_expected_time_adds_loops_in_which_the_network_hides_or_does_not():
     """Loop one: 1.5e9 cycles are 1 s, its network 0.5 s. Loop two: 0.5 s of work wait for 1 s of network."""
-    ring = V5E.network_bandwidth
-    loops = (LoopCost("one", 4, 1.5e9, 0.5 * ring), LoopCost("two", 4, 0.75e9, ring))
+    ring = V5E.network_bandwidth(4)
+    loops = (LoopCost("one", 4, 1.5e9, {4: 0.5 * ring}), LoopCost("two", 4, 0.75e9, {4: ring}))
     costs = Costs(197e12, 819e9 / 2, {"all-gather": 1.5 * ring}, 2.25e9, loops)
     fields = time_fields(costs, V5E, model_flops=0.5 * 197e12, samples=64)
     assert fields["step_ms"] == pytest.approx(2000)

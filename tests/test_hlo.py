@@ -49,7 +49,8 @@ def test_a_loop_counts_with_its_trips():
     assert costs.collective_bytes == {"all-gather": 12 * 16 * 16 * 2 * 3 / 4}
     assert costs.cycles == 12 * 1000
     body = next(loop for loop in costs.loops if loop.name == "body")
-    assert (body.repeats, body.cycles, body.network_bytes) == (12, 12_000, costs.network_bytes)
+    assert (body.repeats, body.cycles) == (12, 12_000)
+    assert body.bytes_by_group == {4: costs.collective_bytes["all-gather"]}
 
 
 def test_traffic_counts_slices_and_not_whole_stacks():

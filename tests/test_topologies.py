@@ -52,22 +52,19 @@ def test_gpus_fill_their_hosts():
 
 
 @pytest.mark.parametrize(
-    ("name", "gigabytes"),
+    ("name", "group", "gigabytes"),
     [
-        ("v5e:16x16", 2 * 2 * 45),  # both axes are rings
-        ("v5e:8x16", 45 + 2 * 45),  # one is
-        ("v5e:8x8", 2 * 45),
-        ("v5e:2x2", 2 * 45),
-        ("v5e:1x1", 0),
-        ("v5p:4x4x4", 3 * 2 * 90),
-        ("v5p:2x2x4", 3 * 90),
-        ("v6e:16x16", 2 * 2 * 90),
-        ("H100:8", 450),
-        ("H100:16", 50),
+        ("v5e:16x16", 256, 2 * 2 * 45),  # both axes are rings
+        ("v5e:16x16", 16, 2 * 45),
+        ("v5e:8x8", 64, 2 * 45),
+        ("v5p:4x4x4", 64, 3 * 2 * 90),
+        ("v6e:16x16", 256, 2 * 2 * 90),
+        ("H100:16", 8, 450),
+        ("H100:16", 16, 50),
     ],
 )
-def test_network_bandwidth(name, gigabytes):
-    assert parse_topology(name).network_bandwidth == gigabytes * 1e9
+def test_network_bandwidth(name, group, gigabytes):
+    assert parse_topology(name).network_bandwidth(group) == gigabytes * 1e9
 
 
 def test_chips_agree_with_the_other_tables():

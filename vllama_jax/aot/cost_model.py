@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from vllama_jax.aot.costs import Costs
+from vllama_jax.aot.costs import Costs, LoopCost
 from vllama_jax.aot.programs import TrainStep
 from vllama_jax.aot.report import ProgramReport, time_fields
 from vllama_jax.aot.topologies import Topology
@@ -37,7 +37,10 @@ def estimate_step(program: TrainStep, topology: Topology) -> ProgramReport:
         "all-reduce": _reduced_bytes(program, abstract, passes),
     }
     traffic = run.grad_accum_steps * (passes * llama + others)
-    costs = Costs(flops, traffic, kinds, cycles=0.0, loops=())
+    groups = {mesh.fsdp: kinds["all-gather"], topology.count: kinds["all-reduce"]}
+    if mesh.fsdp == topology.count:
+        groups = {topology.count: sum(kinds.values())}
+    costs = Costs(flops, traffic, kinds, cycles=0.0, loops=(LoopCost("step", 1, 0.0, groups),))
     device = DEVICES[chip.name]
     need = estimate_training(program.model, "", run, mesh, device, program.length)
     return ProgramReport(

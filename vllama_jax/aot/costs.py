@@ -23,12 +23,15 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class LoopCost:
-    """Of one computation of the schedule over the whole program: the entry's own instructions, or a loop's body."""
+    """Of one computation of the schedule over the whole program: the entry's own instructions, or a loop's body.
+
+    bytes_by_group: of collectives, by the chips of a group.
+    """
 
     name: str
     repeats: int
     cycles: float
-    network_bytes: float
+    bytes_by_group: dict[int, float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,15 +52,14 @@ class Costs:
     cycles: float
     loops: tuple[LoopCost, ...]
 
-    @property
-    def network_bytes(self) -> float:
-        """Bytes of all collectives."""
-        return sum(self.collective_bytes.values())
-
     def divide(self, count: int) -> "Costs":
         """The costs of one of `count` equal parts."""
         loops = tuple(
-            dataclasses.replace(loop, cycles=loop.cycles / count, network_bytes=loop.network_bytes / count)
+            dataclasses.replace(
+                loop,
+                cycles=loop.cycles / count,
+                bytes_by_group={group: size / count for group, size in loop.bytes_by_group.items()},
+            )
             for loop in self.loops
         )
         kinds = {kind: size / count for kind, size in self.collective_bytes.items()}
@@ -78,18 +80,19 @@ def analyze(module: Module, dynamic_trips: int = 1) -> Costs:
     for step in module.walk(dynamic_trips):
         one, name = step.instruction, step.computation_name
         cycles = step.repeats * float(one.find(r'"estimated_cycles":"(\d+)"') or 0)
-        network = 0.0
+        loop = loops.get(name, LoopCost(name, step.repeats, 0.0, {}))
+        groups = dict(loop.bytes_by_group)
         for collective, computation in _collectives(module, one, step.computation):
             channel = collective.find(r"channel_id=(\d+)") or collective.name
             if channel not in channels:  # the start and the end of an asynchronous one are in fusions of their own
                 channels.add(channel)
                 count = step.repeats * wire_bytes(collective, computation)
                 kinds[collective.opcode.removesuffix("-start")] += count
-                network += count
+                group = group_size(collective)
+                groups[group] = groups.get(group, 0.0) + count
         flops += step.repeats * _flops(module, one, step.computation)
         hbm_bytes += step.repeats * _traffic(module, step)
-        past = loops.get(name, LoopCost(name, step.repeats, 0.0, 0.0))
-        loops[name] = LoopCost(name, past.repeats, past.cycles + cycles, past.network_bytes + network)
+        loops[name] = LoopCost(name, step.repeats, loop.cycles + cycles, groups)
     return Costs(flops, hbm_bytes, dict(kinds), sum(loop.cycles for loop in loops.values()), tuple(loops.values()))
 
 

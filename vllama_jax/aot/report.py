@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from vllama_jax.aot.costs import Costs
+from vllama_jax.aot.costs import Costs, LoopCost
 from vllama_jax.aot.topologies import Topology
 
 WIDTH = 80  # columns of the terminal
@@ -90,12 +90,13 @@ def time_fields(costs: Costs, topology: Topology, model_flops: float, samples: f
         model_flops: Of one chip.
         samples: That the program computes, on all chips together.
     """
-    chip, bandwidth = topology.chip, topology.network_bandwidth or 1.0
+    chip = topology.chip
     compute, memory = costs.flops / chip.flops, costs.hbm_bytes / chip.hbm_bandwidth
-    network = costs.network_bytes / bandwidth
+    networks = [_network_seconds(loop, topology) for loop in costs.loops]
+    network = sum(networks)
     if costs.cycles and chip.clock:
         schedule = costs.cycles / chip.clock
-        step = sum(max(loop.cycles / chip.clock, loop.network_bytes / bandwidth) for loop in costs.loops)
+        step = sum(max(loop.cycles / chip.clock, wait) for loop, wait in zip(costs.loops, networks, strict=True))
     else:
         schedule, step = None, max(compute, memory, network)
     times = {"compute": compute, "memory": memory, "network": network}
@@ -111,6 +112,11 @@ def time_fields(costs: Costs, topology: Topology, model_flops: float, samples: f
         "samples_per_second": samples / step if step else None,
         "binds": max(times, key=lambda name: times[name]),
     }
+
+
+def _network_seconds(loop: LoopCost, topology: Topology) -> float:
+    """Collectives of different groups one after the other, as they may share links."""
+    return sum(size / topology.network_bandwidth(group) for group, size in loop.bytes_by_group.items())
 
 
 def print_reports(reports: list[ProgramReport], console: Console) -> None:

@@ -9,6 +9,7 @@ import re
 from typing import Literal
 
 from vllama_jax.errors import ConfigError
+from vllama_jax.memory.torus import count_links
 
 GIB = 2**30
 
@@ -117,8 +118,6 @@ ALIASES = {
     **dict.fromkeys(("tpuv5p", "tpuv5"), "v5p"),
     **dict.fromkeys(("trillium", "tpuv6e", "tpuv6lite", "v6lite"), "v6e"),
 }
-FULL_AXIS = 16  # chips of an axis of v5e and v6e with wrap-around links: only that of a whole pod
-CUBE_SIDE = 4  # chips: slices of v5p that consist of whole cubes wrap around on all axes (cloud.google.com, /v5p)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,21 +144,14 @@ class Topology:
         """Number of chips."""
         return math.prod(self.sides)
 
-    @property
-    def network_bandwidth(self) -> float:
-        """Bytes/s into each chip of a collective over all chips that uses all axes of the network at once.
+    def network_bandwidth(self, group: int) -> float:
+        """Bytes/s into each chip of a collective over groups of so many chips, which uses all links that it can.
 
-        An axis that wraps around is a ring: both links of a chip bring new bytes. On an axis that does not, the chips
-        at its ends have one link, and all wait for them. GPUs of several hosts wait for the network between hosts.
+        GPUs of several hosts wait for the network between hosts.
         """
         if self.chip.platform == "gpu":
-            return self.chip.link_bandwidth if self.sides[0] == 1 else self.chip.host_bandwidth
-        return sum(self.chip.link_bandwidth * (1 + self._wraps(side)) for side in self.sides if side > 1)
-
-    def _wraps(self, side: int) -> bool:
-        if len(self.sides) == 3:
-            return all(each % CUBE_SIDE == 0 for each in self.sides)
-        return side == FULL_AXIS
+            return self.chip.link_bandwidth if group <= self.sides[1] else self.chip.host_bandwidth
+        return self.chip.link_bandwidth * max(count_links(self.sides, group), 1)
 
 
 def list_topologies() -> str:

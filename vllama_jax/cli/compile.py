@@ -160,7 +160,8 @@ def _arrange(model: VideoLlamaConfig, run: TrainConfig, topology: Topology, rows
     if rows:  # rows of a chip do not depend on how data and fsdp share the chips
         places = topology.count // max(run.mesh.tensor, 1)
         run = dataclasses.replace(run, batch_size=rows * places * run.grad_accum_steps)
-    mesh, _ = choose_mesh(model, run, device, topology.count, longest)
+    sides = topology.sides if topology.chip.platform == "tpu" else ()
+    mesh, _ = choose_mesh(model, run, device, topology.count, length=longest, sides=sides)
     if mesh.data * mesh.fsdp * mesh.tensor != topology.count:
         raise ConfigError(
             f"mesh data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor} has {mesh.data * mesh.fsdp * mesh.tensor} "

@@ -24,6 +24,7 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.memory import estimate
 from vllama_jax.memory.estimate import Device, MemoryEstimate
 from vllama_jax.memory.mesh import choose_mesh
+from vllama_jax.memory.torus import torus_sides
 from vllama_jax.train.config import MeshConfig, TrainConfig
 from vllama_jax.train.config_files import load_config
 
@@ -184,7 +185,9 @@ def _find_run_mesh(options: MemoryOptions, model: VideoLlamaConfig, run: TrainCo
     import jax
 
     device = estimate.find_device("here")
-    return device, choose_mesh(model, run, device, jax.device_count(), options.length)[0]
+    return device, choose_mesh(
+        model, run, device, jax.device_count(), length=options.length, sides=torus_sides(jax.devices())
+    )[0]
 
 
 def _estimate_chat(model: VideoLlamaConfig, mesh: MeshConfig, device: Device, options: dict[str, Any]) -> Workload:

@@ -26,6 +26,7 @@ from vllama_jax.data.sampling import BatchSampler, make_streams
 from vllama_jax.errors import ConfigError
 from vllama_jax.memory.estimate import find_device
 from vllama_jax.memory.mesh import choose_mesh
+from vllama_jax.memory.torus import torus_sides
 from vllama_jax.nn.network import abstract_network, init_weights
 from vllama_jax.text.prompts import check_special_tokens
 from vllama_jax.text.templates import find_caption_template, find_conversation_template
@@ -159,7 +160,7 @@ def make_run_mesh(config: TrainConfig, model: VideoLlamaConfig) -> tuple[Mesh, s
     if config.mesh.fsdp or count == 1:  # nothing to choose
         cfg, reason = resolve_mesh(dataclasses.replace(config.mesh, fsdp=config.mesh.fsdp or 1), count), ""
     else:
-        cfg, reason = choose_mesh(model, config, find_device("here"), count)
+        cfg, reason = choose_mesh(model, config, find_device("here"), count, sides=torus_sides(jax.devices()))
     mesh = sharding.make_mesh(cfg.data, cfg.fsdp, cfg.tensor)
     rows_per_shard(config, cfg)
     return mesh, reason
