@@ -16,7 +16,7 @@ from networks import random_network
 
 from vllama_jax import cli, generate, sharding
 from vllama_jax.checkpoints.directory import open_model
-from vllama_jax.cli.memory import SIZES
+from vllama_jax.cli._model_config import SIZES
 from vllama_jax.config import EVA_G, LLAMA_7B, GenerationConfig, VideoLlamaConfig, tiny, video_llama
 from vllama_jax.data.config import DataConfig, DatasetConfig
 from vllama_jax.errors import ConfigError

@@ -10,7 +10,7 @@ divided by the memory bandwidth.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -362,14 +362,14 @@ def ends_with_stop_sequence(
 
 
 @functools.cache
-def jit_prefill(platform: str) -> Callable[..., DecodingState]:
+def jit_prefill(platform: str) -> jax.stages.Wrapped:
     """Return the jitted `_prefill`, with the XLA options of the platform."""
     static = ("new_token_capacity", "strategy")
     return jax.jit(_prefill, static_argnames=static, compiler_options=compiler_options(platform, "prefill"))
 
 
 @functools.cache
-def jit_decode(platform: str) -> Callable[..., DecodingState]:
+def jit_decode(platform: str) -> jax.stages.Wrapped:
     """Return the jitted `_decode`, with the XLA options of the platform. The state is donated."""
     options = compiler_options(platform, "decode")
     return jax.jit(_decode, static_argnames=("strategy",), donate_argnames=("state",), compiler_options=options)
