@@ -163,7 +163,7 @@ def compile_program(program: Program, topology: Topology) -> ProgramReport:
     seconds = time.perf_counter() - start_time
     sizes = _memory_by_kind(compiled.memory_analysis())
     total = sum(sizes.values())
-    costs = _costs(program, compiled.as_text())
+    costs = _costs(program, compiled.as_text() or "")
     return ProgramReport(
         **fields,
         fits=total <= topology.chip.hbm_bytes,
