@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from jax.sharding import NamedSharding
+from tpu_compiler import compiler_environment, needs_libtpu
 
 from vllama_jax import generate
 from vllama_jax.config import LLAMA_7B, GenerationConfig, LlamaConfig
@@ -98,12 +99,10 @@ for batch in (1, 8):
 
 
 @pytest.mark.slow
+@needs_libtpu
 def test_a_decoded_token_copies_no_weight_and_no_cache_on_a_tpu():
-    folder = os.environ.get("VLLAMA_LIBTPU", "")
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(Path(__file__).parent), folder, env.get("PYTHONPATH", "")]))
-    if subprocess.run([sys.executable, "-c", "import libtpu"], env=env, capture_output=True).returncode:
-        pytest.skip("libtpu is not installed")
+    env = compiler_environment()
+    env["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [env.get("PYTHONPATH")])])
     run = subprocess.run([sys.executable, "-c", TPU], env=env, capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.splitlines() == ["1 []", "8 []"]
