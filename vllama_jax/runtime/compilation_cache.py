@@ -95,4 +95,4 @@ def _write_from_this_process() -> None:
         except Exception as error:  # as in JAX: a run continues without its cache
             logger.warning(f"the compilation cache is not written: {' '.join(str(error).split())}")
 
-    compiler._cache_write = write_here
+    compiler._cache_write = write_here  # type: ignore[assignment]  # parameters have other names
