@@ -102,7 +102,7 @@ def test_axes_that_are_named_stay():
 
 
 def test_a_batch_that_does_not_divide_is_refused():
-    with pytest.raises(ConfigError, match=r"batch_size 12 does not divide over 8 places"):
+    with pytest.raises(ConfigError, match=r"batch_size 12 is not divisible by the 8 shards"):
         choose_mesh(tiny(), run_of(12), DEVICES["v5e"], 8)
 
 

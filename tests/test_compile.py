@@ -168,9 +168,9 @@ def test_all_padded_lengths_are_reported(capsys):
         ),
         (
             ("vision_stage1", "--model", "tiny", "--topology", "v5e:4x4", "--batch-size", "8"),
-            "batch_size 8 does not divide over 16 places",
+            "batch_size 8 is not divisible by the 16 shards",
         ),
-        (("vision_stage1", "--topology", "v5e:2x2"), "model: no such model directory; name one with --model"),
+        (("vision_stage1", "--topology", "v5e:2x2"), "model: no such model directory; give one with --model"),
         (("8b", "--topology", "v5e:2x2"), "8b: no such model or run config"),
         (("7b", "--topology", "H100:8"), "topology H100:8: prefill and decode are compiled for TPUs only"),
     ],
