@@ -5,6 +5,7 @@ Importing this file imports no jax.
 
 import dataclasses
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,6 +16,7 @@ from vllama_jax.aot.topologies import Topology
 
 WIDTH = 80  # columns of the terminal
 COLUMNS = 4  # programs side by side, so that a table has at most WIDTH
+MIN_SHOWN_BYTES = 5 * 10**6
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
@@ -135,8 +137,8 @@ def make_table(reports: list[ProgramReport]) -> Table:
     table.add_column(reports[0].topology, no_wrap=True)
     for report in reports:
         table.add_column(report.program, justify="right", no_wrap=True)
-    kinds = dict.fromkeys(kind for report in reports for kind in report.hbm_bytes)
-    collectives = dict.fromkeys(kind for report in reports for kind in report.collective_bytes)
+    kinds = _large_kinds([report.hbm_bytes for report in reports])
+    collectives = _large_kinds([report.collective_bytes for report in reports])
     rows = {
         "tokens": [f"{report.tokens:,}" for report in reports],
         "mesh (data, fsdp, tensor)": [",".join(map(str, report.mesh)) for report in reports],
@@ -158,6 +160,12 @@ def make_table(reports: list[ProgramReport]) -> Table:
     for label, cells in rows.items():
         table.add_row(label, *cells)
     return table
+
+
+def _large_kinds(columns: Sequence[Mapping[str, float]]) -> list[str]:
+    """Kinds of which any program has enough to show; the others are only counted."""
+    kinds = dict.fromkeys(kind for column in columns for kind in column)
+    return [kind for kind in kinds if any(column.get(kind, 0) >= MIN_SHOWN_BYTES for column in columns)]
 
 
 def _gigabytes(count: float | None) -> str:
