@@ -1,4 +1,4 @@
-"""The mesh of a run that names none: pure data parallel if all weights fit on each device, FSDP otherwise.
+"""Choose the mesh of a run whose config sets none: data parallel if all weights fit each device, FSDP otherwise.
 
 Pure data parallel sends only the gradients of the trainable parameters over the network, 0.1 GB a step for 7B. FSDP
 gathers all frozen weights layer by layer, twice for the language model and once for the encoders: 29 GB for 7B. How
@@ -58,7 +58,7 @@ def choose_mesh(
     need = estimate_training(model, "", run, meshes[0], device, length)
     if verdict(need, device) == "fits":
         return meshes[0], f"the weights fit each device: {need.device_total / 1e9:.1f} GB"
-    needs = {mesh.fsdp: estimate_training(model, "", run, mesh, device, length) for mesh in meshes}
+    needs = {1: need} | {mesh.fsdp: estimate_training(model, "", run, mesh, device, length) for mesh in meshes[1:]}
     fitting = [size for size in sizes if verdict(needs[size], device) == "fits"]
     if not fitting:
         return meshes[-1], f"it is not expected to fit: {needs[sizes[-1]].device_total / 1e9:.1f} GB"
@@ -70,6 +70,6 @@ def choose_mesh(
 
 
 def _fastest_gather(sizes: list[int], sides: tuple[int, ...]) -> int:
-    """The smallest size whose gathers take at most `TOLERANCE` times as long as the fastest of all."""
+    """Return the smallest size whose gathers take at most `TOLERANCE` times the time of the fastest."""
     times = {size: (size - 1) / size / count_links(sides, size) for size in sizes}
     return next(size for size in sizes if times[size] <= TOLERANCE * min(times.values()))
