@@ -1,4 +1,4 @@
-"""What is reported of a program on a topology: memory, FLOPs, network, expected time, and what binds.
+"""Reports of programs on topologies: memory, FLOPs, network, expected time and bottleneck.
 
 Importing this file imports no jax.
 """
@@ -22,7 +22,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramReport:
-    """One program on one topology.
+    """The report of a program on a topology.
 
     Attributes:
         topology: Its name, as `parse_topology` returns it.
@@ -75,7 +75,7 @@ class ProgramReport:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As `vllama compile --json` prints it."""
+        """Return the fields as `vllama compile --json` prints them."""
         fields = dataclasses.asdict(self)
         return fields | {"mesh": dict(zip(MESH_AXES, self.mesh, strict=True))}
 
@@ -117,7 +117,7 @@ def time_fields(costs: Costs, topology: Topology, model_flops: float, samples: f
 
 
 def _network_seconds(loop: LoopCost, topology: Topology) -> float:
-    """Collectives of different groups one after the other, as they may share links."""
+    """Compute the network time of a loop. Collectives of different groups are serialized, as they may share links."""
     return sum(size / topology.network_bandwidth(group) for group, size in loop.bytes_by_group.items())
 
 
@@ -132,7 +132,7 @@ def print_reports(reports: list[ProgramReport], console: Console) -> None:
 
 
 def make_table(reports: list[ProgramReport]) -> Table:
-    """A table of programs on one topology."""
+    """Make a table of programs on one topology."""
     table = Table(box=None, pad_edge=False)
     table.add_column(reports[0].topology, no_wrap=True)
     for report in reports:
@@ -163,7 +163,7 @@ def make_table(reports: list[ProgramReport]) -> Table:
 
 
 def _large_kinds(columns: Sequence[Mapping[str, float]]) -> list[str]:
-    """Kinds of which any program has enough to show; the others are only counted."""
+    """List the kinds that are large enough to show in any of the columns."""
     kinds = dict.fromkeys(kind for column in columns for kind in column)
     return [kind for kind in kinds if any(column.get(kind, 0) >= MIN_SHOWN_BYTES for column in columns)]
 
@@ -173,8 +173,8 @@ def _gigabytes(count: float | None) -> str:
 
 
 def _number(value: float | None, unit: float = 1.0) -> str:
-    """Three digits, as far as they are before the point."""
+    """Format a number with three digits, or with all digits before the point."""
     if value is None:
         return "–"
     value /= unit
-    return f"{value:,.{max(0, 2 - len(str(int(value))) + 1)}f}" if value < 100 else f"{value:,.0f}"
+    return f"{value:,.{max(0, 3 - len(str(int(value))))}f}"
