@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     from vllama_jax.runtime.interrupts import exit_on_interrupt
 
-    with exit_on_interrupt():
+    with exit_on_interrupt(until_exit=arguments is None):
         _main(list(sys.argv[1:] if arguments is None else arguments))
 
 
