@@ -2,7 +2,7 @@
 
     python benchmarks/decoding.py [--json] [PROMPT,PROMPT,… BATCH,BATCH,…]
 
-A LLaMA of 437 million random weights in float32 decodes 33 tokens after prompts of 60 to 2,000 tokens, alone and in a
+A LLaMA of 437 million random weights in float32 decodes after prompts of 60 to 2,000 tokens, alone and in a
 batch of 8. PyTorch is transformers' `LlamaForCausalLM` with SDPA, with a dynamic and with a static cache; the faster
 one counts. The floor is the weights and the part of the cache that is filled, over the bandwidth of one pass over as
 many bytes.
@@ -14,30 +14,14 @@ import time
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from flax import nnx
-from inference import DTYPE, LLAMA, bandwidth, random_module, show
+from inference import DTYPE, LLAMA, make_random_module, measure_bandwidth, measure_token_seconds, print_figures
 
-from vllama_jax.config import GenerationConfig
-from vllama_jax.generate import EmbeddedPrompt, generate
+from vllama_jax.convert.language_config import to_hugging_face_config
 from vllama_jax.nn.llama import Llama
 
 PROMPTS, BATCHES = (60, 500, 1000, 2000), (1, 8)
-NEW = 33  # the first token comes from the prefill; two dispatches of 16 follow
-
-
-def token_seconds(llama: Llama, prompt: int, batch: int) -> float:
-    """Return the seconds for each token of our decoding loop, the best dispatch after one that compiles."""
-    one = EmbeddedPrompt(np.full(prompt, 5, np.int32), np.zeros(prompt, bool), jnp.zeros((0, LLAMA.width)))
-    config, times = GenerationConfig(max_new_tokens=3 * (NEW - 1) + 1), []
-    dispatches = generate(llama, [one] * batch, config, bos=1, eos=LLAMA.vocab_size)
-    next(dispatches), next(dispatches)
-    start = time.perf_counter()
-    for rows in dispatches:
-        times.append((time.perf_counter() - start) / len(rows[0]))
-        start = time.perf_counter()
-    return min(times)
+NEW = 33  # tokens that PyTorch decodes; the first comes from the prefill
 
 
 def torch_model() -> Any:
@@ -45,18 +29,9 @@ def torch_model() -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        hidden_size=LLAMA.width,
-        intermediate_size=LLAMA.mlp_dim,
-        num_hidden_layers=LLAMA.depth,
-        num_attention_heads=LLAMA.num_heads,
-        num_key_value_heads=LLAMA.num_kv_heads,
-        vocab_size=LLAMA.vocab_size,
-        max_position_embeddings=4096,
-        attn_implementation="sdpa",
-    )
     torch.manual_seed(0)
-    return LlamaForCausalLM(config).eval()
+    config = LlamaConfig.from_dict(to_hugging_face_config(LLAMA))
+    return LlamaForCausalLM._from_config(config, attn_implementation="sdpa").eval()
 
 
 def torch_token_seconds(model: Any, prompt: int, batch: int) -> dict[str, float]:
@@ -84,20 +59,20 @@ def main() -> None:
     """Print the figures."""
     lists = [tuple(map(int, word.split(","))) for word in sys.argv[1:] if word != "--json"]
     prompts, batches = lists if lists else (PROMPTS, BATCHES)
-    llama = random_module(lambda: Llama(LLAMA, rngs=nnx.Rngs(0)))
+    llama = make_random_module(lambda: Llama(LLAMA, rngs=nnx.Rngs(0)))
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(llama)) - llama.embedding.nbytes
     llama.unstack(jax.default_backend())
-    rate, reference = bandwidth(weights), torch_model()
+    rate, reference = measure_bandwidth(weights), torch_model()
     figures = {"device": jax.devices()[0].device_kind, "dtype": DTYPE, "weights_megabytes": weights / 1e6}
     for batch in batches:
         for prompt in prompts:
             cache = 2 * LLAMA.depth * LLAMA.num_kv_heads * LLAMA.head_dim * 4 * (prompt + NEW) * batch
-            ours, theirs = token_seconds(llama, prompt, batch), torch_token_seconds(reference, prompt, batch)
+            ours, theirs = measure_token_seconds(llama, prompt, batch), torch_token_seconds(reference, prompt, batch)
             best = min(theirs.values())
             name = f"batch {batch}, prompt {prompt}"
             figures |= {f"{name}: ms": 1e3 * ours, f"{name}: torch ms": 1e3 * best}
             figures |= {f"{name}: over torch": ours / best, f"{name}: over floor": ours * rate / (weights + cache)}
-    show(figures)
+    print_figures(figures)
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Programs compiled ahead of time for topologies that are not here, and what their HLO says of memory and time."""
+"""Ahead-of-time compilation for TPU topologies, and the memory, FLOPs and time of the compiled programs."""

@@ -1,7 +1,7 @@
-"""Compiles programs for TPU topologies, in a process of its own.
+"""Compile programs for TPU topologies in a separate process.
 
-libtpu and the CPU backend must not meet in a process by accident: libtpu looks for TPUs when it is loaded, prints
-warnings if there are none, and may hold a lock. The process has JAX_PLATFORMS=cpu, so that JAX starts no TPU backend.
+When libtpu is loaded, it searches for TPUs, prints warnings if there are none, and may hold a lock. Therefore only the
+separate process loads it. JAX_PLATFORMS=cpu keeps JAX from starting a TPU backend there.
 """
 
 import contextlib
@@ -49,7 +49,7 @@ def compile_all(jobs: Sequence[Job], on_start: Callable[[int], None]) -> Iterato
         on_start: Called with the number of each job before it starts.
 
     Yields:
-        A report of each.
+        The report of each program.
 
     Raises:
         ConfigError: libtpu is not installed, or a mesh cannot be built.
@@ -71,7 +71,7 @@ def compile_all(jobs: Sequence[Job], on_start: Callable[[int], None]) -> Iterato
 
 @contextlib.contextmanager
 def _start_worker() -> Iterator[Callable[[Program, Topology], ProgramReport]]:
-    """A function that calls `compile_program` in another process, which is killed at the end: it may take minutes."""
+    """Yield a function that calls `compile_program` in another process, which is killed at the end of the context."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +98,7 @@ def _start_worker() -> Iterator[Callable[[Program, Topology], ProgramReport]]:
 
 
 def _work(pipe: Connection, log: str) -> None:
-    """Compile what comes through a pipe until it ends. libtpu's warnings go to a file."""
+    """Compile the programs that a pipe delivers until it is closed. Warnings of libtpu go to the file `log`."""
     os.environ |= ENVIRONMENT  # before jax is imported
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which kills this process
@@ -126,7 +126,7 @@ def _last_line(log: Path) -> str:
 
 @functools.lru_cache(maxsize=8)
 def topology_mesh(axes: MeshConfig, topology: Topology) -> "Mesh":
-    """A mesh over a topology's devices. Meshes of two calls for the same topology would not be equal."""
+    """Make the mesh of a topology's devices. It is cached because meshes of two calls would not be equal."""
     from jax.experimental import topologies
 
     from vllama_jax.sharding import make_mesh
@@ -138,7 +138,7 @@ def topology_mesh(axes: MeshConfig, topology: Topology) -> "Mesh":
 
 
 def compile_program(program: Program, topology: Topology) -> ProgramReport:
-    """Compile a program in this process and report what it takes. Out of memory is a result."""
+    """Compile a program in this process and report its costs. Too little memory is a result, not an error."""
     import jax
 
     mesh = topology_mesh(program.mesh, topology)
@@ -175,7 +175,7 @@ def compile_program(program: Program, topology: Topology) -> ProgramReport:
 
 
 def _memory_by_kind(analysis: Any) -> dict[str, int]:
-    """XLA's figures for a chip. Donated arguments, whose memory results take over, are counted once."""
+    """Return XLA's memory figures for a chip by kind. Donated arguments share memory with results and count once."""
     return {
         "arguments": analysis.argument_size_in_bytes,
         "results": analysis.output_size_in_bytes - analysis.alias_size_in_bytes,
@@ -185,7 +185,7 @@ def _memory_by_kind(analysis: Any) -> dict[str, int]:
 
 
 def _costs(program: Program, text: str) -> Costs:
-    """Of one run of a program; of decoding, whose loop ends when the answers do, of one token."""
+    """Return the costs of one call of a program, or of one token for decode, whose number of steps depends on data."""
     from vllama_jax.generate import TOKENS_PER_DISPATCH
 
     module = parse_hlo(text)
@@ -195,7 +195,7 @@ def _costs(program: Program, text: str) -> Costs:
 
 
 def _model_flops(program: Program, mesh: "Mesh") -> float:
-    """Of the model by arithmetic, on all chips."""
+    """Compute the FLOPs of the model by arithmetic, on all chips together."""
     from vllama_jax.generate import padded_prompt_length
     from vllama_jax.memory.flops import forward_flops, step_flops
 
@@ -208,5 +208,5 @@ def _model_flops(program: Program, mesh: "Mesh") -> float:
 
 
 def _samples(program: Program) -> int:
-    """Rows of a step or a prefill, tokens of a decoded step."""
+    """Return the number of rows of a train step or a prefill, or of tokens that a decoding step computes."""
     return program.run.batch_size if isinstance(program, TrainStep) else program.rows

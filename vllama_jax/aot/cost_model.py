@@ -1,4 +1,4 @@
-"""A train step's costs by arithmetic, for GPUs, whose compiler needs the device."""
+"""Estimates of a train step on GPUs by arithmetic, because XLA needs the device to compile for a GPU."""
 
 import jax
 import jax.numpy as jnp
@@ -60,14 +60,14 @@ def estimate_step(program: TrainStep, topology: Topology) -> ProgramReport:
 
 
 def _frozen_bytes(abstract: AbstractRun, mesh: MeshConfig) -> tuple[float, float]:
-    """Bytes that a device holds while it uses them, whole over fsdp: of the language model, and of the encoders."""
+    """Compute the bytes of gathered frozen weights on a device: of the language model, and of the encoders."""
     sizes = {path: leaf.size * leaf.dtype.itemsize / mesh.tensor for path, leaf in abstract.frozen.items()}
     llama = sum(size for path, size in sizes.items() if path.startswith("llama/"))
     return llama, sum(sizes.values()) - llama
 
 
 def _reduced_bytes(program: TrainStep, abstract: AbstractRun, passes: int) -> float:
-    """Bytes of all-reduces: of gradients over data and fsdp, and of two products a layer over tensor."""
+    """Compute the bytes of all-reduces: gradients over data and fsdp, and two products per layer over tensor."""
     mesh, llama = program.mesh, program.model.llama
     places = mesh.data * mesh.fsdp
     trainable = sum(leaf.size for leaf in abstract.state.weights.values()) * FLOAT32_BYTES

@@ -1,4 +1,4 @@
-"""What a compiled program costs on one chip, from its HLO: FLOPs, HBM traffic, bytes on the network, estimated cycles.
+"""Costs of a compiled program on one chip, from its HLO: FLOPs, HBM traffic, network bytes and estimated cycles.
 
 XLA's own `cost_analysis` counts the body of a loop once, and most of a step is in loops over layers. Importing this
 file imports no jax.
@@ -23,9 +23,13 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 @dataclasses.dataclass(frozen=True)
 class LoopCost:
-    """Of one computation of the schedule over the whole program: the entry's own instructions, or a loop's body.
+    """Costs of one computation of the schedule: the entry computation or the body of a loop, over all its iterations.
 
-    bytes_by_group: of collectives, by the chips of a group.
+    Attributes:
+        name: The name of the computation.
+        repeats: Number of iterations.
+        cycles: XLA's estimate.
+        bytes_by_group: Bytes of collectives, by the number of chips of a group.
     """
 
     name: str
@@ -36,7 +40,7 @@ class LoopCost:
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """Of a program, on one chip.
+    """Costs of a program on one chip.
 
     Attributes:
         flops: Of dot products, convolutions and kernels that declare them.
@@ -53,7 +57,7 @@ class Costs:
     loops: tuple[LoopCost, ...]
 
     def divide(self, count: int) -> "Costs":
-        """The costs of one of `count` equal parts."""
+        """Return the costs divided by `count`."""
         loops = tuple(
             dataclasses.replace(
                 loop,
@@ -71,7 +75,7 @@ def analyze(module: Module, dynamic_trips: int = 1) -> Costs:
 
     Args:
         module: The program.
-        dynamic_trips: How often a loop runs whose trip count depends on data.
+        dynamic_trips: Number of iterations of loops whose trip count depends on data.
     """
     flops = hbm_bytes = 0.0
     kinds: dict[str, float] = collections.defaultdict(float)
@@ -99,7 +103,7 @@ def analyze(module: Module, dynamic_trips: int = 1) -> Costs:
 def _collectives(
     module: Module, instruction: Instruction, computation: Computation
 ) -> Iterator[tuple[Instruction, Computation]]:
-    """The collectives that an instruction is or, as a fusion or an asynchronous call, contains."""
+    """Yield the instruction if it is a collective, and the collectives in the computations that it calls."""
     if instruction.opcode.removesuffix("-start") in COLLECTIVES:
         yield instruction, computation
     if instruction.opcode in ("while", "conditional", "call"):
@@ -111,7 +115,7 @@ def _collectives(
 
 
 def group_size(instruction: Instruction) -> int:
-    """Devices of one group of a collective, from any of the three forms of `replica_groups`; 1 where none is given.
+    """Return the number of devices in a group of a collective, from the three forms of `replica_groups`; 1 by default.
 
     `{{0,1},{2,3}}` lists groups, `[2,4]<=[8]` has 2 groups of 4, `mesh['a'=2,'b'=4]{'b'}` names axes of a mesh.
     """
@@ -126,7 +130,7 @@ def group_size(instruction: Instruction) -> int:
 
 
 def wire_bytes(instruction: Instruction, computation: Computation) -> float:
-    """Bytes that arrive at a chip, with the ring algorithms: of n chips' parts of an array, each chip has one already.
+    """Compute the bytes that a chip receives with ring algorithms: each of n chips already has its shard of an array.
 
     An all-reduce is a reduce-scatter and an all-gather.
     """
@@ -142,7 +146,7 @@ def wire_bytes(instruction: Instruction, computation: Computation) -> float:
 
 
 def _flops(module: Module, instruction: Instruction, computation: Computation) -> float:
-    """Floating-point operations of products, those in fusions included; of a kernel, what it declares."""
+    """Count the FLOPs of an instruction: of products, also in fusions, and of kernels that declare them."""
     if instruction.opcode == "dot":
         left = computation[instruction.operands[0]].arrays[0].shape
         contracted = instruction.find(r"lhs_contracting_dims=\{([\d,]*)\}") or ""
@@ -159,7 +163,7 @@ def _flops(module: Module, instruction: Instruction, computation: Computation) -
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:
-    """XLA for TPUs writes most products as convolutions, a batch dimension as a dilated or padded window.
+    """Count the FLOPs of a convolution, as which XLA for TPUs writes most matrix products.
 
     Only taps of the window on real elements count, not those on padding or between dilated ones.
     """
@@ -188,7 +192,7 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> fl
 
 @functools.lru_cache(maxsize=4096)
 def _valid_taps(*, inputs: int, outputs: int, size: int, stride: int, padding: int, dilation: tuple[int, int]) -> int:
-    """Pairs of an output and a tap of its window that meet an element of the input, along one dimension."""
+    """Count the pairs of an output and a window tap that read an element of the input, along one dimension."""
     of_input, of_window = dilation
     last = (inputs - 1) * of_input
     places = (out * stride + tap * of_window - padding for out in range(outputs) for tap in range(size))
@@ -196,7 +200,7 @@ def _valid_taps(*, inputs: int, outputs: int, size: int, stride: int, padding: i
 
 
 def _traffic(module: Module, step: Step) -> float:
-    """Bytes that one run of an instruction reads from HBM and writes to it."""
+    """Count the HBM bytes that an instruction reads and writes when it runs once."""
     one = step.instruction
     if one.opcode in _NO_TRAFFIC or one.opcode.endswith("-done"):
         return 0.0
@@ -207,7 +211,7 @@ def _traffic(module: Module, step: Step) -> float:
 
 
 def _read(module: Module, step: Step) -> float:
-    """An operand that a fusion or a slice takes only parts of counts with those parts."""
+    """Count the HBM bytes that an instruction reads. Of operands that are only sliced, the slices count."""
     one, total = step.instruction, 0.0
     body = module.computations.get(one.called[0], {}) if one.opcode == "fusion" and one.called else {}
     parameters = {int(inner.arguments): name for name, inner in body.items() if inner.opcode == "parameter"}
@@ -225,7 +229,7 @@ def _read(module: Module, step: Step) -> float:
 
 
 def _used(module: Module, body: Computation, parameter: str, full: float) -> float:
-    """Bytes of a fusion's parameter that its instructions use."""
+    """Count the bytes of a fusion's parameter that its instructions use."""
     total, names = 0.0, [parameter]
     while names:
         name = names.pop()
@@ -247,7 +251,7 @@ def _used(module: Module, body: Computation, parameter: str, full: float) -> flo
 
 
 def _written(module: Module, instruction: Instruction, computation: Computation) -> float:
-    """A slice that is updated in place counts alone."""
+    """Count the HBM bytes that an instruction writes. Of an update in place, only the slice counts."""
     root, names = instruction, computation
     if instruction.opcode == "fusion" and instruction.called:
         names = module.computations.get(instruction.called[0], {})

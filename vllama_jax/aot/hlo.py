@@ -24,7 +24,13 @@ _MEMORY_SPACE = re.compile(r"S\(\d+\)")
 
 @dataclasses.dataclass(frozen=True)
 class ArrayType:
-    """in_hbm: False for an array that the schedule keeps in another memory of the chip, as S(1), VMEM."""
+    """The type of an array.
+
+    Attributes:
+        dtype: As HLO names it.
+        shape: The sizes of its dimensions.
+        in_hbm: False for an array in another memory of the chip, such as VMEM, `S(1)`.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -43,7 +49,7 @@ class ArrayType:
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """`name = type opcode(arguments), attributes`.
+    """An instruction: `name = type opcode(arguments), attributes`.
 
     Attributes:
         arrays: Of its type, a tuple flattened.
@@ -59,13 +65,13 @@ class Instruction:
     is_root: bool
 
     def find(self, pattern: str) -> str | None:
-        """The first group of a pattern in the attributes."""
+        """Search the attributes for a pattern and return its first group."""
         found = re.search(pattern, self.attributes)
         return found[1] if found else None
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations that it calls, but for a loop's or a conditional's."""
+        """Names of the computations that it calls, except for those of loops and conditionals."""
         single = re.findall(r"(?:calls|to_apply)=%?([\w.-]+)", self.attributes)
         groups = re.findall(r"called_computations=\{([^}]*)\}", self.attributes)
         return (*single, *(name for group in groups for name in re.findall(r"[\w.-]+", group)))
@@ -86,16 +92,21 @@ Computation = dict[str, Instruction]
 
 @dataclasses.dataclass(frozen=True)
 class Module:
-    """computations: by name; instructions are in the order of the schedule. entry: the name of the first one."""
+    """A module.
+
+    Attributes:
+        computations: Computations by name. Their instructions are in the order of the schedule.
+        entry: The name of the entry computation.
+    """
 
     computations: dict[str, Computation]
     entry: str
 
     def walk(self, dynamic_trips: int = 1) -> "Iterator[Step]":
-        """Yield the instructions that run, loops' bodies once with their trip counts. Fusions are one instruction.
+        """Yield the instructions in order. Those in loops are yielded once, with the number of iterations.
 
         Args:
-            dynamic_trips: How often a loop runs whose trip count depends on data.
+            dynamic_trips: Number of iterations of loops whose trip count depends on data.
         """
         yield from self._walk(self.entry, 1, dynamic_trips)
 
@@ -107,7 +118,7 @@ class Module:
                 yield from self._walk(inner, repeats * (count or dynamic_trips), dynamic_trips)
 
     def _calls(self, instruction: Instruction, computation: Computation) -> list[tuple[str, int | None]]:
-        """The computations that an instruction runs as steps of the schedule, with how often each runs."""
+        """List the computations that a loop, conditional or call runs, with the number of times that each runs."""
         if instruction.opcode == "while":
             return [(self.body(instruction), self.trip_count(instruction, computation))]
         if instruction.opcode == "conditional":
@@ -117,11 +128,11 @@ class Module:
         return [(name, 1) for name in instruction.called] if instruction.opcode == "call" else []
 
     def body(self, loop: Instruction) -> str:
-        """The name of the computation that a while loop repeats."""
+        """Return the name of a loop's body."""
         return loop.find(r"body=%?([\w.-]+)") or ""
 
     def trip_count(self, loop: Instruction, computation: Computation) -> int | None:
-        """How often a while loop runs; None where that depends on data, as in decoding.
+        """Return the number of iterations of a loop; None if it depends on data, as in decoding.
 
         XLA records it or it follows from the condition (counter < constant) and the counter's start and step: 0 and 1
         in JAX's scans, 2 in windowed einsum, whose body XLA has unrolled once.
@@ -140,14 +151,14 @@ class Module:
         return max(-(-(limits[0] + including - start) // step), 1)
 
     def _through_fusion(self, instruction: Instruction) -> Instruction | None:
-        """The instruction, or the root of the computation that it wraps."""
+        """Return the root instruction of the computation that a fusion or call wraps, or the instruction itself."""
         if instruction.opcode not in ("fusion", "call"):
             return instruction
         inner = self.computations[instruction.called[0]]
         return next((found for found in inner.values() if found.is_root), None)
 
     def _counter_index(self, root: Instruction, condition: Computation) -> int | None:
-        """The counter's place in the tuple that a loop carries."""
+        """Return the index of the counter in the tuple that a loop carries."""
         reads = [condition[name] for name in root.operands if condition[name].opcode == "get-tuple-element"]
         index = reads[0].find(r"index=(\d+)") if len(reads) == 1 else None
         return None if index is None else int(index)
@@ -164,7 +175,7 @@ class Module:
         return integer_constant(start) or 0
 
     def _counter_step(self, loop: Instruction, index: int) -> int:
-        """What the body adds to the counter; 1 where that cannot be seen."""
+        """Return the number that the body adds to the counter; 1 if it cannot be determined."""
         body = self.computations[self.body(loop)]
         root = next(instruction for instruction in body.values() if instruction.is_root)
         step, counter = 0, body.get(root.operands[index]) if root.opcode == "tuple" else None
@@ -186,7 +197,7 @@ class Module:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """An instruction of the schedule, the computation that it is in, and how often it runs."""
+    """An instruction, its computation, and the number of times that it runs."""
 
     instruction: Instruction
     computation: Computation
@@ -195,7 +206,7 @@ class Step:
 
 
 def integer_constant(instruction: Instruction | None) -> int | None:
-    """The value of a scalar integer constant; None for any other instruction."""
+    """Return the value of a scalar integer constant; None for other instructions."""
     if instruction is None or instruction.opcode != "constant":
         return None
     return int(instruction.arguments) if re.fullmatch(r"-?\d+", instruction.arguments) else None
@@ -226,7 +237,7 @@ def parse_hlo(text: str) -> Module:
 
 
 def parse_arrays(text: str) -> tuple[ArrayType, ...]:
-    """The arrays of a type: "(f32[8]{0}, bf16[2,4]{1,0:T(8,128)S(1)})"."""
+    """Parse the arrays of a type: "(f32[8]{0}, bf16[2,4]{1,0:T(8,128)S(1)})"."""
     return tuple(
         ArrayType(dtype, tuple(map(int, filter(None, sides.split(",")))), not _MEMORY_SPACE.search(layout or ""))
         for dtype, sides, layout in _ARRAY.findall(text)
@@ -245,7 +256,7 @@ def _parse_instruction(name: str, text: str, *, is_root: bool) -> Instruction:
 
 
 def _matching_parenthesis(text: str) -> int:
-    """The place after the parenthesis that closes the first one of a text."""
+    """Return the index after the parenthesis that closes the first one of a text."""
     depth = 0
     for place, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")

@@ -1,4 +1,4 @@
-"""The programs that a run or a conversation compiles, compiled for the devices of a topology.
+"""Compile the programs of a run or of generation for the devices of a topology.
 
 They are the same functions that `vllama train` and `generate` call, on shapes in place of arrays. Importing this file
 imports no jax.
@@ -24,7 +24,7 @@ FIRST_TOKENS = (1, 2)  # ids of BOS and EOS; their values do not change what is 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """The step of a run at one padded length.
+    """The train step of a run at one padded length.
 
     Attributes:
         model: The model that is trained.
@@ -38,17 +38,17 @@ class TrainStep:
 
     @property
     def name(self) -> str:
-        """In tables and in JSON."""
+        """The name in tables and in JSON."""
         return "train_step"
 
     @property
     def mesh(self) -> MeshConfig:
-        """Of the run."""
+        """The mesh of the run."""
         return self.run.mesh
 
     @property
     def rows(self) -> int:
-        """Rows of one device at a time."""
+        """Rows of a micro-batch on one device."""
         return self.run.batch_size // self.run.grad_accum_steps // (self.mesh.data * self.mesh.fsdp)
 
 
@@ -108,7 +108,7 @@ def compile_for(program: Program, mesh: "Mesh") -> "jax.stages.Compiled":
 
 @functools.lru_cache(maxsize=1)
 def _compile_prefill(program: Generation, mesh: "Mesh") -> "tuple[jax.stages.Compiled, Any]":
-    """Prefill, and the shapes of the state that it returns. Kept for the decode that is compiled next."""
+    """Compile prefill, and return it with the abstract state that it returns. Cached for decode, compiled next."""
     from vllama_jax import generate
     from vllama_jax.sharding import use_mesh
 
@@ -119,7 +119,7 @@ def _compile_prefill(program: Generation, mesh: "Mesh") -> "tuple[jax.stages.Com
 
 
 def _prefill_inputs(program: Generation, mesh: "Mesh") -> tuple["Llama", list[Any], dict[str, Any]]:
-    """The language model and the arguments of `generate.jit_prefill`, and its static ones."""
+    """Make the abstract language model, and the arguments and static arguments of `generate.jit_prefill`."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -153,7 +153,7 @@ def _prefill_inputs(program: Generation, mesh: "Mesh") -> tuple["Llama", list[An
 
 
 def abstract_llama(program: Generation, mesh: "Mesh") -> "Llama":
-    """The language model as `load` lays it out for decoding: bfloat16, unstacked, sharded over tensor."""
+    """Make the abstract language model that `load` returns: bfloat16, unstacked, sharded over tensor."""
     from flax import nnx
 
     from vllama_jax.checkpoints.quantize import abstract_layers

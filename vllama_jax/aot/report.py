@@ -1,10 +1,11 @@
-"""What is reported of a program on a topology: memory, FLOPs, network, expected time, and what binds.
+"""Reports of programs on topologies: memory, FLOPs, network, expected time and bottleneck.
 
 Importing this file imports no jax.
 """
 
 import dataclasses
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -15,12 +16,13 @@ from vllama_jax.aot.topologies import Topology
 
 WIDTH = 80  # columns of the terminal
 COLUMNS = 4  # programs side by side, so that a table has at most WIDTH
+MIN_SHOWN_BYTES = 5 * 10**6
 MESH_AXES = ("data", "fsdp", "tensor")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ProgramReport:
-    """One program on one topology.
+    """The report of a program on a topology.
 
     Attributes:
         topology: Its name, as `parse_topology` returns it.
@@ -73,7 +75,7 @@ class ProgramReport:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As `vllama compile --json` prints it."""
+        """Return the fields as `vllama compile --json` prints them."""
         fields = dataclasses.asdict(self)
         return fields | {"mesh": dict(zip(MESH_AXES, self.mesh, strict=True))}
 
@@ -115,7 +117,7 @@ def time_fields(costs: Costs, topology: Topology, model_flops: float, samples: f
 
 
 def _network_seconds(loop: LoopCost, topology: Topology) -> float:
-    """Collectives of different groups one after the other, as they may share links."""
+    """Compute the network time of a loop. Collectives of different groups are serialized, as they may share links."""
     return sum(size / topology.network_bandwidth(group) for group, size in loop.bytes_by_group.items())
 
 
@@ -130,13 +132,13 @@ def print_reports(reports: list[ProgramReport], console: Console) -> None:
 
 
 def make_table(reports: list[ProgramReport]) -> Table:
-    """A table of programs on one topology."""
+    """Make a table of programs on one topology."""
     table = Table(box=None, pad_edge=False)
     table.add_column(reports[0].topology, no_wrap=True)
     for report in reports:
         table.add_column(report.program, justify="right", no_wrap=True)
-    kinds = dict.fromkeys(kind for report in reports for kind in report.hbm_bytes)
-    collectives = dict.fromkeys(kind for report in reports for kind in report.collective_bytes)
+    kinds = _large_kinds([report.hbm_bytes for report in reports])
+    collectives = _large_kinds([report.collective_bytes for report in reports])
     rows = {
         "tokens": [f"{report.tokens:,}" for report in reports],
         "mesh (data, fsdp, tensor)": [",".join(map(str, report.mesh)) for report in reports],
@@ -160,13 +162,19 @@ def make_table(reports: list[ProgramReport]) -> Table:
     return table
 
 
+def _large_kinds(columns: Sequence[Mapping[str, float]]) -> list[str]:
+    """List the kinds that are large enough to show in any of the columns."""
+    kinds = dict.fromkeys(kind for column in columns for kind in column)
+    return [kind for kind in kinds if any(column.get(kind, 0) >= MIN_SHOWN_BYTES for column in columns)]
+
+
 def _gigabytes(count: float | None) -> str:
     return "–" if count is None else f"{count / 1e9:,.2f}"
 
 
 def _number(value: float | None, unit: float = 1.0) -> str:
-    """Three digits, as far as they are before the point."""
+    """Format a number with three digits, or with all digits before the point."""
     if value is None:
         return "–"
     value /= unit
-    return f"{value:,.{max(0, 2 - len(str(int(value))) + 1)}f}" if value < 100 else f"{value:,.0f}"
+    return f"{value:,.{max(0, 3 - len(str(int(value))))}f}"

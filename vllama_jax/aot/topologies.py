@@ -1,4 +1,4 @@
-"""Topologies: names of TPU slices and of GPUs by the host, and what a chip of each can do at most.
+"""Topologies: names of TPU slices and GPU hosts, and peak figures of their chips.
 
 Importing this file imports no jax.
 """
@@ -122,7 +122,7 @@ ALIASES = {
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A slice of TPUs, or GPUs on one or several hosts.
+    """A TPU slice, or GPUs on one or several hosts.
 
     Attributes:
         chip: Each of its chips.
@@ -134,7 +134,7 @@ class Topology:
 
     @property
     def name(self) -> str:
-        """As libtpu and this package name it: "v5e:16x16", "H100:8"."""
+        """The name for libtpu and this package: "v5e:16x16", "H100:8"."""
         if self.chip.platform == "gpu":
             return f"{self.chip.name}:{self.count}"
         return f"{self.chip.name}:{'x'.join(map(str, self.sides))}"
@@ -145,9 +145,9 @@ class Topology:
         return math.prod(self.sides)
 
     def network_bandwidth(self, group: int) -> float:
-        """Bytes/s into each chip of a collective over groups of so many chips, which uses all links that it can.
+        """Return the bytes/s that each chip receives in a collective over groups of `group` chips.
 
-        GPUs of several hosts wait for the network between hosts.
+        It uses all links of a TPU that a group can use. GPUs of several hosts use the network between hosts.
         """
         if self.chip.platform == "gpu":
             return self.chip.link_bandwidth if group <= self.sides[1] else self.chip.host_bandwidth
@@ -197,7 +197,7 @@ def _gpus(chip: Chip, count: int, name: str) -> Topology:
 
 
 def _find_slice(chip: str, size: str) -> str | None:
-    """The slice of a chip with these sides, in any order, or with this number of cores."""
+    """Find the slice with these sides, in any order, or with this number of cores."""
     for sides in SLICES.get(chip, ()):
         numbers = [int(side) for side in sides.split("x")]
         if "x" in size:

@@ -1,4 +1,4 @@
-"""vllama compile."""
+"""The command `vllama compile`."""
 
 import dataclasses
 import json
@@ -29,7 +29,7 @@ Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOPOLOGY [TOPOLOGY ...
 
 
 def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
-    """The command for the model or the run config that the first argument names."""
+    """Return the command for a model or a run config, by the first argument."""
     advice = "name a run config, a size (7b, 13b) or a model directory first: `vllama compile vision_stage1`"
     name_or_path = require_first_argument(arguments, advice) or DEFAULT_SIZE
     command = _make_model_command() if is_model(name_or_path) else _make_run_command(name_or_path)
@@ -52,7 +52,7 @@ def _make_model_command() -> Command:
         require_fit: bool = False,
         json_output: JsonFlag = False,
     ) -> None:
-        """Compile a model's prefill and decode for TPUs that are not here, and report memory, time and what binds.
+        """Compile a model's prefill and decode ahead of time for TPUs, and report memory, time and bottleneck.
 
         Example: vllama compile 7b --topology v5e:2x2 v5e:2x4 --batch-size 8
 
@@ -102,7 +102,7 @@ def _make_model_command() -> Command:
 
 
 def _decoding_mesh(mesh: MeshConfig, model: VideoLlamaConfig, count: int) -> MeshConfig:
-    """The mesh of a chat: tensor over as many chips as share the key-value heads evenly, data over the others."""
+    """Return the mesh of generation: the largest tensor axis that divides the KV heads, and data for the rest."""
     tensor = mesh.tensor or math.gcd(count, model.llama.num_kv_heads)
     return MeshConfig(data=mesh.data or max(count // tensor, 1), fsdp=1, tensor=tensor)
 
@@ -122,7 +122,7 @@ def _make_run_command(name_or_path: str) -> Command:
         require_fit: bool = False,
         json_output: JsonFlag = False,
     ) -> None:
-        """Compile a run's train step for chips that are not here, and report memory, time and what binds.
+        """Compile a run's train step ahead of time, and report memory, time and bottleneck.
 
         Example: vllama compile vision_stage1 --model 7b --topology v5e:16x16 --rows 8
 
@@ -155,7 +155,7 @@ def _make_run_command(name_or_path: str) -> Command:
 
 
 def _arrange(model: VideoLlamaConfig, run: TrainConfig, topology: Topology, rows: int, longest: int) -> TrainConfig:
-    """The run with its mesh on a topology, its batch size and its compute dtype."""
+    """Return the run config with its mesh on a topology, its batch size and its compute dtype set."""
     device = estimate.DEVICES[topology.chip.name]
     run = estimate.resolve_compute_dtype(run, device)
     if rows:  # rows of a chip do not depend on how data and fsdp share the chips
@@ -173,7 +173,7 @@ def _arrange(model: VideoLlamaConfig, run: TrainConfig, topology: Topology, rows
 
 
 def _report(jobs: Sequence[Job], *, require_fit: bool, as_json: bool) -> None:
-    """Compile all programs and print the reports; those that are there, if one fails after minutes."""
+    """Compile all programs and print their reports. If one fails, the reports before it are still printed."""
     reports: list[ProgramReport] = []
     try:
         with Display(quiet=as_json) as display:

@@ -1,4 +1,4 @@
-"""The mesh of a run that names none: pure data parallel if all weights fit on each device, FSDP otherwise.
+"""Choose the mesh of a run whose config sets none: data parallel if all weights fit each device, FSDP otherwise.
 
 Pure data parallel sends only the gradients of the trainable parameters over the network, 0.1 GB a step for 7B. FSDP
 gathers all frozen weights layer by layer, twice for the language model and once for the encoders: 29 GB for 7B. How
@@ -55,22 +55,21 @@ def choose_mesh(
         return dataclasses.replace(run.mesh, fsdp=left), "the devices that data leaves"
     sizes = [size for size in range(1, places + 1) if places % size == 0]
     meshes = [dataclasses.replace(run.mesh, data=places // size, fsdp=size) for size in sizes]
-    needs = [estimate_training(model, "", run, mesh, device, length) for mesh in meshes]
-    fitting = [size for size, need in zip(sizes, needs, strict=True) if verdict(need, device) == "fits"]
+    need = estimate_training(model, "", run, meshes[0], device, length)
+    if verdict(need, device) == "fits":
+        return meshes[0], f"the weights fit each device: {need.device_total / 1e9:.1f} GB"
+    needs = {1: need} | {mesh.fsdp: estimate_training(model, "", run, mesh, device, length) for mesh in meshes[1:]}
+    fitting = [size for size in sizes if verdict(needs[size], device) == "fits"]
     if not fitting:
-        return meshes[-1], f"it is not expected to fit: {needs[-1].device_total / 1e9:.1f} GB"
-    size = 1 if fitting[0] == 1 else _fastest_gather(fitting, sides)
-    chosen = sizes.index(size)
-    if size == 1:
-        reason = "the weights fit each device"
-    elif size == fitting[0]:
-        reason = f"fewer than {size} would not fit"
-    else:
-        reason = f"fewer than {fitting[0]} would not fit, and {size} gather weights over more links"
-    return meshes[chosen], f"{reason}: {needs[chosen].device_total / 1e9:.1f} GB"
+        return meshes[-1], f"it is not expected to fit: {needs[sizes[-1]].device_total / 1e9:.1f} GB"
+    size = _fastest_gather(fitting, sides)
+    reason = f"fewer than {fitting[0]} would not fit"
+    if size != fitting[0]:
+        reason += f", and {size} gather weights over more links"
+    return meshes[sizes.index(size)], f"{reason}: {needs[size].device_total / 1e9:.1f} GB"
 
 
 def _fastest_gather(sizes: list[int], sides: tuple[int, ...]) -> int:
-    """The smallest size whose gathers take at most `TOLERANCE` times as long as the fastest of all."""
+    """Return the smallest size whose gathers take at most `TOLERANCE` times the time of the fastest."""
     times = {size: (size - 1) / size / count_links(sides, size) for size in sizes}
     return next(size for size in sizes if times[size] <= TOLERANCE * min(times.values()))

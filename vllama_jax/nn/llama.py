@@ -22,6 +22,7 @@ from vllama_jax.config import LlamaConfig, RopeScaling
 from vllama_jax.nn.layers import (
     Remat,
     attend,
+    attend_heads_first,
     axis_metadata,
     cast_like,
     constrain_sharding,
@@ -36,7 +37,6 @@ from vllama_jax.sharding import AXIS_NAMES
 # Kernels [width, heads, head_dim]. A TPU tiles the last two axes in memory, and a product with one row for each token
 # reads tiles of width and head_dim: with heads first. Stored otherwise, each dispatch copies them.
 HEADS_KERNEL = re.compile(r"attention\.(query|key|value)\.(kernel|values)")
-MASKED = jnp.finfo(jnp.float32).min  # the score of a position that is not attended to
 
 
 @jax.tree_util.register_dataclass
@@ -150,33 +150,11 @@ def write_positions(
     cache: Float[Array, "*b g c k"], new: Float[Array, "b n g k"], start: Int[Array, ""]
 ) -> Float[Array, "*b g c k"]:
     """Write the keys or values of n positions into a layer's cache, from position `start`."""
-    new = new.swapaxes(1, 2).astype(cache.dtype)
-    if cache.ndim == 3:
-        written = constrain_sharding(jax.lax.dynamic_update_slice(cache, new[0], (0, start, 0)), "kv_heads", None, None)
-    else:
-        written = constrain_sharding(
-            jax.lax.dynamic_update_slice(cache, new, (0, 0, start, 0)), "batch", "kv_heads", None, None
-        )
+    new = new.swapaxes(1, 2).astype(cache.dtype).reshape(*cache.shape[:-2], -1, cache.shape[-1])
+    written = jax.lax.dynamic_update_slice(cache, new, (*(0,) * (cache.ndim - 2), start, 0))
+    written = constrain_sharding(written, *("batch", "kv_heads", None, None)[-cache.ndim :])
     # On a TPU, XLA would choose a layout by the write, and transpose the cache for each product.
     return with_layout_constraint(written, Layout(tuple(range(written.ndim))))
-
-
-def attend_cached(
-    query: Float[Array, "b n h k"],
-    keys: Float[Array, "*b g c k"],
-    values: Float[Array, "*b g c k"],
-    mask: Bool[Array, "b n c"],
-) -> Float[Array, "b n h k"]:
-    """Scaled dot-product attention over a layer's cache; each of its g heads serves h / g query heads."""
-    b, n, h, k = query.shape
-    grouped = (query * k**-0.5).swapaxes(1, 2).reshape(b, keys.shape[-3], -1, n, k)
-    if keys.ndim == 3:
-        grouped = grouped[0]
-    scores = jnp.einsum("...grnk,...gck->...grnc", grouped, keys, preferred_element_type=jnp.float32)
-    scores = jnp.where(mask[:, None, None], scores.reshape(b, -1, h // keys.shape[-3], n, keys.shape[-2]), MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-    attended = jnp.einsum("...grnc,...gck->...grnk", weights[0] if values.ndim == 3 else weights, values)
-    return attended.reshape(b, h, n, k).swapaxes(1, 2)
 
 
 class Attention(nnx.Module):
@@ -342,7 +320,7 @@ class Llama(nnx.Module):
             block, keys, values = layer
             query, key, value = block.project_qkv(x, cos, sin)
             keys, values = write_positions(keys, key, start), write_positions(values, value, start)
-            attended = attend_cached(query, keys, values, attention_mask)
+            attended = attend_heads_first(query, keys, values, attention_mask)
             return block.apply_output_and_mlp(x, attended), (keys, values)
 
         x = cast_like(x, self.embedding)

@@ -135,11 +135,10 @@ def plan_run(config: TrainConfig, base: str = "") -> RunPlan:
     directory = open_model(base or config.model)
     find_branch(config.branch).require(directory.config, str(directory.path))
     _check_lora_patterns(config)
-    mesh, mesh_reason = make_run_mesh(config, directory.config)
     if directory.lora.rank and directory.lora != config.lora:
         raise ConfigError(f"{directory.path}: has LoRA updates; set the same lora config to continue training them")
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
-    reader = _make_reader(config, directory, mesh)
+    reader, mesh, mesh_reason = _make_reader(config, directory)
     network = abstract_network(directory.config, str(compute_dtype(config)), config.lora)
     kinds = {stream.kind for stream in reader.sampler.streams if not reader.caches}  # cached features need no encoders
     remove_unused_components(network, config, kinds)
@@ -284,8 +283,11 @@ def _check_init(
         )
 
 
-def _make_reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> BatchReader:
-    """Make the reader of this host's rows of the batches."""
+def _make_reader(config: TrainConfig, directory: ModelDirectory) -> tuple[BatchReader, Mesh, str]:
+    """Make the reader of this host's rows of the batches, the mesh of the run, and the reason for a chosen mesh.
+
+    The mesh is chosen after the data are opened, so that an error in them is reported first.
+    """
     for dataset in config.datasets:
         template = dataset.text.template or directory.config.template
         find = find_conversation_template if dataset.text.layout == "conversation" else find_caption_template
@@ -294,10 +296,12 @@ def _make_reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> 
     streams = make_streams(opened, config.branch)
     sampler = BatchSampler(streams, config.steps, config.batch_size, config.seed)
     caches = open_caches(config, directory, opened) if config.data.feature_cache else {}
+    mesh, reason = make_run_mesh(config, directory.config)
     rows = find_host_rows(config.batch_size, mesh)
-    return BatchReader(
+    reader = BatchReader(
         config.data, config.branch, config.seed, directory.config, directory.tokenizer, sampler, rows, caches
     )
+    return reader, mesh, reason
 
 
 def batches(config: TrainConfig, base: str = "") -> Iterator[dict[str, np.ndarray]]:
@@ -320,8 +324,7 @@ def batches(config: TrainConfig, base: str = "") -> Iterator[dict[str, np.ndarra
     """
     directory = open_model(base or config.model)
     find_branch(config.branch).require(directory.config, str(directory.path))
-    mesh, _ = make_run_mesh(config, directory.config)
-    reader = _make_reader(config, directory, mesh)
+    reader, _, _ = _make_reader(config, directory)
     exchange = BatchExchange(reader.rows)
     read = read_batches(reader, 0, config.steps, config.data, exchange.read)
     with contextlib.closing(read) as found, contextlib.closing(exchange):
