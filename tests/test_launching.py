@@ -45,7 +45,7 @@ def train_commands(code: str) -> list[list[str]]:
     for line in code.replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         found += [command for word in words if "vllama train" in word for command in train_commands(word)]
-        if "vllama" in words:
+        if ("vllama", "train") in itertools.pairwise(words):
             start = words.index("vllama")
             end = words.index("&", start) if "&" in words[start:] else len(words)
             found.append(words[start + 1 : end])
