@@ -1,10 +1,9 @@
-"""What every tower is built of: named axes, norms, attention, the pre-norm block, and stacks of layers.
+"""What every tower is built of: named axes, norms, self-attention, the pre-norm block, and stacks of layers.
 
 Numerics: matrices multiply in the weights' dtype; layer norms, softmax and scores are float32. A tower casts its
 input to its weights' dtype once (`like_weights`); nothing below it takes a dtype.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
@@ -12,9 +11,10 @@ from typing import Any, Literal, TypeVar, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from vllama_jax.errors import ConfigError
+from vllama_jax.nn.attention import self_attend
 from vllama_jax.sharding import AXIS_NAMES, partition_spec
 
 Layer = TypeVar("Layer", bound=nnx.Module)
@@ -22,6 +22,10 @@ Layers = TypeVar("Layers")  # stacked: a module, or it and what goes with each l
 Activations = TypeVar("Activations")
 
 LECUN_NORMAL = nnx.initializers.lecun_normal()
+
+# Rows (images) of a device that a block of a frozen encoder processes at once. With more, XLA for TPU no longer keeps
+# intermediate results in VMEM: 39 layers of the ViT take 254 ms instead of 317 ms for 64 images (docs/pods.md).
+_CHUNK_ROWS = 32
 
 # What a layer's backward pass finds stored, and what it computes again.
 Remat = Literal["full", "dots", "none"]
@@ -119,56 +123,6 @@ def run_stack(
     return jax.lax.scan(jax.checkpoint(body, prevent_cse=False, policy=_REMAT_POLICIES[remat_policy]), x, layers)[0]
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Dropout:
-    """How activations are dropped in training; None stands for not at all.
-
-    The key is an argument of the step, never kept in a module: kept, it would repeat its mask under `jax.jit`.
-    """
-
-    key: Array
-    rate: float = dataclasses.field(metadata={"static": True})
-
-
-def split_dropout(dropout: Dropout | None, count: int) -> Dropout | None:
-    """`count` of independent keys, stacked on axis 0 as layers are."""
-    return None if dropout is None else Dropout(jax.random.split(dropout.key, count), dropout.rate)
-
-
-def unstack_dropout(dropout: Dropout | None, count: int) -> list[Dropout | None]:
-    """`count` independent ones, for the places within a layer."""
-    split = split_dropout(dropout, count)
-    return [None if split is None else Dropout(split.key[i], split.rate) for i in range(count)]
-
-
-def apply_dropout(x: Array, dropout: Dropout | None) -> Array:
-    """Each value is zeroed with the given probability, the others scaled up so that the mean stays."""
-    if dropout is None:
-        return x
-    kept = jax.random.bernoulli(dropout.key, 1 - dropout.rate, x.shape)
-    return jnp.where(kept, x / (1 - dropout.rate), jnp.zeros((), x.dtype))
-
-
-def attend(
-    query: Float[Array, "b n h k"],
-    key: Float[Array, "b c g k"],
-    value: Float[Array, "b c g k"],
-    mask: Bool[Array, "b n c"] | None = None,
-    dropout: Dropout | None = None,
-) -> Float[Array, "b n h k"]:
-    """Scaled dot-product attention; each of the g key heads serves h / g query heads. Softmax in float32."""
-    b, n, h, k = query.shape
-    grouped = (query * k**-0.5).reshape(b, n, key.shape[2], -1, k).transpose(0, 2, 3, 1, 4)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # heads first: on CPUs a third of the time
-    scores = jnp.einsum("bgrnk,bgck->bgrnc", grouped, key, preferred_element_type=jnp.float32)
-    if mask is not None:
-        scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = apply_dropout(jax.nn.softmax(scores, axis=-1), dropout).astype(value.dtype)
-    attended = jnp.einsum("bgrnc,bgck->bgrnk", weights, value)
-    return attended.transpose(0, 3, 1, 2, 4).reshape(b, n, h, k)
-
-
 class SelfAttention(nnx.Module):
     """Self-attention with one matrix for query, key and value.
 
@@ -194,14 +148,8 @@ class SelfAttention(nnx.Module):
         self.extra_key_value = extra_key_value
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-        query, key, value = jnp.moveaxis(self.qkv(x), 2, 0)
-        if self.extra_key_value:
-            key, value = _append(key, self.extra_key), _append(value, self.extra_value)
-        return self.out(attend(query, key, value))
-
-
-def _append(x: Float[Array, "b n h k"], row: nnx.Param) -> Float[Array, "b n+1 h k"]:
-    return jnp.concatenate([x, jnp.broadcast_to(row[...], (x.shape[0], 1, *row.shape))], axis=1)
+        extra = jnp.stack([self.extra_key[...], self.extra_value[...]]) if self.extra_key_value else None
+        return self.out(self_attend(self.qkv(x), extra))
 
 
 class Mlp(nnx.Module):
@@ -240,8 +188,26 @@ class PreNormBlock(nnx.Module):
 
 
 def run_blocks(blocks: PreNormBlock, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """`x` through a stack of pre-norm blocks."""
-    return run_stack(blocks, x, lambda block, x: block(x))
+    """Run `x` through a stack of pre-norm blocks, each of them in chunks of the rows of a device."""
+    return run_stack(blocks, x, _map_chunks)
+
+
+def _map_chunks(block: PreNormBlock, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """Apply a block to chunks of at most `_CHUNK_ROWS` rows of a device. A chunk has rows of every device.
+
+    Without an even division into chunks of more than half of that size, the block is applied to all rows at once.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    batch_axes = () if mesh.empty else partition_spec(x.shape, ("batch", None, None), mesh)[0] or ()
+    devices = math.prod(mesh.shape[axis] for axis in batch_axes)
+    rows = x.shape[0] // devices
+    size = next((size for size in range(_CHUNK_ROWS, _CHUNK_ROWS // 2, -1) if rows % size == 0), rows)
+    if size == rows:
+        return block(x)
+    by_device = constrain_sharding(x.reshape(devices, rows // size, size, *x.shape[1:]), "batch", *(None,) * 4)
+    chunks = by_device.swapaxes(0, 1).reshape(rows // size, devices * size, *x.shape[1:])
+    out = jax.lax.map(block, constrain_sharding(chunks, None, "batch", None, None))
+    return out.reshape(rows // size, devices, size, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
 
 def patchify(images: Float[Array, "b h w c"], size: int) -> Float[Array, "b n p"]:

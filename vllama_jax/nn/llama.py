@@ -16,9 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import LlamaConfig, RopeScaling
+from vllama_jax.nn.attention import attend
 from vllama_jax.nn.layers import (
     Remat,
-    attend,
     axis_metadata,
     cast_like,
     constrain_sharding,
