@@ -373,14 +373,15 @@ def test_norms_softmax_and_rotations_stay_float32_in_bfloat16(tower: str):
 
 
 def operations(jaxpr) -> Iterator[tuple[str, jnp.dtype]]:
-    """Name and input dtype of every operation of a program, inside loops too."""
+    """Name and input dtype of every operation of a program, inside loops and the branches of conditions too."""
     for equation in jaxpr.eqns:
         if equation.invars:
             yield equation.primitive.name, equation.invars[0].aval.dtype
         for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from operations(inner)
+            for inner in value if isinstance(value, tuple) else (value,):  # a tuple: the branches of a condition
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from operations(inner)
 
 
 @pytest.mark.parametrize("name", ["multi-head", "tied head"])

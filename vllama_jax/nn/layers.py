@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from vllama_jax.errors import ConfigError
 from vllama_jax.nn.attention import self_attend
-from vllama_jax.sharding import AXIS_NAMES, partition_spec
+from vllama_jax.sharding import AXIS_NAMES, partition_spec, weight_sharding
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 Layers = TypeVar("Layers")  # stacked: a module, or it and what goes with each layer
@@ -57,6 +57,22 @@ def constrain_sharding(x: Array, *names: str | None) -> Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, names, mesh))
+
+
+def gather_weights(layer: Layer) -> Layer:
+    """Replicate a layer's weights over the mesh axis fsdp. Without a mesh, return the layer.
+
+    Before a loop that uses the layer several times, this gathers its weights once instead of in every iteration.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return layer
+
+    def gather(weight: nnx.Variable) -> nnx.Variable:
+        spec = weight_sharding(weight, mesh, fsdp=False).spec
+        return weight.replace(jax.lax.with_sharding_constraint(weight.get_value(), spec))
+
+    return jax.tree.map(gather, layer, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def cast_like(x: Array, layer: nnx.Param) -> Array:
@@ -204,6 +220,7 @@ def _map_chunks(block: PreNormBlock, x: Float[Array, "b n d"]) -> Float[Array, "
     size = next((size for size in range(_CHUNK_ROWS, _CHUNK_ROWS // 2, -1) if rows % size == 0), rows)
     if size == rows:
         return block(x)
+    block = gather_weights(block)
     by_device = constrain_sharding(x.reshape(devices, rows // size, size, *x.shape[1:]), "batch", *(None,) * 4)
     chunks = by_device.swapaxes(0, 1).reshape(rows // size, devices * size, *x.shape[1:])
     out = jax.lax.map(block, constrain_sharding(chunks, None, "batch", None, None))
