@@ -13,13 +13,13 @@ from jaxtyping import Array, Bool, Float
 from vllama_jax.nn.dropout import Dropout, apply_dropout
 from vllama_jax.sharding import partition_spec
 
-# Heads of one image in a kernel call. The blocks of four heads take 1 MiB of a TPU's VMEM at 257 tokens, twice for the
-# pipeline. 1 and 16 heads were not faster (docs/pods.md).
+# Heads of one image in a block of the kernel. At 257 tokens, the operands and the result of four heads take 1 MiB of a
+# TPU's VMEM, twice because blocks are copied while others are computed.
 _HEADS_PER_BLOCK = 4
 
-# Above this number of keys, the scores of a head (float32, tokens × keys) and what the softmax keeps of them no longer
-# fit in the 16 MiB of VMEM that XLA gives to a kernel.
-_MAX_KEYS = 1024
+# The scores of a block's heads (tokens × keys, in float32, and in bfloat16 after the softmax) must fit in the 16 MiB of
+# VMEM that a kernel has by default: at 640 keys, they take 10 MiB.
+_MAX_KEYS = 640
 
 
 def attend(

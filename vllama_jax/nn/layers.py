@@ -24,7 +24,7 @@ Activations = TypeVar("Activations")
 LECUN_NORMAL = nnx.initializers.lecun_normal()
 
 # Rows (images) of a device that a block of a frozen encoder processes at once. With more, XLA for TPU no longer keeps
-# intermediate results in VMEM: 39 layers of the ViT take 254 ms instead of 317 ms for 64 images (docs/pods.md).
+# intermediate results in VMEM: with the einsum, 64 images take 380 ms at once, and 322 ms in two chunks (docs/pods.md).
 _CHUNK_ROWS = 32
 
 # What a layer's backward pass finds stored, and what it computes again.
