@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def self_attend(
     Returns:
         The attended values, in the dtype of `qkv`.
     """
-    implementations = {}
+    implementations: dict[str, Callable[..., Array]] = {}
     if qkv.shape[1] < _MAX_KEYS:
         implementations["tpu"] = attend_with_pallas
     if _has_cudnn() and _fits_cudnn(qkv):
@@ -159,7 +160,7 @@ def _attend_per_block(qkv: Float[Array, "b n 3 h k"], *, interpret: bool) -> Flo
     return attended.transpose(0, 2, 1, 3)
 
 
-def _attend_block(query, key, value, out) -> None:
+def _attend_block(query: Any, key: Any, value: Any, out: Any) -> None:
     """The kernel of one image and group of heads. Its arguments are references to arrays [heads, n, k]."""
     heads, _, head_dim = query.shape
     for head in range(heads):
