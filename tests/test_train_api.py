@@ -1,4 +1,4 @@
-"""`vllama_jax.train` from Python: how it is called, its result, its reporter, and a loss and optimizer of one's own."""
+"""`vllama_jax.train` from Python: arguments, result, reporter, and custom losses and optimizers."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from train_fixtures import Quiet, losses, short_config
+from train_fixtures import RecordingReporter, losses, short_config
 
 import vllama_jax as vl
 from vllama_jax.cli import main
@@ -106,25 +106,27 @@ def test_optimizer_state_of_another_shape_than_its_weight_is_replicated():
     jax.device_put(state, found)  # sums over rows or columns have fewer axes than the weight
 
 
-# Whole runs.
+# Complete runs.
 
 
 def doubled(network, batch, config, dropout):
-    """Another loss: twice the cross-entropy."""
+    """A custom loss: twice the cross-entropy."""
     total, count = loss_sum(network, batch, config, dropout)
     return 2 * total, count
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model, pictures):
-    return short_config(tiny_model, pictures, steps=3, checkpoint=CheckpointConfig(save_interval_steps=2), dropout=0.0)
+def config(tiny_model, image_records):
+    return short_config(
+        tiny_model, image_records, steps=3, checkpoint=CheckpointConfig(save_interval_steps=2), dropout=0.0
+    )
 
 
 @pytest.fixture(scope="module")
 def custom_run(config, tmp_path_factory):
-    """A run with a loss and an optimizer of its own: three steps of two."""
+    """A run of three steps with a custom loss and a custom optimizer."""
     out = tmp_path_factory.mktemp("custom") / "run"
-    return vl.train(config, out, reporter=Quiet(), loss=doubled, optimizer=optax.sgd(1e-2))
+    return vl.train(config, out, reporter=RecordingReporter(), loss=doubled, optimizer=optax.sgd(1e-2))
 
 
 @pytest.mark.slow
@@ -135,7 +137,7 @@ def test_the_result_has_the_run_and_its_last_metrics(config, custom_run):
     assert "lr" not in custom_run.metrics
     vl.load(custom_run.path)
     main(["plot", str(custom_run.path)])
-    again = vl.train(config, custom_run.path, reporter=Quiet(), loss=doubled, optimizer=optax.sgd(1e-2))
+    again = vl.train(config, custom_run.path, reporter=RecordingReporter(), loss=doubled, optimizer=optax.sgd(1e-2))
     assert again == custom_run
 
 
@@ -163,7 +165,7 @@ def test_a_run_is_not_resumed_with_another_loss_or_optimizer(config, custom_run,
 
 @pytest.mark.slow
 def test_manual_steps_reproduce_the_losses_of_a_run(config, tmp_path):
-    run = vl.train(config, tmp_path / "run", reporter=Quiet(), optimizer=optax.sgd(1e-2))
+    run = vl.train(config, tmp_path / "run", reporter=RecordingReporter(), optimizer=optax.sgd(1e-2))
     model = vl.load(config.model, "float32", stacked=True)
     graph, weights, frozen = nnx.split(model.network, lambda path, _: path[0] in TRAINABLE, ...)
 

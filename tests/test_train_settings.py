@@ -1,4 +1,4 @@
-"""Numbers that a run refuses, what of a network takes part in it, and where what it trains starts from."""
+"""Values that a run refuses, the components that it uses, and the source of its initial weights."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -89,7 +89,7 @@ def test_micro_batch_rows_are_divided_over_data_and_fsdp():
         rows_per_shard(config, MeshConfig(data=4, fsdp=4))
 
 
-# What takes part
+# Components that a run uses.
 
 COMMON = {"llama"}
 VISION = {"vit", "ln_vision", "image_qformer", "video_qformer", "frame_positions", "llama_proj"}
@@ -99,18 +99,18 @@ SENSES = {"vision", "audio"}
 CLIPS = {"validation": ValidationConfig(interval_steps=1, clips=("clip.mp4",))}
 
 
-def left(branch: str, kinds: tuple[str, ...], **options) -> tuple[set[str], set[str]]:
-    """The parts of a whole network that are left for a run, and the senses of its ImageBind."""
+def unused_components(branch: str, media_types: tuple[str, ...], **options) -> tuple[set[str], set[str]]:
+    """Return the components of a full network that a run keeps, and the modalities of its ImageBind."""
     imagebind = SimpleNamespace(vision=1, audio=1)
     network = SimpleNamespace(**dict.fromkeys(COMMON | VISION | AUDIO, 1), imagebind=imagebind)
     trainable = {} if branch == "vision" else {"trainable": AUDIO_BRANCH}
-    remove_unused_components(network, config_of(branch=branch, **trainable, **options), kinds)
-    senses = set(vars(imagebind)) if hasattr(network, "imagebind") else set()
-    return set(vars(network)) - {"imagebind"}, senses
+    remove_unused_components(network, config_of(branch=branch, **trainable, **options), media_types)
+    modalities = set(vars(imagebind)) if hasattr(network, "imagebind") else set()
+    return set(vars(network)) - {"imagebind"}, modalities
 
 
 @pytest.mark.parametrize(
-    ("branch", "kinds", "options", "parts", "senses"),
+    ("branch", "media_types", "options", "components", "modalities"),
     [
         ("vision", ("video",), {}, COMMON | VISION, set()),
         ("vision", ("image",), {}, COMMON | VISION, set()),
@@ -121,12 +121,12 @@ def left(branch: str, kinds: tuple[str, ...], **options) -> tuple[set[str], set[
         ("audio", ("audio",), {}, COMMON | AUDIO, {"audio"}),
         ("audio", ("image", "audio"), {}, COMMON | AUDIO, SENSES),
         ("audio", (), {}, COMMON | AUDIO, set()),
-        ("audio", (), CLIPS, COMMON | AUDIO, {"audio"}),  # of a clip its sound is heard
+        ("audio", (), CLIPS, COMMON | AUDIO, {"audio"}),  # the audio of validation clips is encoded
         ("audio", ("video",), CLIPS, COMMON | AUDIO, SENSES),
     ],
 )
-def test_components_that_a_run_does_not_use_are_omitted(branch, kinds, options, parts, senses):
-    assert left(branch, kinds, **options) == (parts, senses)
+def test_components_that_a_run_does_not_use_are_omitted(branch, media_types, options, components, modalities):
+    assert unused_components(branch, media_types, **options) == (components, modalities)
 
 
 def test_a_vision_only_network_omits_no_audio_components():
@@ -135,7 +135,7 @@ def test_a_vision_only_network_omits_no_audio_components():
     assert set(vars(network)) == COMMON | VISION
 
 
-# Where it starts from
+# Initial weights.
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,13 @@ from jaxtyping import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """How activations are dropped in training; None stands for not at all.
+    """Dropout of activations in training. Functions take None for no dropout.
 
-    The key is an argument of the step, never kept in a module: kept, it would repeat its mask under `jax.jit`.
+    The key is an argument of the training step. A key that is stored in a module would repeat its mask under `jax.jit`.
+
+    Attributes:
+        key: The random key.
+        rate: The probability that a value is dropped.
     """
 
     key: Array
@@ -20,18 +24,18 @@ class Dropout:
 
 
 def split_dropout(dropout: Dropout | None, count: int) -> Dropout | None:
-    """`count` of independent keys, stacked on axis 0 as layers are."""
+    """Split a dropout into `count` independent ones, with keys that are stacked on axis 0 as layers are."""
     return None if dropout is None else Dropout(jax.random.split(dropout.key, count), dropout.rate)
 
 
 def unstack_dropout(dropout: Dropout | None, count: int) -> list[Dropout | None]:
-    """`count` independent ones, for the places within a layer."""
+    """Split a dropout into a list of `count` independent ones, for the dropouts within a layer."""
     split = split_dropout(dropout, count)
     return [None if split is None else Dropout(split.key[i], split.rate) for i in range(count)]
 
 
 def apply_dropout(x: Array, dropout: Dropout | None) -> Array:
-    """Each value is zeroed with the given probability, the others scaled up so that the mean stays."""
+    """Set values to zero with the dropout's probability, and scale the others so that the mean is unchanged."""
     if dropout is None:
         return x
     kept = jax.random.bernoulli(dropout.key, 1 - dropout.rate, x.shape)

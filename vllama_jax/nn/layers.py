@@ -1,7 +1,7 @@
-"""What every tower is built of: named axes, norms, self-attention, the pre-norm block, and stacks of layers.
+"""Layers of all networks: parameters with axis names, norms, attention, the pre-norm block, and stacks of layers.
 
-Numerics: matrices multiply in the weights' dtype; layer norms, softmax and scores are float32. A tower casts its
-input to its weights' dtype once (`like_weights`); nothing below it takes a dtype.
+Numerics: matrix products use the weights' dtype; layer norms, softmax and attention scores are float32. A tower casts
+its input to its weights' dtype once (`cast_like`), so its layers have no dtype argument.
 """
 
 import math
@@ -18,7 +18,7 @@ from vllama_jax.nn.attention import self_attend
 from vllama_jax.sharding import AXIS_NAMES, partition_spec, weight_sharding
 
 Layer = TypeVar("Layer", bound=nnx.Module)
-Layers = TypeVar("Layers")  # stacked: a module, or it and what goes with each layer
+Layers = TypeVar("Layers")  # stacked layers: a module, or a tree of a module and arrays with the same first axis
 Activations = TypeVar("Activations")
 
 LECUN_NORMAL = nnx.initializers.lecun_normal()
@@ -27,31 +27,40 @@ LECUN_NORMAL = nnx.initializers.lecun_normal()
 # intermediate results in VMEM: with the einsum, 64 images take 380 ms at once, and 322 ms in two chunks (docs/pods.md).
 _CHUNK_ROWS = 32
 
-# What a layer's backward pass finds stored, and what it computes again.
+# The activation checkpointing policy of a layer.
 Remat = Literal["full", "dots", "none"]
 _REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input is kept
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights are kept
+    "full": jax.checkpoint_policies.nothing_saveable,  # saves only the layer's input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # saves products with weights
     "none": jax.checkpoint_policies.everything_saveable,
 }
 
 
 def axis_metadata(*names: str | None, inputs: int = 1) -> dict[str, Any]:
-    """Arguments that name the axes of a linear layer's kernel; past the input axes, its bias has the same."""
+    """Return arguments of `nnx.Linear` that set the axis names of its kernel and bias.
+
+    Args:
+        *names: The axis names of the kernel.
+        inputs: Number of input axes of the kernel. The bias has the names of the other axes.
+    """
     return {"kernel_metadata": {AXIS_NAMES: names}, "bias_metadata": {AXIS_NAMES: names[inputs:]}}
 
 
 def param_with_axes(value: Array | jax.ShapeDtypeStruct, *names: str | None) -> nnx.Param:
-    """A weight that belongs to no layer class, with names for its axes."""
+    """Create a parameter with axis names, for weights that are not in a layer class of Flax."""
     metadata: dict[str, Any] = {AXIS_NAMES: names}
     return nnx.Param(value, **metadata)
 
 
 def constrain_sharding(x: Array, *names: str | None) -> Array:
-    """Fixes where an activation lives, by the table in sharding.py, under the current mesh; without one, nothing.
+    """Constrain the sharding of an activation by its axis names and the current mesh. Does nothing without a mesh.
 
-    Needed inside a scan's body: without it the compiler may keep the batch whole and move activations instead of
+    It is needed in the body of a scan. Without it, the compiler may replicate the batch and move activations instead of
     weights (27 times the traffic for a 7B step).
+
+    Args:
+        x: The activation.
+        *names: Its axis names, which are keys of `MESH_AXES` (sharding.py), or None for a replicated axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -76,12 +85,12 @@ def gather_weights(layer: Layer) -> Layer:
 
 
 def cast_like(x: Array, layer: nnx.Param) -> Array:
-    """`x` in the dtype of a tower's weights, named by one of them."""
+    """Cast `x` to the dtype of a parameter. A tower casts its input like one of its weights."""
     return x.astype(layer.dtype)
 
 
 def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A layer norm as the reference's: its epsilon, and the variance in two passes (flax's default is one)."""
+    """Create a layer norm that computes the variance in two passes, as the reference does; Flax's default is one."""
     metadata = {AXIS_NAMES: ("norm",)}
     return nnx.LayerNorm(
         width, epsilon=epsilon, use_fast_variance=False, scale_metadata=metadata, bias_metadata=metadata, rngs=rngs
@@ -89,18 +98,24 @@ def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def stack(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:
-    """`depth` layers as one module whose weights have the layer as axis 0. The only place where layers are stacked."""
+    """Create `depth` layers as one module, whose weights are stacked on axis 0.
+
+    Args:
+        make: Function that creates one layer.
+        depth: Number of layers.
+        rngs: Random keys for the new weights.
+    """
     if isinstance(rngs, _ConstantKey):
         return jax.tree.map(lambda leaf: jax.lax.broadcast(leaf, (depth,)), make(rngs))
     return jax.vmap(lambda key: make(traced_rngs(key)))(jax.random.split(rngs.params(), depth))
 
 
 def traced_rngs(key: Array) -> nnx.Rngs:
-    """The keys that `nnx.Rngs(key)` gives, for a network that is traced.
+    """Return a replacement for `nnx.Rngs(key)` with the same keys, which is faster to trace.
 
-    They are counted in Python. `nnx.Rngs` counts in a JAX array, which takes half of the time of tracing a layer.
+    It counts the keys in Python. `nnx.Rngs` counts in a JAX array, which takes half of the time of tracing a layer.
     """
-    return cast(nnx.Rngs, _CountedKeys(key))  # layers call nothing of it but `params`
+    return cast(nnx.Rngs, _CountedKeys(key))  # layers only call its method `params`
 
 
 class _CountedKeys:
@@ -113,9 +128,9 @@ class _CountedKeys:
 
 
 def abstract_rngs(key: Array) -> nnx.Rngs:
-    """The same key each time, for a network that is traced for its shapes: its weights are never computed.
+    """Return a replacement for `nnx.Rngs` with one constant key, for networks that are only traced for their shapes.
 
-    Tracing is cheaper by the keys, and by the layers of a stack, which are traced as one layer and not under `vmap`.
+    Tracing is faster, as no keys are split, and `stack` traces one layer instead of all under `vmap`.
     """
     return cast(nnx.Rngs, _ConstantKey(key))
 
@@ -131,7 +146,17 @@ class _ConstantKey:
 def run_stack(
     layers: Layers, x: Activations, step: Callable[[Layers, Activations], Activations], remat_policy: Remat = "full"
 ) -> Activations:
-    """Run `x` through stacked layers: `step(layer, x)` for each. `remat_policy`: what the backward pass recomputes."""
+    """Run stacked layers with `lax.scan`.
+
+    Args:
+        layers: The layers, stacked on axis 0.
+        x: The input of the first layer.
+        step: Function of a layer and its input that returns the input of the next layer.
+        remat_policy: The activation checkpointing policy.
+
+    Returns:
+        The output of the last layer.
+    """
 
     def body(x: Activations, layer: Layers) -> tuple[Activations, None]:
         return step(layer, x), None
@@ -140,10 +165,14 @@ def run_stack(
 
 
 class SelfAttention(nnx.Module):
-    """Self-attention with one matrix for query, key and value.
+    """Self-attention with one projection for query, key and value.
 
-    `extra_key_value` appends one learned key and value after the projections, never masked (torch's `add_bias_kv`,
-    which ImageBind's audio tower has).
+    Args:
+        width: Width of the input and output.
+        num_heads: Number of heads.
+        extra_key_value: Append a learned key and value after the projections, as ImageBind's audio tower does
+            (`add_bias_kv` in torch). They are never masked.
+        rngs: Random keys for the new weights.
     """
 
     def __init__(self, width: int, num_heads: int, *, extra_key_value: bool = False, rngs: nnx.Rngs):
@@ -164,23 +193,25 @@ class SelfAttention(nnx.Module):
         self.extra_key_value = extra_key_value
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Attend from all tokens to all tokens."""
         extra = jnp.stack([self.extra_key[...], self.extra_value[...]]) if self.extra_key_value else None
         return self.out(self_attend(self.qkv(x), extra))
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with an exact (erf) GELU between them."""
+    """A feed-forward layer: two linear layers with an exact (erf) GELU between them."""
 
     def __init__(self, width: int, mlp_dim: int, *, kernel_init: nnx.Initializer = LECUN_NORMAL, rngs: nnx.Rngs):
         self.up = nnx.Linear(width, mlp_dim, kernel_init=kernel_init, rngs=rngs, **axis_metadata("embed", "mlp"))
         self.down = nnx.Linear(mlp_dim, width, kernel_init=kernel_init, rngs=rngs, **axis_metadata("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Apply the layer to each token."""
         return self.down(jax.nn.gelu(self.up(x), approximate=False))
 
 
 class PreNormBlock(nnx.Module):
-    """A transformer block as in EVA and ImageBind: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm transformer block, as in EVA and ImageBind: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
         self,
@@ -198,6 +229,7 @@ class PreNormBlock(nnx.Module):
         self.mlp = Mlp(width, mlp_dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Apply the block."""
         x = constrain_sharding(x, "batch", None, None)
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
@@ -228,24 +260,32 @@ def _map_chunks(block: PreNormBlock, x: Float[Array, "b n d"]) -> Float[Array, "
 
 
 def patchify(images: Float[Array, "b h w c"], size: int) -> Float[Array, "b n p"]:
-    """Pictures cut into squares of `size` pixels, row by row; each square flattened as (row, column, channel)."""
+    """Divide images into square patches.
+
+    Args:
+        images: The images.
+        size: Height and width of a patch in pixels.
+
+    Returns:
+        The patches row by row, each flattened in the order (row, column, channel): [b, n, size · size · c].
+    """
     b, h, w, c = images.shape
     grid = images.reshape(b, h // size, size, w // size, size, c)
     return grid.swapaxes(2, 3).reshape(b, (h // size) * (w // size), size * size * c)
 
 
 def prepend(token: nnx.Param, x: Float[Array, "b n d"]) -> Float[Array, "b n+1 d"]:
-    """A learned token in front of every row."""
+    """Prepend a learned token to each sequence."""
     return jnp.concatenate([jnp.broadcast_to(token[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype), x], axis=1)
 
 
 def learned_positions(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
-    """A position table, initialized as torch's nn.Embedding."""
+    """Create a table of learned positions, initialized like torch's nn.Embedding."""
     return param_with_axes(jax.random.normal(rngs.params(), (rows, width)), None, "embed")
 
 
 def projection(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer to the language model's width, initialized as torch's nn.Linear."""
+    """Create a linear layer to the language model's width, initialized like torch's nn.Linear."""
     bound = 1 / math.sqrt(width)
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, **_: Any) -> jax.Array:
@@ -255,15 +295,22 @@ def projection(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
 
 
 def position_rows(table: nnx.Param, count: int, *, interpolate: bool, what: str) -> Float[Array, "n d"]:
-    """The first `count` rows of a position table, or, on request, the whole table stretched linearly to `count` rows.
+    """Return the first `count` rows of a position table.
 
-    Raises ConfigError when there are fewer rows than asked for and `interpolate` is off.
+    Args:
+        table: The learned positions.
+        count: The number of rows.
+        interpolate: Resize the table linearly to `count` rows if it has fewer.
+        what: What has positions, such as "frames", for the error message.
+
+    Raises:
+        ConfigError: The table has fewer rows, and `interpolate` is false.
     """
     rows, width = table.shape
     if count <= rows:
         return table[:count]
     if not interpolate:
         raise ConfigError(
-            f"{count} {what}, but the model has learned {rows} positions; use at most {rows}, or ask for interpolation"
+            f"{count} {what}, but the model has {rows} learned positions; use at most {rows}, or enable interpolation"
         )
     return jax.image.resize(table[...], (count, width), "linear")

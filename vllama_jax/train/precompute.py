@@ -82,6 +82,7 @@ class MediaDecoder:
     batches: list[EncoderBatch]
 
     def __call__(self, number: int) -> list[DecodedMedia]:
+        """Decode the media of batch `number`."""
         batch = self.batches[number]
         return self.reader.decode_all(batch.stream, batch.examples)
 
