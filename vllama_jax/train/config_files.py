@@ -47,7 +47,7 @@ def load_config(name: str) -> tuple[TrainConfig, Prepare]:
     config = fields.get("config")
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"{name}: it does not define `config = TrainConfig(...)`")
-    if preset:
+    if preset is not None:
         stage = next((stage for stage in STAGES if name in shipped_configs() and name.endswith(stage)), "")
         if not stage:
             raise ConfigError(
@@ -57,10 +57,10 @@ def load_config(name: str) -> tuple[TrainConfig, Prepare]:
     return config, fields.get("prepare", lambda config, out: config)
 
 
-def split_preset(name: str) -> tuple[str, str]:
-    """Split "vision_stage1@v5e-256" into the names of the config and of the preset; "" where there is none."""
+def split_preset(name: str) -> tuple[str, str | None]:
+    """Split "vision_stage1@v5e-256" into the names of the config and of the preset; None where there is none."""
     config, mark, preset = name.rpartition("@")
-    return (config, preset) if mark and not Path(name).exists() else (name, "")
+    return (config, preset) if mark and not Path(name).exists() else (name, None)
 
 
 def _execute(name: str) -> dict[str, Any]:
