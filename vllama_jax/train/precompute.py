@@ -39,6 +39,7 @@ from vllama_jax.io.json_files import parse_object
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.feature_settings import compare_settings, describe_features
+from vllama_jax.train.hosts import check_same_job
 from vllama_jax.train.state import AbstractModel, Weights, keep_components
 from vllama_jax.train.step import compute_dtype, run_encoders
 
@@ -162,6 +163,7 @@ def precompute_features(
         DataError: `out` cannot be written, or none of the records can be decoded.
         CheckpointError: The model cannot be read.
     """
+    check_same_job(config, out)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, variants=config.data.variants or 1))
     _check_out(out)
     directory = open_model(base or config.model)
