@@ -34,7 +34,8 @@ def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat_policy: 
     forward = llama.depth * block
     passes = {"full": 3, "dots": 2, "none": 2}[remat_policy]
     head = 2 * llama.width * llama.vocab_size * targets
-    return rows * (passes * forward + 2 * head + 3 * _trained_qformer(model, branch) + _encoders(model, branch, batch))
+    encoders = encoder_flops(model, branch, batch)
+    return rows * (passes * forward + 2 * head + 3 * _trained_qformer(model, branch) + encoders)
 
 
 def forward_flops(llama: LlamaConfig, rows: int, new: int, attended: int) -> float:
@@ -52,8 +53,8 @@ def _llama_block(cfg: LlamaConfig) -> float:
     return 2 * cfg.width * (heads * cfg.head_dim + 3 * cfg.mlp_dim)
 
 
-def _encoders(model: VideoLlamaConfig, branch: str, batch: dict) -> float:
-    """Count the operations of the encoders for one example; 0 with a feature cache."""
+def encoder_flops(model: VideoLlamaConfig, branch: str, batch: dict) -> float:
+    """Count the operations of a branch's frozen encoders for one example of a batch; 0 with a feature cache."""
     array = next((array for array in BRANCHES[branch].encoders if array in batch), None)
     if array is None:
         return 0
