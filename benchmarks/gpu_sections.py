@@ -87,6 +87,11 @@ def if_gpu(value: float | None) -> float | None:
     return value if on_gpu() else None
 
 
+def measure_seconds(run: Callable[[], object], calls: int) -> float:
+    """Return the time of a call on the GPU, started `calls` times in a row; elsewhere, only run it."""
+    return measure_best_seconds(run, *((3, calls) if on_gpu() else (1, 1)))
+
+
 def describe_device(size: Size) -> Iterator[Case]:
     """Return the names and versions of what is measured."""
 
@@ -133,11 +138,11 @@ def compare_tower(model: config.VideoLlamaConfig, path: str, shape: tuple[int, .
     arguments = (x, np.arange(shape[1]) < np.array([[shape[1]], [shape[1] // 2]])) if path == "llama" else (x,)
     weights = draw_weights(getattr(*find_owner(abstract_network(model, "bfloat16"), path)))
     run = jax.jit(lambda module, *arguments: module(*arguments))
-    outputs = {"bfloat16": np.asarray(run(weights, *arguments), np.float64)}
+    device, cpu = jax.devices()[0], jax.devices("cpu")[0]
+    outputs = {"bfloat16": run(weights, *arguments)}
     weights = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), weights)
     with jax.default_matmul_precision("highest"):  # GPUs would use TensorFloat-32
-        outputs["float32"] = np.asarray(run(weights, *arguments), np.float64)
-        expected = np.asarray(run(*jax.device_put((weights, *arguments), jax.devices("cpu")[0])), np.float64)
+        outputs["float32"], expected = (run(*jax.device_put((weights, *arguments), place)) for place in (device, cpu))
     figures: Figures = {}
     for dtype, bound in BOUNDS.items():
         figures |= {f"{dtype}_error": relative_error(outputs[dtype], expected), f"{dtype}_bound": bound}
@@ -175,8 +180,7 @@ def compare_attention_of(shape: tuple[int, ...], *, extra: bool) -> Figures:
     with jax.default_matmul_precision("highest"):
         expected = einsum(*jax.tree.map(lambda x: x.astype(jnp.float32), (qkv, key_value)))
     seconds, einsum_seconds = (
-        measure_best_seconds(functools.partial(run, qkv, key_value), calls=20 if on_gpu() else 1)
-        for run in (attend, einsum)
+        measure_seconds(functools.partial(run, qkv, key_value), calls=20) for run in (attend, einsum)
     )
     return {
         "implementation": "cuDNN" if cudnn else "einsum",
@@ -215,7 +219,7 @@ def time_train_step(model: config.VideoLlamaConfig, run: TrainConfig, length: in
         state, metrics = step(state, frozen, batch)
         return metrics["loss"]
 
-    seconds = measure_best_seconds(run_step, calls=3)
+    seconds = measure_seconds(run_step, calls=3)
     loss = float(run_step())
     if not np.isfinite(loss):
         raise ArithmeticError(f"the loss is {loss}")
@@ -275,7 +279,7 @@ def measure_encoding(size: Size) -> Iterator[Case]:
     def measure(branch: str, array: str, x: np.ndarray) -> Figures:
         encode = jax.jit(VideoLlama.encode_video if branch == "vision" else VideoLlama.encode_audio)
         network, x = make_network(), jnp.asarray(x)
-        seconds = measure_best_seconds(lambda: encode(network, x), calls=5)
+        seconds = measure_seconds(lambda: encode(network, x), calls=5)
         flops, peak = len(x) * encoder_flops(size.model, branch, {array: x}), peak_flops(jax.devices()[0])
         return {
             "ms": if_gpu(1e3 * seconds),
@@ -303,7 +307,7 @@ def measure_decoding(size: Size) -> Iterator[Case]:
 
     def measure(count: int) -> Figures:
         llama, weights = make_llama()
-        seconds = min(measure_token_seconds(llama, PROMPT, count) for _ in range(3))
+        seconds = min(measure_token_seconds(llama, PROMPT, count) for _ in range(3 if on_gpu() else 1))
         cfg, chip = llama.cfg, find_chip(jax.devices()[0])
         cache = 2 * cfg.depth * cfg.num_kv_heads * cfg.head_dim * 2 * (PROMPT + NEW) * count
         floor = (weights + cache) / chip.hbm_bandwidth if chip and chip.hbm_bandwidth else None
