@@ -186,6 +186,27 @@ def test_arrays_in_vmem_are_not_traffic():
     assert analyze(_module("%x = f32[16]{0:T(128)S(1)} parameter(0)", vmem)).hbm_bytes == 0
 
 
+def test_a_parameter_that_an_inner_fusion_only_renames_is_read_by_the_outer_one():
+    text = """
+%rename (p: f32[16]) -> f32[4,4] {
+  %p = f32[16]{0} parameter(0)
+  ROOT %b = f32[4,4]{1,0} bitcast(%p)
+}
+
+%outer (q: f32[16]) -> f32[4,4] {
+  %q = f32[16]{0} parameter(0)
+  %r = f32[4,4]{1,0} fusion(%q), kind=kLoop, calls=%rename
+  ROOT %n = f32[4,4]{1,0} negate(%r)
+}
+
+ENTRY %main (a: f32[16]) -> f32[4,4] {
+  %a = f32[16]{0} parameter(0)
+  ROOT %f = f32[4,4]{1,0} fusion(%a), kind=kLoop, calls=%outer
+}
+"""
+    assert analyze(parse_hlo(text)).hbm_bytes == 64 + 64
+
+
 def test_an_update_in_place_counts_the_slice():
     shapes = ("%c = f32[1024]{0} parameter(0)", "%u = f32[8]{0} parameter(1)", "%i = s32[] parameter(2)")
     update = "%y = f32[1024]{0} dynamic-update-slice(%c, %u, %i)"

@@ -1,11 +1,12 @@
 """Names of topologies, and figures of chips."""
 
+from types import SimpleNamespace
+
 import pytest
 
-from vllama_jax.aot.topologies import CHIPS, SLICES, parse_topology
+from vllama_jax.aot.topologies import GPUS, SLICES, parse_topology
 from vllama_jax.errors import ConfigError
-from vllama_jax.memory.estimate import DEVICES
-from vllama_jax.memory.flops import PEAK_FLOPS
+from vllama_jax.memory.chips import CHIPS, find_chip
 
 
 @pytest.mark.parametrize(
@@ -67,8 +68,29 @@ def test_network_bandwidth(name, group, gigabytes):
     assert parse_topology(name).network_bandwidth(group) == gigabytes * 1e9
 
 
-def test_chips_agree_with_the_other_tables():
-    for name, chip in CHIPS.items():
-        assert chip.flops == PEAK_FLOPS[f"TPU {name}" if chip.platform == "tpu" else f"NVIDIA {name}"]
-        assert chip.hbm_bytes == pytest.approx(DEVICES[name].bytes * DEVICES[name].usable_fraction, rel=0.1)
-        assert (name in SLICES) == (chip.platform == "tpu")
+def test_chips_of_topologies_have_all_figures():
+    for name in (*SLICES, *GPUS):
+        chip = CHIPS[name]
+        assert all((chip.flops, chip.hbm_bandwidth, chip.link_bandwidth, chip.clock or chip.host_bandwidth))
+        usable = chip.memory_bytes * (1 if name in SLICES else 0.75)
+        assert chip.hbm_bytes == pytest.approx(usable, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100-80"),
+        ("NVIDIA A100 80GB PCIe", "A100-80"),
+        ("NVIDIA A100-SXM4-40GB", "A100-40"),
+        ("TPU v5 lite", "v5e"),
+        ("TPU v5", "v5p"),
+        ("TPU v6 lite", "v6e"),
+        ("NVIDIA L40S", None),
+        ("cpu", None),
+    ],
+)
+def test_chips_are_found_by_the_names_of_devices(kind, name):
+    chip = find_chip(SimpleNamespace(device_kind=kind))
+    assert (chip and chip.name) == name

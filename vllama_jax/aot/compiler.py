@@ -22,8 +22,9 @@ from vllama_jax.aot.costs import Costs, analyze
 from vllama_jax.aot.hlo import parse_hlo
 from vllama_jax.aot.programs import Program, TrainStep, abstract_train_run, compile_for
 from vllama_jax.aot.report import ProgramReport, time_fields
-from vllama_jax.aot.topologies import GIB, Topology
+from vllama_jax.aot.topologies import Topology
 from vllama_jax.errors import ConfigError, VllamaError, format_error
+from vllama_jax.memory.chips import GIB
 from vllama_jax.train.config import MeshConfig
 
 if TYPE_CHECKING:

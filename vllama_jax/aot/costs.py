@@ -240,7 +240,8 @@ def _read(module: Module, step: Step) -> float:
         operand = step.computation.get(name)
         full = operand.hbm_bytes if operand is not None else 0.0
         if body and place in parameters and full:
-            full = min(full, _used(module, body, parameters[place], full))
+            used, is_result = _used(module, body, parameters[place], full)
+            full = full if is_result else min(full, used)
         elif place == 0 and one.opcode in _SLICES:
             full = min(full, one.nbytes)
         elif place == 0 and one.opcode == "dynamic-update-slice":
@@ -249,11 +250,12 @@ def _read(module: Module, step: Step) -> float:
     return total
 
 
-def _used(module: Module, body: Computation, parameter: str, full: float) -> float:
-    """Count the bytes of a fusion's parameter that its instructions use."""
-    total, names = 0.0, [parameter]
+def _used(module: Module, body: Computation, parameter: str, full: float) -> tuple[float, bool]:
+    """Count the bytes of a fusion's parameter that its instructions use, and return whether it is also the result."""
+    total, names, is_result = 0.0, [parameter], False
     while names:
         name = names.pop()
+        is_result |= body[name].is_root
         for user in body.values():
             if name not in user.operands:
                 continue
@@ -265,10 +267,12 @@ def _used(module: Module, body: Computation, parameter: str, full: float) -> flo
                 inner = module.computations[user.called[0]]
                 place = str(user.operands.index(name))
                 found = (one.name for one in inner.values() if one.opcode == "parameter" and one.arguments == place)
-                total += _used(module, inner, next(found), full)
+                used, passed_on = _used(module, inner, next(found), full)
+                total += used
+                names += [user.name] * passed_on
             elif not (user.opcode == "dynamic-update-slice" and user.operands[0] == name):
                 total += full
-    return min(total, full)
+    return min(total, full), is_result
 
 
 def _written(module: Module, instruction: Instruction, computation: Computation) -> float:

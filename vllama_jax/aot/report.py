@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vllama_jax.aot.costs import Costs, LoopCost
-from vllama_jax.aot.topologies import Chip, Topology
+from vllama_jax.aot.topologies import Topology
+from vllama_jax.memory.chips import Chip
 
 WIDTH = 80  # columns of the terminal
 COLUMNS = 4  # programs side by side, so that a table has at most WIDTH

@@ -1,4 +1,4 @@
-"""Topologies: names of TPU slices and GPU hosts, and peak figures of their chips.
+"""Topologies: names of TPU slices and GPU hosts, and the network between their chips.
 
 Importing this file imports no jax.
 """
@@ -6,102 +6,13 @@ Importing this file imports no jax.
 import dataclasses
 import math
 import re
-from typing import Literal
 
 from vllama_jax.errors import ConfigError
+from vllama_jax.memory.chips import CHIPS, Chip
 from vllama_jax.memory.torus import count_links
 
-GIB = 2**30
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """Peak figures of one chip.
-
-    Attributes:
-        name: As topologies and `vllama memory` have it.
-        platform: As JAX names it.
-        flops: Dense bfloat16 FLOP/s.
-        hbm_bytes: Memory that a program can use.
-        hbm_bandwidth: Bytes/s.
-        link_bandwidth: Bytes/s in one direction: of one link between TPU chips, or of a GPU's NVLink.
-        host_bandwidth: Bytes/s in one direction from a GPU to other hosts; 0 for TPUs, whose links connect all hosts.
-        clock: Hz, for XLA's estimates in cycles; 0 where XLA gives none.
-        per_host: Chips on a host.
-    """
-
-    name: str
-    platform: Literal["tpu", "gpu"]
-    flops: float
-    hbm_bytes: int
-    hbm_bandwidth: float
-    link_bandwidth: float
-    host_bandwidth: float = 0
-    clock: float = 0
-    per_host: int = 4
-
-
-# TPUs. FLOP/s and HBM bandwidth: docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e (read in November 2026; the page of
-# v6e rounds its 1,640 GB/s to 1,600). Usable HBM: the limit in the compiler's out-of-memory message (libtpu 0.0.42).
-# Links: the table of ICI bandwidth in "How to Scale Your Model" (jax-ml.github.io/scaling-book/tpus); the data sheets'
-# 400, 1,200 and 800 GB/s count both directions of all 4, 6 and 4 links, at 50 or 100 GB/s each before protocol.
-# Clock: FLOP/s over 2 × 128² × the MXUs of 128² that a chip has (4 and 8): 1.5 and 1.75 GHz. v6e: assumed as v5p's.
-# GPUs. NVIDIA's data sheets of H100 SXM and H200 SXM: dense FLOP/s, HBM3 and HBM3e, NVLink 900 GB/s in both directions,
-# and one 400 Gbit/s network adapter for each GPU as in DGX H100. JAX uses 75 % of a GPU's memory (memory/estimate.py).
-CHIPS = {
-    chip.name: chip
-    for chip in (
-        Chip(
-            name="v5e",
-            platform="tpu",
-            flops=197e12,
-            hbm_bytes=int(15.75 * GIB),
-            hbm_bandwidth=819e9,
-            link_bandwidth=45e9,
-            clock=1.5e9,
-        ),
-        Chip(
-            name="v5p",
-            platform="tpu",
-            flops=459e12,
-            hbm_bytes=int(95.74 * GIB),
-            hbm_bandwidth=2765e9,
-            link_bandwidth=90e9,
-            clock=1.75e9,
-        ),
-        Chip(
-            name="v6e",
-            platform="tpu",
-            flops=918e12,
-            hbm_bytes=int(31.25 * GIB),
-            hbm_bandwidth=1640e9,
-            link_bandwidth=90e9,
-            clock=1.75e9,
-        ),
-        Chip(
-            name="H100",
-            platform="gpu",
-            flops=989e12,
-            hbm_bytes=int(0.75 * 80e9),
-            hbm_bandwidth=3350e9,
-            link_bandwidth=450e9,
-            host_bandwidth=50e9,
-            per_host=8,
-        ),
-        Chip(
-            name="H200",
-            platform="gpu",
-            flops=989e12,
-            hbm_bytes=int(0.75 * 141e9),
-            hbm_bandwidth=4800e9,
-            link_bandwidth=450e9,
-            host_bandwidth=50e9,
-            per_host=8,
-        ),
-    )
-}
-
-# Slices that Google Cloud offers, on the pages above. A number after v5p- counts TensorCores, two in each chip.
+# Slices that Google Cloud offers (docs.cloud.google.com/tpu/docs/v5e, /v5p and /v6e, read in November 2026). A number
+# after v5p- counts TensorCores, two in each chip.
 _FLAT_SLICES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 SLICES = {
     "v5e": _FLAT_SLICES,
@@ -112,6 +23,7 @@ SLICES = {
     "v6e": _FLAT_SLICES,
 }
 CORES_PER_CHIP = {"v5e": 1, "v5p": 2, "v6e": 1}
+GPUS = ("H100", "H200")  # those whose network figures CHIPS has
 # Other names of chips: of Google Cloud's accelerator types, of JAX's device kinds, and of marketing.
 ALIASES = {
     **dict.fromkeys(("v5litepod", "v5lite", "tpuv5e", "tpuv5lite"), "v5e"),
@@ -157,7 +69,7 @@ class Topology:
 def list_topologies() -> str:
     """Return the accepted names in a line."""
     slices = [f"{chip}:{{{','.join(sides)}}}" for chip, sides in SLICES.items()]
-    return ", ".join([*slices, *(f"{name}:N" for name, chip in CHIPS.items() if chip.platform == "gpu")])
+    return ", ".join([*slices, *(f"{name}:N" for name in GPUS)])
 
 
 def parse_topology(name: str) -> Topology:
@@ -173,9 +85,9 @@ def parse_topology(name: str) -> Topology:
     text = re.sub(r"[ _]", "", name.lower())
     if found := re.fullmatch(r"(\d+)x([a-z]\w+)|([a-z]\w+?)[:-](\d+)", text):
         chip, count = found[2] or found[3], int(found[1] or found[4])
-        gpu = next((known for known in CHIPS.values() if known.name.lower() == chip), None)
-        if gpu is not None and gpu.platform == "gpu" and count:
-            return _gpus(gpu, count, name)
+        gpu = next((known for known in GPUS if known.lower() == chip), None)
+        if gpu is not None and count:
+            return _gpus(CHIPS[gpu], count, name)
     found = re.fullmatch(r"((?:tpu-?)?v?[a-z0-9]+?(?:-?lite)?)[:-](\d+(?:x\d+)*)", text)
     if found is None:
         raise _unknown(name)

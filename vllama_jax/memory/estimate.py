@@ -25,6 +25,7 @@ from vllama_jax.memory.activations import (
     estimate_trained_qformer,
     estimate_training_layer,
 )
+from vllama_jax.memory.chips import CHIPS, GIGA, GPU_SHARE
 from vllama_jax.train.config import MeshConfig, TrainConfig, resolve_mesh, rows_per_shard
 
 if TYPE_CHECKING:
@@ -34,9 +35,7 @@ if TYPE_CHECKING:
     from vllama_jax.memory.abstract_run import AbstractRun
     from vllama_jax.train.state import AbstractModel
 
-GIGA = 10**9
 MARGIN = 0.1  # share of the usable memory that must be free, because temporary memory is an estimate
-GPU_SHARE = 0.75  # share of a GPU's memory that JAX preallocates; XLA_CLIENT_MEM_FRACTION changes it
 PROGRAM_BYTES = 2 * GIGA  # Python, libraries and compilation: 1.2 GB in a tiny run, 1.8 GB for 13B on TPUs
 DECODER_BYTES = 64 * 10**6  # a decoding thread: twenty frames of 1080p in the codec's format
 MAX_FSDP = 64  # the largest fsdp axis that `suggest_flags` tries
@@ -67,18 +66,9 @@ class Device:
         return "float32" if self.is_host else "bfloat16"
 
 
-# Memory of each chip in GB, from the manufacturers' data sheets. Servers have 8 GPUs, hosts of TPU slices 4 chips.
 DEVICES = {
-    device.name: device
-    for device in (
-        *(Device(name, gigabytes * GIGA, GPU_SHARE, 8) for name, gigabytes in [("H200", 141), ("H100", 80)]),
-        *(Device(name, gigabytes * GIGA, GPU_SHARE, 8) for name, gigabytes in [("A100-80", 80), ("A100-40", 40)]),
-        *(Device(name, 24 * GIGA, GPU_SHARE, 8) for name in ("L4", "RTX-4090", "RTX-3090")),
-        *(
-            Device(name, gigabytes * GIGA, 1.0, 4)
-            for name, gigabytes in [("v4", 32), ("v5e", 16), ("v5p", 95), ("v6e", 32)]
-        ),
-    )
+    chip.name: Device(chip.name, chip.memory_bytes, GPU_SHARE if chip.platform == "gpu" else 1.0, chip.per_host)
+    for chip in CHIPS.values()
 }
 
 

@@ -6,25 +6,13 @@ import jax
 
 from vllama_jax.branches import BRANCHES
 from vllama_jax.config import LlamaConfig, QFormerConfig, VideoLlamaConfig
-
-# Dense bfloat16 operations per second, from the manufacturers' data sheets, by JAX's name of the device.
-PEAK_FLOPS = {
-    "NVIDIA H200": 989e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA A100": 312e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5p": 459e12,
-    "TPU v5": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-}
+from vllama_jax.memory.chips import find_chip
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Return the peak number of bfloat16 operations per second of a device; None if it is unknown, as for CPUs."""
-    return next((peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None)
+    chip = find_chip(device)
+    return chip.flops if chip else None
 
 
 def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat_policy: str) -> float:
@@ -55,7 +43,7 @@ def step_flops_by_component(model: VideoLlamaConfig, branch: str, batch: dict, r
     passes = {"full": 3, "dots": 2, "none": 2}[remat_policy]
     head = 2 * llama.width * llama.vocab_size * targets
     return {
-        "encoders": rows * _encoders(model, branch, batch),
+        "encoders": rows * encoder_flops(model, branch, batch),
         "qformer": rows * 3 * _trained_qformer(model, branch),
         "llama": rows * (passes * forward + 2 * head),
     }
@@ -76,8 +64,8 @@ def _llama_block(cfg: LlamaConfig) -> float:
     return 2 * cfg.width * (heads * cfg.head_dim + 3 * cfg.mlp_dim)
 
 
-def _encoders(model: VideoLlamaConfig, branch: str, batch: dict) -> float:
-    """Count the operations of the encoders for one example; 0 with a feature cache."""
+def encoder_flops(model: VideoLlamaConfig, branch: str, batch: dict) -> float:
+    """Count the operations of a branch's frozen encoders for one example of a batch; 0 with a feature cache."""
     array = next((array for array in BRANCHES[branch].encoders if array in batch), None)
     if array is None:
         return 0
