@@ -65,14 +65,17 @@ def read_programs() -> dict[str, dict[str, Any]]:
 
 
 def print_presets(found: dict[str, dict[str, Any]]) -> None:
-    """Print a row for each program: mesh, memory, expected time and what binds."""
+    """Print a row for each program that was compiled: mesh, memory, expected time and what binds."""
     print(
         "| program | mesh (data, fsdp, tensor) | rows a chip, tokens | GB of a chip | TFLOP of a chip | ms compute |",
         end="",
     )
     print(" ms network | ms expected | MFU | samples/s a chip | binds | s to compile |")
     print("|---" * 12 + "|")
-    for name, one in found.items():
+    for name in (name_program(*program) for program in list_programs()):
+        if name not in found:
+            continue
+        one = found[name]
         used, limit = one["hbm_bytes_per_chip"] / 1e9, one["hbm_limit_bytes"] / 1e9
         chips = one["mesh"]["data"] * one["mesh"]["fsdp"] * one["mesh"]["tensor"]
         columns = (
