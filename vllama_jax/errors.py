@@ -19,6 +19,10 @@ class ConfigError(VllamaError):
     """An option or a config field that does not fit the model or the machine."""
 
 
+class StoreError(VllamaError):
+    """A URL of an object store that cannot be used: of an unknown scheme, or of one whose package is missing."""
+
+
 class ArrayError(VllamaError):
     """An array whose shape or dtype a method of the network does not take."""
 

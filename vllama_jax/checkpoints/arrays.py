@@ -21,9 +21,11 @@ import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
 import numpy as np
 
 from vllama_jax.errors import CheckpointError
-from vllama_jax.io.atomic import write_file, write_json
+from vllama_jax.io.atomic import make_directory, write_file, write_json
 from vllama_jax.io.json_fields import LARGEST_INTEGER, format_value
-from vllama_jax.io.json_files import read_object
+from vllama_jax.io.json_files import parse_object, read_object
+from vllama_jax.io.paths import is_store_path
+from vllama_jax.io.store_path import StorePath, read_files
 
 CHUNK_BYTES = 64 * 2**20  # of a file at most
 SINGLE_FILE_BYTES = 2**20  # a weight of at most this is one file, whatever its layers
@@ -43,7 +45,7 @@ class ParamsWriter:
         self.leaves: dict[str, dict] = {}
         self._directory = directory
         self._disk = concurrent.futures.ThreadPoolExecutor(WRITERS)
-        directory.mkdir()
+        make_directory(directory)
 
     def write(self, path: str, shape: Sequence[int], dtype: np.dtype, blocks: Iterable[np.ndarray]) -> None:
         """path: as "vit/blocks/mlp/up/kernel". blocks: the weight's rows in order, in its dtype, C-contiguous.
@@ -53,9 +55,9 @@ class ParamsWriter:
         import xxhash
 
         directory = self._directory / path.replace("/", ".")
-        directory.mkdir()
+        make_directory(directory)
         chunk = chunk_shape(shape, dtype.itemsize)
-        write_json(directory / ".zarray", _zarr_metadata(shape, chunk, dtype))
+        write_json(directory / ".zarray", zarr_metadata(shape, chunk, dtype))
         digest = xxhash.xxh3_128()
         writes: collections.deque[concurrent.futures.Future[None]] = collections.deque()
         for first, rows in enumerate(_regroup_rows(blocks, chunk[0])):
@@ -72,10 +74,13 @@ class ParamsWriter:
     def copy(self, path: str, source: Path, leaf: Mapping[str, Any]) -> None:
         """A weight of another directory of this layout, file by file. leaf: what its manifest says."""
         directory = self._directory / path.replace("/", ".")
-        directory.mkdir()
+        make_directory(directory)
         folder = source / directory.name
         chunk = read_object(folder / ".zarray")["chunks"]
         for name in [".zarray", *_chunk_names(leaf["shape"], chunk)]:
+            if is_store_path(folder) or is_store_path(directory):
+                write_file(directory / name, (folder / name).read_bytes())
+                continue
             shutil.copyfile(folder / name, directory / name)
             with (directory / name).open("rb+") as file:
                 os.fsync(file.fileno())
@@ -87,7 +92,7 @@ class ParamsWriter:
     def __exit__(self, failed: type | None, *_: object) -> None:
         self._disk.shutdown(cancel_futures=True)
         if failed is None:
-            write_json(self._directory / "_METADATA", _orbax_metadata(self.leaves))
+            write_json(self._directory / "_METADATA", orbax_metadata(self.leaves))
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int) -> list[int]:
@@ -108,7 +113,12 @@ def _grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
 
 
 def _chunk_names(shape: Sequence[int], chunk: Sequence[int]) -> list[str]:
-    return [".".join(map(str, index)) for index in itertools.product(*map(range, _grid(shape, chunk)))]
+    return [chunk_name(index) for index in itertools.product(*map(range, _grid(shape, chunk)))]
+
+
+def chunk_name(index: Iterable[int]) -> str:
+    """Return the file name of a chunk, given its position along each axis; "0" of a scalar."""
+    return ".".join(map(str, index)) or "0"
 
 
 def _regroup_rows(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
@@ -139,7 +149,7 @@ def _split_chunks(rows: np.ndarray, chunk: Sequence[int]) -> Iterator[tuple[tupl
         yield index, np.ascontiguousarray(values)
 
 
-def _zarr_metadata(shape: Sequence[int], chunk: Sequence[int], dtype: np.dtype) -> dict[str, Any]:
+def zarr_metadata(shape: Sequence[int], chunk: Sequence[int], dtype: np.dtype) -> dict[str, Any]:
     return {
         "zarr_format": 2,
         "shape": list(shape),
@@ -153,7 +163,7 @@ def _zarr_metadata(shape: Sequence[int], chunk: Sequence[int], dtype: np.dtype) 
     }
 
 
-def _orbax_metadata(leaves: Mapping[str, dict]) -> dict[str, Any]:
+def orbax_metadata(leaves: Mapping[str, dict]) -> dict[str, Any]:
     """The tree that the arrays make up. Value type np.ndarray: Orbax restores those without being told devices."""
     tree = {}
     for path, leaf in leaves.items():
@@ -201,22 +211,50 @@ def check_params(directory: Path, leaves: Mapping[str, Mapping[str, Any]], paths
 
     Orbax would take a missing chunk for zeros.
     """
-    for path in paths:
+    for path, sizes, metadata in _list_arrays(directory, paths):
         folder = directory / path.replace("/", ".")
-        try:
-            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
-        except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be read ({error.strerror}); copy or convert it again") from error
         shape, dtype = leaves[path]["shape"], np.dtype(leaves[path]["dtype"])
-        metadata = read_object(folder / ".zarray")
         chunk: Any = metadata.get("chunks")
-        if not _is_chunk(chunk, shape) or metadata != _zarr_metadata(shape, chunk, dtype):
+        if not _is_chunk(chunk, shape) or metadata != zarr_metadata(shape, chunk, dtype):
             raise CheckpointError(f"{folder}: not the array that manifest.json describes; copy or convert it again")
         whole = math.prod(chunk) * dtype.itemsize
         for name in _chunk_names(shape, chunk):
             if sizes.get(name) != whole:
                 held = f"{sizes[name]} of its {whole} bytes are there" if name in sizes else "it is missing"
                 raise CheckpointError(f"{folder / name}: {held}; copy or convert the model again")
+
+
+def _list_arrays(directory: Path, paths: Iterable[str]) -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
+    """Yield of each weight its path, the sizes of its files, and its .zarray."""
+    if is_store_path(directory):
+        yield from _list_store_arrays(directory, list(paths))
+        return
+    for path in paths:
+        folder = directory / path.replace("/", ".")
+        try:
+            sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+        except OSError as error:
+            raise CheckpointError(f"{folder}: cannot be read ({error.strerror}); copy or convert it again") from error
+        yield path, sizes, read_object(folder / ".zarray")
+
+
+def _list_store_arrays(
+    directory: StorePath, paths: Sequence[str]
+) -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
+    """The same on an object store, with one listing of the directory, and all .zarray objects read at once."""
+    folders = [directory / path.replace("/", ".") for path in paths]
+    sizes: dict[str, dict[str, int]] = {}
+    try:
+        for name, size in directory.file_sizes().items():
+            folder, _, file = name.rpartition("/")
+            sizes.setdefault(folder, {})[file] = size
+        texts = read_files([folder / ".zarray" for folder in folders])
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename}: cannot be read ({error.strerror}); copy or convert it again"
+        ) from error
+    for path, folder, text in zip(paths, folders, texts, strict=True):
+        yield path, sizes.get(folder.name, {}), parse_object(text, str(folder / ".zarray"), CheckpointError)
 
 
 def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) -> np.ndarray:
@@ -231,10 +269,14 @@ def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) 
     for first in range(rows.start // chunk[0], (rows.stop - 1) // chunk[0] + 1):
         begin, end = max(rows.start, first * chunk[0]), min(rows.stop, (first + 1) * chunk[0])
         for index in itertools.product(*map(range, _grid(shape, chunk)[1:])):
-            file = folder / ".".join(map(str, (first, *index)))
+            file = folder / chunk_name((first, *index))
             skipped = (begin - first * chunk[0]) * row_size * dtype.itemsize
+            count = (end - begin) * row_size
             try:
-                values = np.fromfile(file, dtype, (end - begin) * row_size, offset=skipped)
+                if is_store_path(file):
+                    values = np.frombuffer(file.read_bytes(skipped, skipped + count * dtype.itemsize), dtype)
+                else:
+                    values = np.fromfile(file, dtype, count, offset=skipped)
                 values = values.reshape(end - begin, *chunk[1:])
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{file}: changed while it was read ({error})") from error

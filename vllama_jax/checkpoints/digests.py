@@ -16,6 +16,7 @@ from vllama_jax.config import from_dict
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import write_json
 from vllama_jax.io.json_files import read_object
+from vllama_jax.io.paths import is_store_path
 
 DIGESTS_FORMAT = 1
 DIGESTS = "digests.json"
@@ -23,6 +24,7 @@ DIGESTS = "digests.json"
 ORBAX_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 NAME = re.compile(r"step_(0|[1-9][0-9]*)")  # as Orbax writes it
 BLOCK_BYTES = 4 * 2**20  # read and hashed at a time
+STORE_BLOCK_BYTES = 64 * 2**20  # the same of an object store, in one request
 FILE_HASHERS = 4  # files at a time
 LISTED_FILES = 3  # damaged files in a message
 
@@ -172,6 +174,12 @@ def _hash_file(file: Path, progress: Callable[[int], None]) -> str:
     import xxhash
 
     digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK_BYTES))
+    if is_store_path(file):
+        for start in range(0, file.stat().st_size, STORE_BLOCK_BYTES):
+            content = file.read_bytes(start, start + STORE_BLOCK_BYTES)
+            digest.update(content)
+            progress(len(content))
+        return digest.hexdigest()
     with file.open("rb", buffering=0) as opened:
         while count := opened.readinto(block):
             digest.update(block[:count])

@@ -11,23 +11,27 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax.checkpoints.arrays import check_manifest
-from vllama_jax.checkpoints.digests import check_checkpoint, list_checkpoint_steps
+from vllama_jax.checkpoints.digests import DIGESTS, check_checkpoint, list_checkpoint_steps
 from vllama_jax.checkpoints.shipped import find_model, is_shipped_digest, shipped_model
+from vllama_jax.checkpoints.store_arrays import open_arrays
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, from_dict, to_dict
 from vllama_jax.errors import CheckpointError, format_error
 from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_fields import LARGEST_INTEGER, format_value
-from vllama_jax.io.json_files import read_object
+from vllama_jax.io.json_files import parse_object, read_object
+from vllama_jax.io.paths import is_store_path
+from vllama_jax.io.store_cache import copy_files, copy_folder
+from vllama_jax.io.store_path import StorePath
 
 if TYPE_CHECKING:
     from vllama_jax.text.tokenizer import Tokenizer
 
 MODEL_FORMAT = 1
+OCDBT_MANIFEST = "manifest.ocdbt"  # of arrays that Orbax wrote to a local run directory
 PYTORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
 
 
@@ -56,7 +60,8 @@ class TrainedWeights:
     def save_id(self) -> bytes:
         """Bytes that differ from save to save, and not from copy to copy. Raises CheckpointError."""
         try:
-            return (self.path / "manifest.ocdbt").read_bytes()
+            manifest = self.path / OCDBT_MANIFEST
+            return (manifest if manifest.exists() else self.path.parent / DIGESTS).read_bytes()
         except OSError as error:
             raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
@@ -95,7 +100,15 @@ class ModelDirectory:
     def tokenizer(self) -> "Tokenizer":
         from vllama_jax.text.tokenizer import load_tokenizer
 
-        return load_tokenizer(self.path / "tokenizer")
+        return load_tokenizer(self.tokenizer_directory)
+
+    @functools.cached_property
+    def tokenizer_directory(self) -> Path:
+        """The tokenizer's files; of a model on an object store a local copy, as tokenizers read local files only."""
+        path = self.path / "tokenizer"
+        if is_store_path(path):
+            return _copy_to_cache(path, json.dumps(self.manifest, sort_keys=True).encode())
+        return path
 
     @property
     def opened_path(self) -> Path:
@@ -168,7 +181,7 @@ def find_runs(path: str | Path, base: str | Path | None = None) -> tuple[list[Ru
     path = find_model(path)
     runs: list[RunDirectory] = []
     while "base" in (fields := read_config(path)):
-        if any(os.path.samefile(path, run.path) for run in runs):
+        if any(path.samefile(run.path) for run in runs):
             raise CheckpointError(f"{path / 'config.json'}: the run is its own base model; name the right one: --base")
         runs.append(_run(path, fields, base))
         path, base = runs[-1].base, None
@@ -177,6 +190,8 @@ def find_runs(path: str | Path, base: str | Path | None = None) -> tuple[list[Ru
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read config.json of a model or run directory. Raises CheckpointError when there is none of a known format."""
+    if is_store_path(path):
+        return _read_store_config(path)
     if not path.is_dir():
         raise CheckpointError(
             f"{path}: a file, not a model directory; `vllama convert` makes one of PyTorch weights"
@@ -194,6 +209,23 @@ def read_config(path: Path) -> dict[str, Any]:
     return fields
 
 
+def _read_store_config(path: StorePath) -> dict[str, Any]:
+    """The same of a directory on an object store, which is complete when its manifest, written last, is there."""
+    try:
+        content = (path / "config.json").read_bytes()
+        fields = parse_object(content, str(path / "config.json"), CheckpointError)
+        complete = "base" in fields or (path / "manifest.json").exists()
+    except FileNotFoundError as error:
+        why = error.strerror if "bucket" in str(error.strerror) else "no config.json in it"
+        raise CheckpointError(f"{path}: not a model directory ({why}); `vllama convert` makes one") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if not complete:
+        raise CheckpointError(f"{path}: incomplete (no manifest.json, which is written last); copy or convert it again")
+    _check_format(path / "config.json", fields, "model")
+    return fields
+
+
 def _run(path: Path, fields: dict[str, Any], base: str | Path | None) -> RunDirectory:
     """A run with its base: what is given, else what config.json names, else the miniature or what is beside the run."""
     where, config = path / "config.json", fields.get("run")
@@ -201,10 +233,10 @@ def _run(path: Path, fields: dict[str, Any], base: str | Path | None) -> RunDire
     lora = config.get("lora") if isinstance(config, dict) else None
     named = find_model(base or recorded.path)
     beside = path.absolute().parent / named.name  # where it is when both were moved
-    if not base and not os.path.isdir(named):
+    if not base and not named.is_dir():
         # The miniature may have been unpacked into a cache folder that is gone, or shipped in another place.
-        named = shipped_model() if is_shipped_digest(recorded.digest) else beside if os.path.isdir(beside) else named
-    if not os.path.isdir(named):
+        named = shipped_model() if is_shipped_digest(recorded.digest) else beside if beside.is_dir() else named
+    if not named.is_dir():
         raise CheckpointError(
             f"{path}: its base model {named} is not there, nor beside the run; name it with --base, or put it there"
         )
@@ -265,12 +297,41 @@ def open_trained_weights(weights: Path, lora: LoraConfig) -> TrainedWeights:
     from flax.traverse_util import flatten_dict
 
     try:
+        local = weights
+        if is_store_path(weights):
+            if not (weights / OCDBT_MANIFEST).exists():
+                arrays = open_arrays(weights)
+                shapes = {path: array.shape for path, array in arrays.items()}
+                return TrainedWeights(weights, shapes, {path: array.dtype.name for path, array in arrays.items()}, lora)
+            local = copy_store_arrays(weights)
         handler = ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=False)  # told, it starts no device to ask
-        leaves = flatten_dict(handler.metadata(weights.absolute()).tree, sep="/")
+        leaves = flatten_dict(handler.metadata(local.absolute()).tree, sep="/")
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         return TrainedWeights(weights, shapes, {path: leaf.dtype.name for path, leaf in leaves.items()}, lora)
     except Exception as error:  # Orbax raises errors of every type
         raise CheckpointError(f"{weights}: cannot be read ({format_error(error)})") from error
+
+
+def copy_store_arrays(directory: StorePath) -> Path:
+    """Copy arrays in OCDBT, as local runs have them, to the cache folder: Orbax reads no store but gs://.
+
+    Raises:
+        CheckpointError: They cannot be copied.
+    """
+    try:
+        return _copy_to_cache(directory, (directory / OCDBT_MANIFEST).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read ({error.strerror})") from error
+
+
+def _copy_to_cache(directory: StorePath, identity: bytes) -> Path:
+    folder = copy_folder(directory, identity)
+    try:
+        sizes = directory.file_sizes()
+        copy_files(directory, sizes, sizes, folder)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be copied to this machine ({error.strerror})") from error
+    return folder
 
 
 def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:

@@ -18,7 +18,8 @@ from vllama_jax.checkpoints.reader import RowReader, make_row_reader, stored_dty
 from vllama_jax.checkpoints.restore import RestoreFunction, check_leaves, restore_weights, with_default_sharding
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
-from vllama_jax.io.atomic import new_directory, write_file
+from vllama_jax.io.atomic import make_directory, new_directory, write_file
+from vllama_jax.io.paths import as_path
 from vllama_jax.nn.network import abstract_network
 
 if TYPE_CHECKING:
@@ -189,7 +190,7 @@ def quantize(
     layers = abstract_layers(model.config, None, resolve_scheme(model, scheme))[1]
     _check_kernels(model, layers)
     read = make_row_reader(model)
-    with new_directory(Path(out)) as directory:
+    with new_directory(as_path(out)) as directory:
         with ParamsWriter(directory / "params") as params:
             for path in _list_stored_paths(model):
                 layer = layers.get(path.removesuffix("/kernel"))
@@ -198,7 +199,7 @@ def quantize(
                 else:
                     _write_quantized(params, read, path.removesuffix("/kernel"), layer)
                 progress(_stored_bytes(model, path))
-        (directory / "tokenizer").mkdir()
+        make_directory(directory / "tokenizer")
         for file in (model.path / "tokenizer").iterdir():
             write_file(directory / "tokenizer" / file.name, file.read_bytes())
         write_config(directory, model.config)

@@ -15,7 +15,7 @@ from typing import Any
 from vllama_jax.errors import CheckpointError
 from vllama_jax.io.archives import unpack
 from vllama_jax.io.json_files import read_object
-from vllama_jax.io.paths import cache_directory
+from vllama_jax.io.paths import as_path, cache_directory
 
 MODEL_NAME, CLIP_NAME = "miniature", "demo"  # what stands for them where a path is asked for
 ASSETS = Path(__file__).parents[1] / "miniature" / "assets"
@@ -64,7 +64,7 @@ def is_shipped(path: str | Path) -> bool:
 
     A model or run directory of the user's that is called "miniature" wins.
     """
-    path = Path(path)
+    path = as_path(path)
     if str(path) == MODEL_NAME:
         return not (path / "config.json").is_file()
     return path.parent.name == MODEL_NAME and path.name == _digests().get("archive_xxh3_128")
@@ -72,12 +72,12 @@ def is_shipped(path: str | Path) -> bool:
 
 def find_model(path: str | Path) -> Path:
     """Return the directory that a user names: "miniature" is ours, unless a model or run directory has that name."""
-    return shipped_model() if is_shipped(path) else Path(path)
+    return shipped_model() if is_shipped(path) else as_path(path)
 
 
 def find_clip(path: str | Path) -> Path:
     """Return the file that a user names: "demo" is a clip of ours, unless a file has that name."""
-    path = Path(path)
+    path = as_path(path)
     return CLIPS / DEMO_CLIP if str(path) == CLIP_NAME and not path.is_file() else path
 
 

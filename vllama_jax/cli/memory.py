@@ -27,6 +27,7 @@ from vllama_jax.config import (
     video_llama_13b,
 )
 from vllama_jax.errors import ConfigError
+from vllama_jax.io.paths import as_path
 from vllama_jax.memory import estimate
 from vllama_jax.memory.estimate import Device, MemoryEstimate
 from vllama_jax.model import remove_missing_branches
@@ -72,7 +73,7 @@ def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
 
 
 def _is_model(name_or_path: str) -> bool:
-    return name_or_path in (*SIZES, MODEL_NAME) or Path(name_or_path).is_dir()
+    return name_or_path in (*SIZES, MODEL_NAME) or as_path(name_or_path).is_dir()
 
 
 def _make_model_command() -> Command:

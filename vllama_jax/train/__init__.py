@@ -99,13 +99,14 @@ def train(
         True
         >>> model = vl.load(result.path)
     """
+    from vllama_jax.io.paths import as_path
     from vllama_jax.runtime.compilation_cache import enable_compilation_cache
     from vllama_jax.train import loop
     from vllama_jax.train.reporter import PrintReporter
 
     enable_compilation_cache()
     reporter = reporter or PrintReporter(config.steps)
-    return loop.train(config, Path(out), reporter, str(base), loss=loss, optimizer=optimizer)
+    return loop.train(config, as_path(out), reporter, str(base), loss=loss, optimizer=optimizer)
 
 
 def __getattr__(name: str) -> Any:

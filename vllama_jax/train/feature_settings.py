@@ -22,8 +22,8 @@ from vllama_jax.data.feature_cache import (
     open_cache_folder,
 )
 from vllama_jax.data.records import Records
-from vllama_jax.data.remote import ensure_local
 from vllama_jax.errors import ConfigError, DataError
+from vllama_jax.io.paths import as_path
 from vllama_jax.train.config import TrainConfig
 
 
@@ -35,7 +35,7 @@ def open_caches(
     Raises ConfigError where one was made with other settings than the run's, or is of weights that learn; DataError
     where there is none, or not all of it.
     """
-    root = ensure_local(config.data.feature_cache)
+    root = as_path(config.data.feature_cache)
     if not root.is_dir():
         raise DataError(f"{root}: no such feature cache; `vllama features` makes one")
     caches = {}

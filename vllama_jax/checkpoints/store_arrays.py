@@ -1,0 +1,197 @@
+"""Arrays on object stores, in the layout of `checkpoints/arrays.py`, of which each host reads what its shards need.
+
+Orbax 0.12 reads no store but gs://. fsspec reads every store, with the same credentials and errors as all other files.
+Chunks are uncompressed and in C order, so a part of a chunk is a range of its bytes.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import ml_dtypes  # noqa: F401  (registers "bfloat16" with numpy)
+import numpy as np
+
+from vllama_jax.checkpoints.arrays import chunk_name
+from vllama_jax.errors import CheckpointError, format_error
+from vllama_jax.io.json_files import parse_object
+from vllama_jax.io.store_path import StorePath, read_files, read_ranges
+
+if TYPE_CHECKING:
+    import jax
+
+BATCH_BYTES = 2 * 2**30  # read at once, at least one array
+Region = tuple[tuple[int, int], ...]  # start and stop along each axis
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """An array on an object store.
+
+    Attributes:
+        folder: The directory of its chunks.
+        shape: Its shape.
+        chunk: The shape of a chunk.
+        dtype: Its dtype.
+    """
+
+    folder: StorePath
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dtype: np.dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class _Piece:
+    """The part of a region that is in one chunk.
+
+    Attributes:
+        file: The chunk.
+        start: The first of its bytes that are read.
+        stop: The byte after the last one.
+        shape: The shape of the part.
+        strides: Bytes from one element to the next along each axis of the chunk.
+        place: Where the part is in the region.
+    """
+
+    file: StorePath
+    start: int
+    stop: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    place: tuple[slice, ...]
+
+    def values(self, content: bytes, dtype: np.dtype) -> np.ndarray:
+        if len(content) != self.stop - self.start:
+            raise CheckpointError(f"{self.file}: truncated; copy it or convert the model again")
+        return np.lib.stride_tricks.as_strided(np.frombuffer(content, dtype), self.shape, self.strides, writeable=False)
+
+
+def open_arrays(directory: StorePath) -> dict[str, StoredArray]:
+    """Find which arrays a directory contains.
+
+    Returns:
+        The arrays by path ("video_qformer/queries").
+
+    Raises:
+        CheckpointError: The store cannot be read, or a .zarray is not of the layout that this package writes.
+    """
+    try:
+        names = [name.removesuffix("/.zarray") for name in directory.file_sizes() if name.endswith("/.zarray")]
+        texts = read_files([directory / name / ".zarray" for name in names])
+    except OSError as error:
+        raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    return {name.replace(".", "/"): _parse(directory / name, text) for name, text in zip(names, texts, strict=True)}
+
+
+def _parse(folder: StorePath, text: bytes) -> StoredArray:
+    where = str(folder / ".zarray")
+    fields = parse_object(text, where, CheckpointError)
+    try:
+        shape, chunk, dtype = tuple(fields["shape"]), tuple(fields["chunks"]), np.dtype(fields["dtype"])
+        valid = len(shape) == len(chunk) and all(type(size) is int and size > 0 for size in (*shape, *chunk))
+        if not valid or fields["compressor"] is not None or fields["order"] != "C":
+            raise ValueError("not an uncompressed array in C order")
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: cannot be used ({format_error(error)})") from error
+    return StoredArray(folder, shape, chunk, dtype)
+
+
+def read_arrays(directory: StorePath, wanted: "Mapping[str, jax.ShapeDtypeStruct]") -> "dict[str, jax.Array]":
+    """Read arrays into their shards. A host reads the bytes that its devices need, each once.
+
+    Args:
+        directory: The directory of arrays.
+        wanted: Shape, dtype and sharding of each array, by path.
+
+    Returns:
+        The arrays by path.
+
+    Raises:
+        CheckpointError: An array is missing or has another shape, or the store cannot be read.
+    """
+    stored = open_arrays(directory)
+    for path, leaf in wanted.items():
+        if path not in stored or stored[path].shape != tuple(leaf.shape):
+            found = f"of shape {list(stored[path].shape)}" if path in stored else "missing"
+            raise CheckpointError(f"{directory}: {path} is {found}; {list(leaf.shape)} is expected")
+    read = {}
+    for batch in _batches(wanted, stored):
+        try:
+            read |= _read_batch(batch, wanted, stored)
+        except OSError as error:
+            raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
+    return read
+
+
+def _batches(wanted: "Mapping[str, jax.ShapeDtypeStruct]", stored: Mapping[str, StoredArray]) -> Iterator[list[str]]:
+    """Divide paths into batches of at most BATCH_BYTES on this host, so that small arrays share requests."""
+    batch: list[str] = []
+    total = 0
+    for path, leaf in wanted.items():
+        count = sum(math.prod(stop - start for start, stop in region) for region in _local_regions(leaf))
+        size = count * stored[path].dtype.itemsize
+        if batch and total + size > BATCH_BYTES:
+            yield batch
+            batch, total = [], 0
+        batch.append(path)
+        total += size
+    if batch:
+        yield batch
+
+
+def _read_batch(
+    paths: Sequence[str], wanted: "Mapping[str, jax.ShapeDtypeStruct]", stored: Mapping[str, StoredArray]
+) -> "dict[str, jax.Array]":
+    import jax
+
+    pieces = {
+        (path, region): list(_pieces(stored[path], region)) for path in paths for region in _local_regions(wanted[path])
+    }
+    requests = ((piece.file, piece.start, piece.stop) for found in pieces.values() for piece in found)
+    contents = iter(read_ranges(requests))
+    regions: dict[tuple[str, Region], np.ndarray] = {}
+    for (path, region), found in pieces.items():
+        values = np.empty([stop - start for start, stop in region], stored[path].dtype)
+        for piece in found:
+            values[piece.place] = piece.values(next(contents), stored[path].dtype)
+        regions[path, region] = values.astype(wanted[path].dtype)
+
+    def place(path: str) -> "jax.Array":
+        leaf = wanted[path]
+        return jax.make_array_from_callback(
+            leaf.shape, leaf.sharding, lambda index: regions[path, _region(index, leaf.shape)]
+        )
+
+    return {path: place(path) for path in paths}
+
+
+def _local_regions(leaf: "jax.ShapeDtypeStruct") -> list[Region]:
+    """Return the regions of an array that devices of this process need, each once."""
+    indices = leaf.sharding.addressable_devices_indices_map(tuple(leaf.shape)).values()
+    return list(dict.fromkeys(_region(index, leaf.shape) for index in indices))
+
+
+def _region(index: Sequence[slice], shape: Sequence[int]) -> Region:
+    bounds = (part.indices(size) for part, size in zip(index, shape, strict=True))
+    return tuple((start, stop) for start, stop, _ in bounds)
+
+
+def _pieces(array: StoredArray, region: Region) -> Iterator[_Piece]:
+    """Yield the parts of chunks that a region consists of."""
+    starts, stops = np.array(region, np.int64).reshape(-1, 2).T
+    chunk = np.array(array.chunk, np.int64)
+    strides = np.array([math.prod(array.chunk[axis + 1 :]) for axis in range(len(chunk))], np.int64)
+    strides *= array.dtype.itemsize
+    for index in itertools.product(*map(range, starts // chunk, (stops - 1) // chunk + 1)):
+        corner = np.array(index, np.int64) * chunk
+        low, high = np.maximum(starts, corner), np.minimum(stops, corner + chunk)
+        yield _Piece(
+            file=array.folder / chunk_name(index),
+            start=int((low - corner) @ strides),
+            stop=int((high - 1 - corner) @ strides) + array.dtype.itemsize,
+            shape=tuple(high - low),
+            strides=tuple(strides),
+            place=tuple(map(slice, low - starts, high - starts)),
+        )
