@@ -99,7 +99,7 @@ def test_a_missing_package_is_named(url, extra, monkeypatch):
         vl.load(url)
 
 
-def test_every_command_refuses_an_unknown_scheme(tmp_path, records):
+def test_every_command_refuses_an_unknown_scheme(tmp_path, records, one_device):
     """One line and exit code 1, before anything is read or written."""
     url, absent = "nowhere://bucket/run", str(tmp_path / "absent")
     config = str(write_config(tmp_path / "config.py", config_of(absent, records)))
