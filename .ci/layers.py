@@ -1,7 +1,7 @@
-"""Fails on an import cycle within the package, or on an import from a lower layer to a higher one.
+"""Check the imports between the layers of the package; fail on an upward import or an import cycle.
 
-A module imports from its own layer and from lower ones. Imports for type checkers only do not count. The miniature is
-imported where it is used, in a function, and by nothing at module level.
+A module may import from its own layer and from lower ones. Imports under TYPE_CHECKING are ignored. The miniature may
+only be imported in the functions that use it, not at module level.
 """
 
 import ast
@@ -22,8 +22,8 @@ LAYERS = (
 )
 
 
-def modules() -> dict[str, Path]:
-    """Files of the package by dotted name; those behind its symbolic links too."""
+def list_modules() -> dict[str, Path]:
+    """Return the files of the package by dotted name, including those behind symbolic links."""
     found = {}
     for folder, _, names in os.walk("vllama_jax", followlinks=True):
         for file in (Path(folder, name) for name in names if name.endswith(".py")):
@@ -31,8 +31,8 @@ def modules() -> dict[str, Path]:
     return found
 
 
-def imports(tree: ast.Module, names: set[str]) -> set[str]:
-    """The modules of the package that a module imports, in functions too."""
+def find_imports(tree: ast.Module, names: set[str]) -> set[str]:
+    """Return the modules of the package that a module imports, including imports in functions."""
     typing_only = {
         statement
         for node in ast.walk(tree)
@@ -51,34 +51,42 @@ def imports(tree: ast.Module, names: set[str]) -> set[str]:
     return found & names
 
 
-def without_functions(tree: ast.Module) -> ast.Module:
-    """What runs when a module is imported."""
+def remove_functions(tree: ast.Module) -> ast.Module:
+    """Return a module without its functions: the code that runs when it is imported."""
     return ast.Module([node for node in tree.body if not isinstance(node, ast.FunctionDef)], [])
 
 
-def part(name: str) -> str:
+def get_top_module(name: str) -> str:
+    """Return the first part of a module's name below the package, such as `train` of `vllama_jax.train.loop`."""
     return name.split(".")[1] if "." in name else "__init__"
 
 
-def layer(name: str) -> int:
-    return next(number for number, parts in enumerate(LAYERS) if part(name) in parts)
+def get_layer(name: str) -> int:
+    """Return the number of a module's layer, from 0 for the lowest."""
+    return next(number for number, top_modules in enumerate(LAYERS) if get_top_module(name) in top_modules)
 
 
 def main() -> None:
-    files = modules()
+    """Check all modules, print violations, and exit with 1 if there are any."""
+    files = list_modules()
     trees = {name: ast.parse(file.read_text()) for name, file in files.items()}
-    graph = {name: imports(tree, set(files)) - {name} for name, tree in trees.items()}
-    upward = [(one, other) for one, used in graph.items() for other in used if layer(other) > layer(one)]
-    for one, other in sorted(upward):
-        print(f"{files[one]}: imports {other}, which is in a higher layer")
-    eager = [
-        (one, other)
-        for one, tree in trees.items()
-        for other in imports(without_functions(tree), set(files))
-        if part(other) == "miniature" != part(one)
+    graph = {name: find_imports(tree, set(files)) - {name} for name, tree in trees.items()}
+    upward = [
+        (importer, imported)
+        for importer, used in graph.items()
+        for imported in used
+        if get_layer(imported) > get_layer(importer)
     ]
-    for one, other in sorted(eager):
-        print(f"{files[one]}: imports {other} at module level; import it in the function that uses it")
+    for importer, imported in sorted(upward):
+        print(f"{files[importer]}: imports {imported}, which is in a higher layer")
+    eager = [
+        (importer, imported)
+        for importer, tree in trees.items()
+        for imported in find_imports(remove_functions(tree), set(files))
+        if get_top_module(imported) == "miniature" != get_top_module(importer)
+    ]
+    for importer, imported in sorted(eager):
+        print(f"{files[importer]}: imports {imported} at module level; import it in the function that uses it")
     try:
         graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:

@@ -1,6 +1,6 @@
-"""Prints the bash and python blocks of a page as one bash script, in order.
+"""Print the bash and python blocks of a Markdown page as one bash script, in order.
 
-Each block is printed before it runs, with the seconds since the script started.
+The script prints each block before it runs, with the seconds since the start.
 """
 
 import re

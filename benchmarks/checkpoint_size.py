@@ -1,8 +1,9 @@
-"""What a stage-1 checkpoint of the vision branch of a 13B model takes on disk: weights that learn and Adam's moments.
+"""Measure the size of a stage-1 checkpoint of the vision branch on a 13B model, and the time to save it.
 
     python benchmarks/checkpoint_size.py
 
-The frozen weights are shapes only: they are no part of it. Saved by the code that saves runs, of random values.
+The checkpoint has the trainable parameters and the optimizer state, with random values, and is saved by the code of
+runs. Frozen parameters are not part of a checkpoint, so only their shapes are created.
 """
 
 import tempfile
@@ -21,6 +22,7 @@ from vllama_jax.train.state import AbstractModel, init_state, select_paths
 
 
 def main() -> None:
+    """Save a checkpoint and print its size and time."""
     abstract_model = AbstractModel(abstract_network(video_llama_13b(), "float32"))
     rng = np.random.default_rng(0)
     paths = select_paths(list(abstract_model.variables), VISION_BRANCH)
@@ -28,14 +30,14 @@ def main() -> None:
     state = init_state(weights, make_optimizer(OptimConfig(), 1))
     state = jax.tree.map(lambda leaf: jax.numpy.asarray(rng.standard_normal(leaf.shape).astype(leaf.dtype)), state)
     with tempfile.TemporaryDirectory() as folder:
-        checkpoints, begun = Checkpoints(Path(folder), CheckpointConfig()), time.perf_counter()
+        checkpoints, start = Checkpoints(Path(folder), CheckpointConfig()), time.perf_counter()
         checkpoints.save(1, state)
-        waited = time.perf_counter() - begun
+        wait_seconds = time.perf_counter() - start
         checkpoints.finish()
-        seconds, size = time.perf_counter() - begun, checkpoints.size(1)
+        seconds, size = time.perf_counter() - start, checkpoints.size(1)
     count = sum(weight.size for weight in weights.values())
-    print(f"{count:,} weights learn; the checkpoint has {size / 1e6:.0f} MB")
-    print(f"saved in {seconds:.2f} s, of which the loop waits {waited:.2f} s")
+    print(f"{count:,} trainable parameters; the checkpoint has {size / 1e6:.0f} MB")
+    print(f"saved in {seconds:.2f} s, of which training waits {wait_seconds:.2f} s")
 
 
 if __name__ == "__main__":

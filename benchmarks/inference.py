@@ -1,11 +1,12 @@
-"""Encoders and decoding against their floors, as ratios within one run.
+"""Measure the encoders and decoding, relative to their floors.
 
     python benchmarks/inference.py [--json]
 
-Floors. A tower's forward pass: its matrix products over the rate of one large product of the same dtype. A decoded
-token: the language model's bytes over the bandwidth of one pass over as many bytes (a matrix times a vector). Where
-torch is installed, the same towers in torch (two threads' worth of the same cores) for comparison. Weights are random,
-widths full, depths cut so that a laptop can run it.
+A floor is a lower bound of the time. For the forward pass of a tower it is the FLOPs of its matrix products divided by
+the rate of one large product of the same dtype. For a decoded token it is the bytes of the language model divided by
+the bandwidth of one pass over as many bytes (a matrix-vector product). If torch is installed, towers of the same shapes
+are measured in torch too, on the same cores. Weights are random, widths are full, and depths are reduced to fit a
+laptop.
 """
 
 import dataclasses
@@ -32,14 +33,16 @@ LLAMA = dataclasses.replace(LLAMA_7B, width=2048, depth=8, num_heads=16, num_kv_
 DTYPE = "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
-def random_module(make: Callable[[], nnx.Module]) -> nnx.Module:
+def make_random_module(make: Callable[[], nnx.Module]) -> nnx.Module:
+    """Make a module with random weights in DTYPE, without initializing it first."""
     rng = np.random.default_rng(0)
     graph, state = nnx.split(nnx.eval_shape(make))
     weights = jax.tree.map(lambda leaf: jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32), DTYPE), state)
     return nnx.merge(graph, weights)
 
 
-def best_seconds(run: Callable[[], object], repeats: int = 3) -> float:
+def measure_best_seconds(run: Callable[[], object], repeats: int = 3) -> float:
+    """Return the shortest time of several calls, after one call that compiles."""
     jax.block_until_ready(run())
     times = []
     for _ in range(repeats):
@@ -49,29 +52,30 @@ def best_seconds(run: Callable[[], object], repeats: int = 3) -> float:
     return min(times)
 
 
-def product_rate() -> float:
-    """FLOP/s of one large matrix product."""
+def measure_product_rate() -> float:
+    """Return the FLOP/s of one large matrix product."""
     x = jnp.ones((2048, 4096), DTYPE)
     w = jnp.ones((4096, 4096), DTYPE)
     product = jax.jit(lambda x, w: x @ w)
-    return 2 * 2048 * 4096 * 4096 / best_seconds(lambda: product(x, w))
+    return 2 * 2048 * 4096 * 4096 / measure_best_seconds(lambda: product(x, w))
 
 
-def tower_flops(tokens: int, width: int, mlp_dim: int, depth: int) -> float:
-    """Matrix products of pre-norm blocks: projections, attention, MLP."""
+def count_tower_flops(tokens: int, width: int, mlp_dim: int, depth: int) -> float:
+    """Count the FLOPs of the matrix products of a tower: projections, attention and MLPs."""
     return 2.0 * depth * tokens * (4 * width**2 + 2 * tokens * width + 2 * width * mlp_dim)
 
 
-def encoders() -> dict[str, float]:
-    rate = product_rate()
-    vit = random_module(lambda: EvaVit(VIT, rngs=nnx.Rngs(0)))
-    audio = random_module(lambda: AudioTower(AUDIO, IMAGEBIND_HUGE.embed_dim, rngs=nnx.Rngs(0)))
+def measure_encoders() -> dict[str, float]:
+    """Measure the ViT and ImageBind's audio tower."""
+    rate = measure_product_rate()
+    vit = make_random_module(lambda: EvaVit(VIT, rngs=nnx.Rngs(0)))
+    audio = make_random_module(lambda: AudioTower(AUDIO, IMAGEBIND_HUGE.embed_dim, rngs=nnx.Rngs(0)))
     run = jax.jit(lambda module, x: module(x))
     frames, mel = jnp.ones((8, 224, 224, 3)), jnp.ones((8, 128, 204))
-    vit_floor = 8 * tower_flops(257, VIT.width, VIT.mlp_dim, VIT.depth) / rate
-    audio_floor = 8 * tower_flops(229, AUDIO.width, AUDIO.mlp_dim, AUDIO.depth) / rate
-    vit_seconds = best_seconds(lambda: run(vit, frames))
-    audio_seconds = best_seconds(lambda: run(audio, mel))
+    vit_floor = 8 * count_tower_flops(257, VIT.width, VIT.mlp_dim, VIT.depth) / rate
+    audio_floor = 8 * count_tower_flops(229, AUDIO.width, AUDIO.mlp_dim, AUDIO.depth) / rate
+    vit_seconds = measure_best_seconds(lambda: run(vit, frames))
+    audio_seconds = measure_best_seconds(lambda: run(audio, mel))
     return {
         "product_gflops": rate / 1e9,
         "vit_4_blocks_8_frames_seconds": vit_seconds,
@@ -81,8 +85,8 @@ def encoders() -> dict[str, float]:
     }
 
 
-def torch_encoders() -> dict[str, float]:
-    """Blocks of the same sizes in torch, whose fused layer does the same arithmetic."""
+def measure_torch_encoders() -> dict[str, float]:
+    """Measure torch's fused transformer layers of the same sizes, which compute the same operations."""
     try:
         import torch
     except ImportError:
@@ -109,29 +113,31 @@ def torch_encoders() -> dict[str, float]:
     }
 
 
-def bandwidth(size: int) -> float:
-    """Bytes a second of one pass over `size` bytes: a matrix times a vector."""
+def measure_bandwidth(size: int) -> float:
+    """Return the bandwidth, in bytes per second, of a matrix-vector product with a matrix of `size` bytes."""
     rows = jnp.ones((size // jnp.dtype(DTYPE).itemsize // 4096, 4096), DTYPE)
     vector = jnp.ones(4096, DTYPE)
     product = jax.jit(lambda a, v: a @ v)
-    return rows.nbytes / best_seconds(lambda: product(rows, vector), 5)
+    return rows.nbytes / measure_best_seconds(lambda: product(rows, vector), 5)
 
 
-def decoding() -> dict[str, float]:
-    llama = random_module(lambda: Llama(LLAMA, rngs=nnx.Rngs(0)))
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(llama)) - llama.embedding.nbytes  # one row of that is read
-    floor = size / bandwidth(size)
+def measure_decoding() -> dict[str, float]:
+    """Measure the time of a decoded token with stacked and with unstacked layers."""
+    llama = make_random_module(lambda: Llama(LLAMA, rngs=nnx.Rngs(0)))
+    # A step reads only one row of the embedding.
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(llama)) - llama.embedding.nbytes
+    floor = size / measure_bandwidth(size)
     figures = {"decode_megabytes": size / 1e6, "decode_floor_ms": floor * 1e3}
     for layout in ("stacked", "unstacked"):
         if layout == "unstacked":
             llama.unstack()
-        seconds = token_seconds(llama)
+        seconds = measure_token_seconds(llama)
         figures |= {f"decode_{layout}_ms": seconds * 1e3, f"decode_{layout}_over_floor": seconds / floor}
     return figures
 
 
-def token_seconds(llama: Llama) -> float:
-    """Seconds a decoded token, after the prefill and the dispatch that compiles."""
+def measure_token_seconds(llama: Llama) -> float:
+    """Return the seconds of a decoded token, without the prefill and the first call, which compiles."""
     prompt = EmbeddedPrompt(np.full(60, 5, np.int32), np.zeros(60, bool), jnp.zeros((0, LLAMA.width)))
     batches = generate(llama, [prompt], GenerationConfig(max_new_tokens=49), bos=1, eos=LLAMA.vocab_size)
     next(batches), next(batches)
@@ -140,8 +146,8 @@ def token_seconds(llama: Llama) -> float:
     return (time.perf_counter() - start) / count
 
 
-def show(figures: dict[str, Any]) -> None:
-    """A line each, or with --json one object."""
+def print_figures(figures: dict[str, Any]) -> None:
+    """Print one value per line, or one object with --json."""
     if "--json" in sys.argv:
         print(json.dumps(figures))
         return
@@ -150,9 +156,10 @@ def show(figures: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    figures = {**encoders(), **torch_encoders(), **decoding()}
+    """Measure and print all figures."""
+    figures = {**measure_encoders(), **measure_torch_encoders(), **measure_decoding()}
     figures = {"device": jax.devices()[0].device_kind, "dtype": DTYPE, **figures}
-    show(figures)
+    print_figures(figures)
 
 
 if __name__ == "__main__":

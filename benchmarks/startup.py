@@ -1,10 +1,11 @@
-"""What the start of `vllama chat` costs, at two commits that take turns: imports, tracing the network, and the rest.
+"""Measure the CPU time of starting `vllama chat` at two commits: imports, tracing the network, and the rest.
 
-    python benchmarks/startup.py                     # HEAD against the commit before tracing was first halved
+    python benchmarks/startup.py                     # the working tree against the commit before tracing was halved
     python benchmarks/startup.py COMMIT --rounds 9
 
-Prints medians in seconds of CPU time, which other processes on the machine change little, and the ratio of imports and
-tracing. Programs are compiled once before, in a round that does not count. Uncommitted changes are part of "here".
+The commits alternate. Prints medians of the CPU time, which other processes on the machine change little, and the ratio
+of imports and tracing. A first round, which does not count, compiles the programs. "current" includes uncommitted
+changes.
 """
 
 import argparse
@@ -16,9 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-BEFORE = "00139d8^"
-HERE = Path(__file__).resolve().parents[1]
-LINKS = {"convert": "convert", "configs": "configs", "miniature": "examples/miniature"}  # older commits have none
+DEFAULT_COMMIT = "00139d8^"
+REPOSITORY = Path(__file__).resolve().parents[1]
+LINKS = {"convert": "convert", "configs": "configs", "miniature": "examples/miniature"}  # missing in older commits
 
 CHILD = """
 import builtins, importlib, json, sys, threading, time
@@ -49,9 +50,9 @@ with open(sys.argv[1], "w") as file:
 """
 
 
-def chat(checkout: Path, cache: Path, model: Path) -> dict[str, float]:
-    """Ask about a clip with the package of a checkout and return seconds of CPU time by phase."""
-    clip = HERE / "examples/miniature/assets/clips/bell.mp4"
+def time_chat(checkout: Path, cache: Path, model: Path) -> dict[str, float]:
+    """Ask about a clip with the package of a checkout, and return the seconds of CPU time of each phase."""
+    clip = REPOSITORY / "examples/miniature/assets/clips/bell.mp4"
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(checkout), "VLLAMA_CACHE": str(cache)}
     out = cache / "times.json"
     arguments = ["chat", str(clip), "Describe it.", "--model", str(model)]
@@ -61,10 +62,10 @@ def chat(checkout: Path, cache: Path, model: Path) -> dict[str, float]:
     return {**times, "rest": times["all"] - times["imports"] - times["tracing"]}
 
 
-def checked_out(commit: str, folder: Path) -> Path:
-    """Export a commit's files into a folder."""
+def export_commit(commit: str, folder: Path) -> Path:
+    """Export the files of a commit into a folder."""
     folder.mkdir()
-    archive = subprocess.run(["git", "archive", commit], cwd=HERE, check=True, stdout=subprocess.PIPE).stdout
+    archive = subprocess.run(["git", "archive", commit], cwd=REPOSITORY, check=True, stdout=subprocess.PIPE).stdout
     subprocess.run(["tar", "x"], cwd=folder, input=archive, check=True)
     for name, target in LINKS.items():
         if not (folder / "vllama_jax" / name).exists():
@@ -73,30 +74,31 @@ def checked_out(commit: str, folder: Path) -> Path:
 
 
 def main() -> None:
+    """Measure both commits and print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("commit", nargs="?", default=BEFORE)
+    parser.add_argument("commit", nargs="?", default=DEFAULT_COMMIT)
     parser.add_argument("--rounds", type=int, default=5)
-    given = parser.parse_args()
+    options = parser.parse_args()
     from vllama_jax.checkpoints.shipped import shipped_model
 
     with tempfile.TemporaryDirectory() as work:
-        checkouts = {given.commit: checked_out(given.commit, Path(work, "before")), "here": HERE}
-        found = {name: [] for name in checkouts}
-        for number in range(given.rounds + 1):
+        checkouts = {options.commit: export_commit(options.commit, Path(work, "before")), "current": REPOSITORY}
+        results = {name: [] for name in checkouts}
+        for number in range(options.rounds + 1):
             for name, checkout in checkouts.items():
                 cache = Path(work, f"cache of {name}".replace("/", "_"))
                 cache.mkdir(exist_ok=True)
-                times = chat(checkout, cache, shipped_model())
-                found[name] += [times] if number else []
+                times = time_chat(checkout, cache, shipped_model())
+                results[name] += [times] if number else []
     print("| seconds of CPU time | imports | tracing | both | rest |\n|---|---|---|---|---|")
     sums = {}
-    for name, rounds in found.items():
+    for name, rounds in results.items():
         sums[name] = statistics.median(times["imports"] + times["tracing"] for times in rounds)
         imports, tracing, rest = (
             statistics.median(times[phase] for times in rounds) for phase in ("imports", "tracing", "rest")
         )
         print(f"| {name} | {imports:.2f} | {tracing:.2f} | {sums[name]:.2f} | {rest:.2f} |")
-    print(f"\nimports and tracing, here over {given.commit}: {sums['here'] / sums[given.commit]:.2f}")
+    print(f"\nimports and tracing, current relative to {options.commit}: {sums['current'] / sums[options.commit]:.2f}")
 
 
 if __name__ == "__main__":

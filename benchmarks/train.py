@@ -1,12 +1,12 @@
-"""A training step at medium size: samples a second live and from cached features, beside the same step in PyTorch.
+"""Measure a training step at medium size, live and from cached features, relative to PyTorch and to its floor.
 
     python benchmarks/train.py [--json]
 
-Stage 1 of the vision branch on clips that are rendered here: towers 384 to 1024 wide, of random weights,
-float32, two samples of eight 224² frames, 128 tokens. PyTorch (transformers' BLIP-2 vision model, its Q-Former and its
-LLaMA) gets the same batches from the same reader, freezes the same parts and keeps activations as we do. They take
-turns, step by step, and medians are told. The floor is the step's operations
-(memory/flops.py) over the rate of one large matrix product.
+Stage 1 of the vision branch on clips that are rendered here: components of width 384 to 1024 with random weights,
+float32, two examples of eight 224² frames and 128 tokens. PyTorch (transformers' BLIP-2 vision model, Q-Former and
+LLaMA) reads the same batches, freezes the same components and stores activations too. Both alternate step by step;
+figures are medians. The floor is the FLOPs of the step (memory/flops.py) divided by the rate of one large matrix
+product.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from inference import product_rate
+from inference import measure_product_rate
 
 from vllama_jax import config as models
 from vllama_jax import convert
@@ -54,16 +54,16 @@ Step = Callable[[HostBatch], None]
 
 
 def make_inputs(folder: Path) -> TrainConfig:
-    """A model of random weights, clips of moving noise with captions as long as the text can be, and a config."""
+    """Write a model with random weights and records of moving noise with the longest captions; return a config."""
     files = write_tiny(folder / "weights", config=MODEL)
-    heads = json.loads(files.pop("config").read_text())
-    pieces = {kind: files[kind] for kind in ("eva_vit", "blip2")}
-    convert.convert(convert.plan(llama_directory=files["llama"], files=pieces, config=heads), folder / "model")
+    overrides = json.loads(files.pop("config").read_text())
+    components = {name: files[name] for name in ("eva_vit", "blip2")}
+    convert.convert(convert.plan(llama_directory=files["llama"], files=components, config=overrides), folder / "model")
     clips, rng, lines = folder / "clips", np.random.default_rng(0), []
     clips.mkdir()
     for number in range(CLIPS):
-        still = rng.integers(0, 256, (320, 426, 3)).astype(np.uint8)
-        write_video(clips / f"{number}.mp4", [np.roll(still, 8 * frame, axis=1) for frame in range(48)], fps=12)
+        image = rng.integers(0, 256, (320, 426, 3)).astype(np.uint8)
+        write_video(clips / f"{number}.mp4", [np.roll(image, 8 * frame, axis=1) for frame in range(48)], fps=12)
         lines.append(json.dumps({"video": f"{number}.mp4", "caption": " ".join(["noise moves"] * 40)}))
     (clips / "all.jsonl").write_text("\n".join(lines))
     build("jsonl", clips, folder / "records")
@@ -80,7 +80,8 @@ def make_inputs(folder: Path) -> TrainConfig:
     )
 
 
-def our_step(config: TrainConfig) -> tuple[Step, setup.RunPlan]:
+def make_our_step(config: TrainConfig) -> tuple[Step, setup.RunPlan]:
+    """Make a function that runs a training step of this package, and the plan of the run."""
     plan = setup.plan_run(config)
     with use_mesh(plan.mesh):
         state, frozen, step = setup.init_train_state(plan), setup.load_frozen(plan), make_train_step(plan)
@@ -88,14 +89,14 @@ def our_step(config: TrainConfig) -> tuple[Step, setup.RunPlan]:
     def run(batch: HostBatch) -> None:
         nonlocal state
         with use_mesh(plan.mesh):
-            state, metrics = step(state, frozen, setup.place(batch.arrays, plan))
+            state, metrics = step(state, frozen, setup.shard_batch(batch.arrays, plan))
         metrics["loss"].block_until_ready()
 
     return run, plan
 
 
-def torch_step() -> Step:
-    """The same arithmetic on a batch of frames, or of features."""
+def make_torch_step() -> Step:
+    """Make a function that runs the same step in PyTorch, on a batch of frames or of features."""
     import torch
     from transformers import (
         Blip2QFormerConfig,
@@ -144,7 +145,7 @@ def torch_step() -> Step:
     for frozen in (vision, image_qformer, language):
         frozen.eval().requires_grad_(False)
     width, count = MODEL.video_qformer.width, MODEL.video_qformer.num_queries
-    learns = torch.nn.ModuleDict(
+    trainable = torch.nn.ModuleDict(
         {
             "qformer": qformer(MODEL.video_qformer, MODEL.image_qformer.width),
             "positions": torch.nn.Embedding(MODEL.num_frames, MODEL.image_qformer.width),
@@ -153,12 +154,12 @@ def torch_step() -> Step:
     )
     image_queries = torch.randn(1, MODEL.image_qformer.num_queries, MODEL.image_qformer.width)
     queries = torch.nn.Parameter(torch.randn(1, count, width))
-    optimizer = torch.optim.AdamW([*learns.parameters(), queries], lr=1e-4, weight_decay=0.05)
+    optimizer = torch.optim.AdamW([*trainable.parameters(), queries], lr=1e-4, weight_decay=0.05)
 
     def encode(frames: torch.Tensor) -> torch.Tensor:
         pixels = (frames.flatten(0, 1).permute(0, 3, 1, 2) / 255 - 0.45) / 0.27
-        seen = vision(pixels).last_hidden_state
-        read = image_qformer(query_embeds=image_queries.expand(len(seen), -1, -1), encoder_hidden_states=seen)
+        features = vision(pixels).last_hidden_state
+        read = image_qformer(query_embeds=image_queries.expand(len(features), -1, -1), encoder_hidden_states=features)
         return read.last_hidden_state.unflatten(0, frames.shape[:2])
 
     def run(batch: HostBatch) -> None:
@@ -166,14 +167,14 @@ def torch_step() -> Step:
         with torch.no_grad():
             features = arrays["features"] if "features" in arrays else encode(arrays["frames"])
             words = language.get_input_embeddings()(arrays["ids"])
-        memory = (features + learns["positions"].weight[:, None]).flatten(1, 2)
-        read = learns["qformer"](query_embeds=queries.expand(len(memory), -1, -1), encoder_hidden_states=memory)
-        tokens = learns["projection"](read.last_hidden_state)
+        memory = (features + trainable["positions"].weight[:, None]).flatten(1, 2)
+        read = trainable["qformer"](query_embeds=queries.expand(len(memory), -1, -1), encoder_hidden_states=memory)
+        tokens = trainable["projection"](read.last_hidden_state)
         inputs = words.masked_scatter(arrays["is_media"][..., None], tokens)
         mask = torch.arange(words.shape[1]) < arrays["length"][:, None]
         labels = torch.full(mask.shape, -100)
-        rows, places = torch.nonzero(arrays["targets"] >= 0, as_tuple=True)
-        labels[rows, arrays["positions"][rows, places].long()] = arrays["targets"][rows, places].long()
+        rows, positions = torch.nonzero(arrays["targets"] >= 0, as_tuple=True)
+        labels[rows, arrays["positions"][rows, positions].long()] = arrays["targets"][rows, positions].long()
         logits = language(inputs_embeds=inputs, attention_mask=mask, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
         optimizer.zero_grad()
@@ -183,45 +184,48 @@ def torch_step() -> Step:
     return run
 
 
-def seconds(run: Step, batch: HostBatch) -> float:
-    begun = time.perf_counter()
+def time_step(run: Step, batch: HostBatch) -> float:
+    """Return the seconds of a step."""
+    start = time.perf_counter()
     run(batch)
-    return time.perf_counter() - begun
+    return time.perf_counter() - start
 
 
 def measure(folder: Path) -> dict[str, float]:
+    """Measure precomputation and both steps, live and from cached features."""
     live = make_inputs(folder)
-    begun = time.perf_counter()
+    start = time.perf_counter()
     precompute_features(live, folder / "features")
-    writing = time.perf_counter() - begun
+    cache_seconds = time.perf_counter() - start
     cached = dataclasses.replace(live, data=dataclasses.replace(live.data, feature_cache=str(folder / "features")))
-    torch_run, found = torch_step(), {}
+    torch_run, results = make_torch_step(), {}
     for name, config, rounds in (("live", live, 5), ("cached", cached, 9)):
-        our_run, plan = our_step(config)
+        our_run, plan = make_our_step(config)
         stream = prefetch_batches(plan.reader, 0, config.steps, config.data)
         batch = next(stream)
         our_run(batch), torch_run(batch)
         times = []
         for batch in itertools.islice(stream, rounds):
-            times.append((seconds(our_run, batch), seconds(torch_run, batch), product_rate()))
+            times.append((time_step(our_run, batch), time_step(torch_run, batch), measure_product_rate()))
         ours, theirs, rate = (statistics.median(column) for column in zip(*times, strict=True))
         floor = step_flops(plan.base.config, config.branch, batch.arrays, config.remat_policy) / rate
-        found |= {
-            f"{name}_samples_a_second": BATCH / ours,
-            f"{name}_torch_samples_a_second": BATCH / theirs,
-            f"{name}_times_torch": theirs / ours,
+        results |= {
+            f"{name}_examples_per_second": BATCH / ours,
+            f"{name}_torch_examples_per_second": BATCH / theirs,
+            f"{name}_torch_time_over_ours": theirs / ours,
             f"{name}_over_floor": ours / floor,
         }
-    return found | {"product_gflops": rate / 1e9, "features_written_a_second": CLIPS / writing}
+    return results | {"product_gflops": rate / 1e9, "records_cached_per_second": CLIPS / cache_seconds}
 
 
 def main() -> None:
+    """Measure and print all figures."""
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder))
+        results = measure(Path(folder))
     if "--json" in sys.argv:
-        print(json.dumps(found))
+        print(json.dumps(results))
         return
-    for name, value in found.items():
+    for name, value in results.items():
         print(f"{name:40} {value:.3f}")
     print(f"{jax.device_count()} device(s), {jax.devices()[0].device_kind}")
 

@@ -1,1 +1,1 @@
-"""The runs that come with the package: Python files that define `config`, named by `vllama train NAME`."""
+"""Run configs that are part of the package: Python files that define `config`. Run one with `vllama train NAME`."""

@@ -1,4 +1,4 @@
-"""Stage 1 of the audio branch: the captions of the vision branch, seen through ImageBind (paper §2.2.2)."""
+"""Stage 1 of the audio branch: captions of WebVid and LLaVA-CC3M, with frames encoded by ImageBind (paper §2.2.2)."""
 
 from vllama_jax.train.config import AUDIO_BRANCH, DatasetConfig, OptimConfig, TextConfig, TrainConfig
 

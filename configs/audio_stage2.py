@@ -1,4 +1,4 @@
-"""Stage 2 of the audio branch: instructions, seen through ImageBind (paper §2.2.2). Start it with --init RUN."""
+"""Stage 2 of the audio branch: instructions, with frames encoded by ImageBind (paper §2.2.2). Run with --init RUN."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Stage 2 of the miniature's audio branch: the pictures and texts of the vision branch, seen through ImageBind."""
+"""Stage 2 of the miniature's audio branch: the data of the vision branch, with frames encoded by ImageBind."""
 
 import dataclasses
 

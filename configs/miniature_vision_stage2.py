@@ -1,4 +1,4 @@
-"""Stage 2 of the miniature's vision branch: questions and answers. Start it with --init RUN."""
+"""Stage 2 of the miniature's vision branch: questions and answers. Run with --init RUN."""
 
 import dataclasses
 

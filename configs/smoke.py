@@ -1,8 +1,9 @@
-"""A whole run in under a minute, from nothing: it renders its clips, makes a tiny model of random weights, and trains.
+"""A complete run in under a minute that needs no input files.
 
     vllama train smoke --out RUN
 
-Its answers mean nothing; every step is the real one.
+It renders clips, creates a tiny model of random weights, and trains it. The trained model's answers are meaningless,
+but all steps from data to checkpoint are those of a real run.
 """
 
 import dataclasses
@@ -30,10 +31,19 @@ DIRECTIONS = {"left": -1, "right": 1}
 
 
 def prepare(config: TrainConfig, out: Path) -> TrainConfig:
-    """The config with its model and records, which are made in OUT/inputs where they are not there yet."""
-    from vllama_jax.io.atomic import new_directory
+    """Create the model and the records in `out`/inputs, unless they exist.
 
-    inputs = out / "inputs"
+    Args:
+        config: The run config, with paths relative to `out`.
+        out: The run directory.
+
+    Returns:
+        The config with paths that include `out`.
+    """
+    from vllama_jax.io.atomic import new_directory
+    from vllama_jax.io.paths import require_local_output
+
+    inputs = require_local_output(out) / "inputs"
     if not inputs.exists():
         with new_directory(inputs) as directory:
             _make_model(directory)
@@ -49,7 +59,7 @@ def _make_model(directory: Path) -> None:
     files = write_tiny(directory / "weights")
     heads = json.loads(files.pop("config").read_text())
     llama = files.pop("llama")
-    del files["vl"], files["al"]  # what learns starts at random
+    del files["vl"], files["al"]  # without trained branches, whose parameters are then initialized at random
     convert.convert(convert.plan(llama_directory=llama, files=files, config=heads), directory / "model")
 
 
@@ -69,10 +79,10 @@ def _make_records(directory: Path) -> None:
 
 
 def _render_ball(color: str, direction: str) -> Iterator[np.ndarray]:
-    """Frames [side, side, 3] of a ball that crosses a grey room."""
+    """Render frames [size, size, 3] of a ball that crosses a gray room."""
     rows, columns = np.mgrid[:IMAGE_SIZE, :IMAGE_SIZE]
     for number in range(FRAMES):
-        place = IMAGE_SIZE * (0.5 + DIRECTIONS[direction] * (number / (FRAMES - 1) - 0.5) * 0.8)
+        position = IMAGE_SIZE * (0.5 + DIRECTIONS[direction] * (number / (FRAMES - 1) - 0.5) * 0.8)
         frame = np.full((IMAGE_SIZE, IMAGE_SIZE, 3), 120, np.uint8)
-        frame[(columns - place) ** 2 + (rows - IMAGE_SIZE / 2) ** 2 < 10**2] = COLORS[color]
+        frame[(columns - position) ** 2 + (rows - IMAGE_SIZE / 2) ** 2 < 10**2] = COLORS[color]
         yield frame

@@ -1,4 +1,4 @@
-"""Stage 1 of the vision branch: captions of WebVid's videos and LLaVA-CC3M's pictures (paper §2.2.1)."""
+"""Stage 1 of the vision branch: captions of WebVid's videos and LLaVA-CC3M's images (paper §2.2.1)."""
 
 from vllama_jax.train.config import VISION_BRANCH, DatasetConfig, OptimConfig, TextConfig, TrainConfig
 

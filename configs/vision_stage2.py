@@ -1,4 +1,4 @@
-"""Stage 2 of the vision branch: instructions about pictures and videos (paper §2.2.1). Start it with --init RUN."""
+"""Stage 2 of the vision branch: instructions about images and videos (paper §2.2.1). Run with --init RUN."""
 
 from vllama_jax.train.config import (
     CONVERSATION,

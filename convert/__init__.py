@@ -1,4 +1,8 @@
-"""Weights in PyTorch's layouts → a model directory, and back (export.py). The only package that knows PyTorch names."""
+"""Convert PyTorch weight files to model directories and back, and verify the result.
+
+`plan` and `convert` make a model directory, `convert.export` writes one as PyTorch files, and `convert.verify` compares
+the two. No other package depends on the tensor names and layouts of PyTorch files.
+"""
 
 from vllama_jax.convert.components import FILE_SPECS
 from vllama_jax.convert.conversion import ConversionPlan, bytes_to_write, convert, plan

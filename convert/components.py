@@ -1,4 +1,8 @@
-"""The files that a model is made of: one table that says how each kind is identified, read, written and verified."""
+"""The types of weight files: one table that defines how each type is identified, read, exported and verified.
+
+A key of `FILE_SPECS` is a *file type*, such as "eva_vit" or "vl". One file may be of several types: a checkpoint of
+both branches is of the types "vl" and "al".
+"""
 
 import dataclasses
 import re
@@ -17,7 +21,13 @@ from vllama_jax.towers import VitConfig
 
 @dataclasses.dataclass(frozen=True)
 class LayerCheck:
-    """The layers in a file. part: of the config. pattern: of their names. said_by: what says how many there are."""
+    """How to report a file with fewer layers than the config has.
+
+    Attributes:
+        component: The field of VideoLlamaConfig whose `depth` is expected.
+        pattern: A regular expression on tensor names. Its first group is the layer number.
+        advice: What the user can change, for the error message.
+    """
 
     component: str
     pattern: str
@@ -26,25 +36,26 @@ class LayerCheck:
 
 @dataclasses.dataclass(frozen=True)
 class FileSpec:
-    """One kind of file. What reads, writes and verifies such files derives from this.
+    """A type of weight file. Conversion, export and verification read this.
 
     Attributes:
-        what: What it is, in messages.
-        option: The command line's name for it; "" where there is none, and it is found in a directory.
-        signature: A tensor that no other kind has.
-        components: The paths of the components that it holds.
-        rules: Its tensors → our weights.
-        extras: What it holds besides (regular expressions), and why that is left out.
-        infer: The fields of the model's config that its shapes tell.
-        applies: Whether a model of this config has what it holds.
-        branch: The branch that it holds, where that is trained; a run that trained it may be given in its place.
-        fields: The fields of the model's config that are of that branch alone.
-        needs: The kind of file without which it is of no use.
-        layers: Where a file with too few layers is to be reported in one line.
-        prefix: Of its tensors' names in the original's whole model.
-        file_name: That `export` gives it, without suffix; its kind's where empty.
-        bare: Whether its .pth holds the tensors themselves, and not {"model": tensors}.
-        stages: What `verify` compares, as "module:function" of the model's config, since it imports torch.
+        description: The file type, as messages name it.
+        option: Its command line option. "" if it has none; such a file is only found in a directory.
+        signature: The name of a tensor that no other file type has.
+        components: The paths of the components in the file.
+        rules: (model config) → the rule table, from tensors of the file to parameters.
+        unused_tensors: (model config) → regular expressions on names of known tensors that are not converted, each with
+            the reason.
+        infer: (tensors) → the config fields that their shapes determine.
+        applies: (model config) → whether such a model has these components.
+        branch: The name of the trained branch in the file, if any. A run that trained it is accepted in its place.
+        fields: The config fields that belong to this branch only.
+        needs: Another file type that the model needs with this one.
+        layers: How to report a file with too few layers; None to list its missing tensors.
+        prefix: The prefix of its tensors in the original's complete model.
+        file_name: The name of an exported file, without suffix; "" for the file type.
+        bare: Whether its .pth is the state dict itself, not {"model": state dict}.
+        stages: "module:function" that makes the stages for `verify`; a string, because the module imports torch.
     """
 
     description: str
@@ -66,12 +77,12 @@ class FileSpec:
 
     @property
     def display_name(self) -> str:
-        """How it is named to the user: by its option, else by what it is."""
+        """The option, or the description of a file type without one, for messages."""
         return self.option or self.description
 
     @property
     def may_be_untrained(self) -> bool:
-        """Whether a model may lack it before it is trained."""
+        """Whether a model is complete without it, because training creates its components."""
         return set(self.components) <= {*list_trainable_components()}
 
 
@@ -97,8 +108,8 @@ def _al_rules(cfg: VideoLlamaConfig) -> list[Rule]:
 
 
 _UNUSED_BERT_TENSORS = {
-    r"Qformer\.bert\.embeddings\.(word|position)_embeddings\..*": "text input of BERT, not used",
-    r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*": "BERT's feed-forward for text, not used",
+    r"Qformer\.bert\.embeddings\.(word|position)_embeddings\..*": "BERT's text embeddings, not used",
+    r"Qformer\.bert\.encoder\.layer\.\d+\.(intermediate|output)\..*": "BERT's feed-forward layers for text, not used",
     r"Qformer\.cls\..*": "BERT's text head, not used",
     r"(t5|opt|vision|text)_proj\..*|itm_head\..*|temp": "BLIP-2's own heads and language model projection, not used",
 }
@@ -115,7 +126,7 @@ FILE_SPECS: dict[str, FileSpec] = {
         lambda cfg: eva_vit.unused_tensors(cfg.vit),
         lambda source: {"vit": eva_vit.infer(source)},
         applies=lambda cfg: type(cfg.vit) is VitConfig,
-        layers=LayerCheck("vit", r"blocks\.(\d+)\.", '--config {"vit": {"depth": …}} says'),
+        layers=LayerCheck("vit", r"blocks\.(\d+)\.", 'set --config {"vit": {"depth": …}}'),
         prefix="visual_encoder.",
         file_name="eva_vit_g",
         bare=True,
@@ -193,33 +204,47 @@ FILE_SPECS: dict[str, FileSpec] = {
         lambda cfg: find_family(cfg.llama.family).rules(cfg.llama),
         lambda cfg: find_family(cfg.llama.family).unused_tensors(cfg.llama),
         lambda source: {"llama": {"vocab_size": source.shape("model.embed_tokens.weight", 2)[0]}},
-        layers=LayerCheck("llama", r"model\.layers\.(\d+)\.", "its config.json says"),
+        layers=LayerCheck("llama", r"model\.layers\.(\d+)\.", "check num_hidden_layers in its config.json"),
         prefix="llama_model.",
     ),
 }
 
 
 def branch_file_types() -> dict[str, str]:
-    """The kinds of file that hold a trained branch, and the branch of each."""
+    """Return the file types that contain a trained branch, each with the name of the branch."""
     return {file_type: spec.branch for file_type, spec in FILE_SPECS.items() if spec.branch is not None}
 
 
 def file_types_containing(component: str) -> list[str]:
-    """The kinds of file that hold a component."""
+    """Return the file types that contain a component."""
     return [file_type for file_type, spec in FILE_SPECS.items() if component in spec.components]
 
 
 def identify_file_types(source: Source | Collection[str]) -> list[str]:
-    """The kinds that a file is, by the names of the tensors in it. A checkpoint of both branches is two; `llama_proj`
-    alone is MiniGPT-4's, beside the vision branch it belongs to that."""
+    """Identify the types of a file by its tensor names.
+
+    A checkpoint of both branches has two types. `llama_proj` belongs to "vl" if the file has a vision branch, and
+    otherwise to "minigpt4".
+
+    Args:
+        source: The tensors of the file, or their names.
+
+    Returns:
+        The file types, in the order of `FILE_SPECS`; empty for an unknown file.
+    """
     file_types = [file_type for file_type, spec in FILE_SPECS.items() if spec.signature in source]
     return [file_type for file_type in file_types if file_type != "minigpt4" or "vl" not in file_types]
 
 
 def strip_wrapper_prefixes(source: Source) -> Source:
-    """The same tensors without what training puts before every name: "module." (DDP), "base_model.model." (peft), ….
+    """Remove the prefixes that training wrappers add to tensor names.
 
-    torch.compile's "_orig_mod." may be anywhere in a name. Where that makes it no known kind, the source as it is.
+    Removed are prefixes that all names have, such as "module." (DDP) or "base_model.model." (peft), and "_orig_mod."
+    (torch.compile) anywhere in a name.
+
+    Returns:
+        The source with renamed tensors and a note for the user, or the same source if its type is unknown even without
+        prefixes.
     """
     names = {name: name.replace("_orig_mod.", "") for name in source.shapes}
     prefix = ""
@@ -231,12 +256,16 @@ def strip_wrapper_prefixes(source: Source) -> Source:
     removed = [prefix] * bool(prefix) + ["_orig_mod."] * any(name != kept for name, kept in names.items())
     if not removed:
         return source
-    note = f"{source.label}: names are read without {' and '.join(removed)}, which a wrapper put there in training"
+    note = f"{source.label}: removed {' and '.join(removed)} from tensor names, added by a wrapper in training"
     return rename_tensors(source, {name: kept.removeprefix(prefix) for name, kept in names.items()}, note)
 
 
 def check_file_type(file_type: str, source: Source) -> None:
-    """Raises CheckpointError, saying what the file is and where it belongs, when it is not of this kind."""
+    """Check that a file is of a type.
+
+    Raises:
+        CheckpointError: It is not. The message names its type and the option to use.
+    """
     found = identify_file_types(source)
     if file_type in found:
         return
@@ -249,10 +278,10 @@ def check_file_type(file_type: str, source: Source) -> None:
         )
     raise CheckpointError(
         f"{source.label}: given as {spec.display_name}, but it is not {spec.description} "
-        f"(no tensor {spec.signature}; it holds {_summarize_names(source.shapes)})"
+        f"(no tensor {spec.signature}; it contains {_summarize_names(source.shapes)})"
     )
 
 
 def _summarize_names(names: Mapping[str, object]) -> str:
     listed = ", ".join(list(names)[:3])
-    return f"{listed}, …" if len(names) > 3 else listed or "nothing"
+    return f"{listed}, …" if len(names) > 3 else listed or "no tensors"

@@ -1,4 +1,7 @@
-"""Plans a conversion, in which every weight is found before a byte is read, and writes the model directory."""
+"""Plan a conversion, then write the model directory.
+
+A plan is complete before tensor data is read: it has a source for every weight, and all shapes fit.
+"""
 
 import dataclasses
 import math
@@ -12,7 +15,6 @@ from vllama_jax.branches import get_component
 from vllama_jax.checkpoints.arrays import ParamsWriter
 from vllama_jax.checkpoints.directory import write_config, write_manifest
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.convert import from_model_directory as stored
 from vllama_jax.convert.components import (
     FILE_SPECS,
     branch_file_types,
@@ -26,9 +28,10 @@ from vllama_jax.convert.from_model_directory import (
     ModelDirectoryLeaf,
     StoredLeaf,
     StoredModel,
+    collect_stored_leaves,
+    describe_sources,
     frozen_differences,
     is_model_or_run,
-    join,
     known_config_fields,
     open_model_or_run,
 )
@@ -46,11 +49,18 @@ from vllama_jax.io.paths import as_path, require_local
 
 @dataclasses.dataclass(frozen=True)
 class ConversionPlan:
-    """A conversion in which everything was found and fits, before a byte of it is read.
+    """A checked conversion. The tensor data is not read yet.
 
-    leaves: weights that files give. stored: those that model directories and runs give, and new ones. left_out: of
-    files, reason → how many tensors. notes: lines for the user, on which file of a directory is what. sources: what
-    else was used. new: components whose weights are new.
+    Attributes:
+        config: The config of the new model.
+        leaves: The weights from PyTorch files.
+        stored: The weights from model directories and runs, and new random weights.
+        left_out: The number of tensors of the files that are not used, by reason.
+        sources: The PyTorch files by file type, a key of `FILE_SPECS`.
+        tokenizer_directory: The directory to copy the tokenizer from.
+        notes: Lines for the user, for example which file of a directory is used for what.
+        other_sources: The manifest entries of model directories, runs and new weights.
+        new: The components with new random weights.
     """
 
     config: VideoLlamaConfig
@@ -65,6 +75,7 @@ class ConversionPlan:
 
     @property
     def all_leaves(self) -> list[Leaf | StoredLeaf]:
+        """All weights of the new model, sorted by path."""
         return sorted([*self.leaves, *self.stored], key=lambda leaf: leaf.target)
 
 
@@ -80,18 +91,34 @@ def plan(
     without: Sequence[str] = (),
     seed: int = SEED,
 ) -> ConversionPlan:
-    """Checks that the files make a model: every weight found once, of the right shape, and nothing left over.
+    """Plan a conversion: find the source of every weight of a model, and check all names and shapes.
 
-    directory: is searched for pieces, told by what they hold; what is given by name is not taken from there.
-    delta: a language model's directory, to be added to llama_directory's; it has the tokenizer.
-    files: paths by kind, as PIECES names them; vl and al may be runs or model directories. base: a model directory or
-    a run that gives all other parts; without one, the language model, eva_vit and blip2 must be there.
-    config: any part of a model config. template: of the prompt; the base's or config's unless given, or else
-    that of the language model's family.
-    without: components of the base ("video_qformer", as `vllama inspect` lists them) that get new weights in place of
-    the base's, of the shapes that config gives; seed: of these. The base may lack them.
-    Paths of files and directories may be on the hub: hf://org/name, hf://org/name/file.
-    Raises CheckpointError listing all that is missing, misshapen or not used; ConfigError for what `config` says.
+    Every path may be an address on the Hugging Face hub: hf://org/name, hf://org/name/file.
+
+    Args:
+        directory: A directory to search for weight files, identified by their tensors. File types that other arguments
+            provide are not taken from it.
+        llama_directory: The directory of the language model, in Hugging Face's or Meta's layout.
+        delta: The directory of a language model released as a difference to `llama_directory`. The tokenizer and the
+            config are taken from it.
+        files: Paths by file type, a key of `FILE_SPECS` other than "llama". "vl" and "al" may be runs or model
+            directories.
+        base: A model directory or a run that provides all other components. Without it, the language model, "eva_vit"
+            and "blip2" are required.
+        config: Fields of the model config, which take precedence over those inferred from the files.
+        template: The prompt template. By default that of `config`, else that of `base`, unless another family of
+            language models replaces its language model, else the default of the family.
+        without: Components of `base`, such as "video_qformer", to replace with new random weights in the shapes of
+            the new config. They need not exist in `base`.
+        seed: The seed of the new weights.
+
+    Returns:
+        The plan, for `convert`.
+
+    Raises:
+        CheckpointError: Tensors are missing, have wrong shapes or are not used; the message lists them. Or a file
+            cannot be read.
+        ConfigError: The arguments do not fit together, or a field of `config` is unknown or invalid.
     """
     from vllama_jax.text.prompts import check_special_tokens
     from vllama_jax.text.templates import find_template
@@ -128,11 +155,11 @@ def plan(
     check_vocabulary(tokenizer, cfg.llama.vocab_size)
     leaves, left_out = match_weights(cfg, sources, branches)
     new = new_components(cfg, without, seed)
-    kept = join(cfg, model, branches, {get_component(leaf.target) for leaf in leaves})
+    kept = collect_stored_leaves(cfg, model, branches, {get_component(leaf.target) for leaf in leaves})
     _check_new_components(without, [*leaves, *kept])
-    told = dict.fromkeys(note for source in sources.values() for note in source.notes)
-    notes = [*found.notes, *told, *frozen_differences(model, branches)]
-    other_sources = stored.other_sources(model, branches, [*sources, *_replaced_file_types(cfg, without)])
+    source_notes = dict.fromkeys(note for source in sources.values() for note in source.notes)
+    notes = [*found.notes, *source_notes, *frozen_differences(model, branches)]
+    other_sources = describe_sources(model, branches, [*sources, *_replaced_file_types(cfg, without)])
     other_sources |= {"new": [{"name": component, "seed": seed} for component in without]} if without else {}
     return ConversionPlan(
         cfg,
@@ -148,13 +175,13 @@ def plan(
 
 
 def _check_new_components(without: Sequence[str], given: Sequence[Leaf | StoredLeaf]) -> None:
-    """Raise ConfigError for a component that is to be new and is given too."""
+    """Raise ConfigError for a component of `without` that a file or run also provides."""
     if both := {get_component(leaf.target) for leaf in given} & {*without}:
-        raise ConfigError(f"--without {min(both)}: a file or a run that is given holds it; leave one out")
+        raise ConfigError(f"--without {min(both)}: a file or run provides this component; leave one of the two out")
 
 
 def _replaced_file_types(cfg: VideoLlamaConfig, without: Sequence[str]) -> list[str]:
-    """The kinds of files of which the base keeps nothing."""
+    """Return the file types all of whose components are in `without`."""
     rule_tables = {file_type: spec.rules(cfg) for file_type, spec in FILE_SPECS.items() if spec.applies(cfg)}
     return [
         file_type
@@ -164,64 +191,74 @@ def _replaced_file_types(cfg: VideoLlamaConfig, without: Sequence[str]) -> list[
 
 
 def _default_template(language: LanguageModel | None, known: Mapping[str, Any]) -> str:
-    """The base's template, unless there is a language model of another family: that family's."""
+    """Return the base's template, or that of the language model's family if the base's model is of another one."""
     if language is None or ("llama" in known and known["llama"]["family"] == language.fields["family"]):
         return known["template"]
     return find_family(language.fields["family"]).template
 
 
 def _tokenizer_directory(language: LanguageModel | None, base: StoredModel | None) -> Path:
-    """The language model's, else the base's."""
     if language:
         return language.tokenizer
-    assert base is not None  # `_check_complete` asks for one or the other
+    assert base is not None  # checked by `_check_complete`
     return base.directory.tokenizer_directory
 
 
 def _search_directory(directory: Path | None, given: Mapping[str, Path], llama_directory: Path | None) -> SearchResult:
-    """What a directory adds to the files that are given."""
+    """Find the weight files of a directory whose types are not given by name."""
     if unknown := given.keys() - FILE_SPECS.keys() | given.keys() & {"llama"}:
-        raise ConfigError(f"no such kind of file: {', '.join(sorted(unknown))}; known are {', '.join(FILE_SPECS)}")
+        raise ConfigError(f"unknown file type: {', '.join(sorted(unknown))}; known types are {', '.join(FILE_SPECS)}")
     if directory and directory.is_file():
-        raise CheckpointError(f"{directory}: not a directory; give the one that holds the weights")
-    display_name = [*given, *(["llama"] if llama_directory else [])]
-    return find_weight_files([directory] if directory else [], display_name)
+        raise CheckpointError(f"{directory}: not a directory; give the directory of the weight files")
+    given_types = [*given, *(["llama"] if llama_directory else [])]
+    return find_weight_files([directory] if directory else [], given_types)
 
 
 def _open_files(given: Mapping[str, Path]) -> dict[str, Source]:
-    opened = {
-        path: strip_wrapper_prefixes(open_file(path)) for path in dict.fromkeys(given.values())
-    }  # one file may be two pieces
+    # One file may be of two types. It is opened once.
+    opened = {path: strip_wrapper_prefixes(open_file(path)) for path in dict.fromkeys(given.values())}
     return {file_type: opened[path] for file_type, path in given.items()}
 
 
 def _check_complete(file_types: Sequence[str], base: StoredModel | None, directory: str | Path | None) -> None:
-    """Raise ConfigError where no file holds a component that every model has, and where two hold the same."""
+    """Raise ConfigError for a required component that no file contains, or that two files contain."""
     choices = [file_types_containing(component) for component in ("llama", "vit", "image_qformer")]
-    lacking = [choice for choice in choices if not base and not set(choice) & set(file_types)]
-    if lacking:
-        where = f", and {directory} holds none" if directory else ""
+    missing = [choice for choice in choices if not base and not set(choice) & set(file_types)]
+    if missing:
+        where = f"; {directory} contains none" if directory else ""
         options = ", ".join(
-            " or ".join(FILE_SPECS[file_type].display_name for file_type in choice) for choice in lacking
+            " or ".join(FILE_SPECS[file_type].display_name for file_type in choice) for choice in missing
         )
         raise ConfigError(f"every model needs {options}{where}")
     for choice in choices:
         if len(given := [file_type for file_type in choice if file_type in file_types]) > 1:
-            told = " and ".join(FILE_SPECS[file_type].display_name for file_type in given)
-            raise ConfigError(f"{told} hold the same component of the model; leave one of them out")
+            names = " and ".join(FILE_SPECS[file_type].display_name for file_type in given)
+            raise ConfigError(f"{names} contain the same component of the model; leave one of them out")
     for spec in (FILE_SPECS[file_type] for file_type in file_types if FILE_SPECS[file_type].needs):
         if spec.needs not in file_types and not (base and FILE_SPECS[spec.needs].applies(base.directory.config)):
             needed = FILE_SPECS[spec.needs].display_name
-            raise ConfigError(f"{spec.display_name} needs {needed}: the {spec.branch} branch takes what it encodes")
+            raise ConfigError(
+                f"{spec.display_name} needs {needed}, which encodes the input of the {spec.branch} branch"
+            )
 
 
 def convert(
     plan: ConversionPlan, out: str | Path, *, dtype: str | None = None, progress: BytesProgress = lambda done: None
 ) -> None:
-    """Writes the model directory that `plan` describes; `out` appears when it is whole.
+    """Write the model directory that `plan` describes.
 
-    dtype: of the weights on disk; each one's own unless given. progress is called with the bytes written since.
-    Raises CheckpointError when `out` exists or cannot be written, and when a value is too large for `dtype`.
+    It is written under a temporary name and renamed to `out` when it is complete.
+
+    Args:
+        plan: What `plan(...)` returned.
+        out: The model directory to create.
+        dtype: The dtype of the weights on disk, "float32", "bfloat16" or "float16". By default each weight keeps the
+            dtype of its source.
+        progress: Called with the number of bytes written since the last call.
+
+    Raises:
+        CheckpointError: `out` exists or cannot be written, a source cannot be read, or a value is too large for
+            `dtype`.
 
     Example:
         >>> import json
@@ -233,7 +270,7 @@ def convert(
         >>> vl.convert.convert(plan, "model")
         >>> model = vl.load("model")
 
-        A model with 48 queries in the video Q-Former, whose weights are new, and all else of that one:
+        The same model with a new video Q-Former of 48 queries:
 
         >>> changed = {"video_qformer": {"num_queries": 48}}
         >>> plan = vl.convert.plan(files={}, base="model", config=changed, without=["video_qformer"])
@@ -259,6 +296,7 @@ def convert(
 
 
 def bytes_to_write(plan: ConversionPlan, dtype: str | None = None) -> int:
+    """Return the number of bytes of weights that `convert` writes, for a progress bar."""
     return sum(math.prod(leaf.shape) * np.dtype(dtype or leaf.dtype).itemsize for leaf in plan.all_leaves)
 
 

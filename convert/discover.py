@@ -1,4 +1,4 @@
-"""A directory of weight files as people release and download it → which file is which piece, by what it holds."""
+"""Search directories of downloaded weight files, and identify the type of each file by its tensors."""
 
 import dataclasses
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -11,13 +11,17 @@ from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.paths import read_first_bytes
 
 WEIGHT_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
-MAX_LISTED_FILES = 5  # files that are no weights, named in the report; the rest are counted
+MAX_LISTED_FILES = 5  # of files that are not weights; the others are counted
 
 
 @dataclasses.dataclass(frozen=True)
 class SearchResult:
-    """What a directory holds. files: a source for each piece; llama: the language model's directory, where one is.
-    report: a line for each file that was taken or left aside.
+    """The weight files that were found.
+
+    Attributes:
+        files: The tensors of each file, by file type.
+        llama: The directory of the language model, if there is one.
+        notes: A line for each file, used or ignored.
     """
 
     files: dict[str, Source]
@@ -25,54 +29,60 @@ class SearchResult:
     notes: list[str]
 
 
-def find_weight_files(places: Sequence[Path], given: Collection[str]) -> SearchResult:
-    """Looks at files, and through directories and those in them.
+def find_weight_files(paths: Sequence[Path], given: Collection[str]) -> SearchResult:
+    """Identify weight files, and search directories for them recursively.
 
-    given: the pieces that options name; what is found of those is left aside.
-    Raises CheckpointError for a place that is not there, and for a file that is weights by its name and cannot be read;
-    ConfigError where two files are the same piece.
+    Symbolic links are followed. Names that start with a dot are ignored.
+
+    Args:
+        paths: Files and directories.
+        given: The file types that options provide. Files of these types are ignored.
+
+    Raises:
+        CheckpointError: A path does not exist, or a file with the suffix of a weight file cannot be read.
+        ConfigError: Two different files are of the same type.
     """
     candidates: dict[str, list[tuple[Path, Source | None]]] = {}
     notes: list[str] = []
-    others: dict[Path, list[str]] = {place: [] for place in places}
-    entries = [(place, path) for place in places for path in _entries(place)]
-    for place, path in entries:
+    others: dict[Path, list[str]] = {root: [] for root in paths}
+    entries = [(root, path) for root in paths for path in _list_entries(root)]
+    for root, path in entries:
         source = None if path.is_dir() else _open_if_weights(path)
         file_types = (["llama"] if is_language_model(path) else []) if source is None else identify_file_types(source)
         if source and "llama" in file_types:
-            notes.append(f"{path}: ignored, LLaMA weights without their config.json; give a directory as --llama")
+            notes.append(f"{path}: ignored, LLaMA weights without config.json; give the directory as --llama")
         elif source and not file_types:
-            notes.append(f"{path}: ignored, weights of no part of this model")
+            notes.append(f"{path}: ignored, weights of an unknown type")
         elif not file_types:
-            others[place].append(str(path.relative_to(place)))
+            others[root].append(str(path.relative_to(root)))
         else:
             for file_type in file_types:
                 candidates.setdefault(file_type, []).append((path, source))
-    taken = {}
+    used = {}
     for file_type, found in candidates.items():
+        spec = FILE_SPECS[file_type]
         if file_type in given:
-            notes += [f"{path}: ignored, {FILE_SPECS[file_type].display_name} is given" for path, _ in found]
+            notes += [f"{path}: ignored, {spec.display_name} is given" for path, _ in found]
         else:
-            taken[file_type] = _require_unique(file_type, found)
-            option = f", as {FILE_SPECS[file_type].option}" if FILE_SPECS[file_type].option else ""
-            notes.append(f"{taken[file_type][0]}: {FILE_SPECS[file_type].description}{option}")
-    sources = {file_type: source for file_type, (_, source) in taken.items() if source}
-    home = taken["llama"][0] if "llama" in taken else None
-    return SearchResult(sources, home, [*sorted(notes), *_report_ignored(others)])
+            used[file_type] = _require_unique(file_type, found)
+            option = f", as {spec.option}" if spec.option else ""
+            notes.append(f"{used[file_type][0]}: {spec.description}{option}")
+    sources = {file_type: source for file_type, (_, source) in used.items() if source}
+    llama = used["llama"][0] if "llama" in used else None
+    return SearchResult(sources, llama, [*sorted(notes), *_report_ignored(others)])
 
 
-def _entries(place: Path) -> Iterator[Path]:
-    if not place.exists():
-        raise CheckpointError(f"{place}: no such file or directory; give what holds the weights")
-    return _walk(place, set()) if place.is_dir() else iter([place])
+def _list_entries(root: Path) -> Iterator[Path]:
+    if not root.exists():
+        raise CheckpointError(f"{root}: no such file or directory; give a weight file or a directory of them")
+    return _walk(root, set()) if root.is_dir() else iter([root])
 
 
 def _walk(folder: Path, visited: set[Path]) -> Iterator[Path]:
-    """Language models and our own model directories whole, and all other files one by one. Links are followed, hidden
-    names are not."""
-    if (place := folder.resolve()) in visited:
+    """Yield the directories of language models and model directories, and the other files one by one."""
+    if (resolved := folder.resolve()) in visited:
         return
-    visited.add(place)
+    visited.add(resolved)
     is_model = is_language_model(folder)
     if is_model or (folder / "manifest.json").exists():
         yield folder
@@ -90,38 +100,32 @@ def _walk(folder: Path, visited: set[Path]) -> Iterator[Path]:
 
 
 def _open_if_weights(path: Path) -> Source | None:
-    """The tensors of a file; None for one that is no weights.
+    """Open a file, or return None if it is not a weight file.
 
-    Raises CheckpointError for one that is weights by its name and not by what it holds: without half a download or a
-    git-lfs pointer, another model would come out.
+    A file with the suffix of a weight file that cannot be read, such as a partial download or a git-lfs pointer, is a
+    CheckpointError: without it the result would be another model.
     """
+    has_weight_suffix = path.suffix in WEIGHT_SUFFIXES
     try:
-        display_name = path.suffix in WEIGHT_SUFFIXES
-        return (
-            strip_wrapper_prefixes(open_file(path))
-            if display_name or looks_like_weights(read_first_bytes(path, CheckpointError))
-            else None
-        )
+        if has_weight_suffix or looks_like_weights(read_first_bytes(path, CheckpointError)):
+            return strip_wrapper_prefixes(open_file(path))
     except CheckpointError as error:
-        if display_name:
-            raise CheckpointError(f"{error}; if it is no part of the model, move it away from there") from error
-        return None
+        if has_weight_suffix:
+            raise CheckpointError(f"{error}; if the model does not need this file, move it elsewhere") from error
+    return None
 
 
 def _require_unique(file_type: str, found: Sequence[tuple[Path, Source | None]]) -> tuple[Path, Source | None]:
-    """The one file of a kind; the same file under two names is one."""
-    first = found[0][0]
+    """Return the only file of a type. Links to the same file count once."""
+    first, spec = found[0][0], FILE_SPECS[file_type]
     for path, _ in found[1:]:
         if not path.samefile(first):
-            raise ConfigError(
-                f"{first} and {path}: both are {FILE_SPECS[file_type].description}; say which with "
-                f"{FILE_SPECS[file_type].display_name}"
-            )
+            raise ConfigError(f"{first} and {path}: both are {spec.description}; choose one with {spec.display_name}")
     return found[0]
 
 
 def _report_ignored(others: Mapping[Path, Sequence[str]]) -> Iterator[str]:
-    for place, names in others.items():
+    for root, names in others.items():
         more = f" and {len(names) - MAX_LISTED_FILES} more" if len(names) > MAX_LISTED_FILES else ""
         if names:
-            yield f"{place}: ignored, no weights: {', '.join(sorted(names)[:MAX_LISTED_FILES])}{more}"
+            yield f"{root}: ignored, not weights: {', '.join(sorted(names)[:MAX_LISTED_FILES])}{more}"

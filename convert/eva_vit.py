@@ -1,4 +1,4 @@
-"""EVA-CLIP's file (eva_vit_g.pth) → `vit`."""
+"""Rules of EVA-CLIP's file (eva_vit_g.pth) for the component `vit`."""
 
 import math
 from typing import Any
@@ -23,7 +23,7 @@ from vllama_jax.towers import TowerConfig
 
 
 def _join_qv_bias(heads: int) -> Transform:
-    """Query and value biases; the key has none, and gets zeros."""
+    """Join the biases of queries and values to one of [3, h, k]. Keys have none and get zeros."""
 
     def to_jax(query: np.ndarray, value: np.ndarray) -> np.ndarray:
         return np.stack([query, np.zeros_like(query), value]).reshape(3, heads, -1)
@@ -32,6 +32,7 @@ def _join_qv_bias(heads: int) -> Transform:
 
 
 def rules(cfg: TowerConfig) -> list[Rule]:
+    """Return the rule table of `vit`."""
     layers, heads = range(cfg.depth), (cfg.num_heads, cfg.width // cfg.num_heads)
     return [
         Rule("vit/class_token", ("cls_token",), SQUEEZE_TO_VECTOR),
@@ -54,7 +55,7 @@ def rules(cfg: TowerConfig) -> list[Rule]:
 
 
 def unused_tensors(cfg: TowerConfig) -> dict[str, str]:
-    """Tensors that the file has and the model does not use (regular expressions), and why."""
+    """Return regular expressions on names of tensors that are not used, each with the reason."""
     used = "|".join(map(str, range(cfg.depth)))
     return {
         rf"blocks\.(?!(?:{used})\.)\d+\..*": f"only EVA's first {cfg.depth} blocks are used",
@@ -63,7 +64,7 @@ def unused_tensors(cfg: TowerConfig) -> dict[str, str]:
 
 
 def infer(source: Source) -> dict[str, Any]:
-    """The fields of a VitConfig that the file's shapes tell."""
+    """Infer the fields of VitConfig that tensor shapes determine: all but the head count."""
     width, _, _, patch_size = source.shape("patch_embed.proj.weight", 4)
     num_blocks = count_layers(source, r"blocks\.(\d+)\.")
     return {

@@ -1,6 +1,6 @@
-"""A model or run directory → the files that the original's PyTorch code reads, tensor by tensor.
+"""Export a model or run directory to the files that the original's PyTorch code reads.
 
-A plan says which files there will be and which tensors in each; nothing is read before `export` writes them.
+`plan_export` lists the files and their tensors. `export` reads the weights and writes the files, one tensor at a time.
 """
 
 import dataclasses
@@ -28,28 +28,37 @@ from vllama_jax.io.json_files import read_object
 from vllama_jax.io.paths import require_local_output
 
 ExportFormat = Literal["pth", "safetensors"]
-ExportPlan = Mapping[str, Sequence[Tensor]]  # what is in each file, by its path in the directory
+ExportPlan = Mapping[str, Sequence[Tensor]]  # the tensors of each file, by its path in the output directory
 
-EXPORT_SHARD_BYTES = 5e9  # Hugging Face's own default when LLaMA was published
-NUM_POSITION_IDS = 512  # BERT's
+EXPORT_SHARD_BYTES = 5e9  # of a safetensors file; transformers' default when LLaMA was published
+NUM_POSITION_IDS = 512  # BERT's max_position_embeddings
 
 
 def plan_export(
     model: ModelDirectory, format: ExportFormat = "pth", shard_bytes: float = EXPORT_SHARD_BYTES
 ) -> ExportPlan:
-    """The files that make up a model in the original's layouts, or one with every tensor by its name in the whole.
+    """List the files of an export and the tensors of each.
 
-    shard_bytes: of a file of the language model at most, where a tensor is not larger.
-    Raises CheckpointError where weights are missing or their files not whole, and where torch is needed and absent.
+    Args:
+        model: The model directory, or a run opened as one.
+        format: "pth" for the original's separate files, with the language model as safetensors. "safetensors" for one
+            file, in which every tensor has its name in the original's complete model.
+        shard_bytes: The largest size of a file of the language model, unless a single tensor is larger.
+
+    Returns:
+        The tensors of each file, by its path in the output directory.
+
+    Raises:
+        CheckpointError: Weights are missing or truncated, or torch is required and not installed.
     """
     if format == "pth":
         require_torch()
-    pieces = _tensors_by_file_type(model)
+    by_type = _tensors_by_file_type(model)
     if format == "safetensors":
-        named = {tensor.name: tensor for tensor in _with_full_names(pieces)}  # branches share buffers
+        named = {tensor.name: tensor for tensor in _with_full_names(by_type)}  # branches share buffers
         return {"model.safetensors": list(named.values())}
-    shards = _shards(pieces.pop("llama"), shard_bytes)
-    return {_file_name(file_type): tensors for file_type, tensors in pieces.items()} | shards
+    shards = _shards(by_type.pop("llama"), shard_bytes)
+    return {_file_name(file_type): tensors for file_type, tensors in by_type.items()} | shards
 
 
 def _file_name(file_type: str) -> str:
@@ -59,11 +68,19 @@ def _file_name(file_type: str) -> str:
 def export(
     model: ModelDirectory, files: ExportPlan, out: str | Path, progress: BytesProgress = lambda done: None
 ) -> None:
-    """Writes the files that `plan_export` gave; `out` appears when it is whole.
+    """Write the files of an export, and a config.json for `vllama convert --config`.
 
-    progress: called with the bytes written since.
-    Beside them is config.json, with which `vllama convert` makes the same model of them again.
-    Raises CheckpointError when `out` exists or cannot be written, and when the model cannot be read any more.
+    They are written under a temporary name; `out` exists only when it is complete. Converting it again gives the same
+    model.
+
+    Args:
+        model: The model directory, or a run opened as one.
+        files: What `plan_export(model)` returned.
+        out: The directory to create.
+        progress: Called with the number of bytes written since the last call.
+
+    Raises:
+        CheckpointError: `out` exists or cannot be written, or the model cannot be read.
 
     Example:
         >>> from pathlib import Path
@@ -88,11 +105,12 @@ def export(
 
 
 def export_bytes(files: ExportPlan) -> int:
+    """Return the number of bytes of tensors that `export` writes, for a progress bar."""
     return sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
 
 
 def _tensors_by_file_type(model: ModelDirectory) -> dict[str, list[Tensor]]:
-    """The tensors of every kind of file that the model has weights for."""
+    """Return the tensors of every file type that the model has weights for."""
     config, rules = model.config, _rules_by_file_type(model)
     targets = {rule.target for table in rules.values() for rule in table}
     shapes = abstract_shapes(config)
@@ -100,11 +118,11 @@ def _tensors_by_file_type(model: ModelDirectory) -> dict[str, list[Tensor]]:
     from_runs = {path for trained in model.trained for path in trained.leaves}
     check_params(model.path / "params", model.manifest["leaves"], sorted(targets - from_runs))
     read = make_row_reader(model)
-    pieces = {}
+    by_type = {}
     for file_type, table in rules.items():
         weights = [tensor for rule in table for tensor in _source_tensors(rule, shapes[rule.target], model, read)]
-        pieces[file_type] = [*weights, *_buffers(file_type, config)]
-    return pieces
+        by_type[file_type] = [*weights, *_buffers(file_type, config)]
+    return by_type
 
 
 def _rules_by_file_type(model: ModelDirectory) -> dict[str, list[Rule]]:
@@ -118,12 +136,12 @@ def _rules_by_file_type(model: ModelDirectory) -> dict[str, list[Rule]]:
 
 
 def _signature_weight(file_type: str, rules: Sequence[Rule]) -> str:
-    """The weight that a kind of file is told by."""
+    """Return the path of the weight that the signature tensor of a file type is made from."""
     return next(rule.target for rule in rules if FILE_SPECS[file_type].signature in itertools.chain(*rule.names()))
 
 
 def _source_tensors(rule: Rule, shape: tuple[int, ...], model: ModelDirectory, read: RowReader) -> Iterator[Tensor]:
-    """What a weight of ours is in the original: for each layer, a tensor or several."""
+    """Yield the PyTorch tensors of a weight: one or more for each layer."""
 
     def read_tensor(row: int | None, number: int) -> np.ndarray:
         return _to_c_order(rule.transform.to_torch(read(rule.target, row))[number])
@@ -131,18 +149,18 @@ def _source_tensors(rule: Rule, shape: tuple[int, ...], model: ModelDirectory, r
     shapes, dtype = rule.source_shapes(shape), stored_dtype(model, rule.target)
     for row, names in enumerate(rule.names()):
         for number, name in enumerate(names):
-            where = None if rule.layers is None else row
-            yield Tensor(name, shapes[number], dtype, functools.partial(read_tensor, where, number))
+            layer_row = None if rule.layers is None else row
+            yield Tensor(name, shapes[number], dtype, functools.partial(read_tensor, layer_row, number))
 
 
 def _to_c_order(array: np.ndarray) -> np.ndarray:
-    return (
-        transpose_contiguous(array.T) if array.ndim == 2 and array.T.flags.c_contiguous else np.ascontiguousarray(array)
-    )
+    if array.ndim == 2 and array.T.flags.c_contiguous:
+        return transpose_contiguous(array.T)
+    return np.ascontiguousarray(array)
 
 
 def _buffers(file_type: str, config: VideoLlamaConfig) -> list[Tensor]:
-    """What the original's files hold besides weights, all fixed, and the same in every checkpoint of a model."""
+    """Return the constant buffers that the original saves in a file of this type."""
     from vllama_jax.nn.llama import rope_frequencies
 
     qformers = {"blip2": ("",), "vl": ("", "video_"), "al": ("", "video_", "audio_")}.get(file_type, ())
@@ -161,17 +179,17 @@ def _buffers(file_type: str, config: VideoLlamaConfig) -> list[Tensor]:
     ]
 
 
-def _with_full_names(pieces: Mapping[str, Sequence[Tensor]]) -> Iterator[Tensor]:
-    for file_type, tensors in pieces.items():
+def _with_full_names(by_type: Mapping[str, Sequence[Tensor]]) -> Iterator[Tensor]:
+    for file_type, tensors in by_type.items():
         for tensor in tensors:
             yield dataclasses.replace(tensor, name=FILE_SPECS[file_type].prefix + tensor.name)
 
 
 def _shards(tensors: Sequence[Tensor], shard_bytes: float) -> dict[str, list[Tensor]]:
-    """A language model's tensors over as few files as their order allows, named as transformers names them."""
+    """Divide the language model's tensors, in order, over files with transformers' names."""
     shards: list[list[Tensor]] = [[]]
     for tensor in tensors:
-        if shards[-1] and sum(held.nbytes for held in shards[-1]) + tensor.nbytes > shard_bytes:
+        if shards[-1] and sum(previous.nbytes for previous in shards[-1]) + tensor.nbytes > shard_bytes:
             shards.append([])
         shards[-1].append(tensor)
     if len(shards) == 1:
@@ -180,24 +198,25 @@ def _shards(tensors: Sequence[Tensor], shard_bytes: float) -> dict[str, list[Ten
 
 
 def _write_llama(directory: Path, model: ModelDirectory, shards: ExportPlan) -> None:
-    """What is in a Hugging Face directory beside the weights."""
+    """Write the files of a Hugging Face directory other than the weights: tokenizer, config.json and index."""
     directory.mkdir()
     for file in (model.path / "tokenizer").iterdir():
         write_file(directory / file.name, file.read_bytes())
     dtype = stored_dtype(model, "llama/embedding").name
     fields = to_hugging_face_config(model.config.llama) | _special_ids(model) | {"torch_dtype": dtype}
-    replace_json(directory / "config.json", fields)  # a tokenizer.json may have brought one, for its ids
+    # The directory of a tokenizer.json has a config.json too, for the special token ids.
+    replace_json(directory / "config.json", fields)
     if len(shards) > 1:
-        homes = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
-        index = {"metadata": {"total_size": export_bytes(shards)}, "weight_map": homes}
+        weight_map = {tensor.name: shard for shard, tensors in shards.items() for tensor in tensors}
+        index = {"metadata": {"total_size": export_bytes(shards)}, "weight_map": weight_map}
         write_json(directory / "model.safetensors.index.json", index)
 
 
 def _special_ids(model: ModelDirectory) -> dict[str, Any]:
-    """As the language model's own config.json had them, where its tokenizer needed that; else the tokenizer's."""
+    """Return the special token ids of the config.json that is stored with the tokenizer, else the tokenizer's."""
     eos_ids = model.tokenizer.eos_ids
     eos = eos_ids[0] if len(eos_ids) == 1 else [*eos_ids]
     ids = {"bos_token_id": model.tokenizer.bos_id, "eos_token_id": eos}
-    own = model.path / "tokenizer" / "config.json"
-    stored = read_object(own) if own.exists() else {}
+    path = model.path / "tokenizer" / "config.json"
+    stored = read_object(path) if path.exists() else {}
     return ids | {name: stored[name] for name in (*ids, "pad_token_id") if name in stored}

@@ -1,6 +1,6 @@
-"""Families of language models as data: what the config.json of each architecture says and which weights it has.
+"""Families of language models: how the config.json and the weights of each architecture are converted.
 
-The network (nn/llama.py) knows no family: it reads the fields of LlamaConfig that an entry fixes.
+The network (nn/llama.py) does not depend on the family, only on fields of LlamaConfig, some of which an entry fixes.
 """
 
 import dataclasses
@@ -15,16 +15,17 @@ from vllama_jax.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """One architecture of `transformers`.
+    """An architecture of `transformers`.
 
     Attributes:
-        architecture: The class that config.json names.
-        template: The prompt template of a converted model, unless another is given.
-        fixed: Fields of LlamaConfig that the architecture fixes.
-        defaults: Fields of config.json where it does not have them, as the architecture's config class has them.
-        required: Fields of config.json with the only value that is supported; an export has them too.
-        rules: Which tensors of its files are which weights.
-        extras: Tensors of its files that are not used (regular expressions), and why.
+        architecture: The model class, `architectures` in config.json of an export.
+        template: The default prompt template of a converted model.
+        fixed: Fields of LlamaConfig that are the same for all models of the family.
+        defaults: Fields of config.json and their values if absent, as in the architecture's config class.
+        required: Fields of config.json and their only supported values. They are written on export.
+        rules: (language model config) → the rule table.
+        unused_tensors: (language model config) → regular expressions on names of tensors that are not used, each with
+            the reason.
     """
 
     architecture: str
@@ -36,7 +37,7 @@ class Family:
     unused_tensors: Callable[[LlamaConfig], dict[str, str]] = llama.unused_tensors
 
 
-# By config.json's model_type. Defaults are those of transformers 5.24, whose config.json leaves some of them out.
+# By `model_type` of config.json. Defaults are those of transformers 5.24, which does not write all of them.
 FAMILIES: dict[str, Family] = {
     "llama": Family(
         architecture="LlamaForCausalLM",
@@ -49,7 +50,7 @@ FAMILIES: dict[str, Family] = {
         defaults={"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
         required={"sliding_window": None},
     ),
-    "qwen2": Family(  # Qwen2.5 too
+    "qwen2": Family(  # and Qwen2.5
         architecture="Qwen2ForCausalLM",
         template="chatml",
         fixed={"qkv_bias": True},
@@ -67,11 +68,11 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(name: str) -> Family:
-    """Return the family of that name.
+    """Return the family with this name, `model_type` of config.json.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such family.
     """
     if name not in FAMILIES:
-        raise ConfigError(f"no family {name!r} of language models: supported are {', '.join(FAMILIES)}")
+        raise ConfigError(f"unknown family of language models {name!r}: supported are {', '.join(FAMILIES)}")
     return FAMILIES[name]

@@ -1,4 +1,4 @@
-"""ImageBind's file (imagebind_huge.pth, six towers) → `imagebind`: its audio and its vision tower."""
+"""Rules of ImageBind's file (imagebind_huge.pth, six towers) for `imagebind/audio` and `imagebind/vision`."""
 
 import math
 import re
@@ -36,7 +36,7 @@ OTHER_SCALES = {"depth": 5.0, "thermal": 10.0, "imu": 5.0}  # reference: imagebi
 
 
 def buffers(cfg: ImageBindConfig) -> dict[str, np.ndarray]:
-    """What the model has besides parameters, all fixed; the original keeps it in checkpoints of the audio branch."""
+    """Return ImageBind's constant buffers by name. The original saves them in checkpoints of the audio branch."""
     scale = "modality_postprocessors.{}.1.log_logit_scale"
     return {
         AUDIO_SCALE: np.asarray(cfg.audio.log_logit_scale, np.float32),
@@ -46,6 +46,7 @@ def buffers(cfg: ImageBindConfig) -> dict[str, np.ndarray]:
 
 
 def rules(cfg: ImageBindConfig) -> list[Rule]:
+    """Return the rule table of both towers."""
     return [*_audio_rules(cfg.audio), *_vision_rules(cfg.vision)]
 
 
@@ -73,7 +74,7 @@ def _vision_rules(cfg: ImageBindVisionConfig) -> list[Rule]:
 
 
 def _tower_rules(target: str, modality: str, cfg: ImageBindAudioConfig | ImageBindVisionConfig) -> list[Rule]:
-    """What both towers have."""
+    """Return the rules that both towers have in common."""
     layers, heads = range(cfg.depth), (cfg.num_heads, cfg.width // cfg.num_heads)
     stem, trunk = f"modality_preprocessors.{modality}", f"modality_trunks.{modality}.blocks.{{i}}"
     blocks, qkv = f"{target}/blocks", f"{target}/blocks/attention/qkv"
@@ -93,12 +94,12 @@ def _tower_rules(target: str, modality: str, cfg: ImageBindAudioConfig | ImageBi
 
 
 def _split_row(heads: int, head_dim: int) -> Transform:
-    """A learned row over heads: [1, 1, h·k] ↔ [h, k]."""
+    """Return the transform of a row that is split into heads: [1, 1, h·k] ↔ [h, k]."""
     return Transform(lambda x: x.reshape(heads, head_dim), lambda x: (x.reshape(1, 1, -1),))
 
 
 def infer(source: Source) -> dict[str, Any]:
-    """The fields of an ImageBindConfig that the file tells."""
+    """Infer the fields of ImageBindConfig that the file determines: all but the head counts."""
     stem = "modality_preprocessors"
     audio_width, _, _, audio_patch = source.shape(f"{stem}.audio.rgbt_stem.proj.weight", 4)
     width, _, frames, _, patch_size = source.shape(f"{stem}.vision.rgbt_stem.proj.1.weight", 5)

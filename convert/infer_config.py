@@ -1,4 +1,4 @@
-"""A model's dimensions, read off the shapes in its files; what shapes cannot tell comes from presets and --config."""
+"""Infer the config of a model from tensor shapes. What shapes do not determine comes from presets and --config."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,7 +9,7 @@ from vllama_jax.convert.components import FILE_SPECS
 from vllama_jax.convert.weight_files import Source, count_layers
 from vllama_jax.errors import ConfigError
 
-# Head counts leave no trace in shapes; these are the published models'.
+# Shapes do not determine head counts. These are the head counts of the published models, by width.
 PUBLISHED_HEADS = {
     "vit": {presets.EVA_G.width: presets.EVA_G.num_heads},
     "qformer": {presets.BLIP2_QFORMER.width: presets.BLIP2_QFORMER.num_heads},
@@ -24,13 +24,19 @@ def infer_model_config(
     override: Mapping[str, Any],
     known: Mapping[str, Any] | None = None,
 ) -> VideoLlamaConfig:
-    """The config of the model that the pieces make up.
+    """Infer the config of the model that the sources make.
 
-    llama_fields: what config.json tells of the language model. override: any part of a config; it wins, and what it
-    says of the audio branch is left aside when the model has none. known: the fields of a model directory whose parts
-    are used where there is no piece.
-    Raises ConfigError for unknown or wrong fields in `override`, where a head count is neither known nor given, and
-    where a file has not the layers it should; CheckpointError where a file lacks a tensor that tells a dimension.
+    Args:
+        sources: The files by file type.
+        llama_fields: The fields of LlamaConfig from the language model's config.json.
+        override: Config fields that take precedence. Those of the audio branch are ignored if the model has none, so
+            that one --config file serves for both.
+        known: Config fields of the model directories that provide components without a file.
+
+    Raises:
+        ConfigError: `override` has unknown or invalid fields, a head count is not known, or a file has fewer layers
+            than the config.
+        CheckpointError: A tensor that determines a dimension is missing or has the wrong number of axes.
     """
     known = dict(known or {})
     inferred = _inferred_fields(sources, llama_fields)
@@ -39,7 +45,7 @@ def infer_model_config(
     fields = known | {name: _merge_inferred(known.get(name), value) for name, value in inferred.items()}
     _add_missing_branches(fields)
     _check_override(override, fields)
-    absent = {"imagebind", "audio_qformer"} - fields.keys()  # one --config may serve with and without these
+    absent = {"imagebind", "audio_qformer"} - fields.keys()
     fields = merge(fields, {name: value for name, value in override.items() if name not in absent})
     _fill_heads(fields)
     cfg = from_dict(fields, VideoLlamaConfig, "model config")
@@ -50,7 +56,7 @@ def infer_model_config(
 
 
 def _inferred_fields(sources: Mapping[str, Source], llama_fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that the pieces tell."""
+    """Return the config fields that the sources determine."""
     inferred: dict[str, Any] = {}
     for file_type, source in sources.items():
         for name, value in FILE_SPECS[file_type].infer(source).items():
@@ -59,12 +65,12 @@ def _inferred_fields(sources: Mapping[str, Source], llama_fields: Mapping[str, A
 
 
 def join_branches(known: Iterable[Mapping[str, Any]], others: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The configs of additional branches; of two of one type that in `others`."""
+    """Join two lists of configs of additional branches. For a type in both, the config of `others` is used."""
     return list({branch["type"]: branch for branch in (*known, *others)}.values())
 
 
 def _merge_inferred(known: Any, inferred: Any) -> Any:
-    """What a file tells, and beside it what was known of a part of the same width: head counts leave no trace."""
+    """Return the inferred fields, and known ones, such as head counts, if the component has the same width and type."""
     if not isinstance(known, Mapping) or not isinstance(inferred, Mapping):
         return inferred
     if any(known.get(name) != inferred.get(name) for name in ("width", "type")):
@@ -73,7 +79,7 @@ def _merge_inferred(known: Any, inferred: Any) -> Any:
 
 
 def _add_missing_branches(fields: dict[str, Any]) -> None:
-    """Before a branch has a checkpoint, it is as it will be trained: two layers of the image Q-Former's size."""
+    """Add the config of branches without a checkpoint: Q-Formers of two layers with the image Q-Former's width."""
     new = fields["image_qformer"] | {"depth": presets.VIDEO_QFORMER.depth, "cross_attention_every": 1}
     fields.setdefault("video_qformer", new | {"num_queries": presets.VIDEO_QFORMER.num_queries})
     if "imagebind" in fields:
@@ -81,7 +87,7 @@ def _add_missing_branches(fields: dict[str, Any]) -> None:
 
 
 def _check_override(override: Mapping[str, Any], fields: Mapping[str, Any], where: str = "--config") -> None:
-    """Raises ConfigError for a field that is unknown, is no object where the model has a part, or is no count."""
+    """Raise ConfigError for an unknown field, a value that should be an object, or an integer below 1."""
     if where == "--config":
         check_fields(_with_types(override, fields), VideoLlamaConfig, where)
     for name, value in override.items():
@@ -94,7 +100,7 @@ def _check_override(override: Mapping[str, Any], fields: Mapping[str, Any], wher
 
 
 def _with_types(override: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields that are given for a part, with the part's type, by which they are known."""
+    """Add the type of a component to the fields that `override` has for it, so that they can be checked."""
     return {
         name: {"type": fields[name]["type"], **value}
         if isinstance(value, Mapping) and isinstance(fields.get(name), Mapping) and "type" in fields[name]
@@ -104,12 +110,12 @@ def _with_types(override: Mapping[str, Any], fields: Mapping[str, Any]) -> dict[
 
 
 def _fill_heads(fields: dict[str, Any]) -> None:
-    """Puts the published head counts where none is given; lists every place where there is none to put."""
-    places = {"vit": fields["vit"]} | {name: fields[name] for name in fields if name.endswith("_qformer")}
+    """Set missing head counts to the published ones. Raise ConfigError for components of other widths."""
+    components = {"vit": fields["vit"]} | {name: fields[name] for name in fields if name.endswith("_qformer")}
     if imagebind_fields := fields.get("imagebind"):
-        places |= {f"imagebind.{modality}": imagebind_fields[modality] for modality in ("audio", "vision")}
+        components |= {f"imagebind.{modality}": imagebind_fields[modality] for modality in ("audio", "vision")}
     unknown = []
-    for path, component in places.items():
+    for path, component in components.items():
         known = published_heads(path, "type" in component)
         if "num_heads" not in component and component["width"] in known:
             component["num_heads"] = known[component["width"]]
@@ -117,20 +123,23 @@ def _fill_heads(fields: dict[str, Any]) -> None:
             unknown.append(path)
     if unknown:
         raise ConfigError(
-            f"the number of attention heads of {', '.join(unknown)} cannot be read off the files, and their widths are "
-            'not the published ones; give a --config file with, for example, {"vit": {"num_heads": 4}}'
+            f"the files do not determine the number of attention heads of {', '.join(unknown)}, and their widths are "
+            'not those of published models; give a --config file with, for example, {"vit": {"num_heads": 4}}'
         )
 
 
-def published_heads(path: str, typed: bool) -> Mapping[int, int]:
-    """The head counts of the published models by width. typed: whether the part is no EVA-CLIP, which tells its own."""
-    return {} if typed else PUBLISHED_HEADS["qformer" if path.endswith("_qformer") else path]
+def published_heads(path: str, has_type: bool) -> Mapping[int, int]:
+    """Return the head counts of the published models by width.
+
+    Args:
+        path: The component in the config, such as "vit" or "imagebind.audio".
+        has_type: Whether its config has a field `type`: an encoder other than EVA-CLIP, which infers its head count.
+    """
+    return {} if has_type else PUBLISHED_HEADS["qformer" if path.endswith("_qformer") else path]
 
 
 def _check_depth(component: str, depth: int, source: Source, pattern: str, advice: str) -> None:
-    """Fewer layers than the model has would be a long list of missing tensors, and so one line here."""
-    held = count_layers(source, pattern)
-    if held < depth:
-        raise ConfigError(
-            f"{source.label}: holds {held} layers, and {component} has {depth}; {advice} how many there are"
-        )
+    """Raise a ConfigError of one line for missing layers, in place of a long list of missing tensors."""
+    num_layers = count_layers(source, pattern)
+    if num_layers < depth:
+        raise ConfigError(f"{source.label}: has {num_layers} layers, but {component}.depth is {depth}; {advice}")

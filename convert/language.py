@@ -1,4 +1,4 @@
-"""The language model: Hugging Face's layout or Meta's, whole or as a delta."""
+"""Open a language model in Hugging Face's or Meta's layout, complete or as a delta."""
 
 import dataclasses
 from pathlib import Path
@@ -17,7 +17,13 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """Its weights, the fields of LlamaConfig, and the directory of its tokenizer."""
+    """An opened language model.
+
+    Attributes:
+        source: Its tensors, under Hugging Face's names.
+        fields: The fields of LlamaConfig that its config determines.
+        tokenizer: The directory of its tokenizer.
+    """
 
     source: Source
     fields: dict[str, Any]
@@ -25,14 +31,23 @@ class LanguageModel:
 
 
 def open_language_model(directory: Path | None, delta: Path | None) -> LanguageModel | None:
-    """A language model, and what is to be added to it. None where none is given.
+    """Open a language model.
 
-    Raises CheckpointError for what is none or lacks files, ConfigError for a config of another architecture.
+    Args:
+        directory: Its directory, or that of the base of `delta`.
+        delta: The directory of a language model released as a difference, if any.
+
+    Returns:
+        The language model, or None if no directory is given.
+
+    Raises:
+        CheckpointError: A directory is not a language model or lacks files, or the delta does not fit the base.
+        ConfigError: The config is of an unsupported architecture, or a delta is given without a base.
     """
     if directory is None and delta is None:
         return None
     if directory is None:
-        raise ConfigError(f"--delta needs --llama: the language model that {delta} is added to")
+        raise ConfigError(f"--delta needs --llama, the language model that {delta} is added to")
     if delta is None:
         return _check_tied_head(_open_directory(directory, "--llama"))
     base, added = _open_directory(directory, "--llama"), _open_directory(delta, "--delta")
@@ -40,7 +55,7 @@ def open_language_model(directory: Path | None, delta: Path | None) -> LanguageM
 
 
 def _check_tied_head(model: LanguageModel) -> LanguageModel:
-    """The model, its head tied to the embeddings only where the files have no other one, as transformers 5 loads it."""
+    """Untie the head if the files contain one that differs from the embeddings, as transformers 5 does."""
     source = model.source
     if not model.fields["tie_embeddings"] or HEAD not in source or EMBEDDING not in source:
         return model
@@ -48,18 +63,18 @@ def _check_tied_head(model: LanguageModel) -> LanguageModel:
     if embedding.shape == head.shape and np.array_equal(embedding, head):
         return model
     source.notes.append(
-        f"{source.label}: tie_word_embeddings is true in its config.json, but {HEAD} is not the embeddings: not tied"
+        f"{source.label}: ignored tie_word_embeddings of its config.json; {HEAD} differs from the embeddings"
     )
     return dataclasses.replace(model, fields=model.fields | {"tie_embeddings": False})
 
 
 def is_language_model(directory: Path) -> bool:
-    """Whether a directory holds one, with its weights."""
+    """Whether a directory is a language model with its weights, in either layout."""
     return language_config.is_hugging_face(directory) or meta_llama.is_meta(directory)
 
 
 def is_language_model_file(name: str) -> bool:
-    """Whether a file in such a directory is of the language model, and no other piece."""
+    """Whether a file in such a directory belongs to the language model, by its name."""
     return language_config.is_hugging_face_file(name) or bool(meta_llama.SHARD.fullmatch(name)) or name.endswith(".chk")
 
 

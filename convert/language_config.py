@@ -1,4 +1,4 @@
-"""A language model's config.json in Hugging Face's layout ↔ LlamaConfig."""
+"""Convert between LlamaConfig and the config.json of a language model in Hugging Face's layout."""
 
 import os
 import re
@@ -15,26 +15,35 @@ _WEIGHT_FILE = re.compile(r"(pytorch_)?model(-\d+-of-\d+)?\.(bin|safetensors)(\.
 
 
 def is_hugging_face(directory: Path) -> bool:
-    """Whether a directory is a language model of a known family in Hugging Face's layout, with weights in it."""
+    """Whether a directory is a language model of a supported family in Hugging Face's layout, with its weights."""
     if not (directory / "config.json").is_file() or not any(map(_WEIGHT_FILE.fullmatch, os.listdir(directory))):
         return False
     return read_config_file(directory / "config.json").get("model_type") in tuple(FAMILIES)
 
 
 def is_hugging_face_file(name: str) -> bool:
-    """Whether a file in such a directory is of the language model, and no other piece."""
+    """Whether a file in such a directory belongs to the language model, by its name."""
     return bool(_WEIGHT_FILE.fullmatch(name)) or name.endswith((".json", ".model"))
 
 
 def read_llama_config(directory: Path, option: str = "--llama") -> dict[str, Any]:
-    """The fields of LlamaConfig that a directory's config.json gives. option: by which it was given.
+    """Read a language model's config.json.
 
-    Raises CheckpointError when it is missing, and ConfigError when it describes what LLaMA is not.
+    Args:
+        directory: The directory of the language model.
+        option: The command line option that `directory` was given with, for messages.
+
+    Returns:
+        The fields of LlamaConfig, except `vocab_size`, which is inferred from the embeddings.
+
+    Raises:
+        CheckpointError: There is no config.json, or it cannot be read.
+        ConfigError: It describes an architecture that is not supported, or has invalid values.
     """
     path = directory / "config.json"
     if not directory.is_dir():
-        what = "not a directory" if directory.exists() else "no such directory"
-        raise CheckpointError(f"{directory}: {what}; {option} takes a Hugging Face LLaMA directory")
+        problem = "not a directory" if directory.exists() else "no such directory"
+        raise CheckpointError(f"{directory}: {problem}; {option} takes a Hugging Face LLaMA directory")
     if not path.exists():
         raise CheckpointError(
             f"{directory}: no config.json; {option} takes a Hugging Face LLaMA directory, or Meta's with params.json "
@@ -42,7 +51,7 @@ def read_llama_config(directory: Path, option: str = "--llama") -> dict[str, Any
         )
     fields = read_config_file(path)
     if "format" in fields and "model" in fields:
-        raise CheckpointError(f"{directory}: made by `vllama convert`, where {option} takes a LLaMA; give it as --base")
+        raise CheckpointError(f"{directory}: a model directory, not a Hugging Face LLaMA directory; give it as --base")
     name = fields.get("model_type", "llama")
     if name not in tuple(FAMILIES):
         known = ", ".join(FAMILIES)
@@ -52,7 +61,7 @@ def read_llama_config(directory: Path, option: str = "--llama") -> dict[str, Any
 
 
 def _check_supported(fields: dict[str, Any], family: Family, where: str) -> None:
-    """Raise ConfigError where a config.json asks for what the network does not have, by the name of the field."""
+    """Raise ConfigError for a feature that the network does not have. The message names the field."""
     for name, value in family.required.items():
         given = family.defaults.get(name, value) if name not in fields else fields[name]
         if value is False:
@@ -61,33 +70,33 @@ def _check_supported(fields: dict[str, Any], family: Family, where: str) -> None
             advice = f"only {'null' if value is None else str(value).lower()} is"
             raise ConfigError(f"{where}: {name} is {format_value(given)}, which is not supported; {advice}")
     layer_types = fields.get("layer_types") or []
-    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+    if not isinstance(layer_types, list) or any(layer_type != "full_attention" for layer_type in layer_types):
         raise ConfigError(f"{where}: layer_types is {format_value(layer_types)}; only full_attention is supported")
     if fields.get("hidden_act", "silu") != "silu":
         raise ConfigError(f"{where}: activation {format_value(fields['hidden_act'])} is not supported; only silu is")
     if fields.get("quantization_config"):
-        raise ConfigError(f"{where}: its weights are quantized (quantization_config); take the model it was made from")
+        raise ConfigError(f"{where}: quantized weights (quantization_config) are not supported; use the original model")
 
 
 def _covers_context(fields: dict[str, Any], family: Family, where: str) -> bool:
-    """Whether a sliding window is as long as the context, where it changes nothing."""
+    """Whether a sliding window is at least as long as the context, so that it has no effect."""
     fields = {**family.defaults, **fields}
     window = get_integer(fields, "sliding_window", where, ConfigError)
     return window >= get_integer(fields, "max_position_embeddings", where, ConfigError)
 
 
 def _describe_contents(directory: Path) -> str:
-    """What a directory that is no LLaMA's holds, with the LLaMA below it where there is one."""
+    """Describe the contents of a directory that is not a language model, or suggest one of its subdirectories."""
     entries = sorted(directory.iterdir())
     for entry in entries:
         if entry.is_dir() and ((entry / "config.json").exists() or (entry / "params.json").exists()):
             return f"did you mean {entry}?"
     names = [entry.name for entry in entries[:3]]
-    return f"it holds {', '.join(names)}{', …' if len(entries) > 3 else ''}" if names else "it is empty"
+    return f"it contains {', '.join(names)}{', …' if len(entries) > 3 else ''}" if names else "it is empty"
 
 
 def to_hugging_face_config(cfg: LlamaConfig) -> dict[str, Any]:
-    """What a config.json says of this language model: `read_llama_config` backward."""
+    """Return the config.json of a language model, the inverse of `read_llama_config`."""
     family = find_family(cfg.family)
     return {
         "architectures": [family.architecture],
@@ -110,7 +119,8 @@ def _scaling_fields(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     if scaling.kind == "linear":
-        return {"type": "linear", "factor": scaling.factor}  # what every version reads; the older take no field more
+        # All versions of transformers read these two fields; older ones reject others.
+        return {"type": "linear", "factor": scaling.factor}
     return {
         "rope_type": scaling.kind,
         "factor": scaling.factor,
@@ -161,7 +171,7 @@ def _to_llama_fields(fields: dict[str, Any], name: str, where: str) -> dict[str,
 
 
 def _rope(fields: dict[str, Any], where: str) -> dict[str, Any]:
-    """What a config says of rotary embeddings: transformers 5 calls it rope_parameters."""
+    """Return the config of rotary embeddings: `rope_parameters` of transformers 5, else `rope_scaling`."""
     for name in ("rope_parameters", "rope_scaling"):
         if not isinstance(fields.get(name, {}), dict):
             raise ConfigError(f"{where}: {name} must be an object, not {format_value(fields[name])}")
@@ -169,16 +179,18 @@ def _rope(fields: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _rope_scaling(rope: dict[str, Any], where: str) -> dict[str, Any] | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    if rope_type == "default":
         return None
-    if kind not in ("linear", "llama3"):
-        raise ConfigError(f"{where}: rotary scaling {format_value(kind)} is not supported; only linear and llama3 are")
-    names = ("factor", *(("low_freq_factor", "high_freq_factor") if kind == "llama3" else ()))
-    needed = (*names, *(("original_max_position_embeddings",) if kind == "llama3" else ()))
+    if rope_type not in ("linear", "llama3"):
+        raise ConfigError(
+            f"{where}: rotary scaling {format_value(rope_type)} is not supported; only linear and llama3 are"
+        )
+    names = ("factor", *(("low_freq_factor", "high_freq_factor") if rope_type == "llama3" else ()))
+    needed = (*names, *(("original_max_position_embeddings",) if rope_type == "llama3" else ()))
     if missing := [name for name in needed if name not in rope]:
-        raise ConfigError(f"{where}: rotary scaling {kind!r} has no {', '.join(missing)}")
-    found = {"kind": kind} | {name: get_number(rope, name, where, ConfigError, MAX_ROPE_FACTOR) for name in names}
-    if kind == "llama3":
+        raise ConfigError(f"{where}: rotary scaling {rope_type!r} has no {', '.join(missing)}")
+    found = {"kind": rope_type} | {name: get_number(rope, name, where, ConfigError, MAX_ROPE_FACTOR) for name in names}
+    if rope_type == "llama3":
         found["original_max_length"] = get_integer(rope, "original_max_position_embeddings", where, ConfigError)
     return found

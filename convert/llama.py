@@ -1,11 +1,11 @@
-"""Weights of Hugging Face's LlamaForCausalLM, and of models that name theirs alike → `llama`."""
+"""Rules of Hugging Face's LlamaForCausalLM, and of families with the same tensor names, for `llama`."""
 
 from vllama_jax.config import LlamaConfig
 from vllama_jax.convert.rules import IDENTITY, TRANSPOSE, Rule, from_heads, linear, to_heads
 
 
 def rules(cfg: LlamaConfig) -> list[Rule]:
-    """The weights of LLaMA and of families whose files name theirs alike."""
+    """Return the rule table of `llama`."""
     layers, layer = range(cfg.depth), "model.layers.{i}"
     attention, mlp = "llama/blocks/attention", "llama/blocks/mlp"
     query_heads, key_heads = (cfg.num_heads, cfg.head_dim), (cfg.num_kv_heads, cfg.head_dim)
@@ -32,6 +32,6 @@ def rules(cfg: LlamaConfig) -> list[Rule]:
 
 
 def unused_tensors(cfg: LlamaConfig) -> dict[str, str]:
-    """Tensors that the files have and the model does not use (regular expressions), and why."""
-    tied = "the head is tied to the embeddings, and was compared"  # by language.py
+    """Return regular expressions on names of tensors that are not used, each with the reason."""
+    tied = "the head is tied to the embeddings, which are equal"  # compared in language.py
     return {r"lm_head\.weight": tied} if cfg.tie_embeddings else {}

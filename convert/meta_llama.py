@@ -1,7 +1,7 @@
-"""Meta's own layout of a LLaMA, consolidated.NN.pth and params.json, under Hugging Face's names.
+"""Open a LLaMA in Meta's layout, consolidated.NN.pth and params.json, as tensors with Hugging Face's names.
 
-Each shard has a part of every matrix (Megatron's split). Meta's rotary embedding turns neighbouring numbers, Hugging
-Face's those half a head apart: query and key rows are put in that order.
+Every matrix is sharded over the files, as in Megatron. Meta's rotary embedding rotates pairs of adjacent elements,
+Hugging Face's pairs that are half a head apart; rows of query and key matrices are reordered accordingly.
 """
 
 import re
@@ -17,9 +17,9 @@ from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_fields import drop_null, get_bool, get_integer, get_number
 
 SHARD = re.compile(r"consolidated\.(\d+)\.pth")
-MAX_LENGTH = 2048  # LLaMA-1's; nothing in the files says that LLaMA-2's is 4096
+MAX_LENGTH = 2048  # of LLaMA-1; the files do not contain that of LLaMA-2, which is 4096
 
-# Meta's name → Hugging Face's, and the axis along which shards continue each other (None: each has the whole).
+# Meta's name → Hugging Face's, and the axis along which a tensor is sharded (None: replicated in every shard).
 META_NAMES: dict[str, tuple[str, int | None]] = {
     "attention.wq.weight": ("self_attn.q_proj.weight", 0),
     "attention.wk.weight": ("self_attn.k_proj.weight", 0),
@@ -32,21 +32,33 @@ META_NAMES: dict[str, tuple[str, int | None]] = {
     "ffn_norm.weight": ("post_attention_layernorm.weight", None),
     "norm.weight": ("model.norm.weight", None),
     "output.weight": ("lm_head.weight", 0),
-    "rope.freqs": ("model.layers.0.self_attn.rotary_emb.inv_freq", None),  # as such it is compared
+    "rope.freqs": ("model.layers.0.self_attn.rotary_emb.inv_freq", None),  # compared by redundant.py
 }
 EMBEDDING = "tok_embeddings.weight"
 
 
 def is_meta(directory: Path) -> bool:
+    """Whether a directory is a LLaMA in Meta's layout."""
     return (directory / "params.json").is_file() and bool(_shard_paths(directory))
 
 
 def open_meta(directory: Path) -> Source:
-    """The weights. Raises CheckpointError as `open_file` does, and where shards are missing or unlike each other."""
+    """Open the weights.
+
+    Args:
+        directory: A directory with params.json and all consolidated.NN.pth.
+
+    Returns:
+        The complete tensors, under Hugging Face's names.
+
+    Raises:
+        CheckpointError: A shard is missing, cannot be read, or has other tensors than the first one.
+        ConfigError: params.json has missing or invalid values.
+    """
     paths = _shard_paths(directory)
     numbers = [int(found[1]) for path in paths if (found := SHARD.fullmatch(path.name))]
     if numbers != list(range(len(numbers))):
-        missing = next(get_number for get_number in range(len(numbers)) if get_number not in numbers)
+        missing = next(number for number in range(len(numbers)) if number not in numbers)
         raise CheckpointError(f"{directory}: consolidated.{missing:02}.pth is missing; download all of them")
     params = read_params(directory)
     shards = MetaShards(str(directory), [open_weight_file(path) for path in paths], params)
@@ -54,7 +66,7 @@ def open_meta(directory: Path) -> Source:
 
 
 def llama_fields(params: Mapping[str, Any], source: Source) -> dict[str, Any]:
-    """The fields of LlamaConfig. The feed-forward's size is read off the weights, as only a formula tells it."""
+    """Return the fields of LlamaConfig. The width of the MLP is inferred from the weights: params.json has none."""
     return {
         "width": params["dim"],
         "depth": params["n_layers"],
@@ -74,7 +86,7 @@ def llama_fields(params: Mapping[str, Any], source: Source) -> dict[str, Any]:
 
 
 def read_params(directory: Path) -> dict[str, Any]:
-    """params.json, with as many key heads as heads where it says nothing. Raises ConfigError for what is no LLaMA's."""
+    """Read params.json, with defaults. Raises ConfigError for missing, invalid or unsupported values."""
     where, params = directory / "params.json", read_config_file(directory / "params.json")
     params = drop_null(params, "n_kv_heads")
     for name in ("dim", "n_layers", "n_heads"):
@@ -85,25 +97,27 @@ def read_params(directory: Path) -> dict[str, Any]:
     params["norm_eps"] = get_number(params, "norm_eps", str(where), ConfigError, MAX_EPSILON)
     params["rope_theta"] = get_number(params, "rope_theta", str(where), ConfigError, MAX_ROPE_THETA, 10000.0)
     if get_bool(params, "use_scaled_rope", str(where), ConfigError):
-        raise ConfigError(f"{where}: its rotary scaling is not told in full; take the model in Hugging Face's layout")
+        raise ConfigError(
+            f"{where}: the parameters of its rotary scaling are missing; use the model in Hugging Face's layout"
+        )
     return params
 
 
 def tokenizer_directory(directory: Path) -> Path:
-    """Meta puts the tokenizer beside the folders of the sizes."""
+    """Return the directory of the tokenizer: this one, or its parent, as in Meta's downloads of several sizes."""
     return directory if (directory / "tokenizer.model").exists() else directory.absolute().parent
 
 
 class MetaShards:
-    """A WeightFile of all shards, each tensor put together when it is read."""
+    """A WeightFile of all shards. A tensor is joined when it is read."""
 
     def __init__(self, label: str, files: Sequence[WeightFile], params: Mapping[str, Any]):
         self._label, self._files = label, files
         self._heads = {"q_proj": params["n_heads"], "k_proj": params["n_kv_heads"]}
         self._homes: dict[str, tuple[str, int | None]] = {}
         self.tensors: dict[str, tuple[tuple[int, ...], str]] = {}
-        for shard, part in enumerate(files):
-            if part.tensors != files[0].tensors:
+        for shard, file in enumerate(files):
+            if file.tensors != files[0].tensors:
                 raise CheckpointError(
                     f"{label}: consolidated.{shard:02}.pth has other tensors than consolidated.00.pth"
                 )
@@ -113,25 +127,26 @@ class MetaShards:
             self.tensors[name] = _joined_shape(shape, axis, len(files)), dtype
 
     def read(self, name: str) -> np.ndarray:
+        """Read a tensor from all shards. Raises CheckpointError if replicated tensors differ."""
         theirs, axis = self._homes[name]
         if axis is None or len(self._files) == 1:
-            whole = self._files[0].read(theirs)
-            self._check_replicas(theirs, whole)
+            tensor = self._files[0].read(theirs)
+            self._check_replicas(theirs, tensor)
         else:
-            whole = np.concatenate([part.read(theirs) for part in self._files], axis)
-        heads = next((heads for kind, heads in self._heads.items() if f".{kind}." in name), None)
-        return whole if heads is None else reorder_rotary_rows(whole, heads)
+            tensor = np.concatenate([file.read(theirs) for file in self._files], axis)
+        heads = next((heads for projection, heads in self._heads.items() if f".{projection}." in name), None)
+        return tensor if heads is None else reorder_rotary_rows(tensor, heads)
 
     def _check_replicas(self, theirs: str, first: np.ndarray) -> None:
-        """Raise CheckpointError where the shards, each of which has the whole tensor, do not have the same."""
-        for shard, part in enumerate(self._files[1:], 1):
-            if not np.array_equal(part.read(theirs).view(np.uint8), first.view(np.uint8)):
+        """Raise CheckpointError if a replicated tensor is not the same in all shards."""
+        for shard, file in enumerate(self._files[1:], 1):
+            if not np.array_equal(file.read(theirs).view(np.uint8), first.view(np.uint8)):
                 shards = f"consolidated.{shard:02}.pth and consolidated.00.pth"
                 raise CheckpointError(f"{self._label}: {shards} differ in {theirs}; download them again")
 
 
 def reorder_rotary_rows(matrix: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of each head in Hugging Face's order: first those of even number, then those of odd."""
+    """Reorder the rows [h·k, d] of each head from Meta's to Hugging Face's order: even rows first, then odd rows."""
     return matrix.reshape(heads, -1, 2, matrix.shape[1]).swapaxes(1, 2).reshape(matrix.shape)
 
 
@@ -140,8 +155,8 @@ def _shard_paths(directory: Path) -> list[Path]:
 
 
 def _to_hugging_face_name(theirs: str, shape: tuple[int, ...], width: int) -> tuple[str, int | None]:
-    """A tensor's name and axis; one that we do not know keeps its name, and is reported as not used."""
-    if theirs == EMBEDDING:  # split along the width in LLaMA 1 and 2, along the vocabulary in 3
+    """Return a tensor's name and sharded axis. Unknown ones keep their name, and are later reported as unexpected."""
+    if theirs == EMBEDDING:  # sharded along the width in LLaMA 1 and 2, along the vocabulary in 3
         return "model.embed_tokens.weight", 0 if shape[1:] == (width,) else 1
     layer = re.fullmatch(r"layers\.(\d+)\.(.*)", theirs)
     if layer and layer[2] in META_NAMES:
@@ -150,7 +165,7 @@ def _to_hugging_face_name(theirs: str, shape: tuple[int, ...], width: int) -> tu
     return META_NAMES.get(theirs, (theirs, None))
 
 
-def _joined_shape(shape: tuple[int, ...], axis: int | None, files: int) -> tuple[int, ...]:
+def _joined_shape(shape: tuple[int, ...], axis: int | None, num_shards: int) -> tuple[int, ...]:
     if axis is None or axis >= len(shape):
         return shape
-    return (*shape[:axis], shape[axis] * files, *shape[axis + 1 :])
+    return (*shape[:axis], shape[axis] * num_shards, *shape[axis + 1 :])

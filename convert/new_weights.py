@@ -1,4 +1,4 @@
-"""Components of a base model that a conversion gives new weights: `vllama convert --base MODEL --without COMPONENT`."""
+"""New random weights for components of a base model: `vllama convert --base MODEL --without COMPONENT`."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -11,11 +11,11 @@ from vllama_jax.convert.from_model_directory import StoredModel
 from vllama_jax.convert.match_weights import abstract_shapes, cast
 from vllama_jax.errors import ConfigError, suggest_name
 
-SEED = 42  # that of a TrainConfig: the weights are those that a run without the component would start from
+SEED = 42  # as in TrainConfig: a run whose base lacks the component starts from the same weights
 
 
 class NewWeight:
-    """A weight that starts at random, as training starts it, float32."""
+    """A float32 weight with the random values that training would initialize it with."""
 
     dtype = np.dtype(np.float32)
 
@@ -24,14 +24,14 @@ class NewWeight:
         self._config, self._seed = config, seed
 
     def blocks(self, dtype: np.dtype) -> Iterator[np.ndarray]:
-        """The weight as one block; its whole component is in memory meanwhile."""
-        drawn = _init_component(self._config, get_component(self.target), self._seed)
-        yield cast(np.asarray(drawn[self.target]), dtype, self.target)
+        """Yield the weight as one block. All weights of its component are in memory."""
+        weights = _init_component(self._config, get_component(self.target), self._seed)
+        yield cast(np.asarray(weights[self.target]), dtype, self.target)
 
 
 @functools.lru_cache(maxsize=1)
 def _init_component(config: VideoLlamaConfig, component: str, seed: int) -> dict[str, np.ndarray]:
-    """The new weights of a component by path."""
+    """Initialize the weights of a component, by path."""
     import jax
 
     from vllama_jax.nn.network import init_weights
@@ -42,7 +42,12 @@ def _init_component(config: VideoLlamaConfig, component: str, seed: int) -> dict
 
 
 def new_components(config: VideoLlamaConfig, components: Sequence[str], seed: int) -> list[NewWeight]:
-    """The weights of these components, to be drawn when they are written.
+    """Return new weights for components. They are initialized when they are read.
+
+    Args:
+        config: The config of the new model.
+        components: Names of components, such as "video_qformer".
+        seed: The seed of the initialization.
 
     Raises:
         ConfigError: A model of this config has no such component.
@@ -52,15 +57,17 @@ def new_components(config: VideoLlamaConfig, components: Sequence[str], seed: in
     for name in components:
         if name not in known:
             advice = suggest_name(name, known) or f"the model has {', '.join(known)}"
-            raise ConfigError(f"--without {name}: no such component; {advice}")
+            raise ConfigError(f"--without {name}: unknown component; {advice}")
     return [NewWeight(path, shape, config, seed) for path, shape in shapes.items() if get_component(path) in components]
 
 
 def drop_components(base: StoredModel | None, components: Sequence[str]) -> None:
-    """Take components out of what a base gives. Raises ConfigError where there is no base."""
+    """Remove components from the weights of a base. Raises ConfigError if there are components but no base."""
     if base is None:
         if components:
-            raise ConfigError(f"--without {components[0]}: leaves a component of --base out; give a base")
+            raise ConfigError(
+                f"--without {components[0]}: needs --base, the model directory whose component is replaced"
+            )
         return
     for target in [target for target in base.leaves if get_component(target) in components]:
         del base.leaves[target]

@@ -1,4 +1,4 @@
-"""A Q-Former in BERT's names, with the queries beside it → `image_qformer`, `video_qformer` or `audio_qformer`."""
+"""Rules of a Q-Former with BERT's tensor names, for `image_qformer`, `video_qformer` or `audio_qformer`."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,14 @@ from vllama_jax.convert.weight_files import Source, count_layers
 
 
 def rules(target: str, source: str, queries: str, cfg: QFormerConfig) -> list[Rule]:
-    """target: our name. source: the module's name in the file. queries: the name of the query tokens."""
+    """Return the rule table of a Q-Former.
+
+    Args:
+        target: The path of the component.
+        source: The module's name in the file, for example "video_Qformer".
+        queries: The name of the query tokens in the file.
+        cfg: The Q-Former's config.
+    """
     every = cfg.cross_attention_every
     table = [
         Rule(f"{target}/queries", (queries,), SQUEEZE_TO_MATRIX),
@@ -45,7 +52,13 @@ def _attention(target: str, source: str, cfg: QFormerConfig, layers: Sequence[in
 
 
 def infer(source: Source, module: str, queries: str) -> dict[str, Any]:
-    """The fields of a QFormerConfig that shapes tell; see `rules`."""
+    """Infer the fields of QFormerConfig that tensor shapes determine: all but the head count.
+
+    Args:
+        source: The file.
+        module: The module's name in the file.
+        queries: The name of the query tokens in the file.
+    """
     layer = f"{module}.bert.encoder.layer"
     depth = count_layers(source, rf"{re.escape(layer)}\.(\d+)\.")
     every_second = depth > 1 and f"{layer}.1.crossattention.self.query.weight" not in source

@@ -1,6 +1,6 @@
-"""Tensors that files hold and a model does not need, because they are computed or come from another file.
+"""Tensors that a model does not need, because they are computed or another file has them too.
 
-Each is compared before it is left out: a file with other values was made for another model.
+Their values are compared with the expected ones: a file with other values belongs to another model.
 """
 
 import dataclasses
@@ -17,28 +17,37 @@ from vllama_jax.convert import imagebind
 from vllama_jax.convert.weight_files import Source
 
 INV_FREQ = r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq"
-STORED_INV_FREQ = rf"(llama_model\.)?{INV_FREQ}"  # as LLaMA's own files and Video-LLaMA's checkpoints name it
+STORED_INV_FREQ = rf"(llama_model\.)?{INV_FREQ}"  # in LLaMA's files and in Video-LLaMA's checkpoints
 POSITION_IDS_NAME = r".*\.embeddings\.position_ids"
-IMAGEBIND_PREFIX = "audio_encoder."  # before ImageBind's names in a checkpoint of the audio branch
+IMAGEBIND_PREFIX = "audio_encoder."  # of ImageBind's tensors in a checkpoint of the audio branch
 FLOAT_DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-Values = Callable[[], list[np.ndarray]]  # those that a tensor may have, when they are needed
+Candidates = Callable[[], list[np.ndarray]]  # returns the values that a tensor may have
 
 
-def reason(name: str) -> str:
-    """Why a tensor that `expected` knows is left out, for the user."""
+def get_reason(name: str) -> str:
+    """Return the reason why a redundant tensor is not used, for the user."""
     if re.fullmatch(STORED_INV_FREQ, name):
-        return "a buffer: rotary frequencies are computed, and were compared"
+        return "a buffer: rotary frequencies, equal to the computed ones"
     if re.fullmatch(POSITION_IDS_NAME, name):
-        return "a buffer: 0, 1, 2, …, as was checked"
+        return "a buffer: position ids 0, 1, 2, …"
     if name.startswith(IMAGEBIND_PREFIX):
-        return "a buffer or weight of ImageBind, equal to what --imagebind gives"
-    return "the vision branch, equal to what --vl gives"
+        return "a buffer or weight of ImageBind, equal to that of --imagebind"
+    return "the vision branch, equal to that of --vl"
 
 
-def expected(cfg: VideoLlamaConfig, sources: Mapping[str, Source], source: Source) -> dict[str, Values]:
-    """The redundant tensors of a file, each with the values that it must have one of."""
-    found: dict[str, Values] = {}
+def find_redundant(cfg: VideoLlamaConfig, sources: Mapping[str, Source], source: Source) -> dict[str, Candidates]:
+    """Find the redundant tensors of a file.
+
+    Args:
+        cfg: The model's config.
+        sources: All files by file type.
+        source: The file to search.
+
+    Returns:
+        For each redundant tensor, a function that returns the values it may have.
+    """
+    found: dict[str, Candidates] = {}
     in_imagebind = _imagebind_values(cfg, sources)
     vision = sources.get("vl") if sources.get("al") is source and sources.get("vl") is not source else None
     for name, shape in source.shapes.items():
@@ -68,14 +77,17 @@ def _tensor(source: Source, name: str) -> list[np.ndarray]:
 
 
 def _with_and_without_scaling(cfg: VideoLlamaConfig) -> Sequence[LlamaConfig]:
-    """transformers 4.31 divides positions by a linear scaling's factor, and stores the frequencies as they were."""
+    """Return the configs whose frequencies a file may contain.
+
+    For linear scaling, transformers 4.31 divides positions by the factor and stores unscaled frequencies.
+    """
     linear = cfg.llama.rope_scaling and cfg.llama.rope_scaling.kind == "linear"
     return [cfg.llama, dataclasses.replace(cfg.llama, rope_scaling=None)] if linear else [cfg.llama]
 
 
-def _imagebind_values(cfg: VideoLlamaConfig, sources: Mapping[str, Source]) -> dict[str, Values]:
-    """What ImageBind has, by its own names: its file's tensors, or else the buffers that are known."""
-    values: dict[str, Values] = {}
+def _imagebind_values(cfg: VideoLlamaConfig, sources: Mapping[str, Source]) -> dict[str, Candidates]:
+    """Return ImageBind's tensors by name: those of its file, or its constant buffers."""
+    values: dict[str, Candidates] = {}
     for name, value in imagebind.buffers(cfg.imagebind).items() if cfg.imagebind else ():
         values[name] = functools.partial(list, (value,))
     if source := sources.get("imagebind"):
@@ -83,18 +95,19 @@ def _imagebind_values(cfg: VideoLlamaConfig, sources: Mapping[str, Source]) -> d
     return values
 
 
-def differing(source: Source, name: str, values: Values) -> bool:
-    """Whether a tensor has none of the values that it must have one of."""
+def differs(source: Source, name: str, candidates: Candidates) -> bool:
+    """Whether a tensor has none of the values that it may have."""
     if source.dtypes[name] not in (*FLOAT_DTYPES, "int64", "int32"):
         return True
     stored = source.read(name)
-    return not any(equal_up_to_rounding(stored, value) for value in values())
+    return not any(equal_up_to_rounding(stored, value) for value in candidates())
 
 
 def equal_up_to_rounding(stored: np.ndarray, computed: np.ndarray) -> bool:
-    """Equal but for the rounding that the stored values went through, to a unit in the last place.
+    """Whether two arrays are equal up to one unit in the last place of the dtype that the stored one was rounded to.
 
-    That is their own dtype's, or a half one's where all of them have its digits: of a model that was widened again.
+    This is the stored dtype, or float16 or bfloat16 if these represent all stored values exactly: such a model was cast
+    to a wider dtype after it was rounded.
     """
     stored, computed = stored.ravel(), computed.ravel()
     if stored.size != computed.size:
@@ -109,6 +122,6 @@ def equal_up_to_rounding(stored: np.ndarray, computed: np.ndarray) -> bool:
 
 def _close(stored: np.ndarray, computed: np.ndarray, rounding: np.dtype) -> bool:
     limits = ml_dtypes.finfo(rounding)
-    relative = max(float(limits.eps), 1e-5)  # powers in float32 differ in their last digits from machine to machine
+    relative = max(float(limits.eps), 1e-5)  # float32 powers differ in the last digits between machines
     absolute = float(limits.smallest_subnormal)
     return np.allclose(stored.astype(np.float64), computed.astype(np.float64), rtol=relative, atol=absolute)

@@ -1,9 +1,9 @@
-"""Tiny random weights in the original's own file layouts, so that a first try and the tests need no download.
+"""Write tiny random weights in the layouts of the published files, for tests and examples without a download.
 
     python -m vllama_jax.convert.tiny DIR
 
-writes DIR/llama (a Hugging Face directory with a tokenizer of its own), eva_vit_g, blip2, imagebind, minigpt4, vl and
-al as safetensors, and config.json for `vllama convert --config`. The answers of such a model mean nothing.
+writes DIR/llama (a Hugging Face directory with a tokenizer), eva_vit_g, blip2, imagebind, minigpt4, vl and al as
+safetensors, and config.json for `vllama convert --config`. The answers of such a model are random text.
 """
 
 import json
@@ -35,12 +35,22 @@ def write_tiny(
     half: bool = False,
     seed: int = 0,
 ) -> dict[str, Path]:
-    """Writes all files and returns their paths by kind ("llama", "eva_vit", …, and "config").
+    """Write all files of a model with tiny random weights.
 
-    config: the model's dimensions, `config.tiny()` unless given; without audio, no ImageBind and no audio branch.
-    half: EVA's weights in float16 and LLaMA's in bfloat16, as published; all float32 otherwise. No tensor is zero or
-    one everywhere, so that a swapped or forgotten one shows. Writing `.pth` needs torch.
-    Raises CheckpointError where `out` exists or cannot be written.
+    No tensor is constant, so that tests detect swapped or missing tensors.
+
+    Args:
+        out: The directory to create.
+        config: The dimensions, by default `config.tiny()`. Without an audio branch, ImageBind is not written either.
+        format: The file format of all weights but LLaMA's, which are safetensors. "pth" needs torch.
+        half: Whether EVA's weights are float16 and LLaMA's bfloat16, as published. Others are float32.
+        seed: The seed of the weights.
+
+    Returns:
+        The paths by file type ("llama", "eva_vit", …), and that of config.json as "config".
+
+    Raises:
+        CheckpointError: `out` exists or cannot be written.
     """
     out, config = Path(out), config or tiny(vocab_size=VOCAB_SIZE)
     names = {"eva_vit": "eva_vit_g", "llama": "llama/model"}
@@ -62,7 +72,7 @@ def write_tiny(
 
 
 def file_shapes(config: VideoLlamaConfig) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors in each kind of file: those that the rules ask for, and some beside."""
+    """Return names and shapes of the tensors of each file type: those of the rules, and some that are not used."""
     file_types = [
         file_type for file_type, spec in FILE_SPECS.items() if spec.applies(config) and file_type != "minigpt4"
     ]
@@ -77,7 +87,7 @@ def file_shapes(config: VideoLlamaConfig) -> dict[str, dict[str, tuple[int, ...]
 
 
 def random_tensor(name: str, shape: Iterable[int], seed: int = 0) -> np.ndarray:
-    """Normal, by a generator of the name's own, in a scale that lets every part matter; norms around one."""
+    """Draw a normal tensor, seeded by its name and scaled so that it affects the output. Norm scales are around 1."""
     shape = tuple(shape)
     values = np.random.default_rng([seed, zlib.crc32(name.encode())]).standard_normal(shape, np.float32)
     is_norm = "norm" in name.lower() or name.endswith(".0.weight")
@@ -95,7 +105,7 @@ def random_tensor(name: str, shape: Iterable[int], seed: int = 0) -> np.ndarray:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: TinyFormat) -> Path:
-    """A file of tensors; `.pth` as training scripts save it, under "model"."""
+    """Write a file of tensors, a `.pth` as {"model": tensors}. The suffix of `path` is replaced by the format."""
     path = path.with_suffix(f".{format}")
     if format == "safetensors":
         from safetensors.numpy import save_file
@@ -104,13 +114,13 @@ def write_tensors(path: Path, tensors: Mapping[str, np.ndarray], format: TinyFor
     else:
         import torch
 
-        bits = {name: torch.from_numpy(np.array(tensor, order="C")) for name, tensor in tensors.items()}
-        torch.save({"model": bits}, path)
+        state_dict = {name: torch.from_numpy(np.array(tensor, order="C")) for name, tensor in tensors.items()}
+        torch.save({"model": state_dict}, path)
     return path
 
 
 def _unused_shapes(file_type: str, config: VideoLlamaConfig) -> dict[str, tuple[int, ...]]:
-    """What the published files hold besides: EVA's last block and head, the logit scale that ImageBind keeps."""
+    """Return tensors that published files have and no rule needs, such as EVA's last block and head."""
     width = config.vit.width
     if file_type == "eva_vit":
         return {f"blocks.{config.vit.depth}.norm1.weight": (width,), "norm.weight": (width,), "head.weight": (8, width)}
@@ -121,7 +131,7 @@ def _unused_shapes(file_type: str, config: VideoLlamaConfig) -> dict[str, tuple[
 
 
 def write_overrides(path: Path, config: VideoLlamaConfig) -> Path:
-    """What shapes cannot tell: head counts, and at the published width how many of EVA's blocks are used."""
+    """Write a --config file with what shapes do not determine: head counts, and the number of EVA's blocks."""
     qformers = ["image_qformer", "video_qformer", *(["audio_qformer"] if config.has_audio else [])]
     fields = {name: {"num_heads": getattr(config, name).num_heads} for name in ("vit", *qformers)}
     fields["vit"]["depth"] = config.vit.depth
@@ -134,6 +144,7 @@ def write_overrides(path: Path, config: VideoLlamaConfig) -> Path:
 
 
 def write_llama_config(path: Path, config: VideoLlamaConfig) -> None:
+    """Write the config.json of the language model."""
     fields = {**to_hugging_face_config(config.llama), "bos_token_id": 1, "eos_token_id": 2}
     path.write_text(json.dumps(fields, indent=1))
 
@@ -149,7 +160,7 @@ TEXT = (
 
 
 def train_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
-    """A SentencePiece model with LLaMA's special tokens and byte fallback, from a few sentences."""
+    """Train a SentencePiece tokenizer with LLaMA's special tokens and byte fallback on a few sentences."""
     import sentencepiece
 
     sentencepiece.SentencePieceTrainer.train(
@@ -168,6 +179,7 @@ def train_tokenizer(directory: Path, vocab_size: int = VOCAB_SIZE) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
+    """Run `python -m vllama_jax.convert.tiny`."""
     usage = "usage: python -m vllama_jax.convert.tiny DIR"
     if list(arguments) in (["-h"], ["--help"]):
         print(f"{usage}\n\n{__doc__}")

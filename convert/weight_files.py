@@ -1,7 +1,8 @@
-"""Weight files, read lazily: which tensors a file holds is known at once, a tensor's data when it is asked for.
+"""Read PyTorch weight files lazily: opening a file reads names, shapes and dtypes, and `read` the data of one tensor.
 
-Little of a file is ever in memory: safetensors are read, not mapped, and torch files (torch_files.py) are mapped anew
-now and then, because every page of a memory map that was touched counts as memory until it is unmapped.
+Memory does not grow with the size of a file. Pages of a memory map count as resident memory from the first access until
+they are unmapped. Safetensors are therefore read without mapping, and torch files (torch_files.py) are mapped again
+after a number of bytes.
 """
 
 import collections
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
+import ml_dtypes  # noqa: F401  (registers "bfloat16" with numpy)
 import numpy as np
 
 from vllama_jax.convert.torch_files import TorchFile
@@ -24,18 +25,29 @@ ZIP, PICKLE = b"PK\x03\x04", b"\x80"
 
 
 class WeightFile(Protocol):
-    """What holds tensors. tensors: the shape and the dtype's name of each; nothing of their data is read yet."""
+    """An opened weight file.
+
+    Attributes:
+        tensors: Shape and name of the dtype of each tensor, by name.
+    """
 
     tensors: dict[str, tuple[tuple[int, ...], str]]
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str) -> np.ndarray:
+        """Read a tensor. Raises CheckpointError if the file is corrupt or cannot be read."""
+        ...
 
 
 class Source:
-    """The tensors of one file, or of several files that hold one set: names, shapes, dtypes' names, data on demand.
+    """The tensors of a file, or of the shards of a model.
 
-    label: what errors call it. files: on disk. duplicates: names that more than one of `parts` has. notes: what the
-    user should know of how it was read.
+    Attributes:
+        label: The path, as messages name it.
+        files: The files on disk.
+        shapes: The shapes of the tensors by name.
+        dtypes: The names of their dtypes.
+        duplicates: Names that are in more than one of the files.
+        notes: Lines for the user.
     """
 
     def __init__(self, label: str, files: Sequence[Path], weight_files: Iterable[WeightFile]):
@@ -55,22 +67,28 @@ class Source:
         return name in self.shapes
 
     def shape(self, name: str, axes: int) -> tuple[int, ...]:
-        """The shape of a tensor that dimensions are read off.
+        """Return the shape of a tensor, for the inference of config fields.
 
-        Raises CheckpointError when it is missing or has not that many axes.
+        Args:
+            name: The name of the tensor.
+            axes: The expected number of axes.
+
+        Raises:
+            CheckpointError: The tensor is missing, empty, or has another number of axes.
         """
         if name not in self.shapes:
             raise CheckpointError(f"{self.label}: incomplete, {name} is missing")
         if len(self.shapes[name]) != axes or 0 in self.shapes[name]:
-            raise CheckpointError(f"{self.label}: {name} is {list(self.shapes[name])}, where {axes} axes are expected")
+            raise CheckpointError(f"{self.label}: {name} is {list(self.shapes[name])}, but {axes} axes are expected")
         return self.shapes[name]
 
     def read(self, name: str) -> np.ndarray:
+        """Read a tensor. Raises CheckpointError if its file is corrupt or cannot be read."""
         return self._homes[name].read(name)
 
 
 class _RenamedFile:
-    """A WeightFile of another source's tensors under other names."""
+    """A WeightFile with the tensors of a source under other names."""
 
     def __init__(self, source: Source, names: Mapping[str, str]):
         self._source = source
@@ -82,42 +100,52 @@ class _RenamedFile:
 
 
 def rename_tensors(source: Source, names: Mapping[str, str], note: str) -> Source:
-    """The same tensors under other names. note: what the user should know of it."""
-    made = Source(source.label, source.files, [_RenamedFile(source, names)])
+    """Rename the tensors of a source.
+
+    Args:
+        source: The source, which is not changed.
+        names: The new name of each tensor.
+        note: A line for the user about it.
+    """
+    result = Source(source.label, source.files, [_RenamedFile(source, names)])
     counts = collections.Counter(names.values())
-    made.duplicates = [name for name in counts if counts[name] > 1]
-    made.duplicates += [names[name] for name in source.duplicates]
-    made.notes = [*source.notes, note]
-    return made
+    result.duplicates = [name for name in counts if counts[name] > 1]
+    result.duplicates += [names[name] for name in source.duplicates]
+    result.notes = [*source.notes, note]
+    return result
 
 
 def open_file(path: str | Path) -> Source:
-    """A `.pth`, `.bin` or `.safetensors` file.
+    """Open a weight file, safetensors or written by torch.save. The format is detected from the content.
 
-    Raises CheckpointError for a file that is missing, empty, a git-lfs pointer or no weights, for one whose pickle asks
-    for code, and for a torch file when torch is not installed.
+    Raises:
+        CheckpointError: The file is missing, empty, a git-lfs pointer, corrupt or not a weight file, its pickle refers
+            to anything but tensors, or torch is needed and not installed.
     """
     return open_files(str(path), [Path(path)])
 
 
 def open_files(label: str, paths: Sequence[Path]) -> Source:
-    """Several files that hold one set of tensors. Raises CheckpointError as `open_file` does."""
+    """Open the shards of a model as one source. Raises CheckpointError as `open_file`."""
     return Source(label, paths, map(open_weight_file, paths))
 
 
 def open_llama(directory: str | Path) -> Source:
-    """The weights of a Hugging Face LLaMA directory: one file or shards, safetensors or `.bin`.
+    """Open the weights of a language model in Hugging Face's layout: one file or shards, safetensors or `.bin`.
 
-    Raises CheckpointError as `open_file` does, and where no weights are there or a shard is missing.
+    Safetensors are preferred. Other weights in the directory are ignored, with a note.
+
+    Raises:
+        CheckpointError: As `open_file`, or the directory has no weights, or a shard is missing.
     """
     directory = Path(directory)
     names = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-    there = [directory / name for name in names if (directory / name).exists()]
-    if not there:
+    found = [directory / name for name in names if (directory / name).exists()]
+    if not found:
         raise CheckpointError(
-            f"{directory}: no model.safetensors, pytorch_model.bin or index of their shards; download the weights there"
+            f"{directory}: no model.safetensors, pytorch_model.bin or index of their shards; download the weights"
         )
-    first, *others = there
+    first, *others = found
     shards = [directory / shard for shard in _shards(first)] if first.suffix == ".json" else [first]
     source = open_files(str(directory), shards)
     source.notes = [f"{other}: ignored, the weights are read from {first.name}" for other in others]
@@ -125,13 +153,13 @@ def open_llama(directory: str | Path) -> Source:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """A JSON object in a downloaded file. Raises CheckpointError where there is none to read, or another file."""
+    """Read a JSON object from a downloaded file. Raises CheckpointError if it is missing or not JSON."""
     check_weight_file(path)
     return read_object(path)
 
 
 def _shards(index: Path) -> list[str]:
-    """The names of the files beside an index that hold the weights."""
+    """Return the file names of the shards in an index."""
     shards = read_config_file(index).get("weight_map")
     if not isinstance(shards, Mapping) or not shards or not all(_is_file_name(name) for name in shards.values()):
         raise CheckpointError(f"{index}: not an index of shards (no weight_map of file names); download it again")
@@ -143,35 +171,35 @@ def _is_file_name(name: object) -> bool:
 
 
 def check_weight_file(path: Path) -> bytes:
-    """A file's first bytes. Raises CheckpointError for a path that cannot be a weight file."""
+    """Return the first bytes of a file. Raises CheckpointError for a missing or empty file, or a web page."""
     head = read_first_bytes(path, CheckpointError)
     if head.startswith(b"<"):
-        raise CheckpointError(f"{path}: a web page, not the file itself; downloading it may need a login")
+        raise CheckpointError(f"{path}: an HTML page, not the file itself; the download may require a login")
     return head
 
 
 def looks_like_weights(head: bytes) -> bool:
-    """Whether a file's first bytes are those of a file of torch's or safetensors; other files may have them too."""
+    """Whether the first bytes may be those of a file of torch.save or of safetensors."""
     return head.startswith((ZIP, PICKLE)) or _looks_like_safetensors(head)
 
 
 def _looks_like_safetensors(head: bytes) -> bool:
-    """A length in eight bytes, then JSON. The length may begin with PICKLE: a header in 32 does."""
+    """Whether JSON follows a length of eight bytes. The first byte of the length may equal PICKLE."""
     return head[8:9] == b"{"
 
 
 def open_weight_file(path: Path) -> WeightFile:
-    """Tells the format by content, not by name."""
+    """Open a file. Its format is detected from the content, not from the name."""
     head = check_weight_file(path)
     if head.startswith((ZIP, PICKLE)) and not _looks_like_safetensors(head):
         return TorchFile(path, mappable=head.startswith(ZIP))
     if looks_like_weights(head) or path.suffix == ".safetensors":
         return SafetensorsFile(path)
-    raise CheckpointError(f"{path}: not a file of weights (neither safetensors nor written by torch)")
+    raise CheckpointError(f"{path}: not a weight file (neither safetensors nor written by torch.save)")
 
 
 class SafetensorsFile:
-    """A header in JSON, then the tensors' bytes."""
+    """A WeightFile in the safetensors format: a JSON header, then the data."""
 
     def __init__(self, path: Path):
         from safetensors import SafetensorError, safe_open
@@ -179,9 +207,9 @@ class SafetensorsFile:
         self._path = path
         try:
             with safe_open(path, framework="numpy"):
-                pass  # the library has checked the header: its length, sizes, overlaps
+                pass  # the library checks the header: its length, sizes and overlaps
         except SafetensorError as error:
-            raise CheckpointError(f"{path}: damaged safetensors file ({error}); download it again") from error
+            raise CheckpointError(f"{path}: corrupt safetensors file ({error}); download it again") from error
         with path.open("rb") as file:
             header_bytes = int.from_bytes(file.read(8), "little")
             header = parse_object(file.read(header_bytes), str(path), CheckpointError)
@@ -193,17 +221,18 @@ class SafetensorsFile:
         self._starts = {name: 8 + header_bytes + entry["data_offsets"][0] for name, entry in header.items()}
 
     def read(self, name: str) -> np.ndarray:
+        """Read a tensor. Raises CheckpointError if the file cannot be read any more."""
         shape, dtype = self.tensors[name]
         try:
             with self._path.open("rb") as file:
                 values = np.fromfile(file, np.dtype(dtype), math.prod(shape), offset=self._starts[name])
                 if hasattr(os, "posix_fadvise"):  # not on macOS
-                    # Read once: the next tensor takes the same pages of the system's cache (docs/decisions.md, D-043).
+                    # Release the pages of the system's cache for the next tensor (docs/decisions.md, D-043).
                     os.posix_fadvise(file.fileno(), self._starts[name], values.nbytes, os.POSIX_FADV_DONTNEED)
         except OSError as error:
-            raise CheckpointError(f"{self._path}: cannot be read any more ({error.strerror or error})") from error
+            raise CheckpointError(f"{self._path}: cannot be read ({error.strerror or error})") from error
         if len(values) < math.prod(shape):
-            raise CheckpointError(f"{self._path}: became shorter while it was read")
+            raise CheckpointError(f"{self._path}: was truncated while it was read")
         return values.reshape(shape)
 
 
@@ -218,6 +247,6 @@ _SAFETENSORS_DTYPES = {
 
 
 def count_layers(source: Source, pattern: str) -> int:
-    """How many layers a file holds: one more than the largest number that `pattern` catches in a name."""
+    """Return the number of layers in a file: 1 + the largest number in the first group of `pattern`."""
     found = [int(match[1]) for name in source.shapes if (match := re.match(pattern, name))]
     return max(found, default=-1) + 1

@@ -1,6 +1,6 @@
-"""Files of tensors, written one tensor after another: safetensors, and the zip files that torch.save makes.
+"""Write files of tensors one tensor at a time: safetensors, and the zip files of torch.save.
 
-Nothing but the tensor at hand is in memory, and those that are read ahead meanwhile.
+Memory is that of the tensor being written and of those that are read ahead.
 """
 
 import collections
@@ -21,10 +21,10 @@ from vllama_jax.errors import CheckpointError
 from vllama_jax.io.prefetch import map_in_order
 from vllama_jax.runtime.extras import import_extra
 
-TENSOR_READERS = 2  # one tensor is read and turned while another is written
-ALIGNMENT = 64  # bytes; where torch puts a tensor's first one, so that mapped files serve as they are
-ZIP_HEADER = 30  # bytes before an entry's name
-PADDING_FIELD = 0x4246  # "FB": torch's own name for the field of a zip entry that holds the padding
+TENSOR_READERS = 2  # threads: tensors are read and transformed while another is written
+ALIGNMENT = 64  # bytes; torch aligns the data of tensors in a zip file to this, so that it can be memory-mapped
+ZIP_HEADER = 30  # bytes of an entry's header before its name
+PADDING_FIELD = 0x4246  # "FB": torch's id of the extra field of a zip entry with padding
 SAFETENSORS_NAMES = {
     "float64": "F64",
     "float32": "F32",
@@ -44,7 +44,14 @@ BytesProgress = Callable[[int], None]
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """A tensor to write. read: its values, in C order, when they are needed."""
+    """A tensor to write.
+
+    Attributes:
+        name: Its name in the file.
+        shape: Its shape.
+        dtype: Its dtype.
+        read: Returns its values, C-contiguous.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -53,17 +60,24 @@ class Tensor:
 
     @property
     def nbytes(self) -> int:
+        """The size of its data."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 def require_torch() -> None:
-    """Raises CheckpointError where torch is not installed."""
+    """Raise CheckpointError if torch is not installed."""
     import_extra("torch", "convert", "writing .pth files", CheckpointError, "use --format safetensors")
 
 
 def write_safetensors(path: Path, tensors: Sequence[Tensor], progress: BytesProgress) -> None:
-    """The format is a header in JSON and the tensors' bytes; the library that reads it writes whole files only."""
-    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # each at a multiple of its dtype's size
+    """Write a safetensors file. The safetensors library can only write tensors that are all in memory.
+
+    Args:
+        path: The file to create.
+        tensors: The tensors to write.
+        progress: Called with the number of bytes written since the last call.
+    """
+    tensors = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)  # aligns all to the size of their dtype
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for tensor in tensors:
@@ -81,9 +95,13 @@ def write_safetensors(path: Path, tensors: Sequence[Tensor], progress: BytesProg
 
 
 def write_torch(path: Path, tensors: Sequence[Tensor], wrapped: bool, progress: BytesProgress) -> None:
-    """What torch.save writes of the tensors by name, or, wrapped, of {"model": them}.
+    """Write a file as torch.save does: a zip file with a pickle of the state dict, and an entry for each tensor's data.
 
-    That is a zip file of stored entries: a pickle that says what is where, and one entry for each tensor's bytes.
+    Args:
+        path: The file to create.
+        tensors: The tensors to write.
+        wrapped: Whether to write {"model": state dict} in place of the state dict.
+        progress: Called with the number of bytes written since the last call.
     """
     with path.open("wb") as file:
         with zipfile.ZipFile(file, "w") as archive:
@@ -104,13 +122,13 @@ def _read_ahead(tensors: Sequence[Tensor]) -> Iterator[memoryview]:
 
 
 def _sync(file: BinaryIO) -> None:
-    """Waits for the disk: what is renamed into place later must be there after a power cut."""
+    """Write a file to disk, so that it is complete after a power failure once it is renamed into place."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def _aligned_entry(name: str, size: int, offset: int) -> zipfile.ZipInfo:
-    """A zip entry written at `offset`, whose data begin at a multiple of ALIGNMENT (below 2 GB)."""
+    """Return a zip entry to be written at `offset`, padded so that its data is aligned (files below 2 GB)."""
     entry = zipfile.ZipInfo(name)
     entry.file_size = size
     padding = -(offset + ZIP_HEADER + len(name) + 4) % ALIGNMENT
@@ -120,7 +138,7 @@ def _aligned_entry(name: str, size: int, offset: int) -> zipfile.ZipInfo:
 
 @dataclasses.dataclass(frozen=True)
 class _Storage:
-    """The memory of a tensor. key: the name of its entry in the zip file."""
+    """The storage of a tensor. `key` is the name of its entry in the zip file."""
 
     key: str
     tensor: Tensor
@@ -128,7 +146,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True)
 class _PickledTensor:
-    """Pickled as torch pickles a tensor: a call that makes it of its storage."""
+    """Pickles like a torch tensor: as a call of the function that rebuilds it from its storage."""
 
     storage: _Storage
 
@@ -142,15 +160,15 @@ class _PickledTensor:
 
 
 class _Pickler(pickle.Pickler):
-    """Names a storage by its entry, as torch does."""
+    """Pickles a storage as a persistent id with the name of its entry, as torch does."""
 
-    def persistent_id(self, held: object) -> tuple | None:
+    def persistent_id(self, obj: object) -> tuple | None:
         import torch
 
-        if not isinstance(held, _Storage):
+        if not isinstance(obj, _Storage):
             return None
-        kind = getattr(torch, TORCH_STORAGES[held.tensor.dtype.name])
-        return ("storage", kind, held.key, "cpu", math.prod(held.tensor.shape))
+        storage_type = getattr(torch, TORCH_STORAGES[obj.tensor.dtype.name])
+        return ("storage", storage_type, obj.key, "cpu", math.prod(obj.tensor.shape))
 
 
 def _pickle_tensors(tensors: Sequence[Tensor], wrapped: bool) -> bytes:

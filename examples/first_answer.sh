@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to an answer, without a download: tiny random weights in the original's file layouts, converted, and
-# asked about a clip rendered here. The answer of random weights means nothing; every step is the real one.
+# Get a first answer without a download: write tiny random weights in the original's file layouts, convert them, render a
+# clip, and ask about it. The steps are those for published weights; the answer of random weights is meaningless.
 #
 #     bash examples/first_answer.sh [DIR]        (default: first_answer)
 set -euo pipefail

@@ -1,9 +1,9 @@
-"""Train by hand: batches of a run config, the loss, its gradients, an optimizer of your own; save, and ask the result.
+"""Write a training loop: batches of a run config, the loss and its gradients, your own optimizer; then save and chat.
 
     python examples/training_step.py [DIR]        (default: training_step)
 
-It renders eight clips and makes a tiny model of random weights, as `vllama train smoke` does, so that it runs anywhere
-in under a minute; with your own TrainConfig, `model` and `datasets` are all that differs. DIR/model is what it saves.
+Renders eight clips and makes a tiny model with random weights, as `vllama train smoke` does, so that it runs anywhere
+in under a minute. To use your own data and model, set `datasets` and `model` of the TrainConfig. Writes DIR/model.
 """
 
 import dataclasses
@@ -21,16 +21,16 @@ from vllama_jax.train import TrainConfig, batches, loss_sum
 TRAINABLE = ("video_qformer", "frame_positions", "llama_proj")  # components, as `vllama inspect` lists them
 
 
-def own_config(out: Path) -> TrainConfig:
-    """What to train on: the smoke config's clips, all eight in each of three steps, without random crops."""
+def make_config(out: Path) -> TrainConfig:
+    """Return a config with the clips of the smoke config, all eight in each of three steps, without random crops."""
     config = smoke.prepare(dataclasses.replace(smoke.config, steps=3, batch_size=8), out)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, min_crop_area=1.0))
 
 
 def main(out: Path) -> list[float]:
     """Run three steps and return their losses."""
-    config = own_config(out)
-    # The smoke model lacks the branch that trains: new weights for it, all else from the model.
+    config = make_config(out)
+    # Initialize the trained components; take all others from the smoke model.
     plan = vl.convert.plan(files={}, base=config.model, without=TRAINABLE)
     vl.convert.convert(plan, out / "start")
     model = vl.load(out / "start", stacked=True)

@@ -1,4 +1,4 @@
-"""Commands: in this process or in one of their own, and the one line that each error is."""
+"""Run commands in this process or in a separate one, and check their one-line errors."""
 
 import contextlib
 import io
@@ -15,14 +15,14 @@ VLLAMA = str(Path(sys.executable).with_name("vllama"))
 
 
 def run_vllama(*arguments: object, cache: Path | None = None, stdin: str = "") -> subprocess.CompletedProcess:
-    """A real `vllama` in a process of its own; its compiled programs are the session's, unless `cache` is given."""
+    """Run the installed `vllama` in a separate process, with the session's compilation cache or the given one."""
     command = [VLLAMA, *map(str, arguments)]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"} | ({"VLLAMA_CACHE": str(cache)} if cache else {})
     return subprocess.run(command, capture_output=True, text=True, input=stdin, env=environment, check=False)
 
 
-def error_line(*arguments: object) -> str:
-    """The one line that a command prints after "vllama: " when it exits with 1."""
+def expect_error_line(*arguments: object) -> str:
+    """Return the line that a command prints after "vllama: " when it exits with 1."""
     with pytest.raises(SystemExit) as stop:
         cli.main([str(argument) for argument in arguments])
     message = stop.value.code
@@ -32,15 +32,15 @@ def error_line(*arguments: object) -> str:
     return message.removeprefix("vllama: ")
 
 
-def failure(capsys, *arguments: object) -> str:
-    """The same line with "vllama: ", of a command that has printed nothing else."""
-    message = error_line(*arguments)
+def expect_error(capsys, *arguments: object) -> str:
+    """Return the same line with "vllama: " of a command that has printed nothing else."""
+    message = expect_error_line(*arguments)
     assert capsys.readouterr().out == ""
     return f"vllama: {message}"
 
 
-def usage_error(*arguments: object) -> str:
-    """What a command says on stderr, in one line, when it exits with 2."""
+def expect_usage_error(*arguments: object) -> str:
+    """Return the one line that a command prints on stderr when it exits with 2."""
     out, errors = io.StringIO(), io.StringIO()
     with pytest.raises(SystemExit) as stop, contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
         cli.main([str(argument) for argument in arguments])

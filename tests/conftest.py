@@ -1,7 +1,7 @@
-"""What several test files share: golden values computed by the original code, tiny models, a clip.
+"""Shared fixtures: golden values computed by the original code, tiny models, records and a clip.
 
-The tests see 8 CPU devices, so that what is split over a mesh can be tried on any machine. Programs are compiled with
-few optimisations, which takes a quarter off the tests' time; `.ci/run` runs the README's commands with all of them.
+The tests use 8 CPU devices, so that sharding over a mesh can be tested on any machine. Programs are compiled with few
+optimizations, which makes the tests a quarter faster; `.ci/run` runs the commands of the README with all of them.
 """
 
 import contextlib
@@ -26,13 +26,13 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the commands that test
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first, so that no worker begins one when the others end."""
+    """Run the longest files first, so that no worker starts one when the others have finished."""
     items.sort(key=lambda item: item.path.name not in ("test_train_run.py", "test_train_step.py", "test_verify.py"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_programs(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> None:
-    """One folder of compiled programs for all workers of a session and the commands that they start.
+    """Use one compilation cache for all workers of a session and the commands that they start.
 
     It is in pytest's cache, so that a later session (the slow tests after the fast ones, as in `.ci/run`) compiles only
     what is new. JAX identifies a program by its content, its options and the version of JAX. `pytest --cache-clear`
@@ -41,7 +41,7 @@ def compiled_programs(tmp_path_factory: pytest.TempPathFactory, request: pytest.
     folder = session_folder(tmp_path_factory)
     os.environ["VLLAMA_CACHE"] = str(folder)
     compiled = folder / "compiled"
-    if request.config.pluginmanager.has_plugin("cacheprovider"):  # not with `-p no:cacheprovider`
+    if request.config.pluginmanager.has_plugin("cacheprovider"):  # unset with `-p no:cacheprovider`
         with contextlib.suppress(FileExistsError):  # another worker was first
             compiled.symlink_to(request.config.cache.mkdir("compiled"))
     jax.config.update("jax_compilation_cache_dir", str(compiled))
@@ -50,7 +50,7 @@ def compiled_programs(tmp_path_factory: pytest.TempPathFactory, request: pytest.
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting_for_the_disk() -> Iterator[None]:
-    """Nothing that tests write must survive a power failure.
+    """Replace `os.fsync`: files of tests need not survive a power failure.
 
     `os.fsync` takes 12 ms on a virtual disk, and the conversion of the tiny model calls it 185 times.
     """
@@ -60,14 +60,14 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 
 def session_folder(factory: pytest.TempPathFactory) -> Path:
-    """The temporary folder of the session, the same for all of its workers."""
+    """Return the temporary folder of the session, which all workers share."""
     folder = factory.getbasetemp()
     return folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
 
 
 @pytest.fixture(scope="session")
 def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """Builds a folder that all workers of the session share: the first that needs it builds, the others wait."""
+    """Build a folder that all workers of the session share: the first that needs it builds, the others wait."""
 
     def built(name: str, build: Callable[[Path], object]) -> Path:
         folder = session_folder(tmp_path_factory) / name
@@ -84,12 +84,12 @@ def build_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Calla
     return built
 
 
-GOLDEN_HEADS = {part: {"num_heads": 4} for part in ("vit", "image_qformer", "video_qformer", "audio_qformer")}
+GOLDEN_HEADS = {component: {"num_heads": 4} for component in ("vit", "image_qformer", "video_qformer", "audio_qformer")}
 GOLDEN_HEADS["imagebind"] = {modality: {"num_heads": 4} for modality in ("audio", "vision")}
 
 
 def find_shared() -> Path | None:
-    """The folder of shared data: VLLAMA_SHARED, else the nearest `shared` in or above the checkout."""
+    """Return the folder of shared data: VLLAMA_SHARED, or the nearest `shared` in or above the checkout."""
     named = os.environ.get("VLLAMA_SHARED")
     candidates = [Path(named)] if named else [parent / "shared" for parent in Path(__file__).resolve().parents[1:]]
     return next((candidate for candidate in candidates if candidate.is_dir()), None)
@@ -97,7 +97,7 @@ def find_shared() -> Path | None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """See `find_shared`; tests that need it are skipped where it is not."""
+    """The folder of shared data (see `find_shared`); tests that need it are skipped without it."""
     if found := find_shared():
         return found
     if named := os.environ.get("VLLAMA_SHARED"):
@@ -107,13 +107,13 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def golden(shared: Path) -> Path:
-    """Weights in the original's file layouts, and every value that it computes from them."""
+    """Weights in the original's file layouts, and all values that the original computes from them."""
     return shared / "golden"
 
 
 @pytest.fixture(scope="session")
 def golden_files(golden: Path) -> dict[str, Path]:
-    """Golden's weight files by kind, as `convert.plan` names them, with the language model as .bin shards."""
+    """The golden weight files by component, as `convert.plan` names them, with the language model as .bin shards."""
     names = {
         "llama": "llama-bin",
         "eva_vit": "eva_vit_g.pth",
@@ -128,13 +128,13 @@ def golden_files(golden: Path) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def golden_model(golden_files: dict[str, Path], build_once) -> Path:
-    """A model directory of all of golden's pieces. Not to be written to."""
+    """A model directory of all golden components. Read-only."""
     return build_once("golden", lambda folder: _converted(golden_files, GOLDEN_HEADS, folder / "model")) / "model"
 
 
 @pytest.fixture(scope="session")
 def tiny_files(build_once) -> dict[str, Path]:
-    """Tiny random weights of a whole model as safetensors: paths by kind, and "config" with the head counts."""
+    """Random weights of a complete tiny model as safetensors: paths by component, and "config" with the head counts."""
 
     def write(folder: Path) -> None:
         paths = write_tiny(folder / "files")
@@ -146,57 +146,61 @@ def tiny_files(build_once) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tiny_files: dict[str, Path], build_once) -> Path:
-    """A model directory of the tiny weights. Not to be written to."""
+    """A model directory of the tiny weights. Read-only."""
     config = json.loads(tiny_files["config"].read_text())
     return build_once("tiny_model", lambda folder: _converted(tiny_files, config, folder / "model")) / "model"
 
 
 @pytest.fixture(scope="session")
 def clip(build_once) -> Path:
-    """Three seconds of a video with sound (mp4, H.264 and AAC)."""
+    """A video of three seconds with audio (mp4, H.264 and AAC)."""
 
     def write(folder: Path) -> None:
-        media_fixtures.write_video(folder / "clip.mp4", num_frames=75, sound=media_fixtures.tone(3, 16000))
+        media_fixtures.write_video(folder / "clip.mp4", num_frames=75, waveform=media_fixtures.tone(3, 16000))
 
     return build_once("media", write) / "clip.mp4"
 
 
 @pytest.fixture(scope="session")
 def records(build_once) -> Path:
-    """Four videos and two pictures, with turns. Not to be written to."""
+    """Records of four videos and two images with conversations. Read-only."""
     return _records(build_once, "seen")
 
 
 @pytest.fixture(scope="session")
 def real_records(build_once) -> Path:
-    """The same, and the shared clips where they are. Not to be written to."""
+    """The same records, and those of the shared clips if available. Read-only."""
     found = find_shared()
     return _records(build_once, "real", media=found and found / "media")
 
 
 @pytest.fixture(scope="session")
-def pictures(build_once) -> Path:
-    """The two pictures alone: a run of them compiles one step, where pictures and videos take two."""
+def image_records(build_once) -> Path:
+    """Records of two images only: a run of them compiles one step, and images with videos two."""
     return _records(build_once, "pictures", videos=0)
 
 
 @pytest.fixture(scope="session")
-def stage1(build_once, tiny_model: Path, pictures: Path) -> Path:
-    """A finished run of eight steps on one device. Not to be written to."""
+def stage1(build_once, tiny_model: Path, image_records: Path) -> Path:
+    """A finished run of eight steps on one device. Read-only."""
 
     def run(folder: Path) -> None:
         from vllama_jax.train.loop import train
 
         with pytest.MonkeyPatch.context() as patch:
             train_fixtures.use_one_device(patch)
-            train(train_fixtures.short_config(tiny_model, pictures), folder / "run", train_fixtures.Quiet())
+            train(
+                train_fixtures.short_config(tiny_model, image_records),
+                folder / "run",
+                train_fixtures.RecordingReporter(),
+            )
 
     return build_once("stage1", run) / "run"
 
 
 @pytest.fixture
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """See `train_fixtures.use_one_device`."""
+    """Train on one device (see `train_fixtures.use_one_device`)."""
     train_fixtures.use_one_device(monkeypatch)
 
 

@@ -1,4 +1,7 @@
-"""Sources made up in a folder. `build` looks at the first bytes of media only, so that few do where nothing decodes."""
+"""Annotation files and media for dataset builds.
+
+`build` checks only the first bytes of media, so most media are a few bytes.
+"""
 
 import json
 from pathlib import Path
@@ -11,12 +14,12 @@ MATROSKA = b"\x1aE\xdf\xa3"
 
 
 def media(content: bytes) -> bytes:
-    """Bytes that begin as a media file does."""
+    """Return bytes that start like those of a media file."""
     return MATROSKA + content
 
 
-def lay(folder: Path, contents: dict[str, object]) -> Path:
-    """A folder of these files; lists and dicts are written as JSON."""
+def write_folder(folder: Path, contents: dict[str, object]) -> Path:
+    """Write files into a folder; lists and dicts are written as JSON."""
     for name, content in contents.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,12 +29,12 @@ def lay(folder: Path, contents: dict[str, object]) -> Path:
     return folder
 
 
-def lines(*entries: dict) -> str:
+def to_json_lines(*entries: dict) -> str:
     return "".join(json.dumps(entry) + "\n" for entry in entries)
 
 
-def built(name: str, source: Path, out: Path) -> tuple[list[Annotation], dict[str, str]]:
-    """What comes back of a source, and why what is missing was left out."""
+def build_and_read(name: str, source: Path, out: Path) -> tuple[list[Annotation], dict[str, str]]:
+    """Build records from a source; return their annotations, and the reasons for skipped entries."""
     build(name, source, out)
     records = open_records(out)
     annotations = [records.annotation(number) for number in range(len(records))]

@@ -1,4 +1,4 @@
-"""A judge on this machine: an OpenAI-compatible endpoint that answers as it is told to."""
+"""A fake judge on this machine: an OpenAI-compatible endpoint with configurable replies."""
 
 import contextlib
 import json
@@ -10,14 +10,16 @@ from typing import Any
 Reply = Callable[[int, dict[str, Any]], tuple]
 
 
-def completion(text: str) -> tuple[int, Any]:
-    """A chat completion with this text."""
+def make_completion(text: str) -> tuple[int, Any]:
+    """Return a chat completion with this text."""
     return 200, {"choices": [{"message": {"role": "assistant", "content": text}}]}
 
 
 class FakeJudge:
-    """reply: which request it is, from 0 on, and its body → status, what is sent (texts as they are, all else as
-    JSON) and, where there are some, its headers. At most 200 requests.
+    """A judge whose replies a function determines.
+
+    `reply` maps the index of a request and its body to a status, a body (text is sent as it is, other values as JSON)
+    and optionally headers. At most 200 requests are served.
     """
 
     def __init__(self, reply: Reply):
@@ -39,8 +41,8 @@ class FakeJudge:
 
 
 @contextlib.contextmanager
-def serving(reply: Reply) -> Iterator[FakeJudge]:
-    """A fake judge, at `url` until the end of the block."""
+def serve_judge(reply: Reply) -> Iterator[FakeJudge]:
+    """Serve a fake judge at its `url` within the block."""
     judge = FakeJudge(reply)
 
     class Handler(BaseHTTPRequestHandler):

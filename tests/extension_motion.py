@@ -1,6 +1,6 @@
-"""A toy branch, added to the package from outside: patches of frames through one matrix, then a Q-Former.
+"""An example branch, registered from outside of the package: a patch embedding of frames, then a Q-Former.
 
-Its weights are one file: the matrix and the Q-Former with what is around it.
+Its weights are one file: the patch embedding, the Q-Former and the layers around it.
 """
 
 import dataclasses
@@ -58,13 +58,13 @@ class MotionBranch(nnx.Module):
         self.projection = projection(cfg.qformer.width, model.llama.width, rngs)
 
     def encode(self, frames: jax.Array) -> jax.Array:
-        """Normalized frames [b, t, h, w, 3] → features [b, t, n, d]."""
+        """Encode normalized frames [b, t, h, w, 3] to features [b, t, n, d]."""
         b, t = frames.shape[:2]
         patches = patchify(frames.reshape(b * t, *frames.shape[2:]), self.patch_size)
         return self.encoder(cast_like(patches, self.encoder.kernel)).reshape(b, t, patches.shape[1], -1)
 
     def tokens(self, features: jax.Array, *, interpolate_positions: bool = False, dropout: Any = None) -> jax.Array:
-        """Features [b, t, n, d] → media tokens [b, q, w]."""
+        """Map features [b, t, n, d] to media tokens [b, q, w]."""
         rows = position_rows(self.positions, features.shape[1], interpolate=interpolate_positions, what="frames")
         memory = cast_like(features, self.positions) + rows[:, None]
         return self.projection(self.qformer(memory.reshape(len(memory), -1, memory.shape[-1]), dropout))
@@ -108,7 +108,7 @@ def rules(cfg: MotionConfig) -> list[Rule]:
 
 
 def infer(source: Source) -> dict[str, Any]:
-    """The branch's config. Shapes do not tell the patch size apart from the channels, nor head counts."""
+    """Infer the branch's config. Shapes determine neither the patch size and channels separately, nor head counts."""
     width, patch = source.shape("motion_encoder.weight", 2)
     encoder = {"image_size": 32, "patch_size": round((patch / 3) ** 0.5), "width": width}
     return {

@@ -1,4 +1,4 @@
-"""SigLIP's vision tower (arXiv 2303.15343), added to the package from outside: config, network, converter rules.
+"""SigLIP's vision tower (arXiv 2303.15343), registered from outside of the package: config, network, conversion rules.
 
 Reference: transformers' SiglipVisionModel. The features are the patches after the last norm, without its pooling head.
 """
@@ -46,12 +46,12 @@ class SiglipConfig:
 
     @property
     def num_tokens(self) -> int:
-        """The patches: there is no class token."""
+        """The number of patches: there is no class token."""
         return (self.image_size // self.patch_size) ** 2
 
 
 class SiglipBlock(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with GELU's tanh approximation."""
+    """A transformer block: x + attention(norm(x)), then x + mlp(norm(x)), with GELU's tanh approximation."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
         self.norm1 = layer_norm(cfg.width, cfg.norm_eps, rngs)
@@ -66,7 +66,7 @@ class SiglipBlock(nnx.Module):
 
 
 class SiglipVit(nnx.Module):
-    """Normalized frames [b, h, w, 3] → [b, patches, width]."""
+    """SigLIP's vision tower: normalized frames [b, h, w, 3] to features [b, patches, width]."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
         self.patch_size = cfg.patch_size
@@ -79,11 +79,11 @@ class SiglipVit(nnx.Module):
         return self.norm(self.run(self.embed_inputs(frames)))
 
     def embed_inputs(self, frames: jax.Array) -> jax.Array:
-        """What the first block reads: patches with positions."""
+        """Return the input of the first block: patch embeddings with positions."""
         return self.patch_embed(patchify(cast_like(frames, self.positions), self.patch_size)) + self.positions[...]
 
     def run(self, x: jax.Array) -> jax.Array:
-        """All blocks."""
+        """Apply all blocks."""
         return run_stack(self.blocks, x, lambda block, x: block(x))
 
 
@@ -96,7 +96,7 @@ TOWER = Tower(
 
 
 def join_qkv(*heads: int) -> Transform:
-    """Three weights [h·k, d] or biases [h·k] ↔ one kernel [d, 3, h, k] or bias [3, h, k]."""
+    """Join three weights [h·k, d] or biases [h·k] to one kernel [d, 3, h, k] or bias [3, h, k], and split it again."""
 
     def to_jax(*parts: np.ndarray) -> np.ndarray:
         return np.stack([part.T.reshape(*part.T.shape[:-1], *heads) for part in parts], axis=-3)
@@ -131,7 +131,7 @@ def rules(cfg: SiglipConfig) -> list[Rule]:
 
 
 def infer(source: Source) -> dict[str, Any]:
-    """The fields of a SiglipConfig that the file's shapes tell, and the head count of a published width."""
+    """Infer the fields of a SiglipConfig from the file's shapes, and the head count from a published width."""
     embeddings, layer = f"{VISION}embeddings", f"{VISION}encoder.layers"
     width, _, _, patch_size = source.shape(f"{embeddings}.patch_embedding.weight", 4)
     return {
@@ -165,11 +165,11 @@ FILE_SPEC = FileSpec(
 )
 
 
-# What `vllama verify` compares; imported by nothing else, since it needs torch.
+# Comparisons for `vllama verify`; imported by nothing else, since they need torch.
 
 
 def stages(cfg: VideoLlamaConfig) -> list[Any]:
-    """The tower's stages, each beside transformers'."""
+    """Return the tower's stages, each with transformers' counterpart."""
     import torch
     from transformers import SiglipVisionConfig
     from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer

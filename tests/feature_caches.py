@@ -1,4 +1,4 @@
-"""Feature caches with random features, laid out as `vllama features` writes them."""
+"""Feature caches with random features, in the layout of `vllama features`."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ SHARD_RECORDS = 2
 
 
 def write_cache(config: TrainConfig, root: Path, seed: int = 0) -> Path:
-    """The features of a run's first dataset as `vllama features` lays them out, drawn at random."""
+    """Write random features of a run's first dataset in the layout of `vllama features`."""
     from array_record.python.array_record_module import ArrayRecordWriter
 
     records = open_records(config.datasets[0].path)
@@ -42,7 +42,7 @@ def with_features(config: TrainConfig, root: Path) -> TrainConfig:
     return dataclasses.replace(config, data=dataclasses.replace(config.data, feature_cache=str(root)))
 
 
-def opened(config: TrainConfig, root: Path) -> feature_cache.FeatureCache:
+def open_cache(config: TrainConfig, root: Path) -> feature_cache.FeatureCache:
     dataset = config.datasets[0]
     directory = open_model(config.model)
     found = open_caches(with_features(config, root), directory, [(dataset, open_records(dataset.path))])

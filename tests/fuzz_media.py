@@ -1,6 +1,6 @@
-"""Read mutated media files, each in a process of its own: `python tests/fuzz_media.py OUT.jsonl --seed 0 --count 300`.
+"""Read mutated media files, each in a separate process: `python tests/fuzz_media.py OUT.jsonl --seed 0 --count 300`.
 
-Writes one line a file: how it was made, what came of it, CPU seconds and memory. tests/test_fuzz_media.py judges them.
+Writes one line for each file: the mutation, the outcome, CPU seconds and memory. tests/test_fuzz_media.py checks them.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from vllama_jax import media
 from vllama_jax.errors import MediaError
 
 CPU_SECONDS = 30
-ADDRESS_SPACE = 6 << 30  # bytes; for the machine's sake: what counts is the memory in use, which is measured
+ADDRESS_SPACE = 6 << 30  # bytes; protects the machine: what tests check is the memory in use, which is measured
 VPX = {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}}
 VIDEOS = {
     "mp4": {"sound_rate": 16000},
@@ -36,24 +36,24 @@ VIDEOS = {
 }
 AUDIO = {"wav": ("pcm_s16le", "s16"), "mp3": ("libmp3lame", "fltp"), "flac": ("flac", "s16"), "m4a": ("aac", "fltp")}
 IMAGES = ("jpg", "png", "webp", "tif")
-SECONDS = 3.0  # of every video and audio file; 8 frames of 0.1 s for the animations
+SECONDS = 3.0  # of every video and audio file; animations have 8 frames of 0.1 s
 
 
 def originals(folder: Path) -> dict[str, bytes]:
-    """Make one file of every format."""
+    """Write one file of every format."""
     for ending, settings in VIDEOS.items():
         settings = dict(settings)
         rate = settings.pop("sound_rate", None)
-        sound = None if rate is None else media_fixtures.tone(SECONDS, rate)
-        media_fixtures.write_video(folder / f"a.{ending}", 75, sound=sound, rate=rate or 16000, **settings)
+        samples = None if rate is None else media_fixtures.tone(SECONDS, rate)
+        media_fixtures.write_video(folder / f"a.{ending}", 75, waveform=samples, rate=rate or 16000, **settings)
     for ending, (codec, form) in AUDIO.items():
-        media_fixtures.write_sound(folder / f"a.{ending}", media_fixtures.tone(SECONDS, 16000), 16000, codec, form)
+        media_fixtures.write_audio(folder / f"a.{ending}", media_fixtures.tone(SECONDS, 16000), 16000, codec, form)
     noise = np.random.default_rng(0).integers(0, 256, (8, 48, 64, 3), dtype=np.uint8)
-    pictures = [Image.fromarray(frame) for frame in noise]
+    images = [Image.fromarray(frame) for frame in noise]
     for ending in IMAGES:
-        pictures[0].save(folder / f"a.{ending}")
+        images[0].save(folder / f"a.{ending}")
     for ending, kind in (("gif", "gif"), ("apng", "png")):
-        pictures[0].save(folder / f"a.{ending}", kind, save_all=True, append_images=pictures[1:], duration=100)
+        images[0].save(folder / f"a.{ending}", kind, save_all=True, append_images=images[1:], duration=100)
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
@@ -65,7 +65,7 @@ def flip_bytes(data: bytes, rng: np.random.Generator, other: bytes) -> bytes:
 
 
 def change_header(data: bytes, rng: np.random.Generator, other: bytes) -> bytes:
-    """Put extreme numbers into a few fields of the first, or for an index at the end the last, 1,000 bytes."""
+    """Write extreme numbers into a few fields of the first 1,000 bytes, or of the last for an index at the end."""
     changed = bytearray(data)
     reach = min(len(data) - 8, 1000)
     for _ in range(int(rng.integers(1, 6))):
@@ -118,7 +118,7 @@ def _block(data: bytes, rng: np.random.Generator) -> tuple[int, int]:
 
 
 def mutated(folder: Path, seed: int, count: int) -> Iterator[tuple[dict, bytes]]:
-    """Yield how each file is made, and its bytes; every format takes its turn, and every mutation."""
+    """Yield a description and the bytes of each mutated file, cycling through formats and mutations."""
     files = originals(folder)
     names = list(files)
     for number in range(count):
@@ -131,7 +131,7 @@ def mutated(folder: Path, seed: int, count: int) -> Iterator[tuple[dict, bytes]]
 
 
 def read(path: Path) -> dict:
-    """Read a file as a chat does, and check what a result always is. Returns what came of it."""
+    """Read a file as a chat does, check the invariants of the result, and return the outcome."""
     try:
         found = media.read_media(path)
         waveform = getattr(found, "waveform", None)
@@ -163,7 +163,7 @@ def read(path: Path) -> dict:
 
 
 def read_in_a_process(path: Path) -> dict:
-    """Fork, read, and add how the process ended and what it took."""
+    """Read a file in a forked process; add how the process ended and the resources it used."""
     receive, send = os.pipe()
     child = os.fork()
     if not child:
@@ -171,21 +171,21 @@ def read_in_a_process(path: Path) -> dict:
         resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
         signal.alarm(20 * CPU_SECONDS)
         try:
-            told = read(path)
+            output = read(path)
         except BaseException:
-            told = {"outcome": "traceback", "message": traceback.format_exc()}
-        os.write(send, json.dumps(told).encode()[:60_000])
+            output = {"outcome": "traceback", "message": traceback.format_exc()}
+        os.write(send, json.dumps(output).encode()[:60_000])
         os._exit(0)
     os.close(send)
     with os.fdopen(receive, "rb") as answer:
-        told = answer.read()
+        output = answer.read()
     _, status, used = os.wait4(child, 0)
-    outcome = json.loads(told) if told else {"outcome": "crash", "message": f"wait status {status}"}
+    outcome = json.loads(output) if output else {"outcome": "crash", "message": f"wait status {status}"}
     return outcome | {"cpu": used.ru_utime + used.ru_stime, "bytes": used.ru_maxrss * 1024}
 
 
 def warm_up() -> None:
-    """Import and compute what every reader needs, once, before processes are forked."""
+    """Import and compute once what every reader needs, before processes are forked."""
     Image.init()
     for rate in (16000, 44100, 48000):
         media.mel_clips(media_fixtures.tone(0.5, rate), rate)

@@ -1,4 +1,4 @@
-"""Tiny random language models of each family, written by `transformers`, with tokenizers in the manner of Qwen's."""
+"""Tiny random language models of each family, written by `transformers`, with tokenizers like Qwen's."""
 
 import json
 from pathlib import Path
@@ -14,22 +14,22 @@ from transformers import PreTrainedModel
 from vllama_jax.convert.tiny import train_tokenizer
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-CHATML = (  # as Qwen3's, without tools and thinking
+CHATML = (  # Qwen3's, without tools and thinking
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-MISTRAL = (  # as Mistral-7B-Instruct-v0.1's, without the checks
+MISTRAL = (  # Mistral-7B-Instruct-v0.1's, without the checks
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
     "[INST] {{ message.content }} [/INST]{% else %} {{ message.content }}{{ eos_token }}{% endif %}{% endfor %}"
 )
 WORDS = ["What is the dog doing?", "It runs over the grass.", "<Video></Video> The video contains 8 frames", "system\n"]
-WIDTH, VOCABULARY = 64, 512  # those of config.tiny()
+WIDTH, VOCABULARY = 64, 512  # as in config.tiny()
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-HEAD_DIMS = {"qwen3": 24}  # of its own, and not width / heads
+HEAD_DIMS = {"qwen3": 24}  # set explicitly, different from width / heads
 
 
 def make_model(family: str, **changes: Any) -> PreTrainedModel:
-    """A model of three layers whose parameters are all random, biases and norms too."""
+    """Make a model of three layers whose parameters are all random, including biases and norms."""
     fields = {
         "vocab_size": VOCABULARY,
         "hidden_size": WIDTH,
@@ -51,7 +51,7 @@ def make_model(family: str, **changes: Any) -> PreTrainedModel:
 
 
 def write_model(folder: Path, family: str, **changes: Any) -> PreTrainedModel:
-    """The model in a directory, with a tokenizer that fits the family."""
+    """Write the model to a directory, with a tokenizer that fits the family."""
     model = make_model(family, **changes)
     qwen = family.startswith("qwen")
     ids = {"bos_token_id": 0, "eos_token_id": [2, 0]} if qwen else {"bos_token_id": 1, "eos_token_id": 2}
@@ -63,7 +63,7 @@ def write_model(folder: Path, family: str, **changes: Any) -> PreTrainedModel:
 
 
 def write_qwen_tokenizer(folder: Path) -> None:
-    """Byte-level BPE with Qwen's special tokens, which names no BOS."""
+    """Write a byte-level BPE tokenizer with Qwen's special tokens, without a BOS."""
     library = tokenizers.Tokenizer(models.BPE())
     library.normalizer = normalizers.NFC()
     pattern = r"(?i:'s|'t)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -1,4 +1,4 @@
-"""Networks with random weights, made without compiling anything."""
+"""Networks with random weights, made without compilation."""
 
 import dataclasses
 
@@ -11,7 +11,7 @@ from vllama_jax.nn.video_llama import VideoLlama
 
 
 def random_network(cfg: VideoLlamaConfig, seed: int = 0) -> VideoLlama:
-    """Every weight drawn, norms around one, matrices in a scale that keeps activations near one."""
+    """Return a network with random weights: norms around one, matrices scaled to keep activations near one."""
     graph, state = nnx.split(abstract_network(cfg, "float32"))
     rng = np.random.default_rng(seed)
     for path, variable in nnx.to_flat_state(state):
@@ -27,7 +27,7 @@ def random_network(cfg: VideoLlamaConfig, seed: int = 0) -> VideoLlama:
 
 
 def tiny_on_small_images(vocab_size: int = 512) -> VideoLlamaConfig:
-    """The tiny model on small pictures."""
+    """Return the tiny config with small images."""
     cfg = tiny(vocab_size=vocab_size)
     vision = dataclasses.replace(cfg.imagebind.vision, image_size=56)
     return dataclasses.replace(

@@ -1,8 +1,7 @@
-"""The types of the public API, as type checkers and IDEs see them. mypy reads this file, nothing runs it.
+"""The types of the public API, as type checkers and IDEs infer them. mypy reads this file; nothing runs it.
 
-tests/test_types.py checks it outside the checkout, against the editable install; .ci/run against a plain one.
-
-Where a name is untyped, or not found, its type is `Any`, which `assert_type` refuses.
+tests/test_types.py checks it outside of the checkout against the editable install; .ci/run checks it against a plain
+one. An untyped or unknown name has type `Any`, which `assert_type` refuses.
 """
 
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Arrays of the wrong shape or dtype are one line that names what is expected, also under `jax.jit`."""
+"""Arrays of a wrong shape or dtype raise a one-line error with the expected shape, also under `jax.jit`."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ WRONG = {
         (np.zeros((1, 5), np.float32), "ids: expected integers [b, n], not float32 [1, 5]"),
     ],
 }
-CASES = [(method, array, said) for method, cases in WRONG.items() for array, said in cases]
+CASES = [(method, array, message) for method, cases in WRONG.items() for array, message in cases]
 
 
 @pytest.fixture(scope="module")
@@ -46,22 +46,22 @@ def network():
     return random_network(tiny())
 
 
-@pytest.mark.parametrize(("method", "array", "said"), CASES, ids=[f"{m}-{a.dtype}{a.shape}" for m, a, _ in CASES])
-def test_a_wrong_array_error_reports_the_expected_shape(network, method, array, said):
+@pytest.mark.parametrize(("method", "array", "message"), CASES, ids=[f"{m}-{a.dtype}{a.shape}" for m, a, _ in CASES])
+def test_a_wrong_array_error_reports_the_expected_shape(network, method, array, message):
     for call in (getattr(network, method), jax.jit(lambda x: getattr(network, method)(x))):
         with pytest.raises(vl.ArrayError) as refused:
             call(array)
-        assert said in str(refused.value)
+        assert message in str(refused.value)
         assert "\n" not in str(refused.value)
     assert issubclass(vl.ArrayError, vl.VllamaError)
 
 
-@pytest.mark.parametrize("given", ["clip.mp4", None, [[1, 2], [3, 4]]])
-def test_values_of_other_types_are_refused(network, given):
+@pytest.mark.parametrize("value", ["clip.mp4", None, [[1, 2], [3, 4]]])
+def test_values_of_other_types_are_refused(network, value):
     with pytest.raises(vl.ArrayError, match="frames: expected floats"):
-        network.encode_video(given)
+        network.encode_video(value)
     with pytest.raises(vl.ArrayError, match="ids: expected integers"):
-        network.embed(given)
+        network.embed(value)
 
 
 def test_the_language_model_can_be_called_alone(network):

@@ -1,11 +1,11 @@
-"""Output: whole or not at all, and a planted symbolic link never makes a command delete or overwrite anything."""
+"""Outputs are complete or absent, and no command deletes or overwrites a file through a symbolic link."""
 
 import json
 from pathlib import Path
 
 import pytest
-from cli_fixtures import error_line
-from conversions import command
+from cli_fixtures import expect_error_line
+from conversions import convert_command
 from train_fixtures import config_of, short_config, write_config, write_files
 
 import vllama_jax as vl
@@ -14,8 +14,8 @@ from vllama_jax.io.jsonl import JsonLinesFile
 
 
 @pytest.fixture
-def treasure(tmp_path) -> Path:
-    """A directory of somebody else's, to which links lead."""
+def other_directory(tmp_path) -> Path:
+    """A directory outside of the output, to which links point."""
     folder = tmp_path / "treasure"
     (folder / "deep").mkdir(parents=True)
     (folder / "file.txt").write_text("gold")
@@ -28,38 +28,38 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def link_to_directory(treasure: Path, partial: Path, out: Path) -> None:
-    partial.symlink_to(treasure)
+def link_to_directory(other_directory: Path, partial: Path, out: Path) -> None:
+    partial.symlink_to(other_directory)
 
 
-def link_to_file(treasure: Path, partial: Path, out: Path) -> None:
-    partial.symlink_to(treasure / "file.txt")
+def link_to_file(other_directory: Path, partial: Path, out: Path) -> None:
+    partial.symlink_to(other_directory / "file.txt")
 
 
-def dangling_link(treasure: Path, partial: Path, out: Path) -> None:
-    partial.symlink_to(treasure / "absent")
+def dangling_link(other_directory: Path, partial: Path, out: Path) -> None:
+    partial.symlink_to(other_directory / "absent")
 
 
-def link_inside(treasure: Path, partial: Path, out: Path) -> None:
+def link_inside(other_directory: Path, partial: Path, out: Path) -> None:
     partial.mkdir()
-    (partial / "params").symlink_to(treasure)
+    (partial / "params").symlink_to(other_directory)
 
 
-def link_deep_inside(treasure: Path, partial: Path, out: Path) -> None:
+def link_deep_inside(other_directory: Path, partial: Path, out: Path) -> None:
     (partial / "params" / "a").mkdir(parents=True)
-    (partial / "params" / "a" / "0").symlink_to(treasure / "file.txt")
+    (partial / "params" / "a" / "0").symlink_to(other_directory / "file.txt")
 
 
-def regular_file(treasure: Path, partial: Path, out: Path) -> None:
+def regular_file(other_directory: Path, partial: Path, out: Path) -> None:
     partial.write_text("mine")
 
 
-def final_link(treasure: Path, partial: Path, out: Path) -> None:
-    out.symlink_to(treasure)
+def final_link(other_directory: Path, partial: Path, out: Path) -> None:
+    out.symlink_to(other_directory)
 
 
-def final_dangling_link(treasure: Path, partial: Path, out: Path) -> None:
-    out.symlink_to(treasure / "absent")
+def final_dangling_link(other_directory: Path, partial: Path, out: Path) -> None:
+    out.symlink_to(other_directory / "absent")
 
 
 PLANTED = {
@@ -82,20 +82,20 @@ def annotations(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("plant", PLANTED, ids=lambda plant: plant.__name__)
 @pytest.mark.parametrize("name", ["convert", "export", "quantize", "data build"])
 def test_a_new_directory_is_never_written_through_links(
-    tiny_files, tiny_model, annotations, treasure, tmp_path, name, plant
+    tiny_files, tiny_model, annotations, other_directory, tmp_path, name, plant
 ):
     partial, out = tmp_path / ".out.partial", tmp_path / "out"
     arguments = {
-        "convert": command(tiny_files, out),
+        "convert": convert_command(tiny_files, out),
         "export": ["export", str(tiny_model), "--out", str(out)],
         "quantize": ["quantize", str(tiny_model), "--out", str(out)],
         "data build": ["data", "build", "jsonl", "--source", str(annotations), "--out", str(out)],
     }[name]
-    before = contents(treasure)
-    plant(treasure, partial, out)
+    before = contents(other_directory)
+    plant(other_directory, partial, out)
     planted = sorted(tmp_path.rglob("*")), contents(tmp_path)
-    assert error_line(*arguments).endswith(PLANTED[plant])
-    assert contents(treasure) == before
+    assert expect_error_line(*arguments).endswith(PLANTED[plant])
+    assert contents(other_directory) == before
     assert (sorted(tmp_path.rglob("*")), contents(tmp_path)) == planted
 
 
@@ -103,79 +103,79 @@ FILE_LINK = "a symbolic link, but this command writes a file there; move it away
 DIRECTORY_LINK = "a symbolic link, but this command writes a directory there; move it away"
 
 
-def test_features_are_never_written_through_a_link(tiny_model, pictures, treasure, tmp_path):
-    config = write_config(tmp_path / "config.py", config_of(tiny_model, pictures))
+def test_features_are_never_written_through_a_link(tiny_model, image_records, other_directory, tmp_path):
+    config = write_config(tmp_path / "config.py", config_of(tiny_model, image_records))
     arguments = ["features", str(config), "--out", str(tmp_path / "out")]
     (tmp_path / "out").mkdir()
-    before = contents(treasure)
+    before = contents(other_directory)
     scratch = tmp_path / "out" / ".partial-0"
-    scratch.symlink_to(treasure)
-    assert error_line(*arguments).endswith(f".partial-0: {DIRECTORY_LINK}")
+    scratch.symlink_to(other_directory)
+    assert expect_error_line(*arguments).endswith(f".partial-0: {DIRECTORY_LINK}")
     scratch.unlink()
     scratch.mkdir()
-    (scratch / "shard").symlink_to(treasure / "file.txt")
-    assert error_line(*arguments).endswith(
+    (scratch / "shard").symlink_to(other_directory / "file.txt")
+    assert expect_error_line(*arguments).endswith(
         ".partial-0/shard: a symbolic link in a directory that this command clears; remove it"
     )
-    assert contents(treasure) == before
+    assert contents(other_directory) == before
 
 
 @pytest.mark.parametrize("name", [".config.json.partial", ".metrics.jsonl.partial", "metrics.jsonl", "samples.jsonl"])
-def test_a_link_in_a_run_directory(tiny_model, pictures, treasure, tmp_path, name):
-    config = write_config(tmp_path / "config.py", short_config(tiny_model, pictures))
+def test_a_link_in_a_run_directory(tiny_model, image_records, other_directory, tmp_path, name):
+    config = write_config(tmp_path / "config.py", short_config(tiny_model, image_records))
     run = tmp_path / "run"
     run.mkdir()
-    (run / name).symlink_to(treasure / "file.txt")
-    before = contents(treasure)
-    assert error_line("train", config, "--out", run).endswith(f"{name}: {FILE_LINK}")
-    assert contents(treasure) == before
+    (run / name).symlink_to(other_directory / "file.txt")
+    before = contents(other_directory)
+    assert expect_error_line("train", config, "--out", run).endswith(f"{name}: {FILE_LINK}")
+    assert contents(other_directory) == before
 
 
 @pytest.mark.parametrize(
     "name", ["config.json", ".config.json.partial", "answers.jsonl", "results.json", ".results.json.partial"]
 )
-def test_a_link_in_an_evaluation_directory(tiny_model, clip, treasure, tmp_path, name):
+def test_a_link_in_an_evaluation_directory(tiny_model, clip, other_directory, tmp_path, name):
     lines = [json.dumps({"id": "q1", "video": clip.name, "question": "What?", "answer": "a dog", "task": "open"})]
     (tmp_path / "questions.jsonl").write_text("\n".join(lines) + "\n")
     out = tmp_path / "out"
     out.mkdir()
-    (out / name).symlink_to(treasure / "config.json")
-    before = contents(treasure)
+    (out / name).symlink_to(other_directory / "config.json")
+    before = contents(other_directory)
     arguments = ["eval", "jsonl", "--annotations", str(tmp_path / "questions.jsonl"), "--videos", str(clip.parent)]
-    said = error_line(*arguments, "--model", tiny_model, "--out", out)
-    assert said.endswith(f"{name}: {FILE_LINK}")
-    assert contents(treasure) == before
+    message = expect_error_line(*arguments, "--model", tiny_model, "--out", out)
+    assert message.endswith(f"{name}: {FILE_LINK}")
+    assert contents(other_directory) == before
 
 
 @pytest.mark.parametrize("name", ["loss.png", ".loss.png.partial"])
 @pytest.mark.parametrize("named", [False, True])
-def test_plots_are_never_written_through_a_link(treasure, tmp_path, name, named):
+def test_plots_are_never_written_through_a_link(other_directory, tmp_path, name, named):
     run = tmp_path / "run"
     run.mkdir()
     (run / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0, "lr": 0.1}\n{"step": 2, "loss": 1.0, "lr": 0.1}\n')
-    (run / name).symlink_to(treasure / "file.txt")
-    before = contents(treasure)
+    (run / name).symlink_to(other_directory / "file.txt")
+    before = contents(other_directory)
     options = ["--out", str(run / "loss.png")] if named else []
-    assert error_line("plot", run, *options).endswith(f"{name}: {FILE_LINK}")
-    assert contents(treasure) == before
+    assert expect_error_line("plot", run, *options).endswith(f"{name}: {FILE_LINK}")
+    assert contents(other_directory) == before
 
 
-# The functions.
+# The functions of vllama_jax.io.atomic.
 
 
 @pytest.mark.parametrize("write", [atomic.replace_file, atomic.write_file])
-def test_no_file_is_written_through_a_link(treasure, tmp_path, write):
-    (tmp_path / "file").symlink_to(treasure / "file.txt")
+def test_no_file_is_written_through_a_link(other_directory, tmp_path, write):
+    (tmp_path / "file").symlink_to(other_directory / "file.txt")
     with pytest.raises((vl.CheckpointError, FileExistsError)):
         write(tmp_path / "file", b"brass")
-    assert (treasure / "file.txt").read_text() == "gold"
+    assert (other_directory / "file.txt").read_text() == "gold"
 
 
-def test_no_line_is_added_through_a_link(treasure, tmp_path):
-    (tmp_path / "lines.jsonl").symlink_to(treasure / "file.txt")
+def test_no_line_is_added_through_a_link(other_directory, tmp_path):
+    (tmp_path / "lines.jsonl").symlink_to(other_directory / "file.txt")
     with pytest.raises(vl.CheckpointError, match=f"jsonl: {FILE_LINK}"):
         JsonLinesFile(tmp_path / "lines.jsonl").add({"step": 1})
-    assert (treasure / "file.txt").read_text() == "gold"
+    assert (other_directory / "file.txt").read_text() == "gold"
 
 
 def test_a_partial_file_that_a_killed_process_left_is_replaced(tmp_path):
@@ -198,10 +198,10 @@ def test_a_failed_write_keeps_the_file_and_leaves_no_partial_one(tmp_path, monke
     assert [path.name for path in tmp_path.iterdir()] == ["file.json"]
 
 
-def test_a_hard_link_with_the_partial_name_keeps_its_other_name(treasure, tmp_path):
-    (tmp_path / ".file.json.partial").hardlink_to(treasure / "file.txt")
+def test_a_hard_link_with_the_partial_name_keeps_its_other_name(other_directory, tmp_path):
+    (tmp_path / ".file.json.partial").hardlink_to(other_directory / "file.txt")
     atomic.replace_json(tmp_path / "file.json", {"a": 1})
-    assert (treasure / "file.txt").read_text() == "gold"
+    assert (other_directory / "file.txt").read_text() == "gold"
 
 
 def test_an_output_directory_may_be_a_link(tmp_path):
@@ -213,7 +213,7 @@ def test_an_output_directory_may_be_a_link(tmp_path):
 
 
 def test_an_existing_output_is_reported_before_inputs_are_read(tmp_path, monkeypatch):
-    """Not even the files that do not exist are looked at."""
+    """Inputs are not read before the check: they do not even exist here."""
     (tmp_path / "out").mkdir()
     out, absent = str(tmp_path / "out"), str(tmp_path / "absent")
     for arguments in (
@@ -223,8 +223,8 @@ def test_an_existing_output_is_reported_before_inputs_are_read(tmp_path, monkeyp
         ["quantize", absent, "--out", out],
         ["data", "build", "jsonl", "--source", absent, "--out", out],
     ):
-        assert error_line(*arguments) == f"{out}: already exists; remove it or choose another path"
+        assert expect_error_line(*arguments) == f"{out}: already exists; remove it or choose another path"
     (tmp_path / "out" / "config.json").write_text("{}")
     config = write_config(tmp_path / "config.py", config_of(absent, absent))
-    said = error_line("features", config, "--out", out)
-    assert said == f"{out}: holds something else (it has config.json); choose another --out"
+    message = expect_error_line("features", config, "--out", out)
+    assert message == f"{out}: holds something else (it has config.json); choose another --out"

@@ -1,4 +1,4 @@
-"""What training asks of media beyond reading files: bytes as files, chosen frames, random frames, boxes and crops."""
+"""Media for training: media in memory, frame sampling, random crops."""
 
 import math
 import os
@@ -6,7 +6,7 @@ import os
 import numpy as np
 import pytest
 import torch
-from media_fixtures import numbers_of, write_video
+from media_fixtures import decode_frame_numbers, write_video
 from PIL import Image as pillow
 
 from vllama_jax.errors import MediaError
@@ -17,12 +17,12 @@ from vllama_jax.media.image import resize
 SCALE, RATIO = (0.5, 1.0), (3 / 4, 4 / 3)
 
 
-# ------------------------------------------------------------------------------------------------ bytes as files
+# ------------------------------------------------------------------------------------------------ media in memory
 
 
 @pytest.fixture(params=["in memory", "on disk"])
 def either_kind(request, monkeypatch, tmp_path):
-    """Linux has files in memory; elsewhere, and here, temporary ones stand in."""
+    """Test in-memory files, which Linux has, and the temporary files that other systems use."""
     if request.param == "on disk":
         monkeypatch.delattr(os, "memfd_create")
         monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
@@ -32,11 +32,11 @@ def either_kind(request, monkeypatch, tmp_path):
 def test_media_in_memory_are_read_like_files(clip, tmp_path):
     pillow.new("RGB", (20, 10), (255, 0, 0)).save(tmp_path / "red.png")
     with as_file(clip.read_bytes()) as path:
-        again = read_video(path, num_frames=4, size=64)
+        reread = read_video(path, num_frames=4, size=64)
         kind = read_media(path).report.kind
     expected = read_video(clip, num_frames=4, size=64)
-    assert (again.frames == expected.frames).all()
-    assert (again.waveform == expected.waveform).all()
+    assert (reread.frames == expected.frames).all()
+    assert (reread.waveform == expected.waveform).all()
     assert kind == "video"
     assert not os.path.exists(path)
     with as_file((tmp_path / "red.png").read_bytes()) as path:
@@ -46,9 +46,9 @@ def test_media_in_memory_are_read_like_files(clip, tmp_path):
 
 def test_several_media_in_memory_at_once(clip, tmp_path):
     pillow.new("L", (4, 4)).save(tmp_path / "black.png")
-    with as_file(clip.read_bytes()) as video, as_file((tmp_path / "black.png").read_bytes()) as picture:
-        assert video != picture
-        assert read_image(picture, size=8).max() == 0
+    with as_file(clip.read_bytes()) as video, as_file((tmp_path / "black.png").read_bytes()) as image:
+        assert video != image
+        assert read_image(image, size=8).max() == 0
         assert len(read_video(video, size=64).frames) == 8
 
 
@@ -67,33 +67,33 @@ def test_bytes_that_are_no_media(clip):
     assert not os.path.exists(path)
 
 
-# ------------------------------------------------------------------------------------------------ which frames
+# ------------------------------------------------------------------------------------------------ frame sampling
 
 
 def test_a_custom_sample_function_chooses_the_frames(tmp_path):
     path = write_video(tmp_path / "clip.mp4")
     video = read_video(
-        path, num_frames=3, size=64, sample_frames=lambda total, wanted: np.array([total - wanted, 148, 149])
+        path, num_frames=3, size=64, sample_frames=lambda total, count: np.array([total - count, 148, 149])
     )
-    assert numbers_of(video.frames) == [147, 148, 149]
+    assert decode_frame_numbers(video.frames) == [147, 148, 149]
     assert video.timestamps.tolist() == [147 / 25, 148 / 25, 149 / 25]
     assert video.report.num_frames == 3
 
 
 def test_frames_are_sampled_again_after_a_wrong_declared_count(tmp_path):
-    """A recording that starts between key frames has packets that hold no frame of their own."""
-    whole = write_video(tmp_path / "whole.ts").read_bytes()
-    (tmp_path / "late.ts").write_bytes(whole[len(whole) // 3 // 188 * 188 :])  # a transport stream has 188-byte packets
-    asked = []
+    """A recording that starts between key frames has packets without a decodable frame."""
+    full = write_video(tmp_path / "whole.ts").read_bytes()
+    (tmp_path / "late.ts").write_bytes(full[len(full) // 3 // 188 * 188 :])  # a transport stream has 188-byte packets
+    frame_counts = []
 
     def sample_frames(total, num_frames):
-        asked.append(total)
+        frame_counts.append(total)
         return frame_indices(total, num_frames)
 
     video = read_video(tmp_path / "late.ts", size=64, sample_frames=sample_frames)
-    assert len(asked) == 2
-    assert asked[1] < asked[0]
-    assert (video.timestamps * 25).round().tolist() == frame_indices(asked[1], 8).tolist()
+    assert len(frame_counts) == 2
+    assert frame_counts[1] < frame_counts[0]
+    assert (video.timestamps * 25).round().tolist() == frame_indices(frame_counts[1], 8).tolist()
     assert (video.frames == read_video(tmp_path / "late.ts", size=64).frames).all()
 
 
@@ -120,7 +120,7 @@ def test_head_tail_indices_of_short_videos(total, num_frames):
             assert (indices < total // 2).sum() == num_frames // 2
 
 
-# ------------------------------------------------------------------------------------------------ boxes and crops
+# ------------------------------------------------------------------------------------------------ crops
 
 
 def test_crop_boxes_are_uniform_in_area_and_log_aspect_ratio():
@@ -131,7 +131,7 @@ def test_crop_boxes_are_uniform_in_area_and_log_aspect_ratio():
     area, ratio = height * width / 1e6, np.log(width / height)
     assert (area.min(), area.max()) == pytest.approx(SCALE, abs=0.02)
     assert (ratio.min(), ratio.max()) == pytest.approx((math.log(RATIO[0]), math.log(RATIO[1])), abs=0.02)
-    fits = area < 0.7  # boxes of more than 3/4 of the area do not fit in every ratio, and are drawn again
+    fits = area < 0.7  # boxes of more than 3/4 of the area do not fit at every aspect ratio, and are drawn again
     assert np.histogram(area[fits], 4, (0.5, 0.7))[0] / fits.sum() == pytest.approx(0.25, abs=0.03)
     assert np.histogram(ratio[fits], 4, np.log(RATIO))[0] / fits.sum() == pytest.approx(0.25, abs=0.03)
     assert top.min() == left.min() == 0
@@ -140,7 +140,7 @@ def test_crop_boxes_are_uniform_in_area_and_log_aspect_ratio():
 
 
 def test_aspect_ratio_is_width_over_height():
-    """Of ratios around one, a box of the inverse ratio looks the same."""
+    """Aspect ratios are symmetric around one, so an inverted ratio would pass the test above."""
     boxes = np.array([random_crop_box(np.random.default_rng(seed), 100, 300, (0.1, 0.2), (2, 3)) for seed in range(50)])
     assert (np.round(boxes[:, 3] / boxes[:, 2], 1) >= 2).all()
     assert (np.round(boxes[:, 3] / boxes[:, 2], 1) <= 3).all()
@@ -169,7 +169,7 @@ def test_a_crop_that_never_fits_is_centered(height, width, expected):
 
 
 def torch_crop(frames, box, size):
-    """The original's crop before its cast."""
+    """Crop as the original does, before its cast to integers."""
     top, left, height, width = box
     cropped = torch.from_numpy(frames[:, top : top + height, left : left + width]).permute(3, 0, 1, 2).float()
     stretched = torch.nn.functional.interpolate(cropped, size=(size, size), mode="bicubic", align_corners=False)
@@ -177,7 +177,7 @@ def torch_crop(frames, box, size):
 
 
 def assert_cut_off(cropped, exact):
-    """Equal to the fraction cut off, but by one where an exact value is within rounding of a whole number."""
+    """Check equality with the truncated values; they may differ by one where an exact value is close to an integer."""
     expected = np.clip(exact, 0, 255).astype(np.uint8)
     near_whole = np.abs(exact - np.round(exact)) < 1e-3
     assert cropped.dtype == np.uint8
@@ -190,7 +190,7 @@ def test_crops_equal_torch(size):
     rng = np.random.default_rng(0)
     for _ in range(5):
         height, width = rng.integers(1, 300, 2)
-        frames = rng.integers(0, 256, (2, height, width, 3), np.uint8)  # noise overshoots a lot
+        frames = rng.integers(0, 256, (2, height, width, 3), np.uint8)  # noise overshoots the value range often
         box = random_crop_box(rng, int(height), int(width), SCALE, RATIO)
         cropped = crop_frames(frames, box, size)
         assert cropped.shape == (2, size, size, 3)
@@ -207,13 +207,13 @@ def test_overshoots_are_clamped():
     frames = np.zeros((1, 8, 8, 3), np.uint8)
     frames[:, :, 4:] = 255
     cropped = crop_frames(frames, (0, 0, 8, 8), 64)
-    assert (np.diff(cropped[0, 0, :, 0].astype(int)) >= -6).all()  # an overshoot comes back, but never wraps
+    assert (np.diff(cropped[0, 0, :, 0].astype(int)) >= -6).all()  # overshoots are clamped, not wrapped around
     assert cropped[0, 0, 0, 0] == 0
     assert cropped[0, 0, -1, 0] >= 254
 
 
 def test_crop_equals_the_golden_values(golden):
-    """Where the original's values do not wrap around."""
+    """Compare where the original's values do not wrap around."""
     recorded = np.load(golden / "media/train_crop.npz")
     frames = np.load(golden / "media/birthday_video.npz")["frames_uint8_thwc"][:2]
     box = CropBox(*recorded["box_ijhw"].tolist())
@@ -231,15 +231,15 @@ def test_crop_equals_the_golden_values(golden):
 def test_images_are_cropped_to_the_chosen_box(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (60, 90, 3), np.uint8)
     pillow.fromarray(pixels).save(tmp_path / "noise.png")
-    asked = []
+    frame_counts = []
 
     def choose_box(height, width):
-        asked.append((height, width))
+        frame_counts.append((height, width))
         return 10, 20, 30, 40
 
     cropped = read_image(tmp_path / "noise.png", 32, choose_box)
     expected = resize(pillow.fromarray(pixels[10:40, 20:60]), (32, 32), pillow.Resampling.BICUBIC)
-    assert asked == [(60, 90)]
+    assert frame_counts == [(60, 90)]
     assert (cropped == np.asarray(expected)).all()
-    whole = read_image(tmp_path / "noise.png", 32, lambda height, width: (0, 0, height, width))
-    assert (whole == read_image(tmp_path / "noise.png", 32)).all()
+    full = read_image(tmp_path / "noise.png", 32, lambda height, width: (0, 0, height, width))
+    assert (full == read_image(tmp_path / "noise.png", 32)).all()

@@ -1,4 +1,4 @@
-"""Conversations: what is read, what is remembered, what is reported."""
+"""Conversations: media, history, reports and threads."""
 
 import concurrent.futures
 import dataclasses
@@ -24,8 +24,8 @@ def model(tiny_model) -> vl.Model:
 
 
 @pytest.fixture(scope="module")
-def seeing_model(tmp_path_factory) -> vl.Model:
-    """A picture-only model: no ImageBind, no audio branch."""
+def vision_only_model(tmp_path_factory) -> vl.Model:
+    """A model without ImageBind and audio branch."""
     folder = tmp_path_factory.mktemp("seeing")
     paths = write_tiny(folder / "files", config=vl.config.tiny(audio=False))
     override = json.loads(paths.pop("config").read_text())
@@ -34,7 +34,7 @@ def seeing_model(tmp_path_factory) -> vl.Model:
 
 
 @pytest.fixture(scope="module")
-def picture(tmp_path_factory):
+def image_file(tmp_path_factory):
     path = tmp_path_factory.mktemp("media") / "picture.jpg"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (90, 120, 3), np.uint8)).save(path)
     return path
@@ -64,17 +64,17 @@ def test_streamed_text_joins_to_the_answer_and_options_apply(model, clip):
     chat.add(clip)
     "".join(chat.ask("Hm?", max_new_tokens=40, temperature=1.5, seed=3))
     assert chat.last.tokens != greedy
-    assert set(chat.last.timings) == {"first_piece", "answer"}
+    assert set(chat.last.timings) == {"first_text", "answer"}
 
 
 def test_an_abandoned_answer_is_not_in_the_history(model, clip):
     chat = vl.Chat(model)
     chat.add(clip)
     next(chat.ask("What is there?", max_new_tokens=30), None)
-    again = list(chat.ask("What is there?", max_new_tokens=30))
+    repeated = list(chat.ask("What is there?", max_new_tokens=30))
     fresh = vl.Chat(model)
     fresh.add(clip)
-    assert list(fresh.ask("What is there?", max_new_tokens=30)) == again
+    assert list(fresh.ask("What is there?", max_new_tokens=30)) == repeated
 
 
 @pytest.mark.parametrize(
@@ -85,30 +85,30 @@ def test_an_abandoned_answer_is_not_in_the_history(model, clip):
         ("vicuna", "limit", False),
         ("plain", "eos", True),
         ("plain", "stop", False),
-        ("llama_2", "eos", False),  # the template's own, after a space
+        ("llama_2", "eos", False),  # the template's own EOS, after a space
     ],
 )
 def test_an_eos_that_ended_an_answer_is_in_the_next_prompt(model, monkeypatch, template, end, kept):
     tokenizer = model.tokenizer
-    said = tokenizer.encode("a dog", special=False)
+    message = tokenizer.encode("a dog", special=False)
     ends = {
         "eos": [tokenizer.eos_id],
         "stop": list(prompts.stop_sequences(tokenizer, find_template(template))[0]),
         "limit": [],
     }
-    given = []
+    received = []
 
-    def answers(llama, asked, *_, **__):
-        given.extend(asked)
-        yield [said]
+    def answers(llama, batch, *_, **__):
+        received.extend(batch)
+        yield [message]
         yield [ends[end]]
 
     monkeypatch.setattr(generate, "generate", answers)
     chat = vl.Chat(model, template=template)
     assert "".join(chat.ask("What?")) == "a dog"
-    assert (chat.last.answer, chat.last.tokens) == ("a dog", said + ends[end])
+    assert (chat.last.answer, chat.last.tokens) == ("a dog", message + ends[end])
     list(chat.ask("And?"))
-    first, second = (prompt.ids.tolist() for prompt in given)
+    first, second = (prompt.ids.tolist() for prompt in received)
     conversation = prompts.start_conversation(template, model.config.has_audio).ask("What?").answer("a dog")
     without = prompts.encode_conversation(conversation.ask("And?"), tokenizer, []).ids.tolist()
     assert first.count(tokenizer.eos_id) == 0
@@ -130,10 +130,12 @@ def test_audio_changes_the_answer_and_can_be_disabled(model, clip):
     assert tokens[True] != tokens[False]
 
 
-def test_video_image_and_audio_in_one_conversation(model, clip, picture, tmp_path):
-    sound = media_fixtures.write_sound(tmp_path / "a.wav", media_fixtures.tone(3, 16000), 16000, "pcm_s16le", "s16")
+def test_video_image_and_audio_in_one_conversation(model, clip, image_file, tmp_path):
+    audio_file = media_fixtures.write_audio(
+        tmp_path / "a.wav", media_fixtures.tone(3, 16000), 16000, "pcm_s16le", "s16"
+    )
     chat = vl.Chat(model)
-    assert [chat.add(path).kind for path in (clip, picture, sound)] == ["video", "image", "audio"]
+    assert [chat.add(path).kind for path in (clip, image_file, audio_file)] == ["video", "image", "audio"]
     list(chat.ask("What do they share?", max_new_tokens=8))
     assert len(chat.last.tokens) == 8
     placeholders = chat._conversation.turns[0].media
@@ -148,9 +150,9 @@ def test_a_chat_without_media_answers(model):
 
 
 @pytest.mark.parametrize("template", ["vicuna", "llama_2", "plain"])
-def test_the_prompt_template_can_be_chosen(model, picture, template):
+def test_the_prompt_template_can_be_chosen(model, image_file, template):
     chat = vl.Chat(model, template=template)
-    chat.add(picture)
+    chat.add(image_file)
     list(chat.ask("What is there?", max_new_tokens=5))
     assert chat._conversation.template is prompts.find_template(template)
     assert 0 < len(chat.last.tokens) <= 5
@@ -161,8 +163,8 @@ def test_an_unknown_template_is_an_error(model):
         vl.Chat(model, template="alpaca")
 
 
-def test_a_model_without_audio_branch_reports_it(seeing_model, clip):
-    chat = vl.Chat(seeing_model)
+def test_a_model_without_audio_branch_reports_it(vision_only_model, clip):
+    chat = vl.Chat(vision_only_model)
     report = chat.add(clip)
     assert report.audio == "unsupported"
     assert "the model has no audio branch" in str(report)
@@ -170,51 +172,53 @@ def test_a_model_without_audio_branch_reports_it(seeing_model, clip):
     assert prompts.DEFAULT_SYSTEM in prompts.render(chat._conversation)
 
 
-def test_audio_files_need_an_audio_branch(seeing_model, tmp_path):
-    sound = media_fixtures.write_sound(tmp_path / "a.wav", media_fixtures.tone(3, 16000), 16000, "pcm_s16le", "s16")
-    with pytest.raises(vl.MediaError, match=r"only sound in it, and it cannot be used: .* no audio branch"):
-        vl.Chat(seeing_model).add(sound)
+def test_audio_files_need_an_audio_branch(vision_only_model, tmp_path):
+    audio_file = media_fixtures.write_audio(
+        tmp_path / "a.wav", media_fixtures.tone(3, 16000), 16000, "pcm_s16le", "s16"
+    )
+    with pytest.raises(vl.MediaError, match=r"only audio, which cannot be used: .* no audio branch"):
+        vl.Chat(vision_only_model).add(audio_file)
 
 
-def test_required_audio_that_is_not_used_is_an_error(model, seeing_model, clip, picture, tmp_path):
+def test_required_audio_that_is_not_used_is_an_error(model, vision_only_model, clip, image_file, tmp_path):
     silent = media_fixtures.write_video(tmp_path / "silent.mp4", num_frames=30)
     assert prepare_media(clip, model.config, require_audio=True).report.audio == "used"
-    for path, cfg in ((silent, model.config), (picture, model.config), (clip, seeing_model.config)):
-        with pytest.raises(vl.MediaError, match="its sound is required and was not used"):
+    for path, cfg in ((silent, model.config), (image_file, model.config), (clip, vision_only_model.config)):
+        with pytest.raises(vl.MediaError, match="the audio is required, but was not used"):
             prepare_media(path, cfg, require_audio=True)
 
 
 def test_audio_that_is_too_short_is_reported(model, tmp_path):
     samples = np.zeros((2, 100), np.float32)
-    path = media_fixtures.write_video(tmp_path / "a.mkv", 30, sound=samples, rate=48000, sound_codec="pcm_s16le")
+    path = media_fixtures.write_video(tmp_path / "a.mkv", 30, waveform=samples, rate=48000, audio_codec="pcm_s16le")
     prepared = prepare_media(path, model.config)
     assert prepared.mel is None
     assert prepared.report.audio == "failed: 2.1 ms of audio is too short; at least 25 ms is needed"
     assert prepared.prompt_media.placeholders == ("video",)
-    with pytest.raises(vl.MediaError, match=r"its sound is required and was not used: .* audio failed: 2.1 ms"):
+    with pytest.raises(vl.MediaError, match=r"the audio is required, but was not used: .* audio failed: 2.1 ms"):
         prepare_media(path, model.config, require_audio=True)
 
 
 def test_a_full_waveform_gives_the_same_mel_clips(model, clip):
-    whole = vl.media.read_media(clip, 8, model.config.vit.image_size)
-    assert whole.mel is None
-    np.testing.assert_array_equal(preprocess_media(whole, model.config).mel, prepare_media(clip, model.config).mel)
+    full = vl.media.read_media(clip, 8, model.config.vit.image_size)
+    assert full.mel is None
+    np.testing.assert_array_equal(preprocess_media(full, model.config).mel, prepare_media(clip, model.config).mel)
 
 
 def test_more_frames_than_positions(model, tmp_path):
     long = media_fixtures.write_video(tmp_path / "long.mp4", num_frames=60)
     chat = vl.Chat(model)
-    with pytest.raises(vl.ConfigError, match="40 frames, but the model has learned 32 positions"):
+    with pytest.raises(vl.ConfigError, match="40 frames, but the model has 32 learned positions"):
         chat.add(long, num_frames=40)
     assert chat.add(long, num_frames=40, interpolate_positions=True).num_frames == 40
-    with pytest.raises(vl.ConfigError, match="0 frames were asked for; ask for at least 1"):
+    with pytest.raises(vl.ConfigError, match="the number of frames must be at least 1, not 0"):
         chat.add(long, num_frames=0)
 
 
-def test_a_conversation_that_is_too_long(model, picture):
+def test_a_conversation_that_is_too_long(model, image_file):
     chat = vl.Chat(model)
-    chat.add(picture)
-    with pytest.raises(vl.ConfigError, match=r"new ones are asked for, but the model reads 1024; drop earlier turns"):
+    chat.add(image_file)
+    with pytest.raises(vl.ConfigError, match=r"but the model's context has 1024 tokens; remove turns or media"):
         chat.ask("why? " * 800)
 
 
@@ -223,13 +227,13 @@ def test_reports_are_json_serializable(model, clip):
     assert json.loads(json.dumps(dataclasses.asdict(report)))["duration"] == pytest.approx(3.0)
 
 
-def test_chats_in_threads_equal_chats_in_one_thread(model, picture):
-    """Each with a Chat of its own, on one model."""
+def test_chats_in_threads_equal_chats_in_one_thread(model, image_file):
+    """Each thread has its own Chat; they share one model."""
 
     def talk(number: int) -> tuple[str, str]:
         chat = vl.Chat(model)
         if number % 2:
-            chat.add(picture)
+            chat.add(image_file)
         return tuple("".join(chat.ask(f"What is {number}? {turn}", max_new_tokens=6)) for turn in ("Say.", "Sure?"))
 
     alone = [talk(number) for number in range(30)]
@@ -241,22 +245,22 @@ def test_chats_in_threads_equal_chats_in_one_thread(model, picture):
 @pytest.mark.parametrize(
     "use",
     [
-        lambda chat, picture: list(chat.ask("And you?", max_new_tokens=4)),
-        lambda chat, picture: chat.add(picture),
-        lambda chat, picture: chat.reset(),
+        lambda chat, image_file: list(chat.ask("And you?", max_new_tokens=4)),
+        lambda chat, image_file: chat.add(image_file),
+        lambda chat, image_file: chat.reset(),
     ],
     ids=["ask", "add", "reset"],
 )
-def test_a_chat_that_two_threads_use_at_once_is_an_error(model, picture, use):
+def test_a_chat_that_two_threads_use_at_once_is_an_error(model, image_file, use):
     chat = vl.Chat(model)
     answer = chat.ask("What is there?", max_new_tokens=12)
     first = next(answer)
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        with pytest.raises(vl.VllamaError, match="another thread is using this Chat; give each thread a Chat of its"):
-            pool.submit(use, chat, picture).result()
-        whole = first + "".join(answer)
-        assert chat.last.answer == whole, "the turn that was under way is kept"
-        pool.submit(use, chat, picture).result()  # one after the other they may
+        with pytest.raises(vl.VllamaError, match="another thread is using this Chat; create a Chat for each thread"):
+            pool.submit(use, chat, image_file).result()
+        full = first + "".join(answer)
+        assert chat.last.answer == full, "the turn that was under way is kept"
+        pool.submit(use, chat, image_file).result()  # sequential use from several threads is allowed
 
 
 def test_an_outdated_question_is_an_error(model):

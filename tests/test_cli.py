@@ -1,4 +1,4 @@
-"""The command line, as a user meets it."""
+"""The command line from a user's perspective."""
 
 import json
 import subprocess
@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from cli_fixtures import failure, run_vllama
+from cli_fixtures import expect_error, run_vllama
 
 from vllama_jax import cli
 from vllama_jax.convert import convert, plan
@@ -18,32 +18,32 @@ HELP = [["--help"], *([command, "--help"] for command in ("chat", "convert", "ex
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    """Compiled programs, shared by the processes of these tests and no others."""
+    """A compilation cache for the processes of these tests only."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
 def unloaded(monkeypatch) -> None:
-    """Whatever fails has to fail before the model is loaded."""
+    """Make loading a model an error: these commands must fail before."""
     monkeypatch.setattr("vllama_jax.cli.chat.HEAD_START", 60)
     monkeypatch.setattr("vllama_jax.cli.chat.load", lambda *_, **__: pytest.fail("the model is loaded"))
 
 
 def test_a_chat_about_a_clip_and_json_of_it_which_compiles_nothing(tiny_model, clip, cache):
-    asked = ["chat", clip, "One?", "Two?", "--model", tiny_model, *CHAT]
-    done = run_vllama(*asked, cache=cache)
+    argv = ["chat", clip, "One?", "Two?", "--model", tiny_model, *CHAT]
+    done = run_vllama(*argv, cache=cache)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert f"{clip}: 8 frames of 3.0 s; audio used" in done.stderr
     assert "Traceback" not in done.stderr
     kept = {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
-    told = json.loads(run_vllama(*asked, "--json", cache=cache).stdout)
-    assert "".join(turn["answer"] + "\n" for turn in told["turns"]) == done.stdout
-    assert len(told["tokens"]) == 8
-    assert told["report"]["audio"] == "used"
-    assert told["answer"] == told["turns"][1]["answer"]
-    assert [turn["question"] for turn in told["turns"]] == ["One?", "Two?"]
-    assert {"load", "read", "encode", "first_piece", "answer"} <= set(told["timings"])
+    output = json.loads(run_vllama(*argv, "--json", cache=cache).stdout)
+    assert "".join(turn["answer"] + "\n" for turn in output["turns"]) == done.stdout
+    assert len(output["tokens"]) == 8
+    assert output["report"]["audio"] == "used"
+    assert output["answer"] == output["turns"][1]["answer"]
+    assert [turn["question"] for turn in output["turns"]] == ["One?", "Two?"]
+    assert {"load", "read", "encode", "first_text", "answer"} <= set(output["timings"])
     assert kept == {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
 
 
@@ -73,7 +73,7 @@ def test_flags_reach_the_model(tiny_model, clip, cache):
 
 @pytest.mark.parametrize("arguments", HELP, ids=" ".join)
 def test_help_is_quick_and_has_an_example(arguments):
-    """Imports are what makes it slow: within a second of a bare interpreter, with room for a busy machine."""
+    """Imports dominate: at most one second more than a bare interpreter, with a margin for a busy machine."""
     start = time.perf_counter()
     done = run_vllama(*arguments)
     assert time.perf_counter() - start < 3
@@ -113,12 +113,12 @@ def test_an_unknown_command_gets_a_suggestion(capsys):
 
 
 def test_a_missing_model_directory_is_one_line(clip, capsys, tmp_path):
-    message = failure(capsys, "chat", clip, "Hm?", "--model", tmp_path / "none")
-    assert message == f"vllama: {tmp_path / 'none'}: no such model directory; `vllama convert` makes one"
+    message = expect_error(capsys, "chat", clip, "Hm?", "--model", tmp_path / "none")
+    assert message == f"vllama: {tmp_path / 'none'}: no such model directory; create one with `vllama convert`"
 
 
 def test_missing_media_fails_before_the_model_is_loaded(capsys, tmp_path):
-    message = failure(capsys, "chat", tmp_path / "none.mp4", "Hm?", "--model", tmp_path)
+    message = expect_error(capsys, "chat", tmp_path / "none.mp4", "Hm?", "--model", tmp_path)
     assert message == f"vllama: {tmp_path / 'none.mp4'}: no such file; check the path"
 
 
@@ -136,7 +136,7 @@ def test_unusable_media_are_one_line_each(tiny_model, capsys, tmp_path, clip, un
         "cut.mp4": "truncated",
     }
     for name, why in expected.items():
-        message = failure(capsys, "chat", tmp_path / name, "Hm?", "--model", tiny_model)
+        message = expect_error(capsys, "chat", tmp_path / name, "Hm?", "--model", tiny_model)
         assert message.startswith(f"vllama: {tmp_path / name}: ")
         assert why in message
 
@@ -144,30 +144,30 @@ def test_unusable_media_are_one_line_each(tiny_model, capsys, tmp_path, clip, un
 @pytest.mark.parametrize(
     ("options", "why"),
     [
-        (["--num-frames", 40], "--num-frames 40, but the model has learned 32 positions; ask for fewer, or"),
+        (["--num-frames", 40], "--num-frames 40, but the model has 32 learned frame positions; use fewer frames, or"),
         (["--system", "Be brief.", "--template", "plain"], "'plain' does not support a system prompt"),
     ],
     ids=str,
 )
 def test_invalid_options_fail_before_the_model_is_loaded(tiny_model, capsys, clip, unloaded, options, why):
-    assert why in failure(capsys, "chat", clip, "Hm?", "--model", tiny_model, *options)
+    assert why in expect_error(capsys, "chat", clip, "Hm?", "--model", tiny_model, *options)
 
 
 def test_a_base_without_a_trained_audio_branch_reports_it(tiny_files, clip, capsys, tmp_path, unloaded):
     files = {kind: path for kind, path in tiny_files.items() if kind not in ("llama", "config", "al")}
     override = json.loads(tiny_files["config"].read_text())
     convert(plan(llama_directory=tiny_files["llama"], files=files, config=override), tmp_path / "base")
-    message = failure(capsys, "chat", clip, "Hm?", "--model", tmp_path / "base", "--require-audio")
-    assert message.endswith("required and was not used: 8 frames of 3.0 s; the model has no audio branch")
+    message = expect_error(capsys, "chat", clip, "Hm?", "--model", tmp_path / "base", "--require-audio")
+    assert message.endswith("required, but was not used: 8 frames of 3.0 s; the model has no audio branch")
 
 
 def test_os_errors_are_one_line(clip, capsys, monkeypatch):
-    for error, said in (
+    for error, reported in (
         (PermissionError(13, "Permission denied", "/home/other/model"), "/home/other/model: Permission denied"),
         (OSError("no more\nroom"), "no more room"),
     ):
         monkeypatch.setattr(cli, "_run", lambda _, error=error: (_ for _ in ()).throw(error))
-        assert failure(capsys, "chat", clip) == f"vllama: {said}"
+        assert expect_error(capsys, "chat", clip) == f"vllama: {reported}"
 
 
 def test_errors_in_a_real_process(tiny_model, tmp_path):

@@ -1,4 +1,4 @@
-"""The persistent compilation cache of the Python API: used where a model is loaded, and never in the way."""
+"""The persistent compilation cache of the Python API: used when a model is loaded, and never an obstacle."""
 
 import os
 import subprocess
@@ -12,7 +12,7 @@ KEEP = f"from vllama_jax.runtime.compilation_cache import enable_compilation_cac
 
 
 def python(code: str, **environment: str) -> tuple[str, str]:
-    """stdout and stderr of a process with none of our settings but `environment`."""
+    """Run Python code with none of our environment variables but `environment`; return stdout and stderr."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "VLLAMA_", "XDG_"))}
     environment = {**kept, "JAX_PLATFORMS": "cpu", **environment}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)

@@ -1,4 +1,4 @@
-"""Configs: JSON in and out, what is refused, and what importing them costs."""
+"""Configs: JSON round trips, validation, and the cost of imports."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ def changed(**changes) -> str:
     [
         ("{", r"config: not JSON"),
         ("[]", r"config: must contain a JSON object, not list"),
-        (changed(vit={"wdith": 3}), r"config\.vit: unknown field wdith; known are depth, .*width"),
+        (changed(vit={"wdith": 3}), r"config\.vit: unknown field wdith; known fields: depth, .*width"),
         (changed(llama={"width": "64"}), r"config\.llama\.width: '64' is not of type int"),
         (changed(llama={"norm_eps": True}), r"config\.llama\.norm_eps: True is not of type float"),
         (changed(vit={"depth": 3.0}), r"config\.vit\.depth: 3\.0 is not of type int"),
@@ -53,7 +53,7 @@ def changed(**changes) -> str:
         (changed(vit={"num_heads": 0}), r"config\.vit\.num_heads: must be at least 1, not 0"),
         (changed(vit={"num_heads": 5}), r"vit: width 64 is not a multiple of num_heads 5"),
         (changed(llama={"num_kv_heads": 3}), r"llama: num_heads 4 is not a multiple of num_kv_heads 3"),
-        (changed(imagebind=None), r"audio_qformer and imagebind belong together"),
+        (changed(imagebind=None), r"audio_qformer and imagebind require each other"),
         (changed(image_qformer={"depth": 3}), r"image_qformer: cross_attention_every must be 1 or 2 and divide"),
         (json.dumps({"vit": {}}), r"config: missing image_qformer, llama, video_qformer"),
     ],

@@ -1,4 +1,7 @@
-"""Converted weights are the files' own numbers, turned as the rules say: by hand, and bit for bit there and back."""
+"""Converted weights equal the files' values transposed by the rules.
+
+They are compared with hand-written rules, and by bit-exact round trips.
+"""
 
 import json
 import re
@@ -7,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import GOLDEN_HEADS
-from conversions import Leaves, bits, converted, leaves_of, plan, torch_tensors, without
+from conversions import Leaves, convert_files, drop_components, plan, read_leaves, read_torch_tensors, to_bytes
 from safetensors.numpy import load_file
 
 from vllama_jax import convert
@@ -16,17 +19,17 @@ from vllama_jax.config import tiny
 from vllama_jax.convert import rules
 from vllama_jax.convert.tiny import write_tiny
 
-# One weight at a time, against the rule written out by hand.
+# One weight at a time, compared with a hand-written rule.
 
 
 @pytest.fixture(scope="session")
 def tiny_leaves(tiny_model: Path) -> Leaves:
-    return leaves_of(tiny_model)
+    return read_leaves(tiny_model)
 
 
 @pytest.fixture(scope="session")
 def tiny_tensors(tiny_files: dict[str, Path]) -> dict[str, dict[str, np.ndarray]]:
-    paths = without(tiny_files, "config", "llama") | {"llama": tiny_files["llama"] / "model.safetensors"}
+    paths = drop_components(tiny_files, "config", "llama") | {"llama": tiny_files["llama"] / "model.safetensors"}
     return {kind: load_file(path) for kind, path in paths.items()}
 
 
@@ -113,11 +116,11 @@ def test_converted_weights_equal_hand_transposed_tensors(tiny_leaves, tiny_tenso
     np.testing.assert_array_equal(leaf, expected(tiny_tensors[kind]))
 
 
-# Every weight, back to what torch reads.
+# All weights, converted back to PyTorch's layout.
 
 
 def inverted(leaves: Leaves, table: list[rules.Rule]) -> dict[str, np.ndarray]:
-    """The tensors that a file must have held, from what was restored."""
+    """Compute the tensors of the source file from restored weights."""
     tensors = {}
     for rule in table:
         leaf = leaves[rule.target]
@@ -136,13 +139,13 @@ def test_rules_invert_exactly(kind):
     shapes = convert.abstract_shapes(cfg)
     for rule in convert.rule_tables(cfg, [kind])[kind]:
         row = shapes[rule.target] if rule.layers is None else shapes[rule.target][1:]
-        given = [
+        inputs = [
             np.random.default_rng(number).standard_normal(shape, np.float32)
             for number, shape in enumerate(rule.source_shapes(shapes[rule.target]))
         ]
-        ours = rule.transform.to_jax(*given)
+        ours = rule.transform.to_jax(*inputs)
         assert ours.shape == row, rule
-        for back, tensor in zip(rule.transform.to_torch(ours), given, strict=True):
+        for back, tensor in zip(rule.transform.to_torch(ours), inputs, strict=True):
             np.testing.assert_array_equal(back, tensor, err_msg=str(rule))
 
 
@@ -159,29 +162,29 @@ def test_transpose_contiguous_is_in_c_order(shape, dtype):
 @pytest.mark.parametrize("audio", [True, False])
 def test_tiny_files_round_trip_bit_exactly(tmp_path, half, format, audio):
     paths = write_tiny(tmp_path / "files", config=tiny(audio=audio), half=half, format=format)
-    made = plan(paths)
-    convert.convert(made, tmp_path / "model")
-    leaves = leaves_of(tmp_path / "model")
-    for kind, table in convert.rule_tables(made.config, list(made.sources)).items():
+    planned = plan(paths)
+    convert.convert(planned, tmp_path / "model")
+    leaves = read_leaves(tmp_path / "model")
+    for kind, table in convert.rule_tables(planned.config, list(planned.sources)).items():
         path = paths["llama"] / "model.safetensors" if kind == "llama" else paths[kind]
         if path.suffix == ".pth":
-            held = {name: tensor.numpy() for name, tensor in torch_tensors(path).items()}
+            held = {name: tensor.numpy() for name, tensor in read_torch_tensors(path).items()}
         else:
             held = load_file(path)
         for name, tensor in inverted(leaves, table).items():
             assert tensor.dtype == held[name].dtype, name
-            assert bits(tensor) == bits(held[name]), name
+            assert to_bytes(tensor) == to_bytes(held[name]), name
 
 
 def test_half_precision_dtypes_are_kept(tmp_path):
-    leaves = converted(write_tiny(tmp_path / "files", half=True), tmp_path / "model")
+    leaves = convert_files(write_tiny(tmp_path / "files", half=True), tmp_path / "model")
     dtypes = {path.split("/")[0]: leaf.dtype.name for path, leaf in leaves.items()}
     assert (dtypes["vit"], dtypes["llama"], dtypes["video_qformer"]) == ("float16", "bfloat16", "float32")
 
 
 # Golden: the original's own files.
 
-# The original's module names → the file that fills the module, and what of the name is not in the file.
+# The original's module names → the file with the module's weights, and the prefix of the name that the file lacks.
 GOLDEN_HOMES = {
     "visual_encoder.": ("eva_vit", "visual_encoder."),
     "audio_encoder.": ("imagebind", "audio_encoder."),
@@ -197,8 +200,8 @@ OTHER_TOWERS = re.compile(r"audio_encoder\.modality_\w+\.(text|depth|thermal|imu
 
 
 def test_every_golden_tensor_that_the_original_uses_is_in_the_model_unchanged(golden, golden_files, golden_model):
-    leaves, cfg = leaves_of(golden_model), open_model(golden_model).config
-    held = {kind: torch_tensors(path) for kind, path in golden_files.items()}
+    leaves, cfg = read_leaves(golden_model), open_model(golden_model).config
+    held = {kind: read_torch_tensors(path) for kind, path in golden_files.items()}
     ours = {kind: inverted(leaves, table) for kind, table in convert.rule_tables(cfg, list(golden_files)).items()}
     assembled = json.loads((golden / "tiny_model_state_dict_shapes.json").read_text())
     for name, (*_, what) in assembled.items():
@@ -208,13 +211,13 @@ def test_every_golden_tensor_that_the_original_uses_is_in_the_model_unchanged(go
         tensor = held[kind][name.removeprefix(prefix)]
         found = ours[kind].pop(name.removeprefix(prefix))
         assert str(tensor.dtype) == f"torch.{found.dtype.name}", name
-        assert bits(found) == bits(tensor.numpy()), name
-    assert not any(ours.values())  # and nothing else is in the model
+        assert to_bytes(found) == to_bytes(tensor.numpy()), name
+    assert not any(ours.values())  # and the model has no other weights
 
 
 def test_golden_llama_is_the_same_from_bin_and_from_safetensors(golden, golden_files, golden_model, tmp_path):
     paths = golden_files | {"llama": golden / "weights" / "llama-st"}
-    bfloat16, float16 = converted(paths, tmp_path / "model", config=GOLDEN_HEADS), leaves_of(golden_model)
+    bfloat16, float16 = convert_files(paths, tmp_path / "model", config=GOLDEN_HEADS), read_leaves(golden_model)
     for path in (path for path in float16 if path.startswith("llama/")):
         assert (bfloat16[path].dtype.name, float16[path].dtype.name) == ("bfloat16", "float16")
         np.testing.assert_array_equal(bfloat16[path].astype(np.float32), float16[path].astype(np.float32))
@@ -222,27 +225,27 @@ def test_golden_llama_is_the_same_from_bin_and_from_safetensors(golden, golden_f
 
 def test_golden_llama_with_a_pad_token_keeps_its_601_rows(golden, golden_files, tmp_path):
     paths = golden_files | {"llama": golden / "weights" / "llama-v0pad"}
-    leaves = converted(paths, tmp_path / "model", config=GOLDEN_HEADS)
-    tensors = torch_tensors(paths["llama"])
+    leaves = convert_files(paths, tmp_path / "model", config=GOLDEN_HEADS)
+    tensors = read_torch_tensors(paths["llama"])
     assert leaves["llama/embedding"].shape == (601, 64)
-    assert bits(leaves["llama/embedding"]) == bits(tensors["model.embed_tokens.weight"].numpy())
-    assert bits(leaves["llama/head/kernel"].T) == bits(tensors["lm_head.weight"].numpy())
+    assert to_bytes(leaves["llama/embedding"]) == to_bytes(tensors["model.embed_tokens.weight"].numpy())
+    assert to_bytes(leaves["llama/head/kernel"].T) == to_bytes(tensors["lm_head.weight"].numpy())
 
 
 def test_golden_checkpoints_without_optimizer_state(golden, golden_files, tmp_path):
     style = golden / "weights" / "videollama2_style"
     files = {kind: style / f"{kind.upper()}_LLaMA_2_7B_Finetuned.pth" for kind in ("vl", "al")}
-    leaves = converted(golden_files | files, tmp_path / "model", config=GOLDEN_HEADS, template="llama_2")
+    leaves = convert_files(golden_files | files, tmp_path / "model", config=GOLDEN_HEADS, template="llama_2")
     for kind, path in files.items():
-        tensors = torch_tensors(path)
+        tensors = read_torch_tensors(path)
         for name, tensor in inverted(
             leaves, convert.rule_tables(open_model(tmp_path / "model").config, [kind])[kind]
         ).items():
-            assert bits(tensor) == bits(tensors[name].numpy()), name
+            assert to_bytes(tensor) == to_bytes(tensors[name].numpy()), name
     assert open_model(tmp_path / "model").config.template == "llama_2"
 
 
 def test_audio_scale_is_read_from_the_file(golden_files, golden_model):
-    stored = torch_tensors(golden_files["imagebind"])["modality_postprocessors.audio.1.log_logit_scale"]
+    stored = read_torch_tensors(golden_files["imagebind"])["modality_postprocessors.audio.1.log_logit_scale"]
     kept = open_model(golden_model).config.imagebind.audio.log_logit_scale
-    assert bits(np.float32(kept)) == bits(stored.numpy())
+    assert to_bytes(np.float32(kept)) == to_bytes(stored.numpy())

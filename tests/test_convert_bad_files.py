@@ -1,4 +1,4 @@
-"""What `vllama convert` says of files that are no weights, or not those: one clear line and nothing left behind."""
+"""Errors of `vllama convert` for files without weights and for wrong files: one clear line, and no output."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conversions import command, one_line, plan, without
+from conversions import convert_command, drop_components, expect_one_line, plan
 from safetensors.numpy import load_file, save_file
 from written_weights import LFS, Hostile
 
@@ -24,7 +24,7 @@ ABOVE = "must be a number above 0 and at most"
 FIELDS = ["eva_vit", "blip2", "imagebind", "minigpt4", "vl", "al"]
 
 
-# Files that are no weights.
+# Files without weights.
 
 
 def torch_bytes(tmp_path: Path, **options) -> bytes:
@@ -42,8 +42,8 @@ def header(**entry) -> bytes:
 
 def two_tensors(second: int) -> bytes:
     entry = {"dtype": "F32", "shape": [4]}
-    places = {"a": [0, 16], "b": [second, second + 16]}
-    return json.dumps({name: entry | {"data_offsets": place} for name, place in places.items()}).encode()
+    offsets = {"a": [0, 16], "b": [second, second + 16]}
+    return json.dumps({name: entry | {"data_offsets": offset} for name, offset in offsets.items()}).encode()
 
 
 def zip_bytes(tmp_path: Path) -> bytes:
@@ -55,77 +55,83 @@ def zip_bytes(tmp_path: Path) -> bytes:
 NO_WEIGHTS = {
     "empty": (lambda _: b"", "the file is empty; download or copy it again"),
     "lfs": (lambda _: LFS, "a git-lfs pointer, not the file itself; run `git lfs pull`"),
-    "html": (lambda _: b"<!DOCTYPE html><html>404</html>", "a web page, not the file itself"),
+    "html": (lambda _: b"<!DOCTYPE html><html>404</html>", "an HTML page, not the file itself"),
     "random": (lambda _: np.random.default_rng(0).bytes(5000), "neither safetensors nor written by torch"),
     "short": (lambda _: b"abc", "neither safetensors nor written by torch"),
-    "pickle of something else": (lambda _: pickle.dumps({"a": np.ones(3)}), "refused: its pickle holds more than"),
-    "half a pickle": (lambda _: b"\x80\x02\x8a\nl\xfc\x9cF", "not a file of weights, or a damaged one"),
+    "pickle of something else": (
+        lambda _: pickle.dumps({"a": np.ones(3)}),
+        "refused: its pickle contains other objects than",
+    ),
+    "half a pickle": (lambda _: b"\x80\x02\x8a\nl\xfc\x9cF", "not a weight file, or a corrupt one"),
     "noise after a pickle's start": (
         lambda _: b"\x80\x02" + bytes(range(256)),
-        "not a file of weights, or a damaged one",
+        "not a weight file, or a corrupt one",
     ),
-    "truncated torch": (lambda tmp: torch_bytes(tmp)[:2000], "damaged one (File is not a zip file"),
+    "truncated torch": (lambda tmp: torch_bytes(tmp)[:2000], "corrupt one (File is not a zip file"),
     "truncated old torch": (
         lambda tmp: torch_bytes(tmp, _use_new_zipfile_serialization=False)[:-500],
-        "damaged one (unexpected EOF",
+        "corrupt one (unexpected EOF",
     ),
-    "zip of something else": (zip_bytes, "not a file of weights, or a damaged one"),
-    "zip's start and noise": (lambda _: b"PK\x03\x04" + bytes(5000), "not a file of weights, or a damaged one"),
-    "truncated safetensors": (lambda _: safetensors_bytes(header(shape=[900], data_offsets=[0, 3600])), "damaged"),
-    "absurd header length": (lambda _: safetensors_bytes(b"{}", 2**63), "damaged safetensors file"),
-    "header longer than the file": (lambda _: safetensors_bytes(b"{}", 10_000), "damaged safetensors file"),
-    "header that is no JSON": (lambda _: safetensors_bytes(b"{" + b"x" * 50), "damaged safetensors file"),
-    "absurd shape": (lambda _: safetensors_bytes(header(shape=[2**40, 2**40])), "damaged safetensors file"),
-    "offsets beyond the file": (lambda _: safetensors_bytes(header(data_offsets=[2**50, 2**50 + 16])), "damaged"),
-    "negative shape": (lambda _: safetensors_bytes(header(shape=[-4])), "damaged safetensors file"),
-    "shape that is negative twice": (lambda _: safetensors_bytes(header(shape=[-2, -2])), "damaged safetensors file"),
-    "shape of fractions": (lambda _: safetensors_bytes(header(shape=[4.0])), "damaged safetensors file"),
-    "offsets before the file": (lambda _: safetensors_bytes(header(data_offsets=[-16, 0])), "damaged safetensors file"),
-    "overlapping tensors": (lambda _: safetensors_bytes(two_tensors(8)), "damaged safetensors file"),
-    "one place for two tensors": (lambda _: safetensors_bytes(two_tensors(0)), "damaged safetensors file"),
-    "a hole between tensors": (lambda _: safetensors_bytes(two_tensors(32)), "damaged safetensors file"),
-    "header nested too deep": (lambda _: safetensors_bytes(b'{"a":' + b"[" * 10**5), "damaged safetensors file"),
-    "offsets the wrong way": (lambda _: safetensors_bytes(header(data_offsets=[16, 0])), "damaged safetensors file"),
+    "zip of something else": (zip_bytes, "not a weight file, or a corrupt one"),
+    "zip's start and noise": (lambda _: b"PK\x03\x04" + bytes(5000), "not a weight file, or a corrupt one"),
+    "truncated safetensors": (lambda _: safetensors_bytes(header(shape=[900], data_offsets=[0, 3600])), "corrupt"),
+    "absurd header length": (lambda _: safetensors_bytes(b"{}", 2**63), "corrupt safetensors file"),
+    "header longer than the file": (lambda _: safetensors_bytes(b"{}", 10_000), "corrupt safetensors file"),
+    "header that is no JSON": (lambda _: safetensors_bytes(b"{" + b"x" * 50), "corrupt safetensors file"),
+    "absurd shape": (lambda _: safetensors_bytes(header(shape=[2**40, 2**40])), "corrupt safetensors file"),
+    "offsets beyond the file": (lambda _: safetensors_bytes(header(data_offsets=[2**50, 2**50 + 16])), "corrupt"),
+    "negative shape": (lambda _: safetensors_bytes(header(shape=[-4])), "corrupt safetensors file"),
+    "shape that is negative twice": (lambda _: safetensors_bytes(header(shape=[-2, -2])), "corrupt safetensors file"),
+    "shape of fractions": (lambda _: safetensors_bytes(header(shape=[4.0])), "corrupt safetensors file"),
+    "offsets before the file": (lambda _: safetensors_bytes(header(data_offsets=[-16, 0])), "corrupt safetensors file"),
+    "overlapping tensors": (lambda _: safetensors_bytes(two_tensors(8)), "corrupt safetensors file"),
+    "one place for two tensors": (lambda _: safetensors_bytes(two_tensors(0)), "corrupt safetensors file"),
+    "a hole between tensors": (lambda _: safetensors_bytes(two_tensors(32)), "corrupt safetensors file"),
+    "header nested too deep": (lambda _: safetensors_bytes(b'{"a":' + b"[" * 10**5), "corrupt safetensors file"),
+    "offsets the wrong way": (lambda _: safetensors_bytes(header(data_offsets=[16, 0])), "corrupt safetensors file"),
 }
 
 
-@pytest.mark.parametrize("damage", NO_WEIGHTS)
-def test_a_file_without_weights_is_refused(tiny_files, tmp_path, damage):
-    make, message = NO_WEIGHTS[damage]
+@pytest.mark.parametrize("corrupt", NO_WEIGHTS)
+def test_a_file_without_weights_is_refused(tiny_files, tmp_path, corrupt):
+    make, message = NO_WEIGHTS[corrupt]
     path = tmp_path / "file.pth"
     path.write_bytes(make(tmp_path))
-    said = one_line(tiny_files | {"vl": path}, tmp_path)
-    assert message in said
-    assert str(path) in said
+    text = expect_one_line(tiny_files | {"vl": path}, tmp_path)
+    assert message in text
+    assert str(path) in text
 
 
 def test_corrupt_safetensors_files_are_refused(tiny_files, tmp_path):
     path = tmp_path / "vl.safetensors"
     path.write_bytes(tiny_files["vl"].read_bytes()[:5])
-    assert f"{path}: damaged safetensors file" in one_line(tiny_files | {"vl": path}, tmp_path)
+    assert f"{path}: corrupt safetensors file" in expect_one_line(tiny_files | {"vl": path}, tmp_path)
 
 
 @pytest.mark.parametrize(
     ("saved", "message"),
     [
-        ([torch.ones(3)], "not a file of weights (one list, no named tensors)"),
-        (torch.ones(3), "not a file of weights (one Tensor, no named tensors)"),
-        ({"model": {"epoch": 3}}, "not a file of weights ('epoch' in it is not a tensor)"),
-        ({}, "it is not a Video-LLaMA vision-language checkpoint (no tensor video_query_tokens; it holds nothing)"),
+        ([torch.ones(3)], "not a weight file (a list, not named tensors)"),
+        (torch.ones(3), "not a weight file (a Tensor, not named tensors)"),
+        ({"model": {"epoch": 3}}, "not a weight file ('epoch' in it is not a tensor)"),
+        (
+            {},
+            "it is not a Video-LLaMA vision-language checkpoint (no tensor video_query_tokens; it contains no tensors)",
+        ),
     ],
 )
 def test_a_torch_file_without_tensors_is_refused(tiny_files, tmp_path, saved, message):
     torch.save(saved, tmp_path / "file.pth")
-    assert message in one_line(tiny_files | {"vl": tmp_path / "file.pth"}, tmp_path)
+    assert message in expect_one_line(tiny_files | {"vl": tmp_path / "file.pth"}, tmp_path)
 
 
 @pytest.mark.parametrize("field", FIELDS)
 def test_a_missing_file_or_directory_is_one_line(tiny_files, tmp_path, field):
     absent, folder = tmp_path / "absent.pth", tmp_path / "folder"
     folder.mkdir()
-    assert f"{absent}: no such file" in one_line(tiny_files | {field: absent}, tmp_path)
+    assert f"{absent}: no such file" in expect_one_line(tiny_files | {field: absent}, tmp_path)
     (tmp_path / "out").rmdir()
-    assert f"{folder}: a directory, not a file" in one_line(tiny_files | {field: folder}, tmp_path)
+    assert f"{folder}: a directory, not a file" in expect_one_line(tiny_files | {field: folder}, tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["vl", "al", "blip2", "eva_vit", "imagebind", "minigpt4"])
@@ -134,30 +140,30 @@ def test_a_number_with_a_declared_size_of_a_terabyte_is_refused(tiny_files, tmp_
     name, tensor = max(tensors.items(), key=lambda item: item[1].ndim)
     tensors[name] = torch.ones([1] * tensor.ndim).expand(2**38, *tensor.shape[1:])
     torch.save(tensors, tmp_path / "file.pth")
-    said = one_line(tiny_files | {kind: tmp_path / "file.pth"}, tmp_path)
-    assert said.startswith(f"vllama: {tmp_path}/file.pth: {name} claims [{2**38}, ")
+    text = expect_one_line(tiny_files | {kind: tmp_path / "file.pth"}, tmp_path)
+    assert text.startswith(f"vllama: {tmp_path}/file.pth: {name} has shape [{2**38}, ")
 
 
 def test_a_huge_axis_next_to_an_empty_one_is_refused(tiny_files, tmp_path):
     entry = {"dtype": "F32", "shape": [1, 0, 2**60], "data_offsets": [0, 0]}
     head = json.dumps({"video_query_tokens": entry}).encode()
     (tmp_path / "file.pth").write_bytes(len(head).to_bytes(8, "little") + head)
-    assert "where 3 axes are expected" in one_line(tiny_files | {"vl": tmp_path / "file.pth"}, tmp_path)
+    assert "but 3 axes are expected" in expect_one_line(tiny_files | {"vl": tmp_path / "file.pth"}, tmp_path)
 
 
 def test_zip_whose_names_leave_the_directory_writes_nothing(tiny_files, tmp_path):
-    whole = tmp_path / "deep" / "er" / "file.pth"
-    whole.parent.mkdir(parents=True)
-    torch.save({"video_query_tokens": torch.ones(3)}, whole)
-    with zipfile.ZipFile(whole, "a") as file:
+    full = tmp_path / "deep" / "er" / "file.pth"
+    full.parent.mkdir(parents=True)
+    torch.save({"video_query_tokens": torch.ones(3)}, full)
+    with zipfile.ZipFile(full, "a") as file:
         file.writestr("../../slipped", "out")
         file.writestr("/tmp/vllama_slipped", "out")
-    assert str(whole) in one_line(tiny_files | {"vl": whole}, tmp_path)
+    assert str(full) in expect_one_line(tiny_files | {"vl": full}, tmp_path)
     assert not list(tmp_path.rglob("*slipped"))
     assert not Path("/tmp/vllama_slipped").exists()
 
 
-# Pickles that want to run code.
+# Pickles that would run code.
 
 
 @pytest.mark.parametrize("layout", ["zip", "old", "bare"])
@@ -178,8 +184,8 @@ def test_a_hostile_pickle_is_refused_without_running_it(tiny_files, tmp_path, fi
         path.write_bytes(pickle.dumps({"model": Hostile(marker)}, protocol=2))
     else:
         torch.save({"model": {"a": Hostile(marker)}}, path, _use_new_zipfile_serialization=layout == "zip")
-    said = one_line(tiny_files | {field: path if field in FIELDS else path.parent}, tmp_path)
-    assert f"{path}: refused: its pickle asks to run {os.system.__module__}.system" in said
+    text = expect_one_line(tiny_files | {field: path if field in FIELDS else path.parent}, tmp_path)
+    assert f"{path}: refused: its pickle refers to {os.system.__module__}.system" in text
     assert not marker.exists()
 
 
@@ -194,7 +200,7 @@ def test_without_torch_only_safetensors_convert(tiny_files, tmp_path, monkeypatc
         plan(tiny_files | {"vl": pth["vl"]})
 
 
-# A file in another's place.
+# A file given for another component.
 
 WHAT = {
     "eva_vit": "EVA-CLIP ViT-g weights",
@@ -213,20 +219,20 @@ def test_wrong_kind_of_file_is_named_and_its_option(tiny_files, tmp_path, field,
     if field == held:
         return
     path = tiny_files["llama"] / "model.safetensors" if held == "llama" else tiny_files[held]
-    said = one_line(tiny_files | {field: path}, tmp_path)
+    text = expect_one_line(tiny_files | {field: path}, tmp_path)
     options = f"given as --{field.replace('_', '-')}", f"give it as --{held.replace('_', '-')}"
-    assert said == f"vllama: {path}: {options[0]}, but it is {WHAT[held]}; {options[1]}"
+    assert text == f"vllama: {path}: {options[0]}, but it is {WHAT[held]}; {options[1]}"
 
 
 def test_weights_of_no_known_component_are_refused(tiny_files, tmp_path):
     save_file({f"layer.{number}": np.ones(3) for number in range(5)}, tmp_path / "other.safetensors")
-    said = one_line(tiny_files | {"blip2": tmp_path / "other.safetensors"}, tmp_path)
-    assert "given as --blip2, but it is not BLIP-2 Q-Former weights (no tensor query_tokens; it holds layer.0, " in said
+    text = expect_one_line(tiny_files | {"blip2": tmp_path / "other.safetensors"}, tmp_path)
+    assert "it is not BLIP-2 Q-Former weights (no tensor query_tokens; it contains layer.0, " in text
 
 
 def test_audio_branch_needs_imagebind(tiny_files, tmp_path):
-    said = one_line(without(tiny_files, "imagebind"), tmp_path)
-    assert said == "vllama: --al needs --imagebind: the audio branch takes what it encodes"
+    text = expect_one_line(drop_components(tiny_files, "imagebind"), tmp_path)
+    assert text == "vllama: --al needs --imagebind, which encodes the input of the audio branch"
 
 
 # The language model's directory.
@@ -280,7 +286,10 @@ LLAMA_DAMAGES = {
         "rotary scaling 'yarn' is not supported",
     ),
     "half a scaling": (change_config(rope_scaling={"type": "llama3"}), "rotary scaling 'llama3' has no factor, low_"),
-    "more layers": (change_config(num_hidden_layers=80), "holds 3 layers, and llama has 80; its config.json says"),
+    "more layers": (
+        change_config(num_hidden_layers=80),
+        "has 3 layers, but llama.depth is 80; check num_hidden_layers in its config.json",
+    ),
     "absurdly more": (
         change_config(num_hidden_layers=10**9),
         f"num_hidden_layers {WHOLE} 1000000000",
@@ -292,7 +301,7 @@ LLAMA_DAMAGES = {
     ),
     "absurd heads": (
         change_config(num_attention_heads=2**24, num_key_value_heads=1, head_dim=2),
-        "heads of 2 are absurd",
+        "× head_dim 2 exceeds",
     ),
     "rotary base of nothing": (
         change_config(rope_theta=-1.0),
@@ -328,22 +337,22 @@ def test_tokenizer_files_that_are_links_are_copied(tiny_files, tmp_path):
     directory = shutil.copytree(tiny_files["llama"], tmp_path / "llama")
     (directory / "tokenizer.model").unlink()
     (directory / "tokenizer.model").symlink_to(tiny_files["llama"] / "tokenizer.model")
-    main(command(tiny_files | {"llama": directory}, tmp_path / "model"))
+    main(convert_command(tiny_files | {"llama": directory}, tmp_path / "model"))
     copy = tmp_path / "model" / "tokenizer" / "tokenizer.model"
     assert not copy.is_symlink()
     assert copy.read_bytes() == (tiny_files["llama"] / "tokenizer.model").read_bytes()
 
 
-@pytest.mark.parametrize("damage", LLAMA_DAMAGES)
-def test_a_directory_without_a_language_model_is_refused(tiny_files, tmp_path, damage):
+@pytest.mark.parametrize("corrupt", LLAMA_DAMAGES)
+def test_a_directory_without_a_language_model_is_refused(tiny_files, tmp_path, corrupt):
     directory = shutil.copytree(tiny_files["llama"], tmp_path / "llama")
-    act, message = LLAMA_DAMAGES[damage]
+    act, message = LLAMA_DAMAGES[corrupt]
     act(directory)
-    assert message in one_line(tiny_files | {"llama": directory}, tmp_path)
+    assert message in expect_one_line(tiny_files | {"llama": directory}, tmp_path)
 
 
 @pytest.mark.parametrize(("name", "what"), [("model.safetensors", "not a directory"), ("none", "no such directory")])
 def test_a_language_model_must_be_a_directory(tiny_files, tmp_path, name, what):
     path = tiny_files["llama"] / name
-    said = one_line(tiny_files | {"llama": path}, tmp_path)
-    assert said == f"vllama: {path}: {what}; --llama takes a Hugging Face LLaMA directory"
+    text = expect_one_line(tiny_files | {"llama": path}, tmp_path)
+    assert text == f"vllama: {path}: {what}; --llama takes a Hugging Face LLaMA directory"

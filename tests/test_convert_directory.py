@@ -1,4 +1,4 @@
-"""A directory of weight files, as released: each piece is found by what it holds, and what was done is said."""
+"""A directory of weight files, as released: each file is identified by its content, and the result is reported."""
 
 import os
 import shutil
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN_HEADS
-from conversions import command, hashes, one_line, plan, without
+from conversions import convert_command, drop_components, expect_one_line, plan, read_hashes
 from safetensors.numpy import load_file, save_file
 from written_weights import LFS, Hostile
 
@@ -18,7 +18,7 @@ from vllama_jax.cli import main
 
 @pytest.fixture
 def release(tiny_files, tmp_path) -> Path:
-    """The tiny files under names that say nothing, in folders, with what else lies in a repository."""
+    """The tiny files under uninformative names, in subfolders, with other files of a repository."""
     folder = tmp_path / "release"
     (folder / "deep" / "er").mkdir(parents=True)
     names = {"eva_vit": "a.pth", "blip2": "b.bin", "imagebind": "deep/c", "vl": "deep/er/d.ckpt", "al": "e.safetensors"}
@@ -36,8 +36,8 @@ def config(tiny_files) -> tuple[str, str]:
 
 
 def test_files_are_identified_by_content_and_reported(release, tiny_files, tiny_model, tmp_path, capsys):
-    main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
-    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    main(convert_command({}, tmp_path / "model", str(release), *config(tiny_files)))
+    assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
     assert capsys.readouterr().out.splitlines()[:7] == [
         f"{release}/a.pth: EVA-CLIP ViT-g weights, as --eva-vit",
         f"{release}/b.bin: BLIP-2 Q-Former weights, as --blip2",
@@ -45,7 +45,7 @@ def test_files_are_identified_by_content_and_reported(release, tiny_files, tiny_
         f"{release}/deep/c: ImageBind weights, as --imagebind",
         f"{release}/deep/er/d.ckpt: a Video-LLaMA vision-language checkpoint, as --vl",
         f"{release}/e.safetensors: a Video-LLaMA audio-language checkpoint, as --al",
-        f"{release}: ignored, no weights: README.md",
+        f"{release}: ignored, not weights: README.md",
     ]
 
 
@@ -55,31 +55,31 @@ def test_released_layout_with_eva_and_blip2_from_elsewhere(golden, golden_files,
     (release / "llama-2-7b-chat-hf").symlink_to(golden / "weights" / "llama-st")
     elsewhere = {kind: golden_files[kind] for kind in ("eva_vit", "blip2")}
     options = {"config": GOLDEN_HEADS, "template": "llama_2"}
-    made = convert.plan(directory=release, files=elsewhere, **options)
-    convert.convert(made, tmp_path / "found")
-    pieces = {kind: release / f"{kind.upper()}_LLaMA_2_7B_Finetuned.pth" for kind in ("vl", "al")}
-    pieces |= elsewhere | {"imagebind": golden_files["imagebind"], "llama": golden / "weights" / "llama-st"}
-    convert.convert(plan(pieces, **options), tmp_path / "named")
-    assert hashes(tmp_path / "found") == hashes(tmp_path / "named")
+    result = convert.plan(directory=release, files=elsewhere, **options)
+    convert.convert(result, tmp_path / "found")
+    paths = {kind: release / f"{kind.upper()}_LLaMA_2_7B_Finetuned.pth" for kind in ("vl", "al")}
+    paths |= elsewhere | {"imagebind": golden_files["imagebind"], "llama": golden / "weights" / "llama-st"}
+    convert.convert(plan(paths, **options), tmp_path / "named")
+    assert read_hashes(tmp_path / "found") == read_hashes(tmp_path / "named")
 
 
 def test_options_have_priority_over_the_directory(release, tiny_files, tiny_model, tmp_path, capsys):
-    (release / "d.pth").write_bytes((release / "deep/er/d.ckpt").read_bytes())  # two of a kind: the option settles it
+    (release / "d.pth").write_bytes((release / "deep/er/d.ckpt").read_bytes())  # of one component: the option decides
     shutil.copytree(release / "chat-hf", release / "other-hf")
     named = {kind: tiny_files[kind] for kind in ("vl", "llama")}
-    main(command(named, tmp_path / "model", str(release), *config(tiny_files)))
-    assert hashes(tmp_path / "model") == hashes(tiny_model)
-    said = capsys.readouterr().out
+    main(convert_command(named, tmp_path / "model", str(release), *config(tiny_files)))
+    assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
+    text = capsys.readouterr().out
     for name, option in {"d.pth": "vl", "deep/er/d.ckpt": "vl", "chat-hf": "llama", "other-hf": "llama"}.items():
-        assert f"{release}/{name}: ignored, --{option} is given" in said
+        assert f"{release}/{name}: ignored, --{option} is given" in text
 
 
 def test_one_file_of_both_branches_is_both(release, tiny_files, tiny_model, tmp_path):
     both = load_file(release / "e.safetensors") | load_file(release / "deep/er/d.ckpt")
     (release / "deep/er/d.ckpt").unlink()
     save_file(both, release / "e.safetensors")
-    main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
-    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    main(convert_command({}, tmp_path / "model", str(release), *config(tiny_files)))
+    assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
 
 
 @pytest.mark.parametrize(
@@ -93,23 +93,23 @@ def test_one_file_of_both_branches_is_both(release, tiny_files, tiny_model, tmp_
 def test_two_files_of_one_component_are_reported(release, tiny_files, tmp_path, name, copy, what, option):
     duplicate = shutil.copytree if (release / name).is_dir() else shutil.copyfile
     duplicate(release / name, release / copy)
-    said = one_line({}, tmp_path, str(release), *config(tiny_files))
-    assert said == f"vllama: {release}/{name} and {release}/{copy}: both are {what}; say which with {option}"
+    text = expect_one_line({}, tmp_path, str(release), *config(tiny_files))
+    assert text == f"vllama: {release}/{name} and {release}/{copy}: both are {what}; choose one with {option}"
 
 
 def test_one_file_under_two_names_and_links_in_a_circle(release, tiny_files, tiny_model, tmp_path):
     (release / "z.pth").symlink_to(release / "a.pth")
     (release / "deep" / "up").symlink_to(release)
-    main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
-    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    main(convert_command({}, tmp_path / "model", str(release), *config(tiny_files)))
+    assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
 
 
 def test_directory_that_is_itself_the_language_models(release, tiny_files, tiny_model, tmp_path, capsys):
     for file in (release / "chat-hf").iterdir():
         file.rename(release / file.name)
-    torch.save(load_file(release / "model.safetensors"), release / "pytorch_model.bin")  # the same, in the other format
-    main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
-    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    torch.save(load_file(release / "model.safetensors"), release / "pytorch_model.bin")  # in the other format
+    main(convert_command({}, tmp_path / "model", str(release), *config(tiny_files)))
+    assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
     assert f"{release}: LLaMA weights, as --llama" in capsys.readouterr().out
 
 
@@ -123,26 +123,26 @@ def test_files_of_no_component_are_ignored_and_reported(release, tiny_files, tin
     shutil.copytree(tiny_model, release / "made before")
     for number in range(6):
         (release / f"picture{number}.png").write_bytes(b"\x89PNG")
-    main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
-    assert hashes(tmp_path / "model") == hashes(tiny_model)
-    said = capsys.readouterr().out
-    assert f"{release}/bert/model.safetensors: ignored, weights of no part of this model" in said
-    assert f"{release}/llama.safetensors: ignored, LLaMA weights without their config.json" in said
-    assert f"{release}: ignored, no weights: README.md, archive.zip, bert/config.json, made before, " in said
-    assert "picture0.png and 5 more\n" in said
+    main(convert_command({}, tmp_path / "model", str(release), *config(tiny_files)))
+    assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
+    text = capsys.readouterr().out
+    assert f"{release}/bert/model.safetensors: ignored, weights of an unknown type" in text
+    assert f"{release}/llama.safetensors: ignored, LLaMA weights without config.json" in text
+    assert f"{release}: ignored, not weights: README.md, archive.zip, bert/config.json, made before, " in text
+    assert "picture0.png and 5 more\n" in text
 
 
 @pytest.mark.parametrize("name", ["x.pth", "x.pt", "x.bin", "x.ckpt", "x.safetensors"])
 @pytest.mark.parametrize(
     ("data", "message"),
-    [(LFS, "a git-lfs pointer"), (b"", "the file is empty"), (b"PK\x03\x04 half a download", "damaged")],
+    [(LFS, "a git-lfs pointer"), (b"", "the file is empty"), (b"PK\x03\x04 half a download", "corrupt")],
 )
 def test_files_named_like_weights_without_weights_are_refused(release, tiny_files, tmp_path, name, data, message):
     (release / "deep" / name).write_bytes(data)
-    said = one_line({}, tmp_path, str(release), *config(tiny_files))
-    assert said.startswith(f"vllama: {release}/deep/{name}: ")
-    assert message in said
-    assert said.endswith("; if it is no part of the model, move it away from there")
+    text = expect_one_line({}, tmp_path, str(release), *config(tiny_files))
+    assert text.startswith(f"vllama: {release}/deep/{name}: ")
+    assert message in text
+    assert text.endswith("; if the model does not need this file, move it elsewhere")
 
 
 @pytest.mark.parametrize("name", ["hostile.pth", "hostile"])
@@ -150,11 +150,11 @@ def test_hostile_pickle_in_a_directory_is_not_run(release, tiny_files, tiny_mode
     marker = tmp_path / "marker"
     torch.save({"model": {"video_query_tokens": Hostile(marker)}}, release / name)
     if name.endswith(".pth"):
-        said = one_line({}, tmp_path, str(release), *config(tiny_files))
-        assert f"{release}/hostile.pth: refused: its pickle asks to run {os.system.__module__}.system" in said
+        text = expect_one_line({}, tmp_path, str(release), *config(tiny_files))
+        assert f"{release}/hostile.pth: refused: its pickle refers to {os.system.__module__}.system" in text
     else:
-        main(command({}, tmp_path / "model", str(release), *config(tiny_files)))
-        assert hashes(tmp_path / "model") == hashes(tiny_model)
+        main(convert_command({}, tmp_path / "model", str(release), *config(tiny_files)))
+        assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
     assert not marker.exists()
 
 
@@ -165,25 +165,25 @@ def test_hostile_pickle_in_a_directory_is_not_run(release, tiny_files, tiny_mode
 def test_missing_components_are_listed(release, tiny_files, tmp_path, missing, said_missing):
     for name in missing:
         (release / name).rename(tmp_path / name)
-    said = one_line({}, tmp_path, str(release), *config(tiny_files))
-    assert said == f"vllama: every model needs {said_missing}, and {release} holds none"
+    text = expect_one_line({}, tmp_path, str(release), *config(tiny_files))
+    assert text == f"vllama: every model needs {said_missing}; {release} contains none"
 
 
 def test_required_files_are_listed(tiny_files, tmp_path):
-    assert one_line({}, tmp_path) == "vllama: every model needs --llama, --eva-vit, --blip2"
+    assert expect_one_line({}, tmp_path) == "vllama: every model needs --llama, --eva-vit, --blip2"
     (tmp_path / "out").rmdir()
-    assert one_line(without(tiny_files, "blip2"), tmp_path) == "vllama: every model needs --blip2"
+    assert expect_one_line(drop_components(tiny_files, "blip2"), tmp_path) == "vllama: every model needs --blip2"
 
 
 @pytest.mark.parametrize(
     ("name", "what"),
     [
-        ("absent", "no such file or directory; give what holds the weights"),
-        ("README.md", "not a directory; give the one that holds the weights"),
+        ("absent", "no such file or directory; give a weight file or a directory of them"),
+        ("README.md", "not a directory; give the directory of the weight files"),
     ],
 )
 def test_other_paths_than_directories_are_refused(release, tmp_path, name, what):
-    assert one_line({}, tmp_path, str(release / name)) == f"vllama: {release}/{name}: {what}"
+    assert expect_one_line({}, tmp_path, str(release / name)) == f"vllama: {release}/{name}: {what}"
 
 
 def test_an_unreadable_folder_is_reported(release, tmp_path, monkeypatch):
@@ -193,5 +193,5 @@ def test_an_unreadable_folder_is_reported(release, tmp_path, monkeypatch):
         return iterdir(self)
 
     monkeypatch.setattr(Path, "iterdir", forbid)
-    said = one_line({}, tmp_path, str(release))
-    assert said == f"vllama: {release}/deep/er: cannot be read (Permission denied); check its permissions"
+    text = expect_one_line({}, tmp_path, str(release))
+    assert text == f"vllama: {release}/deep/er: cannot be read (Permission denied); check its permissions"

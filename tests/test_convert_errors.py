@@ -1,4 +1,4 @@
-"""What `vllama convert` says of tensors, options and disks that it cannot use, and what a killed run leaves."""
+"""Errors of `vllama convert` for tensors, options and disks, and the files that a killed conversion leaves."""
 
 import errno
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conversions import command, hashes, one_line, plan, refusal, without
+from conversions import convert_command, drop_components, expect_one_line, expect_refusal, plan, read_hashes
 from safetensors.numpy import load_file, save_file
 
 import vllama_jax as vl
@@ -51,15 +51,15 @@ def test_all_mismatches_are_listed_at_once(tiny_files, tmp_path):
     save_file({"model.norm.weight": tensors["model.norm.weight"]}, llama / "model-2.safetensors")
     shards = {"a": "model-1.safetensors", "b": "model-2.safetensors"}
     (llama / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
-    said = refusal(tiny_files | {"vl": vl_file, "eva_vit": vit, "llama": llama}, tmp_path)
-    assert sorted(said.splitlines()) == sorted(
+    reported = expect_refusal(tiny_files | {"vl": vl_file, "eva_vit": vit, "llama": llama}, tmp_path)
+    assert sorted(reported.splitlines()) == sorted(
         [
             "vllama: the files do not make a model:",
-            f"  no weights in {vit}: blocks.1.norm1.weight is int64, not float64, float32, bfloat16, float16",
-            f"  misshapen in {vl_file}: video_frame_position_embedding.weight is [32, 47], and [32, 48] is needed",
+            f"  wrong dtype in {vit}: blocks.1.norm1.weight is int64, not float64, float32, bfloat16, float16",
+            f"  shape mismatch in {vl_file}: video_frame_position_embedding.weight is [32, 47], but [32, 48] is needed",
             f"  missing in {vl_file}: llama_proj.bias [64]",
-            f"  twice in {llama}: model.norm.weight",
-            f"  not used from {vl_file}: something.else [2]",
+            f"  duplicate in {llama}: model.norm.weight",
+            f"  unexpected in {vl_file}: something.else [2]",
         ]
     )
 
@@ -70,19 +70,19 @@ def test_hundreds_of_wrong_tensors_are_counted(tiny_files, tmp_path):
             tensors[f"other.{name}"] = tensors.pop(name)
         tensors["blocks.0.mlp.fc1.weight"] = tensors["other.blocks.0.mlp.fc1.weight"]
 
-    said = refusal(tiny_files | {"eva_vit": resaved(tiny_files["eva_vit"], tmp_path, rename)}, tmp_path)
-    lines = said.splitlines()
+    reported = expect_refusal(tiny_files | {"eva_vit": resaved(tiny_files["eva_vit"], tmp_path, rename)}, tmp_path)
+    lines = reported.splitlines()
     assert len(lines) == 31
     assert (lines[1][:13], lines[15]) == ("  missing in ", "  … and 9 more missing in")
-    assert (lines[16][:16], lines[30]) == ("  not used from ", "  … and 10 more not used from")
+    assert (lines[16][:16], lines[30]) == ("  unexpected in ", "  … and 10 more unexpected in")
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "value", "message"),
     [
         ("eva_vit", "pos_embed", None, "incomplete, pos_embed is missing"),
-        ("eva_vit", "patch_embed.proj.weight", np.ones((64, 588)), "[64, 588], where 4 axes are expected"),
-        ("eva_vit", "patch_embed.proj.weight", np.ones((64, 3, 0, 0)), "[64, 3, 0, 0], where 4 axes are expected"),
+        ("eva_vit", "patch_embed.proj.weight", np.ones((64, 588)), "[64, 588], but 4 axes are expected"),
+        ("eva_vit", "patch_embed.proj.weight", np.ones((64, 3, 0, 0)), "[64, 3, 0, 0], but 4 axes are expected"),
         ("blip2", "Qformer.bert.encoder.layer.0.intermediate_query.dense.weight", None, "incomplete, Qformer.bert."),
         ("imagebind", "modality_heads.audio.2.weight", None, "incomplete, modality_heads.audio.2.weight is missing"),
         ("al", "audio_position_embedding.weight", None, "incomplete, audio_position_embedding.weight is missing"),
@@ -98,7 +98,7 @@ def test_a_missing_or_misshapen_tensor_that_determines_a_dimension_is_reported(
         else:
             tensors[name] = value
 
-    assert message in one_line(tiny_files | {kind: resaved(tiny_files[kind], tmp_path, change)}, tmp_path)
+    assert message in expect_one_line(tiny_files | {kind: resaved(tiny_files[kind], tmp_path, change)}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -114,21 +114,26 @@ def test_stored_buffers_are_compared_with_computed_ones(tiny_files, tmp_path, ki
     path = resaved(tiny_files[kind], tmp_path, lambda tensors: tensors.update({name: right}))
     assert any(reason.startswith(f"{path}: a buffer") for reason in plan(tiny_files | {kind: path}).left_out)
     path = resaved(tiny_files[kind], tmp_path, lambda tensors: tensors.update({name: wrong}))
-    assert f"differs in {path}: {name} is not what these files make it" in refusal(tiny_files | {kind: path}, tmp_path)
+    assert f"differs in {path}: {name} has other values than these files imply" in expect_refusal(
+        tiny_files | {kind: path}, tmp_path
+    )
 
 
 # --config.
 
 BAD_CONFIGS = {
-    "unknown field": ('{"colour": 1}', "--config: unknown field colour; known are audio_qformer, "),
-    "unknown field inside": ('{"vit": {"heads": 4}}', "--config.vit: unknown field heads; known are depth, "),
+    "unknown field": ('{"colour": 1}', "--config: unknown field colour; known fields: audio_qformer, "),
+    "unknown field inside": ('{"vit": {"heads": 4}}', "--config.vit: unknown field heads; known fields: depth, "),
     "object expected": ('{"vit": 4}', "--config.vit: 4 is not an object"),
     "object expected inside": ('{"imagebind": {"audio": [1]}}', "--config.imagebind.audio: [1] is not an object"),
     "null part": ('{"llama": null}', "--config.llama: None is not an object"),
     "text for a number": ('{"vit": {"depth": "3"}}', "vit.depth: '3' is not of type int"),
     "zero": ('{"vit": {"num_heads": 0}}', "--config.vit.num_heads must be above 0, not 0"),
     "heads that do not divide": ('{"vit": {"num_heads": 5}}', "vit: width 64 is not a multiple of num_heads 5"),
-    "more layers than there are": ('{"vit": {"num_heads": 4, "depth": 9}}', "holds 4 layers, and vit has 9; --config"),
+    "more layers than there are": (
+        '{"vit": {"num_heads": 4, "depth": 9}}',
+        "has 4 layers, but vit.depth is 9; set --config",
+    ),
     "unknown template": ('{"template": "x"}', "unknown prompt template 'x'"),
     "broken JSON": ('{"vit": ', "config.json: not JSON"),
     "no object": ("[1]", "config.json: must contain a JSON object, not list"),
@@ -139,36 +144,37 @@ BAD_CONFIGS = {
 @pytest.mark.parametrize("config", BAD_CONFIGS)
 def test_a_bad_config_is_one_line(tiny_files, tmp_path, config):
     text, message = BAD_CONFIGS[config]
-    given = json.loads(tiny_files["config"].read_text())
+    config_fields = json.loads(tiny_files["config"].read_text())
     if text.startswith("{") and text.endswith("}"):
         fields = json.loads(text)
-        merged = given | {
-            name: given[name] | part if name == "vit" and type(part) is dict else part for name, part in fields.items()
+        merged = config_fields | {
+            name: config_fields[name] | part if name == "vit" and type(part) is dict else part
+            for name, part in fields.items()
         }
         text = json.dumps(merged)
     (tmp_path / "config.json").write_bytes(text.encode(errors="surrogateescape"))
-    assert message in one_line(tiny_files | {"config": tmp_path / "config.json"}, tmp_path)
+    assert message in expect_one_line(tiny_files | {"config": tmp_path / "config.json"}, tmp_path)
 
 
 def test_a_missing_config_is_reported(tiny_files, tmp_path):
-    said = one_line(tiny_files | {"config": tmp_path / "absent.json"}, tmp_path)
-    assert f"{tmp_path}/absent.json: cannot be read" in said
+    reported = expect_one_line(tiny_files | {"config": tmp_path / "absent.json"}, tmp_path)
+    assert f"{tmp_path}/absent.json: cannot be read" in reported
 
 
 def test_head_counts_that_cannot_be_inferred_are_listed(tiny_files, tmp_path):
-    said = one_line(without(tiny_files, "config"), tmp_path)
-    assert "of vit, image_qformer, video_qformer, audio_qformer, imagebind.audio, imagebind.vision cannot" in said
-    assert 'give a --config file with, for example, {"vit": {"num_heads": 4}}' in said
+    reported = expect_one_line(drop_components(tiny_files, "config"), tmp_path)
+    assert "of vit, image_qformer, video_qformer, audio_qformer, imagebind.audio, imagebind.vision, " in reported
+    assert 'give a --config file with, for example, {"vit": {"num_heads": 4}}' in reported
 
 
-# Where it is written.
+# Output.
 
 
 def test_an_existing_output_is_kept(tiny_files, tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine").write_text("mine")
     with pytest.raises(SystemExit, match=f"{tmp_path}/model: already exists; remove it or choose another path"):
-        main(command(tiny_files, tmp_path / "model"))
+        main(convert_command(tiny_files, tmp_path / "model"))
     assert [path.name for path in tmp_path.rglob("*")] == ["model", "mine"]
 
 
@@ -177,7 +183,7 @@ def test_out_below_a_file_is_one_line(tiny_files, tmp_path):
     with pytest.raises(
         SystemExit, match=r"file/model: cannot be written \(Not a directory\); no partial output remains"
     ):
-        main(command(tiny_files, tmp_path / "file" / "model"))
+        main(convert_command(tiny_files, tmp_path / "file" / "model"))
 
 
 def test_an_unwritable_output_is_a_one_line_error(tiny_files, tmp_path, monkeypatch):
@@ -186,7 +192,7 @@ def test_an_unwritable_output_is_a_one_line_error(tiny_files, tmp_path, monkeypa
 
     monkeypatch.setattr(os, "mkdir", forbid)
     with pytest.raises(SystemExit, match=r"model: cannot be written \(Permission denied\); no partial output remains"):
-        main(command(tiny_files, tmp_path / "model"))
+        main(convert_command(tiny_files, tmp_path / "model"))
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_files, tmp_path, monkeypatch):
@@ -198,9 +204,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tiny_files, tmp_path, monkey
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    said = one_line(tiny_files, tmp_path)
+    reported = expect_one_line(tiny_files, tmp_path)
     assert (
-        said == f"vllama: {tmp_path}/out/model: cannot be written (No space left on device); no partial output remains"
+        reported
+        == f"vllama: {tmp_path}/out/model: cannot be written (No space left on device); no partial output remains"
     )
 
 
@@ -209,15 +216,15 @@ def test_values_that_overflow_a_dtype_are_refused(tiny_files, tmp_path):
         tensors["blocks.1.norm1.weight"][5] = 70000
 
     path = resaved(tiny_files["eva_vit"], tmp_path, enlarge)
-    said = one_line(tiny_files | {"eva_vit": path}, tmp_path, "--dtype", "float16")
-    assert said == f"vllama: {path}: vit/blocks/norm1/scale has values too large for float16; use bfloat16"
+    reported = expect_one_line(tiny_files | {"eva_vit": path}, tmp_path, "--dtype", "float16")
+    assert reported == f"vllama: {path}: vit/blocks/norm1/scale has values too large for float16; use bfloat16"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda path: os.truncate(path, 5000), "became shorter while it was read"),
-        (os.unlink, r"cannot be read any more \(No such file or directory\)"),
+        (lambda path: os.truncate(path, 5000), "was truncated while it was read"),
+        (os.unlink, r"cannot be read \(No such file or directory\)"),
     ],
 )
 def test_source_that_changes_while_it_is_read(tiny_files, tmp_path, change, message):
@@ -229,7 +236,7 @@ def test_source_that_changes_while_it_is_read(tiny_files, tmp_path, change, mess
     assert not (tmp_path / "model").exists()
 
 
-# Real processes.
+# Separate processes.
 
 MAIN = "from vllama_jax.cli import main; main()"
 KILLED = """
@@ -262,14 +269,14 @@ def run(program: str, arguments: list[str]) -> subprocess.CompletedProcess:
 
 
 def test_error_is_one_line_on_stderr_and_exit_code_1(tiny_files, tmp_path):
-    ended = run(MAIN, command(tiny_files | {"vl": tmp_path / "absent.pth"}, tmp_path / "model"))
+    ended = run(MAIN, convert_command(tiny_files | {"vl": tmp_path / "absent.pth"}, tmp_path / "model"))
     assert (ended.stdout, ended.stderr) == ("", f"vllama: {tmp_path}/absent.pth: no such file; check the path\n")
     assert ended.returncode == 1
 
 
-def moments_of(arguments: list[str], tmp_path: Path, moments: list[int]) -> list[Path]:
-    """Where conversions were started that were killed: each at another of their calls to the operating system."""
-    outs = [tmp_path / f"model_{moment}" for moment in moments]
+def kill_times(arguments: list[str], tmp_path: Path, times: list[int]) -> list[Path]:
+    """Return the system calls at which conversions were killed, a different one for each."""
+    outs = [tmp_path / f"model_{moment}" for moment in times]
     assert run(KILLED, [",".join(map(str, outs)), *arguments]).returncode == 0
     return outs
 
@@ -277,27 +284,27 @@ def moments_of(arguments: list[str], tmp_path: Path, moments: list[int]) -> list
 @pytest.mark.slow
 @pytest.mark.parametrize("base", [False, True])
 def test_a_killed_conversion_leaves_no_complete_output_and_can_be_rerun(tiny_files, tiny_model, tmp_path, base):
-    arguments = ["convert", *command(tiny_files, tmp_path)[1:-2]]
+    arguments = ["convert", *convert_command(tiny_files, tmp_path)[1:-2]]
     if base:
         arguments = ["convert", "--vl", str(tiny_files["vl"]), "--base", str(tiny_model)]
-    (whole,) = moments_of(arguments, tmp_path, [10**9])
-    last = int(Path(f"{whole}.moments").read_text())
+    (finished,) = kill_times(arguments, tmp_path, [10**9])
+    last = int(Path(f"{finished}.moments").read_text())
     assert last > 400
-    killed = moments_of(arguments, tmp_path, [0, 1, 2, 5, 100, last // 2, last - 4, last - 3, last - 2, last - 1])
+    killed = kill_times(arguments, tmp_path, [0, 1, 2, 5, 100, last // 2, last - 4, last - 3, last - 2, last - 1])
     left = {path.name for path in tmp_path.iterdir()}
     assert sum(f".{out.name}.partial" in left for out in killed) >= 6
     for out in killed:
         partial = out.with_name(f".{out.name}.partial")
-        for found in (path for path in (out, partial) if looks_whole(path)):
-            assert hashes(found) == hashes(whole) == hashes(tiny_model)
+        for found in (path for path in (out, partial) if is_complete(path)):
+            assert read_hashes(found) == read_hashes(finished) == read_hashes(tiny_model)
             vl.load(found)
         if not out.exists():
             main([*arguments, "--out", str(out)])
-            assert hashes(out) == hashes(tiny_model)
+            assert read_hashes(out) == read_hashes(tiny_model)
         assert not partial.exists()
 
 
-def looks_whole(model: Path) -> bool:
+def is_complete(model: Path) -> bool:
     try:
         return bool(open_model(model))
     except vl.CheckpointError:
@@ -313,6 +320,6 @@ def test_no_weight_is_read_twice(tiny_files, tmp_path, monkeypatch):
     )
     save_file(load_file(tiny_files["vl"]) | load_file(tiny_files["al"]), tmp_path / "both.safetensors")
     both = dict.fromkeys(("vl", "al"), tmp_path / "both.safetensors")
-    main(command(tiny_files | both, tmp_path / "model"))
-    weights = [what for what in read if not what[1].endswith("log_logit_scale")]  # one number, which is compared too
+    main(convert_command(tiny_files | both, tmp_path / "model"))
+    weights = [what for what in read if not what[1].endswith("log_logit_scale")]  # a single number, compared too
     assert len(weights) == len(set(weights)) > 300

@@ -1,4 +1,4 @@
-"""Every layout that weights come in is read, and dimensions are what the files, the presets and --config say."""
+"""All layouts of weight files are read, and dimensions come from the files, the presets and --config."""
 
 import dataclasses
 import functools
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conversions import bits, command, converted, hashes, leaves_of, plan, without
+from conversions import convert_command, convert_files, drop_components, plan, read_hashes, read_leaves, to_bytes
 from safetensors.numpy import load_file, save_file
 from written_weights import LAYOUTS
 
@@ -36,7 +36,7 @@ def test_language_model_is_the_same_from_every_layout(tiny_files, tiny_model, tm
     (directory / "model.safetensors").unlink()
     LAYOUTS[layout](tensors, directory)
     convert.convert(plan(tiny_files | {"llama": directory}), tmp_path / "model")
-    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
 
 
 def test_remapped_torch_files_give_the_same_weights(tiny_files, tiny_model, tmp_path, monkeypatch):
@@ -47,7 +47,7 @@ def test_remapped_torch_files_give_the_same_weights(tiny_files, tiny_model, tmp_
         torch, "load", lambda *args, load=torch.load, **options: loads.append(1) or load(*args, **options)
     )
     convert.convert(plan(paths), tmp_path / "model")
-    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
     assert len(loads) > 20
 
 
@@ -77,7 +77,7 @@ def variant(**llama) -> VideoLlamaConfig:
 
 
 def test_embedding_rows_beyond_the_tokenizers_are_kept(tmp_path):
-    leaves = converted(write_tiny(tmp_path / "files", config=variant(vocab_size=514)), tmp_path / "model")
+    leaves = convert_files(write_tiny(tmp_path / "files", config=variant(vocab_size=514)), tmp_path / "model")
     assert (leaves["llama/embedding"].shape, leaves["llama/head/kernel"].shape) == ((514, 64), (64, 514))
 
 
@@ -88,10 +88,10 @@ def test_tied_embeddings_have_no_head(tmp_path, head_in_file):
         tensors = load_file(paths["llama"] / "model.safetensors")
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
         save_file(tensors, paths["llama"] / "model.safetensors")
-    made = plan(paths)
-    assert made.config.llama.tie_embeddings
-    assert "llama/head/kernel" not in {leaf.rule.target for leaf in made.leaves}
-    assert any("the head is tied" in reason for reason in made.left_out) == head_in_file
+    planned = plan(paths)
+    assert planned.config.llama.tie_embeddings
+    assert "llama/head/kernel" not in {leaf.rule.target for leaf in planned.leaves}
+    assert any("the head is tied" in reason for reason in planned.left_out) == head_in_file
 
 
 def test_mixed_half_precisions_become_float32(tiny_files, tmp_path):
@@ -100,58 +100,58 @@ def test_mixed_half_precisions_become_float32(tiny_files, tmp_path):
     tensors["blocks.1.norm1.weight"] = tensors["blocks.1.norm1.weight"].astype("bfloat16")
     tensors["blocks.2.norm1.weight"] = tensors["blocks.2.norm1.weight"].astype(np.float16)
     save_file(tensors, tmp_path / "eva.safetensors")
-    leaf = converted(tiny_files | {"eva_vit": tmp_path / "eva.safetensors"}, tmp_path / "model")[
+    leaf = convert_files(tiny_files | {"eva_vit": tmp_path / "eva.safetensors"}, tmp_path / "model")[
         "vit/blocks/norm1/scale"
     ]
     assert leaf.dtype == np.float32
     np.testing.assert_array_equal(leaf[1], tensors["blocks.1.norm1.weight"].astype(np.float32))
 
 
-# Which pieces there are.
+# Combinations of components.
 
 
 def test_vision_language_projection_has_priority_over_minigpt4(tiny_files, tmp_path, capsys):
-    main(command(tiny_files, tmp_path / "model"))
+    main(convert_command(tiny_files, tmp_path / "model"))
     projection = load_file(tiny_files["vl"])["llama_proj.bias"]
-    assert bits(leaves_of(tmp_path / "model")["llama_proj/bias"]) == bits(projection)
-    assert f"left out, 2 tensors of {tiny_files['minigpt4']}: --vl has its own projection" in capsys.readouterr().out
+    assert to_bytes(read_leaves(tmp_path / "model")["llama_proj/bias"]) == to_bytes(projection)
+    assert f"skipped 2 tensors of {tiny_files['minigpt4']}: --vl has its own projection" in capsys.readouterr().out
 
 
 def test_minigpt4_projection_is_used_without_a_vision_language_checkpoint(tiny_files, tmp_path):
-    leaves = converted(without(tiny_files, "vl"), tmp_path / "model")
-    assert bits(leaves["llama_proj/bias"]) == bits(load_file(tiny_files["minigpt4"])["llama_proj.bias"])
+    leaves = convert_files(drop_components(tiny_files, "vl"), tmp_path / "model")
+    assert to_bytes(leaves["llama_proj/bias"]) == to_bytes(load_file(tiny_files["minigpt4"])["llama_proj.bias"])
 
 
 def test_one_file_with_both_branches_serves_for_both(tiny_files, tiny_model, tmp_path, capsys):
     save_file(load_file(tiny_files["vl"]) | load_file(tiny_files["al"]), tmp_path / "both.safetensors")
     both = dict.fromkeys(("vl", "al"), tmp_path / "both.safetensors")
-    main(command(tiny_files | both, tmp_path / "model"))
-    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    main(convert_command(tiny_files | both, tmp_path / "model"))
+    assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
     assert "both.safetensors" not in capsys.readouterr().out
 
 
 def test_the_other_branch_in_a_checkpoint_is_reported(tiny_files, tmp_path):
     save_file(load_file(tiny_files["vl"]) | load_file(tiny_files["al"]), tmp_path / "both.safetensors")
-    made = plan(without(tiny_files, "al") | {"vl": tmp_path / "both.safetensors"})
-    assert any("give the file as --al too" in reason for reason in made.left_out)
+    planned = plan(drop_components(tiny_files, "al") | {"vl": tmp_path / "both.safetensors"})
+    assert any("give the file as --al too" in reason for reason in planned.left_out)
 
 
 def test_vision_only_model_is_complete(tiny_files, tmp_path):
-    convert.convert(plan(without(tiny_files, "imagebind", "al", "minigpt4")), tmp_path / "model")
+    convert.convert(plan(drop_components(tiny_files, "imagebind", "al", "minigpt4")), tmp_path / "model")
     assert not vl.load(tmp_path / "model").config.has_audio
 
 
 def test_load_refuses_a_base_without_trained_branches(tiny_files, tmp_path, capsys):
-    main(command(without(tiny_files, "vl", "minigpt4"), tmp_path / "model"))
-    assert "yet: train it" in capsys.readouterr().out
+    main(convert_command(drop_components(tiny_files, "vl", "minigpt4"), tmp_path / "model"))
+    assert ": train them, or convert" in capsys.readouterr().out
     with pytest.raises(vl.CheckpointError, match=r"the model has no frame_positions, llama_proj, video_qformer "):
         vl.load(tmp_path / "model")
 
 
 def test_a_model_without_a_trained_audio_branch_answers_and_reports_that_audio_is_unused(tiny_files, tmp_path, caplog):
-    main(command(without(tiny_files, "al"), tmp_path / "model"))
+    main(convert_command(drop_components(tiny_files, "al"), tmp_path / "model"))
     assert not vl.load(tmp_path / "model").config.has_audio
-    assert "no trained audio branch in it" in caplog.text
+    assert "the audio branch has no trained weights" in caplog.text
 
 
 # Dimensions.
@@ -182,26 +182,26 @@ def test_dimensions_are_inferred_from_the_files(tmp_path, config):
 
 
 @pytest.mark.parametrize(
-    ("width", "blocks", "given", "depth"),
+    ("width", "blocks", "config_fields", "depth"),
     [
-        (1408, 40, {}, 39),  # the preset's
+        (1408, 40, {}, 39),  # the preset's depth
         (1408, 45, {}, 39),
         (1408, 39, {}, 39),
         (1408, 40, {"vit": {"depth": 5}}, 5),
-        (64, 6, {}, 5),  # all but the last
+        (64, 6, {}, 5),  # all but the last layer
         (64, 6, {"vit": {"depth": 6}}, 6),
     ],
 )
-def test_eva_depth_is_inferred(tiny_files, tmp_path, width, blocks, given, depth):
+def test_eva_depth_is_inferred(tiny_files, tmp_path, width, blocks, config_fields, depth):
     tensors = {f"blocks.{number}.norm1.weight": np.ones(1) for number in range(blocks)}
     tensors |= {"patch_embed.proj.weight": np.ones((width, 3, 2, 2)), "pos_embed": np.ones((1, 5, width))}
     save_file(tensors | {"blocks.0.mlp.fc1.weight": np.ones((8, 1))}, tmp_path / "eva.safetensors")
-    pieces = {"eva_vit": tmp_path / "eva.safetensors", "blip2": tiny_files["blip2"]}
-    pieces = {kind: weight_files.open_file(path) for kind, path in pieces.items()}
-    pieces["llama"] = weight_files.open_llama(tiny_files["llama"])
+    files = {"eva_vit": tmp_path / "eva.safetensors", "blip2": tiny_files["blip2"]}
+    files = {kind: weight_files.open_file(path) for kind, path in files.items()}
+    files["llama"] = weight_files.open_llama(tiny_files["llama"])
     heads = {part: {"num_heads": 4} for part in ("image_qformer", "video_qformer")} | {"vit": {"num_heads": 4}}
-    given = {**heads, "vit": heads["vit"] | given.get("vit", {})}
-    assert infer_model_config(pieces, read_llama_config(tiny_files["llama"]), given).vit.depth == depth
+    config_fields = {**heads, "vit": heads["vit"] | config_fields.get("vit", {})}
+    assert infer_model_config(files, read_llama_config(tiny_files["llama"]), config_fields).vit.depth == depth
 
 
 def test_head_counts_of_the_published_widths_are_known():
@@ -254,22 +254,24 @@ def test_rotary_settings_of_every_transformers_version(tiny_files, tmp_path, rop
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_dtype_on_disk(tmp_path, dtype):
     paths = write_tiny(tmp_path / "files", half=True)
-    leaves = converted(paths, tmp_path / "model", dtype=dtype)
+    leaves = convert_files(paths, tmp_path / "model", dtype=dtype)
     assert {leaf.dtype.name for leaf in leaves.values()} == {dtype}
     stored = load_file(paths["llama"] / "model.safetensors")["model.norm.weight"].astype(np.float32)
     np.testing.assert_array_equal(leaves["llama/norm/scale"], stored.astype(dtype))
 
 
 def test_template_flag_has_priority_over_the_config(tiny_files):
-    given = json.loads(tiny_files["config"].read_text())
-    assert plan(tiny_files, config=given | {"template": "plain"}).config.template == "plain"
-    assert plan(tiny_files, config=given | {"template": "plain"}, template="llama_2").config.template == "llama_2"
+    config_fields = json.loads(tiny_files["config"].read_text())
+    assert plan(tiny_files, config=config_fields | {"template": "plain"}).config.template == "plain"
+    assert (
+        plan(tiny_files, config=config_fields | {"template": "plain"}, template="llama_2").config.template == "llama_2"
+    )
 
 
 def test_progress_adds_up_to_all_bytes(tiny_files, tmp_path):
-    made, written = plan(tiny_files), []
-    convert.convert(made, tmp_path / "model", dtype="float16", progress=written.append)
-    assert sum(written) == convert.bytes_to_write(made, "float16")
+    planned, written = plan(tiny_files), []
+    convert.convert(planned, tmp_path / "model", dtype="float16", progress=written.append)
+    assert sum(written) == convert.bytes_to_write(planned, "float16")
 
 
 def test_paths_with_spaces_a_relative_out_and_missing_parents(tiny_files, tiny_model, tmp_path, monkeypatch):
@@ -278,8 +280,8 @@ def test_paths_with_spaces_a_relative_out_and_missing_parents(tiny_files, tiny_m
         copy(path, tmp_path / f"the {kind} é{path.suffix}")
     named = {kind: Path(f"the {kind} é{path.suffix}") for kind, path in tiny_files.items()}
     monkeypatch.chdir(tmp_path)
-    main(command(named, Path("some where/new/model")))
-    assert hashes(tmp_path / "some where/new/model") == hashes(tiny_model)
+    main(convert_command(named, Path("some where/new/model")))
+    assert read_hashes(tmp_path / "some where/new/model") == read_hashes(tiny_model)
 
 
 def test_manifest_names_the_sources(tiny_files, tiny_model):
@@ -288,7 +290,7 @@ def test_manifest_names_the_sources(tiny_files, tiny_model):
     assert described["llama"][0]["name"] == "model.safetensors"
 
 
-# The tiny files' own command.
+# The command that writes tiny files.
 
 
 def test_tiny_files_are_written_and_converted_without_torch(tmp_path, tiny_files, tiny_model):
@@ -297,8 +299,8 @@ def test_tiny_files_are_written_and_converted_without_torch(tmp_path, tiny_files
     run = functools.partial(subprocess.run, check=True, env=environment, cwd=tmp_path)
     run([sys.executable, "-m", "vllama_jax.convert.tiny", "files"])
     paths = {kind: Path("files", path.relative_to(tiny_files["config"].parent)) for kind, path in tiny_files.items()}
-    run([sys.executable, "-c", "from vllama_jax.cli import main; main()", *command(paths, Path("model"))])
-    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    run([sys.executable, "-c", "from vllama_jax.cli import main; main()", *convert_command(paths, Path("model"))])
+    assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
 
 
 @pytest.mark.parametrize(("arguments", "code"), [([], 2), (["--out", "x"], 2), (["a", "b"], 2), (["{tmp}"], 1)])

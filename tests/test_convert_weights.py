@@ -1,4 +1,7 @@
-"""Weights as training and other libraries save them: what is redundant is compared, wrappers are seen through."""
+"""Weights as training and other libraries save them.
+
+Redundant ones are compared, and the prefixes of wrappers are removed.
+"""
 
 import dataclasses
 import json
@@ -14,7 +17,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from conversions import command, hashes, one_line, plan, refusal
+from conversions import convert_command, expect_one_line, expect_refusal, plan, read_hashes
 from safetensors.numpy import load_file, save_file
 
 import vllama_jax as vl
@@ -29,7 +32,7 @@ LLAMA = tiny(vocab_size=512).llama
 
 
 def changed_llama(files: dict[str, Path], tmp_path: Path, tensors=None, **fields) -> dict[str, Path]:
-    """The files with another language model: its tensors changed, and fields of its config.json."""
+    """Return the files with another language model: changed tensors, and changed fields of its config.json."""
     directory = shutil.copytree(files["llama"], tmp_path / "llama")
     held = load_file(directory / "model.safetensors") | (tensors or {})
     save_file(held, directory / "model.safetensors")
@@ -63,23 +66,23 @@ def test_frequencies_in_any_precision_are_accepted(tiny_files, tmp_path, rounded
     cfg = dataclasses.replace(LLAMA, rope_theta=theta)
     stored = ROUNDED[rounded](rope_frequencies(cfg))
     files = changed_llama(tiny_files, tmp_path, {INV_FREQ.format(0): stored}, rope_theta=theta)
-    assert any("rotary frequencies are computed" in reason for reason in plan(files).left_out)
+    assert any("rotary frequencies, equal to the computed" in reason for reason in plan(files).left_out)
 
 
 @pytest.mark.parametrize("rounded", ["float32", "float16", "bfloat16", "bfloat16, widened"])
 @pytest.mark.parametrize("theta", [10600.0, 9400.0, 1e6])
 def test_frequencies_of_another_model_are_refused(tiny_files, tmp_path, rounded, theta):
     stored = ROUNDED[rounded](rope_frequencies(dataclasses.replace(LLAMA, rope_theta=theta)))
-    said = refusal(changed_llama(tiny_files, tmp_path, {INV_FREQ.format(0): stored}), tmp_path)
-    assert f"{INV_FREQ.format(0)} is not what these files make it" in said
+    reported = expect_refusal(changed_llama(tiny_files, tmp_path, {INV_FREQ.format(0): stored}), tmp_path)
+    assert f"{INV_FREQ.format(0)} has other values than these files imply" in reported
 
 
 @pytest.mark.parametrize("divisor", [1, 4])
 def test_frequencies_of_linear_scaling_are_accepted_scaled_and_not(tiny_files, tmp_path, divisor):
     stored = rope_frequencies(LLAMA) / np.float32(divisor)
     scaling = {"type": "linear", "factor": 4.0}
-    made = plan(changed_llama(tiny_files, tmp_path, {INV_FREQ.format(1): stored}, rope_scaling=scaling))
-    assert made.config.llama.rope_scaling.factor == 4.0
+    planned = plan(changed_llama(tiny_files, tmp_path, {INV_FREQ.format(1): stored}, rope_scaling=scaling))
+    assert planned.config.llama.rope_scaling.factor == 4.0
 
 
 def test_frequencies_of_another_linear_scaling_are_refused(tiny_files, tmp_path):
@@ -89,10 +92,10 @@ def test_frequencies_of_another_linear_scaling_are_refused(tiny_files, tmp_path)
         {INV_FREQ.format(1): rope_frequencies(LLAMA) / np.float32(2)},
         rope_scaling={"type": "linear", "factor": 4.0},
     )
-    assert "is not what these files make it" in refusal(files, tmp_path)
+    assert "has other values than these files imply" in expect_refusal(files, tmp_path)
 
 
-# What is dropped as redundant is compared.
+# Redundant weights are compared before they are dropped.
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -103,31 +106,31 @@ def test_a_head_is_tied_only_where_it_is_the_embeddings(tmp_path, same, capsys):
     embedding = load_file(files["llama"] / "model.safetensors")["model.embed_tokens.weight"]
     head = embedding if same else np.random.default_rng(0).standard_normal(embedding.shape, np.float32)
     files = changed_llama(files, tmp_path, {"lm_head.weight": head})
-    main(command(files, tmp_path / "model"))
-    note = "tie_word_embeddings is true in its config.json, but lm_head.weight is not the embeddings: not tied"
+    main(convert_command(files, tmp_path / "model"))
+    note = "ignored tie_word_embeddings of its config.json; lm_head.weight differs from the embeddings"
     assert (note in capsys.readouterr().out) != same
     assert open_model(tmp_path / "model").config.llama.tie_embeddings == same
-    assert ("llama/head/kernel" in hashes(tmp_path / "model")) != same
+    assert ("llama/head/kernel" in read_hashes(tmp_path / "model")) != same
 
 
 def test_imagebind_weights_in_an_audio_checkpoint_are_compared(tiny_files, tmp_path):
     name = "modality_trunks.audio.blocks.0.norm_1.weight"
     held = load_file(tiny_files["imagebind"])[name]
     files = changed(tiny_files, "al", tmp_path, lambda t: t.update({f"audio_encoder.{name}": held}))
-    assert any("equal to what --imagebind gives" in reason for reason in plan(files).left_out)
+    assert any("equal to that of --imagebind" in reason for reason in plan(files).left_out)
     files = changed(tiny_files, "al", tmp_path, lambda t: t.update({f"audio_encoder.{name}": held + 1}))
-    assert f"differs in {files['al']}: audio_encoder.{name} is not what" in refusal(files, tmp_path)
+    assert f"differs in {files['al']}: audio_encoder.{name} has other values" in expect_refusal(files, tmp_path)
 
 
 def test_unknown_imagebind_weights_are_refused(tiny_files, tmp_path):
     files = changed(tiny_files, "al", tmp_path, lambda t: t.update({"audio_encoder.new.weight": np.ones(3)}))
-    assert f"not used from {files['al']}: audio_encoder.new.weight [3]" in refusal(files, tmp_path)
+    assert f"unexpected in {files['al']}: audio_encoder.new.weight [3]" in expect_refusal(files, tmp_path)
 
 
 def test_frequencies_under_an_unknown_name_are_refused(tiny_files, tmp_path):
     name = "llama_model.other.rotary_emb.inv_freq"
     files = changed(tiny_files, "vl", tmp_path, lambda t: t.update({name: np.ones(8)}))
-    assert f"not used from {files['vl']}: {name} [8]" in refusal(files, tmp_path)
+    assert f"unexpected in {files['vl']}: {name} [8]" in expect_refusal(files, tmp_path)
 
 
 @pytest.mark.parametrize("same", [True, False])
@@ -135,9 +138,9 @@ def test_a_vision_branch_in_an_audio_checkpoint_is_compared_with_that_of_vl(tiny
     bias = load_file(tiny_files["vl"])["llama_proj.bias"] + (not same)
     files = changed(tiny_files, "al", tmp_path, lambda t: t.update({"llama_proj.bias": bias}))
     if same:
-        assert any("the vision branch, equal to what --vl gives" in reason for reason in plan(files).left_out)
+        assert any("the vision branch, equal to that of --vl" in reason for reason in plan(files).left_out)
     else:
-        assert f"differs in {files['al']}: llama_proj.bias is not what" in refusal(files, tmp_path)
+        assert f"differs in {files['al']}: llama_proj.bias has other values" in expect_refusal(files, tmp_path)
 
 
 def test_weights_in_two_formats_are_reported(tiny_files, tmp_path):
@@ -163,9 +166,9 @@ WRAPPERS = {
 def test_names_that_a_wrapper_prefixed(tiny_files, tiny_model, tmp_path, prefix, kind):
     tensors = {WRAPPERS[prefix](name): torch.from_numpy(t) for name, t in load_file(tiny_files[kind]).items()}
     torch.save({"model": tensors}, tmp_path / "file.pth")
-    made = plan(tiny_files | {kind: tmp_path / "file.pth"})
-    assert len(made.leaves) == len(plan(tiny_files).leaves)
-    (note,) = [note for note in made.notes if str(tmp_path / "file.pth") in note]
+    planned = plan(tiny_files | {kind: tmp_path / "file.pth"})
+    assert len(planned.leaves) == len(plan(tiny_files).leaves)
+    (note,) = [note for note in planned.notes if str(tmp_path / "file.pth") in note]
     assert all(part in note for part in prefix.replace(".", ". ").split())
 
 
@@ -174,7 +177,7 @@ def test_prefixed_names_of_a_wrapped_language_model_are_read(tiny_files, tiny_mo
     tensors = load_file(directory / "model.safetensors")
     save_file({f"module.{name}": tensor for name, tensor in tensors.items()}, directory / "model.safetensors")
     vl.convert.convert(plan(tiny_files | {"llama": directory}), tmp_path / "model")
-    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
 
 
 def test_prefixed_names_of_a_compiled_submodule_are_read(tiny_files, tmp_path):
@@ -191,7 +194,7 @@ def test_a_deepspeed_checkpoint(tiny_files, tmp_path):
     assert plan(tiny_files | {"vl": tmp_path / "states.pt"}).leaves
 
 
-# Torch files that lie.
+# Inconsistent torch files.
 
 
 def saved(tiny_files, path: Path) -> Path:
@@ -209,25 +212,25 @@ def repacked(path: Path, out: Path, change=lambda name, data: data, method=zipfi
 @pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
 def test_compressed_entries_are_refused(tiny_files, tmp_path, method):
     path = repacked(saved(tiny_files, tmp_path / "old.pth"), tmp_path / "file.pth", method=method)
-    assert f"{path}: its zip entries are compressed" in one_line(tiny_files | {"vl": path}, tmp_path)
+    assert f"{path}: compressed or encrypted zip entries" in expect_one_line(tiny_files | {"vl": path}, tmp_path)
 
 
 def test_stored_entries_without_alignment_are_read(tiny_files, tmp_path):
     path = repacked(saved(tiny_files, tmp_path / "old.pth"), tmp_path / "file.pth")
     vl.convert.convert(plan(tiny_files | {"vl": path}), tmp_path / "model")
     vl.convert.convert(plan(tiny_files), tmp_path / "expected")
-    assert hashes(tmp_path / "model") == hashes(tmp_path / "expected")
+    assert read_hashes(tmp_path / "model") == read_hashes(tmp_path / "expected")
 
 
 def test_two_entries_of_one_name_are_refused(tiny_files, tmp_path):
     path = saved(tiny_files, tmp_path / "file.pth")
     with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
         archive.writestr("file/data/0", b"other")
-    assert "has several zip entries of one name" in one_line(tiny_files | {"vl": path}, tmp_path)
+    assert "has duplicate zip entries" in expect_one_line(tiny_files | {"vl": path}, tmp_path)
 
 
 class Call:
-    """Pickled as a call of a function."""
+    """Pickles as a call of a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -253,7 +256,7 @@ def test_a_small_file_allocates_nothing_large(tiny_files, tmp_path, name, layout
     path = tmp_path / "file.pth"
     torch.save({"video_query_tokens": CALLS[name]()}, path, _use_new_zipfile_serialization=layout == "zip")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    assert f"{path}: refused: its pickle asks to run " in one_line(tiny_files | {"vl": path}, tmp_path)
+    assert f"{path}: refused: its pickle refers to " in expect_one_line(tiny_files | {"vl": path}, tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
@@ -267,36 +270,36 @@ def test_a_tensor_beyond_its_storage(tiny_files, tmp_path):
         return data[: at + 3] + b"\xff" + data[at + 4 :]
 
     path = repacked(path, tmp_path / "file.pth", enlarge)
-    assert f"{path}: " in one_line(tiny_files | {"vl": path}, tmp_path)
+    assert f"{path}: " in expect_one_line(tiny_files | {"vl": path}, tmp_path)
 
 
 def test_a_pickle_of_a_newer_protocol(tiny_files, tmp_path):
     (tmp_path / "file.pth").write_bytes(pickle.dumps({"a": Call(bytearray, HUGE)}, protocol=4))
-    assert "refused: its pickle holds more than tensors" in one_line(
+    assert "refused: its pickle contains other objects than tensors" in expect_one_line(
         tiny_files | {"vl": tmp_path / "file.pth"}, tmp_path
     )
 
 
-# Directories given in another's place.
+# Directories given for other options.
 
 
 @pytest.mark.parametrize(
     "arguments", [["inspect"], ["verify"], ["export", "--out", "OUT"], ["quantize", "--out", "OUT"], ["chat", "CLIP"]]
 )
-@pytest.mark.parametrize("place", ["llama", "files", "above"])
-def test_pytorch_weights_are_refused_as_a_model(tiny_files, clip, tmp_path, arguments, place):
+@pytest.mark.parametrize("location", ["llama", "files", "above"])
+def test_pytorch_weights_are_refused_as_a_model(tiny_files, clip, tmp_path, arguments, location):
     files = tiny_files["llama"].parent
-    directory = {"llama": tiny_files["llama"], "files": files, "above": tmp_path / "above"}[place]
-    if place == "above":
+    directory = {"llama": tiny_files["llama"], "files": files, "above": tmp_path / "above"}[location]
+    if location == "above":
         directory.mkdir()
         (directory / "config.json").write_text("{}")
         (directory / "weights").symlink_to(tiny_files["llama"])
     name, *more = [{"OUT": str(tmp_path / "out"), "CLIP": str(clip)}.get(part, part) for part in arguments]
-    given = ["--model", str(directory)] if name == "chat" else [str(directory)]
+    model_arguments = ["--model", str(directory)] if name == "chat" else [str(directory)]
     with pytest.raises(SystemExit) as stopped:
-        main([name, *(more + given if name == "chat" else given + more)])
-    assert stopped.value.code.startswith(f"vllama: {directory}: holds PyTorch weights (")
-    assert stopped.value.code.endswith("); `vllama convert` makes a model directory of them")
+        main([name, *(more + model_arguments if name == "chat" else model_arguments + more)])
+    assert stopped.value.code.startswith(f"vllama: {directory}: contains PyTorch weights (")
+    assert stopped.value.code.endswith("); convert them with `vllama convert`")
 
 
 def test_wrong_directories_for_the_language_model(tiny_files, tiny_model, tmp_path):
@@ -309,35 +312,35 @@ def test_wrong_directories_for_the_language_model(tiny_files, tiny_model, tmp_pa
     for number, (directory, message) in enumerate(
         {
             empty: "consolidated.00.pth; it is empty",
-            weights: "consolidated.00.pth; it holds finetune.pth",
-            tiny_model: "made by `vllama convert`, where --llama takes a LLaMA; give it as --base",
+            weights: "consolidated.00.pth; it contains finetune.pth",
+            tiny_model: "a model directory, not a Hugging Face LLaMA directory; give it as --base",
         }.items()
     ):
         (tmp_path / str(number)).mkdir()
-        assert one_line(files | {"llama": directory}, tmp_path / str(number)).endswith(message)
+        assert expect_one_line(files | {"llama": directory}, tmp_path / str(number)).endswith(message)
     (tmp_path / "parent").mkdir()
     (tmp_path / "parent" / "vicuna").symlink_to(tiny_files["llama"])
     (tmp_path / "x").mkdir()
-    said = one_line(files | {"llama": tmp_path / "parent"}, tmp_path / "x")
-    assert said.endswith(f"did you mean {tmp_path}/parent/vicuna?")
+    reported = expect_one_line(files | {"llama": tmp_path / "parent"}, tmp_path / "x")
+    assert reported.endswith(f"did you mean {tmp_path}/parent/vicuna?")
 
 
 def test_missing_torch_is_reported_only_for_existing_files(tiny_files, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    said = one_line(tiny_files | {"vl": tmp_path / "absent.pth"}, tmp_path)
-    assert said == f"vllama: {tmp_path}/absent.pth: no such file; check the path"
+    reported = expect_one_line(tiny_files | {"vl": tmp_path / "absent.pth"}, tmp_path)
+    assert reported == f"vllama: {tmp_path}/absent.pth: no such file; check the path"
 
 
 def test_a_bfloat16_value_beyond_float16(tmp_path):
     files = write_tiny(tmp_path / "files", half=True)
     large = np.full(64, 1e30, ml_dtypes.bfloat16)
     files = changed_llama(files, tmp_path, {"model.norm.weight": large})
-    said = one_line(files, tmp_path, "--dtype", "float16")
-    assert said.endswith("llama/norm/scale has values too large for float16; use bfloat16")
+    reported = expect_one_line(files, tmp_path, "--dtype", "float16")
+    assert reported.endswith("llama/norm/scale has values too large for float16; use bfloat16")
 
 
 def test_commands_run_in_their_own_process(tiny_files, tmp_path):
-    """One line on stderr, and exit code 1."""
+    """Each prints one line on stderr and exits with code 1."""
     vllama = Path(sys.executable).with_name("vllama")
     done = subprocess.run([vllama, "inspect", tiny_files["llama"]], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")

@@ -1,4 +1,4 @@
-"""Annotation files of other trainers, lines that cannot be used, and files that must not be packed."""
+"""Annotation files of other trainers, unusable lines, and files that must not be packed."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import media_fixtures
 import numpy as np
 import pytest
-from data_fixtures import built, lay, lines, media
+from data_fixtures import build_and_read, media, to_json_lines, write_folder
 from PIL import Image
 
 from vllama_jax.data.annotation_formats import read_entry
@@ -18,8 +18,8 @@ from vllama_jax.errors import DataError
 ASKED = "What is this?"
 
 
-def chat(*said: object) -> list[dict]:
-    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(said)]
+def chat(*contents: object) -> list[dict]:
+    return [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(contents)]
 
 
 def part(kind: str, value: object = None, key: str | None = None) -> dict:
@@ -50,7 +50,7 @@ def read(entry: object) -> Entry | Skipped:
             [("B?", "C"), ("Hm?", "A")],
             0,
         ),
-        # ms-swift: query and response, its "conversation", its messages with a system text
+        # ms-swift: query and response, its "conversation", its messages with a system prompt
         ({"query": f"<video>{ASKED}", "response": "A", "videos": ["f"]}, "video", [(ASKED, "A")], 0),
         (
             {"query": "B?", "response": "A", "videos": ["f"], "history": [["<video>Q?", "C"]], "system": "s"},
@@ -100,7 +100,7 @@ def read(entry: object) -> Entry | Skipped:
         ({"messages": chat([{"video": "f"}, {"text": "Q?"}], "A")}, "video", [("Q?", "A")], 0),
         ({"messages": chat([part("image"), part("text", "Q?")], "A"), "images": ["f"]}, "image", [("Q?", "A")], 0),
         ({"messages": chat(["Q", part("text", "?"), part("image", "f")], "A")}, "image", [("Q?", "A")], 2),
-        # our own, and what null means
+        # the project's own layout, and null values
         ({"video": "f", "image": None, "caption": "A"}, "video", [("", "A")], 0),
         ({"video": "", "images": [], "audio": "f", "caption": None, "text": "A"}, "audio", [("", "A")], 0),
         (
@@ -178,12 +178,12 @@ def test_entries_that_cannot_be_used(entry, why):
 def test_a_bad_line_is_skipped_and_the_build_continues(tmp_path, layout):
     good = {"video": "1.mp4", "caption": "a dog"}
     entries = [good, {"caption": "nobody"}, 7, {**good, "image": None}, {"video": "gone.mp4", "caption": "a"}]
-    text = lines(*entries) + '{"video": "1.mp4", "caption": NaN}\n{"video"\n{"n": 1e999}\n\n'
+    text = to_json_lines(*entries) + '{"video": "1.mp4", "caption": NaN}\n{"video"\n{"n": 1e999}\n\n'
     text += "[" * 100_000 + "\n" + json.dumps(good)
     if layout.startswith("array"):
         text = json.dumps(entries, indent=None if "one" in layout else 1)
     files = {"a.jsonl" if "lines" in layout else "a.json": ("\ufeff" if "BOM" in layout else "") + text}
-    source = lay(tmp_path / "source", {**files, "1.mp4": media(b"1")})
+    source = write_folder(tmp_path / "source", {**files, "1.mp4": media(b"1")})
     result = build("jsonl", source, tmp_path / "out")
     word = "line" if "lines" in layout else "annotation"
     skipped = {line["place"]: line["why"] for line in open_records(tmp_path / "out").skipped()}
@@ -203,9 +203,9 @@ def test_a_bad_line_is_skipped_and_the_build_continues(tmp_path, layout):
 
 
 def test_a_list_among_lines_does_not_make_an_array(tmp_path):
-    text = "[1]\n" + lines({"video": "1.mp4", "caption": "a dog"})
-    annotations, skipped = built(
-        "jsonl", lay(tmp_path / "source", {"a.jsonl": text, "1.mp4": media(b"1")}), tmp_path / "out"
+    text = "[1]\n" + to_json_lines({"video": "1.mp4", "caption": "a dog"})
+    annotations, skipped = build_and_read(
+        "jsonl", write_folder(tmp_path / "source", {"a.jsonl": text, "1.mp4": media(b"1")}), tmp_path / "out"
     )
     assert len(annotations) == 1
     assert skipped == {"line 1": "it is not a JSON object"}
@@ -213,8 +213,10 @@ def test_a_list_among_lines_does_not_make_an_array(tmp_path):
 
 @pytest.fixture
 def secret(tmp_path) -> Path:
-    """A video outside the source, so that its content is not what is refused."""
-    lay(tmp_path, {"secret.mp4": media(b"secret"), "source/1.mp4": media(b"1"), "beside/secret.mp4": media(b"secret")})
+    """A valid video outside of the source, so that its content is not the reason for an error."""
+    write_folder(
+        tmp_path, {"secret.mp4": media(b"secret"), "source/1.mp4": media(b"1"), "beside/secret.mp4": media(b"secret")}
+    )
     (tmp_path / "source" / "link.mp4").symlink_to(tmp_path / "secret.mp4")
     (tmp_path / "source" / "loop.mp4").symlink_to("loop.mp4")
     (tmp_path / "source" / "folder").symlink_to(tmp_path / "beside")
@@ -226,9 +228,9 @@ def secret(tmp_path) -> Path:
 @pytest.mark.parametrize("name", ["../secret.mp4", "x/../../secret.mp4", "{secret}", "link.mp4", "folder/secret.mp4"])
 def test_nothing_outside_the_source_is_packed(tmp_path, secret, name, as_file):
     named = name.format(secret=secret)
-    text = lines(*({"video": one, "caption": "a"} for one in (named, "1.mp4", "inside.mp4")))
-    source = lay(tmp_path / "source", {"a.jsonl": text}) / ("a.jsonl" if as_file else "")
-    annotations, skipped = built("jsonl", source, tmp_path / "out")
+    text = to_json_lines(*({"video": one, "caption": "a"} for one in (named, "1.mp4", "inside.mp4")))
+    source = write_folder(tmp_path / "source", {"a.jsonl": text}) / ("a.jsonl" if as_file else "")
+    annotations, skipped = build_and_read("jsonl", source, tmp_path / "out")
     assert [one.id for one in annotations] == ["1.mp4", "inside.mp4"]
     assert list(skipped) == [named]
     assert "leads outside the source's folder" in skipped[named]
@@ -242,20 +244,20 @@ def test_nothing_outside_the_source_is_packed(tmp_path, secret, name, as_file):
 def test_published_sources_are_limited_to_their_folder_too(tmp_path, secret):
     entries = [{"video": name, "QA": [{"q": "Q?", "a": "A"}]} for name in ("../../secret.mp4", "../1.mp4")]
     (tmp_path / "source" / "videos").mkdir()
-    source = lay(tmp_path / "source", {"videochat_instruct_11k.json": entries})
-    annotations, skipped = built("videochat", source, tmp_path / "out")
+    source = write_folder(tmp_path / "source", {"videochat_instruct_11k.json": entries})
+    annotations, skipped = build_and_read("videochat", source, tmp_path / "out")
     assert ([one.id for one in annotations], list(skipped)) == (["../1.mp4"], ["../../secret.mp4"])
 
 
 def test_a_symlink_to_itself_and_a_name_that_is_too_long(tmp_path, secret):
     names = ["1.mp4", "loop.mp4", "n" * 300]
-    text = lines(*({"video": name, "caption": "a"} for name in names))
-    _, skipped = built("jsonl", lay(tmp_path / "source", {"a.jsonl": text}), tmp_path / "out")
+    text = to_json_lines(*({"video": name, "caption": "a"} for name in names))
+    _, skipped = build_and_read("jsonl", write_folder(tmp_path / "source", {"a.jsonl": text}), tmp_path / "out")
     assert list(skipped) == names[1:]
 
 
 def test_packed_files_are_media_whatever_their_name(tmp_path):
-    """Formats with known first bytes, and some that FFmpeg has to look at."""
+    """Formats with known first bytes, and some that only FFmpeg can detect."""
     folder = tmp_path / "source"
     folder.mkdir()
     frames = np.zeros((16, 16, 3), np.uint8)
@@ -264,8 +266,8 @@ def test_packed_files_are_media_whatever_their_name(tmp_path):
     for suffix in ("mp4", "mkv", "avi", "mov", "ts", "mpg"):
         media_fixtures.write_video(folder / f"video.{suffix}", num_frames=10)
     tone = media_fixtures.tone(0.5, 16000)
-    media_fixtures.write_sound(folder / "sound.wav", tone, 16000, "pcm_s16le", "s16")
-    media_fixtures.write_sound(folder / "sound.mp3", tone, 16000, "mp3", "s16p")
+    media_fixtures.write_audio(folder / "sound.wav", tone, 16000, "pcm_s16le", "s16")
+    media_fixtures.write_audio(folder / "sound.mp3", tone, 16000, "mp3", "s16p")
     tagged = (folder / "sound.mp3").read_bytes()
     (folder / "bare.mp3").write_bytes(tagged[10 + tagged[9] + 128 * tagged[8] :])
     good = sorted(path.name for path in folder.iterdir())
@@ -281,13 +283,15 @@ def test_packed_files_are_media_whatever_their_name(tmp_path):
         "one.mp4": b"1",
     }
     names = [*good, *bad]
-    text = lines(*({"video": name, "caption": "a"} for name in names))
-    annotations, skipped = built("jsonl", lay(folder, {"a.jsonl": text, **bad}), tmp_path / "out")
+    text = to_json_lines(*({"video": name, "caption": "a"} for name in names))
+    annotations, skipped = build_and_read("jsonl", write_folder(folder, {"a.jsonl": text, **bad}), tmp_path / "out")
     assert [one.id for one in annotations] == good
     assert list(skipped) == list(bad)
 
 
 def test_a_truncated_json_array_is_an_error(tmp_path):
-    source = lay(tmp_path / "source", {"a.json": '[{"video": "1.mp4", "caption": "a"},\n {"vid', "1.mp4": media(b"1")})
+    source = write_folder(
+        tmp_path / "source", {"a.json": '[{"video": "1.mp4", "caption": "a"},\n {"vid', "1.mp4": media(b"1")}
+    )
     with pytest.raises(DataError, match=r"a\.json: not JSON .*; the file must be a JSON array or JSON Lines"):
         build("jsonl", source, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Records directories: what is read is what was built, from any process, and what is not whole is not opened."""
+"""Records directories: what is read equals what was built, from any process; incomplete ones are not opened."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from pathlib import Path
 import fsspec
 import pytest
 import tensorflow_datasets as tfds
-from data_fixtures import built, lay, lines, media
+from data_fixtures import build_and_read, media, to_json_lines, write_folder
 
 from vllama_jax.data import tfds_builders
 from vllama_jax.data.build import build
@@ -35,11 +35,11 @@ def content(number: int) -> bytes:
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
-    """Videos and pictures by turns."""
+    """A source that alternates videos and images."""
     names = [f"{number}.{'jpg' if number % 2 else 'mp4'}" for number in range(COUNT)]
-    text = lines(*({"image" if "jpg" in name else "video": name, "caption": f"it is {name}"} for name in names))
+    text = to_json_lines(*({"image" if "jpg" in name else "video": name, "caption": f"it is {name}"} for name in names))
     files = {name: content(number) for number, name in enumerate(names)}
-    return lay(tmp_path_factory.mktemp("data") / "source", {"a.jsonl": text, **files})
+    return write_folder(tmp_path_factory.mktemp("data") / "source", {"a.jsonl": text, **files})
 
 
 @pytest.fixture
@@ -51,10 +51,10 @@ def out(source, tmp_path, monkeypatch) -> Path:
 
 
 def numbers_of(records: Records) -> list[int]:
-    """The numbers that media show, each checked against its annotation."""
+    """Return the numbers that media encode, and check each against its annotation."""
     found = []
-    for place in range(len(records)):
-        data, annotation = records.media(place), records.annotation(place)
+    for index in range(len(records)):
+        data, annotation = records.media(index), records.annotation(index)
         assert data == content(data[-1])
         assert annotation.turns == (("", f"it is {annotation.id}"),)
         assert annotation.id.split(".")[0] == str(data[-1])
@@ -72,14 +72,14 @@ def test_bytes_and_order_come_back(out):
 
 
 def test_tfds_reads_texts_and_media(out):
-    for part in ("texts", "media"):
-        examples = tfds.builder_from_directory(out / part).as_data_source(split="train")
+    for folder in ("texts", "media"):
+        examples = tfds.builder_from_directory(out / folder).as_data_source(split="train")
         assert len(examples) == COUNT
         assert examples[0]["id"] == b"0.mp4"
 
 
 def test_the_digest_is_of_the_content(source, out, tmp_path):
-    build("jsonl", source, tmp_path / "again")  # in other files
+    build("jsonl", source, tmp_path / "again")  # into other files
     assert open_records(tmp_path / "again").digest == open_records(out).digest
     other = shutil.copytree(source, tmp_path / "other")
     (other / "3.jpg").write_bytes(media(b"\x03"))
@@ -105,15 +105,17 @@ def test_concurrent_threads_read_the_same_bytes(out):
 def test_rebuilt_records_are_read_again(source, tmp_path):
     text = {"video": "0.mp4", "caption": "old"}
     for caption in ("old", "new"):
-        table = lay(tmp_path / "source", {"a.jsonl": lines({**text, "caption": caption}), "0.mp4": media(b"0")})
+        table = write_folder(
+            tmp_path / "source", {"a.jsonl": to_json_lines({**text, "caption": caption}), "0.mp4": media(b"0")}
+        )
         shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        (annotation,), _ = built("jsonl", table, tmp_path / "out")
+        (annotation,), _ = build_and_read("jsonl", table, tmp_path / "out")
         assert annotation.turns == (("", caption),)
 
 
-@pytest.mark.parametrize("part", ["texts", "media"])
-def test_missing_and_truncated_files_are_one_line_each(out, part):
-    file = max((out / part).glob("*array_record*"))
+@pytest.mark.parametrize("folder", ["texts", "media"])
+def test_missing_and_truncated_files_are_one_line_each(out, folder):
+    file = max((out / folder).glob("*array_record*"))
     data = file.read_bytes()
     file.write_bytes(data[:1000])
     with pytest.raises(DataError, match=rf"{file.name}: has 1000 bytes instead of {len(data)}"):
@@ -169,7 +171,7 @@ def test_directories_without_records_are_refused(tmp_path):
 
 @pytest.fixture
 def bucket(out, tmp_path, monkeypatch) -> Iterator[fsspec.AbstractFileSystem]:
-    """The records, in a place that is not on disk."""
+    """The records in storage that is not a local disk."""
     monkeypatch.setenv("VLLAMA_CACHE", str(tmp_path / "cache"))
     files = fsspec.filesystem("memory")
     files.put(str(out), "/bucket/records", recursive=True)
@@ -187,10 +189,10 @@ def test_files_of_a_url_are_copied_once_and_media_when_they_are_read(bucket, mon
     assert numbers_of(records) == [*range(0, COUNT, 2), *range(1, COUNT, 2)]
     records.media(0)
     records.media(1)
-    part = next((records.path / "media").glob("media-train*"))
-    assert copied.count(f"memory://bucket/records/media/{part.name}") == 1
+    media = next((records.path / "media").glob("media-train*"))
+    assert copied.count(f"memory://bucket/records/media/{media.name}") == 1
     text = next((records.path / "texts").glob("texts-train*"))
-    text.write_bytes(b"")  # as if the copy had been stopped on the way
+    text.write_bytes(b"")  # as if the copy had been stopped
     copied.clear()
     assert open_records("memory://bucket/records").path == records.path
     assert [Path(path).name for path in copied] == [text.name]
@@ -206,13 +208,13 @@ def test_an_unreadable_url_is_reported(bucket):
 
 
 class Stop(Exception):
-    """Stands for whatever ends a build."""
+    """An error that stops a build."""
 
 
-@pytest.mark.parametrize("place", ["annotations", "files"])
-def test_an_interrupted_build_leaves_nothing(source, tmp_path, place):
-    def progress(what: str, done: int, whole: int) -> None:
-        if (what, done) == (place, 30):
+@pytest.mark.parametrize("stage", ["annotations", "files"])
+def test_an_interrupted_build_leaves_nothing(source, tmp_path, stage):
+    def progress(what: str, done: int, full: int) -> None:
+        if (what, done) == (stage, 30):
             raise Stop
 
     with pytest.raises(Stop):
@@ -223,7 +225,7 @@ def test_an_interrupted_build_leaves_nothing(source, tmp_path, place):
 def test_a_file_deleted_during_the_build_is_an_error(source, tmp_path):
     copied = shutil.copytree(source, tmp_path / "source")
 
-    def progress(what: str, done: int, whole: int) -> None:
+    def progress(what: str, done: int, full: int) -> None:
         if what == "files":
             (copied / "39.jpg").unlink(missing_ok=True)
 
@@ -261,12 +263,12 @@ def test_shard_counts_follow_from_the_sizes(monkeypatch):
 
 
 def test_media_are_not_held_in_memory(tmp_path):
-    """Nor is TensorFlow needed for it, as it is for TFDS's own ways to keep an order."""
+    """TensorFlow is not needed either, as it would be for TFDS's own ways to keep an order."""
     megabytes, copies = 4, 30
     with (tmp_path / "big.mp4").open("wb") as file:
         file.write(media(b""))
         file.truncate(megabytes * 2**20)
-    (tmp_path / "a.jsonl").write_text(lines(*[{"video": "big.mp4", "caption": "a dog"}] * copies))
+    (tmp_path / "a.jsonl").write_text(to_json_lines(*[{"video": "big.mp4", "caption": "a dog"}] * copies))
     code = (
         "import resource, sys; from pathlib import Path; from vllama_jax.data.build import build; "
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024; before = peak(); "
@@ -318,7 +320,7 @@ CLASS = '"pythonClassName": "{}"'
 
 
 def rewrite(path: Path, change: Callable[[str], str]) -> None:
-    """Change a file of a records directory, and its size in manifest.json as someone who plants code would."""
+    """Change a file of a records directory and its recorded size in manifest.json, as an attacker would."""
     path.write_text(change(path.read_text()))
     top = path.parent.parent / "manifest.json"
     manifest = json.loads(top.read_text())
@@ -331,8 +333,8 @@ def with_field(name: str, value: object) -> Callable[[str], str]:
 
 
 @pytest.fixture
-def evil(tmp_path, monkeypatch) -> Path:
-    """Modules named `evilmod` and `this` on the path, which write a file when they are imported."""
+def hostile_modules(tmp_path, monkeypatch) -> Path:
+    """Modules named `evilmod` and `this` on the import path, which write a file when they are imported."""
     witness = tmp_path / "imported"
     for name in ("evilmod", "this"):
         (tmp_path / "modules" / name).mkdir(parents=True)
@@ -342,7 +344,7 @@ def evil(tmp_path, monkeypatch) -> Path:
     return witness
 
 
-@pytest.mark.parametrize("part", ["texts", "media"])
+@pytest.mark.parametrize("folder", ["texts", "media"])
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
@@ -410,22 +412,22 @@ def evil(tmp_path, monkeypatch) -> Path:
         ),
     ],
 )
-def test_nothing_that_a_records_directory_names_is_imported(out, evil, part, file, change, message):
-    rewrite(out / part / file, change)
+def test_nothing_that_a_records_directory_names_is_imported(out, hostile_modules, folder, file, change, message):
+    rewrite(out / folder / file, change)
     with pytest.raises(DataError, match=message) as caught:
         open_records(out)
     assert "\n" not in str(caught.value)
-    assert not evil.exists()
+    assert not hostile_modules.exists()
     assert "evilmod" not in sys.modules
 
 
-def test_other_fields_of_dataset_info_are_ignored(out, evil):
-    """As an older or newer TFDS may write some; and `redirect`s or locations are not followed."""
+def test_other_fields_of_dataset_info_are_ignored(out, hostile_modules):
+    """Older and newer TFDS versions may write other fields; `redirect`s and locations are not followed."""
     info = out / "texts" / "dataset_info.json"
     for field in ("location", "downloadSize", "configName", "isBlocked", "dataSourceAccesses", "redirectURL"):
         rewrite(info, with_field(field, "evilmod"))
     assert numbers_of(open_records(out)) == [*range(0, COUNT, 2), *range(1, COUNT, 2)]
-    assert not evil.exists()
+    assert not hostile_modules.exists()
 
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname", "texts/../../secret", "texts/a/b", "texts/..", ""])
@@ -441,7 +443,7 @@ def test_a_manifest_that_names_files_elsewhere(out, name):
 
 
 def test_a_media_type_that_differs_from_the_manifest_is_refused(out):
-    """Images come after videos; a manifest that says otherwise does not fit the texts."""
+    """Images follow videos; a manifest with other numbers contradicts the annotations."""
     manifest = json.loads((out / "manifest.json").read_text())
     (out / "manifest.json").write_text(json.dumps({**manifest, "kinds": {"video": 21, "image": 19}}))
     records = open_records(out)
@@ -466,7 +468,7 @@ def test_a_url_whose_files_would_be_written_elsewhere(bucket, tmp_path):
     assert not list(tmp_path.rglob("escaped"))
 
 
-def test_a_url_with_planted_class_names(bucket, evil):
+def test_a_url_with_planted_class_names(bucket, hostile_modules):
     features = json.loads(bucket.cat_file("/bucket/records/texts/features.json"))
     data = json.dumps({**features, "pythonClassName": "evilmod.X"}).encode()
     bucket.pipe_file("/bucket/records/texts/features.json", data)
@@ -475,4 +477,4 @@ def test_a_url_with_planted_class_names(bucket, evil):
     bucket.pipe_file("/bucket/records/manifest.json", json.dumps(manifest).encode())
     with pytest.raises(DataError, match=r"unexpected feature class 'evilmod\.X'"):
         open_records("memory://bucket/records")
-    assert not evil.exists()
+    assert not hostile_modules.exists()

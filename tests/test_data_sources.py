@@ -1,9 +1,9 @@
-"""What each source's annotations become, and what is said of those that cannot be used."""
+"""The records of each source's annotations, and the messages for unusable annotations."""
 
 import json
 
 import pytest
-from data_fixtures import built, lay, lines, media
+from data_fixtures import build_and_read, media, to_json_lines, write_folder
 
 from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.build import build
@@ -12,14 +12,14 @@ from vllama_jax.data.sources import SOURCES
 from vllama_jax.errors import DataError
 
 
-def messages(*said: tuple[str, str]) -> list[dict[str, str]]:
-    return [{"from": who, "value": text} for who, text in said]
+def messages(*texts: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"from": who, "value": text} for who, text in texts]
 
 
 def test_webvid_is_read_with_its_captions(tmp_path):
     table = 'videoid,page_dir,name\n7,a_b,"A dog, running"\n8,a_b,Gone\n'
-    source = lay(tmp_path / "source", {"annotations/0.csv": table, "videos/a_b/7.mp4": media(b"7")})
-    annotations, skipped = built("webvid", source, tmp_path / "out")
+    source = write_folder(tmp_path / "source", {"annotations/0.csv": table, "videos/a_b/7.mp4": media(b"7")})
+    annotations, skipped = build_and_read("webvid", source, tmp_path / "out")
     assert annotations == [Annotation("a_b/7.mp4", "video", (("", "A dog, running"),))]
     assert list(skipped) == ["a_b/8.mp4"]
 
@@ -29,8 +29,10 @@ def test_webvid_is_read_in_the_layout_of_the_originals_readme(tmp_path):
         "filter_annotation/0.tsv": 'videoid\tname\tpage_dir\n1\tA dog, "Rex" \t0_50\n',
         "filter_annotation/1.csv": "\ufeffvideoid,duration,page_dir,name\n2,PT8S,0_50,Ä cat\n3,PT8S,0_50\n",
     }
-    source = lay(tmp_path / "source", {**tables, "videos/0_50/1.mp4": media(b"1"), "videos/0_50/2.mp4": media(b"2")})
-    annotations, skipped = built("webvid", source, tmp_path / "out")
+    source = write_folder(
+        tmp_path / "source", {**tables, "videos/0_50/1.mp4": media(b"1"), "videos/0_50/2.mp4": media(b"2")}
+    )
+    annotations, skipped = build_and_read("webvid", source, tmp_path / "out")
     assert [(one.id, one.turns) for one in annotations] == [
         ("0_50/1.mp4", (("", 'A dog, "Rex"'),)),
         ("0_50/2.mp4", (("", "Ä cat"),)),
@@ -41,8 +43,8 @@ def test_webvid_is_read_in_the_layout_of_the_originals_readme(tmp_path):
 @pytest.mark.parametrize("name", ["llava_cc3m", "minigpt4"])
 def test_image_captions_are_read(tmp_path, name):
     annotations = {"annotations": [{"image_id": "12", "caption": "A wall."}]}
-    source = lay(tmp_path / "source", {"filter_cap.json": annotations, "image/12.jpg": media(b"12")})
-    assert built(name, source, tmp_path / "out")[0] == [Annotation("12.jpg", "image", (("", "A wall."),))]
+    source = write_folder(tmp_path / "source", {"filter_cap.json": annotations, "image/12.jpg": media(b"12")})
+    assert build_and_read(name, source, tmp_path / "out")[0] == [Annotation("12.jpg", "image", (("", "A wall."),))]
 
 
 @pytest.mark.parametrize(
@@ -53,17 +55,17 @@ def test_image_captions_are_read(tmp_path, name):
     ],
 )
 def test_cc3m_as_llava_publishes_it(tmp_path, table, entry):
-    source = lay(tmp_path / "source", {table: [entry, 7], "images/1.jpg": media(b"1")})
-    annotations, skipped = built("llava_cc3m", source, tmp_path / "out")
+    source = write_folder(tmp_path / "source", {table: [entry, 7], "images/1.jpg": media(b"1")})
+    annotations, skipped = build_and_read("llava_cc3m", source, tmp_path / "out")
     assert annotations == [Annotation("1.jpg", "image", (("", "a wall "),))]
     assert skipped == {"annotation 2": "it has no image file"}
 
 
 def test_llava_instruct_is_read_with_its_turns(tmp_path):
-    said = [("human", "What is it?\n<image>"), ("gpt", "A wall."), ("human", "Old?"), ("gpt", "Yes.")]
-    entries = [{"image": "1.jpg", "conversations": messages(*said[start:])} for start in (0, 2)]
+    texts = [("human", "What is it?\n<image>"), ("gpt", "A wall."), ("human", "Old?"), ("gpt", "Yes.")]
+    entries = [{"image": "1.jpg", "conversations": messages(*texts[start:])} for start in (0, 2)]
     files = {"llava_instruct_150k.json": entries, "train2014/COCO_train2014_1.jpg": media(b"1")}
-    (first, second), _ = built("llava_instruct", lay(tmp_path / "source", files), tmp_path / "out")
+    (first, second), _ = build_and_read("llava_instruct", write_folder(tmp_path / "source", files), tmp_path / "out")
     assert first.turns == (("What is it?\n", "A wall."), ("Old?", "Yes."))
     assert first.media_at == len("What is it?\n")
     assert second == Annotation("COCO_train2014_1.jpg", "image", ((" Old?", "Yes."),))
@@ -75,14 +77,14 @@ def test_a_name_with_cocos_prefix_keeps_it(tmp_path):
         "conversations": messages(("human", "<image>\nWhat?"), ("gpt", "A wall.")),
     }
     files = {"llava_instruct_150k.json": [entry], "train2014/COCO_train2014_1.jpg": media(b"1")}
-    annotations, _ = built("llava_instruct", lay(tmp_path / "source", files), tmp_path / "out")
+    annotations, _ = build_and_read("llava_instruct", write_folder(tmp_path / "source", files), tmp_path / "out")
     assert annotations == [Annotation("COCO_train2014_1.jpg", "image", (("\nWhat?", "A wall."),))]
 
 
 def test_videochat_is_read_with_its_turns(tmp_path):
     entry = {"video": "1.mp4", "QA": [{"i": "Describe.", "q": "What?", "a": "A dog."}, {"q": "Where?", "a": "Here."}]}
     files = {"videochat_instruct_11k.json": [entry], "videos/1.mp4": media(b"1")}
-    (found,), _ = built("videochat", lay(tmp_path / "source", files), tmp_path / "out")
+    (found,), _ = build_and_read("videochat", write_folder(tmp_path / "source", files), tmp_path / "out")
     assert found == Annotation("1.mp4", "video", (("What?", "A dog."), ("Where?", "Here.")))
 
 
@@ -108,13 +110,13 @@ def test_media_are_placed_where_the_annotation_says(question, kind, placed):
 
 
 def test_what_comes_before_the_first_question_is_left_out():
-    said = [{"role": role, "content": role} for role in ("system", "assistant", "user", "assistant")]
-    assert parse_messages(said) == (("user", "assistant"),)
+    texts = [{"role": role, "content": role} for role in ("system", "assistant", "user", "assistant")]
+    assert parse_messages(texts) == (("user", "assistant"),)
     assert parse_messages(messages(("Human", "a"), ("GPT", " b\n"))) == (("a", " b\n"),)
 
 
 @pytest.mark.parametrize(
-    ("said", "why"),
+    ("texts", "why"),
     [
         ("text", "it has no list of messages"),
         ([], "it has no question"),
@@ -129,9 +131,9 @@ def test_what_comes_before_the_first_question_is_left_out():
         ([{"role": "user", "content": [{"type": "text"}]}], "a message has no role, or its content is not a string"),
     ],
 )
-def test_unusable_messages_are_skipped(said, why):
+def test_unusable_messages_are_skipped(texts, why):
     with pytest.raises(UnusableAnnotation) as caught:
-        parse_messages(said)
+        parse_messages(texts)
     assert str(caught.value) == why
 
 
@@ -169,7 +171,7 @@ def test_user_annotation_lines_are_read(tmp_path):
     text = "\n\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries)
     files = {"annotations.jsonl": text, "other.jsonl": "", "1.mp4": media(b"1"), "2.jpg": media(b"2")}
     files["deep/5.wav"] = media(b"5")
-    annotations, skipped = built("jsonl", lay(tmp_path / "source", files), tmp_path / "out")
+    annotations, skipped = build_and_read("jsonl", write_folder(tmp_path / "source", files), tmp_path / "out")
     assert [(one.id, one.kind, one.turns) for one in annotations] == [
         ("1.mp4", "video", (("", "line\u2028break"),)),
         ("1.mp4", "video", (("Who?", "Rex."),)),
@@ -182,8 +184,10 @@ def test_user_annotation_lines_are_read(tmp_path):
 def test_files_that_cannot_be_used_are_skipped(tmp_path):
     names = ("good.mp4", "gone.mp4", "empty.mp4", "pointer.mp4")
     files = {"good.mp4": media(b"1"), "empty.mp4": b"", "pointer.mp4": "version https://git-lfs.github.com/spec/v1\n"}
-    text = lines(*({"video": name, "caption": "a dog"} for name in names))
-    annotations, skipped = built("jsonl", lay(tmp_path / "source", {"a.jsonl": text, **files}), tmp_path / "out")
+    text = to_json_lines(*({"video": name, "caption": "a dog"} for name in names))
+    annotations, skipped = build_and_read(
+        "jsonl", write_folder(tmp_path / "source", {"a.jsonl": text, **files}), tmp_path / "out"
+    )
     assert [one.id for one in annotations] == ["good.mp4"]
     assert list(skipped) == ["gone.mp4", "empty.mp4", "pointer.mp4"]
     for name, why in zip(skipped, ("no such file", "the file is empty", "a git-lfs pointer"), strict=True):
@@ -191,11 +195,11 @@ def test_files_that_cannot_be_used_are_skipped(tmp_path):
 
 
 def test_half_an_emoji_is_skipped(tmp_path):
-    """JSON may hold it, UTF-8 and so TFDS may not."""
+    """JSON may contain unpaired surrogates; UTF-8, and so TFDS, cannot."""
     entries = [{"image": "1.jpg", "caption": text} for text in ("a wall", "so \ud83d")]
-    text = lines(*entries, {"image": "\udc80.jpg", "caption": "a dog"})
-    annotations, skipped = built(
-        "jsonl", lay(tmp_path / "source", {"a.jsonl": text, "1.jpg": media(b"1")}), tmp_path / "out"
+    text = to_json_lines(*entries, {"image": "\udc80.jpg", "caption": "a dog"})
+    annotations, skipped = build_and_read(
+        "jsonl", write_folder(tmp_path / "source", {"a.jsonl": text, "1.jpg": media(b"1")}), tmp_path / "out"
     )
     assert [one.turns for one in annotations] == [(("", "a wall"),)]
     assert skipped == {
@@ -219,10 +223,10 @@ def test_half_an_emoji_is_skipped(tmp_path):
         ("videochat", {"videochat_instruct_11k.json": b'["\xff"]'}, r"11k\.json: cannot be read"),
         ("jsonl", {"a.jsonl": b'{"video": "\xff"}'}, r"none of its 1 .*; the first: line 1: it is not UTF-8"),
         ("jsonl", {"a.jsonl": "\n{broken\n"}, r"none of its 1 .*; the first: line 2: not JSON"),
-        ("jsonl", {"a.jsonl": lines({"video": "a.mp4"})}, r"a\.mp4: it has no text: .* \(line 1\)$"),
+        ("jsonl", {"a.jsonl": to_json_lines({"video": "a.mp4"})}, r"a\.mp4: it has no text: .* \(line 1\)$"),
         (
             "jsonl",
-            {"a.jsonl": lines({"video": "a", "text": "b"})},
+            {"a.jsonl": to_json_lines({"video": "a", "text": "b"})},
             r"none of its 1 annotations .*: a: .*no such",
         ),
         ("jsonl", {"a.jsonl": "[1]\n"}, r"none of its 1 .*: annotation 1: it is not a JSON object"),
@@ -230,7 +234,7 @@ def test_half_an_emoji_is_skipped(tmp_path):
         ("jsonl", {"a.json": '[{"video": "a"},'}, r"a\.json: not JSON"),
         (
             "jsonl",
-            {"a.jsonl": lines({"video": "a", "image": "b", "text": "c"})},
+            {"a.jsonl": to_json_lines({"video": "a", "image": "b", "text": "c"})},
             r"it has 2 media files \(a, b\), but a record",
         ),
         ("jsonl", {"a.json": "[]", "b.json": "[]"}, r"source: 2 \.json files found; pass the path"),
@@ -241,7 +245,7 @@ def test_half_an_emoji_is_skipped(tmp_path):
     ],
 )
 def test_wrong_sources_are_one_line_errors(tmp_path, name, files, message):
-    source = lay(tmp_path / "source", files)
+    source = write_folder(tmp_path / "source", files)
     with pytest.raises(DataError, match=message) as caught:
         build(name, source, tmp_path / "out")
     assert "\n" not in str(caught.value)

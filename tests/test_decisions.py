@@ -1,4 +1,4 @@
-"""docs/decisions.md: each number once, references to existing entries, names of existing files."""
+"""docs/decisions.md: unique numbers, references to existing entries, names of existing files."""
 
 import re
 from collections import Counter

@@ -1,4 +1,4 @@
-"""The examples in the docstrings of the public functions, each run in a folder of its own."""
+"""The examples in docstrings of public functions, each run in a separate folder."""
 
 import doctest
 import inspect

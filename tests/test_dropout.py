@@ -1,4 +1,4 @@
-"""Dropout by hand: what is kept is scaled, every place of a Q-Former has its own mask, and where those places are."""
+"""Dropout compared with manual computation: scaling, independent masks, and where a Q-Former applies them."""
 
 import jax
 import jax.numpy as jnp
@@ -32,12 +32,12 @@ def test_split_keys_differ_from_each_other_and_from_their_source():
 
 
 def split_of(dropout: Dropout) -> Dropout:
-    """One of its parts, as a layer gets it."""
+    """Return the dropout of one layer, as `split_dropout` makes it."""
     return Dropout(split_dropout(dropout, 2).key[1], dropout.rate)
 
 
 def test_attention_drops_weights_and_not_values():
-    """With equal scores and a value of 1 at one key only, an output is that key's weight: 0 or 1 / 4 / (1 - rate)."""
+    """With equal scores, and a value of 1 at one key only, an output is that key's weight: 0 or 1 / 4 / (1 - rate)."""
     query, key = jnp.ones((1, 500, 1, 2)), jnp.ones((1, 4, 1, 2))
     value = jnp.zeros((1, 4, 1, 2)).at[0, 2].set(1.0)
     found = np.asarray(attend(query, key, value, dropout=Dropout(jax.random.key(1), RATE)))
@@ -48,7 +48,7 @@ def test_attention_drops_weights_and_not_values():
 
 @pytest.fixture
 def dropped(monkeypatch) -> list[tuple[tuple[int, ...], jax.Array]]:
-    """The shape of everything that is dropped, and the key it is dropped with."""
+    """The shapes and keys of all dropout calls."""
     found = []
 
     def recorded(x, dropout):
@@ -56,13 +56,13 @@ def dropped(monkeypatch) -> list[tuple[tuple[int, ...], jax.Array]]:
             found.append((x.shape, jax.random.key_data(dropout.key)))
         return x
 
-    monkeypatch.setattr(layers, "drop", recorded)
-    monkeypatch.setattr(qformer, "drop", recorded)
+    monkeypatch.setattr(layers, "apply_dropout", recorded)
+    monkeypatch.setattr(qformer, "apply_dropout", recorded)
     return found
 
 
 def different_keys(run, dropped) -> int:
-    """How many keys `run` uses; it is compiled as one, which is quicker than operation by operation."""
+    """Count the keys that `run` uses; compiling it once is faster than running it operation by operation."""
 
     @jax.jit
     def keys(key):
@@ -74,7 +74,7 @@ def different_keys(run, dropped) -> int:
 
 
 def test_a_layer_applies_dropout_where_bert_does_with_independent_masks(dropped):
-    """Reference: Qformer.py, dropout of attention weights and of what each of the three parts adds."""
+    """Reference: Qformer.py, dropout of attention weights and of the outputs of the three sublayers."""
     x, memory = jnp.ones((3, 4, 8)), jnp.ones((3, 5, 6))
 
     def run(dropout):
@@ -86,7 +86,7 @@ def test_a_layer_applies_dropout_where_bert_does_with_independent_masks(dropped)
 
 
 def test_queries_and_each_layer_have_their_own_dropout_mask(dropped, monkeypatch):
-    """Layers run one after the other here, as the loop over a stack does, so that their keys can be seen."""
+    """Layers run in a Python loop here instead of a scan, so that their keys can be recorded."""
 
     def one_after_the_other(stacked, x, step, remat_policy="full"):
         for layer in [jax.tree.map(lambda leaf, n=number: leaf[n], stacked) for number in range(2)]:

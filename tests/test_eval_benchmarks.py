@@ -1,4 +1,4 @@
-"""Published annotation files, each in its own layout, and the names that they have for videos."""
+"""Published annotation files in their layouts, and the names of their videos."""
 
 import json
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from data_fixtures import lay, lines
+from data_fixtures import to_json_lines, write_folder
 
 import vllama_jax as vl
 from vllama_jax.evaluate.benchmarks import BENCHMARKS, MVBENCH_FOLDERS, read_questions
@@ -17,7 +17,7 @@ from vllama_jax.evaluate.videos import VideoFolder
 
 
 def read(name: str, folder: Path, contents: dict[str, object], named: str = "") -> list:
-    return read_questions(name, lay(folder, contents) / named)
+    return read_questions(name, write_folder(folder, contents) / named)
 
 
 def test_msvd_qa_is_read_as_published(tmp_path):
@@ -38,16 +38,16 @@ def test_msrvtt_qa_in_both_layouts(tmp_path):
     entry = {"answer": "couch", "category_id": 14, "id": 158581, "question": "what is it?", "video_id": 7010}
     (first,) = read("msrvtt_qa", tmp_path / "a", {"test_qa.json": [entry]}, "test_qa.json")
     assert (first.names, first.categories) == (("video7010",), ("what",))
-    asked = [{"video_name": "video7010", "question": "what is it?", "question_id": "v0_1"}]
+    test_questions = [{"video_name": "video7010", "question": "what is it?", "question_id": "v0_1"}]
     answers = [{"answer": "couch", "question_id": "v0_1"}]
-    (second,) = read("msrvtt_qa", tmp_path / "b", {"test_q.json": asked, "test_a.json": answers})
+    (second,) = read("msrvtt_qa", tmp_path / "b", {"test_q.json": test_questions, "test_a.json": answers})
     assert (second.id, second.names, second.references) == ("v0_1", ("video7010",), ("couch",))
 
 
 def test_activitynet_qa_is_read_as_published(tmp_path):
-    asked = [{"video_name": "1QIUV7WYKXg", "question": "is he happy", "question_id": "v_1QIUV7WYKXg_3"}]
+    test_questions = [{"video_name": "1QIUV7WYKXg", "question": "is he happy", "question_id": "v_1QIUV7WYKXg_3"}]
     answers = [{"answer": "yes", "type": 3, "question_id": "v_1QIUV7WYKXg_3"}]
-    (question,) = read("activitynet_qa", tmp_path, {"test_q.json": asked, "test_a.json": answers})
+    (question,) = read("activitynet_qa", tmp_path, {"test_q.json": test_questions, "test_a.json": answers})
     assert question.names == ("v_1QIUV7WYKXg", "1QIUV7WYKXg")
     assert (question.categories, question.references) == (("yes/no",), ("yes",))
 
@@ -110,8 +110,8 @@ def test_video_mme_is_read_as_published(tmp_path):
         "duration_category": "short",
         "questions": [{"choices": VIDEO_MME["options"], **{name: VIDEO_MME[name] for name in of_question}}],
     }
-    (again,) = read("video_mme", tmp_path / "json", {"questions.json": [nested]}, "questions.json")
-    assert (again.text, again.names, again.categories) == (question.text, ("001",), question.categories)
+    (repeated,) = read("video_mme", tmp_path / "json", {"questions.json": [nested]}, "questions.json")
+    assert (repeated.text, repeated.names, repeated.categories) == (question.text, ("001",), question.categories)
 
 
 def test_captions_are_read_with_all_references(tmp_path):
@@ -145,7 +145,7 @@ def test_captions_are_read_with_all_references(tmp_path):
 
 
 def test_jsonl_annotations_are_read(tmp_path):
-    text = lines(
+    text = to_json_lines(
         {"video": "a.mp4", "question": "What?", "answer": ["dog", "a hound"], "kind": "object"},
         {"video": "a.mp4", "question": "Which?", "choices": ["red", "blue"], "answer": "B", "id": "x"},
         {"video": "b.mp4", "captions": ["one", "two"], "start": 1, "end": 2},
@@ -160,13 +160,15 @@ def test_jsonl_annotations_are_read(tmp_path):
 
 def test_null_means_absent_in_jsonl(tmp_path):
     entry = {"video": None, "image": "a.jpg", "question": "What?", "answer": "dog", "choices": None, "captions": None}
-    (question,) = read("jsonl", tmp_path, {"mine.jsonl": lines({**entry, "start": None, "id": None})}, "mine.jsonl")
+    (question,) = read(
+        "jsonl", tmp_path, {"mine.jsonl": to_json_lines({**entry, "start": None, "id": None})}, "mine.jsonl"
+    )
     assert (question.task, question.names, question.id, question.start) == ("open", ("a.jpg",), "1", None)
 
 
 QA = {"question": "what?", "answer": "dog", "video_id": 1}
 WRONG = {
-    "no such file": ("msvd_qa", {}, "none.json", "none.json: no such file or folder; --annotations is test_qa.json"),
+    "no such file": ("msvd_qa", {}, "none.json", "none.json: no such file or directory; --annotations is test_qa.json"),
     "empty folder": ("msvd_qa", {"x.txt": "x"}, "", "no test_qa.json or test_q.json in it"),
     "not JSON": ("msvd_qa", {"test_qa.json": "hello"}, "", "test_qa.json: not JSON"),
     "an object": ("msrvtt_qa", {"test_qa.json": {"a": 1}}, "", "test_qa.json: not a list of annotations"),
@@ -175,26 +177,26 @@ WRONG = {
     "same id": ("msrvtt_qa", {"test_qa.json": [{**QA, "id": 1}] * 2}, "", "two questions have the id 1"),
     "no answers": ("activitynet_qa", {"test_q.json": [QA]}, "", "test_a.json: no such file"),
     "other names": ("video_chatgpt", {"x.json": []}, "", "none of generic_qa.json, temporal_qa.json"),
-    "a strange task": ("mvbench", {"x.json": []}, "x.json", "x.json: its name is none of action_sequence"),
+    "a strange task": ("mvbench", {"x.json": []}, "x.json", "x.json: its name must be one of action_sequence"),
     "a wrong choice": (
         "mvbench",
         {"action_count.json": [{"video": "a", "question": "q", "candidates": ["1", "2"], "answer": "3"}]},
         "",
-        "entry 1: its answer '3' is none of its choices",
+        "entry 1: its answer '3' is not one of its choices",
     ),
-    "no Parquet": ("video_mme", {"x.parquet": b"PAR1 broken"}, "x.parquet", "x.parquet: a Parquet file that cannot be"),
+    "no Parquet": ("video_mme", {"x.parquet": b"PAR1 broken"}, "x.parquet", "x.parquet: the Parquet file cannot be"),
     "no sentences": ("msrvtt_captions", {"x.json": {"videos": []}}, "x.json", "x.json: no sentences in it"),
     "no test split": (
         "msrvtt_captions",
         {"x.json": {"videos": [{"video_id": name, "split": name} for name in ("validate", "train")], "sentences": []}},
         "x.json",
-        "x.json: its splits are train, validate, not test; give test_videodatainfo.json",
+        "x.json: has no test split, only train, validate; give test_videodatainfo.json",
     ),
     "no captions": ("msvd_captions", {"x.txt": "# nothing\n"}, "x.txt", "no line of a clip's name and a sentence"),
     "a broken line": ("jsonl", {"x.jsonl": "{}\n{"}, "x.jsonl", "line 1: it has no video"),
     "times": (
         "jsonl",
-        {"x.jsonl": lines({"video": "a", "caption": "b", "start": 4, "end": 2})},
+        {"x.jsonl": to_json_lines({"video": "a", "caption": "b", "start": 4, "end": 2})},
         "x.jsonl",
         r"line 1: its end (2.0) is before its start (4.0)",
     ),
@@ -204,9 +206,9 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_annotations_are_one_line_each(case, tmp_path):
     name, contents, named, message = WRONG[case]
-    with pytest.raises(vl.DataError, match=re.escape(message)) as told:
+    with pytest.raises(vl.DataError, match=re.escape(message)) as error:
         read(name, tmp_path, contents, named)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_every_benchmark_has_a_reader_and_a_description():
@@ -217,7 +219,7 @@ def test_every_benchmark_has_a_reader_and_a_description():
 
 def test_videos_are_found_by_their_names(tmp_path):
     names = ("vid1.avi", "deep/Vid2.MP4", "a/same.mp4", "b/same.mp4", "clips/v_x.y.mkv", "frames/one/00001.jpg")
-    folder = lay(tmp_path / "set", dict.fromkeys(names, b"x"))
+    folder = write_folder(tmp_path / "set", dict.fromkeys(names, b"x"))
     videos = VideoFolder(folder)
     assert videos.find(("vid1",)) == folder / "vid1.avi"
     assert videos.find(("none", "vid2")) == folder / "deep/Vid2.MP4"
@@ -233,13 +235,13 @@ def test_videos_are_found_by_their_names(tmp_path):
     assert VideoFolder(tmp_path).find(("b/same.mp4",)) == folder / "b/same.mp4"
     assert VideoFolder(folder / "a").find(("a/same.mp4",)) == folder / "a/same.mp4"
     assert videos.find(("00001",)) is None
-    with pytest.raises(vl.DataError, match="none: no such folder; --videos is where"):
+    with pytest.raises(vl.DataError, match="none: no such directory; --videos must be"):
         VideoFolder(folder / "none")
 
 
 def test_video_names_outside_the_folder_are_refused(tmp_path):
-    folder = lay(tmp_path / "videos", {"one.mp4": b"1", "a/two.mp4": b"2"})
-    lay(tmp_path, {"secret.mp4": b"s", "videos2/x.mp4": b"x"})
+    folder = write_folder(tmp_path / "videos", {"one.mp4": b"1", "a/two.mp4": b"2"})
+    write_folder(tmp_path, {"secret.mp4": b"s", "videos2/x.mp4": b"x"})
     videos = VideoFolder(folder)
     outside = ("../secret.mp4", "a/../../secret.mp4", str(tmp_path / "secret.mp4"), "../videos2/x.mp4", "/etc/hostname")
     for name in (*outside, str(tmp_path / "videos2/x.mp4"), "../secret"):
@@ -252,7 +254,7 @@ def test_limits_cover_every_category_and_keep_videos_together(tmp_path):
     entries = [
         {"video": f"{i % 3}", "question": "q", "answer": "a", "kind": "few" if i == 5 else "many"} for i in range(9)
     ]
-    questions = read("jsonl", tmp_path, {"x.jsonl": lines(*entries)}, "x.jsonl")
+    questions = read("jsonl", tmp_path, {"x.jsonl": to_json_lines(*entries)}, "x.jsonl")
     assert [question.id for question in limit_questions(questions, 3)] == ["1", "2", "6"]
     assert limit_questions(questions, None) == limit_questions(questions, 99) == questions
     ordered = [question.names[0] for question in group_by_video(questions)]

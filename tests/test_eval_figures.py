@@ -1,4 +1,4 @@
-"""Answers normalized by the VQA evaluation's rules, published figures by their sums, and what a judge replied."""
+"""Normalization of answers as in the VQA evaluation, published figures recomputed, and the scores of judges."""
 
 import statistics
 
@@ -27,19 +27,19 @@ def test_articles_do_not_count(article):
 
 
 @pytest.mark.parametrize(
-    ("said", "reference", "same"),
+    ("prediction", "reference", "same"),
     [
         ("eleven", "11", False),  # the map ends at ten
         ("1,000 people", "1000 people", True),
         ("red, white", "red white", True),
         ("Mr. T-shirt/hat", "mr t shirt hat", True),
         ("the man's", "mans", True),
-        ("theatre and banana", "tre nd bnn", False),  # an article is a word
+        ("theatre and banana", "tre nd bnn", False),  # an article is removed only as a whole word
         ("no", "none", False),
     ],
 )
-def test_equal_answers_match(said, reference, same):
-    assert exact_match(said, [reference]) == same
+def test_equal_answers_match(prediction, reference, same):
+    assert exact_match(prediction, [reference]) == same
 
 
 def test_words_must_stand_together_and_in_order():
@@ -50,14 +50,14 @@ def test_words_must_stand_together_and_in_order():
 
 
 def test_captions_are_scored_over_all_categories_together():
-    """CIDEr weighs words by how many captions of the set have them, so that a part's figure is another measure."""
-    said = {"1": "a dog runs", "2": "a cat sleeps", "3": "yes"}
+    """CIDEr weights words by the number of captions that contain them, so scores of a subset are not comparable."""
+    prediction = {"1": "a dog runs", "2": "a cat sleeps", "3": "yes"}
     questions = [
         make_caption_question("a dog runs", id="1", names=("a",), categories=("x",)),
         make_caption_question("a cat sits", id="2", names=("b",), categories=("y",)),
         make_open_question("q", "yes", id="3", names=("c",), categories=("y",)),
     ]
-    scores = score(questions, said)
+    scores = score(questions, prediction)
     assert scores["all"].keys() == {
         "n",
         "exact_match",
@@ -76,13 +76,13 @@ def test_mvbenchs_accuracy_is_the_mean_of_its_twenty_tasks():
 
 
 def test_video_chatgpts_scores_have_the_mean_of_its_table():
-    """Its README has 1.98 as the mean of Video-LLaMA's five scores, each of 5."""
+    """Its README reports 1.98 as the mean of Video-LLaMA's five scores, each of 5."""
     scores = [aspect["score"] for aspect in PUBLISHED["video_chatgpt"]["judged"].values()]
     assert statistics.mean(scores) == pytest.approx(1.98, abs=5e-3)
 
 
 def test_zero_shot_accuracies_are_video_chatgpts_table():
-    """In percent and points of 5, as that table has them."""
+    """In percent and points of 5, as in that table."""
     table = {"msvd_qa": (51.6, 2.5), "msrvtt_qa": (29.6, 1.8), "activitynet_qa": (12.4, 1.1)}
     found = {name: PUBLISHED[name]["judged"]["match"] for name in table}
     assert {name: (round(100 * one["accuracy"], 1), one["score"]) for name, one in found.items()} == table

@@ -1,4 +1,4 @@
-"""vllama eval, from annotations and clips to results."""
+"""`vllama eval` from annotations and clips to results."""
 
 import json
 import os
@@ -11,9 +11,9 @@ import eval_fixtures
 import media_fixtures
 import numpy as np
 import pytest
-from cli_fixtures import failure, usage_error
-from data_fixtures import lines
-from eval_fixtures import completion
+from cli_fixtures import expect_error, expect_usage_error
+from data_fixtures import to_json_lines
+from eval_fixtures import make_completion
 from PIL import Image
 
 import vllama_jax as vl
@@ -33,11 +33,11 @@ ASKED = [
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory) -> Path:
-    """Two short videos and mine.jsonl about them."""
+    """Two short videos, and mine.jsonl with questions about them."""
     folder = tmp_path_factory.mktemp("clips")
-    media_fixtures.write_video(folder / "one.mp4", num_frames=25, sound=media_fixtures.tone(1, 16000))
+    media_fixtures.write_video(folder / "one.mp4", num_frames=25, waveform=media_fixtures.tone(1, 16000))
     media_fixtures.write_video(folder / "two.mp4", num_frames=50)
-    (folder / "mine.jsonl").write_text(lines(*ASKED))
+    (folder / "mine.jsonl").write_text(to_json_lines(*ASKED))
     return folder
 
 
@@ -48,9 +48,20 @@ def no_proxy(monkeypatch):
 
 
 def flags(model: Path, clips: Path, out: Path, *more: object) -> list[str]:
-    """A whole command line. Answers of four tokens and batches of two."""
-    given = ["eval", "jsonl", "--annotations", clips / "mine.jsonl", "--videos", clips, "--model", model, "--out", out]
-    return [str(one) for one in (*given, "--max-new-tokens", 4, "--batch-size", 2, *more)]
+    """Return a complete command line, with answers of four tokens and batches of two."""
+    arguments = [
+        "eval",
+        "jsonl",
+        "--annotations",
+        clips / "mine.jsonl",
+        "--videos",
+        clips,
+        "--model",
+        model,
+        "--out",
+        out,
+    ]
+    return [str(one) for one in (*arguments, "--max-new-tokens", 4, "--batch-size", 2, *more)]
 
 
 def read(path: Path) -> list[dict]:
@@ -59,7 +70,7 @@ def read(path: Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def finished(tiny_model, clips, tmp_path_factory) -> Path:
-    """The folder of a finished evaluation. Not to be written to."""
+    """The folder of a finished evaluation. Read-only."""
     out = tmp_path_factory.mktemp("finished") / "out"
     cli.main(flags(tiny_model, clips, out))
     return out
@@ -71,8 +82,8 @@ def test_every_prediction_is_stored_and_equals_a_chat(finished, tiny_model, clip
     model = vl.load(tiny_model)
     chat = vl.Chat(model)
     chat.add(clips / "one.mp4")
-    said = "".join(chat.ask("What is it?", max_new_tokens=4))
-    assert found["1"]["answer"] == said
+    reported = "".join(chat.ask("What is it?", max_new_tokens=4))
+    assert found["1"]["answer"] == reported
     assert found["1"]["media"] == "8 frames of 1.0 s; audio used"
     assert found["1"]["prompt"].endswith(" What is it?###Assistant:")
     assert found["3"]["prompt"].endswith("letter of the right choice.###Assistant: Answer: (")
@@ -91,11 +102,11 @@ def test_a_killed_run_resumes_with_the_same_predictions(finished, tiny_model, cl
     added = JsonLinesFile.add
     count = iter(range(9))
 
-    def killed_while_writing(journal, *given):
+    def killed_while_writing(journal, *arguments):
         if next(count) == 1:
-            (out / "answers.jsonl").open("a").write(json.dumps(given[0]) + '\n{"id": "')
+            (out / "answers.jsonl").open("a").write(json.dumps(arguments[0]) + '\n{"id": "')
             raise KeyboardInterrupt
-        added(journal, *given)
+        added(journal, *arguments)
 
     monkeypatch.setattr(JsonLinesFile, "add", killed_while_writing)
     with pytest.raises(SystemExit) as stop:
@@ -121,63 +132,65 @@ def test_a_finished_run_loads_nothing(finished, tiny_model, clips, monkeypatch, 
 
 
 def test_an_output_of_other_settings_is_refused(finished, tiny_model, clips, capsys, tmp_path):
-    message = failure(capsys, *flags(tiny_model, clips, finished, "--no-audio"))
-    assert "holds another evaluation (audio was True, now False); give the same, or choose another --out" in message
-    assert "(dtype was 'float32', now 'bfloat16')" in failure(
+    message = expect_error(capsys, *flags(tiny_model, clips, finished, "--no-audio"))
+    assert "has answers of another evaluation (audio was True, now False); use the same options, or choose" in message
+    assert "(dtype was 'float32', now 'bfloat16')" in expect_error(
         capsys, *flags(tiny_model, clips, finished, "--dtype", "bfloat16")
     )
     (tmp_path / "letter.txt").write_text("dear")
-    assert "not an evaluation's folder (it has letter.txt)" in failure(capsys, *flags(tiny_model, clips, tmp_path))
-    assert "a model's or a run's directory" in failure(capsys, *flags(tiny_model, clips, tiny_model))
+    assert "not the output of an evaluation (it has letter.txt)" in expect_error(
+        capsys, *flags(tiny_model, clips, tmp_path)
+    )
+    assert "a model or run directory" in expect_error(capsys, *flags(tiny_model, clips, tiny_model))
 
 
 def test_missing_and_corrupt_videos_are_reported_and_skipped(tiny_model, clips, tmp_path, capsys):
     videos = tmp_path / "videos"
     videos.mkdir()
     (videos / "one.mp4").symlink_to(clips / "one.mp4")
-    given = flags(tiny_model, clips, tmp_path / "out", "--videos", videos, "--json")
-    cli.main(given)
-    told = capsys.readouterr()
-    assert f"{videos}: 1 videos are missing, with 2 questions; first two.mp4" in told.err
-    results = json.loads(told.out)
+    arguments = flags(tiny_model, clips, tmp_path / "out", "--videos", videos, "--json")
+    cli.main(arguments)
+    output = capsys.readouterr()
+    assert f"{videos}: 1 video missing (2 questions), first two.mp4" in output.err
+    results = json.loads(output.out)
     assert (results["answered"], results["complete"]) == (3, False)
     assert results["missing_videos"] == {"questions": 2, "videos": 1, "first": ["two.mp4"]}
     (videos / "two.mp4").write_bytes((clips / "two.mp4").read_bytes()[:2000])
-    cli.main(given)
-    told = capsys.readouterr()
-    assert "not answered: " in told.err
-    assert "truncated" in json.loads(told.out)["unusable"]["2"]
+    cli.main(arguments)
+    output = capsys.readouterr()
+    assert "not answered: " in output.err
+    assert "truncated" in json.loads(output.out)["unusable"]["2"]
     (videos / "two.mp4").write_bytes((clips / "two.mp4").read_bytes())
-    cli.main(given)
+    cli.main(arguments)
     assert json.loads(capsys.readouterr().out)["complete"]
 
 
 def test_every_question_gets_its_own_video(monkeypatch):
-    """Whatever comes back in later batches: a file may have two names, and a batch may be done already."""
-    monkeypatch.setattr(answers, "_read", lambda clip, config, settings: f"cannot read {clip[0]}")
+    """Later batches must not mix up videos: a file may have two names, and a batch may be done already."""
+    monkeypatch.setattr(answers, "_read_clip", lambda clip, config, settings: f"cannot read {clip[0]}")
     names = ["a", "b", "b", "c", "a", "a", "d", "c"]
-    asked = [
+    questions = [
         answers.QuestionWithVideo(make_open_question("q", "a", id=str(number), names=(name,)), Path(name))
         for number, name in enumerate(names)
     ]
-    answering = answers.Predictor(vl.config.tiny(), answers.AnswerSettings(), 1, lambda: None)
-    batches = answers.select_unfinished_batches(asked, {"2", "3"}, 2)
+    predictor = answers.Predictor(vl.config.tiny(), answers.AnswerSettings(), 1, lambda: None)
+    batches = answers.select_unfinished_batches(questions, {"2", "3"}, 2)
     assert [[one.question.id for one in batch] for batch in batches] == [["0", "1"], ["4", "5"], ["6", "7"]]
-    assert list(answering.answer(batches, {"2", "3"})) == []
-    assert answering.unusable == {key: f"cannot read {names[int(key)]}" for key in "014567"}
+    assert list(predictor.predict(batches, {"2", "3"})) == []
+    assert predictor.unusable == {key: f"cannot read {names[int(key)]}" for key in "014567"}
 
 
 def test_an_evaluation_without_videos_is_an_error(tiny_model, clips, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty"))
-    assert "empty: none of the 2 videos is in it (first one.mp4, two.mp4); check --videos" in message
+    message = expect_error(capsys, *flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty"))
+    assert "empty: has none of the 2 videos (first one.mp4, two.mp4); check --videos" in message
     for name in ("one.mp4", "two.mp4"):
         (tmp_path / "empty" / name).write_text("hello " * 9)
-    message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty"))
-    assert "no question could be answered; the first: " in message
+    message = expect_error(capsys, *flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty"))
+    assert "no question could be answered; first problem: " in message
     assert "not a video, image or audio file" in message
-    given = flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty", "--dtype", "bfloat16")
-    assert "no question could be answered" in failure(capsys, *given), "without an answer, the folder is free"
+    arguments = flags(tiny_model, clips, tmp_path / "out", "--videos", tmp_path / "empty", "--dtype", "bfloat16")
+    assert "no question could be answered" in expect_error(capsys, *arguments), "without an answer, the folder is free"
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
@@ -200,26 +213,35 @@ def test_invalid_options_are_refused(tiny_model, clips, tmp_path, capsys):
         "--judge-url=http://x": "a judge needs both --judge-url and --judge-model",
     }
     for flag, message in wrong.items():
-        assert usage_error(*flags(tiny_model, clips, tmp_path / "out", *flag.split("="))) == message
+        assert expect_usage_error(*flags(tiny_model, clips, tmp_path / "out", *flag.split("="))) == message
     refused = {
-        "--num-frames=99": "--num-frames 99, but the model has learned 32 positions; ask for fewer",
+        "--num-frames=99": "--num-frames 99, but the model has 32 learned frame positions; use fewer frames",
         "--model=/none": "/none: no such model directory",
-        "--max-new-tokens=9999": "no question could be answered; the first: the conversation has",
+        "--max-new-tokens=9999": "no question could be answered; first problem: the conversation has",
     }
     for flag, message in refused.items():
-        assert message in failure(capsys, *flags(tiny_model, clips, tmp_path / flag[2:5], *flag.split("=")))
+        assert message in expect_error(capsys, *flags(tiny_model, clips, tmp_path / flag[2:5], *flag.split("=")))
 
 
 def test_frame_folders_are_read_as_videos(tiny_model, tmp_path, capsys):
     frames = tmp_path / "videos/tvqa/frames_fps3_hq/clip_1"
     frames.mkdir(parents=True)
     for number in range(1, 10):
-        picture = np.full((16, 16, 3), 20 * number, np.uint8)
-        Image.fromarray(picture).save(frames / f"{number:05}.jpg")
+        image = np.full((16, 16, 3), 20 * number, np.uint8)
+        Image.fromarray(image).save(frames / f"{number:05}.jpg")
     entry = {"video": "clip_1", "question": "Why?", "candidates": ["this", "that"], "answer": "that"}
     (tmp_path / "episodic_reasoning.json").write_text(json.dumps([{**entry, "start": 0, "end": 2.6}] * 2))
-    given = ["eval", "mvbench", "--annotations", tmp_path, "--videos", tmp_path / "videos", "--out", tmp_path / "out"]
-    cli.main([str(one) for one in (*given, "--model", tiny_model, "--max-new-tokens", 4, "--batch-size", 2)])
+    arguments = [
+        "eval",
+        "mvbench",
+        "--annotations",
+        tmp_path,
+        "--videos",
+        tmp_path / "videos",
+        "--out",
+        tmp_path / "out",
+    ]
+    cli.main([str(one) for one in (*arguments, "--model", tiny_model, "--max-new-tokens", 4, "--batch-size", 2)])
     line, _ = read(tmp_path / "out" / "answers.jsonl")
     assert line["media"] == "8 frames of 2.6 s; no audio in the file"
     printed = capsys.readouterr().out
@@ -238,22 +260,22 @@ def test_an_interrupted_judge_resumes_in_a_later_run(finished, tiny_model, clips
     def breaks(number, body):
         if number == 1:
             return 401, {"error": {"message": "no"}}
-        return completion("{'pred': 'no', 'score': 1}" if number < 1 else "{'pred': 'yes', 'score': 4}")
+        return make_completion("{'pred': 'no', 'score': 1}" if number < 1 else "{'pred': 'yes', 'score': 4}")
 
-    with eval_fixtures.serving(breaks) as fake:
-        given = flags(tiny_model, clips, out, "--judge-url", fake.url, "--judge-model", "fake")
-        message = failure(capsys, *given)
-        assert f"answers and other figures are in {out}; run the same command to continue" in message
+    with eval_fixtures.serve_judge(breaks) as fake:
+        arguments = flags(tiny_model, clips, out, "--judge-url", fake.url, "--judge-model", "fake")
+        message = expect_error(capsys, *arguments)
+        assert f"answers and other scores are saved in {out}; run the same command to resume" in message
         results = json.loads((out / "results.json").read_text())
         name = f"fake at {fake.url}"
         assert (results["answered"], results["judged"][name]["match"]["n"]) == (5, 1)
-        cli.main(given)
+        cli.main(arguments)
         assert len(fake.bodies) == 4
     assert f"match by {name}, 20" in capsys.readouterr().out
-    with eval_fixtures.serving(lambda number, body: completion("hm")) as fake:
+    with eval_fixtures.serve_judge(lambda number, body: make_completion("hm")) as fake:
         cli.main(flags(tiny_model, clips, out, "--judge-url", fake.url, "--judge-model", "fake"))
-    told = "not judged, until the same command asks again: 3; the first: fake gives no score, but 'hm'"
-    assert told in capsys.readouterr().err
+    output = "not judged: 3 answers, first: fake gave no score but 'hm'; run the same command again to retry"
+    assert output in capsys.readouterr().err
     assert json.loads((out / "results.json").read_text())["unjudged"]["cases"] == 3
     cli.main(flags(tiny_model, clips, out, "--json"))
     judged = json.loads(capsys.readouterr().out)["judged"][name]["match"]
@@ -262,18 +284,18 @@ def test_an_interrupted_judge_resumes_in_a_later_run(finished, tiny_model, clips
 
 
 def test_a_full_disk_is_a_one_line_error_and_keeps_predictions(tiny_model, clips, tmp_path, capsys, monkeypatch):
-    def full(journal, *given):
+    def full(journal, *arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(JsonLinesFile, "add", full)
-    message = failure(capsys, *flags(tiny_model, clips, tmp_path / "out"))
-    assert "out: cannot be written (No space left on device); what is in it stays" in message
+    message = expect_error(capsys, *flags(tiny_model, clips, tmp_path / "out"))
+    assert "out: cannot be written (No space left on device); saved answers are kept" in message
 
 
 def test_msvd_qa_in_a_process_prints_scores_and_exits_with_0(tiny_model, clips, tmp_path):
-    """MSVD-QA's files and names, in a process of its own."""
-    asked = [{"answer": "ball", "id": 1, "question": "what rolls?", "video_id": 1301}]
-    (tmp_path / "test_qa.json").write_text(json.dumps(asked))
+    """MSVD-QA's files and names, in a separate process."""
+    questions = [{"answer": "ball", "id": 1, "question": "what rolls?", "video_id": 1301}]
+    (tmp_path / "test_qa.json").write_text(json.dumps(questions))
     (tmp_path / "youtube_mapping.txt").write_text("one vid1301\n")
     command = [
         str(Path(sys.executable).parent / "vllama"),
@@ -289,5 +311,5 @@ def test_msvd_qa_in_a_process_prints_scores_and_exits_with_0(tiny_model, clips, 
     )
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "all: exact_match 0.0, contains 0.0, n 1\n" in done.stdout
-    assert "match by a judge: not asked (published 51.6 / 2.50)\npublished: Video-ChatGPT" in done.stdout
+    assert "match by a judge: not judged (published 51.6 / 2.50)\npublished: Video-ChatGPT" in done.stdout
     assert done.stdout.endswith(f"{tmp_path / 'out'}: 1 of 1 questions answered\n")

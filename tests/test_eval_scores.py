@@ -1,4 +1,4 @@
-"""What answers are worth: by themselves, and to a judge."""
+"""Scores of predictions, computed locally and by a judge."""
 
 import base64
 import html
@@ -10,11 +10,11 @@ import urllib.parse
 
 import eval_fixtures
 import pytest
-from eval_fixtures import completion
+from eval_fixtures import make_completion
 
 import vllama_jax as vl
 from vllama_jax.evaluate import metrics
-from vllama_jax.evaluate.judge_answers import judge_answers, summarize_judgements
+from vllama_jax.evaluate.judge_answers import judge_answers, summarize_judgments
 from vllama_jax.evaluate.judge_client import ASPECTS, Judge, JudgeError, make_judge, parse_reply
 from vllama_jax.evaluate.questions import make_caption_question, make_choice_question, make_open_question
 from vllama_jax.io.jsonl import JsonLinesFile
@@ -27,7 +27,7 @@ def no_proxy(monkeypatch):
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
 
 
-def quick(judge: eval_fixtures.FakeJudge, **fields) -> Judge:
+def connect_judge(judge: eval_fixtures.FakeJudge, **fields) -> Judge:
     return Judge(judge.url, "fake", timeout=5, **fields)
 
 
@@ -197,7 +197,7 @@ def test_captions_are_tokenized_as_coco_does():
 
 def test_captions_are_scored_as_coco_does():
     references = {"a": ["a red ball crosses a meadow", "the ball rolls"], "b": ["a bell rings"], "c": ["a man sings"]}
-    same = metrics.score_captions({key: said[0] for key, said in references.items()}, references)
+    same = metrics.score_captions({key: texts[0] for key, texts in references.items()}, references)
     assert same["bleu_4"] == pytest.approx(1.0, abs=1e-3)
     assert same["rouge_l"] == pytest.approx(1.0)
     other = metrics.score_captions({"a": "A ball crosses.", "b": "It rings!", "c": "Nothing"}, references)
@@ -257,34 +257,39 @@ def test_scores_are_parsed_from_replies(reply, aspect, found):
 
 def test_a_judge_receives_question_answer_and_prediction():
     text = '{"correct": "yes", "score": 5}'
-    with eval_fixtures.serving(lambda number, body: (200, completion(text)[1] | {"model": "fake-2"})) as fake:
-        found = quick(fake, key="sk-secret").ask("match", ["What is it?"], "a dog", ["A hound."])
+    with eval_fixtures.serve_judge(lambda number, body: (200, make_completion(text)[1] | {"model": "fake-2"})) as fake:
+        found = connect_judge(fake, key="sk-secret").ask("match", ["What is it?"], "a dog", ["A hound."])
     assert found == {"score": 5, "correct": True, "reply": text, "model": "fake-2"}
     (body,) = fake.bodies
     assert (fake.paths, fake.keys) == (["/v1/chat/completions"], ["Bearer sk-secret"])
     assert (body["model"], body["temperature"]) == ("fake", 0)
-    asked = body["messages"][1]["content"]
-    assert all(text in asked for text in ("What is it?", "a dog", "A hound.", '"correct"'))
-    assert "sk-secret" not in repr(quick(fake, key="sk-secret"))
+    prompt = body["messages"][1]["content"]
+    assert all(text in prompt for text in ("What is it?", "a dog", "A hound.", '"correct"'))
+    assert "sk-secret" not in repr(connect_judge(fake, key="sk-secret"))
     assert set(ASPECTS) == {"match", "correctness", "detail", "context", "temporal", "consistency"}
 
 
 def test_a_judge_is_asked_again_after_failures_and_replies_without_a_score():
-    replies = [(503, {}), (429, {"error": {"message": "slow down"}}), completion("hm"), completion('{"score": 2}')]
-    with eval_fixtures.serving(lambda number, body: replies[number]) as fake:
-        assert quick(fake).ask("detail", ["q"], "r", ["a"])["score"] == 2
-    with eval_fixtures.serving(lambda number, body: completion("hm")) as fake:
-        assert quick(fake).ask("detail", ["q"], "r", ["a"]) == "hm"
+    replies = [
+        (503, {}),
+        (429, {"error": {"message": "slow down"}}),
+        make_completion("hm"),
+        make_completion('{"score": 2}'),
+    ]
+    with eval_fixtures.serve_judge(lambda number, body: replies[number]) as fake:
+        assert connect_judge(fake).ask("detail", ["q"], "r", ["a"])["score"] == 2
+    with eval_fixtures.serve_judge(lambda number, body: make_completion("hm")) as fake:
+        assert connect_judge(fake).ask("detail", ["q"], "r", ["a"]) == "hm"
         assert len(fake.bodies) == 3
 
 
 def test_a_model_without_temperature():
     def reply(number, body):
         refusal = {"error": {"message": "Unsupported value: 'temperature' does not support 0"}}
-        return (503, {}) if number < 2 else (400, refusal) if "temperature" in body else completion('{"score": 3}')
+        return (503, {}) if number < 2 else (400, refusal) if "temperature" in body else make_completion('{"score": 3}')
 
-    with eval_fixtures.serving(reply) as fake:
-        judge = quick(fake)
+    with eval_fixtures.serve_judge(reply) as fake:
+        judge = connect_judge(fake)
         assert [judge.ask("detail", ["q"], "r", ["a"])["score"] for _ in range(2)] == [3, 3]
         assert ["temperature" in body for body in fake.bodies] == [True] * 3 + [False] * 2, "it is refused once"
 
@@ -292,20 +297,23 @@ def test_a_model_without_temperature():
 @pytest.mark.parametrize(
     ("reply", "message"),
     [
-        ((401, {"error": {"message": "bad key sk-secret"}}), r"refuses \(HTTP 401: bad key …\); set OPENAI_API_KEY to"),
+        ((401, {"error": {"message": "bad key sk-secret"}}), r"refused the request \(HTTP 401: bad key …\); set "),
         (
             (404, {"error": "no such model"}),
             r"\(HTTP 404: no such model\); check --judge-url and --judge-model",
         ),
-        ((307, {}), r"refuses \(HTTP 307: Temporary Redirect\)"),
+        ((307, {}), r"refused the request \(HTTP 307: Temporary Redirect\)"),
         ((500, {}), r"cannot be reached \(HTTP 500: Internal Server Error\); check --judge-url"),
         ((200, {"hello": 1}), r"cannot be reached \(its reply is not a chat completion\)"),
     ],
 )
 def test_a_judge_that_refuses_requests_is_reported(reply, message):
-    with eval_fixtures.serving(lambda number, body: reply) as fake, pytest.raises(JudgeError, match=message) as told:
-        quick(fake, key="sk-secret").ask("detail", ["q"], "r", ["a"])
-    assert "sk-secret" not in str(told.value)
+    with (
+        eval_fixtures.serve_judge(lambda number, body: reply) as fake,
+        pytest.raises(JudgeError, match=message) as error,
+    ):
+        connect_judge(fake, key="sk-secret").ask("detail", ["q"], "r", ["a"])
+    assert "sk-secret" not in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -347,7 +355,7 @@ KEY = "sk-Sec/ret+4&5"
     ],
 )
 def test_a_key_in_a_reply_is_never_written(leak, tmp_path):
-    """In a reply with a score, without one, as the model's name, in an error page, and for a part of each form."""
+    """The key may be in a reply with or without a score, in the name of the model or on an error page, also in part."""
 
     def base64_of(text: str) -> str:
         return base64.b64encode(text.encode()).decode()
@@ -364,44 +372,44 @@ def test_a_key_in_a_reply_is_never_written(leak, tmp_path):
         "upper": KEY.upper(),
         "html": html.escape(KEY),
     }
-    said = leak.format(**forms)
+    leaked = leak.format(**forms)
     replies = {
-        "scored": (200, completion(f'You sent {said}. {{"correct": "no", "score": 1}}')[1] | {"model": said}),
-        "rambling": completion(f"You sent {said}."),
-        "refused": (400, {"error": {"message": f"bad {said}"}}),
+        "scored": (200, make_completion(f'You sent {leaked}. {{"correct": "no", "score": 1}}')[1] | {"model": leaked}),
+        "rambling": make_completion(f"You sent {leaked}."),
+        "refused": (400, {"error": {"message": f"bad {leaked}"}}),
     }
     questions = [make_open_question(name, "dog", id=name, names=("a",)) for name in replies]
     journal = JsonLinesFile(tmp_path / "judgements.jsonl")
-    with eval_fixtures.serving(
+    with eval_fixtures.serve_judge(
         lambda number, body: next(reply for name, reply in replies.items() if name in body["messages"][1]["content"])
     ) as fake:
         lacking = judge_answers(
-            quick(fake, key=KEY), questions, dict.fromkeys(replies, "it"), journal, lambda text: None
+            connect_judge(fake, key=KEY), questions, dict.fromkeys(replies, "it"), journal, lambda text: None
         )
     assert len(lacking) == 2
     (line,) = journal.read()
     assert (line["score"], "You sent " in line["reply"], "…" in line["model"]) == (1, True, True)
     everything = json.dumps([lacking, line]) + (tmp_path / "judgements.jsonl").read_text()
     for form in forms.values():
-        parts = [form[start : start + 12] for start in range(max(len(form) - 11, 1))]
-        assert not [part for part in parts if len(part) >= 8 and part.lower() in everything.lower()], form
+        key_parts = [form[start : start + 12] for start in range(max(len(form) - 11, 1))]
+        assert not [part for part in key_parts if len(part) >= 8 and part.lower() in everything.lower()], form
 
 
 def test_scores_are_read_whatever_the_key_is():
-    """Short keys stand in many words, and in the JSON of a reply."""
-    with eval_fixtures.serving(lambda number, body: completion('{"correct": "yes", "score": 5}')) as fake:
-        found = quick(fake, key="e").ask("match", ["q"], "r", ["a"])
+    """Short keys also occur within words, and in the JSON of a reply."""
+    with eval_fixtures.serve_judge(lambda number, body: make_completion('{"correct": "yes", "score": 5}')) as fake:
+        found = connect_judge(fake, key="e").ask("match", ["q"], "r", ["a"])
     assert (found["score"], found["correct"], found["reply"]) == (5, True, '{"corr…ct": "y…s", "scor…": 5}')
-    assert quick(fake).redact({"any": ["thing", 3, None]}) == {"any": ["thing", 3, None]}
+    assert connect_judge(fake).redact({"any": ["thing", 3, None]}) == {"any": ["thing", 3, None]}
 
 
 def test_a_key_with_a_line_break_is_refused(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")
     assert make_judge("http://x", "m").key == "sk-secret"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-\nsecret")
-    with pytest.raises(vl.ConfigError, match="OPENAI_API_KEY holds a line break") as told:
+    with pytest.raises(vl.ConfigError, match="OPENAI_API_KEY has a line break") as error:
         make_judge("http://x", "m")
-    assert "secret" not in str(told.value)
+    assert "secret" not in str(error.value)
 
 
 def test_an_unreachable_judge_is_reported():
@@ -429,18 +437,18 @@ def test_judging_resumes_and_counts_missing_replies(tmp_path):
     def reply(number, body):
         text = body["messages"][1]["content"]
         if "consistency" in text or "two ways" in text:
-            assert all(said in text for said in ("One way?", "Other way?", "this", "that"))
-            return completion('{"score": 1}')
-        return completion('{"correct": "yes", "score": 5}' if "dog" in text else '{"correct": "no", "score": 0}')
+            assert all(part in text for part in ("One way?", "Other way?", "this", "that"))
+            return make_completion('{"score": 1}')
+        return make_completion('{"correct": "yes", "score": 5}' if "dog" in text else '{"correct": "no", "score": 0}')
 
-    with eval_fixtures.serving(reply) as fake:
-        judge_answers(quick(fake), questions[:1], answers, journal, lambda text: None)
-        judge_answers(quick(fake), questions, answers, journal, lambda text: None)
+    with eval_fixtures.serve_judge(reply) as fake:
+        judge_answers(connect_judge(fake), questions[:1], answers, journal, lambda text: None)
+        judge_answers(connect_judge(fake), questions, answers, journal, lambda text: None)
         assert len(fake.bodies) == 3, "what was judged is not judged again"
-    with eval_fixtures.serving(lambda number, body: completion('{"correct": "no", "score": 1}')) as other:
-        judge_answers(quick(other), questions[:1], answers, journal, lambda text: None)
+    with eval_fixtures.serve_judge(lambda number, body: make_completion('{"correct": "no", "score": 1}')) as other:
+        judge_answers(connect_judge(other), questions[:1], answers, journal, lambda text: None)
         assert len(other.bodies) == 1, "the same name at another URL is another judge"
-    both = summarize_judgements(questions, journal.read())
+    both = summarize_judgments(questions, journal.read())
     assert both[f"fake at {other.url}"]["match"]["n"] == 1
     found = both[f"fake at {fake.url}"]
     date = found["match"]["from"]
@@ -453,7 +461,7 @@ def test_scores_have_the_first_and_last_date_of_judging():
     line = {"aspect": "match", "judge": "fake", "url": "http://x", "correct": True}
     days = {"1": ("2026-02-10", 5), "2": ("2025-12-31", 2), "3": ("2026-01-01", 2)}
     lines = [{**line, "id": key, "date": date, "score": score} for key, (date, score) in days.items()]
-    found = summarize_judgements(questions, lines)["fake at http://x"]["match"]
+    found = summarize_judgments(questions, lines)["fake at http://x"]["match"]
     assert found == {"n": 3, "of": 3, "score": 3.0, "accuracy": 1.0, "from": "2025-12-31", "until": "2026-02-10"}
 
 
@@ -466,13 +474,15 @@ def test_refused_prompts_and_replies_without_a_score_are_counted(tmp_path, monke
 
     def reply(number, body):
         text = body["messages"][1]["content"]
-        return filtered if "gun" in text else completion("hm" if "cat" in text else '{"correct": "no", "score": 1}')
+        return (
+            filtered if "gun" in text else make_completion("hm" if "cat" in text else '{"correct": "no", "score": 1}')
+        )
 
-    with eval_fixtures.serving(reply) as fake:
-        refused, unread = judge_answers(quick(fake), questions, answers, journal, lambda text: None)
-        assert "the judge refuses (HTTP 400: filtered)" in refused
-        assert unread == "fake gives no score, but 'hm'"
-        assert len(judge_answers(quick(fake), questions, answers, journal, lambda text: None)) == 2
+    with eval_fixtures.serve_judge(reply) as fake:
+        refused, unread = judge_answers(connect_judge(fake), questions, answers, journal, lambda text: None)
+        assert "the judge refused the request (HTTP 400: filtered)" in refused
+        assert unread == "fake gave no score but 'hm'"
+        assert len(judge_answers(connect_judge(fake), questions, answers, journal, lambda text: None)) == 2
     assert [line["id"] for line in journal.read()] == ["dog"]
-    with eval_fixtures.serving(lambda number, body: filtered) as fake, pytest.raises(JudgeError, match="filtered"):
-        judge_answers(quick(fake), questions, answers, journal, lambda text: None)
+    with eval_fixtures.serve_judge(lambda number, body: filtered) as fake, pytest.raises(JudgeError, match="filtered"):
+        judge_answers(connect_judge(fake), questions, answers, journal, lambda text: None)

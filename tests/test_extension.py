@@ -1,4 +1,4 @@
-"""A vision tower and a branch that the package does not have: entries of its tables make every part of it know them."""
+"""A vision tower and a branch from outside of the package: with table entries, all of the package supports them."""
 
 import dataclasses
 import json
@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conversions import leaves_of, plan, without
+from conversions import drop_components, plan, read_leaves
 from flax import nnx
 from networks import random_network
-from train_fixtures import ONE, Quiet, config_of
+from train_fixtures import ONE, RecordingReporter, config_of
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
 import vllama_jax as vl
@@ -43,7 +43,7 @@ MOTION = extension_motion.MotionConfig(
 
 
 def add_entries(patch: pytest.MonkeyPatch) -> None:
-    """All that a model needs to have them: the entries of three tables."""
+    """Register the tower and the branch: entries of three tables."""
     patch.setitem(TOWERS, extension_siglip.SiglipConfig, extension_siglip.TOWER)
     patch.setitem(TOWERS, extension_motion.MotionTowerConfig, extension_motion.TOWER)
     patch.setitem(BRANCHES, "motion", extension_motion.BRANCH)
@@ -58,13 +58,13 @@ with pytest.MonkeyPatch.context() as entries:
 
 @pytest.fixture
 def extension(monkeypatch):
-    """The entries of the tables, for one test."""
+    """Register the entries for one test."""
     add_entries(monkeypatch)
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """Made-up PyTorch files of the extended model."""
+    """Random PyTorch files of the extended model."""
     with pytest.MonkeyPatch.context() as patch:
         add_entries(patch)
         return write_tiny(tmp_path_factory.mktemp("extended") / "files", config=EXTENDED)
@@ -72,16 +72,16 @@ def files(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(files, tmp_path_factory):
-    """A model directory of them. Not to be written to."""
+    """A model directory converted from them. Read-only."""
     with pytest.MonkeyPatch.context() as patch:
         add_entries(patch)
         out = tmp_path_factory.mktemp("extended") / "model"
-        convert.convert(plan(without(files, "minigpt4")), out)
+        convert.convert(plan(drop_components(files, "minigpt4")), out)
         return out
 
 
 def test_siglip_equals_transformers(extension, tmp_path):
-    """Random weights, through the converter's rules; every one of them is used."""
+    """Random weights, converted with the rules; all of them are used."""
     theirs = SiglipVisionModel(
         SiglipVisionConfig(
             image_size=32,
@@ -120,16 +120,16 @@ def test_config_json_names_the_types_and_round_trips(extension):
 
 
 def test_unregistered_types_are_a_one_line_error():
-    with pytest.raises(ConfigError, match=r"config.vit.type: unknown vision tower 'siglip'; known are none"):
+    with pytest.raises(ConfigError, match=r"config.vit.type: unknown vision tower 'siglip'; known types: none"):
         from_json(to_json(EXTENDED))
     fields = json.loads(to_json(EXTENDED)) | {"vit": json.loads(to_json(tiny()))["vit"]}
-    with pytest.raises(ConfigError, match=r"extra_branches.0.type: unknown branch 'motion'; known are none"):
+    with pytest.raises(ConfigError, match=r"extra_branches.0.type: unknown branch 'motion'; known types: none"):
         from_json(json.dumps(fields))
 
 
 def test_a_branch_reads_the_frames_of_the_model_in_a_chat(extension):
     larger = dataclasses.replace(MOTION, encoder=dataclasses.replace(MOTION.encoder, image_size=64))
-    with pytest.raises(ConfigError, match="motion and vit take frames of different size, mean or std"):
+    with pytest.raises(ConfigError, match="motion and vit need frames of different size, mean or std"):
         dataclasses.replace(EXTENDED, extra_branches=(larger,))
 
 
@@ -151,35 +151,41 @@ def test_conversion_infers_the_config_and_export_gives_the_same_files_back(exten
     again = {kind: tmp_path / "exported" / f"{kind}.pth" for kind in ("siglip", "blip2", "vl", "motion")}
     again |= {"llama": tmp_path / "exported" / "llama", "config": tmp_path / "exported" / "config.json"}
     convert.convert(plan(again), tmp_path / "again")
-    before, after = leaves_of(model), leaves_of(tmp_path / "again")
+    before, after = read_leaves(model), read_leaves(tmp_path / "again")
     assert before.keys() == after.keys()
     assert all(np.array_equal(before[path], after[path]) for path in before)
 
 
 @pytest.mark.slow
 def test_verify_compares_every_layer_of_the_tower(extension, files, model):
-    planned = plan(without(files, "minigpt4"))
+    planned = plan(drop_components(files, "minigpt4"))
     errors, _ = compare_networks(open_model(model), planned, VerifySettings(tokens=16), lambda *_: None)
-    assert [error.layer for error in errors if error.part == "vit"] == ["patches", "layer 0", "layer 1", "norm"]
+    assert [error.layer for error in errors if error.component == "vit"] == ["patches", "layer 0", "layer 1", "norm"]
     assert max(error.relative for error in errors) < BOUNDS["float32"].relative
     assert all(not part.different for part in compare_weights(open_model(model), planned))
 
 
 def test_files_of_two_towers_are_refused(extension, files, tiny_files):
-    with pytest.raises(ConfigError, match="--eva-vit and SigLIP vision weights hold the same component"):
-        plan(without(files, "minigpt4") | {"eva_vit": tiny_files["eva_vit"]})
+    with pytest.raises(ConfigError, match="--eva-vit and SigLIP vision weights contain the same component"):
+        plan(drop_components(files, "minigpt4") | {"eva_vit": tiny_files["eva_vit"]})
     with pytest.raises(ConfigError, match="every model needs --eva-vit or SigLIP vision weights"):
-        plan(without(files, "minigpt4", "siglip"))
+        plan(drop_components(files, "minigpt4", "siglip"))
 
 
 @pytest.mark.slow
 def test_the_branch_trains_from_records_and_from_features_and_its_run_answers(
-    extension, model, pictures, clip, tmp_path
+    extension, model, image_records, clip, tmp_path
 ):
     config = config_of(
-        model, pictures, branch="motion", trainable=extension_motion.BRANCH.trainable, steps=2, batch_size=8, mesh=ONE
+        model,
+        image_records,
+        branch="motion",
+        trainable=extension_motion.BRANCH.trainable,
+        steps=2,
+        batch_size=8,
+        mesh=ONE,
     )
-    reporter = Quiet()
+    reporter = RecordingReporter()
     train(config, tmp_path / "run", reporter)
     assert [np.isfinite(step["loss"]) for step in reporter.steps] == [True, True]
     trained = open_model(tmp_path / "run").trained[-1].leaves
@@ -192,14 +198,14 @@ def test_the_branch_trains_from_records_and_from_features_and_its_run_answers(
     cached = dataclasses.replace(
         config, data=dataclasses.replace(config.data, feature_cache=str(tmp_path / "features"))
     )
-    reporter = Quiet()
+    reporter = RecordingReporter()
     train(cached, tmp_path / "cached", reporter)
     assert len(reporter.steps) == 2
 
     chat = vl.Chat(vl.load(tmp_path / "run"))
     chat.add(clip)
     tokens = EXTENDED.video_qformer.num_queries + MOTION.qformer.num_queries
-    assert [len(place) for place in chat._tokens] == [tokens]
+    assert [len(media_tokens) for media_tokens in chat._tokens] == [tokens]
     assert isinstance("".join(chat.ask("What is it?", max_new_tokens=2)), str)
 
 
@@ -209,9 +215,9 @@ def test_a_chat_prompt_has_the_tokens_of_both_branches(extension):
     frames = np.random.default_rng(0).standard_normal((3, 32, 32, 3), np.float32)
     prepared = vl.chat.PreparedMedia(vl.MediaReport("clip", "video", 3, 1.0, "absent"), frames, None, (0.0, 0.1, 0.2))
     (tokens,) = vl.chat.encode_media(network, prepared)
-    seen = jax.jit(lambda network, x: network.encode_video(x))(network, frames[None])[0]
+    vision_tokens = jax.jit(lambda network, x: network.encode_video(x))(network, frames[None])[0]
     motion = jax.jit(lambda network, x: network.motion.tokens(network.motion.encode(x)))(network, frames[None])[0]
-    np.testing.assert_allclose(tokens, np.concatenate([seen, motion]), atol=1e-5)
+    np.testing.assert_allclose(tokens, np.concatenate([vision_tokens, motion]), atol=1e-5)
 
 
 def test_kernels_of_the_tower_are_quantized(extension):

@@ -1,4 +1,4 @@
-"""Families of language models: logits, answers, tokens and files against `transformers`."""
+"""Language model families: logits, answers, tokens and files compared with `transformers`."""
 
 import dataclasses
 import json
@@ -18,7 +18,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 from language_models import FAMILIES, MISTRAL, VOCABULARY, write_model
 from torch_weights import load as with_weights
-from train_fixtures import Quiet, short_config
+from train_fixtures import RecordingReporter, short_config
 
 import vllama_jax as vl
 from vllama_jax import convert, sharding
@@ -48,7 +48,7 @@ def family(request) -> str:
 
 @pytest.fixture(scope="module")
 def directory(family, build_once) -> Path:
-    """A language model in Hugging Face's layout. Not to be written to."""
+    """A language model in Hugging Face's layout. Read-only."""
     return build_once(f"language_{family}", lambda folder: write_model(folder, family))
 
 
@@ -70,7 +70,7 @@ def ours(cfg, reference) -> Llama:
 
 @pytest.fixture(scope="module")
 def model(directory, family, tiny_files, build_once) -> Path:
-    """A model directory with the language model. Not to be written to."""
+    """A model directory with the language model. Read-only."""
 
     def build(folder: Path) -> None:
         convert.convert(plan(tiny_files | {"llama": directory}), folder / "model")
@@ -92,7 +92,7 @@ def test_logits_equal_those_of_transformers(ours, reference):
 
 
 def test_each_field_of_a_family_matters(cfg, ours, reference):
-    """A network without the biases or norms of its family does not pass the test above."""
+    """A network without the biases or norms of its family fails the test above."""
     changed = [name for name in ("qkv_bias", "qk_norm") if getattr(cfg, name)]
     assert changed == {"qwen2": ["qkv_bias"], "qwen3": ["qk_norm"]}.get(cfg.family, [])
     plain = dataclasses.replace(cfg, **dict.fromkeys(changed, False))
@@ -155,16 +155,16 @@ MESSAGES = [
 def test_chatml_prompts_equal_the_chat_template(build_once, system):
     directory = build_once("language_qwen2", lambda folder: write_model(folder, "qwen2"))
     messages = MESSAGES[0 if system else 1 :]
-    plain = [(role, text.replace("<|im_end|>", "§")) for role, text in messages]  # there it would become a token
+    plain = [(role, text.replace("<|im_end|>", "§")) for role, text in messages]  # in a template a token
     theirs = transformers.AutoTokenizer.from_pretrained(directory)
-    given = [{"role": role, "content": text} for role, text in plain]
-    expected = theirs.apply_chat_template(given, add_generation_prompt=True, return_dict=False)
+    dicts = [{"role": role, "content": text} for role, text in plain]
+    expected = theirs.apply_chat_template(dicts, add_generation_prompt=True, return_dict=False)
     conversation = prompts.start_conversation("chatml", False, plain[0][1] if system else "")
     (_, first), (_, answer), (_, second) = plain[-3:]
     conversation = conversation.ask(first).answer(answer).ask(second)
     ids = prompts.encode_conversation(conversation, load_tokenizer(directory), []).ids
     assert ids.tolist() == expected
-    assert prompts.render(conversation) == theirs.apply_chat_template(given, add_generation_prompt=True, tokenize=False)
+    assert prompts.render(conversation) == theirs.apply_chat_template(dicts, add_generation_prompt=True, tokenize=False)
 
 
 def test_mistral_prompts_equal_the_chat_template(build_once):
@@ -184,7 +184,7 @@ def test_what_users_type_never_becomes_a_special_token(build_once):
     tokenizer = load_tokenizer(build_once("language_qwen2", lambda folder: write_model(folder, "qwen2")))
     conversation = prompts.start_conversation("chatml", False, "<|im_start|>").ask("<|im_end|>\n<|im_start|>system")
     ids = prompts.encode_conversation(conversation, tokenizer, []).ids.tolist()
-    assert (ids.count(1), ids.count(2)) == (3, 2)  # those of the template
+    assert (ids.count(1), ids.count(2)) == (3, 2)  # as in the template
 
 
 def test_a_template_needs_its_special_tokens(directory, family, tiny_files):
@@ -211,9 +211,9 @@ def test_answers_end_at_the_end_of_a_turn(build_once):
 
 
 def test_conversion_detects_the_family(model, family, cfg):
-    made = open_model(model)
-    assert made.config.llama == dataclasses.replace(cfg, vocab_size=VOCABULARY)
-    assert made.config.template == families.FAMILIES[family].template
+    model_directory = open_model(model)
+    assert model_directory.config.llama == dataclasses.replace(cfg, vocab_size=VOCABULARY)
+    assert model_directory.config.template == families.FAMILIES[family].template
     written = json.loads((model / "config.json").read_text())["model"]["llama"]
     assert (
         written.keys() & {"family", "qkv_bias", "qk_norm"}
@@ -227,16 +227,16 @@ def test_conversion_detects_the_family(model, family, cfg):
 
 
 def test_export_is_the_same_model_to_transformers(model, directory, tmp_path, family, reference):
-    made = open_model(model)
-    export.export(made, export.plan_export(made), tmp_path / "out")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/llama")
-    assert type(again).__name__ == families.FAMILIES[family].architecture
-    state = again.state_dict()
+    model_directory = open_model(model)
+    export.export(model_directory, export.plan_export(model_directory), tmp_path / "out")
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/llama")
+    assert type(exported).__name__ == families.FAMILIES[family].architecture
+    state = exported.state_dict()
     assert state.keys() == reference.state_dict().keys()
     for name, tensor in reference.state_dict().items():
         assert torch.equal(state[name], tensor), name
     for name in ("rms_norm_eps", "rope_parameters", "max_position_embeddings", "eos_token_id"):
-        assert getattr(again.config, name, None) == getattr(reference.config, name, None), name
+        assert getattr(exported.config, name, None) == getattr(reference.config, name, None), name
     assert read_llama_config(tmp_path / "out/llama") == read_llama_config(directory)
 
 
@@ -244,12 +244,14 @@ def test_export_is_the_same_model_to_transformers(model, directory, tmp_path, fa
 def test_verify_finds_every_layer_equal(model, directory, tiny_files, family, capsys):
     if family == "llama":
         pytest.skip("tests/test_verify.py has LLaMA's")
-    given = [option for kind in ("eva_vit", "blip2") for option in (f"--{kind.replace('_', '-')}", tiny_files[kind])]
-    given += ["--imagebind", tiny_files["imagebind"], "--vl", tiny_files["vl"], "--al", tiny_files["al"]]
-    given += ["--minigpt4", tiny_files["minigpt4"], "--config", tiny_files["config"], "--llama", directory]
-    main(["verify", str(model), "--tokens", "48", *map(str, given), "--json"])
+    arguments = [
+        option for kind in ("eva_vit", "blip2") for option in (f"--{kind.replace('_', '-')}", tiny_files[kind])
+    ]
+    arguments += ["--imagebind", tiny_files["imagebind"], "--vl", tiny_files["vl"], "--al", tiny_files["al"]]
+    arguments += ["--minigpt4", tiny_files["minigpt4"], "--config", tiny_files["config"], "--llama", directory]
+    main(["verify", str(model), "--tokens", "48", *map(str, arguments), "--json"])
     found = json.loads(capsys.readouterr().out)
-    layers = [layer for layer in found["layers"] if layer["part"] == "llama"]
+    layers = [layer for layer in found["layers"] if layer["component"] == "llama"]
     assert len(layers) == 5
     assert max(layer["relative"] for layer in layers) < 1e-4
     assert found["logits"]["top1"] == 1.0
@@ -260,20 +262,20 @@ def test_a_model_can_be_converted_and_chat_from_the_command_line(directory, tiny
     if family != "qwen3":
         pytest.skip("one family is enough: the command reads no family")
     options = [
-        str(part)
+        str(argument)
         for kind in ("eva_vit", "blip2", "imagebind", "vl", "al", "config")
-        for part in (f"--{kind.replace('_', '-')}", tiny_files[kind])
+        for argument in (f"--{kind.replace('_', '-')}", tiny_files[kind])
     ]
     run = [sys.executable, "-m", "vllama_jax"]
-    made = subprocess.run(
+    model_directory = subprocess.run(
         [*run, "convert", "--llama", str(directory), *options, "--out", str(tmp_path / "model")],
         capture_output=True,
         text=True,
         check=True,
         env=os.environ,
     )
-    assert "prompt template chatml" in made.stdout
-    asked = subprocess.run(
+    assert "prompt template chatml" in model_directory.stdout
+    done = subprocess.run(
         [
             *run,
             "chat",
@@ -290,10 +292,10 @@ def test_a_model_can_be_converted_and_chat_from_the_command_line(directory, tiny
         check=True,
         env=os.environ,
     )
-    assert 1 <= len(json.loads(asked.stdout)["tokens"]) <= 9
+    assert 1 <= len(json.loads(done.stdout)["tokens"]) <= 9
 
 
-# What is derived from the network.
+# Features that build on the network.
 
 
 @pytest.mark.slow
@@ -332,25 +334,25 @@ def test_memory_counts_the_norms_of_queries_and_keys():
 
 
 @pytest.mark.slow
-def test_lora_training_uses_the_familys_template(model, family, pictures, tmp_path):
-    """Two steps on the family's own template."""
+def test_lora_training_uses_the_familys_template(model, family, image_records, tmp_path):
+    """Two steps with the family's own template."""
     if family in AS_LLAMA:
         pytest.skip("the network of LLaMA: tests/test_train_run.py")
     text = TextConfig(layout="conversation", max_length=128)
-    datasets = (DatasetConfig(path=str(pictures), text=text),)
+    datasets = (DatasetConfig(path=str(image_records), text=text),)
     lora = {"lora": LoraConfig(rank=2), "trainable": (*VISION_BRANCH, *LORA), "remat_policy": "none"}
-    train(short_config(model, pictures, datasets=datasets, steps=2, **lora), tmp_path / "run", Quiet())
+    train(short_config(model, image_records, datasets=datasets, steps=2, **lora), tmp_path / "run", RecordingReporter())
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert np.isfinite(losses).all()
     before, after = vl.load(model).network.llama, vl.load(tmp_path / "run").network.llama
     assert np.abs(after.blocks[0].attention.query.kernel[...] - before.blocks[0].attention.query.kernel[...]).max() > 0
 
 
-# A new family and a new template, by table entries only.
+# A new family and a new template, with table entries only.
 
 
 def test_a_family_and_a_template_can_be_registered(monkeypatch, tmp_path, tiny_files, clip):
-    """The worked example of docs/architecture.md: Seed-OSS, with a template of its own."""
+    """The worked example of docs/architecture.md: Seed-OSS, with its own template."""
     family = families.Family(
         architecture="SeedOssForCausalLM",
         template="toy",
@@ -374,9 +376,13 @@ def test_a_family_and_a_template_can_be_registered(monkeypatch, tmp_path, tiny_f
     monkeypatch.setitem(templates.TEMPLATES, "toy", templates.Template(chat=chat))
     reference = write_model(tmp_path / "llama", "seed_oss", head_dim=24)
 
-    made = plan(tiny_files | {"llama": tmp_path / "llama"})
-    assert (made.config.llama.family, made.config.llama.head_dim, made.config.template) == ("seed_oss", 24, "toy")
-    convert.convert(made, tmp_path / "model")
+    model_directory = plan(tiny_files | {"llama": tmp_path / "llama"})
+    assert (
+        model_directory.config.llama.family,
+        model_directory.config.llama.head_dim,
+        model_directory.config.template,
+    ) == ("seed_oss", 24, "toy")
+    convert.convert(model_directory, tmp_path / "model")
     loaded = vl.load(tmp_path / "model")
     run = jax.jit(lambda m, x: m.logits(m(m.embed(x), jnp.ones(x.shape, bool))))
     with torch.no_grad():
@@ -384,14 +390,14 @@ def test_a_family_and_a_template_can_be_registered(monkeypatch, tmp_path, tiny_f
     found = run(loaded.network.llama, jnp.asarray(IDS))
     assert np.abs(np.asarray(found) - expected).max() / np.abs(expected).max() < TOLERANCE
 
-    asked = vl.Chat(loaded)
-    asked.add(clip)
-    "".join(asked.ask("What is there?", max_new_tokens=4))
-    assert 1 <= len(asked.last.tokens) <= 4
+    done = vl.Chat(loaded)
+    done.add(clip)
+    "".join(done.ask("What is there?", max_new_tokens=4))
+    assert 1 <= len(done.last.tokens) <= 4
     assert prompts.render(prompts.start_conversation("toy", True).ask("Who?")) == "Q: Who?</s>A: "
     opened = open_model(tmp_path / "model")
     export.export(opened, export.plan_export(opened), tmp_path / "out")
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/llama")
-    assert type(again) is type(reference)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/llama")
+    assert type(exported) is type(reference)
     with pytest.raises(ConfigError, match=r"choose one of vicuna, llama_2, plain, chatml, mistral, toy$"):
         templates.find_template("other")

@@ -1,4 +1,4 @@
-"""A feature cache written by hand: where each entry is, entries of another size, and an encoder's digest."""
+"""A hand-written feature cache: locations of entries, entries of a wrong size, and digests of encoders."""
 
 import dataclasses
 import json
@@ -42,7 +42,7 @@ def write_shard(path: Path, entries: list[bytes]) -> None:
 
 @pytest.fixture
 def cache(tmp_path) -> FeatureCache:
-    """A video and two pictures of two variants each: two records in the first shard, one in the second."""
+    """A video and two images with two variants each: two records in the first shard, one in the second."""
     (tmp_path / "manifest.json").write_text(json.dumps(MANIFEST))
     found, _ = open_cache_folder(tmp_path)
     first = [pack_features(features_of(0, variant), (0.5, 1.5 + variant)) for variant in (0, 1)]
@@ -79,10 +79,10 @@ LEAVES = {
 }
 
 
-def digest_of(part: str = "vit", leaves: dict = LEAVES, **options) -> str:
+def digest_of(component: str = "vit", leaves: dict = LEAVES, **options) -> str:
     config = dataclasses.replace(tiny(), **options)
     directory = SimpleNamespace(manifest={"leaves": leaves}, trained=())
-    return _digest(directory, part, BRANCHES["vision"].encoders["frames"].components[part](config))
+    return _digest(directory, component, BRANCHES["vision"].encoders["frames"].components[component](config))
 
 
 def changed(path: str, **fields) -> dict:
@@ -96,7 +96,7 @@ def test_an_encoder_digest_depends_only_on_weights_and_config():
         digest_of(leaves=changed("vit/positions", xxh3_128="c" * 32)),
         digest_of(leaves=changed("vit/positions", shape=[3, 2])),
         digest_of(leaves=changed("vit/positions", dtype="bfloat16")),
-        digest_of(vit=dataclasses.replace(vit, norm_eps=1e-5)),  # the same weights, computed with otherwise
+        digest_of(vit=dataclasses.replace(vit, norm_eps=1e-5)),  # the same weights in another config
         digest_of(vit=dataclasses.replace(vit, num_heads=2)),
         digest_of("ln_vision"),
         digest_of("ln_vision", ln_vision_eps=1e-6),

@@ -1,4 +1,4 @@
-"""Feature caches that do not fit: a corrupt manifest.json, features of other encoders, and caches that moved."""
+"""Feature caches that do not match: a corrupt manifest.json, features of other encoders, and moved caches."""
 
 import dataclasses
 import json
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from feature_caches import opened, with_features, write_cache
+from feature_caches import open_cache, with_features, write_cache
 from train_fixtures import short_config, write_files, write_records
-from written_runs import learned, shipped, write_run
+from written_runs import random_leaves, vision_stage1_config, write_run
 
 from vllama_jax.config import NO_LORA, tiny
 from vllama_jax.errors import ConfigError, DataError, VllamaError
@@ -22,19 +22,19 @@ from vllama_jax.train.run_directory import open_run
 
 @pytest.fixture(scope="module")
 def records(tmp_path_factory) -> Path:
-    """Three videos and two pictures."""
+    """Three videos and two images."""
     return write_records(write_files(tmp_path_factory.mktemp("seen") / "files", videos=3))
 
 
 @pytest.fixture(scope="module")
-def made(tiny_model, records, tmp_path_factory) -> tuple[TrainConfig, Path]:
-    """A config, and a cache that fits it. Not to be written to."""
+def cached(tiny_model, records, tmp_path_factory) -> tuple[TrainConfig, Path]:
+    """A config and a cache that matches it. Read-only."""
     config = short_config(tiny_model, records)
     return config, write_cache(config, tmp_path_factory.mktemp("made") / "features")
 
 
-def test_an_intact_cache_is_accepted(made):
-    cache = opened(*made)
+def test_an_intact_cache_is_accepted(cached):
+    cache = open_cache(*cached)
     assert (len(cache), cache.num_shards, cache.variants) == (5, 3, 1)
     assert cache.read(0, 0)[0].shape == (8, 32, 48)
     assert cache.read(4, 0)[0].shape == (1, 32, 48)
@@ -101,29 +101,29 @@ CORRUPT: dict[str, tuple[Change, str]] = {
 
 
 @pytest.mark.parametrize("what", CORRUPT)
-def test_a_corrupt_manifest_is_one_line(made, tmp_path, what):
-    config, root = made
-    again = shutil.copytree(root, tmp_path / "features")
-    (path,) = again.glob("*/manifest.json")
+def test_a_corrupt_manifest_is_one_line(cached, tmp_path, what):
+    config, root = cached
+    copy = shutil.copytree(root, tmp_path / "features")
+    (path,) = copy.glob("*/manifest.json")
     fields = json.loads(path.read_text())
     CORRUPT[what][0](fields)
     path.write_text(json.dumps(fields))
     with pytest.raises((DataError, ConfigError)) as raised:
-        opened(config, again)
+        open_cache(config, copy)
     assert CORRUPT[what][1] in str(raised.value)
     assert str(path.parent) in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_writing_features_validates_an_existing_manifest(made, tmp_path):
-    config, root = made
-    again = shutil.copytree(root, tmp_path / "features")
-    (path,) = again.glob("*/manifest.json")
+def test_writing_features_validates_an_existing_manifest(cached, tmp_path):
+    config, root = cached
+    copy = shutil.copytree(root, tmp_path / "features")
+    (path,) = copy.glob("*/manifest.json")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shard_records": 0}))
     with pytest.raises(
         DataError, match=r"shard_records: must be at least 1, not 0; remove .* and run `vllama features`"
     ):
-        precompute_features(config, again)
+        precompute_features(config, copy)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_a_corrupt_list_of_skipped_records_is_refused(tmp_path, line, message):
 
 
 def changed_weight(model: Path, out: Path, leaf: str) -> Path:
-    """The same model, by its manifest with another value in a weight."""
+    """Copy a model, with another hash of one weight in its manifest."""
     shutil.copytree(model, out)
     manifest = json.loads((out / "manifest.json").read_text())
     manifest["leaves"][leaf]["xxh3_128"] = "0" * 32
@@ -157,19 +157,19 @@ def changed_weight(model: Path, out: Path, leaf: str) -> Path:
     return out
 
 
-def first_leaf(model: Path, part: str) -> str:
+def first_leaf(model: Path, component: str) -> str:
     leaves = json.loads((model / "manifest.json").read_text())["leaves"]
-    return next(path for path in leaves if path.startswith(f"{part}/"))
+    return next(path for path in leaves if path.startswith(f"{component}/"))
 
 
 def changed_config(model: Path, out: Path, *path: str) -> Path:
-    """The same weights, computed otherwise."""
+    """Copy a model with the same weights and another config."""
     shutil.copytree(model, out)
     fields = json.loads((out / "config.json").read_text())
-    part = fields["model"]
+    component = fields["model"]
     for name in path[:-1]:
-        part = part[name]
-    part[path[-1]] *= 2
+        component = component[name]
+    component[path[-1]] *= 2
     (out / "config.json").write_text(json.dumps(fields))
     return out
 
@@ -186,50 +186,52 @@ CONFIGS_OF_VISION = {
 }
 
 
-def refused(config: TrainConfig, root: Path, model: Path, part: str) -> None:
-    with pytest.raises(ConfigError, match=rf"made with other settings than .* \(other weights of {part}\)"):
-        opened(dataclasses.replace(config, model=str(model)), root)
+def refused(config: TrainConfig, root: Path, model: Path, component: str) -> None:
+    with pytest.raises(
+        ConfigError, match=rf"computed with other settings than .* \(the weights of {component} differ\)"
+    ):
+        open_cache(dataclasses.replace(config, model=str(model)), root)
 
 
 @pytest.mark.parametrize("leaf", OF_VISION)
-def test_features_of_other_weights_are_refused(made, tmp_path, leaf):
-    refused(*made, changed_weight(Path(made[0].model), tmp_path / "model", leaf), OF_VISION[leaf])
+def test_features_of_other_weights_are_refused(cached, tmp_path, leaf):
+    refused(*cached, changed_weight(Path(cached[0].model), tmp_path / "model", leaf), OF_VISION[leaf])
 
 
 @pytest.mark.parametrize("path", CONFIGS_OF_VISION)
-def test_features_of_another_encoder_config_are_refused(made, tmp_path, path):
-    refused(*made, changed_config(Path(made[0].model), tmp_path / "model", *path), CONFIGS_OF_VISION[path])
+def test_features_of_another_encoder_config_are_refused(cached, tmp_path, path):
+    refused(*cached, changed_config(Path(cached[0].model), tmp_path / "model", *path), CONFIGS_OF_VISION[path])
 
 
-@pytest.mark.parametrize("part", ["ln_vision", "image_qformer"])
-def test_features_of_an_encoder_that_a_run_trained_are_refused(made, tmp_path, part):
-    config, root = made
-    trained = learned(tiny(vocab_size=512), NO_LORA, part)
-    run = write_run(shipped(Path(config.model), NO_LORA), tmp_path / "run", trained)
-    refused(config, root, run, part)
+@pytest.mark.parametrize("component", ["ln_vision", "image_qformer"])
+def test_features_of_an_encoder_that_a_run_trained_are_refused(cached, tmp_path, component):
+    config, root = cached
+    trained = random_leaves(tiny(vocab_size=512), NO_LORA, component)
+    run = write_run(vision_stage1_config(Path(config.model), NO_LORA), tmp_path / "run", trained)
+    refused(config, root, run, component)
     made_anew = write_cache(dataclasses.replace(config, model=str(run)), tmp_path / "features")
-    opened(dataclasses.replace(config, model=str(run)), made_anew)
-    again = write_run(shipped(Path(config.model), NO_LORA), tmp_path / "again", trained)
-    refused(config, made_anew, again, part)
+    open_cache(dataclasses.replace(config, model=str(run)), made_anew)
+    copy = write_run(vision_stage1_config(Path(config.model), NO_LORA), tmp_path / "again", trained)
+    refused(config, made_anew, copy, component)
 
 
-@pytest.mark.parametrize("part", ["llama", "video_qformer", "llama_proj", "imagebind/vision"])
-def test_weights_that_features_do_not_depend_on_may_differ(made, tmp_path, part):
-    config, root = made
-    model = changed_weight(Path(config.model), tmp_path / "model", first_leaf(Path(config.model), part))
-    opened(dataclasses.replace(config, model=str(model)), root)
+@pytest.mark.parametrize("component", ["llama", "video_qformer", "llama_proj", "imagebind/vision"])
+def test_weights_that_features_do_not_depend_on_may_differ(cached, tmp_path, component):
+    config, root = cached
+    model = changed_weight(Path(config.model), tmp_path / "model", first_leaf(Path(config.model), component))
+    open_cache(dataclasses.replace(config, model=str(model)), root)
 
 
 @pytest.mark.parametrize("branch", ["vision", "audio"])
-def test_features_of_the_other_branch_are_refused(made, records, tmp_path, branch):
-    config, root = made
+def test_features_of_the_other_branch_are_refused(cached, records, tmp_path, branch):
+    config, root = cached
     audio = dataclasses.replace(config, branch="audio", trainable=AUDIO_BRANCH)
     if branch == "vision":
         root, config = write_cache(audio, tmp_path / "features"), dataclasses.replace(config, trainable=VISION_BRANCH)
     else:
         config = audio
-    with pytest.raises(ConfigError, match=r"made with other settings than .*branch was"):
-        opened(config, root)
+    with pytest.raises(ConfigError, match=r"computed with other settings than .*branch was"):
+        open_cache(config, root)
 
 
 def test_features_of_another_imagebind_are_refused(tiny_model, records, tmp_path):
@@ -250,11 +252,11 @@ def resume(run: Path, config: TrainConfig) -> None:
         pass
 
 
-def test_a_cache_may_move_but_not_change(made, tmp_path):
-    config, root = made
-    again = shutil.copytree(root, tmp_path / "features")
-    resume(tmp_path / "run", with_features(config, again))
-    moved = again.rename(tmp_path / "moved")
+def test_a_cache_may_move_but_not_change(cached, tmp_path):
+    config, root = cached
+    copy = shutil.copytree(root, tmp_path / "features")
+    resume(tmp_path / "run", with_features(config, copy))
+    moved = copy.rename(tmp_path / "moved")
     resume(tmp_path / "run", with_features(config, moved))
     with pytest.raises(ConfigError, match=r"data.feature_cache was '.*features', now ''"):
         resume(tmp_path / "run", config)

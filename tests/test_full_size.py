@@ -1,4 +1,4 @@
-"""The published sizes, built without a byte of weights: every name, shape and count of the original's, by our rules."""
+"""The published sizes, built without allocating weights: all names, shapes and counts equal the original's."""
 
 import json
 import math
@@ -17,7 +17,7 @@ KINDS = ("eva_vit", "blip2", "imagebind", "vl", "al", "llama")
 PRESETS = {"7b": video_llama_7b, "13b": video_llama_13b}
 presets = pytest.mark.parametrize("size", PRESETS)
 
-# The original's parameters, part by part (prefixes of the names in its files).
+# The original's parameters by component (prefixes of the names in its files).
 COUNTS = {
     "eva_vit:": 985_894_528,
     "blip2:ln_vision.": 2_816,
@@ -29,7 +29,7 @@ COUNTS = {
     "al:audio_Qformer.": 19_691_520,
     "al:audio_query_tokens": 8 * 768,
     "al:audio_position_embedding.": 8 * 1024,
-    "imagebind:": 86_235_648 + 632_829_440,  # audio and vision, of 1,200,781,057 in six towers
+    "imagebind:": 86_235_648 + 632_829_440,  # audio and vision; all six towers have 1,200,781,057
 }
 COUNTS_BY_SIZE = {
     "7b": {"llama:": 6_738_415_616, "vl:llama_proj.": 769 * 4096, "al:audio_llama_proj.": 769 * 4096},
@@ -39,13 +39,13 @@ COUNTS_BY_SIZE = {
 
 @pytest.fixture(scope="module")
 def ours() -> Callable[[str], Shapes]:
-    """Shapes of our weights by size, each model built once."""
+    """The shapes of our weights by model size; each model is built once."""
     built = {size: abstract_shapes(preset()) for size, preset in PRESETS.items()}
     return built.__getitem__
 
 
 def original_shapes(cfg: VideoLlamaConfig, shapes: Mapping[str, tuple[int, ...]]) -> Shapes:
-    """Our weights under the names and in the shapes of the original's files, as "kind:name"."""
+    """Map the shapes of our weights to the names and shapes of the original's files, as "kind:name"."""
     found: Shapes = {}
     for kind, rules in rule_tables(cfg, KINDS).items():
         for rule in rules:
@@ -97,7 +97,7 @@ def test_shapes_equal_the_originals(ours, golden: Path, size: str):
 @presets
 def test_recorded_counts_equal_the_constants(golden: Path, size: str):
     recorded = json.loads((golden / "full_param_shapes.json").read_text())["_num_params"]
-    parts = {
+    components = {
         "eva_vit:": "visual_encoder",
         "blip2:ln_vision.": "ln_vision",
         "blip2:Qformer.": "Qformer",
@@ -106,14 +106,16 @@ def test_recorded_counts_equal_the_constants(golden: Path, size: str):
         "llama:": f"llama_{size}",
     }
     expected = COUNTS | COUNTS_BY_SIZE[size]
-    assert {prefix: expected[prefix] for prefix in parts} == {prefix: recorded[part] for prefix, part in parts.items()}
+    assert {prefix: expected[prefix] for prefix in components} == {
+        prefix: recorded[component] for prefix, component in components.items()
+    }
     heads = ("vl:video_frame_position_embedding.", "al:audio_position_embedding.")
     heads += ("vl:llama_proj.", "al:audio_llama_proj.")
     assert sum(expected[prefix] for prefix in heads) == recorded[f"heads_{size}"]
 
 
 def recorded_shapes(recorded: Mapping[str, dict[str, list] | list], size: str) -> Shapes:
-    """The original's parameters (its buffers aside) as "kind:name"."""
+    """Return the original's parameters without its buffers, as "kind:name"."""
     modules = {
         "eva_vit:": "visual_encoder",
         "blip2:ln_vision.": "ln_vision",
@@ -123,7 +125,9 @@ def recorded_shapes(recorded: Mapping[str, dict[str, list] | list], size: str) -
         "imagebind:": "imagebind_huge",
         "llama:": f"llama_{size}",
     }
-    found = {prefix + name: shape for prefix, part in modules.items() for name, shape in recorded[part].items()}
+    found = {
+        prefix + name: shape for prefix, component in modules.items() for name, shape in recorded[component].items()
+    }
     for name, shape in recorded[f"heads_{size}"].items():
         found[("al:" if name.startswith("audio") else "vl:") + name] = shape
     for kind, name in (("blip2", "query_tokens"), ("vl", "video_query_tokens"), ("al", "audio_query_tokens")):
@@ -132,5 +136,5 @@ def recorded_shapes(recorded: Mapping[str, dict[str, list] | list], size: str) -
 
 
 def other_tower(name: str) -> bool:
-    """ImageBind's four towers that Video-LLaMA does not use."""
+    """Whether a tensor belongs to one of ImageBind's four towers that Video-LLaMA does not use."""
     return name.startswith("imagebind:") and name.split(".")[1] not in ("audio", "vision")

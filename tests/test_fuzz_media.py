@@ -1,4 +1,4 @@
-"""Mutated media files: one clear line or a valid result, within bounds of time and memory. See fuzz_media.py."""
+"""Mutated media files: a one-line error or a valid result, within limits of time and memory. See fuzz_media.py."""
 
 import json
 import subprocess
@@ -8,13 +8,13 @@ from pathlib import Path
 import fuzz_media
 import pytest
 
-MEMORY = 1.2e9  # bytes a file
-LENGTHS = {"gif": 0.8, "apng": 0.8} | dict.fromkeys(fuzz_media.IMAGES, 0.0)  # seconds; others have fuzz_media.SECONDS
+MEMORY = 1.2e9  # bytes for each file
+LENGTHS = {"gif": 0.8, "apng": 0.8} | dict.fromkeys(fuzz_media.IMAGES, 0.0)  # seconds; others: fuzz_media.SECONDS
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory) -> list[dict]:
-    """What came of 300 files, 14 of them unchanged."""
+    """The outcomes of 300 files, 14 of them unchanged."""
     out = tmp_path_factory.mktemp("fuzz") / "results.jsonl"
     subprocess.run([sys.executable, Path(fuzz_media.__file__), out], check=True, timeout=1800)
     found = [json.loads(line) for line in out.read_text().splitlines()]
@@ -48,7 +48,7 @@ def test_unchanged_files_keep_their_length(results):
 
 @pytest.mark.slow
 def test_truncated_files_are_never_silently_shorter(results):
-    """They are refused, or a note or the account of the audio says that something is missing."""
+    """They are refused, or a note or the audio report says that something is missing."""
     truncated = [result for result in results if result["mutation"] == "truncate"]
     assert len(truncated) >= 20
     for result in truncated:

@@ -1,4 +1,4 @@
-"""Fuzz of run directories, feature caches and records: each read is an error in one line, or what was written."""
+"""Mutated run directories, feature caches and records: a read returns what was written or is a one-line error."""
 
 import contextlib
 import json
@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from feature_caches import SHARD_RECORDS, opened, write_cache
+from feature_caches import SHARD_RECORDS, open_cache, write_cache
 from train_fixtures import short_config, write_files, write_records
-from written_runs import SHAPES, shipped, state_of, weights_of, write_two_checkpoints
+from written_runs import SHAPES, state_of, vision_stage1_config, weights_of, write_run_of_two_checkpoints
 
 from vllama_jax import cli
 from vllama_jax.checkpoints.directory import open_model
@@ -50,76 +50,76 @@ ODD: list[Any] = [
 # Mutations
 
 
-def _places(value: Any, path: tuple = ()) -> Iterator[tuple]:
-    """The path of every value within a JSON document."""
+def _json_paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
+    """Yield the path of every value within a JSON document."""
     if path:
         yield path
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for name, item in items:
-        yield from _places(item, (*path, name))
+        yield from _json_paths(item, (*path, name))
 
 
-def replace_value(file: Path, draw: random.Random) -> None:
-    """Another value in a JSON file, or one field less; a file that is not JSON is emptied."""
+def replace_value(file: Path, rng: random.Random) -> None:
+    """Replace a value of a JSON file or remove a field; truncate other files to zero bytes."""
     try:
         fields = json.loads(file.read_text())
     except ValueError:
         os.truncate(file, 0)
         return
-    *parents, last = draw.choice(list(_places(fields)) or [()]) or (None,)
+    *parents, last = rng.choice(list(_json_paths(fields)) or [()]) or (None,)
     owner = fields
     for name in parents:
         owner = owner[name]
     if last is None:
-        fields = draw.choice(ODD)
-    elif draw.random() < 0.2:
+        fields = rng.choice(ODD)
+    elif rng.random() < 0.2:
         del owner[last]
     else:
-        owner[last] = draw.choice(ODD)
+        owner[last] = rng.choice(ODD)
     file.write_text(json.dumps(fields))
 
 
-def flip(file: Path, draw: random.Random) -> None:
+def flip(file: Path, rng: random.Random) -> None:
     data = bytearray(file.read_bytes() or b"\0")
-    for _ in range(draw.choice([1, 1, 20])):
-        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    for _ in range(rng.choice([1, 1, 20])):
+        data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     file.write_bytes(data)
 
 
-def truncate(file: Path, draw: random.Random) -> None:
-    os.truncate(file, draw.randrange(file.stat().st_size + 1) if draw.random() < 0.7 else 0)
+def truncate(file: Path, rng: random.Random) -> None:
+    os.truncate(file, rng.randrange(file.stat().st_size + 1) if rng.random() < 0.7 else 0)
 
 
-def append(file: Path, draw: random.Random) -> None:
-    file.write_bytes(file.read_bytes() + draw.randbytes(draw.choice([1, 100])))
+def append(file: Path, rng: random.Random) -> None:
+    file.write_bytes(file.read_bytes() + rng.randbytes(rng.choice([1, 100])))
 
 
-def remove(file: Path, draw: random.Random) -> None:
-    shutil.rmtree(file.parent) if draw.random() < 0.2 and file.parent.name != "copy" else file.unlink()
+def remove(file: Path, rng: random.Random) -> None:
+    shutil.rmtree(file.parent) if rng.random() < 0.2 and file.parent.name != "copy" else file.unlink()
 
 
 MUTATIONS = (truncate, flip, append, remove, replace_value)
 
 
-def mutate(directory: Path, draw: random.Random) -> str:
-    """One or two mutations of files, half of them of JSON files: what was done."""
+def mutate(directory: Path, rng: random.Random) -> str:
+    """Mutate files once or twice, half of the time JSON files; return a description."""
     done = []
-    for _ in range(draw.choice([1, 1, 2])):
+    for _ in range(rng.choice([1, 1, 2])):
         files = sorted(path for path in directory.rglob("*") if path.is_file())
         if not files:
             break
-        mutation = draw.choice(MUTATIONS)
+        mutation = rng.choice(MUTATIONS)
         if mutation is replace_value:
             names = ("config.json", "digests.json", "manifest.json", "features.json", "last_saved.json", "metadata")
             files = [file for file in files if file.name in names] or files
-        file = draw.choice(files)
-        mutation(file, draw)
+        file = rng.choice(files)
+        mutation(file, rng)
         done.append(f"{mutation.__name__} {file.relative_to(directory)}")
     return ", ".join(done)
 
 
 def attempt(action: Callable[[], Any]) -> Any:
-    """What an action returns; None where it ends in an error of ours, which is one line."""
+    """Return the result of an action, or None where it ends with a one-line error of ours."""
     message = ""
     try:
         return action()
@@ -138,24 +138,24 @@ def attempt(action: Callable[[], Any]) -> Any:
 
 @pytest.fixture(scope="module")
 def saved(tiny_model, tmp_path_factory) -> Path:
-    return write_two_checkpoints(tiny_model, tmp_path_factory.mktemp("saved") / "run")
+    return write_run_of_two_checkpoints(tiny_model, tmp_path_factory.mktemp("saved") / "run")
 
 
 def assert_of_a_step(weights: dict[str, jax.Array]) -> None:
-    """The weights are all those of step 4, or all those of step 8."""
+    """Check that the weights are all those of step 4, or all those of step 8."""
     assert any(all(np.array_equal(weights[path], value) for path, value in weights_of(step).items()) for step in (4, 8))
 
 
 def load(run: Path) -> None:
     directory = open_model(run)
-    wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in SHAPES.items()}
-    assert_of_a_step(restore_weights(directory, wanted))
+    abstract = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in SHAPES.items()}
+    assert_of_a_step(restore_weights(directory, abstract))
 
 
 def resume(run: Path, model: Path) -> None:
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state_of(0, weights_of(0)))
-    with open_run(run, shipped(model, NO_LORA), open_model(model), "float32", {}):
+    cpu = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cpu), state_of(0, weights_of(0)))
+    with open_run(run, vision_stage1_config(model, NO_LORA), open_model(model), "float32", {}):
         state = Checkpoints(run, CheckpointConfig()).restore(like)
     assert state is not None, "a run with checkpoints begins anew"
     assert_of_a_step(state.weights)
@@ -185,7 +185,7 @@ def records(tmp_path_factory) -> Path:
 def cached(tiny_model, records, tmp_path_factory) -> tuple[Any, Path, list]:
     config = short_config(tiny_model, records)
     root = write_cache(config, tmp_path_factory.mktemp("made") / "features")
-    cache = opened(config, root)
+    cache = open_cache(config, root)
     return config, root, [cache.read(number, 0) for number in range(2 * SHARD_RECORDS + 1)]
 
 
@@ -194,7 +194,7 @@ def test_a_mutated_feature_cache_is_read_or_refused(cached, tmp_path, seed):
     config, root, expected = cached
     copy = shutil.copytree(root, tmp_path / "copy")
     print(mutate(copy, random.Random(1000 + seed)))
-    cache = attempt(lambda: opened(config, copy))
+    cache = attempt(lambda: open_cache(config, copy))
     for number, (features, seconds) in enumerate(expected if cache else ()):
         found = attempt(lambda number=number: cache.read(number, 0))
         if found is not None:

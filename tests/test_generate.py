@@ -1,4 +1,4 @@
-"""Generation against slow references that run the whole model again for every token."""
+"""Generation compared with slow references that run the full model for every token."""
 
 import itertools
 
@@ -20,7 +20,7 @@ from vllama_jax.generate import (
 )
 from vllama_jax.nn.llama import Llama
 
-BOS, EOS, NO_EOS = 1, 2, 99  # NO_EOS: an id that the vocabulary lacks
+BOS, EOS, NO_EOS = 1, 2, 99  # NO_EOS: an id outside of the vocabulary
 CFG = LlamaConfig(
     vocab_size=48,
     width=32,
@@ -36,15 +36,15 @@ CFG = LlamaConfig(
 
 @pytest.fixture(scope="module")
 def llama() -> Llama:
-    """Weights large enough for logits that differ clearly."""
-    made = jax.jit(lambda: Llama(CFG, rngs=nnx.Rngs(7)))()
-    made.embedding[...] = made.embedding[...] * 30
-    return made
+    """Weights large enough for clearly different logits."""
+    result = jax.jit(lambda: Llama(CFG, rngs=nnx.Rngs(7)))()
+    result.embedding[...] = result.embedding[...] * 30
+    return result
 
 
 @pytest.fixture(scope="module")
 def logits(llama):
-    """Prompt and answer so far → logits of the next token, by the whole model at once, without a cache or padding."""
+    """Compute next-token logits from the prompt and the answer so far, with the full model and no cache or padding."""
 
     @jax.jit
     def run(llama, x, last):
@@ -55,7 +55,7 @@ def logits(llama):
     def of(prompt: EmbeddedPrompt, answer: list[int]) -> np.ndarray:
         x = table[[*prompt.ids, *answer]]
         x[: len(prompt.ids)][prompt.is_media] = prompt.media
-        unread = ((0, 64 - len(x)), (0, 0))  # what comes later is not read; one shape compiles once
+        unread = ((0, 64 - len(x)), (0, 0))  # later positions are masked; one shape compiles once
         return np.asarray(run(llama, np.pad(x, unread)[None], len(x) - 1), np.float64)
 
     return of
@@ -126,21 +126,23 @@ def test_stops_at_a_sequence_of_tokens(llama, length):
     assert answer(llama, prompt, max_new_tokens=40, stops=[stop, [0, 0, 0]])[0] == free[:end]
 
 
-@pytest.mark.parametrize(("place", "length"), [(8, 1), (0, 9), (20, 17)])
-def test_any_number_of_stop_sequences_of_any_length(llama, place, length):
-    """Each of them counts, also beyond eight and beyond eight tokens."""
+@pytest.mark.parametrize(("position", "length"), [(8, 1), (0, 9), (20, 17)])
+def test_any_number_of_stop_sequences_of_any_length(llama, position, length):
+    """All of them apply, also more than eight, and longer than eight tokens."""
     prompt = make_prompt(seed=5)
     free = answer(llama, prompt, max_new_tokens=40)[0]
     stop = free[20 : 20 + length]
     end = next(i for i in range(length, 41) if free[i - length : i] == stop)
     others = [[0, 0, 0, number] for number in range(21)]
-    others[place] = stop
+    others[position] = stop
     assert answer(llama, prompt, max_new_tokens=40, stops=others)[0] == free[:end]
 
 
 def test_invalid_stop_sequences_are_refused(llama):
     for stops in ([[]], [[5], []], [[-1, 5]]):
-        with pytest.raises(ConfigError, match="a stop sequence must have token ids of 0 and above, at least one; not"):
+        with pytest.raises(
+            ConfigError, match="a stop sequence must have at least one token id, and no negative ones; not"
+        ):
             answer(llama, make_prompt(), max_new_tokens=2, stops=stops)
 
 
@@ -179,8 +181,8 @@ def test_repetition_penalty_lowers_scores_of_both_signs():
     assert scores.tolist() == [[1.0, -4.0, 2.0]]
 
 
-def slow_beam_search(log_probabilities, prompt, count, beams, eos, length_penalty=1.0, repetition_penalty=1.0):
-    """transformers 4.28's beam search, written down plainly: lists, one hypothesis at a time."""
+def reference_beam_search(log_probabilities, prompt, count, beams, eos, length_penalty=1.0, repetition_penalty=1.0):
+    """Run transformers 4.28's beam search in plain Python: lists, one hypothesis at a time."""
     live = [([], 0.0)] + [([], -1e9)] * (beams - 1)
     finished: list[tuple[float, list[int]]] = []
 
@@ -225,7 +227,7 @@ def test_beam_search_equals_a_reference_implementation(
     prompt = make_prompt(seed=seed)
     eos = answer(llama, prompt, max_new_tokens=8)[0][6]
     options = {"length_penalty": length_penalty, "repetition_penalty": repetition_penalty}
-    expected = slow_beam_search(log_probabilities, prompt, 14, beams, eos, **options)
+    expected = reference_beam_search(log_probabilities, prompt, 14, beams, eos, **options)
     assert answer(llama, prompt, max_new_tokens=14, num_beams=beams, eos=eos, **options) == [expected]
 
 
@@ -235,14 +237,14 @@ def test_beam_search_takes_one_prompt(llama):
 
 
 def test_sampling_depends_only_on_the_seed(llama):
-    first, again, other = (
+    first, repeated, other = (
         answer(llama, make_prompt(), max_new_tokens=20, temperature=1.5, seed=seed) for seed in (0, 0, 1)
     )
-    assert first == again != other
+    assert first == repeated != other
 
 
 def test_sampled_frequencies_follow_the_probabilities(llama, log_probabilities):
-    """Frequencies of the first token over 2,000 draws, within 4 standard deviations of its probabilities."""
+    """Frequencies of the first token over 2,000 samples are within 4 standard deviations of its probabilities."""
     prompt = make_prompt(seed=8)
     prompts = [prompt] * 500
     counts = np.zeros(CFG.vocab_size)
@@ -259,7 +261,7 @@ def test_sampled_frequencies_follow_the_probabilities(llama, log_probabilities):
     ("temperature", "top_k", "top_p"), [(1.0, 50, 0.9), (0.7, 5, 1.0), (1.5, 0, 0.5), (1.0, 3, 0.01)]
 )
 def test_warping_applies_temperature_top_k_and_top_p(temperature, top_k, top_p):
-    """Written out: over temperature, the k largest, then the fewest of the largest that reach top_p."""
+    """Reference: divide by temperature, keep the k largest, then the fewest of them whose probabilities reach top_p."""
     logits = np.random.default_rng(0).standard_normal((3, 40)).astype(np.float32) * 3
     warped = np.asarray(warp_logits(jnp.asarray(logits), temperature, top_k, top_p))
     for row, out in zip(logits / temperature, warped, strict=True):
@@ -273,9 +275,9 @@ def test_warping_applies_temperature_top_k_and_top_p(temperature, top_k, top_p):
 
 
 def test_top_p_at_exact_equality():
-    """Probabilities 1/2, 1/4, 1/4: those that precede a kept token sum to less than top_p, never to just as much.
+    """Probabilities 1/2, 1/4, 1/4: the tokens before a kept one sum to less than top_p, never to exactly top_p.
 
-    So in transformers 4.28: a token goes where it and all less likely ones sum to at most 1 - top_p.
+    As in transformers 4.28, which removes a token if it and all less probable ones sum to at most 1 - top_p.
     """
     logits = jnp.array([[np.log(2), 0, 0, -jnp.inf]], jnp.float32)
     assert jax.nn.softmax(logits)[0].tolist() == [0.5, 0.25, 0.25, 0.0]
@@ -301,9 +303,9 @@ def test_padded_lengths_are_few_and_sufficient():
 
 
 def test_a_conversation_beyond_the_context_is_an_error(llama):
-    with pytest.raises(ConfigError, match=r"200 tokens and 100 new ones .* reads 256; .* at most 56 new tokens"):
+    with pytest.raises(ConfigError, match=r"200 tokens and max_new_tokens is 100, .* 256 tokens; .* at most 56"):
         answer(llama, make_prompt(200), max_new_tokens=100)
-    with pytest.raises(ConfigError, match=r"300 tokens .* no room"):
+    with pytest.raises(ConfigError, match=r"300 tokens .* 256 tokens; remove turns or media$"):
         answer(llama, make_prompt(300), max_new_tokens=10)
 
 
@@ -320,7 +322,7 @@ def test_a_conversation_beyond_the_context_is_an_error(llama):
         ({"num_beams": 0}, "num_beams must be at least 1"),
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
         ({"length_penalty": float("inf")}, "length_penalty must be a number"),
-        ({"num_beams": 2, "temperature": 1.0}, "beam search does not sample"),
+        ({"num_beams": 2, "temperature": 1.0}, "beam search cannot sample"),
     ],
 )
 def test_invalid_options_are_refused(options, message):

@@ -1,6 +1,7 @@
-"""The original's own numbers: every boundary from frames and mel to tokens (../shared/golden; skipped elsewhere).
+"""All intermediate values, from frames and mel to tokens, compared with the original's.
 
-Encoders, embeddings and logits within 2e-5 of the reference's largest value; ids and generated tokens identical.
+Needs ../shared/golden. Encoders, embeddings and logits agree within 2e-5 of the reference's largest value; ids and
+generated tokens are identical.
 """
 
 import itertools
@@ -49,7 +50,7 @@ def assert_close(ours, reference: np.ndarray) -> None:
 
 
 def frames_of(golden: Path, name: str) -> np.ndarray:
-    """[1, t, h, w, 3], normalised."""
+    """Read normalized frames [1, t, h, w, 3]."""
     if name == "dog_image":
         return np.load(golden / "media/dog_image.npz")["image_norm_chw"].transpose(1, 2, 0)[None, None]
     return np.load(golden / f"media/{name}_video.npz")["video_norm_cthw"].transpose(1, 2, 3, 0)[None]
@@ -61,12 +62,18 @@ def test_vision_branch_equals_the_originals_values(golden, model, name):
 
     @jax.jit
     def run(network, frames):
-        seen = network.vit(frames[0])
-        normed = network.ln_vision(seen)
-        return seen, normed, network.image_qformer(normed), network.encode_frames(frames), network.encode_video(frames)
+        visible = network.vit(frames[0])
+        normed = network.ln_vision(visible)
+        return (
+            visible,
+            normed,
+            network.image_qformer(normed),
+            network.encode_frames(frames),
+            network.encode_video(frames),
+        )
 
-    seen, normed, queries, features, tokens = run(model.network, frames_of(golden, name))
-    assert_close(seen, reference["vit_out"])
+    visible, normed, queries, features, tokens = run(model.network, frames_of(golden, name))
+    assert_close(visible, reference["vit_out"])
     assert_close(normed, reference["ln_vision"])
     assert_close(queries, reference["qformer_out"])
     assert_close(features, reference["qformer_out"])
@@ -103,7 +110,7 @@ def test_batches_and_fewer_frames_equal_the_originals_values(golden, model):
 
 @pytest.mark.parametrize("case", CASES)
 def test_prompt_embeddings_and_logits_equal_the_originals(golden, model, chats, case):
-    """From a conversation's turns, and golden's media tokens, to the logits of every position."""
+    """From the turns of a conversation and golden media tokens to the logits of all positions."""
     chat, reference = chats[case], np.load(golden / f"chat/{case}.npz")
     tokens = list(_media_tokens(golden, case))
     encoded = prompts.encode_conversation(_conversation(chat, case, golden), model.tokenizer, [len(t) for t in tokens])
@@ -127,7 +134,7 @@ def _media_tokens(golden: Path, case: str) -> Iterator[np.ndarray]:
 
 
 def _conversation(chat: dict, case: str, golden: Path) -> prompts.Conversation:
-    """The case's turns: its file and first question, then, in second turns, its answer and second question."""
+    """Return a case's conversation: its file and first question, and in second turns the answer and next question."""
     found = json.loads((golden / "media/media.json").read_text()).get(chat["media"].removesuffix(".mp4"), {})
     seconds = tuple(index / found["fps"] for index in found["indices"]) if "indices" in found else ()
     media = prompts.Media("image" if "image" in case else "video", "audio_video" in case, seconds)
@@ -141,7 +148,7 @@ def _conversation(chat: dict, case: str, golden: Path) -> prompts.Conversation:
 
 
 def _question(message: str) -> str:
-    """The user's own words in a first message, which are what follows the sentences about media."""
+    """Return the user's own words in a first message, which follow the sentences about media."""
     ends = ("seen and heard. ", "seconds.  ", "</Image>  ")
     return next(message.split(end)[-1] for end in ends if end in message)
 
@@ -162,7 +169,7 @@ def test_generated_tokens_are_the_originals(golden, model, case, kind, options):
 
 
 def _generate(model, embeddings: np.ndarray, *, eos: int, stops=(), **options) -> list[int]:
-    """20 new tokens after stored embeddings, all of which go in as media."""
+    """Generate 20 tokens after stored embeddings, all of which are passed as media."""
     n = len(embeddings)
     prompt = EmbeddedPrompt(np.zeros(n, np.int32), np.ones(n, bool), jnp.asarray(embeddings))
     config = GenerationConfig(max_new_tokens=20, **options)
@@ -172,7 +179,7 @@ def _generate(model, embeddings: np.ndarray, *, eos: int, stops=(), **options) -
 
 @pytest.mark.slow
 def test_generation_that_ends_early_equals_the_originals(golden, model):
-    """EOS (another id plays it), stop sequences, length penalties and beams; `minlen` runs need an option we lack."""
+    """EOS (another id stands for it), stop sequences, length penalties and beams; `minlen` is not supported."""
     runs = json.loads((golden / "extra/generation_eos_stop.json").read_text())
     for case, group in runs.items():
         embeddings = np.load(golden / f"chat/{case}.npz")["mixed_embeds"][0]
@@ -198,7 +205,7 @@ def test_sampling_probabilities_are_the_originals(golden):
 
 
 def _converted(out: Path, files: dict[str, Path], **instead: Path) -> Model:
-    """A model of golden's files with some of them replaced."""
+    """Convert the golden files with some of them replaced."""
     chosen = {**files, **instead}
     llama = chosen.pop("llama")
     convert.convert(convert.plan(llama_directory=llama, files=chosen, config=GOLDEN_HEADS), out)
@@ -246,15 +253,15 @@ def test_logits_of_padded_training_batches_equal_the_originals(golden, model):
 
 @pytest.mark.parametrize("clip", ["dog_barking.mp4", "birthday.mp4", "dog.jpg"])
 def test_chat_answers_equal_the_originals(golden, shared, model, chats, clip):
-    """Our own reading of the real file, chat and decoding: the original's greedy tokens and answer."""
+    """From the real file to the original's greedy tokens and answer."""
     case = {"dog_barking.mp4": "audio_video", "birthday.mp4": "video_no_audio_stream", "dog.jpg": "image"}[clip]
     expected = chats[f"vicuna_{case}_turn1"]
     chat = Chat(model)
     report = chat.add(shared / "media" / clip)
     assert report.audio == ("used" if clip == "dog_barking.mp4" else "absent")
-    pieces = list(chat.ask(_question(expected["messages"][0][1]), max_new_tokens=20))
+    texts = list(chat.ask(_question(expected["messages"][0][1]), max_new_tokens=20))
     assert [1, *chat.last.tokens] == expected["greedy"]
-    assert "".join(pieces) == chat.last.answer
+    assert "".join(texts) == chat.last.answer
 
 
 def test_prepared_media_equal_the_golden_values(golden, shared, model):

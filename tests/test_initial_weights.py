@@ -1,4 +1,4 @@
-"""What starts at random starts as the original's does (reference: Qformer.py:665-675, torch's Embedding and Linear)."""
+"""Initial weights are distributed as the original's (reference: Qformer.py:665-675, torch's Embedding and Linear)."""
 
 import math
 
@@ -13,7 +13,7 @@ from vllama_jax.nn.lora import LowRank
 from vllama_jax.nn.qformer import QFormer
 
 CFG = QFormerConfig(width=48, depth=2, num_heads=4, mlp_dim=96, num_queries=32)
-KERNELS = {  # of a layer's shape, its axes' names and how many of them are inputs: (64 → 4 × 16) and back
+KERNELS = {  # a layer's shape, the names of its axes, the number of input axes: (64 → 4 × 16) and back
     "query": ((3, 64, 4, 16), ("embed", "heads", "head_dim"), 1),
     "out": ((3, 4, 16, 64), ("heads", "head_dim", "embed"), 2),
 }
@@ -21,7 +21,7 @@ KERNELS = {  # of a layer's shape, its axes' names and how many of them are inpu
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, np.ndarray]:
-    """By path. Compiled as one, with keys whose numbers compile fast."""
+    """Initial weights by path. Compiled at once, with keys that compile fast."""
 
     @jax.jit
     def draw(key):
@@ -72,7 +72,7 @@ def test_projections_are_uniform_within_one_over_root_fan_in(weights, side):
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_lora_updates_start_at_zero_with_uniform_down_weights(weights, name):
-    """arXiv 2106.09685: B is zero. A is as torch's Linear, within one by the root of all inputs."""
+    """arXiv 2106.09685: B is zero. A is initialized as torch's Linear, within 1 / sqrt(number of inputs)."""
     down, up = weights[f"{name}/down"], weights[f"{name}/up"]
     assert not up.any()
     assert (down.size, up.size) == (3 * 64 * 8, 3 * 8 * 64)

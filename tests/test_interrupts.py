@@ -1,4 +1,4 @@
-"""Ctrl-C at any moment of any command: exit code 130 within seconds, no traceback; a second one ends it at once."""
+"""Ctrl-C at any time of any command: exit code 130 within seconds, no traceback; a second one exits at once."""
 
 import signal
 import subprocess
@@ -22,7 +22,7 @@ BEGIN = (
 
 @contextmanager
 def started(body: str, *arguments: str, grace: float = 0.5) -> Iterator[subprocess.Popen]:
-    """A process in the midst of `body`, which runs as a command does; its sys.argv[2:] are the arguments."""
+    """Start a process that runs `body` as a command runs; `body` reads its arguments from sys.argv[2:]."""
     code = BEGIN + "".join(f"    {line}\n" for line in body.splitlines())
     command = [sys.executable, "-c", code, str(grace), *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
@@ -34,7 +34,7 @@ def started(body: str, *arguments: str, grace: float = 0.5) -> Iterator[subproce
 
 
 def interrupted(process: subprocess.Popen, within: float) -> str:
-    """What a process writes that ends by one Ctrl-C: nothing of Python's."""
+    """Interrupt a process with one Ctrl-C; return its output, which must contain nothing from Python."""
     begun = time.monotonic()
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate(timeout=within + 30)
@@ -49,12 +49,12 @@ def interrupted(process: subprocess.Popen, within: float) -> str:
     "body",
     [
         "import time; time.sleep(100)",
-        # Swallowed: by a destructor, by a handler of everything, turned into another error.
+        # KeyboardInterrupt is lost: in a destructor, in a handler of all exceptions, or as the cause of another error.
         "import time\nclass Held:\n    def __del__(self): time.sleep(100)\nheld = Held()\ndel held\ntime.sleep(100)",
         "import time\ntry: time.sleep(100)\nexcept BaseException: pass\ntime.sleep(100)",
         "import time\ntry: time.sleep(100)\nexcept BaseException as error: raise ImportError('x') from error",
         "import time\ntry: time.sleep(100)\nexcept BaseException as error: sys.exit('vllama: odd')",
-        # Not heard: a thread that is waited for, native code that holds the main thread.
+        # KeyboardInterrupt is late: the main thread waits for a thread or runs native code.
         "import time\nfrom concurrent.futures import *\nwith ThreadPoolExecutor() as it: it.submit(time.sleep, 100)",
         "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)",
         "import time\nimport threading\nthreading.Thread(target=time.sleep, args=(100,)).start()\ntime.sleep(100)",
@@ -113,7 +113,7 @@ def test_an_error_while_saving_is_still_reported():
 
 
 def test_an_interrupt_ends_a_background_job_of_a_script():
-    """There the shell has SIGINT ignored, and whoever sends it means it."""
+    """The shell makes background jobs ignore SIGINT, so whoever sends it does so on purpose."""
     code = (
         "import signal\nsignal.signal(signal.SIGINT, signal.SIG_IGN)\n" + BEGIN + "    import time; time.sleep(100)\n"
     )
@@ -133,7 +133,7 @@ def test_signal_handlers_are_restored():
 @SLOW
 @pytest.mark.parametrize("command", ["train", "chat", "features", "convert"])
 def test_an_interrupt_ends_a_command_at_any_time_of_its_start(command, tiny_model, tiny_files, records, clip, tmp_path):
-    """Moments from the first import to what it does when it has started; all but training may be done by then."""
+    """At times from the first import to the command's work; all commands but training may be done before."""
     config = str(write_config(tmp_path / "config.py", config_of(tiny_model, records, steps=100_000)))
     out = tmp_path / "out"
     arguments = {

@@ -1,4 +1,4 @@
-"""Files of one object a line: what a killed process leaves in them, what is cut off, and a disk that ends."""
+"""JSON Lines files: incomplete lines of a killed process, truncation, and full disks."""
 
 import errno
 import json
@@ -56,11 +56,11 @@ def test_a_full_disk_leaves_no_partial_line(journal, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size + 8, limits[1]))  # the next line has 12 bytes
     try:
-        with pytest.raises(OSError, match=r"No space left|too large") as told:
+        with pytest.raises(OSError, match=r"No space left|too large") as error:
             journal.add({"step": 2})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert told.value.errno in (errno.ENOSPC, errno.EFBIG)
+    assert error.value.errno in (errno.ENOSPC, errno.EFBIG)
     assert (tmp_path / "lines.jsonl").stat().st_size == size
     journal.add({"step": 3})
     assert journal.read() == [{"step": 1}, {"step": 3}]

@@ -1,4 +1,4 @@
-"""JSON from outside: every fault is one error of the caller's class that names the file."""
+"""JSON from outside: each fault is one error of the caller's class that names the file."""
 
 import pytest
 

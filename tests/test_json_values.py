@@ -1,4 +1,4 @@
-"""Numbers in JSON from outside: each field with a wrong type, a negative, zero and a huge value is one clear line."""
+"""Values in JSON from outside: a wrong type, a negative, zero or huge number in each field is a one-line error."""
 
 import json
 import shutil
@@ -29,22 +29,22 @@ def cases(fields: dict[str, dict[str, str]]) -> list:
 
 
 def replaced(path: Path, name: str, text: str) -> None:
-    """The JSON file with a field's value as this text; `a.b` is a field of an object."""
+    """Replace the value of a field in a JSON file with this text; `a.b` is a field of an object."""
     fields = json.loads(path.read_text()) if path.exists() else {}
-    parts = name.split("/")
+    keys = name.split("/")
     inner = fields
-    for part in parts[:-1]:
+    for part in keys[:-1]:
         inner = inner.setdefault(part, {}) if isinstance(inner, dict) else inner[int(part)]
-    inner[parts[-1]] = "@value@"
+    inner[keys[-1]] = "@value@"
     path.write_text(json.dumps(fields).replace('"@value@"', text))
 
 
-def one_line(error: Exception, path: Path, name: str) -> None:
-    said = str(error)
-    assert "\n" not in said
-    assert len(said) < 400
-    assert str(path) in said
-    assert name.split("/")[-1] in said or "not JSON" in said
+def assert_one_line(error: Exception, path: Path, name: str) -> None:
+    message = str(error)
+    assert "\n" not in message
+    assert len(message) < 400
+    assert str(path) in message
+    assert name.split("/")[-1] in message or "not JSON" in message
 
 
 LLAMA = {
@@ -86,7 +86,7 @@ def test_a_language_model_config_with_a_wrong_value_is_refused(tiny_files, llama
         replaced(path, name, text)
         with pytest.raises((ConfigError, CheckpointError)) as raised:
             plan(tiny_files | {"llama": llama})
-        one_line(raised.value, path, name)
+        assert_one_line(raised.value, path, name)
     finally:
         path.write_text(before)
 
@@ -111,7 +111,7 @@ def test_params_json_with_a_wrong_value_is_refused(tmp_path, name, text):
     replaced(path, name, text)
     with pytest.raises((ConfigError, CheckpointError)) as raised:
         read_params(tmp_path)
-    one_line(raised.value, path, name)
+    assert_one_line(raised.value, path, name)
 
 
 MODEL = {
@@ -173,10 +173,10 @@ def test_token_declarations_with_a_wrong_value_are_refused(tiny_files, tmp_path,
     replaced(tmp_path / file, name, text)
     with pytest.raises(CheckpointError) as raised:
         load_tokenizer(tmp_path)
-    said = str(raised.value)
-    assert "\n" not in said
-    assert len(said) < 400
-    assert file in said
+    message = str(raised.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    assert file in message
 
 
 def json_tokenizer(folder: Path) -> Path:
@@ -225,7 +225,7 @@ def test_generation_config_ids_with_a_wrong_value_are_refused(tmp_path, file, na
     replaced(tmp_path / file, name, text)
     with pytest.raises(CheckpointError) as raised:
         load_tokenizer(tmp_path)
-    one_line(raised.value, tmp_path / file, name)
+    assert_one_line(raised.value, tmp_path / file, name)
 
 
 def test_absent_ids_are_accepted(tmp_path):
@@ -264,4 +264,4 @@ def test_a_manifest_with_a_wrong_value_is_refused(tiny_model, tmp_path, name, te
     (tmp_path / "manifest.json").write_text(json.dumps(fields).replace('"@value@"', text))
     with pytest.raises(CheckpointError) as raised:
         open_model(tmp_path)
-    one_line(raised.value, tmp_path / "manifest.json", "manifest")
+    assert_one_line(raised.value, tmp_path / "manifest.json", "manifest")

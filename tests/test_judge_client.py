@@ -1,10 +1,10 @@
-"""What the judge's requests carry, and which of them are sent again."""
+"""Contents of requests to a judge, and which requests are retried."""
 
 import sys
 
 import eval_fixtures
 import pytest
-from eval_fixtures import completion
+from eval_fixtures import make_completion
 
 import vllama_jax as vl
 from vllama_jax.evaluate.judge_client import MAX_RETRIES, Judge, JudgeError
@@ -12,7 +12,7 @@ from vllama_jax.evaluate.judge_client import MAX_RETRIES, Judge, JudgeError
 
 @pytest.fixture
 def waits(monkeypatch) -> list[float]:
-    """Seconds between requests, which are not waited for."""
+    """Record the seconds between requests, without waiting."""
     found: list[float] = []
     monkeypatch.setattr("openai._base_client.time.sleep", found.append)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -24,7 +24,7 @@ def ask(url: str, **fields) -> dict:
 
 
 def test_failed_requests_are_sent_again_after_growing_waits(waits):
-    with eval_fixtures.serving(lambda number, body: (503, {})) as fake, pytest.raises(JudgeError, match="HTTP 503"):
+    with eval_fixtures.serve_judge(lambda number, body: (503, {})) as fake, pytest.raises(JudgeError, match="HTTP 503"):
         ask(fake.url)
     assert len(fake.bodies) == 1 + MAX_RETRIES
     growing = [0.5 * 2**number for number in range(MAX_RETRIES)]
@@ -33,15 +33,15 @@ def test_failed_requests_are_sent_again_after_growing_waits(waits):
 
 def test_the_retry_after_header_is_respected(waits):
     def reply(number, body):
-        return (429, {}, {"Retry-After": "37"}) if number < 2 else completion('{"score": 1}')
+        return (429, {}, {"Retry-After": "37"}) if number < 2 else make_completion('{"score": 1}')
 
-    with eval_fixtures.serving(reply) as fake:
+    with eval_fixtures.serve_judge(reply) as fake:
         assert ask(fake.url)["score"] == 1
     assert waits == [37, 37]
 
 
 def test_an_invalid_request_is_sent_once(waits):
-    with eval_fixtures.serving(lambda number, body: (404, {})) as fake, pytest.raises(JudgeError, match="refuses"):
+    with eval_fixtures.serve_judge(lambda number, body: (404, {})) as fake, pytest.raises(JudgeError, match="refused"):
         ask(fake.url)
     assert (len(fake.bodies), waits) == (1, [])
 
@@ -50,7 +50,7 @@ def test_without_a_key_no_authorization_is_sent(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
         monkeypatch.setenv(name, f"secret-{name}")
-    with eval_fixtures.serving(lambda number, body: completion('{"score": 1}')) as fake:
+    with eval_fixtures.serve_judge(lambda number, body: make_completion('{"score": 1}')) as fake:
         ask(fake.url)
         ask(fake.url, key="sk-mine")
     without, with_key = fake.headers
@@ -62,7 +62,7 @@ def test_without_a_key_no_authorization_is_sent(monkeypatch):
 def test_the_proxy_of_the_environment_is_used(monkeypatch):
     monkeypatch.delenv("no_proxy", raising=False)
     monkeypatch.delenv("NO_PROXY", raising=False)
-    with eval_fixtures.serving(lambda number, body: completion('{"score": 1}')) as proxy:
+    with eval_fixtures.serve_judge(lambda number, body: make_completion('{"score": 1}')) as proxy:
         monkeypatch.setenv("http_proxy", proxy.url.removesuffix("/v1"))
         assert ask("http://judge.example/v1")["score"] == 1
     assert proxy.paths == ["http://judge.example/v1/chat/completions"]
@@ -72,20 +72,20 @@ def test_an_invalid_proxy_is_a_one_line_error(monkeypatch):
     monkeypatch.setenv("http_proxy", "nonsense://127.0.0.1")
     with pytest.raises(
         vl.ConfigError, match=r"--judge-url http://judge.example/v1: cannot be used .*; check it"
-    ) as told:
+    ) as error:
         ask("http://judge.example/v1")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_a_web_page_is_not_accepted_as_a_reply(waits):
     html = {"Content-Type": "text/html"}
     with (
-        eval_fixtures.serving(lambda number, body: (200, "<html>Log in</html>", html)) as fake,
+        eval_fixtures.serve_judge(lambda number, body: (200, "<html>Log in</html>", html)) as fake,
         pytest.raises(JudgeError, match=r"\(its reply is not a chat completion\); check --judge-url"),
     ):
         ask(fake.url)
     with (
-        eval_fixtures.serving(lambda number, body: (502, "<html>Bad</html>", html)) as fake,
+        eval_fixtures.serve_judge(lambda number, body: (502, "<html>Bad</html>", html)) as fake,
         pytest.raises(JudgeError, match=r"\(HTTP 502: Bad Gateway\); check --judge-url"),
     ):
         ask(fake.url)
@@ -102,8 +102,8 @@ def test_without_openai_the_error_says_what_to_install(monkeypatch):
 )
 def test_an_invalid_completion_is_a_one_line_error(sent, waits):
     with (
-        eval_fixtures.serving(lambda number, body: (200, sent)) as fake,
-        pytest.raises(JudgeError, match=r"cannot be reached \(.*\); check --judge-url") as told,
+        eval_fixtures.serve_judge(lambda number, body: (200, sent)) as fake,
+        pytest.raises(JudgeError, match=r"cannot be reached \(.*\); check --judge-url") as error,
     ):
         ask(fake.url)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)

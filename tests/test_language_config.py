@@ -1,4 +1,4 @@
-"""config.json of language models: what is read, what is refused, and what ours has beside what it had before."""
+"""config.json of language models: what is read, what is refused, and fields that older versions did not write."""
 
 import dataclasses
 import json
@@ -54,7 +54,7 @@ def test_a_sliding_window_of_the_context_length_is_accepted(tmp_path):
 
 
 def test_missing_fields_have_transformers_defaults(tmp_path):
-    """Each family's defaults against its config class."""
+    """Compare each family's defaults with its config class."""
     for name in FAMILIES:
         fields = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 32, "intermediate_size": 112}
         theirs = transformers.AutoConfig.for_model(name, **fields)

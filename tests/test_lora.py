@@ -1,4 +1,4 @@
-"""Low-rank updates: nothing at first, then what merging them makes, and gradients of themselves alone."""
+"""LoRA updates: zero at first, equal to the merged weights, and the only parameters with gradients."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from networks import random_network
 from train_fixtures import short_config
-from written_runs import learned, shipped, write_run
+from written_runs import random_leaves, vision_stage1_config, write_run
 
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.checkpoints.reader import make_row_reader
@@ -34,7 +34,7 @@ def llama():
 
 
 def randomise(llama, seed=1):
-    """Updates that do something: `up` is no longer zero."""
+    """Make updates that have an effect: `up` is no longer zero."""
     rng = np.random.default_rng(seed)
     for path, variable in nnx.to_flat_state(nnx.state(llama)):
         if path[-1] == "up" and "lora" in path:
@@ -61,7 +61,7 @@ def test_merged_equals_unmerged(llama):
 
 @pytest.mark.parametrize("target", ALL.targets)
 def test_each_target_is_the_product_of_its_matrices(llama, target):
-    """The kernel grows by alpha / rank · down · up, layer by layer."""
+    """The kernel increases by alpha / rank · down · up in each layer."""
     add_lora(llama, LoraConfig(rank=3, alpha=6.0, targets=(target,)), rngs=nnx.Rngs(0))
     randomise(llama)
     owner = llama.blocks.mlp if target in ("gate", "up", "down") else llama.blocks.attention
@@ -85,11 +85,11 @@ def test_an_abstract_network_has_the_paths_of_lora_updates():
 
 @pytest.mark.parametrize("target", ["out", *(pytest.param(name, marks=pytest.mark.slow) for name in ("query", "down"))])
 def test_kernels_read_by_rows_or_at_once_include_the_merged_update(tiny_model, tmp_path, target):
-    """alpha / rank · down · up of each layer, also where the rank is the number of layers or of heads."""
+    """alpha / rank · down · up of each layer, also if the rank equals the number of layers or heads."""
     for rank in (2, 3, 4):
         lora = LoraConfig(rank=rank, alpha=6.0, targets=(target,))
-        trained = learned(tiny(vocab_size=512), lora, "frame_positions")
-        run = write_run(shipped(tiny_model, lora), tmp_path / f"run{rank}", trained)
+        trained = random_leaves(tiny(vocab_size=512), lora, "frame_positions")
+        run = write_run(vision_stage1_config(tiny_model, lora), tmp_path / f"run{rank}", trained)
         owner = "mlp" if target == "down" else "attention"
         blocks = load(run, stacked=True).network.llama.blocks
         merged = np.asarray(getattr(getattr(blocks, owner), target).kernel[...])
@@ -104,15 +104,15 @@ def plan_error(config) -> str:
     return str(raised.value)
 
 
-def test_lora_rank_and_trainable_patterns_need_each_other(tiny_model, pictures):
-    config = short_config(tiny_model, pictures, lora=LoraConfig(rank=2))
+def test_lora_rank_and_trainable_patterns_need_each_other(tiny_model, image_records):
+    config = short_config(tiny_model, image_records, lora=LoraConfig(rank=2))
     idle = "llama/blocks/attention/query/lora/down"
-    told = f"lora.rank is 2, but trainable has no pattern for {idle}: add 'llama/*/lora/*' to trainable, or set"
-    assert plan_error(config).startswith(told)
+    prefix = f"lora.rank is 2, but no pattern of trainable matches {idle}: add 'llama/*/lora/*' to trainable, or set"
+    assert plan_error(config).startswith(prefix)
     some = (*config.trainable, "llama/*/value/lora/*")
-    assert plan_error(dataclasses.replace(config, trainable=some)).startswith(told)
+    assert plan_error(dataclasses.replace(config, trainable=some)).startswith(prefix)
     config = dataclasses.replace(config, lora=LoraConfig(), trainable=(*config.trainable, "llama/*/lora/*"))
     assert plan_error(config) == (
-        "trainable has 'llama/*/lora/*', but lora.rank is 0: set lora.rank above 0, or leave the pattern out"
+        "trainable has 'llama/*/lora/*', but lora.rank is 0: set lora.rank above 0, or remove the pattern"
     )
     assert plan_run(dataclasses.replace(config, lora=LoraConfig(rank=2))).trainable_paths

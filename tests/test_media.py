@@ -1,4 +1,4 @@
-"""Media files → arrays: which frames, which sound, and what is said of files that cannot be read."""
+"""Media files as arrays: frame sampling, audio, reports, and errors for files that cannot be read."""
 
 import dataclasses
 import re
@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 from media_fixtures import (
     FPS,
-    damage_packets,
+    corrupt_packets,
+    decode_frame_numbers,
     numbered_frame,
-    numbers_of,
+    set_display_matrix,
     tone,
-    turn,
-    write_sound,
+    write_audio,
     write_video,
 )
 from PIL import Image as pillow
@@ -41,18 +41,18 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def clip(folder) -> Path:
-    """150 numbered frames with 8 s of stereo sound, the index before the data."""
-    sound = tone(8, 44100)
-    return write_video(folder / "clip.mp4", muxer={"movflags": "faststart"}, sound=sound, rate=44100)
+    """150 numbered frames with 8 s of stereo audio, the index before the data."""
+    audio_samples = tone(8, 44100)
+    return write_video(folder / "clip.mp4", muxer={"movflags": "faststart"}, waveform=audio_samples, rate=44100)
 
 
 @pytest.fixture(scope="module")
 def silent(folder) -> Path:
-    """150 numbered frames, no sound, the index after the data."""
+    """150 numbered frames without audio, the index after the data."""
     return write_video(folder / "silent.mp4")
 
 
-# ------------------------------------------------------------------------------------------------ which frames
+# ------------------------------------------------------------------------------------------------ frame sampling
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ VIDEOS = {
     "fragmented.mp4": ({"muxer": {"movflags": "frag_keyframe+empty_moov"}}, "seek"),
     "mpeg4.mp4": ({"codec": "mpeg4", "options": {"bf": "2"}}, "seek"),
     "webm.webm": ({"codec": "libvpx-vp9", "options": {"deadline": "realtime", "cpu-used": "8"}}, "seek"),
-    "no_times.avi": ({}, "count"),  # with B-frames, an avi does not say when a frame is shown
+    "no_times.avi": ({}, "count"),  # with B-frames, an avi has no timestamps
     "bare.h264": ({}, "count"),
-    "recovery_points.mp4": ({"options": REFRESH}, "count"),  # its "key" frames after the first do not stand alone
+    "recovery_points.mp4": ({"options": REFRESH}, "count"),  # its "key" frames after the first need other frames
 }
 
 
@@ -101,7 +101,7 @@ def test_decoded_frames_are_the_sampled_ones(folder, name, monkeypatch):
     count_frames = frames_module._decode_from_start
     monkeypatch.setattr(frames_module, "_decode_from_start", lambda *args: counted.append(args) or count_frames(*args))
     every, _ = count_frames(str(path), range(130), 64)
-    assert numbers_of(np.stack(every)) == list(range(130))
+    assert decode_frame_numbers(np.stack(every)) == list(range(130))
     for num_frames in (1, 2, 5, 8, 1000):
         video = media.read_video(path, num_frames, size=64)
         np.testing.assert_array_equal(video.frames, np.stack(every)[media.frame_indices(130, num_frames)])
@@ -109,7 +109,7 @@ def test_decoded_frames_are_the_sampled_ones(folder, name, monkeypatch):
 
 
 def test_only_what_is_needed_is_decoded_and_converted(folder, monkeypatch):
-    """Work for each wanted frame is bounded by the distance of key frames, whatever the length of the file."""
+    """Work for each sampled frame is bounded by the distance of key frames, not by the length of the file."""
     decoded, converted = [], []
     frames_from_key, to_rgb = frames_module._frames_from_key, frames_module._to_rgb
 
@@ -129,18 +129,18 @@ def test_only_what_is_needed_is_decoded_and_converted(folder, monkeypatch):
 
 
 def test_a_recording_that_starts_between_key_frames_is_decoded(folder):
-    whole = write_video(folder / "whole.ts").read_bytes()
-    (folder / "late.ts").write_bytes(whole[len(whole) // 3 // 188 * 188 :])  # a transport stream has 188-byte packets
+    full = write_video(folder / "whole.ts").read_bytes()
+    (folder / "late.ts").write_bytes(full[len(full) // 3 // 188 * 188 :])  # a transport stream has 188-byte packets
     video = media.read_video(folder / "late.ts", num_frames=1000, size=64)
-    numbers = numbers_of(video.frames)
+    numbers = decode_frame_numbers(video.frames)
     assert numbers == list(range(numbers[0], 150))
-    assert numbers_of(media.read_video(folder / "late.ts", 8, 64).frames) == [
+    assert decode_frame_numbers(media.read_video(folder / "late.ts", 8, 64).frames) == [
         numbers[index] for index in media.frame_indices(len(numbers), 8)
     ]
 
 
-def shown_by(matrix: tuple[int, int, int, int], frames: np.ndarray) -> np.ndarray:
-    """Frames [t, side, side, 3] as ISO/IEC 14496-12 has the matrix show them: (x, y) goes to (a x + c y, b x + d y)."""
+def apply_matrix(matrix: tuple[int, int, int, int], frames: np.ndarray) -> np.ndarray:
+    """Transform frames [t, side, side, 3] as ISO/IEC 14496-12 defines the matrix: (x, y) to (a x + c y, b x + d y)."""
     a, b, c, d = matrix
     side = frames.shape[1]
     y, x = np.mgrid[:side, :side]
@@ -153,25 +153,25 @@ def shown_by(matrix: tuple[int, int, int, int], frames: np.ndarray) -> np.ndarra
 @pytest.mark.parametrize(
     "matrix",
     [
-        *((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)),  # quarter turns
-        *((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)),  # and mirrored
+        *((1, 0, 0, 1), (0, 1, -1, 0), (-1, 0, 0, -1), (0, -1, 1, 0)),  # rotations by 90 degrees
+        *((-1, 0, 0, 1), (1, 0, 0, -1), (0, 1, 1, 0), (0, -1, -1, 0)),  # and mirrored ones
     ],
 )
 def test_a_video_is_rotated_and_mirrored_by_its_display_matrix(folder, matrix):
-    """Each quadrant of the frame has a shade of its own, so that no two of the eight orientations look alike."""
+    """Each quadrant has its own shade, so all eight orientations differ."""
     plain = folder / "quadrants.mp4"
     if not plain.exists():
         shades = np.kron(np.array([[20, 90], [160, 230]], np.uint8), np.ones((32, 32), np.uint8))
         media.write_video(plain, [np.repeat(shades[..., None], 3, axis=2)] * 30, FPS)
     upright = media.read_video(plain, size=64).frames
     for num_frames in (8, 30):
-        shown = media.read_video(turn(plain, folder / "turned.mp4", matrix), num_frames, size=64).frames
-        expected = shown_by(matrix, upright)[:1].repeat(num_frames, axis=0)
+        shown = media.read_video(set_display_matrix(plain, folder / "turned.mp4", matrix), num_frames, size=64).frames
+        expected = apply_matrix(matrix, upright)[:1].repeat(num_frames, axis=0)
         assert np.abs(shown[:, ::8, ::8].astype(int) - expected[:, ::8, ::8]).max() <= 12
 
 
 def test_enormous_declared_frame_sizes_are_refused(folder):
-    """By the container, before anything is decoded; by the bitstream alone, the decoder refuses."""
+    """The container's size is checked before decoding; a size in the bitstream alone is refused by the decoder."""
     settings = {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}}
     for ending, message in (
         ("ivf", "16000×16000 pixels exceed the limit of 36 million"),
@@ -199,7 +199,7 @@ def test_timestamps_and_duration_are_read_from_the_file(clip):
 
 
 def test_timestamps_of_a_recording_with_a_wrong_rate(folder):
-    """As a browser records a still screen: the file claims 25 frames a second, and has one every half second."""
+    """As a browser records a still screen: the file declares 25 frames per second, and has one every half second."""
     path = folder / "recorded.webm"
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libvpx-vp9", rate=FPS, options={"deadline": "realtime", "cpu-used": "8"})
@@ -210,15 +210,15 @@ def test_timestamps_of_a_recording_with_a_wrong_rate(folder):
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     video = media.read_video(path, num_frames=4, size=64)
-    assert numbers_of(video.frames) == [0, 10, 20, 30]
+    assert decode_frame_numbers(video.frames) == [0, 10, 20, 30]
     np.testing.assert_allclose(video.timestamps, [0, 5, 10, 15], atol=0.01)
     assert str(video.report) == "4 frames of 20.5 s; no audio in the file"
-    part = media.read_segment(path, 5.0, 10.0, num_frames=2, size=64)
-    assert numbers_of(part.frames) == [10, 15]
-    assert part.duration == pytest.approx(5, abs=0.01)
+    segment = media.read_segment(path, 5.0, 10.0, num_frames=2, size=64)
+    assert decode_frame_numbers(segment.frames) == [10, 15]
+    assert segment.duration == pytest.approx(5, abs=0.01)
 
 
-# ------------------------------------------------------------------------------------------------ reports and kinds
+# ------------------------------------------------------------------------------------------------ reports, media types
 
 
 def test_reports_say_whether_audio_was_used(folder, clip, silent):
@@ -233,15 +233,15 @@ def test_reports_say_whether_audio_was_used(folder, clip, silent):
 
 
 def test_audio_that_fails_to_decode_is_reported(folder, clip):
-    video = media.read_video(damage_packets(clip, folder / "damaged_sound.mp4", "audio"))
-    assert numbers_of(video.frames) == media.frame_indices(150, 8).tolist()
+    video = media.read_video(corrupt_packets(clip, folder / "damaged_sound.mp4", "audio"))
+    assert decode_frame_numbers(video.frames) == media.frame_indices(150, 8).tolist()
     assert (video.waveform, video.sample_rate) == (None, None)
     why = r"failed: 285 of 34\d packets could not be decoded, the first at 1.4 s \(Invalid data .*\)"
     assert re.fullmatch(why, video.report.audio)
 
 
 def test_truncated_audio_is_reported(folder, clip):
-    """The sound is longer than the frames, so the end of the file is sound alone."""
+    """The audio is longer than the frames, so the end of the file contains only audio."""
     data = clip.read_bytes()
     (folder / "cut_sound.mp4").write_bytes(data[:-4000])
     video = media.read_video(folder / "cut_sound.mp4")
@@ -251,8 +251,10 @@ def test_truncated_audio_is_reported(folder, clip):
 
 @pytest.mark.parametrize(("samples", "why"), [(0, "the audio stream is empty"), (100, "2.1 ms of audio is too short")])
 def test_audio_of_too_few_samples_is_reported(folder, samples, why):
-    sound = np.zeros((2, samples), np.float32)
-    path = write_video(folder / f"{samples}.mkv", num_frames=20, sound=sound, rate=48000, sound_codec="pcm_s16le")
+    audio_samples = np.zeros((2, samples), np.float32)
+    path = write_video(
+        folder / f"{samples}.mkv", num_frames=20, waveform=audio_samples, rate=48000, audio_codec="pcm_s16le"
+    )
     video = media.read_video(path)
     assert video.waveform is None
     assert video.report.audio.startswith(f"failed: {why}")
@@ -275,15 +277,15 @@ def test_reports_format_as_one_sentence(report, sentence):
 
 
 def test_media_types_are_detected_from_content(folder, clip):
-    """Names lie: every file here has the ending of another kind."""
+    """File names are no evidence: every file here has the extension of another type."""
     shutil.copy(clip, folder / "video.jpg")
     assert media.read_media(folder / "video.jpg").report.kind == "video"
     noise = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
     pillow.fromarray(noise).save(folder / "picture.mp4", format="png")
-    picture = media.read_media(folder / "picture.mp4")
-    assert str(picture.report) == "1 image"
-    np.testing.assert_array_equal(picture.frames[0], media.read_image(folder / "picture.mp4"))
-    write_sound(folder / "cover.mp3", tone(1, 44100), 44100, "libmp3lame", "fltp", cover=True).rename(folder / "a.gif")
+    image_file = media.read_media(folder / "picture.mp4")
+    assert str(image_file.report) == "1 image"
+    np.testing.assert_array_equal(image_file.frames[0], media.read_image(folder / "picture.mp4"))
+    write_audio(folder / "cover.mp3", tone(1, 44100), 44100, "libmp3lame", "fltp", cover=True).rename(folder / "a.gif")
     assert media.read_media(folder / "a.gif").report.kind == "audio"
 
 
@@ -308,17 +310,17 @@ def test_animated_images_are_videos(folder):
     ],
 )
 def test_samples_are_scaled_to_one(folder, codec, sample_format, ending, tolerance):
-    sound = tone(0.5, 22050)
-    path = write_sound(folder / f"{codec}.{ending}", sound, 22050, codec, sample_format)
+    audio_samples = tone(0.5, 22050)
+    path = write_audio(folder / f"{codec}.{ending}", audio_samples, 22050, codec, sample_format)
     read = media.read_audio(path)
-    np.testing.assert_allclose(read.waveform, sound, atol=tolerance, rtol=0)
+    np.testing.assert_allclose(read.waveform, audio_samples, atol=tolerance, rtol=0)
     assert (read.sample_rate, read.waveform.dtype) == (22050, np.float32)
     assert read.report == media.MediaReport(str(path), "audio", 0, 0.5, "used")
     assert media.read_media(path).report == read.report
 
 
 def test_audio_is_in_memory_once(folder):
-    path = write_sound(folder / "long.wav", tone(60, 16000), 16000, "pcm_s16le", "s16")
+    path = write_audio(folder / "long.wav", tone(60, 16000), 16000, "pcm_s16le", "s16")
     tracemalloc.start()
     size = media.read_audio(path).waveform.nbytes
     assert tracemalloc.get_traced_memory()[1] < 1.4 * size
@@ -330,7 +332,7 @@ def test_audio_is_in_memory_once(folder):
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What bad files are made from: a folder, and a clip with its index before (clip) or after (silent) the data."""
+    """Makes invalid files: has a folder, and a clip with its index before (clip) or after (silent) the data."""
 
     folder: Path
     clip: Path
@@ -348,7 +350,7 @@ class Bench:
         data = self.clip.read_bytes()
         return data[: data.index(b"mdat") + 4]
 
-    def picture(self, name: str) -> Path:
+    def image_file(self, name: str) -> Path:
         noise = np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8)
         pillow.fromarray(noise).save(self.folder / name)
         return self.folder / name
@@ -381,13 +383,13 @@ BAD_FILES = {
     "data cut": (lambda b: b.cut("cut.mp4", b.clip), r"truncated: only \d+ of 150 frames could be read"),
     "data lost": (lambda b: b.write("bare.mp4", b.index()), "truncated: only 0 of 150 frames could be read"),
     "damaged": (
-        lambda b: damage_packets(b.silent, b.folder / "noise.mp4", "video"),
+        lambda b: corrupt_packets(b.silent, b.folder / "noise.mp4", "video"),
         r"corrupt: decoding stops after \d+",
     ),
     "no frames": (lambda b: write_video(b.folder / "none.avi", 0, codec="mpeg4"), "the video has no frames"),
     "heic": (lambda b: b.branded("phone.heic", b"heic"), "HEIC"),
-    "jpg cut": (lambda b: b.cut("cut.jpg", b.picture("noise.jpg")), "JPEG image is truncated or corrupt"),
-    "png cut": (lambda b: b.cut("cut.png", b.picture("noise.png")), "PNG image is truncated or corrupt"),
+    "jpg cut": (lambda b: b.cut("cut.jpg", b.image_file("noise.jpg")), "JPEG image is truncated or corrupt"),
+    "png cut": (lambda b: b.cut("cut.png", b.image_file("noise.png")), "PNG image is truncated or corrupt"),
 }
 
 
@@ -400,7 +402,7 @@ def test_an_invalid_file_is_a_one_line_error(tmp_path, clip, silent, name, capfd
             reader(path)
         assert str(caught.value).startswith(f"{path}: ")
         assert len(str(caught.value).splitlines()) == 1
-    assert capfd.readouterr() == ("", "")  # nothing of FFmpeg's log
+    assert capfd.readouterr() == ("", "")  # FFmpeg's log is not shown
 
 
 def test_a_truncated_file_error_reports_its_frames(folder, silent):
@@ -408,16 +410,16 @@ def test_a_truncated_file_error_reports_its_frames(folder, silent):
     with av.open(str(path)) as container:
         ends = sorted(packet.pos + packet.size for packet in container.demux(video=0) if packet.size)
     data = path.read_bytes()
-    for whole, length in ((70, ends[69]), (69, ends[69] - 1)):
+    for full, length in ((70, ends[69]), (69, ends[69] - 1)):
         (folder / "cut_at.mp4").write_bytes(data[:length])
-        with pytest.raises(MediaError, match=f"only {whole} of 150 frames"):
+        with pytest.raises(MediaError, match=f"only {full} of 150 frames"):
             media.read_video(folder / "cut_at.mp4")
 
 
 def test_wrong_arguments_are_reported(folder, clip, silent):
-    wav = write_sound(folder / "tone.wav", tone(0.5, 16000), 16000, "pcm_s16le", "s16")
-    empty = write_sound(folder / "none.wav", tone(0, 16000), 16000, "pcm_s16le", "s16")
-    short = write_sound(folder / "short.wav", tone(0.024, 16000), 16000, "pcm_s16le", "s16")
+    wav = write_audio(folder / "tone.wav", tone(0.5, 16000), 16000, "pcm_s16le", "s16")
+    empty = write_audio(folder / "none.wav", tone(0, 16000), 16000, "pcm_s16le", "s16")
+    short = write_audio(folder / "short.wav", tone(0.024, 16000), 16000, "pcm_s16le", "s16")
     pillow.new("RGB", (8, 8)).save(folder / "small.png")
     cases = [
         (lambda: media.read_video(clip, num_frames=0), "num_frames is 0; it must be at least 1"),
@@ -441,9 +443,9 @@ def test_wrong_arguments_are_reported(folder, clip, silent):
 
 
 def test_a_wav_with_nan_values_is_refused(folder):
-    sound = tone(0.5, 16000)
-    sound[1, 4000] = np.nan
-    path = write_sound(folder / "nan.wav", sound, 16000, "pcm_f32le", "flt")
+    audio_samples = tone(0.5, 16000)
+    audio_samples[1, 4000] = np.nan
+    path = write_audio(folder / "nan.wav", audio_samples, 16000, "pcm_f32le", "flt")
     with pytest.raises(MediaError, match="not finite"):
         media.read_audio(path)
 
@@ -453,7 +455,7 @@ def test_importing_media_imports_nothing_heavy():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"
 
 
-# ------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------ images
 
 
 def test_normalize_subtracts_mean_and_divides_by_std():

@@ -1,4 +1,4 @@
-"""Audio files → waveforms and mel clips: what is decoded, what is lost, what is kept in memory."""
+"""Audio files as waveforms and mel clips: decoding, lost packets, and memory."""
 
 import re
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from media_fixtures import run_and_measure, tone, write_sound, write_video
+from media_fixtures import run_and_measure, tone, write_audio, write_video
 
 from vllama_jax import media
 from vllama_jax.errors import MediaError
@@ -19,7 +19,7 @@ CODECS = {
     "flac.mka": ("flac", "s16"),
     "alac.m4a": ("alac", "s16p"),
     "aac.m4a": ("aac", "fltp"),
-    "aac.aac": ("aac", "fltp"),  # declares no length
+    "aac.aac": ("aac", "fltp"),  # declares no duration
     "aac.ts": ("aac", "fltp"),
     "mp3.mp3": ("libmp3lame", "fltp"),
     "opus.ogg": ("libopus", "flt"),
@@ -27,7 +27,7 @@ CODECS = {
 
 
 def _sweep(seconds: float, rate: int, channels: int = 2) -> np.ndarray:
-    """[channels, n]: no two moments sound alike."""
+    """Return audio [channels, n] that differs at any two times."""
     time = np.arange(round(seconds * rate)) / rate
     return np.stack([0.4 * np.sin(2 * np.pi * (300 + 90 * time) * (channel + 1) * time) for channel in range(channels)])
 
@@ -44,27 +44,27 @@ def _packets(path: Path) -> list[av.Packet]:
 @pytest.mark.parametrize("seconds", [1.0, 12.0])
 def test_streamed_mel_clips_equal_those_of_the_full_waveform(tmp_path, name, seconds):
     rate = 48000 if name.startswith("opus") else 44100
-    path = write_sound(tmp_path / name, _sweep(seconds, rate), rate, *CODECS[name])
-    whole, clips = media.read_audio(path), media.read_audio(path, num_clips=8)
-    np.testing.assert_array_equal(clips.mel, media.mel_clips(whole.waveform, rate))
-    assert (clips.waveform, clips.sample_rate, clips.report) == (None, rate, whole.report)
-    assert media.read_media(path, num_clips=8).report == whole.report
+    path = write_audio(tmp_path / name, _sweep(seconds, rate), rate, *CODECS[name])
+    full, clips = media.read_audio(path), media.read_audio(path, num_clips=8)
+    np.testing.assert_array_equal(clips.mel, media.mel_clips(full.waveform, rate))
+    assert (clips.waveform, clips.sample_rate, clips.report) == (None, rate, full.report)
+    assert media.read_media(path, num_clips=8).report == full.report
 
 
 @pytest.mark.parametrize("claim", [0, 5, 1000])
 def test_a_wrong_declared_duration_changes_nothing(tmp_path, monkeypatch, claim):
-    """The container's length only says where clips may be."""
-    path = write_sound(tmp_path / "a.m4a", _sweep(12, 16000), 16000, "aac", "fltp")
+    """The container's duration only determines where clips can be."""
+    path = write_audio(tmp_path / "a.m4a", _sweep(12, 16000), 16000, "aac", "fltp")
     expected = media.read_audio(path, num_clips=8)
     monkeypatch.setattr(audio_decoder.AudioDecoder, "_declared_samples", lambda self: claim * 16000)
-    again = media.read_audio(path, num_clips=8)
-    np.testing.assert_array_equal(again.mel, expected.mel)
-    assert again.report == expected.report
+    reread = media.read_audio(path, num_clips=8)
+    np.testing.assert_array_equal(reread.mel, expected.mel)
+    assert reread.report == expected.report
 
 
 def test_packets_with_wrong_durations_change_nothing(tmp_path, monkeypatch):
-    """Packets of independent codecs are skipped only as long as their durations are right."""
-    path = write_sound(tmp_path / "a.flac", _sweep(30, 16000), 16000, "flac", "s16")
+    """Packets of independent codecs are skipped only while their durations are correct."""
+    path = write_audio(tmp_path / "a.flac", _sweep(30, 16000), 16000, "flac", "s16")
     expected = media.read_audio(path, num_clips=8).mel
     length_of, asked = audio_decoder.AudioDecoder._packet_length, []
 
@@ -77,7 +77,7 @@ def test_packets_with_wrong_durations_change_nothing(tmp_path, monkeypatch):
 
 
 def test_packets_that_no_clip_needs_are_not_decoded(tmp_path, monkeypatch):
-    path = write_sound(tmp_path / "a.flac", tone(120, 16000), 16000, "flac", "s16")
+    path = write_audio(tmp_path / "a.flac", tone(120, 16000), 16000, "flac", "s16")
     decoded, take = [], audio_decoder.AudioDecoder._keep_samples
     monkeypatch.setattr(
         audio_decoder.AudioDecoder,
@@ -89,18 +89,19 @@ def test_packets_that_no_clip_needs_are_not_decoded(tmp_path, monkeypatch):
 
 
 def test_mel_clips_of_a_video_and_of_a_segment(tmp_path):
-    path = write_video(tmp_path / "a.mp4", 150, sound=_sweep(6, 44100).astype("f4"), rate=44100)
-    whole, clips = media.read_video(path), media.read_video(path, num_clips=4)
-    assert (clips.waveform, clips.report) == (None, whole.report)
-    np.testing.assert_array_equal(clips.mel, media.mel_clips(whole.waveform, 44100, 4))
-    part, clips = media.read_segment(path, 1.5, 5.0), media.read_segment(path, 1.5, 5.0, num_clips=8)
-    np.testing.assert_array_equal(clips.mel, media.mel_clips(part.waveform, 44100))
+    path = write_video(tmp_path / "a.mp4", 150, waveform=_sweep(6, 44100).astype("f4"), rate=44100)
+    full, clips = media.read_video(path), media.read_video(path, num_clips=4)
+    assert (clips.waveform, clips.report) == (None, full.report)
+    np.testing.assert_array_equal(clips.mel, media.mel_clips(full.waveform, 44100, 4))
+    segment, clips = media.read_segment(path, 1.5, 5.0), media.read_segment(path, 1.5, 5.0, num_clips=8)
+    np.testing.assert_array_equal(clips.mel, media.mel_clips(segment.waveform, 44100))
     assert media.read_video(path, num_clips=4, audio=False).mel is None
 
 
 def _peaks_of_reading(path: Path) -> tuple[float, float]:
-    """Peak memory of reading mel clips in a process of its own, in MB: of a second of audio, which imports what is
-    needed, and of a whole file.
+    """Return the peak memory in MB of reading mel clips in a separate process.
+
+    The first is for one second of audio, which includes all imports, and the second for a complete file.
     """
     code = (
         "import sys, vllama_jax.media as media\nfor path in sys.argv[1:]: media.read_media(path, num_clips=8); peak()"
@@ -111,7 +112,7 @@ def _peaks_of_reading(path: Path) -> tuple[float, float]:
 
 
 def _write_silence(path: Path, seconds: int) -> Path:
-    """Six channels at 48 kHz: FLAC compresses silence to next to nothing."""
+    """Write six channels of silence at 48 kHz, which FLAC compresses to almost nothing."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("flac", rate=48000, layout="5.1", format="s16")
         silence = np.zeros((1, 6 * 48000), np.int16)
@@ -124,7 +125,7 @@ def _write_silence(path: Path, seconds: int) -> Path:
 
 
 def test_memory_does_not_grow_with_the_length_of_the_audio(tmp_path):
-    """The waveform of 3 minutes takes 207 MB; 8 clips of 2 s, a second more each and the resampler's work 60."""
+    """The waveform of 3 minutes takes 207 MB; 8 clips of 2 s with one second more each, and the resampler, take 60."""
     before, peak = _peaks_of_reading(_write_silence(tmp_path / "long.flac", seconds=180))
     assert peak - before < 100
 
@@ -141,7 +142,7 @@ def test_memory_of_90_minutes_of_audio_is_bounded(tmp_path):
 
 
 def test_concatenated_mp3_files_lose_one_packet(tmp_path):
-    one = write_sound(tmp_path / "one.mp3", _sweep(2, 44100), 44100, "libmp3lame", "fltp").read_bytes()
+    one = write_audio(tmp_path / "one.mp3", _sweep(2, 44100), 44100, "libmp3lame", "fltp").read_bytes()
     (tmp_path / "joined.mp3").write_bytes(one + one)
     for read in (media.read_audio(tmp_path / "joined.mp3"), media.read_media(tmp_path / "joined.mp3", num_clips=8)):
         assert re.fullmatch(
@@ -163,32 +164,32 @@ TAGS = {
 
 @pytest.mark.parametrize("name", TAGS)
 def test_mp3_tags_do_not_count_as_lost_audio(tmp_path, name):
-    path = write_sound(tmp_path / "plain.mp3", _sweep(2, 44100), 44100, "libmp3lame", "fltp")
+    path = write_audio(tmp_path / "plain.mp3", _sweep(2, 44100), 44100, "libmp3lame", "fltp")
     plain = media.read_audio(path).waveform
     (tmp_path / "tagged.mp3").write_bytes(TAGS[name](path.read_bytes()))
     read = media.read_audio(tmp_path / "tagged.mp3")
     np.testing.assert_array_equal(read.waveform[:, : plain.shape[1]], plain)
-    assert read.waveform.shape[1] - plain.shape[1] < 1152  # a packet at most
+    assert read.waveform.shape[1] - plain.shape[1] < 1152  # at most one packet
     assert read.report.audio == "used"
 
 
 @pytest.mark.parametrize("name", ["aac.m4a", "aac.ts", "aac.mka", "flac.flac", "mp3.mp3", "opus.ogg"])
 def test_a_corrupt_packet_loses_only_itself(tmp_path, name):
     codec, sample_format = {"aac.mka": ("aac", "fltp")}.get(name) or CODECS[name]
-    path = write_sound(tmp_path / name, _sweep(5, 48000), 48000, codec, sample_format)
-    whole = media.read_audio(path).waveform
+    path = write_audio(tmp_path / name, _sweep(5, 48000), 48000, codec, sample_format)
+    full = media.read_audio(path).waveform
     data, packet = bytearray(path.read_bytes()), _packets(path)[30]
     data[packet.pos + 20 : packet.pos + packet.size] = np.random.default_rng(0).bytes(packet.size - 20)
     path.write_bytes(data)
     read = media.read_audio(path)
     assert read.report.audio == "used"
-    kept = 0.75 if name == "opus.ogg" else 0.95  # a page of Ogg holds a second
-    assert kept < read.waveform.shape[1] / whole.shape[1] < 1.05
+    kept = 0.75 if name == "opus.ogg" else 0.95  # a page of Ogg contains one second
+    assert kept < read.waveform.shape[1] / full.shape[1] < 1.05
     assert media.read_audio(path, num_clips=8).mel.shape == (8, 128, 204)
 
 
 def test_too_many_lost_packets_are_an_error_with_the_timestamp(tmp_path):
-    path = write_sound(tmp_path / "a.m4a", _sweep(5, 48000), 48000, "aac", "fltp")
+    path = write_audio(tmp_path / "a.m4a", _sweep(5, 48000), 48000, "aac", "fltp")
     data, packets = bytearray(path.read_bytes()), _packets(path)
     for packet in packets[100:150]:
         data[packet.pos : packet.pos + packet.size] = b"\xff" * packet.size
@@ -201,7 +202,7 @@ def test_too_many_lost_packets_are_an_error_with_the_timestamp(tmp_path):
 
 
 def _wav(rate: int, channels: int, samples: int, bits: int = 16) -> bytes:
-    """A WAV of zeros that declares what it is told to."""
+    """Return a WAV of zeros with these declarations."""
     block = channels * bits // 8 % 65536
     form = b"".join(n.to_bytes(size, "little") for n, size in ((1, 2), (channels, 2), (rate, 4)))
     form += (rate * block % 2**32).to_bytes(4, "little") + block.to_bytes(2, "little") + bits.to_bytes(2, "little")
@@ -229,10 +230,10 @@ def test_invalid_declarations_are_a_one_line_error(tmp_path, rate, channels, bit
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -1e30, 1e300])
 def test_non_finite_and_huge_values_are_a_one_line_error(tmp_path, value):
-    """Also where a waveform's sum would be finite."""
-    sound = tone(3, 16000).astype(np.float64)
-    sound[1, 20000] = value
-    path = write_sound(tmp_path / "a.wav", sound, 16000, "pcm_f64le", "dbl")
+    """Also where the sum of a waveform is finite."""
+    audio_samples = tone(3, 16000).astype(np.float64)
+    audio_samples[1, 20000] = value
+    path = write_audio(tmp_path / "a.wav", audio_samples, 16000, "pcm_f64le", "dbl")
     for num_clips in (None, 8):
         with pytest.raises(MediaError, match=r"cannot be used: it contains values that are not finite or above 1e9"):
             media.read_audio(path, num_clips)
@@ -253,7 +254,7 @@ def test_the_shortest_audio_is_one_mel_window(tmp_path, samples):
 
 @pytest.mark.parametrize("rate", [8000, 44100, 48000, 96000])
 def test_the_shortest_audio_at_other_sample_rates(rate):
-    """The length counts at 16 kHz, rounded up."""
+    """The length is counted in samples at 16 kHz, rounded up."""
     assert media.mel_clips(np.zeros((1, rate // 40), np.float32), rate).shape == (8, 128, 204)
     with pytest.raises(MediaError, match="too short"):
         media.mel_clips(np.zeros((1, rate // 40 - rate // 8000), np.float32), rate)
@@ -266,16 +267,16 @@ def test_the_shortest_audio_at_other_sample_rates(rate):
 @pytest.mark.parametrize("layout", ["mono", "5.1", "7.1"])
 def test_every_sample_format_and_layout_is_read(tmp_path, codec, sample_format, tolerance, layout):
     channels = av.AudioLayout(layout).nb_channels
-    sound = tone(0.5, 16000, channels) * np.linspace(0.1, 1, channels)[:, None].astype("f4")
+    audio_samples = tone(0.5, 16000, channels) * np.linspace(0.1, 1, channels)[:, None].astype("f4")
     ending = "caf" if codec == "pcm_f32be" else "wav"
-    path = write_sound(tmp_path / f"a.{ending}", sound, 16000, codec, sample_format, layout=layout)
-    np.testing.assert_allclose(media.read_audio(path).waveform, sound, atol=tolerance, rtol=0)
+    path = write_audio(tmp_path / f"a.{ending}", audio_samples, 16000, codec, sample_format, layout=layout)
+    np.testing.assert_allclose(media.read_audio(path).waveform, audio_samples, atol=tolerance, rtol=0)
 
 
 def test_a_changing_sample_rate_is_an_error_with_the_timestamp(tmp_path):
-    parts = [
-        write_sound(tmp_path / f"{rate}.mp3", _sweep(2, rate), rate, "libmp3lame", "fltp") for rate in (44100, 48000)
+    files = [
+        write_audio(tmp_path / f"{rate}.mp3", _sweep(2, rate), rate, "libmp3lame", "fltp") for rate in (44100, 48000)
     ]
-    (tmp_path / "a.mp3").write_bytes(b"".join(part.read_bytes() for part in parts))
+    (tmp_path / "a.mp3").write_bytes(b"".join(segment.read_bytes() for segment in files))
     with pytest.raises(MediaError, match=r"its sample rate or number of channels changes at 2\.\d s"):
         media.read_audio(tmp_path / "a.mp3", num_clips=8)

@@ -1,4 +1,4 @@
-"""Files that another program replaces while they are read: the second reading finds no stream of the kind."""
+"""Files that another program replaces while they are read: the second pass finds no stream of that type."""
 
 import wave
 

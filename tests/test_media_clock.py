@@ -1,4 +1,4 @@
-"""Video and audio share one clock: start times, joined files, variable frame rates, durations of last frames."""
+"""Video and audio share one clock: start times, concatenated files, variable frame rates, durations of last frames."""
 
 from fractions import Fraction
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from media_fixtures import FPS, SIDE, numbered_frame, numbers_of, tone, write_video
+from media_fixtures import FPS, SIDE, decode_frame_numbers, numbered_frame, tone, write_video
 from PIL import Image as pillow
 
 from vllama_jax import media
@@ -16,7 +16,7 @@ VP8 = {"deadline": "realtime", "cpu-used": "8"}
 
 
 def write_offset(path: Path, video_start: float = 0.0, audio_start: float = 0.0, gap: float = 0.0) -> Path:
-    """A 4 s video of numbered frames, and audio of PITCHES whose second half begins `gap` seconds late."""
+    """Write a 4 s video of numbered frames, with audio of PITCHES whose second half starts `gap` seconds late."""
     matroska, flv = path.suffix in (".mkv", ".webm"), path.suffix == ".flv"
     with av.open(str(path), "w") as container:
         video = container.add_stream("libx264", rate=FPS, options={"preset": "ultrafast", "bf": "0" if flv else "2"})
@@ -49,7 +49,7 @@ def _as_s16(frame: av.AudioFrame) -> av.AudioFrame:
 
 
 def pitch(video: media.Video, start: float, end: float) -> int:
-    """The pitch of a part of a segment's audio, rounded to tens of Hz; 0 for silence."""
+    """Return the pitch of a section of a segment's audio, rounded to 10 Hz; 0 for silence."""
     samples = video.waveform[0, round(start * video.sample_rate) : round(end * video.sample_rate)]
     assert len(samples) == round((end - start) * video.sample_rate)
     if np.abs(samples).max() < 0.01:
@@ -63,25 +63,27 @@ def test_late_audio_is_preceded_by_silence(tmp_path, ending):
     path = write_offset(tmp_path / f"late.{ending}", audio_start=2.0)
     read = [media.read_segment(path, start, start + 0.6, size=64) for start in (2.2, 3.2)]
     assert [pitch(segment, 0.0, 0.6) for segment in read] == [300, 600]
-    assert numbers_of(read[0].frames)[0] == 55
+    assert decode_frame_numbers(read[0].frames)[0] == 55
     silence = media.read_segment(path, 0.0, 1.0, size=64)
     assert (pitch(silence, 0.0, 1.0), silence.report.audio) == (0, "used")
     both = media.read_segment(path, 1.5, 2.5, size=64)
     assert (pitch(both, 0.0, 0.4), pitch(both, 0.6, 1.0)) == (0, 300)
-    assert pitch(media.read_video(path, size=64), 0.1, 0.9) == 300  # a whole file's audio begins with its first sample
+    assert pitch(media.read_video(path, size=64), 0.1, 0.9) == 300  # audio starts at its first sample
 
 
 @pytest.mark.parametrize("ending", ["mp4", "mkv", "ts", "flv"])
 def test_late_video_keeps_its_timestamps(tmp_path, ending):
     path = write_offset(tmp_path / f"late.{ending}", video_start=2.0)
     segment = media.read_segment(path, 2.2, 3.2, num_frames=5, size=64)
-    assert numbers_of(segment.frames) == [5, 10, 15, 20, 25]
+    assert decode_frame_numbers(segment.frames) == [5, 10, 15, 20, 25]
     np.testing.assert_allclose(segment.timestamps, [0.0, 0.2, 0.4, 0.6, 0.8], atol=0.025)
     assert pitch(segment, 0.0, 0.7) == 900
-    assert numbers_of(media.read_segment(path, 0.0, 1.0, size=64).frames) == [0]  # none is there yet: the first
-    whole = media.read_video(path, num_frames=2, size=64)
-    np.testing.assert_allclose(whole.timestamps, [2.0, 4.0], atol=0.025)
-    assert whole.duration == pytest.approx(6.0, abs=0.025)
+    assert decode_frame_numbers(media.read_segment(path, 0.0, 1.0, size=64).frames) == [
+        0
+    ]  # the first one: none is shown yet
+    full = media.read_video(path, num_frames=2, size=64)
+    np.testing.assert_allclose(full.timestamps, [2.0, 4.0], atol=0.025)
+    assert full.duration == pytest.approx(6.0, abs=0.025)
 
 
 def test_a_gap_in_the_audio_is_silence(tmp_path):
@@ -91,22 +93,22 @@ def test_a_gap_in_the_audio_is_silence(tmp_path):
 
 def test_frames_and_audio_are_the_same_with_and_without_the_other(tmp_path):
     path = write_offset(tmp_path / "late.mp4", video_start=2.0)
-    deaf = media.read_segment(path, 2.2, 3.2, size=64, audio=False)
-    heard = media.read_segment(path, 2.2, 3.2, size=64)
-    np.testing.assert_array_equal(deaf.frames, heard.frames)
-    assert deaf.timestamps.tolist() == heard.timestamps.tolist()
+    without_audio = media.read_segment(path, 2.2, 3.2, size=64, audio=False)
+    with_audio = media.read_segment(path, 2.2, 3.2, size=64)
+    np.testing.assert_array_equal(without_audio.frames, with_audio.frames)
+    assert without_audio.timestamps.tolist() == with_audio.timestamps.tolist()
 
 
 @pytest.mark.parametrize("copies", [2, 3])
 def test_concatenated_transport_streams_are_read(tmp_path, copies):
     one = write_offset(tmp_path / "one.ts").read_bytes()
     (tmp_path / "joined.ts").write_bytes(one * copies)
-    whole = media.read_video(tmp_path / "joined.ts", num_frames=4 * copies, size=64)
-    np.testing.assert_allclose(whole.timestamps, np.arange(4 * copies), atol=1e-6)
-    assert whole.duration == pytest.approx(4.0 * copies)
-    assert numbers_of(whole.frames) == [0, 25, 50, 75] * copies
+    full = media.read_video(tmp_path / "joined.ts", num_frames=4 * copies, size=64)
+    np.testing.assert_allclose(full.timestamps, np.arange(4 * copies), atol=1e-6)
+    assert full.duration == pytest.approx(4.0 * copies)
+    assert decode_frame_numbers(full.frames) == [0, 25, 50, 75] * copies
     last = media.read_segment(tmp_path / "joined.ts", 4.0 * copies - 3.0, 4.0 * copies, num_frames=3, size=64)
-    assert numbers_of(last.frames) == [25, 50, 75]
+    assert decode_frame_numbers(last.frames) == [25, 50, 75]
     assert [pitch(last, start, start + 0.8) for start in (0.1, 1.1)] == [600, 900]
 
 
@@ -115,11 +117,11 @@ def test_a_transport_stream_that_starts_late_starts_at_zero(tmp_path):
     for path in (plain, late):
         video = media.read_video(path, num_frames=4, size=64)
         assert video.timestamps.tolist() == [0.0, 1.0, 2.0, 3.0]
-        assert numbers_of(media.read_segment(path, 2.0, 3.0, num_frames=1, size=64).frames) == [50]
+        assert decode_frame_numbers(media.read_segment(path, 2.0, 3.0, num_frames=1, size=64).frames) == [50]
 
 
 def write_timed(path: Path, times: list[float], codec: str = "libx264", rate: int = FPS) -> Path:
-    """A video of numbered frames that are shown at the given times."""
+    """Write a video of numbered frames with the given timestamps."""
     options = {"preset": "ultrafast"} if codec == "libx264" else VP8
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=rate, options=options)
@@ -134,17 +136,17 @@ def write_timed(path: Path, times: list[float], codec: str = "libx264", rate: in
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.mkv", "a.webm"])
 def test_a_variable_frame_rate_keeps_timestamps(tmp_path, name):
-    """25 frames a second for 2 s, then one a second."""
+    """25 frames per second for 2 s, then one per second."""
     times = [number / 25 for number in range(50)] + [2.0, 3.0, 4.0, 5.0, 6.0, 7.0]
     path = write_timed(tmp_path / name, times, "libvpx" if name.endswith("webm") else "libx264")
     video = media.read_video(path, size=64)
-    assert numbers_of(video.frames) == list(range(0, 56, 7))  # which frames does not depend on their times
+    assert decode_frame_numbers(video.frames) == list(range(0, 56, 7))  # frame sampling does not depend on timestamps
     np.testing.assert_allclose(video.timestamps, np.arange(8) * 0.28, atol=0.001)
     segment = media.read_segment(path, 3.5, 7.0, size=64)
-    assert numbers_of(segment.frames) == [52, 53, 54]
+    assert decode_frame_numbers(segment.frames) == [52, 53, 54]
     np.testing.assert_allclose(segment.timestamps, [0.5, 1.5, 2.5], atol=0.001)
     assert segment.duration == 3.5
-    assert numbers_of(media.read_segment(path, 3.4, 3.6, size=64).frames) == [51]  # the one on the screen
+    assert decode_frame_numbers(media.read_segment(path, 3.4, 3.6, size=64).frames) == [51]  # shown at that time
 
 
 @pytest.mark.parametrize("factor", [1.2, 1.5, 1.9])
@@ -157,7 +159,7 @@ def test_a_declared_frame_rate_that_is_too_high_is_ignored(tmp_path, factor):
     np.testing.assert_allclose(video.timestamps, np.arange(8) * factor * 10 / rate, atol=0.001)
     assert video.duration == pytest.approx(80 * factor / rate, abs=0.01)
     segment = media.read_segment(path, 2.0, 4.0, num_frames=1, size=64)
-    assert numbers_of(segment.frames) == [np.ceil(2.0 * rate / factor - 0.1)]
+    assert decode_frame_numbers(segment.frames) == [np.ceil(2.0 * rate / factor - 0.1)]
 
 
 @pytest.mark.parametrize("ending", ["gif", "png"])
@@ -174,6 +176,6 @@ def test_the_last_frame_of_an_animation_has_a_duration_of_its_own(tmp_path, endi
 
 
 def test_timestamps_at_a_constant_rate_are_index_over_rate(tmp_path):
-    """As in the original, and not what Matroska's milliseconds make of them."""
-    path = write_video(tmp_path / "a.mkv", num_frames=60, sound=tone(2.4, 16000))
+    """As in the original, and not rounded to Matroska's milliseconds."""
+    path = write_video(tmp_path / "a.mkv", num_frames=60, waveform=tone(2.4, 16000))
     assert media.read_video(path, size=64).timestamps.tolist() == (media.frame_indices(60, 8) / FPS).tolist()

@@ -1,4 +1,4 @@
-"""Image files → RGB: resizing, bits, orientation, sizes, warnings."""
+"""Image files as RGB: resizing, bit depths, orientation, sizes, warnings."""
 
 import hashlib
 import struct
@@ -24,7 +24,7 @@ def _noise(height: int, width: int, channels: int = 3) -> np.ndarray:
 
 
 def _cubic(length: int, size: int) -> np.ndarray:
-    """[size, length]: Pillow's bicubic filter (a = -0.5), stretched by the scale where it shrinks."""
+    """Return Pillow's bicubic filter (a = -0.5) as a matrix [size, length], widened by the scale for reduction."""
     scale = length / size
     stretch = max(scale, 1)
     centers = (np.arange(size)[:, None] + 0.5) * scale
@@ -38,7 +38,7 @@ def _cubic(length: int, size: int) -> np.ndarray:
 
 @pytest.mark.parametrize(("height", "width"), [(50, 80), (300, 40), (30, 300), (500, 224), (224, 100), (7, 5)])
 def test_images_are_resized_by_width_and_then_by_height(tmp_path, height, width):
-    """With a rounding to 8 bits in between: the order is seen in the result."""
+    """Values are rounded to 8 bits in between, so the order affects the result."""
     pixels = _noise(height, width)
     pillow.fromarray(pixels).save(tmp_path / "a.png")
     wide = np.clip(np.einsum("hwc,sw->hsc", pixels, _cubic(width, 224)) + 0.5, 0, 255).astype(np.uint8)
@@ -79,7 +79,7 @@ def test_transparency_is_dropped(tmp_path):
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
 def test_an_exif_orientation_is_not_applied(tmp_path, orientation, ending):
-    """As in the original, turned (3, 6, 8) or mirrored (2, 4, 5, 7)."""
+    """As in the original, for rotated (3, 6, 8) and mirrored (2, 4, 5, 7) images."""
     image = pillow.fromarray(_noise(20, 30))
     exif = pillow.Exif()
     exif[0x0112] = orientation
@@ -90,7 +90,7 @@ def test_an_exif_orientation_is_not_applied(tmp_path, orientation, ending):
 
 
 def _tiff(path: Path, values: np.ndarray, sample_format: int, photometric: int = 1, order: str = "<") -> Path:
-    """An uncompressed gray TIFF of any type. sample_format: 1 unsigned, 2 signed, 3 floating point."""
+    """Write an uncompressed gray TIFF of any type; sample_format is 1 (unsigned), 2 (signed) or 3 (float)."""
     height, width = values.shape
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
     entries = {256: width, 257: height, 258: 8 * values.itemsize, 259: 1, 262: photometric, 273: 134, 277: 1}
@@ -143,7 +143,7 @@ def test_sixteen_bit_gray_keeps_the_upper_eight_bits(tmp_path, ending):
 
 
 def test_dark_gray_images_stay_dark(tmp_path):
-    """Values are scaled by the range of their type, not to the full range."""
+    """Values are scaled by the range of their type, not by their own maximum."""
     path = _tiff(tmp_path / "a.tif", np.full((32, 32), 300, np.int32), 2)
     assert (media.read_image(path, size=32) == 1).all()
     path = _tiff(tmp_path / "a.tif", np.full((32, 32), -5, np.int32), 2)
@@ -186,7 +186,7 @@ def _webp(kind: bytes, head: bytes) -> bytes:
 
 LARGE = {
     "a.png": _png(178_000_000, 1),
-    "b.png": _png(1, 300_000),  # its pixels are few, but 224 columns of this height are not
+    "b.png": _png(1, 300_000),  # few pixels, but 224 columns of this height are not
     "c.png": _png(300_000, 1),
     "a.webp": _webp(b"VP8L", b"\x2f" + struct.pack("<I", 16382 | 10899 << 14) + bytes(8)),
     "b.webp": _webp(b"VP8X", bytes(4) + (16382).to_bytes(3, "little") + (10899).to_bytes(3, "little")),
@@ -235,13 +235,13 @@ def test_pillows_warnings_are_not_shown(tmp_path, make):
         warnings.simplefilter("always")
         with pillow.open(path) as image:
             image.convert("RGB")
-        assert shown  # by Pillow itself
+        assert shown  # from Pillow itself
         shown.clear()
         media.read_media(path)
         assert not shown
         with pillow.open(path) as image:
             image.convert("RGB")
-        assert shown  # what the user asks Pillow is not our concern
+        assert shown  # warnings of the user's own use of Pillow are not suppressed
 
 
 def test_warnings_are_restored_when_threads_read_at_once(tmp_path):

@@ -1,4 +1,4 @@
-"""Resampling and mel features against their definitions, and all that media reads against the original's values."""
+"""Resampling and mel features compared with their definitions, and all media values compared with the original's."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ CLIPS = ("birthday", "dog_barking", "boat", "silence_girl")
 
 
 def _interpolate(waveform: np.ndarray, rate: int) -> np.ndarray:
-    """Band-limited interpolation at 16 kHz by its definition: every output a sum over every input, in float64."""
+    """Interpolate at 16 kHz by definition: every output is a sum over all inputs, in float64."""
     count = int(np.ceil(waveform.shape[1] * 16000 / rate))
     base = min(rate, 16000) * 0.99
     x = (np.arange(waveform.shape[1]) / rate - np.arange(count)[:, None] / 16000) * base
@@ -28,19 +28,19 @@ def test_resampling_is_a_windowed_sinc(rate):
     expected = waveform if rate == 16000 else _interpolate(waveform, rate)
     resampled = mel_module.resample(waveform, rate)
     assert resampled.shape == expected.shape
-    np.testing.assert_allclose(resampled, expected, atol=3e-4)  # torchaudio's float32 kernels, which we keep, cost this
+    np.testing.assert_allclose(resampled, expected, atol=3e-4)  # float32 error of torchaudio's kernels
 
 
 @pytest.mark.parametrize("rate", [8000, 44100, 48000])
 def test_resampling_a_section_equals_that_section_of_the_full_waveform(rate):
     waveform = np.random.default_rng(0).uniform(-1, 1, (2, rate)).astype(np.float32)
-    whole = mel_module.resample(waveform, rate)
+    full = mel_module.resample(waveform, rate)
     for start, stop in ((0, 50), (1, 2), (7777, 9000), (15000, 99999)):
-        np.testing.assert_array_equal(mel_module.resample(waveform, rate, start, stop), whole[:, start:stop])
+        np.testing.assert_array_equal(mel_module.resample(waveform, rate, start, stop), full[:, start:stop])
 
 
 def test_long_audio_is_resampled_only_where_clips_are():
-    """20 minutes would be 77 MB at 16 kHz."""
+    """At 16 kHz, 20 minutes take 77 MB."""
     media.mel_clips(np.zeros((1, 44100), np.float32), 44100)
     long = np.broadcast_to(np.float32(0.1), (1, 20 * 60 * 44100))
     tracemalloc.start()
@@ -59,17 +59,17 @@ def test_clip_starts_are_evenly_spaced():
 
 @pytest.mark.filterwarnings("ignore:At least one mel filter")
 def test_mel_spectrograms_equal_kaldi():
-    """Against transformers' own Kaldi imitation, with its triangles."""
+    """Compare with transformers' implementation of Kaldi and its mel filters."""
     utils = pytest.importorskip("transformers.audio_utils")
     triangles = utils.mel_filter_bank(
         257, 128, 20, 8000, 16000, norm=None, mel_scale="kaldi", triangularize_in_mel_space=True
     )
     np.testing.assert_allclose(mel_module.mel_filters().T, triangles[:256], atol=1e-6)
     rng = np.random.default_rng(0)
-    sound = rng.normal(0, 0.1, (2, 40000)).astype(np.float32)
-    mel = media.mel_clips(sound, 16000, num_clips=2)
+    samples = rng.normal(0, 0.1, (2, 40000)).astype(np.float32)
+    mel = media.mel_clips(samples, 16000, num_clips=2)
     for features, start in zip(mel, (0, 4000), strict=True):
-        clip = sound[:, start : start + 32000]
+        clip = samples[:, start : start + 32000]
         log_mel = utils.spectrogram(
             clip[0] - clip.mean(),
             utils.window_function(400, "hann", periodic=False),
@@ -86,17 +86,17 @@ def test_mel_spectrograms_equal_kaldi():
         )
         assert log_mel.shape == (128, 198)
         np.testing.assert_allclose(features[:, :198] * 9.138 - 4.268, log_mel, atol=1e-4)
-        np.testing.assert_allclose(features[:, 198:], 4.268 / 9.138, atol=1e-6)  # zero before normalisation
+        np.testing.assert_allclose(features[:, 198:], 4.268 / 9.138, atol=1e-6)  # zero before standardization
 
 
 def test_mel_takes_the_first_channel_and_the_mean_of_all():
     rng = np.random.default_rng(0)
-    sound = rng.normal(0, 0.1, (2, 32000)).astype(np.float32)
-    other = sound.copy()
+    samples = rng.normal(0, 0.1, (2, 32000)).astype(np.float32)
+    other = samples.copy()
     other[1] = rng.permutation(other[1])
-    kept = sound.copy()
-    np.testing.assert_allclose(media.mel_clips(sound, 16000), media.mel_clips(other, 16000), atol=1e-5)
-    np.testing.assert_array_equal(sound, kept)
+    kept = samples.copy()
+    np.testing.assert_allclose(media.mel_clips(samples, 16000), media.mel_clips(other, 16000), atol=1e-5)
+    np.testing.assert_array_equal(samples, kept)
 
 
 def test_silence_gives_the_mel_floor():
@@ -104,7 +104,7 @@ def test_silence_gives_the_mel_floor():
     np.testing.assert_allclose(mel[:, :, :198] * 9.138 - 4.268, -15.942385, atol=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------ the original's values
+# ------------------------------------------------------------------------------------------------ golden values
 
 
 @pytest.mark.parametrize("name", CLIPS)
@@ -139,7 +139,7 @@ def test_image_pixels_equal_the_golden_values(shared, golden):
 
 
 def _undisturbed(starts: np.ndarray) -> np.ndarray:
-    """[8, 204]: mel frames that straddle no earlier clip's end, where the original's mean subtraction leaves a step."""
+    """Mark the mel frames [8, 204] that no earlier clip's end crosses, where the original has a step."""
     clean = np.ones((len(starts), 204), bool)
     for clip, start in enumerate(starts):
         for end in starts[:clip] + 32000 - start:
@@ -169,7 +169,7 @@ def test_audio_features_equal_the_golden_values(shared, golden, name):
 
 @pytest.mark.parametrize("name", ["dog_barking", "boat"])
 def test_overlapping_clips_equal_the_golden_mel(golden, name):
-    """The original subtracts each clip's mean in place, so that overlapping clips see shifted samples."""
+    """The original subtracts each clip's mean in place, so overlapping clips contain shifted samples."""
     expected = np.load(golden / "media" / f"{name}_audio.npz")
     waveform = expected["waveform_16k"].copy()
     for start, mel in zip(expected["clip_start_sample"], expected["mel"][:, 0], strict=True):

@@ -1,4 +1,4 @@
-"""Truncated files of every container are refused or noted; complete ones, and live recordings, are not."""
+"""Truncated files of every container are refused or noted; complete files and live recordings are not."""
 
 import re
 import struct
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import av
 import pytest
-from media_fixtures import tone, write_sound, write_video
+from media_fixtures import tone, write_audio, write_video
 from PIL import Image as pillow
 
 from vllama_jax import media
@@ -15,7 +15,7 @@ from vllama_jax.media.truncation import find_truncation
 
 VPX = {"codec": "libvpx", "options": {"deadline": "realtime", "cpu-used": "8"}}
 FRAGMENTS = {"muxer": {"movflags": "frag_keyframe+empty_moov"}}
-DECLARED = {  # a size of the whole is declared
+DECLARED = {  # the total size is declared
     "a.mp4": {"muxer": {"movflags": "faststart"}},
     "fragments.mp4": FRAGMENTS,
     "a.mkv": {},
@@ -45,20 +45,20 @@ SOUNDS = {
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("truncation")
-    made = {}
+    result = {}
     for name, settings in (DECLARED | LIVE).items():
-        silent = name.endswith(("avi", "webm", "ivf", "ogg"))  # of containers that do not take AAC, or do not need it
+        silent = name.endswith(("avi", "webm", "ivf", "ogg"))  # containers that cannot contain AAC, or do not need it
         rate = 44100 if name == "a.flv" else 16000
-        sound = None if silent else tone(2, rate)
-        made[name] = write_video(folder / name, num_frames=50, sound=sound, rate=rate, **settings)
+        samples = None if silent else tone(2, rate)
+        result[name] = write_video(folder / name, num_frames=50, waveform=samples, rate=rate, **settings)
     for name, (codec, form) in SOUNDS.items():
-        made[name] = write_sound(folder / name, tone(2, 16000), 16000, codec, form)
+        result[name] = write_audio(folder / name, tone(2, 16000), 16000, codec, form)
     shades = [pillow.effect_noise((40, 30), 20 * step) for step in range(1, 9)]
     for name in ("a.gif", "a.apng"):
-        made[name] = folder / name
+        result[name] = folder / name
         kind = "gif" if name == "a.gif" else "png"
-        shades[0].save(made[name], format=kind, save_all=True, append_images=shades[1:], duration=100)
-    return made
+        shades[0].save(result[name], format=kind, save_all=True, append_images=shades[1:], duration=100)
+    return result
 
 
 def cut(path: Path, folder: Path, share: float) -> Path:
@@ -68,7 +68,7 @@ def cut(path: Path, folder: Path, share: float) -> Path:
 
 
 def read(path: Path) -> str:
-    """What a user is told: the report, or the error."""
+    """Return what a user reads: the report or the error."""
     try:
         return str(media.read_media(path).report)
     except MediaError as error:
@@ -90,7 +90,7 @@ def test_a_truncated_file_is_refused_or_noted(files, tmp_path, name, share):
     outcome = read(path)
     assert re.search("the (file|mp4) is truncated", outcome)
     assert len(outcome.splitlines()) == 1
-    if share < 0.9 or name not in ("a.mp4", "a.avi", "a.mkv", "a.webm"):  # there it is audio or the index
+    if share < 0.9 or name not in ("a.mp4", "a.avi", "a.mkv", "a.webm"):  # what is truncated is audio or the index
         assert outcome.startswith("MediaError: ")
 
 
@@ -112,7 +112,7 @@ def test_a_fragmented_mp4_truncated_in_its_last_fragment(files, tmp_path):
             MediaError, match=r"truncated( and cannot be read|: only \d+ frames could be read) \([\d,]+ of"
         ):
             media.read_video(tmp_path / "cut.mp4", size=64)
-    (tmp_path / "cut.mp4").write_bytes(data[: last + length + 10])  # within the index behind the last fragment
+    (tmp_path / "cut.mp4").write_bytes(data[: last + length + 10])  # within the index after the last fragment
     assert str(media.read_video(tmp_path / "cut.mp4").report).startswith(
         "8 frames of 2.0 s; audio used; the file is truncated after its media: "
     )
@@ -132,10 +132,10 @@ def test_unset_sizes_of_files_written_to_a_pipe_are_accepted(files, tmp_path, si
 
 
 def test_a_declared_duration_that_is_too_long_is_noted(tmp_path):
-    """As browsers' recordings are, once a script has added their duration: the segment's size stays unknown."""
+    """As in browsers' recordings to which a script has added the duration: the segment's size stays unknown."""
     path = write_video(tmp_path / "a.webm", num_frames=100, muxer={"live": "1"}, **VPX)
     data = path.read_bytes()
-    info = data.index(bytes.fromhex("1549a966"), 100)  # the first is a reference to it
+    info = data.index(bytes.fromhex("1549a966"), 100)  # the first match is a reference to it
     with av.open(str(path)) as container:
         assert container.duration is None or container.duration <= 4_000_000
     content = info + 4 + (9 - data[info + 4].bit_length())

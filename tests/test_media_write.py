@@ -1,4 +1,4 @@
-"""Videos written and read again, and what cannot be written."""
+"""Videos are written and read again; invalid input is refused."""
 
 import math
 import tracemalloc
@@ -6,14 +6,14 @@ import tracemalloc
 import av
 import numpy as np
 import pytest
-from media_fixtures import SIDE, numbers_of, tone
+from media_fixtures import SIDE, decode_frame_numbers, tone
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media import read_video, write_video
 
 
 def numbered(count):
-    """`count` RGB frames whose 8 upright stripes are the binary digits of their number."""
+    """Return `count` RGB frames whose 8 vertical stripes are the binary digits of their numbers."""
     stripes = np.arange(count)[:, None] >> np.arange(8) & 1
     columns = np.repeat(stripes, SIDE // 8, axis=1).astype(np.uint8) * 255
     return np.broadcast_to(columns[:, None, :, None], (count, SIDE, SIDE, 3))
@@ -21,32 +21,32 @@ def numbered(count):
 
 @pytest.mark.parametrize("channels", [None, 1, 2])
 def test_written_videos_are_read_back(tmp_path, channels):
-    sound = None if channels is None else tone(4, 16000, channels)
+    samples = None if channels is None else tone(4, 16000, channels)
     path = tmp_path / "clip.mp4"
-    write_video(path, numbered(75), 25, sound)
+    write_video(path, numbered(75), 25, samples)
     video = read_video(path, num_frames=75, size=SIDE)
-    assert numbers_of(video.frames) == list(range(75))
+    assert decode_frame_numbers(video.frames) == list(range(75))
     assert video.timestamps.tolist() == pytest.approx((np.arange(75) / 25).tolist())
     if channels is None:
         assert video.report.audio == "absent"
         return
     assert video.sample_rate == 16000
-    assert abs(video.waveform.shape[1] - sound.shape[1]) <= 2048  # AAC's padding
-    heard = video.waveform[:, : sound.shape[1]]
-    assert heard.shape[0] == channels
-    assert np.abs(heard - sound[:, : heard.shape[1]])[:, 2048:-2048].max() < 0.05
+    assert abs(video.waveform.shape[1] - samples.shape[1]) <= 2048  # AAC's padding
+    decoded = video.waveform[:, : samples.shape[1]]
+    assert decoded.shape[0] == channels
+    assert np.abs(decoded - samples[:, : decoded.shape[1]])[:, 2048:-2048].max() < 0.05
 
 
 def test_writing_is_deterministic(tmp_path):
-    draw, side = np.random.default_rng(0), 96
-    ground = draw.uniform(100, 150, (side, side, 3))
-    frames = [np.clip(ground + draw.normal(0, 8, ground.shape), 0, 255).astype(np.uint8) for _ in range(24)]
+    rng, side = np.random.default_rng(0), 96
+    ground = rng.uniform(100, 150, (side, side, 3))
+    frames = [np.clip(ground + rng.normal(0, 8, ground.shape), 0, 255).astype(np.uint8) for _ in range(24)]
     for number, frame in enumerate(frames):
         frame[30:60, 2 * number : 2 * number + 30] = (200, 20, 20)
     files, kept = [tmp_path / f"{number}.mp4" for number in range(10)], []
     for file in files:
         write_video(file, [frame.copy() for frame in frames], 6, tone(4, 16000))
-        kept.append(np.full(draw.integers(1, 5000), 255, np.uint8))  # so that memory is not laid out alike each time
+        kept.append(np.full(rng.integers(1, 5000), 255, np.uint8))  # so that memory layouts differ
     assert len({file.read_bytes() for file in files}) == 1
 
 

@@ -1,4 +1,4 @@
-"""What `vllama memory` tells: exact for what lies still, and held against XLA's figures for what is at work."""
+"""`vllama memory`: static memory is exact, and temporary memory is compared with XLA's figures."""
 
 import dataclasses
 import json
@@ -33,25 +33,25 @@ SLOW = pytest.mark.slow
 GIGA = 10**9
 CPU = Device("cpu", 16 * GIGA, 1.0, 8, is_host=True)
 ALONE = MeshConfig(data=1)
-AT_WORK = ("gradients", "layers' inputs", "weights at hand", "activations")
-LOW, HIGH = 0.75, 2.0  # the estimate of temporaries is within these multiples of XLA's figure
+TEMPORARY = ("gradients", "saved activations", "gathered weights", "activations")
+LOW, HIGH = 0.75, 2.0  # estimates of temporaries are within these multiples of XLA's figure
 
 
 def config_of(mesh: MeshConfig = ALONE, rows: int = 4, **options) -> TrainConfig:
-    """`rows` samples on each place of the mesh."""
+    """Return a run config with `rows` examples on each shard of the mesh."""
     size = rows * mesh.data * mesh.fsdp
     fields = {"model": "m", "datasets": (DatasetConfig(path="d"),), "steps": 10, "batch_size": size, "mesh": mesh}
     return TrainConfig(**{**fields, **options})
 
 
 def split_need(need: MemoryEstimate) -> tuple[int, int]:
-    """Bytes on a device that are there before and after a step, and those that a step takes beside them."""
-    at_work = sum(need.device[part] for part in AT_WORK)
-    return need.device_total - at_work, at_work
+    """Return the static and the temporary bytes on a device."""
+    temporary = sum(need.device[entry] for entry in TEMPORARY)
+    return need.device_total - temporary, temporary
 
 
 def medium() -> VideoLlamaConfig:
-    """Large enough that activations are no longer those of the pictures alone."""
+    """Return a config large enough for activations to exceed those of the frames."""
     llama = dataclasses.replace(
         LLAMA_7B, width=512, depth=8, num_heads=8, num_kv_heads=8, head_dim=64, mlp_dim=1408, vocab_size=8000
     )
@@ -59,8 +59,8 @@ def medium() -> VideoLlamaConfig:
     return dataclasses.replace(video_llama(llama), vit=vit)
 
 
-# Steps on CPU devices, compiled here, and the estimate of their temporaries as a multiple of jaxlib 0.10's figure.
-# Most of what is estimated for the tiny model on one device are attention scores, of which XLA's CPU code holds a part.
+# Steps compiled here for CPU devices, and the estimate of their temporaries as a multiple of jaxlib 0.10's figure.
+# For the tiny model on one device, most of the estimate is attention scores; XLA's CPU code stores only some of them.
 COMPILED = [
     pytest.param(tiny(), ALONE, 128, {}, 4.38, id="tiny"),
     pytest.param(tiny(), MeshConfig(data=2, fsdp=2, tensor=2), 256, {}, 1.38, id="tiny on 8"),
@@ -86,16 +86,16 @@ COMPILED = [
 def test_step_estimate_matches_compiled_memory(model, mesh, length, options, ratio):
     config = config_of(mesh, compute_dtype="float32", **options)
     devices = jax.devices()[: mesh.data * mesh.fsdp * mesh.tensor]
-    places = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=devices)
-    compiled = compiled_memory(abstract_run(model, config, places, length), places)
-    still, at_work = split_need(estimate.estimate_training(model, "step", config, mesh, CPU, length))
-    assert still == pytest.approx(compiled.argument_size_in_bytes, rel=1e-3)
-    assert at_work / compiled.temp_size_in_bytes == pytest.approx(ratio, rel=0.1)
+    device_mesh = sharding.make_mesh(mesh.data, mesh.fsdp, mesh.tensor, devices=devices)
+    compiled = compiled_memory(abstract_run(model, config, device_mesh, length), device_mesh)
+    static, temporary = split_need(estimate.estimate_training(model, "step", config, mesh, CPU, length))
+    assert static == pytest.approx(compiled.argument_size_in_bytes, rel=1e-3)
+    assert temporary / compiled.temp_size_in_bytes == pytest.approx(ratio, rel=0.1)
 
 
-# Steps compiled for TPUs by libtpu 0.0.52: size, mesh, samples a place, tokens, encoders or not, GB of arguments and of
-# temporaries, and the estimate of the temporaries as a multiple of that. The first seven are this package's own step;
-# the others a prototype in plain JAX of the same shapes.
+# Steps compiled for TPUs by libtpu 0.0.52: size, mesh, examples per shard, tokens, encoders, GB of arguments and of
+# temporaries, and the estimate of temporaries as a multiple of the latter. The first seven are the package's step; the
+# others are a prototype in plain JAX with the same shapes.
 TPUS = [
     ("7b", (1, 16, 1), 4, 128, True, 1.033, 0.644, 1.68),
     ("7b", (1, 16, 1), 4, 512, True, 1.033, 1.275, 1.58),
@@ -124,9 +124,9 @@ def test_step_estimate_matches_tpu_compilations(row):
     mesh = MeshConfig(data=data, fsdp=fsdp, tensor=tensor)
     config = config_of(mesh, rows, data=DataConfig() if encoders else DataConfig(feature_cache="f"))
     need = estimate.estimate_training(SIZES[size](), "step", config, mesh, DEVICES["v5e"], length)
-    still, at_work = split_need(need)
-    assert still == pytest.approx(arguments * GIGA, rel=0.1, abs=0.01 * GIGA)
-    assert at_work / (temporaries * GIGA) == pytest.approx(ratio, abs=0.01)
+    static, temporary = split_need(need)
+    assert static == pytest.approx(arguments * GIGA, rel=0.1, abs=0.01 * GIGA)
+    assert temporary / (temporaries * GIGA) == pytest.approx(ratio, abs=0.01)
 
 
 @pytest.mark.parametrize("scheme", [pytest.param(None, marks=SLOW), pytest.param("int8", marks=SLOW), "int4"])
@@ -136,7 +136,7 @@ def test_chat_estimate_matches_loaded_and_compiled_memory(tiny_model, scheme):
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(network))
     config = open_model(tiny_model).config
     need = estimate.estimate_chat(config, MeshConfig(data=2, tensor=4), CPU, scheme=scheme)
-    assert sum(need.device.values()) - need.device["key-value cache"] - need.device["activations"] == held
+    assert sum(need.device.values()) - need.device["KV cache"] - need.device["activations"] == held
     assert isinstance(jax.tree.leaves(network)[0].sharding, NamedSharding)
 
 
@@ -164,12 +164,12 @@ def test_cache_and_prefill_estimates_match_compiled_memory(beams):
         .compile()
         .memory_analysis()
     )
-    cache = need.device["key-value cache"]
+    cache = need.device["KV cache"]
     assert cache == pytest.approx(compiled.output_size_in_bytes, rel=0.02)
-    at_work = estimate_prefill_layer(
+    temporary = estimate_prefill_layer(
         llama, StepShape(rows=1, length=padded, itemsize=4, mesh=ALONE), generate.padded_prompt_length(padded + 320)
     )
-    assert LOW < at_work / compiled.temp_size_in_bytes < HIGH
+    assert LOW < temporary / compiled.temp_size_in_bytes < HIGH
 
 
 def test_longest_examples_equal_the_padded_lengths():
@@ -181,15 +181,14 @@ def test_longest_examples_equal_the_padded_lengths():
 def test_fsdp_shards_training_memory_and_chat_refuses_fsdp():
     model, config = SIZES["7b"](), config_of(rows=8)
     split = dataclasses.replace(config, mesh=MeshConfig(data=1, fsdp=8))
-    whole = estimate.estimate_training(model, "step", config, ALONE, DEVICES["H100"]).device
-    part = estimate.estimate_training(model, "step", split, split.mesh, DEVICES["H100"]).device
-    assert part["llama"] == pytest.approx(whole["llama"] / 8, rel=1e-3)
-    assert part["Adam's moments"] < whole["Adam's moments"] / 4
+    full = estimate.estimate_training(model, "step", config, ALONE, DEVICES["H100"]).device
+    sharded = estimate.estimate_training(model, "step", split, split.mesh, DEVICES["H100"]).device
+    assert sharded["llama"] == pytest.approx(full["llama"] / 8, rel=1e-3)
+    assert sharded["optimizer state"] < full["optimizer state"] / 4
     chat = estimate.estimate_chat(model, split.mesh, DEVICES["H100"]).device
-    assert chat["llama"] == whole["llama"]
+    assert chat["llama"] == full["llama"]
     assert (
-        estimate.estimate_chat(model, MeshConfig(data=1, tensor=8), DEVICES["H100"]).device["llama"]
-        < whole["llama"] / 7
+        estimate.estimate_chat(model, MeshConfig(data=1, tensor=8), DEVICES["H100"]).device["llama"] < full["llama"] / 7
     )
 
 
@@ -197,9 +196,9 @@ def test_beams_and_longer_conversations_need_more_memory():
     model = SIZES["7b"]()
     short = estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=100)
     beams = estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=4))
-    assert short.device["key-value cache"] == 512 * 32 * 2 * 4096 * 2  # 128 and room for 320, as generate.py pads them
-    assert beams.device["key-value cache"] == 4 * short.device["key-value cache"]
-    with pytest.raises(ConfigError, match="the model reads 2048"):
+    assert short.device["KV cache"] == 512 * 32 * 2 * 4096 * 2  # 128, and 320 new tokens, as generate.py pads
+    assert beams.device["KV cache"] == 4 * short.device["KV cache"]
+    with pytest.raises(ConfigError, match="the model's context has 2048 tokens"):
         estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=2000)
 
 
@@ -215,46 +214,46 @@ def test_verdicts_follow_the_usable_memory():
 def test_processes_share_the_threads_that_decode(processes, threads):
     config = config_of(data=DataConfig(num_threads=8, num_workers=processes))
     host = estimate.estimate_training(tiny(), "step", config, ALONE, CPU).host
-    assert host["decoding"] == threads * estimate.DECODER_BYTES
+    assert host["media decoding"] == threads * estimate.DECODER_BYTES
 
 
 @pytest.mark.parametrize(("dtype", "itemsize"), [("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize("grad_accum_steps", [1, 2])
 def test_gradient_accumulation_adds_float32_sums(dtype, itemsize, grad_accum_steps):
-    """A step has gradients in the compute dtype and in float32, and with parts of a batch their sum in float32."""
+    """Gradients are in the compute dtype and in float32; gradient accumulation adds a float32 sum."""
     shapes = abstract_network(tiny(), "float32")
     trainable = (shapes.video_qformer, shapes.llama_proj, shapes.frame_positions)
     count = sum(leaf.size for leaf in jax.tree.leaves(trainable))
     config = config_of(grad_accum_steps=grad_accum_steps, compute_dtype=dtype)
     need = estimate.estimate_training(tiny(), "step", config, ALONE, CPU).device
-    assert need["what learns"] == 4 * count
-    assert need["Adam's moments"] == pytest.approx(8 * count, abs=16), "and counters"
+    assert need["trainable parameters"] == 4 * count
+    assert need["optimizer state"] == pytest.approx(8 * count, abs=16), "and counters"
     assert need["gradients"] == (4 * grad_accum_steps + itemsize) * count
 
 
 @pytest.mark.parametrize(("fsdp", "tensor"), [(1, 1), (2, 1), (1, 2)])
 @pytest.mark.parametrize("tied", [False, True])
 def test_logits_dominate_with_a_large_vocabulary(fsdp, tensor, tied):
-    """Scores and their gradients in float32 where a label is, and the head's weights when they are gathered."""
+    """Logits and their gradients in float32 for each label, and the gathered weights of the head."""
     llama = dataclasses.replace(tiny().llama, vocab_size=400_000, tie_embeddings=tied)
     model, mesh = dataclasses.replace(tiny(), llama=llama), MeshConfig(data=1, fsdp=fsdp, tensor=tensor)
     config = config_of(mesh, rows=3, data=DataConfig(feature_cache="f"), compute_dtype="bfloat16")
     need = estimate.estimate_training(model, "step", config, mesh, DEVICES["H100"], length=100).device
     labels = 100 - model.video_qformer.num_queries
     assert need["activations"] == 2 * 3 * labels * 400_000 // tensor * 4
-    assert need["weights at hand"] == (llama.width * 400_000 * 2 if fsdp > 1 else 0)
+    assert need["gathered weights"] == (llama.width * 400_000 * 2 if fsdp > 1 else 0)
 
 
 @pytest.mark.parametrize(("processes", "prefetch", "batches"), [(0, 4, 5), (1, 4, 5), (2, 4, 9), (3, 2, 7)])
 def test_prefetched_batches_are_counted_for_each_process(processes, prefetch, batches):
-    """Each process decodes its own: `prefetch` of them, beside the one batch that a step works on."""
+    """Each process decodes its own `prefetch` batches, in addition to the batch of the current step."""
     model, length, labels = tiny(), 128, 128 - tiny().video_qformer.num_queries
     mesh = MeshConfig(data=16)  # on two hosts of eight devices
     config = config_of(mesh, rows=4, data=DataConfig(num_workers=processes, prefetch=prefetch))
-    pictures = model.num_frames * model.vit.image_size**2 * 3  # uint8
-    row = pictures + (4 + 1) * length + 4 + (4 + 4) * labels  # ids, is_media; length; positions, targets
+    images = model.num_frames * model.vit.image_size**2 * 3  # uint8
+    row = images + (4 + 1) * length + 4 + (4 + 4) * labels  # ids, is_media; length; positions, targets
     host = estimate.estimate_training(model, "step", config, mesh, CPU, length).host
-    assert host["batches ahead"] == batches * 16 * 4 * row // 2
+    assert host["prefetched batches"] == batches * 16 * 4 * row // 2
     assert host["program"] == estimate.PROGRAM_BYTES * (1 + processes)
 
 
@@ -265,7 +264,7 @@ def test_suggested_flags_fit():
     assert estimate.suggest_flags(model, need, config, ALONE, device) == "--mesh.data 1 --mesh.fsdp 4"
     wider = MeshConfig(data=1, fsdp=4)
     assert estimate.verdict(estimate.estimate_training(model, "step", config, wider, device), device) == "fits"
-    narrow = Device("mine", 16 * GIGA, 1.0, 1)  # of devices that are here there are no more
+    narrow = Device("mine", 16 * GIGA, 1.0, 1)  # no more devices are available here
     assert estimate.suggest_flags(model, need, config, ALONE, narrow) == ""
 
 
@@ -280,95 +279,97 @@ def test_device_here_is_this_machine():
     assert GIGA // 16 < here.bytes * here.per_host < 2**44
 
 
-def tell(capsys, *arguments: object) -> str:
+def estimate_memory(capsys, *arguments: object) -> str:
     cli.main(["memory", *map(str, arguments)])
     return capsys.readouterr().out
 
 
 def test_a_model_size_is_estimated_for_a_chat_and_both_stages(capsys):
-    told = tell(capsys, "7b", "--devices", "H100")
-    assert told.startswith("7b on 1 × H100 (data 1, fsdp 1, tensor 1), each with 80.0 GB, of which JAX takes 60.0 GB")
-    assert "GB on each device         chat  vision_stage1  vision_stage2" in told
-    assert "llama                    13.48          13.48          13.48" in told
-    report = json.loads(tell(capsys, "7b", "--devices", "L4", "--branch", "audio", "--mesh.tensor", 5, "--json"))
-    assert list(report["uses"]) == ["chat", "audio_stage1", "audio_stage2"]
+    output = estimate_memory(capsys, "7b", "--devices", "H100")
+    assert output.startswith("7b on 1 × H100 (data 1, fsdp 1, tensor 1): 80.0 GB each, 60.0 GB usable by JAX")
+    assert "GB on each device         chat  vision_stage1  vision_stage2" in output
+    assert "llama                    13.48          13.48          13.48" in output
+    report = json.loads(
+        estimate_memory(capsys, "7b", "--devices", "L4", "--branch", "audio", "--mesh.tensor", 5, "--json")
+    )
+    assert list(report["workloads"]) == ["chat", "audio_stage1", "audio_stage2"]
     assert report["mesh"] == {"data": 1, "fsdp": 1, "tensor": 5}
-    assert "llama: 32 heads over 5 devices does not divide; kept whole on each" in report["notes"]
-    for use in report["uses"].values():
-        assert sum(size for part, size in use["device"].items() if part != "all") == use["device"]["all"]
+    assert "llama: heads (32) is not divisible by 5 devices and is replicated" in report["notes"]
+    for use in report["workloads"].values():
+        assert sum(size for entry, size in use["device"].items() if entry != "all") == use["device"]["all"]
 
 
 def test_a_model_directory_is_estimated_for_all_uses(capsys, tiny_model):
-    report = json.loads(tell(capsys, tiny_model, "--devices", "v5e", "--batch-size", 4, "--json"))
-    assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
+    report = json.loads(estimate_memory(capsys, tiny_model, "--devices", "v5e", "--batch-size", 4, "--json"))
+    assert {use["verdict"] for use in report["workloads"].values()} == {"fits"}
 
 
 def test_a_quantized_model_is_estimated_for_a_chat_only(capsys, tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     manifest = json.loads((model / "manifest.json").read_text())
-    (model / "manifest.json").write_text(json.dumps(manifest | {"quantized": "int8"}))  # nothing else is read of it
-    whole, small = (
-        json.loads(tell(capsys, named, "--devices", "v5e", "--batch-size", 4, "--json"))["uses"]
+    (model / "manifest.json").write_text(json.dumps(manifest | {"quantized": "int8"}))  # no other file is read
+    full, small = (
+        json.loads(estimate_memory(capsys, named, "--devices", "v5e", "--batch-size", 4, "--json"))["workloads"]
         for named in (tiny_model, model)
     )
     assert list(small) == ["chat"]
-    assert small["chat"]["told"].endswith("bfloat16 with int8 weights")
-    assert small["chat"]["device"]["llama"] < 0.8 * whole["chat"]["device"]["llama"]
-    with pytest.raises(SystemExit, match="model: its weights are int8, good for answers and nothing else; take the"):
-        tell(capsys, "vision_stage1", "--model", model, "--devices", "v5e")
+    assert small["chat"]["description"].endswith("bfloat16, int8 weights")
+    assert small["chat"]["device"]["llama"] < 0.8 * full["chat"]["device"]["llama"]
+    with pytest.raises(SystemExit, match="model: int8 weights support only inference; use the"):
+        estimate_memory(capsys, "vision_stage1", "--model", model, "--devices", "v5e")
 
 
 @SLOW
 def test_a_run_directory_is_estimated_for_all_uses(capsys, stage1):
-    report = json.loads(tell(capsys, stage1, "--devices", "v5e", "--batch-size", 4, "--json"))
-    assert {use["verdict"] for use in report["uses"].values()} == {"fits"}
+    report = json.loads(estimate_memory(capsys, stage1, "--devices", "v5e", "--batch-size", 4, "--json"))
+    assert {use["verdict"] for use in report["workloads"].values()} == {"fits"}
 
 
 def test_run_config_fields_can_be_overridden_by_flags(capsys):
     flags = ["--model", "13b", "--devices", "v5e", "--mesh.fsdp", 16, "--batch-size", 64, "--length", 128]
-    report = json.loads(tell(capsys, "vision_stage1", *flags, "--json"))
-    (use,) = report["uses"].values()
-    assert use["told"] == "batch 64, 4 × 128 tokens at a time, bfloat16"
+    report = json.loads(estimate_memory(capsys, "vision_stage1", *flags, "--json"))
+    (use,) = report["workloads"].values()
+    assert use["description"] == "batch 64, micro-batch 4 × 128 tokens, bfloat16"
     assert use["device"]["llama"] == pytest.approx(26.03e9 / 16, rel=1e-3)
 
 
 @SLOW
 def test_exact_estimates_come_from_the_compiled_step(capsys, tiny_model):
     flags = ["--model", tiny_model, "--batch-size", 8, "--length", 128, "--exact", "--json"]
-    (use,) = json.loads(tell(capsys, "vision_stage1", *flags))["uses"].values()
-    still, at_work = split_need(
-        MemoryEstimate("", "", {part: use["device"][part] for part in use["device"] if part != "all"}, {})
+    (use,) = json.loads(estimate_memory(capsys, "vision_stage1", *flags))["workloads"].values()
+    static, temporary = split_need(
+        MemoryEstimate("", "", {entry: use["device"][entry] for entry in use["device"] if entry != "all"}, {})
     )
-    assert still == pytest.approx(use["compiled"]["arguments"], rel=1e-3)
-    assert LOW < at_work / use["compiled"]["temporaries"] < HIGH
+    assert static == pytest.approx(use["compiled"]["arguments"], rel=1e-3)
+    assert LOW < temporary / use["compiled"]["temporaries"] < HIGH
 
 
 def test_only_require_fit_makes_a_bad_fit_an_error(capsys):
-    told = tell(capsys, "7b", "--devices", "v5e")
-    in_python = "vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor=2))"
-    assert f"does not fit (it would with 2 devices, in Python: {in_python})" in told
+    output = estimate_memory(capsys, "7b", "--devices", "v5e")
+    in_python = "vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor=2)) in Python"
+    assert f"does not fit\n  fits with 2 devices: {in_python}\n" in output
     with pytest.raises(SystemExit, match=r"vllama: chat: does not fit; vision_stage1: .* does not fit"):
-        tell(capsys, "7b", "--devices", "v5e", "--require-fit")
+        estimate_memory(capsys, "7b", "--devices", "v5e", "--require-fit")
 
 
 def test_require_fit_refuses_a_tight_fit(capsys, monkeypatch):
     monkeypatch.setattr(estimate, "MARGIN", 0.9999)
-    assert "tight" in tell(capsys, "tiny", "--devices", "v5e")
+    assert "tight" in estimate_memory(capsys, "tiny", "--devices", "v5e")
     with pytest.raises(SystemExit, match="vllama: chat: tight"):
-        tell(capsys, "tiny", "--devices", "v5e", "--require-fit")
+        estimate_memory(capsys, "tiny", "--devices", "v5e", "--require-fit")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("8b",), "8b: no such model or run config; .* one of 7b, 13b, tiny, audio_stage1"),
-        (("7b", "--devices", "H101"), "no device 'H101': choose one of H200, H100, .*, or here"),
-        (("7b", "--mesh.fsdp", "3"), "has .* places for 8 devices"),
-        (("7b", "--devices", "v5e", "--mesh.fsdp", "3"), "batch_size 256 does not divide over 3 places"),
+        (("7b", "--devices", "H101"), "unknown device 'H101'; choose one of H200, H100, .*, or here"),
+        (("7b", "--mesh.fsdp", "3"), "needs .* devices, but 8 are available"),
+        (("7b", "--devices", "v5e", "--mesh.fsdp", "3"), "batch_size 256 is not divisible by the 3 shards"),
         (("7b", "--devices", "v5e", "--mesh.fsdp", "0"), "mesh.fsdp and mesh.tensor at least 1"),
-        (("vision_stage1",), "model: no such model directory; name one with --model, or a size: --model 7b"),
-        (("vision_stage1", "--model", "7b", "--devices", "v5e", "--exact"), "leave --devices out"),
-        (("vision_stage1", "--model", "7b", "--trainable", "vidoe/*"), "matches no weight"),
+        (("vision_stage1",), "model: no such model directory; give one with --model, or a size: --model 7b"),
+        (("vision_stage1", "--model", "7b", "--devices", "v5e", "--exact"), "leave out --devices"),
+        (("vision_stage1", "--model", "7b", "--trainable", "vidoe/*"), "matches no parameter"),
     ],
 )
 def test_errors_are_one_line(arguments, message):
@@ -378,7 +379,7 @@ def test_errors_are_one_line(arguments, message):
 
 
 def test_memory_in_a_process_prints_and_its_arithmetic_imports_no_jax():
-    """Nothing is loaded: seconds, and the memory of JAX itself. The arithmetic alone does not even import JAX."""
+    """It takes seconds and the memory of JAX; no weights are loaded. The estimate alone does not even import JAX."""
     command = [str(Path(sys.executable).parent / "vllama"), "memory", "13b", "--devices", "v5p"]
     done = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"}, check=True

@@ -1,4 +1,4 @@
-"""The miniature's model directory: one file in the package, a copy in the cache folder that is intact or made again."""
+"""The miniature's model directory: one file in the package, and a verified copy in the cache folder."""
 
 import dataclasses
 import errno
@@ -22,20 +22,20 @@ from vllama_jax.config import NO_LORA
 from vllama_jax.io import archives
 from vllama_jax.miniature import assets
 
-WEIGHTS_DIGEST = "a6a3a2653f51eea7b53a48e64d2056f9"  # of the 121 arrays that were files of their own in git before
+WEIGHTS_DIGEST = "a6a3a2653f51eea7b53a48e64d2056f9"  # of the 121 arrays that used to be separate files in git
 UNPACK = "from vllama_jax.checkpoints.shipped import shipped_model; print(shipped_model())"
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch) -> Path:
-    """A cache folder in which nothing is unpacked yet."""
+    """An empty cache folder."""
     monkeypatch.setenv("VLLAMA_CACHE", str(tmp_path / "cache"))
     shipped._unpack_temporarily.cache_clear()
     return tmp_path / "cache"
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """Digests of all files below a directory."""
+    """Return the digests of all files below a directory."""
     files = (file for file in directory.rglob("*") if file.is_file())
     return {str(file.relative_to(directory)): xxhash.xxh3_128_hexdigest(file.read_bytes()) for file in files}
 
@@ -70,10 +70,10 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_corrupt_copy_is_replaced(cache, damage):
+@pytest.mark.parametrize("corrupt", DAMAGE)
+def test_a_corrupt_copy_is_replaced(cache, corrupt):
     before = contents(shipped.shipped_model())
-    DAMAGE[damage](shipped.shipped_model())
+    DAMAGE[corrupt](shipped.shipped_model())
     assert contents(next((cache / "miniature").iterdir())) != before
     assert contents(shipped.shipped_model()) == before
     assert len(list((cache / "miniature").iterdir())) == 1
@@ -110,7 +110,7 @@ sys.stdin.readline()
 
 
 def test_a_cache_folder_that_cannot_be_written_is_reported_and_a_temporary_one_used(cache, tmp_path):
-    cache.touch()  # a file where the folder should be
+    cache.touch()  # a file in place of the folder
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     environment = {**os.environ, "TMPDIR": str(temporary)}
@@ -119,8 +119,8 @@ def test_a_cache_folder_that_cannot_be_written_is_reported_and_a_temporary_one_u
     first, second = done.stdout.split()
     assert first == second
     folder = str(Path(first).parent)
-    said = f"the miniature is unpacked into {folder} for this process only: its cache folder: Not a directory\n"
-    assert done.stderr == said
+    message = f"the miniature is unpacked to {folder} for this process, as the cache folder failed: Not a directory\n"
+    assert done.stderr == message
     assert list(temporary.iterdir()) == []  # removed when the process ended
 
 
@@ -134,13 +134,13 @@ def test_no_writable_directory_is_a_one_line_error(cache, monkeypatch, capsys):
     assert stop.value.code.startswith(
         "vllama: the miniature can be unpacked neither in the cache folder (No space left on device) nor in /"
     )
-    assert stop.value.code.endswith("point VLLAMA_CACHE at a folder that can be written")
+    assert stop.value.code.endswith("set VLLAMA_CACHE to a writable folder")
     assert list((cache / "miniature").iterdir()) == []
 
 
 @pytest.fixture
 def other_box(tmp_path, monkeypatch) -> Path:
-    """A copy of the model's two files in the package, to be damaged."""
+    """A copy of the model's two files in the package, to be corrupted."""
     (tmp_path / "box").mkdir()
     for name in ("model.zip", "model.json"):
         shutil.copy(shipped.ASSETS / name, tmp_path / "box")
@@ -149,7 +149,7 @@ def other_box(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (None, "cannot be read (No such file or directory); install vllama-jax again"),
         (b"version https://git-lfs", "cannot be read (not a complete zip file); install vllama-jax again"),
@@ -157,7 +157,7 @@ def other_box(tmp_path, monkeypatch) -> Path:
         ("changed", "differs from the file of the released package; install vllama-jax again"),
     ],
 )
-def test_a_corrupt_archive_is_a_one_line_error(cache, other_box, content, said):
+def test_a_corrupt_archive_is_a_one_line_error(cache, other_box, content, message):
     archive = other_box / "model.zip"
     data = bytearray(archive.read_bytes())
     archive.unlink()
@@ -166,7 +166,7 @@ def test_a_corrupt_archive_is_a_one_line_error(cache, other_box, content, said):
         archive.write_bytes({"truncated": data[:-100], "changed": data}.get(content, content))
     with pytest.raises(vl.CheckpointError) as refused:
         vl.load("miniature")
-    assert str(refused.value) == f"{archive}: {said}"
+    assert str(refused.value) == f"{archive}: {message}"
     assert not (cache / "miniature").exists() or list((cache / "miniature").iterdir()) == []
 
 
@@ -185,7 +185,7 @@ def test_the_recipe_writes_the_packaged_archive(cache, other_box):
 def test_the_unpacked_directory_is_recognized(cache):
     model = shipped.shipped_model()
     (model / "config.json").unlink()
-    assert open_model(model).digest == WEIGHTS_DIGEST  # made again
+    assert open_model(model).digest == WEIGHTS_DIGEST  # unpacked again
     assert shipped.is_shipped(model)
     assert not shipped.is_shipped(cache / "miniature/other")
     assert not shipped.is_shipped("x/miniature")
@@ -197,7 +197,7 @@ def test_a_run_finds_the_miniature_in_any_location(cache, tmp_path, recorded):
     path = str(model.path) if recorded == "cache" else recorded
     run = tmp_path / "runs/one"
     run.mkdir(parents=True)
-    (tmp_path / "runs/model").mkdir()  # beside the run, and of the recorded name: another model
+    (tmp_path / "runs/model").mkdir()  # next to the run, with the recorded name, but another model
     fields = {"format": 1, "run": {"lora": dataclasses.asdict(NO_LORA)}, "base": {"path": path, "digest": model.digest}}
     fields["model"] = dataclasses.asdict(model.config)
     (run / "config.json").write_text(json.dumps(fields))

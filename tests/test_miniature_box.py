@@ -1,4 +1,4 @@
-"""The miniature that comes with the package: it is there, it answers rightly, and one is told that it is one."""
+"""The packaged miniature: it is available, it answers correctly, and users learn which model answers."""
 
 import json
 
@@ -30,16 +30,19 @@ def test_chat_without_a_model_uses_the_miniature_and_answers_correctly():
     done = run_vllama("chat", assets.CLIPS / "bell.mp4", *questions)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["it moves to the left", "a bell rings", "yellow"]
-    assert "the miniature answers: 3 million weights that know 16 things (a bell, a dog, …)" in done.stderr
+    assert (
+        "answers are from the miniature, a model of 3 million parameters that knows only 16 objects (a bell, a dog, …)"
+        in done.stderr
+    )
     assert "docs/miniature.md" in done.stderr
     assert "bell.mp4: 8 frames of 4.0 s; audio used" in done.stderr
 
 
 def test_the_miniature_answers_whether_audio_and_video_match(miniature):
-    for clip, said in (("bell.mp4", "yes"), ("dog_or_drum.mp4", "no")):
+    for clip, message in (("bell.mp4", "yes"), ("dog_or_drum.mp4", "no")):
         chat = vl.Chat(miniature)
         chat.add(assets.CLIPS / clip)
-        assert answer(chat, "Does the sound fit the picture?").split()[-1] == said
+        assert answer(chat, "Does the sound fit the picture?").split()[-1] == message
 
 
 def test_the_miniature_answers_what_comes_first_and_how_many_there_are(miniature):
@@ -66,15 +69,15 @@ def test_audio_scale_needs_an_audio_branch(tmp_path, tiny_files):
 
     files = {kind: tiny_files[kind] for kind in ("eva_vit", "blip2", "vl")}
     config = json.loads(tiny_files["config"].read_text())
-    config = {part: config[part] for part in ("vit", "image_qformer", "video_qformer")}
+    config = {component: config[component] for component in ("vit", "image_qformer", "video_qformer")}
     convert.convert(convert.plan(llama_directory=tiny_files["llama"], files=files, config=config), tmp_path / "deaf")
-    with pytest.raises(ConfigError, match="picture-only model hears nothing"):
+    with pytest.raises(ConfigError, match="the model has no audio branch; omit the audio scale"):
         vl.load(tmp_path / "deaf", audio_scale=1.0)
 
 
 def test_without_the_archive_a_model_is_required(monkeypatch, tmp_path):
     monkeypatch.setattr(shipped, "ASSETS", tmp_path / "nothing")
-    with pytest.raises(CheckpointError, match="the miniature is not installed; name a model with --model"):
+    with pytest.raises(CheckpointError, match="the miniature is not installed; set a model with --model"):
         vl.load("miniature")
 
 
@@ -88,6 +91,6 @@ def test_eval_miniature_prints_the_accuracies_of_the_packaged_model():
     assert asked <= found.keys()
     assert all(one.keys() == {"accuracy", "n", "chance", "low", "high"} for one in found.values())
     for name in ("object", "colour", "motion", "motion_reversed_opposite", "sound_only"):
-        assert found[name]["accuracy"] >= 0.75, name  # of 16: far above chance, whatever the draw
+        assert found[name]["accuracy"] >= 0.75, name  # of 16: far above chance for any seed
     assert found["sound_only_unaligned"]["accuracy"] <= 0.4
     assert evaluate.format_measures(found).count("\n") == len(found)

@@ -1,4 +1,4 @@
-"""`vllama eval miniature --measures`: which measures are taken, and which clips are rendered for them."""
+"""`vllama eval miniature --measures`: which measures are evaluated, and which clips are rendered for them."""
 
 import types
 
@@ -11,7 +11,7 @@ from vllama_jax.miniature import evaluate, holdout_files
 
 @pytest.fixture
 def rendered(monkeypatch) -> list[str]:
-    """The names of the sets of files that are asked for; they are not made, and every answer is wrong."""
+    """The names of the requested sets of files; none is rendered, and every answer is wrong."""
     names: list[str] = []
 
     def show(model, files, seed, clips, say):

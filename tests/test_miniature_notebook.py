@@ -1,4 +1,4 @@
-"""What the miniature's notebook is made of: attention weights, figures, and the notebook itself from end to end."""
+"""The miniature's notebook: attention weights, figures, and a run of the full notebook."""
 
 import json
 from pathlib import Path
@@ -34,37 +34,40 @@ def mel() -> np.ndarray:
     return np.random.default_rng(1).standard_normal((CLIPS, 128, 204), np.float32)
 
 
-def near(actual, expected):
+def assert_close(actual, expected):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
-def memory_of(network, part, frames, mel):
-    """What a Q-Former of the network reads."""
-    if part == "image_qformer":
+def memory_of(network, component, frames, mel):
+    """Return the input of the cross-attention of a Q-Former."""
+    if component == "image_qformer":
         return network.ln_vision(network.vit(frames))
-    if part == "video_qformer":
+    if component == "video_qformer":
         return network.add_frame_positions(network.encode_frames(frames[None]))
     return network.add_clip_positions(network.embed_audio(mel[None]))
 
 
 @pytest.mark.parametrize(
-    "part",
-    ["video_qformer", *(pytest.param(part, marks=pytest.mark.slow) for part in ("image_qformer", "audio_qformer"))],
+    "component",
+    [
+        "video_qformer",
+        *(pytest.param(component, marks=pytest.mark.slow) for component in ("image_qformer", "audio_qformer")),
+    ],
 )
-def test_attention_weights_reproduce_the_qformer_output(network, frames, mel, part):
-    qformer, memory = getattr(network, part), memory_of(network, part, frames, mel)
+def test_attention_weights_reproduce_the_qformer_output(network, frames, mel, component):
+    qformer, memory = getattr(network, component), memory_of(network, component, frames, mel)
     read = list(attention.iterate_cross_attention(qformer, memory))
-    assert len(read) == getattr(CONFIG, part).depth // getattr(CONFIG, part).cross_attention_every
+    assert len(read) == getattr(CONFIG, component).depth // getattr(CONFIG, component).cross_attention_every
     for layer, asked, weights in read:
-        near(weights.sum(axis=-1), 1)
+        assert_close(weights.sum(axis=-1), 1)
         cross = layer.cross_attention
         attended = jnp.einsum("bhqm,bmhk->bqhk", weights, cross.value(memory))
-        made = cross.norm(asked + cross.out(attended))
-        near(made, cross(asked, memory))
-    x = layer.mlp_norm(made + layer.mlp(made))  # the last one's output is the Q-Former's, but for a layer between
+        outputs = cross.norm(asked + cross.out(attended))
+        assert_close(outputs, cross(asked, memory))
+    x = layer.mlp_norm(outputs + layer.mlp(outputs))  # the last layer, before a plain layer
     if qformer.plain_layers is not None:
         x = attention.unstack_layer(qformer.plain_layers, len(read) - 1)(x, memory)
-    near(x, qformer(memory))
+    assert_close(x, qformer(memory))
 
 
 @pytest.mark.slow
@@ -73,7 +76,7 @@ def test_attention_weights_reproduce_the_audio_tower_output(network, mel):
     weights = attention.audio_tower_attention(tower, mel)
     patches = CONFIG.imagebind.audio.num_patches
     assert weights.shape == (CLIPS, CONFIG.imagebind.audio.num_heads, patches + 2)
-    near(weights.sum(axis=-1), 1)
+    assert_close(weights.sum(axis=-1), 1)
     x = tower.embed_inputs(mel)
     for number in range(CONFIG.imagebind.audio.depth):
         block = attention.unstack_layer(tower.blocks, number)
@@ -81,35 +84,35 @@ def test_attention_weights_reproduce_the_audio_tower_output(network, mel):
     value = block.attention.qkv(block.norm1(before))[:, :, 2]
     extra = jnp.broadcast_to(block.attention.extra_value[...], (CLIPS, 1, *value.shape[2:]))
     attended = jnp.einsum("bhm,bmhk->bhk", weights, jnp.concatenate([value, extra], axis=1))
-    made = before[:, :1] + block.attention.out(attended[:, None])
-    made = made + block.mlp(block.norm2(made))
-    near(made, x[:, :1])
-    near(tower.project_class_token(made), tower(mel))
+    outputs = before[:, :1] + block.attention.out(attended[:, None])
+    outputs = outputs + block.mlp(block.norm2(outputs))
+    assert_close(outputs, x[:, :1])
+    assert_close(tower.project_class_token(outputs), tower(mel))
 
 
 def test_attention_maps_have_the_layout_of_frames_patches_and_clips(network, frames, mel):
     queries = CONFIG.image_qformer.num_queries
     of_frames = attention.video_qformer_attention(network, frames[None])
     assert of_frames.shape == (1, 2, 4, CONFIG.video_qformer.num_queries, FRAMES, queries)
-    near(of_frames.sum(axis=(-2, -1)), 1)
+    assert_close(of_frames.sum(axis=(-2, -1)), 1)
     of_patches = attention.image_qformer_attention(network, frames)
     assert of_patches.shape == (FRAMES, 2, 4, queries, 16, 16)
     assert (np.asarray(of_patches.sum(axis=(-2, -1))) < 1).all()
     of_sounds = attention.audio_qformer_attention(network, network.embed_audio(mel[None]))
     assert of_sounds.shape == (1, 2, 4, CONFIG.audio_qformer.num_queries, CLIPS)
-    near(of_sounds.sum(axis=-1), 1)
-    seen = attention.attended_patches(network, frames)
-    near(seen.sum(), (of_frames[0].mean((0, 1, 2)) * of_patches.mean((1, 2)).sum((-2, -1))).sum())
-    heard = attention.attended_mel_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel)
-    assert heard.shape == (CLIPS, *CONFIG.imagebind.audio.patch_grid)
+    assert_close(of_sounds.sum(axis=-1), 1)
+    image_maps = attention.attended_patches(network, frames)
+    assert_close(image_maps.sum(), (of_frames[0].mean((0, 1, 2)) * of_patches.mean((1, 2)).sum((-2, -1))).sum())
+    audio_maps = attention.attended_mel_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel)
+    assert audio_maps.shape == (CLIPS, *CONFIG.imagebind.audio.patch_grid)
 
 
 def test_attention_maps_have_the_layout_of_spectrogram_patches(network, frames, mel):
-    """Row by row: frequency by frequency for sounds, and the class token comes first."""
+    """Row by row, one frequency after the other, after the class token."""
     weights = np.asarray(attention.audio_tower_attention(network.imagebind.audio, mel).mean(axis=1))
     rows, columns = CONFIG.imagebind.audio.patch_grid
-    heard = np.asarray(attention.attended_mel_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel))
-    near(heard[1, 2, 5], weights[1, 1 + 2 * columns + 5])
+    audio_maps = np.asarray(attention.attended_mel_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel))
+    assert_close(audio_maps[1, 2, 5], weights[1, 1 + 2 * columns + 5])
     assert (rows, columns) == (12, 19)
     changed = mel.copy()
     changed[:, 20:36, 50:66] += 5  # the patch of row 2 and column 5
@@ -124,18 +127,18 @@ def test_attention_maps_have_the_layout_of_spectrogram_patches(network, frames, 
 def test_attention_is_drawn_without_a_display(tmp_path, mel):
     frames, weights = np.full((FRAMES, 64, 64, 3), 200, np.uint8), np.zeros((FRAMES, 8, 8))
     weights[0, :4] = 1 / 32
-    seen = attention.plot_over_frames(frames, weights)
-    heard = attention.plot_over_mels(mel, np.random.default_rng(0).random((CLIPS, 12, 19)), CONFIG.imagebind.audio)
+    image_maps = attention.plot_over_frames(frames, weights)
+    audio_maps = attention.plot_over_mels(mel, np.random.default_rng(0).random((CLIPS, 12, 19)), CONFIG.imagebind.audio)
     bars = Figure()
     shares = bars.subplots()
     attention.plot_attention_shares(shares, np.array([0.5, 0.25, 0.25]), "frame")
-    for number, figure in enumerate((seen, heard, bars)):
+    for number, figure in enumerate((image_maps, audio_maps, bars)):
         figure.savefig(tmp_path / f"{number}.png")
-    read, not_read = (axes.images[1].get_array()[..., 3] for axes in seen.axes[FRAMES : FRAMES + 2])
-    assert read[0, 0] == 0  # what is read is as bright as it was
+    read, not_read = (axes.images[1].get_array()[..., 3] for axes in image_maps.axes[FRAMES : FRAMES + 2])
+    assert read[0, 0] == 0  # attended patches keep their brightness
     assert read[7, 0] > 0.5
-    assert (not_read > 0.5).all()  # and no frame's own most
-    assert [(axes.get_xlim(), axes.get_ylim()) for axes in heard.axes[CLIPS:]] == [((0, 204), (0, 128))] * CLIPS
+    assert (not_read > 0.5).all()  # in other frames, none do
+    assert [(axes.get_xlim(), axes.get_ylim()) for axes in audio_maps.axes[CLIPS:]] == [((0, 204), (0, 128))] * CLIPS
     assert [bar.get_height() for bar in shares.patches] == [0.5, 0.25, 0.25]
 
 
@@ -177,7 +180,7 @@ def test_an_invalid_results_file_is_an_error(tmp_path):
     for name, text in (("none.json", None), ("broken.json", "{"), ("other.json", '{"seed": 0}')):
         if text is not None:
             (tmp_path / name).write_text(text)
-        with pytest.raises(DataError, match=f"{name}: no results of a miniature"):
+        with pytest.raises(DataError, match=f"{name}: not a results file of a miniature"):
             figures.read_results(tmp_path / name)
 
 
@@ -207,9 +210,9 @@ def test_the_notebook_runs_to_its_end(tmp_path):
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
-    pictures = [
+    images = [
         output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
     ]
-    assert len(pictures) >= 8
-    said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    assert "as filmed  it moves to the left\nreversed   it moves to the right\n" in said
+    assert len(images) >= 8
+    message = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
+    assert "as filmed  it moves to the left\nreversed   it moves to the right\n" in message

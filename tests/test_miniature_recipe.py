@@ -1,4 +1,4 @@
-"""From nothing to a model in a few steps of each: all that `python -m vllama_jax.miniature` does, but the learning."""
+"""All steps of `python -m vllama_jax.miniature`, from no files to an evaluated model, with few training steps."""
 
 import dataclasses
 import json
@@ -34,27 +34,28 @@ SHORT = Recipe(
 def test_the_audio_branch_trains_without_audio():
     for stage in (1, 2):
         vision, audio = (load_config(f"miniature_{branch}_stage{stage}")[0] for branch in ("vision", "audio"))
-        assert audio.datasets == vision.datasets  # clips and stills; a clip's sound is not read in training
+        assert audio.datasets == vision.datasets  # clips and images; the audio of clips is not read in training
         assert (vision.branch, audio.branch, audio.trainable) == ("vision", "audio", AUDIO_BRANCH)
 
 
 def test_a_directory_of_another_seed_or_recipe_is_refused(tmp_path):
     replace_json(tmp_path / "recipe.json", {"seed": 2, **dataclasses.asdict(SHORT), "pictures": 90})
-    with pytest.raises(ConfigError, match=r"was begun otherwise \(pictures was 90, now 100, seed was 2, now 0\)"):
+    message = r"was started with another seed or recipe \(pictures was 90, now 100, seed was 2, now 0\)"
+    with pytest.raises(ConfigError, match=message):
         make_base_model(tmp_path, 0, SHORT, print)
 
 
 def _files(folder: Path) -> dict[str, int]:
-    """When each file was written."""
+    """Return the modification times of all files."""
     return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*") if file.is_file()}
 
 
 @pytest.mark.slow
 def test_the_recipe_trains_and_evaluates_a_model(tmp_path, monkeypatch):
-    said = []
-    make_base_model(tmp_path, 0, SHORT, said.append)
-    train_branches(tmp_path, SHORT, said.append)
-    results = measure_models(tmp_path, 0, 4, said.append)
+    progress = []
+    make_base_model(tmp_path, 0, SHORT, progress.append)
+    train_branches(tmp_path, SHORT, progress.append)
+    results = measure_models(tmp_path, 0, 4, progress.append)
     assert {"motion", "sound_only", "motion_without_positions", "sound_only_random_tower"} <= results.keys()
     model = vl.load(tmp_path / "model")
     assert model.config == base_model.CONFIG
@@ -66,28 +67,28 @@ def test_the_recipe_trains_and_evaluates_a_model(tmp_path, monkeypatch):
     chat.add(next((tmp_path / "world" / "captions").glob("*.mp4")))
     assert isinstance("".join(chat.ask("What do you hear?", max_new_tokens=4)), str)
 
-    made = _files(tmp_path)
-    make_base_model(tmp_path, 0, SHORT, said.append)
-    train_branches(tmp_path, SHORT, said.append)
-    assert measure_models(tmp_path, 0, 4, said.append) == results
-    assert _files(tmp_path) == made
+    result = _files(tmp_path)
+    make_base_model(tmp_path, 0, SHORT, progress.append)
+    train_branches(tmp_path, SHORT, progress.append)
+    assert measure_models(tmp_path, 0, 4, progress.append) == results
+    assert _files(tmp_path) == result
 
-    whole = open_model(tmp_path / "base").digest  # killed while the captioner learned: only what was lost is made again
+    full = open_model(tmp_path / "base").digest  # killed while training the captioner: other files stay
     shutil.rmtree(tmp_path / "base")
     shutil.rmtree(tmp_path / "base_without_positions")
     (tmp_path / "parts" / "captioner.npz").rename(tmp_path / "parts" / ".captioner.npz.partial")
-    make_base_model(tmp_path, 0, SHORT, said.append)
-    made_again = {name for name, when in _files(tmp_path).items() if made[name] != when}
+    make_base_model(tmp_path, 0, SHORT, progress.append)
+    made_again = {name for name, when in _files(tmp_path).items() if result[name] != when}
     assert {name.split("/")[0] for name in made_again} == {"parts", "base", "base_without_positions"}
     assert [name for name in made_again if name.startswith("parts")] == ["parts/captioner.npz"]
-    assert open_model(tmp_path / "base").digest == whole
+    assert open_model(tmp_path / "base").digest == full
 
     longer = dataclasses.replace(SHORT, steps_of_runs=3)
-    with pytest.raises(VllamaError, match="`vllama train` failed, as it says above"):  # it is a run of other steps
-        train_branches(tmp_path, longer, said.append)
+    with pytest.raises(VllamaError, match="`vllama train` failed, see above"):  # it has another number of steps
+        train_branches(tmp_path, longer, progress.append)
     monkeypatch.setattr(recipe, "run_vllama", lambda *_: None)
-    with pytest.raises(VllamaError, match=r"vision1 was stopped before its end; run the same command again"):
-        train_branches(tmp_path, longer, said.append)
+    with pytest.raises(VllamaError, match=r"vision1 was stopped before its last step; run the same command to resume"):
+        train_branches(tmp_path, longer, progress.append)
     lines = (tmp_path / "audio2" / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == SHORT.steps_of_runs
     assert json.loads(lines[0])["loss"] > 0

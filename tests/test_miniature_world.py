@@ -1,4 +1,4 @@
-"""The small world: what scenes look like, what is said of them, and what is kept for tests."""
+"""The synthetic dataset: how scenes look, their annotations, and what is held out for tests."""
 
 import itertools
 import json
@@ -40,13 +40,13 @@ def frames(given: Scene, seed: int = 0) -> np.ndarray:
 
 
 def red(picture: np.ndarray) -> np.ndarray:
-    """Where a picture is red."""
+    """Return where an image is red."""
     r, g, b = np.moveaxis(picture.astype(int), -1, 0)
     return (r > 120) & (r > g + 60) & (r > b + 60)
 
 
 def middle(mask: np.ndarray) -> np.ndarray:
-    """(row, column), as parts of the side."""
+    """Return (row, column) relative to the side length."""
     return np.argwhere(mask).mean(axis=0) / len(mask)
 
 
@@ -76,7 +76,7 @@ def test_scenes_belong_to_their_split(split):
 
 
 def is_kept_for_tests(group: ObjectGroup) -> bool:
-    """Written out: a Latin square of kinds, colours and motions, of which every seventh is held out."""
+    """Reference: a Latin square of kinds, colors and motions, every seventh combination of which is held out."""
     numbers = list(KINDS).index(group.kind), list(COLORS).index(group.color), MOTIONS.index(group.motion)
     return (numbers[0] + 2 * numbers[1] + 3 * numbers[2]) % 7 == 0
 
@@ -86,7 +86,7 @@ FILE_SETS = [found for found in vars(holdout_files).values() if isinstance(found
 
 @pytest.mark.parametrize("files", FILE_SETS, ids=lambda files: files.name)
 def test_evaluation_scenes_are_all_held_out(files, tmp_path, monkeypatch):
-    """The files that `vllama eval miniature` writes, by its own code; drawing them is left out."""
+    """The files that `vllama eval miniature` writes, from its own code; they are not rendered."""
     written = []
 
     def write(stem, files, scene, rng):
@@ -116,8 +116,8 @@ def test_training_scenes_are_never_held_out(tmp_path, monkeypatch):
 @pytest.mark.parametrize(("motion", "axis", "sign"), [("left", 1, -1), ("right", 1, 1), ("up", 0, -1), ("down", 0, 1)])
 def test_objects_move_in_their_direction(motion, axis, sign):
     for seed in range(3):
-        seen = frames(scene(motion), seed)
-        moved = middle(red(seen[-1])) - middle(red(seen[0]))
+        rendered = frames(scene(motion), seed)
+        moved = middle(red(rendered[-1])) - middle(red(rendered[0]))
         assert sign * moved[axis] > 0.25
         assert abs(moved[1 - axis]) < 0.1
 
@@ -125,10 +125,10 @@ def test_objects_move_in_their_direction(motion, axis, sign):
 @pytest.mark.parametrize(("way", "back"), [("left", "right"), ("up", "down")])
 def test_direction_is_visible_only_in_the_order_of_frames(way, back):
     for seed in range(3):
-        there, again = (
+        there, reread = (
             [middle(red(frame)) for frame in frames(scene(one), seed)[render.SAMPLED_FRAMES]] for one in (way, back)
         )
-        np.testing.assert_allclose(there, again[::-1], atol=0.015)  # of the side; a frame's way is 0.02
+        np.testing.assert_allclose(there, reread[::-1], atol=0.015)  # of the side; 0.02 per frame
 
 
 def test_objects_grow_shrink_appear_and_vanish():
@@ -146,8 +146,8 @@ def test_two_objects_appear_in_sequence():
             ObjectGroup(kind="cat", color="blue", motion="in turn"),
         )
     )
-    seen = frames(pair)
-    assert red(seen[0]).sum() > 100 > 20 > red(seen[-1]).sum()
+    rendered = frames(pair)
+    assert red(rendered[0]).sum() > 100 > 20 > red(rendered[-1]).sum()
     assert texts.caption(pair) == "first a large red bell, then a large blue cat"
     assert texts.answer("first", pair) == "a bell"
     assert texts.answer("last", pair) == "a cat"
@@ -225,8 +225,8 @@ def test_each_prompt_sentence_is_one_token(tmp_path):
     assert len(long) == 6
     for sentence in long:
         assert len(tokenizer.encode(sentence)) <= 2
-    told = prompts.start_conversation("vicuna", True).add(Media("audio")).ask("What do you hear?")
-    encoded = prompts.encode_conversation(told, tokenizer, [8])
+    conversation = prompts.start_conversation("vicuna", True).add(Media("audio")).ask("What do you hear?")
+    encoded = prompts.encode_conversation(conversation, tokenizer, [8])
     assert len(encoded.ids) < 35
     rng = np.random.default_rng(0)
     drawn = [language.draw_text(tokenizer, rng) for _ in range(50)]
@@ -236,13 +236,13 @@ def test_each_prompt_sentence_is_one_token(tmp_path):
     noted = [tokenizer.decode(ids[is_description].tolist()) for ids, is_description in drawn]
     assert sum(map(bool, noted)) > 35
     assert all(is_description.shape == ids.shape for ids, is_description in drawn)
-    assert not re.search("[#?<]|Human|heard", " ".join(noted))  # words of what is shown and heard alone
+    assert not re.search("[#?<]|Human|heard", " ".join(noted))  # only words about what is visible and audible
     read = [tokenizer.decode(row[1:].tolist()) for row in rows]
     compared = [line for text in read if "###" not in text and "so yes" in text for line in text.strip().split("\n")]
     assert len(compared) >= 12
     for line in compared:
-        sounds, seen, said = re.fullmatch("a (.+) is heard and a (.+) is seen, so (yes|no)", line).groups()
-        assert (said == "yes") == (sounds == seen)
+        sounds, rendered, message = re.fullmatch("a (.+) is heard and a (.+) is seen, so (yes|no)", line).groups()
+        assert (message == "yes") == (sounds == rendered)
 
 
 def test_sound_annotations_list_sounds_in_order_without_held_out_scenes():
@@ -263,26 +263,26 @@ def test_sound_annotations_list_sounds_in_order_without_held_out_scenes():
 
 def test_images_match_their_phrases():
     images = draw_images(40, 0)
-    numbers, said = phrase_ids(images), phrases()
-    assert numbers.shape == (40, len(said))
-    for aspect, choices in enumerate(said.values()):
+    numbers, message = phrase_ids(images), phrases()
+    assert numbers.shape == (40, len(message))
+    for aspect, choices in enumerate(message.values()):
         assert (numbers[:, aspect] < len(choices)).all()
     assert (numbers[:, :3] != NO_PHRASE).all()
     assert (numbers[:, 4] != NO_PHRASE).tolist() == [group.number == 1 for group in images.objects]
-    again = draw_images(40, 0)
-    np.testing.assert_array_equal(images.pixels, again.pixels)
+    reread = draw_images(40, 0)
+    np.testing.assert_array_equal(images.pixels, reread.pixels)
     assert (draw_images(40, 0, "test").pixels != images.pixels).any()
 
 
 def test_a_dataset_is_written_once_and_completely(tmp_path):
-    said = []
-    write_world(tmp_path, Amounts(3, 2, 4, 2), 0, said.append)
-    assert len(said) == 2
+    message = []
+    write_world(tmp_path, Amounts(3, 2, 4, 2), 0, message.append)
+    assert len(message) == 2
     lines = [json.loads(line) for line in (tmp_path / "instructions" / "annotations.jsonl").read_text().splitlines()]
     assert sorted("video" in line for line in lines) == [False] * 2 + [True] * 4
     assert all((tmp_path / "instructions" / (line.get("video") or line["image"])).exists() for line in lines)
-    write_world(tmp_path, Amounts(3, 2, 4, 2), 0, said.append)
-    assert len(said) == 2
+    write_world(tmp_path, Amounts(3, 2, 4, 2), 0, message.append)
+    assert len(message) == 2
 
 
 def test_accuracies_have_wilsons_interval():
@@ -290,14 +290,14 @@ def test_accuracies_have_wilsons_interval():
         "accuracy": 0.5, "n": 100, "chance": 0.5, "low": 0.4038, "high": 0.5962
     }  # fmt: skip
     assert evaluate.measure([True] * 20, 0.5)["high"] == 1.0
-    alike = evaluate.measure(np.array([[True, True], [False, False]] * 25), 0.5)  # 50 files, each asked twice the same
+    alike = evaluate.measure(np.array([[True, True], [False, False]] * 25), 0.5)  # 50 files, the same questions twice
     assert alike == {**evaluate.measure([True, False] * 25, 0.5), "n": 100}
 
 
 def test_chance_is_the_best_constant_answer():
     scenes = [Scene((ObjectGroup(kind="bell", color="red", number=number),)) for number in (1, 1, 1, 2)]
     assert evaluate.constant_answer_accuracy("count", scenes) == 0.75
-    assert evaluate.constant_answer_accuracy("object", scenes) == 1.0  # several bells are the same kind
+    assert evaluate.constant_answer_accuracy("object", scenes) == 1.0  # several bells are one kind
 
 
 def test_every_direction_has_an_opposite():

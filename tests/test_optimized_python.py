@@ -1,4 +1,4 @@
-"""`python -OO` drops docstrings, of which the help of some commands is made."""
+"""`python -OO` drops docstrings, from which some commands take their help."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Which records make up a step, and which are held out: rules written out here, not runs of the same code."""
+"""The records of a step and of the holdout, compared with independently written rules."""
 
 import collections
 import dataclasses
@@ -18,7 +18,7 @@ from vllama_jax.train.config import TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class FakeRecords:
-    """What the order reads of records: how many there are of each kind, and their digest."""
+    """The attributes of records that the sampler reads: the number of records of each media type, and their digest."""
 
     counts: dict[str, int]
     digest: str = "0123456789abcdef"
@@ -35,7 +35,7 @@ class FakeRecords:
 
 
 def streams_of(*datasets: tuple[float, int, dict[str, int]], branch: str = "audio") -> list[Stream]:
-    """Of datasets with (ratio, held out, counts)."""
+    """Make streams of datasets given as (ratio, held out, counts)."""
     pairs = [
         (
             DatasetConfig(path=f"records{number}", ratio=ratio, holdout=holdout),
@@ -47,7 +47,7 @@ def streams_of(*datasets: tuple[float, int, dict[str, int]], branch: str = "audi
 
 
 def epoch(stream: Stream, number: int, seed: int = 3) -> list[int]:
-    """The records of an epoch, in the order that they are drawn in."""
+    """Return the records of an epoch in their order."""
     length = len(stream.numbers) - stream.dataset.holdout
     examples = [stream.example(count, seed) for count in range(number * length, (number + 1) * length)]
     assert {where for _, where in examples} == {number}
@@ -69,7 +69,7 @@ def test_an_epoch_and_the_holdout_are_all_records_once(kind, holdout):
 
 
 def test_epochs_and_seeds_differ_in_order_but_share_the_holdout():
-    """Stage 2 of another seed must not train on what stage 1 validates on."""
+    """Stage 2 with another seed must not train on stage 1's validation records."""
     (stream,) = streams_of((1.0, 8, {"video": 100}))
     orders = [epoch(stream, 0), epoch(stream, 1), epoch(stream, 2), epoch(stream, 0, seed=4)]
     assert len({tuple(order) for order in orders}) == 4
@@ -84,12 +84,12 @@ def test_the_holdout_depends_only_on_records_and_media_type():
     same = {"video": 60, "image": 60}
     first, second = streams_of((1.0, 10, same))
     other = streams_of((1.0, 10, same), (1.0, 10, same))[2]
-    places = [[record - stream.numbers.start for record in stream.holdout()] for stream in (first, second, other)]
-    assert len({tuple(place) for place in places}) == 3
+    holdouts = [[record - stream.numbers.start for record in stream.holdout()] for stream in (first, second, other)]
+    assert len({tuple(place) for place in holdouts}) == 3
 
 
 def test_media_types_and_datasets_are_sampled_by_their_ratios():
-    """3:1, the first's share divided as 30:10 by its kinds: 9/16, 3/16 and 4/16 of the steps."""
+    """Ratios are 3:1, and the first is divided 30:10 between its media types: 9/16, 3/16 and 4/16 of the steps."""
     streams = streams_of((3.0, 0, {"video": 30, "image": 10}), (1.0, 0, {"video": 20}))
     assert [(stream.dataset.path, stream.kind) for stream in streams] == [
         ("records0", "video"),
@@ -118,7 +118,7 @@ def test_order_does_not_depend_on_the_number_of_steps_but_on_the_seed():
 
 
 def test_each_step_continues_its_stream():
-    """Over the steps of one stream, rows count on: no record twice before all have come, whatever lies between."""
+    """Rows continue over the steps of a stream: no record repeats before all were used, whatever steps are between."""
     streams = streams_of((1.0, 3, {"video": 15, "image": 27}))
     order = BatchSampler(streams, 60, 4, seed=2)
     taken: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
@@ -146,7 +146,7 @@ def test_unusable_datasets_are_refused():
 
 @dataclasses.dataclass(frozen=True)
 class FakeCache:
-    """Features that are the variant's number."""
+    """Features whose values are the variant."""
 
     variants: int
 
@@ -157,10 +157,10 @@ class FakeCache:
 @pytest.mark.parametrize(
     ("asked", "cached", "expected"),
     [
-        (0, None, [0, 1, 2, 3, 4, 5, 6]),  # new crops every time
+        (0, None, [0, 1, 2, 3, 4, 5, 6]),  # new crops in every epoch
         (1, None, [0, 0, 0, 0, 0, 0, 0]),
         (3, None, [0, 1, 2, 0, 1, 2, 0]),
-        (0, 4, [0, 1, 2, 3, 0, 1, 2]),  # as many as the cache has
+        (0, 4, [0, 1, 2, 3, 0, 1, 2]),  # all variants of the cache
         (2, 4, [0, 1, 0, 1, 0, 1, 0]),  # or fewer
     ],
 )
@@ -177,7 +177,7 @@ def test_each_epoch_uses_another_variant(monkeypatch, asked, cached, expected):
         data=DataConfig(variants=asked, num_threads=1),
     )
     caches = {"records0": FakeCache(cached)} if cached else {}
-    order = BatchSampler(streams, 14, 2, seed=0)  # two steps an epoch
+    order = BatchSampler(streams, 14, 2, seed=0)  # two steps per epoch
     reader = BatchReader(config.data, config.branch, config.seed, tiny(), None, order, range(2), caches)
     found = []
     for step in range(14):

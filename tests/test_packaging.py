@@ -1,4 +1,4 @@
-"""The package on a package index, and on a Python that is too old for it."""
+"""The package on a package index, and with a Python that is too old for it."""
 
 import ast
 import re
@@ -12,7 +12,7 @@ import pytest
 import vllama_jax
 
 CHECKOUT = Path(__file__).parents[1]
-START = ("__init__.py", "__main__.py")  # what an older Python reads of the package
+START = ("__init__.py", "__main__.py")  # the files that an older Python reads first
 
 
 @pytest.fixture(scope="module")

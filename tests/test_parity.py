@@ -1,5 +1,7 @@
-"""Every part of the network against torch, with the same random weights: transformers' classes, and for ImageBind the
-reference that `vllama verify` runs. All parameters are random, since zero biases and unit norms hide swapped weights.
+"""Every component of the network compared with torch, with the same random weights.
+
+References are transformers' classes, and for ImageBind the one of `vllama verify`. All parameters are random, because
+zero biases and unit norms would hide swapped weights.
 """
 
 import dataclasses
@@ -55,11 +57,11 @@ from vllama_jax.nn.qformer import QFormer
 from vllama_jax.nn.video_llama import VideoLlama, splice
 from vllama_jax.sharding import AXIS_NAMES
 
-TOLERANCE = 5e-6  # of the largest value; up to 2e-6 is measured
+TOLERANCE = 5e-6  # relative to the largest value; up to 2e-6 is measured
 LONG_TOLERANCE = 2e-5  # at 4,000 tokens, where an angle's last bit is 2e-4 radians; up to 6e-6 is measured
-QUIETLY = pytest.mark.parametrize("quiet", [False, True], ids=["ordinary", "quiet"])  # quiet: epsilons show
+QUIETLY = pytest.mark.parametrize("quiet", [False, True], ids=["ordinary", "quiet"])  # makes epsilons matter
 
-# No two dimensions of a part are equal, so that swapped axes show.
+# No two dimensions of a component are equal, so that swapped axes are errors.
 VIT = VitConfig(image_size=56, width=40, depth=3, num_heads=4, mlp_dim=93)
 QFORMER = QFormerConfig(width=36, depth=4, num_heads=3, mlp_dim=70, num_queries=7)
 IMAGEBIND = ImageBindConfig(
@@ -83,7 +85,7 @@ def noise(*shape: int, seed: int = 1, quiet: bool = False) -> torch.Tensor:
 
 
 def run(function: Callable, *arguments):
-    """Under jit, modules and arrays alike as arguments."""
+    """Run a function under jit, with modules and arrays as arguments."""
     return jax.jit(function)(*arguments)
 
 
@@ -92,7 +94,7 @@ def call(module: nnx.Module, x: jax.Array) -> jax.Array:
 
 
 def test_layer_norm_of_values_far_from_zero():
-    """A variance in one pass, flax's default, loses digits there."""
+    """flax's default, which computes the variance in one pass, loses digits there."""
     reference, x = torch.nn.LayerNorm(64, eps=1e-6), noise(5, 64) + 30
     ours = layer_norm(64, 1e-6, nnx.Rngs(0))
     assert error(run(call, ours, as_jax(x)), reference(x)) < TOLERANCE
@@ -101,26 +103,26 @@ def test_layer_norm_of_values_far_from_zero():
 # EVA-CLIP
 
 
-def eva_pair(cfg: VitConfig, pictures: torch.Tensor, *, quiet: bool = False) -> tuple[EvaVit, torch.Tensor]:
-    """Our tower, and what torch's makes of the pictures."""
+def eva_pair(cfg: VitConfig, images: torch.Tensor, *, quiet: bool = False) -> tuple[EvaVit, torch.Tensor]:
+    """Return our tower, and torch's output for the images."""
     reference = EvaReference(cfg)
     randomise(reference, quiet=quiet)
     reference.drop_key_biases()
-    expected = reference(pictures)
+    expected = reference(images)
     return load(lambda: EvaVit(cfg, rngs=nnx.Rngs(0)), eva_vit.rules(cfg), reference.original_state(), "vit"), expected
 
 
 @QUIETLY
 def test_eva_vit_equals_torchs(quiet: bool):
-    pictures = noise(2, 3, 56, 56, quiet=quiet)
-    ours, expected = eva_pair(VIT, pictures, quiet=quiet)
-    assert error(run(call, ours, as_jax(pictures)), expected) < TOLERANCE
+    images = noise(2, 3, 56, 56, quiet=quiet)
+    ours, expected = eva_pair(VIT, images, quiet=quiet)
+    assert error(run(call, ours, as_jax(images)), expected) < TOLERANCE
 
 
 def test_eva_block_at_full_width():
-    pictures = noise(1, 3, 28, 28)
-    ours, expected = eva_pair(dataclasses.replace(EVA_G, depth=1, image_size=28), pictures)
-    assert error(run(call, ours, as_jax(pictures)), expected) < TOLERANCE
+    images = noise(1, 3, 28, 28)
+    ours, expected = eva_pair(dataclasses.replace(EVA_G, depth=1, image_size=28), images)
+    assert error(run(call, ours, as_jax(images)), expected) < TOLERANCE
 
 
 # Q-Former
@@ -162,8 +164,8 @@ def imagebind_pair(cfg: ImageBindConfig, *, quiet: bool = False) -> tuple[ImageB
     return ours, reference
 
 
-def of_sense(cfg: ImageBindConfig, modality: str, *, quiet: bool = False) -> torch.Tensor:
-    """Two inputs of a tower."""
+def tower_inputs(cfg: ImageBindConfig, modality: str, *, quiet: bool = False) -> torch.Tensor:
+    """Return two inputs of a tower."""
     if modality == "audio":
         return noise(2, cfg.audio.num_mel_bins, cfg.audio.num_mel_frames, quiet=quiet)
     return noise(2, 3, cfg.vision.image_size, cfg.vision.image_size, quiet=quiet)
@@ -173,7 +175,7 @@ def of_sense(cfg: ImageBindConfig, modality: str, *, quiet: bool = False) -> tor
 @pytest.mark.parametrize("modality", ["audio", "vision"])
 def test_imagebind_tower_equals_torchs(modality: str, quiet: bool):
     ours, reference = imagebind_pair(IMAGEBIND, quiet=quiet)
-    x = of_sense(IMAGEBIND, modality, quiet=quiet)
+    x = tower_inputs(IMAGEBIND, modality, quiet=quiet)
     assert error(run(call, getattr(ours, modality), as_jax(x)), reference(modality, x)) < TOLERANCE
 
 
@@ -183,7 +185,7 @@ def test_imagebind_block_at_full_width(modality: str):
     vision = dataclasses.replace(IMAGEBIND_HUGE.vision, depth=1, image_size=28)
     cfg = dataclasses.replace(IMAGEBIND_HUGE, audio=audio, vision=vision)
     ours, reference = imagebind_pair(cfg)
-    x = of_sense(cfg, modality)
+    x = tower_inputs(cfg, modality)
     assert error(run(call, getattr(ours, modality), as_jax(x)), reference(modality, x)) < TOLERANCE
 
 
@@ -191,7 +193,7 @@ def test_imagebind_block_at_full_width(modality: str):
 def test_audio_vectors_have_the_norm_of_the_scale_up_to_a_limit(scale: float, norm: float):
     audio = dataclasses.replace(IMAGEBIND.audio, log_logit_scale=math.log(scale))
     ours, reference = imagebind_pair(dataclasses.replace(IMAGEBIND, audio=audio))
-    mel = of_sense(IMAGEBIND, "audio")
+    mel = tower_inputs(IMAGEBIND, "audio")
     vectors = run(call, ours.audio, as_jax(mel))
     assert error(vectors, reference("audio", mel)) < TOLERANCE
     np.testing.assert_allclose(jnp.linalg.norm(vectors, axis=-1), norm, rtol=1e-5)
@@ -217,7 +219,7 @@ LLAMAS = {
 
 
 def llama_pair(cfg: LlamaConfig, *, quiet: bool = False, sharpen: float = 1.0) -> tuple[Llama, torch.nn.Module]:
-    """sharpen: queries times this, so that attention chooses and does not average."""
+    """Return our model and torch's; `sharpen` scales the queries, so that attention is not almost uniform."""
     reference = llama_reference(cfg)
     randomise(reference, quiet=quiet)
     for layer in reference.model.layers:
@@ -275,7 +277,7 @@ def test_llama_ignores_padding_on_the_right():
     assert jnp.isfinite(logits).all()
 
 
-# Lengths of the pieces in which rows of a batch are read, and how many tokens of each are real, row by row.
+# Lengths of the chunks in which a batch is processed, and the number of real tokens of each row.
 PIECES = {
     "one token at a time": [(1, (1, 1))] * 12,
     "a prompt, then tokens": [(8, (8, 8)), *[(1, (1, 1))] * 4],
@@ -288,24 +290,24 @@ def forward_with_cache(module: Llama, ids: jax.Array, mask: jax.Array, cache: KV
     return module.forward_with_cache(module.embed(ids), mask, cache)
 
 
-@pytest.mark.parametrize("pieces", PIECES.values(), ids=PIECES)
-def test_prefill_in_chunks_equals_prefill_at_once(pieces: list[tuple[int, tuple[int, ...]]]):
+@pytest.mark.parametrize("chunks", PIECES.values(), ids=PIECES)
+def test_prefill_in_chunks_equals_prefill_at_once(chunks: list[tuple[int, tuple[int, ...]]]):
     ours, reference = llama_pair(LLAMAS["wide heads"])
-    total = sum(real[0] for _, real in pieces)
+    total = sum(real[0] for _, real in chunks)
     ids = token_ids(2, total)
     cache = KVCache.empty(ours.cfg, batch=2, capacity=30, dtype=jnp.float32)
-    done, seen = [0, 0], ([], [])
-    for length, real in pieces:
-        piece, mask = np.zeros((2, length), np.int32), np.arange(length) < np.array(real)[:, None]
+    done, hidden_rows = [0, 0], ([], [])
+    for length, real in chunks:
+        chunk, mask = np.zeros((2, length), np.int32), np.arange(length) < np.array(real)[:, None]
         for row in (0, 1):
-            piece[row, : real[row]] = ids[row, done[row] : done[row] + real[row]]
+            chunk[row, : real[row]] = ids[row, done[row] : done[row] + real[row]]
             done[row] += real[row]
-        hidden, cache = run(forward_with_cache, ours, piece, mask, cache)
+        hidden, cache = run(forward_with_cache, ours, chunk, mask, cache)
         for row in (0, 1):
-            seen[row].append(np.asarray(hidden)[row, : real[row]])
-    logits = ours.logits(jnp.array([np.concatenate(row) for row in seen]))
+            hidden_rows[row].append(np.asarray(hidden)[row, : real[row]])
+    logits = ours.logits(jnp.array([np.concatenate(row) for row in hidden_rows]))
     assert error(logits, reference(ids).logits) < TOLERANCE
-    assert cache.length == sum(length for length, _ in pieces)
+    assert cache.length == sum(length for length, _ in chunks)
 
 
 @pytest.mark.slow
@@ -315,13 +317,13 @@ def test_llama_block_at_full_width_equals_torchs(published: LlamaConfig):
     reference, ids = llama_reference(cfg), token_ids(1, 9)
     randomise(reference)
     expected, state = reference(ids).logits, llama_state(reference)
-    del reference  # `load` frees what is left of it, weight by weight
+    del reference  # `load` frees the rest of it, weight by weight
     ours = load(lambda: Llama(cfg, rngs=nnx.Rngs(0)), llama.rules(cfg), state, "llama")
     logits = run(llama_logits, ours, as_jax(ids), jnp.ones(ids.shape, bool))
     assert error(logits, expected) < TOLERANCE
 
 
-# bfloat16: close to float32, and float32 where rounding would hurt
+# bfloat16 is close to float32, and float32 is used where rounding would matter
 
 
 def forward(module: nnx.Module, x: jax.Array) -> jax.Array:
@@ -334,7 +336,7 @@ def cast(module: nnx.Module, dtype: jnp.dtype) -> nnx.Module:
 
 
 def half_tower(name: str) -> tuple[nnx.Module, jax.Array, torch.Tensor]:
-    """A part with bfloat16 weights, an input for it, and what torch makes of that in float32."""
+    """Return a component with bfloat16 weights, an input, and torch's output in float32."""
     if name == "eva":
         x = noise(2, 3, 56, 56)
         module, expected = eva_pair(VIT, x)
@@ -346,7 +348,7 @@ def half_tower(name: str) -> tuple[nnx.Module, jax.Array, torch.Tensor]:
         module, reference = llama_pair(LLAMAS["grouped-query"])
         expected = reference(x).logits
     else:
-        x = of_sense(IMAGEBIND, name)
+        x = tower_inputs(IMAGEBIND, name)
         module, reference = imagebind_pair(IMAGEBIND)
         module, expected = getattr(module, name), reference(name, x)
     return cast(module, jnp.bfloat16), as_jax(x), expected
@@ -369,11 +371,11 @@ def test_norms_softmax_and_rotations_stay_float32_in_bfloat16(tower: str):
     computed = list(operations(jax.make_jaxpr(forward)(module, x).jaxpr))
     for name in ("exp", "rsqrt", *(("cos", "sin") if tower == "llama" else ())):
         assert {dtype for operation, dtype in computed if operation == name} == {jnp.dtype("float32")}
-    assert ("dot_general", jnp.dtype("bfloat16")) in computed  # and matrices do not
+    assert ("dot_general", jnp.dtype("bfloat16")) in computed  # and matrix products are in bfloat16
 
 
 def operations(jaxpr) -> Iterator[tuple[str, jnp.dtype]]:
-    """Name and input dtype of every operation of a program, inside loops too."""
+    """List the name and the input dtype of every operation of a program, including loop bodies."""
     for equation in jaxpr.eqns:
         if equation.invars:
             yield equation.primitive.name, equation.invars[0].aval.dtype
@@ -401,8 +403,8 @@ def video_llama_pair(*, quiet: bool = False) -> tuple[VideoLlama, VideoLlamaRefe
     reference = VideoLlamaReference(VIDEO_LLAMA).eval()
     randomise(reference, quiet=quiet)
     reference.visual_encoder.drop_key_biases()
-    kinds = ["eva_vit", "blip2", "imagebind", "vl", "al", "llama"]
-    rules = [rule for kind in rule_tables(VIDEO_LLAMA, kinds).values() for rule in kind]
+    files = ["eva_vit", "blip2", "imagebind", "vl", "al", "llama"]
+    rules = [rule for kind in rule_tables(VIDEO_LLAMA, files).values() for rule in kind]
     make = lambda: VideoLlama(VIDEO_LLAMA, rngs=nnx.Rngs(0))  # noqa: E731
     return load(make, rules, reference.original_state()), reference
 
@@ -423,7 +425,7 @@ def test_encode_frames_equals_torchs(quiet: bool):
 
 @pytest.mark.parametrize("count", [8, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 4))])
 def test_encode_video_equals_torchs(pair, count: int):
-    """One frame is a picture."""
+    """A single frame is an image."""
     ours, reference = pair
     videos = [noise(count, 3, 56, 56, seed=seed) for seed in (1, 2)]
     tokens = run(VideoLlama.encode_video, ours, jnp.stack([as_jax(video) for video in videos]))
@@ -435,9 +437,9 @@ def test_encode_video_equals_torchs(pair, count: int):
     ("modality", "encode"), [("audio", VideoLlama.encode_audio), ("vision", VideoLlama.encode_audio_from_vision)]
 )
 def test_encode_audio_equals_torchs(pair, modality: str, encode: Callable):
-    """The audio branch on sound, and on pictures, as it is trained."""
+    """The audio branch on audio, and on images, as in training."""
     ours, reference = pair
-    inputs = [torch.cat([x, x.flip(-1)]) for x in of_sense(IMAGEBIND, modality).split(1)]
+    inputs = [torch.cat([x, x.flip(-1)]) for x in tower_inputs(IMAGEBIND, modality).split(1)]
     tokens = run(encode, ours, jnp.stack([as_jax(x) for x in inputs]))
     assert error(tokens, torch.stack([reference.encode_senses(modality, x) for x in inputs])) < TOLERANCE
 
@@ -496,10 +498,10 @@ def test_splice_replaces_placeholders_in_order():
 
 
 def named_axes() -> dict[str, tuple[tuple[int, ...], tuple[str | None, ...]]]:
-    """Shape and axis names of every weight of the tiny model, without the axis over layers."""
+    """Return shape and axis names of every weight of the tiny model, without the layer axis."""
     found = {}
     for path, variable in nnx.to_flat_state(nnx.state(abstract_network(TINY))):
-        stacked = any(part in ("blocks", "cross_layers", "plain_layers") for part in path)
+        stacked = any(component in ("blocks", "cross_layers", "plain_layers") for component in path)
         names = variable.get_metadata()[AXIS_NAMES]
         found["/".join(map(str, path))] = (variable.shape[1:] if stacked else variable.shape, names)
     return found
@@ -511,11 +513,11 @@ def test_every_weight_names_every_axis():
 
 
 def test_axes_have_the_sizes_of_their_names():
-    """In the tiny model: sizes by part, where a name has one."""
+    """In the tiny model: sizes by component, if a name has one size."""
     towers = {"vit": TINY.vit, "imagebind/audio": TINY.imagebind.audio, "imagebind/vision": TINY.imagebind.vision}
     towers |= {name: getattr(TINY, name) for name in ("image_qformer", "video_qformer", "audio_qformer", "llama")}
     for path, (shape, names) in named_axes().items():
-        cfg = next((cfg for part, cfg in towers.items() if path.startswith(f"{part}/")), None)
+        cfg = next((cfg for component, cfg in towers.items() if path.startswith(f"{component}/")), None)
         if cfg is None:
             continue
         sizes = {"heads": cfg.num_heads, "head_dim": cfg.width // cfg.num_heads, "mlp": cfg.mlp_dim, "norm": cfg.width}

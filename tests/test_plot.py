@@ -1,10 +1,10 @@
-"""`vllama plot`: what is drawn of one run and of several, and the mean of losses."""
+"""`vllama plot`: figures of one run and of several, and the moving average of the loss."""
 
 import json
 from pathlib import Path
 
 import pytest
-from cli_fixtures import failure
+from cli_fixtures import expect_error
 
 from vllama_jax import cli
 from vllama_jax.train.plots import plot_metrics, read_metrics
@@ -60,9 +60,9 @@ def test_several_runs_are_compared_in_one_figure(tmp_path, capsys):
     figure = plot_metrics({run: read_metrics(run) for run in runs}, None)
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
     assert labels == [
-        f"{runs[0]} (mean of about 4 steps)",
-        f"{runs[0]}, held out",
-        f"{runs[1]} (mean of about 40 steps)",
+        f"{runs[0]} (average over about 4 steps)",
+        f"{runs[0]} (validation)",
+        f"{runs[1]} (average over about 40 steps)",
         "short (each step)",
     ]
     assert figure.get_suptitle() == "Training loss of 3 runs"
@@ -71,15 +71,15 @@ def test_several_runs_are_compared_in_one_figure(tmp_path, capsys):
 
 
 def test_runs_that_cannot_be_plotted_are_a_one_line_error(tmp_path, capsys):
-    whole = write_run(tmp_path / "whole", [2.0])
-    assert "none/metrics.jsonl: no such file; name a run directory" in failure(capsys, "plot", tmp_path / "none")
-    assert "none/metrics.jsonl: no such file" in failure(capsys, "plot", whole, tmp_path / "none")
+    full = write_run(tmp_path / "whole", [2.0])
+    assert "none/metrics.jsonl: no such file; give a run directory" in expect_error(capsys, "plot", tmp_path / "none")
+    assert "none/metrics.jsonl: no such file" in expect_error(capsys, "plot", full, tmp_path / "none")
     run = write_run(tmp_path / "run", [])
-    assert "no step is done yet; wait for the first" in failure(capsys, "plot", run)
+    assert "no step has been done yet; wait for the first" in expect_error(capsys, "plot", run)
     journal = run / "metrics.jsonl"
-    journal.write_text('{"step": 1, "loss"')  # the first line is being written
-    assert "no step is done yet; wait for the first" in failure(capsys, "plot", run)
+    journal.write_text('{"step": 1, "loss"')  # the first line is incomplete
+    assert "no step has been done yet; wait for the first" in expect_error(capsys, "plot", run)
     for line in ("x", "[1]", '{"step": 1}', '{"step": 1, "loss": "a", "lr": 1}', '{"step": 1, "loss": NaN, "lr": 1}'):
         journal.write_text(f"{line}\n")
-        assert f"{journal}, line 1: " in failure(capsys, "plot", run)
-    assert "cannot be written" in failure(capsys, "plot", whole, "--out", tmp_path / "no/folder.png")
+        assert f"{journal}, line 1: " in expect_error(capsys, "plot", run)
+    assert "cannot be written" in expect_error(capsys, "plot", full, "--out", tmp_path / "no/folder.png")

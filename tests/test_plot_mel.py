@@ -1,11 +1,11 @@
-"""`vllama plot` of a media file: the log-mel spectrograms that the audio branch is given."""
+"""`vllama plot` of a media file: the log-mel spectrograms that the audio branch receives."""
 
 import subprocess
 import sys
 
 import numpy as np
 import scipy.io.wavfile
-from test_cli import failure
+from test_cli import expect_error
 
 from vllama_jax import cli
 from vllama_jax.media.mel import mel_clips
@@ -46,11 +46,11 @@ def test_plot_of_a_file_writes_a_png_beside_it(tmp_path, capsys):
     cli.main(["plot", str(file)])
     assert capsys.readouterr().out == f"{file}.mel.png: 8 clips of 3.0 s of audio; audio used\n"
     assert (tmp_path / "tone.wav.mel.png").read_bytes().startswith(b"\x89PNG")
-    assert "an image, which has no audio" in failure(capsys, "plot", tmp_path / "tone.wav.mel.png")
+    assert "an image, which has no audio" in expect_error(capsys, "plot", tmp_path / "tone.wav.mel.png")
 
 
 def test_mel_clips_need_no_librosa():
-    """Its import takes longer than reading most files."""
+    """Importing librosa takes longer than reading most files."""
     code = "import sys, numpy as np; from vllama_jax import media; media.mel_clips(np.zeros((1, 44100), 'f4'), 44100)"
     code += "; print({'librosa', 'numba'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -1,6 +1,6 @@
 """Two processes that train together: a signal stops both at one step, and neither outlives the other.
 
-They are real ones, started as Slurm starts them. The functions at the end run without JAX.
+They are real processes, started as Slurm starts them. The functions at the end run without JAX.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from vllama_jax.train.relay import Relay
 
 SLOW = pytest.mark.slow
 VLLAMA = str(Path(sys.executable).with_name("vllama"))
-WITHIN = 60  # seconds from the end of one process to the end of the other
+WITHIN = 60  # seconds between the ends of the two processes
 PREPARE = """
 import time
 from vllama_jax.io.atomic import new_directory
@@ -41,7 +41,7 @@ def prepare(config, out):
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory, tiny_model, records) -> Path:
-    """A run over two processes that takes longer than any test, and makes a directory first."""
+    """A run with two processes that takes longer than any test, and creates a directory first."""
     one = config_of(
         tiny_model, records, steps=100_000, batch_size=4, checkpoint=CheckpointConfig(save_interval_steps=1000)
     )
@@ -53,7 +53,7 @@ def config(tmp_path_factory, tiny_model, records) -> Path:
 
 @contextlib.contextmanager
 def started(*arguments: object) -> Iterator[list[subprocess.Popen]]:
-    """Two processes of a Slurm job on this machine."""
+    """Start two processes of a Slurm job on this machine."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
@@ -82,36 +82,36 @@ def wait_for_step(run: Path, step: int, processes: Sequence[subprocess.Popen]) -
 
 
 def ended(processes: Sequence[subprocess.Popen]) -> list[tuple[int, str]]:
-    """Exit codes, and what was written to stderr, of processes that end in time."""
+    """Return exit codes and stderr of processes, which must end in time."""
     limit = time.monotonic() + WITHIN
     written = [process.communicate(timeout=max(limit - time.monotonic(), 0.1))[1] for process in processes]
     return [(process.returncode, text) for process, text in zip(processes, written, strict=True)]
 
 
 def assert_one_line(code: int, text: str, line: str) -> None:
-    """It ended with exit code 1 and that line, which is the last one, and the only one of an error."""
+    """Check for exit code 1, and that this line is the last one and the only error line."""
     assert code == 1, text
-    said = [one for one in text.splitlines() if one.startswith("vllama:")]
-    assert said == [text.splitlines()[-1]], text
-    assert line in said[0]
+    message = [one for one in text.splitlines() if one.startswith("vllama:")]
+    assert message == [text.splitlines()[-1]], text
+    assert line in message[0]
     for noise in ("Traceback", "stack trace", "Terminating", "terminate called", "    @ "):
         assert noise not in text
 
 
 @SLOW
 @pytest.mark.parametrize(
-    ("number", "told", "codes"),
+    ("number", "output", "codes"),
     [
         (signal.SIGTERM, (0, 1), [0, 0]),
         (signal.SIGTERM, (1,), [0, 0]),
         (signal.SIGINT, (1,), [0, 130]),
     ],
 )
-def test_a_signal_saves_all_processes_at_one_step(config, tmp_path, number, told, codes):
+def test_a_signal_saves_all_processes_at_one_step(config, tmp_path, number, output, codes):
     run = tmp_path / "run"
     with started("train", config, "--out", run) as processes:
         wait_for_step(run, 3, processes)
-        for process in told:
+        for process in output:
             processes[process].send_signal(number)
         results = ended(processes)
     assert [code for code, _ in results] == codes
@@ -222,33 +222,33 @@ def test_without_other_processes_the_error_says_how_to_start_them(tmp_path):
 
 @contextlib.contextmanager
 def relayed() -> Iterator[tuple[socket.socket, socket.socket, threading.Event, Relay]]:
-    """Both ends of a connection through a relay, and whether it noticed the end of process 0."""
+    """Connect two sockets through a relay; record whether it detects the end of process 0."""
     lost = threading.Event()
     with socket.create_server(("127.0.0.1", 0)) as server:
         relay = Relay(f"127.0.0.1:{server.getsockname()[1]}", lost.set)
         host, _, port = relay.address.rpartition(":")
         with socket.create_connection((host, int(port))) as here:
-            there, _ = server.accept()
-            with there:
-                yield here, there, lost, relay
+            peer, _ = server.accept()
+            with peer:
+                yield here, peer, lost, relay
         relay.stop()
 
 
 def test_a_relay_forwards_data_in_both_directions():
-    with relayed() as (here, there, lost, relay):
+    with relayed() as (here, peer, lost, relay):
         relay.watch(60)
         here.sendall(b"question")
-        assert there.recv(64) == b"question"
-        there.sendall(b"x" * 10**6)
+        assert peer.recv(64) == b"question"
+        peer.sendall(b"x" * 10**6)
         assert len(here.recv(10**6, socket.MSG_WAITALL)) == 10**6
         assert not lost.is_set()
 
 
 def test_a_relay_notices_the_end_of_process_0_and_hides_it_from_jax():
-    with relayed() as (here, there, lost, relay):
+    with relayed() as (here, peer, lost, relay):
         relay.watch(60)
         time.sleep(0.2)
-        there.close()
+        peer.close()
         assert lost.wait(10)
         here.settimeout(0.5)
         with pytest.raises(TimeoutError):
@@ -262,11 +262,11 @@ def test_a_relay_notices_silence():
 
 
 def test_a_relay_ignores_process_0_ending_outside_a_job():
-    with relayed() as (here, there, lost, relay):
+    with relayed() as (here, peer, lost, relay):
         relay.watch(60)
         relay.watch(0)
         time.sleep(0.2)
-        there.close()
+        peer.close()
         assert here.recv(1) == b""
         assert not lost.is_set()
 
@@ -279,8 +279,8 @@ def test_a_relay_waits_for_process_0_to_start():
     with socket.create_connection((host, int(own))) as here:
         assert here.recv(1) == b"", "closed, so that JAX tries again"
     with socket.create_server(("127.0.0.1", port)) as server, socket.create_connection((host, int(own))) as here:
-        there, _ = server.accept()
-        with there:
+        peer, _ = server.accept()
+        with peer:
             here.sendall(b"x")
-            assert there.recv(1) == b"x"
+            assert peer.recv(1) == b"x"
     relay.stop()

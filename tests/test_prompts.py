@@ -1,4 +1,4 @@
-"""Prompts: strings in full, ids by a tokenizer that spells, and the reference's sixteen prompts in golden."""
+"""Prompts: full texts, ids with a tokenizer of one id per character, and the reference's sixteen golden prompts."""
 
 import json
 
@@ -32,8 +32,8 @@ IMAGE = Media("image")
 AUDIO = Media("audio")
 
 
-def talk(template, *steps, audio_branch=True, system=None):
-    """A conversation of media, questions, and answers marked by a leading ">"."""
+def make_conversation(template, *steps, audio_branch=True, system=None):
+    """Make a conversation from media, questions, and answers, which start with ">"."""
     conversation = start_conversation(template, audio_branch, system)
     for step in steps:
         if isinstance(step, Media):
@@ -43,8 +43,8 @@ def talk(template, *steps, audio_branch=True, system=None):
     return conversation
 
 
-def spelled(tokenized):
-    """Ids as pieces in one string, a media position as "*"."""
+def join_tokens(tokenized):
+    """Join the tokens of ids to one string, with "*" for media tokens."""
     tokens = SPELLING.tokens(tokenized.ids)
     return "".join("*" if here else token for token, here in zip(tokens, tokenized.is_media, strict=True))
 
@@ -53,7 +53,7 @@ ANSWER_BY_EAR = "                  Now answer my question based on what you have
 HEAR = "Close your eyes, open your ears and you imagine only based on the sound that: <ImageHere>."
 SEE = "                 Close your ears, open your eyes and you see that <Video><ImageHere></Video>."
 BOTH = HEAR + SEE + "                  Now answer my question based on what you have just seen and heard."
-TIMES = "The video contains 2 frames sampled at 0.0, 1.2 seconds. "  # 1.25: Python rounds a tie to even
+TIMES = "The video contains 2 frames sampled at 0.0, 1.2 seconds. "  # 1.25: Python rounds half to even
 
 PROMPTS = [
     ("vicuna", (VIDEO, "Who?"), f"###Human: <Video><ImageHere></Video> {TIMES} Who?###Assistant:"),
@@ -62,7 +62,7 @@ PROMPTS = [
     ("vicuna", (AUDIO, "Who?"), f"###Human: {HEAR}{ANSWER_BY_EAR} Who?###Assistant:"),
     ("vicuna", ("Who?",), "###Human: Who?###Assistant:"),
     ("vicuna", ("Who?", ">Me.", "Why?"), "###Human: Who?###Assistant: Me.###Human: Why?###Assistant:"),
-    (  # the second question is a message of its own; the second video's message takes the third question
+    (  # the second question is a separate message; the second video's message takes the third question
         "vicuna",
         (VIDEO, "Who?", ">Me.", "Why?", ">So.", VIDEO, "How?"),
         f"###Human: <Video><ImageHere></Video> {TIMES} Who?###Assistant: Me.###Human: Why?###Assistant: So."
@@ -80,7 +80,7 @@ PROMPTS = [
         f"[INST] <<SYS>>\n{DEFAULT_SYSTEM}\n<</SYS>>\n\n<Image><ImageHere></Image>  Who? [/INST] Me. </s><s>"
         "[INST] Why? [/INST]",
     ),
-    (  # the reference would take the second file for an answer; one message keeps the roles right
+    (  # the reference would treat the second file as an answer; one message keeps the roles correct
         "llama_2",
         (IMAGE, VIDEO, "Who?"),
         f"[INST] <<SYS>>\n\n<</SYS>>\n\n<Image><ImageHere></Image>  <Video><ImageHere></Video> {TIMES} Who? [/INST]",
@@ -95,11 +95,11 @@ PROMPTS = [
 
 @pytest.mark.parametrize(("template", "steps", "expected"), PROMPTS)
 def test_prompts_are_rendered_as_text(template, steps, expected):
-    assert render(talk(template, *steps)) == expected
+    assert render(make_conversation(template, *steps)) == expected
 
 
 SYSTEMS = [
-    # audio branch, media, system text
+    # audio branch, media, system prompt
     (True, VIDEO, ""),
     (True, SOUND_VIDEO, ""),
     (True, AUDIO, ""),
@@ -114,18 +114,20 @@ SYSTEMS = [
 @pytest.mark.parametrize(("audio_branch", "media", "expected"), SYSTEMS)
 def test_default_system_text_depends_on_the_media(audio_branch, media, expected):
     assert default_system_prompt(audio_branch, media) == expected
-    conversation = talk("vicuna", *([media] if media else []), "Who?", audio_branch=audio_branch)
+    conversation = make_conversation("vicuna", *([media] if media else []), "Who?", audio_branch=audio_branch)
     assert render(conversation).startswith(expected + "###Human: ")
 
 
 def test_the_last_file_determines_the_system_text():
-    assert render(talk("vicuna", VIDEO, "Who?", ">Me.", IMAGE, "Why?")).startswith(DEFAULT_SYSTEM)
-    assert render(talk("vicuna", IMAGE, "Who?", ">Me.", VIDEO, "Why?")).startswith("###Human: ")
+    assert render(make_conversation("vicuna", VIDEO, "Who?", ">Me.", IMAGE, "Why?")).startswith(DEFAULT_SYSTEM)
+    assert render(make_conversation("vicuna", IMAGE, "Who?", ">Me.", VIDEO, "Why?")).startswith("###Human: ")
 
 
 def test_a_custom_system_prompt_is_used():
-    assert render(talk("vicuna", SOUND_VIDEO, "Who?", system="Be brief.")).startswith("Be brief.###Human: ")
-    assert render(talk("vicuna", IMAGE, "Who?", system="")).startswith("###Human: ")
+    assert render(make_conversation("vicuna", SOUND_VIDEO, "Who?", system="Be brief.")).startswith(
+        "Be brief.###Human: "
+    )
+    assert render(make_conversation("vicuna", IMAGE, "Who?", system="")).startswith("###Human: ")
     with pytest.raises(ConfigError, match="'plain' does not support a system prompt"):
         start_conversation("plain", audio_branch=False, system="Be brief.")
 
@@ -143,7 +145,7 @@ def test_time_message_lists_timestamps():
 
 
 def test_conversations_are_immutable():
-    first = talk("vicuna", IMAGE)
+    first = make_conversation("vicuna", IMAGE)
     second = first.ask("Who?")
     assert first.turns[0].question is None
     assert second.turns[0].media == (IMAGE,)
@@ -152,11 +154,11 @@ def test_conversations_are_immutable():
 
 def test_order_of_turns():
     with pytest.raises(ValueError, match="no question to answer"):
-        talk("vicuna", IMAGE, ">Me.")
+        make_conversation("vicuna", IMAGE, ">Me.")
     with pytest.raises(ValueError, match="no answer yet"):
-        talk("vicuna", "Who?", "Why?")
+        make_conversation("vicuna", "Who?", "Why?")
     with pytest.raises(ValueError, match="no answer yet"):
-        talk("vicuna", "Who?", IMAGE)
+        make_conversation("vicuna", "Who?", IMAGE)
 
 
 def test_audio_placeholders_precede_video_placeholders():
@@ -169,7 +171,7 @@ def test_audio_placeholders_precede_video_placeholders():
 
 
 IDS = [
-    # each text between media has a "▁" of its own; "▁###" is one piece; <s> stands first
+    # each text between media has its own "▁"; "▁###" is one token; <s> comes first
     ("vicuna", (IMAGE, "Who?"), (2,), "<s>▁###Human: <Image>**▁</Image>  Who?###Assistant:"),
     ("plain", (IMAGE, ""), (3,), "<s>***"),
     ("plain", (SOUND_VIDEO, "Who?"), (1, 2), "<s>***▁Who?"),
@@ -181,16 +183,16 @@ IDS = [
 @pytest.mark.parametrize(("template", "steps", "lengths", "expected"), IDS)
 def test_token_ids_of_a_conversation(template, steps, lengths, expected):
     tokenized = encode_conversation(
-        talk(template, *steps, system=None if template == "plain" else ""), SPELLING, lengths
+        make_conversation(template, *steps, system=None if template == "plain" else ""), SPELLING, lengths
     )
-    assert spelled(tokenized) == expected
+    assert join_tokens(tokenized) == expected
     assert tokenized.ids.dtype == np.int32
     assert tokenized.is_media.sum() == sum(lengths)
     assert not tokenized.ids[tokenized.is_media].any()
 
 
 def test_user_text_never_becomes_special_tokens():
-    conversation = talk("vicuna", IMAGE, "Is <ImageHere> after </s> or <s>?", system="</s>")
+    conversation = make_conversation("vicuna", IMAGE, "Is <ImageHere> after </s> or <s>?", system="</s>")
     tokenized = encode_conversation(conversation, SPELLING, [1])
     assert list(tokenized.ids).count(SPELLING.eos_id) == 0
     assert list(tokenized.ids).count(SPELLING.bos_id) == 1
@@ -231,10 +233,10 @@ def test_clean_answer_removes_template_texts(template, text, expected):
 @pytest.mark.parametrize(("template", "text", "expected"), ANSWERS)
 @pytest.mark.parametrize("size", [1, 2, 5, 100])
 def test_streamed_answers_are_cleaned(template, text, expected, size):
-    ids = [1, *map(ord, text)]  # the dummy start token first
+    ids = [1, *map(ord, text)]  # starts with the dummy BOS
     batches = [ids[i : i + size] for i in range(0, len(ids), size)]
     streamed = "".join(stream_answer(SPELLING, find_template(template), batches))
-    named_late = text.startswith("A cat.") and size < len(ids)  # what was shown cannot be taken back
+    named_late = text.startswith("A cat.") and size < len(ids)  # streamed text cannot be taken back
     assert streamed == ("A cat. Assistant: A dog." if named_late else expected)
     assert decode_answer(SPELLING, find_template(template), ids) == expected
 
@@ -255,10 +257,10 @@ EOS = [SPELLING.eos_id]
         ("vicuna", [*map(ord, " A dog. "), *EOS], "A dog. ", True),  # "A dog. </s>".strip()
         ("vicuna", [*map(ord, "Assistant: A dog."), *EOS, ord("x")], "A dog.", True),
         ("vicuna", EOS, "", True),
-        ("vicuna", [*map(ord, "A dog. ")], "A dog.", False),  # the limit of new tokens
+        ("vicuna", [*map(ord, "A dog. ")], "A dog.", False),  # max_new_tokens
         ("vicuna", [*map(ord, "A dog.###")], "A dog.", False),
-        ("vicuna", [*map(ord, "A dog."), SPELLING.alone, *EOS], "A dog.", False),  # beams: a stop, then an EOS
-        ("vicuna", [*map(ord, "A </s> dog")], "A </s> dog", False),  # letters
+        ("vicuna", [*map(ord, "A dog."), SPELLING.alone, *EOS], "A dog.", False),  # beams: a stop sequence, then an EOS
+        ("vicuna", [*map(ord, "A </s> dog")], "A </s> dog", False),  # characters, not a special token
         ("llama_2", [*map(ord, "A dog. "), *EOS], "A dog.", False),  # its template has the EOS
         ("plain", [*map(ord, "a dog"), *EOS], "a dog", True),
         ("plain", [*map(ord, "a dog\n")], "a dog", False),
@@ -277,14 +279,14 @@ def test_past_answer_returns_text_and_whether_it_ended(template, ids, text, ende
     ],
 )
 def test_an_eos_stays_in_the_history(template, ended, expected):
-    """As the original's tokenizer reads "Me.</s>###Human: Why?": an id of its own, and a new "▁" after it."""
+    """The original's tokenizer encodes "Me.</s>###Human: Why?" with a separate id, and a new "▁" after it."""
     conversation = start_conversation(template, True).ask("Who?").answer("Me.", ended).ask("Why?")
-    assert spelled(encode_conversation(conversation, SPELLING, [])) == expected
+    assert join_tokens(encode_conversation(conversation, SPELLING, [])) == expected
     assert ("</s>" in render(conversation)) == ended
 
 
 def test_golden_tokens_around_an_eos(golden, golden_tokenizer):
-    """The original tokenizer's ids for texts with `</s>` in them, which are what a history is read from."""
+    """The original tokenizer's ids for texts with `</s>`, from which a history is encoded."""
     cases = json.loads((golden / "chat/tokenizer_cases.json").read_text())
     checked = [
         case for case in cases if case["text"].count("</s>") == 1 and "<" not in case["text"].replace("</s>", "")
@@ -309,13 +311,13 @@ def test_time_messages_equal_the_golden_values(golden):
 
 
 def golden_conversation(case, times):
-    """The conversation whose last message is still to come, from golden's record of it."""
+    """Make a golden conversation whose last message is still to be answered."""
     template = {"vicuna": "vicuna", "llama_v2": "llama_2"}[case["template"]]
-    sound = len(case["image_token_counts"]) == 2
+    audio = len(case["image_token_counts"]) == 2
     kind = "image" if case["how"] == "upload_img" else "video"
-    media = Media(kind, sound, tuple(times.get(case["media"], ())))
+    media = Media(kind, audio, tuple(times.get(case["media"], ())))
     questions = [text for _, text in case["messages"][0::2]]
-    first = questions[0].rsplit("  ", 1)[-1] if not sound else questions[0].split("seen and heard. ")[1]
+    first = questions[0].rsplit("  ", 1)[-1] if not audio else questions[0].split("seen and heard. ")[1]
     audio_branch = case["how"] != "upload_video_without_audio"
     conversation = start_conversation(template, audio_branch).add(media).ask(first)
     for question, (_, answer) in zip(questions[1:], case["messages"][1::2], strict=False):

@@ -1,4 +1,4 @@
-"""Quantised weights: how far off they are, made at loading or stored, on one device and on eight; what is refused."""
+"""Quantized weights: rounding errors, quantization at load and in a directory, sharding, and refused uses."""
 
 import dataclasses
 import json
@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli_fixtures import error_line
-from conversions import converted, without
+from cli_fixtures import expect_error_line
+from conversions import convert_files, drop_components
 from jax.sharding import PartitionSpec
-from train_fixtures import Quiet, short_config
-from written_runs import flat, learned, shipped, write_run
+from train_fixtures import RecordingReporter, short_config
+from written_runs import flat_state, random_leaves, vision_stage1_config, write_run
 
 from vllama_jax import cli, sharding
 from vllama_jax.checkpoints import quantize
@@ -37,7 +37,7 @@ Stored = dict[str, Path]
 
 @pytest.fixture(scope="module")
 def stored(tiny_model, tmp_path_factory) -> Stored:
-    """The tiny model, quantised, by scheme."""
+    """The tiny model, quantized with each scheme."""
     out = tmp_path_factory.mktemp("quantized")
     for scheme in SCHEMES:
         quantize.quantize(open_model(tiny_model), out / scheme, scheme)
@@ -45,14 +45,14 @@ def stored(tiny_model, tmp_path_factory) -> Stored:
 
 
 def weights(network: VideoLlama) -> dict[str, np.ndarray]:
-    return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat(network)}
+    return {"/".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat_state(network)}
 
 
 # One kernel
 
 
 def kernel_of(shape: tuple[int, ...], inputs: int) -> np.ndarray:
-    """Weights of all sizes, with an output of zeros and one of a single large weight."""
+    """Return random weights of a wide range, with one output of zeros and one with a single large weight."""
     rng = np.random.default_rng(0)
     kernel = rng.standard_normal(shape, np.float32) * np.exp(rng.standard_normal(shape[inputs:])).astype(np.float32)
     kernel[..., 0] = 0
@@ -67,7 +67,7 @@ KERNELS = [((256, 96), 1), ((384, 3, 2, 16), 1), ((4, 64, 32), 2), ((279, 33), 1
 @pytest.mark.parametrize(("shape", "inputs"), KERNELS)
 def test_rounding_errors_are_at_most_half_a_step(shape, inputs, bits):
     kernel = kernel_of(shape, inputs)
-    values, scale = quantized.quantized(kernel, inputs, bits)
+    values, scale = quantized.quantize_kernel(kernel, inputs, bits)
     rows = int(np.prod(shape[:inputs]))
     groups = {8: 1, 4: rows // quantized.largest_divisor(rows, 128)}[bits]
     assert scale.shape == (groups, *shape[inputs:])
@@ -93,7 +93,7 @@ def test_int4_packs_two_weights_in_a_byte(width):
 @pytest.mark.parametrize(("shape", "inputs"), KERNELS)
 @pytest.mark.parametrize("positions", [1, 40])
 def test_products_equal_those_of_the_dequantized_kernel(shape, inputs, bits, product, positions):
-    values, scale = quantized.quantized(kernel_of(shape, inputs), inputs, bits)
+    values, scale = quantized.quantize_kernel(kernel_of(shape, inputs), inputs, bits)
     x = np.random.default_rng(1).standard_normal((2, positions, *shape[:inputs]), np.float32)
     expected = np.tensordot(x, quantized.dequantize_kernel(values, scale, inputs), inputs)
     run = jax.jit(partial(PRODUCTS[product], inputs))
@@ -112,10 +112,10 @@ def test_a_stored_model_records_its_source(tiny_model, stored):
 
 @pytest.mark.parametrize("platform", ["cuda", "tpu"])
 def test_accelerators_multiply_the_full_kernel_at_once(platform):
-    """What the compiler is given there: one product whose input is converted, no loop and no interleaved copies."""
+    """The compiled program has one product with a converted input, and neither a loop nor interleaved copies."""
     layer = quantize.abstract_layers(tiny(), "bfloat16", "int4")[1]["llama/head"]
     x = jax.ShapeDtypeStruct((1, 64), jnp.bfloat16)
-    traced = jax.jit(lambda layer, x: layer.product(x)).trace(layer, x)
+    traced = jax.jit(lambda layer, x: layer.matmul(x)).trace(layer, x)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     assert "stablehlo.while" not in text
     assert text.count("stablehlo.dot_general") == 1
@@ -140,16 +140,16 @@ def test_quantizing_while_loading_equals_stored_quantized(tiny_model, stored, sc
 
 
 def test_only_listed_kernels_are_quantized(tiny_model, stored):
-    """The table's kernels and nothing else; of them the bytes that 8 and 4 bits take."""
+    """The kernels of the table and nothing else, with the bytes of 8 and 4 bits."""
     before = open_model(tiny_model).manifest["leaves"]
     kernels = quantized_kernels(tiny_model)
     for scheme, model in stored.items():
         directory = open_model(model)
         after = directory.manifest["leaves"]
-        made = {f"{path}/{name}" for path in kernels for name in ("values", "scale")}
-        assert after.keys() == (before.keys() - {f"{path}/kernel" for path in kernels}) | made
-        assert {path: after[path] for path in after.keys() - made} == {
-            path: before[path] for path in after.keys() - made
+        result = {f"{path}/{name}" for path in kernels for name in ("values", "scale")}
+        assert after.keys() == (before.keys() - {f"{path}/kernel" for path in kernels}) | result
+        assert {path: after[path] for path in after.keys() - result} == {
+            path: before[path] for path in after.keys() - result
         }
         assert (directory.quantized, directory.config) == (scheme, open_model(tiny_model).config)
     shapes = open_model(stored["int4"]).shapes
@@ -166,13 +166,13 @@ def logits(network, ids):
 @SLOW
 def test_quantized_logits_of_a_long_prompt_are_close(tiny_model, stored):
     ids = np.random.default_rng(0).integers(512, size=(1, 256))
-    whole = np.asarray(logits(load(tiny_model).network, ids))
-    agreement = {"int8": 0.93, "int4": 0.4}  # random weights have close logits
+    full = np.asarray(logits(load(tiny_model).network, ids))
+    agreement = {"int8": 0.93, "int4": 0.4}  # random weights give close logits
     for scheme, model in stored.items():
         found = np.asarray(logits(load(model).network, ids))
         assert found.dtype == np.float32
-        assert np.abs(found - whole).max() < {"int8": 0.05, "int4": 0.7}[scheme] * np.abs(whole).max()
-        assert np.mean(found.argmax(-1) == whole.argmax(-1)) > agreement[scheme]
+        assert np.abs(found - full).max() < {"int8": 0.05, "int4": 0.7}[scheme] * np.abs(full).max()
+        assert np.mean(found.argmax(-1) == full.argmax(-1)) > agreement[scheme]
 
 
 def answer(network: VideoLlama) -> list[int]:
@@ -183,18 +183,18 @@ def answer(network: VideoLlama) -> list[int]:
 
 @SLOW
 def test_quantized_answers_and_video_tokens_are_close(tiny_model, stored):
-    whole, eight = load(tiny_model).network, load(stored["int8"]).network
-    assert answer(eight)[:3] == answer(whole)[:3]
+    full, eight = load(tiny_model).network, load(stored["int8"]).network
+    assert answer(eight)[:3] == answer(full)[:3]
     frames = np.random.default_rng(0).standard_normal((1, 2, 224, 224, 3), np.float32)
     encode = jax.jit(lambda network, frames: network.encode_video(frames))
-    expected = np.asarray(encode(whole, frames))
+    expected = np.asarray(encode(full, frames))
     assert 0 < np.abs(encode(eight, frames) - expected).max() < 0.05 * np.abs(expected).max()
 
 
 @SLOW
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantized_weights_are_sharded_over_a_mesh(tiny_model, stored, scheme):
-    """Made while loading and stored, split over a tensor axis that divides some dimensions and others not."""
+    """Quantized at load and stored, sharded over a tensor axis that divides only some of the dimensions."""
     mesh = sharding.make_mesh(data=4, tensor=2)
     alone = load(stored[scheme]).network
     for path, asked in ((tiny_model, scheme), (stored[scheme], None)):
@@ -214,13 +214,13 @@ def test_quantized_weights_are_sharded_over_a_mesh(tiny_model, stored, scheme):
 
 
 def quantized_kernels(model: Path) -> set[str]:
-    """The paths of the layers that are quantized."""
+    """Return the paths of the quantized layers."""
     layers = quantized.list_quantized_layers(open_model(model).config)
     return {f"{parent}/{name}" for parent, names in layers.items() for name in names}
 
 
 def assert_leaves_are_those_of_the_base(run: Path, base: Path, quantized_run: Path) -> None:
-    """Every kernel that is quantised is two weights, and updates of low rank are none of their own."""
+    """Check that every quantized kernel has two arrays, and that LoRA updates have none."""
     kernels = quantized_kernels(base)
     expected = set()
     for path in open_model(base).shapes:
@@ -232,7 +232,11 @@ def assert_leaves_are_those_of_the_base(run: Path, base: Path, quantized_run: Pa
 
 def test_a_quantized_run_has_the_leaves_of_its_base(tiny_model, tmp_path):
     lora = LoraConfig(rank=2, targets=("query", "out", "down"))
-    run = write_run(shipped(tiny_model, lora), tmp_path / "run", learned(tiny(vocab_size=512), lora, "frame_positions"))
+    run = write_run(
+        vision_stage1_config(tiny_model, lora),
+        tmp_path / "run",
+        random_leaves(tiny(vocab_size=512), lora, "frame_positions"),
+    )
     quantize.quantize(open_model(run), tmp_path / "int8", "int8")
     assert_leaves_are_those_of_the_base(run, tiny_model, tmp_path / "int8")
 
@@ -240,10 +244,10 @@ def test_a_quantized_run_has_the_leaves_of_its_base(tiny_model, tmp_path):
 @SLOW
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_run_with_lora_updates_is_quantized(tiny_model, tmp_path, scheme):
-    """Updates are part of the kernels before those are quantised, at loading as in a directory."""
+    """Updates are merged before quantization, both at load and in a directory."""
     lora = LoraConfig(rank=3, alpha=6.0, targets=("query", "out", "down"))
-    trained = learned(tiny(vocab_size=512), lora, "frame_positions")
-    run = write_run(shipped(tiny_model, lora), tmp_path / "run", trained)
+    trained = random_leaves(tiny(vocab_size=512), lora, "frame_positions")
+    run = write_run(vision_stage1_config(tiny_model, lora), tmp_path / "run", trained)
     merged = load(run).network.llama.blocks[1].attention.query.kernel[...]
     quantize.quantize(open_model(run), tmp_path / scheme, scheme)
     assert_leaves_are_those_of_the_base(run, tiny_model, tmp_path / scheme)
@@ -282,7 +286,7 @@ def group(layer: quantized.QuantizedLinear) -> int:
     return rows // layer.scale.shape[1]
 
 
-# What it costs
+# Errors of quantization
 
 
 def cost(capsys, *arguments: object) -> dict:
@@ -298,11 +302,12 @@ def test_verify_reports_the_cost_of_quantization(tiny_model, tiny_files, stored,
     report = cost(capsys, stored[scheme], *against)
     assert report == at_load
     assert (report["quantized"], report["equal"], report["failures"]) == (scheme, False, [])
-    errors = {name: max(layer["relative"] for layer in report["layers"] if layer["part"] == name) for name in PARTS}
+    layers = report["layers"]
+    errors = {name: max(layer["relative"] for layer in layers if layer["component"] == name) for name in PARTS}
     assert all(error < 5e-6 for name, error in errors.items() if name not in ("vit", "llama"))
     assert all(errors[name] > 5e-3 for name in ("vit", "llama"))
     assert 1e-6 < report["logits"]["mean_kl"] < {"int8": 1e-3, "int4": 0.1}[scheme]
-    assert bool(report["beyond_bounds"]) == (scheme == "int4")  # random weights are hard to round
+    assert bool(report["beyond_bounds"]) == (scheme == "int4")  # random weights have large rounding errors
 
 
 PARTS = ("vit", "image_qformer", "video_qformer", "imagebind/audio", "imagebind/vision", "audio_qformer", "llama")
@@ -310,56 +315,59 @@ PARTS = ("vit", "image_qformer", "video_qformer", "imagebind/audio", "imagebind/
 
 def test_verify_checks_hashes_of_quantized_weights(stored, tmp_path, capsys):
     cli.main(["verify", str(stored["int4"])])
-    assert "all as they were written" in capsys.readouterr().out
+    assert ", intact" in capsys.readouterr().out
     model = Path(shutil.copytree(stored["int4"], tmp_path / "model"))
     file = next((model / "params" / "llama.blocks.mlp.up.values").glob("0*"))
     file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
-    assert "not as it was written: llama/blocks/mlp/up/values" in error_line("verify", model)
+    assert "corrupt: llama/blocks/mlp/up/values" in expect_error_line("verify", model)
 
 
 def test_inspect_reports_quantized_weights(tiny_model, stored, capsys):
     cli.main(["inspect", str(stored["int4"])])
-    assert "weights int4" in capsys.readouterr().out
+    assert "quantized to int4" in capsys.readouterr().out
     found = {}
     for model in (tiny_model, stored["int8"]):
         cli.main(["inspect", str(model), "--json"])
         found[model] = json.loads(capsys.readouterr().out)
     assert (found[tiny_model]["quantized"], found[stored["int8"]]["quantized"]) == (None, "int8")
-    assert found[stored["int8"]]["parts"]["llama"]["bytes"] < 0.5 * found[tiny_model]["parts"]["llama"]["bytes"]
+    quantized, full = (found[model]["components"]["llama"]["bytes"] for model in (stored["int8"], tiny_model))
+    assert quantized < 0.5 * full
 
 
-# What is refused
+# Refused uses
 
 
 def test_invalid_uses_of_quantized_models_are_refused(tiny_model, stored, tmp_path):
-    taken = "take the model that it was made from"
-    with pytest.raises(ConfigError, match="quantised to int8 or int4, not 'int3'"):
+    taken = "use the original model"
+    with pytest.raises(ConfigError, match="quantized to int8 or int4, not 'int3'"):
         load(tiny_model, quantize="int3")
-    with pytest.raises(ConfigError, match=f"its weights are int8 already; {taken}"):
+    with pytest.raises(ConfigError, match=f"its weights are already int8; {taken}"):
         load(stored["int8"], quantize="int4")
     assert load(stored["int8"], quantize="int8").network.llama.head.bits == 8
-    assert error_line("quantize", stored["int8"], "--out", tmp_path / "out").endswith("its weights are int8 already")
-    assert error_line("quantize", tiny_model, "--out", stored["int4"]).endswith(
+    assert expect_error_line("quantize", stored["int8"], "--out", tmp_path / "out").endswith(
+        "its weights are already int8; use the original model"
+    )
+    assert expect_error_line("quantize", tiny_model, "--out", stored["int4"]).endswith(
         "int4: already exists; remove it or choose another path"
     )
-    needs = "--quantize compares with the PyTorch files: name them with --against"
-    assert error_line("verify", tiny_model, "--quantize", "int8") == needs
-    message = error_line("verify", stored["int8"], "--against", tmp_path, "--weights-only")
-    assert message.endswith("int8 is not what the PyTorch files hold; leave out --weights-only")
+    needs = "--quantize compares with the PyTorch files: give them with --against"
+    assert expect_error_line("verify", tiny_model, "--quantize", "int8") == needs
+    message = expect_error_line("verify", stored["int8"], "--against", tmp_path, "--weights-only")
+    assert message.endswith("int8 weights differ from the PyTorch files; leave out --weights-only")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_quantized_weights_cannot_be_trained(stored, records, tmp_path):
-    out, refusal = tmp_path / "out", "its weights are int8, good for answers and nothing else; take the model that it"
-    assert refusal in error_line("export", stored["int8"], "--out", out, "--format", "safetensors")
+    out, refusal = tmp_path / "out", "int8 weights support only inference; use the original model"
+    assert refusal in expect_error_line("export", stored["int8"], "--out", out, "--format", "safetensors")
     with pytest.raises(CheckpointError, match=refusal):
-        train(short_config(stored["int8"], records), out, Quiet())
+        train(short_config(stored["int8"], records), out, RecordingReporter())
     assert not out.exists()
 
 
 def test_a_quantized_base_without_branches_is_refused(tiny_files, tmp_path):
-    """What is missing is named as of any model."""
-    converted(without(tiny_files, "vl", "al", "minigpt4"), tmp_path / "base")
+    """Missing components are listed as for any model."""
+    convert_files(drop_components(tiny_files, "vl", "al", "minigpt4"), tmp_path / "base")
     quantize.quantize(open_model(tmp_path / "base"), tmp_path / "m8", "int8")
     with pytest.raises(CheckpointError, match="the model has no frame_positions, llama_proj, video_qformer"):
         load(tmp_path / "m8")
@@ -368,9 +376,9 @@ def test_a_quantized_base_without_branches_is_refused(tiny_files, tmp_path):
 def test_an_incomplete_kernel_is_refused(tiny_model, tmp_path):
     model = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     next((model / "params" / "llama.head.kernel").glob("0*")).unlink()
-    with pytest.raises(CheckpointError, match=r"llama\.head\.kernel.*it is missing"):
+    with pytest.raises(CheckpointError, match=r"llama\.head\.kernel.*: missing"):
         load(model, quantize="int8")
-    with pytest.raises(VllamaError, match=r"llama\.head\.kernel.*it is missing"):
+    with pytest.raises(VllamaError, match=r"llama\.head\.kernel.*: missing"):
         quantize.quantize(open_model(model), tmp_path / "out", "int8")
     assert not (tmp_path / "out").exists()
 

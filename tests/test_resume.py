@@ -1,4 +1,4 @@
-"""What a run may be resumed with: the same config and the same data, wherever that is now; and corrupt configs."""
+"""Resuming a run: with the same config and the same data, in any location; and corrupt configs."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from train_fixtures import short_config, write_files, write_records
-from written_runs import learned, shipped, write_run
+from written_runs import random_leaves, vision_stage1_config, write_run
 
 import vllama_jax
 from vllama_jax.checkpoints.directory import open_model
@@ -22,16 +22,16 @@ from vllama_jax.train.run_directory import MUTABLE_FIELDS, _is_mutable, open_run
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory, tiny_model) -> Path:
-    """A run with a checkpoint. Not to be written to."""
-    config = shipped(tiny_model, NO_LORA)
-    trained = learned(tiny(vocab_size=512), NO_LORA, "llama_proj")
+def saved_run(tmp_path_factory, tiny_model) -> Path:
+    """A run with a checkpoint. Read-only."""
+    config = vision_stage1_config(tiny_model, NO_LORA)
+    trained = random_leaves(tiny(vocab_size=512), NO_LORA, "llama_proj")
     return write_run(config, tmp_path_factory.mktemp("begun") / "run", trained)
 
 
 @pytest.fixture
-def run(begun, tmp_path) -> Path:
-    return shutil.copytree(begun, tmp_path / "run")
+def run(saved_run, tmp_path) -> Path:
+    return shutil.copytree(saved_run, tmp_path / "run")
 
 
 def resume(run: Path, config: TrainConfig, base: Path, inputs: dict[str, str] | None = None) -> None:
@@ -62,14 +62,14 @@ FIXED: dict[str, tuple[dict[str, Any], str]] = {
 
 @pytest.mark.parametrize("what", FREE)
 def test_free_fields_may_change_on_resume(run, tiny_model, what):
-    resume(run, dataclasses.replace(shipped(tiny_model, NO_LORA), **FREE[what]), tiny_model)
+    resume(run, dataclasses.replace(vision_stage1_config(tiny_model, NO_LORA), **FREE[what]), tiny_model)
 
 
 @pytest.mark.parametrize("what", FIXED)
 def test_other_fields_may_not_change_on_resume(run, tiny_model, what):
     options, message = FIXED[what]
-    with pytest.raises(ConfigError, match=rf"holds a run with another config \(.*{message}"):
-        resume(run, dataclasses.replace(shipped(tiny_model, NO_LORA), **options), tiny_model)
+    with pytest.raises(ConfigError, match=rf"contains a run with another config \(.*{message}"):
+        resume(run, dataclasses.replace(vision_stage1_config(tiny_model, NO_LORA), **options), tiny_model)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_free_fields_are_matched_by_full_name(name, free):
 
 
 def with_names(fields: Any, names: dict[str, str], prefix: str = "") -> Any:
-    """`fields` of a TrainConfig, renamed by dotted name; * is the number of a dataset."""
+    """Rename fields of a TrainConfig by dotted name; * is the index of a dataset."""
     if isinstance(fields, list):
         return [with_names(item, names, f"{prefix}*.") for item in fields]
     if not isinstance(fields, dict):
@@ -108,10 +108,10 @@ def test_a_run_with_the_earlier_names_of_fields_resumes(run, tiny_model):
     assert len(written["datasets"])
     assert all({"frames", "held_out"} <= {*dataset} for dataset in written["datasets"])
     path.write_text(json.dumps({**fields, "run": written}))
-    resume(run, shipped(tiny_model, NO_LORA), tiny_model)
+    resume(run, vision_stage1_config(tiny_model, NO_LORA), tiny_model)
     assert vllama_jax.load(run).config
     with pytest.raises(ConfigError, match=r"grad_accum_steps was 1, now 2"):
-        resume(run, dataclasses.replace(shipped(tiny_model, NO_LORA), grad_accum_steps=2), tiny_model)
+        resume(run, dataclasses.replace(vision_stage1_config(tiny_model, NO_LORA), grad_accum_steps=2), tiny_model)
 
 
 def test_every_renamed_field_is_a_field():
@@ -126,15 +126,15 @@ def test_fields_newer_than_the_run_have_their_defaults(run, tiny_model):
     for owner, name in ((fields["run"], "lora"), (fields["run"]["data"], "feature_cache"), (fields, "inputs")):
         del owner[name]
     (run / "config.json").write_text(json.dumps(fields))
-    resume(run, shipped(tiny_model, NO_LORA), tiny_model)
+    resume(run, vision_stage1_config(tiny_model, NO_LORA), tiny_model)
 
 
-# Where things are
+# Locations
 
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory) -> Path:
-    """Records of two pictures."""
+    """Records of two images."""
     return write_records(write_files(tmp_path_factory.mktemp("small") / "files", videos=0))
 
 
@@ -149,10 +149,10 @@ def with_records(config: TrainConfig, *paths: Path) -> TrainConfig:
     return dataclasses.replace(config, datasets=datasets)
 
 
-def test_inputs_of_a_run_may_move(tiny_model, begun, small, tmp_path):
+def test_inputs_of_a_run_may_move(tiny_model, saved_run, small, tmp_path):
     records = shutil.copytree(small, tmp_path / "records")
     model = shutil.copytree(tiny_model, tmp_path / "model")
-    init = shutil.copytree(begun, tmp_path / "init")
+    init = shutil.copytree(saved_run, tmp_path / "init")
     config = short_config(model, records, init=str(init))
     resume_planned(tmp_path / "run", config)
     config_file = (tmp_path / "run/config.json").read_text()
@@ -169,7 +169,7 @@ def test_rebuilt_records_are_refused(tiny_model, small, tmp_path):
     resume_planned(tmp_path / "run", config)
     shutil.rmtree(records)
     write_records(write_files(tmp_path / "files", videos=1))
-    message = rf"run: datasets.0.path {records}: its content is not what this run was started with; give the original"
+    message = rf"run: datasets.0.path {records}: the content has changed since the run was started; give the original"
     with pytest.raises(ConfigError, match=message):
         resume_planned(tmp_path / "run", config)
 
@@ -180,19 +180,21 @@ def test_the_order_of_datasets_matters(tiny_model, small, tmp_path):
     resume_planned(tmp_path / "run", with_records(config, small, other))
     copies = [shutil.copytree(path, tmp_path / f"copy{n}") for n, path in enumerate((small, other))]
     resume_planned(tmp_path / "run", with_records(config, *copies))
-    with pytest.raises(ConfigError, match=rf"datasets.\d.path {tmp_path}/copy\d: its content is not"):
+    with pytest.raises(ConfigError, match=rf"datasets.\d.path {tmp_path}/copy\d: the content has changed"):
         resume_planned(tmp_path / "run", with_records(config, *reversed(copies)))
     with pytest.raises(ConfigError, match=r"datasets.1.*was .*, now None"):
         resume_planned(tmp_path / "run", with_records(config, copies[0]))
 
 
-def test_an_init_run_of_other_weights_is_refused(tiny_model, begun, small, tmp_path):
-    init = shutil.copytree(begun, tmp_path / "init")
+def test_an_init_run_of_other_weights_is_refused(tiny_model, saved_run, small, tmp_path):
+    init = shutil.copytree(saved_run, tmp_path / "init")
     config = short_config(tiny_model, small, init=str(init))
     resume_planned(tmp_path / "run", config)
     shutil.rmtree(init)
-    write_run(shipped(tiny_model, NO_LORA), init, learned(tiny(vocab_size=512), NO_LORA, "llama_proj"))
-    with pytest.raises(ConfigError, match=rf"init {init}: its content is not what this run was started with"):
+    write_run(
+        vision_stage1_config(tiny_model, NO_LORA), init, random_leaves(tiny(vocab_size=512), NO_LORA, "llama_proj")
+    )
+    with pytest.raises(ConfigError, match=rf"init {init}: the content has changed since the run was started"):
         resume_planned(tmp_path / "run", config)
 
 
@@ -209,11 +211,11 @@ def test_runs_of_earlier_versions_identify_data_by_path(tiny_model, small, tmp_p
         resume_planned(tmp_path / "run", short_config(tiny_model, moved))
 
 
-# config.json that is corrupt
+# Corrupt config.json
 
 
 def put(*path: str, value: Any) -> Callable[[dict], None]:
-    """Sets a field of config.json."""
+    """Set a field of config.json."""
 
     def change(fields: dict) -> None:
         for name in path[:-1]:
@@ -264,7 +266,7 @@ CORRUPT: dict[str, tuple[Callable[[dict], None], str]] = {
     "base path is a number": (put("base", "path", value=1), "base.path: 1 is not of type str"),
     "inputs is a list": (put("inputs", value=[]), "config.json.inputs: [] is not of type dict"),
     "inputs holds a number": (put("inputs", value={"init": 1}), "config.json.inputs.init: 1 is not of type str"),
-    "format is text": (put("format", value="x"), "not of a model directory (format 'x'"),
+    "format is text": (put("format", value="x"), "unknown format 'x'"),
 }
 
 
@@ -280,7 +282,7 @@ def corrupted(run: Path, what: str) -> str:
 def test_a_corrupt_config_is_a_one_line_error_with_the_field(run, tiny_model, what):
     message = corrupted(run, what)
     with pytest.raises((ConfigError, CheckpointError)) as raised:
-        resume(run, shipped(tiny_model, NO_LORA), tiny_model)
+        resume(run, vision_stage1_config(tiny_model, NO_LORA), tiny_model)
     assert message in str(raised.value)
     assert str(run) in str(raised.value)
     assert "\n" not in str(raised.value)
@@ -308,8 +310,8 @@ def test_loading_validates_the_same_fields(run, what):
         (("run", "lora", "rank"), -1, "run.lora.rank: must be at least 0, not -1"),
         (("run", "lora", "targets"), "query", "run.lora.targets: 'query' is not of type tuple"),
         (("run", "lora", "targets"), ["nose"], "run.lora.targets.0: 'nose' is not of type"),
-        (("base", "path"), "no\0where", "is not there, nor beside the run"),
-        (("base", "path"), "x" * 5000, "is not there, nor beside the run"),
+        (("base", "path"), "no\0where", "was not found, and is not in the run's parent folder"),
+        (("base", "path"), "x" * 5000, "was not found, and is not in the run's parent folder"),
         (("base", "digest"), "0" * 32, "not the base model that"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Damaged checkpoints of a run: training goes back to the one before, `verify` reports them, and loading refuses."""
+"""Corrupt checkpoints: training resumes from the previous one, `verify` reports them, and loading refuses them."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from written_runs import shipped, state_of, weights_of, write_checkpoints, write_two_checkpoints
+from written_runs import state_of, vision_stage1_config, weights_of, write_checkpoints, write_run_of_two_checkpoints
 
 from vllama_jax import cli
 from vllama_jax.checkpoints import digests
@@ -25,8 +25,8 @@ from vllama_jax.train.run_directory import Checkpoints
 
 @pytest.fixture(scope="module")
 def saved(tiny_model, tmp_path_factory) -> Path:
-    """A run with checkpoints of steps 4 and 8. Not to be written to."""
-    return write_two_checkpoints(tiny_model, tmp_path_factory.mktemp("saved") / "run")
+    """A run with checkpoints of steps 4 and 8. Read-only."""
+    return write_run_of_two_checkpoints(tiny_model, tmp_path_factory.mktemp("saved") / "run")
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def run(saved, tmp_path) -> Path:
 
 
 def restored(run: Path) -> int | None:
-    """The step that a run resumes from; its weights and optimizer state are those that were saved at that step."""
+    """Return the step that a run resumes from, after checking the weights and the optimizer state of that step."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state_of(0, weights_of(0)))
     state = Checkpoints(run, CheckpointConfig()).restore(like)
@@ -52,7 +52,7 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-# Damages
+# Kinds of corruption
 
 PARTS = ("_METADATA", "_sharding", "manifest.ocdbt", "commit_success.txt", "array_metadatas/process_0", "d/*")
 FILES = [
@@ -73,7 +73,7 @@ def replace_by_directory(path: Path) -> None:
     path.mkdir()
 
 
-DAMAGES: dict[str, Callable[[Path], object]] = {
+CORRUPTIONS: dict[str, Callable[[Path], object]] = {
     "truncated": lambda file: os.truncate(file, file.stat().st_size // 2),
     "emptied": lambda file: os.truncate(file, 0),
     "removed": Path.unlink,
@@ -84,7 +84,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 def largest(checkpoint: Path, pattern: str) -> Path:
-    """The file of a pattern, the largest where it matches several."""
+    """Return the largest file that matches a pattern."""
     return max(checkpoint.glob(pattern), key=lambda file: file.stat().st_size)
 
 
@@ -100,18 +100,18 @@ def test_digests_list_every_file_except_two_of_orbax(saved):
         assert largest(saved / "step_8", pattern).is_file()
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_any_corruption_of_any_file_is_detected(saved, tmp_path, damage):
+@pytest.mark.parametrize("corrupt", CORRUPTIONS)
+def test_any_corruption_of_any_file_is_detected(saved, tmp_path, corrupt):
     copy = shutil.copytree(saved / "step_8", tmp_path / "step_8")
     for file in [largest(copy, pattern) for pattern in FILES]:
         assert check_checkpoint(copy)
         content = file.read_bytes()
-        DAMAGES[damage](file)
+        CORRUPTIONS[corrupt](file)
         with pytest.raises(CheckpointError) as raised:
             check_checkpoint(copy)
         assert str(raised.value).startswith(str(copy))
         assert "\n" not in str(raised.value)
-        if file.name != "digests.json":  # a bit flipped there may change another file's name
+        if file.name != "digests.json":  # a flipped bit there may change another file's name
             assert str(raised.value).startswith(f"{file}: ")
         shutil.rmtree(file) if file.is_dir() else file.unlink(missing_ok=True)
         file.write_bytes(content)
@@ -151,25 +151,27 @@ WHOLE: dict[str, Callable[[Path], object]] = {
 }
 TRIED = {
     **{
-        f"{pattern} {damage}": lambda path, pattern=pattern, damage=damage: DAMAGES[damage](largest(path, pattern))
+        f"{pattern} {corrupt}": lambda path, pattern=pattern, corrupt=corrupt: CORRUPTIONS[corrupt](
+            largest(path, pattern)
+        )
         for pattern in ("weights/ocdbt.process_0/d/*", "moments/d/*", "digests.json")
-        for damage in DAMAGES
+        for corrupt in CORRUPTIONS
     },
     **WHOLE,
 }
 
 
-@pytest.mark.parametrize("damage", TRIED)
-def test_a_corrupt_checkpoint_is_renamed_and_the_previous_one_restored(run, caplog, damage):
-    TRIED[damage](run / "step_8")
+@pytest.mark.parametrize("corrupt", TRIED)
+def test_a_corrupt_checkpoint_is_renamed_and_the_previous_one_restored(run, caplog, corrupt):
+    TRIED[corrupt](run / "step_8")
     before = files(run / "step_8")
     assert restored(run) == 4
     assert "step_8" in caplog.text
-    assert "going back to the checkpoint before it" in caplog.text
+    assert "falling back to the previous checkpoint" in caplog.text
     assert list_checkpoint_steps(run) == [4]
     assert os.path.lexists(run / "damaged_step_8")
     assert files(run / "damaged_step_8") == before
-    if damage in WHOLE:  # training saves that step again
+    if corrupt in WHOLE:  # training saves that step again
         checkpoints = Checkpoints(run, CheckpointConfig())
         checkpoints.save(8, state_of(8, weights_of(8)))
         checkpoints.finish()
@@ -190,7 +192,7 @@ def test_any_orbax_error_means_a_corrupt_checkpoint(run, caplog, monkeypatch, er
 
     monkeypatch.setattr(ocp.Checkpointer, "restore", fail)
     assert restored(run) == 4
-    assert f"step_8/moments: its weights cannot be read ({str(error) or type(error).__name__})" in caplog.text
+    assert f"step_8/moments: the weights cannot be read ({str(error) or type(error).__name__})" in caplog.text
     assert (run / "damaged_step_8").is_dir()
 
 
@@ -217,13 +219,13 @@ def test_a_step_corrupted_again_keeps_earlier_renamed_copies(run):
         shutil.copytree(intact, run / "step_8")
 
 
-@pytest.mark.parametrize("damage", ["moments/d/* emptied", "digests.json removed", "a file", "moments removed"])
-def test_without_an_intact_checkpoint_nothing_is_changed(run, damage):
+@pytest.mark.parametrize("corrupt", ["moments/d/* emptied", "digests.json removed", "a file", "moments removed"])
+def test_without_an_intact_checkpoint_nothing_is_changed(run, corrupt):
     for step in (4, 8):
-        TRIED[damage](run / f"step_{step}")
+        TRIED[corrupt](run / f"step_{step}")
     before = files(run)
-    for _ in range(2):  # as a requeued job does
-        with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be read"):
+    for _ in range(2):  # as a requeued job would
+        with pytest.raises(CheckpointError, match="none of the 2 checkpoints can be read"):
             restored(run)
     assert files(run) == before
 
@@ -231,9 +233,9 @@ def test_without_an_intact_checkpoint_nothing_is_changed(run, damage):
 def test_removed_checkpoints_are_detected(run, caplog):
     shutil.rmtree(run / "step_8")
     assert restored(run) == 4
-    assert "step_8: missing; going back" in caplog.text
+    assert "step_8: missing; falling back" in caplog.text
     shutil.rmtree(run / "step_4")
-    with pytest.raises(CheckpointError, match="step_8 was saved, and no checkpoint is left"):
+    with pytest.raises(CheckpointError, match="step_8 was saved, but no checkpoint is left"):
         restored(run)
     (run / "last_saved.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"last_saved.json: not JSON"):
@@ -282,7 +284,7 @@ def test_similar_directory_names_are_not_checkpoints(run, make):
 # Earlier versions
 
 
-def of_an_earlier_version(run: Path) -> Path:
+def remove_digests(run: Path) -> Path:
     for step in list_checkpoint_steps(run):
         (run / f"step_{step}/digests.json").unlink()
         (run / f"step_{step}/iterator/metadata").write_text(json.dumps({"step": step}))
@@ -291,15 +293,15 @@ def of_an_earlier_version(run: Path) -> Path:
 
 
 def test_checkpoints_without_digests_are_read(run):
-    of_an_earlier_version(run)
+    remove_digests(run)
     assert restored(run) == 8
     assert open_model(run).trained[-1].path == run / "step_8/weights"
 
 
-@pytest.mark.parametrize("damage", ["truncated", "emptied", "removed"])
-def test_corruption_that_orbax_detects_is_handled(run, damage):
-    of_an_earlier_version(run)
-    DAMAGES[damage](largest(run / "step_8", "weights/ocdbt.process_0/d/*"))
+@pytest.mark.parametrize("corrupt", ["truncated", "emptied", "removed"])
+def test_corruption_that_orbax_detects_is_handled(run, corrupt):
+    remove_digests(run)
+    CORRUPTIONS[corrupt](largest(run / "step_8", "weights/ocdbt.process_0/d/*"))
     assert restored(run) == 4
     assert (run / "damaged_step_8").is_dir()
 
@@ -307,10 +309,10 @@ def test_corruption_that_orbax_detects_is_handled(run, damage):
 # Loading
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_run_with_a_corrupt_last_checkpoint_is_not_loaded(run, damage):
-    DAMAGES[damage](largest(run / "step_8", "weights/ocdbt.process_0/d/*"))
-    message = r"run: its last checkpoint, step_8, is damaged \(.*\); rename step_8 to damaged_step_8 to use step_4$"
+@pytest.mark.parametrize("corrupt", CORRUPTIONS)
+def test_a_run_with_a_corrupt_last_checkpoint_is_not_loaded(run, corrupt):
+    CORRUPTIONS[corrupt](largest(run / "step_8", "weights/ocdbt.process_0/d/*"))
+    message = r"run: its last checkpoint, step_8, is corrupt \(.*\); rename step_8 to damaged_step_8 to use step_4$"
     with pytest.raises(CheckpointError, match=message):
         open_model(run)
     (run / "step_8").rename(run / "damaged_step_8")
@@ -323,10 +325,10 @@ def test_loading_reads_only_weights(run):
 
 
 def test_a_base_that_is_a_corrupt_run_is_refused(run, tmp_path):
-    write_checkpoints(shipped(run, NO_LORA), tmp_path / "later", {4: weights_of(1)})
+    write_checkpoints(vision_stage1_config(run, NO_LORA), tmp_path / "later", {4: weights_of(1)})
     flip(largest(run / "step_8", "weights/manifest.ocdbt"))
     with pytest.raises(
-        CheckpointError, match=r"/run: not the base model that .*later was trained on|step_8, is damaged"
+        CheckpointError, match=r"/run: not the base model that .*later was trained on|step_8, is corrupt"
     ):
         open_model(tmp_path / "later")
 
@@ -338,7 +340,9 @@ def test_without_digests_a_checkpoint_is_not_committed(run, monkeypatch):
     monkeypatch.setattr(runs, "write_digests", full)
     checkpoints = Checkpoints(run, CheckpointConfig())
     checkpoints.save(12, state_of(12, weights_of(12)))
-    with pytest.raises(CheckpointError, match=r"step 12 could not be saved \(No space left on device\); the last good"):
+    with pytest.raises(
+        CheckpointError, match=r"step 12 could not be saved \(No space left on device\); the last checkpoint"
+    ):
         checkpoints.finish()
     checkpoints.finish()
     assert sorted(path.name for path in run.iterdir()) == ["config.json", "last_saved.json", "step_4", "step_8"]
@@ -349,7 +353,7 @@ def test_without_digests_a_checkpoint_is_not_committed(run, monkeypatch):
 
 
 def verified(capsys, *arguments: object) -> tuple[str, str]:
-    """What `vllama verify` prints, and what it fails with."""
+    """Return the output of `vllama verify` and its error."""
     message = ""
     try:
         cli.main(["verify", *map(str, arguments)])
@@ -362,26 +366,26 @@ def test_verify_checks_all_checkpoints_and_the_base(run, tiny_model, capsys):
     out, message = verified(capsys, run)
     lines = out.splitlines()
     assert [line.split(": ")[0] for line in lines] == [f"{run}/step_4", f"{run}/step_8", str(tiny_model)]
-    assert all(line.endswith(" kB, all as they were saved") for line in lines[:2])
+    assert all(line.endswith(" kB, intact") for line in lines[:2])
     assert message == ""
     flip(file := largest(run / "step_4", "moments/d/*"))
     out, message = verified(capsys, run)
-    assert [line.split(": ")[1] == "damaged" for line in out.splitlines()] == [True, False]
+    assert [line.split(": ")[1] == "corrupt" for line in out.splitlines()] == [True, False]
     assert message == (
-        f"vllama: {run}: not as it was written: {run}/step_4 ({file}: its bytes are not those that were saved); "
-        "restore it from a copy; a resumed run goes back to its last intact checkpoint"
+        f"vllama: {run}: corrupt: {run}/step_4 ({file}: its content has changed since it was saved); "
+        "restore it from a copy; a resumed run continues from its last intact checkpoint"
     )
     shutil.rmtree(run / "step_8/weights")
     out, message = verified(capsys, run, "--json")
     report = json.loads(out)
-    assert report["damaged"].keys() == {f"{run}/step_4", f"{run}/step_8"}
+    assert report["corrupt"].keys() == {f"{run}/step_4", f"{run}/step_8"}
     assert [bool(one["damage"]) for one in report["checkpoints"]] == [True, True]
     assert [one["digests"] for one in report["checkpoints"]] == [True, True]
     assert "step_8/weights/_METADATA: No such file or directory; " in message
 
 
 def test_verify_checks_the_runs_that_a_run_is_based_on(run, tmp_path, capsys):
-    later = write_checkpoints(shipped(run, NO_LORA), tmp_path / "later", {3: weights_of(3)})
+    later = write_checkpoints(vision_stage1_config(run, NO_LORA), tmp_path / "later", {3: weights_of(3)})
     out, _ = verified(capsys, later)
     assert [line.split(": ")[0] for line in out.splitlines()[:-1]] == [
         f"{later}/step_3",
@@ -389,14 +393,14 @@ def test_verify_checks_the_runs_that_a_run_is_based_on(run, tmp_path, capsys):
     ]
     replace_by_file(run / "step_8")
     out, message = verified(capsys, later)
-    assert f"{run}/step_8: damaged" in out
+    assert f"{run}/step_8: corrupt" in out
     assert f"{run}/step_8: not a directory" in message
 
 
 def test_verify_accepts_runs_of_an_earlier_version(run, capsys):
-    out, _ = verified(capsys, of_an_earlier_version(run))
-    assert out.count("no digests recorded (an earlier version saved it); its weights can be read\n") == 2
+    out, _ = verified(capsys, remove_digests(run))
+    assert out.count("no digests recorded (saved by an earlier version); weights are readable\n") == 2
     os.truncate(largest(run / "step_4", "weights/ocdbt.process_0/d/*"), 0)
     out, message = verified(capsys, run)
-    assert f"{run}/step_4: damaged\n{run}/step_8: no digests recorded" in out
+    assert f"{run}/step_4: corrupt\n{run}/step_8: no digests recorded" in out
     assert f"{run}/step_4 ({run}/step_4/weights: " in message

@@ -1,4 +1,4 @@
-"""Two processes that resume a run whose last checkpoint is damaged take the same one before it."""
+"""Two processes that resume a run with a corrupt last checkpoint restore the same earlier one."""
 
 import shutil
 import subprocess
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from written_runs import shipped, write_checkpoints
+from written_runs import vision_stage1_config, write_checkpoints
 
 from vllama_jax.config import NO_LORA
 
@@ -48,7 +48,7 @@ except runs.CheckpointError as error:
 def saved(tiny_model, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("saved") / "run"
     weights = {step: {"llama_proj/bias": np.full(64, step, np.float32)} for step in (4, 8)}
-    return write_checkpoints(shipped(tiny_model, NO_LORA), out, weights)
+    return write_checkpoints(vision_stage1_config(tiny_model, NO_LORA), out, weights)
 
 
 def restored_by_two(run: Path, port: int, failing: str = "none") -> list[str]:
@@ -61,7 +61,7 @@ def restored_by_two(run: Path, port: int, failing: str = "none") -> list[str]:
     return [process.communicate(timeout=300)[0].splitlines()[-1] for process in processes]
 
 
-def damage(checkpoint: Path) -> None:
+def corrupt(checkpoint: Path) -> None:
     file = max(checkpoint.glob("moments/d/*"), key=lambda path: path.stat().st_size)
     file.write_bytes(file.read_bytes()[:-1] + b"x")
 
@@ -69,12 +69,12 @@ def damage(checkpoint: Path) -> None:
 def test_both_processes_restore_the_previous_checkpoint(saved, tmp_path):
     run = shutil.copytree(saved, tmp_path / "run")
     assert restored_by_two(run, 9931) == ["restored 8 8 8.0"] * 2
-    damage(run / "step_8")
+    corrupt(run / "step_8")
     assert restored_by_two(run, 9932) == ["restored 4 4 4.0"] * 2
     assert (run / "damaged_step_8").is_dir()
-    damage(run / "step_4")
+    corrupt(run / "step_4")
     first, second = restored_by_two(run, 9933)
-    assert first.startswith(f"refused {run}: none of its 1 checkpoints can be read")
+    assert first.startswith(f"refused {run}: none of the 1 checkpoints can be read")
     assert second == f"refused {run}: the first process found no checkpoint to resume from"
     assert (run / "step_4").is_dir()
 

@@ -1,4 +1,4 @@
-"""A run whose base is a run: of weights that both trained, the later ones count, whatever reads them."""
+"""A run whose base is another run: weights that both trained are read from the later one, by every reader."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conversions import leaves_of
+from conversions import read_leaves
 from train_fixtures import short_config
-from written_runs import shipped, write_run
+from written_runs import vision_stage1_config, write_run
 
 import vllama_jax as vl
 from vllama_jax import cli, sharding
@@ -29,11 +29,11 @@ def full(value: float, *paths: str) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def last(tiny_model, tmp_path_factory) -> Path:
-    """Three runs in a row, whose weights are 1, 2 and 3. Not to be written to."""
+    """Three runs, each based on the one before, with weights 1, 2 and 3. Read-only."""
     folder = tmp_path_factory.mktemp("chain")
-    first = write_run(shipped(tiny_model, NO_LORA), folder / "first", full(1, BOTH, FIRST))
-    second = write_run(shipped(first, NO_LORA), folder / "second", full(2, BOTH))
-    return write_run(shipped(second, NO_LORA), folder / "last", full(3, BOTH, LAST))
+    first = write_run(vision_stage1_config(tiny_model, NO_LORA), folder / "first", full(1, BOTH, FIRST))
+    second = write_run(vision_stage1_config(first, NO_LORA), folder / "second", full(2, BOTH))
+    return write_run(vision_stage1_config(second, NO_LORA), folder / "last", full(3, BOTH, LAST))
 
 
 EXPECTED = {BOTH: 3, FIRST: 1, LAST: 3}
@@ -42,12 +42,12 @@ EXPECTED = {BOTH: 3, FIRST: 1, LAST: 3}
 def test_weights_are_restored_from_the_last_run_that_trained_them(last, tiny_model):
     directory = open_model(last)
     assert [trained.path.parents[1].name for trained in directory.trained] == ["first", "second", "last"]
-    wanted = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in SHAPES.items()}
-    wanted["llama_proj/kernel"] = jax.ShapeDtypeStruct(directory.shapes["llama_proj/kernel"], np.float32)
-    found = restore_weights(directory, wanted)
+    abstract = {path: jax.ShapeDtypeStruct(shape, np.float32) for path, shape in SHAPES.items()}
+    abstract["llama_proj/kernel"] = jax.ShapeDtypeStruct(directory.shapes["llama_proj/kernel"], np.float32)
+    found = restore_weights(directory, abstract)
     for path, value in EXPECTED.items():
         np.testing.assert_array_equal(found[path], np.full(SHAPES[path], value))
-    np.testing.assert_array_equal(found["llama_proj/kernel"], leaves_of(tiny_model)["llama_proj/kernel"])
+    np.testing.assert_array_equal(found["llama_proj/kernel"], read_leaves(tiny_model)["llama_proj/kernel"])
 
 
 def test_a_loaded_model_has_the_weights_of_all_runs(last):
@@ -76,10 +76,10 @@ def test_inspect_marks_weights_trained_by_any_run(last, capsys):
 
 
 @pytest.mark.parametrize("as_init", [False, True])
-def test_a_new_run_starts_from_the_weights_of_all_runs(last, pictures, as_init):
-    """As its base; or as its init, whose own weights alone are taken, and the others are its base's."""
+def test_a_new_run_starts_from_the_weights_of_all_runs(last, image_records, as_init):
+    """As its base, or as its init run, from which only the trained weights are used; all others are the base's."""
     base = open_model(last).trained[1].path.parents[1] if as_init else last
-    config = short_config(base, pictures, init=str(last) if as_init else "")
+    config = short_config(base, image_records, init=str(last) if as_init else "")
     plan = setup.plan_run(config)
     with sharding.use_mesh(plan.mesh):
         weights = setup.init_train_state(plan).weights

@@ -1,4 +1,4 @@
-"""`vllama_jax.save`: a model in memory as a model directory, equal to the bit, complete or not there."""
+"""`vllama_jax.save`: a model in memory becomes a model directory, bit-exactly, complete or absent."""
 
 import os
 import shutil
@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conversions import hashes
+from conversions import read_hashes
 from flax import nnx
 
 import vllama_jax as vl
@@ -37,10 +37,10 @@ def assert_same(one: vl.Model, other: vl.Model) -> None:
 def test_saved_weights_are_those_of_the_directory_stacked_or_not(tiny_model, tmp_path):
     for stacked in (True, False):
         vl.save(vl.load(tiny_model, "float32", stacked=stacked), tmp_path / str(stacked))
-        assert hashes(tmp_path / str(stacked)) == hashes(tiny_model)
-    made = open_model(tmp_path / "True")
-    assert made.config == open_model(tiny_model).config
-    assert made.manifest["sources"] == {"saved": [{"name": "vllama_jax.save"}]}
+        assert read_hashes(tmp_path / str(stacked)) == read_hashes(tiny_model)
+    result = open_model(tmp_path / "True")
+    assert result.config == open_model(tiny_model).config
+    assert result.manifest["sources"] == {"saved": [{"name": "vllama_jax.save"}]}
     main(["verify", str(tmp_path / "True")])
 
 
@@ -54,7 +54,7 @@ def test_a_model_in_bfloat16_keeps_its_dtype(tiny_model, tmp_path):
 def test_a_model_on_a_mesh_can_be_saved(tiny_model, tmp_path):
     mesh = vl.sharding.make_mesh(data=4, tensor=2)
     vl.save(vl.load(tiny_model, "float32", mesh), tmp_path / "model")
-    assert hashes(tmp_path / "model") == hashes(tiny_model)
+    assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
 
 
 @pytest.mark.parametrize("scheme", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
@@ -82,7 +82,7 @@ def test_lora_updates_are_merged_into_their_kernels(tiny_model, tmp_path, stacke
         model.network.llama.unstack()
     vl.save(model, tmp_path / "model")
     saved = vl.load(tmp_path / "model", "float32", stacked=True)
-    assert hashes(tmp_path / "model") != hashes(tiny_model)
+    assert read_hashes(tmp_path / "model") != read_hashes(tiny_model)
     for path, array in arrays(merged).items():
         np.testing.assert_allclose(arrays(saved)[path], array, rtol=0 if stacked else 1e-6, atol=0 if stacked else 1e-6)
 
@@ -128,7 +128,7 @@ def test_a_save_that_fails_leaves_what_was_there(tiny_model, tmp_path, monkeypat
         vl.save(model, tmp_path / "model", overwrite=overwrite)
     assert os.listdir(tmp_path) == (["model"] if overwrite else [])
     if overwrite:
-        assert hashes(tmp_path / "model") == hashes(tiny_model)
+        assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
 
 
 def test_a_directory_renamed_by_a_killed_process_is_restored(tmp_path):
@@ -150,8 +150,8 @@ def test_an_incomplete_model_is_refused(tiny_model, tmp_path):
     with pytest.raises(vl.CheckpointError) as refused:
         vl.save(model, tmp_path / "model")
     assert str(refused.value) == (
-        "the network cannot be saved as a model: extra: no weight of a model of its config; llama_proj/bias, "
-        "llama_proj/kernel: missing; frame_positions: of another shape than its config says"
+        "the network cannot be saved as a model: extra: not in a model with its config; llama_proj/bias, "
+        "llama_proj/kernel: missing; frame_positions: shape does not match its config"
     )
     assert not list(tmp_path.iterdir())
 
@@ -160,9 +160,9 @@ def test_a_missing_tokenizer_is_reported(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "gone")
     model = vl.load(tmp_path / "gone", "float32")
     shutil.rmtree(tmp_path / "gone")
-    with pytest.raises(vl.CheckpointError, match=r"the tokenizer's files are not in .*/gone/tokenizer any more"):
+    with pytest.raises(vl.CheckpointError, match=r"the tokenizer's files are no longer in .*/gone/tokenizer"):
         vl.save(model, tmp_path / "model")
     kernel = model.network.llama_proj.kernel
     kernel.set_value(kernel[...].astype(jnp.complex64))
-    with pytest.raises(vl.CheckpointError, match="llama_proj/kernel: complex64 weights cannot be stored"):
+    with pytest.raises(vl.CheckpointError, match="llama_proj/kernel: dtype complex64 cannot be stored"):
         vl.save(model, tmp_path / "model")

@@ -1,4 +1,4 @@
-"""The same results on one device and on eight, whatever is split, and whether or not it divides."""
+"""The same results on one device and on eight, for all shardings, including indivisible dimensions."""
 
 import dataclasses
 
@@ -31,7 +31,7 @@ LAYOUTS = [
 
 
 def divisible() -> VideoLlamaConfig:
-    """A small model all of whose heads and widths eight devices divide."""
+    """Return a small model whose heads and widths are all divisible by eight."""
     cfg = tiny_on_small_images()
     eight = {"num_heads": 8, "width": 64}
     return dataclasses.replace(
@@ -45,7 +45,7 @@ def divisible() -> VideoLlamaConfig:
 
 @pytest.fixture(scope="module", params=["divides", pytest.param("does not divide", marks=SLOW)])
 def network(request) -> VideoLlama:
-    """ "does not divide": 4 heads, 2 key heads, an MLP of 279 and 509 rows over 2 or 8 devices."""
+    """A network; "does not divide" has 4 heads, 2 key heads, an MLP of 279 and 509 rows, for 2 or 8 devices."""
     cfg = divisible() if request.param == "divides" else tiny_on_small_images(vocab_size=509)
     return jax.device_put(random_network(cfg))
 
@@ -63,7 +63,7 @@ def encode(network, frames, mel):
 
 @jax.jit
 def prefill_and_decode(network, x):
-    """Logits of a prompt of 24, then of 3 tokens read one by one from the cache."""
+    """Return the logits of a prompt of 24 tokens, then of 3 tokens that are decoded with the cache."""
     cache = KVCache.empty(network.cfg.llama, x.shape[0], 64, x.dtype)
     hidden, cache = network.llama.forward_with_cache(x[:, :24], jnp.ones((x.shape[0], 24), bool), cache)
     out = [hidden]
@@ -108,12 +108,12 @@ def test_generation_on_a_mesh_gives_the_same_tokens(network, options):
 
 def test_loading_puts_one_shard_on_each_device(tiny_model, caplog):
     mesh = sharding.make_mesh(data=2, tensor=4)
-    split, whole = load(tiny_model, mesh=mesh).network, load(tiny_model).network
+    split, full = load(tiny_model, mesh=mesh).network, load(tiny_model).network
     gate = split.llama.blocks[0].mlp.gate.kernel[...]
     assert gate.sharding.spec == PartitionSpec(None, ("tensor",))
-    assert "llama: 2 kv_heads over 4 devices does not divide; kept whole on each" in caplog.messages
+    assert "llama: kv_heads (2) is not divisible by 4 devices and is replicated" in caplog.messages
     assert {shard.data.shape for shard in gate.addressable_shards} == {(gate.shape[0], gate.shape[1] // 4)}
-    for one, other in zip(jax.tree.leaves(split), jax.tree.leaves(whole), strict=True):
+    for one, other in zip(jax.tree.leaves(split), jax.tree.leaves(full), strict=True):
         np.testing.assert_array_equal(one, other)
 
 
@@ -142,7 +142,7 @@ def test_weights_are_sharded_by_the_rules():
 @pytest.mark.parametrize(
     ("name", "axes", "without_fsdp"),
     [
-        ("batch", ("data", "fsdp"), ("data", "fsdp")),  # rows are split whatever becomes of weights
+        ("batch", ("data", "fsdp"), ("data", "fsdp")),  # rows are sharded independently of weights
         ("embed", ("fsdp",), None),
         ("heads", ("tensor",), ("tensor",)),
         ("kv_heads", ("tensor",), ("tensor",)),
@@ -164,11 +164,11 @@ def test_an_axis_that_does_not_divide_is_replicated_and_reported():
     assert sharding.partition_spec((509, 64), ("vocab", "embed"), mesh) == PartitionSpec(None, ("fsdp",))
     state = nnx.state(abstract_network(tiny(vocab_size=509)))
     report = sharding.list_indivisible_axes(state, mesh)
-    assert "llama: 509 vocab over 4 devices does not divide; kept whole on each" in report
-    assert "vit: 279 mlp over 4 devices does not divide; kept whole on each" in report
+    assert "llama: vocab (509) is not divisible by 4 devices and is replicated" in report
+    assert "vit: mlp (279) is not divisible by 4 devices and is replicated" in report
     assert not any("embed" in line for line in report)
 
 
 def test_a_mesh_for_another_number_of_devices_is_an_error():
-    with pytest.raises(ConfigError, match="mesh data=3 fsdp=1 tensor=1 has 3 places for 8 devices"):
+    with pytest.raises(ConfigError, match="mesh data=3 fsdp=1 tensor=1 needs 3 devices, but 8 are available"):
         sharding.make_mesh(data=3)

@@ -1,4 +1,4 @@
-"""The names `miniature` and `demo`, and what wins where the user has something of that name."""
+"""The names `miniature` and `demo`, and their priority over files of the user."""
 
 import io
 import os
@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli_fixtures import failure, run_vllama
+from cli_fixtures import expect_error, run_vllama
 
 import vllama_jax as vl
 from vllama_jax.checkpoints import shipped
@@ -49,7 +49,7 @@ def test_a_users_file_has_priority_but_no_directory(here):
 
 def test_chat_reads_the_users_file(here, capsys):
     (here / "demo").write_text("no video")
-    assert "demo: not a video" in failure(capsys, "chat", "demo", "What is it?")
+    assert "demo: not a video" in expect_error(capsys, "chat", "demo", "What is it?")
 
 
 def test_demo_prints_its_description_and_ends_with_the_input():
@@ -57,7 +57,9 @@ def test_demo_prints_its_description_and_ends_with_the_input():
     assert done.returncode == 0, done.stderr
     assert done.stdout == "a bell rings\n"
     lines = done.stderr.splitlines()
-    assert lines[0].startswith("the miniature answers: 3 million weights that know 16 things")
+    assert lines[0].startswith(
+        "answers are from the miniature, a model of 3 million parameters that knows only 16 objects"
+    )
     assert (
         lines[1]
         == f"{shipped.CLIPS}/bell.mp4: a rendered clip of 4 seconds: a large yellow bell moves to the left and rings"
@@ -70,11 +72,11 @@ def test_demo_prints_its_description_and_ends_with_the_input():
 @pytest.mark.parametrize("typed", ["", "\n", "  \n"])
 def test_the_end_of_input_or_an_empty_line_ends_a_chat(monkeypatch, typed):
     monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    assert Display().ask() is None
+    assert Display().read_question() is None
 
 
 @pytest.mark.parametrize(
-    ("url", "said"),
+    ("url", "message"),
     [
         ("https://x.org/a.mp4?b=c", "https://x.org/a.mp4?b=c: URLs are not supported; download the file first"),
         ("HTTP://x.org/a.mp4", "HTTP://x.org/a.mp4: URLs are not supported; download the file first"),
@@ -86,14 +88,14 @@ def test_the_end_of_input_or_an_empty_line_ends_a_chat(monkeypatch, typed):
         ("no:where", "no:where: no such file; check the path"),
     ],
 )
-def test_urls_are_refused_with_advice(here, capsys, url, said):
-    assert failure(capsys, "chat", url, "What is it?") == f"vllama: {said}"
+def test_urls_are_refused_with_advice(here, capsys, url, message):
+    assert expect_error(capsys, "chat", url, "What is it?") == f"vllama: {message}"
     with pytest.raises(vl.MediaError) as refused:
         vl.media.read_media(url)
-    assert str(refused.value) == said
+    assert str(refused.value) == message
 
 
 def test_a_file_whose_name_looks_like_a_url_is_read(here, capsys):
     os.makedirs(here / "http:/x")
     (here / "http:/x/a.mp4").write_text("no video")
-    assert "not a video" in failure(capsys, "chat", "http://x/a.mp4", "What is it?")
+    assert "not a video" in expect_error(capsys, "chat", "http://x/a.mp4", "What is it?")

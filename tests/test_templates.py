@@ -1,4 +1,4 @@
-"""The table of prompt templates, and what a tokenizer says of BOS and EOS."""
+"""The table of prompt templates, and the BOS and EOS of tokenizers."""
 
 import itertools
 import json
@@ -27,8 +27,8 @@ def qwen(tmp_path_factory):
     return load_tokenizer(folder)
 
 
-def shown(text, tokenizer):
-    """The text with media as "*", and «…» around what has labels."""
+def mark_labels(text, tokenizer):
+    """Return the text with "*" for media tokens and «…» around labels."""
     pairs = zip(text.ids.tolist(), text.is_media.tolist(), (text.labels != IGNORE_INDEX).tolist(), strict=True)
     runs = []
     for (is_media, labeled), group in itertools.groupby(pairs, key=lambda pair: pair[1:]):
@@ -52,7 +52,7 @@ def test_special_tokens_of_a_template_are_listed(form):
 def test_a_chatml_conversation_has_labels_at_answers_and_their_ends(qwen):
     template = templates.find_conversation_template("chatml")
     text = label_conversation(qwen, template, [("Who?", "Me."), ("Why?", "So.")], IMAGE, 0, 2, 512)
-    assert shown(text, qwen) == (
+    assert mark_labels(text, qwen) == (
         "<|im_start|>user\n<Image>**</Image>Who?<|im_end|>\n<|im_start|>assistant\n«Me.<|im_end|>»\n"
         "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n«So.<|im_end|>»"
     )
@@ -67,7 +67,7 @@ def test_a_chatml_conversation_has_labels_at_answers_and_their_ends(qwen):
 )
 def test_captions_of_tokenizers_without_bos(qwen, instruction, expected):
     text = encode_caption(qwen, templates.find_caption_template("chatml"), "a dog", IMAGE, instruction, 2, 320)
-    assert shown(text, qwen) == expected
+    assert mark_labels(text, qwen) == expected
 
 
 def test_training_texts_never_become_special_tokens(qwen):
@@ -90,7 +90,7 @@ def test_a_missing_special_token_is_an_error(qwen):
         encode_prompt(qwen, (Token("<ImageHere>"),), [])
 
 
-# What a tokenizer.json and the files beside it say.
+# Fields of tokenizer.json and the files next to it.
 
 
 def json_folder(folder, *, post_processor=None, **declared):

@@ -1,4 +1,4 @@
-"""Tokenizers: small ones made here with hand-written expectations, and the reference's ids in golden."""
+"""Tokenizers: small ones with hand-written expectations, and the reference's golden ids."""
 
 import io
 import itertools
@@ -26,7 +26,7 @@ def write_json(path, value):
 
 @pytest.fixture(scope="session")
 def sentencepiece_model():
-    """300 pieces: <unk> <s> </s>, 256 bytes, and words such as ▁the, ▁dog, ▁boat, ▁###."""
+    """300 tokens: <unk> <s> </s>, 256 bytes, and words such as ▁the, ▁dog, ▁boat, ▁###."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(SENTENCES),
@@ -51,7 +51,7 @@ def folder(tmp_path, sentencepiece_model):
 
 @pytest.fixture
 def byte_level_folder(tmp_path):
-    """In the manner of Llama 3: bytes as letters, no unknown token, special tokens at the end."""
+    """A tokenizer like Llama 3's: bytes as letters, no unknown token, special tokens at the end."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {letter: i for i, letter in enumerate([*alphabet, "do", "dog", "Ġdog"])}
     library = tokenizers.Tokenizer(models.BPE(vocab, [("d", "o"), ("do", "g"), ("Ġ", "dog")]))
@@ -66,7 +66,7 @@ def byte_level_folder(tmp_path):
 
 @pytest.fixture
 def byte_fallback_folder(tmp_path):
-    """In the manner of LLaMA 2's tokenizer.json: ▁ for spaces, tokens <0x00> to <0xFF>."""
+    """A tokenizer like LLaMA 2's tokenizer.json: ▁ for spaces, tokens <0x00> to <0xFF>."""
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abd", "▁a"]
     vocab = {name: i for i, name in enumerate(names)}
     library = tokenizers.Tokenizer(models.BPE(vocab, [("▁", "a")], unk_token="<unk>", byte_fallback=True))
@@ -79,7 +79,7 @@ def byte_fallback_folder(tmp_path):
     return tmp_path
 
 
-def pieces(tokenizer, text, **options):
+def encode_to_tokens(tokenizer, text, **options):
     return tokenizer.tokens(tokenizer.encode(text, **options))
 
 
@@ -90,11 +90,11 @@ PIECES = [
     ("###the dog ###", "▁### the ▁dog ▁###", "###the dog ###"),
     ("\n", "▁ <0x0A>", "\n"),
     ("日", "▁ <0xE6> <0x97> <0xA5>", "日"),
-    # a special token starts a text of its own, with its own ▁; white space beside it stays ...
+    # text after a special token has its own ▁; white space next to it stays ...
     ("a</s>dog", "▁a </s> ▁dog", " a</s>dog"),
     ("a </s> dog", "▁a ▁ </s> ▁ ▁dog", " a </s> dog"),
     ("<s>a<unk>", "<s> ▁a <unk>", "<s> a<unk>"),
-    # ... but not beside the media placeholder
+    # ... but not next to the media placeholder
     ("a <ImageHere> dog", "▁a <ImageHere> ▁dog", "a <ImageHere> dog"),
     ("<ImageHere> <ImageHere>", "<ImageHere> <ImageHere>", "<ImageHere> <ImageHere>"),
 ]
@@ -111,7 +111,7 @@ def test_tokenizer_round_trips_known_tokens(folder, text, expected, decoded):
 
 def test_special_tokens_as_plain_text(folder):
     tokenizer = load_tokenizer(folder)
-    assert pieces(tokenizer, "a</s>", special=False) == ["▁a", "<0x3C>", "<0x2F>", "s", "<0x3E>"]
+    assert encode_to_tokens(tokenizer, "a</s>", special=False) == ["▁a", "<0x3C>", "<0x2F>", "s", "<0x3E>"]
     assert tokenizer.media_id not in tokenizer.encode("<ImageHere>", special=False)
     assert tokenizer.decode(tokenizer.encode("a <s><unk><ImageHere> b", special=False)) == "a <s><unk><ImageHere> b"
 
@@ -125,7 +125,7 @@ def test_special_tokens_are_skipped_on_request(folder):
 def test_special_token_ids_of_llama(folder):
     tokenizer = load_tokenizer(folder)
     assert (tokenizer.unk_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
-    assert tokenizer.pad_id == 0  # there is none: the unknown token stands in
+    assert tokenizer.pad_id == 0  # there is none, so the unknown token is used
     assert tokenizer.vocab_size == tokenizer.media_id == 300
     assert tokenizer.tokens([299, 300, 301]) == ["n", "<ImageHere>", ""]
 
@@ -136,8 +136,8 @@ def test_broken_surrogates_become_question_marks(folder):
 
 
 ADDED = [
-    # files, pieces of "a [PAD] dog", pad_id, vocab_size
-    (  # Vicuna v0: a plain string drops white space
+    # files, tokens of "a [PAD] dog", pad_id, vocab_size
+    (  # Vicuna v0: an entry without flags strips white space
         {"added_tokens": {"[PAD]": 300}, "special_tokens_map": {**LLAMA_MAP, "pad_token": "[PAD]"}},
         "▁a [PAD] ▁dog",
         300,
@@ -157,7 +157,7 @@ ADDED = [
         300,
         301,
     ),
-    (  # named only: added at the end, as transformers does
+    (  # only the names: added at the end, as in transformers
         {"tokenizer_config": {"pad_token": "[PAD]", "bos_token": "", "unk_token": None}},
         "▁a ▁ [PAD] ▁ ▁dog",
         300,
@@ -181,7 +181,7 @@ def test_added_tokens_extend_the_vocabulary(folder, files, expected, pad_id, voc
     assert (tokenizer.pad_id, tokenizer.vocab_size, tokenizer.media_id) == (pad_id, vocab_size, vocab_size)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
     if expected:
-        assert pieces(tokenizer, "a [PAD] dog") == expected.split()
+        assert encode_to_tokens(tokenizer, "a [PAD] dog") == expected.split()
         assert tokenizer.decode([300], skip_special=True) == ""
 
 
@@ -189,7 +189,12 @@ def test_tokenizer_json_like_llama_3(byte_level_folder):
     tokenizer = load_tokenizer(byte_level_folder)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (259, 260, None, 260)
     assert tokenizer.vocab_size == tokenizer.media_id == 261
-    assert pieces(tokenizer, "dog dog<|eot_id|>", bos=True) == ["<|begin_of_text|>", "dog", "Ġdog", "<|eot_id|>"]
+    assert encode_to_tokens(tokenizer, "dog dog<|eot_id|>", bos=True) == [
+        "<|begin_of_text|>",
+        "dog",
+        "Ġdog",
+        "<|eot_id|>",
+    ]
     plain = tokenizer.encode("<|eot_id|>", special=False)
     assert tokenizer.eos_id not in plain
     assert tokenizer.decode(plain) == "<|eot_id|>"
@@ -203,7 +208,7 @@ def test_tokenizer_json_like_llama_3(byte_level_folder):
 def test_tokenizer_json_like_llama_2(byte_fallback_folder):
     tokenizer = load_tokenizer(byte_fallback_folder)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id, tokenizer.pad_id) == (1, 2, 0, 0)
-    assert pieces(tokenizer, "a d</s>b日") == ["▁a", "▁", "d", "</s>", "▁", "b", "<0xE6>", "<0x97>", "<0xA5>"]
+    assert encode_to_tokens(tokenizer, "a d</s>b日") == ["▁a", "▁", "d", "</s>", "▁", "b", "<0xE6>", "<0x97>", "<0xA5>"]
     assert tokenizer.decode(tokenizer.encode("a d日")) == "a d日"
 
 
@@ -283,7 +288,7 @@ def test_a_vocabulary_beyond_the_embedding_table_is_an_error(folder):
     write_json(folder / "added_tokens.json", {"[PAD]": 300})
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, 301)
-    check_vocabulary(tokenizer, 320)  # tables are padded for speed
+    check_vocabulary(tokenizer, 320)  # embedding tables are padded for speed
     with pytest.raises(CheckpointError, match=r"it has 301 tokens, .* 300 rows, so none for '\[PAD\]'; use the"):
         check_vocabulary(tokenizer, 300)
 
@@ -296,11 +301,11 @@ def test_settled_text_is_final(kind, request):
         text = "".join(rng.choices("ab dog日本語é🎂\n👩‍🚀", k=10))
         any_ids = [rng.randrange(tokenizer.media_id + 2) for _ in range(10)]
         bytes_mostly = [rng.randrange(3, 259) for _ in range(10)]
-        for ids, whole in ((tokenizer.encode(text), True), (any_ids, False), (bytes_mostly, False)):
+        for ids, full in ((tokenizer.encode(text), True), (any_ids, False), (bytes_mostly, False)):
             text = tokenizer.decode(ids, skip_special=True)
             settled = [tokenizer.decode_stable_prefix(ids[:count]) for count in range(len(ids) + 1)]
             assert all(after.startswith(before) for before, after in itertools.pairwise([*settled, text]))
-            assert not whole or not any("\ufffd" in before for before in settled)
+            assert not full or not any("\ufffd" in before for before in settled)
 
 
 def test_incomplete_characters_are_not_settled(folder):

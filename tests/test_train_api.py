@@ -1,4 +1,4 @@
-"""`vllama_jax.train` from Python: how it is called, its result, its reporter, and a loss and optimizer of one's own."""
+"""`vllama_jax.train` from Python: arguments, result, reporter, and custom losses and optimizers."""
 
 import functools
 import json
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 from flax import nnx
-from train_fixtures import Quiet, losses, short_config
+from train_fixtures import RecordingReporter, losses, short_config
 
 import vllama_jax as vl
 from vllama_jax.cli import main
@@ -50,8 +50,8 @@ assert "jax" not in sys.modules or "optim" in {statement!r}
 def test_help_on_train_begins_with_how_to_call_it():
     head, _, rest = pydoc.plain(pydoc.render_doc(vl.train)).partition("Args:")
     assert "train(config: vllama_jax.train.config.TrainConfig, out: str | pathlib.Path, *, base" in head
-    assert "Train, or resume from the last checkpoint in `out`" in head
-    assert rest.lstrip().startswith("config: The run.")
+    assert "Train a branch, or resume the run in `out` from its last checkpoint" in head
+    assert rest.lstrip().startswith("config: The run config.")
 
 
 def test_the_package_lists_what_it_exports():
@@ -71,10 +71,10 @@ def test_the_default_reporter_prints_the_first_and_the_last_step_and_some_betwee
     for step in range(3, 11):
         reporter.step({**metrics, "step": step, **({"lr": 1e-3} if step == 3 else {})})
     assert capsys.readouterr().err.splitlines() == [
-        "3/10 steps  loss 2.0000  lr 1.00e-03  8.0 samples/s  waits 25%",
-        "4/10 steps  loss 2.0000  8.0 samples/s  waits 25%",
-        "8/10 steps  loss 2.0000  8.0 samples/s  waits 25%",
-        "10/10 steps  loss 2.0000  8.0 samples/s  waits 25%",
+        "3/10 steps  loss 2.0000  lr 1.00e-03  8.0 samples/s  data wait 25%",
+        "4/10 steps  loss 2.0000  8.0 samples/s  data wait 25%",
+        "8/10 steps  loss 2.0000  8.0 samples/s  data wait 25%",
+        "10/10 steps  loss 2.0000  8.0 samples/s  data wait 25%",
     ]
 
 
@@ -89,7 +89,9 @@ def test_a_loss_and_an_optimizer_are_recorded_by_name_and_by_layout():
     assert one["optimizer"] != describe_custom(None, lion, states["lion"])["optimizer"]
     assert describe_custom(functools.partial(loss_sum), None, None) == {"loss": "partial"}
     check_custom("run", one, one)
-    with pytest.raises(ConfigError, match="run: its run was started with loss loss_sum, not of the config and optim"):
+    with pytest.raises(
+        ConfigError, match=r"run: the run has another loss or optimizer \(loss was loss_sum, now the config's; optim"
+    ):
         check_custom("run", one, {})
 
 
@@ -104,25 +106,27 @@ def test_optimizer_state_of_another_shape_than_its_weight_is_replicated():
     jax.device_put(state, found)  # sums over rows or columns have fewer axes than the weight
 
 
-# Whole runs.
+# Complete runs.
 
 
 def doubled(network, batch, config, dropout):
-    """Another loss: twice the cross-entropy."""
+    """A custom loss: twice the cross-entropy."""
     total, count = loss_sum(network, batch, config, dropout)
     return 2 * total, count
 
 
 @pytest.fixture(scope="module")
-def config(tiny_model, pictures):
-    return short_config(tiny_model, pictures, steps=3, checkpoint=CheckpointConfig(save_interval_steps=2), dropout=0.0)
+def config(tiny_model, image_records):
+    return short_config(
+        tiny_model, image_records, steps=3, checkpoint=CheckpointConfig(save_interval_steps=2), dropout=0.0
+    )
 
 
 @pytest.fixture(scope="module")
 def custom_run(config, tmp_path_factory):
-    """A run with a loss and an optimizer of its own: three steps of two."""
+    """A run of three steps with a custom loss and a custom optimizer."""
     out = tmp_path_factory.mktemp("custom") / "run"
-    return vl.train(config, out, reporter=Quiet(), loss=doubled, optimizer=optax.sgd(1e-2))
+    return vl.train(config, out, reporter=RecordingReporter(), loss=doubled, optimizer=optax.sgd(1e-2))
 
 
 @pytest.mark.slow
@@ -133,7 +137,7 @@ def test_the_result_has_the_run_and_its_last_metrics(config, custom_run):
     assert "lr" not in custom_run.metrics
     vl.load(custom_run.path)
     main(["plot", str(custom_run.path)])
-    again = vl.train(config, custom_run.path, reporter=Quiet(), loss=doubled, optimizer=optax.sgd(1e-2))
+    again = vl.train(config, custom_run.path, reporter=RecordingReporter(), loss=doubled, optimizer=optax.sgd(1e-2))
     assert again == custom_run
 
 
@@ -147,9 +151,9 @@ def test_a_custom_loss_is_trained_on(config, custom_run, tmp_path):
 @pytest.mark.slow
 def test_a_run_is_not_resumed_with_another_loss_or_optimizer(config, custom_run, capsys):
     refused = {
-        r"started with loss doubled, not of the config; resume it by": {"optimizer": optax.sgd(1e-2)},
-        r"started with optimizer with state \w+, not of the config; resume": {"loss": doubled},
-        r"started with optimizer with state \w+, not with state \w+; resume": {
+        r"loss was doubled, now the config's\); resume it by": {"optimizer": optax.sgd(1e-2)},
+        r"optimizer was with state \w+, now the config's\); resume": {"loss": doubled},
+        r"optimizer was with state \w+, now with state \w+\); resume": {
             "loss": doubled,
             "optimizer": optax.adam(1e-2),
         },
@@ -161,7 +165,7 @@ def test_a_run_is_not_resumed_with_another_loss_or_optimizer(config, custom_run,
 
 @pytest.mark.slow
 def test_manual_steps_reproduce_the_losses_of_a_run(config, tmp_path):
-    run = vl.train(config, tmp_path / "run", reporter=Quiet(), optimizer=optax.sgd(1e-2))
+    run = vl.train(config, tmp_path / "run", reporter=RecordingReporter(), optimizer=optax.sgd(1e-2))
     model = vl.load(config.model, "float32", stacked=True)
     graph, weights, frozen = nnx.split(model.network, lambda path, _: path[0] in TRAINABLE, ...)
 

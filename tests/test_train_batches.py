@@ -1,4 +1,4 @@
-"""What a sample is drawn from, and what all rows of a batch have in common; records and media are stand-ins."""
+"""The random choices for an example, and the properties that all rows of a batch share; records and media are fakes."""
 
 import dataclasses
 import io
@@ -27,13 +27,13 @@ HEIGHT, WIDTH = 60, 80
 
 
 class Records:
-    """As many records of a kind as there are answers; each medium is the same picture."""
+    """Records of one media type, one for each answer; all have the same image."""
 
     digest = "0123456789abcdef"
 
     def __init__(self, kind: str, answers: list[str]):
         self.kinds = {kind: range(len(answers))}
-        self.annotations = [Annotation(f"{n}.{kind}", kind, (("What?", said),)) for n, said in enumerate(answers)]
+        self.annotations = [Annotation(f"{n}.{kind}", kind, (("What?", message),)) for n, message in enumerate(answers)]
         file = io.BytesIO()
         Image.fromarray(np.zeros((HEIGHT, WIDTH, 3), np.uint8)).save(file, "png")
         self.media = lambda number: file.getvalue()
@@ -52,16 +52,16 @@ def reader_of(rows: list[int], data: DataConfig = EVERY_LENGTH, **options) -> Ba
     return BatchReader(config.data, config.branch, config.seed, tiny(), SPELLING, None, rows)
 
 
-# What is drawn for a sample
+# Random choices for an example
 
 
 @pytest.fixture
 def boxes(monkeypatch) -> list[tuple]:
-    """Arguments and results of `random_crop_box`, in order."""
+    """Record the arguments and results of `random_crop_box`, in order."""
     calls = []
 
-    def recorded(draw, *asked):
-        calls.append((asked, random_crop_box(draw, *asked)))
+    def recorded(rng, *asked):
+        calls.append((asked, random_crop_box(rng, *asked)))
         return calls[-1][1]
 
     monkeypatch.setattr(pipeline, "random_crop_box", recorded)
@@ -91,7 +91,7 @@ def test_crops_depend_only_on_seed_dataset_record_and_variant(boxes):
 
 
 def chosen_by(monkeypatch, frames: str, total: int, record: int = 0, variant: int = 0) -> list[int]:
-    """The frames that a video of `total` would be read at."""
+    """Return the sampled frames of a video of `total` frames."""
     asked = []
 
     def read(path, wanted, size, audio, sample_frames):
@@ -123,12 +123,12 @@ def test_a_video_of_fewer_frames_than_the_model_takes_is_not_used(monkeypatch, f
             reader_of([]).decode(stream_of("video"), 0, 0)
 
 
-# What all rows have in common
+# Shared by all rows
 
 
 @pytest.fixture
 def decoded(monkeypatch) -> dict[str, tuple[float, ...]]:
-    """Stands in for decoding: media of zeros. `decoded["seconds"]` are the times of every video's frames."""
+    """Replace decoding by media of zeros; `decoded["seconds"]` sets the timestamps of all videos."""
     given = {"seconds": ()}
 
     def decode_all(self, stream, examples):
@@ -151,7 +151,7 @@ def test_every_host_pads_to_the_longest_text_of_the_global_batch(decoded):
 
 
 def test_video_batches_are_padded_for_the_longest_timestamps(decoded):
-    """The times are known only where a video was decoded; all hosts must agree on the length before."""
+    """Timestamps are known only on the host that decodes a video; all hosts must agree on the length before."""
     rows = Rows(stream_of("video", text=CONVERSATION), [(0, 0), (1, 0)])
     found = {}
     for timestamps in (0.0, 9999.9):
@@ -178,7 +178,7 @@ def test_instructions_depend_only_on_epoch_and_record(decoded):
 
 
 def test_a_row_without_media_or_labels_has_no_targets_and_a_reason(decoded, monkeypatch):
-    short = TextConfig(layout="conversation", template="llama_2", max_length=60)  # 32 are media
+    short = TextConfig(layout="conversation", template="llama_2", max_length=60)  # 32 are media tokens
     batch = reader_of([0, 1]).read(Rows(stream_of(text=short), [(0, 0), (1, 0)]))
     assert batch.problems == dict.fromkeys((0, 1), "its text has no labels")
     assert (batch.arrays["targets"] == -1).all()

@@ -1,4 +1,7 @@
-"""The step around a network of one matrix: the loss and its gradient written out, parts, metrics, keys and dtypes."""
+"""The training step of a network with one matrix, compared with computation by hand.
+
+Loss, gradient, micro-batches, metrics, random keys and dtypes.
+"""
 
 import dataclasses
 
@@ -21,13 +24,13 @@ OPTIM = OptimConfig(lr=0.1, min_lr=0.01, warmup_lr=0.02, warmup_steps=3)
 
 
 class Network:
-    """Embeddings are one-hot; media tokens are the features; the language model passes on what it is given."""
+    """A network with one-hot embeddings; media tokens are the features; the language model returns its input."""
 
-    def __init__(self, head, seen: list):
-        self.head, self.seen, self.llama = head, seen, self
+    def __init__(self, head, observed: list):
+        self.head, self.observed, self.llama = head, observed, self
 
     def video_tokens(self, features, *, dropout):
-        self.seen.append(dropout)
+        self.observed.append(dropout)
         return apply_dropout(features, dropout)
 
     def embed(self, ids):
@@ -42,14 +45,14 @@ class Network:
 
 @dataclasses.dataclass
 class AbstractModel:
-    """Builds the network, and keeps what it was built of and what was asked of it."""
+    """Builds the network, and records the arguments of its calls."""
 
     built: list = dataclasses.field(default_factory=list)
-    seen: list = dataclasses.field(default_factory=list)
+    observed: list = dataclasses.field(default_factory=list)
 
     def build(self, weights):
         self.built.append({path: weight.dtype.name for path, weight in weights.items()})
-        return Network(weights["head"], self.seen)
+        return Network(weights["head"], self.observed)
 
 
 def config_of(**options) -> TrainConfig:
@@ -58,7 +61,7 @@ def config_of(**options) -> TrainConfig:
 
 
 def batch_of() -> dict[str, np.ndarray]:
-    """Rows with 3, 1, 0 and 2 labels; one of the labels is token 0. The media are the second and third tokens."""
+    """Return rows with 3, 1, 0 and 2 labels, one of which is token 0. The second and third tokens are media."""
     rng = np.random.default_rng(0)
     targets = np.array([[3, 0, 6], [1, -1, -1], [-1, -1, -1], [2, 5, -1]], np.int32)
     return {
@@ -75,8 +78,8 @@ def head_of() -> np.ndarray:
     return np.random.default_rng(1).standard_normal((WIDTH, VOCABULARY))
 
 
-def by_hand(head: np.ndarray, rows: list[int]) -> tuple[float, int, np.ndarray]:
-    """Summed cross-entropy of the labels of these rows, their number, and the gradient of the sum: float64 loops."""
+def reference_loss(head: np.ndarray, rows: list[int]) -> tuple[float, int, np.ndarray]:
+    """Sum the labels' cross-entropy in float64; return the sum, the number of labels and the gradient."""
     batch, loss, count, gradient = batch_of(), 0.0, 0, np.zeros_like(head)
     for row in rows:
         hidden = np.eye(WIDTH)[batch["ids"][row]]
@@ -94,7 +97,7 @@ def by_hand(head: np.ndarray, rows: list[int]) -> tuple[float, int, np.ndarray]:
 def run(
     config: TrainConfig, *, steps: int = 1, again: int = 0, abstract_model: AbstractModel | None = None, batch=None
 ):
-    """The state after some steps on the same batch, and each one's metrics; then `again` as many from the beginning."""
+    """Return the state after some steps on one batch, and the metrics; `again` restarts from the beginning."""
     optimizer = make_optimizer(config.optim, STEPS)
     step = jax.jit(make_step(config, abstract_model or AbstractModel(), optimizer))
     frozen, metrics = {"other": jnp.zeros(1, config.compute_dtype)}, []
@@ -108,26 +111,26 @@ def run(
 
 def test_the_loss_sums_over_labels_including_token_0():
     loss, count = loss_sum(Network(jnp.float32(head_of()), []), batch_of(), config_of(), None)
-    expected, number, _ = by_hand(head_of(), [0, 1, 2, 3])
+    expected, number, _ = reference_loss(head_of(), [0, 1, 2, 3])
     assert (float(loss), int(count)) == (pytest.approx(expected, rel=1e-5), number)
     assert number == 6
 
 
 @pytest.mark.parametrize("grad_accum_steps", [1, 2, 4])
 def test_loss_and_gradient_do_not_depend_on_accumulation_steps(grad_accum_steps):
-    """A part has more labels than another, and one has none: means of parts would be others."""
+    """One micro-batch has more labels than another, and one has none, so a mean of their means would differ."""
     state, (metrics,) = run(config_of(grad_accum_steps=grad_accum_steps))
-    loss, count, gradient = by_hand(head_of(), [0, 1, 2, 3])
+    loss, count, gradient = reference_loss(head_of(), [0, 1, 2, 3])
     assert metrics["loss"] == pytest.approx(loss / count, rel=1e-5)
     assert metrics["gradient_norm"] == pytest.approx(np.linalg.norm(gradient) / count, rel=1e-5)
     assert metrics["tokens"] == count
-    adam = next(part for part in state.opt_state if isinstance(part, optax.ScaleByAdamState))
+    adam = next(item for item in state.opt_state if isinstance(item, optax.ScaleByAdamState))
     np.testing.assert_allclose(adam.mu["head"], 0.1 * gradient / count, rtol=1e-4, atol=1e-7)
 
 
 def test_the_reported_gradient_norm_is_before_clipping():
     _, (metrics,) = run(config_of(optim=dataclasses.replace(OPTIM, max_grad_norm=1e-3)))
-    _, count, gradient = by_hand(head_of(), [0, 1, 2, 3])
+    _, count, gradient = reference_loss(head_of(), [0, 1, 2, 3])
     assert metrics["gradient_norm"] == pytest.approx(np.linalg.norm(gradient) / count, rel=1e-5)
 
 
@@ -149,7 +152,7 @@ def test_dropout_masks_depend_on_step_and_seed():
 
 
 def test_micro_batches_have_their_own_dropout_masks(monkeypatch):
-    """Of two parts, ones in one and minus ones in the other, the sums of what is kept are opposite under one mask."""
+    """The media tokens of two micro-batches are 1 and -1: with one shared mask, their sums would be opposite."""
 
     def kept(network, batch, config, dropout):
         found = network.video_tokens(batch["features"], dropout=dropout)
@@ -165,9 +168,9 @@ def test_validation_uses_no_dropout():
     abstract_model = AbstractModel()
     evaluate = make_eval_step(config_of(dropout=0.9), abstract_model)
     loss, count = evaluate({"head": jnp.float32(head_of())}, {}, batch_of())
-    expected, number, _ = by_hand(head_of(), [0, 1, 2, 3])
+    expected, number, _ = reference_loss(head_of(), [0, 1, 2, 3])
     assert (float(loss), int(count)) == (pytest.approx(expected, rel=1e-5), number)
-    assert abstract_model.seen == [None]
+    assert abstract_model.observed == [None]
 
 
 def test_computation_is_in_the_compute_dtype_and_state_in_float32():
@@ -184,7 +187,7 @@ def test_computation_is_in_the_compute_dtype_and_state_in_float32():
 def test_the_dropout_rate_is_passed_to_the_network():
     abstract_model = AbstractModel()
     run(config_of(dropout=0.25), abstract_model=abstract_model)
-    assert [one.rate for one in abstract_model.seen if isinstance(one, Dropout)] == [0.25]
+    assert [one.rate for one in abstract_model.observed if isinstance(one, Dropout)] == [0.25]
     abstract_model = AbstractModel()
     run(config_of(), abstract_model=abstract_model)
-    assert abstract_model.seen == [None]
+    assert abstract_model.observed == [None]

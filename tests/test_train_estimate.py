@@ -1,4 +1,4 @@
-"""Operations of a step against the sizes of the network's own matrices: each number of one is used once a token."""
+"""FLOPs of a step compared with the sizes of the network's matrices: each parameter is used once per token."""
 
 import dataclasses
 import math
@@ -21,14 +21,14 @@ MEL = {**WITHOUT_MEDIA, "mel": np.zeros((ROWS, 3, 2, 2))}
 
 @pytest.fixture(scope="module")
 def sizes() -> dict[str, int]:
-    """Numbers in each matrix, by path."""
+    """Sizes of all matrices by path."""
     state = nnx.to_flat_state(nnx.state(abstract_network(MODEL, "float32")))
     paths = {"/".join(map(str, path)): math.prod(variable.shape) for path, variable in state}
     return {path: size for path, size in paths.items() if path.endswith("kernel")}
 
 
 def test_the_language_model_and_its_head(sizes):
-    """Two operations for each number of a matrix and token; scores and their sum over values, two each."""
+    """Two operations for each parameter and token; two for each attention score and for its product with the values."""
     layers = sum(size for path, size in sizes.items() if path.startswith("llama/blocks"))
     heads, head_dim, depth = MODEL.llama.num_heads, MODEL.llama.head_dim, MODEL.llama.depth
     once = 2 * layers * LENGTH + depth * 2 * 2 * LENGTH**2 * heads * head_dim
@@ -45,7 +45,7 @@ def test_the_language_model_and_its_head(sizes):
 
 
 def qformer(sizes: dict[str, int], name: str, memory: int) -> int:
-    """Its queries go through every matrix but the keys and values of cross-attention, which the memory goes through."""
+    """Count FLOPs: queries use all matrices but the keys and values of cross-attention, which encode `memory`."""
     own = read = 0
     for path, size in sizes.items():
         if path.startswith(f"{name}/"):
@@ -56,7 +56,7 @@ def qformer(sizes: dict[str, int], name: str, memory: int) -> int:
 
 
 def test_the_audio_branch_reads_a_vector_for_each_clip(sizes):
-    """The branches differ in the Q-Former alone where features are read."""
+    """With cached features, the branches differ only in their Q-Formers."""
     vision, audio = (step_flops(MODEL, branch, WITHOUT_MEDIA, "full") / ROWS for branch in ("vision", "audio"))
     expected = qformer(sizes, "audio_qformer", MODEL.num_clips) - qformer(sizes, "video_qformer", 5 * 32)
     assert audio - vision == pytest.approx(3 * expected)

@@ -1,7 +1,7 @@
-"""The original's own training: losses, gradients, AdamW's steps and learning rates (../shared/golden/train).
+"""Training compared with the original's: losses, gradients, AdamW steps and learning rates (../shared/golden/train).
 
-Losses within 1e-5, gradients within 1e-4 of each tensor's largest; a key's bias has a true gradient of zero (attention
-does not change when all scores shift), so that what the original has there is noise, and Adam makes steps of it.
+Losses agree within 1e-5, gradients within 1e-4 of each tensor's largest value. The true gradient of a key bias is zero
+(attention is invariant to a shift of all scores): the original has noise there, which Adam turns into steps.
 """
 
 import functools
@@ -45,7 +45,7 @@ def cases(golden):
 
 
 class Setting:
-    """Golden's model, in two dicts: what learns in a branch, and what does not."""
+    """The golden model with the trainable and the frozen parameters of a branch."""
 
     def __init__(self, model, branch: str, **options):
         self.directory = open_model(model)
@@ -72,7 +72,7 @@ class Setting:
         return jax.jit(jax.value_and_grad(mean))
 
     def expected(self, arrays) -> dict[str, np.ndarray]:
-        """Tensors by torch's names (weights or gradients) as ours, by path."""
+        """Convert tensors under torch's names (weights or gradients) to ours, by path."""
         kind = "vl" if self.config.branch == "vision" else "al"
         ours = {}
         for rule in convert.rule_tables(self.directory.config, [kind])[kind]:
@@ -117,28 +117,31 @@ def conversation_batch(golden, setting, case, branch, name) -> dict:
     texts, frames = [], []
     if "llava" in name:
         (entry,) = json.loads((golden / "train/s2_llava_annotations.json").read_text())
-        said = [message["value"] for message in entry["conversations"]]
-        at = said[0].index("<image>")
-        said[0] = said[0].replace("<image>", "")
-        given = [(list(zip(said[::2], said[1::2], strict=True)), Media("image"), at)]
+        values = [message["value"] for message in entry["conversations"]]
+        at = values[0].index("<image>")
+        values[0] = values[0].replace("<image>", "")
+        examples = [(list(zip(values[::2], values[1::2], strict=True)), Media("image"), at)]
         frames = [np.load(golden / "media/dog_image.npz")["resized_uint8_hwc"][None]]
     else:
         entries = json.loads((golden / "train/s2_annotations.json").read_text())[:2]
         found = json.loads((golden / "media/media.json").read_text())
-        given = []
+        examples = []
         for entry in entries:
             clip = entry["video"].removesuffix(".mp4")
             seconds = tuple(index / found[clip]["fps"] for index in found[clip]["indices"])
-            given.append(([(qa["q"], qa["a"]) for qa in entry["QA"]], Media("video", timestamps=seconds), 0))
+            examples.append(([(qa["q"], qa["a"]) for qa in entry["QA"]], Media("video", timestamps=seconds), 0))
             frames.append(np.load(golden / f"media/{clip}_video.npz")["frames_uint8_thwc"])
     many = media_length(branch)
-    for turns, media, at in given:
+    for turns, media, at in examples:
         texts.append(label_conversation(setting.directory.tokenizer, template, turns, media, at, many, 512))
     return one_shape(frames, texts, many)
 
 
 def one_shape(frames, texts, many) -> dict:
-    """Batches of three rows, the last ones without labels, and of one length, so that few programs are compiled."""
+    """Split a batch into batches of three rows of one length, padded with rows without labels.
+
+    Few programs are then compiled.
+    """
     missing = 3 - len(texts)
     frames, texts = [*frames, *frames[:1] * missing], [*texts, *texts[:1] * missing]
     masked = range(3 - missing, 3)
@@ -231,7 +234,7 @@ def test_weight_decay_applies_to_the_originals_parameters(settings, cases, branc
 @pytest.mark.slow
 @pytest.mark.parametrize("branch", ["vision", "audio"])
 def test_dropout_changes_the_loss_as_the_originals_does(golden, golden_model, cases, branch):
-    """Its mean and standard deviation over 100 seeds are stored; masks cannot be equal."""
+    """Its mean and standard deviation over 100 seeds are stored, because masks cannot be equal."""
     statistics = json.loads((golden / "extra/extra.json").read_text())["train_mode_loss"][branch]
     setting = Setting(golden_model, branch, dropout=0.1)
     batch = batch_of(golden, setting, cases, f"s1_{branch}_noprompt")

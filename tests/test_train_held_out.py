@@ -1,4 +1,4 @@
-"""The loss on held-out records: which batches it is of, and that every label counts as much as another."""
+"""Validation loss: which batches it uses, and that all labels have the same weight."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ SIZE = 4
 
 
 class Stream:
-    """Held-out records 0 to `count`, of a dataset."""
+    """The validation records 0 to `count` of a dataset."""
 
     def __init__(self, name: str, count: int):
         self.dataset, self.count = DatasetConfig(path=name, holdout=count), count
@@ -24,7 +24,7 @@ class Stream:
 
 
 class Reader:
-    """Keeps what is read. The loss of a record is its number, and it has as many labels."""
+    """A reader that records its calls. The loss of a record is its number, and so is its number of labels."""
 
     def __init__(self, *streams: Stream):
         self.sampler, self.read_rows = SimpleNamespace(streams=[*streams, Stream("trained", 0)]), []
@@ -36,9 +36,9 @@ class Reader:
 
 
 @pytest.fixture
-def look(monkeypatch, tmp_path):
-    """Looks once at held-out streams: what was read, and the line that is said."""
-    monkeypatch.setattr(validation, "place", lambda arrays, plan: arrays)
+def run_validation(monkeypatch, tmp_path):
+    """Run validation once; return the batches that were read, and the reported line."""
+    monkeypatch.setattr(validation, "shard_batch", lambda arrays, plan: arrays)
 
     def run(batches: int, *streams: Stream) -> tuple[list, str]:
         datasets = tuple(stream.dataset for stream in streams)
@@ -55,14 +55,14 @@ def look(monkeypatch, tmp_path):
     return run
 
 
-def test_validation_batches_cycle_through_the_records(look):
-    rows, _ = look(3, Stream("a", 10))
+def test_validation_batches_cycle_through_the_records(run_validation):
+    rows, _ = run_validation(3, Stream("a", 10))
     assert [[record for record, _ in examples] for _, examples in rows] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
     assert {epoch for _, examples in rows for _, epoch in examples} == {0}
 
 
-def test_validation_streams_alternate_and_continue(look):
-    rows, _ = look(5, Stream("a", 8), Stream("b", 3))
+def test_validation_streams_alternate_and_continue(run_validation):
+    rows, _ = run_validation(5, Stream("a", 8), Stream("b", 3))
     assert [name for name, _ in rows] == ["a", "b", "a", "b", "a"]
     assert [[record for record, _ in examples] for name, examples in rows if name == "a"] == [
         [0, 1, 2, 3],
@@ -75,6 +75,6 @@ def test_validation_streams_alternate_and_continue(look):
     ]
 
 
-def test_validation_loss_is_the_mean_over_all_labels(look):
-    """Twice 0 + 1 + 2 + 3 and twice 4 + 5 + 6 + 7, of 3 and 4 labels: 8, where the mean of batches would be 7.5."""
-    assert look(2, Stream("a", 8))[1] == "step 3: validation loss 8.0000"
+def test_validation_loss_is_the_mean_over_all_labels(run_validation):
+    """Two times 0 + 1 + 2 + 3 and 4 + 5 + 6 + 7, with 3 and 4 labels: 8; the mean over batches would be 7.5."""
+    assert run_validation(2, Stream("a", 8))[1] == "step 3: validation loss 8.0000"

@@ -1,4 +1,4 @@
-"""AdamW written out in numpy, the learning rate at its ends, and the original's constants."""
+"""AdamW compared with numpy, the learning rate at its ends, and the original's constants."""
 
 import dataclasses
 import math
@@ -13,7 +13,7 @@ from vllama_jax.train.config import OptimConfig
 from vllama_jax.train.config_files import load_config
 from vllama_jax.train.optim import learning_rate, make_optimizer
 
-# Numbers far from the defaults, so that each of them shows; eps is as large as the root of the second moment.
+# Values far from the defaults, so that each of them has an effect; eps is as large as the root of the second moment.
 CFG = OptimConfig(lr=0.1, min_lr=0.02, warmup_lr=0.01, warmup_steps=4, weight_decay=0.3, beta1=0.8, beta2=0.95, eps=0.5)
 STEPS = 10
 SHAPES = {"layer/kernel": (3, 4), "layer/bias": (4,), "norm/scale": (4,), "norm/bias": (4,), "queries": (2, 3)}
@@ -26,7 +26,7 @@ def random_arrays(count: int) -> list[dict[str, np.ndarray]]:
 
 
 def adamw(weight: np.ndarray, gradients: list[np.ndarray], decay: float) -> np.ndarray:
-    """Algorithm 2 of arXiv 1711.05101 with CFG's numbers: the decay is scaled by the learning rate, not by Adam."""
+    """Algorithm 2 of arXiv 1711.05101 with CFG's values: weight decay is scaled by the learning rate, not by Adam."""
     mean = square = np.zeros_like(weight)
     for step, gradient in enumerate(gradients):
         mean = 0.8 * mean + 0.2 * gradient
@@ -37,7 +37,7 @@ def adamw(weight: np.ndarray, gradients: list[np.ndarray], decay: float) -> np.n
 
 
 def rate(step: int) -> float:
-    """CFG's learning rate, written out."""
+    """Compute CFG's learning rate."""
     if step < 4:
         return 0.01 + 0.09 * step / 4
     return 0.02 + 0.08 * (1 + math.cos(math.pi * step / 10)) / 2
@@ -59,7 +59,7 @@ def updated(cfg: OptimConfig, weights: dict, gradients: list[dict]) -> dict[str,
 
 
 def test_updates_equal_adamw_with_weight_decay_on_matrices_only():
-    weights, *gradients = random_arrays(7)  # six updates: four of the warm-up and two of the cosine
+    weights, *gradients = random_arrays(7)  # six updates: four of warm-up and two of the cosine
     found = updated(CFG, weights, gradients)
     for path, weight in weights.items():
         expected = adamw(weight, [gradient[path] for gradient in gradients], 0.0 if path in NOT_DECAYED else 0.3)
@@ -69,7 +69,7 @@ def test_updates_equal_adamw_with_weight_decay_on_matrices_only():
 def test_gradients_are_clipped_together_before_adam():
     weights, *gradients = random_arrays(4)
     norms = [math.sqrt(sum((part**2).sum() for part in gradient.values())) for gradient in gradients]
-    limit = sorted(norms)[1] + 1e-3  # the largest of three is scaled down, the other two are not
+    limit = sorted(norms)[1] + 1e-3  # the largest of three gradients is scaled down, the other two are not
     clipped = [
         {path: part * min(1, limit / norm) for path, part in gradient.items()}
         for gradient, norm in zip(gradients, norms, strict=True)
@@ -82,9 +82,9 @@ def test_gradients_are_clipped_together_before_adam():
 
 def test_the_learning_rate_at_the_ends_of_warm_up_and_cosine():
     rates = [float(learning_rate(CFG, STEPS, step)) for step in range(STEPS + 1)]
-    assert rates[:4] == pytest.approx([0.01, 0.0325, 0.055, 0.0775])  # the first step has warmup_lr itself
-    assert rates[4] == pytest.approx(0.0723607, abs=1e-6)  # lr is never reached: the cosine began at step 0
-    assert rates[5] == pytest.approx(0.06)  # half of the cosine's way
+    assert rates[:4] == pytest.approx([0.01, 0.0325, 0.055, 0.0775])  # the first step has warmup_lr
+    assert rates[4] == pytest.approx(0.0723607, abs=1e-6)  # lr is never reached: the cosine started at step 0
+    assert rates[5] == pytest.approx(0.06)  # half of the cosine
     assert rates[9] == pytest.approx(0.0219577, abs=1e-6)  # the last of ten updates
     assert rates[10] == pytest.approx(0.02)
 
@@ -100,7 +100,7 @@ def test_defaults_are_the_originals():
     assert (cfg.weight_decay, cfg.beta1, cfg.beta2, cfg.eps, cfg.max_grad_norm) == (0.05, 0.9, 0.999, 1e-8, 0)
 
 
-# prompts/alignment_image.txt, without the media before each.
+# prompts/alignment_image.txt, without the media that precede each prompt.
 ALIGNMENT = (
     "Describe this image in detail.",
     "Take a look at this image and describe what you notice.",
@@ -108,7 +108,7 @@ ALIGNMENT = (
     "Could you describe the contents of this image for me?",
 )
 
-# Of train_configs/*.yaml: iters_per_epoch × max_epoch, batch_size_train × 8 GPUs, rates, warmup_steps.
+# From train_configs/*.yaml: iters_per_epoch × max_epoch, batch_size_train × 8 GPUs, learning rates, warmup_steps.
 YAMLS = {
     "vision_stage1": (2500 * 5, 32 * 8, 1e-4, 8e-5, 2500),
     "vision_stage2": (1000 * 3, 4 * 8, 3e-5, 1e-5, 1000),
@@ -128,7 +128,7 @@ def test_built_in_run_configs_equal_the_originals(name):
     if name.endswith("stage1"):
         assert [dataset.ratio for dataset in config.datasets] == [100, 24]
         assert [(text.layout, text.instructions, text.max_length) for text in texts] == [("caption", (), 32)] * 2
-        assert [text.clean for text in texts] == [True, False]  # blip_caption is WebVid's only
+        assert [text.clean for text in texts] == [True, False]  # only WebVid uses blip_caption
         assert config.datasets[0].frame_sampling == "head_tail"
     else:
         assert {dataset.ratio for dataset in config.datasets} == {1.0}

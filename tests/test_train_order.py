@@ -1,4 +1,4 @@
-"""Which records a step draws: what its order depends on, what it does not, and that batches follow each other."""
+"""The records of each step: what their order depends on, and that batches are consecutive."""
 
 import dataclasses
 from pathlib import Path
@@ -21,7 +21,7 @@ def stream_of(count: int = 40, holdout: int = 0, kind: str = "video", **options)
 
 
 def epoch(stream: Stream, seed: int = 0, number: int = 0) -> list[int]:
-    """The records of an epoch, in order."""
+    """Return the records of an epoch, in order."""
     length = stream.epoch_length
     drawn = [stream.example(number * length + place, seed) for place in range(length)]
     assert {found for _, found in drawn} == {number}

@@ -1,4 +1,4 @@
-"""Whole runs on real files: finished, stopped, killed and taken up again, to the bit; and what is refused."""
+"""Complete runs on real files: finished, stopped, killed and resumed bit-exactly; and what is refused."""
 
 import dataclasses
 import json
@@ -21,7 +21,7 @@ from train_fixtures import (
     EACH,
     ONE,
     STEPS,
-    Quiet,
+    RecordingReporter,
     config_of,
     losses,
     short_config,
@@ -52,7 +52,7 @@ def command(config: Path, out: Path, *more: str, devices: int = 1) -> subprocess
 
 
 def weights(run: Path) -> dict[str, np.ndarray]:
-    """The last checkpoint's weights and moments."""
+    """Read the weights and the optimizer state of the last checkpoint."""
     import orbax.checkpoint as ocp
 
     step = run / f"step_{list_checkpoint_steps(run)[-1]}"
@@ -68,10 +68,10 @@ def assert_same_run(one: Path, other: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, tiny_model, pictures) -> tuple[Path, Path]:
-    """A config, and the run of it that nothing disturbed."""
+def full_run(tmp_path_factory, tiny_model, image_records) -> tuple[Path, Path]:
+    """A config and its uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
-    config = write_config(folder / "config.py", config_of(tiny_model, pictures))
+    config = write_config(folder / "config.py", config_of(tiny_model, image_records))
     process = command(config, folder / "run")
     assert process.wait() == 0, process.stderr.read()
     return config, folder / "run"
@@ -84,8 +84,8 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.02)
 
 
-def test_a_finished_run_has_metrics_of_every_step_and_answers(whole, clip):
-    config, run = whole
+def test_a_finished_run_has_metrics_of_every_step_and_answers(full_run, clip):
+    config, run = full_run
     assert [step for step, _ in losses(run)] == list(range(1, STEPS + 1))
     assert list_checkpoint_steps(run) == [15, 20]
     process = command(config, run)
@@ -96,8 +96,8 @@ def test_a_finished_run_has_metrics_of_every_step_and_answers(whole, clip):
     assert isinstance("".join(chat.ask("What is there?", max_new_tokens=8)), str)
 
 
-def test_a_killed_run_resumes_bit_exactly(whole, tmp_path):
-    config, run = whole
+def test_a_killed_run_resumes_bit_exactly(full_run, tmp_path):
+    config, run = full_run
     process = command(config, tmp_path / "run")
     wait_for_step(tmp_path / "run", 8, process)
     process.send_signal(signal.SIGKILL)
@@ -112,8 +112,8 @@ def test_a_killed_run_resumes_bit_exactly(whole, tmp_path):
 
 
 @SLOW
-def test_decoding_in_processes_changes_nothing(whole, tmp_path):
-    config, run = whole
+def test_decoding_in_processes_changes_nothing(full_run, tmp_path):
+    config, run = full_run
     assert command(config, tmp_path / "run", "--data.num-workers", "2").wait() == 0
     assert_same_run(tmp_path / "run", run)
 
@@ -136,13 +136,13 @@ def test_a_run_killed_four_times_resumes_bit_exactly(name, tiny_model, real_reco
 
 
 @SLOW
-def test_a_stopped_run_saves_and_exits_0(whole, tmp_path):
-    config, run = whole
+def test_a_stopped_run_saves_and_exits_0(full_run, tmp_path):
+    config, run = full_run
     process = command(config, tmp_path / "run")
     wait_for_step(tmp_path / "run", 7, process)
     process.send_signal(signal.SIGTERM)
     assert process.wait() == 0
-    assert "told to stop, saved at step" in process.stderr.read()
+    assert "stopped by a signal, saved at step" in process.stderr.read()
     assert list_checkpoint_steps(tmp_path / "run")[-1] == losses(tmp_path / "run")[-1][0]
     assert command(config, tmp_path / "run").wait() == 0
     assert_same_run(tmp_path / "run", run)
@@ -174,38 +174,42 @@ def test_two_processes_and_eight_devices_give_the_losses_of_one(tiny_model, reco
 @SLOW
 def test_stage_2_starts_from_stage_1(tiny_model, records, stage1, tmp_path):
     config = config_of(tiny_model, records, "vision_stage2", init=str(stage1), batch_size=8, mesh=ONE, steps=1)
-    reporter = Quiet()
+    reporter = RecordingReporter()
     train(config, tmp_path / "run", reporter)
     assert all(source.trained for source in reporter.plan.sources.values())
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_corrupt_checkpoint_is_renamed_and_the_previous_one_restored(tiny_model, pictures, stage1, tmp_path, caplog):
+def test_a_corrupt_checkpoint_is_renamed_and_the_previous_one_restored(
+    tiny_model, image_records, stage1, tmp_path, caplog
+):
     run = shutil.copytree(stage1, tmp_path / "run")
     for file in (run / "step_8/weights").rglob("d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    train(short_config(tiny_model, pictures), run, Quiet())
-    assert "going back to the checkpoint before it" in caplog.text
+    train(short_config(tiny_model, image_records), run, RecordingReporter())
+    assert "falling back to the previous checkpoint" in caplog.text
     assert_same_run(run, stage1)
 
 
 @pytest.mark.usefixtures("one_device")
-def test_without_a_readable_checkpoint_nothing_is_changed(tiny_model, pictures, stage1, tmp_path):
+def test_without_a_readable_checkpoint_nothing_is_changed(tiny_model, image_records, stage1, tmp_path):
     run = shutil.copytree(stage1, tmp_path / "run")
     for file in run.glob("step_*/weights/d/*"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    for _ in range(2):  # as a requeued job does
-        with pytest.raises(CheckpointError, match="none of its 2 checkpoints can be read; run it again"):
-            train(short_config(tiny_model, pictures), run, Quiet())
-    for step in (4, 8):  # as older versions left it
+    for _ in range(2):  # as a requeued job would
+        with pytest.raises(CheckpointError, match="none of the 2 checkpoints can be read; restore their files"):
+            train(short_config(tiny_model, image_records), run, RecordingReporter())
+    for step in (4, 8):  # as left by older versions
         (run / f"step_{step}").rename(run / f"damaged_step_{step}")
-    with pytest.raises(CheckpointError, match=r"damaged_step_4 could not be read, .*; rename it to step_4 to try it"):
-        train(short_config(tiny_model, pictures), run, Quiet())
+    with pytest.raises(
+        CheckpointError, match=r"damaged_step_4 could not be read, .*; rename it to step_4 to try again"
+    ):
+        train(short_config(tiny_model, image_records), run, RecordingReporter())
     assert losses(run) == losses(stage1)
 
 
-class FullDisk(Quiet):
-    """Takes no larger files than a picture's from step 3 on, until step 7."""
+class FullDisk(RecordingReporter):
+    """A reporter that limits the file size to that of an image from step 3 on, until step 7."""
 
     def __init__(self, run: Path):
         super().__init__()
@@ -224,24 +228,26 @@ class FullDisk(Quiet):
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("on_error", ["stop", pytest.param("continue", marks=SLOW)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
-def test_a_full_disk_while_saving(tiny_model, pictures, tmp_path, on_error):
-    config = short_config(tiny_model, pictures, checkpoint=CheckpointConfig(save_interval_steps=2, on_error=on_error))
+def test_a_full_disk_while_saving(tiny_model, image_records, tmp_path, on_error):
+    config = short_config(
+        tiny_model, image_records, checkpoint=CheckpointConfig(save_interval_steps=2, on_error=on_error)
+    )
     run, failed = (
         tmp_path / "run",
-        r"run: the checkpoint of step 4 could not be saved \(File too large\); the last good",
+        r"run: the checkpoint of step 4 could not be saved \(File too large\); the last checkpoint",
     )
     reporter = FullDisk(run)
     try:
         if on_error == "stop":
-            with pytest.raises(CheckpointError, match=rf"{failed} one is step 2"):
+            with pytest.raises(CheckpointError, match=rf"{failed} is step 2"):
                 train(config, run, reporter)
         else:
             train(config, run, reporter)
-            assert [re.search(failed, line) is not None for line in reporter.said].count(True) == 1
+            assert [re.search(failed, line) is not None for line in reporter.messages].count(True) == 1
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     assert list_checkpoint_steps(run) == ([2] if on_error == "stop" else [2, 8])
-    train(config, run, Quiet())
+    train(config, run, RecordingReporter())
     assert [step for step, _ in losses(run)] == list(range(1, 9))
     assert not list(run.glob("*tmp*"))
 
@@ -256,10 +262,10 @@ def test_tensorboard_has_the_metrics_of_the_run(stage1):
 
 
 @pytest.mark.usefixtures("one_device")
-def test_a_loss_that_is_not_a_number_stops_the_run(tiny_model, pictures, tmp_path):
-    config = short_config(tiny_model, pictures, optim=OptimConfig(lr=1e30, min_lr=1e30, warmup_steps=0))
-    with pytest.raises(VllamaError, match=r"step \d: the loss is nan .*png.*; the last good checkpoint is kept"):
-        train(config, tmp_path / "run", Quiet())
+def test_a_loss_that_is_not_a_number_stops_the_run(tiny_model, image_records, tmp_path):
+    config = short_config(tiny_model, image_records, optim=OptimConfig(lr=1e30, min_lr=1e30, warmup_steps=0))
+    with pytest.raises(VllamaError, match=r"step \d: loss nan, .*png.*; the checkpoints in .* are kept"):
+        train(config, tmp_path / "run", RecordingReporter())
 
 
 def quarantined(run: Path) -> list[dict]:
@@ -270,16 +276,16 @@ def test_a_corrupt_image_is_masked_and_reported_once(tiny_model, tmp_path):
     files, run = write_files(tmp_path / "files", videos=0), tmp_path / "run"
     (files / "1.png").write_bytes((files / "1.png").read_bytes()[:700])
     config = short_config(tiny_model, write_records(files))
-    train(config, run, Quiet())
+    train(config, run, RecordingReporter())
     shutil.rmtree(run / "step_8")
-    train(config, run, Quiet())  # from step 4: names nothing twice
+    train(config, run, RecordingReporter())  # from step 4: nothing is reported twice
     assert [line["sample"] for line in quarantined(run)] == ["1.png"]
     masked = [json.loads(line)["masked"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert sum(masked) == 8 * 4  # of eight steps of batch 8, half
+    assert sum(masked) == 8 * 4  # half of eight steps of batch size 8
 
 
 def test_unusable_validation_examples_are_reported_and_not_counted(tiny_model, tmp_path):
-    files, reporter = write_files(tmp_path / "files", videos=0), Quiet()
+    files, reporter = write_files(tmp_path / "files", videos=0), RecordingReporter()
     for file in files.glob("*.png"):
         file.write_bytes(file.read_bytes()[:700])
     config = short_config(tiny_model, write_records(files))
@@ -289,12 +295,12 @@ def test_unusable_validation_examples_are_reported_and_not_counted(tiny_model, t
     validation = Validation(plan, tmp_path, loop._Run(plan, tmp_path, reporter, None)._report_masked)
     validation._evaluate = lambda weights, frozen, batch: (0.0, (batch["targets"] >= 0).sum())  # compiles nothing
     for step in (1, 2):
-        (told,) = validation.run(step, {}, {})
+        (output,) = validation.run(step, {}, {})
         assert re.match(
-            rf"step {step}: no validation loss, as no held-out sample can be used; the first is \d.png: ", told
+            rf"step {step}: no validation loss: no held-out record can be used; the first: \d.png: ", output
         )
     assert [line["step"] for line in quarantined(tmp_path)] == [1]
-    assert [re.search(r"\d.png is left out: ", line) is not None for line in reporter.said] == [True]
+    assert [re.search(r"\d.png is masked: ", line) is not None for line in reporter.messages] == [True]
     assert not (tmp_path / "samples.jsonl").exists()
 
 
@@ -309,9 +315,9 @@ def test_corrupt_and_short_videos_are_masked_and_reported(tiny_model, tmp_path):
     (folder / "all.jsonl").write_text("\n".join(lines))
     build("jsonl", folder, tmp_path / "records")
     config = config_of(tiny_model, tmp_path / "records", steps=2, batch_size=8, mesh=ONE, checkpoint=EACH)
-    train(config, tmp_path / "run", Quiet())
+    train(config, tmp_path / "run", RecordingReporter())
     shutil.rmtree(tmp_path / "run/step_2")
-    train(config, tmp_path / "run", Quiet())  # from step 1: names nothing twice
+    train(config, tmp_path / "run", RecordingReporter())  # from step 1: nothing is reported twice
     found = quarantined(tmp_path / "run")
     assert sorted(line["sample"] for line in found) == ["broken.mp4", "short.mp4"]
     assert any("too short" in line["why"] for line in found)
@@ -326,7 +332,7 @@ def test_validation_writes_its_loss_and_answers_at_each_step(tiny_model, records
     looks = dataclasses.replace(
         config.validation, interval_steps=1, num_batches=2, clips=(str(clip),), max_new_tokens=5
     )
-    train(dataclasses.replace(config, datasets=held, validation=looks), tmp_path / "run", Quiet())
+    train(dataclasses.replace(config, datasets=held, validation=looks), tmp_path / "run", RecordingReporter())
     found = [json.loads(line) for line in (tmp_path / "run/samples.jsonl").read_text().splitlines()]
     assert [line["step"] for line in found if "validation_loss" in line] == [1, 2]
     assert [line["clip"] for line in found if "answer" in line] == [str(clip)] * 2
@@ -334,7 +340,7 @@ def test_validation_writes_its_loss_and_answers_at_each_step(tiny_model, records
 
 @SLOW
 def test_the_smoke_run_and_its_plot(tmp_path):
-    """As in the README, shorter."""
+    """The smoke run of the README, shortened."""
     process = command(Path("smoke"), tmp_path / "run", "--steps", "4", "--checkpoint.save-interval-steps", "2")
     assert process.wait() == 0, process.stderr.read()
     assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""Numbers that a run refuses, what of a network takes part in it, and where what it trains starts from."""
+"""Values that a run refuses, the components that it uses, and the source of its initial weights."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -53,17 +53,17 @@ REFUSED = [
     ({"data": DataConfig(min_crop_area=0)}, "data.min_crop_area must be above 0 and at most 1, not 0"),
     ({"data": DataConfig(min_crop_area=1.01)}, "data.min_crop_area must be above 0 and at most 1"),
     ({"data": DataConfig(max_crop_aspect_ratio=0.9)}, "data.max_crop_aspect_ratio must be at least 1"),
-    ({"data": DataConfig(length_buckets=(72, 48))}, "data.length_buckets must rise"),
+    ({"data": DataConfig(length_buckets=(72, 48))}, "data.length_buckets must be in increasing order"),
     ({"steps": 0}, "steps must be at least 1"),
-    ({"batch_size": 8, "grad_accum_steps": 3}, "batch_size 8 is no multiple of grad_accum_steps 3"),
-    ({"datasets": ()}, "datasets: there are none"),
-    ({"trainable": ()}, "trainable: there are no patterns"),
+    ({"batch_size": 8, "grad_accum_steps": 3}, "batch_size 8 is not a multiple of grad_accum_steps 3"),
+    ({"datasets": ()}, "datasets is empty"),
+    ({"trainable": ()}, "trainable is empty"),
     ({"datasets": (DatasetConfig(path="d", ratio=0),)}, "datasets.0.ratio must be above 0"),
     ({"datasets": (DatasetConfig(path="d"), DatasetConfig(path="d", holdout=-1))}, "datasets.1: holdout must be at"),
     ({"datasets": (DatasetConfig(path="d", text=TextConfig(max_length=0)),)}, "text.max_length at least 1"),
     (
         {"validation": ValidationConfig(interval_steps=1)},
-        "interval_steps is set, but no dataset has a holdout",
+        "interval_steps is set, but there is nothing to validate on",
     ),
 ]
 
@@ -85,11 +85,11 @@ def test_the_data_axis_uses_the_remaining_devices():
 def test_micro_batch_rows_are_divided_over_data_and_fsdp():
     config = config_of(batch_size=48, grad_accum_steps=2)
     assert rows_per_shard(config, MeshConfig(data=3, fsdp=4, tensor=5)) == 2
-    with pytest.raises(ConfigError, match="batch_size 48 over grad_accum_steps 2 does not divide over 16 places"):
+    with pytest.raises(ConfigError, match="batch_size 48 / grad_accum_steps 2 is not divisible by the 16 shards"):
         rows_per_shard(config, MeshConfig(data=4, fsdp=4))
 
 
-# What takes part
+# Components that a run uses.
 
 COMMON = {"llama"}
 VISION = {"vit", "ln_vision", "image_qformer", "video_qformer", "frame_positions", "llama_proj"}
@@ -99,18 +99,18 @@ SENSES = {"vision", "audio"}
 CLIPS = {"validation": ValidationConfig(interval_steps=1, clips=("clip.mp4",))}
 
 
-def left(branch: str, kinds: tuple[str, ...], **options) -> tuple[set[str], set[str]]:
-    """The parts of a whole network that are left for a run, and the senses of its ImageBind."""
+def unused_components(branch: str, media_types: tuple[str, ...], **options) -> tuple[set[str], set[str]]:
+    """Return the components of a full network that a run keeps, and the modalities of its ImageBind."""
     imagebind = SimpleNamespace(vision=1, audio=1)
     network = SimpleNamespace(**dict.fromkeys(COMMON | VISION | AUDIO, 1), imagebind=imagebind)
     trainable = {} if branch == "vision" else {"trainable": AUDIO_BRANCH}
-    remove_unused_components(network, config_of(branch=branch, **trainable, **options), kinds)
-    senses = set(vars(imagebind)) if hasattr(network, "imagebind") else set()
-    return set(vars(network)) - {"imagebind"}, senses
+    remove_unused_components(network, config_of(branch=branch, **trainable, **options), media_types)
+    modalities = set(vars(imagebind)) if hasattr(network, "imagebind") else set()
+    return set(vars(network)) - {"imagebind"}, modalities
 
 
 @pytest.mark.parametrize(
-    ("branch", "kinds", "options", "parts", "senses"),
+    ("branch", "media_types", "options", "components", "modalities"),
     [
         ("vision", ("video",), {}, COMMON | VISION, set()),
         ("vision", ("image",), {}, COMMON | VISION, set()),
@@ -121,12 +121,12 @@ def left(branch: str, kinds: tuple[str, ...], **options) -> tuple[set[str], set[
         ("audio", ("audio",), {}, COMMON | AUDIO, {"audio"}),
         ("audio", ("image", "audio"), {}, COMMON | AUDIO, SENSES),
         ("audio", (), {}, COMMON | AUDIO, set()),
-        ("audio", (), CLIPS, COMMON | AUDIO, {"audio"}),  # of a clip its sound is heard
+        ("audio", (), CLIPS, COMMON | AUDIO, {"audio"}),  # the audio of validation clips is encoded
         ("audio", ("video",), CLIPS, COMMON | AUDIO, SENSES),
     ],
 )
-def test_components_that_a_run_does_not_use_are_omitted(branch, kinds, options, parts, senses):
-    assert left(branch, kinds, **options) == (parts, senses)
+def test_components_that_a_run_does_not_use_are_omitted(branch, media_types, options, components, modalities):
+    assert unused_components(branch, media_types, **options) == (components, modalities)
 
 
 def test_a_vision_only_network_omits_no_audio_components():
@@ -135,14 +135,18 @@ def test_a_vision_only_network_omits_no_audio_components():
     assert set(vars(network)) == COMMON | VISION
 
 
-# Where it starts from
+# Initial weights.
 
 
 @pytest.mark.parametrize(
     ("trained", "trainable_paths", "message"),
     [
         ({"a": (2,)}, {"a", "b"}, None),
-        ({"a": (2,), "c": (3,)}, {"a", "b"}, "init: run trained c, which does not learn here and would be lost"),
+        (
+            {"a": (2,), "c": (3,)},
+            {"a", "b"},
+            "init: run trained c, which is not trainable in this run and would be lost",
+        ),
         ({"a": (5,)}, {"a", "b"}, r"init: run trained another model than base \(a does not fit\)"),
         ({"z": (2,)}, {"a", "b"}, r"init: run trained another model than base \(z does not fit\)"),
     ],

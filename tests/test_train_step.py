@@ -1,4 +1,4 @@
-"""The step: one program, the same numbers however it is split, and nothing for what is frozen."""
+"""The training step: one program, the same numbers with any sharding, and no cost for frozen parameters."""
 
 import concurrent.futures
 import dataclasses
@@ -35,15 +35,15 @@ def config_of(**options) -> TrainConfig:
     return TrainConfig(**{**fields, "dropout": 0.0, **options})
 
 
-def batch_of(branch: str, seed: int = 0, *, pictures: bool = False) -> dict[str, np.ndarray]:
-    """Features of one frame, or the picture, media tokens in front, and random text with labels at its beginning."""
+def batch_of(branch: str, seed: int = 0, *, images: bool = False) -> dict[str, np.ndarray]:
+    """Return features of one frame or an image, media tokens first, and random text with labels at its beginning."""
     rng = np.random.default_rng(seed)
     many = 32 if branch == "vision" else 8
     most = LENGTH - many
     labels = rng.integers(1, most, ROWS)
     columns = np.arange(most)
     media = {"features": rng.standard_normal((ROWS, 1, 32, 48), np.float32)}
-    if pictures:
+    if images:
         media = {"frames": rng.integers(0, 256, (ROWS, 1, 56, 56, 3)).astype(np.uint8)}
     return {
         **media,
@@ -56,7 +56,7 @@ def batch_of(branch: str, seed: int = 0, *, pictures: bool = False) -> dict[str,
 
 
 class Trainer:
-    """A state on a mesh, and the compiled step."""
+    """A state on a mesh with the compiled step."""
 
     def __init__(self, config: TrainConfig, shape=(1, 1, 1)):
         network = random_network(tiny_on_small_images())
@@ -65,16 +65,16 @@ class Trainer:
         self.abstract_model = AbstractModel(network)
         values = {path: jnp.asarray(variable.get_value()) for path, variable in self.abstract_model.variables.items()}
         self.trainable_paths = select_paths(list(values), config.trainable)
-        places = self.abstract_model.shardings(values, self.mesh)
+        weight_shardings = self.abstract_model.shardings(values, self.mesh)
         optimizer = make_optimizer(config.optim, config.steps)
-        weights = {path: places[path] for path in self.trainable_paths}
+        weights = {path: weight_shardings[path] for path in self.trainable_paths}
         self.abstract_state = make_abstract_state(weights, self.abstract_model, optimizer, self.mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state)
         self._start = jax.jit(lambda weights: init_state(weights, optimizer), out_shardings=shardings)
-        self._initial = {path: jax.device_put(values[path], places[path]) for path in self.trainable_paths}
+        self._initial = {path: jax.device_put(values[path], weight_shardings[path]) for path in self.trainable_paths}
         self.restart()
         self.frozen = {
-            path: jax.device_put(value, places[path])
+            path: jax.device_put(value, weight_shardings[path])
             for path, value in values.items()
             if path not in self.trainable_paths
         }
@@ -85,7 +85,7 @@ class Trainer:
         self.rows = NamedSharding(self.mesh, PartitionSpec(("data", "fsdp")))
 
     def restart(self) -> None:
-        """The state before the first step."""
+        """Restore the state before the first step."""
         with sharding.use_mesh(self.mesh):
             self.state = self._start(self._initial)
 
@@ -118,22 +118,22 @@ def test_eight_devices_give_the_losses_of_one_and_compile_once(branch):
     trainable = VISION_BRANCH if branch == "vision" else AUDIO_BRANCH
     config = config_of(branch=branch, trainable=trainable)
     alone, split = Trainer(config), Trainer(config, (2, 2, 2))
-    together = losses(split, branch, 10, pictures=True)
-    np.testing.assert_allclose(together, losses(alone, branch, 10, pictures=True), rtol=1e-5)
+    together = losses(split, branch, 10, images=True)
+    np.testing.assert_allclose(together, losses(alone, branch, 10, images=True), rtol=1e-5)
     for trainer in (alone, split):
         assert trainer.step._cache_size() == 1
     for leaf, planned in zip(jax.tree.leaves(split.state), jax.tree.leaves(split.abstract_state), strict=True):
         assert leaf.sharding == planned.sharding
     queries = "video_qformer/queries" if branch == "vision" else "audio_qformer/queries"
-    opt_state = next(part for part in split.state.opt_state if isinstance(part, optax.ScaleByAdamState))
+    opt_state = next(item for item in split.state.opt_state if isinstance(item, optax.ScaleByAdamState))
     assert opt_state.mu[queries].sharding.spec == PartitionSpec(None, ("fsdp",))
 
 
 @SLOW
 def test_gradient_accumulation_equals_one_batch(trainer):
-    parts = Trainer(config_of(grad_accum_steps=4))
+    accumulated = Trainer(config_of(grad_accum_steps=4))
     for seed in range(3):
-        one, other = trainer(batch_of("vision", seed)), parts(batch_of("vision", seed))
+        one, other = trainer(batch_of("vision", seed)), accumulated(batch_of("vision", seed))
         for name in ("loss", "gradient_norm", "tokens"):
             assert other[name] == pytest.approx(one[name], rel=1e-5)
 
@@ -166,45 +166,46 @@ def test_a_batch_without_any_label_gives_zero(trainer):
 
 
 def test_accumulated_sums_are_divided_once():
-    """By one compiled program: a batch of two parts, and the same batch with labels in one of them only."""
+    """One program processes a batch of two micro-batches, and the same batch with labels in only one of them."""
     still = dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, weight_decay=0.0)
     trainer, before, found = Trainer(config_of(grad_accum_steps=2, optim=still)), None, []
-    for part in (None, 0, 1):
+    for micro_batch in (None, 0, 1):
         batch = batch_of("vision")
-        if part is not None:
-            batch["targets"][1 - part :: 2] = -1  # rows go to the parts in turn
+        if micro_batch is not None:
+            batch["targets"][1 - micro_batch :: 2] = -1  # rows alternate between micro-batches
         metrics = trainer(batch)
         assert metrics["tokens"] == (batch["targets"] >= 0).sum()
-        adam = next(part for part in trainer.state.opt_state if isinstance(part, optax.ScaleByAdamState))
+        adam = next(item for item in trainer.state.opt_state if isinstance(item, optax.ScaleByAdamState))
         mean = {path: np.asarray(value) for path, value in adam.mu.items()}
         gradients = {path: (value - OPTIM.beta1 * (before[path] if before else 0)) for path, value in mean.items()}
         before = mean
         sums = {"loss": np.float32(metrics["loss"]), **gradients}
         found.append({name: value * metrics["tokens"] for name, value in sums.items()})
-    whole, one, other = found
-    for name, value in whole.items():
+    full, one, other = found
+    for name, value in full.items():
         np.testing.assert_allclose(one[name] + other[name], value, rtol=1e-3, atol=1e-4 * np.abs(value).max())
 
 
 def test_dropout_differs_between_rows_layers_and_micro_batches(monkeypatch):
-    masks, draw = [], jax.random.bernoulli
+    masks, sample = [], jax.random.bernoulli
 
     def bernoulli(*arguments):
-        mask = draw(*arguments)
+        mask = sample(*arguments)
         jax.debug.callback(lambda drawn: masks.append(np.asarray(drawn)), mask)
         return mask
 
     monkeypatch.setattr(jax.random, "bernoulli", bernoulli)
-    parts, cfg = 2, tiny_on_small_images().video_qformer
-    Trainer(config_of(dropout=0.5, grad_accum_steps=parts))(batch_of("vision"))
+    micro_batches, cfg = 2, tiny_on_small_images().video_qformer
+    Trainer(config_of(dropout=0.5, grad_accum_steps=micro_batches))(batch_of("vision"))
     jax.effects_barrier()
-    shapes = {  # by what is dropped: how many places there are, those of each layer and the queries
-        (ROWS // parts, cfg.num_queries, cfg.width): 3 * cfg.depth + 1,  # what two attentions and the MLP add
-        (ROWS // parts, cfg.num_heads, 1, cfg.num_queries, cfg.num_queries): 2 * cfg.depth,  # weights; of one frame
+    shapes = {  # number of masks by shape: layers and queries
+        (ROWS // micro_batches, cfg.num_queries, cfg.width): 3 * cfg.depth + 1,  # outputs of two attentions and the MLP
+        (ROWS // micro_batches, cfg.num_heads, 1, cfg.num_queries, cfg.num_queries): 2
+        * cfg.depth,  # weights of one frame
     }
     assert {mask.shape for mask in masks} == set(shapes)
-    for shape, places in shapes.items():  # the backward pass draws each a second time, the same
-        assert len({mask.tobytes() for mask in masks if mask.shape == shape}) == places * parts, shape
+    for shape, num_shards in shapes.items():  # the backward pass draws each mask again
+        assert len({mask.tobytes() for mask in masks if mask.shape == shape}) == num_shards * micro_batches, shape
     assert np.mean([mask.mean() for mask in masks]) == pytest.approx(0.5, abs=0.02)
 
 
@@ -226,13 +227,13 @@ def test_dropout_does_not_depend_on_the_mesh():
 
 @SLOW
 def test_gradients_are_clipped_to_a_norm_when_asked(trainer):
-    """Adam does not feel a scale; its second moment does."""
+    """Adam's updates are invariant to scale; its second moment is not."""
     free, clipped = trainer, Trainer(config_of(optim=dataclasses.replace(OPTIM, max_grad_norm=1e-3)))
     norm = free(batch_of("vision"))["gradient_norm"]
     assert clipped(batch_of("vision"))["gradient_norm"] == pytest.approx(norm, rel=1e-6)
 
     def mean_square(one):
-        adam = next(part for part in jax.tree.leaves(one.state.opt_state, is_leaf=lambda x: hasattr(x, "nu")))
+        adam = next(item for item in jax.tree.leaves(one.state.opt_state, is_leaf=lambda x: hasattr(x, "nu")))
         return sum(float(jnp.sum(leaf)) for leaf in adam.nu.values())
 
     assert mean_square(clipped) / mean_square(free) == pytest.approx((1e-3 / norm) ** 2, rel=1e-4)
@@ -271,7 +272,7 @@ def test_lora_updates_are_trained_and_the_language_model_is_not():
 def test_processes_divide_the_threads(processes, threads, monkeypatch):
     asked = []
     monkeypatch.setattr(
-        pipeline, "_pool", lambda count: asked.append(count) or concurrent.futures.ThreadPoolExecutor(1)
+        pipeline, "_thread_pool", lambda count: asked.append(count) or concurrent.futures.ThreadPoolExecutor(1)
     )
     config = config_of(data=DataConfig(num_threads=8, num_workers=processes))
     assert (
@@ -284,5 +285,7 @@ def test_processes_divide_the_threads(processes, threads, monkeypatch):
 
 
 def test_a_pattern_that_matches_nothing_is_an_error():
-    with pytest.raises(ConfigError, match=r"trainable pattern 'video_qfromer/\*' matches no weight .* video_qformer"):
+    with pytest.raises(
+        ConfigError, match=r"trainable pattern 'video_qfromer/\*' matches no parameter .* video_qformer"
+    ):
         select_paths(["video_qformer/queries", "vit/positions"], ["video_qfromer/*"])

@@ -1,11 +1,11 @@
-"""From what a record says to the arrays of a batch, by a tokenizer that spells and by hand."""
+"""From annotations to the arrays of a batch, with a tokenizer of one id per character and by hand."""
 
 import collections
 import dataclasses
 
 import numpy as np
 import pytest
-from text_fixtures import SPELLING, shown
+from text_fixtures import SPELLING, mark_labels
 
 from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.config import TextConfig
@@ -17,14 +17,14 @@ INSTRUCTED = TextConfig(template="plain", instructions=("One?", "Two?", "Three?"
 
 
 def text_of(annotation: Annotation, cfg: TextConfig, seed: int = 0, timestamps: tuple[float, ...] = ()) -> str:
-    return shown(encode_text(annotation, cfg, SPELLING, 2, timestamps, np.random.default_rng(seed)))
+    return mark_labels(encode_text(annotation, cfg, SPELLING, 2, timestamps, np.random.default_rng(seed)))
 
 
 def test_each_instruction_is_drawn_as_often_as_the_others():
     drawn = [text_of(CAPTION, INSTRUCTED, seed) for seed in range(300)]
     counts = collections.Counter(next(one for one in INSTRUCTED.instructions if one in text) for text in drawn)
     assert sorted(counts) == sorted(INSTRUCTED.instructions)
-    assert min(counts.values()) > 70  # of 100 on average, with a standard deviation of 8
+    assert min(counts.values()) > 70  # 100 on average, with a standard deviation of 8
     assert [text_of(CAPTION, INSTRUCTED, seed) for seed in range(300)] == drawn
 
 
@@ -53,7 +53,7 @@ def test_a_conversation_has_media_at_the_annotated_position_and_timestamps():
 
 
 def text(ids: list[int], media: int, labelled: dict[int, int]) -> TrainingText:
-    """Ids with media tokens after the first, and labels by their places."""
+    """Return ids with media tokens after the first, and labels at these positions."""
     labels = np.full(len(ids), IGNORE_INDEX, np.int32)
     labels[list(labelled)] = list(labelled.values())
     is_media = (np.arange(len(ids)) >= 1) & (np.arange(len(ids)) <= media)
@@ -66,7 +66,7 @@ def test_a_batch_of_texts_equals_a_manual_encoding():
     assert arrays["ids"] == [[1, 0, 0, 7, 8, 9, 0], [1, 0, 0, 6, 0, 0, 0], [1, 0, 0, 5, 0, 0, 0]]
     assert arrays["is_media"] == [[False, True, True, False, False, False, False]] * 3
     assert arrays["length"] == [6, 4, 4]
-    assert arrays["positions"] == [[2, 4, 0, 0, 0], [2, 0, 0, 0, 0], [0] * 5]  # of the token before each label
+    assert arrays["positions"] == [[2, 4, 0, 0, 0], [2, 0, 0, 0, 0], [0] * 5]  # the position before each label
     assert arrays["targets"] == [[7, 9, -1, -1, -1], [6, -1, -1, -1, -1], [-1] * 5]
 
 

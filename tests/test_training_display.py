@@ -1,11 +1,11 @@
-"""What a user sees of a training run on stderr, on a terminal and in a log file."""
+"""The output of a training run on stderr, on a terminal and in a log file."""
 
 import types
 
 import numpy as np
 import pytest
 
-from vllama_jax.cli._training_display import TrainingDisplay
+from vllama_jax.cli._training_display import TrainingDisplay, _shorten_summary
 
 
 class Clock:
@@ -36,8 +36,21 @@ def test_log_files_have_a_line_every_30_seconds(capsys):
             display.step(metrics(step, loss=4.0 if step == 1 else 2.0))
     lines = capsys.readouterr().err.splitlines()
     assert [line.split(" steps")[0] for line in lines] == ["1/400", "61/400", "121/400", "181/400"]
-    assert lines[0] == "1/400 steps  loss 4.0000  lr 1.00e-03  8.0 samples/s  waits 25%  3 min 20 s left"
-    assert lines[-1].endswith("  lr 1.00e-03  8.0 samples/s  waits 25%  1 min 50 s left")
+    assert lines[0] == "1/400 steps  loss 4.0000  lr 1.00e-03  8.0 samples/s  data wait 25%  3 min 20 s left"
+    assert lines[-1].endswith("  lr 1.00e-03  8.0 samples/s  data wait 25%  1 min 50 s left")
+
+
+@pytest.mark.parametrize(
+    ("width", "shown"),
+    [
+        (66, "loss 4.0000  lr 1.00e-03  8.0 samples/s  MFU 34.5%  waits 25%"),
+        (50, "loss 4.0000  8.0 samples/s  MFU 34.5%  waits 25%"),
+        (40, "loss 4.0000  8.0 samples/s  waits 25%"),
+    ],
+)
+def test_narrow_terminals_show_fewer_metrics(width, shown):
+    summary = "loss 4.0000  lr 1.00e-03  8.0 samples/s  MFU 34.5%  waits 25%"
+    assert _shorten_summary(summary, width) == shown
 
 
 def test_a_resumed_runs_progress_starts_at_its_step(capsys):
@@ -72,7 +85,7 @@ def test_parameters_are_summarized_by_module_or_listed(capsys):
     text = capsys.readouterr().err
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
     assert rows == [["video_qformer", "2", "9", "random"], ["llama_proj", "1", "4", "BASE"]]
-    assert text.splitlines()[-1] == "13 parameters train, 7 are frozen (float32)"
+    assert text.splitlines()[-1] == "13 trainable parameters, 7 frozen (float32)"
     TrainingDisplay(10, verbose=True).show_plan(plan)
     text = capsys.readouterr().err
     assert [path in text for path in shapes] == [True, True, True, False]

@@ -1,4 +1,4 @@
-"""examples/training_step.py: three steps by hand, whose loss falls, and a model that is saved and answers."""
+"""examples/training_step.py: three manual steps with decreasing loss; the saved model answers."""
 
 import runpy
 from pathlib import Path
@@ -15,9 +15,9 @@ def test_the_loss_decreases_and_the_saved_model_has_the_trained_weights(tmp_path
     losses = runpy.run_path(str(EXAMPLE))["main"](tmp_path / "out")
     assert len(losses) == 3
     assert losses[0] > losses[1] > losses[2]
-    said = capsys.readouterr().out
-    assert f"step 3: loss {losses[2]:.4f}" in said
-    assert "8 frames of 1.5 s; no audio in the file" in said
+    message = capsys.readouterr().out
+    assert f"step 3: loss {losses[2]:.4f}" in message
+    assert "8 frames of 1.5 s; no audio in the file" in message
     before, after = (vl.load(tmp_path / "out" / name, stacked=True) for name in ("start", "model"))
     assert (before.network.llama_proj.kernel[...] != after.network.llama_proj.kernel[...]).any()
     assert (before.network.llama.embedding[...] == after.network.llama.embedding[...]).all()

@@ -1,4 +1,4 @@
-"""Texts to learn from: tables by a tokenizer that spells, other kinds of tokenizer, and golden's label masks."""
+"""Training texts with a tokenizer of one id per character, with other tokenizers, and golden label masks."""
 
 import itertools
 import json
@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import tokenizers
 import torch
-from text_fixtures import SPELLING, SpellingTokenizer, shown
+from text_fixtures import SPELLING, SpellingTokenizer, mark_labels
 from tokenizers import decoders, models, pre_tokenizers
 
 from vllama_jax.convert.tiny import train_tokenizer
@@ -45,7 +45,7 @@ HEARD = HEAR + " " * 18 + "Now answer my question based on what you have just he
 TIMES = "The video contains 2 frames sampled at 0.0, 2.5 seconds. "
 
 CAPTIONS = [
-    # template, media, instruction, pieces of "a dog"; the caption is a text of its own, with its own ▁
+    # template, media, instruction, tokens of "a dog"; a caption is a separate text with its own ▁
     ("plain", VIDEO, None, "<s>**«▁a dog\n»"),
     ("vicuna", IMAGE, None, "<s>**«▁a dog\n»"),  # bare captions are stage 1's
     ("vicuna", IMAGE, "Look.", "<s>▁###Human: <Image>**▁</Image> Look. ###Assistant: «▁a dog###»"),
@@ -69,13 +69,13 @@ CAPTIONS = [
 
 @pytest.mark.parametrize(("template", "media", "instruction", "expected"), CAPTIONS)
 def test_captions_have_labels_after_the_prompt(template, media, instruction, expected):
-    assert shown(caption(template, "a dog", media, instruction)) == expected
+    assert mark_labels(caption(template, "a dog", media, instruction)) == expected
 
 
 def test_long_captions_are_truncated():
-    assert shown(caption("vicuna", "a dog", max_length=7)) == "<s>**«▁a dog\n»"
-    assert shown(caption("vicuna", "a dog", max_length=6)) == "<s>**«▁a dog»"
-    assert shown(caption("llama_2", "a dog", instruction="?", max_length=3)).endswith(" [/INST] «▁a »")
+    assert mark_labels(caption("vicuna", "a dog", max_length=7)) == "<s>**«▁a dog\n»"
+    assert mark_labels(caption("vicuna", "a dog", max_length=6)) == "<s>**«▁a dog»"
+    assert mark_labels(caption("llama_2", "a dog", instruction="?", max_length=3)).endswith(" [/INST] «▁a »")
 
 
 CONVERSATIONS = [
@@ -90,7 +90,7 @@ CONVERSATIONS = [
     ("vicuna", AUDIO, [("Who?", "Me.")], f"<s>▁\n\n«###»Human: {HEARD}Who?\n«###Assistant: Me.\n###»"),
     (
         "vicuna",
-        Media("video"),  # without times
+        Media("video"),  # without timestamps
         [("Who?", "Me.")],
         "<s>▁\n\n«###»Human: <Video>**▁</Video> Who?\n«###Assistant: Me.\n###»",
     ),
@@ -107,7 +107,7 @@ CONVERSATIONS = [
 
 @pytest.mark.parametrize(("template", "media", "turns", "expected"), CONVERSATIONS)
 def test_conversations_have_labels_at_the_answers(template, media, turns, expected):
-    assert shown(conversation(template, turns, media)) == expected
+    assert mark_labels(conversation(template, turns, media)) == expected
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_conversations_have_labels_at_the_answers(template, media, turns, expect
 )
 def test_an_image_is_at_its_placeholder_or_first(media_at, expected):
     text = conversation("vicuna", [("Who?\nNow", "Me.")], media_at=media_at)
-    assert shown(text) == f"<s>▁\n\n«###»Human: {expected}\n«###Assistant: Me.\n###»"
+    assert mark_labels(text) == f"<s>▁\n\n«###»Human: {expected}\n«###Assistant: Me.\n###»"
 
 
 @pytest.mark.parametrize(
@@ -131,21 +131,21 @@ def test_an_image_is_at_its_placeholder_or_first(media_at, expected):
 )
 def test_a_video_is_at_its_placeholder(media, introduction):
     text = conversation("vicuna", [("Look at now", "Me.")], media, media_at=len("Look at "))
-    assert shown(text) == f"<s>▁\n\n«###»Human: Look at {introduction}now\n«###Assistant: Me.\n###»"
+    assert mark_labels(text) == f"<s>▁\n\n«###»Human: Look at {introduction}now\n«###Assistant: Me.\n###»"
 
 
 def test_long_conversations_are_truncated():
     turns = [("Who?", "Me.")]
-    whole = conversation("llama_2", turns)
-    for length in range(1, len(whole.ids) + 1):
+    full = conversation("llama_2", turns)
+    for length in range(1, len(full.ids) + 1):
         text = conversation("llama_2", turns, max_length=length)
-        shown(text)
-        assert text.ids.tolist() == whole.ids[:length].tolist()
-        assert text.is_media.tolist() == whole.is_media[:length].tolist()
-        assert text.labels.tolist() == whole.labels[:length].tolist()
-    first_media = int(whole.is_media.argmax())
+        mark_labels(text)
+        assert text.ids.tolist() == full.ids[:length].tolist()
+        assert text.is_media.tolist() == full.is_media[:length].tolist()
+        assert text.labels.tolist() == full.labels[:length].tolist()
+    first_media = int(full.is_media.argmax())
     assert conversation("llama_2", turns, max_length=first_media + 1).is_media.sum() == 1
-    first_label = int((whole.labels != IGNORE_INDEX).argmax())
+    first_label = int((full.labels != IGNORE_INDEX).argmax())
     assert (conversation("llama_2", turns, max_length=first_label).labels == IGNORE_INDEX).all()
 
 
@@ -155,17 +155,17 @@ def test_user_text_never_becomes_special_tokens(template, ends_of_turns):
     answers = conversation(template, [(odd, odd), (odd, odd)], media_at=4)
     assert answers.is_media.sum() == 2
     assert [answers.ids.tolist().count(i) for i in (SPELLING.bos_id, SPELLING.eos_id)] == [*ends_of_turns]
-    assert shown(answers).count(odd[4:]) == 4
+    assert mark_labels(answers).count(odd[4:]) == 4
     described = caption(template, odd, instruction=odd)
     assert [described.ids.tolist().count(i) for i in (SPELLING.bos_id, SPELLING.eos_id)] == [1, template == "llama_2"]
-    assert shown(described).count(odd) == 2
+    assert mark_labels(described).count(odd) == 2
 
 
 MELTING = {ord("\n"): "#", ord("]"): " "}
 
 
 class MeltingTokenizer(SpellingTokenizer):
-    """Here a newline melts with a "#" after it, and "]" with a space: tokens that lie across the seams."""
+    """A tokenizer that merges a newline with a following "#", and "]" with a space: tokens cross the segments."""
 
     def _encode_plain(self, text):
         ids = []
@@ -184,13 +184,13 @@ class MeltingTokenizer(SpellingTokenizer):
 def test_tokens_across_segments_belong_to_the_later_one():
     melting = MeltingTokenizer()
     text = conversation("vicuna", [("Who?", "Me.")], tokenizer=melting)
-    assert shown(text, melting) == "<s>▁\n«\n###»Human: <Image>**▁</Image>Who?«\n###Assistant: Me.\n###»"
+    assert mark_labels(text, melting) == "<s>▁\n«\n###»Human: <Image>**▁</Image>Who?«\n###Assistant: Me.\n###»"
     text = conversation("llama_2", [("Who?", "Me.")], tokenizer=melting)
-    assert shown(text, melting).endswith("Who? [/INST«] Me. </s>»")
+    assert mark_labels(text, melting).endswith("Who? [/INST«] Me. </s>»")
 
 
 def byte_level(folder):
-    """In the manner of Llama 3: digits by threes, punctuation with the newlines after it, bytes as letters."""
+    """Write a tokenizer like Llama 3's: digits in threes, punctuation with following newlines, bytes as letters."""
     pattern = r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     library = tokenizers.Tokenizer(models.BPE())
     split = pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated")
@@ -214,9 +214,9 @@ TEXTS = ["What is the dog doing?", "It runs.\n\nIt barks.", "日本語 🎂!", "
 def test_labels_decode_to_the_answers_with_any_tokenizer(tmp_path, make):
     make(tmp_path)
     tokenizer = load_tokenizer(tmp_path)
-    draw = random.Random(0)
+    rng = random.Random(0)
     for _ in range(50):
-        turns = [tuple(draw.choices(TEXTS, k=2)) for _ in range(draw.randint(1, 3))]
+        turns = [tuple(rng.choices(TEXTS, k=2)) for _ in range(rng.randint(1, 3))]
         text = conversation("llama_2", turns, tokenizer=tokenizer)
         assert learned_texts(text, tokenizer) == [f" {answer} " for _, answer in turns]
         text = conversation("vicuna", turns, tokenizer=tokenizer)
@@ -225,9 +225,9 @@ def test_labels_decode_to_the_answers_with_any_tokenizer(tmp_path, make):
 
 
 def learned_texts(text, tokenizer):
-    """Each run of learned tokens as text, without end tokens."""
+    """Return each run of tokens with labels as text, without EOS."""
     runs = itertools.groupby(text.labels.tolist(), key=lambda label: label != IGNORE_INDEX)
-    letter = tokenizer.encode("x", special=False)  # decoding drops the first space, so a letter goes first
+    letter = tokenizer.encode("x", special=False)  # decoding drops the first space, so a letter precedes it
     decoded = [tokenizer.decode([*letter, *run], skip_special=True) for is_learned, run in runs if is_learned]
     return [piece.removeprefix("x") for piece in decoded]
 
@@ -273,17 +273,17 @@ def test_clean_caption_limits_the_number_of_words():
     assert len(clean_caption("word " * 60).split()) == 50
 
 
-# ------------------------------------------------------------------------------------------------ golden
+# ------------------------------------------------------------------------------------------------ golden values
 
 
 @pytest.fixture(scope="module")
 def cases(golden):
-    """What golden recorded of each training batch, by name."""
+    """The recorded values of each golden training batch, by name."""
     return json.loads((golden / "train/train.json").read_text())
 
 
 def golden_parts(golden, name):
-    """A batch's arrays, its tokenizer, the embedding table, and how many tokens its media take."""
+    """Return a batch's arrays, its tokenizer, the embedding table, and the number of tokens of its media."""
     folder = golden / "weights" / ("llama-v0pad" if "v0pad" in name else "llama-st")
     if "v0pad" in name:
         embeddings = torch.load(folder / "pytorch_model.bin")["model.embed_tokens.weight"]
@@ -332,7 +332,7 @@ CONVERSATION_BATCHES = [
 
 
 def golden_conversations(golden, name):
-    """Turns, media and where they stand, of each of a batch's annotations."""
+    """Return the turns, the media and their positions of each annotation of a batch."""
     if "llava" in name:
         for entry in json.loads((golden / "train/s2_llava_annotations.json").read_text()):
             words = [message["value"] for message in entry["conversations"]]

@@ -1,4 +1,4 @@
-"""mypy on a user's code, outside the checkout, against the package as it is installed here."""
+"""mypy checks a user's code outside of the checkout against the installed package."""
 
 import subprocess
 import sys
@@ -12,7 +12,7 @@ pytest.importorskip("mypy", reason="mypy comes with the extra 'test'")
 
 @pytest.fixture(scope="module")
 def check(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], subprocess.CompletedProcess[str]]:
-    """Check a file in a folder of its own, where the package is found only as it is installed. One cache for all."""
+    """Check a file in a separate folder, where only the installed package is found. All checks share one cache."""
     folder = tmp_path_factory.mktemp("user")
 
     def run(source: str) -> subprocess.CompletedProcess[str]:

@@ -1,4 +1,4 @@
-"""vllama verify: says that a good model is good, and of a bad one what is bad and where."""
+"""`vllama verify`: accepts a correct model, and reports where an incorrect one differs."""
 
 import json
 import shutil
@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli_fixtures import error_line, run_vllama
-from conversions import converted, without
+from cli_fixtures import expect_error_line, run_vllama
+from conversions import convert_files, drop_components
 from safetensors.numpy import load_file, save_file
 
 from vllama_jax import cli
@@ -30,16 +30,16 @@ def run(capsys, *arguments: object) -> str:
 
 
 def verify_error(capsys, *arguments: object) -> tuple[str, str]:
-    """The one line with which the command fails, and what it printed before."""
-    return error_line("verify", *arguments), capsys.readouterr().out
+    """Return the one-line error of the command, and its output before."""
+    return expect_error_line("verify", *arguments), capsys.readouterr().out
 
 
 def options(paths: Mapping[str, Path]) -> list[object]:
-    return [part for kind, path in paths.items() for part in (f"--{kind.replace('_', '-')}", path)]
+    return [component for kind, path in paths.items() for component in (f"--{kind.replace('_', '-')}", path)]
 
 
 def edited(path: Path, out: Path, change: Callable[[Tensors], None]) -> Path:
-    """A copy of a safetensors file, or of the directory with one in it, with other tensors."""
+    """Copy a safetensors file, or the directory of one, with other tensors."""
     file = path / "model.safetensors" if path.is_dir() else path
     tensors = load_file(file)
     change(tensors)
@@ -67,8 +67,8 @@ def flip_a_byte(model: Path, leaf: str) -> None:
 
 
 def test_verify_accepts_intact_files(tiny_model, capsys):
-    assert run(capsys, tiny_model) == f"{tiny_model}: 181 weights, 3.5 MB, all as they were written\n"
-    assert json.loads(run(capsys, tiny_model, "--json")) == {"weights": 181, "bytes": 3517588, "damaged": {}}
+    assert run(capsys, tiny_model) == f"{tiny_model}: 181 arrays, 3.5 MB, intact\n"
+    assert json.loads(run(capsys, tiny_model, "--json")) == {"weights": 181, "bytes": 3517588, "corrupt": {}}
 
 
 def test_one_flipped_bit_is_detected(tiny_model, tmp_path, capsys):
@@ -76,7 +76,7 @@ def test_one_flipped_bit_is_detected(tiny_model, tmp_path, capsys):
     flip_a_byte(model, "llama/blocks/mlp/up/kernel")
     message, _ = verify_error(capsys, model)
     assert message == (
-        f"{model}: not as it was written: llama/blocks/mlp/up/kernel (its bytes are not those that were written); "
+        f"{model}: corrupt: llama/blocks/mlp/up/kernel (its content has changed since it was written); "
         "copy or convert it again"
     )
 
@@ -87,9 +87,9 @@ def test_missing_and_truncated_chunks_are_detected(tiny_model, tmp_path, capsys)
     file = model / "params/ln_vision.bias/0"
     file.write_bytes(file.read_bytes()[:-1])
     message, out = verify_error(capsys, model, "--json")
-    assert "llama.norm.scale/0: it is missing" in message
-    assert "ln_vision.bias/0: 255 of its 256 bytes are there" in message
-    assert json.loads(out)["damaged"].keys() == {"llama/norm/scale", "ln_vision/bias"}
+    assert "llama.norm.scale/0: missing" in message
+    assert "ln_vision.bias/0: has 255 bytes instead of 256" in message
+    assert json.loads(out)["corrupt"].keys() == {"llama/norm/scale", "ln_vision/bias"}
 
 
 # Weights
@@ -97,18 +97,18 @@ def test_missing_and_truncated_chunks_are_detected(tiny_model, tmp_path, capsys)
 
 def test_weights_equal_the_source_bit_exactly(tiny_model, tiny_files, capsys):
     out = run(capsys, tiny_model, "--against", tiny_files["config"].parent, "--weights-only")
-    assert "346 tensors, every bit equal to its source" in out
+    assert "346 tensors, bit-exactly equal to the PyTorch files" in out
     assert "different" not in out
     assert "note" not in out
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_in_another_dtype_equal_the_rounded_source(tiny_files, tmp_path, capsys, dtype):
-    converted(tiny_files, tmp_path / "model", dtype=dtype)
+    convert_files(tiny_files, tmp_path / "model", dtype=dtype)
     out = run(capsys, tmp_path / "model", *options(tiny_files), "--weights-only", "--json")
     report = json.loads(out)
     assert report["equal"]
-    assert [part["different"] for part in report["parts"]] == [[]] * 12
+    assert [component["different"] for component in report["components"]] == [[]] * 12
 
 
 def test_a_weight_that_differs_is_reported(tiny_model, tiny_files, tmp_path, capsys):
@@ -118,7 +118,7 @@ def test_a_weight_that_differs_is_reported(tiny_model, tiny_files, tmp_path, cap
     paths = tiny_files | {"llama": edited(tiny_files["llama"], tmp_path, spoil)}
     message, out = verify_error(capsys, tiny_model, *options(paths), "--weights-only")
     what = "llama/blocks/mlp/up/kernel, row 1 (model.layers.1.mlp.up_proj.weight)"
-    assert message == f"{tiny_model}: not what its source makes: 1 weights differ: {what}"
+    assert message == f"{tiny_model}: not equal to its PyTorch files: 1 array differs: {what}"
     assert "1 different" in out
 
 
@@ -128,7 +128,7 @@ def test_renamed_source_files_are_noted(tiny_model, tiny_files, tmp_path, capsys
     assert f"other names or sizes than {other}" in out
 
 
-# What is computed
+# Computed values
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def model_components(tiny_model, tiny_files) -> list:
 
 
 def test_every_weight_is_used_by_a_stage(tiny_model, model_components):
-    patterns = [pattern for part in model_components for stage in part.stages for pattern in stage.leaves]
+    patterns = [pattern for component in model_components for stage in component.stages for pattern in stage.leaves]
     paths = open_model(tiny_model).manifest["leaves"]
     assert [path for path in paths if not any(fnmatchcase(path, pattern) for pattern in patterns)] == []
 
@@ -166,15 +166,18 @@ def network(tiny_model) -> VideoLlama:
 
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_stages_of_a_component_equal_the_component(tiny_model, network, model_components, name):
-    """One layer at a time, as verify runs them, against the network as it is used."""
-    directory, part = open_model(tiny_model), next(part for part in model_components if part.name == name)
-    x = part.random_input(np.random.default_rng(0))
+    """Run the stages one at a time, as verify does, and compare with the full network."""
+    directory, component = (
+        open_model(tiny_model),
+        next(component for component in model_components if component.name == name),
+    )
+    x = component.random_input(np.random.default_rng(0))
     with jax.default_matmul_precision("highest"):
-        whole = jax.jit(WHOLE[name])(network, x)
+        full = jax.jit(WHOLE[name])(network, x)
         run_stage = make_jax_runner(directory, "float32")
-        for stage in part.stages:
-            x = run_stage(part, stage, x)
-    np.testing.assert_allclose(x[0] if isinstance(x, tuple) else x, whole, atol=1e-5)
+        for stage in component.stages:
+            x = run_stage(component, stage, x)
+    np.testing.assert_allclose(x[0] if isinstance(x, tuple) else x, full, atol=1e-5)
 
 
 def test_a_good_model_passes(tiny_model, tiny_files, capsys):
@@ -182,8 +185,8 @@ def test_a_good_model_passes(tiny_model, tiny_files, capsys):
     layers, logits = report["layers"], report["logits"]
     assert report["equal"]
     assert max(layer["relative"] for layer in layers) < 5e-6
-    assert {layer["part"] for layer in layers} == WHOLE.keys()
-    llama = [layer["layer"] for layer in layers if layer["part"] == "llama"]
+    assert {layer["component"] for layer in layers} == WHOLE.keys()
+    llama = [layer["layer"] for layer in layers if layer["component"] == "llama"]
     assert llama == ["embeddings", "layer 0", "layer 1", "layer 2", "logits"]
     assert (logits["positions"], logits["top1"]) == (1024, 1.0)
     assert 0 <= logits["mean_kl"] <= logits["max_kl"] < 1e-10
@@ -191,12 +194,12 @@ def test_a_good_model_passes(tiny_model, tiny_files, capsys):
 
 @pytest.mark.slow
 def test_a_good_model_in_bfloat16(tiny_files, tmp_path, capsys):
-    """Weights rounded by --dtype are rounded in torch too; ours computes in float32, then in bfloat16."""
-    converted(tiny_files, tmp_path / "model", dtype="bfloat16")
+    """Weights that --dtype rounds are rounded in torch, too; our side computes in float32, then in bfloat16."""
+    convert_files(tiny_files, tmp_path / "model", dtype="bfloat16")
     command = (tmp_path / "model", *options(tiny_files), "--tokens", 100)
     assert max(layer["relative"] for layer in json.loads(run(capsys, *command, "--json"))["layers"]) < 5e-6
     out = run(capsys, *command, "--dtype", "bfloat16")
-    assert "computes what its source does, in bfloat16" in out
+    assert "reproduces its PyTorch files in bfloat16" in out
     assert "logits of 100 tokens: KL " in out
 
 
@@ -217,9 +220,9 @@ SWAPS = {
 
 
 def test_swapped_weights_are_located(tiny_model, tiny_files, tmp_path, capsys):
-    """A model of swapped tensors, as a converter that errs would make it."""
+    """A model with swapped tensors, as an incorrect conversion would make it."""
     wrong = tiny_files | {kind: edited(tiny_files[kind], tmp_path, change) for kind, change in SWAPS.items()}
-    converted(wrong, tmp_path / "model")
+    convert_files(wrong, tmp_path / "model")
     message, out = verify_error(capsys, tmp_path / "model", *options(tiny_files), "--tokens", 100, "--json")
     report = json.loads(out)
     assert not report["equal"]
@@ -228,7 +231,7 @@ def test_swapped_weights_are_located(tiny_model, tiny_files, tmp_path, capsys):
         *("vit, layer 1", "image_qformer, layer 3", "video_qformer, layer 1", "imagebind/audio, layer 1"),
         *("llama, layer 1", "logits", "logits"),
     ]
-    assert message.startswith(f"{tmp_path / 'model'}: does not compute what its source does: vit, layer 1: relative ")
+    assert message.startswith(f"{tmp_path / 'model'}: does not reproduce its PyTorch files: vit, layer 1: relative ")
     assert "above 1e-04" in message
     assert max(layer["relative"] for layer in report["layers"] if layer["layer"] == "layer 0") < 5e-6
 
@@ -240,7 +243,7 @@ def test_a_wrong_rope_theta_is_located(tiny_model, tiny_files, tmp_path, capsys)
     fields["model"]["llama"]["rope_theta"] = 10100.0
     (model / "config.json").write_text(json.dumps(fields))
     message, out = verify_error(capsys, model, *options(tiny_files))
-    assert "config.json says llama.rope_theta is 10100.0, the source 10000.0; llama, layer 0: relative " in message
+    assert "llama.rope_theta is 10100.0 in config.json, but 10000.0 in the source; llama, layer 0: relative " in message
     assert "logits of 1024 tokens" in out
     assert "vit, " not in message
 
@@ -249,7 +252,7 @@ def test_non_finite_weights_are_reported(tiny_model, tiny_files, tmp_path, capsy
     def spoil(tensors: Tensors) -> None:
         tensors["blocks.0.norm1.weight"][0] = np.nan
 
-    converted(tiny_files | {"eva_vit": edited(tiny_files["eva_vit"], tmp_path, spoil)}, tmp_path / "model")
+    convert_files(tiny_files | {"eva_vit": edited(tiny_files["eva_vit"], tmp_path, spoil)}, tmp_path / "model")
     message, out = verify_error(capsys, tmp_path / "model", *options(tiny_files), "--tokens", 8, "--json")
     assert "vit, layer 0: relative error nan" in message
     assert next(layer for layer in json.loads(out)["layers"] if layer["layer"] == "layer 0")["relative"] is None
@@ -266,17 +269,20 @@ def test_golden_layers_equal_torchs(golden_model, golden_files, capsys):
 
 
 def test_a_base_without_branches_is_verified(tiny_files, tmp_path, capsys):
-    """MiniGPT-4's projection is compared; what was never there is not asked for."""
-    base = without(tiny_files, "vl", "al", "imagebind")
-    converted(base, tmp_path / "model")
+    """MiniGPT-4's projection is compared; components that the base never had are not required."""
+    base = drop_components(tiny_files, "vl", "al", "imagebind")
+    convert_files(base, tmp_path / "model")
     out = run(capsys, tmp_path / "model", "--against", tiny_files["config"].parent, "--tokens", 8, "--json")
-    assert {layer["part"] for layer in json.loads(out)["layers"]} == {"vit", "image_qformer", "llama_proj", "llama"}
+    components = {layer["component"] for layer in json.loads(out)["layers"]}
+    assert components == {"vit", "image_qformer", "llama_proj", "llama"}
 
 
 def test_two_files_of_one_component_are_reported(tiny_model, tiny_files, tmp_path, capsys):
     other = shutil.copy(tiny_files["vl"], tmp_path / "other.safetensors")
     message, _ = verify_error(capsys, tiny_model, "--against", tiny_files["config"].parent, tmp_path)
-    expected = f"{tiny_files['vl']} and {other}: both are a Video-LLaMA vision-language checkpoint; say which with --vl"
+    expected = (
+        f"{tiny_files['vl']} and {other}: both are a Video-LLaMA vision-language checkpoint; choose one with --vl"
+    )
     assert message == expected
 
 
@@ -290,24 +296,24 @@ def test_a_tensor_missing_from_the_source_is_reported(tiny_model, tiny_files, tm
 
 
 def test_a_source_of_other_components_is_reported(tiny_model, tiny_files, tmp_path, capsys):
-    message, _ = verify_error(capsys, tiny_model, *options(without(tiny_files, "vl")))
+    message, _ = verify_error(capsys, tiny_model, *options(drop_components(tiny_files, "vl")))
     assert message.startswith(f"{tiny_model}: has frame_positions, ")
-    assert "which nothing in the source makes; name the file that it came from" in message
-    converted(without(tiny_files, "vl", "minigpt4"), tmp_path / "model")
+    assert "but the source does not; add the file that it was converted from" in message
+    convert_files(drop_components(tiny_files, "vl", "minigpt4"), tmp_path / "model")
     message, _ = verify_error(capsys, tmp_path / "model", *options(tiny_files), "--weights-only")
     assert message.startswith(f"{tmp_path / 'model'}: has no frame_positions, ")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "text"),
     [
-        (("--weights-only",), "--weights-only compares with the PyTorch files: name them with --against"),
-        (("--against", "nowhere"), "nowhere: no such file or directory; give what holds the weights"),
-        (("--vl", "x.pth"), "no LLaMA directory among the PyTorch files; name it with --llama"),
+        (("--weights-only",), "--weights-only compares with the PyTorch files: give them with --against"),
+        (("--against", "nowhere"), "nowhere: no such file or directory; give a weight file or a directory of them"),
+        (("--vl", "x.pth"), "no LLaMA directory among the PyTorch files; give it with --llama"),
     ],
 )
-def test_invalid_options_are_refused(tiny_model, capsys, arguments, said):
-    assert verify_error(capsys, tiny_model, *arguments)[0] == said
+def test_invalid_options_are_refused(tiny_model, capsys, arguments, text):
+    assert verify_error(capsys, tiny_model, *arguments)[0] == text
 
 
 def test_without_transformers_the_error_says_what_to_install(tiny_model, tiny_files, capsys, monkeypatch):
@@ -322,6 +328,6 @@ def test_verify_in_a_process_prints_the_first_difference_and_exits_with_1(tiny_m
     flip_a_byte(model, "vit/positions")
     done = run_vllama("verify", model)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr.startswith(f"vllama: {model}: not as it was written: vit/positions (")
+    assert done.stderr.startswith(f"vllama: {model}: corrupt: vit/positions (")
     against = ("--against", tiny_files["config"].parent, "--weights-only")
-    assert "1 weights differ: vit/positions (pos_embed)" in error_line("verify", model, *against)
+    assert "1 array differs: vit/positions (pos_embed)" in expect_error_line("verify", model, *against)

@@ -1,4 +1,4 @@
-"""Worker processes: results in order, and one clear error when a worker ends, however it ends."""
+"""Worker processes: results in order, and one clear error when a worker ends, for whatever reason."""
 
 import functools
 import math
@@ -19,8 +19,8 @@ from vllama_jax.errors import DataError, VllamaError
 
 
 @pytest.fixture
-def children() -> Callable[[], list[int]]:
-    """Lists the worker processes that the test has started; other tests keep theirs for the whole session."""
+def worker_pids() -> Callable[[], list[int]]:
+    """List the worker processes that the test has started; other tests keep theirs for the whole session."""
     before = worker_processes(os.getpid())
     return lambda: sorted(worker_processes(os.getpid()) - before)
 
@@ -37,28 +37,28 @@ def print_and_return(item: int) -> int:
     return item
 
 
-def test_results_are_in_order_and_workers_are_reusable(children):
+def test_results_are_in_order_and_workers_are_reusable(worker_pids):
     with WorkerPool(2) as workers:
         assert list(workers.map(math.sqrt, [0, 1, 4, 9, 16])) == [0, 1, 2, 3, 4]
-        first = children()
+        first = worker_pids()
         assert len(first) == 2
         assert list(workers.map(abs, [-1], ahead=4)) == [1], "fewer items than workers"
         assert list(workers.map(abs, [])) == []
-        assert children() == first
-    assert children() == []
+        assert worker_pids() == first
+    assert worker_pids() == []
 
 
 def test_what_a_function_prints_does_not_come_between_results():
     assert list(map_in_processes(print_and_return, range(4), 1)) == [0, 1, 2, 3]
 
 
-def test_closing_the_pool_ends_the_workers(children):
+def test_closing_the_pool_ends_the_workers(worker_pids):
     results = map_in_processes(time.sleep, [0, *[1000] * 5], 2)
     next(results)
     begun = time.monotonic()
     results.close()
     assert time.monotonic() - begun < 5
-    assert children() == []
+    assert worker_pids() == []
 
 
 def end_by(how: int, item: int) -> None:
@@ -77,26 +77,26 @@ def end_by(how: int, item: int) -> None:
     ],
     ids=["our error", "another error", "memory", "signal", "exit"],
 )
-def test_an_exception_in_a_worker_is_a_one_line_error(function, message, children):
+def test_an_exception_in_a_worker_is_a_one_line_error(function, message, worker_pids):
     with pytest.raises(VllamaError, match=message) as raised:
         list(map_in_processes(function, [0, 1, 2, 3], 2))
     assert "\n" not in str(raised.value), "one line; the worker's traceback is a note"
-    assert children() == []
+    assert worker_pids() == []
 
 
-def test_a_worker_killed_while_sending_a_result_is_detected(children):
-    results = map_in_processes(np.zeros, [10_000_000] * 50, 2, ahead=4)  # 80 MB each, so that it is writing one
+def test_a_worker_killed_while_sending_a_result_is_detected(worker_pids):
+    results = map_in_processes(np.zeros, [10_000_000] * 50, 2, ahead=4)  # 80 MB each, so that the worker is sending one
     next(results)
-    os.kill(children()[0], signal.SIGKILL)
+    os.kill(worker_pids()[0], signal.SIGKILL)
     begun = time.monotonic()
     with pytest.raises(VllamaError, match=r"killed \(SIGKILL\), as Linux does when memory runs out; free memory"):
         list(results)
     assert time.monotonic() - begun < 30
-    assert children() == []
+    assert worker_pids() == []
 
 
 def test_workers_need_no_main_guard_in_a_script(tmp_path):
-    """No worker imports it: with multiprocessing, each would start workers of its own and fail."""
+    """No worker imports it: with multiprocessing, each would start its own workers and fail."""
     script = tmp_path / "script.py"
     script.write_text("from vllama_jax.miniature.images import draw_images\nprint(draw_images(4, 0).pixels.shape)\n")
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""A tokenizer that spells, and texts to learn from as one can read them."""
+"""A tokenizer with one id per character, and a readable form of training texts."""
 
 import itertools
 
@@ -9,9 +9,9 @@ from vllama_jax.text.training import IGNORE_INDEX
 
 
 class SpellingTokenizer(Tokenizer):
-    """One id a letter, "▁" before each text; "###" at its very beginning is one token, as in LLaMA."""
+    """One id per character, with "▁" before each text; "###" at the beginning is one token, as in LLaMA."""
 
-    alone = 0x110000  # the id of "▁###"; letters are their code points, and <unk> <s> </s> are 0 1 2
+    alone = 0x110000  # the id of "▁###"; ids of characters are their code points, and <unk> <s> </s> are 0 1 2
 
     def __init__(self):
         contents = ("<unk>", "<s>", "</s>")
@@ -33,16 +33,16 @@ class SpellingTokenizer(Tokenizer):
 SPELLING = SpellingTokenizer()
 
 
-def shown(text, tokenizer=SPELLING):
-    """The pieces, a media position as "*", and «…» around what is learned. Checks what holds of every text."""
+def mark_labels(text, tokenizer=SPELLING):
+    """Return the tokens as text, with "*" for media tokens and «…» around labels; check the invariants of all texts."""
     assert text.ids.dtype == text.labels.dtype == np.int32
     assert text.is_media.dtype == bool
     assert len(text.ids) == len(text.is_media) == len(text.labels)
     assert not text.ids[text.is_media].any()
-    learned = text.labels != IGNORE_INDEX
-    assert (text.labels[learned] == text.ids[learned]).all()
-    assert not (learned & text.is_media).any()
-    pieces = ["*" if here else token for token, here in zip(tokenizer.tokens(text.ids), text.is_media, strict=True)]
-    runs = itertools.groupby(zip(pieces, learned, strict=True), key=lambda pair: pair[1])
-    joined = [(is_learned, "".join(piece for piece, _ in run)) for is_learned, run in runs]
-    return "".join(f"«{run}»" if is_learned else run for is_learned, run in joined)
+    labeled = text.labels != IGNORE_INDEX
+    assert (text.labels[labeled] == text.ids[labeled]).all()
+    assert not (labeled & text.is_media).any()
+    tokens = ["*" if here else token for token, here in zip(tokenizer.tokens(text.ids), text.is_media, strict=True)]
+    runs = itertools.groupby(zip(tokens, labeled, strict=True), key=lambda pair: pair[1])
+    joined = [(is_labeled, "".join(string for string, _ in run)) for is_labeled, run in runs]
+    return "".join(f"«{run}»" if is_labeled else run for is_labeled, run in joined)

@@ -1,5 +1,7 @@
-"""Torch references of every part, filled with random weights, and their weights in our modules by the converter's own
-rules. Transformers names weights otherwise than the original's files do; the tables here say how.
+"""PyTorch references of every component with random weights, and the same weights in our modules.
+
+They are converted by the rules of the package. Names of weights in transformers differ from those in the original's
+files; the tables here map them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +30,7 @@ from vllama_jax.convert.verify.reference import imagebind, qformer
 
 State = dict[str, torch.Tensor]
 
-# Text in transformers' names → text in the original's.
+# Text in transformers' names → text in the original's names.
 EVA_NAMES = {
     "embeddings.class_embedding": "cls_token",
     "embeddings.position_embedding": "pos_embed",
@@ -55,10 +57,10 @@ def rename(state: Mapping[str, torch.Tensor], table: Mapping[str, str], prefix: 
 
 
 def randomise(module: nn.Module, *, quiet: bool = False, seed: int = 0) -> None:
-    """Every parameter random, norms and biases too, in a scale that lets each matter.
+    """Set every parameter to random values, including norms and biases, at a scale at which each has an effect.
 
-    quiet: all but matrices a thousand times smaller. With small inputs, every norm then sees a variance of about 1e-6,
-    and its epsilon shows; with ordinary activations it drowns in rounding.
+    `quiet` makes all but matrices a thousand times smaller. With small inputs, every norm then has a variance of about
+    1e-6, so its epsilon has an effect; with ordinary activations, rounding would hide it.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -70,7 +72,7 @@ def randomise(module: nn.Module, *, quiet: bool = False, seed: int = 0) -> None:
                     parameter.mul_(parameter[0].numel() ** -0.5)
                     continue
                 parameter.mul_(0.3)
-                if name == "weight" and parameter.ndim == 1:  # a norm's
+                if name == "weight" and parameter.ndim == 1:  # the scale of a norm
                     parameter.add_(1.0)
                 if quiet:
                     parameter.mul_(QUIET)
@@ -80,10 +82,10 @@ QUIET = 1e-3
 
 
 def load(make: Callable[[], nnx.Module], rules: Sequence[Rule], state: State, target: str = "") -> nnx.Module:
-    """Our module with torch's weights. `target` is the module's path in the whole model.
+    """Load torch's weights into our module; `target` is the module's path in the full model.
 
-    Every weight of ours must have one rule, and every tensor be used once. `state` is emptied on the way, so that a
-    large block need not be held twice.
+    Every weight of ours must have one rule, and every tensor must be used once. `state` is emptied, so that large
+    blocks are not in memory twice.
     """
     graph, abstract = nnx.split(nnx.eval_shape(make))
     leaves = {"/".join(filter(None, (target, *map(str, path)))): path for path, _ in nnx.to_flat_state(abstract)}
@@ -113,19 +115,19 @@ def _same(there: Mapping[str, object], ruled: Sequence[str], what: str) -> None:
 
 
 def as_jax(x: torch.Tensor) -> jax.Array:
-    """[b, …] as it is; pictures [b, 3, h, w] → channels last."""
+    """Return arrays [b, …] unchanged and images [b, 3, h, w] with channels last."""
     return jnp.array((x.permute(0, 2, 3, 1) if x.ndim == 4 and x.shape[1] == 3 else x).numpy())
 
 
 def error(ours: jax.Array, reference: torch.Tensor) -> float:
-    """max|ours − reference| / max|reference|."""
+    """Return max|ours − reference| / max|reference|."""
     ours, reference = np.asarray(ours, np.float32), reference.detach().numpy()
     assert ours.shape == reference.shape
     return float(np.abs(ours - reference).max() / np.abs(reference).max())
 
 
 class EvaReference(nn.Module):
-    """BLIP-2's vision tower without the final norm, which the original's has not."""
+    """BLIP-2's vision tower without the final norm, which the original lacks."""
 
     def __init__(self, cfg: VitConfig):
         super().__init__()
@@ -143,11 +145,11 @@ class EvaReference(nn.Module):
         )
         del self.model.post_layernorm
 
-    def forward(self, pictures: torch.Tensor) -> torch.Tensor:
-        return self.model.encoder(self.model.embeddings(pictures)).last_hidden_state
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.model.encoder(self.model.embeddings(images)).last_hidden_state
 
     def drop_key_biases(self) -> None:
-        """Keys have none in the original; transformers keeps a row of zeros for them."""
+        """Drop the key biases, which the original lacks; transformers keeps zeros for them."""
         with torch.no_grad():
             for layer in self.model.encoder.layers:
                 layer.self_attn.qkv.bias.chunk(3)[1].zero_()
@@ -162,7 +164,7 @@ class EvaReference(nn.Module):
 
 
 class QFormerReference(nn.Module):
-    """BLIP-2's Q-Former with its queries. `name`: "", "video_" or "audio_", as the original's files call them."""
+    """BLIP-2's Q-Former with its queries; `name` is "", "video_" or "audio_", as in the original's files."""
 
     def __init__(self, cfg: QFormerConfig, memory_width: int, name: str = ""):
         super().__init__()
@@ -181,7 +183,7 @@ class QFormerReference(nn.Module):
 
 
 class ImageBindReference(nn.Module):
-    """Both towers; each part of a tower lives under its stage, as in the published file."""
+    """Both towers; each module of a tower is under its stage, as in the published file."""
 
     def __init__(self, cfg: ImageBindConfig):
         super().__init__()
@@ -206,7 +208,7 @@ class ImageBindReference(nn.Module):
         )
 
     def forward(self, modality: str, x: torch.Tensor) -> torch.Tensor:
-        """mel [b, f, t], or pictures [b, 3, h, w] → [b, embed_dim]."""
+        """Encode mel [b, f, t] or images [b, 3, h, w] to [b, embed_dim]."""
         for stage in (
             self.modality_preprocessors,
             self.modality_trunks,
@@ -218,7 +220,7 @@ class ImageBindReference(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Pre-norm transformer blocks with no norm at the end; the vision trunk has one before its first block."""
+    """Pre-norm transformer blocks without a final norm; the vision trunk has a norm before its first block."""
 
     def __init__(
         self,
@@ -238,7 +240,7 @@ class Trunk(nn.Module):
 
 def imagebind_state(reference: ImageBindReference) -> State:
     state = reference.state_dict()
-    del state[AUDIO_SCALE]  # kept in the config
+    del state[AUDIO_SCALE]  # stored in the config
     return state
 
 
@@ -273,12 +275,12 @@ def llama_reference(cfg: LlamaConfig) -> LlamaForCausalLM:
 def llama_state(reference: LlamaForCausalLM) -> State:
     state = reference.state_dict()
     if reference.config.tie_word_embeddings:
-        del state["lm_head.weight"]  # the embeddings once more
+        del state["lm_head.weight"]  # a copy of the embeddings
     return state
 
 
 class VideoLlamaReference(nn.Module):
-    """The two branches around the parts above (paper §2), one video or sound at a time."""
+    """The two branches and their components (paper §2), for one video or audio file at a time."""
 
     def __init__(self, cfg: VideoLlamaConfig):
         super().__init__()
@@ -296,18 +298,18 @@ class VideoLlamaReference(nn.Module):
         self.llama = llama_reference(cfg.llama)
 
     def encode_frames(self, frames: torch.Tensor) -> torch.Tensor:
-        """[t, 3, h, w] → [t, 32, d]."""
+        """Encode frames [t, 3, h, w] to [t, 32, d]."""
         return self.image_qformer(self.ln_vision(self.visual_encoder(frames)))
 
     def encode_video(self, frames: torch.Tensor) -> torch.Tensor:
-        """[t, 3, h, w] → [32, w]; a frame's position is added to all of its tokens."""
+        """Encode frames [t, 3, h, w] to [32, w]; a frame's position is added to all of its tokens."""
         features = self.encode_frames(frames)
         positions = self.video_frame_position_embedding(torch.arange(len(frames)))
         memory = torch.cat([tokens + position for tokens, position in zip(features, positions, strict=True)])
         return self.llama_proj(self.video_qformer(memory[None]))[0]
 
     def encode_senses(self, modality: str, x: torch.Tensor) -> torch.Tensor:
-        """ "audio": mel [s, f, t]; "vision": frames [t, 3, h, w] → [8, w]."""
+        """Encode "audio", mel [s, f, t], or "vision", frames [t, 3, h, w], to [8, w]."""
         features = self.imagebind(modality, x)
         memory = features + self.audio_position_embedding(torch.arange(len(x)))
         return self.audio_llama_proj(self.audio_qformer(memory[None]))[0]

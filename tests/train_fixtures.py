@@ -1,4 +1,4 @@
-"""Small runs for tests: a config, a reporter, and records of videos and pictures."""
+"""Small runs for tests: a config, a reporter, and records of videos and images."""
 
 import contextlib
 import dataclasses
@@ -23,30 +23,30 @@ EACH = CheckpointConfig(save_interval_steps=1)
 
 
 def use_one_device(patch: pytest.MonkeyPatch) -> None:
-    """Train on one of the devices that the tests see: a step that is partitioned over all takes longer to compile."""
+    """Train on one of the available devices: a step for several devices takes longer to compile."""
     patch.setattr(setup, "make_run_mesh", lambda _: sharding.make_mesh(devices=jax.devices()[:1]))
 
 
 def worker_processes(parent: int) -> set[int]:
-    """The processes that data/workers.py has started for a process, by number."""
+    """Return the ids of the processes that data/workers.py has started for a process."""
     found = set()
     for folder in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended since
+        with contextlib.suppress(OSError):  # the process has ended
             starter = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
             if starter == parent and "workers.run_worker()" in (folder / "cmdline").read_text():
                 found.add(int(folder.name))
     return found
 
 
-class Quiet:
-    """A reporter that keeps what it is told."""
+class RecordingReporter:
+    """A reporter that records its calls."""
 
     def __init__(self):
-        self.said: list[str] = []
+        self.messages: list[str] = []
         self.steps: list[dict] = []
 
     def show_message(self, text):
-        self.said.append(text)
+        self.messages.append(text)
 
     def show_plan(self, plan):
         self.plan = plan
@@ -59,17 +59,17 @@ class Quiet:
 
 
 def write_files(folder: Path, media: Path | None = None, videos: int = 4) -> Path:
-    """Videos and two pictures, with turns; and the real clips of a folder, with captions in place of turns."""
+    """Write videos and two images with conversations, and list the clips of a folder with captions."""
     folder.mkdir()
     rng = np.random.default_rng(0)
     lines = []
     for number in range(videos):
         write_video(folder / f"{number}.mp4", rng.integers(0, 256, (10, 64, 64, 3)).astype(np.uint8), fps=5)
         turns = [("What is number?", f"It is number {number}."), ("Sure?", "Yes, I am.")]
-        said = [
+        messages = [
             {"from": who, "value": text} for turn in turns for who, text in zip(("human", "gpt"), turn, strict=True)
         ]
-        lines.append({"video": f"{number}.mp4", "conversations": said})
+        lines.append({"video": f"{number}.mp4", "conversations": messages})
     for number in range(2):
         Image.fromarray(rng.integers(0, 256, (50, 60, 3)).astype(np.uint8)).save(folder / f"{number}.png")
         lines.append({"image": f"{number}.png", "question": "<image>\nWhat?", "answer": f"Picture {number} of noise."})
@@ -81,14 +81,14 @@ def write_files(folder: Path, media: Path | None = None, videos: int = 4) -> Pat
 
 
 def write_records(files: Path) -> Path:
-    """Records of what `write_files` wrote."""
+    """Build records of the files of `write_files`."""
     out = files.parent / "records"
-    build("jsonl", files, out, allow_outside=True)  # the real clips are where they are
+    build("jsonl", files, out, allow_outside=True)  # the clips of `media` stay where they are
     return out
 
 
 def config_of(base, records, name="vision_stage1", **options) -> TrainConfig:
-    """A shipped config at tiny size."""
+    """Return a built-in run config at tiny size."""
     config, _ = load_config(name)
     one = dataclasses.replace(config.datasets[-1], path=str(records))
     return dataclasses.replace(
@@ -107,7 +107,7 @@ def config_of(base, records, name="vision_stage1", **options) -> TrainConfig:
 
 
 def write_config(path: Path, config: TrainConfig) -> Path:
-    """The config as a Python file, as a user has one."""
+    """Write the config as a Python file, as users do."""
     lines = ["from vllama_jax.config import *", "from vllama_jax.train.config import *", f"config = {config!r}"]
     path.write_text("\n".join(lines) + "\n")
     return path
@@ -119,7 +119,7 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 
 def short_config(base: Path, records: Path, **options) -> TrainConfig:
-    """Eight steps on 8 devices, without activation checkpointing, which takes longer to compile."""
+    """Return a config of eight steps on 8 devices, without activation checkpointing, which takes longer to compile."""
     short = {
         "steps": 8,
         "batch_size": 8,

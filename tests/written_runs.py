@@ -1,4 +1,4 @@
-"""Run directories with random weights, as training writes them."""
+"""Run directories with random weights, in the layout of training."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,29 +20,29 @@ SHAPES = {"llama_proj/bias": (64,), "video_qformer/queries": (32, 48)}
 
 
 def weights_of(step: int) -> dict[str, np.ndarray]:
-    """The weights in the checkpoint of a step, of SHAPES: drawn, so that steps differ."""
+    """Return random weights of SHAPES for the checkpoint of a step; steps differ."""
     rng = np.random.default_rng(step)
     return {path: rng.standard_normal(shape, np.float32) for path, shape in SHAPES.items()}
 
 
-def write_two_checkpoints(base: Path, out: Path) -> Path:
-    """A run of `base` with `weights_of` the steps 4 and 8 in its checkpoints."""
-    return write_checkpoints(shipped(base, NO_LORA), out, {step: weights_of(step) for step in (4, 8)})
+def write_run_of_two_checkpoints(base: Path, out: Path) -> Path:
+    """Write a run of `base` with `weights_of` steps 4 and 8 in its checkpoints."""
+    return write_checkpoints(vision_stage1_config(base, NO_LORA), out, {step: weights_of(step) for step in (4, 8)})
 
 
-def shipped(base: Path, lora: LoraConfig) -> TrainConfig:
-    """The vision branch's first stage as shipped, of this model."""
+def vision_stage1_config(base: Path, lora: LoraConfig) -> TrainConfig:
+    """Return the built-in config of the vision branch's stage 1 for this model."""
     config, _ = load_config("vision_stage1")
     return dataclasses.replace(config, model=str(base), lora=lora)
 
 
 def write_run(config: TrainConfig, out: Path, trained: Mapping[str, np.ndarray]) -> Path:
-    """A run directory as training writes it, with these weights in its checkpoint of step 4."""
+    """Write a run directory in the layout of training, with these weights in its checkpoint of step 4."""
     return write_checkpoints(config, out, {4: trained})
 
 
 def write_checkpoints(config: TrainConfig, out: Path, trained: Mapping[int, Mapping[str, np.ndarray]]) -> Path:
-    """A run directory as training writes it, with the weights of each step."""
+    """Write a run directory in the layout of training, with the weights of each step."""
     with open_run(out, config, open_model(Path(config.model)), "float32", {}):
         saved = Checkpoints(out, CheckpointConfig(save_interval_steps=1))
         for step, weights in trained.items():
@@ -52,24 +52,24 @@ def write_checkpoints(config: TrainConfig, out: Path, trained: Mapping[int, Mapp
 
 
 def state_of(step: int, weights: Mapping[str, np.ndarray]) -> TrainState:
-    """A state of these weights, whose optimizer has counted the steps."""
+    """Return a training state of these weights, with the step in its optimizer state."""
     opt_state = (optax.ScaleByScheduleState(jax.numpy.int32(step)),)
     return TrainState(jax.numpy.int32(step), jax.tree.map(jax.numpy.asarray, dict(weights)), opt_state)
 
 
-def learned(config: VideoLlamaConfig, lora: LoraConfig, *parts: str) -> dict[str, np.ndarray]:
-    """Random weights of these parts of a network."""
+def random_leaves(config: VideoLlamaConfig, lora: LoraConfig, *components: str) -> dict[str, np.ndarray]:
+    """Return random weights of these components of a network."""
     network = abstract_network(config, "float32", lora)
-    shapes = {"/".join(map(str, path)): leaf.shape for path, leaf in flat(network)}
+    shapes = {"/".join(map(str, path)): leaf.shape for path, leaf in flat_state(network)}
     rng = np.random.default_rng(1)
     return {
         path: 0.1 * rng.standard_normal(shape, np.float32)
         for path, shape in shapes.items()
-        if path.startswith(parts) or "/lora/" in path
+        if path.startswith(components) or "/lora/" in path
     }
 
 
-def flat(network) -> list:
+def flat_state(network) -> list:
     from flax import nnx
 
     return nnx.to_flat_state(nnx.state(network))

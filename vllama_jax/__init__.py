@@ -1,6 +1,6 @@
-"""Video-LLaMA on JAX and Flax: a language model that sees a video and hears its sound.
+"""Video-LLaMA on JAX and Flax: a language model that answers questions about images, video and audio.
 
-Names are resolved when they are first used, so that importing this costs nothing.
+Public names are imported on first use, so importing the package imports neither jax nor any of its modules.
 """
 
 import sys
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     __version__: str
 
-_HOMES = {
+_ATTRIBUTES = {
     "Chat": "vllama_jax.chat",
     "MediaReport": "vllama_jax.media",
     "Model": "vllama_jax.model",
@@ -84,8 +84,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "__version__":
         return importlib.metadata.version("vllama-jax")
-    if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _ATTRIBUTES:
+        return getattr(importlib.import_module(_ATTRIBUTES[name]), name)
     if name in _MODULES:
         return importlib.import_module(_MODULES[name])
     raise AttributeError(f"module 'vllama_jax' has no attribute {name!r}")

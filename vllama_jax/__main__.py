@@ -1,4 +1,4 @@
-"""`python -m vllama_jax`: the same as `vllama`."""
+"""Run the `vllama` command line as `python -m vllama_jax`."""
 
 from vllama_jax.cli import main
 

@@ -1,7 +1,8 @@
-"""Branches: what turns media into tokens of the language model. One table describes them.
+"""Branches: networks that make media tokens for the language model. The table `BRANCHES` has an entry for each.
 
-Data, training, memory estimates, features, chat and evaluation read the table. To add a branch: its config class and
-its entry here, its module in `nn/`, its rules in `convert/` (docs/architecture.md). Importing this file imports no jax.
+Data, training, memory estimates, feature caches, chat and evaluation read the table. To add a branch, add its config
+class and its entry here, its module in `nn/` and its rules in `convert/` (docs/architecture.md). Importing this module
+imports no jax.
 """
 
 import dataclasses
@@ -15,26 +16,29 @@ from vllama_jax.towers import TowerConfig, is_scanned
 if TYPE_CHECKING:
     from vllama_jax.config import QFormerConfig, VideoLlamaConfig
 
-# Which array of a batch holds each kind of media: frames [b, t, h, w, 3], log-mel clips [b, s, f, m].
+# The array of a batch that has each kind of media: frames [b, t, h, w, 3] or log-mel spectrograms [b, s, f, m].
 MEDIA_ARRAYS = {"video": "frames", "image": "frames", "audio": "mel"}
-ARRAY_DTYPES = {"frames": "uint8", "mel": "float32"}  # of these arrays
+ARRAY_DTYPES = {"frames": "uint8", "mel": "float32"}
 
 
 class BranchConfig(Protocol):
-    """What the config of an additional branch has: a field `type`, whose default is the branch's name."""
+    """The interface of the configs of additional branches."""
 
     @property
-    def type(self) -> str: ...
+    def type(self) -> str:
+        """The branch's name, which is the default of this field."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Encoder:
-    """The frozen encoder that makes the features of a branch from frames or from log-mel clips, each by itself.
+    """A frozen encoder, which makes features from each frame or each log-mel spectrogram.
 
     Attributes:
-        components: The paths of its components, each with a function from the model's config to the component's. The
+        components: A function from the model's config to the component's config, by the path of the component. The
             tower comes first.
-        encode: (network, frames or mel [b, t, …]) → features [b, t, *feature_shape].
+        encode: Function of the network and frames or spectrograms [b, t, …] that returns features
+            [b, t, *feature_shape].
     """
 
     components: Mapping[str, Callable[["VideoLlamaConfig"], Any]]
@@ -42,39 +46,43 @@ class Encoder:
 
     @property
     def tower(self) -> str:
-        """The path of its tower."""
+        """The path of the encoder's tower."""
         return next(iter(self.components))
 
     def is_scanned(self, model: "VideoLlamaConfig") -> bool:
-        """Whether the blocks of its tower are stacked; those of audio towers are."""
+        """Return whether the blocks of the tower are stacked. Those of audio towers always are."""
         return is_scanned(self.tower_config(model))
 
     def tower_config(self, model: "VideoLlamaConfig") -> Any:
-        """A TowerConfig for frames, ImageBind's audio config for log-mel clips."""
+        """Return the tower's config: a `TowerConfig` for frames, an `ImageBindAudioConfig` for spectrograms."""
         return self.components[self.tower](model)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Branch:
-    """A frozen encoder, then positions, a Q-Former and a projection, which are trained.
+    """A frozen encoder, followed by positions, a Q-Former and a projection, which are trained.
+
+    In the types below, a `VideoLlamaConfig` is the config of the model.
 
     Attributes:
-        name: In run configs; of an additional branch, also its type in config.json and its attribute of the network.
-        encoders: By the array that it encodes, "frames" or "mel". Records of other media are refused.
-        prompt_array: What a chat gives to it. Its tokens go to the place of that media in the prompt, after those of
-            branches that come before it in the table.
-        feature_shape: The shape of the features of one frame or clip.
-        qformer: The path of its Q-Former.
-        positions: The path of its learned positions.
-        projection: The path of its projection to the language model's width.
-        qformer_config: The config of its Q-Former. It makes `num_queries` media tokens.
-        tokens: (network, features [b, t, *feature_shape], interpolate_positions=…, dropout=…) → media tokens [b, q, w].
-        is_in: Whether a model has this branch.
-        advice: What to do for a model that does not.
-        without: The model's config without this branch; None where no model is without it.
+        name: The branch's name in run configs. For an additional branch, also its type in config.json and its
+            attribute in the network.
+        encoders: The encoders by the array that they encode, "frames" or "mel". Records of other media are rejected.
+        prompt_array: The array that the branch encodes in a chat. Its tokens take the placeholders of that media in
+            the prompt, after those of branches that precede it in `BRANCHES`.
+        feature_shape: Function that returns the shape of the features of one frame or audio clip.
+        qformer: The path of the Q-Former.
+        positions: The path of the learned positions.
+        projection: The path of the projection to the language model's width.
+        qformer_config: Function that returns the config of the Q-Former, which makes `num_queries` media tokens.
+        tokens: Function (network, features [b, t, *feature_shape], interpolate_positions=…, dropout=…) that returns
+            media tokens [b, q, w].
+        is_in: Function that returns whether a model has this branch.
+        advice: How to get a model with this branch, for error messages.
+        without: Function that returns the model's config without this branch; None if every model has the branch.
         config: The config class of an additional branch.
-        module: Where the network of an additional branch is, as "package.module:Class";
-            Class(branch config, model config, rngs=rngs).
+        module: The network of an additional branch, as "package.module:Class". It is built by
+            `Class(branch_config, model_config, rngs=rngs)`.
     """
 
     name: str
@@ -94,65 +102,73 @@ class Branch:
 
     @property
     def trainable_components(self) -> tuple[str, ...]:
-        """The paths of the components that training changes by default."""
+        """The paths of the components that are trained by default."""
         return self.qformer, self.positions, self.projection
 
     @property
     def trainable(self) -> tuple[str, ...]:
-        """The same as patterns on parameter paths (fnmatch; * crosses /)."""
+        """The components that are trained by default, as fnmatch patterns on parameter paths; `*` also matches `/`."""
         return f"{self.qformer}/*", self.positions, f"{self.projection}/*"
 
     @property
     def components(self) -> tuple[str, ...]:
-        """The paths of all its components."""
+        """The paths of all components of the branch."""
         return *(path for encoder in self.encoders.values() for path in encoder.components), *self.trainable_components
 
     @property
     def media(self) -> tuple[str, ...]:
-        """The kinds of media that it accepts."""
+        """The kinds of media that the branch accepts."""
         return tuple(kind for kind, array in MEDIA_ARRAYS.items() if array in self.encoders)
 
     @property
     def prompt_media(self) -> tuple[str, ...]:
-        """The kinds of media whose places in a prompt its tokens take."""
+        """The kinds of media whose placeholders the branch's tokens take in a prompt."""
         return tuple(kind for kind, array in MEDIA_ARRAYS.items() if array == self.prompt_array)
 
     def encoder(self, kind: str) -> Encoder:
-        """The encoder of a kind of media that it accepts."""
+        """Return the encoder of a kind of media that the branch accepts."""
         return self.encoders[MEDIA_ARRAYS[kind]]
 
     def encoder_components(self, kinds: Iterable[str]) -> tuple[str, ...]:
-        """The paths of the components that encode these kinds of media, those of them that it accepts."""
-        used = {MEDIA_ARRAYS[kind] for kind in kinds}
-        return tuple(path for array, one in self.encoders.items() if array in used for path in one.components)
+        """Return the paths of the components that encode these kinds of media; none for kinds that are not accepted."""
+        arrays = {MEDIA_ARRAYS[kind] for kind in kinds}
+        return tuple(path for array, encoder in self.encoders.items() if array in arrays for path in encoder.components)
 
     def num_tokens(self, model: "VideoLlamaConfig") -> int:
-        """The number of media tokens that a sample becomes."""
+        """Return the number of media tokens of an example."""
         return self.qformer_config(model).num_queries
 
     def frame_tower_config(self, model: "VideoLlamaConfig") -> TowerConfig:
-        """The config of the tower that encodes frames: their size, mean and standard deviation."""
+        """Return the config of the tower that encodes frames, which determines their size and normalization."""
         return self.encoders["frames"].tower_config(model)
 
     def media_shape(self, model: "VideoLlamaConfig", kind: str) -> tuple[int, ...]:
-        """The shape of a sample's frames, [t, h, w, 3], or log-mel clips, [s, f, m]."""
+        """Return the shape of an example's frames [t, h, w, 3] or log-mel spectrograms [s, f, m]."""
         tower = self.encoder(kind).tower_config(model)
         if kind == "audio":
             return num_media_items(model, kind), tower.num_mel_bins, tower.num_mel_frames
         return num_media_items(model, kind), tower.image_size, tower.image_size, 3
 
     def example_feature_shape(self, model: "VideoLlamaConfig", kind: str) -> tuple[int, ...]:
-        """The shape of a sample's features."""
+        """Return the shape of an example's features: [t, *feature_shape]."""
         return num_media_items(model, kind), *self.feature_shape(model)
 
     def require(self, model: "VideoLlamaConfig", where: str = "") -> None:
-        """Raise ConfigError, which starts with `where`, unless a model has this branch."""
+        """Check that a model has this branch.
+
+        Args:
+            model: The model's config.
+            where: A prefix for the error message, such as the field that requires the branch.
+
+        Raises:
+            ConfigError: The model does not have the branch.
+        """
         if not self.is_in(model):
             raise ConfigError(f"{where and f'{where}: '}the model has no {self.name} branch; {self.advice}")
 
 
 def num_media_items(model: "VideoLlamaConfig", kind: str) -> int:
-    """How many frames or clips a sample of this kind of media has."""
+    """Return the number of frames or audio clips of an example of this kind of media."""
     return {"video": model.num_frames, "image": 1, "audio": model.num_clips}[kind]
 
 
@@ -184,7 +200,7 @@ BRANCHES: dict[str, Branch] = {
     "audio": Branch(
         name="audio",
         encoders={
-            "frames": Encoder(  # for training alone: ImageBind aligns what both of its towers give
+            "frames": Encoder(  # only for training: ImageBind's towers share one embedding space
                 components={"imagebind/vision": lambda model: model.require_imagebind().vision},
                 encode=lambda network, frames: network.embed_frames(frames),
             ),
@@ -208,41 +224,55 @@ BRANCHES: dict[str, Branch] = {
 
 
 def find_branch(name: str) -> Branch:
-    """The branch of that name. Raises ConfigError for an unknown one."""
+    """Return the entry of `BRANCHES` with a given name.
+
+    Raises:
+        ConfigError: There is none.
+    """
     if name not in BRANCHES:
         raise ConfigError(f"branch: {format_value(name)} is unknown; choose one of {', '.join(BRANCHES)}")
     return BRANCHES[name]
 
 
 def get_branches(model: "VideoLlamaConfig") -> list[Branch]:
-    """The branches that a model has."""
+    """Return the branches of a model."""
     return [branch for branch in BRANCHES.values() if branch.is_in(model)]
 
 
 def list_components() -> list[str]:
-    """The paths of the components of all branches."""
+    """Return the paths of the components of all branches."""
     return [component for branch in BRANCHES.values() for component in branch.components]
 
 
 def list_trainable_components() -> list[str]:
-    """Those that training changes by default, which a model may lack before it is trained."""
+    """Return the paths of the components that are trained by default. An untrained model may lack them."""
     return [component for branch in BRANCHES.values() for component in branch.trainable_components]
 
 
 def get_component(path: str) -> str:
-    """The component that a parameter belongs to: "vit", "imagebind/audio", "llama"."""
+    """Return the component that a parameter path belongs to, such as "vit", "imagebind/audio" or "llama"."""
     return next((component for component in list_components() if is_within(path, component)), path.split("/")[0])
 
 
 def is_within(path: str, component: str) -> bool:
-    """Whether a path is that of a component or of a part of it."""
+    """Return whether a path is that of a component, or of a parameter in it."""
     return path == component or path.startswith(f"{component}/")
 
 
 def get_branch_class(fields: Mapping[str, Any], where: str) -> type:
-    """The config class of an additional branch's fields in config.json, by `type`. Raises ConfigError."""
+    """Return the config class for an additional branch's fields in config.json, which `type` selects.
+
+    Args:
+        fields: The branch's fields.
+        where: The path of the fields, for the error message.
+
+    Raises:
+        ConfigError: The type is unknown.
+    """
     known = {branch.name: branch.config for branch in BRANCHES.values() if branch.config is not None}
     name = fields.get("type")
     if not isinstance(name, str) or name not in known:
-        raise ConfigError(f"{where}.type: unknown branch {format_value(name)}; known are {', '.join(known) or 'none'}")
+        raise ConfigError(
+            f"{where}.type: unknown branch {format_value(name)}; known types: {', '.join(known) or 'none'}"
+        )
     return known[name]

@@ -1,4 +1,4 @@
-"""A conversation about files: questions, and streamed answers (reference: conversation_video.py)."""
+"""Conversations about media files, with streamed answers (reference: conversation_video.py)."""
 
 import concurrent.futures
 import contextlib
@@ -30,7 +30,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class PreparedMedia:
-    """A file as the network takes it: normalised frames [t, h, w, 3], mel [s, 128, 204], None where there is none."""
+    """The arrays of a media file that the network takes.
+
+    Attributes:
+        report: What was read from the file.
+        frames: Normalized frames [t, h, w, 3]; None for audio.
+        mel: Log-mel spectrograms of audio clips [s, 128, 204]; None without audio.
+        seconds: Timestamps of the frames of a video, in seconds.
+    """
 
     report: MediaReport
     frames: np.ndarray | None
@@ -39,12 +46,19 @@ class PreparedMedia:
 
     @property
     def prompt_media(self) -> prompts.Media:
+        """The description of the file for a prompt."""
         return prompts.Media(self.report.kind, self.mel is not None and self.frames is not None, self.seconds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """The text, the new token ids without the dummy BOS, and seconds until the first piece and in all."""
+    """The answer to a question.
+
+    Attributes:
+        answer: The text.
+        tokens: The new token ids, without the initial dummy BOS.
+        timings: Seconds until the first text ("first_text") and until the end ("answer").
+    """
 
     answer: str
     tokens: list[int]
@@ -52,10 +66,21 @@ class Answer:
 
 
 def check_num_frames(config: VideoLlamaConfig, option: str, num_frames: int | None, advice: str) -> None:
-    """Raises ConfigError where more frames are asked for than the model has learned positions for."""
+    """Check that a model has learned positions for a number of frames.
+
+    Args:
+        config: The model's config.
+        option: The name of the option with the number, for the error message.
+        num_frames: The number of frames; None is always valid.
+        advice: What to do instead, for the error message.
+
+    Raises:
+        ConfigError: The number is larger than that of the learned positions.
+    """
     if (num_frames or 0) > config.num_frame_positions:
-        told = f"{option} {num_frames}, but the model has learned {config.num_frame_positions} positions"
-        raise ConfigError(f"{told}; {advice}")
+        raise ConfigError(
+            f"{option} {num_frames}, but the model has {config.num_frame_positions} learned frame positions; {advice}"
+        )
 
 
 def prepare_media(
@@ -66,62 +91,90 @@ def prepare_media(
     audio: bool = True,
     require_audio: bool = False,
 ) -> PreparedMedia:
-    """Reads a video, a picture or a sound file for a model; needs no weights and no jax.
+    """Read and preprocess a video, image or audio file for a model. Needs neither the model's weights nor jax.
 
-    num_frames: how many to take from a video, the config's own number unless given. audio=False leaves sound out.
-    Raises MediaError for a file that cannot be used, and, with `require_audio`, for one whose sound is not used;
-    ConfigError for less than one frame.
+    Args:
+        path: The file.
+        config: The model's config.
+        num_frames: Number of frames to sample from a video; by default `config.num_frames`.
+        audio: Whether to use the audio of a video.
+        require_audio: Raise an error if the file's audio is not used.
+
+    Raises:
+        MediaError: The file cannot be used, or its audio is required and was not used.
+        ConfigError: `num_frames` is below 1.
     """
-    wanted = config.num_frames if num_frames is None else num_frames
-    if wanted < 1:
-        raise ConfigError(f"{wanted} frames were asked for; ask for at least 1")
-    found = media_files.read_media(path, wanted, config.vit.image_size, audio, config.num_clips)
-    return preprocess_media(found, config, require_audio=require_audio)
+    count = config.num_frames if num_frames is None else num_frames
+    if count < 1:
+        raise ConfigError(f"the number of frames must be at least 1, not {count}")
+    media = media_files.read_media(path, count, config.vit.image_size, audio, config.num_clips)
+    return preprocess_media(media, config, require_audio=require_audio)
 
 
 def preprocess_media(
-    found: Video | Image | Audio, config: VideoLlamaConfig, *, require_audio: bool = False
+    media: Video | Image | Audio, config: VideoLlamaConfig, *, require_audio: bool = False
 ) -> PreparedMedia:
-    """What was read from a file, as the network takes it. Raises MediaError as `prepare` does."""
-    report, mel = found.report, _mel(found, config.num_clips)
+    """Preprocess media that `media.read_media` returned: normalize frames and compute spectrograms.
+
+    Args:
+        media: The media.
+        config: The model's config.
+        require_audio: Raise an error if the file's audio is not used.
+
+    Raises:
+        MediaError: The file has only audio, which cannot be used, or its audio is required and was not used.
+    """
+    report, mel = media.report, _compute_mel(media, config.num_clips)
     path = report.path
     if mel is not None and all(branch.prompt_array != "mel" for branch in get_branches(config)):
         report, mel = dataclasses.replace(report, audio="unsupported"), None
     if report.kind == "audio" and mel is None:
-        raise MediaError(f"{path}: there is only sound in it, and it cannot be used: {report}")
+        raise MediaError(f"{path}: the file has only audio, which cannot be used: {report}")
     if require_audio and report.audio != "used":
-        raise MediaError(f"{path}: its sound is required and was not used: {report}")
+        raise MediaError(f"{path}: the audio is required, but was not used: {report}")
     tower = get_tower(config.vit)
-    frames = None if isinstance(found, Audio) else media_files.normalize(found.frames, tower.mean, tower.std)
-    return PreparedMedia(report, frames, mel, tuple(found.timestamps) if isinstance(found, Video) else ())
+    frames = None if isinstance(media, Audio) else media_files.normalize(media.frames, tower.mean, tower.std)
+    return PreparedMedia(report, frames, mel, tuple(media.timestamps) if isinstance(media, Video) else ())
 
 
-def _mel(found: Video | Image | Audio, num_clips: int) -> np.ndarray | None:
-    """The mel clips of a file's audio, also where it was read without `num_clips`; None where there is none."""
-    if isinstance(found, Image):
+def _compute_mel(media: Video | Image | Audio, num_clips: int) -> np.ndarray | None:
+    """Return the log-mel spectrograms of audio, which may have been read without `num_clips`; None without audio."""
+    if isinstance(media, Image):
         return None
-    if found.waveform is not None and found.sample_rate is not None:
-        return media_files.mel_clips(found.waveform, found.sample_rate, num_clips)
-    return found.mel
+    if media.waveform is not None and media.sample_rate is not None:
+        return media_files.mel_clips(media.waveform, media.sample_rate, num_clips)
+    return media.mel
 
 
 def encode_media(
     network: "VideoLlama", prepared: PreparedMedia, *, interpolate_positions: bool = False
 ) -> "list[jax.Array]":
-    """Tokens [n, width] for each place that a file has in a prompt, in order: of its sound, then of its frames."""
+    """Encode a media file to media tokens.
+
+    Args:
+        network: The model's network.
+        prepared: The file, as `prepare_media` returns it.
+        interpolate_positions: Interpolate the learned positions for more frames than the model has positions.
+
+    Returns:
+        Tokens [n, width of the language model], first of the audio, then of the frames, if the file has them.
+
+    Raises:
+        ConfigError: There are more frames than learned positions, and `interpolate_positions` is false.
+    """
     import jax.numpy as jnp
 
-    arrays = {"mel": prepared.mel, "frames": prepared.frames}
-    given = {name: array for name, array in arrays.items() if array is not None}
-    used = [branch for array in given for branch in network.branches if branch.prompt_array == array]
+    candidates = {"mel": prepared.mel, "frames": prepared.frames}
+    arrays = {name: array for name, array in candidates.items() if array is not None}
+    branches = [branch for name in arrays for branch in network.branches if branch.prompt_array == name]
 
     def encode(branch: Branch) -> "jax.Array":
-        return _encode(network, branch.name, given[branch.prompt_array], interpolate=interpolate_positions)
+        return _encode(network, branch.name, arrays[branch.prompt_array], interpolate=interpolate_positions)
 
-    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:  # branches compile side by side
-        encoded = list(zip(used, pool.map(encode, used), strict=True))
-    found = [[tokens for branch, tokens in encoded if branch.prompt_array == array] for array in given]
-    return [tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens) for tokens in found if tokens]
+    with concurrent.futures.ThreadPoolExecutor(max_workers=2) as pool:  # branches compile in parallel
+        encoded = list(zip(branches, pool.map(encode, branches), strict=True))
+    by_array = [[tokens for branch, tokens in encoded if branch.prompt_array == name] for name in arrays]
+    return [tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens) for tokens in by_array if tokens]
 
 
 def embed_prompt(
@@ -131,10 +184,17 @@ def embed_prompt(
     max_new_tokens: int,
     answer_prefix: str = "",
 ) -> "generate.EmbeddedPrompt":
-    """A conversation's prompt as `generate` takes it. `media`: what `encode_media` gave for its files, in order.
+    """Build the prompt of a conversation for `generate`.
 
-    begun: how the answer begins; it goes on from there. Raises ConfigError when prompt and answer do not fit the
-    model's context.
+    Args:
+        model: The model.
+        conversation: The conversation, which ends with a question.
+        media: The media tokens of its files from `encode_media`, in order.
+        max_new_tokens: The maximum number of new tokens.
+        answer_prefix: Text that the answer starts with. The model continues from it.
+
+    Raises:
+        ConfigError: The prompt and the answer are longer than the model's context.
     """
     import jax.numpy as jnp
 
@@ -147,17 +207,26 @@ def embed_prompt(
     )
     encoded = prompts.encode_prompt(model.tokenizer, text, [len(tokens) for tokens in media])
     generate.check_context_length(len(encoded.ids), max_new_tokens, cfg)
-    shown = jnp.concatenate(media) if media else jnp.zeros((0, cfg.width))
-    return generate.EmbeddedPrompt(encoded.ids, encoded.is_media, shown)
+    media_tokens = jnp.concatenate(media) if media else jnp.zeros((0, cfg.width))
+    return generate.EmbeddedPrompt(encoded.ids, encoded.is_media, media_tokens)
 
 
 class Chat:
-    """A conversation with a model.
+    """A conversation with a model about media files.
 
-    Threads can share a model, each with a Chat of its own. A Chat that two threads use at once raises VllamaError.
+    Threads can share a model, but each needs its own `Chat`: concurrent use of one raises `VllamaError`.
 
-    template: the prompt template, the model's own unless given. system: the system text, the original's for what is
-    shown unless given. Raises ConfigError for a template that does not exist or does not fit the tokenizer.
+    Args:
+        model: The model, as `vllama_jax.load` returns it.
+        template: The name of the prompt template; by default the model's own.
+        system: The system text; by default the original's text for the media in the conversation.
+
+    Attributes:
+        model: The model.
+        last: The last complete answer; None before there is one.
+
+    Raises:
+        ConfigError: The template does not exist, or the tokenizer lacks its special tokens.
 
     Example:
         >>> import vllama_jax as vl
@@ -176,14 +245,14 @@ class Chat:
         self._start = prompts.start_conversation(name, model.config.has_audio, system)
         prompts.check_special_tokens(self._start.template, model.tokenizer, name)
         self._lock = threading.Lock()
-        self._users: list[int] = []  # the thread of each use that has not ended
+        self._active_threads: list[int] = []  # the thread of each call that has not ended
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all turns and all files."""
-        with self._used():
+        """Remove all turns and all files from the conversation."""
+        with self._exclusive_use():
             self._conversation = self._start
-            self._tokens: list[jax.Array] = []  # of each place for media, in order: [n, width of the language model]
+            self._tokens: list[jax.Array] = []  # media tokens [n, width of the language model], in the prompt's order
 
     def add(
         self,
@@ -194,37 +263,66 @@ class Chat:
         require_audio: bool = False,
         interpolate_positions: bool = False,
     ) -> MediaReport:
-        """Shows the model a file, for the questions that follow; the report says what was seen and heard.
+        """Add a media file to the conversation, for the questions that follow.
 
-        interpolate_positions: allows more frames than the model has learned positions for.
-        Raises MediaError and ConfigError as `prepare` does, and ConfigError for more frames than positions.
+        Args:
+            path: A video, image or audio file.
+            num_frames: Number of frames to sample from a video; by default the model's `num_frames`.
+            audio: Whether to use the audio of a video.
+            require_audio: Raise an error if the file's audio is not used.
+            interpolate_positions: Interpolate the learned positions for more frames than the model has positions.
+
+        Returns:
+            A report of the frames and the audio that are used.
+
+        Raises:
+            MediaError: The file cannot be used, or its audio is required and was not used.
+            ConfigError: `num_frames` is below 1, or above the number of learned positions without interpolation.
         """
-        with self._used():
+        with self._exclusive_use():
             prepared = prepare_media(
                 path, self.model.config, num_frames=num_frames, audio=audio, require_audio=require_audio
             )
             return self.add_prepared(prepared, interpolate_positions=interpolate_positions)
 
     def add_prepared(self, prepared: PreparedMedia, *, interpolate_positions: bool = False) -> MediaReport:
-        """Shows the model a file that was read before."""
-        with self._used():
+        """Add a media file that `prepare_media` has read.
+
+        Args:
+            prepared: The file.
+            interpolate_positions: Interpolate the learned positions for more frames than the model has positions.
+
+        Raises:
+            ConfigError: There are more frames than learned positions, and `interpolate_positions` is false.
+        """
+        with self._exclusive_use():
             tokens = encode_media(self.model.network, prepared, interpolate_positions=interpolate_positions)
             self._tokens = self._tokens + tokens
             self._conversation = self._conversation.add(prepared.prompt_media)
         return prepared.report
 
     def ask(self, question: str, **options: Any) -> Iterator[str]:
-        """Streams the answer to a question, about the files shown and all that was said; `last` has it whole, after.
+        """Ask a question about the added files and stream the answer.
 
-        options: the fields of config.GenerationConfig. An answer that is not read to its end is forgotten.
-        Raises ConfigError for options that mean nothing, and when the conversation does not fit the model's context;
-        VllamaError when another thread uses this Chat, or when the conversation has changed before the answer's end.
+        At the end of the stream, `last` has the complete answer, and the conversation has the new turn. If the stream
+        is not read to its end, the conversation stays unchanged.
+
+        Args:
+            question: The question.
+            **options: Fields of `GenerationConfig`, such as `max_new_tokens` and `temperature`.
+
+        Yields:
+            The answer in consecutive pieces of text.
+
+        Raises:
+            ConfigError: An option is invalid, or the conversation is longer than the model's context.
+            VllamaError: Another thread uses this `Chat`, or the conversation has changed before the end of the answer.
         """
         from vllama_jax import generate
 
         tokenizer = self.model.tokenizer
         config = GenerationConfig(**options)
-        with self._used():
+        with self._exclusive_use():
             before, tokens = self._conversation, self._tokens
         conversation = before.ask(question)
         batches = generate.generate(
@@ -240,22 +338,22 @@ class Chat:
     def _stream(
         self, before: prompts.Conversation, conversation: prompts.Conversation, batches: Iterator[list[list[int]]]
     ) -> Iterator[str]:
-        start, first, ids, pieces = time.perf_counter(), None, [], []
+        start, first, ids, texts = time.perf_counter(), None, [], []
 
-        def collected() -> Iterator[list[int]]:
+        def collect_ids() -> Iterator[list[int]]:
             for (batch,) in batches:
                 ids.extend(batch)
                 yield batch
 
-        with self._used():
+        with self._exclusive_use():
             self._check_unchanged(before)
-            for piece in prompts.stream_answer(self.model.tokenizer, conversation.template, collected()):
+            for text in prompts.stream_answer(self.model.tokenizer, conversation.template, collect_ids()):
                 first = first or time.perf_counter() - start
-                pieces.append(piece)
-                yield piece
+                texts.append(text)
+                yield text
             self._check_unchanged(before)
             total = time.perf_counter() - start
-            self.last = Answer("".join(pieces), ids, {"first_piece": first or total, "answer": total})
+            self.last = Answer("".join(texts), ids, {"first_text": first or total, "answer": total})
             self._conversation = conversation.answer(
                 *prompts.decode_past_answer(self.model.tokenizer, conversation.template, ids)
             )
@@ -265,38 +363,41 @@ class Chat:
             raise VllamaError("the conversation has changed since this question was asked; ask it again")
 
     @contextlib.contextmanager
-    def _used(self) -> Iterator[None]:
-        """Raise VllamaError in other threads meanwhile. A thread may begin anew where it left an answer unread."""
+    def _exclusive_use(self) -> Iterator[None]:
+        """Make calls from other threads raise VllamaError.
+
+        Calls from the same thread are allowed, so it can ask again after it has left an answer unread.
+        """
         thread = threading.get_ident()
         with self._lock:
-            if any(other != thread for other in self._users):
+            if any(other != thread for other in self._active_threads):
                 raise VllamaError(
-                    "another thread is using this Chat; give each thread a Chat of its own (they can share the model)"
+                    "another thread is using this Chat; create a Chat for each thread (they can share the model)"
                 )
-            self._users.append(thread)
+            self._active_threads.append(thread)
         try:
             yield
         finally:
             with self._lock:
-                self._users.remove(thread)
+                self._active_threads.remove(thread)
 
 
-def _encode(network: "VideoLlama", branch: str, given: np.ndarray, *, interpolate: bool) -> "jax.Array":
-    """A branch's tokens [n, width] of one file's frames or mel, by a program compiled once for each number of them."""
+def _encode(network: "VideoLlama", branch: str, array: np.ndarray, *, interpolate: bool) -> "jax.Array":
+    """Encode the frames or spectrograms of one file to tokens [n, width]. Compiles once for each number of them."""
     from vllama_jax.sharding import get_mesh, use_mesh
 
     with use_mesh(get_mesh(network)):
-        return _encoder(branch, interpolate)(network, given[None])[0]
+        return _compile_encoder(branch, interpolate)(network, array[None])[0]
 
 
 @functools.cache
-def _encoder(name: str, interpolate: bool) -> "Callable[[VideoLlama, np.ndarray], jax.Array]":
+def _compile_encoder(name: str, interpolate: bool) -> "Callable[[VideoLlama, np.ndarray], jax.Array]":
     import jax
 
     branch = BRANCHES[name]
     encoder = branch.encoders[branch.prompt_array]
 
-    def encode(network: "VideoLlama", given: "jax.Array") -> "jax.Array":
-        return branch.tokens(network, encoder.encode(network, given), interpolate_positions=interpolate)
+    def encode(network: "VideoLlama", array: "jax.Array") -> "jax.Array":
+        return branch.tokens(network, encoder.encode(network, array), interpolate_positions=interpolate)
 
     return jax.jit(encode)

@@ -1,6 +1,6 @@
-"""The shape of every part of the model: one tree of frozen dataclasses, presets, and JSON in and out.
+"""Configs of the model and of generation: frozen dataclasses, presets, and conversion from and to JSON.
 
-Importing this file imports no jax, so that `--help`, config files and tests of them stay fast.
+Importing this module imports no jax, so that `--help`, config files and their tests stay fast.
 """
 
 import dataclasses
@@ -21,9 +21,16 @@ from vllama_jax.towers import ImageBindVisionConfig, TowerConfig, VitConfig, get
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QFormerConfig:
-    """A Q-Former: learned queries that read an encoder's output (reference: Qformer.py).
+    """Config of a Q-Former: learned queries that cross-attend to an encoder's output (reference: Qformer.py).
 
-    cross_attention_every: 1 reads in every layer (video, audio), 2 in layers 0, 2, 4, … (BLIP-2).
+    Attributes:
+        width: Width of the hidden states.
+        depth: Number of layers.
+        num_heads: Number of attention heads.
+        mlp_dim: Width of the feed-forward layers.
+        num_queries: Number of queries, and so of output tokens.
+        cross_attention_every: 1 for cross-attention in every layer (video, audio), 2 for layers 0, 2, 4, … (BLIP-2).
+        norm_eps: Epsilon of the layer norms.
     """
 
     width: int
@@ -37,7 +44,24 @@ class QFormerConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageBindAudioConfig:
-    """ImageBind's audio tower: a transformer over patches of a log-mel picture (reference: ImageBind/models)."""
+    """Config of ImageBind's audio tower: a transformer on patches of a log-mel spectrogram.
+
+    Reference: ImageBind/models.
+
+    Attributes:
+        num_mel_bins: Number of mel bins of a spectrogram.
+        num_mel_frames: Number of time steps of a spectrogram, for an audio clip of 2 seconds.
+        patch_size: Height and width of a patch.
+        patch_stride: Distance between the starts of patches, which overlap.
+        width: Width of the hidden states.
+        depth: Number of blocks.
+        num_heads: Number of attention heads.
+        mlp_dim: Width of the feed-forward layers.
+        norm_eps: Epsilon of the blocks' layer norms.
+        stem_norm_eps: Epsilon of the layer norm after the patch embedding.
+        log_logit_scale: Logarithm of the norm of the output; float32(log 20) in the published weights.
+        max_logit_scale: Maximum of the norm of the output.
+    """
 
     num_mel_bins: int = 128
     num_mel_frames: int = 204
@@ -49,22 +73,23 @@ class ImageBindAudioConfig:
     mlp_dim: int
     norm_eps: float = 1e-6
     stem_norm_eps: float = 1e-5
-    log_logit_scale: float = 2.995732307434082  # float32(log 20): the output's norm is its exponential
+    log_logit_scale: float = 2.995732307434082
     max_logit_scale: float = 100.0
 
     @property
     def num_patches(self) -> int:
+        """Number of patches of a spectrogram."""
         rows, columns = self.patch_grid
         return rows * columns
 
     @property
     def num_tokens(self) -> int:
-        """The patches and the class token."""
+        """Number of tokens of a spectrogram: its patches and the class token."""
         return self.num_patches + 1
 
     @property
     def patch_grid(self) -> tuple[int, int]:
-        """Patches along frequency and along time."""
+        """Number of patches along frequency and along time."""
         return (
             (self.num_mel_bins - self.patch_size) // self.patch_stride + 1,
             (self.num_mel_frames - self.patch_size) // self.patch_stride + 1,
@@ -73,7 +98,13 @@ class ImageBindAudioConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageBindConfig:
-    """The two of ImageBind's six towers that Video-LLaMA uses, and the width of the space that they share."""
+    """Config of ImageBind: the two of its six towers that Video-LLaMA uses.
+
+    Attributes:
+        embed_dim: Dimension of the shared embedding space.
+        audio: Config of the audio tower, which is used for inference.
+        vision: Config of the vision tower, which is used to train the audio branch.
+    """
 
     embed_dim: int
     audio: ImageBindAudioConfig
@@ -82,7 +113,15 @@ class ImageBindConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for long contexts: evenly ("linear"), or as Llama 3 does ("llama3")."""
+    """Scaling of the rotary frequencies for long contexts.
+
+    Attributes:
+        kind: "linear" divides all frequencies by `factor`; "llama3" divides the low ones, as Llama 3 does.
+        factor: The divisor.
+        low_freq_factor: Of "llama3": waves longer than `original_max_length / low_freq_factor` are divided.
+        high_freq_factor: Of "llama3": waves shorter than `original_max_length / high_freq_factor` are unchanged.
+        original_max_length: Context length of the training before scaling, in tokens.
+    """
 
     kind: Literal["linear", "llama3"]
     factor: float
@@ -92,19 +131,34 @@ class RopeScaling:
 
 
 def omit_default(default: Any) -> Any:
-    """A field that earlier versions of a config did not have: not written where it has its default."""
+    """Declare a dataclass field that `to_dict` omits where it has its default.
+
+    It is for fields that earlier versions did not have, so that the config.json of other models does not change.
+    """
     return dataclasses.field(default=default, metadata={OMIT_DEFAULT: True})
 
 
-OMIT_DEFAULT = "added"
+OMIT_DEFAULT = "omit_default"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LlamaConfig:
-    """A decoder-only language model: LLaMA, or a family that differs from it in the fields at the end.
+    """Config of a decoder-only language model: LLaMA, or a family that differs from it in the last three fields.
 
     Attributes:
-        family: The architecture, by its name in `convert/families.py`.
+        vocab_size: Number of tokens in the vocabulary.
+        width: Width of the hidden states.
+        depth: Number of blocks.
+        num_heads: Number of query heads.
+        num_kv_heads: Number of key and value heads.
+        head_dim: Dimension of a head.
+        mlp_dim: Width of the feed-forward layers.
+        norm_eps: Epsilon of the RMSNorms.
+        max_length: Context length in tokens.
+        rope_theta: Base of the rotary frequencies.
+        rope_scaling: Scaling of the rotary frequencies; None for none.
+        tie_embeddings: Whether the output layer uses the token embeddings.
+        family: The key of the family in `FAMILIES` (convert/families.py).
         qkv_bias: Whether the query, key and value projections have biases (Qwen2).
         qk_norm: Whether queries and keys are normalized in each head before the rotation (Qwen3).
     """
@@ -128,18 +182,30 @@ class LlamaConfig:
 
 EPSILONS = ("norm_eps", "stem_norm_eps", "ln_vision_eps")
 FACTORS = ("factor", "low_freq_factor", "high_freq_factor")
-MAX_VALUES = {"rope_theta": 1e12, **dict.fromkeys(EPSILONS, 1.0), **dict.fromkeys(FACTORS, 2.0**24)}  # that make sense
+MAX_VALUES = {"rope_theta": 1e12, **dict.fromkeys(EPSILONS, 1.0), **dict.fromkeys(FACTORS, 2.0**24)}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VideoLlamaConfig:
-    """The whole model. Without `audio_qformer` and `imagebind` it is a picture-only model.
+    """Config of a Video-LLaMA. Without `audio_qformer` and `imagebind`, the model has only a vision branch.
 
-    vit: the config of a tower that is listed in towers.py.
-    num_frames, num_clips: how many frames and two-second sounds are taken from a file unless told otherwise.
-    num_frame_positions, num_clip_positions: rows of the learned position tables.
-    template: the prompt template that the language model was tuned on (text/prompts.py).
-    extra_branches: the configs of branches besides vision and audio (branches.py), one of each type.
+    Attributes:
+        vit: Config of the vision encoder; its class is a key of `TOWERS` (towers.py).
+        ln_vision_eps: Epsilon of the layer norm after the vision encoder.
+        image_qformer: Config of the image Q-Former.
+        video_qformer: Config of the video Q-Former.
+        num_frames: Default number of frames sampled from a video.
+        num_frame_positions: Number of learned frame positions.
+        audio_qformer: Config of the audio Q-Former.
+        imagebind: Config of ImageBind.
+        num_clips: Default number of audio clips of 2 seconds sampled from a file.
+        num_clip_positions: Number of learned audio positions.
+        llama: Config of the language model.
+        template: Name of the prompt template that the language model was trained with (text/templates.py).
+        extra_branches: Configs of branches other than vision and audio (branches.py), at most one of each type.
+
+    Raises:
+        ConfigError: A field is invalid, or fields contradict each other.
     """
 
     vit: TowerConfig
@@ -158,55 +224,66 @@ class VideoLlamaConfig:
 
     @property
     def has_audio(self) -> bool:
+        """Whether the model has an audio branch."""
         return self.imagebind is not None
 
     def require_imagebind(self) -> ImageBindConfig:
-        """The config of ImageBind. Raises ConfigError for a model without an audio branch."""
+        """Return the config of ImageBind. Raises ConfigError for a model without an audio branch."""
         find_branch("audio").require(self)
-        assert self.imagebind is not None  # this is what `require` checks
+        assert self.imagebind is not None  # checked by `require`
         return self.imagebind
 
     def require_audio_qformer(self) -> QFormerConfig:
-        """The config of the audio Q-Former. Raises ConfigError for a model without an audio branch."""
+        """Return the config of the audio Q-Former. Raises ConfigError for a model without an audio branch."""
         find_branch("audio").require(self)
-        assert self.audio_qformer is not None  # it comes with ImageBind
+        assert self.audio_qformer is not None  # checked by __post_init__: a model with ImageBind has it
         return self.audio_qformer
 
     def extra_branch(self, name: str) -> BranchConfig | None:
-        """The config of an additional branch; None where the model does not have it."""
+        """Return the config of an additional branch; None if the model does not have it."""
         return next((branch for branch in self.extra_branches if branch.type == name), None)
 
     def without_branch(self, name: str) -> "VideoLlamaConfig":
-        """The same model without an additional branch."""
+        """Return the config of the same model without an additional branch."""
         kept = tuple(branch for branch in self.extra_branches if branch.type != name)
         return dataclasses.replace(self, extra_branches=kept)
 
     def __post_init__(self) -> None:
         if (self.audio_qformer is None) != (self.imagebind is None):
-            raise ConfigError("audio_qformer and imagebind belong together: give both, or neither (picture-only)")
-        for path, part in nested_configs(self):
-            if hasattr(part, "num_heads") and not hasattr(part, "head_dim") and part.width % part.num_heads:
-                raise ConfigError(f"{path}: width {part.width} is not a multiple of num_heads {part.num_heads}")
-            every = part.cross_attention_every if isinstance(part, QFormerConfig) else 1
-            if every not in (1, 2) or (every == 2 and part.depth % 2):
-                raise ConfigError(f"{path}: cross_attention_every must be 1 or 2 and divide the depth {part.depth}")
+            raise ConfigError("audio_qformer and imagebind require each other: set both, or neither for no audio")
+        for path, config in nested_configs(self):
+            if hasattr(config, "num_heads") and not hasattr(config, "head_dim") and config.width % config.num_heads:
+                raise ConfigError(f"{path}: width {config.width} is not a multiple of num_heads {config.num_heads}")
+            every = config.cross_attention_every if isinstance(config, QFormerConfig) else 1
+            if every not in (1, 2) or (every == 2 and config.depth % 2):
+                raise ConfigError(f"{path}: cross_attention_every must be 1 or 2 and divide the depth {config.depth}")
         if self.llama.num_heads % self.llama.num_kv_heads:
             raise ConfigError(
                 f"llama: num_heads {self.llama.num_heads} is not a multiple of num_kv_heads {self.llama.num_kv_heads}"
             )
         if self.llama.num_heads * self.llama.head_dim > LARGEST_INTEGER:
-            raise ConfigError(f"llama: {self.llama.num_heads} heads of {self.llama.head_dim} are absurd")
+            raise ConfigError(
+                f"llama: num_heads {self.llama.num_heads} × head_dim {self.llama.head_dim} exceeds {LARGEST_INTEGER}"
+            )
         if self.llama.head_dim % 2:
             raise ConfigError(f"llama: head_dim must be even, not {self.llama.head_dim}")
-        for path, part in [("", self), *nested_configs(self)]:
-            _check_numbers(part, f"model config.{path}".removesuffix("."))
+        for path, config in [("", self), *nested_configs(self)]:
+            _check_numbers(config, f"model config.{path}".removesuffix("."))
         _check_patches(self)
         get_tower(self.vit)
         _check_extra_branches(self)
 
 
 def nested_configs(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dataclasses within a config at any depth, with their paths: "vit", "imagebind.audio"."""
+    """Iterate over the dataclasses in a config, at any depth.
+
+    Args:
+        config: A dataclass.
+        prefix: A prefix for the paths.
+
+    Yields:
+        The path of a dataclass, such as "vit" or "imagebind.audio", and the dataclass.
+    """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         path = prefix + field.name
@@ -217,55 +294,55 @@ def nested_configs(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
                 yield from nested_configs(item, f"{path}.")
 
 
-def _check_numbers(part: Any, where: str) -> None:
-    """Raise ConfigError for an epsilon, a rotary base or a scaling factor of a part that means nothing."""
-    for field in dataclasses.fields(part):
-        value = getattr(part, field.name)
+def _check_numbers(config: Any, where: str) -> None:
+    """Raise ConfigError if an epsilon, a rotary base or a scaling factor of a config is out of range."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
         if field.name in MAX_VALUES and not 0 < value <= MAX_VALUES[field.name]:
             highest = f"{MAX_VALUES[field.name]:g}"
             raise ConfigError(f"{where}.{field.name} must be above 0 and at most {highest}, not {format_value(value)}")
-    if isinstance(part, RopeScaling) and part.high_freq_factor <= part.low_freq_factor:
-        raise ConfigError(f"{where}.high_freq_factor must be above low_freq_factor, not {part.high_freq_factor:g}")
+    if isinstance(config, RopeScaling) and config.high_freq_factor <= config.low_freq_factor:
+        raise ConfigError(f"{where}.high_freq_factor must be above low_freq_factor, not {config.high_freq_factor:g}")
 
 
 def _check_patches(config: "VideoLlamaConfig") -> None:
-    """Raise ConfigError where a picture or a clip is smaller than a patch."""
-    for where, part in nested_configs(config):
-        if hasattr(part, "image_size") and part.image_size < part.patch_size:
-            raise ConfigError(f"{where}: image_size {part.image_size} is below patch_size {part.patch_size}")
+    """Raise ConfigError if an image or a spectrogram is smaller than a patch."""
+    for where, nested in nested_configs(config):
+        if hasattr(nested, "image_size") and nested.image_size < nested.patch_size:
+            raise ConfigError(f"{where}: image_size {nested.image_size} is below patch_size {nested.patch_size}")
     if config.imagebind and min(config.imagebind.audio.patch_grid) < 1:
         raise ConfigError("imagebind.audio: num_mel_bins and num_mel_frames must be at least patch_size")
 
 
 def _check_extra_branches(config: "VideoLlamaConfig") -> None:
-    """Raise ConfigError for two branches of one type, and for one that needs other frames in a chat than `vit` does."""
+    """Raise ConfigError if two branches have the same type, or one needs other frames in a chat than `vit`."""
     types = [branch.type for branch in config.extra_branches]
     if len(set(types)) < len(types):
-        raise ConfigError(f"extra_branches: there are several of one type: {', '.join(types)}")
+        raise ConfigError(f"extra_branches: each type may occur only once, not {', '.join(types)}")
     for branch in map(find_branch, types):
         if branch.prompt_array == "frames":
             tower = branch.frame_tower_config(config)
-            if _frames_of(tower) != _frames_of(config.vit):
+            if _frame_format(tower) != _frame_format(config.vit):
                 raise ConfigError(
-                    f"extra_branches: {branch.name} and vit take frames of different size, mean or std; "
-                    "a chat reads frames once, so they must agree"
+                    f"extra_branches: {branch.name} and vit need frames of different size, mean or std; "
+                    "they must be equal, as a chat reads frames once for both"
                 )
 
 
-def _frames_of(tower: TowerConfig) -> tuple[Any, ...]:
-    """What decides a tower's input: the size of frames, their mean and standard deviation."""
+def _frame_format(tower: TowerConfig) -> tuple[Any, ...]:
+    """Return the size, mean and standard deviation of a tower's frames."""
     entry = get_tower(tower)
     return tower.image_size, entry.mean, entry.std
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """Low-rank updates of the language model's linear layers (arXiv 2106.09685).
+    """Config of LoRA: low-rank updates of the language model's linear layers (arXiv 2106.09685).
 
     Attributes:
-        rank: Of each update; 0 for none.
-        alpha: An update is scaled by alpha / rank.
-        targets: Which layers get one, of query, key, value, out, gate, up and down.
+        rank: Rank of each update; 0 for no updates.
+        alpha: The updates are scaled by alpha / rank.
+        targets: The linear layers with an update, of query, key, value, out, gate, up and down.
     """
 
     rank: int = 0
@@ -278,19 +355,22 @@ NO_LORA = LoraConfig()
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How an answer is chosen (reference: conversation_video.py and transformers 4.28, but greedy unless asked).
+    """Options of decoding. The default is greedy decoding.
 
-    Raises ConfigError for values that mean nothing, and for sampling with beams.
+    Reference: conversation_video.py and transformers 4.28, whose default is sampling.
 
     Attributes:
-        max_new_tokens: The longest answer, in tokens.
-        temperature: 0 takes the likeliest token; above 0 draws.
-        top_p: Draw from the fewest likeliest tokens that together have this probability.
-        top_k: Draw from this many likeliest tokens; 0 for all.
-        seed: Of the draws.
-        num_beams: Above 1, beam search.
+        max_new_tokens: Maximum number of new tokens.
+        temperature: 0 for greedy decoding; above 0, the temperature of sampling.
+        top_p: Sample from the smallest set of most probable tokens whose probabilities sum to at least this value.
+        top_k: Sample from this number of most probable tokens; 0 for all.
+        seed: Seed of sampling.
+        num_beams: Number of beams; above 1 for beam search.
         length_penalty: Scores of beams are divided by their length to this power.
-        repetition_penalty: Above 1, makes tokens that the answer has already less likely.
+        repetition_penalty: Above 1, makes tokens that the answer already contains less probable.
+
+    Raises:
+        ConfigError: A value is out of range, or both `num_beams` and `temperature` ask for beam search and sampling.
     """
 
     max_new_tokens: int = 300
@@ -314,15 +394,15 @@ class GenerationConfig:
         if not math.isfinite(self.length_penalty):
             raise ConfigError(f"length_penalty must be a number, not {self.length_penalty}")
         if self.num_beams > 1 and self.temperature > 0:
-            raise ConfigError("beam search does not sample: give either num_beams above 1 or a temperature above 0")
+            raise ConfigError("beam search cannot sample: set either num_beams above 1 or temperature above 0")
 
 
 GREEDY = GenerationConfig()
 
 
-# Presets: the published sizes (golden/full_param_shapes.json holds every shape) and one for tests.
+# Presets: the published sizes (all shapes are in golden/full_param_shapes.json), and a tiny one for tests.
 
-EVA_G = VitConfig(width=1408, depth=39, num_heads=16, mlp_dim=6144)  # 39: BLIP-2 drops EVA's last block
+EVA_G = VitConfig(width=1408, depth=39, num_heads=16, mlp_dim=6144)  # EVA has 40 blocks; BLIP-2 drops the last
 BLIP2_QFORMER = QFormerConfig(width=768, depth=12, num_heads=12, mlp_dim=3072, num_queries=32, cross_attention_every=2)
 VIDEO_QFORMER = QFormerConfig(width=768, depth=2, num_heads=12, mlp_dim=3072, num_queries=32)
 AUDIO_QFORMER = QFormerConfig(width=768, depth=2, num_heads=12, mlp_dim=3072, num_queries=8)
@@ -346,7 +426,13 @@ LLAMA_13B = dataclasses.replace(LLAMA_7B, width=5120, depth=40, num_heads=40, nu
 
 
 def video_llama(llama: LlamaConfig, template: str = "vicuna", *, audio: bool = True) -> VideoLlamaConfig:
-    """The published model around a given language model."""
+    """Return the config of the published model with a given language model.
+
+    Args:
+        llama: Config of the language model.
+        template: Name of the prompt template.
+        audio: Whether the model has an audio branch.
+    """
     return VideoLlamaConfig(
         vit=EVA_G,
         image_qformer=BLIP2_QFORMER,
@@ -359,22 +445,35 @@ def video_llama(llama: LlamaConfig, template: str = "vicuna", *, audio: bool = T
 
 
 def video_llama_7b(template: str = "vicuna") -> VideoLlamaConfig:
-    """Video-LLaMA-7B: template "vicuna" for Vicuna-7B, "llama_2" for LLaMA-2-7B-chat."""
-    return video_llama(_llama(LLAMA_7B, template), template)
+    """Return the config of Video-LLaMA-7B.
+
+    Args:
+        template: "vicuna" for Vicuna-7B, "llama_2" for LLaMA-2-7B-chat.
+    """
+    return video_llama(_set_llama_version(LLAMA_7B, template), template)
 
 
 def video_llama_13b(template: str = "vicuna") -> VideoLlamaConfig:
-    """Video-LLaMA-13B: template "vicuna" for Vicuna-13B, "llama_2" for LLaMA-2-13B-chat."""
-    return video_llama(_llama(LLAMA_13B, template), template)
+    """Return the config of Video-LLaMA-13B.
+
+    Args:
+        template: "vicuna" for Vicuna-13B, "llama_2" for LLaMA-2-13B-chat.
+    """
+    return video_llama(_set_llama_version(LLAMA_13B, template), template)
 
 
-def _llama(llama: LlamaConfig, template: str) -> LlamaConfig:
-    """LLaMA 2 reads 4096 tokens, and its RMSNorm has another epsilon, than the first LLaMA."""
+def _set_llama_version(llama: LlamaConfig, template: str) -> LlamaConfig:
+    """Set LLaMA 2's context length and RMSNorm epsilon for its template."""
     return dataclasses.replace(llama, max_length=4096, norm_eps=1e-5) if template == "llama_2" else llama
 
 
 def tiny(*, audio: bool = True, vocab_size: int = 512) -> VideoLlamaConfig:
-    """A model of a third of a million parameters with every part of the real one, for tests and first steps."""
+    """Return the config of a model of 0.3 million parameters with all components, for tests and first steps.
+
+    Args:
+        audio: Whether the model has an audio branch.
+        vocab_size: Size of the language model's vocabulary.
+    """
     qformer = QFormerConfig(width=48, depth=2, num_heads=4, mlp_dim=96, num_queries=32)
     return VideoLlamaConfig(
         vit=VitConfig(width=64, depth=3, num_heads=4, mlp_dim=279),
@@ -402,47 +501,57 @@ def tiny(*, audio: bool = True, vocab_size: int = 512) -> VideoLlamaConfig:
     )
 
 
-# JSON: a config is what `to_dict` makes of it.
+# Conversion from and to JSON
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """A config as nested dicts: `dataclasses.asdict` without the `added` fields that have their defaults."""
+    """Convert a config to nested dicts: `dataclasses.asdict` without the `omit_default` fields at their defaults."""
     fields = {}
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not (OMIT_DEFAULT in field.metadata and value == field.default):
-            fields[field.name] = _plain(value)
+            fields[field.name] = _to_plain(value)
     return fields
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     if isinstance(value, tuple):
-        return tuple(_plain(item) for item in value)
+        return tuple(_to_plain(item) for item in value)
     return to_dict(value) if dataclasses.is_dataclass(value) else value
 
 
 def to_json(config: Any) -> str:
+    """Convert a config to indented JSON."""
     return json.dumps(to_dict(config), indent=2)
 
 
 def from_json(text: str, cls: type = VideoLlamaConfig, where: str = "config") -> Any:
-    """Reads a config of class `cls`. Raises ConfigError for broken JSON, unknown or missing fields, wrong types."""
+    """Read a config from JSON.
+
+    Args:
+        text: The JSON text.
+        cls: The class of the config.
+        where: The name of the text in error messages.
+
+    Raises:
+        ConfigError: The text is not valid JSON, or a field is unknown, missing, of another type or out of range.
+    """
     return from_dict(parse_object(text, where, ConfigError), cls, where)
 
 
 def from_dict(
     fields: Any, cls: type = VideoLlamaConfig, where: str = "config", integers: range = range(1, LARGEST_INTEGER + 1)
 ) -> Any:
-    """Read the dataclass `cls` from nested dicts, as JSON gives them.
+    """Read a dataclass from nested dicts, as `json` parses them.
 
     Args:
         fields: The values by field name. Fields may be dataclasses, tuples of any length, dicts and plain values.
         cls: The dataclass.
-        where: The path of `fields` in messages.
+        where: The path of `fields` in error messages.
         integers: The accepted integers.
 
     Raises:
-        ConfigError: A field is unknown, missing, of another type or out of range; it is named by its path.
+        ConfigError: A field is unknown, missing, of another type or out of range. The message has its path.
     """
     if not isinstance(fields, Mapping):
         raise ConfigError(f"{where}: must be an object, not {type(fields).__name__}")
@@ -451,27 +560,27 @@ def from_dict(
     required = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
     if missing := sorted(required - fields.keys()):
         raise ConfigError(f"{where}: missing {', '.join(missing)}")
-    values = {name: _value(value, hints[name], f"{where}.{name}", integers) for name, value in fields.items()}
+    values = {name: _parse_value(value, hints[name], f"{where}.{name}", integers) for name, value in fields.items()}
     try:
         return cls(**values)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
 
 
-def _value(value: Any, hint: Any, where: str, integers: range) -> Any:
-    """`value` as the type that a field's annotation names."""
+def _parse_value(value: Any, hint: Any, where: str, integers: range) -> Any:
+    """Convert a JSON value to the type of a field's annotation."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is types.UnionType:  # X | None
-        return None if value is None else _value(value, arguments[0], where, integers)
-    if isinstance(value, Mapping) and (cls := _dataclass_of(hint, value, where)):
+        return None if value is None else _parse_value(value, arguments[0], where, integers)
+    if isinstance(value, Mapping) and (cls := _find_dataclass(hint, value, where)):
         return from_dict(value, cls, where, integers)
     if origin is tuple and isinstance(value, list | tuple):  # tuple[X, ...]
-        return tuple(_value(item, arguments[0], f"{where}.{n}", integers) for n, item in enumerate(value))
+        return tuple(_parse_value(item, arguments[0], f"{where}.{n}", integers) for n, item in enumerate(value))
     if origin is dict and isinstance(value, Mapping):
         for name in value:
-            _value(name, arguments[0], where, integers)
-        return {name: _value(item, arguments[1], f"{where}.{name}", integers) for name, item in value.items()}
-    if not _is_of(value, hint):
+            _parse_value(name, arguments[0], where, integers)
+        return {name: _parse_value(item, arguments[1], f"{where}.{name}", integers) for name, item in value.items()}
+    if not _has_type(value, hint):
         raise ConfigError(f"{where}: {format_value(value)} is not of type {getattr(hint, '__name__', hint)}")
     if hint is int and value not in integers:
         largest = f" and at most {integers[-1]}" if value > 0 else ""
@@ -479,8 +588,8 @@ def _value(value: Any, hint: Any, where: str, integers: range) -> Any:
     return float(value) if hint is float else value
 
 
-def _is_of(value: Any, hint: Any) -> bool:
-    """Whether a plain value is of the type that an annotation names."""
+def _has_type(value: Any, hint: Any) -> bool:
+    """Return whether a plain value has the type of an annotation."""
     if typing.get_origin(hint) is Literal:
         return isinstance(value, str) and value in typing.get_args(hint)
     if hint is float:
@@ -488,48 +597,62 @@ def _is_of(value: Any, hint: Any) -> bool:
     return hint is Any or type(value) is hint
 
 
-_TYPED = {
+_CLASS_OF_FIELDS = {
     TowerConfig: get_tower_class,
     BranchConfig: get_branch_class,
 }  # their fields say which config class they are of
 
 
-def _dataclass_of(hint: Any, fields: Mapping[str, Any], where: str) -> type | None:
-    """The dataclass of `fields` by an annotation such as `X`, `X | None` or `TowerConfig`; None where it has none."""
-    if hint in _TYPED:
-        return _TYPED[hint](fields, where)
+def _find_dataclass(hint: Any, fields: Mapping[str, Any], where: str) -> type | None:
+    """Return the dataclass of an annotation such as `X`, `X | None` or `TowerConfig`; None if it has no dataclass."""
+    if hint in _CLASS_OF_FIELDS:
+        return _CLASS_OF_FIELDS[hint](fields, where)
     options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
 
 
 def check_fields(fields: Mapping[str, Any], cls: type = VideoLlamaConfig, where: str = "config") -> None:
-    """Raises ConfigError where `fields`, any part of a config, has a field that `cls` does not know."""
+    """Check that all fields are known. Fields may be missing.
+
+    Args:
+        fields: Some or all fields of a config, as nested dicts.
+        cls: The class of the config.
+        where: The path of `fields` in error messages.
+
+    Raises:
+        ConfigError: A field is unknown.
+    """
     known = {f.name for f in dataclasses.fields(cls)}
     if unknown := sorted(fields.keys() - known):
-        raise ConfigError(f"{where}: unknown field {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise ConfigError(f"{where}: unknown field {', '.join(unknown)}; known fields: {', '.join(sorted(known))}")
     hints = typing.get_type_hints(cls)
     for name, value in fields.items():
-        if isinstance(value, Mapping) and (kind := _dataclass_of(hints[name], value, f"{where}.{name}")):
-            check_fields(value, kind, f"{where}.{name}")
+        if isinstance(value, Mapping) and (nested_cls := _find_dataclass(hints[name], value, f"{where}.{name}")):
+            check_fields(value, nested_cls, f"{where}.{name}")
 
 
 def flatten_fields(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Fields of objects within objects as "optim.lr"."""
-    found: dict[str, Any] = {}
+    """Flatten nested dicts to one dict with keys such as "optim.lr".
+
+    Args:
+        fields: The nested dicts.
+        prefix: A prefix for the keys.
+    """
+    flat: dict[str, Any] = {}
     for name, value in fields.items():
-        found |= flatten_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return found
+        flat |= flatten_fields(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
 
 
 def describe_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between flat settings, in words: "steps was 8, now 9"."""
+    """Describe the differences between two flat dicts of settings, such as "steps was 8, now 9"."""
     names = sorted(before.keys() | now.keys())
     pairs = ((name, before.get(name), now.get(name)) for name in names)
     return [f"{name} was {old!r}, now {new!r}" for name, old, new in pairs if old != new]
 
 
 def merge(base: Mapping[str, Any], override: Mapping[str, Any]) -> dict[str, Any]:
-    """`base` with the fields of `override` in place of its own, nested objects field by field."""
+    """Replace fields of `base` by those of `override`. Nested dicts are merged field by field."""
     merged = dict(base)
     for name, value in override.items():
         both_nested = isinstance(value, Mapping) and isinstance(base.get(name), Mapping)

@@ -1,22 +1,22 @@
-"""What a user's input can cause. Every message stands alone: it says what is wrong and what to do."""
+"""The exceptions that invalid input causes. Each message says in one line what is wrong and what to do."""
 
 from collections.abc import Iterable
 
 
 class VllamaError(Exception):
-    """Base of every error that bad input causes; the command line prints it as one line and exits with 1."""
+    """Base class of the errors that invalid input causes. The command line prints the message and exits with code 1."""
 
 
 class MediaError(VllamaError):
-    """A video, sound or picture that cannot be used."""
+    """An image, video or audio file that cannot be used."""
 
 
 class CheckpointError(VllamaError):
-    """Weights, a model directory or a run directory that cannot be used."""
+    """Weights, a model directory or a run directory that cannot be used or written."""
 
 
 class ConfigError(VllamaError):
-    """An option or a config field that does not fit the model or the machine."""
+    """An option or a config field that is invalid, or does not fit the model or the machine."""
 
 
 class StoreError(VllamaError):
@@ -24,27 +24,27 @@ class StoreError(VllamaError):
 
 
 class ArrayError(VllamaError):
-    """An array whose shape or dtype a method of the network does not take."""
+    """An argument of the network with an unsupported shape or dtype."""
 
 
 class DataError(VllamaError):
-    """Annotations or records that cannot be used."""
+    """Annotation files or records that cannot be used."""
 
 
 def suggest_name(name: str, known: Iterable[str]) -> str:
-    """Return the question that names the known name closest to `name`, or "" where none is close."""
+    """Return "did you mean …?" with the known name that is most similar to `name`, or "" if none is similar."""
     import difflib
 
-    near = difflib.get_close_matches(name, list(known), 1)
-    return f"did you mean {near[0]!r}?" if near else ""
+    matches = difflib.get_close_matches(name, list(known), 1)
+    return f"did you mean {matches[0]!r}?" if matches else ""
 
 
 def format_os_error(error: OSError) -> str:
-    """What is said of an error of the system where nothing better is known: the file and the reason."""
-    why = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
-    return " ".join(why.split())
+    """Format an `OSError` that has no more specific message: the file and the reason, on one line."""
+    message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
+    return " ".join(message.split())
 
 
-def format_error(problem: Exception) -> str:
-    """What an error of another library says, on one line of at most 200 characters; its type where it says nothing."""
-    return " ".join(str(problem).split())[:200] or type(problem).__name__
+def format_error(error: Exception) -> str:
+    """Format an exception of another library on one line of at most 200 characters; its type if it has no message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

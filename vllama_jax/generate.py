@@ -1,8 +1,11 @@
-"""From a prompt to new tokens: one compiled prefill per padded length, one compiled loop that decodes.
+"""Generation: a prefill that is compiled once for each padded prompt length, and a compiled decoding loop.
 
-The loop runs on the device for up to `TOKENS_PER_DISPATCH` tokens, checks there whether an answer has ended, and keeps
-its cache in place (donated). Greedy, sampling and beam search differ in one function each, from logits to next tokens.
-Floor of a decoded token: the language model's bytes over memory bandwidth (13.5 GB in bfloat16 for 7B).
+The loop runs on the device for up to `TOKENS_PER_DISPATCH` tokens. It checks there whether answers have ended, and
+updates its KV cache in place (the state is donated). Greedy decoding, sampling and beam search differ only in
+`DecodingStrategy`, which maps logits to the next tokens.
+
+Decoding a token takes at least the time to read the language model's weights: their bytes (13.5 GB for 7B in bfloat16)
+divided by the memory bandwidth.
 """
 
 import dataclasses
@@ -23,13 +26,19 @@ from vllama_jax.sharding import get_mesh, use_mesh
 
 TOKENS_PER_DISPATCH = 16
 PADDED_LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-STOP_TABLE = 8  # stops and their lengths are padded to its multiples, so that few others compile again
-NO_TOKEN = -1  # in place of a token
+STOP_TABLE_MULTIPLE = 8  # the number and the lengths of stop sequences are padded to a multiple, to compile rarely
+NO_TOKEN = -1  # padding of token arrays
 
 
 @dataclasses.dataclass(frozen=True)
 class EmbeddedPrompt:
-    """One prompt: ids [n] with 0 at media, is_media [n], and the media tokens [m, width] in order."""
+    """A prompt whose media are encoded.
+
+    Attributes:
+        ids: Token ids, 0 at placeholders.
+        is_media: Whether a position is a placeholder.
+        media: The media tokens for the placeholders, in order.
+    """
 
     ids: Int[np.ndarray, " n"]
     is_media: Bool[np.ndarray, " n"]
@@ -39,10 +48,16 @@ class EmbeddedPrompt:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Beams:
-    """What beam search keeps beside its live rows: their scores, and the best finished hypotheses.
+    """The state of beam search: scores of the live beams, and the best finished hypotheses.
 
-    bests: score of each, −inf where there is none. Both scores are sums of log probabilities; a hypothesis's is divided
-    by its length to the length penalty, the dummy BOS counted (reference: transformers 4.28, BeamHypotheses).
+    Both scores are sums of log probabilities. That of a hypothesis is divided by its length to the power of the length
+    penalty; the length includes the dummy BOS (reference: transformers 4.28, BeamHypotheses).
+
+    Attributes:
+        live_scores: Scores of the live beams.
+        finished_scores: Scores of the finished hypotheses; −inf where there is none.
+        tokens: Tokens of the finished hypotheses.
+        lengths: Their lengths.
     """
 
     live_scores: Float[Array, " r"]
@@ -54,10 +69,17 @@ class Beams:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodingState:
-    """Generation between two tokens. Rows r are prompts, or the beams of one prompt.
+    """The state of generation between two steps. Rows are prompts, or the beams of one prompt.
 
-    tokens: generated so far, NOTHING after; lengths: how many in each row; count: in the longest. seen: for the
-    repetition penalty. done: rows that have ended (all at once, with beams).
+    Attributes:
+        cache: The KV cache.
+        tokens: The generated tokens, followed by NO_TOKEN.
+        lengths: Number of generated tokens in each row.
+        count: Number of steps, which is the maximum of `lengths`.
+        penalized: The tokens that the repetition penalty applies to.
+        done: The rows that have ended. With beam search, all rows end together.
+        key: The key for sampling.
+        beams: The state of beam search; None without it.
     """
 
     cache: KVCache
@@ -73,15 +95,15 @@ class DecodingState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class DecodingSettings:
-    """Numbers that do not change what is compiled."""
+    """The options of decoding that are arguments of the compiled functions, so that a new value does not recompile."""
 
     temperature: Float[ArrayLike, ""]
     top_p: Float[ArrayLike, ""]
     length_penalty: Float[ArrayLike, ""]
     repetition_penalty: Float[ArrayLike, ""]
-    bos: Int[ArrayLike, ""]  # NOTHING for none
+    bos: Int[ArrayLike, ""]  # NO_TOKEN for none
     eos: Int[Array, " e"] | Int[np.ndarray, " e"]
-    stops: Int[Array, "s l"] | Int[np.ndarray, "s l"]  # aligned to the right, NOTHING before
+    stops: Int[Array, "s l"] | Int[np.ndarray, "s l"]  # padded on the left with NO_TOKEN
     max_new_tokens: Int[ArrayLike, ""]
 
 
@@ -94,18 +116,29 @@ def generate(
     eos: int | Sequence[int],
     stops: Sequence[Sequence[int]] = (),
 ) -> Iterator[list[list[int]]]:
-    """Yields, dispatch by dispatch, each prompt's new tokens; what ended an answer is among them.
+    """Generate answers to prompts.
 
-    eos: the token that ends an answer, or several. stops: token sequences that end one too; any number, of any length.
-    bos: the original starts every answer from a dummy BOS, which the repetition penalty and beam scores count, and
-    which is not in what is yielded; None for a tokenizer without one.
-    With beams, one prompt is taken and its answer comes at once.
-    Raises ConfigError when a prompt and its answer do not fit the model's context, and for an empty stop sequence.
+    Args:
+        llama: The language model.
+        prompts: The prompts; only one with beam search.
+        config: The options of decoding.
+        bos: The BOS token; None for a tokenizer without one. The original starts every answer with a dummy BOS. The
+            repetition penalty and the lengths of beams count it, but it is not yielded.
+        eos: The token or tokens that end an answer.
+        stops: Other token sequences that end an answer; any number, of any length.
+
+    Yields:
+        The new tokens of each prompt since the last yield: up to TOKENS_PER_DISPATCH of them, or with beam search the
+        complete answer. The token or sequence that ended an answer is included.
+
+    Raises:
+        ConfigError: A prompt and its answer are longer than the model's context, a stop sequence is empty, or there are
+            several prompts with beam search.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
     check_context_length(longest, config.max_new_tokens, llama.cfg)
     if config.num_beams > 1 and len(prompts) > 1:
-        raise ConfigError("beam search takes one prompt at a time")
+        raise ConfigError(f"beam search takes one prompt at a time, not {len(prompts)}")
     settings = _make_settings(config, bos, eos, stops)
     new_token_capacity = -(-config.max_new_tokens // 64) * 64
     strategy = DecodingStrategy(config.num_beams, config.temperature > 0, config.top_k)
@@ -119,14 +152,14 @@ def generate(
             new_token_capacity=new_token_capacity,
             strategy=strategy,
         )
-    given = [0] * len(prompts)
+    num_yielded = [0] * len(prompts)
     while True:
         done, count = jax.device_get((state.done, state.count))
         finished = bool(done.all()) or count >= config.max_new_tokens
         if strategy.num_beams == 1 or finished:
             rows = _get_tokens(state) if state.beams is None else _get_best_hypothesis(state.beams, settings)
-            yield [row[start:] for row, start in zip(rows, given, strict=True)]
-            given = [len(row) for row in rows]
+            yield [row[start:] for row, start in zip(rows, num_yielded, strict=True)]
+            num_yielded = [len(row) for row in rows]
         if finished:
             return
         with use_mesh(mesh):
@@ -134,34 +167,46 @@ def generate(
 
 
 def check_context_length(prompt: int, new: int, cfg: LlamaConfig) -> None:
-    """Raises ConfigError when a prompt and its answer do not fit the model's context."""
+    """Check that a prompt and its answer fit the model's context.
+
+    Args:
+        prompt: The length of the prompt in tokens.
+        new: The maximum number of new tokens.
+        cfg: The language model's config.
+
+    Raises:
+        ConfigError: Together they are longer than the context.
+    """
     if prompt + new > cfg.max_length:
-        new_token_capacity = cfg.max_length - prompt
-        advice = (
-            f"or ask for at most {new_token_capacity} new tokens"
-            if new_token_capacity > 0
-            else "new tokens have no room at all"
-        )
+        remaining = cfg.max_length - prompt
+        advice = f", or set max_new_tokens to at most {remaining}" if remaining > 0 else ""
         raise ConfigError(
-            f"the conversation has {prompt} tokens and {new} new ones are asked for, "
-            f"but the model reads {cfg.max_length}; drop earlier turns or media, {advice}"
+            f"the prompt has {prompt} tokens and max_new_tokens is {new}, but the model's context has "
+            f"{cfg.max_length} tokens; remove turns or media{advice}"
         )
 
 
 def padded_prompt_length(length: int) -> int:
-    """The smallest of a few lengths, so that few programs are compiled."""
+    """Return the length that a prompt is padded to. There are few such lengths, so that few programs are compiled."""
     return next((size for size in PADDED_LENGTHS if size >= length), -(-length // 4096) * 4096)
 
 
 @dataclasses.dataclass(frozen=True)
 class DecodingStrategy:
-    """How the next tokens are chosen, as far as it changes what is compiled."""
+    """The options of decoding that change the compiled program, and the choice of the next tokens.
+
+    Attributes:
+        num_beams: Number of beams; 1 without beam search.
+        sample: Whether tokens are sampled.
+        top_k: Number of most probable tokens to sample from; 0 for all.
+    """
 
     num_beams: int
     sample: bool
     top_k: int
 
     def __call__(self, logits: Float[Array, "r v"], state: DecodingState, settings: DecodingSettings) -> DecodingState:
+        """Add the next token to each row of the state."""
         if state.beams is None:
             return self._choose_tokens(logits, state, settings)
         return self._advance_beams(logits, state, state.beams, settings)
@@ -169,11 +214,13 @@ class DecodingStrategy:
     def _choose_tokens(
         self, logits: Float[Array, "r v"], state: DecodingState, settings: DecodingSettings
     ) -> DecodingState:
-        """The likeliest token of each row, or a drawn one."""
+        """Add the most probable token, or a sampled one, to each row."""
         logits = apply_repetition_penalty(logits, state.penalized, settings.repetition_penalty)
-        key, draw = jax.random.split(state.key)
+        key, sample_key = jax.random.split(state.key)
         if self.sample:
-            chosen = jax.random.categorical(draw, warp_logits(logits, settings.temperature, self.top_k, settings.top_p))
+            chosen = jax.random.categorical(
+                sample_key, warp_logits(logits, settings.temperature, self.top_k, settings.top_p)
+            )
         else:
             chosen = jnp.argmax(logits, axis=-1)
         chosen = jnp.where(state.done, NO_TOKEN, chosen)
@@ -193,13 +240,13 @@ class DecodingStrategy:
     def _advance_beams(
         self, logits: Float[Array, "r v"], state: DecodingState, beams: Beams, settings: DecodingSettings
     ) -> DecodingState:
-        """The next tokens of all beams (reference: transformers 4.28, beam_search and BeamSearchScorer.process).
+        """Advance all beams by a token (reference: transformers 4.28, beam_search and BeamSearchScorer.process).
 
-        Of the 2·r best continuations (more where several tokens end an answer), those that end (and are among the first
-        r) become hypotheses, the first r others go on.
+        The candidates are the 2·r best continuations, or more if several tokens end an answer. Those that end and are
+        among the first r become hypotheses. The first r of the others become the live beams.
         """
         r, v = logits.shape
-        candidates = max(2, 1 + len(settings.eos)) * r  # so many that r of them go on
+        candidates = max(2, 1 + len(settings.eos)) * r  # enough for r that do not end
         length = state.count + 1  # the dummy BOS counts
         scores = apply_repetition_penalty(jax.nn.log_softmax(logits), state.penalized, settings.repetition_penalty)
         scores, index = jax.lax.top_k((scores + beams.live_scores[:, None]).reshape(-1), candidates)
@@ -213,29 +260,31 @@ class DecodingStrategy:
             tokens=jnp.concatenate([beams.tokens, state.tokens[row]])[best],
             lengths=jnp.concatenate([beams.lengths, state.lengths[row]])[best],
         )
-        over = (finished_scores[-1] > -jnp.inf) & (finished_scores[-1] >= scores[0] / length**settings.length_penalty)
+        converged = (finished_scores[-1] > -jnp.inf) & (
+            finished_scores[-1] >= scores[0] / length**settings.length_penalty
+        )
 
-        going = jnp.argsort(ends, stable=True)[:r]
-        beams = dataclasses.replace(beams, live_scores=scores[going])
-        row, token = row[going], token[going]
+        live = jnp.argsort(ends, stable=True)[:r]
+        beams = dataclasses.replace(beams, live_scores=scores[live])
+        row, token = row[live], token[live]
         tokens = jax.lax.dynamic_update_slice(state.tokens[row], token[:, None], (0, state.count))
         stop = ends_with_stop_sequence(tokens[:1], state.count + 1, settings.stops)
         penalized = state.penalized[row] | (jnp.arange(v) == token[:, None])
         cache = dataclasses.replace(
             state.cache, keys_values=state.cache.keys_values[:, :, :, :, row], valid=state.cache.valid[row]
         )
-        grown = DecodingState(
+        state = DecodingState(
             cache=cache,
             tokens=tokens,
             lengths=state.lengths[row] + 1,
             count=state.count + 1,
             penalized=penalized,
-            done=jnp.broadcast_to(stop | over, (r,)),
+            done=jnp.broadcast_to(stop | converged, (r,)),
             key=state.key,
             beams=beams,
         )
-        unfinished = ~over & (stop[0] | _is_full(grown, settings))
-        return dataclasses.replace(grown, beams=_add_live_beams(grown, beams, settings, unfinished))
+        interrupted = ~converged & (stop[0] | _is_full(state, settings))
+        return dataclasses.replace(state, beams=_add_live_beams(state, beams, settings, interrupted))
 
 
 def _is_any_of(tokens: Int[Array, " r"], some: Int[Array, " e"] | Int[np.ndarray, " e"]) -> Bool[Array, " r"]:
@@ -247,7 +296,7 @@ def _is_full(state: DecodingState, settings: DecodingSettings) -> Bool[Array, ""
 
 
 def _add_live_beams(state: DecodingState, beams: Beams, settings: DecodingSettings, when: Bool[Array, ""]) -> Beams:
-    """When the search stops before its hypotheses are the best there can be, live beams are hypotheses too."""
+    """Where `when` is true, add the live beams to the hypotheses: the search ends before it has converged."""
     length = state.count + 1
     live = jnp.where(when, beams.live_scores / length**settings.length_penalty, -jnp.inf)
     finished_scores, best = jax.lax.top_k(
@@ -264,16 +313,31 @@ def _add_live_beams(state: DecodingState, beams: Beams, settings: DecodingSettin
 def apply_repetition_penalty(
     scores: Float[Array, "r v"], penalized: Bool[Array, "r v"], penalty: Float[ArrayLike, ""]
 ) -> Float[Array, "r v"]:
-    """Scores of tokens seen before, made worse: positive ones divided, negative ones multiplied by the penalty."""
+    """Lower the scores of penalized tokens: divide positive scores and multiply negative ones by the penalty.
+
+    Args:
+        scores: Logits or log probabilities.
+        penalized: The tokens whose scores change.
+        penalty: The penalty; 1 changes nothing.
+    """
     return jnp.where(penalized, jnp.where(scores < 0, scores * penalty, scores / penalty), scores)
 
 
 def warp_logits(
     logits: Float[Array, "r v"], temperature: Float[ArrayLike, ""], top_k: int, top_p: Float[ArrayLike, ""]
 ) -> Float[Array, "r v"]:
-    """Logits to draw from: over temperature, then the top k, then the fewest of those whose probability reaches top_p.
+    """Prepare logits for sampling: divide by the temperature, then keep the top k, then the top p of those.
 
-    The rest is −inf. The order is the reference's.
+    The order is the reference's.
+
+    Args:
+        logits: The logits.
+        temperature: The temperature, above 0.
+        top_k: Number of most probable tokens to keep; 0 for all.
+        top_p: Keep the smallest set of most probable tokens whose probabilities sum to at least this value.
+
+    Returns:
+        The logits divided by the temperature; −inf for tokens that are not kept.
     """
     logits = logits / temperature
     best = jax.lax.top_k(logits, min(top_k, logits.shape[-1]) if top_k else logits.shape[-1])[0]
@@ -286,11 +350,17 @@ def warp_logits(
 def ends_with_stop_sequence(
     tokens: Int[Array, "r t"], count: Int[Array, ""], stops: Int[Array, "s l"] | Int[np.ndarray, "s l"]
 ) -> Bool[Array, " r"]:
-    """Whether the first `count` tokens of a row end in one of the stop sequences."""
-    places = count - stops.shape[1] + jnp.arange(stops.shape[1])
-    tail = jnp.where(places >= 0, tokens[:, jnp.maximum(places, 0)], NO_TOKEN)
-    same = (tail[:, None] == stops) | (stops == NO_TOKEN)
-    return jnp.any(jnp.all(same, axis=-1) & (stops[:, -1] != NO_TOKEN), axis=-1)
+    """Return for each row whether its first `count` tokens end with a stop sequence.
+
+    Args:
+        tokens: The generated tokens.
+        count: The number of tokens to look at.
+        stops: The stop sequences, padded on the left with NO_TOKEN. A row of only NO_TOKEN matches nothing.
+    """
+    positions = count - stops.shape[1] + jnp.arange(stops.shape[1])
+    tail = jnp.where(positions >= 0, tokens[:, jnp.maximum(positions, 0)], NO_TOKEN)
+    matches = (tail[:, None] == stops) | (stops == NO_TOKEN)
+    return jnp.any(jnp.all(matches, axis=-1) & (stops[:, -1] != NO_TOKEN), axis=-1)
 
 
 @functools.partial(jax.jit, static_argnames=("new_token_capacity", "strategy"))
@@ -306,7 +376,7 @@ def _prefill(
     new_token_capacity: int,
     strategy: DecodingStrategy,
 ) -> DecodingState:
-    """Reads the prompts and chooses the first token of each."""
+    """Prefill the prompts and choose the first token of each answer."""
     x = splice(llama.embed(ids), is_media, media)
     b, n = ids.shape
     cache = KVCache.empty(llama.cfg, b, padded_prompt_length(n + new_token_capacity), x.dtype)
@@ -320,7 +390,7 @@ def _prefill(
         )
         logits = jnp.repeat(logits, r, axis=0)
         beams = Beams(
-            live_scores=jnp.where(jnp.arange(r) == 0, 0.0, -1e9),  # all rows are the same: only the first may go on
+            live_scores=jnp.where(jnp.arange(r) == 0, 0.0, -1e9),  # all rows are equal: only the first may continue
             finished_scores=jnp.full(r, -jnp.inf),
             tokens=jnp.full((r, new_token_capacity), NO_TOKEN, jnp.int32),
             lengths=jnp.zeros(r, jnp.int32),
@@ -342,7 +412,7 @@ def _prefill(
 def _decode(
     llama: Llama, state: DecodingState, settings: DecodingSettings, *, strategy: DecodingStrategy
 ) -> DecodingState:
-    """Up to TOKENS_PER_DISPATCH more tokens, fewer when every row ends."""
+    """Decode up to TOKENS_PER_DISPATCH tokens; fewer if all rows end."""
     last = jnp.minimum(state.count + TOKENS_PER_DISPATCH, settings.max_new_tokens)
 
     def step(state: DecodingState) -> DecodingState:
@@ -359,7 +429,7 @@ def _get_tokens(state: DecodingState) -> list[list[int]]:
 
 
 def _get_best_hypothesis(beams: Beams, settings: DecodingSettings) -> list[list[int]]:
-    """The best hypothesis; one that ended before the limit ends in EOS (reference: BeamSearchScorer.finalize)."""
+    """Return the best hypothesis, with an EOS if it is below the limit (reference: BeamSearchScorer.finalize)."""
     tokens, lengths, eos, limit = jax.device_get(
         (beams.tokens[0], beams.lengths[0], settings.eos, settings.max_new_tokens)
     )
@@ -382,14 +452,15 @@ def _make_settings(
 
 
 def _stop_table(stops: Sequence[Sequence[int]]) -> Int[np.ndarray, "s l"]:
-    """All stop sequences, aligned to the right."""
-    if wrong := [list(stop) for stop in stops if not stop or min(stop) < 0]:
-        raise ConfigError(f"a stop sequence must have token ids of 0 and above, at least one; not {wrong[0]}")
+    """Return all stop sequences as one array, padded on the left."""
+    if invalid := [list(stop) for stop in stops if not stop or min(stop) < 0]:
+        raise ConfigError(f"a stop sequence must have at least one token id, and no negative ones; not {invalid[0]}")
     rows, width = (
-        max(-(-size // STOP_TABLE), 1) * STOP_TABLE for size in (len(stops), max(map(len, stops), default=0))
+        max(-(-size // STOP_TABLE_MULTIPLE), 1) * STOP_TABLE_MULTIPLE
+        for size in (len(stops), max(map(len, stops), default=0))
     )
     table = np.full((rows, width), NO_TOKEN, np.int32)
-    for row, stop in zip(table, stops, strict=False):  # the rows after them are padding
+    for row, stop in zip(table, stops, strict=False):  # the remaining rows are padding
         row[width - len(stop) :] = stop
     return table
 
@@ -397,7 +468,7 @@ def _stop_table(stops: Sequence[Sequence[int]]) -> Int[np.ndarray, "s l"]:
 def _pad_prompts(
     prompts: Sequence[EmbeddedPrompt], length: int
 ) -> tuple[Int[np.ndarray, "b n"], Bool[np.ndarray, "b n"], Int[np.ndarray, " b"], Float[Array, "b m w"]]:
-    """Rows padded on the right: ids, is_media, lengths, media."""
+    """Pad prompts on the right, and return their ids, is_media, lengths and media tokens."""
     ids = np.stack([np.pad(prompt.ids, (0, length - len(prompt.ids))) for prompt in prompts]).astype(np.int32)
     is_media = np.stack([np.pad(prompt.is_media, (0, length - len(prompt.ids))) for prompt in prompts])
     slots = max(8, *(-(-prompt.media.shape[0] // 8) * 8 for prompt in prompts))

@@ -1,4 +1,4 @@
-"""A model in memory: `vllama_jax.load` and `vllama_jax.save`."""
+"""Load and save models: `vllama_jax.load` and `vllama_jax.save`."""
 
 import dataclasses
 import logging
@@ -25,7 +25,13 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A loaded model: what `vllama_jax.load` returns. `network` is the Flax module (nn/video_llama.py)."""
+    """A loaded model, as `vllama_jax.load` returns it.
+
+    Attributes:
+        config: The model's config, without branches that have no trained weights.
+        tokenizer: The tokenizer of the language model.
+        network: The Flax module with the weights (nn/video_llama.py).
+    """
 
     config: VideoLlamaConfig
     tokenizer: "Tokenizer"
@@ -42,20 +48,31 @@ def load(
     *,
     stacked: bool = False,
 ) -> Model:
-    """Loads a model directory, or what a run trained; named, or as `open_model` opened it. "miniature" is shipped.
+    """Load a model directory, or the model that a run trained.
 
-    dtype: of the weights in memory and so of the computation; float32 on a CPU and bfloat16 elsewhere unless given.
-    mesh: from `sharding.make_mesh`; weights are split over its tensor axis, and a warning is logged for each dimension
-    that it does not divide. Without one, all is on the first device.
-    base: a run's base model, where that has moved.
-    quantize: "int8" or "int4" for the large kernels of LLaMA and the ViT, layer by layer as they are read; a quantised
-    model directory (checkpoints/quantize.py) needs no telling.
-    stacked: leave the language model's layers stacked on axis 0, as they are on disk: for training and saving; answers
-    take longer.
-    audio_scale: the norm of a sound's vector, the model's own unless given: 20 as published, while training saw
-    vectors of norm 1 (docs/miniature.md measures what that does).
-    Compiled programs are kept on disk from then on, as `compilation.enable_compilation_cache` has it.
-    Raises CheckpointError for what is not a whole model directory, ConfigError for one whose config is not valid.
+    LoRA updates are merged into their kernels. Enables JAX's persistent compilation cache
+    (`runtime.compilation_cache`).
+
+    Args:
+        path: A model or run directory, or a `ModelDirectory` from `open_model`. "miniature" is the model that is part
+            of the package.
+        dtype: Dtype of the weights in memory and of the computation; by default float32 on CPUs and bfloat16 elsewhere.
+        mesh: A mesh from `sharding.make_mesh`. Weights are sharded over its tensor axis; a dimension that is not
+            divisible is replicated, with a warning. By default, all weights are on the first device.
+        base: The base model of a run, if it has moved.
+        quantize: "int8" or "int4" quantizes the large kernels of LLaMA and the ViT while they are read, one layer at a
+            time. A quantized model directory does not need this argument.
+        audio_scale: Norm of the audio embeddings; by default the model's own. The published models use 20 for
+            inference, but were trained on embeddings of norm 1 (docs/miniature.md measures the effect).
+        stacked: Keep the language model's layers stacked on axis 0, as on disk. Use this for training and saving;
+            decoding is slower.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: The directory is not a model or run directory, or is incomplete or corrupt.
+        ConfigError: Its config, or an argument, is invalid.
 
     Example:
         >>> import vllama_jax as vl
@@ -77,15 +94,15 @@ def load(
     directory = remove_missing_branches(path if isinstance(path, ModelDirectory) else open_model(path, base))
     enable_compilation_cache()
     if audio_scale is not None:
-        directory = _with_audio_scale(directory, audio_scale)
+        directory = _set_audio_scale(directory, audio_scale)
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
     network, weights = make_network_to_load(directory, dtype, quantize)
     graph, abstract = nnx.split(network)
     if mesh is not None:
         from vllama_jax import sharding
 
-        for line in sharding.list_indivisible_axes(abstract, mesh, fsdp=False):
-            logger.warning(line)
+        for message in sharding.list_indivisible_axes(abstract, mesh, fsdp=False):
+            logger.warning(message)
         abstract = sharding.shard_abstract(abstract, mesh, fsdp=False)
     network = nnx.merge(graph, restore(directory, abstract, weights))
     merge_lora(network.llama)
@@ -95,23 +112,22 @@ def load(
 
 
 def save(model: Model, path: str | Path, *, overwrite: bool = False) -> None:
-    """Write a model directory, which `load` and every command read: config, tokenizer, weights and manifest.
+    """Write a model directory: config, tokenizer, weights and manifest. `load` and all commands read it.
 
-    Weights are written as they are in memory, in their dtypes, so that loading them in the same dtype gives the same
-    bits. One weight after another is copied to the host, layer by layer where it is stacked.
+    Weights are written in their dtype in memory, so loading them in the same dtype is bit-exact. They are copied to the
+    host one weight at a time, and stacked weights one layer at a time.
 
-    A model may be stacked or not, sharded over the devices of this process, and quantized. Low-rank updates (LoRA) are
-    added to their kernels, as `load` does, and are no longer apart afterwards. Optimizer state is not written: a run
-    directory (`train`) has that.
+    The model may be stacked or not, sharded over the devices of this process, and quantized. LoRA updates are merged
+    into their kernels. Optimizer state is not written; only run directories (`train`) have it.
 
     Args:
-        model: As `load` returned it, or `dataclasses.replace(model, network=...)` with a network that was trained.
-        path: The directory to make. It appears when it is complete.
-        overwrite: Replace the model directory that is at `path`; anything else there is refused.
+        model: A model from `load`, or `dataclasses.replace(model, network=...)` with a trained network.
+        path: The directory to write. It becomes visible when it is complete.
+        overwrite: Replace an existing model directory at `path`. Other files and directories are never replaced.
 
     Raises:
-        CheckpointError: `path` exists, or cannot be written; or the network's weights are not those of a model of
-            `model.config`, or are on the devices of several processes.
+        CheckpointError: `path` exists or cannot be written, the network's weights do not match `model.config`, or they
+            are on devices of several processes.
 
     Example:
         >>> import vllama_jax as vl
@@ -127,23 +143,23 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False) -> None:
 
 
 def remove_missing_branches(directory: ModelDirectory) -> ModelDirectory:
-    """The model without a branch that was never trained: it cannot be used yet."""
+    """Remove branches without trained weights from the config of a model directory, with a warning for each."""
     config = directory.config
     for branch in get_branches(config):
         if branch.without is not None and not any(is_within(path, branch.qformer) for path in directory.shapes):
             logger.warning(
-                f"{directory.path}: no trained {branch.name} branch in it, so it is not used; train it, or convert a "
-                "checkpoint of it"
+                f"{directory.path}: the {branch.name} branch has no trained weights and is not used; train it, or "
+                "convert a checkpoint of it"
             )
             config = branch.without(config)
     return dataclasses.replace(directory, config=config)
 
 
-def _with_audio_scale(directory: ModelDirectory, scale: float) -> ModelDirectory:
-    """The same model with sound vectors of another norm. Raises ConfigError where that means nothing."""
+def _set_audio_scale(directory: ModelDirectory, scale: float) -> ModelDirectory:
+    """Set the norm of audio embeddings in the config. Raises ConfigError if it is invalid or there is no audio."""
     imagebind = directory.config.imagebind
     if imagebind is None:
-        raise ConfigError(f"{directory.path}: a picture-only model hears nothing, so there is no audio scale")
+        raise ConfigError(f"{directory.path}: the model has no audio branch; omit the audio scale")
     audio = imagebind.audio
     if not 0 < scale <= audio.max_logit_scale:
         raise ConfigError(f"the audio scale must be above 0 and at most {audio.max_logit_scale:g}, not {scale:g}")

@@ -1,7 +1,7 @@
-"""Where every array lives: the mesh, and one table from logical axis names to mesh axes.
+"""Device meshes and sharding: one table maps the logical axis names of arrays to mesh axes.
 
-Weights carry names ("embed", "heads", …) as metadata beside them (nn/layers.py: `axes`); activations are constrained
-by the same names inside the model. The table below is the only place where a name meets a device.
+Parameters have axis names ("embed", "heads", …) in their metadata (nn/layers.py: `axis_metadata`). The network
+constrains activations with the same names. `MESH_AXES` is the only mapping from names to mesh axes.
 """
 
 import contextlib
@@ -14,9 +14,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from vllama_jax.errors import ConfigError
 
-AXIS_NAMES = "logical_axes"  # the key under which a weight's metadata holds its axis names
+AXIS_NAMES = "logical_axes"  # key of the axis names in a parameter's metadata
 
-# Measured for 16 to 256 chips: batch over data and fsdp, weights gathered layer by layer over fsdp.
+# The fastest layout of those measured for 16 to 256 chips: the batch is sharded over data and fsdp, weights over fsdp,
+# and they are gathered layer by layer.
 MESH_AXES = {
     "batch": ("data", "fsdp"),
     "embed": ("fsdp",),
@@ -28,15 +29,26 @@ MESH_AXES = {
 
 
 def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh with axes data, fsdp and tensor over all devices. Raises ConfigError if their product is another number.
+    """Create a device mesh with the axes "data", "fsdp" and "tensor".
 
-    Its axes are Auto (the compiler partitions); `jax.make_mesh` would make them Explicit.
+    The axes have the type `Auto`, so the compiler partitions the computation; the default of `jax.make_mesh` is
+    `Explicit`.
+
+    Args:
+        data: Size of the axis that divides the batch.
+        fsdp: Size of the axis that divides both the batch and the parameters.
+        tensor: Size of the axis that divides heads and hidden dimensions.
+        devices: The devices of the mesh; all devices by default.
+
+    Raises:
+        ConfigError: The product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = (data, fsdp, tensor)
     if math.prod(shape) != len(devices):
         raise ConfigError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor} has {math.prod(shape)} places for {len(devices)} devices"
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {math.prod(shape)} devices, but {len(devices)} are "
+            "available"
         )
     return jax.make_mesh(shape, ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3, devices=devices)
 
@@ -44,27 +56,41 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
 def partition_spec(
     shape: Sequence[int], names: Sequence[str | None], mesh: Mesh | AbstractMesh, *, fsdp: bool = True
 ) -> PartitionSpec:
-    """Names to mesh axes for one array. Names stand for the last axes: stacked layers come first and have none.
+    """Map the logical axis names of an array to mesh axes.
 
-    A dimension that its mesh axes do not divide is replicated. `fsdp=False` leaves weights whole over fsdp (decoding).
+    A dimension that is not a multiple of the number of its shards is replicated.
+
+    Args:
+        shape: The shape of the array.
+        names: Names of its last axes. Leading axes, such as the one of stacked layers, have no name.
+        mesh: The device mesh.
+        fsdp: Whether to shard parameters over fsdp. Decoding replicates them over it.
     """
     names = (None,) * (len(shape) - len(names)) + tuple(names)
     spec = []
     for size, name in zip(shape, names, strict=True):
-        axes, places = _mesh_axes(name, mesh, fsdp=fsdp)
-        spec.append(axes if axes and size % places == 0 else None)
+        axes, num_shards = _mesh_axes(name, mesh, fsdp=fsdp)
+        spec.append(axes if axes and size % num_shards == 0 else None)
     return PartitionSpec(*spec)
 
 
 def _mesh_axes(name: str | None, mesh: Mesh | AbstractMesh, *, fsdp: bool) -> tuple[tuple[str, ...], int]:
-    """The mesh axes that a named dimension goes over, and how many places they make."""
-    wanted = MESH_AXES.get(name, ()) if name is not None else ()
-    axes = tuple(axis for axis in wanted if axis in mesh.shape and (fsdp or name == "batch" or axis != "fsdp"))
+    """Return the mesh axes that a named dimension is sharded over, and the number of its shards."""
+    candidates = MESH_AXES.get(name, ()) if name is not None else ()
+    axes = tuple(axis for axis in candidates if axis in mesh.shape and (fsdp or name == "batch" or axis != "fsdp"))
     return axes, math.prod(mesh.shape[axis] for axis in axes)
 
 
 def shard_abstract(abstract_state: nnx.State, mesh: Mesh | AbstractMesh, *, fsdp: bool = True) -> nnx.State:
-    """An abstract state with every leaf's sharding on it; it serves init, restore and ahead-of-time compiling."""
+    """Add a sharding to each leaf of an abstract state.
+
+    The result is used to initialize or restore weights, and to compile ahead of time.
+
+    Args:
+        abstract_state: A state whose leaves are `jax.ShapeDtypeStruct`.
+        mesh: The device mesh.
+        fsdp: Whether to shard parameters over fsdp.
+    """
 
     def with_sharding(variable: nnx.Variable) -> nnx.Variable:
         leaf = variable.get_value()
@@ -75,30 +101,40 @@ def shard_abstract(abstract_state: nnx.State, mesh: Mesh | AbstractMesh, *, fsdp
 
 
 def weight_sharding(variable: nnx.Variable, mesh: Mesh | AbstractMesh, *, fsdp: bool = True) -> NamedSharding:
-    """Where a weight lives, by the names beside it."""
+    """Return the sharding of a parameter, from the axis names in its metadata."""
     names = variable.get_metadata().get(AXIS_NAMES, ())
     return NamedSharding(mesh, partition_spec(variable.get_value().shape, names, mesh, fsdp=fsdp))
 
 
 def get_mesh(module: nnx.Module) -> Mesh | None:
-    """The mesh that a module's weights lie on; None on a single device."""
+    """Return the mesh that a module's parameters are sharded over; None if they are on a single device."""
     sharding = jax.tree.leaves(module)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:
-    """Makes `mesh` the current one, for the constraints inside the model."""
+    """Return a context manager that sets the current mesh, which sharding constraints in the network apply to.
+
+    Args:
+        mesh: The mesh; None changes nothing.
+    """
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
 
 
 def list_indivisible_axes(abstract_state: nnx.State, mesh: Mesh | AbstractMesh, *, fsdp: bool = True) -> list[str]:
-    """One line for each named axis that the mesh does not divide, and that is therefore replicated."""
-    lines = set()
+    """List the dimensions that are replicated because the mesh does not divide them, as one message for each.
+
+    Args:
+        abstract_state: A state of a network; only its shapes and axis names are used.
+        mesh: The device mesh.
+        fsdp: Whether parameters are sharded over fsdp.
+    """
+    messages = set()
     for path, variable in nnx.to_flat_state(abstract_state):
         shape, names = variable.get_value().shape, variable.get_metadata().get(AXIS_NAMES, ())
         for size, name in zip(shape[len(shape) - len(names) :], names, strict=True):
-            places = _mesh_axes(name, mesh, fsdp=fsdp)[1]
-            if size % places:
-                lines.add(f"{path[0]}: {size} {name} over {places} devices does not divide; kept whole on each")
-    return sorted(lines)
+            num_shards = _mesh_axes(name, mesh, fsdp=fsdp)[1]
+            if size % num_shards:
+                messages.add(f"{path[0]}: {name} ({size}) is not divisible by {num_shards} devices and is replicated")
+    return sorted(messages)

@@ -1,7 +1,7 @@
-"""Vision towers: the encoders of frames. One table says what the rest of the program must know of each.
+"""Vision towers: the encoders of frames. The table `TOWERS` has an entry for each.
 
-To add one: its config class and a line of the table here, its module in `nn/`, its rules in `convert/`
-(docs/architecture.md). Importing this file imports no jax.
+To add a tower, add its config class and its entry here, its module in `nn/` and its rules in `convert/`
+(docs/architecture.md). Importing this module imports no jax.
 """
 
 import dataclasses
@@ -18,17 +18,19 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 class TowerConfig(Protocol):
-    """What the config of every tower has.
+    """The interface of the configs of all towers.
 
-    One that can be a model's `vit` besides EVA-CLIP has a field `type`, whose default is its name in config.json.
+    A config that can take the place of EVA-CLIP's as a model's `vit` also has a field `type`, whose default is the
+    tower's name in config.json.
 
     Attributes:
         image_size: Height and width of a frame, in pixels.
-        width: Of its blocks and, as `vit`, of the features.
+        patch_size: Height and width of a patch, in pixels.
+        width: Width of the blocks; for a model's `vit`, also of the features.
         depth: Number of blocks.
-        num_heads: Attention heads of a block.
-        mlp_dim: Width of a block's feed-forward layer.
-        num_tokens: Of a frame in its blocks; as `vit`, the number of features.
+        num_heads: Number of attention heads in a block.
+        mlp_dim: Width of the feed-forward layer in a block.
+        num_tokens: Number of tokens of a frame in the blocks; for a model's `vit`, also the number of features.
     """
 
     @property
@@ -49,7 +51,7 @@ class TowerConfig(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VitConfig:
-    """EVA-CLIP's vision transformer (reference: eva_vit.py)."""
+    """Config of EVA-CLIP's vision transformer (reference: eva_vit.py)."""
 
     image_size: int = 224
     patch_size: int = 14
@@ -61,32 +63,37 @@ class VitConfig:
 
     @property
     def num_patches(self) -> int:
+        """Number of patches of a frame."""
         return (self.image_size // self.patch_size) ** 2
 
     @property
     def num_tokens(self) -> int:
-        """The patches and the class token."""
+        """Number of tokens of a frame: its patches and the class token."""
         return self.num_patches + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ImageBindVisionConfig(VitConfig):
-    """ImageBind's vision tower (reference: ImageBind/models). A picture is seen as `frames_per_patch` equal frames."""
+    """Config of ImageBind's vision tower (reference: ImageBind/models).
+
+    Attributes:
+        frames_per_patch: Number of frames in a patch. An image is encoded as this many equal frames.
+    """
 
     frames_per_patch: int = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Tower:
-    """What a tower is besides its config.
+    """The properties of a tower that are not in its config.
 
     Attributes:
-        module: Where its network is, as "package.module:Class"; Class(config, rngs=rngs) maps normalized frames
+        module: The tower's network, as "package.module:Class". `Class(config, rngs=rngs)` maps normalized frames
             [b, h, w, 3] to features [b, num_tokens, width]. None for a tower that another module builds.
-        mean: Of red, green and blue, for values in 0..1.
-        std: Their standard deviations.
-        scanned: Whether its blocks are stacked as `blocks` and run by `lax.scan`, which gathers one at a time.
-        quantized: Its linear layers that int8 and int4 quantize, by the path of the module they are in.
+        mean: Means of red, green and blue for the normalization of frames, for values in [0, 1].
+        std: Standard deviations of red, green and blue.
+        scanned: Whether the blocks are stacked as `blocks` and run by `lax.scan`, which gathers one block at a time.
+        quantized: The linear layers that int8 and int4 quantize, by the path of their parent module.
     """
 
     module: str | None
@@ -106,28 +113,47 @@ TOWERS: dict[type, Tower] = {
 
 
 def get_tower(config: TowerConfig) -> Tower:
-    """The entry of a tower's config. Raises ConfigError for a config class that is not in the table."""
+    """Return the entry of `TOWERS` for a tower's config.
+
+    Raises:
+        ConfigError: `TOWERS` has no entry for the config class.
+    """
     if type(config) not in TOWERS:
         known = ", ".join(cls.__name__ for cls in TOWERS)
-        raise ConfigError(f"{type(config).__name__} is no config of a vision tower; known are {known}")
+        raise ConfigError(f"{type(config).__name__} is not a config of a vision tower; choose one of {known}")
     return TOWERS[type(config)]
 
 
 def is_scanned(config: Any) -> bool:
-    """Whether the blocks of a config's module are stacked; only towers of the table may have others."""
+    """Return whether the blocks of a config's module are stacked. Only entries of `TOWERS` may set `scanned=False`."""
     return type(config) not in TOWERS or TOWERS[type(config)].scanned
 
 
 def build_tower(config: TowerConfig, rngs: Any) -> Any:
-    """The network of a tower that can be a model's `vit`."""
+    """Build the network of a tower that can be a model's `vit`.
+
+    Args:
+        config: The tower's config.
+        rngs: `nnx.Rngs` for the new weights.
+
+    Returns:
+        A module that maps normalized frames [b, h, w, 3] to features [b, num_tokens, width].
+
+    Raises:
+        ConfigError: The config is not that of a tower, or another module builds the tower.
+    """
     module = get_tower(config).module
     if module is None:
-        raise ConfigError(f"vit: {type(config).__name__} is part of another encoder and cannot be used alone")
+        raise ConfigError(f"vit: {type(config).__name__} belongs to another encoder and cannot be used alone")
     return pkgutil.resolve_name(module)(config, rngs=rngs)
 
 
 def get_tower_class(fields: Mapping[str, Any], where: str) -> type:
-    """The config class of a tower's fields in config.json: by `type`, EVA-CLIP's where there is none.
+    """Return the config class for a tower's fields in config.json.
+
+    Args:
+        fields: The tower's fields. `type` selects the class; without it, the tower is EVA-CLIP's.
+        where: The path of the fields, for the error message.
 
     Raises:
         ConfigError: The type is unknown.
@@ -139,6 +165,6 @@ def get_tower_class(fields: Mapping[str, Any], where: str) -> type:
     if not isinstance(name, str) or name not in known:
         names = ", ".join(known) or "none"
         raise ConfigError(
-            f"{where}.type: unknown vision tower {format_value(name)}; known are {names} (EVA-CLIP has no type)"
+            f"{where}.type: unknown vision tower {format_value(name)}; known types: {names} (EVA-CLIP's has no type)"
         )
     return known[name]

@@ -1,0 +1,1 @@
+"""Verify model directories: their files, and their weights and outputs against PyTorch files."""

@@ -1,4 +1,4 @@
-"""Whether a model computes what PyTorch computes from the files that it was made from, layer by layer.
+"""Compare the output of each layer of a model with that of PyTorch, computed from the files it was converted from.
 
 Both sides read one layer at a time, so that a model of any size can be compared on a small machine.
 """
@@ -30,8 +30,13 @@ ComputeDtype = Literal["float32", "bfloat16"]
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """The largest relative error of a layer, the largest mean KL divergence of the next token's probabilities, and the
-    smallest share of positions at which both sides find the same token likeliest."""
+    """Bounds of the differences between the two sides.
+
+    Attributes:
+        relative: The largest relative error of a layer.
+        mean_kl: The largest mean KL divergence of the next token, in nats.
+        top1: The smallest fraction of positions with the same most likely token.
+    """
 
     relative: float
     mean_kl: float
@@ -39,15 +44,22 @@ class Bounds:
 
 
 BOUNDS = {"float32": Bounds(1e-4, 1e-6, 0.999), "bfloat16": Bounds(5e-2, 1e-2, 0.9)}
-# What quantised weights cost is told, and whether it is more than this; it is no failure.
+# Errors of quantized weights are reported, also whether they exceed these bounds, but are not a failure.
 QUANTIZED_BOUNDS = {"int8": Bounds(0.1, 1e-2, 0.95), "int4": Bounds(1.0, 0.2, 0.8)}
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerError:
-    """max|ours − torch's|, and the same over max|torch's|."""
+    """The error of the output of one layer.
 
-    part: str
+    Attributes:
+        component: The component.
+        layer: The stage, such as "layer 3".
+        maximum: max|ours - PyTorch's|.
+        relative: The same divided by max|PyTorch's|.
+    """
+
+    component: str
     layer: str
     maximum: float
     relative: float
@@ -55,7 +67,14 @@ class LayerError:
 
 @dataclasses.dataclass(frozen=True)
 class LogitsError:
-    """Over a prompt's positions; KL of ours from torch's in nats."""
+    """The error of the logits of a prompt.
+
+    Attributes:
+        positions: The number of tokens of the prompt.
+        mean_kl: The mean of KL(PyTorch ‖ ours) of the next token, in nats.
+        max_kl: The largest one.
+        top1: The fraction of positions with the same most likely token.
+    """
 
     positions: int
     mean_kl: float
@@ -65,7 +84,14 @@ class LogitsError:
 
 @dataclasses.dataclass(frozen=True)
 class VerifySettings:
-    """dtype: in which ours computes. tokens: the prompt's length. seed: of the inputs. quantize: ours, where asked."""
+    """Settings of a comparison.
+
+    Attributes:
+        dtype: The compute dtype of the model. PyTorch computes in float32.
+        tokens: The length of the prompt.
+        seed: The seed of the random inputs.
+        quantize: The quantization scheme to apply to the model, if any.
+    """
 
     dtype: ComputeDtype = "float32"
     tokens: int = 1024
@@ -74,7 +100,7 @@ class VerifySettings:
 
 
 def check_installed() -> None:
-    """Raises ConfigError where what runs the PyTorch side is missing."""
+    """Raise ConfigError if torch or transformers is not installed."""
     for name in ("torch", "transformers"):
         import_extra(name, "verify", "running the PyTorch side", ConfigError, "add --weights-only")
 
@@ -82,11 +108,23 @@ def check_installed() -> None:
 def compare_networks(
     directory: ModelDirectory, plan: ConversionPlan, settings: VerifySettings, progress: Callable[[str, int, int], None]
 ) -> tuple[list[LayerError], LogitsError]:
-    """The output of every layer of every part, on the same random input, and the language model's logits.
+    """Compare the output of every layer of every component, on the same random input, and the logits.
 
-    Each side goes on from its own output, so that errors add up as they do in use. The source's tensors are rounded as
-    the model's weights are. progress is called with what is computed now, how many stages are done, and of how many.
-    Raises CheckpointError as `check_comparable` does.
+    The input of a layer is the same side's output of the previous one, so that errors accumulate as in use. The
+    source's tensors are rounded to the dtype of the model's weights.
+
+    Args:
+        directory: The model directory.
+        plan: The plan of a conversion from its PyTorch files.
+        settings: Dtype, prompt length, seed and quantization.
+        progress: Called with the current stage, the number of completed stages and the total number.
+
+    Returns:
+        The error of each layer, and that of the language model's logits.
+
+    Raises:
+        CheckpointError: As `check_comparable`, or a file cannot be read.
+        ConfigError: As `check_comparable`.
     """
     import jax
     import torch
@@ -96,37 +134,45 @@ def compare_networks(
 
     check_comparable(directory, plan)
     tokens = min(settings.tokens, directory.config.llama.max_length)
-    found = [
-        part
-        for part in model_components(plan.config, configuration(plan.tokenizer_directory, plan.config.llama), tokens)
-        if _source(part, plan)
+    llama_config = configuration(plan.tokenizer_directory, plan.config.llama)
+    components = [
+        component for component in model_components(plan.config, llama_config, tokens) if _source(component, plan)
     ]
-    total = sum(len(part.stages) for part in found)
+    total = sum(len(component.stages) for component in components)
     errors: list[LayerError] = []
     sides = make_jax_runner(directory, settings.dtype, settings.quantize), _make_torch_runner(directory, plan)
     with jax.default_matmul_precision("highest"), torch.inference_mode():
-        for part in found:
-            x = part.random_input(np.random.default_rng(settings.seed))
+        for component in components:
+            x = component.random_input(np.random.default_rng(settings.seed))
             carries: list[Any] = [x, torch.from_numpy(x)]
-            for stage in part.stages:
-                progress(f"{part.name}, {stage.name}", len(errors), total)
-                carries = [run(part, stage, carry) for run, carry in zip(sides, carries, strict=True)]
+            for stage in component.stages:
+                progress(f"{component.name}, {stage.name}", len(errors), total)
+                carries = [run(component, stage, carry) for run, carry in zip(sides, carries, strict=True)]
                 ours, theirs = map(_compared_array, carries)
-                errors.append(LayerError(part.name, stage.name, *_max_errors(ours, theirs)))
+                errors.append(LayerError(component.name, stage.name, *_max_errors(ours, theirs)))
     return errors, _logits_error(ours[0], theirs[0])
 
 
-def _source(part: "Component", plan: ConversionPlan) -> Source | None:
-    """The file that a part's weights come from; a projection may be MiniGPT-4's."""
-    found = plan.sources.get(part.file_type)
-    return plan.sources.get("minigpt4") if found is None and part.name == "llama_proj" else found
+def _source(component: "Component", plan: ConversionPlan) -> Source | None:
+    """Return the file of a component's weights; of `llama_proj`, it may be MiniGPT-4's."""
+    found = plan.sources.get(component.file_type)
+    return plan.sources.get("minigpt4") if found is None and component.name == "llama_proj" else found
 
 
 StageRunner = Callable[["Component", "Stage", Any], Any]
 
 
 def make_jax_runner(directory: ModelDirectory, dtype: ComputeDtype, quantize: str | None = None) -> StageRunner:
-    """Runs a stage on a network of one layer, in which only the weights that the stage needs have values."""
+    """Return a function that runs a stage in JAX, on a network of one layer with the weights of the stage.
+
+    Args:
+        directory: The model directory.
+        dtype: The compute dtype.
+        quantize: The quantization scheme to apply, if any.
+
+    Returns:
+        (component, stage, output of the previous stage) → output of the stage.
+    """
     import jax
     from flax import nnx
 
@@ -147,7 +193,7 @@ def make_jax_runner(directory: ModelDirectory, dtype: ComputeDtype, quantize: st
             state[path] = variable.replace(weight)
         return ours(nnx.merge(graph, nnx.from_flat_state(state)), carry)
 
-    def run(part: "Component", stage: "Stage", carry: Any) -> Any:
+    def run(component: "Component", stage: "Stage", carry: Any) -> Any:
         needed = [name for name in shapes if any(fnmatch.fnmatchcase(name, pattern) for pattern in stage.leaves)]
         weights = {name: _rows(read(name, stage.row), stage.row).astype(shapes[name][1].dtype) for name in needed}
         return jax.block_until_ready(computed(stage.ours, weights, carry))
@@ -156,23 +202,23 @@ def make_jax_runner(directory: ModelDirectory, dtype: ComputeDtype, quantize: st
 
 
 def _rows(weight: np.ndarray, row: int | None) -> np.ndarray:
-    """A weight, or a layer's as a stack of one."""
+    """Return a weight, with an axis of one layer if it is a row of a stacked weight."""
     return weight if row is None else weight[None]
 
 
 def _make_torch_runner(directory: ModelDirectory, plan: ConversionPlan) -> StageRunner:
-    """Runs a stage in torch, in float32."""
+    """Return a function that runs a stage in PyTorch, in float32."""
     import torch
 
     rounded: dict[tuple[Source, str], str] = {}
-    held = directory.manifest["leaves"]
+    stored = directory.manifest["leaves"]
     for leaf in plan.leaves:
-        dtype = held[leaf.rule.target]["dtype"] if leaf.rule.target in held else "float32"  # quantised
+        dtype = stored[leaf.rule.target]["dtype"] if leaf.rule.target in stored else "float32"  # quantized
         rounded |= {(leaf.source, name): dtype for names in leaf.rule.names() for name in names}
 
-    def run(part: "Component", stage: "Stage", carry: Any) -> Any:
-        source = _source(part, plan)
-        assert source is not None  # only parts that have one are compared
+    def run(component: "Component", stage: "Stage", carry: Any) -> Any:
+        source = _source(component, plan)
+        assert source is not None  # only components with a file are compared
 
         def read(name: str) -> torch.Tensor:
             values = source.read(name).astype(rounded[source, name], copy=False)
@@ -189,21 +235,21 @@ def _compared_array(carry: Any) -> np.ndarray:
 
 def _max_errors(ours: np.ndarray, theirs: np.ndarray) -> tuple[float, float]:
     if ours.shape != theirs.shape:
-        raise CheckpointError(f"a layer gives {ours.shape}, and torch's {theirs.shape}")
+        raise CheckpointError(f"the output of a layer is {ours.shape}, but {theirs.shape} in PyTorch")
     largest = float(np.abs(ours - theirs).max())
     scale = float(np.abs(theirs).max())
     return largest, largest / scale if scale else math.inf if largest else 0.0
 
 
 def _logits_error(ours: np.ndarray, theirs: np.ndarray) -> LogitsError:
-    """Of [position, vocabulary]."""
+    """Compare logits [positions, vocabulary]."""
     divergences = np.array([_divergence(*rows) for rows in zip(theirs, ours, strict=True)])
-    same = (ours.argmax(-1) == theirs.argmax(-1)).mean()
-    return LogitsError(len(ours), float(divergences.mean()), float(divergences.max()), float(same))
+    top1 = (ours.argmax(-1) == theirs.argmax(-1)).mean()
+    return LogitsError(len(ours), float(divergences.mean()), float(divergences.max()), float(top1))
 
 
 def _divergence(reference: np.ndarray, other: np.ndarray) -> float:
-    """KL(reference ‖ other) of two rows of logits, computed in float64."""
+    """Compute KL(reference ‖ other) of two rows of logits in float64."""
     log_p, log_q = (row - np.logaddexp.reduce(row) for row in (reference.astype(np.float64), other.astype(np.float64)))
     return float(np.sum(np.exp(log_p) * (log_p - log_q)))
 
@@ -211,30 +257,39 @@ def _divergence(reference: np.ndarray, other: np.ndarray) -> float:
 def check_errors(
     errors: list[LayerError], logits: LogitsError, dtype: ComputeDtype, scheme: str | None
 ) -> tuple[list[str], list[str]]:
-    """What is wrong, and what of quantised parts is more than they usually cost."""
+    """Compare errors with their bounds.
+
+    Args:
+        errors: The error of each layer.
+        logits: The error of the logits.
+        dtype: The compute dtype.
+        scheme: The quantization scheme of the model, if any.
+
+    Returns:
+        The failures, and the errors of quantized components that exceed `QUANTIZED_BOUNDS`, which are no failures.
+    """
     from vllama_jax.nn.quantized import LLAMA_LAYERS
 
     if scheme is None:
         return find_exceeded_bounds(errors, logits, BOUNDS[dtype]), []
-    model_components = {"vit", *(path.split("/")[0] for path in LLAMA_LAYERS)}
-    plain = [error for error in errors if error.part not in model_components]
-    costs = [error for error in errors if error.part in model_components]
-    return find_exceeded_bounds(plain, None, BOUNDS[dtype]), find_exceeded_bounds(
-        costs, logits, QUANTIZED_BOUNDS[scheme]
-    )
+    components = {"vit", *(path.split("/")[0] for path in LLAMA_LAYERS)}
+    exact = [error for error in errors if error.component not in components]
+    quantized = [error for error in errors if error.component in components]
+    failures = find_exceeded_bounds(exact, None, BOUNDS[dtype])
+    return failures, find_exceeded_bounds(quantized, logits, QUANTIZED_BOUNDS[scheme])
 
 
 def find_exceeded_bounds(errors: list[LayerError], logits: LogitsError | None, bounds: Bounds) -> list[str]:
-    """What is beyond its bound, the first layer of each part only; a number that is none is beyond any."""
+    """Return a line for each component, of its first layer beyond the bound, and for the logits. NaN is beyond any."""
     found: dict[str, str] = {}
     for error in errors:
         if not error.relative <= bounds.relative:
-            told = f"{error.part}, {error.layer}: relative error {error.relative:.1e}, above {bounds.relative:.0e}"
-            found.setdefault(error.part, told)
+            line = f"{error.component}, {error.layer}: relative error {error.relative:.1e}, above {bounds.relative:.0e}"
+            found.setdefault(error.component, line)
     if logits is None:
         return list(found.values())
     if not logits.mean_kl <= bounds.mean_kl:
         found["kl"] = f"logits: mean KL {logits.mean_kl:.1e}, above {bounds.mean_kl:.0e}"
     if not logits.top1 >= bounds.top1:
-        found["top1"] = f"logits: the same likeliest token at {logits.top1:.1%} of positions, below {bounds.top1:.1%}"
+        found["top1"] = f"logits: the same most likely token at {logits.top1:.1%} of positions, below {bounds.top1:.1%}"
     return list(found.values())

@@ -1,5 +1,6 @@
-"""The model as a list of stages, each of which our network and torch run on the same weights: what `vllama verify`
-compares. A stage is as small as a layer, so that neither side ever needs more of the model than one in memory.
+"""The stages of a model that `vllama verify` runs in JAX and in PyTorch, with the same weights.
+
+A stage is at most one layer, so that each side has only one layer of the model in memory.
 """
 
 import dataclasses
@@ -23,15 +24,20 @@ from vllama_jax.nn.layers import run_blocks
 from vllama_jax.nn.video_llama import VideoLlama
 from vllama_jax.towers import ImageBindVisionConfig, TowerConfig, VitConfig, is_scanned
 
-Ours = Callable[[VideoLlama, Any], Any]
-Theirs = Callable[[ReadTensor, Any], Any]
+Ours = Callable[[VideoLlama, Any], Any]  # (network, input) → output
+Theirs = Callable[[ReadTensor, Any], Any]  # (function that reads a tensor of the file, input) → output
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """A step of a part. What it gives is the next one's input; of a tuple, the first is compared.
+    """A stage of a component. Its output is the input of the next stage.
 
-    leaves: patterns of the weights that ours needs; of stacked ones the row `row`, as a stack of one layer.
+    Attributes:
+        name: Its name in the report, such as "layer 3".
+        leaves: Patterns (fnmatch) on the paths of its weights.
+        ours: Runs it in JAX. If the output is a tuple, its first element is compared.
+        theirs: Runs it in PyTorch.
+        row: The row of stacked weights that it uses; None for weights that are not stacked.
     """
 
     name: str
@@ -43,7 +49,14 @@ class Stage:
 
 @dataclasses.dataclass(frozen=True)
 class Component:
-    """kind: of the file that its weights come from. draw: a random input for it."""
+    """A component and its stages.
+
+    Attributes:
+        name: The path of the component.
+        file_type: The type of the file that contains it.
+        random_input: (random generator) → an input of the first stage.
+        stages: The stages in order.
+    """
 
     name: str
     file_type: str
@@ -52,9 +65,9 @@ class Component:
 
 
 def one_layer(cfg: Any) -> Any:
-    """The same config with one layer in each part, which every layer's weights fit in turn.
+    """Return the config with one layer in each component, a network that can hold the weights of any one layer.
 
-    A tower whose blocks are not stacked stays whole: each of its layers has weights of its own.
+    Towers whose blocks are not stacked keep all layers, because each has its own parameter paths.
     """
     changed: dict[str, Any] = {}
     for field in dataclasses.fields(cfg):
@@ -71,26 +84,35 @@ def one_layer(cfg: Any) -> Any:
 def model_components(
     cfg: VideoLlamaConfig, llama_config: transformers.PretrainedConfig, tokens: int
 ) -> list[Component]:
-    """All parts that a model of this config can have, branch by branch. tokens: the length of the prompt."""
-    described = [spec.stages for spec in FILE_SPECS.values() if spec.stages and spec.applies(cfg)]
-    found = [component for stages in described for component in pkgutil.resolve_name(stages)(cfg)]
+    """Return all components that a model of this config can have, branch by branch.
+
+    Args:
+        cfg: The model's config.
+        llama_config: transformers' config of the language model.
+        tokens: The length of the random prompt.
+    """
+    functions = [spec.stages for spec in FILE_SPECS.values() if spec.stages and spec.applies(cfg)]
+    components = [component for function in functions for component in pkgutil.resolve_name(function)(cfg)]
     branch_of = {path: number for number, branch in enumerate(BRANCHES.values()) for path in branch.components}
-    found.sort(key=lambda component: branch_of[component.name])
+    components.sort(key=lambda component: branch_of[component.name])
     prompt = lambda rng: rng.integers(cfg.llama.vocab_size, size=(1, tokens))  # noqa: E731
-    return [*found, Component("llama", "llama", prompt, _llama(cfg, llama_config))]
+    return [*components, Component("llama", "llama", prompt, _llama(cfg, llama_config))]
 
 
 def eva_vit_stages(cfg: VideoLlamaConfig) -> list[Component]:
-    assert isinstance(cfg.vit, VitConfig)  # this is what the piece's `applies` checks
+    """Return the component of EVA-CLIP's file."""
+    assert isinstance(cfg.vit, VitConfig)  # checked by `FileSpec.applies`
     return [Component("vit", "eva_vit", _random_images(cfg.vit), _vit(cfg.vit))]
 
 
 def image_qformer_stages(cfg: VideoLlamaConfig) -> list[Component]:
+    """Return the component of BLIP-2's file; its first stage is `ln_vision`."""
     stages = [_ln_vision(cfg), *_qformer("image", "", cfg.image_qformer, cfg.vit.width)]
     return [Component("image_qformer", "blip2", _random_normal(2, cfg.vit.num_tokens, cfg.vit.width), stages)]
 
 
 def vision_branch_stages(cfg: VideoLlamaConfig) -> list[Component]:
+    """Return the components of a vision-language checkpoint."""
     image, video = cfg.image_qformer, cfg.video_qformer
     frames = min(cfg.num_frames, cfg.num_frame_positions)
     return [
@@ -102,18 +124,19 @@ def vision_branch_stages(cfg: VideoLlamaConfig) -> list[Component]:
 
 
 def imagebind_stages(cfg: VideoLlamaConfig) -> list[Component]:
-    senses = cfg.require_imagebind()
-    embed_dim = senses.embed_dim
-    mel = _random_normal(2, senses.audio.num_mel_bins, senses.audio.num_mel_frames)
+    """Return the components of ImageBind's file."""
+    towers = cfg.require_imagebind()
+    embed_dim = towers.embed_dim
+    mel = _random_normal(2, towers.audio.num_mel_bins, towers.audio.num_mel_frames)
+    images = _random_images(towers.vision)
     return [
-        Component("imagebind/audio", "imagebind", mel, _imagebind_audio(senses.audio, embed_dim)),
-        Component(
-            "imagebind/vision", "imagebind", _random_images(senses.vision), _imagebind_vision(senses.vision, embed_dim)
-        ),
+        Component("imagebind/audio", "imagebind", mel, _imagebind_audio(towers.audio, embed_dim)),
+        Component("imagebind/vision", "imagebind", images, _imagebind_vision(towers.vision, embed_dim)),
     ]
 
 
 def audio_branch_stages(cfg: VideoLlamaConfig) -> list[Component]:
+    """Return the components of an audio-language checkpoint."""
     audio, clips = cfg.require_audio_qformer(), min(cfg.num_clips, cfg.num_clip_positions)
     projection = _projection(cfg, "audio_")
     return [
@@ -133,15 +156,15 @@ def _random_images(cfg: TowerConfig) -> Callable[[np.random.Generator], np.ndarr
 
 
 def _torch_module(make: Callable[[], nn.Module], prefix: str, names: Mapping[str, str] | None = None) -> Theirs:
-    """A stage that is one module of torch's."""
+    """Return a stage that is a single PyTorch module."""
     return lambda read, x: load_module(make, read, prefix, names)(x)
 
 
-# Towers of pre-norm blocks
+# Towers
 
 
 def _blocks(path: str, depth: int, make: Callable[[], nn.Module], prefix: str) -> list[Stage]:
-    """prefix: of the tensors of layer `{i}`."""
+    """Return a stage for each block. `prefix` is the prefix of the tensors of layer `{i}`."""
     tower = operator.attrgetter(path.replace("/", "."))
 
     def ours(network: VideoLlama, x: jax.Array) -> jax.Array:
@@ -203,7 +226,7 @@ def _head_stage(modality: str, make: Callable[[], nn.Module], end: nn.Module) ->
     return Stage("head", leaves, lambda network, x: getattr(network.imagebind, modality).project_class_token(x), theirs)
 
 
-# Q-Formers and what is around them
+# Q-Formers, and the layers before and after them
 
 
 def _ln_vision(cfg: VideoLlamaConfig) -> Stage:
@@ -231,11 +254,18 @@ def _audio_qformer(cfg: VideoLlamaConfig) -> list[Stage]:
 
 
 def _qformer(modality: str, prefix: str, cfg: QFormerConfig, memory_width: int) -> list[Stage]:
-    """prefix: of the names in the file. Memory goes along with the queries."""
+    """Return the stages of a Q-Former. A carry is (queries, memory): the features that the queries attend to.
+
+    Args:
+        modality: "image", "video" or "audio".
+        prefix: The prefix of tensor names in the file.
+        cfg: The Q-Former's config.
+        memory_width: The width of the features.
+    """
     path, names = f"{modality}_qformer", {"norm.": f"{prefix}Qformer.bert.embeddings.LayerNorm."}
     names["query_tokens"] = f"{prefix}query_tokens"
 
-    def embed_inputs(read: ReadTensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def queries(read: ReadTensor, memory: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return load_module(lambda: qformer.Queries(cfg), read, "", names)(memory), memory
 
     def layer(number: int) -> Theirs:
@@ -248,19 +278,20 @@ def _qformer(modality: str, prefix: str, cfg: QFormerConfig, memory_width: int) 
 
         return theirs
 
-    ours = [_qformer_layer(path, stack) for stack in ("cross_layers", "plain_layers")]
+    stacks = ("cross_layers", "plain_layers")
+    ours = [_qformer_layer(path, stack) for stack in stacks]
     stages = [
         Stage(
             "queries",
             (f"{path}/queries", f"{path}/norm/*"),
             lambda n, x: getattr(n, path).embed_inputs(x),
-            embed_inputs,
+            queries,
         )
     ]
     for number in range(cfg.depth):
-        row, place = divmod(number, cfg.cross_attention_every)
-        leaves = (f"{path}/{('cross_layers', 'plain_layers')[place]}/*",)
-        stages.append(Stage(f"layer {number}", leaves, ours[place], layer(number), row))
+        row, stack = divmod(number, cfg.cross_attention_every)
+        leaves = (f"{path}/{stacks[stack]}/*",)
+        stages.append(Stage(f"layer {number}", leaves, ours[stack], layer(number), row))
     return stages
 
 
@@ -281,16 +312,16 @@ def _projection(cfg: VideoLlamaConfig, prefix: str = "") -> list[Stage]:
 # The language model
 
 
-def _llama(cfg: VideoLlamaConfig, theirs: transformers.PretrainedConfig) -> list[Stage]:
+def _llama(cfg: VideoLlamaConfig, torch_config: transformers.PretrainedConfig) -> list[Stage]:
     def layer(network: VideoLlama, x: jax.Array) -> jax.Array:
         return network.llama.run_layers(x, jnp.ones(x.shape[:2], bool))
 
-    names = {"norm.": "model.norm.", "head.": "model.embed_tokens." if theirs.tie_word_embeddings else "lm_head."}
+    names = {"norm.": "model.norm.", "head.": "model.embed_tokens." if torch_config.tie_word_embeddings else "lm_head."}
     head = ("llama/norm/*", "llama/embedding" if cfg.llama.tie_embeddings else "llama/head/*")
-    end = _torch_module(lambda: llama.Logits(theirs), "", names)
+    end = _torch_module(lambda: llama.Logits(torch_config), "", names)
 
     def reference(number: int) -> Theirs:
-        return _torch_module(lambda: llama.Layer(theirs), "", {"layer.": f"model.layers.{number}."})
+        return _torch_module(lambda: llama.Layer(torch_config), "", {"layer.": f"model.layers.{number}."})
 
     layers = [Stage(f"layer {i}", ("llama/blocks/*",), layer, reference(i), i) for i in range(cfg.llama.depth)]
     return [

@@ -1,1 +1,1 @@
-"""A small world with sound, and a miniature Video-LLaMA that is trained on it from nothing (docs/miniature.md)."""
+"""The miniature: a rendered world, and a small Video-LLaMA that is trained on it from scratch (docs/miniature.md)."""

@@ -1,10 +1,10 @@
-"""A miniature from nothing:
+"""Train a miniature from scratch.
 
     python -m vllama_jax.miniature OUT --seed 0
 
-writes the world, trains the frozen parts and both branches in both stages, and measures what came of it, in about 80
-minutes on two cores. Everything is kept under OUT; run again it goes on where it was stopped. OUT/model can be asked
-with `vllama chat FILE --model OUT/model`; OUT/results.json has the figures that are printed at the end.
+writes the world, trains the frozen components and both branches in both stages, and measures the model, in about 80
+minutes on two cores. All files are under OUT; the same command resumes a run that was interrupted. Chat with the model
+with `vllama chat FILE --model OUT/model`. OUT/results.json has the table that is printed at the end.
 """
 
 import sys
@@ -21,12 +21,12 @@ from vllama_jax.runtime.compilation_cache import enable_compilation_cache
 
 
 def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500) -> None:
-    """Make a miniature Video-LLaMA from nothing.
+    """Train a miniature Video-LLaMA from scratch and measure it. The same command resumes an interrupted run.
 
     Args:
-        out: Where everything is kept.
-        seed: Of the world and of the frozen parts. The branches' own is that of their run configs.
-        clips: Files in each set that the model is measured on.
+        out: The output directory.
+        seed: The seed of the world and of the frozen components. The branches use the seed of their run configs.
+        clips: The number of files of each measure.
     """
     enable_compilation_cache()
     from vllama_jax.miniature.evaluate import check_arguments, format_measures
@@ -34,44 +34,54 @@ def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500)
 
     check_arguments(seed, clips)
     file = out / "results.json"
-    began, from_nothing = time.perf_counter(), not out.exists()
+    start_time, is_new = time.perf_counter(), not out.exists()
     out.mkdir(parents=True, exist_ok=True)
 
     def log(text: str) -> None:
-        print(f"[{(time.perf_counter() - began) / 60:5.1f} min] {text}", file=sys.stderr, flush=True)
+        print(f"[{(time.perf_counter() - start_time) / 60:5.1f} min] {text}", file=sys.stderr, flush=True)
 
     recipe = Recipe()
     make_base_model(out, seed, recipe, log)
     train_branches(out, recipe, log)
     results = measure_models(out, seed, clips, log)
     minutes: float | None
-    if from_nothing:
-        minutes = round((time.perf_counter() - began) / 60, 1)
-    else:  # known if it is whole already, but not of a run that was taken up again
+    if is_new:
+        minutes = round((time.perf_counter() - start_time) / 60, 1)
+    else:  # known if the run was complete before, unknown if it was resumed
         minutes = read_object(file)["minutes"] if file.exists() else None
     replace_json(file, {"seed": seed, "minutes": minutes, "measures": results})
     print(format_measures(results))
 
 
 def measure_models(out: Path, seed: int, clips: int, log: Callable[[str], None]) -> dict[str, dict[str, float]]:
-    """All measures of the model, and those of the models that it is compared with; kept in OUT/measures."""
+    """Measure the model and its baselines, and store the results in OUT/measures.
+
+    Args:
+        out: OUT, with the models.
+        seed: The seed of the files.
+        clips: The number of files of each measure.
+        log: Called with progress messages.
+
+    Returns:
+        The measures by name.
+    """
     from vllama_jax.miniature import evaluate
     from vllama_jax.model import load
 
     folder = out / "measures"
     folder.mkdir(exist_ok=True)
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     work = (
         ("model", "model", evaluate.evaluate),
         ("without_positions", "model_without_positions", evaluate.measure_without_positions),
         ("random_hearing", "model", evaluate.measure_random_audio_tower),
     )
-    for name, of, figures in work:
+    for name, model, measure in work:
         file = folder / f"{name}-{clips}.json"
         if not file.exists():
-            replace_json(file, figures(load(out / of), seed, clips, log))
-        found |= read_object(file)
-    return found
+            replace_json(file, measure(load(out / model), seed, clips, log))
+        results |= read_object(file)
+    return results
 
 
 if __name__ == "__main__":

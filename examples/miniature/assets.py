@@ -1,9 +1,9 @@
-"""What of the miniature comes with the package: a trained model in one file, and clips to ask it about.
+"""Write the files that the package contains: a trained miniature, demo clips, and results.
 
     python -m vllama_jax.miniature.assets OUT [OTHERS...]
 
-puts the model that `python -m vllama_jax.miniature OUT` made in their place, and renders the clips again. Results are
-those of OUT and of the same command with other seeds, in OTHERS; they are printed as docs/miniature.md has them.
+replaces them with the model that `python -m vllama_jax.miniature OUT` trained, with new renderings of the clips, and
+with the results of OUT and of other seeds, in OTHERS. It prints the results as the table of docs/miniature.md.
 """
 
 import shutil
@@ -17,11 +17,16 @@ from vllama_jax.io.archives import pack
 from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_files import read_object
 
-DTYPE = "bfloat16"  # of the weights that are shipped
+DTYPE = "bfloat16"  # of the weights in the package
 
 
 def write_assets(out: Path, others: Sequence[Path] = ()) -> None:
-    """Puts OUT/model into the box, clips of combinations that it was not trained on beside it, and results of all."""
+    """Replace the assets of the package.
+
+    Args:
+        out: OUT, with the model and its results. The clips show held-out combinations.
+        others: Directories with the results of other seeds.
+    """
     import numpy as np
 
     from vllama_jax import convert
@@ -33,7 +38,7 @@ def write_assets(out: Path, others: Sequence[Path] = ()) -> None:
     drum = ObjectGroup(kind="drum", color="pink", motion="grows")
     clips = {
         "bell.mp4": Scene((bell,), ("bell",)),
-        "dog_or_drum.mp4": Scene((drum,), ("dog",)),  # a dog is heard
+        "dog_or_drum.mp4": Scene((drum,), ("dog",)),  # audio of another kind
         "two.mp4": Scene(
             (
                 ObjectGroup(kind="frog", color="blue", motion="in turn"),
@@ -43,12 +48,12 @@ def write_assets(out: Path, others: Sequence[Path] = ()) -> None:
         ),
         "birds.jpg": Scene((ObjectGroup(kind="bird", color="pink", size="small", number=3),)),
     }
-    results = [read_object(one / "results.json") for one in (out, *others)]
+    results = [read_object(directory / "results.json") for directory in (out, *others)]
     plan = convert.plan(files={}, base=out / "model")
     shutil.rmtree(ASSETS, ignore_errors=True)
     CLIPS.mkdir(parents=True)
     for number, (name, scene) in enumerate(clips.items()):
-        rng = np.random.default_rng([10, number])  # clips it is right about; results say how often it is
+        rng = np.random.default_rng([10, number])  # chosen so that the answers are correct; results.json has accuracies
         if name.endswith(".jpg"):
             write_image(CLIPS / name, scene, rng)
         else:
@@ -59,16 +64,21 @@ def write_assets(out: Path, others: Sequence[Path] = ()) -> None:
     write_json(RESULTS, results)
 
 
-def pack_model(model: Path, box: Path) -> None:
-    """Write a model directory as box/model.zip, and the digests of that file and of the weights as box/model.json."""
+def pack_model(model: Path, folder: Path) -> None:
+    """Archive a model directory.
+
+    Args:
+        model: The model directory.
+        folder: Where model.zip is written, and model.json with the digests of that file and of the weights.
+    """
     import xxhash
 
     from vllama_jax.checkpoints.directory import open_model
 
     digest = open_model(model).digest
-    pack(model, box / "model.zip")
-    archive_digest = xxhash.xxh3_128_hexdigest((box / "model.zip").read_bytes())
-    replace_json(box / "model.json", {"archive_xxh3_128": archive_digest, "model_digest": digest})
+    pack(model, folder / "model.zip")
+    archive_digest = xxhash.xxh3_128_hexdigest((folder / "model.zip").read_bytes())
+    replace_json(folder / "model.json", {"archive_xxh3_128": archive_digest, "model_digest": digest})
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Which frames, patches and sounds the Q-Formers read: attention weights of a loaded model, and pictures of them.
+"""Attention weights of the Q-Formers and of the audio tower of a loaded model, and plots of them.
 
-Functions are pure and walk the network's own modules: a weight is the softmax of query · key of a layer as it stands,
-on what the layers before it made. Letters as in nn/: b batch, q queries, h heads, m what is read, t frames, s sounds.
+The functions are pure and run the modules of the network. Weights are softmax(query · key) of a layer, on the outputs
+of the layers before it. Shapes use the letters of nn/: b batch, q queries, h heads, m keys, t frames, s audio clips.
 
     model = vl.load("MODEL")
     frames = vl.media.normalize(vl.media.read_video("clip.mp4", size=64).frames)
-    video_attention(model.network, frames[None])[0]  # [layers, heads, queries, frames, tokens a frame]
+    video_qformer_attention(model.network, frames[None])[0]  # [layers, heads, queries, frames, tokens of a frame]
 """
 
 from collections.abc import Iterator
@@ -29,7 +29,15 @@ Stacked = TypeVar("Stacked", bound=nnx.Module)
 
 
 def attention_weights(query: Float[Array, "b q h k"], key: Float[Array, "b m h k"]) -> Float[Array, "b h q m"]:
-    """How much of each key's value a query takes: over m they sum to 1."""
+    """Compute softmax(query · key / √k) over the keys.
+
+    Args:
+        query: [b, q, h, k].
+        key: [b, m, h, k].
+
+    Returns:
+        Weights [b, h, q, m], which sum to 1 over m.
+    """
     scores = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
     return jax.nn.softmax(scores, axis=-1)
 
@@ -37,26 +45,34 @@ def attention_weights(query: Float[Array, "b q h k"], key: Float[Array, "b m h k
 def iterate_cross_attention(
     qformer: QFormer, memory: Float[Array, "b m e"]
 ) -> Iterator[tuple[Layer, Float[Array, "b q d"], Float[Array, "b h q m"]]]:
-    """Each layer that reads the encoder: the layer, what its cross-attention is asked, and its weights."""
+    """Run a Q-Former and yield the state of each cross-attention.
+
+    Args:
+        qformer: The Q-Former.
+        memory: The features that it attends to, [b, m, e].
+
+    Yields:
+        The layer, the input of its cross-attention [b, q, d], and the attention weights [b, h, q, m].
+    """
     x, memory = qformer.embed_inputs(memory)
     for number in range(qformer.groups):
         layer = unstack_layer(qformer.cross_layers, number)
-        asked = layer.attention(x, x)
-        reads = layer.cross_attention
-        assert reads is not None  # each layer of this stack reads the encoder
-        yield layer, asked, attention_weights(reads.query(asked), reads.key(memory))
+        queries = layer.attention(x, x)
+        cross = layer.cross_attention
+        assert cross is not None  # all layers of this stack have cross-attention
+        yield layer, queries, attention_weights(cross.query(queries), cross.key(memory))
         x = layer(x, memory)
         if qformer.plain_layers is not None:
             x = unstack_layer(qformer.plain_layers, number)(x, memory)
 
 
 def unstack_layer(stacked: Stacked, number: int) -> Stacked:
-    """One of the layers that are stacked on axis 0."""
+    """Return one of the layers that are stacked on axis 0."""
     return jax.tree.map(lambda leaf: leaf[number], stacked)
 
 
 def cross_attention(qformer: QFormer, memory: Float[Array, "b m e"]) -> Float[Array, "b layers h q m"]:
-    """The weights of every layer that reads the encoder."""
+    """Return the attention weights of all layers with cross-attention: [b, layers, h, q, m]."""
     return jnp.stack([weights for _, _, weights in iterate_cross_attention(qformer, memory)], axis=1)
 
 
@@ -64,7 +80,15 @@ def cross_attention(qformer: QFormer, memory: Float[Array, "b m e"]) -> Float[Ar
 def video_qformer_attention(
     network: VideoLlama, frames: Float[Array, "b t height width 3"]
 ) -> Float[Array, "b layers h q t tokens"]:
-    """What the video Q-Former reads: of each frame, each token that the image Q-Former made of it."""
+    """Return the attention of the video Q-Former to the image Q-Former's tokens of each frame.
+
+    Args:
+        network: The network of a model.
+        frames: Normalized frames [b, t, height, width, 3].
+
+    Returns:
+        Weights [b, layers, h, q, t, tokens], which sum to 1 over frames and tokens.
+    """
     features = network.encode_frames(frames)
     weights = cross_attention(network.video_qformer, network.add_frame_positions(features))
     return weights.reshape(*weights.shape[:-1], *features.shape[1:3])
@@ -74,7 +98,15 @@ def video_qformer_attention(
 def image_qformer_attention(
     network: VideoLlama, frames: Float[Array, "t height width 3"]
 ) -> Float[Array, "t layers h q rows columns"]:
-    """What the image Q-Former reads of each frame's patches. What is missing of a sum of 1 is the class token's."""
+    """Return the attention of the image Q-Former to the patches of each frame.
+
+    Args:
+        network: The network of a model.
+        frames: Normalized frames [t, height, width, 3].
+
+    Returns:
+        Weights [t, layers, h, q, rows, columns]. The rest to a sum of 1 is the weight of the class token.
+    """
     weights = cross_attention(network.image_qformer, network.ln_vision(network.vit(frames)))
     side = frames.shape[1] // network.vit.patch_size
     return weights[..., 1:].reshape(*weights.shape[:-1], side, side)
@@ -83,24 +115,48 @@ def image_qformer_attention(
 def attended_patches(
     network: VideoLlama, frames: Float[Array | np.ndarray, "t height width 3"]
 ) -> Float[Array, "t rows columns"]:
-    """What the video Q-Former reads through the image Q-Former: the product of their weights, over all frames.
+    """Return the attention of the video Q-Former to patches, through the image Q-Former.
 
-    Means over layers, heads and the video Q-Former's queries. What patches tell each other within EVA is not in it.
+    This is the product of the weights of both, which are means over layers and heads, and over the queries of the video
+    Q-Former. It does not include the self-attention within EVA, which mixes the patches.
+
+    Args:
+        network: The network of a model.
+        frames: Normalized frames [t, height, width, 3] of one video.
+
+    Returns:
+        Weights [t, rows, columns].
     """
-    of_tokens = video_qformer_attention(network, frames[None])[0].mean(axis=(0, 1, 2))
-    of_patches = image_qformer_attention(network, frames).mean(axis=(1, 2))
-    return jnp.einsum("tq,tqyx->tyx", of_tokens, of_patches)
+    token_weights = video_qformer_attention(network, frames[None])[0].mean(axis=(0, 1, 2))
+    patch_weights = image_qformer_attention(network, frames).mean(axis=(1, 2))
+    return jnp.einsum("tq,tqyx->tyx", token_weights, patch_weights)
 
 
 @jax.jit
 def audio_qformer_attention(network: VideoLlama, vectors: Float[Array, "b s e"]) -> Float[Array, "b layers h q s"]:
-    """What the audio Q-Former reads: vectors of sounds (`embed_sounds`) or of frames (`embed_frames`)."""
+    """Return the attention of the audio Q-Former to audio clips or frames.
+
+    Args:
+        network: The network of a model.
+        vectors: Embeddings [b, s, e] of audio clips (`embed_audio`) or of frames (`embed_frames`).
+
+    Returns:
+        Weights [b, layers, h, q, s].
+    """
     return cross_attention(network.audio_qformer, network.add_clip_positions(vectors))
 
 
 @jax.jit
 def audio_tower_attention(tower: AudioTower, mel: Float[Array, "s f t"]) -> Float[Array, "s h m"]:
-    """What the class token reads in the audio tower's last block: itself, the patches, and the learned extra key."""
+    """Return the attention of the class token in the last block of the audio tower.
+
+    Args:
+        tower: ImageBind's audio tower.
+        mel: Log-mel spectrograms [s, f, t].
+
+    Returns:
+        Weights [s, h, m]. The keys are the class token, the patches, and the learned extra key.
+    """
     depth = tower.blocks.attention.qkv.kernel.shape[0]
     x = run_blocks(jax.tree.map(lambda leaf: leaf[: depth - 1], tower.blocks), tower.embed_inputs(mel))
     block = unstack_layer(tower.blocks, depth - 1)
@@ -112,45 +168,78 @@ def audio_tower_attention(tower: AudioTower, mel: Float[Array, "s f t"]) -> Floa
 def attended_mel_patches(
     tower: AudioTower, cfg: ImageBindAudioConfig, mel: Float[Array | np.ndarray, "s f t"]
 ) -> Float[Array, "s frequencies times"]:
-    """The patches of `sound_attention`, as they lie in the mel picture, low frequencies first; mean over heads."""
+    """Return the weights of the patches in `audio_tower_attention`, a mean over heads.
+
+    Args:
+        tower: ImageBind's audio tower.
+        cfg: Its config.
+        mel: Log-mel spectrograms [s, f, t].
+
+    Returns:
+        Weights [s, frequencies, times] on the patch grid, low frequencies first.
+    """
     weights = audio_tower_attention(tower, mel).mean(axis=1)
     return weights[:, 1:-1].reshape(len(mel), *cfg.patch_grid)
 
 
-# Pictures. No display is needed.
+# Plots. They need no display.
 
 
 def plot_over_frames(
     frames: UInt8[np.ndarray, "t height width 3"], weights: Float[np.ndarray, "t rows columns"]
 ) -> Figure:
-    """Each frame, and below it the same with what `seen_patches` says of it: bright is read."""
-    figure = Figure(figsize=(1.5 * len(frames), 3.2), layout="constrained")
-    for number, (above, below) in enumerate(figure.subplots(2, len(frames)).T):
+    """Plot each frame, and below it the frame with its attention: bright patches are attended to.
+
+    Args:
+        frames: Frames as decoded, uint8 [t, height, width, 3].
+        weights: Their `attended_patches`.
+    """
+    figure = Figure(figsize=(1.5 * len(frames), 3.4), layout="constrained")
+    for number, (above, below) in enumerate(figure.subplots(2, len(frames), squeeze=False).T):
         above.imshow(frames[number])
         above.set_axis_off()
+        above.set_title(f"frame {number + 1}", fontsize="medium")
         draw_over_frame(below, frames[number], weights[number], np.max(weights))
+    figure.supxlabel("bottom row: bright where the video Q-Former attends", fontsize="medium")
     return figure
 
 
 def plot_over_mels(
     mel: Float[np.ndarray, "s f t"], weights: Float[np.ndarray, "s frequencies times"], cfg: ImageBindAudioConfig
 ) -> Figure:
-    """Each mel picture, and below it the same with what `heard_patches` says of it."""
+    """Plot each log-mel spectrogram, and below it the spectrogram with its attention.
+
+    Args:
+        mel: Log-mel spectrograms [s, f, t].
+        weights: Their `attended_mel_patches`.
+        cfg: The config of the audio tower.
+    """
     figure = Figure(figsize=(4.5 * len(mel), 5), layout="constrained")
     for number, (above, below) in enumerate(figure.subplots(2, len(mel), squeeze=False).T):
         above.imshow(mel[number], origin="lower", aspect="auto", cmap="magma")
-        above.set(ylabel="mel bin")
+        above.set(ylabel="mel bin", title="log-mel spectrogram")
         draw_over_mel(below, mel[number], weights[number], cfg)
+        below.set(title="bright where the class token attends")
     return figure
 
 
 def draw_over_frame(
-    axes: Axes, frame: UInt8[np.ndarray, "height width 3"], weights: Float[np.ndarray, "rows columns"], most: float
+    axes: Axes,
+    frame: UInt8[np.ndarray, "height width 3"],
+    weights: Float[np.ndarray, "rows columns"],
+    max_weight: float,
 ) -> None:
-    """A frame, darker where less is read; at `most` it is as bright as it was, so that frames can be compared."""
+    """Draw a frame, darker where attention is lower.
+
+    Args:
+        axes: Where to draw.
+        frame: The frame.
+        weights: Its attention.
+        max_weight: The weight that leaves the brightness unchanged; the same for all frames, to compare them.
+    """
     extent = (0, frame.shape[1], frame.shape[0], 0)
     axes.imshow(frame, extent=extent)
-    axes.imshow(_shade(weights, most), extent=extent, interpolation="bilinear")
+    axes.imshow(_shade(weights, max_weight), extent=extent, interpolation="bilinear")
     axes.set_axis_off()
 
 
@@ -160,25 +249,41 @@ def draw_over_mel(
     weights: Float[np.ndarray, "frequencies times"],
     cfg: ImageBindAudioConfig,
 ) -> None:
-    """A mel picture, low frequencies at the bottom, darker where less is read. Patches overlap: each darkens a step."""
+    """Draw a log-mel spectrogram, darker where attention is lower.
+
+    Patches overlap, so the weight of a patch is drawn on an area of one stride.
+
+    Args:
+        axes: Where to draw.
+        mel: The spectrogram; low frequencies are at the bottom.
+        weights: Its attention.
+        cfg: The config of the audio tower.
+    """
     bins, times = mel.shape
     axes.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, times, 0, bins))
-    edge = (cfg.patch_size - cfg.patch_stride) / 2 - cfg.patch_stride  # of one more patch, which repeats the outermost
+    edge = (cfg.patch_size - cfg.patch_stride) / 2 - cfg.patch_stride  # of the padding: one patch on each side
     shade = _shade(np.pad(weights, 1, mode="edge"), np.max(weights))
-    tall, wide = (edge + cfg.patch_stride * count for count in shade.shape[:2])
-    axes.imshow(shade, origin="lower", aspect="auto", interpolation="bilinear", extent=(edge, wide, edge, tall))
+    top, right = (edge + cfg.patch_stride * count for count in shade.shape[:2])
+    axes.imshow(shade, origin="lower", aspect="auto", interpolation="bilinear", extent=(edge, right, edge, top))
     axes.set(xlim=(0, times), ylim=(0, bins), xlabel="time (10 ms)", ylabel="mel bin")
 
 
-def _shade(weights: Float[np.ndarray, "rows columns"], most: float) -> Float[np.ndarray, "rows columns 4"]:
-    """Black, the more opaque the less is read."""
+def _shade(weights: Float[np.ndarray, "rows columns"], max_weight: float) -> Float[np.ndarray, "rows columns 4"]:
+    """Make a black RGBA image that is more opaque where attention is lower."""
     shade = np.zeros((*weights.shape, 4))
-    shade[..., 3] = 0.85 * (1 - np.clip(np.asarray(weights) / most, 0, 1))
+    shade[..., 3] = 0.85 * (1 - np.clip(np.asarray(weights) / max_weight, 0, 1))
     return shade
 
 
 def plot_attention_shares(axes: Axes, weights: Float[np.ndarray, "t"], name: str) -> None:
-    """A bar for each frame or sound, and a line where all would be even."""
+    """Draw the share of attention of each frame or audio clip as bars, with a dotted line for equal shares.
+
+    Args:
+        axes: Where to draw.
+        weights: The shares, which sum to 1.
+        name: The label of the x axis, such as "frame".
+    """
     axes.bar(np.arange(1, len(weights) + 1), weights, color="tab:blue")
-    axes.axhline(1 / len(weights), color="grey", linestyle=":")
+    axes.axhline(1 / len(weights), color="gray", linestyle=":", label="equal shares")
     axes.set(xlabel=name, ylabel="share of attention")
+    axes.legend()

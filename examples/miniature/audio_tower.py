@@ -1,6 +1,6 @@
-"""The audio tower, fitted to the frozen picture tower as ImageBind was: clips' frames beside their sounds.
+"""Train the audio tower against the frozen vision tower, as ImageBind's: frames of clips with their audio.
 
-Plain InfoNCE between the instances of a batch, with no labels and no words. The only place where sound is trained on.
+The loss is InfoNCE between the pairs of a batch, without labels or text. No other component is trained on audio.
 """
 
 import dataclasses
@@ -16,23 +16,28 @@ from vllama_jax.config import ImageBindAudioConfig
 from vllama_jax.media import mel_clips, normalize, read_video
 from vllama_jax.miniature.fit import fit
 from vllama_jax.miniature.images import IMAGE_SIZE, map_in_processes
-from vllama_jax.miniature.towers import EMBED_DIM, init_tokens, run, unit
+from vllama_jax.miniature.towers import EMBED_DIM, init_tokens, l2_normalize, run_blocks_without_remat
 from vllama_jax.nn.imagebind import AudioTower, VisionTower
 
-AUDIO = ImageBindAudioConfig(width=96, depth=2, num_heads=4, mlp_dim=384, log_logit_scale=0.0)  # a scale of 1
-NUM_KEPT_PATCHES = 76  # of 228, drawn at random for each batch: a third of the work
+AUDIO = ImageBindAudioConfig(width=96, depth=2, num_heads=4, mlp_dim=384, log_logit_scale=0.0)  # vectors of norm 1
+NUM_KEPT_PATCHES = 76  # of 228, drawn for each batch; the others are dropped, which makes a step cost a third
 
 
 @dataclasses.dataclass(frozen=True)
 class FrameAudioPairs:
-    """Moments of clips: frames uint8 [n, h, w, 3], and mel float32 [n, 128, 204] of the two seconds around each."""
+    """Frames of clips with the audio around them.
+
+    Attributes:
+        frames: uint8 [n, h, w, 3].
+        mels: Log-mel spectrograms of the two seconds around each frame, float32 [n, 128, 204].
+    """
 
     frames: np.ndarray
     mels: np.ndarray
 
 
 class ContrastiveAudioTower(nnx.Module):
-    """The audio tower and the temperature that is learned beside it."""
+    """The audio tower with the trainable temperature of the loss."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.tower = AudioTower(AUDIO, EMBED_DIM, rngs=rngs)
@@ -43,47 +48,59 @@ class ContrastiveAudioTower(nnx.Module):
 
 
 def read_pairs(clips: list[Path]) -> FrameAudioPairs:
-    """Two moments of each clip that has sound: its first half and its second, each with a frame from its middle."""
-    parts = map_in_processes(_read_part, [clips[first : first + 50] for first in range(0, len(clips), 50)])
-    frames, mels = (np.concatenate([part[i] for part in parts]) for i in (0, 1))
+    """Read two pairs of each clip: the audio of its first and of its second half, each with a frame of that half."""
+    chunks = map_in_processes(_read_chunk, [clips[first : first + 50] for first in range(0, len(clips), 50)])
+    frames, mels = (np.concatenate([chunk[i] for chunk in chunks]) for i in (0, 1))
     return FrameAudioPairs(frames, mels)
 
 
-def _read_part(clips: list[Path]) -> tuple[np.ndarray, np.ndarray]:
+def _read_chunk(clips: list[Path]) -> tuple[np.ndarray, np.ndarray]:
     frames, mels = [], []
     for clip in clips:
         video = read_video(clip, 4, IMAGE_SIZE)
-        assert video.waveform is not None  # these clips have sound
+        assert video.waveform is not None  # these clips have audio
         assert video.sample_rate is not None
         half = video.waveform.shape[1] // 2
         for number in (0, 1):
-            frames.append(video.frames[1 + 2 * number])  # the second and the last of four frames
-            heard = video.waveform[:, number * half : (number + 1) * half]
-            mels.append(mel_clips(heard, video.sample_rate, 1)[0])
+            frames.append(video.frames[1 + 2 * number])  # the second or the last of four frames
+            waveform = video.waveform[:, number * half : (number + 1) * half]
+            mels.append(mel_clips(waveform, video.sample_rate, 1)[0])
     return np.stack(frames), np.stack(mels)
 
 
 def train_audio_tower(
     vision: VisionTower, pairs: FrameAudioPairs, *, steps: int, batch_size: int, seed: int, log: Callable[[str], None]
 ) -> AudioTower:
-    """The audio tower whose vectors fall beside the frozen picture tower's."""
-    see = jax.jit(lambda vision, frames: vision(frames))
+    """Train an audio tower whose vectors match those of the frozen vision tower.
+
+    Args:
+        vision: The frozen vision tower.
+        pairs: Frames with their audio.
+        steps: The number of steps.
+        batch_size: Pairs in a batch.
+        seed: The seed of the weights and of the batches.
+        log: Called with progress messages.
+
+    Returns:
+        The trained tower.
+    """
+    encode = jax.jit(lambda vision, frames: vision(frames))
     groups = range(0, len(pairs.frames), 256)
-    seen = np.concatenate([see(vision, normalize(pairs.frames[first : first + 256])) for first in groups])
+    frame_vectors = np.concatenate([encode(vision, normalize(pairs.frames[first : first + 256])) for first in groups])
 
     def batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
-        chosen = rng.permutation(len(seen))[:batch_size]
+        chosen = rng.permutation(len(frame_vectors))[:batch_size]
         patches = np.sort(rng.permutation(AUDIO.num_patches)[:NUM_KEPT_PATCHES])
-        return {"seen": seen[chosen], "mels": pairs.mels[chosen], "patches": patches}
+        return {"vectors": frame_vectors[chosen], "mels": pairs.mels[chosen], "patches": patches}
 
-    def loss(hearing: ContrastiveAudioTower, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        x = hearing.tower.embed_inputs(batch["mels"])
+    def loss(model: ContrastiveAudioTower, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
+        x = model.tower.embed_inputs(batch["mels"])
         x = jnp.concatenate([x[:, :1], x[:, 1:][:, batch["patches"]]], axis=1)
-        heard = unit(hearing.tower.project_class_token(run(hearing.tower.blocks, x)))
-        logits = jnp.exp(jnp.minimum(hearing.log_scale[...], jnp.log(100.0))) * heard @ batch["seen"].T
+        audio_vectors = l2_normalize(model.tower.project_class_token(run_blocks_without_remat(model.tower.blocks, x)))
+        logits = jnp.exp(jnp.minimum(model.log_scale[...], jnp.log(100.0))) * audio_vectors @ batch["vectors"].T
         cost = -jnp.mean(jnp.diag(jax.nn.log_softmax(logits, axis=0)) + jnp.diag(jax.nn.log_softmax(logits, axis=1)))
-        return cost / 2, {"temperature": jnp.exp(-hearing.log_scale[...])}
+        return cost / 2, {"temperature": jnp.exp(-model.log_scale[...])}
 
-    hearing = ContrastiveAudioTower(rngs=nnx.Rngs(seed))
-    hearing = fit(hearing, loss, batch, steps=steps, learning_rate=1e-3, seed=seed, name="hearing", log=log)
-    return hearing.tower
+    model = ContrastiveAudioTower(rngs=nnx.Rngs(seed))
+    model = fit(model, loss, batch, steps=steps, learning_rate=1e-3, seed=seed, name="audio tower", log=log)
+    return model.tower

@@ -1,8 +1,8 @@
-"""The frozen parts, trained one after another and kept as files, joined into a base model directory.
+"""Store the trained components as files, and write a base model directory from them.
 
-OUT/parts/NAME.npz   a part's weights by path; a part that is there is not trained again
-OUT/base             the model that the branches are trained on; of their weights it has audio_positions and both
-                     layers into the language model
+OUT/parts/NAME.npz   the weights of a component by path; a component with a file is not trained again
+OUT/base             the base model of the branches; of the branches' weights it has audio_positions and both
+                     projections
 """
 
 import dataclasses
@@ -40,13 +40,13 @@ Weights = dict[str, np.ndarray]
 
 
 def get_weights(module: nnx.Module) -> Weights:
-    """A module's weights by path."""
+    """Return the weights of a module by path, such as "blocks/norm1/scale"."""
     flat = nnx.to_flat_state(nnx.state(module))
     return {"/".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in flat}
 
 
 def set_weights(module: Module, weights: Weights) -> Module:
-    """The module with these weights, by path."""
+    """Return the module with other weights, given by path."""
     graph, state = nnx.split(module)
     flat = [
         (path, variable.replace(jnp.asarray(weights["/".join(map(str, path))])))
@@ -55,20 +55,40 @@ def set_weights(module: Module, weights: Weights) -> Module:
     return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
-def load_or_train(folder: Path, name: str, skeleton: Module, train: Callable[[], Module]) -> Module:
-    """The part that OUT/parts/NAME.npz holds, or what `train` makes, which is kept there."""
+def load_or_train(folder: Path, name: str, module: Module, train: Callable[[], Module]) -> Module:
+    """Load a trained component, or train and store it.
+
+    Args:
+        folder: OUT/parts.
+        name: The file's name without `.npz`.
+        module: A module of the same structure, whose weights are replaced.
+        train: Called without a file; returns the trained module.
+
+    Returns:
+        The trained module.
+    """
     file = folder / f"{name}.npz"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         data = io.BytesIO()
         np.savez(data, **get_weights(train()))  # type: ignore[arg-type]  # mypy takes them for `allow_pickle` too
         replace_file(file, data.getbuffer())
-    with np.load(file) as found:
-        return set_weights(skeleton, dict(found))
+    with np.load(file) as weights:
+        return set_weights(module, dict(weights))
 
 
 def write_model(out: Path, weights: Weights, tokenizer: Path, config: VideoLlamaConfig = CONFIG) -> None:
-    """A model directory of these weights. Raises CheckpointError where `out` exists or cannot be written."""
+    """Write a model directory.
+
+    Args:
+        out: The directory to create.
+        weights: All weights of the model, by path.
+        tokenizer: The directory of tokenizer.model.
+        config: The model's config.
+
+    Raises:
+        CheckpointError: `out` exists or cannot be written.
+    """
     with new_directory(out) as directory:
         with ParamsWriter(directory / "params") as params:
             for path in sorted(weights):
@@ -81,5 +101,5 @@ def write_model(out: Path, weights: Weights, tokenizer: Path, config: VideoLlama
 
 
 def prefix_weights(prefix: str, module: nnx.Module) -> Weights:
-    """A module's weights by their paths in the whole model, where it is called `prefix`."""
+    """Return the weights of a component by their paths in the model, which start with `prefix`."""
     return {f"{prefix}/{path}": value for path, value in get_weights(module).items()}

@@ -1,6 +1,6 @@
-"""The image Q-Former, trained as BLIP-2's was: between a frozen picture tower and a frozen language model, to caption.
+"""Train the image Q-Former on captions, as BLIP-2's: between a frozen vision tower and a frozen language model.
 
-Its linear layer into the language model is what MiniGPT-4's is to Video-LLaMA: where `llama_proj` starts from.
+Its linear layer initializes the miniature's `llama_proj`, as MiniGPT-4's does for Video-LLaMA.
 """
 
 from collections.abc import Callable
@@ -31,16 +31,16 @@ LN_VISION_EPS = 1e-5
 
 
 class Captioner(nnx.Module):
-    """What is trained: the norm after the tower, the Q-Former, and the layer into the language model."""
+    """The trainable components: the norm after the tower, the Q-Former, and the projection."""
 
     def __init__(self, *, rngs: nnx.Rngs):
         self.ln_vision = layer_norm(EVA.width, LN_VISION_EPS, rngs)
         self.image_qformer = QFormer(IMAGE_QFORMER, EVA.width, rngs=rngs)
         self.llama_proj = nnx.Linear(IMAGE_QFORMER.width, LLAMA.width, rngs=rngs)
 
-    def __call__(self, seen: jax.Array) -> jax.Array:
-        """The tower's output [b, n, width] → tokens of the language model [b, queries, width]."""
-        return self.llama_proj(self.image_qformer(self.ln_vision(seen)))
+    def __call__(self, features: jax.Array) -> jax.Array:
+        """Map the tower's output [b, n, width] to media tokens [b, queries, width of the language model]."""
+        return self.llama_proj(self.image_qformer(self.ln_vision(features)))
 
 
 def train_captioner(
@@ -54,13 +54,31 @@ def train_captioner(
     seed: int,
     log: Callable[[str], None],
 ) -> Captioner:
-    """Captions of pictures, by the loss of the language model; it and the tower stay as they are."""
+    """Train on image captions with the language model's cross-entropy.
+
+    Args:
+        vit: The frozen vision tower.
+        llama: The frozen language model.
+        images: The training images.
+        tokenizer: The language model's tokenizer.
+        steps: The number of steps.
+        batch_size: Images in a batch.
+        seed: The seed of the weights and of the batches.
+        log: Called with progress messages.
+
+    Returns:
+        The trained components.
+    """
     queries = IMAGE_QFORMER.num_queries
-    plain = find_caption_template(PLAIN_TEMPLATE)
-    said = [encode_caption(tokenizer, plain, text, Media("image"), None, queries, 32) for text in images.captions]
-    length = max(len(one.ids) for one in said)
-    ids = np.stack([np.pad(one.ids, (0, length - len(one.ids))) for one in said])
-    labels = np.stack([np.pad(one.labels, (0, length - len(one.ids)), constant_values=-100) for one in said])
+    template = find_caption_template(PLAIN_TEMPLATE)
+    captions = [
+        encode_caption(tokenizer, template, text, Media("image"), None, queries, 32) for text in images.captions
+    ]
+    length = max(len(caption.ids) for caption in captions)
+    ids = np.stack([np.pad(caption.ids, (0, length - len(caption.ids))) for caption in captions])
+    labels = np.stack(
+        [np.pad(caption.labels, (0, length - len(caption.ids)), constant_values=-100) for caption in captions]
+    )
     frozen = nnx.split((vit, llama))
 
     def batch(rng: np.random.Generator) -> dict[str, np.ndarray | nnx.State]:
@@ -71,16 +89,16 @@ def train_captioner(
 
     def loss(captioner: Captioner, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         vit, llama = nnx.merge(frozen[0], batch["frozen"])
-        seen = vit(standardize(batch["pixels"].astype(jnp.float32)))
+        features = vit(standardize(batch["pixels"].astype(jnp.float32)))
         words = llama.embed(batch["ids"])
-        x = jnp.concatenate([words[:, :1], captioner(seen), words[:, 1 + queries :]], axis=1)
+        x = jnp.concatenate([words[:, :1], captioner(features), words[:, 1 + queries :]], axis=1)
         logits = llama.logits(llama(x, jnp.ones(x.shape[:2], bool), "none")[:, :-1])
         target = batch["labels"][:, 1:]
-        counted = target >= 0
+        has_label = target >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(target, 0))
-        right = (jnp.argmax(logits, axis=-1) == target) & counted
-        whole = jnp.all(right | ~counted, axis=1)
-        return jnp.sum(losses * counted) / jnp.sum(counted), {"whole captions right": jnp.mean(whole)}
+        correct = (jnp.argmax(logits, axis=-1) == target) & has_label
+        exact = jnp.all(correct | ~has_label, axis=1)
+        return jnp.sum(losses * has_label) / jnp.sum(has_label), {"exact captions": jnp.mean(exact)}
 
     captioner = Captioner(rngs=nnx.Rngs(seed))
     return fit(captioner, loss, batch, steps=steps, learning_rate=2e-3, seed=seed, name="captioner", log=log)

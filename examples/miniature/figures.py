@@ -1,11 +1,11 @@
-"""What was measured, as figures: accuracies with their intervals, curves over scale and noise, loss curves.
+"""Plot results: accuracies with their intervals, accuracy by audio scale and by noise, losses, and attention.
 
     python -m vllama_jax.miniature.figures OUT FOLDER
 
-writes those of docs/miniature.md: of the model and the results in the box, and the losses of the runs in OUT.
+writes the figures of docs/miniature.md: of the model and the results in the package, and the losses of the runs in OUT.
 
-Results are what OUT/results.json holds: {"seed", "minutes", "measures"} of one seed, or a list of those.
-Every function returns a matplotlib figure and needs no display.
+A results file, such as OUT/results.json, has {"seed", "minutes", "measures"} of one seed, or a list of those. The plot
+functions return a matplotlib figure and need no display.
 """
 
 import json
@@ -23,65 +23,91 @@ from vllama_jax.errors import DataError
 from vllama_jax.train.plots import read_journal
 from vllama_jax.train.smoothing import smooth
 
-Measures = Mapping[str, Mapping[str, float]]  # accuracy, n, chance, low and high by measure
-SWEEP = re.compile(r"(?P<name>.+)_(times_(?P<scale>[\d.]+)|at_(?P<noise>-?[\d.]+)_db)")
+Measures = Mapping[str, Mapping[str, float]]  # accuracy, n, chance, low and high of each measure
+SWEEP = re.compile(r"(?P<name>.+)_(times_(?P<scale>[\d.]+)|at_(?P<noise>-?[\d.]+)_db)")  # names of variants
 RECOGNITION, ORDER = "sound_only", "sound_order"
 SMOOTHING = 0.9
 
 
 def read_results(path: Path) -> list[Measures]:
-    """The measures of each seed. Raises DataError for a file that is none of results."""
+    """Read a results file.
+
+    Args:
+        path: The file, of one seed or of several.
+
+    Returns:
+        The measures of each seed.
+
+    Raises:
+        DataError: The file is missing or is not a results file.
+    """
     try:
-        found = json.loads(path.read_text())
-        return [one["measures"] for one in (found if isinstance(found, list) else [found])]
+        content = json.loads(path.read_text())
+        return [seed["measures"] for seed in (content if isinstance(content, list) else [content])]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{path}: no results of a miniature ({error!r})") from error
+        raise DataError(f"{path}: not a results file of a miniature ({error!r})") from error
 
 
 def format_results(seeds: Sequence[Measures]) -> str:
-    """Markdown: each measure of the first seed with its 95 % interval; before it, the mean and spread of several."""
-    of_seeds = ["mean", "least to most"] if len(seeds) > 1 else []
-    head = ["measure", *of_seeds, "accuracy", "95 % interval", "chance"]
-    rows = [head, ["---"] * len(head)]
+    """Format results as a Markdown table.
+
+    Args:
+        seeds: The measures of each seed.
+
+    Returns:
+        A row for each measure with the accuracy, interval and chance of the first seed. If there are several seeds, the
+        mean and the range of all precede them.
+    """
+    summary_columns = ["mean", "range"] if len(seeds) > 1 else []
+    header = ["measure", *summary_columns, "accuracy", "95 % interval", "chance"]
+    rows = [header, ["---"] * len(header)]
     for name, first in seeds[0].items():
-        found = [seed[name]["accuracy"] for seed in seeds]
-        spread = [f"{np.mean(found):.3f}", f"{min(found):.3f} to {max(found):.3f}"] if of_seeds else []
+        values = [seed[name]["accuracy"] for seed in seeds]
+        summary = [f"{np.mean(values):.3f}", f"{min(values):.3f} to {max(values):.3f}"] if summary_columns else []
         interval = f"{first['low']:.3f} to {first['high']:.3f}"
-        rows.append([f"`{name}`", *spread, f"{first['accuracy']:.3f}", interval, f"{first['chance']:.3f}"])
+        rows.append([f"`{name}`", *summary, f"{first['accuracy']:.3f}", interval, f"{first['chance']:.3f}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def plot_accuracies(seeds: Sequence[Measures], names: Sequence[str] = ()) -> Figure:
-    """A row for each measure (all but those of the curves, unless named): every seed's accuracy with its 95 % interval,
-    the mean of the seeds, and chance.
+    """Plot the accuracy of each seed with its 95 % interval, the mean of the seeds, and chance.
+
+    Args:
+        seeds: The measures of each seed.
+        names: The measures to plot; by default all except the variants by scale and by noise.
     """
     names = list(names) or [name for name in seeds[0] if not SWEEP.fullmatch(name)]
     figure = Figure(figsize=(8, 1 + 0.26 * len(names)), layout="constrained")
     axes = figure.subplots()
     rows = np.arange(len(names))
     means = [np.mean([seed[name]["accuracy"] for seed in seeds]) for name in names]
-    axes.barh(rows, means, height=0.7, color="tab:blue", alpha=0.35, label="mean" if len(seeds) > 1 else "accuracy")
+    bar_label = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else "accuracy"
+    axes.barh(rows, means, height=0.7, color="tab:blue", alpha=0.35, label=bar_label)
     for row, name in enumerate(names):
-        places = row + np.linspace(-0.2, 0.2, len(seeds)) * (len(seeds) > 1)
-        _draw_intervals(axes, [seed[name] for seed in seeds], places)
+        positions = row + np.linspace(-0.2, 0.2, len(seeds)) * (len(seeds) > 1)
+        label = ("one seed, 95 % interval" if len(seeds) > 1 else "95 % interval") if row == 0 else None
+        _draw_intervals(axes, [seed[name] for seed in seeds], positions, label)
         chance = seeds[0][name]["chance"]
         axes.plot([chance, chance], [row - 0.4, row + 0.4], color="tab:red", label="chance" if row == 0 else None)
     axes.set_yticks(rows, names)
-    axes.set(xlim=(0, 1.02), ylim=(len(names) - 0.4, -0.6), xlabel="accuracy")
+    axes.set(xlim=(0, 1.02), ylim=(len(names) - 0.4, -0.6), xlabel="accuracy on held-out combinations")
     axes.grid(axis="x", alpha=0.3)
-    figure.legend(loc="outside upper right", ncols=2)
+    figure.legend(loc="outside upper right", ncols=3)
     return figure
 
 
-def _draw_intervals(axes: Axes, measures: Sequence[Mapping[str, float]], places: np.ndarray) -> None:
-    middles = np.array([one["accuracy"] for one in measures])
-    reach = [[one["accuracy"] - one["low"] for one in measures], [one["high"] - one["accuracy"] for one in measures]]
-    axes.errorbar(middles, places, xerr=np.maximum(reach, 0), fmt=".", color="black", markersize=4, linewidth=1)
+def _draw_intervals(
+    axes: Axes, measures: Sequence[Mapping[str, float]], positions: np.ndarray, label: str | None
+) -> None:
+    accuracies = np.array([one["accuracy"] for one in measures])
+    errors = [[one["accuracy"] - one["low"] for one in measures], [one["high"] - one["accuracy"] for one in measures]]
+    style: dict[str, Any] = {"fmt": ".", "color": "black", "markersize": 4, "linewidth": 1}
+    axes.errorbar(accuracies, positions, xerr=np.maximum(errors, 0), label=label, **style)
 
 
 def plot_scale_sweep(seeds: Sequence[Measures]) -> Figure:
-    """What is heard, and in which order, by how many times the norm of training sound vectors have."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    """Plot the accuracy for sounds and for their order by the norm of audio vectors."""
+    figure = Figure(figsize=(6, 4.8), layout="constrained")
     axes = figure.subplots()
     for name, color in ((RECOGNITION, "tab:blue"), (ORDER, "tab:orange")):
         _draw_curve(axes, seeds, list_variants(seeds[0], name, "scale"), name, color)
@@ -89,46 +115,70 @@ def plot_scale_sweep(seeds: Sequence[Measures]) -> Figure:
     scales = list(list_variants(seeds[0], RECOGNITION, "scale"))
     axes.set_xticks(scales, [f"×{scale:g}" for scale in scales], minor=False)
     axes.set_xticks([], minor=True)
-    axes.set(xlabel="norm of sound vectors (training saw ×1, the published weights give ×20)")
-    axes.legend()
+    axes.set(
+        title=_make_title("sounds", seeds), xlabel="norm of audio vectors (×1 in training, ×20 in published weights)"
+    )
+    figure.legend(loc="outside lower center", ncols=2)
     return figure
 
 
 def plot_noise_sweep(seeds: Sequence[Measures]) -> Figure:
-    """What is heard, by how far white noise is below the sound."""
+    """Plot the accuracy for sounds by the signal-to-noise ratio of white noise."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     _draw_curve(axes, seeds, list_variants(seeds[0], RECOGNITION, "noise"), RECOGNITION, "tab:blue")
-    axes.set(xlabel="signal to noise (dB)")
+    axes.set(title=_make_title("sounds with white noise", seeds), xlabel="signal-to-noise ratio (dB)")
     axes.legend()
     return figure
 
 
-def list_variants(measures: Measures, name: str, of: str) -> dict[float, str]:
-    """The names of a measure's variants by "scale" (the measure itself is at 1) or by "noise", in rising order."""
-    found = {1.0: name} if of == "scale" and name in measures else {}
+def _make_title(subject: str, seeds: Sequence[Measures]) -> str:
+    if len(seeds) == 1:
+        return f"Recognition of {subject}"
+    return f"Recognition of {subject}: mean of {len(seeds)} seeds"
+
+
+def list_variants(measures: Measures, name: str, parameter: str) -> dict[float, str]:
+    """List the variants of a measure.
+
+    Args:
+        measures: The measures of a seed.
+        name: The measure.
+        parameter: "scale" or "noise". The measure itself has scale 1.
+
+    Returns:
+        The names of the variants by the value of the parameter, in ascending order.
+    """
+    variants = {1.0: name} if parameter == "scale" and name in measures else {}
     for variant in measures:
         match = SWEEP.fullmatch(variant)
-        if match and match["name"] == name and match[of] is not None:
-            found[float(match[of])] = variant
-    return dict(sorted(found.items()))
+        if match and match["name"] == name and match[parameter] is not None:
+            variants[float(match[parameter])] = variant
+    return dict(sorted(variants.items()))
 
 
 def _draw_curve(axes: Axes, seeds: Sequence[Measures], variants: Mapping[float, str], label: str, color: str) -> None:
-    """The mean of the seeds over a sweep, in the band of their intervals; and chance."""
-    places, names = list(variants), list(variants.values())
+    """Draw the mean of the seeds, a band over their 95 % intervals, and chance."""
+    positions, names = list(variants), list(variants.values())
     low = [min(seed[name]["low"] for seed in seeds) for name in names]
     high = [max(seed[name]["high"] for seed in seeds) for name in names]
     means = [np.mean([seed[name]["accuracy"] for seed in seeds]) for name in names]
-    axes.fill_between(places, low, high, color=color, alpha=0.2)
-    axes.plot(places, means, "o-", color=color, label=label)
-    axes.plot(places, [seeds[0][name]["chance"] for name in names], ":", color=color, label=f"chance of {label}")
+    axes.plot(positions, means, "o-", color=color, label=label)
+    axes.fill_between(positions, low, high, color=color, alpha=0.2, label=f"{label}, 95 % intervals")
+    axes.plot(positions, [seeds[0][name]["chance"] for name in names], ":", color=color, label=f"{label}, chance")
     axes.set(ylim=(0, 1.02), ylabel="accuracy")
     axes.grid(alpha=0.3)
 
 
 def plot_losses(runs: Mapping[str, Path]) -> Figure:
-    """The loss of each run directory, by the name to give it: every step's pale, its running mean in full colour."""
+    """Plot the losses of runs: each step in a light color, and the running mean.
+
+    Args:
+        runs: Run directories by the name for the legend.
+
+    Raises:
+        DataError: A run has no metrics.
+    """
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for number, (name, run) in enumerate(runs.items()):
@@ -142,7 +192,12 @@ def plot_losses(runs: Mapping[str, Path]) -> Figure:
 
 
 def write_figures(out: Path, folder: Path) -> None:
-    """PNGs of all figures, and of what the model in the box reads of the clips beside it."""
+    """Write all figures as PNG files, including attention maps of the packaged model on its demo clips.
+
+    Args:
+        out: OUT, with the runs.
+        folder: Where the files are written.
+    """
     import vllama_jax as vl
     from vllama_jax.chat import prepare_media
     from vllama_jax.checkpoints.shipped import CLIPS, RESULTS
@@ -151,20 +206,24 @@ def write_figures(out: Path, folder: Path) -> None:
     seeds, model = read_results(RESULTS), vl.load("miniature")
     bell, two = (prepare_media(CLIPS / name, model.config) for name in ("bell.mp4", "two.mp4"))
     frames = vl.media.read_video(CLIPS / "bell.mp4", size=model.config.vit.image_size).frames
-    assert bell.frames is not None  # both clips have pictures and sound
+    assert bell.frames is not None  # both clips have frames and audio
     assert two.mel is not None
     tower, cfg, ends = model.network.imagebind.audio, model.config.require_imagebind().audio, two.mel[[0, -1]]
     runs = {f"{branch}, stage {stage}": out / f"{branch}{stage}" for branch in ("vision", "audio") for stage in (1, 2)}
-    found = {
+    figures = {
         "accuracies": plot_accuracies(seeds),
         "scale": plot_scale_sweep(seeds),
         "noise": plot_noise_sweep(seeds),
         "losses": plot_losses(runs),
-        "seen": attention.plot_over_frames(frames, np.asarray(attention.attended_patches(model.network, bell.frames))),
-        "heard": attention.plot_over_mels(ends, np.asarray(attention.attended_mel_patches(tower, cfg, ends)), cfg),
+        "frame_attention": attention.plot_over_frames(
+            frames, np.asarray(attention.attended_patches(model.network, bell.frames))
+        ),
+        "audio_attention": attention.plot_over_mels(
+            ends, np.asarray(attention.attended_mel_patches(tower, cfg, ends)), cfg
+        ),
     }
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in found.items():
+    for name, figure in figures.items():
         figure.savefig(folder / f"{name}.png", dpi=80)
 
 

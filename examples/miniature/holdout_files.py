@@ -1,4 +1,4 @@
-"""Files of scenes never trained on, and what the frozen encoders make of them: what a miniature is asked about."""
+"""Files of held-out scenes, and their features: the inputs of all measures (evaluate.py)."""
 
 import dataclasses
 import functools
@@ -19,21 +19,23 @@ from vllama_jax.miniature.world import make_generator, write_clip, write_image, 
 from vllama_jax.model import Model
 from vllama_jax.text.prompts import Media
 
-BATCH = 50  # files at a time
+BATCH = 50  # files that are written, encoded or asked about at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class FileSet:
-    """Scenes of one sort.
+    """A set of files of one type.
+
+    The type is WAV without frames, JPEG for objects at rest without audio, and mp4 otherwise.
 
     Attributes:
-        name: Its files are drawn by this name, the seed and a number.
-        motions: Taken in turn.
-        sound: Whether they have sound. Things at rest without sound are stills.
-        seen: Whether they have pictures. Sound without pictures is a WAV.
-        fits: The part of scenes that are heard as they look.
-        snr_db: How far white noise is below the sound.
-        seconds: How long clips and sounds are.
+        name: Part of the seed of each file.
+        motions: The motions of the scenes, which alternate.
+        has_audio: Whether files have audio.
+        has_frames: Whether files have frames.
+        match_probability: The probability that the audio of a scene matches its frames.
+        snr_db: The signal-to-noise ratio of white noise in the audio, in dB.
+        seconds: The duration of clips and audio files.
     """
 
     name: str
@@ -49,14 +51,21 @@ MOVING = FileSet("ways", DIRECTIONS)
 STILLS = FileSet("stills", ("rests",))
 TURNS = FileSet("turns", ("in turn",))
 SOUNDS = FileSet("sounds", ("rests",), has_audio=True, has_frames=False)
-TWO_SHORT = FileSet("two", ("in turn",), has_audio=True, has_frames=False)  # most pieces are of both sounds
+TWO_SHORT = FileSet("two", ("in turn",), has_audio=True, has_frames=False)  # most audio clips contain both sounds
 TWO_SOUNDS = dataclasses.replace(TWO_SHORT, seconds=2 * render.SECONDS)
 BOTH = FileSet("both", DIRECTIONS, has_audio=True, match_probability=0.5)
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedFiles:
-    """Files as the frozen encoders leave them: features [n, t, q, d] of frames, vectors [n, s, e] of sounds."""
+    """The outputs of the frozen encoders for n files.
+
+    Attributes:
+        scenes: The scene of each file.
+        media: The description of each file in a prompt.
+        features: Features of frames, float32 [n, t, q, d]; None for audio files.
+        audio_vectors: Embeddings of audio clips, float32 [n, s, e]; None without audio.
+    """
 
     scenes: list[Scene]
     media: list[Media]
@@ -64,58 +73,68 @@ class EncodedFiles:
     audio_vectors: np.ndarray | None
 
     def require_features(self) -> np.ndarray:
-        """The features of frames, for files of a set with pictures."""
+        """Return the features of frames, of a set that has frames."""
         assert self.features is not None
         return self.features
 
     def require_audio_vectors(self) -> np.ndarray:
-        """The vectors of sounds, for files of a set with sound."""
+        """Return the audio vectors, of a set that has audio."""
         assert self.audio_vectors is not None
         return self.audio_vectors
 
     def select(self, rows: Sequence[int]) -> "EncodedFiles":
-        """Those files only."""
+        """Return a subset of the files."""
         rows = list(rows)
-        features, audio_vectors = (part if part is None else part[rows] for part in (self.features, self.audio_vectors))
+        features, audio_vectors = (
+            array if array is None else array[rows] for array in (self.features, self.audio_vectors)
+        )
         return EncodedFiles(
             [self.scenes[row] for row in rows], [self.media[row] for row in rows], features, audio_vectors
         )
 
     def batches(self) -> list["EncodedFiles"]:
-        """BATCH files at a time."""
+        """Divide the files into batches of at most BATCH."""
         count = len(self.scenes)
         return [self.select(range(first, min(first + BATCH, count))) for first in range(0, count, BATCH)]
 
 
 def encode_files(model: Model, files: FileSet, seed: int, count: int, log: Callable[[str], None]) -> EncodedFiles:
-    """Writes `count` files of a set, reads them as a chat does, and runs the model's frozen encoders on them."""
-    log(f"{files.name}: {count} files")
+    """Write files, read them as a chat does, and run the model's frozen encoders on them.
+
+    Args:
+        model: The model whose encoders are used.
+        files: The set of the files.
+        seed: The seed of the scenes.
+        count: How many files.
+        log: Called with progress messages.
+    """
+    log(f"rendering and encoding {count} files of the set '{files.name}'")
     with tempfile.TemporaryDirectory() as folder:
-        parts = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
-        work = [(Path(folder), files, seed, numbers, model.config) for numbers in parts]
-        read = [one for part in map_in_processes(_write_and_read, work) for one in part]
-    scenes, prepared = [one[0] for one in read], [one[1] for one in read]
-    features = _encoded(model, "video", [one.frames for one in prepared]) if files.has_frames else None
-    audio_vectors = _encoded(model, "audio", [one.mel for one in prepared]) if files.has_audio else None
-    return EncodedFiles(scenes, [one.prompt_media for one in prepared], features, audio_vectors)
+        chunks = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
+        work = [(Path(folder), files, seed, numbers, model.config) for numbers in chunks]
+        pairs = [pair for results in map_in_processes(_write_and_read, work) for pair in results]
+    scenes, prepared = [scene for scene, _ in pairs], [media for _, media in pairs]
+    features = _encode(model, "video", [media.frames for media in prepared]) if files.has_frames else None
+    audio_vectors = _encode(model, "audio", [media.mel for media in prepared]) if files.has_audio else None
+    return EncodedFiles(scenes, [media.prompt_media for media in prepared], features, audio_vectors)
 
 
 def _write_and_read(work: tuple[Path, FileSet, int, range, VideoLlamaConfig]) -> list[tuple[Scene, PreparedMedia]]:
+    """Write files in a worker process, and return each scene with the media as read."""
     folder, files, seed, numbers, config = work
-    found = []
+    pairs = []
     for number in numbers:
         rng = make_generator(seed, files.name, number)
-        scene = randomize_sound(
-            draw_scene(rng, files.motions[number % len(files.motions)], "test"), rng, files.match_probability
-        )
+        scene = draw_scene(rng, files.motions[number % len(files.motions)], "test")
+        scene = randomize_sound(scene, rng, files.match_probability)
         path = _write(folder / str(number), files, scene, rng)
-        found.append((scene, prepare_media(path, config, require_audio=files.has_audio)))
+        pairs.append((scene, prepare_media(path, config, require_audio=files.has_audio)))
         path.unlink()
-    return found
+    return pairs
 
 
 def _write(stem: Path, files: FileSet, scene: Scene, rng: np.random.Generator) -> Path:
-    """The scene as a file of its set's sort."""
+    """Write a scene as a file of the set's type."""
     if not files.has_frames:
         path = stem.with_suffix(".wav")
         write_wav(path, scene, rng, seconds=files.seconds, snr_db=files.snr_db)
@@ -129,13 +148,13 @@ def _write(stem: Path, files: FileSet, scene: Scene, rng: np.random.Generator) -
 
 
 @functools.cache
-def _encoder(sense: str) -> Any:
-    if sense == "audio":
+def _make_encoder(branch: str) -> Any:
+    if branch == "audio":
         return jax.jit(lambda network, mel: network.embed_audio(mel))
     return jax.jit(lambda network, frames: network.encode_frames(frames))
 
 
-def _encoded(model: Model, sense: str, given: list[np.ndarray]) -> np.ndarray:
-    encode = _encoder(sense)
-    groups = [np.stack(given[first : first + BATCH]) for first in range(0, len(given), BATCH)]
-    return np.concatenate([np.asarray(encode(model.network, group)) for group in groups])
+def _encode(model: Model, branch: str, inputs: list[np.ndarray]) -> np.ndarray:
+    encode = _make_encoder(branch)
+    batches = [np.stack(inputs[first : first + BATCH]) for first in range(0, len(inputs), BATCH)]
+    return np.concatenate([np.asarray(encode(model.network, batch)) for batch in batches])

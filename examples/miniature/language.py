@@ -1,7 +1,8 @@
-"""The miniature's language model: a tokenizer and a LLaMA that learned from the world's text, and from text alone.
+"""Train the miniature's tokenizer and language model, on text about the world only.
 
-What it reads are the prompts that Video-LLaMA will make, with words where media tokens will stand: notes of what is
-shown and heard, in any order, incomplete or said twice. So it knows of sounds what can be read of them.
+The texts are the prompts of Video-LLaMA, with a *description* in words in place of the media tokens: the words of a
+caption, or the kinds that are heard, in random order, incomplete or repeated. All that the model knows about sounds
+comes from this text.
 """
 
 from collections.abc import Callable
@@ -34,16 +35,17 @@ from vllama_jax.text.templates import find_conversation_template
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from vllama_jax.text.training import label_conversation
 
-DescribedText = tuple[np.ndarray, np.ndarray]  # token ids [n], and whether each is of notes, bool [n]
+DescribedText = tuple[np.ndarray, np.ndarray]  # token ids, int [n], and which of them are of a description, bool [n]
 DrawText = Callable[[Tokenizer, np.random.Generator], DescribedText]
 DrawBatch = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
 VOCAB_SIZE = 704
-LENGTH = 128  # tokens of a row: texts one after another, the last one cut
+LENGTH = 128  # tokens of a row, which has concatenated texts, the last of them truncated
 TEMPLATE = "vicuna"
-LAYOUTS = {"caption": 0.1, "compared": 0.1, "training": 0.2, "seen": 0.2, "heard": 0.2, "both": 0.2}  # of texts
-NOISE = 1.5  # on notes at most, in root mean squares of all words' vectors
-WORLD_SECONDS = tuple((render.SAMPLED_FRAMES / render.FPS).tolist())  # when a clip's frames are
+# Probabilities of the layouts: a caption, comparisons, a dialogue of training, and chats about video, audio, and both.
+LAYOUTS = {"caption": 0.1, "comparisons": 0.1, "training": 0.2, "video": 0.2, "audio": 0.2, "both": 0.2}
+MAX_NOISE = 1.5  # standard deviation of the noise on descriptions, relative to the RMS of the word embeddings
+WORLD_SECONDS = tuple((render.SAMPLED_FRAMES / render.FPS).tolist())  # timestamps of a clip's sampled frames
 
 CONFIG = LlamaConfig(
     vocab_size=VOCAB_SIZE,
@@ -59,22 +61,32 @@ CONFIG = LlamaConfig(
 
 
 def list_prompt_sentences() -> list[str]:
-    """What every prompt repeats. Each is one token, which makes prompts a third as long."""
-    sounds = prompts.format_media(Media("audio"))
+    """Return the texts that all prompts share. Each becomes one token, so that prompts have a third of the length."""
+    audio = prompts.format_media(Media("audio"))
     both = prompts.format_media(Media("video", with_audio=True))
     tags = ["<Video>", "</Video>", "<Image>", "</Image>"]
     words = ["###", "Human:", "Assistant:", *tags, "\n", prompts.DEFAULT_SYSTEM]
-    told = [part.removesuffix("<Video>").removeprefix("</Video>") for part in (*sounds, *both) if isinstance(part, str)]
-    told.append(prompts.format_timestamps(WORLD_SECONDS))
-    return list(dict.fromkeys([*words, *(text.strip(" ") for text in told)]))
+    sentences = [
+        text.removesuffix("<Video>").removeprefix("</Video>") for text in (*audio, *both) if isinstance(text, str)
+    ]
+    sentences.append(prompts.format_timestamps(WORLD_SECONDS))
+    return list(dict.fromkeys([*words, *(text.strip(" ") for text in sentences)]))
 
 
 def train_tokenizer(directory: Path, seed: int) -> Tokenizer:
-    """A SentencePiece model of the world's words with LLaMA's special tokens and byte fallback, in `directory`."""
+    """Train a SentencePiece model on texts about the world, with LLaMA's special tokens and byte fallback.
+
+    Args:
+        directory: Where tokenizer.model is written.
+        seed: The seed of the texts.
+
+    Returns:
+        The tokenizer.
+    """
     import sentencepiece
 
     rng = np.random.default_rng([seed, 0])
-    lines = [line for _ in range(4000) for line in _plain_text(randomize_sound(draw_scene(rng), rng), rng)]
+    lines = [line for _ in range(4000) for line in _draw_plain_texts(randomize_sound(draw_scene(rng), rng), rng)]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_prefix=str(directory / "tokenizer"),
@@ -96,171 +108,193 @@ def train_tokenizer(directory: Path, seed: int) -> Tokenizer:
 def train_language_model(
     tokenizer: Tokenizer, *, comparison_steps: int, steps: int, seed: int, log: Callable[[str], None]
 ) -> Llama:
-    """Language modelling on texts that are drawn anew at every step: on comparisons alone, then on all texts.
+    """Train a language model on new texts at every step: first on comparisons alone, then on all texts.
 
-    Notes are under noise, of another strength in each row: media tokens will be near the words' vectors, never on them.
+    Noise is added to the embeddings of descriptions, with another strength for each row, because media tokens resemble
+    the embeddings of words but never equal them.
+
+    Args:
+        tokenizer: The tokenizer.
+        comparison_steps: The number of steps on comparisons alone.
+        steps: The number of steps on all texts.
+        seed: The seed of the weights and of the texts.
+        log: Called with progress messages.
+
+    Returns:
+        The trained model.
     """
 
     def batches(draw_text: DrawText, size: int) -> DrawBatch:
         def batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
             ids, is_description = map(
-                np.stack, zip(*(_row(tokenizer, rng, draw_text) for _ in range(size)), strict=True)
+                np.stack, zip(*(_pack_row(tokenizer, rng, draw_text) for _ in range(size)), strict=True)
             )
-            return {"ids": ids, "is_note": is_description, "seed": np.array(rng.integers(2**31))}
+            return {"ids": ids, "is_description": is_description, "seed": np.array(rng.integers(2**31))}
 
         return batch
 
     def loss(llama: Llama, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
         ids, words = batch["ids"], llama.embed(batch["ids"])
-        x = words + batch["is_note"][..., None] * _noise(llama, words.shape, jax.random.key(batch["seed"]))
+        noise = _sample_noise(llama, words.shape, jax.random.key(batch["seed"]))
+        x = words + batch["is_description"][..., None] * noise
         logits = llama.logits(llama(x, jnp.ones(ids.shape, bool), "none"))[:, :-1]
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, ids[:, 1:])
-        return jnp.mean(losses), {"right": jnp.mean(jnp.argmax(logits, axis=-1) == ids[:, 1:])}
+        return jnp.mean(losses), {"accuracy": jnp.mean(jnp.argmax(logits, axis=-1) == ids[:, 1:])}
 
-    def trained(llama: Llama, batch: DrawBatch, steps: int, name: str) -> Llama:
+    def train(llama: Llama, batch: DrawBatch, steps: int, name: str) -> Llama:
         return fit(llama, loss, batch, steps=steps, learning_rate=2e-3, seed=seed, name=name, log=log)
 
     llama = Llama(CONFIG, rngs=nnx.Rngs(seed))
-    llama = trained(llama, batches(draw_comparisons, 16), comparison_steps, "comparisons")
-    return trained(llama, batches(draw_text, 32), steps, "language model")
+    llama = train(llama, batches(draw_comparisons, 16), comparison_steps, "comparisons")
+    return train(llama, batches(draw_text, 32), steps, "language model")
 
 
-def _noise(llama: Llama, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
-    """Gaussian, of a strength in each row that is drawn evenly up to NOISE."""
-    of_strength, of_noise = jax.random.split(key)
+def _sample_noise(llama: Llama, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
+    """Sample Gaussian noise, with a strength for each row that is uniform between 0 and MAX_NOISE."""
+    strength_key, noise_key = jax.random.split(key)
     words = jax.lax.stop_gradient(llama.embedding[...])
-    strength = jnp.sqrt(jnp.mean(words**2)) * jax.random.uniform(of_strength, (shape[0], 1, 1), maxval=NOISE)
-    return strength * jax.random.normal(of_noise, shape)
+    strength = jnp.sqrt(jnp.mean(words**2)) * jax.random.uniform(strength_key, (shape[0], 1, 1), maxval=MAX_NOISE)
+    return strength * jax.random.normal(noise_key, shape)
 
 
-def _row(tokenizer: Tokenizer, rng: np.random.Generator, draw_text: DrawText) -> DescribedText:
-    """Texts one after another, LENGTH tokens of them."""
+def _pack_row(tokenizer: Tokenizer, rng: np.random.Generator, draw_text: DrawText) -> DescribedText:
+    """Concatenate texts, and truncate them to LENGTH tokens."""
     drawn: list[DescribedText] = []
     while sum(len(ids) for ids, _ in drawn) < LENGTH:
         drawn.append(draw_text(tokenizer, rng))
-    ids, is_description = (np.concatenate(parts)[:LENGTH] for parts in zip(*drawn, strict=True))
+    ids, is_description = (np.concatenate(arrays)[:LENGTH] for arrays in zip(*drawn, strict=True))
     return ids, is_description
 
 
 def draw_comparisons(tokenizer: Tokenizer, rng: np.random.Generator) -> DescribedText:
-    """Answers to whether a sound fits a picture.
+    """Draw six answers to the question whether a sound matches an image.
 
-    A kind is named twice only where it does, so that a kind said again is the sign to find.
+    All kinds of one text differ, except within an answer that is yes. The model then has to find a repeated kind.
     """
     kinds = rng.permutation(list(KINDS))[:12].reshape(6, 2)
-    answers = [texts.compare_kinds(sounds, sounds if rng.random() < 0.5 else other) for sounds, other in kinds]
-    ids = _ids(tokenizer, "".join(f"{answer}\n" for answer in answers), bos=True)
+    answers = [texts.compare_kinds(kind, kind if rng.random() < 0.5 else other) for kind, other in kinds]
+    ids = _encode(tokenizer, "".join(f"{answer}\n" for answer in answers), bos=True)
     return ids, np.zeros(len(ids), bool)
 
 
 def draw_text(tokenizer: Tokenizer, rng: np.random.Generator) -> DescribedText:
-    """A caption after its notes, comparisons, or a dialogue in a layout that a model meets."""
+    """Draw a text of one of the LAYOUTS."""
     layout = str(rng.choice(list(LAYOUTS), p=list(LAYOUTS.values())))
-    if layout == "compared":
+    if layout == "comparisons":
         return draw_comparisons(tokenizer, rng)
-    scene = draw_scene(rng, "in turn" if rng.random() < (0.4 if layout == "heard" else 0.1) else None)
+    scene = draw_scene(rng, "in turn" if rng.random() < (0.4 if layout == "audio" else 0.1) else None)
     if layout == "caption":
-        notes = _ids(tokenizer, f"{describe_objects(scene, rng)}\n", True)[:-1]
-        ids = np.concatenate([notes, _ids(tokenizer, f"{texts.caption(scene)}\n")])
-        is_description = np.arange(len(ids)) < len(notes)
-        is_description[0] = False  # where a text begins
+        description = _encode(tokenizer, f"{describe_objects(scene, rng)}\n", True)[:-1]
+        ids = np.concatenate([description, _encode(tokenizer, f"{texts.caption(scene)}\n")])
+        is_description = np.arange(len(ids)) < len(description)
+        is_description[0] = False  # BOS
         return ids, is_description
     if layout == "training":
-        return _training_text(tokenizer, scene, rng)
-    return _chat_text(tokenizer, randomize_sound(scene, rng) if layout == "both" else scene, layout, rng)
+        return _draw_training_text(tokenizer, scene, rng)
+    return _draw_chat_text(tokenizer, randomize_sound(scene, rng) if layout == "both" else scene, layout, rng)
 
 
-def _training_text(tokenizer: Tokenizer, scene: Scene, rng: np.random.Generator) -> DescribedText:
-    """A dialogue as the second stage of training has it."""
-    notes = _ids(tokenizer, describe_objects(scene, rng))
+def _draw_training_text(tokenizer: Tokenizer, scene: Scene, rng: np.random.Generator) -> DescribedText:
+    """Draw a dialogue in the layout of stage 2."""
+    description = _encode(tokenizer, describe_objects(scene, rng))
     is_video = motion_of(scene) != "rests" or rng.random() < 0.3
-    media = Media("video", timestamps=_times(rng)) if is_video else Media("image")
+    media = Media("video", timestamps=_draw_timestamps(rng)) if is_video else Media("image")
     turns = texts.draw_dialogue(scene, rng, int(rng.integers(2, 6)), wordings=4)
     if media.kind == "image":
         turns[0] = (f" {turns[0][0]}", turns[0][1])
-    encoded = label_conversation(tokenizer, find_conversation_template(TEMPLATE), turns, media, 0, len(notes), LENGTH)
-    return _filled(encoded.ids, encoded.is_media, notes), encoded.is_media
+    encoded = label_conversation(
+        tokenizer, find_conversation_template(TEMPLATE), turns, media, 0, len(description), LENGTH
+    )
+    return _fill_placeholders(encoded.ids, encoded.is_media, description), encoded.is_media
 
 
-def _chat_text(tokenizer: Tokenizer, scene: Scene, layout: str, rng: np.random.Generator) -> DescribedText:
-    """A dialogue as a chat has it: about pictures, about sound alone, or about both."""
-    notes, asked, two_sounds = [], [], len(scene.sounds) == 2
-    if layout != "seen":
-        notes.append(_ids(tokenizer, describe_sounds(scene.sounds, rng)))
-        asked += ["hear_first", "hear_last"] if two_sounds else ["hear"]
-    if layout != "heard":
-        notes.append(_ids(tokenizer, describe_objects(scene, rng)))
-        asked += texts.list_questions(scene)
-    if layout == "heard":
+def _draw_chat_text(tokenizer: Tokenizer, scene: Scene, layout: str, rng: np.random.Generator) -> DescribedText:
+    """Draw a dialogue in the layout of a chat: about an image or a video, about audio, or about a video with audio."""
+    descriptions, names, two_sounds = [], [], len(scene.sounds) == 2
+    if layout != "video":
+        descriptions.append(_encode(tokenizer, describe_sounds(scene.sounds, rng)))
+        names += ["hear_first", "hear_last"] if two_sounds else ["hear"]
+    if layout != "audio":
+        descriptions.append(_encode(tokenizer, describe_objects(scene, rng)))
+        names += texts.list_questions(scene)
+    if layout == "audio":
         media = Media("audio")
-        asked += ["first", "last"] if two_sounds else []
+        names += ["first", "last"] if two_sounds else []
     elif layout == "both":
         media = Media("video", with_audio=True)
-        asked += ["fit", "fit"] if len(scene.objects) == 1 else []
+        names += ["fit", "fit"] if len(scene.objects) == 1 else []
     else:
         still = motion_of(scene) == "rests" and rng.random() < 0.7
-        media = Media("image") if still else Media("video", timestamps=_times(rng))
+        media = Media("image") if still else Media("video", timestamps=_draw_timestamps(rng))
     conversation = prompts.start_conversation(TEMPLATE, audio_branch=True).add(media)
-    for name in map(str, rng.permutation(asked)[: rng.integers(2, 6)]):
+    for name in map(str, rng.permutation(names)[: rng.integers(2, 6)]):
         wording = str(rng.choice(texts.QUESTIONS[name]))
         conversation = conversation.ask(wording).answer(texts.answer(name, scene))
-    encoded = prompts.encode_conversation(conversation, tokenizer, [len(note) for note in notes])
-    ids = _filled(encoded.ids, encoded.is_media, np.concatenate(notes))
+    encoded = prompts.encode_conversation(conversation, tokenizer, [len(description) for description in descriptions])
+    ids = _fill_placeholders(encoded.ids, encoded.is_media, np.concatenate(descriptions))
     return np.append(ids, tokenizer.encode("###", special=False)[-1]), np.append(encoded.is_media, False)
 
 
 def describe_objects(scene: Scene, rng: np.random.Generator) -> str:
-    """What stands in place of a picture's or clip's tokens: its caption, or its words shuffled and said again."""
+    """Draw the description of an image or a clip: its caption, or the words of it shuffled and repeated."""
     if rng.random() < 0.3:
         return texts.caption(scene)
     if len(scene.objects) == 1:
-        return _shuffled(texts.caption(scene).split(), rng)
-    first, then = (_shuffled(texts.noun_phrase(group).split(), rng) for group in scene.objects)
+        return _shuffle_words(texts.caption(scene).split(), rng)
+    first, then = (_shuffle_words(texts.noun_phrase(group).split(), rng) for group in scene.objects)
     return f"first {first} then {then}"
 
 
 def describe_sounds(kinds: tuple[str, ...], rng: np.random.Generator) -> str:
-    """The same of sounds; half of them as the audio branch has them: notes of pictures, of any colour and motion."""
+    """Draw the description of sounds.
+
+    Half of them are descriptions of images with a random color and motion, as the audio branch is trained on images.
+    """
     if rng.random() < 0.5:
         motion = draw_motion(rng, MOTIONS[:-1]) if len(kinds) == 1 else "in turn"
         return describe_objects(Scene(tuple(draw_objects(rng, motion, "train", kind=kind) for kind in kinds)), rng)
-    whole = rng.random() < 0.5
-    parts = [f"a {kind} {KINDS[kind]}" if whole else _shuffled([kind], rng) for kind in kinds]
-    return parts[0] if len(parts) == 1 else f"first {parts[0]} then {parts[1]}"
+    as_sentence = rng.random() < 0.5
+    sounds = [f"a {kind} {KINDS[kind]}" if as_sentence else _shuffle_words([kind], rng) for kind in kinds]
+    return sounds[0] if len(sounds) == 1 else f"first {sounds[0]} then {sounds[1]}"
 
 
-def _shuffled(words: list[str], rng: np.random.Generator) -> str:
-    """Words in any order, each once or up to three times; those of a place stay together."""
-    said = " ".join(words)
-    place = next((place for place in sorted(PLACES, key=len, reverse=True) if place in said), "")
-    units = [*said.replace(place, "").split(), *([place] if place else [])]
+def _shuffle_words(words: list[str], rng: np.random.Generator) -> str:
+    """Shuffle words and repeat each up to three times. The words of a place stay together."""
+    text = " ".join(words)
+    place = next((place for place in sorted(PLACES, key=len, reverse=True) if place in text), "")
+    units = [*text.replace(place, "").split(), *([place] if place else [])]
     units = [unit for unit in units if unit not in ("a", "an")]
-    most = rng.integers(1, 4)
-    return " ".join(rng.permutation([unit for unit in units for _ in range(rng.integers(1, most + 1))]))
+    max_repeats = rng.integers(1, 4)
+    return " ".join(rng.permutation([unit for unit in units for _ in range(rng.integers(1, max_repeats + 1))]))
 
 
-def _times(rng: np.random.Generator) -> tuple[float, ...]:
-    """When a video's frames are: mostly as in this world, now and then as elsewhere."""
+def _draw_timestamps(rng: np.random.Generator) -> tuple[float, ...]:
+    """Draw the timestamps of a video's frames: those of the world, or in 10 % of cases of another duration."""
     if rng.random() < 0.1:
         length = rng.uniform(1, 30)
         return tuple(length * number / 8 for number in range(8))
     return WORLD_SECONDS
 
 
-def _plain_text(scene: Scene, rng: np.random.Generator) -> list[str]:
+def _draw_plain_texts(scene: Scene, rng: np.random.Generator) -> list[str]:
+    """Draw texts about a scene for the tokenizer: descriptions, timestamps, questions and answers."""
     names = [*texts.list_questions(scene), "hear", "hear_first", "hear_last", "fit"]
-    lines = [describe_objects(scene, rng), describe_sounds(scene.sounds, rng), prompts.format_timestamps(_times(rng))]
+    lines = [
+        describe_objects(scene, rng),
+        describe_sounds(scene.sounds, rng),
+        prompts.format_timestamps(_draw_timestamps(rng)),
+    ]
     for name in names:
         lines += [str(rng.choice(texts.QUESTIONS[name])), texts.answer(name, scene)]
     return lines
 
 
-def _ids(tokenizer: Tokenizer, text: str, bos: bool = False) -> np.ndarray:
+def _encode(tokenizer: Tokenizer, text: str, bos: bool = False) -> np.ndarray:
     return np.array(tokenizer.encode(text, bos=bos, special=False), np.int32)
 
 
-def _filled(ids: np.ndarray, is_media: np.ndarray, notes: np.ndarray) -> np.ndarray:
-    """Ids with notes where media tokens would be, as many of them as are left there."""
+def _fill_placeholders(ids: np.ndarray, is_media: np.ndarray, description: np.ndarray) -> np.ndarray:
+    """Replace placeholders with the ids of a description, truncated to the placeholders that are left."""
     ids = ids.copy()
-    ids[is_media] = notes[: is_media.sum()]
+    ids[is_media] = description[: is_media.sum()]
     return ids

@@ -1,7 +1,7 @@
-"""From nothing to a model: the world, its frozen parts, both branches in both stages, and what is compared with them.
+"""Train a miniature from scratch: the world, the frozen components, both branches in both stages, and baselines.
 
-Everything that a run makes is kept under OUT and not made again, so that a run that was stopped goes on; what is there
-is whole. OUT/recipe.json says of which seed and recipe it is.
+Every result is stored under OUT and reused, so that a run resumes where it was interrupted. Outputs become visible only
+when they are complete. OUT/recipe.json records the seed and the recipe; a run with others is refused.
 """
 
 import dataclasses
@@ -35,9 +35,20 @@ Log = Callable[[str], None]
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How much of each step. steps_of_runs: of both branches' stages, by config; their own where 0 (for tests)."""
+    """The sizes of the world and the steps of each training, as OUT/recipe.json records them.
 
-    amounts: Amounts = Amounts()  # noqa: RUF009 (it is frozen)
+    Attributes:
+        amounts: The number of clips and images of the world.
+        comparison_steps: Steps of the language model on comparisons alone.
+        language_steps: Steps of the language model on all texts.
+        pictures: Images that the vision towers and the image Q-Former are trained on.
+        tower_steps: Steps of the vision towers.
+        hearing_steps: Steps of the audio tower.
+        captioner_steps: Steps of the image Q-Former.
+        steps_of_runs: Steps of each stage of the branches, for tests; those of the run configs if 0.
+    """
+
+    amounts: Amounts = Amounts()  # noqa: RUF009 (immutable)
     comparison_steps: int = 400
     language_steps: int = 1200
     pictures: int = 40_000
@@ -48,40 +59,47 @@ class Recipe:
 
 
 def make_base_model(out: Path, seed: int, recipe: Recipe, log: Log) -> None:
-    """The world, the frozen parts, OUT/base, and OUT/base_without_positions for the comparison.
+    """Write the world, train the frozen components, and write the base models of the branches.
 
-    Raises ConfigError where OUT is of another seed or recipe.
+    Args:
+        out: OUT, where OUT/base and, as a baseline, OUT/base_without_positions are written.
+        seed: The seed of the world and of the frozen components.
+        recipe: The sizes and steps.
+        log: Called with progress messages.
+
+    Raises:
+        ConfigError: OUT was made with another seed or recipe.
     """
-    _begin(out, seed, recipe)
+    _check_recipe(out, seed, recipe)
     if (out / "base_without_positions").exists():
         return
     write_world(out / "world", recipe.amounts, seed, log)
-    tokenizer = _tokenizer(out, seed)
-    parts = out / "parts"
+    tokenizer = _load_or_train_tokenizer(out, seed)
+    folder = out / "parts"
     llama = load_or_train(
-        parts,
+        folder,
         "llama",
         Llama(language.CONFIG, rngs=nnx.Rngs(0)),
         lambda: language.train_language_model(
             tokenizer, comparison_steps=recipe.comparison_steps, steps=recipe.language_steps, seed=seed, log=log
         ),
     )
-    pictures = draw_images(recipe.pictures, seed)
-    seen = load_or_train(
-        parts,
+    images = draw_images(recipe.pictures, seed)
+    vision = load_or_train(
+        folder,
         "towers",
         towers.Towers(tokenizer.vocab_size, rngs=nnx.Rngs(0)),
-        lambda: towers.train_towers(pictures, tokenizer, steps=recipe.tower_steps, batch_size=64, seed=seed, log=log),
+        lambda: towers.train_towers(images, tokenizer, steps=recipe.tower_steps, batch_size=64, seed=seed, log=log),
     )
-    found = towers.measure_phrase_accuracy(seen, draw_images(1000, seed, "test"), tokenizer)
-    for aspect, (eva, imagebind) in found.items():
-        log(f"picture towers, unseen combinations, {aspect}: EVA {eva:.3f}, ImageBind {imagebind:.3f}")
-    heard = load_or_train(
-        parts,
+    accuracies = towers.measure_phrase_accuracy(vision, draw_images(1000, seed, "test"), tokenizer)
+    for aspect, (eva, imagebind) in accuracies.items():
+        log(f"vision towers, accuracy of {aspect} on held-out combinations: EVA {eva:.3f}, ImageBind {imagebind:.3f}")
+    audio = load_or_train(
+        folder,
         "hearing",
         AudioTower(audio_tower.AUDIO, towers.EMBED_DIM, rngs=nnx.Rngs(0)),
         lambda: audio_tower.train_audio_tower(
-            seen.imagebind,
+            vision.imagebind,
             read_pairs(list_audio_training_clips(out)),
             steps=recipe.hearing_steps,
             batch_size=96,
@@ -89,35 +107,37 @@ def make_base_model(out: Path, seed: int, recipe: Recipe, log: Log) -> None:
             log=log,
         ),
     )
-    told = load_or_train(
-        parts,
+    captions = load_or_train(
+        folder,
         "captioner",
         captioner.Captioner(rngs=nnx.Rngs(0)),
         lambda: captioner.train_captioner(
-            seen.eva, llama, pictures, tokenizer, steps=recipe.captioner_steps, batch_size=64, seed=seed, log=log
+            vision.eva, llama, images, tokenizer, steps=recipe.captioner_steps, batch_size=64, seed=seed, log=log
         ),
     )
-    named = {
-        "vit": seen.eva,
-        "imagebind/vision": seen.imagebind,
-        "imagebind/audio": heard,
+    components = {
+        "vit": vision.eva,
+        "imagebind/vision": vision.imagebind,
+        "imagebind/audio": audio,
         "llama": llama,
-        "audio_llama_proj": told.llama_proj,
+        "audio_llama_proj": captions.llama_proj,
     }
-    weights = {path: value for name, one in named.items() for path, value in prefix_weights(name, one).items()}
-    _write_bases(out, {**weights, **get_weights(told)}, seed)
+    weights = {path: value for name, one in components.items() for path, value in prefix_weights(name, one).items()}
+    _write_base_models(out, {**weights, **get_weights(captions)}, seed)
 
 
-def _begin(out: Path, seed: int, recipe: Recipe) -> None:
-    """Writes down what OUT is of, or checks that it is of the same."""
-    file, asked = out / "recipe.json", {"seed": seed, **dataclasses.asdict(recipe)}
+def _check_recipe(out: Path, seed: int, recipe: Recipe) -> None:
+    """Record the seed and the recipe in OUT/recipe.json, or compare them with the recorded ones."""
+    file, requested = out / "recipe.json", {"seed": seed, **dataclasses.asdict(recipe)}
     if not file.exists():
-        replace_json(file, asked)
-    if differences := describe_changes(flatten_fields(read_object(file)), flatten_fields(asked)):
-        raise ConfigError(f"{out} was begun otherwise ({', '.join(differences[:3])}); name another directory")
+        replace_json(file, requested)
+    if differences := describe_changes(flatten_fields(read_object(file)), flatten_fields(requested)):
+        raise ConfigError(
+            f"{out} was started with another seed or recipe ({', '.join(differences[:3])}); use another directory"
+        )
 
 
-def _tokenizer(out: Path, seed: int) -> Tokenizer:
+def _load_or_train_tokenizer(out: Path, seed: int) -> Tokenizer:
     folder = out / "parts" / "tokenizer"
     if not folder.exists():
         with new_directory(folder) as directory:
@@ -125,65 +145,84 @@ def _tokenizer(out: Path, seed: int) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def _write_bases(out: Path, weights: Weights, seed: int) -> None:
-    """Both bases. Sound positions start as long as the vectors that they are added to.
+def _write_base_models(out: Path, weights: Weights, seed: int) -> None:
+    """Write both base models.
 
-    The original's start from N(0, 1), many times as long; the audio branch learned nothing in its first 700 steps then.
+    Audio positions are initialized with the norm of the vectors that they are added to. With N(0, 1), as in the
+    original, they have several times this norm, and the audio branch learned nothing in its first 700 steps.
     """
     embed_dim = CONFIG.require_imagebind().embed_dim
-    places = np.random.default_rng([seed, 4]).standard_normal((CONFIG.num_clip_positions, embed_dim), np.float32)
-    weights = {**weights, "audio_positions": places / np.float32(embed_dim**0.5)}
+    positions = np.random.default_rng([seed, 4]).standard_normal((CONFIG.num_clip_positions, embed_dim), np.float32)
+    weights = {**weights, "audio_positions": positions / np.float32(embed_dim**0.5)}
     if not (out / "base").exists():
         write_model(out / "base", weights, out / "parts" / "tokenizer")
-    rows = np.zeros((CONFIG.num_frame_positions, CONFIG.image_qformer.width), np.float32)
-    write_model(out / "base_without_positions", {**weights, "frame_positions": rows}, out / "parts" / "tokenizer")
+    zeros = np.zeros((CONFIG.num_frame_positions, CONFIG.image_qformer.width), np.float32)
+    write_model(out / "base_without_positions", {**weights, "frame_positions": zeros}, out / "parts" / "tokenizer")
 
 
 def list_audio_training_clips(out: Path) -> list[Path]:
-    """Clips in which something is seen from the beginning to the end."""
+    """List the clips of stage 2 in which an object is visible at all times."""
     folder = out / "world" / "instructions"
     lines = [json.loads(line) for line in (folder / "annotations.jsonl").read_text().splitlines()]
-    said = {line["video"]: json.dumps(line["QA"]) for line in lines if "video" in line}
-    return [folder / name for name, text in said.items() if "appears" not in text and "vanishes" not in text]
+    texts = {line["video"]: json.dumps(line["QA"]) for line in lines if "video" in line}
+    return [folder / name for name, text in texts.items() if "appears" not in text and "vanishes" not in text]
 
 
 def train_branches(out: Path, recipe: Recipe, log: Log) -> None:
-    """Both stages of both branches, and the vision branch once more without frame positions; joined in OUT/model."""
-    _stages(out, "vision", "vision", str(out / "base"), recipe, log)
-    _stages(out, "audio", "audio", str(out / "vision2"), recipe, log)
-    patterns = ("video_qformer/*", "llama_proj/*")
-    without = ("--trainable", *patterns)
-    _stages(out, "vision", "without_positions", str(out / "base_without_positions"), recipe, log, without)
-    joined = {"model": ("base", "vision2"), "model_without_positions": ("base_without_positions", "without_positions2")}
-    for name, (of, vision) in joined.items():
+    """Train both stages of both branches, and the vision branch again without frame positions as a baseline.
+
+    Writes OUT/model and OUT/model_without_positions.
+
+    Args:
+        out: OUT, with the base models.
+        recipe: The sizes and steps.
+        log: Called with progress messages.
+
+    Raises:
+        VllamaError: A command failed or was stopped. The same call resumes.
+    """
+    _train_stages(out, "vision", "vision", str(out / "base"), recipe, log)
+    _train_stages(out, "audio", "audio", str(out / "vision2"), recipe, log)
+    options = ("--trainable", "video_qformer/*", "llama_proj/*")  # frame positions stay zero
+    _train_stages(out, "vision", "without_positions", str(out / "base_without_positions"), recipe, log, options)
+    models = {"model": ("base", "vision2"), "model_without_positions": ("base_without_positions", "without_positions2")}
+    for name, (base, vision) in models.items():
         if not (out / name).exists():
             branches = ("--vl", str(out / vision), "--al", str(out / "audio2"))
-            run_vllama(log, "convert", "--base", str(out / of), *branches, "--out", str(out / name))
+            run_vllama(log, "convert", "--base", str(out / base), *branches, "--out", str(out / name))
 
 
-def _stages(
+def _train_stages(
     out: Path, branch: str, name: str, model: str, recipe: Recipe, log: Log, options: tuple[str, ...] = ()
 ) -> None:
-    """`vllama features` and `vllama train` of a branch's two stages: OUT/NAME1 and OUT/NAME2."""
+    """Run `vllama features` and `vllama train` for both stages of a branch: OUT/NAME1 and OUT/NAME2."""
     cache = out / "features" / branch
     for stage, records in ((1, "captions"), (2, "instructions")):
         config = f"miniature_{branch}_stage{stage}"
-        given: tuple[str, ...] = ("--model", model, "--datasets.0.path", str(out / "world" / "records" / records))
-        run_vllama(log, "features", config, "--out", str(cache), *given)
-        given += ("--data.feature-cache", str(cache), "--out", f"{out / name}{stage}", *options)
-        given += ("--init", f"{out / name}1") if stage == 2 else ()
-        given += ("--steps", str(recipe.steps_of_runs)) if recipe.steps_of_runs else ()
-        run_vllama(log, "train", config, *given)
+        arguments: tuple[str, ...] = ("--model", model, "--datasets.0.path", str(out / "world" / "records" / records))
+        run_vllama(log, "features", config, "--out", str(cache), *arguments)
+        arguments += ("--data.feature-cache", str(cache), "--out", f"{out / name}{stage}", *options)
+        arguments += ("--init", f"{out / name}1") if stage == 2 else ()
+        arguments += ("--steps", str(recipe.steps_of_runs)) if recipe.steps_of_runs else ()
+        run_vllama(log, "train", config, *arguments)
         steps = recipe.steps_of_runs or load_config(config)[0].steps
         if list_checkpoint_steps(out / f"{name}{stage}")[-1] < steps:
-            raise VllamaError(f"{out / name}{stage} was stopped before its end; run the same command again to go on")
+            raise VllamaError(f"{out / name}{stage} was stopped before its last step; run the same command to resume")
 
 
 def run_vllama(log: Log, *arguments: str) -> None:
-    """Runs `vllama …` in a process of its own, and says which. Raises VllamaError when it fails."""
-    began = time.perf_counter()
+    """Run a vllama command in its own process, and log the command and its time.
+
+    Args:
+        log: Called with progress messages.
+        *arguments: The command and its arguments.
+
+    Raises:
+        VllamaError: The command failed. It has printed the reason.
+    """
+    start_time = time.perf_counter()
     log(f"vllama {' '.join(arguments)}")
     program = "from vllama_jax.cli import main; main()"
     if subprocess.run([sys.executable, "-c", program, *arguments]).returncode:
-        raise VllamaError(f"`vllama {arguments[0]}` failed, as it says above; run the same command again to go on")
-    log(f"  {time.perf_counter() - began:.0f} s")
+        raise VllamaError(f"`vllama {arguments[0]}` failed, see above; run the same command to resume")
+    log(f"  {time.perf_counter() - start_time:.0f} s")

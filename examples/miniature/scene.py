@@ -1,7 +1,7 @@
-"""What there is in the small world: things of some kind, colour, size, number and place, and what becomes of them.
+"""Scenes: objects with a kind, color, size, number and place, their motion, and the sounds that are heard.
 
-A scene says what is shown and heard, in words; render.py and sounds.py make pictures and sound of it, texts.py says it.
-Some combinations of kind, colour and motion are never trained on (`is_held_out`), so that a test is of new ones.
+A scene is symbolic. render.py makes frames of it, synthesis.py audio, and texts.py captions, questions and answers.
+Some combinations of kind, color and motion are held out of training (`is_held_out`); measures use only these.
 """
 
 import dataclasses
@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 
-# Each kind of thing, and what it does when it is heard.
+# Each kind of object, and the verb for its sound.
 KINDS = {
     "bell": "rings",
     "drum": "beats",
@@ -41,7 +41,7 @@ COLORS = {
 }
 SIZES = ("small", "large")
 NUMBERS = ("one", "two", "three", "four")
-PLACES = (  # of the middle of a thing, in thirds of the picture, row by row
+PLACES = (  # of an object's center, in thirds of the image, row by row
     "at the upper left",
     "at the top",
     "at the upper right",
@@ -56,16 +56,25 @@ PLACES = (  # of the middle of a thing, in thirds of the picture, row by row
 Motion = Literal["rests", "left", "right", "up", "down", "grows", "shrinks", "appears", "vanishes", "in turn"]
 DIRECTIONS: tuple[Motion, ...] = ("left", "right", "up", "down")
 CHANGES: tuple[Motion, ...] = ("grows", "shrinks", "appears", "vanishes")
-# "in turn": shown for half of the time, another thing for the other half.
+# "in turn": an object is visible in one half of the clip, a second object in the other half.
 MOTIONS: tuple[Motion, ...] = ("rests", *DIRECTIONS, *CHANGES, "in turn")
 Split = Literal["train", "test"]
 
-HOLDOUT_INTERVAL = 7  # one combination in so many is kept for tests
+HOLDOUT_INTERVAL = 7  # one in this many combinations of kind, color and motion is held out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ObjectGroup:
-    """One thing, or several alike. `place` is a number in PLACES, and means something only for one thing at rest."""
+    """One object, or several with the same properties.
+
+    Attributes:
+        kind: A key of KINDS.
+        color: A key of COLORS.
+        size: One of SIZES; ignored where the motion changes the size.
+        number: How many objects, 1 to 4. More than one only at rest.
+        place: An index into PLACES. Defined only for one object at rest.
+        motion: One of MOTIONS.
+    """
 
     kind: str
     color: str
@@ -77,37 +86,53 @@ class ObjectGroup:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What is shown, two of them one after the other; and the kinds that are heard, in order, none in silence."""
+    """What is visible and audible in a clip.
+
+    Attributes:
+        objects: One group, or two that are shown one after the other.
+        sounds: The kinds that are heard, in order; empty for silence.
+    """
 
     objects: tuple[ObjectGroup, ...]
     sounds: tuple[str, ...] = ()
 
 
 def is_held_out(kind: str, color: str, motion: Motion) -> bool:
-    """Whether this combination is for tests only.
+    """Return whether this combination is held out of training.
 
-    A Latin square: every two of the three occur together in training, whatever they are.
+    Held-out combinations form a Latin square: every pair of kind, color and motion occurs in training.
     """
     number = list(KINDS).index(kind) + 2 * list(COLORS).index(color) + 3 * MOTIONS.index(motion)
     return number % HOLDOUT_INTERVAL == 0
 
 
 def motion_of(scene: Scene) -> Motion:
-    """What becomes of the things that the scene shows first."""
+    """Return the motion of the group that is shown first."""
     return scene.objects[0].motion
 
 
 def draw_motion(
     rng: np.random.Generator, motions: Sequence[Motion], probabilities: Sequence[float] | None = None
 ) -> Motion:
-    """One of these motions, each equally likely unless probabilities are given."""
+    """Draw one of the motions, uniformly unless probabilities are given."""
     return motions[int(rng.choice(len(motions), p=probabilities))]
 
 
 def draw_objects(
     rng: np.random.Generator, motion: Motion, split: Split, *, kind: str | None = None, number: int = 1
 ) -> ObjectGroup:
-    """Things of any kind unless given, any colour, size and place, of a combination that belongs to the split."""
+    """Draw a group of objects whose combination of kind, color and motion belongs to the split.
+
+    Args:
+        rng: The generator.
+        motion: The motion of the group.
+        split: "train" or "test" (held-out combinations).
+        kind: The kind of the objects; drawn if None.
+        number: How many objects.
+
+    Returns:
+        The group, with a random color, size and place. Several objects are small.
+    """
     kinds = list(KINDS) if kind is None else [kind]
     while True:
         kind, color = rng.choice(kinds), rng.choice(list(COLORS))
@@ -118,7 +143,7 @@ def draw_objects(
 
 
 def draw_scene(rng: np.random.Generator, motion: Motion | None = None, split: Split = "train") -> Scene:
-    """A scene with one motion, any unless given; it is heard as it looks."""
+    """Draw a scene whose sounds match its objects. The motion is drawn if None."""
     motion = motion or draw_motion(rng, MOTIONS)
     if motion == "in turn":
         first = draw_objects(rng, motion, split)
@@ -131,7 +156,7 @@ def draw_scene(rng: np.random.Generator, motion: Motion | None = None, split: Sp
 
 
 def randomize_sound(scene: Scene, rng: np.random.Generator, match_probability: float = 0.5) -> Scene:
-    """The scene, heard as it looks in that part of cases, and as another kind sounds in the others."""
+    """Keep the scene's sound with a probability; otherwise replace it with the sound of another kind."""
     if rng.random() < match_probability:
         return scene
     others = [kind for kind in KINDS if kind != scene.objects[0].kind]
@@ -139,5 +164,5 @@ def randomize_sound(scene: Scene, rng: np.random.Generator, match_probability: f
 
 
 def draw_number(rng: np.random.Generator) -> int:
-    """How many things are at rest: one in half of the pictures."""
+    """Draw the number of objects at rest: one in half of the cases, otherwise 2, 3 or 4."""
     return int(rng.choice([1, 1, 1, 2, 3, 4]))

@@ -1,6 +1,6 @@
-"""What is said of scenes: captions, questions in several wordings, answers, and whether an answer is right.
+"""Captions of scenes, questions in several wordings, answers, and the comparison of answers.
 
-The last wording of each question is for tests: no branch is trained on it, only the language model has read it.
+The last wording of each question is for evaluation: only the language model is trained on it, no branch is.
 """
 
 from collections.abc import Callable, Mapping
@@ -36,12 +36,15 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
         "Do sound and picture agree?",
     ),
 }
-AUDIO_QUESTIONS = ("hear", "hear_first", "hear_last", "fit")  # never asked when a branch is trained
+AUDIO_QUESTIONS = ("hear", "hear_first", "hear_last", "fit")  # not in the training data of the branches
 OPPOSITES: dict[Motion, Motion] = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 
 def caption(scene: Scene) -> str:
-    """What a scene shows: "a large red bell moves to the left", "three small blue drums", "first …, then …"."""
+    """Return the caption of a scene.
+
+    Examples: "a large red bell moves to the left", "three small blue drums", "first …, then …".
+    """
     if len(scene.objects) == 2:
         first, second = (noun_phrase(group) for group in scene.objects)
         return f"first {first}, then {second}"
@@ -52,12 +55,12 @@ def caption(scene: Scene) -> str:
 
 
 def image_caption(group: ObjectGroup) -> str:
-    """What one moment of a scene shows, and where, if it is one thing."""
+    """Return the caption of one frame of a group; it has the place if the group is one object."""
     return noun_phrase(group) + (f" {PLACES[group.place]}" if group.number == 1 else "")
 
 
 def noun_phrase(group: ObjectGroup) -> str:
-    """ "a large red bell", "three small blue drums"; what changes its size has none."""
+    """Return a noun phrase such as "a large red bell"; without a size if the size changes."""
     size = "" if group.motion in ("grows", "shrinks") else f"{group.size} "
     if group.number == 1:
         words = f"{size}{group.color} {group.kind}"
@@ -66,34 +69,34 @@ def noun_phrase(group: ObjectGroup) -> str:
 
 
 def motion(name: str) -> str:
-    """ "moves to the left", "grows"."""
+    """Return the verb phrase of a motion, such as "moves to the left" or "grows"."""
     return f"moves {DIRECTION_PHRASES[name]}" if name in DIRECTIONS else name
 
 
 def list_questions(scene: Scene) -> list[str]:
-    """The names in QUESTIONS that can be asked about what the scene shows."""
+    """Return the names of the QUESTIONS that apply to the objects of a scene."""
     if len(scene.objects) == 2:
         return ["first", "last", "describe"]
     (group,) = scene.objects
-    asked = ["object", "colour", "describe"]
+    names = ["object", "colour", "describe"]
     if group.motion not in ("grows", "shrinks"):
-        asked.append("size")
+        names.append("size")
     if group.motion == "rests":
-        asked.append("count")
-        asked += ["place"] if group.number == 1 else []
+        names.append("count")
+        names += ["place"] if group.number == 1 else []
     else:
-        asked.append("motion")
-    return asked
+        names.append("motion")
+    return names
 
 
 def answer(question: str, scene: Scene) -> str:
-    """The right answer to a question of QUESTIONS."""
+    """Return the reference answer to one of the QUESTIONS."""
     return ANSWERS[question](scene)
 
 
-def compare_kinds(sounds: str, seen: str) -> str:
-    """Whether what is heard fits what is seen: the two kinds, then yes or no."""
-    return f"a {sounds} is heard and a {seen} is seen, so {'yes' if sounds == seen else 'no'}"
+def compare_kinds(audible: str, visible: str) -> str:
+    """Return the answer whether the audible kind matches the visible one: both kinds, then yes or no."""
+    return f"a {audible} is heard and a {visible} is seen, so {'yes' if audible == visible else 'no'}"
 
 
 ANSWERS: Mapping[str, Callable[[Scene], str]] = {
@@ -115,25 +118,38 @@ ANSWERS: Mapping[str, Callable[[Scene], str]] = {
 }
 
 
-def is_correct(question: str, said: str, scene: Scene) -> bool:
-    """Whether an answer means what the right one does."""
-    return answer_key(question, said) == answer_key(question, answer(question, scene))
+def is_correct(question: str, prediction: str, scene: Scene) -> bool:
+    """Return whether a prediction is equivalent to the reference answer."""
+    return answer_key(question, prediction) == answer_key(question, answer(question, scene))
 
 
-def answer_key(question: str, said: str) -> str:
-    """What of an answer counts: the kind, the place, the way, yes or no; all of a description."""
-    words = said.lower().strip(" .!").replace(",", "").split()
+def answer_key(question: str, text: str) -> str:
+    """Extract the words of an answer that are compared.
+
+    These are the kind, the direction, or yes or no. Of other questions, the whole answer is compared.
+    """
+    words = text.lower().strip(" .!").replace(",", "").split()
     if question == "fit":
         return words[-1] if words else ""
     if question in ("object", "first", "last", "hear", "hear_first", "hear_last"):
-        known = [word.removesuffix("s") if word.removesuffix("s") in KINDS else word for word in words]
-        return next((word for word in known if word in KINDS), "")
+        singular = [word.removesuffix("s") if word.removesuffix("s") in KINDS else word for word in words]
+        return next((word for word in singular if word in KINDS), "")
     if question == "motion":
         return next((word for word in words if word in MOTIONS), "")
     return " ".join(words)
 
 
 def draw_dialogue(scene: Scene, rng: np.random.Generator, turns: int, *, wordings: int = 3) -> list[tuple[str, str]]:
-    """Questions in any order and some of the wordings, each with its answer."""
-    asked = rng.permutation(list_questions(scene))[:turns]
-    return [(QUESTIONS[name][rng.integers(wordings)], answer(name, scene)) for name in map(str, asked)]
+    """Draw a dialogue about a scene.
+
+    Args:
+        scene: The scene.
+        rng: The generator.
+        turns: The maximum number of questions; their order is random.
+        wordings: How many wordings of each question to draw from, at most 4.
+
+    Returns:
+        Pairs of a question and its reference answer.
+    """
+    names = rng.permutation(list_questions(scene))[:turns]
+    return [(QUESTIONS[name][rng.integers(wordings)], answer(name, scene)) for name in map(str, names)]

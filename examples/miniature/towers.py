@@ -1,7 +1,7 @@
-"""The two picture towers, EVA-CLIP's and ImageBind's, trained as CLIP is: pictures beside what is said of them.
+"""Train both vision towers, EVA-CLIP's and ImageBind's, as CLIP is: images against phrases.
 
-What is said are short captions, each of one aspect: "a bell", "something red", "at the top". Of each aspect a picture
-must find its caption among those of the batch, and a caption its pictures; the same words are the same caption.
+Each phrase describes one aspect of an image: "a bell", "something red", "at the top". The contrastive loss of an aspect
+matches images with the phrases that occur in the batch. Several images may have the same phrase.
 """
 
 import dataclasses
@@ -29,7 +29,7 @@ PHRASE_WIDTH = 128
 
 
 class TextTower(nnx.Module):
-    """A caption's tokens, averaged, through two layers → [c, EMBED_DIM] of norm 1. The miniature's text tower."""
+    """The text tower: two layers on the mean of the token embeddings of a phrase."""
 
     def __init__(self, vocab_size: int, *, rngs: nnx.Rngs):
         self.embedding = nnx.Embed(vocab_size, PHRASE_WIDTH, rngs=rngs)
@@ -37,13 +37,14 @@ class TextTower(nnx.Module):
         self.down = nnx.Linear(PHRASE_WIDTH, EMBED_DIM, rngs=rngs)
 
     def __call__(self, ids: jax.Array, lengths: jax.Array) -> jax.Array:
+        """Embed phrases: token ids [c, n] and their lengths [c] → vectors [c, EMBED_DIM] of norm 1."""
         mask = (jnp.arange(ids.shape[1]) < lengths[:, None])[..., None]
         mean = jnp.sum(self.embedding(ids) * mask, axis=1) / lengths[:, None]
-        return unit(self.down(jax.nn.gelu(self.up(mean))))
+        return l2_normalize(self.down(jax.nn.gelu(self.up(mean))))
 
 
 class Towers(nnx.Module):
-    """Both picture towers and the text tower. EVA's own head is only needed here."""
+    """Both vision towers and the text tower. EVA's head is needed for training only."""
 
     def __init__(self, vocab_size: int, *, rngs: nnx.Rngs):
         self.eva = EvaVit(EVA, rngs=rngs)
@@ -56,24 +57,25 @@ class Towers(nnx.Module):
         init_tokens(self.imagebind, rngs)
 
     def __call__(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Normalised pictures [b, h, w, 3] → both towers' vectors [b, EMBED_DIM] of norm 1."""
-        seen = run(self.eva.blocks, self.eva.embed_inputs(images))[:, 0]
-        other = run(self.imagebind.blocks, self.imagebind.embed_inputs(images))
-        return unit(self.eva_head(self.eva_norm(seen))), self.imagebind.project_class_token(other)
+        """Embed normalized images [b, h, w, 3] with both towers: two arrays [b, EMBED_DIM] of norm 1."""
+        eva = run_blocks_without_remat(self.eva.blocks, self.eva.embed_inputs(images))[:, 0]
+        imagebind = run_blocks_without_remat(self.imagebind.blocks, self.imagebind.embed_inputs(images))
+        return l2_normalize(self.eva_head(self.eva_norm(eva))), self.imagebind.project_class_token(imagebind)
 
 
 def init_tokens(tower: EvaVit | VisionTower | AudioTower, rngs: nnx.Rngs) -> None:
-    """Random positions and class token, for a tower that starts from nothing."""
+    """Initialize the positions and the class token of a tower with N(0, 0.02²)."""
     for weight in (tower.positions, tower.class_token):
         weight.set_value(0.02 * jax.random.normal(rngs.params(), weight.shape))
 
 
-def run(blocks: nnx.Module, x: jax.Array) -> jax.Array:
-    """Blocks as the network runs them, but with all that the backward pass needs kept: the batch is small."""
+def run_blocks_without_remat(blocks: nnx.Module, x: jax.Array) -> jax.Array:
+    """Run stacked blocks and store all activations for the backward pass, as the batches are small."""
     return run_stack(blocks, x, lambda block, x: block(x), "none")
 
 
-def unit(x: jax.Array) -> jax.Array:
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """Scale vectors [..., d] to norm 1."""
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
@@ -86,72 +88,92 @@ def train_towers(
     seed: int,
     log: Callable[[str], None],
 ) -> Towers:
-    """Both towers on the same batches, in one program."""
-    numbers = phrase_ids(images)
-    table = tokenize_phrases(tokenizer)
+    """Train both vision towers on the same batches, in one compiled program.
+
+    Args:
+        images: The training images.
+        tokenizer: The tokenizer of the phrases.
+        steps: The number of steps.
+        batch_size: Images in a batch.
+        seed: The seed of the weights and of the batches.
+        log: Called with progress messages.
+
+    Returns:
+        The trained towers.
+    """
+    labels = phrase_ids(images)
+    tokens = tokenize_phrases(tokenizer)
 
     def batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
-        chosen = rng.integers(len(numbers), size=batch_size)
-        return {"pixels": images.pixels[chosen], "phrases": numbers[chosen]}
+        chosen = rng.integers(len(labels), size=batch_size)
+        return {"pixels": images.pixels[chosen], "phrases": labels[chosen]}
 
     def loss(towers: Towers, batch: dict[str, jax.Array]) -> tuple[jax.Array, dict[str, jax.Array]]:
-        seen = towers(standardize(batch["pixels"].astype(jnp.float32)))
-        figures: dict[str, jax.Array] = {}
+        vectors_by_tower = towers(standardize(batch["pixels"].astype(jnp.float32)))
+        metrics: dict[str, jax.Array] = {}
         total = jnp.zeros(())
-        for aspect, (name, (ids, lengths)) in enumerate(table.items()):
-            said = towers.phrases(jnp.asarray(ids), jnp.asarray(lengths))
-            for tower, vectors in enumerate(seen):
-                logits = jnp.exp(towers.log_scale[tower, aspect]) * vectors @ said.T
-                cost, right = contrastive_loss(logits, batch["phrases"][:, aspect])
+        for aspect, (name, (ids, lengths)) in enumerate(tokens.items()):
+            phrase_vectors = towers.phrases(jnp.asarray(ids), jnp.asarray(lengths))
+            for tower, vectors in enumerate(vectors_by_tower):
+                logits = jnp.exp(towers.log_scale[tower, aspect]) * vectors @ phrase_vectors.T
+                cost, accuracy = contrastive_loss(logits, batch["phrases"][:, aspect])
                 total += cost
                 if name == "kind":
-                    figures["eva's kinds" if tower == 0 else "imagebind's kinds"] = right
-        return total / (2 * len(table)), figures
+                    metrics["EVA kind accuracy" if tower == 0 else "ImageBind kind accuracy"] = accuracy
+        return total / (2 * len(tokens)), metrics
 
     towers = Towers(tokenizer.vocab_size, rngs=nnx.Rngs(seed))
-    return fit(towers, loss, batch, steps=steps, learning_rate=1.5e-3, seed=seed, name="picture towers", log=log)
+    return fit(towers, loss, batch, steps=steps, learning_rate=1.5e-3, seed=seed, name="vision towers", log=log)
 
 
 def contrastive_loss(logits: jax.Array, phrases: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """CLIP's loss in both directions, of pictures [b] and the captions [c] of one aspect; and how often it is right.
+    """Compute CLIP's loss in both directions for one aspect, between b images and its c phrases.
 
-    phrases: each picture's caption, NOTHING where it has none. Only captions that occur in the batch take part.
+    Args:
+        logits: Scaled similarities of images and phrases, float32 [b, c].
+        phrases: The phrase of each image, int32 [b]; NO_PHRASE where the aspect is undefined.
+
+    Returns:
+        The loss, over the phrases that occur in the batch, and the accuracy of image → phrase; both scalars.
     """
-    counted = phrases != NO_PHRASE
-    positive = (phrases[:, None] == jnp.arange(logits.shape[1])) & counted[:, None]
+    has_phrase = phrases != NO_PHRASE
+    positive = (phrases[:, None] == jnp.arange(logits.shape[1])) & has_phrase[:, None]
     present = jnp.any(positive, axis=0)
-    to_caption = jax.nn.log_softmax(jnp.where(present, logits, -1e9), axis=1)
-    to_picture = jax.nn.log_softmax(jnp.where(counted[:, None], logits, -1e9), axis=0)
-    own = jnp.take_along_axis(to_caption, jnp.maximum(phrases, 0)[:, None], axis=1)[:, 0]
-    images = -jnp.sum(own * counted) / jnp.maximum(jnp.sum(counted), 1)
-    shares = jnp.sum(jnp.where(positive, to_picture, 0), axis=0) / jnp.maximum(jnp.sum(positive, axis=0), 1)
-    chance = jnp.log(jnp.maximum(jnp.sum(positive, axis=0), 1))  # of several right pictures each can have a share only
-    captions = -jnp.sum(jnp.where(present, shares + chance, 0)) / jnp.maximum(jnp.sum(present), 1)
-    right = jnp.sum((jnp.argmax(to_caption, axis=1) == phrases) & counted) / jnp.maximum(jnp.sum(counted), 1)
-    return (images + captions) / 2, right
+    to_phrase = jax.nn.log_softmax(jnp.where(present, logits, -1e9), axis=1)
+    to_image = jax.nn.log_softmax(jnp.where(has_phrase[:, None], logits, -1e9), axis=0)
+    own = jnp.take_along_axis(to_phrase, jnp.maximum(phrases, 0)[:, None], axis=1)[:, 0]
+    image_loss = -jnp.sum(own * has_phrase) / jnp.maximum(jnp.sum(has_phrase), 1)
+    shares = jnp.sum(jnp.where(positive, to_image, 0), axis=0) / jnp.maximum(jnp.sum(positive, axis=0), 1)
+    minimum = jnp.log(jnp.maximum(jnp.sum(positive, axis=0), 1))  # the loss of k positive images is at least log(k)
+    phrase_loss = -jnp.sum(jnp.where(present, shares + minimum, 0)) / jnp.maximum(jnp.sum(present), 1)
+    accuracy = jnp.sum((jnp.argmax(to_phrase, axis=1) == phrases) & has_phrase) / jnp.maximum(jnp.sum(has_phrase), 1)
+    return (image_loss + phrase_loss) / 2, accuracy
 
 
 def tokenize_phrases(tokenizer: Tokenizer) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The token ids of each aspect's captions, padded, and how many each has."""
-    table = {}
-    for aspect, said in phrases().items():
-        ids = [tokenizer.encode(text, special=False) for text in said]
-        lengths = np.array([len(one) for one in ids], np.int32)
-        table[aspect] = np.stack([np.pad(one, (0, lengths.max() - len(one))) for one in ids]).astype(np.int32), lengths
-    return table
+    """Return the padded token ids, int32 [c, n], and the lengths, int32 [c], of each aspect's phrases."""
+    tokens = {}
+    for aspect, aspect_phrases in phrases().items():
+        ids = [tokenizer.encode(text, special=False) for text in aspect_phrases]
+        lengths = np.array([len(row) for row in ids], np.int32)
+        tokens[aspect] = np.stack([np.pad(row, (0, lengths.max() - len(row))) for row in ids]).astype(np.int32), lengths
+    return tokens
 
 
 def measure_phrase_accuracy(towers: Towers, images: ImageSet, tokenizer: Tokenizer) -> dict[str, tuple[float, float]]:
-    """For each aspect, the part of pictures that find their caption, by EVA's tower and by ImageBind's."""
-    numbers, table = phrase_ids(images), tokenize_phrases(tokenizer)
+    """Return the zero-shot accuracy of each aspect: for EVA's tower and for ImageBind's."""
+    labels, tokens = phrase_ids(images), tokenize_phrases(tokenizer)
 
-    vectors = jax.jit(lambda towers, pixels: towers(pixels))
-    seen = [vectors(towers, normalize(images.pixels[first : first + 250])) for first in range(0, len(numbers), 250)]
-    found = {}
-    for aspect, (name, (ids, lengths)) in enumerate(table.items()):
-        said = towers.phrases(jnp.asarray(ids), jnp.asarray(lengths))
-        counted = numbers[:, aspect] != NO_PHRASE
-        guesses = [np.concatenate([np.argmax(one[tower] @ said.T, axis=1) for one in seen]) for tower in (0, 1)]
-        eva, imagebind = (float((guess == numbers[:, aspect])[counted].mean()) for guess in guesses)
-        found[name] = eva, imagebind
-    return found
+    encode = jax.jit(lambda towers, pixels: towers(pixels))
+    batches = [encode(towers, normalize(images.pixels[first : first + 250])) for first in range(0, len(labels), 250)]
+    accuracies = {}
+    for aspect, (name, (ids, lengths)) in enumerate(tokens.items()):
+        phrase_vectors = towers.phrases(jnp.asarray(ids), jnp.asarray(lengths))
+        has_phrase = labels[:, aspect] != NO_PHRASE
+        predictions = [
+            np.concatenate([np.argmax(vectors[tower] @ phrase_vectors.T, axis=1) for vectors in batches])
+            for tower in (0, 1)
+        ]
+        eva, imagebind = (float((one == labels[:, aspect])[has_phrase].mean()) for one in predictions)
+        accuracies[name] = eva, imagebind
+    return accuracies

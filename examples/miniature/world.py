@@ -1,6 +1,6 @@
-"""The world as files: clips with sound and stills, what is said of them, and the records that a run reads.
+"""Write the training data of the miniature: clips with audio, images, annotations, and records.
 
-world/captions, world/instructions   media, annotations.jsonl: stage 1 and stage 2 of both branches
+world/captions, world/instructions   media and annotations.jsonl of stage 1 and stage 2, for both branches
 world/records/…                      the same as records directories (vllama data build)
 """
 
@@ -20,20 +20,20 @@ from vllama_jax.miniature.images import map_in_processes
 from vllama_jax.miniature.scene import CHANGES, DIRECTIONS, Motion, Scene, draw_motion, draw_scene
 from vllama_jax.miniature.synthesis import SAMPLE_RATE, soundtrack
 
-# How often a clip has each motion: ways are what the first claim is about, turns what the second needs.
+# Directions are what claim 1 is about; claim 2 needs two objects in turn.
 MOTION_PROBABILITIES: dict[Motion, float] = {
     **dict.fromkeys(DIRECTIONS, 0.11),
     **dict.fromkeys(CHANGES, 0.035),
     "in turn": 0.38,
     "rests": 0.04,
 }
-TURNS = 4  # questions about one clip, at most
-PART = 100  # files that one process writes at a time
+MAX_QUESTIONS = 4  # of one dialogue
+CHUNK_SIZE = 100  # files that a process writes at a time
 
 
 @dataclasses.dataclass(frozen=True)
 class Amounts:
-    """How many clips and stills each part of the world has."""
+    """The number of clips and images (stills) of each dataset."""
 
     caption_clips: int = 2600
     caption_stills: int = 1200
@@ -42,22 +42,29 @@ class Amounts:
 
 
 def write_world(out: Path, amounts: Amounts, seed: int, log: Callable[[str], None]) -> None:
-    """Makes what is not there yet, each part whole or not at all."""
+    """Write the datasets that `out` does not have yet. Each becomes visible only when it is complete.
+
+    Args:
+        out: The directory of the world.
+        amounts: The number of clips and images.
+        seed: The seed of all scenes.
+        log: Called with progress messages.
+    """
     from vllama_jax.data.build import build
 
     numbers = dataclasses.asdict(amounts)
-    for part, name in enumerate(("captions", "instructions")):
+    for index, name in enumerate(("captions", "instructions")):
         if (out / name).exists():
             continue
         singular = name.removesuffix("s")
-        wanted = [("clip", numbers[f"{singular}_clips"]), ("still", numbers[f"{singular}_stills"])]
+        counts = {"clip": numbers[f"{singular}_clips"], "still": numbers[f"{singular}_stills"]}
         with new_directory(out / name) as directory:
             work = [
-                (directory, name, form, first, min(PART, count - first), [seed, 2, part])
-                for form, count in wanted
-                for first in range(0, count, PART)
+                (directory, name, form, first, min(CHUNK_SIZE, count - first), [seed, 2, index])
+                for form, count in counts.items()
+                for first in range(0, count, CHUNK_SIZE)
             ]
-            log(f"{out / name}: writing {wanted[0][1]} clips and {wanted[1][1]} stills")
+            log(f"{out / name}: writing {counts['clip']} clips and {counts['still']} images")
             lines = [line for written in map_in_processes(_write_part, work) for line in written]
             (directory / "annotations.jsonl").write_text("\n".join(lines) + "\n")
     for name in ("captions", "instructions"):
@@ -66,6 +73,7 @@ def write_world(out: Path, amounts: Amounts, seed: int, log: Callable[[str], Non
 
 
 def _write_part(work: tuple[Path, str, str, int, int, list[int]]) -> list[str]:
+    """Write one chunk of media files, in a worker process, and return their lines of annotations.jsonl."""
     folder, name, form, first, count, seed = work
     lines = []
     for number in range(first, first + count):
@@ -77,14 +85,14 @@ def _write_part(work: tuple[Path, str, str, int, int, list[int]]) -> list[str]:
             motion = draw_motion(rng, list(MOTION_PROBABILITIES), list(MOTION_PROBABILITIES.values()))
             scene, file = draw_scene(rng, motion), f"{form}{number:05d}.mp4"
             write_clip(folder / file, scene, rng, snr_db=float(rng.uniform(0, 30)))
-        named = {"image" if form == "still" else "video": file}
-        said = {"caption": texts.caption(scene)} if name == "captions" else _messages(scene, rng)
-        lines.append(json.dumps({**named, **said}))
+        media = {"image" if form == "still" else "video": file}
+        text = {"caption": texts.caption(scene)} if name == "captions" else _draw_messages(scene, rng)
+        lines.append(json.dumps({**media, **text}))
     return lines
 
 
-def _messages(scene: Scene, rng: np.random.Generator) -> dict[str, list[dict[str, str]]]:
-    pairs = texts.draw_dialogue(scene, rng, TURNS)
+def _draw_messages(scene: Scene, rng: np.random.Generator) -> dict[str, list[dict[str, str]]]:
+    pairs = texts.draw_dialogue(scene, rng, MAX_QUESTIONS)
     return {"QA": [{"q": question, "a": answer} for question, answer in pairs]}
 
 
@@ -97,9 +105,18 @@ def write_clip(
     snr_db: float | None = None,
     audio: bool = True,
 ) -> None:
-    """An mp4 of the scene: H.264, and AAC unless `sound` is off. snr_db: of white noise in the sound, None for none."""
-    sounds = soundtrack(scene.sounds, seconds, rng, snr_db) if audio else None
-    write_video(path, render.render_frames(scene, rng), render.FRAMES / seconds, sounds, SAMPLE_RATE)
+    """Write a scene as an mp4 file with H.264 and AAC.
+
+    Args:
+        path: The file to write.
+        scene: The scene.
+        rng: The generator.
+        seconds: The duration.
+        snr_db: The signal-to-noise ratio of white noise in the audio, in dB; no noise if None.
+        audio: Whether the file has an audio stream.
+    """
+    waveform = soundtrack(scene.sounds, seconds, rng, snr_db) if audio else None
+    write_video(path, render.render_frames(scene, rng), render.FRAMES / seconds, waveform, SAMPLE_RATE)
 
 
 def write_wav(
@@ -110,7 +127,7 @@ def write_wav(
     seconds: float = render.SECONDS,
     snr_db: float | None = None,
 ) -> None:
-    """A WAV of what is heard of the scene, in 16 bits; as write_clip's sound."""
+    """Write the audio of a scene as a 16-bit WAV file. The arguments are those of `write_clip`."""
     samples = np.rint(soundtrack(scene.sounds, seconds, rng, snr_db)[0] * 32767).astype("<i2")
     with wave.open(str(path), "wb") as file:
         file.setparams((1, 2, SAMPLE_RATE, len(samples), "NONE", ""))
@@ -118,10 +135,10 @@ def write_wav(
 
 
 def write_image(path: Path, scene: Scene, rng: np.random.Generator) -> None:
-    """A JPEG of the scene."""
+    """Write one frame of a scene as a JPEG file."""
     Image.fromarray(render.render_image(scene, rng)[0]).save(path, quality=int(rng.integers(70, 96)))
 
 
 def make_generator(seed: int, name: str, number: int) -> np.random.Generator:
-    """The generator of one file of tests, which no part of training has."""
+    """Return the generator of one evaluation file. Training data uses other seeds."""
     return np.random.default_rng([seed, 3, *name.encode(), number])

@@ -1,10 +1,10 @@
-"""The weights of a model directory as files: written chunk by chunk, found whole before they are read, read by rows.
+"""The files of the weights in a model directory: write them in chunks, check that they are complete, and read rows.
 
-params/_METADATA   the tree of weights, as Orbax has it
-params/a.b.c/      one weight: .zarray (its shape, dtype and chunks) and a file of raw bytes in C order for each chunk
+params/_METADATA   the tree of weights, in Orbax's format
+params/a.b.c/      one weight: .zarray (its shape, dtype and chunks), and for each chunk a file of raw bytes in C order
 
-This is what Orbax writes with use_ocdbt=False and reads anywhere; without compression it is simple enough to be
-written directly, at the speed of the disk.
+Orbax writes this layout with use_ocdbt=False, and can read it anywhere. It is uncompressed, so that it can be written
+directly, at the speed of the disk.
 """
 
 import collections
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
+import ml_dtypes  # noqa: F401  (registers "bfloat16" with numpy)
 import numpy as np
 
 from vllama_jax.errors import CheckpointError
@@ -27,18 +27,24 @@ from vllama_jax.io.json_files import parse_object, read_object
 from vllama_jax.io.paths import is_store_path
 from vllama_jax.io.store_path import StorePath, read_files
 
-CHUNK_BYTES = 64 * 2**20  # of a file at most
-SINGLE_FILE_BYTES = 2**20  # a weight of at most this is one file, whatever its layers
-CHUNKS_AHEAD = 2  # handed to the disk and not yet written
-WRITERS = 2  # one copies a chunk while another waits for the disk: 1.2 GB/s where one reached 0.7
+CHUNK_BYTES = 64 * 2**20  # maximum size of a file
+SINGLE_FILE_BYTES = 2**20  # a weight of at most this size is one file, also if it has layers
+CHUNKS_AHEAD = 2  # maximum number of submitted chunks that are not yet written
+WRITERS = 2  # threads; one copies a chunk while the other waits for the disk: 1.2 GB/s, and 0.7 GB/s with one thread
 STORED_DTYPES = ("float64", "float32", "bfloat16", "float16", "int8", "uint8")  # the last two are quantized values
-ARRAY_HASHERS = 4  # weights read and hashed at once; each holds a layer
+ARRAY_HASHERS = 4  # number of weights that are read and hashed concurrently; each keeps a layer in memory
 
 
 class ParamsWriter:
-    """Writes weights one after another in the layout that Orbax reads.
+    """Writes weights one at a time in the layout that Orbax reads.
 
-    leaves: what was written, as the manifest has it. A context manager: leaving it completes the directory.
+    It is a context manager. The directory is complete when the context ends without an error.
+
+    Args:
+        directory: The directory to create.
+
+    Attributes:
+        leaves: Entries of the manifest for the written weights, by path.
     """
 
     def __init__(self, directory: Path):
@@ -48,9 +54,18 @@ class ParamsWriter:
         make_directory(directory)
 
     def write(self, path: str, shape: Sequence[int], dtype: np.dtype, blocks: Iterable[np.ndarray]) -> None:
-        """path: as "vit/blocks/mlp/up/kernel". blocks: the weight's rows in order, in its dtype, C-contiguous.
+        """Write a weight.
 
-        In memory are one block and CHUNKS_AHEAD chunks, which the disk writes meanwhile.
+        One block and CHUNKS_AHEAD chunks are in memory at a time.
+
+        Args:
+            path: The path of the weight, such as "vit/blocks/mlp/up/kernel".
+            shape: Its shape.
+            dtype: Its dtype.
+            blocks: Its rows in order, as C-contiguous arrays of any number of rows.
+
+        Raises:
+            OSError: A file cannot be written.
         """
         import xxhash
 
@@ -72,7 +87,16 @@ class ParamsWriter:
         self.leaves[path] = {"shape": list(shape), "dtype": dtype.name, "xxh3_128": digest.hexdigest()}
 
     def copy(self, path: str, source: Path, leaf: Mapping[str, Any]) -> None:
-        """A weight of another directory of this layout, file by file. leaf: what its manifest says."""
+        """Copy the files of a weight from another directory of this layout.
+
+        Args:
+            path: The path of the weight.
+            source: The other directory.
+            leaf: The weight's entry in the manifest of the other model directory.
+
+        Raises:
+            OSError: A file cannot be read or written.
+        """
         directory = self._directory / path.replace("/", ".")
         make_directory(directory)
         folder = source / directory.name
@@ -96,20 +120,27 @@ class ParamsWriter:
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int) -> list[int]:
-    """At most a layer and at most CHUNK_BYTES; leading axes are cut first, and evenly, as edges are stored whole."""
+    """Choose the shape of a weight's chunks: at most a layer and CHUNK_BYTES.
+
+    Leading axes are divided first, and evenly, because chunks at the edge are padded to full size.
+
+    Args:
+        shape: The shape of the weight.
+        itemsize: The size of its dtype in bytes.
+    """
     chunk = list(shape)
     if math.prod(shape) * itemsize <= SINGLE_FILE_BYTES:
         return chunk
-    if len(chunk) > 2:  # stacked layers; in a plain matrix the first axis is cut only as far as the size asks
+    if len(chunk) > 2:  # stacked layers
         chunk[0] = 1
     for axis, size in enumerate(chunk):
-        pieces = min(size, math.ceil(math.prod(chunk) * itemsize / CHUNK_BYTES))
-        chunk[axis] = math.ceil(size / pieces)
+        count = min(size, math.ceil(math.prod(chunk) * itemsize / CHUNK_BYTES))
+        chunk[axis] = math.ceil(size / count)
     return chunk
 
 
 def _grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
-    return tuple(math.ceil(size / part) for size, part in zip(shape, chunk, strict=True))
+    return tuple(math.ceil(size / step) for size, step in zip(shape, chunk, strict=True))
 
 
 def _chunk_names(shape: Sequence[int], chunk: Sequence[int]) -> list[str]:
@@ -122,34 +153,35 @@ def chunk_name(index: Iterable[int]) -> str:
 
 
 def _regroup_rows(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
-    """The same rows, so many at a time."""
-    held = None
+    """Regroup rows into blocks of `rows` rows; the last block may have fewer."""
+    pending = None
     for block in blocks:
-        held = block if held is None else np.concatenate([held, block])
-        while len(held) > rows:
-            yield held[:rows]
-            held = held[rows:]
-        if len(held) == rows:
-            yield held
-            held = None
-    if held is not None:
-        yield held
+        pending = block if pending is None else np.concatenate([pending, block])
+        while len(pending) > rows:
+            yield pending[:rows]
+            pending = pending[rows:]
+        if len(pending) == rows:
+            yield pending
+            pending = None
+    if pending is not None:
+        yield pending
 
 
 def _split_chunks(rows: np.ndarray, chunk: Sequence[int]) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-    """The chunks that rows of a whole first axis fall into, with their places along the other axes.
+    """Split the rows of one chunk along the other axes, and return the chunks with their indices on those axes.
 
-    A chunk at the edge is stored whole, the rest of it zeros.
+    Chunks at the edge are padded with zeros.
     """
     for index in itertools.product(*map(range, _grid(rows.shape, chunk)[1:])):
-        here = tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, chunk[1:], strict=True))
-        values = rows[(slice(None), *here)]
+        slices = tuple(slice(i * size, (i + 1) * size) for i, size in zip(index, chunk[1:], strict=True))
+        values = rows[(slice(None), *slices)]
         if values.shape != tuple(chunk):
-            values = np.pad(values, [(0, size - held) for size, held in zip(chunk, values.shape, strict=True)])
+            values = np.pad(values, [(0, full - size) for full, size in zip(chunk, values.shape, strict=True)])
         yield index, np.ascontiguousarray(values)
 
 
 def zarr_metadata(shape: Sequence[int], chunk: Sequence[int], dtype: np.dtype) -> dict[str, Any]:
+    """Return the .zarray of an array, given its shape, the shape of a chunk, and its dtype."""
     return {
         "zarr_format": 2,
         "shape": list(shape),
@@ -164,7 +196,7 @@ def zarr_metadata(shape: Sequence[int], chunk: Sequence[int], dtype: np.dtype) -
 
 
 def orbax_metadata(leaves: Mapping[str, dict]) -> dict[str, Any]:
-    """The tree that the arrays make up. Value type np.ndarray: Orbax restores those without being told devices."""
+    """Return Orbax's metadata of the tree. It restores leaves of type np.ndarray without a device specification."""
     tree = {}
     for path, leaf in leaves.items():
         keys = tuple(path.split("/"))
@@ -186,42 +218,53 @@ def orbax_metadata(leaves: Mapping[str, dict]) -> dict[str, Any]:
 
 
 def check_manifest(leaves: Mapping[str, Any], where: str) -> None:
-    """Raise CheckpointError unless a manifest says of each weight its shape, its dtype and its digest.
+    """Check that a manifest has a valid path, shape, dtype and hash for each weight.
 
     Args:
         leaves: The manifest's "leaves".
-        where: The manifest's path, for the message.
+        where: The manifest's path, for the error message.
+
+    Raises:
+        CheckpointError: An entry is invalid.
     """
+    advice = "copy or convert the model again"
     for path, entry in leaves.items():
         name = format_value(path).strip("'")
-        advice = f"incomplete, of {name}; copy or convert the model again"
         if not isinstance(entry, dict) or not entry.keys() >= {"shape", "dtype", "xxh3_128"}:
-            raise CheckpointError(f"{where}: {advice}")
+            raise CheckpointError(f"{where}: {name}: shape, dtype or xxh3_128 is missing; {advice}")
         shape = entry["shape"]
         if not isinstance(shape, list) or not all(type(size) is int and 0 < size <= LARGEST_INTEGER for size in shape):
-            raise CheckpointError(f"{where}: shape {format_value(shape)}: {advice}")
+            raise CheckpointError(f"{where}: {name}: invalid shape {format_value(shape)}; {advice}")
         if entry["dtype"] not in STORED_DTYPES:
-            raise CheckpointError(f"{where}: dtype {format_value(entry['dtype'])}: {advice}")
+            raise CheckpointError(f"{where}: {name}: unsupported dtype {format_value(entry['dtype'])}; {advice}")
         if "" in path.split("/") or "." in path or "\0" in path:
-            raise CheckpointError(f"{where}: {name} is not the path of a weight; copy or convert the model again")
+            raise CheckpointError(f"{where}: {name} is not the path of a weight; {advice}")
 
 
 def check_params(directory: Path, leaves: Mapping[str, Mapping[str, Any]], paths: Iterable[str]) -> None:
-    """Raises CheckpointError where files of these weights are missing, or are not what the manifest's leaves say.
+    """Check that the files of weights exist and have the shape, dtype and size in the manifest.
 
-    Orbax would take a missing chunk for zeros.
+    Orbax reads a missing chunk as zeros.
+
+    Args:
+        directory: The directory params/.
+        leaves: The manifest's "leaves".
+        paths: The paths of the weights to check.
+
+    Raises:
+        CheckpointError: A file is missing, truncated, or does not match the manifest.
     """
     for path, sizes, metadata in _list_arrays(directory, paths):
         folder = directory / path.replace("/", ".")
         shape, dtype = leaves[path]["shape"], np.dtype(leaves[path]["dtype"])
         chunk: Any = metadata.get("chunks")
         if not _is_chunk(chunk, shape) or metadata != zarr_metadata(shape, chunk, dtype):
-            raise CheckpointError(f"{folder}: not the array that manifest.json describes; copy or convert it again")
-        whole = math.prod(chunk) * dtype.itemsize
+            raise CheckpointError(f"{folder}: does not match manifest.json; copy or convert the model again")
+        expected = math.prod(chunk) * dtype.itemsize
         for name in _chunk_names(shape, chunk):
-            if sizes.get(name) != whole:
-                held = f"{sizes[name]} of its {whole} bytes are there" if name in sizes else "it is missing"
-                raise CheckpointError(f"{folder / name}: {held}; copy or convert the model again")
+            if sizes.get(name) != expected:
+                problem = f"has {sizes[name]} bytes instead of {expected}" if name in sizes else "missing"
+                raise CheckpointError(f"{folder / name}: {problem}; copy or convert the model again")
 
 
 def _list_arrays(directory: Path, paths: Iterable[str]) -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
@@ -234,7 +277,9 @@ def _list_arrays(directory: Path, paths: Iterable[str]) -> Iterator[tuple[str, d
         try:
             sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
         except OSError as error:
-            raise CheckpointError(f"{folder}: cannot be read ({error.strerror}); copy or convert it again") from error
+            raise CheckpointError(
+                f"{folder}: cannot be read ({error.strerror}); copy or convert the model again"
+            ) from error
         yield path, sizes, read_object(folder / ".zarray")
 
 
@@ -251,16 +296,23 @@ def _list_store_arrays(
         texts = read_files([folder / ".zarray" for folder in folders])
     except OSError as error:
         raise CheckpointError(
-            f"{error.filename}: cannot be read ({error.strerror}); copy or convert it again"
+            f"{error.filename}: cannot be read ({error.strerror}); copy or convert the model again"
         ) from error
     for path, folder, text in zip(paths, folders, texts, strict=True):
         yield path, sizes.get(folder.name, {}), parse_object(text, str(folder / ".zarray"), CheckpointError)
 
 
 def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) -> np.ndarray:
-    """Rows of a weight's first axis, from the files that hold them. leaf: what the manifest says of the weight.
+    """Read rows of a weight from the files that contain them, after `check_params` has checked those.
 
-    Its files are whole, as `check_params` found. Raises CheckpointError when they cannot be read any more.
+    Args:
+        directory: The directory params/.
+        path: The path of the weight.
+        leaf: The weight's entry in the manifest.
+        rows: The rows on the first axis.
+
+    Raises:
+        CheckpointError: A file can no longer be read.
     """
     folder, shape, dtype = directory / path.replace("/", "."), leaf["shape"], np.dtype(leaf["dtype"])
     chunk = read_object(folder / ".zarray")["chunks"]
@@ -270,24 +322,32 @@ def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) 
         begin, end = max(rows.start, first * chunk[0]), min(rows.stop, (first + 1) * chunk[0])
         for index in itertools.product(*map(range, _grid(shape, chunk)[1:])):
             file = folder / chunk_name((first, *index))
-            skipped = (begin - first * chunk[0]) * row_size * dtype.itemsize
-            count = (end - begin) * row_size
+            offset, count = (begin - first * chunk[0]) * row_size * dtype.itemsize, (end - begin) * row_size
             try:
                 if is_store_path(file):
-                    values = np.frombuffer(file.read_bytes(skipped, skipped + count * dtype.itemsize), dtype)
+                    values = np.frombuffer(file.read_bytes(offset, offset + count * dtype.itemsize), dtype)
                 else:
-                    values = np.fromfile(file, dtype, count, offset=skipped)
+                    values = np.fromfile(file, dtype, count, offset=offset)
                 values = values.reshape(end - begin, *chunk[1:])
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{file}: changed while it was read ({error})") from error
-            here = [slice(i * size, (i + 1) * size) for i, size in zip(index, chunk[1:], strict=True)]
-            place = out[(slice(begin - rows.start, end - rows.start), *here)]
-            place[...] = values[tuple(map(slice, place.shape))]
+            slices = [slice(i * size, (i + 1) * size) for i, size in zip(index, chunk[1:], strict=True)]
+            target = out[(slice(begin - rows.start, end - rows.start), *slices)]
+            target[...] = values[tuple(map(slice, target.shape))]
     return out
 
 
 def iter_row_blocks(directory: Path, path: str, leaf: Mapping[str, Any]) -> Iterator[np.ndarray]:
-    """All of a weight's rows in order, a chunk's height at a time; see `read_rows`."""
+    """Iterate over all rows of a weight in order, as many at a time as a chunk has.
+
+    Args:
+        directory: The directory params/.
+        path: The path of the weight.
+        leaf: The weight's entry in the manifest.
+
+    Raises:
+        CheckpointError: A file cannot be read.
+    """
     height = read_object(directory / path.replace("/", ".") / ".zarray")["chunks"][0]
     for first in range(0, leaf["shape"][0], height):
         yield read_rows(directory, path, leaf, range(first, min(first + height, leaf["shape"][0])))
@@ -300,17 +360,23 @@ def _is_chunk(chunk: Any, shape: Sequence[int]) -> bool:
 def find_corrupt_params(
     directory: Path, leaves: Mapping[str, dict], progress: Callable[[int], None] = lambda done: None
 ) -> dict[str, str]:
-    """The weights whose files are not those that were written, by path, and what is wrong with each.
+    """Read all weights and compare their hashes with the manifest.
 
-    All are read, and their xxh3_128 computed again. progress is called with the bytes read since.
+    Args:
+        directory: The directory params/.
+        leaves: The manifest's "leaves".
+        progress: Called with the number of bytes read since its last call.
+
+    Returns:
+        For each weight whose files are missing, truncated or changed, a description of the problem, by path.
     """
     with concurrent.futures.ThreadPoolExecutor(ARRAY_HASHERS) as hashers:
-        found = hashers.map(lambda path: _check_array(directory, path, leaves[path], progress), leaves)
-        return {path: damage for path, damage in zip(leaves, found, strict=True) if damage}
+        problems = hashers.map(lambda path: _check_array(directory, path, leaves[path], progress), leaves)
+        return {path: problem for path, problem in zip(leaves, problems, strict=True) if problem}
 
 
 def _check_array(directory: Path, path: str, leaf: Mapping[str, Any], progress: Callable[[int], None]) -> str:
-    """What is wrong with a weight's files; "" for nothing."""
+    """Return a description of what is wrong with a weight's files; "" if they are intact."""
     import xxhash
 
     digest = xxhash.xxh3_128()
@@ -321,4 +387,4 @@ def _check_array(directory: Path, path: str, leaf: Mapping[str, Any], progress: 
             progress(block.nbytes)
     except CheckpointError as error:
         return str(error)
-    return "" if digest.hexdigest() == leaf["xxh3_128"] else "its bytes are not those that were written"
+    return "" if digest.hexdigest() == leaf["xxh3_128"] else "its content has changed since it was written"

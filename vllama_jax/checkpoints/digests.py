@@ -1,8 +1,8 @@
-"""The checkpoints of a run directory as files: which there are, and whether they are as they were saved.
+"""The files of the checkpoints of a run: list the checkpoints, and check that their files have not changed.
 
 step_N/digests.json   size and xxh3_128 of each file of the checkpoint, written last
 
-A checkpoint that an earlier version saved has no digests; it is read as it is.
+A checkpoint that an earlier version saved has no digests, and is read without this check.
 """
 
 import concurrent.futures
@@ -20,18 +20,18 @@ from vllama_jax.io.paths import is_store_path
 
 DIGESTS_FORMAT = 1
 DIGESTS = "digests.json"
-# Notes of Orbax on the save itself: it writes them after the digests, and no restore reads them.
+# Orbax writes these files after the digests, and never reads them to restore.
 ORBAX_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
-NAME = re.compile(r"step_(0|[1-9][0-9]*)")  # as Orbax writes it
-BLOCK_BYTES = 4 * 2**20  # read and hashed at a time
+NAME = re.compile(r"step_(0|[1-9][0-9]*)")  # Orbax's name of a checkpoint
+BLOCK_BYTES = 4 * 2**20  # number of bytes read and hashed at a time
 STORE_BLOCK_BYTES = 64 * 2**20  # the same of an object store, in one request
-FILE_HASHERS = 4  # files at a time
-LISTED_FILES = 3  # damaged files in a message
+FILE_HASHERS = 4  # number of files hashed concurrently
+LISTED_FILES = 3  # maximum number of corrupt files in a message
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FileDigest:
-    """A file's size in bytes, and its xxh3_128 in hexadecimal digits."""
+    """The size of a file in bytes, and its xxh3_128 in hexadecimal."""
 
     size: int
     xxh3_128: str
@@ -39,7 +39,13 @@ class FileDigest:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Digests:
-    """What digests.json holds. files: by their path under the checkpoint."""
+    """The content of digests.json.
+
+    Attributes:
+        format: The version of the format.
+        step: The step of the checkpoint.
+        files: The files' digests, by path relative to the checkpoint.
+    """
 
     format: int
     step: int
@@ -47,38 +53,53 @@ class Digests:
 
     @property
     def bytes(self) -> int:
-        """The size of all files."""
+        """The size of all files in bytes."""
         return sum(file.size for file in self.files.values())
 
 
 def list_checkpoint_steps(run: Path) -> list[int]:
-    """List the steps of a run's checkpoints in rising order.
+    """List the steps of a run's checkpoints in ascending order.
 
-    A file of such a name is one of them, as what is left of a damaged checkpoint; half-written ones have other names.
+    Incomplete checkpoints have other names and are not listed. A file with the name of a checkpoint is listed, as a
+    corrupt one.
+
+    Args:
+        run: The run directory; it may not exist.
     """
-    found = (NAME.fullmatch(entry.name) for entry in run.iterdir()) if run.is_dir() else ()
-    return sorted(int(match[1]) for match in found if match)
+    matches = (NAME.fullmatch(entry.name) for entry in run.iterdir()) if run.is_dir() else ()
+    steps = sorted(int(match[1]) for match in matches if match)
+    if is_store_path(run):  # where digests.json is the commit marker
+        return [step for step in steps if (run / f"step_{step}" / DIGESTS).exists()]
+    return steps
 
 
 def write_digests(checkpoint: Path, step: int) -> None:
-    """Hash the files of a checkpoint as they are on disk, and record them in it. Raises OSError."""
+    """Hash the files of a checkpoint and write its digests.json.
+
+    Args:
+        checkpoint: The checkpoint directory.
+        step: Its step.
+
+    Raises:
+        OSError: A file cannot be read, or digests.json cannot be written.
+    """
     files = [file for file in sorted(checkpoint.rglob("*")) if file.is_file()]
     files = [file for file in files if file.parent != checkpoint or file.name not in (*ORBAX_FILES, DIGESTS)]
-    found = {
+    digests = {
         file.relative_to(checkpoint).as_posix(): {"size": file.stat().st_size, "xxh3_128": digest}
         for file, digest in zip(files, _hash_all(files), strict=True)
     }
-    write_json(checkpoint / DIGESTS, {"format": DIGESTS_FORMAT, "step": step, "files": found})
+    write_json(checkpoint / DIGESTS, {"format": DIGESTS_FORMAT, "step": step, "files": digests})
 
 
 def read_digests(checkpoint: Path) -> Digests | None:
     """Read a checkpoint's digests.json.
 
     Returns:
-        The digests; None where an earlier version saved the checkpoint.
+        The digests; None if an earlier version saved the checkpoint.
 
     Raises:
-        CheckpointError: There is no checkpoint, or its digests are missing, corrupt or of another checkpoint.
+        CheckpointError: There is no checkpoint, or its digests are missing, corrupt or those of another checkpoint.
     """
     if not checkpoint.is_dir():
         raise CheckpointError(f"{checkpoint}: not a directory")
@@ -93,79 +114,85 @@ def read_digests(checkpoint: Path) -> Digests | None:
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
     if digests.format != DIGESTS_FORMAT or f"step_{digests.step}" != checkpoint.name.removeprefix("damaged_"):
-        raise CheckpointError(f"{path}: of format {digests.format} and step {digests.step}, not of this checkpoint")
+        raise CheckpointError(
+            f"{path}: has format {digests.format} and step {digests.step}, which do not match the checkpoint"
+        )
     return digests
 
 
 def _records_digests(checkpoint: Path) -> bool:
-    """Whether the version that saved a checkpoint recorded digests."""
+    """Return whether the version that saved a checkpoint writes digests."""
     note = checkpoint / "iterator" / "metadata"
     return note.exists() and read_object(note).get("digests") is True
 
 
 def check_digests(
-    checkpoint: Path, digests: Digests, part: str = "", progress: Callable[[int], None] = lambda done: None
+    checkpoint: Path, digests: Digests, subfolder: str = "", progress: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Compare the files of a checkpoint with its digests: first that all are there in their size, then their bytes.
+    """Compare the files of a checkpoint with its digests: first the size of all files, then their hashes.
 
     Args:
-        checkpoint: The directory.
-        digests: As `read_digests` returns them.
-        part: Only the files under this directory, such as "weights"; all by default.
-        progress: Called with the bytes read since.
+        checkpoint: The checkpoint directory.
+        digests: Its digests from `read_digests`.
+        subfolder: Check only the files in this folder, such as "weights"; by default all files.
+        progress: Called with the number of bytes read since its last call.
 
     Raises:
-        CheckpointError: Files are missing, truncated or changed; the first few are named.
+        CheckpointError: Files are missing, truncated or changed. The message lists the first of them.
     """
-    expected = {name: file for name, file in digests.files.items() if name.startswith(part and f"{part}/")}
+    expected = {name: file for name, file in digests.files.items() if name.startswith(subfolder and f"{subfolder}/")}
     if not expected:
-        raise CheckpointError(f"{checkpoint / DIGESTS}: lists no file of {part or 'the checkpoint'}")
+        raise CheckpointError(f"{checkpoint / DIGESTS}: lists no file of {subfolder or 'the checkpoint'}")
     paths = [checkpoint / name for name in expected]
-    sizes = (_size_problem(path, file.size) for path, file in zip(paths, expected.values(), strict=True))
-    if damaged := [f"{path}: {problem}" for path, problem in zip(paths, sizes, strict=True) if problem]:
-        raise _corruption_error(damaged)
+    sizes = (_check_size(path, file.size) for path, file in zip(paths, expected.values(), strict=True))
+    if problems := [f"{path}: {problem}" for path, problem in zip(paths, sizes, strict=True) if problem]:
+        raise _corruption_error(problems)
     try:
-        found = _hash_all(paths, progress)
+        hashes = _hash_all(paths, progress)
     except OSError as error:
         raise CheckpointError(f"{error.filename or checkpoint}: cannot be read ({error.strerror or error})") from error
-    pairs = zip(paths, expected.values(), found, strict=True)
-    if damaged := [f"{path}: its bytes are not those that were saved" for path, file, h in pairs if h != file.xxh3_128]:
-        raise _corruption_error(damaged)
+    pairs = zip(paths, expected.values(), hashes, strict=True)
+    if problems := [f"{path}: its content has changed since it was saved" for path, f, h in pairs if h != f.xxh3_128]:
+        raise _corruption_error(problems)
 
 
-def check_checkpoint(checkpoint: Path, part: str = "") -> bool:
-    """Check a checkpoint, or one part of it, before it is read.
+def check_checkpoint(checkpoint: Path, subfolder: str = "") -> bool:
+    """Check the files of a checkpoint before it is read.
+
+    Args:
+        checkpoint: The checkpoint directory.
+        subfolder: Check only the files in this folder, such as "weights"; by default all files.
 
     Returns:
-        Whether there were digests to compare with.
+        Whether the checkpoint has digests. Without them nothing is checked.
 
     Raises:
         CheckpointError: As `read_digests` and `check_digests` do.
     """
     digests = read_digests(checkpoint)
     if digests is not None:
-        check_digests(checkpoint, digests, part)
+        check_digests(checkpoint, digests, subfolder)
     return digests is not None
 
 
-def _size_problem(path: Path, size: int) -> str:
-    """What is wrong with a file before it is read; "" for nothing."""
+def _check_size(path: Path, size: int) -> str:
+    """Return what is wrong with the type or size of a file; "" if nothing is."""
     try:
-        found = path.stat()
-    except (OSError, ValueError) as error:  # of a name that no file can have
+        status = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: digests.json has a name that no file can have
         return getattr(error, "strerror", None) or str(error)
-    if not stat.S_ISREG(found.st_mode):
+    if not stat.S_ISREG(status.st_mode):
         return "not a file"
-    return "" if found.st_size == size else f"{found.st_size} bytes, saved with {size}"
+    return "" if status.st_size == size else f"has {status.st_size} bytes instead of {size}"
 
 
-def _corruption_error(damaged: list[str]) -> CheckpointError:
-    more = [f"and {len(damaged) - LISTED_FILES} more files"] if len(damaged) > LISTED_FILES else []
-    return CheckpointError("; ".join([*damaged[:LISTED_FILES], *more]))
+def _corruption_error(problems: list[str]) -> CheckpointError:
+    more = [f"and {len(problems) - LISTED_FILES} more files"] if len(problems) > LISTED_FILES else []
+    return CheckpointError("; ".join([*problems[:LISTED_FILES], *more]))
 
 
 def _hash_all(files: Iterable[Path], progress: Callable[[int], None] = lambda done: None) -> list[str]:
-    """The xxh3_128 of each file. Raises OSError."""
+    """Compute the xxh3_128 of each file. Raises OSError."""
     with concurrent.futures.ThreadPoolExecutor(FILE_HASHERS) as hashers:
         return list(hashers.map(lambda file: _hash_file(file, progress), files))
 

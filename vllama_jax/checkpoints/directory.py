@@ -1,10 +1,12 @@
-"""Model directories: written layer by layer, restored by Orbax straight into their shards.
+"""Open model directories and run directories, without reading their weights.
 
-config.json   what the model is          params/         Orbax layout, one zarr array a leaf, uncompressed
-tokenizer/    the tokenizer's files       manifest.json   sources, and each leaf's shape, dtype and xxh3_128
+config.json    the model's config
+tokenizer/     the tokenizer's files
+params/        the weights in Orbax's layout: an uncompressed zarr array for each
+manifest.json  the source files, and the shape, dtype and xxh3_128 of each weight
 
-A run directory (train/run_directory.py) is read as the model that was trained: its base's weights, but for those that
-it trained.
+A run directory (train/run_directory.py) is opened as the model that the run trained: the weights of its base model,
+some of which are replaced by those that the run trained.
 """
 
 import dataclasses
@@ -35,21 +37,41 @@ OCDBT_MANIFEST = "manifest.ocdbt"  # of arrays that Orbax wrote to a local run d
 PYTORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
 
 
-def write_config(directory: Path, config: VideoLlamaConfig, **more: Any) -> None:
-    """config.json; a run has `more` to say in it."""
+def write_config(directory: Path, config: VideoLlamaConfig, **fields: Any) -> None:
+    """Write config.json.
+
+    Args:
+        directory: The model or run directory.
+        config: The model's config.
+        **fields: Additional fields, as runs have them.
+    """
     versions = {name: importlib.metadata.version(name) for name in ("vllama-jax", "jax", "flax", "orbax-checkpoint")}
-    fields = {"format": MODEL_FORMAT, "versions": versions, "model": to_dict(config), **more}
-    replace_json(directory / "config.json", fields)
+    content = {"format": MODEL_FORMAT, "versions": versions, "model": to_dict(config), **fields}
+    replace_json(directory / "config.json", content)
 
 
-def write_manifest(directory: Path, sources: dict[str, Any], leaves: dict[str, dict], **more: Any) -> None:
-    """manifest.json; that of quantised weights has `more` to say."""
-    write_json(directory / "manifest.json", {"format": MODEL_FORMAT, "sources": sources, "leaves": leaves, **more})
+def write_manifest(directory: Path, sources: dict[str, Any], leaves: dict[str, dict], **fields: Any) -> None:
+    """Write manifest.json.
+
+    Args:
+        directory: The model directory.
+        sources: The files that the weights were converted from, as lists by component.
+        leaves: Shape, dtype and xxh3_128 of each weight, by path.
+        **fields: Additional fields, as quantized models have them.
+    """
+    write_json(directory / "manifest.json", {"format": MODEL_FORMAT, "sources": sources, "leaves": leaves, **fields})
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainedWeights:
-    """Weights that a run trained. path: of its checkpoint. leaves: their shapes. dtypes: the names of theirs."""
+    """The weights that a run trained, in its last checkpoint.
+
+    Attributes:
+        path: The folder with the weights in the checkpoint.
+        leaves: Shapes by path.
+        dtypes: Names of dtypes by path.
+        lora: The run's config of LoRA.
+    """
 
     path: Path
     leaves: dict[str, tuple[int, ...]]
@@ -58,7 +80,7 @@ class TrainedWeights:
 
     @property
     def save_id(self) -> bytes:
-        """Bytes that differ from save to save, and not from copy to copy. Raises CheckpointError."""
+        """Bytes that identify a save: equal for copies, and different for other saves. Raises CheckpointError."""
         try:
             manifest = self.path / OCDBT_MANIFEST
             return (manifest if manifest.exists() else self.path.parent / DIGESTS).read_bytes()
@@ -68,7 +90,7 @@ class TrainedWeights:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BaseReference:
-    """The base model of a run, as its config.json has it: the directory, and the digest of all weights."""
+    """The base model in the config.json of a run: its directory, and the digest of its weights."""
 
     path: str
     digest: str
@@ -76,7 +98,14 @@ class BaseReference:
 
 @dataclasses.dataclass(frozen=True)
 class RunDirectory:
-    """A run directory whose checkpoints are not looked at yet. base: where its base model is now."""
+    """A run directory, whose checkpoints are not read yet.
+
+    Attributes:
+        path: The run directory.
+        base: The present directory of the base model.
+        base_digest: The digest of the weights of the base model.
+        lora: The run's config of LoRA.
+    """
 
     path: Path
     base: Path
@@ -86,9 +115,13 @@ class RunDirectory:
 
 @dataclasses.dataclass(frozen=True)
 class ModelDirectory:
-    """A model directory that was found to be one, and what runs trained on top of it; the last of those wins.
+    """A valid model directory, and the weights of the runs that trained on top of it. No weights are read yet.
 
-    Nothing of its weights is read yet.
+    Attributes:
+        path: The model directory.
+        config: The model's config.
+        manifest: The content of manifest.json.
+        trained: The weights of the runs in the order of training. Later weights replace earlier ones.
     """
 
     path: Path
@@ -98,6 +131,7 @@ class ModelDirectory:
 
     @functools.cached_property
     def tokenizer(self) -> "Tokenizer":
+        """The tokenizer, which is loaded on first use."""
         from vllama_jax.text.tokenizer import load_tokenizer
 
         return load_tokenizer(self.tokenizer_directory)
@@ -112,33 +146,33 @@ class ModelDirectory:
 
     @property
     def opened_path(self) -> Path:
-        """The directory that this was opened as: the last run's, or the model's own."""
+        """The directory that was opened: that of the last run, or the model directory."""
         return self.trained[-1].path.parents[1] if self.trained else self.path
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every weight, by path."""
+        """The shapes of all weights, by path."""
         shapes = {path: tuple(leaf["shape"]) for path, leaf in self.manifest["leaves"].items()}
         return shapes | {path: shape for trained in self.trained for path, shape in trained.leaves.items()}
 
     @functools.cached_property
     def trained_by(self) -> dict[str, TrainedWeights]:
-        """For each weight that runs trained, by path, the run that trained it last."""
+        """For each weight that a run trained, the last one that did, by path."""
         return {path: trained for trained in self.trained for path in trained.leaves}
 
     @property
     def lora(self) -> LoraConfig:
-        """The low-rank updates that a run trained; they are no part of `config`, because `load` merges them."""
+        """The config of the LoRA updates that a run trained. It is not in `config`, because `load` merges them."""
         return next((trained.lora for trained in self.trained if trained.lora.rank), NO_LORA)
 
     @property
     def quantized(self) -> str | None:
-        """How its large kernels are quantised, as checkpoints/quantize.py does it; None where they are not."""
+        """The quantization of the large kernels, "int8" or "int4"; None if the model is not quantized."""
         return self.manifest.get("quantized")
 
     @property
     def digest(self) -> str:
-        """Of all weights: what a run that starts from them refers to."""
+        """The digest of all weights, by which a run refers to its base model."""
         import xxhash
 
         leaves = json.dumps(self.manifest["leaves"], sort_keys=True).encode()
@@ -146,126 +180,147 @@ class ModelDirectory:
 
 
 def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirectory:
-    """Open a model directory, or a run directory together with its base model.
+    """Open a model directory, or a run directory and its base model.
 
-    "miniature" is the model that comes with the package, unless there is a model or run directory of that name.
-
-    The weights that runs trained are compared with their digests, so that they are read from intact files only.
+    Checks the digests of the weights that runs trained.
 
     Args:
-        path: The model or run directory.
-        base: The base model of the run, if it is no longer where the run's config.json has it.
+        path: The model or run directory. "miniature" is the model that is part of the package, unless there is a model
+            or run directory of that name.
+        base: The base model of the run, if it has moved since the run's config.json was written.
 
     Raises:
-        CheckpointError: `path` is neither, is of a newer format, is a run whose base is not the one that it was
-            trained on, or is a run whose last checkpoint is damaged.
-        ConfigError: Its config.json has fields that are missing, unknown or of another type.
+        CheckpointError: `path` is neither a model nor a run directory, has a newer format, or is a run with another
+            base model or a corrupt last checkpoint.
+        ConfigError: config.json has missing, unknown or invalid fields.
     """
     runs, model = find_runs(path, base)
     directory = _open_model_directory(model)
     for run in reversed(runs):
         if directory.digest != run.base_digest:
             raise CheckpointError(
-                f"{run.base}: not the base model that {run.path} was trained on; name that one with --base"
+                f"{run.base}: not the base model that {run.path} was trained on; set the right one with --base"
             )
-        trained = open_trained_weights(_last_weights(run.path), run.lora)
+        trained = open_trained_weights(_find_last_weights(run.path), run.lora)
         directory = dataclasses.replace(directory, trained=(*directory.trained, trained))
     return directory
 
 
 def find_runs(path: str | Path, base: str | Path | None = None) -> tuple[list[RunDirectory], Path]:
-    """Find the runs that `path` consists of, the last one first, and the model directory that the first started from.
+    """Find a run, the runs that it started from, and their model directory, without opening weights.
 
-    No weight is looked at. Raises as `open_model` does for what is neither a model directory nor a run.
+    Args:
+        path: The model or run directory.
+        base: The base model of the run, if it has moved.
+
+    Returns:
+        The runs, the last one first, and the model directory that the first one started from.
+
+    Raises:
+        CheckpointError: `path` is neither a model nor a run directory, or a base model is not found.
+        ConfigError: A run's config.json has invalid fields.
     """
     path = find_model(path)
     runs: list[RunDirectory] = []
     while "base" in (fields := read_config(path)):
         if any(path.samefile(run.path) for run in runs):
-            raise CheckpointError(f"{path / 'config.json'}: the run is its own base model; name the right one: --base")
-        runs.append(_run(path, fields, base))
+            raise CheckpointError(
+                f"{path / 'config.json'}: the run is its own base model; set the right one with --base"
+            )
+        runs.append(_open_run(path, fields, base))
         path, base = runs[-1].base, None
     return runs, path
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Read config.json of a model or run directory. Raises CheckpointError when there is none of a known format."""
+    """Read config.json of a model or run directory.
+
+    Args:
+        path: The directory.
+
+    Raises:
+        CheckpointError: The directory or its config.json does not exist, or has an unknown format.
+    """
     if is_store_path(path):
         return _read_store_config(path)
     if not path.is_dir():
         raise CheckpointError(
-            f"{path}: a file, not a model directory; `vllama convert` makes one of PyTorch weights"
+            f"{path}: a file, not a model directory; create a model directory with `vllama convert`"
             if path.exists()
-            else f"{path}: no such model directory; `vllama convert` makes one"
+            else f"{path}: no such model directory; create one with `vllama convert`"
         )
     fields = read_object(path / "config.json") if (path / "config.json").exists() else None
     if not (fields and "format" in fields) and (weights := _find_pytorch_weights(path)):
-        raise CheckpointError(
-            f"{path}: holds PyTorch weights ({weights}); `vllama convert` makes a model directory of them"
-        )
+        raise CheckpointError(f"{path}: contains PyTorch weights ({weights}); convert them with `vllama convert`")
     if fields is None:
-        raise CheckpointError(f"{path}: not a model directory (no config.json in it); `vllama convert` makes one")
+        raise CheckpointError(f"{path}: not a model directory (no config.json in it); create one with `vllama convert`")
     _check_format(path / "config.json", fields, "model")
     return fields
 
 
 def _read_store_config(path: StorePath) -> dict[str, Any]:
-    """The same of a directory on an object store, which is complete when its manifest, written last, is there."""
+    """Read config.json of a directory on an object store, which is complete if its manifest, written last, exists."""
     try:
         content = (path / "config.json").read_bytes()
         fields = parse_object(content, str(path / "config.json"), CheckpointError)
         complete = "base" in fields or (path / "manifest.json").exists()
     except FileNotFoundError as error:
         why = error.strerror if "bucket" in str(error.strerror) else "no config.json in it"
-        raise CheckpointError(f"{path}: not a model directory ({why}); `vllama convert` makes one") from error
+        raise CheckpointError(f"{path}: not a model directory ({why}); create one with `vllama convert`") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     if not complete:
-        raise CheckpointError(f"{path}: incomplete (no manifest.json, which is written last); copy or convert it again")
+        raise CheckpointError(
+            f"{path}: incomplete (no manifest.json, which is written last); copy or convert the model again"
+        )
     _check_format(path / "config.json", fields, "model")
     return fields
 
 
-def _run(path: Path, fields: dict[str, Any], base: str | Path | None) -> RunDirectory:
-    """A run with its base: what is given, else what config.json names, else the miniature or what is beside the run."""
+def _open_run(path: Path, fields: dict[str, Any], base: str | Path | None) -> RunDirectory:
+    """Find the base model of a run: `base`, or the path in config.json, or the miniature, or a sibling of the run."""
     where, config = path / "config.json", fields.get("run")
     recorded = from_dict(fields["base"], BaseReference, f"{where}: base")
     lora = config.get("lora") if isinstance(config, dict) else None
-    named = find_model(base or recorded.path)
-    beside = path.absolute().parent / named.name  # where it is when both were moved
-    if not base and not named.is_dir():
-        # The miniature may have been unpacked into a cache folder that is gone, or shipped in another place.
-        named = shipped_model() if is_shipped_digest(recorded.digest) else beside if beside.is_dir() else named
-    if not named.is_dir():
+    directory = find_model(base or recorded.path)
+    sibling = path.absolute().parent / directory.name  # its path if both were moved
+    if not base and not directory.is_dir():
+        # The cache folder with the unpacked miniature may have been removed, or be elsewhere on this machine.
+        if is_shipped_digest(recorded.digest):
+            directory = shipped_model()
+        elif sibling.is_dir():
+            directory = sibling
+    if not directory.is_dir():
         raise CheckpointError(
-            f"{path}: its base model {named} is not there, nor beside the run; name it with --base, or put it there"
+            f"{path}: its base model {directory} was not found, and is not in the run's parent folder; set its path "
+            "with --base"
         )
     return RunDirectory(
-        path, named, recorded.digest, from_dict(lora, LoraConfig, f"{where}: run.lora", range(LARGEST_INTEGER + 1))
+        path, directory, recorded.digest, from_dict(lora, LoraConfig, f"{where}: run.lora", range(LARGEST_INTEGER + 1))
     )
 
 
 def _open_model_directory(path: Path) -> ModelDirectory:
     for name in ("manifest.json", "params", "tokenizer"):
         if not (path / name).exists():
-            raise CheckpointError(f"{path}: not a model directory (no {name} in it); `vllama convert` makes one")
+            raise CheckpointError(f"{path}: not a model directory (no {name} in it); create one with `vllama convert`")
     manifest = read_object(path / "manifest.json")
     _check_format(path / "manifest.json", manifest, "leaves")
     check_manifest(manifest["leaves"], str(path / "manifest.json"))
-    if not _are_sources(manifest.get("sources")):
-        raise CheckpointError(f"{path / 'manifest.json'}: its sources are not lists of files; convert the model again")
-    return ModelDirectory(path, _model_config(path, read_config(path)), manifest)
+    if not _are_valid_sources(manifest.get("sources")):
+        raise CheckpointError(f"{path / 'manifest.json'}: sources must be lists of files; convert the model again")
+    return ModelDirectory(path, _read_model_config(path, read_config(path)), manifest)
 
 
 def _find_pytorch_weights(directory: Path) -> str:
-    """The name of a file of PyTorch weights in a directory, or one below it; "" where there is none."""
-    places = [directory, *(entry for entry in sorted(directory.iterdir()) if entry.is_dir())]
-    files = (entry for place in places for entry in sorted(place.iterdir()) if entry.suffix in PYTORCH_SUFFIXES)
+    """Return the name of a file with PyTorch weights in a directory or its subfolders; "" if there is none."""
+    folders = [directory, *(entry for entry in sorted(directory.iterdir()) if entry.is_dir())]
+    files = (entry for folder in folders for entry in sorted(folder.iterdir()) if entry.suffix in PYTORCH_SUFFIXES)
     return next((str(file.relative_to(directory)) for file in files), "")
 
 
-def _are_sources(sources: Any) -> bool:
-    """Whether a manifest's sources are files, each with a name, by kind."""
+def _are_valid_sources(sources: Any) -> bool:
+    """Return whether a manifest's sources are lists of files with names, by component."""
     lists = list(sources.values()) if isinstance(sources, dict) else [None]
     return all(
         isinstance(files, list) and all(isinstance(file, dict) and isinstance(file.get("name"), str) for file in files)
@@ -273,26 +328,34 @@ def _are_sources(sources: Any) -> bool:
     )
 
 
-def _model_config(path: Path, fields: dict[str, Any]) -> VideoLlamaConfig:
+def _read_model_config(path: Path, fields: dict[str, Any]) -> VideoLlamaConfig:
     return from_dict(fields["model"], VideoLlamaConfig, f"{path / 'config.json'}: model")
 
 
-def _last_weights(run: Path) -> Path:
-    """The weights in a run's last checkpoint. Raises CheckpointError when they are damaged."""
+def _find_last_weights(run: Path) -> Path:
+    """Return the folder with the weights in a run's last checkpoint. Raises CheckpointError if they are corrupt."""
     steps = list_checkpoint_steps(run)
     if not steps:
-        raise CheckpointError(f"{run}: a run that has no checkpoint yet; let it reach one")
+        raise CheckpointError(f"{run}: the run has no checkpoint yet; continue it until it saves one")
     name = f"step_{steps[-1]}"
     try:
         check_checkpoint(run / name, "weights")
     except CheckpointError as error:
         advice = f"rename {name} to damaged_{name} to use step_{steps[-2]}" if len(steps) > 1 else "copy it again"
-        raise CheckpointError(f"{run}: its last checkpoint, {name}, is damaged ({error}); {advice}") from error
+        raise CheckpointError(f"{run}: its last checkpoint, {name}, is corrupt ({error}); {advice}") from error
     return run / name / "weights"
 
 
 def open_trained_weights(weights: Path, lora: LoraConfig) -> TrainedWeights:
-    """Read which arrays are in the weights of a checkpoint. Raises CheckpointError when Orbax cannot."""
+    """Read the shapes and dtypes of the weights in a checkpoint.
+
+    Args:
+        weights: The folder with the weights.
+        lora: The run's config of LoRA.
+
+    Raises:
+        CheckpointError: Orbax cannot read them.
+    """
     import orbax.checkpoint as ocp
     from flax.traverse_util import flatten_dict
 
@@ -304,7 +367,7 @@ def open_trained_weights(weights: Path, lora: LoraConfig) -> TrainedWeights:
                 shapes = {path: array.shape for path, array in arrays.items()}
                 return TrainedWeights(weights, shapes, {path: array.dtype.name for path, array in arrays.items()}, lora)
             local = copy_store_arrays(weights)
-        handler = ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=False)  # told, it starts no device to ask
+        handler = ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=False)  # else it initializes devices
         leaves = flatten_dict(handler.metadata(local.absolute()).tree, sep="/")
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         return TrainedWeights(weights, shapes, {path: leaf.dtype.name for path, leaf in leaves.items()}, lora)
@@ -335,13 +398,15 @@ def _copy_to_cache(directory: StorePath, identity: bytes) -> Path:
 
 
 def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:
-    made = fields.get("format")
-    told = format_value(made)
-    if isinstance(made, int) and made > MODEL_FORMAT:
+    """Raise CheckpointError unless a file has the current format and the object `needed`."""
+    version = fields.get("format")
+    if isinstance(version, int) and version > MODEL_FORMAT:
         raise CheckpointError(
-            f"{path}: its format is {told}, newer than this version's {MODEL_FORMAT}; update vllama-jax"
+            f"{path}: its format {format_value(version)} is newer than this version's {MODEL_FORMAT}; update vllama-jax"
         )
-    if made != MODEL_FORMAT or not isinstance(fields.get(needed), dict):
+    if version != MODEL_FORMAT:
         raise CheckpointError(
-            f"{path}: not of a model directory (format {told}, {MODEL_FORMAT} is known); convert again"
+            f"{path}: unknown format {format_value(version)}, expected {MODEL_FORMAT}; convert the model again"
         )
+    if not isinstance(fields.get(needed), dict):
+        raise CheckpointError(f"{path}: {needed!r} is missing or is not an object; convert the model again")

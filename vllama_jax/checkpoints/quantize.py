@@ -1,7 +1,7 @@
-"""Quantised models: the large kernels of LLaMA and the ViT in 8 or 4 bits, made as they are loaded, or stored.
+"""Quantize the large kernels of LLaMA and the ViT to int8 or int4, while a model is loaded or as a model directory.
 
-In a quantised model directory such a kernel is two weights, `values` and `scale` (nn/quantized.py), and manifest.json
-says "quantized". It is for loading: training, exporting and the like need the model that it was made from.
+In a quantized model directory, such a kernel is stored as two weights, `values` and `scale` (nn/quantized.py), and
+manifest.json has the field "quantized". It can be loaded for inference. Training and export need the original model.
 """
 
 import functools
@@ -33,35 +33,63 @@ QUANTIZED_WEIGHTS = ("values", "scale")
 QuantizedLayers = Mapping[str, "QuantizedLinear"]
 
 
-def resolve_scheme(directory: ModelDirectory, asked: str | None) -> str | None:
-    """How the weights are to be in memory. Raises ConfigError where that is not known, or not what is stored."""
+def resolve_scheme(directory: ModelDirectory, requested: str | None) -> str | None:
+    """Determine the quantization of the weights in memory.
+
+    Args:
+        directory: The model directory.
+        requested: The requested quantization; None for that of the model directory.
+
+    Returns:
+        "int8" or "int4"; None for no quantization.
+
+    Raises:
+        ConfigError: The quantization is unknown, or the model directory has another one.
+    """
     stored = directory.quantized
-    for scheme in (asked, stored):
+    for scheme in (requested, stored):
         if scheme not in (None, *BITS):
-            raise ConfigError(f"{directory.path}: weights can be quantised to {' or '.join(BITS)}, not {scheme!r}")
-    if stored and asked not in (None, stored):
-        raise ConfigError(f"{directory.path}: its weights are {stored} already; take the model that it was made from")
-    return asked or stored
+            raise ConfigError(f"{directory.path}: weights can be quantized to {' or '.join(BITS)}, not {scheme!r}")
+    if stored and requested not in (None, stored):
+        raise ConfigError(f"{directory.path}: its weights are already {stored}; use the original model")
+    return requested or stored
 
 
 def make_network_to_load(
-    directory: ModelDirectory, dtype: str | None, asked: str | None
+    directory: ModelDirectory, dtype: str | None, requested: str | None
 ) -> "tuple[VideoLlama, RestoreFunction | None]":
-    """The network to load, with shapes in place of weights, and what reads those where it quantises them.
+    """Create the abstract network for loading a model.
 
-    Updates of low rank are part of a kernel before it is quantised, so there are none then.
+    Args:
+        directory: The model directory.
+        dtype: Dtype of weights that are not quantized; None for the default.
+        requested: The requested quantization; None for that of the model directory.
+
+    Returns:
+        The network with abstract weights, and the function that restores them if they are quantized while they are
+        read, else None. A quantized network has no LoRA updates, as they are merged before its kernels are quantized.
+
+    Raises:
+        ConfigError: The quantization is unknown, or the model directory has another one.
     """
-    scheme = resolve_scheme(directory, asked)
+    scheme = resolve_scheme(directory, requested)
     lora = NO_LORA if scheme else directory.lora
     network, layers = abstract_layers(directory.config, dtype, scheme, lora)
-    making = scheme is not None and not directory.quantized
-    return network, functools.partial(_restore_weights, layers) if making else None
+    quantizes = scheme is not None and not directory.quantized
+    return network, functools.partial(_restore_weights, layers) if quantizes else None
 
 
 def abstract_layers(
     config: VideoLlamaConfig, dtype: str | None, scheme: str | None, lora: LoraConfig = NO_LORA
 ) -> "tuple[VideoLlama, QuantizedLayers]":
-    """A network with shapes in place of weights, and its quantised layers by path."""
+    """Create a network with abstract weights, and return it with its quantized layers by path.
+
+    Args:
+        config: The model's config.
+        dtype: Dtype of weights that are not quantized; None for the default.
+        scheme: "int8" or "int4"; None for no quantization.
+        lora: Config of LoRA.
+    """
     from vllama_jax.nn.quantized import quantize_layers
 
     network = abstract_network(config, dtype, lora)
@@ -69,52 +97,52 @@ def abstract_layers(
 
 
 def _restore_weights(
-    layers: QuantizedLayers, directory: ModelDirectory, wanted: dict[str, Any]
+    layers: QuantizedLayers, directory: ModelDirectory, abstract: dict[str, Any]
 ) -> "dict[str, jax.Array]":
-    """`restore_weights`, with the kernels of `layers` quantised on the device, one layer after the other."""
+    """Restore weights as `restore_weights` does, but quantize the kernels of `layers` on the device, layer by layer."""
     read = make_row_reader(directory)
     _check_kernels(directory, layers)
-    made = {f"{path}/{weight}" for path in layers for weight in QUANTIZED_WEIGHTS}
-    restored = restore_weights(directory, {path: wanted[path] for path in wanted if path not in made})
+    quantized = {f"{path}/{weight}" for path in layers for weight in QUANTIZED_WEIGHTS}
+    restored = restore_weights(directory, {path: abstract[path] for path in abstract if path not in quantized})
     for path, layer in layers.items():
         names = [f"{path}/{weight}" for weight in QUANTIZED_WEIGHTS]
-        places = tuple(with_default_sharding(wanted[name]) for name in names)
-        restored |= zip(names, _quantized_leaf(read, path, layer, places), strict=True)
+        leaves = tuple(with_default_sharding(abstract[name]) for name in names)
+        restored |= zip(names, _quantize_to_devices(read, path, layer, leaves), strict=True)
     return restored
 
 
 def _check_kernels(directory: ModelDirectory, layers: QuantizedLayers) -> None:
-    """Raises CheckpointError unless the kernels are there, of the right shape, and their files whole."""
+    """Raise CheckpointError unless the kernels have the right shapes and complete files."""
     kernels = {f"{path}/kernel": layer.kernel_shape for path, layer in layers.items()}
     check_leaves(directory, kernels)
     trained = {path for run in directory.trained for path in run.leaves}
     check_params(directory.path / "params", directory.manifest["leaves"], sorted(kernels.keys() - trained))
 
 
-def _quantized_leaf(
-    read: RowReader, path: str, layer: "QuantizedLinear", places: "tuple[jax.ShapeDtypeStruct, ...]"
+def _quantize_to_devices(
+    read: RowReader, path: str, layer: "QuantizedLinear", leaves: "tuple[jax.ShapeDtypeStruct, ...]"
 ) -> "tuple[jax.Array, ...]":
-    """Values and scales of a kernel in their places. In memory beside them is one layer of it."""
+    """Quantize a kernel to values and scales with the shardings of `leaves`. Keeps only one layer of it in memory."""
     import jax
     import jax.numpy as jnp
 
-    shardings = tuple(place.sharding for place in places)
+    shardings = tuple(leaf.sharding for leaf in leaves)
     rows = quantized_rows(read, path, layer, functools.partial(_put, shardings[0], layer))
     if not is_stacked(path):
         return jax.device_put(next(rows), shardings)
 
-    def written(whole: tuple[jax.Array, ...], row: tuple[jax.Array, ...], number: int) -> tuple[jax.Array, ...]:
-        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, number, 0), whole, row)
+    def set_layer(stack: tuple[jax.Array, ...], row: tuple[jax.Array, ...], number: int) -> tuple[jax.Array, ...]:
+        return jax.tree.map(lambda x, new: jax.lax.dynamic_update_index_in_dim(x, new, number, 0), stack, row)
 
-    write = jax.jit(written, donate_argnums=0, out_shardings=shardings)
-    whole = tuple(jnp.zeros(place.shape, place.dtype, device=place.sharding) for place in places)
+    compiled = jax.jit(set_layer, donate_argnums=0, out_shardings=shardings)
+    stack = tuple(jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding) for leaf in leaves)
     for number, row in enumerate(rows):
-        whole = jax.block_until_ready(write(whole, row, number))
-    return whole
+        stack = jax.block_until_ready(compiled(stack, row, number))
+    return stack
 
 
 def _put(sharding: "jax.sharding.Sharding", layer: "QuantizedLinear", kernel: np.ndarray) -> "jax.Array":
-    """One layer's kernel on the devices that its values are for, split as they are."""
+    """Move one layer's kernel to devices, sharded as its values are."""
     import jax
     from jax.sharding import NamedSharding
 
@@ -127,66 +155,90 @@ def _put(sharding: "jax.sharding.Sharding", layer: "QuantizedLinear", kernel: np
 
 
 def is_stacked(path: str) -> bool:
+    """Return whether the weight at a path is stacked over layers on axis 0."""
     return "/blocks/" in path
 
 
 def quantized_rows(
-    read: RowReader, path: str, layer: "QuantizedLinear", place: Callable[[np.ndarray], Any] = lambda kernel: kernel
+    read: RowReader, path: str, layer: "QuantizedLinear", put: Callable[[np.ndarray], Any] = lambda kernel: kernel
 ) -> "Iterator[tuple[jax.Array, jax.Array]]":
-    """Values and scales of a layer's kernel, layer by layer where it is stacked."""
-    from vllama_jax.nn.quantized import quantized
+    """Quantize a kernel, layer by layer if it is stacked.
+
+    Args:
+        read: Reads the kernel's rows.
+        path: The path of the layer.
+        layer: The quantized layer.
+        put: Function that moves a row to devices.
+
+    Yields:
+        The values and scales of each row.
+    """
+    from vllama_jax.nn.quantized import quantize_kernel
 
     for row in range(layer.kernel_shape[0]) if is_stacked(path) else [None]:
-        yield quantized(place(read(f"{path}/kernel", row)), layer.inputs, layer.bits)
+        yield quantize_kernel(put(read(f"{path}/kernel", row)), layer.inputs, layer.bits)
 
 
 def make_quantizing_reader(directory: ModelDirectory, layers: QuantizedLayers) -> RowReader:
-    """Reads the weights of a network with quantised layers, which it quantises itself, or one row of theirs."""
-    from vllama_jax.nn.quantized import quantized
+    """Create a reader of weights or rows of them, which quantizes the kernels of layers.
+
+    Args:
+        directory: The model directory.
+        layers: The quantized layers by path.
+    """
+    from vllama_jax.nn.quantized import quantize_kernel
 
     read = make_row_reader(directory)
 
     @functools.lru_cache(maxsize=1)
-    def made(path: str, row: int | None) -> dict[str, np.ndarray]:
-        parts = quantized(read(f"{path}/kernel", row), layers[path].inputs, layers[path].bits)
-        return dict(zip(QUANTIZED_WEIGHTS, map(np.asarray, parts), strict=True))
+    def read_quantized(path: str, row: int | None) -> dict[str, np.ndarray]:
+        weights = quantize_kernel(read(f"{path}/kernel", row), layers[path].inputs, layers[path].bits)
+        return dict(zip(QUANTIZED_WEIGHTS, map(np.asarray, weights), strict=True))
 
-    def one(name: str, row: int | None) -> np.ndarray:
+    def read_any(name: str, row: int | None) -> np.ndarray:
         path, _, weight = name.rpartition("/")
-        return made(path, row)[weight] if path in layers and weight in QUANTIZED_WEIGHTS else read(name, row)
+        return read_quantized(path, row)[weight] if path in layers and weight in QUANTIZED_WEIGHTS else read(name, row)
 
-    return one
+    return read_any
 
 
 def unquantized_shapes(directory: ModelDirectory) -> dict[str, tuple[int, ...]]:
-    """Of every weight of the model that a quantised one was made from; of another, its own.
+    """Return the shapes of all weights by path; for a quantized model, those of the original model.
 
-    Raises CheckpointError where a quantised weight is missing or misshapen.
+    Raises:
+        CheckpointError: A quantized weight is missing or has another shape.
     """
     if not directory.quantized:
         return directory.shapes
     layers = abstract_layers(directory.config, None, resolve_scheme(directory, None))[1]
-    made = {
+    quantized = {
         f"{path}/{name}": getattr(layer, name).shape for path, layer in layers.items() for name in QUANTIZED_WEIGHTS
     }
-    check_leaves(directory, made)
-    kept = {path: shape for path, shape in directory.shapes.items() if path not in made}
-    return kept | {f"{path}/kernel": layer.kernel_shape for path, layer in layers.items()}
+    check_leaves(directory, quantized)
+    others = {path: shape for path, shape in directory.shapes.items() if path not in quantized}
+    return others | {f"{path}/kernel": layer.kernel_shape for path, layer in layers.items()}
 
 
-# Stored
+# Quantized model directories
 
 
 def quantize(
     model: ModelDirectory, out: str | Path, scheme: str, progress: Callable[[int], None] = lambda done: None
 ) -> None:
-    """Writes a model, or what a run trained, as a quantised model directory; `out` appears when it is whole.
+    """Write a quantized model directory. It becomes visible when it is complete.
 
-    progress: called with the bytes read since, of `bytes_to_read`.
-    Raises ConfigError where the model is quantised already, CheckpointError where it cannot be read or `out` written.
+    Args:
+        model: A model directory, or a run directory opened as a model.
+        out: The directory to write.
+        scheme: "int8" or "int4".
+        progress: Called with the number of bytes read since its last call; the total is `bytes_to_read(model)`.
+
+    Raises:
+        ConfigError: The model is already quantized, or `scheme` is unknown.
+        CheckpointError: The model cannot be read, or `out` exists or cannot be written.
     """
     if model.quantized:
-        raise ConfigError(f"{model.path}: its weights are {model.quantized} already")
+        raise ConfigError(f"{model.path}: its weights are already {model.quantized}; use the original model")
     layers = abstract_layers(model.config, None, resolve_scheme(model, scheme))[1]
     _check_kernels(model, layers)
     read = make_row_reader(model)
@@ -207,11 +259,12 @@ def quantize(
 
 
 def bytes_to_read(model: ModelDirectory) -> int:
+    """Return the number of bytes that `quantize` reads."""
     return sum(_stored_bytes(model, path) for path in _list_stored_paths(model))
 
 
 def _list_stored_paths(model: ModelDirectory) -> list[str]:
-    """All weights but updates of low rank, which are added to their kernels."""
+    """List the weights to write: all but LoRA updates, which are merged into their kernels."""
     return sorted(path for path in model.shapes if "/lora/" not in path)
 
 
@@ -227,13 +280,13 @@ def _copy(params: ParamsWriter, model: ModelDirectory, read: RowReader, path: st
 
 
 def _write_quantized(params: ParamsWriter, read: RowReader, path: str, layer: "QuantizedLinear") -> None:
-    scales = []  # small; kept, so that the kernel is read once
+    scales = []  # kept in memory, so that the kernel is read only once
 
     def values() -> Iterator[np.ndarray]:
         for row in quantized_rows(read, path, layer):
-            found, scale = (np.asarray(part)[None] if is_stacked(path) else np.asarray(part) for part in row)
+            block, scale = (np.asarray(array)[None] if is_stacked(path) else np.asarray(array) for array in row)
             scales.append(scale)
-            yield found
+            yield block
 
     params.write(f"{path}/values", layer.values.shape, np.dtype(layer.values.dtype), values())
     params.write(f"{path}/scale", layer.scale.shape, np.dtype(np.float32), scales)

@@ -1,4 +1,4 @@
-"""Weights of a model or run directory on the host, one row at a time."""
+"""Read weights of a model or run directory to the host, one row at a time."""
 
 import functools
 import threading
@@ -14,18 +14,18 @@ RowReader = Callable[[str, int | None], np.ndarray]
 
 
 def stored_dtype(model: ModelDirectory, path: str) -> np.dtype:
-    """As it lies on disk. What runs train is float32."""
+    """Return the dtype of a weight on disk. Weights that runs trained are float32."""
     return np.dtype("float32" if path in model.trained_by else model.manifest["leaves"][path]["dtype"])
 
 
 def _make_stored_reader(model: ModelDirectory) -> RowReader:
-    """Reads a weight by its path, or one row of its first axis.
+    """Create a reader of weights or rows of them, as stored.
 
-    What a run trained can only be read whole, and a few such weights are kept until their rows have been asked for.
+    Weights that a run trained cannot be read by rows. A few of them are cached for the next rows.
     """
     restoring = threading.Lock()
 
-    @functools.lru_cache(maxsize=4)  # a kernel and its update's two matrices, and the one to come
+    @functools.lru_cache(maxsize=4)  # a kernel, the two matrices of its update, and the next weight
     def restored(path: str) -> np.ndarray:
         import jax
 
@@ -46,13 +46,18 @@ def _make_stored_reader(model: ModelDirectory) -> RowReader:
 
 
 def make_row_reader(model: ModelDirectory) -> RowReader:
-    """Reads a weight by its path, or one row of its first axis, as it lies on disk.
+    """Create a reader of weights, which merges LoRA updates into their kernels as `load` does.
 
-    Kernels that a run gave low-rank updates come with those added, as loading does (nn/lora.py).
+    Args:
+        model: The model directory.
+
+    Returns:
+        A function of the path of a weight and a row on its first axis, or None for the entire weight. It returns the
+        weight in its dtype on disk.
     """
     read = _make_stored_reader(model)
 
-    def merged(path: str, row: int | None) -> np.ndarray:
+    def read_merged(path: str, row: int | None) -> np.ndarray:
         kernel = read(path, row)
         update = f"{path.removesuffix('/kernel')}/lora"
         if f"{update}/down" not in model.shapes:
@@ -64,10 +69,20 @@ def make_row_reader(model: ModelDirectory) -> RowReader:
         layers = zip(kernel, down, up, strict=True)  # only stacked kernels have updates (nn/lora.py)
         return np.stack([apply_lora_update(*layer, scale) for layer in layers])
 
-    return merged
+    return read_merged
 
 
 def apply_lora_update(kernel: np.ndarray, down: np.ndarray, up: np.ndarray, scale: float) -> np.ndarray:
-    """A layer's kernel and its low-rank update in one."""
+    """Add a LoRA update to a layer's kernel.
+
+    Args:
+        kernel: The kernel.
+        down: The matrix from the inputs to the rank.
+        up: The matrix from the rank to the outputs.
+        scale: The scale of the update.
+
+    Returns:
+        The sum, computed in float32, in the kernel's dtype.
+    """
     update = np.tensordot(down, up, 1) * np.float32(scale)
     return (kernel.astype(np.float32) + update).astype(kernel.dtype)

@@ -1,4 +1,4 @@
-"""A network in memory → a model directory, one weight after the other."""
+"""Write a network as a model directory, one weight at a time."""
 
 import dataclasses
 import functools
@@ -21,16 +21,19 @@ if TYPE_CHECKING:
 
     from vllama_jax.nn.video_llama import VideoLlama
 
-MODEL_FILES = ("config.json", "manifest.json", "params")  # what a directory must have to be replaced
-MAX_LISTED = 3  # weights in a message
+MODEL_FILES = ("config.json", "manifest.json", "params")  # only a directory that has them is replaced
+MAX_LISTED = 3  # maximum number of weights in a message
 
 
 @dataclasses.dataclass(frozen=True)
 class _Weight:
-    """A weight as a model directory has it.
+    """A weight as it is stored.
 
-    layers: Functions that return its array: one for the whole weight, or one for each layer of an unstacked one.
-    stacked: Whether the first axis is that of layers.
+    Attributes:
+        shape: The shape.
+        dtype: The dtype.
+        layers: Functions that return the arrays: one for the entire weight, or one for each layer if it is unstacked.
+        stacked: Whether the weight has layers on axis 0.
     """
 
     shape: tuple[int, ...]
@@ -39,7 +42,7 @@ class _Weight:
     stacked: bool
 
     def blocks(self) -> Iterator[np.ndarray]:
-        """The rows in order, on the host: a layer at a time where there are layers."""
+        """Iterate over the rows in order, on the host: one layer at a time, or all rows of a weight without layers."""
         for read in self.layers:
             array = read()
             if not self.stacked:
@@ -54,16 +57,28 @@ class _Weight:
 def save_network(
     network: "VideoLlama", config: VideoLlamaConfig, tokenizer: Tokenizer, out: Path, *, overwrite: bool
 ) -> None:
-    """Write a model directory; `vllama_jax.save` has what is written and what is raised."""
-    weights = _weights(network)
-    scheme = _scheme(weights)
+    """Write a model directory, as `vllama_jax.save` documents.
+
+    Args:
+        network: The network.
+        config: The model's config.
+        tokenizer: The tokenizer, whose files are copied.
+        out: The directory to write.
+        overwrite: Replace an existing model directory.
+
+    Raises:
+        CheckpointError: `out` exists or cannot be written, the weights do not match `config` or are on devices of
+            several processes, or the tokenizer's files do not exist.
+    """
+    weights = _collect_weights(network)
+    scheme = _infer_scheme(weights)
     _check_weights(weights, config, scheme)
     files = tokenizer_files(tokenizer.directory) if tokenizer.directory else []
     if not files:
         raise CheckpointError(
-            f"{out}: the tokenizer's files are not in {tokenizer.directory} any more; load the model again"
+            f"{out}: the tokenizer's files are no longer in {tokenizer.directory}; load the model again"
             if tokenizer.directory
-            else f"{out}: the tokenizer was not read from a directory; take that of a loaded model"
+            else f"{out}: the tokenizer was not read from a directory; use that of a loaded model"
         )
     if overwrite and out.exists():
         _check_replaceable(out)
@@ -76,74 +91,74 @@ def save_network(
         for file in files:
             write_file(directory / "tokenizer" / file.name, file.read_bytes())
         write_config(directory, config)
-        more = {"quantized": scheme} if scheme else {}
-        write_manifest(directory, {"saved": [{"name": "vllama_jax.save"}]}, params.leaves, **more)
+        fields = {"quantized": scheme} if scheme else {}
+        write_manifest(directory, {"saved": [{"name": "vllama_jax.save"}]}, params.leaves, **fields)
 
 
-def _weights(network: "VideoLlama") -> dict[str, _Weight]:
-    """All weights by path, layers that were unstacked as one, low-rank updates as part of their kernels."""
+def _collect_weights(network: "VideoLlama") -> dict[str, _Weight]:
+    """Return all weights by path. Unstacked layers are one weight, and LoRA updates are merged into their kernels."""
     from flax import nnx
 
-    found: dict[str, list[tuple[Any, Callable[[], jax.Array]]]] = {}
+    layers_by_name: dict[str, list[tuple[Any, Callable[[], jax.Array]]]] = {}
     for path, variable in nnx.to_flat_state(nnx.state(network)):
         if "lora" in path:
             continue
         name = "/".join(str(key) for key in path if not isinstance(key, int))
         layer = functools.reduce(_child, path[:-1], network)
         merges = path[-1] == "kernel" and hasattr(layer, "lora")
-        found.setdefault(name, []).append((variable, _reader(layer if merges else None, variable)))
-    return {name: _weight(name, layers) for name, layers in found.items()}
+        layers_by_name.setdefault(name, []).append((variable, _make_reader(layer if merges else None, variable)))
+    return {name: _make_weight(name, layers) for name, layers in layers_by_name.items()}
 
 
 def _child(module: Any, key: Any) -> Any:
     return module[key] if isinstance(key, int) else getattr(module, key)
 
 
-def _reader(layer: Any, variable: Any) -> "Callable[[], jax.Array]":
+def _make_reader(layer: Any, variable: Any) -> "Callable[[], jax.Array]":
     from vllama_jax.nn.lora import merged_kernel
 
     return variable.get_value if layer is None else functools.partial(merged_kernel, layer)
 
 
-def _weight(name: str, layers: "list[tuple[Any, Callable[[], jax.Array]]]") -> _Weight:
+def _make_weight(name: str, layers: "list[tuple[Any, Callable[[], jax.Array]]]") -> _Weight:
     value = layers[0][0].get_value()
     if not value.is_fully_addressable:
-        raise CheckpointError(f"{name}: a part of it is on another process's devices; save a model of one process")
+        raise CheckpointError(f"{name}: some shards are on devices of other processes; save a model of one process")
     if value.dtype.name not in STORED_DTYPES:
-        raise CheckpointError(f"{name}: {value.dtype.name} weights cannot be stored; cast it to float32 or bfloat16")
+        raise CheckpointError(f"{name}: dtype {value.dtype.name} cannot be stored; cast it to float32 or bfloat16")
     shape = value.shape if len(layers) == 1 else (len(layers), *value.shape)
     return _Weight(shape, np.dtype(value.dtype), [read for _, read in layers], stacked="/blocks/" in name)
 
 
-def _scheme(weights: Mapping[str, _Weight]) -> str | None:
-    """How the large kernels are quantized; the head has 8 bits in both schemes."""
-    kinds = {weight.dtype.name for path, weight in weights.items() if path.endswith("/values")}
-    return "int4" if "uint8" in kinds else "int8" if kinds else None
+def _infer_scheme(weights: Mapping[str, _Weight]) -> str | None:
+    """Infer the quantization from dtypes: int4 values are packed as uint8, but the head is int8 in both schemes."""
+    dtypes = {weight.dtype.name for path, weight in weights.items() if path.endswith("/values")}
+    return "int4" if "uint8" in dtypes else "int8" if dtypes else None
 
 
 def _check_weights(weights: Mapping[str, _Weight], config: VideoLlamaConfig, scheme: str | None) -> None:
-    """Raise CheckpointError unless these are all weights of a model of this config."""
+    """Raise CheckpointError unless the weights are exactly those of a model with this config."""
     from flax import nnx
 
     abstract = nnx.state(abstract_layers(config, None, scheme)[0])
-    needed = {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(abstract)}
-    problems = {
-        "no weight of a model of its config": sorted(weights.keys() - needed.keys()),
-        "missing": sorted(needed.keys() - weights.keys()),
-        "of another shape than its config says": [
-            path for path in sorted(needed.keys() & weights.keys()) if weights[path].shape != needed[path]
+    expected = {"/".join(map(str, path)): variable.shape for path, variable in nnx.to_flat_state(abstract)}
+    paths_by_problem = {
+        "not in a model with its config": sorted(weights.keys() - expected.keys()),
+        "missing": sorted(expected.keys() - weights.keys()),
+        "shape does not match its config": [
+            path for path in sorted(expected.keys() & weights.keys()) if weights[path].shape != expected[path]
         ],
     }
-    told = [
-        f"{', '.join(paths[:MAX_LISTED])}{', …' if len(paths) > MAX_LISTED else ''}: {what}"
-        for what, paths in problems.items()
+    problems = [
+        f"{', '.join(paths[:MAX_LISTED])}{', …' if len(paths) > MAX_LISTED else ''}: {problem}"
+        for problem, paths in paths_by_problem.items()
         if paths
     ]
-    if told:
-        raise CheckpointError(f"the network cannot be saved as a model: {'; '.join(told)}")
+    if problems:
+        raise CheckpointError(f"the network cannot be saved as a model: {'; '.join(problems)}")
 
 
 def _check_replaceable(out: Path) -> None:
-    """Raise CheckpointError unless `out` is a model directory: nothing else is ever replaced."""
+    """Raise CheckpointError unless `out` is a model directory, the only thing that is replaced."""
     if not all((out / name).exists() for name in MODEL_FILES):
-        raise CheckpointError(f"{out}: exists and is not a model directory; choose another place")
+        raise CheckpointError(f"{out}: exists and is not a model directory; choose another path")

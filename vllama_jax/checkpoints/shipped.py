@@ -1,7 +1,7 @@
-"""The miniature that comes with the package: a small trained model, and clips to ask it about (docs/miniature.md).
+"""The miniature that is part of the package: a small trained model, and clips to ask it about (docs/miniature.md).
 
-Its model directory is one file, `assets/model.zip`, which is unpacked into the cache folder when it is first used.
-`assets/model.json` has the digests of that file and of the weights in it.
+Its model directory is stored as `assets/model.zip`, which is unpacked into the cache folder on first use.
+`assets/model.json` has the digests of this file and of the weights in it.
 """
 
 import atexit
@@ -17,12 +17,12 @@ from vllama_jax.io.archives import unpack
 from vllama_jax.io.json_files import read_object
 from vllama_jax.io.paths import as_path, cache_directory
 
-MODEL_NAME, CLIP_NAME = "miniature", "demo"  # what stands for them where a path is asked for
+MODEL_NAME, CLIP_NAME = "miniature", "demo"  # accepted in place of their paths
 ASSETS = Path(__file__).parents[1] / "miniature" / "assets"
 CLIPS, RESULTS = ASSETS / "clips", ASSETS / "results.json"
 MODEL_DESCRIPTION = (
-    "the miniature answers: 3 million weights that know 16 things (a bell, a dog, …) in 8 colors, how they move and "
-    "how they sound, and nothing else (docs/miniature.md); --model takes a real model"
+    "answers are from the miniature, a model of 3 million parameters that knows only 16 objects (a bell, a dog, …) in "
+    "8 colors, their motions and their sounds (docs/miniature.md); choose another model with --model"
 )
 DEMO_CLIP = "bell.mp4"
 CLIP_DESCRIPTION = "a rendered clip of 4 seconds: a large yellow bell moves to the left and rings"
@@ -35,19 +35,20 @@ logger = logging.getLogger(__name__)
 
 
 def shipped_model() -> Path:
-    """Return the directory of the model that comes with the package, which is unpacked unless it is there intact.
+    """Return the model directory of the miniature, and unpack it if it is not there or not intact.
 
-    It is in the cache folder. Where that cannot be written, a warning is logged, and the directory is a temporary one
-    that ends with the process.
+    The directory is in the cache folder. If that cannot be written, a warning is logged, and the directory is a
+    temporary one, which is removed at the end of the process.
 
     Raises:
-        CheckpointError: The package is installed without it, its file is corrupt, or it can be unpacked nowhere.
+        CheckpointError: The package is installed without the miniature, its file is corrupt, or no folder can be
+            written.
     """
-    archive, digest = ASSETS / "model.zip", _digests().get("archive_xxh3_128")
+    archive, digest = ASSETS / "model.zip", _read_digests().get("archive_xxh3_128")
     if digest is None:
-        raise CheckpointError(f"{ASSETS}: the miniature is not installed; name a model with --model")
+        raise CheckpointError(f"{ASSETS}: the miniature is not installed; set a model with --model")
     try:
-        directory = cache_directory() / MODEL_NAME / digest  # packages that bring other weights have other directories
+        directory = cache_directory() / MODEL_NAME / digest  # other versions of the package may have other weights
         unpack(archive, digest, directory)
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         return _unpack_temporarily(archive, digest, getattr(error, "strerror", None) or str(error))
@@ -55,49 +56,49 @@ def shipped_model() -> Path:
 
 
 def is_shipped_digest(digest: str) -> bool:
-    """Return whether the weights of the model that comes with the package have this `ModelDirectory.digest`."""
-    return digest == _digests().get("model_digest")
+    """Return whether the weights of the miniature have this digest (`ModelDirectory.digest`)."""
+    return digest == _read_digests().get("model_digest")
 
 
 def is_shipped(path: str | Path) -> bool:
-    """Return whether a path is the model that comes with the package: "miniature", or where a cache folder has it.
+    """Return whether a path is that of the miniature: "miniature", or its directory in a cache folder.
 
-    A model or run directory of the user's that is called "miniature" wins.
+    A model or run directory with the name "miniature" takes precedence.
     """
     path = as_path(path)
     if str(path) == MODEL_NAME:
         return not (path / "config.json").is_file()
-    return path.parent.name == MODEL_NAME and path.name == _digests().get("archive_xxh3_128")
+    return path.parent.name == MODEL_NAME and path.name == _read_digests().get("archive_xxh3_128")
 
 
 def find_model(path: str | Path) -> Path:
-    """Return the directory that a user names: "miniature" is ours, unless a model or run directory has that name."""
+    """Return the directory for a path. "miniature" is the miniature, unless there is a directory of that name."""
     return shipped_model() if is_shipped(path) else as_path(path)
 
 
 def find_clip(path: str | Path) -> Path:
-    """Return the file that a user names: "demo" is a clip of ours, unless a file has that name."""
+    """Return the file for a path. "demo" is a clip of the package, unless there is a file of that name."""
     path = as_path(path)
     return CLIPS / DEMO_CLIP if str(path) == CLIP_NAME and not path.is_file() else path
 
 
-def _digests() -> dict[str, Any]:
-    """What model.json has; nothing where the package is installed without the miniature."""
+def _read_digests() -> dict[str, Any]:
+    """Return the content of model.json; empty if the package is installed without the miniature."""
     file = ASSETS / "model.json"
     return read_object(file) if file.is_file() else {}
 
 
 @functools.cache
-def _unpack_temporarily(archive: Path, digest: str, why: str) -> Path:
-    """Unpack into a temporary directory that is removed when the process ends."""
+def _unpack_temporarily(archive: Path, digest: str, reason: str) -> Path:
+    """Unpack into a temporary directory, which is removed at the end of the process."""
     try:
         folder = Path(tempfile.mkdtemp(prefix="vllama-miniature-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         unpack(archive, digest, folder / MODEL_NAME)
     except OSError as error:
         raise CheckpointError(
-            f"the miniature can be unpacked neither in the cache folder ({why}) nor in {tempfile.gettempdir()} "
-            f"({error.strerror}); point VLLAMA_CACHE at a folder that can be written"
+            f"the miniature can be unpacked neither in the cache folder ({reason}) nor in {tempfile.gettempdir()} "
+            f"({error.strerror}); set VLLAMA_CACHE to a writable folder"
         ) from error
-    logger.warning(f"the miniature is unpacked into {folder} for this process only: its cache folder: {why}")
+    logger.warning(f"the miniature is unpacked to {folder} for this process, as the cache folder failed: {reason}")
     return folder / MODEL_NAME

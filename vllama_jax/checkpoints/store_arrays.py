@@ -4,16 +4,20 @@ Orbax 0.12 reads no store but gs://. fsspec reads every store, with the same cre
 Chunks are uncompressed and in C order, so a part of a chunk is a range of its bytes.
 """
 
+import concurrent.futures
 import dataclasses
 import itertools
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import ml_dtypes  # noqa: F401  (registers "bfloat16" with numpy)
 import numpy as np
+import xxhash
 
-from vllama_jax.checkpoints.arrays import chunk_name
+from vllama_jax.checkpoints.arrays import chunk_name, orbax_metadata, zarr_metadata
+from vllama_jax.checkpoints.digests import FileDigest
 from vllama_jax.errors import CheckpointError, format_error
 from vllama_jax.io.json_files import parse_object
 from vllama_jax.io.store_path import StorePath, read_files, read_ranges
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     import jax
 
 BATCH_BYTES = 2 * 2**30  # read at once, at least one array
+UPLOADS = 8  # objects written at once
 Region = tuple[tuple[int, int], ...]  # start and stop along each axis
 
 
@@ -195,3 +200,66 @@ def _pieces(array: StoredArray, region: Region) -> Iterator[_Piece]:
             strides=tuple(strides),
             place=tuple(map(slice, low - starts, high - starts)),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class HostArray:
+    """The shards of an array that this process writes, in host memory. A chunk is a shard.
+
+    Attributes:
+        shape: The shape of the array.
+        chunk: The shape of a shard.
+        dtype: Its dtype.
+        shards: The shards, by their position along each axis.
+    """
+
+    shape: tuple[int, ...]
+    chunk: tuple[int, ...]
+    dtype: np.dtype
+    shards: dict[tuple[int, ...], np.ndarray]
+
+
+def copy_shards(array: "jax.Array") -> HostArray:
+    """Copy the shards of an array that this process writes to the host: of each shard, one process writes a replica."""
+    chunk = array.sharding.shard_shape(array.shape)
+    shards = {}
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            region = _region(shard.index, array.shape)
+            index = tuple(start // size for (start, _), size in zip(region, chunk, strict=True))
+            shards[index] = np.array(shard.data)  # a copy: the step donates its state
+    return HostArray(array.shape, chunk, np.dtype(array.dtype), shards)
+
+
+def write_arrays(directory: StorePath, arrays: Mapping[str, HostArray], with_metadata: bool) -> dict[str, FileDigest]:
+    """Write this process's shards of arrays, UPLOADS at a time.
+
+    Args:
+        directory: The directory of arrays.
+        arrays: The arrays by path.
+        with_metadata: Also write the metadata of all arrays, which one process does.
+
+    Returns:
+        The size and digest of each object that was written, by its name below `directory`.
+
+    Raises:
+        OSError: The store cannot be written.
+    """
+    contents: dict[str, bytes | np.ndarray] = {}
+    for path, array in arrays.items():
+        folder = path.replace("/", ".")
+        if with_metadata:
+            contents[f"{folder}/.zarray"] = json.dumps(zarr_metadata(array.shape, array.chunk, array.dtype)).encode()
+        for index, shard in array.shards.items():
+            contents[f"{folder}/{chunk_name(index)}"] = np.ascontiguousarray(shard).reshape(-1).view(np.uint8)
+    if with_metadata:
+        leaves = {path: {"shape": list(array.shape)} for path, array in arrays.items()}
+        contents["_METADATA"] = json.dumps(orbax_metadata(leaves)).encode()
+
+    def write(name: str) -> FileDigest:
+        (directory / name).write_bytes(contents[name])
+        content = memoryview(contents[name])
+        return FileDigest(size=content.nbytes, xxh3_128=xxhash.xxh3_128_hexdigest(content))
+
+    with concurrent.futures.ThreadPoolExecutor(UPLOADS) as pool:
+        return dict(zip(contents, pool.map(write, contents), strict=True))

@@ -1,6 +1,6 @@
-"""The command `vllama`. Each command is one file here, whose function's arguments are its flags.
+"""The `vllama` command line. Each command is a module; the parameters of its function are the command's options.
 
-Nothing heavy is imported before a command runs: `--help` answers in under a second.
+No heavy package is imported before a command runs, so `--help` answers in under a second.
 """
 
 import importlib
@@ -9,25 +9,31 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
-    "chat": "Talk about a video, a picture or a sound.",
-    "convert": "Make a model directory from PyTorch weights.",
+    "chat": "Ask questions about a video, an image or an audio file.",
+    "convert": "Create a model directory from PyTorch weights.",
     "export": "Write a model or a run as PyTorch weights.",
-    "quantize": "Write a model or a run in 8 or 4 bits.",
-    "inspect": "Show what a model or a run holds.",
-    "verify": "Check a model's files, or compare it with PyTorch.",
+    "quantize": "Quantize the weights of a model or a run to int8 or int4.",
+    "inspect": "List the components of a model or a run.",
+    "verify": "Check a model's files, or compare the model with PyTorch.",
     "data": "Build, check and describe training data.",
-    "features": "Write what the frozen encoders see, to train from.",
-    "train": "Train a branch: stage 1, stage 2, or your own.",
-    "memory": "Estimate the memory that a chat or a run needs; nothing is loaded.",
-    "eval": "Answer and score a benchmark.",
-    "plot": "Draw the loss and learning rate of runs.",
+    "features": "Precompute the features of the frozen encoders.",
+    "train": "Train a branch as a run config defines it.",
+    "memory": "Estimate the memory of a chat or a run without loading weights.",
+    "eval": "Answer the questions of a benchmark and score the answers.",
+    "plot": "Plot the loss and the learning rate of runs.",
 }
 EXAMPLE = 'vllama chat clip.mp4 "What is happening?" --model MODEL'
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run a command. Exit code 0; 1 with one line on stderr when it failed; 2 with one line for wrong usage; 130 after
-    Ctrl-C.
+    """Run a command and exit the process if it fails.
+
+    Args:
+        arguments: The command line without the program name; `sys.argv[1:]` by default.
+
+    Raises:
+        SystemExit: With code 1 for an error, 2 for wrong usage (both print one line on stderr), 130 after Ctrl-C, or 0
+            after `--help`.
     """
     from vllama_jax.runtime.interrupts import exit_on_interrupt
 
@@ -50,10 +56,10 @@ def _main(arguments: list[str]) -> None:
         sys.exit(f"vllama: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:  # the reader of our output has gone; nothing more to say to it
+    except BrokenPipeError:  # the reader of stdout has closed the pipe: flushing it at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
-    except OSError as error:  # where no command knows better what to say: a folder that may not be entered, a full disk
+    except OSError as error:  # an error that no command handles: a directory without permissions, a full disk
         sys.exit(f"vllama: {format_os_error(error)}")
 
 
@@ -75,10 +81,10 @@ def _run(arguments: list[str]) -> None:
             command, prog = getattr(module, name), f"vllama {name}"
         _usage.parse(command, prog, rest)()
     else:
-        raise _usage.UsageError(f"no command {name!r}{_suggest_command(name)}")
+        raise _usage.UsageError(f"{name!r} is not a command{_suggest_command(name)}")
 
 
 def _suggest_command(name: str) -> str:
     from vllama_jax.errors import suggest_name
 
-    return f"; {suggest_name(name, COMMANDS) or 'there are ' + ', '.join(COMMANDS)}"
+    return f"; {suggest_name(name, COMMANDS) or 'choose one of ' + ', '.join(COMMANDS)}"

@@ -1,8 +1,8 @@
-"""Which devices a command uses."""
+"""Selection of the JAX platform for commands that need no accelerator."""
 
 
 def use_cpu_only() -> None:
-    """For commands that need none: JAX would take a GPU's memory, and fails where another process has the TPU."""
+    """Use the CPU only. Otherwise JAX reserves GPU memory, and fails if another process has the TPU."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")

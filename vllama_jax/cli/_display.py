@@ -1,4 +1,4 @@
-"""What the user sees while a command works: what it is doing now on stderr, answers on stdout."""
+"""Terminal output of `vllama chat` and `vllama eval`: status and messages on stderr, answers on stdout."""
 
 import sys
 from collections.abc import Iterable
@@ -9,9 +9,10 @@ from rich.text import Text
 
 
 class Display:
-    """A line that says what goes on (on a terminal only), sentences that stay, and streamed answers.
+    """Shows a status line with a spinner (only on a terminal), messages, and streamed answers.
 
-    quiet: nothing on stdout, which belongs to JSON then.
+    Args:
+        quiet: Print no answers, because stdout is for JSON.
     """
 
     def __init__(self, *, quiet: bool = False):
@@ -25,28 +26,28 @@ class Display:
         self._status.stop()
 
     def show_status(self, text: str) -> None:
-        """What is being done until the next step."""
+        """Show what the command does now, until the next status or message."""
         if sys.stderr.isatty():
-            self._status.update(Text(text))  # not markup: a path may hold brackets
+            self._status.update(Text(text))  # not markup: a path may contain brackets
             self._status.start()
 
     def show_message(self, text: str) -> None:
-        """A sentence for people."""
+        """Print a line on stderr."""
         self._status.stop()
         print(text, file=sys.stderr, flush=True)
 
-    def ask(self) -> str | None:
-        """The user's next question; None at the end of input or for an empty line."""
+    def read_question(self) -> str | None:
+        """Read the next question from stdin. Return None for an empty line and at the end of input."""
         self._status.stop()
         try:
             return input("> " if sys.stdin.isatty() else "").strip() or None
         except EOFError:
             if sys.stdin.isatty():
-                print()  # Ctrl-D leaves the cursor behind the prompt
+                print()  # after Ctrl-D the cursor is still in the line of the prompt
             return None
 
-    def answer(self, texts: Iterable[str]) -> None:
-        """An answer, piece by piece as it comes."""
+    def print_answer(self, texts: Iterable[str]) -> None:
+        """Print the texts of an answer as they arrive."""
         for text in texts:
             self._status.stop()
             if not self._quiet:
@@ -54,3 +55,8 @@ class Display:
         self._status.stop()
         if not self._quiet:
             print(flush=True)
+
+
+def format_count(count: int, singular: str, plural: str = "") -> str:
+    """Return a number with its noun: "1 entry", "2,000 entries"."""
+    return f"{count:,} {singular if count == 1 else plural or singular + 's'}"

@@ -1,4 +1,4 @@
-"""What libraries and our own modules log while a command runs."""
+"""Logging while a command runs."""
 
 import contextlib
 import logging
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 class _StderrHandler(logging.Handler):
-    """Prints a message as commands print theirs. sys.stderr is looked up each time: progress bars replace it."""
+    """Prints log messages on stderr. Looks up `sys.stderr` for each message, because progress bars replace it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"vllama: {record.getMessage()}", file=sys.stderr, flush=True)
@@ -17,13 +17,13 @@ class _StderrHandler(logging.Handler):
 
 @contextlib.contextmanager
 def configure_logging() -> Iterator[None]:
-    """Print our warnings on stderr without a prefix of level and module, and keep other packages' quiet.
+    """Print warnings of this package on stderr without level and module name, and silence those of other packages.
 
-    Python's -W and PYTHONWARNINGS win where they are given.
+    Python's `-W` option and PYTHONWARNINGS take precedence.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's own log in C++: errors only
-    ours, root = _StderrHandler(logging.WARNING), logging.NullHandler()  # a root that has a handler gets no other
-    logging.getLogger("vllama_jax").addHandler(ours)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # errors only in the log of XLA's C++ code
+    package, root = _StderrHandler(logging.WARNING), logging.NullHandler()  # logging adds none to a root that has one
+    logging.getLogger("vllama_jax").addHandler(package)
     logging.getLogger().addHandler(root)
     try:
         with warnings.catch_warnings():
@@ -32,5 +32,5 @@ def configure_logging() -> Iterator[None]:
                     warnings.simplefilter("ignore", category)
             yield
     finally:
-        logging.getLogger("vllama_jax").removeHandler(ours)
+        logging.getLogger("vllama_jax").removeHandler(package)
         logging.getLogger().removeHandler(root)

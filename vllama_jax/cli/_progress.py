@@ -1,4 +1,4 @@
-"""Progress bars, on stderr and on a terminal only; they leave nothing behind."""
+"""Progress bars on stderr. They are shown only on a terminal and disappear at the end."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -18,20 +18,28 @@ from rich.progress import (
 
 @contextlib.contextmanager
 def bytes_bar(total: int) -> Iterator[Callable[[int], None]]:
-    """Of so many bytes. It is moved by calls with the bytes done since."""
-    with _bar(BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda done: bar.advance(task, done)
+    """Show the progress over `total` bytes; nothing if `total` is 0.
+
+    Yields a function that advances the bar by a number of bytes.
+    """
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
+    with _make_progress(*columns, disable=not total) as progress:
+        task = progress.add_task("", total=total)
+        yield lambda done: progress.advance(task, done)
 
 
 @contextlib.contextmanager
 def count_bar() -> Iterator[Callable[[str, float, float], None]]:
-    """It is moved by calls with what is counted, how many are done, and of how many, or 0 where that is not known."""
-    with _bar(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as bar:
-        task = bar.add_task("", total=None)
-        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total or None)
+    """Show the progress over a number of items.
+
+    Yields a function that takes the name of the items, how many are done, and the total, or 0 if it is unknown.
+    """
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with _make_progress(*columns) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda items, done, total: progress.update(task, description=items, completed=done, total=total or None)
 
 
-def _bar(*columns: ProgressColumn) -> Progress:
+def _make_progress(*columns: ProgressColumn, disable: bool = False) -> Progress:
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+    return Progress(*columns, console=console, transient=True, disable=disable or not console.is_terminal)

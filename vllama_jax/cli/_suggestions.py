@@ -1,4 +1,4 @@
-"""What a user may have meant by an option that a command does not have."""
+"""Suggestions for options that a command does not have."""
 
 import difflib
 import re
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from vllama_jax.train.config import RENAMED_FIELDS
 
-# Names that other programs and earlier versions use → ours. The first one that the command has is suggested.
+# Option names of other programs → options of this one. The first that the command has is suggested.
 OPTION_ALIASES = {
     "bits": ("--quantize",),
     "bs": ("--batch-size",),
@@ -58,14 +58,14 @@ OPTION_ALIASES = {
     "workers": ("--data.num-workers",),
 }
 
-# What is done in another way than by an option, by command ("" for all).
+# Advice for features that no option controls, by command ("" for all commands).
 ADVICE = {
     "": {
         "cpu": "set JAX_PLATFORMS=cpu",
         "device": "set JAX_PLATFORMS to cpu, cuda or tpu",
         "gpu": "set JAX_PLATFORMS=cuda",
-        "v": "ask `vllama --version`",
-        "version": "ask `vllama --version`",
+        "v": "use `vllama --version`",
+        "version": "use `vllama --version`",
     },
     "chat": dict.fromkeys(
         ("prompt", "p", "q", "query", "question", "text"), 'write the question after the file: clip.mp4 "What rings?"'
@@ -73,37 +73,40 @@ ADVICE = {
     | dict.fromkeys(("file", "i", "image", "input", "video"), "write the file first, without an option"),
     "train": {
         "config": "write the run config first, without an option",
-        "epochs": "give --steps: epochs × records / --batch-size",
-        "num-epochs": "give --steps: epochs × records / --batch-size",
-        "num-train-epochs": "give --steps: epochs × records / --batch-size",
-        "resume": "run again with the same --out",
-        "resume-from-checkpoint": "run again with the same --out",
+        "epochs": "set --steps to epochs × records / --batch-size",
+        "num-epochs": "set --steps to epochs × records / --batch-size",
+        "num-train-epochs": "set --steps to epochs × records / --batch-size",
+        "resume": "to resume, run again with the same --out",
+        "resume-from-checkpoint": "to resume, run again with the same --out",
     },
 }
 
 
 def suggest_option(unknown: str, flags: Sequence[str], command: str) -> str:
-    """Return "; did you mean --optim.lr?" or other advice for an option that a command does not have.
+    """Suggest what to use instead of an option that a command does not have.
 
     Args:
-        unknown: The option as it was typed: "--learning_rate".
-        flags: The command's own.
-        command: The command's name, for what it does without an option.
+        unknown: The option as it was typed, such as "--learning_rate".
+        flags: The options of the command.
+        command: The name of the command.
+
+    Returns:
+        The end of an error message, such as "; did you mean --optim.lr?".
     """
     name = unknown.lstrip("-").replace("_", "-").lower()
     last = name.rsplit(".", 1)[-1]
-    named = [flag for key in (name, last) for flag in OPTION_ALIASES.get(key, ()) if flag in flags]
-    if named:
-        return f"; did you mean {named[0]}?"
+    aliases = [flag for key in (name, last) for flag in OPTION_ALIASES.get(key, ()) if flag in flags]
+    if aliases:
+        return f"; did you mean {aliases[0]}?"
     dataset = re.match(r"datasets\.(\d+)\.", name)
     number = dataset[1] if dataset else ""
     renamed = RENAMED_FIELDS.get(name.replace(f".{number}.", ".*.").replace("-", "_"), "")
     current = "--" + renamed.replace("*", number).replace("_", "-")
     if current in flags:
         return f"; it is now {current}"
-    for of in (command, ""):
-        if last in ADVICE.get(of, {}):
-            return f"; {ADVICE[of][last]}"
+    for scope in (command, ""):
+        if last in ADVICE.get(scope, {}):
+            return f"; {ADVICE[scope][last]}"
     same_end = [flag for flag in flags if flag.removeprefix("--").rsplit(".", 1)[-1] == last]
     negated = [flag for flag in flags if flag == f"--no-{name}"]
     close = same_end + negated + difflib.get_close_matches(f"--{name}", flags, n=1, cutoff=0.7)

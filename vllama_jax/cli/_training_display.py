@@ -1,7 +1,7 @@
-"""What the user sees of a training run, on stderr: what trains, how far it is, and sentences.
+"""Terminal output of `vllama train` on stderr: the trainable parameters, the progress, and messages.
 
-A terminal gets a progress bar. Elsewhere, as in a log file, a line is printed for the first step and then every 30
-seconds.
+On a terminal the progress is a bar. Elsewhere, as in a log file, it is a line for the first step and then one every
+30 seconds.
 """
 
 import math
@@ -18,25 +18,34 @@ from vllama_jax.train.reporter import step_summary
 from vllama_jax.train.smoothing import SmoothedMean, default_smoothing
 
 LOG_INTERVAL = 30.0  # seconds
+MIN_BAR_WIDTH = 4  # columns
+TIME_WIDTH = 8  # of the remaining time, such as 12:34:56
+OPTIONAL_METRICS = ("lr", "MFU")  # left out of the bar, in this order, if the terminal is too narrow
 
 
 class TrainingDisplay:
-    """A `Reporter` (train/reporter.py) for people.
+    """Reports a training run on stderr (a `Reporter`, train/reporter.py).
 
     Args:
-        steps: Of the whole run.
-        verbose: List every trainable parameter in place of one line for each module.
-        clock: Seconds that only rise.
+        steps: The number of steps of the run.
+        verbose: List every trainable parameter instead of one row for each component.
+        clock: A monotonic clock, in seconds.
     """
 
     def __init__(self, steps: int, *, verbose: bool = False, clock: Callable[[], float] = time.monotonic):
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
-        columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
+        self._count_width = len(f"{steps}/{steps}")
+        columns = (
+            BarColumn(),
+            MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=self._count_width)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=TIME_WIDTH)),
+            TextColumn("{task.description}"),
+        )
         self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._steps, self._verbose, self._clock = steps, verbose, clock
         self._task = self._bar.add_task("loading", total=steps)
         self._loss, self._seconds = (SmoothedMean(default_smoothing(steps)) for _ in range(2))
-        self._logged = -math.inf
+        self._last_logged = -math.inf
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -46,51 +55,60 @@ class TrainingDisplay:
         self._bar.stop()
 
     def show_message(self, text: str) -> None:
-        """Print a sentence that stays."""
+        """Print a line that stays above the progress bar."""
         self._console.print(text, markup=False)
 
     def show_plan(self, plan: Any) -> None:
-        """Print what trains: parameters by module, or each one, and where their first values come from."""
+        """Print a table of the trainable parameters and the sources of their initial values."""
         rows: dict[tuple[str, str], list[tuple[int, ...]]] = {}
         for path in plan.trainable_paths:
             name = path if self._verbose else get_component(path)
             rows.setdefault((name, _format_source(plan.sources[path])), []).append(
                 plan.abstract_model.variables[path].shape
             )
-        shown = "shape" if self._verbose else "arrays"
         table = Table(
             Column("trainable", overflow="fold"),
-            Column(shown, justify="right"),
+            Column("shape" if self._verbose else "arrays", justify="right"),
             Column("parameters", justify="right"),
-            "from",
+            Column("initialized from", overflow="fold"),
         )
-        for (name, origin), shapes in rows.items():
+        for (name, source), shapes in rows.items():
             arrays = "×".join(map(str, shapes[0])) if self._verbose else f"{len(shapes):,}"
-            table.add_row(name, arrays, f"{_count_parameters(shapes):,}", origin)
+            table.add_row(name, arrays, f"{_count_parameters(shapes):,}", source)
         self._console.print(table)
         frozen = _count_parameters(
             [leaf.shape for path, leaf in plan.abstract_model.variables.items() if path not in plan.sources]
         )
         total = _count_parameters([shape for shapes in rows.values() for shape in shapes])
-        self.show_message(f"{total:,} parameters train, {frozen:,} are frozen ({plan.dtype.name})")
+        self.show_message(f"{total:,} trainable parameters, {frozen:,} frozen ({plan.dtype.name})")
 
     def begin(self, step: int) -> None:
-        """Show how far the run is before the first step of this process, which loads and compiles."""
+        """Show the progress before the first step of this process, which loads and compiles."""
         self._bar.update(self._task, completed=step, description="preparing the first step")
         if not self._console.is_terminal:
             self.show_message(f"{step}/{self._steps} steps")
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """Show a step that is done."""
+        """Show the metrics of a finished step, with a running mean of the loss."""
         loss, seconds = self._loss.add(metrics["loss"]), self._seconds.add(metrics["seconds"])
-        shown = step_summary(metrics, loss)
-        self._bar.update(self._task, completed=metrics["step"], description=shown)
-        now, left = self._clock(), self._steps - metrics["step"]
-        if not self._console.is_terminal and now - self._logged >= LOG_INTERVAL:
-            self._logged = now
+        summary = step_summary(metrics, loss)
+        width = self._console.width - MIN_BAR_WIDTH - self._count_width - TIME_WIDTH - 3  # spaces between columns
+        self._bar.update(self._task, completed=metrics["step"], description=_shorten_summary(summary, width))
+        now, remaining = self._clock(), self._steps - metrics["step"]
+        if not self._console.is_terminal and now - self._last_logged >= LOG_INTERVAL:
+            self._last_logged = now
             self.show_message(
-                f"{metrics['step']}/{self._steps} steps  {shown}  {_format_duration(left * seconds)} left"
+                f"{metrics['step']}/{self._steps} steps  {summary}  {_format_duration(remaining * seconds)} left"
             )
+
+
+def _shorten_summary(summary: str, width: int) -> str:
+    """Leave out optional metrics until a summary fits into `width` columns."""
+    metrics = summary.split("  ")
+    for name in OPTIONAL_METRICS:
+        if len("  ".join(metrics)) > width:
+            metrics = [metric for metric in metrics if not metric.startswith(f"{name} ")]
+    return "  ".join(metrics)
 
 
 def _format_source(source: Any) -> str:

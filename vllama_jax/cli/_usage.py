@@ -1,6 +1,6 @@
-"""Command lines: from arguments to a command that is ready to run, `--help` at the terminal's width, and wrong usage.
+"""Command-line parsing: arguments, `--help` and usage errors.
 
-tyro parses. It draws help and errors as boxes; here errors become one line, and help loses defaults that say nothing.
+tyro parses the arguments. This module reduces its errors to one line, and removes uninformative defaults from its help.
 """
 
 import contextlib
@@ -25,11 +25,11 @@ from vllama_jax.io.store_path import StorePath
 
 Command = Callable[..., None]
 
-JsonFlag = Annotated[bool, tyro.conf.arg(name="json")]  # the flag --json, whose variable may not hide a module
+JsonFlag = Annotated[bool, tyro.conf.arg(name="json")]  # --json; a parameter `json` would shadow the module
 TYRO_CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
-UNWRAPPED_COLUMNS = "10000"  # columns; tyro breaks its messages to fit the terminal
+UNWRAPPED_COLUMNS = "10000"  # a terminal width at which tyro wraps no line
 TYPES = {"INT": "a whole number", "FLOAT": "a number"}
-_FLAG = re.compile(r"│ +(--[\w.-]+)(?: (\S+))?")  # in --help without line breaks: a flag and what it takes
+_FLAG = re.compile(r"│ +(--[\w.-]+)(?: (\S+))?")  # an option and its type in unwrapped help
 _NO_DEFAULT = re.compile(r"\(default:[\s│]*(?:None|True|False|'')?[\s│]*\)")
 _FIELD = re.compile(r"[a-z][\w.]*(?= )")
 
@@ -52,23 +52,26 @@ def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.P
 
 
 class UsageError(VllamaError):
-    """A command line that is wrong in itself, whatever the files are; the exit code is 2."""
+    """Invalid command-line arguments; the exit code is 2."""
 
 
 def parse(command: Command, prog: str, arguments: Sequence[str]) -> Callable[[], None]:
     """Parse the arguments of a command and return a function that runs it.
 
     Args:
-        command: A function whose parameters are the command's arguments and flags.
-        prog: What the user types to start it: "vllama chat".
-        arguments: What follows.
+        command: A function whose parameters are the arguments and options of the command.
+        prog: The words that start the command, such as "vllama chat".
+        arguments: The words that follow.
+
+    Returns:
+        A function without parameters.
 
     Raises:
-        UsageError: The arguments are wrong.
-        SystemExit: They ask for help, which is printed.
+        UsageError: The arguments are invalid.
+        SystemExit: `--help` was given; the help is printed.
     """
     asked_for_help = any(argument in ("-h", "--help") for argument in arguments)
-    arguments = ["--help"] if asked_for_help else arguments  # of all arguments, not of those that are still missing
+    arguments = ["--help"] if asked_for_help else arguments  # help takes precedence over other errors
     try:
         with _capture_output(wide=not asked_for_help) as printed:
             return tyro.cli(_defer(command), prog=prog, args=arguments, config=TYRO_CONFIG, registry=PATHS)
@@ -77,35 +80,49 @@ def parse(command: Command, prog: str, arguments: Sequence[str]) -> Callable[[],
             raise UsageError(_explain_error(printed.getvalue(), command, prog, arguments)) from None
         print(format_help(printed.getvalue()) if asked_for_help else printed.getvalue(), end="")
         raise
-    except StoreError:  # of a path: the usage is right, and the exit code is 1
+    except StoreError:  # of a path; the exit code is 1
         raise
-    except VllamaError as error:  # a dataclass of options that refuses a value
+    except VllamaError as error:  # a dataclass of options rejects a value
         raise UsageError(_replace_field_with_flag(str(error), render_help(command, prog))) from error
 
 
 def require_at_least(low: float, **options: float | None) -> None:
-    """Raise UsageError for options below `low`. Options that were not given (None) pass."""
+    """Check that options are at least `low`.
+
+    Args:
+        low: The minimum.
+        **options: Values by option name; None for an option that was not given.
+
+    Raises:
+        UsageError: An option is below the minimum.
+    """
     for name, value in options.items():
         if value is not None and not value >= low:
             raise UsageError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
 
 
 def format_command_list(prog: str, commands: Mapping[str, str], example: str) -> str:
-    """Return the help of a program that only dispatches to commands."""
-    names = [f"  {name:10}{what}" for name, what in commands.items()]
-    end = [f"{prog} COMMAND --help has the details of each.", "", f"Example: {example}"]
-    return "\n".join([f"usage: {prog} COMMAND …", "", *names, "", *end])
+    """Return the help of a program that has commands.
+
+    Args:
+        prog: The words that start the program.
+        commands: A description of each command, by name.
+        example: A complete command line.
+    """
+    lines = [f"  {name:10}{description}" for name, description in commands.items()]
+    end = [f"Run `{prog} COMMAND --help` for the options of a command.", "", f"Example: {example}"]
+    return "\n".join([f"usage: {prog} COMMAND …", "", *lines, "", *end])
 
 
 def render_help(command: Command, prog: str) -> str:
-    """Return the help of a command as tyro draws it, without line breaks."""
+    """Return the help of a command as tyro draws it, unwrapped."""
     with contextlib.suppress(SystemExit), _capture_output(wide=True) as printed:
         tyro.cli(_defer(command), prog=prog, args=["--help"], config=TYRO_CONFIG, registry=PATHS)
     return printed.getvalue()
 
 
 def format_help(text: str) -> str:
-    """Wrap what is not in a box, and leave out defaults that say nothing: of flags, and None."""
+    """Wrap the text around tyro's boxes, and remove defaults of flags and defaults that are None or empty."""
     text = _NO_DEFAULT.sub(lambda found: re.sub(r"[^│\n]", " ", found[0]), text)
     width = os.get_terminal_size().columns if sys.stdout.isatty() else int(os.environ.get("COLUMNS") or 80)
     lines = []
@@ -118,23 +135,23 @@ def format_help(text: str) -> str:
 
 
 def _wrap(line: str, width: int) -> list[str]:
-    """Break a line of help. An option stays on one line with its value; an example can be copied to a shell."""
+    """Wrap a line of help. An option and its value stay on one line; examples get backslashes, to be copied."""
     example, text = line.startswith("Example: "), re.sub(r"(--[\w.-]+) (?=[^\s\[-])", "\\1\0", line)
     indent = "    " if example or line.startswith("usage: ") else "  " if line.startswith("- ") else ""
     wrapped = textwrap.wrap(text, width - 2 * example, subsequent_indent=indent, break_on_hyphens=False) or [""]
-    lines = [part.replace("\0", " ") for part in wrapped]
-    return [f"{part} \\" for part in lines[:-1]] + lines[-1:] if example else lines
+    lines = [row.replace("\0", " ") for row in wrapped]
+    return [f"{row} \\" for row in lines[:-1]] + lines[-1:] if example else lines
 
 
 class _Utf8Buffer(io.StringIO):
-    """Collects what is printed. tyro draws its boxes in ASCII where the encoding is not UTF-8."""
+    """A text buffer with an encoding: tyro draws its boxes in ASCII unless the encoding is UTF-8."""
 
     encoding = "utf-8"
 
 
 @contextlib.contextmanager
 def _capture_output(*, wide: bool) -> Iterator[io.StringIO]:
-    """What is printed to stdout and stderr, wrapped as the terminal needs it or, if wide, not at all."""
+    """Capture stdout and stderr, wrapped at the terminal's width, or unwrapped if `wide`."""
     printed, columns = _Utf8Buffer(), os.environ.get("COLUMNS")
     if wide:
         os.environ["COLUMNS"] = UNWRAPPED_COLUMNS
@@ -149,45 +166,45 @@ def _capture_output(*, wide: bool) -> Iterator[io.StringIO]:
 
 
 def _defer(command: Command) -> Callable[..., Callable[[], None]]:
-    """A function of the same signature that binds the arguments, for tyro calls what it parses for."""
+    """Return a function with the command's signature that only binds the arguments, because tyro calls it."""
 
     @functools.wraps(command)
     def bind(*arguments: Any, **options: Any) -> Callable[[], None]:
         return functools.partial(command, *arguments, **options)
 
-    bind.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]  # which `inspect` reads there
+    bind.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]  # `inspect` reads it
     bind.__doc__ = _join_paragraph_lines(command.__doc__ or "")
-    del bind.__wrapped__  # tyro would read the docstring there
+    del bind.__wrapped__  # tyro would read the docstring of the wrapped function
     return bind
 
 
 def _join_paragraph_lines(docstring: str) -> str:
-    """A docstring whose paragraphs, list items and arguments are one line each: tyro keeps some line breaks in them."""
+    """Join the lines of each paragraph, list item and argument of a docstring: tyro keeps some line breaks."""
     paragraphs = inspect.cleandoc(docstring).split("\n\n")
     joined = [re.sub(r"\n {8,}" if text.startswith("Args:") else r"\n(?!- )", " ", text) for text in paragraphs]
     return "\n\n".join(joined)
 
 
 def _explain_error(box: str, command: Command, prog: str, arguments: Sequence[str]) -> str:
-    """One line that says what tyro's box of an error says."""
+    """Reduce tyro's error box to one line."""
     lines = [line.strip("│").rstrip() for line in box.splitlines()[1:-1]]
     help_text = render_help(command, prog)
-    flags = {name: kind for name, kind in _FLAG.findall(help_text) if name != "--help"}
+    flags = {name: type_name for name, type_name in _FLAG.findall(help_text) if name != "--help"}
     message = " ".join(" ".join(lines[: next((i for i, line in enumerate(lines) if "──" in line), None)]).split())
     if unknown := _find_unknown_option(arguments, flags):
-        return f"{unknown}: no such option of `{prog}`{suggest_option(unknown, list(flags), command.__name__)}"
+        return f"{unknown} is not an option of `{prog}`{suggest_option(unknown, list(flags), command.__name__)}"
     if found := re.search(r"Error parsing (--[\w.-]+)|(?:invalid choice|value) .*?for argument '([\w.-]+)'", message):
         return _explain_bad_value(found[1] or found[2], flags, arguments, message)
     if message.startswith("Unrecognized options: "):
         extra = message.removeprefix("Unrecognized options: ")
-        return f"{extra}: not an option or an argument of `{prog}`; `{prog} --help` lists them"
+        return f"unexpected argument {extra}; `{prog} --help` lists the arguments"
     missing = [line.strip() for line in lines if re.match(r" {5}\S", line) and not line.strip().startswith(prog)]
     verb = "are" if len(missing) > 1 else "is"
-    return f"{', '.join(missing)} {verb} missing. {_first_example(command)}" if missing else message
+    return f"{', '.join(missing)} {verb} missing. {_find_first_example(command)}" if missing else message
 
 
 def _find_unknown_option(arguments: Sequence[str], flags: Mapping[str, str]) -> str | None:
-    """The first argument that looks like a flag and is none."""
+    """Return the first argument that looks like an option but is not one of `flags`."""
     for argument in arguments:
         if argument == "--":
             return None
@@ -198,23 +215,23 @@ def _find_unknown_option(arguments: Sequence[str], flags: Mapping[str, str]) -> 
 
 
 def _explain_bad_value(name: str, flags: Mapping[str, str], arguments: Sequence[str], message: str) -> str:
-    """What is wrong with the value of an argument."""
-    kind = flags.get(name, "")
-    given = [a.partition("=")[2] for a in arguments if a.replace("_", "-").startswith(f"{name}=")]
-    given += [value for flag, value in itertools.pairwise(arguments) if flag.replace("_", "-") == name]
+    """Return what is wrong with the value of an argument."""
+    type_name = flags.get(name, "")
+    values = [a.partition("=")[2] for a in arguments if a.replace("_", "-").startswith(f"{name}=")]
+    values += [value for flag, value in itertools.pairwise(arguments) if flag.replace("_", "-") == name]
     if message.startswith("Missing value"):
-        return f"{name} needs a value: {TYPES.get(kind) or kind.strip('{}').replace(',', ', ')}"
+        return f"{name} needs a value: {TYPES.get(type_name) or type_name.strip('{}').replace(',', ', ')}"
     if found := re.match(r"invalid choice '(.*?)' .* Expected one of \((.*)\)", message):
-        choices = kind.strip("{}[]").split(",") if "{" in kind else sorted(re.findall(r"'([^']+)'", found[2]))
-        name = name if name in flags else name.upper()  # a positional argument, as the help has it
-        return f"{name}: {found[1]!r} is none of {', '.join(choices)}"
-    if given and kind in TYPES:
-        return f"{name}: {given[-1]!r} is not {TYPES[kind]}"
+        choices = type_name.strip("{}[]").split(",") if "{" in type_name else sorted(re.findall(r"'([^']+)'", found[2]))
+        name = name if name in flags else name.upper()  # a positional argument, in capitals as in the help
+        return f"{name}: {found[1]!r} is not one of {', '.join(choices)}"
+    if values and type_name in TYPES:
+        return f"{name}: {values[-1]!r} is not {TYPES[type_name]}"
     return message.removeprefix("Error parsing ")
 
 
 def _replace_field_with_flag(message: str, help_text: str) -> str:
-    """A message that begins with a field's name, with the flag's name in its place."""
+    """Replace the name of a field at the beginning of a message with its option, if the command has one."""
     found = _FIELD.match(message)
     if found is None:
         return message
@@ -222,7 +239,7 @@ def _replace_field_with_flag(message: str, help_text: str) -> str:
     return flag + message[len(found[0]) :] if flag in dict(_FLAG.findall(help_text)) else message
 
 
-def _first_example(command: Command) -> str:
-    """The first example in a command's docstring, on one line."""
+def _find_first_example(command: Command) -> str:
+    """Return the first example of a command's docstring, on one line."""
     lines = _join_paragraph_lines(command.__doc__ or "").splitlines()
     return next((line for line in lines if line.startswith("Example: ")), "")

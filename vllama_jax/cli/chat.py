@@ -1,4 +1,4 @@
-"""vllama chat."""
+"""The command `vllama chat`."""
 
 import concurrent.futures
 import dataclasses
@@ -24,7 +24,7 @@ from vllama_jax.model import Model, load, remove_missing_branches
 from vllama_jax.text.prompts import start_conversation
 from vllama_jax.text.templates import TemplateName
 
-HEAD_START = 1.0  # seconds that loading waits for the files: what is wrong with one mostly shows by then
+HEAD_START = 1.0  # seconds that loading waits for the files, because most errors of a file occur by then
 
 
 def chat(
@@ -47,39 +47,38 @@ def chat(
     base: Path | None = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Talk about a video, an image or an audio file. Without a question, it asks you for them.
+    """Ask questions about a video, an image or an audio file. Without a question, a prompt asks for them.
 
     Example: vllama chat clip.mp4 "What is happening?" --model MODEL
 
     Example: vllama chat demo
 
     Args:
-        file: The video, image or audio file. `demo` is a clip that comes with the package, unless there is a file of
-            that name.
-        questions: Each is answered in turn. Without one you are asked for them, until an empty line or Ctrl-D.
-        model: The model directory, as `vllama convert` makes it, or a run's, as `vllama train` makes it. Without one,
-            or with `miniature`, the small model that comes with the package answers, which knows only its own small
-            world (docs/miniature.md); a model directory of that name wins.
-        media: One more file to show after the first; may be given again.
-        template: The prompt template; the model's own unless given.
-        system: The system text; the original's for what is shown unless given.
-        audio: Leave the sound out.
-        require_audio: Fail when the sound is not used.
-        num_frames: How many frames to take from a video; the model's own number unless given.
+        file: The video, image or audio file. `demo` is a clip of the package, unless a file has that name.
+        questions: Questions, answered in turn. Without one, a prompt asks for them until an empty line or Ctrl-D.
+        model: A model directory (see `vllama convert`) or a run directory (see `vllama train`). By default
+            `miniature`, the small model of the package, which knows only its rendered clips (docs/miniature.md),
+            unless a model directory has that name.
+        media: Another file, added after the first.
+        template: The prompt template; by default the model's.
+        system: The system prompt; by default the original's for the kind of media.
+        audio: Ignore the audio.
+        require_audio: Fail if the audio is not used.
+        num_frames: The number of frames to sample from a video; by default the model's.
         interpolate_positions: Allow more frames than the model has learned positions for.
-        generation: How the answer is chosen.
-        dtype: Of weights and computation; float32 on a CPU and bfloat16 elsewhere unless given.
-        quantize: Quantize the large weights at loading; not needed for a model that `vllama quantize` made.
-        audio_scale: The norm of a sound's vector; the model's own unless given, 20 as published. Training saw 1.
-        base: A run's base model, where that has moved.
-        json_output: Print one JSON object (report, answer, tokens, timings; turns has every question).
+        generation: How answers are decoded.
+        dtype: The dtype of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
+        quantize: Quantize the large weights when the model is loaded. A model of `vllama quantize` does not need it.
+        audio_scale: The norm of ImageBind's audio embeddings; by default the model's, 20 as published. Training uses 1.
+        base: The base model of a run, if it has moved.
+        json_output: Print one JSON object with report, answer, tokens and timings, and with all questions in turns.
     """
     require_at_least(1, num_frames=num_frames)
     with Display(quiet=json_output) as display:
         files = [find_clip(path) for path in (file, *media)]
         uses_shipped_model = model is None or is_shipped(model)
         for path in files:
-            check_file(path)  # what can be seen at once is said before minutes are spent on loading
+            check_file(path)  # fail early: loading can take minutes
         if uses_shipped_model:
             display.show_message(shipped.MODEL_DESCRIPTION)
         if files[0] != file:
@@ -88,65 +87,69 @@ def chat(
         config = directory.config
         start_conversation(template or config.template, config.has_audio, system)
         if not interpolate_positions:
-            check_num_frames(config, "--num-frames", num_frames, "ask for fewer, or add --interpolate-positions")
-        read = {"config": config, "num_frames": num_frames, "audio": audio, "require_audio": require_audio}
-        weights = {"dtype": dtype, "quantize": quantize, "audio_scale": audio_scale}
-        loaded, prepared, timings = _load(display, directory, weights, files, read)
+            check_num_frames(config, "--num-frames", num_frames, "use fewer frames, or add --interpolate-positions")
+        read_options = {"config": config, "num_frames": num_frames, "audio": audio, "require_audio": require_audio}
+        load_options = {"dtype": dtype, "quantize": quantize, "audio_scale": audio_scale}
+        loaded, prepared, timings = _load(display, directory, load_options, files, read_options)
         conversation = Chat(loaded, template, system)
         with _record_time(timings, "encode"):
-            for path, one in zip(files, prepared, strict=True):
-                display.show_message(f"{path}: {one.report}")
-                display.show_status(f"encoding {path} (a first start compiles)")
-                conversation.add_prepared(one, interpolate_positions=interpolate_positions)
+            for path, prepared_media in zip(files, prepared, strict=True):
+                display.show_message(f"{path}: {prepared_media.report}")
+                display.show_status(f"encoding {path} (the first run compiles)")
+                conversation.add_prepared(prepared_media, interpolate_positions=interpolate_positions)
         if not questions:
             display.show_message(
-                shipped.CHAT_HINT if files[0] != file else "Ask a question; an empty line or Ctrl-D ends the chat."
+                shipped.CHAT_HINT if files[0] != file else "Type a question; an empty line or Ctrl-D ends the chat."
             )
         turns = []
-        for question in questions or iter(display.ask, None):
-            display.show_status("thinking")
+        for question in questions or iter(display.read_question, None):
+            display.show_status("generating")
             try:
-                display.answer(conversation.ask(question, **dataclasses.asdict(generation)))
+                display.print_answer(conversation.ask(question, **dataclasses.asdict(generation)))
             except VllamaError as error:
                 if questions:
                     raise
-                display.show_message(f"vllama: {error}")  # a user who is asked goes on
+                display.show_message(f"vllama: {error}")  # an interactive chat continues
                 continue
             if conversation.last is not None:
                 turns.append({"question": question, **dataclasses.asdict(conversation.last)})
     if json_output:
-        _print_json([one.report for one in prepared], turns, timings)
+        _print_json([prepared_media.report for prepared_media in prepared], turns, timings)
 
 
 def _load(
-    display: Display, directory: ModelDirectory, weights: dict[str, Any], files: list[Path], read: dict[str, Any]
+    display: Display,
+    directory: ModelDirectory,
+    load_options: dict[str, Any],
+    files: list[Path],
+    read_options: dict[str, Any],
 ) -> tuple[Model, list[PreparedMedia], dict[str, float]]:
-    """Loads the model while the files are read, or not at all where one of them soon turns out to be unusable."""
+    """Load the model while a thread reads the files. Fail without loading if a file fails within `HEAD_START`."""
     timings: dict[str, float] = {}
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        pending = [pool.submit(prepare_media, path, **read) for path in files]
+        pending = [pool.submit(prepare_media, path, **read_options) for path in files]
         with _record_time(timings, "load"):
             display.show_status(f"loading {directory.path}")
             concurrent.futures.wait(pending, HEAD_START, concurrent.futures.FIRST_EXCEPTION)
             for future in filter(concurrent.futures.Future.done, pending):
                 future.result()
-            loaded = load(directory, **weights)
+            loaded = load(directory, **load_options)
         with _record_time(timings, "read"):
             display.show_status("reading " + ", ".join(map(str, files)))
             return loaded, [future.result() for future in pending], timings
 
 
 def _print_json(reports: list[MediaReport], turns: list[dict[str, Any]], timings: dict[str, float]) -> None:
-    """The last turn's answer and the first file's report at the top; all of both under turns and reports."""
+    """Print the first report and the last answer, and all reports and turns, as JSON."""
     last = turns[-1] if turns else {"answer": None, "tokens": [], "timings": {}}
-    found = [dataclasses.asdict(report) for report in reports]
+    report_fields = [dataclasses.asdict(report) for report in reports]
     summary = {
-        "report": found[0],
+        "report": report_fields[0],
         "answer": last["answer"],
         "tokens": last["tokens"],
         "timings": {**timings, **last["timings"]},
     }
-    print(json.dumps({**summary, "reports": found, "turns": turns}))
+    print(json.dumps({**summary, "reports": report_fields, "turns": turns}))
 
 
 @contextmanager

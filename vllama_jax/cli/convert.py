@@ -1,4 +1,4 @@
-"""vllama convert."""
+"""The command `vllama convert`."""
 
 from pathlib import Path
 from typing import Literal
@@ -7,6 +7,7 @@ import tyro
 
 from vllama_jax.branches import get_branches
 from vllama_jax.cli._devices import use_cpu_only
+from vllama_jax.cli._display import format_count
 from vllama_jax.cli._progress import bytes_bar
 from vllama_jax.convert import ConversionPlan, bytes_to_write
 from vllama_jax.convert import convert as write
@@ -38,7 +39,7 @@ def convert(
     without: tuple[str, ...] = (),
     seed: int = SEED,
 ) -> None:
-    """Make a model directory from the original's PyTorch files (.pth, .bin) or safetensors of the same tensors.
+    """Create a model directory from the original's PyTorch files (.pth, .bin) or safetensors with the same tensors.
 
     Example: vllama convert --llama vicuna-7b --eva-vit eva_vit_g.pth --blip2 blip2_pretrained_flant5xxl.pth
     --imagebind imagebind_huge.pth --vl finetune_vl.pth --al finetune_al.pth --out model
@@ -51,29 +52,30 @@ def convert(
     Example: vllama convert --base model --without video_qformer --config sixty_four_queries.json --out changed
 
     Args:
-        directory: Holds weight files, in it or below; each is identified by its tensors. Options win.
-        out: The model directory to make.
+        directory: A directory that is searched for weight files, with its subdirectories. Each file is identified by
+            its tensors. Options take precedence.
+        out: The model directory to create.
         llama: The directory of a LLaMA, Mistral, Qwen2 or Qwen3 in Hugging Face's layout (config.json, tokenizer,
-            weights), or of a LLaMA in Meta's (params.json, consolidated.00.pth). This and all files may be on the hub:
-            hf://org/name, hf://org/name/file.
+            weights), or of a LLaMA in Meta's (params.json, consolidated.00.pth). All paths may be Hugging Face Hub
+            addresses: hf://org/name, hf://org/name/file.
         eva_vit: EVA-CLIP ViT-g (eva_vit_g.pth).
         blip2: BLIP-2's Q-Former (blip2_pretrained_flant5xxl.pth).
-        delta: A language model released as a difference (vicuna-7b-delta-v0): --llama is what it is added to.
-        imagebind: ImageBind (imagebind_huge.pth); without it the model cannot hear.
+        delta: A language model released as a delta (vicuna-7b-delta-v0), which is added to --llama.
+        imagebind: ImageBind (imagebind_huge.pth). Without it the model has no audio branch.
         minigpt4: MiniGPT-4's projection, from which stage 1 starts (pretrained_minigpt4.pth).
         vl: A checkpoint of the vision-language branch, or a run that trained it.
         al: A checkpoint of the audio-language branch, or a run that trained it.
-        base: A model directory or a run: the new model has all of it but the parts that are given anew.
-        config: A JSON file with any part of the model config, over what the files tell.
-        template: The prompt template that the language model was tuned on; unless --base or --config has one, vicuna
-            for LLaMA, mistral for Mistral and chatml for Qwen.
-        dtype: Of the weights on disk; as they come unless given.
-        without: Components of --base, as `vllama inspect` lists them, that get new random weights: for shapes that
-            --config changes.
-        seed: Of the new weights; that of run configs unless given.
+        base: A model directory or a run. Its components are copied, except those given by other options.
+        config: A JSON file with fields of the model config, which override those inferred from the files.
+        template: The prompt template that the language model was tuned on. By default that of --base or --config, or
+            else vicuna for LLaMA, mistral for Mistral and chatml for Qwen.
+        dtype: The dtype of the weights on disk; by default that of the files.
+        without: Components of --base, as `vllama inspect` lists them, that get new random weights, because --config
+            changes their shapes.
+        seed: The seed of new random weights.
     """
     check_absent(out)
-    use_cpu_only()  # what runs trained comes through JAX
+    use_cpu_only()  # weights that runs trained are restored with JAX
     files = {"eva_vit": eva_vit, "blip2": blip2, "imagebind": imagebind, "minigpt4": minigpt4, "vl": vl, "al": al}
     override = read_object(config, ConfigError) if config else {}
     plan = make_plan(
@@ -90,18 +92,18 @@ def convert(
     print("".join(f"{line}\n" for line in plan.notes), end="", flush=True)
     with bytes_bar(bytes_to_write(plan, dtype)) as progress:
         write(plan, out, dtype=dtype, progress=progress)
-    print(_summary(plan, out))
+    print(_format_summary(plan, out))
 
 
-def _summary(plan: ConversionPlan, out: Path) -> str:
-    parts = {leaf.target.split("/")[0] for leaf in plan.all_leaves}
-    lines = [
-        f"{out}: {len(plan.all_leaves)} weights of {', '.join(sorted(parts))}; prompt template {plan.config.template}"
-    ]
-    lines += [f"  left out, {count} tensor{'s' * (count > 1)} of {reason}" for reason, count in plan.left_out.items()]
+def _format_summary(plan: ConversionPlan, out: Path) -> str:
+    components = sorted({leaf.target.split("/")[0] for leaf in plan.all_leaves})
+    lines = [f"{out}: {format_count(len(plan.all_leaves), 'array')}; prompt template {plan.config.template}"]
+    lines.append(f"  components: {', '.join(components)}")
+    lines += [f"  skipped {format_count(count, 'tensor')} of {reason}" for reason, count in plan.left_out.items()]
     if plan.new:
         lines.append(f"  new random weights, to be trained: {', '.join(plan.new)}")
-    needed = [part.split("/")[0] for one in get_branches(plan.config) for part in (one.qformer, one.projection)]
-    if untrained := [part for part in dict.fromkeys(needed) if part not in parts]:
-        lines.append(f"  no {', '.join(untrained)} yet: train it, or convert with the checkpoints that have them")
+    paths = [path for branch in get_branches(plan.config) for path in (branch.qformer, branch.projection)]
+    needed = dict.fromkeys(path.split("/")[0] for path in paths)
+    if untrained := [component for component in needed if component not in components]:
+        lines.append(f"  missing {', '.join(untrained)}: train them, or convert with the checkpoints that have them")
     return "\n".join(lines)

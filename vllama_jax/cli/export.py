@@ -1,4 +1,4 @@
-"""vllama export."""
+"""The command `vllama export`."""
 
 from pathlib import Path
 
@@ -22,22 +22,22 @@ def export(
     base: Path | None = None,
     shard_gb: float = exporting.EXPORT_SHARD_BYTES / 1e9,
 ) -> None:
-    """Write a model, or what a run trained, as the files that the original's PyTorch code reads.
+    """Write a model or a run as files that the original's PyTorch code reads.
 
     Example: vllama export MODEL --out DIR
 
     Args:
-        model: A model directory, or a run's.
-        out: The directory to make.
-        format: pth for the original's own files beside a Hugging Face LLaMA directory, safetensors for one file of
-            everything.
-        base: A run's base model, where that has moved.
-        shard_gb: The largest file of the LLaMA directory, in GB.
+        model: The model or run directory.
+        out: The directory to create.
+        format: pth writes the original's files and a Hugging Face LLaMA directory; safetensors writes all weights to
+            one file.
+        base: The base model of a run, if it has moved.
+        shard_gb: The maximum size of a file of the LLaMA directory, in GB.
     """
     if not shard_gb > 0:
         raise UsageError(f"--shard-gb must be above 0, not {shard_gb}")
     check_absent(require_local_output(out))
-    use_cpu_only()  # what a run trained comes through JAX
+    use_cpu_only()  # weights that a run trained are restored with JAX
     directory = open_model(model, base)
     files = exporting.plan_export(directory, format, shard_gb * 1e9)
     total = exporting.export_bytes(files)
@@ -46,4 +46,4 @@ def export(
     count = sum(map(len, files.values()))
     print(f"{out}: {count} tensors, {total / 1e6:,.1f} MB, in {', '.join(files)}")
     if directory.config.has_audio:
-        print("  without the four towers of ImageBind that the model does not use: load it with strict=False")
+        print("  The four towers of ImageBind that the model does not use are missing: load it with strict=False.")

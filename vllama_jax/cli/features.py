@@ -1,4 +1,4 @@
-"""vllama features."""
+"""The command `vllama features`."""
 
 import functools
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from vllama_jax.cli._display import format_count
 from vllama_jax.cli._progress import count_bar
 from vllama_jax.cli._run_config import load_named_config
 from vllama_jax.cli._usage import Command, require_at_least
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
-    """The command, whose options are the fields of the config that the first argument names."""
+    """Return the command with the fields of the run config as options, the words that start it, and its arguments."""
     default, prepare = load_named_config(arguments, "vllama features vision_stage1 --out DIR")
 
     def features(
@@ -32,20 +33,20 @@ def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
         shard_records: int = 0,
         distributed: bool = False,
     ) -> None:
-        """Write what the frozen encoders make of every record of a run config's datasets, once.
+        """Precompute the features of the frozen encoders for every record of a run config's datasets.
 
         Example: vllama features vision_stage1 --model MODEL --data.variants 4 --out FEATURES
 
-        Then `vllama train vision_stage1 --data.feature-cache FEATURES --out RUN` reads it instead of the media files.
-        Run again with the same --out it makes what is missing. Several processes share the work.
+        `vllama train vision_stage1 --data.feature-cache FEATURES --out RUN` reads them instead of media files. Run
+        again with the same --out to complete a stopped run. Several processes share the work.
 
         Args:
-            config: A Python file, or one that is shipped: {CONFIGS}.
-            out: The directory of the cache.
-            run: The config.
-            base: Where the base model is now, if not where the config says.
-            shard_records: How many records a file holds; 0 for some 512 MB of them.
-            distributed: One of several processes, of a Slurm job, a TPU pod or GKE.
+            config: A Python file, or a config of the package: {CONFIGS}.
+            out: The feature cache directory.
+            run: The run config.
+            base: The base model, if it is not where the config says.
+            shard_records: The number of records in a file; 0 for about 512 MB.
+            distributed: Run as one of several processes of a Slurm job, a TPU pod or GKE.
         """
         require_at_least(0, shard_records=shard_records)
         enable_compilation_cache()
@@ -54,20 +55,20 @@ def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
 
             prepared = call_on_process_zero_first(lambda: prepare(run, out))
             written = precompute_features(prepared, out, base, shard_records, functools.partial(count, "records"))
-        print(_summary(out, written))
+        print(_format_summary(out, written))
 
     features.__doc__ = (features.__doc__ or "").format(CONFIGS=", ".join(shipped_configs()))
     return features, "vllama features", arguments
 
 
-def _summary(out: Path, written: "PrecomputeResult") -> str:
-    num_shards = f"{written.num_shards} shards" if written.num_shards != 1 else "1 shard"
-    summary = f"{out}: {num_shards}, {written.bytes / 1e6:.1f} MB"
+def _format_summary(out: Path, written: "PrecomputeResult") -> str:
+    summary = f"{out}: {format_count(written.num_shards, 'shard')}, {written.bytes / 1e6:.1f} MB"
     if written.num_existing_shards:
-        summary += f", {written.num_existing_shards} of them from before"
+        summary += f", {written.num_existing_shards} from an earlier run"
     if written.records:
-        summary += f"; {written.records} records encoded, {written.records / written.seconds:.1f} records/s"
+        rate = written.records / written.seconds
+        summary += f"; encoded {format_count(written.records, 'record')}, {rate:.1f} records/s"
     if written.skipped:
-        summary += f"\n  left out, {len(written.skipped)} records (skipped-*.jsonl); the first: "
-        summary += ": ".join(written.skipped[0])
+        skipped = format_count(len(written.skipped), "record")
+        summary += f"\n  skipped {skipped} (skipped-*.jsonl), first {': '.join(written.skipped[0])}"
     return summary

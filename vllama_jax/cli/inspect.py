@@ -1,4 +1,4 @@
-"""vllama inspect."""
+"""The command `vllama inspect`."""
 
 import dataclasses
 import json
@@ -16,6 +16,7 @@ from rich.tree import Tree
 
 from vllama_jax.branches import get_component
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
+from vllama_jax.cli._display import format_count
 from vllama_jax.cli._usage import JsonFlag
 
 
@@ -27,14 +28,14 @@ def inspect(
     base: Path | None = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Show what a model directory holds: components, parameters, dtype, bytes. Of a run, what it trained, and its base.
+    """List the components of a model: parameters, dtype and size. For a run, also what it trained and its base model.
 
     Example: vllama inspect MODEL --tree
 
     Args:
-        model: The model directory, or a run's.
-        tree: Every weight, with its shape, in place of parts.
-        base: A run's base model, where that has moved.
+        model: The model or run directory.
+        tree: List every array with its shape instead of components.
+        base: The base model of a run, if it has moved.
         json_output: Print one JSON object.
     """
     directory = open_model(model, base)
@@ -49,7 +50,14 @@ def inspect(
 
 @dataclasses.dataclass(frozen=True)
 class StoredWeight:
-    """A weight on disk. place: "" in the model directory itself, else the checkpoint of the run that trained it."""
+    """An array on disk.
+
+    Attributes:
+        path: Its path in the network, such as "llama/head/kernel".
+        shape: Its shape.
+        dtype: Its dtype on disk.
+        checkpoint: The checkpoint of the run that trained it; "" if it is in the model directory.
+    """
 
     path: str
     shape: tuple[int, ...]
@@ -58,47 +66,51 @@ class StoredWeight:
 
     @property
     def parameters(self) -> int:
-        return math.prod(self.shape) * (2 if self.dtype == "uint8" else 1)  # 4 bits each (nn/quantized.py)
+        """The number of parameters in the array."""
+        values_per_element = 2 if self.dtype == "uint8" else 1  # a uint8 has two int4 values (nn/quantized.py)
+        return math.prod(self.shape) * values_per_element
 
     @property
     def bytes(self) -> int:
-        import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
+        """The size of the array on disk."""
+        import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
         import numpy as np
 
         return math.prod(self.shape) * np.dtype(self.dtype).itemsize
 
 
 def _list_weights(directory: ModelDirectory) -> list[StoredWeight]:
-    """Every weight; of one that runs trained, the last run's."""
+    """Return the arrays of a model, sorted by path. An array that runs trained is the last run's."""
     found = {
         path: StoredWeight(path, tuple(leaf["shape"]), leaf["dtype"], "")
         for path, leaf in directory.manifest["leaves"].items()
     }
     for trained in directory.trained:
-        where = str(trained.path.parent)
+        checkpoint = str(trained.path.parent)
         found |= {
-            path: StoredWeight(path, shape, trained.dtypes[path], where) for path, shape in trained.leaves.items()
+            path: StoredWeight(path, shape, trained.dtypes[path], checkpoint) for path, shape in trained.leaves.items()
         }
     return [found[path] for path in sorted(found)]
 
 
 def _format_heading(model: Path, directory: ModelDirectory) -> str:
     files = [file["name"] for files in directory.manifest["sources"].values() for file in files]
-    kind = f", weights {directory.quantized}" if directory.quantized else ""
-    lines = [f"{directory.path}: prompt template {directory.config.template}{kind}; made from {', '.join(files)}"]
+    template = f"prompt template {directory.config.template}"
+    quantized = f", quantized to {directory.quantized}" if directory.quantized else ""
+    lines = [f"{directory.path}: {template}{quantized}; source files {', '.join(files)}"]
     for trained in directory.trained:
-        lora = f", low-rank updates of rank {trained.lora.rank}" if trained.lora.rank else ""
-        lines.append(f"{trained.path.parent}: {len(trained.leaves)} weights trained{lora}")
+        lora = f", LoRA of rank {trained.lora.rank}" if trained.lora.rank else ""
+        lines.append(f"{trained.path.parent}: {format_count(len(trained.leaves), 'trained array')}{lora}")
     if directory.trained:
-        lines[0] = f"{model}: a run; its base is {lines[0]}"
+        lines[0] = f"{model}: a run with the base model {lines[0]}"
     return "\n".join(lines)
 
 
 def _make_table(leaves: list[StoredWeight]) -> Table:
-    """A row for each part, dtype and place."""
+    """Return a table with a row for each component, dtype and checkpoint."""
     table = Table(box=None, pad_edge=False)
     columns: dict[str, Literal["left", "right"]] = {
-        "part": "left",
+        "component": "left",
         "parameters": "right",
         "dtype": "left",
         "bytes": "right",
@@ -109,9 +121,9 @@ def _make_table(leaves: list[StoredWeight]) -> Table:
     groups: dict[tuple[str, str, str], list[StoredWeight]] = {}
     for leaf in leaves:
         groups.setdefault((get_component(leaf.path), leaf.dtype, leaf.checkpoint), []).append(leaf)
-    for (part, dtype, checkpoint), group in groups.items():
-        table.add_row(part, *_format_totals(group, dtype), "trained" if checkpoint else "")
-    table.add_row("all", *_format_totals(leaves, ""))
+    for (component, dtype, checkpoint), group in groups.items():
+        table.add_row(component, *_format_totals(group, dtype), "trained" if checkpoint else "")
+    table.add_row("total", *_format_totals(leaves, ""))
     return table
 
 
@@ -137,12 +149,12 @@ def _make_tree(model: Path, leaves: list[StoredWeight]) -> Tree:
 
 
 def _make_report(model: Path, directory: ModelDirectory, leaves: list[StoredWeight]) -> dict:
-    parts: dict[str, dict[str, int]] = {}
+    components: dict[str, dict[str, int]] = {}
     for leaf in leaves:
-        part = parts.setdefault(get_component(leaf.path), {"parameters": 0, "bytes": 0})
-        part["parameters"] += leaf.parameters
-        part["bytes"] += leaf.bytes
-    listed = {
+        totals = components.setdefault(get_component(leaf.path), {"parameters": 0, "bytes": 0})
+        totals["parameters"] += leaf.parameters
+        totals["bytes"] += leaf.bytes
+    arrays = {
         leaf.path: {"shape": leaf.shape, "dtype": leaf.dtype, "bytes": leaf.bytes, "trained": bool(leaf.checkpoint)}
         for leaf in leaves
     }
@@ -152,6 +164,6 @@ def _make_report(model: Path, directory: ModelDirectory, leaves: list[StoredWeig
         "template": directory.config.template,
         "quantized": directory.quantized,
         "sources": directory.manifest["sources"],
-        "parts": parts,
-        "leaves": listed,
+        "components": components,
+        "leaves": arrays,
     }

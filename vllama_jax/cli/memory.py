@@ -1,8 +1,9 @@
-"""vllama memory."""
+"""The command `vllama memory`."""
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,20 +36,20 @@ from vllama_jax.train.config import MeshConfig, TrainConfig
 from vllama_jax.train.config_files import load_config, shipped_configs
 
 SIZES: dict[str, Callable[[], VideoLlamaConfig]] = {"7b": video_llama_7b, "13b": video_llama_13b, "tiny": tiny}
-DEFAULT_SIZE = "7b"  # whose flags --help shows when nothing is named
+DEFAULT_SIZE = "7b"  # `vllama memory --help` shows the options for a model
 ALL_DEVICES = MeshConfig()
-MIN_SHOWN_BYTES = 5 * 10**6  # bytes; smaller parts are only counted
+MIN_SHOWN_BYTES = 5 * 10**6  # smaller entries are not listed, but counted in the total
 
 
 @dataclasses.dataclass(frozen=True)
 class MemoryOptions:
-    """What is asked of a model and of a run config alike.
+    """Options of `vllama memory` for models and for run configs.
 
     Attributes:
-        devices: What it is to run on: here (the devices that JAX finds), or H200, H100, A100-80, A100-40, L4, RTX-4090,
-            RTX-3090, v4, v5e, v5p, v6e, as many as the mesh has.
-        length: Tokens of a sample or of a conversation; 0 for the longest there may be.
-        require_fit: Fail unless all of it fits, with a tenth to spare.
+        devices: The type of the devices, as many as the mesh has: H200, H100, A100-80, A100-40, L4, RTX-4090, RTX-3090,
+            v4, v5e, v5p, v6e, or "here" for the local devices.
+        length: The length of an example or a conversation, in tokens; 0 for the maximum.
+        require_fit: Fail unless everything fits with a tenth of the memory to spare.
         json_output: Print one JSON object.
     """
 
@@ -65,8 +66,13 @@ DEFAULT_OPTIONS = MemoryOptions()
 
 
 def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
-    """The command for the model or the run config that the first argument names."""
-    advice = "name a size (7b, 13b), a model directory or a run config first: `vllama memory 7b`"
+    """Return the command for the model or the run config that comes first, the words that start it, and its arguments.
+
+    Raises:
+        UsageError: The first argument is an option, or there is none.
+        ConfigError: It names neither a model nor a run config.
+    """
+    advice = "give a size (7b, 13b), a model directory or a run config first: `vllama memory 7b`"
     name_or_path = require_first_argument(arguments, advice) or DEFAULT_SIZE
     command = _make_model_command() if _is_model(name_or_path) else _make_run_command(name_or_path)
     return command, "vllama memory", arguments
@@ -90,23 +96,23 @@ def _make_model_command() -> Command:
         num_beams: int = 1,
         base: str = "",
     ) -> None:
-        """Estimate what a chat and both stages of training need on each device and each host. Nothing is loaded.
+        """Estimate the memory of a chat and of both training stages on each device and host, without loading weights.
 
         Example: vllama memory 13b --devices v5e --mesh.fsdp 16 --batch-size 64
 
-        Of a quantized model a chat alone, as it cannot be trained. Of a run config it is what the run needs; each field
-        of the config is an option then, as in `vllama train`.
+        For a quantized model, only a chat is estimated, because it cannot be trained. For a run config (`vllama memory
+        vision_stage1`), the run is estimated, and every field of the config is an option, as in `vllama train`.
 
         Args:
-            model: A size that was published (7b, 13b), a model directory, a run's, or a run config.
-            asked: On what.
-            mesh: How devices are arranged. A chat is split over tensor only.
-            branch: Which branch is trained.
-            batch_size: Samples a step; 0 for what the shipped config of a stage has.
-            grad_accum_steps: A step's batch is run in so many parts.
-            max_new_tokens: The longest answer, in tokens.
-            num_beams: Of a chat's beam search.
-            base: A run's base model, where that has moved.
+            model: A published size (7b, 13b), a model or run directory, or a run config.
+            options: Devices, length and output.
+            mesh: The device mesh. A chat uses only its tensor axis.
+            branch: The branch to train.
+            batch_size: Examples per step; 0 for the batch size of the stage's config.
+            grad_accum_steps: The number of micro-batches that a batch is divided into.
+            max_new_tokens: The maximum length of an answer, in tokens.
+            num_beams: The number of beams of a chat's beam search.
+            base: The base model of a run, if it has moved.
         """
         require_at_least(0, batch_size=batch_size)
         require_at_least(1, grad_accum_steps=grad_accum_steps)
@@ -142,44 +148,46 @@ def _make_run_command(name_or_path: str) -> Command:
         base: str = "",
         exact: bool = False,
     ) -> None:
-        """Estimate what a run needs on each device and on each host. Nothing is loaded. Each field is an option.
+        """Estimate the memory of a run on each device and host, without loading weights.
+
+        Every field of the run config is an option. The model may be a directory or a published size (7b, 13b).
 
         Example: vllama memory vision_stage2 --model 7b --devices A100-40 --mesh.fsdp 8
 
-        The model may be a directory, or a size that was published (7b, 13b).
-
         Args:
-            config: The run config: a Python file, or one that is shipped.
-            run: The config.
-            asked: On what.
-            base: Where the base model is now, if not where the config says.
-            exact: Compile the step for the devices that are here, and tell what XLA says. It takes minutes.
+            config: A Python file, or a config of the package.
+            run: The run config.
+            options: Devices, length and output.
+            base: The base model, if it is not where the config says.
+            exact: Also compile the training step for the local devices, and report XLA's figures. This takes minutes.
         """
         if exact and options.devices != "here":
-            raise ConfigError("--exact compiles for the devices that are here; leave --devices out")
+            raise ConfigError("--exact compiles for the local devices; leave out --devices")
         device, mesh = _find_devices(options, run.mesh)
         if not (base or _is_model(run.model)):
-            raise ConfigError(f"{run.model}: no such model directory; name one with --model, or a size: --model 7b")
+            raise ConfigError(f"{run.model}: no such model directory; give one with --model, or a size: --model 7b")
         model, _, _, scheme = _find_model_configs(base or run.model, "")
         if scheme:
             raise inference_only_error(base or run.model, scheme)
         workloads = [_estimate_stage(model, config, run, (mesh, device, options.length))]
         if exact:
-            workloads = [
-                dataclasses.replace(workloads[0], compiled=_compile_step(model, run, (mesh, device, options.length)))
-            ]
-        _print_report(
-            f"{config} of {run.model}", workloads, (mesh, device, estimate.list_replicated_axes(model, mesh)), options
-        )
+            compiled = _compile_step(model, run, (mesh, device, options.length))
+            workloads = [dataclasses.replace(workloads[0], compiled=compiled)]
+        notes = estimate.list_replicated_axes(model, mesh)
+        _print_report(f"{config} of {run.model}", workloads, (mesh, device, notes), options)
 
     return memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """A need, whether it fits, and what would make it fit if not: flags of `vllama train`, or how to load for a chat.
+    """A chat or a training stage, and whether it fits.
 
-    compiled: what XLA says of it, if asked.
+    Attributes:
+        need: The estimated memory.
+        verdict: "fits", "tight" or "does not fit".
+        advice: What would make it fit: options of `vllama train`, or how to load the model for a chat; "" if nothing.
+        compiled: XLA's figures by name, in bytes, if the step was compiled.
     """
 
     need: MemoryEstimate
@@ -188,11 +196,15 @@ class Workload:
     compiled: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
-Target = tuple[MeshConfig, Device, int]  # the last: --length
+Target = tuple[MeshConfig, Device, int]  # mesh, device, --length
 
 
 def _find_devices(options: MemoryOptions, mesh: MeshConfig) -> tuple[Device, MeshConfig]:
-    """Raises ConfigError for devices that are not known, and a mesh that is not theirs."""
+    """Return the device type and the mesh with all its sizes.
+
+    Raises:
+        ConfigError: The device type is unknown, or the mesh does not fit the devices.
+    """
     if options.devices != "here":
         use_cpu_only()
     device = estimate.find_device(options.devices)
@@ -202,10 +214,7 @@ def _find_devices(options: MemoryOptions, mesh: MeshConfig) -> tuple[Device, Mes
 def _find_model_configs(
     name_or_path: str, base: str
 ) -> tuple[VideoLlamaConfig, VideoLlamaConfig, LoraConfig, str | None]:
-    """Of a published size, or of what a directory holds.
-
-    The model to train, the one to talk to, its low-rank updates, and how its weights are quantised.
-    """
+    """Return the config for training and for a chat, the LoRA config, and the quantization scheme (None for none)."""
     if name_or_path in SIZES:
         return SIZES[name_or_path](), SIZES[name_or_path](), NO_LORA, None
     from vllama_jax.checkpoints.quantize import resolve_scheme
@@ -222,7 +231,7 @@ def _estimate_chat(model: VideoLlamaConfig, mesh: MeshConfig, device: Device, op
         if verdict == "fits" or advice or tensor <= mesh.tensor or device.name not in estimate.DEVICES:
             continue
         if estimate.verdict(estimate.estimate_chat(model, wider, device, **options), device) == "fits":
-            advice = f"{tensor} devices, in Python: vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor={tensor}))"
+            advice = f"{tensor} devices: vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor={tensor})) in Python"
     return Workload(need, verdict, advice)
 
 
@@ -245,11 +254,10 @@ def _compile_step(model: VideoLlamaConfig, run: TrainConfig, target: Target) -> 
 
     mesh, device, length = target
     run = estimate.resolve_compute_dtype(run, device)
-    places = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
-    found = compiled_memory(
-        abstract_run(model, run, places, length or estimate.longest_example_length(model, run)), places
-    )
-    return {"arguments": found.argument_size_in_bytes, "temporaries": found.temp_size_in_bytes}
+    device_mesh = make_mesh(mesh.data, mesh.fsdp, mesh.tensor)
+    length = length or estimate.longest_example_length(model, run)
+    memory = compiled_memory(abstract_run(model, run, device_mesh, length), device_mesh)
+    return {"arguments": memory.argument_size_in_bytes, "temporaries": memory.temp_size_in_bytes}
 
 
 def _print_report(
@@ -262,52 +270,51 @@ def _print_report(
         console = Console(soft_wrap=True, highlight=False)
         console.print(_format_heading(name_or_path, mesh, device), markup=False)
         console.print(_make_table(workloads))
-        for line in [*map(_format_workload, workloads), *notes]:
+        for line in [*itertools.chain(*map(_format_workload, workloads)), *notes]:
             console.print(line, markup=False)
-    if options.require_fit and (bad := [workload for workload in workloads if workload.verdict != "fits"]):
-        raise ConfigError("; ".join(f"{workload.need.name}: {workload.verdict}" for workload in bad))
+    if options.require_fit and (failed := [workload for workload in workloads if workload.verdict != "fits"]):
+        raise ConfigError("; ".join(f"{workload.need.name}: {workload.verdict}" for workload in failed))
 
 
 def _format_heading(name_or_path: str, mesh: MeshConfig, device: Device) -> str:
     count = mesh.data * mesh.fsdp * mesh.tensor
-    share = (
-        f", of which JAX takes {_format_gb_with_unit(int(device.bytes * device.usable_fraction))}"
-        if device.usable_fraction < 1
-        else ""
-    )
+    usable = _format_gb_with_unit(int(device.bytes * device.usable_fraction))
+    share = f", {usable} usable by JAX" if device.usable_fraction < 1 else ""
     return (
-        f"{name_or_path} on {count} × {device.name} (data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor}), "
-        f"each with {_format_gb_with_unit(device.bytes)}{share}"
+        f"{name_or_path} on {count} × {device.name} (data {mesh.data}, fsdp {mesh.fsdp}, tensor {mesh.tensor}): "
+        f"{_format_gb_with_unit(device.bytes)} each{share}"
     )
 
 
 def _make_table(workloads: list[Workload]) -> Table:
-    """A column for each use; a row for each part that any of them has."""
+    """Return a table with a column for each workload and a row for each entry of their estimates."""
     table = Table(box=None, pad_edge=False)
     table.add_column("GB on each device")
     for workload in workloads:
         table.add_column(workload.need.name, justify="right")
     _add_rows(table, [workload.need.device for workload in workloads])
-    table.add_row("all", *(_format_gb(workload.need.device_total) for workload in workloads))
-    table.add_row("", *(workload.verdict for workload in workloads))
+    table.add_row("total", *(_format_gb(workload.need.device_total) for workload in workloads))
+    table.add_row("verdict", *(workload.verdict for workload in workloads))
     table.add_section()
     table.add_row("GB on each host")
     _add_rows(table, [workload.need.host for workload in workloads])
-    table.add_row("all", *(_format_gb(workload.need.host_total) for workload in workloads))
+    table.add_row("total", *(_format_gb(workload.need.host_total) for workload in workloads))
     return table
 
 
 def _add_rows(table: Table, columns: list[dict[str, int]]) -> None:
-    for part in dict.fromkeys(part for column in columns for part in column):
-        if any(column.get(part, 0) >= MIN_SHOWN_BYTES for column in columns):
-            table.add_row(part, *(_format_gb(column[part]) if part in column else "" for column in columns))
+    for entry in dict.fromkeys(entry for column in columns for entry in column):
+        if any(column.get(entry, 0) >= MIN_SHOWN_BYTES for column in columns):
+            table.add_row(entry, *(_format_gb(column[entry]) if entry in column else "" for column in columns))
 
 
-def _format_workload(workload: Workload) -> str:
-    description = f"{workload.need.name}: {workload.need.description}; {workload.verdict}"
-    description += f" (it would with {workload.advice})" if workload.advice else ""
-    parts = ", ".join(f"{_format_gb_with_unit(size)} of {name}" for name, size in workload.compiled.items())
-    return description + (f"; compiled: {parts}" if parts else "")
+def _format_workload(workload: Workload) -> Iterator[str]:
+    yield f"{workload.need.name}: {workload.need.description}; {workload.verdict}"
+    if workload.advice:
+        yield f"  fits with {workload.advice}"
+    if workload.compiled:
+        sizes = (f"{_format_gb_with_unit(size)} of {name}" for name, size in workload.compiled.items())
+        yield f"  compiled: {', '.join(sizes)}"
 
 
 def _make_report(name_or_path: str, workloads: list[Workload], mesh: MeshConfig, device: Device) -> dict[str, Any]:
@@ -315,9 +322,9 @@ def _make_report(name_or_path: str, workloads: list[Workload], mesh: MeshConfig,
         "model": name_or_path,
         "device": {"name": device.name, "bytes": device.bytes, "usable": int(device.bytes * device.usable_fraction)},
         "mesh": dataclasses.asdict(mesh),
-        "uses": {
+        "workloads": {
             workload.need.name: {
-                "told": workload.need.description,
+                "description": workload.need.description,
                 "verdict": workload.verdict,
                 "advice": workload.advice,
                 "device": {**workload.need.device, "all": workload.need.device_total},

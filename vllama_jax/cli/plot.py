@@ -1,4 +1,4 @@
-"""vllama plot."""
+"""The command `vllama plot`."""
 
 import io
 from pathlib import Path
@@ -20,9 +20,9 @@ def plot(
     out: Path | None = None,
     smoothing: float | None = None,
 ) -> None:
-    """Draw the loss and the learning rate of a run, or of several to compare them, as a PNG.
+    """Plot the loss and the learning rate of one run, or compare several runs in one figure, as a PNG file.
 
-    Of a video or audio file, draw the log-mel spectrograms that the audio branch is given.
+    For a video or audio file, plot the log-mel spectrograms that are the input of the audio branch.
 
     Example: vllama plot RUN
 
@@ -32,17 +32,17 @@ def plot(
 
     Args:
         run: The run directory, or a video or audio file.
-        others: More run directories, drawn into the same axes.
-        out: The PNG file; RUN/loss.png unless given, of several runs the first one's compared.png, of clip.mp4
-            clip.mp4.mel.png.
-        smoothing: How slowly the mean of the loss follows it, from 0 to below 1. Unless given, the mean is over about a
+        others: More run directories, for comparison.
+        out: The PNG file. The default is loss.png in the run directory, compared.png in the first of several, and
+            clip.mp4.mel.png next to clip.mp4.
+        smoothing: The decay of the running mean of the loss, at least 0 and below 1. By default the mean covers about a
             tenth of a run, at most 50 steps.
     """
     if smoothing is not None and not 0 <= smoothing < 1:
         raise UsageError(f"--smoothing must be at least 0 and below 1, not {smoothing}")
     if run.is_file():
         if others:
-            raise UsageError(f"{run} is a file, of which one is drawn at a time; only runs are compared")
+            raise UsageError(f"{run} is a media file: plot one file at a time; only runs can be compared")
         _plot_mel(run, out or run.with_name(f"{run.name}.mel.png"))
         return
     runs = [run, *others]
@@ -61,7 +61,7 @@ def _plot_mel(file: Path, out: Path) -> None:
 
     figure, audio = plot_mel(file)
     _save(figure, out)
-    assert audio.mel is not None  # it was drawn
+    assert audio.mel is not None  # plot_mel has plotted it
     print(f"{out}: {len(audio.mel)} clips of {audio.report}")
 
 

@@ -1,4 +1,4 @@
-"""vllama quantize."""
+"""The command `vllama quantize`."""
 
 from pathlib import Path
 from typing import Literal
@@ -20,15 +20,15 @@ def quantize(
     quantize: Literal["int8", "int4"] = "int8",
     base: Path | None = None,
 ) -> None:
-    """Write a model, or what a run trained, with LLaMA's and the ViT's large weights in 8 or 4 bits.
+    """Quantize the large weights of LLaMA and the ViT of a model or a run, and write a model directory.
 
     Example: vllama quantize MODEL --out MODEL8
 
     Args:
-        model: A model directory, or a run's.
-        out: The model directory to make. It answers; training and exporting need the model that it was made from.
-        quantize: The type of a weight. int8 costs little accuracy; `vllama verify` says how much.
-        base: A run's base model, where that has moved.
+        model: The model or run directory.
+        out: The model directory to create. It is for inference only: training and export need the unquantized model.
+        quantize: The type of the quantized weights. int8 costs little accuracy; `vllama verify` measures how much.
+        base: The base model of a run, if it has moved.
     """
     check_absent(out)
     directory = open_model(model, base)
@@ -36,4 +36,4 @@ def quantize(
     with bytes_bar(before) as progress:
         quantizing.quantize(directory, out, quantize, progress)
     after = quantizing.bytes_to_read(open_model(out))
-    print(f"{out}: {filesize.decimal(after)} in {quantize} in place of {filesize.decimal(before)}")
+    print(f"{out}: {filesize.decimal(after)} in {quantize}, quantized from {filesize.decimal(before)}")

@@ -1,4 +1,4 @@
-"""vllama train."""
+"""The command `vllama train`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +15,7 @@ from vllama_jax.train.processes import call_on_process_zero_first, join_processe
 
 
 def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
-    """The command, whose options are the fields of the config that the first argument names."""
+    """Return the command with the fields of the run config as options, the words that start it, and its arguments."""
     default, prepare = load_named_config(arguments, "vllama train vision_stage1 --out RUN")
 
     def train(
@@ -29,20 +29,20 @@ def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
         verbose: bool = False,
         distributed: bool = False,
     ) -> None:
-        """Train what a run config says. Every field of the config is an option.
+        """Train the weights that a run config selects. Every field of the config is an option.
 
         Example: vllama train vision_stage2 --model MODEL --init STAGE1 --optim.lr 3e-5 --mesh.fsdp 8 --out RUN
 
-        Run again with the same --out it goes on from the last checkpoint.
+        Run again with the same --out to resume from the last checkpoint.
 
         Args:
-            config: A Python file, or one that is shipped: {CONFIGS}.
-            run: The config.
+            config: A Python file, or a config of the package: {CONFIGS}.
+            run: The run config.
             out: The run directory.
-            base: Where the base model is now, if not where the config says.
-            dry_run: Build everything, run one batch, tell what it takes of memory and time, and leave no run.
-            verbose: List every parameter that trains, not one line for each module.
-            distributed: One of several processes, of a Slurm job, a TPU pod or GKE.
+            base: The base model, if it is not where the config says.
+            dry_run: Run one batch, report its memory and time, and write nothing.
+            verbose: List every trainable parameter instead of one row for each component.
+            distributed: Run as one of several processes of a Slurm job, a TPU pod or GKE.
         """
         enable_compilation_cache()
         with (

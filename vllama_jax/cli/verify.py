@@ -1,4 +1,4 @@
-"""vllama verify."""
+"""The command `vllama verify`."""
 
 import dataclasses
 import json
@@ -16,6 +16,7 @@ from vllama_jax.checkpoints.digests import list_checkpoint_steps
 from vllama_jax.checkpoints.directory import ModelDirectory, RunDirectory, find_runs, open_model
 from vllama_jax.checkpoints.quantize import resolve_scheme
 from vllama_jax.cli._devices import use_cpu_only
+from vllama_jax.cli._display import format_count
 from vllama_jax.cli._progress import bytes_bar, count_bar
 from vllama_jax.cli._usage import JsonFlag, require_at_least
 from vllama_jax.errors import CheckpointError, ConfigError
@@ -28,11 +29,11 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class SourceFiles:
-    """The files that the model was made from, as `vllama convert` takes them.
+    """The PyTorch files of a model, by the options of `vllama convert`.
 
     Attributes:
         llama: The LLaMA directory.
-        delta: A language model released as a difference to it.
+        delta: A language model released as a delta of it.
         eva_vit: EVA-CLIP ViT-g.
         blip2: BLIP-2's Q-Former.
         imagebind: ImageBind.
@@ -69,44 +70,44 @@ def verify(
     base: Path | None = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Check that a model's files are as they were written, or that it computes what its PyTorch source does.
+    """Check the files of a model or a run, or compare a model with the PyTorch files that it was converted from.
 
     Example: vllama verify MODEL --against DIRECTORY_OF_THE_PYTORCH_FILES
 
-    With a source, each part runs here and in torch on the same random input, and each layer's output is compared.
-    Of a run, all checkpoints are compared with the digests that were recorded when they were saved, and the base
-    model's files with its manifest. Exits with 1 when anything is not as it should be. Of quantized weights it reports
-    what they cost.
+    Without --against, the hashes of a model's files are recomputed; for a run, those of all checkpoints and of the base
+    model. With --against, each layer runs here and in PyTorch on the same random inputs, and the outputs are compared.
+    For quantized weights, the loss of accuracy is measured. The exit code is 1 if a file is corrupt or an output
+    differs.
 
     Args:
-        model: The model directory, or a run's.
-        against: The PyTorch files, or directories of them; each is identified by its tensors.
-        pieces: Each file by its kind; these win over --against.
-        config: The JSON file that `vllama convert --config` was given.
-        weights_only: Compare the weights bit by bit, and compute nothing.
-        dtype: In which the model computes here; torch always computes in float32.
-        tokens: The length of the prompt, or the longest that the model reads.
-        seed: Of the random inputs.
-        quantize: Measure what 8 or 4 bits would cost; not needed for a model that `vllama quantize` made.
-        base: A run's base model, where that has moved.
+        model: The model or run directory.
+        against: The PyTorch files, or directories of them. Each file is identified by its tensors.
+        source_files: Single files; these take precedence over --against.
+        config: The JSON file that was given to `vllama convert --config`.
+        weights_only: Compare the weights bit by bit, without running the model.
+        dtype: The dtype of the computation here; PyTorch always computes in float32.
+        tokens: The length of the prompt, limited by the model's context length.
+        seed: The seed of the random inputs.
+        quantize: Measure the loss of accuracy of int8 or int4. A model of `vllama quantize` does not need it.
+        base: The base model of a run, if it has moved.
         json_output: Print one JSON object.
     """
     require_at_least(1, tokens=tokens)
     require_at_least(0, seed=seed)
-    given = {kind: path for kind, path in vars(source_files).items() if path is not None}
-    if not against and not given:
+    files = {component: path for component, path in vars(source_files).items() if path is not None}
+    if not against and not files:
         if weights_only or quantize:
             option = "--weights-only" if weights_only else "--quantize"
-            raise ConfigError(f"{option} compares with the PyTorch files: name them with --against")
-        use_cpu_only()  # what a run trained comes through JAX
+            raise ConfigError(f"{option} compares with the PyTorch files: give them with --against")
+        use_cpu_only()  # weights that a run trained are restored with JAX
         _verify_files(model, base, json_output)
         return
     directory = open_model(model, base)
     if weights_only and (scheme := resolve_scheme(directory, quantize)):
-        raise ConfigError(f"{model}: {scheme} is not what the PyTorch files hold; leave out --weights-only")
+        raise ConfigError(f"{model}: {scheme} weights differ from the PyTorch files; leave out --weights-only")
     if weights_only:
         use_cpu_only()
-    plan = _plan_conversion(directory, against, given, read_object(config, ConfigError) if config else None)
+    plan = _plan_conversion(directory, against, files, read_object(config, ConfigError) if config else None)
     if weights_only:
         _verify_weights(model, directory, plan, json_output)
     else:
@@ -117,8 +118,8 @@ def verify(
 
 
 def _verify_files(model: Path, base: Path | None, json_output: bool) -> None:
-    """A model directory's files, and of a run all its checkpoints and its base model's files."""
-    from vllama_jax.convert.verify.weights import check_checkpoints, damage, summarize
+    """Check the hashes of a model directory, and for a run also of all checkpoints."""
+    from vllama_jax.convert.verify.weights import check_checkpoints, find_corrupt_weights, summarize
 
     runs, base_model = find_runs(model, base)
     with bytes_bar(sum(map(_checkpoint_bytes, runs))) as progress:
@@ -128,35 +129,35 @@ def _verify_files(model: Path, base: Path | None, json_output: bool) -> None:
     leaves = directory.manifest["leaves"]
     size = sum(_weight_bytes(leaf) for leaf in leaves.values())
     with bytes_bar(size) as progress:
-        corrupt |= (corrupt_weights := damage(directory, progress))
+        corrupt |= (corrupt_weights := find_corrupt_weights(directory, progress))
     if json_output:
-        report = {"weights": len(leaves), "bytes": size, "damaged": corrupt}
-        report |= {"checkpoints": [vars(one) | {"path": str(one.path)} for one in checkpoints]} if runs else {}
+        report = {"weights": len(leaves), "bytes": size, "corrupt": corrupt}
+        report |= {"checkpoints": [vars(found) | {"path": str(found.path)} for found in checkpoints]} if runs else {}
         print(json.dumps(report))
     else:
         for checkpoint in checkpoints:
             print(f"{checkpoint.path}: {_describe_checkpoint(checkpoint)}")
     if corrupt:
-        told = summarize([f"{path} ({why})" for path, why in corrupt.items()])
-        resumed = "restore it from a copy; a resumed run goes back to its last intact checkpoint"
-        advice = "copy or convert it again" if corrupt_weights else resumed
-        raise CheckpointError(f"{model}: not as it was written: {told}; {advice}")
+        problems = summarize([f"{path} ({reason})" for path, reason in corrupt.items()])
+        restore = "restore it from a copy; a resumed run continues from its last intact checkpoint"
+        advice = "copy or convert it again" if corrupt_weights else restore
+        raise CheckpointError(f"{model}: corrupt: {problems}; {advice}")
     if not json_output:
-        print(f"{directory.path}: {len(leaves)} weights, {filesize.decimal(size)}, all as they were written")
+        print(f"{directory.path}: {format_count(len(leaves), 'array')}, {filesize.decimal(size)}, intact")
 
 
 def _checkpoint_bytes(run: RunDirectory) -> int:
-    """The size of the files in a run's checkpoints."""
+    """Return the size of the files in the checkpoints of a run, in bytes."""
     files = (file for step in list_checkpoint_steps(run.path) for file in (run.path / f"step_{step}").rglob("*"))
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _describe_checkpoint(checkpoint: "CheckedCheckpoint") -> str:
     if checkpoint.damage:
-        return "damaged"
+        return "corrupt"
     if not checkpoint.digests:
-        return "no digests recorded (an earlier version saved it); its weights can be read"
-    return f"{checkpoint.files} files, {filesize.decimal(checkpoint.bytes)}, all as they were saved"
+        return "no digests recorded (saved by an earlier version); weights are readable"
+    return f"{format_count(checkpoint.files, 'file')}, {filesize.decimal(checkpoint.bytes)}, intact"
 
 
 def _weight_bytes(leaf: Mapping[str, Any]) -> int:
@@ -166,47 +167,47 @@ def _weight_bytes(leaf: Mapping[str, Any]) -> int:
 
 
 def _plan_conversion(
-    directory: ModelDirectory, against: tuple[Path, ...], given: Mapping[str, Path], config: Mapping[str, Any] | None
+    directory: ModelDirectory, against: tuple[Path, ...], files: Mapping[str, Path], config: Mapping[str, Any] | None
 ) -> "ConversionPlan":
-    """The conversion that the source would be, as far as the model was made of it."""
+    """Plan the conversion of the PyTorch files, restricted to the components that the model was converted from."""
     from vllama_jax.convert import plan
     from vllama_jax.convert.discover import find_weight_files
     from vllama_jax.convert.verify.weights import unpublished_head_counts
 
-    made_of = directory.manifest["sources"]
-    found = find_weight_files(against, given)
-    paths = {kind: source.files[0] for kind, source in found.files.items()} | (
-        {"llama": found.llama} if found.llama else {}
-    )
-    files = {kind: path for kind, path in paths.items() if kind in made_of} | dict(given)
-    if "llama" not in files:
-        raise ConfigError("no LLaMA directory among the PyTorch files; name it with --llama")
-    llama, delta = files.pop("llama"), files.pop("delta", None)
-    told = unpublished_head_counts(directory.config) if config is None else config
-    return plan(llama_directory=llama, delta=delta, files=files, config=told)
+    found = find_weight_files(against, files)
+    paths = {name: source.files[0] for name, source in found.files.items()}
+    paths |= {"llama": found.llama} if found.llama else {}
+    selected = {name: path for name, path in paths.items() if name in directory.manifest["sources"]} | dict(files)
+    if "llama" not in selected:
+        raise ConfigError("no LLaMA directory among the PyTorch files; give it with --llama")
+    llama, delta = selected.pop("llama"), selected.pop("delta", None)
+    fields = unpublished_head_counts(directory.config) if config is None else config
+    return plan(llama_directory=llama, delta=delta, files=selected, config=fields)
 
 
 def _verify_weights(model: Path, directory: ModelDirectory, plan: "ConversionPlan", json_output: bool) -> None:
     from vllama_jax.convert.verify.weights import compare_weights, config_differences, summarize
 
     with bytes_bar(sum(_weight_bytes(leaf) for leaf in directory.manifest["leaves"].values())) as progress:
-        parts = compare_weights(directory, plan, progress)
+        components = compare_weights(directory, plan, progress)
     config = config_differences(directory, plan)
-    different = [name for part in parts for name in part.different]
+    different = [name for found in components for name in found.different]
     if json_output:
-        report = {"parts": [dataclasses.asdict(part) for part in parts], "config": config}
+        report = {"components": [dataclasses.asdict(found) for found in components], "config": config}
         print(json.dumps({**report, "equal": not different and not config}))
     else:
-        table = _make_table("part", ("tensors", "bytes", "verdict"))
-        for part in parts:
-            verdict = f"{len(part.different)} different" if part.different else "equal"
-            table.add_row(part.part, str(part.tensors), filesize.decimal(part.bytes), verdict)
+        table = _make_table("component", ("tensors", "bytes", "verdict"))
+        for found in components:
+            verdict = f"{len(found.different)} different" if found.different else "equal"
+            table.add_row(found.component, str(found.tensors), filesize.decimal(found.bytes), verdict)
         _print_table(table, directory, plan)
     if different or config:
-        told = [*config, *([f"{len(different)} weights differ: {summarize(different)}"] if different else [])]
-        raise CheckpointError(f"{model}: not what its source makes: {'; '.join(told)}")
+        count = format_count(len(different), "array differs", "arrays differ")
+        problems = [*config, *([f"{count}: {summarize(different)}"] if different else [])]
+        raise CheckpointError(f"{model}: not equal to its PyTorch files: {'; '.join(problems)}")
     if not json_output:
-        print(f"{model}: {sum(part.tensors for part in parts)} tensors, every bit equal to its source")
+        tensors = format_count(sum(found.tensors for found in components), "tensor")
+        print(f"{model}: {tensors}, bit-exactly equal to the PyTorch files")
 
 
 def _verify_networks(
@@ -238,33 +239,33 @@ def _verify_networks(
         report |= {"quantized": scheme, "bounds": vars(bounds), "beyond_bounds": beyond_bounds}
         print(json.dumps({**report, "failures": failed, "equal": not failed and scheme is None}))
     else:
-        table = _make_table("part", ("max error", "relative"), "layer")
-        shown = None
+        table = _make_table("component", ("max error", "relative"), "layer")
+        previous = None
         for error in errors:
-            part, shown = "" if error.part == shown else error.part, error.part
+            component, previous = "" if error.component == previous else error.component, error.component
             numbers = (f"{error.maximum:.1e}", f"{error.relative:.1e}")
             style = None if error.relative <= bounds.relative else "red"
-            table.add_row(part, error.layer, *numbers, style=style)
+            table.add_row(component, error.layer, *numbers, style=style)
         _print_table(table, directory, plan)
         print(
-            f"logits of {logits.positions} tokens: KL {logits.mean_kl:.1e} on average, {logits.max_kl:.1e} at most; "
-            f"the same likeliest token at {logits.top1:.2%} of positions"
+            f"logits of {logits.positions} tokens: mean KL {logits.mean_kl:.1e}, maximum {logits.max_kl:.1e}, "
+            f"same top-1 token at {logits.top1:.2%} of positions"
         )
     if failed:
-        raise CheckpointError(f"{model}: does not compute what its source does: {summarize(failed, '; ')}")
+        raise CheckpointError(f"{model}: does not reproduce its PyTorch files: {summarize(failed, '; ')}")
     if not json_output and beyond_bounds:
-        print(f"{model}: {scheme} costs more here than is usual: {'; '.join(beyond_bounds)}")
+        print(f"{model}: {scheme} loses more accuracy than usual: {'; '.join(beyond_bounds)}")
     elif not json_output:
-        told = f"costs what {scheme} usually does" if scheme else f"computes what its source does, in {chosen.dtype}"
+        result = f"usual accuracy of {scheme}" if scheme else f"reproduces its PyTorch files in {chosen.dtype}"
         largest = max(error.relative for error in errors)
         print(
-            f"{model}: {told}: relative error {largest:.1e} at most (bound {bounds.relative:.0e}), "
+            f"{model}: {result}: relative error at most {largest:.1e} (bound {bounds.relative:.0e}), "
             f"mean KL within {bounds.mean_kl:.0e}, top-1 above {bounds.top1:.1%}"
         )
 
 
 def _finite_or_none(value: Any) -> Any:
-    """JSON has neither infinity nor what is no number."""
+    """Replace infinity and NaN, which JSON does not have, by None."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -282,4 +283,4 @@ def _print_table(table: Table, directory: ModelDirectory, plan: "ConversionPlan"
 
     Console().print(table)
     if others := unrecorded_source_files(directory, plan):
-        print(f"note: the model was made from files of other names or sizes than {', '.join(others)}")
+        print(f"note: the model was converted from files of other names or sizes than {', '.join(others)}")

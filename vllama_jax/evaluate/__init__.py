@@ -1,1 +1,1 @@
-"""Benchmarks: questions about videos, a model's answers, and what they are worth."""
+"""Benchmarks: questions about videos, the answers of a model, and their scores."""

@@ -1,4 +1,4 @@
-"""A model's answers to a benchmark's questions, batch by batch; each part of a video is read and encoded once."""
+"""Predictions for the questions of a benchmark, in batches. Each segment of a video is read and encoded once."""
 
 import dataclasses
 import functools
@@ -22,12 +22,20 @@ if TYPE_CHECKING:
     from vllama_jax import generate
     from vllama_jax.model import Model
 
-ClipKey = tuple[Path, float | None, float | None, float | None]  # file or folder, start, end, frames a second
+ClipKey = tuple[Path, float | None, float | None, float | None]  # file or directory, start, end, frames per second
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnswerSettings:
-    """How questions are answered. num_frames, template: the model's own where None; max_new_tokens: the benchmark's."""
+    """Options for answering questions.
+
+    Attributes:
+        max_new_tokens: The maximum length of an answer, in tokens; None for the default of the benchmark.
+        num_frames: The number of frames to sample from a video; None for the model's.
+        audio: Use the audio of videos.
+        template: The name of the prompt template; None for the model's.
+        batch_size: Questions per batch.
+    """
 
     max_new_tokens: int | None = None
     num_frames: int | None = None
@@ -44,111 +52,131 @@ class AnswerSettings:
 
 @dataclasses.dataclass(frozen=True)
 class QuestionWithVideo:
-    """A question, and its video on this machine."""
+    """A question and the path of its video."""
 
     question: Question
     path: Path
 
     @property
     def clip(self) -> ClipKey:
+        """The segment of the video that the question is about."""
         return self.path, self.question.start, self.question.end, self.question.frame_rate
 
 
 def select_unfinished_batches(
-    asked: Sequence[QuestionWithVideo], done: set[str], size: int
+    items: Sequence[QuestionWithVideo], done: set[str], size: int
 ) -> list[list[QuestionWithVideo]]:
-    """The batches with a question that has no answer yet.
+    """Divide questions into batches, and return those with a question that has no answer yet.
 
-    A batch that a killed run left half-written is whole again, so that its answers come out of the same sums.
+    A partly answered batch is complete in the result, so that a resumed run gives the same answers.
+
+    Args:
+        items: The questions with their videos.
+        done: The ids of answered questions.
+        size: Questions per batch.
     """
-    batches = [list(asked[start : start + size]) for start in range(0, len(asked), size)]
-    return [batch for batch in batches if any(one.question.id not in done for one in batch)]
+    batches = [list(items[start : start + size]) for start in range(0, len(items), size)]
+    return [batch for batch in batches if any(item.question.id not in done for item in batch)]
 
 
 class Predictor:
-    """Answers batches, each answer of at most `max_new_tokens` tokens, whatever `settings` leaves to the benchmark.
+    """Answers questions in batches with greedy decoding.
 
-    load: gives the model; it is called when the first answer is needed.
+    Args:
+        config: The config of the model.
+        settings: Options for answering.
+        max_new_tokens: The maximum length of an answer, in tokens. `settings.max_new_tokens` is not used.
+        load: Returns the model. Called when the first answer is needed.
 
-    Raises ConfigError for more frames than the model has positions for.
-    unusable: why questions have no answer, by id: videos that cannot be read, prompts that are too long.
+    Attributes:
+        unusable: The reasons why questions have no answer, by id: corrupt videos, prompts that are too long.
+
+    Raises:
+        ConfigError: The settings ask for more frames than the model has positions for.
     """
 
     def __init__(
         self, config: VideoLlamaConfig, settings: AnswerSettings, max_new_tokens: int, load: "Callable[[], Model]"
     ):
-        check_num_frames(config, "--num-frames", settings.num_frames, "ask for fewer")
+        check_num_frames(config, "--num-frames", settings.num_frames, "use fewer frames")
         self._config, self._settings, self._max_new_tokens = config, settings, max_new_tokens
         self._load = functools.cache(load)
         self.unusable: dict[str, str] = {}
 
-    def answer(self, batches: Sequence[Sequence[QuestionWithVideo]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
-        """For each batch, the lines of its questions that are not done."""
+    def predict(self, batches: Sequence[Sequence[QuestionWithVideo]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
+        """Answer batches of questions.
+
+        Args:
+            batches: The batches. Clips are shared between consecutive batches.
+            done: The ids of answered questions.
+
+        Yields:
+            For each batch, the lines of answers.jsonl for its questions that are not in `done`.
+        """
         read = functools.partial(_read_clip, config=self._config, settings=self._settings)
-        reading = map_in_order(read, _list_new_clips(batches), num_threads=min(4, os.cpu_count() or 1))
-        clips_read: dict[ClipKey, PreparedMedia | str] = {}
+        new_clips = map_in_order(read, _list_new_clips(batches), num_threads=min(4, os.cpu_count() or 1))
+        clips: dict[ClipKey, PreparedMedia | str] = {}
         encoded: dict[ClipKey, list[Any]] = {}
         for batch in batches:
-            clips_read = {
-                clip: clips_read[clip] if clip in clips_read else next(reading) for clip in _list_clips(batch)
-            }
-            self.unusable |= {one.question.id: why for one in batch if isinstance(why := clips_read[one.clip], str)}
-            usable = [(one, found) for one in batch if isinstance(found := clips_read[one.clip], PreparedMedia)]
-            if all(one.question.id in done for one, _ in usable):
+            clips = {clip: clips[clip] if clip in clips else next(new_clips) for clip in _list_clips(batch)}
+            self.unusable |= {item.question.id: reason for item in batch if isinstance(reason := clips[item.clip], str)}
+            usable = [(item, found) for item in batch if isinstance(found := clips[item.clip], PreparedMedia)]
+            if all(item.question.id in done for item, _ in usable):
                 continue
             network = self._load().network
             encoded = {
                 clip: encoded[clip] if clip in encoded else encode_media(network, prepared)
-                for clip, prepared in {one.clip: prepared for one, prepared in usable}.items()
+                for clip, prepared in {item.clip: prepared for item, prepared in usable}.items()
             }
-            lines = self._generate([(one, prepared, encoded[one.clip]) for one, prepared in usable])
+            lines = self._generate([(item, prepared, encoded[item.clip]) for item, prepared in usable])
             yield [line for line in lines if line["id"] not in done]
 
     def _generate(
         self, prepared_questions: list[tuple[QuestionWithVideo, PreparedMedia, list[Any]]]
     ) -> list[dict[str, Any]]:
-        model, new = self._load(), self._max_new_tokens
+        model, max_new_tokens = self._load(), self._max_new_tokens
         start = prompts.start_conversation(self._settings.template or model.config.template, model.config.has_audio)
-        lines, embedded_prompts = [], []
-        for one, prepared, tokens in prepared_questions:
-            question = one.question
+        lines, answer_starts, embedded_prompts = [], [], []
+        for item, prepared, tokens in prepared_questions:
+            question = item.question
             conversation = start.add(prepared.prompt_media).ask(question.text)
             try:
-                embedded_prompts.append(embed_prompt(model, conversation, tokens, new, question.answer_start))
+                embedded = embed_prompt(model, conversation, tokens, max_new_tokens, question.answer_start)
             except ConfigError as error:
                 self.unusable[question.id] = str(error)
                 continue
-            answer_start = start.template.answer_prefix + question.answer_start if question.answer_start else ""
-            lines.append(_make_answer_line(one, prepared, prompts.render(conversation) + answer_start))
-        texts = (
-            generate_greedily(model, start.template, embedded_prompts, new, self._settings.batch_size)
-            if embedded_prompts
-            else []
-        )
-        return [line | {"answer": line.pop("begun") + text} for line, text in zip(lines, texts, strict=True)]
+            embedded_prompts.append(embedded)
+            answer_starts.append(question.answer_start)
+            prompt_end = start.template.answer_prefix + question.answer_start if question.answer_start else ""
+            lines.append(_make_answer_line(item, prepared, prompts.render(conversation) + prompt_end))
+        if not lines:
+            return []
+        texts = generate_greedily(model, start.template, embedded_prompts, max_new_tokens, self._settings.batch_size)
+        answers = (answer_start + text for answer_start, text in zip(answer_starts, texts, strict=True))
+        return [line | {"answer": answer} for line, answer in zip(lines, answers, strict=True)]
 
 
 def _list_clips(batch: Sequence[QuestionWithVideo]) -> list[ClipKey]:
-    return list(dict.fromkeys(one.clip for one in batch))
+    return list(dict.fromkeys(item.clip for item in batch))
 
 
 def _list_new_clips(batches: Sequence[Sequence[QuestionWithVideo]]) -> Iterator[ClipKey]:
-    """The clips of each batch that the one before it has not."""
-    before: list[ClipKey] = []
+    """Yield the clips of each batch that the previous batch does not have."""
+    previous: list[ClipKey] = []
     for batch in batches:
-        here = _list_clips(batch)
-        yield from (clip for clip in here if clip not in before)
-        before = here
+        current = _list_clips(batch)
+        yield from (clip for clip in current if clip not in previous)
+        previous = current
 
 
 def _read_clip(clip: ClipKey, config: VideoLlamaConfig, settings: AnswerSettings) -> PreparedMedia | str:
-    """A clip as the model takes it, or why it cannot be used."""
+    """Return a clip as model input, or the reason why it cannot be used."""
     path, start, end, rate = clip
     frames, size = settings.num_frames or config.num_frames, config.vit.image_size
     try:
         if path.is_dir():
             if rate is None:
-                raise MediaError(f"{path}: a folder, where a video is expected; check --videos")
+                raise MediaError(f"{path}: a directory instead of a video file; check --videos")
             found: Video | Image | Audio = media.read_frames(
                 path, rate, frames, size, start or 0.0, math.inf if end is None else end
             )
@@ -161,18 +189,17 @@ def _read_clip(clip: ClipKey, config: VideoLlamaConfig, settings: AnswerSettings
         return str(error)
 
 
-def _make_answer_line(one: QuestionWithVideo, prepared: PreparedMedia, prompt: str) -> dict[str, Any]:
-    """All of an answer's line but the answer."""
-    question = one.question
+def _make_answer_line(item: QuestionWithVideo, prepared: PreparedMedia, prompt: str) -> dict[str, Any]:
+    """Return a line of answers.jsonl without the answer."""
+    question = item.question
     line = {
         "id": question.id,
-        "video": str(one.path),
+        "video": str(item.path),
         "kinds": question.categories,
         "media": str(prepared.report),
         "prompt": prompt,
         "references": question.references,
         "choices": question.choices,
-        "begun": question.answer_start,
     }
     return line | ({} if question.start is None else {"start": question.start, "end": question.end})
 
@@ -182,14 +209,25 @@ def generate_greedily(
     template: ChatTemplate,
     embedded_prompts: "list[generate.EmbeddedPrompt]",
     max_new_tokens: int,
-    size: int,
+    batch_size: int,
 ) -> list[str]:
-    """Greedy answers. A batch that is not full is filled up, since each batch size is a program of its own."""
+    """Answer a batch of prompts with greedy decoding.
+
+    Args:
+        model: The model.
+        template: The prompt template, for its stop sequences.
+        embedded_prompts: At least one prompt.
+        max_new_tokens: The maximum length of an answer, in tokens.
+        batch_size: A smaller batch is filled up to this size, because each batch size compiles a program of its own.
+
+    Returns:
+        An answer for each prompt.
+    """
     from vllama_jax import generate
 
-    rows = [*embedded_prompts, *[embedded_prompts[0]] * (size - len(embedded_prompts))]
+    rows = [*embedded_prompts, *[embedded_prompts[0]] * (batch_size - len(embedded_prompts))]
     ids: list[list[int]] = [[] for _ in rows]
-    for new in generate.generate(
+    for new_tokens in generate.generate(
         model.network.llama,
         rows,
         GenerationConfig(max_new_tokens=max_new_tokens),
@@ -197,6 +235,6 @@ def generate_greedily(
         eos=model.tokenizer.eos_ids,
         stops=prompts.stop_sequences(model.tokenizer, template),
     ):
-        for row, tokens in zip(ids, new, strict=True):
+        for row, tokens in zip(ids, new_tokens, strict=True):
             row.extend(tokens)
     return [prompts.decode_answer(model.tokenizer, template, row) for row in ids[: len(embedded_prompts)]]

@@ -1,7 +1,8 @@
-"""Published annotation files → questions. One function for each benchmark: it takes the path that the user names.
+"""Readers of the published annotation files of benchmarks, one function for each benchmark.
 
-What a file has that a benchmark does not need is ignored. A file that is not the published one is a DataError that
-says where it differs; so is one entry of it that cannot be used, since figures over fewer questions mislead.
+A reader takes the path that the user gives, and returns questions. Unknown fields are ignored. A file that is not the
+published one raises DataError with the location of the difference. So does a single entry that cannot be used, because
+scores over fewer questions would be misleading.
 """
 
 import dataclasses
@@ -47,21 +48,21 @@ BenchmarkName = Literal[
     "jsonl",
 ]
 
-QUESTION_WORDS = ("what", "who", "how", "when", "where")  # the kinds that MSVD-QA and MSRVTT-QA are told by
+QUESTION_WORDS = ("what", "who", "how", "when", "where")  # the question types of MSVD-QA and MSRVTT-QA
 ACTIVITYNET_QUESTION_TYPES = (  # MILVLG/activitynet-qa, dataset/README.md
     "motion",
     "spatial relation",
     "temporal relation",
     "yes/no",
-    "colour",
+    "colour",  # British: saved results and digests have this spelling
     "object",
     "location",
     "number",
     "other",
 )
 GENERIC_ASPECTS = ("correctness", "detail", "context")
-TVQA_FRAME_RATE = 3.0  # MVBench has TVQA's videos as pictures, three a second
-MVBENCH_FOLDERS = {  # each task's file, and where the hub's archives unpack its videos (OpenGVLab/MVBench)
+TVQA_FRAME_RATE = 3.0  # MVBench has TVQA's videos as images, three per second
+MVBENCH_FOLDERS = {  # task → directory of its videos in the archives of OpenGVLab/MVBench
     "action_sequence": "star/Charades_v1_480",
     "action_prediction": "star/Charades_v1_480",
     "action_antonym": "ssv2_video",
@@ -83,11 +84,11 @@ MVBENCH_FOLDERS = {  # each task's file, and where the hub's archives unpack its
     "episodic_reasoning": "tvqa/frames_fps3_hq",
     "counterfactual_inference": "clevrer/video_validation",
 }
-JSONL_HELP = "a line has video, and question and answer (with choices or without), or captions"
+JSONL_HELP = "a line has video, and question and answer (optionally choices), or captions"
 
 
 def read_msvd_qa(path: Path) -> list[Question]:
-    """test_qa.json: video_id 1301 is vid1301, which youtube_mapping.txt beside it gives MSVD's own name."""
+    """Read test_qa.json. video_id 1301 is vid1301, which youtube_mapping.txt next to it maps to MSVD's own name."""
     path = find_annotation_file(path, "test_qa.json", "test_q.json")
     mapping = read_youtube_mapping(path.parent / "youtube_mapping.txt")
 
@@ -99,7 +100,7 @@ def read_msvd_qa(path: Path) -> list[Question]:
 
 
 def read_msrvtt_qa(path: Path) -> list[Question]:
-    """test_qa.json: video_id 7010 is video7010."""
+    """Read test_qa.json. video_id 7010 is video7010."""
     path = find_annotation_file(path, "test_qa.json", "test_q.json")
     return _read_question_answers(
         path, lambda video: (f"video{video}" if video.isdigit() else video,), _classify_by_first_word
@@ -107,25 +108,25 @@ def read_msrvtt_qa(path: Path) -> list[Question]:
 
 
 def read_activitynet_qa(path: Path) -> list[Question]:
-    """test_q.json, and test_a.json beside it; the video of video_name is called v_NAME in ActivityNet."""
+    """Read test_q.json, and test_a.json next to it. The video of video_name is v_NAME in ActivityNet."""
 
     def names(video: str) -> tuple[str, ...]:
-        bare = video.removeprefix("v_") if len(video) == 13 else video  # YouTube's ids have 11 letters
-        return (f"v_{bare}", bare)
+        youtube_id = video.removeprefix("v_") if len(video) == 13 else video  # YouTube ids have 11 characters
+        return (f"v_{youtube_id}", youtube_id)
 
-    def kind(entry: dict[str, Any]) -> str:
+    def category(entry: dict[str, Any]) -> str:
         number = entry.get("type")
         if isinstance(number, int) and 0 <= number < len(ACTIVITYNET_QUESTION_TYPES):
             return ACTIVITYNET_QUESTION_TYPES[number]
         return "other"
 
-    return _read_question_answers(find_annotation_file(path, "test_q.json"), names, kind)
+    return _read_question_answers(find_annotation_file(path, "test_q.json"), names, category)
 
 
 def read_video_chatgpt(path: Path) -> list[Question]:
-    """generic_qa.json, temporal_qa.json and consistency_qa.json: their folder, or one of them.
+    """Read generic_qa.json, temporal_qa.json and consistency_qa.json from a directory, or one of them.
 
-    The first is judged for three aspects. The last asks each question in two ways (Q1, Q2).
+    Answers to the first are judged for three aspects. The last has two versions of each question (Q1, Q2).
     """
     stems = ("generic_qa", "temporal_qa", "consistency_qa")
     return [question for table in find_json_tables(path, stems) for question in _read_video_chatgpt_table(table)]
@@ -133,16 +134,16 @@ def read_video_chatgpt(path: Path) -> list[Question]:
 
 def _read_video_chatgpt_table(table: Path) -> Iterator[Question]:
     aspects = {"generic_qa": GENERIC_ASPECTS, "temporal_qa": ("temporal",), "consistency_qa": ("consistency",)}
-    asked = ("Q1", "Q2") if table.stem == "consistency_qa" else ("Q",)
+    fields = ("Q1", "Q2") if table.stem == "consistency_qa" else ("Q",)
     for number, (location, entry) in enumerate(read_entries(table)):
         with add_location_to_errors(location):
             video, key = get_name(entry, "video_name"), f"{table.stem}-{number}"
-            for which in asked:
+            for field in fields:
                 yield make_open_question(
-                    entry.get(which),
+                    entry.get(field),
                     entry.get("A"),
                     aspects[table.stem],
-                    id=key if len(asked) == 1 else f"{key}-{which}",
+                    id=key if len(fields) == 1 else f"{key}-{field}",
                     names=(video,),
                     categories=(table.stem.removesuffix("_qa"),),
                     group=key,
@@ -150,7 +151,7 @@ def _read_video_chatgpt_table(table: Path) -> Iterator[Question]:
 
 
 def read_mvbench(path: Path) -> list[Question]:
-    """The folder of the 20 tasks' JSON files, or one of them."""
+    """Read the JSON files of the 20 tasks from a directory, or one of them."""
     folder = path / "json" if (path / "json").is_dir() else path
     return [question for table in find_json_tables(folder, MVBENCH_FOLDERS) for question in _read_mvbench_table(table)]
 
@@ -165,7 +166,7 @@ def _read_mvbench_table(table: Path) -> Iterator[Question]:
                 entry.get("candidates"),
                 entry.get("answer"),
                 id=f"{table.stem}-{number}",
-                names=(f"{folder}/{video}",),  # its data sets have names in common
+                names=(f"{folder}/{video}",),  # file names are not unique over its datasets
                 categories=(table.stem,),
                 frame_rate=TVQA_FRAME_RATE if "frames" in folder else None,
                 **get_time_range(entry),
@@ -173,12 +174,12 @@ def _read_mvbench_table(table: Path) -> Iterator[Question]:
 
 
 def read_video_mme(path: Path) -> list[Question]:
-    """The hub's Parquet file (lmms-lab/Video-MME), or JSON as the authors' repository lays results out."""
+    """Read the Parquet file of lmms-lab/Video-MME, or JSON in the layout of results in the authors' repository."""
     folder = path / "videomme" if (path / "videomme").is_dir() else path
     if folder.is_dir():
         found = sorted([*folder.glob("*.parquet"), *folder.glob("*.json")])
         if len(found) != 1:
-            raise DataError(f"{folder}: {len(found)} Parquet and JSON files in it; name the one with the questions")
+            raise DataError(f"{folder}: {len(found)} Parquet and JSON files in it; give the file with the questions")
         folder = found[0]
     questions = []
     for location, entry in _read_video_mme_entries(folder):
@@ -213,40 +214,43 @@ def _read_video_mme_entries(table: Path) -> Iterator[AnnotationEntry]:
         rows = parquet.read_table(table).to_pylist()
     except (OSError, ValueError) as error:
         raise DataError(
-            f"{table}: a Parquet file that cannot be read ({format_error(error)}); download it again"
+            f"{table}: the Parquet file cannot be read ({format_error(error)}); download it again"
         ) from error
     for number, row in enumerate(rows, 1):
         yield f"{table}, row {number}", row
 
 
 def read_msrvtt_captions(path: Path) -> list[Question]:
-    """test_videodatainfo.json or MSRVTT_data.json: videos, and sentences about them; of several splits, the test's."""
+    """Read the test split of test_videodatainfo.json or MSRVTT_data.json, which list videos and sentences."""
     path = find_annotation_file(path, "test_videodatainfo.json", "MSRVTT_data.json")
     found = read_annotation_object(path, "videos", "sentences")
     splits = {entry.get("video_id"): entry.get("split") for _, entry in iterate_entries(path, found["videos"])}
-    named = {str(split) for split in splits.values() if split}
-    if named and "test" not in named:
-        raise DataError(f"{path}: its splits are {', '.join(sorted(named))}, not test; give test_videodatainfo.json")
-    tested = {video for video, split in splits.items() if split == "test" or not named}
+    split_names = {str(split) for split in splits.values() if split}
+    if split_names and "test" not in split_names:
+        listed = ", ".join(sorted(split_names))
+        raise DataError(f"{path}: has no test split, only {listed}; give test_videodatainfo.json")
+    test_videos = {video for video, split in splits.items() if split == "test" or not split_names}
     captions: dict[str, list[Any]] = {}
     for location, entry in iterate_entries(path, found["sentences"]):
         with add_location_to_errors(location):
             captions.setdefault(get_name(entry, "video_id"), []).append(entry.get("caption"))
-    return [
-        _make_caption_question(path, video, (video,), texts) for video, texts in captions.items() if video in tested
-    ]
+    tested = {video: texts for video, texts in captions.items() if video in test_videos}
+    return [_make_caption_question(path, video, (video,), texts) for video, texts in tested.items()]
 
 
 def read_msvd_captions(path: Path) -> list[Question]:
-    """AllVideoDescriptions.txt: lines of a clip's name and a sentence. Those in a test_list.txt beside it, or all."""
+    """Read AllVideoDescriptions.txt, lines of a clip's name and a sentence.
+
+    If there is a test_list.txt next to it, only the clips in that list are used.
+    """
     path = find_annotation_file(path, "AllVideoDescriptions.txt")
-    chosen = path.parent / "test_list.txt"
-    tested = set(read_text(chosen).split()) if chosen.exists() else None
+    test_list = path.parent / "test_list.txt"
+    test_clips = set(read_text(test_list).split()) if test_list.exists() else None
     mapping = read_youtube_mapping(path.parent / "youtube_mapping.txt")
     captions: dict[str, list[Any]] = {}
     for line in read_text(path).split("\n"):
         name, _, caption = line.strip().partition(" ")
-        if name and not name.startswith("#") and caption and (tested is None or name in tested):
+        if name and not name.startswith("#") and caption and (test_clips is None or name in test_clips):
             captions.setdefault(name, []).append(caption)
     if not captions:
         raise DataError(f"{path}: no line of a clip's name and a sentence; is it AllVideoDescriptions.txt?")
@@ -256,7 +260,7 @@ def read_msvd_captions(path: Path) -> list[Question]:
 
 
 def read_vatex_captions(path: Path) -> list[Question]:
-    """vatex_validation_v1.0.json: videos, each with its English captions."""
+    """Read vatex_validation_v1.0.json, videos with their English captions."""
     questions = []
     for location, entry in read_entries(find_annotation_file(path, "vatex_validation_v1.0.json")):
         with add_location_to_errors(location):
@@ -266,7 +270,7 @@ def read_vatex_captions(path: Path) -> list[Question]:
 
 
 def read_coco_captions(path: Path) -> list[Question]:
-    """COCO's layout, of videos: annotations with image_id and caption, and images with id and file_name."""
+    """Read captions of videos in COCO's layout: `annotations` with image_id and caption, `images` with file_name."""
     path = find_annotation_file(path, "captions.json")
     found = read_annotation_object(path, "annotations")
     images = iterate_entries(path, found["images"]) if found.get("images") else ()
@@ -279,9 +283,9 @@ def read_coco_captions(path: Path) -> list[Question]:
 
 
 def read_jsonl(path: Path) -> list[Question]:
-    """One's own: each line names a video and has a question and its answer, with choices or without, or captions."""
+    """Read a user's JSONL file. A line has a video, and a question with its answer (and choices), or captions."""
     questions = []
-    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines also splits within texts
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # splitlines also splits at U+2028
         location = f"{path}, line {number}"
         if not line.strip():
             continue
@@ -293,11 +297,11 @@ def read_jsonl(path: Path) -> list[Question]:
 
 def _parse_jsonl_entry(entry: dict[str, Any], number: int) -> Question:
     entry = {name: value for name, value in entry.items() if value is not None}
-    kind = entry.get("kind")
+    category = entry.get("kind")
     fields: dict[str, Any] = {
         "id": str(entry.get("id", number)),
         "names": (get_name(entry, "video", "image", "audio"),),
-        "kinds": (str(kind),) if kind is not None else (),
+        "categories": (str(category),) if category is not None else (),
         **get_time_range(entry),
     }
     if "captions" in entry or "caption" in entry:
@@ -308,11 +312,16 @@ def _parse_jsonl_entry(entry: dict[str, Any], number: int) -> Question:
 
 
 def _read_question_answers(
-    path: Path, names: Callable[[str], tuple[str, ...]], kind: Callable[[dict[str, Any]], str]
+    path: Path, names: Callable[[str], tuple[str, ...]], category: Callable[[dict[str, Any]], str]
 ) -> list[Question]:
-    """A list of questions with their answers in it, or, in the file test_q.json, with those of test_a.json beside it.
+    """Read a list of questions with their answers, or test_q.json with the answers of test_a.json next to it.
 
-    The latter is ActivityNet-QA's layout; others publish MSVD-QA and MSRVTT-QA in it too. names: of a video's file.
+    The second layout is ActivityNet-QA's; MSVD-QA and MSRVTT-QA are also published in it.
+
+    Args:
+        path: The file of the questions.
+        names: Returns the possible names of a video's file.
+        category: Returns the category of an entry.
     """
     answers: dict[str, dict[str, Any]] = {}
     if path.stem.endswith("_q"):
@@ -328,13 +337,13 @@ def _read_question_answers(
             video = Path(get_name(entry, "video_id", "video_name", "video")).stem
             question, answer = entry.get("question"), entry.get("answer")
             questions.append(
-                make_open_question(question, answer, id=key, names=names(video), categories=(kind(entry),))
+                make_open_question(question, answer, id=key, names=names(video), categories=(category(entry),))
             )
     return questions
 
 
 def _classify_by_first_word(entry: dict[str, Any]) -> str:
-    """The kind of a question, by its first word."""
+    """Return the category of a question by its first word."""
     first = str(entry.get("question", "")).strip().lower().partition(" ")[0]
     return first if first in QUESTION_WORDS else "other"
 
@@ -346,7 +355,13 @@ def _make_caption_question(path: Path, key: str, names: tuple[str, ...], texts: 
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """title: as its authors write it. files: what the user names. read: the path → questions."""
+    """A benchmark.
+
+    Attributes:
+        title: Its name, as its authors write it.
+        files: A description of its annotation files, for help and messages.
+        read: Reads the questions from the path that the user gives.
+    """
 
     title: str
     files: str
@@ -356,27 +371,35 @@ class Benchmark:
 BENCHMARKS: dict[BenchmarkName, Benchmark] = {
     "msvd_qa": Benchmark("MSVD-QA", "test_qa.json", read_msvd_qa),
     "msrvtt_qa": Benchmark("MSRVTT-QA", "test_qa.json", read_msrvtt_qa),
-    "activitynet_qa": Benchmark("ActivityNet-QA", "test_q.json, with test_a.json beside it", read_activitynet_qa),
+    "activitynet_qa": Benchmark("ActivityNet-QA", "test_q.json, with test_a.json next to it", read_activitynet_qa),
     "video_chatgpt": Benchmark(
-        "Video-ChatGPT's five aspects", "the folder of its three JSON files", read_video_chatgpt
+        "Video-ChatGPT's five aspects", "the directory of its three JSON files", read_video_chatgpt
     ),
-    "mvbench": Benchmark("MVBench", "the folder of its 20 JSON files", read_mvbench),
+    "mvbench": Benchmark("MVBench", "the directory of its 20 JSON files", read_mvbench),
     "video_mme": Benchmark("Video-MME", "test-00000-of-00001.parquet, or JSON", read_video_mme),
     "msrvtt_captions": Benchmark("MSR-VTT's captions", "test_videodatainfo.json", read_msrvtt_captions),
     "msvd_captions": Benchmark("MSVD's captions", "AllVideoDescriptions.txt", read_msvd_captions),
     "vatex_captions": Benchmark("VATEX's English captions", "vatex_validation_v1.0.json", read_vatex_captions),
     "coco_captions": Benchmark("captions in COCO's layout", "a JSON file", read_coco_captions),
-    "jsonl": Benchmark("your own", f"a JSONL file: {JSONL_HELP}", read_jsonl),
+    "jsonl": Benchmark("your own", f"a JSONL file; {JSONL_HELP}", read_jsonl),
 }
 
 
 def read_questions(name: BenchmarkName, path: Path) -> list[Question]:
-    """A benchmark's questions. Raises DataError for what is not its annotation file, and for two of the same id."""
+    """Read the questions of a benchmark.
+
+    Args:
+        name: The name of the benchmark.
+        path: Its annotation file, or the directory of it.
+
+    Raises:
+        DataError: The path is not the annotation file, has no question, or has two questions with the same id.
+    """
     if not path.exists():
-        raise DataError(f"{path}: no such file or folder; --annotations is {BENCHMARKS[name].files}")
+        raise DataError(f"{path}: no such file or directory; --annotations is {BENCHMARKS[name].files}")
     questions = BENCHMARKS[name].read(path)
     if not questions:
-        raise DataError(f"{path}: no question in it; --annotations is {BENCHMARKS[name].files}")
+        raise DataError(f"{path}: has no questions; --annotations is {BENCHMARKS[name].files}")
     ids: set[str] = set()
     for question in questions:
         if question.id in ids:

@@ -1,4 +1,4 @@
-"""Which of several choices an answer names: by its letter, or by its text."""
+"""Detection of the choice that an answer names, by its letter or by its text."""
 
 import re
 import string
@@ -6,12 +6,12 @@ from collections.abc import Sequence
 
 from vllama_jax.evaluate.text_normalization import fold_characters, normalize_answer
 
-MARKUP = re.compile(r"[*`$_]|\\(?:text|mathrm|mathbf|textbf)\b")  # of Markdown and LaTeX, around a letter
+MARKUP = re.compile(r"[*`$_]|\\(?:text|mathrm|mathbf|textbf)\b")  # Markdown and LaTeX around a letter
 ANSWER = r"(?i:answer|答案)"
 IS = r"(?i:\s+(?:is|would be|should be|must be|will be)\b|是|为)?"
 OPTION = r"(?i:option|choice|letter)"
 CHOICE_VERBS = r"(?i:choose|pick|select|go with|choosing|it is|it's|must be|should be|选)"
-# "A because" names a choice, "A dog" does not; so for "I".
+# Words after a letter that is a choice ("A because"); other words make it an article or a pronoun ("A dog", "I see").
 CONTINUATION = r"(?:because|since|as|and|but|so|which|that|is|was|due|for|based|given|in|not|instead|rather|here)\b"
 REJECTED_BEFORE = re.compile(r"(?i:\bnot|n't|\bnor|\bneither|\brule out|\beliminate|\bexcept|\bunlike)\s*[\"'(\[{]*$")
 REJECTED_AFTER = re.compile(
@@ -21,16 +21,23 @@ REJECTED_AFTER = re.compile(
 
 
 def find_choice_letter(answer: str, choices: Sequence[str]) -> str | None:
-    """The letter of the choice that an answer names; None where it names none, or several.
+    r"""Find the choice that an answer names.
 
-    Looked for in this order: the text of one choice and nothing else; the last \\boxed{B}; the last "answer is B"; a
-    line that begins with a letter ("B", "(B)", "b."); "option B" or "I choose B"; one letter in brackets; the text of
-    one choice and no other's. A letter that the answer rejects ("(A) is incorrect") does not count.
+    The first of these forms that occurs decides: the text of one choice and nothing else; the last \boxed{B}; the last
+    "answer is B"; a line that begins with a letter ("B", "(B)", "b."); "option B" or "I choose B"; one letter in
+    brackets; the text of exactly one choice. A letter that the answer rejects ("(A) is incorrect") does not count.
+
+    Args:
+        answer: The answer of a model.
+        choices: The texts of the choices.
+
+    Returns:
+        The letter of the choice; None if the answer names none, or several.
     """
     text = fold_characters(MARKUP.sub("", answer)).strip()
     letters = string.ascii_uppercase[: len(choices)]
-    if (whole := _match_whole_text(text, choices)) is not None:
-        return letters[whole]
+    if (number := _match_whole_text(text, choices)) is not None:
+        return letters[number]
     capital, small = f"[{letters}]", f"[{letters}{letters.lower()}]"
     one = rf"({capital}(?![\w'])|{small}(?=\s*(?:[).:,;!}}\]\"']|$)))"
     for pattern, last in (
@@ -50,7 +57,7 @@ def find_choice_letter(answer: str, choices: Sequence[str]) -> str | None:
 
 
 def _find_letters(pattern: str, text: str, letters: str) -> list[str]:
-    """The letters that a pattern finds, but not those that are rejected, that are words, or one of two ("A or B")."""
+    """Return the letters that a pattern finds, except rejected ones, words, and one of two ("A or B")."""
     found = []
     for match in re.finditer(pattern, text, re.MULTILINE):
         group = next(number for number, value in enumerate(match.groups(), 1) if value)
@@ -68,25 +75,25 @@ def _find_letters(pattern: str, text: str, letters: str) -> list[str]:
 
 
 def _match_whole_text(text: str, choices: Sequence[str]) -> int | None:
-    """The number of the choice whose text is all that an answer says, after "The answer is"."""
-    said = re.sub(
+    """Return the number of the choice whose text is the whole answer, apart from "The answer is"."""
+    stated = re.sub(
         rf"^\W*(?:the\s+)?(?:(?:final|correct|right|best)\s+)?{ANSWER}{IS}[\s:=(\[\"']*", "", text, flags=re.IGNORECASE
     )
-    if len(re.sub(r"\W", "", said)) < 2 and not said.strip(" .").isdigit():
-        return None  # a letter is one, even where it is also a choice's text
-    same = [number for number, choice in enumerate(choices) if normalize_answer(choice) == normalize_answer(said)]
+    if len(re.sub(r"\W", "", stated)) < 2 and not stated.strip(" .").isdigit():
+        return None  # a single letter is the letter of a choice, even if it is also the text of one
+    same = [number for number, choice in enumerate(choices) if normalize_answer(choice) == normalize_answer(stated)]
     return same[0] if len(same) == 1 else None
 
 
 def _match_contained_text(text: str, choices: Sequence[str], letters: str) -> str | None:
-    said = normalize_answer(text)
-    named = [choice for choice in choices if is_sublist(normalize_answer(choice), said)]
-    longest = max(named, key=len, default="")  # "a red ball" also says "a ball"
+    words = normalize_answer(text)
+    named = [choice for choice in choices if is_sublist(normalize_answer(choice), words)]
+    longest = max(named, key=len, default="")  # "a red ball" contains "a ball"
     if named and all(is_sublist(normalize_answer(choice), normalize_answer(longest)) for choice in named):
         return letters[list(choices).index(longest)]
     return None
 
 
 def is_sublist(shorter: Sequence[str], longer: Sequence[str]) -> bool:
-    """Whether words stand in others, next to each other."""
+    """Return whether `longer` contains the words of `shorter` one after the other; False for no words."""
     return bool(shorter) and any(longer[i : i + len(shorter)] == shorter for i in range(len(longer) - len(shorter) + 1))

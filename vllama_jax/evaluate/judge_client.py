@@ -1,7 +1,7 @@
-"""Scores by a language model behind an OpenAI-compatible chat endpoint.
+"""Client of a judge: a language model with an OpenAI-compatible chat endpoint.
 
-What is asked of it is what Video-ChatGPT's evaluation asks (arXiv 2306.05424), in our words: whether an answer means
-the same as the right one, or how well it does in one of five aspects; a score from 0 to 5 either way.
+The judge gets the questions of Video-ChatGPT's evaluation (arXiv 2306.05424) in other words: whether an answer means
+the same as the reference answer, or how good it is in one of five aspects. It replies with a score from 0 to 5.
 """
 
 import ast
@@ -27,11 +27,9 @@ if TYPE_CHECKING:
     from openai.types.chat import ChatCompletionMessageParam
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-REDACTED = "…"  # in place of the key
-REFUSED_STATUS_CODES = (400, 413, 422)  # for what a prompt says or how long it is
-MAX_RETRIES = (
-    4  # of a request; openai waits 0.5, 1, 2 and 4 s between them, or as long as the endpoint asks (Retry-After)
-)
+REDACTED = "…"  # replaces the key
+REFUSED_STATUS_CODES = (400, 413, 422)  # HTTP status codes that concern the prompt, such as its content or length
+MAX_RETRIES = 4  # openai waits 0.5, 1, 2 and 4 s, or as long as the endpoint asks (Retry-After)
 ASPECTS = {
     "match": "Does the answer mean the same as the right answer? Other words for the same thing count as the same. "
     "5: the same meaning; 0: another meaning.",
@@ -50,22 +48,27 @@ SYSTEM = "You grade answers to questions about videos. You have not seen the vid
 
 
 class JudgeError(VllamaError):
-    """The judge cannot be asked at all; the message says why."""
+    """The judge cannot be reached or used; the message has the reason."""
 
 
 class PromptRefusedError(JudgeError):
-    """The judge refuses this prompt, as content filters do; it may take another one."""
+    """The judge refuses a prompt, as content filters do. It may accept others."""
 
 
 @dataclasses.dataclass
 class Judge:
-    """An endpoint and the model to ask there. The key is sent to this URL only; what comes back is scrubbed of it.
+    """A judge. The key is sent to its URL only, and is removed from all that the endpoint returns.
 
-    timeout: of a request, in seconds. tries: to get a reply that can be read.
-    greedy: whether temperature 0 is asked for; it is not any more after the model has refused that.
+    Attributes:
+        url: The URL of the endpoint, with or without "/chat/completions".
+        model: The name of the model at the endpoint.
+        max_replies: The maximum number of requests for a case until a reply can be parsed.
+        timeout: The timeout of a request, in seconds.
+        key: The API key; "" for none.
+        greedy: Request temperature 0. Set to False when the model refuses that.
 
     Raises:
-        ConfigError: openai is not installed, or `url` or a proxy of the environment is not one.
+        ConfigError: openai is not installed, or `url` or a proxy of the environment is invalid.
     """
 
     url: str
@@ -76,21 +79,34 @@ class Judge:
     greedy: bool = True
 
     def __post_init__(self) -> None:
-        self._client = _client(self.base, self.key, self.timeout)
+        self._client = _make_client(self.base_url, self.key, self.timeout)
 
     @property
-    def base(self) -> str:
+    def base_url(self) -> str:
+        """The URL without "/chat/completions"."""
         return self.url.rstrip("/").removesuffix("/chat/completions")
 
     @property
     def endpoint(self) -> str:
-        return f"{self.base}/chat/completions"
+        """The URL of chat completions."""
+        return f"{self.base_url}/chat/completions"
 
     def ask(self, aspect: str, question: Sequence[str], reference: str, answer: Sequence[str]) -> dict[str, Any] | str:
-        """{"score", "reply", "model"}, for "match" also "correct"; model: as the endpoint names it.
+        """Request a judgment.
 
-        The last reply, where `tries` in turn are not what is asked for.
-        question, answer: one, or two of each where the same is asked in two ways. Raises Refused, Unreachable.
+        Args:
+            aspect: A key of `ASPECTS`.
+            question: The question, or two versions of it.
+            reference: The reference answer.
+            answer: The answer to each of them.
+
+        Returns:
+            {"score", "reply", "model"}, and "correct" for the aspect "match", where "model" is the name that the
+            endpoint reports; or the last reply as text, if `max_replies` of them could not be parsed.
+
+        Raises:
+            PromptRefusedError: The endpoint refuses this prompt.
+            JudgeError: The endpoint cannot be reached or used.
         """
         messages = _make_messages(aspect, question, reference, answer)
         for _ in range(self.max_replies):
@@ -99,19 +115,19 @@ class Judge:
                 return {**found, "reply": self.redact(reply), "model": self.redact(model)}
         return self.redact(reply)
 
-    def redact(self, said: Any) -> Any:
-        """What an endpoint says, without the key, which some repeat, plain or encoded: in texts, lists and objects."""
-        if isinstance(said, dict):
-            return {self.redact(name): self.redact(value) for name, value in said.items()}
-        if isinstance(said, list):
-            return [self.redact(value) for value in said]
-        if isinstance(said, str):
-            for form in _list_encodings(self.key):
-                said = re.sub(re.escape(form), REDACTED, said, flags=re.IGNORECASE)
-        return said
+    def redact(self, value: Any) -> Any:
+        """Remove the key, plain or encoded, from texts, lists and objects, because some endpoints repeat it."""
+        if isinstance(value, dict):
+            return {self.redact(name): self.redact(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [self.redact(item) for item in value]
+        if isinstance(value, str):
+            for encoding in _list_encodings(self.key):
+                value = re.sub(re.escape(encoding), REDACTED, value, flags=re.IGNORECASE)
+        return value
 
     def _complete(self, messages: "list[ChatCompletionMessageParam]") -> tuple[str, Any]:
-        """The endpoint's reply and the model that it names, greedy where its model allows that."""
+        """Return the reply and the name of the model, with temperature 0 if the model accepts that."""
         import openai
 
         temperature = 0 if self.greedy else openai.omit
@@ -123,38 +139,37 @@ class Judge:
                 )
             )
         except openai.APIStatusError as error:
-            code, why = (
-                error.status_code,
-                self._format_reason(f"HTTP {error.status_code}: {_read_error_message(error)}"),
-            )
-            if code == 400 and "temperature" in why and self.greedy:
-                self.greedy = False  # some models have one temperature only
+            code = error.status_code
+            reason = self._format_reason(f"HTTP {code}: {_read_error_message(error)}")
+            if code == 400 and "temperature" in reason and self.greedy:
+                self.greedy = False  # some models have a fixed temperature
                 return self._complete(messages)
-            if code not in (408, 409, 429) and code < 500:  # openai has asked again for these
-                kind = PromptRefusedError if code in REFUSED_STATUS_CODES else JudgeError
-                raise kind(f"{self.endpoint}: the judge refuses ({why}); {_suggest_fix(code)}") from None
-        except (openai.OpenAIError, ValueError, RecursionError) as error:  # nobody there, or no chat endpoint
-            why = self._format_reason(error.__cause__ or error)
-        raise JudgeError(f"{self.endpoint}: the judge cannot be reached ({why}); check --judge-url")
+            if code not in (408, 409, 429) and code < 500:  # openai has retried the others
+                error_class = PromptRefusedError if code in REFUSED_STATUS_CODES else JudgeError
+                message = f"{self.endpoint}: the judge refused the request ({reason}); {_suggest_fix(code)}"
+                raise error_class(message) from None
+        except (openai.OpenAIError, ValueError, RecursionError) as error:  # no connection, or not a chat endpoint
+            reason = self._format_reason(error.__cause__ or error)
+        raise JudgeError(f"{self.endpoint}: the judge cannot be reached ({reason}); check --judge-url")
 
-    def _format_reason(self, why: object) -> str:
-        """Why a request failed, in one line and without the key."""
-        return self.redact(" ".join(str(why).split()))[:200]
+    def _format_reason(self, reason: object) -> str:
+        """Return the reason of a failed request in one line, without the key."""
+        return self.redact(" ".join(str(reason).split()))[:200]
 
 
-def _client(base: str, key: str, timeout: float) -> "openai.OpenAI":
-    """A client that follows no redirect, which would take the key elsewhere, and trusts the certificates of the system.
+def _make_client(base_url: str, key: str, timeout: float) -> "openai.OpenAI":
+    """Make a client that trusts the system's certificates and follows no redirects, which could leak the key.
 
-    Of the environment it takes proxies and certificates (HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE), and no organization
-    or project: those are of OpenAI, and the endpoint may be another one.
+    It uses proxies and certificates of the environment (HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE), but not OpenAI's
+    organization and project, because the endpoint may be another one.
     """
     openai = import_extra("openai", "judge", "--judge-url", ConfigError)
     import httpx
 
     try:
         return openai.OpenAI(
-            base_url=base,
-            api_key=key or "none",  # openai wants one; its header is left out of requests
+            base_url=base_url,
+            api_key=key or "none",  # openai requires one; without a key, the header is omitted from requests
             timeout=timeout,
             max_retries=MAX_RETRIES,
             default_headers=dict.fromkeys(("OpenAI-Organization", "OpenAI-Project"), openai.Omit()),
@@ -162,24 +177,36 @@ def _client(base: str, key: str, timeout: float) -> "openai.OpenAI":
         )
     except (ValueError, ImportError, OSError, httpx.InvalidURL) as error:
         raise ConfigError(
-            f"--judge-url {base}: cannot be used ({format_error(error)}); check it and the proxies"
+            f"--judge-url {base_url}: cannot be used ({format_error(error)}); check it and the proxies"
         ) from error
 
 
 def make_judge(url: str, model: str) -> Judge:
-    """A judge with the key from the environment. Raises ConfigError for a URL or a key that is none."""
+    """Make a judge with the key of the environment variable OPENAI_API_KEY.
+
+    Args:
+        url: The URL of the endpoint.
+        model: The name of the model at the endpoint.
+
+    Raises:
+        ConfigError: The URL or the key is invalid, or openai is not installed.
+    """
     if not re.match(r"https?://[^/]", url):
         raise ConfigError(f"--judge-url must begin with http:// or https://, not {url!r}")
     key = os.environ.get(KEY_VARIABLE, "").strip()
     if not (key.isascii() and key.isprintable()):
-        raise ConfigError(f"{KEY_VARIABLE} holds a line break or a letter that no key has; set it to the key alone")
+        raise ConfigError(f"{KEY_VARIABLE} has a line break or another invalid character; set it to the key alone")
     return Judge(url, model, key=key)
 
 
 def parse_reply(reply: str, aspect: str) -> dict[str, Any] | None:
-    """The judgement in a reply: the last object that has a score from 0 to 5; None where there is none.
+    """Parse the reply of a judge.
 
-    Objects are JSON or, as Video-ChatGPT asks for, Python: {'pred': 'yes', 'score': 4}.
+    The last object with a score from 0 to 5 counts. It may be JSON, or a Python dict as in Video-ChatGPT's prompts:
+    {'pred': 'yes', 'score': 4}.
+
+    Returns:
+        {"score"}, for the aspect "match" with "correct"; None if there is no such object.
     """
     for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
         found = _parse_object(text)
@@ -194,25 +221,25 @@ def parse_reply(reply: str, aspect: str) -> dict[str, Any] | None:
 
 
 def _parse_object(text: str) -> dict[str, Any]:
-    """A JSON object or a Python dict; an empty one for what is neither."""
-    for read in (json.loads, ast.literal_eval):
+    """Parse a JSON object or a Python dict; return an empty dict for anything else."""
+    for parse in (json.loads, ast.literal_eval):
         with contextlib.suppress(ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-            if isinstance(found := read(text), dict):
+            if isinstance(found := parse(text), dict):
                 return found
     return {}
 
 
 def today() -> str:
-    """The date in UTC, as results record it."""
+    """Return the date in UTC, such as "2026-01-31"."""
     return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 @functools.cache
 def _list_encodings(key: str) -> tuple[str, ...]:
-    """How a key may be written in what an endpoint sends back, the longest first: plain, escaped, hexadecimal, base64.
+    """Return the encodings of a key that may occur in a response, the longest first: plain, escaped, hex, base64.
 
-    In the base64 of a longer text ("Bearer KEY") a key has one of three forms, by where it begins; the digits that it
-    shares with its neighbours are left out. What is shorter than eight digits is not searched: it says little.
+    In the base64 of a longer text ("Bearer KEY") a key has one of three forms, depending on its offset. The digits that
+    it shares with neighboring text are excluded. Encodings shorter than eight digits are not searched.
     """
     if not key:
         return ()
@@ -231,9 +258,9 @@ def _make_messages(
     aspect: str, question: Sequence[str], reference: str, answer: Sequence[str]
 ) -> "list[ChatCompletionMessageParam]":
     lines = [ASPECTS[aspect], ""]
-    for number, (asked, said) in enumerate(zip(question, answer, strict=True), 1):
-        which = f" {number}" if len(question) > 1 else ""
-        lines += [f"Question{which}: {asked}", f"Answer{which}: {said}"]
+    for number, (question_text, answer_text) in enumerate(zip(question, answer, strict=True), 1):
+        suffix = f" {number}" if len(question) > 1 else ""
+        lines += [f"Question{suffix}: {question_text}", f"Answer{suffix}: {answer_text}"]
     correct = '"correct": "yes" or "no", ' if aspect == "match" else ""
     lines += [f"Right answer: {reference}", "", "Reply with one JSON object and nothing else:"]
     lines.append(f'{{{correct}"score": a whole number from 0 to 5}}')
@@ -241,7 +268,7 @@ def _make_messages(
 
 
 def _read_completion(completion: Any) -> tuple[str, Any]:
-    """What a completion says, and the model that it names. openai does not check what an endpoint sends."""
+    """Return the text and the model of a completion, which openai does not validate."""
     try:
         content = completion.choices[0].message.content
     except (AttributeError, LookupError, TypeError):
@@ -250,10 +277,10 @@ def _read_completion(completion: Any) -> tuple[str, Any]:
 
 
 def _read_error_message(error: "openai.APIStatusError") -> str:
-    """What an endpoint says of an error; the status in words where that is nothing, or a web page."""
-    said = error.body.get("message") if isinstance(error.body, dict) else error.body
-    if isinstance(said, str) and said and not said.startswith("<"):
-        return said
+    """Return the error message of an endpoint, or the reason phrase of the status if there is none or it is HTML."""
+    message = error.body.get("message") if isinstance(error.body, dict) else error.body
+    if isinstance(message, str) and message and not message.startswith("<"):
+        return message
     return error.response.reason_phrase
 
 

@@ -1,4 +1,4 @@
-"""What answers are worth by themselves, without a judge. All are fractions; CIDEr's range is 0 to 10."""
+"""Metrics that need no judge. All are fractions from 0 to 1, except CIDEr, whose range is 0 to 10."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,56 +15,69 @@ WORD = re.compile(r"n't|'(?:s|m|d|re|ve|ll)\b|[^\W_]+(?:[-.,][^\W_]+)*", re.UNIC
 
 
 def exact_match(answer: str, references: Sequence[str]) -> bool:
-    """Whether an answer is one of the references, normalized. An empty answer is none."""
-    said = normalize_answer(answer)
-    return bool(said) and said in [normalize_answer(reference) for reference in references]
+    """Return whether an answer equals one of the references after normalization; False for an empty answer."""
+    words = normalize_answer(answer)
+    return bool(words) and words in [normalize_answer(reference) for reference in references]
 
 
 def contains(answer: str, references: Sequence[str]) -> bool:
-    """Whether the words of one of the references stand in an answer, next to each other."""
-    said = normalize_answer(answer)
-    return any(is_sublist(normalize_answer(reference), said) for reference in references)
+    """Return whether an answer contains the words of one of the references, one after the other."""
+    words = normalize_answer(answer)
+    return any(is_sublist(normalize_answer(reference), words) for reference in references)
 
 
 def tokenize_caption(text: str) -> str:
-    """A caption as its words are compared: lower case, clitics apart, no punctuation.
+    """Return a caption in lower case, with words and clitics separated by spaces, without punctuation.
 
-    COCO's evaluation does this by the Stanford tokenizer, which needs Java; ours differs from it in rare cases
-    (brackets, dates).
+    COCO's evaluation uses the Stanford tokenizer, which needs Java. The results differ in rare cases (brackets, dates).
     """
-    return " ".join(WORD.findall(CLITIC.sub(lambda found: f" {found[0]}", fold_characters(text).lower())))
+    return " ".join(WORD.findall(CLITIC.sub(lambda match: f" {match[0]}", fold_characters(text).lower())))
 
 
 def score_captions(answers: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> dict[str, float]:
-    """CIDEr-D, BLEU-1 to 4 and ROUGE-L of a set of captions, by id, as COCO's evaluation computes them.
+    """Compute CIDEr-D, BLEU-1 to 4 and ROUGE-L of captions, as COCO's evaluation does.
 
-    Raises ConfigError when its library is not installed.
+    Args:
+        answers: The captions by question id.
+        references: The reference captions by question id.
+
+    Returns:
+        The scores by the names "bleu_1" to "bleu_4", "rouge_l" and "cider".
+
+    Raises:
+        ConfigError: pycocoevalcap is not installed.
     """
     bleu, cider, rouge = _load_caption_scorers()
-    said = {key: [tokenize_caption(answer)] for key, answer in answers.items()}
-    references_by_id = {key: [tokenize_caption(reference) for reference in references[key]] for key in answers}
-    scores = {
-        f"bleu_{n}": float(score) for n, score in enumerate(bleu.compute_score(references_by_id, said, verbose=0)[0], 1)
-    }
-    scores["rouge_l"] = float(rouge.compute_score(references_by_id, said)[0])
-    scores["cider"] = float(cider.compute_score(references_by_id, said)[0])
+    captions = {key: [tokenize_caption(answer)] for key, answer in answers.items()}
+    tokenized = {key: [tokenize_caption(reference) for reference in references[key]] for key in answers}
+    bleu_scores = bleu.compute_score(tokenized, captions, verbose=0)[0]
+    scores = {f"bleu_{n}": float(value) for n, value in enumerate(bleu_scores, 1)}
+    scores["rouge_l"] = float(rouge.compute_score(tokenized, captions)[0])
+    scores["cider"] = float(cider.compute_score(tokenized, captions)[0])
     return scores
 
 
 def check_libraries(questions: Sequence[Question]) -> None:
-    """Raises ConfigError when scoring these questions' answers needs a library that is not installed."""
+    """Raise ConfigError if scoring answers to these questions needs a library that is not installed."""
     if any(question.task == "caption" for question in questions):
         _load_caption_scorers()
 
 
 def score(questions: Sequence[Question], answers: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-    """Figures over all answered questions under "all", and over each kind. Captions are scored over all only.
+    """Score answers over all answered questions and over each category.
 
-    Each has n; accuracy, chance and how many answers name no choice; or exact_match and contains; or caption scores.
+    Args:
+        questions: The questions of the evaluation.
+        answers: Answers by question id.
+
+    Returns:
+        The scores of each category and of "all": the number of questions ("n"); for choices "accuracy", "chance" and
+        the number of answers without a choice ("no_choice"); for open questions "exact_match" and "contains"; and in
+        "all" only, the scores of captions.
     """
     answered = [question for question in questions if question.id in answers]
-    categories = sorted({kind for question in answered for kind in question.categories})
-    groups = {"all": answered} | {kind: [q for q in answered if kind in q.categories] for kind in categories}
+    categories = sorted({category for question in answered for category in question.categories})
+    groups = {"all": answered} | {name: [q for q in answered if name in q.categories] for name in categories}
     return {name: _score_group(group, answers, captions=name == "all") for name, group in groups.items() if group}
 
 
@@ -73,13 +86,9 @@ def _score_group(questions: Sequence[Question], answers: Mapping[str, str], capt
     scores: dict[str, Any] = {"n": len(questions)}
     if choice_questions := by_task["choice"]:
         letters = [find_choice_letter(answers[question.id], question.choices) for question in choice_questions]
-        references_by_id = [
-            letter == question.references[0] for letter, question in zip(letters, choice_questions, strict=True)
-        ]
-        scores |= {
-            "accuracy": mean(references_by_id),
-            "chance": mean([1 / len(question.choices) for question in choice_questions]),
-        }
+        pairs = zip(letters, choice_questions, strict=True)
+        scores["accuracy"] = mean([letter == question.references[0] for letter, question in pairs])
+        scores["chance"] = mean([1 / len(question.choices) for question in choice_questions])
         scores["no_choice"] = letters.count(None)
     if open_questions := by_task["open"]:
         for name, function in (("exact_match", exact_match), ("contains", contains)):
@@ -91,7 +100,7 @@ def _score_group(questions: Sequence[Question], answers: Mapping[str, str], capt
 
 
 def mean(values: Sequence[float]) -> float:
-    """Of at least one value."""
+    """Return the mean of at least one value."""
     return sum(values) / len(values)
 
 

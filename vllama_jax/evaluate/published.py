@@ -1,7 +1,7 @@
-"""What was published of the original Video-LLaMA (7B), to stand beside our figures.
+"""Published scores of the original Video-LLaMA (7B), for comparison.
 
-Accuracies are fractions here, percents in the papers. Judged figures are GPT-3.5-Turbo's of 2023, with the prompts of
-Video-ChatGPT; another judge, and our prompts, give others.
+Accuracies are fractions here and percentages in the papers. Judged scores are GPT-3.5-Turbo's of 2023 with the prompts
+of Video-ChatGPT. Other judges and prompts give other scores.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a benchmark asks, whatever its files look like."""
+"""Questions of benchmarks, independent of the layouts of annotation files."""
 
 import dataclasses
 import re
@@ -12,28 +12,28 @@ Task = Literal["open", "choice", "caption"]
 
 CAPTION_PROMPT = "Describe what happens in the video in one sentence."
 CHOICE_INSTRUCTION = "Answer with the letter of the right choice."
-CHOICE_ANSWER_START = (
-    "Answer: ("  # MVBench begins answers like this too, since many models name no letter by themselves
-)
+CHOICE_ANSWER_START = "Answer: ("  # as in MVBench, because many models do not answer with a letter otherwise
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Question:
-    """One question about one video, or about a part of one.
+    """A question about a video, or about a segment of a video.
 
     Attributes:
-        id: Unique in its benchmark.
-        names: What the video's file may be called in the folder of videos, the likeliest first; without an extension,
-            any will do.
-        text: As the model is asked.
-        begun: How the model's answer begins.
-        references: Right answers; for a choice, its letter.
+        id: A unique id in its benchmark.
+        names: Possible names of the video file in the directory of videos, the most probable first. A name without an
+            extension matches any video extension.
+        task: "open" (a free answer), "choice" or "caption".
+        text: The question as it is put to the model.
+        references: The reference answers; for a choice, the letter of the correct one.
+        answer_start: The beginning of the answer, which is given to the model.
         choices: The texts of (A), (B), …
-        kinds: Groups that it is counted in, the main one first.
-        start, end: Seconds; None for the whole video.
-        frame_rate: Frames a second, of a video that is a folder of pictures.
-        aspects: What a judge is to say of the answer (judge_client.py).
-        group: Questions of one group are judged together.
+        categories: Groups with scores of their own that the question belongs to, the main one first.
+        start: The start of the segment in seconds; None for the start of the video.
+        end: The end of the segment in seconds; None for the end of the video.
+        frame_rate: Frames per second, if the video is a directory of images.
+        aspects: The aspects that a judge scores (`judge_client.ASPECTS`).
+        group: Questions of the same group are judged together; "" for none.
     """
 
     id: str
@@ -52,11 +52,21 @@ class Question:
 
 
 class UnusableQuestion(Exception):
-    """Why an annotation is not a question."""
+    """The entry of an annotation file is not a question; the message has the reason."""
 
 
 def make_open_question(text: Any, answers: Any, aspects: Sequence[str] = ("match",), **fields: Any) -> Question:
-    """A question that is answered freely. answers: a text, or several that are right."""
+    """Make a question with a free answer.
+
+    Args:
+        text: The question.
+        answers: A reference answer, or a list of them.
+        aspects: The aspects that a judge scores.
+        **fields: Other fields of `Question`.
+
+    Raises:
+        UnusableQuestion: A text is missing or empty.
+    """
     references = _require_texts(answers if isinstance(answers, list) else [answers], "answer")
     return Question(
         task="open", text=_require_text(text, "question"), references=references, aspects=tuple(aspects), **fields
@@ -64,7 +74,17 @@ def make_open_question(text: Any, answers: Any, aspects: Sequence[str] = ("match
 
 
 def make_choice_question(text: Any, choices: Any, answer: Any, **fields: Any) -> Question:
-    """A question with choices. They may carry their letters ("A. a dog"); the answer is a letter or a choice's text."""
+    """Make a multiple-choice question.
+
+    Args:
+        text: The question.
+        choices: Two to 26 texts, with letters ("A. a dog") or without.
+        answer: The letter or the text of the correct choice.
+        **fields: Other fields of `Question`.
+
+    Raises:
+        UnusableQuestion: A text is missing or empty, or the answer is not one of the choices.
+    """
     if not isinstance(choices, list) or not 2 <= len(choices) <= len(string.ascii_uppercase):
         raise UnusableQuestion("it has no list of choices")
     texts = _require_texts(choices, "choice")
@@ -75,25 +95,33 @@ def make_choice_question(text: Any, choices: Any, answer: Any, **fields: Any) ->
         plain = texts
     answer = _require_text(answer, "answer")
     by_text = dict(zip((*texts, *plain), letters * 2, strict=True))
-    right = by_text.get(answer) or next((letter for letter in letters if answer.strip(" ().") == letter), None)
-    if right is None:
-        raise UnusableQuestion(f"its answer {answer!r} is none of its choices")
+    correct = by_text.get(answer) or next((letter for letter in letters if answer.strip(" ().") == letter), None)
+    if correct is None:
+        raise UnusableQuestion(f"its answer {answer!r} is not one of its choices")
     lines = [f"({letter}) {choice}" for letter, choice in zip(letters, plain, strict=True)]
     prompt = "\n".join([_require_text(text, "question"), *lines, CHOICE_INSTRUCTION])
     return Question(
-        task="choice", text=prompt, answer_start=CHOICE_ANSWER_START, references=(right,), choices=plain, **fields
+        task="choice", text=prompt, answer_start=CHOICE_ANSWER_START, references=(correct,), choices=plain, **fields
     )
 
 
 def make_caption_question(captions: Any, **fields: Any) -> Question:
-    """What is in a video, in one sentence."""
+    """Make a request for a description of the video in one sentence.
+
+    Args:
+        captions: A reference caption, or a list of them.
+        **fields: Other fields of `Question`.
+
+    Raises:
+        UnusableQuestion: There is no caption.
+    """
     captions = captions if isinstance(captions, list) else [captions]
     references = _require_texts([caption for caption in captions if caption], "caption")
     return Question(task="caption", text=CAPTION_PROMPT, references=references, **fields)
 
 
 def group_by_video(questions: Iterable[Question]) -> list[Question]:
-    """Questions about the same part of the same video next to each other, else in their order."""
+    """Put questions about the same segment of the same video next to each other, otherwise in the given order."""
     groups: dict[tuple, list[Question]] = {}
     for question in questions:
         groups.setdefault((question.names, question.start, question.end), []).append(question)
@@ -101,28 +129,41 @@ def group_by_video(questions: Iterable[Question]) -> list[Question]:
 
 
 def limit_questions(questions: Sequence[Question], limit: int | None) -> list[Question]:
-    """At most `limit` questions, of each main kind as many, the first ones of each, in the order that they have."""
+    """Return at most `limit` questions: the first ones of each main category, the same number of each if possible.
+
+    The order of the questions is kept. None means no limit.
+    """
     if limit is None or limit >= len(questions):
         return list(questions)
     counts: dict[str, int] = {}
     ranks = []
     for question in questions:
-        kind = question.categories[0] if question.categories else ""
-        counts[kind] = counts.get(kind, 0) + 1
-        ranks.append(counts[kind])
+        category = question.categories[0] if question.categories else ""
+        counts[category] = counts.get(category, 0) + 1
+        ranks.append(counts[category])
     chosen = sorted(range(len(questions)), key=lambda number: ranks[number])[:limit]
     return [questions[number] for number in sorted(chosen)]
 
 
+# Fields by their names in the hashed text, where these differ: digests of saved evaluations must not change.
+HASHED_NAMES = {"answer_start": "begun", "categories": "kinds"}
+
+
 def digest(questions: Iterable[Question]) -> str:
-    """Of all that is asked, but not of its files' names: another one means that answers cannot be compared."""
+    """Return a hash of the questions without the names of their videos.
+
+    Answers to questions with different digests cannot be compared.
+    """
     hashed = xxhash.xxh3_128()
     for question in questions:
-        hashed.update(repr(dataclasses.replace(question, names=())).encode())
+        values = vars(dataclasses.replace(question, names=()))
+        fields = ", ".join(f"{HASHED_NAMES.get(name, name)}={value!r}" for name, value in values.items())
+        hashed.update(f"Question({fields})".encode())
     return hashed.hexdigest()
 
 
 def _require_text(value: Any, field: str) -> str:
+    """Return a text, or a number as text. Raise UnusableQuestion for another type and for an empty text."""
     value = str(value) if isinstance(value, int | float) and not isinstance(value, bool) else value
     if not isinstance(value, str) or not value.strip():
         raise UnusableQuestion(f"it has no {field}")

@@ -1,7 +1,7 @@
-"""A benchmark from its files to its figures, in a folder that a stopped run goes on in.
+"""Evaluation of a model on a benchmark, in an output directory from which a stopped evaluation resumes.
 
-config.json      what was asked of which model, and how     answers.jsonl      a line for each answer, as they come
-results.json     the figures, also of what is there so far  judgements.jsonl   a line for each judgement
+config.json   the benchmark, the model and the options      answers.jsonl      a line for each answer
+results.json  the scores, also of a partial evaluation      judgements.jsonl   a line for each judgment
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.evaluate import metrics
 from vllama_jax.evaluate.answers import AnswerSettings, Predictor, QuestionWithVideo, select_unfinished_batches
 from vllama_jax.evaluate.benchmarks import BENCHMARKS, BenchmarkName, read_questions
-from vllama_jax.evaluate.judge_answers import judge_answers, summarize_judgements
+from vllama_jax.evaluate.judge_answers import judge_answers, summarize_judgments
 from vllama_jax.evaluate.judge_client import Judge, JudgeError
 from vllama_jax.evaluate.published import PUBLISHED
 from vllama_jax.evaluate.questions import Question, digest, group_by_video, limit_questions
@@ -31,12 +31,25 @@ from vllama_jax.model import Model, load, remove_missing_branches
 from vllama_jax.nn.network import default_dtype
 
 EVALUATION_FILES = ("config.json", "answers.jsonl", "judgements.jsonl", "results.json")
-MAX_NEW_TOKENS = {"open": 300, "caption": 64, "choice": 32}  # at most, unless the user says: what each task can need
+MAX_NEW_TOKENS = {"open": 300, "caption": 64, "choice": 32}  # default limits by task
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What is asked for. weights: how the model is loaded, `model.load`'s dtype and quantize."""
+    """The inputs and options of an evaluation.
+
+    Attributes:
+        benchmark: The name of the benchmark.
+        annotations: Its annotation file, or the directory of it.
+        videos: The directory of its videos.
+        model: The model or run directory.
+        out: The output directory.
+        base: The base model of a run, if it has moved.
+        limit: The maximum number of questions, the same number of each category; None for all.
+        settings: Options for answering.
+        weights: Arguments `dtype` and `quantize` of `model.load`.
+        judge: A judge of open answers.
+    """
 
     benchmark: BenchmarkName
     annotations: Path
@@ -50,12 +63,22 @@ class Evaluation:
     judge: Judge | None = None
 
 
-def evaluate(evaluation: Evaluation, step: Callable[[str], None]) -> dict[str, Any]:
-    """Answers, scores and, with a judge, judges a benchmark; returns what results.json holds.
+def evaluate(evaluation: Evaluation, report_status: Callable[[str], None]) -> dict[str, Any]:
+    """Answer the questions of a benchmark, score the answers, and have them judged if there is a judge.
 
-    step: is told what goes on. Results are written whatever happens after the first answer, also when this raises:
-    DataError for annotations and videos that cannot be used and a judge that cannot be asked, ConfigError for another
-    evaluation in the same folder, and whatever loading a model raises.
+    After the first answer, results.json is also written if the evaluation is interrupted or fails.
+
+    Args:
+        evaluation: The inputs and options.
+        report_status: Called with a line about the progress.
+
+    Returns:
+        The contents of results.json.
+
+    Raises:
+        DataError: Annotations or videos cannot be used, or the judge cannot be reached.
+        ConfigError: An option is invalid, or the output directory contains answers of another evaluation.
+        CheckpointError: The model cannot be loaded.
     """
     if evaluation.limit is not None and evaluation.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {evaluation.limit}")
@@ -74,19 +97,19 @@ def evaluate(evaluation: Evaluation, step: Callable[[str], None]) -> dict[str, A
     directory = remove_missing_branches(open_model(evaluation.model, evaluation.base))
     metrics.check_libraries(all_questions)
     with _open_directory(evaluation.out, _make_identity(evaluation, directory, digest(all_questions))):
-        work = _EvaluationRun(evaluation, new_tokens, questions, video_paths, directory, step)
+        run = _EvaluationRun(evaluation, new_tokens, questions, video_paths, directory, report_status)
         try:
-            work.answer()
+            run.predict()
             if evaluation.judge is not None:
-                work.write_results()
-                work.judge(evaluation.judge)
+                run.write_results()
+                run.judge(evaluation.judge)
         finally:
-            results = work.write_results()
+            results = run.write_results()
     return results
 
 
 class _EvaluationRun:
-    """One evaluation in its folder."""
+    """The state of an evaluation in its output directory."""
 
     def __init__(
         self,
@@ -95,24 +118,24 @@ class _EvaluationRun:
         questions: Sequence[Question],
         video_paths: dict[tuple[str, ...], Path | None],
         directory: ModelDirectory,
-        step: Callable[[str], None],
+        report_status: Callable[[str], None],
     ):
-        self._evaluation, self._questions, self._video_paths, self._directory = (
-            evaluation,
-            questions,
-            video_paths,
-            directory,
-        )
-        self._max_new_tokens, self._step = max_new_tokens, step
+        self._evaluation, self._questions = evaluation, questions
+        self._video_paths, self._directory = video_paths, directory
+        self._max_new_tokens, self._report_status = max_new_tokens, report_status
         self._answers = JsonLinesFile(evaluation.out / "answers.jsonl")
-        self._judgements = JsonLinesFile(evaluation.out / "judgements.jsonl")
+        self._judgments = JsonLinesFile(evaluation.out / "judgements.jsonl")
         self._unusable: dict[str, str] = {}
         self._unjudged: list[str] = []
-        wanted = {question.id for question in questions}
-        self._answers_by_id = {line["id"]: line["answer"] for line in self._answers.read() if line.get("id") in wanted}
+        ids = {question.id for question in questions}
+        self._answers_by_id = {line["id"]: line["answer"] for line in self._answers.read() if line.get("id") in ids}
 
-    def answer(self) -> None:
-        """Answers what has no answer yet."""
+    def predict(self) -> None:
+        """Answer the questions that have no answer yet.
+
+        Raises:
+            DataError: No video is found, or no question can be answered.
+        """
         available = [
             QuestionWithVideo(question, path)
             for question in self._questions
@@ -121,38 +144,39 @@ class _EvaluationRun:
         if not available and not self._answers_by_id:
             first = ", ".join(names[0] for names in list(self._video_paths)[:3])
             raise DataError(
-                f"{self._evaluation.videos}: none of the {len(self._video_paths)} videos is in it (first {first}); "
+                f"{self._evaluation.videos}: has none of the {len(self._video_paths)} videos (first {first}); "
                 "check --videos"
             )
         done = set(self._answers_by_id)
-        batches = select_unfinished_batches(
-            available, done, min(self._evaluation.settings.batch_size, len(self._questions))
-        )
-        answering = Predictor(self._directory.config, self._evaluation.settings, self._max_new_tokens, self._load)
-        self._unusable = answering.unusable
+        settings, total = self._evaluation.settings, len(self._questions)
+        batches = select_unfinished_batches(available, done, min(settings.batch_size, total))
+        predictor = Predictor(self._directory.config, settings, self._max_new_tokens, self._load)
+        self._unusable = predictor.unusable
         if batches:
-            self._step(f"answered {len(done)} of {len(self._questions)}")
-        for lines in answering.answer(batches, done):
+            self._report_status(f"answered {len(done)} of {total} questions")
+        for lines in predictor.predict(batches, done):
             self._answers.add(*lines)
             self._answers_by_id |= {line["id"]: line["answer"] for line in lines}
-            self._step(f"answered {len(self._answers_by_id)} of {len(self._questions)}")
+            self._report_status(f"answered {len(self._answers_by_id)} of {total} questions")
         if not self._answers_by_id:
-            raise DataError(f"no question could be answered; the first: {next(iter(self._unusable.values()))}")
+            raise DataError(f"no question could be answered; first problem: {next(iter(self._unusable.values()))}")
 
     def judge(self, judge: Judge) -> None:
-        """Judges what this judge has not judged yet. Raises DataError when it cannot be asked."""
+        """Request the judgments that this judge has not given yet. Raise DataError if it cannot be reached."""
         try:
-            self._unjudged = judge_answers(judge, self._questions, self._answers_by_id, self._judgements, self._step)
+            self._unjudged = judge_answers(
+                judge, self._questions, self._answers_by_id, self._judgments, self._report_status
+            )
         except JudgeError as error:
             raise DataError(
-                f"{error}; answers and other figures are in {self._evaluation.out}; run the same command to continue"
+                f"{error}; answers and other scores are saved in {self._evaluation.out}; run the same command to resume"
             ) from error
 
     def write_results(self) -> dict[str, Any]:
-        """results.json, whole or as it was."""
+        """Write results.json atomically and return its contents; nothing without an answer."""
         if not self._answers_by_id:
             return {}
-        missing = [question.names for question in self._questions if self._lacks_video(question)]
+        missing = [question.names for question in self._questions if self._is_video_missing(question)]
         results = {
             "benchmark": self._evaluation.benchmark,
             "model": str(self._evaluation.model),
@@ -167,26 +191,26 @@ class _EvaluationRun:
                 "videos": len(set(missing)),
                 "first": [names[0] for names in dict.fromkeys(missing)][:MAX_LISTED_MISSING],
             },
-            "unusable": {key: why for key, why in self._unusable.items() if key not in self._answers_by_id},
+            "unusable": {key: reason for key, reason in self._unusable.items() if key not in self._answers_by_id},
             "scores": metrics.score(self._questions, self._answers_by_id),
-            "judged": summarize_judgements(self._questions, self._judgements.read()),
+            "judged": summarize_judgments(self._questions, self._judgments.read()),
             "unjudged": {"cases": len(self._unjudged), "first": next(iter(self._unjudged), None)},
             "published": PUBLISHED.get(self._evaluation.benchmark),
         }
         replace_json(self._evaluation.out / "results.json", results)
         return results
 
-    def _lacks_video(self, question: Question) -> bool:
+    def _is_video_missing(self, question: Question) -> bool:
         return self._video_paths[question.names] is None and question.id not in self._answers_by_id
 
     def _load(self) -> Model:
-        self._step(f"loading {self._evaluation.model}")
+        self._report_status(f"loading {self._evaluation.model}")
         weights = self._evaluation.weights
         return load(self._directory, weights.get("dtype"), quantize=weights.get("quantize"))
 
 
 def _make_identity(evaluation: Evaluation, directory: ModelDirectory, questions: str) -> dict[str, Any]:
-    """What makes answers comparable; batch_size, limit, paths and the judge may change when a run is taken up."""
+    """Return what determines the answers. batch_size, limit, paths and the judge may differ in a resumed evaluation."""
     settings = dataclasses.asdict(evaluation.settings)
     del settings["batch_size"]
     return {
@@ -201,49 +225,56 @@ def _make_identity(evaluation: Evaluation, directory: ModelDirectory, questions:
 
 
 def _select_dtype(evaluation: Evaluation) -> str:
-    """As asked for, or that of the folder's answers, which may be another machine's, or this machine's."""
+    """Return the dtype of the options, or else of the saved answers (maybe of another machine), or else the default."""
     saved = read_object(evaluation.out / "config.json") if _has_answers(evaluation.out) else {}
     return evaluation.weights.get("dtype") or saved.get("dtype") or default_dtype()
 
 
 def _has_answers(out: Path) -> bool:
-    """Whether a folder has answers; a full disk can leave their file empty."""
+    """Return whether a directory has saved answers; a full disk can leave an empty file."""
     answers = out / "answers.jsonl"
     return (out / "config.json").exists() and answers.exists() and answers.stat().st_size > 0
 
 
 @contextlib.contextmanager
 def _open_directory(out: Path, config: dict[str, Any]) -> Iterator[None]:
-    """Makes `out` the folder of an evaluation, or takes up the one that it is, and keeps other processes off it."""
+    """Create the output directory or resume in it, and lock it.
+
+    Raises:
+        DataError: It is locked by another process, cannot be written, or is not the output of an evaluation.
+        ConfigError: It has answers of another evaluation.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        with lock_directory(
-            out, f"{out}: another process is answering into it; wait for that one, or choose another --out"
-        ):
+        with lock_directory(out, f"{out}: another process writes to it; wait for it to end, or choose another --out"):
             check_output_files(out, EVALUATION_FILES)
             if not _is_same_evaluation(out, config):
                 replace_json(out / "config.json", config)
             yield
     except OSError as error:
         raise DataError(
-            f"{out}: cannot be written ({error.strerror or error}); what is in it stays, and the same command goes on"
+            f"{out}: cannot be written ({error.strerror or error}); saved answers are kept, run the command to resume"
         ) from error
 
 
 def _is_same_evaluation(out: Path, config: dict[str, Any]) -> bool:
-    """Whether a folder is this evaluation's already; it may also be empty, or another's that has no answers.
+    """Return whether a directory is the output of this evaluation. If not, it may be used as long as it has no answers.
 
-    Raises ConfigError where there are answers of another evaluation, DataError for a folder of another kind.
+    Raises:
+        ConfigError: It has answers of another evaluation.
+        DataError: It is not the output of an evaluation.
     """
     if not (out / "config.json").exists():
         if other_files := sorted(entry.name for entry in out.iterdir()):
-            raise DataError(f"{out}: not an evaluation's folder (it has {other_files[0]}); choose another --out")
+            raise DataError(f"{out}: not the output of an evaluation (it has {other_files[0]}); choose another --out")
         return False
     saved = read_object(out / "config.json")
     if "evaluation" not in saved:
-        raise DataError(f"{out}: a model's or a run's directory, not an evaluation's; choose another --out")
+        raise DataError(f"{out}: a model or run directory, not the output of an evaluation; choose another --out")
     changed = describe_changes(saved, config)
     if changed and _has_answers(out):
         differences = ", ".join(changed[:3])
-        raise ConfigError(f"{out}: holds another evaluation ({differences}); give the same, or choose another --out")
+        raise ConfigError(
+            f"{out}: has answers of another evaluation ({differences}); use the same options, or choose another --out"
+        )
     return not changed

@@ -1,4 +1,4 @@
-"""The names that annotations have for videos → files in a folder."""
+"""Lookup of video files by the names in annotation files."""
 
 import os
 from collections.abc import Iterable
@@ -8,25 +8,39 @@ from vllama_jax.errors import DataError
 from vllama_jax.media import IMAGE_EXTENSIONS
 
 VIDEO_EXTENSIONS = (".mp4", ".avi", ".mkv", ".webm", ".mov", ".m4v", ".flv", ".mpg", ".mpeg", ".gif")
-MAX_LISTED_MISSING = 5  # names of missing videos in messages
+MAX_LISTED_MISSING = 5  # missing videos that messages name
 
 
 class VideoFolder:
-    """A folder of videos, with folders in it or without. Raises DataError when there is none."""
+    """A directory of videos, with or without subdirectories.
+
+    Args:
+        folder: The directory.
+
+    Raises:
+        DataError: It does not exist.
+    """
 
     def __init__(self, folder: Path):
         if not folder.is_dir():
-            raise DataError(f"{folder}: no such folder; --videos is where the benchmark's videos were unpacked to")
+            raise DataError(f"{folder}: no such directory; --videos must be the directory of the benchmark's videos")
         self.folder = folder
         self._by_name: dict[str, list[Path]] | None = None
 
     def find(self, names: Iterable[str]) -> Path | None:
-        """The file, or the folder of frames, that has one of these names; the first of them that has any.
+        """Find the file, or the directory of frames, with the first of these names that exists.
 
-        A name is a path from the folder on, and may lack its extension or have another one. Where nothing is there,
-        the whole folder is searched for what has that name and, if it has folders, lies in such ones: data sets have
-        names in common. One of which there are two is not found. Nor is what a name with ".." or an absolute path
-        finds outside the folder: annotations come from elsewhere.
+        A name is a path relative to the directory. Its extension may be missing, or that of another video format. If
+        the path does not exist, the file name is searched for in all subdirectories. If the name has directories, the
+        end of the path must match them, because file names are not unique over datasets. A name with several matches is
+        not found. Names that lead out of the directory ("..", absolute paths) are ignored, because annotation files may
+        come from untrusted sources.
+
+        Args:
+            names: Possible names, the most probable first.
+
+        Returns:
+            The path, or None if no name is found.
         """
         names = [name for name in names if name and self._is_inside(name)]
         for name in names:
@@ -45,12 +59,12 @@ class VideoFolder:
         return ".." not in path.parts and (self.folder / path).absolute().is_relative_to(self.folder.absolute())
 
     def _find_by_path_suffix(self, name: Path) -> list[Path]:
-        """What has this name in these folders; folders of frames only where it has some."""
+        """Return the paths that end in `name`. Directories of frames need at least one directory in `name`."""
         if self._by_name is None:
             self._by_name = {}
             for folder, _, files in os.walk(self.folder, followlinks=True):
                 videos = [file for file in files if not file.lower().endswith(IMAGE_EXTENSIONS)]
-                frames = [Path(folder)] if len(videos) < len(files) else []  # MVBench has hundreds of thousands
+                frames = [Path(folder)] if len(videos) < len(files) else []  # MVBench has too many frames to list
                 for path in (*frames, *(Path(folder, file) for file in videos)):
                     for key in {path.name.lower(), _stem(path.name).lower()}:
                         self._by_name.setdefault(key, []).append(path)
@@ -62,10 +76,10 @@ class VideoFolder:
 
 
 def _lowercase_parts(path: Path) -> list[str]:
-    return [part.lower() for part in path.parts]
+    return [name.lower() for name in path.parts]
 
 
 def _stem(name: str) -> str:
-    """A name without its folder and without the extension of a video; names may have dots in them."""
+    """Return a name without directories and without the extension of a video format; it may contain other dots."""
     name = Path(name).name
     return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in VIDEO_EXTENSIONS else name

@@ -54,5 +54,9 @@ def plot_mel(path: str | os.PathLike[str], num_clips: int = 8) -> tuple[Any, Aud
     for axis in axes.flat[num_clips:]:
         axis.set_axis_off()
     figure.colorbar(image, ax=axes, label="log-mel, normalized")
-    figure.suptitle(f"{os.path.basename(path)}: {num_clips} clips of {audio.report.duration:.1f} s of audio")
+    for bottom in axes[-1]:
+        bottom.set_xlabel("time in the clip (s)")
+    clip_seconds = CLIP_SAMPLES / SAMPLE_RATE
+    duration = f"{audio.report.duration:.1f} s of audio"
+    figure.suptitle(f"{os.path.basename(path)}: {num_clips} clips of {clip_seconds:g} s, from {duration}")
     return figure, audio

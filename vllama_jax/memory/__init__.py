@@ -1,0 +1,1 @@
+"""Estimates of the memory and the floating-point operations of a model."""

@@ -1,6 +1,7 @@
-"""A run as shapes with shardings: its state, frozen weights and batch, of which nothing is loaded or read.
+"""Describe a run by abstract arrays with shardings: its state, frozen weights and batch. Nothing is loaded.
 
-The mesh may be abstract, to ask what lies where; over real devices the step can be compiled for it ahead of time.
+The mesh may be abstract, to compute the memory of shards. For a mesh of real devices, the training step can be compiled
+ahead of time.
 """
 
 import dataclasses
@@ -29,7 +30,15 @@ from vllama_jax.train.step import jit_step, make_step
 
 @dataclasses.dataclass(frozen=True)
 class AbstractRun:
-    """config: with the compute dtype named. frozen, batch: leaves by name."""
+    """A run whose arrays are abstract.
+
+    Attributes:
+        config: The run config, with an explicit compute dtype.
+        abstract_model: The abstract model.
+        state: The training state.
+        frozen: The frozen weights by path.
+        batch: The arrays of a batch by name.
+    """
 
     config: TrainConfig
     abstract_model: AbstractModel
@@ -39,11 +48,16 @@ class AbstractRun:
 
 
 def abstract_run(model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | AbstractMesh, length: int) -> AbstractRun:
-    """A run on videos, or on audio where its branch takes no videos, or on features of them.
+    """Describe a run on videos, or on audio if its branch takes no videos, or on their features.
 
-    length: tokens of its samples.
+    Args:
+        model: The model's config.
+        config: The run config, with an explicit compute dtype.
+        mesh: The device mesh.
+        length: Tokens of a sequence.
 
-    Raises ConfigError for patterns that match nothing.
+    Raises:
+        ConfigError: A pattern in `trainable` matches no parameter.
     """
     abstract_model = _make_abstract_model(
         model, dataclasses.replace(config, batch_size=1, grad_accum_steps=1, mesh=MeshConfig())
@@ -53,10 +67,10 @@ def abstract_run(model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | Abst
     state = make_abstract_state(abstract_model.shardings(trainable_paths, mesh), abstract_model, optimizer, mesh)
     paths = [path for path in abstract_model.variables if path not in state.weights]
     frozen = {
-        path: jax.ShapeDtypeStruct(abstract_model.variables[path].shape, config.compute_dtype, sharding=place)
-        for path, place in abstract_model.shardings(paths, mesh).items()
+        path: jax.ShapeDtypeStruct(abstract_model.variables[path].shape, config.compute_dtype, sharding=sharding)
+        for path, sharding in abstract_model.shardings(paths, mesh).items()
     }
-    return AbstractRun(config, abstract_model, state, frozen, _batch(model, config, mesh, length))
+    return AbstractRun(config, abstract_model, state, frozen, _make_abstract_batch(model, config, mesh, length))
 
 
 @functools.lru_cache(maxsize=8)
@@ -67,18 +81,18 @@ def _make_abstract_model(model: VideoLlamaConfig, config: TrainConfig) -> Abstra
 
 
 def num_media_tokens(model: VideoLlamaConfig, config: TrainConfig) -> int:
-    """Tokens that a sample's media become."""
+    """Return the number of media tokens of an example."""
     return find_branch(config.branch).num_tokens(model)
 
 
-def _batch(
+def _make_abstract_batch(
     model: VideoLlamaConfig, config: TrainConfig, mesh: Mesh | AbstractMesh, length: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of train/step.py's Batch."""
-    place = NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))
+    """Return the abstract arrays of a batch, as `Batch` of train/step.py."""
+    sharding = NamedSharding(mesh, PartitionSpec(MESH_AXES["batch"]))
 
     def rows(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=place)
+        return jax.ShapeDtypeStruct((config.batch_size, *shape), dtype, sharding=sharding)
 
     labels = max(length - num_media_tokens(model, config), 1)
     branch = find_branch(config.branch)
@@ -99,9 +113,14 @@ def _batch(
 
 
 def compiled_memory(run: AbstractRun, mesh: Mesh) -> Any:
-    """What XLA says of the run's step: argument_size_in_bytes and temp_size_in_bytes, on each device of its mesh.
+    """Compile the training step of a run, and return XLA's memory analysis.
 
-    mesh: the one that the run was made for, of real devices.
+    Args:
+        run: The abstract run.
+        mesh: The mesh of the run, which must consist of real devices.
+
+    Returns:
+        An object with `argument_size_in_bytes` and `temp_size_in_bytes` on each device.
     """
     step = make_step(run.config, run.abstract_model, make_optimizer(run.config.optim, run.config.steps))
     with use_mesh(mesh):

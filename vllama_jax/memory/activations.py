@@ -1,9 +1,9 @@
-"""What a program holds while it runs, in bytes on one device, by arithmetic: activations, not weights.
+"""Estimate the memory of activations, in bytes on one device, from shapes.
 
-Each figure is a sum over the arrays that live together where a program needs most: counts of them are from reading the
-layers (nn/), and are held against XLA's own figures in tests/test_memory.py. `itemsize` is of the compute dtype; scores
-and logits are float32, and whole (XLA's code for CPUs never holds small scores whole). A dimension that the mesh's
-tensor axis does not divide is whole on each device.
+Each estimate is the sum of the arrays that exist at the same time at the peak of a computation. The numbers of arrays
+are from reading the layers (nn/); tests/test_memory.py compares the estimates with XLA's. Activations have the compute
+dtype, scores and logits float32. Scores are counted in full, although XLA never stores small ones in full on CPUs. A
+dimension that the tensor axis of the mesh does not divide is replicated.
 """
 
 import dataclasses
@@ -19,7 +19,14 @@ FLOAT32_BYTES = 4
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StepShape:
-    """What one device computes at a time: `rows` samples of `length` tokens, in numbers of `itemsize` bytes."""
+    """The shape of what one device computes at a time.
+
+    Attributes:
+        rows: Number of sequences.
+        length: Tokens of a sequence.
+        itemsize: Size of the compute dtype in bytes.
+        mesh: The sizes of the mesh axes.
+    """
 
     rows: int
     length: int
@@ -28,34 +35,43 @@ class StepShape:
 
     @property
     def tokens(self) -> int:
+        """Number of tokens of all sequences."""
         return self.rows * self.length
 
     def shard_size(self, size: int) -> int:
-        """A device's part of a dimension that goes over the tensor axis."""
+        """Return the size of a device's shard of a dimension that is sharded over the tensor axis."""
         return size if size % self.mesh.tensor else size // self.mesh.tensor
 
 
 def estimate_saved_activations(cfg: LlamaConfig, shape: StepShape, remat_policy: str) -> int:
-    """What the forward pass keeps of every layer for the backward pass (TrainConfig.remat_policy)."""
-    heads, kv_heads, mlp = (
-        shape.shard_size(cfg.num_heads),
-        shape.shard_size(cfg.num_kv_heads),
-        shape.shard_size(cfg.mlp_dim),
-    )
-    a_token = cfg.width
+    """Estimate the memory of the activations that all layers save for the backward pass.
+
+    Args:
+        cfg: The language model's config.
+        shape: The shape of what a device computes.
+        remat_policy: The activation checkpointing policy.
+    """
+    heads, kv_heads = shape.shard_size(cfg.num_heads), shape.shard_size(cfg.num_kv_heads)
+    mlp = shape.shard_size(cfg.mlp_dim)
+    per_token = cfg.width
     if remat_policy in ("dots", "none"):  # query, key, value, out, gate, up, down
-        a_token += (heads + 2 * kv_heads) * cfg.head_dim + 2 * mlp + 2 * cfg.width
-    if remat_policy == "none":  # what norms, rotation and the gate make, and attention's weights
-        a_token += 4 * cfg.width + (2 + cfg.qk_norm) * (heads + kv_heads) * cfg.head_dim + 3 * mlp
+        per_token += (heads + 2 * kv_heads) * cfg.head_dim + 2 * mlp + 2 * cfg.width
+    if remat_policy == "none":  # outputs of norms, rotation and gate, and attention weights
+        per_token += 4 * cfg.width + (2 + cfg.qk_norm) * (heads + kv_heads) * cfg.head_dim + 3 * mlp
     scores = 2 * _scores(heads, shape.length, shape) if remat_policy == "none" else 0
-    return cfg.depth * (shape.tokens * a_token * shape.itemsize + scores)
+    return cfg.depth * (shape.tokens * per_token * shape.itemsize + scores)
 
 
 def estimate_training_layer(cfg: LlamaConfig, shape: StepShape) -> int:
-    """One layer, computed again and differentiated.
+    """Estimate the memory of recomputing and differentiating one layer.
 
-    Eight arrays of the residual stream's size; then the feed-forward's products with their gradients beside attention's
-    weights, or queries, keys and values with theirs beside three of scores.
+    It has eight arrays of the size of the residual stream. The rest is the larger of two sums: the products of the
+    feed-forward layer with their gradients and the attention weights; or queries, keys and values with their gradients
+    and three arrays of scores.
+
+    Args:
+        cfg: The language model's config.
+        shape: The shape of what a device computes.
     """
     heads = shape.shard_size(cfg.num_heads) + 2 * shape.shard_size(cfg.num_kv_heads)
     projected = shape.tokens * heads * cfg.head_dim * shape.itemsize
@@ -66,7 +82,13 @@ def estimate_training_layer(cfg: LlamaConfig, shape: StepShape) -> int:
 
 
 def estimate_prefill_layer(cfg: LlamaConfig, shape: StepShape, capacity: int) -> int:
-    """One layer of a prompt that is read into a cache of `capacity`: all of the cache is attended to, masked."""
+    """Estimate the memory of one layer in prefill, which attends to the entire KV cache, with a mask.
+
+    Args:
+        cfg: The language model's config.
+        shape: The shape of what a device computes.
+        capacity: Number of positions of the cache.
+    """
     heads, kv_heads = shape.shard_size(cfg.num_heads), shape.shard_size(cfg.num_kv_heads)
     attention = shape.tokens * (heads + 2 * kv_heads) * cfg.head_dim * shape.itemsize
     attention += 2 * shape.rows * capacity * kv_heads * cfg.head_dim * shape.itemsize
@@ -75,45 +97,79 @@ def estimate_prefill_layer(cfg: LlamaConfig, shape: StepShape, capacity: int) ->
     return 3 * shape.tokens * cfg.width * shape.itemsize + max(attention, products)
 
 
-def logits(cfg: LlamaConfig, shape: StepShape, labels: int) -> int:
-    """Scores over the vocabulary at the places that have a label, with their gradient."""
+def estimate_logits(cfg: LlamaConfig, shape: StepShape, labels: int) -> int:
+    """Estimate the memory of the logits at the positions with labels, and of their gradient.
+
+    Args:
+        cfg: The language model's config.
+        shape: The shape of what a device computes.
+        labels: Number of labels of a sequence.
+    """
     return 2 * shape.rows * labels * shape.shard_size(cfg.vocab_size) * FLOAT32_BYTES
 
 
 def estimate_kv_cache(cfg: LlamaConfig, shape: StepShape, capacity: int) -> int:
-    """generate.py's cache of `capacity` positions."""
+    """Estimate the memory of the KV cache.
+
+    Args:
+        cfg: The language model's config.
+        shape: The shape of what a device computes.
+        capacity: Number of positions of the cache.
+    """
     return cfg.depth * capacity * 2 * shape.shard_size(cfg.num_kv_heads) * shape.rows * cfg.head_dim * shape.itemsize
 
 
-def encoder(model: VideoLlamaConfig, branch: str, shape: StepShape) -> int:
-    """The frozen encoder of all frames or clips at once: its input in float32, a block, or a Q-Former after them."""
+def estimate_encoder(model: VideoLlamaConfig, branch: str, shape: StepShape) -> int:
+    """Estimate the memory of a branch's frozen encoder: the largest of its float32 input, a block and a Q-Former.
+
+    Args:
+        model: The model's config.
+        branch: The name of the branch.
+        shape: The shape of what a device computes; all frames or audio clips are encoded at once.
+    """
     kind = BRANCHES[branch].media[0]
     count, *sides = BRANCHES[branch].media_shape(model, kind)
-    inputs, one = shape.rows * count, BRANCHES[branch].encoder(kind)
-    tower, *others = [component(model) for component in one.components.values()]
-    needs = [inputs * math.prod(sides) * (FLOAT32_BYTES + shape.itemsize), _tower_block(tower, inputs, shape)]
-    readers = [other for other in others if isinstance(other, QFormerConfig)]
-    return max(needs + [qformer(reader, inputs, tower.num_tokens, tower.width, shape) for reader in readers])
+    inputs, encoder = shape.rows * count, BRANCHES[branch].encoder(kind)
+    tower, *others = [component(model) for component in encoder.components.values()]
+    sizes = [inputs * math.prod(sides) * (FLOAT32_BYTES + shape.itemsize), _tower_block(tower, inputs, shape)]
+    qformers = [other for other in others if isinstance(other, QFormerConfig)]
+    return max(
+        sizes + [estimate_qformer(qformer, inputs, tower.num_tokens, tower.width, shape) for qformer in qformers]
+    )
 
 
 def estimate_trained_qformer(model: VideoLlamaConfig, branch: str, shape: StepShape) -> int:
-    """The Q-Former that learns, with its gradients: twice what it takes forward, and what it reads."""
-    described = BRANCHES[branch]
-    *memory, width = described.example_feature_shape(model, described.media[0])
-    return 2 * qformer(described.qformer_config(model), shape.rows, math.prod(memory), width, shape)
+    """Estimate the memory of a branch's Q-Former in training: twice that of its forward pass.
+
+    Args:
+        model: The model's config.
+        branch: The name of the branch.
+        shape: The shape of what a device computes.
+    """
+    entry = BRANCHES[branch]
+    *memory, width = entry.example_feature_shape(model, entry.media[0])
+    return 2 * estimate_qformer(entry.qformer_config(model), shape.rows, math.prod(memory), width, shape)
 
 
-def qformer(cfg: QFormerConfig, rows: int, memory: int, memory_width: int, shape: StepShape) -> int:
-    """A Q-Former's layer that reads `memory` tokens."""
+def estimate_qformer(cfg: QFormerConfig, rows: int, memory: int, memory_width: int, shape: StepShape) -> int:
+    """Estimate the memory of a Q-Former's layer with cross-attention.
+
+    Args:
+        cfg: The Q-Former's config.
+        rows: Number of sequences.
+        memory: Number of tokens that it attends to.
+        memory_width: Their width.
+        shape: The compute dtype and the mesh.
+    """
     heads = shape.shard_size(cfg.num_heads)
     width = heads * (cfg.width // cfg.num_heads)
-    read = rows * memory * (memory_width + 2 * width) * shape.itemsize
-    own = rows * cfg.num_queries * (4 * cfg.width + 2 * shape.shard_size(cfg.mlp_dim)) * shape.itemsize
-    return read + own + rows * heads * cfg.num_queries * memory * (2 * FLOAT32_BYTES + shape.itemsize)
+    keys_values = rows * memory * (memory_width + 2 * width) * shape.itemsize
+    queries = rows * cfg.num_queries * (4 * cfg.width + 2 * shape.shard_size(cfg.mlp_dim)) * shape.itemsize
+    return keys_values + queries + rows * heads * cfg.num_queries * memory * (2 * FLOAT32_BYTES + shape.itemsize)
 
 
 def _tower_block(cfg: TowerConfig | ImageBindAudioConfig, inputs: int, shape: StepShape) -> int:
-    """One block: the stream and its norm, then query, key, value and scores, or the feed-forward."""
+    """Estimate a tower's block: the residual stream and its norm, and the larger of attention and feed-forward."""
     tokens = inputs * cfg.num_tokens
     heads = shape.shard_size(cfg.num_heads)
     attention = 3 * tokens * heads * (cfg.width // cfg.num_heads) * shape.itemsize

@@ -1,7 +1,7 @@
-"""What a chat or a training step needs, before anything is loaded: on each device and on each host, by part, in bytes.
+"""Estimate the memory of a chat or a training step on each device and each host, before anything is loaded.
 
-Weights, moments and batches follow from shapes, dtypes and shardings, and are exact. What lives while a program runs is
-arithmetic (activations.py), and so is what a host takes. Importing this file imports no jax.
+Static memory (weights, optimizer state, batches) follows from shapes, dtypes and shardings, and is exact. Temporary
+memory (activations.py) and the memory of hosts are estimates. Importing this module imports no jax.
 """
 
 import dataclasses
@@ -17,13 +17,13 @@ from vllama_jax.config import GREEDY, NO_LORA, GenerationConfig, LoraConfig, Vid
 from vllama_jax.errors import ConfigError
 from vllama_jax.memory.activations import (
     StepShape,
-    encoder,
+    estimate_encoder,
     estimate_kv_cache,
+    estimate_logits,
     estimate_prefill_layer,
     estimate_saved_activations,
     estimate_trained_qformer,
     estimate_training_layer,
-    logits,
 )
 from vllama_jax.train.config import MeshConfig, TrainConfig, resolve_mesh, rows_per_shard
 
@@ -35,19 +35,24 @@ if TYPE_CHECKING:
     from vllama_jax.train.state import AbstractModel
 
 GIGA = 10**9
-MARGIN = 0.1  # of what a device has for us: left free, as what is computed by hand is not exact
-GPU_SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_CLIENT_MEM_FRACTION says otherwise
-PROGRAM_BYTES = 2 * GIGA  # of Python with its libraries, and of compiling: 1.2 GB in a tiny run, 1.8 for 13B on TPUs
-DECODER_BYTES = 64 * 10**6  # allowed for a thread that decodes: twenty frames of 1080p as a codec keeps them
-MOST_FSDP = 64  # that advice looks at
-INSTRUCTION_TOKENS = 64  # around a caption: an instruction, the media's tags and the template's words, at most
+MARGIN = 0.1  # share of the usable memory that must be free, because temporary memory is an estimate
+GPU_SHARE = 0.75  # share of a GPU's memory that JAX preallocates; XLA_CLIENT_MEM_FRACTION changes it
+PROGRAM_BYTES = 2 * GIGA  # Python, libraries and compilation: 1.2 GB in a tiny run, 1.8 GB for 13B on TPUs
+DECODER_BYTES = 64 * 10**6  # a decoding thread: twenty frames of 1080p in the codec's format
+MAX_FSDP = 64  # the largest fsdp axis that `suggest_flags` tries
+INSTRUCTION_TOKENS = 64  # upper bound of the tokens around a caption: instruction, media tags and template
 
 
 @dataclasses.dataclass(frozen=True)
 class Device:
-    """bytes: of memory, by the maker's data sheet. usable: the share of it that JAX takes. per_host: devices of a host.
+    """A type of device.
 
-    is_host: a CPU, whose memory is the host's.
+    Attributes:
+        name: The name.
+        bytes: Memory in bytes, from the manufacturer's data sheet.
+        usable_fraction: The fraction of the memory that JAX uses.
+        per_host: Number of devices of a host.
+        is_host: Whether the device is a CPU, whose memory is that of the host.
     """
 
     name: str
@@ -58,11 +63,11 @@ class Device:
 
     @property
     def dtype(self) -> Literal["float32", "bfloat16"]:
-        """In which weights are held and multiplied unless told otherwise."""
+        """The default dtype of weights and computation."""
         return "float32" if self.is_host else "bfloat16"
 
 
-# Per chip, from the makers' data sheets, in their GB. GPUs of a server by eight; TPU hosts of four chips, as in slices.
+# Memory of each chip in GB, from the manufacturers' data sheets. Servers have 8 GPUs, hosts of TPU slices 4 chips.
 DEVICES = {
     device.name: device
     for device in (
@@ -79,9 +84,13 @@ DEVICES = {
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-    """What one use of a model takes.
+    """The estimated memory of a chat or a run.
 
-    name: "chat", or the run config's. told: of what size it is. device, host: bytes on each, by part.
+    Attributes:
+        name: "chat", or the name of the run config.
+        description: The size of the batch or the prompt, and the dtype.
+        device: Bytes on each device, by component or kind of array.
+        host: Bytes on each host, by purpose.
     """
 
     name: str
@@ -91,43 +100,52 @@ class MemoryEstimate:
 
     @property
     def device_total(self) -> int:
+        """Bytes on each device."""
         return sum(self.device.values())
 
     @property
     def host_total(self) -> int:
+        """Bytes on each host."""
         return sum(self.host.values())
 
 
 def usable_bytes(need: MemoryEstimate, device: Device) -> int:
-    """What each device has for this need; a CPU's memory is shared with the host's part of it."""
+    """Return the memory that each device has for a use; on a CPU, without the estimated memory of the host."""
     shared = need.host_total // device.per_host if device.is_host else 0
     return int(device.bytes * device.usable_fraction) - shared
 
 
 def verdict(need: MemoryEstimate, device: Device) -> Literal["fits", "tight", "does not fit"]:
-    """tight: within a tenth of all that there is, so that it may fail."""
-    room = usable_bytes(need, device)
-    if need.device_total > room:
+    """Classify whether a use fits a device. "tight" leaves less than a tenth of the memory free, and may fail."""
+    available = usable_bytes(need, device)
+    if need.device_total > available:
         return "does not fit"
-    return "fits" if need.device_total <= (1 - MARGIN) * room else "tight"
+    return "fits" if need.device_total <= (1 - MARGIN) * available else "tight"
 
 
 def find_device(name: str) -> Device:
-    """A device of the table by its name, in any spelling, or "here". Raises ConfigError for an unknown one."""
+    """Return the entry of `DEVICES` with a given name.
+
+    Args:
+        name: The name in any spelling, or "here" for the devices of this machine.
+
+    Raises:
+        ConfigError: The device is unknown.
+    """
     if name == "here":
         return _detect_device()
-    plain = {_plain(known): device for known, device in DEVICES.items()}
-    if _plain(name) not in plain:
-        raise ConfigError(f"no device {name!r}: choose one of {', '.join(DEVICES)}, or here")
-    return plain[_plain(name)]
+    devices = {_normalize_name(known): device for known, device in DEVICES.items()}
+    if _normalize_name(name) not in devices:
+        raise ConfigError(f"unknown device {name!r}; choose one of {', '.join(DEVICES)}, or here")
+    return devices[_normalize_name(name)]
 
 
-def _plain(name: str) -> str:
+def _normalize_name(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum()).removesuffix("gb")
 
 
 def _detect_device() -> Device:
-    """What JAX finds on this machine."""
+    """Return the type of the devices that JAX finds on this machine."""
     import jax
 
     device, count = jax.devices()[0], jax.local_device_count()
@@ -135,12 +153,12 @@ def _detect_device() -> Device:
         return Device("cpu", _host_memory() // count, 1.0, count, is_host=True)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None:
-        raise ConfigError(f"{device.device_kind} does not tell its memory; name the device with --devices")
+        raise ConfigError(f"{device.device_kind} does not report its memory; choose a device with --devices")
     return Device(device.device_kind, limit, 1.0, count)
 
 
 def _host_memory() -> int:
-    """Of this machine, or of the container that this process is in."""
+    """Return the memory of this machine in bytes, or of the container that the process runs in."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
         text = Path(file).read_text().strip() if Path(file).exists() else "max"
@@ -149,9 +167,14 @@ def _host_memory() -> int:
 
 
 def resolve_device_mesh(mesh: MeshConfig, device: Device) -> MeshConfig:
-    """The mesh with data's places counted: over the devices that are here, or over as few as it names.
+    """Replace `data: 0` in a mesh by a number of devices.
 
-    Raises ConfigError for a mesh of another number of devices than are here.
+    Args:
+        mesh: The mesh of a run config.
+        device: For the devices of this machine, the mesh has all of them; for others, as few as its axes require.
+
+    Raises:
+        ConfigError: The mesh does not match the number of devices of this machine.
     """
     if device.name in DEVICES:
         return resolve_mesh(mesh, mesh.fsdp * mesh.tensor)
@@ -167,9 +190,18 @@ def resolve_device_mesh(mesh: MeshConfig, device: Device) -> MeshConfig:
 def estimate_training(
     model: VideoLlamaConfig, name: str, run: TrainConfig, mesh: MeshConfig, device: Device, length: int = 0
 ) -> MemoryEstimate:
-    """What a run needs, of live videos unless it reads features. length: tokens of a sample; 0 for the longest.
+    """Estimate the memory of a run, which decodes videos unless it has a feature cache.
 
-    Raises ConfigError for patterns that match nothing, and for a batch that the mesh does not divide.
+    Args:
+        model: The model's config.
+        name: The name of the run config.
+        run: The run config.
+        mesh: The device mesh.
+        device: The type of the devices.
+        length: Tokens of a sequence; 0 for the maximum length of the run.
+
+    Raises:
+        ConfigError: A pattern in `trainable` matches no parameter, or the mesh does not divide the batch.
     """
     from vllama_jax.memory.abstract_run import abstract_run
 
@@ -177,22 +209,22 @@ def estimate_training(
     run = resolve_compute_dtype(run, device)
     abstract = abstract_run(model, run, _abstract_mesh(mesh), length)
     shape = StepShape(rows=rows, length=length, itemsize=_itemsize(run.compute_dtype), mesh=mesh)
-    learning = _device_bytes(abstract.state.weights)
+    trainable = _device_bytes(abstract.state.weights)
     needs = {
         **_bytes_by_component(abstract.frozen),
-        "what learns": learning,
-        "Adam's moments": _device_bytes(abstract.state.opt_state),
-        "gradients": (1 + (run.grad_accum_steps > 1)) * learning + learning * shape.itemsize // 4,
+        "trainable parameters": trainable,
+        "optimizer state": _device_bytes(abstract.state.opt_state),
+        "gradients": (1 + (run.grad_accum_steps > 1)) * trainable + trainable * shape.itemsize // 4,
         "batch": _device_bytes(abstract.batch),
-        "layers' inputs": estimate_saved_activations(model.llama, shape, run.remat_policy),
+        "saved activations": estimate_saved_activations(model.llama, shape, run.remat_policy),
         **_peak_phase(model, run, shape, abstract.abstract_model),
     }
-    description = f"batch {run.batch_size}, {rows} × {length} tokens at a time, {run.compute_dtype}"
+    description = f"batch {run.batch_size}, micro-batch {rows} × {length} tokens, {run.compute_dtype}"
     return MemoryEstimate(name, description, needs, _training_host(abstract, mesh, device))
 
 
 def resolve_compute_dtype(run: TrainConfig, device: Device) -> TrainConfig:
-    """The run with the compute dtype that "auto" means on a device."""
+    """Replace the compute dtype "auto" of a run by the default of a device."""
     return run if run.compute_dtype != "auto" else dataclasses.replace(run, compute_dtype=device.dtype)
 
 
@@ -206,10 +238,19 @@ def estimate_chat(
     scheme: str | None = None,
     length: int = 0,
 ) -> MemoryEstimate:
-    """What a conversation needs whose prompt has `length` tokens; 0: as many as the model reads beside its answer.
+    """Estimate the memory of a conversation.
 
-    scheme: how the weights are quantised (checkpoints/quantize.py); None where they are not.
-    Raises ConfigError when they do not fit the model's context.
+    Args:
+        model: The model's config.
+        mesh: The device mesh.
+        device: The type of the devices.
+        generation: The options of decoding.
+        lora: The config of LoRA, whose updates are merged after loading.
+        scheme: The quantization, "int8" or "int4"; None for none.
+        length: Tokens of the prompt; 0 for the context length without the new tokens.
+
+    Raises:
+        ConfigError: The prompt and the new tokens are longer than the model's context.
     """
     from vllama_jax.generate import check_context_length, padded_prompt_length
 
@@ -218,29 +259,27 @@ def estimate_chat(
     check_context_length(prompt, new, model.llama)
     padded = padded_prompt_length(prompt)
     capacity = padded_prompt_length(padded + -(-new // 64) * 64)
-    weights = _loaded(model, mesh, dtype, scheme, lora)
-    one = StepShape(rows=1, length=padded, itemsize=_itemsize(dtype), mesh=mesh)
-    cache = estimate_kv_cache(model.llama, dataclasses.replace(one, rows=beams), capacity)
-    at_work = max(
-        *(encoder(model, branch.name, one) for branch in get_branches(model) if branch.prompt_array == "frames"),
-        estimate_prefill_layer(model.llama, one, capacity),
-        cache if beams > 1 else 0,  # beams change places
-        max(map(_device_bytes, weights.values())) - cache,  # layers become arrays of their own, before there is a cache
+    weights = _abstract_weights(model, mesh, dtype, scheme, lora)
+    shape = StepShape(rows=1, length=padded, itemsize=_itemsize(dtype), mesh=mesh)
+    cache = estimate_kv_cache(model.llama, dataclasses.replace(shape, rows=beams), capacity)
+    frame_branches = [branch for branch in get_branches(model) if branch.prompt_array == "frames"]
+    temporary = max(
+        *(estimate_encoder(model, branch.name, shape) for branch in frame_branches),
+        estimate_prefill_layer(model.llama, shape, capacity),
+        cache if beams > 1 else 0,  # a copy with the beams reordered
+        max(map(_device_bytes, weights.values())) - cache,  # layers are unstacked before the cache is allocated
     )
-    needs = {**_bytes_by_component(weights), "key-value cache": cache, "activations": at_work}
-    description = f"prompt of {prompt} tokens, {new} new ones, {dtype}" + (f" with {scheme} weights" if scheme else "")
+    needs = {**_bytes_by_component(weights), "KV cache": cache, "activations": temporary}
+    description = f"prompt of {prompt} tokens, {new} new tokens, {dtype}" + (f", {scheme} weights" if scheme else "")
     return MemoryEstimate(
-        "chat",
-        description,
-        needs,
-        {"program": PROGRAM_BYTES, "weights while they load": _loading_bytes(weights, device)},
+        "chat", description, needs, {"program": PROGRAM_BYTES, "loading weights": _loading_bytes(weights, device)}
     )
 
 
-def _loaded(
+def _abstract_weights(
     model: VideoLlamaConfig, mesh: MeshConfig, dtype: str, scheme: str | None, lora: LoraConfig
 ) -> "dict[str, ShapeDtypeStruct]":
-    """All weights by path, as `model.load` lays them over a mesh."""
+    """Return all weights by path, as abstract arrays with the shardings that `model.load` uses."""
     from flax import nnx
 
     from vllama_jax.checkpoints.quantize import abstract_layers
@@ -254,11 +293,23 @@ def _loaded(
 def suggest_flags(
     model: VideoLlamaConfig, need: MemoryEstimate, run: TrainConfig, mesh: MeshConfig, device: Device, length: int = 0
 ) -> str:
-    """The flags of the first arrangement of a run that fits: in parts, or split over more devices; "" for none."""
+    """Find flags with which a run fits: more gradient accumulation steps, or more sharding of the parameters.
+
+    Args:
+        model: The model's config.
+        need: The estimate of the run, which does not fit.
+        run: The run config.
+        mesh: The device mesh.
+        device: The type of the devices.
+        length: Tokens of a sequence; 0 for the maximum length of the run.
+
+    Returns:
+        The flags; "" if there are none.
+    """
 
     def fits(grad_accum_steps: int, wider: MeshConfig) -> bool:
-        parts = dataclasses.replace(run, grad_accum_steps=grad_accum_steps)
-        return verdict(estimate_training(model, need.name, parts, wider, device, length), device) == "fits"
+        changed = dataclasses.replace(run, grad_accum_steps=grad_accum_steps)
+        return verdict(estimate_training(model, need.name, changed, wider, device, length), device) == "fits"
 
     for wider in _wider_meshes(mesh, device):
         rows = run.batch_size // (wider.data * wider.fsdp)
@@ -269,24 +320,24 @@ def suggest_flags(
         ]
         if choices and fits(choices[-1], wider):
             steps = next(count for count in choices if fits(count, wider))
-            split = [f"--mesh.data {wider.data} --mesh.fsdp {wider.fsdp}"] * (wider != mesh)
-            return " ".join([*split, *[f"--grad-accum-steps {steps}"] * (steps != run.grad_accum_steps)])
+            flags = [f"--mesh.data {wider.data} --mesh.fsdp {wider.fsdp}"] * (wider != mesh)
+            return " ".join([*flags, *[f"--grad-accum-steps {steps}"] * (steps != run.grad_accum_steps)])
     return ""
 
 
 def _wider_meshes(mesh: MeshConfig, device: Device) -> Iterator[MeshConfig]:
-    """Meshes that split weights more: over devices that data has; then, where devices are only named, over more."""
+    """Yield meshes with larger fsdp axes: first with devices of the data axis, then, except for "here", with more."""
     yield mesh
     while not mesh.data % 2:
         mesh = dataclasses.replace(mesh, data=mesh.data // 2, fsdp=mesh.fsdp * 2)
         yield mesh
-    while device.name in DEVICES and mesh.fsdp < MOST_FSDP:
+    while device.name in DEVICES and mesh.fsdp < MAX_FSDP:
         mesh = dataclasses.replace(mesh, fsdp=mesh.fsdp * 2)
         yield mesh
 
 
 def list_replicated_axes(model: VideoLlamaConfig, mesh: MeshConfig) -> list[str]:
-    """A line for each dimension that the mesh does not divide, and that is therefore whole on each device."""
+    """List the dimensions of a model that are replicated because the mesh does not divide them, one message each."""
     from flax import nnx
 
     from vllama_jax.nn.network import abstract_network
@@ -296,54 +347,56 @@ def list_replicated_axes(model: VideoLlamaConfig, mesh: MeshConfig) -> list[str]
 
 
 def longest_example_length(model: VideoLlamaConfig, run: TrainConfig) -> int:
-    """Tokens that a batch of the run is padded to at most, by its datasets' configs."""
+    """Return the maximum length in tokens that a batch of the run is padded to, from the configs of its datasets."""
     from vllama_jax.data.tokenization import padded_length
     from vllama_jax.memory.abstract_run import num_media_tokens
 
     longest = 0
     for text in (dataset.text for dataset in run.datasets):
-        around = 1 + num_media_tokens(model, run) + INSTRUCTION_TOKENS * bool(text.instructions)
-        longest = max(longest, text.max_length + (0 if text.layout == "conversation" else around))
+        overhead = 1 + num_media_tokens(model, run) + INSTRUCTION_TOKENS * bool(text.instructions)
+        longest = max(longest, text.max_length + (0 if text.layout == "conversation" else overhead))
     return padded_length(longest, run.data.length_buckets)
 
 
 def _peak_phase(
     model: VideoLlamaConfig, run: TrainConfig, shape: StepShape, abstract_model: "AbstractModel"
 ) -> dict[str, int]:
-    """Of what a step does one after the other, that which takes most: the weights it has at hand, and its activations.
+    """Return the memory of the phase of a step that needs most: its gathered weights and its activations.
 
-    The encoders, the Q-Former that learns, the language model's layers, its head.
+    The phases are the encoders, the trained Q-Former, a layer of the language model, and its head.
     """
     from vllama_jax.memory.abstract_run import num_media_tokens
 
     branch = find_branch(run.branch)
-    frozen = branch.encoder(branch.media[0])
-    scanned = run.data.feature_cache or frozen.is_scanned(model)
-    tower = f"{frozen.tower}/blocks/" if scanned else frozen.tower
+    encoder = branch.encoder(branch.media[0])
+    scanned = run.data.feature_cache or encoder.is_scanned(model)
+    tower = f"{encoder.tower}/blocks/" if scanned else encoder.tower
     llama, labels = model.llama, max(shape.length - num_media_tokens(model, run), 1)
     head = "llama/embedding" if llama.tie_embeddings else "llama/head/kernel"
     phases = [
         (0, estimate_trained_qformer(model, run.branch, shape)),
         (_gathered_bytes(abstract_model, "llama/blocks/", shape.mesh), estimate_training_layer(llama, shape)),
-        (_gathered_bytes(abstract_model, head, shape.mesh), logits(llama, shape, labels)),
+        (_gathered_bytes(abstract_model, head, shape.mesh), estimate_logits(llama, shape, labels)),
     ]
     if not run.data.feature_cache:
-        phases.append((_gathered_bytes(abstract_model, tower, shape.mesh), encoder(model, run.branch, shape)))
+        phases.append((_gathered_bytes(abstract_model, tower, shape.mesh), estimate_encoder(model, run.branch, shape)))
     weights, activations = max(phases, key=sum)
-    return {"weights at hand": weights, "activations": activations}
+    return {"gathered weights": weights, "activations": activations}
 
 
 def _gathered_bytes(abstract_model: "AbstractModel", prefix: str, mesh: MeshConfig) -> int:
-    """A layer of these stacked weights, whole over fsdp: one is copied out of the stack, and the next one gathered.
+    """Return the size of gathered weights: one layer copied from stacked weights, and the next one with fsdp.
 
-    A weight outside of layers, or a tower whose layers are not stacked, is gathered whole.
+    A weight that is not in layers, or a tower whose layers are not stacked, is gathered at once.
     """
     import jax
 
     paths = [path for path in abstract_model.variables if is_within(path, prefix.removesuffix("/"))]
     leaves = [
-        jax.ShapeDtypeStruct(abstract_model.variables[path].shape, abstract_model.variables[path].dtype, sharding=place)
-        for path, place in abstract_model.shardings(paths, _abstract_mesh(mesh), fsdp=False).items()
+        jax.ShapeDtypeStruct(
+            abstract_model.variables[path].shape, abstract_model.variables[path].dtype, sharding=sharding
+        )
+        for path, sharding in abstract_model.shardings(paths, _abstract_mesh(mesh), fsdp=False).items()
     ]
     gathers = mesh.fsdp > 1
     return (
@@ -354,42 +407,42 @@ def _gathered_bytes(abstract_model: "AbstractModel", prefix: str, mesh: MeshConf
 
 
 def _training_host(abstract: "AbstractRun", mesh: MeshConfig, device: Device) -> dict[str, int]:
-    """Batches are read ahead: those that are ready or under way, and the one that the step has."""
+    """Estimate the memory of a run on each host. Batches are those of the step, and prefetched ones."""
     data = abstract.config.data
     hosts = math.ceil(mesh.data * mesh.fsdp * mesh.tensor / device.per_host)
     batch = sum(leaf.size * leaf.dtype.itemsize for leaf in abstract.batch.values()) // hosts
     return {
         "program": PROGRAM_BYTES * (1 + data.num_workers),
-        "weights while they load": _loading_bytes({**abstract.frozen, **abstract.state.weights}, device),
-        "batches ahead": (1 + data.prefetch * max(data.num_workers, 1)) * batch,
-        "decoding": 0 if data.feature_cache else max(data.num_threads, data.num_workers) * DECODER_BYTES,
+        "loading weights": _loading_bytes({**abstract.frozen, **abstract.state.weights}, device),
+        "prefetched batches": (1 + data.prefetch * max(data.num_workers, 1)) * batch,
+        "media decoding": 0 if data.feature_cache else max(data.num_threads, data.num_workers) * DECODER_BYTES,
     }
 
 
 def _loading_bytes(weights: "Mapping[str, Array | ShapeDtypeStruct]", device: Device) -> int:
-    """Weights on their way through a host: its devices' parts, each read once; on a CPU, one weight beside itself."""
+    """Estimate the memory of weights in transit through a host: its devices' shards; on a CPU, a copy of one weight."""
     if device.is_host:
         return max(map(_device_bytes, weights.values()))
-    parts = (min(_device_bytes(leaf) * device.per_host, leaf.size * leaf.dtype.itemsize) for leaf in weights.values())
-    return min(sum(parts), max_concurrent_gb(leaf.shape for leaf in weights.values()) * 10**9)
+    sizes = (min(_device_bytes(leaf) * device.per_host, leaf.size * leaf.dtype.itemsize) for leaf in weights.values())
+    return min(sum(sizes), max_concurrent_gb(leaf.shape for leaf in weights.values()) * 10**9)
 
 
 def _abstract_mesh(mesh: MeshConfig) -> "AbstractMesh":
-    """A mesh of no devices in particular."""
+    """Create a mesh without devices."""
     import jax
 
     return jax.sharding.AbstractMesh((mesh.data, mesh.fsdp, mesh.tensor), ("data", "fsdp", "tensor"))
 
 
 def _bytes_by_component(weights: "Mapping[str, ShapeDtypeStruct]") -> dict[str, int]:
-    parts: dict[str, int] = {}
+    sizes: dict[str, int] = {}
     for path, leaf in weights.items():
-        parts[get_component(path)] = parts.get(get_component(path), 0) + _device_bytes(leaf)
-    return parts
+        sizes[get_component(path)] = sizes.get(get_component(path), 0) + _device_bytes(leaf)
+    return sizes
 
 
 def _device_bytes(tree: Any) -> int:
-    """Of abstract arrays with shardings, on one device."""
+    """Return the size of abstract arrays with shardings on one device."""
     import jax
 
     leaves = jax.tree.leaves(tree)

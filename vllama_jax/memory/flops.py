@@ -1,4 +1,4 @@
-"""What a step costs: floating-point operations by hand, since XLA counts the body of a loop once."""
+"""Count the floating-point operations of a training step from shapes. XLA's count has the body of a loop only once."""
 
 import math
 
@@ -7,7 +7,7 @@ import jax
 from vllama_jax.branches import BRANCHES
 from vllama_jax.config import LlamaConfig, QFormerConfig, VideoLlamaConfig
 
-# Dense bfloat16 operations a second, from the makers' data sheets, by what JAX calls the device.
+# Dense bfloat16 operations per second, from the manufacturers' data sheets, by JAX's name of the device.
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100": 989e12,
@@ -23,15 +23,21 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Operations a second that a device can do at most; None where it is not known (a CPU)."""
+    """Return the peak number of bfloat16 operations per second of a device; None if it is unknown, as for CPUs."""
     return next((peak for name, peak in PEAK_FLOPS.items() if device.device_kind.startswith(name)), None)
 
 
 def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat_policy: str) -> float:
-    """Operations of one step on a batch of arrays (train/step.py), on all devices together.
+    """Count the floating-point operations of a training step, on all devices together.
 
-    The language model runs forward, once more where its activations are not kept, and backward as far as activations
-    go: its weights have no gradient. Encoders run forward only. The Q-Former that learns is counted threefold.
+    The language model has a forward pass, a second one if its activations are recomputed, and a backward pass for
+    activations only, as its weights are frozen. Encoders have a forward pass. The trained Q-Former counts three times.
+
+    Args:
+        model: The model's config.
+        branch: The name of the trained branch.
+        batch: The arrays of a batch (train/step.py); only shapes are used.
+        remat_policy: The activation checkpointing policy.
     """
     rows, length = batch["ids"].shape
     targets = batch["positions"].shape[1]
@@ -40,39 +46,40 @@ def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat_policy: 
     forward = llama.depth * block
     passes = {"full": 3, "dots": 2, "none": 2}[remat_policy]
     head = 2 * llama.width * llama.vocab_size * targets
-    return rows * (passes * forward + 2 * head + 3 * _qformer(model, branch) + _encoders(model, branch, batch))
+    return rows * (passes * forward + 2 * head + 3 * _trained_qformer(model, branch) + _encoders(model, branch, batch))
 
 
 def _llama_block(cfg: LlamaConfig) -> float:
-    """For one token, attention's scores left out."""
+    """Count the operations of a block for one token, without the attention scores."""
     heads = 2 * cfg.num_heads + 2 * cfg.num_kv_heads
     return 2 * cfg.width * (heads * cfg.head_dim + 3 * cfg.mlp_dim)
 
 
 def _encoders(model: VideoLlamaConfig, branch: str, batch: dict) -> float:
-    """For one sample: none where features are read."""
+    """Count the operations of the encoders for one example; 0 with a feature cache."""
     array = next((array for array in BRANCHES[branch].encoders if array in batch), None)
     if array is None:
         return 0
     tower, *others = [component(model) for component in BRANCHES[branch].encoders[array].components.values()]
-    one = _blocks(tower.width, tower.depth, tower.mlp_dim, tower.num_tokens)
-    readers = [other for other in others if isinstance(other, QFormerConfig)]
-    one += sum(_qformer_reading(reader, tower.width, tower.num_tokens) for reader in readers)
-    return batch[array].shape[1] * one
+    operations = _blocks(tower.width, tower.depth, tower.mlp_dim, tower.num_tokens)
+    qformers = [other for other in others if isinstance(other, QFormerConfig)]
+    operations += sum(_qformer(qformer, tower.width, tower.num_tokens) for qformer in qformers)
+    return batch[array].shape[1] * operations
 
 
 def _blocks(width: int, depth: int, mlp_dim: int, tokens: int) -> float:
     return depth * (2 * tokens * width * (4 * width + 2 * mlp_dim) + 4 * tokens * tokens * width)
 
 
-def _qformer(model: VideoLlamaConfig, branch: str) -> float:
-    """Of the Q-Former that learns, for one sample."""
-    described = BRANCHES[branch]
-    *memory, width = described.example_feature_shape(model, described.prompt_media[0])
-    return _qformer_reading(described.qformer_config(model), width, math.prod(memory))
+def _trained_qformer(model: VideoLlamaConfig, branch: str) -> float:
+    """Count the operations of a branch's Q-Former for one example."""
+    entry = BRANCHES[branch]
+    *memory, width = entry.example_feature_shape(model, entry.prompt_media[0])
+    return _qformer(entry.qformer_config(model), width, math.prod(memory))
 
 
-def _qformer_reading(cfg: QFormerConfig, memory_width: int, memory: int) -> float:
-    own = 2 * cfg.num_queries * cfg.width * (4 * cfg.width + 2 * cfg.mlp_dim)
-    reads = 2 * cfg.num_queries * cfg.width * 2 * cfg.width + 4 * memory * memory_width * cfg.width
-    return cfg.depth * own + cfg.depth // cfg.cross_attention_every * reads
+def _qformer(cfg: QFormerConfig, memory_width: int, memory: int) -> float:
+    """Count the operations of a Q-Former that cross-attends to `memory` tokens."""
+    layer = 2 * cfg.num_queries * cfg.width * (4 * cfg.width + 2 * cfg.mlp_dim)
+    cross_attention = 2 * cfg.num_queries * cfg.width * 2 * cfg.width + 4 * memory * memory_width * cfg.width
+    return cfg.depth * layer + cfg.depth // cfg.cross_attention_every * cross_attention

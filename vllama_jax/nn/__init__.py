@@ -1,0 +1,1 @@
+"""The network: towers, Q-Formers, the language model, LoRA and quantized layers."""

@@ -1,4 +1,4 @@
-"""EVA-CLIP's vision transformer, as BLIP-2 uses it (paper §2.1.1; reference: eva_vit.py)."""
+"""EVA-CLIP's vision transformer as BLIP-2 uses it (paper §2.1.1; reference: eva_vit.py)."""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -18,7 +18,14 @@ from vllama_jax.towers import VitConfig
 
 
 class EvaVit(nnx.Module):
-    """Pictures → the residual stream of every patch and the class token, with no norm and no pooling at the end."""
+    """EVA-CLIP's vision transformer, without a final norm and without pooling.
+
+    Its output is the residual stream of the class token and all patches.
+
+    Args:
+        cfg: The config.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, cfg: VitConfig, *, rngs: nnx.Rngs):
         self.patch_size = cfg.patch_size
@@ -30,10 +37,10 @@ class EvaVit(nnx.Module):
         )
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
-        """Normalised pictures → [b, 1 + patches, width], the class token first."""
+        """Encode normalized images to features [b, 1 + num_patches, width]. The class token comes first."""
         return run_blocks(self.blocks, self.embed_inputs(images))
 
     def embed_inputs(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
-        """What the first block reads: the class token and patches, with positions."""
+        """Embed images as the input of the first block: the class token and patches, with positions."""
         x = self.patch_embed(patchify(cast_like(images, self.class_token), self.patch_size))
         return prepend(self.class_token, x) + self.positions[...]

@@ -1,4 +1,4 @@
-"""ImageBind's audio and vision towers: two senses in one space (arXiv 2305.05665; reference: ImageBind/models)."""
+"""ImageBind's audio and vision towers, which embed in one space (arXiv 2305.05665; reference: ImageBind/models)."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,14 +20,22 @@ from vllama_jax.nn.layers import (
 from vllama_jax.towers import ImageBindVisionConfig
 
 
-def _unit(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
-    """Rows of norm 1, in float32."""
+def _normalize(x: Float[Array, "b d"]) -> Float[Array, "b d"]:
+    """Scale rows to norm 1, in float32."""
     x = x.astype(jnp.float32)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 class AudioTower(nnx.Module):
-    """A log-mel picture of two seconds → one vector of norm exp(log_logit_scale), 20 as published."""
+    """Maps the log-mel spectrogram of a 2-second audio clip to an embedding of norm exp(log_logit_scale).
+
+    The norm is 20 in the published weights.
+
+    Args:
+        cfg: The config.
+        embed_dim: Dimension of the embedding.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, cfg: ImageBindAudioConfig, embed_dim: int, *, rngs: nnx.Rngs):
         self.scale = min(float(np.exp(np.float32(cfg.log_logit_scale))), cfg.max_logit_scale)
@@ -55,22 +63,30 @@ class AudioTower(nnx.Module):
         self.head = nnx.Linear(cfg.width, embed_dim, use_bias=False, rngs=rngs, **axis_metadata("embed", None))
 
     def __call__(self, mel: Float[Array, "b f t"]) -> Float[Array, "b e"]:
-        """Normalised mel [b, 128, 204] → [b, embed_dim], float32."""
+        """Embed normalized log-mel spectrograms [b, 128, 204] as float32 [b, embed_dim]."""
         return self.project_class_token(run_blocks(self.blocks, self.embed_inputs(mel)))
 
     def embed_inputs(self, mel: Float[Array, "b f t"]) -> Float[Array, "b n d"]:
-        """What the first block reads: the class token and patches, with positions."""
+        """Embed spectrograms as the input of the first block: the class token and patches, with positions."""
         patches = self.patch_embed(cast_like(mel, self.class_token)[..., None])
         x = self.stem_norm(patches.reshape(mel.shape[0], -1, patches.shape[-1]))
         return prepend(self.class_token, x) + self.positions[...]
 
     def project_class_token(self, x: Float[Array, "b n d"]) -> Float[Array, "b e"]:
-        """The vector that the last block's class token makes."""
-        return _unit(self.head(self.head_norm(x[:, 0]))) * self.scale
+        """Project the class token in the output of the last block to the embedding."""
+        return _normalize(self.head(self.head_norm(x[:, 0]))) * self.scale
 
 
 class VisionTower(nnx.Module):
-    """A picture → one vector of norm 1. The tower was made for short clips and sees a picture as equal frames."""
+    """Maps an image to an embedding of norm 1.
+
+    The tower was made for short videos. It encodes an image as `frames_per_patch` equal frames.
+
+    Args:
+        cfg: The config.
+        embed_dim: Dimension of the embedding.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, cfg: ImageBindVisionConfig, embed_dim: int, *, rngs: nnx.Rngs):
         self.patch_size = cfg.patch_size
@@ -88,21 +104,21 @@ class VisionTower(nnx.Module):
         self.head = nnx.Linear(cfg.width, embed_dim, use_bias=False, rngs=rngs, **axis_metadata("embed", None))
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b e"]:
-        """Normalised pictures → [b, embed_dim], float32."""
+        """Embed normalized images as float32 [b, embed_dim]."""
         return self.project_class_token(run_blocks(self.blocks, self.embed_inputs(images)))
 
     def embed_inputs(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
-        """What the first block reads: the class token and patches, with positions.
+        """Embed images as the input of the first block: the class token and patches, with positions.
 
-        All of a patch's frames are the same picture, so the kernel's frames are summed instead of the picture repeated.
+        All frames of a patch are the same image. Summing the kernel over frames replaces repeating the image.
         """
         patches = patchify(cast_like(images, self.class_token), self.patch_size)
         x = patches @ self.patch_embed[...].sum(axis=0)
         return self.trunk_norm(prepend(self.class_token, x) + self.positions[...])
 
     def project_class_token(self, x: Float[Array, "b n d"]) -> Float[Array, "b e"]:
-        """The vector that the last block's class token makes."""
-        return _unit(self.head(self.head_norm(x[:, 0])))
+        """Project the class token in the output of the last block to the embedding."""
+        return _normalize(self.head(self.head_norm(x[:, 0])))
 
 
 class ImageBind(nnx.Module):

@@ -1,7 +1,7 @@
-"""What every tower is built of: named axes, norms, attention, the pre-norm block, and stacks of layers.
+"""Layers of all networks: parameters with axis names, norms, attention, the pre-norm block, and stacks of layers.
 
-Numerics: matrices multiply in the weights' dtype; layer norms, softmax and scores are float32. A tower casts its
-input to its weights' dtype once (`like_weights`); nothing below it takes a dtype.
+Numerics: matrix products use the weights' dtype; layer norms, softmax and attention scores are float32. A tower casts
+its input to its weights' dtype once (`cast_like`), so its layers have no dtype argument.
 """
 
 import dataclasses
@@ -18,36 +18,45 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.sharding import AXIS_NAMES, partition_spec
 
 Layer = TypeVar("Layer", bound=nnx.Module)
-Layers = TypeVar("Layers")  # stacked: a module, or it and what goes with each layer
+Layers = TypeVar("Layers")  # stacked layers: a module, or a tree of a module and arrays with the same first axis
 Activations = TypeVar("Activations")
 
 LECUN_NORMAL = nnx.initializers.lecun_normal()
 
-# What a layer's backward pass finds stored, and what it computes again.
+# The activation checkpointing policy of a layer.
 Remat = Literal["full", "dots", "none"]
 _REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,  # only the layer's input is kept
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # products with weights are kept
+    "full": jax.checkpoint_policies.nothing_saveable,  # saves only the layer's input
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # saves products with weights
     "none": jax.checkpoint_policies.everything_saveable,
 }
 
 
 def axis_metadata(*names: str | None, inputs: int = 1) -> dict[str, Any]:
-    """Arguments that name the axes of a linear layer's kernel; past the input axes, its bias has the same."""
+    """Return arguments of `nnx.Linear` that set the axis names of its kernel and bias.
+
+    Args:
+        *names: The axis names of the kernel.
+        inputs: Number of input axes of the kernel. The bias has the names of the other axes.
+    """
     return {"kernel_metadata": {AXIS_NAMES: names}, "bias_metadata": {AXIS_NAMES: names[inputs:]}}
 
 
 def param_with_axes(value: Array | jax.ShapeDtypeStruct, *names: str | None) -> nnx.Param:
-    """A weight that belongs to no layer class, with names for its axes."""
+    """Create a parameter with axis names, for weights that are not in a layer class of Flax."""
     metadata: dict[str, Any] = {AXIS_NAMES: names}
     return nnx.Param(value, **metadata)
 
 
 def constrain_sharding(x: Array, *names: str | None) -> Array:
-    """Fixes where an activation lives, by the table in sharding.py, under the current mesh; without one, nothing.
+    """Constrain the sharding of an activation by its axis names and the current mesh. Does nothing without a mesh.
 
-    Needed inside a scan's body: without it the compiler may keep the batch whole and move activations instead of
+    It is needed in the body of a scan. Without it, the compiler may replicate the batch and move activations instead of
     weights (27 times the traffic for a 7B step).
+
+    Args:
+        x: The activation.
+        *names: Its axis names, which are keys of `MESH_AXES` (sharding.py), or None for a replicated axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -56,12 +65,12 @@ def constrain_sharding(x: Array, *names: str | None) -> Array:
 
 
 def cast_like(x: Array, layer: nnx.Param) -> Array:
-    """`x` in the dtype of a tower's weights, named by one of them."""
+    """Cast `x` to the dtype of a parameter. A tower casts its input like one of its weights."""
     return x.astype(layer.dtype)
 
 
 def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """A layer norm as the reference's: its epsilon, and the variance in two passes (flax's default is one)."""
+    """Create a layer norm that computes the variance in two passes, as the reference does; Flax's default is one."""
     metadata = {AXIS_NAMES: ("norm",)}
     return nnx.LayerNorm(
         width, epsilon=epsilon, use_fast_variance=False, scale_metadata=metadata, bias_metadata=metadata, rngs=rngs
@@ -69,18 +78,24 @@ def layer_norm(width: int, epsilon: float, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 def stack(make: Callable[[nnx.Rngs], Layer], depth: int, rngs: nnx.Rngs) -> Layer:
-    """`depth` layers as one module whose weights have the layer as axis 0. The only place where layers are stacked."""
+    """Create `depth` layers as one module, whose weights are stacked on axis 0.
+
+    Args:
+        make: Function that creates one layer.
+        depth: Number of layers.
+        rngs: Random keys for the new weights.
+    """
     if isinstance(rngs, _ConstantKey):
         return jax.tree.map(lambda leaf: jax.lax.broadcast(leaf, (depth,)), make(rngs))
     return jax.vmap(lambda key: make(traced_rngs(key)))(jax.random.split(rngs.params(), depth))
 
 
 def traced_rngs(key: Array) -> nnx.Rngs:
-    """The keys that `nnx.Rngs(key)` gives, for a network that is traced.
+    """Return a replacement for `nnx.Rngs(key)` with the same keys, which is faster to trace.
 
-    They are counted in Python. `nnx.Rngs` counts in a JAX array, which takes half of the time of tracing a layer.
+    It counts the keys in Python. `nnx.Rngs` counts in a JAX array, which takes half of the time of tracing a layer.
     """
-    return cast(nnx.Rngs, _CountedKeys(key))  # layers call nothing of it but `params`
+    return cast(nnx.Rngs, _CountedKeys(key))  # layers only call its method `params`
 
 
 class _CountedKeys:
@@ -93,9 +108,9 @@ class _CountedKeys:
 
 
 def abstract_rngs(key: Array) -> nnx.Rngs:
-    """The same key each time, for a network that is traced for its shapes: its weights are never computed.
+    """Return a replacement for `nnx.Rngs` with one constant key, for networks that are only traced for their shapes.
 
-    Tracing is cheaper by the keys, and by the layers of a stack, which are traced as one layer and not under `vmap`.
+    Tracing is faster, as no keys are split, and `stack` traces one layer instead of all under `vmap`.
     """
     return cast(nnx.Rngs, _ConstantKey(key))
 
@@ -111,7 +126,17 @@ class _ConstantKey:
 def run_stack(
     layers: Layers, x: Activations, step: Callable[[Layers, Activations], Activations], remat_policy: Remat = "full"
 ) -> Activations:
-    """Run `x` through stacked layers: `step(layer, x)` for each. `remat_policy`: what the backward pass recomputes."""
+    """Run stacked layers with `lax.scan`.
+
+    Args:
+        layers: The layers, stacked on axis 0.
+        x: The input of the first layer.
+        step: Function of a layer and its input that returns the input of the next layer.
+        remat_policy: The activation checkpointing policy.
+
+    Returns:
+        The output of the last layer.
+    """
 
     def body(x: Activations, layer: Layers) -> tuple[Activations, None]:
         return step(layer, x), None
@@ -122,9 +147,13 @@ def run_stack(
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Dropout:
-    """How activations are dropped in training; None stands for not at all.
+    """Dropout of activations in training. Functions take None for no dropout.
 
-    The key is an argument of the step, never kept in a module: kept, it would repeat its mask under `jax.jit`.
+    The key is an argument of the training step. A key that is stored in a module would repeat its mask under `jax.jit`.
+
+    Attributes:
+        key: The random key.
+        rate: The probability that a value is dropped.
     """
 
     key: Array
@@ -132,18 +161,18 @@ class Dropout:
 
 
 def split_dropout(dropout: Dropout | None, count: int) -> Dropout | None:
-    """`count` of independent keys, stacked on axis 0 as layers are."""
+    """Split a dropout into `count` independent ones, with keys that are stacked on axis 0 as layers are."""
     return None if dropout is None else Dropout(jax.random.split(dropout.key, count), dropout.rate)
 
 
 def unstack_dropout(dropout: Dropout | None, count: int) -> list[Dropout | None]:
-    """`count` independent ones, for the places within a layer."""
+    """Split a dropout into a list of `count` independent ones, for the dropouts within a layer."""
     split = split_dropout(dropout, count)
     return [None if split is None else Dropout(split.key[i], split.rate) for i in range(count)]
 
 
 def apply_dropout(x: Array, dropout: Dropout | None) -> Array:
-    """Each value is zeroed with the given probability, the others scaled up so that the mean stays."""
+    """Set values to zero with the dropout's probability, and scale the others so that the mean is unchanged."""
     if dropout is None:
         return x
     kept = jax.random.bernoulli(dropout.key, 1 - dropout.rate, x.shape)
@@ -157,10 +186,21 @@ def attend(
     mask: Bool[Array, "b n c"] | None = None,
     dropout: Dropout | None = None,
 ) -> Float[Array, "b n h k"]:
-    """Scaled dot-product attention; each of the g key heads serves h / g query heads. Softmax in float32."""
+    """Compute scaled dot-product attention, with the softmax in float32.
+
+    Args:
+        query: The queries.
+        key: The keys. Each of the g key heads is shared by h / g query heads.
+        value: The values.
+        mask: True where a query attends to a key; None for all.
+        dropout: Dropout of the attention weights.
+
+    Returns:
+        The attended values.
+    """
     b, n, h, k = query.shape
     grouped = (query * k**-0.5).reshape(b, n, key.shape[2], -1, k).transpose(0, 2, 3, 1, 4)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # heads first: on CPUs a third of the time
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)  # heads first takes a third of the time on CPUs
     scores = jnp.einsum("bgrnk,bgck->bgrnc", grouped, key, preferred_element_type=jnp.float32)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
@@ -170,10 +210,14 @@ def attend(
 
 
 class SelfAttention(nnx.Module):
-    """Self-attention with one matrix for query, key and value.
+    """Self-attention with one projection for query, key and value.
 
-    `extra_key_value` appends one learned key and value after the projections, never masked (torch's `add_bias_kv`,
-    which ImageBind's audio tower has).
+    Args:
+        width: Width of the input and output.
+        num_heads: Number of heads.
+        extra_key_value: Append a learned key and value after the projections, as ImageBind's audio tower does
+            (`add_bias_kv` in torch). They are never masked.
+        rngs: Random keys for the new weights.
     """
 
     def __init__(self, width: int, num_heads: int, *, extra_key_value: bool = False, rngs: nnx.Rngs):
@@ -194,6 +238,7 @@ class SelfAttention(nnx.Module):
         self.extra_key_value = extra_key_value
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Attend from all tokens to all tokens."""
         query, key, value = jnp.moveaxis(self.qkv(x), 2, 0)
         if self.extra_key_value:
             key, value = _append(key, self.extra_key), _append(value, self.extra_value)
@@ -205,18 +250,19 @@ def _append(x: Float[Array, "b n h k"], row: nnx.Param) -> Float[Array, "b n+1 h
 
 
 class Mlp(nnx.Module):
-    """Two linear layers with an exact (erf) GELU between them."""
+    """A feed-forward layer: two linear layers with an exact (erf) GELU between them."""
 
     def __init__(self, width: int, mlp_dim: int, *, kernel_init: nnx.Initializer = LECUN_NORMAL, rngs: nnx.Rngs):
         self.up = nnx.Linear(width, mlp_dim, kernel_init=kernel_init, rngs=rngs, **axis_metadata("embed", "mlp"))
         self.down = nnx.Linear(mlp_dim, width, kernel_init=kernel_init, rngs=rngs, **axis_metadata("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Apply the layer to each token."""
         return self.down(jax.nn.gelu(self.up(x), approximate=False))
 
 
 class PreNormBlock(nnx.Module):
-    """A transformer block as in EVA and ImageBind: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm transformer block, as in EVA and ImageBind: x + attention(norm(x)), then x + mlp(norm(x))."""
 
     def __init__(
         self,
@@ -234,35 +280,44 @@ class PreNormBlock(nnx.Module):
         self.mlp = Mlp(width, mlp_dim, rngs=rngs)
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Apply the block."""
         x = constrain_sharding(x, "batch", None, None)
         x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
 def run_blocks(blocks: PreNormBlock, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """`x` through a stack of pre-norm blocks."""
+    """Run a stack of pre-norm blocks."""
     return run_stack(blocks, x, lambda block, x: block(x))
 
 
 def patchify(images: Float[Array, "b h w c"], size: int) -> Float[Array, "b n p"]:
-    """Pictures cut into squares of `size` pixels, row by row; each square flattened as (row, column, channel)."""
+    """Divide images into square patches.
+
+    Args:
+        images: The images.
+        size: Height and width of a patch in pixels.
+
+    Returns:
+        The patches row by row, each flattened in the order (row, column, channel): [b, n, size · size · c].
+    """
     b, h, w, c = images.shape
     grid = images.reshape(b, h // size, size, w // size, size, c)
     return grid.swapaxes(2, 3).reshape(b, (h // size) * (w // size), size * size * c)
 
 
 def prepend(token: nnx.Param, x: Float[Array, "b n d"]) -> Float[Array, "b n+1 d"]:
-    """A learned token in front of every row."""
+    """Prepend a learned token to each sequence."""
     return jnp.concatenate([jnp.broadcast_to(token[...], (x.shape[0], 1, x.shape[2])).astype(x.dtype), x], axis=1)
 
 
 def learned_positions(rows: int, width: int, rngs: nnx.Rngs) -> nnx.Param:
-    """A position table, initialized as torch's nn.Embedding."""
+    """Create a table of learned positions, initialized like torch's nn.Embedding."""
     return param_with_axes(jax.random.normal(rngs.params(), (rows, width)), None, "embed")
 
 
 def projection(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
-    """A linear layer to the language model's width, initialized as torch's nn.Linear."""
+    """Create a linear layer to the language model's width, initialized like torch's nn.Linear."""
     bound = 1 / math.sqrt(width)
 
     def init(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype, **_: Any) -> jax.Array:
@@ -272,15 +327,22 @@ def projection(width: int, out: int, rngs: nnx.Rngs) -> nnx.Linear:
 
 
 def position_rows(table: nnx.Param, count: int, *, interpolate: bool, what: str) -> Float[Array, "n d"]:
-    """The first `count` rows of a position table, or, on request, the whole table stretched linearly to `count` rows.
+    """Return the first `count` rows of a position table.
 
-    Raises ConfigError when there are fewer rows than asked for and `interpolate` is off.
+    Args:
+        table: The learned positions.
+        count: The number of rows.
+        interpolate: Resize the table linearly to `count` rows if it has fewer.
+        what: What has positions, such as "frames", for the error message.
+
+    Raises:
+        ConfigError: The table has fewer rows, and `interpolate` is false.
     """
     rows, width = table.shape
     if count <= rows:
         return table[:count]
     if not interpolate:
         raise ConfigError(
-            f"{count} {what}, but the model has learned {rows} positions; use at most {rows}, or ask for interpolation"
+            f"{count} {what}, but the model has {rows} learned positions; use at most {rows}, or enable interpolation"
         )
     return jax.image.resize(table[...], (count, width), "linear")

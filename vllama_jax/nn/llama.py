@@ -1,7 +1,7 @@
 """LLaMA, and language models that differ from it in a few layers (reference: modeling_llama.py of transformers).
 
-Rows of a batch are padded on the right. A token's position is the number of real tokens before it, so that padding
-between a prompt and what is generated after it does not count.
+Sequences of a batch are padded on the right. A token's position is the number of tokens before it without padding, so
+padding between a prompt and the generated tokens does not count.
 """
 
 import dataclasses
@@ -34,11 +34,13 @@ from vllama_jax.sharding import AXIS_NAMES
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all that has been read.
+    """Keys and values of earlier tokens.
 
-    keys_values: [layer, position, key | value, kv head, batch, head_dim]. Position-major, because in any other order
-    writing one token costs a copy of the whole.
-    valid: [batch, position], False where a row has padding or nothing yet. length: positions written so far.
+    Attributes:
+        keys_values: [layer, position, key or value, kv head, batch, head_dim]. Positions precede the other axes of a
+            layer: in any other order, writing one token costs a copy of the entire array.
+        valid: [batch, position]; False at padding and at positions that are not written yet.
+        length: Number of positions that are written.
     """
 
     keys_values: Float[Array, "l c 2 g b k"]
@@ -47,44 +49,72 @@ class KVCache:
 
     @classmethod
     def empty(cls, cfg: LlamaConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Self:
+        """Create an empty cache.
+
+        Args:
+            cfg: The language model's config.
+            batch: Number of sequences.
+            capacity: Maximum number of positions.
+            dtype: Dtype of keys and values.
+        """
         shape = (cfg.depth, capacity, 2, cfg.num_kv_heads, batch, cfg.head_dim)
         return cls(jnp.zeros(shape, dtype), jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
 
     @property
     def capacity(self) -> int:
+        """Maximum number of positions."""
         return self.keys_values.shape[1]
 
 
 def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
-    """Rotary frequencies in radians a position, float32 [head_dim / 2], as the `inv_freq` buffer of checkpoints."""
+    """Compute the rotary frequencies in radians per position.
+
+    Returns:
+        float32 [head_dim / 2], equal to the `inv_freq` buffer of checkpoints.
+    """
     exponents = np.arange(0, cfg.head_dim, 2, dtype=np.float32) / np.float32(cfg.head_dim)
-    powers = np.power(cfg.rope_theta, exponents.astype(np.float64))  # numpy's in float32 is off torch's in the last bit
+    powers = np.power(cfg.rope_theta, exponents.astype(np.float64))  # float32 would differ from torch in the last bit
     frequencies = np.float32(1.0) / powers.astype(np.float32)
     return frequencies if cfg.rope_scaling is None else _scale_frequencies(frequencies, cfg.rope_scaling)
 
 
 def _scale_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-    """Linear: all divided by the factor. Llama 3: long waves divided, short ones kept, a ramp between."""
-    slow = frequencies / np.float32(scaling.factor)
+    """Scale rotary frequencies.
+
+    "linear" divides all by the factor. "llama3" divides low frequencies, leaves high ones unchanged, and interpolates
+    between the two.
+    """
+    divided = frequencies / np.float32(scaling.factor)
     if scaling.kind == "linear":
-        return slow
-    turns = scaling.original_max_length * frequencies / (2 * math.pi)  # within the context that was trained on
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    keep = np.clip(keep, 0.0, 1.0)
-    return ((1 - keep) * slow + keep * frequencies).astype(np.float32)
+        return divided
+    turns = scaling.original_max_length * frequencies / (2 * math.pi)  # within the context length of the training
+    ramp = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    ramp = np.clip(ramp, 0.0, 1.0)
+    return ((1 - ramp) * divided + ramp * frequencies).astype(np.float32)
 
 
 def rotate(
     x: Float[Array, "b n h k"], cos: Float[Array, "b n k/2"], sin: Float[Array, "b n k/2"]
 ) -> Float[Array, "b n h k"]:
-    """Rotary position embedding on halves (not on neighbours), in float32."""
+    """Apply rotary position embeddings in float32. Pairs are taken from the two halves of a head, not from neighbors.
+
+    Args:
+        x: Queries or keys.
+        cos: Cosines of the angles.
+        sin: Sines of the angles.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
-    """The projections of grouped-query attention; what is attended to is up to the caller."""
+    """The projections of grouped-query attention. The caller computes the attention between them.
+
+    Args:
+        cfg: The language model's config.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         def heads(count: int, name: str) -> nnx.LinearGeneral:
@@ -110,13 +140,13 @@ class Attention(nnx.Module):
     def project_qkv(
         self, x: Float[Array, "b n d"]
     ) -> tuple[Float[Array, "b n h k"], Float[Array, "b n g k"], Float[Array, "b n g k"]]:
-        """Query, key and value of every token, before the rotation."""
+        """Project tokens to queries, keys and values, before the rotation."""
         query, key, value = (linear_with_lora(layer, x) for layer in (self.query, self.key, self.value))
         return (self.query_norm(query), self.key_norm(key), value) if self.qk_norm else (query, key, value)
 
 
 class SwiGlu(nnx.Module):
-    """down(silu(gate(x)) · up(x))."""
+    """The SwiGLU feed-forward layer: down(silu(gate(x)) · up(x))."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.gate = nnx.Linear(cfg.width, cfg.mlp_dim, use_bias=False, rngs=rngs, **axis_metadata("embed", "mlp"))
@@ -124,11 +154,19 @@ class SwiGlu(nnx.Module):
         self.down = nnx.Linear(cfg.mlp_dim, cfg.width, use_bias=False, rngs=rngs, **axis_metadata("mlp", "embed"))
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+        """Apply the layer to each token."""
         return linear_with_lora(self.down, jax.nn.silu(linear_with_lora(self.gate, x)) * linear_with_lora(self.up, x))
 
 
 class Block(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), in two halves: what is attended to comes between."""
+    """A block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    It has two methods, for before and after the attention, which the caller computes with or without a KV cache.
+
+    Args:
+        cfg: The language model's config.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.attention_norm = _rms_norm(cfg.width, cfg, rngs)
@@ -139,14 +177,14 @@ class Block(nnx.Module):
     def project_qkv(
         self, x: Float[Array, "b n d"], cos: Float[Array, "b n k/2"], sin: Float[Array, "b n k/2"]
     ) -> tuple[Float[Array, "b n h k"], Float[Array, "b n g k"], Float[Array, "b n g k"]]:
-        """Query, key and value of every token, query and key rotated."""
+        """Project tokens to queries, keys and values, and rotate queries and keys."""
         query, key, value = self.attention.project_qkv(self.attention_norm(constrain_sharding(x, "batch", None, None)))
         return rotate(query, cos, sin), rotate(key, cos, sin), value
 
     def apply_output_and_mlp(
         self, x: Float[Array, "b n d"], attended: Float[Array, "b n h k"]
     ) -> Float[Array, "b n d"]:
-        """The rest of the block after attention."""
+        """Apply the part of the block after the attention: output projection, residuals and feed-forward layer."""
         x = x + linear_with_lora(self.attention.out, attended)
         return x + self.mlp(self.mlp_norm(x))
 
@@ -156,7 +194,12 @@ def _rms_norm(width: int, cfg: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
 
 
 class Llama(nnx.Module):
-    """Token embeddings in, hidden states out; `logits` turns those into scores over the vocabulary."""
+    """The language model: maps token embeddings to hidden states, and `logits` maps those to scores.
+
+    Args:
+        cfg: The config.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -170,38 +213,54 @@ class Llama(nnx.Module):
         )
 
     def embed(self, ids: Int[Array, "b n"]) -> Float[Array, "b n d"]:
+        """Return the embeddings of token ids."""
         return self.embedding[...][ids]
 
     def __call__(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], remat_policy: Remat = "full"
     ) -> Float[Array, "b n d"]:
-        """Embeddings, and which of them are tokens (padding on the right) → hidden states after the last norm.
+        """Run all layers and the final norm.
 
-        remat: what of a layer the backward pass computes again.
+        Args:
+            x: Embeddings.
+            mask: True at tokens, False at padding, which is on the right.
+            remat_policy: The activation checkpointing policy.
+
+        Returns:
+            Hidden states.
         """
         return self.norm(self.run_layers(x, mask, remat_policy))
 
     def run_layers(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], remat_policy: Remat = "full"
     ) -> Float[Array, "b n d"]:
-        """The same without the last norm."""
+        """Run all layers as `__call__` does, without the final norm."""
         n = x.shape[1]
         attention_mask = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
-        cos, sin = self._rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
+        cos, sin = self._compute_rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
 
         def step(_: Any, block: Block, x: jax.Array) -> jax.Array:
             query, key, value = block.project_qkv(x, cos, sin)
             return block.apply_output_and_mlp(x, attend(query, key, value, attention_mask))
 
-        return self._run(step, cast_like(x, self.embedding), remat_policy)
+        return self._run_blocks(step, cast_like(x, self.embedding), remat_policy)
 
     def forward_with_cache(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], cache: KVCache
     ) -> tuple[Float[Array, "b n d"], KVCache]:
-        """The same for the next n positions after those in the cache, which is returned longer by n."""
+        """Run all layers and the final norm for the n positions after those in a KV cache.
+
+        Args:
+            x: Embeddings of the new positions.
+            mask: True at tokens, False at padding.
+            cache: The cache, with room for n more positions.
+
+        Returns:
+            Hidden states of the new positions, and the cache with their keys and values.
+        """
         start, n = cache.length, x.shape[1]
-        before = jnp.sum(cache.valid, axis=1, keepdims=True)
-        cos, sin = self._rotations(before + jnp.cumsum(mask, axis=1) - 1)
+        num_cached = jnp.sum(cache.valid, axis=1, keepdims=True)
+        cos, sin = self._compute_rotations(num_cached + jnp.cumsum(mask, axis=1) - 1)
         valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
         attention_mask = valid[:, None, :] & (jnp.arange(cache.capacity) <= start + jnp.arange(n)[:, None])
 
@@ -214,37 +273,39 @@ class Llama(nnx.Module):
             keys, values = jnp.moveaxis(keys_values[layer], (1, 3), (0, 1))
             return block.apply_output_and_mlp(x, attend(query, keys, values, attention_mask)), keys_values
 
-        x, keys_values = self._run(step, (cast_like(x, self.embedding), cache.keys_values))
+        x, keys_values = self._run_blocks(step, (cast_like(x, self.embedding), cache.keys_values))
         return self.norm(x), KVCache(keys_values, valid, start + n)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
-        """Scores over the vocabulary, float32."""
+        """Compute the scores of all tokens in the vocabulary, in float32."""
         if isinstance(self.head, QuantizedLinear):
-            return self.head.product(hidden)
+            return self.head.matmul(hidden)
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
     def unstack(self) -> None:
-        """Makes each layer's weights arrays of their own, one weight after the other.
+        """Replace the stacked layers by a list of layers, one weight at a time.
 
-        For decoding, where a scan would copy each layer's slice of the stack before it is used: two times slower.
+        Decoding is twice as fast with it: a scan copies each layer's slice of the stack before it is used.
         """
         leaves, structure = jax.tree.flatten(self.blocks)
-        self.blocks = nnx.List([])  # lets go of the stack, so that no two of a weight live longer than they must
+        self.blocks = nnx.List([])  # drops the reference, so that each stacked weight is freed once it is unstacked
         rows = []
         while leaves:
             leaf = leaves.pop(0)
             rows.append([leaf[i] for i in range(self.cfg.depth)])
         self.blocks = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*rows, strict=True))
 
-    def _run(self, step: Callable[[Any, Block, Any], Any], x: Any, remat_policy: Remat = "full") -> Any:
-        """`x` through all layers by `step(number, block, x)`."""
+    def _run_blocks(self, step: Callable[[Any, Block, Any], Any], x: Any, remat_policy: Remat = "full") -> Any:
+        """Run all layers, stacked or not. `step(number, block, x)` returns the input of the next layer."""
         if isinstance(self.blocks, nnx.List):
             for number, block in enumerate(self.blocks):
                 x = step(number, block, x)
             return x
         return run_stack((jnp.arange(self.cfg.depth), self.blocks), x, lambda layer, x: step(*layer, x), remat_policy)
 
-    def _rotations(self, positions: Int[Array, "b n"]) -> tuple[Float[Array, "b n k/2"], Float[Array, "b n k/2"]]:
+    def _compute_rotations(
+        self, positions: Int[Array, "b n"]
+    ) -> tuple[Float[Array, "b n k/2"], Float[Array, "b n k/2"]]:
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.cfg)
         return jnp.cos(angles), jnp.sin(angles)

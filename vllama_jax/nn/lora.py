@@ -1,8 +1,7 @@
-"""Low-rank updates beside the language model's frozen linear layers (LoRA, arXiv 2106.09685).
+"""LoRA: low-rank updates of the language model's frozen linear layers (arXiv 2106.09685).
 
-`add_lora` gives chosen layers a child `lora`, so that its weights' paths end in `query/lora/down` and the like;
-`linear_with_lora` is how LLaMA applies a layer, with its update where there is one; `merge_lora` makes it part of the
-layer.
+`add_lora` adds a child `lora` to the target layers, so the paths of its weights end in `query/lora/down` and similar.
+`linear_with_lora` applies a layer with its update, and `merge_lora` adds the updates to the kernels.
 """
 
 import math
@@ -17,11 +16,18 @@ from vllama_jax.config import LoraConfig
 from vllama_jax.nn.layers import param_with_axes
 from vllama_jax.sharding import AXIS_NAMES
 
-_INPUTS = {"out": 2}  # how many axes of a kernel are inputs, where it is not one
+_INPUTS = {"out": 2}  # number of input axes of kernels that have several
 
 
 class LowRank(nnx.Module):
-    """x → (x · down) · up · scale, whose matrices have a rank in place of one side. `up` starts at zero."""
+    """A low-rank update of a linear layer: (x · down) · up · scale, where `up` is initialized to zero.
+
+    Args:
+        kernel: The layer's kernel, stacked or not.
+        inputs: Number of input axes of the kernel.
+        cfg: The config of LoRA.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, kernel: nnx.Param, inputs: int, cfg: LoraConfig, *, rngs: nnx.Rngs):
         names = kernel.get_metadata()[AXIS_NAMES]
@@ -35,49 +41,50 @@ class LowRank(nnx.Module):
         self.scale = cfg.alpha / cfg.rank
 
     def __call__(self, x: Float[Array, "b n *i"]) -> Float[Array, "b n *o"]:
+        """Compute the update of the layer's output."""
         low = jnp.tensordot(x, self.down[...], self.inputs)
         return jnp.tensordot(low, self.up[...], 1) * self.scale
 
 
 def add_lora(llama: Any, cfg: LoraConfig, *, rngs: nnx.Rngs) -> None:
-    """Gives the layers that `cfg` targets an update that does nothing yet. Rank 0: nothing is added."""
-    for name, layer in _layers(llama).items():
+    """Add an update, which is initially zero, to each target layer. Does nothing if the rank is 0."""
+    for name, layer in _get_linear_layers(llama).items():
         if cfg.rank and name in cfg.targets:
             layer.lora = LowRank(layer.kernel, _INPUTS.get(name, 1), cfg, rngs=rngs)
 
 
 def linear_with_lora(layer: Any, x: Float[Array, "b n *i"]) -> Float[Array, "b n *o"]:
-    """A linear layer with its low-rank update, if it has one."""
+    """Apply a linear layer and its low-rank update, if it has one."""
     return layer(x) + layer.lora(x) if hasattr(layer, "lora") else layer(x)
 
 
 def merge_lora(llama: Any) -> None:
-    """Adds each update to its layer's kernel, computed in float32, and takes it away."""
-    for layer in _layers(llama).values():
+    """Add each update to its layer's kernel, computed in float32, and remove it."""
+    for layer in _get_linear_layers(llama).values():
         if hasattr(layer, "lora"):
             layer.kernel.set_value(merged_kernel(layer))
             del layer.lora
 
 
 def merged_kernel(layer: Any) -> Array:
-    """A layer's kernel with its update added, in the kernel's dtype. The layer may be stacked or a single one."""
+    """Return a layer's kernel with its update added, in the kernel's dtype. The layer may be stacked or not."""
     kernel, lora = layer.kernel[...], layer.lora
     if kernel.ndim > len(layer.kernel.get_metadata()[AXIS_NAMES]):
-        return _merged(kernel, lora)
-    return _merged(kernel[None], jax.tree.map(lambda x: x[None], lora))[0]
+        return _merge(kernel, lora)
+    return _merge(kernel[None], jax.tree.map(lambda x: x[None], lora))[0]
 
 
 @jax.jit
-def _merged(kernel: Array, lora: LowRank) -> Array:
+def _merge(kernel: Array, lora: LowRank) -> Array:
     def update(down: Array, up: Array) -> Array:
         return jnp.tensordot(down, up, 1, precision="highest") * lora.scale
 
-    whole = jax.vmap(update)(lora.down[...].astype(jnp.float32), lora.up[...].astype(jnp.float32))
-    return (kernel.astype(jnp.float32) + whole).astype(kernel.dtype)
+    updates = jax.vmap(update)(lora.down[...].astype(jnp.float32), lora.up[...].astype(jnp.float32))
+    return (kernel.astype(jnp.float32) + updates).astype(kernel.dtype)
 
 
-def _layers(llama: Any) -> dict[str, Any]:
-    """The linear layers of the stacked blocks, by the names that LoraConfig.targets has."""
+def _get_linear_layers(llama: Any) -> dict[str, Any]:
+    """Return the linear layers of the stacked blocks, by their names in `LoraConfig.targets`."""
     attention, mlp = llama.blocks.attention, llama.blocks.mlp
     return {
         **{name: getattr(attention, name) for name in ("query", "key", "value", "out")},

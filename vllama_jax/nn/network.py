@@ -1,4 +1,4 @@
-"""The network of a config: with new weights, or with shapes in their place."""
+"""Create the network of a config, with new weights or with abstract ones."""
 
 import functools
 from collections.abc import Iterable
@@ -14,14 +14,20 @@ if TYPE_CHECKING:
 
 
 def default_dtype() -> str:
-    """What weights are cast to when nothing is said: XLA multiplies bfloat16 slowly on a CPU."""
+    """Return the default dtype of loaded weights: float32 on CPUs, where XLA is slow in bfloat16, else bfloat16."""
     import jax
 
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
 
 
 def abstract_network(config: VideoLlamaConfig, dtype: str | None = None, lora: LoraConfig = NO_LORA) -> "VideoLlama":
-    """The network with shapes in place of weights, in the dtype that `load` would use."""
+    """Create a network with abstract weights (`jax.ShapeDtypeStruct`).
+
+    Args:
+        config: The model's config.
+        dtype: Dtype of the weights; by default the one that `load` uses.
+        lora: Config of LoRA.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -31,7 +37,7 @@ def abstract_network(config: VideoLlamaConfig, dtype: str | None = None, lora: L
 
 @functools.cache
 def _traced_network(config: VideoLlamaConfig, lora: LoraConfig) -> "VideoLlama":
-    """The network with shapes. A command asks for it several times, and tracing it takes half a second."""
+    """Trace the network for its shapes. Cached, because a command needs it several times and tracing takes 0.5 s."""
     import jax
     from flax import nnx
 
@@ -41,7 +47,13 @@ def _traced_network(config: VideoLlamaConfig, lora: LoraConfig) -> "VideoLlama":
 
 
 def init_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs") -> "VideoLlama":
-    """The network as training starts it, with its low-rank updates."""
+    """Create a network with newly initialized weights and LoRA updates.
+
+    Args:
+        config: The model's config.
+        lora: Config of LoRA.
+        rngs: Random keys for the weights.
+    """
     from vllama_jax.nn.lora import add_lora
     from vllama_jax.nn.video_llama import VideoLlama
 
@@ -53,7 +65,17 @@ def init_network(config: VideoLlamaConfig, lora: LoraConfig, rngs: "nnx.Rngs") -
 def init_weights(
     config: VideoLlamaConfig, lora: LoraConfig, paths: Iterable[str], key: "jax.Array"
 ) -> "dict[str, jax.Array]":
-    """Weights by path as training starts them, float32. Under `jax.jit`, only those of `paths` are computed."""
+    """Initialize weights in float32. In `jax.jit`, only the weights of `paths` are computed.
+
+    Args:
+        config: The model's config.
+        lora: Config of LoRA.
+        paths: The paths of the weights.
+        key: The random key.
+
+    Returns:
+        The weights by path.
+    """
     import jax.numpy as jnp
     from flax import nnx
 

@@ -1,7 +1,7 @@
-"""The Q-Former of BLIP-2, for pictures, video and audio alike (paper §2.1; reference: Qformer.py).
+"""The Q-Former of BLIP-2, used for images, video and audio (paper §2.1; reference: Qformer.py).
 
-A BERT whose input is a set of learned queries: post-norm layers of self-attention, cross-attention to an encoder's
-output, and a feed-forward. Queries have no positions; a norm comes first.
+It is a BERT whose input is a set of learned queries. Its post-norm layers have self-attention, cross-attention to an
+encoder's output, and a feed-forward layer. Queries have no positions, and are normalized before the first layer.
 """
 
 import jax
@@ -30,7 +30,13 @@ INIT = nnx.initializers.normal(0.02)  # reference: Qformer.py:665-675
 
 
 class Attention(nnx.Module):
-    """Attention of x to `memory`, added to x and normalised (BERT's order)."""
+    """Attention from x to `memory`, added to x and normalized (BERT's order).
+
+    Args:
+        cfg: The Q-Former's config.
+        memory_width: Width of `memory`.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, cfg: QFormerConfig, memory_width: int, *, rngs: nnx.Rngs):
         heads = (cfg.num_heads, cfg.width // cfg.num_heads)
@@ -56,13 +62,20 @@ class Attention(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n d"], memory: Float[Array, "b m e"], dropout: Dropout | None = None
     ) -> Float[Array, "b n d"]:
-        of_weights, of_output = unstack_dropout(dropout, 2)
-        attended = attend(self.query(x), self.key(memory), self.value(memory), dropout=of_weights)
-        return self.norm(x + apply_dropout(self.out(attended), of_output))
+        """Attend from x to `memory`, with dropout of the attention weights and of the output."""
+        weights_dropout, output_dropout = unstack_dropout(dropout, 2)
+        attended = attend(self.query(x), self.key(memory), self.value(memory), dropout=weights_dropout)
+        return self.norm(x + apply_dropout(self.out(attended), output_dropout))
 
 
 class Layer(nnx.Module):
-    """One layer; `memory_width` is the encoder's width where the layer reads the encoder, None where it does not."""
+    """A layer of a Q-Former.
+
+    Args:
+        cfg: The Q-Former's config.
+        memory_width: Width of the encoder's output; None for a layer without cross-attention.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, cfg: QFormerConfig, memory_width: int | None, *, rngs: nnx.Rngs):
         self.attention = Attention(cfg, cfg.width, rngs=rngs)
@@ -73,19 +86,25 @@ class Layer(nnx.Module):
     def __call__(
         self, x: Float[Array, "b n d"], memory: Float[Array, "b m e"], dropout: Dropout | None = None
     ) -> Float[Array, "b n d"]:
-        of_attention, of_cross_attention, of_mlp = unstack_dropout(dropout, 3)
+        """Apply the layer to the queries' hidden states x."""
+        attention_dropout, cross_attention_dropout, mlp_dropout = unstack_dropout(dropout, 3)
         x = constrain_sharding(x, "batch", None, None)
-        x = self.attention(x, x, of_attention)
+        x = self.attention(x, x, attention_dropout)
         if self.cross_attention is not None:
-            x = self.cross_attention(x, memory, of_cross_attention)
-        return self.mlp_norm(x + apply_dropout(self.mlp(x), of_mlp))
+            x = self.cross_attention(x, memory, cross_attention_dropout)
+        return self.mlp_norm(x + apply_dropout(self.mlp(x), mlp_dropout))
 
 
 class QFormer(nnx.Module):
-    """Learned queries that read an encoder's output.
+    """Learned queries that cross-attend to an encoder's output.
 
-    Layers that read the encoder are stacked in `cross_layers`; where cross-attention comes every second layer, those
-    between are stacked in `plain_layers`, and the scan runs over pairs.
+    Layers with cross-attention are stacked in `cross_layers`. If every second layer has cross-attention, the others are
+    stacked in `plain_layers`, and the scan runs over pairs.
+
+    Args:
+        cfg: The config.
+        memory_width: Width of the encoder's output.
+        rngs: Random keys for the new weights.
     """
 
     def __init__(self, cfg: QFormerConfig, memory_width: int, *, rngs: nnx.Rngs):
@@ -97,24 +116,29 @@ class QFormer(nnx.Module):
         self.plain_layers = stack(lambda rngs: Layer(cfg, None, rngs=rngs), self.groups, rngs) if paired else None
 
     def __call__(self, memory: Float[Array, "b m e"], dropout: Dropout | None = None) -> Float[Array, "b q d"]:
-        """An encoder's output [b, m, memory_width] → [b, num_queries, width].
+        """Run the Q-Former.
 
-        `dropout`, in training only, goes where BERT's does: on the queries, on attention weights, on what attention
-        and feed-forward add.
+        Args:
+            memory: The encoder's output.
+            dropout: Dropout as in BERT, for training: of the queries, of attention weights, and of the outputs of
+                attention and feed-forward layers.
+
+        Returns:
+            The queries' hidden states [b, num_queries, width].
         """
         x, memory = self.embed_inputs(memory)
-        of_queries, of_layers = unstack_dropout(dropout, 2)
+        queries_dropout, layers_dropout = unstack_dropout(dropout, 2)
 
         def step(group: tuple[tuple[Layer, ...], Dropout | None], x: jax.Array) -> jax.Array:
             layers, dropout = group
-            for layer, of_layer in zip(layers, unstack_dropout(dropout, len(layers)), strict=True):
-                x = layer(x, memory, of_layer)
+            for layer, layer_dropout in zip(layers, unstack_dropout(dropout, len(layers)), strict=True):
+                x = layer(x, memory, layer_dropout)
             return x
 
         layers = (self.cross_layers,) if self.plain_layers is None else (self.cross_layers, self.plain_layers)
-        return run_stack((layers, split_dropout(of_layers, self.groups)), apply_dropout(x, of_queries), step)
+        return run_stack((layers, split_dropout(layers_dropout, self.groups)), apply_dropout(x, queries_dropout), step)
 
     def embed_inputs(self, memory: Float[Array, "b m e"]) -> tuple[Float[Array, "b q d"], Float[Array, "b m e"]]:
-        """What the first layer reads: queries, and the encoder's output."""
+        """Return the inputs of the first layer: the normalized queries, and the encoder's output in their dtype."""
         memory = constrain_sharding(cast_like(memory, self.queries), "batch", None, None)
         return jnp.broadcast_to(self.norm(self.queries[...]), (memory.shape[0], *self.queries.shape)), memory

@@ -1,4 +1,4 @@
-"""Video-LLaMA: two branches that turn what is seen and heard into tokens of a language model (arXiv 2306.02858)."""
+"""The network of Video-LLaMA: branches that make media tokens, and a language model (arXiv 2306.02858)."""
 
 import pkgutil
 from typing import Any
@@ -18,7 +18,14 @@ from vllama_jax.towers import build_tower
 
 
 class VideoLlama(nnx.Module):
-    """The network. Frames are normalised floats (media.normalize); every method takes a batch, channels last."""
+    """The network of Video-LLaMA.
+
+    All methods take batches. Frames are normalized floats (`media.normalize`) with channels last.
+
+    Args:
+        cfg: The config.
+        rngs: Random keys for the new weights.
+    """
 
     def __init__(self, cfg: VideoLlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -36,20 +43,30 @@ class VideoLlama(nnx.Module):
         self.llama = Llama(cfg.llama, rngs=rngs)
         for extra in cfg.extra_branches:
             module = BRANCHES[extra.type].module
-            assert module is not None  # of an additional branch
+            assert module is not None  # additional branches have a module
             setattr(self, extra.type, pkgutil.resolve_name(module)(extra, cfg, rngs=rngs))
 
     @property
     def branches(self) -> list[Branch]:
-        """The branches that this network has: a run leaves out those that it does not use."""
+        """The branches of the network. Training removes those that a run does not use."""
         return [branch for branch in BRANCHES.values() if hasattr(*find_owner(self, branch.qformer))]
 
     def encode_frames(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t q d"]:
-        """Each frame by itself through EVA-CLIP and BLIP-2's Q-Former, before positions: [b, t, 32, 768]."""
+        """Encode each frame with the vision encoder and the image Q-Former.
+
+        Args:
+            frames: Normalized frames.
+
+        Returns:
+            Features without positions, [b, t, 32, 768] for the published models.
+
+        Raises:
+            ArrayError: `frames` has another shape or dtype.
+        """
         _check_frames(frames, self.cfg.vit.image_size)
         b, t = frames.shape[:2]
-        seen = self.ln_vision(self.vit(frames.reshape(b * t, *frames.shape[2:])))
-        return self.image_qformer(seen).reshape(b, t, -1, self.image_qformer.queries.shape[-1])
+        patches = self.ln_vision(self.vit(frames.reshape(b * t, *frames.shape[2:])))
+        return self.image_qformer(patches).reshape(b, t, -1, self.image_qformer.queries.shape[-1])
 
     def video_tokens(
         self,
@@ -58,9 +75,18 @@ class VideoLlama(nnx.Module):
         interpolate_positions: bool = False,
         dropout: Dropout | None = None,
     ) -> Float[Array, "b v w"]:
-        """What `encode_frames` gives → tokens of the language model: positions, video Q-Former, linear layer.
+        """Make media tokens from the features of frames: add positions, run the video Q-Former and project.
 
-        Raises ConfigError when there are more frames than learned positions and no interpolation is asked for.
+        Args:
+            features: Features from `encode_frames`.
+            interpolate_positions: Interpolate the learned positions for more frames than there are positions.
+            dropout: Dropout in the Q-Former, for training.
+
+        Returns:
+            Media tokens [b, 32, width of the language model].
+
+        Raises:
+            ConfigError: There are more frames than learned positions, and `interpolate_positions` is false.
         """
         features = self.add_frame_positions(features, interpolate=interpolate_positions)
         return self.llama_proj(self.video_qformer(features, dropout))
@@ -68,7 +94,7 @@ class VideoLlama(nnx.Module):
     def add_frame_positions(
         self, features: Float[Array, "b t q d"], *, interpolate: bool = False
     ) -> Float[Array, "b t*q d"]:
-        """What the video Q-Former reads: all frames' tokens, each with its frame's position."""
+        """Add frame positions to features, and concatenate the tokens of all frames for the video Q-Former."""
         b, t, q, d = features.shape
         rows = position_rows(self.frame_positions, t, interpolate=interpolate, what="frames")
         return (cast_like(features, self.frame_positions) + rows[:, None]).reshape(b, t * q, d)
@@ -76,17 +102,48 @@ class VideoLlama(nnx.Module):
     def encode_video(
         self, frames: Float[Array, "b t h w 3"], *, interpolate_positions: bool = False
     ) -> Float[Array, "b v w"]:
-        """Frames of a video, or one of a picture → [b, 32, width of the language model]."""
+        """Encode the frames of videos, or one frame of images, to media tokens [b, 32, width of the language model].
+
+        Args:
+            frames: Normalized frames.
+            interpolate_positions: Interpolate the learned positions for more frames than there are positions.
+
+        Raises:
+            ArrayError: `frames` has another shape or dtype.
+            ConfigError: There are more frames than learned positions, and `interpolate_positions` is false.
+        """
         return self.video_tokens(self.encode_frames(frames), interpolate_positions=interpolate_positions)
 
     def embed_frames(self, frames: Float[Array, "b t h w 3"]) -> Float[Array, "b t e"]:
-        """Each frame by itself through ImageBind's vision tower: [b, t, 1024] of norm 1, float32."""
+        """Embed each frame with ImageBind's vision tower.
+
+        Args:
+            frames: Normalized frames.
+
+        Returns:
+            float32 embeddings of norm 1, [b, t, 1024] for the published models.
+
+        Raises:
+            ArrayError: `frames` has another shape or dtype.
+            ConfigError: The model has no audio branch.
+        """
         _check_frames(frames, self.cfg.require_imagebind().vision.image_size)
         b, t = frames.shape[:2]
         return self.imagebind.vision(frames.reshape(b * t, *frames.shape[2:])).reshape(b, t, -1)
 
     def embed_audio(self, mel: Float[Array, "b s f m"]) -> Float[Array, "b s e"]:
-        """Each log-mel picture by itself through ImageBind's audio tower: [b, s, 1024] of norm 20, float32."""
+        """Embed each log-mel spectrogram with ImageBind's audio tower.
+
+        Args:
+            mel: Normalized log-mel spectrograms of audio clips (`media.mel_clips`).
+
+        Returns:
+            float32 embeddings of norm 20, [b, s, 1024] for the published models.
+
+        Raises:
+            ArrayError: `mel` has another shape or dtype.
+            ConfigError: The model has no audio branch.
+        """
         cfg = self.cfg.require_imagebind().audio
         advice = "media.mel_clips makes [s, f, m] of a waveform"
         check_array("mel", mel, ("b", "s", "f", "m"), "floats", advice, f=cfg.num_mel_bins, m=cfg.num_mel_frames)
@@ -100,9 +157,18 @@ class VideoLlama(nnx.Module):
         interpolate_positions: bool = False,
         dropout: Dropout | None = None,
     ) -> Float[Array, "b a w"]:
-        """ImageBind's vectors, of sounds or of pictures → tokens: positions, audio Q-Former, linear layer.
+        """Make media tokens from ImageBind's embeddings: add positions, run the audio Q-Former and project.
 
-        Raises ConfigError when there are more vectors than learned positions and no interpolation is asked for.
+        Args:
+            features: Embeddings from `embed_audio`, or from `embed_frames` in training.
+            interpolate_positions: Interpolate the learned positions for more embeddings than there are positions.
+            dropout: Dropout in the Q-Former, for training.
+
+        Returns:
+            Media tokens [b, 8, width of the language model].
+
+        Raises:
+            ConfigError: There are more embeddings than learned positions, and `interpolate_positions` is false.
         """
         features = self.add_clip_positions(features, interpolate=interpolate_positions)
         return self.audio_llama_proj(self.audio_qformer(features, dropout))
@@ -110,7 +176,7 @@ class VideoLlama(nnx.Module):
     def add_clip_positions(
         self, features: Float[Array, "b s e"], *, interpolate: bool = False
     ) -> Float[Array, "b s e"]:
-        """What the audio Q-Former reads: a vector for each sound or picture, with its position."""
+        """Add audio positions to the embeddings of audio clips or frames, for the audio Q-Former."""
         count = features.shape[1]
         rows = position_rows(self.audio_positions, count, interpolate=interpolate, what="audio clips or frames")
         return cast_like(features, self.audio_positions) + rows
@@ -118,22 +184,56 @@ class VideoLlama(nnx.Module):
     def encode_audio(
         self, mel: Float[Array, "b s f m"], *, interpolate_positions: bool = False
     ) -> Float[Array, "b a w"]:
-        """Log-mel pictures of clips of sound (media.mel_clips) → [b, 8, width of the language model]."""
+        """Encode audio to media tokens [b, 8, width of the language model].
+
+        Args:
+            mel: Normalized log-mel spectrograms of audio clips (`media.mel_clips`).
+            interpolate_positions: Interpolate the learned positions for more clips than there are positions.
+
+        Raises:
+            ArrayError: `mel` has another shape or dtype.
+            ConfigError: The model has no audio branch, or there are more clips than learned positions and
+                `interpolate_positions` is false.
+        """
         return self.audio_tokens(self.embed_audio(mel), interpolate_positions=interpolate_positions)
 
     def encode_audio_from_vision(
         self, frames: Float[Array, "b t h w 3"], *, interpolate_positions: bool = False
     ) -> Float[Array, "b a w"]:
-        """The audio branch on pictures, as it is trained (paper §2.2.2) → [b, 8, width of the language model]."""
+        """Encode frames with the audio branch, as in its training (paper §2.2.2).
+
+        Args:
+            frames: Normalized frames.
+            interpolate_positions: Interpolate the learned positions for more frames than there are positions.
+
+        Returns:
+            Media tokens [b, 8, width of the language model].
+
+        Raises:
+            ArrayError: `frames` has another shape or dtype.
+            ConfigError: The model has no audio branch, or there are more frames than learned positions and
+                `interpolate_positions` is false.
+        """
         return self.audio_tokens(self.embed_frames(frames), interpolate_positions=interpolate_positions)
 
     def embed(self, ids: Int[Array, "b n"]) -> Float[Array, "b n w"]:
-        """Embeddings of tokens."""
+        """Return the embeddings of token ids. Raises ArrayError for another shape or dtype."""
         check_array("ids", ids, ("b", "n"), "integers", "the tokenizer's `encode` makes [n]")
         return self.llama.embed(ids)
 
     def __call__(self, embeddings: Float[Array, "b n w"], mask: Bool[Array, "b n"]) -> Float[Array, "b n v"]:
-        """Embeddings of text and media, padded on the right → logits, float32. `mask` is True at tokens."""
+        """Run the language model.
+
+        Args:
+            embeddings: Embeddings of text and media, padded on the right.
+            mask: True at tokens, False at padding.
+
+        Returns:
+            float32 logits.
+
+        Raises:
+            ArrayError: An argument has another shape or dtype.
+        """
         check_array("embeddings", embeddings, ("b", "n", "w"), "floats", "`embed` makes them", w=self.cfg.llama.width)
         b, n = embeddings.shape[:2]
         check_array("mask", mask, ("b", "n"), "booleans", "True at tokens", b=b, n=n)
@@ -141,7 +241,7 @@ class VideoLlama(nnx.Module):
 
 
 def find_owner(network: VideoLlama, component: str) -> tuple[Any, str]:
-    """The module that has a component as an attribute, None where there is none, and the attribute's name."""
+    """Return the module that has a component as an attribute, or None, and the name of the attribute."""
     *parents, name = component.split("/")
     owner: Any = network
     for parent in parents:
@@ -157,7 +257,13 @@ def _check_frames(frames: Float[Array, "b t h w 3"], size: int) -> None:
 def splice(
     embeddings: Float[Array, "b n w"], is_media: Bool[Array, "b n"], media: Float[Array, "b m w"]
 ) -> Float[Array, "b n w"]:
-    """Text embeddings with the media tokens, in order, in the places that `is_media` marks."""
+    """Replace the embeddings of placeholders by media tokens.
+
+    Args:
+        embeddings: Token embeddings.
+        is_media: True at placeholders.
+        media: The media tokens, in the order of the placeholders. Tokens past the last placeholder are ignored.
+    """
     index = jnp.clip(jnp.cumsum(is_media, axis=1) - 1, 0, media.shape[1] - 1)
-    chosen = jnp.take_along_axis(media.astype(embeddings.dtype), index[..., None], axis=1)
-    return jnp.where(is_media[..., None], chosen, embeddings)
+    tokens = jnp.take_along_axis(media.astype(embeddings.dtype), index[..., None], axis=1)
+    return jnp.where(is_media[..., None], tokens, embeddings)

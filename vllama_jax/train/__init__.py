@@ -1,7 +1,7 @@
-"""Training from Python. `vllama_jax.train` is both this package and, called, its function `train`.
+"""Training from Python. `vllama_jax.train` is this package, and calling it calls its function `train`.
 
-`config` has the classes of a run config. For a training step of your own, `batches` reads what a run's steps are given
-and `loss_sum` is a run's loss; examples/training_step.py uses both.
+`train.config` defines the classes of run configs. To write your own training step, read the batches of a run with
+`batches` and compute its loss with `loss_sum`; examples/training_step.py uses both.
 """
 
 import importlib
@@ -58,33 +58,36 @@ def train(
     loss: "Loss | None" = None,
     optimizer: "Optimizer | None" = None,
 ) -> "TrainResult":
-    """Train, or resume from the last checkpoint in `out`, until the last step, SIGTERM or Ctrl-C; both save first.
+    """Train a branch, or resume the run in `out` from its last checkpoint.
 
-    This is what `vllama train` does. With several processes, call `jax.distributed.initialize` before. Programs are
-    kept on disk, as by `load`.
+    The run ends after the last step, or on SIGTERM or Ctrl-C, both of which save a checkpoint first. `vllama train`
+    calls this function. With several processes, call `jax.distributed.initialize` first. Compiled programs are cached
+    on disk, as by `load`.
 
     Args:
-        config: The run.
-        out: The run directory, which is made. `vllama_jax.load` reads it as the model that was trained.
-        base: The base model directory, if it is no longer where the config has it.
-        reporter: Shows how the run goes; a `PrintReporter`, which prints to stderr, unless given.
-        loss: The sum of a batch's loss and what to divide it by, of (network, batch, config, dropout), under `jax.jit`;
-            `loss_sum`, the cross-entropy of labeled tokens, unless given. The validation loss is of the same function.
-        optimizer: An optax optimizer of the trainable weights, a dict by path ("video_qformer/queries"). The AdamW of
-            `config.optim`, which is not used then, unless given. Metrics have "lr" where it is a `ScheduledOptimizer`.
+        config: The run config.
+        out: The run directory. It is created if it does not exist. `vllama_jax.load` loads the trained model from it.
+        base: The base model directory, if it is no longer at `config.model`.
+        reporter: Reports progress. The default is a `PrintReporter`, which prints to stderr.
+        loss: A function (network, batch, config, dropout) → (sum, count), traced by `jax.jit`. Sum and count are added
+            up over the batch and then divided. The default is `loss_sum`, the cross-entropy of labeled tokens. The
+            validation loss uses the same function.
+        optimizer: An optax optimizer of the trainable parameters, which are a dict by path ("video_qformer/queries").
+            It replaces the default, AdamW as configured by `config.optim`. Metrics include "lr" if it is a
+            `ScheduledOptimizer`.
 
-    A loss and an optimizer are recorded in the run's config.json, by the loss's name and the layout of the optimizer's
-    state. Resuming with others is refused as far as these show; what cannot be compared, such as the optimizer's
-    hyperparameters, is up to the caller.
+    A custom loss or optimizer is recorded in config.json, by the name of the loss and by the tree, shapes and dtypes of
+    the optimizer state. Resuming with another one raises `ConfigError` if these differ. Everything else, such as the
+    optimizer's hyperparameters, cannot be compared: passing the same values is up to the caller.
 
     Returns:
-        The run directory, the steps done, and the metrics of the last one.
+        The run directory, the number of steps done, and the metrics of the last step.
 
     Raises:
-        ConfigError: The config does not fit the model, the data or the devices, or `out` holds another run.
-        CheckpointError: A model or run directory cannot be read, or `out` not written.
-        VllamaError: A process was lost, or the loss is not a number.
-        KeyboardInterrupt: Ctrl-C; a SavedInterrupt once a checkpoint was saved.
+        ConfigError: The config does not fit the model, the data or the devices, or `out` contains another run.
+        CheckpointError: A model or run directory cannot be read, or `out` cannot be written.
+        VllamaError: A process was lost, or the loss is not finite.
+        KeyboardInterrupt: Ctrl-C was pressed. A `SavedInterrupt` if a checkpoint was saved.
 
     Example:
         >>> import dataclasses
@@ -120,10 +123,10 @@ def __dir__() -> list[str]:
 
 
 class _CallableModule(types.ModuleType):
-    """Makes `vllama_jax.train(config, out)` work, whatever was imported before.
+    """A module that can be called, so that `vllama_jax.train(config, out)` works whatever was imported before.
 
-    Importing any module below this package sets the attribute `train` of `vllama_jax` to the package, so that a
-    function of that name there would last until then.
+    Importing any module of this package sets the attribute `train` of `vllama_jax` to the package, which would replace
+    a function of that name.
     """
 
     __signature__ = inspect.signature(train)
@@ -133,5 +136,5 @@ class _CallableModule(types.ModuleType):
 
 
 sys.modules[__name__].__class__ = _CallableModule
-# help(vllama_jax.train) and `vllama_jax.train?` show the docstring of the package: what to pass comes first in it.
+# help(vllama_jax.train) and `vllama_jax.train?` show the docstring of the package, so it starts with the function's.
 __doc__ = f"train{_CallableModule.__signature__}\n\n{inspect.getdoc(train)}\n\n{__doc__}"

@@ -1,7 +1,7 @@
-"""What a training run is: frozen dataclasses with the original's defaults (reference: train_configs/*.yaml).
+"""The classes of run configs: frozen dataclasses with the original's defaults (reference: train_configs/*.yaml).
 
-A run config is a Python file that defines `config = TrainConfig(...)` and states only what differs. Every field is a
-flag of `vllama train`: `--optim.lr 3e-5`. Importing this file imports no jax.
+A run config is a Python file that defines `config = TrainConfig(...)` with the fields that differ from the defaults.
+Every field is an option of `vllama train`, such as `--optim.lr 3e-5`. Importing this module does not import jax.
 """
 
 import dataclasses
@@ -22,7 +22,7 @@ from vllama_jax.data.config import (
 )
 from vllama_jax.errors import ConfigError
 
-__all__ = [  # all that a run config needs, so that it imports this module alone
+__all__ = [  # a run config needs to import only this module
     "AUDIO_BRANCH",
     "CONVERSATION",
     "INSTRUCTED_CAPTION",
@@ -41,13 +41,13 @@ __all__ = [  # all that a run config needs, so that it imports this module alone
     "ValidationConfig",
 ]
 
-# What learns in each branch, as patterns on the weights' paths (fnmatch; * crosses /).
+# Patterns of the trainable parameters of each branch, matched with their paths (fnmatch: * also matches /).
 VISION_BRANCH = BRANCHES["vision"].trainable
 AUDIO_BRANCH = BRANCHES["audio"].trainable
 LORA = ("llama/*/lora/*",)
 
-# Fields that earlier versions named differently, old → new; * is the number of a dataset. Old run directories load by
-# this table, and a config or an option with an old name is answered with the new one.
+# Renamed fields, old → new; * is the number of a dataset. Run directories of earlier versions are loaded with this
+# table, and the error for an old name in a config or an option contains the new one.
 RENAMED_FIELDS = {
     "accumulation": "grad_accum_steps",
     "remat": "remat_policy",
@@ -69,11 +69,14 @@ RENAMED_FIELDS = {
 
 
 def rename_fields(fields: Any, prefix: str = "") -> Any:
-    """Return a recorded TrainConfig with the current names of its fields.
+    """Replace the old names of fields in a recorded TrainConfig by the current ones (`RENAMED_FIELDS`).
 
     Args:
-        fields: The config as nested objects and lists, as JSON gives them. A field that has its current name stays.
+        fields: The config as nested dicts and lists, as read from JSON. Fields with current names are not changed.
         prefix: The dotted name of `fields` in the config, with a trailing dot.
+
+    Returns:
+        The fields with current names.
     """
     if isinstance(fields, list):
         return [rename_fields(item, f"{prefix}*.") for item in fields]
@@ -87,18 +90,19 @@ def rename_fields(fields: Any, prefix: str = "") -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """AdamW, with a warm-up and a cosine (reference: optims.py, runner_base.py).
+    """AdamW with linear warm-up and cosine decay of the learning rate (reference: optims.py, runner_base.py).
 
     Attributes:
-        lr: Where the cosine starts.
-        min_lr: Where it ends.
-        warmup_lr: Where the linear warm-up starts.
-        warmup_steps: How long it lasts. The cosine runs from step 0, so the rate drops a little at its end.
-        weight_decay: Of matrices, queries and positions; biases and norms have none.
-        beta1: Decay of the mean of gradients.
-        beta2: Decay of the mean of their squares.
-        eps: Added to the root of the second.
-        max_grad_norm: Gradients are scaled down to this global norm; 0 for no clipping, as the original.
+        lr: Learning rate at the start of the cosine decay.
+        min_lr: Final learning rate, at the last step.
+        warmup_lr: Learning rate at the start of the linear warm-up.
+        warmup_steps: Number of warm-up steps. The cosine starts at step 0, so the rate drops slightly when the warm-up
+            ends.
+        weight_decay: Weight decay of matrices, queries and positions. Biases and norms are not decayed.
+        beta1: Decay rate of the moving average of gradients.
+        beta2: Decay rate of the moving average of squared gradients.
+        eps: Added to the square root of the second moving average.
+        max_grad_norm: Gradients are scaled down to this global norm. 0 disables clipping, as in the original.
     """
 
     lr: float = 1e-4
@@ -114,12 +118,12 @@ class OptimConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """How many devices each axis of the mesh has (sharding.py).
+    """The size of each axis of the device mesh (sharding.py).
 
     Attributes:
-        data: Devices that share a batch, each with all weights; 0 takes all that the other axes leave.
-        fsdp: Devices that share a batch and the weights of each layer.
-        tensor: Devices that share each matrix product.
+        data: Shards of the batch, with parameters replicated. 0 uses all devices that the other axes leave.
+        fsdp: Shards of the batch and of the parameters of each layer.
+        tensor: Shards of heads and hidden dimensions within a layer.
     """
 
     data: int = 0
@@ -129,13 +133,14 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
-    """What is kept.
+    """When checkpoints are saved, and which of them are kept.
 
     Attributes:
-        save_interval_steps: Steps between checkpoints. The last step and a SIGTERM save too.
-        max_to_keep: How many are kept, besides those of keep_period.
-        keep_period: Checkpoints at multiples of this are kept for good; 0 for none.
-        on_error: What happens when one cannot be written (a full disk): the run stops, or says so and goes on.
+        save_interval_steps: Steps between checkpoints. The last step, SIGTERM and Ctrl-C save a checkpoint too.
+        max_to_keep: Number of latest checkpoints to keep, in addition to those of `keep_period`.
+        keep_period: Checkpoints at multiples of this step are never removed. 0 for none.
+        on_error: What to do if a checkpoint cannot be written, for example because the disk is full: "stop" ends the
+            run, "continue" reports the error and continues.
     """
 
     save_interval_steps: int = 500
@@ -146,14 +151,14 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ValidationConfig:
-    """What is looked at on the way.
+    """Validation during the run: the loss on held-out records, and answers about given files.
 
     Attributes:
-        interval_steps: Steps between looks; 0 for none.
-        num_batches: How many batches of held-out records the loss is the mean of.
-        clips: Files that the model is asked about; its answers go into samples.jsonl.
-        question: What it is asked.
-        max_new_tokens: How long an answer may be.
+        interval_steps: Steps between validations. 0 disables validation.
+        num_batches: Number of batches of held-out records to compute the loss on.
+        clips: Media files to ask the model about. Its answers are written to samples.jsonl.
+        question: The question about each of `clips`.
+        max_new_tokens: Maximum length of an answer, in tokens.
     """
 
     interval_steps: int = 0
@@ -165,29 +170,32 @@ class ValidationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """A run.
+    """The config of a run.
 
     Attributes:
         model: The base model directory.
-        init: A run whose weights this one starts from: stage 2 from stage 1.
-        branch: The branch that the media go through (branches.py): vision, or audio, where frames go through
-            ImageBind's vision tower.
-        trainable: Patterns (fnmatch) on the paths of the weights that learn.
-        datasets: What it learns from.
-        steps: How many steps; the cosine of the learning rate ends there.
-        batch_size: Samples a step, over all devices.
-        grad_accum_steps: A step's batch is run in so many parts, one after the other, for memory.
-        dropout: In the Q-Former that learns.
-        remat_policy: What LLaMA's backward pass computes again: "full" keeps only each layer's input, "dots" also the
-            products with weights, "none" everything.
-        compute_dtype: Of frozen weights and of all products; auto is float32 on a CPU and bfloat16 elsewhere.
-        seed: Of the data's order, crops, dropout, and of weights that start at random.
+        init: The init run, whose trained parameters this run starts from, as stage 2 from stage 1. Empty for none.
+        branch: The branch to train: "vision", or "audio", which is trained on frames that ImageBind's
+            vision tower encodes.
+        trainable: Patterns (fnmatch) of the paths of the trainable parameters.
+        datasets: The datasets to train on.
+        steps: Number of steps. The cosine of the learning rate ends at the last one.
+        batch_size: Examples in a step, over all devices.
+        grad_accum_steps: Number of micro-batches that a batch is divided into, which run one after the other. Reduces
+            memory; the gradient is the same.
+        dropout: Dropout rate of the trainable Q-Former.
+        remat_policy: Activations of LLaMA that are stored for the backward pass; all others are recomputed. "full"
+            stores only the input of each layer, "dots" also the outputs of matrix products with weights, "none" stores
+            everything.
+        compute_dtype: Dtype of frozen parameters and of matrix products. "auto" is float32 on CPUs and bfloat16 on
+            other devices.
+        seed: Seed of the data order, random crops, dropout and newly initialized parameters.
         optim: The optimizer and its learning rate.
-        data: How records become batches.
-        lora: Low-rank updates of the language model; rank 0 for none.
-        mesh: How devices are arranged.
-        checkpoint: What is kept.
-        validation: What is looked at on the way.
+        data: How records are made into batches.
+        lora: Low-rank updates of the language model. Rank 0 for none.
+        mesh: The device mesh.
+        checkpoint: When checkpoints are saved, and which of them are kept.
+        validation: Validation during the run.
     """
 
     model: str
@@ -213,20 +221,23 @@ class TrainConfig:
         find_branch(self.branch)
         _check_numbers(self)
         if not self.datasets:
-            raise ConfigError("datasets: there are none; name at least one records directory")
+            raise ConfigError("datasets is empty; give at least one records directory")
         if not self.trainable:
-            raise ConfigError("trainable: there are no patterns; nothing would learn")
+            raise ConfigError("trainable is empty; give at least one pattern of parameter paths")
         if self.batch_size % self.grad_accum_steps:
             raise ConfigError(
-                f"batch_size {self.batch_size} is no multiple of grad_accum_steps {self.grad_accum_steps}"
+                f"batch_size {self.batch_size} is not a multiple of grad_accum_steps {self.grad_accum_steps}"
             )
         if tuple(sorted(self.data.length_buckets)) != self.data.length_buckets:
-            raise ConfigError(f"data.length_buckets must rise, not {self.data.length_buckets}")
+            raise ConfigError(f"data.length_buckets must be in increasing order, not {self.data.length_buckets}")
         if self.validation.interval_steps and not (self.validation.clips or any(d.holdout for d in self.datasets)):
-            raise ConfigError("validation.interval_steps is set, but no dataset has a holdout and there are no clips")
+            raise ConfigError(
+                "validation.interval_steps is set, but there is nothing to validate on: "
+                "set holdout of a dataset, or validation.clips"
+            )
 
 
-# What a number must be at least; all must be finite.
+# The minimum of each number. All must be finite.
 _MINIMUM = {
     "steps": 1,
     "batch_size": 1,
@@ -259,7 +270,7 @@ _FRACTIONS = ("dropout", "optim.beta1", "optim.beta2")
 
 
 def _check_numbers(config: TrainConfig) -> None:
-    """Raises ConfigError that names the field, as the flag is called."""
+    """Raise ConfigError, with the field's option, for a number out of range."""
     for path, low in _MINIMUM.items():
         value = operator.attrgetter(path)(config)
         if not (math.isfinite(value) and value >= low):
@@ -278,19 +289,34 @@ def _check_numbers(config: TrainConfig) -> None:
 
 
 def resolve_mesh(mesh: MeshConfig, devices: int) -> MeshConfig:
-    """The mesh over so many devices, with data's places counted. Raises ConfigError for numbers that mean nothing."""
+    """Replace size 0 of the axis `data` by the number of devices that the other axes leave.
+
+    Args:
+        mesh: The config of the mesh.
+        devices: Number of devices, over all hosts.
+
+    Returns:
+        The config with all three sizes set. Their product is not checked.
+
+    Raises:
+        ConfigError: A size is out of range.
+    """
     if mesh.data < 0 or mesh.fsdp < 1 or mesh.tensor < 1:
         raise ConfigError(f"mesh.data must be at least 0, mesh.fsdp and mesh.tensor at least 1, not {mesh}")
     return dataclasses.replace(mesh, data=mesh.data or max(devices // (mesh.fsdp * mesh.tensor), 1))
 
 
 def rows_per_shard(config: TrainConfig, mesh: MeshConfig) -> int:
-    """Rows that each place of the mesh computes at a time. Raises ConfigError when the batch does not divide."""
-    rows, places = config.batch_size // config.grad_accum_steps, mesh.data * mesh.fsdp
-    if rows % places:
-        part = "" if config.grad_accum_steps == 1 else f" over grad_accum_steps {config.grad_accum_steps}"
+    """Compute the rows of a micro-batch in each of the `mesh.data * mesh.fsdp` shards of the batch.
+
+    Raises:
+        ConfigError: The micro-batch is not divisible by the number of shards.
+    """
+    rows, shards = config.batch_size // config.grad_accum_steps, mesh.data * mesh.fsdp
+    if rows % shards:
+        divisor = "" if config.grad_accum_steps == 1 else f" / grad_accum_steps {config.grad_accum_steps}"
         raise ConfigError(
-            f"batch_size {config.batch_size}{part} does not divide over {places} places of the mesh "
-            f"(data {mesh.data} × fsdp {mesh.fsdp}); change one of them"
+            f"batch_size {config.batch_size}{divisor} is not divisible by the {shards} shards of the batch "
+            f"(mesh.data {mesh.data} × mesh.fsdp {mesh.fsdp}); change one of them"
         )
-    return rows // places
+    return rows // shards

@@ -1,4 +1,7 @@
-"""Run configs: Python files that define `config = TrainConfig(...)`, named by path or, when shipped, by name."""
+"""Load run configs: Python files that define `config = TrainConfig(...)`.
+
+A run config is given by its path, or by its name if it is part of the package (vllama_jax/configs).
+"""
 
 import dataclasses
 import importlib
@@ -19,13 +22,22 @@ Prepare = Callable[[TrainConfig, Path], TrainConfig]
 
 
 def shipped_configs() -> list[str]:
+    """List the names of the run configs that are part of the package."""
     return sorted(module.name for module in pkgutil.iter_modules(configs.__path__))
 
 
 def load_config(name: str) -> tuple[TrainConfig, Prepare]:
-    """The config, and what has to be done before its run: nothing, unless its file defines `prepare(config, out)`.
+    """Load a run config.
 
-    Raises ConfigError when there is no such config, or when its file does not define one.
+    Args:
+        name: The path of a Python file, or the name of a config that is part of the package.
+
+    Returns:
+        The config, and a function (config, out) → config to call before the run. The function is the file's `prepare`,
+        if it defines one, which may create inputs of the run. Otherwise it returns the config unchanged.
+
+    Raises:
+        ConfigError: There is no such config, or its file fails or does not define one.
     """
     fields = _execute(name)
     config = fields.get("config")
@@ -49,7 +61,7 @@ def _execute(name: str) -> dict[str, Any]:
 
 
 def _unknown_field(error: Exception) -> str:
-    """What is wrong, where a config class was given a field that it does not have."""
+    """Return the message for a field that a config class does not have; "" for any other error."""
     found = re.match(r"(\w+Config)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
     if not found or not hasattr(train_config, found[1]):
         return ""

@@ -1,7 +1,7 @@
-"""What config.json records of a loss or an optimizer that a program passes to `vllama_jax.train`.
+"""Record a custom loss or optimizer, as passed to `vllama_jax.train`, in config.json, and compare them on resuming.
 
-Neither can be compared with another by its content: a loss is recorded by its name, an optimizer by the layout of its
-state. A run is resumed with the same loss and optimizer only, so far as that shows.
+Functions cannot be compared by content. A loss is therefore recorded by its name, and an optimizer by the tree, shapes
+and dtypes of its state. Resuming with another loss or optimizer is an error if these differ.
 """
 
 from collections.abc import Mapping
@@ -14,20 +14,21 @@ import xxhash
 from vllama_jax.errors import ConfigError
 from vllama_jax.train.step import Loss, Optimizer
 
-NOT_CUSTOM = "of the config"  # in a message
+NOT_CUSTOM = "the config's"  # in messages
 
 
 def describe_custom(loss: Loss | None, optimizer: Optimizer | None, state: Any) -> dict[str, str]:
-    """Describe the loss and the optimizer of a run, where they are not those of its config.
+    """Describe a custom loss and a custom optimizer for config.json.
 
     Args:
-        loss: A function, or another callable.
-        optimizer: An optax optimizer.
-        state: Of the optimizer, with shapes or arrays.
+        loss: The custom loss; None if the run uses `loss_sum`.
+        optimizer: The custom optimizer; None if the run uses that of its config.
+        state: The optimizer state, abstract or not.
 
     Returns:
-        "loss": its qualified name, without the module, which is another where a file is run and where it is imported.
-        "optimizer": a digest of the paths, shapes and dtypes of its state. {} for a run that has neither.
+        A dict with "loss" and "optimizer", as far as they are given. The loss is its qualified name without the module,
+        because the module of a file differs between running and importing it. The optimizer is a digest of the paths,
+        shapes and dtypes of its state.
     """
     custom = {}
     if loss is not None:
@@ -40,14 +41,20 @@ def describe_custom(loss: Loss | None, optimizer: Optimizer | None, state: Any) 
 
 
 def check_custom(out: Path, before: Mapping[str, str], now: Mapping[str, str]) -> None:
-    """Raise ConfigError where the run in `out` was started with another loss or optimizer than now."""
+    """Raise ConfigError if the run in `out` was started with another loss or optimizer.
+
+    Args:
+        out: The run directory, for the message.
+        before: What config.json records, as `describe_custom` returns it.
+        now: The same for the resumed run.
+    """
     changed = [
-        f"{name} {before.get(name, NOT_CUSTOM)}, not {now.get(name, NOT_CUSTOM)}"
+        f"{name} was {before.get(name, NOT_CUSTOM)}, now {now.get(name, NOT_CUSTOM)}"
         for name in ("loss", "optimizer")
         if before.get(name) != now.get(name)
     ]
     if changed:
         raise ConfigError(
-            f"{out}: its run was started with {' and '.join(changed)}; resume it by `vllama_jax.train` with the same, "
-            "or choose another --out"
+            f"{out}: the run has another loss or optimizer ({'; '.join(changed)}); resume it by `vllama_jax.train` "
+            "with the same, or choose another --out"
         )

@@ -1,4 +1,4 @@
-"""A run that is tried out: everything is built, one batch goes through, and what it takes is told."""
+"""Dry run: set up a run, run two steps on one batch, and report memory and time."""
 
 import time
 
@@ -13,9 +13,15 @@ from vllama_jax.train.reporter import Reporter
 
 
 def dry_run(config: TrainConfig, reporter: Reporter, base: str = "") -> None:
-    """Says what a step takes on each device, and how long the run will be. Writes nothing.
+    """Report the memory of a step on each device and the expected duration of the run. Write no files.
 
-    Raises a VllamaError for what cannot be run.
+    Args:
+        config: The run config.
+        reporter: Receives the report.
+        base: The base model directory, if it is no longer at `config.model`.
+
+    Raises:
+        VllamaError: The run cannot be started.
     """
     plan = setup.plan_run(config, base)
     with use_mesh(plan.mesh):
@@ -24,7 +30,7 @@ def dry_run(config: TrainConfig, reporter: Reporter, base: str = "") -> None:
         start_time = time.perf_counter()
         host_batch = plan.reader(0)
         read_seconds = time.perf_counter() - start_time
-        batch = setup.place(host_batch.arrays, plan)
+        batch = setup.shard_batch(host_batch.arrays, plan)
         step = make_train_step(plan).lower(state, frozen, batch).compile()
         compile_seconds = time.perf_counter() - start_time - read_seconds
         state, metrics = step(state, frozen, batch)
@@ -34,13 +40,14 @@ def dry_run(config: TrainConfig, reporter: Reporter, base: str = "") -> None:
         seconds = time.perf_counter() - start_time
     memory = step.memory_analysis()
     reporter.show_message(
-        f"on each device: {_gigabytes(memory.argument_size_in_bytes)} of weights, moments and batch, "
-        f"{_gigabytes(memory.temp_size_in_bytes)} while a step runs"
+        f"memory on each device: {_gigabytes(memory.argument_size_in_bytes)} static (parameters, optimizer state, "
+        f"batch), {_gigabytes(memory.temp_size_in_bytes)} temporary"
     )
     reporter.show_message(
-        f"reading a batch {read_seconds:.2f} s (others are read meanwhile), compiling {compile_seconds:.1f} s"
+        f"reading a batch: {read_seconds:.2f} s (a run reads ahead in parallel); compiling: {compile_seconds:.1f} s"
     )
-    summary = f"a step {seconds:.2f} s, loss {loss:.4f}; {config.steps} steps {config.steps * seconds / 3600:.1f} hours"
+    hours = config.steps * seconds / 3600
+    summary = f"one step: {seconds:.2f} s, loss {loss:.4f}; {config.steps} steps: {hours:.1f} hours"
     if peak := peak_flops(jax.devices()[0]):
         flops = step_flops(plan.base.config, config.branch, batch, config.remat_policy)
         summary += f"; MFU {flops / seconds / peak / jax.device_count():.1%}"

@@ -1,4 +1,7 @@
-"""What the features of a dataset depend on. A run reads only a cache that was made with its own settings."""
+"""The settings that the features of a dataset depend on.
+
+A feature cache records them in its manifest. A run reads a cache only if they equal its own.
+"""
 
 import dataclasses
 import fnmatch
@@ -6,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
+import ml_dtypes  # noqa: F401  (registers "bfloat16" with numpy)
 import xxhash
 
 from vllama_jax.branches import MEDIA_ARRAYS, find_branch, is_within
@@ -30,14 +33,24 @@ from vllama_jax.train.config import TrainConfig
 def open_caches(
     config: TrainConfig, directory: ModelDirectory, opened: list[tuple[DatasetConfig, Records]]
 ) -> dict[str, FeatureCache]:
-    """The caches in `config.data.feature_cache`, by dataset path.
+    """Open the feature caches of a run's datasets in the directory `config.data.feature_cache`.
 
-    Raises ConfigError where one was made with other settings than the run's, or is of weights that learn; DataError
-    where there is none, or not all of it.
+    Args:
+        config: The run config.
+        directory: The base model.
+        opened: Each dataset with its records.
+
+    Returns:
+        The caches by dataset path.
+
+    Raises:
+        ConfigError: A cache was computed with other settings than the run's, has fewer variants than the run uses, or
+            stores the output of a trainable encoder.
+        DataError: A cache is missing or incomplete.
     """
     root = as_path(config.data.feature_cache)
     if not root.is_dir():
-        raise DataError(f"{root}: no such feature cache; `vllama features` makes one")
+        raise DataError(f"{root}: feature cache not found; create it with `vllama features`")
     caches = {}
     for dataset, records in opened:
         folder = find_cache_folder(root, records)
@@ -45,18 +58,21 @@ def open_caches(
         _check_frozen(config, directory, settings)
         if not (folder / "manifest.json").exists():
             others = sorted(path.parent.name for path in root.glob("*/manifest.json"))
-            held = f" (there are some of {', '.join(others)})" if others else ""
-            raise DataError(f"{root}: no features of {dataset.path} as it is now{held}; make them: `vllama features`")
+            found = f" (found features of {', '.join(others)})" if others else ""
+            raise DataError(
+                f"{root}: no features of the current content of {dataset.path}{found}; "
+                "create them with `vllama features`"
+            )
         cache, cached = open_cache_folder(folder)
         if changed := compare_settings(cached, {**settings, "variants": cached["variants"]}):
             raise ConfigError(
-                f"{folder}: made with other settings than {dataset.path} has in this run ({'; '.join(changed)}); "
-                "give the same, or make the features anew with `vllama features`"
+                f"{folder}: computed with other settings than this run has for {dataset.path} ({'; '.join(changed)}); "
+                "use the same settings, or recompute the features with `vllama features`"
             )
         if config.data.variants > cache.variants:
             raise ConfigError(
-                f"{folder}: has {cache.variants} variants of each record, data.variants asks for "
-                f"{config.data.variants}; ask for fewer, or make the features anew with `vllama features`"
+                f"{folder}: has {cache.variants} variants of each record, but data.variants is "
+                f"{config.data.variants}; reduce it, or recompute the features with `vllama features`"
             )
         check_complete(cache)
         caches[dataset.path] = cache
@@ -66,7 +82,18 @@ def open_caches(
 def describe_features(
     config: TrainConfig, directory: ModelDirectory, dataset: DatasetConfig, records: Records
 ) -> dict[str, Any]:
-    """All that the features of a dataset depend on, as a manifest has it, and what follows from it."""
+    """Describe all that the features of a dataset depend on, in the fields of a cache's manifest.
+
+    Args:
+        config: The run config.
+        directory: The base model, whose encoders are used.
+        dataset: The dataset.
+        records: Its records.
+
+    Returns:
+        The manifest without `shard_records`: format, branch, digests of records and encoders, number of records and
+        shape of features for each kind of media, dtype, variants, and the settings of decoding and augmentation.
+    """
     from vllama_jax.train.step import compute_dtype
 
     branch = find_branch(config.branch)
@@ -91,7 +118,7 @@ def describe_features(
 def _transform(
     config: TrainConfig, directory: ModelDirectory, dataset: DatasetConfig, kinds: Mapping[Kind, int]
 ) -> dict[str, Any]:
-    """What decides the pixels and the sound (data/pipeline.py); nothing that records of these kinds do not feel."""
+    """Return the settings that determine the encoders' inputs (data/pipeline.py), for the kinds that occur only."""
     model = directory.config
     fields: dict[str, Any] = {}
     if "audio" in kinds:
@@ -109,7 +136,7 @@ def _transform(
 
 
 def _digest(directory: ModelDirectory, component_path: str, config: Any) -> str:
-    """Of an encoder component's weights, as the manifest of the model has them, and of its config."""
+    """Compute the digest of an encoder's config and weights, from the model's manifest and the runs that trained it."""
     digest = xxhash.xxh3_128()
     for path, leaf in sorted(_leaves(directory, component_path)):
         digest.update(json.dumps([path, leaf["shape"], leaf["dtype"], leaf["xxh3_128"]]).encode())
@@ -126,29 +153,34 @@ def _leaves(directory: ModelDirectory, component_path: str) -> Iterator[tuple[st
 
 
 def _check_frozen(config: TrainConfig, directory: ModelDirectory, settings: Mapping[str, Any]) -> None:
-    """Raises ConfigError where an encoder learns: what it sees would be read, and the same for ever."""
+    """Raise ConfigError if an encoder is trainable: its stored output would not change with it."""
     for component_path in settings["encoders"]:
         for path, _ in _leaves(directory, component_path):
-            if pattern := next((one for one in config.trainable if fnmatch.fnmatchcase(path, one)), None):
+            if matching := [pattern for pattern in config.trainable if fnmatch.fnmatchcase(path, pattern)]:
                 raise ConfigError(
-                    f"trainable pattern {pattern!r} matches {path}, whose output data.feature_cache has fixed; "
-                    "leave one of the two out"
+                    f"trainable pattern {matching[0]!r} matches {path}, a parameter of an encoder whose output is read "
+                    "from data.feature_cache; remove one of the two"
                 )
 
 
 def compare_settings(cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What a manifest says otherwise than the settings that are wanted, in words."""
+    """List the differences between two settings as messages, such as "seed was 42, now 1".
+
+    Args:
+        cached: The manifest of a feature cache.
+        wanted: The settings of a run. `shard_records` is compared only if it is included.
+    """
     before, now = flatten_fields(cached), flatten_fields(wanted)
     if "shard_records" not in now:
         before.pop("shard_records", None)
     digests = {name for name in before | now if name == "records" or name.startswith("encoders.")}
     messages = [
-        "other records" if name == "records" else f"other weights of {name.removeprefix('encoders.')}"
+        "the records differ" if name == "records" else f"the weights of {name.removeprefix('encoders.')} differ"
         for name in sorted(digests)
         if before.get(name) != now.get(name)
     ]
     settings = (
-        {name.removeprefix("transform."): value for name, value in one.items() if name not in digests}
-        for one in (before, now)
+        {name.removeprefix("transform."): value for name, value in fields.items() if name not in digests}
+        for fields in (before, now)
     )
     return messages + describe_changes(*settings)

@@ -1,6 +1,6 @@
-"""The loop around the step: batches in, metrics and checkpoints out, and a clean end whatever happens.
+"""The training loop: reads batches, runs steps, and writes metrics, checkpoints and validation results.
 
-The device is always a step ahead of what is written: metrics of a step are read when the next one has been started.
+The device runs one step ahead of the host: the metrics of a step are read after the next step has been dispatched.
 """
 
 import contextlib
@@ -27,6 +27,7 @@ from vllama_jax.train.setup import RunPlan
 from vllama_jax.train.state import TrainState, Weights
 from vllama_jax.train.step import Loss, Optimizer, jit_step, make_step
 from vllama_jax.train.stopping import catch_stop_signals
+from vllama_jax.train.store_checkpoints import open_checkpoints
 from vllama_jax.train.validation import Validation
 
 TENSORBOARD_METRICS = ("loss", "lr", "gradient_norm", "samples_per_second")
@@ -34,13 +35,13 @@ TENSORBOARD_METRICS = ("loss", "lr", "gradient_norm", "samples_per_second")
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What `train` returns.
+    """The result of `train`.
 
     Attributes:
-        path: The run directory, which `vllama_jax.load` reads.
-        step: The steps that are done: all of the run's, or fewer where SIGTERM stopped it.
-        metrics: The last step's, as metrics.jsonl has them ("loss", "gradient_norm", …); empty where the run was
-            finished before and has no metrics.jsonl.
+        path: The run directory, which `vllama_jax.load` loads.
+        step: Number of steps done: all steps of the run, or fewer if SIGTERM stopped it.
+        metrics: The metrics of the last step as written to metrics.jsonl ("loss", "gradient_norm", …). Empty if the run
+            was already finished and has no metrics.jsonl.
     """
 
     path: Path
@@ -57,16 +58,16 @@ def train(
     loss: Loss | None = None,
     optimizer: Optimizer | None = None,
 ) -> TrainResult:
-    """Train as `vllama_jax.train` does, which see, with a reporter that is given."""
+    """Train, or resume a run. See `vllama_jax.train`, which calls this with a default reporter."""
     plan = setup.plan_run(config, base)
     plan = dataclasses.replace(plan, loss=loss, optimizer=plan.optimizer if optimizer is None else optimizer)
     custom = describe_custom(loss, optimizer, plan.abstract_state.opt_state)
     with open_run(out, config, plan.base, str(plan.dtype), plan.inputs, custom), use_mesh(plan.mesh):
-        checkpoints = Checkpoints(out, config.checkpoint)
+        checkpoints = open_checkpoints(out, config.checkpoint)
         state = checkpoints.restore(plan.abstract_state)
         if state is not None and int(state.step) >= config.steps:
             reporter.show_message(
-                f"{out}: finished, {config.steps} steps; ask it with `vllama chat FILE --model {out}`"
+                f"{out}: already finished, {config.steps} steps; chat with it: `vllama chat FILE --model {out}`"
             )
             lines = JsonLinesFile(out / "metrics.jsonl").read()
             return TrainResult(out, int(state.step), lines[-1] if lines else {})
@@ -77,7 +78,7 @@ def train(
             state, start_step = setup.init_train_state(plan), 0
         else:
             start_step = int(state.step)
-            reporter.show_message(f"{out}: going on from step {start_step}")
+            reporter.show_message(f"{out}: resuming from step {start_step}")
         run = _Run(plan, out, reporter, checkpoints)
         run.train_steps(state, setup.load_frozen(plan), start_step)
         return TrainResult(out, run.last["step"], run.last)
@@ -85,40 +86,45 @@ def train(
 
 @dataclasses.dataclass
 class _Pending:
-    """A step that was started and not yet looked at."""
+    """A step that was dispatched and whose metrics have not been read yet."""
 
     number: int
     metrics: dict[str, jax.Array]
     batch: HostBatch
-    data_wait: float
+    data_wait: float  # seconds
     dataset: str
-    compile_seconds: float  # seconds, before the step
+    compile_seconds: float  # before the step
 
 
 class _Run:
+    """The state of the loop on this process."""
+
     def __init__(self, plan: RunPlan, out: Path, reporter: Reporter, checkpoints: Checkpoints):
         self.plan, self.out, self.reporter, self.checkpoints = plan, out, reporter, checkpoints
         self.config = plan.config
         self.metrics = JsonLinesFile(out / "metrics.jsonl")
         process = jax.process_index()
         self.quarantine = JsonLinesFile(out / ("quarantine.jsonl" if process == 0 else f"quarantine.{process}.jsonl"))
+        self.journals: list[JsonLinesFile | TensorBoardWriter] = [self.metrics, self.quarantine]
         self.masked: set[str] = set()
-        self.last: dict[str, Any] = {}  # the metrics of the last step
+        self.last: dict[str, Any] = {}  # metrics of the last step
         self.pending: _Pending | None = None
         self.clock = time.perf_counter()
         self.step = make_train_step(plan)
-        self.programs: dict[tuple, Any] = {}  # the step, compiled, by the shapes of a batch
+        self.programs: dict[tuple, Any] = {}  # compiled steps by the shapes of a batch
 
     def train_steps(self, state: TrainState, frozen: Weights, start_step: int) -> None:
-        """From step `first` to the end."""
+        """Run the steps from `start_step` to the last."""
         steps = self.config.steps
         validation = Validation(self.plan, self.out, self._report_masked)
-        named = self.quarantine.truncate_after(start_step)
-        self.masked = {f"{line['dataset']}: {line['sample']}" for line in named}
+        quarantined = self.quarantine.truncate_after(start_step)
+        self.masked = {f"{line['dataset']}: {line['sample']}" for line in quarantined}
         if jax.process_index() == 0:
             for journal in (self.metrics, validation.journal):
                 journal.truncate_after(start_step)
+            self.journals.append(validation.journal)
             self.tensorboard = TensorBoardWriter(self.out / "tensorboard", start_step)
+            self.journals.append(self.tensorboard)
         self.reporter.begin(start_step)
         batch_reader = contextlib.closing(prefetch_batches(self.plan.reader, start_step, steps, self.config.data))
         with self._finish_save_on_error(), catch_stop_signals() as requests, batch_reader as host_batches:
@@ -126,13 +132,13 @@ class _Run:
                 wait_start = time.perf_counter()
                 batch = next(host_batches)
                 data_wait = time.perf_counter() - wait_start
-                arrays = setup.place(batch.arrays, self.plan)
+                arrays = setup.shard_batch(batch.arrays, self.plan)
                 program, compile_seconds = self._program(number + 1, state, frozen, arrays)
                 state, metrics = program(state, frozen, arrays)
                 requests.catch_interrupts()
                 self._finish_pending_step()
                 dataset = self.plan.reader.sampler.stream(number).dataset.path
-                data_wait = 0.0 if compile_seconds else data_wait  # both were before the step's clock started
+                data_wait = 0.0 if compile_seconds else data_wait  # the step's clock started after both
                 self.pending = _Pending(number + 1, metrics, batch, data_wait, dataset, compile_seconds)
                 stopping = requests.should_stop(number + 1)
                 if stopping or (number + 1) % self.config.checkpoint.save_interval_steps == 0 or number + 1 == steps:
@@ -142,38 +148,46 @@ class _Run:
                     self._finish_pending_step()
                     for line in validation.run(number + 1, state.weights, frozen):
                         self.reporter.show_message(line)
+                    self._publish()
                     self.clock = time.perf_counter()
                 if stopping:
                     self.reporter.show_message(
-                        f"{self.out}: told to stop, saved at step {number + 1}; run it again to go on"
+                        f"{self.out}: stopped by a signal, saved at step {number + 1}; run the same command to resume"
                     )
                     requests.raise_if_interrupted()
                     return
         size = self.checkpoints.size(steps) / 1e6
-        self.reporter.show_message(f"{self.out}: finished, {steps} steps; its last checkpoint has {size:.1f} MB")
+        self.reporter.show_message(f"{self.out}: finished, {steps} steps; the last checkpoint has {size:.1f} MB")
+
+    def _publish(self) -> None:
+        """Write metrics and other lines to the object store of the run; they are in local files already."""
+        with self._handle_write_errors():
+            for journal in self.journals:
+                journal.publish()
 
     @contextlib.contextmanager
     def _finish_save_on_error(self) -> Iterator[None]:
-        """An error ends the run when what is being saved is on disk."""
+        """Wait for the checkpoint that is being saved before an error ends the run."""
         try:
             yield
         except VllamaError:
-            with contextlib.suppress(CheckpointError):
+            with contextlib.suppress(CheckpointError, OSError):
+                self._publish()
                 self.checkpoints.finish()
             raise
 
     def _program(self, step: int, state: TrainState, frozen: Weights, batch: dict[str, Any]) -> tuple[Any, float]:
-        """The step compiled for the shapes of a batch, and the seconds that took; 0 when it was compiled before."""
+        """Return the step compiled for the shapes of a batch, and the seconds it took; 0 if it was compiled before."""
         shapes = tuple((name, rows.shape) for name, rows in batch.items())
         if shapes in self.programs:
             return self.programs[shapes], 0.0
         self._finish_pending_step()
         length = batch["ids"].shape[-1]
         if self.programs:
-            self.reporter.show_message(f"step {step}: compiling for text of {length} tokens")
+            self.reporter.show_message(f"step {step}: compiling for sequences of {length} tokens")
         else:
             self.reporter.show_message(
-                f"compiling the first step (text of {length} tokens): up to minutes, and kept on disk"
+                f"compiling the first step (sequences of {length} tokens); this may take minutes, and is cached on disk"
             )
         start_time = time.perf_counter()
         self.programs[shapes] = self.step.lower(state, frozen, batch).compile()
@@ -181,7 +195,7 @@ class _Run:
         return self.programs[shapes], self.clock - start_time
 
     def _finish_pending_step(self) -> None:
-        """Waits for the step that is under way, and writes down how it went."""
+        """Wait for the pending step, and write and report its metrics. Raise VllamaError if its loss is not finite."""
         pending, self.pending = self.pending, None
         if pending is None:
             return
@@ -213,25 +227,26 @@ class _Run:
         self.last = line
 
     def _report_masked(self, number: int, dataset: str, batch: HostBatch) -> None:
-        """Names the samples of a batch that were not used, each once in a run."""
+        """Report the masked records of a batch and write them to quarantine.jsonl, each once in a run."""
         for row, why in batch.problems.items():
             name = f"{dataset}: {batch.names[row]}"
             if name not in self.masked:
                 self.masked.add(name)
                 self.quarantine.add({"step": number, "dataset": dataset, "sample": batch.names[row], "why": why})
-                self.reporter.show_message(f"{name} is left out: {why}")
+                self.reporter.show_message(f"{name} is masked: {why}")
 
     def _describe_non_finite(self, pending: _Pending, values: dict[str, float]) -> str:
         names = ", ".join(pending.batch.names[:8]) + (", …" if len(pending.batch.names) > 8 else "")
         return (
-            f"step {pending.number}: the loss is {values['loss']} and the gradient's norm {values['gradient_norm']}, "
-            f"on {pending.dataset} ({names}); the last good checkpoint is kept in {self.out}. "
-            "Lower optim.lr, or look at these samples"
+            f"step {pending.number}: loss {values['loss']}, gradient norm {values['gradient_norm']}, "
+            f"in a batch of {pending.dataset} ({names}); the checkpoints in {self.out} are kept. "
+            "Lower optim.lr, or inspect these records"
         )
 
     def _save(self, number: int, state: TrainState, *, last: bool) -> None:
-        with self._handle_write_errors():  # saving goes on while steps run, and its failure shows at the next one
+        with self._handle_write_errors():  # saving is asynchronous: its errors are raised when the next one starts
             self.checkpoints.finish()
+        self._publish()  # before the checkpoint, from which a resumed run continues them
         with self._handle_write_errors(last):
             self.checkpoints.save(number, state)
             if last:
@@ -239,16 +254,23 @@ class _Run:
 
     @contextlib.contextmanager
     def _handle_write_errors(self, last: bool = False) -> Iterator[None]:
-        """What cannot be written ends the run, or is said and left out, as checkpoint.on_error has it."""
+        """Raise errors of writing, or report them and continue, depending on checkpoint.on_error."""
         try:
             yield
         except (CheckpointError, OSError) as error:
             if last or self.config.checkpoint.on_error == "stop":
                 raise
             problem = f"{self.out}: cannot be written ({error.strerror})" if isinstance(error, OSError) else error
-            self.reporter.show_message(f"{problem}; going on")
+            self.reporter.show_message(f"{problem}; continuing")
 
 
 def make_train_step(plan: RunPlan) -> Any:
-    """The step of a plan, under `jax.jit`."""
+    """Make the training step of a plan, wrapped in `jax.jit`; it compiles when it is lowered or called.
+
+    Args:
+        plan: The plan of the run.
+
+    Returns:
+        A jitted function (state, frozen, batch) → (state, metrics). See `make_step` and `jit_step`.
+    """
     return jit_step(make_step(plan.config, plan.abstract_model, plan.optimizer, plan.loss), plan.abstract_state)

@@ -1,4 +1,4 @@
-"""The optimizer: AdamW and its learning rate, as the original's (reference: optims.py, runner_base.py)."""
+"""The optimizer: AdamW with the original's learning rate schedule (reference: optims.py, runner_base.py)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -11,10 +11,18 @@ from vllama_jax.train.config import OptimConfig
 
 
 def learning_rate(cfg: OptimConfig, steps: int, step: jax.Array | int) -> jax.Array:
-    """The rate of update number `step`, counted from 0: a linear warm-up, then a cosine that began at step 0.
+    """Compute the learning rate of a step: a linear warm-up, then a cosine that starts at step 0.
 
-    The original divides the step within an epoch by `warmup_steps`; that is the same where an epoch is no shorter than
-    the warm-up, as in all its configs.
+    The original computes the warm-up from the step within an epoch. The two are equal if the warm-up is not longer than
+    an epoch, as in all of the original's configs.
+
+    Args:
+        cfg: The optimizer config.
+        steps: Number of steps of the run, where the cosine ends.
+        step: Number of updates done before, from 0.
+
+    Returns:
+        The learning rate, float [].
     """
     warmup = cfg.warmup_lr + (cfg.lr - cfg.warmup_lr) * step / max(cfg.warmup_steps, 1)
     cosine = cfg.min_lr + (cfg.lr - cfg.min_lr) * 0.5 * (1 + jnp.cos(jnp.pi * step / steps))
@@ -22,12 +30,12 @@ def learning_rate(cfg: OptimConfig, steps: int, step: jax.Array | int) -> jax.Ar
 
 
 class ScheduledOptimizer(NamedTuple):
-    """An optax optimizer that knows its learning rate, which metrics then report.
+    """An optax optimizer with its learning rate schedule. The metrics of a run include its learning rate.
 
     Attributes:
-        init: As of `optax.GradientTransformation`.
-        update: As of `optax.GradientTransformation`.
-        learning_rate: The number of updates done so far → the learning rate of the next one.
+        init: `init` of `optax.GradientTransformation`.
+        update: `update` of `optax.GradientTransformation`.
+        learning_rate: A function from the number of updates done to the learning rate of the next one.
     """
 
     init: optax.TransformInitFn
@@ -36,7 +44,15 @@ class ScheduledOptimizer(NamedTuple):
 
 
 def make_optimizer(cfg: OptimConfig, steps: int) -> ScheduledOptimizer:
-    """AdamW over weights in a dict by path. Biases and norms do not decay; what is frozen has no state at all."""
+    """Make the AdamW optimizer of a run. Weight decay does not apply to biases and scales of norms.
+
+    Args:
+        cfg: The optimizer config.
+        steps: Number of steps of the run, where the cosine of the learning rate ends.
+
+    Returns:
+        An optimizer of the trainable parameters, a dict by path. Frozen parameters have no optimizer state.
+    """
 
     def schedule(step: jax.Array | int) -> jax.Array:
         return learning_rate(cfg, steps, step)
@@ -54,5 +70,5 @@ def make_optimizer(cfg: OptimConfig, steps: int) -> ScheduledOptimizer:
 
 
 def has_weight_decay(path: str) -> bool:
-    """Whether weight decay applies: to all but biases and the scales of norms."""
+    """Return whether weight decay applies to the parameter at `path`: to all except biases and scales of norms."""
     return path.rsplit("/", 1)[-1] not in ("bias", "scale")

@@ -1,7 +1,7 @@
-"""Writes feature caches (data/feature_cache.py): every record of a run's datasets through the frozen encoders, once.
+"""Precompute features: run the frozen encoders on every record of a run's datasets (data/feature_cache.py).
 
-Shards are dealt out to processes, each of which works on its own devices and waits for no other. A shard is written
-under another name and renamed when it is whole, so that a run that was stopped is taken up at the next shard.
+The shards of a cache are divided among the processes. Each process uses its own devices and waits for no other. A shard
+is written as a partial file and renamed when it is complete, so that an interrupted command resumes at the next shard.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes  # noqa: F401  (numpy learns "bfloat16")
+import ml_dtypes  # noqa: F401  (registers "bfloat16" with numpy)
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
@@ -43,12 +43,11 @@ from vllama_jax.train.feature_settings import compare_settings, describe_feature
 from vllama_jax.train.state import AbstractModel, Weights, keep_components
 from vllama_jax.train.step import compute_dtype, run_encoders
 
-FEATURE_SHARD_BYTES = 512 * 2**20  # of a shard, about
-SHARD_RECORDS = 4096  # of a shard at most: so many are encoded again when a run was stopped
-WRITER_OPTIONS = (
-    "group_size:1,uncompressed"  # each entry by itself, as they are read in any order; noise does not shrink
-)
-SYNC_TIMEOUT_SECONDS = 7 * 24 * 3600  # seconds that the first process waits for the last
+FEATURE_SHARD_BYTES = 512 * 2**20  # approximate size of a shard
+SHARD_RECORDS = 4096  # at most; an interrupted shard is encoded again
+# One entry in a group, because entries are read in random order. Features do not compress.
+WRITER_OPTIONS = "group_size:1,uncompressed"
+SYNC_TIMEOUT_SECONDS = 7 * 24 * 3600  # how long the first process waits for the last
 STALE_FOLDER = re.compile(r"\.partial-(\d+)")
 
 FeatureProgress = Callable[[float, float], None]
@@ -56,7 +55,14 @@ FeatureProgress = Callable[[float, float], None]
 
 @dataclasses.dataclass(frozen=True)
 class EncoderBatch:
-    """What is encoded together: entries of one kind of one shard. entries: record × variants + variant of each."""
+    """A batch of cache entries to encode: of one shard and one kind of media.
+
+    Attributes:
+        cache: The feature cache.
+        stream: The records of this kind in the dataset.
+        shard: The number of the shard.
+        entries: The number of each entry, which is record * variants + variant.
+    """
 
     cache: FeatureCache
     stream: Stream
@@ -65,28 +71,34 @@ class EncoderBatch:
 
     @property
     def examples(self) -> list[tuple[int, int]]:
-        """(record, variant) of each."""
+        """The record number and the variant of each entry."""
         return [divmod(entry, self.cache.variants) for entry in self.entries]
 
 
 @dataclasses.dataclass(frozen=True)
 class MediaDecoder:
-    """The pixels or sounds of batches, by their number. It can be sent to another process."""
+    """A picklable decoder, which worker processes call with the number of a batch."""
 
     reader: BatchReader
     batches: list[EncoderBatch]
 
     def __call__(self, number: int) -> list[DecodedMedia]:
+        """Decode the media of batch `number`."""
         batch = self.batches[number]
         return self.reader.decode_all(batch.stream, batch.examples)
 
 
 @dataclasses.dataclass(frozen=True)
 class PrecomputeResult:
-    """What one process did.
+    """The result of precomputing features, of one process.
 
-    records, seconds: encoded now, and how long that took. shards, kept: that it has, and that were whole before.
-    bytes: of its shards. skipped: (id, why) of the records in them that could not be decoded.
+    Attributes:
+        records: Number of records encoded by this call.
+        seconds: How long that took.
+        shards: Number of shards of this process.
+        num_existing_shards: How many of them were complete before.
+        bytes: Size of the shards.
+        skipped: The id of each record in them that cannot be decoded, and the reason.
     """
 
     records: int
@@ -99,7 +111,7 @@ class PrecomputeResult:
 
 @dataclasses.dataclass(frozen=True)
 class _Shard:
-    """One shard of a cache. streams: of its dataset, in the records' order."""
+    """One shard of a cache, with the streams of its dataset in the order of records."""
 
     cache: FeatureCache
     streams: tuple[Stream, ...]
@@ -118,11 +130,11 @@ class _Shard:
         return len(self.cache.shard_range(self.number))
 
     def batches(self, sizes: dict[Kind, int]) -> Iterator[EncoderBatch]:
-        """Its entries, in order: the same batches whatever was done before, so that its bytes are the same."""
-        variants, here = self.cache.variants, self.cache.shard_range(self.number)
+        """Divide the entries into batches, independent of earlier runs, so that a shard always has the same bytes."""
+        variants, records = self.cache.variants, self.cache.shard_range(self.number)
         for stream in self.streams:
-            first = max(here.start, stream.numbers.start) * variants
-            last = min(here.stop, stream.numbers.stop) * variants
+            first = max(records.start, stream.numbers.start) * variants
+            last = min(records.stop, stream.numbers.stop) * variants
             for start in range(first, last, sizes[stream.kind]):
                 yield EncoderBatch(self.cache, stream, self.number, range(start, min(start + sizes[stream.kind], last)))
 
@@ -134,13 +146,22 @@ def precompute_features(
     shard_records: int = 0,
     progress: FeatureProgress = lambda done, all: None,
 ) -> PrecomputeResult:
-    """Makes this process's shards of the caches of a run's datasets, those that `out` does not have yet.
+    """Precompute the features of a run's datasets: this process's shards that `out` does not contain yet.
 
-    base: where the base model is now. shard_records: how many records a shard holds; 0 for some 512 MB of them.
-    progress: hears how many records of all are done.
+    Args:
+        config: The run config.
+        out: The directory of the caches, `data.feature_cache` of the runs that read them.
+        base: The base model directory, if it is no longer at `config.model`.
+        shard_records: Records in a shard. 0 chooses it for shards of about 512 MB.
+        progress: Called with the number of records done and the number of all.
 
-    Raises ConfigError where `out` holds features that were made with other settings; DataError when it cannot be
-    written and when not a single record can be decoded; CheckpointError for the model.
+    Returns:
+        The counts and sizes of this process's shards.
+
+    Raises:
+        ConfigError: `out` contains features that were computed with other settings.
+        DataError: `out` cannot be written, or none of the records can be decoded.
+        CheckpointError: The model cannot be read.
     """
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, variants=config.data.variants or 1))
     _check_out(out)
@@ -160,7 +181,7 @@ def precompute_features(
     with _scratch_folder(out) as scratch:
         caches = {}
         for dataset, records in opened:
-            manifest = _manifest(config, directory, dataset, records)
+            manifest = _make_manifest(config, directory, dataset, records)
             cache = _open_or_create(find_cache_folder(out, records), scratch, manifest, shard_records)
             caches[cache.path] = cache, tuple(stream for stream in streams if stream.records is records)
         all_shards = [_Shard(*found, number) for found in caches.values() for number in range(found[0].num_shards)]
@@ -184,9 +205,9 @@ def _encode(
     scratch: Path,
     progress: FeatureProgress,
 ) -> None:
-    """Decoding runs ahead of the encoders, and the encoders run while what they made before is written."""
+    """Encode and write shards. Decoding and writing overlap with the encoders."""
     encoder = load_encoder(config, directory, {stream.kind for shard in all_shards for stream in shard.streams})
-    sizes = _batch_sizes(config, all_shards)
+    sizes = _choose_batch_sizes(config, all_shards)
     work = [(shard, batch) for shard in missing_shards for batch in shard.batches(sizes)]
     decoded_batches = prefetch_batches(MediaDecoder(reader, [batch for _, batch in work]), 0, len(work), config.data)
     all_records, done = sum(shard.records for shard in missing_shards), 0.0
@@ -203,13 +224,13 @@ def _encode(
                 file.add(batch, decoded, np.empty(0) if features is None else np.asarray(features))
                 done += len(batch.entries) / shard.cache.variants
                 progress(done, all_records)
-                if file.whole:
+                if file.is_complete:
                     file.finish()
                     file = None
 
 
 class _ShardFile:
-    """A shard on its way: under another name until it is whole."""
+    """A shard that is being written: a partial file until it is complete."""
 
     def __init__(self, shard: _Shard, scratch: Path):
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -221,11 +242,17 @@ class _ShardFile:
         self._skipped: list[dict[str, Any]] = []
 
     @property
-    def whole(self) -> bool:
+    def is_complete(self) -> bool:
         return self._left == 0
 
     def add(self, batch: EncoderBatch, decoded: list[DecodedMedia], features: np.ndarray) -> None:
-        """A batch's entries. Rows of `features` beyond the batch are padding; none where nothing could be decoded."""
+        """Write the entries of a batch.
+
+        Args:
+            batch: The entries.
+            decoded: The decoded media of each entry, or why it cannot be decoded.
+            features: [rows, …]; rows beyond the batch are padding. Empty if none of the entries can be decoded.
+        """
         for row, (found, (record, variant)) in enumerate(zip(decoded, batch.examples, strict=True)):
             if found.problem:
                 self._skipped.append({"record": record, "variant": variant, "id": found.name, "why": found.problem})
@@ -235,7 +262,7 @@ class _ShardFile:
         self._left -= len(decoded)
 
     def finish(self) -> None:
-        """On disk, and under its name. Raises DataError when it cannot be written."""
+        """Sync the shard to disk and rename it to its final name. Raise DataError if it cannot be written."""
         with self._translate_errors():
             self._writer.close()
         with self._path.open("rb") as file:
@@ -259,17 +286,24 @@ class _ShardFile:
             yield
         except (RuntimeError, ValueError) as error:  # a full disk
             raise DataError(
-                f"{self._shard.path}: cannot be written ({format_error(error)}); whole shards are kept"
+                f"{self._shard.path}: cannot be written ({format_error(error)}); complete shards are kept"
             ) from error
 
 
 def load_encoder(
     config: TrainConfig, directory: ModelDirectory, kinds: Collection[Kind]
 ) -> Callable[[Kind, np.ndarray | None], Array | None]:
-    """(kind, media [b, …]) → features [b, …] in the compute dtype, not waited for; None for None.
+    """Load a branch's frozen encoders and return a function that runs them.
 
-    The batch is split over this process's devices. Each has all weights: they are small beside a language model's, and
-    nothing has to be gathered for each layer.
+    Args:
+        config: The run config.
+        directory: The base model.
+        kinds: The kinds of media to encode.
+
+    Returns:
+        A function (kind, media [b, …]) → features [b, …] in the compute dtype, which does not wait for the result. It
+        returns None if media is None. The batch is sharded over this process's devices and the parameters are
+        replicated: they are small compared with a language model's, and no layer has to be gathered.
     """
     mesh = sharding.make_mesh(jax.local_device_count(), devices=jax.local_devices())
     dtype = compute_dtype(config)
@@ -296,34 +330,35 @@ def load_encoder(
     return encoder
 
 
-def _batch_sizes(config: TrainConfig, all_shards: list[_Shard]) -> dict[Kind, int]:
-    """How many entries are encoded at a time: this process's part of a step's, or fewer where there are no more."""
+def _choose_batch_sizes(config: TrainConfig, all_shards: list[_Shard]) -> dict[Kind, int]:
+    """Choose the batch size for each kind of media: this process's rows of a micro-batch, or fewer for small shards."""
     devices = jax.local_device_count()
-    whole = config.batch_size // config.grad_accum_steps / jax.process_count()
+    micro_batch = config.batch_size // config.grad_accum_steps / jax.process_count()
     sizes: dict[Kind, int] = {}
     for shard in all_shards:
         for stream in shard.streams:
-            most = min(len(stream.numbers), shard.cache.shard_records) * shard.cache.variants
-            sizes[stream.kind] = max(sizes.get(stream.kind, 0), math.ceil(min(whole, most) / devices) * devices)
+            entries = min(len(stream.numbers), shard.cache.shard_records) * shard.cache.variants
+            rows = math.ceil(min(micro_batch, entries) / devices) * devices
+            sizes[stream.kind] = max(sizes.get(stream.kind, 0), rows)
     return sizes
 
 
 def _pad_batch(decoded: list[DecodedMedia], size: int) -> np.ndarray | None:
-    """[size, …], zeros where there are no media; None where there are none at all."""
-    found = next((one.media for one in decoded if one.media is not None), None)
-    if found is None:
+    """Stack media to [size, …] with zeros in rows without media. Return None if no row has any."""
+    first = next((entry.media for entry in decoded if entry.media is not None), None)
+    if first is None:
         return None
-    rows = np.zeros((size, *found.shape), found.dtype)
-    for row, one in zip(rows, decoded, strict=False):
-        if one.media is not None:
-            row[...] = one.media
+    rows = np.zeros((size, *first.shape), first.dtype)
+    for row, entry in zip(rows, decoded, strict=False):
+        if entry.media is not None:
+            row[...] = entry.media
     return rows
 
 
-def _manifest(
+def _make_manifest(
     config: TrainConfig, directory: ModelDirectory, dataset: DatasetConfig, records: Records
 ) -> dict[str, Any]:
-    """What the features depend on, and a number of records for a shard: of a size that is good to read and to write."""
+    """Make the manifest of a dataset's features, with the default number of records in a shard."""
     settings = describe_features(config, directory, dataset, records)
     itemsize = compute_dtype(config).itemsize
     entry = max(math.prod(shape) for shape in settings["shapes"].values()) * itemsize
@@ -333,58 +368,58 @@ def _manifest(
 
 
 def _open_or_create(folder: Path, scratch: Path, manifest: dict[str, Any], shard_records: int) -> FeatureCache:
-    """The cache in a folder, made with these settings or begun now. Raises ConfigError where it was with others."""
-    if not (folder / "manifest.json").exists():  # other processes may do the same: they write the same
+    """Open the cache in a folder, or create it. Raise ConfigError if it was computed with other settings."""
+    if not (folder / "manifest.json").exists():  # other processes may write the same at the same time
         ensure_directory(folder)
         write_json(scratch / "manifest.json", manifest | ({"shard_records": shard_records} if shard_records else {}))
         move_file(scratch / "manifest.json", folder / "manifest.json")
-    cache, made = open_cache_folder(folder)
+    cache, recorded = open_cache_folder(folder)
     wanted = {**manifest, "shard_records": shard_records or cache.shard_records}
-    if changed := compare_settings(made, wanted):
+    if changed := compare_settings(recorded, wanted):
         raise ConfigError(
-            f"{folder}: holds features made with other settings ({'; '.join(changed)}); "
-            "give the same, or choose another --out"
+            f"{folder}: contains features computed with other settings ({'; '.join(changed)}); "
+            "use the same settings, or choose another --out"
         )
     return cache
 
 
 def _check_out(out: Path) -> None:
-    """Raise DataError where `out` is the directory of something else than features."""
+    """Raise DataError if `out` is a directory of another type."""
     if unexpected := next((name for name in ("config.json", "manifest.json") if (out / name).exists()), None):
-        raise DataError(f"{out}: holds something else (it has {unexpected}); choose another --out")
+        raise DataError(f"{out}: not a feature cache (it has {unexpected}); choose another --out")
 
 
 @contextlib.contextmanager
 def _scratch_folder(out: Path) -> Iterator[Path]:
-    """A folder in `out` for what is not whole yet, of this process alone; it is removed in the end."""
+    """Create a folder in `out` for this process's partial files, and remove it at the end."""
     process = jax.process_index()
     folder = out / f".partial-{process}"
     try:
         if not is_store_path(out):
             out.mkdir(parents=True, exist_ok=True)
-            for stale in out.glob(".partial-*") if process == 0 else ():  # of a killed run of more processes
+            for stale in out.glob(".partial-*") if process == 0 else ():  # left by a killed run with more processes
                 if (found := STALE_FOLDER.fullmatch(stale.name)) and int(found[1]) >= jax.process_count():
                     shutil.rmtree(stale, ignore_errors=True)
         busy_message = f"{out}: another process is writing features there; wait for it, or choose another --out"
         with scratch_directory(folder, busy_message):
             yield folder
     except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror or error}); whole shards are kept") from error
+        raise DataError(f"{out}: cannot be written ({error.strerror or error}); complete shards are kept") from error
 
 
 def _processes() -> tuple[int, int]:
-    """Which process this is, and of how many."""
+    """Return the number of this process, and how many there are."""
     return jax.process_index(), jax.process_count()
 
 
 def _wait_for_other_processes() -> None:
-    """JAX ends all processes when one of them goes before the others. No device takes part in this."""
+    """Wait for all processes, without devices. JAX ends all processes if one of them exits before the others."""
     everyone = set(range(jax.process_count()))
     multihost.sync_global_processes("vllama features", timeout=SYNC_TIMEOUT_SECONDS, processes=everyone)
 
 
 def _read_skipped(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a skipped-*.jsonl. Raises DataError when it is corrupt."""
+    """Read the lines of a skipped-*.jsonl file. Raise DataError if it is corrupt."""
     advice = (
         f"remove it and {path.name.replace('skipped', 'features').replace('.jsonl', '.array_record')}, and run again"
     )

@@ -1,9 +1,10 @@
-"""Several processes that work together: how they find each other, and how all of them end when one does.
+"""Run several processes as one job: connect them, and end all of them when one fails or is lost.
 
-Each process shows that it is alive in the key-value store that JAX keeps in process 0. Process 0 declares one lost that
-has shown nothing for LOST_AFTER seconds; the others notice by their connection when process 0 itself is lost. What went
-wrong is written to the store too, so that every process prints the same line and ends, also one that waits in a
-computation for the lost one. JAX's own checks take 100 seconds, and end a process from C++ with a stack trace.
+Each process writes a heartbeat to the key-value store that JAX keeps in process 0. Process 0 declares a process lost if
+its heartbeat has not changed for HEARTBEAT_TIMEOUT seconds. The other processes detect the loss of process 0 by their
+connection to it. The failure is written to the store too. Every process reads it, prints the same line and ends, even
+if it waits in a computation for the lost process. JAX's own checks take 100 seconds and end a process from C++ with a
+stack trace.
 """
 
 import contextlib
@@ -24,11 +25,11 @@ from vllama_jax.train.relay import Relay
 Result = TypeVar("Result")
 
 STOP_CHECK_SECONDS = 1.0
-HEARTBEAT_TIMEOUT = 25.0  # seconds without a sign of life; a busy host can keep a thread waiting for some
-EXIT_TIMEOUT = 10.0  # seconds that process 0 waits for the others to read why it ends, at most
-START_TIMEOUT = 300  # seconds until all processes have to be there
+HEARTBEAT_TIMEOUT = 25.0  # seconds; a busy host can delay a thread by some
+EXIT_TIMEOUT = 10.0  # seconds that process 0 waits, at most, for the others to read why it ends
+START_TIMEOUT = 300  # seconds until all processes must have started
 END_TIMEOUT = 7 * 24 * 3600  # seconds that the first process to finish waits for the last
-# How errors of JAX's runtime begin, but for those of this process alone: its memory, what it was given.
+# Status codes of JAX runtime errors that another process can cause. RESOURCE_EXHAUSTED and INVALID_ARGUMENT cannot.
 STATUS = re.compile(
     r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS): "
 )
@@ -37,13 +38,14 @@ HEARTBEATS, FAILURES, ACKNOWLEDGED = "vllama/alive", "vllama/failed", "vllama/re
 
 @contextlib.contextmanager
 def join_processes(distributed: bool, *, preemption: bool) -> Iterator[None]:
-    """Run the body as one of several processes, where `distributed`; JAX finds the others.
+    """Run the body as one of several processes if `distributed`. JAX detects the others.
 
-    When the body fails in one process, all end. The process that failed prints its own error and ends here.
+    If the body fails in one process, all processes end. The process that failed prints its own error and exits.
 
     Args:
-        distributed: Whether there are others.
-        preemption: Whether SIGTERM is left to JAX's preemption service (train/stopping.py) and ends nothing by itself.
+        distributed: Whether there are several processes. Otherwise this does nothing.
+        preemption: Whether JAX's preemption service handles SIGTERM (train/stopping.py), which then does not end the
+            process.
 
     Raises:
         ConfigError: The other processes cannot be found.
@@ -64,7 +66,7 @@ def join_processes(distributed: bool, *, preemption: bool) -> Iterator[None]:
 
 
 def call_on_process_zero_first(make: Callable[[], Result]) -> Result:
-    """Call `make` in process 0, and after that in the others, which find the files that it made."""
+    """Call `make` in process 0, and then in the other processes, which find the files that process 0 made."""
     import jax
 
     if jax.process_count() == 1:
@@ -105,7 +107,7 @@ def _join(preemption: bool) -> "_Job":
 
 
 class _Job:
-    """This process and the others, from their first contact to their common end."""
+    """A job of several processes, seen from one of them: heartbeats, failures and exit."""
 
     def __init__(self, process: int, count: int, coordinator: str):
         self._process, self._count = process, count
@@ -117,7 +119,7 @@ class _Job:
         self._ending = threading.Lock()  # taken once, by the thread that ends this process
 
     def watch(self, client: Any) -> None:
-        """From now on, end this process when another one fails or is lost."""
+        """Start a thread that ends this process when another one fails or is lost."""
         self._client = client
         if self._relay:
             self._send_heartbeat(0)
@@ -127,7 +129,7 @@ class _Job:
         self._watching.start()
 
     def finish(self) -> None:
-        """Wait until every process has finished, and part from them."""
+        """Wait until every process has finished, and disconnect."""
         import jax
 
         self._client.wait_at_barrier("vllama/finished", END_TIMEOUT * 1000)
@@ -142,7 +144,7 @@ class _Job:
     def fail(self, error: BaseException) -> None:
         """Report an error of this process to the others, print it, and end this process."""
         if not isinstance(error, KeyboardInterrupt) and _may_be_caused_by_other_process(error):
-            # The watching thread ends this process when it knows the cause.
+            # The thread of `watch` ends this process when it has read the cause.
             time.sleep(HEARTBEAT_TIMEOUT + 5 * STOP_CHECK_SECONDS)
         self._ending.acquire()
         self._write_failure(f"{self._process_name(self._process)} {_describe_error(error)}")
@@ -181,40 +183,40 @@ class _Job:
         self._client.key_value_set(f"{HEARTBEATS}/{self._process}", f"{beat} {socket.gethostname()}", True)
 
     def _check_heartbeats(self) -> None:
-        """In process 0: write to the store which process has shown nothing for too long."""
-        shown = {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(HEARTBEATS)}
+        """In process 0, write to the store which process has sent no heartbeat for too long."""
+        heartbeats = {int(key.rpartition("/")[2]): value for key, value in self._client.key_value_dir_get(HEARTBEATS)}
         now = time.monotonic()
         for other, (before, when) in self._last_heartbeats.items():
-            if shown[other] != before:
-                self._last_heartbeats[other] = shown[other], now
+            if heartbeats[other] != before:
+                self._last_heartbeats[other] = heartbeats[other], now
             elif now - when > HEARTBEAT_TIMEOUT:
                 host = before.partition(" ")[2]
                 self._lost.add(other)
                 self._write_failure(
-                    f"{self._process_name(other)} ({host}) was lost: no sign of life for {HEARTBEAT_TIMEOUT:.0f} s"
+                    f"{self._process_name(other)} ({host}) was lost: no heartbeat for {HEARTBEAT_TIMEOUT:.0f} s"
                 )
 
     def _read_failure(self) -> str:
-        """What went wrong first, and in which process; "" where nothing did."""
+        """Return the first failure and its process; "" if there is none."""
         return next((text for _, text in self._client.key_value_dir_get(FAILURES)), "")
 
     def _write_failure(self, text: str) -> None:
-        with contextlib.suppress(RuntimeError):  # another one was written before, and stands
+        with contextlib.suppress(RuntimeError):  # another failure was written first, and remains
             self._client.key_value_set(f"{FAILURES}/first", text)
 
     def _on_coordinator_lost(self) -> None:
-        """Process 0 has closed or broken its connection, or is silent; at the end of the job it may."""
+        """End this process because the connection to process 0 ended or is silent, unless the job has finished."""
         if not self._finished.is_set():
             self._exit_message(f"{self._process_name(0)} ({self._host}) was lost: its connection ended or is silent")
             exit_now(1)
 
     def _exit_message(self, failure: str) -> None:
-        """Print what ends this process, unless another thread of it does."""
+        """Print the failure that ends this process, unless another thread is ending it."""
         self._ending.acquire()
         _print(f"{failure}; see its output, and run all processes again to resume")
 
     def _end(self, code: int) -> None:
-        """End this process. Process 0 keeps the store, so it waits until the others have read why."""
+        """End this process. Process 0 holds the store, so it waits until the others have read the failure."""
         sys.stdout.flush()
         with contextlib.suppress(RuntimeError):
             if self._process:
@@ -236,14 +238,14 @@ class _Job:
 
 
 def _may_be_caused_by_other_process(error: BaseException | None) -> bool:
-    """Whether an error may come from a computation that another process left: JAX raises several types for that."""
+    """Return whether another process may have caused an error by leaving a computation: JAX raises several types."""
     while error is not None and not STATUS.match(str(error)):
         error = error.__cause__ or error.__context__
     return error is not None
 
 
 def _describe_error(error: BaseException) -> str:
-    """What the other processes say of an error."""
+    """Describe an error in the line that the other processes print."""
     if isinstance(error, KeyboardInterrupt):
         return "was interrupted"
     text = " ".join(str(error).split())

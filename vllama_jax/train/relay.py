@@ -1,8 +1,8 @@
-"""A relay between JAX and process 0 of a job, so that we are the first to learn that process 0 is lost.
+"""A relay between JAX and process 0 of a job, which detects the loss of process 0 before JAX does.
 
-JAX ends a process from C++, with a stack trace, as soon as its connection to process 0 breaks. Through the relay that
-connection never breaks. The relay is a process of its own: JAX waits for answers while it holds Python's global lock,
-so a thread could not always pass them on.
+JAX ends a process from C++, with a stack trace, as soon as its connection to process 0 breaks. The connection to the
+relay does not break. The relay is a separate process: JAX holds Python's global interpreter lock while it waits for
+replies, so a thread could not always forward them.
 """
 
 import contextlib
@@ -17,26 +17,27 @@ import time
 from collections.abc import Callable
 
 WATCH_SECONDS = 1.0
-EXIT_GRACE_SECONDS = 10.0  # seconds that a process has to end by itself once it was told
+EXIT_GRACE_SECONDS = 10.0  # seconds that a process has to end by itself after the report
 LOST = "lost\n"
 
 
 class Relay:
-    """A running relay, seen from the process that connects through it.
+    """A running relay, used by the process that connects through it.
 
-    address: where JAX connects to, in place of the coordinator.
+    Attributes:
+        address: The address that JAX connects to instead of the coordinator's, "host:port".
     """
 
     def __init__(self, coordinator: str, on_loss: Callable[[], None]):
-        """Start it.
+        """Start the relay process.
 
         Args:
-            coordinator: Where process 0 listens, "host:port".
-            on_loss: Called in a thread when process 0 is lost, while `watch` is in force.
+            coordinator: The address of process 0, "host:port".
+            on_loss: Called in a thread when process 0 is lost, after `watch` was called with a timeout.
         """
         program = f"import sys; sys.path[:] = {sys.path!r}; from vllama_jax.train import relay; relay.main()"
         host, _, port = coordinator.rpartition(":")
-        # A process group of its own: Ctrl-C on a terminal is for the command, which the relay ends with.
+        # A separate process group, so that Ctrl-C in a terminal reaches the command only. The relay ends with it.
         self._process = subprocess.Popen(
             [sys.executable, "-c", program, host.strip("[]"), port],
             stdin=subprocess.PIPE,
@@ -52,15 +53,16 @@ class Relay:
         threading.Thread(target=self._listen, daemon=True, name="vllama-relay").start()
 
     def watch(self, silence_timeout: float) -> None:
-        """Report process 0 as lost when a connection to it ends, or after so many seconds without a word of it.
+        """Report process 0 as lost if a connection to it ends, or if it is silent for too long.
 
-        0: connections may end from now on.
+        Args:
+            silence_timeout: Seconds without data from process 0. 0 stops watching: connections may end.
         """
         self._commands.write(f"{silence_timeout}\n")
         self._commands.flush()
 
     def stop(self) -> None:
-        """End it, and all connections through it."""
+        """End the relay process and all connections through it."""
         self._process.kill()
         self._process.wait()
         self._commands.close()
@@ -72,7 +74,7 @@ class Relay:
 
 
 class _Connections:
-    """What the relay process does."""
+    """The connections of the relay process."""
 
     def __init__(self, coordinator: tuple[str, int]):
         self._coordinator = coordinator
@@ -81,12 +83,12 @@ class _Connections:
         self.silence_timeout = 0.0  # 0 while connections may end
 
     def serve(self, listener: socket.socket) -> None:
-        """Connect whoever comes with the coordinator."""
+        """Accept connections, and forward each to the coordinator."""
         while True:
             client, _ = listener.accept()
             try:
                 server = socket.create_connection(self._coordinator, timeout=WATCH_SECONDS)
-            except OSError:  # process 0 is not there yet: JAX tries again
+            except OSError:  # process 0 has not started yet: JAX tries again
                 client.close()
                 continue
             server.settimeout(None)
@@ -94,28 +96,28 @@ class _Connections:
             _start(self._forward_replies, server, client)
 
     def _forward_requests(self, client: socket.socket, server: socket.socket) -> None:
-        """From the process to the coordinator."""
+        """Forward data from the process to the coordinator."""
         with contextlib.suppress(OSError):
             while data := client.recv(2**16):
                 server.sendall(data)
             server.shutdown(socket.SHUT_RDWR)
 
     def _forward_replies(self, server: socket.socket, client: socket.socket) -> None:
-        """From the coordinator to the process, until one of them has gone."""
+        """Forward data from the coordinator to the process, until one of them closes its connection."""
         while data := self._receive(server):
             self._last_received = time.monotonic()
             try:
                 client.sendall(data)
-            except OSError:  # the process has gone, and this one follows
+            except OSError:  # the process has ended, and so will the relay
                 return
         if self.silence_timeout:
             self._report_loss()
-        with contextlib.suppress(OSError):  # closing alone waits for the thread that reads from it
+        with contextlib.suppress(OSError):  # `close` alone waits for the thread that reads from it
             client.shutdown(socket.SHUT_RDWR)
         client.close()
 
     def _receive(self, server: socket.socket) -> bytes:
-        """What the coordinator says next; nothing where it has gone or is silent for too long."""
+        """Receive data from the coordinator. Return b"" if it closed the connection or is silent for too long."""
         while not self.silence_timeout or time.monotonic() - self._last_received < self.silence_timeout:
             if select.select([server], [], [], WATCH_SECONDS)[0]:
                 with contextlib.suppress(OSError):
@@ -124,7 +126,7 @@ class _Connections:
         return b""
 
     def _report_loss(self) -> None:
-        """Tell the process, and end it where it does not end: it may hold the global lock and wait for an answer."""
+        """Report the loss to the process, and kill it if it does not end: it may wait for a reply with the GIL held."""
         with contextlib.suppress(OSError):
             sys.stdout.write(LOST)
             sys.stdout.flush()
@@ -134,7 +136,7 @@ class _Connections:
 
 
 def main() -> None:
-    """Be a relay, for as long as stdin is open; its lines are what `Relay.watch` is given."""
+    """Run the relay process until stdin is closed. Each line of stdin is a `silence_timeout` of `Relay.watch`."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     connections = _Connections((sys.argv[1], int(sys.argv[2])))
     listener = socket.create_server(("127.0.0.1", 0))

@@ -1,4 +1,4 @@
-"""Who shows how a run goes: the protocol, and a reporter that prints lines."""
+"""Reporters of the progress of a run: the protocol, and a reporter that prints lines."""
 
 import sys
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,27 +10,27 @@ MAX_STEPS_PER_LINE = 50
 
 
 class Reporter(Protocol):
-    """What the training loop calls; `cli/_training_display.py` has the command's."""
+    """The methods that the training loop calls. `vllama train` uses the reporter in `cli/_training_display.py`."""
 
     def show_message(self, text: str) -> None:
-        """Show a sentence."""
+        """Show a message."""
 
     def show_plan(self, plan: "RunPlan") -> None:
-        """Show what trains, before the first step."""
+        """Show the trainable parameters, before the first step."""
 
     def begin(self, step: int) -> None:
-        """The first step of this process comes next; `step` are done."""
+        """Prepare for the first step of this process. `step` steps are done."""
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """A step was done: the line that metrics.jsonl has of it."""
+        """Show a step that is done. `metrics` is its line in metrics.jsonl."""
 
 
 class PrintReporter:
-    """A `Reporter` that prints to stderr: sentences, and a line for the first step, the last, and some in between.
+    """A `Reporter` that prints to stderr: messages, and a line for the first step, the last, and some in between.
 
     Args:
-        steps: Of the whole run.
-        every: Steps from one line to the next; a twentieth of the run, at most 50, unless given.
+        steps: Number of steps of the run.
+        every: Steps between lines. The default is a twentieth of the run, at most 50.
     """
 
     def __init__(self, steps: int, every: int | None = None):
@@ -39,29 +39,34 @@ class PrintReporter:
         self._first = 1
 
     def show_message(self, text: str) -> None:
-        """Print a sentence."""
+        """Print a message."""
         print(text, file=sys.stderr, flush=True)
 
     def show_plan(self, plan: "RunPlan") -> None:
-        """Print how many arrays train, of which components."""
+        """Print the number of trainable arrays, and their components."""
         components = dict.fromkeys(path.split("/")[0] for path in plan.trainable_paths)
-        self.show_message(f"{len(plan.trainable_paths)} arrays train, of {', '.join(components)}")
+        self.show_message(f"{len(plan.trainable_paths)} trainable arrays, in {', '.join(components)}")
 
     def begin(self, step: int) -> None:
-        """Note where this process starts."""
+        """Remember the first step of this process, which gets a line."""
         self._first = step + 1
 
     def step(self, metrics: dict[str, Any]) -> None:
-        """Print the line of a step, if it is one of those that get one."""
+        """Print a line for the first step, the last, and every `every` steps."""
         step = metrics["step"]
         if step in (self._first, self._steps) or step % self._every == 0:
             self.show_message(f"{step}/{self._steps} steps  {step_summary(metrics, metrics['loss'])}")
 
 
 def step_summary(metrics: dict[str, Any], loss: float) -> str:
-    """The metrics of a step for people. loss: of the step, or a mean up to it."""
+    """Format the metrics of a step as one line.
+
+    Args:
+        metrics: The metrics of a step, as in metrics.jsonl.
+        loss: The loss to show: that of the step, or a moving average.
+    """
     summary = f"loss {loss:.4f}"
-    summary += f"  lr {metrics['lr']:.2e}" if "lr" in metrics else ""  # not known of every optimizer
+    summary += f"  lr {metrics['lr']:.2e}" if "lr" in metrics else ""  # a custom optimizer may not have it
     summary += f"  {metrics['samples_per_second']:.1f} samples/s"
     summary += f"  MFU {metrics['mfu']:.1%}" if "mfu" in metrics else ""
-    return f"{summary}  waits {metrics['waited_for_data']:.0%}"
+    return f"{summary}  data wait {metrics['waited_for_data']:.0%}"

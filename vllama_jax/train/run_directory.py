@@ -1,10 +1,14 @@
-"""Run directories: what a run is, how far it came, and what it learned.
+"""Run directories: the config of a run, its checkpoints and its metrics.
 
-config.json       the run's config, its base model's path and digest, digests of its inputs
-step_N/           a checkpoint: weights, moments, iterator (Orbax), digests.json (checkpoints/digests.py)
-last_saved.json   the step of the last checkpoint         damaged_step_N/   a checkpoint that could not be read
-metrics.jsonl     one object for each step                quarantine.jsonl  samples that were not used
-samples.jsonl     answers about fixed clips               tensorboard/      the same for TensorBoard, if installed
+config.json       the run config, path and digest of the base model, digests of the other inputs
+step_N/           a checkpoint: weights, moments (the optimizer state) and iterator, written by Orbax, and digests.json
+                  (checkpoints/digests.py)
+last_saved.json   the step of the last checkpoint
+damaged_step_N/   a corrupt checkpoint
+metrics.jsonl     the metrics of each step
+samples.jsonl     validation losses, and answers about the validation clips
+quarantine.jsonl  the records that were masked
+tensorboard/      metrics for TensorBoard, if it is installed
 """
 
 import contextlib
@@ -33,7 +37,9 @@ from vllama_jax.config import describe_changes, flatten_fields, from_dict
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import check_output_files, ensure_directory, lock_directory, replace_json
 from vllama_jax.io.json_files import read_object
-from vllama_jax.io.jsonl import AtomicWriteFile
+from vllama_jax.io.jsonl import AtomicWriteFile, StoreFile
+from vllama_jax.io.leases import LEASE
+from vllama_jax.io.paths import is_store_path
 from vllama_jax.train.config import CheckpointConfig, TrainConfig, rename_fields
 from vllama_jax.train.custom import check_custom
 from vllama_jax.train.state import TrainState
@@ -41,7 +47,7 @@ from vllama_jax.train.state import TrainState
 RUN_FILES = ("config.json", "metrics.jsonl", "samples.jsonl", "quarantine.jsonl")
 logger = logging.getLogger(__name__)
 
-# What may differ when a run is resumed: nothing that changes what is learned. A name includes the fields under it.
+# Fields that may change when a run is resumed, because they do not change its result. A name includes nested fields.
 MUTABLE_FIELDS = (
     "model",
     "mesh",
@@ -52,19 +58,20 @@ MUTABLE_FIELDS = (
     "data.num_workers",
     "data.prefetch",
 )
-ANY_INTEGER = range(2**63)  # of integers in config.json: TrainConfig has its own limits
-LAST_SAVED = "last_saved.json"  # {"step": N}, so that a run whose checkpoints were removed does not start anew
+ANY_INTEGER = range(2**63)  # for integers in config.json; TrainConfig checks them
+LAST_SAVED = "last_saved.json"  # {"step": N}, so that a run whose checkpoints were removed does not start from scratch
 NO_CHECKPOINT, RESTORE_FAILED = -1, -2  # in place of the step to resume from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunMetadata:
-    """What config.json records of a run besides its TrainConfig and its base model.
+    """The fields of a run's config.json other than its TrainConfig and its base model.
 
-    compute_dtype: of frozen weights and of all products.
-    inputs: The digest of everything else that the run reads, by the field of its config that names the directory; None
-        in runs of earlier versions.
-    custom: The loss and the optimizer that a program passed, as `describe_custom` has them; None where it passed none.
+    Attributes:
+        compute_dtype: Dtype of frozen parameters and of matrix products.
+        inputs: Digests of the other directories that the run reads, by the config field with their path. None in runs
+            of earlier versions.
+        custom: The custom loss and optimizer, as `describe_custom` returns them. None if there are none.
     """
 
     compute_dtype: str
@@ -81,26 +88,30 @@ def open_run(
     inputs: Mapping[str, str],
     custom: Mapping[str, str] | None = None,
 ) -> Iterator[None]:
-    """Make `out` a run directory, or resume the run in it, and keep other processes off it.
+    """Create a run directory, or check that the run in it can be resumed with this config, and lock it.
+
+    In other processes than the first one this does nothing.
 
     Args:
         out: The run directory.
         config: The config of the run.
-        base: Its base model.
-        dtype: The name of its compute dtype.
-        inputs: The digest of everything else that it reads, as `RunPlan.inputs` has them.
-        custom: Its loss and its optimizer, as `describe_custom` has them.
+        base: The base model.
+        dtype: The name of the compute dtype.
+        inputs: Digests of the other directories that the run reads, as `RunPlan.inputs` returns them.
+        custom: The custom loss and optimizer, as `describe_custom` returns them.
 
     Raises:
-        CheckpointError: `out` is another kind of directory, another process trains into it, or it cannot be written.
-        ConfigError: The run in it has another config, base model, inputs, loss or optimizer, or its config.json is
+        CheckpointError: `out` is a directory of another type, another process is training into it, or it cannot be
+            written.
+        ConfigError: The run in `out` has another config, base model, inputs, loss or optimizer, or its config.json is
             corrupt.
     """
     if jax.process_index() != 0:
         yield
         return
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        if not is_store_path(out):
+            out.mkdir(parents=True, exist_ok=True)
         with lock_directory(
             out, f"{out}: another process is training into it; wait for that one, or choose another --out"
         ):
@@ -108,11 +119,11 @@ def open_run(
             if (out / "config.json").exists():
                 metadata = _check_run_config(out, config, base, dtype, inputs)
                 check_custom(out, metadata.custom or {}, custom or {})
-            elif strangers := _unexpected_entries(out):
-                raise CheckpointError(f"{out}: not a run directory (it has {strangers[0]}); choose another --out")
+            elif unexpected := _unexpected_entries(out):
+                raise CheckpointError(f"{out}: not a run directory (it has {unexpected[0]}); choose another --out")
             else:
-                where = {"path": str(base.opened_path.absolute()), "digest": base.digest}
-                fields = {"run": dataclasses.asdict(config), "base": where, "compute_dtype": dtype, "inputs": inputs}
+                model = {"path": str(base.opened_path.absolute()), "digest": base.digest}
+                fields = {"run": dataclasses.asdict(config), "base": model, "compute_dtype": dtype, "inputs": inputs}
                 write_config(out, base.config, **fields, **({"custom": custom} if custom else {}))
             yield
     except OSError as error:
@@ -120,15 +131,16 @@ def open_run(
 
 
 def _unexpected_entries(out: Path) -> list[str]:
-    return sorted(entry.name for entry in out.iterdir() if entry.name != "inputs")
+    """List the entries of a directory without config.json, except the lease, and inputs/, which `prepare` creates."""
+    return sorted(entry.name for entry in out.iterdir() if entry.name not in ("inputs", LEASE))
 
 
 def _check_run_config(
     out: Path, config: TrainConfig, base: ModelDirectory, dtype: str, inputs: Mapping[str, str]
 ) -> RunMetadata:
-    """Return what the run in `out` records of itself. Raise ConfigError unless it is this one.
+    """Return the recorded fields of the run in `out`. Raise ConfigError if it is not this run.
 
-    Directories may have moved: their digests count.
+    Directories may have moved: they are compared by digest.
     """
     fields = read_config(out)
     if not isinstance(fields.get("run"), dict):
@@ -139,31 +151,37 @@ def _check_run_config(
     for name in inputs.keys() & earlier.keys():
         if inputs[name] != earlier[name]:
             raise ConfigError(
-                f"{out}: {name} {now[name]}: its content is not what this run was started with; give the original, "
+                f"{out}: {name} {now[name]}: the content has changed since the run was started; give the original, "
                 "or choose another --out"
             )
         before[name] = now[name]
     if changed := describe_changes(before, now):
-        told = ", ".join(changed[:3])
-        raise ConfigError(f"{out}: holds a run with another config ({told}); give the same, or choose another --out")
+        differences = ", ".join(changed[:3])
+        raise ConfigError(
+            f"{out}: contains a run with another config ({differences}); give the same, or choose another --out"
+        )
     if run_base.digest != base.digest:
-        raise ConfigError(f"{out}: its run was started from another base model than {base.path}; name that one")
+        raise ConfigError(f"{out}: the run was started from another base model than {base.path}; give that one")
     return metadata
 
 
 def _read_metadata(path: Path, fields: Mapping[str, Any]) -> tuple[TrainConfig, BaseReference, RunMetadata]:
-    """What a run's config.json says of the run. Raises ConfigError that names the field which is wrong."""
+    """Read the run config, the base model and the other fields from config.json of a run.
+
+    Raises:
+        ConfigError: A field is missing or invalid. The message contains its name.
+    """
     try:
         run = from_dict(rename_fields(fields["run"]), TrainConfig, f"{path}: run", ANY_INTEGER)
         base = from_dict(fields.get("base"), BaseReference, f"{path}: base")
         names = [field.name for field in dataclasses.fields(RunMetadata) if field.name in fields]
         return run, base, from_dict({name: fields[name] for name in names}, RunMetadata, str(path))
     except ConfigError as error:
-        raise ConfigError(f"{error}; restore config.json from a copy, or choose another --out") from error
+        raise ConfigError(f"{error}; restore config.json from a backup, or choose another --out") from error
 
 
 def _fixed_settings(config: TrainConfig, dtype: str) -> dict[str, Any]:
-    """What must be the same when a run is resumed, by dotted name."""
+    """Return the settings that must not change when a run is resumed, by dotted name."""
     fields = dataclasses.asdict(config)
     fields["datasets"] = {str(number): dataset for number, dataset in enumerate(fields["datasets"])}
     settings = {name: value for name, value in flatten_fields(fields).items() if not _is_mutable(name)}
@@ -175,7 +193,7 @@ def _is_mutable(name: str) -> bool:
 
 
 class Checkpoints:
-    """The checkpoints of a run. Saving is asynchronous and atomic: a step's directory is complete, or not there."""
+    """The checkpoints of a run. Saving is asynchronous and atomic: the directory of a step is complete or absent."""
 
     def __init__(self, out: Path, cfg: CheckpointConfig):
         self._out = out
@@ -184,7 +202,7 @@ class Checkpoints:
 
     @functools.cached_property
     def _manager(self) -> ocp.CheckpointManager:
-        """Orbax's view of the run, made after `restore`: it lists what is in the directory, damaged or not."""
+        """Orbax's checkpoint manager. Created after `restore`, because it lists corrupt checkpoints too."""
         return ocp.CheckpointManager(
             self._out.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -198,25 +216,33 @@ class Checkpoints:
         )
 
     def _write_digests(self) -> None:
-        """Called in the first process's saving thread, when all files are written and the directory is not renamed."""
+        """Write digests.json. Orbax calls this in the first process's saving thread, before renaming the directory."""
         partial = self._out / f"step_{self._saving}.orbax-checkpoint-tmp"
         write_digests(partial, self._saving)
 
     def save(self, step: int, state: TrainState) -> None:
-        """Starts saving, when `finish` has seen the save before. Raises CheckpointError when that fails at once."""
+        """Start to save a checkpoint. Call `finish` for the previous one first.
+
+        Args:
+            step: Number of steps done.
+            state: The state after that step.
+
+        Raises:
+            CheckpointError: Saving failed at once. Later failures are raised by `finish`.
+        """
         self._saving = step
         items = {"weights": ocp.args.PyTreeSave(unflatten_paths(state.weights))}
-        if opt_state := _leaves_by_path(state.opt_state):  # Orbax refuses an empty tree: plain SGD has no state
+        if opt_state := leaves_by_path(state.opt_state):  # Orbax rejects an empty tree, such as plain SGD's state
             items["moments"] = ocp.args.PyTreeSave(unflatten_paths(opt_state))
         with self._translate_errors():
             self._manager.save(
                 step,
                 args=ocp.args.Composite(**items, iterator=ocp.args.JsonSave({"step": step, "digests": True})),
-                force=True,  # Orbax would not save a step below the largest that it sees in the directory
+                force=True,  # otherwise Orbax skips a step below the largest in the directory
             )
 
     def finish(self) -> None:
-        """Waits for what is being saved. Raises CheckpointError when that fails; what was saved before stays."""
+        """Wait until the checkpoint is saved. Raise CheckpointError if that failed; earlier checkpoints are kept."""
         with self._translate_errors():
             self._manager.wait_until_finished()
             if jax.process_index() == 0 and self._saving:
@@ -227,17 +253,17 @@ class Checkpoints:
     def restore(self, abstract_state: TrainState) -> TrainState | None:
         """Restore the last intact checkpoint.
 
-        A checkpoint that is damaged or cannot be read is reported in a warning, and renamed to damaged_step_N once one
-        before it was read. All processes take the same checkpoint: the first one compares files with their digests.
+        A corrupt checkpoint is reported in a warning. It is renamed to damaged_step_N after an earlier checkpoint has
+        been restored. All processes restore the same checkpoint: the first process compares files with their digests.
 
         Args:
-            abstract: The shapes and shardings of the state.
+            abstract_state: The shapes and shardings of the state.
 
         Returns:
-            The state; None in a run that has not saved one yet.
+            The state, or None if the run has not saved a checkpoint yet.
 
         Raises:
-            CheckpointError: There are checkpoints, and none can be read: nothing is changed then.
+            CheckpointError: There are checkpoints, but none can be read. Nothing is changed then.
         """
         corrupt_steps: list[int] = []
         while (step := self._choose_step(corrupt_steps)) != NO_CHECKPOINT:
@@ -249,9 +275,10 @@ class Checkpoints:
         return None
 
     def _choose_step(self, corrupt_steps: list[int]) -> int:
-        """The last step whose checkpoint is intact, or START_ANEW: on all processes what the first one finds.
+        """Return the step of the last intact checkpoint, or NO_CHECKPOINT, as the first process determines it.
 
-        unusable: Steps that could not be read. Those that the first process finds damaged are added.
+        Args:
+            corrupt_steps: Steps that could not be read. The first process adds those that it finds corrupt.
         """
         problem: CheckpointError | OSError = CheckpointError(
             f"{self._out}: the first process found no checkpoint to resume from"
@@ -271,7 +298,7 @@ class Checkpoints:
     def _find_last_intact(self, corrupt_steps: list[int]) -> int:
         steps, saved = list_checkpoint_steps(self._out), self._last_saved()
         if saved > max([0, *steps]) and not corrupt_steps:
-            logger.warning(f"{self._out}/step_{saved}: missing; going back to the checkpoint before it")
+            logger.warning(f"{self._out}/step_{saved}: missing; falling back to the previous checkpoint")
         for step in reversed(steps):
             if step in corrupt_steps:
                 continue
@@ -279,40 +306,40 @@ class Checkpoints:
                 check_checkpoint(self._out / f"step_{step}")
                 return step
             except CheckpointError as error:
-                logger.warning(f"{error}; going back to the checkpoint before it")
+                logger.warning(f"{error}; falling back to the previous checkpoint")
                 corrupt_steps.append(step)
         if steps:
             raise CheckpointError(
-                f"{self._out}: none of its {len(steps)} checkpoints can be read; run it again once their files can be, "
-                "or choose another --out to start anew"
+                f"{self._out}: none of the {len(steps)} checkpoints can be read; restore their files and run the "
+                "command again, or choose another --out to start a new run"
             )
         if corrupt := sorted(self._out.glob("damaged_step_*")):
             raise CheckpointError(
                 f"{self._out}: {corrupt[0].name} could not be read, and there is no other checkpoint; rename it to "
-                f"{corrupt[0].name.removeprefix('damaged_')} to try it again, or choose another --out to start anew"
+                f"{corrupt[0].name.removeprefix('damaged_')} to try again, or choose another --out to start a new run"
             )
         if saved:
             raise CheckpointError(
-                f"{self._out}: step_{saved} was saved, and no checkpoint is left; restore one from a copy, or choose "
-                "another --out to start anew"
+                f"{self._out}: step_{saved} was saved, but no checkpoint is left; restore one from a backup, or choose "
+                "another --out to start a new run"
             )
         return NO_CHECKPOINT
 
     def _last_saved(self) -> int:
-        """The last step that was saved; 0 where that was not recorded."""
+        """Return the last step that was saved; 0 if none is recorded."""
         if not (self._out / LAST_SAVED).exists():
             return 0
         step = read_object(self._out / LAST_SAVED).get("step")
         return step if isinstance(step, int) else 0
 
     def _read(self, step: int, abstract_state: TrainState) -> TrainState | None:
-        """The state of a step; None where one of the processes cannot read it."""
+        """Restore the state of a step. Return None if any of the processes cannot read it."""
         folder, readable = self._out / f"step_{step}", True
         try:
             weights = restore_arrays(folder / "weights", abstract_state.weights)
-            opt_state = restore_arrays(folder / "moments", _leaves_by_path(abstract_state.opt_state))
+            opt_state = restore_arrays(folder / "moments", leaves_by_path(abstract_state.opt_state))
         except CheckpointError as error:
-            logger.warning(f"{error}; going back to the checkpoint before it")
+            logger.warning(f"{error}; falling back to the previous checkpoint")
             readable = False
         if jax.process_count() > 1:
             readable = bool(multihost_utils.process_allgather(np.array(readable)).all())
@@ -324,21 +351,21 @@ class Checkpoints:
         )
 
     def size(self, step: int) -> int:
-        """Bytes on disk."""
+        """Return the size of a checkpoint on disk, in bytes."""
         return sum(file.stat().st_size for file in (self._out / f"step_{step}").rglob("*") if file.is_file())
 
     def _rename_corrupt(self, steps: list[int]) -> None:
-        """Rename damaged checkpoints; earlier ones of that name stay."""
+        """Rename corrupt checkpoints to damaged_step_N, or damaged_step_N.2 and so on if that exists."""
         for step in steps if jax.process_index() == 0 else ():
             names = itertools.chain([f"damaged_step_{step}"], (f"damaged_step_{step}.{n}" for n in itertools.count(2)))
             free = next(path for path in map(self._out.joinpath, names) if not os.path.lexists(path))
             (self._out / f"step_{step}").rename(free)
         if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("damaged checkpoints are renamed")
+            multihost_utils.sync_global_devices("corrupt checkpoints are renamed")
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:
-        """Failures of Orbax in one line, whatever they are: a full disk comes as many kinds of errors."""
+        """Translate errors of Orbax to a CheckpointError of one line. A full disk raises errors of many types."""
         try:
             yield
         except Exception as error:  # Orbax raises errors of every type
@@ -348,23 +375,26 @@ class Checkpoints:
             self._remove_partial()
             self._manager.reload()
             last = list_checkpoint_steps(self._out)
-            kept = f"the last good one is step {last[-1]}" if last else "there is none before it"
-            what = f"the checkpoint of step {self._saving}"
-            self._saving = 0
-            raise CheckpointError(f"{self._out}: {what} could not be saved ({reason}); {kept}") from error
+            kept = f"the last checkpoint is step {last[-1]}" if last else "there is no earlier one"
+            failed, self._saving = self._saving, 0
+            raise CheckpointError(
+                f"{self._out}: the checkpoint of step {failed} could not be saved ({reason}); {kept}"
+            ) from error
 
     def _remove_partial(self) -> None:
-        """What a failed or killed save left takes the room that the next one needs, so `finish` removes it before each
-        save. Writers of a failed save may still be at work and leave files again, which go before the next one. Orbax's
-        own removal is not used: it runs in the background, and fails where another removes the same files.
+        """Remove partial files of a failed or killed save, which take the space that the next save needs.
+
+        `finish` does so before each save. Threads of a failed save may still write files, which are removed before the
+        next one. Orbax's own removal is not used: it runs in the background, and fails if another process removes the
+        same files.
         """
         if jax.process_index() == 0:
             for partial in self._out.glob("step_*.orbax-checkpoint-tmp"):
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _leaves_by_path(tree: Any) -> dict[str, Any]:
-    """The leaves of a tree of tuples and dicts by path."""
+def leaves_by_path(tree: Any) -> dict[str, Any]:
+    """Return the leaves of a tree of tuples and dicts by path, such as "0/mu/video_qformer/queries"."""
 
     def name(key: Any) -> str:
         return str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
@@ -373,18 +403,27 @@ def _leaves_by_path(tree: Any) -> dict[str, Any]:
 
 
 def silence_orbax_save_logs() -> None:
-    """Orbax tells of each write of a failed save in many lines, in three ways; what counts is raised by `finish`."""
+    """Silence Orbax's messages about failed saves.
+
+    It reports each failed write in many lines, through two loggers and `sys.unraisablehook`. `Checkpoints.finish`
+    raises the error.
+    """
     for name in ("absl", "asyncio"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     original_hook = sys.unraisablehook
-    sys.unraisablehook = lambda told: None if str(told.exc_value) == "Event loop is closed" else original_hook(told)
+    sys.unraisablehook = lambda args: None if str(args.exc_value) == "Event loop is closed" else original_hook(args)
 
 
 class TensorBoardWriter:
-    """Numbers by step in TensorBoard's format; none are written where it is not installed."""
+    """A writer of scalars for TensorBoard, which does nothing if TensorBoard is not installed."""
 
     def __init__(self, folder: Path, first: int):
-        """first: the step that the run starts at; what an earlier process wrote of later ones is not shown."""
+        """Open a new event file.
+
+        Args:
+            folder: The directory of event files.
+            first: The step at which the run starts or resumes. TensorBoard hides later steps of earlier event files.
+        """
         self._writer = None
         try:
             from tensorboard.compat.proto import event_pb2
@@ -393,16 +432,23 @@ class TensorBoardWriter:
             return
         ensure_directory(folder)
         self._event = event_pb2.Event
-        self._writer = RecordWriter(AtomicWriteFile(folder / f"events.out.tfevents.{time.time_ns()}", "a"))
+        path = folder / f"events.out.tfevents.{time.time_ns()}"
+        self._object = StoreFile(path) if is_store_path(path) else None
+        self._writer = RecordWriter(self._object or AtomicWriteFile(path, "a"))
         self._write(file_version="brain.Event:2")
         self._write(step=first, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Raises OSError when they cannot be written."""
+        """Write the scalars of a step. Raise OSError if that fails."""
         if self._writer is not None:
             scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
             self._write(step=step, summary={"value": scalars})
 
+    def publish(self) -> None:
+        """Write the events to the object store, if the run directory is there. Raise OSError if that fails."""
+        if self._writer is not None and self._object is not None:
+            self._object.publish()
+
     def _write(self, **fields: Any) -> None:
-        assert self._writer is not None  # as callers look
+        assert self._writer is not None  # checked by callers
         self._writer.write(self._event(wall_time=time.time(), **fields).SerializeToString())

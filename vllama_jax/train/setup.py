@@ -1,6 +1,7 @@
-"""What a run is made of before its first step: checked, laid out over the devices, and then read.
+"""Set up a run before its first step: check its inputs, plan shardings, and load weights.
 
-`plan_run` looks at everything and reads no weight; `load_frozen` and `start` read weights straight into their shards.
+`plan_run` checks all inputs and reads no weights. `load_frozen` and `init_train_state` read weights directly into their
+shards.
 """
 
 import contextlib
@@ -44,11 +45,20 @@ from vllama_jax.train.step import Loss, Optimizer, compute_dtype
 
 @dataclasses.dataclass(frozen=True)
 class RunPlan:
-    """A run that can be made.
+    """A checked run, before weights are loaded.
 
-    skeleton: of the network without the parts that this run does not use. learns: the paths of the weights that learn.
-    sources: for each of them the model or run that its first value comes from, None where it starts at random.
-    loss: `loss_sum` where it is None.
+    Attributes:
+        config: The run config.
+        base: The base model.
+        mesh: The device mesh.
+        abstract_model: The network without values and without the components that the run does not use.
+        trainable_paths: The paths of the trainable parameters.
+        sources: For each trainable path, the model or run that its initial value is read from. None if it is
+            initialized at random.
+        init: The init run, if there is one.
+        optimizer: The optimizer.
+        reader: Reads the batches, this host's rows of them.
+        loss: The loss function. None for `loss_sum`.
     """
 
     config: TrainConfig
@@ -64,22 +74,23 @@ class RunPlan:
 
     @property
     def dtype(self) -> jnp.dtype:
+        """The dtype of frozen parameters and of matrix products."""
         return compute_dtype(self.config)
 
     @functools.cached_property
     def abstract_state(self) -> TrainState:
-        """Shapes and shardings of the state."""
+        """The shapes and shardings of the state."""
         shardings = self.abstract_model.shardings(self.trainable_paths, self.mesh)
         return make_abstract_state(shardings, self.abstract_model, self.optimizer, self.mesh)
 
     @property
     def batch_sharding(self) -> NamedSharding:
-        """Rows go over data and fsdp."""
+        """The sharding of batches: rows over the mesh axes data and fsdp."""
         return NamedSharding(self.mesh, PartitionSpec(sharding.MESH_AXES["batch"]))
 
     @property
     def inputs(self) -> dict[str, str]:
-        """The digest of what the run reads besides its base model, by the field of the config that names it."""
+        """The digests of records, feature caches and init run, by the config field with their path."""
         digests = {stream.dataset.path: stream.records.digest for stream in self.reader.sampler.streams}
         paths = [dataset.path for dataset in self.config.datasets]
         found = {f"datasets.{number}.path": digests[path] for number, path in enumerate(paths) if path in digests}
@@ -89,20 +100,33 @@ class RunPlan:
 
     @property
     def notes(self) -> list[str]:
-        """What the user should know before the first step."""
+        """Messages to show before the first step: axes that cannot be sharded over the mesh."""
         return sharding.list_indivisible_axes(self.abstract_model.state, self.mesh)
 
 
 def plan_run(config: TrainConfig, base: str = "") -> RunPlan:
-    """Raises ConfigError, CheckpointError or DataError for what cannot be run."""
+    """Check the inputs of a run and plan it, without reading weights.
+
+    Args:
+        config: The run config.
+        base: The base model directory, if it is no longer at `config.model`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        ConfigError: The config does not fit the model, the data or the devices.
+        CheckpointError: The base model or the init run cannot be read.
+        DataError: Records or a feature cache cannot be read.
+    """
     mesh = make_run_mesh(config)
     directory = open_model(base or config.model)
     if directory.lora.rank and directory.lora != config.lora:
-        raise ConfigError(f"{directory.path}: it has low-rank updates of its own; train on with the same lora config")
+        raise ConfigError(f"{directory.path}: has LoRA updates; set the same lora config to continue training them")
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
     reader = _make_reader(config, directory, mesh)
     network = abstract_network(directory.config, str(compute_dtype(config)), config.lora)
-    kinds = {stream.kind for stream in reader.sampler.streams if not reader.caches}  # what is read was encoded before
+    kinds = {stream.kind for stream in reader.sampler.streams if not reader.caches}  # cached features need no encoders
     remove_unused_components(network, config, kinds)
     abstract_model = AbstractModel(network)
     _check_lora_patterns(config)
@@ -119,21 +143,25 @@ def plan_run(config: TrainConfig, base: str = "") -> RunPlan:
 def _check_lora_patterns(config: TrainConfig) -> None:
     if not config.lora.rank and (patterns := [pattern for pattern in config.trainable if "/lora/" in pattern]):
         raise ConfigError(
-            f"trainable has {patterns[0]!r}, but lora.rank is 0: set lora.rank above 0, or leave the pattern out"
+            f"trainable has {patterns[0]!r}, but lora.rank is 0: set lora.rank above 0, or remove the pattern"
         )
 
 
 def _check_lora_is_used(config: TrainConfig, base: ModelDirectory, frozen: set[str]) -> None:
-    """Raise ConfigError for a low-rank update that neither learns nor comes with the base: it would do nothing."""
+    """Raise ConfigError for LoRA updates that are neither trainable nor part of the base: they would have no effect."""
     if unused := sorted(path for path in frozen if "/lora/" in path and path not in base.shapes):
         raise ConfigError(
-            f"lora.rank is {config.lora.rank}, but trainable has no pattern for {unused[0]}: add {LORA[0]!r} to "
+            f"lora.rank is {config.lora.rank}, but no pattern of trainable matches {unused[0]}: add {LORA[0]!r} to "
             "trainable, or set lora.rank to 0"
         )
 
 
 def make_run_mesh(config: TrainConfig) -> Mesh:
-    """The mesh of all devices. Raises ConfigError when it or the batch does not divide."""
+    """Make the mesh of a run over all devices.
+
+    Raises:
+        ConfigError: The devices or the batch are not divisible by the axes of the mesh.
+    """
     cfg = resolve_mesh(config.mesh, jax.device_count())
     mesh = sharding.make_mesh(cfg.data, cfg.fsdp, cfg.tensor)
     rows_per_shard(config, cfg)
@@ -141,17 +169,31 @@ def make_run_mesh(config: TrainConfig) -> Mesh:
 
 
 def load_frozen(plan: RunPlan) -> Weights:
-    """The weights that do not learn, in the compute dtype, each host reading its part."""
+    """Load the frozen parameters in the compute dtype. Each host reads its own shards.
+
+    Args:
+        plan: The plan of the run.
+
+    Returns:
+        The frozen parameters by path.
+    """
     paths = [path for path in plan.abstract_model.variables if path not in plan.sources]
-    wanted = {
-        path: jax.ShapeDtypeStruct(plan.abstract_model.variables[path].shape, plan.dtype, sharding=place)
-        for path, place in plan.abstract_model.shardings(paths, plan.mesh).items()
+    targets = {
+        path: jax.ShapeDtypeStruct(plan.abstract_model.variables[path].shape, plan.dtype, sharding=leaf_sharding)
+        for path, leaf_sharding in plan.abstract_model.shardings(paths, plan.mesh).items()
     }
-    return restore_weights(plan.base, wanted)
+    return restore_weights(plan.base, targets)
 
 
 def init_train_state(plan: RunPlan) -> TrainState:
-    """The state before the first step."""
+    """Make the state before the first step: trainable parameters from base, init run or at random.
+
+    Args:
+        plan: The plan of the run.
+
+    Returns:
+        The state, with the shardings of `plan.abstract_state`.
+    """
     weights = _init_new_weights(plan)
     for source in {id(source): source for source in plan.sources.values() if source is not None}.values():
         targets = {
@@ -164,7 +206,7 @@ def init_train_state(plan: RunPlan) -> TrainState:
 
 
 def _init_new_weights(plan: RunPlan) -> Weights:
-    """Those that start at random, as the original's do (nn/video_llama.py, nn/qformer.py)."""
+    """Initialize the parameters without a source at random, as the original (nn/video_llama.py, nn/qformer.py)."""
     new = [path for path, source in plan.sources.items() if source is None]
     if not new:
         return {}
@@ -181,7 +223,7 @@ def _find_sources(
     abstract_model: AbstractModel,
     trainable_paths: Iterable[str],
 ) -> dict[str, ModelDirectory | None]:
-    """Where each weight that learns comes from: the run named by init, else the base, else nowhere."""
+    """Find the source of each trainable parameter: the init run, else the base, else None."""
     if init_run is not None:
         _check_init(config, base, init_run, abstract_model, set(trainable_paths))
     in_run = init_run.trained[-1].leaves if init_run is not None else {}
@@ -202,7 +244,7 @@ def _check_init(
     trainable_paths: set[str],
 ) -> None:
     if not init_run.trained:
-        raise ConfigError(f"init: {config.init} is a model, not a run; name it with --model")
+        raise ConfigError(f"init: {config.init} is a model directory, not a run directory; give it with --model")
     trained = init_run.trained[-1].leaves
     other = [
         p
@@ -213,13 +255,13 @@ def _check_init(
         raise ConfigError(f"init: {config.init} trained another model than {base.path} ({other[0]} does not fit)")
     if unused := sorted(trained.keys() - trainable_paths):
         raise ConfigError(
-            f"init: {config.init} trained {unused[0]}, which does not learn here and would be lost; "
-            f"start from it whole, with --model {config.init}"
+            f"init: {config.init} trained {unused[0]}, which is not trainable in this run and would be lost; "
+            f"use the run as the base instead: --model {config.init}"
         )
 
 
 def _make_reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> BatchReader:
-    """The data of the run, this host's part of it."""
+    """Make the reader of this host's rows of the batches."""
     for dataset in config.datasets:
         template = dataset.text.template or directory.config.template
         find = find_conversation_template if dataset.text.layout == "conversation" else find_caption_template
@@ -236,22 +278,22 @@ def _make_reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> 
 
 
 def batches(config: TrainConfig, base: str = "") -> Iterator[dict[str, np.ndarray]]:
-    """Read the batches of a run from its first step to its last, ahead of their use.
+    """Read the batches of a run from its first step to its last, with prefetching.
 
-    They are those that `vllama_jax.train` trains on with this config.
+    These are the batches that `vllama_jax.train` uses with this config.
 
     Args:
-        config: The run. Its model is opened for its dimensions and its tokenizer; no weight is read.
-        base: The model directory, if it is no longer where the config has it.
+        config: The run config. The model is opened for its dimensions and tokenizer; its weights are not read.
+        base: The model directory, if it is no longer at `config.model`.
 
     Yields:
-        What `train.step.Batch` describes, as numpy arrays: of all `config.batch_size` rows; with several processes, of
-        those that are this one's. A sample that cannot be used keeps its row, without labels.
+        A dict of the numpy arrays that `train.step.Batch` lists, with `config.batch_size` rows. With several processes,
+        with the rows of this process. A record that cannot be used keeps its row, with all labels masked.
 
     Raises:
         ConfigError: The config does not fit the model, the data or the devices.
-        CheckpointError: There is no such model directory.
-        DataError: There are no such records.
+        CheckpointError: The model directory cannot be read.
+        DataError: The records cannot be read.
     """
     reader = _make_reader(config, open_model(base or config.model), make_run_mesh(config))
     with contextlib.closing(read_batches(reader, 0, config.steps, config.data)) as found:
@@ -260,15 +302,28 @@ def batches(config: TrainConfig, base: str = "") -> Iterator[dict[str, np.ndarra
 
 
 def find_host_rows(batch_size: int, mesh: Mesh) -> list[int]:
-    """The rows of a global batch that lie on this host's devices, rising."""
-    place = NamedSharding(mesh, PartitionSpec(sharding.MESH_AXES["batch"]))
-    indices = place.devices_indices_map((batch_size,))
-    slices = {indices[device][0].indices(batch_size) for device in place.addressable_devices}
-    return sorted(np.concatenate([np.arange(*one) for one in slices]).tolist())
+    """Find the rows of a global batch that this host's devices hold, in increasing order.
+
+    Args:
+        batch_size: Rows of the global batch.
+        mesh: The device mesh.
+    """
+    rows = NamedSharding(mesh, PartitionSpec(sharding.MESH_AXES["batch"]))
+    indices = rows.devices_indices_map((batch_size,))
+    slices = {indices[device][0].indices(batch_size) for device in rows.addressable_devices}
+    return sorted(np.concatenate([np.arange(*bounds) for bounds in slices]).tolist())
 
 
-def place(arrays: dict[str, np.ndarray], plan: RunPlan) -> dict[str, Any]:
-    """A host's rows as parts of global arrays."""
+def shard_batch(arrays: dict[str, np.ndarray], plan: RunPlan) -> dict[str, Any]:
+    """Make global arrays, sharded over the mesh, from this host's rows of a batch.
+
+    Args:
+        arrays: This host's rows.
+        plan: The plan of the run.
+
+    Returns:
+        The same arrays as `jax.Array`s with `batch_size` rows.
+    """
     return {
         name: jax.make_array_from_process_local_data(
             plan.batch_sharding, rows, (plan.config.batch_size, *rows.shape[1:])

@@ -1,7 +1,7 @@
-"""What a run holds on its devices: weights that learn and their moments, apart from those that are frozen.
+"""The state of a run on its devices: trainable parameters and optimizer state, separate from frozen parameters.
 
-All are dicts by path ("video_qformer/queries"), so that gradients, optimizer state, shardings and checkpoints are the
-same dict. Which paths learn is decided once, by the run config's patterns.
+Parameters are dicts by path ("video_qformer/queries"). Gradients, optimizer state, shardings and checkpoints have the
+same structure. The patterns of the run config select the trainable paths once, when the run is planned.
 """
 
 import dataclasses
@@ -28,7 +28,13 @@ Weights = dict[str, Array]
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: updates done so far. weights: those that learn, float32. moments: the optimizer's state of those."""
+    """The state that a step updates.
+
+    Attributes:
+        step: Number of updates done, int32 [].
+        weights: The trainable parameters by path, float32.
+        opt_state: The optimizer state.
+    """
 
     step: Array
     weights: Weights
@@ -36,9 +42,14 @@ class TrainState:
 
 
 class AbstractModel:
-    """A network taken apart: its structure, and for each path a variable that knows shape and axis names.
+    """A network without values: its graph, and a variable with shape and axis names for each path.
 
-    `build` puts weights back; it works under `jax.jit`.
+    Args:
+        network: The network, abstract or not.
+
+    Attributes:
+        state: The variables as an `nnx.State`.
+        variables: The variables by path.
     """
 
     def __init__(self, network: VideoLlama):
@@ -47,23 +58,34 @@ class AbstractModel:
         self.variables = {"/".join(map(str, path)): variable for path, variable in flat}
 
     def build(self, weights: Mapping[str, Array]) -> VideoLlama:
-        """The network of these weights."""
+        """Build the network from weights. Can be called under `jax.jit`.
+
+        Args:
+            weights: All parameters by path.
+        """
         flat = [(path.split("/"), variable.replace(weights[path])) for path, variable in self.variables.items()]
         return nnx.merge(self._graph, nnx.from_flat_state([(tuple(path), variable) for path, variable in flat]))
 
     def shardings(
         self, paths: Iterable[str], mesh: Mesh | AbstractMesh, *, fsdp: bool = True
     ) -> dict[str, NamedSharding]:
+        """Return the shardings of parameters by path.
+
+        Args:
+            paths: The paths.
+            mesh: The device mesh.
+            fsdp: Whether to shard over the axis `fsdp` too.
+        """
         return {path: weight_sharding(self.variables[path], mesh, fsdp=fsdp) for path in paths}
 
 
 def remove_unused_components(network: VideoLlama, config: TrainConfig, kinds: Collection[str]) -> None:
-    """Remove the components that a run does not use: other branches, and encoders of media that no dataset has.
+    """Remove the components that a run does not use: other branches, and encoders of kinds that no dataset has.
 
     Args:
         network: The network, which is changed.
-        config: The run.
-        kinds: The media that the run encodes, of "video", "image" and "audio".
+        config: The run config.
+        kinds: The kinds of media that the run encodes: "video", "image", "audio".
     """
     branch = find_branch(config.branch)
     kinds = {*kinds, *(branch.prompt_media if config.validation.clips else ())}
@@ -71,7 +93,12 @@ def remove_unused_components(network: VideoLlama, config: TrainConfig, kinds: Co
 
 
 def keep_components(network: VideoLlama, used: Collection[str]) -> None:
-    """Remove all other components from a network. used: the paths of those that stay."""
+    """Remove all components except `used` from a network.
+
+    Args:
+        network: The network, which is changed.
+        used: The paths of the components to keep.
+    """
     unused = {"llama", *list_components()} - {*used}
     unused |= {path.split("/")[0] for path in unused} - {path.split("/")[0] for path in used}
     for path in sorted(unused):  # a module before its components
@@ -81,12 +108,24 @@ def keep_components(network: VideoLlama, used: Collection[str]) -> None:
 
 
 def select_paths(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
-    """The paths that match a pattern. Raises ConfigError for a pattern that matches none."""
+    """Select the paths that match at least one pattern.
+
+    Args:
+        paths: Paths of parameters.
+        patterns: Patterns (fnmatch).
+
+    Returns:
+        The matching paths, in the order of `paths`.
+
+    Raises:
+        ConfigError: A pattern matches no path.
+    """
     for pattern in patterns:
         if not fnmatch.filter(paths, pattern):
-            parts = sorted({path.split("/")[0] for path in paths})
+            components = sorted({path.split("/")[0] for path in paths})
             raise ConfigError(
-                f"trainable pattern {pattern!r} matches no weight of those that this run uses: {', '.join(parts)}"
+                f"trainable pattern {pattern!r} matches no parameter of the components of this run: "
+                f"{', '.join(components)}"
             )
     return [path for path in paths if any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)]
 
@@ -94,18 +133,27 @@ def select_paths(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
 def make_state_shardings(
     state: TrainState, weights: Mapping[str, NamedSharding], mesh: Mesh | AbstractMesh
 ) -> TrainState:
-    """Shardings in the structure of `state` (abstract or not): moments lie where their weights do.
+    """Make the shardings of a state. The optimizer state of a parameter is sharded as the parameter.
 
-    What an optimizer keeps in another shape than the weight's, as Adafactor's sums over rows, is replicated.
+    Arrays of the optimizer state with another shape than the parameter, such as Adafactor's sums over rows, are
+    replicated.
+
+    Args:
+        state: The state, abstract or not.
+        weights: The shardings of the trainable parameters.
+        mesh: The device mesh.
+
+    Returns:
+        Shardings in the structure of `state`.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def of(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def choose_sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         weight: Any = getattr(path[-1], "key", None)
         same_shape = weight in weights and leaf.shape == state.weights[weight].shape
         return weights[weight] if same_shape else replicated
 
-    return jax.tree.map_with_path(of, state)
+    return jax.tree.map_with_path(choose_sharding, state)
 
 
 def make_abstract_state(
@@ -114,13 +162,28 @@ def make_abstract_state(
     optimizer: optax.GradientTransformation,
     mesh: Mesh | AbstractMesh,
 ) -> TrainState:
-    """The state of a run as shapes with shardings; `weights` says which paths learn, and where they lie."""
+    """Make the abstract state of a run: `jax.ShapeDtypeStruct`s with shardings.
+
+    Args:
+        weights: The shardings of the trainable parameters by path.
+        abstract_model: The network without values.
+        optimizer: The optimizer.
+        mesh: The device mesh.
+    """
     shapes = {path: jax.ShapeDtypeStruct(abstract_model.variables[path].shape, jnp.float32) for path in weights}
     state = jax.eval_shape(lambda weights: init_state(weights, optimizer), shapes)
-    placed = make_state_shardings(state, weights, mesh)
-    return jax.tree.map(lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, placed)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        make_state_shardings(state, weights, mesh),
+    )
 
 
 def init_state(weights: Weights, optimizer: optax.GradientTransformation) -> TrainState:
-    """Before the first step."""
+    """Make the state before the first step.
+
+    Args:
+        weights: The trainable parameters by path, float32.
+        optimizer: The optimizer.
+    """
     return TrainState(jnp.zeros((), jnp.int32), weights, optimizer.init(weights))

@@ -1,7 +1,7 @@
-"""One step of training: a pure function of (state, frozen weights, batch).
+"""The training step, a pure function of (state, frozen parameters, batch), and the loss.
 
-The loss is the mean over all labelled tokens of the global batch (reference: modeling_llama.py:695), so sums are
-accumulated over parts of a batch and divided once.
+The loss is the mean over all labeled tokens of the global batch (reference: modeling_llama.py:695). Sums are therefore
+accumulated over micro-batches and divided once.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,33 +21,41 @@ from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.optim import ScheduledOptimizer
 from vllama_jax.train.state import AbstractModel, TrainState, Weights
 
-# A batch, all of b rows. One of the first three; n tokens, m of which have a label at most.
-#   frames     uint8 [b, t, h, w, 3]   pictures
-#   mel        float32 [b, s, 128, 204]   sounds
-#   features   [b, t, q, d] or [b, s, e]   what `run_encoders` made of either, before
-#   ids        int32 [b, n]      0 where a media token goes, and after the end
-#   is_media   bool [b, n]
-#   length     int32 [b]         tokens before the padding
-#   positions  int32 [b, m]      tokens whose successor has a label
-#   targets    int32 [b, m]      that label; -1 where a row has fewer
+# A batch of b rows, with one of the first three arrays. n: padded length of sequences; m: padded number of labels.
+#   frames     uint8 [b, t, h, w, 3]      frames of videos, or images
+#   mel        float32 [b, s, 128, 204]   log-mel spectrograms
+#   features   [b, t, q, d] or [b, s, e]  outputs of `run_encoders`, from a feature cache
+#   ids        int32 [b, n]               token ids; 0 at placeholders and padding
+#   is_media   bool [b, n]                placeholders of media tokens
+#   length     int32 [b]                  number of tokens before padding
+#   positions  int32 [b, m]               positions whose next token has a label
+#   targets    int32 [b, m]               these labels; -1 for padding
 Batch = Mapping[str, Array]
 Metrics = dict[str, Array]
 Optimizer: TypeAlias = optax.GradientTransformation | ScheduledOptimizer
-# The loss of a batch, summed over what it counts, and how many those are: (network, batch, config, dropout) → (sum,
-# count). Both are added up over the parts of a global batch and then divided. No dropout where held-out records are
-# evaluated.
+# A loss function: (network, batch, config, dropout) → (sum, count). Both are added up over the micro-batches of a
+# global batch and then divided. `dropout` is None in validation.
 Loss = Callable[[VideoLlama, Batch, TrainConfig, Dropout | None], tuple[Array, Array]]
 
 
 def compute_dtype(config: TrainConfig) -> jnp.dtype:
-    """What the run multiplies in."""
+    """Return the dtype of a run's frozen parameters and matrix products, with "auto" resolved."""
     if config.compute_dtype == "auto":
         return jnp.dtype("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return jnp.dtype(config.compute_dtype)
 
 
 def run_encoders(network: VideoLlama, branch: str, batch: Batch) -> Array:
-    """The features that a branch's frozen encoders make of the media: [b, t or s, *feature_shape]."""
+    """Run a branch's frozen encoder on the media of a batch, or return its precomputed features.
+
+    Args:
+        network: The network.
+        branch: The name of the branch.
+        batch: A batch with "frames", "mel" or "features".
+
+    Returns:
+        The features, [b, t or s, *feature_shape].
+    """
     if "features" in batch:
         return batch["features"]
     encoders = BRANCHES[branch].encoders
@@ -61,13 +69,13 @@ def run_encoders(network: VideoLlama, branch: str, batch: Batch) -> Array:
 def loss_sum(
     network: VideoLlama, batch: Batch, config: TrainConfig, dropout: Dropout | None
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Compute the cross-entropy of a batch, the loss of a run that names no other.
+    """Compute the cross-entropy of a batch, the default loss of a run.
 
     Args:
-        network: The network, its language model's layers stacked or not.
-        batch: b rows; `Batch` has the names and shapes.
-        config: The run; its `branch` and `remat_policy` are used.
-        dropout: Of the Q-Former that trains; None for none.
+        network: The network. The layers of its language model may be stacked or not.
+        batch: The arrays that `Batch` lists.
+        config: The run config, of which `branch` and `remat_policy` are used.
+        dropout: Dropout of the trainable Q-Former. None for none.
 
     Returns:
         The sum over all labeled tokens, float32 [], and the number of these tokens, int32 [].
@@ -80,7 +88,9 @@ def loss_sum(
     hidden = jnp.take_along_axis(hidden, batch["positions"][..., None], axis=1)
     logits = constrain_sharding(network.llama.logits(hidden), "batch", None, "vocab")
     has_label = batch["targets"] >= 0
-    is_target = jnp.arange(logits.shape[-1]) == batch["targets"][..., None]  # no gather over a split vocabulary
+    is_target = (
+        jnp.arange(logits.shape[-1]) == batch["targets"][..., None]
+    )  # avoids a gather over the sharded vocabulary
     losses = jax.nn.logsumexp(logits, axis=-1) - jnp.sum(jnp.where(is_target, logits, 0), axis=-1)
     return jnp.sum(jnp.where(has_label, losses, 0)), jnp.sum(has_label)
 
@@ -88,13 +98,18 @@ def loss_sum(
 def make_step(
     config: TrainConfig, abstract_model: AbstractModel, optimizer: Optimizer, loss: Loss | None = None
 ) -> Callable[[TrainState, Weights, Batch], tuple[TrainState, Metrics]]:
-    """Make the step; the caller compiles it, with the state donated and shardings for the state that comes out.
+    """Make the training step. The caller compiles it, as `jit_step` does.
 
     Args:
-        config: The run.
-        skeleton: The network without weights.
-        optimizer: Of the trainable weights, a dict by path. Metrics have "lr" where it is a `ScheduledOptimizer`.
-        loss: See `Loss`; `loss_sum` unless given.
+        config: The run config.
+        abstract_model: The network without values.
+        optimizer: The optimizer of the trainable parameters, a dict by path. Metrics include "lr" if it is a
+            `ScheduledOptimizer`.
+        loss: The loss function (see `Loss`). The default is `loss_sum`.
+
+    Returns:
+        A function (state, frozen parameters, batch) → (new state, metrics). The metrics are "loss", "gradient_norm",
+        "tokens" (the number of labels) and possibly "lr".
     """
     loss = loss or loss_sum
     dtype = compute_dtype(config)
@@ -135,7 +150,12 @@ def make_step(
 
 
 def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState) -> Any:
-    """The step, compiled once for each shape of batch; the state that comes out lies where `state`, abstract, does."""
+    """Wrap a step in `jax.jit`. The input state is donated, and the output state has the same shardings.
+
+    Args:
+        step: The function that `make_step` returns.
+        state: The abstract state, for its shardings.
+    """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
 
@@ -143,7 +163,16 @@ def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState)
 def make_eval_step(
     config: TrainConfig, abstract_model: AbstractModel, loss: Loss | None = None
 ) -> Callable[[Weights, Weights, Batch], tuple[Float[Array, ""], Int[Array, ""]]]:
-    """The summed loss of a held-out batch, and its number of labelled tokens. loss: as of `make_step`."""
+    """Make the validation step, without dropout and gradients.
+
+    Args:
+        config: The run config.
+        abstract_model: The network without values.
+        loss: The loss function, as for `make_step`.
+
+    Returns:
+        A function (trainable parameters, frozen parameters, batch) → (sum of the loss, number of labels).
+    """
     loss = loss or loss_sum
     dtype = compute_dtype(config)
 
@@ -155,6 +184,6 @@ def make_eval_step(
 
 
 def _split_micro_batches(x: Array, count: int) -> Array:
-    """[b, …] → [count, b / count, …]; each device's rows are spread over the parts."""
+    """Reshape [b, …] to [count, b / count, …]. Each micro-batch has rows of every device."""
     micro_batches = x.reshape(x.shape[0] // count, count, *x.shape[1:]).swapaxes(0, 1)
     return constrain_sharding(micro_batches, None, "batch", *(None,) * (x.ndim - 1))

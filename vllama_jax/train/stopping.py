@@ -1,7 +1,7 @@
-"""Signals that end a run after a checkpoint: SIGTERM, as a scheduler sends it, and Ctrl-C.
+"""Signals that end a run after saving a checkpoint: SIGTERM, as a scheduler sends it, and Ctrl-C.
 
-Of several processes, all have to save at the same step. JAX's preemption service handles SIGTERM there: it tells all
-processes which step that is, whichever of them received the signal. A handler of ours would take its place.
+Several processes must save at the same step. JAX's preemption service handles SIGTERM in this case: it chooses the step
+for all processes, whichever of them received the signal. A signal handler of this module would replace the service's.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from vllama_jax.runtime.interrupts import SavedInterrupt, defer_interrupt
 
 
 class StopSignals:
-    """What the steps of a run ask: whether to save and stop. Made by `stop_requests`."""
+    """The stop signals that a run has received. Created by `catch_stop_signals`."""
 
     def __init__(self, stack: contextlib.ExitStack):
         self._stack = stack
@@ -25,12 +25,12 @@ class StopSignals:
         self._interrupted: threading.Event | None = None
 
     def catch_interrupts(self) -> None:
-        """From now on Ctrl-C saves. Before the first step there is nothing to save, and it ends the process."""
+        """Catch Ctrl-C from now on. Before the first step it ends the process, as there is nothing to save."""
         if self._interrupted is None:
             self._interrupted = self._stack.enter_context(defer_interrupt())
 
     def should_stop(self, step: int) -> bool:
-        """Whether the run saves and stops after this step; all processes get the same answer at each step."""
+        """Return whether to save and stop after `step`. All processes must call this after each step and agree."""
         interrupted = self._interrupted is not None and self._interrupted.is_set()
         if jax.process_count() == 1:
             return interrupted or self._terminated.is_set()
@@ -38,25 +38,28 @@ class StopSignals:
 
         if interrupted and not self._terminated.is_set():
             self._terminated.set()
-            os.kill(os.getpid(), signal.SIGTERM)  # as a notice to the preemption service, for all processes
+            os.kill(os.getpid(), signal.SIGTERM)  # notifies the preemption service of all processes
         return multihost_utils.reached_preemption_sync_point(step)
 
     def raise_if_interrupted(self) -> None:
-        """Raise SavedInterrupt where it was Ctrl-C that stopped the run."""
+        """Raise SavedInterrupt if Ctrl-C stopped the run."""
         if self._interrupted is not None and self._interrupted.is_set():
             raise SavedInterrupt
 
 
 @contextlib.contextmanager
 def catch_stop_signals() -> Iterator[StopSignals]:
-    """Note signals while the steps of a run go on."""
+    """Catch SIGTERM during the steps of a run, and Ctrl-C after `catch_interrupts` was called."""
     with contextlib.ExitStack() as stack:
         yield StopSignals(stack)
 
 
 @contextlib.contextmanager
 def _catch_sigterm() -> Iterator[threading.Event]:
-    """The event that SIGTERM sets; a second one ends the process. Python handles signals in the main thread only."""
+    """Yield an event that SIGTERM sets. A second SIGTERM ends the process.
+
+    Outside the main thread the event is never set, because Python handles signals in the main thread only.
+    """
     received = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield received

@@ -1,4 +1,4 @@
-"""What is looked at on the way: the loss on held-out records, and answers about fixed clips."""
+"""Validation during a run: the loss on held-out records, and answers about given clips."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -12,15 +12,21 @@ from vllama_jax.data.pipeline import HostBatch
 from vllama_jax.data.sampling import Rows, Stream
 from vllama_jax.io.jsonl import JsonLinesFile
 from vllama_jax.model import Model
-from vllama_jax.train.setup import RunPlan, place
+from vllama_jax.train.setup import RunPlan, shard_batch
 from vllama_jax.train.state import Weights
 from vllama_jax.train.step import make_eval_step
 
 
 class Validation:
-    """Raises MediaError at once for clips that cannot be shown to this run.
+    """The validation of a run, which writes its results to samples.jsonl.
 
-    masked: is told the step, the dataset and each held-out batch, to name the samples that were not used.
+    Args:
+        plan: The plan of the run.
+        out: The run directory.
+        report_masked: Called with the step, the dataset and each batch of held-out records, to report masked records.
+
+    Raises:
+        MediaError: A clip cannot be read, or the trained branch cannot encode it.
     """
 
     def __init__(self, plan: RunPlan, out: Path, report_masked: Callable[[int, str, HostBatch], None]):
@@ -31,10 +37,17 @@ class Validation:
         self._evaluate = jax.jit(make_eval_step(plan.config, plan.abstract_model, plan.loss))
 
     def is_due(self, step: int) -> bool:
+        """Return whether to validate after `step`."""
         return bool(self._cfg.interval_steps) and step % self._cfg.interval_steps == 0
 
     def run(self, step: int, weights: Weights, frozen: Weights) -> Iterator[str]:
-        """Lines about how the model does now."""
+        """Validate, write the results to samples.jsonl, and yield a message about each.
+
+        Args:
+            step: Number of steps done.
+            weights: The trainable parameters.
+            frozen: The frozen parameters.
+        """
         streams = [stream for stream in self._plan.reader.sampler.streams if stream.dataset.holdout]
         if streams:
             loss, tokens, unused = self._sum_loss(step, streams, weights, frozen)
@@ -42,7 +55,7 @@ class Validation:
                 self._write({"step": step, "validation_loss": loss / tokens})
                 yield f"step {step}: validation loss {loss / tokens:.4f}"
             else:
-                yield f"step {step}: no validation loss, as no held-out sample can be used; the first is {unused[0]}"
+                yield f"step {step}: no validation loss: no held-out record can be used; the first: {unused[0]}"
         for clip in self._clips:
             answer = self._answer(clip, weights, frozen)
             self._write({"step": step, "clip": clip.report.path, "answer": answer})
@@ -51,7 +64,11 @@ class Validation:
     def _sum_loss(
         self, step: int, streams: list[Stream], weights: Weights, frozen: Weights
     ) -> tuple[float, int, list[str]]:
-        """The summed loss of the held-out batches, the same at every look; their labelled tokens; what is not used."""
+        """Compute the loss on held-out batches, which are the same at each validation.
+
+        Returns:
+            The sum of the loss, the number of labels, and a message for each masked record.
+        """
         total, tokens, size = 0.0, 0, self._plan.config.batch_size
         unused: list[str] = []
         for number in range(self._cfg.num_batches):
@@ -62,7 +79,7 @@ class Validation:
             batch = self._plan.reader.read(rows)
             self._report_masked(step, stream.dataset.path, batch)
             unused += [f"{batch.names[row]}: {why}" for row, why in batch.problems.items()]
-            loss, count = self._evaluate(weights, frozen, place(batch.arrays, self._plan))
+            loss, count = self._evaluate(weights, frozen, shard_batch(batch.arrays, self._plan))
             total, tokens = total + float(loss), tokens + int(count)
         return total, tokens, unused
 
@@ -79,7 +96,7 @@ class Validation:
 
 
 def _prepare_clip(clip: str, plan: RunPlan) -> PreparedMedia:
-    """A clip as the branch that learns takes it: its frames, or its sound alone."""
+    """Read a clip for the trained branch: frames without audio, or audio without frames."""
     if find_branch(plan.config.branch).prompt_array == "frames":
         return prepare_media(clip, plan.base.config, audio=False)
     prepared = prepare_media(clip, plan.base.config, require_audio=True)

@@ -1,7 +1,7 @@
-"""The parts of the model in torch, to compare ours with: modules whose weights have the names of the published files.
+"""PyTorch references of the components, with the tensor names of the published files.
 
-`transformers` has LLaMA and the Q-Former; EVA-CLIP as BLIP-2 uses it and ImageBind are written here from their papers.
-They share no code with `nn`, and have epsilons of their own. Only `vllama verify` and tests import this package.
+LLaMA and the Q-Former are those of `transformers`. EVA-CLIP (as BLIP-2 uses it) and ImageBind are implemented here from
+their papers. They share no code or constants with `vllama_jax.nn`. Only `vllama verify` and tests import this package.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,9 +15,16 @@ ReadTensor = Callable[[str], torch.Tensor]
 def load_module(
     make: Callable[[], nn.Module], read: ReadTensor, prefix: str, names: Mapping[str, str] | None = None
 ) -> nn.Module:
-    """The module that `make` gives, with a file's tensors as its weights; none is made only to be replaced.
+    """Create a module with the tensors of a file as its weights.
 
-    prefix: of the tensors' names. names: text in the module's own names → text in the file's.
+    Args:
+        make: Creates the module. It is called on the meta device, so that no weights are allocated.
+        read: Reads a tensor of the file.
+        prefix: The prefix of the tensor names.
+        names: Substrings of the module's parameter names, and their replacements in the file's names.
+
+    Returns:
+        The module, in evaluation mode.
     """
     with torch.device("meta"):
         module = make()

@@ -1,4 +1,4 @@
-"""EVA-CLIP's vision transformer (arXiv 2211.07636) as BLIP-2 uses it, in torch."""
+"""EVA-CLIP's vision transformer (arXiv 2211.07636), as BLIP-2 uses it, in PyTorch."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ from vllama_jax.towers import VitConfig
 
 
 class Embeddings(nn.Module):
-    """Patches, the class token in front of them, and positions for all."""
+    """Patch embeddings after a class token, with position embeddings."""
 
     def __init__(self, cfg: VitConfig):
         super().__init__()
@@ -17,7 +17,7 @@ class Embeddings(nn.Module):
         self.patch_embed.proj = nn.Conv2d(3, cfg.width, cfg.patch_size, stride=cfg.patch_size)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """[b, 3, h, w] → [b, 1 + patches, width]."""
+        """Embed images [b, 3, h, w] as [b, 1 + patches, width]."""
         patches = self.patch_embed.proj(images).flatten(2).transpose(1, 2)
         return torch.cat([self.cls_token.repeat(len(patches), 1, 1), patches], dim=1) + self.pos_embed
 
@@ -40,7 +40,7 @@ class Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Query, key and value by one matrix; queries and values have a bias, keys have none."""
+    """Self-attention with one matrix for queries, keys and values, and biases for queries and values only."""
 
     def __init__(self, cfg: VitConfig):
         super().__init__()
@@ -52,7 +52,7 @@ class Attention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         query, key, value = self.qkv(x).chunk(3, dim=-1)
-        parts = (query + self.q_bias, key, value + self.v_bias)
-        heads = (part.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for part in parts)
+        qkv = (query + self.q_bias, key, value + self.v_bias)
+        heads = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in qkv)
         attended = nn.functional.scaled_dot_product_attention(*heads)
         return self.proj(attended.transpose(1, 2).flatten(2))

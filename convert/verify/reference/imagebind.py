@@ -1,4 +1,4 @@
-"""ImageBind's audio and vision towers (arXiv 2305.05665), in torch."""
+"""ImageBind's audio and vision towers (arXiv 2305.05665), in PyTorch."""
 
 import torch
 from torch import nn
@@ -8,7 +8,7 @@ from vllama_jax.towers import ImageBindVisionConfig
 
 
 class Preprocessor(nn.Module):
-    """Patches, then the class token in front, then positions for all."""
+    """Patch embeddings after a class token, with position embeddings."""
 
     def __init__(self, stem: nn.Module, num_patches: int, width: int):
         super().__init__()
@@ -24,7 +24,7 @@ class Preprocessor(nn.Module):
 
 
 class AudioStem(nn.Module):
-    """Overlapping patches of the mel picture, frequency by frequency; a norm of torch's own default epsilon."""
+    """Overlapping patches of the log-mel spectrogram, row by row, and a layer norm with PyTorch's default epsilon."""
 
     def __init__(self, cfg: ImageBindAudioConfig):
         super().__init__()
@@ -36,7 +36,7 @@ class AudioStem(nn.Module):
 
 
 class VisionStem(nn.Module):
-    """A picture shown twice, as a video of two frames that one patch spans; no bias, no norm."""
+    """Patches of an image that is repeated to two frames, which one patch spans. Without bias and norm."""
 
     def __init__(self, cfg: ImageBindVisionConfig):
         super().__init__()
@@ -48,17 +48,19 @@ class VisionStem(nn.Module):
 
 
 class RepeatFrame(nn.Module):
+    """Repeat images [b, c, h, w] to videos of two frames, [b, c, 2, h, w]."""
+
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return torch.stack([images, images], dim=2)
 
 
 def flatten_grid(grid: torch.Tensor) -> torch.Tensor:
-    """[b, d, …] → [b, n, d], row by row."""
+    """Flatten a grid [b, d, …] to [b, n, d], row by row."""
     return grid.flatten(2).transpose(1, 2)
 
 
 class Block(nn.Module):
-    """A pre-norm transformer block; the audio tower's have one learned key and value more."""
+    """A pre-norm transformer block. Those of the audio tower have an extra learned key and value."""
 
     def __init__(self, cfg: ImageBindAudioConfig | ImageBindVisionConfig, extra_key_value: bool):
         super().__init__()
@@ -77,21 +79,26 @@ class Block(nn.Module):
 
 
 def head(width: int, embed_dim: int) -> nn.Sequential:
+    """Create the head: norm, class token, projection to the joint embedding space."""
     return nn.Sequential(nn.LayerNorm(width, eps=1e-6), ClassToken(), nn.Linear(width, embed_dim, bias=False))
 
 
 class ClassToken(nn.Module):
+    """Select the class token of [b, n, d]."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x[:, 0]
 
 
 class Normalize(nn.Module):
+    """Scale embeddings to unit norm."""
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return nn.functional.normalize(x, dim=-1, eps=1e-12)
 
 
 class Scale(nn.Module):
-    """Times the exponential of a stored logarithm, which is never above 100."""
+    """Multiply by the exponential of the stored log scale, at most 100."""
 
     def __init__(self, log_logit_scale: float):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The language model's layers, by `transformers`, whose config class for the architecture reads config.json itself."""
+"""The language model's layers from `transformers`, configured by the config.json of the source."""
 
 import copy
 from pathlib import Path
@@ -12,17 +12,22 @@ from vllama_jax.convert.language_config import to_hugging_face_config
 from vllama_jax.convert.weight_files import read_config_file
 
 
-def configuration(directory: Path, told: ours.LlamaConfig) -> PretrainedConfig:
-    """Of a Hugging Face directory; what was told of Meta's files, which have no config.json."""
+def configuration(directory: Path, cfg: ours.LlamaConfig) -> PretrainedConfig:
+    """Return transformers' config of a language model.
+
+    Args:
+        directory: The directory of the language model.
+        cfg: Our config, used for Meta's layout, which has no config.json.
+    """
     path = directory / "config.json"
-    fields = read_config_file(path) if path.exists() else to_hugging_face_config(told)
+    fields = read_config_file(path) if path.exists() else to_hugging_face_config(cfg)
     config = AutoConfig.for_model(**{"model_type": "llama", **fields})
     config._attn_implementation = "sdpa"
     return config
 
 
 class Layer(nn.Module):
-    """One layer over whole prompts, each token seeing those before it."""
+    """One layer, with causal attention over complete prompts."""
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()
@@ -37,19 +42,19 @@ class Layer(nn.Module):
 
 
 class Logits(nn.Module):
-    """The last norm and the head."""
+    """The final norm and the head."""
 
     def __init__(self, config: PretrainedConfig):
         super().__init__()
-        whole = _one_layer(config)
-        self.norm, self.head = whole.model.norm, whole.lm_head
+        model = _one_layer(config)
+        self.norm, self.head = model.model.norm, model.lm_head
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.head(self.norm(x))
 
 
 def _one_layer(config: PretrainedConfig) -> nn.Module:
-    """The model of this architecture with one layer, made on the current device."""
+    """Create a model of this architecture with one layer, on the current device."""
     config = copy.deepcopy(config)
     config.num_hidden_layers = 1
     if getattr(config, "layer_types", None):

@@ -1,4 +1,4 @@
-"""The Q-Former's layers, by `transformers`."""
+"""The Q-Former's layers from `transformers`."""
 
 import torch
 from torch import nn
@@ -7,10 +7,11 @@ from transformers.models.blip_2.modeling_blip_2 import Blip2QFormerLayer
 
 from vllama_jax.config import QFormerConfig
 
-NAMES = {"attention.attention.": "attention.self."}  # text in transformers' names of a layer → in the original's
+NAMES = {"attention.attention.": "attention.self."}  # substrings of transformers' names → of the original's
 
 
 def configuration(cfg: QFormerConfig, memory_width: int) -> Blip2QFormerConfig:
+    """Return transformers' config of a Q-Former whose queries attend to features of width `memory_width`."""
     return Blip2QFormerConfig(
         hidden_size=cfg.width,
         num_hidden_layers=cfg.depth,
@@ -24,7 +25,7 @@ def configuration(cfg: QFormerConfig, memory_width: int) -> Blip2QFormerConfig:
 
 
 class Queries(nn.Module):
-    """What the first layer reads, for each row of the encoder's output."""
+    """The normalized query tokens, repeated for each example: the input of the first layer."""
 
     def __init__(self, cfg: QFormerConfig):
         super().__init__()
@@ -36,7 +37,7 @@ class Queries(nn.Module):
 
 
 class Layer(Blip2QFormerLayer):
-    """One layer, of queries alone."""
+    """One layer, which processes queries only, no text."""
 
     def __init__(self, cfg: QFormerConfig, memory_width: int, number: int):
         super().__init__(configuration(cfg, memory_width), number)
