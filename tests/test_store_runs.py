@@ -179,10 +179,10 @@ def test_a_lease_that_is_renewed_is_respected(bucket, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_run_on_a_store_is_the_same_run(bucket, tiny_model, pictures, one_device, tmp_path):
+def test_a_run_on_a_store_is_the_same_run(bucket, tiny_model, image_records, one_device, tmp_path):
     """Losses to the bit, resumed in the middle; the run is read as a model, and as the start of another run."""
     config = config_of(
-        tiny_model, pictures, steps=4, checkpoint=CheckpointConfig(save_interval_steps=2), remat_policy="none"
+        tiny_model, image_records, steps=4, checkpoint=CheckpointConfig(save_interval_steps=2), remat_policy="none"
     )
     train(config, tmp_path / "run", RecordingReporter())
     local = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]

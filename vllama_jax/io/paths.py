@@ -80,8 +80,15 @@ def _is_known_scheme(scheme: str) -> bool:
 
 def cache_directory() -> Path:
     """Return the directory for cached files: $VLLAMA_CACHE, or vllama_jax in $XDG_CACHE_HOME (~/.cache)."""
+    if chosen := os.environ.get("VLLAMA_CACHE"):
+        if is_store_path(as_path(chosen)):
+            raise StoreError(
+                f"VLLAMA_CACHE={chosen}: must be a local directory; to keep compiled programs on an object store, set "
+                "JAX_COMPILATION_CACHE_DIR"
+            )
+        return Path(chosen)
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("VLLAMA_CACHE") or caches / "vllama_jax")
+    return caches / "vllama_jax"
 
 
 def _missing_file_message(path: str) -> str:
