@@ -4,19 +4,23 @@ import dataclasses
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import jax
 import numpy as np
 import pytest
+from orbax.checkpoint import multihost
 from train_fixtures import RecordingReporter, config_of
 
 import vllama_jax as vl
-from vllama_jax.checkpoints.digests import list_checkpoint_steps
+from vllama_jax.checkpoints.digests import list_checkpoint_steps, read_digests
+from vllama_jax.checkpoints.store_arrays import HostArray, copy_shards
 from vllama_jax.io import leases
 from vllama_jax.io.paths import as_path
 from vllama_jax.train.config import CheckpointConfig
 from vllama_jax.train.loop import train
+from vllama_jax.train.run_directory import leaves_by_path
 from vllama_jax.train.state import TrainState
 from vllama_jax.train.store_checkpoints import StoreCheckpoints
 
@@ -210,3 +214,36 @@ def test_a_run_on_a_store_is_the_same_run(bucket, tiny_model, image_records, one
         np.testing.assert_array_equal(one, other)
     with pytest.raises(vl.ConfigError, match="another config"):
         train(dataclasses.replace(config, seed=7), as_path(RUN), RecordingReporter())
+
+
+def test_processes_write_their_shards_and_the_first_commits(checkpoints, monkeypatch):
+    """Two processes as two threads: shards 0 to 3 are on the devices of the first, 4 to 7 on those of the second."""
+    thread = threading.local()
+    barrier = threading.Barrier(2, timeout=60)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: thread.process)
+    monkeypatch.setattr(multihost, "get_barrier_sync_fn", lambda: lambda **options: barrier.wait())
+    state = make_state(3)
+    whole = {
+        part: {path: copy_shards(array) for path, array in arrays.items()}
+        for part, arrays in {"weights": state.weights, "moments": leaves_by_path(state.opt_state)}.items()
+    }
+
+    def own_shards(array: HostArray, process: int) -> HostArray:
+        shards = {index: shard for index, shard in array.shards.items() if sum(index) // 4 == process}
+        return dataclasses.replace(array, shards=shards)
+
+    def write(process: int) -> None:
+        thread.process = process
+        parts = {
+            part: {path: own_shards(array, process) for path, array in arrays.items()} for part, arrays in whole.items()
+        }
+        checkpoints._write(3, parts)
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(write, range(2)))
+    monkeypatch.undo()
+    assert restored_step() == 3
+    assert len(read_digests(as_path(RUN) / "step_3").files) == len(
+        [name for name in (as_path(RUN) / "step_3").file_sizes() if name not in ("digests.json", "process_1.json")]
+    )
