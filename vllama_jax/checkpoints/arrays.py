@@ -286,13 +286,15 @@ def _list_arrays(directory: Path, paths: Iterable[str]) -> Iterator[tuple[str, d
 def _list_store_arrays(
     directory: StorePath, paths: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
-    """The same on an object store, with one listing of the directory, and all .zarray objects read at once."""
+    """The same on an object store, with one listing, and all .zarray objects read at once."""
     folders = [directory / path.replace("/", ".") for path in paths]
     sizes: dict[str, dict[str, int]] = {}
     try:
-        for name, size in directory.file_sizes().items():
-            folder, _, file = name.rpartition("/")
-            sizes.setdefault(folder, {})[file] = size
+        if len(folders) == 1:
+            sizes[folders[0].name] = folders[0].file_sizes()
+        for name, size in directory.file_sizes().items() if len(folders) > 1 else ():
+            array, _, file = name.rpartition("/")
+            sizes.setdefault(array, {})[file] = size
         texts = read_files([folder / ".zarray" for folder in folders])
     except OSError as error:
         raise CheckpointError(

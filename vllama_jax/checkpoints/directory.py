@@ -14,7 +14,7 @@ import functools
 import importlib.metadata
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllama_jax.checkpoints.arrays import check_manifest
 from vllama_jax.checkpoints.digests import DIGESTS, check_checkpoint, list_checkpoint_steps
@@ -365,7 +365,8 @@ def open_trained_weights(weights: Path, lora: LoraConfig) -> TrainedWeights:
             if not (weights / OCDBT_MANIFEST).exists():
                 arrays = open_arrays(weights)
                 shapes = {path: array.shape for path, array in arrays.items()}
-                return TrainedWeights(weights, shapes, {path: array.dtype.name for path, array in arrays.items()}, lora)
+                dtypes = {path: array.dtype.name for path, array in arrays.items()}
+                return TrainedWeights(cast(Path, weights), shapes, dtypes, lora)
             local = copy_store_arrays(weights)
         handler = ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=False)  # else it initializes devices
         leaves = flatten_dict(handler.metadata(local.absolute()).tree, sep="/")
@@ -397,7 +398,7 @@ def _copy_to_cache(directory: StorePath, identity: bytes) -> Path:
     return folder
 
 
-def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:
+def _check_format(path: Path | StorePath, fields: dict[str, Any], needed: str) -> None:
     """Raise CheckpointError unless a file has the current format and the object `needed`."""
     version = fields.get("format")
     if isinstance(version, int) and version > MODEL_FORMAT:

@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401  (registers "bfloat16" with numpy)
 import numpy as np
@@ -121,7 +121,7 @@ def read_arrays(directory: StorePath, wanted: "Mapping[str, jax.ShapeDtypeStruct
         if path not in stored or stored[path].shape != tuple(leaf.shape):
             found = f"of shape {list(stored[path].shape)}" if path in stored else "missing"
             raise CheckpointError(f"{directory}: {path} is {found}; {list(leaf.shape)} is expected")
-    read = {}
+    read: dict[str, jax.Array] = {}
     for batch in _batches(wanted, stored):
         try:
             read |= _read_batch(batch, wanted, stored)
@@ -178,7 +178,8 @@ def _local_regions(leaf: "jax.ShapeDtypeStruct") -> list[Region]:
     return list(dict.fromkeys(_region(index, leaf.shape) for index in indices))
 
 
-def _region(index: Sequence[slice], shape: Sequence[int]) -> Region:
+def _region(index: Sequence[slice] | None, shape: Sequence[int]) -> Region:
+    assert index is not None  # only None for devices of other processes
     bounds = (part.indices(size) for part, size in zip(index, shape, strict=True))
     return tuple((start, stop) for start, stop, _ in bounds)
 
@@ -245,7 +246,7 @@ def write_arrays(directory: StorePath, arrays: Mapping[str, HostArray], with_met
     Raises:
         OSError: The store cannot be written.
     """
-    contents: dict[str, bytes | np.ndarray] = {}
+    contents: dict[str, Any] = {}
     for path, array in arrays.items():
         folder = path.replace("/", ".")
         if with_metadata:

@@ -15,7 +15,7 @@ import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vllama_jax.errors import CheckpointError
 from vllama_jax.io.leases import LEASE, PARTIAL, hold_lease
@@ -45,7 +45,7 @@ def new_directory(out: Path) -> Iterator[Path]:
     try:
         if is_store_path(out):
             with _new_store_directory(out):
-                yield out
+                yield cast(Path, out)
             return
         with scratch_directory(partial, f"{out}: another process is writing it; wait until it has finished"):
             yield partial

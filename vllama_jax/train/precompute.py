@@ -401,8 +401,8 @@ def _scratch_folder(out: Path) -> Iterator[Path]:
                 if (found := STALE_FOLDER.fullmatch(stale.name)) and int(found[1]) >= jax.process_count():
                     shutil.rmtree(stale, ignore_errors=True)
         busy_message = f"{out}: another process is writing features there; wait for it, or choose another --out"
-        with scratch_directory(folder, busy_message):
-            yield folder
+        with scratch_directory(folder, busy_message) as scratch:
+            yield scratch
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error}); complete shards are kept") from error
 

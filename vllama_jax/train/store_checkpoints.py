@@ -11,7 +11,7 @@ import concurrent.futures
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 from orbax.checkpoint import multihost
@@ -41,8 +41,8 @@ class StoreCheckpoints(Checkpoints):
     """The checkpoints of a run on an object store. Saving is asynchronous: shards are copied to the host at once."""
 
     def __init__(self, out: StorePath, cfg: CheckpointConfig):
-        super().__init__(out, cfg)  # type: ignore[arg-type]  # a StorePath has the methods of a Path
-        self._store = out
+        super().__init__(cast(Path, out), cfg)
+        self._store: Any = out  # a StorePath has the methods of a Path
         self._uploads = concurrent.futures.ThreadPoolExecutor(1, "vllama-save")
         self._upload: concurrent.futures.Future[None] | None = None
 
@@ -79,7 +79,7 @@ class StoreCheckpoints(Checkpoints):
         """Return the size of a checkpoint, in bytes."""
         return sum(self._folder(step).file_sizes().values())
 
-    def _folder(self, step: int) -> StorePath:
+    def _folder(self, step: int) -> Any:
         return self._store / f"step_{step}"
 
     def _write(self, step: int, parts: Mapping[str, Mapping[str, HostArray]]) -> None:
@@ -116,12 +116,12 @@ class StoreCheckpoints(Checkpoints):
         check_lease(self._store / LEASE)
         entries = _as_fields(files)
         for process in range(1, jax.process_count()):
-            entries |= read_object(folder / _process_file(process))  # type: ignore[arg-type]  # as above
+            entries |= read_object(folder / _process_file(process))
         write_json(folder / DIGESTS, {"format": DIGESTS_FORMAT, "step": step, "files": entries})
         write_json(self._store / LAST_SAVED, {"step": step})
-        kept = list_checkpoint_steps(self._out)[-self._cfg.max_to_keep :] if self._cfg.max_to_keep else None
-        for old in list_checkpoint_steps(self._out) if kept is not None else ():
-            if old not in kept and not (self._cfg.keep_period and old % self._cfg.keep_period == 0):
+        steps = list_checkpoint_steps(self._out)
+        for old in steps[: -self._cfg.max_to_keep]:
+            if not (self._cfg.keep_period and old % self._cfg.keep_period == 0):
                 (self._folder(old) / DIGESTS).unlink(missing_ok=True)
                 self._folder(old).rmtree()
 
