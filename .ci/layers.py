@@ -17,6 +17,7 @@ LAYERS = (
     {"checkpoints", "generate"},
     {"model", "chat", "data"},
     {"train", "evaluate", "memory", "convert", "configs"},
+    {"aot"},
     {"miniature"},
     {"cli", "__main__"},
 )

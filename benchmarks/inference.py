@@ -130,16 +130,16 @@ def measure_decoding() -> dict[str, float]:
     figures = {"decode_megabytes": size / 1e6, "decode_floor_ms": floor * 1e3}
     for layout in ("stacked", "unstacked"):
         if layout == "unstacked":
-            llama.unstack()
+            llama.unstack(jax.default_backend())
         seconds = measure_token_seconds(llama)
         figures |= {f"decode_{layout}_ms": seconds * 1e3, f"decode_{layout}_over_floor": seconds / floor}
     return figures
 
 
-def measure_token_seconds(llama: Llama) -> float:
+def measure_token_seconds(llama: Llama, length: int = 60, batch: int = 1) -> float:
     """Return the seconds of a decoded token, without the prefill and the first call, which compiles."""
-    prompt = EmbeddedPrompt(np.full(60, 5, np.int32), np.zeros(60, bool), jnp.zeros((0, LLAMA.width)))
-    batches = generate(llama, [prompt], GenerationConfig(max_new_tokens=49), bos=1, eos=LLAMA.vocab_size)
+    prompt = EmbeddedPrompt(np.full(length, 5, np.int32), np.zeros(length, bool), jnp.zeros((0, LLAMA.width)))
+    batches = generate(llama, [prompt] * batch, GenerationConfig(max_new_tokens=49), bos=1, eos=LLAMA.vocab_size)
     next(batches), next(batches)
     start = time.perf_counter()
     count = sum(len(batch[0]) for batch in batches)

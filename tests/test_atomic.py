@@ -227,4 +227,4 @@ def test_an_existing_output_is_reported_before_inputs_are_read(tmp_path, monkeyp
     (tmp_path / "out" / "config.json").write_text("{}")
     config = write_config(tmp_path / "config.py", config_of(absent, absent))
     message = expect_error_line("features", config, "--out", out)
-    assert message == f"{out}: holds something else (it has config.json); choose another --out"
+    assert message == f"{out}: not a feature cache (it has config.json); choose another --out"

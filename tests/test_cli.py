@@ -57,7 +57,7 @@ def test_interactive_chat_answers_each_line_of_stdin(tiny_model, clip, cache):
 def test_interactive_mode_continues_after_an_error(tiny_model, clip, cache):
     done = run_vllama("chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="why? " * 800 + "\nAnd then?\n")
     assert done.returncode == 0
-    assert "vllama: the conversation has" in done.stderr
+    assert "vllama: the prompt has" in done.stderr
     assert done.stdout.strip()
 
 

@@ -217,7 +217,7 @@ def test_invalid_options_are_refused(tiny_model, clips, tmp_path, capsys):
     refused = {
         "--num-frames=99": "--num-frames 99, but the model has 32 learned frame positions; use fewer frames",
         "--model=/none": "/none: no such model directory",
-        "--max-new-tokens=9999": "no question could be answered; first problem: the conversation has",
+        "--max-new-tokens=9999": "no question could be answered; first problem: the prompt has",
     }
     for flag, message in refused.items():
         assert message in expect_error(capsys, *flags(tiny_model, clips, tmp_path / flag[2:5], *flag.split("=")))

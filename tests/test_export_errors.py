@@ -69,7 +69,7 @@ def test_truncated_weights_are_refused(tiny_model, tmp_path):
     model = shutil.copytree(tiny_model, tmp_path / "model")
     chunk = model / "params/llama.embedding/0.0"
     os.truncate(chunk, 1000)
-    assert f"{chunk}: 1000 of its " in expect_refusal(model, tmp_path / "made")
+    assert f"{chunk}: has 1000 bytes instead of " in expect_refusal(model, tmp_path / "made")
     shutil.rmtree(chunk.parent)
     assert f"{chunk.parent}: cannot be read" in expect_refusal(model, tmp_path / "made")
 

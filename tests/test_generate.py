@@ -92,7 +92,7 @@ def test_greedy_decoding_equals_full_forward_passes(llama, log_probabilities):
 
 def test_unstacked_layers_give_the_same_tokens(llama):
     unstacked = nnx.clone(llama)
-    unstacked.unstack()
+    unstacked.unstack("cpu")
     assert answer(unstacked, make_prompt(), max_new_tokens=20) == answer(llama, make_prompt(), max_new_tokens=20)
 
 
@@ -290,10 +290,11 @@ def test_top_p_at_exact_equality():
 def test_a_second_prompt_of_similar_length_compiles_nothing(llama):
     options = {"max_new_tokens": 20, "repetition_penalty": 1.1}
     answer(llama, make_prompt(20, 4), **options)
-    compiled = generation._prefill._cache_size(), generation._decode._cache_size()
+    programs = generation.jit_prefill("cpu"), generation.jit_decode("cpu")
+    compiled = [program._cache_size() for program in programs]
     answer(llama, make_prompt(27, 6, seed=3), stops=[[3, 4]], **options)
     answer(llama, make_prompt(40, 8, seed=4), eos=5, max_new_tokens=50)
-    assert (generation._prefill._cache_size(), generation._decode._cache_size()) == compiled
+    assert [program._cache_size() for program in programs] == compiled
 
 
 def test_padded_lengths_are_few_and_sufficient():

@@ -16,7 +16,7 @@ from networks import random_network
 
 from vllama_jax import cli, generate, sharding
 from vllama_jax.checkpoints.directory import open_model
-from vllama_jax.cli.memory import SIZES
+from vllama_jax.cli._model_config import SIZES
 from vllama_jax.config import EVA_G, LLAMA_7B, GenerationConfig, VideoLlamaConfig, tiny, video_llama
 from vllama_jax.data.config import DataConfig, DatasetConfig
 from vllama_jax.errors import ConfigError
@@ -146,7 +146,7 @@ def test_cache_and_prefill_estimates_match_compiled_memory(beams):
     llama = dataclasses.replace(tiny().llama, width=256, num_heads=8, num_kv_heads=8, head_dim=32, mlp_dim=704)
     model = dataclasses.replace(tiny(), llama=llama)
     network = random_network(model).llama
-    network.unstack()
+    network.unstack("cpu")
     generation = GenerationConfig(num_beams=beams)
     need = estimate.estimate_chat(model, ALONE, CPU, generation=generation)
     padded = generate.padded_prompt_length(llama.max_length - 300)
@@ -160,7 +160,8 @@ def test_cache_and_prefill_estimates_match_compiled_memory(beams):
     )
     strategy = generate.DecodingStrategy(beams, sample=False, top_k=0)
     compiled = (
-        generate._prefill.lower(network, *arguments, new_token_capacity=320, strategy=strategy)
+        generate.jit_prefill("cpu")
+        .lower(network, *arguments, new_token_capacity=320, strategy=strategy)
         .compile()
         .memory_analysis()
     )
@@ -287,8 +288,8 @@ def estimate_memory(capsys, *arguments: object) -> str:
 def test_a_model_size_is_estimated_for_a_chat_and_both_stages(capsys):
     output = estimate_memory(capsys, "7b", "--devices", "H100")
     assert output.startswith("7b on 1 × H100 (data 1, fsdp 1, tensor 1): 80.0 GB each, 60.0 GB usable by JAX")
-    assert "GB on each device         chat  vision_stage1  vision_stage2" in output
-    assert "llama                    13.48          13.48          13.48" in output
+    assert "GB on each device      chat  vision_stage1  vision_stage2" in output
+    assert "llama                 13.48          13.48          13.48" in output
     report = json.loads(
         estimate_memory(capsys, "7b", "--devices", "L4", "--branch", "audio", "--mesh.tensor", 5, "--json")
     )

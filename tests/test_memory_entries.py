@@ -7,7 +7,7 @@ import dataclasses
 
 import pytest
 
-from vllama_jax.cli.memory import SIZES
+from vllama_jax.cli._model_config import SIZES
 from vllama_jax.config import GenerationConfig, tiny
 from vllama_jax.data.config import DataConfig, DatasetConfig
 from vllama_jax.memory import estimate

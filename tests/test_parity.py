@@ -471,7 +471,7 @@ def test_positions_are_interpolated_linearly_on_request(pair):
 
 def test_more_frames_than_positions(pair):
     features = as_jax(noise(1, 10, 32, TINY.image_qformer.width))
-    with pytest.raises(ConfigError, match=r"10 frames.* 9 positions"):
+    with pytest.raises(ConfigError, match=r"10 frames.* 9 learned positions"):
         pair[0].video_tokens(features)
     tokens = run(partial(VideoLlama.video_tokens, interpolate_positions=True), pair[0], features)
     assert tokens.shape == (1, 32, TINY.llama.width)
@@ -480,7 +480,7 @@ def test_more_frames_than_positions(pair):
 
 def test_more_audio_clips_than_positions(pair):
     features = as_jax(noise(1, 7, IMAGEBIND.embed_dim))
-    with pytest.raises(ConfigError, match=r"7 audio clips or frames.* 6 positions"):
+    with pytest.raises(ConfigError, match=r"7 audio clips or frames.* 6 learned positions"):
         pair[0].audio_tokens(features)
     tokens = run(partial(VideoLlama.audio_tokens, interpolate_positions=True), pair[0], features)
     assert tokens.shape == (1, 8, TINY.llama.width)

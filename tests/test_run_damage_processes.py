@@ -38,7 +38,7 @@ def fail(path, wanted):
 runs.restore_arrays = fail
 try:
     state = runs.Checkpoints(Path(run), CheckpointConfig()).restore(abstract)
-    print("restored", int(state.step), int(state.moments[0].count), float(state.weights["llama_proj/bias"][0]))
+    print("restored", int(state.step), int(state.opt_state[0].count), float(state.weights["llama_proj/bias"][0]))
 except runs.CheckpointError as error:
     print("refused", error)
 """

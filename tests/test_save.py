@@ -79,7 +79,7 @@ def test_lora_updates_are_merged_into_their_kernels(tiny_model, tmp_path, stacke
     model, merged = with_updates(), with_updates()
     merge_lora(merged.network.llama)
     if not stacked:
-        model.network.llama.unstack()
+        model.network.llama.unstack("cpu")
     vl.save(model, tmp_path / "model")
     saved = vl.load(tmp_path / "model", "float32", stacked=True)
     assert read_hashes(tmp_path / "model") != read_hashes(tiny_model)

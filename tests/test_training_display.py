@@ -80,12 +80,13 @@ def test_parameters_are_summarized_by_module_or_listed(capsys):
         sources={path: None if path.startswith("video") else base for path in trainable_paths},
         abstract_model=types.SimpleNamespace(variables={path: np.zeros(shape) for path, shape in shapes.items()}),
         dtype=np.dtype("float32"),
+        mesh_summary="mesh: data 2, fsdp 1, tensor 1",
     )
     TrainingDisplay(10).show_plan(plan)
     text = capsys.readouterr().err
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
     assert rows == [["video_qformer", "2", "9", "random"], ["llama_proj", "1", "4", "BASE"]]
-    assert text.splitlines()[-1] == "13 trainable parameters, 7 frozen (float32)"
+    assert text.splitlines()[-2:] == ["13 trainable parameters, 7 frozen (float32)", plan.mesh_summary]
     TrainingDisplay(10, verbose=True).show_plan(plan)
     text = capsys.readouterr().err
     assert [path in text for path in shapes] == [True, True, True, False]

@@ -24,7 +24,7 @@ EACH = CheckpointConfig(save_interval_steps=1)
 
 def use_one_device(patch: pytest.MonkeyPatch) -> None:
     """Train on one of the available devices: a step for several devices takes longer to compile."""
-    patch.setattr(setup, "make_run_mesh", lambda _: sharding.make_mesh(devices=jax.devices()[:1]))
+    patch.setattr(setup, "make_run_mesh", lambda *_: (sharding.make_mesh(devices=jax.devices()[:1]), ""))
 
 
 def worker_processes(parent: int) -> set[int]:

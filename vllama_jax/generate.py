@@ -22,7 +22,8 @@ from vllama_jax.config import GenerationConfig, LlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.nn.llama import KVCache, Llama
 from vllama_jax.nn.video_llama import splice
-from vllama_jax.sharding import get_mesh, use_mesh
+from vllama_jax.runtime.xla_options import compiler_options
+from vllama_jax.sharding import get_mesh, get_platform, use_mesh
 
 TOKENS_PER_DISPATCH = 16
 PADDED_LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
@@ -142,9 +143,9 @@ def generate(
     settings = _make_settings(config, bos, eos, stops)
     new_token_capacity = -(-config.max_new_tokens // 64) * 64
     strategy = DecodingStrategy(config.num_beams, config.temperature > 0, config.top_k)
-    mesh = get_mesh(llama)
+    mesh, platform = get_mesh(llama), get_platform(llama)
     with use_mesh(mesh):
-        state = _prefill(
+        state = jit_prefill(platform)(
             llama,
             *_pad_prompts(prompts, padded_prompt_length(longest)),
             settings,
@@ -163,7 +164,7 @@ def generate(
         if finished:
             return
         with use_mesh(mesh):
-            state = _decode(llama, state, settings, strategy=strategy)
+            state = jit_decode(platform)(llama, state, settings, strategy=strategy)
 
 
 def check_context_length(prompt: int, new: int, cfg: LlamaConfig) -> None:
@@ -270,11 +271,8 @@ class DecodingStrategy:
         tokens = jax.lax.dynamic_update_slice(state.tokens[row], token[:, None], (0, state.count))
         stop = ends_with_stop_sequence(tokens[:1], state.count + 1, settings.stops)
         penalized = state.penalized[row] | (jnp.arange(v) == token[:, None])
-        cache = dataclasses.replace(
-            state.cache, keys_values=state.cache.keys_values[:, :, :, :, row], valid=state.cache.valid[row]
-        )
         state = DecodingState(
-            cache=cache,
+            cache=state.cache.take_rows(row),
             tokens=tokens,
             lengths=state.lengths[row] + 1,
             count=state.count + 1,
@@ -363,7 +361,20 @@ def ends_with_stop_sequence(
     return jnp.any(jnp.all(matches, axis=-1) & (stops[:, -1] != NO_TOKEN), axis=-1)
 
 
-@functools.partial(jax.jit, static_argnames=("new_token_capacity", "strategy"))
+@functools.cache
+def jit_prefill(platform: str) -> jax.stages.Wrapped:
+    """Return the jitted `_prefill`, with the XLA options of the platform."""
+    static = ("new_token_capacity", "strategy")
+    return jax.jit(_prefill, static_argnames=static, compiler_options=compiler_options(platform, "prefill"))
+
+
+@functools.cache
+def jit_decode(platform: str) -> jax.stages.Wrapped:
+    """Return the jitted `_decode`, with the XLA options of the platform. The state is donated."""
+    options = compiler_options(platform, "decode")
+    return jax.jit(_decode, static_argnames=("strategy",), donate_argnames=("state",), compiler_options=options)
+
+
 def _prefill(
     llama: Llama,
     ids: Int[Array, "b n"],
@@ -385,9 +396,7 @@ def _prefill(
     beams, r = None, b
     if strategy.num_beams > 1:
         r = strategy.num_beams
-        cache = dataclasses.replace(
-            cache, keys_values=jnp.repeat(cache.keys_values, r, axis=4), valid=jnp.repeat(cache.valid, r, axis=0)
-        )
+        cache = cache.take_rows(np.zeros(r, np.int32))
         logits = jnp.repeat(logits, r, axis=0)
         beams = Beams(
             live_scores=jnp.where(jnp.arange(r) == 0, 0.0, -1e9),  # all rows are equal: only the first may continue
@@ -408,7 +417,6 @@ def _prefill(
     return strategy(logits, state, settings)
 
 
-@functools.partial(jax.jit, static_argnames=("strategy",), donate_argnames=("state",))
 def _decode(
     llama: Llama, state: DecodingState, settings: DecodingSettings, *, strategy: DecodingStrategy
 ) -> DecodingState:

@@ -87,6 +87,7 @@ def load(
     """
     from flax import nnx
 
+    from vllama_jax import sharding
     from vllama_jax.checkpoints.quantize import make_network_to_load
     from vllama_jax.nn.lora import merge_lora
     from vllama_jax.text.tokenizer import check_vocabulary
@@ -99,15 +100,13 @@ def load(
     network, weights = make_network_to_load(directory, dtype, quantize)
     graph, abstract = nnx.split(network)
     if mesh is not None:
-        from vllama_jax import sharding
-
         for message in sharding.list_indivisible_axes(abstract, mesh, fsdp=False):
             logger.warning(message)
         abstract = sharding.shard_abstract(abstract, mesh, fsdp=False)
     network = nnx.merge(graph, restore(directory, abstract, weights))
     merge_lora(network.llama)
     if not stacked:
-        network.llama.unstack()
+        network.llama.unstack(sharding.get_platform(network))
     return Model(directory.config, directory.tokenizer, network)
 
 

@@ -9,10 +9,12 @@ import math
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 from flax import nnx
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from vllama_jax.errors import ConfigError
+from vllama_jax.errors import ConfigError, format_error
 
 AXIS_NAMES = "logical_axes"  # key of the axis names in a parameter's metadata
 
@@ -32,7 +34,8 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
     """Create a device mesh with the axes "data", "fsdp" and "tensor".
 
     The axes have the type `Auto`, so the compiler partitions the computation; the default of `jax.make_mesh` is
-    `Explicit`.
+    `Explicit`. A mesh axis may take a part of an axis of a TPU's torus, which `jax.make_mesh` refuses for v5p and v6e:
+    (2, 8, 1) on v6e:4x4.
 
     Args:
         data: Size of the axis that divides the batch.
@@ -41,7 +44,7 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
         devices: The devices of the mesh; all devices by default.
 
     Raises:
-        ConfigError: The product of the sizes is not the number of devices.
+        ConfigError: The product of the sizes is not the number of devices, or JAX cannot arrange the devices so.
     """
     devices = jax.devices() if devices is None else list(devices)
     shape = (data, fsdp, tensor)
@@ -50,7 +53,23 @@ def make_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, devices: Sequence[j
             f"mesh data={data} fsdp={fsdp} tensor={tensor} needs {math.prod(shape)} devices, but {len(devices)} are "
             "available"
         )
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3, devices=devices)
+    return Mesh(arrange_devices(shape, devices), ("data", "fsdp", "tensor"), (jax.sharding.AxisType.Auto,) * 3)
+
+
+def arrange_devices(shape: tuple[int, int, int], devices: Sequence[jax.Device]) -> np.ndarray:
+    """Arrange devices in a grid of a mesh's shape so that neighbors of an axis are neighbors on the network.
+
+    Raises ConfigError for devices of several TPU slices, and for those that JAX cannot arrange.
+    """
+    count = len({getattr(device, "slice_index", 0) for device in devices})
+    if count > 1:
+        raise ConfigError(f"the {len(devices)} devices are in {count} TPU slices; a mesh needs devices of one slice")
+    try:
+        return mesh_utils.create_device_mesh(shape, list(devices), allow_split_physical_axes=True)
+    except (AssertionError, NotImplementedError, ValueError) as error:
+        axes = "data={} fsdp={} tensor={}".format(*shape)
+        kind = f"{len(devices)} {devices[0].device_kind} devices"
+        raise ConfigError(f"JAX cannot arrange {kind} in a mesh {axes}: {format_error(error)}") from error
 
 
 def partition_spec(
@@ -111,6 +130,11 @@ def get_mesh(module: nnx.Module) -> Mesh | None:
     sharding = jax.tree.leaves(module)[0].sharding
     mesh = sharding.mesh if isinstance(sharding, NamedSharding) else None
     return mesh if isinstance(mesh, Mesh) else None
+
+
+def get_platform(module: nnx.Module) -> str:
+    """Return the platform of the devices that hold a module's weights: "cpu", "gpu" or "tpu"."""
+    return next(iter(jax.tree.leaves(module)[0].devices())).platform
 
 
 def use_mesh(mesh: Mesh | None) -> contextlib.AbstractContextManager:

@@ -19,6 +19,7 @@ COMMANDS = {
     "features": "Precompute the features of the frozen encoders.",
     "train": "Train a branch as a run config defines it.",
     "memory": "Estimate the memory of a chat or a run without loading weights.",
+    "compile": "Compile for TPUs ahead of time: memory, time, bottleneck.",
     "eval": "Answer the questions of a benchmark and score the answers.",
     "plot": "Plot the loss and the learning rate of runs.",
 }
@@ -37,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     from vllama_jax.runtime.interrupts import exit_on_interrupt
 
-    with exit_on_interrupt():
+    with exit_on_interrupt(until_exit=arguments is None):
         _main(list(sys.argv[1:] if arguments is None else arguments))
 
 

@@ -81,6 +81,7 @@ class TrainingDisplay:
         )
         total = _count_parameters([shape for shapes in rows.values() for shape in shapes])
         self.show_message(f"{total:,} trainable parameters, {frozen:,} frozen ({plan.dtype.name})")
+        self.show_message(plan.mesh_summary)
 
     def begin(self, step: int) -> None:
         """Show the progress before the first step of this process, which loads and compiles."""

@@ -3,8 +3,7 @@
 import dataclasses
 import itertools
 import json
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import tyro
@@ -12,31 +11,25 @@ from rich.console import Console
 from rich.table import Table
 
 from vllama_jax.branches import find_branch
-from vllama_jax.checkpoints.directory import open_model
-from vllama_jax.checkpoints.restore import inference_only_error
-from vllama_jax.checkpoints.shipped import MODEL_NAME
 from vllama_jax.cli._devices import use_cpu_only
+from vllama_jax.cli._model_config import (
+    DEFAULT_SIZE,
+    find_model_configs,
+    find_trained_model,
+    is_model,
+    load_run_config,
+)
 from vllama_jax.cli._run_config import require_first_argument
 from vllama_jax.cli._usage import Command, JsonFlag, require_at_least
-from vllama_jax.config import (
-    NO_LORA,
-    GenerationConfig,
-    LoraConfig,
-    VideoLlamaConfig,
-    tiny,
-    video_llama_7b,
-    video_llama_13b,
-)
+from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
-from vllama_jax.io.paths import as_path
 from vllama_jax.memory import estimate
 from vllama_jax.memory.estimate import Device, MemoryEstimate
-from vllama_jax.model import remove_missing_branches
+from vllama_jax.memory.mesh import choose_mesh
+from vllama_jax.memory.torus import torus_sides
 from vllama_jax.train.config import MeshConfig, TrainConfig
-from vllama_jax.train.config_files import load_config, shipped_configs
+from vllama_jax.train.config_files import load_config
 
-SIZES: dict[str, Callable[[], VideoLlamaConfig]] = {"7b": video_llama_7b, "13b": video_llama_13b, "tiny": tiny}
-DEFAULT_SIZE = "7b"  # `vllama memory --help` shows the options for a model
 ALL_DEVICES = MeshConfig()
 MIN_SHOWN_BYTES = 5 * 10**6  # smaller entries are not listed, but counted in the total
 
@@ -74,12 +67,8 @@ def select_command(arguments: list[str]) -> tuple[Command, str, list[str]]:
     """
     advice = "give a size (7b, 13b), a model directory or a run config first: `vllama memory 7b`"
     name_or_path = require_first_argument(arguments, advice) or DEFAULT_SIZE
-    command = _make_model_command() if _is_model(name_or_path) else _make_run_command(name_or_path)
+    command = _make_model_command() if is_model(name_or_path) else _make_run_command(name_or_path)
     return command, "vllama memory", arguments
-
-
-def _is_model(name_or_path: str) -> bool:
-    return name_or_path in (*SIZES, MODEL_NAME) or as_path(name_or_path).is_dir()
 
 
 def _make_model_command() -> Command:
@@ -117,7 +106,7 @@ def _make_model_command() -> Command:
         require_at_least(0, batch_size=batch_size)
         require_at_least(1, grad_accum_steps=grad_accum_steps)
         device, mesh = _find_devices(options, mesh)
-        train_model, chat_model, lora, scheme = _find_model_configs(model, base)
+        train_model, chat_model, lora, scheme = find_model_configs(model, base)
         generation = GenerationConfig(max_new_tokens=max_new_tokens, num_beams=num_beams)
         chat_options = {"generation": generation, "lora": lora, "scheme": scheme, "length": options.length}
         workloads = [_estimate_chat(chat_model, mesh, device, chat_options)]
@@ -132,12 +121,7 @@ def _make_model_command() -> Command:
 
 
 def _make_run_command(name_or_path: str) -> Command:
-    if name_or_path not in shipped_configs() and not Path(name_or_path).is_file():
-        known = ", ".join([*SIZES, *shipped_configs()])
-        raise ConfigError(
-            f"{name_or_path}: no such model or run config; give a model directory, a Python file, or one of {known}"
-        )
-    default, _ = load_config(name_or_path)
+    default = load_run_config(name_or_path)
 
     def memory(
         config: tyro.conf.Positional[str],
@@ -163,12 +147,8 @@ def _make_run_command(name_or_path: str) -> Command:
         """
         if exact and options.devices != "here":
             raise ConfigError("--exact compiles for the local devices; leave out --devices")
-        device, mesh = _find_devices(options, run.mesh)
-        if not (base or _is_model(run.model)):
-            raise ConfigError(f"{run.model}: no such model directory; give one with --model, or a size: --model 7b")
-        model, _, _, scheme = _find_model_configs(base or run.model, "")
-        if scheme:
-            raise inference_only_error(base or run.model, scheme)
+        model = find_trained_model(run, base)
+        device, mesh = _find_run_mesh(options, model, run)
         workloads = [_estimate_stage(model, config, run, (mesh, device, options.length))]
         if exact:
             compiled = _compile_step(model, run, (mesh, device, options.length))
@@ -211,16 +191,16 @@ def _find_devices(options: MemoryOptions, mesh: MeshConfig) -> tuple[Device, Mes
     return device, estimate.resolve_device_mesh(mesh, device)
 
 
-def _find_model_configs(
-    name_or_path: str, base: str
-) -> tuple[VideoLlamaConfig, VideoLlamaConfig, LoraConfig, str | None]:
-    """Return the config for training and for a chat, the LoRA config, and the quantization scheme (None for none)."""
-    if name_or_path in SIZES:
-        return SIZES[name_or_path](), SIZES[name_or_path](), NO_LORA, None
-    from vllama_jax.checkpoints.quantize import resolve_scheme
+def _find_run_mesh(options: MemoryOptions, model: VideoLlamaConfig, run: TrainConfig) -> tuple[Device, MeshConfig]:
+    """Return the device type of a run, and its mesh: as `vllama train` would choose it here, or for `--devices`."""
+    if run.mesh.fsdp or options.devices != "here":
+        return _find_devices(options, dataclasses.replace(run.mesh, fsdp=run.mesh.fsdp or 1))
+    import jax
 
-    directory = open_model(name_or_path, base or None)
-    return directory.config, remove_missing_branches(directory).config, directory.lora, resolve_scheme(directory, None)
+    device = estimate.find_device("here")
+    return device, choose_mesh(
+        model, run, device, jax.device_count(), length=options.length, sides=torus_sides(jax.devices())
+    )[0]
 
 
 def _estimate_chat(model: VideoLlamaConfig, mesh: MeshConfig, device: Device, options: dict[str, Any]) -> Workload:

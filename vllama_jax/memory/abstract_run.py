@@ -112,6 +112,18 @@ def _make_abstract_batch(
     }
 
 
+def lower_step(run: AbstractRun, mesh: Mesh) -> jax.stages.Lowered:
+    """Lower the run's step, as `vllama train` does.
+
+    Args:
+        run: Made for `mesh`.
+        mesh: Of real devices, or of a topology's.
+    """
+    step = make_step(run.config, run.abstract_model, make_optimizer(run.config.optim, run.config.steps))
+    with use_mesh(mesh):
+        return jit_step(step, run.state).lower(run.state, run.frozen, run.batch)
+
+
 def compiled_memory(run: AbstractRun, mesh: Mesh) -> Any:
     """Compile the training step of a run, and return XLA's memory analysis.
 
@@ -122,7 +134,4 @@ def compiled_memory(run: AbstractRun, mesh: Mesh) -> Any:
     Returns:
         An object with `argument_size_in_bytes` and `temp_size_in_bytes` on each device.
     """
-    step = make_step(run.config, run.abstract_model, make_optimizer(run.config.optim, run.config.steps))
-    with use_mesh(mesh):
-        lowered = jit_step(step, run.state).lower(run.state, run.frozen, run.batch)
-        return lowered.compile().memory_analysis()
+    return lower_step(run, mesh).compile().memory_analysis()

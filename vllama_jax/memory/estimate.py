@@ -153,7 +153,10 @@ def _detect_device() -> Device:
         return Device("cpu", _host_memory() // count, 1.0, count, is_host=True)
     limit = (device.memory_stats() or {}).get("bytes_limit")
     if limit is None:
-        raise ConfigError(f"{device.device_kind} does not report its memory; choose a device with --devices")
+        raise ConfigError(
+            f"{device.device_kind} does not report its memory; choose a mesh with --mesh.fsdp, or, to estimate memory, "
+            "the device with --devices"
+        )
     return Device(device.device_kind, limit, 1.0, count)
 
 

@@ -49,6 +49,15 @@ def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat_policy: 
     return rows * (passes * forward + 2 * head + 3 * _trained_qformer(model, branch) + _encoders(model, branch, batch))
 
 
+def forward_flops(llama: LlamaConfig, rows: int, new: int, attended: int) -> float:
+    """Operations of the language model on `rows` × `new` tokens that attend to `attended` each, and one row of logits.
+
+    A prefill has `new` = `attended` = the prompt's length, a decoded token `new` = 1.
+    """
+    block = _llama_block(llama) * new + 4 * new * attended * llama.num_heads * llama.head_dim
+    return rows * (llama.depth * block + 2 * llama.width * llama.vocab_size)
+
+
 def _llama_block(cfg: LlamaConfig) -> float:
     """Count the operations of a block for one token, without the attention scores."""
     heads = 2 * cfg.num_heads + 2 * cfg.num_kv_heads

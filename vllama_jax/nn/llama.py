@@ -5,20 +5,24 @@ padding between a prompt and the generated tokens does not count.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
-from typing import Any, Self
+import re
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format, Layout, with_layout_constraint
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import LlamaConfig, RopeScaling
 from vllama_jax.nn.layers import (
     Remat,
     attend,
+    attend_heads_first,
     axis_metadata,
     cast_like,
     constrain_sharding,
@@ -30,20 +34,30 @@ from vllama_jax.nn.lora import linear_with_lora
 from vllama_jax.nn.quantized import QuantizedLinear
 from vllama_jax.sharding import AXIS_NAMES
 
+# Kernels [width, heads, head_dim]. A TPU tiles the last two axes in memory, and a product with one row for each token
+# reads tiles of width and head_dim: with heads first. Stored otherwise, each dispatch copies them.
+HEADS_KERNEL = re.compile(r"attention\.(query|key|value)\.(kernel|values)")
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """Keys and values of earlier tokens.
+    """Keys and values of the positions that were processed.
+
+    The arrays have the layout that the attention products read, so that a decoded token costs no transpose and no copy.
+    A batch of one has no batch axis: XLA would drop an axis of size 1 in the products, and copy every layer's cache for
+    it on a CPU.
 
     Attributes:
-        keys_values: [layer, position, key or value, kv head, batch, head_dim]. Positions precede the other axes of a
-            layer: in any other order, writing one token costs a copy of the entire array.
-        valid: [batch, position]; False at padding and at positions that are not written yet.
-        length: Number of positions that are written.
+        keys: One array for each layer, [batch, kv head, position, head_dim], or [kv head, position, head_dim] for a
+            batch of one.
+        values: The same for the values.
+        valid: Whether a position holds a token; False for padding and for what is not written yet.
+        length: The number of positions written so far.
     """
 
-    keys_values: Float[Array, "l c 2 g b k"]
+    keys: tuple[Float[Array, "*b g c k"], ...]
+    values: tuple[Float[Array, "*b g c k"], ...]
     valid: Bool[Array, "b c"]
     length: Int[Array, ""]
 
@@ -57,13 +71,25 @@ class KVCache:
             capacity: Maximum number of positions.
             dtype: Dtype of keys and values.
         """
-        shape = (cfg.depth, capacity, 2, cfg.num_kv_heads, batch, cfg.head_dim)
-        return cls(jnp.zeros(shape, dtype), jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
+        shape = (*(() if batch == 1 else (batch,)), cfg.num_kv_heads, capacity, cfg.head_dim)
+        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(cfg.depth)) for _ in range(2))
+        return cls(keys, values, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
 
     @property
     def capacity(self) -> int:
         """Maximum number of positions."""
-        return self.keys_values.shape[1]
+        return self.valid.shape[1]
+
+    def take_rows(self, rows: Int[Array, " r"] | Int[np.ndarray, " r"]) -> Self:
+        """Return the cache of the given rows of the batch, in that order; a row may occur several times."""
+        one = self.valid.shape[0] == 1
+
+        def take(x: Array) -> Array:
+            taken = (x[None] if one else x)[rows]
+            return taken[0] if len(rows) == 1 else taken
+
+        keys, values = (tuple(take(x) for x in arrays) for arrays in (self.keys, self.values))
+        return dataclasses.replace(self, keys=keys, values=values, valid=self.valid[rows])
 
 
 def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
@@ -106,6 +132,29 @@ def rotate(
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[:, :, None], sin[:, :, None]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def _layer(leaf: Array | jax.ShapeDtypeStruct, number: int, *, heads_first: bool) -> Array | jax.ShapeDtypeStruct:
+    """Return one layer of a stacked weight, as an array or, where the stack is abstract, as a shape."""
+    layout = Layout((1, 0, 2)) if heads_first else None
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        sharding = leaf.sharding and NamedSharding(leaf.sharding.mesh, PartitionSpec(*leaf.sharding.spec[1:]))
+        return jax.ShapeDtypeStruct(
+            leaf.shape[1:], leaf.dtype, sharding=Format(layout, sharding) if layout else sharding
+        )
+    row = leaf[number]
+    return jax.device_put(row, Format(layout, row.sharding)) if layout else row
+
+
+def write_positions(
+    cache: Float[Array, "*b g c k"], new: Float[Array, "b n g k"], start: Int[Array, ""]
+) -> Float[Array, "*b g c k"]:
+    """Write the keys or values of n positions into a layer's cache, from position `start`."""
+    new = new.swapaxes(1, 2).astype(cache.dtype).reshape(*cache.shape[:-2], -1, cache.shape[-1])
+    written = jax.lax.dynamic_update_slice(cache, new, (*(0,) * (cache.ndim - 2), start, 0))
+    written = constrain_sharding(written, *("batch", "kv_heads", None, None)[-cache.ndim :])
+    # On a TPU, XLA would choose a layout by the write, and transpose the cache for each product.
+    return with_layout_constraint(written, Layout(tuple(range(written.ndim))))
 
 
 class Attention(nnx.Module):
@@ -239,11 +288,14 @@ class Llama(nnx.Module):
         attention_mask = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
         cos, sin = self._compute_rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
 
-        def step(_: Any, block: Block, x: jax.Array) -> jax.Array:
+        def step(block: Block, x: Array) -> Array:
             query, key, value = block.project_qkv(x, cos, sin)
             return block.apply_output_and_mlp(x, attend(query, key, value, attention_mask))
 
-        return self._run_blocks(step, cast_like(x, self.embedding), remat_policy)
+        x = cast_like(x, self.embedding)
+        if isinstance(self.blocks, nnx.List):
+            return functools.reduce(lambda x, block: step(block, x), self.blocks, x)
+        return run_stack(self.blocks, x, step, remat_policy)
 
     def forward_with_cache(
         self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], cache: KVCache
@@ -264,17 +316,24 @@ class Llama(nnx.Module):
         valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
         attention_mask = valid[:, None, :] & (jnp.arange(cache.capacity) <= start + jnp.arange(n)[:, None])
 
-        def step(layer: Any, block: Block, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            x, keys_values = carry
+        def step(x: Array, layer: tuple[Block, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
+            block, keys, values = layer
             query, key, value = block.project_qkv(x, cos, sin)
-            new = jnp.stack([key, value], axis=0).transpose(2, 0, 3, 1, 4).astype(keys_values.dtype)
-            keys_values = jax.lax.dynamic_update_slice(keys_values, new[None], (layer, start, 0, 0, 0, 0))
-            keys_values = constrain_sharding(keys_values, None, None, None, "kv_heads", "batch", None)
-            keys, values = jnp.moveaxis(keys_values[layer], (1, 3), (0, 1))
-            return block.apply_output_and_mlp(x, attend(query, keys, values, attention_mask)), keys_values
+            keys, values = write_positions(keys, key, start), write_positions(values, value, start)
+            attended = attend_heads_first(query, keys, values, attention_mask)
+            return block.apply_output_and_mlp(x, attended), (keys, values)
 
-        x, keys_values = self._run_blocks(step, (cast_like(x, self.embedding), cache.keys_values))
-        return self.norm(x), KVCache(keys_values, valid, start + n)
+        x = cast_like(x, self.embedding)
+        if isinstance(self.blocks, nnx.List):
+            written = []
+            for layer in zip(self.blocks, cache.keys, cache.values, strict=True):
+                x, pair = step(x, layer)
+                written.append(pair)
+            keys, values = zip(*written, strict=True)
+        else:
+            x, stacked = jax.lax.scan(step, x, (self.blocks, jnp.stack(cache.keys), jnp.stack(cache.values)))
+            keys, values = (tuple(x[layer] for layer in range(self.cfg.depth)) for x in stacked)
+        return self.norm(x), KVCache(keys, values, valid, start + n)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Compute the scores of all tokens in the vocabulary, in float32."""
@@ -283,26 +342,22 @@ class Llama(nnx.Module):
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
-    def unstack(self) -> None:
-        """Replace the stacked layers by a list of layers, one weight at a time.
+    def unstack(self, platform: str) -> None:
+        """Replace the stacked layers by a list of layers, one weight at a time, in the layout that decoding reads.
 
         Decoding is twice as fast with it: a scan copies each layer's slice of the stack before it is used.
+
+        Args:
+            platform: The platform of the devices that hold the weights, which may be abstract: "cpu", "gpu" or "tpu".
         """
-        leaves, structure = jax.tree.flatten(self.blocks)
+        leaves, structure = jax.tree.flatten_with_path(self.blocks)
         self.blocks = nnx.List([])  # drops the reference, so that each stacked weight is freed once it is unstacked
         rows = []
         while leaves:
-            leaf = leaves.pop(0)
-            rows.append([leaf[i] for i in range(self.cfg.depth)])
+            path, leaf = leaves.pop(0)
+            heads_first = platform == "tpu" and HEADS_KERNEL.search(jax.tree_util.keystr(path)) is not None
+            rows.append([_layer(leaf, number, heads_first=heads_first) for number in range(self.cfg.depth)])
         self.blocks = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*rows, strict=True))
-
-    def _run_blocks(self, step: Callable[[Any, Block, Any], Any], x: Any, remat_policy: Remat = "full") -> Any:
-        """Run all layers, stacked or not. `step(number, block, x)` returns the input of the next layer."""
-        if isinstance(self.blocks, nnx.List):
-            for number, block in enumerate(self.blocks):
-                x = step(number, block, x)
-            return x
-        return run_stack((jnp.arange(self.cfg.depth), self.blocks), x, lambda layer, x: step(*layer, x), remat_policy)
 
     def _compute_rotations(
         self, positions: Int[Array, "b n"]

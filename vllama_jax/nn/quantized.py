@@ -64,17 +64,26 @@ class QuantizedLinear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         """Apply the layer. The output has the dtype of x."""
-        y = self.matmul(x).astype(x.dtype)
+        y = self.matmul(x, x.dtype).astype(x.dtype)
         return y if self.bias is None else y + self.bias[...]
 
-    def matmul(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        """Multiply x by the kernel, without the bias. The output is float32."""
+    def matmul(self, x: Float[Array, "*b i"], dtype: Any = jnp.float32) -> Float[Array, "*b o"]:
+        """Multiply x by the kernel, without the bias.
+
+        Args:
+            x: The activations.
+            dtype: Dtype of the product before it is scaled. Where the inputs are sharded, devices sum partial products
+                of this dtype: bfloat16 halves what they send.
+
+        Returns:
+            The product, float32.
+        """
         return jax.lax.platform_dependent(
             x,
             self.values[...],
             self.scale[...],
             cpu=functools.partial(_blocked_matmul, self.inputs),
-            default=functools.partial(_matmul, self.inputs),
+            default=functools.partial(_matmul, self.inputs, dtype=dtype),
         )
 
 
@@ -166,13 +175,13 @@ def _unpack(values: Array, scale: Array, dtype: Any) -> Array:
     return unpack_int4(values, scale.shape[-1], dtype) if values.dtype == jnp.uint8 else values.astype(dtype)
 
 
-def _matmul(inputs: int, x: Array, values: Array, scale: Array) -> Array:
+def _matmul(inputs: int, x: Array, values: Array, scale: Array, dtype: Any = jnp.float32) -> Array:
     """Multiply x by a kernel. Integers are cast to the dtype of x, which is exact, and which the compiler fuses."""
     if scale.shape[0] == 1:
         kernel = _unpack(values, scale, x.dtype)
-        return jnp.tensordot(x, kernel, inputs, preferred_element_type=jnp.float32) * scale[0]
+        return jnp.tensordot(x, kernel, inputs, preferred_element_type=dtype) * scale[0]
     kernel = dequantize_kernel(values, scale, inputs).astype(x.dtype)
-    return jnp.tensordot(x, kernel, inputs, preferred_element_type=jnp.float32)
+    return jnp.tensordot(x, kernel, inputs, preferred_element_type=dtype).astype(jnp.float32)
 
 
 def _blocked_matmul(inputs: int, x: Array, values: Array, scale: Array) -> Array:

@@ -27,11 +27,15 @@ class SavedInterrupt(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def exit_on_interrupt() -> Iterator[None]:
+def exit_on_interrupt(until_exit: bool = False) -> Iterator[None]:
     """Exit with code 130 within seconds of Ctrl-C, without a traceback, or immediately on a second Ctrl-C.
 
     KeyboardInterrupt is raised in the body of the context, so that it can remove its partial files. Outside of the main
     thread this context has no effect.
+
+    Args:
+        until_exit: Whether the process ends after the body. Then Ctrl-C while Python exits also gives code 130, without
+            the traceback of an interpreter that is interrupted while it waits for threads.
     """
     if not _is_main_thread():
         yield
@@ -57,7 +61,7 @@ def exit_on_interrupt() -> Iterator[None]:
                 sys.stdout.flush()
             exit_now()  # sys.exit would wait for threads, and crash in those that still run native code
         sys.unraisablehook = previous_hook
-        signal.signal(signal.SIGINT, previous_handler)
+        signal.signal(signal.SIGINT, _exit_on_signal if until_exit else previous_handler)
         signal.set_wakeup_fd(previous_wakeup_fd)
         os.close(write_fd)
 
@@ -102,6 +106,10 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
         exit_now()
     _received.set()
     raise KeyboardInterrupt
+
+
+def _exit_on_signal(number: int, frame: FrameType | None) -> None:
+    exit_now()
 
 
 def _is_caused_by_interrupt(error: BaseException | None) -> bool:

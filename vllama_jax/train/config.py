@@ -122,13 +122,17 @@ class MeshConfig:
 
     Attributes:
         data: Shards of the batch, with parameters replicated. 0 uses all devices that the other axes leave.
-        fsdp: Shards of the batch and of the parameters of each layer.
+        fsdp: Shards of the batch and of the parameters of each layer; 0 for the fewest with which the run fits
+            (memory/mesh.py).
         tensor: Shards of heads and hidden dimensions within a layer.
     """
 
     data: int = 0
     fsdp: int = 1
     tensor: int = 1
+
+
+AUTO_MESH = MeshConfig(fsdp=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -193,7 +197,7 @@ class TrainConfig:
         optim: The optimizer and its learning rate.
         data: How records are made into batches.
         lora: Low-rank updates of the language model. Rank 0 for none.
-        mesh: The device mesh.
+        mesh: The device mesh, chosen by memory unless given.
         checkpoint: When checkpoints are saved, and which of them are kept.
         validation: Validation during the run.
     """
@@ -213,7 +217,7 @@ class TrainConfig:
     optim: OptimConfig = OptimConfig()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     lora: LoraConfig = NO_LORA
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = AUTO_MESH
     checkpoint: CheckpointConfig = CheckpointConfig()
     validation: ValidationConfig = ValidationConfig()
 
@@ -257,7 +261,7 @@ _MINIMUM = {
     "data.max_crop_aspect_ratio": 1,
     "lora.rank": 0,
     "mesh.data": 0,
-    "mesh.fsdp": 1,
+    "mesh.fsdp": 0,
     "mesh.tensor": 1,
     "checkpoint.save_interval_steps": 1,
     "checkpoint.max_to_keep": 1,

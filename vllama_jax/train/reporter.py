@@ -45,7 +45,9 @@ class PrintReporter:
     def show_plan(self, plan: "RunPlan") -> None:
         """Print the number of trainable arrays, and their components."""
         components = dict.fromkeys(path.split("/")[0] for path in plan.trainable_paths)
-        self.show_message(f"{len(plan.trainable_paths)} trainable arrays, in {', '.join(components)}")
+        self.show_message(
+            f"{len(plan.trainable_paths)} trainable arrays, in {', '.join(components)}; {plan.mesh_summary}"
+        )
 
     def begin(self, step: int) -> None:
         """Remember the first step of this process, which gets a line."""

@@ -19,11 +19,15 @@ from vllama_jax import sharding
 from vllama_jax.branches import find_branch
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.restore import check_leaves, restore_weights
+from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.data.pipeline import BatchReader
 from vllama_jax.data.pipeline import prefetch_batches as read_batches
 from vllama_jax.data.records import open_records
 from vllama_jax.data.sampling import BatchSampler, make_streams
 from vllama_jax.errors import ConfigError
+from vllama_jax.memory.estimate import find_device
+from vllama_jax.memory.mesh import choose_mesh
+from vllama_jax.memory.torus import torus_sides
 from vllama_jax.nn.network import abstract_network, init_weights
 from vllama_jax.text.prompts import check_special_tokens
 from vllama_jax.text.templates import find_caption_template, find_conversation_template
@@ -59,6 +63,7 @@ class RunPlan:
         optimizer: The optimizer.
         reader: Reads the batches, this host's rows of them.
         loss: The loss function. None for `loss_sum`.
+        mesh_reason: Why the mesh was chosen; "" if the config sets it.
     """
 
     config: TrainConfig
@@ -71,6 +76,7 @@ class RunPlan:
     optimizer: Optimizer
     reader: BatchReader
     loss: Loss | None = None
+    mesh_reason: str = ""
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -99,6 +105,12 @@ class RunPlan:
         return found | ({"init": self.init.digest} if self.init else {})
 
     @property
+    def mesh_summary(self) -> str:
+        """The sizes of the mesh's axes, and why."""
+        axes = ", ".join(f"{name} {size}" for name, size in self.mesh.shape.items())
+        return f"mesh: {axes}" + (f" (chosen; {self.mesh_reason})" if self.mesh_reason else "")
+
+    @property
     def notes(self) -> list[str]:
         """Messages to show before the first step: axes that cannot be sharded over the mesh."""
         return sharding.list_indivisible_axes(self.abstract_model.state, self.mesh)
@@ -119,17 +131,17 @@ def plan_run(config: TrainConfig, base: str = "") -> RunPlan:
         CheckpointError: The base model or the init run cannot be read.
         DataError: Records or a feature cache cannot be read.
     """
-    mesh = make_run_mesh(config)
     directory = open_model(base or config.model)
+    find_branch(config.branch).require(directory.config, str(directory.path))
+    _check_lora_patterns(config)
     if directory.lora.rank and directory.lora != config.lora:
         raise ConfigError(f"{directory.path}: has LoRA updates; set the same lora config to continue training them")
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
-    reader = _make_reader(config, directory, mesh)
+    reader, mesh, mesh_reason = _make_reader(config, directory)
     network = abstract_network(directory.config, str(compute_dtype(config)), config.lora)
     kinds = {stream.kind for stream in reader.sampler.streams if not reader.caches}  # cached features need no encoders
     remove_unused_components(network, config, kinds)
     abstract_model = AbstractModel(network)
-    _check_lora_patterns(config)
     trainable_paths = select_paths(list(abstract_model.variables), config.trainable)
     _check_lora_is_used(config, directory, set(abstract_model.variables) - set(trainable_paths))
     init = open_model(config.init) if config.init else None
@@ -137,7 +149,10 @@ def plan_run(config: TrainConfig, base: str = "") -> RunPlan:
     frozen = {path: variable.shape for path, variable in abstract_model.variables.items() if path not in sources}
     check_leaves(directory, frozen)
     optimizer = make_optimizer(config.optim, config.steps)
-    return RunPlan(config, directory, mesh, abstract_model, tuple(trainable_paths), sources, init, optimizer, reader)
+    paths = tuple(trainable_paths)
+    return RunPlan(
+        config, directory, mesh, abstract_model, paths, sources, init, optimizer, reader, mesh_reason=mesh_reason
+    )
 
 
 def _check_lora_patterns(config: TrainConfig) -> None:
@@ -156,16 +171,23 @@ def _check_lora_is_used(config: TrainConfig, base: ModelDirectory, frozen: set[s
         )
 
 
-def make_run_mesh(config: TrainConfig) -> Mesh:
-    """Make the mesh of a run over all devices.
+def make_run_mesh(config: TrainConfig, model: VideoLlamaConfig) -> tuple[Mesh, str]:
+    """Make the mesh of a run over all devices. Sizes that the config leaves open are chosen by memory.
+
+    Returns:
+        The mesh, and the reason for a chosen one (memory/mesh.py).
 
     Raises:
         ConfigError: The devices or the batch are not divisible by the axes of the mesh.
     """
-    cfg = resolve_mesh(config.mesh, jax.device_count())
+    count = jax.device_count()
+    if config.mesh.fsdp or count == 1:  # nothing to choose
+        cfg, reason = resolve_mesh(dataclasses.replace(config.mesh, fsdp=config.mesh.fsdp or 1), count), ""
+    else:
+        cfg, reason = choose_mesh(model, config, find_device("here"), count, sides=torus_sides(jax.devices()))
     mesh = sharding.make_mesh(cfg.data, cfg.fsdp, cfg.tensor)
     rows_per_shard(config, cfg)
-    return mesh
+    return mesh, reason
 
 
 def load_frozen(plan: RunPlan) -> Weights:
@@ -260,21 +282,25 @@ def _check_init(
         )
 
 
-def _make_reader(config: TrainConfig, directory: ModelDirectory, mesh: Mesh) -> BatchReader:
-    """Make the reader of this host's rows of the batches."""
+def _make_reader(config: TrainConfig, directory: ModelDirectory) -> tuple[BatchReader, Mesh, str]:
+    """Make the reader of this host's rows of the batches, the mesh of the run, and the reason for a chosen mesh.
+
+    The mesh is chosen after the data are opened, so that an error in them is reported first.
+    """
     for dataset in config.datasets:
         template = dataset.text.template or directory.config.template
         find = find_conversation_template if dataset.text.layout == "conversation" else find_caption_template
         check_special_tokens(find(template), directory.tokenizer, template)
-    find_branch(config.branch).require(directory.config, str(directory.path))
     opened = [(dataset, open_records(dataset.path)) for dataset in config.datasets]
     streams = make_streams(opened, config.branch)
     sampler = BatchSampler(streams, config.steps, config.batch_size, config.seed)
     caches = open_caches(config, directory, opened) if config.data.feature_cache else {}
+    mesh, reason = make_run_mesh(config, directory.config)
     rows = find_host_rows(config.batch_size, mesh)
-    return BatchReader(
+    reader = BatchReader(
         config.data, config.branch, config.seed, directory.config, directory.tokenizer, sampler, rows, caches
     )
+    return reader, mesh, reason
 
 
 def batches(config: TrainConfig, base: str = "") -> Iterator[dict[str, np.ndarray]]:
@@ -295,7 +321,9 @@ def batches(config: TrainConfig, base: str = "") -> Iterator[dict[str, np.ndarra
         CheckpointError: The model directory cannot be read.
         DataError: The records cannot be read.
     """
-    reader = _make_reader(config, open_model(base or config.model), make_run_mesh(config))
+    directory = open_model(base or config.model)
+    find_branch(config.branch).require(directory.config, str(directory.path))
+    reader, _, _ = _make_reader(config, directory)
     with contextlib.closing(read_batches(reader, 0, config.steps, config.data)) as found:
         for batch in found:
             yield batch.arrays

@@ -16,6 +16,7 @@ from vllama_jax.branches import BRANCHES
 from vllama_jax.media.image import standardize
 from vllama_jax.nn.layers import Dropout, constrain_sharding
 from vllama_jax.nn.video_llama import VideoLlama, splice
+from vllama_jax.runtime.xla_options import compiler_options
 from vllama_jax.towers import get_tower
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.optim import ScheduledOptimizer
@@ -154,10 +155,16 @@ def jit_step(step: Callable[..., tuple[TrainState, Metrics]], state: TrainState)
 
     Args:
         step: The function that `make_step` returns.
-        state: The abstract state, for its shardings.
+        state: The abstract state, for its shardings, whose devices are those that the step is compiled for.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, shardings.step))
+    platform = next(iter(shardings.step.device_set)).platform
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        out_shardings=(shardings, shardings.step),
+        compiler_options=compiler_options(platform, "train_step"),
+    )
 
 
 def make_eval_step(
