@@ -1,18 +1,17 @@
-"""Commands on s3://, against moto's server: from weights to answers, and a run that is killed while it saves."""
+"""Commands on s3://, in processes of their own, with a local server (moto) in place of S3."""
 
-import contextlib
-import io
 import json
 import os
 import signal
 import subprocess
-import sys
-import time
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
+import jax
 import pytest
-from cli_fixtures import expect_error_line
+from cli_fixtures import VLLAMA, run_vllama
 from train_fixtures import config_of, write_config, write_files
 
 from vllama_jax.checkpoints.digests import list_checkpoint_steps
@@ -20,105 +19,194 @@ from vllama_jax.io.paths import as_path
 from vllama_jax.train.config import CheckpointConfig
 
 moto = pytest.importorskip("moto.server", reason="needs moto[server]")
+werkzeug = pytest.importorskip("werkzeug.serving", reason="needs moto[server]")
 pytest.importorskip("s3fs", reason="needs s3fs")
+pytestmark = pytest.mark.slow
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
+class QuietHandler(werkzeug.WSGIRequestHandler):
+    """Answers requests without logging them."""
+
+    def log(self, *arguments: object) -> None:
+        """Log nothing."""
+
+
+class Store:
+    """An S3 server. A test may set `watch`, which is called with the method and path of each request first."""
+
+    def __init__(self):
+        self.watch: Callable[[str, str], None] = lambda method, path: None
+        application = moto.DomainDispatcherApplication(moto.create_backend_app)
+
+        def answer(environ, start_response):
+            self.watch(environ["REQUEST_METHOD"], environ["PATH_INFO"])
+            return application(environ, start_response)
+
+        self.server = werkzeug.make_server("127.0.0.1", 0, answer, threaded=True, request_handler=QuietHandler)
+
+
 @pytest.fixture
-def bucket(monkeypatch, tmp_path):
-    """A bucket of a local server, as s3://bucket; commands find it through their environment."""
-    server = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    with contextlib.redirect_stderr(io.StringIO()):
-        server.start()
-        _, port = server.get_host_and_port()
-    for name, value in KEYS.items():
+def store(monkeypatch, tmp_path):
+    """An S3 server with an empty bucket, s3://bucket. Commands find it through their environment."""
+    found = Store()
+    thread = threading.Thread(target=found.server.serve_forever)
+    thread.start()
+    environment = {
+        **KEYS,
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{found.server.server_port}",
+        "VLLAMA_CACHE": str(tmp_path / "cache"),
+        "JAX_COMPILATION_CACHE_DIR": jax.config.values["jax_compilation_cache_dir"],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setenv("VLLAMA_CACHE", str(tmp_path / "cache"))
     fsspec.filesystem("s3").clear_instance_cache()
-    fsspec.filesystem("s3").mkdir("bucket")
-    yield "s3://bucket"
-    fsspec.filesystem("s3").clear_instance_cache()
-    server.stop()
-
-
-def start(*arguments: object) -> subprocess.Popen:
-    command = [sys.executable, "-m", "vllama_jax", *map(str, arguments)]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+    files = fsspec.filesystem("s3")
+    files.mkdir("bucket")
+    yield found
+    files.rm("bucket", recursive=True)
+    files.clear_instance_cache()
+    found.server.shutdown()
+    thread.join()
 
 
 def run(*arguments: object) -> str:
-    process = start(*arguments)
-    output, errors = process.communicate()
-    assert process.returncode == 0, errors
-    return output
+    """Return the output of a command that succeeds."""
+    finished = run_vllama(*arguments)
+    assert finished.returncode == 0, finished.stderr
+    return finished.stdout
 
 
-def test_errors_of_buckets_and_credentials_are_one_line(bucket, tmp_path, monkeypatch):
-
-    assert expect_error_line("inspect", "s3://absent/model") == (
-        "s3://absent/model: not a model directory (the bucket does not exist); create one with `vllama convert`"
-    )
-    assert expect_error_line("data", "stats", "s3://bucket/absent").startswith(
-        "s3://bucket/absent: no such records directory; create it with `vllama data build"
-    )
-    for name in KEYS:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    fsspec.filesystem("s3").clear_instance_cache()
-    assert expect_error_line("inspect", "s3://bucket/model") == (
-        "s3://bucket/model: cannot be read (Unable to locate credentials)"
-    )
-    out = "s3://bucket/quantized"
-    assert (
-        expect_error_line("convert", tmp_path, "--out", out)
-        == f"{out}: cannot be written (Unable to locate credentials)"
-    )
+def start_train(config: Path, out: str) -> subprocess.Popen:
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    pipe = subprocess.PIPE
+    return subprocess.Popen([VLLAMA, "train", config, "--out", out], stdout=pipe, stderr=pipe, env=environment)
 
 
-@pytest.mark.slow
-def test_from_weights_to_answers_on_s3(bucket, tiny_files, clip, tmp_path):
-    """convert, data build, train with kill -9 in the middle of a save, resume, verify, chat: all on s3://."""
-    files = [f"--{kind.replace('_', '-')}={path}" for kind, path in tiny_files.items()]
-    model, records, out = (f"{bucket}/{name}" for name in ("model", "records", "run"))
-    run("convert", *files, "--out", model)
-    assert "all as they were written" in run("verify", model)
+def tiny_config(folder: Path, model: object, records: object, steps: int, save_interval: int = 1) -> Path:
+    """Write a short run config."""
+    checkpoint = CheckpointConfig(save_interval_steps=save_interval, max_to_keep=3)
+    config = config_of(model, records, steps=steps, checkpoint=checkpoint, remat_policy="none")
+    return write_config(folder / "config.py", config)
+
+
+def metrics_steps(out: str) -> list[int]:
+    return [json.loads(line)["step"] for line in (as_path(out) / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("bucket", "removed", "reason"),
+    [
+        ("s3://absent", (), "the bucket does not exist"),
+        ("s3://bucket", KEYS, "Unable to locate credentials"),
+        ("nowhere://bucket", (), "unknown scheme nowhere://; use a local path, or a URL such as gs:// or s3://"),
+    ],
+    ids=["bucket", "credentials", "scheme"],
+)
+def test_an_unusable_store_is_one_line(
+    store, tiny_model, image_records, clip, tmp_path, monkeypatch, bucket, removed, reason
+):
+    """Exit code 1, one line with the URL and the reason, and no file in the working directory."""
+    (tmp_path / "reads").mkdir()
+    reads = tiny_config(tmp_path / "reads", tiny_model, f"{bucket}/records", steps=1)
+    config = tiny_config(tmp_path, tiny_model, image_records, steps=1)
     source = write_files(tmp_path / "files", videos=0)
-    run("data", "build", "jsonl", "--source", source, "--out", records)
-    assert (as_path(records) / "manifest.json").exists()
-    config = config_of(
-        model,
-        records,
-        steps=400,
-        checkpoint=CheckpointConfig(save_interval_steps=1, max_to_keep=3),
-        remat_policy="none",
-    )
-    settings = write_config(tmp_path / "config.py", config)
-    process = start("train", settings, "--out", out)
-    deadline = time.monotonic() + 1200
-    while not list_checkpoint_steps(as_path(out)) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGKILL)  # a step is saved all the time: most likely in the middle of a save
-    process.communicate()
-    saved = list_checkpoint_steps(as_path(out))
-    assert saved, "no checkpoint before the process was killed"
-    lease = as_path(out) / ".lease.json"
-    fields = json.loads(lease.read_text())
-    lease.write_bytes(json.dumps({**fields, "renewed": fields["renewed"] - 3600}).encode())  # do not wait for it
-    last = saved[-1] + 2
-    settings.write_text(settings.read_text().replace("steps=400", f"steps={last}"))
-    refused = start("train", settings, "--out", out)
-    assert "another config" in refused.communicate()[1]
-    stored = json.loads((as_path(out) / "config.json").read_text())
-    stored["run"]["steps"] = last
-    (as_path(out) / "config.json").write_bytes(json.dumps(stored).encode())
-    run("train", settings, "--out", out)
-    assert list_checkpoint_steps(as_path(out))[-1] == last
-    lines = (as_path(out) / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == list(range(1, last + 1))
-    assert not lease.exists()
-    assert "all as they were saved" in run("verify", out)
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in removed:
+        monkeypatch.delenv(name)
+    commands = [
+        ("inspect", f"{bucket}/model"),
+        ("chat", clip, "What?", "--model", f"{bucket}/model"),
+        ("data", "stats", f"{bucket}/records"),
+        ("convert", "--base", tiny_model, "--without", "video_qformer", "--out", f"{bucket}/model"),
+        ("data", "build", "jsonl", "--source", source, "--out", f"{bucket}/records"),
+        ("features", config, "--out", f"{bucket}/features"),
+        ("train", config, "--out", f"{bucket}/run"),
+        ("train", reads, "--out", tmp_path / "run"),
+    ]
+    for command in commands:
+        finished = run_vllama(*command)
+        url = next(str(argument) for argument in (*command, f"{bucket}/records") if str(argument).startswith(bucket))
+        assert finished.returncode == 1, command
+        assert finished.stdout == "", command
+        (line,) = finished.stderr.splitlines()
+        assert line.startswith(f"vllama: {url}"), command
+        assert reason in line, command
+    assert not list(Path.cwd().iterdir())
+
+
+def test_from_weights_to_answers(store, tiny_files, clip, tmp_path):
+    """convert, verify, data build, train, resume, features, quantize and chat, all with paths on s3://."""
+    files = [f"--{kind.replace('_', '-')}={path}" for kind, path in tiny_files.items()]
+    model, records, out = "s3://bucket/model", "s3://bucket/records", "s3://bucket/run"
+    run("convert", *files, "--out", model)
+    assert run("verify", model).endswith("intact\n")
+    run("data", "build", "jsonl", "--source", write_files(tmp_path / "files", videos=0), "--out", records)
+    run("data", "check", records)
+    config = tiny_config(tmp_path, model, records, steps=2, save_interval=2)
+    run("train", config, "--out", out)
+    assert list_checkpoint_steps(as_path(out)) == [2]
+    assert metrics_steps(out) == [1, 2]
+    assert run("verify", out).endswith("intact\n")
     answer = json.loads(run("chat", clip, "What?", "--model", out, "--max-new-tokens", 2, "--json"))
     assert answer["tokens"]
-    assert not Path("s3:").exists()
+    run("quantize", out, "--out", "s3://bucket/int8")
+    assert run("verify", "s3://bucket/int8").endswith("intact\n")
+    run("features", config, "--out", "s3://bucket/features")
+    run("train", config, "--data.feature-cache", "s3://bucket/features", "--out", "s3://bucket/cached")
+    assert metrics_steps("s3://bucket/cached") == [1, 2]
+
+
+def test_a_run_that_is_killed_while_it_saves_is_resumed(store, tiny_model, image_records, tmp_path):
+    """SIGKILL when the second checkpoint has its weights and none of its moments."""
+    config, out = tiny_config(tmp_path, tiny_model, image_records, steps=4), "s3://bucket/run"
+    process = start_train(config, out)
+
+    def kill_in_second_save(method: str, path: str) -> None:
+        if method == "PUT" and path.startswith("/bucket/run/step_2/moments/"):
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+
+    store.watch = kill_in_second_save
+    _, errors = process.communicate()
+    store.watch = lambda method, path: None
+    assert process.returncode == -signal.SIGKILL, errors
+    assert list_checkpoint_steps(as_path(out)) == [1]
+    assert (as_path(out) / "step_2/weights/_METADATA").exists(), "the save had started"
+    lease = as_path(out) / ".lease.json"
+    fields = json.loads(lease.read_text())
+    lease.write_bytes(json.dumps({**fields, "renewed": fields["renewed"] - 3600}).encode())  # do not wait for 60 s
+    run("train", config, "--out", out)
+    assert list_checkpoint_steps(as_path(out)) == [2, 3, 4]
+    assert metrics_steps(out) == [1, 2, 3, 4]
+    assert run("verify", out).endswith("intact\n")
+    assert not lease.exists()
+
+
+def test_a_second_run_into_a_directory_is_refused(store, tiny_model, image_records, tmp_path):
+    """The first run stands still in its first save, and still renews its lease."""
+    config, out = tiny_config(tmp_path, tiny_model, image_records, steps=2), "s3://bucket/run"
+    reached, released = threading.Event(), threading.Event()
+
+    def hold_first_save(method: str, path: str) -> None:
+        if method == "PUT" and path.startswith("/bucket/run/step_1/"):
+            reached.set()
+            released.wait()
+
+    store.watch = hold_first_save
+    first = start_train(config, out)
+    try:
+        assert reached.wait(120)
+        second = run_vllama("train", config, "--out", out)
+    finally:
+        released.set()
+        _, errors = first.communicate()
+    assert second.returncode == 1
+    assert second.stderr.splitlines()[-1] == (
+        f"vllama: {out}: another process is training into it; wait for that one, or choose another --out"
+    )
+    assert first.returncode == 0, errors
+    assert metrics_steps(out) == [1, 2]

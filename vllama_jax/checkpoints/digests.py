@@ -9,7 +9,7 @@ import concurrent.futures
 import dataclasses
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from vllama_jax.config import from_dict
@@ -144,10 +144,14 @@ def check_digests(
     if not expected:
         raise CheckpointError(f"{checkpoint / DIGESTS}: lists no file of {subfolder or 'the checkpoint'}")
     paths = [checkpoint / name for name in expected]
-    sizes = (_check_size(path, file.size) for path, file in zip(paths, expected.values(), strict=True))
-    if problems := [f"{path}: {problem}" for path, problem in zip(paths, sizes, strict=True) if problem]:
-        raise _corruption_error(problems)
     try:
+        listed = checkpoint.file_sizes() if is_store_path(checkpoint) else None  # one request, not one for each file
+        if problems := [
+            f"{checkpoint / name}: {problem}"
+            for name, file in expected.items()
+            if (problem := _check_size(checkpoint, name, file.size, listed))
+        ]:
+            raise _corruption_error(problems)
         hashes = _hash_all(paths, progress)
     except OSError as error:
         raise CheckpointError(f"{error.filename or checkpoint}: cannot be read ({error.strerror or error})") from error
@@ -175,10 +179,13 @@ def check_checkpoint(checkpoint: Path, subfolder: str = "") -> bool:
     return digests is not None
 
 
-def _check_size(path: Path, size: int) -> str:
-    """Return what is wrong with the type or size of a file; "" if nothing is."""
+def _check_size(checkpoint: Path, name: str, size: int, listed: Mapping[str, int] | None) -> str:
+    """Return what is wrong with the type or size of a file; "" if nothing is. `listed` has sizes on an object store."""
+    if listed is not None:
+        found = listed.get(name)
+        return "" if found == size else "missing" if found is None else f"has {found} bytes instead of {size}"
     try:
-        status = path.stat()
+        status = (checkpoint / name).stat()
     except (OSError, ValueError) as error:  # ValueError: digests.json has a name that no file can have
         return getattr(error, "strerror", None) or str(error)
     if not stat.S_ISREG(status.st_mode):

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401  (registers "bfloat16" with numpy)
@@ -73,18 +73,26 @@ class _Piece:
         return np.lib.stride_tricks.as_strided(np.frombuffer(content, dtype), self.shape, self.strides, writeable=False)
 
 
-def open_arrays(directory: StorePath) -> dict[str, StoredArray]:
-    """Find which arrays a directory contains.
+def open_arrays(directory: StorePath, paths: Iterable[str] | None = None) -> dict[str, StoredArray]:
+    """Open arrays of a directory.
+
+    Args:
+        directory: The directory of arrays.
+        paths: Their paths, such as "video_qformer/queries"; by default all arrays are listed and opened.
 
     Returns:
-        The arrays by path ("video_qformer/queries").
+        The arrays by path.
 
     Raises:
-        CheckpointError: The store cannot be read, or a .zarray is not of the layout that this package writes.
+        CheckpointError: An array is missing, the store cannot be read, or a .zarray is not of the layout that this
+            package writes.
     """
     try:
-        names = [name.removesuffix("/.zarray") for name in directory.file_sizes() if name.endswith("/.zarray")]
-        texts = read_files([directory / name / ".zarray" for name in names])
+        if paths is None:
+            names = [name.removesuffix("/.zarray") for name in directory.file_sizes() if name.endswith("/.zarray")]
+        else:
+            names = [path.replace("/", ".") for path in paths]
+        texts = read_files(directory / name / ".zarray" for name in names)
     except OSError as error:
         raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
     return {name.replace(".", "/"): _parse(directory / name, text) for name, text in zip(names, texts, strict=True)}
@@ -116,11 +124,12 @@ def read_arrays(directory: StorePath, wanted: "Mapping[str, jax.ShapeDtypeStruct
     Raises:
         CheckpointError: An array is missing or has another shape, or the store cannot be read.
     """
-    stored = open_arrays(directory)
+    stored = open_arrays(directory, wanted)
     for path, leaf in wanted.items():
-        if path not in stored or stored[path].shape != tuple(leaf.shape):
-            found = f"of shape {list(stored[path].shape)}" if path in stored else "missing"
-            raise CheckpointError(f"{directory}: {path} is {found}; {list(leaf.shape)} is expected")
+        if stored[path].shape != tuple(leaf.shape):
+            raise CheckpointError(
+                f"{directory}: {path} has shape {list(stored[path].shape)}; {list(leaf.shape)} is expected"
+            )
     read: dict[str, jax.Array] = {}
     for batch in _batches(wanted, stored):
         try:
