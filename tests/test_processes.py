@@ -7,13 +7,15 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -21,10 +23,14 @@ from train_fixtures import config_of, worker_processes, write_config
 
 from vllama_jax.checkpoints.directory import list_checkpoint_steps
 from vllama_jax.data.config import DataConfig
+from vllama_jax.errors import ConfigError
 from vllama_jax.train.config import CheckpointConfig
+from vllama_jax.train.processes import _print, join_processes
 from vllama_jax.train.relay import Relay
 
 SLOW = pytest.mark.slow
+FIRST, SECOND = (f"process {number} of 2 ({socket.gethostname()})" for number in (0, 1))
+EMPTY: Mapping[int, Sequence[object]] = types.MappingProxyType({})
 VLLAMA = str(Path(sys.executable).with_name("vllama"))
 WITHIN = 60  # seconds between the ends of the two processes
 PREPARE = """
@@ -52,17 +58,33 @@ def config(tmp_path_factory, tiny_model, records) -> Path:
 
 
 @contextlib.contextmanager
-def started(*arguments: object) -> Iterator[list[subprocess.Popen]]:
-    """Start two processes of a Slurm job on this machine."""
+def started(
+    *arguments: object,
+    count: int = 2,
+    devices: int = 1,
+    arguments_of: Mapping[int, Sequence[object]] = EMPTY,
+    slurm: bool = True,
+) -> Iterator[list[subprocess.Popen]]:
+    """Start processes of a job on this machine.
+
+    Args:
+        *arguments: Arguments of `vllama`, without `--distributed`.
+        count: The number of processes.
+        devices: The number of devices of each process.
+        arguments_of: More arguments of some of the processes, by number.
+        slurm: Set the variables that `srun` sets, instead of those for plain machines.
+    """
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    slurm = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
+    slurm_job = {"SLURM_JOB_ID": "1", "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": f"{count}"}
+    plain_job = {"JAX_COORDINATOR_ADDRESS": f"localhost:{port}", "JAX_NUM_PROCESSES": f"{count}"}
     processes = []
-    for number in (0, 1):
-        place = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number), "JAX_COORDINATOR_PORT": str(port)}
-        settings = {"JAX_NUM_CPU_DEVICES": "1", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-        environment = {**os.environ, **slurm, **place, **settings}
-        command = [VLLAMA, *map(str, arguments), "--distributed"]
+    for number in range(count):
+        slurm_place = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number), "JAX_COORDINATOR_PORT": str(port)}
+        place = slurm_job | slurm_place if slurm else plain_job | {"JAX_PROCESS_ID": str(number)}
+        settings = {"JAX_NUM_CPU_DEVICES": f"{devices}", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
+        environment = {**os.environ, **place, **settings}
+        command = [VLLAMA, *map(str, [*arguments, "--distributed", *arguments_of.get(number, ())])]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:
         yield processes
@@ -119,8 +141,9 @@ def test_a_signal_saves_all_processes_at_one_step(config, tmp_path, number, outp
     assert saved < 90_000
     last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
     assert last == saved
+    assert f"saved at step {saved};" in results[0][1]
+    assert "saved at" not in results[1][1], "one process reports the progress"
     for _, text in results:
-        assert f"saved at step {saved};" in text
         assert "Traceback" not in text
 
 
@@ -139,16 +162,16 @@ def test_a_killed_process_ends_the_other_with_a_one_line_error(config, tmp_path,
 
 @SLOW
 @pytest.mark.parametrize(
-    ("failing", "problem", "own", "others"),
+    ("failing", "problem", "own", "line"),
     [
-        (0, "raise DataError('records: gone')", "vllama: records: gone", "failed: records: gone; see its output"),
-        (1, "raise DataError('records: gone')", "vllama: records: gone", "failed: records: gone; see its output"),
-        (1, "raise ValueError('a\\nbug')", "ValueError: a", "failed: ValueError: a bug; see its output"),
-        (0, "sys.exit(1)", "", "failed: SystemExit: 1; see its output"),
+        (0, "raise DataError('records: gone')", "", "vllama: records: gone"),
+        (1, "raise DataError('records: gone')", "", f"vllama: {SECOND}: records: gone"),
+        (1, "raise ValueError('a\\nbug')", "ValueError: a", f"vllama: {SECOND}: ValueError: a bug; see its output"),
+        (0, "sys.exit(1)", "", f"vllama: {FIRST} ended by SystemExit(1); see its output"),
     ],
     ids=["error in 0", "error in 1", "bug in 1", "exit of 0"],
 )
-def test_an_error_in_one_process_ends_both(config, tmp_path, failing, problem, own, others):
+def test_an_error_in_one_process_ends_both(config, tmp_path, failing, problem, own, line):
     broken = tmp_path / "config.py"
     broken.write_text(
         f"{config.read_text()}\nimport os, sys\nfrom vllama_jax.errors import DataError\n"
@@ -156,13 +179,48 @@ def test_an_error_in_one_process_ends_both(config, tmp_path, failing, problem, o
         "    return config\n"
     )
     with started("train", broken, "--out", tmp_path / "run") as processes:
-        codes_and_texts = [
-            (process.wait(timeout=200), process.communicate()[1])
-            for process in (processes[failing], processes[1 - failing])
-        ]
-    (code, text), (other_code, other_text) = codes_and_texts
-    assert (code, own in text) == (1, True)
-    assert_one_line(other_code, other_text, f"vllama: process {failing} of 2 {others}")
+        results = [(process.wait(timeout=200), process.communicate()[1]) for process in processes]
+    (code, text), (other_code, other_text) = results[failing], results[1 - failing]
+    assert_one_line(other_code, other_text, line)
+    if "DataError" in problem:
+        assert_one_line(code, text, line)
+        assert text.splitlines()[-1] == other_text.splitlines()[-1]
+    else:
+        assert (code, own in text) == (1, True)
+
+
+@SLOW
+def test_processes_on_plain_machines_find_each_other(config, tmp_path):
+    options = {1: ["--seed", 5]}  # they compare their configs, and end
+    with started("train", config, "--out", tmp_path / "run", arguments_of=options, slurm=False) as processes:
+        results = [(process.wait(timeout=200), process.communicate()[1]) for process in processes]
+    for code, text in results:
+        assert_one_line(code, text, f"vllama: {SECOND}: another config than process 0 (seed 5, process 0: 0); start")
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"JAX_PROCESS_ID": "one"}, "JAX_PROCESS_ID is 'one': must be a number"),
+        ({"JAX_NUM_PROCESSES": "2"}, "process 2 of 2 with coordinator node0:1234 is not possible"),
+        ({"JAX_NUM_PROCESSES": "4", "JAX_COORDINATOR_ADDRESS": "node0"}, "the coordinator is HOST:PORT"),
+    ],
+)
+def test_impossible_variables_are_refused(monkeypatch, variables, message):
+    given = {"JAX_COORDINATOR_ADDRESS": "node0:1234", "JAX_PROCESS_ID": "2"} | variables
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=re.escape(message)), join_processes(True, preemption=False):
+        pass
+
+
+def test_a_closed_stderr_does_not_keep_a_process_alive(monkeypatch):
+    """The thread that ends the process prints the failure first."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(os, "write", lambda _, data, write=os.write: write(writing, data))
+    _print("process 1 of 2 (node7) was lost")
+    os.close(writing)
 
 
 @SLOW

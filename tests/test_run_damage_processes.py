@@ -75,7 +75,7 @@ def test_both_processes_restore_the_previous_checkpoint(saved, tmp_path):
     corrupt(run / "step_4")
     first, second = restored_by_two(run, 9933)
     assert first.startswith(f"refused {run}: none of the 1 checkpoints can be read")
-    assert second == f"refused {run}: the first process found no checkpoint to resume from"
+    assert second == first
     assert (run / "step_4").is_dir()
 
 

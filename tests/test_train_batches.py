@@ -15,6 +15,7 @@ from vllama_jax.data.annotation import Annotation
 from vllama_jax.data.config import DataConfig, DatasetConfig, TextConfig
 from vllama_jax.data.pipeline import BatchReader, DecodedMedia
 from vllama_jax.data.sampling import Rows, Stream
+from vllama_jax.data.tokenization import extend_padding
 from vllama_jax.errors import MediaError
 from vllama_jax.media import frame_indices
 from vllama_jax.media.augment import random_crop_box
@@ -140,14 +141,17 @@ def decoded(monkeypatch) -> dict[str, tuple[float, ...]]:
     return given
 
 
-def test_every_host_pads_to_the_longest_text_of_the_global_batch(decoded):
+def test_rows_extended_to_the_longest_text_equal_those_of_one_host(decoded):
     rows = Rows(stream_of(answers=("a", "a much longer answer"), text=CONVERSATION), [(0, 0), (1, 0)])
     short, long, both = (reader_of(mine).read(rows).arrays for mine in ([0], [1], [0, 1]))
     (length,) = long["length"]
+    assert short["ids"].shape[1] < length
+    short = extend_padding(short, length)
     assert {arrays["ids"].shape[1] for arrays in (short, long, both)} == {length}
     assert short["length"][0] == length - len("a much longer answer") + len("a")
     for name, array in both.items():
         np.testing.assert_array_equal(array, np.concatenate([short[name], long[name]]))
+        assert array.dtype == short[name].dtype
 
 
 def test_video_batches_are_padded_for_the_longest_timestamps(decoded):

@@ -4,7 +4,13 @@ from collections.abc import Iterable
 
 
 class VllamaError(Exception):
-    """Base class of the errors that invalid input causes. The command line prints the message and exits with code 1."""
+    """Base class of the errors that invalid input causes. The command line prints the message and exits with code 1.
+
+    Attributes:
+        in_all_processes: Whether all processes of a job raise this error (`vllama_jax.runtime.coordination`).
+    """
+
+    in_all_processes = False
 
 
 class MediaError(VllamaError):

@@ -3,9 +3,15 @@
 import contextlib
 import logging
 import os
+import shlex
+import socket
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+
+from vllama_jax.io.atomic import ensure_directory
+from vllama_jax.runtime.coordination import describe_process
 
 
 class _StderrHandler(logging.Handler):
@@ -32,5 +38,25 @@ def configure_logging() -> Iterator[None]:
                     warnings.simplefilter("ignore", category)
             yield
     finally:
-        logging.getLogger("vllama_jax").removeHandler(package)
+        for handler in logging.getLogger("vllama_jax").handlers[:]:
+            logging.getLogger("vllama_jax").removeHandler(handler)
+            handler.close()
+        logging.getLogger("vllama_jax").setLevel(logging.NOTSET)
         logging.getLogger().removeHandler(root)
+
+
+def log_to_file(directory: Path, process: int, num_processes: int) -> None:
+    """Append everything that this process reports to `directory`/process_N.log, with times, until the command ends.
+
+    Args:
+        directory: The directory, which is created if it does not exist. It may be local to each host.
+        process: The number of this process.
+        num_processes: The number of processes of the job.
+    """
+    ensure_directory(directory)
+    handler = logging.FileHandler(directory / f"process_{process}.log")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    package = logging.getLogger("vllama_jax")
+    package.addHandler(handler)
+    package.setLevel(logging.INFO)
+    package.info(f"{describe_process(process, num_processes, socket.gethostname())}: {shlex.join(sys.argv)}")

@@ -4,9 +4,10 @@ On a terminal the progress is a bar. Elsewhere, as in a log file, it is a line f
 30 seconds.
 """
 
+import contextlib
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 from rich.console import Console
@@ -14,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from vllama_jax.branches import get_component
-from vllama_jax.train.reporter import step_summary
+from vllama_jax.train.reporter import PrintReporter, Reporter, Reporters, log_line, step_summary
 from vllama_jax.train.smoothing import SmoothedMean, default_smoothing
 
 LOG_INTERVAL = 30.0  # seconds
@@ -101,6 +102,23 @@ class TrainingDisplay:
             self.show_message(
                 f"{metrics['step']}/{self._steps} steps  {summary}  {_format_duration(remaining * seconds)} left"
             )
+
+
+@contextlib.contextmanager
+def show_training(steps: int, process: int, *, verbose: bool = False) -> Iterator[Reporter]:
+    """Yield the reporter of a process: every process writes to the log, and only process 0 to the terminal.
+
+    Args:
+        steps: The number of steps of the run.
+        process: The number of the process.
+        verbose: List every trainable parameter.
+    """
+    log = PrintReporter(steps, write=log_line)
+    if process:
+        yield log
+        return
+    with TrainingDisplay(steps, verbose=verbose) as display:
+        yield Reporters(display, log)
 
 
 def _shorten_summary(summary: str, width: int) -> str:

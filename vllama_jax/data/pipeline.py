@@ -1,8 +1,8 @@
 """Convert records to batches: tokenize texts, decode and crop media, pad, in order and ahead of the training step.
 
-Every host reads the texts of the whole global batch, to know the length that all rows are padded to, and the media of
-its own rows. Reading runs ahead of the step in threads (io/prefetch.py) or worker processes (workers.py). An unusable
-example keeps its row, without labels, so that the order of records stays the same on all hosts.
+Every host reads its own rows, and pads them to the length that they need. `train/batch_exchange.py` extends them to the
+length of the global batch. Reading runs ahead of the step in threads (io/prefetch.py) or worker processes (workers.py).
+An unusable example keeps its row, without labels, so that the order of records stays the same on all hosts.
 """
 
 import concurrent.futures
@@ -41,12 +41,19 @@ class HostBatch:
         names: The media file of each row, as its annotation names it.
         problems: Reasons why rows are masked, by row.
         frames: Number of frames read, including those in cached features.
+        remote_problems: (media file, reason) of the masked rows of other hosts. Only process 0 has them.
     """
 
     arrays: dict[str, np.ndarray]
     names: list[str]
     problems: dict[int, str]
     frames: int
+    remote_problems: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def masked(self) -> list[tuple[str, str]]:
+        """(media file, reason) of each masked row: of this host's rows, and in process 0 of all rows."""
+        return [*((self.names[row], why) for row, why in self.problems.items()), *self.remote_problems]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +104,12 @@ class BatchReader:
         return self.read(self.sampler.rows(step))
 
     def read(self, rows: Rows) -> HostBatch:
-        """Read this host's rows of a global batch."""
+        """Read this host's rows of a global batch, padded to the length that these rows need."""
         stream = rows.stream
-        longest = max(
-            len(self._encode_text(stream, *example, self._longest_timestamps(stream)).ids) for example in rows.examples
-        )
         examples = [rows.examples[row] for row in self.rows]
+        longest = max(
+            len(self._encode_text(stream, *example, self._longest_timestamps(stream)).ids) for example in examples
+        )
         decoded = self.decode_all(stream, examples)
         texts = [
             self._encode_text(stream, *example, item.timestamps)
@@ -234,7 +241,11 @@ class BatchReader:
 
 
 def prefetch_batches(
-    reader: Callable[[int], Any], first: int, last: int, cfg: DataConfig
+    reader: Callable[[int], Any],
+    first: int,
+    last: int,
+    cfg: DataConfig,
+    finish: Callable[[int, Callable[[], Any]], Any] = lambda step, read: read(),
 ) -> Generator[Any, None, None]:
     """Read the batches of steps `first` to `last` - 1 ahead of time, in threads or worker processes.
 
@@ -245,16 +256,22 @@ def prefetch_batches(
         first: The first step.
         last: The step after the last one.
         cfg: Numbers of worker processes and of batches to prefetch.
+        finish: Called in threads of this process with the number of a step and a function that returns the result of
+            `reader`, such as `BatchExchange.read`. It returns the final result.
 
     Yields:
-        The results of `reader`, in order.
+        The results of `finish`, in order.
 
     Raises:
         VllamaError: A worker process ended.
     """
     if cfg.num_workers:
-        return map_in_processes(reader, range(first, last), cfg.num_workers, cfg.prefetch)
-    return map_in_order(reader, range(first, last), cfg.prefetch + 1)  # the caller waits for one of them
+        return map_in_processes(reader, range(first, last), cfg.num_workers, cfg.prefetch, finish)
+
+    def read(step: int) -> Any:
+        return finish(step, lambda: reader(step))
+
+    return map_in_order(read, range(first, last), cfg.prefetch + 1)  # the caller waits for one of them
 
 
 @functools.cache

@@ -1,6 +1,6 @@
 """Convert the texts of records to the arrays of a batch: token ids, placeholders and labels, padded to one length."""
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -85,6 +85,23 @@ def pad_texts(
             arrays["positions"][row, : len(labeled)] = labeled - 1
             arrays["targets"][row, : len(labeled)] = text.labels[labeled]
     return arrays
+
+
+def extend_padding(arrays: Mapping[str, np.ndarray], length: int) -> dict[str, np.ndarray]:
+    """Pad the texts of a batch to a greater length, with the result of `pad_texts` for that length.
+
+    Args:
+        arrays: The arrays of a batch: those of `pad_texts`, and others, which stay the same.
+        length: The padded length, in tokens, at least that of the arrays.
+    """
+    more = length - arrays["ids"].shape[1]
+    if not more:
+        return dict(arrays)
+    fill = {"ids": 0, "is_media": False, "positions": 0, "targets": -1}
+    return {
+        name: np.pad(array, ((0, 0), (0, more)), constant_values=fill[name]) if name in fill else array
+        for name, array in arrays.items()
+    }
 
 
 def padded_length(longest: int, lengths: Sequence[int]) -> int:

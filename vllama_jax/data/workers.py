@@ -25,14 +25,18 @@ Result = TypeVar("Result")
 
 
 def map_in_processes(
-    function: Callable[[Item], Result], items: Sequence[Item], processes: int, ahead: int = 2
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    processes: int,
+    ahead: int = 2,
+    finish: Callable[[Item, Callable[[], Result]], Result] = lambda item, receive: receive(),
 ) -> Generator[Result, None, None]:
     """Yield `function(item)` for each item, in order, from workers that end with this generator.
 
     See `WorkerPool.map` for arguments and errors.
     """
     with WorkerPool(processes) as workers:
-        yield from workers.map(function, items, ahead)
+        yield from workers.map(function, items, ahead, finish)
 
 
 class WorkerPool:
@@ -57,7 +61,11 @@ class WorkerPool:
             worker.wait()
 
     def map(
-        self, function: Callable[[Item], Result], items: Sequence[Item], ahead: int = 2
+        self,
+        function: Callable[[Item], Result],
+        items: Sequence[Item],
+        ahead: int = 2,
+        finish: Callable[[Item, Callable[[], Result]], Result] = lambda item, receive: receive(),
     ) -> Generator[Result, None, None]:
         """Yield `function(item)` for each item, in order.
 
@@ -66,9 +74,11 @@ class WorkerPool:
             items: Distributed over the workers in turn.
             ahead: Maximum number of results of each worker that are being computed or ready: one in this process, and
                 the others (at least one) in the worker, which computes them in threads.
+            finish: Called in threads of this process with an item and a function that receives its result. It returns
+                the final result.
 
         Yields:
-            The results.
+            The final results.
 
         Raises:
             VllamaError: A worker ended early, or `function` raised an error.
@@ -80,7 +90,7 @@ class WorkerPool:
 
         def receive(number: int) -> Result:
             try:
-                return workers[number % len(workers)].receive()
+                return finish(items[number], workers[number % len(workers)].receive)
             except VllamaError as error:
                 problems.append(error)
                 for worker in workers:  # so that the threads that wait for the others end

@@ -68,7 +68,7 @@ def train(
         config: The run config.
         out: The run directory. It is created if it does not exist. `vllama_jax.load` loads the trained model from it.
         base: The base model directory, if it is no longer at `config.model`.
-        reporter: Reports progress. The default is a `PrintReporter`, which prints to stderr.
+        reporter: Reports progress. The default is a `PrintReporter`, which prints to stderr in process 0 only.
         loss: A function (network, batch, config, dropout) → (sum, count), traced by `jax.jit`. Sum and count are added
             up over the batch and then divided. The default is `loss_sum`, the cross-entropy of labeled tokens. The
             validation loss uses the same function.
@@ -104,11 +104,12 @@ def train(
     """
     from vllama_jax.io.paths import as_path
     from vllama_jax.runtime.compilation_cache import enable_compilation_cache
+    from vllama_jax.runtime.coordination import process_number
     from vllama_jax.train import loop
-    from vllama_jax.train.reporter import PrintReporter
+    from vllama_jax.train.reporter import PrintReporter, log_line, print_line
 
     enable_compilation_cache()
-    reporter = reporter or PrintReporter(config.steps)
+    reporter = reporter or PrintReporter(config.steps, write=log_line if process_number() else print_line)
     return loop.train(config, as_path(out), reporter, str(base), loss=loss, optimizer=optimizer)
 
 

@@ -17,10 +17,14 @@ from vllama_jax.data.pipeline import HostBatch, prefetch_batches
 from vllama_jax.errors import CheckpointError, VllamaError
 from vllama_jax.io.jsonl import JsonLinesFile
 from vllama_jax.memory.flops import peak_flops, step_flops
+from vllama_jax.runtime.compilation_cache import write_cache_on_every_host
+from vllama_jax.runtime.coordination import share_errors
 from vllama_jax.sharding import use_mesh
 from vllama_jax.train import setup
+from vllama_jax.train.batch_exchange import BatchExchange
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.custom import describe_custom
+from vllama_jax.train.hosts import check_same_job
 from vllama_jax.train.reporter import Reporter
 from vllama_jax.train.run_directory import Checkpoints, TensorBoardWriter, open_run
 from vllama_jax.train.setup import RunPlan
@@ -59,10 +63,16 @@ def train(
     optimizer: Optimizer | None = None,
 ) -> TrainResult:
     """Train, or resume a run. See `vllama_jax.train`, which calls this with a default reporter."""
-    plan = setup.plan_run(config, base)
+    check_same_job(config)
+    write_cache_on_every_host()
+    with share_errors():
+        plan = setup.plan_run(config, base)
     plan = dataclasses.replace(plan, loss=loss, optimizer=plan.optimizer if optimizer is None else optimizer)
     custom = describe_custom(loss, optimizer, plan.abstract_state.opt_state)
-    with open_run(out, config, plan.base, str(plan.dtype), plan.inputs, custom), use_mesh(plan.mesh):
+    with contextlib.ExitStack() as stack:
+        with share_errors():
+            stack.enter_context(open_run(out, config, plan.base, str(plan.dtype), plan.inputs, custom))
+        stack.enter_context(use_mesh(plan.mesh))
         checkpoints = open_checkpoints(out, config.checkpoint)
         state = checkpoints.restore(plan.abstract_state)
         if state is not None and int(state.step) >= config.steps:
@@ -103,8 +113,8 @@ class _Run:
         self.plan, self.out, self.reporter, self.checkpoints = plan, out, reporter, checkpoints
         self.config = plan.config
         self.metrics = JsonLinesFile(out / "metrics.jsonl")
-        process = jax.process_index()
-        self.quarantine = JsonLinesFile(out / ("quarantine.jsonl" if process == 0 else f"quarantine.{process}.jsonl"))
+        self.quarantine = JsonLinesFile(out / "quarantine.jsonl")
+        self.exchange = BatchExchange(plan.reader.rows)
         self.journals: list[JsonLinesFile | TensorBoardWriter] = [self.metrics, self.quarantine]
         self.masked: set[str] = set()
         self.last: dict[str, Any] = {}  # metrics of the last step
@@ -117,28 +127,35 @@ class _Run:
         """Run the steps from `start_step` to the last."""
         steps = self.config.steps
         validation = Validation(self.plan, self.out, self._report_masked)
-        quarantined = self.quarantine.truncate_after(start_step)
-        self.masked = {f"{line['dataset']}: {line['sample']}" for line in quarantined}
         if jax.process_index() == 0:
+            quarantined = self.quarantine.truncate_after(start_step)
+            self.masked = {f"{line['dataset']}: {line['sample']}" for line in quarantined}
             for journal in (self.metrics, validation.journal):
                 journal.truncate_after(start_step)
             self.journals.append(validation.journal)
             self.tensorboard = TensorBoardWriter(self.out / "tensorboard", start_step)
             self.journals.append(self.tensorboard)
         self.reporter.begin(start_step)
-        batch_reader = contextlib.closing(prefetch_batches(self.plan.reader, start_step, steps, self.config.data))
-        with self._finish_save_on_error(), catch_stop_signals() as requests, batch_reader as host_batches:
+        read = prefetch_batches(self.plan.reader, start_step, steps, self.config.data, self.exchange.read)
+        batch_reader = contextlib.closing(read)
+        with (
+            self._finish_save_on_error(),
+            catch_stop_signals() as requests,
+            batch_reader as host_batches,
+            contextlib.closing(self.exchange),
+        ):
             for number in range(start_step, steps):
                 wait_start = time.perf_counter()
                 batch = next(host_batches)
                 data_wait = time.perf_counter() - wait_start
                 arrays = setup.shard_batch(batch.arrays, self.plan)
                 program, compile_seconds = self._program(number + 1, state, frozen, arrays)
+                data_wait = 0.0 if compile_seconds else data_wait  # the step's clock started after both
+                self.exchange.report_wait(number, data_wait)
                 state, metrics = program(state, frozen, arrays)
                 requests.catch_interrupts()
                 self._finish_pending_step()
                 dataset = self.plan.reader.sampler.stream(number).dataset.path
-                data_wait = 0.0 if compile_seconds else data_wait  # the step's clock started after both
                 self.pending = _Pending(number + 1, metrics, batch, data_wait, dataset, compile_seconds)
                 stopping = requests.should_stop(number + 1)
                 if stopping or (number + 1) % self.config.checkpoint.save_interval_steps == 0 or number + 1 == steps:
@@ -171,9 +188,9 @@ class _Run:
         try:
             yield
         except VllamaError:
-            with contextlib.suppress(CheckpointError, OSError):
-                self._publish()
-                self.checkpoints.finish()
+            for complete in (self._publish, self.checkpoints.finish):
+                with contextlib.suppress(CheckpointError, OSError):
+                    complete()
             raise
 
     def _program(self, step: int, state: TrainState, frozen: Weights, batch: dict[str, Any]) -> tuple[Any, float]:
@@ -205,12 +222,13 @@ class _Run:
             raise VllamaError(self._describe_non_finite(pending, values))
         now = time.perf_counter()
         seconds, self.clock = now - self.clock, now
-        line = {"step": pending.number, **values, "dataset": pending.dataset, "masked": len(pending.batch.problems)}
+        data_wait = self.exchange.longest_wait(pending.number - 1, pending.data_wait)
+        line = {"step": pending.number, **values, "dataset": pending.dataset, "masked": len(pending.batch.masked)}
         line |= {
             "seconds": round(seconds, 4),
             "samples_per_second": round(self.config.batch_size / seconds, 3),
             "frames_per_second": round(pending.batch.frames * jax.process_count() / seconds, 3),
-            "waited_for_data": round(min(pending.data_wait / seconds, 1.0), 4),
+            "waited_for_data": round(min(data_wait / seconds, 1.0), 4),
         }
         if pending.compile_seconds:
             line["compile_seconds"] = round(pending.compile_seconds, 4)
@@ -227,12 +245,15 @@ class _Run:
         self.last = line
 
     def _report_masked(self, number: int, dataset: str, batch: HostBatch) -> None:
-        """Report the masked records of a batch and write them to quarantine.jsonl, each once in a run."""
-        for row, why in batch.problems.items():
-            name = f"{dataset}: {batch.names[row]}"
+        """Report the masked records of a batch and write them to quarantine.jsonl, each once in a run, in process 0.
+
+        Other processes send them to process 0 (`BatchExchange`), so that they need no access to the run directory.
+        """
+        for record, why in batch.masked if jax.process_index() == 0 else ():
+            name = f"{dataset}: {record}"
             if name not in self.masked:
                 self.masked.add(name)
-                self.quarantine.add({"step": number, "dataset": dataset, "sample": batch.names[row], "why": why})
+                self.quarantine.add({"step": number, "dataset": dataset, "sample": record, "why": why})
                 self.reporter.show_message(f"{name} is masked: {why}")
 
     def _describe_non_finite(self, pending: _Pending, values: dict[str, float]) -> str:

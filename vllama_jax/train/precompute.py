@@ -40,6 +40,7 @@ from vllama_jax.io.paths import is_store_path
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.feature_settings import compare_settings, describe_features
+from vllama_jax.train.hosts import check_same_job
 from vllama_jax.train.state import AbstractModel, Weights, keep_components
 from vllama_jax.train.step import compute_dtype, run_encoders
 
@@ -163,6 +164,7 @@ def precompute_features(
         DataError: `out` cannot be written, or none of the records can be decoded.
         CheckpointError: The model cannot be read.
     """
+    check_same_job(config)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, variants=config.data.variants or 1))
     _check_out(out)
     directory = open_model(base or config.model)

@@ -2,12 +2,13 @@
 
 Each process writes a heartbeat to the key-value store that JAX keeps in process 0. Process 0 declares a process lost if
 its heartbeat has not changed for HEARTBEAT_TIMEOUT seconds. The other processes detect the loss of process 0 by their
-connection to it. The failure is written to the store too. Every process reads it, prints the same line and ends, even
-if it waits in a computation for the lost process. JAX's own checks take 100 seconds and end a process from C++ with a
-stack trace.
+connection to it. The first failure is written to the store too. Every process reads it, prints the same line and ends,
+even if it waits in a computation for the lost process. JAX's own checks take 100 seconds and end a process from C++
+with a stack trace.
 """
 
 import contextlib
+import logging
 import os
 import re
 import socket
@@ -18,11 +19,21 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
-from vllama_jax.errors import ConfigError, VllamaError, format_os_error
+from vllama_jax.errors import ConfigError, VllamaError
+from vllama_jax.runtime.coordination import (
+    describe_process,
+    find_store,
+    pack_error,
+    process_number,
+    share_errors,
+    unpack_error,
+)
 from vllama_jax.runtime.interrupts import EXIT_CODE, SavedInterrupt, exit_now
 from vllama_jax.train.relay import Relay
 
 Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
 
 STOP_CHECK_SECONDS = 1.0
 HEARTBEAT_TIMEOUT = 25.0  # seconds; a busy host can delay a thread by some
@@ -33,14 +44,19 @@ END_TIMEOUT = 7 * 24 * 3600  # seconds that the first process to finish waits fo
 STATUS = re.compile(
     r"(UNKNOWN|INTERNAL|UNAVAILABLE|ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|DATA_LOSS): "
 )
+RESTART_HINT = "; see its output, and run all processes again to resume"
 HEARTBEATS, FAILURES, ACKNOWLEDGED = "vllama/alive", "vllama/failed", "vllama/read"  # folders of the store
 
 
 @contextlib.contextmanager
 def join_processes(distributed: bool, *, preemption: bool) -> Iterator[None]:
-    """Run the body as one of several processes if `distributed`. JAX detects the others.
+    """Run the body as one of several processes if `distributed`.
 
-    If the body fails in one process, all processes end. The process that failed prints its own error and exits.
+    JAX detects the others under Slurm, Open MPI and Kubernetes, and on TPU pods. Elsewhere the environment variables
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID describe the job.
+
+    If the body fails in one process, all processes print the same line and end with exit code 1. For an error that is
+    not a `VllamaError`, the process that failed prints the traceback instead.
 
     Args:
         distributed: Whether there are several processes. Otherwise this does nothing.
@@ -66,18 +82,21 @@ def join_processes(distributed: bool, *, preemption: bool) -> Iterator[None]:
 
 
 def call_on_process_zero_first(make: Callable[[], Result]) -> Result:
-    """Call `make` in process 0, and then in the other processes, which find the files that process 0 made."""
+    """Call `make` in process 0, and then in the other processes, which find the files that process 0 made.
+
+    Raises:
+        VllamaError: `make` failed in a process. All processes raise the same error.
+    """
+    if find_store() is None:
+        return make()
     import jax
 
-    if jax.process_count() == 1:
-        return make()
-    from jax.experimental import multihost_utils
-
-    first = jax.process_index() == 0
-    if first:
-        result = make()
-    multihost_utils.sync_global_devices("process 0 has made its files")
-    return result if first else make()
+    jax.devices()  # all processes must take part in finding them, and `make` may use them
+    results: list[Result] = []
+    for is_turn in (process_number() == 0, process_number() > 0):
+        with share_errors():
+            results += [make()] if is_turn else []
+    return results[0]
 
 
 def _join(preemption: bool) -> "_Job":
@@ -87,14 +106,20 @@ def _join(preemption: bool) -> "_Job":
 
     jax.config.update("jax_enable_preemption_service", preemption)
     coordinator_address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    given_count, given_process = (_read_number(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
         coordinator, count, process, devices = ClusterEnv.auto_detect_unset_distributed_params(
-            coordinator_address, None, None, None, None, START_TIMEOUT
+            coordinator_address, given_count, given_process, None, None, START_TIMEOUT
         )
         if coordinator is None or count is None or process is None:
             raise ConfigError(
                 "--distributed: the other processes cannot be found; start it under Slurm, Open MPI or Kubernetes, "
-                "or on a TPU pod"
+                "or on a TPU pod, or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+            )
+        if not 0 <= process < count or ":" not in coordinator:
+            raise ConfigError(
+                f"--distributed: process {process} of {count} with coordinator {coordinator} is not possible; numbers "
+                "start at 0, and the coordinator is HOST:PORT"
             )
         job = _Job(process, count, coordinator)
         jax.distributed.initialize(
@@ -106,12 +131,21 @@ def _join(preemption: bool) -> "_Job":
     return job
 
 
+def _read_number(variable: str) -> int | None:
+    """Read a number from the environment. Return None if the variable is not set."""
+    text = os.environ.get(variable)
+    if text is not None and not text.isdecimal():
+        raise ConfigError(f"{variable} is {text!r}: must be a number")
+    return None if text is None else int(text)
+
+
 class _Job:
     """A job of several processes, seen from one of them: heartbeats, failures and exit."""
 
     def __init__(self, process: int, count: int, coordinator: str):
         self._process, self._count = process, count
-        self._host = coordinator.rpartition(":")[0]
+        self._name = describe_process(process, count, socket.gethostname())
+        self._coordinator_name = describe_process(0, count, coordinator.rpartition(":")[0])
         self._relay = Relay(coordinator, self._on_coordinator_lost) if process else None
         self.coordinator = self._relay.address if self._relay else coordinator
         self._lost: set[int] = set()
@@ -142,17 +176,18 @@ class _Job:
             self._relay.stop()
 
     def fail(self, error: BaseException) -> None:
-        """Report an error of this process to the others, print it, and end this process."""
+        """Report an error of this process to the others, print the first error of the job, and end this process."""
         if not isinstance(error, KeyboardInterrupt) and _may_be_caused_by_other_process(error):
             # The thread of `watch` ends this process when it has read the cause.
             time.sleep(HEARTBEAT_TIMEOUT + 5 * STOP_CHECK_SECONDS)
         self._ending.acquire()
-        self._write_failure(f"{self._process_name(self._process)} {_describe_error(error)}")
+        line = self._describe_failure(error)
+        self._write_failure(line)
         code = 1
-        if isinstance(error, VllamaError):
-            _print(str(error))
-        elif isinstance(error, OSError):
-            _print(format_os_error(error))
+        if isinstance(error, (VllamaError, OSError)):
+            with contextlib.suppress(RuntimeError):  # process 0 does not answer
+                line = self._read_failure() or line
+            _print(line)
         elif isinstance(error, KeyboardInterrupt):
             code = EXIT_CODE
         elif isinstance(error, SystemExit):
@@ -160,6 +195,15 @@ class _Job:
         else:
             traceback.print_exception(error)
         self._end(code)
+
+    def _describe_failure(self, error: BaseException) -> str:
+        """Return the line that all processes print about an error of this process."""
+        if isinstance(error, VllamaError) and error.in_all_processes:
+            return str(error)
+        if isinstance(error, Exception):
+            return str(unpack_error(pack_error(error)))
+        what = "was interrupted" if isinstance(error, KeyboardInterrupt) else f"ended by {error!r}"
+        return f"{self._name} {what}{RESTART_HINT}"
 
     def _watch(self) -> None:
         beat = 0
@@ -192,9 +236,8 @@ class _Job:
             elif now - when > HEARTBEAT_TIMEOUT:
                 host = before.partition(" ")[2]
                 self._lost.add(other)
-                self._write_failure(
-                    f"{self._process_name(other)} ({host}) was lost: no heartbeat for {HEARTBEAT_TIMEOUT:.0f} s"
-                )
+                name = describe_process(other, self._count, host)
+                self._write_failure(f"{name} was lost: no heartbeat for {HEARTBEAT_TIMEOUT:.0f} s{RESTART_HINT}")
 
     def _read_failure(self) -> str:
         """Return the first failure and its process; "" if there is none."""
@@ -207,13 +250,13 @@ class _Job:
     def _on_coordinator_lost(self) -> None:
         """End this process because the connection to process 0 ended or is silent, unless the job has finished."""
         if not self._finished.is_set():
-            self._exit_message(f"{self._process_name(0)} ({self._host}) was lost: its connection ended or is silent")
+            self._exit_message(f"{self._coordinator_name} was lost: its connection ended or is silent{RESTART_HINT}")
             exit_now(1)
 
     def _exit_message(self, failure: str) -> None:
         """Print the failure that ends this process, unless another thread is ending it."""
         self._ending.acquire()
-        _print(f"{failure}; see its output, and run all processes again to resume")
+        _print(failure)
 
     def _end(self, code: int) -> None:
         """End this process. Process 0 holds the store, so it waits until the others have read the failure."""
@@ -233,9 +276,6 @@ class _Job:
                 return
             time.sleep(STOP_CHECK_SECONDS / 5)
 
-    def _process_name(self, process: int) -> str:
-        return f"process {process} of {self._count}"
-
 
 def _may_be_caused_by_other_process(error: BaseException | None) -> bool:
     """Return whether another process may have caused an error by leaving a computation: JAX raises several types."""
@@ -244,13 +284,7 @@ def _may_be_caused_by_other_process(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _describe_error(error: BaseException) -> str:
-    """Describe an error in the line that the other processes print."""
-    if isinstance(error, KeyboardInterrupt):
-        return "was interrupted"
-    text = " ".join(str(error).split())
-    return f"failed: {text}" if isinstance(error, VllamaError) else f"failed: {type(error).__name__}: {text}"
-
-
 def _print(line: str) -> None:
-    os.write(2, f"vllama: {' '.join(line.split())}\n".encode())
+    logger.info(line)
+    with contextlib.suppress(OSError):  # stderr is closed: the process must end all the same
+        os.write(2, f"vllama: {' '.join(line.split())}\n".encode())

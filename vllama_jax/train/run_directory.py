@@ -26,9 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from vllama_jax.checkpoints.digests import check_checkpoint, list_checkpoint_steps, write_digests
 from vllama_jax.checkpoints.directory import BaseReference, ModelDirectory, read_config, write_config
@@ -40,6 +38,7 @@ from vllama_jax.io.json_files import read_object
 from vllama_jax.io.jsonl import AtomicWriteFile, StoreFile
 from vllama_jax.io.leases import LEASE
 from vllama_jax.io.paths import is_store_path
+from vllama_jax.runtime.coordination import decide, gather
 from vllama_jax.train.config import CheckpointConfig, TrainConfig, rename_fields
 from vllama_jax.train.custom import check_custom
 from vllama_jax.train.state import TrainState
@@ -60,7 +59,6 @@ MUTABLE_FIELDS = (
 )
 ANY_INTEGER = range(2**63)  # for integers in config.json; TrainConfig checks them
 LAST_SAVED = "last_saved.json"  # {"step": N}, so that a run whose checkpoints were removed does not start from scratch
-NO_CHECKPOINT, RESTORE_FAILED = -1, -2  # in place of the step to resume from
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -266,36 +264,20 @@ class Checkpoints:
             CheckpointError: There are checkpoints, but none can be read. Nothing is changed then.
         """
         corrupt_steps: list[int] = []
-        while (step := self._choose_step(corrupt_steps)) != NO_CHECKPOINT:
+        while (step := decide(lambda: self._find_last_intact(corrupt_steps))) is not None:
             state = self._read(step, abstract_state)
             if state is not None:
-                self._rename_corrupt(corrupt_steps)
+                decide(lambda: self._rename_corrupt(corrupt_steps))
                 return state
             corrupt_steps.append(step)
         return None
 
-    def _choose_step(self, corrupt_steps: list[int]) -> int:
-        """Return the step of the last intact checkpoint, or NO_CHECKPOINT, as the first process determines it.
+    def _find_last_intact(self, corrupt_steps: list[int]) -> int | None:
+        """Return the step of the last intact checkpoint, or None if the run has not saved one yet.
 
         Args:
-            corrupt_steps: Steps that could not be read. The first process adds those that it finds corrupt.
+            corrupt_steps: Steps that could not be read. Those that are found corrupt are added.
         """
-        problem: CheckpointError | OSError = CheckpointError(
-            f"{self._out}: the first process found no checkpoint to resume from"
-        )
-        step = RESTORE_FAILED
-        if jax.process_index() == 0:
-            try:
-                step = self._find_last_intact(corrupt_steps)
-            except (CheckpointError, OSError) as error:
-                problem = error
-        if jax.process_count() > 1:
-            step = int(multihost_utils.broadcast_one_to_all(np.int32(step)))
-        if step == RESTORE_FAILED:
-            raise problem
-        return step
-
-    def _find_last_intact(self, corrupt_steps: list[int]) -> int:
         steps, saved = list_checkpoint_steps(self._out), self._last_saved()
         if saved > max([0, *steps]) and not corrupt_steps:
             logger.warning(f"{self._out}/step_{saved}: missing; falling back to the previous checkpoint")
@@ -323,7 +305,7 @@ class Checkpoints:
                 f"{self._out}: step_{saved} was saved, but no checkpoint is left; restore one from a backup, or choose "
                 "another --out to start a new run"
             )
-        return NO_CHECKPOINT
+        return None
 
     def _last_saved(self) -> int:
         """Return the last step that was saved; 0 if none is recorded."""
@@ -341,9 +323,7 @@ class Checkpoints:
         except CheckpointError as error:
             logger.warning(f"{error}; falling back to the previous checkpoint")
             readable = False
-        if jax.process_count() > 1:
-            readable = bool(multihost_utils.process_allgather(np.array(readable)).all())
-        if not readable:
+        if not all(gather(readable)):
             return None
         step_count = jax.device_put(jax.numpy.int32(step), abstract_state.step.sharding)
         return TrainState(
@@ -356,12 +336,10 @@ class Checkpoints:
 
     def _rename_corrupt(self, steps: list[int]) -> None:
         """Rename corrupt checkpoints to damaged_step_N, or damaged_step_N.2 and so on if that exists."""
-        for step in steps if jax.process_index() == 0 else ():
+        for step in steps:
             names = itertools.chain([f"damaged_step_{step}"], (f"damaged_step_{step}.{n}" for n in itertools.count(2)))
             free = next(path for path in map(self._out.joinpath, names) if not os.path.lexists(path))
             (self._out / f"step_{step}").rename(free)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("corrupt checkpoints are renamed")
 
     @contextlib.contextmanager
     def _translate_errors(self) -> Iterator[None]:

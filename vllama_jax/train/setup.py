@@ -32,6 +32,7 @@ from vllama_jax.nn.network import abstract_network, init_weights
 from vllama_jax.text.prompts import check_special_tokens
 from vllama_jax.text.templates import find_caption_template, find_conversation_template
 from vllama_jax.text.tokenizer import check_vocabulary
+from vllama_jax.train.batch_exchange import BatchExchange
 from vllama_jax.train.config import LORA, TrainConfig, resolve_mesh, rows_per_shard
 from vllama_jax.train.feature_settings import open_caches
 from vllama_jax.train.optim import make_optimizer
@@ -324,7 +325,9 @@ def batches(config: TrainConfig, base: str = "") -> Iterator[dict[str, np.ndarra
     directory = open_model(base or config.model)
     find_branch(config.branch).require(directory.config, str(directory.path))
     reader, _, _ = _make_reader(config, directory)
-    with contextlib.closing(read_batches(reader, 0, config.steps, config.data)) as found:
+    exchange = BatchExchange(reader.rows)
+    read = read_batches(reader, 0, config.steps, config.data, exchange.read)
+    with contextlib.closing(read) as found, contextlib.closing(exchange):
         for batch in found:
             yield batch.arrays
 

@@ -24,6 +24,7 @@ from vllama_jax.io.json_files import read_object
 from vllama_jax.io.leases import LEASE, check_lease
 from vllama_jax.io.paths import is_store_path
 from vllama_jax.io.store_path import StorePath
+from vllama_jax.runtime.coordination import decide
 from vllama_jax.train.config import CheckpointConfig
 from vllama_jax.train.run_directory import LAST_SAVED, Checkpoints, leaves_by_path
 from vllama_jax.train.state import TrainState
@@ -71,8 +72,7 @@ class StoreCheckpoints(Checkpoints):
 
     def restore(self, abstract_state: TrainState) -> TrainState | None:
         """Restore the last intact checkpoint; see `Checkpoints.restore`. Partial checkpoints are removed."""
-        if jax.process_index() == 0:
-            self._remove_partial()
+        decide(self._remove_partial)
         return super().restore(abstract_state)
 
     def size(self, step: int) -> int:
@@ -127,13 +127,11 @@ class StoreCheckpoints(Checkpoints):
 
     def _rename_corrupt(self, steps: list[int]) -> None:
         """Remove the commit marker of corrupt checkpoints; they stay until their step is saved again."""
-        for step in steps if jax.process_index() == 0 else ():
+        for step in steps:
             digests = self._folder(step) / DIGESTS
             if digests.exists():
                 write_json(self._folder(step) / DAMAGED, {})
                 digests.unlink()
-        if jax.process_count() > 1:
-            multihost.sync_global_processes("corrupt checkpoints are marked")
 
     def _remove_partial(self) -> None:
         """Remove checkpoints without a commit marker, which a killed save left."""

@@ -1,6 +1,7 @@
 """Validation during a run: the loss on held-out records, and answers about given clips."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from vllama_jax.data.pipeline import HostBatch
 from vllama_jax.data.sampling import Rows, Stream
 from vllama_jax.io.jsonl import JsonLinesFile
 from vllama_jax.model import Model
+from vllama_jax.train.batch_exchange import BatchExchange
 from vllama_jax.train.setup import RunPlan, shard_batch
 from vllama_jax.train.state import Weights
 from vllama_jax.train.step import make_eval_step
@@ -31,6 +33,7 @@ class Validation:
 
     def __init__(self, plan: RunPlan, out: Path, report_masked: Callable[[int, str, HostBatch], None]):
         self._plan, self._report_masked = plan, report_masked
+        self._exchange = BatchExchange(plan.reader.rows)
         self._cfg = plan.config.validation
         self.journal = JsonLinesFile(out / "samples.jsonl")
         self._clips = [_prepare_clip(clip, plan) for clip in self._cfg.clips] if self._cfg.interval_steps else []
@@ -76,9 +79,10 @@ class Validation:
             records = stream.holdout()
             first = number // len(streams) * size
             rows = Rows(stream, [(records[(first + row) % len(records)], 0) for row in range(size)])
-            batch = self._plan.reader.read(rows)
+            read = functools.partial(self._plan.reader.read, rows)
+            batch = self._exchange.read(f"validation-{step}-{number}", read)
             self._report_masked(step, stream.dataset.path, batch)
-            unused += [f"{batch.names[row]}: {why}" for row, why in batch.problems.items()]
+            unused += [f"{name}: {why}" for name, why in batch.masked]
             loss, count = self._evaluate(weights, frozen, shard_batch(batch.arrays, self._plan))
             total, tokens = total + float(loss), tokens + int(count)
         return total, tokens, unused
