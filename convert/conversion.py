@@ -43,7 +43,7 @@ from vllama_jax.convert.new_weights import SEED, drop_components, new_components
 from vllama_jax.convert.weight_files import Source, open_file
 from vllama_jax.convert.write_tensors import BytesProgress
 from vllama_jax.errors import CheckpointError, ConfigError
-from vllama_jax.io.atomic import make_directory, new_directory, write_file
+from vllama_jax.io.atomic import new_directory, write_file
 from vllama_jax.io.paths import as_path, require_local
 
 
@@ -309,7 +309,7 @@ def _report_bytes(blocks: Iterator[np.ndarray], progress: BytesProgress) -> Iter
 def _copy_tokenizer(directory: Path, out: Path) -> None:
     from vllama_jax.text.tokenizer import tokenizer_files
 
-    make_directory(out)
+    out.mkdir()
     for file in tokenizer_files(directory):
         write_file(out / file.name, file.read_bytes())
 

@@ -151,7 +151,6 @@ def test_an_incomplete_model_is_refused(bucket, model_url, name, message):
 
 def test_a_missing_chunk_is_reported(bucket, model_url):
     """Orbax takes a missing chunk for zeros."""
-    chunk = next(path for path in as_path(model_url).rglob("0*") if "llama.embedding" in str(path))
-    chunk.unlink()
+    (as_path(model_url) / "params/llama.embedding/0.0").unlink()
     with pytest.raises(vl.CheckpointError, match=r"llama\.embedding.*: missing; copy or convert the model again"):
         vl.load(model_url)

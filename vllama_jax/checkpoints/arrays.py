@@ -21,7 +21,7 @@ import ml_dtypes  # noqa: F401  (registers "bfloat16" with numpy)
 import numpy as np
 
 from vllama_jax.errors import CheckpointError
-from vllama_jax.io.atomic import make_directory, write_file, write_json
+from vllama_jax.io.atomic import write_file, write_json
 from vllama_jax.io.json_fields import LARGEST_INTEGER, format_value
 from vllama_jax.io.json_files import parse_object, read_object
 from vllama_jax.io.paths import is_store_path
@@ -51,7 +51,7 @@ class ParamsWriter:
         self.leaves: dict[str, dict] = {}
         self._directory = directory
         self._disk = concurrent.futures.ThreadPoolExecutor(WRITERS)
-        make_directory(directory)
+        directory.mkdir()
 
     def write(self, path: str, shape: Sequence[int], dtype: np.dtype, blocks: Iterable[np.ndarray]) -> None:
         """Write a weight.
@@ -70,7 +70,7 @@ class ParamsWriter:
         import xxhash
 
         directory = self._directory / path.replace("/", ".")
-        make_directory(directory)
+        directory.mkdir()
         chunk = chunk_shape(shape, dtype.itemsize)
         write_json(directory / ".zarray", zarr_metadata(shape, chunk, dtype))
         digest = xxhash.xxh3_128()
@@ -98,7 +98,7 @@ class ParamsWriter:
             OSError: A file cannot be read or written.
         """
         directory = self._directory / path.replace("/", ".")
-        make_directory(directory)
+        directory.mkdir()
         folder = source / directory.name
         chunk = read_object(folder / ".zarray")["chunks"]
         for name in [".zarray", *_chunk_names(leaf["shape"], chunk)]:

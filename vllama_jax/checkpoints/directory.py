@@ -147,7 +147,7 @@ class ModelDirectory:
     @property
     def opened_path(self) -> Path:
         """The directory that was opened: that of the last run, or the model directory."""
-        return self.trained[-1].path.parents[1] if self.trained else self.path
+        return self.trained[-1].path.parent.parent if self.trained else self.path
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:

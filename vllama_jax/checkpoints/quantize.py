@@ -18,7 +18,7 @@ from vllama_jax.checkpoints.reader import RowReader, make_row_reader, stored_dty
 from vllama_jax.checkpoints.restore import RestoreFunction, check_leaves, restore_weights, with_default_sharding
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
-from vllama_jax.io.atomic import make_directory, new_directory, write_file
+from vllama_jax.io.atomic import new_directory, write_file
 from vllama_jax.io.paths import as_path
 from vllama_jax.nn.network import abstract_network
 
@@ -251,7 +251,7 @@ def quantize(
                 else:
                     _write_quantized(params, read, path.removesuffix("/kernel"), layer)
                 progress(_stored_bytes(model, path))
-        make_directory(directory / "tokenizer")
+        (directory / "tokenizer").mkdir()
         for file in (model.path / "tokenizer").iterdir():
             write_file(directory / "tokenizer" / file.name, file.read_bytes())
         write_config(directory, model.config)

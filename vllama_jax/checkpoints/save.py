@@ -13,7 +13,7 @@ from vllama_jax.checkpoints.directory import write_config, write_manifest
 from vllama_jax.checkpoints.quantize import abstract_layers
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import CheckpointError
-from vllama_jax.io.atomic import make_directory, new_directory, replacement_directory, write_file
+from vllama_jax.io.atomic import new_directory, replacement_directory, write_file
 from vllama_jax.text.tokenizer import Tokenizer, tokenizer_files
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ def save_network(
             for path in sorted(weights):
                 weight = weights[path]
                 params.write(path, weight.shape, weight.dtype, weight.blocks())
-        make_directory(directory / "tokenizer")
+        (directory / "tokenizer").mkdir()
         for file in files:
             write_file(directory / "tokenizer" / file.name, file.read_bytes())
         write_config(directory, config)

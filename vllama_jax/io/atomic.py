@@ -237,12 +237,6 @@ def ensure_directory(path: Path) -> None:
     path.mkdir(parents=True, exist_ok=True)
 
 
-def make_directory(path: Path) -> None:
-    """Create a directory whose parent exists. Raise FileExistsError if it exists. A store has no directories."""
-    if not is_store_path(path):
-        path.mkdir()
-
-
 def write_file(path: Path, data: Any) -> None:
     """Write a new file and wait until it is stored, so that a file that is renamed later survives a power failure.
 

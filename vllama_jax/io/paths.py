@@ -72,6 +72,14 @@ def require_local_output(path: Any) -> Path:
     return found
 
 
+def list_file_sizes(directory: Path) -> dict[str, int]:
+    """Return the size in bytes of each file below a directory, by its name relative to it."""
+    if is_store_path(directory):
+        return directory.file_sizes()
+    files = (file for file in directory.rglob("*") if file.is_file())
+    return {file.relative_to(directory).as_posix(): file.stat().st_size for file in files}
+
+
 def _is_known_scheme(scheme: str) -> bool:
     import fsspec
 

@@ -9,7 +9,7 @@ import errno
 import fnmatch
 import os
 import posixpath
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import IO, Any, Self
 
 from vllama_jax.errors import format_error
@@ -47,10 +47,6 @@ class StorePath:
     def __truediv__(self, name: str | os.PathLike[str]) -> Self:
         return type(self)(f"{self._url}/{os.fspath(name)}")
 
-    def joinpath(self, *names: str) -> Self:
-        """Return the path of a file or a directory below this one."""
-        return type(self)("/".join([self._url, *names]))
-
     @property
     def name(self) -> str:
         """The last component of the path."""
@@ -67,14 +63,6 @@ class StorePath:
         scheme, _, key = self._url.partition("://")
         return type(self)(f"{scheme}://{posixpath.dirname(key) or key}")
 
-    @property
-    def parents(self) -> Sequence[Self]:
-        """The directories that contain this path, the nearest first."""
-        found = [self.parent]
-        while found[-1].parent != found[-1]:
-            found.append(found[-1].parent)
-        return found
-
     def with_name(self, name: str) -> Self:
         """Return a path with another last component."""
         return self.parent / name
@@ -86,21 +74,6 @@ class StorePath:
     def resolve(self) -> Self:
         """Return the path itself: a store has no links."""
         return self
-
-    def expanduser(self) -> Self:
-        """Return the path itself."""
-        return self
-
-    def as_posix(self) -> str:
-        """Return the URL."""
-        return self._url
-
-    def relative_to(self, other: Any) -> "RelativeName":
-        """Return the name of this path below `other`. Raise ValueError if it is not below it."""
-        prefix = f"{other}/"
-        if not self._url.startswith(prefix):
-            raise ValueError(f"{self._url} is not below {other}")
-        return RelativeName(self._url.removeprefix(prefix))
 
     def samefile(self, other: Any) -> bool:
         """Return whether both are the same URL."""
@@ -148,12 +121,6 @@ class StorePath:
                     yield entry
                 elif (entry / rest).exists():
                     yield entry / rest
-
-    def rglob(self, pattern: str) -> Iterator[Self]:
-        """Yield all objects below this path whose names match a pattern."""
-        for name in sorted(self.file_sizes()):
-            if fnmatch.fnmatchcase(posixpath.basename(name), pattern):
-                yield self / name
 
     def file_sizes(self) -> dict[str, int]:
         """List all objects below this path: sizes in bytes by relative name. One listing serves a whole tree.
@@ -208,6 +175,9 @@ class StorePath:
         with self._requests() as files:
             files.pipe_file(self._url, data, mode="create")
 
+    def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
+        """Do nothing: a store has no directories."""
+
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove an object."""
         try:
@@ -259,14 +229,6 @@ class StorePath:
             raise OSError(error.errno or errno.EIO, error.strerror or format_error(error), self._url) from error
         except Exception as error:  # every store's client has error types of its own
             raise OSError(errno.EIO, format_error(error), self._url) from error
-
-
-class RelativeName(str):
-    """The name of an object below a directory, "texts/a.json"; what `StorePath.relative_to` returns."""
-
-    def as_posix(self) -> str:
-        """Return the name, as `pathlib.PurePath` does."""
-        return str(self)
 
 
 def read_ranges(ranges: Iterable[tuple[StorePath, int, int | None]]) -> list[bytes]:

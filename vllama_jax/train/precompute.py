@@ -36,7 +36,6 @@ from vllama_jax.data.sampling import BatchSampler, Stream, make_streams
 from vllama_jax.errors import ConfigError, DataError, format_error
 from vllama_jax.io.atomic import ensure_directory, move_file, scratch_directory, write_file, write_json
 from vllama_jax.io.json_files import parse_object
-from vllama_jax.io.paths import is_store_path
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.feature_settings import compare_settings, describe_features
@@ -397,11 +396,10 @@ def _scratch_folder(out: Path) -> Iterator[Path]:
     process = jax.process_index()
     folder = out / f".partial-{process}"
     try:
-        if not is_store_path(out):
-            out.mkdir(parents=True, exist_ok=True)
-            for stale in out.glob(".partial-*") if process == 0 else ():  # left by a killed run with more processes
-                if (found := STALE_FOLDER.fullmatch(stale.name)) and int(found[1]) >= jax.process_count():
-                    shutil.rmtree(stale, ignore_errors=True)
+        out.mkdir(parents=True, exist_ok=True)
+        for stale in out.glob(".partial-*") if process == 0 else ():  # left by a killed run with more processes
+            if (found := STALE_FOLDER.fullmatch(stale.name)) and int(found[1]) >= jax.process_count():
+                shutil.rmtree(stale, ignore_errors=True)
         busy_message = f"{out}: another process is writing features there; wait for it, or choose another --out"
         with scratch_directory(folder, busy_message) as scratch:
             yield scratch

@@ -37,7 +37,7 @@ from vllama_jax.io.atomic import check_output_files, ensure_directory, lock_dire
 from vllama_jax.io.json_files import read_object
 from vllama_jax.io.jsonl import AtomicWriteFile, StoreFile
 from vllama_jax.io.leases import LEASE
-from vllama_jax.io.paths import is_store_path
+from vllama_jax.io.paths import is_store_path, list_file_sizes
 from vllama_jax.runtime.coordination import decide, gather
 from vllama_jax.train.config import CheckpointConfig, TrainConfig, rename_fields
 from vllama_jax.train.custom import check_custom
@@ -108,8 +108,7 @@ def open_run(
         yield
         return
     try:
-        if not is_store_path(out):
-            out.mkdir(parents=True, exist_ok=True)
+        out.mkdir(parents=True, exist_ok=True)
         with lock_directory(
             out, f"{out}: another process is training into it; wait for that one, or choose another --out"
         ):
@@ -331,8 +330,8 @@ class Checkpoints:
         )
 
     def size(self, step: int) -> int:
-        """Return the size of a checkpoint on disk, in bytes."""
-        return sum(file.stat().st_size for file in (self._out / f"step_{step}").rglob("*") if file.is_file())
+        """Return the size of a checkpoint, in bytes."""
+        return sum(list_file_sizes(self._out / f"step_{step}").values())
 
     def _rename_corrupt(self, steps: list[int]) -> None:
         """Rename corrupt checkpoints to damaged_step_N, or damaged_step_N.2 and so on if that exists."""

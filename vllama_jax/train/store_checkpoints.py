@@ -75,10 +75,6 @@ class StoreCheckpoints(Checkpoints):
         decide(self._remove_partial)
         return super().restore(abstract_state)
 
-    def size(self, step: int) -> int:
-        """Return the size of a checkpoint, in bytes."""
-        return sum(self._folder(step).file_sizes().values())
-
     def _folder(self, step: int) -> Any:
         return self._store / f"step_{step}"
 
@@ -130,7 +126,7 @@ class StoreCheckpoints(Checkpoints):
         for step in steps:
             digests = self._folder(step) / DIGESTS
             if digests.exists():
-                write_json(self._folder(step) / DAMAGED, {})
+                (self._folder(step) / DAMAGED).write_bytes(digests.read_bytes())
                 digests.unlink()
 
     def _remove_partial(self) -> None:
