@@ -1,4 +1,4 @@
-"""Stand-ins for the processes of a job: threads of a test, with a key-value store like JAX's."""
+"""Threads of a test in place of the processes of a job, with a key-value store like JAX's."""
 
 import concurrent.futures
 import threading
@@ -40,7 +40,7 @@ class Store:
 
 
 def run_processes(patch: pytest.MonkeyPatch, count: int, *modules: Any) -> tuple[Store, Callable]:
-    """Let threads stand in for processes.
+    """Replace processes by threads.
 
     Args:
         patch: Undoes the changes.

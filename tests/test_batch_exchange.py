@@ -1,4 +1,4 @@
-"""Processes agree on the length of each batch and tell process 0 what they masked. Threads stand in for processes."""
+"""Processes agree on the length of each batch and report masked records to process 0. Threads replace processes."""
 
 import concurrent.futures
 import socket
@@ -73,6 +73,22 @@ def test_rows_that_processes_share_are_counted_once(three):
         return BatchExchange(rows[number]).read(0, lambda: batch).masked
 
     assert len(run(read)[0]) == 2
+
+
+def test_process_0_removes_the_reports_on_a_batch(three):
+    store, run = three
+
+    def read(number):
+        exchange = BatchExchange([number])
+        exchange.read("8-0", lambda: batch_of(5, 5))
+        return exchange
+
+    exchanges = run(read)
+    assert store.values
+    run(lambda number: exchanges[number].remove("8-0") if number else None)
+    assert store.values
+    run(lambda number: None if number else exchanges[number].remove("8-0"))
+    assert not store.values
 
 
 @pytest.mark.parametrize("failing", [0, 2])

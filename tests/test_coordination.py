@@ -1,4 +1,4 @@
-"""Processes decide together and fail together. Threads stand in for processes."""
+"""Processes decide together and fail together. Threads replace processes."""
 
 import dataclasses
 import socket
@@ -79,20 +79,38 @@ def test_a_refusal_of_process_0_is_raised_in_all(four):
 def test_a_host_with_another_config_or_code_is_refused_by_all(four, monkeypatch, tmp_path):
     config, _ = load_config("vision_stage1")
     other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5), steps=3)
-    assert four(lambda number: hosts.check_same_job(config)) == [None] * 4
-    errors = four(lambda number: hosts.check_same_job(other if number == 2 else config))
+    assert four(lambda number: hosts.check_same_job(config, None)) == [None] * 4
+    errors = four(lambda number: hosts.check_same_job(other if number == 2 else config, None))
     assert {str(error) for error in errors} == {
         f"process 2 of 4 ({HOST}): another config than process 0 (optim.lr 0.5, process 0: {config.optim.lr}; "
         f"steps 3, process 0: {config.steps}); {hosts.ADVICE}"
     }
+    errors = four(lambda number: hosts.check_same_job(config, tmp_path / ("b" if number == 3 else "a")))
+    assert {str(error) for error in errors} == {
+        f"process 3 of 4 ({HOST}): another config than process 0 (out '{tmp_path}/b', process 0: '{tmp_path}/a'); "
+        f"{hosts.ADVICE}"
+    }
     describe = hosts._describe_job
     monkeypatch.setattr(
-        hosts, "_describe_job", lambda _: describe(config) | {"code": f"{coordination.process_number()}" * 64}
+        hosts, "_describe_job", lambda *_: describe(config, None) | {"code": f"{coordination.process_number()}" * 64}
     )
     version = vllama_jax.__version__
-    assert {str(error) for error in four(lambda number: hosts.check_same_job(config))} == {
+    assert {str(error) for error in four(lambda number: hosts.check_same_job(config, None))} == {
         f"process 1 of 4 ({HOST}): another version of vllama_jax ({version}, source files 11111111, process 0: "
         f"{version}, source files 00000000); {hosts.ADVICE}"
+    }
+
+
+def test_a_host_with_other_records_is_refused_by_all(four):
+    digests = {"model": "1", "datasets.0.path": "2"}
+    assert four(lambda number: hosts.check_same_inputs(digests)) == [None] * 4
+    errors = four(lambda number: hosts.check_same_inputs(digests | ({"datasets.0.path": "3"} if number == 1 else {})))
+    assert {(type(error), str(error)) for error in errors} == {
+        (
+            ConfigError,
+            f"process 1 of 4 ({HOST}): datasets.0.path: its files differ from those of process 0; copy them again, or "
+            "use shared storage",
+        )
     }
 
 

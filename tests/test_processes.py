@@ -83,7 +83,9 @@ def started(
         slurm_place = {"SLURM_PROCID": str(number), "SLURM_LOCALID": str(number), "JAX_COORDINATOR_PORT": str(port)}
         place = slurm_job | slurm_place if slurm else plain_job | {"JAX_PROCESS_ID": str(number)}
         settings = {"JAX_NUM_CPU_DEVICES": f"{devices}", "JAX_CPU_COLLECTIVES_IMPLEMENTATION": "gloo"}
-        environment = {**os.environ, **place, **settings}
+        # On CPUs, the cache keys of processes differ: each needs a cache that it writes.
+        cache = {"VLLAMA_CACHE": f"{os.environ['VLLAMA_CACHE']}/host_{number}"} if number else {}
+        environment = {**os.environ, **place, **settings, **cache}
         command = [VLLAMA, *map(str, [*arguments, "--distributed", *arguments_of.get(number, ())])]
         processes.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
     try:

@@ -26,13 +26,15 @@ class Stream:
 class Reader:
     """A reader that records its calls. The loss of a record is its number, and so is its number of labels."""
 
+    rows = range(SIZE)
+
     def __init__(self, *streams: Stream):
         self.sampler, self.read_rows = SimpleNamespace(streams=[*streams, Stream("trained", 0)]), []
 
     def read(self, rows):
         self.read_rows.append((rows.stream.dataset.path, rows.examples))
         arrays = {"numbers": np.array([record for record, _ in rows.examples])}
-        return SimpleNamespace(arrays=arrays, problems={}, names=["name"] * SIZE)
+        return SimpleNamespace(arrays=arrays, masked=[])
 
 
 @pytest.fixture

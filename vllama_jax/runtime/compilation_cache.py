@@ -1,6 +1,7 @@
 """JAX's persistent compilation cache."""
 
 import contextlib
+import functools
 import logging
 import os
 import tempfile
@@ -81,8 +82,9 @@ def _writes_for_its_host(directory: Path | None) -> bool:
     return min(present, default=-1) == process
 
 
+@functools.cache
 def _write_from_this_process() -> None:
-    """Write the programs that this process compiles to its cache directory, which JAX does in process 0 only."""
+    """Write the programs that this process compiles from now on to its cache. JAX does that in process 0 only."""
     from jax._src import compilation_cache, compiler
 
     write = compiler._cache_write

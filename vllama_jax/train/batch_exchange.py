@@ -103,7 +103,7 @@ class BatchExchange:
     def longest_wait(self, step: int, seconds: float) -> float:
         """Return the longest time that a process waited for the data of a step that is done, in process 0.
 
-        A step is done when all processes have dispatched it, so all reports are there. They are removed.
+        A step is done when all processes have dispatched it, so all reports are there. They are removed (`remove`).
 
         Args:
             step: The step.
@@ -112,8 +112,17 @@ class BatchExchange:
         if self._store is None or process_number() > 0:
             return seconds
         reports = self._store.key_value_dir_get(f"{self._key}/{step}/waited")
-        self._store.key_value_delete(f"{self._key}/{step}")
+        self.remove(step)
         return max([seconds, *(json.loads(text) for _, text in reports)])
+
+    def remove(self, name: str | int) -> None:
+        """Remove the reports on a batch that all processes have used, in process 0.
+
+        Args:
+            name: The name of the batch in `read`.
+        """
+        if self._store is not None and process_number() == 0:
+            self._store.key_value_delete(f"{self._key}/{name}")
 
     def _set(self, key: str, value: Any) -> None:
         self._store.key_value_set(f"{self._key}/{key}", json.dumps(value))

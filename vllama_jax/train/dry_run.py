@@ -7,7 +7,9 @@ import jax
 from vllama_jax.memory.flops import peak_flops, step_flops
 from vllama_jax.sharding import use_mesh
 from vllama_jax.train import setup
+from vllama_jax.train.batch_exchange import BatchExchange
 from vllama_jax.train.config import TrainConfig
+from vllama_jax.train.hosts import plan_job
 from vllama_jax.train.loop import make_train_step
 from vllama_jax.train.reporter import Reporter
 
@@ -23,12 +25,12 @@ def dry_run(config: TrainConfig, reporter: Reporter, base: str = "") -> None:
     Raises:
         VllamaError: The run cannot be started.
     """
-    plan = setup.plan_run(config, base)
+    plan = plan_job(config, base)
     with use_mesh(plan.mesh):
         reporter.show_plan(plan)
         state, frozen = setup.init_train_state(plan), setup.load_frozen(plan)
         start_time = time.perf_counter()
-        host_batch = plan.reader(0)
+        host_batch = BatchExchange(plan.reader.rows).read(0, lambda: plan.reader(0))
         read_seconds = time.perf_counter() - start_time
         batch = setup.shard_batch(host_batch.arrays, plan)
         step = make_train_step(plan).lower(state, frozen, batch).compile()

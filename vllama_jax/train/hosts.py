@@ -1,37 +1,84 @@
-"""Check at the start of a job that all processes run the same code with the same config."""
+"""Plan the run of a job, and check that all processes run the same code with the same config on the same inputs."""
 
 import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import jax
 
 import vllama_jax
 from vllama_jax.config import flatten_fields
 from vllama_jax.errors import ConfigError
+from vllama_jax.runtime.compilation_cache import write_cache_on_every_host
 from vllama_jax.runtime.coordination import decide, find_store, share_errors
+from vllama_jax.train import setup
 from vllama_jax.train.config import TrainConfig
 
 ADVICE = "start the same command with the same installation on all hosts"
 
 
-def check_same_job(config: TrainConfig) -> None:
+def plan_job(config: TrainConfig, base: str = "", out: Path | None = None) -> setup.RunPlan:
+    """Plan a run in all processes of a job, as `plan_run` does, and check that they run the same.
+
+    Args:
+        config: The run config.
+        base: The base model directory, if it is no longer at `config.model`.
+        out: The run directory, if there is one.
+
+    Returns:
+        The plan.
+
+    Raises:
+        VllamaError: The run cannot be planned in a process, or differs from that of process 0. All processes raise the
+            same error.
+    """
+    check_same_job(config, out)
+    jax.devices()  # this waits for all processes, so it must not happen where one of them may fail
+    write_cache_on_every_host()
+    with share_errors():
+        plan = setup.plan_run(config, base)
+    check_same_inputs({"model": plan.base.digest, **plan.inputs})
+    return plan
+
+
+def check_same_job(config: TrainConfig, out: Path | None) -> None:
     """Compare the code and the config of each process with those of process 0.
 
     Args:
         config: The run config, after `prepare`.
+        out: The directory that the processes write.
 
     Raises:
         ConfigError: They differ in a process. All processes raise the same error.
     """
     if find_store() is None:
         return
-    own = _describe_job(config)
+    own = _describe_job(config, out)
     first = decide(lambda: own)
     with share_errors():
         if problem := _find_difference(first, json.loads(json.dumps(own))):
             raise ConfigError(f"{problem}; {ADVICE}")
+
+
+def check_same_inputs(digests: Mapping[str, str]) -> None:
+    """Compare the directories that each process reads with those of process 0.
+
+    Args:
+        digests: The digests of the directories, by the config field with their path.
+
+    Raises:
+        ConfigError: They differ in a process. All processes raise the same error.
+    """
+    first = decide(lambda: dict(digests))
+    with share_errors():
+        if changed := sorted(name for name in digests.keys() | first.keys() if digests.get(name) != first.get(name)):
+            raise ConfigError(
+                f"{changed[0]}: its files differ from those of process 0; copy them again, or use shared storage"
+            )
 
 
 def digest_source_files(package: Path) -> str:
@@ -45,16 +92,14 @@ def digest_source_files(package: Path) -> str:
     return digest.hexdigest()
 
 
-def _describe_job(config: TrainConfig) -> dict[str, Any]:
-    import jax
-
+def _describe_job(config: TrainConfig, out: Path | None) -> dict[str, Any]:
     fields = dataclasses.asdict(config)
     fields["datasets"] = {str(number): dataset for number, dataset in enumerate(fields["datasets"])}
     return {
         "code": digest_source_files(Path(vllama_jax.__file__).parent),
         "version": vllama_jax.__version__,
         "jax": jax.__version__,
-        "config": flatten_fields(fields),
+        "config": {**flatten_fields(fields), "out": str(out)},
     }
 
 

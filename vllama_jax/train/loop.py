@@ -17,14 +17,13 @@ from vllama_jax.data.pipeline import HostBatch, prefetch_batches
 from vllama_jax.errors import CheckpointError, VllamaError
 from vllama_jax.io.jsonl import JsonLinesFile
 from vllama_jax.memory.flops import peak_flops, step_flops
-from vllama_jax.runtime.compilation_cache import write_cache_on_every_host
 from vllama_jax.runtime.coordination import share_errors
 from vllama_jax.sharding import use_mesh
 from vllama_jax.train import setup
 from vllama_jax.train.batch_exchange import BatchExchange
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.custom import describe_custom
-from vllama_jax.train.hosts import check_same_job
+from vllama_jax.train.hosts import plan_job
 from vllama_jax.train.reporter import Reporter
 from vllama_jax.train.run_directory import Checkpoints, TensorBoardWriter, open_run
 from vllama_jax.train.setup import RunPlan
@@ -63,10 +62,7 @@ def train(
     optimizer: Optimizer | None = None,
 ) -> TrainResult:
     """Train, or resume a run. See `vllama_jax.train`, which calls this with a default reporter."""
-    check_same_job(config)
-    write_cache_on_every_host()
-    with share_errors():
-        plan = setup.plan_run(config, base)
+    plan = plan_job(config, base, out)
     plan = dataclasses.replace(plan, loss=loss, optimizer=plan.optimizer if optimizer is None else optimizer)
     custom = describe_custom(loss, optimizer, plan.abstract_state.opt_state)
     with contextlib.ExitStack() as stack:

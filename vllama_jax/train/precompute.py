@@ -163,7 +163,7 @@ def precompute_features(
         DataError: `out` cannot be written, or none of the records can be decoded.
         CheckpointError: The model cannot be read.
     """
-    check_same_job(config)
+    check_same_job(config, out)
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, variants=config.data.variants or 1))
     _check_out(out)
     directory = open_model(base or config.model)

@@ -79,12 +79,13 @@ class Validation:
             records = stream.holdout()
             first = number // len(streams) * size
             rows = Rows(stream, [(records[(first + row) % len(records)], 0) for row in range(size)])
-            read = functools.partial(self._plan.reader.read, rows)
-            batch = self._exchange.read(f"validation-{step}-{number}", read)
+            name = f"{step}-{number}"
+            batch = self._exchange.read(name, functools.partial(self._plan.reader.read, rows))
             self._report_masked(step, stream.dataset.path, batch)
             unused += [f"{name}: {why}" for name, why in batch.masked]
             loss, count = self._evaluate(weights, frozen, shard_batch(batch.arrays, self._plan))
             total, tokens = total + float(loss), tokens + int(count)
+            self._exchange.remove(name)
         return total, tokens, unused
 
     def _answer(self, clip: PreparedMedia, weights: Weights, frozen: Weights) -> str:
