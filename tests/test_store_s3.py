@@ -12,6 +12,7 @@ import fsspec
 import jax
 import pytest
 from cli_fixtures import VLLAMA, run_vllama
+from test_processes import started
 from train_fixtures import config_of, write_config, write_files
 
 from vllama_jax.checkpoints.digests import list_checkpoint_steps
@@ -199,7 +200,7 @@ def test_a_second_run_into_a_directory_is_refused(store, tiny_model, image_recor
     store.watch = hold_first_save
     first = start_train(config, out)
     try:
-        assert reached.wait(120)
+        assert reached.wait(900)
         second = run_vllama("train", config, "--out", out)
     finally:
         released.set()
@@ -210,3 +211,21 @@ def test_a_second_run_into_a_directory_is_refused(store, tiny_model, image_recor
     )
     assert first.returncode == 0, errors
     assert metrics_steps(out) == [1, 2]
+
+
+def test_two_processes_save_their_shards(store, tiny_model, image_records, tmp_path):
+    """Weights are sharded over both. One process resumes the run from what both have saved."""
+    config, out = tiny_config(tmp_path, tiny_model, image_records, steps=2), "s3://bucket/run"
+    with started("train", config, "--out", out, "--mesh.fsdp", 2, count=2) as processes:
+        results = [(process.wait(timeout=900), process.communicate()[1]) for process in processes]
+    assert [code for code, _ in results] == [0, 0], results
+    assert list_checkpoint_steps(as_path(out)) == [1, 2]
+    first, second = as_path(out) / "step_1", as_path(out) / "step_2"
+    written = json.loads((first / "process_1.json").read_text())
+    assert any(name.startswith("weights/") for name in written), "the second process has written shards"
+    assert written.keys() < json.loads((first / "digests.json").read_text())["files"].keys()
+    (second / "digests.json").unlink()
+    run("train", config, "--out", out)
+    assert metrics_steps(out) == [1, 2]
+    assert not (second / "process_1.json").exists(), "the step was saved again, by one process"
+    assert run("verify", out).endswith("intact\n")

@@ -27,7 +27,7 @@ from vllama_jax.io.json_fields import LARGEST_INTEGER, format_value
 from vllama_jax.io.json_files import parse_object, read_object
 from vllama_jax.io.paths import is_store_path
 from vllama_jax.io.store_cache import copy_files, copy_folder
-from vllama_jax.io.store_path import StorePath
+from vllama_jax.io.store_path import NO_BUCKET, StorePath
 
 if TYPE_CHECKING:
     from vllama_jax.text.tokenizer import Tokenizer
@@ -265,7 +265,7 @@ def _read_store_config(path: StorePath) -> dict[str, Any]:
         fields = parse_object(content, str(path / "config.json"), CheckpointError)
         complete = "base" in fields or (path / "manifest.json").exists()
     except FileNotFoundError as error:
-        why = error.strerror if "bucket" in str(error.strerror) else "no config.json in it"
+        why = NO_BUCKET if error.strerror == NO_BUCKET else "no config.json in it"
         raise CheckpointError(f"{path}: not a model directory ({why}); create one with `vllama convert`") from error
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error

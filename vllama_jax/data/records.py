@@ -25,7 +25,7 @@ from vllama_jax.errors import DataError, format_error
 from vllama_jax.io.json_files import parse_object, read_object
 from vllama_jax.io.paths import as_path, is_store_path
 from vllama_jax.io.store_cache import copy_file, copy_files, copy_folder
-from vllama_jax.io.store_path import StorePath
+from vllama_jax.io.store_path import NO_BUCKET, StorePath
 
 if TYPE_CHECKING:
     from vllama_jax.data.tfds_builders import StoredDataset
@@ -166,10 +166,13 @@ def open_records(path: str | os.PathLike[str]) -> Records:
 
 def _copy_texts(store: StorePath) -> tuple[Path, dict[str, int]]:
     """Copy the files of records to the cache folder, except those of media. Return the copy, and the sizes of all."""
-    if not (store / "manifest.json").exists():
-        missing = "not a records directory (no manifest.json in it)" if store.exists() else "no such records directory"
-        raise DataError(f"{store}: {missing}; create it with `vllama data build --out {store}`")
-    folder = copy_folder(store, (store / "manifest.json").read_bytes())
+    try:
+        folder = copy_folder(store, (store / "manifest.json").read_bytes())
+    except FileNotFoundError as error:
+        why = NO_BUCKET if error.strerror == NO_BUCKET else "no manifest.json in it"
+        raise DataError(
+            f"{store}: not a records directory ({why}); create it with `vllama data build --out {store}`"
+        ) from error
     sizes = store.file_sizes()
     copy_files(store, sizes, [name for name in sizes if not _MEDIA_FILE.match(name)], folder)
     return folder, sizes

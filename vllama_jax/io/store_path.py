@@ -7,12 +7,15 @@ and writing an object is atomic: readers see the whole object or none.
 import contextlib
 import errno
 import fnmatch
+import logging
 import os
 import posixpath
 from collections.abc import Iterable, Iterator
 from typing import IO, Any, Self
 
 from vllama_jax.errors import format_error
+
+NO_BUCKET = "the bucket does not exist"
 
 
 class StorePath:
@@ -166,13 +169,13 @@ class StorePath:
             data: Its content, any object with bytes.
         """
         content = bytes(data)
-        with self._requests() as files:
+        with self._requests(missing=NO_BUCKET) as files:
             files.pipe_file(self._url, content)
         return len(content)
 
     def create_bytes(self, data: bytes) -> None:
         """Write a new object. Raise FileExistsError if there is one, also if another process creates it meanwhile."""
-        with self._requests() as files:
+        with self._requests(missing=NO_BUCKET) as files:
             files.pipe_file(self._url, data, mode="create")
 
     def mkdir(self, parents: bool = False, exist_ok: bool = False) -> None:
@@ -195,7 +198,7 @@ class StorePath:
 
     def upload(self, file: os.PathLike[str]) -> None:
         """Write an object from a local file, in parts if it is large."""
-        with self._requests() as files:
+        with self._requests(missing=NO_BUCKET) as files:
             files.put_file(os.fspath(file), self._url)
 
     def download(self, file: os.PathLike[str]) -> None:
@@ -214,14 +217,18 @@ class StorePath:
         return name.rstrip("/") == self._url.partition("://")[2].strip("/")
 
     @contextlib.contextmanager
-    def _requests(self) -> Iterator[Any]:
-        """Yield the file system, and raise errors of the store's client as OSError."""
+    def _requests(self, missing: str = "no such file or directory") -> Iterator[Any]:
+        """Yield the file system, and raise errors of the store's client as OSError.
+
+        Args:
+            missing: What a FileNotFoundError means, unless the store says that the bucket does not exist.
+        """
         try:
             yield file_system(self._url.partition("://")[0])
         except FileExistsError as error:
             raise FileExistsError(errno.EEXIST, "exists", self._url) from error
         except FileNotFoundError as error:
-            why = "the bucket does not exist" if "specified bucket" in str(error) else "no such file or directory"
+            why = NO_BUCKET if "specified bucket" in str(error) else missing
             raise FileNotFoundError(errno.ENOENT, why, self._url) from error
         except PermissionError as error:
             raise PermissionError(errno.EACCES, f"access denied: {format_error(error)}", self._url) from error
@@ -249,6 +256,7 @@ def file_system(scheme: str) -> Any:
     """Return fsspec's file system of a scheme. fsspec keeps one for each process, so this is cheap."""
     import fsspec
 
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it also logs the errors that it raises
     return fsspec.filesystem(scheme, use_listings_cache=False)
 
 
