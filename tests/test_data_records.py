@@ -200,7 +200,7 @@ def test_files_of_a_url_are_copied_once_and_media_when_they_are_read(bucket, mon
 
 def test_an_unreadable_url_is_reported(bucket):
     with pytest.raises(
-        DataError, match="memory://bucket/none: no such records directory; create it with `vllama data build --out"
+        DataError, match=r"memory://bucket/none: not a records directory \(no manifest.json in it\); create it with"
     ):
         open_records("memory://bucket/none")
     with pytest.raises(StoreError, match="nowhere://bucket: unknown scheme nowhere://"):
