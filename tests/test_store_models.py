@@ -78,26 +78,47 @@ def test_shards_are_read_from_ranges_of_chunks(bucket, monkeypatch, shape, spec,
     assert read["a/b"].sharding == place
 
 
-def test_a_host_reads_only_the_bytes_of_its_shards(bucket, monkeypatch):
-    """Of eight shards along the first axis, this host has two."""
-    directory = as_path("memory://bucket/params")
-    values = np.arange(8 * 1000, dtype=np.float32).reshape(8, 1000)
-    with ParamsWriter(directory) as params:
-        params.write("a", values.shape, values.dtype, [values])
-    asked = []
+@pytest.fixture
+def ranges(monkeypatch) -> list[tuple[str, int, int]]:
+    """The ranges of bytes that are read: name of the chunk, start and stop."""
+    found: list[tuple[str, int, int]] = []
     real = store_arrays.read_ranges
 
-    def read_ranges(ranges):
-        asked.extend(ranges := list(ranges))
-        return real(ranges)
+    def read_ranges(wanted):
+        wanted = list(wanted)
+        found.extend((file.name, start, stop) for file, start, stop in wanted)
+        return real(wanted)
 
     monkeypatch.setattr(store_arrays, "read_ranges", read_ranges)
+    return found
+
+
+def write_values(shape: tuple[int, ...]) -> np.ndarray:
+    values = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
+    with ParamsWriter(as_path("memory://bucket/params")) as params:
+        params.write("a", shape, values.dtype, [values])
+    return values
+
+
+def test_a_host_reads_only_the_bytes_of_its_shards(bucket, monkeypatch, ranges):
+    """Of four shards along the first axis, this host has the second."""
+    shape = write_values((8, 1000)).shape
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]), ("data",))
     place = NamedSharding(mesh, PartitionSpec("data"))
     monkeypatch.setattr(store_arrays, "_local_regions", lambda leaf: [((2, 4), (0, 1000))])
     with pytest.raises(KeyError):  # the test's other devices are not another host's
-        read_arrays(directory, {"a": jax.ShapeDtypeStruct(values.shape, np.float32, sharding=place)})
-    assert [(str(file), start, stop) for file, start, stop in asked] == [("memory://bucket/params/a/0.0", 8000, 16000)]
+        read_arrays(as_path("memory://bucket/params"), {"a": jax.ShapeDtypeStruct(shape, np.float32, sharding=place)})
+    assert ranges == [("0.0", 8000, 16000)]
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec("data"), PartitionSpec(None, "data")])
+def test_a_host_reads_a_byte_once(bucket, ranges, spec):
+    """Shards along the last axis are spread over the whole chunk."""
+    values = write_values((8, 1000))
+    place = NamedSharding(sharding.make_mesh(data=8), spec)
+    wanted = {"a": jax.ShapeDtypeStruct(values.shape, np.float32, sharding=place)}
+    np.testing.assert_array_equal(read_arrays(as_path("memory://bucket/params"), wanted)["a"], values)
+    assert ranges == [("0.0", 0, 32000)]
 
 
 def test_a_model_on_a_store_is_the_same_model(model_url, tiny_model):

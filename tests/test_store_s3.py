@@ -152,6 +152,8 @@ def test_from_weights_to_answers(store, tiny_files, clip, tmp_path):
     assert list_checkpoint_steps(as_path(out)) == [2]
     assert metrics_steps(out) == [1, 2]
     assert run("verify", out).endswith("intact\n")
+    run("plot", out)
+    assert (as_path(out) / "loss.png").read_bytes().startswith(b"\x89PNG")
     answer = json.loads(run("chat", clip, "What?", "--model", out, "--max-new-tokens", 2, "--json"))
     assert answer["tokens"]
     run("quantize", out, "--out", "s3://bucket/int8")

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 BATCH_BYTES = 2 * 2**30  # read at once, at least one array
 UPLOADS = 8  # objects written at once
 Region = tuple[tuple[int, int], ...]  # start and stop along each axis
+ByteRange = tuple[StorePath, int, int]  # of an object, start and stop
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +53,21 @@ class _Piece:
     """The part of a region that is in one chunk.
 
     Attributes:
-        file: The chunk.
-        start: The first of its bytes that are read.
-        stop: The byte after the last one.
+        bytes: The bytes of the chunk from its first element to its last.
         shape: The shape of the part.
         strides: Bytes from one element to the next along each axis of the chunk.
         place: Where the part is in the region.
     """
 
-    file: StorePath
-    start: int
-    stop: int
+    bytes: ByteRange
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     place: tuple[slice, ...]
 
-    def values(self, content: bytes, dtype: np.dtype) -> np.ndarray:
-        if len(content) != self.stop - self.start:
-            raise CheckpointError(f"{self.file}: truncated; copy it or convert the model again")
+    def values(self, content: memoryview, dtype: np.dtype) -> np.ndarray:
+        file, start, stop = self.bytes
+        if len(content) != stop - start:
+            raise CheckpointError(f"{file}: truncated; copy it or convert the model again")
         return np.lib.stride_tricks.as_strided(np.frombuffer(content, dtype), self.shape, self.strides, writeable=False)
 
 
@@ -163,13 +161,12 @@ def _read_batch(
     pieces = {
         (path, region): list(_pieces(stored[path], region)) for path in paths for region in _local_regions(wanted[path])
     }
-    requests = ((piece.file, piece.start, piece.stop) for found in pieces.values() for piece in found)
-    contents = iter(read_ranges(requests))
+    contents = _read_merged(piece.bytes for found in pieces.values() for piece in found)
     regions: dict[tuple[str, Region], np.ndarray] = {}
     for (path, region), found in pieces.items():
         values = np.empty([stop - start for start, stop in region], stored[path].dtype)
         for piece in found:
-            values[piece.place] = piece.values(next(contents), stored[path].dtype)
+            values[piece.place] = piece.values(contents[piece.bytes], stored[path].dtype)
         regions[path, region] = values.astype(wanted[path].dtype)
 
     def place(path: str) -> "jax.Array":
@@ -179,6 +176,23 @@ def _read_batch(
         )
 
     return {path: place(path) for path in paths}
+
+
+def _read_merged(wanted: Iterable[ByteRange]) -> dict[ByteRange, memoryview]:
+    """Read ranges, and bytes that several of them have only once, as those of shards along the last axis do."""
+    merged: list[tuple[ByteRange, list[ByteRange]]] = []  # a range that is read, and those that are in it
+    for file, start, stop in sorted(set(wanted)):
+        if merged and merged[-1][0][0] == file and start <= merged[-1][0][2]:
+            (_, first, last), members = merged[-1]
+            merged[-1] = ((file, first, max(last, stop)), [*members, (file, start, stop)])
+        else:
+            merged.append(((file, start, stop), [(file, start, stop)]))
+    contents = read_ranges(found for found, _ in merged)
+    return {
+        (file, start, stop): memoryview(content)[start - first : stop - first]
+        for ((_, first, _), members), content in zip(merged, contents, strict=True)
+        for file, start, stop in members
+    }
 
 
 def _local_regions(leaf: "jax.ShapeDtypeStruct") -> list[Region]:
@@ -203,9 +217,11 @@ def _pieces(array: StoredArray, region: Region) -> Iterator[_Piece]:
         corner = np.array(index, np.int64) * chunk
         low, high = np.maximum(starts, corner), np.minimum(stops, corner + chunk)
         yield _Piece(
-            file=array.folder / chunk_name(index),
-            start=int((low - corner) @ strides),
-            stop=int((high - 1 - corner) @ strides) + array.dtype.itemsize,
+            bytes=(
+                array.folder / chunk_name(index),
+                int((low - corner) @ strides),
+                int((high - 1 - corner) @ strides) + array.dtype.itemsize,
+            ),
             shape=tuple(high - low),
             strides=tuple(strides),
             place=tuple(map(slice, low - starts, high - starts)),
