@@ -164,7 +164,7 @@ def test_all_padded_lengths_are_reported(capsys):
         (("vision_stage1", "--model", "tiny", "--topology", "v9:2x2"), "no topology 'v9:2x2': choose one of v5e"),
         (
             ("vision_stage1", "--model", "tiny", "--topology", "v5e:2x2", "--mesh.fsdp", "3"),
-            "mesh data=1 fsdp=3 tensor=1 has 3 places for the 4 chips of v5e:2x2",
+            "mesh data=1 fsdp=3 tensor=1 is for 3 chips, and v5e:2x2 has 4",
         ),
         (
             ("vision_stage1", "--model", "tiny", "--topology", "v5e:4x4", "--batch-size", "8"),

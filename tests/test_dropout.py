@@ -7,8 +7,9 @@ import pytest
 from flax import nnx
 
 from vllama_jax.config import QFormerConfig
-from vllama_jax.nn import layers, qformer
-from vllama_jax.nn.layers import Dropout, apply_dropout, attend, split_dropout, unstack_dropout
+from vllama_jax.nn import attention, qformer
+from vllama_jax.nn.attention import attend
+from vllama_jax.nn.dropout import Dropout, apply_dropout, split_dropout, unstack_dropout
 
 CFG = QFormerConfig(width=8, depth=2, num_heads=2, mlp_dim=16, num_queries=4)
 RATE = 0.25
@@ -56,7 +57,7 @@ def dropped(monkeypatch) -> list[tuple[tuple[int, ...], jax.Array]]:
             found.append((x.shape, jax.random.key_data(dropout.key)))
         return x
 
-    monkeypatch.setattr(layers, "apply_dropout", recorded)
+    monkeypatch.setattr(attention, "apply_dropout", recorded)
     monkeypatch.setattr(qformer, "apply_dropout", recorded)
     return found
 

@@ -375,14 +375,15 @@ def test_norms_softmax_and_rotations_stay_float32_in_bfloat16(tower: str):
 
 
 def operations(jaxpr) -> Iterator[tuple[str, jnp.dtype]]:
-    """List the name and the input dtype of every operation of a program, including loop bodies."""
+    """List the name and the input dtype of every operation of a program, including those in loops and conditions."""
     for equation in jaxpr.eqns:
         if equation.invars:
             yield equation.primitive.name, equation.invars[0].aval.dtype
         for value in equation.params.values():
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from operations(inner)
+            for inner in value if isinstance(value, tuple) else (value,):  # a tuple: the branches of a condition
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from operations(inner)
 
 
 @pytest.mark.parametrize("name", ["multi-head", "tied head"])

@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from vllama_jax.data.config import DatasetConfig
-from vllama_jax.nn.layers import Dropout, apply_dropout
+from vllama_jax.nn.dropout import Dropout, apply_dropout
 from vllama_jax.train.config import OptimConfig, TrainConfig
 from vllama_jax.train.optim import learning_rate, make_optimizer
 from vllama_jax.train.state import init_state

@@ -238,7 +238,7 @@ def test_dropout_changes_the_loss_as_the_originals_does(golden, golden_model, ca
     statistics = json.loads((golden / "extra/extra.json").read_text())["train_mode_loss"][branch]
     setting = Setting(golden_model, branch, dropout=0.1)
     batch = batch_of(golden, setting, cases, f"s1_{branch}_noprompt")
-    from vllama_jax.nn.layers import Dropout
+    from vllama_jax.nn.dropout import Dropout
     from vllama_jax.train.step import run_encoders
 
     network = setting.abstract_model.build({**setting.frozen, **setting.weights})

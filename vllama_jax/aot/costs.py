@@ -28,14 +28,18 @@ class LoopCost:
     Attributes:
         name: The name of the computation.
         repeats: Number of iterations.
-        cycles: XLA's estimate.
+        cycles: XLA's estimate. It does not include kernels.
         bytes_by_group: Bytes of collectives, by the number of chips of a group.
+        kernel_flops: FLOPs that kernels declare.
+        kernel_bytes: HBM bytes that kernels declare.
     """
 
     name: str
     repeats: int
-    cycles: float
-    bytes_by_group: dict[int, float]
+    cycles: float = 0.0
+    bytes_by_group: dict[int, float] = dataclasses.field(default_factory=dict)
+    kernel_flops: float = 0.0
+    kernel_bytes: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +67,8 @@ class Costs:
                 loop,
                 cycles=loop.cycles / count,
                 bytes_by_group={group: size / count for group, size in loop.bytes_by_group.items()},
+                kernel_flops=loop.kernel_flops / count,
+                kernel_bytes=loop.kernel_bytes / count,
             )
             for loop in self.loops
         )
@@ -84,7 +90,7 @@ def analyze(module: Module, dynamic_trips: int = 1) -> Costs:
     for step in module.walk(dynamic_trips):
         one, name = step.instruction, step.computation_name
         cycles = step.repeats * float(one.find(r'"estimated_cycles":"(\d+)"') or 0)
-        loop = loops.get(name, LoopCost(name, step.repeats, 0.0, {}))
+        loop = loops.get(name, LoopCost(name, step.repeats))
         groups = dict(loop.bytes_by_group)
         for collective, computation in _collectives(module, one, step.computation):
             channel = collective.find(r"channel_id=(\d+)") or collective.name
@@ -96,7 +102,15 @@ def analyze(module: Module, dynamic_trips: int = 1) -> Costs:
                 groups[group] = groups.get(group, 0.0) + count
         flops += step.repeats * _flops(module, one, step.computation)
         hbm_bytes += step.repeats * _traffic(module, step)
-        loops[name] = LoopCost(name, step.repeats, loop.cycles + cycles, groups)
+        kernel_flops, kernel_bytes = (step.repeats * _declared(one, kind) for kind in ("flops", "bytes_accessed"))
+        loops[name] = LoopCost(
+            name,
+            step.repeats,
+            loop.cycles + cycles,
+            groups,
+            loop.kernel_flops + kernel_flops,
+            loop.kernel_bytes + kernel_bytes,
+        )
     return Costs(flops, hbm_bytes, dict(kinds), sum(loop.cycles for loop in loops.values()), tuple(loops.values()))
 
 
@@ -155,11 +169,18 @@ def _flops(module: Module, instruction: Instruction, computation: Computation) -
     if instruction.opcode == "convolution":
         return _convolution_flops(instruction, computation)
     if instruction.opcode == "custom-call":
-        return float(instruction.find(r'"cost_estimate":\{"flops":"(\d+)"') or 0)
+        return _declared(instruction, "flops")
     if instruction.opcode in ("while", "conditional", "call", "reduce"):
         return 0.0
     inner = (module.computations.get(name, {}) for name in instruction.called)
     return sum(_flops(module, one, names) for names in inner for one in names.values())
+
+
+def _declared(instruction: Instruction, kind: str) -> float:
+    """Return a cost that a kernel declares (`pallas_call(cost_estimate=…)`); 0 for other instructions."""
+    if instruction.opcode != "custom-call":
+        return 0.0
+    return float(instruction.find(rf'"cost_estimate":\{{[^}}]*"{kind}":"(\d+)"') or 0)
 
 
 def _convolution_flops(instruction: Instruction, computation: Computation) -> float:

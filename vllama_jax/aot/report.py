@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vllama_jax.aot.costs import Costs, LoopCost
-from vllama_jax.aot.topologies import Topology
+from vllama_jax.aot.topologies import Chip, Topology
 
 WIDTH = 80  # columns of the terminal
 COLUMNS = 4  # programs side by side, so that a table has at most WIDTH
@@ -97,8 +97,8 @@ def time_fields(costs: Costs, topology: Topology, model_flops: float, samples: f
     networks = [_network_seconds(loop, topology) for loop in costs.loops]
     network = sum(networks)
     if costs.cycles and chip.clock:
-        schedule = costs.cycles / chip.clock
-        step = sum(max(loop.cycles / chip.clock, wait) for loop, wait in zip(costs.loops, networks, strict=True))
+        schedules = [_schedule_seconds(loop, chip) for loop in costs.loops]
+        schedule, step = sum(schedules), sum(map(max, schedules, networks))
     else:
         schedule, step = None, max(compute, memory, network)
     times = {"compute": compute, "memory": memory, "network": network}
@@ -114,6 +114,12 @@ def time_fields(costs: Costs, topology: Topology, model_flops: float, samples: f
         "samples_per_second": samples / step if step else None,
         "binds": max(times, key=lambda name: times[name]),
     }
+
+
+def _schedule_seconds(loop: LoopCost, chip: Chip) -> float:
+    """Compute the time of a loop without the network: XLA's estimate, and of kernels the roofline time."""
+    kernels = max(loop.kernel_flops / chip.flops, loop.kernel_bytes / chip.hbm_bandwidth)
+    return loop.cycles / chip.clock + kernels
 
 
 def _network_seconds(loop: LoopCost, topology: Topology) -> float:

@@ -11,7 +11,7 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.io.paths import as_path
 from vllama_jax.model import remove_missing_branches
 from vllama_jax.train.config import TrainConfig
-from vllama_jax.train.config_files import load_config, shipped_configs
+from vllama_jax.train.config_files import load_config, shipped_configs, split_preset
 
 SIZES: dict[str, Callable[[], VideoLlamaConfig]] = {"7b": video_llama_7b, "13b": video_llama_13b, "tiny": tiny}
 DEFAULT_SIZE = "7b"  # `vllama memory --help` shows the options for a model
@@ -28,7 +28,8 @@ def load_run_config(name_or_path: str) -> TrainConfig:
     Raises:
         ConfigError: There is none.
     """
-    if name_or_path not in shipped_configs() and not Path(name_or_path).is_file():
+    name, _ = split_preset(name_or_path)
+    if name not in shipped_configs() and not Path(name).is_file():
         known = ", ".join([*SIZES, *shipped_configs()])
         raise ConfigError(
             f"{name_or_path}: no such model or run config; give a model directory, a Python file, or one of {known}"

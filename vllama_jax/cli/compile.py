@@ -17,12 +17,14 @@ from vllama_jax.cli._devices import use_cpu_only
 from vllama_jax.cli._display import Display
 from vllama_jax.cli._model_config import DEFAULT_SIZE, find_model_configs, find_trained_model, is_model, load_run_config
 from vllama_jax.cli._run_config import require_first_argument
-from vllama_jax.cli._usage import Command, JsonFlag, require_at_least
+from vllama_jax.cli._usage import Command, JsonFlag, UsageError, require_at_least
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.memory import estimate
 from vllama_jax.memory.mesh import choose_mesh
 from vllama_jax.train.config import MeshConfig, TrainConfig, rows_per_shard
+from vllama_jax.train.config_files import split_preset
+from vllama_jax.train.presets import find_preset
 
 OPEN_MESH = MeshConfig(tensor=0)
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="TOPOLOGY [TOPOLOGY ...]")]
@@ -109,11 +111,13 @@ def _decoding_mesh(mesh: MeshConfig, model: VideoLlamaConfig, count: int) -> Mes
 
 def _make_run_command(name_or_path: str) -> Command:
     default = load_run_config(name_or_path)
+    preset = split_preset(name_or_path)[1]
+    preset_topology = (find_preset(preset).topology,) if preset else ()
 
     def compile(  # the command's name
         config: tyro.conf.Positional[str],
         /,
-        topology: Names,
+        topology: Names = preset_topology,
         run: Annotated[TrainConfig, tyro.conf.arg(name="")] = default,
         *,
         rows: int = 0,
@@ -131,7 +135,7 @@ def _make_run_command(name_or_path: str) -> Command:
 
         Args:
             config: The run config: a Python file, or one that is shipped.
-            topology: TPU slices and GPUs, such as v5e:16x16, v5litepod-256, v5p-128, H100:8.
+            topology: TPU slices and GPUs, such as v5e:16x16, v5litepod-256, v5p-128, H100:8. By default, the preset's.
             run: The config. Its model may be a directory, or a size that was published (7b, 13b).
             rows: Rows of a chip at a time, in place of the config's batch size.
             length: Tokens of a sequence; all padded lengths that the run may have unless given.
@@ -141,6 +145,8 @@ def _make_run_command(name_or_path: str) -> Command:
         """
         require_at_least(0, rows=rows)
         require_at_least(1, length=min(length, default=1))
+        if not topology:
+            raise UsageError(f"give a topology: `vllama compile {config} --topology v5e:16x16`")
         use_cpu_only()
         model = find_trained_model(run, base)
         longest = max(length, default=estimate.longest_example_length(model, run))
@@ -165,8 +171,8 @@ def _arrange(model: VideoLlamaConfig, run: TrainConfig, topology: Topology, rows
     mesh, _ = choose_mesh(model, run, device, topology.count, length=longest, sides=sides)
     if mesh.data * mesh.fsdp * mesh.tensor != topology.count:
         raise ConfigError(
-            f"mesh data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor} has {mesh.data * mesh.fsdp * mesh.tensor} "
-            f"places for the {topology.count} chips of {topology.name}"
+            f"mesh data={mesh.data} fsdp={mesh.fsdp} tensor={mesh.tensor} is for "
+            f"{mesh.data * mesh.fsdp * mesh.tensor} chips, and {topology.name} has {topology.count}"
         )
     rows_per_shard(run, mesh)
     return dataclasses.replace(run, mesh=mesh)

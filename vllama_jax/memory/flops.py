@@ -28,7 +28,12 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat_policy: str) -> float:
-    """Count the floating-point operations of a training step, on all devices together.
+    """Count the floating-point operations of a training step, on all devices together (see `step_flops_by_component`)."""
+    return sum(step_flops_by_component(model, branch, batch, remat_policy).values())
+
+
+def step_flops_by_component(model: VideoLlamaConfig, branch: str, batch: dict, remat_policy: str) -> dict[str, float]:
+    """Count the floating-point operations of a training step by component, on all devices together.
 
     The language model has a forward pass, a second one if its activations are recomputed, and a backward pass for
     activations only, as its weights are frozen. Encoders have a forward pass. The trained Q-Former counts three times.
@@ -38,6 +43,9 @@ def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat_policy: 
         branch: The name of the trained branch.
         batch: The arrays of a batch (train/step.py); only shapes are used.
         remat_policy: The activation checkpointing policy.
+
+    Returns:
+        Operations of the "encoders" (frozen), the trained "qformer", and "llama".
     """
     rows, length = batch["ids"].shape
     targets = batch["positions"].shape[1]
@@ -46,7 +54,11 @@ def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat_policy: 
     forward = llama.depth * block
     passes = {"full": 3, "dots": 2, "none": 2}[remat_policy]
     head = 2 * llama.width * llama.vocab_size * targets
-    return rows * (passes * forward + 2 * head + 3 * _trained_qformer(model, branch) + _encoders(model, branch, batch))
+    return {
+        "encoders": rows * _encoders(model, branch, batch),
+        "qformer": rows * 3 * _trained_qformer(model, branch),
+        "llama": rows * (passes * forward + 2 * head),
+    }
 
 
 def forward_flops(llama: LlamaConfig, rows: int, new: int, attended: int) -> float:

@@ -19,10 +19,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import LlamaConfig, RopeScaling
+from vllama_jax.nn.attention import attend, attend_heads_first
 from vllama_jax.nn.layers import (
     Remat,
-    attend,
-    attend_heads_first,
     axis_metadata,
     cast_like,
     constrain_sharding,

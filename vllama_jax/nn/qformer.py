@@ -10,20 +10,17 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from vllama_jax.config import QFormerConfig
+from vllama_jax.nn.attention import attend
+from vllama_jax.nn.dropout import Dropout, apply_dropout, split_dropout, unstack_dropout
 from vllama_jax.nn.layers import (
-    Dropout,
     Mlp,
-    apply_dropout,
-    attend,
     axis_metadata,
     cast_like,
     constrain_sharding,
     layer_norm,
     param_with_axes,
     run_stack,
-    split_dropout,
     stack,
-    unstack_dropout,
 )
 
 INIT = nnx.initializers.normal(0.02)  # reference: Qformer.py:665-675

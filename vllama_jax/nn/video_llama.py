@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, Int
 from vllama_jax.branches import BRANCHES, Branch
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.nn.arrays import check_array
+from vllama_jax.nn.dropout import Dropout
 from vllama_jax.nn.imagebind import ImageBind
-from vllama_jax.nn.layers import Dropout, cast_like, layer_norm, learned_positions, position_rows, projection
+from vllama_jax.nn.layers import cast_like, layer_norm, learned_positions, position_rows, projection
 from vllama_jax.nn.llama import Llama
 from vllama_jax.nn.qformer import QFormer
 from vllama_jax.towers import build_tower

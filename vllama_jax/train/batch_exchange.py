@@ -2,8 +2,8 @@
 
 Each host tokenizes its own rows only, so it does not know the length that the longest text of the global batch needs.
 It sends the length of its rows to process 0, which answers with the largest one. This happens where batches are read
-ahead, in the key-value store of `runtime/coordination.py`, so no step waits for it. An error in reading a batch travels
-the same way, and all processes raise it.
+ahead, in the key-value store of `runtime/coordination.py`, so no step waits for it. An error in reading a batch is
+reported the same way, and all processes raise it.
 """
 
 import concurrent.futures
@@ -41,7 +41,7 @@ class BatchExchange:
         self._closed = threading.Event()
 
     def close(self) -> None:
-        """Stop waiting for other processes, which may have stopped to read batches."""
+        """Stop waiting for other processes, which may no longer read batches."""
         self._closed.set()
 
     def read(self, name: str | int, read: Callable[[], HostBatch]) -> HostBatch:
@@ -107,7 +107,7 @@ class BatchExchange:
 
         Args:
             step: The step.
-            seconds: The time that this process waited. Other processes than 0 return it.
+            seconds: The time that this process waited. Processes other than 0 return it.
         """
         if self._store is None or process_number() > 0:
             return seconds

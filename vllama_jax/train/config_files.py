@@ -1,6 +1,7 @@
 """Load run configs: Python files that define `config = TrainConfig(...)`.
 
-A run config is given by its path, or by its name if it is part of the package (vllama_jax/configs).
+A run config is given by its path, or by its name if it is part of the package (vllama_jax/configs). A preset of its
+mesh and batch size may follow the name: `vision_stage1@v5e-256` (presets.py).
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from vllama_jax import configs
 from vllama_jax.errors import ConfigError, suggest_name
 from vllama_jax.train import config as train_config
 from vllama_jax.train.config import RENAMED_FIELDS, TrainConfig
+from vllama_jax.train.presets import STAGES, apply_preset
 
 Prepare = Callable[[TrainConfig, Path], TrainConfig]
 
@@ -30,20 +32,35 @@ def load_config(name: str) -> tuple[TrainConfig, Prepare]:
     """Load a run config.
 
     Args:
-        name: The path of a Python file, or the name of a config that is part of the package.
+        name: The path of a Python file, or the name of a config that is part of the package, with "@" and a preset's
+            name for the mesh and the batch size of that.
 
     Returns:
         The config, and a function (config, out) → config to call before the run. The function is the file's `prepare`,
         if it defines one, which may create inputs of the run. Otherwise it returns the config unchanged.
 
     Raises:
-        ConfigError: There is no such config, or its file fails or does not define one.
+        ConfigError: There is no such config or preset, or the config's file fails or does not define one.
     """
+    name, preset = split_preset(name)
     fields = _execute(name)
     config = fields.get("config")
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"{name}: it does not define `config = TrainConfig(...)`")
+    if preset is not None:
+        stage = next((stage for stage in STAGES if name in shipped_configs() and name.endswith(stage)), "")
+        if not stage:
+            raise ConfigError(
+                f"{name}: presets are for shipped configs of stage 1 and 2; set mesh and batch_size in it"
+            )
+        config = apply_preset(config, preset, stage)
     return config, fields.get("prepare", lambda config, out: config)
+
+
+def split_preset(name: str) -> tuple[str, str | None]:
+    """Split "vision_stage1@v5e-256" into the names of the config and of the preset; None where there is none."""
+    config, mark, preset = name.rpartition("@")
+    return (config, preset) if mark and not Path(name).exists() else (name, None)
 
 
 def _execute(name: str) -> dict[str, Any]:

@@ -91,7 +91,7 @@ def call_on_process_zero_first(make: Callable[[], Result]) -> Result:
         return make()
     import jax
 
-    jax.devices()  # all processes must take part in finding them, and `make` may use them
+    jax.devices()  # this waits for all processes, so it must not happen in one of them only
     results: list[Result] = []
     for is_turn in (process_number() == 0, process_number() > 0):
         with share_errors():

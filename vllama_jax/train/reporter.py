@@ -33,7 +33,7 @@ def print_line(text: str) -> None:
 
 
 def log_line(text: str) -> None:
-    """Write a line to the log of this package, which nobody sees unless the log is sent to a file (`--log-dir`)."""
+    """Write a line to the log of this package. It is not shown; `--log-dir` writes the log to a file."""
     logging.getLogger(__package__).info(text)
 
 

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float, Int
 
 from vllama_jax.branches import BRANCHES
 from vllama_jax.media.image import standardize
-from vllama_jax.nn.layers import Dropout, constrain_sharding
+from vllama_jax.nn.dropout import Dropout
+from vllama_jax.nn.layers import constrain_sharding
 from vllama_jax.nn.video_llama import VideoLlama, splice
 from vllama_jax.runtime.xla_options import compiler_options
 from vllama_jax.towers import get_tower
