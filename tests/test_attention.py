@@ -157,10 +157,10 @@ def test_the_kernel_is_lowered_for_the_images_of_a_device():
 
 
 @pytest.mark.parametrize(("rows", "chunk"), [(8, 8), (32, 32), (37, 37), (40, 20), (64, 32)])
-def test_blocks_run_in_chunks_of_up_to_32_rows(rows: int, chunk: int):
+def test_rows_are_divided_evenly_into_parts_of_up_to_a_limit(rows: int, chunk: int):
     chunks = []
     x = jnp.arange(rows * 6.0).reshape(rows, 2, 3)
-    result = layers._map_chunks(lambda x: (chunks.append(x.shape), x + 1)[1], x)
+    result = layers._map_rows(lambda x: (chunks.append(x.shape), x + 1)[1], x, 32)
     assert chunks == [(chunk, 2, 3)]
     assert np.array_equal(result, x + 1)
 
@@ -170,14 +170,13 @@ def test_chunks_of_a_mesh_have_rows_of_every_device():
     chunks = []
     mesh = sharding.make_mesh(4, 2, 1)
 
-    class AddOne(nnx.Module):
-        def __call__(self, chunk: jax.Array) -> jax.Array:
-            chunks.append(chunk.shape)
-            return chunk + 1
+    def add_one(chunk: jax.Array) -> jax.Array:
+        chunks.append(chunk.shape)
+        return chunk + 1
 
     with sharding.use_mesh(mesh):
         sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
-        compiled = jax.jit(functools.partial(layers._map_chunks, AddOne())).lower(sharded).compile()
+        compiled = jax.jit(lambda x: layers._map_rows(add_one, x, 32)).lower(sharded).compile()
         assert np.array_equal(compiled(sharded), x + 1)
     assert chunks == [(8 * 20, 2, 3)]
     assert not any(name in compiled.as_text() for name in ("all-gather", "all-to-all", "collective-permute"))
@@ -197,11 +196,13 @@ def test_weights_are_gathered_once_for_all_chunks():
     assert not any(re.search(r'op_name="[^"]*while/body[^"]*while/body', line) for line in collectives)
 
 
-def test_chunks_do_not_change_values_and_gradients(monkeypatch: pytest.MonkeyPatch):
-    blocks, x = make_blocks(), random_rows(40)
+@pytest.mark.parametrize("rows", [40, 80])  # two chunks; two groups of two chunks
+def test_chunks_do_not_change_values_and_gradients(rows: int, monkeypatch: pytest.MonkeyPatch):
+    blocks, x = make_blocks(), random_rows(rows)
     value_and_gradient = jax.value_and_grad(mean_square)
     in_chunks = jax.jit(value_and_gradient)(blocks, x)
-    monkeypatch.setattr(layers, "_CHUNK_ROWS", 40)
+    monkeypatch.setattr(layers, "_CHUNK_ROWS", rows)
+    monkeypatch.setattr(layers, "_GROUP_ROWS", rows)
     at_once = jax.jit(lambda *arguments: value_and_gradient(*arguments))(blocks, x)  # a new function: not compiled yet
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), in_chunks, at_once)
 

@@ -28,7 +28,7 @@ def peak_flops(device: jax.Device) -> float | None:
 
 
 def step_flops(model: VideoLlamaConfig, branch: str, batch: dict, remat_policy: str) -> float:
-    """Count the floating-point operations of a training step, on all devices together (see `step_flops_by_component`)."""
+    """Count the floating-point operations of a training step: the sum of `step_flops_by_component`."""
     return sum(step_flops_by_component(model, branch, batch, remat_policy).values())
 
 

@@ -23,9 +23,9 @@ Activations = TypeVar("Activations")
 
 LECUN_NORMAL = nnx.initializers.lecun_normal()
 
-# Rows (images) of a device that a block of a frozen encoder processes at once. With more, XLA for TPU no longer keeps
-# intermediate results in VMEM: with the einsum, 64 images take 380 ms at once, and 322 ms in two chunks (docs/pods.md).
-_CHUNK_ROWS = 32
+# Rows (images) of a device that an encoder processes at once, and a block of it. With more, XLA for TPUs no longer
+# keeps intermediate results in VMEM: the input of a block, 46 MB for 64 images, and those within it (docs/pods.md).
+_GROUP_ROWS, _CHUNK_ROWS = 64, 32
 
 # The activation checkpointing policy of a layer.
 Remat = Literal["full", "dots", "none"]
@@ -236,26 +236,30 @@ class PreNormBlock(nnx.Module):
 
 
 def run_blocks(blocks: PreNormBlock, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """Run `x` through a stack of pre-norm blocks, each of them in chunks of the rows of a device."""
-    return run_stack(blocks, x, _map_chunks)
+    """Run `x` through a stack of pre-norm blocks, by groups of a device's rows, and each block by chunks of a group."""
+
+    def run_block(block: PreNormBlock, x: Array) -> Array:
+        return _map_rows(gather_weights(block), x, _CHUNK_ROWS)
+
+    return _map_rows(lambda group: run_stack(blocks, group, run_block), x, _GROUP_ROWS)
 
 
-def _map_chunks(block: PreNormBlock, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """Apply a block to chunks of at most `_CHUNK_ROWS` rows of a device. A chunk has rows of every device.
+def _map_rows(function: Callable[[Array], Array], x: Float[Array, "b *n"], limit: int) -> Float[Array, "b *n"]:
+    """Apply a function to one part of the rows after the other. Every device has at most `limit` rows of a part.
 
-    Without an even division into chunks of more than half of that size, the block is applied to all rows at once.
+    Without an even division into parts of more than half of that limit, the function is applied to all rows at once.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    batch_axes = () if mesh.empty else partition_spec(x.shape, ("batch", None, None), mesh)[0] or ()
+    others = (None,) * (x.ndim - 1)
+    batch_axes = () if mesh.empty else partition_spec(x.shape, ("batch", *others), mesh)[0] or ()
     devices = math.prod(mesh.shape[axis] for axis in batch_axes)
     rows = x.shape[0] // devices
-    size = next((size for size in range(_CHUNK_ROWS, _CHUNK_ROWS // 2, -1) if rows % size == 0), rows)
+    size = next((size for size in range(limit, limit // 2, -1) if rows % size == 0), rows)
     if size == rows:
-        return block(x)
-    block = gather_weights(block)
-    by_device = constrain_sharding(x.reshape(devices, rows // size, size, *x.shape[1:]), "batch", *(None,) * 4)
-    chunks = by_device.swapaxes(0, 1).reshape(rows // size, devices * size, *x.shape[1:])
-    out = jax.lax.map(block, constrain_sharding(chunks, None, "batch", None, None))
+        return function(x)
+    by_device = constrain_sharding(x.reshape(devices, rows // size, size, *x.shape[1:]), "batch", None, None, *others)
+    parts = by_device.swapaxes(0, 1).reshape(rows // size, devices * size, *x.shape[1:])
+    out = jax.lax.map(function, constrain_sharding(parts, None, "batch", *others))
     return out.reshape(rows // size, devices, size, *x.shape[1:]).swapaxes(0, 1).reshape(x.shape)
 
 
