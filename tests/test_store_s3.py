@@ -1,6 +1,7 @@
 """Commands on s3://, in processes of their own, with a local server (moto) in place of S3."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -19,24 +20,17 @@ from vllama_jax.checkpoints.digests import list_checkpoint_steps
 from vllama_jax.io.paths import as_path
 from vllama_jax.train.config import CheckpointConfig
 
-moto = pytest.importorskip("moto.server", reason="needs moto[server]")
-werkzeug = pytest.importorskip("werkzeug.serving", reason="needs moto[server]")
-pytest.importorskip("s3fs", reason="needs s3fs")
 pytestmark = pytest.mark.slow
 KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
-
-
-class QuietHandler(werkzeug.WSGIRequestHandler):
-    """Answers requests without logging them."""
-
-    def log(self, *arguments: object) -> None:
-        """Log nothing."""
 
 
 class Store:
     """An S3 server. A test may set `watch`, which is called with the method and path of each request first."""
 
     def __init__(self):
+        moto = pytest.importorskip("moto.server", reason="needs moto[server]")
+        serving = pytest.importorskip("werkzeug.serving", reason="needs moto[server]")
+        logging.getLogger("werkzeug").setLevel(logging.WARNING)  # it logs each request
         self.watch: Callable[[str, str], None] = lambda method, path: None
         application = moto.DomainDispatcherApplication(moto.create_backend_app)
 
@@ -44,12 +38,13 @@ class Store:
             self.watch(environ["REQUEST_METHOD"], environ["PATH_INFO"])
             return application(environ, start_response)
 
-        self.server = werkzeug.make_server("127.0.0.1", 0, answer, threaded=True, request_handler=QuietHandler)
+        self.server = serving.make_server("127.0.0.1", 0, answer, threaded=True)
 
 
 @pytest.fixture
 def store(monkeypatch, tmp_path):
     """An S3 server with an empty bucket, s3://bucket. Commands find it through their environment."""
+    pytest.importorskip("s3fs", reason="needs s3fs")
     found = Store()
     thread = threading.Thread(target=found.server.serve_forever)
     thread.start()
@@ -190,7 +185,7 @@ def test_a_run_that_is_killed_while_it_saves_is_resumed(store, tiny_model, image
 
 
 def test_a_second_run_into_a_directory_is_refused(store, tiny_model, image_records, tmp_path):
-    """The first run stands still in its first save, and still renews its lease."""
+    """The first run waits in its first save, and still renews its lease."""
     config, out = tiny_config(tmp_path, tiny_model, image_records, steps=2), "s3://bucket/run"
     reached, released = threading.Event(), threading.Event()
 
