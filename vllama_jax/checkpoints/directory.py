@@ -25,7 +25,7 @@ from vllama_jax.errors import CheckpointError, format_error
 from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_fields import LARGEST_INTEGER, format_value
 from vllama_jax.io.json_files import parse_object, read_object
-from vllama_jax.io.paths import is_store_path
+from vllama_jax.io.paths import is_directory, is_store_path
 from vllama_jax.io.store_cache import copy_files, copy_folder
 from vllama_jax.io.store_path import NO_BUCKET, StorePath
 
@@ -284,13 +284,13 @@ def _open_run(path: Path, fields: dict[str, Any], base: str | Path | None) -> Ru
     lora = config.get("lora") if isinstance(config, dict) else None
     directory = find_model(base or recorded.path)
     sibling = path.absolute().parent / directory.name  # its path if both were moved
-    if not base and not directory.is_dir():
+    if not base and not is_directory(directory):
         # The cache folder with the unpacked miniature may have been removed, or be elsewhere on this machine.
         if is_shipped_digest(recorded.digest):
             directory = shipped_model()
-        elif sibling.is_dir():
+        elif is_directory(sibling):
             directory = sibling
-    if not directory.is_dir():
+    if not is_directory(directory):
         raise CheckpointError(
             f"{path}: its base model {directory} was not found, and is not in the run's parent folder; set its path "
             "with --base"

@@ -58,6 +58,11 @@ def is_store_path(path: Any) -> TypeGuard[StorePath]:
     return isinstance(path, StorePath)
 
 
+def is_directory(path: Path) -> bool:
+    """Return whether a path is a directory; False for a name that is too long for a file."""
+    return path.is_dir() if is_store_path(path) else os.path.isdir(path)
+
+
 def require_local(path: Any, error: type[VllamaError]) -> Path:
     """Return the path of an input that must be local. Raise `error` for a URL."""
     if isinstance(path, StorePath):
