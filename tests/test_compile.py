@@ -107,6 +107,15 @@ def test_expected_time_adds_loops_in_which_the_network_hides_or_does_not():
     assert fields["samples_per_second"] == pytest.approx(32)
 
 
+def test_expected_time_includes_kernels_at_the_roofline():
+    """0.5 s of cycles, and 0.25 s of the kernel's FLOPs in one loop, or 0.5 s of its bytes in the other."""
+    chip = V5E.chip
+    compute = LoopCost("one", 1, 0.75e9, kernel_flops=chip.flops / 4, kernel_bytes=chip.hbm_bandwidth / 8)
+    memory = LoopCost("two", 1, 0.75e9, kernel_flops=chip.flops / 4, kernel_bytes=chip.hbm_bandwidth / 2)
+    fields = time_fields(Costs(1e12, 1e9, {}, 1.5e9, (compute, memory)), V5E, model_flops=1e12, samples=1)
+    assert fields["schedule_ms"] == fields["step_ms"] == pytest.approx(1750)
+
+
 def test_tables_have_at_most_80_columns():
     report = ProgramReport(
         topology="v5p:16x16x24",

@@ -144,4 +144,4 @@ def test_a_refusal_ends_all_with_one_line(config, uninterrupted):
     with started("train", config, "--out", uninterrupted, "--seed", 1, count=4) as processes:
         results = [(process.wait(timeout=300), process.communicate()[1]) for process in processes]
     for code, text in results:
-        assert_one_line(code, text, f"vllama: {uninterrupted}: contains a run with another config (seed was 0, now 1)")
+        assert_one_line(code, text, f"vllama: {uninterrupted}: contains a run with another config (seed was 42, now 1)")

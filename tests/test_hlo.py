@@ -173,8 +173,11 @@ ENTRY %main (a: f32[8,16], b: f32[16,4]) -> f32[8,4] {
   %f = f32[8,4]{1,0} fusion(%a, %b), kind=kOutput, calls=%inside
   ROOT %k = f32[8,4]{1,0} custom-call(%f), custom_call_target="tpu_custom_call", backend_config=CONFIG
 }
-""".replace("CONFIG", '{"custom_call_config":{"cost_estimate":{"flops":"640","transcendentals":"0"}}}')
-    assert analyze(parse_hlo(text)).flops == 2 * 8 * 16 * 4 + 640
+"""
+    declared = '{"flops":"640","transcendentals":"0","bytes_accessed":"96","remote_bytes_transferred":"0"}'
+    costs = analyze(parse_hlo(text.replace("CONFIG", f'{{"custom_call_config":{{"cost_estimate":{declared}}}}}')))
+    assert costs.flops == 2 * 8 * 16 * 4 + 640
+    assert (costs.loops[0].kernel_flops, costs.loops[0].kernel_bytes) == (640, 96)
 
 
 def test_arrays_in_vmem_are_not_traffic():

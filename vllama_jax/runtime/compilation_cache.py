@@ -6,7 +6,6 @@ import logging
 import os
 import tempfile
 import uuid
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,15 +84,15 @@ def _writes_for_its_host(directory: Path | None) -> bool:
 @functools.cache
 def _write_from_this_process() -> None:
     """Write the programs that this process compiles from now on to its cache. JAX does that in process 0 only."""
+    import jax
     from jax._src import compilation_cache, compiler
 
     write = compiler._cache_write
 
-    def write_here(
-        key: str, seconds: float, name: str, backend: Any, executable: Any, host_callbacks: Sequence[Any]
-    ) -> None:
-        write(key, seconds, name, backend, executable, host_callbacks)
-        if host_callbacks:  # JAX cannot store such a program
+    def write_here(key: str, seconds: float, name: str, backend: Any, executable: Any, *host_callbacks: Any) -> None:
+        write(key, seconds, name, backend, executable, *host_callbacks)
+        is_short = seconds < jax.config.values["jax_persistent_cache_min_compile_time_secs"]
+        if is_short or any(host_callbacks):  # versions of JAX that pass host callbacks cannot store a program with one
             return
         try:
             compilation_cache.put_executable_and_time(key, name, executable, backend, int(seconds))
