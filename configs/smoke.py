@@ -41,8 +41,9 @@ def prepare(config: TrainConfig, out: Path) -> TrainConfig:
         The config with paths that include `out`.
     """
     from vllama_jax.io.atomic import new_directory
+    from vllama_jax.io.paths import require_local_output
 
-    inputs = out / "inputs"
+    inputs = require_local_output(out) / "inputs"
     if not inputs.exists():
         with new_directory(inputs) as directory:
             _make_model(directory)

@@ -44,6 +44,7 @@ from vllama_jax.convert.weight_files import Source, open_file
 from vllama_jax.convert.write_tensors import BytesProgress
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import new_directory, write_file
+from vllama_jax.io.paths import as_path, require_local
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,11 +124,12 @@ def plan(
     from vllama_jax.text.templates import find_template
     from vllama_jax.text.tokenizer import check_vocabulary, load_tokenizer
 
-    model = open_model_or_run(Path(base)) if base else None
+    model = open_model_or_run(as_path(base)) if base else None
     drop_components(model, without)
     given = {file_type: resolve_hub_path(path) for file_type, path in files.items() if path is not None}
     directory, llama_directory, delta = (
-        resolve_hub_path(path) if path else None for path in (directory, llama_directory, delta)
+        require_local(resolve_hub_path(path), CheckpointError) if path else None
+        for path in (directory, llama_directory, delta)
     )
     found = _search_directory(directory, given, llama_directory)
     branches = {
@@ -199,7 +201,7 @@ def _tokenizer_directory(language: LanguageModel | None, base: StoredModel | Non
     if language:
         return language.tokenizer
     assert base is not None  # checked by `_check_complete`
-    return base.directory.path / "tokenizer"
+    return base.directory.tokenizer_directory
 
 
 def _search_directory(directory: Path | None, given: Mapping[str, Path], llama_directory: Path | None) -> SearchResult:
@@ -276,7 +278,7 @@ def convert(
         >>> vl.load("changed").network.video_qformer.queries.shape
         (48, 48)
     """
-    with new_directory(Path(out)) as directory:
+    with new_directory(as_path(out)) as directory:
         with ParamsWriter(directory / "params") as params:
             for leaf in plan.all_leaves:
                 target = np.dtype(dtype) if dtype else leaf.dtype

@@ -25,6 +25,7 @@ from vllama_jax.convert.rules import Rule, transpose_contiguous
 from vllama_jax.convert.write_tensors import BytesProgress, Tensor, require_torch, write_safetensors, write_torch
 from vllama_jax.io.atomic import new_directory, replace_json, write_file, write_json
 from vllama_jax.io.json_files import read_object
+from vllama_jax.io.paths import require_local_output
 
 ExportFormat = Literal["pth", "safetensors"]
 ExportPlan = Mapping[str, Sequence[Tensor]]  # the tensors of each file, by its path in the output directory
@@ -91,7 +92,7 @@ def export(
         ['config.json', 'model.safetensors']
     """
     bare = {_file_name(file_type) for file_type, spec in FILE_SPECS.items() if spec.bare}
-    with new_directory(Path(out)) as directory:
+    with new_directory(require_local_output(out)) as directory:
         shards = {Path(name).name: tensors for name, tensors in files.items() if name.startswith("llama/")}
         if shards:
             _write_llama(directory / "llama", model, shards)

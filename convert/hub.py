@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from vllama_jax.errors import CheckpointError
+from vllama_jax.io.paths import as_path
 from vllama_jax.runtime.extras import import_extra
 
 # hf://org/name, hf://org/name@revision, hf://org/name/folder/file.pth; pathlib removes one of the two slashes
@@ -31,7 +32,7 @@ def resolve_hub_path(path: str | Path) -> Path:
             is not installed.
     """
     if not str(path).startswith("hf:/"):
-        return Path(path)
+        return as_path(path)
     address = ADDRESS.fullmatch(str(path))
     if address is None:
         raise CheckpointError(f"{path}: not an address on the hub; write hf://org/name or hf://org/name/file")

@@ -111,10 +111,10 @@ def test_a_file_and_a_shard_that_are_not_cached(tiny_files, tmp_path, cache):
     assert text.endswith("/model-00001-of-00001.safetensors: no such file; check the path")
 
 
-@pytest.mark.parametrize("address", ["hf://alone", "hf:/a", "hf://a/", "hf://a@b"])
+@pytest.mark.parametrize("address", ["hf://alone", "hf://a", "hf://a@b"])
 def test_invalid_hub_addresses_are_refused(tiny_files, tmp_path, cache, address):
     text = expect_one_line(tiny_files | {"llama": address}, tmp_path)
-    assert text.startswith(f"vllama: {Path(address)}: not an address on the hub; write hf://org/name or ")
+    assert text.startswith(f"vllama: {address}: not an address on the hub; write hf://org/name or ")
 
 
 class Response:

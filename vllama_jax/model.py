@@ -11,6 +11,7 @@ from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.restore import restore
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import ConfigError
+from vllama_jax.io.paths import as_path
 from vllama_jax.runtime.compilation_cache import enable_compilation_cache
 
 if TYPE_CHECKING:
@@ -137,7 +138,7 @@ def save(model: Model, path: str | Path, *, overwrite: bool = False) -> None:
     """
     from vllama_jax.checkpoints.save import save_network
 
-    save_network(model.network, model.config, model.tokenizer, Path(path), overwrite=overwrite)
+    save_network(model.network, model.config, model.tokenizer, as_path(path), overwrite=overwrite)
 
 
 def remove_missing_branches(directory: ModelDirectory) -> ModelDirectory:

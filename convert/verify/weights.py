@@ -136,7 +136,7 @@ def check_comparable(directory: ModelDirectory, plan: ConversionPlan) -> None:
         CheckpointError: A weight is missing on one side, has another shape, or its files are missing or truncated.
     """
     if directory.trained:
-        raise ConfigError(f"{directory.trained[-1].path.parents[1]}: a run; compare its base model, {directory.path}")
+        raise ConfigError(f"{directory.opened_path}: a run; compare its base model, {directory.path}")
     ours = unquantized_shapes(directory)
     theirs = {leaf.rule.target: leaf.shape for leaf in plan.leaves}
     for problem, paths in (

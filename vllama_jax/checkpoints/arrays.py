@@ -23,7 +23,9 @@ import numpy as np
 from vllama_jax.errors import CheckpointError
 from vllama_jax.io.atomic import write_file, write_json
 from vllama_jax.io.json_fields import LARGEST_INTEGER, format_value
-from vllama_jax.io.json_files import read_object
+from vllama_jax.io.json_files import parse_object, read_object
+from vllama_jax.io.paths import is_store_path
+from vllama_jax.io.store_path import StorePath, read_files
 
 CHUNK_BYTES = 64 * 2**20  # maximum size of a file
 SINGLE_FILE_BYTES = 2**20  # a weight of at most this size is one file, also if it has layers
@@ -70,7 +72,7 @@ class ParamsWriter:
         directory = self._directory / path.replace("/", ".")
         directory.mkdir()
         chunk = chunk_shape(shape, dtype.itemsize)
-        write_json(directory / ".zarray", _zarr_metadata(shape, chunk, dtype))
+        write_json(directory / ".zarray", zarr_metadata(shape, chunk, dtype))
         digest = xxhash.xxh3_128()
         writes: collections.deque[concurrent.futures.Future[None]] = collections.deque()
         for first, rows in enumerate(_regroup_rows(blocks, chunk[0])):
@@ -100,6 +102,9 @@ class ParamsWriter:
         folder = source / directory.name
         chunk = read_object(folder / ".zarray")["chunks"]
         for name in [".zarray", *_chunk_names(leaf["shape"], chunk)]:
+            if is_store_path(folder) or is_store_path(directory):
+                write_file(directory / name, (folder / name).read_bytes())
+                continue
             shutil.copyfile(folder / name, directory / name)
             with (directory / name).open("rb+") as file:
                 os.fsync(file.fileno())
@@ -111,7 +116,7 @@ class ParamsWriter:
     def __exit__(self, failed: type | None, *_: object) -> None:
         self._disk.shutdown(cancel_futures=True)
         if failed is None:
-            write_json(self._directory / "_METADATA", _orbax_metadata(self.leaves))
+            write_json(self._directory / "_METADATA", orbax_metadata(self.leaves))
 
 
 def chunk_shape(shape: Sequence[int], itemsize: int) -> list[int]:
@@ -139,7 +144,12 @@ def _grid(shape: Sequence[int], chunk: Sequence[int]) -> tuple[int, ...]:
 
 
 def _chunk_names(shape: Sequence[int], chunk: Sequence[int]) -> list[str]:
-    return [".".join(map(str, index)) for index in itertools.product(*map(range, _grid(shape, chunk)))]
+    return [chunk_name(index) for index in itertools.product(*map(range, _grid(shape, chunk)))]
+
+
+def chunk_name(index: Iterable[int]) -> str:
+    """Return the file name of a chunk, given its position along each axis; "0" of a scalar."""
+    return ".".join(map(str, index)) or "0"
 
 
 def _regroup_rows(blocks: Iterable[np.ndarray], rows: int) -> Iterator[np.ndarray]:
@@ -170,7 +180,8 @@ def _split_chunks(rows: np.ndarray, chunk: Sequence[int]) -> Iterator[tuple[tupl
         yield index, np.ascontiguousarray(values)
 
 
-def _zarr_metadata(shape: Sequence[int], chunk: Sequence[int], dtype: np.dtype) -> dict[str, Any]:
+def zarr_metadata(shape: Sequence[int], chunk: Sequence[int], dtype: np.dtype) -> dict[str, Any]:
+    """Return the .zarray of an array, given its shape, the shape of a chunk, and its dtype."""
     return {
         "zarr_format": 2,
         "shape": list(shape),
@@ -184,7 +195,7 @@ def _zarr_metadata(shape: Sequence[int], chunk: Sequence[int], dtype: np.dtype) 
     }
 
 
-def _orbax_metadata(leaves: Mapping[str, dict]) -> dict[str, Any]:
+def orbax_metadata(leaves: Mapping[str, dict]) -> dict[str, Any]:
     """Return Orbax's metadata of the tree. It restores leaves of type np.ndarray without a device specification."""
     tree = {}
     for path, leaf in leaves.items():
@@ -243,6 +254,24 @@ def check_params(directory: Path, leaves: Mapping[str, Mapping[str, Any]], paths
     Raises:
         CheckpointError: A file is missing, truncated, or does not match the manifest.
     """
+    for path, sizes, metadata in _list_arrays(directory, paths):
+        folder = directory / path.replace("/", ".")
+        shape, dtype = leaves[path]["shape"], np.dtype(leaves[path]["dtype"])
+        chunk: Any = metadata.get("chunks")
+        if not _is_chunk(chunk, shape) or metadata != zarr_metadata(shape, chunk, dtype):
+            raise CheckpointError(f"{folder}: does not match manifest.json; copy or convert the model again")
+        expected = math.prod(chunk) * dtype.itemsize
+        for name in _chunk_names(shape, chunk):
+            if sizes.get(name) != expected:
+                problem = f"has {sizes[name]} bytes instead of {expected}" if name in sizes else "missing"
+                raise CheckpointError(f"{folder / name}: {problem}; copy or convert the model again")
+
+
+def _list_arrays(directory: Path, paths: Iterable[str]) -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
+    """Yield of each weight its path, the sizes of its files, and its .zarray."""
+    if is_store_path(directory):
+        yield from _list_store_arrays(directory, list(paths))
+        return
     for path in paths:
         folder = directory / path.replace("/", ".")
         try:
@@ -251,16 +280,28 @@ def check_params(directory: Path, leaves: Mapping[str, Mapping[str, Any]], paths
             raise CheckpointError(
                 f"{folder}: cannot be read ({error.strerror}); copy or convert the model again"
             ) from error
-        shape, dtype = leaves[path]["shape"], np.dtype(leaves[path]["dtype"])
-        metadata = read_object(folder / ".zarray")
-        chunk: Any = metadata.get("chunks")
-        if not _is_chunk(chunk, shape) or metadata != _zarr_metadata(shape, chunk, dtype):
-            raise CheckpointError(f"{folder}: does not match manifest.json; copy or convert the model again")
-        expected = math.prod(chunk) * dtype.itemsize
-        for name in _chunk_names(shape, chunk):
-            if sizes.get(name) != expected:
-                problem = f"has {sizes[name]} bytes instead of {expected}" if name in sizes else "missing"
-                raise CheckpointError(f"{folder / name}: {problem}; copy or convert the model again")
+        yield path, sizes, read_object(folder / ".zarray")
+
+
+def _list_store_arrays(
+    directory: StorePath, paths: Sequence[str]
+) -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
+    """The same on an object store, with one listing, and all .zarray objects read at once."""
+    folders = [directory / path.replace("/", ".") for path in paths]
+    sizes: dict[str, dict[str, int]] = {}
+    try:
+        if len(folders) == 1:
+            sizes[folders[0].name] = folders[0].file_sizes()
+        for name, size in directory.file_sizes().items() if len(folders) > 1 else ():
+            array, _, file = name.rpartition("/")
+            sizes.setdefault(array, {})[file] = size
+        texts = read_files([folder / ".zarray" for folder in folders])
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename}: cannot be read ({error.strerror}); copy or convert the model again"
+        ) from error
+    for path, folder, text in zip(paths, folders, texts, strict=True):
+        yield path, sizes.get(folder.name, {}), parse_object(text, str(folder / ".zarray"), CheckpointError)
 
 
 def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) -> np.ndarray:
@@ -282,10 +323,13 @@ def read_rows(directory: Path, path: str, leaf: Mapping[str, Any], rows: range) 
     for first in range(rows.start // chunk[0], (rows.stop - 1) // chunk[0] + 1):
         begin, end = max(rows.start, first * chunk[0]), min(rows.stop, (first + 1) * chunk[0])
         for index in itertools.product(*map(range, _grid(shape, chunk)[1:])):
-            file = folder / ".".join(map(str, (first, *index)))
-            offset = (begin - first * chunk[0]) * row_size * dtype.itemsize
+            file = folder / chunk_name((first, *index))
+            offset, count = (begin - first * chunk[0]) * row_size * dtype.itemsize, (end - begin) * row_size
             try:
-                values = np.fromfile(file, dtype, (end - begin) * row_size, offset=offset)
+                if is_store_path(file):
+                    values = np.frombuffer(file.read_bytes(offset, offset + count * dtype.itemsize), dtype)
+                else:
+                    values = np.fromfile(file, dtype, count, offset=offset)
                 values = values.reshape(end - begin, *chunk[1:])
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{file}: changed while it was read ({error})") from error

@@ -9,13 +9,14 @@ import concurrent.futures
 import dataclasses
 import re
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from vllama_jax.config import from_dict
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import write_json
 from vllama_jax.io.json_files import read_object
+from vllama_jax.io.paths import is_store_path
 
 DIGESTS_FORMAT = 1
 DIGESTS = "digests.json"
@@ -23,6 +24,7 @@ DIGESTS = "digests.json"
 ORBAX_FILES = ("_CHECKPOINT_METADATA", "commit_success.txt")
 NAME = re.compile(r"step_(0|[1-9][0-9]*)")  # Orbax's name of a checkpoint
 BLOCK_BYTES = 4 * 2**20  # number of bytes read and hashed at a time
+STORE_BLOCK_BYTES = 64 * 2**20  # the same of an object store, in one request
 FILE_HASHERS = 4  # number of files hashed concurrently
 LISTED_FILES = 3  # maximum number of corrupt files in a message
 
@@ -65,7 +67,10 @@ def list_checkpoint_steps(run: Path) -> list[int]:
         run: The run directory; it may not exist.
     """
     matches = (NAME.fullmatch(entry.name) for entry in run.iterdir()) if run.is_dir() else ()
-    return sorted(int(match[1]) for match in matches if match)
+    steps = sorted(int(match[1]) for match in matches if match)
+    if is_store_path(run):  # where digests.json is the commit marker
+        return [step for step in steps if (run / f"step_{step}" / DIGESTS).exists()]
+    return steps
 
 
 def write_digests(checkpoint: Path, step: int) -> None:
@@ -139,10 +144,14 @@ def check_digests(
     if not expected:
         raise CheckpointError(f"{checkpoint / DIGESTS}: lists no file of {subfolder or 'the checkpoint'}")
     paths = [checkpoint / name for name in expected]
-    sizes = (_check_size(path, file.size) for path, file in zip(paths, expected.values(), strict=True))
-    if problems := [f"{path}: {problem}" for path, problem in zip(paths, sizes, strict=True) if problem]:
-        raise _corruption_error(problems)
     try:
+        listed = checkpoint.file_sizes() if is_store_path(checkpoint) else None  # one request, not one for each file
+        if problems := [
+            f"{checkpoint / name}: {problem}"
+            for name, file in expected.items()
+            if (problem := _check_size(checkpoint, name, file.size, listed))
+        ]:
+            raise _corruption_error(problems)
         hashes = _hash_all(paths, progress)
     except OSError as error:
         raise CheckpointError(f"{error.filename or checkpoint}: cannot be read ({error.strerror or error})") from error
@@ -170,10 +179,13 @@ def check_checkpoint(checkpoint: Path, subfolder: str = "") -> bool:
     return digests is not None
 
 
-def _check_size(path: Path, size: int) -> str:
-    """Return what is wrong with the type or size of a file; "" if nothing is."""
+def _check_size(checkpoint: Path, name: str, size: int, listed: Mapping[str, int] | None) -> str:
+    """Return what is wrong with the type or size of a file; "" if nothing is. `listed` has sizes on an object store."""
+    if listed is not None:
+        found = listed.get(name)
+        return "" if found == size else "missing" if found is None else f"has {found} bytes instead of {size}"
     try:
-        status = path.stat()
+        status = (checkpoint / name).stat()
     except (OSError, ValueError) as error:  # ValueError: digests.json has a name that no file can have
         return getattr(error, "strerror", None) or str(error)
     if not stat.S_ISREG(status.st_mode):
@@ -196,6 +208,12 @@ def _hash_file(file: Path, progress: Callable[[int], None]) -> str:
     import xxhash
 
     digest, block = xxhash.xxh3_128(), memoryview(bytearray(BLOCK_BYTES))
+    if is_store_path(file):
+        for start in range(0, file.stat().st_size, STORE_BLOCK_BYTES):
+            content = file.read_bytes(start, start + STORE_BLOCK_BYTES)
+            digest.update(content)
+            progress(len(content))
+        return digest.hexdigest()
     with file.open("rb", buffering=0) as opened:
         while count := opened.readinto(block):
             digest.update(block[:count])

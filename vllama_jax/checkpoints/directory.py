@@ -13,23 +13,27 @@ import dataclasses
 import functools
 import importlib.metadata
 import json
-import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from vllama_jax.checkpoints.arrays import check_manifest
-from vllama_jax.checkpoints.digests import check_checkpoint, list_checkpoint_steps
+from vllama_jax.checkpoints.digests import DIGESTS, check_checkpoint, list_checkpoint_steps
 from vllama_jax.checkpoints.shipped import find_model, is_shipped_digest, shipped_model
+from vllama_jax.checkpoints.store_arrays import open_arrays
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, from_dict, to_dict
 from vllama_jax.errors import CheckpointError, format_error
 from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_fields import LARGEST_INTEGER, format_value
-from vllama_jax.io.json_files import read_object
+from vllama_jax.io.json_files import parse_object, read_object
+from vllama_jax.io.paths import is_directory, is_store_path
+from vllama_jax.io.store_cache import copy_files, copy_folder
+from vllama_jax.io.store_path import NO_BUCKET, StorePath
 
 if TYPE_CHECKING:
     from vllama_jax.text.tokenizer import Tokenizer
 
 MODEL_FORMAT = 1
+OCDBT_MANIFEST = "manifest.ocdbt"  # of arrays that Orbax wrote to a local run directory
 PYTORCH_SUFFIXES = (".pth", ".pt", ".bin", ".safetensors", ".ckpt")
 
 
@@ -78,7 +82,8 @@ class TrainedWeights:
     def save_id(self) -> bytes:
         """Bytes that identify a save: equal for copies, and different for other saves. Raises CheckpointError."""
         try:
-            return (self.path / "manifest.ocdbt").read_bytes()
+            manifest = self.path / OCDBT_MANIFEST
+            return (manifest if manifest.exists() else self.path.parent / DIGESTS).read_bytes()
         except OSError as error:
             raise CheckpointError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
@@ -129,12 +134,20 @@ class ModelDirectory:
         """The tokenizer, which is loaded on first use."""
         from vllama_jax.text.tokenizer import load_tokenizer
 
-        return load_tokenizer(self.path / "tokenizer")
+        return load_tokenizer(self.tokenizer_directory)
+
+    @functools.cached_property
+    def tokenizer_directory(self) -> Path:
+        """The tokenizer's files; of a model on an object store a local copy, as tokenizers read local files only."""
+        path = self.path / "tokenizer"
+        if is_store_path(path):
+            return _copy_to_cache(path, json.dumps(self.manifest, sort_keys=True).encode())
+        return path
 
     @property
     def opened_path(self) -> Path:
         """The directory that was opened: that of the last run, or the model directory."""
-        return self.trained[-1].path.parents[1] if self.trained else self.path
+        return self.trained[-1].path.parent.parent if self.trained else self.path
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -210,7 +223,7 @@ def find_runs(path: str | Path, base: str | Path | None = None) -> tuple[list[Ru
     path = find_model(path)
     runs: list[RunDirectory] = []
     while "base" in (fields := read_config(path)):
-        if any(os.path.samefile(path, run.path) for run in runs):
+        if any(path.samefile(run.path) for run in runs):
             raise CheckpointError(
                 f"{path / 'config.json'}: the run is its own base model; set the right one with --base"
             )
@@ -228,6 +241,8 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: The directory or its config.json does not exist, or has an unknown format.
     """
+    if is_store_path(path):
+        return _read_store_config(path)
     if not path.is_dir():
         raise CheckpointError(
             f"{path}: a file, not a model directory; create a model directory with `vllama convert`"
@@ -243,6 +258,25 @@ def read_config(path: Path) -> dict[str, Any]:
     return fields
 
 
+def _read_store_config(path: StorePath) -> dict[str, Any]:
+    """Read config.json of a directory on an object store, which is complete if its manifest, written last, exists."""
+    try:
+        content = (path / "config.json").read_bytes()
+        fields = parse_object(content, str(path / "config.json"), CheckpointError)
+        complete = "base" in fields or (path / "manifest.json").exists()
+    except FileNotFoundError as error:
+        why = NO_BUCKET if error.strerror == NO_BUCKET else "no config.json in it"
+        raise CheckpointError(f"{path}: not a model directory ({why}); create one with `vllama convert`") from error
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
+    if not complete:
+        raise CheckpointError(
+            f"{path}: incomplete (no manifest.json, which is written last); copy or convert the model again"
+        )
+    _check_format(path / "config.json", fields, "model")
+    return fields
+
+
 def _open_run(path: Path, fields: dict[str, Any], base: str | Path | None) -> RunDirectory:
     """Find the base model of a run: `base`, or the path in config.json, or the miniature, or a sibling of the run."""
     where, config = path / "config.json", fields.get("run")
@@ -250,13 +284,13 @@ def _open_run(path: Path, fields: dict[str, Any], base: str | Path | None) -> Ru
     lora = config.get("lora") if isinstance(config, dict) else None
     directory = find_model(base or recorded.path)
     sibling = path.absolute().parent / directory.name  # its path if both were moved
-    if not base and not os.path.isdir(directory):
+    if not base and not is_directory(directory):
         # The cache folder with the unpacked miniature may have been removed, or be elsewhere on this machine.
         if is_shipped_digest(recorded.digest):
             directory = shipped_model()
-        elif os.path.isdir(sibling):
+        elif is_directory(sibling):
             directory = sibling
-    if not os.path.isdir(directory):
+    if not is_directory(directory):
         raise CheckpointError(
             f"{path}: its base model {directory} was not found, and is not in the run's parent folder; set its path "
             "with --base"
@@ -326,15 +360,45 @@ def open_trained_weights(weights: Path, lora: LoraConfig) -> TrainedWeights:
     from flax.traverse_util import flatten_dict
 
     try:
+        local = weights
+        if is_store_path(weights):
+            if not (weights / OCDBT_MANIFEST).exists():
+                arrays = open_arrays(weights)
+                shapes = {path: array.shape for path, array in arrays.items()}
+                dtypes = {path: array.dtype.name for path, array in arrays.items()}
+                return TrainedWeights(cast(Path, weights), shapes, dtypes, lora)
+            local = copy_store_arrays(weights)
         handler = ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=False)  # else it initializes devices
-        leaves = flatten_dict(handler.metadata(weights.absolute()).tree, sep="/")
+        leaves = flatten_dict(handler.metadata(local.absolute()).tree, sep="/")
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         return TrainedWeights(weights, shapes, {path: leaf.dtype.name for path, leaf in leaves.items()}, lora)
     except Exception as error:  # Orbax raises errors of every type
         raise CheckpointError(f"{weights}: cannot be read ({format_error(error)})") from error
 
 
-def _check_format(path: Path, fields: dict[str, Any], needed: str) -> None:
+def copy_store_arrays(directory: StorePath) -> Path:
+    """Copy arrays in OCDBT, as local runs have them, to the cache folder: Orbax reads no store but gs://.
+
+    Raises:
+        CheckpointError: They cannot be copied.
+    """
+    try:
+        return _copy_to_cache(directory, (directory / OCDBT_MANIFEST).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be read ({error.strerror})") from error
+
+
+def _copy_to_cache(directory: StorePath, identity: bytes) -> Path:
+    folder = copy_folder(directory, identity)
+    try:
+        sizes = directory.file_sizes()
+        copy_files(directory, sizes, sizes, folder)
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be copied to this machine ({error.strerror})") from error
+    return folder
+
+
+def _check_format(path: Path | StorePath, fields: dict[str, Any], needed: str) -> None:
     """Raise CheckpointError unless a file has the current format and the object `needed`."""
     version = fields.get("format")
     if isinstance(version, int) and version > MODEL_FORMAT:

@@ -19,6 +19,7 @@ from vllama_jax.checkpoints.restore import RestoreFunction, check_leaves, restor
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.io.atomic import new_directory, write_file
+from vllama_jax.io.paths import as_path
 from vllama_jax.nn.network import abstract_network
 
 if TYPE_CHECKING:
@@ -241,7 +242,7 @@ def quantize(
     layers = abstract_layers(model.config, None, resolve_scheme(model, scheme))[1]
     _check_kernels(model, layers)
     read = make_row_reader(model)
-    with new_directory(Path(out)) as directory:
+    with new_directory(as_path(out)) as directory:
         with ParamsWriter(directory / "params") as params:
             for path in _list_stored_paths(model):
                 layer = layers.get(path.removesuffix("/kernel"))

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from vllama_jax.branches import list_trainable_components
 from vllama_jax.checkpoints.arrays import check_params
-from vllama_jax.checkpoints.directory import ModelDirectory
+from vllama_jax.checkpoints.directory import OCDBT_MANIFEST, ModelDirectory, copy_store_arrays
+from vllama_jax.checkpoints.store_arrays import read_arrays
 from vllama_jax.errors import CheckpointError, format_error
+from vllama_jax.io.paths import is_store_path
 
 if TYPE_CHECKING:
     import jax
@@ -87,6 +89,10 @@ def restore_arrays(path: Path, abstract: dict[str, Any]) -> "dict[str, jax.Array
 
     if not abstract:
         return {}
+    if is_store_path(path):
+        if not (path / OCDBT_MANIFEST).exists():
+            return read_arrays(path, {name: with_default_sharding(leaf) for name, leaf in abstract.items()})
+        path = copy_store_arrays(path)
     tree = unflatten_paths({name: with_default_sharding(leaf) for name, leaf in abstract.items()})
     restore_args = jax.tree.map(
         lambda leaf: ocp.ArrayRestoreArgs(dtype=leaf.dtype, sharding=leaf.sharding, global_shape=leaf.shape), tree

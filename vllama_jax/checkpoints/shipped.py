@@ -15,7 +15,7 @@ from typing import Any
 from vllama_jax.errors import CheckpointError
 from vllama_jax.io.archives import unpack
 from vllama_jax.io.json_files import read_object
-from vllama_jax.io.paths import cache_directory
+from vllama_jax.io.paths import as_path, cache_directory
 
 MODEL_NAME, CLIP_NAME = "miniature", "demo"  # accepted in place of their paths
 ASSETS = Path(__file__).parents[1] / "miniature" / "assets"
@@ -65,7 +65,7 @@ def is_shipped(path: str | Path) -> bool:
 
     A model or run directory with the name "miniature" takes precedence.
     """
-    path = Path(path)
+    path = as_path(path)
     if str(path) == MODEL_NAME:
         return not (path / "config.json").is_file()
     return path.parent.name == MODEL_NAME and path.name == _read_digests().get("archive_xxh3_128")
@@ -73,12 +73,12 @@ def is_shipped(path: str | Path) -> bool:
 
 def find_model(path: str | Path) -> Path:
     """Return the directory for a path. "miniature" is the miniature, unless there is a directory of that name."""
-    return shipped_model() if is_shipped(path) else Path(path)
+    return shipped_model() if is_shipped(path) else as_path(path)
 
 
 def find_clip(path: str | Path) -> Path:
     """Return the file for a path. "demo" is a clip of the package, unless there is a file of that name."""
-    path = Path(path)
+    path = as_path(path)
     return CLIPS / DEMO_CLIP if str(path) == CLIP_NAME and not path.is_file() else path
 
 

@@ -8,6 +8,7 @@ from vllama_jax.checkpoints.restore import inference_only_error
 from vllama_jax.checkpoints.shipped import MODEL_NAME
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, tiny, video_llama_7b, video_llama_13b
 from vllama_jax.errors import ConfigError
+from vllama_jax.io.paths import as_path
 from vllama_jax.model import remove_missing_branches
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.config_files import load_config, shipped_configs, split_preset
@@ -18,7 +19,7 @@ DEFAULT_SIZE = "7b"  # `vllama memory --help` shows the options for a model
 
 def is_model(name_or_path: str) -> bool:
     """Return whether an argument names a published size or a directory, and not a run config."""
-    return name_or_path in (*SIZES, MODEL_NAME) or Path(name_or_path).is_dir()
+    return name_or_path in (*SIZES, MODEL_NAME) or as_path(name_or_path).is_dir()
 
 
 def load_run_config(name_or_path: str) -> TrainConfig:

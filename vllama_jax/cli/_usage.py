@@ -13,12 +13,15 @@ import re
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import tyro
 
 from vllama_jax.cli._suggestions import suggest_option
-from vllama_jax.errors import VllamaError
+from vllama_jax.errors import StoreError, VllamaError
+from vllama_jax.io.paths import as_path
+from vllama_jax.io.store_path import StorePath
 
 Command = Callable[..., None]
 
@@ -29,6 +32,23 @@ TYPES = {"INT": "a whole number", "FLOAT": "a number"}
 _FLAG = re.compile(r"│ +(--[\w.-]+)(?: (\S+))?")  # an option and its type in unwrapped help
 _NO_DEFAULT = re.compile(r"\(default:[\s│]*(?:None|True|False|'')?[\s│]*\)")
 _FIELD = re.compile(r"[a-z][\w.]*(?= )")
+
+
+PATHS = tyro.constructors.ConstructorRegistry()
+
+
+@PATHS.primitive_rule
+def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    """Make every `Path` argument with `as_path`, so that a URL never becomes a local directory."""
+    if info.type is not Path:
+        return None
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda arguments: as_path(arguments[0]),
+        is_instance=lambda value: isinstance(value, Path | StorePath),
+        str_from_instance=lambda value: [str(value)],
+    )
 
 
 class UsageError(VllamaError):
@@ -54,11 +74,13 @@ def parse(command: Command, prog: str, arguments: Sequence[str]) -> Callable[[],
     arguments = ["--help"] if asked_for_help else arguments  # help takes precedence over other errors
     try:
         with _capture_output(wide=not asked_for_help) as printed:
-            return tyro.cli(_defer(command), prog=prog, args=arguments, config=TYRO_CONFIG)
+            return tyro.cli(_defer(command), prog=prog, args=arguments, config=TYRO_CONFIG, registry=PATHS)
     except SystemExit as stop:
         if stop.code:
             raise UsageError(_explain_error(printed.getvalue(), command, prog, arguments)) from None
         print(format_help(printed.getvalue()) if asked_for_help else printed.getvalue(), end="")
+        raise
+    except StoreError:  # of a path; the exit code is 1
         raise
     except VllamaError as error:  # a dataclass of options rejects a value
         raise UsageError(_replace_field_with_flag(str(error), render_help(command, prog))) from error
@@ -95,7 +117,7 @@ def format_command_list(prog: str, commands: Mapping[str, str], example: str) ->
 def render_help(command: Command, prog: str) -> str:
     """Return the help of a command as tyro draws it, unwrapped."""
     with contextlib.suppress(SystemExit), _capture_output(wide=True) as printed:
-        tyro.cli(_defer(command), prog=prog, args=["--help"], config=TYRO_CONFIG)
+        tyro.cli(_defer(command), prog=prog, args=["--help"], config=TYRO_CONFIG, registry=PATHS)
     return printed.getvalue()
 
 

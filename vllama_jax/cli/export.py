@@ -10,6 +10,7 @@ from vllama_jax.cli._progress import bytes_bar
 from vllama_jax.cli._usage import UsageError
 from vllama_jax.convert import export as exporting
 from vllama_jax.io.atomic import check_absent
+from vllama_jax.io.paths import require_local_output
 
 
 def export(
@@ -35,7 +36,7 @@ def export(
     """
     if not shard_gb > 0:
         raise UsageError(f"--shard-gb must be above 0, not {shard_gb}")
-    check_absent(out)
+    check_absent(require_local_output(out))
     use_cpu_only()  # weights that a run trained are restored with JAX
     directory = open_model(model, base)
     files = exporting.plan_export(directory, format, shard_gb * 1e9)

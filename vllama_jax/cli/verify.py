@@ -21,6 +21,7 @@ from vllama_jax.cli._progress import bytes_bar, count_bar
 from vllama_jax.cli._usage import JsonFlag, require_at_least
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.json_files import read_object
+from vllama_jax.io.paths import list_file_sizes
 
 if TYPE_CHECKING:
     from vllama_jax.convert import ConversionPlan
@@ -148,8 +149,8 @@ def _verify_files(model: Path, base: Path | None, json_output: bool) -> None:
 
 def _checkpoint_bytes(run: RunDirectory) -> int:
     """Return the size of the files in the checkpoints of a run, in bytes."""
-    files = (file for step in list_checkpoint_steps(run.path) for file in (run.path / f"step_{step}").rglob("*"))
-    return sum(file.stat().st_size for file in files if file.is_file())
+    steps = list_checkpoint_steps(run.path)
+    return sum(size for step in steps for size in list_file_sizes(run.path / f"step_{step}").values())
 
 
 def _describe_checkpoint(checkpoint: "CheckedCheckpoint") -> str:

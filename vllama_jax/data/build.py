@@ -19,7 +19,8 @@ from vllama_jax.data.records import RECORDS_FORMAT
 from vllama_jax.data.sources import SOURCES
 from vllama_jax.data.tfds_builders import Media, Texts, make_text_example, plan_shards, write_dataset
 from vllama_jax.errors import DataError, MediaError
-from vllama_jax.io.atomic import check_absent, new_directory, write_json
+from vllama_jax.io.atomic import check_absent, new_directory, staging_directory, write_json
+from vllama_jax.io.paths import require_local
 from vllama_jax.io.prefetch import map_in_order
 from vllama_jax.media import check_media
 
@@ -78,11 +79,12 @@ def build(
     if name not in SOURCES:
         raise DataError(f"no source {name!r}; choose one of {', '.join(SOURCES)}")
     check_absent(out)
+    source = require_local(source, DataError)
     if not source.exists():
         raise DataError(f"{source}: no such file or folder; pass the source's folder")
     tfds.disable_progress_bar()
     root = None if allow_outside else (source if source.is_dir() else source.parent).resolve()
-    with new_directory(out) as directory:
+    with new_directory(out) as created, staging_directory(created) as directory:
         plan = _Plan(directory / "plan")
         result = plan.fill(_check_entries(SOURCES[name](source), root), directory / "skipped.jsonl", progress)
         if not plan.media_sizes:

@@ -26,6 +26,8 @@ from vllama_jax.data.annotation import Kind
 from vllama_jax.data.records import Records, record_ranges
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.io.json_files import read_object
+from vllama_jax.io.paths import is_store_path
+from vllama_jax.io.store_cache import copy_file, copy_folder
 
 FEATURES_FORMAT = 1
 USABLE, UNUSABLE = b"\1", b"\0"  # last byte of an entry
@@ -116,8 +118,11 @@ class FeatureCache:
         return range(len(self))[shard * self.shard_records : (shard + 1) * self.shard_records]
 
     def is_complete(self, shard: int) -> bool:
-        """Return whether a shard exists and has all its entries."""
-        return _reader(str(self.shard_path(shard))).num_records() == self.entries(shard)
+        """Return whether a shard exists and has all its entries. On an object store, an object is always complete."""
+        path = self.shard_path(shard)
+        if is_store_path(path):
+            return path.exists()
+        return _reader(str(path)).num_records() == self.entries(shard)
 
     def read(self, record: int, variant: int) -> tuple[np.ndarray, tuple[float, ...]]:
         """Read the features of one variant of a record.
@@ -151,7 +156,12 @@ class FeatureCache:
     def _entry(self, shard: int, position: int) -> bytes:
         path = self.shard_path(shard)
         try:
-            return _open_shard(str(path), self.entries(shard)).read([position])[0]
+            local = path
+            if is_store_path(path):  # array_record reads local files only
+                local = copy_file(path, copy_folder(path.parent, self.digest.encode()) / path.name)
+            return _open_shard(str(local), self.entries(shard)).read([position])[0]
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror})") from error
         except (RuntimeError, ValueError, IndexError) as error:
             raise DataError(f"{path}: corrupt ({' '.join(str(error).split())[:120]}); {_REBUILD_HINT}") from error
 

@@ -5,6 +5,9 @@ texts/          texts of each media file                         media/         
 
 texts/ and media/ are TFDS datasets (array_record) in the same order. They are separate, so that every host can read the
 texts of a whole global batch but only the media of its own rows. Videos come first, then images, then audio.
+
+array_record reads local files only. Of records on an object store, a host copies the texts to its cache folder when it
+opens them, and a file of media when it first reads a record of that file.
 """
 
 import dataclasses
@@ -18,9 +21,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax.data.annotation import KINDS, Annotation, Kind
-from vllama_jax.data.remote import ensure_local
 from vllama_jax.errors import DataError, format_error
 from vllama_jax.io.json_files import parse_object, read_object
+from vllama_jax.io.paths import as_path, is_store_path
+from vllama_jax.io.store_cache import copy_file, copy_files, copy_folder
+from vllama_jax.io.store_path import NO_BUCKET, StorePath
 
 if TYPE_CHECKING:
     from vllama_jax.data.tfds_builders import StoredDataset
@@ -29,6 +34,7 @@ RECORDS_FORMAT = 1
 # Decoding starts in many threads at once, and TFDS's lazy imports deadlock if two threads import it.
 _OPEN_LOCK = threading.Lock()
 _FILE_NAME = re.compile(r"(?:texts|media)/[\w-][\w.-]*")
+_MEDIA_FILE = re.compile(r"media/.*array_record")
 _REBUILD_HINT = "build the records again"
 
 
@@ -37,11 +43,12 @@ class Records:
     """An open records directory. It holds no open file itself, so it can be sent to another process.
 
     Attributes:
-        path: The directory.
+        path: The directory, or a local copy of it.
         name: The source that it was built from.
         kinds: Record numbers of each kind.
         digest: Of all texts and media, in order (xxh3_128).
         sizes: Bytes of media of each kind.
+        store: The directory on an object store that `path` is a copy of; None for a local directory.
     """
 
     path: Path
@@ -49,6 +56,7 @@ class Records:
     kinds: dict[Kind, range]
     digest: str
     sizes: dict[Kind, int] = dataclasses.field(default_factory=dict)
+    store: StorePath | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self.kinds.values()))
@@ -102,7 +110,11 @@ class Records:
 
         folder = str(self.path / name)
         try:
-            return _open_dataset(folder, self.digest)[number]
+            dataset = _open_dataset(folder, self.digest)
+            if self.store is not None:
+                shard = Path(dataset.shard(number).filename)
+                copy_file(self.store / name / shard.name, shard)
+            return dataset[number]
         except (ValueError, KeyError, IndexError, OSError, RuntimeError, DecodeError) as error:
             problem = f"record {number} cannot be read ({format_error(error)})"
             raise DataError(f"{folder}: {problem}; copy or build the records again") from error
@@ -114,13 +126,18 @@ def open_records(path: str | os.PathLike[str]) -> Records:
     Nothing that a file of the directory names is imported, and no file outside it is opened.
 
     Args:
-        path: The directory, or its URL, whose files are first copied to this machine (data/remote.py).
+        path: The directory, or its URL (gs://, s3://).
 
     Raises:
         DataError: `path` is not a records directory, has another format, is incomplete, or has content that
             `vllama data build` does not write.
     """
-    path = ensure_local(path)
+    opened = as_path(path)
+    store = opened if is_store_path(opened) else None
+    try:
+        path, sizes = (opened, None) if store is None else _copy_texts(store)
+    except OSError as error:
+        raise DataError(f"{opened}: cannot be read ({error.strerror})") from error
     if not path.is_dir():
         raise DataError(f"{path}: no such records directory; create it with `vllama data build`")
     if not (path / "manifest.json").exists():
@@ -133,8 +150,8 @@ def open_records(path: str | os.PathLike[str]) -> Records:
         raise DataError(
             f"{path}: records of format {found!r}, but this version reads {RECORDS_FORMAT}; build them again"
         )
-    records = _from_manifest(path, manifest)
-    _check_files(path, manifest["files"])
+    records = _from_manifest(path, manifest, store)
+    _check_files(opened, manifest["files"], sizes)
     for name in ("texts", "media"):
         dataset = _open_dataset(str(path / name), records.digest)
         if len(dataset) != len(records):
@@ -147,7 +164,21 @@ def open_records(path: str | os.PathLike[str]) -> Records:
     return records
 
 
-def _from_manifest(path: Path, manifest: dict[str, Any]) -> Records:
+def _copy_texts(store: StorePath) -> tuple[Path, dict[str, int]]:
+    """Copy the files of records to the cache folder, except those of media. Return the copy, and the sizes of all."""
+    try:
+        folder = copy_folder(store, (store / "manifest.json").read_bytes())
+    except FileNotFoundError as error:
+        why = NO_BUCKET if error.strerror == NO_BUCKET else "no manifest.json in it"
+        raise DataError(
+            f"{store}: not a records directory ({why}); create it with `vllama data build --out {store}`"
+        ) from error
+    sizes = store.file_sizes()
+    copy_files(store, sizes, [name for name in sizes if not _MEDIA_FILE.match(name)], folder)
+    return folder, sizes
+
+
+def _from_manifest(path: Path, manifest: dict[str, Any], store: StorePath | None) -> Records:
     try:
         counts, sizes, files = (manifest[name] for name in ("kinds", "sizes", "files"))
         numbers = [*counts.values(), *sizes.values(), *files.values()]
@@ -155,7 +186,7 @@ def _from_manifest(path: Path, manifest: dict[str, Any]) -> Records:
             raise ValueError("its counts or sizes are invalid")
         if outside := [name for name in files if not _FILE_NAME.fullmatch(name)]:
             raise ValueError(f"{outside[0][:100]!r} is not a file of a records directory")
-        return Records(path, str(manifest["name"]), record_ranges(counts), str(manifest["digest"]), sizes)
+        return Records(path, str(manifest["name"]), record_ranges(counts), str(manifest["digest"]), sizes, store)
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise DataError(f"{path / 'manifest.json'}: incomplete ({format_error(error)}); {_REBUILD_HINT}") from error
 
@@ -166,11 +197,17 @@ def record_ranges(counts: Mapping[str, int]) -> dict[Kind, range]:
     return {kind: range(end - counts.get(kind, 0), end) for kind, end in zip(KINDS, ends, strict=True)}
 
 
-def _check_files(path: Path, sizes: dict[str, int]) -> None:
-    """Check that all files exist and have their sizes. TFDS would notice only when it reads the missing data."""
+def _check_files(path: Path, sizes: dict[str, int], listed: dict[str, int] | None) -> None:
+    """Check that all files exist and have their sizes. TFDS would notice only when it reads the missing data.
+
+    Args:
+        path: The records directory.
+        sizes: The sizes in manifest.json.
+        listed: The sizes in a listing of a directory on an object store.
+    """
     for name, size in sizes.items():
         try:
-            found = (path / name).stat().st_size
+            found = listed.get(name, 0) if listed is not None else (path / name).stat().st_size
         except OSError as error:
             raise DataError(f"{path / name}: {error.strerror}; copy or build the records again") from error
         if found != size:

@@ -169,6 +169,14 @@ class StoredDataset:
     def __len__(self) -> int:
         return sum(shard.examples_in_shard for shard in self.shards)
 
+    def shard(self, number: int) -> Shard:
+        """Return the file that contains a record."""
+        for shard in self.shards:
+            if number < shard.examples_in_shard:
+                return shard
+            number -= shard.examples_in_shard
+        raise IndexError(f"there are only {len(self)} records")
+
     def __getitem__(self, number: int) -> dict[str, Any]:
         return self.features.deserialize_example_np(self.source[number])
 

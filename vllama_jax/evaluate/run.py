@@ -26,6 +26,7 @@ from vllama_jax.evaluate.videos import MAX_LISTED_MISSING, VideoFolder
 from vllama_jax.io.atomic import check_output_files, lock_directory, replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.io.jsonl import JsonLinesFile
+from vllama_jax.io.paths import require_local, require_local_output
 from vllama_jax.model import Model, load, remove_missing_branches
 from vllama_jax.nn.network import default_dtype
 
@@ -81,6 +82,9 @@ def evaluate(evaluation: Evaluation, report_status: Callable[[str], None]) -> di
     """
     if evaluation.limit is not None and evaluation.limit < 1:
         raise ConfigError(f"--limit must be at least 1, not {evaluation.limit}")
+    require_local_output(evaluation.out)
+    for path in (evaluation.annotations, evaluation.videos):
+        require_local(path, DataError)
     all_questions = read_questions(evaluation.benchmark, evaluation.annotations)
     new_tokens = evaluation.settings.max_new_tokens or max(MAX_NEW_TOKENS[question.task] for question in all_questions)
     evaluation = dataclasses.replace(

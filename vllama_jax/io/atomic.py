@@ -2,6 +2,9 @@
 
 All output of the package is written here. Symbolic links where a command would write or delete are an error and are
 never followed, because they may point outside of the directory that the user chose.
+
+On an object store, writing one object is atomic, but there is no rename. A directory is written in place, while the
+object .partial.json in it marks it as incomplete. Its manifest.json is written last: readers require it.
 """
 
 import contextlib
@@ -9,11 +12,15 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vllama_jax.errors import CheckpointError
+from vllama_jax.io.leases import LEASE, PARTIAL, hold_lease
+from vllama_jax.io.paths import cache_directory, is_store_path
+from vllama_jax.io.store_path import StorePath
 
 
 @contextlib.contextmanager
@@ -26,7 +33,8 @@ def new_directory(out: Path) -> Iterator[Path]:
         out: The directory to create.
 
     Yields:
-        An empty directory next to `out`. It is renamed to `out` on success and removed otherwise.
+        An empty directory next to `out`. It is renamed to `out` on success and removed otherwise. On an object store
+        `out` itself, which is emptied if the block fails.
 
     Raises:
         CheckpointError: `out` exists, another process is writing it, it cannot be written, or a file or a link exists
@@ -35,6 +43,10 @@ def new_directory(out: Path) -> Iterator[Path]:
     check_absent(out)
     partial = _partial_path(out)
     try:
+        if is_store_path(out):
+            with _new_store_directory(out):
+                yield cast(Path, out)
+            return
         with scratch_directory(partial, f"{out}: another process is writing it; wait until it has finished"):
             yield partial
             check_absent(out)
@@ -45,9 +57,67 @@ def new_directory(out: Path) -> Iterator[Path]:
         ) from error
 
 
+@contextlib.contextmanager
+def _new_store_directory(out: StorePath) -> Iterator[None]:
+    """Empty a directory of an object store that has no complete content, and keep other processes off it."""
+    with hold_lease(out / PARTIAL, f"{out}: another process is writing it; wait until it has finished"):
+        _clear_store_directory(out)
+        try:
+            yield
+        except BaseException:
+            _clear_store_directory(out)
+            raise
+
+
+def _clear_store_directory(out: StorePath) -> None:
+    for name in out.file_sizes().keys() - {PARTIAL}:
+        (out / name).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def staging_directory(out: Path) -> Iterator[Path]:
+    """Yield a local directory for the files of `out`, for libraries that write local files only.
+
+    Args:
+        out: A directory that `new_directory` created.
+
+    Yields:
+        `out` itself, or for an object store an empty directory in the cache folder. Its files are uploaded at the end,
+        manifest.json last, and removed.
+    """
+    if not is_store_path(out):
+        yield out
+        return
+    with _local_directory() as local:
+        yield local
+        names = [file.relative_to(local).as_posix() for file in sorted(local.rglob("*")) if file.is_file()]
+        for name in sorted(names, key=lambda name: (name == "manifest.json", name)):
+            (out / name).upload(local / name)
+
+
+@contextlib.contextmanager
+def _local_directory() -> Iterator[Path]:
+    """Yield an empty directory in the cache folder, which is removed at the end."""
+    folder = cache_directory() / "staging"
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as local:
+        yield Path(local)
+
+
+def move_file(file: Path, target: Path) -> None:
+    """Rename a local file, or upload it to an object store and remove it. `target` appears when it is complete."""
+    if is_store_path(target):
+        target.upload(file)
+        file.unlink()
+    else:
+        os.replace(file, target)
+
+
 def check_absent(out: Path) -> None:
     """Raise CheckpointError if `out` exists, even as a dangling symbolic link."""
     try:
+        if is_store_path(out) and (out / PARTIAL).exists() and not (out / "manifest.json").exists():
+            return  # of a process that was killed, or that still runs, as its lease shows
         found = _file_type(out)
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written ({error.strerror})") from error
@@ -74,6 +144,10 @@ def replacement_directory(out: Path) -> Iterator[Path]:
         CheckpointError: `out` is a file or a link, another process is writing it, it cannot be written, or a file or a
             link exists where the partial directory is written.
     """
+    if is_store_path(out):
+        raise CheckpointError(
+            f"{out}: a directory on an object store cannot be replaced atomically; choose another path"
+        )
     old = out.with_name(f".{out.name}.replaced")
     for target in (out, old):
         _check_file_type(target, "directory")
@@ -107,11 +181,15 @@ def scratch_directory(path: Path, busy_message: str) -> Iterator[Path]:
         busy_message: Message of the error if another process has locked it.
 
     Yields:
-        `path`.
+        `path`; for an object store a directory in the cache folder, with a lease in place of the lock.
 
     Raises:
         CheckpointError: Another process has locked it, it is not a directory, or it contains a symbolic link.
     """
+    if is_store_path(path):
+        with hold_lease(path.with_name(f"{path.name}.json"), busy_message), _local_directory() as local:
+            yield local
+        return
     ensure_directory(path)
     with lock_directory(path, busy_message):
         _clear_directory(path)
@@ -125,6 +203,8 @@ def scratch_directory(path: Path, busy_message: str) -> Iterator[Path]:
 def lock_directory(directory: Path, busy_message: str | None) -> Iterator[None]:
     """Lock a directory against other processes. The lock ends with the process, even if it is killed.
 
+    On an object store, the lock is a lease (io/leases.py).
+
     Args:
         directory: The directory.
         busy_message: Message of the error if another process has locked it; None waits for that process.
@@ -132,6 +212,10 @@ def lock_directory(directory: Path, busy_message: str | None) -> Iterator[None]:
     Raises:
         CheckpointError: Another process has locked the directory, and `busy_message` is not None.
     """
+    if is_store_path(directory):
+        with hold_lease(directory / LEASE, busy_message or f"{directory}: another process is writing it"):
+            yield
+        return
     handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
@@ -147,12 +231,14 @@ def lock_directory(directory: Path, busy_message: str | None) -> Iterator[None]:
 
 def ensure_directory(path: Path) -> None:
     """Create a directory and its parents unless it exists. Raise CheckpointError if it is a link or a file."""
+    if is_store_path(path):
+        return  # which has no directories
     _check_file_type(path, "directory")
     path.mkdir(parents=True, exist_ok=True)
 
 
 def write_file(path: Path, data: Any) -> None:
-    """Write a new file and wait until it is on disk, so that a file that is renamed later survives a power failure.
+    """Write a new file and wait until it is stored, so that a file that is renamed later survives a power failure.
 
     Args:
         path: The file.
@@ -161,6 +247,9 @@ def write_file(path: Path, data: Any) -> None:
     Raises:
         FileExistsError: A file or a link of that name exists.
     """
+    if is_store_path(path):
+        path.write_bytes(data)
+        return
     with path.open("xb") as file:
         file.write(data)
         file.flush()
@@ -183,6 +272,9 @@ def replace_file(path: Path, data: Any) -> None:
         CheckpointError: `path`, or the path of the partial file, is a symbolic link or a directory.
         OSError: The file cannot be written.
     """
+    if is_store_path(path):
+        path.write_bytes(data)
+        return
     partial = _partial_path(path)
     for target in (path, partial):
         _check_file_type(target, "file")
@@ -202,6 +294,8 @@ def replace_json(path: Path, fields: Mapping[str, Any]) -> None:
 
 def check_output_files(directory: Path, names: Iterable[str]) -> None:
     """Raise CheckpointError if a file that a command is going to write in a directory is a link or a directory."""
+    if is_store_path(directory):
+        return
     for name in names:
         for target in (directory / name, _partial_path(directory / name)):
             _check_file_type(target, "file")

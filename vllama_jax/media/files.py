@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, BinaryIO
 
 from vllama_jax.errors import MediaError
-from vllama_jax.io.paths import read_first_bytes
+from vllama_jax.io.paths import read_first_bytes, require_local
 from vllama_jax.media.truncation import find_truncation, has_mp4_index
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def check_file(path: str | os.PathLike[str]) -> str:
     Raises:
         MediaError: The path is missing, a directory, unreadable, empty, or a git-lfs pointer.
     """
-    path = os.fsdecode(path)
+    path = os.fsdecode(require_local(path, MediaError))
     read_first_bytes(path, MediaError)
     return path
 

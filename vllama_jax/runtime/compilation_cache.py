@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from vllama_jax.io.paths import cache_directory
+from vllama_jax.io.paths import as_path, cache_directory
 from vllama_jax.runtime.coordination import decide, find_store, gather, process_number
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,10 @@ def enable_compilation_cache() -> None:
     import jax
 
     settings = jax.config.values
-    if settings["jax_compilation_cache_dir"] is not None or not settings["jax_enable_compilation_cache"]:
+    if (chosen := settings["jax_compilation_cache_dir"]) is not None:
+        as_path(chosen)  # a URL that cannot be used is an error here; JAX would disable the cache without one
+        return
+    if not settings["jax_enable_compilation_cache"]:
         return
     try:
         directory = cache_directory() / "compiled"

@@ -102,6 +102,7 @@ def train(
         True
         >>> model = vl.load(result.path)
     """
+    from vllama_jax.io.paths import as_path
     from vllama_jax.runtime.compilation_cache import enable_compilation_cache
     from vllama_jax.runtime.coordination import process_number
     from vllama_jax.train import loop
@@ -109,7 +110,7 @@ def train(
 
     enable_compilation_cache()
     reporter = reporter or PrintReporter(config.steps, write=log_line if process_number() else print_line)
-    return loop.train(config, Path(out), reporter, str(base), loss=loss, optimizer=optimizer)
+    return loop.train(config, as_path(out), reporter, str(base), loss=loss, optimizer=optimizer)
 
 
 def __getattr__(name: str) -> Any:

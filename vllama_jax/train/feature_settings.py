@@ -25,8 +25,8 @@ from vllama_jax.data.feature_cache import (
     open_cache_folder,
 )
 from vllama_jax.data.records import Records
-from vllama_jax.data.remote import ensure_local
 from vllama_jax.errors import ConfigError, DataError
+from vllama_jax.io.paths import as_path
 from vllama_jax.train.config import TrainConfig
 
 
@@ -48,7 +48,7 @@ def open_caches(
             stores the output of a trainable encoder.
         DataError: A cache is missing or incomplete.
     """
-    root = ensure_local(config.data.feature_cache)
+    root = as_path(config.data.feature_cache)
     if not root.is_dir():
         raise DataError(f"{root}: feature cache not found; create it with `vllama features`")
     caches = {}

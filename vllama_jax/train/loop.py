@@ -30,6 +30,7 @@ from vllama_jax.train.setup import RunPlan
 from vllama_jax.train.state import TrainState, Weights
 from vllama_jax.train.step import Loss, Optimizer, jit_step, make_step
 from vllama_jax.train.stopping import catch_stop_signals
+from vllama_jax.train.store_checkpoints import open_checkpoints
 from vllama_jax.train.validation import Validation
 
 TENSORBOARD_METRICS = ("loss", "lr", "gradient_norm", "samples_per_second")
@@ -68,7 +69,7 @@ def train(
         with share_errors():
             stack.enter_context(open_run(out, config, plan.base, str(plan.dtype), plan.inputs, custom))
         stack.enter_context(use_mesh(plan.mesh))
-        checkpoints = Checkpoints(out, config.checkpoint)
+        checkpoints = open_checkpoints(out, config.checkpoint)
         state = checkpoints.restore(plan.abstract_state)
         if state is not None and int(state.step) >= config.steps:
             reporter.show_message(
@@ -110,6 +111,7 @@ class _Run:
         self.metrics = JsonLinesFile(out / "metrics.jsonl")
         self.quarantine = JsonLinesFile(out / "quarantine.jsonl")
         self.exchange = BatchExchange(plan.reader.rows)
+        self.journals: list[JsonLinesFile | TensorBoardWriter] = [self.metrics, self.quarantine]
         self.masked: set[str] = set()
         self.last: dict[str, Any] = {}  # metrics of the last step
         self.pending: _Pending | None = None
@@ -126,7 +128,9 @@ class _Run:
             self.masked = {f"{line['dataset']}: {line['sample']}" for line in quarantined}
             for journal in (self.metrics, validation.journal):
                 journal.truncate_after(start_step)
+            self.journals.append(validation.journal)
             self.tensorboard = TensorBoardWriter(self.out / "tensorboard", start_step)
+            self.journals.append(self.tensorboard)
         self.reporter.begin(start_step)
         read = prefetch_batches(self.plan.reader, start_step, steps, self.config.data, self.exchange.read)
         batch_reader = contextlib.closing(read)
@@ -157,6 +161,7 @@ class _Run:
                     self._finish_pending_step()
                     for line in validation.run(number + 1, state.weights, frozen):
                         self.reporter.show_message(line)
+                    self._publish()
                     self.clock = time.perf_counter()
                 if stopping:
                     self.reporter.show_message(
@@ -167,14 +172,21 @@ class _Run:
         size = self.checkpoints.size(steps) / 1e6
         self.reporter.show_message(f"{self.out}: finished, {steps} steps; the last checkpoint has {size:.1f} MB")
 
+    def _publish(self) -> None:
+        """Write metrics and other lines to the object store of the run; they are in local files already."""
+        with self._handle_write_errors():
+            for journal in self.journals:
+                journal.publish()
+
     @contextlib.contextmanager
     def _finish_save_on_error(self) -> Iterator[None]:
         """Wait for the checkpoint that is being saved before an error ends the run."""
         try:
             yield
         except VllamaError:
-            with contextlib.suppress(CheckpointError):
-                self.checkpoints.finish()
+            for complete in (self._publish, self.checkpoints.finish):
+                with contextlib.suppress(CheckpointError, OSError):
+                    complete()
             raise
 
     def _program(self, step: int, state: TrainState, frozen: Weights, batch: dict[str, Any]) -> tuple[Any, float]:
@@ -251,6 +263,7 @@ class _Run:
     def _save(self, number: int, state: TrainState, *, last: bool) -> None:
         with self._handle_write_errors():  # saving is asynchronous: its errors are raised when the next one starts
             self.checkpoints.finish()
+        self._publish()  # before the checkpoint, from which a resumed run continues them
         with self._handle_write_errors(last):
             self.checkpoints.save(number, state)
             if last:

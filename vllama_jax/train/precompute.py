@@ -34,7 +34,7 @@ from vllama_jax.data.pipeline import BatchReader, DecodedMedia, prefetch_batches
 from vllama_jax.data.records import Records, open_records
 from vllama_jax.data.sampling import BatchSampler, Stream, make_streams
 from vllama_jax.errors import ConfigError, DataError, format_error
-from vllama_jax.io.atomic import ensure_directory, scratch_directory, write_file, write_json
+from vllama_jax.io.atomic import ensure_directory, move_file, scratch_directory, write_file, write_json
 from vllama_jax.io.json_files import parse_object
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.train.config import TrainConfig
@@ -272,10 +272,10 @@ class _ShardFile:
         if lines:
             partial = self._path.with_suffix(".jsonl")
             write_file(partial, lines.encode())
-            os.replace(partial, self._shard.skipped_path)
+            move_file(partial, self._shard.skipped_path)
         else:
             self._shard.skipped_path.unlink(missing_ok=True)
-        os.replace(self._path, self._shard.path)
+        move_file(self._path, self._shard.path)
 
     def _write(self, entry: bytes) -> None:
         with self._translate_errors():
@@ -373,7 +373,7 @@ def _open_or_create(folder: Path, scratch: Path, manifest: dict[str, Any], shard
     if not (folder / "manifest.json").exists():  # other processes may write the same at the same time
         ensure_directory(folder)
         write_json(scratch / "manifest.json", manifest | ({"shard_records": shard_records} if shard_records else {}))
-        os.replace(scratch / "manifest.json", folder / "manifest.json")
+        move_file(scratch / "manifest.json", folder / "manifest.json")
     cache, recorded = open_cache_folder(folder)
     wanted = {**manifest, "shard_records": shard_records or cache.shard_records}
     if changed := compare_settings(recorded, wanted):
@@ -401,8 +401,8 @@ def _scratch_folder(out: Path) -> Iterator[Path]:
             if (found := STALE_FOLDER.fullmatch(stale.name)) and int(found[1]) >= jax.process_count():
                 shutil.rmtree(stale, ignore_errors=True)
         busy_message = f"{out}: another process is writing features there; wait for it, or choose another --out"
-        with scratch_directory(folder, busy_message):
-            yield folder
+        with scratch_directory(folder, busy_message) as scratch:
+            yield scratch
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror or error}); complete shards are kept") from error
 

@@ -35,7 +35,9 @@ from vllama_jax.config import describe_changes, flatten_fields, from_dict
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import check_output_files, ensure_directory, lock_directory, replace_json
 from vllama_jax.io.json_files import read_object
-from vllama_jax.io.jsonl import AtomicWriteFile
+from vllama_jax.io.jsonl import AtomicWriteFile, StoreFile
+from vllama_jax.io.leases import LEASE
+from vllama_jax.io.paths import is_store_path, list_file_sizes
 from vllama_jax.runtime.coordination import decide, gather
 from vllama_jax.train.config import CheckpointConfig, TrainConfig, rename_fields
 from vllama_jax.train.custom import check_custom
@@ -126,8 +128,8 @@ def open_run(
 
 
 def _unexpected_entries(out: Path) -> list[str]:
-    """List the entries of a directory without config.json, except inputs/, which `prepare` of a run config creates."""
-    return sorted(entry.name for entry in out.iterdir() if entry.name != "inputs")
+    """List the entries of a directory without config.json, except the lease, and inputs/, which `prepare` creates."""
+    return sorted(entry.name for entry in out.iterdir() if entry.name not in ("inputs", LEASE))
 
 
 def _check_run_config(
@@ -227,7 +229,7 @@ class Checkpoints:
         """
         self._saving = step
         items = {"weights": ocp.args.PyTreeSave(unflatten_paths(state.weights))}
-        if opt_state := _leaves_by_path(state.opt_state):  # Orbax rejects an empty tree, such as plain SGD's state
+        if opt_state := leaves_by_path(state.opt_state):  # Orbax rejects an empty tree, such as plain SGD's state
             items["moments"] = ocp.args.PyTreeSave(unflatten_paths(opt_state))
         with self._translate_errors():
             self._manager.save(
@@ -316,7 +318,7 @@ class Checkpoints:
         folder, readable = self._out / f"step_{step}", True
         try:
             weights = restore_arrays(folder / "weights", abstract_state.weights)
-            opt_state = restore_arrays(folder / "moments", _leaves_by_path(abstract_state.opt_state))
+            opt_state = restore_arrays(folder / "moments", leaves_by_path(abstract_state.opt_state))
         except CheckpointError as error:
             logger.warning(f"{error}; falling back to the previous checkpoint")
             readable = False
@@ -328,8 +330,8 @@ class Checkpoints:
         )
 
     def size(self, step: int) -> int:
-        """Return the size of a checkpoint on disk, in bytes."""
-        return sum(file.stat().st_size for file in (self._out / f"step_{step}").rglob("*") if file.is_file())
+        """Return the size of a checkpoint, in bytes."""
+        return sum(list_file_sizes(self._out / f"step_{step}").values())
 
     def _rename_corrupt(self, steps: list[int]) -> None:
         """Rename corrupt checkpoints to damaged_step_N, or damaged_step_N.2 and so on if that exists."""
@@ -368,7 +370,7 @@ class Checkpoints:
                 shutil.rmtree(partial, ignore_errors=True)
 
 
-def _leaves_by_path(tree: Any) -> dict[str, Any]:
+def leaves_by_path(tree: Any) -> dict[str, Any]:
     """Return the leaves of a tree of tuples and dicts by path, such as "0/mu/video_qformer/queries"."""
 
     def name(key: Any) -> str:
@@ -407,7 +409,9 @@ class TensorBoardWriter:
             return
         ensure_directory(folder)
         self._event = event_pb2.Event
-        self._writer = RecordWriter(AtomicWriteFile(folder / f"events.out.tfevents.{time.time_ns()}", "a"))
+        path = folder / f"events.out.tfevents.{time.time_ns()}"
+        self._object = StoreFile(path) if is_store_path(path) else None
+        self._writer = RecordWriter(self._object or AtomicWriteFile(path, "a"))
         self._write(file_version="brain.Event:2")
         self._write(step=first, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
 
@@ -416,6 +420,11 @@ class TensorBoardWriter:
         if self._writer is not None:
             scalars = [{"tag": name, "simple_value": value} for name, value in values.items()]
             self._write(step=step, summary={"value": scalars})
+
+    def publish(self) -> None:
+        """Write the events to the object store, if the run directory is there. Raise OSError if that fails."""
+        if self._writer is not None and self._object is not None:
+            self._object.publish()
 
     def _write(self, **fields: Any) -> None:
         assert self._writer is not None  # checked by callers
