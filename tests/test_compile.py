@@ -107,6 +107,13 @@ def test_expected_time_adds_loops_in_which_the_network_hides_or_does_not():
     assert fields["samples_per_second"] == pytest.approx(32)
 
 
+def test_expected_time_is_at_least_that_of_the_hbm_traffic_of_each_loop():
+    """Loop one: 0.5 s of cycles, and 1 s of traffic. Loop two: 0.5 s of cycles, and little traffic."""
+    loops = (LoopCost("one", 1, 0.75e9, hbm_bytes=V5E.chip.hbm_bandwidth), LoopCost("two", 1, 0.75e9, hbm_bytes=1e6))
+    fields = time_fields(Costs(1e12, 1e9, {}, 1.5e9, loops), V5E, model_flops=1e12, samples=1)
+    assert (fields["schedule_ms"], fields["step_ms"]) == pytest.approx((1000, 1500))
+
+
 def test_expected_time_includes_kernels_at_the_roofline():
     """0.5 s of cycles, and 0.25 s of the kernel's FLOPs in one loop, or 0.5 s of its bytes in the other."""
     chip = V5E.chip

@@ -30,6 +30,7 @@ class LoopCost:
         repeats: Number of iterations.
         cycles: XLA's estimate. It does not include kernels.
         bytes_by_group: Bytes of collectives, by the number of chips of a group.
+        hbm_bytes: Read from HBM and written to it.
         kernel_flops: FLOPs that kernels declare.
         kernel_bytes: HBM bytes that kernels declare.
     """
@@ -38,6 +39,7 @@ class LoopCost:
     repeats: int
     cycles: float = 0.0
     bytes_by_group: dict[int, float] = dataclasses.field(default_factory=dict)
+    hbm_bytes: float = 0.0
     kernel_flops: float = 0.0
     kernel_bytes: float = 0.0
 
@@ -67,6 +69,7 @@ class Costs:
                 loop,
                 cycles=loop.cycles / count,
                 bytes_by_group={group: size / count for group, size in loop.bytes_by_group.items()},
+                hbm_bytes=loop.hbm_bytes / count,
                 kernel_flops=loop.kernel_flops / count,
                 kernel_bytes=loop.kernel_bytes / count,
             )
@@ -83,7 +86,7 @@ def analyze(module: Module, dynamic_trips: int = 1) -> Costs:
         module: The program.
         dynamic_trips: Number of iterations of loops whose trip count depends on data.
     """
-    flops = hbm_bytes = 0.0
+    flops = 0.0
     kinds: dict[str, float] = collections.defaultdict(float)
     loops: dict[str, LoopCost] = {}
     channels: set[str] = set()
@@ -101,17 +104,19 @@ def analyze(module: Module, dynamic_trips: int = 1) -> Costs:
                 group = group_size(collective)
                 groups[group] = groups.get(group, 0.0) + count
         flops += step.repeats * _flops(module, one, step.computation)
-        hbm_bytes += step.repeats * _traffic(module, step)
+        hbm_bytes = step.repeats * _traffic(module, step)
         kernel_flops, kernel_bytes = (step.repeats * _declared(one, kind) for kind in ("flops", "bytes_accessed"))
         loops[name] = LoopCost(
             name,
             step.repeats,
             loop.cycles + cycles,
             groups,
+            loop.hbm_bytes + hbm_bytes,
             loop.kernel_flops + kernel_flops,
             loop.kernel_bytes + kernel_bytes,
         )
-    return Costs(flops, hbm_bytes, dict(kinds), sum(loop.cycles for loop in loops.values()), tuple(loops.values()))
+    hbm_bytes, cycles = (sum(getattr(loop, name) for loop in loops.values()) for name in ("hbm_bytes", "cycles"))
+    return Costs(flops, hbm_bytes, dict(kinds), cycles, tuple(loops.values()))
 
 
 def _collectives(

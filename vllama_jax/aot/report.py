@@ -84,8 +84,9 @@ class ProgramReport:
 def time_fields(costs: Costs, topology: Topology, model_flops: float, samples: float) -> dict[str, Any]:
     """Return the fields of a `ProgramReport` that follow from a program's costs.
 
-    The expected time adds up the loops of the schedule. Within one, the network is hidden behind the other work or the
-    other way round; collectives of one loop cannot hide behind another loop.
+    The expected time adds up the loops of the schedule. Within one, the longest of XLA's estimate, the HBM traffic and
+    the network hides the others: XLA's estimate does not include weights that are copied to VMEM meanwhile. Collectives
+    of one loop cannot hide behind another loop.
 
     Args:
         costs: Of one chip.
@@ -99,7 +100,8 @@ def time_fields(costs: Costs, topology: Topology, model_flops: float, samples: f
     network = sum(networks)
     if costs.cycles and chip.clock:
         schedules = [_schedule_seconds(loop, chip) for loop in costs.loops]
-        schedule, step = sum(schedules), sum(map(max, schedules, networks))
+        traffic = [loop.hbm_bytes / chip.hbm_bandwidth for loop in costs.loops]
+        schedule, step = sum(schedules), sum(map(max, schedules, networks, traffic))
     else:
         schedule, step = None, max(compute, memory, network)
     times = {"compute": compute, "memory": memory, "network": network}
