@@ -215,3 +215,15 @@ def _converted(paths: dict[str, Path], config: dict, out: Path) -> Path:
     files = {kind: path for kind, path in paths.items() if kind not in ("llama", "config")}
     convert.convert(convert.plan(llama_directory=paths["llama"], files=files, config=config), out)
     return out
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """fsspec's store in memory, empty, and a cache folder of the test's own."""
+    monkeypatch.setenv("VLLAMA_CACHE", str(tmp_path / "cache"))
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    yield files
+    files.store.clear()
+    files.pseudo_dirs[:] = [""]

@@ -1,6 +1,5 @@
 """Feature caches on object stores: the same files as local ones, and read entry by entry."""
 
-import fsspec
 import numpy as np
 import pytest
 from train_fixtures import config_of
@@ -8,16 +7,6 @@ from train_fixtures import config_of
 from vllama_jax.data.feature_cache import check_complete, open_cache_folder
 from vllama_jax.io.paths import as_path
 from vllama_jax.train.precompute import precompute_features
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """fsspec's store in memory, empty, and a cache folder of the test's own."""
-    monkeypatch.setenv("VLLAMA_CACHE", str(tmp_path / "cache"))
-    files = fsspec.filesystem("memory")
-    yield files
-    files.store.clear()
-    files.pseudo_dirs[:] = [""]
 
 
 @pytest.mark.slow

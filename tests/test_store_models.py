@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import fsspec
 import jax
 import numpy as np
 import pytest
@@ -16,16 +15,6 @@ from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.checkpoints.store_arrays import read_arrays
 from vllama_jax.cli import main
 from vllama_jax.io.paths import as_path
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """fsspec's store in memory, empty, and a cache folder of the test's own."""
-    monkeypatch.setenv("VLLAMA_CACHE", str(tmp_path / "cache"))
-    files = fsspec.filesystem("memory")
-    yield files
-    files.store.clear()
-    files.pseudo_dirs[:] = [""]
 
 
 def upload(directory, url):

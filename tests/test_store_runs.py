@@ -6,7 +6,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import fsspec
 import jax
 import numpy as np
 import pytest
@@ -25,16 +24,6 @@ from vllama_jax.train.state import TrainState
 from vllama_jax.train.store_checkpoints import StoreCheckpoints
 
 RUN = "memory://bucket/run"
-
-
-@pytest.fixture
-def bucket(tmp_path, monkeypatch):
-    """fsspec's store in memory, empty, and a cache folder of the test's own."""
-    monkeypatch.setenv("VLLAMA_CACHE", str(tmp_path / "cache"))
-    files = fsspec.filesystem("memory")
-    yield files
-    files.store.clear()
-    files.pseudo_dirs[:] = [""]
 
 
 def make_state(step: int) -> TrainState:
