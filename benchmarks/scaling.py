@@ -88,7 +88,7 @@ def print_presets(found: dict[str, dict[str, Any]]) -> None:
             f"{one['network_ms']:.0f}",
             f"{one['step_ms']:.0f}" if one["compiled"] else f"at least {one['step_ms']:.0f}",
             f"{one['mfu']:.0%}" if one["mfu"] else "–",
-            f"{one['samples_per_second'] / chips:.1f}",
+            f"{'' if one['compiled'] else 'at most '}{one['samples_per_second'] / chips:.1f}",
             one["binds"],
             f"{one['compile_seconds']:.0f}" if one["compiled"] else "–",
         )
