@@ -77,8 +77,8 @@ def find_model(path: str | Path) -> Path:
 
 
 def find_clip(path: str | Path) -> Path:
-    """Return the file for a path. "demo" is a clip of the package, unless there is a file of that name."""
-    path = as_path(path)
+    """Return the file for a local path. "demo" is a clip of the package, unless there is a file of that name."""
+    path = Path(path)
     return CLIPS / DEMO_CLIP if str(path) == CLIP_NAME and not path.is_file() else path
 
 

@@ -37,18 +37,25 @@ _FIELD = re.compile(r"[a-z][\w.]*(?= )")
 PATHS = tyro.constructors.ConstructorRegistry()
 
 
-@PATHS.primitive_rule
-def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
-    """Make every `Path` argument with `as_path`, so that a URL never becomes a local directory."""
-    if info.type is not Path:
-        return None
+def _path_spec(make_path: Callable[[str], Path]) -> tyro.constructors.PrimitiveConstructorSpec[Path]:
+    """Describe an argument that `make_path` makes a path of."""
     return tyro.constructors.PrimitiveConstructorSpec(
         nargs=1,
         metavar="PATH",
-        instance_from_str=lambda arguments: as_path(arguments[0]),
+        instance_from_str=lambda arguments: make_path(arguments[0]),
         is_instance=lambda value: isinstance(value, Path | StorePath),
         str_from_instance=lambda value: [str(value)],
     )
+
+
+@PATHS.primitive_rule
+def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Path] | None:
+    """Make every `Path` argument with `as_path`, so that a URL never becomes a local directory."""
+    return _path_spec(as_path) if info.type is Path else None
+
+
+# A media file, which is local. A file whose name looks like a URL is read.
+MediaPath = Annotated[Path, _path_spec(Path)]
 
 
 class UsageError(VllamaError):

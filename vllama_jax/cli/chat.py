@@ -16,7 +16,7 @@ from vllama_jax.checkpoints import shipped
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.shipped import find_clip, is_shipped, shipped_model
 from vllama_jax.cli._display import Display
-from vllama_jax.cli._usage import JsonFlag, require_at_least
+from vllama_jax.cli._usage import JsonFlag, MediaPath, require_at_least
 from vllama_jax.config import GREEDY, GenerationConfig
 from vllama_jax.errors import VllamaError
 from vllama_jax.media import MediaReport, check_file
@@ -28,12 +28,12 @@ HEAD_START = 1.0  # seconds that loading waits for the files, because most error
 
 
 def chat(
-    file: tyro.conf.Positional[Path],
+    file: tyro.conf.Positional[MediaPath],
     questions: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
     *,
     model: Path | None = None,
-    media: tyro.conf.UseAppendAction[tuple[Path, ...]] = (),
+    media: tyro.conf.UseAppendAction[tuple[MediaPath, ...]] = (),
     template: TemplateName | None = None,
     system: str | None = None,
     audio: bool = True,
