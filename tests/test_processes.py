@@ -197,7 +197,7 @@ def test_processes_on_plain_machines_find_each_other(config, tmp_path):
     with started("train", config, "--out", tmp_path / "run", arguments_of=options, slurm=False) as processes:
         results = [(process.wait(timeout=200), process.communicate()[1]) for process in processes]
     for code, text in results:
-        assert_one_line(code, text, f"vllama: {SECOND}: another config than process 0 (seed 5, process 0: 0); start")
+        assert_one_line(code, text, f"vllama: {SECOND}: another config than process 0 (seed 5, process 0: 42); start")
 
 
 @pytest.mark.parametrize(
