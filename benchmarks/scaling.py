@@ -1,6 +1,6 @@
 """Memory and expected speed of the presets, compiled ahead of time: the tables and plots of docs/scaling.md.
 
-    pip install '.[aot,plot]'
+    pip install '.[aot]'
     JAX_PLATFORMS=cpu python benchmarks/scaling.py compile   # the programs that docs/scaling/programs.json lacks
     python benchmarks/scaling.py tables                      # the tables and plots, from that file
 
@@ -9,6 +9,7 @@ the file to compile it again.
 """
 
 import dataclasses
+import functools
 import json
 import subprocess
 import sys
@@ -95,24 +96,21 @@ def print_presets(found: dict[str, dict[str, Any]]) -> None:
         print(f"| {' | '.join(columns)} |")
 
 
-def count_flops(config: str, size: str) -> dict[str, float]:
-    """Return the FLOPs of a sample by component, at the longest padded length of a run."""
-    run = dataclasses.replace(load_config(config)[0], batch_size=1, compute_dtype="bfloat16")
+@functools.cache
+def count_flops_and_bytes(config: str, size: str) -> tuple[dict[str, float], dict[str, float]]:
+    """Count the work of a sample, at the longest padded length of a run, and the memory of its weights.
+
+    Returns:
+        FLOPs by component. Bytes of the frozen weights by component, in bfloat16, and of the trained state.
+    """
+    model, run = SIZES[size](), dataclasses.replace(load_config(config)[0], batch_size=1, compute_dtype="bfloat16")
     mesh = jax.sharding.AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor"))
-    batch = abstract_run(SIZES[size](), run, mesh, TOKENS[config]).batch
-    return step_flops_by_component(SIZES[size](), run.branch, batch, run.remat_policy)
-
-
-def count_bytes(config: str, size: str) -> dict[str, float]:
-    """Return the bytes of the frozen weights by component, in bfloat16, and of the trained state."""
-    run = dataclasses.replace(load_config(config)[0], batch_size=1, compute_dtype="bfloat16")
-    abstract = abstract_run(
-        SIZES[size](), run, jax.sharding.AbstractMesh((1, 1, 1), ("data", "fsdp", "tensor")), TOKENS[config]
-    )
-    found = {"llama": 0.0, "encoders": 0.0}
+    abstract = abstract_run(model, run, mesh, TOKENS[config])
+    sizes = {"llama": 0.0, "encoders": 0.0}
     for path, leaf in abstract.frozen.items():
-        found["llama" if path.startswith("llama/") else "encoders"] += leaf.size * leaf.dtype.itemsize
-    return found | {"trained": sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.state))}
+        sizes["llama" if path.startswith("llama/") else "encoders"] += leaf.size * leaf.dtype.itemsize
+    sizes["trained"] = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract.state))
+    return step_flops_by_component(model, run.branch, abstract.batch, run.remat_policy), sizes
 
 
 def print_arithmetic() -> None:
@@ -122,7 +120,7 @@ def print_arithmetic() -> None:
     print("|---" * 10 + "|")
     for config, tokens in TOKENS.items():
         for size in SIZES:
-            flops, sizes = count_flops(config, size), count_bytes(config, size)
+            flops, sizes = count_flops_and_bytes(config, size)
             total = sum(flops.values())
             cached = f"{(total - flops['encoders']) / 1e12:.1f} (-{flops['encoders'] / total:.0%})"
             parts = [f"{flops[name] / 1e12:.2f}" for name in ("encoders", "qformer", "llama")]
@@ -138,7 +136,7 @@ def plot_flops() -> None:
     labels = [f"{config}\n{size}" for config in TOKENS for size in SIZES]
     below = [0.0] * len(labels)
     for component in ("encoders", "qformer", "llama"):
-        heights = [count_flops(config, size)[component] / 1e12 for config in TOKENS for size in SIZES]
+        heights = [count_flops_and_bytes(config, size)[0][component] / 1e12 for config in TOKENS for size in SIZES]
         axes.bar(labels, heights, bottom=below, label=component)
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axes.set(ylabel="TFLOP of a sample", title="Work of a training step, by component")

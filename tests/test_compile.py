@@ -97,8 +97,11 @@ def test_other_errors_of_the_compiler_are_one_line(on_cpus, monkeypatch):
 def test_expected_time_adds_loops_in_which_the_network_hides_or_does_not():
     """Loop one: 1.5e9 cycles are 1 s, its network 0.5 s. Loop two: 0.5 s of work wait for 1 s of network."""
     ring = V5E.network_bandwidth(4)
-    loops = (LoopCost("one", 4, 1.5e9, {4: 0.5 * ring}), LoopCost("two", 4, 0.75e9, {4: ring}))
-    costs = Costs(197e12, 819e9 / 2, {"all-gather": 1.5 * ring}, 2.25e9, loops)
+    loops = (
+        LoopCost("one", 4, 1.5e9, {4: 0.5 * ring}, hbm_bytes=819e9 / 4),
+        LoopCost("two", 4, 0.75e9, {4: ring}, hbm_bytes=819e9 / 4),
+    )
+    costs = Costs(197e12, {"all-gather": 1.5 * ring}, loops)
     fields = time_fields(costs, V5E, model_flops=0.5 * 197e12, samples=64)
     assert fields["step_ms"] == pytest.approx(2000)
     assert (fields["compute_ms"], fields["memory_ms"], fields["network_ms"]) == pytest.approx((1000, 500, 1500))
@@ -110,7 +113,7 @@ def test_expected_time_adds_loops_in_which_the_network_hides_or_does_not():
 def test_expected_time_is_at_least_that_of_the_hbm_traffic_of_each_loop():
     """Loop one: 0.5 s of cycles, and 1 s of traffic. Loop two: 0.5 s of cycles, and little traffic."""
     loops = (LoopCost("one", 1, 0.75e9, hbm_bytes=V5E.chip.hbm_bandwidth), LoopCost("two", 1, 0.75e9, hbm_bytes=1e6))
-    fields = time_fields(Costs(1e12, 1e9, {}, 1.5e9, loops), V5E, model_flops=1e12, samples=1)
+    fields = time_fields(Costs(1e12, {}, loops), V5E, model_flops=1e12, samples=1)
     assert (fields["schedule_ms"], fields["step_ms"]) == pytest.approx((1000, 1500))
 
 
@@ -119,7 +122,7 @@ def test_expected_time_includes_kernels_at_the_roofline():
     chip = V5E.chip
     compute = LoopCost("one", 1, 0.75e9, kernel_flops=chip.flops / 4, kernel_bytes=chip.hbm_bandwidth / 8)
     memory = LoopCost("two", 1, 0.75e9, kernel_flops=chip.flops / 4, kernel_bytes=chip.hbm_bandwidth / 2)
-    fields = time_fields(Costs(1e12, 1e9, {}, 1.5e9, (compute, memory)), V5E, model_flops=1e12, samples=1)
+    fields = time_fields(Costs(1e12, {}, (compute, memory)), V5E, model_flops=1e12, samples=1)
     assert fields["schedule_ms"] == fields["step_ms"] == pytest.approx(1750)
 
 

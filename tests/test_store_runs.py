@@ -173,7 +173,7 @@ def test_a_lease_that_is_renewed_is_respected(bucket, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_on_a_store_is_the_same_run(bucket, tiny_model, image_records, one_device, tmp_path):
-    """Losses to the bit, resumed in the middle; the run is read as a model, and as the start of another run."""
+    """Losses are bit-identical, also resumed in the middle. The run can be read as a model and as an init run."""
     config = config_of(
         tiny_model, image_records, steps=4, checkpoint=CheckpointConfig(save_interval_steps=2), remat_policy="none"
     )

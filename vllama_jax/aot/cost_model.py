@@ -40,7 +40,7 @@ def estimate_step(program: TrainStep, topology: Topology) -> ProgramReport:
     groups = {mesh.fsdp: kinds["all-gather"], topology.count: kinds["all-reduce"]}
     if mesh.fsdp == topology.count:
         groups = {topology.count: sum(kinds.values())}
-    costs = Costs(flops, traffic, kinds, cycles=0.0, loops=(LoopCost("step", 1, 0.0, groups),))
+    costs = Costs(flops, kinds, loops=(LoopCost("step", 1, bytes_by_group=groups, hbm_bytes=traffic),))
     device = DEVICES[chip.name]
     need = estimate_training(program.model, "", run, mesh, device, program.length)
     return ProgramReport(

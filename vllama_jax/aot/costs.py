@@ -50,17 +50,23 @@ class Costs:
 
     Attributes:
         flops: Of dot products, convolutions and kernels that declare them.
-        hbm_bytes: Read from HBM and written to it by the instructions of the schedule.
         collective_bytes: Bytes that arrive at a chip, by kind of collective.
-        cycles: XLA's estimate; 0 where the backend gives none.
-        loops: Cycles and network bytes by computation; a collective can overlap only with what is in the same one.
+        loops: Costs by computation; a collective can overlap only with what is in the same one.
     """
 
     flops: float
-    hbm_bytes: float
     collective_bytes: dict[str, float]
-    cycles: float
     loops: tuple[LoopCost, ...]
+
+    @property
+    def hbm_bytes(self) -> float:
+        """Bytes read from HBM and written to it by the instructions of the schedule."""
+        return sum(loop.hbm_bytes for loop in self.loops)
+
+    @property
+    def cycles(self) -> float:
+        """XLA's estimate; 0 where the backend gives none."""
+        return sum(loop.cycles for loop in self.loops)
 
     def divide(self, count: int) -> "Costs":
         """Return the costs divided by `count`."""
@@ -76,7 +82,7 @@ class Costs:
             for loop in self.loops
         )
         kinds = {kind: size / count for kind, size in self.collective_bytes.items()}
-        return Costs(self.flops / count, self.hbm_bytes / count, kinds, self.cycles / count, loops)
+        return Costs(self.flops / count, kinds, loops)
 
 
 def analyze(module: Module, dynamic_trips: int = 1) -> Costs:
@@ -92,7 +98,6 @@ def analyze(module: Module, dynamic_trips: int = 1) -> Costs:
     channels: set[str] = set()
     for step in module.walk(dynamic_trips):
         one, name = step.instruction, step.computation_name
-        cycles = step.repeats * float(one.find(r'"estimated_cycles":"(\d+)"') or 0)
         loop = loops.get(name, LoopCost(name, step.repeats))
         groups = dict(loop.bytes_by_group)
         for collective, computation in _collectives(module, one, step.computation):
@@ -104,19 +109,16 @@ def analyze(module: Module, dynamic_trips: int = 1) -> Costs:
                 group = group_size(collective)
                 groups[group] = groups.get(group, 0.0) + count
         flops += step.repeats * _flops(module, one, step.computation)
-        hbm_bytes = step.repeats * _traffic(module, step)
-        kernel_flops, kernel_bytes = (step.repeats * _declared(one, kind) for kind in ("flops", "bytes_accessed"))
         loops[name] = LoopCost(
             name,
             step.repeats,
-            loop.cycles + cycles,
+            loop.cycles + step.repeats * float(one.find(r'"estimated_cycles":"(\d+)"') or 0),
             groups,
-            loop.hbm_bytes + hbm_bytes,
-            loop.kernel_flops + kernel_flops,
-            loop.kernel_bytes + kernel_bytes,
+            loop.hbm_bytes + step.repeats * _traffic(module, step),
+            loop.kernel_flops + step.repeats * _declared(one, "flops"),
+            loop.kernel_bytes + step.repeats * _declared(one, "bytes_accessed"),
         )
-    hbm_bytes, cycles = (sum(getattr(loop, name) for loop in loops.values()) for name in ("hbm_bytes", "cycles"))
-    return Costs(flops, hbm_bytes, dict(kinds), cycles, tuple(loops.values()))
+    return Costs(flops, dict(kinds), tuple(loops.values()))
 
 
 def _collectives(

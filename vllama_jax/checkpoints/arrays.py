@@ -286,15 +286,14 @@ def _list_arrays(directory: Path, paths: Iterable[str]) -> Iterator[tuple[str, d
 def _list_store_arrays(
     directory: StorePath, paths: Sequence[str]
 ) -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
-    """The same on an object store, with one listing, and all .zarray objects read at once."""
+    """Do as `_list_arrays` on an object store, with one listing, and all .zarray objects read at once."""
     folders = [directory / path.replace("/", ".") for path in paths]
     sizes: dict[str, dict[str, int]] = {}
     try:
-        if len(folders) == 1:
-            sizes[folders[0].name] = folders[0].file_sizes()
-        for name, size in directory.file_sizes().items() if len(folders) > 1 else ():
+        listed = folders[0] if len(folders) == 1 else directory
+        for name, size in listed.file_sizes().items():
             array, _, file = name.rpartition("/")
-            sizes.setdefault(array, {})[file] = size
+            sizes.setdefault(array or listed.name, {})[file] = size
         texts = read_files([folder / ".zarray" for folder in folders])
     except OSError as error:
         raise CheckpointError(

@@ -49,20 +49,20 @@ class StoredArray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Piece:
-    """The part of a region that is in one chunk.
+class _ChunkSlice:
+    """The slice of a chunk that a region needs.
 
     Attributes:
-        bytes: The bytes of the chunk from its first element to its last.
-        shape: The shape of the part.
+        bytes: The bytes of the chunk from the first element of the slice to its last.
+        shape: The shape of the slice.
         strides: Bytes from one element to the next along each axis of the chunk.
-        place: Where the part is in the region.
+        target: Where the slice is in the region.
     """
 
     bytes: ByteRange
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-    place: tuple[slice, ...]
+    target: tuple[slice, ...]
 
     def values(self, content: memoryview, dtype: np.dtype) -> np.ndarray:
         file, start, stop = self.bytes
@@ -158,15 +158,17 @@ def _read_batch(
 ) -> "dict[str, jax.Array]":
     import jax
 
-    pieces = {
-        (path, region): list(_pieces(stored[path], region)) for path in paths for region in _local_regions(wanted[path])
+    slices = {
+        (path, region): list(_slice_chunks(stored[path], region))
+        for path in paths
+        for region in _local_regions(wanted[path])
     }
-    contents = _read_merged(piece.bytes for found in pieces.values() for piece in found)
+    contents = _read_merged(one.bytes for found in slices.values() for one in found)
     regions: dict[tuple[str, Region], np.ndarray] = {}
-    for (path, region), found in pieces.items():
+    for (path, region), found in slices.items():
         values = np.empty([stop - start for start, stop in region], stored[path].dtype)
-        for piece in found:
-            values[piece.place] = piece.values(contents[piece.bytes], stored[path].dtype)
+        for one in found:
+            values[one.target] = one.values(contents[one.bytes], stored[path].dtype)
         regions[path, region] = values.astype(wanted[path].dtype)
 
     def place(path: str) -> "jax.Array":
@@ -207,8 +209,8 @@ def _region(index: Sequence[slice] | None, shape: Sequence[int]) -> Region:
     return tuple((start, stop) for start, stop, _ in bounds)
 
 
-def _pieces(array: StoredArray, region: Region) -> Iterator[_Piece]:
-    """Yield the parts of chunks that a region consists of."""
+def _slice_chunks(array: StoredArray, region: Region) -> Iterator[_ChunkSlice]:
+    """Yield the slices of chunks that a region consists of."""
     starts, stops = np.array(region, np.int64).reshape(-1, 2).T
     chunk = np.array(array.chunk, np.int64)
     strides = np.array([math.prod(array.chunk[axis + 1 :]) for axis in range(len(chunk))], np.int64)
@@ -216,7 +218,7 @@ def _pieces(array: StoredArray, region: Region) -> Iterator[_Piece]:
     for index in itertools.product(*map(range, starts // chunk, (stops - 1) // chunk + 1)):
         corner = np.array(index, np.int64) * chunk
         low, high = np.maximum(starts, corner), np.minimum(stops, corner + chunk)
-        yield _Piece(
+        yield _ChunkSlice(
             bytes=(
                 array.folder / chunk_name(index),
                 int((low - corner) @ strides),
@@ -224,7 +226,7 @@ def _pieces(array: StoredArray, region: Region) -> Iterator[_Piece]:
             ),
             shape=tuple(high - low),
             strides=tuple(strides),
-            place=tuple(map(slice, low - starts, high - starts)),
+            target=tuple(map(slice, low - starts, high - starts)),
         )
 
 

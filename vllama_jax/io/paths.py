@@ -65,7 +65,7 @@ def is_directory(path: Path) -> bool:
 
 def require_local(path: Any, error: type[VllamaError]) -> Path:
     """Return the path of an input that must be local. Raise `error` for a URL."""
-    if isinstance(path, StorePath):
+    if is_store_path(path):
         raise error(_missing_file_message(str(path)))
     return Path(path)
 

@@ -79,11 +79,9 @@ def decide(function: Callable[[], Any]) -> Any:
     store, key = find_store(), unique_key("decided")
     if store is None:
         return function()
-    value = None
     with share_errors():
         if process_number() == 0:
-            value = function()
-            store.key_value_set(key, json.dumps(value))
+            store.key_value_set(key, json.dumps(function()))
     return json.loads(store.blocking_key_value_get(key, TIMEOUT_MS))
 
 

@@ -48,8 +48,8 @@ def load_config(name: str) -> tuple[TrainConfig, Prepare]:
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"{name}: it does not define `config = TrainConfig(...)`")
     if preset is not None:
-        stage = next((stage for stage in STAGES if name in shipped_configs() and name.endswith(stage)), "")
-        if not stage:
+        stage = name.rpartition("_")[2]
+        if name not in shipped_configs() or stage not in STAGES:
             raise ConfigError(
                 f"{name}: presets are for shipped configs of stage 1 and 2; set mesh and batch_size in it"
             )

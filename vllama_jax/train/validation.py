@@ -82,7 +82,7 @@ class Validation:
             name = f"{step}-{number}"
             batch = self._exchange.read(name, functools.partial(self._plan.reader.read, rows))
             self._report_masked(step, stream.dataset.path, batch)
-            unused += [f"{name}: {why}" for name, why in batch.masked]
+            unused += [f"{record}: {why}" for record, why in batch.masked]
             loss, count = self._evaluate(weights, frozen, shard_batch(batch.arrays, self._plan))
             total, tokens = total + float(loss), tokens + int(count)
             self._exchange.remove(name)
