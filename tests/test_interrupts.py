@@ -71,6 +71,21 @@ def test_an_interrupt_ends_the_process_whatever_it_does(body):
         assert interrupted(process, within=10) == ""
 
 
+@pytest.mark.parametrize("call", ["jax.jit(run)()", "import interrupted_module"], ids=["jax", "import"])
+def test_native_code_returns_before_the_exception_is_raised(call, tmp_path):
+    """Native code that calls Python may crash if the call raises: nanobind while it is imported, MLIR in a callback."""
+    inside = "print('inside', flush=True); time.sleep(1); print('returned', flush=True)"
+    (tmp_path / "interrupted_module.py").write_text(f"import time\n{inside}\n")
+    body = (
+        f"import jax\nimport time\nsys.path.append({str(tmp_path)!r})\ndef run(): {inside}\n"
+        f"try:\n    {call}\n    print('after', flush=True)\n"
+        "except KeyboardInterrupt: print('interrupted', flush=True)\ntime.sleep(100)"
+    )
+    with started(body, grace=2) as process:
+        assert process.stdout.readline() == "inside\n"
+        assert interrupted(process, within=10) == "returned\ninterrupted\n"
+
+
 def test_partial_files_are_removed_first(tmp_path):
     body = (
         "import time\nfrom pathlib import Path\nfrom vllama_jax.io.atomic import new_directory\n"
@@ -143,7 +158,7 @@ def test_an_interrupt_ends_a_command_at_any_time_of_its_start(command, tiny_mode
     arguments = {
         "train": [config, "--out", out],
         "features": [config, "--out", out],
-        "chat": [clip, "What is there?", "--model", tiny_model, "--max-new-tokens", "900"],
+        "chat": [clip, "What is there?", "--model", tiny_model, "--max-new-tokens", "800"],
         "convert": [
             *("--llama", tiny_files["llama"], "--eva-vit", tiny_files["eva_vit"], "--blip2", tiny_files["blip2"]),
             *("--config", tiny_files["config"], "--out", out),

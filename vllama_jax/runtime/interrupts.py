@@ -3,6 +3,9 @@
 Python raises KeyboardInterrupt in the main thread when that thread next runs Python code. While it compiles or restores
 weights, that can take minutes, and an exception that is raised in a destructor or in a library's callback is dropped.
 Therefore the signal also wakes a thread, which ends the process if the exception does not.
+
+Native code that calls Python may crash if an exception is raised there: the import of jaxlib ends with SIGABRT, and MLIR
+with SIGSEGV. Therefore KeyboardInterrupt is raised in the caller of an import or of JAX, when it returns.
 """
 
 import contextlib
@@ -17,6 +20,7 @@ from typing import Any
 
 EXIT_CODE = 130  # by convention, of a program that SIGINT ended
 GRACE_SECONDS = 3.0  # after Ctrl-C, to remove partial files and wait for threads
+CALLING_NATIVE_CODE = ("importlib._bootstrap", "jax", "jaxlib")  # modules whose native code calls Python
 
 _received = threading.Event()
 _deferred = threading.Event()
@@ -30,8 +34,8 @@ class SavedInterrupt(KeyboardInterrupt):
 def exit_on_interrupt(until_exit: bool = False) -> Iterator[None]:
     """Exit with code 130 within seconds of Ctrl-C, without a traceback, or immediately on a second Ctrl-C.
 
-    KeyboardInterrupt is raised in the body of the context, so that it can remove its partial files. Outside of the main
-    thread this context has no effect.
+    KeyboardInterrupt is raised in the body of the context, so that it can remove its partial files: at once, or after
+    the call of JAX or the import that is running. Outside of the main thread this context has no effect.
 
     Args:
         until_exit: Whether the process ends after the body. Then Ctrl-C while Python exits also gives code 130, without
@@ -105,7 +109,31 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
     if _received.is_set():
         exit_now()
     _received.set()
+    caller = _find_caller_of_native_code(frame)
+    if caller is None:
+        raise KeyboardInterrupt
+    caller.f_trace, caller.f_trace_opcodes = _raise_in_frame, True
+    sys.settrace(_trace_nothing)  # without a trace function, Python ignores those of frames
+
+
+def _find_caller_of_native_code(frame: FrameType | None) -> FrameType | None:
+    """Return the frame that called the outermost function of CALLING_NATIVE_CODE, or None if none is running."""
+    caller = None
+    while frame is not None:
+        module = f"{frame.f_globals.get('__name__')}."
+        if module.startswith(tuple(f"{name}." for name in CALLING_NATIVE_CODE)):
+            caller = frame.f_back
+        frame = frame.f_back
+    return caller
+
+
+def _raise_in_frame(frame: FrameType, event: str, argument: object) -> None:
+    sys.settrace(None)
     raise KeyboardInterrupt
+
+
+def _trace_nothing(frame: FrameType, event: str, argument: object) -> None:
+    """Trace no frame that is entered from now on."""
 
 
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
