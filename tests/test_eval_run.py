@@ -76,6 +76,7 @@ def finished(tiny_model, clips, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_every_prediction_is_stored_and_equals_a_chat(finished, tiny_model, clips):
     found = {line["id"]: line for line in read(finished / "answers.jsonl")}
     assert list(found) == ["1", "3", "5", "2", "4"], "questions about one video stand together"
@@ -97,6 +98,7 @@ def test_every_prediction_is_stored_and_equals_a_chat(finished, tiny_model, clip
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_with_the_same_predictions(finished, tiny_model, clips, tmp_path, monkeypatch):
     out = tmp_path / "out"
     added = JsonLinesFile.add
@@ -144,6 +146,7 @@ def test_an_output_of_other_settings_is_refused(finished, tiny_model, clips, cap
     assert "a model or run directory" in expect_error(capsys, *flags(tiny_model, clips, tiny_model))
 
 
+@pytest.mark.slow
 def test_missing_and_corrupt_videos_are_reported_and_skipped(tiny_model, clips, tmp_path, capsys):
     videos = tmp_path / "videos"
     videos.mkdir()
@@ -194,6 +197,7 @@ def test_an_evaluation_without_videos_is_an_error(tiny_model, clips, tmp_path, c
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_a_model_without_a_trained_audio_branch_ignores_audio(tiny_model, clips, tmp_path):
     model = tmp_path / "model"
     shutil.copytree(tiny_model, model)
@@ -249,6 +253,7 @@ def test_frame_folders_are_read_as_videos(tiny_model, tmp_path, capsys):
     assert "(published 21.0)" in printed
 
 
+@pytest.mark.slow
 def test_an_interrupted_judge_resumes_in_a_later_run(finished, tiny_model, clips, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
     monkeypatch.setattr("vllama_jax.evaluate.judge_answers.MAX_CONCURRENT_REQUESTS", 1)
@@ -292,6 +297,7 @@ def test_a_full_disk_is_a_one_line_error_and_keeps_predictions(tiny_model, clips
     assert "out: cannot be written (No space left on device); saved answers are kept" in message
 
 
+@pytest.mark.slow
 def test_msvd_qa_in_a_process_prints_scores_and_exits_with_0(tiny_model, clips, tmp_path):
     """MSVD-QA's files and names, in a separate process."""
     questions = [{"answer": "ball", "id": 1, "question": "what rolls?", "video_id": 1301}]

@@ -52,6 +52,7 @@ def test_chat_reads_the_users_file(here, capsys):
     assert "demo: not a video" in expect_error(capsys, "chat", "demo", "What is it?")
 
 
+@pytest.mark.slow
 def test_demo_prints_its_description_and_ends_with_the_input():
     done = run_vllama("chat", "demo", stdin="What do you hear?\n")
     assert done.returncode == 0, done.stderr

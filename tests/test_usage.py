@@ -162,6 +162,7 @@ def test_help_of_eval_lists_every_benchmark():
     assert all(f"- {name} (" in text for name in ("msvd_qa", "video_mme", "jsonl", "miniature"))
 
 
+@pytest.mark.slow
 def test_version_from_python_and_both_commands():
     code = f"import sys; print(sys.argv); import vllama_jax as vl; assert vl.__version__ == {vl.__version__!r}"
     assert (

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError, VllamaError
 from vllama_jax.media import Audio, Image, MediaReport, Video
 from vllama_jax.text import prompts
+from vllama_jax.text.templates import ChatTemplate
 from vllama_jax.towers import get_tower
 
 if TYPE_CHECKING:
@@ -58,11 +59,18 @@ class Answer:
         answer: The text.
         tokens: The new token ids, without the initial dummy BOS.
         timings: Seconds until the first text ("first_text") and until the end ("answer").
+        logprobs: The log-probabilities of the tokens, before penalties and temperature. Beam search has none.
+        top_logprobs: The most probable tokens at each position and their log-probabilities, as many as the option
+            `top_logprobs`.
+        prefill_tokens: The number of tokens of the prompt that were computed. Those of earlier turns are cached.
     """
 
     answer: str
     tokens: list[int]
     timings: dict[str, float]
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    prefill_tokens: int = 0
 
 
 def check_num_frames(config: VideoLlamaConfig, option: str, num_frames: int | None, advice: str) -> None:
@@ -196,8 +204,6 @@ def embed_prompt(
     Raises:
         ConfigError: The prompt and the answer are longer than the model's context.
     """
-    import jax.numpy as jnp
-
     from vllama_jax import generate
 
     cfg = model.network.llama.cfg
@@ -207,8 +213,8 @@ def embed_prompt(
     )
     encoded = prompts.encode_prompt(model.tokenizer, text, [len(tokens) for tokens in media])
     generate.check_context_length(len(encoded.ids), max_new_tokens, cfg)
-    media_tokens = jnp.concatenate(media) if media else jnp.zeros((0, cfg.width))
-    return generate.EmbeddedPrompt(encoded.ids, encoded.is_media, media_tokens)
+    media_tokens = [np.asarray(tokens) for tokens in media] or [np.zeros((0, cfg.width), np.float32)]
+    return generate.EmbeddedPrompt(encoded.ids, encoded.is_media, np.concatenate(media_tokens))
 
 
 class Chat:
@@ -220,6 +226,7 @@ class Chat:
         model: The model, as `vllama_jax.load` returns it.
         template: The name of the prompt template; by default the model's own.
         system: The system text; by default the original's text for the media in the conversation.
+        int8_cache: Whether to store the KV cache in int8, which halves its memory and changes answers slightly.
 
     Attributes:
         model: The model.
@@ -238,8 +245,11 @@ class Chat:
         'it moves to the left'
     """
 
-    def __init__(self, model: "Model", template: str | None = None, system: str | None = None):
+    def __init__(
+        self, model: "Model", template: str | None = None, system: str | None = None, *, int8_cache: bool = False
+    ):
         self.model = model
+        self._int8_cache = int8_cache
         self.last: Answer | None = None
         name = template or model.config.template
         self._start = prompts.start_conversation(name, model.config.has_audio, system)
@@ -253,6 +263,7 @@ class Chat:
         with self._exclusive_use():
             self._conversation = self._start
             self._tokens: list[jax.Array] = []  # media tokens [n, width of the language model], in the prompt's order
+            self._engine: generate.Engine | None = None  # has the KV cache of the turns
 
     def add(
         self,
@@ -320,43 +331,81 @@ class Chat:
         """
         from vllama_jax import generate
 
-        tokenizer = self.model.tokenizer
         config = GenerationConfig(**options)
         with self._exclusive_use():
-            before, tokens = self._conversation, self._tokens
-        conversation = before.ask(question)
-        batches = generate.generate(
-            self.model.network.llama,
-            [embed_prompt(self.model, conversation, tokens, config.max_new_tokens)],
-            config,
-            bos=tokenizer.bos_id,
-            eos=tokenizer.eos_ids,
-            stops=prompts.stop_sequences(tokenizer, conversation.template),
-        )
-        return self._stream(before, conversation, batches)
+            before = self._conversation
+            conversation = before.ask(question)
+            template = dataclasses.replace(conversation.template, more_stops=config.stop)
+            request = generate.Request(
+                prompt=embed_prompt(self.model, conversation, self._tokens, config.max_new_tokens),
+                config=config,
+                stops=prompts.stop_sequences(self.model.tokenizer, template),
+            )
+        return self._stream(before, conversation, template, request)
 
     def _stream(
-        self, before: prompts.Conversation, conversation: prompts.Conversation, batches: Iterator[list[list[int]]]
+        self,
+        before: prompts.Conversation,
+        conversation: prompts.Conversation,
+        template: ChatTemplate,
+        request: "generate.Request",
     ) -> Iterator[str]:
-        start, first, ids, texts = time.perf_counter(), None, [], []
-
-        def collect_ids() -> Iterator[list[int]]:
-            for (batch,) in batches:
-                ids.extend(batch)
-                yield batch
-
+        tokenizer, start, first, texts = self.model.tokenizer, time.perf_counter(), None, []
         with self._exclusive_use():
             self._check_unchanged(before)
-            for text in prompts.stream_answer(self.model.tokenizer, conversation.template, collect_ids()):
-                first = first or time.perf_counter() - start
-                texts.append(text)
-                yield text
+            generation, batches = self._generate(request)
+            with contextlib.closing(batches):
+                for text in prompts.stream_answer(tokenizer, template, batches):
+                    first = first or time.perf_counter() - start
+                    texts.append(text)
+                    yield text
             self._check_unchanged(before)
             total = time.perf_counter() - start
-            self.last = Answer("".join(texts), ids, {"first_text": first or total, "answer": total})
-            self._conversation = conversation.answer(
-                *prompts.decode_past_answer(self.model.tokenizer, conversation.template, ids)
+            self.last = Answer(
+                "".join(texts),
+                generation.tokens,
+                {"first_text": first or total, "answer": total},
+                generation.logprobs,
+                generation.top_logprobs,
+                generation.prefill_tokens,
             )
+            self._conversation = conversation.answer(
+                *prompts.decode_past_answer(tokenizer, template, generation.tokens)
+            )
+
+    def _generate(self, request: "generate.Request") -> "tuple[generate.Generation, Generator[list[int]]]":
+        """Return the answer to a request, and a generator of its new tokens, which extends it."""
+        from vllama_jax import generate
+
+        llama, tokenizer = self.model.network.llama, self.model.tokenizer
+        special: dict[str, Any] = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_ids, "int8_cache": self._int8_cache}
+        if request.config.num_beams > 1:
+            generation = generate.Generation(request=request, prefill_tokens=len(request.prompt))
+
+            def search_beams() -> Generator[list[int]]:
+                for (tokens,) in generate.generate(
+                    llama, [request.prompt], request.config, stops=request.stops, **special
+                ):
+                    generation.tokens += tokens
+                    yield tokens
+
+            return generation, search_beams()
+        if self._engine is None:
+            self._engine = generate.Engine(llama, rows=1, **special)
+        engine = self._engine
+        generation = engine.add(request)
+
+        def decode() -> Generator[list[int]]:
+            count = 0
+            try:
+                while generation.finish_reason is None:
+                    engine.step()
+                    yield generation.tokens[count:]
+                    count = len(generation.tokens)
+            finally:
+                engine.cancel(generation)
+
+        return generation, decode()
 
     def _check_unchanged(self, before: prompts.Conversation) -> None:
         if self._conversation is not before:

@@ -131,6 +131,10 @@ class Predictor:
             lines = self._generate([(item, prepared, encoded[item.clip]) for item, prepared in usable])
             yield [line for line in lines if line["id"] not in done]
 
+    @functools.cached_property
+    def _engine(self) -> "generate.Engine":
+        return make_engine(self._load(), self._settings.batch_size)
+
     def _generate(
         self, prepared_questions: list[tuple[QuestionWithVideo, PreparedMedia, list[Any]]]
     ) -> list[dict[str, Any]]:
@@ -151,7 +155,7 @@ class Predictor:
             lines.append(_make_answer_line(item, prepared, prompts.render(conversation) + prompt_end))
         if not lines:
             return []
-        texts = generate_greedily(model, start.template, embedded_prompts, max_new_tokens, self._settings.batch_size)
+        texts = generate_greedily(self._engine, model, start.template, embedded_prompts, max_new_tokens)
         answers = (answer_start + text for answer_start, text in zip(answer_starts, texts, strict=True))
         return [line | {"answer": answer} for line, answer in zip(lines, answers, strict=True)]
 
@@ -205,36 +209,38 @@ def _make_answer_line(item: QuestionWithVideo, prepared: PreparedMedia, prompt: 
 
 
 def generate_greedily(
+    engine: "generate.Engine",
     model: "Model",
     template: ChatTemplate,
     embedded_prompts: "list[generate.EmbeddedPrompt]",
     max_new_tokens: int,
-    batch_size: int,
 ) -> list[str]:
-    """Answer a batch of prompts with greedy decoding.
+    """Answer prompts with greedy decoding.
 
     Args:
+        engine: The engine, with the model's language model.
         model: The model.
         template: The prompt template, for its stop sequences.
-        embedded_prompts: At least one prompt.
+        embedded_prompts: The prompts.
         max_new_tokens: The maximum length of an answer, in tokens.
-        batch_size: A smaller batch is filled up to this size, because each batch size compiles a program of its own.
 
     Returns:
         An answer for each prompt.
     """
     from vllama_jax import generate
 
-    rows = [*embedded_prompts, *[embedded_prompts[0]] * (batch_size - len(embedded_prompts))]
-    ids: list[list[int]] = [[] for _ in rows]
-    for new_tokens in generate.generate(
-        model.network.llama,
-        rows,
-        GenerationConfig(max_new_tokens=max_new_tokens),
-        bos=model.tokenizer.bos_id,
-        eos=model.tokenizer.eos_ids,
-        stops=prompts.stop_sequences(model.tokenizer, template),
-    ):
-        for row, tokens in zip(ids, new_tokens, strict=True):
-            row.extend(tokens)
-    return [prompts.decode_answer(model.tokenizer, template, row) for row in ids[: len(embedded_prompts)]]
+    config, stops = GenerationConfig(max_new_tokens=max_new_tokens), prompts.stop_sequences(model.tokenizer, template)
+    generations = [
+        engine.add(generate.Request(prompt=prompt, config=config, stops=stops)) for prompt in embedded_prompts
+    ]
+    while engine.is_busy:
+        engine.step()
+    return [prompts.decode_answer(model.tokenizer, template, generation.tokens) for generation in generations]
+
+
+def make_engine(model: "Model", rows: int) -> "generate.Engine":
+    """Create an engine for a model that decodes this number of answers at a time."""
+    from vllama_jax import generate
+
+    tokenizer = model.tokenizer
+    return generate.Engine(model.network.llama, rows=rows, bos=tokenizer.bos_id, eos=tokenizer.eos_ids)

@@ -272,14 +272,17 @@ def stop_sequences(tokenizer: Tokenizer, template: ChatTemplate) -> list[tuple[i
     The ids of a stop string depend on the text before it: LLaMA's "###" is 835, or 2277 and 29937. In some
     vocabularies it may merge with that text, so `stream_answer` searches the text too.
     """
-    if not isinstance(template.stop, str):
-        return [(stop,) for stop in _encode_segment(tokenizer, template.stop)]
-    sequences = {tuple(tokenizer.encode(template.stop, special=False))}
-    for context in ("\n", ".", "a"):
-        before = tokenizer.encode(context, special=False)
-        both = tokenizer.encode(context + template.stop, special=False)
-        if both[: len(before)] == before:
-            sequences.add(tuple(both[len(before) :]))
+    sequences: set[tuple[int, ...]] = set()
+    for stop in (template.stop, *template.more_stops):
+        if not isinstance(stop, str):
+            sequences |= {(token_id,) for token_id in _encode_segment(tokenizer, stop)}
+            continue
+        sequences.add(tuple(tokenizer.encode(stop, special=False)))
+        for context in ("\n", ".", "a"):
+            before = tokenizer.encode(context, special=False)
+            both = tokenizer.encode(context + stop, special=False)
+            if both[: len(before)] == before:
+                sequences.add(tuple(both[len(before) :]))
     return sorted(
         ids for ids in sequences if not any(ids != other and ids[-len(other) :] == other for other in sequences)
     )
@@ -316,7 +319,9 @@ def decode_past_answer(tokenizer: Tokenizer, template: ChatTemplate, ids: Sequen
     """
     answer_ids = _truncate_at_eos(tokenizer, template, ids)
     text = tokenizer.decode(answer_ids, skip_special=True)
-    ended_by_eos = len(answer_ids) < len(ids) and isinstance(template.stop, str) and template.stop not in text
+    ended_by_eos = (
+        len(answer_ids) < len(ids) and isinstance(template.stop, str) and _truncate_at_stop(template, text) == text
+    )
     text = _extract_answer(template, text)
     return (text.lstrip() if ended_by_eos else text.strip()), ended_by_eos
 
@@ -420,7 +425,9 @@ def _extract_answer(template: ChatTemplate, text: str) -> str:
 
 
 def _truncate_at_stop(template: ChatTemplate, text: str) -> str:
-    return text.split(_segment_text(template.stop))[0]
+    for stop in (template.stop, *template.more_stops):
+        text = text.split(_segment_text(stop))[0]
+    return text
 
 
 def _find_answer_start(template: ChatTemplate, text: str) -> int:
@@ -437,6 +444,6 @@ def _truncate_at_eos(tokenizer: Tokenizer, template: ChatTemplate, ids: Iterable
 
 def _withhold_partial_stop(template: ChatTemplate, text: str) -> str:
     """Remove the longest suffix that is the start of the stop string or of the role."""
-    marks = (_segment_text(template.stop), template.role)
+    marks = (_segment_text(template.stop), *template.more_stops, template.role)
     withheld = max(n for mark in marks for n in range(len(mark) or 1) if text.endswith(mark[:n]))
     return text[: len(text) - withheld]
