@@ -173,15 +173,17 @@ class Engine:
 
     def warm_up(self) -> None:
         """Compile all programs for the present capacity, so that requests within it compile nothing."""
-        lengths = [length for length in CHUNK_LENGTHS if length <= self._shape.prompt]
         config = GenerationConfig(max_new_tokens=2, min_new_tokens=2)
-        for number, length in enumerate(lengths):
-            prompt = EmbeddedPrompt(
-                np.full(length, number, np.int32), np.zeros(length, bool), np.zeros((0, self._llama.cfg.width))
-            )
-            choices = [np.zeros(length - 1, int).tolist()]
-            for possible in ((), (), choices):  # the second copies the row of the first
-                self.add(Request(prompt=prompt, config=config, choices=possible))
+        for length in CHUNK_LENGTHS:
+            tokens = np.full(length, length, np.int32)  # no prompt starts like another one
+            media = np.zeros((0, self._llama.cfg.width), np.float32)
+            prompt = EmbeddedPrompt(tokens, np.zeros(length, bool), media)
+            start = EmbeddedPrompt(tokens[:2], prompt.is_media[:2], media)
+            requests = [Request(prompt=prompt, config=config)] * 2  # the second copies the row of the first
+            requests += [Request(prompt=start, config=config, choices=[tokens[1:].tolist()])]
+            for request in requests:
+                if self._shape.holds(_required_shape(request)):
+                    self.add(request)
             while self.is_busy:
                 self.step()
         for row in self._rows:
@@ -353,15 +355,14 @@ class Engine:
         rows, length = stop_table_shape(request.stops)
         return (
             self._state is not None
-            and len(request.prompt) <= self._shape.prompt
-            and request.config.max_new_tokens <= self._shape.new_tokens
+            and self._shape.holds(_required_shape(request))
             and rows <= self._stop_table[0]
             and length <= self._stop_table[1]
         )
 
     def _grow(self, request: Request) -> None:
         """Make room for a request. No row may be in use."""
-        before, needed = self._shape, shape_for(len(request.prompt), request.config.max_new_tokens)
+        before, needed = self._shape, _required_shape(request)
         self._shape = StateShape(max(before.prompt, needed.prompt), max(before.new_tokens, needed.new_tokens))
         rows, length = stop_table_shape(request.stops)
         self._stop_table = max(self._stop_table[0], rows), max(self._stop_table[1], length)
@@ -380,6 +381,13 @@ class Engine:
 def shape_for(prompt: int, new: int) -> StateShape:
     """Return the capacity for a prompt and an answer. There are few of them, so that few programs are compiled."""
     return StateShape(padded_prompt_length(prompt), max(-(-new // NEW_TOKENS_MULTIPLE), 1) * NEW_TOKENS_MULTIPLE)
+
+
+def _required_shape(request: Request) -> StateShape:
+    if not request.choices:
+        return shape_for(len(request.prompt), request.config.max_new_tokens)
+    scored = max(map(len, request.choices)) + 1
+    return shape_for(len(request.prompt) + _chunk_length(scored, CHUNK_LENGTHS[-1]), 0)
 
 
 def _count_shared(held: Int[np.ndarray, " n"], prompt: Int[np.ndarray, " m"]) -> int:

@@ -83,6 +83,10 @@ class StateShape:
         """Number of positions of the KV cache."""
         return self.prompt + self.new_tokens
 
+    def holds(self, other: "StateShape") -> bool:
+        """Return whether a row of this capacity has room for what needs another one."""
+        return other.prompt <= self.prompt and other.new_tokens <= self.new_tokens
+
 
 @functools.cache
 def jit_extend(platform: str) -> jax.stages.Wrapped:
