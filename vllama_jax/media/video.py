@@ -50,6 +50,7 @@ class Video:
         sample_rate: Of the audio, in Hz.
         report: What the file contains and what of it is used.
         mel: Log-mel spectrograms of the audio clips, if they were requested; see `mel_clips`.
+        audio_duration: Length of the audio that the clips are taken from, in seconds; None without audio.
     """
 
     frames: UInt8[np.ndarray, "t h w 3"]
@@ -59,6 +60,7 @@ class Video:
     sample_rate: int | None
     report: MediaReport
     mel: Float32[np.ndarray, "num_clips 128 204"] | None = None
+    audio_duration: float | None = None
 
 
 def frame_indices(total: int, num_frames: int) -> Int64[np.ndarray, "t"]:
@@ -172,6 +174,7 @@ def decode_video(
         sample_rate=decoded.sample_rate,
         report=MediaReport(path, "video", len(frames), duration, audio=state, notes=(*notes, *decoded.notes)),
         mel=decoded.mel,
+        audio_duration=decoded.duration if decoded.sample_rate else None,
     )
 
 
