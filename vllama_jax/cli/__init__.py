@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "chat": "Ask questions about a video, an image or an audio file.",
-    "embed": "Write features of video, image and audio files.",
     "convert": "Create a model directory from PyTorch weights.",
     "export": "Write a model or a run as PyTorch weights.",
     "quantize": "Quantize the weights of a model or a run to int8 or int4.",
     "inspect": "List the components of a model or a run.",
     "verify": "Check a model's files, or compare the model with PyTorch.",
+    "embed": "Write features of video, image and audio files.",
     "data": "Build, check and describe training data.",
     "features": "Precompute the features of the frozen encoders.",
     "train": "Train a branch as a run config defines it.",

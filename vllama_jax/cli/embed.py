@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from vllama_jax.checkpoints.shipped import MODEL_NAME, find_clip
+from vllama_jax.checkpoints.shipped import find_clip
 from vllama_jax.cli._display import Display, format_count
 from vllama_jax.cli._progress import count_bar
 from vllama_jax.cli._usage import JsonFlag, MediaPath, UsageError
@@ -27,7 +27,7 @@ def embed(
     /,
     *,
     out: Path,
-    model: Path | None = None,
+    model: Path,
     options: Annotated[EmbedOptions, tyro.conf.arg(name="")] = DEFAULTS,
     dtype: Literal["float32", "bfloat16"] | None = None,
     base: Path | None = None,
@@ -44,8 +44,8 @@ def embed(
     Args:
         files: The files.
         out: The file to write, .safetensors or .npz. The index is written next to it, with the suffix .json.
-        model: A model directory (see `vllama convert`) or a run directory (see `vllama train`); by default
-            `miniature`, the small model of the package.
+        model: A model directory (see `vllama convert`), a run directory (see `vllama train`), or `miniature`, the small
+            model of the package.
         options: What is computed.
         dtype: The dtype of weights and computation; by default float32 on a CPU and bfloat16 elsewhere. The output is
             float32.
@@ -57,9 +57,9 @@ def embed(
     from vllama_jax.embed.storage import write_features
 
     if not files:
-        raise UsageError("name at least one file: `vllama embed clip.mp4 --out features.safetensors`")
+        raise UsageError("name at least one file: `vllama embed clip.mp4 --model MODEL --out features.safetensors`")
     with Display(quiet=json_output) as display:
-        directory = open_model(model or MODEL_NAME, base)
+        directory = open_model(model, base)
         with count_bar() as count:
             progress = functools.partial(count, "files")
             written = write_features(directory, [find_clip(file) for file in files], out, options, dtype, progress)

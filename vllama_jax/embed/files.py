@@ -222,7 +222,7 @@ def _start_encoding(
     def collect() -> list[FileFeatures]:
         found: list[dict[str, np.ndarray]] = [{} for _ in batch]
         for name, array, rows in pending:
-            on_host = np.asarray(array).astype(np.float32)
+            on_host = np.asarray(array, np.float32)
             for number, row in rows.items():
                 found[number][name] = on_host[row]
         return [dataclasses.replace(record, arrays=arrays) for (record, _), arrays in zip(batch, found, strict=True)]

@@ -4,7 +4,7 @@ OUT            safetensors or npz; an array for each output, with the rows of al
 OUT's .json    the index: model, options, shapes, and for each file its times and rows, or why it cannot be used
 
 Until the output is complete, it is in the directory .OUT.partial: rows are appended to a file for each output, and then
-a line to index.jsonl. A killed command loses the batch that it was processing. Run again, it resumes after the last
+a line to index.jsonl. A killed command loses the batches that it was processing. Run again, it resumes after the last
 line.
 """
 
