@@ -1,6 +1,7 @@
 """Features of media files: their values, the written file and its index, and resuming after an interruption."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from vllama_jax import cli
 from vllama_jax.chat import prepare_media
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.embed import EmbedOptions, FileFeatures, embed_files, load_encoders, storage
+from vllama_jax.embed.files import _make_batches, _make_chunks
 from vllama_jax.embed.outputs import select_outputs
 from vllama_jax.embed.storage import write_features
 from vllama_jax.errors import CheckpointError, ConfigError, DataError
@@ -110,6 +112,35 @@ def test_times_of_frames_and_audio_clips(model, files):
     assert audio.timestamps == image.timestamps == image.clip_starts == ()
 
 
+@pytest.mark.parametrize(
+    ("lengths", "batches"),
+    [
+        ([(8, 8), (8, 8), (8, 8)], [[0, 1], [2]]),  # frames and audio clips of each file, 16 at a time
+        ([(1, 0)] * 17, [list(range(16)), [16]]),
+        ([(0, 8), (8, 0), (0, 8), (8, 0), (1, 0)], [[0, 1, 2, 3], [4]]),
+        ([(1, 0), (40, 8), (1, 0)], [[0], [1], [2]]),
+        ([(0, 0)] * 20, [list(range(16)), list(range(16, 20))]),  # files that cannot be used
+    ],
+)
+def test_a_batch_has_at_most_batch_size_frames_and_audio_clips(lengths, batches):
+    decoded = [
+        (FileFeatures(str(number)), {"frames": np.zeros(frames), "mel": np.zeros(clips)})
+        for number, (frames, clips) in enumerate(lengths)
+    ]
+    assert [[int(record.file) for record, _ in batch] for batch in _make_batches(decoded, 16)] == batches
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "shape"), [(1, 64, (1, 1)), (9, 64, (1, 16)), (60, 60, (1, 60)), (7, 3, (3, 3))]
+)
+def test_frames_are_padded_to_few_shapes(count, size, shape):
+    chunks = _make_chunks(np.arange(1, count + 1), size)
+    assert chunks.shape == shape
+    np.testing.assert_array_equal(chunks.reshape(-1)[:count], np.arange(1, count + 1))
+    assert not chunks.reshape(-1)[count:].any()
+
+
+@pytest.mark.slow
 def test_more_items_than_the_batch_size_are_encoded_in_chunks(model, files):
     """Three frames at a time of a video of eight, and each file's features are its own."""
     order = [files["short"], files["video"], files["image"]]
@@ -134,7 +165,7 @@ def test_a_model_without_audio_has_no_imagebind(model):
         select_outputs(config, ("imagebind",))
 
 
-def test_frames_of_another_normalization_have_no_imagebind_vectors(model):
+def test_frames_of_another_size_have_no_imagebind_vectors(model):
     """ImageBind would get frames that it was not trained on."""
     config = dataclasses.replace(model.config, vit=dataclasses.replace(model.config.vit, image_size=28))
     assert "imagebind_image" in {output.name for output in select_outputs(model.config, ())}
@@ -371,6 +402,25 @@ def test_a_failure_before_the_first_file_leaves_nothing(tiny_model, files, tmp_p
     with pytest.raises(CheckpointError):
         write_features(open_model(tiny_model), [files["image"]], tmp_path / "x.npz", IMAGEBIND)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_and_the_command_resumes(written, tiny_model, files, tmp_path, monkeypatch):
+    out, write = tmp_path / "x.safetensors", storage.AtomicWriteFile.write
+
+    def fail_on_a_full_disk(file, data):
+        if file.tell():  # from the second file on
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(storage.AtomicWriteFile, "write", fail_on_a_full_disk)
+        with pytest.raises(CheckpointError) as stop:
+            write_features(open_model(tiny_model), some(files), out, IMAGEBIND)
+    assert str(stop.value) == (
+        f"{out}: cannot be written (No space left on device); run the same command again to resume"
+    )
+    write_features(open_model(tiny_model), some(files), out, IMAGEBIND)
+    assert out.read_bytes() == written.read_bytes()
 
 
 def test_a_second_command_does_not_write_at_the_same_time(partial, tiny_model, files):

@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 
 from vllama_jax.branches import BRANCHES, Branch, get_branches
-from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.config import VideoLlamaConfig, get_frame_format
 from vllama_jax.errors import ConfigError
-from vllama_jax.towers import get_tower
 
 Feature = Literal["frames", "qformer", "tokens", "imagebind"]
 FEATURES: tuple[Feature, ...] = get_args(Feature)
@@ -100,8 +99,4 @@ def _list_outputs(config: VideoLlamaConfig) -> list[Output]:
 
 def _can_encode(branch: Branch, array: str, config: VideoLlamaConfig) -> bool:
     """Return whether an encoder takes the frames of `prepare_media`, whose size and normalization are the ViT's."""
-    if array != "frames":
-        return True
-    tower, vit = branch.frame_tower_config(config), config.vit
-    inputs = [(found.image_size, get_tower(found).mean, get_tower(found).std) for found in (tower, vit)]
-    return inputs[0] == inputs[1]
+    return array != "frames" or get_frame_format(branch.frame_tower_config(config)) == get_frame_format(config.vit)
