@@ -7,6 +7,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from PIL import Image
 
 SIDE = 64
 FPS = 25
@@ -102,6 +103,16 @@ def _encode_frames(waveform: np.ndarray, rate: int, sample_format: str, layout: 
         frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(chunk), sample_format, layout)
         frame.sample_rate, frame.pts, frame.time_base = rate, start, Fraction(1, rate)
         yield frame
+
+
+def write_media(folder: Path) -> dict[str, Path]:
+    """Write a video with audio, an image, an audio file, a short video without audio and a corrupt file; by stem."""
+    write_video(folder / "video.mp4", num_frames=50, waveform=tone(2.5, 16000))
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(folder / "image.png")
+    write_audio(folder / "audio.wav", tone(4, 16000), 16000, "pcm_s16le", "s16")
+    write_video(folder / "short.mp4", num_frames=5)
+    (folder / "corrupt.mp4").write_bytes(b"\0" * 1000)
+    return {path.stem: path for path in folder.iterdir()}
 
 
 def set_display_matrix(path: Path, out: Path, matrix: tuple[int, int, int, int]) -> Path:

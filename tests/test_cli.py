@@ -13,7 +13,7 @@ from vllama_jax import cli
 from vllama_jax.convert import convert, plan
 
 CHAT = ["--max-new-tokens", "8"]
-HELP = [["--help"], *([command, "--help"] for command in ("chat", "convert", "export", "memory", "eval"))]
+HELP = [["--help"], *([command, "--help"] for command in ("chat", "embed", "convert", "export", "memory", "eval"))]
 
 
 @pytest.fixture(scope="module")

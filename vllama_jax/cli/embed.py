@@ -57,7 +57,7 @@ def embed(
     from vllama_jax.embed.storage import write_features
 
     if not files:
-        raise UsageError("name at least one file: `vllama embed clip.mp4 --model MODEL --out features.safetensors`")
+        raise UsageError("FILES is missing. Example: vllama embed clip.mp4 --model MODEL --out features.safetensors")
     with Display(quiet=json_output) as display:
         directory = open_model(model, base)
         with count_bar() as count:

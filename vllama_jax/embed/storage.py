@@ -76,8 +76,8 @@ def write_features(
 
     Raises:
         CheckpointError: The output exists, cannot be written, or another process is writing it.
-        ConfigError: An option does not fit the model, `out` has another suffix, or there is partial output of other
-            options, files or weights.
+        ConfigError: An option does not fit the model, there are no files, `out` has another suffix, or there is partial
+            output of other options, files or weights.
         DataError: None of the files can be used, or partial output is corrupt.
     """
     from vllama_jax.nn.network import default_dtype
@@ -85,6 +85,8 @@ def write_features(
     out, directory = require_local_output(out), remove_missing_branches(directory)
     if out.suffix not in SUFFIXES:
         raise ConfigError(f"out must be a file name with the suffix {' or '.join(SUFFIXES)}, not {out}")
+    if not files:
+        raise ConfigError("no files are given; name at least one")
     outputs = select_outputs(directory.config, options.features)
     check_options(directory.config, outputs, options)
     names = list(dict.fromkeys(os.fspath(file) for file in files))
@@ -106,7 +108,7 @@ def write_features(
         errors = [line["error"] for line in partial.lines if "error" in line]
         if len(errors) == len(names):
             partial.remove()
-            raise DataError(f"none of {len(names)} files can be used; the first: {errors[0]}" if names else "no files")
+            raise DataError(f"none of {len(names)} files can be used; the first: {errors[0]}")
         partial.finish({"path": str(directory.opened_path), "digest": directory.digest})
         return WrittenFeatures(partial.shapes, len(names), errors)
 
