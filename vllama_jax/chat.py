@@ -17,6 +17,7 @@ from vllama_jax.branches import BRANCHES, Branch, get_branches
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError, VllamaError
 from vllama_jax.media import Audio, Image, MediaReport, Video
+from vllama_jax.media.mel import clip_start_seconds
 from vllama_jax.text import prompts
 from vllama_jax.text.templates import ChatTemplate
 from vllama_jax.towers import get_tower
@@ -163,7 +164,7 @@ def _list_clip_starts(media: Video | Image | Audio, num_clips: int) -> tuple[flo
     duration = media.audio_duration if isinstance(media, Video) else media.report.duration
     if isinstance(media, Video) and media.waveform is not None and media.sample_rate is not None:
         duration = media.waveform.shape[1] / media.sample_rate
-    return () if duration is None else media_files.clip_start_seconds(duration, num_clips)
+    return () if duration is None else clip_start_seconds(duration, num_clips)
 
 
 def encode_media(

@@ -18,7 +18,7 @@ from vllama_jax.media.files import (
     open_container,
 )
 from vllama_jax.media.image import Image, image_report, normalize, read_image
-from vllama_jax.media.mel import clip_start_seconds, clip_starts, mel_clips
+from vllama_jax.media.mel import clip_starts, mel_clips
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.segment import read_frames, read_segment
 from vllama_jax.media.video import Video, bind_num_frames, decode_video, frame_indices, read_video
@@ -34,7 +34,6 @@ __all__ = [
     "check_file",
     "check_media",
     "check_pixels",
-    "clip_start_seconds",
     "clip_starts",
     "frame_indices",
     "mel_clips",
