@@ -137,6 +137,11 @@ class Engine:
         """Whether a request is not answered yet."""
         return bool(self._waiting) or any(row.generation for row in self._rows)
 
+    @property
+    def num_waiting(self) -> int:
+        """The number of requests without a row."""
+        return len(self._waiting)
+
     def add(self, request: Request) -> Generation:
         """Add a request. `step` fills the generation that is returned.
 

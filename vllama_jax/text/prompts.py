@@ -266,6 +266,20 @@ def encode_prompt(
     return TokenizedPrompt(np.array(ids, np.int32), np.array(is_media, bool))
 
 
+def encode_answer(tokenizer: Tokenizer, conversation: Conversation, answer: str) -> list[int]:
+    """Return the token ids of an answer to the last question of a conversation.
+
+    They are those that follow the prompt in the ids of both together, as tokens may contain the space between them.
+    """
+
+    def encode(one: Conversation) -> list[int]:
+        last = tuple(itertools.takewhile(lambda segment: segment is not Mark.MEDIA, reversed(build_prompt(one))))
+        return encode_prompt(tokenizer, last[::-1], (), add_bos=False).ids.tolist()
+
+    prompt, both = encode(conversation), encode(conversation.answer(answer))
+    return both[len(prompt) :] if both[: len(prompt)] == prompt else tokenizer.encode(answer, special=False)
+
+
 def stop_sequences(tokenizer: Tokenizer, template: ChatTemplate) -> list[tuple[int, ...]]:
     """Return the id sequences that end an answer, in addition to those in `tokenizer.eos_ids`.
 
