@@ -21,7 +21,7 @@ from vllama_jax.media.image import Image, image_report, normalize, read_image
 from vllama_jax.media.mel import clip_starts, mel_clips
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.segment import read_frames, read_segment
-from vllama_jax.media.video import Video, bind_num_frames, decode_video, frame_indices, read_video
+from vllama_jax.media.video import Video, frame_indices, read_video
 from vllama_jax.media.write import write_video
 
 __all__ = [
@@ -79,7 +79,7 @@ def read_media(
         return Image(frames=read_image(path, size)[None], report=image_report(path))
     with open_container(path) as container:
         if find_video_stream(container) is not None:
-            return decode_video(container, path, bind_num_frames(path, num_frames), size, audio, num_clips)
+            return read_video(path, num_frames, size, audio, num_clips=num_clips)
         if find_audio_stream(container) is not None and not audio:
             raise MediaError(f"{path}: the file contains only audio, and audio is off; enable audio or choose a video")
         return decode_audio(container, path, num_clips)

@@ -10,7 +10,8 @@ import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio_decoder import AudioDecoder
-from vllama_jax.media.files import check_file, demux, find_audio_stream, image_format, open_container
+from vllama_jax.media.audio_stream import can_seek_audio, decode_packets
+from vllama_jax.media.files import check_file, find_audio_stream, image_format, open_container
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.truncation import find_truncation
 
@@ -59,19 +60,12 @@ def read_audio(path: str | os.PathLike[str], num_clips: int | None = None) -> Au
 
 def decode_audio(container: InputContainer, path: str, num_clips: int | None = None) -> Audio:
     """Decode the audio of an opened file; see `read_audio`."""
-    import av
-
     stream = find_audio_stream(container)
     if stream is None:
         raise MediaError(f"{path}: the file has no audio; choose a file with audio")
-    decoder = AudioDecoder(container, stream, path, num_clips)
-    try:
-        for packet in demux(container, stream):
-            decoder.feed(packet)
-    except av.FFmpegError as error:
-        raise MediaError(
-            f"{path}: reading fails before the end of the file ({error.strerror}); download or copy it again"
-        ) from error
+    may_seek = num_clips is not None and can_seek_audio(container, stream, path)
+    decoder = AudioDecoder(container, stream, path, num_clips, may_seek=may_seek)
+    decode_packets(container, decoder, path)
     decoded = decoder.finish()
     if decoded.sample_rate is None:
         raise MediaError(f"{path}: the audio cannot be used: {decoded.failure}")

@@ -72,7 +72,7 @@ def find_truncation(path: str) -> Truncation | None:
 def has_mp4_index(path: str) -> bool:
     """Return whether an mp4 has a complete index (moov). Without it no frame can be read."""
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return any(name == "moov" and end <= len(data) for name, _, end in _mp4_boxes(data))
+        return any(name == "moov" and end <= len(data) for name, _, end in mp4_boxes(data))
 
 
 def _compare_length(
@@ -87,15 +87,15 @@ def _ends_within(packet: str) -> Truncation:
     return Truncation("packet", f"the file ends within {packet}")
 
 
-def _mp4_boxes(data: mmap.mmap) -> Iterator[tuple[str, int, int]]:
-    """Yield name, start and end of each top-level box (ISO/IEC 14496-12 §4.2)."""
-    start = 0
-    while start + 8 <= len(data):
+def mp4_boxes(data: mmap.mmap, start: int = 0, end: int | None = None) -> Iterator[tuple[str, int, int]]:
+    """Yield name, start and end of each box (ISO/IEC 14496-12 §4.2) from `start` on: by default at the top level."""
+    end = len(data) if end is None else end
+    while start + 8 <= end:
         length = int.from_bytes(data[start : start + 4], "big")
         if length == 1:  # the length is a 64-bit number after the name
             length = int.from_bytes(data[start + 8 : start + 16], "big")
         elif length == 0:  # the box extends to the end of the file
-            length = len(data) - start
+            length = end - start
         if length < 8:
             return
         yield data[start + 4 : start + 8].decode("latin-1"), start, start + length
@@ -103,7 +103,7 @@ def _mp4_boxes(data: mmap.mmap) -> Iterator[tuple[str, int, int]]:
 
 
 def _mp4(data: mmap.mmap) -> Truncation | None:
-    boxes = list(_mp4_boxes(data))
+    boxes = list(mp4_boxes(data))
     name, _, end = boxes[-1] if boxes else ("", 0, 0)
     if end == len(data) or not boxes:
         return None
