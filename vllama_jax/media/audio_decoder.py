@@ -45,6 +45,7 @@ class DecodedAudio:
         mel: Log-mel spectrograms of the clips, if they were requested.
         sample_rate: In Hz; None if decoding failed.
         duration: Of the decoded audio, in seconds.
+        end: End of the audio of the file, or of the segment if it ends earlier, in seconds.
         failure: Why decoding failed; empty if it did not.
         notes: Remarks for the user, such as packets that could not be decoded.
     """
@@ -53,6 +54,7 @@ class DecodedAudio:
     mel: Float32[np.ndarray, "num_clips 128 204"] | None = None
     sample_rate: int | None = None
     duration: float = 0.0
+    end: float = 0.0
     failure: str = ""
     notes: tuple[str, ...] = ()
 
@@ -89,12 +91,19 @@ class AudioDecoder:
             known_end: Position of the end, if the audio was decoded before. Every packet is decoded then.
             may_seek: Whether positions follow from timestamps, so that the caller may seek to `find_seek_target`.
         """
-        self.stream, self._container = stream, container
+        self.stream, self._tick = stream, time_base(stream)
+        self._is_flac, self._container_duration = (
+            container.format.name == "flac",
+            container.duration or 0,
+        )  # microseconds
         self._path, self._num_clips, self._time_range = path, num_clips, time_range
         self._clock = None if time_range == FULL_RANGE else clock
         self._clock_offset = 0.0  # seconds; clock time minus timestamp of the current packet
         self._known_end = known_end
         self._rate = self._channels = 0
+        self._ticks_per_sample = 0  # of the packets' timestamps; 0 if it is not a whole number
+        self._samples_per_tick = 0.0
+        self._next_needed = 0  # position of the next sample that is needed, minus the pre-roll
         self._buffers: dict[range, bytearray] = {}  # interleaved float32; grows, is never copied
         self._next_position: int | None = None  # position of the next sample
         self._end = 0
@@ -122,8 +131,8 @@ class AudioDecoder:
         self._num_packets += packet.size > 0 and not packet.is_corrupt
         if packet.size:
             self._last_failed = False
-        if packet.pts is not None and packet.duration:
-            self._end_of_packets = max(self._end_of_packets, (packet.pts + packet.duration) * packet.time_base)
+        if self._is_flac and packet.pts is not None and packet.duration:
+            self._end_of_packets = max(self._end_of_packets, (packet.pts + packet.duration) * self._tick)
         if self._clock and packet.size:
             self._clock_offset = self._clock.start_offset if self.may_seek else self._clock.update_offset(packet)
         if self._failure or self.is_complete or self._skip_if_unneeded(packet):
@@ -149,7 +158,7 @@ class AudioDecoder:
     @property
     def is_complete(self) -> bool:
         """Whether all samples of the segment are decoded; false for a complete file, whose end is not certain."""
-        return bool(self._rate) and self._end >= self._segment_end()
+        return self._rate > 0 and self._time_range[1] < _MAX_SECONDS and self._end >= self._segment_end()
 
     def find_seek_target(self) -> int | None:
         """Return the timestamp to seek to because no sample before it is needed; None to read the next packet.
@@ -164,7 +173,7 @@ class AudioDecoder:
         if target == sys.maxsize or target - self._end < _MIN_JUMP * self._rate:
             return None
         self._seek_limit = target
-        return timestamp + math.floor((target - position) / (time_base(self.stream) * self._rate))
+        return timestamp + math.floor((target - position) / (self._tick * self._rate))
 
     def finish(self) -> DecodedAudio:
         """Return the waveform or the mel clips, or the reason of a failure. May decode the file again."""
@@ -179,7 +188,7 @@ class AudioDecoder:
         """Return the result, or None if samples that are needed were not kept."""
         failure = self._failure or self._find_failure()
         if failure:
-            return DecodedAudio(failure=failure)
+            return DecodedAudio(failure=failure, end=self._seconds())
         segment, needed = self._segment_range(self._end), self._needed_ranges(self._end)
         kept = [samples for span in needed if (samples := self._read_buffer(span)) is not None]
         if self._misplaced or len(kept) < len(needed):
@@ -187,7 +196,9 @@ class AudioDecoder:
         notes: tuple[str, ...] = ()
         if self._num_failed:
             notes = (f"{self._num_failed} of {self._num_tried} audio packets lost, {self._first_failure}",)
-        result = DecodedAudio(sample_rate=self._rate, duration=len(segment) / self._rate, notes=notes)
+        result = DecodedAudio(
+            sample_rate=self._rate, duration=len(segment) / self._rate, end=self._seconds(), notes=notes
+        )
         if self._num_clips is None:
             return dataclasses.replace(result, waveform=kept[0])
         chunks = [
@@ -220,7 +231,7 @@ class AudioDecoder:
 
         FLAC packets store their position, so a packet that is lost before the last one is not taken for truncation.
         """
-        if self._container.format.name != "flac" or not self._rate:
+        if not self._is_flac or not self._rate:
             return False
         missing = round(self._end_of_packets * self._rate) < min(self._declared_samples(), self._segment_end())
         return missing or self._last_failed
@@ -267,6 +278,9 @@ class AudioDecoder:
         if failure := check_format(frame.sample_rate, channels):
             raise ValueError(failure)
         self._rate, self._channels = frame.sample_rate, channels
+        ticks = 1 / (self._tick * self._rate)
+        self._ticks_per_sample = ticks.numerator if ticks.denominator == 1 else 0
+        self._samples_per_tick = float(1 / ticks)
         end = self._known_end
         if end is None:
             end = self._find_position(frame.pts, frame.time_base) + self._declared_samples()
@@ -284,8 +298,8 @@ class AudioDecoder:
             self._misplaced = True
             return self._end
         timestamp, position, length = self._anchor
-        unit = time_base(self.stream) * self._rate  # samples
-        distance = (frame.pts - timestamp) * unit
+        distance = (frame.pts - timestamp) * self._tick * self._rate
+        unit = self._samples_per_tick
         rounded = round(distance) if unit <= 1 else length * round(distance / length)
         self._misplaced |= abs(distance - rounded) > (unit if unit > 1 else 0) or position + rounded > limit
         self.may_seek &= position + rounded >= self._end
@@ -323,25 +337,28 @@ class AudioDecoder:
         length = self._packet_length(packet) if may_skip else None
         if length is None or (self._num_tried <= _NUM_START and not self._is_independent):
             return False
-        position = self._find_position(packet.pts, packet.time_base)
-        preroll = 0 if self._is_independent else round(_PREROLL * self._rate)
-        if any(span.start - preroll < position + length and position < span.stop for span in self._wanted):
+        position = self._find_position(packet.pts, self._tick)
+        if position + length > self._next_needed or position != self._next_position:
+            preroll = 0 if self._is_independent else round(_PREROLL * self._rate)
+            starts = (span.start - preroll for span in self._wanted if span.stop > position)
+            self._next_needed = min(starts, default=sys.maxsize)
+        if position + length > self._next_needed:
             return False
         self._advance(position, length)
         self._skipped = self._last_skipped = True
         return True
 
     def _packet_length(self, packet: Packet) -> int | None:
-        """Return the number of samples in a packet as the container declares it, or None if that is not exact."""
-        if not packet.duration or packet.is_discard or not self._rate:
+        """Return the number of samples in a packet, or None if the container does not determine it."""
+        duration = packet.duration
+        if not duration or packet.is_discard or not self._rate:
             return None
-        samples = packet.duration * time_base(self.stream) * self._rate
-        if samples.denominator == 1 and (1 / (time_base(self.stream) * self._rate)).denominator == 1:
-            return samples.numerator
+        if self._ticks_per_sample and duration % self._ticks_per_sample == 0:
+            return duration // self._ticks_per_sample
         if self._is_independent or self._anchor is None:
-            return None  # Matroska's unit is a millisecond
-        unit, length = time_base(self.stream) * self._rate, self._anchor[2]
-        return length if abs(samples - length) <= unit + 1 else None
+            return None
+        length = self._anchor[2]  # in Matroska, whose unit is a millisecond
+        return length if abs(duration * self._samples_per_tick - length) <= self._samples_per_tick + 1 else None
 
     def _plan_buffers(self, end: int) -> list[range]:
         """Return the ranges to keep. Those of clips have a margin of 0.5 s, as the declared length is imprecise."""
@@ -352,8 +369,8 @@ class AudioDecoder:
 
     def _declared_samples(self) -> int:
         if self.stream.duration:
-            return int(self.stream.duration * time_base(self.stream) * self._rate)
-        return (self._container.duration or 0) * self._rate // 1_000_000  # microseconds
+            return int(self.stream.duration * self._tick * self._rate)
+        return self._container_duration * self._rate // 1_000_000
 
     def _segment_end(self) -> int:
         """Return the position of the segment's end; the audio may end earlier."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio_decoder import AudioDecoder, DecodedAudio
 from vllama_jax.media.clock import Clock
-from vllama_jax.media.files import FULL_RANGE, demux, find_audio_stream, find_video_stream, open_container
+from vllama_jax.media.files import demux, find_audio_stream, find_video_stream, open_container
 from vllama_jax.media.mp4_index import read_sample_tables
 from vllama_jax.media.truncation import find_truncation
 
@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-# Containers in which a timestamp determines the position of a sample: FLAC stores positions, WAV has nothing but samples,
-# and FFmpeg finds an MP3's packet by counting those before it.
+# Containers in which a timestamp determines the position of a sample: FLAC stores positions, WAV has nothing but
+# samples, and FFmpeg finds an MP3's packet by counting those before it.
 _EXACT_FORMATS = ("flac", "wav", "w64", "mp3")
 
 
-def can_seek_audio(container: InputContainer, stream: AudioStream, path: str, clock: Clock | None = None) -> bool:
+def can_seek_audio(container: InputContainer, stream: AudioStream, path: str, clock: Clock | None) -> bool:
     """Return whether samples after a seek have the positions that decoding from the start gives them.
 
     Args:
@@ -44,7 +44,7 @@ def can_seek_audio(container: InputContainer, stream: AudioStream, path: str, cl
 
 
 def decode_audio_range(
-    path: str, num_clips: int | None, time_range: tuple[float, float], clock: Clock | None = None
+    path: str, num_clips: int | None, time_range: tuple[float, float], on_clock: bool, may_seek: bool
 ) -> DecodedAudio:
     """Open a file and decode the audio of a window of it.
 
@@ -52,18 +52,16 @@ def decode_audio_range(
         path: The file, which has audio.
         num_clips: The number of mel clips; None for the waveform.
         time_range: Start and end of the window, in seconds.
-        clock: The clock of the file's video and audio, after it has seen all packets; None for a file without video.
+        on_clock: Whether these times are those of the clock of video and audio; else they count from the first sample.
+        may_seek: The result of `can_seek_audio`.
     """
     with open_container(path) as container:
         stream, video = find_audio_stream(container), find_video_stream(container)
-        if stream is None or (clock and video is None):
+        if stream is None or (on_clock and video is None):
             raise MediaError(f"{path}: the file changed while it was read; read it again")
-        on_clock = clock is not None and time_range != FULL_RANGE
-        wants_part = num_clips is not None or time_range != FULL_RANGE
-        may_seek = wants_part and can_seek_audio(container, stream, path, clock if on_clock else None)
-        own_clock = Clock(container, video, stream) if on_clock and video else None
-        decoder = AudioDecoder(container, stream, path, num_clips, time_range, own_clock, may_seek=may_seek)
-        decode_packets(container, decoder, path, video if own_clock and not may_seek else None, own_clock)
+        clock = Clock(container, video, stream) if on_clock and video else None
+        decoder = AudioDecoder(container, stream, path, num_clips, time_range, clock, may_seek=may_seek)
+        decode_packets(container, decoder, path, video if clock and not may_seek else None, clock)
         return decoder.finish()
 
 

@@ -34,7 +34,8 @@ class Clock:
 
     def __init__(self, container: InputContainer, video: VideoStream, audio: AudioStream | None) -> None:
         """Start the clock of an opened file with these streams."""
-        starts = [_seconds(stream, stream.start_time or 0) for stream in (video, audio) if stream is not None]
+        self._units = {stream.index: time_base(stream) for stream in (video, audio) if stream is not None}
+        starts = [self._seconds(stream, stream.start_time or 0) for stream in (video, audio) if stream is not None]
         self._offsets = [-starts[0] if starts[0] - min(starts) <= MAX_PRIMING else -min(starts)]
         self._may_be_discontinuous = bool(container.format.flags & _TS_DISCONT)
         self._video = video
@@ -60,20 +61,24 @@ class Clock:
         stream = packet.stream
         number = self._resets.setdefault(stream.index, len(self._offsets) - 1)
         if packet.dts is not None:
-            decoded = _seconds(stream, packet.dts)
+            decoded = self._seconds(stream, packet.dts)
             step = decoded - self._decoded.get(stream.index, decoded)
             self._decoded[stream.index] = decoded
             if step < -_RESET_THRESHOLD or (self._may_be_discontinuous and step > _GAP_THRESHOLD):
                 number = self._resets[stream.index] = number + 1
-                start = decoded if packet.pts is None else _seconds(stream, packet.pts)
+                start = decoded if packet.pts is None else self._seconds(stream, packet.pts)
                 if number == len(self._offsets):
                     self._offsets.append(self._end - start)
                 elif stream is self._video:  # video is continuous; audio only to within a packet
                     self._offsets[number] = self._end - start
         offset = self._offsets[number]
         if stream is self._video and packet.pts is not None:
-            self._end = max(self._end, _seconds(stream, packet.pts + (packet.duration or 0)) + offset)
+            self._end = max(self._end, self._seconds(stream, packet.pts + (packet.duration or 0)) + offset)
         return offset
+
+    def _seconds(self, stream: Stream, timestamp: int) -> float:
+        unit = self._units[stream.index]  # reading it from the stream takes longer than everything else here
+        return timestamp * unit.numerator / unit.denominator  # as exact as a Fraction
 
 
 class FrameTimes(NamedTuple):
@@ -143,8 +148,3 @@ def time_base(stream: Stream) -> Fraction:
 def frame_rate(stream: VideoStream) -> float:
     """Return a video's frames per second: the declared average, or FFmpeg's guess, or 0 if there is neither."""
     return float(stream.average_rate or stream.guessed_rate or 0)
-
-
-def _seconds(stream: Stream, timestamp: int) -> float:
-    base = time_base(stream)
-    return timestamp * base.numerator / base.denominator  # as exact as a Fraction, and several times as fast

@@ -80,10 +80,15 @@ def decode_frames(
     return np.stack(frames), indices, times
 
 
-def limit_frame_size(stream: VideoStream, path: str) -> None:
-    """Check the declared size of a video's frames, and make its decoder reject larger ones. May raise MediaError."""
+def prepare_decoder(stream: VideoStream, path: str) -> None:
+    """Check the declared size of a video's frames, and set up its decoder: it uses threads, and rejects larger frames.
+
+    Raises:
+        MediaError: The frames are too large.
+    """
     check_pixels(stream.codec_context.width, stream.codec_context.height, path, MAX_FRAME_PIXELS)
     stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+    stream.thread_type = "AUTO"
 
 
 def packet_times(container: InputContainer, stream: VideoStream, packets: VideoPackets) -> FrameTimes:
@@ -141,7 +146,6 @@ def _seek_frames(
     ascending = packets.pts[order]
     if len(order) and (ascending[0] == NO_TIMESTAMP or not np.diff(ascending).all()):
         raise _SeekError
-    stream.thread_type = "AUTO"
     visible = ascending[~packets.is_discarded[order]]
     keys = order[packets.is_key[order]]  # packet numbers, in the order of their timestamps
     frames: Iterator[VideoFrame] = iter(())
@@ -219,8 +223,7 @@ def _decode_from_start(
         stream = find_video_stream(container)
         if stream is None:
             raise MediaError(f"{path}: the file changed while it was read; read it again")
-        limit_frame_size(stream, path)
-        stream.thread_type = "AUTO"
+        prepare_decoder(stream, path)
         for packet in demux(container, stream):
             try:
                 for frame in packet.decode():

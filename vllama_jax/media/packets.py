@@ -91,14 +91,14 @@ def read_packets(
     """
     import av
 
-    packets, num_complete, read_error = [], 0, ""
+    packets, num_complete, read_error, tick = [], 0, "", float(time_base(stream))
     try:
         for packet in demux(container, stream, *([decoder.stream] if decoder else [])):
             if decoder is not None and packet.stream is decoder.stream:
                 decoder.feed(packet)
             elif packet.size:
                 num_complete += not packet.is_corrupt
-                packets.append(_packet_row(packet, clock))
+                packets.append(_packet_row(packet, clock.update_offset(packet), tick))
     except av.FFmpegError as error:
         read_error = f"reading stops after {len(packets)} frames ({error.strerror})"
     truncation = find_truncation(path)
@@ -116,9 +116,8 @@ def read_packets(
     return VideoPackets(*columns), (truncation.note,) if truncation else ()
 
 
-def _packet_row(packet: Packet, clock: Clock) -> tuple[int | float, ...]:
+def _packet_row(packet: Packet, offset: float, tick: float) -> tuple[int | float, ...]:
     """Return the values of a packet in the order of the fields of `VideoPackets`."""
-    offset, tick = clock.update_offset(packet), float(packet.time_base)
     pts, dts = packet.pts, packet.dts
     return (
         NO_TIMESTAMP if pts is None else pts,

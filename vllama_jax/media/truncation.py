@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import struct
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 _TS_PACKETS = ((0, 188), (4, 192), (0, 204))  # (offset of the sync byte, size) of a transport stream's packets
+_RELEASE_STEP = 2**25  # bytes; pages of a long file that were read count as memory until they are released
 _RIFF_SLACK = 9  # bytes; some writers wrongly count the first 8, or omit the padding at the end
 _BOX_NAMES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}  # a QuickTime file may lack the ftyp
 
@@ -62,6 +64,13 @@ def find_truncation(path: str) -> Truncation | None:
         How the file is truncated; None for a complete file, one that declares no sizes (live recordings), and an
         unknown container.
     """
+    status = Path(path).stat()
+    return _find_truncation(path, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=16)
+def _find_truncation(path: str, size: int, modified: int) -> Truncation | None:
+    """Check a file of this size and time of modification. A check of a long file is slow, and is needed repeatedly."""
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for is_container, check in _CHECKS:
             if is_container(data[:16]):
@@ -172,8 +181,11 @@ def _matroska(data: mmap.mmap) -> Truncation | None:
     if not segments:
         return None
     start, end = segments[-1]
-    seconds, scale, timestamp, last, last_end = 0.0, 10**6, 0, 0, start
+    seconds, scale, timestamp, last, last_end, released = 0.0, 10**6, 0, 0, start, start
     while last_end + 2 <= min(len(data), end or len(data)):
+        if last_end - released > _RELEASE_STEP and hasattr(data, "madvise"):  # not on Windows
+            data.madvise(mmap.MADV_DONTNEED)
+            released = last_end
         last, content, stop = next(_ebml_elements(data, last_end, len(data)), (0, 0, 0))
         if last == _CLUSTER:
             last_end, timestamp = _read_cluster(data, content, stop)

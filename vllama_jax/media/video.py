@@ -11,7 +11,7 @@ import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio_decoder import AudioDecoder, DecodedAudio
-from vllama_jax.media.audio_stream import decode_audio_range
+from vllama_jax.media.audio_stream import can_seek_audio, decode_audio_range
 from vllama_jax.media.clock import Clock, FrameTimes, frame_rate, frames_in_range
 from vllama_jax.media.files import (
     FULL_RANGE,
@@ -21,7 +21,8 @@ from vllama_jax.media.files import (
     is_still_image,
     open_container,
 )
-from vllama_jax.media.frames import decode_frames, limit_frame_size
+from vllama_jax.media.frame_sampling import FrameSampling, frame_indices
+from vllama_jax.media.frames import decode_frames, prepare_decoder
 from vllama_jax.media.packets import VideoPackets, read_packet_index, read_packets
 from vllama_jax.media.report import MediaReport
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     FrameSampler = Callable[[int, int], Int64[np.ndarray, "t"]]  # (total, num_frames) → ascending indices
     # (timestamps of all frames, range of the window's frames) → ascending indices of frames
     WindowSampler = Callable[[FrameTimes, range], Int64[np.ndarray, "t"]]
+
+
+DEFAULT_NUM_FRAMES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +66,9 @@ class Video:
     mel: Float32[np.ndarray, "num_clips 128 204"] | None = None
 
 
-def frame_indices(total: int, num_frames: int) -> Int64[np.ndarray, "t"]:
-    """Sample frames at even intervals, starting with the first, as in the original.
-
-    Args:
-        total: The number of frames of the video.
-        num_frames: The number of frames to sample.
-
-    Returns:
-        Indices in ascending order, rounded down; all indices if `total` is less than `num_frames`.
-    """
-    num_frames = min(num_frames, total)
-    if not num_frames:
-        return np.zeros(0, np.int64)
-    return np.arange(0, total, total / num_frames)[:num_frames].astype(np.int64)
-
-
 def read_video(
     path: str | os.PathLike[str],
-    num_frames: int = 8,
+    num_frames: int = DEFAULT_NUM_FRAMES,
     size: int = 224,
     audio: bool = True,
     sample_frames: FrameSampler = frame_indices,
@@ -122,6 +110,22 @@ def read_video(
     return dataclasses.replace(video, timestamps=np.maximum(video.timestamps - time_range[0], 0.0))
 
 
+def read_sampled_video(
+    path: str,
+    sampling: FrameSampling,
+    size: int,
+    audio: bool,
+    num_clips: int | None,
+    max_positions: int | None,
+) -> Video:
+    """Read a video as `sampling` says. Timestamps are those of the file; see `media.read_media`."""
+    sampler = sampling.make_sampler(path, DEFAULT_NUM_FRAMES, max_positions)
+    with open_container(path) as container:
+        video = decode_video(container, path, sampler, size, audio, num_clips, sampling.window)
+    notes = sampling.make_notes(len(video.frames), video.duration)
+    return dataclasses.replace(video, report=dataclasses.replace(video.report, notes=(*video.report.notes, *notes)))
+
+
 def decode_video(
     container: InputContainer,
     path: str,
@@ -135,7 +139,10 @@ def decode_video(
     opened = open_video(container, path, audio, num_clips, time_range)
     decoded = opened.audio
     if decoded is None and opened.audio_stream and audio:
-        decoded = decode_audio_range(path, num_clips, time_range, opened.clock)
+        on_clock = time_range != FULL_RANGE
+        clock = opened.clock if on_clock else None
+        may_seek = (num_clips is not None or on_clock) and can_seek_audio(container, opened.audio_stream, path, clock)
+        decoded = decode_audio_range(path, num_clips, time_range, on_clock, may_seek)
     return decode_window(opened, sample_frames, size, audio, time_range, decoded)
 
 
@@ -192,7 +199,7 @@ def open_video(
         raise MediaError(f"{path}: the video's codec is not supported; convert it to H.264 mp4")
     if not frame_rate(stream):
         raise MediaError(f"{path}: the video has no frame rate; convert it to H.264 mp4")
-    limit_frame_size(stream, path)
+    prepare_decoder(stream, path)
     clock = Clock(container, stream, audio_stream)
     packets = read_packet_index(path, stream, clock)
     if packets is not None:
