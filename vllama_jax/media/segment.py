@@ -8,6 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -94,6 +95,22 @@ def read_segments(
         for span in itertools.pairwise(bounds):
             decoded = decode_audio_range(path, num_clips, span, on_clock=True, may_seek=may_seek) if stream else None
             yield span, decode_window(opened, sample_frames, size, audio, span, decoded)
+
+
+def read_kind_and_duration(path: str | os.PathLike[str]) -> tuple[Literal["video", "audio"], float]:
+    """Return the kind of a video or an audio file and its declared duration in seconds, without decoding it.
+
+    The duration is 0 if none is declared.
+
+    Raises:
+        MediaError: The file cannot be opened, or is an image.
+    """
+    path = check_file(path)
+    if is_still_image(path):
+        raise MediaError(f"{path}: an image has no duration; omit the number of segments")
+    with open_container(path) as container:
+        kind = "audio" if find_video_stream(container) is None else "video"
+        return kind, (container.duration or 0) / 1_000_000
 
 
 def _read_audio_segments(
