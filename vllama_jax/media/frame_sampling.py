@@ -25,15 +25,14 @@ class FrameSampling:
     """Which frames of a video are sampled, and from which window. Audio is sampled from the same window.
 
     Attributes:
-        num_frames: The number of frames to sample at even intervals; None for the model's number, unless `fps` is set.
-            All frames of the window are used if it has fewer.
-        fps: Frames per second to sample, instead of a number of frames.
-        max_frames: With `fps`, sample at most this number of frames, at even intervals. The report has a note if this
-            limit applies.
+        num_frames: The number of frames to sample from a video at even intervals; by default the model's. All frames
+            of the window are used if it has fewer.
+        fps: Frames per second to sample from a video, instead of a number of frames.
+        max_frames: With a rate, sample at most this number of frames, at even intervals. The report has a note
+            if this limit applies.
         start: Start of the window, in seconds.
         end: End of the window, in seconds. The window ends at the end of the file at the latest.
-        segments: Cut the window into this number of segments of equal length. Each is encoded by itself, with the
-            number of frames that a video has otherwise.
+        segments: Cut the window into this number of segments of equal length. Each is sampled and encoded by itself.
 
     Raises:
         ConfigError: A value is out of range, or two of them contradict each other.
