@@ -50,13 +50,11 @@ class FrameSampling:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
-            raise ConfigError(f"fps must be above 0, not {self.fps}")
+            raise ConfigError(f"fps must be above 0, not {self.fps:g}")
         if self.fps is not None and self.num_frames is not None:
             raise ConfigError("fps cannot be combined with a number of frames: give one of the two")
         if self.max_frames is not None and self.fps is None:
-            raise ConfigError(
-                "max_frames limits the frames of fps, which is not given: use the number of frames instead"
-            )
+            raise ConfigError("max_frames needs fps: without it, give the number of frames instead")
         if self.segments > 1 and self.fps is not None:
             raise ConfigError("segments have the same number of frames each: give it instead of fps")
         if not (math.isfinite(self.start) and self.start >= 0):
