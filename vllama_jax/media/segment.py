@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -22,6 +22,9 @@ from vllama_jax.media.frames import packet_times
 from vllama_jax.media.image import read_image
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.video import DEFAULT_NUM_FRAMES, Video, decode_window, open_video, read_video
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
 
 
 def read_segment(
@@ -85,7 +88,7 @@ def read_segments(
         raise MediaError(f"{path}: an image has no duration; omit the number of segments")
     with open_container(path) as container:
         if find_video_stream(container) is None:
-            yield from _read_audio_segments(path, sampling, num_clips)
+            yield from _read_audio_segments(container, path, sampling, num_clips)
             return
         opened = open_video(container, path)
         bounds = _segment_bounds(path, sampling, packet_times(container, opened.stream, opened.packets).end)
@@ -114,12 +117,12 @@ def read_kind_and_duration(path: str | os.PathLike[str]) -> tuple[Literal["video
 
 
 def _read_audio_segments(
-    path: str, sampling: FrameSampling, num_clips: int | None
+    container: InputContainer, path: str, sampling: FrameSampling, num_clips: int | None
 ) -> Iterator[tuple[tuple[float, float], Audio]]:
-    window = read_audio_window(path, sampling, num_clips=1)  # its end is certain only after decoding
+    window = read_audio_window(container, path, sampling, num_clips=1)  # its end is certain only after decoding
     for start, end in itertools.pairwise(_segment_bounds(path, sampling, sampling.start + window.report.duration)):
         segment = dataclasses.replace(sampling, start=start, end=end)
-        yield (start, end), read_audio_window(path, segment, num_clips)
+        yield (start, end), read_audio_window(container, path, segment, num_clips)
 
 
 def _segment_bounds(path: str, sampling: FrameSampling, duration: float) -> list[float]:
