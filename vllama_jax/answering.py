@@ -241,8 +241,8 @@ class _Answerer:
             if not self._engine.is_busy:
                 return
             for generation in self._engine.step():
-                pending = self._pending[generation]
-                if all(one.finish_reason for one in pending.generations):
+                pending = self._pending.get(generation)  # None if another answer to its question was the last to end
+                if pending is not None and all(one.finish_reason for one in pending.generations):
                     for one in pending.generations:
                         del self._pending[one]
                     yield self._finish(pending)
