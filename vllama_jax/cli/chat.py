@@ -42,6 +42,7 @@ def chat(
     sampling: Annotated[FrameSampling, tyro.conf.arg(name="")] = DEFAULT_SAMPLING,
     interpolate_positions: bool = False,
     generation: Annotated[GenerationConfig, tyro.conf.arg(name="")] = GREEDY,
+    int8_cache: bool = False,
     dtype: Literal["float32", "bfloat16"] | None = None,
     quantize: Literal["int8", "int4"] | None = None,
     audio_scale: float | None = None,
@@ -68,6 +69,7 @@ def chat(
         sampling: Which frames are sampled.
         interpolate_positions: Allow more frames than the model has learned positions for.
         generation: How answers are decoded.
+        int8_cache: Store keys and values in int8, which halves their memory and changes answers slightly.
         dtype: The dtype of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
         quantize: Quantize the large weights when the model is loaded. A model of `vllama quantize` does not need it.
         audio_scale: The norm of ImageBind's audio embeddings; by default the model's, 20 as published. Training uses 1.
@@ -98,7 +100,7 @@ def chat(
         load_options = {"dtype": dtype, "quantize": quantize, "audio_scale": audio_scale}
         read_ahead = files if sampling.segments == 1 else []  # segments are read and encoded one at a time
         loaded, prepared, timings = _load(display, directory, load_options, read_ahead, read_options)
-        conversation = Chat(loaded, template, system)
+        conversation = Chat(loaded, template, system, int8_cache=int8_cache)
         reports = [prepared_media.report for prepared_media in prepared]
         with _record_time(timings, "encode"):
             for path, prepared_media in zip(read_ahead, prepared, strict=True):
