@@ -7,7 +7,6 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from vllama_jax import media as media_files
 from vllama_jax.branches import BRANCHES, Branch, get_branches
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError, VllamaError
-from vllama_jax.media import Audio, Image, MediaReport, Video
+from vllama_jax.media import Audio, Image, MediaReport, MediaSource, Video
 from vllama_jax.text import prompts
 from vllama_jax.towers import get_tower
 
@@ -84,30 +83,32 @@ def check_num_frames(config: VideoLlamaConfig, option: str, num_frames: int | No
 
 
 def prepare_media(
-    path: str | Path,
+    source: MediaSource,
     config: VideoLlamaConfig,
     *,
     num_frames: int | None = None,
     audio: bool = True,
     require_audio: bool = False,
+    allow_url: bool = False,
 ) -> PreparedMedia:
-    """Read and preprocess a video, image or audio file for a model. Needs neither the model's weights nor jax.
+    """Read and preprocess a video, an image or audio for a model. Needs neither the model's weights nor jax.
 
     Args:
-        path: The file.
+        source: A file, a directory of images, bytes, a file object, arrays or a URL; see `media.open_source`.
         config: The model's config.
         num_frames: Number of frames to sample from a video; by default `config.num_frames`.
         audio: Whether to use the audio of a video.
         require_audio: Raise an error if the file's audio is not used.
+        allow_url: Whether http and https URLs are downloaded.
 
     Raises:
-        MediaError: The file cannot be used, or its audio is required and was not used.
+        MediaError: The source cannot be used, or its audio is required and was not used.
         ConfigError: `num_frames` is below 1.
     """
     count = config.num_frames if num_frames is None else num_frames
     if count < 1:
         raise ConfigError(f"the number of frames must be at least 1, not {count}")
-    media = media_files.read_media(path, count, config.vit.image_size, audio, config.num_clips)
+    media = media_files.read_media(source, count, config.vit.image_size, audio, config.num_clips, allow_url=allow_url)
     return preprocess_media(media, config, require_audio=require_audio)
 
 
@@ -256,32 +257,40 @@ class Chat:
 
     def add(
         self,
-        path: str | Path,
+        source: MediaSource,
         *,
         num_frames: int | None = None,
         audio: bool = True,
         require_audio: bool = False,
         interpolate_positions: bool = False,
+        allow_url: bool = False,
     ) -> MediaReport:
-        """Add a media file to the conversation, for the questions that follow.
+        """Add media to the conversation, for the questions that follow.
 
         Args:
-            path: A video, image or audio file.
+            source: A video, an image or audio: a file, a directory of images, bytes, a file object, arrays or a URL;
+                see `media.open_source`.
             num_frames: Number of frames to sample from a video; by default the model's `num_frames`.
             audio: Whether to use the audio of a video.
             require_audio: Raise an error if the file's audio is not used.
             interpolate_positions: Interpolate the learned positions for more frames than the model has positions.
+            allow_url: Whether http and https URLs are downloaded.
 
         Returns:
             A report of the frames and the audio that are used.
 
         Raises:
-            MediaError: The file cannot be used, or its audio is required and was not used.
+            MediaError: The source cannot be used, or its audio is required and was not used.
             ConfigError: `num_frames` is below 1, or above the number of learned positions without interpolation.
         """
         with self._exclusive_use():
             prepared = prepare_media(
-                path, self.model.config, num_frames=num_frames, audio=audio, require_audio=require_audio
+                source,
+                self.model.config,
+                num_frames=num_frames,
+                audio=audio,
+                require_audio=require_audio,
+                allow_url=allow_url,
             )
             return self.add_prepared(prepared, interpolate_positions=interpolate_positions)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import dataclasses
 
 from vllama_jax.errors import MediaError
+from vllama_jax.media.arrays import AudioArrays, VideoArrays, read_audio_arrays, read_video_arrays
 from vllama_jax.media.audio import Audio, decode_audio, read_audio
 from vllama_jax.media.detect import check_media
 from vllama_jax.media.files import (
@@ -18,18 +19,26 @@ from vllama_jax.media.files import (
     open_container,
 )
 from vllama_jax.media.image import Image, image_report, normalize, read_image
+from vllama_jax.media.image_frames import ImageFrames, read_image_frames
 from vllama_jax.media.mel import clip_starts, mel_clips
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.segment import read_frames, read_segment
+from vllama_jax.media.sources import MediaFile, MediaSource, OpenedSource, open_source
 from vllama_jax.media.video import Video, bind_num_frames, decode_video, frame_indices, read_video
 from vllama_jax.media.write import write_video
 
 __all__ = [
     "IMAGE_EXTENSIONS",
     "Audio",
+    "AudioArrays",
     "Image",
+    "ImageFrames",
+    "MediaFile",
     "MediaReport",
+    "MediaSource",
+    "OpenedSource",
     "Video",
+    "VideoArrays",
     "as_file",
     "check_file",
     "check_media",
@@ -38,6 +47,7 @@ __all__ = [
     "frame_indices",
     "mel_clips",
     "normalize",
+    "open_source",
     "read_audio",
     "read_frames",
     "read_image",
@@ -49,37 +59,57 @@ __all__ = [
 
 
 def read_media(
-    path: str | os.PathLike[str],
+    source: MediaSource,
     num_frames: int = 8,
     size: int = 224,
     audio: bool = True,
     num_clips: int | None = None,
+    *,
+    allow_url: bool = False,
 ) -> Video | Image | Audio:
-    """Read a video, an image or an audio file. The kind is detected from the content, not from the file name.
+    """Read a video, an image or audio. The kind is detected from the content, not from a file name.
 
     An animated image is a video. An audio file with a cover image is audio.
 
     Args:
-        path: The file.
+        source: A file, a directory of images, bytes, a file object, arrays or a URL; see `open_source`.
         num_frames: The number of frames to sample from a video; all frames are used if the video has fewer.
         size: Height and width of the frames, in pixels.
         audio: Whether to read the audio of a video.
         num_clips: Return this many mel clips (see `mel_clips`) instead of the waveform. Only the samples that they
             need are kept in memory.
+        allow_url: Whether http and https URLs are downloaded.
 
     Returns:
-        A `Video`, an `Image` or an `Audio`, each with a report of what the file contains.
+        A `Video`, an `Image` or an `Audio`, each with a report of what the source contains.
 
     Raises:
-        MediaError: The file is missing, corrupt, truncated or of an unsupported type, or it contains only audio and
+        MediaError: The source is missing, corrupt, truncated or of an unsupported type, or it contains only audio and
             `audio` is False.
     """
-    path = check_file(path)
+    with open_source(source, allow_url=allow_url) as opened:
+        if isinstance(opened, VideoArrays):
+            return read_video_arrays(opened, num_frames, size, audio, num_clips)
+        if isinstance(opened, ImageFrames):
+            return read_image_frames(opened.images, opened.rate, opened.name, num_frames, size)
+        if isinstance(opened, AudioArrays):
+            _require_audio_on(opened.name, audio)
+            return read_audio_arrays(opened, num_clips)
+        media = _read_file(opened.path, num_frames, size, audio, num_clips)
+        return dataclasses.replace(media, report=dataclasses.replace(media.report, path=opened.name))
+
+
+def _read_file(path: str, num_frames: int, size: int, audio: bool, num_clips: int | None) -> Video | Image | Audio:
     if is_still_image(path):
         return Image(frames=read_image(path, size)[None], report=image_report(path))
     with open_container(path) as container:
         if find_video_stream(container) is not None:
             return decode_video(container, path, bind_num_frames(path, num_frames), size, audio, num_clips)
-        if find_audio_stream(container) is not None and not audio:
-            raise MediaError(f"{path}: the file contains only audio, and audio is off; enable audio or choose a video")
+        if find_audio_stream(container) is not None:
+            _require_audio_on(path, audio)
         return decode_audio(container, path, num_clips)
+
+
+def _require_audio_on(name: str, audio: bool) -> None:
+    if not audio:
+        raise MediaError(f"{name}: the file contains only audio, and audio is off; enable audio or choose a video")

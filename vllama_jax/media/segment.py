@@ -6,14 +6,10 @@ import math
 import os
 from pathlib import Path
 
-import numpy as np
-
 from vllama_jax.errors import MediaError
-from vllama_jax.media.clock import constant_rate_times, frames_in_range
 from vllama_jax.media.files import IMAGE_EXTENSIONS
-from vllama_jax.media.image import read_image
-from vllama_jax.media.report import MediaReport
-from vllama_jax.media.video import Video, frame_indices, read_video
+from vllama_jax.media.image_frames import read_image_frames
+from vllama_jax.media.video import Video, read_video
 
 
 def read_segment(
@@ -78,14 +74,7 @@ def read_frames(
     images = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
     if not images:
         raise MediaError(f"{folder}: no images (jpg, png) in the directory; extract its frames again")
-    times = constant_rate_times(len(images), rate)
-    segment = frames_in_range(times, (start, end))
-    indices = frame_indices(len(segment), num_frames)
-    frames = np.stack([read_image(images[segment.start + index], size) for index in indices])
-    duration = max(min(times.end, end) - start, 0.0)
-    report = MediaReport(str(folder), "video", len(frames), duration, "absent")
-    timestamps = np.maximum(times.starts[segment.start + indices] - start, 0.0)
-    return Video(frames, timestamps, duration, waveform=None, sample_rate=None, report=report)
+    return read_image_frames(images, rate, str(folder), num_frames, size, (start, end))
 
 
 def _check_times(path: str | os.PathLike[str], start: float, end: float) -> None:
