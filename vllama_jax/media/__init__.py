@@ -91,7 +91,7 @@ def read_media(
         if isinstance(opened, VideoArrays):
             return read_video_arrays(opened, num_frames, size, audio, num_clips)
         if isinstance(opened, ImageFrames):
-            return read_image_frames(opened.images, opened.rate, opened.name, num_frames, size)
+            return read_image_frames(opened, num_frames, size)
         if isinstance(opened, AudioArrays):
             _require_audio_on(opened.name, audio)
             return read_audio_arrays(opened, num_clips)

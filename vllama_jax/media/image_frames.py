@@ -29,18 +29,30 @@ class ImageFrames:
         images: A directory, or the images in order. All files of a directory must be images; files whose names begin
             with a dot are ignored. Numbers in the names are ordered by their values: 2.png is before 10.png.
         rate: Frames per second.
+        name: Name for reports and messages; by default the directory, or the first image and the number of the others.
     """
 
     images: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     rate: float = 1.0
+    name: str = ""
 
-    @property
-    def name(self) -> str:
-        """The directory, or the first image and the number of the others."""
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(self, "name", self._default_name())
+
+    def _default_name(self) -> str:
         if isinstance(self.images, str | os.PathLike):
             return os.fspath(self.images)
-        first, others = os.fspath(self.images[0]), len(self.images) - 1
-        return f"{first} and {others} more" if others else first
+        first, others = os.fspath(self.images[0]) if self.images else "images", len(self.images) - 1
+        return f"{first} and {others} more" if others > 0 else first
+
+    def list_images(self) -> list[str]:
+        """Return the images, those of a directory in natural order. Raise MediaError if there is none."""
+        if isinstance(self.images, str | os.PathLike):
+            return _list_directory(self.images)
+        if not self.images:
+            raise MediaError("a list without images; pass the paths of at least one")
+        return [os.fspath(image) for image in self.images]
 
     def check(self) -> ImageFrames:
         """Return the same frames as a list of images, which are checked by their first bytes.
@@ -52,33 +64,23 @@ class ImageFrames:
             raise MediaError(
                 f"the rate of the images is {self.rate!r}; it must be a number of frames per second above 0"
             )
-        if isinstance(self.images, str | os.PathLike):
-            images = _list_directory(self.images)
-            advice = "all files of a directory must be images, which are the frames of one video"
-        else:
-            images, advice = [os.fspath(image) for image in self.images], "all files of a list must be images"
-            if not images:
-                raise MediaError("a list without images; pass the paths of at least one")
+        images = self.list_images()
         for image in images:
             if image_format(check_file(image)) is None:
-                raise MediaError(f"{image}: not an image; {advice}")
-        return ImageFrames(images, self.rate)
+                kind = "directory" if isinstance(self.images, str | os.PathLike) else "list"
+                raise MediaError(
+                    f"{image}: not an image; all files of a {kind} must be images, the frames of one video"
+                )
+        return ImageFrames(images, self.rate, self.name)
 
 
 def read_image_frames(
-    images: Sequence[str | os.PathLike[str]],
-    rate: float,
-    name: str,
-    num_frames: int = 8,
-    size: int = 224,
-    time_range: tuple[float, float] = FULL_RANGE,
+    source: ImageFrames, num_frames: int = 8, size: int = 224, time_range: tuple[float, float] = FULL_RANGE
 ) -> Video:
     """Sample `num_frames` of the images that are the frames of a video. Only these are decoded.
 
     Args:
-        images: The images in order. Each is resized as by `read_image`, so they may have different sizes.
-        rate: Frames per second.
-        name: Name of the video, for the report.
+        source: The images. Each is resized as by `read_image`, so they may have different sizes.
         num_frames: The number of frames to sample; all frames are used if the segment has fewer.
         size: Height and width of the frames, in pixels.
         time_range: Start and end of the segment to read, in seconds.
@@ -90,14 +92,14 @@ def read_image_frames(
         MediaError: An image cannot be read, or `num_frames` is less than 1.
     """
     if num_frames < 1:
-        raise MediaError(f"{name}: num_frames is {num_frames}; it must be at least 1")
-    start, end = time_range
-    times = constant_rate_times(len(images), rate)
+        raise MediaError(f"{source.name}: num_frames is {num_frames}; it must be at least 1")
+    images, (start, end) = source.list_images(), time_range
+    times = constant_rate_times(len(images), source.rate)
     segment = frames_in_range(times, time_range)
     indices = frame_indices(len(segment), num_frames)
     frames = np.stack([read_image(images[segment.start + index], size) for index in indices])
     duration = max(min(times.end, end) - start, 0.0)
-    report = MediaReport(name, "video", len(frames), duration, "absent")
+    report = MediaReport(source.name, "video", len(frames), duration, "absent")
     timestamps = np.maximum(times.starts[segment.start + indices] - start, 0.0)
     return Video(frames, timestamps, duration, waveform=None, sample_rate=None, report=report)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.files import IMAGE_EXTENSIONS
-from vllama_jax.media.image_frames import read_image_frames
+from vllama_jax.media.image_frames import ImageFrames, read_image_frames
 from vllama_jax.media.video import Video, read_video
 
 
@@ -74,7 +74,7 @@ def read_frames(
     images = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
     if not images:
         raise MediaError(f"{folder}: no images (jpg, png) in the directory; extract its frames again")
-    return read_image_frames(images, rate, str(folder), num_frames, size, (start, end))
+    return read_image_frames(ImageFrames(images, rate, str(folder)), num_frames, size, (start, end))
 
 
 def _check_times(path: str | os.PathLike[str], start: float, end: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
-import math
 import os
 import re
 import stat
@@ -23,7 +22,7 @@ from vllama_jax.media.image_frames import ImageFrames
 from vllama_jax.media.spool import spool
 
 _URL = re.compile(r"https?:/", re.IGNORECASE)
-_MAX_STREAM_BYTES = 2 * 2**30  # of a file object whose size is not known
+_MAX_COPY_BYTES = 2 * 2**30  # of a file object that is not a regular file; a device has no end
 _CHUNK = 2**20  # bytes
 _EXPECTED = "pass a path, bytes, a binary file object, a list of images, VideoArrays, AudioArrays or ImageFrames"
 
@@ -51,8 +50,9 @@ def open_source(source: MediaSource, *, allow_url: bool = False) -> Iterator[Ope
 
     Args:
         source: The path of a file, or of a directory of images (one frame per second; `ImageFrames` has other rates); a
-            list of images; the bytes of a media file; a file object in binary mode, which is read from its start, or if
-            it is not seekable from where it is (at most 2 GiB); arrays; a URL as a string; or an opened source.
+            list of images; the bytes of a media file; a file object in binary mode, which is read from its start if it
+            is seekable, and of which at most 2 GiB are copied if it is not a regular file; arrays; a URL as a string;
+            or an opened source.
         allow_url: Whether http and https URLs are accepted. See `vllama_jax.media.download` for their limits.
 
     Yields:
@@ -68,7 +68,7 @@ def open_source(source: MediaSource, *, allow_url: bool = False) -> Iterator[Ope
         yield source.check()
     elif isinstance(source, bytes | bytearray | memoryview):
         name = "media in memory"
-        with as_file(source, name) as path:
+        with as_file(bytes(source), name) as path:
             yield MediaFile(path, name)
     elif isinstance(source, str | os.PathLike):
         with _open_path(source, allow_url) as opened:
@@ -118,24 +118,8 @@ def _open_file_object(source: Any) -> Iterator[MediaFile]:
         with _name_errors(path, name):
             yield MediaFile(check_file(path), name)
         return
-    if not _is_seekable(source):
-        with spool(_read_chunks(source, name), name, _MAX_STREAM_BYTES) as path, _name_errors(path, name):
-            yield MediaFile(path, name)
-        return
-    position = source.tell()
-    source.seek(0)
-    try:
-        with spool(_read_chunks(source, name), name, math.inf) as path, _name_errors(path, name):
-            yield MediaFile(path, name)
-    finally:
-        source.seek(position)
-
-
-def _is_seekable(source: Any) -> bool:
-    try:
-        return bool(source.seekable()) if hasattr(source, "seekable") else False
-    except ValueError:  # it is closed; reading it reports that
-        return False
+    with spool(_read_chunks(source, name), name, _MAX_COPY_BYTES) as path, _name_errors(path, name):
+        yield MediaFile(path, name)
 
 
 def _regular_file_path(source: Any) -> str | None:
@@ -152,12 +136,17 @@ def _regular_file_path(source: Any) -> str | None:
 
 
 def _read_chunks(source: Any, name: str) -> Generator[bytes]:
-    """Yield the content of a file object from where it is."""
+    """Yield the content of a file object: from its start if it is seekable, whose position is then restored."""
     try:
+        position = source.tell() if hasattr(source, "seekable") and source.seekable() else None
+        if position is not None:
+            source.seek(0)
         while chunk := source.read(_CHUNK):
             if not isinstance(chunk, bytes):
                 raise MediaError(f"{name}: a file object that reads {type(chunk).__name__}; open it in binary mode")
             yield chunk
+        if position is not None:
+            source.seek(position)
         if chunk is None:
             raise MediaError(f"{name}: a file object that does not wait for its content; make it blocking")
     except (OSError, ValueError) as error:  # ValueError: it is closed
