@@ -21,6 +21,8 @@ from PIL import Image
 import vllama_jax as vl
 from vllama_jax.chat import prepare_media
 from vllama_jax.media import AudioArrays, ImageFrames, MediaFile, VideoArrays, open_source, read_media, sources
+from vllama_jax.media.arrays import read_video_arrays
+from vllama_jax.media.image_frames import read_image_frames
 
 
 def refusal(source: object, **options: object) -> str:
@@ -302,6 +304,28 @@ def test_an_invalid_waveform_is_one_line(audio, why):
 def test_a_slightly_clipped_waveform_is_accepted_and_audio_can_be_off():
     assert read_media(AudioArrays(WAVE + 1.3, 16000)).report.audio == "used"
     assert refusal(AudioArrays(WAVE, 16000), audio=False).startswith("audio in memory: the file contains only audio")
+
+
+def test_a_segment_of_arrays_and_images(frames_folder):
+    """`sample_frames` gets all timestamps and the frames of the segment, whose audio is that of the same time."""
+
+    def second_of_each_pair(times, segment):
+        assert len(times.starts) == 12
+        return np.arange(segment.start + 1, segment.stop, 2)
+
+    frames = np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
+    wave = media_fixtures.tone(6, 16000)
+    arrays = VideoArrays(frames, np.arange(12) / 2, wave, 16000)
+    video = read_video_arrays(arrays, second_of_each_pair, size=8, time_range=(1.0, 3.0))
+    assert video.frames[:, 0, 0, 0].tolist() == [3, 5]
+    assert (video.timestamps.tolist(), video.duration, video.report.duration) == ([1.5, 2.5], 2.0, 2.0)
+    np.testing.assert_array_equal(video.waveform, wave[:, 16000:48000])
+    mel = read_video_arrays(arrays, second_of_each_pair, 8, num_clips=3, time_range=(1.0, 3.0)).mel
+    np.testing.assert_array_equal(mel, vl.media.mel_clips(wave[:, 16000:48000], 16000, 3))
+    late = read_video_arrays(arrays, second_of_each_pair, size=8, time_range=(4.0, 99.0))
+    assert (late.duration, late.waveform.shape) == (2.0, (2, 32000))
+    images = read_image_frames(ImageFrames(frames_folder, 2), second_of_each_pair, 16, (1.0, 3.0))
+    assert (reds(images), images.timestamps.tolist(), images.duration) == ([4, 6], [1.5, 2.5], 2.0)
 
 
 @pytest.fixture

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.arrays import AudioArrays, VideoArrays, read_audio_arrays, read_video_arrays
 from vllama_jax.media.audio import Audio, decode_audio, read_audio
+from vllama_jax.media.clock import FrameTimes
 from vllama_jax.media.detect import check_media
 from vllama_jax.media.files import (
     IMAGE_EXTENSIONS,
@@ -26,6 +31,9 @@ from vllama_jax.media.segment import read_frames, read_segment
 from vllama_jax.media.sources import MediaFile, MediaSource, OpenedSource, open_source
 from vllama_jax.media.video import Video, bind_num_frames, decode_video, frame_indices, read_video
 from vllama_jax.media.write import write_video
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
 
 __all__ = [
     "IMAGE_EXTENSIONS",
@@ -89,14 +97,20 @@ def read_media(
     """
     with open_source(source, allow_url=allow_url) as opened:
         if isinstance(opened, VideoArrays):
-            return read_video_arrays(opened, num_frames, size, audio, num_clips)
+            return read_video_arrays(opened, _sample_evenly(opened.name, num_frames), size, audio, num_clips)
         if isinstance(opened, ImageFrames):
-            return read_image_frames(opened, num_frames, size)
+            return read_image_frames(opened, _sample_evenly(opened.name, num_frames), size)
         if isinstance(opened, AudioArrays):
             _require_audio_on(opened.name, audio)
             return read_audio_arrays(opened, num_clips)
         media = _read_file(opened.path, num_frames, size, audio, num_clips)
         return dataclasses.replace(media, report=dataclasses.replace(media.report, path=opened.name))
+
+
+def _sample_evenly(name: str, num_frames: int) -> Callable[[FrameTimes, range], Int64[np.ndarray, "t"]]:
+    """Return a function that samples `num_frames` frames of a segment. Raise MediaError if that is less than 1."""
+    count_frames = bind_num_frames(name, num_frames)
+    return lambda times, segment: segment.start + count_frames(len(segment))
 
 
 def _read_file(path: str, num_frames: int, size: int, audio: bool, num_clips: int | None) -> Video | Image | Audio:

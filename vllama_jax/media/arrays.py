@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio import Audio
-from vllama_jax.media.files import MAX_FRAME_PIXELS, check_pixels
+from vllama_jax.media.clock import FrameTimes, frames_in_range
+from vllama_jax.media.files import FULL_RANGE, MAX_FRAME_PIXELS, check_pixels
 from vllama_jax.media.mel import WaveformChunk, check_audio_length, clip_spans, mel_of_chunks
 from vllama_jax.media.report import MediaReport
-from vllama_jax.media.video import Video, frame_indices
+from vllama_jax.media.video import Video
 
 if TYPE_CHECKING:
-    from jaxtyping import Float32, Float64, UInt8
+    from jaxtyping import Float32, Float64, Int64, UInt8
 
 _MAX_CHANNELS = 64
 _MAX_RATE = 768_000  # Hz; the highest rate of PCM recorders
@@ -60,54 +61,59 @@ class VideoArrays:
 
 
 def read_video_arrays(
-    arrays: VideoArrays, num_frames: int = 8, size: int = 224, audio: bool = True, num_clips: int | None = None
+    arrays: VideoArrays,
+    sample_frames: Callable[[FrameTimes, range], Int64[np.ndarray, "t"]],
+    size: int = 224,
+    audio: bool = True,
+    num_clips: int | None = None,
+    time_range: tuple[float, float] = FULL_RANGE,
 ) -> Video:
-    """Sample `num_frames` frames of a video in memory, as `read_video` samples those of a file.
+    """Read a sample of the frames of a video in memory, as `read_video` does from a file.
 
     The video ends when its last frame has been shown for the mean time of the others.
 
     Args:
         arrays: The video.
-        num_frames: The number of frames to sample; all frames are used if the video has fewer.
+        sample_frames: Maps the timestamps of all frames and the range of the segment's frames to ascending indices.
         size: Height and width to which frames are scaled, in pixels.
         audio: Whether to use the waveform.
         num_clips: Return this many mel clips (see `mel_clips`) instead of the waveform.
+        time_range: Start and end of the segment to use, in seconds.
 
     Returns:
-        The sampled frames and the audio.
+        The sampled frames, with their own timestamps, and the audio of the segment.
 
     Raises:
         MediaError: An array has the wrong shape or dtype, or invalid values.
     """
-    name = arrays.name
-    frames, timestamps = np.asarray(arrays.frames), _check_timestamps(arrays)
-    if num_frames < 1:
-        raise MediaError(f"{name}: num_frames is {num_frames}; it must be at least 1")
-    indices = frame_indices(len(frames), num_frames)
-    scaled = np.stack([_scale(frames[index], size) for index in indices])
-    duration = float(timestamps[-1])
-    if len(timestamps) > 1:
-        duration += float(timestamps[-1] - timestamps[0]) / (len(timestamps) - 1)
-    sound, state = None, "absent"
+    times, (start, end) = _check_frames(arrays), time_range
+    indices = sample_frames(times, frames_in_range(times, time_range))
+    frames = np.stack([_scale(arrays.frames[index], size) for index in indices])
+    duration = max(min(times.end, end) - start, 0.0)
+    used, state = None, "absent"
     if arrays.waveform is not None:
-        sound, state = _read_audio_of_video(arrays, num_clips) if audio else (None, "off")
+        used, state = _read_audio_of_video(arrays, num_clips, time_range) if audio else (None, "off")
     return Video(
-        frames=scaled,
-        timestamps=timestamps[indices],
+        frames=frames,
+        timestamps=times.starts[indices],
         duration=duration,
-        waveform=sound.waveform if sound else None,
-        sample_rate=sound.sample_rate if sound else None,
-        report=MediaReport(name, "video", len(scaled), duration, state),
-        mel=sound.mel if sound else None,
+        waveform=used.waveform if used else None,
+        sample_rate=used.sample_rate if used else None,
+        report=MediaReport(arrays.name, "video", len(frames), duration, state),
+        mel=used.mel if used else None,
     )
 
 
-def read_audio_arrays(arrays: AudioArrays, num_clips: int | None = None) -> Audio:
+def read_audio_arrays(
+    arrays: AudioArrays, num_clips: int | None = None, time_range: tuple[float, float] = FULL_RANGE
+) -> Audio:
     """Use a waveform in memory as audio.
 
     Args:
         arrays: The waveform.
-        num_clips: Return this many mel clips (see `mel_clips`) instead of the waveform.
+        num_clips: Return this many mel clips (see `mel_clips`) instead of the waveform. Only the samples that they need
+            are converted to float32.
+        time_range: Start and end of the segment to use, in seconds.
 
     Returns:
         The waveform [c, n] as float32, or the mel clips, with a report.
@@ -115,53 +121,58 @@ def read_audio_arrays(arrays: AudioArrays, num_clips: int | None = None) -> Audi
     Raises:
         MediaError: The waveform has the wrong shape or dtype, invalid values, or less than 25 ms.
     """
-    name, waveform, rate = arrays.name, _check_waveform(arrays), int(arrays.sample_rate)
-    length = waveform.shape[1]
+    waveform, rate = _check_waveform(arrays), int(arrays.sample_rate)
+    first, last = (round(min(seconds * rate, waveform.shape[1])) for seconds in time_range)
+    segment = waveform[:, first:last]
+    length = segment.shape[1]
     try:
         check_audio_length(length, rate)
     except MediaError as error:
-        raise MediaError(f"{name}: {error}") from error
-    report = MediaReport(name, "audio", num_frames=0, duration=length / rate, audio="used")
+        raise MediaError(f"{arrays.name}: {error}") from error
+    report = MediaReport(arrays.name, "audio", num_frames=0, duration=length / rate, audio="used")
     if num_clips is None:
-        return Audio(_to_float(waveform), rate, report)
+        return Audio(_to_float(segment), rate, report)
     spans = clip_spans(length, rate, num_clips)
-    chunks = [WaveformChunk(span.start, _to_float(waveform[:, span.start : span.stop])) for span in spans]
+    chunks = [WaveformChunk(span.start, _to_float(segment[:, span.start : span.stop])) for span in spans]
     return Audio(None, rate, report, mel_of_chunks(chunks, length, rate))
 
 
-def _read_audio_of_video(arrays: VideoArrays, num_clips: int | None) -> tuple[Audio | None, str]:
+def _read_audio_of_video(
+    arrays: VideoArrays, num_clips: int | None, time_range: tuple[float, float]
+) -> tuple[Audio | None, str]:
     """Return the audio, and its state for the report. Audio that is too short is not an error, as in a file."""
     if arrays.waveform is None or arrays.sample_rate is None:
         raise MediaError(f"{arrays.name}: a waveform without a sample rate; pass sample_rate in Hz")
     audio = AudioArrays(arrays.waveform, arrays.sample_rate, arrays.name)
-    length, rate = _check_waveform(audio).shape[1], int(audio.sample_rate)
+    _check_waveform(audio)
     try:
-        check_audio_length(length, rate)
+        return read_audio_arrays(audio, num_clips, time_range), "used"
     except MediaError as error:
-        return None, f"failed: {error}"
-    return read_audio_arrays(audio, num_clips), "used"
+        return None, f"failed: {str(error).removeprefix(f'{arrays.name}: ')}"
 
 
-def _check_timestamps(arrays: VideoArrays) -> Float64[np.ndarray, "t"]:
-    """Check the frames and return their timestamps. Raise MediaError with what is wrong."""
-    name, frames = arrays.name, np.asarray(arrays.frames)
-    shape = list(frames.shape)
+def _check_frames(arrays: VideoArrays) -> FrameTimes:
+    """Check the frames, and return their timestamps and the end of the video. Raise MediaError with what is wrong."""
+    name, frames = arrays.name, arrays.frames
+    shape = list(np.shape(frames))
     if len(shape) != 4 or shape[3] != 3 or not all(shape):
         advice = "; transpose the channels to the last axis" if len(shape) == 4 and shape[1] == 3 else ""
         raise MediaError(f"{name}: frames of shape {shape}; expected [frames, height, width, 3]{advice}")
-    if frames.dtype != np.uint8:
-        raise MediaError(f"{name}: frames of type {frames.dtype}; expected uint8 in 0..255")
+    if getattr(frames, "dtype", None) != np.uint8:
+        found = getattr(frames, "dtype", type(frames).__name__)
+        raise MediaError(f"{name}: frames of type {found}; expected uint8 in 0..255")
     check_pixels(shape[2], shape[1], name, MAX_FRAME_PIXELS)
     try:
-        timestamps = np.asarray(arrays.timestamps, np.float64)
+        starts = np.asarray(arrays.timestamps, np.float64)
     except (TypeError, ValueError) as error:
         raise MediaError(f"{name}: timestamps that are not numbers; pass a list of seconds") from error
-    if timestamps.shape != (shape[0],):
-        counted = f"timestamps of shape {list(timestamps.shape)} for {shape[0]} frames"
+    if starts.shape != (shape[0],):
+        counted = f"timestamps of shape {list(starts.shape)} for {shape[0]} frames"
         raise MediaError(f"{name}: {counted}; pass one for each frame, in seconds")
-    if not np.isfinite(timestamps).all() or timestamps[0] < 0 or not (np.diff(timestamps) > 0).all():
+    if not np.isfinite(starts).all() or starts[0] < 0 or not (np.diff(starts) > 0).all():
         raise MediaError(f"{name}: the timestamps must be finite, at least 0, and each above the one before")
-    return timestamps
+    mean = float(starts[-1] - starts[0]) / max(len(starts) - 1, 1)
+    return FrameTimes(starts, float(starts[-1]) + mean)
 
 
 def _check_waveform(arrays: AudioArrays) -> np.ndarray:

@@ -6,17 +6,21 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.clock import constant_rate_times, frames_in_range
+from vllama_jax.media.clock import FrameTimes, constant_rate_times, frames_in_range
 from vllama_jax.media.files import FULL_RANGE, check_file, image_format
 from vllama_jax.media.image import read_image
 from vllama_jax.media.report import MediaReport
-from vllama_jax.media.video import Video, frame_indices
+from vllama_jax.media.video import Video
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
 
 _DIGITS = re.compile(r"(\d+)")
 
@@ -75,33 +79,32 @@ class ImageFrames:
 
 
 def read_image_frames(
-    source: ImageFrames, num_frames: int = 8, size: int = 224, time_range: tuple[float, float] = FULL_RANGE
+    source: ImageFrames,
+    sample_frames: Callable[[FrameTimes, range], Int64[np.ndarray, "t"]],
+    size: int = 224,
+    time_range: tuple[float, float] = FULL_RANGE,
 ) -> Video:
-    """Sample `num_frames` of the images that are the frames of a video. Only these are decoded.
+    """Read a sample of the images that are the frames of a video. Only these are decoded.
 
     Args:
         source: The images. Each is resized as by `read_image`, so they may have different sizes.
-        num_frames: The number of frames to sample; all frames are used if the segment has fewer.
+        sample_frames: Maps the timestamps of all frames and the range of the segment's frames to ascending indices.
         size: Height and width of the frames, in pixels.
         time_range: Start and end of the segment to read, in seconds.
 
     Returns:
-        The sampled frames. Their timestamps are relative to the start of the segment.
+        The sampled frames, with timestamps since the first image.
 
     Raises:
-        MediaError: An image cannot be read, or `num_frames` is less than 1.
+        MediaError: There is no image, or one cannot be read.
     """
-    if num_frames < 1:
-        raise MediaError(f"{source.name}: num_frames is {num_frames}; it must be at least 1")
     images, (start, end) = source.list_images(), time_range
     times = constant_rate_times(len(images), source.rate)
-    segment = frames_in_range(times, time_range)
-    indices = frame_indices(len(segment), num_frames)
-    frames = np.stack([read_image(images[segment.start + index], size) for index in indices])
+    indices = sample_frames(times, frames_in_range(times, time_range))
+    frames = np.stack([read_image(images[index], size) for index in indices])
     duration = max(min(times.end, end) - start, 0.0)
     report = MediaReport(source.name, "video", len(frames), duration, "absent")
-    timestamps = np.maximum(times.starts[segment.start + indices] - start, 0.0)
-    return Video(frames, timestamps, duration, waveform=None, sample_rate=None, report=report)
+    return Video(frames, times.starts[indices], duration, waveform=None, sample_rate=None, report=report)
 
 
 def _list_directory(folder: str | os.PathLike[str]) -> list[str]:

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from vllama_jax.errors import MediaError
+from vllama_jax.media.clock import FrameTimes
 from vllama_jax.media.files import IMAGE_EXTENSIONS
 from vllama_jax.media.image_frames import ImageFrames, read_image_frames
-from vllama_jax.media.video import Video, read_video
+from vllama_jax.media.video import Video, frame_indices, read_video
+
+if TYPE_CHECKING:
+    from jaxtyping import Int64
 
 
 def read_segment(
@@ -74,7 +82,12 @@ def read_frames(
     images = sorted(path for path in Path(folder).iterdir() if path.suffix.lower() in IMAGE_EXTENSIONS)
     if not images:
         raise MediaError(f"{folder}: no images (jpg, png) in the directory; extract its frames again")
-    return read_image_frames(ImageFrames(images, rate, str(folder)), num_frames, size, (start, end))
+
+    def sample_segment(times: FrameTimes, segment: range) -> Int64[np.ndarray, "t"]:
+        return segment.start + frame_indices(len(segment), num_frames)
+
+    video = read_image_frames(ImageFrames(images, rate, str(folder)), sample_segment, size, (start, end))
+    return dataclasses.replace(video, timestamps=np.maximum(video.timestamps - start, 0.0))
 
 
 def _check_times(path: str | os.PathLike[str], start: float, end: float) -> None:
