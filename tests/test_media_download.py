@@ -5,6 +5,7 @@ import datetime
 import ipaddress
 import os
 import random
+import re
 import signal
 import socket
 import socketserver
@@ -19,6 +20,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 import vllama_jax as vl
+from vllama_jax import cli
 from vllama_jax.media import addresses, download, read_media, spool
 from vllama_jax.media.download import describe_url, open_url
 
@@ -392,7 +394,7 @@ def test_a_chunk_of_invalid_size_does_not_fill_the_memory(internet, size):
 def test_a_slow_server_stops_at_the_time_limit(internet, start, chunk):
     internet.responses["/a"] = send_forever(start, chunk, pause=0.02)
     begun = time.monotonic()
-    assert refusal("http://media.example/a", seconds=0.6) == "not complete after 1 s; download the file first"
+    assert refusal("http://media.example/a", seconds=0.6) == "not complete after 0.6 s; download the file first"
     assert time.monotonic() - begun < 5
 
 
@@ -567,7 +569,78 @@ def test_https_verifies_the_name_of_the_url(internet, tmp_path, monkeypatch):
     internet.names["other.example"] = [PUBLIC]
     assert refusal("https://other.example/a").startswith("the server's certificate is not valid (Hostname mismatch")
     internet.answer = lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
-    assert refusal("https://media.example/a").startswith("no encrypted connection is possible (")
+    assert refusal("https://media.example/a").startswith("the encrypted connection failed (")
+
+
+def test_a_chat_about_a_url(internet, clip, tiny_model, capsys):
+    internet.responses["/clip.mp4?token=secret"] = sized(clip.read_bytes())
+    argv = ["chat", "http://media.example/clip.mp4?token=secret", "What?", "--model", str(tiny_model), "--allow-url"]
+    cli.main([*argv, "--max-new-tokens", "2"])
+    assert capsys.readouterr().err == "http://media.example/clip.mp4: 8 frames of 3.0 s; audio used\n"
+    assert len(internet.requests) == 1
+
+
+def attempt(function: Callable[[], object]) -> object:
+    """Return the result of a function, or the message of its MediaError."""
+    try:
+        return function()
+    except vl.MediaError as error:
+        return str(error)
+
+
+def test_any_response_is_a_file_or_one_line(monkeypatch):
+    """Random changes of valid responses: no other exception, and no wait for what does not come."""
+    draw = random.Random(0)
+    valid = [
+        sized(b"content", "Content-Type: video/mp4"),
+        response(b"7\r\ncontent\r\n0\r\n\r\n", "Transfer-Encoding: chunked"),
+        redirect("http://media.example/b"),
+        redirect("//media.example:80/b?c=d"),
+    ]
+    inserted = [b"\r\n", b"\0", b"-1", b"\xff", b":", b"9" * 50, b"[", b"@", b" ", b"%", b"0x", b";"]
+
+    def dial(*_: object) -> socket.socket:
+        content = bytearray(draw.choice(valid))
+        for _ in range(draw.randrange(4)):
+            at = draw.randrange(len(content))
+            content[at : at + draw.randrange(3)] = draw.choice(inserted)
+        client, server = socket.socketpair()
+        stack.enter_context(server).sendall(content)
+        server.shutdown(socket.SHUT_WR)
+        return client
+
+    monkeypatch.setattr(download, "_dial", dial)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(0, 0, 0, "", (PUBLIC, 80))])
+    results = set()
+    for _ in range(1000):
+        with contextlib.ExitStack() as stack:
+            results.add(attempt(lambda: download_all("http://media.example/a", seconds=5, max_bytes=100)))
+    messages = {result for result in results if isinstance(result, str)}
+    assert len(messages) > 8
+    assert b"content" in results
+    assert all(message.startswith("http://media.example/a: ") and message.isprintable() for message in messages)
+    assert not any("not complete after" in message for message in messages)
+
+
+def test_any_url_is_accepted_or_one_line_without_its_secrets():
+    draw, parts = random.Random(0), ["http", "https", "://", ":", "/", "@", "?", "#", "[", "]", "SECRET", "a.b", "80"]
+    parts += ["\\", "\n", " ", "%", "é", "::1", "..", "&", "x=y"]
+    for _ in range(5000):
+        url = draw.choice(["http://", "https://", ""]) + "".join(draw.choices(parts, k=draw.randrange(9)))
+        shown = describe_url(url)
+        assert shown.isprintable()
+        if "SECRET" in shown:  # a host or a path, not a password or a query
+            assert "@" not in url.partition("SECRET")[2] or not re.match(r"[^/]*:[^/]*SECRET", url.partition("://")[2])
+            assert "?" not in url.partition("SECRET")[0]
+        target = attempt(lambda: download._parse_url(url, shown))  # noqa: B023
+        if isinstance(target, str):
+            assert target.startswith(f"{shown}: ")
+        else:
+            assert target.scheme in ("http", "https")
+            assert 1 <= target.port <= 65535
+            assert (target.host + target.path).isascii()
+            assert (target.host + target.path).isprintable()
+            assert "@" not in target.host
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="temporary files have a name elsewhere")

@@ -13,6 +13,7 @@ A server passes URLs of its users to `open_url`, so this module is written again
 - Leaks. URLs with a user name or a password are rejected. Messages contain neither those, nor the query of a URL, which
   may be a signature, nor private addresses, nor text that a server sent. https is verified, and not left for http.
 - Media that refer to other files or hosts, such as playlists. `files.open_container` does not open them.
+- Local files. `open_url` takes nothing but URLs. `read_media` also takes paths, so a server passes it no text of users.
 - Files that remain. The temporary file has no name on Linux, so that it ends with the process.
 
 A network that translates public addresses to private hosts, or that has NAT64 prefixes of its own, needs a firewall.
@@ -131,7 +132,7 @@ def _download(url: str, name: str, max_bytes: int, seconds: float) -> Generator[
         raise MediaError(f"{name}: redirects more than {MAX_REDIRECTS} times; pass the URL of the file itself")
     except TimeoutError as error:
         late = deadline - time.monotonic() < 0.1  # s; the wait may end slightly early
-        why = f"not complete after {seconds:.0f} s" if late else f"the server sends nothing for {_IDLE_SECONDS:.0f} s"
+        why = f"not complete after {seconds:g} s" if late else f"the server sends nothing for {_IDLE_SECONDS:.0f} s"
         raise MediaError(f"{name}: {why}; download the file first") from error
     except (OSError, http.client.HTTPException, ValueError) as error:
         raise MediaError(f"{name}: {_explain(error)}") from error
@@ -142,7 +143,7 @@ def _explain(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"the server's certificate is not valid ({error.verify_message}); check the host name"
     if isinstance(error, ssl.SSLError):
-        return f"no encrypted connection is possible ({error.reason}); check the URL"
+        return f"the encrypted connection failed ({error.reason}); check the URL"
     if isinstance(error, http.client.IncompleteRead | http.client.RemoteDisconnected):
         return "the server closed the connection before the end of the file; try again"
     if isinstance(error, OSError):

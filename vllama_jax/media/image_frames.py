@@ -14,7 +14,7 @@ import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.clock import FrameTimes, constant_rate_times, frames_in_range
-from vllama_jax.media.files import FULL_RANGE, check_file, image_format
+from vllama_jax.media.files import FULL_RANGE, image_format
 from vllama_jax.media.image import read_image
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.video import Video
@@ -70,7 +70,7 @@ class ImageFrames:
             )
         images = self.list_images()
         for image in images:
-            if image_format(check_file(image)) is None:
+            if image_format(image) is None:
                 kind = "directory" if isinstance(self.images, str | os.PathLike) else "list"
                 raise MediaError(
                     f"{image}: not an image; all files of a {kind} must be images, the frames of one video"
