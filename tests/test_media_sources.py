@@ -20,7 +20,18 @@ from PIL import Image
 
 import vllama_jax as vl
 from vllama_jax.chat import prepare_media
-from vllama_jax.media import AudioArrays, ImageFrames, MediaFile, VideoArrays, open_source, read_media, sources
+from vllama_jax.media import (
+    AudioArrays,
+    FrameSampling,
+    ImageFrames,
+    MediaFile,
+    VideoArrays,
+    open_source,
+    read_kind_and_duration,
+    read_media,
+    read_segments,
+    sources,
+)
 from vllama_jax.media.arrays import read_video_arrays
 from vllama_jax.media.image_frames import read_image_frames
 
@@ -186,9 +197,9 @@ def frames_of(path: Path) -> tuple[np.ndarray, list[float]]:
 
 
 def test_arrays_are_sampled_and_scaled_like_the_frames_of_a_file(clip):
-    expected = read_media(clip, num_frames=5, num_clips=8)
+    expected = read_media(clip, 5, num_clips=8)
     arrays = VideoArrays(*frames_of(clip), read_media(clip).waveform, 16000, name="camera")
-    found = read_media(arrays, num_frames=5, num_clips=8)
+    found = read_media(arrays, 5, num_clips=8)
     assert media_fixtures.decode_frame_numbers(found.frames) == media_fixtures.decode_frame_numbers(expected.frames)
     np.testing.assert_allclose(found.frames.astype(int), expected.frames, atol=3)  # FFmpeg converts the colors later
     np.testing.assert_allclose(found.timestamps, expected.timestamps)
@@ -199,14 +210,14 @@ def test_arrays_are_sampled_and_scaled_like_the_frames_of_a_file(clip):
 
 def test_frames_keep_their_own_timestamps():
     frames = np.arange(6, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(6, 2).repeat(3, 3)
-    video = read_media(VideoArrays(frames[:, :, ::-1], [0.5, 0.7, 2, 3, 5, 5.5]), num_frames=3, size=8)
+    video = read_media(VideoArrays(frames[:, :, ::-1], [0.5, 0.7, 2, 3, 5, 5.5]), 3, size=8)
     assert video.frames[:, 0, 0, 0].tolist() == [0, 2, 4]
     assert video.frames.shape == (3, 8, 8, 3)
     assert video.timestamps.tolist() == [0.5, 2, 5]
     assert (video.duration, video.report.audio, video.waveform) == (6.5, "absent", None)
-    one = read_media(VideoArrays(frames[:1], np.zeros(1)), num_frames=3, size=8)
-    assert (len(one.frames), one.duration) == (1, 0.0)
-    assert str(one.report) == "1 frame of 0.0 s; no audio in the file"
+    one = read_media(VideoArrays(frames[:1], np.zeros(1)), 3, size=8)
+    assert (len(one.frames), one.duration) == (1, 1.0)
+    assert str(one.report) == "1 frame of 1.0 s; no audio in the file"
 
 
 def test_audio_of_arrays_can_be_off_or_too_short():
@@ -328,6 +339,49 @@ def test_a_segment_of_arrays_and_images(frames_folder):
     assert (reds(images), images.timestamps.tolist(), images.duration) == ([4, 6], [1.5, 2.5], 2.0)
 
 
+def test_windows_and_rates_of_arrays_and_images(frames_folder):
+    frames = np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
+    wave = media_fixtures.tone(6, 16000)
+    arrays, audio = VideoArrays(frames, np.arange(12) / 2, wave, 16000), AudioArrays(wave, 16000)
+    window = FrameSampling(fps=1, start=1, end=4)
+    video = read_media(arrays, window, size=8, num_clips=3)
+    assert (video.timestamps.tolist(), video.duration) == ([1, 2, 3], 3.0)
+    np.testing.assert_array_equal(video.mel, vl.media.mel_clips(wave[:, 16000:64000], 16000, 3))
+    images = read_media(ImageFrames(frames_folder, 2), window, size=16)
+    assert (reds(images), images.timestamps.tolist()) == ([3, 5, 7], [1, 2, 3])
+    np.testing.assert_array_equal(read_media(audio, FrameSampling(start=1, end=4)).waveform, wave[:, 16000:64000])
+    for source in (arrays, ImageFrames(frames_folder, 2), audio):
+        assert "the window starts at 7 s, but the file ends at 6.0 s" in refusal(
+            source, sampling=FrameSampling(start=7)
+        )
+        (note,) = read_media(source, FrameSampling(start=5, end=8)).report.notes
+        assert note == "the file ends at 6.0 s, before the end of the window"
+
+
+def test_segments_of_every_source(frames_folder, clip):
+    """Each segment is read like a window of its own."""
+    frames = np.arange(12, dtype=np.uint8)[:, None, None, None].repeat(4, 1).repeat(4, 2).repeat(3, 3)
+    wave = media_fixtures.tone(6, 16000)
+    sampling = FrameSampling(num_frames=2, segments=3)
+    for source in (VideoArrays(frames, np.arange(12) / 2, wave, 16000), ImageFrames(frames_folder, 2)):
+        found = list(read_segments(source, sampling, size=16))
+        assert [span for span, _ in found] == [(0, 2), (2, 4), (4, 6)]
+        assert [media.timestamps.tolist() for _, media in found] == [[0, 1], [2, 3], [4, 5]]
+        assert read_kind_and_duration(source) == ("video", 6.0)
+    audio = AudioArrays(wave, 16000)
+    found = list(read_segments(audio, sampling))
+    np.testing.assert_array_equal(np.concatenate([media.waveform for _, media in found], axis=1), wave)
+    assert read_kind_and_duration(audio) == ("audio", 6.0)
+    expected = list(read_segments(clip, sampling))
+    for source in (clip.read_bytes(), io.BytesIO(clip.read_bytes())):
+        for (span, media), (expected_span, expected_media) in zip(
+            read_segments(source, sampling), expected, strict=True
+        ):
+            assert span == expected_span
+            assert_same(media, expected_media)
+            assert media.report.path in ("media in memory", "file object")
+
+
 @pytest.fixture
 def frames_folder(tmp_path) -> Path:
     """Images 1 to 12 of different sizes and formats, whose red is 20 times their number, and hidden files."""
@@ -346,17 +400,17 @@ def reds(video: vl.media.Video) -> list[int]:
 
 
 def test_a_directory_of_images_is_a_video_in_natural_order(frames_folder):
-    video = read_media(frames_folder, num_frames=4, size=16)
+    video = read_media(frames_folder, 4, size=16)
     assert reds(video) == [1, 4, 7, 10]
     assert video.frames.shape == (4, 16, 16, 3)
     assert video.timestamps.tolist() == [0, 3, 6, 9]
     assert (video.report.path, str(video.report)) == (str(frames_folder), "4 frames of 12.0 s; no audio in the file")
-    fast = read_media(ImageFrames(str(frames_folder), rate=24), num_frames=12)
+    fast = read_media(ImageFrames(str(frames_folder), rate=24), 12)
     assert reds(fast) == list(range(1, 13))
     np.testing.assert_allclose(fast.timestamps, np.arange(12) / 24)
     assert fast.duration == 0.5
     with open_source(frames_folder) as opened:
-        assert_same(read_media(opened, num_frames=4, size=16), video)
+        assert_same(read_media(opened, 4, size=16), video)
         assert opened.name == str(frames_folder)
 
 
@@ -407,13 +461,13 @@ def test_an_invalid_rate_is_one_line(frames_folder, rate):
 
 def test_a_corrupt_image_is_one_line_if_it_is_sampled(frames_folder):
     (frames_folder / "2.bmp").write_bytes((frames_folder / "2.bmp").read_bytes()[:100])
-    assert reds(read_media(frames_folder, num_frames=4)) == [1, 4, 7, 10]
-    assert refusal(frames_folder, num_frames=12).startswith(f"{frames_folder / '2.bmp'}: the BMP image is truncated")
+    assert reds(read_media(frames_folder, 4)) == [1, 4, 7, 10]
+    assert refusal(frames_folder, sampling=12).startswith(f"{frames_folder / '2.bmp'}: the BMP image is truncated")
 
 
 def test_num_frames_below_1_is_one_line(frames_folder):
     for source in (frames_folder, VideoArrays(FRAMES, [0, 1])):
-        assert "num_frames is 0; it must be at least 1" in refusal(source, num_frames=0)
+        assert "num_frames is 0; it must be at least 1" in refusal(source, sampling=0)
 
 
 def test_a_model_takes_every_source(clip, frames_folder):

@@ -12,18 +12,19 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vllama_jax.chat import Chat, PreparedMedia, check_num_frames, prepare_media
+from vllama_jax.chat import DEFAULT_SAMPLING, Chat, PreparedMedia, check_num_frames, prepare_media
 from vllama_jax.checkpoints import shipped
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.shipped import find_clip, is_shipped, shipped_model
 from vllama_jax.cli._display import Display
-from vllama_jax.cli._usage import JsonFlag, MediaArgument, UsageError, require_at_least
+from vllama_jax.cli._usage import JsonFlag, MediaArgument, UsageError
 from vllama_jax.config import GREEDY, GenerationConfig
 from vllama_jax.errors import VllamaError
-from vllama_jax.media import ImageFrames, MediaReport, OpenedSource, open_source
+from vllama_jax.media import FrameSampling, ImageFrames, MediaReport, OpenedSource, open_source
 from vllama_jax.media.download import describe_url
 from vllama_jax.media.sources import is_url
 from vllama_jax.model import Model, load, remove_missing_branches
+from vllama_jax.segments import check_segments_fit
 from vllama_jax.text.prompts import start_conversation
 from vllama_jax.text.templates import TemplateName
 
@@ -43,7 +44,7 @@ def chat(
     system: str | None = None,
     audio: bool = True,
     require_audio: bool = False,
-    num_frames: int | None = None,
+    sampling: Annotated[FrameSampling, tyro.conf.arg(name="")] = DEFAULT_SAMPLING,
     interpolate_positions: bool = False,
     generation: Annotated[GenerationConfig, tyro.conf.arg(name="")] = GREEDY,
     dtype: Literal["float32", "bfloat16"] | None = None,
@@ -72,7 +73,7 @@ def chat(
         system: The system prompt; by default the original's for the kind of media.
         audio: Ignore the audio.
         require_audio: Fail if the audio is not used.
-        num_frames: The number of frames to sample from a video; by default the model's.
+        sampling: Which frames are sampled.
         interpolate_positions: Allow more frames than the model has learned positions for.
         generation: How answers are decoded.
         dtype: The dtype of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
@@ -81,7 +82,6 @@ def chat(
         base: The base model of a run, if it has moved.
         json_output: Print one JSON object with report, answer, tokens and timings, and with all questions in turns.
     """
-    require_at_least(1, num_frames=num_frames)
     with Display(quiet=json_output) as display, ExitStack() as stack:
         uses_shipped_model, uses_shipped_clip = model is None or is_shipped(model), find_clip(file) != Path(file)
         sources = _find_sources((file, *media), image_rate)
@@ -92,18 +92,31 @@ def chat(
             display.show_message(f"{files[0].name}: {shipped.CLIP_DESCRIPTION}")
         directory = remove_missing_branches(open_model(shipped_model() if model is None else model, base))
         config = directory.config
-        start_conversation(template or config.template, config.has_audio, system)
+        empty = start_conversation(template or config.template, config.has_audio, system)
         if not interpolate_positions:
-            check_num_frames(config, "--num-frames", num_frames, "use fewer frames, or add --interpolate-positions")
-        read_options = {"config": config, "num_frames": num_frames, "audio": audio, "require_audio": require_audio}
+            advice = "use fewer frames, or add --interpolate-positions"
+            check_num_frames(config, "--num-frames", sampling.num_frames, advice)
+        if sampling.segments > 1:
+            for opened in files:
+                new_tokens = generation.max_new_tokens
+                check_segments_fit(opened, config, directory.tokenizer, empty, sampling, audio, new_tokens)
+        options = {"audio": audio, "require_audio": require_audio, "interpolate_positions": interpolate_positions}
+        read_options = {"config": config, "sampling": sampling, **options}
         load_options = {"dtype": dtype, "quantize": quantize, "audio_scale": audio_scale}
-        loaded, prepared, timings = _load(display, directory, load_options, files, read_options)
+        read_ahead = files if sampling.segments == 1 else []  # segments are read and encoded one at a time
+        loaded, prepared, timings = _load(display, directory, load_options, read_ahead, read_options)
         conversation = Chat(loaded, template, system)
+        reports = [prepared_media.report for prepared_media in prepared]
         with _record_time(timings, "encode"):
-            for opened, prepared_media in zip(files, prepared, strict=True):
+            for opened, prepared_media in zip(read_ahead, prepared, strict=True):
                 display.show_message(f"{opened.name}: {prepared_media.report}")
                 display.show_status(f"encoding {opened.name} (the first run compiles)")
                 conversation.add_prepared(prepared_media, interpolate_positions=interpolate_positions)
+            for opened in files[len(read_ahead) :]:
+                display.show_status(f"reading and encoding {sampling.segments} segments of {opened.name}")
+                new_tokens = generation.max_new_tokens
+                reports.append(conversation.add(opened, sampling=sampling, **options, max_new_tokens=new_tokens))
+                display.show_message(f"{opened.name}: {reports[-1]}")
         if not questions:
             display.show_message(
                 shipped.CHAT_HINT if uses_shipped_clip else "Type a question; an empty line or Ctrl-D ends the chat."
@@ -121,7 +134,7 @@ def chat(
             if conversation.last is not None:
                 turns.append({"question": question, **dataclasses.asdict(conversation.last)})
     if json_output:
-        _print_json([prepared_media.report for prepared_media in prepared], turns, timings)
+        _print_json(reports, turns, timings)
 
 
 def _find_sources(arguments: Sequence[str], image_rate: float | None) -> list[str | Path | ImageFrames]:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING
-
-import numpy as np
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.arrays import AudioArrays, VideoArrays, read_audio_arrays, read_video_arrays
-from vllama_jax.media.audio import Audio, decode_audio, read_audio
-from vllama_jax.media.clock import FrameTimes
+from vllama_jax.media.arrays import AudioArrays, VideoArrays
+from vllama_jax.media.audio import Audio, read_audio, read_audio_window
 from vllama_jax.media.detect import check_media
 from vllama_jax.media.files import (
+    FULL_RANGE,
     IMAGE_EXTENSIONS,
     as_file,
     check_file,
@@ -23,22 +19,22 @@ from vllama_jax.media.files import (
     is_still_image,
     open_container,
 )
+from vllama_jax.media.frame_sampling import FrameSampling, frame_indices
 from vllama_jax.media.image import Image, image_report, normalize, read_image
-from vllama_jax.media.image_frames import ImageFrames, read_image_frames
+from vllama_jax.media.image_frames import ImageFrames
 from vllama_jax.media.mel import clip_starts, mel_clips
+from vllama_jax.media.memory import read_window
 from vllama_jax.media.report import MediaReport
-from vllama_jax.media.segment import read_frames, read_segment
+from vllama_jax.media.segment import read_frames, read_kind_and_duration, read_segment, read_segments
 from vllama_jax.media.sources import MediaFile, MediaSource, OpenedSource, open_source
-from vllama_jax.media.video import Video, bind_num_frames, decode_video, frame_indices, read_video
+from vllama_jax.media.video import DEFAULT_NUM_FRAMES, Video, read_sampled_video, read_video
 from vllama_jax.media.write import write_video
-
-if TYPE_CHECKING:
-    from jaxtyping import Int64
 
 __all__ = [
     "IMAGE_EXTENSIONS",
     "Audio",
     "AudioArrays",
+    "FrameSampling",
     "Image",
     "ImageFrames",
     "MediaFile",
@@ -59,8 +55,10 @@ __all__ = [
     "read_audio",
     "read_frames",
     "read_image",
+    "read_kind_and_duration",
     "read_media",
     "read_segment",
+    "read_segments",
     "read_video",
     "write_video",
 ]
@@ -68,62 +66,64 @@ __all__ = [
 
 def read_media(
     source: MediaSource,
-    num_frames: int = 8,
+    sampling: FrameSampling | int = DEFAULT_NUM_FRAMES,
     size: int = 224,
     audio: bool = True,
     num_clips: int | None = None,
     *,
+    max_positions: int | None = None,
     allow_url: bool = False,
 ) -> Video | Image | Audio:
     """Read a video, an image or audio. The kind is detected from the content, not from a file name.
 
-    An animated image is a video. An audio file with a cover image is audio.
+    An animated image is a video. An audio file with a cover image is audio. Only what is needed is decoded, with seeks
+    to key frames and to the samples of the clips where the container permits it (docs/usage.md).
 
     Args:
         source: A file, a directory of images, bytes, a file object, arrays or a URL; see `open_source`.
-        num_frames: The number of frames to sample from a video; all frames are used if the video has fewer.
+        sampling: Which frames of a video are sampled, and the window of a video or of audio that is read; a number
+            stands for `FrameSampling(num_frames=…)`.
         size: Height and width of the frames, in pixels.
         audio: Whether to read the audio of a video.
         num_clips: Return this many mel clips (see `mel_clips`) instead of the waveform. Only the samples that they
             need are kept in memory.
+        max_positions: Raise an error, before frames are decoded, if `sampling.fps` gives more frames than this.
         allow_url: Whether http and https URLs are downloaded.
 
     Returns:
-        A `Video`, an `Image` or an `Audio`, each with a report of what the source contains.
+        A `Video`, an `Image` or an `Audio`, each with a report of what the source contains. The timestamps of a video
+        are its own, also for a window.
 
     Raises:
-        MediaError: The source is missing, corrupt, truncated or of an unsupported type, or it contains only audio and
-            `audio` is False.
+        MediaError: The source is missing, corrupt, truncated or of an unsupported type, it contains only audio and
+            `audio` is False, or the window is past its end.
+        ConfigError: There are more frames than `max_positions`.
     """
     with open_source(source, allow_url=allow_url) as opened:
-        if isinstance(opened, VideoArrays):
-            return read_video_arrays(opened, _sample_evenly(opened.name, num_frames), size, audio, num_clips)
-        if isinstance(opened, ImageFrames):
-            return read_image_frames(opened, _sample_evenly(opened.name, num_frames), size)
-        if isinstance(opened, AudioArrays):
-            _require_audio_on(opened.name, audio)
-            return read_audio_arrays(opened, num_clips)
-        media = _read_file(opened.path, num_frames, size, audio, num_clips)
+        if isinstance(sampling, int):
+            if sampling < 1:
+                raise MediaError(f"{opened.name}: num_frames is {sampling}; it must be at least 1")
+            sampling = FrameSampling(num_frames=sampling)
+        if sampling.segments > 1:
+            why = f"read_media reads one window; use read_segments for {sampling.segments} segments"
+            raise MediaError(f"{opened.name}: {why}")
+        if not isinstance(opened, MediaFile):
+            return read_window(opened, sampling, size, audio, num_clips, max_positions)
+        media = _read_file(opened.path, sampling, size, audio, num_clips, max_positions)
         return dataclasses.replace(media, report=dataclasses.replace(media.report, path=opened.name))
 
 
-def _sample_evenly(name: str, num_frames: int) -> Callable[[FrameTimes, range], Int64[np.ndarray, "t"]]:
-    """Return a function that samples `num_frames` frames of a segment. Raise MediaError if that is less than 1."""
-    count_frames = bind_num_frames(name, num_frames)
-    return lambda times, segment: segment.start + count_frames(len(segment))
-
-
-def _read_file(path: str, num_frames: int, size: int, audio: bool, num_clips: int | None) -> Video | Image | Audio:
+def _read_file(
+    path: str, sampling: FrameSampling, size: int, audio: bool, num_clips: int | None, max_positions: int | None
+) -> Video | Image | Audio:
     if is_still_image(path):
+        if sampling.window != FULL_RANGE:
+            raise MediaError(f"{path}: an image has no duration; omit the start and the end of the window")
         return Image(frames=read_image(path, size)[None], report=image_report(path))
     with open_container(path) as container:
-        if find_video_stream(container) is not None:
-            return decode_video(container, path, bind_num_frames(path, num_frames), size, audio, num_clips)
-        if find_audio_stream(container) is not None:
-            _require_audio_on(path, audio)
-        return decode_audio(container, path, num_clips)
-
-
-def _require_audio_on(name: str, audio: bool) -> None:
-    if not audio:
-        raise MediaError(f"{name}: the file contains only audio, and audio is off; enable audio or choose a video")
+        has_video, has_audio = find_video_stream(container) is not None, find_audio_stream(container) is not None
+    if has_video:
+        return read_sampled_video(path, sampling, size, audio, num_clips, max_positions)
+    if has_audio and not audio:
+        raise MediaError(f"{path}: the file contains only audio, and audio is off; enable audio or choose a video")
+    return read_audio_window(path, sampling, num_clips)

@@ -50,6 +50,11 @@ class ImageFrames:
         first, others = os.fspath(self.images[0]) if self.images else "images", len(self.images) - 1
         return f"{first} and {others} more" if others > 0 else first
 
+    @property
+    def duration(self) -> float:
+        """End of the last frame, in seconds."""
+        return len(self.list_images()) / self.rate
+
     def list_images(self) -> list[str]:
         """Return the images, those of a directory in natural order. Raise MediaError if there is none."""
         if isinstance(self.images, str | os.PathLike):
