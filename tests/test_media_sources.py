@@ -205,8 +205,8 @@ def test_frames_keep_their_own_timestamps():
     assert video.timestamps.tolist() == [0.5, 2, 5]
     assert (video.duration, video.report.audio, video.waveform) == (6.5, "absent", None)
     one = read_media(VideoArrays(frames[:1], np.zeros(1)), num_frames=3, size=8)
-    assert (len(one.frames), one.duration) == (1, 0.0)
-    assert str(one.report) == "1 frame of 0.0 s; no audio in the file"
+    assert (len(one.frames), one.duration) == (1, 1.0)
+    assert str(one.report) == "1 frame of 1.0 s; no audio in the file"
 
 
 def test_audio_of_arrays_can_be_off_or_too_short():

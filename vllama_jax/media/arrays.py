@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 _MAX_CHANNELS = 64
 _MAX_RATE = 768_000  # Hz; the highest rate of PCM recorders
 _MAX_ABS_VALUE = 2.0  # full scale is 1; decoders and resamplers exceed it, but not by that much
+_SINGLE_FRAME = 1.0  # s
 _FLOATS = (np.float16, np.float32, np.float64)
 
 
@@ -70,7 +71,7 @@ def read_video_arrays(
 ) -> Video:
     """Read a sample of the frames of a video in memory, as `read_video` does from a file.
 
-    The video ends when its last frame has been shown for the mean time of the others.
+    The video ends when its last frame has been shown for the mean time of the others; a single frame is shown for 1 s.
 
     Args:
         arrays: The video.
@@ -171,7 +172,7 @@ def _check_frames(arrays: VideoArrays) -> FrameTimes:
         raise MediaError(f"{name}: {counted}; pass one for each frame, in seconds")
     if not np.isfinite(starts).all() or starts[0] < 0 or not (np.diff(starts) > 0).all():
         raise MediaError(f"{name}: the timestamps must be finite, at least 0, and each above the one before")
-    mean = float(starts[-1] - starts[0]) / max(len(starts) - 1, 1)
+    mean = float(starts[-1] - starts[0]) / (len(starts) - 1) if len(starts) > 1 else _SINGLE_FRAME
     return FrameTimes(starts, float(starts[-1]) + mean)
 
 
