@@ -112,8 +112,8 @@ def read_kind_and_duration(path: str | os.PathLike[str]) -> tuple[Literal["video
     if is_still_image(path):
         raise MediaError(f"{path}: an image has no duration; omit the number of segments")
     with open_container(path) as container:
-        kind = "audio" if find_video_stream(container) is None else "video"
-        return kind, (container.duration or 0) / 1_000_000
+        duration = (container.duration or 0) / 1_000_000
+        return ("audio" if find_video_stream(container) is None else "video"), duration
 
 
 def _read_audio_segments(
