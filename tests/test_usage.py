@@ -50,7 +50,7 @@ def help_of(*command: str) -> str:
         ("chat x.mp4 --max_tokens 3", "did you mean --max-new-tokens?"),
         ("chat x.mp4 --temp 1", "did you mean --temperature?"),
         ("chat x.mp4 --temprature 1", "did you mean --temperature?"),
-        ("chat x.mp4 --fps 1", "did you mean --num-frames?"),
+        ("eval jsonl --fps 1", "did you mean --num-frames?"),
         ("chat x.mp4 --frames 1", "did you mean --num-frames?"),
         ("chat x.mp4 --audio", "did you mean --no-audio?"),
         ("chat x.mp4 --prompt hello", "write the question after the file"),

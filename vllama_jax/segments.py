@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from vllama_jax.text.tokenizer import Tokenizer
 
 _QUESTION_TOKENS = 32  # of a question of about 20 words
+_LONG = 36000.0  # s; of a file that declares no duration
 
 
 def check_segments_fit(
@@ -46,6 +47,7 @@ def check_segments_fit(
         MediaError: The file cannot be opened, or is an image.
     """
     kind, duration = media_files.read_kind_and_duration(source)
+    duration = duration or _LONG  # the digits of timestamps are tokens
     context, reserved = config.llama.max_length, _QUESTION_TOKENS + max_new_tokens
     start, end = sampling.start, max(min(sampling.end, duration), sampling.start)
     counts = count_media_tokens(config)
@@ -59,7 +61,7 @@ def check_segments_fit(
             segments.append(prompts.Media(kind, with_audio, tuple(times) if kind == "video" else (), (first, last)))
         file = prompts.Media(kind, segments=tuple(segments))
         asked = conversation.add(file).ask("")
-        lengths = [counts[name] for turn in asked.turns for media in turn.media for name in media.placeholders]
+        lengths = [counts.get(name, 0) for turn in asked.turns for media in turn.media for name in media.placeholders]
         return len(prompts.encode_conversation(asked, tokenizer, lengths).ids) + reserved
 
     wanted = sampling.segments

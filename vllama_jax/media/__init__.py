@@ -121,9 +121,8 @@ def _read_file(
             raise MediaError(f"{path}: an image has no duration; omit the start and the end of the window")
         return Image(frames=read_image(path, size)[None], report=image_report(path))
     with open_container(path) as container:
-        has_video, has_audio = find_video_stream(container) is not None, find_audio_stream(container) is not None
-    if has_video:
-        return read_sampled_video(path, sampling, size, audio, num_clips, max_positions)
-    if has_audio and not audio:
-        raise MediaError(f"{path}: the file contains only audio, and audio is off; enable audio or choose a video")
-    return read_audio_window(path, sampling, num_clips)
+        if find_video_stream(container) is not None:
+            return read_sampled_video(container, path, sampling, size, audio, num_clips, max_positions)
+        if find_audio_stream(container) is not None and not audio:
+            raise MediaError(f"{path}: the file contains only audio, and audio is off; enable audio or choose a video")
+        return read_audio_window(container, path, sampling, num_clips)

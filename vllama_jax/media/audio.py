@@ -16,6 +16,7 @@ from vllama_jax.media.report import MediaReport
 from vllama_jax.media.truncation import find_truncation
 
 if TYPE_CHECKING:
+    from av.container import InputContainer
     from jaxtyping import Float32
 
 
@@ -50,23 +51,24 @@ def read_audio(path: str | os.PathLike[str], num_clips: int | None = None) -> Au
     Raises:
         MediaError: The file has no audio, or the audio cannot be decoded.
     """
-    return read_audio_window(check_file(path), FrameSampling(), num_clips)
+    path = check_file(path)
+    if image_format(path):
+        raise MediaError(f"{path}: an image, which has no audio; use read_image or read_media")
+    with open_container(path) as container:
+        return read_audio_window(container, path, FrameSampling(), num_clips)
 
 
-def read_audio_window(path: str, sampling: FrameSampling, num_clips: int | None) -> Audio:
-    """Read the window of an audio file that `sampling` says; see `read_audio`. Its times count from the first sample.
+def read_audio_window(container: InputContainer, path: str, sampling: FrameSampling, num_clips: int | None) -> Audio:
+    """Read the window of an opened file's audio that `sampling` says. Its times count from the first sample.
 
     Raises:
         MediaError: The file has no audio, the audio cannot be decoded, or the window is past its end.
     """
-    if image_format(path):
-        raise MediaError(f"{path}: an image, which has no audio; use read_image or read_media")
-    with open_container(path) as container:
-        stream = find_audio_stream(container)
-        if stream is None:
-            raise MediaError(f"{path}: the file has no audio; choose a file with audio")
-        is_partial = num_clips is not None or sampling.window != FULL_RANGE
-        may_seek = is_partial and can_seek_audio(container, stream, path, clock=None)
+    stream = find_audio_stream(container)
+    if stream is None:
+        raise MediaError(f"{path}: the file has no audio; choose a file with audio")
+    is_partial = num_clips is not None or sampling.window != FULL_RANGE
+    may_seek = is_partial and can_seek_audio(container, stream, path, clock=None)
     decoded = decode_audio_range(path, num_clips, sampling.window, on_clock=False, may_seek=may_seek)
     if sampling.start and decoded.end <= sampling.start and decoded.end:
         raise MediaError(past_the_end(path, sampling.start, decoded.end))

@@ -8,7 +8,7 @@ from vllama_jax.errors import MediaError
 from vllama_jax.media.audio_decoder import AudioDecoder, DecodedAudio
 from vllama_jax.media.clock import Clock
 from vllama_jax.media.files import demux, find_audio_stream, find_video_stream, open_container
-from vllama_jax.media.mp4_index import read_sample_tables
+from vllama_jax.media.mp4_index import read_sample_table
 from vllama_jax.media.truncation import find_truncation
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def can_seek_audio(container: InputContainer, stream: AudioStream, path: str, cl
         return clock is not None and not clock.has_resets
     if not name.startswith("mov"):
         return name in _EXACT_FORMATS
-    (table,) = read_sample_tables(path, stream.index)
+    table = read_sample_table(path, stream.index)
     if table is None or not table.is_key.all():
         return False
     return len(table.duration) > 1 and bool((table.duration[:-1] == table.duration[0]).all())

@@ -25,15 +25,14 @@ class FrameSampling:
     """Which frames of a video are sampled, and from which window. Audio is sampled from the same window.
 
     Attributes:
-        num_frames: The number of frames to sample at even intervals; None for the model's number, unless `fps` is set.
-            All frames of the window are used if it has fewer.
-        fps: Frames per second to sample, instead of a number of frames.
-        max_frames: With `fps`, sample at most this number of frames, at even intervals. The report has a note if this
-            limit applies.
+        num_frames: The number of frames to sample from a video at even intervals; by default the model's. All frames
+            of the window are used if it has fewer.
+        fps: Frames per second to sample from a video, instead of a number of frames.
+        max_frames: With a rate, sample at most this number of frames, at even intervals. The report has a note
+            if this limit applies.
         start: Start of the window, in seconds.
         end: End of the window, in seconds. The window ends at the end of the file at the latest.
-        segments: Cut the window into this number of segments of equal length. Each is encoded by itself, with the
-            number of frames that a video has otherwise.
+        segments: Cut the window into this number of segments of equal length. Each is sampled and encoded by itself.
 
     Raises:
         ConfigError: A value is out of range, or two of them contradict each other.
@@ -51,13 +50,11 @@ class FrameSampling:
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
-            raise ConfigError(f"fps must be above 0, not {self.fps}")
+            raise ConfigError(f"fps must be above 0, not {self.fps:g}")
         if self.fps is not None and self.num_frames is not None:
             raise ConfigError("fps cannot be combined with a number of frames: give one of the two")
         if self.max_frames is not None and self.fps is None:
-            raise ConfigError(
-                "max_frames limits the frames of fps, which is not given: use the number of frames instead"
-            )
+            raise ConfigError("max_frames needs fps: without it, give the number of frames instead")
         if self.segments > 1 and self.fps is not None:
             raise ConfigError("segments have the same number of frames each: give it instead of fps")
         if not (math.isfinite(self.start) and self.start >= 0):

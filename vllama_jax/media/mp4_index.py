@@ -43,22 +43,22 @@ class SampleTable(NamedTuple):
     is_discarded: Bool[np.ndarray, "n"]
 
 
-def read_sample_tables(path: str, *stream_indices: int) -> list[SampleTable | None]:
-    """Read the packets of streams from an mp4's index. The first and the last are compared with what FFmpeg reads.
+def read_sample_table(path: str, stream_index: int) -> SampleTable | None:
+    """Read the packets of a stream from an mp4's index. The first and the last are compared with what FFmpeg reads.
 
     Args:
         path: The file.
-        stream_indices: The indices of the streams in FFmpeg's container.
+        stream_index: The index of the stream in FFmpeg's container.
 
     Returns:
-        The packets of each stream; None if the file is not an mp4, or its index does not list every packet as FFmpeg
-        reads it: a fragmented mp4, several edits, or timestamps that descend or have long gaps.
+        The packets; None if the file is not an mp4, or its index does not list every packet as FFmpeg reads it: a
+        fragmented mp4, several edits, or timestamps that descend or have long gaps.
     """
     with open_container(path) as container:
         if not container.format.name.startswith("mov"):
-            return [None] * len(stream_indices)
+            return None
         with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            return [_read_checked(container, container.streams[index], data) for index in stream_indices]
+            return _read_checked(container, container.streams[stream_index], data)
 
 
 def _read_checked(container: InputContainer, stream: Stream, data: mmap.mmap) -> SampleTable | None:
@@ -68,7 +68,6 @@ def _read_checked(container: InputContainer, stream: Stream, data: mmap.mmap) ->
         return None
     if table is None or stream.time_base is None:
         return None
-    container.seek(stream.start_time or 0, stream=stream)
     first = _read_rows(container, stream, min(len(table.dts), _NUM_COMPARED))
     if not first or first[0][0] is None or first[0][1] is None:
         return None

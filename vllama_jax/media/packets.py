@@ -10,7 +10,7 @@ import numpy as np
 from vllama_jax.errors import MediaError
 from vllama_jax.media.clock import Clock, time_base
 from vllama_jax.media.files import demux
-from vllama_jax.media.mp4_index import read_sample_tables
+from vllama_jax.media.mp4_index import read_sample_table
 from vllama_jax.media.truncation import find_truncation
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def read_packet_index(path: str, stream: VideoStream, clock: Clock) -> VideoPack
     """
     if find_truncation(path):
         return None
-    (table,) = read_sample_tables(path, stream.index)
+    table = read_sample_table(path, stream.index)
     if table is None:
         return None
     tick = float(time_base(stream))

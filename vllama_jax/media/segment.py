@@ -26,6 +26,7 @@ from vllama_jax.media.sources import MediaFile, MediaSource, open_source
 from vllama_jax.media.video import DEFAULT_NUM_FRAMES, Video, decode_window, open_video, read_video
 
 if TYPE_CHECKING:
+    from av.container import InputContainer
     from jaxtyping import Int64
 
 
@@ -102,7 +103,7 @@ def _read_file_segments(
         raise MediaError(f"{path}: an image has no duration; omit the number of segments")
     with open_container(path) as container:
         if find_video_stream(container) is None:
-            yield from _read_audio_segments(path, sampling, num_clips)
+            yield from _read_audio_segments(container, path, sampling, num_clips)
             return
         opened = open_video(container, path)
         bounds = _segment_bounds(path, sampling, packet_times(container, opened.stream, opened.packets).end)
@@ -134,17 +135,17 @@ def _read_file_kind_and_duration(path: str) -> tuple[Literal["video", "audio"], 
     if is_still_image(path):
         raise MediaError(f"{path}: an image has no duration; omit the number of segments")
     with open_container(path) as container:
-        kind: Literal["video", "audio"] = "audio" if find_video_stream(container) is None else "video"
-        return kind, (container.duration or 0) / 1_000_000
+        duration = (container.duration or 0) / 1_000_000
+        return ("audio" if find_video_stream(container) is None else "video"), duration
 
 
 def _read_audio_segments(
-    path: str, sampling: FrameSampling, num_clips: int | None
+    container: InputContainer, path: str, sampling: FrameSampling, num_clips: int | None
 ) -> Iterator[tuple[tuple[float, float], Audio]]:
-    window = read_audio_window(path, sampling, num_clips=1)  # its end is certain only after decoding
+    window = read_audio_window(container, path, sampling, num_clips=1)  # its end is certain only after decoding
     for start, end in itertools.pairwise(_segment_bounds(path, sampling, sampling.start + window.report.duration)):
         segment = dataclasses.replace(sampling, start=start, end=end)
-        yield (start, end), read_audio_window(path, segment, num_clips)
+        yield (start, end), read_audio_window(container, path, segment, num_clips)
 
 
 def _segment_bounds(path: str, sampling: FrameSampling, duration: float) -> list[float]:

@@ -65,12 +65,12 @@ def find_truncation(path: str) -> Truncation | None:
         unknown container.
     """
     status = Path(path).stat()
-    return _find_truncation(path, status.st_size, status.st_mtime_ns)
+    return _find_truncation(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=16)
-def _find_truncation(path: str, size: int, modified: int) -> Truncation | None:
-    """Check a file of this size and time of modification. A check of a long file is slow, and is needed repeatedly."""
+def _find_truncation(path: str, version: tuple[int, ...]) -> Truncation | None:
+    """Check one version of a file. A check of a long file is slow, and reading a file asks for it several times."""
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for is_container, check in _CHECKS:
             if is_container(data[:16]):

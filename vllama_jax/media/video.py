@@ -111,6 +111,7 @@ def read_video(
 
 
 def read_sampled_video(
+    container: InputContainer,
     path: str,
     sampling: FrameSampling,
     size: int,
@@ -118,10 +119,9 @@ def read_sampled_video(
     num_clips: int | None,
     max_positions: int | None,
 ) -> Video:
-    """Read a video as `sampling` says. Timestamps are those of the file; see `media.read_media`."""
+    """Read an opened video as `sampling` says. Timestamps are those of the file; see `media.read_media`."""
     sampler = sampling.make_sampler(path, DEFAULT_NUM_FRAMES, max_positions)
-    with open_container(path) as container:
-        video = decode_video(container, path, sampler, size, audio, num_clips, sampling.window)
+    video = decode_video(container, path, sampler, size, audio, num_clips, sampling.window)
     notes = sampling.make_notes(len(video.frames), video.duration)
     return dataclasses.replace(video, report=dataclasses.replace(video.report, notes=(*video.report.notes, *notes)))
 
