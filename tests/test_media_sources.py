@@ -445,7 +445,7 @@ def test_directories_and_lists_that_are_not_images_are_one_line(frames_folder, t
     assert refusal(frames_folder).startswith(f"{frames_folder / 'more'}: a directory, not a file")
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/.hidden.png").touch()
-    message = f"{tmp_path / 'empty'}: no images in the directory; choose one with the frames of a video"
+    message = f"{tmp_path / 'empty'}: a directory without images; choose a file, or a directory of frames"
     assert refusal(tmp_path / "empty") == message
     assert refusal([]) == "a list without images; pass the paths of at least one"
     assert refusal([clip]) == f"{clip}: not an image; all files of a list must be images, the frames of one video"

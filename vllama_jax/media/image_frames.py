@@ -119,7 +119,7 @@ def _list_directory(folder: str | os.PathLike[str]) -> list[str]:
     except OSError as error:
         raise MediaError(f"{os.fspath(folder)}: cannot be read ({error.strerror}); check its permissions") from error
     if not paths:
-        raise MediaError(f"{os.fspath(folder)}: no images in the directory; choose one with the frames of a video")
+        raise MediaError(f"{os.fspath(folder)}: a directory without images; choose a file, or a directory of frames")
     return [str(path) for path in sorted(paths, key=lambda path: _natural_key(path.name))]
 
 
