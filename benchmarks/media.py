@@ -90,14 +90,16 @@ def repeat_minute(minute: Path, path: Path, seconds: int) -> Path:
         packets = [packet for packet in source.demux() if packet.size and packet.pts is not None]
         packets.sort(key=lambda packet: packet.dts * packet.time_base)
         content = [(p.stream.index, p.pts, p.dts, p.duration, p.time_base, p.is_keyframe, bytes(p)) for p in packets]
+        first, last = ({row[0]: row for row in rows} for rows in (reversed(content), content))
+        periods = {index: last[index][2] - first[index][2] + first[index][3] for index in first}
         for number in range(-(-seconds // 60)):
             for index, pts, dts, duration, unit, is_key, data in content:
-                if pts * unit + 60 * number >= seconds:
-                    continue
-                packet, shift = av.Packet(data), int(60 * number / unit)
-                packet.stream, packet.time_base, packet.is_keyframe = streams[index], unit, is_key
-                packet.pts, packet.dts, packet.duration = pts + shift, dts + shift, duration
-                target.mux(packet)
+                shift = number * periods[index]
+                if (dts + shift) * unit < seconds:
+                    packet = av.Packet(data)
+                    packet.stream, packet.time_base, packet.is_keyframe = streams[index], unit, is_key
+                    packet.pts, packet.dts, packet.duration = pts + shift, dts + shift, duration
+                    target.mux(packet)
     return path
 
 

@@ -310,9 +310,11 @@ def write_long(path: Path, seconds: int) -> Path:
         streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
         read = [packet for packet in source.demux() if packet.size]
         content = [(p.stream.index, p.pts, p.dts, p.duration, p.time_base, p.is_keyframe, bytes(p)) for p in read]
+        first, last = ({row[0]: row for row in rows} for rows in (reversed(content), content))
+        periods = {index: last[index][2] - first[index][2] + first[index][3] for index in first}
         for minute in range(seconds // 60):
             for index, pts, dts, duration, unit, is_key, data in content:
-                packet, shift = av.Packet(data), int(minute * 60 / unit)
+                packet, shift = av.Packet(data), minute * periods[index]
                 packet.stream, packet.time_base, packet.is_keyframe = streams[index], unit, is_key
                 packet.pts, packet.dts, packet.duration = pts + shift, dts + shift, duration
                 target.mux(packet)

@@ -7,7 +7,6 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from vllama_jax import media as media_files
 from vllama_jax.branches import BRANCHES, Branch, get_branches
 from vllama_jax.config import GREEDY, GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError, VllamaError
-from vllama_jax.media import Audio, FrameSampling, Image, MediaReport, Video
+from vllama_jax.media import Audio, FrameSampling, Image, MediaReport, MediaSource, OpenedSource, Video
 from vllama_jax.segments import check_segments_fit, combine_reports
 from vllama_jax.text import prompts
 from vllama_jax.text.templates import ChatTemplate
@@ -96,7 +95,7 @@ def check_num_frames(config: VideoLlamaConfig, option: str, num_frames: int | No
 
 
 def prepare_media(
-    path: str | Path,
+    source: MediaSource,
     config: VideoLlamaConfig,
     *,
     sampling: FrameSampling = DEFAULT_SAMPLING,
@@ -104,25 +103,28 @@ def prepare_media(
     audio: bool = True,
     require_audio: bool = False,
     interpolate_positions: bool = False,
+    allow_url: bool = False,
 ) -> PreparedMedia:
-    """Read and preprocess a video, image or audio file for a model. Needs neither the model's weights nor jax.
+    """Read and preprocess a video, an image or audio for a model. Needs neither the model's weights nor jax.
 
     Args:
-        path: The file.
+        source: A file, a directory of images, bytes, a file object, arrays or a URL; see `media.open_source`.
         config: The model's config.
         sampling: Which frames of a video are sampled, and from which window; by default `config.num_frames` of all.
         num_frames: Short for `FrameSampling(num_frames=…)`.
         audio: Whether to use the audio of a video.
         require_audio: Raise an error if the file's audio is not used.
         interpolate_positions: Accept more frames of `sampling.fps` than the model has learned positions.
+        allow_url: Whether http and https URLs are downloaded.
 
     Raises:
-        MediaError: The file cannot be used, or its audio is required and was not used.
+        MediaError: The source cannot be used, or its audio is required and was not used.
         ConfigError: The number of frames is below 1 or above that of the learned positions.
     """
     sampling = resolve_sampling(sampling, num_frames, config)
     limit = None if interpolate_positions else config.num_frame_positions
-    media = media_files.read_media(path, sampling, config.vit.image_size, audio, config.num_clips, max_positions=limit)
+    size, clips = config.vit.image_size, config.num_clips
+    media = media_files.read_media(source, sampling, size, audio, clips, max_positions=limit, allow_url=allow_url)
     return preprocess_media(media, config, require_audio=require_audio)
 
 
@@ -291,7 +293,7 @@ class Chat:
 
     def add(
         self,
-        path: str | Path,
+        source: MediaSource,
         *,
         sampling: FrameSampling = DEFAULT_SAMPLING,
         num_frames: int | None = None,
@@ -299,11 +301,13 @@ class Chat:
         require_audio: bool = False,
         interpolate_positions: bool = False,
         max_new_tokens: int = GREEDY.max_new_tokens,
+        allow_url: bool = False,
     ) -> MediaReport:
-        """Add a media file to the conversation, for the questions that follow.
+        """Add media to the conversation, for the questions that follow.
 
         Args:
-            path: A video, image or audio file.
+            source: A video, an image or audio: a file, a directory of images, bytes, a file object, arrays or a URL;
+                see `media.open_source`.
             sampling: Which frames of a video are sampled, and from which window. With several segments, they are read
                 and encoded one at a time, after a check that they fit the model's context.
             num_frames: Short for `FrameSampling(num_frames=…)`; by default the model's `num_frames`.
@@ -311,28 +315,29 @@ class Chat:
             require_audio: Raise an error if the file's audio is not used.
             interpolate_positions: Interpolate the learned positions for more frames than the model has positions.
             max_new_tokens: The maximum length of an answer, which segments leave room for in the context.
+            allow_url: Whether http and https URLs are downloaded.
 
         Returns:
             A report of the frames and the audio that are used.
 
         Raises:
-            MediaError: The file cannot be used, or its audio is required and was not used.
+            MediaError: The source cannot be used, or its audio is required and was not used.
             ConfigError: The number of frames is below 1, or above the number of learned positions without
                 interpolation, or there are more segments than fit the context.
         """
         sampling = resolve_sampling(sampling, num_frames, self.model.config)
         options = {"audio": audio, "require_audio": require_audio, "interpolate_positions": interpolate_positions}
-        with self._exclusive_use():
+        with self._exclusive_use(), media_files.open_source(source, allow_url=allow_url) as opened:
             if sampling.segments > 1:
                 model, conversation = self.model, self._conversation
-                check_segments_fit(path, model.config, model.tokenizer, conversation, sampling, audio, max_new_tokens)
-                return self._add_segments(path, sampling, **options)
-            prepared = prepare_media(path, self.model.config, sampling=sampling, **options)
+                check_segments_fit(opened, model.config, model.tokenizer, conversation, sampling, audio, max_new_tokens)
+                return self._add_segments(opened, sampling, **options)
+            prepared = prepare_media(opened, self.model.config, sampling=sampling, **options)
             return self.add_prepared(prepared, interpolate_positions=interpolate_positions)
 
     def _add_segments(
         self,
-        path: str | Path,
+        opened: OpenedSource,
         sampling: FrameSampling,
         *,
         audio: bool,
@@ -342,7 +347,7 @@ class Chat:
         """Read and encode segments one at a time. Only their media tokens are kept."""
         config, network = self.model.config, self.model.network
         tokens, segments, reports = [], [], []
-        for span, media in media_files.read_segments(path, sampling, config.vit.image_size, audio, config.num_clips):
+        for span, media in media_files.read_segments(opened, sampling, config.vit.image_size, audio, config.num_clips):
             prepared = preprocess_media(media, config, require_audio=require_audio)
             tokens += encode_media(network, prepared, interpolate_positions=interpolate_positions)
             segments.append(dataclasses.replace(prepared.prompt_media, time_range=span))

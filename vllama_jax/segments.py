@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,17 +10,18 @@ from vllama_jax import media as media_files
 from vllama_jax.branches import get_branches
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import ConfigError
-from vllama_jax.media import FrameSampling, MediaReport
+from vllama_jax.media import FrameSampling, MediaReport, OpenedSource
 from vllama_jax.text import prompts
 
 if TYPE_CHECKING:
     from vllama_jax.text.tokenizer import Tokenizer
 
 _QUESTION_TOKENS = 32  # of a question of about 20 words
+_LONG = 36000.0  # s; of a file that declares no duration
 
 
 def check_segments_fit(
-    path: str | Path,
+    source: OpenedSource,
     config: VideoLlamaConfig,
     tokenizer: "Tokenizer",
     conversation: prompts.Conversation,
@@ -34,7 +34,7 @@ def check_segments_fit(
     Nothing is decoded: the tokens are counted with the timestamps that follow from the declared duration.
 
     Args:
-        path: The file.
+        source: The video or audio.
         config: The model's config.
         tokenizer: The model's tokenizer.
         conversation: The conversation that the file is added to.
@@ -46,7 +46,8 @@ def check_segments_fit(
         ConfigError: They do not fit. The message has the largest number of segments that does.
         MediaError: The file cannot be opened, or is an image.
     """
-    kind, duration = media_files.read_kind_and_duration(path)
+    kind, duration = media_files.read_kind_and_duration(source)
+    duration = duration or _LONG  # the digits of timestamps are tokens
     context, reserved = config.llama.max_length, _QUESTION_TOKENS + max_new_tokens
     start, end = sampling.start, max(min(sampling.end, duration), sampling.start)
     counts = count_media_tokens(config)
@@ -60,7 +61,7 @@ def check_segments_fit(
             segments.append(prompts.Media(kind, with_audio, tuple(times) if kind == "video" else (), (first, last)))
         file = prompts.Media(kind, segments=tuple(segments))
         asked = conversation.add(file).ask("")
-        lengths = [counts[name] for turn in asked.turns for media in turn.media for name in media.placeholders]
+        lengths = [counts.get(name, 0) for turn in asked.turns for media in turn.media for name in media.placeholders]
         return len(prompts.encode_conversation(asked, tokenizer, lengths).ids) + reserved
 
     wanted = sampling.segments
@@ -73,7 +74,7 @@ def check_segments_fit(
         fitting, too_many = (middle, too_many) if count_tokens(middle) <= context else (fitting, middle)
     advice = f"use at most {fitting} segments" if fitting else "remove turns or media, or set max_new_tokens lower"
     raise ConfigError(
-        f"{path}: {wanted} segments, a question and an answer of {max_new_tokens} tokens do not fit the model's "
+        f"{source.name}: {wanted} segments, a question and an answer of {max_new_tokens} tokens do not fit the model's "
         f"context of {context} tokens; {advice}"
     )
 

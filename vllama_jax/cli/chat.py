@@ -3,9 +3,10 @@
 import concurrent.futures
 import dataclasses
 import json
+import os
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -16,10 +17,12 @@ from vllama_jax.checkpoints import shipped
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.shipped import find_clip, is_shipped, shipped_model
 from vllama_jax.cli._display import Display
-from vllama_jax.cli._usage import JsonFlag, MediaPath
+from vllama_jax.cli._usage import JsonFlag, MediaArgument, UsageError
 from vllama_jax.config import GREEDY, GenerationConfig
 from vllama_jax.errors import VllamaError
-from vllama_jax.media import FrameSampling, MediaReport, check_file
+from vllama_jax.media import FrameSampling, ImageFrames, MediaReport, OpenedSource, open_source
+from vllama_jax.media.download import describe_url
+from vllama_jax.media.sources import is_url
 from vllama_jax.model import Model, load, remove_missing_branches
 from vllama_jax.segments import check_segments_fit
 from vllama_jax.text.prompts import start_conversation
@@ -29,12 +32,14 @@ HEAD_START = 1.0  # seconds that loading waits for the files, because most error
 
 
 def chat(
-    file: tyro.conf.Positional[MediaPath],
+    file: tyro.conf.Positional[MediaArgument],
     questions: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
     *,
     model: Path | None = None,
-    media: tyro.conf.UseAppendAction[tuple[MediaPath, ...]] = (),
+    media: tyro.conf.UseAppendAction[tuple[MediaArgument, ...]] = (),
+    image_rate: float | None = None,
+    allow_url: bool = False,
     template: TemplateName | None = None,
     system: str | None = None,
     audio: bool = True,
@@ -56,12 +61,15 @@ def chat(
     Example: vllama chat demo
 
     Args:
-        file: The video, image or audio file. `demo` is a clip of the package, unless a file has that name.
+        file: A video, an image, an audio file, a directory whose images are the frames of a video, or with --allow-url
+            an http or https URL. `demo` is a clip of the package, unless a file has that name.
         questions: Questions, answered in turn. Without one, a prompt asks for them until an empty line or Ctrl-D.
         model: A model directory (see `vllama convert`) or a run directory (see `vllama train`). By default
             `miniature`, the small model of the package, which knows only its rendered clips (docs/miniature.md),
             unless a model directory has that name.
-        media: Another file, added after the first.
+        media: Another file, directory or URL, added after the first.
+        image_rate: Frames per second of the images in a directory; by default 1.
+        allow_url: Download http and https URLs, of public hosts only; at most 2 GiB and 10 minutes for each.
         template: The prompt template; by default the model's.
         system: The system prompt; by default the original's for the kind of media.
         audio: Ignore the audio.
@@ -76,15 +84,14 @@ def chat(
         base: The base model of a run, if it has moved.
         json_output: Print one JSON object with report, answer, tokens and timings, and with all questions in turns.
     """
-    with Display(quiet=json_output) as display:
-        files = [find_clip(path) for path in (file, *media)]
-        uses_shipped_model = model is None or is_shipped(model)
-        for path in files:
-            check_file(path)  # fail early: loading can take minutes
+    with Display(quiet=json_output) as display, ExitStack() as stack:
+        uses_shipped_model, uses_shipped_clip = model is None or is_shipped(model), find_clip(file) != Path(file)
+        sources = _find_sources((file, *media), image_rate)
+        files = [_open(stack, display, source, allow_url) for source in sources]  # fail early: loading takes minutes
         if uses_shipped_model:
             display.show_message(shipped.MODEL_DESCRIPTION)
-        if files[0] != file:
-            display.show_message(f"{files[0]}: {shipped.CLIP_DESCRIPTION}")
+        if uses_shipped_clip:
+            display.show_message(f"{files[0].name}: {shipped.CLIP_DESCRIPTION}")
         directory = remove_missing_branches(open_model(shipped_model() if model is None else model, base))
         config = directory.config
         empty = start_conversation(template or config.template, config.has_audio, system)
@@ -92,9 +99,9 @@ def chat(
             advice = "use fewer frames, or add --interpolate-positions"
             check_num_frames(config, "--num-frames", sampling.num_frames, advice)
         if sampling.segments > 1:
-            for path in files:
+            for opened in files:
                 new_tokens = generation.max_new_tokens
-                check_segments_fit(path, config, directory.tokenizer, empty, sampling, audio, new_tokens)
+                check_segments_fit(opened, config, directory.tokenizer, empty, sampling, audio, new_tokens)
         options = {"audio": audio, "require_audio": require_audio, "interpolate_positions": interpolate_positions}
         read_options = {"config": config, "sampling": sampling, **options}
         load_options = {"dtype": dtype, "quantize": quantize, "audio_scale": audio_scale}
@@ -103,18 +110,18 @@ def chat(
         conversation = Chat(loaded, template, system, int8_cache=int8_cache)
         reports = [prepared_media.report for prepared_media in prepared]
         with _record_time(timings, "encode"):
-            for path, prepared_media in zip(read_ahead, prepared, strict=True):
-                display.show_message(f"{path}: {prepared_media.report}")
-                display.show_status(f"encoding {path} (the first run compiles)")
+            for opened, prepared_media in zip(read_ahead, prepared, strict=True):
+                display.show_message(f"{opened.name}: {prepared_media.report}")
+                display.show_status(f"encoding {opened.name} (the first run compiles)")
                 conversation.add_prepared(prepared_media, interpolate_positions=interpolate_positions)
-            for path in files[len(read_ahead) :]:
-                display.show_status(f"reading and encoding {sampling.segments} segments of {path}")
+            for opened in files[len(read_ahead) :]:
+                display.show_status(f"reading and encoding {sampling.segments} segments of {opened.name}")
                 new_tokens = generation.max_new_tokens
-                reports.append(conversation.add(path, sampling=sampling, **options, max_new_tokens=new_tokens))
-                display.show_message(f"{path}: {reports[-1]}")
+                reports.append(conversation.add(opened, sampling=sampling, **options, max_new_tokens=new_tokens))
+                display.show_message(f"{opened.name}: {reports[-1]}")
         if not questions:
             display.show_message(
-                shipped.CHAT_HINT if files[0] != file else "Type a question; an empty line or Ctrl-D ends the chat."
+                shipped.CHAT_HINT if uses_shipped_clip else "Type a question; an empty line or Ctrl-D ends the chat."
             )
         turns = []
         for question in questions or iter(display.read_question, None):
@@ -132,17 +139,35 @@ def chat(
         _print_json(reports, turns, timings)
 
 
+def _find_sources(arguments: Sequence[str], image_rate: float | None) -> list[str | Path | ImageFrames]:
+    """Return the media of arguments, which are paths and URLs."""
+    paths = [argument if is_url(argument) else find_clip(argument) for argument in arguments]
+    sources = [
+        ImageFrames(path, 1.0 if image_rate is None else image_rate) if os.path.isdir(path) else path for path in paths
+    ]
+    if image_rate is not None and not any(isinstance(source, ImageFrames) for source in sources):
+        raise UsageError("--image-rate is for a directory of images; choose one, or omit the option")
+    return sources
+
+
+def _open(stack: ExitStack, display: Display, source: str | Path | ImageFrames, allow_url: bool) -> OpenedSource:
+    """Check a source, and download it if it is a URL. It is valid until `stack` is closed."""
+    if isinstance(source, str):
+        display.show_status(f"downloading {describe_url(source)}")
+    return stack.enter_context(open_source(source, allow_url=allow_url))
+
+
 def _load(
     display: Display,
     directory: ModelDirectory,
     load_options: dict[str, Any],
-    files: list[Path],
+    files: list[OpenedSource],
     read_options: dict[str, Any],
 ) -> tuple[Model, list[PreparedMedia], dict[str, float]]:
     """Load the model while a thread reads the files. Fail without loading if a file fails within `HEAD_START`."""
     timings: dict[str, float] = {}
     with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        pending = [pool.submit(prepare_media, path, **read_options) for path in files]
+        pending = [pool.submit(prepare_media, opened, **read_options) for opened in files]
         with _record_time(timings, "load"):
             display.show_status(f"loading {directory.path}")
             concurrent.futures.wait(pending, HEAD_START, concurrent.futures.FIRST_EXCEPTION)
@@ -150,7 +175,7 @@ def _load(
                 future.result()
             loaded = load(directory, **load_options)
         with _record_time(timings, "read"):
-            display.show_status("reading " + ", ".join(map(str, files)))
+            display.show_status("reading " + ", ".join(opened.name for opened in files))
             return loaded, [future.result() for future in pending], timings
 
 

@@ -186,12 +186,14 @@ class AudioDecoder:
 
     def _build_result(self) -> DecodedAudio | None:
         """Return the result, or None if samples that are needed were not kept."""
-        failure = self._failure or self._find_failure()
-        if failure:
+        is_misplaced = self._misplaced or self._seek_limit is not None  # no frame was decoded after the last seek
+        if is_misplaced and not self._failure:
+            return None
+        if failure := self._failure or self._find_failure():
             return DecodedAudio(failure=failure, end=self._seconds())
         segment, needed = self._segment_range(self._end), self._needed_ranges(self._end)
         kept = [samples for span in needed if (samples := self._read_buffer(span)) is not None]
-        if self._misplaced or len(kept) < len(needed):
+        if len(kept) < len(needed):
             return None
         notes: tuple[str, ...] = ()
         if self._num_failed:

@@ -25,9 +25,11 @@ from vllama_jax.media.packets import NO_TIMESTAMP, VideoPackets
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.container import InputContainer
+    from av.filter import Graph
     from av.video.stream import VideoStream
     from jaxtyping import Float64, Int64, UInt8
 
+    _Graphs = dict[tuple[object, ...], Graph]
     FrameSampler = Callable[[FrameTimes], Int64[np.ndarray, "t"]]  # timestamps of all frames → ascending indices
 
 _SEEK_GAP = 16  # packets; over shorter gaps decoding continues, as a seek discards the decoder's state
@@ -66,8 +68,9 @@ def decode_frames(
 
     times = packet_times(container, stream, packets)
     indices = sample_frames(times)
+    graphs: _Graphs = {}
     try:
-        frames = [_to_rgb(frame, size) for frame in _seek_frames(container, stream, packets, indices.tolist())]
+        frames = [_to_rgb(frame, size, graphs) for frame in _seek_frames(container, stream, packets, indices.tolist())]
     except (_SeekError, av.FFmpegError):
         frames, decoded_pts = _decode_from_start(path, indices.tolist(), size)
         times = _decoded_times(container, stream, packets, decoded_pts)
@@ -219,6 +222,7 @@ def _decode_from_start(
     wanted = set(indices)
     frames: list[UInt8[np.ndarray, "h w 3"]] = []
     decoded_pts: list[int | None] = []
+    graphs: _Graphs = {}
     with open_container(path) as container:
         stream = find_video_stream(container)
         if stream is None:
@@ -228,7 +232,7 @@ def _decode_from_start(
             try:
                 for frame in packet.decode():
                     if len(decoded_pts) in wanted:
-                        frames.append(_to_rgb(frame, size))
+                        frames.append(_to_rgb(frame, size, graphs))
                     decoded_pts.append(frame.pts)
             except av.FFmpegError as error:
                 if decoded_pts:
@@ -237,17 +241,31 @@ def _decode_from_start(
     return frames, decoded_pts
 
 
-def _to_rgb(frame: VideoFrame, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Orient a frame as the file declares, then scale it to size × size and convert it to RGB in one step."""
+def _to_rgb(frame: VideoFrame, size: int, graphs: _Graphs) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Orient a frame as the file declares, then scale it to size × size and convert it to RGB in one step.
+
+    Args:
+        frame: The frame.
+        size: Height and width of the result, in pixels.
+        graphs: The filters of earlier frames of the video; building them takes longer than applying them.
+    """
+    orientation = _orientation(frame)
+    color = int(frame.colorspace), int(frame.color_range)
+    key = (frame.width, frame.height, frame.format.name, *color, *orientation)
+    if key not in graphs:
+        graphs[key] = _build_graph(frame, size, orientation)
+    graphs[key].push(frame)
+    return graphs[key].pull().to_ndarray()
+
+
+def _build_graph(frame: VideoFrame, size: int, orientation: list[tuple[str, str | None]]) -> Graph:
     from av.filter import Graph
 
     scale = (("scale", f"{size}:{size}:flags=bilinear"), ("format", "rgb24"), ("buffersink", None))
     graph = Graph()
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-    steps = (*_orientation(frame), *scale)
-    graph.link_nodes(source, *(graph.add(name, options) for name, options in steps)).configure()
-    graph.push(frame)
-    return graph.pull().to_ndarray()
+    graph.link_nodes(source, *(graph.add(name, options) for name, options in (*orientation, *scale))).configure()
+    return graph
 
 
 def _orientation(frame: VideoFrame) -> list[tuple[str, str | None]]:
