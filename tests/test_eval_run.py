@@ -18,6 +18,7 @@ from PIL import Image
 
 import vllama_jax as vl
 from vllama_jax import cli
+from vllama_jax.errors import MediaError
 from vllama_jax.evaluate import answers, run
 from vllama_jax.evaluate.questions import make_open_question
 from vllama_jax.io.jsonl import JsonLinesFile
