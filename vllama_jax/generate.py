@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import GenerationConfig, LlamaConfig
-from vllama_jax.errors import ConfigError
+from vllama_jax.errors import ConfigError, ContextLengthError
 from vllama_jax.nn.llama import KVCache, Llama
 from vllama_jax.nn.video_llama import splice
 from vllama_jax.runtime.xla_options import compiler_options
@@ -176,12 +176,12 @@ def check_context_length(prompt: int, new: int, cfg: LlamaConfig) -> None:
         cfg: The language model's config.
 
     Raises:
-        ConfigError: Together they are longer than the context.
+        ContextLengthError: Together they are longer than the context.
     """
     if prompt + new > cfg.max_length:
         remaining = cfg.max_length - prompt
         advice = f", or set max_new_tokens to at most {remaining}" if remaining > 0 else ""
-        raise ConfigError(
+        raise ContextLengthError(
             f"the prompt has {prompt} tokens and max_new_tokens is {new}, but the model's context has "
             f"{cfg.max_length} tokens; remove turns or media{advice}"
         )

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -14,11 +15,11 @@ import tyro
 from vllama_jax.chat import Chat, PreparedMedia, check_num_frames, prepare_media
 from vllama_jax.checkpoints import shipped
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
-from vllama_jax.checkpoints.shipped import find_clip, is_shipped, shipped_model
+from vllama_jax.checkpoints.shipped import MODEL_NAME, find_clip, is_shipped, shipped_model
 from vllama_jax.cli._display import Display
+from vllama_jax.cli._interactive import Session, add_file, answer_question, run_chat
 from vllama_jax.cli._usage import JsonFlag, MediaPath, require_at_least
 from vllama_jax.config import GREEDY, GenerationConfig
-from vllama_jax.errors import VllamaError
 from vllama_jax.media import MediaReport, check_file
 from vllama_jax.model import Model, load, remove_missing_branches
 from vllama_jax.text.prompts import start_conversation
@@ -28,7 +29,7 @@ HEAD_START = 1.0  # seconds that loading waits for the files, because most error
 
 
 def chat(
-    file: tyro.conf.Positional[MediaPath],
+    file: tyro.conf.Positional[MediaPath | None] = None,
     questions: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
     *,
@@ -47,15 +48,18 @@ def chat(
     base: Path | None = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Ask questions about a video, an image or an audio file. Without a question, a prompt asks for them.
+    """Ask questions about a video, an image or an audio file. Without a question, an interactive chat starts.
 
     Example: vllama chat clip.mp4 "What is happening?" --model MODEL
 
     Example: vllama chat demo
 
+    An interactive chat answers each line that is typed or piped to it. `/help` in it lists its commands, such as
+    `/add FILE`, `/undo` and `/set temperature 0.7`.
+
     Args:
         file: The video, image or audio file. `demo` is a clip of the package, unless a file has that name.
-        questions: Questions, answered in turn. Without one, a prompt asks for them until an empty line or Ctrl-D.
+        questions: Questions, answered in turn. Without one, an interactive chat starts, also without a file.
         model: A model directory (see `vllama convert`) or a run directory (see `vllama train`). By default
             `miniature`, the small model of the package, which knows only its rendered clips (docs/miniature.md),
             unless a model directory has that name.
@@ -75,46 +79,49 @@ def chat(
     """
     require_at_least(1, num_frames=num_frames)
     with Display(quiet=json_output) as display:
-        files = [find_clip(path) for path in (file, *media)]
+        paths = (*([] if file is None else [file]), *media)
+        files = [find_clip(path) for path in paths]
+        is_demo = file is not None and files[0] != file
         uses_shipped_model = model is None or is_shipped(model)
         for path in files:
             check_file(path)  # fail early: loading can take minutes
         if uses_shipped_model:
             display.show_message(shipped.MODEL_DESCRIPTION)
-        if files[0] != file:
+        if is_demo:
             display.show_message(f"{files[0]}: {shipped.CLIP_DESCRIPTION}")
         directory = remove_missing_branches(open_model(shipped_model() if model is None else model, base))
         config = directory.config
         start_conversation(template or config.template, config.has_audio, system)
         if not interpolate_positions:
             check_num_frames(config, "--num-frames", num_frames, "use fewer frames, or add --interpolate-positions")
-        read_options = {"config": config, "num_frames": num_frames, "audio": audio, "require_audio": require_audio}
+        read_options: dict[str, Any] = {
+            "config": config,
+            "num_frames": num_frames,
+            "audio": audio,
+            "require_audio": require_audio,
+        }
         load_options = {"dtype": dtype, "quantize": quantize, "audio_scale": audio_scale}
         loaded, prepared, timings = _load(display, directory, load_options, files, read_options)
         conversation = Chat(loaded, template, system)
+        session = Session(
+            chat=conversation,
+            display=display,
+            model_name=MODEL_NAME if uses_shipped_model else str(model),
+            template=template or config.template,
+            read_file=lambda path: prepare_media(find_clip(path), **read_options),
+            add_prepared=functools.partial(conversation.add_prepared, interpolate_positions=interpolate_positions),
+            generation=generation,
+        )
         with _record_time(timings, "encode"):
             for path, prepared_media in zip(files, prepared, strict=True):
                 display.show_message(f"{path}: {prepared_media.report}")
-                display.show_status(f"encoding {path} (the first run compiles)")
-                conversation.add_prepared(prepared_media, interpolate_positions=interpolate_positions)
+                add_file(session, prepared_media)
+        for question in questions:
+            answer_question(session, question)
         if not questions:
-            display.show_message(
-                shipped.CHAT_HINT if files[0] != file else "Type a question; an empty line or Ctrl-D ends the chat."
-            )
-        turns = []
-        for question in questions or iter(display.read_question, None):
-            display.show_status("generating")
-            try:
-                display.print_answer(conversation.ask(question, **dataclasses.asdict(generation)))
-            except VllamaError as error:
-                if questions:
-                    raise
-                display.show_message(f"vllama: {error}")  # an interactive chat continues
-                continue
-            if conversation.last is not None:
-                turns.append({"question": question, **dataclasses.asdict(conversation.last)})
+            run_chat(session, shipped.CHAT_HINT if is_demo else "Type a question; /help lists the commands.")
     if json_output:
-        _print_json([prepared_media.report for prepared_media in prepared], turns, timings)
+        _print_json(list(conversation.files), session.turns, timings)
 
 
 def _load(
@@ -144,7 +151,7 @@ def _print_json(reports: list[MediaReport], turns: list[dict[str, Any]], timings
     last = turns[-1] if turns else {"answer": None, "tokens": [], "timings": {}}
     report_fields = [dataclasses.asdict(report) for report in reports]
     summary = {
-        "report": report_fields[0],
+        "report": report_fields[0] if report_fields else None,
         "answer": last["answer"],
         "tokens": last["tokens"],
         "timings": {**timings, **last["timings"]},

@@ -1,0 +1,414 @@
+"""Interactive chats: commands, lines of stdin, and a session in a pseudo-terminal."""
+
+import dataclasses
+import io
+import json
+import os
+import re
+import signal
+import sys
+import termios
+from pathlib import Path
+
+import pexpect
+import pytest
+from PIL import Image
+
+import vllama_jax as vl
+from vllama_jax.chat import Answer, PreparedMedia
+from vllama_jax.cli import _interactive
+from vllama_jax.cli._display import Display
+from vllama_jax.cli._interactive import COMMANDS, Session, run_chat, run_line
+from vllama_jax.errors import ContextLengthError
+from vllama_jax.text.prompts import Media, Turn, start_conversation
+
+REPORT = vl.MediaReport("a.mp4", "video", 8, 4.0, "used")
+
+
+class RepeatingChat:
+    """Answers with the question in capitals, and keeps questions and files as `Chat` does."""
+
+    def __init__(self):
+        self.last, self.questions, self.files, self.options = None, [], (), {}
+
+    def ask(self, question, **options):
+        self.options = options
+        if "long" in question:
+            raise ContextLengthError("the prompt is too long")
+        for word in question.upper().split():
+            yield word + " "
+        self.questions.append(question)
+        self.last = Answer(question.upper(), [1], {})
+
+    def undo(self):
+        if not self.questions:
+            raise vl.VllamaError("the conversation has no question that could be removed")
+        return self.questions.pop()
+
+    def reset(self):
+        self.questions, self.files = [], ()
+
+
+@pytest.fixture
+def session() -> Session:
+    chat = RepeatingChat()
+
+    def read_file(path):
+        if "bad" in path:
+            raise vl.MediaError(f"{path}: not a video")
+        return PreparedMedia(dataclasses.replace(REPORT, path=path), None, None)
+
+    def add_prepared(prepared):
+        chat.files = (*chat.files, prepared.report)
+        return prepared.report
+
+    return Session(
+        chat=chat,
+        display=Display(),
+        model_name="MODEL",
+        template="vicuna",
+        read_file=read_file,
+        add_prepared=add_prepared,
+        generation=vl.GenerationConfig(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "question"),
+    [
+        ("What?", "What?"),
+        ("  What?  \r\n", "What?"),
+        ("two\nlines", "two\nlines"),
+        (" /dev/null?", "/dev/null?"),
+        ("//dev/null?", "/dev/null?"),
+        ("1/2?", "1/2?"),
+    ],
+)
+def test_a_line_is_a_question_unless_it_begins_with_one_slash(session, line, question):
+    assert run_line(session, line)
+    assert session.chat.questions == [question]
+
+
+@pytest.mark.parametrize("line", ["", "\n", "  \t\r\n"])
+def test_an_empty_line_is_ignored(session, line, capsys):
+    assert run_line(session, line)
+    assert session.chat.questions == []
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/", r"^/: not a command; /help lists the commands, // begins a question with a slash$"),
+        ("/sav x", r"^/sav: not a command; did you mean '/save'\?; /help lists the commands"),
+        ("/add", r"^/add takes FILE; /help lists the commands$"),
+        ("/undo all", r"^/undo takes no argument; /help lists the commands$"),
+        ("/exit now", r"^/exit takes no argument"),
+        ("/add a\nWhat?", r"^/add: a command has one line; /help"),
+        ("/set temprature 1", r"^temprature is not an option; did you mean 'temperature'\?$"),
+        ("/set xyzzy 1", r"^xyzzy is not an option; /set lists the options$"),
+        ("/set temperature warm", r"^/set\.temperature: 'warm' is not of type float$"),
+        ("/set temperature -1", r"^/set: temperature must be at least 0, not -1\.0$"),
+        ("/set temperature NaN", r"^/set\.temperature: 'NaN' is not of type float$"),
+        ("/set top_k 1.5", r"^/set\.top_k: 1\.5 is not of type int$"),
+        ("/set top_k 99999999999", r"^/set\.top_k: must be .* at most 2147483647, not 99999999999$"),
+        ("/set top_p 2", r"^/set: top_p must be above 0 and at most 1, not 2\.0$"),
+        ('/set top_p 0.5, "seed": 3', r"^/set\.top_p: .* is not of type float$"),
+        ("/undo", r"^the conversation has no question that could be removed$"),
+        ("/add bad.mp4", r"^bad\.mp4: not a video$"),
+        ("/save /proc/x", r"^/proc/x: cannot be written \(.*\); choose another path$"),
+        ("/save no/folder.json", r"^no/folder\.json: cannot be written \(No such file or directory\)"),
+        ("/save a\0b", r"cannot be written \(.*null.*\)"),
+    ],
+)
+def test_a_bad_command_is_one_line_and_changes_nothing(session, line, message):
+    run_line(session, "What?")
+    before = dataclasses.replace(session, transcript=[*session.transcript])
+    if line == "/undo":
+        run_line(session, line)
+        before.transcript.clear()
+    with pytest.raises(vl.VllamaError, match=message) as error:
+        run_line(session, line)
+    assert "\n" not in str(error.value)
+    assert session == before
+
+
+def test_options_are_set_and_listed(session, capsys):
+    lines = ("/set temperature 0.7", "/set --max-new-tokens=12", "/set seed = 3", "/set seed", "What?")
+    assert all(run_line(session, line) for line in lines)
+    assert capsys.readouterr().err == "temperature 0.7\nmax_new_tokens 12\nseed 3\nseed 3\n"
+    assert session.chat.options == dataclasses.asdict(session.generation)
+    assert session.generation == vl.GenerationConfig(temperature=0.7, max_new_tokens=12, seed=3)
+    run_line(session, "/set")
+    listed = dict(line.split() for line in capsys.readouterr().err.splitlines())
+    assert listed == {name: json.dumps(value) for name, value in session.chat.options.items()}
+
+
+def test_help_lists_every_command(session, capsys):
+    run_line(session, "/help")
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == list(COMMANDS)
+    assert max(map(len, lines)) <= 100
+
+
+def test_a_conversation_is_saved_as_json_and_as_text(session, tmp_path, capsys):
+    for line in ("/add a.mp4", "One?", "two\nlines", "/add b.mp4", "/undo", "/add c.mp4"):
+        run_line(session, line)
+    for name in ("chat.json", "chat.txt"):
+        run_line(session, f"/save {tmp_path}/{name}")
+    entries = [{"question": "One?", "answer": "ONE?"}]
+    files = [{"file": dataclasses.asdict(dataclasses.replace(REPORT, path=f"{name}.mp4"))} for name in "abc"]
+    saved = json.loads((tmp_path / "chat.json").read_text())
+    expected = {"model": "MODEL", "template": "vicuna", "conversation": [files[0], *entries, *files[1:]]}
+    assert saved == json.loads(json.dumps(expected))
+    report = "8 frames of 4.0 s; audio used\n"
+    assert (tmp_path / "chat.txt").read_text() == (f"a.mp4: {report}\n> One?\nONE?\n\nb.mp4: {report}\nc.mp4: {report}")
+    with pytest.raises(vl.CheckpointError, match=r"chat\.txt: already exists; remove it or choose another path"):
+        run_line(session, f"/save {tmp_path}/chat.txt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["chat.json", "chat.txt"]
+    run_line(session, "/reset")
+    assert (session.chat.questions, session.chat.files, session.transcript) == ([], (), [])
+    assert [turn["question"] for turn in session.turns] == ["One?", "two\nlines"]
+
+
+@pytest.mark.parametrize("typed", ["my clip.mp4", "'my clip.mp4'", '"my clip.mp4"', r"my\ clip.mp4"])
+def test_a_path_with_spaces_may_be_quoted_as_a_terminal_does_when_a_file_is_dropped(session, typed):
+    run_line(session, f"/add {typed}")
+    assert session.chat.files[0].path == "my clip.mp4"
+
+
+def test_paths_are_literal_if_such_a_file_exists(session, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    Path("it's.mp4").touch()
+    Path("a\\ b").touch()
+    for typed in ("it's.mp4", "a\\ b", "~/x.mp4", "who's.mp4"):
+        run_line(session, f"/add {typed}")
+    assert [report.path for report in session.chat.files] == ["it's.mp4", "a\\ b", "/home/me/x.mp4", "who's.mp4"]
+
+
+def test_an_interrupted_answer_is_not_in_the_conversation(session, capsys):
+    words = session.chat.ask("one two three")
+    session.chat.ask = lambda question, **_: (
+        session.interrupted.set() or word if i == 1 else word for i, word in enumerate(words)
+    )
+    run_line(session, "/set seed 1")
+    run_line(session, "one two three")
+    printed = capsys.readouterr()
+    assert printed.out == "ONE \n"
+    assert printed.err.endswith("stopped; the conversation is as before this question\n")
+    assert (session.transcript, session.turns) == ([], [])
+
+
+def test_an_interrupted_add_adds_nothing(session, capsys):
+    read_file = session.read_file
+    session.read_file = lambda path: session.interrupted.set() or read_file(path)
+    run_line(session, "/add a.mp4")
+    assert capsys.readouterr().err == "stopped; the file is not added\n"
+    assert (session.chat.files, session.transcript) == ((), [])
+
+
+def test_lines_of_stdin_are_questions_and_commands(session, monkeypatch, capsys):
+    lines = ["One?", "", "/add bad.mp4", "/nothing", "too long", "/add a.mp4", "Two?", "/exit", "Three?"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    run_chat(session, "the hint")
+    printed = capsys.readouterr()
+    assert printed.out == "ONE? \nTWO? \n"
+    errors = printed.err.splitlines()
+    assert errors[0] == "the hint"
+    assert errors[1:3] == [
+        "vllama: bad.mp4: not a video",
+        "vllama: /nothing: not a command; /help lists the commands, // begins a question with a slash",
+    ]
+    assert errors[3] == f"vllama: the prompt is too long; {_interactive.CONTEXT_ADVICE}"
+    assert errors[4] == "a.mp4: 8 frames of 4.0 s; audio used"
+    assert len(errors) == 5
+    assert session.chat.questions == ["One?", "Two?"]
+
+
+def test_stdin_that_is_not_text_is_an_error(session, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What\xff?\n"), encoding="utf-8"))
+    with pytest.raises(vl.DataError, match=r"^stdin: not utf-8 text \(invalid start byte\)$"):
+        run_chat(session, "")
+
+
+def test_a_chat_without_stdin_ends(session, monkeypatch):
+    monkeypatch.setattr("sys.stdin", None)
+    run_chat(session, "")
+
+
+def test_undo_removes_a_turn_and_keeps_its_files():
+    image, clip, audio = Media("image"), Media("video", True, (0.5,)), Media("audio")
+    start = start_conversation("vicuna", True)
+    first = start.add(image).ask("One?").answer("1")
+    second = first.add(clip).ask("Two?").answer("2", ended_by_eos=True)
+    assert second.undo() == first.add(clip)
+    assert second.add(audio).undo() == first.add(clip).add(audio)
+    assert second.undo().undo() == start.add(image).add(clip)
+    assert first.ask("Two?").answer("2").undo() == first
+    assert start.add(image).ask("One?").undo().turns == (Turn((image,)),)
+    for empty in (start, start.add(image)):
+        with pytest.raises(ValueError, match="there is no question to undo"):
+            empty.undo()
+
+
+# In a pseudo-terminal
+
+PROMPT = r"\x1b\[\?2004h"  # switches bracketed paste on: the prompt reads keys
+CTRL_C, CTRL_D, UP, ENTER = "\x03", "\x04", "\x1b[A", "\r"
+PROMPT_ONLY = (
+    "from vllama_jax.cli._prompt import read_lines\nfrom vllama_jax.runtime.interrupts import *\nimport sys\n"
+    "with exit_on_interrupt(), catch_interrupts(lambda: None):\n"
+    "    for line in read_lines(['/add', '/set'], ['/add'], print): print('read', repr(line))\n"
+    "print('left')"
+)
+
+
+def paste(text: str) -> str:
+    """Return what a terminal sends for a text that is pasted."""
+    return f"\x1b[200~{text}\x1b[201~"
+
+
+def start_in_terminal(code: str, *arguments: object, cache: Path) -> pexpect.spawn:
+    """Run Python code in a pseudo-terminal and wait for the prompt."""
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
+    environment["VLLAMA_CACHE"] = str(cache)
+    terminal = pexpect.spawn(
+        sys.executable,
+        ["-c", code, *map(str, arguments)],
+        env=environment,
+        encoding="utf-8",
+        timeout=60,
+        dimensions=(40, 200),
+    )
+    terminal.expect(PROMPT)
+    return terminal
+
+
+def enter(terminal: pexpect.spawn, *keys: str, expected: str = "") -> str:
+    """Send keys, expect a text, and return what was printed before it, up to the next prompt."""
+    for key in keys:
+        terminal.send(key)
+    terminal.expect(expected)
+    printed = terminal.before + terminal.after
+    terminal.expect(PROMPT)
+    return printed + terminal.before
+
+
+def leave(terminal: pexpect.spawn, *keys: str) -> str:
+    """Send keys that end the program, and return the rest of the output."""
+    for key in keys:
+        terminal.send(key)
+    terminal.expect(pexpect.EOF)
+    terminal.close()
+    return terminal.before
+
+
+def test_the_prompt_edits_lines_and_remembers_them(tmp_path):
+    (tmp_path / "clips").mkdir()
+    (tmp_path / "clips/a.mp4").touch()
+    first = start_in_terminal(PROMPT_ONLY, cache=tmp_path)
+    enter(first, "What>", "\x1b[D", "is it", "\x7f\x7f", "?", ENTER, expected=r"read 'Whatis \?>'")
+    enter(first, paste("two\r\nlines"), ENTER, expected=r"read 'two\\nlines'")
+    enter(first, "dropped", CTRL_C)
+    enter(first, CTRL_C, expected="Ctrl-D or /exit ends the chat")
+    first.send("/a\t")
+    first.expect("dd")
+    first.send(f" {tmp_path}/clips/\t")
+    first.expect(r"a\.mp4")
+    enter(first, ENTER, expected=f"read '/add {tmp_path}/clips/a.mp4'")
+    enter(first, ENTER, expected="read ''")
+    assert "left" in leave(first, CTRL_D)
+    assert first.exitstatus == 0
+    assert (tmp_path / "chat_history").stat().st_mode & 0o777 == 0o600
+    second = start_in_terminal(PROMPT_ONLY, cache=tmp_path)
+    enter(second, UP, UP, UP, ENTER, expected=r"read 'two\\nlines'")
+    leave(second, CTRL_D)
+
+
+def test_sigterm_at_the_prompt_restores_the_terminal(tmp_path):
+    terminal = start_in_terminal(PROMPT_ONLY, cache=tmp_path)
+    echo = termios.tcgetattr(terminal.child_fd)[3] & termios.ECHO
+    assert not echo, "the prompt does not read keys"
+    terminal.kill(signal.SIGTERM)
+    terminal.expect(r"\x1b\[\?2004l")  # bracketed paste is off
+    assert "left" not in leave(terminal)
+    assert (terminal.exitstatus, terminal.signalstatus) == (143, None)
+
+
+def test_a_closed_terminal_ends_the_program(tmp_path):
+    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + PROMPT_ONLY
+    terminal = start_in_terminal(code, cache=tmp_path)
+    os.close(terminal.child_fd)
+    assert terminal.ptyproc.wait() is not None
+
+
+@pytest.mark.parametrize("target", ["folder", "missing/file"])
+def test_a_history_that_cannot_be_kept_is_reported(tmp_path, target):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/chat_history").symlink_to(tmp_path / target)
+    terminal = start_in_terminal(PROMPT_ONLY, cache=tmp_path / "cache")
+    assert "vllama: the history is not kept (" in terminal.before
+    enter(terminal, "What?", ENTER, expected=r"read 'What\?'")
+    enter(terminal, UP, ENTER, expected=r"read 'What\?'")
+    leave(terminal, CTRL_D)
+
+
+CHAT = """
+import sys, time
+from vllama_jax.chat import Chat
+
+ask = Chat.ask
+
+def ask_slowly(chat, question, **options):
+    yield "⟦"
+    for text in ask(chat, question, **options):
+        yield text
+        time.sleep(0.5 if "slowly" in question else 0)
+    yield "⟧"
+
+Chat.ask = ask_slowly
+from vllama_jax.cli import main
+main()
+"""
+
+
+@pytest.mark.slow
+def test_a_chat_in_a_terminal(tiny_model, tmp_path):
+    picture = tmp_path / "my picture.png"
+    Image.new("RGB", (64, 64), "red").save(picture)
+    chat = start_in_terminal(CHAT, "chat", "--model", tiny_model, "--max-new-tokens", 100, cache=tmp_path / "cache")
+    banner = (
+        r"model: \d\.\d million parameters, .*B, float32, on cpu; prompt template vicuna, context of 1,024 tokens\r\n"
+    )
+    assert re.search(banner, chat.before)
+    enter(chat, "/help", ENTER, expected="/save FILE")
+    enter(chat, "/files", ENTER, expected="the conversation has no files")
+    enter(chat, "/add nothing.png", ENTER, expected="vllama: nothing.png: no such file")
+    enter(chat, f"/add {picture}", ENTER, expected="my picture.png: 1 image")
+    enter(chat, "/files", ENTER, expected="my picture.png: 1 image")
+    answer = enter(chat, "What is it?", ENTER, expected="⟦(?s:.+)⟧").partition("⟦")[2]
+
+    chat.send(f"Tell it slowly{ENTER}")
+    chat.expect("⟦(?s:.)")
+    assert "⟧" not in enter(chat, CTRL_C, expected="stopped; the conversation is as before this question")
+    enter(chat, "/undo", ENTER, expected=r"removed, with its answer: What is it\?")
+    assert enter(chat, "What is it?", ENTER, expected="⟦(?s:.+)⟧").partition("⟦")[2] == answer
+
+    enter(chat, "/set max_new_tokens 5", ENTER, expected="max_new_tokens 5")
+    printed = enter(chat, paste("Two\nlines?"), ENTER, expected="⟦(?s:.+)⟧")
+    assert printed.count("⟦") == 1
+    enter(chat, "/set max_new_tokens 5000", ENTER, expected="max_new_tokens 5000")
+    enter(
+        chat, "Why?", ENTER, expected="vllama: the prompt has .* tokens .*; in this chat: /undo .*/set max_new_tokens N"
+    )
+    enter(chat, "/set max_new_tokens 5", ENTER, expected="max_new_tokens 5")
+    enter(chat, "Why?", CTRL_C)
+    enter(chat, f"/save {tmp_path}/chat.json", ENTER, expected="saved to ")
+    enter(chat, "/reset", ENTER, expected="all turns and files are removed")
+    enter(chat, "Hello?", ENTER, expected="⟦(?s:.+)⟧")
+    leave(chat, CTRL_D)
+    assert chat.exitstatus == 0
+    entries = json.loads((tmp_path / "chat.json").read_text())["conversation"]
+    assert [entry.get("question") for entry in entries] == [None, "What is it?", "Two\nlines?"]
