@@ -9,6 +9,7 @@ import signal
 import sys
 import termios
 from pathlib import Path
+from types import SimpleNamespace
 
 import pexpect
 import pytest
@@ -19,6 +20,7 @@ from vllama_jax.chat import Answer, PreparedMedia
 from vllama_jax.cli import _interactive
 from vllama_jax.cli._display import Display
 from vllama_jax.cli._interactive import COMMANDS, Session, run_chat, run_line
+from vllama_jax.cli.chat import _print_json as print_json
 from vllama_jax.errors import ContextLengthError
 from vllama_jax.text.prompts import Media, Turn, start_conversation
 
@@ -252,6 +254,27 @@ def test_undo_removes_a_turn_and_keeps_its_files():
             empty.undo()
 
 
+def test_a_chat_lists_its_files_and_removes_its_last_question(monkeypatch):
+    monkeypatch.setattr(vl.chat, "encode_media", lambda *_, **__: [])
+    chat = vl.Chat(SimpleNamespace(config=vl.config.tiny(), tokenizer=None, network=None))
+    with pytest.raises(vl.VllamaError, match="no question that could be removed"):
+        chat.undo()
+    for path, question in (("a.mp4", "One?"), ("b.mp4", "Two?")):
+        chat.add_prepared(PreparedMedia(dataclasses.replace(REPORT, path=path), None, None))
+        chat._conversation = chat._conversation.ask(question).answer("Yes.")
+    assert [chat.undo(), chat.undo()] == ["Two?", "One?"]
+    assert [report.path for report in chat.files] == ["a.mp4", "b.mp4"]
+    assert chat._conversation.turns == (Turn((Media("video"),) * 2),)
+    chat.reset()
+    assert chat.files == chat._conversation.turns == ()
+
+
+def test_json_of_a_chat_without_files_and_answers(capsys):
+    print_json([], [], {})
+    summary = json.loads(capsys.readouterr().out)
+    assert (summary["report"], summary["reports"], summary["turns"]) == (None, [], [])
+
+
 # In a pseudo-terminal
 
 PROMPT = r"\x1b\[\?2004h"  # switches bracketed paste on: the prompt reads keys
@@ -269,10 +292,10 @@ def paste(text: str) -> str:
     return f"\x1b[200~{text}\x1b[201~"
 
 
-def start_in_terminal(code: str, *arguments: object, cache: Path) -> pexpect.spawn:
+def start_in_terminal(code: str, *arguments: object, cache: Path, terminal_type: str = "xterm") -> pexpect.spawn:
     """Run Python code in a pseudo-terminal and wait for the prompt."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PROMPT_TOOLKIT_NO_CPR": "1", "TERM": "xterm"}
-    environment["VLLAMA_CACHE"] = str(cache)
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    environment |= {"VLLAMA_CACHE": str(cache), "TERM": terminal_type}
     terminal = pexpect.spawn(
         sys.executable,
         ["-c", code, *map(str, arguments)],
@@ -341,6 +364,23 @@ def test_a_closed_terminal_ends_the_program(tmp_path):
     terminal = start_in_terminal(code, cache=tmp_path)
     os.close(terminal.child_fd)
     assert terminal.ptyproc.wait() is not None
+
+
+def test_the_prompt_is_on_stderr_if_stdout_is_a_file(tmp_path):
+    code = f"import sys; sys.stdout = open({str(tmp_path / 'out')!r}, 'w')\n" + PROMPT_ONLY
+    terminal = start_in_terminal(code, cache=tmp_path)
+    leave(terminal, "What?", ENTER, CTRL_D)
+    assert (tmp_path / "out").read_text() == "read 'What?'\nleft\n"
+
+
+def test_a_dumb_terminal_gets_no_control_sequences(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules[__name__], "PROMPT", "> ")
+    terminal = start_in_terminal(PROMPT_ONLY, cache=tmp_path, terminal_type="dumb")
+    printed = enter(terminal, "What?", ENTER, expected=r"read 'What\?'")
+    printed += enter(terminal, "Who", CTRL_C) + enter(terminal, CTRL_C, expected="Ctrl-D or /exit")
+    printed += leave(terminal, CTRL_D)
+    assert terminal.exitstatus == 0
+    assert "\x1b" not in printed
 
 
 @pytest.mark.parametrize("target", ["folder", "missing/file"])

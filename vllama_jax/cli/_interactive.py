@@ -247,7 +247,7 @@ def _undo(session: Session, argument: str) -> str:
     question = session.chat.undo()
     last = max(number for number, entry in enumerate(session.transcript) if "question" in entry)
     del session.transcript[last]
-    return f"removed, with its answer: {question}"
+    return f"removed, with its answer: {textwrap.shorten(question, 80, placeholder=' …')}"
 
 
 def _reset(session: Session, argument: str) -> str:

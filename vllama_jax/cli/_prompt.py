@@ -3,6 +3,7 @@
 It is imported only when a terminal is used, as the import takes a quarter of a second.
 """
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from prompt_toolkit import PromptSession
@@ -37,7 +38,7 @@ def read_lines(
         history=InMemoryHistory(lines),
         completer=_Completer(commands, file_commands),
         complete_while_typing=False,
-        output=create_output(always_prefer_tty=True),  # on stderr if the answers on stdout are not for the terminal
+        output=None if sys.stdout.isatty() else create_output(sys.stderr),
     )
     while True:
         try:
