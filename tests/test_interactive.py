@@ -4,15 +4,19 @@ import dataclasses
 import io
 import json
 import os
+import pty
 import re
 import signal
+import subprocess
 import sys
 import termios
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pexpect
 import pytest
+from pexpect import fdpexpect
 from PIL import Image
 
 import vllama_jax as vl
@@ -292,45 +296,75 @@ def paste(text: str) -> str:
     return f"\x1b[200~{text}\x1b[201~"
 
 
-def start_in_terminal(code: str, *arguments: object, cache: Path, terminal_type: str = "xterm") -> pexpect.spawn:
-    """Run Python code in a pseudo-terminal and wait for the prompt."""
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PROMPT_TOOLKIT_NO_CPR": "1"}
-    environment |= {"VLLAMA_CACHE": str(cache), "TERM": terminal_type}
-    terminal = pexpect.spawn(
-        sys.executable,
-        ["-c", code, *map(str, arguments)],
-        env=environment,
-        encoding="utf-8",
-        timeout=60,
-        dimensions=(40, 200),
-    )
-    terminal.expect(PROMPT)
-    return terminal
+class Terminal(fdpexpect.fdspawn):
+    """A pseudo-terminal in which Python code runs. It is in a process that is not forked, as JAX has threads here.
+
+    Args:
+        code: The code.
+        arguments: Its arguments.
+        cache: The cache folder.
+        terminal_type: The value of TERM.
+    """
+
+    def __init__(self, code: str, *arguments: object, cache: Path, terminal_type: str = "xterm"):
+        environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        environment |= {"VLLAMA_CACHE": str(cache), "TERM": terminal_type}
+        code = f"import fcntl, termios; fcntl.ioctl(0, termios.TIOCSCTTY)\n{code}"
+        command = [sys.executable, "-c", code, *map(str, arguments)]
+        master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (40, 200))
+        files = dict.fromkeys(("stdin", "stdout", "stderr"), slave)
+        self.process = subprocess.Popen(command, **files, env=environment, start_new_session=True)
+        os.close(slave)
+        super().__init__(master, encoding="utf-8", timeout=60)
+        self.expect_prompt()
+
+    def expect_prompt(self) -> None:
+        """Wait until the prompt reads keys."""
+        self.expect(PROMPT)
+        while termios.tcgetattr(self.child_fd)[3] & termios.ECHO:
+            time.sleep(0.01)
 
 
-def enter(terminal: pexpect.spawn, *keys: str, expected: str = "") -> str:
+@pytest.fixture
+def start():
+    """A function that starts a `Terminal` and waits for its prompt. Its process ends with the test."""
+    terminals = []
+
+    def start_terminal(*arguments, **options):
+        terminals.append(Terminal(*arguments, **options))
+        return terminals[-1]
+
+    yield start_terminal
+    for terminal in terminals:
+        terminal.process.kill()
+        terminal.process.wait()
+        terminal.close()
+
+
+def enter(terminal: Terminal, *keys: str, expected: str = "") -> str:
     """Send keys, expect a text, and return what was printed before it, up to the next prompt."""
     for key in keys:
         terminal.send(key)
     terminal.expect(expected)
     printed = terminal.before + terminal.after
-    terminal.expect(PROMPT)
+    terminal.expect_prompt()
     return printed + terminal.before
 
 
-def leave(terminal: pexpect.spawn, *keys: str) -> str:
+def leave(terminal: Terminal, *keys: str) -> str:
     """Send keys that end the program, and return the rest of the output."""
     for key in keys:
         terminal.send(key)
     terminal.expect(pexpect.EOF)
-    terminal.close()
+    terminal.process.wait(timeout=60)
     return terminal.before
 
 
-def test_the_prompt_edits_lines_and_remembers_them(tmp_path):
+def test_the_prompt_edits_lines_and_remembers_them(start, tmp_path):
     (tmp_path / "clips").mkdir()
     (tmp_path / "clips/a.mp4").touch()
-    first = start_in_terminal(PROMPT_ONLY, cache=tmp_path)
+    first = start(PROMPT_ONLY, cache=tmp_path)
     enter(first, "What>", "\x1b[D", "is it", "\x7f\x7f", "?", ENTER, expected=r"read 'Whatis \?>'")
     enter(first, paste("two\r\nlines"), ENTER, expected=r"read 'two\\nlines'")
     enter(first, "dropped", CTRL_C)
@@ -341,54 +375,54 @@ def test_the_prompt_edits_lines_and_remembers_them(tmp_path):
     first.expect(r"a\.mp4")
     enter(first, ENTER, expected=f"read '/add {tmp_path}/clips/a.mp4'")
     enter(first, ENTER, expected="read ''")
-    assert "left" in leave(first, CTRL_D)
-    assert first.exitstatus == 0
+    leave(first, CTRL_D)
+    assert first.process.returncode == 0
     assert (tmp_path / "chat_history").stat().st_mode & 0o777 == 0o600
-    second = start_in_terminal(PROMPT_ONLY, cache=tmp_path)
+    second = start(PROMPT_ONLY, cache=tmp_path)
     enter(second, UP, UP, UP, ENTER, expected=r"read 'two\\nlines'")
     leave(second, CTRL_D)
 
 
-def test_sigterm_at_the_prompt_restores_the_terminal(tmp_path):
-    terminal = start_in_terminal(PROMPT_ONLY, cache=tmp_path)
-    echo = termios.tcgetattr(terminal.child_fd)[3] & termios.ECHO
-    assert not echo, "the prompt does not read keys"
-    terminal.kill(signal.SIGTERM)
-    terminal.expect(r"\x1b\[\?2004l")  # bracketed paste is off
-    assert "left" not in leave(terminal)
-    assert (terminal.exitstatus, terminal.signalstatus) == (143, None)
+def test_sigterm_at_the_prompt_restores_the_terminal(start, tmp_path):
+    code = f"import atexit; atexit.register(lambda: open({str(tmp_path / 'out')!r}, 'w').write(str(echoes())))\n"
+    code += "def echoes(): return bool(termios.tcgetattr(0)[3] & termios.ECHO)\n"
+    terminal = start(code + PROMPT_ONLY, cache=tmp_path)
+    terminal.process.terminate()
+    leave(terminal)
+    assert terminal.process.returncode == 143
+    assert (tmp_path / "out").read_text() == "True"
 
 
-def test_a_closed_terminal_ends_the_program(tmp_path):
-    code = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)\n" + PROMPT_ONLY
-    terminal = start_in_terminal(code, cache=tmp_path)
-    os.close(terminal.child_fd)
-    assert terminal.ptyproc.wait() is not None
+@pytest.mark.parametrize(("action", "code"), [("SIG_DFL", -signal.SIGHUP), ("SIG_IGN", 1)])
+def test_a_closed_terminal_ends_the_program(start, tmp_path, action, code):
+    terminal = start(f"import signal; signal.signal(signal.SIGHUP, signal.{action})\n{PROMPT_ONLY}", cache=tmp_path)
+    terminal.close()
+    assert terminal.process.wait(timeout=60) == code
 
 
-def test_the_prompt_is_on_stderr_if_stdout_is_a_file(tmp_path):
+def test_the_prompt_is_on_stderr_if_stdout_is_a_file(start, tmp_path):
     code = f"import sys; sys.stdout = open({str(tmp_path / 'out')!r}, 'w')\n" + PROMPT_ONLY
-    terminal = start_in_terminal(code, cache=tmp_path)
+    terminal = start(code, cache=tmp_path)
     leave(terminal, "What?", ENTER, CTRL_D)
     assert (tmp_path / "out").read_text() == "read 'What?'\nleft\n"
 
 
-def test_a_dumb_terminal_gets_no_control_sequences(tmp_path, monkeypatch):
+def test_a_dumb_terminal_gets_no_control_sequences(start, tmp_path, monkeypatch):
     monkeypatch.setattr(sys.modules[__name__], "PROMPT", "> ")
-    terminal = start_in_terminal(PROMPT_ONLY, cache=tmp_path, terminal_type="dumb")
+    terminal = start(PROMPT_ONLY, cache=tmp_path, terminal_type="dumb")
     printed = enter(terminal, "What?", ENTER, expected=r"read 'What\?'")
     printed += enter(terminal, "Who", CTRL_C) + enter(terminal, CTRL_C, expected="Ctrl-D or /exit")
     printed += leave(terminal, CTRL_D)
-    assert terminal.exitstatus == 0
+    assert terminal.process.returncode == 0
     assert "\x1b" not in printed
 
 
 @pytest.mark.parametrize("target", ["folder", "missing/file"])
-def test_a_history_that_cannot_be_kept_is_reported(tmp_path, target):
+def test_a_history_that_cannot_be_kept_is_reported(start, tmp_path, target):
     (tmp_path / "folder").mkdir()
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/chat_history").symlink_to(tmp_path / target)
-    terminal = start_in_terminal(PROMPT_ONLY, cache=tmp_path / "cache")
+    terminal = start(PROMPT_ONLY, cache=tmp_path / "cache")
     assert "vllama: the history is not kept (" in terminal.before
     enter(terminal, "What?", ENTER, expected=r"read 'What\?'")
     enter(terminal, UP, ENTER, expected=r"read 'What\?'")
@@ -415,10 +449,10 @@ main()
 
 
 @pytest.mark.slow
-def test_a_chat_in_a_terminal(tiny_model, tmp_path):
+def test_a_chat_in_a_terminal(start, tiny_model, tmp_path):
     picture = tmp_path / "my picture.png"
     Image.new("RGB", (64, 64), "red").save(picture)
-    chat = start_in_terminal(CHAT, "chat", "--model", tiny_model, "--max-new-tokens", 100, cache=tmp_path / "cache")
+    chat = start(CHAT, "chat", "--model", tiny_model, "--max-new-tokens", 100, cache=tmp_path / "cache")
     banner = (
         r"model: \d\.\d million parameters, .*B, float32, on cpu; prompt template vicuna, context of 1,024 tokens\r\n"
     )
@@ -449,6 +483,6 @@ def test_a_chat_in_a_terminal(tiny_model, tmp_path):
     enter(chat, "/reset", ENTER, expected="all turns and files are removed")
     enter(chat, "Hello?", ENTER, expected="⟦(?s:.+)⟧")
     leave(chat, CTRL_D)
-    assert chat.exitstatus == 0
+    assert chat.process.returncode == 0
     entries = json.loads((tmp_path / "chat.json").read_text())["conversation"]
     assert [entry.get("question") for entry in entries] == [None, "What is it?", "Two\nlines?"]

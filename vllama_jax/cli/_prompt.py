@@ -3,7 +3,9 @@
 It is imported only when a terminal is used, as the import takes a quarter of a second.
 """
 
+import contextlib
 import sys
+import termios
 from collections.abc import Callable, Iterator, Sequence
 
 from prompt_toolkit import PromptSession
@@ -42,7 +44,7 @@ def read_lines(
     )
     while True:
         try:
-            with exit_on_sigterm():
+            with _restore_terminal(), exit_on_sigterm():
                 line = session.prompt("> ")
         except KeyboardInterrupt:
             if not session.default_buffer.text:
@@ -57,6 +59,17 @@ def read_lines(
                 show_message(f"vllama: the history is not kept ({error.strerror}: {store.filename!r})")
                 store = None
         yield line
+
+
+@contextlib.contextmanager
+def _restore_terminal() -> Iterator[None]:
+    """Restore the settings of the terminal. prompt_toolkit does not if SIGTERM arrives while it starts or ends."""
+    settings = termios.tcgetattr(sys.stdin)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(termios.error):  # the terminal is closed
+            termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
 
 
 def _open_history(show_message: Callable[[str], None]) -> tuple[FileHistory | None, list[str]]:
