@@ -3,19 +3,20 @@
 It is imported only when a terminal is used, as the import takes a quarter of a second.
 """
 
-import contextlib
+import asyncio
+import signal
 import sys
-import termios
 from collections.abc import Callable, Iterator, Sequence
 
 from prompt_toolkit import PromptSession
+from prompt_toolkit.application import get_app
 from prompt_toolkit.completion import CompleteEvent, Completer, Completion, PathCompleter, WordCompleter
 from prompt_toolkit.document import Document
 from prompt_toolkit.history import FileHistory, InMemoryHistory
 from prompt_toolkit.output import create_output
 
 from vllama_jax.io.paths import cache_directory
-from vllama_jax.runtime.interrupts import exit_on_sigterm
+from vllama_jax.runtime.interrupts import TERMINATED_EXIT_CODE, release_signals
 
 EXIT_HINT = "Ctrl-D or /exit ends the chat."
 
@@ -44,8 +45,8 @@ def read_lines(
     )
     while True:
         try:
-            with _restore_terminal(), exit_on_sigterm():
-                line = session.prompt("> ")
+            with release_signals():
+                line = session.prompt("> ", pre_run=_exit_on_sigterm)
         except KeyboardInterrupt:
             if not session.default_buffer.text:
                 show_message(EXIT_HINT)
@@ -61,15 +62,15 @@ def read_lines(
         yield line
 
 
-@contextlib.contextmanager
-def _restore_terminal() -> Iterator[None]:
-    """Restore the settings of the terminal. prompt_toolkit does not if SIGTERM arrives while it starts or ends."""
-    settings = termios.tcgetattr(sys.stdin)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(termios.error):  # the terminal is closed
-            termios.tcsetattr(sys.stdin, termios.TCSANOW, settings)
+def _exit_on_sigterm() -> None:
+    """Make SIGTERM end the prompt that starts, which restores the terminal, and then the process."""
+    app = get_app()
+
+    def exit_app() -> None:
+        if not app.is_done:
+            app.exit(exception=SystemExit(TERMINATED_EXIT_CODE))
+
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, exit_app)
 
 
 def _open_history(show_message: Callable[[str], None]) -> tuple[FileHistory | None, list[str]]:

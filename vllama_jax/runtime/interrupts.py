@@ -119,18 +119,15 @@ def catch_interrupts(on_interrupt: Callable[[], None]) -> Iterator[threading.Eve
 
 
 @contextlib.contextmanager
-def exit_on_sigterm() -> Iterator[None]:
-    """Raise SystemExit on SIGTERM, for Python code that must restore the terminal. Native code must not run in it.
+def release_signals() -> Iterator[None]:
+    """Let an event loop handle signals within `catch_interrupts`, as the one of a prompt does.
 
-    At the end, the file descriptor that wakes the thread of `catch_interrupts` is restored, as asyncio replaces it.
+    asyncio sets the file descriptor that wakes a thread and the handlers of signals, and later the defaults. Both are
+    restored at the end. SIGTERM has its default action unless the event loop handles it.
     """
-
-    def on_sigterm(number: int, frame: FrameType | None) -> None:
-        sys.exit(TERMINATED_EXIT_CODE)
-
     wakeup_fd = signal.set_wakeup_fd(-1)
     try:
-        with _handle(signal.SIGTERM, on_sigterm):
+        with _handle(signal.SIGTERM, signal.SIG_DFL):
             yield
     finally:
         signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
@@ -180,7 +177,7 @@ def _trace_nothing(frame: FrameType, event: str, argument: object) -> None:
 
 
 @contextlib.contextmanager
-def _handle(number: int, handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+def _handle(number: int, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
     """Set the handler of a signal."""
     previous = signal.signal(number, handler)
     try:
