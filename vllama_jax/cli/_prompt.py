@@ -1,6 +1,6 @@
 """The prompt of an interactive chat: line editing, history, completion and pasted text, by prompt_toolkit.
 
-It is imported only when a terminal is used, as the import takes a quarter of a second.
+It is imported only when a terminal is used, as the import takes 0.2 seconds.
 """
 
 import asyncio
