@@ -64,6 +64,7 @@ def test_values_of_other_types_are_refused(network, value):
         network.embed(value)
 
 
+@pytest.mark.slow
 def test_the_language_model_can_be_called_alone(network):
     words = network.embed(np.zeros((1, 4), np.int32))
     with pytest.raises(

@@ -40,6 +40,7 @@ def largest_difference(x: jax.Array, y: jax.Array) -> float:
     return float(jnp.abs(x.astype(jnp.float32) - y.astype(jnp.float32)).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("batch", "shape"),
@@ -60,6 +61,7 @@ def test_kernel_equals_einsum(batch: int, shape: tuple, dtype: str):
     assert largest_difference(computed, expected) < (4e-7 if dtype == "float32" else 0.004)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mesh_shape", "batch", "heads", "extra", "partitioned"),
     [
@@ -142,12 +144,14 @@ def test_gradients_are_those_of_the_einsum(extra: bool):
     jax.tree.map(np.testing.assert_array_equal, gradient(self_attend), gradient(attend_with_einsum))
 
 
+@pytest.mark.slow
 def test_a_trainable_encoder_uses_the_einsum_on_tpus_and_a_frozen_one_the_kernel():
     blocks, x = make_blocks(), random_rows(2)
     assert "tpu_custom_call" in lowered(layers.run_blocks, blocks, x, platform="tpu")
     assert "tpu_custom_call" not in lowered(jax.grad(mean_square), blocks, x, platform="tpu")
 
 
+@pytest.mark.slow
 def test_the_kernel_is_lowered_for_the_images_of_a_device():
     mesh = sharding.make_mesh(2, 2, 2)
     with sharding.use_mesh(mesh):
@@ -196,6 +200,7 @@ def test_weights_are_gathered_once_for_all_chunks():
     assert not any(re.search(r'op_name="[^"]*while/body[^"]*while/body', line) for line in collectives)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [40, 80])  # two chunks; two groups of two chunks
 def test_chunks_do_not_change_values_and_gradients(rows: int, monkeypatch: pytest.MonkeyPatch):
     blocks, x = make_blocks(), random_rows(rows)

@@ -24,6 +24,7 @@ def test_a_run_names_no_mesh_unless_told():
     assert run_of().mesh == AUTO_MESH == MeshConfig(data=0, fsdp=0, tensor=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "device", "count", "mesh"),
     [

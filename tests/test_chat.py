@@ -40,6 +40,7 @@ def image_file(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_conversation_keeps_its_history(model, clip):
     chat = vl.Chat(model)
     report = chat.add(clip)
@@ -98,12 +99,17 @@ def test_an_eos_that_ended_an_answer_is_in_the_next_prompt(model, monkeypatch, t
     }
     received = []
 
-    def answers(llama, batch, *_, **__):
-        received.extend(batch)
-        yield [message]
-        yield [ends[end]]
+    class ScriptedEngine(generate.Engine):
+        def add(self, request):
+            received.append(request.prompt)
+            self.generation = generate.Generation(request=request)
+            return self.generation
 
-    monkeypatch.setattr(generate, "generate", answers)
+        def step(self):
+            self.generation.finish_reason = "stop" if self.generation.tokens else None
+            self.generation.tokens += ends[end] if self.generation.tokens else message
+
+    monkeypatch.setattr(generate, "Engine", ScriptedEngine)
     chat = vl.Chat(model, template=template)
     assert "".join(chat.ask("What?")) == "a dog"
     assert (chat.last.answer, chat.last.tokens) == ("a dog", message + ends[end])
@@ -120,6 +126,7 @@ def test_an_eos_that_ended_an_answer_is_in_the_next_prompt(model, monkeypatch, t
         assert second[: len(answered) + 1] == [*answered, tokenizer.eos_id]
 
 
+@pytest.mark.slow
 def test_audio_changes_the_answer_and_can_be_disabled(model, clip):
     tokens = {}
     for audio in (True, False):
@@ -130,6 +137,7 @@ def test_audio_changes_the_answer_and_can_be_disabled(model, clip):
     assert tokens[True] != tokens[False]
 
 
+@pytest.mark.slow
 def test_video_image_and_audio_in_one_conversation(model, clip, image_file, tmp_path):
     audio_file = media_fixtures.write_audio(
         tmp_path / "a.wav", media_fixtures.tone(3, 16000), 16000, "pcm_s16le", "s16"
@@ -143,6 +151,7 @@ def test_video_image_and_audio_in_one_conversation(model, clip, image_file, tmp_
     assert [len(tokens) for tokens in chat._tokens] == [8, 32, 32, 8]
 
 
+@pytest.mark.slow
 def test_a_chat_without_media_answers(model):
     chat = vl.Chat(model)
     list(chat.ask("Hello?", max_new_tokens=5))
@@ -163,6 +172,7 @@ def test_an_unknown_template_is_an_error(model):
         vl.Chat(model, template="alpaca")
 
 
+@pytest.mark.slow
 def test_a_model_without_audio_branch_reports_it(vision_only_model, clip):
     chat = vl.Chat(vision_only_model)
     report = chat.add(clip)
@@ -205,6 +215,7 @@ def test_a_full_waveform_gives_the_same_mel_clips(model, clip):
     np.testing.assert_array_equal(preprocess_media(full, model.config).mel, prepare_media(clip, model.config).mel)
 
 
+@pytest.mark.slow
 def test_more_frames_than_positions(model, tmp_path):
     long = media_fixtures.write_video(tmp_path / "long.mp4", num_frames=60)
     chat = vl.Chat(model)
@@ -227,6 +238,7 @@ def test_reports_are_json_serializable(model, clip):
     assert json.loads(json.dumps(dataclasses.asdict(report)))["duration"] == pytest.approx(3.0)
 
 
+@pytest.mark.slow
 def test_chats_in_threads_equal_chats_in_one_thread(model, image_file):
     """Each thread has its own Chat; they share one model."""
 

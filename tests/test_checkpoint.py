@@ -173,6 +173,7 @@ def test_every_weight_is_restored_in_the_requested_dtype(tiny_model, dtype):
         assert to_bytes(np.asarray(value)) == to_bytes(stored[path].astype(dtype)), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [{"tensor": 8}, {"data": 4, "tensor": 2}])
 def test_each_device_of_a_mesh_gets_its_shard(tiny_model, axes):
     mesh = sharding.make_mesh(**axes)
@@ -338,6 +339,7 @@ def runs(tiny_model, tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_runs_find_base_models_in_their_parent_directory(runs, tmp_path):
     moved = runs.rename(tmp_path / "there")
     opened = open_model(moved / "audio")
@@ -377,6 +379,7 @@ def test_a_chunk_with_bytes_appended_is_refused(tiny_model, tmp_path, path):
         main(["verify", str(model)])
 
 
+@pytest.mark.slow
 def test_a_stacked_model_has_the_paths_and_shapes_of_the_files(tiny_model, tmp_path):
     """Weights that are trained in Python and saved can be loaded again."""
     model = vl.load(tiny_model, stacked=True)
@@ -432,6 +435,7 @@ def test_missing_and_renamed_weights_are_reported(tiny_model, tmp_path, rename, 
         vl.load(model)
 
 
+@pytest.mark.slow
 def test_commands_that_only_read_start_no_accelerator(runs, tmp_path):
     """This machine has no TPU, so starting one would fail, as it does while a training process uses it."""
     made = f"--base {runs / 'audio'} --out {tmp_path / 'made'}"

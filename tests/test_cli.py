@@ -47,6 +47,7 @@ def test_a_chat_about_a_clip_and_json_of_it_which_compiles_nothing(tiny_model, c
     assert kept == {path.name for path in (cache / "compiled").iterdir() if path.name.endswith("-cache")}
 
 
+@pytest.mark.slow
 def test_interactive_chat_answers_each_line_of_stdin(tiny_model, clip, cache):
     done = run_vllama(
         "chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="What is there?\n\n/undo\nAnd then?"

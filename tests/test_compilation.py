@@ -19,12 +19,14 @@ def python(code: str, **environment: str) -> tuple[str, str]:
     return done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_a_process_that_loads_no_model_keeps_jaxs_settings(tmp_path):
     code = f"import vllama_jax as vl; vl.Chat, vl.load, vl.media.read_image, vl.sharding.make_mesh\n{SAY}"
     assert python(code, VLLAMA_CACHE=str(tmp_path)) == ("None\n", "")
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_cache_folder_can_be_set_or_disabled_by_the_user(tmp_path):
     ours, theirs = tmp_path / "ours", str(tmp_path / "theirs")
     assert python(KEEP, VLLAMA_CACHE=str(ours)) == (f"'{ours}/compiled'\n", "")
@@ -32,6 +34,7 @@ def test_the_cache_folder_can_be_set_or_disabled_by_the_user(tmp_path):
     assert python(KEEP, VLLAMA_CACHE=str(ours), JAX_ENABLE_COMPILATION_CACHE="false") == ("None\n", "")
 
 
+@pytest.mark.slow
 def test_an_unusable_cache_folder_is_reported_and_ignored(tmp_path):
     (tmp_path / "file").touch()
     folders = [f"{tmp_path}/file", f"{tmp_path}/file/below", "/proc/nowhere"]
@@ -46,6 +49,7 @@ def test_an_unusable_cache_folder_is_reported_and_ignored(tmp_path):
         assert line.startswith(f"the compilation cache is disabled: {folder}"), errors
 
 
+@pytest.mark.slow
 def test_corrupt_cache_entries_are_compiled_again(tmp_path):
     code = f"{KEEP}import jax.numpy as jnp; print(jax.jit(lambda x: jnp.sin(x) * 3)(0.0))"
     assert python(code, VLLAMA_CACHE=str(tmp_path))[0].endswith("\n0.0\n")

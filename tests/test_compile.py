@@ -48,6 +48,7 @@ def compile_command(capsys, *arguments: object) -> list[dict]:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_the_step_of_a_run_is_compiled(on_cpus):
     program = train_step(MeshConfig(data=2, fsdp=2), compute_dtype="float32")
     report = compiler.compile_program(program, V5E)
@@ -62,6 +63,7 @@ def test_the_step_of_a_run_is_compiled(on_cpus):
     assert report.flops_per_chip == pytest.approx(report.model_flops_per_chip, rel=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["prefill", "decode"])
 def test_generation_is_compiled(on_cpus, name):
     mesh = MeshConfig(data=1, fsdp=1, tensor=4)

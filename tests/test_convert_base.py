@@ -213,6 +213,7 @@ def test_an_audio_checkpoint_needs_imagebind_in_the_base(tiny_files, tmp_path):
 # Runs.
 
 
+@pytest.mark.slow
 def test_two_runs_and_their_base_are_merged(tiny_model, tmp_path):
     vision_leaves, audio_leaves = (
         make_run(tmp_path / "vision", tiny_model, VL),
@@ -228,6 +229,7 @@ def test_two_runs_and_their_base_are_merged(tiny_model, tmp_path):
     assert [sources[kind][0]["name"] for kind in ("base", "vl", "al")] == ["model", "vision", "sound"]
 
 
+@pytest.mark.slow
 def test_a_run_can_be_based_on_a_run(tiny_model, tmp_path):
     first = make_run(tmp_path / "first", tiny_model, VL)
     second = make_run(tmp_path / "second_", tmp_path / "first", ("llama_proj",))
@@ -240,6 +242,7 @@ def test_a_run_can_be_based_on_a_run(tiny_model, tmp_path):
     assert read_hashes(tmp_path / "flat") == read_hashes(tmp_path / "joined")
 
 
+@pytest.mark.slow
 def test_a_run_provides_its_full_branch_and_everything_it_trained(tiny_files, tiny_model, tmp_path, capsys):
     main(convert_command(other_files(tmp_path), tmp_path / "base"))
     vision_leaves = make_run(tmp_path / "run", tmp_path / "base", ("llama_proj", "ln_vision"))
@@ -253,6 +256,7 @@ def test_a_run_provides_its_full_branch_and_everything_it_trained(tiny_files, ti
     assert text in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_run_of_both_branches_gives_one_or_both(tiny_model, tmp_path):
     both = make_run(tmp_path / "run", tiny_model, (*VL, *AL))
     main(convert_command({"vl": tmp_path / "run"}, tmp_path / "one", "--base", str(tiny_model)))
@@ -263,6 +267,7 @@ def test_a_run_of_both_branches_gives_one_or_both(tiny_model, tmp_path):
         np.testing.assert_array_equal(leaves[path], expected)
 
 
+@pytest.mark.slow
 def test_a_branch_of_a_run_can_be_combined_with_files(tiny_files, tiny_model, tmp_path):
     vision_leaves = make_run(tmp_path / "run", tiny_model, VL)
     main(convert_command(tiny_files | {"vl": tmp_path / "run"}, tmp_path / "model"))
@@ -271,6 +276,7 @@ def test_a_branch_of_a_run_can_be_combined_with_files(tiny_files, tiny_model, tm
         np.testing.assert_array_equal(leaves[path], expected)
 
 
+@pytest.mark.slow
 def test_lora_updates_are_merged_as_load_merges_them(tiny_model, tmp_path):
     make_run(tmp_path / "run", tiny_model, VL, LORA)
     main(convert_command({"vl": tmp_path / "run"}, tmp_path / "model", "--base", str(tiny_model)))

@@ -87,6 +87,7 @@ def weights(directory: Path) -> dict[str, np.ndarray]:
     return load_file(directory / "model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [None, "bin shards"])
 @pytest.mark.parametrize("new_rows", [0, 1])
 def test_sum_equals_fastchat_bit_exactly(tiny_files, base, tmp_path, layout, new_rows):
@@ -119,6 +120,7 @@ def test_config_and_tokenizer_are_the_deltas(tiny_files, base, tmp_path):
     assert (tmp_path / "model" / "tokenizer" / "special_tokens_map.json").exists()
 
 
+@pytest.mark.slow
 def test_rotary_frequencies_are_not_added(tiny_files, base, tmp_path):
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     frequencies = (10000.0 ** -(np.arange(0, 16, 2) / 16)).astype(np.float32)
@@ -134,6 +136,7 @@ def test_rotary_frequencies_are_not_added(tiny_files, base, tmp_path):
     assert f"{name} is neither zero nor equal to that of {old}" in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 @pytest.mark.parametrize("size", [0.01, 0.1, 1.0])
 def test_a_wrong_base_is_detected_whatever_the_size_of_the_delta(tiny_files, tmp_path, dtype, size):
@@ -165,6 +168,7 @@ def test_a_base_with_reordered_rows_is_detected(tiny_files, base, tmp_path):
     assert "made for another base" in text
 
 
+@pytest.mark.slow
 def test_sums_that_are_not_finite_are_refused(tiny_files, base, tmp_path):
     delta = fastchat_delta(tuned(weights(base), "float16"), weights(base))
     for number, value in enumerate((np.inf, np.nan, 65504)):

@@ -49,6 +49,7 @@ def test_files_are_identified_by_content_and_reported(release, tiny_files, tiny_
     ]
 
 
+@pytest.mark.slow
 def test_released_layout_with_eva_and_blip2_from_elsewhere(golden, golden_files, tmp_path):
     release = shutil.copytree(golden / "weights" / "videollama2_style", tmp_path / "Video-LLaMA-2-7B-Finetuned")
     shutil.copyfile(golden_files["imagebind"], release / "imagebind_huge.pth")

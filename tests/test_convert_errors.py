@@ -268,6 +268,7 @@ def run(program: str, arguments: list[str]) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_error_is_one_line_on_stderr_and_exit_code_1(tiny_files, tmp_path):
     ended = run(MAIN, convert_command(tiny_files | {"vl": tmp_path / "absent.pth"}, tmp_path / "model"))
     assert (ended.stdout, ended.stderr) == ("", f"vllama: {tmp_path}/absent.pth: no such file; check the path\n")

@@ -293,6 +293,7 @@ def test_manifest_names_the_sources(tiny_files, tiny_model):
 # The command that writes tiny files.
 
 
+@pytest.mark.slow
 def test_tiny_files_are_written_and_converted_without_torch(tmp_path, tiny_files, tiny_model):
     (tmp_path / "torch.py").write_text("raise ImportError('there is no torch here')")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}

@@ -107,6 +107,7 @@ def test_found_in_a_directory_with_the_tokenizer_beside_it(tiny_files, metas, ex
     assert f"{directory}: LLaMA weights, as --llama" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_delta_on_metas_shards_is_converted_and_verified(tiny_files, metas, expected, tmp_path, capsys):
     directory = write_meta(tmp_path / "7B", tiny_files["llama"], metas, 2)
     delta = shutil.copytree(tiny_files["llama"], tmp_path / "delta")

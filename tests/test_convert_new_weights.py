@@ -31,6 +31,7 @@ def more_queries(tiny_model, tmp_path_factory) -> Path:
     return folder / "model"
 
 
+@pytest.mark.slow
 def test_everything_but_the_new_component_is_bit_identical(tiny_model, more_queries):
     before, after = read_hashes(tiny_model), read_hashes(more_queries)
     same = {path for path in before if before[path] == after.get(path)}
@@ -38,6 +39,7 @@ def test_everything_but_the_new_component_is_bit_identical(tiny_model, more_quer
     assert after.keys() == before.keys()
 
 
+@pytest.mark.slow
 def test_the_new_component_equals_the_initial_weights_of_training(more_queries):
     result = open_model(more_queries)
     assert result.config.video_qformer.num_queries == 48
@@ -48,6 +50,7 @@ def test_the_new_component_equals_the_initial_weights_of_training(more_queries):
         np.testing.assert_array_equal(leaves[path], expected)
 
 
+@pytest.mark.slow
 def test_a_model_with_new_weights_answers(more_queries, clip):
     chat = vl.Chat(vl.load(more_queries))
     chat.add(clip)
@@ -55,6 +58,7 @@ def test_a_model_with_new_weights_answers(more_queries, clip):
     assert len(chat.last.tokens) >= 1
 
 
+@pytest.mark.slow
 def test_the_report_and_the_manifest_say_which_weights_are_new(tiny_model, tmp_path, capsys):
     main(convert_command({}, tmp_path / "model", "--base", str(tiny_model), "--without", *BRANCH, "--seed", "7"))
     assert "  new random weights, to be trained: video_qformer, frame_positions, llama_proj" in capsys.readouterr().out
@@ -63,6 +67,7 @@ def test_the_report_and_the_manifest_say_which_weights_are_new(tiny_model, tmp_p
     assert old.keys() - sources.keys() == {"vl", "minigpt4"}, "files of which nothing is left"
 
 
+@pytest.mark.slow
 def test_another_seed_gives_other_weights(tiny_model, tmp_path):
     for seed in ("1", "2"):
         main(

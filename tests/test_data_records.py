@@ -262,6 +262,7 @@ def test_shard_counts_follow_from_the_sizes(monkeypatch):
     assert sum(counts) == 10000
 
 
+@pytest.mark.slow
 def test_media_are_not_held_in_memory(tmp_path):
     """TensorFlow is not needed either, as it would be for TFDS's own ways to keep an order."""
     megabytes, copies = 4, 30

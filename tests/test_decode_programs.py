@@ -1,6 +1,7 @@
 """The compiled decoding loop: a token copies nothing of the size of a weight or of a layer's cache."""
 
 import dataclasses
+import functools
 import math
 import os
 import re
@@ -16,9 +17,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from tpu_compiler import compiler_environment, needs_libtpu
 
-from vllama_jax import generate
 from vllama_jax.config import LLAMA_7B, GenerationConfig, LlamaConfig
-from vllama_jax.nn.llama import KVCache, Llama
+from vllama_jax.generate import programs
+from vllama_jax.generate.choose import make_settings
+from vllama_jax.nn.kv_cache import KVCache
+from vllama_jax.nn.llama import Llama
 from vllama_jax.sharding import make_mesh, partition_spec, shard_abstract, use_mesh
 
 COPY = re.compile(r"= \w+\[([\d,]*)\]\S* (?:copy|transpose|copy-start|concatenate)\(")
@@ -32,28 +35,18 @@ def lower_decode(config: LlamaConfig, batch: int, prompt: int, platform: str = "
     state = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), state) if devices else state
     llama = nnx.merge(graph, shard_abstract(state, mesh, fsdp=False))
     llama.unstack(platform)
-    strategy = generate.DecodingStrategy(1, sample=False, top_k=0)
-    settings = generate._make_settings(GenerationConfig(max_new_tokens=64), 1, 2, ())
-    inputs = (
-        jnp.zeros((batch, prompt), jnp.int32),
-        jnp.zeros((batch, prompt), bool),
-        jnp.full(batch, prompt, jnp.int32),
-        jax.ShapeDtypeStruct((batch, 32, config.width), state_dtype(llama)),
-        settings,
-        jax.random.key(0),
-    )
+    shape = programs.StateShape(prompt, 64)
+    settings = make_settings(GenerationConfig(max_new_tokens=64), [2], ())
+    settings = jax.tree.map(lambda x: np.repeat(x, batch, axis=0), settings)
+    empty = functools.partial(programs.empty_state, cfg=config, shape=shape, cache_dtype=str(state_dtype(llama)))
     with use_mesh(mesh):
-        prefill = generate.jit_prefill(platform)
-        decoding = jax.eval_shape(lambda *x: prefill(*x, new_token_capacity=64, strategy=strategy), llama, *inputs)
+        decoding = jax.eval_shape(empty, settings, np.int32(1))
         decoding = jax.tree.map(lambda x: with_sharding(x, (), mesh), decoding)
         names = ("kv_heads", None, None) if batch == 1 else ("batch", "kv_heads", None, None)
-        keys, values = (
-            tuple(with_sharding(x, names, mesh) for x in arrays)
-            for arrays in (decoding.cache.keys, decoding.cache.values)
-        )
-        cache = dataclasses.replace(decoding.cache, keys=keys, values=values)
+        layers = jax.tree.map(lambda x: with_sharding(x, names, mesh), decoding.cache.layers)
+        cache = dataclasses.replace(decoding.cache, layers=layers)
         decoding = dataclasses.replace(decoding, cache=cache)
-        return generate.jit_decode(platform).lower(llama, decoding, settings, strategy=strategy), llama, decoding
+        return programs.jit_decode(platform).lower(llama, decoding, shape=shape), llama, decoding
 
 
 def state_dtype(module: nnx.Module) -> jnp.dtype:
@@ -74,13 +67,14 @@ def size(shape: str) -> int:
     return math.prod(int(side) for side in shape.split(",") if side)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 2, 8])
 def test_a_decoded_token_copies_no_weight_and_no_cache_on_a_cpu(batch):
     config = dataclasses.replace(LLAMA_7B, depth=2, **SMALL)
     lowered, llama, state = lower_decode(config, batch, 192)
     weights = [math.prod(leaf.shape) for leaf in jax.tree.leaves(llama.blocks) if leaf.ndim > 1]
     text = lowered.compile().as_text()
-    assert not large_copies(text, min(*weights, math.prod(state.cache.keys[0].shape)))
+    assert not large_copies(text, min(*weights, math.prod(state.cache.layers[0].keys.shape)))
     assert " dot(" in text or "matmul" in text
 
 
@@ -93,7 +87,7 @@ for batch in (1, 8):
     config = dataclasses.replace(LLAMA_7B, depth=2, **{**SMALL, "head_dim": 128, "width": 1024, "mlp_dim": 2816})
     lowered, llama, state = lower_decode(config, batch, 192, "tpu", devices)
     weights = [math.prod(x.shape) // 4 for x in jax.tree.leaves(llama.blocks) if x.ndim > 1]
-    least = min(*weights, math.prod(state.cache.keys[0].shape) // 4)
+    least = min(*weights, math.prod(state.cache.layers[0].keys.shape) // 4)
     print(batch, large_copies(lowered.compile().as_text(), least))
 """
 
@@ -108,16 +102,21 @@ def test_a_decoded_token_copies_no_weight_and_no_cache_on_a_tpu():
     assert run.stdout.splitlines() == ["1 []", "8 []"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_rows_of_a_cache_are_taken_in_any_order(batch):
     config = dataclasses.replace(LLAMA_7B, depth=2, num_kv_heads=2, head_dim=4)
     empty = KVCache.empty(config, batch, 5, jnp.float32)
     rng = np.random.default_rng(0)
     keys = [rng.standard_normal((batch, 2, 5, 4)).astype(np.float32) for _ in range(2)]
-    filled = dataclasses.replace(empty, keys=tuple(jnp.asarray(x.reshape(empty.keys[0].shape)) for x in keys))
+    layers = [
+        dataclasses.replace(layer, keys=jnp.asarray(x.reshape(layer.keys.shape)))
+        for layer, x in zip(empty.layers, keys, strict=True)
+    ]
+    filled = dataclasses.replace(empty, layers=tuple(layers))
     for rows in ([0], [0, 0], [batch - 1, 0, 0]):
         taken = filled.take_rows(np.array(rows))
-        for found, given in zip(taken.keys, keys, strict=True):
-            assert found.ndim == (3 if len(rows) == 1 else 4)
-            np.testing.assert_array_equal(np.reshape(found, (len(rows), 2, 5, 4)), given[rows])
+        for found, given in zip(taken.layers, keys, strict=True):
+            assert found.keys.ndim == (3 if len(rows) == 1 else 4)
+            np.testing.assert_array_equal(np.reshape(found.keys, (len(rows), 2, 5, 4)), given[rows])
         assert taken.valid.shape == (len(rows), 5)

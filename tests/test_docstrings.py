@@ -19,6 +19,7 @@ DOCUMENTED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("documented", DOCUMENTED, ids=lambda found: found.__name__)
 def test_docstring_examples_are_correct(documented, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

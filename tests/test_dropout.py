@@ -37,6 +37,7 @@ def split_of(dropout: Dropout) -> Dropout:
     return Dropout(split_dropout(dropout, 2).key[1], dropout.rate)
 
 
+@pytest.mark.slow
 def test_attention_drops_weights_and_not_values():
     """With equal scores, and a value of 1 at one key only, an output is that key's weight: 0 or 1 / 4 / (1 - rate)."""
     query, key = jnp.ones((1, 500, 1, 2)), jnp.ones((1, 4, 1, 2))

@@ -88,6 +88,7 @@ def golden_set(request, golden, golden_files) -> dict[str, Path]:
     return golden_files | {kind: golden / "weights" / name for kind, name in GOLDEN_SETS[request.param].items()}
 
 
+@pytest.mark.slow
 def test_golden_comes_back_bit_for_bit(golden_set, tmp_path):
     convert.convert(plan(golden_set, config=GOLDEN_HEADS), tmp_path / "model")
     exported_files = exported(tmp_path / "model", tmp_path / "exported")
@@ -209,6 +210,7 @@ def test_frequencies_are_torchs_to_the_bit(theta):
 # Combinations of components, and chunk layouts on disk.
 
 
+@pytest.mark.slow
 def test_chunks_are_put_together(tmp_path, monkeypatch):
     """Weights with all layers in one file, and with several files for each layer."""
     monkeypatch.setattr(arrays, "CHUNK_BYTES", 9000)
@@ -245,6 +247,7 @@ def test_parts_that_the_model_lacks_have_no_file(tiny_files, tmp_path, lacking, 
 # Trained weights.
 
 
+@pytest.mark.slow
 def test_what_a_run_trained_comes_back_and_the_rest_is_its_bases(tiny_files, tmp_path):
     """The base has no branches: the run has all of their weights."""
     convert.convert(plan(drop_components(tiny_files, "vl", "al")), tmp_path / "base")
@@ -260,6 +263,7 @@ def test_what_a_run_trained_comes_back_and_the_rest_is_its_bases(tiny_files, tmp
     assert to_bytes(queries[0].numpy()) == to_bytes(trained["video_qformer/queries"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_low_rank_updates_are_merged_as_loading_merges_them(tmp_path, half):
     convert.convert(plan(write_tiny(tmp_path / "files", half=half)), tmp_path / "base")

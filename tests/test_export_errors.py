@@ -95,6 +95,7 @@ def test_an_unknown_format_exits_with_2(tiny_model, tmp_path):
     assert stopped.value.code == 2
 
 
+@pytest.mark.slow
 def test_export_in_a_process_writes_once_and_refuses_to_overwrite(tiny_model, tmp_path):
     command = ("export", tiny_model, "--out", tmp_path / "made")
     done = run_vllama(*command)

@@ -80,6 +80,7 @@ def model(files, tmp_path_factory):
         return out
 
 
+@pytest.mark.slow
 def test_siglip_equals_transformers(extension, tmp_path):
     """Random weights, converted with the rules; all of them are used."""
     theirs = SiglipVisionModel(
@@ -139,6 +140,7 @@ def test_frames_are_normalized_for_the_tower_of_the_model(extension, clip):
     np.testing.assert_allclose(prepared.frames, (raw / 255 - 0.5) / 0.5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_conversion_infers_the_config_and_export_gives_the_same_files_back(extension, files, model, tmp_path):
     directory = open_model(model)
     assert directory.config == EXTENDED
@@ -209,6 +211,7 @@ def test_the_branch_trains_from_records_and_from_features_and_its_run_answers(
     assert isinstance("".join(chat.ask("What is it?", max_new_tokens=2)), str)
 
 
+@pytest.mark.slow
 def test_a_chat_prompt_has_the_tokens_of_both_branches(extension):
     network = jax.tree.map(jnp.asarray, random_network(EXTENDED))
     assert [branch.name for branch in network.branches] == ["vision", "motion"]

@@ -84,6 +84,7 @@ IDS = np.random.default_rng(0).integers(3, VOCABULARY, (2, 40))
 # The network.
 
 
+@pytest.mark.slow
 def test_logits_equal_those_of_transformers(ours, reference):
     with torch.no_grad():
         expected = reference(torch.from_numpy(IDS)).logits.numpy()
@@ -91,6 +92,7 @@ def test_logits_equal_those_of_transformers(ours, reference):
     assert np.abs(np.asarray(found) - expected).max() / np.abs(expected).max() < TOLERANCE
 
 
+@pytest.mark.slow
 def test_each_field_of_a_family_matters(cfg, ours, reference):
     """A network without the biases or norms of its family fails the test above."""
     changed = [name for name in ("qkv_bias", "qk_norm") if getattr(cfg, name)]
@@ -104,6 +106,7 @@ def test_each_field_of_a_family_matters(cfg, ours, reference):
     assert (difference > 0.1) == bool(changed)
 
 
+@pytest.mark.slow
 def test_greedy_answers_with_a_cache_equal_those_of_transformers(ours, reference):
     row = IDS[:1]
     options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
@@ -113,6 +116,7 @@ def test_greedy_answers_with_a_cache_equal_those_of_transformers(ours, reference
     assert [token for (batch,) in batches for token in batch] == expected[0, row.shape[1] :].tolist()
 
 
+@pytest.mark.slow
 def test_several_eos_tokens_end_an_answer(ours, family):
     if family != "qwen2":
         pytest.skip("one family is enough: decoding reads no family")
@@ -351,6 +355,7 @@ def test_lora_training_uses_the_familys_template(model, family, image_records, t
 # A new family and a new template, with table entries only.
 
 
+@pytest.mark.slow
 def test_a_family_and_a_template_can_be_registered(monkeypatch, tmp_path, tiny_files, clip):
     """The worked example of docs/architecture.md: Seed-OSS, with its own template."""
     family = families.Family(

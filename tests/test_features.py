@@ -146,6 +146,7 @@ def cached_features(tiny_model, records, tmp_path_factory) -> tuple[TrainConfig,
     return config, out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", [pytest.param("vision", marks=SLOW), "audio"])
 def test_cached_batches_equal_live_batches(tiny_model, records, audio_records, tmp_path, branch):
     paths = (records,) if branch == "vision" else (records, audio_records)
@@ -171,6 +172,7 @@ def test_cached_batches_equal_live_batches(tiny_model, records, audio_records, t
     assert masked
 
 
+@pytest.mark.slow
 def test_encoders_are_not_loaded_for_training(cached_features):
     config, out = cached_features
     components = {path.split("/")[0] for path in setup.plan_run(with_features(config, out)).abstract_model.variables}
@@ -224,6 +226,7 @@ def test_any_number_of_threads_and_processes_read(cached_features):
             np.testing.assert_array_equal(found, alone[entry])
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_with_the_same_bytes(cached_features, tmp_path, monkeypatch):
     config, out = cached_features
     finish, finished = precompute._ShardFile.finish, []
@@ -270,6 +273,7 @@ def test_a_corrupt_shard_is_written_again(cached_features, tmp_path):
     assert files(copy) == files(out)
 
 
+@pytest.mark.slow
 def test_each_process_writes_its_own_shards(cached_features, tmp_path, monkeypatch):
     """A process does not read the shards of others."""
     config, out = cached_features
@@ -400,6 +404,7 @@ def test_an_unwritable_output_is_reported(cached_features, tmp_path):
         precompute_features(config, out)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_reported(cached_features, tmp_path):
     config, out = cached_features
     copy = tmp_path / "features"

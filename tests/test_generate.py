@@ -1,86 +1,15 @@
 """Generation compared with slow references that run the full model for every token."""
 
-import itertools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from generate_fixtures import BOS, CFG, NO_EOS, answer, make_prompt
 
-from vllama_jax import generate as generation
-from vllama_jax.config import ConfigError, GenerationConfig, LlamaConfig
-from vllama_jax.generate import (
-    EmbeddedPrompt,
-    apply_repetition_penalty,
-    ends_with_stop_sequence,
-    generate,
-    padded_prompt_length,
-    warp_logits,
-)
-from vllama_jax.nn.llama import Llama
-
-BOS, EOS, NO_EOS = 1, 2, 99  # NO_EOS: an id outside of the vocabulary
-CFG = LlamaConfig(
-    vocab_size=48,
-    width=32,
-    depth=2,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    mlp_dim=64,
-    norm_eps=1e-6,
-    max_length=256,
-)
-
-
-@pytest.fixture(scope="module")
-def llama() -> Llama:
-    """Weights large enough for clearly different logits."""
-    result = jax.jit(lambda: Llama(CFG, rngs=nnx.Rngs(7)))()
-    result.embedding[...] = result.embedding[...] * 30
-    return result
-
-
-@pytest.fixture(scope="module")
-def logits(llama):
-    """Compute next-token logits from the prompt and the answer so far, with the full model and no cache or padding."""
-
-    @jax.jit
-    def run(llama, x, last):
-        return llama.logits(llama(x, jnp.ones(x.shape[:2], bool))[0, last])
-
-    table = np.asarray(llama.embedding[...])
-
-    def of(prompt: EmbeddedPrompt, answer: list[int]) -> np.ndarray:
-        x = table[[*prompt.ids, *answer]]
-        x[: len(prompt.ids)][prompt.is_media] = prompt.media
-        unread = ((0, 64 - len(x)), (0, 0))  # later positions are masked; one shape compiles once
-        return np.asarray(run(llama, np.pad(x, unread)[None], len(x) - 1), np.float64)
-
-    return of
-
-
-@pytest.fixture(scope="module")
-def log_probabilities(logits):
-    def of(prompt: EmbeddedPrompt, answer: list[int]) -> np.ndarray:
-        scores = logits(prompt, answer)
-        return scores - scores.max() - np.log(np.exp(scores - scores.max()).sum())
-
-    return of
-
-
-def make_prompt(length: int = 11, media: int = 4, seed: int = 0) -> EmbeddedPrompt:
-    rng = np.random.default_rng(seed)
-    is_media = np.zeros(length, bool)
-    is_media[3 : 3 + media] = True
-    ids = np.where(is_media, 0, rng.integers(3, CFG.vocab_size, length)).astype(np.int32)
-    return EmbeddedPrompt(ids, is_media, rng.standard_normal((media, CFG.width), np.float32))
-
-
-def answer(llama, *prompts: EmbeddedPrompt, eos: int = NO_EOS, stops=(), **options) -> list[list[int]]:
-    batches = generate(llama, prompts, GenerationConfig(**options), bos=BOS, eos=eos, stops=stops)
-    return [[*itertools.chain(*rows)] for rows in zip(*batches, strict=True)]
+from vllama_jax.config import ConfigError, GenerationConfig
+from vllama_jax.generate import Engine, Request, generate, padded_prompt_length, programs
+from vllama_jax.generate.choose import apply_repetition_penalty, ends_with_stop_sequence, warp_logits
 
 
 def test_greedy_decoding_equals_full_forward_passes(llama, log_probabilities):
@@ -90,6 +19,7 @@ def test_greedy_decoding_equals_full_forward_passes(llama, log_probabilities):
     assert answer(llama, prompt, max_new_tokens=40) == [tokens]
 
 
+@pytest.mark.slow
 def test_unstacked_layers_give_the_same_tokens(llama):
     unstacked = nnx.clone(llama)
     unstacked.unstack("cpu")
@@ -101,6 +31,7 @@ def test_rows_of_different_lengths_are_independent(llama):
     assert answer(llama, *prompts, max_new_tokens=20) == [answer(llama, p, max_new_tokens=20)[0] for p in prompts]
 
 
+@pytest.mark.slow
 def test_a_finished_row_does_not_change_the_others(llama):
     prompts = [make_prompt(seed=seed) for seed in (1, 4)]
     long = answer(llama, *prompts, max_new_tokens=30)
@@ -126,6 +57,7 @@ def test_stops_at_a_sequence_of_tokens(llama, length):
     assert answer(llama, prompt, max_new_tokens=40, stops=[stop, [0, 0, 0]])[0] == free[:end]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("position", "length"), [(8, 1), (0, 9), (20, 17)])
 def test_any_number_of_stop_sequences_of_any_length(llama, position, length):
     """All of them apply, also more than eight, and longer than eight tokens."""
@@ -146,13 +78,14 @@ def test_invalid_stop_sequences_are_refused(llama):
             answer(llama, make_prompt(), max_new_tokens=2, stops=stops)
 
 
+@pytest.mark.slow
 def test_a_stop_sequence_longer_than_the_answer_so_far_does_not_match():
     tokens = jnp.array([[5, 6, -1, -1]])
-    stops = np.full((2, 8), -1)
-    stops[0, -3:] = [4, 5, 6]
-    assert not ends_with_stop_sequence(tokens, 2, jnp.asarray(stops))[0]
-    stops[1, -2:] = [5, 6]
-    assert ends_with_stop_sequence(tokens, 2, jnp.asarray(stops))[0]
+    stops = np.full((1, 2, 8), -1)
+    stops[0, 0, -3:] = [4, 5, 6]
+    assert not ends_with_stop_sequence(tokens, jnp.array([2]), jnp.asarray(stops))[0]
+    stops[0, 1, -2:] = [5, 6]
+    assert ends_with_stop_sequence(tokens, jnp.array([2]), jnp.asarray(stops))[0]
 
 
 def test_at_most_max_new_tokens_are_generated(llama):
@@ -216,6 +149,7 @@ def reference_beam_search(log_probabilities, prompt, count, beams, eos, length_p
     return tokens + [eos] * (len(tokens) < count)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("beams", "length_penalty", "repetition_penalty"),
     [(2, 1, 1), pytest.param(3, 2, 1, marks=pytest.mark.slow), (4, -1, 1.2)],
@@ -231,11 +165,14 @@ def test_beam_search_equals_a_reference_implementation(
     assert answer(llama, prompt, max_new_tokens=14, num_beams=beams, eos=eos, **options) == [expected]
 
 
-def test_beam_search_takes_one_prompt(llama):
-    with pytest.raises(ConfigError, match="one prompt at a time"):
-        answer(llama, make_prompt(), make_prompt(), num_beams=2, max_new_tokens=5)
+def test_beam_search_of_a_batch_gives_what_each_prompt_gives_alone(llama):
+    prompts = [make_prompt(9, 4, seed=1), make_prompt(30, 2, seed=2), make_prompt(17, 0, seed=3)]
+    eos = answer(llama, prompts[0], max_new_tokens=8)[0][6]
+    options = {"max_new_tokens": 12, "num_beams": 3, "eos": eos, "repetition_penalty": 1.1}
+    assert answer(llama, *prompts, **options) == [answer(llama, prompt, **options)[0] for prompt in prompts]
 
 
+@pytest.mark.slow
 def test_sampling_depends_only_on_the_seed(llama):
     first, repeated, other = (
         answer(llama, make_prompt(), max_new_tokens=20, temperature=1.5, seed=seed) for seed in (0, 0, 1)
@@ -243,14 +180,16 @@ def test_sampling_depends_only_on_the_seed(llama):
     assert first == repeated != other
 
 
+@pytest.mark.slow
 def test_sampled_frequencies_follow_the_probabilities(llama, log_probabilities):
     """Frequencies of the first token over 2,000 samples are within 4 standard deviations of its probabilities."""
     prompt = make_prompt(seed=8)
-    prompts = [prompt] * 500
-    counts = np.zeros(CFG.vocab_size)
-    for seed in range(4):
-        drawn = answer(llama, *prompts, max_new_tokens=1, temperature=2.0, top_p=1.0, top_k=0, seed=seed)
-        counts += np.bincount([row[0] for row in drawn], minlength=CFG.vocab_size)
+    options = {"max_new_tokens": 1, "temperature": 2.0, "top_p": 1.0, "top_k": 0}
+    engine = Engine(llama, rows=50, bos=BOS, eos=[NO_EOS])
+    drawn = [engine.add(Request(prompt=prompt, config=GenerationConfig(seed=i, **options))) for i in range(2000)]
+    while engine.is_busy:
+        engine.step()
+    counts = np.bincount([generation.tokens[0] for generation in drawn], minlength=CFG.vocab_size)
     expected = np.exp(log_probabilities(prompt, []) / 2.0)
     expected /= expected.sum()
     assert np.all(np.abs(counts / 2000 - expected) < 4 * np.sqrt(expected * (1 - expected) / 2000) + 1e-3)
@@ -274,6 +213,7 @@ def test_warping_applies_temperature_top_k_and_top_p(temperature, top_k, top_p):
         np.testing.assert_allclose(out[sorted(kept)], row[sorted(kept)], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_top_p_at_exact_equality():
     """Probabilities 1/2, 1/4, 1/4: the tokens before a kept one sum to less than top_p, never to exactly top_p.
 
@@ -290,11 +230,11 @@ def test_top_p_at_exact_equality():
 def test_a_second_prompt_of_similar_length_compiles_nothing(llama):
     options = {"max_new_tokens": 20, "repetition_penalty": 1.1}
     answer(llama, make_prompt(20, 4), **options)
-    programs = generation.jit_prefill("cpu"), generation.jit_decode("cpu")
-    compiled = [program._cache_size() for program in programs]
+    jitted = programs.jit_prefill("cpu"), programs.jit_decode("cpu"), programs.empty_state
+    compiled = [program._cache_size() for program in jitted]
     answer(llama, make_prompt(27, 6, seed=3), stops=[[3, 4]], **options)
     answer(llama, make_prompt(40, 8, seed=4), eos=5, max_new_tokens=50)
-    assert [program._cache_size() for program in programs] == compiled
+    assert [program._cache_size() for program in jitted] == compiled
 
 
 def test_padded_lengths_are_few_and_sufficient():
@@ -324,6 +264,10 @@ def test_a_conversation_beyond_the_context_is_an_error(llama):
         ({"repetition_penalty": 0.0}, "repetition_penalty must be above 0"),
         ({"length_penalty": float("inf")}, "length_penalty must be a number"),
         ({"num_beams": 2, "temperature": 1.0}, "beam search cannot sample"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9, above max_new_tokens 8"),
+        ({"no_repeat_ngram_size": -1}, "no_repeat_ngram_size must be at least 0"),
+        ({"top_logprobs": 21}, "top_logprobs must be at most 20, not 21"),
+        ({"stop": ("a", "")}, "a text in stop is empty"),
     ],
 )
 def test_invalid_options_are_refused(options, message):

@@ -9,44 +9,25 @@ import pytest
 
 from vllama_jax.config import GenerationConfig, tiny
 from vllama_jax.errors import ConfigError
-from vllama_jax.generate import (
-    Beams,
-    DecodingState,
-    DecodingStrategy,
-    _add_live_beams,
-    _make_settings,
-    check_context_length,
-)
-from vllama_jax.nn.llama import KVCache
+from vllama_jax.generate.beam_search import Hypotheses, _advance_prompt
+from vllama_jax.generate.choose import Rows, choose_tokens, make_settings
+from vllama_jax.generate.prompt import check_context_length
 
 VOCABULARY, ROOM = 1000, 12
 LLAMA = tiny().llama
 
 
-def state_of(rows: int, seed: int = 0) -> DecodingState:
-    """Return the decoding state before the first token."""
-    return DecodingState(
-        cache=KVCache.empty(LLAMA, rows, 1, jnp.float32),
-        tokens=jnp.full((rows, ROOM), -1, jnp.int32),
-        lengths=jnp.zeros(rows, jnp.int32),
-        count=jnp.int32(0),
-        penalized=jnp.zeros((rows, VOCABULARY), bool),
-        done=jnp.zeros(rows, bool),
-        key=jax.random.key(seed),
-        beams=None,
-    )
-
-
 def test_every_token_of_every_row_is_sampled_independently():
     """If all tokens are equally likely, two of 16 samples are equal in one of eight cases, and all of them never."""
-    settings = _make_settings(GenerationConfig(temperature=1.0, top_p=1.0, top_k=0), 0, VOCABULARY, ())
-    strategy = jax.jit(DecodingStrategy(1, sample=True, top_k=0))
-    drawn = []
-    for seed in (0, 1):
-        state = state_of(2, seed)
-        for _ in range(4):
-            state = strategy(jnp.zeros((2, VOCABULARY)), state, settings)
-        drawn += state.tokens[:, :4].ravel().tolist()
+    settings = [
+        make_settings(GenerationConfig(temperature=1.0, top_p=1.0, top_k=0, seed=seed), [VOCABULARY], ())
+        for seed in range(4)
+    ]
+    rows = Rows.empty(jax.tree.map(lambda *x: np.concatenate(x), *settings), ROOM, VOCABULARY, 0)
+    rows = dataclasses.replace(rows, active=jnp.ones(4, bool))
+    for _ in range(4):
+        rows = jax.jit(choose_tokens)(jnp.zeros((4, VOCABULARY)), rows)
+    drawn = rows.tokens[:, :4].ravel().tolist()
     assert len(set(drawn)) >= 14
     assert len(set(np.diff(drawn).tolist())) >= 12
 
@@ -69,16 +50,19 @@ def test_defaults_are_the_originals_except_for_greedy_decoding():
 @pytest.mark.parametrize(("live", "best"), [(-3.9, -0.975), (-4.1, -1.0)])
 def test_length_penalty_of_a_live_beam_counts_the_dummy_bos(live, best):
     """Like a finished hypothesis: its tokens and the dummy BOS (reference: transformers 4.28, BeamHypotheses)."""
-    beams = Beams(
+    found = Hypotheses(
         live_scores=jnp.array([live, -9.0]),
-        finished_scores=jnp.array([-1.0, -jnp.inf]),
+        scores=jnp.array([-1.0, -jnp.inf]),
         tokens=jnp.full((2, ROOM), 7),
         lengths=jnp.array([2, 0]),
+        done=jnp.bool(False),
     )
-    state = dataclasses.replace(
-        state_of(2), beams=beams, count=jnp.int32(3), lengths=jnp.array([3, 3]), tokens=jnp.full((2, ROOM), 5)
-    )
-    found = _add_live_beams(state, beams, _make_settings(GenerationConfig(num_beams=2), 0, 1, ()), jnp.bool(True))
-    assert float(found.finished_scores[0]) == pytest.approx(best)
+    settings = make_settings(GenerationConfig(max_new_tokens=3, num_beams=2), [1], ())
+    settings = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), settings)
+    rows = Rows.empty(settings, ROOM, 8, 0)
+    rows = dataclasses.replace(rows, lengths=jnp.array([2, 2]), tokens=jnp.full((2, ROOM), 5))
+    scores = jnp.full((2, 8), -50.0).at[0, 5].set(0.0)  # of the token that the first beam continues with
+    _, _, found = _advance_prompt(scores, rows, found, 1.0)
+    assert float(found.scores[0]) == pytest.approx(best)
     assert found.lengths[0] == (3 if best > -1 else 2)
     assert found.tokens[0, 0] == (5 if best > -1 else 7)

@@ -18,7 +18,8 @@ from conftest import GOLDEN_HEADS
 from vllama_jax import convert
 from vllama_jax.chat import Chat, prepare_media
 from vllama_jax.config import GenerationConfig
-from vllama_jax.generate import EmbeddedPrompt, generate, warp_logits
+from vllama_jax.generate import EmbeddedPrompt, generate
+from vllama_jax.generate.choose import warp_logits
 from vllama_jax.model import Model, load
 from vllama_jax.nn.video_llama import splice
 from vllama_jax.text import prompts
@@ -90,6 +91,7 @@ def test_audio_branch_equals_the_originals_values(golden, model, name):
     assert_close(tokens, reference["audio_tokens"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["birthday", "dog_image"])
 def test_audio_branch_on_images_equals_the_originals_values(golden, model, name):
     reference = np.load(golden / f"encoders/{name}_imagebind_vision.npz")
@@ -99,6 +101,7 @@ def test_audio_branch_on_images_equals_the_originals_values(golden, model, name)
     assert_close(tokens, reference["audio_tokens"])
 
 
+@pytest.mark.slow
 def test_batches_and_fewer_frames_equal_the_originals_values(golden, model):
     reference = np.load(golden / "extra/variants.npz")
     birthday, boat = frames_of(golden, "birthday"), frames_of(golden, "boat")
@@ -108,6 +111,7 @@ def test_batches_and_fewer_frames_equal_the_originals_values(golden, model):
     assert_close(run(model.network, boat[:, :4]), reference["boat_first4frames_video_tokens"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_prompt_embeddings_and_logits_equal_the_originals(golden, model, chats, case):
     """From the turns of a conversation and golden media tokens to the logits of all positions."""
@@ -196,6 +200,7 @@ def test_generation_that_ends_early_equals_the_originals(golden, model):
             assert [1, *got] == run["sequence"], (case, name)
 
 
+@pytest.mark.slow
 def test_sampling_probabilities_are_the_originals(golden):
     reference = np.load(golden / "chat/sampling_warpers.npz")
     for name in ("T1.0_P0.9", "T0.7_P0.9", "T1.5_P0.5"):
@@ -219,6 +224,7 @@ def test_safetensors_and_bin_give_the_same_llama(golden, golden_files, model, tm
     assert all(jax.tree.leaves(same))
 
 
+@pytest.mark.slow
 def test_vicuna_v0_with_a_pad_token_equals_the_originals(golden, golden_files, tmp_path):
     other = _converted(tmp_path / "model", golden_files, llama=golden / "weights/llama-v0pad")
     assert (other.config.llama.vocab_size, other.tokenizer.vocab_size) == (601, 601)
@@ -241,6 +247,7 @@ def test_checkpoints_of_the_second_release_equal_the_originals(golden, golden_fi
     assert_close(audio, variants["videollama2_boat_audio_tokens"])
 
 
+@pytest.mark.slow
 def test_logits_of_padded_training_batches_equal_the_originals(golden, model):
     run = jax.jit(lambda network, x, mask: network(x, mask))
     for name in ("s1_vision_noprompt", "s2_vision_vicuna"):

@@ -70,6 +70,7 @@ def test_sections_are_those_of_the_other_file(gpu: ModuleType, sections: ModuleT
     assert tuple(sections.SECTIONS) == gpu.SECTIONS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "seconds", "message"),
     [
@@ -109,6 +110,7 @@ def test_a_machine_without_a_gpu_is_refused_at_full_size(sections: ModuleType):
         measure()
 
 
+@pytest.mark.slow
 def test_attention_without_the_extra_key_exceeds_its_bound(
     gpu: ModuleType, sections: ModuleType, monkeypatch: pytest.MonkeyPatch
 ):

@@ -41,6 +41,7 @@ def weights() -> dict[str, np.ndarray]:
     return {path: np.asarray(value) for path, value in draw(jax.random.key(3, impl="unsafe_rbg")).items()}
 
 
+@pytest.mark.slow
 def test_qformer_matrices_and_queries_have_a_standard_deviation_of_0_02(weights):
     here = {path: value for path, value in weights.items() if path.startswith("qformer/")}
     assert len(here) == 29

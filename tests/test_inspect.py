@@ -99,6 +99,7 @@ def test_a_run_has_no_pytorch_source(run, tiny_model, tiny_files, capsys):
         run_command(capsys, "verify", run, "--against", tiny_files["config"].parent, "--weights-only")
 
 
+@pytest.mark.slow
 def test_inspect_in_a_process_prints_a_model_or_a_one_line_error(tiny_model, tmp_path):
     vllama = Path(sys.executable).with_name("vllama")
     done = subprocess.run([vllama, "inspect", tiny_model], capture_output=True, text=True, check=True)

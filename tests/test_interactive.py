@@ -1,5 +1,6 @@
 """Interactive chats: commands, options, interrupted answers, and lines of stdin."""
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -48,22 +49,20 @@ class RepeatingChat:
 def session() -> Session:
     chat = RepeatingChat()
 
-    def read_file(path):
-        if "bad" in path:
-            raise vl.MediaError(f"{path}: not a video")
-        return PreparedMedia(dataclasses.replace(REPORT, path=path), None, None)
-
-    def add_prepared(prepared):
-        chat.files = (*chat.files, prepared.report)
-        return prepared.report
+    def add_media(opened, max_new_tokens):
+        if "bad" in opened.name:
+            raise vl.MediaError(f"{opened.name}: not a video")
+        report = dataclasses.replace(REPORT, path=opened.name)
+        chat.files = (*chat.files, report)
+        return report
 
     return Session(
         chat=chat,
         display=Display(),
         model_name="MODEL",
         template="vicuna",
-        read_file=read_file,
-        add_prepared=add_prepared,
+        open_media=lambda path: contextlib.nullcontext(SimpleNamespace(name=path)),
+        add_media=add_media,
         generation=vl.GenerationConfig(),
     )
 
@@ -134,6 +133,10 @@ def test_options_are_set_and_listed(session, capsys):
     assert capsys.readouterr().err == "temperature 0.7\nmax_new_tokens 12\nseed 3\nseed 3\n"
     assert session.chat.options == dataclasses.asdict(session.generation)
     assert session.generation == vl.GenerationConfig(temperature=0.7, max_new_tokens=12, seed=3)
+    for value, stop in (('["a b", "c"]', ("a b", "c")), ("END", ("END",)), ("[]", ())):
+        run_line(session, f"/set stop {value}")
+        assert session.generation.stop == stop
+    capsys.readouterr()
     run_line(session, "/set")
     listed = dict(line.split() for line in capsys.readouterr().err.splitlines())
     assert listed == {name: json.dumps(value) for name, value in session.chat.options.items()}
@@ -196,8 +199,8 @@ def test_an_interrupted_answer_is_not_in_the_conversation(session, capsys):
 
 
 def test_an_interrupted_add_adds_nothing(session, capsys):
-    read_file = session.read_file
-    session.read_file = lambda path: session.interrupted.set() or read_file(path)
+    open_media = session.open_media
+    session.open_media = lambda path: session.interrupted.set() or open_media(path)
     run_line(session, "/add a.mp4")
     assert capsys.readouterr().err == "stopped; the file is not added\n"
     assert (session.chat.files, session.transcript) == ((), [])

@@ -71,6 +71,7 @@ def test_an_interrupt_ends_the_process_whatever_it_does(body):
         assert interrupted(process, within=10) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["jax.jit(run)()", "import interrupted_module"], ids=["jax", "import"])
 def test_native_code_returns_before_the_exception_is_raised(call, tmp_path):
     """Native code that calls Python may crash if the call raises: nanobind while it is imported, MLIR in a callback."""

@@ -42,6 +42,7 @@ def randomise(llama, seed=1):
             layer.lora.up.set_value(jnp.asarray(0.3 * rng.standard_normal(variable.shape, np.float32)))
 
 
+@pytest.mark.slow
 def test_an_initial_update_changes_nothing(llama):
     before = hidden(llama)
     add_lora(llama, ALL, rngs=nnx.Rngs(0))
@@ -83,6 +84,7 @@ def test_an_abstract_network_has_the_paths_of_lora_updates():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["out", *(pytest.param(name, marks=pytest.mark.slow) for name in ("query", "down"))])
 def test_kernels_read_by_rows_or_at_once_include_the_merged_update(tiny_model, tmp_path, target):
     """alpha / rank · down · up of each layer, also if the rank equals the number of layers or heads."""

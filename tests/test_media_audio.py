@@ -40,6 +40,7 @@ def _packets(path: Path) -> list[av.Packet]:
 # ------------------------------------------------------------------------------------------------ mel clips
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("seconds", [1.0, 12.0])
 def test_streamed_mel_clips_equal_those_of_the_full_waveform(tmp_path, name, seconds):
@@ -51,6 +52,7 @@ def test_streamed_mel_clips_equal_those_of_the_full_waveform(tmp_path, name, sec
     assert media.read_media(path, num_clips=8).report == full.report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("claim", [0, 5, 1000])
 def test_a_wrong_declared_duration_changes_nothing(tmp_path, monkeypatch, claim):
     """The container's duration only determines where clips can be."""
@@ -88,6 +90,7 @@ def test_packets_that_no_clip_needs_are_not_decoded(tmp_path, monkeypatch):
     assert sum(decoded) < 30 * 16000
 
 
+@pytest.mark.slow
 def test_mel_clips_of_a_video_and_of_a_segment(tmp_path):
     path = write_video(tmp_path / "a.mp4", 150, waveform=_sweep(6, 44100).astype("f4"), rate=44100)
     full, clips = media.read_video(path), media.read_video(path, num_clips=4)
@@ -124,6 +127,7 @@ def _write_silence(path: Path, seconds: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_length_of_the_audio(tmp_path):
     """The waveform of 3 minutes takes 207 MB; 8 clips of 2 s with one second more each, and the resampler, take 60."""
     before, peak = _peaks_of_reading(_write_silence(tmp_path / "long.flac", seconds=180))

@@ -122,6 +122,7 @@ def test_frames_are_bit_identical_to_the_golden_values(shared, golden, name):
     np.testing.assert_allclose(normalized, expected["video_norm_cthw"], atol=1e-6)
 
 
+@pytest.mark.slow
 def test_example_media_have_the_golden_digests(shared, golden):
     examples = json.loads((golden / "media" / "all_examples.json").read_text())
     here = [name for name in examples if (shared / "media" / name).exists()]

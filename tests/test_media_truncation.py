@@ -75,6 +75,7 @@ def read(path: Path) -> str:
         return f"MediaError: {error}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*DECLARED, *LIVE, *SOUNDS, "a.gif", "a.apng"])
 def test_a_complete_file_is_accepted_without_a_note(files, name):
     report = media.read_media(files[name]).report

@@ -37,6 +37,7 @@ def test_written_videos_are_read_back(tmp_path, channels):
     assert np.abs(decoded - samples[:, : decoded.shape[1]])[:, 2048:-2048].max() < 0.05
 
 
+@pytest.mark.slow
 def test_writing_is_deterministic(tmp_path):
     rng, side = np.random.default_rng(0), 96
     ground = rng.uniform(100, 150, (side, side, 3))

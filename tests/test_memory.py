@@ -1,6 +1,7 @@
 """`vllama memory`: static memory is exact, and temporary memory is compared with XLA's figures."""
 
 import dataclasses
+import functools
 import json
 import os
 import shutil
@@ -10,16 +11,20 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 from networks import random_network
 
-from vllama_jax import cli, generate, sharding
+from vllama_jax import cli, sharding
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli._model_config import SIZES
 from vllama_jax.config import EVA_G, LLAMA_7B, GenerationConfig, VideoLlamaConfig, tiny, video_llama
 from vllama_jax.data.config import DataConfig, DatasetConfig
 from vllama_jax.errors import ConfigError
+from vllama_jax.generate import programs
+from vllama_jax.generate.choose import make_settings
+from vllama_jax.generate.engine import shape_for
 from vllama_jax.memory import estimate
 from vllama_jax.memory.abstract_run import abstract_run, compiled_memory
 from vllama_jax.memory.activations import StepShape, estimate_prefill_layer
@@ -129,6 +134,7 @@ def test_step_estimate_matches_tpu_compilations(row):
     assert temporary / (temporaries * GIGA) == pytest.approx(ratio, abs=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", [pytest.param(None, marks=SLOW), pytest.param("int8", marks=SLOW), "int4"])
 def test_chat_estimate_matches_loaded_and_compiled_memory(tiny_model, scheme):
     mesh = sharding.make_mesh(data=2, tensor=4)
@@ -149,27 +155,24 @@ def test_cache_and_prefill_estimates_match_compiled_memory(beams):
     network.unstack("cpu")
     generation = GenerationConfig(num_beams=beams)
     need = estimate.estimate_chat(model, ALONE, CPU, generation=generation)
-    padded = generate.padded_prompt_length(llama.max_length - 300)
-    arguments = (
-        jnp.zeros((1, padded), jnp.int32),
-        jnp.zeros((1, padded), bool),
-        jnp.zeros(1, jnp.int32),
-        jnp.zeros((1, 40, 256)),
-        generate._make_settings(generation, 1, 2, ()),
-        jax.random.key(0),
+    shape = shape_for(llama.max_length - 300, 300)
+    rows = generation.num_beams
+    settings = jax.tree.map(lambda x: np.repeat(x, rows, axis=0), make_settings(generation, [2], ()))
+    state = jax.eval_shape(
+        functools.partial(programs.empty_state, cfg=llama, shape=shape, cache_dtype="float32"), settings, np.int32(1)
     )
-    strategy = generate.DecodingStrategy(beams, sample=False, top_k=0)
-    compiled = (
-        generate.jit_prefill("cpu")
-        .lower(network, *arguments, new_token_capacity=320, strategy=strategy)
-        .compile()
-        .memory_analysis()
+    chunk = programs.Chunk(
+        ids=jnp.zeros((1, 512), jnp.int32),
+        is_media=jnp.zeros((1, 512), bool),
+        media=jnp.zeros((1, 512, 256)),
+        length=np.int32(512),
+        row=np.int32(0),
+        start=np.int32(0),
     )
+    compiled = programs.jit_prefill("cpu").lower(network, state, chunk).compile().memory_analysis()
     cache = need.device["KV cache"]
     assert cache == pytest.approx(compiled.output_size_in_bytes, rel=0.02)
-    temporary = estimate_prefill_layer(
-        llama, StepShape(rows=1, length=padded, itemsize=4, mesh=ALONE), generate.padded_prompt_length(padded + 320)
-    )
+    temporary = estimate_prefill_layer(llama, StepShape(rows=1, length=512, itemsize=4, mesh=ALONE), shape.capacity)
     assert LOW < temporary / compiled.temp_size_in_bytes < HIGH
 
 
@@ -197,7 +200,7 @@ def test_beams_and_longer_conversations_need_more_memory():
     model = SIZES["7b"]()
     short = estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=100)
     beams = estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=100, generation=GenerationConfig(num_beams=4))
-    assert short.device["KV cache"] == 512 * 32 * 2 * 4096 * 2  # 128, and 320 new tokens, as generate.py pads
+    assert short.device["KV cache"] == 448 * 32 * 2 * 4096 * 2  # 128, and 320 new tokens, as generate pads
     assert beams.device["KV cache"] == 4 * short.device["KV cache"]
     with pytest.raises(ConfigError, match="the model's context has 2048 tokens"):
         estimate.estimate_chat(model, ALONE, DEVICES["H100"], length=2000)
@@ -285,6 +288,7 @@ def estimate_memory(capsys, *arguments: object) -> str:
     return capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_model_size_is_estimated_for_a_chat_and_both_stages(capsys):
     output = estimate_memory(capsys, "7b", "--devices", "H100")
     assert output.startswith("7b on 1 × H100 (data 1, fsdp 1, tensor 1): 80.0 GB each, 60.0 GB usable by JAX")
@@ -345,6 +349,7 @@ def test_exact_estimates_come_from_the_compiled_step(capsys, tiny_model):
     assert LOW < temporary / use["compiled"]["temporaries"] < HIGH
 
 
+@pytest.mark.slow
 def test_only_require_fit_makes_a_bad_fit_an_error(capsys):
     output = estimate_memory(capsys, "7b", "--devices", "v5e")
     in_python = "vl.load(MODEL, mesh=vl.sharding.make_mesh(tensor=2)) in Python"
@@ -353,6 +358,7 @@ def test_only_require_fit_makes_a_bad_fit_an_error(capsys):
         estimate_memory(capsys, "7b", "--devices", "v5e", "--require-fit")
 
 
+@pytest.mark.slow
 def test_require_fit_refuses_a_tight_fit(capsys, monkeypatch):
     monkeypatch.setattr(estimate, "MARGIN", 0.9999)
     assert "tight" in estimate_memory(capsys, "tiny", "--devices", "v5e")
@@ -379,6 +385,7 @@ def test_errors_are_one_line(arguments, message):
     assert "\n" not in stop.value.code
 
 
+@pytest.mark.slow
 def test_memory_in_a_process_prints_and_its_arithmetic_imports_no_jax():
     """It takes seconds and the memory of JAX; no weights are loaded. The estimate alone does not even import JAX."""
     command = [str(Path(sys.executable).parent / "vllama"), "memory", "13b", "--devices", "v5p"]

@@ -70,6 +70,7 @@ DAMAGE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corrupt", DAMAGE)
 def test_a_corrupt_copy_is_replaced(cache, corrupt):
     before = contents(shipped.shipped_model())
@@ -89,6 +90,7 @@ def test_partial_files_of_a_killed_process_are_removed(cache):
     assert open_model("miniature").digest == WEIGHTS_DIGEST
 
 
+@pytest.mark.slow
 def test_concurrent_processes_unpack_the_archive_once(cache):
     code = f"""import io, sys, vllama_jax.io.archives as archives
 from vllama_jax.checkpoints.shipped import shipped_model
@@ -170,6 +172,7 @@ def test_a_corrupt_archive_is_a_one_line_error(cache, other_box, content, messag
     assert not (cache / "miniature").exists() or list((cache / "miniature").iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_recipe_writes_the_packaged_archive(cache, other_box):
     model = shipped.shipped_model()
     before = (other_box / "model.zip").read_bytes()
@@ -216,6 +219,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_accept_the_name_miniature(capsys, tmp_path, command):
     cli.main([str(tmp_path / "out") if word == "OUT" else word for word in command])

@@ -25,6 +25,7 @@ def test_the_miniature_is_under_12_mb():
     assert sum(sizes) < 6e6
 
 
+@pytest.mark.slow
 def test_chat_without_a_model_uses_the_miniature_and_answers_correctly():
     questions = ["Which way does it go?", "What do you hear?", "Which colour is it?"]
     done = run_vllama("chat", assets.CLIPS / "bell.mp4", *questions)
@@ -38,6 +39,7 @@ def test_chat_without_a_model_uses_the_miniature_and_answers_correctly():
     assert "bell.mp4: 8 frames of 4.0 s; audio used" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_miniature_answers_whether_audio_and_video_match(miniature):
     for clip, message in (("bell.mp4", "yes"), ("dog_or_drum.mp4", "no")):
         chat = vl.Chat(miniature)
@@ -45,6 +47,7 @@ def test_the_miniature_answers_whether_audio_and_video_match(miniature):
         assert answer(chat, "Does the sound fit the picture?").split()[-1] == message
 
 
+@pytest.mark.slow
 def test_the_miniature_answers_what_comes_first_and_how_many_there_are(miniature):
     chat = vl.Chat(miniature)
     chat.add(assets.CLIPS / "two.mp4")

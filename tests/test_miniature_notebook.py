@@ -47,6 +47,7 @@ def memory_of(network, component, frames, mel):
     return network.add_clip_positions(network.embed_audio(mel[None]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "component",
     [
@@ -90,6 +91,7 @@ def test_attention_weights_reproduce_the_audio_tower_output(network, mel):
     assert_close(tower.project_class_token(outputs), tower(mel))
 
 
+@pytest.mark.slow
 def test_attention_maps_have_the_layout_of_frames_patches_and_clips(network, frames, mel):
     queries = CONFIG.image_qformer.num_queries
     of_frames = attention.video_qformer_attention(network, frames[None])
@@ -124,6 +126,7 @@ def test_attention_maps_have_the_layout_of_spectrogram_patches(network, frames, 
     assert np.argmax(np.abs(after - before).sum(axis=(0, 2))) == 1 + 3 * 16 + 9
 
 
+@pytest.mark.slow
 def test_attention_is_drawn_without_a_display(tmp_path, mel):
     frames, weights = np.full((FRAMES, 64, 64, 3), 200, np.uint8), np.zeros((FRAMES, 8, 8))
     weights[0, :4] = 1 / 32

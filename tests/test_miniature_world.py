@@ -218,6 +218,7 @@ def test_training_dialogues_have_no_test_wording_and_no_audio_questions():
     assert {known[question] for question in asked} == texts.QUESTIONS.keys() - set(texts.AUDIO_QUESTIONS)
 
 
+@pytest.mark.slow
 def test_each_prompt_sentence_is_one_token(tmp_path):
     tokenizer = language.train_tokenizer(tmp_path, 0)
     assert tokenizer.vocab_size == language.VOCAB_SIZE
@@ -274,6 +275,7 @@ def test_images_match_their_phrases():
     assert (draw_images(40, 0, "test").pixels != images.pixels).any()
 
 
+@pytest.mark.slow
 def test_a_dataset_is_written_once_and_completely(tmp_path):
     message = []
     write_world(tmp_path, Amounts(3, 2, 4, 2), 0, message.append)

@@ -50,8 +50,9 @@ from vllama_jax.convert import eva_vit, imagebind, llama, qformer, rule_tables
 from vllama_jax.errors import ConfigError
 from vllama_jax.nn.eva_vit import EvaVit
 from vllama_jax.nn.imagebind import ImageBind
+from vllama_jax.nn.kv_cache import KVCache
 from vllama_jax.nn.layers import layer_norm, position_rows
-from vllama_jax.nn.llama import KVCache, Llama, rope_frequencies
+from vllama_jax.nn.llama import Llama, rope_frequencies
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.nn.qformer import QFormer
 from vllama_jax.nn.video_llama import VideoLlama, splice
@@ -119,6 +120,7 @@ def test_eva_vit_equals_torchs(quiet: bool):
     assert error(run(call, ours, as_jax(images)), expected) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_eva_block_at_full_width():
     images = noise(1, 3, 28, 28)
     ours, expected = eva_pair(dataclasses.replace(EVA_G, depth=1, image_size=28), images)
@@ -137,6 +139,7 @@ def qformer_pair(cfg: QFormerConfig, memory: torch.Tensor, *, quiet: bool = Fals
     return load(make, rules, reference.original_state(), "image_qformer"), expected
 
 
+@pytest.mark.slow
 @QUIETLY
 @pytest.mark.parametrize("every", [1, 2])
 def test_qformer_reads_every_layer_or_every_second(every: int, quiet: bool):
@@ -145,6 +148,7 @@ def test_qformer_reads_every_layer_or_every_second(every: int, quiet: bool):
     assert error(run(call, ours, as_jax(memory)), expected) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cfg", "memory_width"), [(BLIP2_QFORMER, 1408), (AUDIO_QFORMER, 1024)], ids=["blip2", "audio"]
 )
@@ -171,6 +175,7 @@ def tower_inputs(cfg: ImageBindConfig, modality: str, *, quiet: bool = False) ->
     return noise(2, 3, cfg.vision.image_size, cfg.vision.image_size, quiet=quiet)
 
 
+@pytest.mark.slow
 @QUIETLY
 @pytest.mark.parametrize("modality", ["audio", "vision"])
 def test_imagebind_tower_equals_torchs(modality: str, quiet: bool):
@@ -179,6 +184,7 @@ def test_imagebind_tower_equals_torchs(modality: str, quiet: bool):
     assert error(run(call, getattr(ours, modality), as_jax(x)), reference(modality, x)) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modality", ["audio", "vision"])
 def test_imagebind_block_at_full_width(modality: str):
     audio = dataclasses.replace(IMAGEBIND_HUGE.audio, depth=1, num_mel_bins=26, num_mel_frames=36)
@@ -251,6 +257,7 @@ def test_llama_norm_epsilon_equals_torchs(epsilon: float):
     assert error(logits, reference(ids).logits) < TOLERANCE
 
 
+@pytest.mark.slow
 @SCALINGS
 def test_llama_over_4000_tokens_equals_torchs(scaling: RopeScaling | None):
     heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32}
@@ -290,6 +297,7 @@ def forward_with_cache(module: Llama, ids: jax.Array, mask: jax.Array, cache: KV
     return module.forward_with_cache(module.embed(ids), mask, cache)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunks", PIECES.values(), ids=PIECES)
 def test_prefill_in_chunks_equals_prefill_at_once(chunks: list[tuple[int, tuple[int, ...]]]):
     ours, reference = llama_pair(LLAMAS["wide heads"])
@@ -307,7 +315,7 @@ def test_prefill_in_chunks_equals_prefill_at_once(chunks: list[tuple[int, tuple[
             hidden_rows[row].append(np.asarray(hidden)[row, : real[row]])
     logits = ours.logits(jnp.array([np.concatenate(row) for row in hidden_rows]))
     assert error(logits, reference(ids).logits) < TOLERANCE
-    assert cache.length == sum(length for length, _ in chunks)
+    assert cache.position == sum(length for length, _ in chunks)
 
 
 @pytest.mark.slow
@@ -386,6 +394,7 @@ def operations(jaxpr) -> Iterator[tuple[str, jnp.dtype]]:
                     yield from operations(inner)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["multi-head", "tied head"])
 def test_logits_are_not_rounded_to_bfloat16(name: str):
     module = cast(llama_pair(LLAMAS[name])[0], jnp.bfloat16)
@@ -416,6 +425,7 @@ def pair() -> tuple[VideoLlama, VideoLlamaReference]:
         return video_llama_pair()
 
 
+@pytest.mark.slow
 @QUIETLY
 def test_encode_frames_equals_torchs(quiet: bool):
     ours, reference = video_llama_pair(quiet=quiet)
@@ -434,6 +444,7 @@ def test_encode_video_equals_torchs(pair, count: int):
     assert error(tokens, expected) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("modality", "encode"), [("audio", VideoLlama.encode_audio), ("vision", VideoLlama.encode_audio_from_vision)]
 )
@@ -445,6 +456,7 @@ def test_encode_audio_equals_torchs(pair, modality: str, encode: Callable):
     assert error(tokens, torch.stack([reference.encode_senses(modality, x) for x in inputs])) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_video_llama_logits_are_the_language_models(pair):
     ours, reference = pair
     ids, mask = token_ids(2, 12), torch.arange(12) < torch.tensor([[12], [7]])
@@ -470,6 +482,7 @@ def test_positions_are_interpolated_linearly_on_request(pair):
     assert error(rows, expected) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_more_frames_than_positions(pair):
     features = as_jax(noise(1, 10, 32, TINY.image_qformer.width))
     with pytest.raises(ConfigError, match=r"10 frames.* 9 learned positions"):
@@ -479,6 +492,7 @@ def test_more_frames_than_positions(pair):
     assert jnp.isfinite(tokens).all()
 
 
+@pytest.mark.slow
 def test_more_audio_clips_than_positions(pair):
     features = as_jax(noise(1, 7, IMAGEBIND.embed_dim))
     with pytest.raises(ConfigError, match=r"7 audio clips or frames.* 6 learned positions"):

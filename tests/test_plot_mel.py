@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import scipy.io.wavfile
 from test_cli import expect_error
 
@@ -41,6 +42,7 @@ def test_a_tone_is_plotted_at_its_frequency(tmp_path):
     assert hertz[loudest] - 20 < 440 < hertz[loudest + 1] + 20
 
 
+@pytest.mark.slow
 def test_plot_of_a_file_writes_a_png_beside_it(tmp_path, capsys):
     file = write_tone(tmp_path / "tone.wav", 3)
     cli.main(["plot", str(file)])

@@ -273,6 +273,7 @@ def test_ctrl_c_saves_and_exits_130(tiny_model, records, tmp_path):
     assert list_checkpoint_steps(run)[-1] == last
 
 
+@pytest.mark.slow
 def test_without_other_processes_the_error_says_how_to_start_them(tmp_path):
     command = [VLLAMA, "train", "vision_stage1", "--out", str(tmp_path / "run"), "--distributed"]
     done = subprocess.run(command, capture_output=True, text=True)

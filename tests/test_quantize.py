@@ -78,6 +78,7 @@ def test_rounding_errors_are_at_most_half_a_step(shape, inputs, bits):
     assert np.allclose(scale, np.abs(kernel).reshape(groups, -1, *shape[inputs:]).max(axis=1) / (2 ** (bits - 1) - 0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [6, 7, 1])
 def test_int4_packs_two_weights_in_a_byte(width):
     values = np.random.default_rng(0).integers(-7, 8, (5, 3, width)).astype(np.int8)
@@ -88,6 +89,7 @@ def test_int4_packs_two_weights_in_a_byte(width):
     assert quantized.pack_int4(np.array([-7, 1], np.int8)).tolist() == [1 | 9 << 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("product", PRODUCTS)
 @pytest.mark.parametrize("bits", [8, 4])
 @pytest.mark.parametrize(("shape", "inputs"), KERNELS)
@@ -103,6 +105,7 @@ def test_products_equal_those_of_the_dequantized_kernel(shape, inputs, bits, pro
     assert np.abs(rounded - expected).max() < 2e-2 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_a_stored_model_records_its_source(tiny_model, stored):
     sources = open_model(tiny_model).manifest["sources"]
     assert sources
@@ -124,6 +127,7 @@ def test_accelerators_multiply_the_full_kernel_at_once(platform):
 # A model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=SLOW)])
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_quantizing_while_loading_equals_stored_quantized(tiny_model, stored, scheme, dtype):

@@ -34,6 +34,7 @@ def assert_same(one: vl.Model, other: vl.Model) -> None:
     assert one.tokenizer.encode("Which bell rings?") == other.tokenizer.encode("Which bell rings?")
 
 
+@pytest.mark.slow
 def test_saved_weights_are_those_of_the_directory_stacked_or_not(tiny_model, tmp_path):
     for stacked in (True, False):
         vl.save(vl.load(tiny_model, "float32", stacked=stacked), tmp_path / str(stacked))
@@ -44,6 +45,7 @@ def test_saved_weights_are_those_of_the_directory_stacked_or_not(tiny_model, tmp
     main(["verify", str(tmp_path / "True")])
 
 
+@pytest.mark.slow
 def test_a_model_in_bfloat16_keeps_its_dtype(tiny_model, tmp_path):
     model = vl.load(tiny_model, "bfloat16")
     vl.save(model, tmp_path / "model")
@@ -51,12 +53,14 @@ def test_a_model_in_bfloat16_keeps_its_dtype(tiny_model, tmp_path):
     assert_same(model, vl.load(tmp_path / "model", "bfloat16"))
 
 
+@pytest.mark.slow
 def test_a_model_on_a_mesh_can_be_saved(tiny_model, tmp_path):
     mesh = vl.sharding.make_mesh(data=4, tensor=2)
     vl.save(vl.load(tiny_model, "float32", mesh), tmp_path / "model")
     assert read_hashes(tmp_path / "model") == read_hashes(tiny_model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["int8", pytest.param("int4", marks=pytest.mark.slow)])
 def test_a_quantized_model_answers_and_its_weights_stay_quantized(tiny_model, tmp_path, scheme):
     model = vl.load(tiny_model, quantize=scheme)
@@ -87,6 +91,7 @@ def test_lora_updates_are_merged_into_their_kernels(tiny_model, tmp_path, stacke
         np.testing.assert_allclose(arrays(saved)[path], array, rtol=0 if stacked else 1e-6, atol=0 if stacked else 1e-6)
 
 
+@pytest.mark.slow
 def test_an_existing_directory_is_replaced_only_when_asked_and_only_if_it_is_a_model(tiny_model, tmp_path):
     model = vl.load(tiny_model, "float32")
     vl.save(model, tmp_path / "model")
@@ -106,6 +111,7 @@ def test_an_existing_directory_is_replaced_only_when_asked_and_only_if_it_is_a_m
     assert (tmp_path / "home" / "precious").exists()
 
 
+@pytest.mark.slow
 def test_a_model_is_saved_over_the_directory_that_it_was_loaded_from(tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "model")
     model = vl.load(tmp_path / "model", "float32")
@@ -114,6 +120,7 @@ def test_a_model_is_saved_over_the_directory_that_it_was_loaded_from(tiny_model,
     assert_same(model, vl.load(tmp_path / "model", "float32"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_a_save_that_fails_leaves_what_was_there(tiny_model, tmp_path, monkeypatch, overwrite):
     model = vl.load(tiny_model, "float32")

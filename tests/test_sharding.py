@@ -15,7 +15,7 @@ from vllama_jax.chat import Chat
 from vllama_jax.config import ConfigError, GenerationConfig, VideoLlamaConfig, tiny
 from vllama_jax.generate import EmbeddedPrompt, generate
 from vllama_jax.model import load
-from vllama_jax.nn.llama import KVCache
+from vllama_jax.nn.kv_cache import KVCache
 from vllama_jax.nn.network import abstract_network
 from vllama_jax.nn.video_llama import VideoLlama
 
@@ -106,6 +106,7 @@ def test_generation_on_a_mesh_gives_the_same_tokens(network, options):
     assert tokens(split.llama) == tokens(network.llama)
 
 
+@pytest.mark.slow
 def test_loading_puts_one_shard_on_each_device(tiny_model, caplog):
     mesh = sharding.make_mesh(data=2, tensor=4)
     split, full = load(tiny_model, mesh=mesh).network, load(tiny_model).network
@@ -117,6 +118,7 @@ def test_loading_puts_one_shard_on_each_device(tiny_model, caplog):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 def test_a_chat_on_a_mesh_answers_as_on_one_device(tiny_model, clip):
     answers = []
     for mesh in (None, sharding.make_mesh(data=2, tensor=4)):

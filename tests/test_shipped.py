@@ -50,6 +50,7 @@ def test_chat_reads_the_users_file(here, capsys):
     assert "demo: not a video" in expect_error(capsys, "chat", "demo", "What is it?")
 
 
+@pytest.mark.slow
 def test_demo_prints_its_description_and_ends_with_the_input():
     done = run_vllama("chat", "demo", stdin="What do you hear?\n")
     assert done.returncode == 0, done.stderr
@@ -67,14 +68,17 @@ def test_demo_prints_its_description_and_ends_with_the_input():
     assert len(lines) == 4
 
 
+NOT_ALLOWED = "URLs are downloaded only with --allow-url, in Python with allow_url=True"
+
+
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("https://x.org/a.mp4?b=c", "https://x.org/a.mp4?b=c: URLs are not supported; download the file first"),
-        ("HTTP://x.org/a.mp4", "HTTP://x.org/a.mp4: URLs are not supported; download the file first"),
+        ("https://x.org/a.mp4?b=c", f"https://x.org/a.mp4: {NOT_ALLOWED}"),
+        ("HTTP://x.org/a.mp4", f"HTTP://x.org/a.mp4: {NOT_ALLOWED}"),
         ("gs://bucket/a.mp4", "gs://bucket/a.mp4: URLs are not supported; download the file first"),
         ("s3://bucket/a.mp4", "s3://bucket/a.mp4: URLs are not supported; download the file first"),
-        ("rtsp://camera/1", "rtsp://camera/1: URLs are not supported; download the file first"),
+        ("rtsp://me:secret@camera/1", "rtsp://camera/1: URLs are not supported; download the file first"),
         ("file:///tmp/a.mp4", "file:///tmp/a.mp4: URLs are not supported; pass the path, /tmp/a.mp4"),
         ("c:/a.mp4", "c:/a.mp4: no such file; check the path"),
         ("no:where", "no:where: no such file; check the path"),

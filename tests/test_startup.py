@@ -12,6 +12,7 @@ from vllama_jax.nn.layers import traced_rngs
 from vllama_jax.nn.network import abstract_network, init_network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [NO_LORA, LoraConfig(rank=4, alpha=8.0)], ids=["", "lora"])
 def test_the_abstract_network_has_the_structure_of_the_training_network(lora):
     config = tiny(vocab_size=512)

@@ -110,6 +110,7 @@ def test_a_host_reads_a_byte_once(bucket, ranges, spec):
     assert ranges == [("0.0", 0, 32000)]
 
 
+@pytest.mark.slow
 def test_a_model_on_a_store_is_the_same_model(model_url, tiny_model):
     ours, theirs = vl.load(model_url, stacked=True), vl.load(tiny_model, stacked=True)
     assert ours.config == theirs.config
@@ -119,6 +120,7 @@ def test_a_model_on_a_store_is_the_same_model(model_url, tiny_model):
     assert open_model(model_url).digest == open_model(tiny_model).digest
 
 
+@pytest.mark.slow
 def test_a_model_is_written_to_a_store(bucket, tiny_model):
     model = vl.load(tiny_model, stacked=True)
     vl.save(model, "memory://bucket/saved")

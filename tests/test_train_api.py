@@ -31,6 +31,7 @@ STATEMENTS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("statement", STATEMENTS)
 def test_train_is_callable_after_any_import_order(statement):
     code = f"""{statement}

@@ -109,6 +109,7 @@ def run(
     return state, metrics
 
 
+@pytest.mark.slow
 def test_the_loss_sums_over_labels_including_token_0():
     loss, count = loss_sum(Network(jnp.float32(head_of()), []), batch_of(), config_of(), None)
     expected, number, _ = reference_loss(head_of(), [0, 1, 2, 3])
@@ -116,6 +117,7 @@ def test_the_loss_sums_over_labels_including_token_0():
     assert number == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad_accum_steps", [1, 2, 4])
 def test_loss_and_gradient_do_not_depend_on_accumulation_steps(grad_accum_steps):
     """One micro-batch has more labels than another, and one has none, so a mean of their means would differ."""
@@ -143,6 +145,7 @@ def test_metrics_have_the_learning_rate_of_their_step():
 FIXED = dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, warmup_lr=0.0)
 
 
+@pytest.mark.slow
 def test_dropout_masks_depend_on_step_and_seed():
     config = config_of(dropout=0.5, optim=FIXED)
     losses = [one["loss"] for one in run(config, steps=3, again=1)[1]]
@@ -151,6 +154,7 @@ def test_dropout_masks_depend_on_step_and_seed():
     assert len(set(losses)) == 4
 
 
+@pytest.mark.slow
 def test_micro_batches_have_their_own_dropout_masks(monkeypatch):
     """The media tokens of two micro-batches are 1 and -1: with one shared mask, their sums would be opposite."""
 
@@ -173,6 +177,7 @@ def test_validation_uses_no_dropout():
     assert abstract_model.observed == [None]
 
 
+@pytest.mark.slow
 def test_computation_is_in_the_compute_dtype_and_state_in_float32():
     abstract_model = AbstractModel()
     state, _ = run(config_of(compute_dtype="bfloat16"), abstract_model=abstract_model)
@@ -184,6 +189,7 @@ def test_computation_is_in_the_compute_dtype_and_state_in_float32():
     assert abstract_model.built[-1]["head"] == "bfloat16"
 
 
+@pytest.mark.slow
 def test_the_dropout_rate_is_passed_to_the_network():
     abstract_model = AbstractModel()
     run(config_of(dropout=0.25), abstract_model=abstract_model)

@@ -27,6 +27,7 @@ def sizes() -> dict[str, int]:
     return {path: size for path, size in paths.items() if path.endswith("kernel")}
 
 
+@pytest.mark.slow
 def test_the_language_model_and_its_head(sizes):
     """Two operations for each parameter and token; two for each attention score and for its product with the values."""
     layers = sum(size for path, size in sizes.items() if path.startswith("llama/blocks"))

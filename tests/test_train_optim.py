@@ -58,6 +58,7 @@ def updated(cfg: OptimConfig, weights: dict, gradients: list[dict]) -> dict[str,
     return weights
 
 
+@pytest.mark.slow
 def test_updates_equal_adamw_with_weight_decay_on_matrices_only():
     weights, *gradients = random_arrays(7)  # six updates: four of warm-up and two of the cosine
     found = updated(CFG, weights, gradients)
@@ -66,6 +67,7 @@ def test_updates_equal_adamw_with_weight_decay_on_matrices_only():
         np.testing.assert_allclose(found[path], expected, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.slow
 def test_gradients_are_clipped_together_before_adam():
     weights, *gradients = random_arrays(4)
     norms = [math.sqrt(sum((part**2).sum() for part in gradient.values())) for gradient in gradients]

@@ -28,6 +28,7 @@ def epoch(stream: Stream, seed: int = 0, number: int = 0) -> list[int]:
     return [record for record, _ in drawn]
 
 
+@pytest.mark.slow
 def test_order_depends_only_on_seed_epoch_dataset_and_media_type():
     stream = stream_of()
     orders = [

@@ -81,6 +81,7 @@ def wider(tmp_path_factory) -> Path:
     return folder / "model"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_refused(tiny_model, wider, records, saved_run):
     with pytest.raises(ConfigError, match="the run was started from another base model"):
         train(short_config(wider, records), saved_run, RecordingReporter())

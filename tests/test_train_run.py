@@ -96,6 +96,7 @@ def test_a_finished_run_has_metrics_of_every_step_and_answers(full_run, clip):
     assert isinstance("".join(chat.ask("What is there?", max_new_tokens=8)), str)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_bit_exactly(full_run, tmp_path):
     config, run = full_run
     process = command(config, tmp_path / "run")
@@ -179,6 +180,7 @@ def test_stage_2_starts_from_stage_1(tiny_model, records, stage1, tmp_path):
     assert all(source.trained for source in reporter.plan.sources.values())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_corrupt_checkpoint_is_renamed_and_the_previous_one_restored(
     tiny_model, image_records, stage1, tmp_path, caplog
@@ -225,6 +227,7 @@ class FullDisk(RecordingReporter):
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 @pytest.mark.parametrize("on_error", ["stop", pytest.param("continue", marks=SLOW)])
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::RuntimeWarning")
@@ -261,6 +264,7 @@ def test_tensorboard_has_the_metrics_of_the_run(stage1):
     np.testing.assert_allclose(shown, losses(stage1), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_a_loss_that_is_not_a_number_stops_the_run(tiny_model, image_records, tmp_path):
     config = short_config(tiny_model, image_records, optim=OptimConfig(lr=1e30, min_lr=1e30, warmup_steps=0))
@@ -272,6 +276,7 @@ def quarantined(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "quarantine.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_a_corrupt_image_is_masked_and_reported_once(tiny_model, tmp_path):
     files, run = write_files(tmp_path / "files", videos=0), tmp_path / "run"
     (files / "1.png").write_bytes((files / "1.png").read_bytes()[:700])

@@ -113,6 +113,7 @@ def losses(trainer: Trainer, branch: str, count: int, **options) -> list[float]:
     return [trainer(batch_of(branch, seed, **options))["loss"] for seed in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("branch", ["vision", pytest.param("audio", marks=SLOW)])
 def test_eight_devices_give_the_losses_of_one_and_compile_once(branch):
     trainable = VISION_BRANCH if branch == "vision" else AUDIO_BRANCH
@@ -146,6 +147,7 @@ def test_remat_policies_do_not_change_losses(trainer, remat_policy):
     assert other["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_row_without_labels_changes_nothing(trainer):
     batch, other = batch_of("vision"), batch_of("vision")
     for which in (batch, other):
@@ -165,6 +167,7 @@ def test_a_batch_without_any_label_gives_zero(trainer):
     assert metrics["tokens"] == 0
 
 
+@pytest.mark.slow
 def test_accumulated_sums_are_divided_once():
     """One program processes a batch of two micro-batches, and the same batch with labels in only one of them."""
     still = dataclasses.replace(OPTIM, lr=0.0, min_lr=0.0, weight_decay=0.0)
@@ -186,6 +189,7 @@ def test_accumulated_sums_are_divided_once():
         np.testing.assert_allclose(one[name] + other[name], value, rtol=1e-3, atol=1e-4 * np.abs(value).max())
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_rows_layers_and_micro_batches(monkeypatch):
     masks, sample = [], jax.random.bernoulli
 

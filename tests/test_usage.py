@@ -50,7 +50,7 @@ def help_of(*command: str) -> str:
         ("chat x.mp4 --max_tokens 3", "did you mean --max-new-tokens?"),
         ("chat x.mp4 --temp 1", "did you mean --temperature?"),
         ("chat x.mp4 --temprature 1", "did you mean --temperature?"),
-        ("chat x.mp4 --fps 1", "did you mean --num-frames?"),
+        ("eval jsonl --fps 1", "did you mean --num-frames?"),
         ("chat x.mp4 --frames 1", "did you mean --num-frames?"),
         ("chat x.mp4 --audio", "did you mean --no-audio?"),
         ("chat x.mp4 --prompt hello", "write the question after the file"),
@@ -161,6 +161,7 @@ def test_help_of_eval_lists_every_benchmark():
     assert all(f"- {name} (" in text for name in ("msvd_qa", "video_mme", "jsonl", "miniature"))
 
 
+@pytest.mark.slow
 def test_version_from_python_and_both_commands():
     code = f"import sys; print(sys.argv); import vllama_jax as vl; assert vl.__version__ == {vl.__version__!r}"
     assert (

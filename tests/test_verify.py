@@ -102,6 +102,7 @@ def test_weights_equal_the_source_bit_exactly(tiny_model, tiny_files, capsys):
     assert "note" not in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_weights_in_another_dtype_equal_the_rounded_source(tiny_files, tmp_path, capsys, dtype):
     convert_files(tiny_files, tmp_path / "model", dtype=dtype)
@@ -164,6 +165,7 @@ def network(tiny_model) -> VideoLlama:
     return load(tiny_model).network
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WHOLE)
 def test_the_stages_of_a_component_equal_the_component(tiny_model, network, model_components, name):
     """Run the stages one at a time, as verify does, and compare with the full network."""
@@ -180,6 +182,7 @@ def test_the_stages_of_a_component_equal_the_component(tiny_model, network, mode
     np.testing.assert_allclose(x[0] if isinstance(x, tuple) else x, full, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_good_model_passes(tiny_model, tiny_files, capsys):
     report = json.loads(run(capsys, tiny_model, *options(tiny_files), "--json"))
     layers, logits = report["layers"], report["logits"]
@@ -219,6 +222,7 @@ SWAPS = {
 }
 
 
+@pytest.mark.slow
 def test_swapped_weights_are_located(tiny_model, tiny_files, tmp_path, capsys):
     """A model with swapped tensors, as an incorrect conversion would make it."""
     wrong = tiny_files | {kind: edited(tiny_files[kind], tmp_path, change) for kind, change in SWAPS.items()}
@@ -248,6 +252,7 @@ def test_a_wrong_rope_theta_is_located(tiny_model, tiny_files, tmp_path, capsys)
     assert "vit, " not in message
 
 
+@pytest.mark.slow
 def test_non_finite_weights_are_reported(tiny_model, tiny_files, tmp_path, capsys):
     def spoil(tensors: Tensors) -> None:
         tensors["blocks.0.norm1.weight"][0] = np.nan
@@ -258,6 +263,7 @@ def test_non_finite_weights_are_reported(tiny_model, tiny_files, tmp_path, capsy
     assert next(layer for layer in json.loads(out)["layers"] if layer["layer"] == "layer 0")["relative"] is None
 
 
+@pytest.mark.slow
 def test_golden_layers_equal_torchs(golden_model, golden_files, capsys):
     """The original's own layouts: .pth files and .bin shards."""
     report = json.loads(run(capsys, golden_model, *options(golden_files), "--json"))
@@ -268,6 +274,7 @@ def test_golden_layers_equal_torchs(golden_model, golden_files, capsys):
 # Sources
 
 
+@pytest.mark.slow
 def test_a_base_without_branches_is_verified(tiny_files, tmp_path, capsys):
     """MiniGPT-4's projection is compared; components that the base never had are not required."""
     base = drop_components(tiny_files, "vl", "al", "imagebind")
@@ -323,6 +330,7 @@ def test_without_transformers_the_error_says_what_to_install(tiny_model, tiny_fi
     assert message == f"{expected}; or add --weights-only"
 
 
+@pytest.mark.slow
 def test_verify_in_a_process_prints_the_first_difference_and_exits_with_1(tiny_model, tiny_files, tmp_path):
     model = copied(tiny_model, tmp_path)
     flip_a_byte(model, "vit/positions")

@@ -48,6 +48,7 @@ def test_results_are_in_order_and_workers_are_reusable(worker_pids):
     assert worker_pids() == []
 
 
+@pytest.mark.slow
 def test_what_a_function_prints_does_not_come_between_results():
     assert list(map_in_processes(print_and_return, range(4), 1)) == [0, 1, 2, 3]
 
@@ -66,6 +67,7 @@ def end_by(how: int, item: int) -> None:
         os.kill(os.getpid(), how)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("function", "message"),
     [

@@ -6,18 +6,19 @@ import dataclasses
 import functools
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllama_jax import media as media_files
 from vllama_jax.branches import BRANCHES, Branch, get_branches
-from vllama_jax.config import GenerationConfig, VideoLlamaConfig
+from vllama_jax.config import GREEDY, GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError, VllamaError
-from vllama_jax.media import Audio, Image, MediaReport, Video
+from vllama_jax.media import Audio, FrameSampling, Image, MediaReport, MediaSource, OpenedSource, Video
+from vllama_jax.segments import check_segments_fit, combine_reports
 from vllama_jax.text import prompts
+from vllama_jax.text.templates import ChatTemplate
 from vllama_jax.towers import get_tower
 
 if TYPE_CHECKING:
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from vllama_jax import generate
     from vllama_jax.model import Model
     from vllama_jax.nn.video_llama import VideoLlama
+
+
+DEFAULT_SAMPLING = FrameSampling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,11 +62,18 @@ class Answer:
         answer: The text.
         tokens: The new token ids, without the initial dummy BOS.
         timings: Seconds until the first text ("first_text") and until the end ("answer").
+        logprobs: The log-probabilities of the tokens, before penalties and temperature. Beam search has none.
+        top_logprobs: The most probable tokens at each position and their log-probabilities, as many as the option
+            `top_logprobs`.
+        prefill_tokens: The number of tokens of the prompt that were computed. Those of earlier turns are cached.
     """
 
     answer: str
     tokens: list[int]
     timings: dict[str, float]
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    top_logprobs: list[list[tuple[int, float]]] = dataclasses.field(default_factory=list)
+    prefill_tokens: int = 0
 
 
 def check_num_frames(config: VideoLlamaConfig, option: str, num_frames: int | None, advice: str) -> None:
@@ -84,31 +95,54 @@ def check_num_frames(config: VideoLlamaConfig, option: str, num_frames: int | No
 
 
 def prepare_media(
-    path: str | Path,
+    source: MediaSource,
     config: VideoLlamaConfig,
     *,
+    sampling: FrameSampling = DEFAULT_SAMPLING,
     num_frames: int | None = None,
     audio: bool = True,
     require_audio: bool = False,
+    interpolate_positions: bool = False,
+    allow_url: bool = False,
 ) -> PreparedMedia:
-    """Read and preprocess a video, image or audio file for a model. Needs neither the model's weights nor jax.
+    """Read and preprocess a video, an image or audio for a model. Needs neither the model's weights nor jax.
 
     Args:
-        path: The file.
+        source: A file, a directory of images, bytes, a file object, arrays or a URL; see `media.open_source`.
         config: The model's config.
-        num_frames: Number of frames to sample from a video; by default `config.num_frames`.
+        sampling: Which frames of a video are sampled, and from which window; by default `config.num_frames` of all.
+        num_frames: Short for `FrameSampling(num_frames=…)`.
         audio: Whether to use the audio of a video.
         require_audio: Raise an error if the file's audio is not used.
+        interpolate_positions: Accept more frames of `sampling.fps` than the model has learned positions.
+        allow_url: Whether http and https URLs are downloaded.
 
     Raises:
-        MediaError: The file cannot be used, or its audio is required and was not used.
-        ConfigError: `num_frames` is below 1.
+        MediaError: The source cannot be used, or its audio is required and was not used.
+        ConfigError: The number of frames is below 1 or above that of the learned positions.
     """
-    count = config.num_frames if num_frames is None else num_frames
-    if count < 1:
-        raise ConfigError(f"the number of frames must be at least 1, not {count}")
-    media = media_files.read_media(path, count, config.vit.image_size, audio, config.num_clips)
+    sampling = resolve_sampling(sampling, num_frames, config)
+    limit = None if interpolate_positions else config.num_frame_positions
+    size, clips = config.vit.image_size, config.num_clips
+    media = media_files.read_media(source, sampling, size, audio, clips, max_positions=limit, allow_url=allow_url)
     return preprocess_media(media, config, require_audio=require_audio)
+
+
+def resolve_sampling(sampling: FrameSampling, num_frames: int | None, config: VideoLlamaConfig) -> FrameSampling:
+    """Return a sampling that has a number of frames or a rate: `num_frames`, or else the model's number.
+
+    Raises:
+        ConfigError: `num_frames` is below 1, or given in addition to those of `sampling`.
+    """
+    if num_frames is not None:
+        if num_frames < 1:
+            raise ConfigError(f"the number of frames must be at least 1, not {num_frames}")
+        if sampling.num_frames is not None:
+            raise ConfigError("num_frames is given twice: omit it, or that of the sampling")
+        sampling = dataclasses.replace(sampling, num_frames=num_frames)
+    if sampling.num_frames is None and sampling.fps is None:
+        sampling = dataclasses.replace(sampling, num_frames=config.num_frames)
+    return sampling
 
 
 def preprocess_media(
@@ -196,8 +230,6 @@ def embed_prompt(
     Raises:
         ConfigError: The prompt and the answer are longer than the model's context.
     """
-    import jax.numpy as jnp
-
     from vllama_jax import generate
 
     cfg = model.network.llama.cfg
@@ -207,8 +239,8 @@ def embed_prompt(
     )
     encoded = prompts.encode_prompt(model.tokenizer, text, [len(tokens) for tokens in media])
     generate.check_context_length(len(encoded.ids), max_new_tokens, cfg)
-    media_tokens = jnp.concatenate(media) if media else jnp.zeros((0, cfg.width))
-    return generate.EmbeddedPrompt(encoded.ids, encoded.is_media, media_tokens)
+    media_tokens = [np.asarray(tokens) for tokens in media] or [np.zeros((0, cfg.width), np.float32)]
+    return generate.EmbeddedPrompt(encoded.ids, encoded.is_media, np.concatenate(media_tokens))
 
 
 class Chat:
@@ -220,6 +252,7 @@ class Chat:
         model: The model, as `vllama_jax.load` returns it.
         template: The name of the prompt template; by default the model's own.
         system: The system text; by default the original's text for the media in the conversation.
+        int8_cache: Whether to store the KV cache in int8, which halves its memory and changes answers slightly.
 
     Attributes:
         model: The model.
@@ -238,8 +271,11 @@ class Chat:
         'it moves to the left'
     """
 
-    def __init__(self, model: "Model", template: str | None = None, system: str | None = None):
+    def __init__(
+        self, model: "Model", template: str | None = None, system: str | None = None, *, int8_cache: bool = False
+    ):
         self.model = model
+        self._int8_cache = int8_cache
         self.last: Answer | None = None
         name = template or model.config.template
         self._start = prompts.start_conversation(name, model.config.has_audio, system)
@@ -258,6 +294,7 @@ class Chat:
         with self._exclusive_use():
             self._conversation = self._start
             self._tokens: list[jax.Array] = []  # media tokens [n, width of the language model], in the prompt's order
+            self._engine: generate.Engine | None = None  # has the KV cache of the turns
             self._files: tuple[MediaReport, ...] = ()
 
     def undo(self) -> str:
@@ -278,34 +315,70 @@ class Chat:
 
     def add(
         self,
-        path: str | Path,
+        source: MediaSource,
         *,
+        sampling: FrameSampling = DEFAULT_SAMPLING,
         num_frames: int | None = None,
         audio: bool = True,
         require_audio: bool = False,
         interpolate_positions: bool = False,
+        max_new_tokens: int = GREEDY.max_new_tokens,
+        allow_url: bool = False,
     ) -> MediaReport:
-        """Add a media file to the conversation, for the questions that follow.
+        """Add media to the conversation, for the questions that follow.
 
         Args:
-            path: A video, image or audio file.
-            num_frames: Number of frames to sample from a video; by default the model's `num_frames`.
+            source: A video, an image or audio: a file, a directory of images, bytes, a file object, arrays or a URL;
+                see `media.open_source`.
+            sampling: Which frames of a video are sampled, and from which window. With several segments, they are read
+                and encoded one at a time, after a check that they fit the model's context.
+            num_frames: Short for `FrameSampling(num_frames=…)`; by default the model's `num_frames`.
             audio: Whether to use the audio of a video.
             require_audio: Raise an error if the file's audio is not used.
             interpolate_positions: Interpolate the learned positions for more frames than the model has positions.
+            max_new_tokens: The maximum length of an answer, which segments leave room for in the context.
+            allow_url: Whether http and https URLs are downloaded.
 
         Returns:
             A report of the frames and the audio that are used.
 
         Raises:
-            MediaError: The file cannot be used, or its audio is required and was not used.
-            ConfigError: `num_frames` is below 1, or above the number of learned positions without interpolation.
+            MediaError: The source cannot be used, or its audio is required and was not used.
+            ConfigError: The number of frames is below 1, or above the number of learned positions without
+                interpolation, or there are more segments than fit the context.
         """
-        with self._exclusive_use():
-            prepared = prepare_media(
-                path, self.model.config, num_frames=num_frames, audio=audio, require_audio=require_audio
-            )
+        sampling = resolve_sampling(sampling, num_frames, self.model.config)
+        options = {"audio": audio, "require_audio": require_audio, "interpolate_positions": interpolate_positions}
+        with self._exclusive_use(), media_files.open_source(source, allow_url=allow_url) as opened:
+            if sampling.segments > 1:
+                model, conversation = self.model, self._conversation
+                check_segments_fit(opened, model.config, model.tokenizer, conversation, sampling, audio, max_new_tokens)
+                return self._add_segments(opened, sampling, **options)
+            prepared = prepare_media(opened, self.model.config, sampling=sampling, **options)
             return self.add_prepared(prepared, interpolate_positions=interpolate_positions)
+
+    def _add_segments(
+        self,
+        opened: OpenedSource,
+        sampling: FrameSampling,
+        *,
+        audio: bool,
+        require_audio: bool,
+        interpolate_positions: bool,
+    ) -> MediaReport:
+        """Read and encode segments one at a time. Only their media tokens are kept."""
+        config, network = self.model.config, self.model.network
+        tokens, segments, reports = [], [], []
+        for span, media in media_files.read_segments(opened, sampling, config.vit.image_size, audio, config.num_clips):
+            prepared = preprocess_media(media, config, require_audio=require_audio)
+            tokens += encode_media(network, prepared, interpolate_positions=interpolate_positions)
+            segments.append(dataclasses.replace(prepared.prompt_media, time_range=span))
+            reports.append(prepared.report)
+        report = combine_reports(reports)
+        self._tokens = self._tokens + tokens
+        self._conversation = self._conversation.add(prompts.Media(segments[0].kind, segments=tuple(segments)))
+        self._files = (*self._files, report)
+        return report
 
     def add_prepared(self, prepared: PreparedMedia, *, interpolate_positions: bool = False) -> MediaReport:
         """Add a media file that `prepare_media` has read.
@@ -343,43 +416,81 @@ class Chat:
         """
         from vllama_jax import generate
 
-        tokenizer = self.model.tokenizer
         config = GenerationConfig(**options)
         with self._exclusive_use():
-            before, tokens = self._conversation, self._tokens
-        conversation = before.ask(question)
-        batches = generate.generate(
-            self.model.network.llama,
-            [embed_prompt(self.model, conversation, tokens, config.max_new_tokens)],
-            config,
-            bos=tokenizer.bos_id,
-            eos=tokenizer.eos_ids,
-            stops=prompts.stop_sequences(tokenizer, conversation.template),
-        )
-        return self._stream(before, conversation, batches)
+            before = self._conversation
+            conversation = before.ask(question)
+            template = dataclasses.replace(conversation.template, more_stops=config.stop)
+            request = generate.Request(
+                prompt=embed_prompt(self.model, conversation, self._tokens, config.max_new_tokens),
+                config=config,
+                stops=prompts.stop_sequences(self.model.tokenizer, template),
+            )
+        return self._stream(before, conversation, template, request)
 
     def _stream(
-        self, before: prompts.Conversation, conversation: prompts.Conversation, batches: Iterator[list[list[int]]]
+        self,
+        before: prompts.Conversation,
+        conversation: prompts.Conversation,
+        template: ChatTemplate,
+        request: "generate.Request",
     ) -> Iterator[str]:
-        start, first, ids, texts = time.perf_counter(), None, [], []
-
-        def collect_ids() -> Iterator[list[int]]:
-            for (batch,) in batches:
-                ids.extend(batch)
-                yield batch
-
+        tokenizer, start, first, texts = self.model.tokenizer, time.perf_counter(), None, []
         with self._exclusive_use():
             self._check_unchanged(before)
-            for text in prompts.stream_answer(self.model.tokenizer, conversation.template, collect_ids()):
-                first = first or time.perf_counter() - start
-                texts.append(text)
-                yield text
+            generation, batches = self._generate(request)
+            with contextlib.closing(batches):
+                for text in prompts.stream_answer(tokenizer, template, batches):
+                    first = first or time.perf_counter() - start
+                    texts.append(text)
+                    yield text
             self._check_unchanged(before)
             total = time.perf_counter() - start
-            self.last = Answer("".join(texts), ids, {"first_text": first or total, "answer": total})
-            self._conversation = conversation.answer(
-                *prompts.decode_past_answer(self.model.tokenizer, conversation.template, ids)
+            self.last = Answer(
+                "".join(texts),
+                generation.tokens,
+                {"first_text": first or total, "answer": total},
+                generation.logprobs,
+                generation.top_logprobs,
+                generation.prefill_tokens,
             )
+            self._conversation = conversation.answer(
+                *prompts.decode_past_answer(tokenizer, template, generation.tokens)
+            )
+
+    def _generate(self, request: "generate.Request") -> "tuple[generate.Generation, Generator[list[int]]]":
+        """Return the answer to a request, and a generator of its new tokens, which extends it."""
+        from vllama_jax import generate
+
+        llama, tokenizer = self.model.network.llama, self.model.tokenizer
+        special: dict[str, Any] = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_ids, "int8_cache": self._int8_cache}
+        if request.config.num_beams > 1:
+            generation = generate.Generation(request=request, prefill_tokens=len(request.prompt))
+
+            def search_beams() -> Generator[list[int]]:
+                for (tokens,) in generate.generate(
+                    llama, [request.prompt], request.config, stops=request.stops, **special
+                ):
+                    generation.tokens += tokens
+                    yield tokens
+
+            return generation, search_beams()
+        if self._engine is None:
+            self._engine = generate.Engine(llama, rows=1, **special)
+        engine = self._engine
+        generation = engine.add(request)
+
+        def decode() -> Generator[list[int]]:
+            count = 0
+            try:
+                while generation.finish_reason is None:
+                    engine.step()
+                    yield generation.tokens[count:]
+                    count = len(generation.tokens)
+            finally:
+                engine.cancel(generation)
+
+        return generation, decode()
 
     def _check_unchanged(self, before: prompts.Conversation) -> None:
         if self._conversation is not before:

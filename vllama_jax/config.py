@@ -353,6 +353,9 @@ class LoraConfig:
 NO_LORA = LoraConfig()
 
 
+MAX_TOP_LOGPROBS = 20  # as in OpenAI's API
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
     """Options of decoding. The default is greedy decoding.
@@ -368,6 +371,10 @@ class GenerationConfig:
         num_beams: Number of beams; above 1 for beam search.
         length_penalty: Scores of beams are divided by their length to this power.
         repetition_penalty: Above 1, makes tokens that the answer already contains less probable.
+        min_new_tokens: An answer cannot end before this number of new tokens.
+        no_repeat_ngram_size: Above 0, no sequence of this number of tokens occurs twice in an answer.
+        top_logprobs: The number of most probable tokens whose log-probabilities are reported at each position.
+        stop: Texts that end an answer. They are not part of it.
 
     Raises:
         ConfigError: A value is out of range, or both `num_beams` and `temperature` ask for beam search and sampling.
@@ -381,9 +388,15 @@ class GenerationConfig:
     num_beams: int = 1
     length_penalty: float = 1.0
     repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    no_repeat_ngram_size: int = 0
+    top_logprobs: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        at_least = {"max_new_tokens": 1, "num_beams": 1, "temperature": 0, "top_k": 0, "seed": 0}
+        at_least = {"max_new_tokens": 1, "num_beams": 1} | dict.fromkeys(
+            ("temperature", "top_k", "seed", "min_new_tokens", "no_repeat_ngram_size", "top_logprobs"), 0
+        )
         for name, low in at_least.items():
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= low):
                 raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}")
@@ -393,6 +406,12 @@ class GenerationConfig:
             raise ConfigError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
         if not math.isfinite(self.length_penalty):
             raise ConfigError(f"length_penalty must be a number, not {self.length_penalty}")
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ConfigError(f"min_new_tokens is {self.min_new_tokens}, above max_new_tokens {self.max_new_tokens}")
+        if self.top_logprobs > MAX_TOP_LOGPROBS:
+            raise ConfigError(f"top_logprobs must be at most {MAX_TOP_LOGPROBS}, not {self.top_logprobs}")
+        if not all(self.stop):
+            raise ConfigError("a text in stop is empty; remove it")
         if self.num_beams > 1 and self.temperature > 0:
             raise ConfigError("beam search cannot sample: set either num_beams above 1 or temperature above 0")
 

@@ -20,7 +20,7 @@ from flax import nnx
 
 from vllama_jax import generate
 from vllama_jax.errors import ConfigError, suggest_name
-from vllama_jax.evaluate.answers import generate_greedily
+from vllama_jax.evaluate.answers import generate_greedily, make_engine
 from vllama_jax.miniature import audio_tower, holdout_files, texts
 from vllama_jax.miniature.holdout_files import EncodedFiles, FileSet, encode_files
 from vllama_jax.miniature.scene import Scene
@@ -212,7 +212,8 @@ def ask(model: Model, files: EncodedFiles, question: str) -> list[str]:
 
 def _ask_batch(model: Model, files: EncodedFiles, question: str) -> list[str]:
     template = find_template(model.config.template)
-    return generate_greedily(model, template, _make_prompts(model, files, question), MAX_NEW_TOKENS, len(files.scenes))
+    engine = make_engine(model, len(files.scenes))
+    return generate_greedily(engine, model, template, _make_prompts(model, files, question), MAX_NEW_TOKENS)
 
 
 def _make_prompts(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllama_jax.aot.costs import Costs, analyze
 from vllama_jax.aot.hlo import parse_hlo
-from vllama_jax.aot.programs import Program, TrainStep, abstract_train_run, compile_for
+from vllama_jax.aot.programs import Program, TrainStep, abstract_train_run, chunk_length, compile_for
 from vllama_jax.aot.report import ProgramReport, time_fields
 from vllama_jax.aot.topologies import Topology
 from vllama_jax.errors import ConfigError, VllamaError, format_error
@@ -148,7 +148,7 @@ def compile_program(program: Program, topology: Topology) -> ProgramReport:
         "program": program.name,
         "mesh": (program.mesh.data, program.mesh.fsdp, program.mesh.tensor),
         "rows": program.rows,
-        "tokens": program.length,
+        "tokens": chunk_length(program.length) if program.name == "prefill" else program.length,
         "compiled": True,
         "hbm_limit_bytes": topology.chip.hbm_bytes,
     }
@@ -203,11 +203,14 @@ def _model_flops(program: Program, mesh: "Mesh") -> float:
     if isinstance(program, TrainStep):
         batch = abstract_train_run(program, mesh).batch
         return step_flops(program.model, program.run.branch, batch, program.run.remat_policy)
-    length = padded_prompt_length(program.length)
-    new, attended = (length, length) if program.name == "prefill" else (1, length)
-    return forward_flops(program.model.llama, program.rows, new, attended)
+    if program.name == "prefill":
+        length = chunk_length(program.length)
+        return forward_flops(program.model.llama, 1, length, length)
+    return forward_flops(program.model.llama, program.rows, 1, padded_prompt_length(program.length))
 
 
 def _samples(program: Program) -> int:
-    """Return the number of rows of a train step or a prefill, or of tokens that a decoding step computes."""
-    return program.run.batch_size if isinstance(program, TrainStep) else program.rows
+    """Return the number of rows of a train step, of prompts of a prefill, or of tokens of a decoding step."""
+    if isinstance(program, TrainStep):
+        return program.run.batch_size
+    return 1 if program.name == "prefill" else program.rows

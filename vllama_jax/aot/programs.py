@@ -5,7 +5,6 @@ imports no jax.
 """
 
 import dataclasses
-import functools
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
@@ -15,11 +14,12 @@ if TYPE_CHECKING:
     import jax
     from jax.sharding import Mesh
 
+    from vllama_jax.generate.beam_search import BeamState
+    from vllama_jax.generate.programs import Chunk, DecodingState, StateShape
     from vllama_jax.memory.abstract_run import AbstractRun
     from vllama_jax.nn.llama import Llama
 
-MEDIA_TOKENS = 40  # of a prompt: those of a video and of its sound; a multiple of 8, as `generate` pads them
-FIRST_TOKENS = (1, 2)  # ids of BOS and EOS; their values do not change what is compiled
+EOS = 2  # its value does not change what is compiled
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Generation:
         name: Which of the two.
         model: The model.
         mesh: fsdp is 1: weights are sharded over tensor only.
-        rows: Prompts at a time.
+        rows: Answers at a time. Prefill processes one prompt at a time.
         length: Tokens of a prompt.
         generation: Its `max_new_tokens` and `num_beams` are used.
         scheme: How the weights are quantized; None where they are not.
@@ -86,70 +86,90 @@ def abstract_train_run(program: TrainStep, mesh: "Mesh") -> "AbstractRun":
 
 
 def compile_for(program: Program, mesh: "Mesh") -> "jax.stages.Compiled":
-    """Compile a program for a mesh of a topology's devices, with the options of their platform.
+    """Compile a program for a mesh of a topology's devices, with the options of their platform."""
+    import numpy as np
 
-    Decoding starts from the state that prefill returns, in the layout that XLA chose for it: prefill is compiled first.
-    """
-    from vllama_jax import generate
+    from vllama_jax.generate import beam_search, programs
     from vllama_jax.memory.abstract_run import lower_step
     from vllama_jax.sharding import use_mesh
 
     if isinstance(program, TrainStep):
         return lower_step(abstract_train_run(program, mesh), mesh).compile()
-    prefill, shapes = _compile_prefill(dataclasses.replace(program, name="prefill"), mesh)
-    if program.name == "prefill":
-        return prefill
-    llama, arguments, options = _prefill_inputs(program, mesh)
+    platform, shape = mesh.devices.flat[0].platform, _state_shape(program)
+    llama, state = abstract_llama(program, mesh), _abstract_state(program, mesh)
     with use_mesh(mesh):
-        state = _with_shardings(shapes, prefill.output_shardings)
-        decode = generate.jit_decode(mesh.devices.flat[0].platform)
-        return decode.lower(llama, state, arguments[-2], strategy=options["strategy"]).compile()
+        if program.name == "prefill":
+            return programs.jit_prefill(platform).lower(llama, state, _abstract_chunk(program, mesh)).compile()
+        if program.generation.num_beams > 1:
+            beams, penalty = _abstract_beams(program, state, mesh), _abstract((), np.float32, mesh)
+            return beam_search.jit_search(platform).lower(llama, beams, penalty, shape=shape).compile()
+        return programs.jit_decode(platform).lower(llama, state, shape=shape).compile()
 
 
-@functools.lru_cache(maxsize=1)
-def _compile_prefill(program: Generation, mesh: "Mesh") -> "tuple[jax.stages.Compiled, Any]":
-    """Compile prefill, and return it with the abstract state that it returns. Cached for decode, compiled next."""
-    from vllama_jax import generate
+def chunk_length(length: int) -> int:
+    """Return the padded number of tokens of a prompt that prefill processes at a time."""
+    from vllama_jax.generate.engine import CHUNK_LENGTHS
+
+    return next((size for size in CHUNK_LENGTHS if size >= length), CHUNK_LENGTHS[-1])
+
+
+def _state_shape(program: Generation) -> "StateShape":
+    from vllama_jax.generate.engine import shape_for
+
+    return shape_for(program.length, program.generation.max_new_tokens)
+
+
+def _abstract_state(program: Generation, mesh: "Mesh") -> "DecodingState":
+    """Make the state of generation as shapes, with the shardings that the compiled program for an empty state gives."""
+    import jax
+    import numpy as np
+
+    from vllama_jax.generate import choose, programs
     from vllama_jax.sharding import use_mesh
 
-    llama, arguments, options = _prefill_inputs(program, mesh)
+    settings = choose.make_settings(program.generation, [EOS], ())
+    settings = jax.tree.map(lambda leaf: _abstract((program.rows, *leaf.shape[1:]), leaf.dtype, mesh), settings)
+    static = {"cfg": program.model.llama, "shape": _state_shape(program), "cache_dtype": "bfloat16"}
     with use_mesh(mesh):
-        lowered = generate.jit_prefill(mesh.devices.flat[0].platform).lower(llama, *arguments, **options)
-        return lowered.compile(), lowered.out_info
+        lowered = programs.empty_state.lower(settings, _abstract((), np.int32, mesh), **static)
+        return _with_shardings(lowered.out_info, lowered.compile().output_shardings)
 
 
-def _prefill_inputs(program: Generation, mesh: "Mesh") -> tuple["Llama", list[Any], dict[str, Any]]:
-    """Make the abstract language model, and the arguments and static arguments of `generate.jit_prefill`."""
-    import jax
-    import jax.numpy as jnp
+def _abstract_beams(program: Generation, state: "DecodingState", mesh: "Mesh") -> "BeamState":
+    """Make the state of beam search from that of its prompts; see `_abstract_state`."""
     import numpy as np
+
+    from vllama_jax.generate.beam_search import start_beams
+
+    logits = [_abstract((1, program.model.llama.vocab_size), np.float32, mesh)] * program.rows
+    beams = program.generation.num_beams
+    lowered = start_beams.lower(state, logits, _abstract((), np.float32, mesh), num_beams=beams)
+    return _with_shardings(lowered.out_info, lowered.compile().output_shardings)
+
+
+def _abstract_chunk(program: Generation, mesh: "Mesh") -> "Chunk":
+    import numpy as np
+
+    from vllama_jax.generate.programs import Chunk
+
+    length = chunk_length(program.length)
+    scalar = _abstract((), np.int32, mesh)
+    return Chunk(
+        ids=_abstract((1, length), np.int32, mesh),
+        is_media=_abstract((1, length), np.bool_, mesh),
+        media=_abstract((1, length, program.model.llama.width), np.float32, mesh),
+        length=scalar,
+        row=scalar,
+        start=scalar,
+    )
+
+
+def _abstract(shape: tuple[int, ...], dtype: Any, mesh: "Mesh") -> Any:
+    """Return the shape of a replicated array."""
+    import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from vllama_jax import generate
-
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def abstract(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=replicated)
-
-    bos, eos = FIRST_TOKENS
-    settings = generate._make_settings(program.generation, bos, eos, ())
-    settings = jax.tree.map(lambda leaf: abstract(np.shape(leaf), leaf.dtype), settings)
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    rows, length = program.rows, generate.padded_prompt_length(program.length)
-    llama = abstract_llama(program, mesh)
-    arguments = [
-        abstract((rows, length), jnp.int32),
-        abstract((rows, length), jnp.bool_),
-        abstract((rows,), jnp.int32),
-        abstract((rows, MEDIA_TOKENS, program.model.llama.width), llama.embedding.dtype),
-        settings,
-        abstract(key.shape, key.dtype),
-    ]
-    beams = program.generation.num_beams
-    strategy = generate.DecodingStrategy(beams, program.generation.temperature > 0, program.generation.top_k)
-    capacity = -(-program.generation.max_new_tokens // 64) * 64
-    return llama, arguments, {"new_token_capacity": capacity, "strategy": strategy}
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, PartitionSpec()))
 
 
 def abstract_llama(program: Generation, mesh: "Mesh") -> "Llama":

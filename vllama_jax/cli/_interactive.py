@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.filesize import decimal
 
-from vllama_jax.chat import Chat, PreparedMedia
+from vllama_jax.chat import Chat
 from vllama_jax.cli._display import Display
 from vllama_jax.cli._usage import UsageError
 from vllama_jax.config import GenerationConfig, from_dict
@@ -22,7 +22,7 @@ from vllama_jax.errors import ConfigError, ContextLengthError, DataError, Vllama
 from vllama_jax.io.atomic import check_absent, replace_file
 from vllama_jax.io.json_files import parse_json
 from vllama_jax.io.paths import as_path
-from vllama_jax.media import MediaReport
+from vllama_jax.media import MediaReport, OpenedSource
 from vllama_jax.model import Model
 from vllama_jax.runtime.interrupts import catch_interrupts
 
@@ -40,8 +40,8 @@ class Session:
         display: The output.
         model_name: The model, as the user named it.
         template: The name of the prompt template.
-        read_file: Reads and preprocesses a media file, given its path as a string.
-        add_prepared: Encodes a file that `read_file` has read, and adds it to the conversation.
+        open_media: Opens a media file, given its path or URL.
+        add_media: `Chat.add` with the options of the command line.
         generation: The options of decoding, which `/set` changes.
         transcript: The files and turns of the conversation, as `/save` writes them.
         turns: Question, answer, tokens and timings of each answer, also of those that were removed later.
@@ -52,8 +52,8 @@ class Session:
     display: Display
     model_name: str
     template: str
-    read_file: Callable[[str], PreparedMedia]
-    add_prepared: Callable[[PreparedMedia], MediaReport]
+    open_media: Callable[[str], contextlib.AbstractContextManager[OpenedSource]]
+    add_media: Callable[..., MediaReport]
     generation: GenerationConfig
     transcript: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     turns: list[dict[str, Any]] = dataclasses.field(default_factory=list)
@@ -137,18 +137,25 @@ def run_line(session: Session, line: str) -> bool:
     return command.run is not None
 
 
-def add_file(session: Session, prepared: PreparedMedia) -> None:
-    """Encode a media file and add it to the conversation.
+def add_media(session: Session, opened: OpenedSource) -> MediaReport:
+    """Read and encode a media file, and add it to the conversation.
 
     Args:
         session: The session.
-        prepared: The file.
+        opened: The file.
 
     Raises:
-        ConfigError: The file has more frames than the model has positions.
+        MediaError: The file cannot be used.
+        ConfigError: It has more frames than the model has positions, or more segments than fit the context.
     """
-    session.display.show_status(f"encoding {prepared.report.path} (the first run compiles)")
-    report = session.add_prepared(prepared)
+    session.display.show_status(f"reading and encoding {opened.name} (the first run compiles)")
+    report = session.add_media(opened, max_new_tokens=session.generation.max_new_tokens)
+    record_file(session, report)
+    return report
+
+
+def record_file(session: Session, report: MediaReport) -> None:
+    """Record that a file was added to the conversation, for `/save`."""
     session.transcript.append({"file": dataclasses.asdict(report)})
 
 
@@ -219,14 +226,13 @@ def _show_help(session: Session, argument: str) -> str:
     return "\n".join(f"{usage:22}{description}" for usage, description in names.items())
 
 
-def _read_file(session: Session, argument: str) -> str:
+def _add_file(session: Session, argument: str) -> str:
     path = _parse_path(argument)
-    session.display.show_status(f"reading {path}")
-    prepared = session.read_file(path)
-    if session.interrupted.is_set():
-        return "stopped; the file is not added"
-    add_file(session, prepared)
-    return f"{prepared.report.path}: {prepared.report}"
+    session.display.show_status(f"opening {path}")
+    with session.open_media(path) as opened:
+        if session.interrupted.is_set():
+            return "stopped; the file is not added"
+        return f"{opened.name}: {add_media(session, opened)}"
 
 
 def _parse_path(text: str) -> str:
@@ -293,13 +299,15 @@ def _set_option(session: Session, argument: str) -> str:
             value = parse_json(text, name, ConfigError)
         except ConfigError:
             value = text  # a word without quotes
+        if isinstance(fields[name], tuple) and isinstance(value, str):
+            value = (value,)
         session.generation = from_dict({**fields, name: value}, GenerationConfig, "/set", INT32)
     return f"{name} {json.dumps(getattr(session.generation, name))}"
 
 
 COMMANDS = {
     "/help": Command("", "list the commands", _show_help),
-    "/add": Command("FILE", "add a video, an image or an audio file", _read_file),
+    "/add": Command("FILE", "add a video, an image, an audio file, a directory of images or a URL", _add_file),
     "/files": Command("", "list the files of the conversation", _list_files),
     "/undo": Command("", "remove the last question and its answer; files stay", _undo),
     "/reset": Command("", "remove all questions, answers and files", _reset),

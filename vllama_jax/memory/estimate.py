@@ -245,15 +245,16 @@ def estimate_chat(
     Raises:
         ConfigError: The prompt and the new tokens are longer than the model's context.
     """
-    from vllama_jax.generate import check_context_length, padded_prompt_length
+    from vllama_jax.generate.engine import CHUNK_LENGTHS, shape_for
+    from vllama_jax.generate.prompt import check_context_length
 
     dtype, new, beams = device.dtype, generation.max_new_tokens, generation.num_beams
     prompt = length or max(model.llama.max_length - new, 1)
     check_context_length(prompt, new, model.llama)
-    padded = padded_prompt_length(prompt)
-    capacity = padded_prompt_length(padded + -(-new // 64) * 64)
+    shape_of_row = shape_for(prompt, new)
+    chunk, capacity = min(shape_of_row.prompt, CHUNK_LENGTHS[-1]), shape_of_row.capacity
     weights = _abstract_weights(model, mesh, dtype, scheme, lora)
-    shape = StepShape(rows=1, length=padded, itemsize=_itemsize(dtype), mesh=mesh)
+    shape = StepShape(rows=1, length=chunk, itemsize=_itemsize(dtype), mesh=mesh)
     cache = estimate_kv_cache(model.llama, dataclasses.replace(shape, rows=beams), capacity)
     frame_branches = [branch for branch in get_branches(model) if branch.prompt_array == "frames"]
     temporary = max(

@@ -52,23 +52,32 @@ def attend_heads_first(
     value: Float[Array, "*b g c k"],
     mask: Bool[Array, "b n c"] | None = None,
     dropout: Dropout | None = None,
+    scales: tuple[Float[Array, "*b g c"], Float[Array, "*b g c"]] | None = None,
 ) -> Float[Array, "b n h k"]:
     """Compute `attend` for keys and values whose heads precede their positions, as a KV cache has them.
 
     The keys and values of a batch of one may have no batch axis. The products then have none either, and XLA reads the
-    arrays as they are stored.
+    arrays as they are stored. Those in int8 have `scales`, which multiply the scores and the weights of a position.
     """
     b, n, h, k = query.shape
     grouped = (query * k**-0.5).reshape(b, n, key.shape[-3], -1, k).transpose(0, 2, 3, 1, 4)
     unbatched = key.ndim == 3
     scores = jnp.einsum(
-        "...grnk,...gck->...grnc", grouped[0] if unbatched else grouped, key, preferred_element_type=jnp.float32
+        "...grnk,...gck->...grnc",
+        grouped[0] if unbatched else grouped,
+        key.astype(query.dtype),
+        preferred_element_type=jnp.float32,
     )
+    if scales is not None:
+        scores = scores * scales[0][..., None, None, :]
     scores = scores.reshape(*grouped.shape[:-1], -1)
     if mask is not None:
         scores = jnp.where(mask[:, None, None], scores, jnp.finfo(jnp.float32).min)
-    weights = apply_dropout(jax.nn.softmax(scores, axis=-1), dropout).astype(value.dtype)
-    attended = jnp.einsum("...grnc,...gck->...grnk", weights[0] if unbatched else weights, value)
+    weights = apply_dropout(jax.nn.softmax(scores, axis=-1), dropout)
+    weights = weights[0] if unbatched else weights
+    if scales is not None:
+        weights, value = weights * scales[1][..., None, None, :], value.astype(query.dtype)
+    attended = jnp.einsum("...grnc,...gck->...grnk", weights.astype(value.dtype), value)
     return attended.reshape(grouped.shape).transpose(0, 3, 1, 2, 4).reshape(b, n, h, k)
 
 

@@ -4,22 +4,23 @@ Sequences of a batch are padded on the right. A token's position is the number o
 padding between a prompt and the generated tokens does not count.
 """
 
-import dataclasses
 import functools
 import math
+import operator
 import re
-from typing import Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.experimental.layout import Format, Layout, with_layout_constraint
+from jax.experimental.layout import Format, Layout
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import LlamaConfig, RopeScaling
-from vllama_jax.nn.attention import attend, attend_heads_first
+from vllama_jax.nn.attention import attend
+from vllama_jax.nn.kv_cache import KVCache, LayerCache
 from vllama_jax.nn.layers import (
     Remat,
     axis_metadata,
@@ -36,59 +37,6 @@ from vllama_jax.sharding import AXIS_NAMES
 # Kernels [width, heads, head_dim]. A TPU tiles the last two axes in memory, and a product with one row for each token
 # reads tiles of width and head_dim: with heads first. Stored otherwise, each dispatch copies them.
 HEADS_KERNEL = re.compile(r"attention\.(query|key|value)\.(kernel|values)")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Keys and values of the positions that were processed.
-
-    The arrays have the layout that the attention products read, so that a decoded token costs no transpose and no copy.
-    A batch of one has no batch axis: XLA would drop an axis of size 1 in the products, and copy every layer's cache for
-    it on a CPU.
-
-    Attributes:
-        keys: One array for each layer, [batch, kv head, position, head_dim], or [kv head, position, head_dim] for a
-            batch of one.
-        values: The same for the values.
-        valid: Whether a position holds a token; False for padding and for what is not written yet.
-        length: The number of positions written so far.
-    """
-
-    keys: tuple[Float[Array, "*b g c k"], ...]
-    values: tuple[Float[Array, "*b g c k"], ...]
-    valid: Bool[Array, "b c"]
-    length: Int[Array, ""]
-
-    @classmethod
-    def empty(cls, cfg: LlamaConfig, batch: int, capacity: int, dtype: jnp.dtype) -> Self:
-        """Create an empty cache.
-
-        Args:
-            cfg: The language model's config.
-            batch: Number of sequences.
-            capacity: Maximum number of positions.
-            dtype: Dtype of keys and values.
-        """
-        shape = (*(() if batch == 1 else (batch,)), cfg.num_kv_heads, capacity, cfg.head_dim)
-        keys, values = (tuple(jnp.zeros(shape, dtype) for _ in range(cfg.depth)) for _ in range(2))
-        return cls(keys, values, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
-
-    @property
-    def capacity(self) -> int:
-        """Maximum number of positions."""
-        return self.valid.shape[1]
-
-    def take_rows(self, rows: Int[Array, " r"] | Int[np.ndarray, " r"]) -> Self:
-        """Return the cache of the given rows of the batch, in that order; a row may occur several times."""
-        one = self.valid.shape[0] == 1
-
-        def take(x: Array) -> Array:
-            taken = (x[None] if one else x)[rows]
-            return taken[0] if len(rows) == 1 else taken
-
-        keys, values = (tuple(take(x) for x in arrays) for arrays in (self.keys, self.values))
-        return dataclasses.replace(self, keys=keys, values=values, valid=self.valid[rows])
 
 
 def rope_frequencies(cfg: LlamaConfig) -> np.ndarray:
@@ -143,17 +91,6 @@ def _layer(leaf: Array | jax.ShapeDtypeStruct, number: int, *, heads_first: bool
         )
     row = leaf[number]
     return jax.device_put(row, Format(layout, row.sharding)) if layout else row
-
-
-def write_positions(
-    cache: Float[Array, "*b g c k"], new: Float[Array, "b n g k"], start: Int[Array, ""]
-) -> Float[Array, "*b g c k"]:
-    """Write the keys or values of n positions into a layer's cache, from position `start`."""
-    new = new.swapaxes(1, 2).astype(cache.dtype).reshape(*cache.shape[:-2], -1, cache.shape[-1])
-    written = jax.lax.dynamic_update_slice(cache, new, (*(0,) * (cache.ndim - 2), start, 0))
-    written = constrain_sharding(written, *("batch", "kv_heads", None, None)[-cache.ndim :])
-    # On a TPU, XLA would choose a layout by the write, and transpose the cache for each product.
-    return with_layout_constraint(written, Layout(tuple(range(written.ndim))))
 
 
 class Attention(nnx.Module):
@@ -297,42 +234,49 @@ class Llama(nnx.Module):
         return run_stack(self.blocks, x, step, remat_policy)
 
     def forward_with_cache(
-        self, x: Float[Array, "b n d"], mask: Bool[Array, "b n"], cache: KVCache
-    ) -> tuple[Float[Array, "b n d"], KVCache]:
-        """Run all layers and the final norm for the n positions after those in a KV cache.
+        self, x: Float[Array, "r n d"], mask: Bool[Array, "r n"], cache: KVCache, row: Int[ArrayLike, ""] = 0
+    ) -> tuple[Float[Array, "r n d"], KVCache]:
+        """Run all layers and the final norm for n positions, which are written to a KV cache at its `position`.
+
+        They attend to all valid positions of their row of the cache, which may be before or after them there, and to
+        each other causally.
 
         Args:
-            x: Embeddings of the new positions.
+            x: Embeddings of the new positions of consecutive rows of the cache.
             mask: True at tokens, False at padding.
-            cache: The cache, with room for n more positions.
+            cache: The cache, with room for n positions from `position`.
+            row: The first of the rows.
 
         Returns:
-            Hidden states of the new positions, and the cache with their keys and values.
+            Hidden states of the new positions, and the cache with their keys and values, at the position after them.
         """
-        start, n = cache.length, x.shape[1]
-        num_cached = jnp.sum(cache.valid, axis=1, keepdims=True)
+        start, (r, n) = cache.position, mask.shape
+        before = jax.lax.dynamic_slice_in_dim(cache.valid, row, r)
+        num_cached = jnp.sum(before, axis=1, keepdims=True)
         cos, sin = self._compute_rotations(num_cached + jnp.cumsum(mask, axis=1) - 1)
-        valid = jax.lax.dynamic_update_slice(cache.valid, mask, (0, start))
-        attention_mask = valid[:, None, :] & (jnp.arange(cache.capacity) <= start + jnp.arange(n)[:, None])
+        after = jax.lax.dynamic_update_slice(before, mask, (0, start))
+        index = jnp.arange(cache.capacity) - start
+        attention_mask = after[:, None] & ((index <= jnp.arange(n)[:, None]) | (index >= n))
 
-        def step(x: Array, layer: tuple[Block, Array, Array]) -> tuple[Array, tuple[Array, Array]]:
-            block, keys, values = layer
+        def step(x: Array, layer: tuple[Block, LayerCache]) -> tuple[Array, LayerCache]:
+            block, layer_cache = layer
             query, key, value = block.project_qkv(x, cos, sin)
-            keys, values = write_positions(keys, key, start), write_positions(values, value, start)
-            attended = attend_heads_first(query, keys, values, attention_mask)
-            return block.apply_output_and_mlp(x, attended), (keys, values)
+            layer_cache = layer_cache.write(key, value, row, start)
+            return block.apply_output_and_mlp(x, layer_cache.attend(query, row, attention_mask)), layer_cache
 
         x = cast_like(x, self.embedding)
         if isinstance(self.blocks, nnx.List):
-            written = []
-            for layer in zip(self.blocks, cache.keys, cache.values, strict=True):
-                x, pair = step(x, layer)
-                written.append(pair)
-            keys, values = zip(*written, strict=True)
+            layers = []
+            for layer in zip(self.blocks, cache.layers, strict=True):
+                x, one = step(x, layer)
+                layers.append(one)
         else:
-            x, stacked = jax.lax.scan(step, x, (self.blocks, jnp.stack(cache.keys), jnp.stack(cache.values)))
-            keys, values = (tuple(x[layer] for layer in range(self.cfg.depth)) for x in stacked)
-        return self.norm(x), KVCache(keys, values, valid, start + n)
+            x, stacked = jax.lax.scan(
+                step, x, (self.blocks, jax.tree.map(lambda *leaves: jnp.stack(leaves), *cache.layers))
+            )
+            layers = [jax.tree.map(operator.itemgetter(number), stacked) for number in range(self.cfg.depth)]
+        valid = jax.lax.dynamic_update_slice(cache.valid, after, (row, 0))
+        return self.norm(x), KVCache(tuple(layers), valid, start + n)
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b v"]:
         """Compute the scores of all tokens in the vocabulary, in float32."""

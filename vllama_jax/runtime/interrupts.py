@@ -4,8 +4,8 @@ Python raises KeyboardInterrupt in the main thread when that thread next runs Py
 weights, that can take minutes, and an exception that is raised in a destructor or in a library's callback is dropped.
 Therefore the signal also wakes a thread, which ends the process if the exception does not.
 
-Native code that calls Python may crash if an exception is raised there: the import of jaxlib ends with SIGABRT, and
-MLIR with SIGSEGV. Therefore KeyboardInterrupt is raised in the caller of an import or of JAX, when it returns.
+Native code that calls Python may crash if the call raises: the import of jaxlib ends with SIGABRT, MLIR with SIGSEGV.
+Therefore KeyboardInterrupt is raised in the caller of an import or of JAX, when it returns.
 """
 
 import contextlib

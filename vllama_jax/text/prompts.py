@@ -30,15 +30,21 @@ class Media:
         kind: The kind of media.
         with_audio: Whether the audio of a video is used too.
         timestamps: Of a video's sampled frames, in seconds.
+        time_range: Of a segment of a file, its start and end in seconds.
+        segments: The segments of a file that is encoded in several; the other fields but `kind` are theirs.
     """
 
     kind: Literal["video", "image", "audio"]
     with_audio: bool = False
     timestamps: tuple[float, ...] = ()
+    time_range: tuple[float, float] | None = None
+    segments: tuple["Media", ...] = ()
 
     @property
     def placeholders(self) -> tuple[str, ...]:
         """The kind of each media placeholder in the prompt, in order: audio precedes video."""
+        if self.segments:
+            return tuple(itertools.chain.from_iterable(segment.placeholders for segment in self.segments))
         return ("audio", self.kind) if self.with_audio and self.kind == "video" else (self.kind,)
 
 
@@ -194,8 +200,11 @@ def format_timestamps(timestamps: Sequence[float]) -> str:
 def format_media(media: Media) -> Prompt:
     """Return the text and placeholders of a media file. The runs of spaces are the reference's.
 
-    The reference has no wording for audio alone; this is the audio half of its sentence for both.
+    The reference has no wording for audio alone; this is the audio half of its sentence for both. It has none for
+    segments either.
     """
+    if media.segments:
+        return _merge_texts(itertools.chain.from_iterable(map(_format_segment, media.segments)))
     audio_intro = "Close your eyes, open your ears and you imagine only based on the sound that: "
     if media.placeholders == ("audio", "video"):
         video_intro = "." + " " * 17 + "Close your ears, open your eyes and you see that <Video>"
@@ -206,6 +215,14 @@ def format_media(media: Media) -> Prompt:
     if media.kind == "video":
         return ("<Video>", Mark.MEDIA, "</Video> " + format_timestamps(media.timestamps))
     return ("<Image>", Mark.MEDIA, "</Image> ")
+
+
+def _format_segment(segment: Media) -> Prompt:
+    """Return the text and placeholders of a segment, such as "From 60.0 to 120.0 seconds: <Video>…</Video> "."""
+    start, end = segment.time_range or (0.0, 0.0)
+    audio = ("<Audio>", Mark.MEDIA, "</Audio> ") if "audio" in segment.placeholders else ()
+    video = ("<Video>", Mark.MEDIA, "</Video> ", format_timestamps(segment.timestamps)) if segment.timestamps else ()
+    return (f"From {start:.1f} to {end:.1f} seconds: ", *audio, *video)
 
 
 def build_prompt(conversation: Conversation) -> Prompt:
@@ -278,20 +295,37 @@ def encode_prompt(
     return TokenizedPrompt(np.array(ids, np.int32), np.array(is_media, bool))
 
 
+def encode_answer(tokenizer: Tokenizer, conversation: Conversation, answer: str) -> list[int]:
+    """Return the token ids of an answer to the last question of a conversation.
+
+    They are those that follow the prompt in the ids of both together, as tokens may contain the space between them.
+    """
+
+    def encode(one: Conversation) -> list[int]:
+        last = tuple(itertools.takewhile(lambda segment: segment is not Mark.MEDIA, reversed(build_prompt(one))))
+        return encode_prompt(tokenizer, last[::-1], (), add_bos=False).ids.tolist()
+
+    prompt, both = encode(conversation), encode(conversation.answer(answer))
+    return both[len(prompt) :] if both[: len(prompt)] == prompt else tokenizer.encode(answer, special=False)
+
+
 def stop_sequences(tokenizer: Tokenizer, template: ChatTemplate) -> list[tuple[int, ...]]:
     """Return the id sequences that end an answer, in addition to those in `tokenizer.eos_ids`.
 
     The ids of a stop string depend on the text before it: LLaMA's "###" is 835, or 2277 and 29937. In some
     vocabularies it may merge with that text, so `stream_answer` searches the text too.
     """
-    if not isinstance(template.stop, str):
-        return [(stop,) for stop in _encode_segment(tokenizer, template.stop)]
-    sequences = {tuple(tokenizer.encode(template.stop, special=False))}
-    for context in ("\n", ".", "a"):
-        before = tokenizer.encode(context, special=False)
-        both = tokenizer.encode(context + template.stop, special=False)
-        if both[: len(before)] == before:
-            sequences.add(tuple(both[len(before) :]))
+    sequences: set[tuple[int, ...]] = set()
+    for stop in (template.stop, *template.more_stops):
+        if not isinstance(stop, str):
+            sequences |= {(token_id,) for token_id in _encode_segment(tokenizer, stop)}
+            continue
+        sequences.add(tuple(tokenizer.encode(stop, special=False)))
+        for context in ("\n", ".", "a"):
+            before = tokenizer.encode(context, special=False)
+            both = tokenizer.encode(context + stop, special=False)
+            if both[: len(before)] == before:
+                sequences.add(tuple(both[len(before) :]))
     return sorted(
         ids for ids in sequences if not any(ids != other and ids[-len(other) :] == other for other in sequences)
     )
@@ -328,7 +362,9 @@ def decode_past_answer(tokenizer: Tokenizer, template: ChatTemplate, ids: Sequen
     """
     answer_ids = _truncate_at_eos(tokenizer, template, ids)
     text = tokenizer.decode(answer_ids, skip_special=True)
-    ended_by_eos = len(answer_ids) < len(ids) and isinstance(template.stop, str) and template.stop not in text
+    ended_by_eos = (
+        len(answer_ids) < len(ids) and isinstance(template.stop, str) and _truncate_at_stop(template, text) == text
+    )
     text = _extract_answer(template, text)
     return (text.lstrip() if ended_by_eos else text.strip()), ended_by_eos
 
@@ -432,7 +468,9 @@ def _extract_answer(template: ChatTemplate, text: str) -> str:
 
 
 def _truncate_at_stop(template: ChatTemplate, text: str) -> str:
-    return text.split(_segment_text(template.stop))[0]
+    for stop in (template.stop, *template.more_stops):
+        text = text.split(_segment_text(stop))[0]
+    return text
 
 
 def _find_answer_start(template: ChatTemplate, text: str) -> int:
@@ -449,6 +487,6 @@ def _truncate_at_eos(tokenizer: Tokenizer, template: ChatTemplate, ids: Iterable
 
 def _withhold_partial_stop(template: ChatTemplate, text: str) -> str:
     """Remove the longest suffix that is the start of the stop string or of the role."""
-    marks = (_segment_text(template.stop), template.role)
+    marks = (_segment_text(template.stop), *template.more_stops, template.role)
     withheld = max(n for mark in marks for n in range(len(mark) or 1) if text.endswith(mark[:n]))
     return text[: len(text) - withheld]

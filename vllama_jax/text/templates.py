@@ -52,6 +52,7 @@ class ChatTemplate:
         turn_separator: Between an answer and the next user message.
         stop: Ends an answer: a stop string, EOS or a special token.
         role: The assistant's name. An answer starts after the last mention of it; "" for none.
+        more_stops: Other stop strings.
     """
 
     opening: Prompt
@@ -63,6 +64,7 @@ class ChatTemplate:
     turn_separator: Prompt
     stop: Segment
     role: str
+    more_stops: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
