@@ -38,6 +38,8 @@ def talk_about_a_file(model: vl.Model) -> None:
     chat.add("https://example.org/clip.mp4", allow_url=True)
     assert_type(chat.ask("What is the dog doing?", temperature=0.0), Iterator[str])
     assert_type(chat.last, Answer | None)
+    assert_type(chat.files, tuple[vl.MediaReport, ...])
+    assert_type(chat.undo(), str)
 
 
 def call_the_network(model: vl.Model, frames: jax.Array, mel: jax.Array) -> None:

@@ -1,6 +1,5 @@
 """The names `miniature` and `demo`, and their priority over files of the user."""
 
-import io
 import os
 import shutil
 from pathlib import Path
@@ -11,7 +10,6 @@ from cli_fixtures import expect_error, run_vllama
 import vllama_jax as vl
 from vllama_jax.checkpoints import shipped
 from vllama_jax.checkpoints.directory import open_model
-from vllama_jax.cli._display import Display
 
 
 @pytest.fixture
@@ -68,12 +66,6 @@ def test_demo_prints_its_description_and_ends_with_the_input():
     assert lines[2].endswith("bell.mp4: 8 frames of 4.0 s; audio used")
     assert lines[3].startswith('Ask a question, such as "Describe it."')
     assert len(lines) == 4
-
-
-@pytest.mark.parametrize("typed", ["", "\n", "  \n"])
-def test_the_end_of_input_or_an_empty_line_ends_a_chat(monkeypatch, typed):
-    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-    assert Display().read_question() is None
 
 
 NOT_ALLOWED = "URLs are downloaded only with --allow-url, in Python with allow_url=True"

@@ -112,7 +112,6 @@ def test_a_wrong_value_is_one_line(arguments, reported):
 @pytest.mark.parametrize(
     ("arguments", "reported"),
     [
-        ("chat", 'FILE is missing. Example: vllama chat clip.mp4 "What is happening?" --model MODEL'),
         ("inspect", "MODEL is missing. Example: vllama inspect MODEL --tree"),
         ("plot", "RUN is missing. Example: vllama plot RUN"),
         ("quantize m", "--out PATH is missing. Example: vllama quantize MODEL --out MODEL8"),

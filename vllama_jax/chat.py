@@ -284,12 +284,34 @@ class Chat:
         self._active_threads: list[int] = []  # the thread of each call that has not ended
         self.reset()
 
+    @property
+    def files(self) -> tuple[MediaReport, ...]:
+        """The reports of the conversation's files, in the order in which they were added."""
+        return self._files
+
     def reset(self) -> None:
         """Remove all turns and all files from the conversation."""
         with self._exclusive_use():
             self._conversation = self._start
             self._tokens: list[jax.Array] = []  # media tokens [n, width of the language model], in the prompt's order
             self._engine: generate.Engine | None = None  # has the KV cache of the turns
+            self._files: tuple[MediaReport, ...] = ()
+
+    def undo(self) -> str:
+        """Remove the last question and its answer. Files stay, also those that were added after the answer.
+
+        Returns:
+            The question.
+
+        Raises:
+            VllamaError: There is no question.
+        """
+        with self._exclusive_use():
+            questions = [turn.question for turn in self._conversation.turns if turn.question is not None]
+            if not questions:
+                raise VllamaError("the conversation has no question that could be removed")
+            self._conversation = self._conversation.undo()
+        return questions[-1]
 
     def add(
         self,
@@ -355,6 +377,7 @@ class Chat:
         report = combine_reports(reports)
         self._tokens = self._tokens + tokens
         self._conversation = self._conversation.add(prompts.Media(segments[0].kind, segments=tuple(segments)))
+        self._files = (*self._files, report)
         return report
 
     def add_prepared(self, prepared: PreparedMedia, *, interpolate_positions: bool = False) -> MediaReport:
@@ -371,6 +394,7 @@ class Chat:
             tokens = encode_media(self.model.network, prepared, interpolate_positions=interpolate_positions)
             self._tokens = self._tokens + tokens
             self._conversation = self._conversation.add(prepared.prompt_media)
+            self._files = (*self._files, prepared.report)
         return prepared.report
 
     def ask(self, question: str, **options: Any) -> Iterator[str]:

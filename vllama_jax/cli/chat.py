@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import json
 import os
 import time
@@ -15,11 +16,11 @@ import tyro
 from vllama_jax.chat import DEFAULT_SAMPLING, Chat, PreparedMedia, check_num_frames, prepare_media
 from vllama_jax.checkpoints import shipped
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
-from vllama_jax.checkpoints.shipped import find_clip, is_shipped, shipped_model
+from vllama_jax.checkpoints.shipped import MODEL_NAME, find_clip, is_shipped, shipped_model
 from vllama_jax.cli._display import Display
+from vllama_jax.cli._interactive import Session, add_media, answer_question, record_file, run_chat
 from vllama_jax.cli._usage import JsonFlag, MediaArgument, UsageError
 from vllama_jax.config import GREEDY, GenerationConfig
-from vllama_jax.errors import VllamaError
 from vllama_jax.media import FrameSampling, ImageFrames, MediaReport, OpenedSource, open_source
 from vllama_jax.media.download import describe_url
 from vllama_jax.media.sources import is_url
@@ -32,7 +33,7 @@ HEAD_START = 1.0  # seconds that loading waits for the files, because most error
 
 
 def chat(
-    file: tyro.conf.Positional[MediaArgument],
+    file: tyro.conf.Positional[MediaArgument | None] = None,
     questions: tyro.conf.Positional[tuple[str, ...]] = (),
     /,
     *,
@@ -54,16 +55,19 @@ def chat(
     base: Path | None = None,
     json_output: JsonFlag = False,
 ) -> None:
-    """Ask questions about a video, an image or an audio file. Without a question, a prompt asks for them.
+    """Ask questions about a video, an image or an audio file. Without a question, an interactive chat starts.
 
     Example: vllama chat clip.mp4 "What is happening?" --model MODEL
 
     Example: vllama chat demo
 
+    An interactive chat answers each line that is typed or piped to it. `/help` in it lists its commands, such as
+    `/add FILE`, `/undo` and `/set temperature 0.7`.
+
     Args:
         file: A video, an image, an audio file, a directory whose images are the frames of a video, or with --allow-url
             an http or https URL. `demo` is a clip of the package, unless a file has that name.
-        questions: Questions, answered in turn. Without one, a prompt asks for them until an empty line or Ctrl-D.
+        questions: Questions, answered in turn. Without one, an interactive chat starts, also without a file.
         model: A model directory (see `vllama convert`) or a run directory (see `vllama train`). By default
             `miniature`, the small model of the package, which knows only its rendered clips (docs/miniature.md),
             unless a model directory has that name.
@@ -85,8 +89,9 @@ def chat(
         json_output: Print one JSON object with report, answer, tokens and timings, and with all questions in turns.
     """
     with Display(quiet=json_output) as display, ExitStack() as stack:
-        uses_shipped_model, uses_shipped_clip = model is None or is_shipped(model), find_clip(file) != Path(file)
-        sources = _find_sources((file, *media), image_rate)
+        uses_shipped_model = model is None or is_shipped(model)
+        uses_shipped_clip = file is not None and find_clip(file) != Path(file)
+        sources = _find_sources((*([] if file is None else [file]), *media), image_rate)
         files = [_open(stack, display, source, allow_url) for source in sources]  # fail early: loading takes minutes
         if uses_shipped_model:
             display.show_message(shipped.MODEL_DESCRIPTION)
@@ -108,46 +113,44 @@ def chat(
         read_ahead = files if sampling.segments == 1 else []  # segments are read and encoded one at a time
         loaded, prepared, timings = _load(display, directory, load_options, read_ahead, read_options)
         conversation = Chat(loaded, template, system, int8_cache=int8_cache)
-        reports = [prepared_media.report for prepared_media in prepared]
+        session = Session(
+            chat=conversation,
+            display=display,
+            model_name=MODEL_NAME if uses_shipped_model else str(model),
+            template=template or config.template,
+            open_media=lambda argument: open_source(_find_source(argument, image_rate), allow_url=allow_url),
+            add_media=functools.partial(conversation.add, sampling=sampling, **options),
+            generation=generation,
+        )
         with _record_time(timings, "encode"):
             for opened, prepared_media in zip(read_ahead, prepared, strict=True):
                 display.show_message(f"{opened.name}: {prepared_media.report}")
                 display.show_status(f"encoding {opened.name} (the first run compiles)")
                 conversation.add_prepared(prepared_media, interpolate_positions=interpolate_positions)
+                record_file(session, prepared_media.report)
             for opened in files[len(read_ahead) :]:
-                display.show_status(f"reading and encoding {sampling.segments} segments of {opened.name}")
-                new_tokens = generation.max_new_tokens
-                reports.append(conversation.add(opened, sampling=sampling, **options, max_new_tokens=new_tokens))
-                display.show_message(f"{opened.name}: {reports[-1]}")
+                display.show_message(f"{opened.name}: {add_media(session, opened)}")
+        for question in questions:
+            answer_question(session, question)
         if not questions:
-            display.show_message(
-                shipped.CHAT_HINT if uses_shipped_clip else "Type a question; an empty line or Ctrl-D ends the chat."
-            )
-        turns = []
-        for question in questions or iter(display.read_question, None):
-            display.show_status("generating")
-            try:
-                display.print_answer(conversation.ask(question, **dataclasses.asdict(generation)))
-            except VllamaError as error:
-                if questions:
-                    raise
-                display.show_message(f"vllama: {error}")  # an interactive chat continues
-                continue
-            if conversation.last is not None:
-                turns.append({"question": question, **dataclasses.asdict(conversation.last)})
+            hint = shipped.CHAT_HINT if uses_shipped_clip else "Type a question; /help lists the commands."
+            run_chat(session, hint)
     if json_output:
-        _print_json(reports, turns, timings)
+        _print_json(list(conversation.files), session.turns, timings)
 
 
 def _find_sources(arguments: Sequence[str], image_rate: float | None) -> list[str | Path | ImageFrames]:
     """Return the media of arguments, which are paths and URLs."""
-    paths = [argument if is_url(argument) else find_clip(argument) for argument in arguments]
-    sources = [
-        ImageFrames(path, 1.0 if image_rate is None else image_rate) if os.path.isdir(path) else path for path in paths
-    ]
-    if image_rate is not None and not any(isinstance(source, ImageFrames) for source in sources):
+    sources = [_find_source(argument, image_rate) for argument in arguments]
+    if image_rate is not None and sources and not any(isinstance(source, ImageFrames) for source in sources):
         raise UsageError("--image-rate is for a directory of images; choose one, or omit the option")
     return sources
+
+
+def _find_source(argument: str, image_rate: float | None) -> str | Path | ImageFrames:
+    """Return the media of an argument, which is a path or a URL."""
+    path = argument if is_url(argument) else find_clip(argument)
+    return ImageFrames(path, 1.0 if image_rate is None else image_rate) if os.path.isdir(path) else path
 
 
 def _open(stack: ExitStack, display: Display, source: str | Path | ImageFrames, allow_url: bool) -> OpenedSource:
@@ -184,7 +187,7 @@ def _print_json(reports: list[MediaReport], turns: list[dict[str, Any]], timings
     last = turns[-1] if turns else {"answer": None, "tokens": [], "timings": {}}
     report_fields = [dataclasses.asdict(report) for report in reports]
     summary = {
-        "report": report_fields[0],
+        "report": report_fields[0] if report_fields else None,
         "answer": last["answer"],
         "tokens": last["tokens"],
         "timings": {**timings, **last["timings"]},

@@ -106,6 +106,18 @@ class Conversation:
         turn = dataclasses.replace(self.turns[-1], answer=text, ended_by_eos=ended_by_eos)
         return dataclasses.replace(self, turns=(*self.turns[:-1], turn))
 
+    def undo(self) -> "Conversation":
+        """Remove the last question and its answer. Files that were added before or after it stay, for the next one.
+
+        Raises:
+            ValueError: There is no question.
+        """
+        last = next((i for i in reversed(range(len(self.turns))) if self.turns[i].question is not None), None)
+        if last is None:
+            raise ValueError("there is no question to undo")
+        media = tuple(media for turn in self.turns[last:] for media in turn.media)
+        return dataclasses.replace(self, turns=(*self.turns[:last], *([Turn(media)] if media else [])))
+
     def _open_turn(self) -> tuple[tuple[Turn, ...], Turn]:
         """Return the finished turns, and the turn of the next message."""
         if not self.turns or self.turns[-1].answer is not None:
