@@ -22,7 +22,7 @@ from vllama_jax.media.frame_sampling import FrameSampling, frame_indices
 from vllama_jax.media.image import Image, image_report, normalize, read_image
 from vllama_jax.media.mel import clip_starts, mel_clips
 from vllama_jax.media.report import MediaReport
-from vllama_jax.media.segment import read_frames, read_kind_and_duration, read_segment, read_segments
+from vllama_jax.media.segment import read_frames, read_header, read_segment, read_segments
 from vllama_jax.media.video import DEFAULT_NUM_FRAMES, Video, read_sampled_video, read_video
 from vllama_jax.media.write import write_video
 
@@ -43,8 +43,8 @@ __all__ = [
     "normalize",
     "read_audio",
     "read_frames",
+    "read_header",
     "read_image",
-    "read_kind_and_duration",
     "read_media",
     "read_segment",
     "read_segments",
