@@ -46,7 +46,7 @@ def check_segments_fit(
         ConfigError: They do not fit. The message has the largest number of segments that does.
         MediaError: The file cannot be opened, or is an image.
     """
-    kind, duration = media_files.read_kind_and_duration(source)
+    kind, has_audio, duration = media_files.read_header(source)
     duration = duration or _LONG  # the digits of timestamps are tokens
     context, reserved = config.llama.max_length, _QUESTION_TOKENS + max_new_tokens
     start, end = sampling.start, max(min(sampling.end, duration), sampling.start)
@@ -57,7 +57,7 @@ def check_segments_fit(
         segments = []
         for first, last in itertools.pairwise(bounds):
             times = np.linspace(first, last, sampling.num_frames or config.num_frames, endpoint=False).tolist()
-            with_audio = audio and "audio" in counts
+            with_audio = audio and has_audio and "audio" in counts
             segments.append(prompts.Media(kind, with_audio, tuple(times) if kind == "video" else (), (first, last)))
         file = prompts.Media(kind, segments=tuple(segments))
         asked = conversation.add(file).ask("")
@@ -72,7 +72,8 @@ def check_segments_fit(
     while too_many - fitting > 1:
         middle = (fitting + too_many) // 2
         fitting, too_many = (middle, too_many) if count_tokens(middle) <= context else (fitting, middle)
-    advice = f"use at most {fitting} segments" if fitting else "remove turns or media, or set max_new_tokens lower"
+    most = f"use at most {fitting} segment{'s' if fitting > 1 else ''}"
+    advice = most if fitting else "remove turns or media, or set max_new_tokens lower"
     raise ConfigError(
         f"{source.name}: {wanted} segments, a question and an answer of {max_new_tokens} tokens do not fit the model's "
         f"context of {context} tokens; {advice}"

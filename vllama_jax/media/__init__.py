@@ -25,7 +25,7 @@ from vllama_jax.media.image_frames import ImageFrames
 from vllama_jax.media.mel import clip_starts, mel_clips
 from vllama_jax.media.memory import read_window
 from vllama_jax.media.report import MediaReport
-from vllama_jax.media.segment import read_frames, read_kind_and_duration, read_segment, read_segments
+from vllama_jax.media.segment import read_frames, read_header, read_segment, read_segments
 from vllama_jax.media.sources import MediaFile, MediaSource, OpenedSource, open_source
 from vllama_jax.media.video import DEFAULT_NUM_FRAMES, Video, read_sampled_video, read_video
 from vllama_jax.media.write import write_video
@@ -54,8 +54,8 @@ __all__ = [
     "open_source",
     "read_audio",
     "read_frames",
+    "read_header",
     "read_image",
-    "read_kind_and_duration",
     "read_media",
     "read_segment",
     "read_segments",

@@ -8,16 +8,22 @@ import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.arrays import AudioArrays
+from vllama_jax.media.arrays import AudioArrays, VideoArrays
 from vllama_jax.media.audio import Audio, read_audio_window
 from vllama_jax.media.audio_stream import can_seek_audio, decode_audio_range
 from vllama_jax.media.clock import FrameTimes
-from vllama_jax.media.files import IMAGE_EXTENSIONS, find_video_stream, is_still_image, open_container
+from vllama_jax.media.files import (
+    IMAGE_EXTENSIONS,
+    find_audio_stream,
+    find_video_stream,
+    is_still_image,
+    open_container,
+)
 from vllama_jax.media.frame_sampling import FrameSampling, frame_indices, past_the_end
 from vllama_jax.media.frames import packet_times
 from vllama_jax.media.image_frames import ImageFrames, read_image_frames
@@ -115,28 +121,35 @@ def _read_file_segments(
             yield span, decode_window(opened, sample_frames, size, audio, span, decoded)
 
 
-def read_kind_and_duration(source: MediaSource) -> tuple[Literal["video", "audio"], float]:
-    """Return the kind of a video or of audio and its declared duration in seconds, without decoding it.
+class MediaHeader(NamedTuple):
+    """What a video or an audio file declares: its kind, whether it has audio, and its duration in seconds, or 0."""
 
-    The duration is 0 if none is declared.
+    kind: Literal["video", "audio"]
+    has_audio: bool
+    duration: float
+
+
+def read_header(source: MediaSource) -> MediaHeader:
+    """Return what a video or an audio file declares, without decoding it.
 
     Raises:
         MediaError: The source cannot be opened, or is an image.
     """
     with open_source(source) as opened:
-        if not isinstance(opened, MediaFile):
-            if isinstance(opened, AudioArrays):
-                return "audio", opened.duration
-            return "video", opened.duration
-        return _read_file_kind_and_duration(opened.path)
+        if isinstance(opened, AudioArrays):
+            return MediaHeader("audio", True, opened.duration)
+        if isinstance(opened, MediaFile):
+            return _read_file_header(opened.path)
+        return MediaHeader("video", isinstance(opened, VideoArrays) and opened.waveform is not None, opened.duration)
 
 
-def _read_file_kind_and_duration(path: str) -> tuple[Literal["video", "audio"], float]:
+def _read_file_header(path: str) -> MediaHeader:
     if is_still_image(path):
         raise MediaError(f"{path}: an image has no duration; omit the number of segments")
     with open_container(path) as container:
-        duration = (container.duration or 0) / 1_000_000
-        return ("audio" if find_video_stream(container) is None else "video"), duration
+        kind: Literal["video", "audio"] = "audio" if find_video_stream(container) is None else "video"
+        has_audio = find_audio_stream(container) is not None
+        return MediaHeader(kind, has_audio, (container.duration or 0) / 1_000_000)
 
 
 def _read_audio_segments(
