@@ -107,7 +107,11 @@ def chat(
             for opened in files:
                 new_tokens = generation.max_new_tokens
                 check_segments_fit(opened, config, directory.tokenizer, empty, sampling, audio, new_tokens)
-        options = {"audio": audio, "require_audio": require_audio, "interpolate_positions": interpolate_positions}
+        options: dict[str, Any] = {
+            "audio": audio,
+            "require_audio": require_audio,
+            "interpolate_positions": interpolate_positions,
+        }
         read_options = {"config": config, "sampling": sampling, **options}
         load_options = {"dtype": dtype, "quantize": quantize, "audio_scale": audio_scale}
         read_ahead = files if sampling.segments == 1 else []  # segments are read and encoded one at a time
