@@ -16,7 +16,7 @@ LAYERS = (
     {"nn", "media", "text"},
     {"checkpoints", "generate"},
     {"model", "chat", "data", "segments", "answering"},
-    {"train", "evaluate", "memory", "convert", "configs"},
+    {"train", "evaluate", "embed", "memory", "convert", "configs"},
     {"aot"},
     {"miniature"},
     {"cli", "__main__"},

@@ -30,12 +30,12 @@ from vllama_jax.memory.estimate import estimate_training, find_device
 from vllama_jax.memory.flops import encoder_flops, peak_flops, step_flops
 from vllama_jax.nn.attention import attend_with_einsum, self_attend
 from vllama_jax.nn.network import abstract_network
-from vllama_jax.nn.video_llama import VideoLlama, find_owner
+from vllama_jax.nn.video_llama import VideoLlama, find_owner, keep_components
 from vllama_jax.sharding import make_mesh
 from vllama_jax.train.config import MeshConfig, TrainConfig
 from vllama_jax.train.config_files import load_config
 from vllama_jax.train.optim import make_optimizer
-from vllama_jax.train.state import init_state, keep_components
+from vllama_jax.train.state import init_state
 
 Figures = dict[str, float | str | None]
 Case = tuple[str, Callable[[], Figures]]

@@ -14,6 +14,7 @@ import numpy as np
 import vllama_jax as vl
 from vllama_jax.chat import Answer
 from vllama_jax.convert.rules import Rule, linear
+from vllama_jax.embed import FileFeatures
 from vllama_jax.text.tokenizer import Tokenizer
 
 
@@ -40,6 +41,11 @@ def talk_about_a_file(model: vl.Model) -> None:
     assert_type(chat.last, Answer | None)
     assert_type(chat.files, tuple[vl.MediaReport, ...])
     assert_type(chat.undo(), str)
+
+
+def embed_files(model: vl.Model) -> None:
+    assert_type(vl.embed_files(model, ["clip.mp4"], features=("imagebind",)), Iterator[FileFeatures])
+    assert_type(vl.embed.load_encoders("MODEL"), vl.Model)
 
 
 def call_the_network(model: vl.Model, frames: jax.Array, mel: jax.Array) -> None:

@@ -13,6 +13,7 @@ DOCUMENTED = [
     vl.load,
     pytest.param(vl.Chat, marks=SLOW),
     vl.save,
+    vl.embed_files,
     pytest.param(vl.train.train, marks=SLOW),
     pytest.param(vl.convert.convert, marks=SLOW),
     export,

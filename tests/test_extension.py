@@ -13,6 +13,7 @@ import torch
 from conversions import drop_components, plan, read_leaves
 from flax import nnx
 from networks import random_network
+from PIL import Image
 from train_fixtures import ONE, RecordingReporter, config_of
 from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -221,6 +222,17 @@ def test_a_chat_prompt_has_the_tokens_of_both_branches(extension):
     vision_tokens = jax.jit(lambda network, x: network.encode_video(x))(network, frames[None])[0]
     motion = jax.jit(lambda network, x: network.motion.tokens(network.motion.encode(x)))(network, frames[None])[0]
     np.testing.assert_allclose(tokens, np.concatenate([vision_tokens, motion]), atol=1e-5)
+
+
+@pytest.mark.slow
+def test_features_of_files_have_the_tokens_of_the_branch(extension, tmp_path):
+    Image.new("RGB", (64, 48), "red").save(tmp_path / "image.png")
+    model = vl.Model(EXTENDED, tokenizer=None, network=jax.tree.map(jnp.asarray, random_network(EXTENDED)))
+    (found,) = vl.embed_files(model, [tmp_path / "image.png"])
+    assert found.arrays.keys() == {"frames", "video_qformer", "video_tokens", "motion_tokens"}
+    frames = vl.chat.prepare_media(tmp_path / "image.png", EXTENDED).frames
+    motion = jax.jit(lambda network, x: network.motion.tokens(network.motion.encode(x)))(model.network, frames[None])[0]
+    np.testing.assert_allclose(found.arrays["motion_tokens"], motion, atol=1e-5)
 
 
 def test_kernels_of_the_tower_are_quantized(extension):

@@ -17,7 +17,7 @@ from vllama_jax import cli
 from vllama_jax.cli._logs import configure_logging
 
 COMMANDS = [
-    *(["chat"], ["convert"], ["export"], ["quantize"], ["inspect"], ["verify"], ["plot"]),
+    *(["chat"], ["embed"], ["convert"], ["export"], ["quantize"], ["inspect"], ["verify"], ["plot"]),
     *(["data"], ["data", "build"], ["data", "check"], ["data", "stats"], ["eval"], ["eval", "miniature"]),
     *(["features"], ["train"], ["train", "smoke"], ["memory"], ["memory", "vision_stage1"]),
 ]

@@ -15,10 +15,11 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllama_jax import chat, config, convert, generate, media, sharding
+    from vllama_jax import chat, config, convert, embed, generate, media, sharding
     from vllama_jax.chat import Chat
     from vllama_jax.checkpoints import quantize
     from vllama_jax.config import GenerationConfig, VideoLlamaConfig
+    from vllama_jax.embed import embed_files
     from vllama_jax.errors import ArrayError, CheckpointError, ConfigError, DataError, MediaError, VllamaError
     from vllama_jax.media import MediaReport
     from vllama_jax.model import Model, load, save
@@ -31,6 +32,7 @@ _ATTRIBUTES = {
     "Chat": "vllama_jax.chat",
     "MediaReport": "vllama_jax.media",
     "Model": "vllama_jax.model",
+    "embed_files": "vllama_jax.embed",
     "load": "vllama_jax.model",
     "save": "vllama_jax.model",
     "VideoLlama": "vllama_jax.nn.video_llama",
@@ -47,6 +49,7 @@ _MODULES = {
     "chat": "vllama_jax.chat",
     "config": "vllama_jax.config",
     "convert": "vllama_jax.convert",
+    "embed": "vllama_jax.embed",
     "generate": "vllama_jax.generate",
     "media": "vllama_jax.media",
     "quantize": "vllama_jax.checkpoints.quantize",
@@ -71,6 +74,8 @@ __all__ = [
     "chat",
     "config",
     "convert",
+    "embed",
+    "embed_files",
     "generate",
     "load",
     "media",

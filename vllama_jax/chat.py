@@ -41,12 +41,14 @@ class PreparedMedia:
         frames: Normalized frames [t, h, w, 3]; None for audio.
         mel: Log-mel spectrograms of audio clips [s, 128, 204]; None without audio.
         seconds: Timestamps of the frames of a video, in seconds.
+        clip_starts: Start of each audio clip, in seconds since the first sample; empty without audio.
     """
 
     report: MediaReport
     frames: np.ndarray | None
     mel: np.ndarray | None
     seconds: tuple[float, ...] = ()
+    clip_starts: tuple[float, ...] = ()
 
     @property
     def prompt_media(self) -> prompts.Media:
@@ -168,7 +170,9 @@ def preprocess_media(
         raise MediaError(f"{path}: the audio is required, but was not used: {report}")
     tower = get_tower(config.vit)
     frames = None if isinstance(media, Audio) else media_files.normalize(media.frames, tower.mean, tower.std)
-    return PreparedMedia(report, frames, mel, tuple(media.timestamps) if isinstance(media, Video) else ())
+    seconds = tuple(media.timestamps) if isinstance(media, Video) else ()
+    clip_starts = () if mel is None else _list_clip_starts(media, config.num_clips)
+    return PreparedMedia(report, frames, mel, seconds, clip_starts)
 
 
 def _compute_mel(media: Video | Image | Audio, num_clips: int) -> np.ndarray | None:
@@ -178,6 +182,14 @@ def _compute_mel(media: Video | Image | Audio, num_clips: int) -> np.ndarray | N
     if media.waveform is not None and media.sample_rate is not None:
         return media_files.mel_clips(media.waveform, media.sample_rate, num_clips)
     return media.mel
+
+
+def _list_clip_starts(media: Video | Image | Audio, num_clips: int) -> tuple[float, ...]:
+    """Return the start of each audio clip, in seconds since the first sample."""
+    duration = media.audio_duration if isinstance(media, Video) else media.report.duration
+    if isinstance(media, Video) and media.waveform is not None and media.sample_rate is not None:
+        duration = media.waveform.shape[1] / media.sample_rate
+    return () if duration is None else media_files.clip_start_seconds(duration, num_clips)
 
 
 def encode_media(

@@ -322,14 +322,14 @@ def _check_extra_branches(config: "VideoLlamaConfig") -> None:
     for branch in map(find_branch, types):
         if branch.prompt_array == "frames":
             tower = branch.frame_tower_config(config)
-            if _frame_format(tower) != _frame_format(config.vit):
+            if get_frame_format(tower) != get_frame_format(config.vit):
                 raise ConfigError(
                     f"extra_branches: {branch.name} and vit need frames of different size, mean or std; "
                     "they must be equal, as a chat reads frames once for both"
                 )
 
 
-def _frame_format(tower: TowerConfig) -> tuple[Any, ...]:
+def get_frame_format(tower: TowerConfig) -> tuple[Any, ...]:
     """Return the size, mean and standard deviation of a tower's frames."""
     entry = get_tower(tower)
     return tower.image_size, entry.mean, entry.std

@@ -16,6 +16,7 @@ COMMANDS = {
     "quantize": "Quantize the weights of a model or a run to int8 or int4.",
     "inspect": "List the components of a model or a run.",
     "verify": "Check a model's files, or compare the model with PyTorch.",
+    "embed": "Write features of video, image and audio files.",
     "data": "Build, check and describe training data.",
     "features": "Precompute the features of the frozen encoders.",
     "train": "Train a branch as a run config defines it.",

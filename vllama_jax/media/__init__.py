@@ -22,7 +22,7 @@ from vllama_jax.media.files import (
 from vllama_jax.media.frame_sampling import FrameSampling, frame_indices
 from vllama_jax.media.image import Image, image_report, normalize, read_image
 from vllama_jax.media.image_frames import ImageFrames
-from vllama_jax.media.mel import clip_starts, mel_clips
+from vllama_jax.media.mel import clip_start_seconds, clip_starts, mel_clips
 from vllama_jax.media.memory import read_window
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.segment import read_frames, read_header, read_segment, read_segments
@@ -47,6 +47,7 @@ __all__ = [
     "check_file",
     "check_media",
     "check_pixels",
+    "clip_start_seconds",
     "clip_starts",
     "frame_indices",
     "mel_clips",

@@ -55,6 +55,11 @@ def clip_starts(num_samples_16k: int, num_clips: int) -> Int64[np.ndarray, "num_
     return np.array([int(clip * step * SAMPLE_RATE) for clip in range(num_clips)], np.int64)
 
 
+def clip_start_seconds(duration: float, num_clips: int) -> tuple[float, ...]:
+    """Return the start of each clip of audio of `duration` seconds, in seconds since its first sample."""
+    return tuple((clip_starts(round(duration * SAMPLE_RATE), num_clips) / SAMPLE_RATE).tolist())
+
+
 def clip_spans(num_samples: int, sample_rate: int, num_clips: int) -> list[range]:
     """Return the range of samples that each clip is computed from: 2 s, and the resampler's kernel on both sides.
 

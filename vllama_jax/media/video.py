@@ -55,6 +55,7 @@ class Video:
         sample_rate: Of the audio, in Hz.
         report: What the file contains and what of it is used.
         mel: Log-mel spectrograms of the audio clips, if they were requested; see `mel_clips`.
+        audio_duration: Length of the audio that the clips are taken from, in seconds; None without audio.
     """
 
     frames: UInt8[np.ndarray, "t h w 3"]
@@ -64,6 +65,7 @@ class Video:
     sample_rate: int | None
     report: MediaReport
     mel: Float32[np.ndarray, "num_clips 128 204"] | None = None
+    audio_duration: float | None = None
 
 
 def read_video(
@@ -256,4 +258,5 @@ def decode_window(
         sample_rate=decoded.sample_rate,
         report=MediaReport(path, "video", len(frames), duration, state, (*opened.notes, *decoded.notes)),
         mel=decoded.mel,
+        audio_duration=decoded.duration if decoded.sample_rate else None,
     )

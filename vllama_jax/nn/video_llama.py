@@ -1,13 +1,14 @@
 """The network of Video-LLaMA: branches that make media tokens, and a language model (arXiv 2306.02858)."""
 
 import pkgutil
+from collections.abc import Collection
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from vllama_jax.branches import BRANCHES, Branch
+from vllama_jax.branches import BRANCHES, Branch, list_components
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.nn.arrays import check_array
 from vllama_jax.nn.dropout import Dropout
@@ -248,6 +249,21 @@ def find_owner(network: VideoLlama, component: str) -> tuple[Any, str]:
     for parent in parents:
         owner = getattr(owner, parent, None)
     return owner, name
+
+
+def keep_components(network: VideoLlama, used: Collection[str]) -> None:
+    """Remove all components except `used` from a network.
+
+    Args:
+        network: The network, which is changed.
+        used: The paths of the components to keep.
+    """
+    unused = {"llama", *list_components()} - {*used}
+    unused |= {path.split("/")[0] for path in unused} - {path.split("/")[0] for path in used}
+    for path in sorted(unused):  # a module before its components
+        owner, name = find_owner(network, path)
+        if hasattr(owner, name):
+            delattr(owner, name)
 
 
 def _check_frames(frames: Float[Array, "b t h w 3"], size: int) -> None:

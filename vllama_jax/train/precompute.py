@@ -37,10 +37,11 @@ from vllama_jax.errors import ConfigError, DataError, format_error
 from vllama_jax.io.atomic import ensure_directory, move_file, scratch_directory, write_file, write_json
 from vllama_jax.io.json_files import parse_object
 from vllama_jax.nn.network import abstract_network
+from vllama_jax.nn.video_llama import keep_components
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.feature_settings import compare_settings, describe_features
 from vllama_jax.train.hosts import check_same_job
-from vllama_jax.train.state import AbstractModel, Weights, keep_components
+from vllama_jax.train.state import AbstractModel, Weights
 from vllama_jax.train.step import compute_dtype, run_encoders
 
 FEATURE_SHARD_BYTES = 512 * 2**20  # approximate size of a shard

@@ -16,9 +16,9 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from vllama_jax.branches import find_branch, list_components
+from vllama_jax.branches import find_branch
 from vllama_jax.errors import ConfigError
-from vllama_jax.nn.video_llama import VideoLlama, find_owner
+from vllama_jax.nn.video_llama import VideoLlama, keep_components
 from vllama_jax.sharding import weight_sharding
 from vllama_jax.train.config import TrainConfig
 
@@ -90,21 +90,6 @@ def remove_unused_components(network: VideoLlama, config: TrainConfig, kinds: Co
     branch = find_branch(config.branch)
     kinds = {*kinds, *(branch.prompt_media if config.validation.clips else ())}
     keep_components(network, {"llama", *branch.trainable_components, *branch.encoder_components(kinds)})
-
-
-def keep_components(network: VideoLlama, used: Collection[str]) -> None:
-    """Remove all components except `used` from a network.
-
-    Args:
-        network: The network, which is changed.
-        used: The paths of the components to keep.
-    """
-    unused = {"llama", *list_components()} - {*used}
-    unused |= {path.split("/")[0] for path in unused} - {path.split("/")[0] for path in used}
-    for path in sorted(unused):  # a module before its components
-        owner, name = find_owner(network, path)
-        if hasattr(owner, name):
-            delattr(owner, name)
 
 
 def select_paths(paths: Sequence[str], patterns: Sequence[str]) -> list[str]:
