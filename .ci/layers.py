@@ -15,7 +15,7 @@ LAYERS = (
     {"config", "branches", "towers", "io", "runtime", "sharding"},
     {"nn", "media", "text"},
     {"checkpoints", "generate"},
-    {"model", "chat", "data"},
+    {"model", "chat", "data", "segments", "answering"},
     {"train", "evaluate", "embed", "memory", "convert", "configs"},
     {"aot"},
     {"miniature"},

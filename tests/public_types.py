@@ -30,8 +30,17 @@ def load_a_model() -> vl.Model:
 def talk_about_a_file(model: vl.Model) -> None:
     chat = vl.Chat(model, template=None)
     assert_type(chat.add("clip.mp4", num_frames=8), vl.MediaReport)
+    with open("clip.mp4", "rb") as file:
+        chat.add(file)
+    chat.add(Path("clip.mp4").read_bytes())
+    chat.add(["1.png", "2.png"])
+    chat.add(vl.media.ImageFrames("frames", rate=25))
+    chat.add(vl.media.VideoArrays(np.zeros((2, 8, 8, 3), np.uint8), [0.0, 0.5]), audio=False)
+    chat.add("https://example.org/clip.mp4", allow_url=True)
     assert_type(chat.ask("What is the dog doing?", temperature=0.0), Iterator[str])
     assert_type(chat.last, Answer | None)
+    assert_type(chat.files, tuple[vl.MediaReport, ...])
+    assert_type(chat.undo(), str)
 
 
 def embed_files(model: vl.Model) -> None:

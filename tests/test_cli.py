@@ -49,9 +49,15 @@ def test_a_chat_about_a_clip_and_json_of_it_which_compiles_nothing(tiny_model, c
 
 @pytest.mark.slow
 def test_interactive_chat_answers_each_line_of_stdin(tiny_model, clip, cache):
-    done = run_vllama("chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="What is there?\nAnd then?\n")
+    done = run_vllama(
+        "chat", clip, "--model", tiny_model, *CHAT, cache=cache, stdin="What is there?\n\n/undo\nAnd then?"
+    )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) >= 2
+    assert done.stderr.splitlines()[1:] == [
+        "Type a question; /help lists the commands.",
+        "removed, with its answer: What is there?",
+    ]
 
 
 @pytest.mark.slow
@@ -94,7 +100,6 @@ def test_help_imports_nothing_heavy():
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["chat"],
         ["chat", "x.mp4", "--seed", "many"],
         ["chat", "x.mp4", "--model", "m", "--temprature", "1"],
         ["chta"],

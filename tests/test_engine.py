@@ -17,8 +17,10 @@ def make_engine(llama, rows=2, eos=NO_EOS, **options) -> Engine:
 
 def run(engine: Engine, *requests: Request) -> list[Generation]:
     generations = [engine.add(request) for request in requests]
+    changed = []
     while engine.is_busy:
-        engine.step()
+        changed += engine.step()
+    assert set(changed) == set(generations)
     return generations
 
 
@@ -107,7 +109,8 @@ def test_a_long_prompt_is_processed_in_chunks_between_the_tokens_of_other_answer
         running.step()
         decoded.append(len(first.tokens))
     assert decoded == [17, 17, 33, 33, 49, 49, 60, 60, 60, 60, 60]  # one step each, until the first answer has ended
-    run(running)
+    while running.is_busy:
+        running.step()
     assert [first.tokens, second.tokens] == [
         answer(llama, one.prompt, max_new_tokens=one.config.max_new_tokens)[0] for one in (short, long)
     ]
@@ -179,7 +182,8 @@ def test_a_cancelled_answer_frees_its_row(llama):
     first, second = (running.add(request(make_prompt(60, seed=i), max_new_tokens=60)) for i in range(2))
     running.step()
     running.cancel(first)
-    run(running)
+    while running.is_busy:
+        running.step()
     running.cancel(second)
     assert (first.finish_reason, second.finish_reason) == ("cancelled", "length")
     assert second.tokens == answer(llama, second.request.prompt, max_new_tokens=60)[0]

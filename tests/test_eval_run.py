@@ -18,6 +18,7 @@ from PIL import Image
 
 import vllama_jax as vl
 from vllama_jax import cli
+from vllama_jax.errors import MediaError
 from vllama_jax.evaluate import answers, run
 from vllama_jax.evaluate.questions import make_open_question
 from vllama_jax.io.jsonl import JsonLinesFile
@@ -115,7 +116,7 @@ def test_a_killed_run_resumes_with_the_same_predictions(finished, tiny_model, cl
         cli.main(flags(tiny_model, clips, out))
     assert stop.value.code == 130
     partial = json.loads((out / "results.json").read_text())
-    assert (partial["answered"], partial["complete"]) == (2, False)
+    assert (partial["answered"], partial["complete"]) == (1, False)
     monkeypatch.setattr(JsonLinesFile, "add", added)
     cli.main(flags(tiny_model, clips, out))
     assert (out / "answers.jsonl").read_text() == (finished / "answers.jsonl").read_text()
@@ -169,18 +170,19 @@ def test_missing_and_corrupt_videos_are_reported_and_skipped(tiny_model, clips, 
 
 
 def test_every_question_gets_its_own_video(monkeypatch):
-    """Later batches must not mix up videos: a file may have two names, and a batch may be done already."""
-    monkeypatch.setattr(answers, "_read_clip", lambda clip, config, settings: f"cannot read {clip[0]}")
+    """Questions about the same file are answered together; a file may have two names."""
+
+    def read(clip, config, settings):
+        raise MediaError(f"cannot read {clip[0]}")
+
+    monkeypatch.setattr(answers, "_read_clip", read)
     names = ["a", "b", "b", "c", "a", "a", "d", "c"]
     questions = [
         answers.QuestionWithVideo(make_open_question("q", "a", id=str(number), names=(name,)), Path(name))
         for number, name in enumerate(names)
     ]
-    predictor = answers.Predictor(vl.config.tiny(), answers.AnswerSettings(), 1, lambda: None)
-    batches = answers.select_unfinished_batches(questions, {"2", "3"}, 2)
-    assert [[one.question.id for one in batch] for batch in batches] == [["0", "1"], ["4", "5"], ["6", "7"]]
-    assert list(predictor.predict(batches, {"2", "3"})) == []
-    assert predictor.unusable == {key: f"cannot read {names[int(key)]}" for key in "014567"}
+    found = list(answers.predict(questions, vl.config.tiny(), answers.AnswerSettings(), 1, lambda: None))
+    assert found == [(key, f"cannot read {names[int(key)]}") for key in "04512376"]
 
 
 def test_an_evaluation_without_videos_is_an_error(tiny_model, clips, tmp_path, capsys):

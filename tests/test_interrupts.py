@@ -132,6 +132,55 @@ def test_an_error_while_saving_is_still_reported():
         assert process.returncode == 1
 
 
+CATCHING = (
+    "import time\nwith catch_interrupts(lambda: print('noticed', flush=True)) as interrupted:\n"
+    "    print('catching', flush=True)\n    {}"
+)
+
+
+def test_a_caught_interrupt_does_not_end_the_process():
+    body = CATCHING.format("for _ in range(3): interrupted.wait(); print('stopped', flush=True); interrupted.clear()")
+    with started(f"{body}\nprint('after', flush=True); time.sleep(100)", grace=0.1) as process:
+        assert process.stdout.readline() == "catching\n"
+        for _ in range(3):
+            process.send_signal(signal.SIGINT)
+            assert [process.stdout.readline() for _ in range(2)] == ["noticed\n", "stopped\n"]
+            time.sleep(0.2)  # longer than the grace period
+        assert process.stdout.readline() == "after\n"
+        assert interrupted(process, within=10) == ""
+
+
+@pytest.mark.parametrize(
+    "body", ["time.sleep(100)", "import hashlib; hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"]
+)
+def test_a_second_interrupt_or_sigterm_ends_the_process_that_catches(body):
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        with started(CATCHING.format(body)) as process:
+            assert process.stdout.readline() == "catching\n"
+            process.send_signal(signal.SIGINT)
+            assert process.stdout.readline() == "noticed\n"
+            process.send_signal(number)
+            assert process.communicate(timeout=30) == ("", "")
+            assert process.returncode == code
+
+
+def test_signals_are_caught_after_an_event_loop_has_run():
+    body = (
+        "import asyncio, time\nasync def prompt():\n    loop = asyncio.get_running_loop()\n"
+        "    loop.add_signal_handler(signal.SIGTERM, print)\n"
+        "with catch_interrupts(lambda: print('noticed', flush=True)) as interrupted:\n"
+        "    with release_signals(): asyncio.run(prompt())\n"
+        "    print('ready', flush=True); interrupted.wait(); time.sleep(100)"
+    )
+    with started(body) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "noticed\n"
+        process.terminate()
+        assert process.communicate(timeout=30) == ("", "")
+        assert process.returncode == 143
+
+
 def test_an_interrupt_ends_a_background_job_of_a_script():
     """The shell makes background jobs ignore SIGINT, so whoever sends it does so on purpose."""
     code = (

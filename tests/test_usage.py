@@ -50,7 +50,7 @@ def help_of(*command: str) -> str:
         ("chat x.mp4 --max_tokens 3", "did you mean --max-new-tokens?"),
         ("chat x.mp4 --temp 1", "did you mean --temperature?"),
         ("chat x.mp4 --temprature 1", "did you mean --temperature?"),
-        ("chat x.mp4 --fps 1", "did you mean --num-frames?"),
+        ("eval jsonl --fps 1", "did you mean --num-frames?"),
         ("chat x.mp4 --frames 1", "did you mean --num-frames?"),
         ("chat x.mp4 --audio", "did you mean --no-audio?"),
         ("chat x.mp4 --prompt hello", "write the question after the file"),
@@ -112,7 +112,6 @@ def test_a_wrong_value_is_one_line(arguments, reported):
 @pytest.mark.parametrize(
     ("arguments", "reported"),
     [
-        ("chat", 'FILE is missing. Example: vllama chat clip.mp4 "What is happening?" --model MODEL'),
         ("inspect", "MODEL is missing. Example: vllama inspect MODEL --tree"),
         ("plot", "RUN is missing. Example: vllama plot RUN"),
         ("quantize m", "--out PATH is missing. Example: vllama quantize MODEL --out MODEL8"),
@@ -126,7 +125,7 @@ def test_a_wrong_value_is_one_line(arguments, reported):
         ("eval", "NAME, --annotations PATH, --videos PATH, --model PATH, --out PATH are missing. Example: "),
         ("eval --seed 1 miniature", "--seed is not an option of `vllama eval`"),
         ("chta", "'chta' is not a command; did you mean 'chat'?"),
-        ("--verbose", "'--verbose' is not a command; choose one of chat, convert, "),
+        ("--verbose", "'--verbose' is not a command; choose one of chat, generate, convert, "),
     ],
 )
 def test_missing_arguments_are_a_one_line_error_with_an_example(arguments, reported):

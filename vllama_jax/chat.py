@@ -7,17 +7,16 @@ import functools
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from vllama_jax import media as media_files
 from vllama_jax.branches import BRANCHES, Branch, get_branches
-from vllama_jax.config import GenerationConfig, VideoLlamaConfig
+from vllama_jax.config import GREEDY, GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError, VllamaError
-from vllama_jax.media import Audio, Image, MediaReport, Video
-from vllama_jax.media.mel import clip_start_seconds
+from vllama_jax.media import Audio, FrameSampling, Image, MediaReport, MediaSource, OpenedSource, Video
+from vllama_jax.segments import check_segments_fit, combine_reports
 from vllama_jax.text import prompts
 from vllama_jax.text.templates import ChatTemplate
 from vllama_jax.towers import get_tower
@@ -28,6 +27,9 @@ if TYPE_CHECKING:
     from vllama_jax import generate
     from vllama_jax.model import Model
     from vllama_jax.nn.video_llama import VideoLlama
+
+
+DEFAULT_SAMPLING = FrameSampling()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,31 +97,54 @@ def check_num_frames(config: VideoLlamaConfig, option: str, num_frames: int | No
 
 
 def prepare_media(
-    path: str | Path,
+    source: MediaSource,
     config: VideoLlamaConfig,
     *,
+    sampling: FrameSampling = DEFAULT_SAMPLING,
     num_frames: int | None = None,
     audio: bool = True,
     require_audio: bool = False,
+    interpolate_positions: bool = False,
+    allow_url: bool = False,
 ) -> PreparedMedia:
-    """Read and preprocess a video, image or audio file for a model. Needs neither the model's weights nor jax.
+    """Read and preprocess a video, an image or audio for a model. Needs neither the model's weights nor jax.
 
     Args:
-        path: The file.
+        source: A file, a directory of images, bytes, a file object, arrays or a URL; see `media.open_source`.
         config: The model's config.
-        num_frames: Number of frames to sample from a video; by default `config.num_frames`.
+        sampling: Which frames of a video are sampled, and from which window; by default `config.num_frames` of all.
+        num_frames: Short for `FrameSampling(num_frames=…)`.
         audio: Whether to use the audio of a video.
         require_audio: Raise an error if the file's audio is not used.
+        interpolate_positions: Accept more frames of `sampling.fps` than the model has learned positions.
+        allow_url: Whether http and https URLs are downloaded.
 
     Raises:
-        MediaError: The file cannot be used, or its audio is required and was not used.
-        ConfigError: `num_frames` is below 1.
+        MediaError: The source cannot be used, or its audio is required and was not used.
+        ConfigError: The number of frames is below 1 or above that of the learned positions.
     """
-    count = config.num_frames if num_frames is None else num_frames
-    if count < 1:
-        raise ConfigError(f"the number of frames must be at least 1, not {count}")
-    media = media_files.read_media(path, count, config.vit.image_size, audio, config.num_clips)
+    sampling = resolve_sampling(sampling, num_frames, config)
+    limit = None if interpolate_positions else config.num_frame_positions
+    size, clips = config.vit.image_size, config.num_clips
+    media = media_files.read_media(source, sampling, size, audio, clips, max_positions=limit, allow_url=allow_url)
     return preprocess_media(media, config, require_audio=require_audio)
+
+
+def resolve_sampling(sampling: FrameSampling, num_frames: int | None, config: VideoLlamaConfig) -> FrameSampling:
+    """Return a sampling that has a number of frames or a rate: `num_frames`, or else the model's number.
+
+    Raises:
+        ConfigError: `num_frames` is below 1, or given in addition to those of `sampling`.
+    """
+    if num_frames is not None:
+        if num_frames < 1:
+            raise ConfigError(f"the number of frames must be at least 1, not {num_frames}")
+        if sampling.num_frames is not None:
+            raise ConfigError("num_frames is given twice: omit it, or that of the sampling")
+        sampling = dataclasses.replace(sampling, num_frames=num_frames)
+    if sampling.num_frames is None and sampling.fps is None:
+        sampling = dataclasses.replace(sampling, num_frames=config.num_frames)
+    return sampling
 
 
 def preprocess_media(
@@ -164,7 +189,7 @@ def _list_clip_starts(media: Video | Image | Audio, num_clips: int) -> tuple[flo
     duration = media.audio_duration if isinstance(media, Video) else media.report.duration
     if isinstance(media, Video) and media.waveform is not None and media.sample_rate is not None:
         duration = media.waveform.shape[1] / media.sample_rate
-    return () if duration is None else clip_start_seconds(duration, num_clips)
+    return () if duration is None else media_files.clip_start_seconds(duration, num_clips)
 
 
 def encode_media(
@@ -271,43 +296,101 @@ class Chat:
         self._active_threads: list[int] = []  # the thread of each call that has not ended
         self.reset()
 
+    @property
+    def files(self) -> tuple[MediaReport, ...]:
+        """The reports of the conversation's files, in the order in which they were added."""
+        return self._files
+
     def reset(self) -> None:
         """Remove all turns and all files from the conversation."""
         with self._exclusive_use():
             self._conversation = self._start
             self._tokens: list[jax.Array] = []  # media tokens [n, width of the language model], in the prompt's order
             self._engine: generate.Engine | None = None  # has the KV cache of the turns
+            self._files: tuple[MediaReport, ...] = ()
+
+    def undo(self) -> str:
+        """Remove the last question and its answer. Files stay, also those that were added after the answer.
+
+        Returns:
+            The question.
+
+        Raises:
+            VllamaError: There is no question.
+        """
+        with self._exclusive_use():
+            questions = [turn.question for turn in self._conversation.turns if turn.question is not None]
+            if not questions:
+                raise VllamaError("the conversation has no question that could be removed")
+            self._conversation = self._conversation.undo()
+        return questions[-1]
 
     def add(
         self,
-        path: str | Path,
+        source: MediaSource,
         *,
+        sampling: FrameSampling = DEFAULT_SAMPLING,
         num_frames: int | None = None,
         audio: bool = True,
         require_audio: bool = False,
         interpolate_positions: bool = False,
+        max_new_tokens: int = GREEDY.max_new_tokens,
+        allow_url: bool = False,
     ) -> MediaReport:
-        """Add a media file to the conversation, for the questions that follow.
+        """Add media to the conversation, for the questions that follow.
 
         Args:
-            path: A video, image or audio file.
-            num_frames: Number of frames to sample from a video; by default the model's `num_frames`.
+            source: A video, an image or audio: a file, a directory of images, bytes, a file object, arrays or a URL;
+                see `media.open_source`.
+            sampling: Which frames of a video are sampled, and from which window. With several segments, they are read
+                and encoded one at a time, after a check that they fit the model's context.
+            num_frames: Short for `FrameSampling(num_frames=…)`; by default the model's `num_frames`.
             audio: Whether to use the audio of a video.
             require_audio: Raise an error if the file's audio is not used.
             interpolate_positions: Interpolate the learned positions for more frames than the model has positions.
+            max_new_tokens: The maximum length of an answer, which segments leave room for in the context.
+            allow_url: Whether http and https URLs are downloaded.
 
         Returns:
             A report of the frames and the audio that are used.
 
         Raises:
-            MediaError: The file cannot be used, or its audio is required and was not used.
-            ConfigError: `num_frames` is below 1, or above the number of learned positions without interpolation.
+            MediaError: The source cannot be used, or its audio is required and was not used.
+            ConfigError: The number of frames is below 1, or above the number of learned positions without
+                interpolation, or there are more segments than fit the context.
         """
-        with self._exclusive_use():
-            prepared = prepare_media(
-                path, self.model.config, num_frames=num_frames, audio=audio, require_audio=require_audio
-            )
+        sampling = resolve_sampling(sampling, num_frames, self.model.config)
+        options = {"audio": audio, "require_audio": require_audio, "interpolate_positions": interpolate_positions}
+        with self._exclusive_use(), media_files.open_source(source, allow_url=allow_url) as opened:
+            if sampling.segments > 1:
+                model, conversation = self.model, self._conversation
+                check_segments_fit(opened, model.config, model.tokenizer, conversation, sampling, audio, max_new_tokens)
+                return self._add_segments(opened, sampling, **options)
+            prepared = prepare_media(opened, self.model.config, sampling=sampling, **options)
             return self.add_prepared(prepared, interpolate_positions=interpolate_positions)
+
+    def _add_segments(
+        self,
+        opened: OpenedSource,
+        sampling: FrameSampling,
+        *,
+        audio: bool,
+        require_audio: bool,
+        interpolate_positions: bool,
+    ) -> MediaReport:
+        """Read and encode segments one at a time. Only their media tokens are kept."""
+        config, network = self.model.config, self.model.network
+        tokens, segments, reports = [], [], []
+        for span, media in media_files.read_segments(opened, sampling, config.vit.image_size, audio, config.num_clips):
+            prepared = preprocess_media(media, config, require_audio=require_audio)
+            tokens += encode_media(network, prepared, interpolate_positions=interpolate_positions)
+            segments.append(dataclasses.replace(prepared.prompt_media, time_range=span))
+            reports.append(prepared.report)
+        report = combine_reports(reports)
+        self._tokens = self._tokens + tokens
+        self._conversation = self._conversation.add(prompts.Media(segments[0].kind, segments=tuple(segments)))
+        self._files = (*self._files, report)
+        return report
 
     def add_prepared(self, prepared: PreparedMedia, *, interpolate_positions: bool = False) -> MediaReport:
         """Add a media file that `prepare_media` has read.
@@ -323,6 +406,7 @@ class Chat:
             tokens = encode_media(self.model.network, prepared, interpolate_positions=interpolate_positions)
             self._tokens = self._tokens + tokens
             self._conversation = self._conversation.add(prepared.prompt_media)
+            self._files = (*self._files, prepared.report)
         return prepared.report
 
     def ask(self, question: str, **options: Any) -> Iterator[str]:

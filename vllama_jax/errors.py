@@ -25,6 +25,10 @@ class ConfigError(VllamaError):
     """An option or a config field that is invalid, or does not fit the model or the machine."""
 
 
+class ContextLengthError(ConfigError):
+    """A prompt and an answer that together are longer than the model's context."""
+
+
 class StoreError(VllamaError):
     """A URL of an object store that cannot be used: of an unknown scheme, or of one whose package is missing."""
 

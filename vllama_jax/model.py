@@ -3,8 +3,9 @@
 import dataclasses
 import logging
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vllama_jax.branches import get_branches, is_within
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
@@ -108,6 +109,28 @@ def load(
     if not stacked:
         network.llama.unstack(sharding.get_platform(network))
     return Model(directory.config, directory.tokenizer, network)
+
+
+def copy_to_devices(model: Model, devices: "Sequence[jax.Device]") -> list[Model]:
+    """Return the model on each of several devices. It must be on one device; where it is there, it is not copied."""
+    import jax
+    from flax import nnx
+    from jax.experimental.layout import Format
+
+    graph, state = nnx.split(model.network)
+
+    def copy(leaf: Any, device: jax.Device) -> jax.Array:
+        if leaf.devices() == {device}:
+            return leaf
+        moved: Any = jax.device_put(leaf, device)  # in the default layout of the device
+        if moved.format.layout != leaf.format.layout:
+            moved = jax.device_put(moved, Format(leaf.format.layout, moved.sharding))
+        return moved
+
+    def copy_network(device: jax.Device) -> "VideoLlama":
+        return nnx.merge(graph, jax.tree.map(lambda leaf: copy(leaf, device), state))
+
+    return [dataclasses.replace(model, network=copy_network(device)) for device in devices]
 
 
 def save(model: Model, path: str | Path, *, overwrite: bool = False) -> None:

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
+from vllama_jax.media.frame_sampling import frame_indices
 from vllama_jax.media.image import resize
-from vllama_jax.media.video import frame_indices
 from vllama_jax.miniature.scene import COLORS, ObjectGroup, Scene
 from vllama_jax.miniature.shapes import draw_shape
 

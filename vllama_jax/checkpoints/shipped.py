@@ -27,8 +27,7 @@ MODEL_DESCRIPTION = (
 DEMO_CLIP = "bell.mp4"
 CLIP_DESCRIPTION = "a rendered clip of 4 seconds: a large yellow bell moves to the left and rings"
 CHAT_HINT = (
-    'Ask a question, such as "Describe it.", "Which way does it go?" or "What do you hear?"; an empty line or Ctrl-D '
-    "ends the chat."
+    'Ask a question, such as "Describe it.", "Which way does it go?" or "What do you hear?"; /help lists the commands.'
 )
 
 logger = logging.getLogger(__name__)

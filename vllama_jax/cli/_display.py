@@ -31,20 +31,14 @@ class Display:
             self._status.update(Text(text))  # not markup: a path may contain brackets
             self._status.start()
 
+    def update_status(self, text: str) -> None:
+        """Change the status, if one is shown. Other threads may call this."""
+        self._status.update(Text(text))
+
     def show_message(self, text: str) -> None:
         """Print a line on stderr."""
         self._status.stop()
         print(text, file=sys.stderr, flush=True)
-
-    def read_question(self) -> str | None:
-        """Read the next question from stdin. Return None for an empty line and at the end of input."""
-        self._status.stop()
-        try:
-            return input("> " if sys.stdin.isatty() else "").strip() or None
-        except EOFError:
-            if sys.stdin.isatty():
-                print()  # after Ctrl-D the cursor is still in the line of the prompt
-            return None
 
     def print_answer(self, texts: Iterable[str]) -> None:
         """Print the texts of an answer as they arrive."""

@@ -54,8 +54,17 @@ def _path_rule(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.P
     return _path_spec(as_path) if info.type is Path else None
 
 
-# A media file, which is local. A file whose name looks like a URL is read.
-MediaPath = Annotated[Path, _path_spec(Path)]
+# A media file, a directory or a URL. It stays text, because a path would change URLs.
+MediaArgument = Annotated[
+    str,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda arguments: arguments[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
+    ),
+]
 
 
 class UsageError(VllamaError):

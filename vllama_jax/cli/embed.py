@@ -12,7 +12,7 @@ import tyro
 from vllama_jax.checkpoints.shipped import find_clip
 from vllama_jax.cli._display import Display, format_count
 from vllama_jax.cli._progress import count_bar
-from vllama_jax.cli._usage import JsonFlag, UsageError
+from vllama_jax.cli._usage import JsonFlag, MediaArgument, UsageError
 from vllama_jax.embed.files import EmbedOptions
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ MAX_LISTED_ERRORS = 5
 
 
 def embed(
-    files: tyro.conf.Positional[tuple[str, ...]],
+    files: tyro.conf.Positional[tuple[MediaArgument, ...]],
     /,
     *,
     out: Path,

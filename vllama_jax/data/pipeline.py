@@ -24,7 +24,7 @@ from vllama_jax.errors import DataError, MediaError
 from vllama_jax.io.prefetch import map_in_order
 from vllama_jax.media import as_file, read_audio, read_image, read_video
 from vllama_jax.media.augment import crop_frames, head_tail_indices, random_crop_box
-from vllama_jax.media.video import frame_indices
+from vllama_jax.media.frame_sampling import frame_indices
 from vllama_jax.text.tokenizer import Tokenizer
 from vllama_jax.text.training import TrainingText
 

@@ -1,19 +1,18 @@
-"""Predictions for the questions of a benchmark, in batches. Each segment of a video is read and encoded once."""
+"""Predictions for the questions of a benchmark. Each segment of a video is read and encoded once."""
 
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax import media
-from vllama_jax.chat import PreparedMedia, check_num_frames, embed_prompt, encode_media, preprocess_media
+from vllama_jax.answering import AnsweringOptions, FileQuestion, answer_questions
+from vllama_jax.chat import PreparedMedia, check_num_frames, preprocess_media
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.evaluate.questions import Question
-from vllama_jax.io.prefetch import map_in_order
 from vllama_jax.media import Audio, Image, Video
 from vllama_jax.text import prompts
 from vllama_jax.text.templates import ChatTemplate
@@ -34,7 +33,7 @@ class AnswerSettings:
         num_frames: The number of frames to sample from a video; None for the model's.
         audio: Use the audio of videos.
         template: The name of the prompt template; None for the model's.
-        batch_size: Questions per batch.
+        batch_size: The number of questions that are answered at a time.
     """
 
     max_new_tokens: int | None = None
@@ -63,134 +62,67 @@ class QuestionWithVideo:
         return self.path, self.question.start, self.question.end, self.question.frame_rate
 
 
-def select_unfinished_batches(
-    items: Sequence[QuestionWithVideo], done: set[str], size: int
-) -> list[list[QuestionWithVideo]]:
-    """Divide questions into batches, and return those with a question that has no answer yet.
-
-    A partly answered batch is complete in the result, so that a resumed run gives the same answers.
+def predict(
+    items: Sequence[QuestionWithVideo],
+    config: VideoLlamaConfig,
+    settings: AnswerSettings,
+    max_new_tokens: int,
+    load: "Callable[[], Model]",
+) -> Iterator[tuple[str, dict[str, Any] | str]]:
+    """Answer questions with greedy decoding.
 
     Args:
         items: The questions with their videos.
-        done: The ids of answered questions.
-        size: Questions per batch.
-    """
-    batches = [list(items[start : start + size]) for start in range(0, len(items), size)]
-    return [batch for batch in batches if any(item.question.id not in done for item in batch)]
-
-
-class Predictor:
-    """Answers questions in batches with greedy decoding.
-
-    Args:
         config: The config of the model.
         settings: Options for answering.
         max_new_tokens: The maximum length of an answer, in tokens. `settings.max_new_tokens` is not used.
         load: Returns the model. Called when the first answer is needed.
 
-    Attributes:
-        unusable: The reasons why questions have no answer, by id: corrupt videos, prompts that are too long.
+    Yields:
+        The id of each question with its line of answers.jsonl, or with the reason why it has no answer: a corrupt
+        video, or a prompt that is too long.
 
     Raises:
         ConfigError: The settings ask for more frames than the model has positions for.
     """
-
-    def __init__(
-        self, config: VideoLlamaConfig, settings: AnswerSettings, max_new_tokens: int, load: "Callable[[], Model]"
-    ):
-        check_num_frames(config, "--num-frames", settings.num_frames, "use fewer frames")
-        self._config, self._settings, self._max_new_tokens = config, settings, max_new_tokens
-        self._load = functools.cache(load)
-        self.unusable: dict[str, str] = {}
-
-    def predict(self, batches: Sequence[Sequence[QuestionWithVideo]], done: set[str]) -> Iterator[list[dict[str, Any]]]:
-        """Answer batches of questions.
-
-        Args:
-            batches: The batches. Clips are shared between consecutive batches.
-            done: The ids of answered questions.
-
-        Yields:
-            For each batch, the lines of answers.jsonl for its questions that are not in `done`.
-        """
-        read = functools.partial(_read_clip, config=self._config, settings=self._settings)
-        new_clips = map_in_order(read, _list_new_clips(batches), num_threads=min(4, os.cpu_count() or 1))
-        clips: dict[ClipKey, PreparedMedia | str] = {}
-        encoded: dict[ClipKey, list[Any]] = {}
-        for batch in batches:
-            clips = {clip: clips[clip] if clip in clips else next(new_clips) for clip in _list_clips(batch)}
-            self.unusable |= {item.question.id: reason for item in batch if isinstance(reason := clips[item.clip], str)}
-            usable = [(item, found) for item in batch if isinstance(found := clips[item.clip], PreparedMedia)]
-            if all(item.question.id in done for item, _ in usable):
-                continue
-            network = self._load().network
-            encoded = {
-                clip: encoded[clip] if clip in encoded else encode_media(network, prepared)
-                for clip, prepared in {item.clip: prepared for item, prepared in usable}.items()
-            }
-            lines = self._generate([(item, prepared, encoded[item.clip]) for item, prepared in usable])
-            yield [line for line in lines if line["id"] not in done]
-
-    @functools.cached_property
-    def _engine(self) -> "generate.Engine":
-        return make_engine(self._load(), self._settings.batch_size)
-
-    def _generate(
-        self, prepared_questions: list[tuple[QuestionWithVideo, PreparedMedia, list[Any]]]
-    ) -> list[dict[str, Any]]:
-        model, max_new_tokens = self._load(), self._max_new_tokens
-        start = prompts.start_conversation(self._settings.template or model.config.template, model.config.has_audio)
-        lines, answer_starts, embedded_prompts = [], [], []
-        for item, prepared, tokens in prepared_questions:
-            question = item.question
-            conversation = start.add(prepared.prompt_media).ask(question.text)
-            try:
-                embedded = embed_prompt(model, conversation, tokens, max_new_tokens, question.answer_start)
-            except ConfigError as error:
-                self.unusable[question.id] = str(error)
-                continue
-            embedded_prompts.append(embedded)
-            answer_starts.append(question.answer_start)
-            prompt_end = start.template.answer_prefix + question.answer_start if question.answer_start else ""
-            lines.append(_make_answer_line(item, prepared, prompts.render(conversation) + prompt_end))
-        if not lines:
-            return []
-        texts = generate_greedily(self._engine, model, start.template, embedded_prompts, max_new_tokens)
-        answers = (answer_start + text for answer_start, text in zip(answer_starts, texts, strict=True))
-        return [line | {"answer": answer} for line, answer in zip(lines, answers, strict=True)]
+    check_num_frames(config, "--num-frames", settings.num_frames, "use fewer frames")
+    generation = GenerationConfig(max_new_tokens=max_new_tokens)
+    questions = [
+        FileQuestion(
+            key=item,
+            files=(item.clip,),
+            text=item.question.text,
+            config=generation,
+            answer_start=item.question.answer_start,
+        )
+        for item in items
+    ]
+    read = functools.partial(_read_clip, config=config, settings=settings)
+    options = AnsweringOptions(rows=min(settings.batch_size, len(items) or 1), template=settings.template)
+    for answered in answer_questions(lambda: [load()], questions, read, options):
+        item = answered.question.key
+        if answered.error:
+            yield item.question.id, answered.error
+            continue
+        line = _make_answer_line(item, answered.media[0], answered.prompt)
+        yield item.question.id, line | {"answer": answered.answers[0]}
 
 
-def _list_clips(batch: Sequence[QuestionWithVideo]) -> list[ClipKey]:
-    return list(dict.fromkeys(item.clip for item in batch))
-
-
-def _list_new_clips(batches: Sequence[Sequence[QuestionWithVideo]]) -> Iterator[ClipKey]:
-    """Yield the clips of each batch that the previous batch does not have."""
-    previous: list[ClipKey] = []
-    for batch in batches:
-        current = _list_clips(batch)
-        yield from (clip for clip in current if clip not in previous)
-        previous = current
-
-
-def _read_clip(clip: ClipKey, config: VideoLlamaConfig, settings: AnswerSettings) -> PreparedMedia | str:
-    """Return a clip as model input, or the reason why it cannot be used."""
+def _read_clip(clip: ClipKey, config: VideoLlamaConfig, settings: AnswerSettings) -> PreparedMedia:
+    """Return a clip as model input. Raise MediaError if it cannot be used."""
     path, start, end, rate = clip
     frames, size = settings.num_frames or config.num_frames, config.vit.image_size
-    try:
-        if path.is_dir():
-            if rate is None:
-                raise MediaError(f"{path}: a directory instead of a video file; check --videos")
-            found: Video | Image | Audio = media.read_frames(
-                path, rate, frames, size, start or 0.0, math.inf if end is None else end
-            )
-        elif start is None or end is None:
-            found = media.read_media(path, frames, size, settings.audio, config.num_clips)
-        else:
-            found = media.read_segment(path, start, end, frames, size, settings.audio, config.num_clips)
-        return preprocess_media(found, config)
-    except MediaError as error:
-        return str(error)
+    if path.is_dir():
+        if rate is None:
+            raise MediaError(f"{path}: a directory instead of a video file; check --videos")
+        found: Video | Image | Audio = media.read_frames(
+            path, rate, frames, size, start or 0.0, math.inf if end is None else end
+        )
+    elif start is None or end is None:
+        found = media.read_media(path, frames, size, settings.audio, config.num_clips)
+    else:
+        found = media.read_segment(path, start, end, frames, size, settings.audio, config.num_clips)
+    return preprocess_media(found, config)
 
 
 def _make_answer_line(item: QuestionWithVideo, prepared: PreparedMedia, prompt: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.config import describe_changes
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.evaluate import metrics
-from vllama_jax.evaluate.answers import AnswerSettings, Predictor, QuestionWithVideo, select_unfinished_batches
+from vllama_jax.evaluate.answers import AnswerSettings, QuestionWithVideo, predict
 from vllama_jax.evaluate.benchmarks import BENCHMARKS, BenchmarkName, read_questions
 from vllama_jax.evaluate.judge_answers import judge_answers, summarize_judgments
 from vllama_jax.evaluate.judge_client import Judge, JudgeError
@@ -148,15 +148,17 @@ class _EvaluationRun:
                 "check --videos"
             )
         done = set(self._answers_by_id)
-        settings, total = self._evaluation.settings, len(self._questions)
-        batches = select_unfinished_batches(available, done, min(settings.batch_size, total))
-        predictor = Predictor(self._directory.config, settings, self._max_new_tokens, self._load)
-        self._unusable = predictor.unusable
-        if batches:
+        total = len(self._questions)
+        items = [item for item in available if item.question.id not in done]
+        if items:
             self._report_status(f"answered {len(done)} of {total} questions")
-        for lines in predictor.predict(batches, done):
-            self._answers.add(*lines)
-            self._answers_by_id |= {line["id"]: line["answer"] for line in lines}
+        evaluation, config = self._evaluation, self._directory.config
+        for key, answered in predict(items, config, evaluation.settings, self._max_new_tokens, self._load):
+            if isinstance(answered, str):
+                self._unusable[key] = answered
+                continue
+            self._answers.add(answered)
+            self._answers_by_id[key] = answered["answer"]
             self._report_status(f"answered {len(self._answers_by_id)} of {total} questions")
         if not self._answers_by_id:
             raise DataError(f"no question could be answered; first problem: {next(iter(self._unusable.values()))}")

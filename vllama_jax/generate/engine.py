@@ -137,6 +137,11 @@ class Engine:
         """Whether a request is not answered yet."""
         return bool(self._waiting) or any(row.generation for row in self._rows)
 
+    @property
+    def num_waiting(self) -> int:
+        """The number of requests without a row."""
+        return len(self._waiting)
+
     def add(self, request: Request) -> Generation:
         """Add a request. `step` fills the generation that is returned.
 
@@ -201,18 +206,20 @@ class Engine:
             self._admit()
             if self._state is None:
                 return []
-            prefilling = [row for row in self._rows if row.is_prefilling]
-            decoding = [row for row in self._rows if row.generation and not row.is_prefilling]
+            busy = [(row, row.generation) for row in self._rows if row.generation is not None]
+            prefilling = [pair for pair in busy if pair[0].is_prefilling]
+            decoding = [pair for pair in busy if not pair[0].is_prefilling]
             if prefilling and not (decoding and self._has_prefilled):
                 self._has_prefilled = True
-                changed = [row for row in prefilling if self._prefill_chunk(row)]
+                changed = [pair for pair in prefilling if self._prefill_chunk(*pair)]
             else:
                 self._has_prefilled = False
                 changed = decoding
                 if decoding:
                     self._unkept.clear()  # their positions in the ring are written now
                     self._state = programs.jit_decode(self._platform)(self._llama, self._state, shape=self._shape)
-            return self._collect(changed)
+            self._collect([pair for pair in changed if pair[1].finish_reason is None])
+            return [generation for _, generation in changed]
 
     def _admit(self) -> None:
         """Give waiting requests free rows, in order."""
@@ -258,11 +265,10 @@ class Engine:
         row.held = prompt.identity[: row.computed]
         return row
 
-    def _prefill_chunk(self, row: _Row) -> bool:
+    def _prefill_chunk(self, row: _Row, generation: Generation) -> bool:
         """Process the next chunk of a row's prompt, and return whether it was the last."""
-        assert row.generation is not None
         assert self._state is not None
-        request, start = row.generation.request, row.computed
+        request, start = generation.request, row.computed
         prompt = request.prompt
         end = len(prompt) - bool(request.choices)  # the choices are scored from the last token on
         if start < end:
@@ -278,7 +284,7 @@ class Engine:
                 self._state = programs.start_answer(self._state, logits, row.number, settings, self._bos)
             row.computed, row.held = stop, prompt.identity[:stop]
         if row.computed == end and request.choices:
-            self._score_choices(row, row.generation)
+            self._score_choices(row, generation)
         return row.computed == end
 
     def _score_choices(self, row: _Row, generation: Generation) -> None:
@@ -304,19 +310,16 @@ class Engine:
         generation.finish_reason = "stop"
         row.generation = None
 
-    def _collect(self, changed: list[_Row]) -> list[Generation]:
+    def _collect(self, changed: list[tuple[_Row, Generation]]) -> None:
         """Copy the new tokens of rows to their generations, and free the rows whose answers have ended."""
-        generations = [row.generation for row in changed if row.generation is not None]
-        if not generations:
-            return []
+        if not changed:
+            return
         assert self._state is not None
         rows = self._state.rows
         tokens, lengths, active, logprobs = jax.device_get((rows.tokens, rows.lengths, rows.active, rows.logprobs))
-        wants_top = any(generation.request.config.top_logprobs for generation in generations)
+        wants_top = any(generation.request.config.top_logprobs for _, generation in changed)
         top = jax.device_get((rows.top_tokens, rows.top_logprobs)) if wants_top else None
-        for row in changed:
-            if (generation := row.generation) is None:
-                continue
+        for row, generation in changed:
             number, new = row.number, slice(len(generation.tokens), int(lengths[row.number]))
             generation.tokens += tokens[number, new].tolist()
             generation.logprobs += logprobs[number, new].tolist()
@@ -327,7 +330,6 @@ class Engine:
                 ]
             if not active[number]:
                 self._finish(row, generation)
-        return generations
 
     def _finish(self, row: _Row, generation: Generation) -> None:
         """Free a row. What it has computed of the answer is kept for the next turn."""

@@ -8,7 +8,7 @@ import xxhash
 from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import LlamaConfig
-from vllama_jax.errors import ConfigError
+from vllama_jax.errors import ContextLengthError
 
 PADDED_LENGTHS = (64, 128, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 
@@ -53,12 +53,12 @@ def check_context_length(prompt: int, new: int, cfg: LlamaConfig) -> None:
         cfg: The language model's config.
 
     Raises:
-        ConfigError: Together they are longer than the context.
+        ContextLengthError: Together they are longer than the context.
     """
     if prompt + new > cfg.max_length:
         remaining = cfg.max_length - prompt
         advice = f", or set max_new_tokens to at most {remaining}" if remaining > 0 else ""
-        raise ConfigError(
+        raise ContextLengthError(
             f"the prompt has {prompt} tokens and max_new_tokens is {new}, but the model's context has "
             f"{cfg.max_length} tokens; remove turns or media{advice}"
         )

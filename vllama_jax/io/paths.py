@@ -105,11 +105,14 @@ def cache_directory() -> Path:
 
 
 def _missing_file_message(path: str) -> str:
-    """Return the message for a path that does not exist. Path() has merged the two slashes of a URL."""
+    """Return the message for a path that does not exist. Path() has merged the two slashes of a URL.
+
+    The user name and the password of a URL are not repeated.
+    """
     url = re.match(r"([a-z][a-z0-9+.-]+):/+(?=.)", path, re.IGNORECASE)
     if not url:
         return f"{path}: no such file; check the path"
-    rest = path[url.end() :]
+    rest = re.sub(r"^[^/?#]*@", "", path[url.end() :])
     if url[1].lower() == "file":
         return f"file:///{rest}: URLs are not supported; pass the path, /{rest}"
     return f"{url[1]}://{rest}: URLs are not supported; download the file first"

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllama_jax.errors import MediaError
-from vllama_jax.media.audio_decoder import AudioDecoder
-from vllama_jax.media.files import check_file, demux, find_audio_stream, image_format, open_container
+from vllama_jax.media.audio_stream import can_seek_audio, decode_audio_range
+from vllama_jax.media.files import FULL_RANGE, check_file, find_audio_stream, image_format, open_container
+from vllama_jax.media.frame_sampling import FrameSampling, past_the_end
 from vllama_jax.media.report import MediaReport
 from vllama_jax.media.truncation import find_truncation
 
@@ -54,28 +55,26 @@ def read_audio(path: str | os.PathLike[str], num_clips: int | None = None) -> Au
     if image_format(path):
         raise MediaError(f"{path}: an image, which has no audio; use read_image or read_media")
     with open_container(path) as container:
-        return decode_audio(container, path, num_clips)
+        return read_audio_window(container, path, FrameSampling(), num_clips)
 
 
-def decode_audio(container: InputContainer, path: str, num_clips: int | None = None) -> Audio:
-    """Decode the audio of an opened file; see `read_audio`."""
-    import av
+def read_audio_window(container: InputContainer, path: str, sampling: FrameSampling, num_clips: int | None) -> Audio:
+    """Read the window of an opened file's audio that `sampling` says. Its times count from the first sample.
 
+    Raises:
+        MediaError: The file has no audio, the audio cannot be decoded, or the window is past its end.
+    """
     stream = find_audio_stream(container)
     if stream is None:
         raise MediaError(f"{path}: the file has no audio; choose a file with audio")
-    decoder = AudioDecoder(container, stream, path, num_clips)
-    try:
-        for packet in demux(container, stream):
-            decoder.feed(packet)
-    except av.FFmpegError as error:
-        raise MediaError(
-            f"{path}: reading fails before the end of the file ({error.strerror}); download or copy it again"
-        ) from error
-    decoded = decoder.finish()
+    is_partial = num_clips is not None or sampling.window != FULL_RANGE
+    may_seek = is_partial and can_seek_audio(container, stream, path, clock=None)
+    decoded = decode_audio_range(path, num_clips, sampling.window, on_clock=False, may_seek=may_seek)
+    if sampling.start and decoded.end <= sampling.start and decoded.end:
+        raise MediaError(past_the_end(path, sampling.start, decoded.end))
     if decoded.sample_rate is None:
         raise MediaError(f"{path}: the audio cannot be used: {decoded.failure}")
     truncation = find_truncation(path)
-    notes = (*((truncation.note,) if truncation else ()), *decoded.notes)
+    notes = (*((truncation.note,) if truncation else ()), *decoded.notes, *sampling.make_notes(0, decoded.duration))
     report = MediaReport(path, "audio", num_frames=0, duration=decoded.duration, audio="used", notes=notes)
     return Audio(decoded.waveform, decoded.sample_rate, report, decoded.mel)

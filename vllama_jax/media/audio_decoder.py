@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
+import math
 import sys
 from fractions import Fraction
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from vllama_jax.errors import MediaError, format_error
+from vllama_jax.media.audio_samples import check_format, count_channels, to_float
 from vllama_jax.media.clock import MAX_PRIMING, Clock, time_base
 from vllama_jax.media.files import FULL_RANGE, demux, find_audio_stream, find_video_stream, open_container
 from vllama_jax.media.mel import WaveformChunk, check_audio_length, clip_spans, mel_of_chunks
@@ -22,14 +23,17 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from jaxtyping import Float32
 
-_MAX_RATE = 768_000  # Hz; the highest rate of PCM recorders
-_MAX_VALUES_PER_SECOND = 3_072_000  # of all channels: 64 channels at 48 kHz, 8 at 384 kHz
 _MAX_LOST_FRACTION = 0.1  # of packets that may fail to decode
-_MAX_ABS_VALUE = 1e9  # full scale is 1, but some floating-point files use the scale of 16 or 32 bits
 _MAX_SECONDS = 24 * 3600.0  # of a segment's audio
 
-# Codecs whose packets can be decoded independently. Packets that no clip needs are skipped.
+# Packets that no clip needs are not decoded. Those of independent codecs depend on no other packet. Those of predictive
+# codecs have a fixed number of samples, and are decoded from `_PREROLL` before a clip on: RFC 7845 asks for 0.08 s of
+# Opus; AAC and MP3 need a few packets, and AAC's spectral band replication the next of its headers.
 _INDEPENDENT_CODECS = ("flac", "alac", "pcm_")
+_PREDICTIVE_CODECS = ("aac", "mp3", "mp2", "ac3", "eac3", "opus", "libopus")
+_PREROLL = 1.0  # s
+_MIN_JUMP = 4.0  # s; over shorter gaps reading continues, because a seek needs the pre-roll
+_NUM_START = 8  # packets, of which encoders' delay may be removed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ class DecodedAudio:
         mel: Log-mel spectrograms of the clips, if they were requested.
         sample_rate: In Hz; None if decoding failed.
         duration: Of the decoded audio, in seconds.
+        end: End of the audio of the file, or of the segment if it ends earlier, in seconds.
         failure: Why decoding failed; empty if it did not.
         notes: Remarks for the user, such as packets that could not be decoded.
     """
@@ -49,6 +54,7 @@ class DecodedAudio:
     mel: Float32[np.ndarray, "num_clips 128 204"] | None = None
     sample_rate: int | None = None
     duration: float = 0.0
+    end: float = 0.0
     failure: str = ""
     notes: tuple[str, ...] = ()
 
@@ -71,6 +77,7 @@ class AudioDecoder:
         time_range: tuple[float, float] = FULL_RANGE,
         clock: Clock | None = None,
         known_end: int | None = None,
+        may_seek: bool = False,
     ) -> None:
         """Prepare to decode `stream` of the file at `path`.
 
@@ -82,26 +89,40 @@ class AudioDecoder:
             time_range: Start and end of the segment to use, in seconds.
             clock: Clock that `time_range` refers to; not needed for the full range.
             known_end: Position of the end, if the audio was decoded before. Every packet is decoded then.
+            may_seek: Whether positions follow from timestamps, so that the caller may seek to `find_seek_target`.
         """
-        self.stream, self._container = stream, container
+        self.stream, self._tick = stream, time_base(stream)
+        self._is_flac, self._container_duration = (
+            container.format.name == "flac",
+            container.duration or 0,
+        )  # microseconds
         self._path, self._num_clips, self._time_range = path, num_clips, time_range
         self._clock = None if time_range == FULL_RANGE else clock
         self._clock_offset = 0.0  # seconds; clock time minus timestamp of the current packet
         self._known_end = known_end
         self._rate = self._channels = 0
+        self._ticks_per_sample = 0  # of the packets' timestamps; 0 if it is not a whole number
+        self._samples_per_tick = 0.0
+        self._next_needed = 0  # position of the next sample that is needed, minus the pre-roll
         self._buffers: dict[range, bytearray] = {}  # interleaved float32; grows, is never copied
         self._next_position: int | None = None  # position of the next sample
         self._end = 0
         self._num_packets = self._num_tried = self._num_failed = self._num_samples = 0
         self._end_of_packets = Fraction(0)  # seconds, from the packets' own timestamps
-        self._last_failed = False
+        self._last_failed = self._last_skipped = False
+        self._wanted: list[range] = []  # ranges whose packets are decoded
         self._first_failure = self._failure = ""
-        self._may_skip = self._skipped = self._misplaced = False
+        self._may_skip = self._skipped = self._misplaced = self._is_partial = self._is_independent = False
+        self.may_seek = may_seek and known_end is None
+        self._anchor: tuple[int, int, int] | None = None  # timestamp, position and length of the last decoded frame
+        self._seek_limit: int | None = None  # after a seek: the last position at which the next frame may be
         if stream.codec_context is None:
             self._failure = "its codec is not supported"
         else:
-            self._failure = _check_format(stream.codec_context.sample_rate)
-            self._may_skip = known_end is None and stream.codec_context.name.startswith(_INDEPENDENT_CODECS)
+            self._failure = check_format(stream.codec_context.sample_rate)
+            name = stream.codec_context.name
+            self._is_independent = name.startswith(_INDEPENDENT_CODECS)
+            self._may_skip = known_end is None and (self._is_independent or name.startswith(_PREDICTIVE_CODECS))
 
     def feed(self, packet: Packet) -> None:
         """Decode the next packet of the stream. The last one is the empty packet from `demux`."""
@@ -110,11 +131,11 @@ class AudioDecoder:
         self._num_packets += packet.size > 0 and not packet.is_corrupt
         if packet.size:
             self._last_failed = False
-        if packet.pts is not None and packet.duration:
-            self._end_of_packets = max(self._end_of_packets, (packet.pts + packet.duration) * packet.time_base)
+        if self._is_flac and packet.pts is not None and packet.duration:
+            self._end_of_packets = max(self._end_of_packets, (packet.pts + packet.duration) * self._tick)
         if self._clock and packet.size:
-            self._clock_offset = self._clock.update_offset(packet)
-        if self._failure or (self._rate and self._end >= self._segment_end()) or self._skip_if_unneeded(packet):
+            self._clock_offset = self._clock.start_offset if self.may_seek else self._clock.update_offset(packet)
+        if self._failure or self.is_complete or self._skip_if_unneeded(packet):
             return
         self._num_tried += packet.size > 0
         samples_before, failed_before = self._num_samples, self._num_failed
@@ -122,16 +143,37 @@ class AudioDecoder:
             for frame in self.stream.decode(packet):
                 self._keep_samples(frame)
         except av.FFmpegError as error:
+            if self._seek_limit is not None:  # the first packet after a seek may refer to those before it
+                return
             self._num_failed += 1
             why = error.strerror if error.strerror and "Error number" not in error.strerror else "corrupt"
             self._first_failure = self._first_failure or f"the first at {self._seconds():.1f} s ({why})"
         except ValueError as error:
             self._failure = format_error(error)
         else:
-            if self._may_skip and self._packet_length(packet) not in (None, self._num_samples - samples_before):
-                self._may_skip, self._misplaced = False, self._skipped
+            self._check_length(packet, self._num_samples - samples_before)
         if packet.size:
             self._last_failed = self._num_failed > failed_before
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all samples of the segment are decoded; false for a complete file, whose end is not certain."""
+        return self._rate > 0 and self._time_range[1] < _MAX_SECONDS and self._end >= self._segment_end()
+
+    def find_seek_target(self) -> int | None:
+        """Return the timestamp to seek to because no sample before it is needed; None to read the next packet.
+
+        After the seek, `feed` the packets from there on.
+        """
+        if not self.may_seek or self._failure or self._anchor is None or self._seek_limit is not None:
+            return None
+        timestamp, position, _ = self._anchor
+        starts = [span.start for span in self._wanted if span.stop > self._end]
+        target = min(starts, default=sys.maxsize) - round(_PREROLL * self._rate)
+        if target == sys.maxsize or target - self._end < _MIN_JUMP * self._rate:
+            return None
+        self._seek_limit = target
+        return timestamp + math.floor((target - position) / (self._tick * self._rate))
 
     def finish(self) -> DecodedAudio:
         """Return the waveform or the mel clips, or the reason of a failure. May decode the file again."""
@@ -144,17 +186,21 @@ class AudioDecoder:
 
     def _build_result(self) -> DecodedAudio | None:
         """Return the result, or None if samples that are needed were not kept."""
-        failure = self._failure or self._find_failure()
-        if failure:
-            return DecodedAudio(failure=failure)
+        is_misplaced = self._misplaced or self._seek_limit is not None  # no frame was decoded after the last seek
+        if is_misplaced and not self._failure:
+            return None
+        if failure := self._failure or self._find_failure():
+            return DecodedAudio(failure=failure, end=self._seconds())
         segment, needed = self._segment_range(self._end), self._needed_ranges(self._end)
         kept = [samples for span in needed if (samples := self._read_buffer(span)) is not None]
-        if self._misplaced or len(kept) < len(needed):
+        if len(kept) < len(needed):
             return None
         notes: tuple[str, ...] = ()
         if self._num_failed:
             notes = (f"{self._num_failed} of {self._num_tried} audio packets lost, {self._first_failure}",)
-        result = DecodedAudio(sample_rate=self._rate, duration=len(segment) / self._rate, notes=notes)
+        result = DecodedAudio(
+            sample_rate=self._rate, duration=len(segment) / self._rate, end=self._seconds(), notes=notes
+        )
         if self._num_clips is None:
             return dataclasses.replace(result, waveform=kept[0])
         chunks = [
@@ -187,7 +233,7 @@ class AudioDecoder:
 
         FLAC packets store their position, so a packet that is lost before the last one is not taken for truncation.
         """
-        if self._container.format.name != "flac" or not self._rate:
+        if not self._is_flac or not self._rate:
             return False
         missing = round(self._end_of_packets * self._rate) < min(self._declared_samples(), self._segment_end())
         return missing or self._last_failed
@@ -209,31 +255,67 @@ class AudioDecoder:
 
     def _keep_samples(self, frame: AudioFrame) -> None:
         """Keep the needed samples of a decoded frame. Gaps on the clock become silence, overlaps are dropped."""
-        channels = _count_channels(frame)
+        channels = count_channels(frame)
         if not self._rate:
             self._start(frame, channels)
         if (frame.sample_rate, channels) != (self._rate, self._channels):
             raise ValueError(f"its sample rate or number of channels changes at {self._seconds():.1f} s")
         position, samples = self._find_position(frame.pts, frame.time_base), None
+        if self._seek_limit is not None:
+            position = self._position_after_seek(frame)
+        elif frame.pts is not None and self._num_tried > _NUM_START:
+            self._anchor = frame.pts, position, frame.samples
         for span, kept in self._buffers.items():
             filled = span.start + len(kept) // (4 * channels)
             gap = max(min(position, span.stop) - filled, 0)
             begin, end = max(filled + gap - position, 0), min(span.stop - position, frame.samples)
             if begin < end:
-                samples = _to_float(frame, channels) if samples is None else samples
+                samples = to_float(frame, channels) if samples is None else samples
                 kept += bytes(4 * channels * gap)
                 kept += samples[:, begin:end].T.tobytes()
         self._num_samples += frame.samples
         self._advance(position, frame.samples)
 
     def _start(self, frame: AudioFrame, channels: int) -> None:
-        if failure := _check_format(frame.sample_rate, channels):
+        if failure := check_format(frame.sample_rate, channels):
             raise ValueError(failure)
         self._rate, self._channels = frame.sample_rate, channels
+        ticks = 1 / (self._tick * self._rate)
+        self._ticks_per_sample = ticks.numerator if ticks.denominator == 1 else 0
+        self._samples_per_tick = float(1 / ticks)
         end = self._known_end
         if end is None:
             end = self._find_position(frame.pts, frame.time_base) + self._declared_samples()
         self._buffers = {span: bytearray() for span in self._plan_buffers(end)}
+        tail = max(min(end, self._segment_end()) - self._rate, 0)  # decoded to find the end of the audio
+        self._wanted = [*self._buffers, range(tail, sys.maxsize)]
+
+    def _position_after_seek(self, frame: AudioFrame) -> int:
+        """Return the position of the first frame after a seek, from its distance to a frame before the seek.
+
+        If timestamps are coarser than samples, the distance is rounded to a multiple of the frames' length.
+        """
+        limit, self._seek_limit = self._seek_limit, None
+        if self._anchor is None or limit is None or frame.pts is None:
+            self._misplaced = True
+            return self._end
+        timestamp, position, length = self._anchor
+        distance = (frame.pts - timestamp) * self._tick * self._rate
+        unit = self._samples_per_tick
+        rounded = round(distance) if unit <= 1 else length * round(distance / length)
+        self._misplaced |= abs(distance - rounded) > (unit if unit > 1 else 0) or position + rounded > limit
+        self.may_seek &= position + rounded >= self._end
+        self._skipped = True
+        return position + rounded
+
+    def _check_length(self, packet: Packet, num_samples: int) -> None:
+        """Decode all packets from now on if the container's lengths of packets are wrong, except that of the last."""
+        if not self._may_skip or not packet.size or (self._num_tried <= _NUM_START and not self._is_independent):
+            return
+        wrong = self._packet_length(packet) not in (None, num_samples)
+        if (wrong and self._is_independent) or self._is_partial:
+            self._may_skip, self._misplaced = False, self._misplaced or self._skipped
+        self._is_partial = wrong
 
     def _find_position(self, pts: int | None, time_base: Fraction | None) -> int:
         """Return the position of a frame or packet: that after the previous one, unless the clock shows a gap."""
@@ -250,23 +332,35 @@ class AudioDecoder:
 
     def _skip_if_unneeded(self, packet: Packet) -> bool:
         """Skip a packet if none of its samples is needed. Its position follows from the packets before it."""
-        length = self._packet_length(packet) if self._may_skip and self._buffers else None
-        if length is None:
+        if not packet.size and self._last_skipped and not self._is_independent:
+            self._misplaced = True  # the last packet may have fewer samples than the others
+        self._last_skipped = False
+        may_skip = self._may_skip and self._buffers and self._seek_limit is None and not self._is_partial
+        length = self._packet_length(packet) if may_skip else None
+        if length is None or (self._num_tried <= _NUM_START and not self._is_independent):
             return False
-        position = self._find_position(packet.pts, packet.time_base)
-        if any(span.start < position + length and position < span.stop for span in self._buffers):
+        position = self._find_position(packet.pts, self._tick)
+        if position + length > self._next_needed or position != self._next_position:
+            preroll = 0 if self._is_independent else round(_PREROLL * self._rate)
+            starts = (span.start - preroll for span in self._wanted if span.stop > position)
+            self._next_needed = min(starts, default=sys.maxsize)
+        if position + length > self._next_needed:
             return False
         self._advance(position, length)
-        self._skipped = True
+        self._skipped = self._last_skipped = True
         return True
 
     def _packet_length(self, packet: Packet) -> int | None:
-        """Return the number of samples in a packet as the container declares it, or None if that is not exact."""
-        ticks = 1 / (time_base(self.stream) * self._rate) if self._rate else Fraction(0)  # per sample
-        is_exact = ticks and ticks.denominator == 1  # not in Matroska, whose unit is a millisecond
-        if not is_exact or not packet.duration or packet.duration % ticks or packet.is_discard:
+        """Return the number of samples in a packet, or None if the container does not determine it."""
+        duration = packet.duration
+        if not duration or packet.is_discard or not self._rate:
             return None
-        return packet.duration // ticks.numerator
+        if self._ticks_per_sample and duration % self._ticks_per_sample == 0:
+            return duration // self._ticks_per_sample
+        if self._is_independent or self._anchor is None:
+            return None
+        length = self._anchor[2]  # in Matroska, whose unit is a millisecond
+        return length if abs(duration * self._samples_per_tick - length) <= self._samples_per_tick + 1 else None
 
     def _plan_buffers(self, end: int) -> list[range]:
         """Return the ranges to keep. Those of clips have a margin of 0.5 s, as the declared length is imprecise."""
@@ -277,8 +371,8 @@ class AudioDecoder:
 
     def _declared_samples(self) -> int:
         if self.stream.duration:
-            return int(self.stream.duration * time_base(self.stream) * self._rate)
-        return (self._container.duration or 0) * self._rate // 1_000_000  # microseconds
+            return int(self.stream.duration * self._tick * self._rate)
+        return self._container_duration * self._rate // 1_000_000
 
     def _segment_end(self) -> int:
         """Return the position of the segment's end; the audio may end earlier."""
@@ -315,37 +409,3 @@ class AudioDecoder:
 
 def _contains(span: range, needed: range) -> bool:
     return span.start <= needed.start and needed.stop <= span.stop
-
-
-def _check_format(sample_rate: int, channels: int = 1) -> str:
-    """Return why audio of this format is rejected, or an empty string. Memory for its clips grows with both values."""
-    if sample_rate > _MAX_RATE or sample_rate * channels > _MAX_VALUES_PER_SECOND:
-        return f"it has {sample_rate:,} Hz in {channels:,} channels; convert it to 48 kHz stereo"
-    return ""
-
-
-def _count_channels(frame: AudioFrame) -> int:
-    layout = frame.layout
-    if "(" in layout.name:  # as in "6 channels (FL+FR+LFE+BL+BR+FC)"
-        # PyAV 17.1 to 19.0 free a custom layout's list of channels twice, with the frame and with this object, which
-        # aborts the process. The extra reference keeps this object alive.
-        ctypes.pythonapi.Py_IncRef(ctypes.py_object(layout))
-    return layout.nb_channels
-
-
-def _to_float(frame: AudioFrame, channels: int) -> Float32[np.ndarray, "c n"]:
-    """Convert a decoded frame to [channels, samples] in [-1, 1]; integers are divided by -1 times their minimum.
-
-    Raises:
-        ValueError: Values are not finite or too large, or PyAV cannot read the sample format.
-    """
-    samples: np.ndarray = frame.to_ndarray()
-    if not frame.format.is_planar:
-        samples = samples.reshape(-1, channels).T
-    if samples.dtype == np.uint8:
-        return (samples.astype(np.float32) - 128) / 128
-    if np.issubdtype(samples.dtype, np.integer):
-        return (samples / -float(np.iinfo(samples.dtype).min)).astype(np.float32)
-    if not np.abs(samples).max(initial=0) <= _MAX_ABS_VALUE:
-        raise ValueError("it contains values that are not finite or above 1e9")
-    return samples.astype(np.float32, copy=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -35,13 +34,24 @@ class Clock:
 
     def __init__(self, container: InputContainer, video: VideoStream, audio: AudioStream | None) -> None:
         """Start the clock of an opened file with these streams."""
-        starts = [_seconds(stream, stream.start_time or 0) for stream in (video, audio) if stream is not None]
+        self._units = {stream.index: time_base(stream) for stream in (video, audio) if stream is not None}
+        starts = [self._seconds(stream, stream.start_time or 0) for stream in (video, audio) if stream is not None]
         self._offsets = [-starts[0] if starts[0] - min(starts) <= MAX_PRIMING else -min(starts)]
         self._may_be_discontinuous = bool(container.format.flags & _TS_DISCONT)
         self._video = video
         self._end = 0.0  # of the last frame so far, in seconds
         self._resets: dict[int, int] = {}  # stream index → number of resets so far
         self._decoded: dict[int, float] = {}  # stream index → its last decoding timestamp, in seconds
+
+    @property
+    def start_offset(self) -> float:
+        """The offset from timestamps to the clock before any reset, in seconds."""
+        return self._offsets[0]
+
+    @property
+    def has_resets(self) -> bool:
+        """Whether the timestamps were reset in the packets so far."""
+        return len(self._offsets) > 1
 
     def update_offset(self, packet: Packet) -> float:
         """Return the offset from a packet's timestamps to the clock, in seconds.
@@ -51,20 +61,24 @@ class Clock:
         stream = packet.stream
         number = self._resets.setdefault(stream.index, len(self._offsets) - 1)
         if packet.dts is not None:
-            decoded = _seconds(stream, packet.dts)
+            decoded = self._seconds(stream, packet.dts)
             step = decoded - self._decoded.get(stream.index, decoded)
             self._decoded[stream.index] = decoded
             if step < -_RESET_THRESHOLD or (self._may_be_discontinuous and step > _GAP_THRESHOLD):
                 number = self._resets[stream.index] = number + 1
-                start = decoded if packet.pts is None else _seconds(stream, packet.pts)
+                start = decoded if packet.pts is None else self._seconds(stream, packet.pts)
                 if number == len(self._offsets):
                     self._offsets.append(self._end - start)
                 elif stream is self._video:  # video is continuous; audio only to within a packet
                     self._offsets[number] = self._end - start
         offset = self._offsets[number]
         if stream is self._video and packet.pts is not None:
-            self._end = max(self._end, _seconds(stream, packet.pts + (packet.duration or 0)) + offset)
+            self._end = max(self._end, self._seconds(stream, packet.pts + (packet.duration or 0)) + offset)
         return offset
+
+    def _seconds(self, stream: Stream, timestamp: int) -> float:
+        unit = self._units[stream.index]  # reading it from the stream takes longer than everything else here
+        return timestamp * unit.numerator / unit.denominator  # as exact as a Fraction
 
 
 class FrameTimes(NamedTuple):
@@ -80,7 +94,11 @@ def constant_rate_times(total: int, rate: float) -> FrameTimes:
 
 
 def infer_frame_times(
-    starts: Sequence[float], durations: Sequence[float], rate: float, tick: float, has_audio: bool
+    starts: Float64[np.ndarray, "n"],
+    durations: Float64[np.ndarray, "n"],
+    rate: float,
+    tick: float,
+    has_audio: bool,
 ) -> FrameTimes:
     """Compute the timestamps of frames from those that the file stores.
 
@@ -95,12 +113,12 @@ def infer_frame_times(
     Returns:
         The timestamps, and the end of the last frame.
     """
-    stored, total = np.asarray(starts), len(starts)
+    stored, total = starts, len(starts)
     if not has_audio or stored[0] <= MAX_PRIMING:
         stored = stored - stored[0]
     gaps = np.diff(stored)
     durations_match = np.abs(gaps - durations[:-1]) <= tick + 1e-3
-    last = durations[-1] if durations[-1] > 0 and durations_match.sum() >= len(gaps) / 2 else 0.0
+    last = float(durations[-1]) if durations[-1] > 0 and durations_match.sum() >= len(gaps) / 2 else 0.0
     even = constant_rate_times(total, rate)
     deviation = np.abs(stored - stored[0] - even.starts).max()
     if deviation <= tick + 1e-6 and abs(last - 1 / rate) * bool(last) <= tick + 1e-6:
@@ -130,7 +148,3 @@ def time_base(stream: Stream) -> Fraction:
 def frame_rate(stream: VideoStream) -> float:
     """Return a video's frames per second: the declared average, or FFmpeg's guess, or 0 if there is neither."""
     return float(stream.average_rate or stream.guessed_rate or 0)
-
-
-def _seconds(stream: Stream, timestamp: int) -> float:
-    return float(timestamp * time_base(stream))

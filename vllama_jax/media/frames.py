@@ -5,9 +5,8 @@ Frames are bit-identical to those of the original (decord): FFmpeg's bilinear fi
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -21,36 +20,19 @@ from vllama_jax.media.files import (
     find_video_stream,
     open_container,
 )
+from vllama_jax.media.packets import NO_TIMESTAMP, VideoPackets
 
 if TYPE_CHECKING:
     from av import VideoFrame
     from av.container import InputContainer
+    from av.filter import Graph
     from av.video.stream import VideoStream
-    from jaxtyping import Int64, UInt8
+    from jaxtyping import Float64, Int64, UInt8
+
+    _Graphs = dict[tuple[object, ...], Graph]
+    FrameSampler = Callable[[FrameTimes], Int64[np.ndarray, "t"]]  # timestamps of all frames → ascending indices
 
 _SEEK_GAP = 16  # packets; over shorter gaps decoding continues, as a seek discards the decoder's state
-
-
-class VideoPacket(NamedTuple):
-    """The metadata of a compressed frame.
-
-    Attributes:
-        pts: Presentation timestamp, as stored.
-        dts: Decoding timestamp, as stored.
-        size: In bytes.
-        is_key: Whether it is marked as a key frame.
-        is_discarded: Whether it is decoded but not shown (edit lists).
-        seconds: Timestamp on the file's clock, in seconds.
-        duration: In seconds; 0 if it is not stored.
-    """
-
-    pts: int | None
-    dts: int | None
-    size: int
-    is_key: bool
-    is_discarded: bool
-    seconds: float | None
-    duration: float
 
 
 class _SeekError(Exception):
@@ -60,8 +42,8 @@ class _SeekError(Exception):
 def decode_frames(
     container: InputContainer,
     stream: VideoStream,
-    packets: list[VideoPacket],
-    sample_frames: Callable[[FrameTimes], Int64[np.ndarray, "t"]],
+    packets: VideoPackets,
+    sample_frames: FrameSampler,
     size: int,
     path: str,
 ) -> tuple[UInt8[np.ndarray, "t h w 3"], Int64[np.ndarray, "t"], FrameTimes]:
@@ -70,7 +52,7 @@ def decode_frames(
     Args:
         container: The opened file.
         stream: Its video stream.
-        packets: All packets of the stream in the file's order.
+        packets: All packets of the stream.
         sample_frames: Maps the timestamps of all frames to the ascending indices of the frames to decode. It is called
             a second time if decoding shows that the video's frames differ from its packets.
         size: Height and width of the frames that are returned, in pixels.
@@ -84,10 +66,11 @@ def decode_frames(
     """
     import av
 
-    times = _packet_times(container, stream, packets)
+    times = packet_times(container, stream, packets)
     indices = sample_frames(times)
+    graphs: _Graphs = {}
     try:
-        frames = [_to_rgb(frame, size) for frame in _seek_frames(container, stream, packets, indices.tolist())]
+        frames = [_to_rgb(frame, size, graphs) for frame in _seek_frames(container, stream, packets, indices.tolist())]
     except (_SeekError, av.FFmpegError):
         frames, decoded_pts = _decode_from_start(path, indices.tolist(), size)
         times = _decoded_times(container, stream, packets, decoded_pts)
@@ -100,25 +83,32 @@ def decode_frames(
     return np.stack(frames), indices, times
 
 
-def limit_frame_size(stream: VideoStream, path: str) -> None:
-    """Check the declared size of a video's frames, and make its decoder reject larger ones. May raise MediaError."""
+def prepare_decoder(stream: VideoStream, path: str) -> None:
+    """Check the declared size of a video's frames, and set up its decoder: it uses threads, and rejects larger frames.
+
+    Raises:
+        MediaError: The frames are too large.
+    """
     check_pixels(stream.codec_context.width, stream.codec_context.height, path, MAX_FRAME_PIXELS)
     stream.codec_context.options = {"max_pixels": str(MAX_FRAME_PIXELS)}
+    stream.thread_type = "AUTO"
 
 
-def _packet_times(container: InputContainer, stream: VideoStream, packets: list[VideoPacket]) -> FrameTimes:
-    visible = [(packet.seconds, packet.duration) for packet in packets if not packet.is_discarded]
-    return _sorted_times(container, stream, visible)
+def packet_times(container: InputContainer, stream: VideoStream, packets: VideoPackets) -> FrameTimes:
+    """Return the timestamps of the frames that packets store, as if each shown packet were a frame."""
+    visible = ~packets.is_discarded
+    return _sorted_times(container, stream, packets.seconds[visible], packets.duration[visible])
 
 
 def _decoded_times(
-    container: InputContainer, stream: VideoStream, packets: list[VideoPacket], decoded_pts: Sequence[int | None]
+    container: InputContainer, stream: VideoStream, packets: VideoPackets, decoded_pts: Sequence[int | None]
 ) -> FrameTimes:
     """Return the timestamps of decoded frames, from the packets with the same presentation timestamps."""
     times: dict[int | None, list[tuple[float, float]]] = {}
-    for packet in packets:
-        if packet.seconds is not None:
-            times.setdefault(packet.pts, []).append((packet.seconds, packet.duration))
+    columns = (packets.pts, packets.seconds, packets.duration)
+    for pts, seconds, duration in zip(*(column.tolist() for column in columns), strict=True):
+        if pts != NO_TIMESTAMP:
+            times.setdefault(pts, []).append((seconds, duration))
     found: list[tuple[float, float]] = []
     for pts in decoded_pts:
         previous = found[-1][0] if found else -np.inf
@@ -126,25 +116,26 @@ def _decoded_times(
         if not known or known[0][0] <= previous:
             return constant_rate_times(len(decoded_pts), frame_rate(stream))
         found.append(known.pop(0))
-    return _sorted_times(container, stream, found)
+    return _sorted_times(container, stream, *np.array(found, np.float64).reshape(-1, 2).T)
 
 
 def _sorted_times(
-    container: InputContainer, stream: VideoStream, frames: Sequence[tuple[float | None, float]]
+    container: InputContainer,
+    stream: VideoStream,
+    seconds: Float64[np.ndarray, "n"],
+    durations: Float64[np.ndarray, "n"],
 ) -> FrameTimes:
-    """Sort the timestamps in (seconds, duration) of each frame. If some are missing, return index / rate."""
+    """Sort the timestamps and durations of frames. If some timestamps are missing, return index / rate."""
     rate = frame_rate(stream)
-    known = sorted((seconds, duration) for seconds, duration in frames if seconds is not None)
-    if not known or len(known) < len(frames):
-        return constant_rate_times(len(frames), rate)
-    starts, durations = zip(*known, strict=True)
-    return infer_frame_times(
-        starts, durations, rate, float(time_base(stream)), find_audio_stream(container) is not None
-    )
+    if not len(seconds) or np.isnan(seconds).any():
+        return constant_rate_times(len(seconds), rate)
+    order = np.lexsort((durations, seconds))
+    has_audio = find_audio_stream(container) is not None
+    return infer_frame_times(seconds[order], durations[order], rate, float(time_base(stream)), has_audio)
 
 
 def _seek_frames(
-    container: InputContainer, stream: VideoStream, packets: list[VideoPacket], indices: Sequence[int]
+    container: InputContainer, stream: VideoStream, packets: VideoPackets, indices: Sequence[int]
 ) -> Iterator[VideoFrame]:
     """Yield the frames at ascending indices.
 
@@ -154,34 +145,33 @@ def _seek_frames(
     Raises:
         _SeekError: The presentation timestamps are missing, not unique, or not those of the decoded frames.
     """
-    timestamps = [packet.pts for packet in packets if packet.pts is not None]
-    packet_index = {pts: number for number, pts in enumerate(timestamps)}
-    if len(packet_index) < len(packets):
+    order = np.argsort(packets.pts, kind="stable")
+    ascending = packets.pts[order]
+    if len(order) and (ascending[0] == NO_TIMESTAMP or not np.diff(ascending).all()):
         raise _SeekError
-    stream.thread_type = "AUTO"
-    visible = sorted(pts for pts, packet in zip(timestamps, packets, strict=True) if not packet.is_discarded)
-    keys = sorted(pts for pts, packet in zip(timestamps, packets, strict=True) if packet.is_key)
+    visible = ascending[~packets.is_discarded[order]]
+    keys = order[packets.is_key[order]]  # packet numbers, in the order of their timestamps
     frames: Iterator[VideoFrame] = iter(())
     reached = -_SEEK_GAP - 1
     for index in indices:
         target = visible[index]
-        key = bisect.bisect_right(keys, target) - 1
-        if key < 0:
+        before = int(np.searchsorted(packets.pts[keys], target, side="right"))
+        if not before:
             raise _SeekError
-        key_pts = keys[key]
-        if packet_index[key_pts] - reached > _SEEK_GAP:
-            frames = _frames_from_key(container, stream, packets[packet_index[key_pts] :], key_pts, visible)
+        key = int(keys[before - 1])
+        if key - reached > _SEEK_GAP:
+            frames = _frames_from_key(container, stream, packets, key, visible)
         frame = next((frame for frame in frames if frame.pts == target), None)
         if frame is None:
             raise _SeekError
-        reached = packet_index[target]
+        reached = int(order[np.searchsorted(ascending, target)])
         yield frame
 
 
 def _frames_from_key(
-    container: InputContainer, stream: VideoStream, packets: list[VideoPacket], key_pts: int, visible: list[int]
+    container: InputContainer, stream: VideoStream, packets: VideoPackets, key: int, visible: Int64[np.ndarray, "m"]
 ) -> Iterator[VideoFrame]:
-    """Seek to the key frame `packets[0]`, with the timestamp `key_pts`, and yield the frames from there on.
+    """Seek to the key frame at the index `key` of `packets`, and yield the frames from there on.
 
     The target of the seek is not trusted: every packet is compared with `packets`, and every frame with the timestamps
     `visible`. Frames that are shown before the key frame but stored after it (open groups of pictures) refer to frames
@@ -190,19 +180,20 @@ def _frames_from_key(
     """
     from av.video.frame import PictureType
 
-    key = packets[0]
-    container.seek(key_pts if key.dts is None else key.dts, stream=stream)
+    key_pts, key_dts = int(packets.pts[key]), int(packets.dts[key])
+    container.seek(key_pts if key_dts == NO_TIMESTAMP else key_dts, stream=stream)
     number = None
-    rank = bisect.bisect_left(visible, key_pts)
+    rank = int(np.searchsorted(visible, key_pts))
     for packet in demux(container, stream):
-        if number is None and (packet.pts, packet.size) == (key_pts, key.size):
-            number = 0
+        if number is None and (packet.pts, packet.size) == (key_pts, packets.size[key]):
+            number = key
         if number is None:
             if not packet.size or (packet.pts is not None and packet.pts > key_pts):
                 raise _SeekError
             continue
         if packet.size:
-            if number == len(packets) or (packet.pts, packet.size) != (packets[number].pts, packets[number].size):
+            expected = (packets.pts[number], packets.size[number]) if number < len(packets) else None
+            if (packet.pts, packet.size) != expected:
                 raise _SeekError
             number += 1
         for frame in packet.decode():
@@ -231,17 +222,17 @@ def _decode_from_start(
     wanted = set(indices)
     frames: list[UInt8[np.ndarray, "h w 3"]] = []
     decoded_pts: list[int | None] = []
+    graphs: _Graphs = {}
     with open_container(path) as container:
         stream = find_video_stream(container)
         if stream is None:
             raise MediaError(f"{path}: the file changed while it was read; read it again")
-        limit_frame_size(stream, path)
-        stream.thread_type = "AUTO"
+        prepare_decoder(stream, path)
         for packet in demux(container, stream):
             try:
                 for frame in packet.decode():
                     if len(decoded_pts) in wanted:
-                        frames.append(_to_rgb(frame, size))
+                        frames.append(_to_rgb(frame, size, graphs))
                     decoded_pts.append(frame.pts)
             except av.FFmpegError as error:
                 if decoded_pts:
@@ -250,17 +241,31 @@ def _decode_from_start(
     return frames, decoded_pts
 
 
-def _to_rgb(frame: VideoFrame, size: int) -> UInt8[np.ndarray, "{size} {size} 3"]:
-    """Orient a frame as the file declares, then scale it to size × size and convert it to RGB in one step."""
+def _to_rgb(frame: VideoFrame, size: int, graphs: _Graphs) -> UInt8[np.ndarray, "{size} {size} 3"]:
+    """Orient a frame as the file declares, then scale it to size × size and convert it to RGB in one step.
+
+    Args:
+        frame: The frame.
+        size: Height and width of the result, in pixels.
+        graphs: The filters of earlier frames of the video; building them takes longer than applying them.
+    """
+    orientation = _orientation(frame)
+    color = int(frame.colorspace), int(frame.color_range)
+    key = (frame.width, frame.height, frame.format.name, *color, *orientation)
+    if key not in graphs:
+        graphs[key] = _build_graph(frame, size, orientation)
+    graphs[key].push(frame)
+    return graphs[key].pull().to_ndarray()
+
+
+def _build_graph(frame: VideoFrame, size: int, orientation: list[tuple[str, str | None]]) -> Graph:
     from av.filter import Graph
 
     scale = (("scale", f"{size}:{size}:flags=bilinear"), ("format", "rgb24"), ("buffersink", None))
     graph = Graph()
     source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-    steps = (*_orientation(frame), *scale)
-    graph.link_nodes(source, *(graph.add(name, options) for name, options in steps)).configure()
-    graph.push(frame)
-    return graph.pull().to_ndarray()
+    graph.link_nodes(source, *(graph.add(name, options) for name, options in (*orientation, *scale))).configure()
+    return graph
 
 
 def _orientation(frame: VideoFrame) -> list[tuple[str, str | None]]:

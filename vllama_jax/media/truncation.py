@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import mmap
 import struct
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 _TS_PACKETS = ((0, 188), (4, 192), (0, 204))  # (offset of the sync byte, size) of a transport stream's packets
+_RELEASE_STEP = 2**25  # bytes; pages of a long file that were read count as memory until they are released
 _RIFF_SLACK = 9  # bytes; some writers wrongly count the first 8, or omit the padding at the end
 _BOX_NAMES = {b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"}  # a QuickTime file may lack the ftyp
 
@@ -62,6 +64,13 @@ def find_truncation(path: str) -> Truncation | None:
         How the file is truncated; None for a complete file, one that declares no sizes (live recordings), and an
         unknown container.
     """
+    status = Path(path).stat()
+    return _find_truncation(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=16)
+def _find_truncation(path: str, version: tuple[int, ...]) -> Truncation | None:
+    """Check one version of a file. A check of a long file is slow, and reading a file asks for it several times."""
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for is_container, check in _CHECKS:
             if is_container(data[:16]):
@@ -72,7 +81,7 @@ def find_truncation(path: str) -> Truncation | None:
 def has_mp4_index(path: str) -> bool:
     """Return whether an mp4 has a complete index (moov). Without it no frame can be read."""
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return any(name == "moov" and end <= len(data) for name, _, end in _mp4_boxes(data))
+        return any(name == "moov" and end <= len(data) for name, _, end in mp4_boxes(data))
 
 
 def _compare_length(
@@ -87,15 +96,15 @@ def _ends_within(packet: str) -> Truncation:
     return Truncation("packet", f"the file ends within {packet}")
 
 
-def _mp4_boxes(data: mmap.mmap) -> Iterator[tuple[str, int, int]]:
-    """Yield name, start and end of each top-level box (ISO/IEC 14496-12 §4.2)."""
-    start = 0
-    while start + 8 <= len(data):
+def mp4_boxes(data: mmap.mmap, start: int = 0, end: int | None = None) -> Iterator[tuple[str, int, int]]:
+    """Yield name, start and end of each box (ISO/IEC 14496-12 §4.2) from `start` on: by default at the top level."""
+    end = len(data) if end is None else end
+    while start + 8 <= end:
         length = int.from_bytes(data[start : start + 4], "big")
         if length == 1:  # the length is a 64-bit number after the name
             length = int.from_bytes(data[start + 8 : start + 16], "big")
         elif length == 0:  # the box extends to the end of the file
-            length = len(data) - start
+            length = end - start
         if length < 8:
             return
         yield data[start + 4 : start + 8].decode("latin-1"), start, start + length
@@ -103,7 +112,7 @@ def _mp4_boxes(data: mmap.mmap) -> Iterator[tuple[str, int, int]]:
 
 
 def _mp4(data: mmap.mmap) -> Truncation | None:
-    boxes = list(_mp4_boxes(data))
+    boxes = list(mp4_boxes(data))
     name, _, end = boxes[-1] if boxes else ("", 0, 0)
     if end == len(data) or not boxes:
         return None
@@ -172,8 +181,11 @@ def _matroska(data: mmap.mmap) -> Truncation | None:
     if not segments:
         return None
     start, end = segments[-1]
-    seconds, scale, timestamp, last, last_end = 0.0, 10**6, 0, 0, start
+    seconds, scale, timestamp, last, last_end, released = 0.0, 10**6, 0, 0, start, start
     while last_end + 2 <= min(len(data), end or len(data)):
+        if last_end - released > _RELEASE_STEP and hasattr(data, "madvise"):  # not on Windows
+            data.madvise(mmap.MADV_DONTNEED)
+            released = last_end
         last, content, stop = next(_ebml_elements(data, last_end, len(data)), (0, 0, 0))
         if last == _CLUSTER:
             last_end, timestamp = _read_cluster(data, content, stop)

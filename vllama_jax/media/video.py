@@ -11,28 +11,33 @@ import numpy as np
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio_decoder import AudioDecoder, DecodedAudio
+from vllama_jax.media.audio_stream import can_seek_audio, decode_audio_range
 from vllama_jax.media.clock import Clock, FrameTimes, frame_rate, frames_in_range
 from vllama_jax.media.files import (
     FULL_RANGE,
     check_file,
-    demux,
     find_audio_stream,
     find_video_stream,
     is_still_image,
     open_container,
 )
-from vllama_jax.media.frames import VideoPacket, decode_frames, limit_frame_size
+from vllama_jax.media.frame_sampling import FrameSampling, frame_indices
+from vllama_jax.media.frames import decode_frames, prepare_decoder
+from vllama_jax.media.packets import VideoPackets, read_packet_index, read_packets
 from vllama_jax.media.report import MediaReport
-from vllama_jax.media.truncation import find_truncation
 
 if TYPE_CHECKING:
-    from av import Packet
+    from av.audio.stream import AudioStream
     from av.container import InputContainer
     from av.video.stream import VideoStream
     from jaxtyping import Float32, Float64, Int64, UInt8
 
     FrameSampler = Callable[[int, int], Int64[np.ndarray, "t"]]  # (total, num_frames) → ascending indices
-    BoundFrameSampler = Callable[[int], Int64[np.ndarray, "t"]]  # total → ascending indices
+    # (timestamps of all frames, range of the window's frames) → ascending indices of frames
+    WindowSampler = Callable[[FrameTimes, range], Int64[np.ndarray, "t"]]
+
+
+DEFAULT_NUM_FRAMES = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,25 +68,9 @@ class Video:
     audio_duration: float | None = None
 
 
-def frame_indices(total: int, num_frames: int) -> Int64[np.ndarray, "t"]:
-    """Sample frames at even intervals, starting with the first, as in the original.
-
-    Args:
-        total: The number of frames of the video.
-        num_frames: The number of frames to sample.
-
-    Returns:
-        Indices in ascending order, rounded down; all indices if `total` is less than `num_frames`.
-    """
-    num_frames = min(num_frames, total)
-    if not num_frames:
-        return np.zeros(0, np.int64)
-    return np.arange(0, total, total / num_frames)[:num_frames].astype(np.int64)
-
-
 def read_video(
     path: str | os.PathLike[str],
-    num_frames: int = 8,
+    num_frames: int = DEFAULT_NUM_FRAMES,
     size: int = 224,
     audio: bool = True,
     sample_frames: FrameSampler = frame_indices,
@@ -112,31 +101,98 @@ def read_video(
     path = check_file(path)
     if is_still_image(path):
         raise MediaError(f"{path}: an image, not a video; use read_image or read_media")
-    with open_container(path) as container:
-        return decode_video(
-            container, path, bind_num_frames(path, num_frames, sample_frames), size, audio, num_clips, time_range
-        )
-
-
-def bind_num_frames(path: str, num_frames: int, sample_frames: FrameSampler = frame_indices) -> BoundFrameSampler:
-    """Return `sample_frames` with its number of frames bound. Raise MediaError if that is less than 1."""
     if num_frames < 1:
         raise MediaError(f"{path}: num_frames is {num_frames}; it must be at least 1")
-    return lambda total: sample_frames(total, num_frames)
+
+    def sample_window(times: FrameTimes, window: range) -> Int64[np.ndarray, "t"]:
+        return window.start + sample_frames(len(window), num_frames)
+
+    with open_container(path) as container:
+        video = decode_video(container, path, sample_window, size, audio, num_clips, time_range)
+    return dataclasses.replace(video, timestamps=np.maximum(video.timestamps - time_range[0], 0.0))
+
+
+def read_sampled_video(
+    container: InputContainer,
+    path: str,
+    sampling: FrameSampling,
+    size: int,
+    audio: bool,
+    num_clips: int | None,
+    max_positions: int | None,
+) -> Video:
+    """Read an opened video as `sampling` says. Timestamps are those of the file; see `media.read_media`."""
+    sampler = sampling.make_sampler(path, DEFAULT_NUM_FRAMES, max_positions)
+    video = decode_video(container, path, sampler, size, audio, num_clips, sampling.window)
+    notes = sampling.make_notes(len(video.frames), video.duration)
+    return dataclasses.replace(video, report=dataclasses.replace(video.report, notes=(*video.report.notes, *notes)))
 
 
 def decode_video(
     container: InputContainer,
     path: str,
-    sample_frames: BoundFrameSampler,
+    sample_frames: WindowSampler,
     size: int,
     audio: bool,
     num_clips: int | None = None,
     time_range: tuple[float, float] = FULL_RANGE,
 ) -> Video:
-    """Decode the sampled frames and the audio of an opened file; see `read_video`."""
-    stream = find_video_stream(container)
-    audio_stream = find_audio_stream(container)
+    """Decode the sampled frames and the audio of an opened file; see `read_video`. Timestamps are those of the file."""
+    opened = open_video(container, path, audio, num_clips, time_range)
+    decoded = opened.audio
+    if decoded is None and opened.audio_stream and audio:
+        on_clock = time_range != FULL_RANGE
+        clock = opened.clock if on_clock else None
+        may_seek = (num_clips is not None or on_clock) and can_seek_audio(container, opened.audio_stream, path, clock)
+        decoded = decode_audio_range(path, num_clips, time_range, on_clock, may_seek)
+    return decode_window(opened, sample_frames, size, audio, time_range, decoded)
+
+
+@dataclasses.dataclass(frozen=True)
+class OpenedVideo:
+    """An opened file with a video, and the list of its packets.
+
+    Attributes:
+        container: The opened file.
+        path: Its path.
+        stream: The video.
+        audio_stream: The audio; None if there is none.
+        packets: All packets of the video.
+        clock: The clock of both, after it has seen all packets.
+        audio: The decoded audio, if it was decoded while the packets were listed.
+        notes: Remarks for the report.
+    """
+
+    container: InputContainer
+    path: str
+    stream: VideoStream
+    audio_stream: AudioStream | None
+    packets: VideoPackets
+    clock: Clock
+    audio: DecodedAudio | None = None
+    notes: tuple[str, ...] = ()
+
+
+def open_video(
+    container: InputContainer,
+    path: str,
+    audio: bool = False,
+    num_clips: int | None = None,
+    time_range: tuple[float, float] = FULL_RANGE,
+) -> OpenedVideo:
+    """List the packets of an opened video. If the file has to be read for this, decode its audio at the same time.
+
+    Args:
+        container: The opened file.
+        path: Its path.
+        audio: Whether to decode the audio.
+        num_clips: The number of mel clips; None for the waveform.
+        time_range: Start and end of the segment whose audio is decoded, in seconds.
+
+    Raises:
+        MediaError: The file is not a video, is truncated or corrupt, or has an unsupported codec.
+    """
+    stream, audio_stream = find_video_stream(container), find_audio_stream(container)
     if stream is None and audio_stream is None:
         raise MediaError(f"{path}: neither video nor audio in the file; download or copy it again")
     if stream is None:
@@ -145,80 +201,62 @@ def decode_video(
         raise MediaError(f"{path}: the video's codec is not supported; convert it to H.264 mp4")
     if not frame_rate(stream):
         raise MediaError(f"{path}: the video has no frame rate; convert it to H.264 mp4")
-    limit_frame_size(stream, path)
+    prepare_decoder(stream, path)
     clock = Clock(container, stream, audio_stream)
+    packets = read_packet_index(path, stream, clock)
+    if packets is not None:
+        return OpenedVideo(container, path, stream, audio_stream, packets, clock)
     decoder = None
     if audio_stream and audio:
         decoder = AudioDecoder(container, audio_stream, path, num_clips, time_range, clock)
-    packets, notes = _list_packets(container, stream, decoder, clock, path)
+    packets, notes = read_packets(container, stream, decoder, clock, path)
+    decoded = decoder.finish() if decoder else None
+    return OpenedVideo(container, path, stream, audio_stream, packets, clock, decoded, notes)
 
-    def sample_segment(times: FrameTimes) -> Int64[np.ndarray, "t"]:
-        segment = frames_in_range(times, time_range)
-        return segment.start + sample_frames(len(segment))
 
-    frames, indices, times = decode_frames(container, stream, packets, sample_segment, size, path)
+def decode_window(
+    opened: OpenedVideo,
+    sample_frames: WindowSampler,
+    size: int,
+    audio: bool,
+    time_range: tuple[float, float],
+    decoded: DecodedAudio | None,
+) -> Video:
+    """Decode the sampled frames of a window.
+
+    Args:
+        opened: The opened video.
+        sample_frames: Maps the timestamps of all frames and the range of the window's frames to ascending indices.
+        size: Height and width of the frames that are returned, in pixels.
+        audio: Whether the audio was asked for.
+        time_range: Start and end of the window, in seconds.
+        decoded: The audio of the window; None if it is absent or was not asked for.
+
+    Returns:
+        The frames, with timestamps on the file's clock.
+    """
+    container, path = opened.container, opened.path
+
+    def sample_window(times: FrameTimes) -> Int64[np.ndarray, "t"]:
+        return sample_frames(times, frames_in_range(times, time_range))
+
+    frames, indices, times = decode_frames(container, opened.stream, opened.packets, sample_window, size, path)
     start, end = time_range
     duration = max(min(times.end, end) - start, 0.0)
-    decoded = decoder.finish() if decoder else DecodedAudio()
-    if audio_stream is None:
+    decoded = decoded or DecodedAudio()
+    if opened.audio_stream is None:
         state = "absent"
-    elif decoder is None:
+    elif not audio:
         state = "off"
     else:
         state = f"failed: {decoded.failure}" if decoded.failure else "used"
     return Video(
         frames=frames,
-        timestamps=np.maximum(times.starts[indices] - start, 0.0),
+        timestamps=np.maximum(times.starts[indices], 0.0),
         duration=duration,
         waveform=decoded.waveform,
         sample_rate=decoded.sample_rate,
-        report=MediaReport(path, "video", len(frames), duration, audio=state, notes=(*notes, *decoded.notes)),
+        report=MediaReport(path, "video", len(frames), duration, state, (*opened.notes, *decoded.notes)),
         mel=decoded.mel,
         audio_duration=decoded.duration if decoded.sample_rate else None,
-    )
-
-
-def _list_packets(
-    container: InputContainer, stream: VideoStream, decoder: AudioDecoder | None, clock: Clock, path: str
-) -> tuple[list[VideoPacket], tuple[str, ...]]:
-    """List the packets of the video in the file's order, without decoding them, and decode the audio.
-
-    Returns:
-        The packets, and notes on truncation that affects no frame.
-    """
-    import av
-
-    packets, num_complete, read_error = [], 0, ""
-    try:
-        for packet in demux(container, stream, *([decoder.stream] if decoder else [])):
-            if decoder is not None and packet.stream is decoder.stream:
-                decoder.feed(packet)
-            elif packet.size:
-                num_complete += not packet.is_corrupt
-                packets.append(_video_packet(packet, clock))
-    except av.FFmpegError as error:
-        read_error = f"reading stops after {len(packets)} frames ({error.strerror})"
-    truncation = find_truncation(path)
-    has_all_frames = stream.frames and len(packets) == num_complete >= stream.frames
-    if truncation and truncation.missing == "media" and not has_all_frames:
-        of_all = f" of {stream.frames}" if stream.frames > num_complete else ""
-        why = f"the file is truncated: only {num_complete}{of_all} frames could be read"
-        raise MediaError(f"{path}: {why} ({truncation.evidence}); download or copy it again")
-    if read_error:
-        raise MediaError(f"{path}: {read_error}; download or copy the file again")
-    if not packets:
-        raise MediaError(f"{path}: the video has no frames; download or copy the file again")
-    return packets, (truncation.note,) if truncation else ()
-
-
-def _video_packet(packet: Packet, clock: Clock) -> VideoPacket:
-    offset, tick = clock.update_offset(packet), float(packet.time_base)
-    return VideoPacket(
-        pts=packet.pts,
-        dts=packet.dts,
-        size=packet.size,
-        is_key=packet.is_keyframe,
-        is_discarded=packet.is_discard,
-        seconds=None if packet.pts is None else packet.pts * tick + offset,
-        duration=(packet.duration or 0) * tick,
     )

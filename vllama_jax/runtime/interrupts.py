@@ -10,6 +10,7 @@ Therefore KeyboardInterrupt is raised in the caller of an import or of JAX, when
 
 import contextlib
 import functools
+import itertools
 import os
 import signal
 import sys
@@ -19,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 EXIT_CODE = 130  # by convention, of a program that SIGINT ended
+TERMINATED_EXIT_CODE = 143  # by convention, of a program that SIGTERM ended
 GRACE_SECONDS = 3.0  # after Ctrl-C, to remove partial files and wait for threads
 CALLING_NATIVE_CODE = ("importlib._bootstrap", "jax", "jaxlib")  # modules whose native code calls Python
 
@@ -45,29 +47,24 @@ def exit_on_interrupt(until_exit: bool = False) -> Iterator[None]:
         yield
         return
     _received.clear()
-    read_fd, write_fd = os.pipe()
-    os.set_blocking(write_fd, False)
-    previous_wakeup_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
-    previous_handler = signal.signal(signal.SIGINT, _interrupt)
-    previous_hook = sys.unraisablehook
-    sys.unraisablehook = functools.partial(_report_unraisable, previous_hook)
-    threading.Thread(target=_watch_signals, args=(read_fd,), daemon=True, name="vllama-interrupts").start()
-    try:
-        yield
-    except SystemExit as end:
-        if _received.is_set() and isinstance(end.code, str) and not _is_caused_by_interrupt(end):
-            print(end.code, file=sys.stderr)  # an error after Ctrl-C, such as a checkpoint that could not be saved
-            exit_now(1)
-        raise
-    finally:
-        if _received.is_set():
-            with contextlib.suppress(OSError, ValueError):  # the reader of the pipe has exited
-                sys.stdout.flush()
-            exit_now()  # sys.exit would wait for threads, and crash in those that still run native code
-        sys.unraisablehook = previous_hook
-        signal.signal(signal.SIGINT, _exit_on_signal if until_exit else previous_handler)
-        signal.set_wakeup_fd(previous_wakeup_fd)
-        os.close(write_fd)
+    with _watch_signals(_make_watcher()):
+        previous_handler = signal.signal(signal.SIGINT, _interrupt)
+        previous_hook = sys.unraisablehook
+        sys.unraisablehook = functools.partial(_report_unraisable, previous_hook)
+        try:
+            yield
+        except SystemExit as end:
+            if _received.is_set() and isinstance(end.code, str) and not _is_caused_by_interrupt(end):
+                print(end.code, file=sys.stderr)  # an error after Ctrl-C, such as a checkpoint that could not be saved
+                exit_now(1)
+            raise
+        finally:
+            if _received.is_set():
+                with contextlib.suppress(OSError, ValueError):  # the reader of the pipe has exited
+                    sys.stdout.flush()
+                exit_now()  # sys.exit would wait for threads, and crash in those that still run native code
+            sys.unraisablehook = previous_hook
+            signal.signal(signal.SIGINT, _exit_on_signal if until_exit else previous_handler)
 
 
 @contextlib.contextmanager
@@ -91,6 +88,49 @@ def defer_interrupt() -> Iterator[threading.Event]:
     finally:
         _deferred.clear()
         signal.signal(signal.SIGINT, previous_handler)
+
+
+@contextlib.contextmanager
+def catch_interrupts(on_interrupt: Callable[[], None]) -> Iterator[threading.Event]:
+    """Yield an event that Ctrl-C sets instead of ending the command, which can clear it and continue.
+
+    Ctrl-C while the event is set ends the process at once. So does SIGTERM, with code 143. Outside of the main thread
+    this context has no effect.
+
+    Args:
+        on_interrupt: A function that is called in another thread, before the event is set.
+    """
+    interrupted = threading.Event()
+    if not _is_main_thread():
+        yield interrupted
+        return
+
+    def on_signal(number: int) -> None:
+        if number == signal.SIGTERM:
+            exit_now(TERMINATED_EXIT_CODE)
+        if number == signal.SIGINT:
+            if interrupted.is_set():
+                exit_now()
+            on_interrupt()
+            interrupted.set()
+
+    with _watch_signals(on_signal), _handle(signal.SIGINT, _ignore), _handle(signal.SIGTERM, _ignore):
+        yield interrupted
+
+
+@contextlib.contextmanager
+def release_signals() -> Iterator[None]:
+    """Let an event loop handle signals within `catch_interrupts`, as the one of a prompt does.
+
+    asyncio sets the file descriptor that wakes a thread and the handlers of signals, and later the defaults. Both are
+    restored at the end. SIGTERM has its default action unless the event loop handles it.
+    """
+    wakeup_fd = signal.set_wakeup_fd(-1)
+    try:
+        with _handle(signal.SIGTERM, signal.SIG_DFL):
+            yield
+    finally:
+        signal.set_wakeup_fd(wakeup_fd, warn_on_full_buffer=False)
 
 
 def exit_now(code: int = EXIT_CODE) -> None:
@@ -136,6 +176,20 @@ def _trace_nothing(frame: FrameType, event: str, argument: object) -> None:
     """Trace no frame that is entered from now on."""
 
 
+@contextlib.contextmanager
+def _handle(number: int, handler: Callable[[int, FrameType | None], None] | signal.Handlers) -> Iterator[None]:
+    """Set the handler of a signal."""
+    previous = signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, previous)
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """Do nothing in the main thread, because the thread of `_watch_signals` handles the signal."""
+
+
 def _exit_on_signal(number: int, frame: FrameType | None) -> None:
     exit_now()
 
@@ -147,19 +201,44 @@ def _is_caused_by_interrupt(error: BaseException | None) -> bool:
     return error is not None
 
 
-def _watch_signals(read_fd: int) -> None:
-    """Count the SIGINTs that arrive in a pipe until it is closed; exit on the second, or after the grace period."""
-    count = 0
+@contextlib.contextmanager
+def _watch_signals(on_signal: Callable[[int], None]) -> Iterator[None]:
+    """Call a function in a thread for each signal that Python handles, even while the main thread runs native code."""
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    previous_wakeup_fd = signal.set_wakeup_fd(write_fd, warn_on_full_buffer=False)
+    arguments = (read_fd, on_signal)
+    threading.Thread(target=_read_signals, args=arguments, daemon=True, name="vllama-interrupts").start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous_wakeup_fd, warn_on_full_buffer=False)
+        os.close(write_fd)
+
+
+def _read_signals(read_fd: int, on_signal: Callable[[int], None]) -> None:
+    """Read the numbers of signals from a pipe until it is closed, and call a function with each."""
     with open(read_fd, "rb", buffering=0) as signals:
         while numbers := signals.read(64):
-            for _ in range(numbers.count(signal.SIGINT)):
-                count += 1
-                if count > 1:
-                    exit_now()
-                if not _deferred.is_set():
-                    timer = threading.Timer(GRACE_SECONDS, exit_now)
-                    timer.daemon = True
-                    timer.start()
+            for number in numbers:
+                on_signal(number)
+
+
+def _make_watcher() -> Callable[[int], None]:
+    """Return a function for `_watch_signals` that exits on the second SIGINT, or when the grace period is over."""
+    count = itertools.count(1)
+
+    def on_signal(number: int) -> None:
+        if number != signal.SIGINT:
+            return
+        if next(count) > 1:
+            exit_now()
+        if not _deferred.is_set():
+            timer = threading.Timer(GRACE_SECONDS, exit_now)
+            timer.daemon = True
+            timer.start()
+
+    return on_signal
 
 
 def _report_unraisable(report: Callable[[Any], None], unraisable: "sys.UnraisableHookArgs") -> None:

@@ -30,15 +30,21 @@ class Media:
         kind: The kind of media.
         with_audio: Whether the audio of a video is used too.
         timestamps: Of a video's sampled frames, in seconds.
+        time_range: Of a segment of a file, its start and end in seconds.
+        segments: The segments of a file that is encoded in several; the other fields but `kind` are theirs.
     """
 
     kind: Literal["video", "image", "audio"]
     with_audio: bool = False
     timestamps: tuple[float, ...] = ()
+    time_range: tuple[float, float] | None = None
+    segments: tuple["Media", ...] = ()
 
     @property
     def placeholders(self) -> tuple[str, ...]:
         """The kind of each media placeholder in the prompt, in order: audio precedes video."""
+        if self.segments:
+            return tuple(itertools.chain.from_iterable(segment.placeholders for segment in self.segments))
         return ("audio", self.kind) if self.with_audio and self.kind == "video" else (self.kind,)
 
 
@@ -99,6 +105,18 @@ class Conversation:
             raise ValueError("there is no question to answer: ask one first")
         turn = dataclasses.replace(self.turns[-1], answer=text, ended_by_eos=ended_by_eos)
         return dataclasses.replace(self, turns=(*self.turns[:-1], turn))
+
+    def undo(self) -> "Conversation":
+        """Remove the last question and its answer. Files that were added before or after it stay, for the next one.
+
+        Raises:
+            ValueError: There is no question.
+        """
+        last = next((i for i in reversed(range(len(self.turns))) if self.turns[i].question is not None), None)
+        if last is None:
+            raise ValueError("there is no question to undo")
+        media = tuple(media for turn in self.turns[last:] for media in turn.media)
+        return dataclasses.replace(self, turns=(*self.turns[:last], *([Turn(media)] if media else [])))
 
     def _open_turn(self) -> tuple[tuple[Turn, ...], Turn]:
         """Return the finished turns, and the turn of the next message."""
@@ -182,8 +200,11 @@ def format_timestamps(timestamps: Sequence[float]) -> str:
 def format_media(media: Media) -> Prompt:
     """Return the text and placeholders of a media file. The runs of spaces are the reference's.
 
-    The reference has no wording for audio alone; this is the audio half of its sentence for both.
+    The reference has no wording for audio alone; this is the audio half of its sentence for both. It has none for
+    segments either.
     """
+    if media.segments:
+        return _merge_texts(itertools.chain.from_iterable(map(_format_segment, media.segments)))
     audio_intro = "Close your eyes, open your ears and you imagine only based on the sound that: "
     if media.placeholders == ("audio", "video"):
         video_intro = "." + " " * 17 + "Close your ears, open your eyes and you see that <Video>"
@@ -194,6 +215,14 @@ def format_media(media: Media) -> Prompt:
     if media.kind == "video":
         return ("<Video>", Mark.MEDIA, "</Video> " + format_timestamps(media.timestamps))
     return ("<Image>", Mark.MEDIA, "</Image> ")
+
+
+def _format_segment(segment: Media) -> Prompt:
+    """Return the text and placeholders of a segment, such as "From 60.0 to 120.0 seconds: <Video>…</Video> "."""
+    start, end = segment.time_range or (0.0, 0.0)
+    audio = ("<Audio>", Mark.MEDIA, "</Audio> ") if "audio" in segment.placeholders else ()
+    video = ("<Video>", Mark.MEDIA, "</Video> ", format_timestamps(segment.timestamps)) if segment.timestamps else ()
+    return (f"From {start:.1f} to {end:.1f} seconds: ", *audio, *video)
 
 
 def build_prompt(conversation: Conversation) -> Prompt:
@@ -264,6 +293,20 @@ def encode_prompt(
         ids += segment_ids
         is_media += [segment is Mark.MEDIA] * len(segment_ids)
     return TokenizedPrompt(np.array(ids, np.int32), np.array(is_media, bool))
+
+
+def encode_answer(tokenizer: Tokenizer, conversation: Conversation, answer: str) -> list[int]:
+    """Return the token ids of an answer to the last question of a conversation.
+
+    They are those that follow the prompt in the ids of both together, as tokens may contain the space between them.
+    """
+
+    def encode(one: Conversation) -> list[int]:
+        last = tuple(itertools.takewhile(lambda segment: segment is not Mark.MEDIA, reversed(build_prompt(one))))
+        return encode_prompt(tokenizer, last[::-1], (), add_bos=False).ids.tolist()
+
+    prompt, both = encode(conversation), encode(conversation.answer(answer))
+    return both[len(prompt) :] if both[: len(prompt)] == prompt else tokenizer.encode(answer, special=False)
 
 
 def stop_sequences(tokenizer: Tokenizer, template: ChatTemplate) -> list[tuple[int, ...]]:

@@ -1,0 +1,183 @@
+"""Answer a file of requests, and resume if the process was stopped: `vllama generate`."""
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from vllama_jax.answering import AnsweredQuestion, AnsweringOptions, FileQuestion, answer_questions
+from vllama_jax.chat import PreparedMedia, prepare_media
+from vllama_jax.checkpoints.directory import ModelDirectory
+from vllama_jax.config import GenerationConfig, VideoLlamaConfig
+from vllama_jax.errors import ConfigError, DataError
+from vllama_jax.evaluate.request_file import FileRequest, InvalidRequest, read_requests
+from vllama_jax.io.atomic import check_absent, ensure_directory, lock_directory, replace_file, replace_json
+from vllama_jax.io.json_fields import format_value
+from vllama_jax.io.json_files import read_object
+from vllama_jax.io.jsonl import JsonLinesFile
+
+if TYPE_CHECKING:
+    from vllama_jax.model import Model
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnswerFileJob:
+    """The inputs and options of `answer_file`.
+
+    Attributes:
+        requests: The file of requests.
+        out: The file of answers.
+        directory: The model.
+        weights: Options that change the model: dtype and quantization.
+        generation: The options of decoding that requests do not set.
+        options: Options that all requests share.
+        audio: Whether to use the audio of videos.
+    """
+
+    requests: Path
+    out: Path
+    directory: ModelDirectory
+    weights: dict[str, Any]
+    generation: GenerationConfig
+    options: AnsweringOptions
+    audio: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class AnswerFileSummary:
+    """What `answer_file` has done.
+
+    Attributes:
+        requests: The number of requests.
+        errors: The reasons why requests have no answer, by id.
+    """
+
+    requests: int
+    errors: dict[Any, str]
+
+
+def answer_file(
+    job: AnswerFileJob, load_models: "Callable[[], Sequence[Model]]", report_status: Callable[[str], None]
+) -> AnswerFileSummary:
+    """Answer a file of requests. The answers are in the order of the requests.
+
+    Until all are answered, they are in a directory next to `job.out`. A job that is stopped at any time resumes there.
+
+    Args:
+        job: The inputs and options.
+        load_models: Returns the model, on one device or more (`answer_questions`). Called when it is needed.
+        report_status: Called with a line about the progress.
+
+    Returns:
+        A summary.
+
+    Raises:
+        DataError: The requests cannot be read, or the answers cannot be written.
+        ConfigError: The answers of another job are in the directory.
+        CheckpointError: `job.out` exists, or another process is writing it.
+    """
+    requests = read_requests(job.requests, job.generation)
+    check_absent(job.out)
+    partial = job.out.with_name(f".{job.out.name}.job")
+    try:
+        ensure_directory(partial)
+        with lock_directory(partial, f"{job.out}: another process is writing it; wait until it has finished"):
+            _check_same_job(partial, job)
+            journal = JsonLinesFile(partial / "answers.jsonl")
+            lines = {line["id"]: line for line in journal.read()}
+            for line in _answer(job, requests, lines, load_models):
+                journal.add(line)
+                lines[line["id"]] = line
+                report_status(f"answered {len(lines)} of {len(requests)} requests")
+            keys = [request.key if isinstance(request, FileQuestion) else request.id for request in requests]
+            content = "".join(json.dumps(lines[key], ensure_ascii=False) + "\n" for key in keys)
+            check_absent(job.out)
+            replace_file(job.out, content.encode())
+            shutil.rmtree(partial)
+    except OSError as error:
+        raise DataError(
+            f"{job.out}: cannot be written ({error.strerror or error}); answers so far are kept, run the command again"
+        ) from error
+    return AnswerFileSummary(len(keys), {key: lines[key]["error"] for key in keys if "error" in lines[key]})
+
+
+def _answer(
+    job: AnswerFileJob,
+    requests: Sequence[FileQuestion | InvalidRequest],
+    done: dict[Any, dict[str, Any]],
+    load_models: "Callable[[], Sequence[Model]]",
+) -> Iterator[dict[str, Any]]:
+    """Yield the lines of the requests that have none yet."""
+    for request in requests:
+        if isinstance(request, InvalidRequest) and request.id not in done:
+            yield {"id": request.id, "error": request.reason}
+    questions = [request for request in requests if isinstance(request, FileQuestion) and request.key not in done]
+    config = job.directory.config
+
+    def read(file: Any) -> PreparedMedia:
+        return _read_file(file, config, audio=job.audio)
+
+    for answered in answer_questions(load_models, questions, read, job.options):
+        yield _make_line(answered)
+
+
+def _read_file(file: FileRequest, config: VideoLlamaConfig, *, audio: bool) -> PreparedMedia:
+    return prepare_media(file.path, config, sampling=file.sampling, audio=audio)
+
+
+def _make_line(answered: AnsweredQuestion) -> dict[str, Any]:
+    """Return the line of an answered request."""
+    question = answered.question
+    if answered.error:
+        return {"id": question.key, "error": answered.error}
+    first = answered.generations[0]
+    line: dict[str, Any] = {
+        "id": question.key,
+        "answer": answered.answers[0],
+        "finish_reason": first.finish_reason,
+        "tokens": len(first.tokens),
+        "prefill_tokens": first.prefill_tokens,
+        "media": [str(media.report) for media in answered.media],
+    }
+    if question.count > 1:
+        line["answers"] = list(answered.answers)
+    if question.choices:
+        line["choice_logprobs"] = dict(zip(question.choices, first.choice_logprobs, strict=True))
+    if question.config.top_logprobs:
+        line["logprobs"] = [
+            {"token": token, "logprob": logprob, "top": top}
+            for token, logprob, top in zip(first.tokens, first.logprobs, first.top_logprobs, strict=True)
+        ]
+    return line
+
+
+def _check_same_job(partial: Path, job: AnswerFileJob) -> None:
+    """Record what determines the answers, or raise ConfigError if other answers are there already."""
+    identity = {
+        "requests": xxhash.xxh3_128_hexdigest(job.requests.read_bytes()),
+        "model": job.directory.digest,
+        **job.weights,
+        "generation": dataclasses.asdict(job.generation) | {"stop": list(job.generation.stop)},
+        "template": job.options.template,
+        "system": job.options.system,
+        "int8_cache": job.options.int8_cache,
+        "audio": job.audio,
+    }
+    file = partial / "job.json"
+    if file.exists():
+        saved = read_object(file, DataError, f"remove {partial}")
+        changed = [name for name in identity if saved.get(name) != identity[name]]
+        if changed:
+            raise ConfigError(
+                f"{partial}: has answers of another job ({changed[0]} differs: "
+                f"{format_value(saved.get(changed[0]))}); use the same options, or remove it"
+            )
+    else:
+        with contextlib.suppress(FileNotFoundError):
+            (partial / "answers.jsonl").unlink()  # of a job that was killed before it wrote job.json
+        replace_json(file, identity)
