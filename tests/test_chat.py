@@ -158,6 +158,7 @@ def test_a_chat_without_media_answers(model):
     assert len(chat.last.tokens) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", ["vicuna", "llama_2", "plain"])
 def test_the_prompt_template_can_be_chosen(model, image_file, template):
     chat = vl.Chat(model, template=template)

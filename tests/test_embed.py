@@ -59,6 +59,7 @@ def expected_arrays(model: Model, path: Path) -> dict[str, np.ndarray]:
     return {name: np.asarray(array) for name, array in run(network, frames, mel).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names",
     [["corrupt", "video"], pytest.param(["video", "image", "corrupt", "audio", "short"], marks=pytest.mark.slow)],

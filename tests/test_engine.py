@@ -57,6 +57,7 @@ def test_requests_with_different_options_are_answered_as_each_alone(llama):
     assert {one.finish_reason for one in together} == {"stop", "length"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt_tokens", [0, 256], ids=["growing", "large enough"])
 def test_a_later_turn_computes_only_new_tokens_and_answers_as_if_it_computed_all(llama, prompt_tokens):
     engine = make_engine(llama, rows=1, prompt_tokens=prompt_tokens)
@@ -79,6 +80,7 @@ def test_a_changed_history_is_computed_from_the_change_on(llama):
         assert (found.tokens, found.prefill_tokens) == (answer(llama, one, max_new_tokens=5)[0], computed)
 
 
+@pytest.mark.slow
 def test_a_prompt_continues_from_the_row_of_another_that_starts_the_same(llama):
     video = make_prompt(45, 32)
     prompts = [continue_prompt(video, *range(5 + i, 8 + 2 * i)) for i in range(4)]
@@ -97,6 +99,7 @@ def test_several_samples_of_a_prompt_compute_it_once(llama):
     assert found[2].tokens == answer(llama, prompt, max_new_tokens=9, temperature=1.5, seed=2)[0]
 
 
+@pytest.mark.slow
 def test_a_long_prompt_is_processed_in_chunks_between_the_tokens_of_other_answers(llama, monkeypatch):
     monkeypatch.setattr(engine, "CHUNK_LENGTHS", (16,))
     short, long = request(make_prompt(9), max_new_tokens=60), request(make_prompt(100, 20, seed=1), max_new_tokens=5)
@@ -116,6 +119,7 @@ def test_a_long_prompt_is_processed_in_chunks_between_the_tokens_of_other_answer
     ]
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_the_model(llama, log_probabilities):
     prompt = make_prompt(11, 4)
     (found,) = run(make_engine(llama), request(prompt, max_new_tokens=12, repetition_penalty=1.5, top_logprobs=5))
@@ -158,6 +162,7 @@ def test_an_answer_has_at_least_its_minimum_length(llama, log_probabilities):
     assert found.tokens == tokens
 
 
+@pytest.mark.slow
 def test_the_most_probable_choice_is_the_answer(llama, log_probabilities):
     prompt, eos = make_prompt(40, 4), 17
     choices = [[5, 6, 7], [5], [20, 21], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22]]
@@ -191,6 +196,7 @@ def test_a_cancelled_answer_frees_its_row(llama):
     assert again.tokens == answer(llama, first.request.prompt, max_new_tokens=60)[0]
 
 
+@pytest.mark.slow
 def test_a_cache_in_int8_changes_log_probabilities_slightly(llama):
     prompts = [make_prompt(40, 4, seed=seed) for seed in range(3)]
     requests = [request(prompt, max_new_tokens=20) for prompt in prompts]
@@ -200,6 +206,7 @@ def test_a_cache_in_int8_changes_log_probabilities_slightly(llama):
     assert sum(a.tokens == b.tokens for a, b in zip(exact, rounded, strict=True)) >= 2
 
 
+@pytest.mark.slow
 def test_two_hundred_mixed_requests_compile_nothing_after_the_first(llama):
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(lambda name, seconds, **_: compiled.append(name))

@@ -123,6 +123,7 @@ def test_a_killed_run_resumes_with_the_same_predictions(finished, tiny_model, cl
     assert json.loads((out / "results.json").read_text())["complete"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_loads_nothing(finished, tiny_model, clips, monkeypatch, capsys):
     monkeypatch.setattr(run, "load", None)
     monkeypatch.setattr(answers.media, "read_media", None)

@@ -179,6 +179,7 @@ def test_encoders_are_not_loaded_for_training(cached_features):
     assert components == {"video_qformer", "frame_positions", "llama_proj", "llama"}
 
 
+@pytest.mark.slow
 def test_validation_clips_need_the_encoders(cached_features, clip):
     config, out = cached_features
     config = dataclasses.replace(config, validation=ValidationConfig(interval_steps=1, clips=(str(clip),)))

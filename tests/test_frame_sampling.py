@@ -128,6 +128,7 @@ def test_a_number_of_frames_is_short_for_a_sampling(video):
         prepare_media(video, config, num_frames=3, sampling=FrameSampling(num_frames=3))
 
 
+@pytest.mark.slow
 def test_the_prompt_has_the_timestamps_of_the_file(video, tiny_model):
     chat = vl.Chat(vl.load(tiny_model))
     chat.add(video, sampling=FrameSampling(num_frames=2, start=4.0, end=6.0), audio=False)

@@ -165,6 +165,7 @@ def test_beam_search_equals_a_reference_implementation(
     assert answer(llama, prompt, max_new_tokens=14, num_beams=beams, eos=eos, **options) == [expected]
 
 
+@pytest.mark.slow
 def test_beam_search_of_a_batch_gives_what_each_prompt_gives_alone(llama):
     prompts = [make_prompt(9, 4, seed=1), make_prompt(30, 2, seed=2), make_prompt(17, 0, seed=3)]
     eos = answer(llama, prompts[0], max_new_tokens=8)[0][6]

@@ -47,6 +47,7 @@ def test_defaults_are_the_originals_except_for_greedy_decoding():
     assert (config.temperature, config.num_beams, config.length_penalty, config.repetition_penalty) == (0, 1, 1, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("live", "best"), [(-3.9, -0.975), (-4.1, -1.0)])
 def test_length_penalty_of_a_live_beam_counts_the_dummy_bos(live, best):
     """Like a finished hypothesis: its tokens and the dummy BOS (reference: transformers 4.28, BeamHypotheses)."""

@@ -130,6 +130,7 @@ def test_unusable_files_of_requests_are_one_line(tmp_path, capsys):
     assert "--devices 9, but there are 8 devices" in expect_error(capsys, *arguments)
 
 
+@pytest.mark.slow
 def test_a_stopped_job_resumes_without_lost_or_doubled_answers(answered, tmp_path, monkeypatch):
     (tmp_path / "in.jsonl").write_bytes((answered / "in.jsonl").read_bytes())
     added, count = JsonLinesFile.add, iter(range(99))

@@ -170,6 +170,7 @@ def test_a_corrupt_index_is_not_used(folder):
         assert mp4_index.read_sample_table(str(path), 0) is None
 
 
+@pytest.mark.slow
 def test_few_packets_of_a_long_mp4_are_read(folder, minute, monkeypatch):
     """The number of packets depends on the distance of key frames and on the clips, not on the length."""
     twice = write_video(folder / "two_minutes.mp4", 120 * FPS, waveform=tone(120, 16000))

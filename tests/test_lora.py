@@ -49,6 +49,7 @@ def test_an_initial_update_changes_nothing(llama):
     np.testing.assert_array_equal(hidden(llama), before)
 
 
+@pytest.mark.slow
 def test_merged_equals_unmerged(llama):
     before = hidden(llama)
     add_lora(llama, ALL, rngs=nnx.Rngs(0))

@@ -27,7 +27,6 @@ from vllama_jax.media import (
     MediaFile,
     VideoArrays,
     open_source,
-    read_kind_and_duration,
     read_media,
     read_segments,
     sources,
@@ -367,11 +366,11 @@ def test_segments_of_every_source(frames_folder, clip):
         found = list(read_segments(source, sampling, size=16))
         assert [span for span, _ in found] == [(0, 2), (2, 4), (4, 6)]
         assert [media.timestamps.tolist() for _, media in found] == [[0, 1], [2, 3], [4, 5]]
-        assert read_kind_and_duration(source) == ("video", 6.0)
+        assert read_header(source) == ("video", isinstance(source, VideoArrays), 6.0)
     audio = AudioArrays(wave, 16000)
     found = list(read_segments(audio, sampling))
     np.testing.assert_array_equal(np.concatenate([media.waveform for _, media in found], axis=1), wave)
-    assert read_kind_and_duration(audio) == ("audio", 6.0)
+    assert read_header(audio) == ("audio", True, 6.0)
     expected = list(read_segments(clip, sampling))
     for source in (clip.read_bytes(), io.BytesIO(clip.read_bytes())):
         for (span, media), (expected_span, expected_media) in zip(

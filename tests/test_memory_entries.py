@@ -88,7 +88,7 @@ def test_chat_entries_of_cache_and_temporaries():
         )
         for n in (1, 16)
     )
-    cache = 512 * 32 * 2 * 4096 * 2  # 128 positions and 320 new tokens, padded to 512; keys and values in bfloat16
+    cache = 448 * 32 * 2 * 4096 * 2  # 128 positions and 320 new tokens; keys and values in bfloat16
     assert (one.device["KV cache"], one.device["activations"]) == (cache, 2 * LARGEST - cache)
     assert (beams.device["KV cache"], beams.device["activations"]) == (16 * cache, 16 * cache)
 

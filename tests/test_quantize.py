@@ -143,6 +143,7 @@ def test_quantizing_while_loading_equals_stored_quantized(tiny_model, stored, sc
     assert at_load["llama/embedding"].dtype.name == at_load["vit/blocks/mlp/up/bias"].dtype.name == dtype
 
 
+@pytest.mark.slow
 def test_only_listed_kernels_are_quantized(tiny_model, stored):
     """The kernels of the table and nothing else, with the bytes of 8 and 4 bits."""
     before = open_model(tiny_model).manifest["leaves"]

@@ -53,6 +53,7 @@ def test_segments_of_audio(tmp_path):
         np.testing.assert_array_equal(segment.waveform, full[:, round(16000 * start) : round(16000 * end)])
 
 
+@pytest.mark.slow
 def test_the_prompt_has_the_time_range_of_each_segment(model, video):
     chat = vl.Chat(model)
     report = chat.add(video, sampling=FrameSampling(num_frames=2, segments=4))
@@ -116,6 +117,7 @@ def test_too_many_segments_are_an_error_before_anything_is_read(model, video, mo
     assert chat._conversation.turns[-1].media == ()
 
 
+@pytest.mark.slow
 def test_the_largest_number_of_segments_can_be_asked_about(model, video):
     chat = vl.Chat(model)
     with pytest.raises(vl.ConfigError) as caught:
@@ -140,6 +142,7 @@ def test_placeholders_of_segments_are_in_the_order_of_their_tokens():
     assert dataclasses.replace(media, segments=()).placeholders == ("video",)
 
 
+@pytest.mark.slow
 def test_the_command_reads_segments(tiny_model, video, capsys):
     options = ["--model", str(tiny_model), "--max-new-tokens", "4", "--json", "--num-frames", "2"]
     cli.main(["chat", str(video), "What?", *options, "--segments", "2"])

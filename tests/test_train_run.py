@@ -193,6 +193,7 @@ def test_a_corrupt_checkpoint_is_renamed_and_the_previous_one_restored(
     assert_same_run(run, stage1)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_device")
 def test_without_a_readable_checkpoint_nothing_is_changed(tiny_model, image_records, stage1, tmp_path):
     run = shutil.copytree(stage1, tmp_path / "run")

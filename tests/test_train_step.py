@@ -158,6 +158,7 @@ def test_a_row_without_labels_changes_nothing(trainer):
     assert trainer(other) == metrics
 
 
+@pytest.mark.slow
 def test_a_batch_without_any_label_gives_zero(trainer):
     batch = batch_of("vision")
     batch["targets"][:] = -1

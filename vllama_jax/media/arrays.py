@@ -112,6 +112,7 @@ def read_video_arrays(
         sample_rate=used.sample_rate if used else None,
         report=MediaReport(arrays.name, "video", len(frames), duration, state),
         mel=used.mel if used else None,
+        audio_duration=used.report.duration if used else None,
     )
 
 
