@@ -68,6 +68,7 @@ def test_streamed_text_joins_to_the_answer_and_options_apply(model, clip):
     assert set(chat.last.timings) == {"first_text", "answer"}
 
 
+@pytest.mark.slow
 def test_an_abandoned_answer_is_not_in_the_history(model, clip):
     chat = vl.Chat(model)
     chat.add(clip)
@@ -255,6 +256,7 @@ def test_chats_in_threads_equal_chats_in_one_thread(model, image_file):
     assert len(set(alone)) > 20, "all alike, so that nothing is compared"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "use",
     [

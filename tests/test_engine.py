@@ -131,6 +131,7 @@ def test_log_probabilities_are_those_of_the_model(llama, log_probabilities):
         np.testing.assert_allclose([value for _, value in top], expected[best], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_no_ngram_of_an_answer_repeats(llama, log_probabilities, size):
     prompt, tokens = make_prompt(seed=6), []

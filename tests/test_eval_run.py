@@ -135,6 +135,7 @@ def test_a_finished_run_loads_nothing(finished, tiny_model, clips, monkeypatch, 
     cli.main(flags(tiny_model, clips, finished))
 
 
+@pytest.mark.slow
 def test_an_output_of_other_settings_is_refused(finished, tiny_model, clips, capsys, tmp_path):
     message = expect_error(capsys, *flags(tiny_model, clips, finished, "--no-audio"))
     assert "has answers of another evaluation (audio was True, now False); use the same options, or choose" in message

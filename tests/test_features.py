@@ -186,6 +186,7 @@ def test_validation_clips_need_the_encoders(cached_features, clip):
     assert "vit/positions" in setup.plan_run(with_features(config, out)).abstract_model.variables
 
 
+@pytest.mark.slow
 def test_a_cache_has_the_outputs_of_the_encoders(cached_features):
     config, out = cached_features
     (folder,) = out.iterdir()

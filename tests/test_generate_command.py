@@ -60,6 +60,7 @@ def answered(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_answers_are_in_the_order_of_the_requests_and_equal_a_chats(answered):
     lines = read(answered / "out.jsonl")
     assert [line["id"] for line in lines] == ["a", 2, 3, 4, 5, 6, "z", 8, 10]
@@ -79,6 +80,7 @@ def test_answers_are_in_the_order_of_the_requests_and_equal_a_chats(answered):
     assert sum(line.get("prefill_tokens", 0) for line in lines[:4]) < 2 * lines[0]["prefill_tokens"]
 
 
+@pytest.mark.slow
 def test_a_request_without_an_answer_has_its_error(answered):
     errors = {line["id"]: line["error"] for line in read(answered / "out.jsonl") if "error" in line}
     assert list(errors) == [4, 8, 10]

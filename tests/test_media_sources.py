@@ -27,6 +27,7 @@ from vllama_jax.media import (
     MediaFile,
     VideoArrays,
     open_source,
+    read_header,
     read_media,
     read_segments,
     sources,
@@ -486,6 +487,7 @@ def test_a_model_takes_every_source(clip, frames_folder):
         prepare_media("https://media.example/a.mp4", config)
 
 
+@pytest.mark.slow
 def test_a_chat_about_a_directory_of_images_in_a_real_process(tiny_model, frames_folder):
     argv = [
         "chat",

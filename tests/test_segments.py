@@ -71,6 +71,7 @@ def test_the_prompt_has_the_time_range_of_each_segment(model, video):
     assert "".join(chat.ask("What?", max_new_tokens=4)) == chat.last.answer
 
 
+@pytest.mark.slow
 def test_tokens_of_segments_are_those_of_their_windows(model, video):
     chat = vl.Chat(model)
     chat.add(video, sampling=FrameSampling(num_frames=2, segments=4))

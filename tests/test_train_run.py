@@ -256,6 +256,7 @@ def test_a_full_disk_while_saving(tiny_model, image_records, tmp_path, on_error)
     assert not list(run.glob("*tmp*"))
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_metrics_of_the_run(stage1):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -244,6 +244,7 @@ def test_gradients_are_clipped_to_a_norm_when_asked(trainer):
     assert mean_square(clipped) / mean_square(free) == pytest.approx((1e-3 / norm) ** 2, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_only_trainable_parameters_have_state_and_change(trainer):
     assert all(re.match("video_qformer/|frame_positions|llama_proj/", path) for path in trainer.trainable_paths)
     frozen = {path: np.asarray(value).copy() for path, value in trainer.frozen.items()}
