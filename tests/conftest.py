@@ -29,7 +29,14 @@ os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # for the commands that test
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Run the longest files first, so that no worker starts one when the others have finished."""
-    items.sort(key=lambda item: item.path.name not in ("test_train_run.py", "test_train_step.py", "test_verify.py"))
+    longest = (
+        "test_miniature_recipe.py",
+        "test_train_run.py",
+        "test_quantize.py",
+        "test_store_s3.py",
+        "test_train_step.py",
+    )
+    items.sort(key=lambda item: longest.index(item.path.name) if item.path.name in longest else len(longest))
 
 
 @pytest.fixture(scope="session", autouse=True)
