@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -193,10 +194,33 @@ def test_an_interrupt_ends_a_background_job_of_a_script():
 
 
 def test_signal_handlers_are_restored():
-    before = signal.getsignal(signal.SIGINT), sys.unraisablehook
+    def handlers() -> tuple:
+        return signal.getsignal(signal.SIGINT), sys.unraisablehook, sys.excepthook, threading.excepthook
+
+    before = handlers()
     with exit_on_interrupt():
-        assert signal.getsignal(signal.SIGINT) is not before[0]
-    assert (signal.getsignal(signal.SIGINT), sys.unraisablehook) == before
+        assert not any(one is other for one, other in zip(handlers(), before, strict=True))
+    assert handlers() == before
+
+
+def test_errors_of_threads_are_reported_until_ctrl_c():
+    """Then they fail because the main thread has ended its work."""
+    body = (
+        "import time\nimport threading\nimport os\n"
+        "def fail(seconds, text): time.sleep(seconds); raise RuntimeError(text)\n"
+        "threading.Thread(target=fail, args=(0, 'first')).start()\ntime.sleep(0.3)\nprint('ready', flush=True)\n"
+        "try: time.sleep(100)\n"
+        "except KeyboardInterrupt:\n    threading.Thread(target=fail, args=(0, 'second')).start()\n"
+        "    time.sleep(0.3); sys.excepthook(RuntimeError, RuntimeError('third'), None)"
+    )
+    with started(body, grace=5) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
+        assert process.returncode == 130
+    assert "first" in errors
+    assert "second" not in errors
+    assert "third" not in errors
 
 
 @SLOW

@@ -49,8 +49,10 @@ def exit_on_interrupt(until_exit: bool = False) -> Iterator[None]:
     _received.clear()
     with _watch_signals(_make_watcher()):
         previous_handler = signal.signal(signal.SIGINT, _interrupt)
-        previous_hook = sys.unraisablehook
-        sys.unraisablehook = functools.partial(_report_unraisable, previous_hook)
+        previous_hooks = sys.unraisablehook, sys.excepthook, threading.excepthook
+        sys.unraisablehook, sys.excepthook, threading.excepthook = (
+            functools.partial(_report_unless_interrupted, hook) for hook in previous_hooks
+        )
         try:
             yield
         except SystemExit as end:
@@ -63,7 +65,7 @@ def exit_on_interrupt(until_exit: bool = False) -> Iterator[None]:
                 with contextlib.suppress(OSError, ValueError):  # the reader of the pipe has exited
                     sys.stdout.flush()
                 exit_now()  # sys.exit would wait for threads, and crash in those that still run native code
-            sys.unraisablehook = previous_hook
+            sys.unraisablehook, sys.excepthook, threading.excepthook = previous_hooks
             signal.signal(signal.SIGINT, _exit_on_signal if until_exit else previous_handler)
 
 
@@ -241,7 +243,10 @@ def _make_watcher() -> Callable[[int], None]:
     return on_signal
 
 
-def _report_unraisable(report: Callable[[Any], None], unraisable: "sys.UnraisableHookArgs") -> None:
-    """Report an unraisable exception, except for KeyboardInterrupt, which `_watch_signals` handles."""
-    if not issubclass(unraisable.exc_type, KeyboardInterrupt):
-        report(unraisable)
+def _report_unless_interrupted(report: Callable[..., object], *error: Any) -> None:
+    """Call a hook for an exception that nothing catches, unless Ctrl-C ends the command.
+
+    Then threads fail because the work of the main thread has ended: those of TensorStore, whose event loop is closed.
+    """
+    if not _received.is_set() or _deferred.is_set():
+        report(*error)
