@@ -7,6 +7,7 @@ of an engine (`generate.Engine`), or of one for each device.
 import collections
 import concurrent.futures
 import dataclasses
+import itertools
 import os
 import queue
 import threading
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllama_jax.chat import PreparedMedia, embed_prompt, encode_media
+from vllama_jax.chat import PreparedMedia, embed_prompt, encode_media, make_engine, search_beams
 from vllama_jax.config import GREEDY, GenerationConfig
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.text import prompts
@@ -169,10 +170,10 @@ class _FileReader:
                 return self._given_back.pop()
             if not self._groups:
                 return None
-            ahead = [file for files, _ in list(self._groups)[: 1 + self._ahead] for file in files]
-            for file in ahead:
-                if file not in self._futures:
-                    self._futures[file] = self._pool.submit(self._read_or_explain, file)
+            for files, _ in itertools.islice(self._groups, 1 + self._ahead):
+                for file in files:
+                    if file not in self._futures:
+                        self._futures[file] = self._pool.submit(self._read_or_explain, file)
             files, questions = self._groups.popleft()
             futures = [self._futures[file] for file in files]
             for file in set(files):
@@ -215,19 +216,11 @@ class _Answerer:
     """Answers questions with one model."""
 
     def __init__(self, model: "Model", options: AnsweringOptions):
-        from vllama_jax import generate
-
         self._model = model
         name, tokenizer = options.template or model.config.template, model.tokenizer
         self._start = prompts.start_conversation(name, model.config.has_audio, options.system)
         prompts.check_special_tokens(self._start.template, tokenizer, name)
-        self._engine = generate.Engine(
-            model.network.llama,
-            rows=options.rows,
-            bos=tokenizer.bos_id,
-            eos=tokenizer.eos_ids,
-            int8_cache=options.int8_cache,
-        )
+        self._engine = make_engine(model, options.rows, int8_cache=options.int8_cache)
         self._int8_cache, self._rows = options.int8_cache, options.rows
         self._pending: dict[generate.Generation, _Pending] = {}
         self._encoded: dict[Hashable, list[jax.Array]] = {}
@@ -296,30 +289,15 @@ class _Answerer:
         text = prompts.render(conversation)
         text += template.answer_prefix + question.answer_start if question.answer_start else ""
         if config.num_beams > 1:
-            return _Pending(question, media, text, [self._search_beams(requests[0])] * question.count)
+            return _Pending(
+                question,
+                media,
+                text,
+                [search_beams(self._model, requests[0], int8_cache=self._int8_cache)] * question.count,
+            )
         pending = _Pending(question, media, text, [self._engine.add(request) for request in requests])
         self._pending |= dict.fromkeys(pending.generations, pending)
         return pending
-
-    def _search_beams(self, request: "generate.Request") -> "generate.Generation":
-        from vllama_jax import generate
-
-        tokenizer = self._model.tokenizer
-        ((tokens,),) = generate.generate(
-            self._model.network.llama,
-            [request.prompt],
-            request.config,
-            bos=tokenizer.bos_id,
-            eos=tokenizer.eos_ids,
-            stops=request.stops,
-            int8_cache=self._int8_cache,
-        )
-        return generate.Generation(
-            request=request,
-            tokens=tokens,
-            prefill_tokens=len(request.prompt),
-            finish_reason="length" if len(tokens) == request.config.max_new_tokens else "stop",
-        )
 
     def _finish(self, pending: _Pending) -> AnsweredQuestion:
         question, tokenizer = pending.question, self._model.tokenizer

@@ -51,6 +51,12 @@ class PreparedMedia:
     clip_starts: tuple[float, ...] = ()
 
     @property
+    def arrays(self) -> dict[str, np.ndarray]:
+        """The arrays that the file has, by name: that of the audio precedes that of the frames, as in a prompt."""
+        arrays = {"mel": self.mel, "frames": self.frames}
+        return {name: array for name, array in arrays.items() if array is not None}
+
+    @property
     def prompt_media(self) -> prompts.Media:
         """The description of the file for a prompt."""
         return prompts.Media(self.report.kind, self.mel is not None and self.frames is not None, self.seconds)
@@ -210,8 +216,7 @@ def encode_media(
     """
     import jax.numpy as jnp
 
-    candidates = {"mel": prepared.mel, "frames": prepared.frames}
-    arrays = {name: array for name, array in candidates.items() if array is not None}
+    arrays = prepared.arrays
     branches = [branch for name in arrays for branch in network.branches if branch.prompt_array == name]
 
     def encode(branch: Branch) -> "jax.Array":
@@ -253,6 +258,22 @@ def embed_prompt(
     generate.check_context_length(len(encoded.ids), max_new_tokens, cfg)
     media_tokens = [np.asarray(tokens) for tokens in media] or [np.zeros((0, cfg.width), np.float32)]
     return generate.EmbeddedPrompt(encoded.ids, encoded.is_media, np.concatenate(media_tokens))
+
+
+def make_engine(model: "Model", rows: int, *, int8_cache: bool = False) -> "generate.Engine":
+    """Create an engine for a model that decodes this number of answers at a time."""
+    from vllama_jax import generate
+
+    llama, tokenizer = model.network.llama, model.tokenizer
+    return generate.Engine(llama, rows=rows, bos=tokenizer.bos_id, eos=tokenizer.eos_ids, int8_cache=int8_cache)
+
+
+def search_beams(model: "Model", request: "generate.Request", *, int8_cache: bool = False) -> "generate.Generation":
+    """Answer a request with beam search."""
+    from vllama_jax import generate
+
+    llama, tokenizer = model.network.llama, model.tokenizer
+    return generate.search_beams(llama, request, bos=tokenizer.bos_id, eos=tokenizer.eos_ids, int8_cache=int8_cache)
 
 
 class Chat:
@@ -472,23 +493,11 @@ class Chat:
 
     def _generate(self, request: "generate.Request") -> "tuple[generate.Generation, Generator[list[int]]]":
         """Return the answer to a request, and a generator of its new tokens, which extends it."""
-        from vllama_jax import generate
-
-        llama, tokenizer = self.model.network.llama, self.model.tokenizer
-        special: dict[str, Any] = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_ids, "int8_cache": self._int8_cache}
         if request.config.num_beams > 1:
-            generation = generate.Generation(request=request, prefill_tokens=len(request.prompt))
-
-            def search_beams() -> Generator[list[int]]:
-                for (tokens,) in generate.generate(
-                    llama, [request.prompt], request.config, stops=request.stops, **special
-                ):
-                    generation.tokens += tokens
-                    yield tokens
-
-            return generation, search_beams()
+            generation = search_beams(self.model, request, int8_cache=self._int8_cache)
+            return generation, (tokens for tokens in [generation.tokens])
         if self._engine is None:
-            self._engine = generate.Engine(llama, rows=1, **special)
+            self._engine = make_engine(self.model, rows=1, int8_cache=self._int8_cache)
         engine = self._engine
         generation = engine.add(request)
 

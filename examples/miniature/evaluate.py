@@ -19,8 +19,9 @@ import numpy as np
 from flax import nnx
 
 from vllama_jax import generate
+from vllama_jax.chat import make_engine
+from vllama_jax.config import GenerationConfig
 from vllama_jax.errors import ConfigError, suggest_name
-from vllama_jax.evaluate.answers import generate_greedily, make_engine
 from vllama_jax.miniature import audio_tower, holdout_files, texts
 from vllama_jax.miniature.holdout_files import EncodedFiles, FileSet, encode_files
 from vllama_jax.miniature.scene import Scene
@@ -211,9 +212,16 @@ def ask(model: Model, files: EncodedFiles, question: str) -> list[str]:
 
 
 def _ask_batch(model: Model, files: EncodedFiles, question: str) -> list[str]:
-    template = find_template(model.config.template)
+    template, tokenizer = find_template(model.config.template), model.tokenizer
+    config, stops = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS), prompts.stop_sequences(tokenizer, template)
     engine = make_engine(model, len(files.scenes))
-    return generate_greedily(engine, model, template, _make_prompts(model, files, question), MAX_NEW_TOKENS)
+    generations = [
+        engine.add(generate.Request(prompt=prompt, config=config, stops=stops))
+        for prompt in _make_prompts(model, files, question)
+    ]
+    while engine.is_busy:
+        engine.step()
+    return [prompts.decode_answer(tokenizer, template, generation.tokens) for generation in generations]
 
 
 def _make_prompts(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllama_jax.aot.costs import Costs, analyze
 from vllama_jax.aot.hlo import parse_hlo
-from vllama_jax.aot.programs import Program, TrainStep, abstract_train_run, chunk_length, compile_for
+from vllama_jax.aot.programs import Program, TrainStep, abstract_train_run, compile_for
 from vllama_jax.aot.report import ProgramReport, time_fields
 from vllama_jax.aot.topologies import Topology
 from vllama_jax.errors import ConfigError, VllamaError, format_error
@@ -142,6 +142,8 @@ def compile_program(program: Program, topology: Topology) -> ProgramReport:
     """Compile a program in this process and report its costs. Too little memory is a result, not an error."""
     import jax
 
+    from vllama_jax.generate.engine import chunk_length
+
     mesh = topology_mesh(program.mesh, topology)
     fields: dict[str, Any] = {
         "topology": topology.name,
@@ -198,6 +200,7 @@ def _costs(program: Program, text: str) -> Costs:
 def _model_flops(program: Program, mesh: "Mesh") -> float:
     """Compute the FLOPs of the model by arithmetic, on all chips together."""
     from vllama_jax.generate import padded_prompt_length
+    from vllama_jax.generate.engine import chunk_length
     from vllama_jax.memory.flops import forward_flops, step_flops
 
     if isinstance(program, TrainStep):

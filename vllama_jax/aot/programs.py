@@ -106,13 +106,6 @@ def compile_for(program: Program, mesh: "Mesh") -> "jax.stages.Compiled":
         return programs.jit_decode(platform).lower(llama, state, shape=shape).compile()
 
 
-def chunk_length(length: int) -> int:
-    """Return the padded number of tokens of a prompt that prefill processes at a time."""
-    from vllama_jax.generate.engine import CHUNK_LENGTHS
-
-    return next((size for size in CHUNK_LENGTHS if size >= length), CHUNK_LENGTHS[-1])
-
-
 def _state_shape(program: Generation) -> "StateShape":
     from vllama_jax.generate.engine import shape_for
 
@@ -150,6 +143,7 @@ def _abstract_beams(program: Generation, state: "DecodingState", mesh: "Mesh") -
 def _abstract_chunk(program: Generation, mesh: "Mesh") -> "Chunk":
     import numpy as np
 
+    from vllama_jax.generate.engine import chunk_length
     from vllama_jax.generate.programs import Chunk
 
     length = chunk_length(program.length)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllama_jax.branches import BRANCHES
-from vllama_jax.chat import PreparedMedia, check_num_frames, prepare_media
+from vllama_jax.chat import check_num_frames, prepare_media
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.embed.outputs import FEATURES, Feature, Output, select_outputs
@@ -174,16 +174,12 @@ def _read_file(
         prepared = prepare_media(file, config, num_frames=options.num_frames, audio=options.audio)
     except MediaError as error:
         return FileFeatures(name, error=str(error)), {}
-    arrays = _list_arrays(prepared, {output.array for output in outputs})
+    wanted = {output.array for output in outputs}
+    arrays = {name: array for name, array in prepared.arrays.items() if name in wanted}
     if not arrays:
         features = ", ".join(dict.fromkeys(output.feature for output in outputs))
         return FileFeatures(name, error=f"{name}: only audio, which has no {features}; choose other features"), {}
     return FileFeatures(name, prepared.report, "", prepared.seconds, prepared.clip_starts), arrays
-
-
-def _list_arrays(prepared: PreparedMedia, wanted: set[str]) -> dict[str, np.ndarray]:
-    candidates = {"frames": prepared.frames, "mel": prepared.mel}
-    return {name: array for name, array in candidates.items() if array is not None and name in wanted}
 
 
 def _make_batches(decoded: Iterable[_Decoded], size: int) -> Iterator[list[_Decoded]]:

@@ -13,11 +13,10 @@ import xxhash
 from vllama_jax.answering import AnsweredQuestion, AnsweringOptions, FileQuestion, answer_questions
 from vllama_jax.chat import PreparedMedia, prepare_media
 from vllama_jax.checkpoints.directory import ModelDirectory
-from vllama_jax.config import GenerationConfig, VideoLlamaConfig
+from vllama_jax.config import GenerationConfig, VideoLlamaConfig, describe_changes
 from vllama_jax.errors import ConfigError, DataError
 from vllama_jax.evaluate.request_file import FileRequest, InvalidRequest, read_requests
 from vllama_jax.io.atomic import check_absent, ensure_directory, lock_directory, replace_file, replace_json
-from vllama_jax.io.json_fields import format_value
 from vllama_jax.io.json_files import read_object
 from vllama_jax.io.jsonl import JsonLinesFile
 
@@ -162,7 +161,8 @@ def _check_same_job(partial: Path, job: AnswerFileJob) -> None:
         "requests": xxhash.xxh3_128_hexdigest(job.requests.read_bytes()),
         "model": job.directory.digest,
         **job.weights,
-        "generation": dataclasses.asdict(job.generation) | {"stop": list(job.generation.stop)},
+        **dataclasses.asdict(job.generation),
+        "stop": list(job.generation.stop),
         "template": job.options.template,
         "system": job.options.system,
         "int8_cache": job.options.int8_cache,
@@ -170,12 +170,10 @@ def _check_same_job(partial: Path, job: AnswerFileJob) -> None:
     }
     file = partial / "job.json"
     if file.exists():
-        saved = read_object(file, DataError, f"remove {partial}")
-        changed = [name for name in identity if saved.get(name) != identity[name]]
-        if changed:
+        if changed := describe_changes(read_object(file, DataError, f"remove {partial}"), identity):
+            differences = ", ".join(changed[:3])
             raise ConfigError(
-                f"{partial}: has answers of another job ({changed[0]} differs: "
-                f"{format_value(saved.get(changed[0]))}); use the same options, or remove it"
+                f"{partial}: has answers of another job ({differences}); use the same options, or remove it"
             )
     else:
         with contextlib.suppress(FileNotFoundError):

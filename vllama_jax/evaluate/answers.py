@@ -14,11 +14,8 @@ from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.evaluate.questions import Question
 from vllama_jax.media import Audio, Image, Video
-from vllama_jax.text import prompts
-from vllama_jax.text.templates import ChatTemplate
 
 if TYPE_CHECKING:
-    from vllama_jax import generate
     from vllama_jax.model import Model
 
 ClipKey = tuple[Path, float | None, float | None, float | None]  # file or directory, start, end, frames per second
@@ -138,41 +135,3 @@ def _make_answer_line(item: QuestionWithVideo, prepared: PreparedMedia, prompt: 
         "choices": question.choices,
     }
     return line | ({} if question.start is None else {"start": question.start, "end": question.end})
-
-
-def generate_greedily(
-    engine: "generate.Engine",
-    model: "Model",
-    template: ChatTemplate,
-    embedded_prompts: "list[generate.EmbeddedPrompt]",
-    max_new_tokens: int,
-) -> list[str]:
-    """Answer prompts with greedy decoding.
-
-    Args:
-        engine: The engine, with the model's language model.
-        model: The model.
-        template: The prompt template, for its stop sequences.
-        embedded_prompts: The prompts.
-        max_new_tokens: The maximum length of an answer, in tokens.
-
-    Returns:
-        An answer for each prompt.
-    """
-    from vllama_jax import generate
-
-    config, stops = GenerationConfig(max_new_tokens=max_new_tokens), prompts.stop_sequences(model.tokenizer, template)
-    generations = [
-        engine.add(generate.Request(prompt=prompt, config=config, stops=stops)) for prompt in embedded_prompts
-    ]
-    while engine.is_busy:
-        engine.step()
-    return [prompts.decode_answer(model.tokenizer, template, generation.tokens) for generation in generations]
-
-
-def make_engine(model: "Model", rows: int) -> "generate.Engine":
-    """Create an engine for a model that decodes this number of answers at a time."""
-    from vllama_jax import generate
-
-    tokenizer = model.tokenizer
-    return generate.Engine(model.network.llama, rows=rows, bos=tokenizer.bos_id, eos=tokenizer.eos_ids)

@@ -22,6 +22,7 @@ __all__ = [
     "check_context_length",
     "generate",
     "padded_prompt_length",
+    "search_beams",
 ]
 
 
@@ -76,3 +77,18 @@ def generate(
         before = [len(generation.tokens) for generation in generations]
         if engine.step():
             yield [generation.tokens[start:] for generation, start in zip(generations, before, strict=True)]
+
+
+def search_beams(
+    llama: Llama, request: Request, *, bos: int | None, eos: Sequence[int], int8_cache: bool = False
+) -> Generation:
+    """Answer a request with beam search, which has no log-probabilities. See `generate`."""
+    ((tokens,),) = generate(
+        llama, [request.prompt], request.config, bos=bos, eos=eos, stops=request.stops, int8_cache=int8_cache
+    )
+    return Generation(
+        request=request,
+        tokens=tokens,
+        prefill_tokens=len(request.prompt),
+        finish_reason="length" if len(tokens) == request.config.max_new_tokens else "stop",
+    )

@@ -15,6 +15,7 @@ from vllama_jax.config import GenerationConfig
 from vllama_jax.generate.choose import (
     NO_TOKEN,
     Rows,
+    check_stop_sequences,
     constrain_scores,
     ends_with_stop_sequence,
     is_any_of,
@@ -97,7 +98,11 @@ def generate_with_beams(
         eos: The tokens that end a hypothesis.
         stops: Token sequences that end the search of a prompt when its best beam ends with one.
         cache_dtype: The dtype of the KV cache.
+
+    Raises:
+        ConfigError: A stop sequence is empty or has a negative id.
     """
+    check_stop_sequences(stops)
     mesh, platform = get_mesh(llama), get_platform(llama)
     shape = shape_for(max(map(len, prompts)), config.max_new_tokens)
     settings = make_settings(config, eos, stops, stop_table_shape(stops))

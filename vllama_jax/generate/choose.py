@@ -99,9 +99,6 @@ def make_settings(
         eos: The tokens that end an answer.
         stops: Other token sequences that end it.
         table_shape: The least shape of the table of stop sequences.
-
-    Raises:
-        ConfigError: A stop sequence is empty or has a negative id.
     """
     options: dict[str, Any] = {
         "max_new_tokens": np.array([config.max_new_tokens], np.int32),
@@ -119,6 +116,12 @@ def make_settings(
     return RowSettings(**options)
 
 
+def check_stop_sequences(stops: Sequence[Sequence[int]]) -> None:
+    """Raise ConfigError if a stop sequence is empty or has a negative id."""
+    if invalid := [list(stop) for stop in stops if not stop or min(stop) < 0]:
+        raise ConfigError(f"a stop sequence must have at least one token id, and no negative ones; not {invalid[0]}")
+
+
 def stop_table_shape(stops: Sequence[Sequence[int]]) -> tuple[int, int]:
     """Return the number and the length of stop sequences, padded so that few programs are compiled."""
     number, length = (
@@ -130,8 +133,6 @@ def stop_table_shape(stops: Sequence[Sequence[int]]) -> tuple[int, int]:
 
 def _stop_table(stops: Sequence[Sequence[int]], least: tuple[int, int]) -> Int[np.ndarray, "s l"]:
     """Return all stop sequences as one array, padded on the left."""
-    if invalid := [list(stop) for stop in stops if not stop or min(stop) < 0]:
-        raise ConfigError(f"a stop sequence must have at least one token id, and no negative ones; not {invalid[0]}")
     rows, length = (max(pair) for pair in zip(stop_table_shape(stops), least, strict=True))
     table = np.full((rows, length), NO_TOKEN, np.int32)
     for row, stop in zip(table, stops, strict=False):  # the remaining rows are padding

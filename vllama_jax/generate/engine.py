@@ -20,7 +20,7 @@ from jaxtyping import Int
 from vllama_jax.config import GenerationConfig
 from vllama_jax.errors import ConfigError
 from vllama_jax.generate import programs
-from vllama_jax.generate.choose import NO_TOKEN, make_settings, stop_table_shape
+from vllama_jax.generate.choose import NO_TOKEN, check_stop_sequences, make_settings, stop_table_shape
 from vllama_jax.generate.programs import Chunk, DecodingState, StateShape
 from vllama_jax.generate.prompt import EmbeddedPrompt, check_context_length, media_rows, padded_prompt_length
 from vllama_jax.nn.llama import Llama
@@ -74,17 +74,19 @@ class Generation:
 
 @dataclasses.dataclass(eq=False)
 class _Row:
-    """What a row holds: the tokens whose keys and values are valid, and the request that it answers."""
+    """What a row holds: the tokens whose keys and values are valid, and the request that it answers.
+
+    While it answers, `held` is the part of the prompt that was processed.
+    """
 
     number: int
     held: Int[np.ndarray, " n"]
     generation: Generation | None = None
-    computed: int = 0  # tokens of the prompt that were processed, of a request whose prefill has not ended
     last_use: int = 0
 
     @property
     def is_prefilling(self) -> bool:
-        return self.generation is not None and self.computed < len(self.generation.request.prompt)
+        return self.generation is not None and len(self.held) < len(self.generation.request.prompt)
 
 
 class Engine:
@@ -157,7 +159,7 @@ class Engine:
             raise ConfigError(f"a choice has {longest} tokens; at most {CHUNK_LENGTHS[-1] - 1} are possible")
         if not all(map(len, request.choices)):
             raise ConfigError("a choice is empty; it must have at least one token")
-        make_settings(request.config, self._eos, request.stops)  # check the stop sequences
+        check_stop_sequences(request.stops)
         generation = Generation(request=request)
         self._waiting.append(generation)
         return generation
@@ -171,7 +173,6 @@ class Engine:
             self._waiting.remove(generation)
         for row in self._rows:
             if row.generation is generation and self._state is not None:
-                row.held = row.held[: row.computed]
                 row.generation = None
                 with use_mesh(self._mesh):
                     self._state = programs.stop_row(self._state, row.number)
@@ -233,7 +234,7 @@ class Engine:
             if row is None:
                 return
             row.generation, row.last_use = self._waiting.popleft(), next(self._clock)
-            row.generation.prefill_tokens = len(request.prompt) - row.computed
+            row.generation.prefill_tokens = len(request.prompt) - len(row.held)
 
     def _choose_row(self, free: list[_Row], prompt: EmbeddedPrompt) -> _Row | None:
         """Choose a row for a prompt, and set what it holds to the tokens that the prompt continues.
@@ -261,20 +262,16 @@ class Engine:
             elif best is not row:
                 assert self._state is not None
                 self._state = programs.copy_row(self._state, best.number, row.number)
-        row.computed = shared[best.number]
-        row.held = prompt.identity[: row.computed]
+        row.held = prompt.identity[: shared[best.number]]
         return row
 
     def _prefill_chunk(self, row: _Row, generation: Generation) -> bool:
         """Process the next chunk of a row's prompt, and return whether it was the last."""
         assert self._state is not None
-        request, start = generation.request, row.computed
-        prompt = request.prompt
+        request, prompt = generation.request, generation.request.prompt
         end = len(prompt) - bool(request.choices)  # the choices are scored from the last token on
-        if start < end:
-            size = _chunk_length(end - start, self._shape.capacity - start)
-            stop = min(start + size, end)
-            chunk = _make_chunk(prompt, start, stop, size, row=row.number, position=start)
+        if len(row.held) < end:
+            stop, chunk = _next_chunk(prompt, len(row.held), end, row.number, self._shape.capacity)
             if stop < end:
                 self._state = programs.jit_extend(self._platform)(self._llama, self._state, chunk)
             else:
@@ -282,10 +279,10 @@ class Engine:
             if stop == len(prompt):
                 settings = make_settings(request.config, self._eos, request.stops, self._stop_table)
                 self._state = programs.start_answer(self._state, logits, row.number, settings, self._bos)
-            row.computed, row.held = stop, prompt.identity[:stop]
-        if row.computed == end and request.choices:
+            row.held = prompt.identity[:stop]
+        if len(row.held) == end and request.choices:
             self._score_choices(row, generation)
-        return row.computed == end
+        return len(row.held) == end
 
     def _score_choices(self, row: _Row, generation: Generation) -> None:
         """Compute the log-probability of each choice, and answer with the most probable one."""
@@ -300,8 +297,9 @@ class Engine:
                 is_media=np.append(last, np.zeros(len(choice), bool)),
                 media=prompt.media[len(prompt.media) - int(last.sum()) :],
             )
-            size = _chunk_length(len(continuation), self._shape.capacity - row.computed)
-            chunk = _make_chunk(continuation, 0, len(continuation), size, row=row.number, position=row.computed)
+            start = len(row.held)
+            size = chunk_length(len(continuation), self._shape.capacity - start)
+            chunk = _make_chunk(continuation, 0, len(continuation), size, row=row.number, position=start)
             score = programs.jit_score(self._platform)
             logprobs, end, self._state = score(self._llama, self._state, chunk, ends)
             generation.choice_logprobs.append(float(np.sum(jax.device_get(logprobs), dtype=np.float64) + end))
@@ -389,7 +387,7 @@ def _required_shape(request: Request) -> StateShape:
     if not request.choices:
         return shape_for(len(request.prompt), request.config.max_new_tokens)
     scored = max(map(len, request.choices)) + 1
-    return shape_for(len(request.prompt) + _chunk_length(scored, CHUNK_LENGTHS[-1]), 0)
+    return shape_for(len(request.prompt) + chunk_length(scored), 0)
 
 
 def _count_shared(held: Int[np.ndarray, " n"], prompt: Int[np.ndarray, " m"]) -> int:
@@ -399,7 +397,7 @@ def _count_shared(held: Int[np.ndarray, " n"], prompt: Int[np.ndarray, " m"]) ->
     return int(different[0]) if len(different) else length
 
 
-def _chunk_length(remaining: int, room: int) -> int:
+def chunk_length(remaining: int, room: int = CHUNK_LENGTHS[-1]) -> int:
     """Return the padded length of the next chunk: the shortest that holds what remains, within the room of the row."""
     possible = [length for length in CHUNK_LENGTHS if length <= room]
     return next((length for length in possible if length >= remaining), possible[-1])
@@ -409,11 +407,16 @@ def list_chunks(prompt: EmbeddedPrompt, row: int, room: int) -> list[Chunk]:
     """Divide a prompt into chunks for an empty row with room for so many tokens."""
     chunks, start = [], 0
     while start < len(prompt):
-        size = _chunk_length(len(prompt) - start, room - start)
-        stop = min(start + size, len(prompt))
-        chunks.append(_make_chunk(prompt, start, stop, size, row=row, position=start))
-        start = stop
+        start, chunk = _next_chunk(prompt, start, len(prompt), row, room)
+        chunks.append(chunk)
     return chunks
+
+
+def _next_chunk(prompt: EmbeddedPrompt, start: int, end: int, row: int, capacity: int) -> tuple[int, Chunk]:
+    """Return where the next chunk of a prompt ends, and the chunk, for the tokens from `start` to at most `end`."""
+    size = chunk_length(end - start, capacity - start)
+    stop = min(start + size, end)
+    return stop, _make_chunk(prompt, start, stop, size, row=row, position=start)
 
 
 def _make_chunk(prompt: EmbeddedPrompt, start: int, stop: int, size: int, *, row: int, position: int) -> Chunk:
