@@ -160,6 +160,18 @@ def test_a_stopped_job_resumes_without_lost_or_doubled_answers(answered, tmp_pat
 
 
 @pytest.mark.slow
+def test_options_that_do_not_fit_the_model_are_errors_of_their_request(tmp_path):
+    """Too many frames are found while a file is read or encoded; the other requests are answered."""
+    ask = {"media": CLIP, "question": QUESTIONS[0], "max_new_tokens": 3}
+    write(tmp_path / "in.jsonl", {**ask, "fps": 20}, {**ask, "num_frames": 40}, ask)
+    run(tmp_path, "--devices", 1)
+    rate, number, good = read(tmp_path / "out.jsonl")
+    assert "frame positions" in rate["error"]
+    assert "frame positions" in number["error"]
+    assert good["tokens"] == 3
+
+
+@pytest.mark.slow
 def test_several_devices_give_the_same_answers(answered, tmp_path):
     (tmp_path / "in.jsonl").write_bytes((answered / "in.jsonl").read_bytes())
     run(tmp_path, "--devices", 3, "--batch-size", 2)

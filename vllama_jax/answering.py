@@ -112,7 +112,8 @@ def answer_questions(
         A result for each question. Those about the same files follow each other, in the order of the first question.
 
     Raises:
-        VllamaError: `read` raised an error other than a `MediaError`, which concerns only the questions of a file.
+        VllamaError: `read` raised an error other than a `MediaError` or a `ConfigError`, which concern only the
+            questions about a file.
     """
     groups: dict[tuple[Hashable, ...], list[FileQuestion]] = {}
     for question in questions:
@@ -198,7 +199,7 @@ class _FileReader:
     def _read_or_explain(self, file: Hashable) -> PreparedMedia | str:
         try:
             return self._read(file)
-        except MediaError as error:
+        except (MediaError, ConfigError) as error:  # the file, or how it is to be sampled
             return str(error)
 
 

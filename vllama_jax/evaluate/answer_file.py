@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from vllama_jax.answering import AnsweredQuestion, AnsweringOptions, FileQuestion, answer_questions
-from vllama_jax.chat import PreparedMedia, prepare_media
+from vllama_jax.chat import PreparedMedia, check_num_frames, prepare_media
 from vllama_jax.checkpoints.directory import ModelDirectory
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig, describe_changes
 from vllama_jax.errors import ConfigError, DataError
@@ -126,6 +126,7 @@ def _answer(
 
 
 def _read_file(file: FileRequest, config: VideoLlamaConfig, *, audio: bool) -> PreparedMedia:
+    check_num_frames(config, "num_frames", file.sampling.num_frames, "use fewer frames")
     return prepare_media(file.path, config, sampling=file.sampling, audio=audio)
 
 
