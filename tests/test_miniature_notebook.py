@@ -1,17 +1,15 @@
-"""The miniature's notebook: attention weights, figures, and a run of the full notebook."""
+"""The miniature's notebook: figures, and a run of the full notebook."""
 
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.figure import Figure
-from networks import random_network
 
 from vllama_jax.config import tiny
 from vllama_jax.errors import DataError
-from vllama_jax.miniature import attention, figures
+from vllama_jax.miniature import attention_plots, figures
 from vllama_jax.miniature.evaluate import measure
 
 NOTEBOOK = Path(__file__).parents[1] / "examples" / "miniature.ipynb"
@@ -20,121 +18,21 @@ FRAMES, CLIPS = 3, 2
 
 
 @pytest.fixture(scope="module")
-def network():
-    return random_network(CONFIG)
-
-
-@pytest.fixture(scope="module")
-def frames() -> np.ndarray:
-    return np.random.default_rng(0).standard_normal((FRAMES, 224, 224, 3), np.float32)
-
-
-@pytest.fixture(scope="module")
 def mel() -> np.ndarray:
     return np.random.default_rng(1).standard_normal((CLIPS, 128, 204), np.float32)
-
-
-def assert_close(actual, expected):
-    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
-
-
-def memory_of(network, component, frames, mel):
-    """Return the input of the cross-attention of a Q-Former."""
-    if component == "image_qformer":
-        return network.ln_vision(network.vit(frames))
-    if component == "video_qformer":
-        return network.add_frame_positions(network.encode_frames(frames[None]))
-    return network.add_clip_positions(network.embed_audio(mel[None]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "component",
-    [
-        "video_qformer",
-        *(pytest.param(component, marks=pytest.mark.slow) for component in ("image_qformer", "audio_qformer")),
-    ],
-)
-def test_attention_weights_reproduce_the_qformer_output(network, frames, mel, component):
-    qformer, memory = getattr(network, component), memory_of(network, component, frames, mel)
-    read = list(attention.iterate_cross_attention(qformer, memory))
-    assert len(read) == getattr(CONFIG, component).depth // getattr(CONFIG, component).cross_attention_every
-    for layer, asked, weights in read:
-        assert_close(weights.sum(axis=-1), 1)
-        cross = layer.cross_attention
-        attended = jnp.einsum("bhqm,bmhk->bqhk", weights, cross.value(memory))
-        outputs = cross.norm(asked + cross.out(attended))
-        assert_close(outputs, cross(asked, memory))
-    x = layer.mlp_norm(outputs + layer.mlp(outputs))  # the last layer, before a plain layer
-    if qformer.plain_layers is not None:
-        x = attention.unstack_layer(qformer.plain_layers, len(read) - 1)(x, memory)
-    assert_close(x, qformer(memory))
-
-
-@pytest.mark.slow
-def test_attention_weights_reproduce_the_audio_tower_output(network, mel):
-    tower = network.imagebind.audio
-    weights = attention.audio_tower_attention(tower, mel)
-    patches = CONFIG.imagebind.audio.num_patches
-    assert weights.shape == (CLIPS, CONFIG.imagebind.audio.num_heads, patches + 2)
-    assert_close(weights.sum(axis=-1), 1)
-    x = tower.embed_inputs(mel)
-    for number in range(CONFIG.imagebind.audio.depth):
-        block = attention.unstack_layer(tower.blocks, number)
-        before, x = x, block(x)
-    value = block.attention.qkv(block.norm1(before))[:, :, 2]
-    extra = jnp.broadcast_to(block.attention.extra_value[...], (CLIPS, 1, *value.shape[2:]))
-    attended = jnp.einsum("bhm,bmhk->bhk", weights, jnp.concatenate([value, extra], axis=1))
-    outputs = before[:, :1] + block.attention.out(attended[:, None])
-    outputs = outputs + block.mlp(block.norm2(outputs))
-    assert_close(outputs, x[:, :1])
-    assert_close(tower.project_class_token(outputs), tower(mel))
-
-
-@pytest.mark.slow
-def test_attention_maps_have_the_layout_of_frames_patches_and_clips(network, frames, mel):
-    queries = CONFIG.image_qformer.num_queries
-    of_frames = attention.video_qformer_attention(network, frames[None])
-    assert of_frames.shape == (1, 2, 4, CONFIG.video_qformer.num_queries, FRAMES, queries)
-    assert_close(of_frames.sum(axis=(-2, -1)), 1)
-    of_patches = attention.image_qformer_attention(network, frames)
-    assert of_patches.shape == (FRAMES, 2, 4, queries, 16, 16)
-    assert (np.asarray(of_patches.sum(axis=(-2, -1))) < 1).all()
-    of_sounds = attention.audio_qformer_attention(network, network.embed_audio(mel[None]))
-    assert of_sounds.shape == (1, 2, 4, CONFIG.audio_qformer.num_queries, CLIPS)
-    assert_close(of_sounds.sum(axis=-1), 1)
-    image_maps = attention.attended_patches(network, frames)
-    assert_close(image_maps.sum(), (of_frames[0].mean((0, 1, 2)) * of_patches.mean((1, 2)).sum((-2, -1))).sum())
-    audio_maps = attention.attended_mel_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel)
-    assert audio_maps.shape == (CLIPS, *CONFIG.imagebind.audio.patch_grid)
-
-
-def test_attention_maps_have_the_layout_of_spectrogram_patches(network, frames, mel):
-    """Row by row, one frequency after the other, after the class token."""
-    weights = np.asarray(attention.audio_tower_attention(network.imagebind.audio, mel).mean(axis=1))
-    rows, columns = CONFIG.imagebind.audio.patch_grid
-    audio_maps = np.asarray(attention.attended_mel_patches(network.imagebind.audio, CONFIG.imagebind.audio, mel))
-    assert_close(audio_maps[1, 2, 5], weights[1, 1 + 2 * columns + 5])
-    assert (rows, columns) == (12, 19)
-    changed = mel.copy()
-    changed[:, 20:36, 50:66] += 5  # the patch of row 2 and column 5
-    before, after = (network.imagebind.audio.embed_inputs(given) for given in (mel, changed))
-    assert np.argmax(np.abs(after - before).sum(axis=(0, 2))) == 1 + 2 * columns + 5
-    bright = frames.copy()
-    bright[:, 14 * 3 : 14 * 4, 14 * 9 : 14 * 10] += 5
-    before, after = (network.vit.embed_inputs(given) for given in (frames, bright))
-    assert np.argmax(np.abs(after - before).sum(axis=(0, 2))) == 1 + 3 * 16 + 9
 
 
 @pytest.mark.slow
 def test_attention_is_drawn_without_a_display(tmp_path, mel):
     frames, weights = np.full((FRAMES, 64, 64, 3), 200, np.uint8), np.zeros((FRAMES, 8, 8))
     weights[0, :4] = 1 / 32
-    image_maps = attention.plot_over_frames(frames, weights)
-    audio_maps = attention.plot_over_mels(mel, np.random.default_rng(0).random((CLIPS, 12, 19)), CONFIG.imagebind.audio)
+    image_maps = attention_plots.plot_over_frames(frames, weights)
+    audio_maps = attention_plots.plot_over_mels(
+        mel, np.random.default_rng(0).random((CLIPS, 12, 19)), CONFIG.imagebind.audio
+    )
     bars = Figure()
     shares = bars.subplots()
-    attention.plot_attention_shares(shares, np.array([0.5, 0.25, 0.25]), "frame")
+    attention_plots.plot_attention_shares(shares, np.array([0.5, 0.25, 0.25]), "frame")
     for number, figure in enumerate((image_maps, audio_maps, bars)):
         figure.savefig(tmp_path / f"{number}.png")
     read, not_read = (axes.images[1].get_array()[..., 3] for axes in image_maps.axes[FRAMES : FRAMES + 2])

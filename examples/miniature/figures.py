@@ -201,7 +201,8 @@ def write_figures(out: Path, folder: Path) -> None:
     import vllama_jax as vl
     from vllama_jax.chat import prepare_media
     from vllama_jax.checkpoints.shipped import CLIPS, RESULTS
-    from vllama_jax.miniature import attention
+    from vllama_jax.miniature import attention_plots
+    from vllama_jax.nn import attention_maps
 
     seeds, model = read_results(RESULTS), vl.load("miniature")
     bell, two = (prepare_media(CLIPS / name, model.config) for name in ("bell.mp4", "two.mp4"))
@@ -215,11 +216,11 @@ def write_figures(out: Path, folder: Path) -> None:
         "scale": plot_scale_sweep(seeds),
         "noise": plot_noise_sweep(seeds),
         "losses": plot_losses(runs),
-        "frame_attention": attention.plot_over_frames(
-            frames, np.asarray(attention.attended_patches(model.network, bell.frames))
+        "frame_attention": attention_plots.plot_over_frames(
+            frames, np.asarray(attention_maps.attended_patches(model.network, bell.frames))
         ),
-        "audio_attention": attention.plot_over_mels(
-            ends, np.asarray(attention.attended_mel_patches(tower, cfg, ends)), cfg
+        "audio_attention": attention_plots.plot_over_mels(
+            ends, np.asarray(attention_maps.attended_mel_patches(tower, cfg, ends)), cfg
         ),
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -222,7 +222,7 @@ class Llama(nnx.Module):
         """Run all layers as `__call__` does, without the final norm."""
         n = x.shape[1]
         attention_mask = jnp.tril(jnp.ones((n, n), bool)) & mask[:, None, :]
-        cos, sin = self._compute_rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
+        cos, sin = self.compute_rotations(jnp.broadcast_to(jnp.arange(n), mask.shape))
 
         def step(block: Block, x: Array) -> Array:
             query, key, value = block.project_qkv(x, cos, sin)
@@ -253,7 +253,7 @@ class Llama(nnx.Module):
         start, (r, n) = cache.position, mask.shape
         before = jax.lax.dynamic_slice_in_dim(cache.valid, row, r)
         num_cached = jnp.sum(before, axis=1, keepdims=True)
-        cos, sin = self._compute_rotations(num_cached + jnp.cumsum(mask, axis=1) - 1)
+        cos, sin = self.compute_rotations(num_cached + jnp.cumsum(mask, axis=1) - 1)
         after = jax.lax.dynamic_update_slice(before, mask, (0, start))
         index = jnp.arange(cache.capacity) - start
         attention_mask = after[:, None] & ((index <= jnp.arange(n)[:, None]) | (index >= n))
@@ -302,8 +302,9 @@ class Llama(nnx.Module):
             rows.append([_layer(leaf, number, heads_first=heads_first) for number in range(self.cfg.depth)])
         self.blocks = nnx.List(jax.tree.unflatten(structure, layer) for layer in zip(*rows, strict=True))
 
-    def _compute_rotations(
+    def compute_rotations(
         self, positions: Int[Array, "b n"]
     ) -> tuple[Float[Array, "b n k/2"], Float[Array, "b n k/2"]]:
+        """Return the cosines and sines of the rotary angles of positions."""
         angles = positions[..., None].astype(jnp.float32) * rope_frequencies(self.cfg)
         return jnp.cos(angles), jnp.sin(angles)

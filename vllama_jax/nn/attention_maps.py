@@ -1,7 +1,7 @@
-"""Attention weights of the Q-Formers and of the audio tower of a loaded model, and plots of them.
+"""Attention weights of the Q-Formers, of the audio tower and of the language model.
 
-The functions are pure and run the modules of the network. Weights are softmax(query · key) of a layer, on the outputs
-of the layers before it. Shapes use the letters of nn/: b batch, q queries, h heads, m keys, t frames, s audio clips.
+Weights are softmax(query · key) of a layer, on the outputs of the layers before it. Shapes use the letters of nn/: b
+batch, q queries, h heads, m keys, t frames, s audio clips, n tokens, a those of an answer.
 
     model = vl.load("MODEL")
     frames = vl.media.normalize(vl.media.read_video("clip.mp4", size=64).frames)
@@ -15,31 +15,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, UInt8
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import ImageBindAudioConfig
+from vllama_jax.nn.attention import attend
 from vllama_jax.nn.imagebind import AudioTower
-from vllama_jax.nn.layers import run_blocks
+from vllama_jax.nn.layers import cast_like, run_blocks
+from vllama_jax.nn.llama import Llama
 from vllama_jax.nn.qformer import Layer, QFormer
 from vllama_jax.nn.video_llama import VideoLlama
 
 Stacked = TypeVar("Stacked", bound=nnx.Module)
 
 
-def attention_weights(query: Float[Array, "b q h k"], key: Float[Array, "b m h k"]) -> Float[Array, "b h q m"]:
+def attention_weights(
+    query: Float[Array, "b q h k"], key: Float[Array, "b m h k"], mask: Bool[Array, "q m"] | None = None
+) -> Float[Array, "b h q m"]:
     """Compute softmax(query · key / √k) over the keys.
 
     Args:
         query: [b, q, h, k].
         key: [b, m, h, k].
+        mask: True where a query attends to a key; None for all.
 
     Returns:
         Weights [b, h, q, m], which sum to 1 over m.
     """
     scores = jnp.einsum("bqhk,bmhk->bhqm", query, key, preferred_element_type=jnp.float32) * query.shape[-1] ** -0.5
-    return jax.nn.softmax(scores, axis=-1)
+    return jax.nn.softmax(scores if mask is None else jnp.where(mask, scores, -jnp.inf), axis=-1)
 
 
 def iterate_cross_attention(
@@ -182,108 +185,62 @@ def attended_mel_patches(
     return weights[:, 1:-1].reshape(len(mel), *cfg.patch_grid)
 
 
-# Plots. They need no display.
-
-
-def plot_over_frames(
-    frames: UInt8[np.ndarray, "t height width 3"], weights: Float[np.ndarray, "t rows columns"]
-) -> Figure:
-    """Plot each frame, and below it the frame with its attention: bright patches are attended to.
+@jax.jit
+def frame_shares(network: VideoLlama, frames: Float[Array, "t height width 3"]) -> Float[Array, "q t"]:
+    """Return how much each media token of a video reads each frame.
 
     Args:
-        frames: Frames as decoded, uint8 [t, height, width, 3].
-        weights: Their `attended_patches`.
+        network: The network of a model.
+        frames: Normalized frames [t, height, width, 3].
+
+    Returns:
+        `video_qformer_attention` as a mean over layers and heads, and a sum over the tokens of a frame: [q, t], which
+        sums to 1 over frames.
     """
-    figure = Figure(figsize=(1.5 * len(frames), 3.4), layout="constrained")
-    for number, (above, below) in enumerate(figure.subplots(2, len(frames), squeeze=False).T):
-        above.imshow(frames[number])
-        above.set_axis_off()
-        above.set_title(f"frame {number + 1}", fontsize="medium")
-        draw_over_frame(below, frames[number], weights[number], np.max(weights))
-    figure.supxlabel("bottom row: bright where the video Q-Former attends", fontsize="medium")
-    return figure
+    return video_qformer_attention(network, frames[None])[0].mean(axis=(0, 1)).sum(axis=-1)
 
 
-def plot_over_mels(
-    mel: Float[np.ndarray, "s f t"], weights: Float[np.ndarray, "s frequencies times"], cfg: ImageBindAudioConfig
-) -> Figure:
-    """Plot each log-mel spectrogram, and below it the spectrogram with its attention.
+@jax.jit
+def clip_shares(network: VideoLlama, mel: Float[Array, "s f m"]) -> Float[Array, "q s"]:
+    """Return how much each media token of audio reads each audio clip.
 
     Args:
-        mel: Log-mel spectrograms [s, f, t].
-        weights: Their `attended_mel_patches`.
-        cfg: The config of the audio tower.
+        network: The network of a model.
+        mel: Log-mel spectrograms [s, f, m].
+
+    Returns:
+        `audio_qformer_attention` as a mean over layers and heads: [q, s], which sums to 1 over clips.
     """
-    figure = Figure(figsize=(4.5 * len(mel), 5), layout="constrained")
-    for number, (above, below) in enumerate(figure.subplots(2, len(mel), squeeze=False).T):
-        above.imshow(mel[number], origin="lower", aspect="auto", cmap="magma")
-        above.set(ylabel="mel bin", title="log-mel spectrogram")
-        draw_over_mel(below, mel[number], weights[number], cfg)
-        below.set(title="bright where the class token attends")
-    return figure
+    return audio_qformer_attention(network, network.embed_audio(mel[None]))[0].mean(axis=(0, 1))
 
 
-def draw_over_frame(
-    axes: Axes,
-    frame: UInt8[np.ndarray, "height width 3"],
-    weights: Float[np.ndarray, "rows columns"],
-    max_weight: float,
-) -> None:
-    """Draw a frame, darker where attention is lower.
+@jax.jit
+def token_attention(
+    llama: Llama, embeddings: Float[Array, "n d"], mask: Bool[Array, "n"], positions: Int[Array, "a"]
+) -> Float[Array, "a n"]:
+    """Return the attention of the language model from some tokens to all tokens before them.
 
     Args:
-        axes: Where to draw.
-        frame: The frame.
-        weights: Its attention.
-        max_weight: The weight that leaves the brightness unchanged; the same for all frames, to compare them.
+        llama: The language model.
+        embeddings: Embeddings of text and media [n, d], padded on the right.
+        mask: True at tokens, False at padding.
+        positions: Positions of the tokens.
+
+    Returns:
+        Weights [a, n], means over layers and heads, which sum to 1 over n.
     """
-    extent = (0, frame.shape[1], frame.shape[0], 0)
-    axes.imshow(frame, extent=extent)
-    axes.imshow(_shade(weights, max_weight), extent=extent, interpolation="bilinear")
-    axes.set_axis_off()
-
-
-def draw_over_mel(
-    axes: Axes,
-    mel: Float[np.ndarray, "f t"],
-    weights: Float[np.ndarray, "frequencies times"],
-    cfg: ImageBindAudioConfig,
-) -> None:
-    """Draw a log-mel spectrogram, darker where attention is lower.
-
-    Patches overlap, so the weight of a patch is drawn on an area of one stride.
-
-    Args:
-        axes: Where to draw.
-        mel: The spectrogram; low frequencies are at the bottom.
-        weights: Its attention.
-        cfg: The config of the audio tower.
-    """
-    bins, times = mel.shape
-    axes.imshow(mel, origin="lower", aspect="auto", cmap="magma", extent=(0, times, 0, bins))
-    edge = (cfg.patch_size - cfg.patch_stride) / 2 - cfg.patch_stride  # of the padding: one patch on each side
-    shade = _shade(np.pad(weights, 1, mode="edge"), np.max(weights))
-    top, right = (edge + cfg.patch_stride * count for count in shade.shape[:2])
-    axes.imshow(shade, origin="lower", aspect="auto", interpolation="bilinear", extent=(edge, right, edge, top))
-    axes.set(xlim=(0, times), ylim=(0, bins), xlabel="time (10 ms)", ylabel="mel bin")
-
-
-def _shade(weights: Float[np.ndarray, "rows columns"], max_weight: float) -> Float[np.ndarray, "rows columns 4"]:
-    """Make a black RGBA image that is more opaque where attention is lower."""
-    shade = np.zeros((*weights.shape, 4))
-    shade[..., 3] = 0.85 * (1 - np.clip(np.asarray(weights) / max_weight, 0, 1))
-    return shade
-
-
-def plot_attention_shares(axes: Axes, weights: Float[np.ndarray, "t"], name: str) -> None:
-    """Draw the share of attention of each frame or audio clip as bars, with a dotted line for equal shares.
-
-    Args:
-        axes: Where to draw.
-        weights: The shares, which sum to 1.
-        name: The label of the x axis, such as "frame".
-    """
-    axes.bar(np.arange(1, len(weights) + 1), weights, color="tab:blue")
-    axes.axhline(1 / len(weights), color="gray", linestyle=":", label="equal shares")
-    axes.set(xlabel=name, ylabel="share of attention")
-    axes.legend()
+    visible = (jnp.arange(len(mask)) <= positions[:, None]) & mask
+    causal = jnp.tril(jnp.ones((1, len(mask), len(mask)), bool)) & mask
+    rotations = llama.compute_rotations(jnp.arange(len(mask))[None])
+    x, depth = cast_like(embeddings, llama.embedding)[None], llama.cfg.depth
+    blocks = (
+        llama.blocks if isinstance(llama.blocks, nnx.List) else map(unstack_layer, [llama.blocks] * depth, range(depth))
+    )
+    total = jnp.zeros((len(positions), len(mask)))
+    for block in blocks:
+        query, key, value = block.project_qkv(x, *rotations)
+        repeated = jnp.repeat(key, query.shape[2] // key.shape[2], axis=2)
+        weights = attention_weights(query[:, positions], repeated, visible)
+        total += weights[0].mean(axis=0)
+        x = block.apply_output_and_mlp(x, attend(query, key, value, causal))
+    return total / depth
