@@ -4,6 +4,7 @@ The language model's attention from a token to the media tokens, times the Q-For
 audio clips. Both are means over layers and heads: a picture of where information may come from, not a proof of it.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -98,4 +99,4 @@ def _read_shares(
 def _split_text(model: "Model", ids: np.ndarray) -> list[str]:
     """Return the text that each token adds to an answer."""
     texts = [model.tokenizer.decode(ids[:end].tolist()) for end in range(len(ids) + 1)]
-    return [after[len(before) :] for before, after in zip(texts, texts[1:], strict=False)]
+    return [after[len(before) :] for before, after in itertools.pairwise(texts)]
