@@ -5,10 +5,9 @@ audio clips. Both are means over layers and heads: a picture of where informatio
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 from jaxtyping import Float
 
@@ -22,18 +21,32 @@ if TYPE_CHECKING:
     from vllama_jax.model import Model
 
 _ANSWER_MULTIPLE = 64  # answers are padded to multiples of it, so that few programs are compiled
-_Shares = Callable[[VideoLlama, jax.Array | np.ndarray], jax.Array]
-_SHARES: dict[str, tuple[str, _Shares]] = {
-    "audio": ("clips", attention_maps.clip_shares),
-    "vision": ("frames", attention_maps.frame_shares),
-}
+_SHARES = {"vision": attention_maps.frame_shares, "audio": attention_maps.clip_shares}
+
+
+def read_shares(network: VideoLlama, prepared: PreparedMedia) -> list[Float[np.ndarray, "m k"]]:
+    """Return how much each media token of a file reads its frames [m, t], and its audio clips [m, s].
+
+    A file without frames or without audio has none of them. Tokens of a branch other than vision and audio read nothing.
+    """
+    read: dict[str, list[np.ndarray]] = {"frames": [], "mel": []}
+    for name, array in prepared.arrays.items():
+        for branch in network.branches:
+            if branch.prompt_array != name:
+                continue
+            count = branch.num_tokens(network.cfg)
+            shares = _SHARES[branch.name](network, array) if branch.name in _SHARES else np.zeros((count, len(array)))
+            for other in read:
+                columns = len(prepared.arrays.get(other, ()))
+                read[other].append(np.asarray(shares) if other == name else np.zeros((count, columns)))
+    return [np.concatenate(one) if one else np.zeros((0, 0)) for one in read.values()]
 
 
 def find_attended_media(
     model: "Model",
     conversation: prompts.Conversation,
-    media: Sequence[PreparedMedia],
-    encoded: "Sequence[jax.Array]",
+    media: Sequence[Sequence[np.ndarray]],
+    shares: Sequence[Sequence[np.ndarray]],
     answer: str,
 ) -> list[dict[str, Any]]:
     """Return for each token of an answer which frames and audio clips it reads.
@@ -41,8 +54,8 @@ def find_attended_media(
     Args:
         model: The model.
         conversation: The conversation, which ends with the question.
-        media: The files of the conversation, in order.
-        encoded: Their media tokens, as `chat.encode_media` returns them for each file.
+        media: The media tokens of each file, as `chat.encode_media` returns them.
+        shares: What `read_shares` returns for each file.
         answer: The answer.
 
     Returns:
@@ -52,15 +65,22 @@ def find_attended_media(
     Raises:
         ConfigError: The conversation is longer than the model's context.
     """
-    start = len(embed_prompt(model, conversation, encoded, 0))
-    prompt = embed_prompt(model, conversation, encoded, 0, answer)
+    tokens = [array for file in media for array in file]
+    start = len(embed_prompt(model, conversation, tokens, 0))  # type: ignore[arg-type]
+    prompt = embed_prompt(model, conversation, tokens, 0, answer)  # type: ignore[arg-type]
     weights = _attend(model.network, prompt, np.arange(start - 1, len(prompt) - 1))[:, prompt.is_media]
     weights = weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-9)
-    shares = _read_shares(model.network, media, weights)
-    texts = _split_text(model, prompt.ids[start:])
+    bounds = np.cumsum([0, *(sum(map(len, file)) for file in media)])
+    files = [
+        [weights[:, first:last] @ one for one in file]
+        for (first, last), file in zip(itertools.pairwise(bounds), shares, strict=True)
+    ]
     return [
-        {"text": text, "files": [{name: one[number].tolist() for name, one in file.items()} for file in shares]}
-        for number, text in enumerate(texts)
+        {
+            "text": text,
+            "files": [{"frames": frames[number].tolist(), "clips": clips[number].tolist()} for frames, clips in files],
+        }
+        for number, text in enumerate(_split_text(model, prompt.ids[start:]))
     ]
 
 
@@ -74,26 +94,6 @@ def _attend(network: VideoLlama, prompt: EmbeddedPrompt, positions: np.ndarray) 
     asked = np.pad(positions, (0, -len(positions) % _ANSWER_MULTIPLE))
     weights = attention_maps.token_attention(network.llama, embeddings, np.arange(length) < len(prompt), asked)
     return np.asarray(weights)[: len(positions), : len(prompt)]
-
-
-def _read_shares(
-    network: VideoLlama, media: Sequence[PreparedMedia], weights: Float[np.ndarray, "a m"]
-) -> list[dict[str, Float[np.ndarray, "a k"]]]:
-    """Return for each file the shares of its frames [a, t] and clips [a, s], of tokens that attend to media tokens."""
-    found, first = [], 0
-    for prepared in media:
-        file = {"frames": np.zeros((len(weights), 0)), "clips": np.zeros((len(weights), 0))}
-        for name, array in prepared.arrays.items():
-            for branch in network.branches:
-                if branch.prompt_array != name:
-                    continue
-                last = first + branch.num_tokens(network.cfg)
-                if branch.name in _SHARES:
-                    what, read = _SHARES[branch.name]
-                    file[what] = weights[:, first:last] @ np.asarray(read(network, array), weights.dtype)
-                first = last
-        found.append(file)
-    return found
 
 
 def _split_text(model: "Model", ids: np.ndarray) -> list[str]:

@@ -1,0 +1,4 @@
+"""The page of the server at `/`, and the routes that only it uses."""
+
+
+
