@@ -17,7 +17,7 @@ LAYERS = (
     {"checkpoints", "generate"},
     {"model", "chat", "data", "segments", "answering"},
     {"train", "evaluate", "embed", "memory", "convert", "configs"},
-    {"aot"},
+    {"aot", "serve"},
     {"miniature"},
     {"cli", "__main__"},
 )

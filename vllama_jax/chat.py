@@ -260,12 +260,18 @@ def embed_prompt(
     return generate.EmbeddedPrompt(encoded.ids, encoded.is_media, np.concatenate(media_tokens))
 
 
-def make_engine(model: "Model", rows: int, *, int8_cache: bool = False) -> "generate.Engine":
-    """Create an engine for a model that decodes this number of answers at a time."""
+def make_engine(model: "Model", rows: int, **options: Any) -> "generate.Engine":
+    """Create an engine for a model that decodes this number of answers at a time.
+
+    Args:
+        model: The model.
+        rows: The number of answers.
+        **options: Other arguments of `generate.Engine`, such as `int8_cache`.
+    """
     from vllama_jax import generate
 
     llama, tokenizer = model.network.llama, model.tokenizer
-    return generate.Engine(llama, rows=rows, bos=tokenizer.bos_id, eos=tokenizer.eos_ids, int8_cache=int8_cache)
+    return generate.Engine(llama, rows=rows, bos=tokenizer.bos_id, eos=tokenizer.eos_ids, **options)
 
 
 def search_beams(model: "Model", request: "generate.Request", *, int8_cache: bool = False) -> "generate.Generation":

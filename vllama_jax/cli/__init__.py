@@ -11,6 +11,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "chat": "Ask questions about a video, an image or an audio file.",
     "generate": "Answer a file of questions about videos, images and audio.",
+    "serve": "Serve a model with the API of OpenAI.",
     "convert": "Create a model directory from PyTorch weights.",
     "export": "Write a model or a run as PyTorch weights.",
     "quantize": "Quantize the weights of a model or a run to int8 or int4.",

@@ -30,7 +30,7 @@ import socket
 import ssl
 import time
 import urllib.parse
-from collections.abc import Generator, Iterator
+from collections.abc import Collection, Generator, Iterator
 from typing import Any, NamedTuple
 
 from vllama_jax.errors import MediaError
@@ -77,20 +77,27 @@ class _Target(NamedTuple):
 
 
 @contextlib.contextmanager
-def open_url(url: str, *, max_bytes: int = MAX_BYTES, seconds: float = MAX_SECONDS) -> Iterator[str]:
+def open_url(
+    url: str,
+    *,
+    max_bytes: int = MAX_BYTES,
+    seconds: float = MAX_SECONDS,
+    allowed_hosts: Collection[str] | None = None,
+) -> Iterator[str]:
     """Download a file to a temporary file.
 
     Args:
         url: An http or https URL of a public host.
         max_bytes: The largest accepted size of the file.
         seconds: The time limit, for all redirects and the file together.
+        allowed_hosts: The host names that are accepted, in lowercase, also after redirects; None for all public hosts.
 
     Yields:
         The path of the temporary file, which is valid in this process until the context ends.
 
     Raises:
-        MediaError: The URL is invalid or its host is not public, the server cannot be reached or does not send a
-            complete file, or a limit is exceeded.
+        MediaError: The URL is invalid, its host is not public or not allowed, the server cannot be reached or does not
+            send a complete file, or a limit is exceeded.
 
     Example:
         >>> from vllama_jax import media
@@ -99,7 +106,7 @@ def open_url(url: str, *, max_bytes: int = MAX_BYTES, seconds: float = MAX_SECON
         ...     video = media.read_video(path)
     """
     name = describe_url(url)
-    with spool(_download(url, name, max_bytes, seconds), name, max_bytes) as path:
+    with spool(_download(url, name, max_bytes, seconds, allowed_hosts), name, max_bytes) as path:
         yield path
 
 
@@ -112,13 +119,17 @@ def describe_url(url: str) -> str:
     return "".join(character if character.isprintable() else "�" for character in shown)
 
 
-def _download(url: str, name: str, max_bytes: int, seconds: float) -> Generator[bytes]:
+def _download(
+    url: str, name: str, max_bytes: int, seconds: float, allowed_hosts: Collection[str] | None
+) -> Generator[bytes]:
     """Yield the content of the file at a URL; follow redirects."""
     deadline = time.monotonic() + seconds
     where = name
     try:
         target = _parse_url(url, where)
         for _ in range(MAX_REDIRECTS + 1):
+            if allowed_hosts is not None and target.host.removesuffix(".") not in allowed_hosts:
+                raise MediaError(f"{where}: this host is not allowed; upload the file instead")
             with _connect(target, where, deadline) as connection:
                 response = _request(connection, target, deadline)
                 if response.status not in _REDIRECTS:

@@ -389,26 +389,58 @@ def stream_answer(tokenizer: Tokenizer, template: ChatTemplate, batches: Iterabl
     Yields:
         The new text.
     """
-    ids: list[int] = []
-    num_yielded = start = 0
-    for batch in itertools.chain(batches, [None]):
-        ids.extend([] if batch is None else batch)
-        answer_ids = _truncate_at_eos(tokenizer, template, ids)
-        is_last = batch is None or len(answer_ids) < len(ids)
-        text = (
-            tokenizer.decode(answer_ids, skip_special=True) if is_last else tokenizer.decode_stable_prefix(answer_ids)
-        )
-        truncated = _truncate_at_stop(template, text)
-        is_last = is_last or truncated != text
-        text = truncated if is_last else _withhold_partial_stop(template, text)
-        if not num_yielded:
-            start = _find_answer_start(template, text)
-        text = text[start:].strip()
-        if len(text) > num_yielded:
-            yield text[num_yielded:]
-            num_yielded = len(text)
-        if is_last:
+    decoder = AnswerDecoder(tokenizer, template)
+    for batch in batches:
+        if text := decoder.add(batch):
+            yield text
+        if decoder.has_ended:
             return
+    if text := decoder.add((), is_last=True):
+        yield text
+
+
+class AnswerDecoder:
+    """Decodes an answer whose ids arrive in batches. See `stream_answer`.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        template: The chat form of the prompt template.
+
+    Attributes:
+        text: The text so far.
+        has_ended: Whether an end token or a stop string was found. Later ids are ignored.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate):
+        self._tokenizer, self._template = tokenizer, template
+        self._ids: list[int] = []
+        self._start = 0
+        self.text = ""
+        self.has_ended = False
+
+    def add(self, ids: Iterable[int], *, is_last: bool = False) -> str:
+        """Add generated ids, and return the new text.
+
+        Args:
+            ids: The ids.
+            is_last: Whether no more ids follow.
+        """
+        if self.has_ended:
+            return ""
+        self._ids.extend(ids)
+        answer_ids = _truncate_at_eos(self._tokenizer, self._template, self._ids)
+        is_last = is_last or len(answer_ids) < len(self._ids)
+        decode = self._tokenizer.decode_stable_prefix
+        text = self._tokenizer.decode(answer_ids, skip_special=True) if is_last else decode(answer_ids)
+        truncated = _truncate_at_stop(self._template, text)
+        self.has_ended = is_last or truncated != text
+        text = truncated if self.has_ended else _withhold_partial_stop(self._template, text)
+        if not self.text:
+            self._start = _find_answer_start(self._template, text)
+        text = text[self._start :].strip()
+        new = text[len(self.text) :]
+        self.text += new
+        return new
 
 
 def _build_opening(conversation: Conversation) -> Prompt:
