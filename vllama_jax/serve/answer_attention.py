@@ -27,7 +27,7 @@ _SHARES = {"vision": attention_maps.frame_shares, "audio": attention_maps.clip_s
 def read_shares(network: VideoLlama, prepared: PreparedMedia) -> list[Float[np.ndarray, "m k"]]:
     """Return how much each media token of a file reads its frames [m, t], and its audio clips [m, s].
 
-    A file without frames or without audio has none of them. Tokens of a branch other than vision and audio read nothing.
+    Either is empty for a file without frames or audio. Tokens of a branch other than vision and audio read nothing.
     """
     read: dict[str, list[np.ndarray]] = {"frames": [], "mel": []}
     for name, array in prepared.arrays.items():

@@ -3,13 +3,11 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, Response
-from fastapi.staticfiles import StaticFiles
 
 import vllama_jax
 from vllama_jax.serve.completions import create_chat_completion, create_completion
@@ -17,6 +15,7 @@ from vllama_jax.serve.embeddings import create_embeddings
 from vllama_jax.serve.errors import ApiError, add_error_handlers
 from vllama_jax.serve.gate import UPLOAD_ROUTE, Gate
 from vllama_jax.serve.metrics import CONTENT_TYPE
+from vllama_jax.serve.page_routes import add_page
 from vllama_jax.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest
 from vllama_jax.serve.responses import (
     ChatCompletion,
@@ -32,7 +31,6 @@ from vllama_jax.serve.responses import (
 )
 from vllama_jax.serve.service import Service
 
-PAGE = Path(__file__).with_name("page")  # static files, served at /
 EXPIRY_SECONDS = 60.0  # between two searches for expired files
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
@@ -90,8 +88,7 @@ def make_app(service: Service) -> FastAPI:
     _add_generation_routes(app, service)
     _add_file_routes(app, service)
     _add_state_routes(app, service)
-    if PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=PAGE, html=True), name="page")
+    add_page(app, service)
     gate = {"options": service.options, "keys": service.keys, "limits": service.limits, "metrics": service.metrics}
     app.add_middleware(Gate, **gate)  # type: ignore[arg-type]
     if service.options.allow_origins:

@@ -16,7 +16,7 @@ from vllama_jax.serve.options import LOOPBACK_HOSTS, MEBIBYTE, ServeOptions
 
 IDLE_SECONDS = 30.0  # without a byte of a body
 UPLOAD_ROUTE = "/v1/files"
-PROTECTED = ("/v1/", "/metrics")  # routes that need a key, if there are keys
+PROTECTED = ("/v1/", "/metrics", "/page/")  # routes that need a key, if there are keys
 _ROUTES = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/models", UPLOAD_ROUTE, "/health")
 
 

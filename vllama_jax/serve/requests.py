@@ -83,7 +83,7 @@ class RequestMaker:
         texts = [dialog.system or "", dialog.answer_start]
         texts += [text for turn in dialog.turns for text in (turn.question, turn.answer or "")]
         self._check_characters(texts)
-        conversation = self._build_conversation(dialog, media)
+        conversation = self.build_conversation(dialog, media)
         tokens = [array for one in media for array in one.encoded.arrays]
         try:
             prompt = embed_prompt(self._model, conversation, tokens, 1, dialog.answer_start)  # type: ignore[arg-type]
@@ -132,7 +132,12 @@ class RequestMaker:
         if len(self._past_answers) > _MAX_PAST_ANSWERS:
             self._past_answers.popitem(last=False)
 
-    def _build_conversation(self, dialog: Dialog, media: Sequence[RequestedMedia]) -> prompts.Conversation:
+    def build_conversation(self, dialog: Dialog, media: Sequence[RequestedMedia]) -> prompts.Conversation:
+        """Return the conversation of a request, with its media.
+
+        Raises:
+            ApiError: The model's template has no system message.
+        """
         conversation = self._start
         if dialog.system is not None:
             if dialog.system and conversation.template.system is None:

@@ -42,6 +42,15 @@ async function sendJson(path, body, options = {}) {
   });
 }
 
+// Whether the server answers questions; false while it starts.
+export async function isReady() {
+  try {
+    return (await fetch("health")).ok;
+  } catch {
+    throw new Error("The server does not answer. Check that `vllama serve` is running.");
+  }
+}
+
 // Model name, limits and examples.
 export async function readOverview() {
   return (await send("page/overview")).json();

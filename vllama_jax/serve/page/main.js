@@ -1,6 +1,6 @@
 // The page of `vllama serve`: connects its elements to the server.
 
-import { ask, fetchExample, readOverview } from "./api.js";
+import { ask, fetchExample, isReady, readOverview } from "./api.js";
 import { addQuestion, clearConversation, filesOfTurns, hasTurns } from "./conversation.js";
 import { button, element, find, showProblem, showStatus } from "./elements.js";
 import { addFiles, clearPending, pendingFiles, refreshFiles } from "./files.js";
@@ -16,6 +16,11 @@ async function start() {
     setUpSettings(overview, (otherKey) => (otherKey ? start() : refreshFiles([...filesOfTurns(), ...pendingFiles()])));
     find("examples").replaceChildren(...overview.examples.map(makeExample));
     showProblem("");
+    while (!(await isReady())) {
+      showStatus("The server is starting …");
+      await new Promise((resolve) => setTimeout(resolve, 1000));
+    }
+    showStatus("Ready.");
   } catch (error) {
     showProblem(error.message);
   }
