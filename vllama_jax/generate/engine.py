@@ -177,16 +177,21 @@ class Engine:
                 with use_mesh(self._mesh):
                     self._state = programs.stop_row(self._state, row.number)
 
-    def warm_up(self) -> None:
-        """Compile all programs for the present capacity, so that requests within it compile nothing."""
+    def warm_up(self, *, choices: bool = True) -> None:
+        """Compile all programs for the present capacity, so that requests within it compile nothing.
+
+        Args:
+            choices: Whether requests have choices, which need programs of their own.
+        """
         config = GenerationConfig(max_new_tokens=2, min_new_tokens=2)
-        for length in CHUNK_LENGTHS:
+        for length in (*CHUNK_LENGTHS, CHUNK_LENGTHS[-1] + 1):  # the last is a prompt of two chunks
             tokens = np.full(length, length, np.int32)  # no prompt starts like another one
             media = np.zeros((0, self._llama.cfg.width), np.float32)
             prompt = EmbeddedPrompt(tokens, np.zeros(length, bool), media)
             start = EmbeddedPrompt(tokens[:2], prompt.is_media[:2], media)
             requests = [Request(prompt=prompt, config=config)] * 2  # the second copies the row of the first
-            requests += [Request(prompt=start, config=config, choices=[tokens[1:].tolist()])]
+            if choices and length in CHUNK_LENGTHS:
+                requests += [Request(prompt=start, config=config, choices=[tokens[1:].tolist()])]
             for request in requests:
                 if self._shape.holds(_required_shape(request)):
                     self.add(request)

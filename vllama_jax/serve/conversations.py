@@ -159,9 +159,7 @@ def _are_frames(fields: MediaFields, images: Sequence[str], *, has_video: bool) 
 
 
 def _read_user_message(number: int, message: Message, fields: MediaFields) -> tuple[tuple[MediaReference, ...], str]:
-    if not isinstance(message.content, list):
-        return (), message.content or ""
-    places = [(f"messages[{number}].content[{index}]", part) for index, part in enumerate(message.content)]
+    places = [(f"messages[{number}].content[{index}]", part) for index, part in enumerate(message.content or ())]
     texts = [part.text for _, part in places if isinstance(part, TextPart)]
     media = [(place, part) for place, part in places if not isinstance(part, TextPart)]
     return read_parts(media, fields), "\n".join(texts)
@@ -169,13 +167,13 @@ def _read_user_message(number: int, message: Message, fields: MediaFields) -> tu
 
 def _read_text(number: int, message: Message) -> str:
     """Return the text of a message that may have only text."""
-    if not isinstance(message.content, list):
-        return message.content or ""
-    for index, part in enumerate(message.content):
+    texts = []
+    for index, part in enumerate(message.content or ()):
         if not isinstance(part, TextPart):
             place = f"messages[{number}].content[{index}]"
             raise ApiError(400, f"{place}: a message of the role {message.role} has only text", param=place)
-    return "\n".join(part.text for part in message.content if isinstance(part, TextPart))
+        texts.append(part.text)
+    return "\n".join(texts)
 
 
 def _read_part(place: str, part: MediaPart, fields: MediaFields) -> MediaReference:

@@ -75,17 +75,17 @@ def _read_references(body: EmbeddingRequest) -> Sequence[MediaReference]:
     else:
         places = []
         for number, message in enumerate(body.messages or ()):
-            content = message.content if isinstance(message.content, list) else [message.content]
-            places += [(f"messages[{number}].content[{index}]", item) for index, item in enumerate(content)]
+            places += [
+                (f"messages[{number}].content[{index}]", item) for index, item in enumerate(message.content or ())
+            ]
     parts: list[tuple[str, MediaPart]] = []
     for place, part in places:
-        if part is None or isinstance(part, str | TextPart):
+        if isinstance(part, str | TextPart):
             raise ApiError(400, f"{place}: {_TEXT}", param=place)
         parts.append((place, part))
     if not parts:
         raise ApiError(400, "input: it is empty; give content parts of media", param="input")
-    without_audio = [(place, part) for place, part in parts]
-    return read_parts(without_audio, body)
+    return read_parts(parts, body)
 
 
 @functools.lru_cache(maxsize=4)
@@ -96,8 +96,7 @@ def _get_encoder(model: Model) -> "Callable[[PreparedMedia], Sequence[np.ndarray
         name = "mel" if prepared.frames is None else "frames"
         with use_mesh(get_mesh(model.network)):
             rows = np.asarray(_compile(name)(model.network, prepared.arrays[name][None])[0], np.float32)
-        rows /= np.linalg.norm(rows, axis=-1, keepdims=True)
-        mean = rows.mean(axis=0)
+        mean = (rows / np.linalg.norm(rows, axis=-1, keepdims=True)).mean(axis=0)
         return [mean / np.linalg.norm(mean)]
 
     return encode

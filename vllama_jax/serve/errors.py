@@ -3,6 +3,7 @@
 Messages contain no path of the server and no traceback.
 """
 
+import itertools
 import logging
 import traceback
 from collections.abc import Mapping
@@ -104,11 +105,13 @@ def add_error_handlers(app: FastAPI) -> None:
 
 def _explain_validation(error: RequestValidationError) -> ApiError:
     """Return the first invalid field and the reason. The value is not repeated: it may be a file."""
-    first = error.errors()[0]
+    first = max(error.errors(), key=lambda one: len(one["loc"]))  # of the alternatives of a field, the closest
     if first["type"] == "json_invalid":
         return ApiError(400, "the body is not valid JSON; check it")
     path = ""
-    for part in first["loc"][1:]:  # the first is "body", "path" or "query"
+    for previous, part in itertools.pairwise(first["loc"]):  # the first is "body", "path" or "query"
+        if part == previous:
+            continue  # the type of a content part, and its field of the same name
         if isinstance(part, int):
             path += f"[{part}]"
         elif part.isidentifier() and not part.endswith(("Part", "Request")):

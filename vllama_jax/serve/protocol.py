@@ -6,7 +6,7 @@ Fields that are not listed here are accepted, ignored, and logged once by name (
 import logging
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 logger = logging.getLogger(__name__)
 
@@ -105,11 +105,18 @@ MediaPart = ImagePart | VideoPart | AudioPart | InputAudioPart | FilePart
 ContentPart = Annotated[TextPart | MediaPart, Field(discriminator="type")]
 
 
+def _as_parts(content: Any) -> Any:
+    """Return a text as a list of one part."""
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
 class Message(ApiModel):
     """A message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart] | None = None
+    content: Annotated[
+        list[ContentPart] | None, BeforeValidator(_as_parts, json_schema_input_type=str | list[ContentPart] | None)
+    ] = None
 
 
 class VideoOptions(ApiModel):

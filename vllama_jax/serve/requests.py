@@ -88,7 +88,9 @@ class RequestMaker:
         try:
             prompt = embed_prompt(self._model, conversation, tokens, 1, dialog.answer_start)  # type: ignore[arg-type]
         except ContextLengthError as error:
-            raise _too_long(error) from error
+            context = self._model.network.llama.cfg.max_length
+            why = f"the prompt does not fit the model's context of {context} tokens; remove turns or media"
+            raise _too_long(why) from error
         top_logprobs = (fields.top_logprobs or 0) if fields.logprobs else 0
         limit = fields.max_completion_tokens if fields.max_tokens is None else fields.max_tokens
         return self._make_job(

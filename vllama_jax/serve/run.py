@@ -6,7 +6,7 @@ import logging
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 import uvicorn
@@ -82,16 +82,8 @@ def run_server(service: Service, opened: socket.socket, on_ready: Callable[[], N
     Raises:
         ServerError: The engine has failed.
     """
-    config = uvicorn.Config(
-        make_app(service),
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        server_header=False,
-        timeout_graceful_shutdown=_CLOSE_SECONDS,
-    )
     with defer_interrupt() as interrupted, _catch_sigterm() as terminated:
-        asyncio.run(_serve(_Server(config), service, opened, on_ready, (interrupted, terminated)))
+        asyncio.run(serve_until(service, opened, on_ready, (interrupted, terminated)))
     if service.scheduler.status == "failed":
         raise ServerError("the engine has failed, as logged above; start the server again")
 
@@ -105,16 +97,25 @@ class _Server(uvicorn.Server):
         yield
 
 
-async def _serve(
-    server: _Server,
+async def serve_until(
     service: Service,
     opened: socket.socket,
     on_ready: Callable[[], None],
-    signals: tuple[threading.Event, ...],
+    events: Sequence[threading.Event],
 ) -> None:
+    """Answer requests until one of the events is set or the engine fails, then finish what runs; see `run_server`."""
+    config = uvicorn.Config(
+        make_app(service),
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        server_header=False,
+        timeout_graceful_shutdown=_CLOSE_SECONDS,
+    )
+    server = _Server(config)
     serving = asyncio.ensure_future(server.serve(sockets=[opened]))
     is_ready = False
-    while not serving.done() and not any(event.is_set() for event in signals):
+    while not serving.done() and not any(event.is_set() for event in events):
         if service.scheduler.status == "failed":
             break
         if service.status == "ready" and not is_ready:

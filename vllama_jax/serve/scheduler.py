@@ -201,7 +201,7 @@ class Scheduler:
         self._engine.add(Request(prompt=prompt, config=config, stops=stops))
         while self._engine.is_busy:
             self._engine.step()
-        self._engine.warm_up()
+        self._engine.warm_up(choices=False)
         generation = self._engine.add(Request(prompt=prompt, config=config))
         self._engine.step()
         self._engine.cancel(generation)
