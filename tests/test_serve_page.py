@@ -55,7 +55,7 @@ def page(browser, server):
     tab.set_default_timeout(SECONDS)
     tab.on("pageerror", lambda error: errors.append(str(error)))
     tab.goto(server.url)
-    tab.wait_for_function("document.getElementById('status').textContent === 'Ready.'")
+    tab.locator("#status", has_text="Ready.").wait_for()
     yield tab
     tab.close()
     assert not errors
@@ -122,7 +122,8 @@ def test_settings_apply_to_all_files(page):
     page.fill('[name="num_frames"]', "4")
     page.uncheck('[name="audio"]')
     page.get_by_role("button", name="Close").click()
-    page.wait_for_function("document.querySelectorAll('#attachments .frames figure').length === 4")
+    page.locator("#attachments .frames figure").nth(4).wait_for(state="detached")
+    assert page.locator("#attachments .frames figure").count() == 4
     assert not page.locator("#attachments .sounds").count()
     assert "audio off" in page.locator("#attachments").inner_text()
 
@@ -151,7 +152,7 @@ def test_errors_are_shown_and_nothing_is_lost(page, tmp_path):
     add_file(page, CLIPS / "birds.jpg")
     page.fill("#question", "word " * 2000)
     page.press("#question", "Enter")
-    page.wait_for_function("document.getElementById('problem').textContent.includes('tokens')")
+    page.locator("#problem", has_text="tokens").wait_for()
     assert page.locator("#question").input_value().startswith("word")
     assert page.locator("#attachments .file").count() == 1
     page.get_by_role("button", name="Remove birds.jpg").click()
@@ -162,7 +163,7 @@ def test_errors_are_shown_and_nothing_is_lost(page, tmp_path):
 @pytest.mark.parametrize("kind", ["camera", "microphone"])
 def test_a_recording_is_added(page, kind):
     page.click(f"#record-{kind}")
-    page.wait_for_function("parseInt(document.getElementById('elapsed').textContent) >= 1")
+    page.locator("#elapsed", has_text=re.compile("[1-9] s")).wait_for()
     page.get_by_role("button", name="Use recording").click()
     page.locator("#attachments .sounds").wait_for()
     assert page.locator("#attachments .frames").count() == (kind == "camera")

@@ -5,7 +5,7 @@ import { addQuestion, clearConversation, filesOfTurns, hasTurns } from "./conver
 import { button, element, find, showProblem, showStatus } from "./elements.js";
 import { addFiles, clearPending, pendingFiles, refreshFiles } from "./files.js";
 import { record } from "./recorder.js";
-import { setUpSettings } from "./settings.js";
+import { fillSettings, setUpSettings } from "./settings.js";
 
 let running = null; // the AbortController of the answer that is being decoded
 
@@ -13,7 +13,7 @@ async function start() {
   try {
     const overview = await readOverview();
     find("model").textContent = overview.description;
-    setUpSettings(overview, (otherKey) => (otherKey ? start() : refreshFiles([...filesOfTurns(), ...pendingFiles()])));
+    fillSettings(overview);
     find("examples").replaceChildren(...overview.examples.map(makeExample));
     showProblem("");
     while (!(await isReady())) {
@@ -104,7 +104,7 @@ function setUpControls() {
     find("welcome").hidden = false;
     question.focus();
   };
-  find("open-settings").onclick = () => find("settings").showModal();
+  setUpSettings((isOtherKey) => (isOtherKey ? start() : refreshFiles([...filesOfTurns(), ...pendingFiles()])));
   find("add-files").onclick = () => find("files").click();
   find("files").onchange = async ({ target }) => {
     await addFiles([...target.files]);

@@ -5,9 +5,25 @@ import { find } from "./elements.js";
 
 const form = () => find("settings").querySelector("form");
 
-// Fill the form with the model's defaults. `changed` is called when the dialog closes after a change; its argument says
-// whether the API key is another one.
-export function setUpSettings(overview, changed) {
+let sampled = ""; // what readSampling returned when the dialog was opened
+
+// Call `changed` when the dialog closes after a change. Its argument says whether the API key is another one.
+export function setUpSettings(changed) {
+  const { key } = form().elements;
+  key.value = readKey();
+  find("open-settings").onclick = () => {
+    sampled = JSON.stringify(readSampling());
+    find("settings").showModal();
+  };
+  find("settings").onclose = () => {
+    const isOtherKey = key.value !== readKey();
+    storeKey(key.value);
+    if (isOtherKey || JSON.stringify(readSampling()) !== sampled) changed(isOtherKey);
+  };
+}
+
+// Fill the form with the model's defaults.
+export function fillSettings(overview) {
   const fields = form().elements;
   fields.num_frames.value = overview.num_frames;
   fields.num_frames.max = overview.max_frames;
@@ -15,15 +31,6 @@ export function setUpSettings(overview, changed) {
   fields.max_tokens.value = overview.max_tokens;
   fields.audio.checked = overview.has_audio;
   fields.audio.disabled = !overview.has_audio;
-  fields.key.value = readKey();
-  let before = JSON.stringify(readSampling());
-  find("settings").onclose = () => {
-    const otherKey = fields.key.value !== readKey();
-    const sampling = JSON.stringify(readSampling());
-    storeKey(fields.key.value);
-    if (otherKey || sampling !== before) changed(otherKey);
-    before = sampling;
-  };
 }
 
 // How frames and audio of files are sampled, as requests have it. A rate replaces the number of frames.
