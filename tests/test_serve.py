@@ -16,6 +16,9 @@ from serve_fixtures import RunningServer, data_url, part, run_server, user
 import vllama_jax as vl
 from vllama_jax.checkpoints.shipped import CLIPS, find_clip
 from vllama_jax.model import Model
+from vllama_jax.serve.conversations import read_dialog
+from vllama_jax.serve.protocol import ChatRequest
+from vllama_jax.text import prompts
 
 CLIP = find_clip("demo")
 VIDEO = part("video_url", data_url(CLIP))
@@ -86,6 +89,22 @@ def test_a_system_message_and_the_start_of_an_answer(server, model):
     messages.append({"role": "assistant", "content": "a large"})
     continued = server.post({"messages": messages, "continue_final_message": True}).json()
     assert continued["choices"][0]["message"]["content"].startswith("yellow bell")
+
+
+def test_an_answer_that_its_eos_ended_has_it_in_later_prompts(server, model):
+    """As in `Chat`: a client sends only the text of an answer, so the server remembers how it ended."""
+    requests = server.service.requests
+    fields = ChatRequest(messages=[{"role": "user", "content": "What is it?"}])
+    job = requests.make_chat_job(fields, read_dialog(fields), [])
+    tokens = [*model.tokenizer.encode("a bell", special=False), model.tokenizer.eos_id]
+    requests.remember(job, "a bell", tokens)
+    messages = [*fields.messages, {"role": "assistant", "content": "a bell"}, {"role": "user", "content": "Why?"}]
+    later = ChatRequest(messages=[one if isinstance(one, dict) else one.model_dump() for one in messages])
+    (request,) = requests.make_chat_job(later, read_dialog(later), []).requests
+    past = prompts.decode_past_answer(model.tokenizer, job.template, tokens)
+    expected = prompts.encode_conversation(job.conversation.answer(*past).ask("Why?"), model.tokenizer, [])
+    assert past[1]
+    np.testing.assert_array_equal(request.prompt.ids, expected.ids)
 
 
 def test_the_report_says_what_was_used(server):

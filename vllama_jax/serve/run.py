@@ -12,7 +12,7 @@ from types import FrameType
 import uvicorn
 
 from vllama_jax.errors import VllamaError, format_os_error
-from vllama_jax.runtime.interrupts import defer_interrupt
+from vllama_jax.runtime.interrupts import EXIT_CODE, TERMINATED_EXIT_CODE, defer_interrupt, exit_now
 from vllama_jax.serve.app import make_app
 from vllama_jax.serve.options import KEY_VARIABLE, ServeOptions
 from vllama_jax.serve.service import Service
@@ -84,6 +84,8 @@ def run_server(service: Service, opened: socket.socket, on_ready: Callable[[], N
     """
     with defer_interrupt() as interrupted, _catch_sigterm() as terminated:
         asyncio.run(serve_until(service, opened, on_ready, (interrupted, terminated)))
+    if service.scheduler.is_alive:  # it compiles; Python would wait for it
+        exit_now(EXIT_CODE if interrupted.is_set() else TERMINATED_EXIT_CODE)
     if service.scheduler.status == "failed":
         raise ServerError("the engine has failed, as logged above; start the server again")
 
