@@ -39,7 +39,7 @@ def test_keys_are_read_from_a_file_and_the_environment(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_sigterm_finishes_the_running_answer(tmp_path):
     (tmp_path / "keys").write_text("secret\n")
-    options = ["--port", "0", "--host", "0.0.0.0", "--rows", "4", "--prompt-tokens", "512", "--new-tokens", "64"]
+    options = ["--port", "0", "--host", "0.0.0.0", "--rows", "2", "--prompt-tokens", "64", "--new-tokens", "64"]
     command = [sys.executable, "-m", "vllama_jax", "serve", *options, "--decoders", "1"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
