@@ -16,6 +16,10 @@ from serve_fixtures import RunningServer, data_url, part, run_server, user
 import vllama_jax as vl
 from vllama_jax.checkpoints.shipped import CLIPS, find_clip
 from vllama_jax.model import Model
+from vllama_jax.segments import count_media_tokens
+from vllama_jax.serve.conversations import read_dialog
+from vllama_jax.serve.protocol import ChatRequest
+from vllama_jax.text import prompts
 
 CLIP = find_clip("demo")
 VIDEO = part("video_url", data_url(CLIP))
@@ -53,6 +57,9 @@ def record_prompts(monkeypatch, server: RunningServer) -> list:
 def test_a_conversation_has_the_prompts_and_the_answers_of_chat(server, client, model, monkeypatch):
     served = record_prompts(monkeypatch, server)
     chat, asked, embed = vl.Chat(model), [], vl.chat.embed_prompt
+    options = server.service.options  # an engine of the same shape, so that nothing is compiled again
+    shape = {"prompt_tokens": options.prompt_tokens, "new_tokens": options.new_tokens}
+    chat._engine = vl.chat.make_engine(model, options.rows, **shape)
     monkeypatch.setattr(vl.chat, "embed_prompt", lambda *args: asked.append(embed(*args)) or asked[-1])
     messages, media = [], []
     for question, files in zip(QUESTIONS, ([CLIP], [CLIPS / "birds.jpg"], []), strict=True):
@@ -62,9 +69,9 @@ def test_a_conversation_has_the_prompts_and_the_answers_of_chat(server, client, 
             media.append(part(kind, data_url(file)))
         messages.append(user(*media, question))
         media.clear()
-        completion = client.chat.completions.create(model="miniature", messages=messages)
+        completion = client.chat.completions.create(model="miniature", messages=messages, max_tokens=64)
         choice = completion.choices[0]
-        assert choice.message.content == "".join(chat.ask(question))
+        assert choice.message.content == "".join(chat.ask(question, max_new_tokens=64))
         assert choice.finish_reason == "stop"
         assert completion.usage.prompt_tokens == len(asked[-1])
         assert completion.usage.completion_tokens == len(chat.last.tokens)
@@ -77,15 +84,33 @@ def test_a_conversation_has_the_prompts_and_the_answers_of_chat(server, client, 
 
 
 def test_a_system_message_and_the_start_of_an_answer(server, model):
-    chat = vl.Chat(model, system="Answer in a few words.")
-    chat.add(CLIP)
     messages = [{"role": "system", "content": "Answer in a few words."}, user(VIDEO, "Describe it.")]
     first = server.post({"messages": messages}).json()
-    assert first["choices"][0]["message"]["content"] == "".join(chat.ask("Describe it."))
-    assert first["usage"]["prompt_tokens"] != server.ask(VIDEO, "Describe it.")["usage"]["prompt_tokens"]
+    conversation = prompts.start_conversation(model.config.template, True, "Answer in a few words.")  # as Chat does
+    clip = vl.chat.prepare_media(CLIP, model.config)
+    asked = conversation.add(clip.prompt_media).ask("Describe it.")
+    counts = count_media_tokens(model.config)
+    expected = prompts.encode_conversation(asked, model.tokenizer, [counts["audio"], counts["video"]])
+    assert first["usage"]["prompt_tokens"] == len(expected.ids)
     messages.append({"role": "assistant", "content": "a large"})
     continued = server.post({"messages": messages, "continue_final_message": True}).json()
     assert continued["choices"][0]["message"]["content"].startswith("yellow bell")
+
+
+def test_an_answer_that_its_eos_ended_has_it_in_later_prompts(server, model):
+    """As in `Chat`: a client sends only the text of an answer, so the server remembers how it ended."""
+    requests = server.service.requests
+    fields = ChatRequest(messages=[{"role": "user", "content": "What is it?"}])
+    job = requests.make_chat_job(fields, read_dialog(fields), [])
+    tokens = [*model.tokenizer.encode("a bell", special=False), model.tokenizer.eos_id]
+    requests.remember(job, "a bell", tokens)
+    messages = [*fields.messages, {"role": "assistant", "content": "a bell"}, {"role": "user", "content": "Why?"}]
+    later = ChatRequest(messages=[one if isinstance(one, dict) else one.model_dump() for one in messages])
+    (request,) = requests.make_chat_job(later, read_dialog(later), []).requests
+    past = prompts.decode_past_answer(model.tokenizer, job.template, tokens)
+    expected = prompts.encode_conversation(job.conversation.answer(*past).ask("Why?"), model.tokenizer, [])
+    assert past[1]
+    np.testing.assert_array_equal(request.prompt.ids, expected.ids)
 
 
 def test_the_report_says_what_was_used(server):
@@ -284,7 +309,7 @@ def test_a_client_that_leaves_frees_its_row(server, monkeypatch):
 
 def test_models_health_metrics_and_schema(server, client):
     assert [model.id for model in client.models.list()] == ["miniature"]
-    assert client.models.retrieve("miniature").max_model_len == 576
+    assert client.models.retrieve("miniature").max_model_len == 448
     assert httpx.get(f"{server.url}/health").json() == {"status": "ready"}
     server.ask(VIDEO, "Describe it.")
     metrics = httpx.get(f"{server.url}/metrics").text

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vllama_jax.errors import ConfigError
+from vllama_jax.text.templates import TemplateName
 
 KEY_VARIABLE = "VLLAMA_API_KEY"
 MEBIBYTE = 2**20
@@ -28,6 +29,8 @@ class ServeOptions:
         allow_origins: Origins of web pages that may call the API (CORS), such as https://example.org; by default none.
         allow_hosts: Host names by which clients address the server, besides localhost. Needed only behind a proxy that
             forwards the name while the server listens on a loopback address.
+        template: The prompt template; by default the model's.
+        int8_cache: Store keys and values in int8, which halves their memory and changes answers slightly.
         rows: The number of answers that are decoded at a time.
         max_waiting: The number of answers that may wait for a row. Further requests get status 429.
         prompt_tokens: The longest prompt, in tokens, media included. Its memory is reserved for each row.
@@ -58,6 +61,8 @@ class ServeOptions:
     allow_files: Path | None = None
     allow_origins: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()
+    template: TemplateName | None = None
+    int8_cache: bool = False
     rows: int = 8
     max_waiting: int = 64
     prompt_tokens: int = 1024

@@ -12,7 +12,7 @@ from types import FrameType
 import uvicorn
 
 from vllama_jax.errors import VllamaError, format_os_error
-from vllama_jax.runtime.interrupts import defer_interrupt
+from vllama_jax.runtime.interrupts import EXIT_CODE, TERMINATED_EXIT_CODE, defer_interrupt, exit_now
 from vllama_jax.serve.app import make_app
 from vllama_jax.serve.options import KEY_VARIABLE, ServeOptions
 from vllama_jax.serve.service import Service
@@ -84,8 +84,10 @@ def run_server(service: Service, opened: socket.socket, on_ready: Callable[[], N
     """
     with defer_interrupt() as interrupted, _catch_sigterm() as terminated:
         asyncio.run(serve_until(service, opened, on_ready, (interrupted, terminated)))
-    if service.scheduler.status == "failed":
-        raise ServerError("the engine has failed, as logged above; start the server again")
+    if service.is_compiling:  # Python would wait for it
+        exit_now(EXIT_CODE if interrupted.is_set() else TERMINATED_EXIT_CODE)
+    if "failed" in (service.scheduler.status, service.media.status):
+        raise ServerError("the model has failed, as logged above; start the server again")
 
 
 class _Server(uvicorn.Server):
@@ -116,7 +118,7 @@ async def serve_until(
     serving = asyncio.ensure_future(server.serve(sockets=[opened]))
     is_ready = False
     while not serving.done() and not any(event.is_set() for event in events):
-        if service.scheduler.status == "failed":
+        if service.status == "failed":
             break
         if service.status == "ready" and not is_ready:
             is_ready = True

@@ -134,11 +134,20 @@ class Scheduler:
         self._thread.start()
 
     def stop(self) -> None:
-        """End the thread after its present dispatch, and wait for it. Answers that go on are cancelled."""
+        """End the thread after its present dispatch, and wait for it. Answers that go on are cancelled.
+
+        While the programs are compiled, which may take minutes, the thread is not waited for.
+        """
         with self._wake:
             self._stopping = True
             self._wake.notify()
-        self._thread.join()
+        if self.status != "starting":
+            self._thread.join()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the thread runs."""
+        return self._thread.is_alive()
 
     @property
     def num_running(self) -> int:

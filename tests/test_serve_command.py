@@ -1,0 +1,66 @@
+"""`vllama serve` as a command: its address, its errors in one line, and how it ends."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx
+import pytest
+from cli_fixtures import expect_error_line as expect_error
+
+from vllama_jax.serve.options import ServeOptions, read_keys
+
+
+def test_what_prevents_the_server_from_starting_is_one_line(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as occupied:
+        port = occupied.getsockname()[1]
+        assert "choose another --host or --port" in expect_error("serve", "--port", str(port))
+    assert "cannot listen there" in expect_error("serve", "--host", "203.0.113.1", "--port", "0")
+    assert "cannot be read" in expect_error("serve", "--api-key-file", str(tmp_path / "none"))
+    (tmp_path / "keys").write_text("# none\n\n")
+    assert "has no API key" in expect_error("serve", "--api-key-file", str(tmp_path / "keys"))
+    assert "not a directory" in expect_error("serve", "--allow-files", str(tmp_path / "none"))
+    assert "config.json" in expect_error("serve", str(tmp_path), "--port", "0")
+    monkeypatch.setitem(sys.modules, "fastapi", None)
+    assert "pip install 'vllama-jax[serve]'" in expect_error("serve")
+
+
+def test_keys_are_read_from_a_file_and_the_environment(tmp_path, monkeypatch):
+    (tmp_path / "keys").write_text("one\n# two\n\n  three\n")
+    monkeypatch.setenv("VLLAMA_API_KEY", "four,five")
+    assert read_keys(tmp_path / "keys") == ("four", "five", "one", "three")
+    assert ServeOptions(allow_domains=("A.com,b.org", "c.net")).allow_domains == ("a.com", "b.org", "c.net")
+
+
+@pytest.mark.slow
+def test_sigterm_finishes_the_running_answer(tmp_path):
+    (tmp_path / "keys").write_text("secret\n")
+    options = ["--port", "0", "--host", "0.0.0.0", "--rows", "2", "--prompt-tokens", "64", "--new-tokens", "64"]
+    command = [sys.executable, "-m", "vllama_jax", "serve", *options, "--decoders", "1"]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if found := re.search(r"served at http://0\.0\.0\.0:(\d+)", line):
+                break
+        else:
+            pytest.fail("".join(lines))
+        assert any("everyone who can connect" in line for line in lines)
+        request = {"stream": True, "max_tokens": 64, "min_tokens": 64, "messages": [{"role": "user", "content": "?"}]}
+        url = f"http://127.0.0.1:{found[1]}/v1/chat/completions"
+        with httpx.stream("POST", url, json=request, timeout=60) as response:
+            received = response.iter_lines()
+            next(received)
+            process.send_signal(signal.SIGTERM)
+            assert [line for line in received if line][-1] == "data: [DONE]"
+        deadline = time.monotonic() + 30
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert process.returncode == 0
+        assert process.stderr.read() == ""
+    assert not list(tmp_path.glob("vllama-serve-*"))
