@@ -45,6 +45,7 @@ export function addQuestion(question, files) {
       turn.answer = text.textContent;
       endStreaming(answer);
       answer.append(makeActions(turn, text, turns.length, stopped));
+      answer.scrollIntoView({ block: "end" });
     },
     discard() {
       turns = turns.filter((other) => other !== turn);
