@@ -52,8 +52,8 @@ def generate(
 
     Each line of the file is a request, such as {"id": "a", "media": "clip.mp4", "question": "What is happening?"}.
     `media` is a path or a list of paths. A request may have `choices` (the answer is the most probable of them), `n`
-    (the number of answers), `num_frames`, `fps`, `max_frames`, `start` and `end` (as `vllama chat` has them), and the
-    options of decoding.
+    (the number of answers), `num_frames`, `fps`, `max_frames`, `start`, `end` and `segments` (as in `vllama chat`), and
+    the options of decoding.
 
     Args:
         requests: The file of requests, in JSON Lines.

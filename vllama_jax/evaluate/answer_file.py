@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from vllama_jax.answering import AnsweredQuestion, AnsweringOptions, FileQuestion, answer_questions
-from vllama_jax.chat import PreparedMedia, check_num_frames, prepare_media
+from vllama_jax.answering import AnsweredQuestion, AnsweringOptions, FileQuestion, ReadableMedia, answer_questions
+from vllama_jax.chat import check_num_frames, prepare_media, resolve_sampling
 from vllama_jax.checkpoints.directory import ModelDirectory
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig, describe_changes
 from vllama_jax.errors import ConfigError, DataError
@@ -19,6 +19,7 @@ from vllama_jax.evaluate.request_file import FileRequest, InvalidRequest, read_r
 from vllama_jax.io.atomic import check_absent, ensure_directory, lock_directory, replace_file, replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.io.jsonl import JsonLinesFile
+from vllama_jax.segments import open_segments
 
 if TYPE_CHECKING:
     from vllama_jax.model import Model
@@ -118,15 +119,17 @@ def _answer(
     questions = [request for request in requests if isinstance(request, FileQuestion) and request.key not in done]
     config = job.directory.config
 
-    def read(file: Any) -> PreparedMedia:
+    def read(file: Any) -> ReadableMedia:
         return _read_file(file, config, audio=job.audio)
 
     for answered in answer_questions(load_models, questions, read, job.options):
         yield _make_line(answered)
 
 
-def _read_file(file: FileRequest, config: VideoLlamaConfig, *, audio: bool) -> PreparedMedia:
+def _read_file(file: FileRequest, config: VideoLlamaConfig, *, audio: bool) -> ReadableMedia:
     check_num_frames(config, "num_frames", file.sampling.num_frames, "use fewer frames")
+    if file.sampling.segments > 1:
+        return open_segments(file.path, resolve_sampling(file.sampling, None, config), audio)
     return prepare_media(file.path, config, sampling=file.sampling, audio=audio)
 
 
@@ -142,7 +145,7 @@ def _make_line(answered: AnsweredQuestion) -> dict[str, Any]:
         "finish_reason": first.finish_reason,
         "tokens": len(first.tokens),
         "prefill_tokens": first.prefill_tokens,
-        "media": [str(media.report) for media in answered.media],
+        "media": [str(report) for report in answered.reports],
     }
     if question.count > 1:
         line["answers"] = list(answered.answers)
