@@ -113,8 +113,10 @@ def generate(
                 answering=job.options,
                 audio=audio,
             )
-            cluster = RayOptions(address=ray, workers=workers, devices=devices)
-            return answer_with_ray(questions, cluster, worker, job.partial / "ray.log", display.show_status)
+            cluster, log = RayOptions(address=ray, workers=workers, devices=devices), job.partial / "ray.log"
+            if questions:
+                display.show_message(f"Ray writes its messages to {log}")
+            return answer_with_ray(questions, cluster, worker, log, display.show_status)
 
         summary = answer_file(job, answer, display.show_status)
     answered = summary.requests - len(summary.errors)

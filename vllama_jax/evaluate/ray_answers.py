@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import pickle
+import re
 import socket
 import sys
 from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
@@ -32,6 +33,7 @@ BLOCKS_PER_WORKER = 4  # at least, so that fast workers answer more of them than
 BATCHES_PER_BLOCK = 8  # at most: the answers of a block are lost if its worker dies
 MAX_ATTEMPTS = 4  # at a block, whose worker died each time
 CONNECTION_SECONDS = 10.0
+COLOR = re.compile(r"\x1b\[\d+m")
 STORE_BYTES = 2**27  # of a local cluster's object store: requests and answers are small
 
 
@@ -140,7 +142,7 @@ def answer_with_ray(
 
 def _describe_failure(error: Exception) -> str:
     """Return the first and the last line of an error of Ray. It may end with the traceback of another process."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = COLOR.sub("", str(error)).strip().splitlines() or [type(error).__name__]
     return "; ".join(dict.fromkeys(" ".join(line.split())[:200] for line in (lines[0], lines[-1])))
 
 
@@ -229,10 +231,15 @@ def _plan_workers(ray: ModuleType, options: RayOptions) -> tuple[int, dict[str, 
     count = options.workers or (sum(min(one, 1) for one in room) if kind == "CPU" else sum(room)) or 1
     if count > sum(room):
         raise ConfigError(
-            f"--ray {options.address}: {count} workers of {each} {kind}{'s' if each > 1 else ''} each, but the cluster "
-            f"has room for {sum(room)}; use fewer, or start Ray on more machines"
+            f"--ray {options.address}: the cluster has room for {sum(room)} workers of {each} {kind}"
+            f"{'s' if each > 1 else ''} each, not {count}; use fewer, or start Ray on more machines"
         )
-    return count, {"CPU": {"num_cpus": each}, "GPU": {"num_gpus": each}, "TPU": {"resources": {"TPU": each}}}[kind]
+    resources: dict[str, dict[str, Any]] = {
+        "CPU": {"num_cpus": each},
+        "GPU": {"num_gpus": each, "num_cpus": 0},  # Ray Data's default would be one
+        "TPU": {"resources": {"TPU": each}, "num_cpus": 0},
+    }
+    return count, resources[kind]
 
 
 @contextlib.contextmanager
@@ -286,11 +293,10 @@ def _redirect_output(log: Path) -> Iterator[None]:
         stack.enter_context(contextlib.redirect_stdout(file))
         previous = os.dup(2)
         stack.callback(os.close, previous)
-        if sys.stderr is sys.__stderr__:
-            visible = stack.enter_context(
-                os.fdopen(os.dup(2), "w", buffering=1, encoding=sys.stderr.encoding, errors=sys.stderr.errors)
-            )
-            stack.enter_context(contextlib.redirect_stderr(visible))
+        terminal = sys.__stderr__
+        if terminal is not None and sys.stderr is terminal:
+            visible = os.fdopen(os.dup(2), "w", buffering=1, encoding=terminal.encoding, errors=terminal.errors)
+            stack.enter_context(contextlib.redirect_stderr(stack.enter_context(visible)))
         os.dup2(file.fileno(), 2)
         stack.callback(os.dup2, previous, 2)
         yield
