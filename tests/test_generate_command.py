@@ -184,7 +184,7 @@ def test_segments_are_read_once_and_answered_like_those_of_a_chat(tmp_path, caps
     ask = {"media": CLIP, "question": QUESTIONS[0], "segments": 3, "num_frames": 4, "max_new_tokens": 12}
     many = {**ask, "segments": 5000}
     write(tmp_path / "in.jsonl", ask, {**ask, "question": QUESTIONS[1]}, {**ask, "media": [CLIP] * 2}, many)
-    run(tmp_path, "--devices", 1)
+    run(tmp_path, "--devices", 1, "--batch-size", 1)  # a chat's programs
     one, other, twice, too_many = read(tmp_path / "out.jsonl")
     assert (one["answer"], one["tokens"]) == (expected["answer"], len(expected["tokens"]))
     assert one["media"] == ["12 frames of 4.0 s; audio used; 3 segments"]

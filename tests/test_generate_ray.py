@@ -27,28 +27,37 @@ from vllama_jax.evaluate.request_file import read_requests
 needs_ray = pytest.mark.skipif(not importlib.util.find_spec("ray"), reason="Ray is not installed: the extra ray")
 
 
+CLUSTER = """
+import json, sys
+from ray.cluster_utils import Cluster
+machine = {"num_cpus": 1, "object_store_memory": 2**27}
+cluster = Cluster(initialize_head=True, head_node_args={**machine, "include_dashboard": False})
+cluster.add_node(**machine)
+raylets = [one.process.pid for node in cluster.list_all_nodes() for one in node.all_processes["raylet"]]
+print(json.dumps({"address": cluster.address, "raylets": raylets}), flush=True)
+sys.stdin.read()
+cluster.shutdown()
+"""
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator:
-    """A cluster of two machines with one CPU each, which only this process and those that it starts can use."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RAY_AUTH_MODE", "token")
-        patch.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-        patch.setenv("JAX_PLATFORMS", "cpu")
-        from ray.cluster_utils import Cluster
-
-        machine = {"num_cpus": 1, "object_store_memory": 2**27, "include_dashboard": False}
-        started = Cluster(initialize_head=True, head_node_args=machine)
-        started.add_node(num_cpus=1, object_store_memory=2**27)
-        yield started
-        started.shutdown()
+def cluster() -> Iterator[SimpleNamespace]:
+    """A cluster of two machines with one CPU each, which only the commands of these tests can use."""
+    access = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {**os.environ, **access, "JAX_PLATFORMS": "cpu"}
+    command, pipe = [sys.executable, "-c", CLUSTER], subprocess.PIPE
+    with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
+        yield SimpleNamespace(**json.loads(process.stdout.readline()), environment=environment)
+        process.stdin.close()
+        process.wait()
 
 
-def start(cluster, folder: Path, *options: object) -> subprocess.Popen:
+def start(cluster: SimpleNamespace, folder: Path, *options: object) -> subprocess.Popen:
     command = ["generate", "in.jsonl", "--out", "out.jsonl", "--ray", cluster.address, *map(str, options)]
     return subprocess.Popen(
         [sys.executable, "-m", "vllama_jax", *command],
         cwd=folder,
+        env=cluster.environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -64,14 +73,13 @@ def wait_for_lines(folder: Path, count: int, process: subprocess.Popen) -> list[
     return [json.loads(line) for line in journal.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def find_workers(cluster) -> set[int]:
+def find_workers(cluster: SimpleNamespace) -> set[int]:
     """Return the ids of the processes that answer requests, which the cluster has started."""
-    raylets = {process.process.pid for node in cluster.list_all_nodes() for process in node.all_processes["raylet"]}
     found = set()
     for status in Path("/proc").glob("[0-9]*/stat"):
         try:
             parent = int(status.read_text().rpartition(")")[2].split()[1])
-            if parent in raylets and b"_Worker" in (status.parent / "cmdline").read_bytes():
+            if parent in cluster.raylets and b"_Worker" in (status.parent / "cmdline").read_bytes():
                 found.add(int(status.parent.name))
         except OSError:  # the process has ended
             continue
