@@ -15,7 +15,7 @@ from vllama_jax import media as media_files
 from vllama_jax.branches import BRANCHES, Branch, get_branches
 from vllama_jax.config import GREEDY, GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError, VllamaError
-from vllama_jax.media import Audio, FrameSampling, Image, MediaReport, MediaSource, OpenedSource, Video
+from vllama_jax.media import Audio, FrameSampling, Image, MediaReport, MediaSource, Video
 from vllama_jax.segments import check_segments_fit, combine_reports
 from vllama_jax.text import prompts
 from vllama_jax.text.templates import ChatTemplate
@@ -228,6 +228,42 @@ def encode_media(
     return [tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens) for tokens in by_array if tokens]
 
 
+def encode_segments(
+    model: "Model",
+    source: MediaSource,
+    sampling: FrameSampling,
+    *,
+    audio: bool = True,
+    require_audio: bool = False,
+    interpolate_positions: bool = False,
+) -> "tuple[prompts.Media, list[jax.Array], MediaReport]":
+    """Read and encode the segments of a video or of audio, one at a time. Only their media tokens are kept.
+
+    Args:
+        model: The model.
+        source: The file; see `media.open_source`.
+        sampling: The window, the number of segments, and the number of frames of each.
+        audio: Whether to use the audio of a video.
+        require_audio: Raise an error if the audio of a segment is not used.
+        interpolate_positions: Interpolate the learned positions for more frames than the model has positions.
+
+    Returns:
+        The description of the file for a prompt, its media tokens, each [n, width of the language model], and a report
+        of all segments.
+
+    Raises:
+        MediaError: The source cannot be used, or its audio is required and was not used.
+        ConfigError: There are more frames than learned positions, and `interpolate_positions` is false.
+    """
+    config, tokens, segments, reports = model.config, [], [], []
+    for span, media in media_files.read_segments(source, sampling, config.vit.image_size, audio, config.num_clips):
+        prepared = preprocess_media(media, config, require_audio=require_audio)
+        tokens += encode_media(model.network, prepared, interpolate_positions=interpolate_positions)
+        segments.append(dataclasses.replace(prepared.prompt_media, time_range=span))
+        reports.append(prepared.report)
+    return prompts.Media(segments[0].kind, segments=tuple(segments)), tokens, combine_reports(reports)
+
+
 def embed_prompt(
     model: "Model",
     conversation: prompts.Conversation,
@@ -386,32 +422,13 @@ class Chat:
             if sampling.segments > 1:
                 model, conversation = self.model, self._conversation
                 check_segments_fit(opened, model.config, model.tokenizer, conversation, sampling, audio, max_new_tokens)
-                return self._add_segments(opened, sampling, **options)
+                file, tokens, report = encode_segments(model, opened, sampling, **options)
+                self._tokens = self._tokens + tokens
+                self._conversation = self._conversation.add(file)
+                self._files = (*self._files, report)
+                return report
             prepared = prepare_media(opened, self.model.config, sampling=sampling, **options)
             return self.add_prepared(prepared, interpolate_positions=interpolate_positions)
-
-    def _add_segments(
-        self,
-        opened: OpenedSource,
-        sampling: FrameSampling,
-        *,
-        audio: bool,
-        require_audio: bool,
-        interpolate_positions: bool,
-    ) -> MediaReport:
-        """Read and encode segments one at a time. Only their media tokens are kept."""
-        config, network = self.model.config, self.model.network
-        tokens, segments, reports = [], [], []
-        for span, media in media_files.read_segments(opened, sampling, config.vit.image_size, audio, config.num_clips):
-            prepared = preprocess_media(media, config, require_audio=require_audio)
-            tokens += encode_media(network, prepared, interpolate_positions=interpolate_positions)
-            segments.append(dataclasses.replace(prepared.prompt_media, time_range=span))
-            reports.append(prepared.report)
-        report = combine_reports(reports)
-        self._tokens = self._tokens + tokens
-        self._conversation = self._conversation.add(prompts.Media(segments[0].kind, segments=tuple(segments)))
-        self._files = (*self._files, report)
-        return report
 
     def add_prepared(self, prepared: PreparedMedia, *, interpolate_positions: bool = False) -> MediaReport:
         """Add a media file that `prepare_media` has read.
