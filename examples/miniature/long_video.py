@@ -24,13 +24,13 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
 
 from vllama_jax.answering import AnsweringOptions, FileQuestion, answer_questions
-from vllama_jax.chat import embed_prompt, encode_segments, make_engine, prepare_media
+from vllama_jax.chat import PreparedMedia, embed_prompt, encode_segments, make_engine, prepare_media
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import GREEDY, GenerationConfig, RopeScaling
 from vllama_jax.errors import ConfigError, VllamaError
@@ -203,13 +203,11 @@ def answer_clip_by_clip(model: Model, path: Path, questions: Sequence[SpanQuesti
         for sense, name in asked.items()
     ]
     found = {sense: [collections.Counter[str]() for _ in script.spans] for sense in asked}
-    results = answer_questions(
-        lambda: [model],
-        of_clips,
-        lambda window: prepare_media(path, model.config, sampling=window, require_audio=True),  # type: ignore[arg-type]
-        AnsweringOptions(),
-    )
-    for answered in results:
+
+    def read(window: Any) -> PreparedMedia:
+        return prepare_media(path, model.config, sampling=window, require_audio=True)
+
+    for answered in answer_questions(lambda: [model], of_clips, read, AnsweringOptions()):
         sense, clip = answered.question.key
         found[sense][clip // script.clips].update([texts.answer_key(asked[sense], answered.answers[0])])
     return [_find_span(question, found[question.sense]) for question in questions]
@@ -278,9 +276,10 @@ def main(
     """
     if seed < 0 or questions < 1:
         raise ConfigError(f"--questions must be at least 1 and --seed at least 0, not {questions} and {seed}")
-    model, results, start = load("miniature"), {}, time.perf_counter()
+    model, start = load("miniature"), time.perf_counter()
+    results: dict[str, Measure] = {}
     long = {"spans": MINUTES, "clips": CLIPS_OF_MINUTE}
-    ways = {
+    ways: dict[str, tuple[Model, AnswerVideo, dict[str, int]]] = {
         "clip by clip": (model, answer_clip_by_clip, long),
         "60 segments": (load_with_long_context(), answer_from_one_prompt, long),
         "60 segments, scaled": (load_with_long_context(LONG_CONTEXT / TRAINED_LENGTH), answer_from_one_prompt, long),
