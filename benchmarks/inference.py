@@ -185,13 +185,21 @@ def measure_decoding() -> dict[str, float]:
     return figures
 
 
-def measure_token_seconds(llama: Llama, length: int = 60, batch: int = 1) -> float:
-    """Return the seconds of a decoded token, without the prefill and the first call, which compiles."""
+def measure_token_seconds(llama: Llama, length: int = 60, batch: int = 1, **options: Any) -> float:
+    """Return the seconds of a decoded token, without the prefill and the first call, which compiles.
+
+    Args:
+        llama: The language model.
+        length: The number of tokens of each prompt.
+        batch: The number of prompts.
+        **options: Fields of `GenerationConfig`.
+    """
     media = np.zeros((0, llama.cfg.width), np.float32)
     prompts = [  # no prompt starts like another one, so that each is computed
         EmbeddedPrompt(np.full(length, 5 + row, np.int32), np.zeros(length, bool), media) for row in range(batch)
     ]
-    batches = generate(llama, prompts, GenerationConfig(max_new_tokens=49), bos=1, eos=llama.cfg.vocab_size)
+    config = GenerationConfig(max_new_tokens=49, **options)
+    batches = generate(llama, prompts, config, bos=1, eos=llama.cfg.vocab_size)
     next(batches), next(batches)
     start = time.perf_counter()
     count = sum(len(batch[0]) for batch in batches)

@@ -230,6 +230,9 @@ def test_two_hundred_mixed_requests_compile_nothing_after_the_first(llama):
     run(running, *requests(2))
     compiled.clear()
     run(running, *requests(200))
+    cancelled = running.add(*requests(1))
+    running.step()
+    running.cancel(cancelled)
     assert not compiled, compiled
 
 

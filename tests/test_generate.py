@@ -9,7 +9,12 @@ from generate_fixtures import BOS, CFG, NO_EOS, answer, make_prompt
 
 from vllama_jax.config import ConfigError, GenerationConfig
 from vllama_jax.generate import Engine, Request, generate, padded_prompt_length, programs
-from vllama_jax.generate.choose import apply_repetition_penalty, ends_with_stop_sequence, warp_logits
+from vllama_jax.generate.choose import (
+    SMALL_TOP_K,
+    apply_repetition_penalty,
+    ends_with_stop_sequence,
+    warp_logits,
+)
 
 
 def test_greedy_decoding_equals_full_forward_passes(llama, log_probabilities):
@@ -212,6 +217,18 @@ def test_warping_applies_temperature_top_k_and_top_p(temperature, top_k, top_p):
         kept = set(order[:count].tolist())
         assert {i for i in range(40) if np.isfinite(out[i])} == kept
         np.testing.assert_allclose(out[sorted(kept)], row[sorted(kept)], rtol=1e-6)
+
+
+def test_rows_of_a_small_top_k_do_not_depend_on_rows_that_need_the_sorted_vocabulary():
+    """A top_k of at most SMALL_TOP_K is selected where all rows allow it, and read from the sorted logits otherwise."""
+    logits = jnp.asarray(np.random.default_rng(1).standard_normal((5, 1000)).astype(np.float32))
+    top_k, top_p = np.array([50, 1, SMALL_TOP_K, 3, SMALL_TOP_K + 1]), np.array([0.5, 0.9, 1.0, 1.0, 1.0])
+    temperature = np.array([1.0, 0.7, 1.5, 2.0, 1.0], np.float32)
+    together = np.asarray(warp_logits(logits, temperature, top_k, top_p))
+    np.testing.assert_array_equal(warp_logits(logits[:4], temperature[:4], top_k[:4], top_p[:4]), together[:4])
+    kept = np.isfinite(together).sum(axis=1)
+    assert kept[1:].tolist() == [1, SMALL_TOP_K, 3, SMALL_TOP_K + 1]
+    assert 1 < kept[0] < 50
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -106,6 +107,8 @@ def test_a_request_without_an_answer_has_its_error(answered):
         ({"stop": [""]}, "a text in stop is empty"),
         ({"temperature": -1}, "temperature must be at least 0"),
         ({"fps": 2, "num_frames": 3}, "fps cannot be combined"),
+        ({"segments": 2.5}, "segments must be an integer, not 2.5"),
+        ({"segments": 0}, "segments must be at least 1, not 0"),
     ],
 )
 def test_invalid_fields_are_errors_of_their_request(tmp_path, fields, message):
@@ -169,6 +172,27 @@ def test_options_that_do_not_fit_the_model_are_errors_of_their_request(tmp_path)
     assert "frame positions" in rate["error"]
     assert "frame positions" in number["error"]
     assert good["tokens"] == 3
+
+
+@pytest.mark.slow
+def test_segments_are_read_once_and_answered_like_those_of_a_chat(tmp_path, capsys, monkeypatch):
+    """Too many are an error of their request, with the largest number that fits, and nothing is read for them."""
+    reads, read_segments = [], vl.media.read_segments
+    monkeypatch.setattr(vl.media, "read_segments", lambda *inputs: reads.append(inputs[0]) or read_segments(*inputs))
+    cli.main(["chat", CLIP, QUESTIONS[0], "--segments", "3", "--num-frames", "4", "--max-new-tokens", "12", "--json"])
+    expected = json.loads(capsys.readouterr().out)
+    ask = {"media": CLIP, "question": QUESTIONS[0], "segments": 3, "num_frames": 4, "max_new_tokens": 12}
+    many = {**ask, "segments": 5000}
+    write(tmp_path / "in.jsonl", ask, {**ask, "question": QUESTIONS[1]}, {**ask, "media": [CLIP] * 2}, many)
+    run(tmp_path, "--devices", 1, "--batch-size", 1)  # a chat's programs
+    one, other, twice, too_many = read(tmp_path / "out.jsonl")
+    assert (one["answer"], one["tokens"]) == (expected["answer"], len(expected["tokens"]))
+    assert one["media"] == ["12 frames of 4.0 s; audio used; 3 segments"]
+    assert other["prefill_tokens"] < one["prefill_tokens"] / 2 < twice["prefill_tokens"]
+    assert len(reads) == 2  # by the chat, and for all requests
+    message = f"{CLIP}: 5000 segments, a question and an answer of 12 tokens do not fit the model's context of "
+    assert too_many["error"].startswith(message)
+    assert re.search(r"; use at most \d+ segments$", too_many["error"])
 
 
 @pytest.mark.slow

@@ -109,10 +109,20 @@ def test_too_many_segments_are_an_error_before_anything_is_read(model, video, mo
     )
     assert str(caught.value).startswith(f"{start}; use at most ")
     fitting = int(str(caught.value).split()[-2])
-    model_args = (model.config, model.tokenizer, chat._conversation)
-    segments.check_segments_fit(video, *model_args, FrameSampling(segments=fitting), True, 50)
+
+    def check(count: int, num_files: int = 1, question: str | None = None) -> None:
+        files = [segments.open_segments(video, FrameSampling(segments=count), True)] * num_files
+        segments.check_segments_fit(files, model.config, model.tokenizer, chat._conversation, 50, question)
+
+    check(fitting)
+    check(fitting // 2, num_files=2)
+    check(fitting, question="What?")
     with pytest.raises(vl.ConfigError, match=f"{fitting + 1} segments.*; use at most {fitting} segments"):
-        segments.check_segments_fit(video, *model_args, FrameSampling(segments=fitting + 1), True, 50)
+        check(fitting + 1)
+    with pytest.raises(vl.ConfigError, match=f"a.mp4, .*a.mp4: {fitting} segments each.*; use at most "):
+        check(fitting, num_files=2)
+    with pytest.raises(vl.ConfigError, match="use at most "):
+        check(fitting, question="What? " * 200)
     with pytest.raises(vl.ConfigError, match="; remove turns or media, or set max_new_tokens lower"):
         chat.add(video, sampling=FrameSampling(segments=2), max_new_tokens=1000)
     assert chat._conversation.turns[-1].media == ()

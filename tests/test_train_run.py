@@ -120,12 +120,12 @@ def test_decoding_in_processes_changes_nothing(full_run, tmp_path):
 
 
 @SLOW
-@pytest.mark.parametrize("name", SHIPPED)
-def test_a_run_killed_four_times_resumes_bit_exactly(name, tiny_model, real_records, tmp_path):
+@pytest.mark.parametrize(("name", "kills"), [(SHIPPED[0], 4), *((name, 1) for name in SHIPPED[1:])])
+def test_a_run_killed_at_random_times_resumes_bit_exactly(name, kills, tiny_model, real_records, tmp_path):
     config = write_config(tmp_path / "config.py", config_of(tiny_model, real_records, name))
     assert command(config, tmp_path / "whole").wait() == 0
     run, draw = tmp_path / "killed", random.Random(name)
-    for _ in range(4):
+    for _ in range(kills):
         process = command(config, run)
         done = len(losses(run)) if (run / "metrics.jsonl").exists() else 0
         wait_for_step(run, min(done + draw.randrange(1, 4), STEPS - 1), process)

@@ -16,18 +16,27 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllama_jax.chat import PreparedMedia, embed_prompt, encode_media, make_engine, search_beams
+from vllama_jax.chat import (
+    EncodedMedia,
+    PreparedMedia,
+    embed_prompt,
+    encode_media,
+    encode_segments,
+    make_engine,
+    search_beams,
+)
 from vllama_jax.config import GREEDY, GenerationConfig
 from vllama_jax.errors import ConfigError, MediaError
+from vllama_jax.media import MediaReport
+from vllama_jax.segments import SegmentedMedia, check_segments_fit
 from vllama_jax.text import prompts
 
 if TYPE_CHECKING:
-    import jax
-
     from vllama_jax import generate
     from vllama_jax.model import Model
 
-ReadFile = Callable[[Hashable], PreparedMedia]
+ReadableMedia = PreparedMedia | SegmentedMedia
+ReadFile = Callable[[Hashable], ReadableMedia]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -59,7 +68,7 @@ class AnsweredQuestion:
 
     Attributes:
         question: The question.
-        media: Its files.
+        reports: What was read from its files.
         prompt: The prompt, as text to be read by people.
         answers: The answers, with `FileQuestion.answer_start`.
         generations: Their tokens, log-probabilities and counts.
@@ -67,7 +76,7 @@ class AnsweredQuestion:
     """
 
     question: FileQuestion
-    media: Sequence[PreparedMedia] = ()
+    reports: Sequence[MediaReport] = ()
     prompt: str = ""
     answers: Sequence[str] = ()
     generations: "Sequence[generate.Generation]" = ()
@@ -105,7 +114,8 @@ def answer_questions(
         load_models: Returns the same model on different devices, which answer different questions. It is called when
             the first file was read.
         questions: The questions. Those about the same files are answered together.
-        read: Reads a file. It is called once for each file, in threads.
+        read: Reads a file, or opens one whose segments are read when they are encoded. It is called once for each file,
+            in threads.
         options: Options for all questions.
 
     Yields:
@@ -144,7 +154,7 @@ def _answer_groups(
             yield from _answer_in_threads(models, files, options)
 
 
-Group = tuple[list[FileQuestion], list[PreparedMedia | str]]  # questions about the same files; why a file is unusable
+Group = tuple[list[FileQuestion], list[ReadableMedia | str]]  # questions about the same files; why a file is unusable
 
 
 class _FileReader:
@@ -160,7 +170,7 @@ class _FileReader:
         self._pool, self._read, self._ahead = pool, read, ahead
         self._groups = collections.deque(groups)
         self._uses = collections.Counter(file for files, _ in groups for file in set(files))
-        self._futures: dict[Hashable, concurrent.futures.Future[PreparedMedia | str]] = {}
+        self._futures: dict[Hashable, concurrent.futures.Future[ReadableMedia | str]] = {}
         self._given_back: list[Group] = []
         self._lock = threading.Lock()
 
@@ -196,7 +206,7 @@ class _FileReader:
         with self._lock:
             self._groups.clear()
 
-    def _read_or_explain(self, file: Hashable) -> PreparedMedia | str:
+    def _read_or_explain(self, file: Hashable) -> ReadableMedia | str:
         try:
             return self._read(file)
         except (MediaError, ConfigError) as error:  # the file, or how it is to be sampled
@@ -208,7 +218,7 @@ class _Pending:
     """A question whose answers are being decoded."""
 
     question: FileQuestion
-    media: list[PreparedMedia]
+    reports: list[MediaReport]
     prompt: str
     generations: "list[generate.Generation]"
 
@@ -224,14 +234,14 @@ class _Answerer:
         self._engine = make_engine(model, options.rows, int8_cache=options.int8_cache)
         self._int8_cache, self._rows = options.int8_cache, options.rows
         self._pending: dict[generate.Generation, _Pending] = {}
-        self._encoded: dict[Hashable, list[jax.Array]] = {}
+        self._encoded: dict[Hashable, EncodedMedia] = {}
 
     def answer(self, files: _FileReader) -> Iterator[AnsweredQuestion]:
         """Answer all questions of the groups that this takes from `files`."""
         while True:
             while self._engine.num_waiting < self._rows and (group := files.take()) is not None:
                 yield from self._add_group(group)
-                self._encoded = {file: tokens for file, tokens in self._encoded.items() if files.is_used_again(file)}
+                self._encoded = {file: found for file, found in self._encoded.items() if files.is_used_again(file)}
             if not self._engine.is_busy:
                 return
             for generation in self._engine.step():
@@ -244,37 +254,63 @@ class _Answerer:
     def _add_group(self, group: Group) -> Iterator[AnsweredQuestion]:
         """Add the questions about the same files to the engine, and yield the results of those that have no answer."""
         questions, files = group
-        media = [file for file in files if isinstance(file, PreparedMedia)]
+        media = [file for file in files if not isinstance(file, str)]
         if len(media) < len(files):
             yield from _refuse(group)
             return
-        conversation, tokens = self._start, []
-        for file, prepared in zip(questions[0].files, media, strict=True):
-            conversation = conversation.add(prepared.prompt_media)
-            if file not in self._encoded:
-                self._encoded[file] = encode_media(self._model.network, prepared)
-            tokens += self._encoded[file]
+        fitting = []
         for question in questions:
-            asked = conversation.ask(question.text)
             try:
-                pending = self._add_question(question, asked, media, tokens)
+                self._check_segments_fit(question, media)
+                fitting.append(question)
             except ConfigError as error:
-                yield AnsweredQuestion(question=question, media=media, error=str(error))
+                yield AnsweredQuestion(question=question, error=str(error))
+        if not fitting:
+            return
+        try:
+            encoded = [self._encode(*file) for file in zip(questions[0].files, media, strict=True)]
+        except (MediaError, ConfigError) as error:
+            yield from _refuse((fitting, [str(error)]))
+            return
+        for question in fitting:
+            try:
+                pending = self._add_question(question, encoded)
+            except ConfigError as error:
+                yield AnsweredQuestion(question=question, error=str(error))
                 continue
             if question.config.num_beams > 1:
                 yield self._finish(pending)
 
-    def _add_question(
-        self,
-        question: FileQuestion,
-        conversation: prompts.Conversation,
-        media: list[PreparedMedia],
-        tokens: "list[jax.Array]",
-    ) -> _Pending:
+    def _check_segments_fit(self, question: FileQuestion, media: Sequence[ReadableMedia]) -> None:
+        """Raise ConfigError if a question about files with segments is longer than the context. Nothing is decoded."""
+        segmented = [file for file in media if isinstance(file, SegmentedMedia)]
+        if segmented:
+            conversation = self._start
+            for file in media:
+                conversation = conversation.add(file.prompt_media) if isinstance(file, PreparedMedia) else conversation
+            model, new_tokens = self._model, question.config.max_new_tokens
+            check_segments_fit(segmented, model.config, model.tokenizer, conversation, new_tokens, question.text)
+
+    def _encode(self, file: Hashable, media: ReadableMedia) -> EncodedMedia:
+        """Encode a file, unless that was done for another question."""
+        if file not in self._encoded:
+            self._encoded[file] = (
+                encode_segments(self._model, media)
+                if isinstance(media, SegmentedMedia)
+                else EncodedMedia(encode_media(self._model.network, media), media.prompt_media, media.report)
+            )
+        return self._encoded[file]
+
+    def _add_question(self, question: FileQuestion, files: Sequence[EncodedMedia]) -> _Pending:
         from vllama_jax import generate
 
         config, tokenizer = question.config, self._model.tokenizer
+        conversation = self._start
+        for file in files:
+            conversation = conversation.add(file.prompt_media)
+        conversation = conversation.ask(question.text)
         template = dataclasses.replace(conversation.template, more_stops=config.stop)
+        tokens = [one for file in files for one in file.tokens]
         prompt = embed_prompt(self._model, conversation, tokens, config.max_new_tokens, question.answer_start)
         stops = prompts.stop_sequences(tokenizer, template)
         choices = [prompts.encode_answer(tokenizer, conversation, choice) for choice in question.choices]
@@ -289,14 +325,11 @@ class _Answerer:
         ]
         text = prompts.render(conversation)
         text += template.answer_prefix + question.answer_start if question.answer_start else ""
+        reports = [file.report for file in files]
         if config.num_beams > 1:
-            return _Pending(
-                question,
-                media,
-                text,
-                [search_beams(self._model, requests[0], int8_cache=self._int8_cache)] * question.count,
-            )
-        pending = _Pending(question, media, text, [self._engine.add(request) for request in requests])
+            found = search_beams(self._model, requests[0], int8_cache=self._int8_cache)
+            return _Pending(question, reports, text, [found] * question.count)
+        pending = _Pending(question, reports, text, [self._engine.add(request) for request in requests])
         self._pending |= dict.fromkeys(pending.generations, pending)
         return pending
 
@@ -305,7 +338,7 @@ class _Answerer:
         template = dataclasses.replace(self._start.template, more_stops=question.config.stop)
         return AnsweredQuestion(
             question=question,
-            media=pending.media,
+            reports=pending.reports,
             prompt=pending.prompt,
             answers=[
                 question.choices[int(np.argmax(one.choice_logprobs))]

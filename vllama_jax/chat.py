@@ -15,8 +15,8 @@ from vllama_jax import media as media_files
 from vllama_jax.branches import BRANCHES, Branch, get_branches
 from vllama_jax.config import GREEDY, GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError, VllamaError
-from vllama_jax.media import Audio, FrameSampling, Image, MediaReport, MediaSource, OpenedSource, Video
-from vllama_jax.segments import check_segments_fit, combine_reports
+from vllama_jax.media import Audio, FrameSampling, Image, MediaReport, MediaSource, Video
+from vllama_jax.segments import SegmentedMedia, check_segments_fit, combine_reports, open_segments
 from vllama_jax.text import prompts
 from vllama_jax.text.templates import ChatTemplate
 from vllama_jax.towers import get_tower
@@ -60,6 +60,21 @@ class PreparedMedia:
     def prompt_media(self) -> prompts.Media:
         """The description of the file for a prompt."""
         return prompts.Media(self.report.kind, self.mel is not None and self.frames is not None, self.seconds)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedMedia:
+    """A media file that was encoded.
+
+    Attributes:
+        tokens: Its media tokens [n, width of the language model], in the order of the prompt.
+        prompt_media: Its description for a prompt.
+        report: What was read from the file.
+    """
+
+    tokens: "list[jax.Array]"
+    prompt_media: prompts.Media
+    report: MediaReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +243,32 @@ def encode_media(
     return [tokens[0] if len(tokens) == 1 else jnp.concatenate(tokens) for tokens in by_array if tokens]
 
 
+def encode_segments(
+    model: "Model", file: SegmentedMedia, *, require_audio: bool = False, interpolate_positions: bool = False
+) -> EncodedMedia:
+    """Read and encode the segments of a file one at a time. Only their media tokens are kept.
+
+    Args:
+        model: The model.
+        file: The file, whose sampling has a number of frames (`resolve_sampling`).
+        require_audio: Raise an error if the audio of a segment is not used.
+        interpolate_positions: Interpolate the learned positions for more frames than the model has positions.
+
+    Raises:
+        MediaError: The file cannot be used, or its audio is required and was not used.
+        ConfigError: There are more frames than learned positions, and `interpolate_positions` is false.
+    """
+    config = model.config
+    size, clips = config.vit.image_size, config.num_clips
+    tokens, segments, reports = [], [], []
+    for span, media in media_files.read_segments(file.source, file.sampling, size, file.audio, clips):
+        prepared = preprocess_media(media, config, require_audio=require_audio)
+        tokens += encode_media(model.network, prepared, interpolate_positions=interpolate_positions)
+        segments.append(dataclasses.replace(prepared.prompt_media, time_range=span))
+        reports.append(prepared.report)
+    return EncodedMedia(tokens, prompts.Media(segments[0].kind, segments=tuple(segments)), combine_reports(reports))
+
+
 def embed_prompt(
     model: "Model",
     conversation: prompts.Conversation,
@@ -387,37 +428,14 @@ class Chat:
                 interpolation, or there are more segments than fit the context.
         """
         sampling = resolve_sampling(sampling, num_frames, self.model.config)
-        options = {"audio": audio, "require_audio": require_audio, "interpolate_positions": interpolate_positions}
+        options = {"require_audio": require_audio, "interpolate_positions": interpolate_positions}
         with self._exclusive_use(), media_files.open_source(source, allow_url=allow_url) as opened:
             if sampling.segments > 1:
-                model, conversation = self.model, self._conversation
-                check_segments_fit(opened, model.config, model.tokenizer, conversation, sampling, audio, max_new_tokens)
-                return self._add_segments(opened, sampling, **options)
-            prepared = prepare_media(opened, self.model.config, sampling=sampling, **options)
+                model, file = self.model, open_segments(opened, sampling, audio)
+                check_segments_fit([file], model.config, model.tokenizer, self._conversation, max_new_tokens)
+                return self._add_encoded(encode_segments(model, file, **options))
+            prepared = prepare_media(opened, self.model.config, sampling=sampling, audio=audio, **options)
             return self.add_prepared(prepared, interpolate_positions=interpolate_positions)
-
-    def _add_segments(
-        self,
-        opened: OpenedSource,
-        sampling: FrameSampling,
-        *,
-        audio: bool,
-        require_audio: bool,
-        interpolate_positions: bool,
-    ) -> MediaReport:
-        """Read and encode segments one at a time. Only their media tokens are kept."""
-        config, network = self.model.config, self.model.network
-        tokens, segments, reports = [], [], []
-        for span, media in media_files.read_segments(opened, sampling, config.vit.image_size, audio, config.num_clips):
-            prepared = preprocess_media(media, config, require_audio=require_audio)
-            tokens += encode_media(network, prepared, interpolate_positions=interpolate_positions)
-            segments.append(dataclasses.replace(prepared.prompt_media, time_range=span))
-            reports.append(prepared.report)
-        report = combine_reports(reports)
-        self._tokens = self._tokens + tokens
-        self._conversation = self._conversation.add(prompts.Media(segments[0].kind, segments=tuple(segments)))
-        self._files = (*self._files, report)
-        return report
 
     def add_prepared(self, prepared: PreparedMedia, *, interpolate_positions: bool = False) -> MediaReport:
         """Add a media file that `prepare_media` has read.
@@ -431,10 +449,13 @@ class Chat:
         """
         with self._exclusive_use():
             tokens = encode_media(self.model.network, prepared, interpolate_positions=interpolate_positions)
-            self._tokens = self._tokens + tokens
-            self._conversation = self._conversation.add(prepared.prompt_media)
-            self._files = (*self._files, prepared.report)
-        return prepared.report
+            return self._add_encoded(EncodedMedia(tokens, prepared.prompt_media, prepared.report))
+
+    def _add_encoded(self, encoded: EncodedMedia) -> MediaReport:
+        self._tokens = self._tokens + encoded.tokens
+        self._conversation = self._conversation.add(encoded.prompt_media)
+        self._files = (*self._files, encoded.report)
+        return encoded.report
 
     def ask(self, question: str, **options: Any) -> Iterator[str]:
         """Ask a question about the added files and stream the answer.

@@ -111,6 +111,30 @@ def load(
     return Model(directory.config, directory.tokenizer, network)
 
 
+def load_copies(
+    directory: ModelDirectory, count: int | None, dtype: str | None = None, quantize: str | None = None
+) -> list[Model]:
+    """Load a model on several devices of this machine, each with a copy.
+
+    Args:
+        directory: The model.
+        count: The number of devices; None for all.
+        dtype: As in `load`.
+        quantize: As in `load`.
+
+    Raises:
+        ConfigError: There are fewer devices, or an argument is invalid.
+        CheckpointError: The model is incomplete or corrupt.
+    """
+    import jax
+
+    devices = jax.local_devices()
+    if count is not None and count > len(devices):
+        raise ConfigError(f"--devices {count}, but there are {len(devices)} devices; use fewer, or omit the option")
+    loaded, chosen = load(directory, dtype, quantize=quantize), devices[:count]
+    return copy_to_devices(loaded, chosen) if len(chosen) > 1 else [loaded]
+
+
 def copy_to_devices(model: Model, devices: "Sequence[jax.Device]") -> list[Model]:
     """Return the model on each of several devices. It must be on one device; where it is there, it is not copied."""
     import jax

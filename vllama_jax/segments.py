@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -10,7 +11,7 @@ from vllama_jax import media as media_files
 from vllama_jax.branches import get_branches
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import ConfigError
-from vllama_jax.media import FrameSampling, MediaReport, OpenedSource
+from vllama_jax.media import FrameSampling, MediaHeader, MediaReport, MediaSource
 from vllama_jax.text import prompts
 
 if TYPE_CHECKING:
@@ -20,52 +21,77 @@ _QUESTION_TOKENS = 32  # of a question of about 20 words
 _LONG = 36000.0  # s; of a file that declares no duration
 
 
+@dataclasses.dataclass(frozen=True)
+class SegmentedMedia:
+    """A video or audio that is read and encoded in several segments.
+
+    Attributes:
+        source: The video or audio.
+        name: Its name for messages.
+        header: What it declares.
+        sampling: The window, the number of segments, and the number of frames to sample from each.
+        audio: Whether the audio of a video is used.
+    """
+
+    source: MediaSource
+    name: str
+    header: MediaHeader
+    sampling: FrameSampling
+    audio: bool
+
+
+def open_segments(source: MediaSource, sampling: FrameSampling, audio: bool) -> SegmentedMedia:
+    """Open a video or audio that is read in several segments, without decoding it.
+
+    Args:
+        source: The video or audio; see `media.open_source`.
+        sampling: The window, the number of segments, and the number of frames to sample from each.
+        audio: Whether to use the audio of a video.
+
+    Raises:
+        MediaError: The source cannot be opened, or is an image.
+    """
+    with media_files.open_source(source) as opened:
+        return SegmentedMedia(source, opened.name, media_files.read_header(opened), sampling, audio)
+
+
 def check_segments_fit(
-    source: OpenedSource,
+    files: Sequence[SegmentedMedia],
     config: VideoLlamaConfig,
     tokenizer: "Tokenizer",
     conversation: prompts.Conversation,
-    sampling: FrameSampling,
-    audio: bool,
     max_new_tokens: int,
+    question: str | None = None,
 ) -> None:
-    """Check that the segments of a file, a short question and its answer fit the model's context.
+    """Check that the segments of files, a question and its answer fit the model's context.
 
-    Nothing is decoded: the tokens are counted with the timestamps that follow from the declared duration.
+    Nothing is decoded: the tokens are counted with the timestamps that follow from the declared durations.
 
     Args:
-        source: The video or audio.
+        files: The videos and audio, with the same number of segments.
         config: The model's config.
         tokenizer: The model's tokenizer.
-        conversation: The conversation that the file is added to.
-        sampling: The window, the number of segments and of their frames.
-        audio: Whether the audio is used.
+        conversation: The conversation that the files are added to.
         max_new_tokens: The maximum number of new tokens of an answer.
+        question: The question; None for one of about 20 words.
 
     Raises:
         ConfigError: They do not fit. The message has the largest number of segments that does.
-        MediaError: The file cannot be opened, or is an image.
     """
-    kind, has_audio, duration = media_files.read_header(source)
-    duration = duration or _LONG  # the digits of timestamps are tokens
-    context, reserved = config.llama.max_length, _QUESTION_TOKENS + max_new_tokens
-    start, end = sampling.start, max(min(sampling.end, duration), sampling.start)
+    context = config.llama.max_length
+    reserved = max_new_tokens + (_QUESTION_TOKENS if question is None else 0)
     counts = count_media_tokens(config)
 
     def count_tokens(num_segments: int) -> int:
-        bounds = np.linspace(start, end, num_segments + 1).tolist()
-        segments = []
-        for first, last in itertools.pairwise(bounds):
-            times = np.linspace(first, last, sampling.num_frames or config.num_frames, endpoint=False).tolist()
-            with_audio = audio and has_audio and "audio" in counts
-            segments.append(prompts.Media(kind, with_audio, tuple(times) if kind == "video" else (), (first, last)))
-        file = prompts.Media(kind, segments=tuple(segments))
-        asked = conversation.add(file).ask("")
+        asked = conversation
+        for file in files:
+            asked = asked.add(_describe_segments(file, config, num_segments))
+        asked = asked.ask(question or "")
         lengths = [counts.get(name, 0) for turn in asked.turns for media in turn.media for name in media.placeholders]
         return len(prompts.encode_conversation(asked, tokenizer, lengths).ids) + reserved
 
-    wanted = sampling.segments
-    too_many = 1 + context // counts.get(kind, 1)  # of media tokens alone
+    wanted = files[0].sampling.segments
+    too_many = 1 + context // counts.get(files[0].header.kind, 1)  # of media tokens alone
     if wanted < too_many and count_tokens(wanted) <= context:
         return
     fitting, too_many = 0, min(wanted, too_many)
@@ -75,9 +101,21 @@ def check_segments_fit(
     most = f"use at most {fitting} segment{'s' if fitting > 1 else ''}"
     advice = most if fitting else "remove turns or media, or set max_new_tokens lower"
     raise ConfigError(
-        f"{source.name}: {wanted} segments, a question and an answer of {max_new_tokens} tokens do not fit the model's "
-        f"context of {context} tokens; {advice}"
+        f"{', '.join(file.name for file in files)}: {wanted} segments{' each' if len(files) > 1 else ''}, a question "
+        f"and an answer of {max_new_tokens} tokens do not fit the model's context of {context} tokens; {advice}"
     )
+
+
+def _describe_segments(file: SegmentedMedia, config: VideoLlamaConfig, num_segments: int) -> prompts.Media:
+    """Return the description of a file for a prompt, if it had this number of segments and its declared duration."""
+    sampling, (kind, has_audio, duration) = file.sampling, file.header
+    end = max(min(sampling.end, duration or _LONG), sampling.start)  # the digits of timestamps are tokens
+    with_audio = file.audio and has_audio and "audio" in count_media_tokens(config)
+    segments = []
+    for first, last in itertools.pairwise(np.linspace(sampling.start, end, num_segments + 1).tolist()):
+        times = np.linspace(first, last, sampling.num_frames or config.num_frames, endpoint=False).tolist()
+        segments.append(prompts.Media(kind, with_audio, tuple(times) if kind == "video" else (), (first, last)))
+    return prompts.Media(kind, segments=tuple(segments))
 
 
 def count_media_tokens(config: VideoLlamaConfig) -> dict[str, int]:

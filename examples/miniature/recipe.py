@@ -23,7 +23,7 @@ from vllama_jax.io.json_files import read_object
 from vllama_jax.miniature import audio_tower, captioner, language, towers
 from vllama_jax.miniature.audio_tower import read_pairs
 from vllama_jax.miniature.base_model import CONFIG, Weights, get_weights, load_or_train, prefix_weights, write_model
-from vllama_jax.miniature.images import draw_images
+from vllama_jax.miniature.images import ImageSet, draw_images
 from vllama_jax.miniature.world import Amounts, write_world
 from vllama_jax.nn.imagebind import AudioTower
 from vllama_jax.nn.llama import Llama
@@ -89,11 +89,8 @@ def make_base_model(out: Path, seed: int, recipe: Recipe, log: Log) -> None:
         folder,
         "towers",
         towers.Towers(tokenizer.vocab_size, rngs=nnx.Rngs(0)),
-        lambda: towers.train_towers(images, tokenizer, steps=recipe.tower_steps, batch_size=64, seed=seed, log=log),
+        lambda: _train_towers(images, tokenizer, recipe, seed, log),
     )
-    accuracies = towers.measure_phrase_accuracy(vision, draw_images(1000, seed, "test"), tokenizer)
-    for aspect, (eva, imagebind) in accuracies.items():
-        log(f"vision towers, accuracy of {aspect} on held-out combinations: EVA {eva:.3f}, ImageBind {imagebind:.3f}")
     audio = load_or_train(
         folder,
         "hearing",
@@ -124,6 +121,15 @@ def make_base_model(out: Path, seed: int, recipe: Recipe, log: Log) -> None:
     }
     weights = {path: value for name, one in components.items() for path, value in prefix_weights(name, one).items()}
     _write_base_models(out, {**weights, **get_weights(captions)}, seed)
+
+
+def _train_towers(images: ImageSet, tokenizer: Tokenizer, recipe: Recipe, seed: int, log: Log) -> towers.Towers:
+    """Train the vision towers, and log their accuracies on images that they were not trained on."""
+    trained = towers.train_towers(images, tokenizer, steps=recipe.tower_steps, batch_size=64, seed=seed, log=log)
+    test_images = draw_images(min(1000, recipe.pictures), seed, "test")
+    for aspect, (eva, imagebind) in towers.measure_phrase_accuracy(trained, test_images, tokenizer).items():
+        log(f"vision towers, accuracy of {aspect} on held-out combinations: EVA {eva:.3f}, ImageBind {imagebind:.3f}")
+    return trained
 
 
 def _check_recipe(out: Path, seed: int, recipe: Recipe) -> None:

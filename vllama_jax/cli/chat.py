@@ -25,7 +25,7 @@ from vllama_jax.media import FrameSampling, ImageFrames, MediaReport, OpenedSour
 from vllama_jax.media.download import describe_url
 from vllama_jax.media.sources import is_url
 from vllama_jax.model import Model, load, remove_missing_branches
-from vllama_jax.segments import check_segments_fit
+from vllama_jax.segments import check_segments_fit, open_segments
 from vllama_jax.text.prompts import start_conversation
 from vllama_jax.text.templates import TemplateName
 
@@ -103,10 +103,9 @@ def chat(
         if not interpolate_positions:
             advice = "use fewer frames, or add --interpolate-positions"
             check_num_frames(config, "--num-frames", sampling.num_frames, advice)
-        if sampling.segments > 1:
-            for opened in files:
-                new_tokens = generation.max_new_tokens
-                check_segments_fit(opened, config, directory.tokenizer, empty, sampling, audio, new_tokens)
+        if sampling.segments > 1 and files:
+            segmented = [open_segments(opened, sampling, audio) for opened in files]
+            check_segments_fit(segmented, config, directory.tokenizer, empty, generation.max_new_tokens)
         options: dict[str, Any] = {"audio": audio, "require_audio": require_audio}
         options["interpolate_positions"] = interpolate_positions
         read_options = {"config": config, "sampling": sampling, **options}

@@ -13,7 +13,7 @@ from vllama_jax.chat import PreparedMedia, check_num_frames, preprocess_media
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.evaluate.questions import Question
-from vllama_jax.media import Audio, Image, Video
+from vllama_jax.media import Audio, Image, MediaReport, Video
 
 if TYPE_CHECKING:
     from vllama_jax.model import Model
@@ -101,7 +101,7 @@ def predict(
         if answered.error:
             yield item.question.id, answered.error
             continue
-        line = _make_answer_line(item, answered.media[0], answered.prompt)
+        line = _make_answer_line(item, answered.reports[0], answered.prompt)
         yield item.question.id, line | {"answer": answered.answers[0]}
 
 
@@ -122,14 +122,14 @@ def _read_clip(clip: ClipKey, config: VideoLlamaConfig, settings: AnswerSettings
     return preprocess_media(found, config)
 
 
-def _make_answer_line(item: QuestionWithVideo, prepared: PreparedMedia, prompt: str) -> dict[str, Any]:
+def _make_answer_line(item: QuestionWithVideo, report: MediaReport, prompt: str) -> dict[str, Any]:
     """Return a line of answers.jsonl without the answer."""
     question = item.question
     line = {
         "id": question.id,
         "video": str(item.path),
         "kinds": question.categories,
-        "media": str(prepared.report),
+        "media": str(report),
         "prompt": prompt,
         "references": question.references,
         "choices": question.choices,

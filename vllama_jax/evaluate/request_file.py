@@ -2,6 +2,7 @@
 
 {"id": "1", "media": "clip.mp4", "question": "What is happening?"}
 {"media": ["a.jpg", "b.wav"], "question": "Which fits?", "choices": ["yes", "no"]}
+{"media": "movie.mp4", "question": "What happens when?", "segments": 20}
 {"media": "long.mp4", "question": "Describe it.", "start": 60, "end": 90, "temperature": 0.7, "n": 3}
 """
 
@@ -17,7 +18,7 @@ from vllama_jax.io.json_fields import format_value
 from vllama_jax.io.json_files import parse_object
 from vllama_jax.media import FrameSampling
 
-SAMPLING_FIELDS = ("num_frames", "fps", "max_frames", "start", "end")
+SAMPLING_FIELDS = tuple(field.name for field in dataclasses.fields(FrameSampling))
 GENERATION_FIELDS = tuple(field.name for field in dataclasses.fields(GenerationConfig))
 FIELDS = ("id", "media", "question", "choices", "n", *SAMPLING_FIELDS, *GENERATION_FIELDS)
 

@@ -19,6 +19,7 @@ from vllama_jax.errors import ConfigError
 
 STOP_TABLE_MULTIPLE = 8  # the number and the lengths of stop sequences are padded to a multiple, to compile rarely
 NO_TOKEN = -1  # padding of token arrays
+SMALL_TOP_K = 64  # the most probable tokens that sampling selects; a larger top_k, or none, sorts the vocabulary
 
 
 @jax.tree_util.register_dataclass
@@ -200,8 +201,10 @@ def _add_top_logprobs(logprobs: Float[Array, "r v"], here: Bool[Array, "r t"], r
 def _sample(scores: Float[Array, "r v"], rows: Rows) -> Int[Array, " r"]:
     """Sample a token of each row. Its random key depends only on the row's seed and the number of its tokens."""
     settings = rows.settings
-    temperature = jnp.where(settings.temperature > 0, settings.temperature, 1.0)
-    warped = warp_logits(scores, temperature, settings.top_k, settings.top_p)
+    sampled = (settings.temperature > 0) & rows.active
+    temperature = jnp.where(sampled, settings.temperature, 1.0)
+    top_k = jnp.where(sampled, settings.top_k, 1)  # rows that are not sampled need no sorted vocabulary
+    warped = warp_logits(scores, temperature, top_k, settings.top_p)
     keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(settings.key, impl="threefry2x32"), rows.lengths)
     return jax.vmap(jax.random.categorical)(keys, warped)
 
@@ -282,12 +285,28 @@ def warp_logits(
     """
     temperature, top_k, top_p = (jnp.reshape(x, (-1, 1)) for x in (temperature, top_k, top_p))
     logits = logits / temperature
-    best = jnp.sort(logits, axis=-1, descending=True)
+    count = min(SMALL_TOP_K, logits.shape[1])
+    is_small = (top_k > 0) & (top_k <= SMALL_TOP_K)
+
+    def select() -> Array:
+        return _least_kept(jax.lax.top_k(logits, count)[0], top_k, top_p)
+
+    def sort() -> Array:
+        """Rows of a small top_k have the value that `select` gives, to the last bit."""
+        best = jnp.sort(logits, axis=-1, descending=True)
+        return jnp.where(is_small, _least_kept(best[:, :count], top_k, top_p), _least_kept(best, top_k, top_p))
+
+    return jnp.where(logits >= jax.lax.cond(jnp.all(is_small), select, sort), logits, -jnp.inf)
+
+
+def _least_kept(
+    best: Float[Array, "r n"], top_k: Int[Array, "#r 1"], top_p: Float[Array, "#r 1"]
+) -> Float[Array, "r 1"]:
+    """Return the least logit of each row that the top k and the top p keep, of logits in descending order."""
     best = jnp.where((jnp.arange(best.shape[1]) < top_k) | (top_k == 0), best, -jnp.inf)
     probabilities = jax.nn.softmax(best, axis=-1)
     kept = (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p) & (best > -jnp.inf)
-    least = jnp.min(jnp.where(kept, best, jnp.inf), axis=-1, keepdims=True)
-    return jnp.where(logits >= least, logits, -jnp.inf)
+    return jnp.min(jnp.where(kept, best, jnp.inf), axis=-1, keepdims=True)
 
 
 def ends_with_stop_sequence(

@@ -197,6 +197,9 @@ class Engine:
                     self.add(request)
             while self.is_busy:
                 self.step()
+        cancelled = self.add(Request(prompt=start, config=config))
+        self.step()
+        self.cancel(cancelled)
         for row in self._rows:
             row.held = row.held[:0]
 

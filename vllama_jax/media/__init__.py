@@ -25,7 +25,7 @@ from vllama_jax.media.image_frames import ImageFrames
 from vllama_jax.media.mel import clip_start_seconds, clip_starts, mel_clips
 from vllama_jax.media.memory import read_window
 from vllama_jax.media.report import MediaReport
-from vllama_jax.media.segment import read_frames, read_header, read_segment, read_segments
+from vllama_jax.media.segment import MediaHeader, read_frames, read_header, read_segment, read_segments
 from vllama_jax.media.sources import MediaFile, MediaSource, OpenedSource, open_source
 from vllama_jax.media.video import DEFAULT_NUM_FRAMES, Video, read_sampled_video, read_video
 from vllama_jax.media.write import write_video
@@ -38,6 +38,7 @@ __all__ = [
     "Image",
     "ImageFrames",
     "MediaFile",
+    "MediaHeader",
     "MediaReport",
     "MediaSource",
     "OpenedSource",
