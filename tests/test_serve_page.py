@@ -33,11 +33,14 @@ def test_the_page_is_small_and_loads_nothing_from_elsewhere():
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the package playwright")
     chromium = os.environ.get("VLLAMA_CHROMIUM") or shutil.which("chromium")
     if chromium is None:
-        pytest.skip("needs Debian's package chromium")
-    with playwright.sync_playwright() as runner:
+        pytest.skip("needs chromium and playwright: apt-get install chromium; pip install playwright")
+    if "VLLAMA_CHROMIUM" not in os.environ:
+        pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as runner:
         yield runner.chromium.launch(executable_path=chromium, args=FLAGS)
 
 
