@@ -220,7 +220,8 @@ class EmbeddingRequest(MediaFields):
 def log_unknown_fields(request: BaseModel) -> None:
     """Log each field that is ignored, once for the process."""
     for name in _list_unknown_fields(request):
-        if name not in _logged_fields and len(_logged_fields) < MAX_LOGGED_FIELDS:
+        is_new = name not in _logged_fields and len(_logged_fields) < MAX_LOGGED_FIELDS
+        if is_new and name.isascii() and name.isidentifier():
             _logged_fields.add(name)
             logger.warning(f"requests have the field {name[:60]!r}, which is not supported and is ignored")
 
