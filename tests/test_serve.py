@@ -3,7 +3,9 @@
 import asyncio
 import base64
 import json
+import re
 import time
+from pathlib import Path
 
 import av
 import httpx
@@ -11,6 +13,7 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from prometheus_client.parser import text_string_to_metric_families
 from serve_fixtures import RunningServer, data_url, part, run_server, user
 
 import vllama_jax as vl
@@ -22,6 +25,7 @@ from vllama_jax.serve.protocol import ChatRequest
 from vllama_jax.text import prompts
 
 CLIP = find_clip("demo")
+EXAMPLES = Path(__file__).parents[1] / "examples"
 VIDEO = part("video_url", data_url(CLIP))
 QUESTIONS = ("Describe it.", "Which way does it go?", "What do you hear?")
 
@@ -324,10 +328,20 @@ def test_models_health_metrics_and_schema(server, client):
     assert [model.id for model in client.models.list()] == ["miniature"]
     assert client.models.retrieve("miniature").max_model_len == 448
     assert httpx.get(f"{server.url}/health").json() == {"status": "ready"}
-    server.ask(VIDEO, "Describe it.")
+    for _ in range(2):
+        server.ask(VIDEO, "Describe it.")
     metrics = httpx.get(f"{server.url}/metrics").text
     assert 'vllama_requests_total{route="/v1/chat/completions",status="200"}' in metrics
     assert "vllama_first_token_seconds_bucket" in metrics
     assert 'source="cached"' in metrics
     schema = httpx.get(f"{server.url}/openapi.json").json()
     assert {"/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/files", "/health"} <= {*schema["paths"]}
+
+
+def test_the_dashboard_has_queries_of_all_metrics(server):
+    dashboard = json.loads((EXAMPLES / "serving" / "grafana.json").read_text())
+    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+    suffixes = {"counter": "_total", "histogram": "_bucket", "gauge": ""}
+    samples = {one.name + suffixes[one.type] for one in families if not one.name.endswith("_created")}
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    assert {name for query in queries for name in re.findall(r"vllama_\w+", query)} == samples
