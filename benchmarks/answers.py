@@ -1,9 +1,9 @@
 """From a file to the first token, and `vllama generate` for a folder of clips, compared with PyTorch.
 
-    python benchmarks/answers.py [--size medium] [--rounds 5]
+    python benchmarks/answers.py [--size medium] [--rounds 3]
 
-Only the vision branch is measured, with eight frames of each clip. PyTorch reads frames with a PyAV loop, two files at
-a time ahead of the model, and decodes as many answers at a time as `vllama generate` does.
+Only the vision branch is measured, with eight frames of each clip. PyTorch reads frames with a PyAV loop, some files
+ahead of the model, and decodes as many answers at a time as `vllama generate` does.
 
 `vllama generate` reads files, encodes them and generates in turn or at the same time. Each is also measured alone. On
 an accelerator the slowest of the three is the floor; on a CPU all use the same cores, and the floor is their sum.

@@ -52,8 +52,10 @@ def write_clip(path: Path, gop: int | None, audio_codec: str = "aac", seconds: i
 def write_folder(folder: Path, count: int, seconds: int) -> list[Path]:
     """Write different clips: all of one video without audio, each a second later than the one before."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Exactly a key frame every second, so that each clip starts with one, and no frames that are shown out of order.
+    options = {"preset": "veryfast", "bf": "0", "sc_threshold": "0"}
     with av.open(str(folder / "all.mkv"), "w") as container:
-        video = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast", "bf": "0"})
+        video = container.add_stream("libx264", rate=FPS, options=options)
         video.width, video.height, video.pix_fmt, video.gop_size = WIDTH, HEIGHT, "yuv420p", FPS
         for frame in itertools.chain(draw_frames((count + seconds) * FPS), [None]):
             container.mux(video.encode(frame))

@@ -1,6 +1,6 @@
 """Encoding of images and audio, compared with the classes of transformers of the same sizes.
 
-    python benchmarks/encoders.py [--size medium] [--rounds 5]
+    python benchmarks/encoders.py [--size medium] [--rounds 3]
 
 The floor of an encoder is the FLOPs of its matrix products at the rate of one large matrix product.
 """

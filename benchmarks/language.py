@@ -1,6 +1,6 @@
 """Prefill and decoding of a language model, compared with transformers' LLaMA.
 
-    python benchmarks/language.py [--size medium] [--rounds 5]
+    python benchmarks/language.py [--size medium] [--rounds 3]
 
 Prefill: from the token ids of a prompt to the first token, through `generate.Engine`. Decoding: the seconds of a step,
 which makes a token for each row, after prompts of several lengths. Each is also compared with a floor: the FLOPs at the
@@ -123,8 +123,10 @@ def measure_decoding(size: Size, rounds: int) -> list[dict[str, Any]]:
     rate = measure_bandwidth(weights)
     *grid, largest = size.batches
     for batch, prompt in [*itertools.product(grid, size.prompts), (largest, size.prompts[0])]:
+        # Compiling takes half a minute: other lengths are compiled where that was faster at the first one.
+        compiles = size.compiles and (prompt == size.prompts[0] or rows[-1]["other"] != "PyTorch")
         theirs = torch_models.Decoder(model, cfg, batch, prompt, room)
-        steps = torch_models.eager_and_compiled(theirs.step, theirs.ids, compiles=size.compiles)
+        steps = torch_models.eager_and_compiled(theirs.step, theirs.ids, compiles=compiles)
         others = {other: functools.partial(_time_steps, theirs, step) for other, step in steps.items()}
         cache = 2 * cfg.depth * cfg.num_kv_heads * cfg.head_dim * jnp.dtype(DTYPE).itemsize
         floor = (weights + cache * batch * (prompt + room // 2)) / rate

@@ -1,6 +1,6 @@
 """Decoding of videos, compared with a bare PyAV loop and with torchcodec.
 
-    python benchmarks/media.py [--size medium] [--rounds 5]
+    python benchmarks/media.py [--size medium] [--rounds 3]
 
 A clip of H.264, 320 × 180 pixels at 25 frames per second, is decoded and scaled to 224 × 224: all frames, and eight of
 them, for which `read_video` seeks. torchcodec is measured if it is installed and FFmpeg's libraries are found.

@@ -62,7 +62,7 @@ SIZES = {
     "medium": Size(
         model=_reduce_depth(video_llama_7b(), dataclasses.replace(LLAMA, max_length=4096)),
         wide=dataclasses.replace(LLAMA_7B, depth=2, max_length=4096),
-        videos={"miniature": 100, "model": 16},
+        videos={"miniature": 100, "model": 8},
     ),
     "full": Size(model=video_llama_7b("llama_2"), wide=video_llama_7b("llama_2").llama),
 }

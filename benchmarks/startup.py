@@ -1,6 +1,6 @@
 """Starting a process: from the start of `vllama chat` to its answer, compared with PyTorch or with another commit.
 
-    python benchmarks/startup.py [--rounds 5]
+    python benchmarks/startup.py [--rounds 3]
     python benchmarks/startup.py --commit 00139d8^
 
 The miniature answers a question about a clip; its programs are in the compilation cache. PyTorch is a process that
