@@ -27,7 +27,7 @@ def count_tower_flops(tokens: int, width: int, mlp_dim: int, depth: int) -> floa
 
 def measure_images(size: Size, rounds: int) -> list[dict[str, Any]]:
     """Measure the ViT, and the complete vision branch, for each number of frames."""
-    model, rate, rows = size.model, measure_product_rate(), []
+    model, rate, rows = size.model, measure_product_rate(size.product), []
     pixels = model.vit.image_size
     vit = make_random_module(lambda: EvaVit(model.vit, rngs=nnx.Rngs(0)))
     branch = make_random_module(lambda: VideoLlama(model, rngs=nnx.Rngs(0)))
@@ -61,7 +61,11 @@ def measure_audio(size: Size, rounds: int) -> list[dict[str, Any]]:
         lambda x: theirs(x).pooler_output, torch_models.to_torch(mel.transpose(0, 2, 1)), compiles=size.compiles
     )
     run, x = jax.jit(lambda tower, x: tower(x)), jax.numpy.asarray(mel)
-    floor = clips * count_tower_flops(cfg.num_tokens, cfg.width, cfg.mlp_dim, cfg.depth) / measure_product_rate()
+    floor = (
+        clips
+        * count_tower_flops(cfg.num_tokens, cfg.width, cfg.mlp_dim, cfg.depth)
+        / measure_product_rate(size.product)
+    )
     return [compare(f"ImageBind audio, {clips} clips", lambda: run(tower, x), others, rounds, floor=floor)]
 
 

@@ -101,7 +101,7 @@ def measure_prefill(size: Size, rounds: int) -> list[dict[str, Any]]:
     """Measure the prefill of each length."""
     import torch_models
 
-    cfg, rate, rows = size.wide, measure_product_rate(), []
+    cfg, rate, rows = size.wide, measure_product_rate(size.product), []
     llama, model = make_llama(cfg), torch_models.make_llama(cfg)
     products = 2 * sum(leaf.size for leaf in jax.tree.leaves(llama.blocks) if leaf.ndim > 1)  # FLOPs of a token
     for length in size.prefill:

@@ -22,6 +22,7 @@ class Size:
         videos: Number of files that `vllama generate` answers, by model.
         seconds: Length of each.
         compiles: Whether PyTorch is also measured with torch.compile.
+        product: Width of the large matrix product whose rate is the floor.
     """
 
     model: VideoLlamaConfig
@@ -33,6 +34,7 @@ class Size:
     videos: Mapping[str, int] = dataclasses.field(default_factory=lambda: {"model": 100})
     seconds: int = 10
     compiles: bool = True
+    product: int = 4096
 
 
 def _reduce_depth(model: VideoLlamaConfig, llama: LlamaConfig) -> VideoLlamaConfig:
@@ -58,6 +60,7 @@ SIZES = {
         videos={"model": 2},
         seconds=1,
         compiles=False,
+        product=256,
     ),
     "medium": Size(
         model=_reduce_depth(video_llama_7b(), dataclasses.replace(LLAMA, max_length=4096)),

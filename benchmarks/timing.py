@@ -144,12 +144,12 @@ def parse_arguments(description: str | None, **more: Mapping[str, Any]) -> argpa
     return parser.parse_args()
 
 
-def measure_product_rate() -> float:
-    """Return the FLOP/s of one large matrix product."""
-    x = jnp.ones((2048, 4096), DTYPE)
-    w = jnp.ones((4096, 4096), DTYPE)
+def measure_product_rate(width: int = 4096) -> float:
+    """Return the FLOP/s of one large matrix product, with a square matrix of this width."""
+    x = jnp.ones((width // 2, width), DTYPE)
+    w = jnp.ones((width, width), DTYPE)
     product = jax.jit(lambda x, w: x @ w)
-    return 2 * 2048 * 4096 * 4096 / measure_best_seconds(lambda: product(x, w))
+    return width**3 / measure_best_seconds(lambda: product(x, w))
 
 
 def measure_bandwidth(size: int) -> float:
