@@ -19,7 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from gpu import NO_TIME
-from inference import draw_weights, measure_best_seconds, measure_token_seconds
+from language import measure_token_seconds
+from random_weights import draw_weights
+from timing import measure_best_seconds
 
 from vllama_jax import config
 from vllama_jax.errors import format_error

@@ -1,213 +1,75 @@
-"""Measure the reading of media: frames per second, and a file of two hours compared with one of ten seconds.
+"""Decoding of videos, compared with a bare PyAV loop and with torchcodec.
 
-    python benchmarks/media.py                # both tables
-    python benchmarks/media.py --answers      # and `vllama chat` with the miniature, from start to answer
+    python benchmarks/media.py [--size medium] [--rounds 3]
 
-Files are made on the spot: the packets of one minute (H.264 of 320 × 180 pixels at 25 frames per second, AAC) are
-repeated with new timestamps. Each reading is measured in a process of its own, which has read a short file before, so
-that imports do not count. Times are the smallest of three.
+A clip of H.264, 320 × 180 pixels at 25 frames per second, is decoded and scaled to 224 × 224: all frames, and eight of
+them, for which `read_video` seeks. torchcodec is measured if it is installed and FFmpeg's libraries are found.
 """
 
-import argparse
-import importlib.util
-import itertools
-import json
-import subprocess
-import sys
+import functools
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from fractions import Fraction
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import av
 import numpy as np
+from clips import FPS, read_with_pyav, write_clip
+from timing import THREADS, compare, parse_arguments, write_results
 
 from vllama_jax import media
 
-FPS, WIDTH, HEIGHT, RATE = 25, 320, 180, 44100
-SHORT, LONG = 10, 7200  # seconds
-GROUPS = {"mp4, a key frame every second": ("mp4", 25), "mp4, every 10 s": ("mp4", 250)}
-GROUPS |= {"mkv, every second": ("mkv", 25), "mpegts, every second": ("ts", 25)}
-AUDIO = {"m4a": "aac", "mp3": "libmp3lame", "flac": "flac", "wav": "pcm_s16le"}
-
-CHILD = """
-import json, sys, time
-from vllama_jax import media
-warm_up, path = sys.argv[1:]
-media.read_media(warm_up, num_clips=8)
-times = []
-for _ in range(3):
-    start = time.perf_counter()
-    media.read_media(path, num_clips=8)
-    times.append(time.perf_counter() - start)
-peak = int(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])
-print(json.dumps([min(times), peak / 1024]))
-"""
+SECONDS = {"tiny": 2, "medium": 60, "full": 60}
+FRAMES, PIXELS = 8, 224
 
 
-def draw_frames(count: int) -> Iterator[av.VideoFrame]:
-    """Yield frames of a gradient with noise that moves."""
-    noise = np.random.default_rng(0).integers(0, 32, (HEIGHT * 3 // 2, WIDTH + 256), dtype=np.uint8)
-    for number in range(count):
-        shift = 3 * number % 256
-        planes = noise[:, shift : shift + WIDTH] + ((np.arange(WIDTH) // 2 + number) % 180).astype(np.uint8)
-        frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(planes), "yuv420p")
-        frame.pts, frame.time_base = number, Fraction(1, FPS)
-        yield frame
-
-
-def draw_audio(seconds: int, sample_format: str) -> Iterator[av.AudioFrame]:
-    """Yield audio frames of a tone whose frequency changes."""
-    moments = np.arange(seconds * RATE) / RATE
-    samples = (0.3 * np.sin(2 * np.pi * (300 + 50 * np.sin(moments)) * moments)).astype(np.float32)
-    if sample_format == "s16":
-        samples = (samples * 32767).astype(np.int16)
-    for start in range(0, len(samples), 1024):
-        frame = av.AudioFrame.from_ndarray(samples[None, start : start + 1024], sample_format, "mono")
-        frame.sample_rate, frame.pts, frame.time_base = RATE, start, Fraction(1, RATE)
-        yield frame
-
-
-def write_minute(path: Path, gop: int | None, audio_codec: str = "aac") -> Path:
-    """Write a minute of audio, and of video if it has a distance of key frames."""
-    sample_format = "s16" if audio_codec in ("flac", "pcm_s16le") else "fltp"
-    with av.open(str(path), "w") as container:
-        video = container.add_stream("libx264", rate=FPS, options={"preset": "veryfast"}) if gop else None
-        audio = container.add_stream(audio_codec, rate=RATE, layout="mono", format=sample_format)
-        if video and gop:
-            video.width, video.height, video.pix_fmt, video.gop_size = WIDTH, HEIGHT, "yuv420p", gop
-            for frame in itertools.chain(draw_frames(60 * FPS), [None]):
-                container.mux(video.encode(frame))
-        for frame in itertools.chain(draw_audio(60, sample_format), [None]):
-            container.mux(audio.encode(frame))
-    return path
-
-
-def repeat_minute(minute: Path, path: Path, seconds: int) -> Path:
-    """Write the packets of a minute again and again, with new timestamps, as a file of `seconds` seconds."""
-    with av.open(str(minute)) as source, av.open(str(path), "w") as target:
-        streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
-        packets = [packet for packet in source.demux() if packet.size and packet.pts is not None]
-        packets.sort(key=lambda packet: packet.dts * packet.time_base)
-        content = [(p.stream.index, p.pts, p.dts, p.duration, p.time_base, p.is_keyframe, bytes(p)) for p in packets]
-        first, last = ({row[0]: row for row in rows} for rows in (reversed(content), content))
-        periods = {index: last[index][2] - first[index][2] + first[index][3] for index in first}
-        for number in range(-(-seconds // 60)):
-            for index, pts, dts, duration, unit, is_key, data in content:
-                shift = number * periods[index]
-                if (dts + shift) * unit < seconds:
-                    packet = av.Packet(data)
-                    packet.stream, packet.time_base, packet.is_keyframe = streams[index], unit, is_key
-                    packet.pts, packet.dts, packet.duration = pts + shift, dts + shift, duration
-                    target.mux(packet)
-    return path
-
-
-def write_flac(path: Path, seconds: int) -> Path:
-    """Encode all of a FLAC file, whose packets have their number in them."""
-    with av.open(str(path), "w") as container:
-        audio = container.add_stream("flac", rate=RATE, layout="mono", format="s16")
-        minute = list(draw_audio(min(seconds, 60), "s16"))
-        for number in range(-(-seconds // 60)):
-            for frame in minute:
-                frame.pts = None if number else frame.pts
-                container.mux(audio.encode(frame))
-        container.mux(audio.encode(None))
-    return path
-
-
-def make_files(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Write a short and a long file of each kind."""
-    files = {}
-    for name, (ending, gop) in GROUPS.items():
-        minute = write_minute(folder / f"minute_{gop}.mp4", gop)
-        both = [folder / f"{seconds}_{gop}.{ending}" for seconds in (SHORT, LONG)]
-        files[name] = tuple(repeat_minute(minute, path, s) for path, s in zip(both, (SHORT, LONG), strict=True))
-    for ending, codec in AUDIO.items():
-        both = [folder / f"{seconds}.{ending}" for seconds in (SHORT, LONG)]
-        if ending == "flac":
-            files[ending] = tuple(write_flac(path, s) for path, s in zip(both, (SHORT, LONG), strict=True))
-            continue
-        minute = write_minute(folder / f"minute.{ending}", None, codec)
-        files[ending] = tuple(repeat_minute(minute, path, s) for path, s in zip(both, (SHORT, LONG), strict=True))
-    return files
-
-
-def measure_reading(warm_up: Path, path: Path) -> tuple[float, float]:
-    """Return the seconds and the peak memory in MB of reading eight frames and eight audio clips."""
-    command = [sys.executable, "-c", CHILD, str(warm_up), str(path)]
-    return tuple(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
-
-
-def measure_answer(path: Path) -> float:
-    """Return the seconds that `vllama chat` takes for an answer about a file, from its start."""
-    command = [sys.executable, "-m", "vllama_jax", "chat", str(path), "What happens?", "--max-new-tokens", "20"]
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run(command, check=True, capture_output=True)
-        times.append(time.perf_counter() - start)
-    return min(times)
-
-
-def compare_lengths(folder: Path, answers: bool) -> None:
-    """Print the times and the memory of long files and of short ones."""
-    print("| file | 10 s | 2 hours | ratio | additional memory |\n|---|---|---|---|---|")
-    for name, (short, long) in make_files(folder).items():
-        (short_time, short_memory), (long_time, long_memory) = (measure_reading(short, path) for path in (short, long))
-        figures = f"{short_time:.2f} s | {long_time:.2f} s | {long_time / short_time:.1f}"
-        print(f"| {name} | {figures} | {long_memory - short_memory:.0f} MB |", flush=True)
-        if answers and short.suffix == ".mp4":
-            short_time, long_time = measure_answer(short), measure_answer(long)
-            figures = f"{short_time:.2f} s | {long_time:.2f} s | {long_time / short_time:.1f}"
-            print(f"| {name}, to the answer of `vllama chat` | {figures} | |", flush=True)
-
-
-def decode_with_pyav(path: Path) -> int:
-    """Decode all frames with PyAV and convert them to RGB."""
-    with av.open(str(path)) as container:
-        container.streams.video[0].thread_type = "AUTO"
-        return sum(
-            frame.reformat(224, 224, "rgb24", interpolation="BILINEAR").to_ndarray() is not None
-            for frame in container.decode(video=0)
-        )
-
-
-def decode_with_torchcodec(path: Path) -> int:
-    """Decode all frames with torchcodec, at their size."""
+def read_with_torchcodec(path: Path, count: int | None = None) -> Any:
+    """Decode all frames, or `count` at equal distances, and scale them."""
+    import torch
     from torchcodec.decoders import VideoDecoder
 
-    return sum(len(VideoDecoder(str(path), num_ffmpeg_threads=0)[start : start + 100]) for start in range(0, 1500, 100))
+    decoder = VideoDecoder(str(path), num_ffmpeg_threads=THREADS)
+    total = len(decoder)
+    if count is not None:
+        wanted = np.linspace(0, total - 1, count).astype(int).tolist()
+        return _scale(decoder.get_frames_at(wanted).data)
+    return torch.cat([_scale(decoder[start : start + 100]) for start in range(0, total, 100)])
 
 
-def compare_decoders(path: Path) -> None:
-    """Print frames per second of decoding a minute."""
-    readers: dict[str, Callable[[Path], int]] = {
-        "`read_video`, all frames": lambda path: len(media.read_video(path, 10**6, audio=False).frames),
-        "bare PyAV loop": decode_with_pyav,
-    }
-    if importlib.util.find_spec("torchcodec"):
-        readers["torchcodec"] = decode_with_torchcodec
-    print("| reader | frames per second |\n|---|---|")
-    for name, read in readers.items():
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            count = read(path)
-            times.append(time.perf_counter() - start)
-        print(f"| {name} | {count / min(times):.0f} |", flush=True)
+def _scale(frames: Any) -> Any:
+    import torch
+
+    return torch.nn.functional.interpolate(frames, (PIXELS, PIXELS), mode="bilinear")
+
+
+def find_other_readers() -> tuple[dict[str, Callable[..., Any]], str]:
+    """Return the readers to compare with, by name, and why torchcodec is not among them."""
+    readers: dict[str, Callable[..., Any]] = {"PyAV": functools.partial(read_with_pyav, size=PIXELS)}
+    try:
+        import torchcodec.decoders  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:  # without FFmpeg's libraries, it raises RuntimeError
+        return readers, f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return {**readers, "torchcodec": read_with_torchcodec}, ""
 
 
 def main() -> None:
-    """Print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--answers", action="store_true", help="also measure `vllama chat`, from start to answer")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        compare_decoders(write_minute(folder / "minute.mp4", 25))
-        compare_lengths(folder, options.answers)
+    """Measure both and write the results."""
+    options = parse_arguments(__doc__)
+    seconds = SECONDS[options.size]
+    readers, missing = find_other_readers()
+    if missing:
+        print(f"torchcodec: not measured: {missing}")
+    with tempfile.TemporaryDirectory() as folder:
+        path = write_clip(Path(folder, "clip.mp4"), gop=FPS, seconds=seconds)
+        rows = []
+        for name, count in {f"all {seconds * FPS} frames": None, f"{FRAMES} frames of {seconds} s": FRAMES}.items():
+            num_frames = count or seconds * FPS
+            read = functools.partial(media.read_video, path, num_frames, audio=False)
+            others = {other: functools.partial(reader, path, count=count) for other, reader in readers.items()}
+            rows += [
+                compare(f"{name}, {other}", read, {other: run}, options.rounds, frames=num_frames)
+                for other, run in others.items()
+            ]
+    write_results(options.out, "media", rows, size=options.size, missing={"torchcodec": missing} if missing else {})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ import time
 from pathlib import Path
 
 import jax
-from inference import LLAMA, measure_token_seconds, print_figures
+from language import measure_token_seconds
+from sizes import LLAMA
+from timing import print_figures
 
 import vllama_jax as vl
 from vllama_jax.config import EVA_G, tiny

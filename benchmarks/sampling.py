@@ -14,12 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from inference import DTYPE, LLAMA, make_random_module, measure_best_seconds, measure_token_seconds, print_figures
+from language import make_llama, measure_token_seconds
+from random_weights import DTYPE
+from sizes import LLAMA
+from timing import measure_best_seconds, print_figures
 
 from vllama_jax.config import GenerationConfig
 from vllama_jax.generate.choose import Rows, choose_tokens, make_settings
-from vllama_jax.nn.llama import Llama
 
 VOCABULARY = 32_000
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -40,8 +41,7 @@ def measure_choice_seconds(batch: int, **options: Any) -> float:
 
 def main() -> None:
     """Print the figures."""
-    llama = make_random_module(lambda: Llama(dataclasses.replace(LLAMA, vocab_size=VOCABULARY), rngs=nnx.Rngs(0)))
-    llama.unstack(jax.default_backend())
+    llama = make_llama(dataclasses.replace(LLAMA, vocab_size=VOCABULARY))
     figures: dict[str, Any] = {"device": jax.devices()[0].device_kind, "dtype": DTYPE}
     for batch in (1, 8):
         for name, options in OPTIONS.items():

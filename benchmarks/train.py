@@ -21,7 +21,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from inference import measure_product_rate
+from timing import measure_product_rate
 
 from vllama_jax import config as models
 from vllama_jax import convert

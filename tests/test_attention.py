@@ -231,3 +231,35 @@ def test_the_kernel_compiles_for_the_shapes_of_the_encoders():
     """In a process of its own: libtpu and the CPU backend must not meet."""
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
     subprocess.run([sys.executable, "-c", COMPILE_FOR_TPU], check=True, env=environment, timeout=600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 2])
+def test_attention_in_parts_equals_that_of_all_at_once(batch: int, monkeypatch: pytest.MonkeyPatch):
+    """The chunk of a prompt with four query heads for two key heads, and a cache that has room for more positions."""
+    rng = np.random.default_rng(0)
+    query = rng.standard_normal((batch, 6, 4, 8), np.float32)
+    shape = (2, 10, 8) if batch == 1 else (batch, 2, 10, 8)  # a cache of one row has no batch axis
+    key, value = rng.standard_normal((2, *shape), np.float32)
+    mask = np.tril(np.ones((batch, 6, 10), bool), 3)
+    expected = jax.jit(attention.attend_heads_first)(query, key, value, mask)
+    for rows_of_scores in (1, 2, 3, 6, 12, 100):
+        monkeypatch.setattr(attention, "_SCORE_BYTES_PER_CORE", rows_of_scores * 4 * 10 * 2)
+        monkeypatch.setattr(attention, "_CORES", 1)
+        found = jax.jit(lambda *arguments: attention.attend_to_cache(*arguments))(query, key, value, mask)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_blocks_run_in_chunks_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+    blocks, x = make_blocks(), random_rows(6)
+
+    def lower(platform: str) -> str:
+        return lowered(lambda blocks, x: layers.run_blocks(blocks, x), blocks, x, platform=platform)
+
+    before, expected = {platform: lower(platform) for platform in ("cpu", "tpu")}, jax.jit(layers.run_blocks)(blocks, x)
+    monkeypatch.setattr(layers, "_HIDDEN_BYTES_PER_CORE", 1)
+    assert lower("cpu").count("stablehlo.while") == before["cpu"].count("stablehlo.while") + 1
+    assert lower("tpu") == before["tpu"]
+    found = jax.jit(lambda blocks, x: layers.run_blocks(blocks, x))(blocks, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

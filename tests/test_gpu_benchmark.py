@@ -127,13 +127,13 @@ def test_outputs_that_are_not_finite_are_an_error(sections: ModuleType):
 
 
 def test_large_weights_are_independent(sections: ModuleType):
-    import inference
+    import random_weights
 
-    drawn = inference.draw_large(1, (3, 512, 700), jnp.dtype("bfloat16"))
+    drawn = random_weights.draw_large(1, (3, 512, 700), jnp.dtype("bfloat16"))
     assert drawn.dtype == jnp.bfloat16
     layers = np.asarray(drawn, np.float32)
     assert layers.std() == pytest.approx(0.02, rel=0.01)
-    other = np.asarray(inference.draw_large(2, (512, 700), jnp.dtype("float32")))
+    other = np.asarray(random_weights.draw_large(2, (512, 700), jnp.dtype("float32")))
     rows = np.stack([*layers, np.roll(layers[0], 1, 0), np.roll(layers[0], 1, 1), other]).reshape(6, -1)
     correlations = np.corrcoef(rows) - np.eye(len(rows))
     assert np.abs(correlations).max() < 0.01

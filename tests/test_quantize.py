@@ -26,6 +26,7 @@ from vllama_jax.errors import CheckpointError, ConfigError, VllamaError
 from vllama_jax.generate import EmbeddedPrompt, generate
 from vllama_jax.model import load
 from vllama_jax.nn import quantized
+from vllama_jax.nn.attention import largest_divisor
 from vllama_jax.nn.video_llama import VideoLlama
 from vllama_jax.train.loop import train
 
@@ -69,7 +70,7 @@ def test_rounding_errors_are_at_most_half_a_step(shape, inputs, bits):
     kernel = kernel_of(shape, inputs)
     values, scale = quantized.quantize_kernel(kernel, inputs, bits)
     rows = int(np.prod(shape[:inputs]))
-    groups = {8: 1, 4: rows // quantized.largest_divisor(rows, 128)}[bits]
+    groups = {8: 1, 4: rows // largest_divisor(rows, 128)}[bits]
     assert scale.shape == (groups, *shape[inputs:])
     steps = np.repeat(scale, rows // groups, axis=0).reshape(shape)
     error = np.abs(quantized.dequantize_kernel(values, scale, inputs) - kernel)

@@ -12,7 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, Int
 
 from vllama_jax.config import LlamaConfig
-from vllama_jax.nn.attention import attend_heads_first
+from vllama_jax.nn.attention import attend_heads_first, attend_to_cache
 from vllama_jax.nn.layers import constrain_sharding
 
 INT8_MAX = 127.0
@@ -64,7 +64,7 @@ class LayerCache:
         if self.keys.ndim == 4 and self.keys.shape[0] != query.shape[0]:
             rows = jax.tree.map(lambda x: jax.lax.dynamic_slice_in_dim(x, row, query.shape[0]), self)
         if rows.key_scales is None or rows.value_scales is None:
-            return attend_heads_first(query, rows.keys, rows.values, mask)
+            return attend_to_cache(query, rows.keys, rows.values, mask)
         scales = rows.key_scales, rows.value_scales
         return attend_heads_first(query, rows.keys, rows.values, mask, scales=scales)
 

@@ -4,7 +4,9 @@ Numerics: matrix products use the weights' dtype; layer norms, softmax and atten
 its input to its weights' dtype once (`cast_like`), so its layers have no dtype argument.
 """
 
+import functools
 import math
+import os
 from collections.abc import Callable
 from typing import Any, Literal, TypeVar, cast
 
@@ -26,6 +28,10 @@ LECUN_NORMAL = nnx.initializers.lecun_normal()
 # Rows (images) of a device that an encoder processes at once, and a block of it. With more, XLA for TPUs no longer
 # keeps intermediate results in VMEM: the input of a block, 46 MB for 64 images, and those within it (docs/pods.md).
 _GROUP_ROWS, _CHUNK_ROWS = 64, 32
+
+# Bytes of the hidden layer of an MLP for each core of a CPU, which processes rows one part after the other so that
+# intermediate results stay in its caches. A block of EVA-CLIP with 8 images then takes 0.92 of the time of all at once.
+_HIDDEN_BYTES_PER_CORE = 2**21
 
 # The activation checkpointing policy of a layer.
 Remat = Literal["full", "dots", "none"]
@@ -237,11 +243,20 @@ class PreNormBlock(nnx.Module):
 
 def run_blocks(blocks: PreNormBlock, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     """Run `x` through a stack of pre-norm blocks, by groups of a device's rows, and each block by chunks of a group."""
+    cpu_rows = _cpu_chunk_rows(blocks.mlp.up, x.shape[1])
 
     def run_block(block: PreNormBlock, x: Array) -> Array:
-        return _map_rows(gather_weights(block), x, _CHUNK_ROWS)
+        on_cpu, elsewhere = (functools.partial(_map_rows, limit=limit) for limit in (cpu_rows, _CHUNK_ROWS))
+        return jax.lax.platform_dependent(gather_weights(block), x, cpu=on_cpu, default=elsewhere)
 
     return _map_rows(lambda group: run_stack(blocks, group, run_block), x, _GROUP_ROWS)
+
+
+def _cpu_chunk_rows(up: nnx.Module, tokens: int) -> int:
+    """Return the rows of a chunk on a CPU, for the first layer of the block's MLP and the tokens of a row."""
+    if not isinstance(up, nnx.Linear) or jax.sharding.get_abstract_mesh().size > 1:
+        return _CHUNK_ROWS  # quantized weights are dequantized for each chunk
+    return max((os.cpu_count() or 1) * _HIDDEN_BYTES_PER_CORE // (4 * tokens * up.out_features), 1)
 
 
 def _map_rows(function: Callable[[Array], Array], x: Float[Array, "b *n"], limit: int) -> Float[Array, "b *n"]:

@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Integer, UInt8
 
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.nn.attention import largest_divisor
 from vllama_jax.nn.layers import param_with_axes
 from vllama_jax.sharding import AXIS_NAMES
 from vllama_jax.towers import get_tower
@@ -164,11 +165,6 @@ def unpack_int4(packed: UInt8[Array, "*i p"], width: int, dtype: Any) -> Float[A
     """Unpack the first `width` values of the last axis."""
     nibbles = packed[..., None] >> jnp.array([0, 4], jnp.uint8) & 15
     return nibbles.reshape(*packed.shape[:-1], -1)[..., :width].astype(dtype) - jnp.array(ZERO, dtype)
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """Return the largest divisor of `number` that is at most `most`."""
-    return next(size for size in range(min(number, most), 0, -1) if number % size == 0)
 
 
 def _unpack(values: Array, scale: Array, dtype: Any) -> Array:
