@@ -174,7 +174,7 @@ def _pickle_global(module: str, name: str) -> bytes:
     return pickle.GLOBAL + f"{module}\n{name}\n".encode()
 
 
-def _pickle_value(value: str | int | bool | tuple[int, ...]) -> bytes:
+def _pickle_value(value: object) -> bytes:
     """Return the opcodes of a value, without those that begin and end a pickle."""
     return pickle.dumps(value, PICKLE_PROTOCOL)[2:-1]
 

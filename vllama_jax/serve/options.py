@@ -3,6 +3,7 @@
 import dataclasses
 import ipaddress
 import os
+import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,6 +29,8 @@ class ServeOptions:
         allow_origins: Origins of web pages that may call the API (CORS), such as https://example.org; by default none.
         allow_hosts: Host names by which clients address the server, besides localhost. Needed only behind a proxy that
             forwards the name while the server listens on a loopback address.
+        engine: The URL of a vLLM server that decodes the answers instead of this process, such as http://host:8000; see
+            docs/serving.md. Its API key may be in the environment variable VLLAMA_ENGINE_API_KEY.
         rows: The number of answers that are decoded at a time.
         max_waiting: The number of answers that may wait for a row. Further requests get status 429.
         prompt_tokens: The longest prompt, in tokens, media included. Its memory is reserved for each row.
@@ -58,6 +61,7 @@ class ServeOptions:
     allow_files: Path | None = None
     allow_origins: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()
+    engine: str | None = None
     rows: int = 8
     max_waiting: int = 64
     prompt_tokens: int = 1024
@@ -87,6 +91,8 @@ class ServeOptions:
             raise ConfigError(f"port must be at most 65535, not {self.port}")
         for name in ("allow_domains", "allow_origins", "allow_hosts"):
             object.__setattr__(self, name, tuple(_split(getattr(self, name))))
+        if self.engine is not None:
+            object.__setattr__(self, "engine", _check_address(self.engine))
 
     @property
     def is_local(self) -> bool:
@@ -102,6 +108,14 @@ class ServeOptions:
     def max_request_tokens(self) -> int:
         """The largest number of tokens of a prompt and its answer."""
         return self.prompt_tokens + self.new_tokens
+
+
+def _check_address(engine: str) -> str:
+    """Return the URL of a vLLM server without `/v1`."""
+    parts = urllib.parse.urlsplit(engine.strip())
+    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+        raise ConfigError(f"engine must be the URL of a vLLM server, such as http://host:8000, not {engine!r}")
+    return parts.geturl().rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _split(values: Iterable[str]) -> Iterable[str]:
