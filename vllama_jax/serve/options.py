@@ -112,8 +112,12 @@ class ServeOptions:
 
 def _check_address(engine: str) -> str:
     """Return the URL of a vLLM server without `/v1`."""
-    parts = urllib.parse.urlsplit(engine.strip())
-    if parts.scheme not in ("http", "https") or not parts.netloc or parts.query or parts.fragment:
+    try:
+        parts = urllib.parse.urlsplit(engine.strip())
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # an invalid port or IPv6 address
+        is_valid = False
+    if not is_valid or parts.query or parts.fragment:
         raise ConfigError(f"engine must be the URL of a vLLM server, such as http://host:8000, not {engine!r}")
     return parts.geturl().rstrip("/").removesuffix("/v1").rstrip("/")
 
