@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
+from vllama_jax.generate import engine
 from vllama_jax.model import Model
 from vllama_jax.serve.options import ServeOptions
 from vllama_jax.serve.run import get_url, open_socket, serve_until
 from vllama_jax.serve.service import Service, make_service
 
-SMALL: dict[str, Any] = {"port": 0, "rows": 4, "prompt_tokens": 512, "new_tokens": 64, "decoders": 1}
+SMALL: dict[str, Any] = {"port": 0, "rows": 4, "prompt_tokens": 384, "new_tokens": 64, "decoders": 1}
 
 
 @dataclasses.dataclass
@@ -70,7 +72,8 @@ def run_server(model: Model, keys: tuple[str, ...] = (), **options: Any) -> Iter
     chosen = ServeOptions(**(SMALL | options))
     service = make_service(model, "miniature", chosen, keys)
     ready, stop = threading.Event(), threading.Event()
-    with open_socket(chosen) as opened:
+    with open_socket(chosen) as opened, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine, "CHUNK_LENGTHS", (64, 384))  # two programs to compile instead of six
         url = get_url(opened)
         running = asyncio.run
         thread = threading.Thread(target=lambda: running(serve_until(service, opened, ready.set, (stop,))))

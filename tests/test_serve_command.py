@@ -1,5 +1,6 @@
-"""`vllama serve` as a command: its address, its errors in one line, and how it ends."""
+"""`vllama serve` as a command: its errors in one line, and how it ends; its parts without a server."""
 
+import asyncio
 import os
 import re
 import signal
@@ -12,7 +13,9 @@ import httpx
 import pytest
 from cli_fixtures import expect_error_line as expect_error
 
+from vllama_jax.serve.media_requests import SharedResults
 from vllama_jax.serve.options import ServeOptions, read_keys
+from vllama_jax.serve.uploads import Uploads
 
 
 def test_what_prevents_the_server_from_starting_is_one_line(tmp_path, monkeypatch):
@@ -36,10 +39,51 @@ def test_keys_are_read_from_a_file_and_the_environment(tmp_path, monkeypatch):
     assert ServeOptions(allow_domains=("A.com,b.org", "c.net")).allow_domains == ("a.com", "b.org", "c.net")
 
 
+def test_uploaded_files_expire():
+    async def upload(uploads: Uploads):
+        async def chunks():
+            yield b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nx\r\n--b--\r\n'
+
+        return await uploads.receive("multipart/form-data; boundary=b", chunks(), "")
+
+    uploads = Uploads(10, 10, seconds=0.001)
+    assert asyncio.run(upload(uploads)).bytes == 1
+    assert uploads.list("") == []
+    assert not list(uploads._folder.iterdir())
+    uploads.close()
+
+
+def test_results_are_shared_kept_and_removed():
+    computed, sizes = [], SharedResults(10, size=lambda value: value)
+
+    async def get(key: str, value: int, error: bool = False):
+        async def compute() -> int:
+            computed.append(key)
+            await asyncio.sleep(0.01)
+            if error:
+                raise ValueError(key)
+            return value
+
+        return await sizes.get(key, compute)
+
+    async def run() -> None:
+        assert await asyncio.gather(get("a", 4), get("a", 4)) == [(4, False), (4, True)]
+        failed = await asyncio.gather(get("b", 1, True), get("b", 1, True), return_exceptions=True)
+        assert [type(one) for one in failed] == [ValueError, ValueError]
+        assert await get("b", 1) == (1, False)
+        assert await get("a", 4) == (4, True)
+        assert await get("c", 6) == (6, False)  # "b" is the least recently used
+        assert await get("a", 4) == (4, True)
+        assert await get("b", 1) == (1, False)
+
+    asyncio.run(run())
+    assert computed == ["a", "b", "b", "c", "b"]
+
+
 @pytest.mark.slow
 def test_sigterm_finishes_the_running_answer(tmp_path):
     (tmp_path / "keys").write_text("secret\n")
-    options = ["--port", "0", "--host", "0.0.0.0", "--rows", "4", "--prompt-tokens", "512", "--new-tokens", "64"]
+    options = ["--port", "0", "--host", "0.0.0.0", "--rows", "2", "--prompt-tokens", "64", "--new-tokens", "64"]
     command = [sys.executable, "-m", "vllama_jax", "serve", *options, "--decoders", "1"]
     environment = {**os.environ, "TMPDIR": str(tmp_path)}
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, cwd=tmp_path) as process:

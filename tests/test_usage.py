@@ -17,7 +17,7 @@ from vllama_jax import cli
 from vllama_jax.cli._logs import configure_logging
 
 COMMANDS = [
-    *(["chat"], ["embed"], ["convert"], ["export"], ["quantize"], ["inspect"], ["verify"], ["plot"]),
+    *(["chat"], ["embed"], ["convert"], ["export"], ["quantize"], ["inspect"], ["verify"], ["plot"], ["serve"]),
     *(["data"], ["data", "build"], ["data", "check"], ["data", "stats"], ["eval"], ["eval", "miniature"]),
     *(["features"], ["train"], ["train", "smoke"], ["memory"], ["memory", "vision_stage1"]),
 ]
@@ -125,7 +125,7 @@ def test_a_wrong_value_is_one_line(arguments, reported):
         ("eval", "NAME, --annotations PATH, --videos PATH, --model PATH, --out PATH are missing. Example: "),
         ("eval --seed 1 miniature", "--seed is not an option of `vllama eval`"),
         ("chta", "'chta' is not a command; did you mean 'chat'?"),
-        ("--verbose", "'--verbose' is not a command; choose one of chat, generate, convert, "),
+        ("--verbose", "'--verbose' is not a command; choose one of chat, generate, serve, convert, "),
     ],
 )
 def test_missing_arguments_are_a_one_line_error_with_an_example(arguments, reported):

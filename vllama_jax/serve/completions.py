@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
@@ -18,7 +19,7 @@ from vllama_jax.serve.choices import (
     run_choices,
 )
 from vllama_jax.serve.conversations import read_dialog
-from vllama_jax.serve.errors import ApiError, make_body
+from vllama_jax.serve.errors import CLIENT_CLOSED, ApiError, make_body
 from vllama_jax.serve.protocol import ChatRequest, CompletionRequest, GenerationFields
 from vllama_jax.serve.requests import AnswerJob
 from vllama_jax.serve.responses import (
@@ -43,7 +44,6 @@ from vllama_jax.serve.service import Service
 Result = TypeVar("Result")
 DONE = b"data: [DONE]\n\n"
 ENGINE_FAILED = "the model has failed and the server has to be started again; its log has the details"
-CLIENT_CLOSED = 499  # as in nginx's logs; nobody receives it
 
 
 class EventStream(StreamingResponse):
@@ -116,9 +116,11 @@ async def _respond(
     service.limits.check_possible("answers", count, "answers")
     with contextlib.ExitStack() as stack:
         stack.enter_context(service.limits.reserve(answers=count))
+        start = time.monotonic()
         job = await run_until_disconnect(request, prepare())
         if job is None:
             return Response(status_code=CLIENT_CLOSED)
+        job = dataclasses.replace(job, start=start)
         service.limits.check_possible("tokens", job.num_tokens, "tokens of prompts and answers")
         stack.enter_context(service.limits.reserve(tokens=job.num_tokens))
         choices = [Choice(service.model.tokenizer, job.template, one) for one in job.requests]
@@ -133,13 +135,12 @@ async def _respond(
 
 async def _generate(service: Service, job: AnswerJob, choices: Sequence[Choice]) -> AsyncIterator[Piece]:
     """Yield what is new of the answers, and count it."""
-    start = time.monotonic()
     has_started = False
     async with contextlib.aclosing(run_choices(service.scheduler, job.requests, choices)) as pieces:  # type: ignore[type-var]
         async for piece in pieces:
             if not has_started:
                 has_started = True
-                service.metrics.first_token_seconds.observe(time.monotonic() - start)
+                service.metrics.first_token_seconds.observe(time.monotonic() - job.start)
             if piece.finish_reason is not None:
                 choice = choices[piece.index]
                 service.metrics.answers.labels(piece.finish_reason).inc()

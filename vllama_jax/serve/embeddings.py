@@ -14,9 +14,9 @@ from vllama_jax.chat import PreparedMedia
 from vllama_jax.embed.outputs import select_outputs
 from vllama_jax.errors import ConfigError
 from vllama_jax.model import Model
-from vllama_jax.serve.completions import CLIENT_CLOSED, run_until_disconnect
+from vllama_jax.serve.completions import run_until_disconnect
 from vllama_jax.serve.conversations import MediaReference, read_parts
-from vllama_jax.serve.errors import ApiError
+from vllama_jax.serve.errors import CLIENT_CLOSED, ApiError
 from vllama_jax.serve.protocol import EmbeddingRequest, MediaPart, TextPart
 from vllama_jax.serve.responses import Details, Embedding, EmbeddingList, Usage
 from vllama_jax.serve.service import Service

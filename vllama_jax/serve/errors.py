@@ -11,10 +11,13 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 logger = logging.getLogger(__name__)
+
+CLIENT_CLOSED = 499  # as in nginx's logs; nobody receives it
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 _CODES = {
@@ -68,6 +71,7 @@ class ApiError(HTTPException):
 def make_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """Return the JSON object of an error."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    message = " ".join(message.encode("utf-8", "replace").decode().split())  # a client's text may be part of it
     code = code or _CODES.get(status, "internal_error" if status >= 500 else "invalid_request")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -96,6 +100,10 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestValidationError)
     async def explain(request: Request, error: RequestValidationError) -> JSONResponse:
         return make_response(_explain_validation(error))
+
+    @app.exception_handler(ClientDisconnect)
+    async def end(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED)
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> JSONResponse:

@@ -7,16 +7,17 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Awaitable, Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
 from vllama_jax.chat import PreparedMedia, encode_media
 from vllama_jax.errors import ConfigError
+from vllama_jax.media import MediaReport
 from vllama_jax.model import Model
 from vllama_jax.serve.conversations import MediaReference, count_frames
 from vllama_jax.serve.decoding import FILE, DecoderPool, DecodingJob, choose_sampling
-from vllama_jax.serve.errors import ApiError
+from vllama_jax.serve.errors import ApiError, log_failure
 from vllama_jax.serve.limits import Limits
 from vllama_jax.serve.metrics import Metrics
 from vllama_jax.serve.options import MEBIBYTE, ServeOptions
@@ -119,9 +120,22 @@ class MediaReader:
         self._encoder = concurrent.futures.ThreadPoolExecutor(1, "vllama-encoder")
         self._openers = concurrent.futures.ThreadPoolExecutor(16, "vllama-media")
 
+        self._warm_up: concurrent.futures.Future[None] | None = None
+
+    @property
+    def status(self) -> Literal["starting", "ready", "failed"]:
+        """Whether the encoders are compiled."""
+        if self._warm_up is None or not self._warm_up.done():
+            return "starting"
+        return "ready" if self._warm_up.cancelled() or self._warm_up.exception() is None else "failed"
+
+    def start(self) -> None:
+        """Compile the encoders in their thread: for an image, the default number of video frames, and audio."""
+        self._warm_up = self._encoder.submit(self._compile)
+
     def close(self) -> None:
         """Start no more work."""
-        self._encoder.shutdown(wait=True, cancel_futures=True)
+        self._encoder.shutdown(wait=self.status != "starting", cancel_futures=True)
         self._openers.shutdown(wait=False, cancel_futures=True)
 
     async def read(
@@ -204,6 +218,20 @@ class MediaReader:
         with self._metrics.encode_seconds.time():
             arrays = await asyncio.get_running_loop().run_in_executor(self._encoder, encode, prepared)
         return EncodedMedia(dataclasses.replace(prepared, frames=None, mel=None), prepared.prompt_media, arrays)
+
+    def _compile(self) -> None:
+        config = self._model.config
+        size, report = config.vit.image_size, MediaReport("", "video", 1, 0.0, "used")
+        inputs = [{"frames": np.zeros((count, size, size, 3), np.float32)} for count in (1, config.num_frames)]
+        if config.has_audio:
+            audio = config.require_imagebind().audio
+            inputs.append({"mel": np.zeros((config.num_clips, audio.num_mel_bins, audio.num_mel_frames), np.float32)})
+        try:
+            for arrays in inputs:
+                self._encode(PreparedMedia(report, arrays.get("frames"), arrays.get("mel")))
+        except Exception as error:  # of XLA, such as too little memory
+            log_failure(error)
+            raise
 
     def _encode(self, prepared: PreparedMedia) -> Sequence[np.ndarray]:
         return [np.asarray(tokens) for tokens in encode_media(self._model.network, prepared)]

@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from vllama_jax.errors import ConfigError
+from vllama_jax.text.templates import TemplateName
 
 KEY_VARIABLE = "VLLAMA_API_KEY"
 MEBIBYTE = 2**20
+MIN_DECODE_MEGABYTES = 64  # for a small clip; with 16, OpenBLAS fails
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -31,6 +33,8 @@ class ServeOptions:
             forwards the name while the server listens on a loopback address.
         engine: The URL of a vLLM server that decodes the answers instead of this process, such as http://host:8000; see
             docs/serving.md. Its API key may be in the environment variable VLLAMA_ENGINE_API_KEY.
+        template: The prompt template; by default the model's.
+        int8_cache: Store keys and values in int8, which halves their memory and changes answers slightly.
         rows: The number of answers that are decoded at a time.
         max_waiting: The number of answers that may wait for a row. Further requests get status 429.
         prompt_tokens: The longest prompt, in tokens, media included. Its memory is reserved for each row.
@@ -62,6 +66,8 @@ class ServeOptions:
     allow_origins: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()
     engine: str | None = None
+    template: TemplateName | None = None
+    int8_cache: bool = False
     rows: int = 8
     max_waiting: int = 64
     prompt_tokens: int = 1024
@@ -87,12 +93,19 @@ class ServeOptions:
                 raise ConfigError(f"{field.name} must be at least {low}, not {value}")
             if field.type is float and not value > 0:
                 raise ConfigError(f"{field.name} must be above 0, not {value}")
+        if self.decode_megabytes < MIN_DECODE_MEGABYTES:
+            least = MIN_DECODE_MEGABYTES
+            raise ConfigError(f"decode_megabytes must be at least {least}, not {self.decode_megabytes}")
         if self.port > 65535:
             raise ConfigError(f"port must be at most 65535, not {self.port}")
         for name in ("allow_domains", "allow_origins", "allow_hosts"):
             object.__setattr__(self, name, tuple(_split(getattr(self, name))))
         if self.engine is not None:
             object.__setattr__(self, "engine", _check_address(self.engine))
+            if self.int8_cache:
+                raise ConfigError(
+                    "int8_cache is of the engine of this process; with engine, set vLLM's --kv-cache-dtype"
+                )
 
     @property
     def is_local(self) -> bool:

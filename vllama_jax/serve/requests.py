@@ -37,12 +37,14 @@ class AnswerJob:
         template: The template, with the request's stop texts.
         conversation: The conversation; None for a text without a template.
         media: The files of the conversation.
+        start: When the request arrived, by `time.monotonic`.
     """
 
     requests: Sequence[Request]
     template: ChatTemplate
     conversation: prompts.Conversation | None = None
     media: Sequence[RequestedMedia] = ()
+    start: float = 0.0
 
     @property
     def num_tokens(self) -> int:
@@ -65,8 +67,9 @@ class RequestMaker:
 
     def __init__(self, model: Model, options: ServeOptions):
         self._model, self._options = model, options
-        self._start = prompts.start_conversation(model.config.template, model.config.has_audio)
-        prompts.check_special_tokens(self._start.template, model.tokenizer, model.config.template)
+        name = options.template or model.config.template
+        self._start = prompts.start_conversation(name, model.config.has_audio)
+        prompts.check_special_tokens(self._start.template, model.tokenizer, name)
         self._past_answers: collections.OrderedDict[bytes, tuple[str, bool]] = collections.OrderedDict()
 
     def make_chat_job(self, fields: ChatRequest, dialog: Dialog, media: Sequence[RequestedMedia]) -> AnswerJob:

@@ -84,10 +84,10 @@ def run_server(service: Service, opened: socket.socket, on_ready: Callable[[], N
     """
     with defer_interrupt() as interrupted, _catch_sigterm() as terminated:
         asyncio.run(serve_until(service, opened, on_ready, (interrupted, terminated)))
-    if service.scheduler.is_alive:  # it compiles; Python would wait for it
+    if service.is_compiling:  # Python would wait for it
         exit_now(EXIT_CODE if interrupted.is_set() else TERMINATED_EXIT_CODE)
-    if service.scheduler.status == "failed":
-        raise ServerError("the engine has failed, as logged above; start the server again")
+    if "failed" in (service.scheduler.status, service.media.status):
+        raise ServerError("the model has failed, as logged above; start the server again")
 
 
 class _Server(uvicorn.Server):
@@ -118,12 +118,14 @@ async def serve_until(
     serving = asyncio.ensure_future(server.serve(sockets=[opened]))
     is_ready = False
     while not serving.done() and not any(event.is_set() for event in events):
-        if service.scheduler.status == "failed":
+        if service.status == "failed":
             break
         if service.status == "ready" and not is_ready:
             is_ready = True
             on_ready()
         await asyncio.sleep(_POLL_SECONDS)
+    if serving.done():
+        raise ServerError("the server could not start; its log has the reason")
     service.is_stopping = True
     deadline = asyncio.get_running_loop().time() + service.options.shutdown_seconds
     while service.limits.used("answers") and asyncio.get_running_loop().time() < deadline:

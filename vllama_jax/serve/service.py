@@ -62,11 +62,19 @@ class Service:
         """Whether requests are answered."""
         if self.is_stopping or self.scheduler.status == "stopped":
             return "stopping"
+        if self.scheduler.status == "ready":
+            return self.media.status
         return self.scheduler.status
 
+    @property
+    def is_compiling(self) -> bool:
+        """Whether a thread compiles, which cannot be interrupted."""
+        return self.scheduler.is_alive or self.media.status == "starting"
+
     def start(self) -> None:
-        """Start the engine, which compiles its programs first, and the decoders."""
+        """Start the decoders, the encoder and the engine, which compile their programs first."""
         self.decoders.start()
+        self.media.start()
         self.scheduler.start()
 
     def close(self) -> None:
@@ -110,8 +118,8 @@ def make_service(model: Model, name: str, options: ServeOptions, keys: tuple[str
     limits = Limits(
         answers=options.rows + options.max_waiting,
         tokens=options.max_total_tokens,
-        frames=options.max_total_frames,
-        bytes=options.max_total_megabytes * MEBIBYTE,
+        frames=max(options.max_total_frames, options.max_frames),
+        bytes=max(options.max_total_megabytes, options.max_body_megabytes) * MEBIBYTE,
     )
     uploads = Uploads(
         options.max_file_megabytes * MEBIBYTE, options.max_files_megabytes * MEBIBYTE, options.file_hours * 3600
@@ -146,7 +154,13 @@ def _make_scheduler(model: Model, options: ServeOptions) -> AnswerEngine:
     """Return what answers requests: the model's own engine, or the server of `options.engine`."""
     llama = model.network.llama
     if options.engine is None:
-        engine = make_engine(model, options.rows, prompt_tokens=options.prompt_tokens, new_tokens=options.new_tokens)
+        engine = make_engine(
+            model,
+            options.rows,
+            int8_cache=options.int8_cache,
+            prompt_tokens=options.prompt_tokens,
+            new_tokens=options.new_tokens,
+        )
         return Scheduler(engine, llama.cfg.width)
     embedding = np.asarray(llama.embedding[...])
     needed = make_requirements(llama.cfg, embedding.dtype.name, options.max_request_tokens)
