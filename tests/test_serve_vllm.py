@@ -37,7 +37,8 @@ def local():
 @pytest.fixture(scope="module")
 def double(local):
     double = VllmDouble(local.service.scheduler, local.service.model.config.llama.width)
-    with run_double(double) as double.url:
+    with contextlib.ExitStack() as running:
+        double.url, double.stop = running.enter_context(run_double(double)), running.close
         yield double
 
 
@@ -98,6 +99,7 @@ def test_tensors_are_those_of_torch_save(monkeypatch):
         np.testing.assert_array_equal(tensor.float().numpy(), values[dtype].astype(np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_the_layers_of_the_language_model_are_not_loaded(local, quantize):
     llama = vl.load("miniature", llama_layers=False, quantize=quantize).network.llama
@@ -105,6 +107,7 @@ def test_the_layers_of_the_language_model_are_not_loaded(local, quantize):
     np.testing.assert_array_equal(embedding, local.service.model.network.llama.embedding[...])
 
 
+@pytest.mark.slow
 def test_answers_equal_those_of_the_models_own_engine(local, remote, double):
     before = len(double.embeddings)
     (choice,) = ask_both(local, remote, VIDEO, "Describe it.")
@@ -126,6 +129,7 @@ def test_answers_equal_those_of_the_models_own_engine(local, remote, double):
     remote.ask("Hello?", temperature=1.0, seed=2**64 - 1, max_tokens=2)  # not an int64
 
 
+@pytest.mark.slow
 def test_a_conversation_and_a_stream(local, remote):
     messages = [user(VIDEO, "Describe it.")]
     for question in ("Which way does it go?", "What do you hear?"):
@@ -144,6 +148,7 @@ def test_a_conversation_and_a_stream(local, remote):
     assert usage["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
 
 
+@pytest.mark.slow
 def test_what_vllm_cannot_do_is_refused(remote, double, monkeypatch):
     def refuse(status: int, **fields) -> str:
         response = remote.post({"messages": [user("Hello?")], "max_tokens": 4} | fields)
@@ -164,6 +169,7 @@ def test_what_vllm_cannot_do_is_refused(remote, double, monkeypatch):
     assert "try again" in refuse(503)
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_cancels_its_answer(remote, double, local, monkeypatch):
     engine, before = local.service.scheduler._engine, double.num_cancelled
     step = engine.step
@@ -179,35 +185,7 @@ def test_a_client_that_leaves_cancels_its_answer(remote, double, local, monkeypa
     assert remote.service.scheduler.num_running == remote.service.scheduler.num_waiting == 0
 
 
-def test_requests_wait_for_a_server_that_is_gone(local, embedder, monkeypatch):
-    monkeypatch.setattr(vllm_engine, "POLL_SECONDS", 0.05)
-    double = VllmDouble(local.service.scheduler, local.service.model.config.llama.width)
-    with contextlib.ExitStack() as stack:
-        with run_double(double) as address:
-            remote = stack.enter_context(run_server(embedder, engine=address))
-            assert get_health(remote) == (200, "ready")
-            engine = local.service.scheduler._engine
-            step = engine.step
-            monkeypatch.setattr(engine, "step", lambda: time.sleep(0.1) or step())
-            request = {"messages": [user("Hello?")], "max_tokens": 64, "min_tokens": 64, "stream": True}
-            stream = stack.enter_context(
-                httpx.stream("POST", f"{remote.url}/v1/chat/completions", json=request | {"temperature": 2.0})
-            )
-            lines = stream.iter_lines()
-            next(lines)
-            wait_until(lambda: double.num_open == 1)
-        rest = [line for line in lines if line]
-        assert "is not available" in json.loads(rest[-2].removeprefix("data: "))["error"]["message"]
-        wait_until(lambda: get_health(remote) == (503, "unavailable"))
-        refused = remote.post({"messages": [user("Hello?")]})
-        assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
-        with run_double(double, port=httpx.URL(address).port):
-            wait_until(lambda: get_health(remote) == (200, "ready"))
-            assert remote.ask("Hello?", max_tokens=2)["usage"]["completion_tokens"] == 2
-            double.failure = 503
-            wait_until(lambda: get_health(remote) == (503, "unavailable"))
-
-
+@pytest.mark.slow
 def test_a_server_that_cannot_be_used_is_one_line(double, local, monkeypatch):
     def expect(*arguments: object) -> str:
         return expect_error("serve", "--port", "0", "--engine", *arguments)
@@ -216,7 +194,7 @@ def test_a_server_that_cannot_be_used_is_one_line(double, local, monkeypatch):
     monkeypatch.setattr(double, "max_model_len", 512)
     assert "at most 512 tokens, but 1024 are needed; set vLLM's --max-model-len" in expect(double.url)
     monkeypatch.setattr(double, "max_model_len", 2048)
-    assert "a prompt of embeddings is refused" in expect(local.url, "--prompt-tokens", 512, "--new-tokens", 64)
+    assert "a prompt of embeddings is refused" in expect(local.url, "--prompt-tokens", 256, "--new-tokens", 64)
     monkeypatch.setattr(double, "enable_prompt_embeds", False)
     assert "start vLLM with --enable-prompt-embeds" in expect(double.url)
     monkeypatch.setattr(double, "key", "secret")
@@ -229,3 +207,27 @@ def test_a_server_that_cannot_be_used_is_one_line(double, local, monkeypatch):
     for invalid in ("localhost:8000", "http://host:port", "http://", "http://[::1", "https://host/?a"):
         with pytest.raises(ConfigError, match="http://host:8000"):
             ServeOptions(engine=invalid)
+
+
+@pytest.mark.slow
+def test_requests_wait_for_a_server_that_is_gone(local, remote, double, monkeypatch):
+    wait_until(lambda: get_health(remote) == (200, "ready"))
+    engine = local.service.scheduler._engine
+    step = engine.step
+    monkeypatch.setattr(engine, "step", lambda: time.sleep(0.1) or step())
+    request = {"messages": [user("Hello?")], "max_tokens": 64, "min_tokens": 64, "temperature": 2.0, "stream": True}
+    with httpx.stream("POST", f"{remote.url}/v1/chat/completions", json=request) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        wait_until(lambda: double.num_open == 1)
+        double.stop()
+        rest = [line for line in lines if line]
+    assert "is not available" in json.loads(rest[-2].removeprefix("data: "))["error"]["message"]
+    wait_until(lambda: get_health(remote) == (503, "unavailable"))
+    refused = remote.post({"messages": [user("Hello?")]})
+    assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    with run_double(double, port=httpx.URL(double.url).port):
+        wait_until(lambda: get_health(remote) == (200, "ready"))
+        assert remote.ask("Hello?", max_tokens=2)["usage"]["completion_tokens"] == 2
+        double.failure = 503
+        wait_until(lambda: get_health(remote) == (503, "unavailable"))

@@ -120,11 +120,14 @@ class VllmEngine:
         """Check the server until the end, then end the answers that go on."""
         status: Status = "stopped"
         async with make_client(self._address) as self._client:
-            try:
-                await self._watch()
-            except Exception as error:  # an error of this class
+            watch = self._loop.create_task(self._watch())
+            stop = self._loop.create_task(self._stopping.wait())
+            await asyncio.wait((watch, stop), return_when=asyncio.FIRST_COMPLETED)
+            if watch.done() and (error := watch.exception()):  # an error of this class
                 status = "failed"
                 log_failure(error)
+            watch.cancel()
+            stop.cancel()
             with self._lock:
                 self.status = status
             await asyncio.sleep(0)  # what was called until now
@@ -132,7 +135,7 @@ class VllmEngine:
 
     async def _watch(self) -> None:
         failures = 0
-        while not self._stopping.is_set():
+        while True:
             try:
                 if self.status == "ready":
                     await self._check_health()
@@ -147,8 +150,7 @@ class VllmEngine:
                 failures += 1
                 if failures >= LOST_POLLS:
                     await self._give_up(_make_unavailable())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stopping.wait(), POLL_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
 
     async def _check_health(self) -> None:
         """Raise EngineError if the server cannot be reached, or says that it is not well."""
@@ -161,7 +163,7 @@ class VllmEngine:
 
     def _report(self, error: EngineError) -> None:
         """Log that the server is not available, once."""
-        if self.status != "unavailable":
+        if self.status in ("starting", "ready"):
             self.status = "unavailable"
             logger.error(str(error))
 
