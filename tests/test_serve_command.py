@@ -1,6 +1,7 @@
 """`vllama serve` as a command: its errors in one line, and how it ends; its parts without a server."""
 
 import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -13,6 +14,7 @@ import httpx
 import pytest
 from cli_fixtures import expect_error_line as expect_error
 
+from vllama_jax.serve.completions import EventStream
 from vllama_jax.serve.media_requests import SharedResults
 from vllama_jax.serve.options import ServeOptions, read_keys
 from vllama_jax.serve.uploads import Uploads
@@ -51,6 +53,27 @@ def test_uploaded_files_expire():
     assert uploads.list("") == []
     assert not list(uploads._folder.iterdir())
     uploads.close()
+
+
+def test_a_client_that_leaves_before_its_stream_starts_keeps_nothing():
+    closed = []
+
+    async def run() -> None:
+        async def events():
+            yield b"data: 1"
+
+        async def receive() -> dict:
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict) -> None:
+            await asyncio.sleep(0)
+
+        held = contextlib.ExitStack()
+        held.callback(closed.append, True)
+        await EventStream(events(), held)({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+
+    asyncio.run(run())
+    assert closed == [True]
 
 
 def test_results_are_shared_kept_and_removed():
