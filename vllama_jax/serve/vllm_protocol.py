@@ -183,12 +183,11 @@ async def check_server(client: httpx.AsyncClient, needed: Requirements) -> str:
     embeddings = np.zeros((1, needed.width), needed.dtype)
     body = make_body(name, embeddings, GenerationConfig(max_new_tokens=1), ())
     try:
-        chunks = [chunk async for chunk in stream_chunks(client, body, _PROBE_TIMEOUT)]
+        async for _ in stream_chunks(client, body, _PROBE_TIMEOUT):
+            pass
     except ApiError as error:
         advice = "start vLLM with --enable-prompt-embeds, on the exported language model of this model"
         raise EngineError(f"{address}: a prompt of embeddings is refused ({error.detail}); {advice}") from error
-    if sum(len(chunk.tokens) for chunk in chunks) != 1:
-        raise EngineError(f"{address}: the answer has no token ids; update vLLM")
     return name
 
 
@@ -204,7 +203,8 @@ def _explain_errors(client: httpx.AsyncClient) -> Iterator[None]:
             f"{address}: the vLLM server cannot be reached ({why}); start it, or check --engine"
         ) from error
     except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise EngineError(f"{address}: its responses are not those of a vLLM server; check --engine") from error
+        why = "its responses are not those of a vLLM server with prompts of embeddings and token ids"
+        raise EngineError(f"{address}: {why}; check --engine, or update vLLM") from error
 
 
 def _read_choice(choice: dict[str, Any], top_logprobs: int) -> Chunk:
