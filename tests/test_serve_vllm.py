@@ -204,7 +204,14 @@ def test_a_server_that_cannot_be_used_is_one_line(double, local, monkeypatch):
     monkeypatch.setenv("VLLAMA_ENGINE_API_KEY", "secret")
     needed = vllm_engine.make_requirements(local.service.model.config.llama, "float32", 1024)
     vllm_engine.require_server(double.url, needed)
-    for invalid in ("localhost:8000", "http://host:port", "http://", "http://[::1", "https://host/?a"):
+    for invalid in (
+        "localhost:8000",
+        "http://host:port",
+        "http://",
+        "http://[::1",
+        "http://a:b@host",
+        "https://host/?a",
+    ):
         with pytest.raises(ConfigError, match="http://host:8000"):
             ServeOptions(engine=invalid)
 
@@ -226,6 +233,7 @@ def test_requests_wait_for_a_server_that_is_gone(local, remote, double, monkeypa
     wait_until(lambda: get_health(remote) == (503, "unavailable"))
     refused = remote.post({"messages": [user("Hello?")]})
     assert (refused.status_code, refused.headers["retry-after"]) == (503, "5")
+    assert "is not available" in refused.text
     with run_double(double, port=httpx.URL(double.url).port):
         wait_until(lambda: get_health(remote) == (200, "ready"))
         assert remote.ask("Hello?", max_tokens=2)["usage"]["completion_tokens"] == 2

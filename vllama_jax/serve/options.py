@@ -127,7 +127,7 @@ def _check_address(engine: str) -> str:
     """Return the URL of a vLLM server without `/v1`."""
     try:
         parts = urllib.parse.urlsplit(engine.strip())
-        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.username
     except ValueError:  # an invalid port or IPv6 address
         is_valid = False
     if not is_valid or parts.query or parts.fragment:

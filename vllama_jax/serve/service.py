@@ -18,7 +18,7 @@ from vllama_jax.serve.requests import RequestMaker
 from vllama_jax.serve.responses import now
 from vllama_jax.serve.scheduler import AnswerEngine, Scheduler
 from vllama_jax.serve.uploads import Uploads
-from vllama_jax.serve.vllm_engine import VllmEngine, make_requirements
+from vllama_jax.serve.vllm_engine import UNAVAILABLE, VllmEngine, make_requirements
 
 STARTING_SECONDS = 5  # after which a client may try again
 
@@ -91,9 +91,10 @@ class Service:
             ApiError: The server is starting or stopping, or there is no such model.
         """
         log_unknown_fields(body)
-        if self.status != "ready":
-            retry = STARTING_SECONDS if self.status in ("starting", "unavailable") else None
-            raise ApiError(503, f"the server is not ready: {self.status}", retry_after=retry)
+        if (status := self.status) != "ready":
+            retry = STARTING_SECONDS if status in ("starting", "unavailable") else None
+            why = UNAVAILABLE if status == "unavailable" else f"the server is not ready: {status}"
+            raise ApiError(503, why, retry_after=retry)
         if body.model is not None and body.model != self.name:
             why = f"there is no such model; the model of this server is {self.name!r}"
             raise ApiError(404, f"model: {why}", param="model", code="model_not_found")
