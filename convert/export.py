@@ -22,7 +22,7 @@ from vllama_jax.convert.components import FILE_SPECS
 from vllama_jax.convert.language_config import to_hugging_face_config
 from vllama_jax.convert.match_weights import abstract_shapes
 from vllama_jax.convert.rules import Rule, transpose_contiguous
-from vllama_jax.convert.write_tensors import BytesProgress, Tensor, require_torch, write_safetensors, write_torch
+from vllama_jax.convert.write_tensors import BytesProgress, Tensor, write_safetensors, write_torch
 from vllama_jax.io.atomic import new_directory, replace_json, write_file, write_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.io.paths import require_local_output
@@ -49,10 +49,8 @@ def plan_export(
         The tensors of each file, by its path in the output directory.
 
     Raises:
-        CheckpointError: Weights are missing or truncated, or torch is required and not installed.
+        CheckpointError: Weights are missing or truncated.
     """
-    if format == "pth":
-        require_torch()
     by_type = _tensors_by_file_type(model)
     if format == "safetensors":
         named = {tensor.name: tensor for tensor in _with_full_names(by_type)}  # branches share buffers

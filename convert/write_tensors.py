@@ -3,7 +3,6 @@
 Memory is that of the tensor being written and of those that are read ahead.
 """
 
-import collections
 import dataclasses
 import io
 import json
@@ -17,13 +16,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from vllama_jax.errors import CheckpointError
 from vllama_jax.io.prefetch import map_in_order
-from vllama_jax.runtime.extras import import_extra
 
 TENSOR_READERS = 2  # threads: tensors are read and transformed while another is written
 ALIGNMENT = 64  # bytes; torch aligns the data of tensors in a zip file to this, so that it can be memory-mapped
 ZIP_HEADER = 30  # bytes of an entry's header before its name
+PICKLE_PROTOCOL = 2  # of torch.save
 PADDING_FIELD = 0x4246  # "FB": torch's id of the extra field of a zip entry with padding
 SAFETENSORS_NAMES = {
     "float64": "F64",
@@ -64,11 +62,6 @@ class Tensor:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def require_torch() -> None:
-    """Raise CheckpointError if torch is not installed."""
-    import_extra("torch", "convert", "writing .pth files", CheckpointError, "use --format safetensors")
-
-
 def write_safetensors(path: Path, tensors: Sequence[Tensor], progress: BytesProgress) -> None:
     """Write a safetensors file. The safetensors library can only write tensors that are all in memory.
 
@@ -104,16 +97,32 @@ def write_torch(path: Path, tensors: Sequence[Tensor], wrapped: bool, progress: 
         progress: Called with the number of bytes written since the last call.
     """
     with path.open("wb") as file:
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.writestr("archive/data.pkl", _pickle_tensors(tensors, wrapped))
-            archive.writestr("archive/byteorder", "little")
-            for number, data in enumerate(_read_ahead(tensors)):
-                entry = _aligned_entry(f"archive/data/{number}", len(data), file.tell())
-                with archive.open(entry, "w") as opened:
-                    opened.write(data)
-                progress(len(data))
-            archive.writestr("archive/version", "3\n")
+        _write_archive(file, _pickle_tensors(tensors, wrapped), tensors, progress)
         _sync(file)
+
+
+def dump_tensor(values: np.ndarray) -> bytes:
+    """Return the file that torch.save writes of one tensor.
+
+    Args:
+        values: Its values, C-contiguous, in a dtype of TORCH_STORAGES.
+    """
+    tensor = Tensor("", values.shape, values.dtype, lambda: values)
+    file = io.BytesIO()
+    _write_archive(file, _finish_pickle(_pickle_tensor(tensor, 0)), [tensor], lambda done: None)
+    return file.getvalue()
+
+
+def _write_archive(file: BinaryIO, pickled: bytes, tensors: Sequence[Tensor], progress: BytesProgress) -> None:
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", pickled)
+        archive.writestr("archive/byteorder", "little")
+        for number, data in enumerate(_read_ahead(tensors)):
+            entry = _aligned_entry(f"archive/data/{number}", len(data), file.tell())
+            with archive.open(entry, "w") as opened:
+                opened.write(data)
+            progress(len(data))
+        archive.writestr("archive/version", "3\n")
 
 
 def _read_ahead(tensors: Sequence[Tensor]) -> Iterator[memoryview]:
@@ -136,43 +145,39 @@ def _aligned_entry(name: str, size: int, offset: int) -> zipfile.ZipInfo:
     return entry
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
-    """The storage of a tensor. `key` is the name of its entry in the zip file."""
-
-    key: str
-    tensor: Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class _PickledTensor:
-    """Pickles like a torch tensor: as a call of the function that rebuilds it from its storage."""
-
-    storage: _Storage
-
-    def __reduce__(self) -> tuple:
-        import torch
-
-        shape = self.storage.tensor.shape
-        strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
-        hooks: collections.OrderedDict = collections.OrderedDict()
-        return torch._utils._rebuild_tensor_v2, (self.storage, 0, shape, strides, False, hooks)
-
-
-class _Pickler(pickle.Pickler):
-    """Pickles a storage as a persistent id with the name of its entry, as torch does."""
-
-    def persistent_id(self, obj: object) -> tuple | None:
-        import torch
-
-        if not isinstance(obj, _Storage):
-            return None
-        storage_type = getattr(torch, TORCH_STORAGES[obj.tensor.dtype.name])
-        return ("storage", storage_type, obj.key, "cpu", math.prod(obj.tensor.shape))
-
-
 def _pickle_tensors(tensors: Sequence[Tensor], wrapped: bool) -> bytes:
-    state = {tensor.name: _PickledTensor(_Storage(str(number), tensor)) for number, tensor in enumerate(tensors)}
-    data = io.BytesIO()
-    _Pickler(data, protocol=2).dump({"model": state} if wrapped else state)
-    return data.getvalue()
+    """Pickle a state dict. The values of its tensors are the entries of the zip file, by their numbers."""
+    items = (_pickle_value(tensor.name) + _pickle_tensor(tensor, number) for number, tensor in enumerate(tensors))
+    state = pickle.EMPTY_DICT + pickle.MARK + b"".join(items) + pickle.SETITEMS
+    return _finish_pickle(
+        pickle.EMPTY_DICT + _pickle_value("model") + state + pickle.SETITEM if wrapped else state  # {"model": state}
+    )
+
+
+def _pickle_tensor(tensor: Tensor, number: int) -> bytes:
+    """Return the opcodes of a tensor: a call of torch's function that rebuilds it from its storage.
+
+    The opcodes are written here, because Python's pickle imports the functions that it refers to.
+    """
+    shape = tensor.shape
+    strides = tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
+    storage_type = _pickle_global("torch", TORCH_STORAGES[tensor.dtype.name])
+    key, location, size = map(_pickle_value, (str(number), "cpu", math.prod(shape)))
+    storage = pickle.MARK + _pickle_value("storage") + storage_type + key + location + size + pickle.TUPLE
+    values = b"".join(map(_pickle_value, (0, shape, strides, False)))  # the offset; whether it has a gradient
+    hooks = _pickle_global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE
+    arguments = pickle.MARK + storage + pickle.BINPERSID + values + hooks + pickle.TUPLE
+    return _pickle_global("torch._utils", "_rebuild_tensor_v2") + arguments + pickle.REDUCE
+
+
+def _pickle_global(module: str, name: str) -> bytes:
+    return pickle.GLOBAL + f"{module}\n{name}\n".encode()
+
+
+def _pickle_value(value: object) -> bytes:
+    """Return the opcodes of a value, without those that begin and end a pickle."""
+    return pickle.dumps(value, PICKLE_PROTOCOL)[2:-1]
+
+
+def _finish_pickle(opcodes: bytes) -> bytes:
+    return pickle.PROTO + bytes([PICKLE_PROTOCOL]) + opcodes + pickle.STOP

@@ -48,6 +48,7 @@ def load(
     audio_scale: float | None = None,
     *,
     stacked: bool = False,
+    llama_layers: bool = True,
 ) -> Model:
     """Load a model directory, or the model that a run trained.
 
@@ -67,6 +68,9 @@ def load(
             inference, but were trained on embeddings of norm 1 (docs/miniature.md measures the effect).
         stacked: Keep the language model's layers stacked on axis 0, as on disk. Use this for training and saving;
             decoding is slower.
+        llama_layers: Whether to load all of the language model. Without its layers and its head, the model can embed
+            prompts for another engine (`vllama serve --engine`), but not answer them. A 7B model needs 4.0 GB instead
+            of 17.2 GB in bfloat16.
 
     Returns:
         The model.
@@ -99,15 +103,18 @@ def load(
         directory = _set_audio_scale(directory, audio_scale)
     check_vocabulary(directory.tokenizer, directory.config.llama.vocab_size)
     network, weights = make_network_to_load(directory, dtype, quantize)
+    if not llama_layers:
+        network.llama.remove_layers()
     graph, abstract = nnx.split(network)
     if mesh is not None:
         for message in sharding.list_indivisible_axes(abstract, mesh, fsdp=False):
             logger.warning(message)
         abstract = sharding.shard_abstract(abstract, mesh, fsdp=False)
     network = nnx.merge(graph, restore(directory, abstract, weights))
-    merge_lora(network.llama)
-    if not stacked:
-        network.llama.unstack(sharding.get_platform(network))
+    if llama_layers:
+        merge_lora(network.llama)
+        if not stacked:
+            network.llama.unstack(sharding.get_platform(network))
     return Model(directory.config, directory.tokenizer, network)
 
 

@@ -101,6 +101,7 @@ def _restore_weights(
 ) -> "dict[str, jax.Array]":
     """Restore weights as `restore_weights` does, but quantize the kernels of `layers` on the device, layer by layer."""
     read = make_row_reader(directory)
+    layers = {path: layer for path, layer in layers.items() if f"{path}/values" in abstract}
     _check_kernels(directory, layers)
     quantized = {f"{path}/{weight}" for path in layers for weight in QUANTIZED_WEIGHTS}
     restored = restore_weights(directory, {path: abstract[path] for path in abstract if path not in quantized})

@@ -11,11 +11,12 @@ from vllama_jax.checkpoints.shipped import MODEL_DESCRIPTION, MODEL_NAME, is_shi
 from vllama_jax.cli._display import Display
 from vllama_jax.errors import ConfigError
 from vllama_jax.model import load, remove_missing_branches
+from vllama_jax.nn.network import default_dtype
 from vllama_jax.runtime.extras import import_extra
 from vllama_jax.serve.options import ServeOptions, read_keys
 
 DEFAULTS = ServeOptions()
-_PACKAGES = ("fastapi", "uvicorn", "python_multipart", "pebble", "prometheus_client")
+_PACKAGES = ("fastapi", "httpx", "uvicorn", "python_multipart", "pebble", "prometheus_client")
 
 
 def serve(
@@ -47,6 +48,7 @@ def serve(
         import_extra(package, "serve", "vllama serve", ConfigError)
     from vllama_jax.serve.run import get_url, open_socket, run_server, warn_if_open
     from vllama_jax.serve.service import make_service
+    from vllama_jax.serve.vllm_engine import make_requirements, require_server
 
     keys = read_keys(options.api_key_file)
     if options.allow_files is not None and not options.allow_files.is_dir():
@@ -58,11 +60,18 @@ def serve(
         if uses_shipped_model:
             display.show_message(MODEL_DESCRIPTION.replace("choose another model with --model", "name another model"))
         directory = remove_missing_branches(open_model(path, base))
+        has_engine = options.engine is None
+        if options.engine is not None:
+            display.show_status(f"checking {options.engine}")
+            llama = directory.config.llama
+            require_server(
+                options.engine, make_requirements(llama, dtype or default_dtype(), options.max_request_tokens)
+            )
         display.show_status(f"loading {directory.path}")
-        loaded = load(directory, dtype, quantize=quantize, audio_scale=audio_scale)
+        loaded = load(directory, dtype, quantize=quantize, audio_scale=audio_scale, llama_layers=has_engine)
         name = options.name or (MODEL_NAME if uses_shipped_model else path.resolve().name)
         service = make_service(loaded, name, options, keys)
-        display.show_status("compiling")
+        display.show_status("compiling" if has_engine else f"waiting for {options.engine}")
 
         def show_address() -> None:
             seconds = time.monotonic() - start

@@ -285,6 +285,12 @@ class Llama(nnx.Module):
         kernel = self.embedding[...].T if self.head is None else self.head.kernel[...]
         return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
+    def remove_layers(self) -> None:
+        """Remove all weights but the token embeddings. Only `embed` can be called then."""
+        self.blocks = nnx.List([])
+        del self.norm
+        self.head = None
+
     def unstack(self, platform: str) -> None:
         """Replace the stacked layers by a list of layers, one weight at a time, in the layout that decoding reads.
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from vllama_jax.generate import Request
 from vllama_jax.serve.responses import CompletionLogprobs, Logprobs, TokenLogprob, TopLogprob
-from vllama_jax.serve.scheduler import Scheduler, Update
+from vllama_jax.serve.scheduler import AnswerEngine, Update
 from vllama_jax.text.prompts import AnswerDecoder
 from vllama_jax.text.templates import ChatTemplate
 from vllama_jax.text.tokenizer import Tokenizer
@@ -85,7 +85,7 @@ class Choice:
 
 
 async def run_choices(
-    scheduler: Scheduler, requests: Sequence[Request], choices: Sequence[Choice]
+    scheduler: AnswerEngine, requests: Sequence[Request], choices: Sequence[Choice]
 ) -> AsyncIterator[Piece]:
     """Yield what is new of the answers to requests until all have ended. Closing it cancels them.
 

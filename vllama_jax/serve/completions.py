@@ -188,6 +188,8 @@ async def _stream(
             yield make_event(form.make_usage_event(_count_usage(job, choices)))
     except EngineFailed:
         yield make_event(make_body(503, ENGINE_FAILED))
+    except ApiError as error:  # of a vLLM server
+        yield make_event(error.body)
     yield DONE
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import ipaddress
 import os
+import urllib.parse
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class ServeOptions:
         allow_origins: Origins of web pages that may call the API (CORS), such as https://example.org; by default none.
         allow_hosts: Host names by which clients address the server, besides localhost. Needed only behind a proxy that
             forwards the name while the server listens on a loopback address.
+        engine: The URL of a vLLM server that decodes the answers instead of this process, such as http://host:8000; see
+            docs/serving.md. Its API key may be in the environment variable VLLAMA_ENGINE_API_KEY.
         template: The prompt template; by default the model's.
         int8_cache: Store keys and values in int8, which halves their memory and changes answers slightly.
         rows: The number of answers that are decoded at a time.
@@ -62,6 +65,7 @@ class ServeOptions:
     allow_files: Path | None = None
     allow_origins: tuple[str, ...] = ()
     allow_hosts: tuple[str, ...] = ()
+    engine: str | None = None
     template: TemplateName | None = None
     int8_cache: bool = False
     rows: int = 8
@@ -96,6 +100,12 @@ class ServeOptions:
             raise ConfigError(f"port must be at most 65535, not {self.port}")
         for name in ("allow_domains", "allow_origins", "allow_hosts"):
             object.__setattr__(self, name, tuple(_split(getattr(self, name))))
+        if self.engine is not None:
+            object.__setattr__(self, "engine", _check_address(self.engine))
+            if self.int8_cache:
+                raise ConfigError(
+                    "int8_cache is of the engine of this process; with engine, set vLLM's --kv-cache-dtype"
+                )
 
     @property
     def is_local(self) -> bool:
@@ -111,6 +121,18 @@ class ServeOptions:
     def max_request_tokens(self) -> int:
         """The largest number of tokens of a prompt and its answer."""
         return self.prompt_tokens + self.new_tokens
+
+
+def _check_address(engine: str) -> str:
+    """Return the URL of a vLLM server without `/v1`."""
+    try:
+        parts = urllib.parse.urlsplit(engine.strip())
+        is_valid = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0 and not parts.username
+    except ValueError:  # an invalid port or IPv6 address
+        is_valid = False
+    if not is_valid or parts.query or parts.fragment:
+        raise ConfigError(f"engine must be the URL of a vLLM server, such as http://host:8000, not {engine!r}")
+    return parts.geturl().rstrip("/").removesuffix("/v1").rstrip("/")
 
 
 def _split(values: Iterable[str]) -> Iterable[str]:

@@ -69,6 +69,7 @@ def add_page(app: FastAPI, service: Service) -> None:
             "max_frames": min(config.num_frame_positions, service.options.max_frames),
             "max_tokens": min(GREEDY.max_new_tokens, service.options.new_tokens),
             "has_audio": config.has_audio,
+            "has_attention": service.options.engine is None,  # else LLaMA's layers are not loaded
             "examples": [
                 {"file": file, "title": title, "question": question}
                 for file, title, question in EXAMPLES
@@ -101,6 +102,8 @@ def add_page(app: FastAPI, service: Service) -> None:
     async def find_attention(body: ChatRequest, request: Request) -> Response:
         """Return which frames and audio clips the tokens of the last answer read."""
         service.check(body)
+        if service.options.engine is not None:
+            raise ApiError(400, "attention needs LLaMA's layers, which a server with --engine does not load")
         dialog = read_dialog(body.model_copy(update={"continue_final_message": True}))
         media = await service.media.read(dialog.media, request.state.owner)
         shares = await service.media.read(dialog.media, request.state.owner, share)

@@ -19,6 +19,7 @@ from vllama_jax.serve.media_requests import RequestedMedia
 from vllama_jax.serve.options import ServeOptions
 from vllama_jax.serve.protocol import MAX_STOPS, ChatRequest, CompletionRequest, GenerationFields
 from vllama_jax.serve.scheduler import MAX_STOP_SEQUENCES, MAX_STOP_TOKENS
+from vllama_jax.serve.vllm_protocol import check_config
 from vllama_jax.text import prompts
 from vllama_jax.text.templates import ChatTemplate, Mark
 
@@ -212,7 +213,7 @@ class RequestMaker:
         }
         try:
             check_context_length(length, max_tokens, cfg)
-            return GenerationConfig(
+            config = GenerationConfig(
                 max_new_tokens=max_tokens,
                 seed=secrets.randbits(32) if fields.seed is None else fields.seed % 2**64,
                 top_logprobs=top_logprobs,
@@ -224,6 +225,9 @@ class RequestMaker:
         except ConfigError as error:
             message = str(error).replace("max_new_tokens", "max_tokens").replace("min_new_tokens", "min_tokens")
             raise ApiError(400, message, param=message.split()[0]) from error
+        if self._options.engine is not None:
+            check_config(config)
+        return config
 
     def _check_fields(self, fields: GenerationFields) -> None:
         if fields.use_beam_search or (fields.best_of or 1) > fields.n:

@@ -244,7 +244,9 @@ class DeletedFile(BaseModel):
 class Health(BaseModel):
     """The response to `GET /health`."""
 
-    status: Literal["ready", "starting", "stopping", "failed"] = Field(description="503 unless it is ready")
+    status: Literal["ready", "starting", "unavailable", "stopping", "failed"] = Field(
+        description='503 unless it is "ready"; "unavailable" while the vLLM server of --engine is'
+    )
 
 
 def make_id(prefix: str) -> str:

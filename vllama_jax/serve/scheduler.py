@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import Literal, Self
+from typing import Literal, Protocol, Self
 
 import numpy as np
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 MAX_STOP_SEQUENCES = 24  # that the engine compares; `AnswerDecoder` finds the others in the text
 MAX_STOP_TOKENS = 16
 
-Status = Literal["starting", "ready", "failed", "stopped"]
+Status = Literal["starting", "ready", "unavailable", "failed", "stopped"]
 
 
 class EngineFailed(Exception):
@@ -52,7 +52,7 @@ class Update:
 
 
 @dataclasses.dataclass(eq=False)
-class _Job:
+class Job:
     """A request, and where its updates go."""
 
     index: int
@@ -63,10 +63,43 @@ class _Job:
     is_cancelled: bool = False
 
 
+class AnswerEngine(Protocol):
+    """What answers requests: `Scheduler` with the engine of this process, or `VllmEngine` with a vLLM server."""
+
+    status: Status
+
+    def start(self) -> None:
+        """Start its thread."""
+
+    def stop(self) -> None:
+        """End its thread. Answers that go on are cancelled."""
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether its thread runs."""
+
+    @property
+    def num_running(self) -> int:
+        """The number of answers that are decoded now."""
+
+    @property
+    def num_waiting(self) -> int:
+        """The number of answers that wait."""
+
+    def submit(self, requests: Sequence[Request]) -> "Answers":
+        """Answer requests."""
+
+    def send(self, job: Job) -> None:
+        """Start a job."""
+
+    def cancel(self, job: Job) -> None:
+        """End a job."""
+
+
 class Answers:
     """The answers to requests that were submitted together. A context: at its end, those that go on are cancelled."""
 
-    def __init__(self, scheduler: "Scheduler", requests: Sequence[Request]):
+    def __init__(self, scheduler: AnswerEngine, requests: Sequence[Request]):
         loop = asyncio.get_running_loop()
         self._updates: asyncio.Queue[Update | Exception] = asyncio.Queue()
 
@@ -74,7 +107,7 @@ class Answers:
             loop.call_soon_threadsafe(self._updates.put_nowait, update)
 
         self._scheduler = scheduler
-        self._jobs = [_Job(index, request, deliver) for index, request in enumerate(requests)]
+        self._jobs = [Job(index, request, deliver) for index, request in enumerate(requests)]
         self._open = set(range(len(requests)))
 
     def __enter__(self) -> Self:
@@ -97,6 +130,7 @@ class Answers:
         Raises:
             EngineFailed: The engine cannot answer any more.
             VllamaError: The engine refuses a request.
+            ApiError: A vLLM server refuses a request, or cannot be reached now.
         """
         while self._open:
             update = await self._updates.get()
@@ -122,9 +156,9 @@ class Scheduler:
 
     def __init__(self, engine: Engine, width: int):
         self._engine, self._width = engine, width
-        self._commands: collections.deque[_Job] = collections.deque()
+        self._commands: collections.deque[Job] = collections.deque()
         self._wake = threading.Condition()
-        self._jobs: dict[Generation, _Job] = {}
+        self._jobs: dict[Generation, Job] = {}
         self._stopping = False
         self.status: Status = "starting"
         self._thread = threading.Thread(target=self._run, name="vllama-engine", daemon=True)
@@ -169,7 +203,7 @@ class Scheduler:
         """
         return Answers(self, requests)
 
-    def send(self, job: _Job) -> None:
+    def send(self, job: Job) -> None:
         """Add a job before the next dispatch."""
         with self._wake:
             if self.status in ("failed", "stopped"):
@@ -178,7 +212,7 @@ class Scheduler:
             self._commands.append(job)
             self._wake.notify()
 
-    def cancel(self, job: _Job) -> None:
+    def cancel(self, job: Job) -> None:
         """End a job before the next dispatch, which frees its row."""
         with self._wake:
             job.is_cancelled = True
@@ -229,7 +263,7 @@ class Scheduler:
             if self._engine.is_busy:
                 return True
 
-    def _carry_out(self, job: _Job) -> None:
+    def _carry_out(self, job: Job) -> None:
         if job.is_cancelled:
             if job.generation is not None:
                 self._engine.cancel(job.generation)

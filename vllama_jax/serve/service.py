@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+import numpy as np
+
 from vllama_jax.chat import make_engine
 from vllama_jax.model import Model
 from vllama_jax.serve.decoding import DecoderPool
@@ -14,8 +16,9 @@ from vllama_jax.serve.options import MEBIBYTE, ServeOptions
 from vllama_jax.serve.protocol import EmbeddingRequest, GenerationFields, log_unknown_fields
 from vllama_jax.serve.requests import RequestMaker
 from vllama_jax.serve.responses import now
-from vllama_jax.serve.scheduler import Scheduler
+from vllama_jax.serve.scheduler import AnswerEngine, Scheduler
 from vllama_jax.serve.uploads import Uploads
+from vllama_jax.serve.vllm_engine import UNAVAILABLE, VllmEngine, make_requirements
 
 STARTING_SECONDS = 5  # after which a client may try again
 
@@ -29,7 +32,7 @@ class Service:
         name: Its name in the API.
         options: The server's options.
         keys: The API keys; none if everyone is answered.
-        scheduler: Runs the engine.
+        scheduler: Runs the engine, or asks another one.
         media: Reads the media of requests.
         requests: Makes requests for the engine.
         uploads: The uploaded files.
@@ -44,7 +47,7 @@ class Service:
     name: str
     options: ServeOptions
     keys: tuple[str, ...]
-    scheduler: Scheduler
+    scheduler: AnswerEngine
     media: MediaReader
     requests: RequestMaker
     uploads: Uploads
@@ -55,7 +58,7 @@ class Service:
     is_stopping: bool = False
 
     @property
-    def status(self) -> Literal["ready", "starting", "stopping", "failed"]:
+    def status(self) -> Literal["ready", "starting", "unavailable", "stopping", "failed"]:
         """Whether requests are answered."""
         if self.is_stopping or self.scheduler.status == "stopped":
             return "stopping"
@@ -88,9 +91,10 @@ class Service:
             ApiError: The server is starting or stopping, or there is no such model.
         """
         log_unknown_fields(body)
-        if self.status != "ready":
-            retry = STARTING_SECONDS if self.status == "starting" else None
-            raise ApiError(503, f"the server is not ready: {self.status}", retry_after=retry)
+        if (status := self.status) != "ready":
+            retry = STARTING_SECONDS if status in ("starting", "unavailable") else None
+            why = UNAVAILABLE if status == "unavailable" else f"the server is not ready: {status}"
+            raise ApiError(503, why, retry_after=retry)
         if body.model is not None and body.model != self.name:
             why = f"there is no such model; the model of this server is {self.name!r}"
             raise ApiError(404, f"model: {why}", param="model", code="model_not_found")
@@ -112,13 +116,6 @@ def make_service(model: Model, name: str, options: ServeOptions, keys: tuple[str
     options = dataclasses.replace(
         options, prompt_tokens=min(options.prompt_tokens, context), new_tokens=min(options.new_tokens, context)
     )
-    engine = make_engine(
-        model,
-        options.rows,
-        int8_cache=options.int8_cache,
-        prompt_tokens=options.prompt_tokens,
-        new_tokens=options.new_tokens,
-    )
     limits = Limits(
         answers=options.rows + options.max_waiting,
         tokens=options.max_total_tokens,
@@ -129,7 +126,7 @@ def make_service(model: Model, name: str, options: ServeOptions, keys: tuple[str
         options.max_file_megabytes * MEBIBYTE, options.max_files_megabytes * MEBIBYTE, options.file_hours * 3600
     )
     metrics = Metrics()
-    scheduler = Scheduler(engine, model.network.llama.cfg.width)
+    scheduler = _make_scheduler(model, options)
     metrics.watch("running_answers", "Answers that are decoded now", lambda: scheduler.num_running)
     metrics.watch("waiting_answers", "Answers that wait for a row", lambda: scheduler.num_waiting)
     metrics.watch(
@@ -152,3 +149,20 @@ def make_service(model: Model, name: str, options: ServeOptions, keys: tuple[str
         metrics=metrics,
         created=now(),
     )
+
+
+def _make_scheduler(model: Model, options: ServeOptions) -> AnswerEngine:
+    """Return what answers requests: the model's own engine, or the server of `options.engine`."""
+    llama = model.network.llama
+    if options.engine is None:
+        engine = make_engine(
+            model,
+            options.rows,
+            int8_cache=options.int8_cache,
+            prompt_tokens=options.prompt_tokens,
+            new_tokens=options.new_tokens,
+        )
+        return Scheduler(engine, llama.cfg.width)
+    embedding = np.asarray(llama.embedding[...])
+    needed = make_requirements(llama.cfg, embedding.dtype.name, options.max_request_tokens)
+    return VllmEngine(options.engine, embedding, model.tokenizer.eos_ids, needed)

@@ -5,7 +5,12 @@ import { button, element, find, showProblem, showStatus } from "./elements.js";
 import { describeShares, showShares } from "./files.js";
 import { readDecoding, readSampling } from "./settings.js";
 
+let hasAttention = true; // whether the server can show what was read
 let turns = []; // {question, files, answer}; `answer` is null while it is decoded
+
+export function offerAttention(is) {
+  hasAttention = is;
+}
 
 export const hasTurns = () => turns.length > 0;
 
@@ -72,7 +77,7 @@ function makeActions(turn, text, count, stopped) {
   });
   const actions = element("div", { className: "actions" }, copy);
   const files = turns.slice(0, count).flatMap((one) => one.files);
-  if (files.length && turn.answer) {
+  if (hasAttention && files.length && turn.answer) {
     const show = button("Show what was read", () => toggleAttention(turn, text, count, files, show));
     show.setAttribute("aria-pressed", "false");
     actions.append(show);

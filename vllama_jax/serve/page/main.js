@@ -1,7 +1,7 @@
 // The page of `vllama serve`: connects its elements to the server.
 
 import { ask, fetchExample, isReady, readOverview } from "./api.js";
-import { addQuestion, clearConversation, filesOfTurns, hasTurns } from "./conversation.js";
+import { addQuestion, clearConversation, filesOfTurns, hasTurns, offerAttention } from "./conversation.js";
 import { button, element, find, showProblem, showStatus } from "./elements.js";
 import { addFiles, clearPending, pendingFiles, refreshFiles } from "./files.js";
 import { record } from "./recorder.js";
@@ -14,6 +14,7 @@ async function start() {
     const overview = await readOverview();
     find("model").textContent = overview.description;
     fillSettings(overview);
+    offerAttention(overview.has_attention);
     find("examples").replaceChildren(...overview.examples.map(makeExample));
     showProblem("");
     while (!(await isReady())) {
