@@ -79,6 +79,7 @@ def check_answers(server: RunningServer) -> None:
         ({"temperature": -1}, "temperature", "at least 0"),
         ({"temperature": "hot"}, "temperature", "valid number"),
         ({"top_p": 0}, "top_p", "above 0"),
+        ({"top_k": 2**40}, "top_k", "at most 2147483647"),
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"max_tokens": 65}, "max_tokens", "at most 64"),
         ({"n": 99}, "n", "less than or equal"),
@@ -231,6 +232,8 @@ def test_forms_that_are_broken(server):
     ):
         assert httpx.post(f"{server.url}/v1/files", content=content, headers=headers).status_code == status
     assert httpx.post(f"{server.url}/v1/files", json={}, headers=HEADERS).status_code == 415
+    long = HEADERS | {"Content-Type": f"multipart/form-data; boundary={'b' * 300}"}
+    assert httpx.post(f"{server.url}/v1/files", content=b"a", headers=long).status_code == 400
     accepted = httpx.post(f"{server.url}/v1/files", content=start + b"x\r\n--b--\r\n", headers=headers).json()
     assert accepted["filename"] == "a.mp4"
     refused = refuse(server, {"messages": [user({"type": "file", "file": {"file_id": accepted["id"]}})]})
