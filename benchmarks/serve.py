@@ -27,7 +27,7 @@ from typing import Any
 
 import psutil
 from serve_chaos import PARTS, run_parts
-from serve_load import WARM_UP, LoadOptions, Sent, Work, load_server, measure_memory, measure_offline, open_client, send
+from serve_load import WARM_UP, Sent, Work, load_server, measure_memory, measure_offline, open_client, send
 
 START_SECONDS = 600  # for the server to compile on a busy machine
 COMPARED_CLIENTS = 32
@@ -39,10 +39,18 @@ COLUMNS = {
     "first_token_p99": "p99, s",
     "refusals": "status 429",
     "cpu_ms_per_request": "CPU, ms/request",
+    "clients_cpu_ms_per_request": "of the clients",
     "server_megabytes": "server, MB",
     "decoders_megabytes": "decoders, MB",
     "offline_ratio": "rate / offline",
     "offline_cpu_ratio": "offline CPU / CPU",
+}
+
+PART_COLUMNS = {
+    "part": "part",
+    "outcomes": "outcomes",
+    "others": "answers to others",
+    "growth": "more than before",
 }
 
 
@@ -70,12 +78,11 @@ async def measure_load(
     url: str, process: psutil.Process, work: Work, clients: Sequence[int], seconds: float
 ) -> list[dict[str, Any]]:
     """Load the server with each number of clients, after a few requests that compile."""
-    numbers = itertools.count()
     async with open_client(url) as client:
-        for number in itertools.islice(numbers, WARM_UP):
+        for number in itertools.islice(work.numbers, WARM_UP):
             if error := (await send(client, work, number)).error:
                 sys.exit(f"request {number} of the warm-up failed: {error}")
-    return [await load_server(url, process, work, numbers, LoadOptions(count, seconds)) for count in clients]
+    return [await load_server(url, process, work, count, seconds) for count in clients]
 
 
 def compare_offline(work: Work, rows: int, level: dict[str, Any]) -> list[str]:
@@ -96,8 +103,13 @@ def print_table(columns: dict[str, str], rows: Sequence[dict[str, Any]]) -> None
     print("| " + " | ".join(columns.values()) + " |")
     print("|" + "---|" * len(columns))
     for row in rows:
-        values = (row.get(name, "") for name in columns)
-        print("| " + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in values) + " |")
+        print("| " + " | ".join(_format(row.get(name, "")) for name in columns) + " |")
+
+
+def _format(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {name}" for name, count in value.items())
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -105,9 +117,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clients", type=int, nargs="*", default=[1, 8, 32, 64], help="none: no load")
     parser.add_argument("--seconds", type=float, default=120.0, help="for each number of clients")
-    parser.add_argument(
-        "--rows", type=int, default=8, help="answers at a time, of the server and of the offline engine"
-    )
+    parser.add_argument("--rows", type=int, default=8, help="answers at a time, of server and offline engine")
     parser.add_argument("--chaos", nargs="*", choices=PARTS, help="the parts of the chaos; by default all")
     parser.add_argument("--files", type=int, default=200, help="hostile files of the chaos")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

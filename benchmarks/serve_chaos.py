@@ -68,6 +68,7 @@ class Scene:
 
 
 Outcomes = collections.Counter[str]
+Part = Callable[[Scene], Awaitable[Outcomes]]
 
 
 async def run_parts(
@@ -133,9 +134,9 @@ async def _run_part(
     if growth["megabytes"] > MOST_GROWTH:
         scene.problems.append(f"{growth['megabytes']:.0f} MB more than before")
     return {
-        "outcomes": ", ".join(f"{count} × {outcome}" for outcome, count in sorted(outcomes.items())),
+        "outcomes": dict(sorted(outcomes.items())),
         "others": answered,
-        "growth": ", ".join(f"{value:.0f} {name}" for name, value in growth.items()),
+        "growth": {name: round(value) for name, value in growth.items()},
         "problems": scene.problems,
     }
 
@@ -351,7 +352,7 @@ async def fill_disk(scene: Scene) -> Outcomes:
     return collections.Counter([*outcomes, *await _run_all([lambda: upload(200)] * SLOW, 4)])
 
 
-PARTS: dict[str, Callable[[Scene], Awaitable[Outcomes]]] = {
+PARTS: dict[str, Part] = {
     "killed-clients": kill_clients,
     "slow-uploads": upload_slowly,
     "broken-bodies": send_broken_bodies,

@@ -3,11 +3,12 @@
 import asyncio
 import base64
 import dataclasses
+import itertools
 import json
 import statistics
 import time
 import wave
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,20 @@ class Task:
 
 
 class Work:
-    """An endless, reproducible list of questions: a quarter text, an eighth each about an image and about audio, a
-    quarter about two videos, and a quarter about windows of a video that no other question is about.
+    """An endless, reproducible list of questions.
+
+    A quarter has only text, an eighth each is about an image and about audio, a quarter about two videos, and a quarter
+    about windows of a video that no other question is about.
 
     Args:
         folder: A folder for the audio file.
+
+    Attributes:
+        numbers: The numbers of the questions that were not sent yet.
     """
 
     def __init__(self, folder: Path):
+        self.numbers = itertools.count()
         self._audio = folder / "bell.wav"
         found = read_media(CLIPS / "bell.mp4")
         with wave.open(str(self._audio), "wb") as file:
@@ -61,21 +68,13 @@ class Work:
     def get_task(self, number: int) -> Task:
         """Return the question of a number."""
         question = QUESTIONS[number % 3]
-        files = (
-            None,
-            CLIPS / "birds.jpg",
-            CLIPS / "bell.mp4",
-            "window",
-            None,
-            self._audio,
-            CLIPS / "two.mp4",
-            "window",
-        )
+        image, video, other = CLIPS / "birds.jpg", CLIPS / "bell.mp4", CLIPS / "two.mp4"
+        files = (None, image, video, "window", None, self._audio, other, "window")
         chosen = files[number % len(files)]
         if chosen is None:
             return Task(TEXTS[number % 3])
         if isinstance(chosen, str):
-            return Task(question, CLIPS / "bell.mp4", number // 4 % 2000 / 1000)  # every millisecond once
+            return Task(question, video, number // 4 % 2000 / 1000)  # every millisecond once
         return Task(question, chosen)
 
     def make_request(self, number: int) -> dict[str, Any]:
@@ -100,8 +99,7 @@ class Sent:
 
     Attributes:
         number: Its number in the work.
-        seconds: Until the answer was complete, without the waits after refusals.
-        first_seconds: Until its first text; None without text.
+        first_seconds: Until its first text, without the waits after refusals; None without text.
         tokens: The number of its tokens.
         text: The answer.
         refusals: How many times the server had no room (status 429).
@@ -109,7 +107,6 @@ class Sent:
     """
 
     number: int
-    seconds: float = 0.0
     first_seconds: float | None = None
     tokens: int = 0
     text: str = ""
@@ -149,7 +146,6 @@ async def _send_once(client: httpx.AsyncClient, body: bytes, sent: Sent) -> floa
                     _read_event(json.loads(line[6:]), sent, time.monotonic() - start)
     except httpx.HTTPError as error:
         sent.error = f"{type(error).__name__}: {error}"
-    sent.seconds = time.monotonic() - start
     if not is_done and not sent.error:
         sent.error = "the stream ended early"
     return None
@@ -167,63 +163,49 @@ def _read_event(event: dict[str, Any], sent: Sent, seconds: float) -> None:
         sent.tokens = event["usage"]["completion_tokens"]
 
 
-async def load_server(
-    url: str, process: psutil.Process, work: Work, numbers: Iterator[int], options: "LoadOptions"
-) -> dict[str, Any]:
+async def load_server(url: str, process: psutil.Process, work: Work, clients: int, seconds: float) -> dict[str, Any]:
     """Send requests with several clients, each of which sends the next one when it has its answer.
 
     Args:
         url: The address of the server.
         process: Its process.
         work: The work.
-        numbers: The numbers of the requests.
-        options: The number of clients and the time.
+        clients: The number of clients.
+        seconds: For how long they send requests.
 
     Returns:
         The figures, and "sent", which has what became of each request.
     """
     found: list[Sent] = []
     start = time.monotonic()
-    deadline = start + options.seconds
+    deadline = start + seconds
 
     async def run(client: httpx.AsyncClient) -> None:
         while time.monotonic() < deadline:
-            found.append(await send(client, work, next(numbers)))
+            found.append(await send(client, work, next(work.numbers)))
 
-    before = measure_cpu_seconds(process)
+    before, own_before = measure_cpu_seconds(process), time.process_time()
     async with open_client(url) as client:
-        await asyncio.gather(*(run(client) for _ in range(options.clients)))
-    seconds = time.monotonic() - start
-    cpu_seconds = measure_cpu_seconds(process) - before
+        await asyncio.gather(*(run(client) for _ in range(clients)))
+    elapsed = time.monotonic() - start
+    cpu_seconds, own_seconds = measure_cpu_seconds(process) - before, time.process_time() - own_before
     first = sorted(one.first_seconds for one in found if one.first_seconds is not None)
     answered = [one for one in found if not one.error]
     return {
-        "clients": options.clients,
-        "seconds": seconds,
+        "clients": clients,
+        "seconds": elapsed,
         "requests": len(answered),
-        "requests_per_second": len(answered) / seconds,
-        "tokens_per_second": sum(one.tokens for one in answered) / seconds,
+        "requests_per_second": len(answered) / elapsed,
+        "tokens_per_second": sum(one.tokens for one in answered) / elapsed,
         "first_token_p50": _find_quantile(first, 50),
         "first_token_p99": _find_quantile(first, 99),
         "refusals": sum(one.refusals for one in found),
         "errors": [one.error for one in found if one.error],
         "cpu_ms_per_request": 1000 * cpu_seconds / max(len(answered), 1),
+        "clients_cpu_ms_per_request": 1000 * own_seconds / max(len(answered), 1),
         **measure_memory(process),
         "sent": found,
     }
-
-
-@dataclasses.dataclass(frozen=True)
-class LoadOptions:
-    """How much load there is.
-
-    Attributes:
-        clients: The number of clients.
-        seconds: For how long they send requests.
-    """
-
-    clients: int
-    seconds: float
 
 
 def open_client(url: str) -> httpx.AsyncClient:
