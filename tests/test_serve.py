@@ -83,6 +83,7 @@ def test_a_conversation_has_the_prompts_and_the_answers_of_chat(server, client, 
     assert completion.usage.prompt_tokens_details.cached_tokens > 50  # of the turns before
 
 
+@pytest.mark.slow
 def test_a_system_message_and_the_start_of_an_answer(server, model):
     messages = [{"role": "system", "content": "Answer in a few words."}, user(VIDEO, "Describe it.")]
     first = server.post({"messages": messages}).json()
@@ -97,6 +98,7 @@ def test_a_system_message_and_the_start_of_an_answer(server, model):
     assert continued["choices"][0]["message"]["content"].startswith("yellow bell")
 
 
+@pytest.mark.slow
 def test_an_answer_that_its_eos_ended_has_it_in_later_prompts(server, model):
     """As in `Chat`: a client sends only the text of an answer, so the server remembers how it ended."""
     requests = server.service.requests
@@ -113,6 +115,7 @@ def test_an_answer_that_its_eos_ended_has_it_in_later_prompts(server, model):
     np.testing.assert_array_equal(request.prompt.ids, expected.ids)
 
 
+@pytest.mark.slow
 def test_the_report_says_what_was_used(server):
     (media,) = server.ask(VIDEO, "Describe it.")["vllama"]["media"]
     assert media["part"] == "messages[0].content[0]"
@@ -129,6 +132,7 @@ def test_the_report_says_what_was_used(server):
     assert fast["vllama"]["media"][0]["notes"] == ["limited to 8 frames instead of 4 per second"]
 
 
+@pytest.mark.slow
 def test_a_stream_has_the_chunks_of_openai_and_the_text_of_one_response(server, client):
     request = {"model": "miniature", "messages": [user(VIDEO, "Describe it.")], "n": 2, "logprobs": True}
     whole = client.chat.completions.create(**request)
@@ -155,6 +159,7 @@ def test_a_stream_has_the_chunks_of_openai_and_the_text_of_one_response(server, 
     assert all("usage" not in json.loads(line[6:]) for line in lines[:-1])
 
 
+@pytest.mark.slow
 def test_a_file_is_the_same_in_base64_uploaded_and_on_the_servers_disk(server, client):
     with CLIP.open("rb") as file:
         uploaded = client.files.create(file=file, purpose="user_data")
@@ -177,6 +182,7 @@ def test_a_file_is_the_same_in_base64_uploaded_and_on_the_servers_disk(server, c
     assert server.post({"messages": [user(parts[1], "?")]}).status_code == 404
 
 
+@pytest.mark.slow
 def test_images_are_the_frames_of_a_video_on_request(server, tmp_path):
     with av.open(str(CLIP)) as container:
         frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
@@ -193,6 +199,7 @@ def test_images_are_the_frames_of_a_video_on_request(server, tmp_path):
     assert len(server.ask(*images[:2], "What is it?")["vllama"]["media"]) == 2
 
 
+@pytest.mark.slow
 def test_audio_files(server, tmp_path):
     with av.open(str(CLIP)) as container, av.open(str(tmp_path / "a.wav"), "w") as out:
         stream = out.add_stream("pcm_s16le", rate=16000, layout="mono")
@@ -209,6 +216,7 @@ def test_audio_files(server, tmp_path):
     assert answers[0]["vllama"]["media"][0]["kind"] == "audio"
 
 
+@pytest.mark.slow
 def test_options_of_decoding(server, client):
     def create(**options):
         request = {"model": "miniature", "messages": [user(VIDEO, "Describe it.")]} | options
@@ -230,6 +238,7 @@ def test_options_of_decoding(server, client):
     assert bytes(content[1].bytes).decode() == content[1].token
 
 
+@pytest.mark.slow
 def test_completions_continue_a_text(client, server):
     prompt = "###Human: What is a bell?###Assistant:"
     completion = client.completions.create(model="miniature", prompt=[prompt, prompt], max_tokens=8, logprobs=1)
@@ -240,6 +249,7 @@ def test_completions_continue_a_text(client, server):
     assert chunks[-1].choices[0].finish_reason == completion.choices[0].finish_reason
 
 
+@pytest.mark.slow
 def test_embeddings_are_imagebinds_vectors(server, client, model):
     image = part("image_url", data_url(CLIPS / "birds.jpg"))
     response = client.post(
@@ -259,6 +269,7 @@ def test_embeddings_are_imagebinds_vectors(server, client, model):
     assert "text encoder" in refused.json()["error"]["message"]
 
 
+@pytest.mark.slow
 def test_requests_at_the_same_time_have_the_answers_of_lone_requests(server):
     image = part("image_url", data_url(CLIPS / "birds.jpg"))
     two = part("video_url", data_url(CLIPS / "two.mp4"))
@@ -285,6 +296,7 @@ def test_requests_at_the_same_time_have_the_answers_of_lone_requests(server):
     assert texts == [choices[0]["message"]["content"] for choices in alone * 2]
 
 
+@pytest.mark.slow
 def test_a_client_that_leaves_frees_its_row(server, monkeypatch):
     engine, limits = server.service.scheduler._engine, server.service.limits
     step = engine.step
@@ -307,6 +319,7 @@ def test_a_client_that_leaves_frees_its_row(server, monkeypatch):
     assert finished._value.get() == before
 
 
+@pytest.mark.slow
 def test_models_health_metrics_and_schema(server, client):
     assert [model.id for model in client.models.list()] == ["miniature"]
     assert client.models.retrieve("miniature").max_model_len == 448

@@ -1,5 +1,7 @@
-"""`vllama serve` as a command: its address, its errors in one line, and how it ends."""
+"""`vllama serve` as a command: its errors in one line, and how it ends; its parts without a server."""
 
+import asyncio
+import contextlib
 import os
 import re
 import signal
@@ -12,7 +14,10 @@ import httpx
 import pytest
 from cli_fixtures import expect_error_line as expect_error
 
+from vllama_jax.serve.completions import EventStream
+from vllama_jax.serve.media_requests import SharedResults
 from vllama_jax.serve.options import ServeOptions, read_keys
+from vllama_jax.serve.uploads import Uploads
 
 
 def test_what_prevents_the_server_from_starting_is_one_line(tmp_path, monkeypatch):
@@ -34,6 +39,68 @@ def test_keys_are_read_from_a_file_and_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("VLLAMA_API_KEY", "four,five")
     assert read_keys(tmp_path / "keys") == ("four", "five", "one", "three")
     assert ServeOptions(allow_domains=("A.com,b.org", "c.net")).allow_domains == ("a.com", "b.org", "c.net")
+
+
+def test_uploaded_files_expire():
+    async def upload(uploads: Uploads):
+        async def chunks():
+            yield b'--b\r\nContent-Disposition: form-data; name="file"\r\n\r\nx\r\n--b--\r\n'
+
+        return await uploads.receive("multipart/form-data; boundary=b", chunks(), "")
+
+    uploads = Uploads(10, 10, seconds=0.001)
+    assert asyncio.run(upload(uploads)).bytes == 1
+    assert uploads.list("") == []
+    assert not list(uploads._folder.iterdir())
+    uploads.close()
+
+
+def test_a_client_that_leaves_before_its_stream_starts_keeps_nothing():
+    closed = []
+
+    async def run() -> None:
+        async def events():
+            yield b"data: 1"
+
+        async def receive() -> dict:
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict) -> None:
+            await asyncio.sleep(0)
+
+        held = contextlib.ExitStack()
+        held.callback(closed.append, True)
+        await EventStream(events(), held)({"type": "http", "asgi": {"spec_version": "2.3"}}, receive, send)
+
+    asyncio.run(run())
+    assert closed == [True]
+
+
+def test_results_are_shared_kept_and_removed():
+    computed, sizes = [], SharedResults(10, size=lambda value: value)
+
+    async def get(key: str, value: int, error: bool = False):
+        async def compute() -> int:
+            computed.append(key)
+            await asyncio.sleep(0.01)
+            if error:
+                raise ValueError(key)
+            return value
+
+        return await sizes.get(key, compute)
+
+    async def run() -> None:
+        assert await asyncio.gather(get("a", 4), get("a", 4)) == [(4, False), (4, True)]
+        failed = await asyncio.gather(get("b", 1, True), get("b", 1, True), return_exceptions=True)
+        assert [type(one) for one in failed] == [ValueError, ValueError]
+        assert await get("b", 1) == (1, False)
+        assert await get("a", 4) == (4, True)
+        assert await get("c", 6) == (6, False)  # "b" is the least recently used
+        assert await get("a", 4) == (4, True)
+        assert await get("b", 1) == (1, False)
+
+    asyncio.run(run())
+    assert computed == ["a", "b", "b", "c", "b"]
 
 
 @pytest.mark.slow

@@ -19,6 +19,8 @@ from vllama_jax.media import download
 from vllama_jax.serve import gate, protocol
 from vllama_jax.serve.options import MEBIBYTE
 
+pytestmark = pytest.mark.slow  # a server takes seconds to start
+
 CLIP = find_clip("demo")
 VIDEO = part("video_url", data_url(CLIP))
 KEYS = ("key-of-one-user", "key-of-another")
@@ -83,6 +85,8 @@ def check_answers(server: RunningServer) -> None:
         ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"max_tokens": 65}, "max_tokens", "at most 64"),
         ({"n": 99}, "n", "less than or equal"),
+        ({"top_k": 2**40}, "top_k", "less than or equal"),  # it would not fit the engine's arrays
+        ({"no_repeat_ngram_size": 10**9}, "no_repeat_ngram_size", "less than or equal"),
         ({"stop": [""]}, None, "empty"),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"use_beam_search": True}, "use_beam_search", "beam search"),
@@ -297,6 +301,19 @@ def test_a_body_that_does_not_arrive_is_not_waited_for(server, monkeypatch):
             "Content-Type: application/json\r\nContent-Length: 100\r\n\r\n{".encode()
         )
         assert b" 408 " in slow.recv(4096)
+
+
+def test_numbers_and_characters_that_are_none_do_not_end_the_engine(server):
+    for field in ("temperature", "top_p", "repetition_penalty"):
+        body = json.dumps(HELLO | {field: float("nan")}).encode()
+        assert refuse(server, body, headers=HEADERS | {"Content-Type": "application/json"})[0] == 400
+    headers = HEADERS | {"Content-Type": "application/json"}
+    body = json.dumps({"messages": [user({"type": "\ud800"})]}).encode()
+    assert refuse(server, body, headers=headers)[0] == 400
+    assert server.post(json.dumps({"messages": [user("\ud800")]}).encode(), headers=headers).status_code == 200
+    extreme = {"temperature": 1e-300, "repetition_penalty": 1e-300, "seed": -(10**40), "top_k": -5, "max_tokens": 4}
+    assert server.post(HELLO | extreme, headers=HEADERS).status_code == 200
+    check_answers(server)
 
 
 def test_unknown_fields_are_ignored_and_logged_once(server, caplog):

@@ -14,7 +14,7 @@ from fastapi.staticfiles import StaticFiles
 import vllama_jax
 from vllama_jax.serve.completions import create_chat_completion, create_completion
 from vllama_jax.serve.embeddings import create_embeddings
-from vllama_jax.serve.errors import ApiError, add_error_handlers
+from vllama_jax.serve.errors import ApiError, add_error_handlers, log_failure
 from vllama_jax.serve.gate import UPLOAD_ROUTE, Gate
 from vllama_jax.serve.metrics import CONTENT_TYPE
 from vllama_jax.serve.protocol import ChatRequest, CompletionRequest, EmbeddingRequest
@@ -70,7 +70,11 @@ def make_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def run_service(app: FastAPI) -> AsyncIterator[None]:
-        await asyncio.to_thread(service.start)
+        try:
+            await asyncio.to_thread(service.start)
+        except Exception as error:  # the server ends
+            log_failure(error)
+            raise
         expiry = asyncio.ensure_future(_remove_expired_files(service))
         try:
             yield

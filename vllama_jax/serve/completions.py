@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel
+from starlette.types import Receive, Scope, Send
 
 from vllama_jax.serve.choices import (
     Choice,
@@ -53,10 +54,10 @@ class EventStream(StreamingResponse):
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         self._events, self._held = events, held
 
-    async def stream_response(self, send: Any) -> None:
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
         try:
-            await super().stream_response(send)
+            await super().__call__(scope, receive, send)
         finally:
             try:
                 await self._events.aclose()

@@ -19,10 +19,17 @@ from vllama_jax.chat import PreparedMedia, check_num_frames, prepare_media, reso
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.media import FrameSampling, ImageFrames, MediaFile, check_media
-from vllama_jax.serve.errors import ApiError
+from vllama_jax.serve.errors import ApiError, log_failure
 
 FILE = "<file>"  # stands for the file in messages, as several requests may wait for it
-_PRELOADED = ("av", "PIL.Image", "scipy.signal", "vllama_jax.media.mel", "vllama_jax.media.video")
+_PRELOADED = (
+    "av.sidedata.sidedata",
+    "av.subtitles.stream",
+    "PIL.Image",
+    "scipy.signal",
+    "vllama_jax.media.mel",
+    "vllama_jax.media.video",
+)
 
 
 class WrongTypeError(MediaError):
@@ -117,6 +124,9 @@ class DecoderPool:
         except pebble.ProcessExpired as error:
             why = "decoding it ended the decoder, by its size or by corrupt content; convert it to another format"
             raise ApiError(422, f"{FILE}: {why}") from error
+        except (ValueError, TypeError, LookupError, ArithmeticError, OSError, RuntimeError, ImportError) as error:
+            log_failure(error)  # a decoder does not handle this file
+            raise ApiError(422, f"{FILE}: it cannot be decoded; convert it to another format") from error
 
 
 def _limit_process(megabytes: int) -> None:

@@ -71,6 +71,7 @@ class ApiError(HTTPException):
 def make_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """Return the JSON object of an error."""
     kind = _TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    message = " ".join(message.encode("utf-8", "replace").decode().split())  # a client's text may be part of it
     code = code or _CODES.get(status, "internal_error" if status >= 500 else "invalid_request")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

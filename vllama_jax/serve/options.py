@@ -11,6 +11,7 @@ from vllama_jax.text.templates import TemplateName
 
 KEY_VARIABLE = "VLLAMA_API_KEY"
 MEBIBYTE = 2**20
+MIN_DECODE_MEGABYTES = 64  # for a small clip; with 16, OpenBLAS fails
 LOOPBACK_HOSTS = ("localhost", "127.0.0.1", "[::1]")
 
 
@@ -88,6 +89,9 @@ class ServeOptions:
                 raise ConfigError(f"{field.name} must be at least {low}, not {value}")
             if field.type is float and not value > 0:
                 raise ConfigError(f"{field.name} must be above 0, not {value}")
+        if self.decode_megabytes < MIN_DECODE_MEGABYTES:
+            least = MIN_DECODE_MEGABYTES
+            raise ConfigError(f"decode_megabytes must be at least {least}, not {self.decode_megabytes}")
         if self.port > 65535:
             raise ConfigError(f"port must be at most 65535, not {self.port}")
         for name in ("allow_domains", "allow_origins", "allow_hosts"):

@@ -12,6 +12,9 @@ logger = logging.getLogger(__name__)
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
+MAX_INT32 = 2**31 - 1  # of the engine's arrays
+MAX_NGRAM = 64  # the engine compares as many tokens of all rows for each new token
+MAX_FPS = 1000.0
 MAX_LOGGED_FIELDS = 200  # names come from clients
 _logged_fields: set[str] = set()
 
@@ -123,7 +126,7 @@ class VideoOptions(ApiModel):
     """Which frames of videos are sampled, as in `vllama chat`."""
 
     num_frames: int | None = None
-    fps: float | None = None
+    fps: float | None = Field(default=None, le=MAX_FPS)
     max_frames: int | None = None
     start: float | None = None
     end: float | None = None
@@ -169,15 +172,15 @@ class GenerationFields(ApiModel):
 
     model: str | None = None
     max_tokens: int | None = None
-    temperature: float | None = None
+    temperature: float | None = Field(default=None, le=1000)
     top_p: float | None = None
-    top_k: int | None = None
+    top_k: int | None = Field(default=None, le=MAX_INT32)
     seed: int | None = None
     n: int = Field(default=1, ge=1, le=MAX_CHOICES)
     stop: str | list[str] | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: float | None = Field(default=None, le=1000)
     min_tokens: int | None = None
-    no_repeat_ngram_size: int | None = None
+    no_repeat_ngram_size: int | None = Field(default=None, le=MAX_NGRAM)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     best_of: int | None = None
@@ -217,7 +220,8 @@ class EmbeddingRequest(MediaFields):
 def log_unknown_fields(request: BaseModel) -> None:
     """Log each field that is ignored, once for the process."""
     for name in _list_unknown_fields(request):
-        if name not in _logged_fields and len(_logged_fields) < MAX_LOGGED_FIELDS:
+        is_new = name not in _logged_fields and len(_logged_fields) < MAX_LOGGED_FIELDS
+        if is_new and name.isascii() and name.isidentifier():
             _logged_fields.add(name)
             logger.warning(f"requests have the field {name[:60]!r}, which is not supported and is ignored")
 

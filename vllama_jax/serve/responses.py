@@ -1,5 +1,6 @@
 """Responses of the API. Fields that are not set are omitted."""
 
+import json
 import time
 import uuid
 from typing import Any, Literal
@@ -260,6 +261,4 @@ def make_event(message: BaseModel | dict[str, Any]) -> bytes:
     """Return an event of a stream: a message as JSON."""
     if isinstance(message, BaseModel):
         return b"data: " + message.model_dump_json(exclude_unset=True).encode() + b"\n\n"
-    import json
-
     return b"data: " + json.dumps(message).encode() + b"\n\n"

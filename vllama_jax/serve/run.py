@@ -124,6 +124,8 @@ async def serve_until(
             is_ready = True
             on_ready()
         await asyncio.sleep(_POLL_SECONDS)
+    if serving.done():
+        raise ServerError("the server could not start; its log has the reason")
     service.is_stopping = True
     deadline = asyncio.get_running_loop().time() + service.options.shutdown_seconds
     while service.limits.used("answers") and asyncio.get_running_loop().time() < deadline:

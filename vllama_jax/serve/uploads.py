@@ -18,6 +18,8 @@ from vllama_jax.serve.errors import ApiError
 from vllama_jax.serve.responses import FileInfo, make_id, now
 
 _MAX_FIELD_BYTES = 1000
+_MAX_HEADER_BYTES = 4096  # of a part
+_MAX_FORM_BYTES = 2**20  # of a form without its file
 _MAX_NAME = 200  # characters
 
 
@@ -62,10 +64,13 @@ class Uploads:
         self.remove_expired()
         form = _Form(content_type)
         path = self._folder / make_id("upload")
-        size = 0
+        size = received = 0
         try:
             with open(path, "xb") as file:
                 async for chunk in chunks:
+                    received += len(chunk)
+                    if received > self._max_file_bytes + _MAX_FORM_BYTES:
+                        raise self._too_large()
                     data = form.feed(chunk)
                     if not data:
                         continue
@@ -149,9 +154,12 @@ class Uploads:
 
     def _check_size(self, size: int) -> None:
         if size > self._max_file_bytes:
-            raise ApiError(413, f"file: larger than the limit of {format_size(self._max_file_bytes)}", param="file")
+            raise self._too_large()
         if self._bytes > self._max_total_bytes:
             raise ApiError(429, "too many uploaded files; delete some, or try again later", retry_after=60)
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"file: larger than the limit of {format_size(self._max_file_bytes)}", param="file")
 
 
 def _missing(place: str) -> ApiError:
@@ -205,9 +213,15 @@ class _Form:
 
     def _add_header(self, data: bytes, start: int, end: int) -> None:
         self._header += data[start:end]
+        self._check_header()
 
     def _add_value(self, data: bytes, start: int, end: int) -> None:
         self._value += data[start:end]
+        self._check_header()
+
+    def _check_header(self) -> None:
+        if len(self._header) + len(self._value) > _MAX_HEADER_BYTES:
+            raise ApiError(400, "a header of the form is too long")
 
     def _end_header(self) -> None:
         if self._header.lower() == b"content-disposition":
