@@ -1,6 +1,6 @@
 """Measure `vllama serve` under load, and check that it survives clients, files and a disk that misbehave.
 
-    python benchmarks/serve.py [--clients 1 8 32 64] [--seconds 120] [--chaos] [--json]
+    python benchmarks/serve.py [--clients 1 8 32 64] [--seconds 120] [--chaos] [--json] [-- OPTIONS OF vllama serve]
 
 The server is a process of its own, with the miniature, on a free port of 127.0.0.1. Clients ask about text, an image,
 audio and videos (serve_load.py). Then the offline engine answers the requests of 32 clients, or of the largest number:
@@ -55,9 +55,9 @@ PART_COLUMNS = {
 
 
 @contextlib.contextmanager
-def start_server(folder: Path, rows: int) -> Iterator[tuple[str, psutil.Process]]:
+def start_server(folder: Path, options: Sequence[str]) -> Iterator[tuple[str, psutil.Process]]:
     """Run `vllama serve` with temporary files in a folder. Yield its URL and its process."""
-    command = [sys.executable, "-m", "vllama_jax", "serve", "--port", "0", "--rows", str(rows)]
+    command = [sys.executable, "-m", "vllama_jax", "serve", "--port", "0", *options]
     log = folder / "server.log"
     environment = {**os.environ, "TMPDIR": str(folder)}
     with log.open("w") as output, subprocess.Popen(command, stderr=output, env=environment) as process:
@@ -120,6 +120,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8, help="answers at a time, of server and offline engine")
     parser.add_argument("--chaos", nargs="*", choices=PARTS, help="the parts of the chaos; by default all")
     parser.add_argument("--files", type=int, default=200, help="hostile files of the chaos")
+    parser.add_argument("options", nargs="*", help="options of vllama serve, after --")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     arguments = parser.parse_args()
     if any(count < 1 for count in (*arguments.clients, arguments.rows, arguments.files)) or not arguments.seconds > 0:
@@ -134,7 +135,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="vllama-benchmark-") as name:
         folder = Path(name)
         work = Work(folder)
-        with start_server(folder, arguments.rows) as (url, process):
+        options = ["--rows", str(arguments.rows), *arguments.options]
+        with start_server(folder, options) as (url, process):
             start = measure_memory(process)
             levels = asyncio.run(measure_load(url, process, work, arguments.clients, arguments.seconds))
             parts = []
