@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -131,6 +132,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Run what the arguments say, and print the figures."""
     arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # it ends the server too
     problems: list[str] = []
     with tempfile.TemporaryDirectory(prefix="vllama-benchmark-") as name:
         folder = Path(name)
