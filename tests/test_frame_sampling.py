@@ -70,6 +70,7 @@ def test_the_report_has_what_was_asked_for_and_is_not_there(video):
         ({"fps": 1, "num_frames": 8}, "fps cannot be combined with a number of frames: give one of the two"),
         ({"max_frames": 8}, "max_frames needs fps: without it, give the number of frames instead"),
         ({"fps": 0}, "fps must be above 0, not 0"),
+        ({"fps": 1e300}, "fps must be at most 1000, not 1e+300"),
         ({"fps": float("nan")}, "fps must be above 0, not nan"),
         ({"num_frames": 0}, "num_frames must be at least 1, not 0"),
         ({"fps": 1, "max_frames": 0}, "max_frames must be at least 1, not 0"),

@@ -235,6 +235,8 @@ def test_forms_that_are_broken(server):
     ):
         assert httpx.post(f"{server.url}/v1/files", content=content, headers=headers).status_code == status
     assert httpx.post(f"{server.url}/v1/files", json={}, headers=HEADERS).status_code == 415
+    long = HEADERS | {"Content-Type": f"multipart/form-data; boundary={'b' * 300}"}
+    assert httpx.post(f"{server.url}/v1/files", content=b"a", headers=long).status_code == 400
     accepted = httpx.post(f"{server.url}/v1/files", content=start + b"x\r\n--b--\r\n", headers=headers).json()
     assert accepted["filename"] == "a.mp4"
     refused = refuse(server, {"messages": [user({"type": "file", "file": {"file_id": accepted["id"]}})]})

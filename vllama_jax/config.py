@@ -354,6 +354,7 @@ NO_LORA = LoraConfig()
 
 
 MAX_TOP_LOGPROBS = 20  # as in OpenAI's API
+MAX_OPTION = 2**31 - 1  # options of decoding are int32 and float32 on the device
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -398,12 +399,16 @@ class GenerationConfig:
             ("temperature", "top_k", "seed", "min_new_tokens", "no_repeat_ngram_size", "top_logprobs"), 0
         )
         for name, low in at_least.items():
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= low):
+            if not getattr(self, name) >= low:
                 raise ConfigError(f"{name} must be at least {low}, not {getattr(self, name)}")
+            if name != "seed" and getattr(self, name) > MAX_OPTION:  # a seed is reduced to 64 bits
+                raise ConfigError(f"{name} must be at most {MAX_OPTION}")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p must be above 0 and at most 1, not {self.top_p}")
-        if not (math.isfinite(self.repetition_penalty) and self.repetition_penalty > 0):
-            raise ConfigError(f"repetition_penalty must be above 0, not {self.repetition_penalty}")
+        if not 0 < self.repetition_penalty <= MAX_OPTION:
+            raise ConfigError(
+                f"repetition_penalty must be above 0 and at most {MAX_OPTION}, not {self.repetition_penalty}"
+            )
         if not math.isfinite(self.length_penalty):
             raise ConfigError(f"length_penalty must be a number, not {self.length_penalty}")
         if self.min_new_tokens > self.max_new_tokens:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from vllama_jax.media.clock import FrameTimes
     from vllama_jax.media.video import WindowSampler
 
+MAX_RATE = 1000  # frames per second; the instants of a window are listed, and videos have fewer frames
 _TIME_TOLERANCE = 1e-6  # s; of sums of floating-point timestamps
 _END_TOLERANCE = 0.1  # s; by which a window may extend past the end of the file without a note
 
@@ -51,6 +52,8 @@ class FrameSampling:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
         if self.fps is not None and not (math.isfinite(self.fps) and self.fps > 0):
             raise ConfigError(f"fps must be above 0, not {self.fps:g}")
+        if self.fps is not None and self.fps > MAX_RATE:
+            raise ConfigError(f"fps must be at most {MAX_RATE}, not {self.fps:g}")
         if self.fps is not None and self.num_frames is not None:
             raise ConfigError("fps cannot be combined with a number of frames: give one of the two")
         if self.max_frames is not None and self.fps is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 import vllama_jax
 from vllama_jax.serve.completions import create_chat_completion, create_completion
@@ -35,6 +35,7 @@ EXPIRY_SECONDS = 60.0  # between two searches for expired files
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 403, 404, 408, 413, 415, 422, 429, 500, 503)
 }
+_STREAM: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}}
 _FORM = {
     "requestBody": {
         "required": True,
@@ -102,12 +103,12 @@ def make_app(service: Service) -> FastAPI:
 
 
 def _add_generation_routes(app: FastAPI, service: Service) -> None:
-    @app.post("/v1/chat/completions", response_model=ChatCompletion)
+    @app.post("/v1/chat/completions", response_model=ChatCompletion, responses=_STREAM)
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation about media files, in one response or as a stream of events."""
         return await create_chat_completion(service, body, request)
 
-    @app.post("/v1/completions", response_model=Completion)
+    @app.post("/v1/completions", response_model=Completion, responses=_STREAM)
     async def completions(body: CompletionRequest, request: Request) -> Response:
         """Continue a text, without a prompt template and without media."""
         return await create_completion(service, body, request)
@@ -161,13 +162,13 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
             raise ApiError(404, f"model: there is no such model; the model of this server is {service.name!r}")
         return described
 
-    @app.get("/health", response_model=Health)
+    @app.get("/health", response_model=Health, responses={503: {"model": Health}})
     async def health() -> JSONResponse:
         """Report whether requests are answered: 200 if the server is ready, else 503."""
         status = service.status
         return JSONResponse({"status": status}, 200 if status == "ready" else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         """Report metrics in Prometheus' text format."""
         return Response(service.metrics.render(), media_type=CONTENT_TYPE)

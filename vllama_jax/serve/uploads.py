@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
-from python_multipart.exceptions import MultipartParseError
+from python_multipart.exceptions import FormParserError, MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from vllama_jax.media.spool import format_size
@@ -189,7 +189,10 @@ class _Form:
             "on_part_end": self._end_part,
             "on_end": self._end,
         }
-        self._parser = MultipartParser(parameters[b"boundary"], callbacks)  # type: ignore[arg-type]
+        try:
+            self._parser = MultipartParser(parameters[b"boundary"], callbacks)  # type: ignore[arg-type]
+        except FormParserError as error:
+            raise ApiError(400, "the boundary of the form is too long") from error
 
     def feed(self, chunk: bytes) -> bytes:
         """Parse a part of the body, and return what it has of the file."""
