@@ -8,6 +8,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -88,8 +89,8 @@ def _attend(network: VideoLlama, prompt: EmbeddedPrompt, positions: np.ndarray) 
     """Return the attention of the language model from positions of a prompt. A token is predicted at the one before."""
     length = padded_prompt_length(len(prompt))
     padding = (0, length - len(prompt))
-    ids, is_media = np.pad(prompt.ids, padding)[None], np.pad(prompt.is_media, padding)[None]
-    media = media_rows(prompt, 0, len(prompt), length)[None]
+    ids, is_media = (jnp.asarray(np.pad(one, padding))[None] for one in (prompt.ids, prompt.is_media))
+    media = jnp.asarray(media_rows(prompt, 0, len(prompt), length))[None]
     embeddings = splice(network.llama.embed(ids), is_media, media)[0]
     asked = np.pad(positions, (0, -len(positions) % _ANSWER_MULTIPLE))
     weights = attention_maps.token_attention(network.llama, embeddings, np.arange(length) < len(prompt), asked)

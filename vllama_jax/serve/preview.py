@@ -26,19 +26,23 @@ def describe_media(prepared: PreparedMedia, config: VideoLlamaConfig) -> dict[st
         `summary`, one line; `frames` and `clips`, lists of objects with `seconds` (the time of a frame or the start of
         a clip; None for an image) and `image`, a data URL.
     """
-    tower = get_tower(config.vit)
-    frames, mel = prepared.frames, prepared.mel
-    pixels = [] if frames is None else np.clip((frames * tower.std + tower.mean) * 255 + 0.5, 0, 255).astype(np.uint8)
-    times = prepared.seconds or (None,) * len(pixels)
-    spectrograms = [] if mel is None else scale_to_bytes(mel)
+    frames = [] if prepared.frames is None else [*_restore_pixels(prepared.frames, config)]
+    spectrograms = [] if prepared.mel is None else [*scale_to_bytes(prepared.mel)]
+    times = prepared.seconds or (None,) * len(frames)
     return {
         "summary": str(prepared.report),
-        "frames": [_describe(time, _frame_image(one)) for time, one in zip(times, pixels, strict=True)],
+        "frames": [_describe(time, _frame_image(one)) for time, one in zip(times, frames, strict=True)],
         "clips": [
             _describe(time, _spectrogram_image(one))
             for time, one in zip(prepared.clip_starts, spectrograms, strict=True)
         ],
     }
+
+
+def _restore_pixels(frames: Float[np.ndarray, "t h w 3"], config: VideoLlamaConfig) -> UInt8[np.ndarray, "t h w 3"]:
+    """Undo the normalization of frames."""
+    tower = get_tower(config.vit)
+    return np.clip((frames * tower.std + tower.mean) * 255 + 0.5, 0, 255).astype(np.uint8)
 
 
 def scale_to_bytes(mel: Float[np.ndarray, "s f m"]) -> UInt8[np.ndarray, "s f m"]:
