@@ -84,6 +84,8 @@ def estimate_training_layer(cfg: LlamaConfig, shape: StepShape) -> int:
 def estimate_prefill_layer(cfg: LlamaConfig, shape: StepShape, capacity: int) -> int:
     """Estimate the memory of one layer in prefill, which attends to the entire KV cache, with a mask.
 
+    A CPU takes less, as it computes the scores in parts.
+
     Args:
         cfg: The language model's config.
         shape: The shape of what a device computes.
