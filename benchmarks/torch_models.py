@@ -41,6 +41,16 @@ def _default_dtype() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+def _common_fields(cfg: VitConfig | QFormerConfig | ImageBindAudioConfig) -> dict[str, int]:
+    """Return the fields that the configs of transformers' encoders share."""
+    return {
+        "hidden_size": cfg.width,
+        "intermediate_size": cfg.mlp_dim,
+        "num_hidden_layers": cfg.depth,
+        "num_attention_heads": cfg.num_heads,
+    }
+
+
 def make_llama(cfg: LlamaConfig) -> Any:
     """Return transformers' LLaMA."""
     config = transformers.LlamaConfig.from_dict(to_hugging_face_config(cfg))
@@ -51,10 +61,7 @@ def make_llama(cfg: LlamaConfig) -> Any:
 def make_vit(cfg: VitConfig) -> Any:
     """Return BLIP-2's EVA-CLIP ViT."""
     config = transformers.Blip2VisionConfig(
-        hidden_size=cfg.width,
-        intermediate_size=cfg.mlp_dim,
-        num_hidden_layers=cfg.depth,
-        num_attention_heads=cfg.num_heads,
+        **_common_fields(cfg),
         image_size=cfg.image_size,
         patch_size=cfg.patch_size,
         initializer_range=0.02,
@@ -66,10 +73,7 @@ def make_vit(cfg: VitConfig) -> Any:
 def make_qformer(cfg: QFormerConfig, memory_width: int) -> Any:
     """Return BLIP-2's Q-Former."""
     config = transformers.Blip2QFormerConfig(
-        hidden_size=cfg.width,
-        intermediate_size=cfg.mlp_dim,
-        num_hidden_layers=cfg.depth,
-        num_attention_heads=cfg.num_heads,
+        **_common_fields(cfg),
         cross_attention_frequency=cfg.cross_attention_every,
         encoder_hidden_size=memory_width,
     )
@@ -80,10 +84,7 @@ def make_qformer(cfg: QFormerConfig, memory_width: int) -> Any:
 def make_audio_tower(cfg: ImageBindAudioConfig) -> Any:
     """Return an Audio Spectrogram Transformer of the size of ImageBind's audio tower."""
     config = transformers.ASTConfig(
-        hidden_size=cfg.width,
-        intermediate_size=cfg.mlp_dim,
-        num_hidden_layers=cfg.depth,
-        num_attention_heads=cfg.num_heads,
+        **_common_fields(cfg),
         patch_size=cfg.patch_size,
         frequency_stride=cfg.patch_stride,
         time_stride=cfg.patch_stride,
