@@ -7,12 +7,15 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 from serve_fixtures import RunningServer, run_server
 
 import vllama_jax as vl
-from vllama_jax.checkpoints.shipped import CLIPS
+from vllama_jax.checkpoints.shipped import CLIPS, shipped_model
+from vllama_jax.serve.answer_attention import split_text
 from vllama_jax.serve.page_routes import EXAMPLES, PAGE
+from vllama_jax.text.tokenizer import load_tokenizer
 
 MAX_BYTES = 200_000
 FLAGS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
@@ -29,6 +32,15 @@ def test_the_page_is_small_and_loads_nothing_from_elsewhere():
         referenced = re.findall(r'(?:href|src)="([^"#:]+)"', text) + re.findall(r'from "\./([^"]+)"', text)
         assert names.issuperset(referenced), file.name
     assert all((CLIPS / file).is_file() for file, *_ in EXAMPLES)
+
+
+@pytest.mark.parametrize("text", ["a large red horn", "ein Frosch 🐸, é"])
+def test_tokens_have_the_text_that_they_add(text):
+    tokenizer = load_tokenizer(shipped_model() / "tokenizer")
+    ids = np.array(tokenizer.encode(text))
+    texts = split_text(tokenizer, ids)
+    assert len(texts) == len(ids)
+    assert "".join(texts) == tokenizer.decode(ids)
 
 
 @pytest.fixture(scope="module")

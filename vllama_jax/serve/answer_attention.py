@@ -20,6 +20,7 @@ from vllama_jax.text import prompts
 
 if TYPE_CHECKING:
     from vllama_jax.model import Model
+    from vllama_jax.text.tokenizer import Tokenizer
 
 _ANSWER_MULTIPLE = 64  # answers are padded to multiples of it, so that few programs are compiled
 _SHARES = {"vision": attention_maps.frame_shares, "audio": attention_maps.clip_shares}
@@ -81,7 +82,7 @@ def find_attended_media(
             "text": text,
             "files": [{"frames": frames[number].tolist(), "clips": clips[number].tolist()} for frames, clips in files],
         }
-        for number, text in enumerate(_split_text(model, prompt.ids[start:]))
+        for number, text in enumerate(split_text(model.tokenizer, prompt.ids[start:]))
     ]
 
 
@@ -97,7 +98,8 @@ def _attend(network: VideoLlama, prompt: EmbeddedPrompt, positions: np.ndarray) 
     return np.asarray(weights)[: len(positions), : len(prompt)]
 
 
-def _split_text(model: "Model", ids: np.ndarray) -> list[str]:
-    """Return the text that each token adds to an answer."""
-    texts = [model.tokenizer.decode(ids[:end].tolist()) for end in range(len(ids) + 1)]
+def split_text(tokenizer: "Tokenizer", ids: np.ndarray) -> list[str]:
+    """Return the text that each token adds to an answer. A character of several tokens belongs to the last of them."""
+    ends = range(len(ids))
+    texts = [*(tokenizer.decode_stable_prefix(ids[:end]) for end in ends), tokenizer.decode(ids)]
     return [after[len(before) :] for before, after in itertools.pairwise(texts)]
