@@ -16,7 +16,7 @@ LAYERS = (
     {"nn", "media", "text"},
     {"checkpoints", "generate"},
     {"model", "chat", "data", "segments", "answering"},
-    {"train", "evaluate", "embed", "memory", "convert", "configs"},
+    {"train", "evaluate", "embed", "memory", "convert", "configs", "publish"},
     {"aot", "serve"},
     {"miniature"},
     {"cli", "__main__"},

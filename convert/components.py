@@ -56,6 +56,7 @@ class FileSpec:
         file_name: The name of an exported file, without suffix; "" for the file type.
         bare: Whether its .pth is the state dict itself, not {"model": state dict}.
         stages: "module:function" that makes the stages for `verify`; a string, because the module imports torch.
+        url: Where the file is published, if `convert --published-encoders` may download it.
     """
 
     description: str
@@ -74,6 +75,7 @@ class FileSpec:
     file_name: str = ""
     bare: bool = False
     stages: str = ""
+    url: str = ""
 
     @property
     def display_name(self) -> str:
@@ -115,6 +117,7 @@ _UNUSED_BERT_TENSORS = {
 }
 
 STAGES = "vllama_jax.convert.verify.stages"
+LAVIS = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2"
 
 FILE_SPECS: dict[str, FileSpec] = {
     "eva_vit": FileSpec(
@@ -131,6 +134,7 @@ FILE_SPECS: dict[str, FileSpec] = {
         file_name="eva_vit_g",
         bare=True,
         stages=f"{STAGES}:eva_vit_stages",
+        url=f"{LAVIS}/eva_vit_g.pth",
     ),
     "blip2": FileSpec(
         "BLIP-2 Q-Former weights",
@@ -141,6 +145,7 @@ FILE_SPECS: dict[str, FileSpec] = {
         lambda _: _UNUSED_BERT_TENSORS,
         lambda source: {"image_qformer": qformer.infer(source, "Qformer", "query_tokens")},
         stages=f"{STAGES}:image_qformer_stages",
+        url=f"{LAVIS}/blip2_pretrained_flant5xxl.pth",
     ),
     "imagebind": FileSpec(
         "ImageBind weights",

@@ -35,15 +35,16 @@ from vllama_jax.convert.from_model_directory import (
     known_config_fields,
     open_model_or_run,
 )
-from vllama_jax.convert.hub import resolve_hub_path
 from vllama_jax.convert.infer_config import infer_model_config
 from vllama_jax.convert.language import LanguageModel, open_language_model
 from vllama_jax.convert.match_weights import Leaf, match_weights
 from vllama_jax.convert.new_weights import SEED, drop_components, new_components
+from vllama_jax.convert.published import download_published
 from vllama_jax.convert.weight_files import Source, open_file
 from vllama_jax.convert.write_tensors import BytesProgress
 from vllama_jax.errors import CheckpointError, ConfigError
 from vllama_jax.io.atomic import new_directory, write_file
+from vllama_jax.io.hub import resolve_hub_path
 from vllama_jax.io.paths import as_path, require_local
 
 
@@ -90,6 +91,7 @@ def plan(
     template: str | None = None,
     without: Sequence[str] = (),
     seed: int = SEED,
+    published_encoders: bool = False,
 ) -> ConversionPlan:
     """Plan a conversion: find the source of every weight of a model, and check all names and shapes.
 
@@ -111,6 +113,8 @@ def plan(
         without: Components of `base`, such as "video_qformer", to replace with new random weights in the shapes of
             the new config. They need not exist in `base`.
         seed: The seed of the new weights.
+        published_encoders: Download the files of the ViT and of the image Q-Former that no argument provides from
+            where they are published (`FileSpec.url`).
 
     Returns:
         The plan, for `convert`.
@@ -142,6 +146,8 @@ def plan(
         {file_type: path for file_type, path in given.items() if file_type not in branches}
     )
     sources |= {"llama": language.source} if language else {}
+    if published_encoders:
+        sources |= _open_files(_download_missing_encoders([*sources, *branches], model))
     _check_complete([*sources, *branches], model, directory)
     for file_type, source in sources.items():
         check_file_type(file_type, source)
@@ -218,6 +224,18 @@ def _open_files(given: Mapping[str, Path]) -> dict[str, Source]:
     # One file may be of two types. It is opened once.
     opened = {path: strip_wrapper_prefixes(open_file(path)) for path in dict.fromkeys(given.values())}
     return {file_type: opened[path] for file_type, path in given.items()}
+
+
+def _download_missing_encoders(file_types: Sequence[str], base: StoredModel | None) -> dict[str, Path]:
+    """Download the published files of components that are missing. Return their paths by file type."""
+    if base:
+        return {}
+    present = {component for file_type in file_types for component in FILE_SPECS[file_type].components}
+    return {
+        file_type: download_published(spec.url)
+        for file_type, spec in FILE_SPECS.items()
+        if spec.url and not present & {*spec.components}
+    }
 
 
 def _check_complete(file_types: Sequence[str], base: StoredModel | None, directory: str | Path | None) -> None:

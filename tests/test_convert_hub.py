@@ -13,7 +13,7 @@ from huggingface_hub import constants, errors
 from safetensors.numpy import load_file, save_file
 
 from vllama_jax.cli import main
-from vllama_jax.convert import hub
+from vllama_jax.io import hub
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -57,7 +57,7 @@ def load(
 
     Args:
         path: A model or run directory, or a `ModelDirectory` from `open_model`. "miniature" is the model that is part
-            of the package.
+            of the package, and hf://org/name[@revision] a repository on the Hugging Face Hub.
         dtype: Dtype of the weights in memory and of the computation; by default float32 on CPUs and bfloat16 elsewhere.
         mesh: A mesh from `sharding.make_mesh`. Weights are sharded over its tensor axis; a dimension that is not
             divisible is replicated, with a warning. By default, all weights are on the first device.
@@ -76,7 +76,8 @@ def load(
         The model.
 
     Raises:
-        CheckpointError: The directory is not a model or run directory, or is incomplete or corrupt.
+        CheckpointError: The directory is not a model or run directory, or is incomplete or corrupt, or the repository
+            cannot be downloaded.
         ConfigError: Its config, or an argument, is invalid.
 
     Example:

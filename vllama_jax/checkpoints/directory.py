@@ -18,14 +18,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 from vllama_jax.checkpoints.arrays import check_manifest
 from vllama_jax.checkpoints.digests import DIGESTS, check_checkpoint, list_checkpoint_steps
-from vllama_jax.checkpoints.shipped import find_model, is_shipped_digest, shipped_model
+from vllama_jax.checkpoints.hub_models import find_hub_model
+from vllama_jax.checkpoints.shipped import is_shipped, is_shipped_digest, shipped_model
 from vllama_jax.checkpoints.store_arrays import open_arrays
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, from_dict, to_dict
 from vllama_jax.errors import CheckpointError, format_error
 from vllama_jax.io.atomic import replace_json, write_json
+from vllama_jax.io.hub import is_hub_address
 from vllama_jax.io.json_fields import LARGEST_INTEGER, format_value
 from vllama_jax.io.json_files import parse_object, read_object
-from vllama_jax.io.paths import is_directory, is_store_path
+from vllama_jax.io.paths import as_path, is_directory, is_store_path
 from vllama_jax.io.store_cache import copy_files, copy_folder
 from vllama_jax.io.store_path import NO_BUCKET, StorePath
 
@@ -185,8 +187,7 @@ def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirecto
     Checks the digests of the weights that runs trained.
 
     Args:
-        path: The model or run directory. "miniature" is the model that is part of the package, unless there is a model
-            or run directory of that name.
+        path: The model or run directory, or one of the names of `find_model`.
         base: The base model of the run, if it has moved since the run's config.json was written.
 
     Raises:
@@ -204,6 +205,22 @@ def open_model(path: str | Path, base: str | Path | None = None) -> ModelDirecto
         trained = open_trained_weights(_find_last_weights(run.path), run.lora)
         directory = dataclasses.replace(directory, trained=(*directory.trained, trained))
     return directory
+
+
+def find_model(path: str | Path) -> Path:
+    """Return the model or run directory that a user names.
+
+    Args:
+        path: A directory, also on an object store. "miniature" is the model that is part of the package, unless there
+            is a model or run directory of that name. hf://org/name[@revision] is a repository on the Hugging Face Hub,
+            which is downloaded, and converted if it has PyTorch files (`hub_models`).
+
+    Raises:
+        CheckpointError: The repository cannot be downloaded or has no model, or the miniature cannot be unpacked.
+    """
+    if is_hub_address(path):
+        return find_hub_model(str(path))
+    return shipped_model() if is_shipped(path) else as_path(path)
 
 
 def find_runs(path: str | Path, base: str | Path | None = None) -> tuple[list[RunDirectory], Path]:

@@ -70,11 +70,6 @@ def is_shipped(path: str | Path) -> bool:
     return path.parent.name == MODEL_NAME and path.name == _read_digests().get("archive_xxh3_128")
 
 
-def find_model(path: str | Path) -> Path:
-    """Return the directory for a path. "miniature" is the miniature, unless there is a directory of that name."""
-    return shipped_model() if is_shipped(path) else as_path(path)
-
-
 def find_clip(path: str | Path) -> Path:
     """Return the file for a local path. "demo" is a clip of the package, unless there is a file of that name."""
     path = Path(path)

@@ -15,6 +15,7 @@ COMMANDS = {
     "convert": "Create a model directory from PyTorch weights.",
     "export": "Write a model or a run as PyTorch weights.",
     "quantize": "Quantize the weights of a model or a run to int8 or int4.",
+    "push": "Upload a model to the Hugging Face Hub.",
     "inspect": "List the components of a model or a run.",
     "verify": "Check a model's files, or compare the model with PyTorch.",
     "embed": "Write features of video, image and audio files.",

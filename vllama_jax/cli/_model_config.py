@@ -8,6 +8,7 @@ from vllama_jax.checkpoints.restore import inference_only_error
 from vllama_jax.checkpoints.shipped import MODEL_NAME
 from vllama_jax.config import NO_LORA, LoraConfig, VideoLlamaConfig, tiny, video_llama_7b, video_llama_13b
 from vllama_jax.errors import ConfigError
+from vllama_jax.io.hub import is_hub_address
 from vllama_jax.io.paths import as_path
 from vllama_jax.model import remove_missing_branches
 from vllama_jax.train.config import TrainConfig
@@ -18,8 +19,8 @@ DEFAULT_SIZE = "7b"  # `vllama memory --help` shows the options for a model
 
 
 def is_model(name_or_path: str) -> bool:
-    """Return whether an argument names a published size or a directory, and not a run config."""
-    return name_or_path in (*SIZES, MODEL_NAME) or as_path(name_or_path).is_dir()
+    """Return whether an argument names a published size, a directory or a repository, and not a run config."""
+    return name_or_path in (*SIZES, MODEL_NAME) or is_hub_address(name_or_path) or as_path(name_or_path).is_dir()
 
 
 def load_run_config(name_or_path: str) -> TrainConfig:

@@ -38,6 +38,7 @@ def convert(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     without: tuple[str, ...] = (),
     seed: int = SEED,
+    published_encoders: bool = False,
 ) -> None:
     """Create a model directory from the original's PyTorch files (.pth, .bin) or safetensors with the same tensors.
 
@@ -73,6 +74,8 @@ def convert(
         without: Components of --base, as `vllama inspect` lists them, that get new random weights, because --config
             changes their shapes.
         seed: The seed of new random weights.
+        published_encoders: Download EVA-CLIP ViT-g (2.0 GB) and BLIP-2's Q-Former (0.5 GB) from LAVIS if no option and
+            no file provides them.
     """
     check_absent(out)
     use_cpu_only()  # weights that runs trained are restored with JAX
@@ -88,6 +91,7 @@ def convert(
         template=template,
         without=without,
         seed=seed,
+        published_encoders=published_encoders,
     )
     print("".join(f"{line}\n" for line in plan.notes), end="", flush=True)
     with bytes_bar(bytes_to_write(plan, dtype)) as progress:

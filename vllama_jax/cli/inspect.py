@@ -1,8 +1,6 @@
 """The command `vllama inspect`."""
 
-import dataclasses
 import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
@@ -16,6 +14,7 @@ from rich.tree import Tree
 
 from vllama_jax.branches import get_component
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
+from vllama_jax.checkpoints.stored_weights import StoredWeight, list_weights
 from vllama_jax.cli._display import format_count
 from vllama_jax.cli._usage import JsonFlag
 
@@ -39,58 +38,13 @@ def inspect(
         json_output: Print one JSON object.
     """
     directory = open_model(model, base)
-    leaves = _list_weights(directory)
+    leaves = list_weights(directory)
     if json_output:
         print(json.dumps(_make_report(model, directory, leaves)))
         return
     console = Console(soft_wrap=True, highlight=False)
     console.print(Text(_format_heading(model, directory)))
     console.print(_make_tree(model, leaves) if tree else _make_table(leaves))
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredWeight:
-    """An array on disk.
-
-    Attributes:
-        path: Its path in the network, such as "llama/head/kernel".
-        shape: Its shape.
-        dtype: Its dtype on disk.
-        checkpoint: The checkpoint of the run that trained it; "" if it is in the model directory.
-    """
-
-    path: str
-    shape: tuple[int, ...]
-    dtype: str
-    checkpoint: str
-
-    @property
-    def parameters(self) -> int:
-        """The number of parameters in the array."""
-        values_per_element = 2 if self.dtype == "uint8" else 1  # a uint8 has two int4 values (nn/quantized.py)
-        return math.prod(self.shape) * values_per_element
-
-    @property
-    def bytes(self) -> int:
-        """The size of the array on disk."""
-        import ml_dtypes  # noqa: F401  (registers bfloat16 with numpy)
-        import numpy as np
-
-        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
-
-
-def _list_weights(directory: ModelDirectory) -> list[StoredWeight]:
-    """Return the arrays of a model, sorted by path. An array that runs trained is the last run's."""
-    found = {
-        path: StoredWeight(path, tuple(leaf["shape"]), leaf["dtype"], "")
-        for path, leaf in directory.manifest["leaves"].items()
-    }
-    for trained in directory.trained:
-        checkpoint = str(trained.path.parent)
-        found |= {
-            path: StoredWeight(path, shape, trained.dtypes[path], checkpoint) for path, shape in trained.leaves.items()
-        }
-    return [found[path] for path in sorted(found)]
 
 
 def _format_heading(model: Path, directory: ModelDirectory) -> str:

@@ -195,7 +195,7 @@ def _verify_weights(model: Path, directory: ModelDirectory, plan: "ConversionPla
     different = [name for found in components for name in found.different]
     if json_output:
         report = {"components": [dataclasses.asdict(found) for found in components], "config": config}
-        print(json.dumps({**report, "equal": not different and not config}))
+        print(json.dumps({**report, "digest": directory.digest, "equal": not different and not config}))
     else:
         table = _make_table("component", ("tensors", "bytes", "verdict"))
         for found in components:
@@ -237,7 +237,12 @@ def _verify_networks(
             "layers": layers,
             "logits": {name: _finite_or_none(value) for name, value in vars(logits).items()},
         }
-        report |= {"quantized": scheme, "bounds": vars(bounds), "beyond_bounds": beyond_bounds}
+        report |= {
+            "quantized": scheme,
+            "bounds": vars(bounds),
+            "beyond_bounds": beyond_bounds,
+            "digest": directory.digest,
+        }
         print(json.dumps({**report, "failures": failed, "equal": not failed and scheme is None}))
     else:
         table = _make_table("component", ("max error", "relative"), "layer")

@@ -1,0 +1,1 @@
+"""Upload model directories to the Hugging Face Hub, with a model card."""
