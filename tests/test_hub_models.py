@@ -4,6 +4,7 @@ import dataclasses
 import http.server
 import json
 import shutil
+import sys
 import threading
 from pathlib import Path
 
@@ -141,6 +142,10 @@ def test_repositories_without_a_model_are_a_one_line_error(hub: Hub, tiny_files,
         message = expect_error(capsys, "inspect", f"hf://{name}")
         assert message.startswith(f"vllama: hf://{name.partition('@')[0]}")
         assert problem in message
+    hub.commit("me/original", {"vl.pth": b"", "llama/model.safetensors": b""})
+    monkeypatch.setitem(sys.modules, "torch", None)
+    message = expect_error(capsys, "inspect", "hf://me/original")
+    assert message.endswith("needs torch, which is not installed: pip install 'vllama-jax[convert]'")
     assert not any("safetensors" in request for request in hub.requests if request.startswith("GET"))
 
 

@@ -34,6 +34,6 @@ def test_dockerfile():
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg")
     extras = {extra for value in re.findall(r"EXTRAS=([\w,]+)", text) for extra in value.split(",")}
-    assert {"serve", "cuda"} == extras <= set(setup["options.extras_require"])
+    assert {"serve", "cuda", "convert"} == extras <= set(setup["options.extras_require"])
     assert f"EXPOSE {ServeOptions().port}" in text
     assert set(re.findall(r"--(?:host|port)", text)) <= OPTIONS

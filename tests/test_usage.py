@@ -18,6 +18,7 @@ from vllama_jax.cli._logs import configure_logging
 
 COMMANDS = [
     *(["chat"], ["embed"], ["convert"], ["export"], ["quantize"], ["inspect"], ["verify"], ["plot"], ["serve"]),
+    *(["push"], ["env"]),
     *(["data"], ["data", "build"], ["data", "check"], ["data", "stats"], ["eval"], ["eval", "miniature"]),
     *(["features"], ["train"], ["train", "smoke"], ["memory"], ["memory", "vision_stage1"]),
 ]

@@ -5,6 +5,7 @@ to converted/ORG--NAME/COMMIT in the cache folder. The conversion is `vllama con
 with torch, whose memory is free again when it ends, and needs no accelerator.
 """
 
+import importlib.util
 import logging
 import re
 import subprocess
@@ -20,6 +21,7 @@ from vllama_jax.io.paths import cache_directory
 MODEL_FILES = ["config.json", "manifest.json", "params/*", "tokenizer/*"]  # of a model directory
 # The language model of these is LLaMA-2-chat, which its files do not show.
 LLAMA_2_CHAT = re.compile(r"DAMO-NLP-SG/Video-LLaMA-2-(7B|13B)-(Pretrained|Finetuned)")
+TORCH_SUFFIXES = (".pth", ".pt", ".ckpt")
 _LANGUAGE_MODEL_FILE = re.compile(r"(.*/)?((pytorch_)?model(-\d+-of-\d+)?|consolidated\.\d+)\.(bin|safetensors|pth)")
 
 logger = logging.getLogger(__name__)
@@ -54,7 +56,7 @@ def _convert_once(address: str, repository: str, snapshot: Path) -> Path:
     out = cache_directory() / "converted" / repository.replace("/", "--") / snapshot.name
     if out.is_dir():
         return out
-    _check_has_branches(address, list_files(repository, snapshot))
+    _check_convertible(address, list_files(repository, snapshot))
     try:
         ensure_directory(out.parent)
         with lock_directory(out.parent, busy_message=None):
@@ -68,8 +70,8 @@ def _convert_once(address: str, repository: str, snapshot: Path) -> Path:
     return out
 
 
-def _check_has_branches(address: str, files: list[str]) -> None:
-    """Raise CheckpointError if there are no weights apart from those of a language model, before any are downloaded."""
+def _check_convertible(address: str, files: list[str]) -> None:
+    """Raise CheckpointError if the names of a repository's files show that it cannot be converted."""
     suffixes = tuple(pattern.removeprefix("*") for pattern in WEIGHT_PATTERNS)
     weights = [file for file in files if file.endswith(suffixes)]
     if not weights:
@@ -78,6 +80,11 @@ def _check_has_branches(address: str, files: list[str]) -> None:
         raise CheckpointError(
             f"{address}: weights of a language model at most, without vision and audio branches; "
             f"pass it to `vllama convert --llama {address}` with the other components (docs/weights.md)"
+        )
+    if any(file.endswith(TORCH_SUFFIXES) for file in weights) and importlib.util.find_spec("torch") is None:
+        raise CheckpointError(
+            f"{address}: converting its PyTorch files needs torch, which is not installed: "
+            "pip install 'vllama-jax[convert]'"
         )
 
 

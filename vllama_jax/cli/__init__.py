@@ -26,6 +26,7 @@ COMMANDS = {
     "compile": "Compile for TPUs ahead of time: memory, time, bottleneck.",
     "eval": "Answer the questions of a benchmark and score the answers.",
     "plot": "Plot the loss and the learning rate of runs.",
+    "env": "Print versions and devices, for a bug report.",
 }
 EXAMPLE = 'vllama chat clip.mp4 "What is happening?" --model MODEL'
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from vllama_jax.errors import CheckpointError
+from vllama_jax.io.hub import is_hub_address
 from vllama_jax.io.leases import LEASE, PARTIAL, hold_lease
 from vllama_jax.io.paths import cache_directory, is_store_path
 from vllama_jax.io.store_path import StorePath
@@ -114,7 +115,9 @@ def move_file(file: Path, target: Path) -> None:
 
 
 def check_absent(out: Path) -> None:
-    """Raise CheckpointError if `out` exists, even as a dangling symbolic link."""
+    """Raise CheckpointError if `out` exists, even as a dangling symbolic link, or is on the Hugging Face Hub."""
+    if is_hub_address(out):
+        raise CheckpointError(f"{out}: only `vllama push` writes to the hub; choose a local directory, and push it")
     try:
         if is_store_path(out) and (out / PARTIAL).exists() and not (out / "manifest.json").exists():
             return  # of a process that was killed, or that still runs, as its lease shows
