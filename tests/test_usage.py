@@ -178,6 +178,19 @@ def test_version_from_python_and_both_commands():
     assert out.getvalue() == f"vllama_jax {vl.__version__}\n"
 
 
+def test_env_prints_versions_and_devices_but_no_tokens(monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setenv("VLLAMA_CACHE", "/somewhere")
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        cli.main(["env"])
+    lines = dict(line.split(": ", 1) for line in out.getvalue().splitlines())
+    assert lines["vllama-jax"] == vl.__version__
+    assert lines["devices"] == "8 × cpu (cpu, 1 process)"
+    assert lines["VLLAMA_CACHE"] == lines["cache folder"] == "/somewhere"
+    assert "secret" not in out.getvalue()
+
+
 def test_own_log_messages_have_no_prefix_and_others_are_hidden(capfd):
     code = """
 import logging, warnings, sys

@@ -68,9 +68,9 @@ def chat(
         file: A video, an image, an audio file, a directory whose images are the frames of a video, or with --allow-url
             an http or https URL. `demo` is a clip of the package, unless a file has that name.
         questions: Questions, answered in turn. Without one, an interactive chat starts, also without a file.
-        model: A model directory (see `vllama convert`) or a run directory (see `vllama train`). By default
-            `miniature`, the small model of the package, which knows only its rendered clips (docs/miniature.md),
-            unless a model directory has that name.
+        model: A model directory (see `vllama convert`), a run directory (see `vllama train`), or hf://OWNER/NAME on the
+            Hugging Face Hub. By default `miniature`, the small model of the package, which knows only its rendered
+            clips (docs/miniature.md), unless a model directory has that name.
         media: Another file, directory or URL, added after the first.
         image_rate: Frames per second of the images in a directory; by default 1.
         allow_url: Download http and https URLs, of public hosts only; at most 2 GiB and 10 minutes for each.

@@ -44,8 +44,8 @@ def embed(
     Args:
         files: The files.
         out: The file to write, .safetensors or .npz. The index is written next to it, with the suffix .json.
-        model: A model directory (see `vllama convert`), a run directory (see `vllama train`), or `miniature`, the small
-            model of the package.
+        model: A model directory (see `vllama convert`), a run directory (see `vllama train`), hf://OWNER/NAME on the
+            Hugging Face Hub, or `miniature`, the small model of the package.
         options: What is computed.
         dtype: The dtype of weights and computation; by default float32 on a CPU and bfloat16 elsewhere. The output is
             float32.

@@ -43,7 +43,7 @@ def miniature(
     Args:
         seed: The seed of the clips.
         clips: The number of files for each measure.
-        model: The model directory; by default the miniature of the package.
+        model: The model directory, or hf://OWNER/NAME; by default the miniature of the package.
         audio_scale: The norm of the audio embeddings; by default the model's.
         measures: The names of the measures to take; by default all. Only the clips that they need are rendered.
         json_output: Print one JSON object: accuracy, n, chance and the accuracy's 95 % interval of each measure.
@@ -101,7 +101,7 @@ def benchmark(
         name: The benchmark.
         annotations: The benchmark's published annotation file, or its directory.
         videos: The directory of the benchmark's videos, which may have subdirectories.
-        model: The model or run directory.
+        model: The model or run directory, or hf://OWNER/NAME on the Hugging Face Hub.
         out: The directory for answers.jsonl and results.json.
         limit: Ask at most this many questions, the same number of each category.
         batch_size: The number of questions in a batch.

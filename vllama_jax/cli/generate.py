@@ -59,7 +59,8 @@ def generate(
     Args:
         requests: The file of requests, in JSON Lines.
         out: The file of answers, in the order of the requests. A request without an answer has its error there.
-        model: The model or run directory; by default the miniature of the package.
+        model: The model or run directory, or hf://OWNER/NAME on the Hugging Face Hub; by default the miniature of the
+            package.
         batch_size: The number of answers that a device decodes at a time.
         devices: The number of devices, each with a copy of the model; by default all. With --ray, that of each worker,
             by default one.

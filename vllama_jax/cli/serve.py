@@ -36,8 +36,9 @@ def serve(
     docs/serving.md describes the API, the limits and the security of the server. Ctrl-C finishes the running answers.
 
     Args:
-        model: A model directory (see `vllama convert`) or a run directory (see `vllama train`). By default
-            `miniature`, the small model of the package, unless a model directory has that name.
+        model: A model directory (see `vllama convert`), a run directory (see `vllama train`), or hf://OWNER/NAME on the
+            Hugging Face Hub. By default `miniature`, the small model of the package, unless a model directory has that
+            name.
         options: The address, the keys, where media may come from, and the limits.
         dtype: The dtype of weights and computation; by default float32 on a CPU and bfloat16 elsewhere.
         quantize: Quantize the large weights when the model is loaded.

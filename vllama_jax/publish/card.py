@@ -90,7 +90,7 @@ def make_card(
 def _header(repository: str, license: str | None) -> str:
     from huggingface_hub import ModelCardData
 
-    named = {"license_name": "licenses-of-components"}
+    named: dict[str, Any] = {"license_name": "licenses-of-components"}
     named["license_link"] = f"https://huggingface.co/{repository}#licenses"
     data = ModelCardData(
         license=license or "other",

@@ -177,7 +177,7 @@ class TrainConfig:
     """The config of a run.
 
     Attributes:
-        model: The base model directory.
+        model: The base model directory, or hf://OWNER/NAME on the Hugging Face Hub.
         init: The init run, whose trained parameters this run starts from, as stage 2 from stage 1. Empty for none.
         branch: The branch to train: "vision", or "audio", which is trained on frames that ImageBind's
             vision tower encodes.
