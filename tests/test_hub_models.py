@@ -22,6 +22,8 @@ from vllama_jax.convert import export
 from vllama_jax.convert.components import FILE_SPECS
 from vllama_jax.errors import CheckpointError
 
+NAME = "DAMO-NLP-SG/Video-LLaMA-2-7B-Finetuned"
+
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
@@ -154,20 +156,22 @@ def test_original_files_are_converted_once(hub: Hub, tiny_files, tiny_model, tmp
     model = open_model(tiny_model)
     export.export(model, export.plan_export(model), tmp_path / "exported")
     files = read_files(tmp_path / "exported")
-    first = hub.commit("me/original", files)
-    done = run_vllama("inspect", "hf://me/original", "--json", cache=tmp_path / "cache")
+    first = hub.commit(NAME, files)
+    done = run_vllama("inspect", f"hf://{NAME}", "--json", cache=tmp_path / "cache")
     assert done.returncode == 0, done.stderr
-    out = tmp_path / "cache/converted/me--original" / first
-    assert done.stderr == f"vllama: hf://me/original: downloading and converting it to {out}; this is done once\n"
+    out = tmp_path / "cache/converted" / NAME.replace("/", "--") / first
+    assert done.stderr == f"vllama: hf://{NAME}: downloading and converting it to {out}; this is done once\n"
     assert read_hashes(out) == read_hashes(tiny_model)
-    shutil.rmtree(tmp_path / "hub/models--me--original/blobs")  # the original files are not needed any more
-    assert open_model("hf://me/original").path == out
-    hub.commit("me/original", files | {"vl.pth": b"no torch file"})
-    message = expect_error_line("inspect", "hf://me/original")
-    assert message.startswith("hf://me/original: cannot be converted: ")
+    assert open_model(out).config.template == "llama_2"  # of the published repositories of this name
+    for blobs in (tmp_path / "hub").glob("models--*/blobs"):  # the original files are not needed any more
+        shutil.rmtree(blobs)
+    assert open_model(f"hf://{NAME}").path == out
+    hub.commit(NAME, files | {"vl.pth": b"no torch file"})
+    message = expect_error_line("inspect", f"hf://{NAME}")
+    assert message.startswith(f"hf://{NAME}: cannot be converted: ")
     assert "vl.pth" in message
     assert [path.name for path in out.parent.iterdir()] == [first]
-    assert open_model(f"hf://me/original@{first}").path == out
+    assert open_model(f"hf://{NAME}@{first}").path == out
 
 
 def test_missing_encoders_are_downloaded_where_they_are_published(tiny_files, tiny_model, tmp_path, monkeypatch):

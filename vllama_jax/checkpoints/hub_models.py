@@ -14,7 +14,15 @@ from pathlib import Path
 
 from vllama_jax.errors import CheckpointError
 from vllama_jax.io.atomic import ensure_directory, lock_directory
-from vllama_jax.io.hub import CONFIG_PATTERNS, WEIGHT_PATTERNS, download_snapshot, is_cached, list_files, parse_address
+from vllama_jax.io.hub import (
+    CONFIG_PATTERNS,
+    WEIGHT_PATTERNS,
+    download_snapshot,
+    is_cached,
+    list_files,
+    parse_address,
+    resolve_hub_path,
+)
 from vllama_jax.io.json_files import read_object
 from vllama_jax.io.paths import cache_directory
 
@@ -62,7 +70,8 @@ def _convert_once(address: str, repository: str, snapshot: Path) -> Path:
         with lock_directory(out.parent, busy_message=None):
             if not out.is_dir():
                 logger.warning(f"{address}: downloading and converting it to {out}; this is done once")
-                _convert(address, f"hf://{repository}@{snapshot.name}", snapshot, out)
+                files = resolve_hub_path(f"hf://{repository}@{snapshot.name}")
+                _convert(address, files, LLAMA_2_CHAT.fullmatch(repository) is not None, out)
     except OSError as error:
         raise CheckpointError(
             f"{address}: cannot be converted to {out} ({error.strerror}); set VLLAMA_CACHE to another folder"
@@ -88,14 +97,14 @@ def _check_convertible(address: str, files: list[str]) -> None:
         )
 
 
-def _convert(address: str, source: str, snapshot: Path, out: Path) -> None:
+def _convert(address: str, files: Path, has_llama_2_chat: bool, out: Path) -> None:
     """Run `vllama convert` in another process. Raise CheckpointError with its message if it fails."""
     options = ["--published-encoders"]
-    if LLAMA_2_CHAT.match(source.removeprefix("hf://")):
+    if has_llama_2_chat:
         options += ["--template", "llama_2"]
-    if _is_exported_config(snapshot / "config.json"):
-        options += ["--config", str(snapshot / "config.json")]
-    command = [sys.executable, "-m", "vllama_jax", "convert", source, "--out", str(out), *options]
+    if _is_exported_config(files / "config.json"):
+        options += ["--config", str(files / "config.json")]
+    command = [sys.executable, "-m", "vllama_jax", "convert", str(files), "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]

@@ -187,7 +187,8 @@ def explain_hub_error(error: Exception, done: str = "downloaded") -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return "revision not found"
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return "not completely cached, and the hub cannot be reached; go online and unset HF_HUB_OFFLINE"
+        missing = "not completely cached, and " if done == "downloaded" else ""
+        return f"{missing}the hub cannot be reached; go online and unset HF_HUB_OFFLINE"
     if isinstance(error, errors.HfHubHTTPError) and status in (401, 403):
         return "access denied; run `hf auth login` with a token that has the rights for it"
     return f"cannot be {done} ({' '.join(str(error).split())[:150] or type(error).__name__})"
