@@ -36,6 +36,7 @@ autodoc_typehints_format = "short"
 autodoc_typehints_description_target = "documented_params"
 napoleon_use_ivar = True  # the fields of a dataclass are described once
 
+highlight_language = "none"  # of blocks that name none: diagrams and output
 html_theme = "furo"
 html_title = f"vllama_jax {release}"
 html_copy_source = False
