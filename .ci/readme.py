@@ -1,7 +1,7 @@
 """Print the bash and python blocks of a Markdown page as one bash script, in order; without a page, the pages to run.
 
-The script prints each block before it runs, with the seconds since the start. Blocks of other languages are not run: sh and
-py are those of commands that need published weights, other machines or an hour.
+The script prints each block before it runs, with the seconds since the start. Blocks of other languages are not run:
+sh and py are those of commands that need published weights, other machines or an hour.
 """
 
 import re

@@ -1,7 +1,7 @@
 """Sphinx configuration of the documentation site: `sphinx-build -W --keep-going docs build/site`.
 
-The pages are the Markdown files of this folder, which are also read on GitHub. Pages of the repository that are outside of
-this folder are copied to `docs/repository` while the site is built, and links are changed accordingly.
+The pages are the Markdown files of this folder, which are also read on GitHub. Pages of the repository that are outside
+of this folder are copied to `docs/repository` while the site is built, and links are changed accordingly.
 """
 
 import importlib.metadata
