@@ -21,6 +21,7 @@ OUTSIDE = {  # pages of the repository that the site has too
     REPOSITORY / "examples/serving/lmms_eval.md": "lmms_eval",
 }
 COPIES = {page: DOCS / "repository" / f"{name}.md" for page, name in OUTSIDE.items()}
+FILE_NAME = re.compile(r"\[[\w/]+\.md\](?=\()")  # in [chat.md](chat.md); the site shows the title in its place
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # the relative path in [text](path#place)
 
 project = "vllama_jax"
@@ -44,7 +45,7 @@ html_show_sourcelink = False
 
 
 def move_links(text: str, folder: Path, to: Path) -> str:
-    """Change relative links of a page for another folder; links to a copied page lead to its copy.
+    """Change relative links of a page for another folder. Links to a copied page lead to its copy.
 
     Args:
         text: Markdown.
@@ -58,7 +59,7 @@ def move_links(text: str, folder: Path, to: Path) -> str:
         moved = os.path.relpath(COPIES.get(target, target), to)
         return moved + hash_sign + place if target.exists() else link[1]
 
-    return LINK.sub(move, text)
+    return LINK.sub(move, FILE_NAME.sub("[]", text))
 
 
 def copy_pages(app: Sphinx) -> None:
