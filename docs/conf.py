@@ -9,6 +9,7 @@ import os
 import re
 from pathlib import Path
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 DOCS = Path(__file__).parent
@@ -25,13 +26,15 @@ FILE_NAME = re.compile(r"\[[\w/]+\.md\](?=\()")  # in [chat.md](chat.md); the si
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # the relative path in [text](path#place)
 
 project = "vllama_jax"
-author = "The vllama_jax authors"
+author = project_copyright = "The vllama_jax authors"
 release = version = importlib.metadata.version("vllama-jax")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 
 myst_heading_anchors = 4  # as GitHub has them
 
+smartquotes_action = "D"  # dashes only: shapes in types are strings with straight quotes
 default_role = "code"  # `name` in docstrings, as in Markdown
+autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_format = "short"
 autodoc_typehints_description_target = "documented_params"
@@ -78,7 +81,15 @@ def lead_to_copies(app: Sphinx, name: str, source: list[str]) -> None:
         source[0] = move_links(source[0], folder, folder)
 
 
+def shorten_types(app: Sphinx, doctree: nodes.document) -> None:
+    """Write the type of JAX's arrays as users import it, where jaxtyping has the module that defines it."""
+    for text in list(doctree.findall(nodes.Text)):
+        if "jaxlib._jax.Array" in text:
+            text.parent.replace(text, nodes.Text(text.replace("jaxlib._jax.Array", "Array")))
+
+
 def setup(app: Sphinx) -> None:
     """Connect the functions to Sphinx's events."""
     app.connect("builder-inited", copy_pages)
     app.connect("source-read", lead_to_copies)
+    app.connect("doctree-read", shorten_types)
