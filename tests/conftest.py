@@ -20,7 +20,7 @@ import train_fixtures
 from vllama_jax import convert
 from vllama_jax.convert.tiny import write_tiny
 
-pytest_plugins = ["generate_fixtures"]
+pytest_plugins = ["browser_fixtures", "generate_fixtures"]
 
 MAX_MAPS = 30_000
 
