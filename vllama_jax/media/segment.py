@@ -25,10 +25,11 @@ from vllama_jax.media.files import (
     open_container,
 )
 from vllama_jax.media.frame_sampling import FrameSampling, frame_indices, past_the_end
-from vllama_jax.media.frames import packet_times
+from vllama_jax.media.frames import frame_times
 from vllama_jax.media.image_frames import ImageFrames, read_image_frames
 from vllama_jax.media.memory import read_window
 from vllama_jax.media.sources import MediaFile, MediaSource, open_source
+from vllama_jax.media.timed_frames import TimedFrames
 from vllama_jax.media.video import DEFAULT_NUM_FRAMES, Video, decode_window, open_video, read_video
 
 if TYPE_CHECKING:
@@ -112,9 +113,10 @@ def _read_file_segments(
             yield from _read_audio_segments(container, path, sampling, num_clips)
             return
         opened = open_video(container, path)
-        bounds = _segment_bounds(path, sampling, packet_times(container, opened.stream, opened.packets).end)
+        bounds = _segment_bounds(path, sampling, frame_times(container, opened.stream, opened.packets).end)
         stream = opened.audio_stream if audio else None
-        may_seek = stream is not None and can_seek_audio(container, stream, path, opened.clock)
+        by_time = isinstance(opened.packets, TimedFrames)
+        may_seek = stream is not None and can_seek_audio(container, stream, path, opened.clock, by_time)
         sample_frames = sampling.make_sampler(path, DEFAULT_NUM_FRAMES)
         for span in itertools.pairwise(bounds):
             decoded = decode_audio_range(path, num_clips, span, on_clock=True, may_seek=may_seek) if stream else None
