@@ -79,8 +79,9 @@ def read_audio_window(container: InputContainer, path: str, sampling: FrameSampl
     notes = _check_times(container, stream, path) if is_partial else ()
     may_seek = is_partial and can_seek_audio(container, stream, path, clock=None, by_time=notes == (BY_TIME,))
     decoded = decode_audio_range(path, num_clips, sampling.window, on_clock=False, may_seek=may_seek)
-    if sampling.start and decoded.end <= sampling.start and decoded.end:
-        raise MediaError(past_the_end(path, sampling.start, decoded.end))
+    start, _ = sampling.window
+    if start and decoded.end <= start and decoded.end:
+        raise MediaError(past_the_end(path, start, decoded.end))
     if decoded.sample_rate is None:
         raise MediaError(f"{path}: the audio cannot be used: {decoded.failure}")
     truncation = find_truncation(path)

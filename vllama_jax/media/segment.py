@@ -158,16 +158,17 @@ def _read_audio_segments(
     container: InputContainer, path: str, sampling: FrameSampling, num_clips: int | None
 ) -> Iterator[tuple[tuple[float, float], Audio]]:
     window = read_audio_window(container, path, sampling, num_clips=1)  # its end is certain only after decoding
-    for start, end in itertools.pairwise(_segment_bounds(path, sampling, sampling.start + window.report.duration)):
+    for start, end in itertools.pairwise(_segment_bounds(path, sampling, sampling.window[0] + window.report.duration)):
         segment = dataclasses.replace(sampling, start=start, end=end)
         yield (start, end), read_audio_window(container, path, segment, num_clips)
 
 
 def _segment_bounds(path: str, sampling: FrameSampling, duration: float) -> list[float]:
     """Return the start of each segment and the end of the last, in seconds."""
-    if sampling.start >= duration:
-        raise MediaError(past_the_end(path, sampling.start, duration))
-    return np.linspace(sampling.start, min(sampling.end, duration), sampling.segments + 1).tolist()
+    start, end = sampling.window
+    if start >= duration:
+        raise MediaError(past_the_end(path, start, duration))
+    return np.linspace(start, min(end, duration), sampling.segments + 1).tolist()
 
 
 def read_frames(
