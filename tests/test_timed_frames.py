@@ -68,7 +68,7 @@ FILES = {
 }
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["b_frames.mkv", *(pytest.param(one, marks=pytest.mark.slow) for one in [*FILES][1:])])
 def test_frames_and_clips_are_those_of_reading_all_packets(folder, name, read_both):
     path = write_video(folder / name, SECONDS * FPS, waveform=tone(SECONDS, 48000), rate=48000, **FILES[name])
     for sampling in (FrameSampling(num_frames=5), FrameSampling(fps=2), FrameSampling(num_frames=3, start=4.1, end=9)):
@@ -157,6 +157,7 @@ def test_a_large_file_without_a_duration_is_read(folder, read_both, monkeypatch)
     assert found.report.notes == ("all packets of the long file are read, because it declares no duration",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["aac.mka", "opus.webm", "aac.ts"])
 def test_clips_of_long_audio_are_found_by_timestamps(folder, name, read_both):
     codec, sample_format = ("libopus", "flt") if "opus" in name else ("aac", "fltp")
