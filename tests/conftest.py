@@ -20,7 +20,9 @@ import train_fixtures
 from vllama_jax import convert
 from vllama_jax.convert.tiny import write_tiny
 
-pytest_plugins = ["generate_fixtures"]
+pytest_plugins = ["browser_fixtures", "generate_fixtures"]
+
+MAX_MAPS = 30_000
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
@@ -55,6 +57,19 @@ def compiled_programs(tmp_path_factory: pytest.TempPathFactory, request: pytest.
             compiled.symlink_to(request.config.cache.mkdir("compiled"))
     jax.config.update("jax_compilation_cache_dir", str(compiled))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room_for_compiled_programs() -> Iterator[None]:
+    """Drop the compiled programs of a worker that has many, after a file of tests.
+
+    XLA's CPU programs take about 13 memory maps each. Linux allows a process 65,530 (vm.max_map_count), which a worker
+    of the slow tests reaches; the process then ends with a segmentation fault.
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MAX_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session", autouse=True)

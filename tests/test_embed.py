@@ -203,7 +203,7 @@ def test_imagebinds_vectors_equal_the_originals(golden, golden_model, shared, na
 
 @pytest.mark.slow
 def test_audio_is_most_similar_to_the_image_of_its_object(tmp_path):
-    """The example of docs/usage.md on the miniature, which was not trained on these combinations."""
+    """The example of docs/embeddings.md on the miniature, which was not trained on these combinations."""
     from vllama_jax.miniature.scene import KINDS, draw_scene
     from vllama_jax.miniature.world import make_generator, write_image, write_wav
 

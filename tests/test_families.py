@@ -357,7 +357,7 @@ def test_lora_training_uses_the_familys_template(model, family, image_records, t
 
 @pytest.mark.slow
 def test_a_family_and_a_template_can_be_registered(monkeypatch, tmp_path, tiny_files, clip):
-    """The worked example of docs/architecture.md: Seed-OSS, with its own template."""
+    """The worked example of docs/extending.md: Seed-OSS, with its own template."""
     family = families.Family(
         architecture="SeedOssForCausalLM",
         template="toy",

@@ -33,6 +33,7 @@ def video(tmp_path_factory):
         ({"num_frames": 2, "start": 2.0, "end": 4.0}, [50, 75]),
         ({"fps": 2, "start": 6.98}, [175, 187]),  # those that are visible at 7.0 and 7.5 s
         ({"num_frames": 5, "start": 7.9}, [198, 199]),
+        ({"num_frames": 2, "start": "0:02", "end": "0:00:04.0"}, [50, 75]),
         ({"fps": 10, "start": 1.0, "end": 1.1}, [25]),
         ({"fps": 1000, "start": 1.0, "end": 1.12}, [25, 26, 27]),  # each frame once
     ],
@@ -42,6 +43,11 @@ def test_sampled_frames(video, options, numbers):
     found = read_media(video, FrameSampling(**options), 64, audio=False)
     assert decode_frame_numbers(found.frames) == numbers
     np.testing.assert_allclose(found.timestamps, np.array(numbers) / FPS)
+
+
+def test_times_of_a_clock():
+    assert FrameSampling(start="62:03.5", end="1:02:04").window == (3723.5, 3724.0)
+    assert FrameSampling(start=" 7 ", end="1e3") == FrameSampling(start=7, end=1000)
 
 
 def test_audio_is_sampled_from_the_window(video, tmp_path):
@@ -78,6 +84,9 @@ def test_the_report_has_what_was_asked_for_and_is_not_there(video):
         ({"segments": 2, "fps": 1}, "segments have the same number of frames each: give it instead of fps"),
         ({"start": -1.0}, "start must be at least 0 s, not -1"),
         ({"start": 5.0, "end": 5.0}, "end must be above the start of the window, 5 s, not 5"),
+        ({"start": "1:62:03"}, "start must be a time in seconds, MM:SS or H:MM:SS, not '1:62:03'"),
+        ({"end": "1:62"}, "end must be a time in seconds, MM:SS or H:MM:SS, not '1:62'"),
+        ({"end": "infe5"}, "end must be a time in seconds, MM:SS or H:MM:SS, not 'infe5'"),
         ({"end": float("nan")}, "end must be above the start of the window, 0 s, not nan"),
     ],
     ids=str,

@@ -107,6 +107,8 @@ def test_a_request_without_an_answer_has_its_error(answered):
         ({"stop": [""]}, "a text in stop is empty"),
         ({"temperature": -1}, "temperature must be at least 0"),
         ({"fps": 2, "num_frames": 3}, "fps cannot be combined"),
+        ({"start": "1:62"}, "start must be a time in seconds, MM:SS or H:MM:SS, not '1:62'"),
+        ({"end": [3]}, "end must be a number, not [3]"),
         ({"segments": 2.5}, "segments must be an integer, not 2.5"),
         ({"segments": 0}, "segments must be at least 1, not 0"),
     ],

@@ -9,7 +9,7 @@ import pytest
 from media_fixtures import FPS, SIDE, decode_frame_numbers, numbered_frame, tone, write_audio, write_video
 
 from vllama_jax import media
-from vllama_jax.media import audio_decoder, audio_stream, frames, mp4_index, packets, video
+from vllama_jax.media import audio_decoder, audio_stream, frames, mp4_index, packets, timed_frames, video
 
 OPEN_GROUPS = {"preset": "veryfast", "x264-params": "open-gop=1:bframes=3:b-adapt=0:scenecut=0"}
 
@@ -53,7 +53,7 @@ def count_packets(monkeypatch) -> list[int]:
 
         return counted
 
-    for module in (audio_stream, frames, mp4_index, packets):
+    for module in (audio_stream, frames, mp4_index, packets, timed_frames):
         monkeypatch.setattr(module, "demux", count(module.demux))
     return sizes
 
@@ -303,11 +303,9 @@ def test_a_seek_that_misses_its_target_is_noticed(folder, monkeypatch, read_line
 # ------------------------------------------------------------------------------------------------ two hours
 
 
-def write_long(path: Path, seconds: int) -> Path:
-    """Write a video of any length quickly: the packets of its first minute again and again, with new timestamps."""
-    first = path.with_name(f"first_{path.name}")
-    write_video(first, 60 * FPS, waveform=tone(60, 16000))
-    with av.open(str(first)) as source, av.open(str(path), "w") as target:
+def write_long(minute: Path, path: Path, seconds: int) -> Path:
+    """Write a video of any length quickly: the packets of a minute again and again, with new timestamps."""
+    with av.open(str(minute)) as source, av.open(str(path), "w") as target:
         streams = {stream.index: target.add_stream_from_template(stream) for stream in source.streams}
         read = [packet for packet in source.demux() if packet.size]
         content = [(p.stream.index, p.pts, p.dts, p.duration, p.time_base, p.is_keyframe, bytes(p)) for p in read]
@@ -323,10 +321,28 @@ def write_long(path: Path, seconds: int) -> Path:
 
 
 @pytest.mark.slow
-def test_two_hours_take_little_more_memory_and_packets_than_a_minute(tmp_path, monkeypatch):
+@pytest.mark.parametrize("ending", ["mkv", "ts"])
+def test_few_packets_of_a_long_file_without_an_index_are_read(minute, tmp_path, ending, monkeypatch):
+    monkeypatch.setattr(timed_frames, "MIN_SECONDS", 60.0)
+    counts = []
+    for minutes in (2, 4):
+        path = write_long(minute, tmp_path / f"{minutes}.{ending}", 60 * minutes)
+        sizes = count_packets(monkeypatch)
+        found = media.read_media(path, 8, 64, num_clips=4)
+        expected = media.frame_indices(60 * minutes * FPS, 8) % (60 * FPS) % 256
+        assert decode_frame_numbers(found.frames) == expected.tolist()
+        assert found.report.notes == (timed_frames.BY_TIME,)
+        counts.append(len(sizes))
+    assert counts[1] < 1.2 * counts[0]
+    assert counts[1] < 0.2 * 4 * 60 * (FPS + 16000 / 1024)
+
+
+@pytest.mark.slow
+def test_two_hours_take_little_more_memory_and_packets_than_a_minute(minute, tmp_path, monkeypatch):
     from media_fixtures import run_and_measure
 
-    short, long = write_long(tmp_path / "short.mp4", 60), write_long(tmp_path / "long.mp4", 7200)
+    short = write_long(minute, tmp_path / "short.mp4", 60)
+    long = write_long(minute, tmp_path / "long.mp4", 7200)
     counts = []
     for path in (short, long):
         sizes = count_packets(monkeypatch)

@@ -111,14 +111,14 @@ def test_decoded_frames_are_the_sampled_ones(folder, name, monkeypatch):
 def test_only_what_is_needed_is_decoded_and_converted(folder, monkeypatch):
     """Work for each sampled frame is bounded by the distance of key frames, not by the length of the file."""
     decoded, converted = [], []
-    frames_from_key, to_rgb = frames_module._frames_from_key, frames_module._to_rgb
+    decode_group, to_rgb = frames_module._decode_group, frames_module._to_rgb
 
     def count_decoded(*args):
-        for frame in frames_from_key(*args):
-            decoded.append(frame.pts)
-            yield frame
+        for index, frame in decode_group(*args):
+            decoded.append(index)
+            yield index, frame
 
-    monkeypatch.setattr(frames_module, "_frames_from_key", count_decoded)
+    monkeypatch.setattr(frames_module, "_decode_group", count_decoded)
     monkeypatch.setattr(frames_module, "_to_rgb", lambda *args: converted.append(args) or to_rgb(*args))
     for num_frames in (120, 250):
         decoded.clear(), converted.clear()

@@ -124,6 +124,14 @@ def test_a_truncated_avi_error_reports_the_sizes(files, tmp_path):
         media.read_video(cut(files["a.avi"], tmp_path, 0.8))
 
 
+def test_a_matroska_file_truncated_within_its_header_is_refused(files, tmp_path):
+    data, path = files["a.mkv"].read_bytes(), tmp_path / "header.mkv"
+    for size in range(60, 260, 3):
+        path.write_bytes(data[:size])
+        with pytest.raises(MediaError):
+            media.read_media(path)
+
+
 @pytest.mark.parametrize("size", [0, 0xFFFFFFFF])
 def test_unset_sizes_of_files_written_to_a_pipe_are_accepted(files, tmp_path, size):
     for name in ("a.avi", "a.wav"):

@@ -130,7 +130,7 @@ def test_the_report_says_what_was_used(server):
     assert media["cached"] is True
     silent = server.ask(VIDEO, "Describe it.", mm_processor_kwargs={"use_audio_in_video": False})
     assert silent["vllama"]["media"][0]["audio"] == "off"
-    few = server.ask(VIDEO, "Describe it.", media_io_kwargs={"video": {"num_frames": 4, "start": 1, "end": 3}})
+    few = server.ask(VIDEO, "Describe it.", media_io_kwargs={"video": {"num_frames": 4, "start": 1, "end": "0:03"}})
     assert few["vllama"]["media"][0]["frame_times"] == [1.0, 1.5, 2.0, 2.5]
     fast = server.ask(VIDEO, "Describe it.", media_io_kwargs={"video": {"fps": 4}})
     assert fast["vllama"]["media"][0]["notes"] == ["limited to 8 frames instead of 4 per second"]

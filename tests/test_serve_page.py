@@ -1,8 +1,6 @@
-"""The page of the server, in a headless browser. Needs `chromium` and the package `playwright`; `.ci/run` has both."""
+"""The page of the server, in a headless browser (`browser_fixtures`)."""
 
-import os
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +16,6 @@ from vllama_jax.serve.page_routes import EXAMPLES, PAGE
 from vllama_jax.text.tokenizer import load_tokenizer
 
 MAX_BYTES = 200_000
-FLAGS = ["--no-sandbox", "--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
 SECONDS = 60_000  # ms; the server compiles what it has not run yet
 
 
@@ -41,19 +38,6 @@ def test_tokens_have_the_text_that_they_add(text):
     texts = split_text(tokenizer, ids)
     assert len(texts) == len(ids)
     assert "".join(texts) == tokenizer.decode(ids)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    chromium = os.environ.get("VLLAMA_CHROMIUM") or shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("needs chromium and playwright: apt-get install chromium; pip install playwright")
-    if "VLLAMA_CHROMIUM" not in os.environ:
-        pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as runner:
-        yield runner.chromium.launch(executable_path=chromium, args=FLAGS)
 
 
 @pytest.fixture(scope="module")

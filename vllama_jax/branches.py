@@ -1,7 +1,7 @@
 """Branches: networks that make media tokens for the language model. The table `BRANCHES` has an entry for each.
 
 Data, training, memory estimates, feature caches, chat and evaluation read the table. To add a branch, add its config
-class and its entry here, its module in `nn/` and its rules in `convert/` (docs/architecture.md). Importing this module
+class and its entry here, its module in `nn/` and its rules in `convert/` (docs/extending.md). Importing this module
 imports no jax.
 """
 

@@ -109,10 +109,11 @@ def check_segments_fit(
 def _describe_segments(file: SegmentedMedia, config: VideoLlamaConfig, num_segments: int) -> prompts.Media:
     """Return the description of a file for a prompt, if it had this number of segments and its declared duration."""
     sampling, (kind, has_audio, duration) = file.sampling, file.header
-    end = max(min(sampling.end, duration or _LONG), sampling.start)  # the digits of timestamps are tokens
+    start, end = sampling.window
+    end = max(min(end, duration or _LONG), start)  # the digits of timestamps are tokens
     with_audio = file.audio and has_audio and "audio" in count_media_tokens(config)
     segments = []
-    for first, last in itertools.pairwise(np.linspace(sampling.start, end, num_segments + 1).tolist()):
+    for first, last in itertools.pairwise(np.linspace(start, end, num_segments + 1).tolist()):
         times = np.linspace(first, last, sampling.num_frames or config.num_frames, endpoint=False).tolist()
         segments.append(prompts.Media(kind, with_audio, tuple(times) if kind == "video" else (), (first, last)))
     return prompts.Media(kind, segments=tuple(segments))

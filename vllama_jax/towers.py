@@ -1,7 +1,7 @@
 """Vision towers: the encoders of frames. The table `TOWERS` has an entry for each.
 
 To add a tower, add its config class and its entry here, its module in `nn/` and its rules in `convert/`
-(docs/architecture.md). Importing this module imports no jax.
+(docs/extending.md). Importing this module imports no jax.
 """
 
 import dataclasses

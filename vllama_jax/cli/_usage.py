@@ -28,7 +28,7 @@ Command = Callable[..., None]
 JsonFlag = Annotated[bool, tyro.conf.arg(name="json")]  # --json; a parameter `json` would shadow the module
 TYRO_CONFIG = (tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone, tyro.conf.PositionalMetavarFromFieldName)
 UNWRAPPED_COLUMNS = "10000"  # a terminal width at which tyro wraps no line
-TYPES = {"INT": "a whole number", "FLOAT": "a number"}
+TYPES = {"INT": "a whole number", "FLOAT": "a number", "FLOAT|STR": "a time"}
 _FLAG = re.compile(r"│ +(--[\w.-]+)(?: (\S+))?")  # an option and its type in unwrapped help
 _NO_DEFAULT = re.compile(r"\(default:[\s│]*(?:None|True|False|'')?[\s│]*\)")
 _FIELD = re.compile(r"[a-z][\w.]*(?= )")

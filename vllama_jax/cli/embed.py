@@ -39,7 +39,7 @@ def embed(
 
     Example: vllama embed *.mp4 *.jpg --features imagebind --model MODEL --out features.safetensors
 
-    docs/usage.md describes the arrays, the index, and what can be compared with what.
+    docs/embeddings.md describes the arrays, the index, and what can be compared with what.
 
     Args:
         files: The files.

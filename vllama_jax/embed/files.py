@@ -116,7 +116,7 @@ def embed_files(model: Model, files: Iterable[str | Path], **options: Any) -> It
     """Compute features of media files in batches. Files are decoded while others are encoded.
 
     ImageBind's vectors of frames and of audio clips are in one space: their cosine similarities are meaningful, also
-    between an image and audio. The norm of a vector is not: it is 1 for frames and 20 for audio (docs/usage.md).
+    between an image and audio. The norm of a vector is not: it is 1 for frames and 20 for audio (docs/embeddings.md).
 
     Args:
         model: A model from `load`, or from `load_encoders`, which needs less memory.

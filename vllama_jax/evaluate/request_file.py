@@ -131,7 +131,7 @@ MAX_ANSWERS = 128
 
 
 def _take_numbers(fields: Mapping[str, Any], kind: type, names: Any) -> dict[str, Any]:
-    """Return the numbers among the fields of a dataclass. Raises DataError for another type."""
+    """Return the numbers and times among the fields of a dataclass. Raises DataError for another type."""
     types = {field.name: str(field.type) for field in dataclasses.fields(kind)}
     found = {}
     for name in names:
@@ -139,6 +139,8 @@ def _take_numbers(fields: Mapping[str, Any], kind: type, names: Any) -> dict[str
             continue
         value = fields[name]
         allowed: tuple[type, ...] = (int, float) if "float" in types[name] else (int,)
+        if "str" in types[name]:  # a time, which `FrameSampling` checks
+            allowed += (str,)
         if type(value) not in allowed:
             wanted = "a number" if float in allowed else "an integer"
             raise DataError(f"{name} must be {wanted}, not {format_value(value)}")

@@ -79,7 +79,7 @@ def read_media(
     """Read a video, an image or audio. The kind is detected from the content, not from a file name.
 
     An animated image is a video. An audio file with a cover image is audio. Only what is needed is decoded, with seeks
-    to key frames and to the samples of the clips where the container permits it (docs/usage.md).
+    to key frames and to the samples of the clips where the container permits it (docs/chat.md).
 
     Args:
         source: A file, a directory of images, bytes, a file object, arrays or a URL; see `open_source`.

@@ -13,9 +13,17 @@ from vllama_jax.media.audio_stream import can_seek_audio, decode_audio_range
 from vllama_jax.media.files import FULL_RANGE, check_file, find_audio_stream, image_format, open_container
 from vllama_jax.media.frame_sampling import FrameSampling, past_the_end
 from vllama_jax.media.report import MediaReport
+from vllama_jax.media.timed_frames import (
+    BY_TIME,
+    TimestampError,
+    check_timestamps,
+    may_be_timed,
+    note_all_packets,
+)
 from vllama_jax.media.truncation import find_truncation
 
 if TYPE_CHECKING:
+    from av.audio.stream import AudioStream
     from av.container import InputContainer
     from jaxtyping import Float32
 
@@ -68,13 +76,31 @@ def read_audio_window(container: InputContainer, path: str, sampling: FrameSampl
     if stream is None:
         raise MediaError(f"{path}: the file has no audio; choose a file with audio")
     is_partial = num_clips is not None or sampling.window != FULL_RANGE
-    may_seek = is_partial and can_seek_audio(container, stream, path, clock=None)
+    notes = _check_times(container, stream, path) if is_partial else ()
+    may_seek = is_partial and can_seek_audio(container, stream, path, clock=None, by_time=notes == (BY_TIME,))
     decoded = decode_audio_range(path, num_clips, sampling.window, on_clock=False, may_seek=may_seek)
-    if sampling.start and decoded.end <= sampling.start and decoded.end:
-        raise MediaError(past_the_end(path, sampling.start, decoded.end))
+    start, _ = sampling.window
+    if start and decoded.end <= start and decoded.end:
+        raise MediaError(past_the_end(path, start, decoded.end))
     if decoded.sample_rate is None:
         raise MediaError(f"{path}: the audio cannot be used: {decoded.failure}")
     truncation = find_truncation(path)
-    notes = (*((truncation.note,) if truncation else ()), *decoded.notes, *sampling.make_notes(0, decoded.duration))
+    notes = (
+        *notes,
+        *((truncation.note,) if truncation else ()),
+        *decoded.notes,
+        *sampling.make_notes(0, decoded.duration),
+    )
     report = MediaReport(path, "audio", num_frames=0, duration=decoded.duration, audio="used", notes=notes)
     return Audio(decoded.waveform, decoded.sample_rate, report, decoded.mel)
+
+
+def _check_times(container: InputContainer, stream: AudioStream, path: str) -> tuple[str, ...]:
+    """Check the timestamps of a long file without an index, and return a remark for the report, if any."""
+    try:
+        if may_be_timed(container, path):
+            check_timestamps(container, stream, path)
+            return (BY_TIME,)
+    except TimestampError as error:
+        return (note_all_packets(error),)
+    return ()

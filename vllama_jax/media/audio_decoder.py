@@ -293,7 +293,7 @@ class AudioDecoder:
     def _position_after_seek(self, frame: AudioFrame) -> int:
         """Return the position of the first frame after a seek, from its distance to a frame before the seek.
 
-        If timestamps are coarser than samples, the distance is rounded to a multiple of the frames' length.
+        If samples are not a whole number of timestamps, it is rounded to a multiple of the frames' length.
         """
         limit, self._seek_limit = self._seek_limit, None
         if self._anchor is None or limit is None or frame.pts is None:
@@ -301,9 +301,9 @@ class AudioDecoder:
             return self._end
         timestamp, position, length = self._anchor
         distance = (frame.pts - timestamp) * self._tick * self._rate
-        unit = self._samples_per_tick
-        rounded = round(distance) if unit <= 1 else length * round(distance / length)
-        self._misplaced |= abs(distance - rounded) > (unit if unit > 1 else 0) or position + rounded > limit
+        rounded = round(distance) if self._ticks_per_sample else length * round(distance / length)
+        tolerance = 0 if self._ticks_per_sample else max(self._samples_per_tick, 1)
+        self._misplaced |= abs(distance - rounded) > tolerance or position + rounded > limit
         self.may_seek &= position + rounded >= self._end
         self._skipped = True
         return position + rounded

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from vllama_jax.errors import MediaError
 from vllama_jax.media.audio_decoder import AudioDecoder, DecodedAudio
-from vllama_jax.media.clock import Clock
+from vllama_jax.media.clock import Clock, time_base
 from vllama_jax.media.files import demux, find_audio_stream, find_video_stream, open_container
 from vllama_jax.media.mp4_index import read_sample_table
 from vllama_jax.media.truncation import find_truncation
@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 _EXACT_FORMATS = ("flac", "wav", "w64", "mp3")
 
 
-def can_seek_audio(container: InputContainer, stream: AudioStream, path: str, clock: Clock | None) -> bool:
+def can_seek_audio(
+    container: InputContainer, stream: AudioStream, path: str, clock: Clock | None, by_time: bool = False
+) -> bool:
     """Return whether samples after a seek have the positions that decoding from the start gives them.
 
     Args:
@@ -29,7 +31,10 @@ def can_seek_audio(container: InputContainer, stream: AudioStream, path: str, cl
         stream: Its audio stream.
         path: The file.
         clock: The clock that positions refer to, after it has seen all packets; None if they are counted.
+        by_time: Whether the file is long, and its timestamps were checked (`timed_frames.check_timestamps`).
     """
+    if by_time:
+        return True
     if find_truncation(path):
         return False
     name = container.format.name
@@ -98,9 +103,18 @@ def decode_packets(
             if may_stop and decoder.is_complete:
                 return
             if (target := decoder.find_seek_target()) is not None:
-                container.seek(target, stream=decoder.stream)
+                _seek_audio(container, decoder.stream, target)
                 packets = demux(container, decoder.stream)
     except av.FFmpegError as error:
         raise MediaError(
             f"{path}: reading fails before the end of the file ({error.strerror}); download or copy it again"
         ) from error
+
+
+def _seek_audio(container: InputContainer, stream: AudioStream, target: int) -> None:
+    """Seek to a timestamp of an audio stream. The index of a Matroska file lists key frames of its video only."""
+    video = find_video_stream(container) if container.format.name.startswith("matroska") else None
+    if video is None:
+        container.seek(target, stream=stream)
+    else:
+        container.seek(int(target * time_base(stream) / time_base(video)), stream=video)

@@ -21,7 +21,7 @@ MAX_PRIMING = 0.1  # s; encoders put up to this much audio before the first fram
 _TIME_TOLERANCE = 0.005  # s; annotations are rounded to hundredths of seconds, Matroska to thousandths
 _RESET_THRESHOLD = 0.1  # s; decoding timestamps ascend, except for rounding, unless the timestamps are reset
 _GAP_THRESHOLD = 10.0  # s; like FFmpeg's command line, take a longer gap in a transport stream for a reset
-_TS_DISCONT = 0x200  # FFmpeg's flag of formats whose timestamps may be discontinuous
+TS_DISCONT = 0x200  # FFmpeg's flag of formats whose timestamps may be discontinuous
 
 
 class Clock:
@@ -37,7 +37,7 @@ class Clock:
         self._units = {stream.index: time_base(stream) for stream in (video, audio) if stream is not None}
         starts = [self._seconds(stream, stream.start_time or 0) for stream in (video, audio) if stream is not None]
         self._offsets = [-starts[0] if starts[0] - min(starts) <= MAX_PRIMING else -min(starts)]
-        self._may_be_discontinuous = bool(container.format.flags & _TS_DISCONT)
+        self._may_be_discontinuous = bool(container.format.flags & TS_DISCONT)
         self._video = video
         self._end = 0.0  # of the last frame so far, in seconds
         self._resets: dict[int, int] = {}  # stream index → number of resets so far

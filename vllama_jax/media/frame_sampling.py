@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
 
 MAX_RATE = 1000  # frames per second; the instants of a window are listed, and videos have fewer frames
 _TIME_TOLERANCE = 1e-6  # s; of sums of floating-point timestamps
+_CLOCK_TIME = re.compile(r"(?:(\d{1,6}):)?(\d{1,6}):(\d\d?(?:\.\d*)?)", re.ASCII)  # H:MM:SS or MM:SS
+_NUMBER = re.compile(r"[-+]?(?:inf|nan|(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?)", re.ASCII | re.IGNORECASE)
 _END_TOLERANCE = 0.1  # s; by which a window may extend past the end of the file without a note
 
 
@@ -31,8 +34,8 @@ class FrameSampling:
         fps: Frames per second to sample from a video, instead of a number of frames.
         max_frames: With a rate, sample at most this number of frames, at even intervals. The report has a note
             if this limit applies.
-        start: Start of the window, in seconds.
-        end: End of the window, in seconds. The window ends at the end of the file at the latest.
+        start: Start of the window: seconds, or a text such as 62:03.5 or 1:02:03.5.
+        end: End of the window, likewise. The window ends at the end of the file at the latest.
         segments: Cut the window into this number of segments of equal length. Each is sampled and encoded by itself.
 
     Raises:
@@ -42,11 +45,14 @@ class FrameSampling:
     num_frames: int | None = None
     fps: float | None = None
     max_frames: int | None = None
-    start: float = 0.0
-    end: float = math.inf
+    start: float | str = 0.0
+    end: float | str = math.inf
     segments: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            object.__setattr__(self, name, parse_time(name, getattr(self, name)))
+        start, end = self.window
         for name in ("num_frames", "max_frames", "segments"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
@@ -60,15 +66,15 @@ class FrameSampling:
             raise ConfigError("max_frames needs fps: without it, give the number of frames instead")
         if self.segments > 1 and self.fps is not None:
             raise ConfigError("segments have the same number of frames each: give it instead of fps")
-        if not (math.isfinite(self.start) and self.start >= 0):
-            raise ConfigError(f"start must be at least 0 s, not {self.start:g}")
-        if not self.end > self.start:
-            raise ConfigError(f"end must be above the start of the window, {self.start:g} s, not {self.end:g}")
+        if not (math.isfinite(start) and start >= 0):
+            raise ConfigError(f"start must be at least 0 s, not {start:g}")
+        if not end > start:
+            raise ConfigError(f"end must be above the start of the window, {start:g} s, not {end:g}")
 
     @property
     def window(self) -> tuple[float, float]:
         """Start and end of the window, in seconds."""
-        return self.start, self.end
+        return float(self.start), float(self.end)
 
     def make_sampler(self, path: str, num_frames: int, max_positions: int | None = None) -> WindowSampler:
         """Return the function that chooses the frames of a video, for `video.decode_window`.
@@ -85,8 +91,8 @@ class FrameSampling:
         """
 
         def sample(times: FrameTimes, window: range) -> Int64[np.ndarray, "t"]:
-            if self.start >= times.end:
-                raise MediaError(past_the_end(path, self.start, times.end))
+            if self.window[0] >= times.end:
+                raise MediaError(past_the_end(path, self.window[0], times.end))
             if self.fps is None:
                 return window.start + frame_indices(len(window), self.num_frames or num_frames)
             indices = self._sample_by_rate(times, window)
@@ -102,8 +108,8 @@ class FrameSampling:
 
     def _sample_by_rate(self, times: FrameTimes, window: range) -> Int64[np.ndarray, "t"]:
         """Return the frames that are visible at every multiple of 1 / fps from the start of the window on."""
-        start = max(self.start, float(times.starts[window.start]))
-        end = min(self.end, times.end)
+        start = max(self.window[0], float(times.starts[window.start]))
+        end = min(self.window[1], times.end)
         instants = start + np.arange(self._count(end - start)) / (self.fps or 1)
         visible = np.searchsorted(times.starts, instants + _TIME_TOLERANCE, side="right") - 1
         indices = np.unique(np.clip(visible, window.start, window.stop - 1))
@@ -122,9 +128,32 @@ class FrameSampling:
         notes = []
         if self.fps and num_frames == self.max_frames and self._count(duration) > num_frames:
             notes.append(f"limited to {num_frames} frames instead of {self.fps:g} per second")
-        if math.isfinite(self.end) and self.end - self.start - duration > _END_TOLERANCE:
-            notes.append(f"the file ends at {self.start + duration:.1f} s, before the end of the window")
+        start, end = self.window
+        if math.isfinite(end) and end - start - duration > _END_TOLERANCE:
+            notes.append(f"the file ends at {start + duration:.1f} s, before the end of the window")
         return tuple(notes)
+
+
+def parse_time(name: str, value: float | str) -> float:
+    """Return a time in seconds.
+
+    Args:
+        name: Its name, for the message.
+        value: Seconds, or a text: seconds, minutes and seconds (62:03.5), or hours, minutes and seconds (1:02:03.5).
+
+    Raises:
+        ConfigError: The text is not a time.
+    """
+    if not isinstance(value, str):
+        return value
+    if found := _CLOCK_TIME.fullmatch(value.strip()):
+        hours, minutes, seconds = int(found[1] or 0), int(found[2]), float(found[3])
+        if seconds < 60 and (found[1] is None or minutes < 60):
+            return 3600 * hours + 60 * minutes + seconds
+    elif _NUMBER.fullmatch(value.strip()):
+        return float(value)
+    shown = value if len(value) <= 40 else f"{value[:40]}…"
+    raise ConfigError(f"{name} must be a time in seconds, MM:SS or H:MM:SS, not {shown!r}")
 
 
 def frame_indices(total: int, num_frames: int) -> Int64[np.ndarray, "t"]:

@@ -1,11 +1,15 @@
 """Decode and scale the sampled frames of a video, with seeks if its key frames and timestamps are reliable.
 
-Frames are bit-identical to those of the original (decord): FFmpeg's bilinear filter scales them to a square.
+Frames are bit-identical to those of the original (decord): FFmpeg's bilinear filter scales them to a square. Between a
+key frame and a sampled frame of H.264 and HEVC, frames that no other frame refers to are not decoded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+import sys
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,9 +25,10 @@ from vllama_jax.media.files import (
     open_container,
 )
 from vllama_jax.media.packets import NO_TIMESTAMP, VideoPackets
+from vllama_jax.media.timed_frames import TimedFrames, TimestampError, find_group, stored_pts
 
 if TYPE_CHECKING:
-    from av import VideoFrame
+    from av import Packet, VideoFrame
     from av.container import InputContainer
     from av.filter import Graph
     from av.video.stream import VideoStream
@@ -33,6 +38,7 @@ if TYPE_CHECKING:
     FrameSampler = Callable[[FrameTimes], Int64[np.ndarray, "t"]]  # timestamps of all frames → ascending indices
 
 _SEEK_GAP = 16  # packets; over shorter gaps decoding continues, as a seek discards the decoder's state
+_SKIPPING_CODECS = ("h264", "hevc")  # each packet is a frame, and declares whether others refer to it
 
 
 class _SeekError(Exception):
@@ -42,7 +48,7 @@ class _SeekError(Exception):
 def decode_frames(
     container: InputContainer,
     stream: VideoStream,
-    packets: VideoPackets,
+    packets: VideoPackets | TimedFrames,
     sample_frames: FrameSampler,
     size: int,
     path: str,
@@ -52,7 +58,7 @@ def decode_frames(
     Args:
         container: The opened file.
         stream: Its video stream.
-        packets: All packets of the stream.
+        packets: All packets of the stream, or the frames that are found by their timestamps instead.
         sample_frames: Maps the timestamps of all frames to the ascending indices of the frames to decode. It is called
             a second time if decoding shows that the video's frames differ from its packets.
         size: Height and width of the frames that are returned, in pixels.
@@ -63,12 +69,16 @@ def decode_frames(
 
     Raises:
         MediaError: The frames cannot be decoded.
+        TimestampError: They cannot be found by their timestamps.
     """
     import av
 
-    times = packet_times(container, stream, packets)
+    times = frame_times(container, stream, packets)
     indices = sample_frames(times)
     graphs: _Graphs = {}
+    if isinstance(packets, TimedFrames):
+        found = _find_timed_frames(container, stream, packets, indices.tolist())
+        return np.stack([_to_rgb(frame, size, graphs) for frame in found]), indices, times
     try:
         frames = [_to_rgb(frame, size, graphs) for frame in _seek_frames(container, stream, packets, indices.tolist())]
     except (_SeekError, av.FFmpegError):
@@ -94,8 +104,10 @@ def prepare_decoder(stream: VideoStream, path: str) -> None:
     stream.thread_type = "AUTO"
 
 
-def packet_times(container: InputContainer, stream: VideoStream, packets: VideoPackets) -> FrameTimes:
+def frame_times(container: InputContainer, stream: VideoStream, packets: VideoPackets | TimedFrames) -> FrameTimes:
     """Return the timestamps of the frames that packets store, as if each shown packet were a frame."""
+    if isinstance(packets, TimedFrames):
+        return packets.times
     visible = ~packets.is_discarded
     return _sorted_times(container, stream, packets.seconds[visible], packets.duration[visible])
 
@@ -150,9 +162,17 @@ def _seek_frames(
     if len(order) and (ascending[0] == NO_TIMESTAMP or not np.diff(ascending).all()):
         raise _SeekError
     visible = ascending[~packets.is_discarded[order]]
+
+    def find_index(pts: int) -> int:
+        index = int(np.searchsorted(visible, pts))
+        if index == len(visible) or visible[index] != pts:
+            raise _SeekError
+        return index
+
     keys = order[packets.is_key[order]]  # packet numbers, in the order of their timestamps
-    frames: Iterator[VideoFrame] = iter(())
+    frames: Iterator[tuple[int, VideoFrame]] = iter(())
     reached = -_SEEK_GAP - 1
+    targets = deque(indices)
     for index in indices:
         target = visible[index]
         before = int(np.searchsorted(packets.pts[keys], target, side="right"))
@@ -160,30 +180,27 @@ def _seek_frames(
             raise _SeekError
         key = int(keys[before - 1])
         if key - reached > _SEEK_GAP:
-            frames = _frames_from_key(container, stream, packets, key, visible)
-        frame = next((frame for frame in frames if frame.pts == target), None)
+            group = _packets_from_key(container, stream, packets, key)
+            start = int(packets.pts[key]), int(np.searchsorted(visible, packets.pts[key]))
+            frames = _decode_group(stream, group, start, find_index, targets)
+        frame = next((frame for number, frame in frames if number == index), None)
         if frame is None:
             raise _SeekError
         reached = int(order[np.searchsorted(ascending, target)])
+        targets.popleft()
         yield frame
 
 
-def _frames_from_key(
-    container: InputContainer, stream: VideoStream, packets: VideoPackets, key: int, visible: Int64[np.ndarray, "m"]
-) -> Iterator[VideoFrame]:
-    """Seek to the key frame at the index `key` of `packets`, and yield the frames from there on.
+def _packets_from_key(
+    container: InputContainer, stream: VideoStream, packets: VideoPackets, key: int
+) -> Iterator[Packet]:
+    """Seek to the key frame at the index `key` of `packets`, and yield the packets from there on.
 
-    The target of the seek is not trusted: every packet is compared with `packets`, and every frame with the timestamps
-    `visible`. Frames that are shown before the key frame but stored after it (open groups of pictures) refer to frames
-    that are not decoded, and are skipped. A frame that is marked as a key frame may still need others (recovery
-    points), so only an intra-coded one is accepted.
+    The target of the seek is not trusted: every packet is compared with `packets`.
     """
-    from av.video.frame import PictureType
-
     key_pts, key_dts = int(packets.pts[key]), int(packets.dts[key])
     container.seek(key_pts if key_dts == NO_TIMESTAMP else key_dts, stream=stream)
     number = None
-    rank = int(np.searchsorted(visible, key_pts))
     for packet in demux(container, stream):
         if number is None and (packet.pts, packet.size) == (key_pts, packets.size[key]):
             number = key
@@ -196,15 +213,85 @@ def _frames_from_key(
             if (packet.pts, packet.size) != expected:
                 raise _SeekError
             number += 1
-        for frame in packet.decode():
-            if frame.pts is not None and frame.pts < key_pts:
-                continue
-            if rank == len(visible) or frame.pts != visible[rank]:
+        yield packet
+
+
+def _find_timed_frames(
+    container: InputContainer, stream: VideoStream, frames: TimedFrames, indices: Sequence[int]
+) -> Iterator[VideoFrame]:
+    """Yield the frames at ascending indices, which are found by their timestamps.
+
+    Raises:
+        TimestampError: A frame is not there, or its key frame does not suffice to decode it.
+    """
+    import av
+
+    decoded: Iterator[tuple[int, VideoFrame]] = iter(())
+    reached, longest = -sys.maxsize, _SEEK_GAP  # frames between a key frame and a sampled frame so far
+    targets = deque(indices)
+    try:
+        for index in indices:
+            if index - reached > longest:
+                group, key = find_group(container, stream, frames, index)
+                longest = max(longest, index - key)
+                packets = itertools.chain(group, demux(container, stream))
+                start = stored_pts(group[0]), key
+                decoded = _decode_group(stream, packets, start, frames.find_index, targets)
+            frame = next((frame for number, frame in decoded if number == index), None)
+            if frame is None:
                 raise _SeekError
-            if frame.pts == key_pts and frame.pict_type in (PictureType.P, PictureType.B):
-                raise _SeekError
-            rank += 1
+            reached = index
+            targets.popleft()
             yield frame
+    except (_SeekError, av.FFmpegError) as error:
+        raise TimestampError("its key frames are not reliable") from error
+
+
+def _decode_group(
+    stream: VideoStream,
+    packets: Iterable[Packet],
+    start: tuple[int, int],
+    find_index: Callable[[int], int],
+    targets: deque[int],
+) -> Iterator[tuple[int, VideoFrame]]:
+    """Decode the packets from a key frame on, and yield the frames with their indices.
+
+    Frames that are shown before the key frame but stored after it (open groups of pictures) refer to frames that are
+    not decoded, and are skipped. A frame that is marked as a key frame may still need others (recovery points), so only
+    an intra-coded one is accepted.
+
+    Args:
+        stream: The video.
+        packets: Its packets from the key frame on.
+        start: Presentation timestamp of the key frame, and the index of the first frame from it on.
+        find_index: Maps a presentation timestamp to the index of a frame. It raises an error if there is none.
+        targets: Indices of the frames that are needed. The caller removes the first one once it has the frame; before
+            it, frames that no other refers to may not be decoded.
+
+    Raises:
+        _SeekError: The decoded frames are not those of the packets.
+    """
+    from av.video.frame import PictureType
+
+    (key_pts, next_index), may_skip = start, False
+    for packet in packets:
+        needed = not may_skip or packet.pts is None or packet.is_discard or find_index(packet.pts) >= targets[0]
+        stream.codec_context.skip_frame = "DEFAULT" if needed else "NONREF"
+        for frame in packet.decode():
+            if frame.pts is None:
+                raise _SeekError
+            if frame.pts < key_pts:
+                continue
+            index = find_index(frame.pts)
+            if index < next_index or (index > next_index and not may_skip):
+                raise _SeekError
+            if frame.pts == key_pts:
+                if frame.pict_type in (PictureType.P, PictureType.B):
+                    raise _SeekError
+                # The fields of interlaced video may be separate packets, of which others refer to one only.
+                may_skip = stream.codec_context.name in _SKIPPING_CODECS and not frame.interlaced_frame
+            next_index = index + 1
+            yield index, frame
 
 
 def _decode_from_start(

@@ -17,6 +17,7 @@ from vllama_jax.errors import MediaError
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Float32, Float64, Int64
+    from scipy.sparse import csr_array
 
 SAMPLE_RATE = 16000  # Hz, of the features' input
 CLIP_SAMPLES = 2 * SAMPLE_RATE
@@ -233,7 +234,7 @@ def _log_mel(samples: Float64[np.ndarray, "n"]) -> Float64[np.ndarray, "frames 1
     previous = np.concatenate([frames[:, :1], frames[:, :-1]], axis=1)
     windowed = (frames - _PREEMPHASIS * previous) * np.hanning(_WINDOW)
     power = np.abs(np.fft.rfft(windowed, _FFT)[:, : _FFT // 2]) ** 2
-    return np.log(np.maximum(power @ mel_filters().T, _LOG_FLOOR))
+    return np.log(np.maximum(power @ _sparse_filters(), _LOG_FLOOR))
 
 
 @functools.cache
@@ -246,6 +247,18 @@ def mel_filters() -> Float64[np.ndarray, "128 256"]:
     left, center, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]
     bins = _mel_scale(np.arange(_FFT // 2) * (SAMPLE_RATE / _FFT))
     return np.clip(np.minimum((bins - left) / (center - left), (right - bins) / (right - center)), 0, None)
+
+
+@functools.cache
+def _sparse_filters() -> csr_array:
+    """Return `mel_filters` transposed, as a sparse array: 504 of its 32,768 weights are not zero.
+
+    A dense product also wakes the threads of BLAS, which wait busily for each other: reading a clip took 102 ms of CPU
+    time instead of 38.
+    """
+    from scipy.sparse import csr_array
+
+    return csr_array(mel_filters()).T
 
 
 def _mel_scale(hertz: Float64[np.ndarray, "*n"] | float) -> Float64[np.ndarray, "*n"]:

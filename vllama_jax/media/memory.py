@@ -33,8 +33,9 @@ def read_window(
             raise MediaError(
                 f"{source.name}: the file contains only audio, and audio is off; enable audio or choose a video"
             )
-        if sampling.start and sampling.start >= source.duration:
-            raise MediaError(past_the_end(source.name, sampling.start, source.duration))
+        start, _ = sampling.window
+        if start and start >= source.duration:
+            raise MediaError(past_the_end(source.name, start, source.duration))
         return _add_notes(read_audio_arrays(source, num_clips, sampling.window), sampling)
     sampler = sampling.make_sampler(source.name, DEFAULT_NUM_FRAMES, max_positions)
     if isinstance(source, VideoArrays):

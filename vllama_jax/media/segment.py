@@ -25,10 +25,11 @@ from vllama_jax.media.files import (
     open_container,
 )
 from vllama_jax.media.frame_sampling import FrameSampling, frame_indices, past_the_end
-from vllama_jax.media.frames import packet_times
+from vllama_jax.media.frames import frame_times
 from vllama_jax.media.image_frames import ImageFrames, read_image_frames
 from vllama_jax.media.memory import read_window
 from vllama_jax.media.sources import MediaFile, MediaSource, open_source
+from vllama_jax.media.timed_frames import TimedFrames
 from vllama_jax.media.video import DEFAULT_NUM_FRAMES, Video, decode_window, open_video, read_video
 
 if TYPE_CHECKING:
@@ -112,9 +113,10 @@ def _read_file_segments(
             yield from _read_audio_segments(container, path, sampling, num_clips)
             return
         opened = open_video(container, path)
-        bounds = _segment_bounds(path, sampling, packet_times(container, opened.stream, opened.packets).end)
+        bounds = _segment_bounds(path, sampling, frame_times(container, opened.stream, opened.packets).end)
         stream = opened.audio_stream if audio else None
-        may_seek = stream is not None and can_seek_audio(container, stream, path, opened.clock)
+        by_time = isinstance(opened.packets, TimedFrames)
+        may_seek = stream is not None and can_seek_audio(container, stream, path, opened.clock, by_time)
         sample_frames = sampling.make_sampler(path, DEFAULT_NUM_FRAMES)
         for span in itertools.pairwise(bounds):
             decoded = decode_audio_range(path, num_clips, span, on_clock=True, may_seek=may_seek) if stream else None
@@ -156,16 +158,17 @@ def _read_audio_segments(
     container: InputContainer, path: str, sampling: FrameSampling, num_clips: int | None
 ) -> Iterator[tuple[tuple[float, float], Audio]]:
     window = read_audio_window(container, path, sampling, num_clips=1)  # its end is certain only after decoding
-    for start, end in itertools.pairwise(_segment_bounds(path, sampling, sampling.start + window.report.duration)):
+    for start, end in itertools.pairwise(_segment_bounds(path, sampling, sampling.window[0] + window.report.duration)):
         segment = dataclasses.replace(sampling, start=start, end=end)
         yield (start, end), read_audio_window(container, path, segment, num_clips)
 
 
 def _segment_bounds(path: str, sampling: FrameSampling, duration: float) -> list[float]:
     """Return the start of each segment and the end of the last, in seconds."""
-    if sampling.start >= duration:
-        raise MediaError(past_the_end(path, sampling.start, duration))
-    return np.linspace(sampling.start, min(sampling.end, duration), sampling.segments + 1).tolist()
+    start, end = sampling.window
+    if start >= duration:
+        raise MediaError(past_the_end(path, start, duration))
+    return np.linspace(start, min(end, duration), sampling.segments + 1).tolist()
 
 
 def read_frames(

@@ -56,8 +56,8 @@ def open_source(source: MediaSource, *, allow_url: bool = False) -> Iterator[Ope
         allow_url: Whether http and https URLs are accepted. See `vllama_jax.media.download` for their limits.
 
     Yields:
-        The opened source. It is valid until the context ends, as temporary files are then removed. `MediaError`s that
-        are raised in the context have its name in place of a temporary path.
+        The opened source. It is valid until the context ends, as temporary files are then removed. A `MediaError` that
+        is raised in the context has its name in place of a temporary path.
 
     Raises:
         MediaError: The source is missing, empty, or of another type, or it is a URL without `allow_url`.

@@ -196,7 +196,8 @@ def _matroska(data: mmap.mmap) -> Truncation | None:
         if not last:
             break
         if last == _INFO:
-            info = {name: data[first : end or first] for name, first, end in _ebml_elements(data, content, last_end)}
+            elements = _ebml_elements(data, content, min(last_end, len(data)))
+            info = {name: data[first : end or first] for name, first, end in elements}
             scale = int.from_bytes(info.get(_SCALE, b"\x0f\x42\x40")[:8], "big")
             seconds = _ebml_float(info.get(_DURATION, b"")) * scale / 1e9
     if end is not None:

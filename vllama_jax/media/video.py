@@ -25,6 +25,15 @@ from vllama_jax.media.frame_sampling import FrameSampling, frame_indices
 from vllama_jax.media.frames import decode_frames, prepare_decoder
 from vllama_jax.media.packets import VideoPackets, read_packet_index, read_packets
 from vllama_jax.media.report import MediaReport
+from vllama_jax.media.timed_frames import (
+    BY_TIME,
+    TimedFrames,
+    TimestampError,
+    find_timed_frames,
+    may_be_timed,
+    note_all_packets,
+)
+from vllama_jax.media.truncation import find_truncation
 
 if TYPE_CHECKING:
     from av.audio.stream import AudioStream
@@ -143,22 +152,27 @@ def decode_video(
     if decoded is None and opened.audio_stream and audio:
         on_clock = time_range != FULL_RANGE
         clock = opened.clock if on_clock else None
-        may_seek = (num_clips is not None or on_clock) and can_seek_audio(container, opened.audio_stream, path, clock)
+        by_time = isinstance(opened.packets, TimedFrames)
+        may_seek = (num_clips is not None or on_clock) and can_seek_audio(
+            container, opened.audio_stream, path, clock, by_time
+        )
         decoded = decode_audio_range(path, num_clips, time_range, on_clock, may_seek)
     return decode_window(opened, sample_frames, size, audio, time_range, decoded)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class OpenedVideo:
     """An opened file with a video, and the list of its packets.
+
+    If the frames of a long file turn out not to be where their timestamps should be, the packets are listed then.
 
     Attributes:
         container: The opened file.
         path: Its path.
         stream: The video.
         audio_stream: The audio; None if there is none.
-        packets: All packets of the video.
-        clock: The clock of both, after it has seen all packets.
+        packets: All packets of the video; in a long file without an index, the frames that timestamps determine.
+        clock: The clock of both, after it has seen all packets, or in a file whose timestamps were checked.
         audio: The decoded audio, if it was decoded while the packets were listed.
         notes: Remarks for the report.
     """
@@ -167,7 +181,7 @@ class OpenedVideo:
     path: str
     stream: VideoStream
     audio_stream: AudioStream | None
-    packets: VideoPackets
+    packets: VideoPackets | TimedFrames
     clock: Clock
     audio: DecodedAudio | None = None
     notes: tuple[str, ...] = ()
@@ -181,6 +195,8 @@ def open_video(
     time_range: tuple[float, float] = FULL_RANGE,
 ) -> OpenedVideo:
     """List the packets of an opened video. If the file has to be read for this, decode its audio at the same time.
+
+    A long file without an index is not read if its frames can be found by their timestamps.
 
     Args:
         container: The opened file.
@@ -206,12 +222,31 @@ def open_video(
     packets = read_packet_index(path, stream, clock)
     if packets is not None:
         return OpenedVideo(container, path, stream, audio_stream, packets, clock)
+    reason: tuple[str, ...] = ()
+    try:
+        if may_be_timed(container, path):
+            timed, truncation = find_timed_frames(path, clock), find_truncation(path)
+            notes = (BY_TIME, *((truncation.note,) if truncation else ()))
+            return OpenedVideo(container, path, stream, audio_stream, timed, clock, notes=notes)
+    except TimestampError as error:
+        reason = (note_all_packets(error),)
     decoder = None
     if audio_stream and audio:
         decoder = AudioDecoder(container, audio_stream, path, num_clips, time_range, clock)
     packets, notes = read_packets(container, stream, decoder, clock, path)
     decoded = decoder.finish() if decoder else None
-    return OpenedVideo(container, path, stream, audio_stream, packets, clock, decoded, notes)
+    return OpenedVideo(container, path, stream, audio_stream, packets, clock, decoded, (*reason, *notes))
+
+
+def _list_packets(opened: OpenedVideo, error: TimestampError) -> None:
+    """List the packets of a video whose frames cannot be found by their timestamps, for the reason `error`."""
+    with open_container(opened.path) as container:
+        stream = find_video_stream(container)
+        if stream is None:
+            raise MediaError(f"{opened.path}: the file changed while it was read; read it again")
+        opened.clock = Clock(container, stream, find_audio_stream(container))
+        opened.packets, notes = read_packets(container, stream, None, opened.clock, opened.path)
+    opened.notes = (note_all_packets(error), *notes)
 
 
 def decode_window(
@@ -240,7 +275,11 @@ def decode_window(
     def sample_window(times: FrameTimes) -> Int64[np.ndarray, "t"]:
         return sample_frames(times, frames_in_range(times, time_range))
 
-    frames, indices, times = decode_frames(container, opened.stream, opened.packets, sample_window, size, path)
+    try:
+        frames, indices, times = decode_frames(container, opened.stream, opened.packets, sample_window, size, path)
+    except TimestampError as error:
+        _list_packets(opened, error)
+        frames, indices, times = decode_frames(container, opened.stream, opened.packets, sample_window, size, path)
     start, end = time_range
     duration = max(min(times.end, end) - start, 0.0)
     decoded = decoded or DecodedAudio()

@@ -213,7 +213,7 @@ def _sampling(fields: MediaFields, name: Literal["video", "audio"]) -> FrameSamp
     if not options:
         return FrameSampling()
     chosen = {key: value for key in type(options).model_fields if (value := getattr(options, key)) is not None}
-    if not all(math.isfinite(value) for value in chosen.values()):
+    if not all(isinstance(value, str) or math.isfinite(value) for value in chosen.values()):
         raise ApiError(400, f"media_io_kwargs.{name}: a value is not a number", param=f"media_io_kwargs.{name}")
     try:
         return FrameSampling(**chosen)

@@ -27,6 +27,7 @@ _PRELOADED = (
     "av.subtitles.stream",
     "PIL.Image",
     "scipy.signal",
+    "scipy.sparse",
     "vllama_jax.media.mel",
     "vllama_jax.media.video",
 )

@@ -27,12 +27,13 @@ from vllama_jax.serve.uploads import Uploads
 from vllama_jax.text import prompts
 
 CLIP_SECONDS = 2.0  # of an audio clip (media.mel)
+MAX_DECODED_BYTES = 64 * MEBIBYTE  # about ten videos: the page shows, asks about and explains the same file
 Value = TypeVar("Value")
 Encode = Callable[[PreparedMedia], Sequence[np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodedMedia:
+class EncodedFile:
     """An encoded media file.
 
     Attributes:
@@ -55,7 +56,7 @@ class RequestedMedia:
         info: The report on it.
     """
 
-    encoded: EncodedMedia
+    encoded: EncodedFile
     info: MediaInfo
 
 
@@ -114,8 +115,11 @@ class MediaReader:
     ):
         self._model, self._options, self._decoders, self._uploads = model, options, decoders, uploads
         self._limits, self._metrics = limits, metrics
-        self._results: SharedResults[EncodedMedia] = SharedResults(
+        self._results: SharedResults[EncodedFile] = SharedResults(
             options.cache_megabytes * MEBIBYTE, lambda encoded: sum(array.nbytes for array in encoded.arrays)
+        )
+        self._decoded: SharedResults[PreparedMedia] = SharedResults(
+            MAX_DECODED_BYTES, lambda prepared: sum(array.nbytes for array in prepared.arrays.values())
         )
         self._encoder = concurrent.futures.ThreadPoolExecutor(1, "vllama-encoder")
         self._openers = concurrent.futures.ThreadPoolExecutor(16, "vllama-media")
@@ -180,9 +184,10 @@ class MediaReader:
             loop = asyncio.get_running_loop()
             with contextlib.ExitStack() as stack:
                 paths, digests = await loop.run_in_executor(self._openers, self._open, stack, reference, owner)
-                key = (digests, encode, dataclasses.replace(reference, part="", urls=()))
-                compute = functools.partial(self._decode_and_encode, reference, paths, encode)
-                encoded, cached = await self._results.get(key, compute)
+                key = (digests, dataclasses.replace(reference, part="", urls=()))
+                decode = functools.partial(self._decode, reference, paths)
+                compute = functools.partial(self._encode_decoded, key, decode, encode)
+                encoded, cached = await self._results.get((key, encode), compute)
         except ConfigError as error:
             raise ApiError(400, f"{place}: {error}", param=place) from error
         except ApiError as error:
@@ -202,9 +207,7 @@ class MediaReader:
         )
         return paths, tuple(map(digest_file, paths))
 
-    async def _decode_and_encode(
-        self, reference: MediaReference, paths: tuple[str, ...], encode: Encode
-    ) -> EncodedMedia:
+    async def _decode(self, reference: MediaReference, paths: tuple[str, ...]) -> PreparedMedia:
         job = DecodingJob(
             paths=paths,
             kind=reference.kind,
@@ -214,10 +217,15 @@ class MediaReader:
             audio=reference.audio,
         )
         with self._metrics.decode_seconds.time():
-            prepared = await self._decoders.decode(job)
+            return await self._decoders.decode(job)
+
+    async def _encode_decoded(
+        self, key: Hashable, decode: Callable[[], Awaitable[PreparedMedia]], encode: Encode
+    ) -> EncodedFile:
+        prepared, _ = await self._decoded.get(key, decode)
         with self._metrics.encode_seconds.time():
             arrays = await asyncio.get_running_loop().run_in_executor(self._encoder, encode, prepared)
-        return EncodedMedia(dataclasses.replace(prepared, frames=None, mel=None), prepared.prompt_media, arrays)
+        return EncodedFile(dataclasses.replace(prepared, frames=None, mel=None), prepared.prompt_media, arrays)
 
     def _compile(self) -> None:
         config = self._model.config

@@ -1,7 +1,6 @@
 """The page of the server at `/`, and the routes that only it uses."""
 
 import asyncio
-import concurrent.futures
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -56,8 +55,12 @@ class _PageFiles(StaticFiles):
 
 def add_page(app: FastAPI, service: Service) -> None:
     """Add the page and its routes to an app, which has all other routes already."""
-    attention = concurrent.futures.ThreadPoolExecutor(1, "vllama-attention")  # one at a time: it takes a forward pass
+    _add_overview(app, service)
+    _add_views(app, service)
+    app.mount("/", _PageFiles(directory=PAGE, html=True), name="page")
 
+
+def _add_overview(app: FastAPI, service: Service) -> None:
     @app.get("/page/overview", include_in_schema=False)
     async def overview() -> dict[str, Any]:
         """Describe the model, its limits and the examples."""
@@ -83,6 +86,10 @@ def add_page(app: FastAPI, service: Service) -> None:
         if name not in {file for file, *_ in EXAMPLES} or not (CLIPS / name).is_file():
             raise ApiError(404, "there is no such example")
         return FileResponse(CLIPS / name)
+
+
+def _add_views(app: FastAPI, service: Service) -> None:
+    one_at_a_time = asyncio.Lock()  # for attention, which takes a forward pass of the language model
 
     def describe(prepared: PreparedMedia) -> Sequence[np.ndarray]:
         """Return a preview as the bytes of its JSON, which the cache of encoded media keeps."""
@@ -111,9 +118,8 @@ def add_page(app: FastAPI, service: Service) -> None:
         arrays, read = ([one.encoded.arrays for one in found] for found in (media, shares))
         arguments = service.model, conversation, arrays, read, dialog.answer_start
         try:
-            found = await asyncio.get_running_loop().run_in_executor(attention, find_attended_media, *arguments)
+            async with one_at_a_time:
+                found = await asyncio.to_thread(find_attended_media, *arguments)
         except ContextLengthError as error:
             raise ApiError(400, str(error), code="context_length_exceeded") from error
         return JSONResponse({"tokens": found})
-
-    app.mount("/", _PageFiles(directory=PAGE, html=True), name="page")

@@ -128,15 +128,15 @@ class VideoOptions(ApiModel):
     num_frames: int | None = None
     fps: float | None = Field(default=None, le=MAX_FPS)
     max_frames: int | None = None
-    start: float | None = None
-    end: float | None = None
+    start: float | str | None = None
+    end: float | str | None = None
 
 
 class AudioOptions(ApiModel):
-    """Which part of audio files is used, in seconds."""
+    """Which part of audio files is used: times in seconds, or texts as in `vllama chat`."""
 
-    start: float | None = None
-    end: float | None = None
+    start: float | str | None = None
+    end: float | str | None = None
 
 
 class MediaOptions(ApiModel):
