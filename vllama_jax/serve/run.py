@@ -108,6 +108,7 @@ async def serve_until(
     """Answer requests until one of the events is set or the engine fails, then finish what runs; see `run_server`."""
     config = uvicorn.Config(
         make_app(service),
+        http="h11",  # limits the size of headers; httptools, which uvicorn would prefer if installed, does not
         log_config=None,
         access_log=False,
         lifespan="on",
