@@ -15,7 +15,7 @@ LAYERS = (
     {"config", "branches", "towers", "io", "runtime", "sharding"},
     {"nn", "media", "text"},
     {"checkpoints", "generate"},
-    {"model", "chat", "data", "segments", "answering"},
+    {"model", "chat", "data", "segments", "media_tokens", "answering"},
     {"train", "evaluate", "embed", "memory", "convert", "configs", "publish"},
     {"aot", "serve"},
     {"miniature"},

@@ -28,9 +28,10 @@ from timing import compare, parse_arguments, write_results
 
 import vllama_jax as vl
 from vllama_jax.answering import AnsweringOptions, FileQuestion, answer_questions
-from vllama_jax.chat import PreparedMedia, embed_prompt, encode_media, make_engine, prepare_media
+from vllama_jax.chat import embed_prompt, make_engine
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.generate import Request
+from vllama_jax.media_tokens import PreparedMedia, encode_media, prepare_media
 from vllama_jax.model import Model
 from vllama_jax.nn.video_llama import VideoLlama
 from vllama_jax.text import prompts

@@ -243,8 +243,8 @@ def measure_offline(work: Work, numbers: Sequence[int], rows: int) -> tuple[floa
         The time and the CPU time in seconds, and the answers by number.
     """
     from vllama_jax.answering import AnsweringOptions, FileQuestion, answer_questions
-    from vllama_jax.chat import PreparedMedia, prepare_media
     from vllama_jax.config import GREEDY
+    from vllama_jax.media_tokens import PreparedMedia, prepare_media
     from vllama_jax.model import load
 
     model = load("miniature")

@@ -32,11 +32,11 @@ from quantized import read_memory_mb
 
 import vllama_jax as vl
 from vllama_jax.answering import AnsweringOptions, FileQuestion, answer_questions
-from vllama_jax.chat import PreparedMedia, prepare_media
 from vllama_jax.checkpoints.shipped import CLIPS
 from vllama_jax.config import GenerationConfig
 from vllama_jax.generate import EmbeddedPrompt, Engine, Request
 from vllama_jax.media import FrameSampling
+from vllama_jax.media_tokens import PreparedMedia, prepare_media
 from vllama_jax.miniature.scene import KINDS, draw_scene
 from vllama_jax.miniature.texts import QUESTIONS
 from vllama_jax.miniature.world import write_wav

@@ -11,9 +11,9 @@ from PIL import Image
 
 import vllama_jax as vl
 from vllama_jax import generate
-from vllama_jax.chat import prepare_media, preprocess_media
 from vllama_jax.convert import convert, plan
 from vllama_jax.convert.tiny import write_tiny
+from vllama_jax.media_tokens import prepare_media, preprocess_media
 from vllama_jax.text import prompts
 from vllama_jax.text.templates import find_template
 

@@ -10,11 +10,11 @@ import pytest
 from media_fixtures import write_media
 from networks import random_network, tiny_on_small_images
 
-from vllama_jax.chat import prepare_media
 from vllama_jax.embed import FileFeatures, embed_files, load_encoders
 from vllama_jax.embed.files import _make_batches, _make_chunks
 from vllama_jax.embed.outputs import select_outputs
 from vllama_jax.errors import ConfigError
+from vllama_jax.media_tokens import prepare_media
 from vllama_jax.model import Model
 
 ALL_OUTPUTS = {

@@ -136,7 +136,7 @@ def test_a_branch_reads_the_frames_of_the_model_in_a_chat(extension):
 
 
 def test_frames_are_normalized_for_the_tower_of_the_model(extension, clip):
-    prepared = vl.chat.prepare_media(clip, EXTENDED, audio=False)
+    prepared = vl.media_tokens.prepare_media(clip, EXTENDED, audio=False)
     raw = vl.media.read_video(clip, EXTENDED.num_frames, SIGLIP.image_size, audio=False).frames
     np.testing.assert_allclose(prepared.frames, (raw / 255 - 0.5) / 0.5, atol=1e-6)
 
@@ -217,8 +217,10 @@ def test_a_chat_prompt_has_the_tokens_of_both_branches(extension):
     network = jax.tree.map(jnp.asarray, random_network(EXTENDED))
     assert [branch.name for branch in network.branches] == ["vision", "motion"]
     frames = np.random.default_rng(0).standard_normal((3, 32, 32, 3), np.float32)
-    prepared = vl.chat.PreparedMedia(vl.MediaReport("clip", "video", 3, 1.0, "absent"), frames, None, (0.0, 0.1, 0.2))
-    (tokens,) = vl.chat.encode_media(network, prepared)
+    prepared = vl.media_tokens.PreparedMedia(
+        vl.MediaReport("clip", "video", 3, 1.0, "absent"), frames, None, (0.0, 0.1, 0.2)
+    )
+    (tokens,) = vl.media_tokens.encode_media(network, prepared)
     vision_tokens = jax.jit(lambda network, x: network.encode_video(x))(network, frames[None])[0]
     motion = jax.jit(lambda network, x: network.motion.tokens(network.motion.encode(x)))(network, frames[None])[0]
     np.testing.assert_allclose(tokens, np.concatenate([vision_tokens, motion]), atol=1e-5)
@@ -230,7 +232,7 @@ def test_features_of_files_have_the_tokens_of_the_branch(extension, tmp_path):
     model = vl.Model(EXTENDED, tokenizer=None, network=jax.tree.map(jnp.asarray, random_network(EXTENDED)))
     (found,) = vl.embed_files(model, [tmp_path / "image.png"])
     assert found.arrays.keys() == {"frames", "video_qformer", "video_tokens", "motion_tokens"}
-    frames = vl.chat.prepare_media(tmp_path / "image.png", EXTENDED).frames
+    frames = vl.media_tokens.prepare_media(tmp_path / "image.png", EXTENDED).frames
     motion = jax.jit(lambda network, x: network.motion.tokens(network.motion.encode(x)))(model.network, frames[None])[0]
     np.testing.assert_allclose(found.arrays["motion_tokens"], motion, atol=1e-5)
 

@@ -10,9 +10,9 @@ from media_fixtures import FPS, decode_frame_numbers, tone, write_audio, write_v
 from PIL import Image
 
 import vllama_jax as vl
-from vllama_jax.chat import prepare_media
 from vllama_jax.config import tiny
 from vllama_jax.media import FrameSampling, read_media
+from vllama_jax.media_tokens import prepare_media
 
 
 @pytest.fixture(scope="module")

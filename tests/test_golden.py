@@ -16,10 +16,11 @@ import pytest
 from conftest import GOLDEN_HEADS
 
 from vllama_jax import convert
-from vllama_jax.chat import Chat, prepare_media
+from vllama_jax.chat import Chat
 from vllama_jax.config import GenerationConfig
 from vllama_jax.generate import EmbeddedPrompt, generate
 from vllama_jax.generate.choose import warp_logits
+from vllama_jax.media_tokens import prepare_media
 from vllama_jax.model import Model, load
 from vllama_jax.nn.video_llama import splice
 from vllama_jax.text import prompts

@@ -10,12 +10,13 @@ from types import SimpleNamespace
 import pytest
 
 import vllama_jax as vl
-from vllama_jax.chat import Answer, PreparedMedia
+from vllama_jax.chat import Answer
 from vllama_jax.cli import _interactive
 from vllama_jax.cli._display import Display
 from vllama_jax.cli._interactive import COMMANDS, Session, run_chat, run_line
 from vllama_jax.cli.chat import _print_json as print_json
 from vllama_jax.errors import ContextLengthError
+from vllama_jax.media_tokens import PreparedMedia
 from vllama_jax.text.prompts import Media, Turn, start_conversation
 
 REPORT = vl.MediaReport("a.mp4", "video", 8, 4.0, "used")

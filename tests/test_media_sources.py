@@ -19,7 +19,6 @@ from cli_fixtures import expect_error_line, expect_usage_error, run_vllama
 from PIL import Image
 
 import vllama_jax as vl
-from vllama_jax.chat import prepare_media
 from vllama_jax.media import (
     AudioArrays,
     FrameSampling,
@@ -34,6 +33,7 @@ from vllama_jax.media import (
 )
 from vllama_jax.media.arrays import read_video_arrays
 from vllama_jax.media.image_frames import read_image_frames
+from vllama_jax.media_tokens import prepare_media
 
 
 def refusal(source: object, **options: object) -> str:

@@ -9,11 +9,10 @@ from cli_fixtures import expect_error_line
 from media_fixtures import FPS, decode_frame_numbers, tone, write_audio, write_video
 
 import vllama_jax as vl
-from vllama_jax import chat as chat_module
-from vllama_jax import cli, segments
+from vllama_jax import cli, media_tokens, segments
 from vllama_jax.branches import get_branches
-from vllama_jax.chat import encode_media, prepare_media
 from vllama_jax.media import FrameSampling, read_segments
+from vllama_jax.media_tokens import encode_media, prepare_media
 from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media
 
@@ -85,12 +84,12 @@ def test_tokens_of_segments_are_those_of_their_windows(model, video):
 
 
 def test_segments_are_encoded_one_at_a_time_by_the_same_programs(model, video, monkeypatch):
-    order, encode, preprocess = [], chat_module.encode_media, chat_module.preprocess_media
-    monkeypatch.setattr(chat_module, "preprocess_media", lambda *a, **k: order.append("read") or preprocess(*a, **k))
-    monkeypatch.setattr(chat_module, "encode_media", lambda *a, **k: order.append("encode") or encode(*a, **k))
+    order, encode, preprocess = [], media_tokens.encode_media, media_tokens.preprocess_media
+    monkeypatch.setattr(media_tokens, "preprocess_media", lambda *a, **k: order.append("read") or preprocess(*a, **k))
+    monkeypatch.setattr(media_tokens, "encode_media", lambda *a, **k: order.append("encode") or encode(*a, **k))
     vl.Chat(model).add(video, sampling=FrameSampling(segments=2), audio=False)
     assert order == ["read", "encode"] * 2
-    programs = [chat_module._compile_encoder(branch.name, False) for branch in get_branches(model.config)]
+    programs = [media_tokens._compile_encoder(branch.name, False) for branch in get_branches(model.config)]
     compiled = [program._cache_size() for program in programs]
     vl.Chat(model).add(video, sampling=FrameSampling(segments=4), audio=False)
     assert [program._cache_size() for program in programs] == compiled
@@ -99,7 +98,7 @@ def test_segments_are_encoded_one_at_a_time_by_the_same_programs(model, video, m
 
 def test_too_many_segments_are_an_error_before_anything_is_read(model, video, monkeypatch):
     """The message has the largest number that fits."""
-    monkeypatch.setattr(chat_module.media_files, "read_segments", None)
+    monkeypatch.setattr(media_tokens.media_files, "read_segments", None)
     chat = vl.Chat(model)
     chat._conversation = chat._conversation.ask("Hello?").answer("Hello.")
     with pytest.raises(vl.ConfigError) as caught:

@@ -92,7 +92,7 @@ def test_a_system_message_and_the_start_of_an_answer(server, model):
     messages = [{"role": "system", "content": "Answer in a few words."}, user(VIDEO, "Describe it.")]
     first = server.post({"messages": messages}).json()
     conversation = prompts.start_conversation(model.config.template, True, "Answer in a few words.")  # as Chat does
-    clip = vl.chat.prepare_media(CLIP, model.config)
+    clip = vl.media_tokens.prepare_media(CLIP, model.config)
     asked = conversation.add(clip.prompt_media).ask("Describe it.")
     counts = count_media_tokens(model.config)
     expected = prompts.encode_conversation(asked, model.tokenizer, [counts["audio"], counts["video"]])

@@ -15,7 +15,7 @@ import importlib.metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllama_jax import chat, config, convert, embed, generate, media, sharding
+    from vllama_jax import chat, config, convert, embed, generate, media, media_tokens, sharding
     from vllama_jax.chat import Chat
     from vllama_jax.checkpoints import quantize
     from vllama_jax.config import GenerationConfig, VideoLlamaConfig
@@ -52,6 +52,7 @@ _MODULES = {
     "embed": "vllama_jax.embed",
     "generate": "vllama_jax.generate",
     "media": "vllama_jax.media",
+    "media_tokens": "vllama_jax.media_tokens",
     "quantize": "vllama_jax.checkpoints.quantize",
     "sharding": "vllama_jax.sharding",
     "train": "vllama_jax.train",
@@ -79,6 +80,7 @@ __all__ = [
     "generate",
     "load",
     "media",
+    "media_tokens",
     "quantize",
     "save",
     "sharding",

@@ -16,18 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from vllama_jax.chat import (
-    EncodedMedia,
-    PreparedMedia,
-    embed_prompt,
-    encode_media,
-    encode_segments,
-    make_engine,
-    search_beams,
-)
+from vllama_jax.chat import embed_prompt, make_engine, search_beams
 from vllama_jax.config import GREEDY, GenerationConfig
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.media import MediaReport
+from vllama_jax.media_tokens import EncodedMedia, PreparedMedia, encode_media, encode_segments
 from vllama_jax.segments import SegmentedMedia, check_segments_fit
 from vllama_jax.text import prompts
 

@@ -199,8 +199,8 @@ def write_figures(out: Path, folder: Path) -> None:
         folder: Where the files are written.
     """
     import vllama_jax as vl
-    from vllama_jax.chat import prepare_media
     from vllama_jax.checkpoints.shipped import CLIPS, RESULTS
+    from vllama_jax.media_tokens import prepare_media
     from vllama_jax.miniature import attention_plots
     from vllama_jax.nn import attention_maps
 

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from vllama_jax.chat import PreparedMedia, prepare_media
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.media_tokens import PreparedMedia, prepare_media
 from vllama_jax.miniature import render
 from vllama_jax.miniature.images import map_in_processes
 from vllama_jax.miniature.scene import DIRECTIONS, Motion, Scene, draw_scene, randomize_sound

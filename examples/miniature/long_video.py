@@ -30,13 +30,14 @@ import numpy as np
 import tyro
 
 from vllama_jax.answering import AnsweringOptions, FileQuestion, answer_questions
-from vllama_jax.chat import PreparedMedia, embed_prompt, encode_segments, make_engine, prepare_media
+from vllama_jax.chat import embed_prompt, make_engine
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import GREEDY, GenerationConfig, RopeScaling
 from vllama_jax.errors import ConfigError, VllamaError
 from vllama_jax.generate import Request
 from vllama_jax.media import FrameSampling
 from vllama_jax.media.write import write_video
+from vllama_jax.media_tokens import PreparedMedia, encode_segments, prepare_media
 from vllama_jax.miniature import render, texts
 from vllama_jax.miniature.evaluate import MAX_NEW_TOKENS, Measure, format_measures, measure
 from vllama_jax.miniature.scene import DIRECTIONS, KINDS, Scene, draw_motion, draw_objects

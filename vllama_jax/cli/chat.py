@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vllama_jax.chat import DEFAULT_SAMPLING, Chat, PreparedMedia, check_num_frames, prepare_media
+from vllama_jax.chat import Chat
 from vllama_jax.checkpoints import shipped
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.checkpoints.shipped import MODEL_NAME, find_clip, is_shipped, shipped_model
@@ -24,6 +24,7 @@ from vllama_jax.config import GREEDY, GenerationConfig
 from vllama_jax.media import FrameSampling, ImageFrames, MediaReport, OpenedSource, open_source
 from vllama_jax.media.download import describe_url
 from vllama_jax.media.sources import is_url
+from vllama_jax.media_tokens import DEFAULT_SAMPLING, PreparedMedia, check_num_frames, prepare_media
 from vllama_jax.model import Model, load, remove_missing_branches
 from vllama_jax.segments import check_segments_fit, open_segments
 from vllama_jax.text.prompts import start_conversation

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from vllama_jax.branches import BRANCHES
-from vllama_jax.chat import check_num_frames, prepare_media
 from vllama_jax.checkpoints.directory import ModelDirectory, open_model
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.embed.outputs import FEATURES, Feature, Output, select_outputs
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.io.prefetch import map_in_order
 from vllama_jax.media import MediaReport
+from vllama_jax.media_tokens import check_num_frames, prepare_media
 from vllama_jax.model import Model, remove_missing_branches
 
 if TYPE_CHECKING:

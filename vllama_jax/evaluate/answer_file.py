@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 import xxhash
 
 from vllama_jax.answering import AnsweredQuestion, AnsweringOptions, FileQuestion, ReadableMedia, answer_questions
-from vllama_jax.chat import check_num_frames, prepare_media, resolve_sampling
 from vllama_jax.checkpoints.directory import ModelDirectory
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig, describe_changes
 from vllama_jax.errors import ConfigError, DataError
@@ -19,6 +18,7 @@ from vllama_jax.evaluate.request_file import FileRequest, InvalidRequest, read_r
 from vllama_jax.io.atomic import check_absent, ensure_directory, lock_directory, replace_file, replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.io.jsonl import JsonLinesFile
+from vllama_jax.media_tokens import check_num_frames, prepare_media, resolve_sampling
 from vllama_jax.segments import open_segments
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from vllama_jax import media
 from vllama_jax.answering import AnsweringOptions, FileQuestion, answer_questions
-from vllama_jax.chat import PreparedMedia, check_num_frames, preprocess_media
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.evaluate.questions import Question
 from vllama_jax.media import Audio, Image, MediaReport, Video
+from vllama_jax.media_tokens import PreparedMedia, check_num_frames, preprocess_media
 
 if TYPE_CHECKING:
     from vllama_jax.model import Model

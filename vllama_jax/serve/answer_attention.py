@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from vllama_jax.chat import PreparedMedia, embed_prompt
+from vllama_jax.chat import embed_prompt
 from vllama_jax.generate.prompt import EmbeddedPrompt, media_rows, padded_prompt_length
+from vllama_jax.media_tokens import PreparedMedia
 from vllama_jax.nn import attention_maps
 from vllama_jax.nn.video_llama import VideoLlama, splice
 from vllama_jax.text import prompts
@@ -56,7 +57,7 @@ def find_attended_media(
     Args:
         model: The model.
         conversation: The conversation, which ends with the question.
-        media: The media tokens of each file, as `chat.encode_media` returns them.
+        media: The media tokens of each file, as `media_tokens.encode_media` returns them.
         shares: What `read_shares` returns for each file.
         answer: The answer.
 

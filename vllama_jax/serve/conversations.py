@@ -5,9 +5,9 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
-from vllama_jax.chat import DEFAULT_SAMPLING
 from vllama_jax.errors import ConfigError
 from vllama_jax.media import FrameSampling
+from vllama_jax.media_tokens import DEFAULT_SAMPLING
 from vllama_jax.serve.errors import ApiError
 from vllama_jax.serve.protocol import (
     AudioPart,

@@ -15,10 +15,10 @@ from concurrent.futures import TimeoutError as FutureTimeoutError
 
 import pebble
 
-from vllama_jax.chat import PreparedMedia, check_num_frames, prepare_media, resolve_sampling
 from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import ConfigError, MediaError
 from vllama_jax.media import FrameSampling, ImageFrames, MediaFile, check_media
+from vllama_jax.media_tokens import PreparedMedia, check_num_frames, prepare_media, resolve_sampling
 from vllama_jax.serve.errors import ApiError, log_failure
 
 FILE = "<file>"  # stands for the file in messages, as several requests may wait for it
@@ -27,7 +27,6 @@ _PRELOADED = (
     "av.subtitles.stream",
     "PIL.Image",
     "scipy.signal",
-    "scipy.sparse",
     "vllama_jax.media.mel",
     "vllama_jax.media.video",
 )

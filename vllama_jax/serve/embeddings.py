@@ -10,9 +10,9 @@ from fastapi import Request
 from fastapi.responses import JSONResponse, Response
 
 from vllama_jax.branches import BRANCHES
-from vllama_jax.chat import PreparedMedia
 from vllama_jax.embed.outputs import select_outputs
 from vllama_jax.errors import ConfigError
+from vllama_jax.media_tokens import PreparedMedia
 from vllama_jax.model import Model
 from vllama_jax.serve.completions import run_until_disconnect
 from vllama_jax.serve.conversations import MediaReference, read_parts

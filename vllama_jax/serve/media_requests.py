@@ -11,9 +11,9 @@ from typing import Generic, Literal, TypeVar
 
 import numpy as np
 
-from vllama_jax.chat import PreparedMedia, encode_media
 from vllama_jax.errors import ConfigError
 from vllama_jax.media import MediaReport
+from vllama_jax.media_tokens import PreparedMedia, encode_media
 from vllama_jax.model import Model
 from vllama_jax.serve.conversations import MediaReference, count_frames
 from vllama_jax.serve.decoding import FILE, DecoderPool, DecodingJob, choose_sampling

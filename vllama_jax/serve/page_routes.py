@@ -11,10 +11,10 @@ from fastapi import FastAPI, Request
 from fastapi.responses import FileResponse, JSONResponse, Response
 from fastapi.staticfiles import StaticFiles
 
-from vllama_jax.chat import PreparedMedia
 from vllama_jax.checkpoints.shipped import CLIPS
 from vllama_jax.config import GREEDY
 from vllama_jax.errors import ContextLengthError
+from vllama_jax.media_tokens import PreparedMedia
 from vllama_jax.serve.answer_attention import find_attended_media, read_shares
 from vllama_jax.serve.conversations import read_dialog, read_parts
 from vllama_jax.serve.errors import ApiError

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 
-from vllama_jax.chat import PreparedMedia
 from vllama_jax.config import VideoLlamaConfig
+from vllama_jax.media_tokens import PreparedMedia
 from vllama_jax.towers import get_tower
 
 SPECTROGRAM_COLORS = ("#000004", "#b73779", "#fcfdbf")  # quiet, medium and loud: black, red and light yellow
@@ -19,7 +19,7 @@ def describe_media(prepared: PreparedMedia, config: VideoLlamaConfig) -> dict[st
     """Return what a model takes of a file: a summary, the frames and the spectrograms of its audio clips.
 
     Args:
-        prepared: The file, as `chat.prepare_media` returns it.
+        prepared: The file, as `media_tokens.prepare_media` returns it.
         config: The model's config.
 
     Returns:

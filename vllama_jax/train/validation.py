@@ -8,10 +8,11 @@ from pathlib import Path
 import jax
 
 from vllama_jax.branches import find_branch
-from vllama_jax.chat import Chat, PreparedMedia, prepare_media
+from vllama_jax.chat import Chat
 from vllama_jax.data.pipeline import HostBatch
 from vllama_jax.data.sampling import Rows, Stream
 from vllama_jax.io.jsonl import JsonLinesFile
+from vllama_jax.media_tokens import PreparedMedia, prepare_media
 from vllama_jax.model import Model
 from vllama_jax.train.batch_exchange import BatchExchange
 from vllama_jax.train.setup import RunPlan, shard_batch
