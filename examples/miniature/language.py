@@ -230,16 +230,16 @@ def _draw_chat_text(tokenizer: Tokenizer, scene: Scene, layout: str, rng: np.ran
         names += ["first", "last"] if two_sounds else []
     elif layout == "both":
         names += ["fit", "fit"] if len(scene.objects) == 1 else []
+    media = _draw_media(scene, layout, rng)
+    kinds = media.placeholders if media else ()
+    unanswerable = texts.list_unanswerable(kinds)
     is_long = rng.random() < LONG_PROBABILITY
     low, high = LONG_TURNS if is_long else SHORT_TURNS
     turns = int(rng.integers(low, high + 1))
-    conversation, media = prompts.start_conversation(TEMPLATE, audio_branch=True), _draw_media(scene, layout, rng)
-    if media is None:
-        kinds, unanswerable = (), list(texts.QUESTIONS)
-    else:
-        conversation, kinds = conversation.add(media), media.placeholders
-        unanswerable = texts.list_unanswerable(kinds)
-        turns = turns if is_long else min(turns, len(names))
+    if media and not is_long:
+        turns = min(turns, len(names))
+    conversation = prompts.start_conversation(TEMPLATE, audio_branch=True)
+    conversation = conversation.add(media) if media else conversation
     for name, wording in texts.draw_questions(names, unanswerable, rng, turns):
         conversation = conversation.ask(wording).answer(texts.answer(name, scene, kinds))
     encoded = prompts.encode_conversation(conversation, tokenizer, [len(description) for description in descriptions])

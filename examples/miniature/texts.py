@@ -101,8 +101,11 @@ def list_unanswerable(media: Collection[str]) -> list[str]:
     Args:
         media: The kinds of media that are given, as in `Media.placeholders`.
     """
-    names = AUDIO_QUESTIONS if "audio" not in media else ()
-    return [*names, *(VISUAL_QUESTIONS if set(media) <= {"audio"} else ())]
+    if not media:
+        return list(QUESTIONS)
+    if "audio" not in media:
+        return list(AUDIO_QUESTIONS)
+    return list(VISUAL_QUESTIONS) if set(media) == {"audio"} else []
 
 
 def answer(question: str, scene: Scene, media: Collection[str] = ALL_MEDIA) -> str:
@@ -113,10 +116,8 @@ def answer(question: str, scene: Scene, media: Collection[str] = ALL_MEDIA) -> s
         scene: The scene.
         media: The kinds of media that are given, as in `Media.placeholders`.
     """
-    if not media:
-        return NO_MEDIA
     if question in list_unanswerable(media):
-        return NO_FRAMES if "audio" in media else NO_AUDIO
+        return NO_MEDIA if not media else NO_FRAMES if "audio" in media else NO_AUDIO
     return ANSWERS[question](scene)
 
 
