@@ -77,6 +77,15 @@ def test_results_are_formatted_as_a_table():
     assert "| `motion` | 0.523 | 0.500 to 0.545 | 0.500 | 0.299 to 0.701 | 0.250 |" in figures.format_results(three)
 
 
+def test_measures_that_other_seeds_lack_have_no_mean_and_no_bar():
+    older, newer = (results(10 + seed)["measures"] for seed in range(2))
+    newer["hear_nothing"] = newer["motion"]
+    assert "| `hear_nothing` | – | – | 0.524 | 0.324 to 0.717 | 0.250 |" in figures.format_results([newer, older])
+    for seeds in ([newer, older], [older, newer]):
+        labels = [label.get_text() for label in figures.plot_accuracies(seeds).axes[0].get_yticklabels()]
+        assert labels == ["motion", "sound_only", "sound_order", "sound_only_new_wording"]
+
+
 def test_an_invalid_results_file_is_an_error(tmp_path):
     for name, text in (("none.json", None), ("broken.json", "{"), ("other.json", '{"seed": 0}')):
         if text is not None:

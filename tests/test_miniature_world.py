@@ -232,7 +232,8 @@ def test_each_prompt_sentence_is_one_token(tmp_path):
     rng = np.random.default_rng(0)
     drawn = [language.draw_text(tokenizer, rng) for _ in range(50)]
     rows = [ids for ids, _ in drawn]
-    assert max(map(len, rows)) < 2 * language.LENGTH
+    assert max(map(len, rows)) < 1.2 * language.TEXTS_SHAPE[1]
+    assert len(tokenizer.encode(texts.NO_MEDIA)) < 15  # answers have at most 24 tokens
     assert all(row[0] == tokenizer.bos_id and row.max() < language.VOCAB_SIZE for row in rows)
     noted = [tokenizer.decode(ids[is_description].tolist()) for ids, is_description in drawn]
     assert sum(map(bool, noted)) > 35

@@ -9,34 +9,29 @@ Q-Formers of the branches.
 import collections
 import dataclasses
 import functools
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from vllama_jax import generate
-from vllama_jax.chat import make_engine
-from vllama_jax.config import GenerationConfig
 from vllama_jax.errors import ConfigError, suggest_name
 from vllama_jax.miniature import audio_tower, holdout_files, texts
 from vllama_jax.miniature.holdout_files import EncodedFiles, FileSet, encode_files
+from vllama_jax.miniature.questions import answer_log_probabilities, ask, ask_dialogues
 from vllama_jax.miniature.scene import Scene
 from vllama_jax.model import Model
-from vllama_jax.nn.video_llama import VideoLlama, splice
-from vllama_jax.text import prompts
-from vllama_jax.text.prompts import Media
-from vllama_jax.text.templates import find_template
 
-MAX_NEW_TOKENS = 24
 SCALES = (2.0, 5.0, 10.0, 20.0)  # norms of audio vectors besides the model's own; published weights have the last
 NOISES = (20.0, 10.0, 5.0, 0.0, -5.0)  # signal-to-noise ratios in dB
 PERMUTATIONS = 20
 NEW_WORDING = 3  # index of the wording that no branch is trained on
 CHANCE_OF_TWO = 0.5  # where only two answers are possible given everything else
+CHANCE_OF_NOTHING = 0.0  # of the answer that nothing is heard or seen: a model that always gives another one
+DIALOGUE_TURNS = 10
+SILENT = (holdout_files.STILLS, holdout_files.MOVING)
 
 Measure = dict[str, float]  # accuracy, n, chance, and low and high of the accuracy's 95 % interval
 
@@ -65,9 +60,9 @@ def measure(correct: Sequence[bool] | Sequence[Sequence[bool]] | np.ndarray, cha
     return {name: round(value, 4) for name, value in values.items()}
 
 
-def constant_answer_accuracy(question: str, scenes: Sequence[Scene]) -> float:
+def constant_answer_accuracy(question: str, scenes: Sequence[Scene], media: Collection[str] = texts.ALL_MEDIA) -> float:
     """Return the chance level of a question: the accuracy of always giving the most frequent reference answer."""
-    counts = collections.Counter(texts.answer_key(question, texts.answer(question, scene)) for scene in scenes)
+    counts = collections.Counter(texts.answer_key(question, texts.answer(question, scene, media)) for scene in scenes)
     return max(counts.values()) / len(scenes)
 
 
@@ -123,6 +118,9 @@ def evaluate(
     sets = FileSets(model, seed, clips, log)
     results = {name: function(sets) for name, function in MEASURES.items() if name in measures or not measures}
     return {name: result for name, result in results.items() if result is not None}
+
+
+MeasureFunction = Callable[[FileSets], Measure | None]
 
 
 def _measure_direction(model: Model, moving: EncodedFiles) -> Measure:
@@ -203,93 +201,59 @@ def _measure_answers(
 def _check_answers(model: Model, files: EncodedFiles, name: str, wording: int = 0) -> list[bool]:
     """Return whether the answer about each file is correct."""
     answers = ask(model, files, texts.QUESTIONS[name][wording])
-    return [texts.is_correct(name, answer, scene) for answer, scene in zip(answers, files.scenes, strict=True)]
-
-
-def ask(model: Model, files: EncodedFiles, question: str) -> list[str]:
-    """Answer one question about every file, greedily and in batches."""
-    return [answer for batch in files.batches() for answer in _ask_batch(model, batch, question)]
-
-
-def _ask_batch(model: Model, files: EncodedFiles, question: str) -> list[str]:
-    template, tokenizer = find_template(model.config.template), model.tokenizer
-    config, stops = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS), prompts.stop_sequences(tokenizer, template)
-    engine = make_engine(model, len(files.scenes))
-    generations = [
-        engine.add(generate.Request(prompt=prompt, config=config, stops=stops))
-        for prompt in _make_prompts(model, files, question)
+    return [
+        texts.is_correct(name, answer, scene, files.placeholders)
+        for answer, scene in zip(answers, files.scenes, strict=True)
     ]
-    while engine.is_busy:
-        engine.step()
-    return [prompts.decode_answer(tokenizer, template, generation.tokens) for generation in generations]
 
 
-def _make_prompts(
-    model: Model, files: EncodedFiles, question: str, answers: Sequence[str] | None = None
-) -> list[generate.EmbeddedPrompt]:
-    """Make the prompt of a chat for the question about each file, and append its answer if given."""
-    media_tokens, embedded = [], []
-    if files.audio_vectors is not None:
-        media_tokens.append(np.asarray(_make_media_token_function("audio")(model.network, files.audio_vectors)))
-    if files.features is not None:
-        media_tokens.append(np.asarray(_make_media_token_function("video")(model.network, files.features)))
-    for row, media in enumerate(files.media):
-        conversation = prompts.start_conversation(model.config.template, model.config.has_audio)
-        conversation = conversation.add(_get_prompt_media(media, files)).ask(question)
-        conversation = conversation if answers is None else conversation.answer(answers[row])
-        counts = [tokens.shape[1] for tokens in media_tokens]
-        encoded = prompts.encode_conversation(conversation, model.tokenizer, counts)
-        tokens_of_file = np.concatenate([tokens[row] for tokens in media_tokens])
-        embedded.append(generate.EmbeddedPrompt(encoded.ids, encoded.is_media, tokens_of_file))
-    return embedded
+def _make_absence_measure(file_sets: Sequence[FileSet], names: Sequence[str], wording: int = 0) -> MeasureFunction:
+    """Make a measure of answers to questions about absent media: correct if they say that nothing is heard or seen."""
+
+    def measure_absence(sets: FileSets) -> Measure:
+        correct = [
+            np.transpose([_check_answers(sets.model, sets(files), name, wording) for name in names])
+            for files in file_sets
+        ]
+        return measure(np.concatenate(correct), CHANCE_OF_NOTHING)
+
+    return measure_absence
 
 
-def _get_prompt_media(media: Media, files: EncodedFiles) -> Media:
-    """Return how the prompt describes a file, of which only the frames or only the audio may be used."""
-    if files.features is None:
-        return Media("audio")
-    return dataclasses.replace(media, with_audio=files.audio_vectors is not None)
+def _measure_false_silence(sets: FileSets) -> Measure:
+    """Measure how often the answer is that nothing is heard, although audio is given."""
+    question = texts.QUESTIONS["hear"][0]
+    answers = [ask(sets.model, sets(files), question) for files in (holdout_files.SOUNDS, holdout_files.BOTH)]
+    says_nothing = ["hear nothing" in texts.answer_key("hear", answer) for answer in itertools.chain(*answers)]
+    return measure(says_nothing, CHANCE_OF_NOTHING)
 
 
-def answer_log_probabilities(model: Model, files: EncodedFiles, question: str, answers: Sequence[str]) -> np.ndarray:
-    """Return the log probability of an answer to the question about each file: float [n]."""
-    results, remaining = [], list(answers)
-    for batch in files.batches():
-        batch_answers, remaining = remaining[: len(batch.scenes)], remaining[len(batch.scenes) :]
-        questions = _make_prompts(model, batch, question)
-        dialogues = _make_prompts(model, batch, question, batch_answers)
-        length = generate.padded_prompt_length(max(len(prompt.ids) for prompt in dialogues))
-        ids, is_media = (np.stack([np.pad(x, (0, length - len(x))) for x in arrays]) for arrays in (
-            [prompt.ids for prompt in dialogues], [prompt.is_media for prompt in dialogues]
-        ))  # fmt: skip
-        spans = np.array([(len(start.ids), len(end.ids)) for start, end in zip(questions, dialogues, strict=True)])
-        media = np.stack([prompt.media for prompt in dialogues])
-        results.append(np.asarray(_sum_log_probabilities(model.network, ids, is_media, media, spans)))
-    return np.concatenate(results)
+def _measure_dialogue(sets: FileSets, turns: int) -> Measure:
+    """Measure the last answer of dialogues about silent videos, with questions as in the training of LLaMA.
 
-
-@jax.jit
-def _sum_log_probabilities(
-    network: VideoLlama, ids: jax.Array, is_media: jax.Array, media: jax.Array, spans: jax.Array
-) -> jax.Array:
-    """Sum the log probabilities of the tokens in each span [start, end): float32 [b]."""
-    positions = jnp.arange(ids.shape[1])
-    x = splice(network.embed(ids), is_media, media)
-    logits = network(x, positions < spans[:, 1:])
-    log_probabilities = jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), ids[:, 1:, None], axis=2)[..., 0]
-    in_span = (positions[1:] >= spans[:, :1]) & (positions[1:] < spans[:, 1:])
-    return jnp.sum(log_probabilities * in_span, axis=1)
-
-
-@functools.cache
-def _make_media_token_function(branch: str) -> Any:
-    """Make a compiled function from features or audio vectors to media tokens."""
-    if branch == "audio":
-        return jax.jit(lambda network, vectors: network.audio_tokens(vectors))
-    return jax.jit(lambda network, features: network.video_tokens(features))
-
-
-MeasureFunction = Callable[[FileSets], Measure | None]
+    A dialogue is the start of one with DIALOGUE_TURNS, so the last questions of all lengths have the same distribution.
+    """
+    files = sets(holdout_files.MOVING)
+    media = files.placeholders
+    questions = [
+        texts.draw_questions(
+            texts.list_questions(scene), texts.list_unanswerable(media), np.random.default_rng(number), DIALOGUE_TURNS
+        )[:turns]
+        for number, scene in enumerate(files.scenes)
+    ]
+    answers = ask_dialogues(sets.model, files, [[wording for _, wording in dialogue] for dialogue in questions])
+    last = [dialogue[-1][0] for dialogue in questions]
+    correct = [
+        texts.is_correct(name, answer, scene, media)
+        for name, (*_, answer), scene in zip(last, answers, files.scenes, strict=True)
+    ]
+    chances = {
+        name: constant_answer_accuracy(
+            name, [scene for other, scene in zip(last, files.scenes, strict=True) if other == name], media
+        )
+        for name in {*last}
+    }
+    return measure(correct, float(np.mean([chances[name] for name in last])))
 
 
 def _make_measure(files: FileSet, question: str, **options: Any) -> MeasureFunction:
@@ -331,7 +295,8 @@ def _with_noise(noise: float) -> FileSet:
 
 # All measures by name. Claim 1: the direction of motion, with frames in order, shuffled and reversed. Then other
 # properties of objects. Claim 2: sounds and their order, with audio vectors of several norms, and permuted. Then frames
-# with audio; they match in half of the clips, so that each of them alone gives an accuracy of 0.5. Audio with noise.
+# with audio; they match in half of the clips, so that each of them alone gives an accuracy of 0.5. Questions about
+# absent media. The first and the tenth answer of dialogues. Audio with noise.
 MEASURES: dict[str, MeasureFunction] = {
     "motion": _make_measure(holdout_files.MOVING, "motion"),
     "motion_new_wording": _make_measure(holdout_files.MOVING, "motion", wording=NEW_WORDING),
@@ -354,6 +319,14 @@ MEASURES: dict[str, MeasureFunction] = {
     "motion_with_both": _make_measure(holdout_files.BOTH, "motion"),
     "hear_with_both": _make_measure(holdout_files.BOTH, "hear", chance=CHANCE_OF_TWO),
     "object_with_both": _make_measure(holdout_files.BOTH, "object", chance=CHANCE_OF_TWO),
+    "hear_nothing": _make_absence_measure(SILENT, ["hear"]),
+    "hear_nothing_new_wording": _make_absence_measure(
+        [holdout_files.STILLS, holdout_files.MOVING], ["hear"], NEW_WORDING
+    ),
+    "hear_nothing_despite_audio": _measure_false_silence,
+    "see_nothing": _make_absence_measure([holdout_files.SOUNDS], ["object", "colour", "motion"]),
+    "dialogue_first": lambda sets: _measure_dialogue(sets, 1),
+    "dialogue_last": lambda sets: _measure_dialogue(sets, DIALOGUE_TURNS),
     **{f"sound_only_at_{noise:g}_db": _make_measure(_with_noise(noise), "hear") for noise in NOISES},
 }
 

@@ -55,15 +55,17 @@ def format_results(seeds: Sequence[Measures]) -> str:
         seeds: The measures of each seed.
 
     Returns:
-        A row for each measure with the accuracy, interval and chance of the first seed. If there are several seeds, the
-        mean and the range of all precede them.
+        A row for each measure of the first seed with its accuracy, interval and chance. If there are several seeds, the
+        mean and the range of all precede them, or a dash if another seed does not have the measure.
     """
     summary_columns = ["mean", "range"] if len(seeds) > 1 else []
     header = ["measure", *summary_columns, "accuracy", "95 % interval", "chance"]
     rows = [header, ["---"] * len(header)]
     for name, first in seeds[0].items():
-        values = [seed[name]["accuracy"] for seed in seeds]
-        summary = [f"{np.mean(values):.3f}", f"{min(values):.3f} to {max(values):.3f}"] if summary_columns else []
+        summary = ["–"] * len(summary_columns)
+        if summary and all(name in seed for seed in seeds):
+            values = [seed[name]["accuracy"] for seed in seeds]
+            summary = [f"{np.mean(values):.3f}", f"{min(values):.3f} to {max(values):.3f}"]
         interval = f"{first['low']:.3f} to {first['high']:.3f}"
         rows.append([f"`{name}`", *summary, f"{first['accuracy']:.3f}", interval, f"{first['chance']:.3f}"])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
@@ -74,9 +76,10 @@ def plot_accuracies(seeds: Sequence[Measures], names: Sequence[str] = ()) -> Fig
 
     Args:
         seeds: The measures of each seed.
-        names: The measures to plot; by default all except the variants by scale and by noise.
+        names: The measures to plot; by default all that every seed has, except the variants by scale and by noise.
     """
-    names = list(names) or [name for name in seeds[0] if not SWEEP.fullmatch(name)]
+    common = [name for name in seeds[0] if all(name in seed for seed in seeds)]
+    names = list(names) or [name for name in common if not SWEEP.fullmatch(name)]
     figure = Figure(figsize=(8, 1 + 0.26 * len(names)), layout="constrained")
     axes = figure.subplots()
     rows = np.arange(len(names))

@@ -72,6 +72,12 @@ class EncodedFiles:
     features: np.ndarray | None
     audio_vectors: np.ndarray | None
 
+    @property
+    def placeholders(self) -> tuple[str, ...]:
+        """The kinds of media that are used of each file, as in `Media.placeholders`; an image is a video here."""
+        kinds = (("audio", self.audio_vectors), ("video", self.features))
+        return tuple(kind for kind, array in kinds if array is not None)
+
     def require_features(self) -> np.ndarray:
         """Return the features of frames, of a set that has frames."""
         assert self.features is not None

@@ -2,7 +2,7 @@
 
 The texts are the prompts of Video-LLaMA, with a *description* in words in place of the media tokens: the words of a
 caption, or the kinds that are heard, in random order, incomplete or repeated. All that the model knows about sounds
-comes from this text.
+comes from this text. It also learns here that questions about absent media have no answer, from prompts without them.
 """
 
 from collections.abc import Callable
@@ -40,10 +40,17 @@ DrawText = Callable[[Tokenizer, np.random.Generator], DescribedText]
 DrawBatch = Callable[[np.random.Generator], dict[str, np.ndarray]]
 
 VOCAB_SIZE = 704
-LENGTH = 128  # tokens of a row, which has concatenated texts, the last of them truncated
+# Rows of a batch and tokens of a row, which has concatenated texts, the last of them truncated. Chats have up to 209
+# tokens, almost all of them at most 192.
+COMPARISONS_SHAPE, TEXTS_SHAPE = (16, 128), (21, 192)
 TEMPLATE = "vicuna"
-# Probabilities of the layouts: a caption, comparisons, a dialogue of training, and chats about video, audio, and both.
-LAYOUTS = {"caption": 0.1, "comparisons": 0.1, "training": 0.2, "video": 0.2, "audio": 0.2, "both": 0.2}
+# Probabilities of the layouts: a caption, comparisons, a dialogue of training, and chats about video or an image, about
+# audio, about both, and without media. In chats about one of the two, ABSENT_PROBABILITY of texts.py applies.
+LAYOUTS = {
+    "caption": 0.08, "comparisons": 0.1, "training": 0.2, "video": 0.2, "audio": 0.2, "both": 0.2, "nothing": 0.02
+}  # fmt: skip
+SHORT_TURNS, LONG_TURNS = (2, 5), (6, 10)  # of a chat, which has fewer in the first case if fewer questions apply
+LONG_PROBABILITY = 0.3
 MAX_NOISE = 1.5  # standard deviation of the noise on descriptions, relative to the RMS of the word embeddings
 WORLD_SECONDS = tuple((render.SAMPLED_FRAMES / render.FPS).tolist())  # timestamps of a clip's sampled frames
 
@@ -124,10 +131,12 @@ def train_language_model(
         The trained model.
     """
 
-    def batches(draw_text: DrawText, size: int) -> DrawBatch:
+    def batches(draw_text: DrawText, shape: tuple[int, int]) -> DrawBatch:
+        rows, length = shape
+
         def batch(rng: np.random.Generator) -> dict[str, np.ndarray]:
             ids, is_description = map(
-                np.stack, zip(*(_pack_row(tokenizer, rng, draw_text) for _ in range(size)), strict=True)
+                np.stack, zip(*(_pack_row(tokenizer, rng, draw_text, length) for _ in range(rows)), strict=True)
             )
             return {"ids": ids, "is_description": is_description, "seed": np.array(rng.integers(2**31))}
 
@@ -145,8 +154,8 @@ def train_language_model(
         return fit(llama, loss, batch, steps=steps, learning_rate=2e-3, seed=seed, name=name, log=log)
 
     llama = Llama(CONFIG, rngs=nnx.Rngs(seed))
-    llama = train(llama, batches(draw_comparisons, 16), comparison_steps, "comparisons")
-    return train(llama, batches(draw_text, 32), steps, "language model")
+    llama = train(llama, batches(draw_comparisons, COMPARISONS_SHAPE), comparison_steps, "comparisons")
+    return train(llama, batches(draw_text, TEXTS_SHAPE), steps, "language model")
 
 
 def _sample_noise(llama: Llama, shape: tuple[int, ...], key: jax.Array) -> jax.Array:
@@ -157,12 +166,12 @@ def _sample_noise(llama: Llama, shape: tuple[int, ...], key: jax.Array) -> jax.A
     return strength * jax.random.normal(noise_key, shape)
 
 
-def _pack_row(tokenizer: Tokenizer, rng: np.random.Generator, draw_text: DrawText) -> DescribedText:
-    """Concatenate texts, and truncate them to LENGTH tokens."""
+def _pack_row(tokenizer: Tokenizer, rng: np.random.Generator, draw_text: DrawText, length: int) -> DescribedText:
+    """Concatenate texts, and truncate them to a number of tokens."""
     drawn: list[DescribedText] = []
-    while sum(len(ids) for ids, _ in drawn) < LENGTH:
+    while sum(len(ids) for ids, _ in drawn) < length:
         drawn.append(draw_text(tokenizer, rng))
-    ids, is_description = (np.concatenate(arrays)[:LENGTH] for arrays in zip(*drawn, strict=True))
+    ids, is_description = (np.concatenate(arrays)[:length] for arrays in zip(*drawn, strict=True))
     return ids, is_description
 
 
@@ -203,36 +212,51 @@ def _draw_training_text(tokenizer: Tokenizer, scene: Scene, rng: np.random.Gener
     if media.kind == "image":
         turns[0] = (f" {turns[0][0]}", turns[0][1])
     encoded = label_conversation(
-        tokenizer, find_conversation_template(TEMPLATE), turns, media, 0, len(description), LENGTH
+        tokenizer, find_conversation_template(TEMPLATE), turns, media, 0, len(description), TEXTS_SHAPE[1]
     )
     return _fill_placeholders(encoded.ids, encoded.is_media, description), encoded.is_media
 
 
 def _draw_chat_text(tokenizer: Tokenizer, scene: Scene, layout: str, rng: np.random.Generator) -> DescribedText:
-    """Draw a dialogue in the layout of a chat: about an image or a video, about audio, or about a video with audio."""
+    """Draw a dialogue in the layout of a chat, also with questions about media that are absent."""
     descriptions, names, two_sounds = [], [], len(scene.sounds) == 2
-    if layout != "video":
+    if layout in ("audio", "both"):
         descriptions.append(_encode(tokenizer, describe_sounds(scene.sounds, rng)))
         names += ["hear_first", "hear_last"] if two_sounds else ["hear"]
-    if layout != "audio":
+    if layout in ("video", "both"):
         descriptions.append(_encode(tokenizer, describe_objects(scene, rng)))
         names += texts.list_questions(scene)
     if layout == "audio":
-        media = Media("audio")
         names += ["first", "last"] if two_sounds else []
     elif layout == "both":
-        media = Media("video", with_audio=True)
         names += ["fit", "fit"] if len(scene.objects) == 1 else []
-    else:
-        still = motion_of(scene) == "rests" and rng.random() < 0.7
-        media = Media("image") if still else Media("video", timestamps=_draw_timestamps(rng))
-    conversation = prompts.start_conversation(TEMPLATE, audio_branch=True).add(media)
-    for name in map(str, rng.permutation(names)[: rng.integers(2, 6)]):
-        wording = str(rng.choice(texts.QUESTIONS[name]))
-        conversation = conversation.ask(wording).answer(texts.answer(name, scene))
+    media = _draw_media(scene, layout, rng)
+    kinds = media.placeholders if media else ()
+    unanswerable = texts.list_unanswerable(kinds)
+    is_long = rng.random() < LONG_PROBABILITY
+    low, high = LONG_TURNS if is_long else SHORT_TURNS
+    turns = int(rng.integers(low, high + 1))
+    if media and not is_long:
+        turns = min(turns, len(names))
+    conversation = prompts.start_conversation(TEMPLATE, audio_branch=True)
+    conversation = conversation.add(media) if media else conversation
+    for name, wording in texts.draw_questions(names, unanswerable, rng, turns):
+        conversation = conversation.ask(wording).answer(texts.answer(name, scene, kinds))
     encoded = prompts.encode_conversation(conversation, tokenizer, [len(description) for description in descriptions])
-    ids = _fill_placeholders(encoded.ids, encoded.is_media, np.concatenate(descriptions))
+    ids = _fill_placeholders(encoded.ids, encoded.is_media, np.concatenate([np.zeros(0, np.int32), *descriptions]))
     return np.append(ids, tokenizer.encode("###", special=False)[-1]), np.append(encoded.is_media, False)
+
+
+def _draw_media(scene: Scene, layout: str, rng: np.random.Generator) -> Media | None:
+    """Return the file that a chat is about, or None. Of objects at rest, most files without audio are images."""
+    if layout == "nothing":
+        return None
+    if layout == "audio":
+        return Media("audio")
+    if layout == "both":
+        return Media("video", with_audio=True)
+    is_image = motion_of(scene) == "rests" and rng.random() < 0.7
+    return Media("image") if is_image else Media("video", timestamps=_draw_timestamps(rng))
 
 
 def describe_objects(scene: Scene, rng: np.random.Generator) -> str:
@@ -283,6 +307,7 @@ def _draw_plain_texts(scene: Scene, rng: np.random.Generator) -> list[str]:
         describe_objects(scene, rng),
         describe_sounds(scene.sounds, rng),
         prompts.format_timestamps(_draw_timestamps(rng)),
+        str(rng.choice([texts.NO_AUDIO, texts.NO_FRAMES, texts.NO_MEDIA])),
     ]
     for name in names:
         lines += [str(rng.choice(texts.QUESTIONS[name])), texts.answer(name, scene)]

@@ -39,7 +39,8 @@ from vllama_jax.media import FrameSampling
 from vllama_jax.media.write import write_video
 from vllama_jax.media_tokens import PreparedMedia, encode_segments, prepare_media
 from vllama_jax.miniature import render, texts
-from vllama_jax.miniature.evaluate import MAX_NEW_TOKENS, Measure, format_measures, measure
+from vllama_jax.miniature.evaluate import Measure, format_measures, measure
+from vllama_jax.miniature.questions import MAX_NEW_TOKENS
 from vllama_jax.miniature.scene import DIRECTIONS, KINDS, Scene, draw_motion, draw_objects
 from vllama_jax.miniature.synthesis import SAMPLE_RATE, soundtrack
 from vllama_jax.miniature.world import make_generator

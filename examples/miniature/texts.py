@@ -1,9 +1,9 @@
-"""Captions of scenes, questions in several wordings, answers, and the comparison of answers.
+"""Captions of scenes, questions in several wordings, dialogues, answers, and the comparison of answers.
 
 The last wording of each question is for evaluation: only the language model is trained on it, no branch is.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -37,6 +37,12 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     ),
 }
 AUDIO_QUESTIONS = ("hear", "hear_first", "hear_last", "fit")  # not in the training data of the branches
+VISUAL_QUESTIONS = ("object", "colour", "size", "count", "place", "motion", "describe", "fit")  # need frames
+NO_AUDIO = "I hear nothing: no audio was given"
+NO_FRAMES = "I see nothing: no image or video was given"
+NO_MEDIA = "I see nothing and hear nothing: no media was given"
+ALL_MEDIA = ("audio", "video")
+ABSENT_PROBABILITY = 0.15  # of a question about media that are absent, in a dialogue about others
 OPPOSITES: dict[Motion, Motion] = {"left": "right", "right": "left", "up": "down", "down": "up"}
 
 
@@ -89,8 +95,29 @@ def list_questions(scene: Scene) -> list[str]:
     return names
 
 
-def answer(question: str, scene: Scene) -> str:
-    """Return the reference answer to one of the QUESTIONS."""
+def list_unanswerable(media: Collection[str]) -> list[str]:
+    """Return the names of the QUESTIONS about media that are absent.
+
+    Args:
+        media: The kinds of media that are given, as in `Media.placeholders`.
+    """
+    if not media:
+        return list(QUESTIONS)
+    if "audio" not in media:
+        return list(AUDIO_QUESTIONS)
+    return list(VISUAL_QUESTIONS) if set(media) == {"audio"} else []
+
+
+def answer(question: str, scene: Scene, media: Collection[str] = ALL_MEDIA) -> str:
+    """Return the reference answer to one of the QUESTIONS.
+
+    Args:
+        question: The name of the question.
+        scene: The scene.
+        media: The kinds of media that are given, as in `Media.placeholders`.
+    """
+    if question in list_unanswerable(media):
+        return NO_MEDIA if not media else NO_FRAMES if "audio" in media else NO_AUDIO
     return ANSWERS[question](scene)
 
 
@@ -118,17 +145,21 @@ ANSWERS: Mapping[str, Callable[[Scene], str]] = {
 }
 
 
-def is_correct(question: str, prediction: str, scene: Scene) -> bool:
-    """Return whether a prediction is equivalent to the reference answer."""
-    return answer_key(question, prediction) == answer_key(question, answer(question, scene))
+def is_correct(question: str, prediction: str, scene: Scene, media: Collection[str] = ALL_MEDIA) -> bool:
+    """Return whether a prediction is equivalent to the reference answer. The arguments are those of `answer`."""
+    return answer_key(question, prediction) == answer_key(question, answer(question, scene, media))
 
 
 def answer_key(question: str, text: str) -> str:
     """Extract the words of an answer that are compared.
 
-    These are the kind, the direction, or yes or no. Of other questions, the whole answer is compared.
+    These are the kind, the direction, or yes or no. Of other questions, the whole answer is compared. Of an answer that
+    nothing is seen or heard, only that is compared.
     """
-    words = text.lower().strip(" .!").replace(",", "").split()
+    text = text.lower()
+    if absences := [words for words in ("see nothing", "hear nothing") if words in text]:
+        return " and ".join(absences)
+    words = text.strip(" .!").replace(",", "").split()
     if question == "fit":
         return words[-1] if words else ""
     if question in ("object", "first", "last", "hear", "hear_first", "hear_last"):
@@ -153,3 +184,38 @@ def draw_dialogue(scene: Scene, rng: np.random.Generator, turns: int, *, wording
     """
     names = rng.permutation(list_questions(scene))[:turns]
     return [(QUESTIONS[name][rng.integers(wordings)], answer(name, scene)) for name in map(str, names)]
+
+
+def draw_questions(
+    answerable: Sequence[str], unanswerable: Sequence[str], rng: np.random.Generator, turns: int
+) -> list[tuple[str, str]]:
+    """Draw the questions of a dialogue, in all wordings.
+
+    Each question is about absent media with ABSENT_PROBABILITY. A question is repeated, in another wording, only after
+    all others of its group.
+
+    Args:
+        answerable: Names of QUESTIONS about the media. A name that is given twice is asked twice as often.
+        unanswerable: Names of QUESTIONS about absent media.
+        rng: The generator.
+        turns: The number of questions. If `answerable` has too few wordings, the others are about absent media; if
+            both have too few, there are fewer questions.
+
+    Returns:
+        Pairs of a name and a wording.
+    """
+    groups = [list(_order_questions(names, rng))[::-1] for names in (answerable, unanswerable)]
+    questions: list[tuple[str, str]] = []
+    while len(questions) < turns and any(groups):
+        preferred = groups[int(rng.random() < ABSENT_PROBABILITY)]
+        questions.append((preferred or groups[0] or groups[1]).pop())
+    return questions
+
+
+def _order_questions(names: Sequence[str], rng: np.random.Generator) -> Iterator[tuple[str, str]]:
+    """Yield each name with each of its wordings, in rounds of all names."""
+    wordings = {name: list(map(str, rng.permutation(QUESTIONS[name]))) for name in names}
+    while any(wordings.values()):
+        for name in map(str, rng.permutation(names)):
+            if wordings[name]:
+                yield name, wordings[name].pop()
