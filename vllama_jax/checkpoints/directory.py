@@ -30,7 +30,6 @@ from vllama_jax.io.json_files import parse_object, read_object
 from vllama_jax.io.paths import as_path, is_directory, is_store_path
 from vllama_jax.io.store_cache import copy_files, copy_folder
 from vllama_jax.io.store_path import NO_BUCKET, StorePath
-from vllama_jax.runtime.event_loop import call_without_event_loop
 
 if TYPE_CHECKING:
     from vllama_jax.text.tokenizer import Tokenizer
@@ -387,8 +386,7 @@ def open_trained_weights(weights: Path, lora: LoraConfig) -> TrainedWeights:
                 return TrainedWeights(cast(Path, weights), shapes, dtypes, lora)
             local = copy_store_arrays(weights)
         handler = ocp.PyTreeCheckpointHandler(enable_pinned_host_transfer=False)  # else it initializes devices
-        metadata = call_without_event_loop(lambda: handler.metadata(local.absolute()))
-        leaves = flatten_dict(metadata.tree, sep="/")
+        leaves = flatten_dict(handler.metadata(local.absolute()).tree, sep="/")
         shapes = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
         return TrainedWeights(weights, shapes, {path: leaf.dtype.name for path, leaf in leaves.items()}, lora)
     except Exception as error:  # Orbax raises errors of every type

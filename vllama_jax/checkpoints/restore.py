@@ -13,7 +13,6 @@ from vllama_jax.checkpoints.directory import OCDBT_MANIFEST, ModelDirectory, cop
 from vllama_jax.checkpoints.store_arrays import read_arrays
 from vllama_jax.errors import CheckpointError, format_error
 from vllama_jax.io.paths import is_store_path
-from vllama_jax.runtime.event_loop import call_without_event_loop
 
 if TYPE_CHECKING:
     import jax
@@ -108,7 +107,7 @@ def restore_arrays(path: Path, abstract: dict[str, Any]) -> "dict[str, jax.Array
     )
     checkpointer = ocp.Checkpointer(handler, multiprocessing_options=options)
     try:
-        restored = call_without_event_loop(lambda: checkpointer.restore(path.absolute(), args=arguments))
+        restored = checkpointer.restore(path.absolute(), args=arguments)
         return {name: _get_leaf(restored, name) for name in abstract}
     except Exception as error:  # Orbax raises errors of every type
         raise CheckpointError(f"{path}: the weights cannot be read ({format_error(error)})") from error

@@ -39,7 +39,6 @@ from vllama_jax.io.jsonl import AtomicWriteFile, StoreFile
 from vllama_jax.io.leases import LEASE
 from vllama_jax.io.paths import is_store_path, list_file_sizes
 from vllama_jax.runtime.coordination import decide, gather
-from vllama_jax.runtime.event_loop import call_without_event_loop
 from vllama_jax.train.config import CheckpointConfig, TrainConfig, rename_fields
 from vllama_jax.train.custom import check_custom
 from vllama_jax.train.state import TrainState
@@ -233,14 +232,16 @@ class Checkpoints:
         if opt_state := leaves_by_path(state.opt_state):  # Orbax rejects an empty tree, such as plain SGD's state
             items["moments"] = ocp.args.PyTreeSave(unflatten_paths(opt_state))
         with self._translate_errors():
-            arguments = ocp.args.Composite(**items, iterator=ocp.args.JsonSave({"step": step, "digests": True}))
-            # force: otherwise Orbax skips a step below the largest in the directory
-            call_without_event_loop(lambda: self._manager.save(step, args=arguments, force=True))
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(**items, iterator=ocp.args.JsonSave({"step": step, "digests": True})),
+                force=True,  # otherwise Orbax skips a step below the largest in the directory
+            )
 
     def finish(self) -> None:
         """Wait until the checkpoint is saved. Raise CheckpointError if that failed; earlier checkpoints are kept."""
         with self._translate_errors():
-            call_without_event_loop(lambda: self._manager.wait_until_finished())
+            self._manager.wait_until_finished()
             if jax.process_index() == 0 and self._saving:
                 replace_json(self._out / LAST_SAVED, {"step": self._saving})
             self._saving = 0
@@ -349,7 +350,7 @@ class Checkpoints:
             system_error = re.search(r"\[Errno \d+\] ([^:]+)|([^:]+) \[os_error_code", text)
             reason = (system_error[1] or system_error[2]).strip() if system_error else text[:200]
             self._remove_partial()
-            call_without_event_loop(lambda: self._manager.reload())
+            self._manager.reload()
             last = list_checkpoint_steps(self._out)
             kept = f"the last checkpoint is step {last[-1]}" if last else "there is no earlier one"
             failed, self._saving = self._saving, 0
