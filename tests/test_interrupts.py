@@ -244,6 +244,6 @@ def test_an_interrupt_ends_a_command_at_any_time_of_its_start(command, tiny_mode
             time.sleep(seconds)
             if process.poll() is not None:
                 assert command != "train"
-                assert seconds > 2
+                assert seconds >= 1  # a conversion takes less than two seconds on a fast machine
                 break
             interrupted(process, within=GRACE_SECONDS + 7)
