@@ -1,4 +1,4 @@
-"""Check and build a release, and upload it only if told to: python .ci/release.py VERSION [--upload].
+"""Check and build a release, and upload it with --upload: python .ci/release.py VERSION [--upload].
 
 The package is built from a clone of the commit, so that files that are not in git cannot get into it.
 """

@@ -159,10 +159,7 @@ def main() -> None:
         if levels:
             print_table(COLUMNS, [start, *levels])
         if parts:
-            print_table(
-                {"part": "part", "outcomes": "outcomes", "others": "answers to others", "growth": "more than before"},
-                parts,
-            )
+            print_table(PART_COLUMNS, parts)
         print("\n".join(problems[:50]) or "no problems")
     sys.exit(1 if problems else 0)
 

@@ -2,7 +2,7 @@
 
 The texts are the prompts of Video-LLaMA, with a *description* in words in place of the media tokens: the words of a
 caption, or the kinds that are heard, in random order, incomplete or repeated. All that the model knows about sounds
-comes from this text. It also learns here that questions about absent media have no answer, from prompts without them.
+comes from this text. Questions about absent media are answered with a sentence that says so.
 """
 
 from collections.abc import Callable

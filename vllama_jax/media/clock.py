@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 MAX_PRIMING = 0.1  # s; encoders put up to this much audio before the first frame; prompts have tenths of seconds
 _TIME_TOLERANCE = 0.005  # s; annotations are rounded to hundredths of seconds, Matroska to thousandths
-_RESET_THRESHOLD = 0.1  # s; decoding timestamps ascend, except for rounding, unless the timestamps are reset
+RESET_THRESHOLD = 0.1  # s; decoding timestamps ascend, except for rounding, unless the timestamps are reset
 _GAP_THRESHOLD = 10.0  # s; like FFmpeg's command line, take a longer gap in a transport stream for a reset
 TS_DISCONT = 0x200  # FFmpeg's flag of formats whose timestamps may be discontinuous
 
@@ -64,7 +64,7 @@ class Clock:
             decoded = self._seconds(stream, packet.dts)
             step = decoded - self._decoded.get(stream.index, decoded)
             self._decoded[stream.index] = decoded
-            if step < -_RESET_THRESHOLD or (self._may_be_discontinuous and step > _GAP_THRESHOLD):
+            if step < -RESET_THRESHOLD or (self._may_be_discontinuous and step > _GAP_THRESHOLD):
                 number = self._resets[stream.index] = number + 1
                 start = decoded if packet.pts is None else self._seconds(stream, packet.pts)
                 if number == len(self._offsets):
@@ -93,6 +93,11 @@ def constant_rate_times(total: int, rate: float) -> FrameTimes:
     return FrameTimes(np.arange(total) / rate, total / rate)
 
 
+def keeps_start(start: float, has_audio: bool) -> bool:
+    """Return whether the first frame of a video keeps its time on the file's clock. Otherwise its time is 0."""
+    return has_audio and start > MAX_PRIMING
+
+
 def infer_frame_times(
     starts: Float64[np.ndarray, "n"],
     durations: Float64[np.ndarray, "n"],
@@ -114,7 +119,7 @@ def infer_frame_times(
         The timestamps, and the end of the last frame.
     """
     stored, total = starts, len(starts)
-    if not has_audio or stored[0] <= MAX_PRIMING:
+    if not keeps_start(stored[0], has_audio):
         stored = stored - stored[0]
     gaps = np.diff(stored)
     durations_match = np.abs(gaps - durations[:-1]) <= tick + 1e-3

@@ -13,7 +13,16 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vllama_jax.media.clock import MAX_PRIMING, TS_DISCONT, Clock, FrameTimes, frame_rate, time_base
+from vllama_jax.media.clock import (
+    RESET_THRESHOLD,
+    TS_DISCONT,
+    Clock,
+    FrameTimes,
+    constant_rate_times,
+    frame_rate,
+    keeps_start,
+    time_base,
+)
 from vllama_jax.media.files import demux, find_audio_stream, find_video_stream, open_container
 from vllama_jax.media.truncation import find_truncation
 
@@ -29,7 +38,6 @@ MIN_SECONDS = 600.0  # of a long file; listing the packets of shorter ones takes
 _MIN_BYTES = 2**27  # of a long file that declares no duration
 _NUM_FIRST = 64  # packets at the start that are checked
 _NUM_PROBES = 128  # places in the file that are checked
-_RESET_THRESHOLD = 0.1  # s; as in `clock`
 _LOOK_BACK = (1.0, 4.0, 16.0, 64.0)  # s before a frame, where its key frame is searched
 _MAX_REORDERED = 16  # frames that may be stored out of order: the largest buffer of H.264 and HEVC
 
@@ -120,9 +128,9 @@ def _fit_rate(container: InputContainer, stream: VideoStream, clock: Clock, firs
     rate = declared if is_exact else steps / seconds
     has_audio = find_audio_stream(container) is not None
     offset = start + clock.start_offset
-    offset = offset if has_audio and offset > MAX_PRIMING else 0.0
-    starts = np.arange(steps + 1) / rate
-    return TimedFrames(start, rate, tick, FrameTimes(offset + starts, offset + (steps + 1) / rate))
+    offset = offset if keeps_start(offset, has_audio) else 0.0
+    even = constant_rate_times(steps + 1, rate)
+    return TimedFrames(start, rate, tick, FrameTimes(offset + even.starts, offset + even.end))
 
 
 def _first_frames(container: InputContainer, stream: VideoStream) -> list[int]:
@@ -165,7 +173,7 @@ def _read_to_end(container: InputContainer, stream: VideoStream) -> list[int]:
             break
         found.append(stored_pts(packet))
         if packet.dts is not None:
-            if packet.dts * tick < previous - _RESET_THRESHOLD:
+            if packet.dts * tick < previous - RESET_THRESHOLD:
                 raise TimestampError("its timestamps restart")
             previous = packet.dts * tick
     return found
@@ -196,7 +204,7 @@ def check_timestamps(container: InputContainer, stream: Stream, path: str) -> li
             order = stored_pts(packet) if packet.dts is None else packet.dts
             found.append((stored_pts(packet), order, 0 if is_joinable or packet.pos is None else packet.pos))
     _, orders, positions = np.diff(np.array(found).reshape(-1, 3), axis=0).T
-    if len(found) < _NUM_PROBES // 2 or (orders * tick < -_RESET_THRESHOLD).any() or (positions < 0).any():
+    if len(found) < _NUM_PROBES // 2 or (orders * tick < -RESET_THRESHOLD).any() or (positions < 0).any():
         raise TimestampError("its timestamps restart")
     return [pts for pts, _, _ in found]
 

@@ -1,6 +1,6 @@
 """The model card of a model on the Hugging Face Hub: its README.md."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,19 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.io.json_files import read_object
 
 PAPER = "https://arxiv.org/abs/2306.02858"
+_VIDEO_LLAMA = "Video-LLaMA: BSD-3-Clause, and for non-commercial use only by its README"
 # The licenses of the published files (docs/weights.md), by the beginning of the paths of their weights.
 LICENSES = {
     "vit": "EVA-CLIP: MIT",
     "ln_vision": "BLIP-2: BSD-3-Clause",
     "image_qformer": "BLIP-2: BSD-3-Clause",
     "imagebind": "ImageBind: CC BY-NC-SA 4.0, for non-commercial use only",
-    "video_qformer": "Video-LLaMA: BSD-3-Clause, and for non-commercial use only by its README",
-    "frame_positions": "Video-LLaMA: BSD-3-Clause, and for non-commercial use only by its README",
-    "llama_proj": "Video-LLaMA: BSD-3-Clause, and for non-commercial use only by its README; MiniGPT-4: BSD-3-Clause",
-    "audio_qformer": "Video-LLaMA: BSD-3-Clause, and for non-commercial use only by its README",
-    "audio_positions": "Video-LLaMA: BSD-3-Clause, and for non-commercial use only by its README",
-    "audio_llama_proj": "Video-LLaMA: BSD-3-Clause, and for non-commercial use only by its README",
+    "video_qformer": _VIDEO_LLAMA,
+    "frame_positions": _VIDEO_LLAMA,
+    "llama_proj": f"{_VIDEO_LLAMA}; MiniGPT-4: BSD-3-Clause",
+    "audio_qformer": _VIDEO_LLAMA,
+    "audio_positions": _VIDEO_LLAMA,
+    "audio_llama_proj": _VIDEO_LLAMA,
 }
 LANGUAGE_MODEL_LICENSES = {
     "llama": "LLaMA and Vicuna: for non-commercial use only; LLaMA-2: Llama 2 Community License",
@@ -204,12 +205,7 @@ def _licenses(directory: ModelDirectory, license: str | None) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join(_lines(columns, rows))
-
-
-def _lines(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    for row in (columns, ["---"] * len(columns), *rows):
-        yield f"| {' | '.join(row)} |"
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
 
 
 def _cell(text: str) -> str:
