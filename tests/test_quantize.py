@@ -306,6 +306,7 @@ def test_verify_reports_the_cost_of_quantization(tiny_model, tiny_files, stored,
     against = ("--against", tiny_files["config"].parent, "--tokens", 256)
     at_load = cost(capsys, tiny_model, *against, "--quantize", scheme)
     report = cost(capsys, stored[scheme], *against)
+    assert at_load.pop("digest") == open_model(tiny_model).digest != report.pop("digest")
     assert report == at_load
     assert (report["quantized"], report["equal"], report["failures"]) == (scheme, False, [])
     layers = report["layers"]
