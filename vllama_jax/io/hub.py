@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from vllama_jax.errors import CheckpointError
 from vllama_jax.io.paths import as_path
-from vllama_jax.runtime.extras import import_extra
 
 # hf://org/name, hf://org/name@revision, hf://org/name/folder/file.pth; pathlib removes one of the two slashes
 ADDRESS = re.compile(r"hf:/{1,2}(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?(/(?P<file>.+))?")
@@ -60,8 +59,7 @@ def resolve_hub_path(path: str | Path) -> Path:
         The path of the repository's directory, or of the file.
 
     Raises:
-        CheckpointError: The address is invalid, the files are not cached and cannot be downloaded, or huggingface_hub
-            is not installed.
+        CheckpointError: The address is invalid, or the files are not cached and cannot be downloaded.
     """
     if not is_hub_address(path):
         return as_path(path)
@@ -103,9 +101,9 @@ def download_snapshot(
         The directory of the files. Its name is the commit hash of the revision.
 
     Raises:
-        CheckpointError: The files are not cached and cannot be downloaded, or huggingface_hub is not installed.
+        CheckpointError: The files are not cached and cannot be downloaded.
     """
-    hub = import_hub(f"hf://{repository}: reading from the hub", "download it yourself and give the directory")
+    hub = import_hub()
     ignored = [*IGNORED_PATTERNS, *ignored]
     try:
         with hub_output(hub, show_progress):
@@ -120,7 +118,7 @@ def download_snapshot(
 
 def is_cached(repository: str, commit: str, patterns: Sequence[str]) -> bool:
     """Return whether `download_snapshot` has downloaded these files of a commit."""
-    hub = import_hub(f"hf://{repository}: reading from the hub")
+    hub = import_hub()
     try:
         hub.snapshot_download(repository, revision=commit, allow_patterns=list(patterns), local_files_only=True)
     except hub.errors.LocalEntryNotFoundError:  # also IncompleteSnapshotError
@@ -151,7 +149,7 @@ def list_files(repository: str, snapshot: Path) -> list[str]:
         repository: "org/name".
         snapshot: A directory that `download_snapshot` returned.
     """
-    hub = import_hub(f"hf://{repository}: reading from the hub")
+    hub = import_hub()
     try:
         return hub.HfApi().list_repo_files(repository, revision=snapshot.name)
     except Exception:  # no network, or the server fails: what is cached may be complete
@@ -162,12 +160,13 @@ def list_files(repository: str, snapshot: Path) -> list[str]:
         ]
 
 
-def import_hub(use: str, instead: str = "") -> ModuleType:
-    """Import huggingface_hub. Raise CheckpointError, which starts with `use`, if it is not installed."""
-    hub = import_extra("huggingface_hub", "convert", use, CheckpointError, instead)
-    for module in ("errors", "utils"):  # the package imports them on use
-        import_extra(f"huggingface_hub.{module}", "convert", use, CheckpointError, instead)
-    return hub
+def import_hub() -> ModuleType:
+    """Import huggingface_hub, with its errors and utils. Commands that do not use it start faster without it."""
+    import huggingface_hub
+    import huggingface_hub.errors
+    import huggingface_hub.utils
+
+    return huggingface_hub
 
 
 def explain_hub_error(error: Exception, done: str = "downloaded") -> str:

@@ -95,7 +95,7 @@ def push(plan: PushPlan, *, private: bool = False, message: str | None = None) -
         CheckpointError: The hub refuses it or cannot be reached, or `private` is set and the repository exists and is
             public.
     """
-    hub = import_hub(f"hf://{plan.repository}: uploading to the hub")
+    hub = import_hub()
     try:
         api = hub.HfApi(library_name="vllama-jax")
         url = api.create_repo(plan.repository, private=private or None, exist_ok=True)
