@@ -45,7 +45,8 @@ from vllama_jax.train.step import Loss
 Log = Callable[[str], None]
 WORLD_SEED = 100  # of the clips and images that branches are trained on
 MODEL = "miniature"
-STEPS_PER_LINE = 200  # of progress messages
+BATCH_SIZE = 16
+STEPS_PER_LINE = 100  # of progress messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,16 +119,24 @@ def make_config(study: Study, name: str, base: Path, features: str, **changes: A
         **changes: Fields with other values.
 
     Returns:
-        The config, with the steps of its stage. Activations are stored, not recomputed.
+        The config, with the steps of its stage. Compiling takes as long as 200 steps, so sequences have one length, and
+        dropout is 0: without it, runs with different seeds have the same programs.
     """
     config, _ = load_config(name)
     (dataset,) = config.datasets
     path = study.out / "world" / "records" / Path(dataset.path).name
+    data = dataclasses.replace(
+        config.data,
+        feature_cache=str(study.out / "features" / features),
+        length_buckets=config.data.length_buckets[-1:],
+    )
     defaults = {
         "model": str(base),
         "datasets": (dataclasses.replace(dataset, path=str(path)),),
         "steps": study.sizes.steps1 if name.endswith("stage1") else study.sizes.steps2,
-        "data": dataclasses.replace(config.data, feature_cache=str(study.out / "features" / features)),
+        "batch_size": BATCH_SIZE,
+        "dropout": 0.0,
+        "data": data,
         "remat_policy": "none",
     }
     return dataclasses.replace(config, **{**defaults, **changes})
@@ -156,6 +165,27 @@ def train_branch(study: Study, name: str, config: TrainConfig, loss: Loss | None
     if result.step < config.steps:
         raise VllamaError(f"{run} was stopped before its last step; run the same command to resume")
     return run
+
+
+def train_stages(study: Study, name: str, branch: str, base: Path, features: str, seed: int) -> Path:
+    """Train a branch in both stages.
+
+    Args:
+        study: The study.
+        name: The name of the branch, for its runs.
+        branch: "vision" or "audio".
+        base: The base model.
+        features: The name of the feature cache.
+        seed: The seed of both runs.
+
+    Returns:
+        OUT/runs/NAME_stage2.
+    """
+    run = ""
+    for stage in (1, 2):
+        config = make_config(study, f"miniature_{branch}_stage{stage}", base, features, seed=seed, init=run)
+        run = str(train_branch(study, f"{name}_stage{stage}", config))
+    return Path(run)
 
 
 def measure_once(study: Study, name: str, measure: Callable[[], dict[str, Measure]]) -> dict[str, Measure]:
