@@ -7,8 +7,9 @@ the model of the package, which is trained with 8. runs.py describes OUT.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -19,11 +20,13 @@ from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.media.frame_sampling import frame_indices
 from vllama_jax.memory.flops import encoder_flops, forward_flops, qformer_flops
 from vllama_jax.miniature import render, texts
+from vllama_jax.miniature.base_model import CONFIG
 from vllama_jax.miniature.evaluate import FileSets, Measure, evaluate_sets
 from vllama_jax.miniature.studies.runs import (
     MODEL,
     Sizes,
     Study,
+    check_numbers,
     measure_once,
     run_command,
     run_study,
@@ -34,64 +37,73 @@ from vllama_jax.miniature.studies.tables import Setting, Table
 from vllama_jax.model import Model
 from vllama_jax.text import prompts
 
-FRAMES = (1, 2, 4, 8)
-QUERIES = (1, 2, 4, 16)
 NEW = ("video_qformer", "frame_positions")  # components that are trained from scratch
 MEASURES = ("motion", "object", "colour", "count", "first", "last")
 
 
-def make_tables(study: Study) -> list[Table]:
-    """Train and measure all settings."""
+def make_tables(study: Study, frames: Sequence[int], queries: Sequence[int]) -> list[Table]:
+    """Train and measure all settings.
+
+    Args:
+        study: The study.
+        frames: The numbers of frames to train with, and to give to the model of the package.
+        queries: The numbers of queries to train with.
+
+    Returns:
+        The tables of both, and of the model of the package.
+    """
     packaged = vl.load(MODEL)
+    config = packaged.config
+    with_frames = [dataclasses.replace(config, num_frames=number) for number in frames]
+    with_queries = [
+        dataclasses.replace(config, video_qformer=dataclasses.replace(config.video_qformer, num_queries=number))
+        for number in queries
+    ]
     sets = {
-        frames: FileSets(_with_frames(packaged, frames), study.sizes.files_seed, study.sizes.files, study.log)
-        for frames in FRAMES
+        one.num_frames: FileSets(
+            dataclasses.replace(packaged, config=one), study.sizes.files_seed, study.sizes.files, study.log
+        )
+        for one in (config, *with_frames)
     }
 
-    def measure_trained(config: VideoLlamaConfig) -> Setting:
-        frames, queries = config.num_frames, config.video_qformer.num_queries
-        name = f"frames{frames}_queries{queries}"
+    def measure_trained(config: VideoLlamaConfig) -> list[dict[str, Measure]]:
+        return [
+            measure_once(study, f"{_name(config)}_seed{seed}", lambda seed=seed: train_and_measure(config, seed))
+            for seed in study.seeds
+        ]
 
-        def measure(seed: int) -> dict[str, Measure]:
-            base = write_base(study, name, config, NEW)
-            run = train_stages(study, f"{name}_seed{seed}", "vision", base, f"frames{frames}", seed)
-            return evaluate_sets(sets[frames].for_model(vl.load(run)), MEASURES)
+    def train_and_measure(config: VideoLlamaConfig, seed: int) -> dict[str, Measure]:
+        name = _name(config)
+        base = write_base(study, name, config, NEW)
+        run = train_stages(study, f"{name}_seed{seed}", "vision", base, f"frames{config.num_frames}", seed)
+        return evaluate_sets(sets[config.num_frames].for_model(vl.load(run)), MEASURES)
 
-        seeds = [measure_once(study, f"{name}_seed{seed}", lambda seed=seed: measure(seed)) for seed in study.seeds]
-        return Setting(_describe(config), count_operations(packaged, config), seeds)
+    def measure_packaged(config: VideoLlamaConfig) -> list[dict[str, Measure]]:
+        number = config.num_frames
+        return [measure_once(study, f"packaged_frames{number}", lambda: evaluate_sets(sets[number], MEASURES))]
 
-    def measure_packaged(frames: int) -> Setting:
-        model = sets[frames].model
-        measures = measure_once(study, f"packaged_frames{frames}", lambda: evaluate_sets(sets[frames], MEASURES))
-        return Setting(_describe(model.config), count_operations(packaged, model.config), [measures])
+    def make_table(name: str, title: str, varied: Sequence[tuple[str, VideoLlamaConfig]], measure: Any) -> Table:
+        settings = [Setting(label, count_operations(packaged, one), measure(one)) for label, one in varied]
+        return Table(name, title, settings)
 
-    with_frames = [dataclasses.replace(packaged.config, num_frames=frames) for frames in FRAMES]
-    with_queries = [
-        dataclasses.replace(
-            packaged.config,
-            video_qformer=dataclasses.replace(packaged.config.video_qformer, num_queries=queries),
-        )
-        for queries in QUERIES
-    ]
+    frame_labels = [f"{number} frame{'s' if number > 1 else ''}" for number in frames]
+    query_labels = [f"{number} quer{'ies' if number > 1 else 'y'}" for number in queries]
+    varied_frames = list(zip(frame_labels, with_frames, strict=True))
+    varied_queries = list(zip(query_labels, with_queries, strict=True))
     return [
-        Table("frames", "Trained with a number of frames", [measure_trained(config) for config in with_frames]),
-        Table("queries", "Trained with a number of queries", [measure_trained(config) for config in with_queries]),
-        Table(
+        make_table("frames", "Trained and asked with a number of frames", varied_frames, measure_trained),
+        make_table("queries", "Trained with a number of queries", varied_queries, measure_trained),
+        make_table(
             "frames_at_inference",
-            "Trained with 8 frames, asked with fewer",
-            [measure_packaged(frames) for frames in FRAMES],
+            f"The model of the package, trained with {config.num_frames} frames, asked with a number of frames",
+            varied_frames,
+            measure_packaged,
         ),
     ]
 
 
-def _with_frames(model: Model, frames: int) -> Model:
-    """Return a model that samples another number of frames from a video."""
-    return dataclasses.replace(model, config=dataclasses.replace(model.config, num_frames=frames))
-
-
-def _describe(config: VideoLlamaConfig) -> str:
-    frames, queries = config.num_frames, config.video_qformer.num_queries
-    return f"{frames} frame{'s' if frames > 1 else ''}, {queries} quer{'ies' if queries > 1 else 'y'}"
+def _name(config: VideoLlamaConfig) -> str:
+    return f"frames{config.num_frames}_queries{config.video_qformer.num_queries}"
 
 
 def count_operations(model: Model, config: VideoLlamaConfig) -> dict[str, str]:
@@ -128,6 +140,8 @@ def main(
     out: tyro.conf.Positional[Path],
     /,
     *,
+    frames: tuple[int, ...] = (1, 2, 4, 8),
+    queries: tuple[int, ...] = (1, 2, 4, 16),
     seeds: tuple[int, ...] = (0, 1, 2),
     sizes: Annotated[Sizes, tyro.conf.arg(name="")] = Sizes(),  # noqa: B008 (immutable)
 ) -> None:
@@ -135,10 +149,14 @@ def main(
 
     Args:
         out: The output directory.
-        seeds: The seeds of the runs: of new weights, of the order of records and of dropout.
+        frames: The numbers of frames to compare.
+        queries: The numbers of queries to compare.
+        seeds: The seeds of the runs: of new weights and of the order of records.
         sizes: The sizes of the study.
     """
-    run_study(out, seeds, sizes, make_tables)
+    check_numbers("--frames", frames, 1, CONFIG.num_frame_positions)
+    check_numbers("--queries", queries, 1)
+    run_study(out, seeds, sizes, lambda study: make_tables(study, frames, queries))
 
 
 if __name__ == "__main__":

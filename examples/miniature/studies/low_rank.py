@@ -2,11 +2,12 @@
 
     python -m vllama_jax.miniature.studies.low_rank OUT --seeds 0 1 2
 
-trains the vision branch in stage 1, then stage 2 from it once for each of the UPDATES of the language model. It
+trains the vision branch in stage 1, then stage 2 from it once for each update of the language model. It
 measures what the vision branch gains, and what other inputs of the language model lose. runs.py describes OUT.
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from vllama_jax.miniature.studies.runs import (
     MODEL,
     Sizes,
     Study,
+    check_numbers,
     make_config,
     measure_once,
     run_command,
@@ -41,12 +43,6 @@ from vllama_jax.text.prompts import Media
 from vllama_jax.text.templates import find_template
 from vllama_jax.train.config import LORA, VISION_BRANCH, LoraConfig
 
-UPDATES: dict[str, dict[str, Any]] = {  # fields of the run config of stage 2
-    "frozen": {},
-    "rank 2": {"lora": LoraConfig(rank=2), "trainable": (*VISION_BRANCH, *LORA)},
-    "rank 8": {"lora": LoraConfig(rank=8), "trainable": (*VISION_BRANCH, *LORA)},
-    "all weights": {"trainable": (*VISION_BRANCH, "llama/*")},
-}
 NEW = ("video_qformer", "frame_positions")  # components that stage 1 trains from scratch
 VISION = ("object", "colour", "motion", "count", "first", "last")
 NEW_WORDING = ("object_new_wording", "colour_new_wording", "motion_new_wording")
@@ -55,8 +51,17 @@ WORDS = "words"
 WORD_QUESTIONS: dict[str, str] = {"object": "video", "colour": "video", "motion": "video", "hear": "audio"}
 
 
-def make_tables(study: Study) -> list[Table]:
-    """Train and measure all settings."""
+def make_tables(study: Study, ranks: Sequence[int]) -> list[Table]:
+    """Train and measure all settings.
+
+    Args:
+        study: The study.
+        ranks: The ranks of the updates to compare with a frozen language model and with all of its weights.
+
+    Returns:
+        The tables of questions about what is seen, and of all others.
+    """
+    updates = _list_updates(ranks)
     packaged = vl.load(MODEL)
     sets = FileSets(packaged, study.sizes.files_seed, study.sizes.files, study.log)
     base = write_base(study, "base", packaged.config, NEW)
@@ -64,7 +69,7 @@ def make_tables(study: Study) -> list[Table]:
     def train(name: str, seed: int) -> Path:
         first = make_config(study, "miniature_vision_stage1", base, "vision", seed=seed)
         init = train_branch(study, f"stage1_seed{seed}", first)
-        changes = {"seed": seed, "init": str(init), **UPDATES[name]}
+        changes = {"seed": seed, "init": str(init), **updates[name]}
         second = make_config(study, "miniature_vision_stage2", base, "vision", **changes)
         return train_branch(study, _run_name(name, seed), second)
 
@@ -78,14 +83,14 @@ def make_tables(study: Study) -> list[Table]:
             measure_once(study, _run_name(name, seed), lambda name=name, seed=seed: measure_run(name, seed))
             for seed in study.seeds
         ]
-        for name in UPDATES
+        for name in updates
     }
-    facts = {name: {"trained weights of LLaMA": f"{_count_trained(study, name):,}"} for name in UPDATES}
+    facts = {name: {"trained weights of LLaMA": f"{_count_trained(study, name):,}"} for name in updates}
 
     def make_table(name: str, title: str, measures: tuple[str, ...]) -> Table:
         settings = [
             Setting(update, facts[update], [{one: seed[one] for one in measures} for seed in found[update]])
-            for update in UPDATES
+            for update in updates
         ]
         return Table(name, title, settings)
 
@@ -93,6 +98,16 @@ def make_tables(study: Study) -> list[Table]:
         make_table("low_rank_vision", "Questions about what is seen, by what stage 2 trains", (*VISION, *NEW_WORDING)),
         make_table("low_rank_elsewhere", "All other inputs, by what stage 2 trains", (WORDS, *ELSEWHERE)),
     ]
+
+
+def _list_updates(ranks: Sequence[int]) -> dict[str, dict[str, Any]]:
+    """List what stage 2 trains of the language model, with the fields of its run config."""
+    with_rank = {"trainable": (*VISION_BRANCH, *LORA)}
+    return {
+        "frozen": {},
+        **{f"rank {rank}": {**with_rank, "lora": LoraConfig(rank=rank)} for rank in ranks},
+        "all weights": {"trainable": (*VISION_BRANCH, "llama/*")},
+    }
 
 
 def _run_name(update: str, seed: int) -> str:
@@ -151,6 +166,7 @@ def main(
     out: tyro.conf.Positional[Path],
     /,
     *,
+    ranks: tuple[int, ...] = (2, 8),
     seeds: tuple[int, ...] = (0, 1, 2),
     sizes: Annotated[Sizes, tyro.conf.arg(name="")] = Sizes(),  # noqa: B008 (immutable)
 ) -> None:
@@ -158,10 +174,12 @@ def main(
 
     Args:
         out: The output directory.
-        seeds: The seeds of the runs: of new weights, of the order of records and of dropout.
+        ranks: The ranks of the low-rank updates to compare.
+        seeds: The seeds of the runs: of new weights and of the order of records.
         sizes: The sizes of the study.
     """
-    run_study(out, seeds, sizes, make_tables)
+    check_numbers("--ranks", ranks, 1)
+    run_study(out, seeds, sizes, lambda study: make_tables(study, ranks))
 
 
 if __name__ == "__main__":

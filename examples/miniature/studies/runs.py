@@ -76,7 +76,7 @@ class Study:
 
     Attributes:
         out: OUT.
-        seeds: Seeds of the runs: of new weights, of the order of records and of dropout.
+        seeds: Seeds of the runs: of new weights and of the order of records.
         sizes: The sizes.
         log: Called with progress messages.
     """
@@ -246,12 +246,28 @@ def run_study(out: Path, seeds: tuple[int, ...], sizes: Sizes, make_tables: Call
 
 def _check_options(study: Study) -> None:
     """Raise ConfigError for options that are out of range."""
-    seeds = study.seeds
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds must be different numbers of at least 0, not {' '.join(map(str, seeds)) or 'none'}")
+    check_numbers("--seeds", study.seeds, 0)
     for name, value in dataclasses.asdict(study.sizes).items():
-        if value < (low := 0 if name == "files_seed" else 1):
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+        check_numbers(f"--{name.replace('_', '-')}", (value,), 0 if name == "files_seed" else 1)
+
+
+def check_numbers(option: str, numbers: Sequence[int], low: int, high: int | None = None) -> None:
+    """Check the numbers of an option.
+
+    Args:
+        option: The option, for the message.
+        numbers: The numbers, of which there must be at least one, and none twice.
+        low: The lowest valid number.
+        high: The highest one, if there is one.
+
+    Raises:
+        ConfigError: A number is out of range or occurs twice, or there is none.
+    """
+    valid = range(low, sys.maxsize if high is None else high + 1)
+    if not numbers or len(set(numbers)) < len(numbers) or not all(number in valid for number in numbers):
+        limits = f"at least {low}" if high is None else f"from {low} to {high}"
+        given = ", ".join(map(str, numbers)) or "none"
+        raise ConfigError(f"{option} must be {limits}, and no number may occur twice, not {given}")
 
 
 def _check_settings(file: Path, requested: dict[str, Any]) -> None:
