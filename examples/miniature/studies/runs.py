@@ -26,7 +26,7 @@ from vllama_jax.branches import is_within
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.checkpoints.restore import restore_weights
 from vllama_jax.config import VideoLlamaConfig, describe_changes, flatten_fields
-from vllama_jax.errors import ConfigError, VllamaError
+from vllama_jax.errors import ConfigError, VllamaError, format_os_error
 from vllama_jax.io.atomic import replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.miniature.base_model import write_model
@@ -295,3 +295,5 @@ def run_command(program: str, main: Callable[..., None]) -> None:
             tyro.cli(main, prog=f"python -m {program}")
         except VllamaError as error:
             sys.exit(f"vllama: {error}")
+        except OSError as error:  # such as a directory without permissions, or a full disk
+            sys.exit(f"vllama: {format_os_error(error)}")
