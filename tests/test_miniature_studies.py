@@ -13,7 +13,7 @@ from vllama_jax.miniature.studies import tables
 from vllama_jax.miniature.studies.tables import Setting, Table
 
 PAGES = sorted((Path(__file__).parents[1] / "docs" / "studies").glob("*.md"))
-SMALL = ["--seeds", "0", "--clips", "12", "--images", "8", "--steps1", "2", "--steps2", "2", "--files", "4"]
+SMALL = ["--seeds", "0", "--clips", "12", "--images", "8", "--steps1", "1", "--steps2", "1", "--files", "4"]
 COMMANDS = {"frames_and_queries": ["--frames", "1", "--queries", "2"], "low_rank": ["--ranks", "2"]}
 MEASURED = {
     "frames_and_queries": {"frames": ["1 frame"], "queries": ["2 queries"], "frames_at_inference": ["1 frame"]},

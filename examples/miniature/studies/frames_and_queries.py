@@ -143,7 +143,7 @@ def main(
     frames: tuple[int, ...] = (1, 2, 4, 8),
     queries: tuple[int, ...] = (1, 2, 4, 16),
     seeds: tuple[int, ...] = (0, 1, 2),
-    sizes: Annotated[Sizes, tyro.conf.arg(name="")] = Sizes(),  # noqa: B008 (immutable)
+    sizes: Annotated[Sizes, tyro.conf.arg(name="")] = Sizes(steps2=100),  # noqa: B008 (immutable)
 ) -> None:
     """Measure accuracy by the number of frames and of queries. The same command resumes an interrupted study.
 

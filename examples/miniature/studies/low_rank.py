@@ -95,8 +95,8 @@ def make_tables(study: Study, ranks: Sequence[int]) -> list[Table]:
         return Table(name, title, settings)
 
     return [
-        make_table("low_rank_vision", "Questions about what is seen, by what stage 2 trains", (*VISION, *NEW_WORDING)),
-        make_table("low_rank_elsewhere", "All other inputs, by what stage 2 trains", (WORDS, *ELSEWHERE)),
+        make_table("low_rank_vision", "Visible objects, by what stage 2 trains", (*VISION, *NEW_WORDING)),
+        make_table("low_rank_elsewhere", "Other inputs and questions, by what stage 2 trains", (WORDS, *ELSEWHERE)),
     ]
 
 

@@ -62,9 +62,9 @@ class Sizes:
         files_seed: Seed of these files. The default was used for no choice of a setting.
     """
 
-    clips: int = 1600
-    images: int = 800
-    steps1: int = 600
+    clips: int = 1200
+    images: int = 600
+    steps1: int = 500
     steps2: int = 150
     files: int = 250
     files_seed: int = 2026
