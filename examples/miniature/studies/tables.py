@@ -21,7 +21,7 @@ from vllama_jax.io.json_files import parse_object
 from vllama_jax.miniature.figures import Measures
 
 MARKERS = "osD^vPX*"
-SPREAD = 0.08  # of the points of several seeds to both sides of their setting
+SHIFT = 0.12  # of the first and the last measure to both sides of their setting
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,34 +83,33 @@ def _format_accuracies(seeds: Sequence[Mapping[str, float]]) -> str:
 def plot_table(table: Table) -> Figure:
     """Plot the accuracy of each measure by setting: the mean, a point for each seed, and chance as a dashed line.
 
-    If a setting has one seed, its 95 % interval is drawn.
+    If a setting has one seed, its 95 % interval is drawn. Measures are shifted, so that equal ones remain visible.
     """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    positions = np.arange(len(table.settings))
-    for number, name in enumerate(table.settings[0].seeds[0]):
-        means = [np.mean([seed[name]["accuracy"] for seed in setting.seeds]) for setting in table.settings]
-        color = f"C{number}"
-        axes.plot(positions, means, color=color, label=name)
-        chance = table.settings[0].seeds[0][name]["chance"]
-        axes.axhline(chance, color=color, linestyle="--", linewidth=0.8, alpha=0.6)
-        for position, setting in zip(positions, table.settings, strict=True):
-            _draw_seeds(axes, position, [seed[name] for seed in setting.seeds], color, MARKERS[number % len(MARKERS)])
-    axes.set_xticks(positions, [setting.name for setting in table.settings])
+    first = table.settings[0].seeds[0]
+    shifts = np.linspace(-SHIFT, SHIFT, len(first)) if len(first) > 1 else [0.0]
+    for number, (name, shift) in enumerate(zip(first, shifts, strict=True)):
+        style: dict[str, Any] = {"color": f"C{number}", "marker": MARKERS[number % len(MARKERS)], "markersize": 4}
+        positions = np.arange(len(table.settings)) + shift
+        seeds = [[seed[name] for seed in setting.seeds] for setting in table.settings]
+        axes.plot(positions, [np.mean([one["accuracy"] for one in several]) for several in seeds], label=name, **style)
+        axes.axhline(first[name]["chance"], color=style["color"], linestyle="--", linewidth=0.8, alpha=0.6)
+        for position, several in zip(positions, seeds, strict=True):
+            _draw_seeds(axes, position, several, {**style, "linestyle": "none", "alpha": 0.5})
+    axes.set_xticks(range(len(table.settings)), [setting.name for setting in table.settings])
     axes.set(ylim=(-0.02, 1.02), ylabel="accuracy on held-out combinations", title=table.title)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right center")
     return figure
 
 
-def _draw_seeds(axes: Axes, position: float, seeds: Sequence[Mapping[str, float]], color: str, marker: str) -> None:
-    style: dict[str, Any] = {"fmt": marker, "color": color, "markersize": 4, "alpha": 0.7, "linewidth": 1}
+def _draw_seeds(axes: Axes, position: float, seeds: Sequence[Mapping[str, float]], style: dict[str, Any]) -> None:
     accuracies = np.array([one["accuracy"] for one in seeds])
+    errors = None
     if len(seeds) == 1:
-        errors = [[accuracies[0] - seeds[0]["low"]], [seeds[0]["high"] - accuracies[0]]]
-        axes.errorbar([position], accuracies, yerr=np.maximum(errors, 0), **style)
-    else:
-        axes.errorbar(position + np.linspace(-SPREAD, SPREAD, len(seeds)), accuracies, **style)
+        errors = np.maximum([[accuracies[0] - seeds[0]["low"]], [seeds[0]["high"] - accuracies[0]]], 0)
+    axes.errorbar(np.full(len(seeds), position), accuracies, yerr=errors, **style)
 
 
 def plot_tables(tables: Sequence[Table], folder: Path) -> None:
