@@ -7,6 +7,7 @@ the model of the package, which is trained with 8. runs.py describes OUT.
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -68,7 +69,7 @@ def make_tables(study: Study, frames: Sequence[int], queries: Sequence[int]) -> 
 
     def measure_trained(config: VideoLlamaConfig) -> list[dict[str, Measure]]:
         return [
-            measure_once(study, f"{_name(config)}_seed{seed}", lambda seed=seed: train_and_measure(config, seed))
+            measure_once(study, f"{_name(config)}_seed{seed}", functools.partial(train_and_measure, config, seed))
             for seed in study.seeds
         ]
 

@@ -6,11 +6,13 @@ trains the vision branch in stage 1, then stage 2 from it once for each update o
 measures what the vision branch gains, and what other inputs of the language model lose. runs.py describes OUT.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax.numpy as jnp
 import numpy as np
 import tyro
 
@@ -80,7 +82,7 @@ def make_tables(study: Study, ranks: Sequence[int]) -> list[Table]:
 
     found = {
         name: [
-            measure_once(study, _run_name(name, seed), lambda name=name, seed=seed: measure_run(name, seed))
+            measure_once(study, _run_name(name, seed), functools.partial(measure_run, name, seed))
             for seed in study.seeds
         ]
         for name in updates
@@ -159,7 +161,8 @@ def _make_prompt(model: Model, scene: Scene, question: str, rng: np.random.Gener
     start = prompts.start_conversation(model.config.template, model.config.has_audio)
     conversation = start.add(media).ask(texts.QUESTIONS[question][0])
     encoded = prompts.encode_conversation(conversation, model.tokenizer, [words.shape[1]])
-    return generate.EmbeddedPrompt(encoded.ids, encoded.is_media, np.asarray(model.network.embed(words)[0]))
+    media_tokens = np.asarray(model.network.embed(jnp.asarray(words))[0])
+    return generate.EmbeddedPrompt(encoded.ids, encoded.is_media, media_tokens)
 
 
 def main(
