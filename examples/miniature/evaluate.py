@@ -7,6 +7,7 @@ Q-Formers of the branches.
 """
 
 import collections
+import copy
 import dataclasses
 import functools
 import itertools
@@ -87,6 +88,12 @@ class FileSets:
         self.model = model
         self._encode = functools.cache(lambda files: encode_files(model, files, seed, clips, log))
 
+    def for_model(self, model: Model) -> "FileSets":
+        """Return the same encoded files for a model that has the same frozen encoders."""
+        sets = copy.copy(self)
+        sets.model = model
+        return sets
+
     def __call__(self, files: FileSet) -> EncodedFiles:
         """Return the encoded files of a set."""
         return self._encode(files)
@@ -115,7 +122,19 @@ def evaluate(
         ConfigError: The seed is negative, `clips` is below 1, or a measure is unknown.
     """
     check_arguments(seed, clips, measures)
-    sets = FileSets(model, seed, clips, log)
+    return evaluate_sets(FileSets(model, seed, clips, log), measures)
+
+
+def evaluate_sets(sets: FileSets, measures: Sequence[str] = ()) -> dict[str, Measure]:
+    """Measure the model of file sets.
+
+    Args:
+        sets: The file sets.
+        measures: Names of MEASURES; all if empty.
+
+    Returns:
+        The measures by name. A measure without files is left out.
+    """
     results = {name: function(sets) for name, function in MEASURES.items() if name in measures or not measures}
     return {name: result for name, result in results.items() if result is not None}
 
