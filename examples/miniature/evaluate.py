@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -92,6 +92,12 @@ class FileSets:
         """Return the same encoded files for a model that has the same frozen encoders."""
         sets = copy.copy(self)
         sets.model = model
+        return sets
+
+    def with_files(self, encoded: Mapping[FileSet, EncodedFiles]) -> "FileSets":
+        """Return file sets that have only these files, which are already encoded."""
+        sets = copy.copy(self)
+        sets._encode = encoded.__getitem__
         return sets
 
     def __call__(self, files: FileSet) -> EncodedFiles:

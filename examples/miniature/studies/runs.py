@@ -15,11 +15,12 @@ OUT/results.json       all of them; OUT/*.png are the figures
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import vllama_jax as vl
 from vllama_jax.branches import is_within
@@ -86,7 +87,13 @@ class Study:
     log: Log
 
 
-def write_base(study: Study, name: str, config: VideoLlamaConfig, new: Sequence[str]) -> Path:
+def write_base(
+    study: Study,
+    name: str,
+    config: VideoLlamaConfig,
+    new: Sequence[str],
+    changed: Mapping[str, np.ndarray] | None = None,
+) -> Path:
     """Write the miniature of the package as a base model with another config and without the weights of components.
 
     Args:
@@ -94,6 +101,7 @@ def write_base(study: Study, name: str, config: VideoLlamaConfig, new: Sequence[
         name: The name of the base model.
         config: Its config.
         new: The paths of the components that runs initialize at random.
+        changed: Weights that replace those of the miniature, by path.
 
     Returns:
         OUT/base/NAME, which is not written again if it exists.
@@ -103,7 +111,7 @@ def write_base(study: Study, name: str, config: VideoLlamaConfig, new: Sequence[
         kept = {leaf: shape for leaf, shape in stored.shapes.items() if not any(is_within(leaf, path) for path in new)}
         targets = {leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in kept.items()}
         weights = {leaf: jax.device_get(value) for leaf, value in restore_weights(stored, targets).items()}
-        write_model(base, weights, stored.path / "tokenizer", config)
+        write_model(base, {**weights, **(changed or {})}, stored.path / "tokenizer", config)
     return base
 
 
