@@ -53,7 +53,9 @@ def pages(site) -> dict[Path, Page]:
 
 
 def test_every_page_of_the_folder_is_on_the_site(site):
-    names = {path.stem for path in (ROOT / "docs").glob("*.md")}
+    docs = ROOT / "docs"
+    pages = [*docs.glob("*.md"), *docs.glob("studies/*.md")]
+    names = {path.relative_to(docs).with_suffix("").as_posix() for path in pages}
     assert {name for name in names if not (site / f"{name}.html").exists()} == set()
     index = (site / "index.html").read_text("utf-8")
     assert {name for name in names if f'href="{name}.html"' not in index} == {"index"}, "no link in the navigation"

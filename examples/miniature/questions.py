@@ -48,22 +48,33 @@ def ask_dialogues(model: Model, files: EncodedFiles, questions: Sequence[Sequenc
 
 def _ask_batch(model: Model, files: EncodedFiles, questions: Sequence[Sequence[str]]) -> list[list[str]]:
     template, tokenizer = find_template(model.config.template), model.tokenizer
-    config, stops = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS), prompts.stop_sequences(tokenizer, template)
     engine, media_tokens = make_engine(model, len(files.scenes)), _compute_media_tokens(model, files)
     conversations, answers = _start_conversations(model, files), [list[str]() for _ in files.scenes]
     for turn in zip(*questions, strict=True):
         conversations = [one.ask(question) for one, question in zip(conversations, turn, strict=True)]
-        generations = [
-            engine.add(generate.Request(prompt=prompt, config=config, stops=stops))
-            for prompt in _make_prompts(model, conversations, media_tokens)
-        ]
-        while engine.is_busy:
-            engine.step()
-        for row, generation in enumerate(generations):
-            answers[row].append(prompts.decode_answer(tokenizer, template, generation.tokens))
-            past = prompts.decode_past_answer(tokenizer, template, generation.tokens)
-            conversations[row] = conversations[row].answer(*past)
+        generated = generate_tokens(model, engine, _make_prompts(model, conversations, media_tokens))
+        for row, tokens in enumerate(generated):
+            answers[row].append(prompts.decode_answer(tokenizer, template, tokens))
+            conversations[row] = conversations[row].answer(*prompts.decode_past_answer(tokenizer, template, tokens))
     return answers
+
+
+def generate_tokens(
+    model: Model, engine: generate.Engine, embedded: Sequence[generate.EmbeddedPrompt]
+) -> list[list[int]]:
+    """Generate the tokens of an answer to each prompt, greedily and at the same time.
+
+    Args:
+        model: The model.
+        engine: An engine of the model, which is not busy.
+        embedded: The prompts, with their media tokens.
+    """
+    config = GenerationConfig(max_new_tokens=MAX_NEW_TOKENS)
+    stops = prompts.stop_sequences(model.tokenizer, find_template(model.config.template))
+    generations = [engine.add(generate.Request(prompt=prompt, config=config, stops=stops)) for prompt in embedded]
+    while engine.is_busy:
+        engine.step()
+    return [generation.tokens for generation in generations]
 
 
 def _start_conversations(model: Model, files: EncodedFiles) -> list[Conversation]:

@@ -44,7 +44,7 @@ def step_flops_by_component(model: VideoLlamaConfig, branch: str, batch: dict, r
     head = 2 * llama.width * llama.vocab_size * targets
     return {
         "encoders": rows * encoder_flops(model, branch, batch),
-        "qformer": rows * 3 * _trained_qformer(model, branch),
+        "qformer": rows * 3 * qformer_flops(model, branch),
         "llama": rows * (passes * forward + 2 * head),
     }
 
@@ -80,8 +80,8 @@ def _blocks(width: int, depth: int, mlp_dim: int, tokens: int) -> float:
     return depth * (2 * tokens * width * (4 * width + 2 * mlp_dim) + 4 * tokens * tokens * width)
 
 
-def _trained_qformer(model: VideoLlamaConfig, branch: str) -> float:
-    """Count the operations of a branch's Q-Former for one example."""
+def qformer_flops(model: VideoLlamaConfig, branch: str) -> float:
+    """Count the operations of a branch's Q-Former for one example: a video of `model.num_frames`, or audio."""
     entry = BRANCHES[branch]
     *memory, width = entry.example_feature_shape(model, entry.prompt_media[0])
     return _qformer(entry.qformer_config(model), width, math.prod(memory))

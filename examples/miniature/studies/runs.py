@@ -27,7 +27,7 @@ from vllama_jax.branches import is_within
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.checkpoints.restore import restore_weights
 from vllama_jax.config import VideoLlamaConfig, describe_changes, flatten_fields
-from vllama_jax.errors import ConfigError, VllamaError
+from vllama_jax.errors import ConfigError, VllamaError, format_os_error
 from vllama_jax.io.atomic import replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.miniature.base_model import write_model
@@ -46,7 +46,8 @@ from vllama_jax.train.step import Loss
 Log = Callable[[str], None]
 WORLD_SEED = 100  # of the clips and images that branches are trained on
 MODEL = "miniature"
-STEPS_PER_LINE = 200  # of progress messages
+BATCH_SIZE = 16
+STEPS_PER_LINE = 100  # of progress messages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Study:
 
     Attributes:
         out: OUT.
-        seeds: Seeds of the runs: of new weights, of the order of records and of dropout.
+        seeds: Seeds of the runs: of new weights and of the order of records.
         sizes: The sizes.
         log: Called with progress messages.
     """
@@ -126,16 +127,24 @@ def make_config(study: Study, name: str, base: Path, features: str, **changes: A
         **changes: Fields with other values.
 
     Returns:
-        The config, with the steps of its stage. Activations are stored, not recomputed.
+        The config, with the steps of its stage. Compiling takes as long as 200 steps, so sequences have one length, and
+        dropout is 0: without it, runs with different seeds have the same programs.
     """
     config, _ = load_config(name)
     (dataset,) = config.datasets
     path = study.out / "world" / "records" / Path(dataset.path).name
+    data = dataclasses.replace(
+        config.data,
+        feature_cache=str(study.out / "features" / features),
+        length_buckets=config.data.length_buckets[-1:],
+    )
     defaults = {
         "model": str(base),
         "datasets": (dataclasses.replace(dataset, path=str(path)),),
         "steps": study.sizes.steps1 if name.endswith("stage1") else study.sizes.steps2,
-        "data": dataclasses.replace(config.data, feature_cache=str(study.out / "features" / features)),
+        "batch_size": BATCH_SIZE,
+        "dropout": 0.0,
+        "data": data,
         "remat_policy": "none",
     }
     return dataclasses.replace(config, **{**defaults, **changes})
@@ -164,6 +173,27 @@ def train_branch(study: Study, name: str, config: TrainConfig, loss: Loss | None
     if result.step < config.steps:
         raise VllamaError(f"{run} was stopped before its last step; run the same command to resume")
     return run
+
+
+def train_stages(study: Study, name: str, branch: str, base: Path, features: str, seed: int) -> Path:
+    """Train a branch in both stages.
+
+    Args:
+        study: The study.
+        name: The name of the branch, for its runs.
+        branch: "vision" or "audio".
+        base: The base model.
+        features: The name of the feature cache.
+        seed: The seed of both runs.
+
+    Returns:
+        OUT/runs/NAME_stage2.
+    """
+    run = ""
+    for stage in (1, 2):
+        config = make_config(study, f"miniature_{branch}_stage{stage}", base, features, seed=seed, init=run)
+        run = str(train_branch(study, f"{name}_stage{stage}", config))
+    return Path(run)
 
 
 def measure_once(study: Study, name: str, measure: Callable[[], dict[str, Measure]]) -> dict[str, Measure]:
@@ -224,12 +254,28 @@ def run_study(out: Path, seeds: tuple[int, ...], sizes: Sizes, make_tables: Call
 
 def _check_options(study: Study) -> None:
     """Raise ConfigError for options that are out of range."""
-    seeds = study.seeds
-    if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-        raise ConfigError(f"--seeds must be different numbers of at least 0, not {' '.join(map(str, seeds)) or 'none'}")
+    check_numbers("--seeds", study.seeds, 0)
     for name, value in dataclasses.asdict(study.sizes).items():
-        if value < (low := 0 if name == "files_seed" else 1):
-            raise ConfigError(f"--{name.replace('_', '-')} must be at least {low}, not {value}")
+        check_numbers(f"--{name.replace('_', '-')}", (value,), 0 if name == "files_seed" else 1)
+
+
+def check_numbers(option: str, numbers: Sequence[int], low: int, high: int | None = None) -> None:
+    """Check the numbers of an option.
+
+    Args:
+        option: The option, for the message.
+        numbers: The numbers, of which there must be at least one, and none twice.
+        low: The lowest valid number.
+        high: The highest one, if there is one.
+
+    Raises:
+        ConfigError: A number is out of range or occurs twice, or there is none.
+    """
+    valid = range(low, sys.maxsize if high is None else high + 1)
+    if not numbers or len(set(numbers)) < len(numbers) or not all(number in valid for number in numbers):
+        limits = f"at least {low}" if high is None else f"from {low} to {high}"
+        given = ", ".join(map(str, numbers)) or "none"
+        raise ConfigError(f"{option} must be {limits}, and no number may occur twice, not {given}")
 
 
 def _check_settings(file: Path, requested: dict[str, Any]) -> None:
@@ -257,3 +303,5 @@ def run_command(program: str, main: Callable[..., None]) -> None:
             tyro.cli(main, prog=f"python -m {program}")
         except VllamaError as error:
             sys.exit(f"vllama: {error}")
+        except OSError as error:  # such as a directory without permissions, or a full disk
+            sys.exit(f"vllama: {format_os_error(error)}")
