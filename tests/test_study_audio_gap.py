@@ -1,12 +1,13 @@
 """The study of the audio scale and of the gap between modalities: its measures of vectors, and a small study."""
 
-import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from vllama_jax.errors import ConfigError
+from vllama_jax.miniature.studies import tables
 from vllama_jax.miniature.studies.modality_gap import (
     VectorPairs,
     compare_vectors,
@@ -61,19 +62,30 @@ def test_the_gap_is_drawn_without_a_display(tmp_path, pairs):
     assert {text.get_text() for text in kinds.texts} == {"bell", "drum"}
 
 
+@pytest.mark.parametrize("trainings", [(), ("noise", "noise")])
+def test_no_training_or_the_same_twice_is_an_error(tmp_path, trainings):
+    from vllama_jax.miniature.studies import audio_gap
+
+    with pytest.raises(ConfigError, match="--trainings needs at least one name, and no name may occur twice"):
+        audio_gap.main(tmp_path / "out", trainings=trainings)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
-def test_a_small_study_is_complete_and_resumes(tmp_path):
-    out = tmp_path / "study"
-    sizes = {"clips": 12, "images": 8, "steps1": 2, "steps2": 2, "files": 20, "files-seed": 1}
-    options = [text for name, value in sizes.items() for text in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "vllama_jax.miniature.studies.audio_gap", str(out), "--seeds", "5", *options]
-    first = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert first.returncode == 0, first.stderr
-    results = json.loads((out / "results.json").read_text())
-    columns = {table["name"]: [setting["name"] for setting in table["settings"]] for table in results["tables"]}
-    assert "20, positions × 20" in columns["audio_gap_scale"]
-    assert {f"{name}.png" for name in (*columns, "audio_gap")} <= {file.name for file in out.iterdir()}
-    (out / "results.json").unlink()
-    again = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (again.returncode, again.stdout) == (0, first.stdout), again.stderr
-    assert "training" not in again.stderr.replace("training data", "")
+def test_a_small_study_has_all_tables(tmp_path):
+    sizes = ["--clips", "12", "--images", "8", "--steps1", "2", "--steps2", "2", "--files", "20", "--seeds", "5"]
+    command = [sys.executable, "-m", "vllama_jax.miniature.studies.audio_gap", str(tmp_path / "out"), *sizes]
+    done = subprocess.run([*command, "--trainings", "noise"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = {table.name: table for table in tables.read_tables(tmp_path / "out" / "results.json")}
+    assert done.stdout == "\n\n".join(map(tables.format_table, found.values())) + "\n"
+    assert {file.stem for file in (tmp_path / "out").glob("*.png")} == {*found, "audio_gap"}
+    trained = [f"audio_gap_trained_{name}" for name in ("images", "norm_1", "norm_20")]
+    assert list(found) == ["audio_gap_scale", "audio_gap_moved", *trained]
+    assert all(len(found[name].settings) == 1 for name in trained)
+    scales, moved = ({one.name: one for one in found[name].settings} for name in list(found)[:2])
+    assert scales["1"].seeds == moved["as they are"].seeds  # the same vectors
+    order = [scales[name].seeds[0]["sound_order"]["accuracy"] for name in ("1", "20")]
+    assert order[0] > order[1] + 0.2  # of the model in the package
+    facts = [float(moved[name].facts["distance to the image centroid"]) for name in ("as they are", "moved")]
+    assert facts[0] > facts[1]

@@ -9,8 +9,9 @@ docs/studies/audio_gap.md has the results.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ import tyro
 from jaxtyping import Array, Float, Int
 
 from vllama_jax.checkpoints.directory import open_model
+from vllama_jax.errors import ConfigError
 from vllama_jax.media_tokens import prepare_media
 from vllama_jax.miniature import holdout_files
 from vllama_jax.miniature.base_model import get_weights, set_weights
@@ -39,11 +41,10 @@ from vllama_jax.miniature.studies.runs import (
     MODEL,
     Sizes,
     Study,
-    make_config,
     measure_once,
     run_command,
     run_study,
-    train_branch,
+    train_stages,
     write_base,
 )
 from vllama_jax.miniature.studies.tables import Setting, Table
@@ -58,6 +59,7 @@ MEASURES = ("sound_only", "sound_order", "sound_order_of_short")
 FILE_SETS = (holdout_files.SOUNDS, holdout_files.TWO_SOUNDS, holdout_files.TWO_SHORT)
 NORMS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 PUBLISHED_NORM = NORMS[-1]  # of the audio vectors of published weights; their image vectors have norm 1
+TrainingName = Literal["norm_1", "norm_20", "noise", "positions_8"]
 CENTROID_CLIPS = 300  # of the training data, to estimate the centroids on
 QFORMER, POSITIONS = "audio_qformer", "audio_positions"
 KEYS, VALUES = (f"{QFORMER}/cross_layers/cross_attention/{name}/kernel" for name in ("key", "value"))
@@ -69,26 +71,24 @@ class Training:
     """A way of training the audio branch.
 
     Attributes:
-        name: Part of the names of its runs.
         title: The heading of its column.
         norm: The norm of image vectors.
         positions: The norm of positions before training.
         noise: The norm of the normally distributed noise that is added to image vectors, relative to theirs.
     """
 
-    name: str
     title: str
     norm: float = 1.0
     positions: float = 1.0
     noise: float = 0.0
 
 
-TRAININGS = (
-    Training("norm_1", "norm 1"),
-    Training("norm_20", "norm 20", norm=PUBLISHED_NORM, positions=PUBLISHED_NORM),
-    Training("noise", "norm 1, with noise", noise=1.0),
-    Training("positions_8", "norm 1, positions of norm 8", positions=8.0),
-)
+TRAININGS: dict[TrainingName, Training] = {
+    "norm_1": Training("norm 1"),
+    "norm_20": Training("norm 20", norm=PUBLISHED_NORM, positions=PUBLISHED_NORM),
+    "noise": Training("norm 1, with noise", noise=1.0),
+    "positions_8": Training("norm 1, positions of norm 8", positions=8.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -221,8 +221,9 @@ def make_loss(training: Training) -> Loss:
         network: VideoLlama, batch: Batch, config: TrainConfig, dropout: Dropout | None
     ) -> tuple[Float[Array, ""], Int[Array, ""]]:
         images = batch["features"]
-        if training.noise and dropout is not None:
-            noise = jax.random.normal(jax.random.fold_in(dropout.key, 0), images.shape, images.dtype)
+        if training.noise:  # with the batch as its seed, since a loss is given no key
+            key = jax.random.key(jax.lax.bitcast_convert_type(jnp.sum(images), jnp.uint32))
+            noise = jax.random.normal(key, images.shape)
             images = images + noise * (training.noise / images.shape[-1] ** 0.5)
             images = images / jnp.linalg.norm(images, axis=-1, keepdims=True)
         return loss_sum(network, {**batch, "features": images * training.norm}, config, dropout)
@@ -230,27 +231,18 @@ def make_loss(training: Training) -> Loss:
     return loss_of_changed_images
 
 
-def train_audio_branch(study: Study, training: Training, seed: int) -> Path:
-    """Train both stages of the audio branch in one way, and return the run directory of stage 2."""
-    config = open_model(MODEL).config
+def train_audio_branch(study: Study, name: TrainingName, seed: int) -> Path:
+    """Train both stages of the audio branch in one of TRAININGS, and return the run directory of stage 2."""
+    training, config = TRAININGS[name], open_model(MODEL).config
     shape = (config.num_clip_positions, config.require_imagebind().embed_dim)
     positions = scale_to(training.positions)(np.random.default_rng(POSITIONS_SEED).standard_normal(shape, np.float32))
-    base = write_base(study, training.name, config, [QFORMER], {POSITIONS: positions})
-    loss, run = make_loss(training), ""
-    for stage in (1, 2):
-        name = f"{training.name}_seed{seed}_stage{stage}"
-        options = make_config(study, f"miniature_audio_stage{stage}", base, "audio", seed=seed, init=run)
-        run = str(train_branch(study, name, options, loss))
-    return Path(run)
+    base = write_base(study, name, config, [QFORMER], {POSITIONS: positions})
+    return train_stages(study, f"{name}_seed{seed}", "audio", base, "audio", seed, make_loss(training))
 
 
-def compare_trainings(study: Study, vectors: HoldoutVectors) -> list[Table]:
-    """Train the branch in several ways, and measure it with image vectors and with audio vectors of two norms."""
-    results: dict[str, dict[Training, list[dict[str, Measure]]]] = {}
-    for training in TRAININGS:
-        for seed in study.seeds:
-            for name, measures in measure_training(study, training, seed, vectors).items():
-                results.setdefault(name, {}).setdefault(training, []).append(measures)
+def compare_trainings(study: Study, names: Sequence[TrainingName], vectors: HoldoutVectors) -> list[Table]:
+    """Train the branch in several of TRAININGS, and compare it with image vectors and audio vectors of two norms."""
+    results = {name: [measure_training(study, name, seed, vectors) for seed in study.seeds] for name in names}
     titles = {
         "images": "Trained branches, image vectors of the norm of their training in place of audio vectors",
         "norm_1": "Trained branches, audio vectors of norm 1",
@@ -258,54 +250,62 @@ def compare_trainings(study: Study, vectors: HoldoutVectors) -> list[Table]:
     }
     return [
         Table(
-            f"audio_gap_trained_{name}",
+            f"audio_gap_trained_{key}",
             title,
-            [Setting(training.title, {}, seeds) for training, seeds in results[name].items()],
+            [Setting(TRAININGS[name].title, {}, [one[key] for one in seeds]) for name, seeds in results.items()],
         )
-        for name, title in titles.items()
+        for key, title in titles.items()
     ]
 
 
 def measure_training(
-    study: Study, training: Training, seed: int, vectors: HoldoutVectors
+    study: Study, name: TrainingName, seed: int, vectors: HoldoutVectors
 ) -> dict[str, dict[str, Measure]]:
     """Train a branch, and measure it with image vectors as in its training, and with audio vectors of two norms."""
-    model = functools.cache(lambda: load(train_audio_branch(study, training, seed)))
+    model = functools.cache(lambda: load(train_audio_branch(study, name, seed)))
+    norm = TRAININGS[name].norm
     changes = {
-        "images": lambda: vectors.measure_images(model(), scale_to(training.norm)),
+        "images": lambda: vectors.measure_images(model(), scale_to(norm)),
         "norm_1": lambda: vectors.measure_audio(model(), scale_to(1.0)),
         "norm_20": lambda: vectors.measure_audio(model(), scale_to(PUBLISHED_NORM)),
     }
-    return {
-        name: measure_once(study, f"{training.name}_seed{seed}_{name}", measure) for name, measure in changes.items()
-    }
+    return {key: measure_once(study, f"{name}_seed{seed}_{key}", measure) for key, measure in changes.items()}
 
 
-def make_tables(study: Study) -> list[Table]:
-    """Make all tables of the study, and draw the gap in OUT/audio_gap.png."""
+def make_tables(study: Study, trainings: Sequence[TrainingName]) -> list[Table]:
+    """Make all tables of the study, and draw the gap in OUT/audio_gap.png.
+
+    Args:
+        study: The study.
+        trainings: The names of the TRAININGS to compare.
+    """
     model = load(MODEL)
     vectors = encode_holdout(study, model)
     kinds = [scene.sounds[0] for scene in vectors.encoded[holdout_files.SOUNDS].scenes]
     plot_gap(vectors.pairs[holdout_files.SOUNDS], kinds).savefig(study.out / "audio_gap.png", dpi=80)
     tables = [compare_scales(study, model, vectors), compare_positions_in_gap(study, model, vectors)]
-    return tables + compare_trainings(study, vectors)
+    return tables + compare_trainings(study, trainings, vectors)
 
 
 def main(
     out: tyro.conf.Positional[Path],
     /,
     *,
+    trainings: tuple[TrainingName, ...] = ("norm_1", "norm_20", "noise", "positions_8"),
     seeds: tuple[int, ...] = (0, 1, 2),
-    sizes: tyro.conf.OmitArgPrefixes[Sizes] = Sizes(),  # noqa: B008 (immutable)
+    sizes: Annotated[Sizes, tyro.conf.arg(name="")] = Sizes(),  # noqa: B008 (immutable)
 ) -> None:
     """Measure what the scale of audio vectors and the gap to image vectors cost. The same command resumes.
 
     Args:
         out: The output directory.
-        seeds: Seeds of the trained branches.
+        trainings: The ways of training the branch to compare.
+        seeds: The seeds of the runs: of new weights and of the order of records.
         sizes: The sizes of the study.
     """
-    run_study(out, seeds, sizes, make_tables)
+    if not trainings or len(set(trainings)) < len(trainings):
+        raise ConfigError("--trainings needs at least one name, and no name may occur twice")
+    run_study(out, seeds, sizes, lambda study: make_tables(study, trainings))
 
 
 if __name__ == "__main__":

@@ -175,7 +175,9 @@ def train_branch(study: Study, name: str, config: TrainConfig, loss: Loss | None
     return run
 
 
-def train_stages(study: Study, name: str, branch: str, base: Path, features: str, seed: int) -> Path:
+def train_stages(
+    study: Study, name: str, branch: str, base: Path, features: str, seed: int, loss: Loss | None = None
+) -> Path:
     """Train a branch in both stages.
 
     Args:
@@ -185,6 +187,7 @@ def train_stages(study: Study, name: str, branch: str, base: Path, features: str
         base: The base model.
         features: The name of the feature cache.
         seed: The seed of both runs.
+        loss: A loss function other than the cross-entropy, as for `vllama_jax.train`.
 
     Returns:
         OUT/runs/NAME_stage2.
@@ -192,7 +195,7 @@ def train_stages(study: Study, name: str, branch: str, base: Path, features: str
     run = ""
     for stage in (1, 2):
         config = make_config(study, f"miniature_{branch}_stage{stage}", base, features, seed=seed, init=run)
-        run = str(train_branch(study, f"{name}_stage{stage}", config))
+        run = str(train_branch(study, f"{name}_stage{stage}", config, loss))
     return Path(run)
 
 
