@@ -26,6 +26,7 @@ from vllama_jax.miniature import holdout_files
 from vllama_jax.miniature.base_model import get_weights, set_weights
 from vllama_jax.miniature.evaluate import FileSets, Measure, evaluate_sets
 from vllama_jax.miniature.holdout_files import EncodedFiles, FileSet, read_files
+from vllama_jax.miniature.images import map_in_processes
 from vllama_jax.miniature.recipe import list_audio_training_clips
 from vllama_jax.miniature.studies.modality_gap import (
     Change,
@@ -60,7 +61,7 @@ FILE_SETS = (holdout_files.SOUNDS, holdout_files.TWO_SOUNDS, holdout_files.TWO_S
 NORMS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 PUBLISHED_NORM = NORMS[-1]  # of the audio vectors of published weights; their image vectors have norm 1
 TrainingName = Literal["norm_1", "norm_20", "noise", "positions_8"]
-CENTROID_CLIPS = 300  # of the training data, to estimate the centroids on
+CENTROID_CLIPS = 200  # of the training data, to estimate the centroids on
 QFORMER, POSITIONS = "audio_qformer", "audio_positions"
 KEYS, VALUES = (f"{QFORMER}/cross_layers/cross_attention/{name}/kernel" for name in ("key", "value"))
 POSITIONS_SEED = 4  # of the directions of positions before training
@@ -149,21 +150,23 @@ def estimate_shift(study: Study, model: Model) -> np.ndarray:
     """Estimate the difference of the centroids, float32 [e], on clips of the training data."""
     clips = list_audio_training_clips(study.out)[:CENTROID_CLIPS]
     study.log(f"estimating the centroids on {len(clips)} clips of the training data")
-    return embed_files(model, [prepare_media(clip, model.config) for clip in clips]).centroid_difference
+    prepared = map_in_processes(functools.partial(prepare_media, config=model.config), clips)
+    return embed_files(model, prepared).centroid_difference
 
 
 def compare_scales(study: Study, model: Model, vectors: HoldoutVectors) -> Table:
     """Measure the model of the package with audio vectors of several norms.
 
-    At the published norm, the positions are scaled too, and then also the weights of keys or of values, so that only
-    the values or only the attention differ from those of norm 1.
+    Longer vectors change three things: their ratio to positions, the logits of attention, and the values. The last
+    settings change one of them as the published norm does, by scaling positions and the weights of keys or values.
     """
     published, inverse = PUBLISHED_NORM, 1 / PUBLISHED_NORM
     factors: dict[str, tuple[float, dict[str, float]]] = {f"{norm:g}": (norm, {}) for norm in NORMS}
     factors |= {
         f"{published:g}, positions × {published:g}": (published, {POSITIONS: published}),
-        "only values": (published, {POSITIONS: published, KEYS: inverse}),
+        "only ratio": (1.0, {POSITIONS: inverse}),
         "only attention": (published, {POSITIONS: published, VALUES: inverse}),
+        "only values": (published, {POSITIONS: published, KEYS: inverse}),
     }
     settings = []
     for heading, (norm, scaled_weights) in factors.items():
