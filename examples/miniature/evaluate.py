@@ -86,7 +86,8 @@ class FileSets:
 
     def __init__(self, model: Model, seed: int, clips: int, log: Callable[[str], None]):
         self.model = model
-        self._encode = functools.cache(lambda files: encode_files(model, files, seed, clips, log))
+        encode = functools.cache(lambda files: encode_files(model, files, seed, clips, log))
+        self._encode: Callable[[FileSet], EncodedFiles] = encode
 
     def for_model(self, model: Model) -> "FileSets":
         """Return the same encoded files for a model that has the same frozen encoders."""

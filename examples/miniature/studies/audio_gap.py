@@ -176,7 +176,7 @@ def compare_scales(study: Study, model: Model, vectors: HoldoutVectors) -> Table
         measures = measure_once(
             study,
             f"scale_{_make_name(heading)}",
-            lambda scaled=scaled, norm=norm: vectors.measure_audio(scaled, scale_to(norm)),
+            functools.partial(vectors.measure_audio, scaled, scale_to(norm)),
         )
         settings.append(Setting(heading, facts, [measures]))
     return Table("audio_gap_scale", "The model of the package, by the norm of audio vectors", settings)
@@ -208,7 +208,7 @@ def compare_positions_in_gap(study: Study, model: Model, vectors: HoldoutVectors
     settings = []
     for heading, change in changes.items():
         measures = measure_once(
-            study, f"gap_{_make_name(heading)}", lambda change=change: vectors.measure_audio(model, change)
+            study, f"gap_{_make_name(heading)}", functools.partial(vectors.measure_audio, model, change)
         )
         settings.append(Setting(heading, vectors.describe(change), [measures]))
     images = measure_once(study, "images", lambda: vectors.measure_images(model, scale_to(1.0)))
