@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,12 +86,19 @@ class FileSets:
 
     def __init__(self, model: Model, seed: int, clips: int, log: Callable[[str], None]):
         self.model = model
-        self._encode = functools.cache(lambda files: encode_files(model, files, seed, clips, log))
+        encode = functools.cache(lambda files: encode_files(model, files, seed, clips, log))
+        self._encode: Callable[[FileSet], EncodedFiles] = encode
 
     def for_model(self, model: Model) -> "FileSets":
         """Return the same encoded files for a model that has the same frozen encoders."""
         sets = copy.copy(self)
         sets.model = model
+        return sets
+
+    def with_files(self, encoded: Mapping[FileSet, EncodedFiles]) -> "FileSets":
+        """Return file sets that have only these files, which are already encoded."""
+        sets = copy.copy(self)
+        sets._encode = encoded.__getitem__
         return sets
 
     def __call__(self, files: FileSet) -> EncodedFiles:

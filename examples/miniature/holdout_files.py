@@ -115,14 +115,31 @@ def encode_files(model: Model, files: FileSet, seed: int, count: int, log: Calla
         log: Called with progress messages.
     """
     log(f"rendering and encoding {count} files of the set '{files.name}'")
+    scenes, prepared = read_files(model.config, files, seed, count)
+    features = encode(model, prepared, "frames", "encode_frames") if files.has_frames else None
+    audio_vectors = encode(model, prepared, "mel", "embed_audio") if files.has_audio else None
+    return EncodedFiles(scenes, [media.prompt_media for media in prepared], features, audio_vectors)
+
+
+def read_files(
+    config: VideoLlamaConfig, files: FileSet, seed: int, count: int
+) -> tuple[list[Scene], list[PreparedMedia]]:
+    """Write files, and read them as a chat does.
+
+    Args:
+        config: The config of the model that the files are prepared for.
+        files: The set of the files.
+        seed: The seed of the scenes.
+        count: How many files.
+
+    Returns:
+        The scene and the prepared media of each file.
+    """
     with tempfile.TemporaryDirectory() as folder:
         chunks = [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
-        work = [(Path(folder), files, seed, numbers, model.config) for numbers in chunks]
+        work = [(Path(folder), files, seed, numbers, config) for numbers in chunks]
         pairs = [pair for results in map_in_processes(_write_and_read, work) for pair in results]
-    scenes, prepared = [scene for scene, _ in pairs], [media for _, media in pairs]
-    features = _encode(model, "video", [media.frames for media in prepared]) if files.has_frames else None
-    audio_vectors = _encode(model, "audio", [media.mel for media in prepared]) if files.has_audio else None
-    return EncodedFiles(scenes, [media.prompt_media for media in prepared], features, audio_vectors)
+    return [scene for scene, _ in pairs], [media for _, media in pairs]
 
 
 def _write_and_read(work: tuple[Path, FileSet, int, range, VideoLlamaConfig]) -> list[tuple[Scene, PreparedMedia]]:
@@ -154,13 +171,22 @@ def _write(stem: Path, files: FileSet, scene: Scene, rng: np.random.Generator) -
 
 
 @functools.cache
-def _make_encoder(branch: str) -> Any:
-    if branch == "audio":
-        return jax.jit(lambda network, mel: network.embed_audio(mel))
-    return jax.jit(lambda network, frames: network.encode_frames(frames))
+def _make_encoder(method: str) -> Any:
+    return jax.jit(lambda network, inputs: getattr(network, method)(inputs))
 
 
-def _encode(model: Model, branch: str, inputs: list[np.ndarray]) -> np.ndarray:
-    encode = _make_encoder(branch)
+def encode(model: Model, prepared: Sequence[PreparedMedia], array: str, method: str) -> np.ndarray:
+    """Encode the frames or the audio of files, in batches.
+
+    Args:
+        model: The model.
+        prepared: The files. All have the array.
+        array: "frames" or "mel".
+        method: The method of the network that encodes it: "encode_frames", "embed_frames" or "embed_audio".
+
+    Returns:
+        The outputs of all files, stacked: float32 [n, t, q, d], or [n, t or s, e] for embeddings.
+    """
+    run, inputs = _make_encoder(method), [media.arrays[array] for media in prepared]
     batches = [np.stack(inputs[first : first + BATCH]) for first in range(0, len(inputs), BATCH)]
-    return np.concatenate([np.asarray(encode(model.network, batch)) for batch in batches])
+    return np.concatenate([np.asarray(run(model.network, batch)) for batch in batches])

@@ -15,11 +15,12 @@ OUT/results.json       all of them; OUT/*.png are the figures
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 import vllama_jax as vl
 from vllama_jax.branches import is_within
@@ -87,7 +88,13 @@ class Study:
     log: Log
 
 
-def write_base(study: Study, name: str, config: VideoLlamaConfig, new: Sequence[str]) -> Path:
+def write_base(
+    study: Study,
+    name: str,
+    config: VideoLlamaConfig,
+    new: Sequence[str],
+    changed: Mapping[str, np.ndarray] | None = None,
+) -> Path:
     """Write the miniature of the package as a base model with another config and without the weights of components.
 
     Args:
@@ -95,6 +102,7 @@ def write_base(study: Study, name: str, config: VideoLlamaConfig, new: Sequence[
         name: The name of the base model.
         config: Its config.
         new: The paths of the components that runs initialize at random.
+        changed: Weights that replace those of the miniature, by path.
 
     Returns:
         OUT/base/NAME, which is not written again if it exists.
@@ -104,7 +112,7 @@ def write_base(study: Study, name: str, config: VideoLlamaConfig, new: Sequence[
         kept = {leaf: shape for leaf, shape in stored.shapes.items() if not any(is_within(leaf, path) for path in new)}
         targets = {leaf: jax.ShapeDtypeStruct(shape, "float32") for leaf, shape in kept.items()}
         weights = {leaf: jax.device_get(value) for leaf, value in restore_weights(stored, targets).items()}
-        write_model(base, weights, stored.path / "tokenizer", config)
+        write_model(base, {**weights, **(changed or {})}, stored.path / "tokenizer", config)
     return base
 
 
@@ -167,7 +175,9 @@ def train_branch(study: Study, name: str, config: TrainConfig, loss: Loss | None
     return run
 
 
-def train_stages(study: Study, name: str, branch: str, base: Path, features: str, seed: int) -> Path:
+def train_stages(
+    study: Study, name: str, branch: str, base: Path, features: str, seed: int, loss: Loss | None = None
+) -> Path:
     """Train a branch in both stages.
 
     Args:
@@ -177,6 +187,7 @@ def train_stages(study: Study, name: str, branch: str, base: Path, features: str
         base: The base model.
         features: The name of the feature cache.
         seed: The seed of both runs.
+        loss: A loss function other than the cross-entropy, as for `vllama_jax.train`.
 
     Returns:
         OUT/runs/NAME_stage2.
@@ -184,7 +195,7 @@ def train_stages(study: Study, name: str, branch: str, base: Path, features: str
     run = ""
     for stage in (1, 2):
         config = make_config(study, f"miniature_{branch}_stage{stage}", base, features, seed=seed, init=run)
-        run = str(train_branch(study, f"{name}_stage{stage}", config))
+        run = str(train_branch(study, f"{name}_stage{stage}", config, loss))
     return Path(run)
 
 
