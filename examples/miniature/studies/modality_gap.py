@@ -12,7 +12,7 @@ from vllama_jax.miniature.holdout_files import encode
 from vllama_jax.model import Model
 
 Change = Callable[[np.ndarray], np.ndarray]  # of vectors [..., e]
-BINS = np.linspace(-1, 1, 81)  # of cosines, in the figure
+BINS = 80  # of cosines, in the figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +136,7 @@ def _draw_cosines(axes: Axes, pairs: VectorPairs, kinds: Sequence[str]) -> None:
         "audio and image, other kinds": other,
     }
     for name, values in cosines.items():
-        axes.hist(values, BINS, density=True, histtype="step", label=name)
+        axes.hist(values, BINS, (-1, 1), density=True, histtype="step", label=name)
     axes.set(xlabel="cosine", ylabel="density", xlim=(-1, 1))
     axes.legend(loc="upper left", fontsize="small")
 
