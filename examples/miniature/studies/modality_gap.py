@@ -136,7 +136,7 @@ def _draw_cosines(axes: Axes, pairs: VectorPairs, kinds: Sequence[str]) -> None:
         "audio and image, other kinds": other,
     }
     for name, values in cosines.items():
-        axes.hist(values, BINS, (-1, 1), density=True, histtype="step", label=name)
+        axes.hist(values, BINS, range=(-1, 1), density=True, histtype="step", label=name)
     axes.set(xlabel="cosine", ylabel="density", xlim=(-1, 1))
     axes.legend(loc="upper left", fontsize="small")
 
