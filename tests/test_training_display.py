@@ -26,7 +26,8 @@ def metrics(step: int, loss: float = 2.0, seconds: float = 0.5) -> dict:
     }
 
 
-def test_log_files_have_a_line_every_30_seconds(capsys):
+def test_log_files_have_a_line_every_30_seconds(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter's kernels set it for the commands of a notebook
     clock = Clock()
     with TrainingDisplay(400, clock=clock) as display:
         display.begin(0)

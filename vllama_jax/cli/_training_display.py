@@ -6,6 +6,7 @@ On a terminal the progress is a bar. Elsewhere, as in a log file, it is a line f
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -35,6 +36,7 @@ class TrainingDisplay:
 
     def __init__(self, steps: int, *, verbose: bool = False, clock: Callable[[], float] = time.monotonic):
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._has_bar = sys.stderr.isatty()  # not console.is_terminal, which FORCE_COLOR makes true for a pipe too
         self._count_width = len(f"{steps}/{steps}")
         columns = (
             BarColumn(),
@@ -42,7 +44,7 @@ class TrainingDisplay:
             TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=TIME_WIDTH)),
             TextColumn("{task.description}"),
         )
-        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._has_bar)
         self._steps, self._verbose, self._clock = steps, verbose, clock
         self._task = self._bar.add_task("loading", total=steps)
         self._loss, self._seconds = (SmoothedMean(default_smoothing(steps)) for _ in range(2))
@@ -87,7 +89,7 @@ class TrainingDisplay:
     def begin(self, step: int) -> None:
         """Show the progress before the first step of this process, which loads and compiles."""
         self._bar.update(self._task, completed=step, description="preparing the first step")
-        if not self._console.is_terminal:
+        if not self._has_bar:
             self.show_message(f"{step}/{self._steps} steps")
 
     def step(self, metrics: dict[str, Any]) -> None:
@@ -97,7 +99,7 @@ class TrainingDisplay:
         width = self._console.width - MIN_BAR_WIDTH - self._count_width - TIME_WIDTH - 3  # spaces between columns
         self._bar.update(self._task, completed=metrics["step"], description=_shorten_summary(summary, width))
         now, remaining = self._clock(), self._steps - metrics["step"]
-        if not self._console.is_terminal and now - self._last_logged >= LOG_INTERVAL:
+        if not self._has_bar and now - self._last_logged >= LOG_INTERVAL:
             self._last_logged = now
             self.show_message(
                 f"{metrics['step']}/{self._steps} steps  {summary}  {_format_duration(remaining * seconds)} left"
