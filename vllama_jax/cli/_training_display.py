@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from vllama_jax.branches import get_component
+from vllama_jax.checkpoints.shipped import MODEL_NAME, is_shipped_digest
 from vllama_jax.train.reporter import PrintReporter, Reporter, Reporters, log_line, step_summary
 from vllama_jax.train.smoothing import SmoothedMean, default_smoothing
 
@@ -135,7 +136,9 @@ def _shorten_summary(summary: str, width: int) -> str:
 def _format_source(source: Any) -> str:
     if source is None:
         return "random"
-    return str(source.trained[-1].path.parent if source.trained else source.path)
+    if source.trained:
+        return str(source.trained[-1].path.parent)
+    return MODEL_NAME if is_shipped_digest(source.digest) else str(source.path)  # not a path in the cache folder
 
 
 def _count_parameters(shapes: list[tuple[int, ...]]) -> int:
