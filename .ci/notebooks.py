@@ -15,7 +15,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 NOTEBOOKS = Path(__file__).parents[1] / "examples" / "notebooks"
 CELL_SECONDS = 1200  # the longest cell trains for about two minutes on two idle cores
@@ -56,7 +56,7 @@ def main(names: list[str]) -> None:
         start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
         try:
             notebook = execute(path)
-        except (OSError, CellExecutionError) as error:
+        except (OSError, CellExecutionError, DeadKernelError) as error:
             sys.exit(f"{path.name}: {error}")
         if warnings := list_warnings(notebook):
             sys.exit("\n".join([f"{path.name} has warnings in its outputs:", *warnings]))
