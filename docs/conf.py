@@ -1,7 +1,8 @@
 """Sphinx configuration of the documentation site: `sphinx-build -W --keep-going docs build/site`.
 
-The pages are the Markdown files of this folder, which are also read on GitHub. Pages of the repository that are outside
-of this folder are copied to `docs/repository` while the site is built, and links are changed accordingly.
+The pages are the Markdown files of this folder, which are also read on GitHub. Pages and notebooks that are outside of
+this folder are copied to `docs/repository` while the site is built, and links are changed accordingly. Notebooks are
+shown with their stored outputs.
 """
 
 import importlib.metadata
@@ -20,17 +21,19 @@ OUTSIDE = {  # pages of the repository that the site has too
     REPOSITORY / "CONTRIBUTING.md": "contributing",
     REPOSITORY / "CHANGELOG.md": "changelog",
     REPOSITORY / "examples/serving/lmms_eval.md": "lmms_eval",
+    **{notebook: notebook.stem for notebook in (REPOSITORY / "examples/notebooks").glob("*.ipynb")},
 }
-COPIES = {page: DOCS / "repository" / f"{name}.md" for page, name in OUTSIDE.items()}
-FILE_NAME = re.compile(r"\[[\w/]+\.md\](?=\()")  # in [chat.md](chat.md); the site shows the title in its place
+COPIES = {page: DOCS / "repository" / f"{name}{page.suffix}" for page, name in OUTSIDE.items()}
+FILE_NAME = re.compile(r"\[[\w/]+\.(?:md|ipynb)\](?=\()")  # in [chat.md](chat.md); the site shows the title instead
 LINK = re.compile(r"(?<=\]\()(?!\w+:|#)([^)#\s]+)")  # the relative path in [text](path#place)
 
 project = "vllama_jax"
 author = project_copyright = "The vllama_jax authors"
 release = version = importlib.metadata.version("vllama-jax")
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 
 myst_heading_anchors = 4  # as GitHub has them
+nb_execution_mode = "off"  # .ci/notebooks.py stores the outputs
 
 smartquotes_action = "D"  # dashes only: shapes in types are strings with straight quotes
 default_role = "code"  # `name` in docstrings, as in Markdown
@@ -51,7 +54,7 @@ def move_links(text: str, folder: Path, to: Path) -> str:
     """Change relative links of a page for another folder. Links to a copied page lead to its copy.
 
     Args:
-        text: Markdown.
+        text: Markdown, or a notebook.
         folder: The folder that its links are relative to.
         to: The folder that they will be relative to.
     """

@@ -61,6 +61,14 @@ def test_every_page_of_the_folder_is_on_the_site(site):
     assert {name for name in names if f'href="{name}.html"' not in index} == {"index"}, "no link in the navigation"
 
 
+def test_notebooks_are_shown_with_their_outputs(site):
+    notebooks = sorted((ROOT / "examples/notebooks").glob("*.ipynb"))
+    assert notebooks
+    for notebook in notebooks:
+        page = (site / "repository" / f"{notebook.stem}.html").read_text("utf-8")
+        assert page.count('class="cell_output') > 5, notebook.name
+
+
 def test_links_within_the_site_lead_somewhere(pages):
     checked, broken = 0, []
     for path, page in pages.items():

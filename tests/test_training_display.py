@@ -5,6 +5,7 @@ import types
 import numpy as np
 import pytest
 
+from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.cli._training_display import TrainingDisplay, _shorten_summary
 
 
@@ -26,7 +27,8 @@ def metrics(step: int, loss: float = 2.0, seconds: float = 0.5) -> dict:
     }
 
 
-def test_log_files_have_a_line_every_30_seconds(capsys):
+def test_log_files_have_a_line_every_30_seconds(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter's kernels set it for the commands of a notebook
     clock = Clock()
     with TrainingDisplay(400, clock=clock) as display:
         display.begin(0)
@@ -71,13 +73,15 @@ def test_parameters_are_summarized_by_module_or_listed(capsys):
         "video_qformer/a/kernel": (2, 3),
         "video_qformer/a/bias": (3,),
         "llama_proj/kernel": (2, 2),
+        "frame_positions": (8,),
         "vit/x": (7,),
     }
     trainable_paths = [path for path in shapes if not path.startswith("vit")]
-    base = types.SimpleNamespace(trained=(), path="BASE")
+    sources = dict.fromkeys(trainable_paths)
+    base, miniature = types.SimpleNamespace(trained=(), path="BASE", digest="other"), open_model("miniature")
     plan = types.SimpleNamespace(
         trainable_paths=trainable_paths,
-        sources={path: None if path.startswith("video") else base for path in trainable_paths},
+        sources=sources | {"llama_proj/kernel": base, "frame_positions": miniature},
         abstract_model=types.SimpleNamespace(variables={path: np.zeros(shape) for path, shape in shapes.items()}),
         dtype=np.dtype("float32"),
         mesh_summary="mesh: data 2, fsdp 1, tensor 1",
@@ -85,9 +89,13 @@ def test_parameters_are_summarized_by_module_or_listed(capsys):
     TrainingDisplay(10).show_plan(plan)
     text = capsys.readouterr().err
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
-    assert rows == [["video_qformer", "2", "9", "random"], ["llama_proj", "1", "4", "BASE"]]
-    assert text.splitlines()[-2:] == ["13 trainable parameters, 7 frozen (float32)", plan.mesh_summary]
+    assert rows == [
+        ["video_qformer", "2", "9", "random"],
+        ["llama_proj", "1", "4", "BASE"],
+        ["frame_positions", "1", "8", "miniature"],
+    ]
+    assert text.splitlines()[-2:] == ["21 trainable parameters, 7 frozen (float32)", plan.mesh_summary]
     TrainingDisplay(10, verbose=True).show_plan(plan)
     text = capsys.readouterr().err
-    assert [path in text for path in shapes] == [True, True, True, False]
+    assert [path in text for path in shapes] == [True, True, True, True, False]
     assert "2×3" in text

@@ -1,6 +1,7 @@
 """Progress bars on stderr. They are shown only on a terminal and disappear at the end."""
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 
 from rich.console import Console
@@ -41,5 +42,5 @@ def count_bar() -> Iterator[Callable[[str, float, float], None]]:
 
 
 def _make_progress(*columns: ProgressColumn, disable: bool = False) -> Progress:
-    console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=disable or not console.is_terminal)
+    # not console.is_terminal, which FORCE_COLOR makes true for a pipe too: Jupyter's kernels set it
+    return Progress(*columns, console=Console(stderr=True), transient=True, disable=disable or not sys.stderr.isatty())

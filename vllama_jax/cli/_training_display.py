@@ -6,6 +6,7 @@ On a terminal the progress is a bar. Elsewhere, as in a log file, it is a line f
 
 import contextlib
 import math
+import sys
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, Self
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Column, Table
 
 from vllama_jax.branches import get_component
+from vllama_jax.checkpoints.shipped import MODEL_NAME, is_shipped_digest
 from vllama_jax.train.reporter import PrintReporter, Reporter, Reporters, log_line, step_summary
 from vllama_jax.train.smoothing import SmoothedMean, default_smoothing
 
@@ -35,6 +37,7 @@ class TrainingDisplay:
 
     def __init__(self, steps: int, *, verbose: bool = False, clock: Callable[[], float] = time.monotonic):
         self._console = Console(stderr=True, soft_wrap=True, highlight=False)
+        self._has_bar = sys.stderr.isatty()  # not console.is_terminal, which FORCE_COLOR makes true for a pipe too
         self._count_width = len(f"{steps}/{steps}")
         columns = (
             BarColumn(),
@@ -42,7 +45,7 @@ class TrainingDisplay:
             TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=TIME_WIDTH)),
             TextColumn("{task.description}"),
         )
-        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
+        self._bar = Progress(*columns, console=self._console, transient=True, disable=not self._has_bar)
         self._steps, self._verbose, self._clock = steps, verbose, clock
         self._task = self._bar.add_task("loading", total=steps)
         self._loss, self._seconds = (SmoothedMean(default_smoothing(steps)) for _ in range(2))
@@ -87,7 +90,7 @@ class TrainingDisplay:
     def begin(self, step: int) -> None:
         """Show the progress before the first step of this process, which loads and compiles."""
         self._bar.update(self._task, completed=step, description="preparing the first step")
-        if not self._console.is_terminal:
+        if not self._has_bar:
             self.show_message(f"{step}/{self._steps} steps")
 
     def step(self, metrics: dict[str, Any]) -> None:
@@ -97,7 +100,7 @@ class TrainingDisplay:
         width = self._console.width - MIN_BAR_WIDTH - self._count_width - TIME_WIDTH - 3  # spaces between columns
         self._bar.update(self._task, completed=metrics["step"], description=_shorten_summary(summary, width))
         now, remaining = self._clock(), self._steps - metrics["step"]
-        if not self._console.is_terminal and now - self._last_logged >= LOG_INTERVAL:
+        if not self._has_bar and now - self._last_logged >= LOG_INTERVAL:
             self._last_logged = now
             self.show_message(
                 f"{metrics['step']}/{self._steps} steps  {summary}  {_format_duration(remaining * seconds)} left"
@@ -133,7 +136,9 @@ def _shorten_summary(summary: str, width: int) -> str:
 def _format_source(source: Any) -> str:
     if source is None:
         return "random"
-    return str(source.trained[-1].path.parent if source.trained else source.path)
+    if source.trained:
+        return str(source.trained[-1].path.parent)
+    return MODEL_NAME if is_shipped_digest(source.digest) else str(source.path)  # not a path in the cache folder
 
 
 def _count_parameters(shapes: list[tuple[int, ...]]) -> int:

@@ -1,7 +1,6 @@
-"""The miniature's notebook: figures, and a run of the full notebook."""
+"""The figures of the miniature: attention, results and losses."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ from vllama_jax.errors import DataError
 from vllama_jax.miniature import attention_plots, figures
 from vllama_jax.miniature.evaluate import measure
 
-NOTEBOOK = Path(__file__).parents[1] / "examples" / "miniature.ipynb"
 CONFIG = tiny()
 FRAMES, CLIPS = 3, 2
 
@@ -104,25 +102,3 @@ def test_losses_of_runs_are_plotted(tmp_path):
     assert [len(line.get_xdata()) for line in figure.axes[0].lines] == [8] * 4
     with pytest.raises(DataError, match="no such file"):
         figures.plot_losses({"none": tmp_path})
-
-
-def test_the_notebook_has_no_outputs():
-    cells = [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
-    assert cells
-    assert not any(cell["outputs"] or cell["execution_count"] for cell in cells)
-
-
-@pytest.mark.slow
-def test_the_notebook_runs_to_its_end(tmp_path):
-    import nbformat
-    from nbclient import NotebookClient
-
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    client = NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute()
-    images = [
-        output for cell in notebook.cells for output in cell.get("outputs", []) if "image/png" in output.get("data", {})
-    ]
-    assert len(images) >= 8
-    message = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", []))
-    assert "as filmed  it moves to the left\nreversed   it moves to the right\n" in message
