@@ -3,7 +3,8 @@
     python -m vllama_jax.miniature.studies.audio_gap OUT [--seeds 0 1 2]
 
 The audio branch is trained on ImageBind's vectors of images, and then given its vectors of audio. The first tables
-change the audio vectors of the model in the package. The others are of branches that are trained in several ways.
+change the audio vectors of the model in the package. The others are of its audio branch, trained further in several
+ways.
 docs/studies/audio_gap.md has the results.
 """
 
@@ -19,7 +20,6 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Float, Int
 
-from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.errors import ConfigError
 from vllama_jax.media_tokens import prepare_media
 from vllama_jax.miniature import holdout_files
@@ -60,35 +60,31 @@ MEASURES = ("sound_only", "sound_order", "sound_order_of_short")
 FILE_SETS = (holdout_files.SOUNDS, holdout_files.TWO_SOUNDS, holdout_files.TWO_SHORT)
 NORMS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0)
 PUBLISHED_NORM = NORMS[-1]  # of the audio vectors of published weights; their image vectors have norm 1
-TrainingName = Literal["norm_1", "norm_20", "noise", "positions_8"]
+TrainingName = Literal["norm_1", "norm_20", "noise"]
 CENTROID_CLIPS = 200  # of the training data, to estimate the centroids on
 QFORMER, POSITIONS = "audio_qformer", "audio_positions"
 KEYS, VALUES = (f"{QFORMER}/cross_layers/cross_attention/{name}/kernel" for name in ("key", "value"))
-POSITIONS_SEED = 4  # of the directions of positions before training
 
 
 @dataclasses.dataclass(frozen=True)
 class Training:
-    """A way of training the audio branch.
+    """A way of training the audio branch further.
 
     Attributes:
         title: The heading of its column.
-        norm: The norm of image vectors.
-        positions: The norm of positions before training.
+        norm: The norm of image vectors. Positions are multiplied by it before training.
         noise: The norm of the normally distributed noise that is added to image vectors, relative to theirs.
     """
 
     title: str
     norm: float = 1.0
-    positions: float = 1.0
     noise: float = 0.0
 
 
 TRAININGS: dict[TrainingName, Training] = {
     "norm_1": Training("norm 1"),
-    "norm_20": Training("norm 20", norm=PUBLISHED_NORM, positions=PUBLISHED_NORM),
+    "norm_20": Training("norm 20", norm=PUBLISHED_NORM),
     "noise": Training("norm 1, with noise", noise=1.0),
-    "positions_8": Training("norm 1, positions of norm 8", positions=8.0),
 }
 
 
@@ -236,20 +232,19 @@ def make_loss(training: Training) -> Loss:
 
 def train_audio_branch(study: Study, name: TrainingName, seed: int) -> Path:
     """Train both stages of the audio branch in one of TRAININGS, and return the run directory of stage 2."""
-    training, config = TRAININGS[name], open_model(MODEL).config
-    shape = (config.num_clip_positions, config.require_imagebind().embed_dim)
-    positions = scale_to(training.positions)(np.random.default_rng(POSITIONS_SEED).standard_normal(shape, np.float32))
-    base = write_base(study, name, config, [QFORMER], {POSITIONS: positions})
+    training, model = TRAININGS[name], load(MODEL)
+    positions = np.asarray(model.network.audio_positions[...]) * np.float32(training.norm)
+    base = write_base(study, name, model.config, (), {POSITIONS: positions})
     return train_stages(study, f"{name}_seed{seed}", "audio", base, "audio", seed, make_loss(training))
 
 
 def compare_trainings(study: Study, names: Sequence[TrainingName], vectors: HoldoutVectors) -> list[Table]:
-    """Train the branch in several of TRAININGS, and compare it with image vectors and audio vectors of two norms."""
+    """Train the branch further in several of TRAININGS, and compare it with image and audio vectors of two norms."""
     results = {name: [measure_training(study, name, seed, vectors) for seed in study.seeds] for name in names}
     titles = {
-        "images": "Trained branches, image vectors of the norm of their training in place of audio vectors",
-        "norm_1": "Trained branches, audio vectors of norm 1",
-        "norm_20": f"Trained branches, audio vectors of norm {PUBLISHED_NORM:g}",
+        "images": "Trained further, image vectors of the norm of their training in place of audio vectors",
+        "norm_1": "Trained further, audio vectors of norm 1",
+        "norm_20": f"Trained further, audio vectors of norm {PUBLISHED_NORM:g}",
     }
     return [
         Table(
@@ -294,7 +289,7 @@ def main(
     out: tyro.conf.Positional[Path],
     /,
     *,
-    trainings: tuple[TrainingName, ...] = ("norm_1", "norm_20", "noise", "positions_8"),
+    trainings: tuple[TrainingName, ...] = ("norm_1", "norm_20", "noise"),
     seeds: tuple[int, ...] = (0, 1, 2),
     sizes: Annotated[Sizes, tyro.conf.arg(name="")] = Sizes(),  # noqa: B008 (immutable)
 ) -> None:
@@ -303,7 +298,7 @@ def main(
     Args:
         out: The output directory.
         trainings: The ways of training the branch to compare.
-        seeds: The seeds of the runs: of new weights and of the order of records.
+        seeds: The seeds of the runs: of the order of records.
         sizes: The sizes of the study.
     """
     if not trainings or len(set(trainings)) < len(trainings):
