@@ -5,11 +5,14 @@ import re
 
 import numpy as np
 import pytest
+from flax import nnx
 
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.checkpoints.shipped import shipped_model
 from vllama_jax.miniature import language, texts
 from vllama_jax.miniature.scene import ObjectGroup, Scene, draw_scene
+from vllama_jax.model import load
+from vllama_jax.nn.llama import Llama
 from vllama_jax.text.tokenizer import Tokenizer
 
 BELL = Scene((ObjectGroup(kind="bell", color="red", motion="left"),), ("bell",))
@@ -93,3 +96,13 @@ def test_texts_of_training_have_about_the_length_of_rows(tokenizer):
     assert np.mean([len(ids) <= length for ids, _ in drawn]) > 0.9
     ids, is_description = language._pack_row(tokenizer, rng, language.draw_text, length)
     assert ids.shape == is_description.shape == (length,)
+
+
+@pytest.mark.slow
+def test_answers_of_the_language_model_are_measured():
+    model = load("miniature")
+    measured = language.measure_answers(model.network.llama, model.tokenizer, seed=5, scenes=20)
+    assert set(measured) == set(language.MEASURED_QUESTIONS)
+    assert [measured[name] for name in ("object", "colour", "size", "motion")] == [1, 1, 1, 1]
+    random = Llama(language.CONFIG, rngs=nnx.Rngs(0))
+    assert set(language.measure_answers(random, model.tokenizer, seed=5, scenes=20).values()) == {0}

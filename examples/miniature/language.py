@@ -18,6 +18,7 @@ from vllama_jax.config import LlamaConfig
 from vllama_jax.miniature import render, texts
 from vllama_jax.miniature.fit import fit
 from vllama_jax.miniature.scene import (
+    DIRECTIONS,
     KINDS,
     MOTIONS,
     PLACES,
@@ -33,7 +34,7 @@ from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media
 from vllama_jax.text.templates import find_conversation_template
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
-from vllama_jax.text.training import label_conversation
+from vllama_jax.text.training import IGNORE_INDEX, label_conversation
 
 DescribedText = tuple[np.ndarray, np.ndarray]  # token ids, int [n], and which of them are of a description, bool [n]
 DrawText = Callable[[Tokenizer, np.random.Generator], DescribedText]
@@ -52,6 +53,7 @@ LAYOUTS = {
 SHORT_TURNS, LONG_TURNS = (2, 5), (6, 10)  # of a chat, which has fewer in the first case if fewer questions apply
 LONG_PROBABILITY = 0.3
 MAX_NOISE = 1.5  # standard deviation of the noise on descriptions, relative to the RMS of the word embeddings
+MEASURED_QUESTIONS = ("object", "colour", "size", "motion", "hear")  # the last is about absent audio
 WORLD_SECONDS = tuple((render.SAMPLED_FRAMES / render.FPS).tolist())  # timestamps of a clip's sampled frames
 
 CONFIG = LlamaConfig(
@@ -156,6 +158,40 @@ def train_language_model(
     llama = Llama(CONFIG, rngs=nnx.Rngs(seed))
     llama = train(llama, batches(draw_comparisons, COMPARISONS_SHAPE), comparison_steps, "comparisons")
     return train(llama, batches(draw_text, TEXTS_SHAPE), steps, "language model")
+
+
+def measure_answers(llama: Llama, tokenizer: Tokenizer, seed: int, scenes: int = 200) -> dict[str, float]:
+    """Measure the answers about moving objects of held-out combinations, which are described in words without noise.
+
+    Args:
+        llama: The language model.
+        tokenizer: The tokenizer.
+        seed: The seed of the scenes.
+        scenes: The number of scenes.
+
+    Returns:
+        For each of MEASURED_QUESTIONS, the share of the scenes for which each token of the reference answer is the most
+        probable one after those before it.
+    """
+    length = TEXTS_SHAPE[1]
+    template, media = find_conversation_template(TEMPLATE), Media("video", timestamps=WORLD_SECONDS)
+    predict = jax.jit(
+        lambda llama, ids: jnp.argmax(llama.logits(llama(llama.embed(ids), jnp.ones(ids.shape, bool), "none")), axis=-1)
+    )
+    accuracies = {}
+    for name in MEASURED_QUESTIONS:
+        ids, labels = np.zeros((scenes, length), np.int32), np.full((scenes, length), IGNORE_INDEX)
+        rng = np.random.default_rng([seed, 1])
+        for number in range(scenes):
+            scene = draw_scene(rng, DIRECTIONS[number % len(DIRECTIONS)], "test")
+            description = _encode(tokenizer, describe_objects(scene, rng))
+            turn = (texts.QUESTIONS[name][0], texts.answer(name, scene, media.placeholders))
+            text = label_conversation(tokenizer, template, [turn], media, 0, len(description), length)
+            ids[number, : len(text.ids)] = _fill_placeholders(text.ids, text.is_media, description)
+            labels[number, : len(text.ids)] = text.labels
+        is_right = (np.asarray(predict(llama, ids))[:, :-1] == labels[:, 1:]) | (labels[:, 1:] == IGNORE_INDEX)
+        accuracies[name] = float(is_right.all(axis=1).mean())
+    return accuracies
 
 
 def _sample_noise(llama: Llama, shape: tuple[int, ...], key: jax.Array) -> jax.Array:

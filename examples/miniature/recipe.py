@@ -80,9 +80,7 @@ def make_base_model(out: Path, seed: int, recipe: Recipe, log: Log) -> None:
         folder,
         "llama",
         Llama(language.CONFIG, rngs=nnx.Rngs(0)),
-        lambda: language.train_language_model(
-            tokenizer, comparison_steps=recipe.comparison_steps, steps=recipe.language_steps, seed=seed, log=log
-        ),
+        lambda: _train_language_model(tokenizer, recipe, seed, log),
     )
     images = draw_images(recipe.pictures, seed)
     vision = load_or_train(
@@ -121,6 +119,16 @@ def make_base_model(out: Path, seed: int, recipe: Recipe, log: Log) -> None:
     }
     weights = {path: value for name, one in components.items() for path, value in prefix_weights(name, one).items()}
     _write_base_models(out, {**weights, **get_weights(captions)}, seed)
+
+
+def _train_language_model(tokenizer: Tokenizer, recipe: Recipe, seed: int, log: Log) -> Llama:
+    """Train the language model, and log its accuracies on held-out combinations."""
+    trained = language.train_language_model(
+        tokenizer, comparison_steps=recipe.comparison_steps, steps=recipe.language_steps, seed=seed, log=log
+    )
+    for question, accuracy in language.measure_answers(trained, tokenizer, seed).items():
+        log(f"language model, accuracy of {question} on held-out combinations: {accuracy:.3f}")
+    return trained
 
 
 def _train_towers(images: ImageSet, tokenizer: Tokenizer, recipe: Recipe, seed: int, log: Log) -> towers.Towers:
