@@ -34,7 +34,7 @@ from vllama_jax.text import prompts
 from vllama_jax.text.prompts import Media
 from vllama_jax.text.templates import find_conversation_template
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
-from vllama_jax.text.training import IGNORE_INDEX, label_conversation
+from vllama_jax.text.training import label_conversation
 
 DescribedText = tuple[np.ndarray, np.ndarray]  # token ids, int [n], and which of them are of a description, bool [n]
 DrawText = Callable[[Tokenizer, np.random.Generator], DescribedText]
@@ -173,23 +173,25 @@ def measure_answers(llama: Llama, tokenizer: Tokenizer, seed: int, scenes: int =
         For each of MEASURED_QUESTIONS, the share of the scenes for which each token of the reference answer is the most
         probable one after those before it.
     """
-    length = TEXTS_SHAPE[1]
-    template, media = find_conversation_template(TEMPLATE), Media("video", timestamps=WORLD_SECONDS)
     predict = jax.jit(
         lambda llama, ids: jnp.argmax(llama.logits(llama(llama.embed(ids), jnp.ones(ids.shape, bool), "none")), axis=-1)
     )
+    media = Media("video", timestamps=WORLD_SECONDS)
     accuracies = {}
     for name in MEASURED_QUESTIONS:
-        ids, labels = np.zeros((scenes, length), np.int32), np.full((scenes, length), IGNORE_INDEX)
+        ids, is_answer = np.zeros((scenes, TEXTS_SHAPE[1]), np.int32), np.zeros((scenes, TEXTS_SHAPE[1]), bool)
         rng = np.random.default_rng([seed, 1])
         for number in range(scenes):
             scene = draw_scene(rng, DIRECTIONS[number % len(DIRECTIONS)], "test")
             description = _encode(tokenizer, describe_objects(scene, rng))
-            turn = (texts.QUESTIONS[name][0], texts.answer(name, scene, media.placeholders))
-            text = label_conversation(tokenizer, template, [turn], media, 0, len(description), length)
+            asked = prompts.start_conversation(TEMPLATE, audio_branch=True).add(media).ask(texts.QUESTIONS[name][0])
+            answered = asked.answer(texts.answer(name, scene, media.placeholders))
+            prompt, text = (
+                prompts.encode_conversation(one, tokenizer, [len(description)]) for one in (asked, answered)
+            )
             ids[number, : len(text.ids)] = _fill_placeholders(text.ids, text.is_media, description)
-            labels[number, : len(text.ids)] = text.labels
-        is_right = (np.asarray(predict(llama, ids))[:, :-1] == labels[:, 1:]) | (labels[:, 1:] == IGNORE_INDEX)
+            is_answer[number, len(prompt.ids) : len(text.ids)] = True
+        is_right = (np.asarray(predict(llama, ids))[:, :-1] == ids[:, 1:]) | ~is_answer[:, 1:]
         accuracies[name] = float(is_right.all(axis=1).mean())
     return accuracies
 

@@ -50,7 +50,7 @@ class Recipe:
 
     amounts: Amounts = Amounts()  # noqa: RUF009 (immutable)
     comparison_steps: int = 400
-    language_steps: int = 1200
+    language_steps: int = 2400
     pictures: int = 40_000
     tower_steps: int = 2000
     hearing_steps: int = 500
