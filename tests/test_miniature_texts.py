@@ -105,4 +105,4 @@ def test_answers_of_the_language_model_are_measured():
     assert set(measured) == set(language.MEASURED_QUESTIONS)
     assert [measured[name] for name in ("object", "colour", "size", "motion")] == [1, 1, 1, 1]
     random = Llama(language.CONFIG, rngs=nnx.Rngs(0))
-    assert set(language.measure_answers(random, model.tokenizer, seed=5, scenes=20).values()) == {0}
+    assert max(language.measure_answers(random, model.tokenizer, seed=5, scenes=20).values()) < 0.5
