@@ -245,6 +245,15 @@ def test_top_p_at_exact_equality():
         assert np.flatnonzero(np.isfinite(warped)).tolist() == kept, top_p
 
 
+@pytest.mark.slow
+def test_top_p_of_1_keeps_tokens_that_are_lost_in_the_sum_of_the_others():
+    """As transformers, which applies a top_p below 1 only."""
+    logits = jnp.concatenate([jnp.zeros((1, 3)), jnp.full((1, 40), -30.0), jnp.array([[-jnp.inf]])], axis=1)
+    for top_k in (0, 5, SMALL_TOP_K):  # the 40 tokens have the same logit, so any of them keeps all
+        assert np.isfinite(warp_logits(logits, jnp.float32(1), top_k, jnp.float32(1))).sum() == 43
+    assert np.isfinite(warp_logits(logits, jnp.float32(1), 0, jnp.float32(0.99))).sum() == 3
+
+
 def test_a_second_prompt_of_similar_length_compiles_nothing(llama):
     options = {"max_new_tokens": 20, "repetition_penalty": 1.1}
     answer(llama, make_prompt(20, 4), **options)

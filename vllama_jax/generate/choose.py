@@ -278,7 +278,8 @@ def warp_logits(
         logits: The logits.
         temperature: The temperature, above 0.
         top_k: Number of most probable tokens to keep; 0 for all.
-        top_p: Keep the smallest set of most probable tokens whose probabilities sum to at least this value.
+        top_p: Keep the smallest set of most probable tokens whose probabilities sum to at least this value;
+            1 for all.
 
     Returns:
         The logits divided by the temperature; −inf for tokens that are not kept.
@@ -305,7 +306,8 @@ def _least_kept(
     """Return the least logit of each row that the top k and the top p keep, of logits in descending order."""
     best = jnp.where((jnp.arange(best.shape[1]) < top_k) | (top_k == 0), best, -jnp.inf)
     probabilities = jax.nn.softmax(best, axis=-1)
-    kept = (jnp.cumsum(probabilities, axis=-1) - probabilities < top_p) & (best > -jnp.inf)
+    is_within = jnp.cumsum(probabilities, axis=-1) - probabilities < top_p
+    kept = (is_within | (top_p >= 1)) & (best > -jnp.inf)  # a rounded sum may reach 1 before the last token
     return jnp.min(jnp.where(kept, best, jnp.inf), axis=-1, keepdims=True)
 
 
