@@ -12,8 +12,6 @@ NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 NAMES = [path.stem for path in NOTEBOOKS]
 ABSOLUTE_PATH = re.compile(r"(?<![\w.:/-])/(?:tmp|root|home|work|usr|opt|mnt|content|Users)/")
 MAX_BYTES = 3_000_000  # of all notebooks
-
-
 LINK = re.compile(r"\]\((?!\w+:)([^)#\s]+)")  # the relative path in [text](path#place)
 
 

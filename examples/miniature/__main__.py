@@ -31,24 +31,17 @@ def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500)
     enable_compilation_cache()
     from vllama_jax.miniature.evaluate import check_arguments, format_measures
     from vllama_jax.miniature.recipe import Recipe, make_base_model, train_branches
+    from vllama_jax.miniature.run_records import make_log, total_minutes
 
     check_arguments(seed, clips)
     file = out / "results.json"
     start_time, is_new = time.perf_counter(), not out.exists()
     out.mkdir(parents=True, exist_ok=True)
-
-    def log(text: str) -> None:
-        print(f"[{(time.perf_counter() - start_time) / 60:5.1f} min] {text}", file=sys.stderr, flush=True)
-
-    recipe = Recipe()
+    log, recipe = make_log(start_time), Recipe()
     make_base_model(out, seed, recipe, log)
     train_branches(out, recipe, log)
     results = measure_models(out, seed, clips, log)
-    minutes: float | None
-    if is_new:
-        minutes = round((time.perf_counter() - start_time) / 60, 1)
-    else:  # known if the run was complete before, unknown if it was resumed
-        minutes = read_object(file)["minutes"] if file.exists() else None
+    minutes = total_minutes(file, start_time, is_new)
     replace_json(file, {"seed": seed, "minutes": minutes, "measures": results})
     print(format_measures(results))
 

@@ -60,7 +60,7 @@ def format_results(seeds: Sequence[Measures]) -> str:
     """
     summary_columns = ["mean", "range"] if len(seeds) > 1 else []
     header = ["measure", *summary_columns, "accuracy", "95 % interval", "chance"]
-    rows = [header, ["---"] * len(header)]
+    rows = []
     for name, first in seeds[0].items():
         summary = ["–"] * len(summary_columns)
         if summary and all(name in seed for seed in seeds):
@@ -68,7 +68,12 @@ def format_results(seeds: Sequence[Measures]) -> str:
             summary = [f"{np.mean(values):.3f}", f"{min(values):.3f} to {max(values):.3f}"]
         interval = f"{first['low']:.3f} to {first['high']:.3f}"
         rows.append([f"`{name}`", *summary, f"{first['accuracy']:.3f}", interval, f"{first['chance']:.3f}"])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return format_markdown_table(header, rows)
+
+
+def format_markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Format a Markdown table with the given headings and cells."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in (columns, ["---"] * len(columns), *rows))
 
 
 def plot_accuracies(seeds: Sequence[Measures], names: Sequence[str] = ()) -> Figure:

@@ -41,6 +41,7 @@ from vllama_jax.media_tokens import PreparedMedia, encode_segments, prepare_medi
 from vllama_jax.miniature import render, texts
 from vllama_jax.miniature.evaluate import Measure, format_measures, measure
 from vllama_jax.miniature.questions import MAX_NEW_TOKENS
+from vllama_jax.miniature.run_records import make_log
 from vllama_jax.miniature.scene import DIRECTIONS, KINDS, Scene, draw_motion, draw_objects
 from vllama_jax.miniature.synthesis import SAMPLE_RATE, soundtrack
 from vllama_jax.miniature.world import make_generator
@@ -279,7 +280,7 @@ def main(
     """
     if seed < 0 or questions < 1:
         raise ConfigError(f"--questions must be at least 1 and --seed at least 0, not {questions} and {seed}")
-    model, start = load("miniature"), time.perf_counter()
+    model, log = load("miniature"), make_log(time.perf_counter())
     results: dict[str, Measure] = {}
     long = {"spans": MINUTES, "clips": CLIPS_OF_MINUTE}
     ways: dict[str, tuple[Model, AnswerVideo, dict[str, int]]] = {
@@ -292,7 +293,7 @@ def main(
     for name, (used, answer, shape) in ways.items():
         measures = measure_videos(used, answer, **shape, questions=questions, seed=seed)
         results |= {f"{name}: {question}": one for question, one in measures.items()}
-        print(f"[{(time.perf_counter() - start) / 60:5.1f} min] {name}", file=sys.stderr, flush=True)
+        log(name)
     print(json.dumps(results) if json_output else format_measures(results))
 
 

@@ -9,28 +9,24 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from flax import nnx
 
 from vllama_jax.checkpoints.digests import list_checkpoint_steps
-from vllama_jax.config import describe_changes, flatten_fields
-from vllama_jax.errors import ConfigError, VllamaError
-from vllama_jax.io.atomic import new_directory, replace_json
-from vllama_jax.io.json_files import read_object
+from vllama_jax.errors import VllamaError
+from vllama_jax.io.atomic import new_directory
 from vllama_jax.miniature import audio_tower, captioner, language, towers
 from vllama_jax.miniature.audio_tower import read_pairs
 from vllama_jax.miniature.base_model import CONFIG, Weights, get_weights, load_or_train, prefix_weights, write_model
 from vllama_jax.miniature.images import ImageSet, draw_images
+from vllama_jax.miniature.run_records import Log, check_settings
 from vllama_jax.miniature.world import Amounts, write_world
 from vllama_jax.nn.imagebind import AudioTower
 from vllama_jax.nn.llama import Llama
 from vllama_jax.text.tokenizer import Tokenizer, load_tokenizer
 from vllama_jax.train.config_files import load_config
-
-Log = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +66,7 @@ def make_base_model(out: Path, seed: int, recipe: Recipe, log: Log) -> None:
     Raises:
         ConfigError: OUT was made with another seed or recipe.
     """
-    _check_recipe(out, seed, recipe)
+    check_settings(out / "recipe.json", {"seed": seed, **dataclasses.asdict(recipe)}, "another seed or recipe")
     if (out / "base_without_positions").exists():
         return
     write_world(out / "world", recipe.amounts, seed, log)
@@ -138,17 +134,6 @@ def _train_towers(images: ImageSet, tokenizer: Tokenizer, recipe: Recipe, seed: 
     for aspect, (eva, imagebind) in towers.measure_phrase_accuracy(trained, test_images, tokenizer).items():
         log(f"vision towers, accuracy of {aspect} on held-out combinations: EVA {eva:.3f}, ImageBind {imagebind:.3f}")
     return trained
-
-
-def _check_recipe(out: Path, seed: int, recipe: Recipe) -> None:
-    """Record the seed and the recipe in OUT/recipe.json, or compare them with the recorded ones."""
-    file, requested = out / "recipe.json", {"seed": seed, **dataclasses.asdict(recipe)}
-    if not file.exists():
-        replace_json(file, requested)
-    if differences := describe_changes(flatten_fields(read_object(file)), flatten_fields(requested)):
-        raise ConfigError(
-            f"{out} was started with another seed or recipe ({', '.join(differences[:3])}); use another directory"
-        )
 
 
 def _load_or_train_tokenizer(out: Path, seed: int) -> Tokenizer:

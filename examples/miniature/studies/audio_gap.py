@@ -230,9 +230,9 @@ def make_loss(training: Training) -> Loss:
     return loss_of_changed_images
 
 
-def train_audio_branch(study: Study, name: TrainingName, seed: int) -> Path:
-    """Train both stages of the audio branch in one of TRAININGS, and return the run directory of stage 2."""
-    training, model = TRAININGS[name], load(MODEL)
+def train_audio_branch(study: Study, model: Model, name: TrainingName, seed: int) -> Path:
+    """Train both stages of a model's audio branch in one of TRAININGS, and return the run directory of stage 2."""
+    training = TRAININGS[name]
     positions = np.asarray(model.network.audio_positions[...]) * np.float32(training.norm)
     base = write_base(study, name, model.config, (), {POSITIONS: positions})
     return train_stages(study, f"{name}_seed{seed}", "audio", base, "audio", seed, make_loss(training))
@@ -260,7 +260,7 @@ def measure_training(
     study: Study, name: TrainingName, seed: int, vectors: HoldoutVectors
 ) -> dict[str, dict[str, Measure]]:
     """Train a branch, and measure it with image vectors as in its training, and with audio vectors of two norms."""
-    model = functools.cache(lambda: load(train_audio_branch(study, name, seed)))
+    model = functools.cache(lambda: load(train_audio_branch(study, vectors.sets.model, name, seed)))
     norm = TRAININGS[name].norm
     changes = {
         "images": lambda: vectors.measure_images(model(), scale_to(norm)),

@@ -61,7 +61,7 @@ def make_tables(study: Study, ranks: Sequence[int]) -> list[Table]:
         ranks: The ranks of the updates to compare with a frozen language model and with all of its weights.
 
     Returns:
-        The tables of questions about what is seen, and of all others.
+        The table of visual questions, and that of all other questions.
     """
     updates = _list_updates(ranks)
     packaged = vl.load(MODEL)

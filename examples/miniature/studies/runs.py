@@ -26,12 +26,13 @@ import vllama_jax as vl
 from vllama_jax.branches import is_within
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.checkpoints.restore import restore_weights
-from vllama_jax.config import VideoLlamaConfig, describe_changes, flatten_fields
+from vllama_jax.config import VideoLlamaConfig
 from vllama_jax.errors import ConfigError, VllamaError, format_os_error
 from vllama_jax.io.atomic import replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.miniature.base_model import write_model
 from vllama_jax.miniature.evaluate import Measure
+from vllama_jax.miniature.run_records import Log, check_settings, make_log, total_minutes
 from vllama_jax.miniature.studies.tables import Table, format_table, plot_tables
 from vllama_jax.miniature.world import Amounts, write_world
 from vllama_jax.runtime.compilation_cache import enable_compilation_cache
@@ -43,7 +44,6 @@ from vllama_jax.train.reporter import PrintReporter
 from vllama_jax.train.run_directory import silence_orbax_save_logs
 from vllama_jax.train.step import Loss
 
-Log = Callable[[str], None]
 WORLD_SEED = 100  # of the clips and images that branches are trained on
 MODEL = "miniature"
 BATCH_SIZE = 16
@@ -234,21 +234,13 @@ def run_study(out: Path, seeds: tuple[int, ...], sizes: Sizes, make_tables: Call
     enable_compilation_cache()
     silence_orbax_save_logs()
     start_time, is_new, file = time.perf_counter(), not out.exists(), out / "results.json"
-
-    def log(text: str) -> None:
-        print(f"[{(time.perf_counter() - start_time) / 60:5.1f} min] {text}", file=sys.stderr, flush=True)
-
-    study = Study(out, seeds, sizes, log)
+    study = Study(out, seeds, sizes, make_log(start_time))
     _check_options(study)
     settings = {"model": open_model(MODEL).digest, **dataclasses.asdict(sizes)}
-    _check_settings(out / "study.json", settings)
-    write_world(out / "world", Amounts(sizes.clips, sizes.images, sizes.clips, sizes.images), WORLD_SEED, log)
+    check_settings(out / "study.json", settings, "other settings")
+    write_world(out / "world", Amounts(sizes.clips, sizes.images, sizes.clips, sizes.images), WORLD_SEED, study.log)
     tables = make_tables(study)
-    minutes = None  # unknown for a study that was resumed
-    if is_new:
-        minutes = round((time.perf_counter() - start_time) / 60, 1)
-    elif file.exists():
-        minutes = read_object(file)["minutes"]
+    minutes = total_minutes(file, start_time, is_new)
     content = {"seeds": seeds, **settings, "minutes": minutes, "tables": [dataclasses.asdict(one) for one in tables]}
     replace_json(file, content)
     plot_tables(tables, out)
@@ -279,17 +271,6 @@ def check_numbers(option: str, numbers: Sequence[int], low: int, high: int | Non
         limits = f"at least {low}" if high is None else f"from {low} to {high}"
         given = ", ".join(map(str, numbers)) or "none"
         raise ConfigError(f"{option} must be {limits}, and no number may occur twice, not {given}")
-
-
-def _check_settings(file: Path, requested: dict[str, Any]) -> None:
-    """Record the settings of a study, or compare them with the recorded ones."""
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        replace_json(file, requested)
-    if differences := describe_changes(flatten_fields(read_object(file)), flatten_fields(requested)):
-        raise ConfigError(
-            f"{file.parent} was started with other settings ({', '.join(differences[:3])}); use another directory"
-        )
 
 
 def run_command(program: str, main: Callable[..., None]) -> None:

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 
 from vllama_jax.errors import DataError, VllamaError
 from vllama_jax.io.json_files import parse_object
-from vllama_jax.miniature.figures import Measures
+from vllama_jax.miniature.figures import Measures, format_markdown_table
 
 MARKERS = "osD^vPX*"
 SHIFT = 0.12  # of the first and the last measure to both sides of their setting
@@ -65,13 +65,12 @@ def format_table(table: Table) -> str:
         their range, or one accuracy with its 95 % interval if there is one. The last column is chance.
     """
     first = table.settings[0]
-    rows = [["", *(setting.name for setting in table.settings), "chance"]]
-    rows.append(["---"] * len(rows[0]))
-    rows += [[fact, *(setting.facts[fact] for setting in table.settings), ""] for fact in first.facts]
+    columns = ["", *(setting.name for setting in table.settings), "chance"]
+    rows = [[fact, *(setting.facts[fact] for setting in table.settings), ""] for fact in first.facts]
     for name, one in first.seeds[0].items():
         cells = [_format_accuracies([seed[name] for seed in setting.seeds]) for setting in table.settings]
         rows.append([f"`{name}`", *cells, f"{one['chance']:.3f}"])
-    return "\n".join([f"{table.title}:", "", *(f"| {' | '.join(row)} |" for row in rows)])
+    return f"{table.title}:\n\n{format_markdown_table(columns, rows)}"
 
 
 def _format_accuracies(seeds: Sequence[Mapping[str, float]]) -> str:
