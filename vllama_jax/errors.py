@@ -1,6 +1,9 @@
 """The exceptions that invalid input causes. Each message says in one line what is wrong and what to do."""
 
-from collections.abc import Iterable
+import contextlib
+import os
+import sys
+from collections.abc import Iterable, Iterator
 
 
 class VllamaError(Exception):
@@ -47,6 +50,22 @@ def suggest_name(name: str, known: Iterable[str]) -> str:
 
     matches = difflib.get_close_matches(name, list(known), 1)
     return f"did you mean {matches[0]!r}?" if matches else ""
+
+
+@contextlib.contextmanager
+def exit_on_error() -> Iterator[None]:
+    """End a command whose body fails: with one line on stderr and exit code 1, or with code 130 after Ctrl-C."""
+    try:
+        yield
+    except VllamaError as error:
+        sys.exit(f"vllama: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:  # the reader of stdout has closed the pipe: flushing it at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:  # an error that no command handles: a directory without permissions, a full disk
+        sys.exit(f"vllama: {format_os_error(error)}")
 
 
 def format_os_error(error: OSError) -> str:

@@ -7,20 +7,17 @@ minutes on two cores. All files are under OUT; the same command resumes a run th
 with `vllama chat FILE --model OUT/model`. OUT/results.json has the table that is printed at the end.
 """
 
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import tyro
-
-from vllama_jax.errors import VllamaError
 from vllama_jax.io.atomic import replace_json
 from vllama_jax.io.json_files import read_object
+from vllama_jax.miniature.command import run_command
 from vllama_jax.runtime.compilation_cache import enable_compilation_cache
 
 
-def main(out: tyro.conf.Positional[Path], /, *, seed: int = 0, clips: int = 500) -> None:
+def main(out: Path, /, *, seed: int = 0, clips: int = 500) -> None:
     """Train a miniature Video-LLaMA from scratch and measure it. The same command resumes an interrupted run.
 
     Args:
@@ -78,7 +75,4 @@ def measure_models(out: Path, seed: int, clips: int, log: Callable[[str], None])
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m vllama_jax.miniature")
-    except VllamaError as error:
-        sys.exit(f"vllama: {error}")
+    run_command("vllama_jax.miniature", main)

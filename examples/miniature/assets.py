@@ -7,7 +7,6 @@ with the results of OUT and of other seeds, in OTHERS. It prints the results as 
 """
 
 import shutil
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from vllama_jax.checkpoints.shipped import ASSETS, CLIPS, RESULTS
 from vllama_jax.io.archives import pack
 from vllama_jax.io.atomic import replace_json, write_json
 from vllama_jax.io.json_files import read_object
+from vllama_jax.miniature.command import run_command
 
 DTYPE = "bfloat16"  # of the weights in the package
 
@@ -81,11 +81,18 @@ def pack_model(model: Path, folder: Path) -> None:
     replace_json(folder / "model.json", {"archive_xxh3_128": archive_digest, "model_digest": digest})
 
 
-if __name__ == "__main__":
-    if len(sys.argv) < 2:
-        sys.exit("usage: python -m vllama_jax.miniature.assets OUT [OTHERS...]")
-    first, *others = map(Path, sys.argv[1:])
-    write_assets(first, others)
-    from vllama_jax.miniature import figures
+def main(out: Path, others: tuple[Path, ...] = (), /) -> None:
+    """Replace the assets of the package, and print the results.
 
-    print(figures.format_results(figures.read_results(RESULTS)))
+    Args:
+        out: OUT, with the model and its results.
+        others: Directories with the results of other seeds.
+    """
+    from vllama_jax.miniature.figures import format_results, read_results
+
+    write_assets(out, others)
+    print(format_results(read_results(RESULTS)))
+
+
+if __name__ == "__main__":
+    run_command("vllama_jax.miniature.assets", main)

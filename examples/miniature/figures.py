@@ -10,7 +10,6 @@ functions return a matplotlib figure and need no display.
 
 import json
 import re
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from vllama_jax.errors import DataError
+from vllama_jax.miniature.command import run_command
 from vllama_jax.train.plots import read_journal
 from vllama_jax.train.smoothing import smooth
 
@@ -199,7 +199,7 @@ def plot_losses(runs: Mapping[str, Path]) -> Figure:
     return figure
 
 
-def write_figures(out: Path, folder: Path) -> None:
+def write_figures(out: Path, folder: Path, /) -> None:
     """Write all figures as PNG files, including attention maps of the packaged model on its demo clips.
 
     Args:
@@ -237,6 +237,4 @@ def write_figures(out: Path, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 3:
-        sys.exit("usage: python -m vllama_jax.miniature.figures OUT FOLDER")
-    write_figures(*map(Path, sys.argv[1:]))
+    run_command("vllama_jax.miniature.figures", write_figures)

@@ -19,7 +19,6 @@ import collections
 import dataclasses
 import itertools
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -33,12 +32,13 @@ from vllama_jax.answering import AnsweringOptions, FileQuestion, answer_question
 from vllama_jax.chat import embed_prompt, make_engine
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.config import GREEDY, GenerationConfig, RopeScaling
-from vllama_jax.errors import ConfigError, VllamaError
+from vllama_jax.errors import ConfigError
 from vllama_jax.generate import Request
 from vllama_jax.media import FrameSampling
 from vllama_jax.media.write import write_video
 from vllama_jax.media_tokens import PreparedMedia, encode_segments, prepare_media
 from vllama_jax.miniature import render, texts
+from vllama_jax.miniature.command import run_command
 from vllama_jax.miniature.evaluate import Measure, format_measures, measure
 from vllama_jax.miniature.questions import MAX_NEW_TOKENS
 from vllama_jax.miniature.run_records import make_log
@@ -298,7 +298,4 @@ def main(
 
 
 if __name__ == "__main__":
-    try:
-        tyro.cli(main, prog="python -m vllama_jax.miniature.long_video")
-    except VllamaError as error:
-        sys.exit(f"vllama: {error}")
+    run_command("vllama_jax.miniature.long_video", main)

@@ -4,7 +4,6 @@ No heavy package is imported before a command runs, so `--help` answers in under
 """
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 
@@ -50,23 +49,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _main(arguments: list[str]) -> None:
     from vllama_jax.cli._logs import configure_logging
     from vllama_jax.cli._usage import UsageError
-    from vllama_jax.errors import VllamaError, format_os_error
+    from vllama_jax.errors import exit_on_error
 
-    try:
-        with configure_logging():
-            _run(arguments)
-    except UsageError as error:
-        print(f"vllama: {error}", file=sys.stderr)
-        sys.exit(2)
-    except VllamaError as error:
-        sys.exit(f"vllama: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:  # the reader of stdout has closed the pipe: flushing it at exit must not fail again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except OSError as error:  # an error that no command handles: a directory without permissions, a full disk
-        sys.exit(f"vllama: {format_os_error(error)}")
+    with exit_on_error():
+        try:
+            with configure_logging():
+                _run(arguments)
+        except UsageError as error:
+            print(f"vllama: {error}", file=sys.stderr)
+            sys.exit(2)
 
 
 def _run(arguments: list[str]) -> None:

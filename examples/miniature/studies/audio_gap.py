@@ -24,6 +24,7 @@ from vllama_jax.errors import ConfigError
 from vllama_jax.media_tokens import prepare_media
 from vllama_jax.miniature import holdout_files
 from vllama_jax.miniature.base_model import get_weights, set_weights
+from vllama_jax.miniature.command import run_command
 from vllama_jax.miniature.evaluate import FileSets, Measure, evaluate_sets
 from vllama_jax.miniature.holdout_files import EncodedFiles, FileSet, read_files
 from vllama_jax.miniature.images import map_in_processes
@@ -43,7 +44,6 @@ from vllama_jax.miniature.studies.runs import (
     Sizes,
     Study,
     measure_once,
-    run_command,
     run_study,
     train_stages,
     write_base,

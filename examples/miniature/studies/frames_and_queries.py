@@ -22,6 +22,7 @@ from vllama_jax.media.frame_sampling import frame_indices
 from vllama_jax.memory.flops import encoder_flops, forward_flops, qformer_flops
 from vllama_jax.miniature import render, texts
 from vllama_jax.miniature.base_model import CONFIG
+from vllama_jax.miniature.command import run_command
 from vllama_jax.miniature.evaluate import FileSets, Measure, evaluate_sets
 from vllama_jax.miniature.studies.runs import (
     MODEL,
@@ -29,7 +30,6 @@ from vllama_jax.miniature.studies.runs import (
     Study,
     check_numbers,
     measure_once,
-    run_command,
     run_study,
     train_stages,
     write_base,

@@ -21,6 +21,7 @@ from vllama_jax import generate
 from vllama_jax.chat import make_engine
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.miniature import language, texts
+from vllama_jax.miniature.command import run_command
 from vllama_jax.miniature.evaluate import FileSets, Measure, constant_answer_accuracy, evaluate_sets, measure
 from vllama_jax.miniature.holdout_files import BATCH
 from vllama_jax.miniature.questions import generate_tokens
@@ -32,7 +33,6 @@ from vllama_jax.miniature.studies.runs import (
     check_numbers,
     make_config,
     measure_once,
-    run_command,
     run_study,
     train_branch,
     write_base,

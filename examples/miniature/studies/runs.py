@@ -1,4 +1,4 @@
-"""What all studies share: a small world, branches that are trained with one change, and the command.
+"""What all studies share: a small world, and branches that are trained with one change.
 
 A study starts from the frozen components of the miniature in the package, and trains with `vllama_jax.train`. It reuses
 every result under OUT, so that the same command resumes a study that was interrupted:
@@ -27,7 +27,7 @@ from vllama_jax.branches import is_within
 from vllama_jax.checkpoints.directory import open_model
 from vllama_jax.checkpoints.restore import restore_weights
 from vllama_jax.config import VideoLlamaConfig
-from vllama_jax.errors import ConfigError, VllamaError, format_os_error
+from vllama_jax.errors import ConfigError, VllamaError
 from vllama_jax.io.atomic import replace_json
 from vllama_jax.io.json_files import read_object
 from vllama_jax.miniature.base_model import write_model
@@ -36,7 +36,6 @@ from vllama_jax.miniature.run_records import Log, check_settings, make_log, tota
 from vllama_jax.miniature.studies.tables import Table, format_table, plot_tables
 from vllama_jax.miniature.world import Amounts, write_world
 from vllama_jax.runtime.compilation_cache import enable_compilation_cache
-from vllama_jax.runtime.interrupts import exit_on_interrupt
 from vllama_jax.train.config import TrainConfig
 from vllama_jax.train.config_files import load_config
 from vllama_jax.train.precompute import precompute_features
@@ -271,21 +270,3 @@ def check_numbers(option: str, numbers: Sequence[int], low: int, high: int | Non
         limits = f"at least {low}" if high is None else f"from {low} to {high}"
         given = ", ".join(map(str, numbers)) or "none"
         raise ConfigError(f"{option} must be {limits}, and no number may occur twice, not {given}")
-
-
-def run_command(program: str, main: Callable[..., None]) -> None:
-    """Run the command of a study: parse its options with tyro, and report an error in one line.
-
-    Args:
-        program: The name of the module.
-        main: Its main function.
-    """
-    import tyro
-
-    with exit_on_interrupt(until_exit=True):
-        try:
-            tyro.cli(main, prog=f"python -m {program}")
-        except VllamaError as error:
-            sys.exit(f"vllama: {error}")
-        except OSError as error:  # such as a directory without permissions, or a full disk
-            sys.exit(f"vllama: {format_os_error(error)}")

@@ -7,7 +7,6 @@ docs/studies/NAME.json.
 """
 
 import dataclasses
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from vllama_jax.errors import DataError, VllamaError
+from vllama_jax.errors import DataError
 from vllama_jax.io.json_files import parse_object
+from vllama_jax.miniature.command import run_command
 from vllama_jax.miniature.figures import Measures, format_markdown_table
 
 MARKERS = "osD^vPX*"
@@ -137,13 +137,18 @@ def read_tables(path: Path) -> list[Table]:
         raise DataError(f"{path}: not the results of a study ({error!r})") from error
 
 
+def main(results: Path, folder: Path | None = None, /) -> None:
+    """Print the tables of a study.
+
+    Args:
+        results: OUT/results.json of the study.
+        folder: Where the figures of the tables are drawn.
+    """
+    tables = read_tables(results)
+    if folder is not None:
+        plot_tables(tables, folder)
+    print("\n\n".join(map(format_table, tables)))
+
+
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
-        sys.exit("usage: python -m vllama_jax.miniature.studies.tables RESULTS [FOLDER]")
-    try:
-        found = read_tables(Path(sys.argv[1]))
-    except VllamaError as problem:
-        sys.exit(f"vllama: {problem}")
-    if len(sys.argv) == 3:
-        plot_tables(found, Path(sys.argv[2]))
-    print("\n\n".join(map(format_table, found)))
+    run_command("vllama_jax.miniature.studies.tables", main)
