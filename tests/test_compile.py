@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import io
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -74,10 +76,31 @@ def test_generation_is_compiled(on_cpus, name):
     assert report.flops_per_chip > 0.9 * report.model_flops_per_chip
 
 
+@pytest.mark.slow
+def test_a_program_whose_text_jaxlib_refuses_is_read_as_libtpu_wrote_it(on_cpus, monkeypatch):
+    program = Generation(
+        name="prefill", model=tiny(), mesh=MeshConfig(data=4), rows=4, length=50, generation=GREEDY, scheme=None
+    )
+    expected = compiler.compile_program(program, V5E)
+    compile_for = compiler.compile_for
+
+    def refuse():
+        raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure")
+
+    def compile_to_refused(program, mesh, options):
+        compiled = compile_for(program, mesh)
+        Path(options["xla_dump_to"], "module_0000.jit_prefill.after_codegen.txt").write_text(compiled.as_text())
+        return SimpleNamespace(memory_analysis=compiled.memory_analysis, as_text=refuse)
+
+    monkeypatch.setattr(compiler, "compile_for", compile_to_refused)
+    report = compiler.compile_program(program, V5E)
+    assert dataclasses.replace(report, compile_seconds=expected.compile_seconds) == expected
+
+
 def test_out_of_memory_is_a_result(on_cpus, monkeypatch):
     message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (64.00G) "
 
-    def refuse(program, mesh):
+    def refuse(program, mesh, options):
         raise jax.errors.JaxRuntimeError(message + "exceeds available HBM (15.75G).")
 
     monkeypatch.setattr(compiler, "compile_for", refuse)
@@ -88,7 +111,7 @@ def test_out_of_memory_is_a_result(on_cpus, monkeypatch):
 
 
 def test_other_errors_of_the_compiler_are_one_line(on_cpus, monkeypatch):
-    def fail(program, mesh):
+    def fail(program, mesh, options):
         raise jax.errors.JaxRuntimeError("INTERNAL: it\nbroke")
 
     monkeypatch.setattr(compiler, "compile_for", fail)

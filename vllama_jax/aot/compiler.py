@@ -28,6 +28,7 @@ from vllama_jax.memory.chips import GIB
 from vllama_jax.train.config import MeshConfig
 
 if TYPE_CHECKING:
+    import jax
     from jax.sharding import Mesh
 
 ENVIRONMENT = {
@@ -156,7 +157,7 @@ def compile_program(program: Program, topology: Topology) -> ProgramReport:
     }
     start_time = time.perf_counter()
     try:
-        compiled = compile_for(program, mesh)
+        compiled, text = _compile_to_text(program, mesh)
     except jax.errors.JaxRuntimeError as error:
         found = OUT_OF_MEMORY.search(str(error))
         if found is None:
@@ -166,7 +167,7 @@ def compile_program(program: Program, topology: Topology) -> ProgramReport:
     seconds = time.perf_counter() - start_time
     sizes = _memory_by_kind(compiled.memory_analysis())
     total = sum(sizes.values())
-    costs = _costs(program, compiled.as_text() or "")
+    costs = _costs(program, text)
     return ProgramReport(
         **fields,
         fits=total <= topology.chip.hbm_bytes,
@@ -175,6 +176,25 @@ def compile_program(program: Program, topology: Topology) -> ProgramReport:
         compile_seconds=seconds,
         **time_fields(costs, topology, _model_flops(program, mesh) / topology.count, _samples(program)),
     )
+
+
+def _compile_to_text(program: Program, mesh: "Mesh") -> tuple["jax.stages.Compiled", str]:
+    """Compile a program; return its HLO text too.
+
+    jaxlib refuses a few modules of a newer libtpu ("async-update instruction should have 1 operands but sees 3", 13B on
+    v5p), which libtpu itself can write as text. Both texts are equal where both exist.
+    """
+    import jax
+
+    with tempfile.TemporaryDirectory() as folder:
+        compiled = compile_for(program, mesh, {"xla_dump_to": folder, "xla_dump_hlo_as_text": True})
+        try:
+            return compiled, compiled.as_text() or ""
+        except jax.errors.JaxRuntimeError:
+            texts = list(Path(folder).glob("*.after_codegen.txt"))
+            if len(texts) != 1:
+                raise
+            return compiled, texts[0].read_text()
 
 
 def _memory_by_kind(analysis: Any) -> dict[str, int]:

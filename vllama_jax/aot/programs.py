@@ -5,6 +5,7 @@ imports no jax.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
@@ -85,8 +86,14 @@ def abstract_train_run(program: TrainStep, mesh: "Mesh") -> "AbstractRun":
     return abstract_run(program.model, program.run, mesh, program.length)
 
 
-def compile_for(program: Program, mesh: "Mesh") -> "jax.stages.Compiled":
-    """Compile a program for a mesh of a topology's devices, with the options of their platform."""
+def compile_for(program: Program, mesh: "Mesh", options: Mapping[str, Any] | None = None) -> "jax.stages.Compiled":
+    """Compile a program for a mesh of a topology's devices.
+
+    Args:
+        program: The program.
+        mesh: The mesh.
+        options: Compiler options, in addition to those of the platform (`vllama_jax.runtime.xla_options`).
+    """
     import numpy as np
 
     from vllama_jax.generate import beam_search, programs
@@ -94,16 +101,16 @@ def compile_for(program: Program, mesh: "Mesh") -> "jax.stages.Compiled":
     from vllama_jax.sharding import use_mesh
 
     if isinstance(program, TrainStep):
-        return lower_step(abstract_train_run(program, mesh), mesh).compile()
+        return lower_step(abstract_train_run(program, mesh), mesh).compile(options)
     platform, shape = mesh.devices.flat[0].platform, _state_shape(program)
     llama, state = abstract_llama(program, mesh), _abstract_state(program, mesh)
     with use_mesh(mesh):
         if program.name == "prefill":
-            return programs.jit_prefill(platform).lower(llama, state, _abstract_chunk(program, mesh)).compile()
+            return programs.jit_prefill(platform).lower(llama, state, _abstract_chunk(program, mesh)).compile(options)
         if program.generation.num_beams > 1:
             beams, penalty = _abstract_beams(program, state, mesh), _abstract((), np.float32, mesh)
-            return beam_search.jit_search(platform).lower(llama, beams, penalty, shape=shape).compile()
-        return programs.jit_decode(platform).lower(llama, state, shape=shape).compile()
+            return beam_search.jit_search(platform).lower(llama, beams, penalty, shape=shape).compile(options)
+        return programs.jit_decode(platform).lower(llama, state, shape=shape).compile(options)
 
 
 def _state_shape(program: Generation) -> "StateShape":
