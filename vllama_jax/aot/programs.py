@@ -5,7 +5,6 @@ imports no jax.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from vllama_jax.config import GenerationConfig, VideoLlamaConfig
@@ -86,7 +85,7 @@ def abstract_train_run(program: TrainStep, mesh: "Mesh") -> "AbstractRun":
     return abstract_run(program.model, program.run, mesh, program.length)
 
 
-def compile_for(program: Program, mesh: "Mesh", options: Mapping[str, Any] | None = None) -> "jax.stages.Compiled":
+def compile_for(program: Program, mesh: "Mesh", options: dict[str, str | bool] | None = None) -> "jax.stages.Compiled":
     """Compile a program for a mesh of a topology's devices.
 
     Args:
