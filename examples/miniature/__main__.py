@@ -2,7 +2,7 @@
 
     python -m vllama_jax.miniature OUT --seed 0
 
-writes the world, trains the frozen components and both branches in both stages, and measures the model, in about 80
+writes the world, trains the frozen components and both branches in both stages, and measures the model, in about 100
 minutes on two cores. All files are under OUT; the same command resumes a run that was interrupted. Chat with the model
 with `vllama chat FILE --model OUT/model`. OUT/results.json has the table that is printed at the end.
 """

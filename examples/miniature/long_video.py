@@ -54,7 +54,7 @@ SNR_DB = 15.0  # of the white noise in the audio, as in the other measures
 MINUTES, CLIPS_OF_MINUTE = 10, 6
 SHORT_VIDEOS = (2, 4, 8)  # clips, each of which is a segment; more than 10 do not fit the context of 1,024 tokens
 LONG_CONTEXT = 8192  # tokens
-TRAINED_LENGTH = 128  # tokens of the texts that the language model is trained on
+TRAINED_LENGTH = 192  # tokens of the texts that the language model is trained on
 
 Sense = Literal["seen", "heard"]
 VERBS: dict[Sense, str] = {"seen": "see", "heard": "hear"}
