@@ -22,7 +22,7 @@ from vllama_jax.config import NO_LORA
 from vllama_jax.io import archives
 from vllama_jax.miniature import assets
 
-WEIGHTS_DIGEST = "a6a3a2653f51eea7b53a48e64d2056f9"  # of the 121 arrays that used to be separate files in git
+WEIGHTS_DIGEST = json.loads((shipped.ASSETS / "model.json").read_text())["model_digest"]  # when it was packed
 UNPACK = "from vllama_jax.checkpoints.shipped import shipped_model; print(shipped_model())"
 
 
