@@ -4,10 +4,13 @@ import dataclasses
 import importlib.util
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import jax
+import psutil
 import pytest
 from rich.console import Console
 
@@ -95,6 +98,26 @@ def test_a_program_whose_text_jaxlib_refuses_is_read_as_libtpu_wrote_it(on_cpus,
     monkeypatch.setattr(compiler, "compile_for", compile_to_refused)
     report = compiler.compile_program(program, V5E)
     assert dataclasses.replace(report, compile_seconds=expected.compile_seconds) == expected
+
+
+WORK = """
+import multiprocessing, time
+from vllama_jax.aot import compiler
+class Busy:
+    def __reduce__(self):
+        return time.sleep, (100,)
+with compiler._start_worker() as call:
+    print(multiprocessing.active_children()[0].pid, flush=True)
+    call(Busy(), None)
+"""
+
+
+@pytest.mark.slow
+def test_the_compiler_ends_when_the_command_is_killed():
+    with subprocess.Popen([sys.executable, "-c", WORK], stdout=subprocess.PIPE, text=True) as command:
+        compiler_process = psutil.Process(int(command.stdout.readline()))
+        command.kill()
+    assert psutil.wait_procs([compiler_process], timeout=30)[1] == []
 
 
 def test_out_of_memory_is_a_result(on_cpus, monkeypatch):

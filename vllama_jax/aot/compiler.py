@@ -12,6 +12,7 @@ import os
 import re
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -104,6 +105,7 @@ def _work(pipe: Connection, log: str) -> None:
     os.environ |= ENVIRONMENT  # before jax is imported
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which kills this process
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     with contextlib.suppress(EOFError):
         while True:
             program, topology = pipe.recv()
@@ -111,6 +113,14 @@ def _work(pipe: Connection, log: str) -> None:
                 pipe.send(compile_program(program, topology))
             except VllamaError as error:
                 pipe.send(error)
+
+
+def _exit_with_parent() -> None:
+    """End this process when its parent has been killed, and not minutes later, when the program is compiled."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _estimate(program: Program, topology: Topology) -> ProgramReport:
