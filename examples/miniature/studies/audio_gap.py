@@ -4,8 +4,7 @@
 
 The audio branch is trained on ImageBind's vectors of images, and then given its vectors of audio. The first tables
 change the audio vectors of the model in the package. The others are of its audio branch, trained further in several
-ways.
-docs/studies/audio_gap.md says what is measured.
+ways. docs/studies/audio_gap.md has the results.
 """
 
 import dataclasses

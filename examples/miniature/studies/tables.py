@@ -96,7 +96,8 @@ def plot_table(table: Table) -> Figure:
         axes.axhline(first[name]["chance"], color=style["color"], linestyle="--", linewidth=0.8, alpha=0.6)
         for position, several in zip(positions, seeds, strict=True):
             _draw_seeds(axes, position, several, {**style, "linestyle": "none", "alpha": 0.5})
-    axes.set_xticks(range(len(table.settings)), [setting.name for setting in table.settings])
+    names = [setting.name for setting in table.settings]
+    axes.set_xticks(range(len(names)), names, rotation=25, rotation_mode="anchor", ha="right")
     axes.set(ylim=(-0.02, 1.02), ylabel="accuracy on held-out combinations", title=table.title)
     axes.grid(axis="y", alpha=0.3)
     figure.legend(loc="outside right center")
