@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -101,11 +102,11 @@ def test_a_program_whose_text_jaxlib_refuses_is_read_as_libtpu_wrote_it(on_cpus,
 
 
 WORK = """
-import multiprocessing, time
+import multiprocessing
 from vllama_jax.aot import compiler
 class Busy:
     def __reduce__(self):
-        return time.sleep, (100,)
+        return pow, (3, 10**9)  # keeps the GIL for minutes, as XLA does while it compiles
 with compiler._start_worker() as call:
     print(multiprocessing.active_children()[0].pid, flush=True)
     call(Busy(), None)
@@ -116,6 +117,7 @@ with compiler._start_worker() as call:
 def test_the_compiler_ends_when_the_command_is_killed():
     with subprocess.Popen([sys.executable, "-c", WORK], stdout=subprocess.PIPE, text=True) as command:
         compiler_process = psutil.Process(int(command.stdout.readline()))
+        time.sleep(6)  # until it is busy
         command.kill()
     assert psutil.wait_procs([compiler_process], timeout=30)[1] == []
 

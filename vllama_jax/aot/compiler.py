@@ -5,14 +5,15 @@ separate process loads it. JAX_PLATFORMS=cpu keeps JAX from starting a TPU backe
 """
 
 import contextlib
+import ctypes
 import functools
 import importlib.util
 import multiprocessing
 import os
 import re
 import signal
+import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -37,6 +38,7 @@ ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # another process may compile too
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask Google Cloud's metadata server what this machine is
 }
+PR_SET_PDEATHSIG = 1  # of Linux's prctl: the signal for this process when its parent ends
 # "… memory required for HLO temporaries (64.00G) exceeds available HBM (15.75G)", "Used 20.33G of 15.75G hbm"
 OUT_OF_MEMORY = re.compile(r"\((\d+(?:\.\d+)?)G\) exceeds available|Used (\d+(?:\.\d+)?)G of")
 
@@ -105,7 +107,11 @@ def _work(pipe: Connection, log: str) -> None:
     os.environ |= ENVIRONMENT  # before jax is imported
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT), 2)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which kills this process
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
+    if sys.platform == "linux":  # as libtpu needs; XLA keeps the GIL while it compiles, so that no thread could do this
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    parent = multiprocessing.parent_process()
+    if parent is None or not parent.is_alive():  # it was killed before
+        return
     with contextlib.suppress(EOFError):
         while True:
             program, topology = pipe.recv()
@@ -113,14 +119,6 @@ def _work(pipe: Connection, log: str) -> None:
                 pipe.send(compile_program(program, topology))
             except VllamaError as error:
                 pipe.send(error)
-
-
-def _exit_with_parent() -> None:
-    """End this process when its parent has been killed, and not minutes later, when the program is compiled."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
 
 
 def _estimate(program: Program, topology: Topology) -> ProgramReport:
