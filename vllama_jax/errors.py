@@ -1,4 +1,7 @@
-"""The exceptions that invalid input causes. Each message says in one line what is wrong and what to do."""
+"""The exceptions that invalid input causes, and how a command ends with one.
+
+Each message says in one line what is wrong and what to do.
+"""
 
 import contextlib
 import os

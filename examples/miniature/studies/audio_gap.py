@@ -285,7 +285,7 @@ def make_tables(study: Study, trainings: Sequence[TrainingName]) -> list[Table]:
 
 
 def main(
-    out: tyro.conf.Positional[Path],
+    out: Path,
     /,
     *,
     trainings: tuple[TrainingName, ...] = ("norm_1", "norm_20", "noise"),

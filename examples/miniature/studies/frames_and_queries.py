@@ -138,7 +138,7 @@ def count_operations(model: Model, config: VideoLlamaConfig) -> dict[str, str]:
 
 
 def main(
-    out: tyro.conf.Positional[Path],
+    out: Path,
     /,
     *,
     frames: tuple[int, ...] = (1, 2, 4, 8),

@@ -166,7 +166,7 @@ def _make_prompt(model: Model, scene: Scene, question: str, rng: np.random.Gener
 
 
 def main(
-    out: tyro.conf.Positional[Path],
+    out: Path,
     /,
     *,
     ranks: tuple[int, ...] = (2, 8),
