@@ -18,12 +18,13 @@ from rich.console import Console
 from vllama_jax import cli, sharding
 from vllama_jax.aot import compiler
 from vllama_jax.aot.costs import Costs, LoopCost
-from vllama_jax.aot.programs import Generation, TrainStep
+from vllama_jax.aot.programs import Generation, TrainStep, abstract_train_run
 from vllama_jax.aot.report import ProgramReport, print_reports, time_fields
 from vllama_jax.aot.topologies import parse_topology
 from vllama_jax.config import GREEDY, tiny
 from vllama_jax.data.config import DatasetConfig
 from vllama_jax.errors import VllamaError
+from vllama_jax.memory.abstract_run import lower_step
 from vllama_jax.train.config import MeshConfig, TrainConfig
 
 V5E = parse_topology("v5e:2x2")
@@ -80,7 +81,18 @@ def test_generation_is_compiled(on_cpus, name):
     assert report.flops_per_chip > 0.9 * report.model_flops_per_chip
 
 
-@pytest.mark.slow
+def test_layers_do_not_make_a_step_longer_to_compile():
+    """Layers are in loops, so a program with eight times as many has as many operations."""
+    mesh, step = sharding.make_mesh(devices=jax.devices()[:1]), train_step(MeshConfig(data=1), compute_dtype="float32")
+
+    def count_operations(factor: int) -> int:
+        vit, llama = (dataclasses.replace(it, depth=factor * it.depth) for it in (step.model.vit, step.model.llama))
+        deeper = dataclasses.replace(step, model=dataclasses.replace(step.model, vit=vit, llama=llama))
+        return lower_step(abstract_train_run(deeper, mesh), mesh).as_text().count("\n")
+
+    assert count_operations(8) == count_operations(1)
+
+
 def test_a_program_whose_text_jaxlib_refuses_is_read_as_libtpu_wrote_it(on_cpus, monkeypatch):
     program = Generation(
         name="prefill", model=tiny(), mesh=MeshConfig(data=4), rows=4, length=50, generation=GREEDY, scheme=None

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from vllama_jax.errors import ConfigError
 from vllama_jax.nn.attention import self_attend
-from vllama_jax.sharding import AXIS_NAMES, partition_spec, weight_sharding
+from vllama_jax.sharding import AXIS_NAMES, partition_spec
 
 Layer = TypeVar("Layer", bound=nnx.Module)
 Layers = TypeVar("Layers")  # stacked layers: a module, or a tree of a module and arrays with the same first axis
@@ -25,9 +25,9 @@ Activations = TypeVar("Activations")
 
 LECUN_NORMAL = nnx.initializers.lecun_normal()
 
-# Rows (images) of a device that an encoder processes at once, and a block of it. With more, XLA for TPUs no longer
-# keeps intermediate results in VMEM: the input of a block, 46 MB for 64 images, and those within it (docs/pods.md).
-_GROUP_ROWS, _CHUNK_ROWS = 64, 32
+# Rows (images) of a device that an encoder processes at once. With more, XLA for TPUs no longer keeps the input of a
+# block in VMEM, 46 MB for 64 images (docs/pods.md).
+_GROUP_ROWS = 64
 
 # Bytes of the hidden layer of an MLP for each core of a CPU, which processes rows one part after the other so that
 # intermediate results stay in its caches. A block of EVA-CLIP with 8 images then takes 0.92 of the time of all at once.
@@ -72,22 +72,6 @@ def constrain_sharding(x: Array, *names: str | None) -> Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(x.shape, names, mesh))
-
-
-def gather_weights(layer: Layer) -> Layer:
-    """Replicate a layer's weights over the mesh axis fsdp. Without a mesh, return the layer.
-
-    Before a loop that uses the layer several times, this gathers its weights once instead of in every iteration.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return layer
-
-    def gather(weight: nnx.Variable) -> nnx.Variable:
-        spec = weight_sharding(weight, mesh, fsdp=False).spec
-        return weight.replace(jax.lax.with_sharding_constraint(weight.get_value(), spec))
-
-    return jax.tree.map(gather, layer, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def cast_like(x: Array, layer: nnx.Param) -> Array:
@@ -213,7 +197,17 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         """Apply the layer to each token."""
-        return self.down(jax.nn.gelu(self.up(x), approximate=False))
+        # without the barrier, XLA for TPUs computes GELU again for every tile of the second product (docs/pods.md)
+        return self.down(jax.lax.optimization_barrier(exact_gelu(self.up(x))))
+
+
+def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Compute GELU with the error function in float32, and round once, as PyTorch does.
+
+    `jax.nn.gelu` calls erfc, which XLA computes with two polynomials; in bfloat16, it rounds in between.
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (0.5 * wide * (1 + jax.lax.erf(math.sqrt(0.5) * wide))).astype(x.dtype)
 
 
 class PreNormBlock(nnx.Module):
@@ -242,20 +236,19 @@ class PreNormBlock(nnx.Module):
 
 
 def run_blocks(blocks: PreNormBlock, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """Run `x` through a stack of pre-norm blocks, by groups of a device's rows, and each block by chunks of a group."""
-    cpu_rows = _cpu_chunk_rows(blocks.mlp.up, x.shape[1])
+    """Run `x` through a stack of pre-norm blocks, by groups of a device's rows; on a CPU, each block by fewer rows."""
+    on_cpu = functools.partial(_map_rows, limit=_cpu_rows(blocks.mlp.up, x.shape[1]))
 
     def run_block(block: PreNormBlock, x: Array) -> Array:
-        on_cpu, elsewhere = (functools.partial(_map_rows, limit=limit) for limit in (cpu_rows, _CHUNK_ROWS))
-        return jax.lax.platform_dependent(gather_weights(block), x, cpu=on_cpu, default=elsewhere)
+        return jax.lax.platform_dependent(block, x, cpu=on_cpu, default=lambda block, x: block(x))
 
     return _map_rows(lambda group: run_stack(blocks, group, run_block), x, _GROUP_ROWS)
 
 
-def _cpu_chunk_rows(up: nnx.Module, tokens: int) -> int:
-    """Return the rows of a chunk on a CPU, for the first layer of the block's MLP and the tokens of a row."""
+def _cpu_rows(up: nnx.Module, tokens: int) -> int:
+    """Return the rows that a block processes at once on a CPU, for the first layer of its MLP and a row's tokens."""
     if not isinstance(up, nnx.Linear) or jax.sharding.get_abstract_mesh().size > 1:
-        return _CHUNK_ROWS  # quantized weights are dequantized for each chunk
+        return _GROUP_ROWS  # quantized weights would be dequantized again for each part
     return max((os.cpu_count() or 1) * _HIDDEN_BYTES_PER_CORE // (4 * tokens * up.out_features), 1)
 
 
