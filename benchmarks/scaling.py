@@ -4,8 +4,8 @@
     JAX_PLATFORMS=cpu python benchmarks/scaling.py compile   # the programs that docs/scaling/programs.json lacks
     python benchmarks/scaling.py tables                      # the tables and plots, from that file
 
-No TPU is needed. `compile` takes about two minutes and 4 GB of memory for each program. Remove a program's object from
-the file to compile it again.
+No TPU is needed. `compile` takes one to five minutes and 4 GB of memory for each program. Remove a program's object
+from the file to compile it again.
 """
 
 import dataclasses

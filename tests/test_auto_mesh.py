@@ -9,6 +9,7 @@ import pytest
 from vllama_jax.config import tiny, video_llama_7b, video_llama_13b
 from vllama_jax.data.config import DatasetConfig
 from vllama_jax.errors import ConfigError
+from vllama_jax.memory import mesh
 from vllama_jax.memory.estimate import DEVICES, GIGA, Device, estimate_training, verdict
 from vllama_jax.memory.mesh import choose_mesh
 from vllama_jax.memory.torus import count_links, torus_sides
@@ -57,6 +58,16 @@ def test_wider_groups_are_chosen_where_they_gather_faster(sides, fsdp):
     chosen, reason = choose_mesh(video_llama_7b(), run_of(), DEVICES["v5e"], count, length=72, sides=sides)
     assert chosen == MeshConfig(data=count // fsdp, fsdp=fsdp)
     assert ("over more links" in reason) == (fsdp > 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tile", "fsdp"), [(8, 32), (8192, 256)])
+def test_shards_of_whole_tiles_are_preferred_on_a_tpu_slice(tile: int, fsdp: int, monkeypatch: pytest.MonkeyPatch):
+    """5,120 / 256 is 20, not a multiple of 8: of the others, groups of 32 have as many links as any."""
+    monkeypatch.setattr(mesh, "TILE", tile)
+    chosen, reason = choose_mesh(video_llama_13b(), run_of(), DEVICES["v5e"], 256, length=72, sides=(16, 16))
+    assert chosen == MeshConfig(data=256 // fsdp, fsdp=fsdp)
+    assert f"{fsdp} gather weights over more links" in reason
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """Presets of mesh and batch size: each divides evenly, fits by the estimate, and is a name after a config's."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,8 @@ from vllama_jax.memory import estimate
 from vllama_jax.train.config import rows_per_shard
 from vllama_jax.train.config_files import load_config, shipped_configs
 from vllama_jax.train.presets import PRESETS, STAGES
+
+COMPILED = Path(__file__).parents[1] / "docs" / "scaling" / "programs.json"
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -33,6 +37,18 @@ def test_a_preset_fits_with_a_twentieth_of_the_memory_to_spare(name):
             run = estimate.resolve_compute_dtype(load_config(f"vision_{stage}@{name}")[0], device)
             need = estimate.estimate_training(model, "", run, run.mesh, device)
             assert need.device_total < 0.95 * estimate.usable_bytes(need, device)
+
+
+def test_the_figures_in_the_docs_are_of_the_presets_and_show_what_they_should():
+    for name, report in json.loads(COMPILED.read_text()).items():
+        config, _, preset = name.split()[0].partition("@")
+        stage = config.split("_")[1]
+        assert report["mesh"] == dataclasses.asdict(PRESETS[preset].mesh), name
+        assert report["rows"] == PRESETS[preset].rows[stage], name
+        assert report["fits"], name
+        assert report["hbm_bytes_per_chip"] < 0.95 * report["hbm_limit_bytes"], name
+        if preset == "v5e-256" or preset.startswith("v5p"):
+            assert report["mfu"] >= {"stage1": 0.5, "stage2": 0.6}[stage], name
 
 
 @pytest.mark.parametrize(

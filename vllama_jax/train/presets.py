@@ -35,7 +35,7 @@ def _preset(topology: str, data: int, fsdp: int, *rows: int) -> Preset:
 PRESETS = {
     "v5e-16": _preset("v5e:4x4", 1, 16, 32, 4),
     "v5e-64": _preset("v5e:8x8", 1, 64, 32, 4),
-    "v5e-256": _preset("v5e:16x16", 1, 256, 32, 4),
+    "v5e-256": _preset("v5e:16x16", 4, 64, 32, 4),
     "v5p-64": _preset("v5p-64", 32, 1, 16, 8),
     "v5p-512": _preset("v5p-512", 256, 1, 16, 8),
     "v6e-256": _preset("v6e:16x16", 16, 16, 32, 8),
