@@ -35,8 +35,8 @@ def choose_mesh(
 
     With `fsdp` 0, it is 1 if state, frozen weights and activations fit a device and leave a tenth of it free
     (`estimate.MARGIN`). Otherwise it is the smallest size that fits and gathers in nearly the shortest time, so that
-    data × fsdp × tensor are all devices. If none fits, it is the largest. On a TPU slice, sizes whose shards
-    have no whole tiles are the last choice.
+    data × fsdp × tensor are all devices. If none fits, it is the largest. On a TPU slice, sizes with shards that are
+    not whole tiles are the last choice.
 
     Args:
         model: The model that is trained.
@@ -67,12 +67,11 @@ def choose_mesh(
     fitting = [size for size in sizes if verdict(needs[size], device) == "fits"]
     if not fitting:
         return meshes[-1], f"it is not expected to fit: {needs[sizes[-1]].device_total / 1e9:.1f} GB"
-    if sides:
-        fitting = [size for size in fitting if model.llama.width % (size * TILE) == 0] or fitting
-    size = _fastest_gather(fitting, sides)
+    whole = [size for size in fitting if not sides or model.llama.width % (size * TILE) == 0]
+    size = _fastest_gather(whole or fitting, sides)
     reason = f"fewer than {fitting[0]} would not fit"
     if size != fitting[0]:
-        reason += f", and {size} gather weights over more links"
+        reason += f", and {size} gather weights faster"
     return meshes[sizes.index(size)], f"{reason}: {needs[size].device_total / 1e9:.1f} GB"
 
 
