@@ -161,29 +161,29 @@ def test_the_kernel_is_lowered_for_the_images_of_a_device():
     assert "tensor<3x2x4x5x8xf32>" in call  # 8 images over data and fsdp, 8 heads over tensor
 
 
-@pytest.mark.parametrize(("rows", "chunk"), [(8, 8), (32, 32), (37, 37), (40, 20), (64, 32)])
-def test_rows_are_divided_evenly_into_parts_of_up_to_a_limit(rows: int, chunk: int):
-    chunks = []
+@pytest.mark.parametrize(("rows", "part"), [(8, 8), (32, 32), (37, 37), (40, 20), (64, 32)])
+def test_rows_are_divided_evenly_into_parts_of_up_to_a_limit(rows: int, part: int):
+    parts = []
     x = jnp.arange(rows * 6.0).reshape(rows, 2, 3)
-    result = layers._map_rows(lambda x: (chunks.append(x.shape), x + 1)[1], x, 32)
-    assert chunks == [(chunk, 2, 3)]
+    result = layers._map_rows(lambda x: (parts.append(x.shape), x + 1)[1], x, 32)
+    assert parts == [(part, 2, 3)]
     assert np.array_equal(result, x + 1)
 
 
-def test_chunks_of_a_mesh_have_rows_of_every_device():
+def test_parts_of_a_mesh_have_rows_of_every_device():
     x = np.arange(8 * 40 * 6.0, dtype=np.float32).reshape(8 * 40, 2, 3)
-    chunks = []
+    parts = []
     mesh = sharding.make_mesh(4, 2, 1)
 
-    def add_one(chunk: jax.Array) -> jax.Array:
-        chunks.append(chunk.shape)
-        return chunk + 1
+    def add_one(part: jax.Array) -> jax.Array:
+        parts.append(part.shape)
+        return part + 1
 
     with sharding.use_mesh(mesh):
         sharded = jax.device_put(x, jax.NamedSharding(mesh, jax.P(("data", "fsdp"))))
         compiled = jax.jit(lambda x: layers._map_rows(add_one, x, 32)).lower(sharded).compile()
         assert np.array_equal(compiled(sharded), x + 1)
-    assert chunks == [(8 * 20, 2, 3)]
+    assert parts == [(8 * 20, 2, 3)]
     assert not any(name in compiled.as_text() for name in ("all-gather", "all-to-all", "collective-permute"))
 
 
@@ -250,7 +250,7 @@ def test_attention_in_parts_equals_that_of_all_at_once(batch: int, monkeypatch: 
 
 
 @pytest.mark.slow
-def test_blocks_run_in_chunks_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
+def test_blocks_run_in_parts_on_a_cpu(monkeypatch: pytest.MonkeyPatch):
     blocks, x = make_blocks(), random_rows(6)
 
     def lower(platform: str) -> str:

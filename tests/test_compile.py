@@ -93,6 +93,7 @@ def test_layers_do_not_make_a_step_longer_to_compile():
     assert count_operations(8) == count_operations(1)
 
 
+@pytest.mark.slow
 def test_a_program_whose_text_jaxlib_refuses_is_read_as_libtpu_wrote_it(on_cpus, monkeypatch):
     program = Generation(
         name="prefill", model=tiny(), mesh=MeshConfig(data=4), rows=4, length=50, generation=GREEDY, scheme=None
